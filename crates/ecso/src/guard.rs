@@ -1,0 +1,85 @@
+//! The guard: an MLLM and a profile, with two doors.
+
+use futures::{Stream, StreamExt, pin_mut};
+
+use crate::{
+    chat::Chat,
+    mllm::Mllm,
+    profile::Profile,
+    steps,
+    trace::{Event, GuardError, Outcome},
+};
+
+/// Protects the answers of one [`Mllm`] under one [`Profile`].
+///
+/// Two doors lead in: [`Guard::answer`] takes a conversation, [`Guard::review`] a conversation and the answer that
+/// somebody already has (a server, an evaluation of several profiles, a data engine). Both are folds over one pipeline
+/// of events, which [`Guard::answer_events`] and [`Guard::review_events`] show.
+///
+/// ```
+/// # async fn example(model: impl ecso::Mllm) -> Result<(), Box<dyn std::error::Error>> {
+/// use ecso::{Chat, Guard, Image, Limits, Profile};
+///
+/// let guard = Guard::new(model, Profile::paper());
+/// let image = Image::from_bytes(std::fs::read("list.png")?, Limits::default())?;
+/// let outcome = guard.answer(&Chat::ask([image], "What is on the list?")).await?;
+/// println!("{:?}: {}", outcome.verdict, outcome.answer);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone)]
+pub struct Guard<M> {
+    model: M,
+    profile: Profile,
+}
+
+impl<M: Mllm> Guard<M> {
+    /// A guard in front of `model`.
+    pub fn new(model: M, profile: Profile) -> Self {
+        Self { model, profile }
+    }
+
+    /// The model behind the guard.
+    pub fn model(&self) -> &M {
+        &self.model
+    }
+
+    /// The profile it runs.
+    pub fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    /// Steps 1 to 4: answers the last user turn of `chat`.
+    pub async fn answer(&self, chat: &Chat) -> Result<Outcome, GuardError> {
+        fold(self.answer_events(chat)).await
+    }
+
+    /// Steps 2 to 4: takes `draft` for the direct answer to the last user turn of `chat`.
+    pub async fn review(&self, chat: &Chat, draft: &str) -> Result<Outcome, GuardError> {
+        fold(self.review_events(chat, draft)).await
+    }
+
+    /// [`Guard::answer`], step by step. Dropping the stream cancels the work.
+    pub fn answer_events<'a>(&'a self, chat: &'a Chat) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
+        steps::run(&self.model, &self.profile, chat, None)
+    }
+
+    /// [`Guard::review`], step by step. Dropping the stream cancels the work.
+    pub fn review_events<'a>(
+        &'a self,
+        chat: &'a Chat,
+        draft: &str,
+    ) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
+        steps::run(&self.model, &self.profile, chat, Some(draft.to_owned()))
+    }
+}
+
+async fn fold(events: impl Stream<Item = Result<Event, GuardError>>) -> Result<Outcome, GuardError> {
+    pin_mut!(events);
+    while let Some(event) = events.next().await {
+        if let Event::Done(outcome) = event? {
+            return Ok(outcome);
+        }
+    }
+    unreachable!("the pipeline ends with `Done` or an error")
+}

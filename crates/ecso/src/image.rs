@@ -1,0 +1,269 @@
+//! Images: checked by their header when they come in, decoded once and only where pixels are read.
+
+use std::{
+    io::Cursor,
+    sync::{Arc, OnceLock},
+};
+
+use bytes::Bytes;
+use image::{ImageDecoder, ImageFormat, ImageReader, RgbImage};
+
+/// Bounds on an image, held *before* it is decoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Largest encoded size, in bytes.
+    pub bytes: usize,
+    /// Largest width times height, in pixels. A decoder may use at most 16 bytes of memory for each.
+    pub pixels: u64,
+}
+
+impl Default for Limits {
+    /// 20 MiB and 40 megapixels.
+    fn default() -> Self {
+        Self { bytes: 20 << 20, pixels: 40_000_000 }
+    }
+}
+
+/// What is wrong with an image.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ImageError {
+    /// No bytes at all.
+    #[error("the image is empty (0 bytes)")]
+    Empty,
+    /// More encoded bytes than [`Limits::bytes`].
+    #[error("the image has {actual} bytes; at most {limit} are allowed")]
+    TooManyBytes {
+        /// Bytes it has.
+        actual: usize,
+        /// Bytes allowed.
+        limit: usize,
+    },
+    /// More pixels than [`Limits::pixels`].
+    #[error("the image has {width} x {height} pixels; at most {limit} in all are allowed")]
+    TooManyPixels {
+        /// Width in pixels.
+        width: u32,
+        /// Height in pixels.
+        height: u32,
+        /// Pixels allowed.
+        limit: u64,
+    },
+    /// The bytes are none of the formats that are read.
+    #[error("this is not an image that can be read: JPEG, PNG, WebP and GIF are")]
+    NotAnImage,
+    /// The format is known, the content is damaged.
+    #[error("the {format} image is broken: {reason}")]
+    Broken {
+        /// The format its first bytes claim.
+        format: &'static str,
+        /// What the decoder said.
+        reason: String,
+    },
+    /// Pixels were asked of an image that is known by its URL only.
+    #[error("the image is a URL and was not fetched; only a server that fetches it itself can be shown it")]
+    NotFetched,
+}
+
+/// An image as it came in: the client's bytes are kept and never encoded again.
+#[derive(Debug, Clone)]
+pub struct Image(Arc<Source>);
+
+#[derive(Debug)]
+enum Source {
+    Bytes {
+        bytes: Bytes,
+        format: ImageFormat,
+        limits: Limits,
+        digest: blake3::Hash,
+        pixels: OnceLock<Result<RgbImage, ImageError>>,
+    },
+    Url(String),
+}
+
+impl PartialEq for Image {
+    /// Equal when the encoded bytes are (by digest), or the URLs are.
+    fn eq(&self, other: &Self) -> bool {
+        self.digest() == other.digest()
+    }
+}
+
+impl Image {
+    /// Takes encoded bytes and checks size and header against `limits`; nothing is decoded yet.
+    pub fn from_bytes(bytes: impl Into<Bytes>, limits: Limits) -> Result<Self, ImageError> {
+        let bytes = bytes.into();
+        if bytes.is_empty() {
+            return Err(ImageError::Empty);
+        }
+        if bytes.len() > limits.bytes {
+            return Err(ImageError::TooManyBytes { actual: bytes.len(), limit: limits.bytes });
+        }
+        let format = image::guess_format(&bytes).map_err(|_| ImageError::NotAnImage)?;
+        if !format.reading_enabled() {
+            return Err(ImageError::NotAnImage);
+        }
+        let (width, height) = ImageReader::with_format(Cursor::new(&bytes), format)
+            .into_decoder()
+            .map(|decoder| decoder.dimensions())
+            .map_err(|error| broken(format, &error))?;
+        if u64::from(width) * u64::from(height) > limits.pixels {
+            return Err(ImageError::TooManyPixels { width, height, limit: limits.pixels });
+        }
+        let digest = blake3::hash(&bytes);
+        Ok(Self(Arc::new(Source::Bytes { bytes, format, limits, digest, pixels: OnceLock::new() })))
+    }
+
+    /// An image that is known by its URL, for backends that pass the URL on. It is never fetched by this library.
+    pub fn from_url(url: impl Into<String>) -> Self {
+        Self(Arc::new(Source::Url(url.into())))
+    }
+
+    /// The encoded bytes as they came in, with their MIME type; `None` for a URL.
+    #[must_use]
+    pub fn encoded(&self) -> Option<(&Bytes, &'static str)> {
+        match &*self.0 {
+            Source::Bytes { bytes, format, .. } => Some((bytes, format.to_mime_type())),
+            Source::Url(_) => None,
+        }
+    }
+
+    /// The URL, if that is how the image is known.
+    #[must_use]
+    pub fn url(&self) -> Option<&str> {
+        match &*self.0 {
+            Source::Bytes { .. } => None,
+            Source::Url(url) => Some(url),
+        }
+    }
+
+    /// BLAKE3 of the encoded bytes (or of the URL).
+    #[must_use]
+    pub fn digest(&self) -> blake3::Hash {
+        match &*self.0 {
+            Source::Bytes { digest, .. } => *digest,
+            Source::Url(url) => blake3::hash(url.as_bytes()),
+        }
+    }
+
+    /// The pixels: 8-bit RGB, upright (EXIF orientation applied), transparency laid over white, the first frame of an
+    /// animation. Decoded on first use, then kept.
+    pub fn pixels(&self) -> Result<&RgbImage, ImageError> {
+        match &*self.0 {
+            Source::Url(_) => Err(ImageError::NotFetched),
+            Source::Bytes { bytes, format, limits, pixels, .. } => {
+                pixels.get_or_init(|| decode(bytes, *format, *limits)).as_ref().map_err(Clone::clone)
+            }
+        }
+    }
+}
+
+fn decode(bytes: &[u8], format: ImageFormat, limits: Limits) -> Result<RgbImage, ImageError> {
+    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
+    let mut bounds = image::Limits::default();
+    bounds.max_alloc = Some(limits.pixels.saturating_mul(16));
+    reader.limits(bounds);
+    let mut decoder = reader.into_decoder().map_err(|error| broken(format, &error))?;
+    // A damaged EXIF block says nothing about the pixels: the image is then taken as it lies.
+    let orientation = decoder.orientation().unwrap_or(image::metadata::Orientation::NoTransforms);
+    let mut image = image::DynamicImage::from_decoder(decoder).map_err(|error| broken(format, &error))?;
+    image.apply_orientation(orientation);
+    if !image.color().has_alpha() {
+        return Ok(image.into_rgb8());
+    }
+    let rgba = image.into_rgba8();
+    Ok(RgbImage::from_fn(rgba.width(), rgba.height(), |x, y| {
+        let [r, g, b, a] = rgba.get_pixel(x, y).0;
+        image::Rgb([r, g, b].map(|channel| over_white(channel, a)))
+    }))
+}
+
+fn over_white(channel: u8, alpha: u8) -> u8 {
+    let (channel, alpha) = (u32::from(channel), u32::from(alpha));
+    u8::try_from((channel * alpha + 255 * (255 - alpha) + 127) / 255).unwrap_or(u8::MAX)
+}
+
+fn broken(format: ImageFormat, error: &image::ImageError) -> ImageError {
+    let format = match format {
+        ImageFormat::Jpeg => "JPEG",
+        ImageFormat::Png => "PNG",
+        ImageFormat::WebP => "WebP",
+        ImageFormat::Gif => "GIF",
+        _ => return ImageError::NotAnImage,
+    };
+    ImageError::Broken { format, reason: error.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn encode(image: &image::DynamicImage, format: ImageFormat) -> Vec<u8> {
+        let mut bytes = Cursor::new(Vec::new());
+        image.write_to(&mut bytes, format).unwrap();
+        bytes.into_inner()
+    }
+
+    #[test]
+    fn every_format_is_read_and_its_bytes_are_kept() {
+        let picture = image::DynamicImage::new_rgb8(7, 5);
+        for format in [ImageFormat::Jpeg, ImageFormat::Png, ImageFormat::WebP, ImageFormat::Gif] {
+            let bytes = encode(&picture, format);
+            let image = Image::from_bytes(bytes.clone(), Limits::default()).unwrap();
+            assert_eq!(image.pixels().unwrap().dimensions(), (7, 5));
+            assert_eq!(image.encoded().unwrap(), (&bytes.into(), format.to_mime_type()));
+        }
+    }
+
+    #[test]
+    fn transparent_pixels_become_white() {
+        let clear = image::DynamicImage::new_rgba8(1, 1);
+        let image = Image::from_bytes(encode(&clear, ImageFormat::Png), Limits::default()).unwrap();
+        assert_eq!(image.pixels().unwrap().get_pixel(0, 0).0, [255; 3]);
+    }
+
+    #[test]
+    fn exif_orientation_turns_the_picture() {
+        // An EXIF block that says "rotate by 90 degrees", put behind the start marker of a JPEG that we encode.
+        let tiff = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0";
+        let mut app1 = vec![0xff, 0xe1];
+        app1.extend(u16::try_from(2 + 6 + tiff.len()).unwrap().to_be_bytes());
+        app1.extend(b"Exif\0\0");
+        app1.extend(tiff);
+        let mut jpeg = encode(&image::DynamicImage::new_rgb8(8, 16), ImageFormat::Jpeg);
+        jpeg.splice(2..2, app1);
+        let image = Image::from_bytes(jpeg, Limits::default()).unwrap();
+        assert_eq!(image.pixels().unwrap().dimensions(), (16, 8));
+    }
+
+    #[test]
+    fn bad_images_say_what_is_wrong() {
+        let limits = Limits { bytes: 1000, pixels: 64 };
+        assert_eq!(Image::from_bytes(Vec::new(), limits).unwrap_err(), ImageError::Empty);
+        assert_eq!(
+            Image::from_bytes(vec![0; 1001], limits).unwrap_err(),
+            ImageError::TooManyBytes { actual: 1001, limit: 1000 }
+        );
+        assert_eq!(Image::from_bytes(&b"plain text"[..], limits).unwrap_err(), ImageError::NotAnImage);
+        let wide = encode(&image::DynamicImage::new_luma8(65, 1), ImageFormat::Png);
+        assert!(matches!(
+            Image::from_bytes(wide, limits).unwrap_err(),
+            ImageError::TooManyPixels { width: 65, height: 1, limit: 64 }
+        ));
+        let mut cut = encode(&image::DynamicImage::new_rgb8(8, 8), ImageFormat::Png);
+        cut.truncate(cut.len() - 20);
+        let image = Image::from_bytes(cut, limits).unwrap();
+        assert!(matches!(image.pixels().unwrap_err(), ImageError::Broken { format: "PNG", .. }));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_panic(mut bytes: Vec<u8>, kind in 0..4_usize) {
+            let head: &[u8] = [&b"\x89PNG\r\n\x1a\n"[..], b"\xff\xd8\xff", b"GIF89a", b"RIFF\0\0\0\0WEBP"][kind];
+            bytes.splice(0..0, head.iter().copied());
+            if let Ok(image) = Image::from_bytes(bytes, Limits::default()) {
+                let _ = image.pixels();
+            }
+        }
+    }
+}

@@ -1,0 +1,35 @@
+//! ECSO, "Eyes Closed, Safety On" (arXiv 2403.09572): protection of multimodal LLMs at inference time, with no training
+//! and no second model.
+//!
+//! A multimodal LLM (MLLM) answers a query about an image. Image features let harmful requests slip past the safety
+//! alignment of the language model inside it; yet it still recognises that its own answer is harmful, and still refuses
+//! when the same request reaches it as text. ECSO uses both: the file `steps.rs` shows how.
+//!
+//! - [`Guard`] is what you call; [`Mllm`] is what you bring (or take from `ecso-openai`, `ecso-llama`, `ecso-reader`).
+//! - [`Profile`] holds everything in which the paper, its published code and others differ.
+//! - [`Outcome`] is the answer with its [`Verdict`] and a [`Trace`] of every call.
+//!
+//! Nothing here speaks HTTP or runs a model.
+
+mod call;
+mod chat;
+mod guard;
+mod image;
+mod mllm;
+pub mod profile;
+mod prompt;
+mod steps;
+mod template;
+#[cfg(feature = "testing")]
+pub mod testing;
+mod trace;
+mod verdict;
+
+pub use chat::{BlindChat, Chat, Part, Role, Turn};
+pub use guard::Guard;
+pub use image::{Image, ImageError, Limits};
+pub use mllm::{Alternative, Finish, Mllm, ModelError, Piece, Reply, ReplyStream, Sampling, Usage, collect};
+pub use profile::{Profile, ProfileError};
+pub use template::Template;
+pub use trace::{Event, GuardError, Outcome, Step, Trace};
+pub use verdict::{Parser, Verdict, harm_score};

@@ -1,0 +1,422 @@
+//! Profiles: everything in which the paper, its published code and others may differ, as data.
+//!
+//! A profile is a TOML file. The built-in ones are files too (`profiles/`); another names only the keys it changes and
+//! inherits the rest from the one it `extends` (`paper` if it doesn't say).
+
+use serde::{Deserialize, Serialize};
+
+use crate::{mllm::Sampling, template::Template, verdict::Parser};
+
+const PAPER: &str = include_str!("../profiles/paper.toml");
+
+/// Which conversations are guarded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Scope {
+    /// Those that hold an image, in any turn (the paper's setting).
+    Images,
+    /// All.
+    All,
+}
+
+/// When the answer is written anew (the paper's ablation of step 2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Gate {
+    /// When step 2 calls it unsafe.
+    Detected,
+    /// Every time; step 2 is not asked.
+    Always,
+    /// Never; the draft goes out unchecked.
+    Never,
+}
+
+/// What takes the place of an unsafe answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Rewrite {
+    /// The answer of step 4.
+    Safe,
+    /// The fixed text [`Profile::refusal`]; steps 3 and 4 are not asked.
+    Refuse,
+}
+
+/// Where the images of a turn stand in steps 2 and 3. (Step 1 is the caller's own conversation.)
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ImageOrder {
+    /// Before the text: the published evaluation scripts.
+    Before,
+    /// After the text: the published demo.
+    After,
+}
+
+/// What step 4 does when every caption is empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EmptyCaption {
+    /// Sends the hints with nothing in them, as the published code does.
+    Hints,
+    /// Sends [`SafeStep::plain`], which has no hints.
+    Plain,
+    /// Gives [`Profile::refusal`].
+    Refuse,
+}
+
+/// What the caption is told of the query (the paper's ablation of step 3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CaptionMode {
+    /// [`CaptionStep::template`], which holds the query.
+    QueryAware,
+    /// [`CaptionStep::generic`], which doesn't.
+    Generic,
+}
+
+/// Whether step 4 sees the images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SafeImage {
+    /// Eyes closed: the paper's text and its safety scripts.
+    Dropped,
+    /// Eyes open: the published MME, MMBench and MM-Vet scripts.
+    Kept,
+}
+
+/// One way of running ECSO.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Profile {
+    /// What traces and results call it.
+    pub name: String,
+    /// Which conversations are guarded.
+    pub scope: Scope,
+    /// When the answer is written anew.
+    pub gate: Gate,
+    /// What takes the place of an unsafe answer.
+    pub rewrite: Rewrite,
+    /// Where images stand in steps 2 and 3.
+    pub image_order: ImageOrder,
+    /// Whether white space around replies is removed before they are used. Parsers ignore it in any case.
+    pub strip: bool,
+    /// What step 4 does without a caption.
+    pub empty_caption: EmptyCaption,
+    /// The fixed refusal.
+    pub refusal: String,
+    /// Step 1.
+    pub direct: DirectStep,
+    /// Step 2.
+    pub detect: DetectStep,
+    /// Step 3.
+    pub caption: CaptionStep,
+    /// Step 4.
+    pub safe: SafeStep,
+}
+
+/// Step 1, the direct answer (equation 1).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DirectStep {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// Most new tokens.
+    pub max_tokens: u32,
+}
+
+/// Step 2, harm detection (equation 2).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DetectStep {
+    /// The question; `{x}` is the query, `{y}` the answer to judge.
+    pub template: Template,
+    /// How its reply is read.
+    pub parser: Parser,
+    /// From which probability of harm on [`Parser::Score`] says unsafe; 0..=1.
+    pub threshold: f64,
+    /// How many characters (Unicode code points) of the answer are judged; 0 is all of it.
+    pub cut: usize,
+    /// How many alternatives of the first token are asked for.
+    pub alternatives: u8,
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// Most new tokens.
+    pub max_tokens: u32,
+}
+
+/// Step 3, image to text (equation 3).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CaptionStep {
+    /// Which of the two templates is sent.
+    pub mode: CaptionMode,
+    /// Query-aware; `{x}` is the query.
+    pub template: Template,
+    /// The ablation.
+    pub generic: Template,
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// Most new tokens, for each image.
+    pub max_tokens: u32,
+}
+
+/// Step 4, the safe answer (equation 4).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SafeStep {
+    /// Whether the images are shown.
+    pub image: SafeImage,
+    /// With hints; `{c}` is the caption, `{x}` the query.
+    pub template: Template,
+    /// Without hints; `{x}` is the query.
+    pub plain: Template,
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// Most new tokens.
+    pub max_tokens: u32,
+}
+
+/// What is wrong with a profile.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ProfileError {
+    /// No built-in profile has this name.
+    #[error("there is no profile {0:?}; built in: {names}", names = Profile::NAMES.join(", "))]
+    Unknown(String),
+    /// Not TOML, an unknown key or a value that doesn't fit.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+impl Profile {
+    /// The built-in profiles.
+    pub const NAMES: [&'static str; 1] = ["paper"];
+
+    /// ECSO as published.
+    ///
+    /// # Panics
+    /// Never: the file is compiled in, and a test reads it.
+    #[must_use]
+    pub fn paper() -> Self {
+        #[expect(clippy::expect_used, reason = "compiled in and tested")]
+        Self::named("paper").expect("the built-in profile is valid")
+    }
+
+    /// A built-in profile.
+    pub fn named(name: &str) -> Result<Self, ProfileError> {
+        from_table(built_in(name)?)
+    }
+
+    /// A profile from TOML, over the built-in one that it `extends` (default `paper`).
+    pub fn from_toml(text: &str) -> Result<Self, ProfileError> {
+        let mut changes: toml::Table = text.parse().map_err(invalid)?;
+        let base = match changes.remove("extends") {
+            None => "paper".to_owned(),
+            Some(toml::Value::String(name)) => name,
+            Some(_) => {
+                return Err(ProfileError::Invalid("`extends` must be a string: the name of a built-in profile".into()));
+            }
+        };
+        let mut table = built_in(&base)?;
+        if !changes.is_empty() && !changes.contains_key("name") {
+            table.insert("name".into(), format!("{base}+").into());
+        }
+        merge(&mut table, changes);
+        from_table(table)
+    }
+
+    /// The same profile with one field changed: `key` is dotted (`detect.parser`), `value` is TOML or bare text.
+    /// The name gets a `+`, so that no result passes for the original's.
+    pub fn with(&self, key: &str, value: &str) -> Result<Self, ProfileError> {
+        let value = format!("v = {value}")
+            .parse::<toml::Table>()
+            .ok()
+            .and_then(|mut table| table.remove("v"))
+            .unwrap_or_else(|| toml::Value::String(value.to_owned()));
+        let mut change = value;
+        for name in key.rsplit('.') {
+            change = toml::Table::from_iter([(name.to_owned(), change)]).into();
+        }
+        let mut table = toml::Table::try_from(self).map_err(invalid)?;
+        if let toml::Value::Table(change) = change {
+            merge(&mut table, change);
+        }
+        if key != "name" && !self.name.ends_with('+') {
+            table.insert("name".into(), format!("{}+", self.name).into());
+        }
+        from_table(table).map_err(|error| ProfileError::Invalid(format!("{key}: {error}")))
+    }
+
+    /// The profile as TOML, every key named.
+    #[must_use]
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).unwrap_or_default()
+    }
+
+    pub(crate) fn stripped(&self, text: &str) -> String {
+        if self.strip { text.trim() } else { text }.to_owned()
+    }
+}
+
+impl DirectStep {
+    /// The step's sampling.
+    #[must_use]
+    pub fn sampling(&self) -> Sampling {
+        sampling(self.temperature, self.max_tokens)
+    }
+}
+
+impl DetectStep {
+    /// The step's sampling.
+    #[must_use]
+    pub fn sampling(&self) -> Sampling {
+        Sampling { alternatives: self.alternatives, ..sampling(self.temperature, self.max_tokens) }
+    }
+}
+
+impl CaptionStep {
+    /// The template that [`CaptionStep::mode`] picks.
+    #[must_use]
+    pub fn chosen(&self) -> &Template {
+        match self.mode {
+            CaptionMode::QueryAware => &self.template,
+            CaptionMode::Generic => &self.generic,
+        }
+    }
+
+    /// The step's sampling.
+    #[must_use]
+    pub fn sampling(&self) -> Sampling {
+        sampling(self.temperature, self.max_tokens)
+    }
+}
+
+impl SafeStep {
+    /// The step's sampling.
+    #[must_use]
+    pub fn sampling(&self) -> Sampling {
+        sampling(self.temperature, self.max_tokens)
+    }
+}
+
+fn sampling(temperature: f32, max_tokens: u32) -> Sampling {
+    Sampling { temperature: Some(temperature), max_tokens: Some(max_tokens), ..Sampling::default() }
+}
+
+fn built_in(name: &str) -> Result<toml::Table, ProfileError> {
+    match name {
+        "paper" => PAPER.parse().map_err(invalid),
+        _ => Err(ProfileError::Unknown(name.to_owned())),
+    }
+}
+
+fn merge(table: &mut toml::Table, changes: toml::Table) {
+    for (key, change) in changes {
+        match (table.get_mut(&key), change) {
+            (Some(toml::Value::Table(inner)), toml::Value::Table(change)) => merge(inner, change),
+            // An integer is a good way to write a temperature.
+            (Some(old @ toml::Value::Float(_)), toml::Value::Integer(number)) => {
+                #[expect(clippy::cast_precision_loss, reason = "thresholds and temperatures")]
+                let number = number as f64;
+                *old = number.into();
+            }
+            (_, change) => {
+                table.insert(key, change);
+            }
+        }
+    }
+}
+
+fn from_table(table: toml::Table) -> Result<Profile, ProfileError> {
+    let profile: Profile = table.try_into().map_err(invalid)?;
+    profile.check()?;
+    Ok(profile)
+}
+
+impl Profile {
+    fn check(&self) -> Result<(), ProfileError> {
+        let must_hold = |key: &str, template: &Template, hole: &str| {
+            if template.has(hole) {
+                Ok(())
+            } else {
+                Err(ProfileError::Invalid(format!("{key} must contain {{{hole}}}")))
+            }
+        };
+        must_hold("detect.template", &self.detect.template, "y")?;
+        must_hold("safe.template", &self.safe.template, "x")?;
+        must_hold("safe.plain", &self.safe.plain, "x")?;
+        if !(0.0..=1.0).contains(&self.detect.threshold) {
+            return Err(ProfileError::Invalid(format!(
+                "detect.threshold must be between 0 and 1, not {}",
+                self.detect.threshold
+            )));
+        }
+        for (key, temperature, max_tokens) in [
+            ("direct", self.direct.temperature, self.direct.max_tokens),
+            ("detect", self.detect.temperature, self.detect.max_tokens),
+            ("caption", self.caption.temperature, self.caption.max_tokens),
+            ("safe", self.safe.temperature, self.safe.max_tokens),
+        ] {
+            if !(temperature.is_finite() && temperature >= 0.0) {
+                return Err(ProfileError::Invalid(format!("{key}.temperature must be 0 or more, not {temperature}")));
+            }
+            if max_tokens == 0 {
+                return Err(ProfileError::Invalid(format!("{key}.max_tokens must be at least 1")));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn invalid(error: impl std::fmt::Display) -> ProfileError {
+    ProfileError::Invalid(error.to_string().trim_end().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_built_in_profiles_read_and_write_back() {
+        for name in Profile::NAMES {
+            let profile = Profile::named(name).unwrap();
+            assert_eq!(Profile::from_toml(&profile.to_toml()).unwrap(), profile);
+        }
+    }
+
+    #[test]
+    fn a_profile_names_only_what_it_changes() {
+        let mine = Profile::from_toml("[detect]\nparser = \"score\"\nthreshold = 1").unwrap();
+        assert_eq!(mine.detect.parser, Parser::Score);
+        assert!((mine.detect.threshold - 1.0).abs() < f64::EPSILON);
+        assert_eq!(mine.safe, Profile::paper().safe);
+        assert_eq!(mine.name, "paper+");
+    }
+
+    #[test]
+    fn one_field_can_be_set() {
+        let paper = Profile::paper();
+        assert_eq!(paper.with("gate", "always").unwrap().gate, Gate::Always);
+        assert_eq!(paper.with("detect.cut", "0").unwrap().detect.cut, 0);
+        let odd = paper.with("refusal", "No, = thanks").unwrap();
+        assert_eq!(odd.refusal, "No, = thanks");
+        assert_eq!(odd.name, "paper+");
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let paper = Profile::paper();
+        for (key, value, says) in [
+            ("detect.parsr", "score", "unknown field `parsr`"),
+            ("detect.parser", "maybe", "unknown variant `maybe`"),
+            ("detect.threshold", "1.5", "between 0 and 1"),
+            ("detect.template", "no holes", "must contain {y}"),
+            ("direct.max_tokens", "0", "at least 1"),
+            ("detect", "3", "invalid type"),
+        ] {
+            let error = paper.with(key, value).unwrap_err().to_string();
+            assert!(error.contains(says), "{key}={value}: {error}");
+        }
+        let error = Profile::from_toml("extends = \"papper\"").unwrap_err();
+        assert_eq!(error.to_string(), "there is no profile \"papper\"; built in: paper");
+    }
+}

@@ -1,0 +1,59 @@
+//! A scripted [`Mllm`] for tests: it replies by rule and remembers what it was asked.
+
+use std::sync::{Mutex, PoisonError};
+
+use async_trait::async_trait;
+use futures::{StreamExt, stream};
+
+use crate::{
+    chat::Chat,
+    mllm::{Finish, Mllm, ModelError, Piece, Reply, ReplyStream, Sampling},
+};
+
+type Script = dyn Fn(&Chat) -> Result<Reply, ModelError> + Send + Sync;
+
+/// Replies what its script says, and keeps every request.
+pub struct Scripted {
+    script: Box<Script>,
+    asked: Mutex<Vec<(Chat, Sampling)>>,
+}
+
+impl Scripted {
+    /// A model that replies what `script` makes of the conversation.
+    pub fn new(script: impl Fn(&Chat) -> Result<Reply, ModelError> + Send + Sync + 'static) -> Self {
+        Self { script: Box::new(script), asked: Mutex::default() }
+    }
+
+    /// A model that replies these texts, one after the other, and then fails.
+    pub fn texts<T: Into<String>>(texts: impl IntoIterator<Item = T>) -> Self {
+        let texts: Vec<String> = texts.into_iter().map(Into::into).collect();
+        let texts = Mutex::new(texts.into_iter());
+        Self::new(move |_| {
+            let mut texts = texts.lock().unwrap_or_else(PoisonError::into_inner);
+            let text = texts.next().ok_or_else(|| ModelError::Rejected("the script is at its end".into()))?;
+            Ok(Reply { text, ..Reply::default() })
+        })
+    }
+
+    /// What it was asked so far.
+    pub fn asked(&self) -> Vec<(Chat, Sampling)> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+#[async_trait]
+impl Mllm for Scripted {
+    fn name(&self) -> &'static str {
+        "scripted"
+    }
+
+    async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner).push((chat.clone(), sampling.clone()));
+        let reply = (self.script)(chat)?;
+        // A piece a character, so that whoever reads the stream must put it together.
+        let text: Vec<Piece> = reply.text.chars().map(|c| Piece::Text(c.to_string())).collect();
+        let end = Piece::End { finish: Finish::Stop, usage: reply.usage };
+        let first = Piece::FirstToken(reply.first_token);
+        Ok(stream::iter([first].into_iter().chain(text).chain([end])).map(Ok).boxed())
+    }
+}

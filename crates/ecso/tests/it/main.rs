@@ -1,0 +1,5 @@
+//! The method from outside: what is sent, in which order, with which images.
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+mod method;
+mod paper;
