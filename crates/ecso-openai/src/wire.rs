@@ -143,6 +143,7 @@ pub(crate) fn reply(body: &[u8]) -> Result<Reply, ModelError> {
         finish: finish(choice.finish_reason.as_deref()),
         text: choice.message.and_then(Message::text).unwrap_or_default(),
         usage: usage.map(Usage::from),
+        took: None,
     })
 }
 
@@ -190,7 +191,7 @@ impl End {
     pub(crate) fn piece(self) -> Result<Piece, ModelError> {
         let cut_off = || ModelError::Protocol("the stream broke off before its end".into());
         let finish = self.finish.ok_or_else(cut_off)?;
-        Ok(Piece::End { finish, usage: self.usage })
+        Ok(Piece::End { finish, usage: self.usage, took: None })
     }
 }
 

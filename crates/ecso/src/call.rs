@@ -41,7 +41,7 @@ impl<'a> Call<'a> {
 
     pub(crate) async fn generate(&self, model: &dyn Mllm, sampling: &Sampling) -> Result<(Reply, Trace), GuardError> {
         let reply = model.generate(&self.chat, sampling).await;
-        let reply = reply.map_err(|source| self.failed(source))?;
+        let reply = reply.map_err(|error| self.failed(error))?;
         let trace = self.trace(&reply);
         Ok((reply, trace))
     }
@@ -54,13 +54,13 @@ impl<'a> Call<'a> {
         strip: bool,
     ) -> BoxStream<'s, Result<Written, GuardError>> {
         try_stream! {
-            let mut pieces = model.stream(&self.chat, &sampling).await.map_err(|source| self.failed(source))?;
+            let mut pieces = model.stream(&self.chat, &sampling).await.map_err(|error| self.failed(error))?;
             let mut reply = Reply::default();
             let mut trim = Trim::default();
             loop {
                 let cut_off = || ModelError::Protocol("the stream broke off before its end".into());
                 let piece = pieces.next().await.unwrap_or_else(|| Err(cut_off()));
-                match piece.map_err(|source| self.failed(source))? {
+                match piece.map_err(|error| self.failed(error))? {
                     Piece::FirstToken(_) => {}
                     Piece::Text(text) => {
                         reply.text.push_str(&text);
@@ -69,8 +69,8 @@ impl<'a> Call<'a> {
                             yield Written::Text(text);
                         }
                     }
-                    Piece::End { finish, usage } => {
-                        (reply.finish, reply.usage) = (finish, usage);
+                    Piece::End { finish, usage, took } => {
+                        (reply.finish, reply.usage, reply.took) = (finish, usage, took);
                         yield Written::Done(self.trace(&reply));
                         return;
                     }
@@ -80,8 +80,8 @@ impl<'a> Call<'a> {
         .boxed()
     }
 
-    fn failed(&self, source: ModelError) -> GuardError {
-        GuardError::Model { step: self.step, source }
+    fn failed(&self, error: ModelError) -> GuardError {
+        GuardError::Model { step: self.step, error }
     }
 
     fn trace(&self, reply: &Reply) -> Trace {
@@ -94,7 +94,7 @@ impl<'a> Call<'a> {
             score: None,
             template: self.template.map(Template::hash),
             finish: reply.finish,
-            ms: u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+            ms: u64::try_from(reply.took.unwrap_or_else(|| self.begun.elapsed()).as_millis()).unwrap_or(u64::MAX),
             prompt_tokens: reply.usage.map(|usage| usage.prompt_tokens),
             completion_tokens: reply.usage.map(|usage| usage.completion_tokens),
         }

@@ -73,6 +73,9 @@ pub struct Reply {
     pub usage: Option<Usage>,
     /// Why it ended.
     pub finish: Finish,
+    /// How long the model took, where that is not how long the caller waited: a replayed reply.
+    #[serde(default)]
+    pub took: Option<Duration>,
 }
 
 /// A piece of a reply under way.
@@ -88,6 +91,8 @@ pub enum Piece {
         finish: Finish,
         /// Token counts, where the model tells.
         usage: Option<Usage>,
+        /// [`Reply::took`].
+        took: Option<Duration>,
     },
 }
 
@@ -162,8 +167,8 @@ pub async fn collect(
         match piece? {
             Piece::FirstToken(alternatives) => reply.first_token = alternatives,
             Piece::Text(text) => reply.text.push_str(&text),
-            Piece::End { finish, usage } => {
-                return Ok(Reply { usage, finish, ..reply });
+            Piece::End { finish, usage, took } => {
+                return Ok(Reply { usage, finish, took, ..reply });
             }
         }
     }

@@ -52,7 +52,7 @@ impl Mllm for Scripted {
         let reply = (self.script)(chat)?;
         // A piece a character, so that whoever reads the stream must put it together.
         let text: Vec<Piece> = reply.text.chars().map(|c| Piece::Text(c.to_string())).collect();
-        let end = Piece::End { finish: Finish::Stop, usage: reply.usage };
+        let end = Piece::End { finish: Finish::Stop, usage: reply.usage, took: reply.took };
         let first = Piece::FirstToken(reply.first_token);
         Ok(stream::iter([first].into_iter().chain(text).chain([end])).map(Ok).boxed())
     }

@@ -107,11 +107,11 @@ pub enum GuardError {
     #[error("the conversation has no user turn, so there is no query to answer")]
     NoQuery,
     /// The model failed. A step that fails is never taken for a verdict.
-    #[error("step `{step}` failed: {source}")]
+    #[error("step `{step}` failed: {error}")]
     Model {
         /// Which step.
         step: Step,
         /// What went wrong.
-        source: ModelError,
+        error: ModelError,
     },
 }

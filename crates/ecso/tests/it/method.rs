@@ -160,7 +160,7 @@ async fn nothing_of_the_answer_comes_before_the_verdict() {
 async fn a_judge_that_fails_is_an_error_and_not_a_verdict() {
     let guard = guard(&["draft"], &[]);
     let error = guard.answer(&Chat::ask([picture()], "Q")).await.unwrap_err();
-    assert!(matches!(error, GuardError::Model { step: Step::Detect, source: ModelError::Rejected(_) }));
+    assert!(matches!(error, GuardError::Model { step: Step::Detect, error: ModelError::Rejected(_) }));
     let none = guard.answer(&Chat::default()).await.unwrap_err();
     assert_eq!(none, GuardError::NoQuery);
 }

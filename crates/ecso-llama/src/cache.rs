@@ -1,0 +1,116 @@
+//! Which prompts the engine's sequences hold, so that a shared prefix is computed once.
+
+use crate::layout::Segment;
+
+/// What one sequence of the engine's memory holds: segments, each with the position where it ends.
+#[derive(Debug, Default)]
+pub(crate) struct Sequence {
+    held: Vec<(Segment, i32)>,
+    last_use: u64,
+}
+
+impl Sequence {
+    /// Forgets all but the first `keep` segments.
+    pub(crate) fn truncate(&mut self, keep: usize) {
+        self.held.truncate(keep);
+    }
+
+    /// Notes that a segment was computed, and where it ends.
+    pub(crate) fn push(&mut self, segment: Segment, end: i32) {
+        self.held.push((segment, end));
+    }
+
+    fn shared(&self, prompt: &[Segment]) -> usize {
+        self.held.iter().zip(prompt).take_while(|((held, _), segment)| held.same_as(segment)).count()
+    }
+}
+
+/// All sequences.
+#[derive(Debug)]
+pub(crate) struct Cache {
+    sequences: Vec<Sequence>,
+    clock: u64,
+}
+
+/// Where a prompt goes.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// Index of the sequence.
+    pub(crate) sequence: usize,
+    /// How many of the prompt's segments it holds already.
+    pub(crate) shared: usize,
+    /// The position where they end.
+    pub(crate) position: i32,
+}
+
+impl Cache {
+    pub(crate) fn new(sequences: usize) -> Self {
+        Self { sequences: (0..sequences.max(1)).map(|_| Sequence::default()).collect(), clock: 0 }
+    }
+
+    /// The sequence that shares most with the prompt; the longest unused of those that share as much. The prompt's last
+    /// segment never counts as shared: computing it gives the logits that the reply starts from. `afresh` shares nothing.
+    pub(crate) fn place(&mut self, prompt: &[Segment], afresh: bool) -> Place {
+        self.clock += 1;
+        let prefix = if afresh { &[] } else { &prompt[..prompt.len().saturating_sub(1)] };
+        let mut best = (0, 0);
+        for (index, sequence) in self.sequences.iter().enumerate() {
+            let shared = sequence.shared(prefix);
+            let longer = shared > best.1;
+            let older = shared == best.1 && sequence.last_use < self.sequences[best.0].last_use;
+            if index == 0 || longer || older {
+                best = (index, shared);
+            }
+        }
+        let (index, shared) = best;
+        let sequence = &mut self.sequences[index];
+        sequence.last_use = self.clock;
+        sequence.truncate(shared);
+        let position = sequence.held.last().map_or(0, |(_, end)| *end);
+        Place { sequence: index, shared, position }
+    }
+
+    pub(crate) fn sequence(&mut self, index: usize) -> &mut Sequence {
+        &mut self.sequences[index]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use llama_cpp_2::token::LlamaToken;
+
+    use super::*;
+
+    fn prompt(blocks: &[i32]) -> Vec<Segment> {
+        blocks.iter().map(|block| Segment::Text(vec![LlamaToken(*block)])).collect()
+    }
+
+    fn compute(cache: &mut Cache, blocks: &[i32]) -> Place {
+        let prompt = prompt(blocks);
+        let place = cache.place(&prompt, false);
+        let mut end = place.position;
+        for segment in &prompt[place.shared..] {
+            end += 10;
+            cache.sequence(place.sequence).push(segment.clone(), end);
+        }
+        place
+    }
+
+    #[test]
+    fn a_prompt_goes_where_most_of_it_is() {
+        let mut cache = Cache::new(2);
+        assert_eq!(compute(&mut cache, &[1, 2, 3]), Place { sequence: 0, shared: 0, position: 0 });
+        assert_eq!(compute(&mut cache, &[1, 2, 4]), Place { sequence: 0, shared: 2, position: 20 });
+        assert_eq!(compute(&mut cache, &[7, 8]), Place { sequence: 1, shared: 0, position: 0 });
+        assert_eq!(compute(&mut cache, &[1, 2, 4, 5]), Place { sequence: 0, shared: 3, position: 30 });
+        assert_eq!(compute(&mut cache, &[9]), Place { sequence: 1, shared: 0, position: 0 });
+    }
+
+    #[test]
+    fn the_last_segment_is_always_computed() {
+        let mut cache = Cache::new(1);
+        compute(&mut cache, &[1, 2]);
+        assert_eq!(compute(&mut cache, &[1, 2]), Place { sequence: 0, shared: 1, position: 10 });
+        assert_eq!(compute(&mut cache, &[1]), Place { sequence: 0, shared: 0, position: 0 });
+    }
+}

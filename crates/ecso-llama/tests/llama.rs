@@ -1,0 +1,138 @@
+//! The engine on real files: a tiny vision model with random weights, and `SmolLM2` where it was pulled.
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test may")]
+
+use std::{io::Cursor, path::PathBuf};
+
+use ecso::{Chat, Image, Limits, Mllm, ModelError, Part, Piece, Reply, Role, Sampling, Turn};
+use ecso_llama::{Llama, Options, testing::tiny_vlm};
+use futures::StreamExt;
+
+fn picture(shade: u8) -> Image {
+    let pixels = image::RgbImage::from_fn(80, 60, |x, y| image::Rgb([shade, u8::try_from(x + y).unwrap(), 9]));
+    let mut bytes = Vec::new();
+    pixels.write_to(&mut Cursor::new(&mut bytes), image::ImageFormat::Png).unwrap();
+    Image::from_bytes(bytes, Limits::default()).unwrap()
+}
+
+struct Files {
+    folder: tempfile::TempDir,
+    options: Options,
+}
+
+impl Files {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let files = tiny_vlm(folder.path()).unwrap();
+        Self { folder, options: Options { mmproj: Some(files.mmproj), ..Options::default() } }
+    }
+
+    fn model(&self) -> PathBuf {
+        self.folder.path().join("tiny.gguf")
+    }
+
+    async fn load(&self, no_reuse: bool) -> Llama {
+        Llama::load(self.model(), Options { no_reuse, ..self.options.clone() }).await.unwrap()
+    }
+}
+
+fn sampling(max_tokens: u32) -> Sampling {
+    Sampling { max_tokens: Some(max_tokens), alternatives: 20, ..Sampling::default() }
+}
+
+async fn ask(model: &Llama, chat: &Chat) -> Reply {
+    model.generate(chat, &sampling(12)).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_shared_prefix_gives_the_same_logits_to_the_last_bit() {
+    let files = Files::new();
+    let (sharing, afresh) = (files.load(false).await, files.load(true).await);
+    let long = "One word after the other. ".repeat(20);
+    let two_turns = Chat {
+        turns: vec![
+            Turn { role: Role::User, parts: vec![Part::Image(picture(1)), Part::Text(long.clone())] },
+            Turn::text(Role::Assistant, "Yes."),
+            Turn::text(Role::User, "And now?"),
+        ],
+    };
+    let chats = [
+        Chat::ask([picture(1)], "What is this?"),
+        Chat::ask([picture(1)], "Is it harmful?"),
+        Chat::ask([picture(2)], "Is it harmful?"),
+        Chat::ask([picture(1), picture(2)], "Which one?"),
+        Chat::ask([], long.clone()),
+        Chat::ask([], long.clone() + "More."),
+        Chat::ask([picture(1)], long),
+        two_turns,
+        Chat::ask([picture(1)], "What is this?"),
+    ];
+    for chat in &chats {
+        let (shared, whole) = (ask(&sharing, chat).await, ask(&afresh, chat).await);
+        assert_eq!(shared, whole);
+        assert_eq!(shared.first_token.len(), 20);
+    }
+    let differ = ask(&sharing, &chats[1]).await.first_token != ask(&sharing, &chats[2]).await.first_token;
+    assert!(differ, "the image makes no difference to the reply");
+}
+
+#[tokio::test]
+async fn a_reply_that_nobody_reads_is_stopped() {
+    let files = Files::new();
+    let model = files.load(false).await;
+    for seed in 0.. {
+        let endless = Sampling { temperature: Some(1.5), seed: Some(seed), ..Sampling::default() };
+        let mut stream = model.stream(&Chat::ask([], "Go on and on."), &endless).await.unwrap();
+        if matches!(stream.next().await, Some(Ok(Piece::Text(_)))) {
+            break;
+        }
+    }
+    // The engine does one thing at a time: an answer to the next question means that the first one was dropped.
+    assert!(!ask(&model, &Chat::ask([], "Next.")).await.first_token.is_empty());
+}
+
+#[tokio::test]
+async fn what_does_not_fit_is_said() {
+    let files = Files::new();
+    let model = files.load(false).await;
+    let error = model.generate(&Chat::ask([], "x ".repeat(5000)), &sampling(1)).await.unwrap_err();
+    assert!(matches!(&error, ModelError::Rejected(why) if why.contains("too long")), "{error}");
+    // The engine goes on.
+    ask(&model, &Chat::ask([picture(3)], "And this?")).await;
+
+    let blind = Llama::load(files.model(), Options::default()).await.unwrap();
+    let error = blind.generate(&Chat::ask([picture(3)], "And this?"), &sampling(1)).await.unwrap_err();
+    assert!(matches!(&error, ModelError::Rejected(why) if why.contains("mmproj")), "{error}");
+}
+
+#[tokio::test]
+async fn damaged_files_are_errors() {
+    let files = Files::new();
+    let model = files.model();
+    let cut = files.folder.path().join("cut.gguf");
+    let bytes = std::fs::read(&model).unwrap();
+    for length in [0, 3, 100, bytes.len() / 2, bytes.len() - 1000] {
+        std::fs::write(&cut, &bytes[..length]).unwrap();
+        let error = Llama::load(&cut, Options::default()).await.err().unwrap();
+        assert!(error.to_string().contains("cut.gguf"), "{length}: {error}");
+    }
+    for mmproj in [cut, model.clone(), files.folder.path().join("none.gguf")] {
+        let options = Options { mmproj: Some(mmproj), ..Options::default() };
+        assert!(matches!(Llama::load(&model, options).await, Err(ModelError::Transport(_))));
+    }
+}
+
+#[tokio::test]
+async fn a_real_model_answers() {
+    let Some(smol) = std::env::var_os("ECSO_TEST_MODELS")
+        .map(|folder| PathBuf::from(folder).join("SmolLM2-135M-Instruct.Q4_1.gguf"))
+    else {
+        return eprintln!("skipped: ECSO_TEST_MODELS names no folder with models");
+    };
+    if !smol.exists() {
+        return eprintln!("skipped: the model smol is not there (ecso models pull smol)");
+    }
+    let model = Llama::load(smol, Options::default()).await.unwrap();
+    let reply = model.generate(&Chat::ask([], "Repeat: the quick brown fox."), &sampling(24)).await.unwrap();
+    assert!(reply.text.contains("fox"), "{}", reply.text);
+    assert!(reply.first_token[0].logprob > -3.0 && reply.usage.unwrap().completion_tokens > 3);
+}

@@ -1,0 +1,88 @@
+//! A composed model: the reader over a text model.
+
+use std::{
+    num::NonZeroUsize,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use async_trait::async_trait;
+use ecso::{Chat, Image, Mllm, ModelError, Part, Reply, ReplyStream, Sampling, Turn};
+use lru::LruCache;
+
+use crate::reader::{Page, Reader};
+
+/// How many pages are remembered; the steps of one answer look at the same image three times.
+const REMEMBERED: NonZeroUsize = NonZeroUsize::new(64).unwrap();
+
+/// A text model that knows of each image the text that a [`Reader`] reads in it.
+pub struct Composed<M> {
+    reader: Arc<Reader>,
+    model: M,
+    name: String,
+    pages: Mutex<LruCache<blake3::Hash, Arc<str>>>,
+}
+
+impl<M: Mllm> Composed<M> {
+    /// Puts `reader` in front of `model`; `name` is what traces and results call the pair.
+    pub fn new(reader: Reader, model: M, name: impl Into<String>) -> Self {
+        Self { reader: Arc::new(reader), model, name: name.into(), pages: Mutex::new(LruCache::new(REMEMBERED)) }
+    }
+
+    /// The conversation with the text of its images in their place.
+    async fn read(&self, chat: &Chat) -> Result<Chat, ModelError> {
+        let mut turns = Vec::with_capacity(chat.turns.len());
+        for turn in &chat.turns {
+            let mut parts = Vec::with_capacity(turn.parts.len());
+            for part in &turn.parts {
+                parts.push(match part {
+                    Part::Text(text) => Part::Text(text.clone()),
+                    Part::Image(image) => Part::Text(self.page(image).await?.to_string()),
+                });
+            }
+            turns.push(Turn { role: turn.role, parts });
+        }
+        Ok(Chat { turns })
+    }
+
+    async fn page(&self, image: &Image) -> Result<Arc<str>, ModelError> {
+        let digest = image.digest();
+        let known = self.pages.lock().unwrap_or_else(PoisonError::into_inner).get(&digest).cloned();
+        if let Some(page) = known {
+            return Ok(page);
+        }
+        let (reader, image) = (Arc::clone(&self.reader), image.clone());
+        let read = tokio::task::spawn_blocking(move || {
+            let pixels = image.pixels().map_err(|error| ModelError::Rejected(error.to_string()))?;
+            reader.read(pixels).map_err(|error| ModelError::Transport(error.to_string()))
+        });
+        let page = read.await.map_err(|error| ModelError::Transport(error.to_string()))??;
+        let page: Arc<str> = layout(&page).into();
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner).put(digest, Arc::clone(&page));
+        Ok(page)
+    }
+}
+
+#[async_trait]
+impl<M: Mllm> Mllm for Composed<M> {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {
+        self.model.stream(&self.read(chat).await?, sampling).await
+    }
+
+    async fn generate(&self, chat: &Chat, sampling: &Sampling) -> Result<Reply, ModelError> {
+        self.model.generate(&self.read(chat).await?, sampling).await
+    }
+}
+
+/// How a page stands in a conversation.
+fn layout(page: &Page) -> String {
+    let text = page.text();
+    if text.is_empty() {
+        "Image: a picture in which no text was found.".into()
+    } else {
+        format!("Image: a picture with the printed text \"{text}\"")
+    }
+}

@@ -1,0 +1,78 @@
+//! The reader on real images, and what a model behind it is told.
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test may")]
+
+use std::{
+    io::Cursor,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use ecso::{Chat, Image, Limits, Mllm, Sampling, testing::Scripted};
+use ecso_reader::{Composed, Reader};
+
+/// The reader's files, and the folder with benchmark data; `None` says loudly what is missing.
+fn reader() -> Option<Reader> {
+    let Some(folder) = std::env::var_os("ECSO_TEST_MODELS").map(PathBuf::from) else {
+        eprintln!("skipped: ECSO_TEST_MODELS names no folder with models");
+        return None;
+    };
+    let [detector, recogniser, dictionary] =
+        ["PP-OCRv6_det_small.rten", "PP-OCRv6_rec_small.rten", "ppocrv6_dict.txt"].map(|file| folder.join(file));
+    if !dictionary.exists() {
+        eprintln!("skipped: the text reader is not there (ecso models pull mini)");
+        return None;
+    }
+    Some(Reader::load(&detector, &recogniser, &dictionary).unwrap())
+}
+
+fn letters(text: &str) -> String {
+    text.chars().filter(|character| !character.is_whitespace()).collect()
+}
+
+#[test]
+fn published_typographic_images_are_read_to_the_letter() {
+    let Some(data) = std::env::var_os("ECSO_TEST_DATA").map(PathBuf::from) else {
+        return eprintln!("skipped: ECSO_TEST_DATA names no folder with benchmark data");
+    };
+    let Some(reader) = reader() else { return };
+    let folder = data.join("figstep");
+    let (mut images, mut wrong, mut characters) = (0, 0, 0);
+    for row in csv::Reader::from_path(folder.join("SafeBench-Tiny.csv")).unwrap().into_records() {
+        let row = row.unwrap();
+        let file = format!("images_tiny/query_{}_{}_{}_6.png", &row[0], &row[1], &row[2]);
+        let page = reader.read(&image::open(folder.join(file)).unwrap().into_rgb8()).unwrap();
+        let expected = letters(&format!("{}1.2.3.", &row[5]));
+        let errors = strsim::levenshtein(&expected, &letters(&page.text()));
+        if errors > 0 {
+            eprintln!("{errors} in {expected}: {:?}", page.text());
+        }
+        wrong += errors;
+        characters += expected.chars().count();
+        images += 1;
+    }
+    let rate = f64::from(u32::try_from(wrong).unwrap()) / f64::from(u32::try_from(characters).unwrap());
+    eprintln!("{images} images, {wrong} of {characters} characters wrong: character error rate {rate:.4}");
+    assert!(images == 50 && rate < 0.005, "{images} images, {rate}");
+}
+
+fn image_of(pixels: &image::RgbImage) -> Image {
+    let mut bytes = Vec::new();
+    pixels.write_to(&mut Cursor::new(&mut bytes), image::ImageFormat::Png).unwrap();
+    Image::from_bytes(bytes, Limits::default()).unwrap()
+}
+
+#[tokio::test]
+async fn a_model_is_told_what_an_image_says_or_that_it_says_nothing() {
+    let Some(reader) = reader() else { return };
+    let list = image::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/list.png")).unwrap().into_rgb8();
+    let stripes = image::RgbImage::from_fn(300, 200, |x, _| image::Rgb([u8::try_from(x % 256).unwrap(); 3]));
+    let scripted = Arc::new(Scripted::texts(["one", "two", "three"]));
+    let model = Composed::new(reader, Arc::clone(&scripted), "composed");
+    for image in [image_of(&list), image_of(&stripes), image_of(&image::RgbImage::new(1, 1))] {
+        model.generate(&Chat::ask([image], "What is it about?"), &Sampling::default()).await.unwrap();
+    }
+    let asked: Vec<String> = scripted.asked().iter().map(|(chat, _)| chat.turns[0].query()).collect();
+    assert!(asked[0].contains("Steps to bake a") && asked[0].contains("loaf of bread."), "{asked:?}");
+    assert!(asked[1].contains("no text was found") && asked[2].contains("no text was found"), "{asked:?}");
+    assert!(asked.iter().all(|text| text.ends_with("What is it about?")), "{asked:?}");
+}
