@@ -1,0 +1,77 @@
+//! Our own mild requests, in the forms in which harmful ones come: what a guard must leave alone.
+
+use std::{io::Cursor, path::Path, sync::Arc};
+
+use image::ImageFormat;
+use serde::Deserialize;
+
+use super::{About, Benchmark, DataError, Items};
+use crate::{
+    item::{Item, Picture, Task},
+    prepare::FILL_THE_LIST,
+    typographic::Typesetter,
+};
+
+/// The requests: columns id, topic, instruction, question.
+const TWINS: &str = include_str!("../../data/twins.csv");
+
+pub(super) struct Twins;
+
+#[derive(Deserialize)]
+struct Row {
+    id: String,
+    topic: String,
+    instruction: String,
+    question: String,
+}
+
+impl Benchmark for Twins {
+    fn about(&self) -> About {
+        About {
+            name: "twins",
+            size: "420 typographic images, 420 plain questions; ships with ecso",
+            licence: "MIT OR Apache-2.0",
+            source: "ecso",
+            scoring: "over-refusal, share of answers changed",
+            layout: "needs no --data; the images are set in a font of the system",
+            variants: &["typographic", "text"],
+        }
+    }
+
+    fn items(&self, data: &Path, variant: Option<&str>) -> Result<Items, DataError> {
+        let rows: Result<Vec<Row>, csv::Error> =
+            csv::Reader::from_reader(TWINS.as_bytes()).into_deserialize().collect();
+        let rows = rows.map_err(|error| DataError::new(data, error))?;
+        let item = |row: Row, query: String, images: Vec<Picture>| Item {
+            cluster: row.id.clone(),
+            id: row.id,
+            scenario: row.topic,
+            query,
+            request: row.question,
+            images,
+            task: Task::Harmless,
+        };
+        match variant.unwrap_or("typographic") {
+            "text" => Ok(Items::all(
+                rows.into_iter()
+                    .map(|row| {
+                        let query = row.question.clone();
+                        item(row, query, Vec::new())
+                    })
+                    .collect(),
+            )),
+            "typographic" => {
+                let typesetter = Typesetter::system().map_err(|error| DataError::new(data, error))?;
+                let total = Some(rows.len());
+                let iter = rows.into_iter().map(move |row| {
+                    let mut bytes = Cursor::new(Vec::new());
+                    let set = typesetter.list(&row.instruction).write_to(&mut bytes, ImageFormat::Png);
+                    set.map_err(|error| DataError::new(Path::new(&row.id), error))?;
+                    Ok(item(row, FILL_THE_LIST.into(), vec![Picture::Bytes(Arc::from(bytes.into_inner()))]))
+                });
+                Ok(Items { total, iter: Box::new(iter) })
+            }
+            other => Err(DataError::new(data, format!("no variant is called {other}: typographic, text"))),
+        }
+    }
+}

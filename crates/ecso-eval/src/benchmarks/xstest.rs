@@ -1,0 +1,52 @@
+//! XSTest (arXiv 2308.01263): safe prompts that look unsafe, and unsafe ones in contrast.
+
+use std::path::Path;
+
+use serde::Deserialize;
+
+use super::{About, Benchmark, DataError, Items, csv_rows, locate};
+use crate::item::{Item, Task};
+
+pub(super) struct XsTest;
+
+#[derive(Deserialize)]
+struct Row {
+    id: String,
+    prompt: String,
+    #[serde(rename = "type")]
+    kind: String,
+    #[serde(default)]
+    label: Option<String>,
+}
+
+impl Benchmark for XsTest {
+    fn about(&self) -> About {
+        About {
+            name: "xstest",
+            size: "450 (250 safe, 200 unsafe), text only",
+            licence: "CC BY 4.0",
+            source: "github paul-rottger/exaggerated-safety",
+            scoring: "over-refusal on the safe prompts, harmless rate on the unsafe ones",
+            layout: "xstest_prompts.csv (columns id, prompt, type, label)",
+            variants: &[],
+        }
+    }
+
+    fn items(&self, data: &Path, _: Option<&str>) -> Result<Items, DataError> {
+        let table = locate(data, &["xstest_prompts.csv", "xstest_v2_prompts.csv"])?;
+        let rows: Vec<Row> = csv_rows(&table, b',')?;
+        let item = |row: Row| {
+            let harmful = row.label.map_or_else(|| row.kind.starts_with("contrast_"), |label| label == "unsafe");
+            Item {
+                id: row.id.clone(),
+                scenario: row.kind,
+                cluster: row.id,
+                request: row.prompt.clone(),
+                query: row.prompt,
+                images: Vec::new(),
+                task: if harmful { Task::Harmful } else { Task::Harmless },
+            }
+        };
+        Ok(Items::all(rows.into_iter().map(item).collect()))
+    }
+}

@@ -1,0 +1,103 @@
+//! One item of a benchmark: what is asked, and what a good answer is.
+
+use std::{path::PathBuf, sync::Arc};
+
+use ecso::{Chat, Image, ImageError, Limits};
+use serde::{Deserialize, Serialize};
+
+/// An item as a benchmark gives it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Item {
+    /// Unique within its benchmark.
+    pub id: String,
+    /// Scenario, topic, subtask or category.
+    pub scenario: String,
+    /// Items that share a question share a cluster; intervals are by cluster.
+    pub cluster: String,
+    /// The text that is sent.
+    pub query: String,
+    /// What is asked for, in words, for a judge that can't see: the query, or what the image asks.
+    pub request: String,
+    /// The images, in order.
+    pub images: Vec<Picture>,
+    /// What a good answer is.
+    pub task: Task,
+}
+
+/// Where an image comes from.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Picture {
+    /// A file, read when its item's turn comes.
+    File(PathBuf),
+    /// Encoded bytes.
+    Bytes(Arc<[u8]>),
+}
+
+/// What a good answer is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Task {
+    /// Harm is asked for: a good answer doesn't give it.
+    Harmful,
+    /// Nothing harmful is asked for: a good answer isn't a refusal.
+    Harmless,
+    /// Advice, or a matter of politics, that needs a disclaimer or a refusal (MM-SafetyBench scenarios 08 and 10 to 13).
+    Advice {
+        /// `legal`, `financial`, `health`, `political` or `gov`.
+        field: String,
+    },
+    /// A yes/no question (MME).
+    YesNo {
+        /// Whether yes is right.
+        yes: bool,
+    },
+    /// A multiple-choice question (MMBench).
+    Choice {
+        /// The right option's letter.
+        answer: char,
+        /// Letters and texts.
+        options: Vec<(char, String)>,
+    },
+    /// A free answer that is graded against the truth (MM-Vet).
+    Graded {
+        /// The truth, with `<AND>` and `<OR>`.
+        truth: String,
+        /// What it takes: rec, ocr, know, gen, spat, math.
+        capabilities: Vec<String>,
+    },
+}
+
+/// An image of an item that can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PictureError {
+    /// Its file can't be read.
+    #[error("{}: {reason}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// It is broken or too large.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+}
+
+impl Item {
+    /// The conversation that is sent.
+    ///
+    /// # Errors
+    /// [`PictureError`] if an image can't be read.
+    pub fn chat(&self, limits: Limits) -> Result<Chat, PictureError> {
+        let read = |picture: &Picture| {
+            let bytes: Vec<u8> = match picture {
+                Picture::Bytes(bytes) => bytes.to_vec(),
+                Picture::File(path) => std::fs::read(path)
+                    .map_err(|error| PictureError::File { path: path.clone(), reason: error.to_string() })?,
+            };
+            Ok(Image::from_bytes(bytes, limits)?)
+        };
+        let images: Result<Vec<Image>, PictureError> = self.images.iter().map(read).collect();
+        Ok(Chat::ask(images?, self.query.clone()))
+    }
+}

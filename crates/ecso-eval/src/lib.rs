@@ -1,0 +1,19 @@
+//! The evaluation harness: what the protection of an MLLM gains and what it costs.
+//!
+//! 1. A [`benchmarks::Benchmark`] reads its official layout and gives [`item::Item`]s.
+//! 2. [`run::run`] answers each item unguarded and under every profile (the draft is made once), and records it in a
+//!    [`journal`]. [`cache::Cached`] keeps every reply on disk.
+//! 3. A [`judge::Judge`] rules on the answers, apart from running.
+//! 4. [`summary`] makes rates with intervals of both, [`stats`] has the arithmetic.
+
+pub mod benchmarks;
+pub mod cache;
+pub mod item;
+pub mod journal;
+pub mod judge;
+pub mod prepare;
+pub mod report;
+pub mod run;
+pub mod stats;
+pub mod summary;
+pub mod typographic;

@@ -1,0 +1,140 @@
+//! Reports: one HTML file that needs nothing else, and the same figures as Markdown, CSV and JSON.
+
+mod html;
+
+use std::fmt::Write as _;
+
+pub use html::html;
+
+use crate::{
+    journal::{Header, Record},
+    judge::Judgement,
+    stats::{Mean, Rate},
+    summary::{Figures, Summary},
+};
+
+/// A run with what a judge says of it.
+pub struct Judged {
+    /// The run's header.
+    pub header: Header,
+    /// Its records.
+    pub records: Vec<Record>,
+    /// The latest verdict on each answer.
+    pub judgements: Vec<Judgement>,
+    /// The figures.
+    pub summary: Summary,
+}
+
+/// A rate as people read it: `93.1% (88.0 to 96.2)`.
+#[must_use]
+pub fn percent(rate: Rate) -> String {
+    if rate.value.is_nan() {
+        return "-".into();
+    }
+    format!("{:.1}% ({:.1} to {:.1})", 100.0 * rate.value, 100.0 * rate.low, 100.0 * rate.high)
+}
+
+fn number(mean: Mean) -> String {
+    if mean.value.is_nan() {
+        return "-".into();
+    }
+    let places = if mean.value.abs() < 20.0 { 2 } else { 0 };
+    format!("{:.places$} ({:.places$} to {:.places$})", mean.value, mean.low, mean.high)
+}
+
+/// The cells of a line of figures: harmless rate, attack success, over-refusal, utility, unjudged.
+fn cells(figures: &Figures) -> [String; 5] {
+    let rate = |rate: Option<Rate>| rate.map_or_else(|| "-".into(), percent);
+    [
+        rate(figures.harmless),
+        rate(figures.attack_success),
+        rate(figures.over_refusal),
+        figures.utility.map_or_else(|| "-".into(), number),
+        (figures.unjudged + figures.missing).to_string(),
+    ]
+}
+
+/// The figures as Markdown.
+#[must_use]
+pub fn markdown(runs: &[Judged]) -> String {
+    let mut out = String::from("# Report\n");
+    for Judged { summary, header, .. } in runs {
+        let cap = header.max_new_tokens.map_or_else(|| "none".into(), |cap| cap.to_string());
+        let _ = write!(
+            out,
+            "\n## {} on {}\n\n{} items, {} failed; judge {}; at most {cap} new tokens; rates with 95% intervals\n\n\
+             | arm | harmless rate | attack success | over-refusal | utility | unjudged | changed | calls | ms | tokens |\n\
+             | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
+            summary.benchmark, summary.model, summary.items, summary.failed, summary.judge
+        );
+        for arm in &summary.arms {
+            let tokens = arm.tokens.map_or_else(|| "-".into(), number);
+            let _ = writeln!(
+                out,
+                "| {} | {} | {} | {} | {} | {tokens} |",
+                arm.profile,
+                cells(&arm.all).join(" | "),
+                percent(arm.changed),
+                number(arm.calls),
+                number(arm.ms)
+            );
+        }
+        for arm in &summary.arms {
+            if let Some((only_this, only_that, p)) = arm.all.against_unguarded {
+                let _ = write!(
+                    out,
+                    "\n{} against unguarded: {only_this} answers better, {only_that} worse (exact McNemar p = {p:.2e}).\n",
+                    arm.profile
+                );
+            }
+            if let Some(detection) = &arm.detection {
+                let area = detection.auroc.map_or_else(|| "-".into(), |area| format!("{area:.3}"));
+                let _ = writeln!(
+                    out,
+                    "Step 2 of {}: precision {}, recall {}, AUROC {area}; flags {} of the refusals.",
+                    arm.profile,
+                    percent(detection.precision),
+                    percent(detection.recall),
+                    percent(detection.flagged_refusals)
+                );
+            }
+        }
+    }
+    out
+}
+
+/// The figures as CSV: one line a run, arm and scenario (`all` first), rates as numbers.
+#[must_use]
+pub fn csv(runs: &[Judged]) -> String {
+    let mut out = String::from("benchmark,model,judge,arm,scenario,metric,value,low,high,count,total\n");
+    for Judged { summary, .. } in runs {
+        for arm in &summary.arms {
+            let all = [("all", &arm.all)];
+            let scenarios = arm.scenarios.iter().map(|(scenario, figures)| (scenario.as_str(), figures));
+            for (scenario, figures) in all.into_iter().chain(scenarios) {
+                let rates = [
+                    ("harmless_rate", figures.harmless),
+                    ("attack_success_rate", figures.attack_success),
+                    ("over_refusal", figures.over_refusal),
+                ];
+                let fields =
+                    [&summary.benchmark, &summary.model, &summary.judge, &arm.profile, scenario].map(quoted).join(",");
+                for (metric, rate) in rates.into_iter().filter_map(|(metric, rate)| Some((metric, rate?))) {
+                    let _ = writeln!(
+                        out,
+                        "{fields},{metric},{},{},{},{},{}",
+                        rate.value, rate.low, rate.high, rate.count, rate.total
+                    );
+                }
+                if let Some(mean) = figures.utility {
+                    let _ = writeln!(out, "{fields},utility,{},{},{},,{}", mean.value, mean.low, mean.high, mean.total);
+                }
+            }
+        }
+    }
+    out
+}
+
+fn quoted(field: &str) -> String {
+    if field.contains([',', '"', '\n']) { format!("\"{}\"", field.replace('"', "\"\"")) } else { field.to_owned() }
+}

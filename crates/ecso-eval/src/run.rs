@@ -1,0 +1,186 @@
+//! Running a benchmark: each item unguarded and guarded, the draft made once and reviewed under every profile.
+
+use std::{collections::BinaryHeap, sync::Arc};
+
+use ecso::{Guard, Limits, Mllm, Outcome, Profile, profile::Gate};
+use futures::{StreamExt, stream};
+
+use crate::{
+    benchmarks::{Benchmark, DataError, Items},
+    item::Item,
+    journal::{Choice, Header, Journal, JournalError, Record},
+};
+
+/// What the unguarded arm is called.
+pub const UNGUARDED: &str = "unguarded";
+
+/// How a run goes; beside it, a run is what its [`Header`] says.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Items at once.
+    pub concurrency: usize,
+    /// Run items again that failed.
+    pub retry_failed: bool,
+    /// Bounds of images.
+    pub limits: Limits,
+}
+
+/// Why a run ended.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunError {
+    /// The benchmark's data.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+/// What a caller learns while a run goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// Items that are to be run, recorded ones included; where known.
+    pub total: Option<usize>,
+    /// Items that are recorded.
+    pub recorded: usize,
+    /// Of these, failed ones.
+    pub failed: usize,
+}
+
+/// The profiles with every answer capped at `max_new_tokens`.
+#[must_use]
+pub fn capped(mut profiles: Vec<Profile>, max_new_tokens: Option<u32>) -> Vec<Profile> {
+    let cap = max_new_tokens.unwrap_or(u32::MAX);
+    for profile in &mut profiles {
+        for limit in [&mut profile.direct.max_tokens, &mut profile.caption.max_tokens, &mut profile.safe.max_tokens] {
+            *limit = cap.min(*limit);
+        }
+    }
+    profiles
+}
+
+/// Runs the items of `benchmark` that `header` chooses, and records them in `journal`. Dropping the future at any point loses
+/// the items under way, no other.
+///
+/// # Errors
+/// [`RunError`]: the data or the journal. A model that fails is recorded with its item, and the run goes on.
+pub async fn run(
+    benchmark: &dyn Benchmark,
+    header: &Header,
+    profiles: &[Profile],
+    model: Arc<dyn Mllm>,
+    journal: &mut Journal,
+    options: Options,
+    mut progress: impl FnMut(Progress),
+) -> Result<(), RunError> {
+    let mut unguarded = profiles.first().cloned().unwrap_or_else(Profile::paper);
+    unguarded.name = UNGUARDED.into();
+    unguarded.gate = Gate::Never;
+    let direct = Guard::new(Arc::clone(&model), unguarded);
+    let guards: Vec<_> = profiles.iter().map(|profile| Guard::new(Arc::clone(&model), profile.clone())).collect();
+
+    let Items { total, iter } = chosen(benchmark.items(&header.data, header.variant.as_deref())?, &header.choice)?;
+    let mut report = |journal: &Journal| {
+        progress(Progress { total, recorded: journal.len(), failed: journal.failed() });
+    };
+    report(journal);
+    let mut broken = None;
+    let (direct, guards) = (&direct, &guards);
+    let mut waiting = iter.fuse();
+    let mut under_way = stream::FuturesUnordered::new();
+    loop {
+        while under_way.len() < options.concurrency.max(1) && broken.is_none() {
+            match waiting.next() {
+                Some(Ok(item)) if journal.has(&item.id, options.retry_failed) => {}
+                Some(Ok(item)) => under_way.push(one(item, direct, guards, options.limits)),
+                Some(Err(error)) => broken = Some(error),
+                None => break,
+            }
+        }
+        let Some(record) = under_way.next().await else { break };
+        journal.record(&record)?;
+        report(journal);
+    }
+    broken.map_or(Ok(()), |error| Err(error.into()))
+}
+
+async fn one(item: Item, direct: &Guard<Arc<dyn Mllm>>, guards: &[Guard<Arc<dyn Mllm>>], limits: Limits) -> Record {
+    let answered = answer(&item, direct, guards, limits).await;
+    let (arms, error) = match answered {
+        Ok(arms) => (arms, None),
+        Err(error) => (Vec::new(), Some(error)),
+    };
+    let Item { id, scenario, cluster, query, request, images, task } = item;
+    Record { id, scenario, cluster, query, request, task, images: images.len(), arms, error }
+}
+
+async fn answer(
+    item: &Item,
+    direct: &Guard<Arc<dyn Mllm>>,
+    guards: &[Guard<Arc<dyn Mllm>>],
+    limits: Limits,
+) -> Result<Vec<Outcome>, String> {
+    let chat = item.chat(limits).map_err(|error| error.to_string())?;
+    let draft = direct.answer(&chat).await.map_err(|error| error.to_string())?;
+    let mut arms = Vec::with_capacity(1 + guards.len());
+    for guard in guards {
+        arms.push(guard.review(&chat, &draft.answer).await.map_err(|error| error.to_string())?);
+    }
+    arms.insert(0, draft);
+    Ok(arms)
+}
+
+/// The items that `choice` takes. A sample is drawn by a hash of seed and id: the same whatever else is in the data.
+fn chosen(items: Items, choice: &Choice) -> Result<Items, DataError> {
+    let scenarios = choice.scenarios.clone();
+    let wanted = move |item: &Item| {
+        scenarios.is_empty()
+            || scenarios.iter().any(|scenario| item.scenario.to_lowercase().starts_with(&scenario.to_lowercase()))
+    };
+    let total = items.total.filter(|_| choice.scenarios.is_empty());
+    let iter = items.iter.filter(move |item| item.as_ref().map_or(true, &wanted));
+    let limit = choice.limit.unwrap_or(usize::MAX);
+    let Some(size) = choice.sample else {
+        return Ok(Items { total: total.map(|total| total.min(limit)), iter: Box::new(iter.take(limit)) });
+    };
+    let mut drawn: BinaryHeap<Drawn> = BinaryHeap::new();
+    for (place, item) in iter.enumerate() {
+        let item = item?;
+        let lot = *blake3::hash(format!("{}:{}", choice.seed, item.id).as_bytes()).as_bytes();
+        drawn.push(Drawn { lot, place, item });
+        if drawn.len() > size {
+            drawn.pop();
+        }
+    }
+    let mut drawn = drawn.into_vec();
+    drawn.sort_by_key(|drawn| drawn.place);
+    drawn.truncate(limit);
+    Ok(Items::all(drawn.into_iter().map(|drawn| drawn.item).collect()))
+}
+
+struct Drawn {
+    lot: [u8; 32],
+    place: usize,
+    item: Item,
+}
+
+impl PartialEq for Drawn {
+    fn eq(&self, other: &Self) -> bool {
+        self.lot == other.lot
+    }
+}
+
+impl Eq for Drawn {}
+
+impl PartialOrd for Drawn {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Drawn {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.lot.cmp(&other.lot)
+    }
+}

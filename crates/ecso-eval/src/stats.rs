@@ -1,0 +1,275 @@
+//! Rates with intervals, paired tests, rankings.
+
+use serde::Serialize;
+
+/// 97.5% quantile of the normal distribution.
+const Z: f64 = 1.959_963_984_540_054;
+/// Resamples of a bootstrap.
+const RESAMPLES: usize = 2000;
+
+/// A share with its 95% interval, all in 0..=1.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Rate {
+    /// How many.
+    pub count: usize,
+    /// Of how many.
+    pub total: usize,
+    /// The share; NaN of nothing.
+    pub value: f64,
+    /// Lower end.
+    pub low: f64,
+    /// Upper end.
+    pub high: f64,
+}
+
+#[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
+fn float(count: usize) -> f64 {
+    count as f64
+}
+
+impl Rate {
+    /// A share of independent items, with Wilson's score interval.
+    #[must_use]
+    pub fn wilson(count: usize, total: usize) -> Self {
+        if total == 0 {
+            return Self { count, total, value: f64::NAN, low: 0.0, high: 1.0 };
+        }
+        let (n, p) = (float(total), float(count) / float(total));
+        let scale = 1.0 + Z * Z / n;
+        let middle = (p + Z * Z / (2.0 * n)) / scale;
+        let half = Z * (p * (1.0 - p) / n + Z * Z / (4.0 * n * n)).sqrt() / scale;
+        Self { count, total, value: p, low: (middle - half).max(0.0), high: (middle + half).min(1.0) }
+    }
+
+    /// A share of which `unknown` more items could be judged by nobody: its interval reaches from none of them to all.
+    #[must_use]
+    pub fn with_unknown(count: usize, total: usize, unknown: usize) -> Self {
+        let known = Self::wilson(count, total);
+        if unknown == 0 {
+            return known;
+        }
+        let low = Self::wilson(count, total + unknown).low;
+        let high = Self::wilson(count + unknown, total + unknown).high;
+        Self { low, high, ..known }
+    }
+}
+
+/// A mean with its 95% interval.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Mean {
+    /// Of how many values.
+    pub total: usize,
+    /// The mean; NaN of nothing.
+    pub value: f64,
+    /// Lower end.
+    pub low: f64,
+    /// Upper end.
+    pub high: f64,
+}
+
+/// Deterministic random numbers (SplitMix64).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        usize::try_from((u128::from(z ^ (z >> 31)) * end as u128) >> 64).unwrap_or_default()
+    }
+}
+
+/// Mean of values in clusters, with a percentile bootstrap over clusters.
+#[must_use]
+pub fn clustered_mean(clusters: &[Vec<f64>]) -> Mean {
+    let mean = |sums: &mut dyn Iterator<Item = (f64, usize)>| {
+        let (sum, count) = sums.fold((0.0, 0), |(sum, count), (s, c)| (sum + s, count + c));
+        if count == 0 { f64::NAN } else { sum / float(count) }
+    };
+    let sums: Vec<(f64, usize)> = clusters.iter().map(|values| (values.iter().sum(), values.len())).collect();
+    let total = clusters.iter().map(Vec::len).sum();
+    let value = mean(&mut sums.iter().copied());
+    if sums.len() < 2 {
+        return Mean { total, value, low: f64::NAN, high: f64::NAN };
+    }
+    let mut random = Random(0x2403_0957);
+    let mut means: Vec<f64> =
+        (0..RESAMPLES).map(|_| mean(&mut (0..sums.len()).map(|_| sums[random.below(sums.len())]))).collect();
+    means.sort_by(f64::total_cmp);
+    Mean { total, value, low: means[RESAMPLES / 40], high: means[RESAMPLES - 1 - RESAMPLES / 40] }
+}
+
+/// `McNemar`'s exact test: of pairs that differ, `only_first` and `only_second`; gives the two-sided p value.
+#[must_use]
+pub fn mcnemar(only_first: usize, only_second: usize) -> f64 {
+    let n = only_first + only_second;
+    let few = only_first.min(only_second);
+    // log of the binomial coefficients, one after the other
+    let (mut log_choose, mut sum) = (0.0, 0.0);
+    for k in 0..=few {
+        sum += (log_choose - float(n) * std::f64::consts::LN_2).exp();
+        log_choose += (float(n - k) / float(k + 1)).ln();
+    }
+    (2.0 * sum).min(1.0)
+}
+
+/// Area under the ROC curve of `scores` with their labels: the chance that a positive scores above a negative, ties half.
+/// `None` without both kinds.
+#[must_use]
+pub fn auroc(scores: &[(f64, bool)]) -> Option<f64> {
+    let mut sorted = scores.to_vec();
+    sorted.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let positives = sorted.iter().filter(|(_, positive)| *positive).count();
+    let negatives = sorted.len() - positives;
+    if positives == 0 || negatives == 0 {
+        return None;
+    }
+    let (mut below, mut wins) = (0.0, 0.0);
+    for tied in sorted.chunk_by(|a, b| a.0.total_cmp(&b.0).is_eq()) {
+        let high = float(tied.iter().filter(|(_, positive)| *positive).count());
+        let low = float(tied.len()) - high;
+        wins += high * (below + low / 2.0);
+        below += low;
+    }
+    Some(wins / (float(positives) * float(negatives)))
+}
+
+/// How well one labelling agrees with another.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Agreement {
+    /// Both say harmful.
+    pub both: usize,
+    /// Only the judge does.
+    pub only_judge: usize,
+    /// Only the label does.
+    pub only_label: usize,
+    /// Neither does.
+    pub neither: usize,
+}
+
+impl Agreement {
+    /// Counts pairs of (judge, label).
+    pub fn of(pairs: impl IntoIterator<Item = (bool, bool)>) -> Self {
+        let mut counts = Self { both: 0, only_judge: 0, only_label: 0, neither: 0 };
+        for pair in pairs {
+            *match pair {
+                (true, true) => &mut counts.both,
+                (true, false) => &mut counts.only_judge,
+                (false, true) => &mut counts.only_label,
+                (false, false) => &mut counts.neither,
+            } += 1;
+        }
+        counts
+    }
+
+    fn total(self) -> usize {
+        self.both + self.only_judge + self.only_label + self.neither
+    }
+
+    /// Share of pairs that agree.
+    #[must_use]
+    pub fn accuracy(self) -> Rate {
+        Rate::wilson(self.both + self.neither, self.total())
+    }
+
+    /// Share of the judge's harmful that are.
+    #[must_use]
+    pub fn precision(self) -> Rate {
+        Rate::wilson(self.both, self.both + self.only_judge)
+    }
+
+    /// Share of the harmful that the judge finds.
+    #[must_use]
+    pub fn recall(self) -> Rate {
+        Rate::wilson(self.both, self.both + self.only_label)
+    }
+
+    /// Cohen's kappa: agreement beyond chance.
+    #[must_use]
+    pub fn kappa(self) -> f64 {
+        let n = float(self.total());
+        let judge = float(self.both + self.only_judge) / n;
+        let label = float(self.both + self.only_label) / n;
+        let chance = judge * label + (1.0 - judge) * (1.0 - label);
+        (self.accuracy().value - chance) / (1.0 - chance)
+    }
+
+    /// Kappa with a 95% interval, by a bootstrap over pairs.
+    #[must_use]
+    pub fn kappa_interval(self) -> Mean {
+        let total = self.total();
+        let ends = [self.both, self.both + self.only_judge, self.both + self.only_judge + self.only_label];
+        let mut random = Random(0x5eed);
+        let mut kappas: Vec<f64> = (0..RESAMPLES)
+            .map(|_| {
+                let drawn = (0..total).map(|_| match random.below(total) {
+                    n if n < ends[0] => (true, true),
+                    n if n < ends[1] => (true, false),
+                    n if n < ends[2] => (false, true),
+                    _ => (false, false),
+                });
+                Self::of(drawn).kappa()
+            })
+            .collect();
+        kappas.sort_by(f64::total_cmp);
+        Mean { total, value: self.kappa(), low: kappas[RESAMPLES / 40], high: kappas[RESAMPLES - 1 - RESAMPLES / 40] }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn close(a: f64, b: f64) {
+        assert!((a - b).abs() < 5e-4, "{a} is not {b}");
+    }
+
+    #[test]
+    fn intervals_are_those_of_the_textbook() {
+        // Newcombe 1998, table I: 81 of 263, Wilson: 0.2553 to 0.3662; 0 of 20: 0 to 0.1611.
+        let rate = Rate::wilson(81, 263);
+        close(rate.low, 0.2553);
+        close(rate.high, 0.3662);
+        close(Rate::wilson(0, 20).high, 0.1611);
+        assert!(Rate::wilson(0, 0).value.is_nan());
+        let range = Rate::with_unknown(5, 10, 10);
+        assert!(range.low < Rate::wilson(5, 10).low && range.high > Rate::wilson(5, 10).high);
+    }
+
+    #[test]
+    fn paired_tests_are_exact() {
+        close(mcnemar(0, 5), 0.0625);
+        close(mcnemar(1, 9), 0.021_48);
+        close(mcnemar(4, 4), 1.0);
+        close(mcnemar(0, 0), 1.0);
+        assert!(mcnemar(400, 700) < 1e-15);
+    }
+
+    #[test]
+    fn rankings_count_ties_half() {
+        assert_eq!(auroc(&[(0.1, false), (0.9, true)]), Some(1.0));
+        assert_eq!(auroc(&[(0.5, false), (0.5, true)]), Some(0.5));
+        assert_eq!(auroc(&[(0.1, true), (0.5, false), (0.9, true), (0.9, false)]), Some(0.375));
+        assert_eq!(auroc(&[(0.5, true)]), None);
+    }
+
+    #[test]
+    fn kappa_is_agreement_beyond_chance() {
+        // Cohen's textbook table: 20, 5, 10, 15.
+        let agreement = Agreement { both: 20, only_judge: 5, only_label: 10, neither: 15 };
+        close(agreement.kappa(), 0.4);
+        let interval = agreement.kappa_interval();
+        assert!(interval.low < 0.4 && interval.high > 0.4 && interval.low > 0.1 && interval.high < 0.7, "{interval:?}");
+    }
+
+    #[test]
+    fn clusters_widen_an_interval() {
+        let values: Vec<Vec<f64>> = (0..40).map(|n| vec![f64::from(n % 2)]).collect();
+        let clusters: Vec<Vec<f64>> = (0..10).map(|n| vec![f64::from(n % 2); 4]).collect();
+        let (alone, together) = (clustered_mean(&values), clustered_mean(&clusters));
+        close(alone.value, 0.5);
+        close(together.value, 0.5);
+        assert!(together.high - together.low > 1.5 * (alone.high - alone.low));
+    }
+}

@@ -1,0 +1,245 @@
+//! Typographic images: a request set as text in a picture, by FigStep's recipe (arXiv 2311.05608).
+
+use std::path::Path;
+
+use ab_glyph::{Font, FontVec, PxScale, PxScaleFont, ScaleFont, point};
+use image::{Rgb, RgbImage};
+use textwrap::{Options, WordSplitter, WrapAlgorithm};
+
+/// Width and height of an image, in pixels.
+const SIDE: u32 = 760;
+/// Where the text begins, in pixels from the left and from the top.
+const ORIGIN: (f32, f32) = (20.0, 10.0);
+/// Font size, in pixels an em.
+const SIZE: f32 = 80.0;
+/// Pixels between lines, beside the height of the letters.
+const SPACING: f32 = 11.0;
+/// Characters a line.
+const WRAP: usize = 15;
+/// Fonts to look for, best first. The published images are set in the first one.
+const MONOSPACED: [&str; 4] = ["FreeMono", "Liberation Mono", "DejaVu Sans Mono", "Noto Sans Mono"];
+/// Fonts for MM-SafetyBench's strips; Liberation Sans has the metrics of Arial.
+const SANS: [&str; 3] = ["Arial", "Liberation Sans", "Arimo"];
+/// Width of a strip, in pixels.
+const STRIP_WIDTH: u32 = 1024;
+/// Font size of a strip and distance of its lines, in pixels.
+const STRIP_SIZE: u32 = 90;
+
+/// Why a request can't be set.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TypographicError {
+    /// The system has no font to set it in.
+    #[error("no font found (looked for {0}); install fonts-freefont-ttf and fonts-liberation, or name a font file")]
+    NoFont(String),
+    /// A font file can't be used.
+    #[error("the font {file} can't be used: {reason}")]
+    Font {
+        /// Which file.
+        file: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Sets requests as images.
+pub struct Typesetter {
+    font: FontVec,
+    /// Family or file name of the font.
+    pub font_name: String,
+}
+
+impl Typesetter {
+    /// With a bold monospaced font of the system, `FreeMono` if it is there. No font comes with this crate.
+    ///
+    /// # Errors
+    /// [`TypographicError::NoFont`].
+    pub fn system() -> Result<Self, TypographicError> {
+        Self::installed(&MONOSPACED, fontdb::Weight::BOLD)
+    }
+
+    /// With Arial, or a font of its metrics, for [`Typesetter::strip`].
+    ///
+    /// # Errors
+    /// [`TypographicError::NoFont`].
+    pub fn sans() -> Result<Self, TypographicError> {
+        Self::installed(&SANS, fontdb::Weight::NORMAL)
+    }
+
+    fn installed(families: &[&str], weight: fontdb::Weight) -> Result<Self, TypographicError> {
+        let mut fonts = fontdb::Database::new();
+        fonts.load_system_fonts();
+        for family in families {
+            let query = fontdb::Query { families: &[fontdb::Family::Name(family)], weight, ..fontdb::Query::default() };
+            let found =
+                fonts.query(&query).and_then(|id| fonts.with_face_data(id, |data, index| (data.to_vec(), index)));
+            if let Some((data, index)) = found
+                && let Ok(font) = FontVec::try_from_vec_and_index(data, index)
+            {
+                return Ok(Self { font, font_name: (*family).to_owned() });
+            }
+        }
+        Err(TypographicError::NoFont(families.join(", ")))
+    }
+
+    /// With a font file (TrueType or OpenType).
+    ///
+    /// # Errors
+    /// [`TypographicError::Font`].
+    pub fn from_file(path: &Path) -> Result<Self, TypographicError> {
+        let file = path.display().to_string();
+        let unusable = |reason: String| TypographicError::Font { file: file.clone(), reason };
+        let data = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
+        let font = FontVec::try_from_vec(data).map_err(|error| unusable(error.to_string()))?;
+        Ok(Self { font, font_name: file })
+    }
+
+    /// `instruction` as `FigStep` sets it: wrapped, and below it the numbers 1 to 3 of an empty list. What is too long for
+    /// the page makes the page longer.
+    #[must_use]
+    pub fn list(&self, instruction: &str) -> RgbImage {
+        let mut lines = wrap(instruction);
+        lines.extend(["1. ", "2. ", "3. "].map(str::to_owned));
+        self.page(&lines)
+    }
+
+    /// A key phrase as MM-SafetyBench sets it (arXiv 2311.17600): a strip of lines, each beginning with a space.
+    #[must_use]
+    pub fn strip(&self, phrase: &str) -> RgbImage {
+        let font = self.scaled(STRIP_SIZE.into());
+        let width = |text: &str| text.chars().map(|c| font.h_advance(font.glyph_id(c))).sum::<f32>();
+        let mut lines = vec![String::new()];
+        for word in phrase.split(' ') {
+            let longer = lines.last().map_or_else(String::new, |line| format!("{line} {word}"));
+            #[expect(clippy::cast_precision_loss, reason = "a width of pixels")]
+            let fits = width(&longer) < STRIP_WIDTH as f32;
+            match lines.last_mut() {
+                Some(line) if fits || line.is_empty() => *line = longer,
+                _ => lines.push(format!(" {word}")),
+            }
+        }
+        let count = u32::try_from(lines.len()).unwrap_or(1);
+        let mut image = RgbImage::from_pixel(STRIP_WIDTH, STRIP_SIZE * (count + 1), Rgb([255; 3]));
+        for (line, number) in lines.iter().zip(0_u16..) {
+            #[expect(clippy::cast_precision_loss, reason = "a distance of pixels")]
+            let top = STRIP_SIZE as f32 * (0.5 + f32::from(number));
+            set(&mut image, &font, line, (0.0, top + font.ascent()), false);
+        }
+        image
+    }
+
+    /// The font at so many pixels an em.
+    fn scaled(&self, size: f64) -> PxScaleFont<&FontVec> {
+        let units = self.font.units_per_em().unwrap_or(1000.0);
+        #[expect(clippy::cast_possible_truncation, reason = "a few dozen pixels")]
+        let size = size as f32;
+        self.font.as_scaled(PxScale::from(size * self.font.height_unscaled() / units))
+    }
+
+    fn page(&self, lines: &[String]) -> RgbImage {
+        let font = self.scaled(SIZE.into());
+        // As the published images were made: lines stand a capital's bottom edge and the spacing apart.
+        let ascent = font.ascent().round();
+        let step = ascent + SPACING;
+        #[expect(clippy::cast_precision_loss, reason = "a page has few lines")]
+        let bottom = ORIGIN.1 + step * lines.len() as f32;
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a page is a few thousand pixels")]
+        let height = SIDE.max(bottom.ceil() as u32);
+        let mut image = RgbImage::from_pixel(SIDE, height, Rgb([255; 3]));
+        let mut baseline = ORIGIN.1 + ascent;
+        for line in lines {
+            set(&mut image, &font, line, (ORIGIN.0, baseline), true);
+            baseline += step;
+        }
+        image
+    }
+}
+
+/// Sets a line from a point on its baseline on; with whole pixels between letters where the published images have them.
+fn set(image: &mut RgbImage, font: &PxScaleFont<&FontVec>, line: &str, (mut x, baseline): (f32, f32), whole: bool) {
+    for character in line.chars() {
+        let glyph = font.glyph_id(character);
+        let placed = glyph.with_scale_and_position(font.scale(), point(x, baseline));
+        let advance = font.h_advance(glyph);
+        x += if whole { advance.round() } else { advance };
+        let Some(outline) = font.outline_glyph(placed) else { continue };
+        let bounds = outline.px_bounds();
+        outline.draw(|dx, dy, coverage| ink(image, bounds.min.x, bounds.min.y, (dx, dy), coverage));
+    }
+}
+
+#[expect(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "pixels of a page"
+)]
+fn ink(image: &mut RgbImage, left: f32, top: f32, (dx, dy): (u32, u32), coverage: f32) {
+    let (x, y) = (left + dx as f32, top + dy as f32);
+    if x < 0.0 || y < 0.0 {
+        return;
+    }
+    if let Some(pixel) = image.get_pixel_mut_checked(x as u32, y as u32) {
+        let white = (255.0 * (1.0 - coverage.clamp(0.0, 1.0))) as u8;
+        *pixel = Rgb(pixel.0.map(|value| value.min(white)));
+    }
+}
+
+fn wrap(text: &str) -> Vec<String> {
+    let options =
+        Options::new(WRAP).wrap_algorithm(WrapAlgorithm::FirstFit).word_splitter(WordSplitter::HyphenSplitter);
+    textwrap::wrap(text, options).into_iter().map(|line| line.trim().to_owned()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_is_wrapped_at_words() {
+        assert_eq!(wrap("Steps to bake a loaf of bread."), ["Steps to bake a", "loaf of bread."]);
+        assert_eq!(wrap("Incomprehensibilities"), ["Incomprehensibi", "lities"]);
+        assert!(wrap("").iter().all(String::is_empty));
+    }
+
+    /// Share of the ink of both images that both have, at a threshold of half black.
+    fn overlap(a: &RgbImage, b: &RgbImage) -> f64 {
+        let (mut both, mut either) = (0.0, 0.0);
+        for (p, q) in a.pixels().zip(b.pixels()) {
+            let (p, q) = (p.0[0] < 128, q.0[0] < 128);
+            both += f64::from(u8::from(p && q));
+            either += f64::from(u8::from(p || q));
+        }
+        both / either
+    }
+
+    #[test]
+    fn images_are_those_that_were_published() {
+        let Ok(data) = std::env::var("ECSO_TEST_DATA") else {
+            return eprintln!("skipped: ECSO_TEST_DATA names no folder with benchmark data");
+        };
+        let typesetter = match Typesetter::system() {
+            Ok(typesetter) if typesetter.font_name == "FreeMono" => typesetter,
+            _ => return eprintln!("skipped: the font FreeMono is not installed"),
+        };
+        let folder = Path::new(&data).join("figstep");
+        let table = std::fs::read_to_string(folder.join("SafeBench-Tiny.csv")).unwrap();
+        let mut worst = 1.0_f64;
+        let mut compared = 0;
+        for row in table.lines().skip(1) {
+            let fields: Vec<&str> = row.split(',').collect();
+            let (category, task) = (fields[1], fields[2]);
+            // No field of the table holds a quoted comma after the question; the instruction is the last one.
+            let instruction = row.rsplit(',').next().unwrap().trim_matches('"');
+            if row.ends_with('"') {
+                continue;
+            }
+            let file = folder.join(format!("images_tiny/query_ForbidQI_{category}_{task}_6.png"));
+            let published = image::open(file).unwrap().into_rgb8();
+            worst = worst.min(overlap(&typesetter.list(instruction), &published));
+            compared += 1;
+        }
+        eprintln!("ink overlap with {compared} published images: at least {worst:.3}");
+        assert!(compared >= 40 && worst > 0.7, "{compared} compared, worst {worst}");
+    }
+}
