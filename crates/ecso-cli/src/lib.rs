@@ -1,1 +1,63 @@
+//! The program `ecso`, as a library so that its parts can be tested: `main.rs` only calls [`main`].
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is the program that speaks to people")]
 
+mod ask;
+mod cli;
+mod config;
+mod doctor;
+mod eval;
+mod models;
+mod open;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+use cli::{Cli, Command, ConfigCommand};
+
+/// Runs the program; its exit code is documented in `ecso --help`.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("ECSO_LOG")
+                .unwrap_or_else(|_| "error,llama_cpp_2=off,llama-cpp-2=off".into()),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ecso: {error:#}");
+            exit_code(&error)
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    let file = cli.config.as_deref();
+    match cli.command {
+        Command::Ask(args) => ask::run(&args, file),
+        Command::Eval(command) => eval::run(&command, file),
+        Command::Models(command) => models::run(command, file),
+        Command::Doctor { json } => doctor::run(json, file),
+        Command::Config(ConfigCommand::Show { model, profile }) => config::show(file, &model, &profile),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "ecso", &mut std::io::stdout());
+            Ok(())
+        }
+    }
+}
+
+/// What was asked for can't be done as it was asked: a wrong flag, setting, profile or input file.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct WrongUse(String);
+
+fn exit_code(error: &anyhow::Error) -> ExitCode {
+    if error.is::<ecso::GuardError>() || error.is::<ecso::ModelError>() {
+        return ExitCode::from(3);
+    }
+    let wrong = error.is::<WrongUse>() || error.is::<ecso::ProfileError>() || error.is::<ecso::ImageError>();
+    ExitCode::from(if wrong { 2 } else { 1 })
+}

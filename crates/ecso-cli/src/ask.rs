@@ -1,0 +1,197 @@
+//! `ecso ask`: one guarded answer.
+
+use std::{
+    io::{IsTerminal, Read, Write},
+    path::Path,
+    time::Duration,
+};
+
+use anyhow::Context;
+use ecso::{Chat, Event, Guard, Image, Limits, Outcome, Step, Trace, Verdict};
+use futures::{StreamExt, pin_mut};
+use indicatif::ProgressBar;
+
+use crate::{WrongUse, cli::AskArgs, config, open};
+
+pub(crate) fn run(args: &AskArgs, file: Option<&Path>) -> anyhow::Result<()> {
+    let settings = config::load(file, &args.model, &args.profile)?;
+    let profile = config::profile(&settings)?;
+    let chat = chat(args, settings.images)?;
+    let runtime = tokio::runtime::Runtime::new().context("no runtime")?;
+    runtime.block_on(async {
+        let progress = Progress::new(args.quiet);
+        progress.show("loading the model");
+        let model = open::model(&settings).await?;
+        let guard = Guard::new(model, profile);
+        let events = guard.answer_events(&chat);
+        pin_mut!(events);
+        let mut screen = Screen { args, progress, held: Some(Vec::new()) };
+        while let Some(event) = events.next().await {
+            screen.event(event?)?;
+        }
+        Ok(())
+    })
+}
+
+fn chat(args: &AskArgs, limits: Limits) -> anyhow::Result<Chat> {
+    let mut query = args.query.clone();
+    if query == "-" {
+        query.clear();
+        std::io::stdin().read_to_string(&mut query).context("standard input")?;
+    }
+    if query.trim().is_empty() {
+        return Err(WrongUse("the query is empty".into()).into());
+    }
+    let images: anyhow::Result<Vec<Image>> = args.image.iter().map(|path| read(path, limits)).collect();
+    let chat = Chat::ask(images?, query);
+    Ok(match &args.system {
+        Some(system) => chat.with_system(system),
+        None => chat,
+    })
+}
+
+/// Reads and decodes an image, so that a broken one is noticed before a model is loaded for it.
+fn read(path: &Path, limits: Limits) -> anyhow::Result<Image> {
+    let shown = path.display();
+    let wrong = |error: &dyn std::fmt::Display| WrongUse(format!("{shown}: {error}"));
+    let file = std::fs::File::open(path).map_err(|error| wrong(&error))?;
+    let mut bytes = Vec::new();
+    // One byte more than allowed is enough to see that there are too many.
+    let most = u64::try_from(limits.bytes).unwrap_or(u64::MAX).saturating_add(1);
+    file.take(most).read_to_end(&mut bytes).map_err(|error| wrong(&error))?;
+    let image = Image::from_bytes(bytes, limits).map_err(|error| wrong(&error))?;
+    image.pixels().map_err(|error| wrong(&error))?;
+    Ok(image)
+}
+
+/// What a person sees while the pipeline runs.
+struct Screen<'a> {
+    args: &'a AskArgs,
+    progress: Progress,
+    /// Steps that are shown once the verdict is there.
+    held: Option<Vec<Trace>>,
+}
+
+impl Screen<'_> {
+    fn event(&mut self, event: Event) -> anyhow::Result<()> {
+        match event {
+            Event::Started { step, images } => self.progress.show(&doing(step, images)),
+            Event::Finished(trace) if self.args.show_steps && !self.args.json => self.step(trace),
+            Event::Answer(text) => {
+                self.progress.clear();
+                self.release();
+                // With the steps shown, the answer comes whole, after them.
+                if !self.args.json && !self.args.show_steps {
+                    print!("{text}");
+                    std::io::stdout().flush()?;
+                }
+            }
+            Event::Done(outcome) => {
+                self.progress.clear();
+                if self.args.json {
+                    println!("{}", serde_json::to_string_pretty(&outcome)?);
+                } else {
+                    println!("{}", if self.args.show_steps { outcome.answer.as_str() } else { "" });
+                    self.summary(&outcome);
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Steps 1 and 2 wait for the verdict.
+    fn step(&mut self, trace: Trace) {
+        let judged = trace.verdict.is_some();
+        match &mut self.held {
+            Some(held) => held.push(trace),
+            None => self.progress.print(&shown(&trace)),
+        }
+        if judged {
+            self.release();
+        }
+    }
+
+    fn release(&mut self) {
+        for trace in self.held.take().unwrap_or_default() {
+            self.progress.print(&shown(&trace));
+        }
+    }
+
+    fn summary(&self, outcome: &Outcome) {
+        if self.args.quiet {
+            return;
+        }
+        let verdict = match outcome.verdict {
+            Verdict::Safe => "the direct answer was judged safe",
+            Verdict::Unsafe => "the direct answer was judged unsafe and written anew",
+            Verdict::Unchecked => "not checked: the profile doesn't ask for it here",
+        };
+        let score = outcome.score.map_or_else(String::new, |score| format!(", P(harm) {score:.2}"));
+        eprintln!("[{verdict}{score}; profile {}, model {}]", outcome.profile, outcome.model);
+    }
+}
+
+fn doing(step: Step, images: usize) -> String {
+    let what = match step {
+        Step::Direct => "step 1, direct answer",
+        Step::Detect => "step 2, is it harmful?",
+        Step::Caption => "step 3, image to text",
+        Step::Safe => "step 4, answer with eyes closed",
+        _ => "another step",
+    };
+    match images {
+        0 => format!("{what} (no image)"),
+        1 => format!("{what} (1 image)"),
+        n => format!("{what} ({n} images)"),
+    }
+}
+
+fn shown(trace: &Trace) -> String {
+    let indent = |text: &str| {
+        let lines: Vec<String> = text.lines().map(|line| format!("  | {line}").trim_end().to_owned()).collect();
+        lines.join("\n")
+    };
+    let tokens = match (trace.prompt_tokens, trace.completion_tokens) {
+        (Some(prompt), Some(completion)) => format!(", {prompt} + {completion} tokens"),
+        _ => String::new(),
+    };
+    let verdict = match trace.verdict {
+        Some(Verdict::Unsafe) => ": unsafe",
+        Some(_) => ": safe",
+        None => "",
+    };
+    let score = trace.score.map_or_else(String::new, |score| format!(", P(harm) {score:.2}"));
+    let head = format!("== {}, {} ms{tokens}{verdict}{score}", doing(trace.step, trace.images), trace.ms);
+    format!("{head}\n  prompt\n{}\n  reply\n{}\n", indent(&trace.prompt), indent(&trace.reply))
+}
+
+/// Tells on standard error which step runs: a spinner on a terminal, a line elsewhere.
+pub(crate) struct Progress {
+    bar: ProgressBar,
+    lines: bool,
+}
+
+impl Progress {
+    pub(crate) fn new(quiet: bool) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let bar = if quiet || !terminal { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
+        Self { bar, lines: !quiet && !terminal }
+    }
+
+    fn show(&self, what: &str) {
+        if self.lines {
+            eprintln!("ecso: {what}");
+        }
+        self.bar.enable_steady_tick(Duration::from_millis(100));
+        self.bar.set_message(what.to_owned());
+    }
+
+    fn print(&self, text: &str) {
+        self.bar.suspend(|| eprintln!("{text}"));
+    }
+
+    fn clear(&self) {
+        self.bar.finish_and_clear();
+    }
+}

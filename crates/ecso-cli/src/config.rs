@@ -1,0 +1,234 @@
+//! Settings: defaults, then a TOML file, then `ECSO__…` in the environment, then flags. Unknown keys are an error.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use anyhow::Context;
+use ecso::{Limits, Profile};
+use etcetera::{AppStrategy, AppStrategyArgs, app_strategy::Xdg};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    WrongUse,
+    cli::{ModelArgs, ProfileArgs},
+};
+
+/// All settings.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Settings {
+    /// Catalogue name, .gguf file or URL.
+    pub(crate) model: String,
+    /// The model's name on a server; empty takes the only one.
+    pub(crate) model_name: String,
+    /// Name of the environment variable with the API key.
+    pub(crate) api_key_env: String,
+    /// Projector of a .gguf model; empty is none.
+    pub(crate) mmproj: PathBuf,
+    /// Whether the text reader stands in front.
+    pub(crate) reader: bool,
+    /// Built-in profile or TOML file.
+    pub(crate) profile: String,
+    /// Fields of the profile that are changed.
+    pub(crate) set: BTreeMap<String, String>,
+    /// Where models are kept.
+    pub(crate) models_dir: PathBuf,
+    pub(crate) images: Limits,
+    pub(crate) engine: Engine,
+    pub(crate) server: Server,
+}
+
+/// Settings of the engine in the process; 0 leaves it to the engine.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Engine {
+    /// Tokens of one conversation.
+    pub(crate) context: u32,
+    pub(crate) threads: u32,
+    /// Conversations whose prefix is kept.
+    pub(crate) slots: u32,
+    /// Compute every prompt from its start.
+    pub(crate) no_reuse: bool,
+    /// Layers on the GPU; -1 leaves it to the engine.
+    pub(crate) gpu_layers: i64,
+    /// A Jinja file in place of the model's own chat template; empty is none.
+    pub(crate) chat_template: PathBuf,
+}
+
+/// Settings for a model behind a URL.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Server {
+    /// Seconds for a connection.
+    pub(crate) connect_timeout: u64,
+    /// Seconds for a reply.
+    pub(crate) reply_timeout: u64,
+    /// How often a request is tried again.
+    pub(crate) retries: usize,
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        let options = ecso_openai::Options::default();
+        Self {
+            connect_timeout: options.connect_timeout.as_secs(),
+            reply_timeout: options.reply_timeout.as_secs(),
+            retries: options.retries,
+        }
+    }
+}
+
+fn folders() -> anyhow::Result<Xdg> {
+    let names = AppStrategyArgs { app_name: "ecso".into(), ..AppStrategyArgs::default() };
+    Xdg::new(names).context("there is no home folder")
+}
+
+fn defaults() -> anyhow::Result<Settings> {
+    Ok(Settings {
+        model: "mini".into(),
+        model_name: String::new(),
+        api_key_env: "OPENAI_API_KEY".into(),
+        mmproj: PathBuf::new(),
+        reader: false,
+        profile: "paper".into(),
+        set: BTreeMap::new(),
+        models_dir: folders()?.in_cache_dir("models"),
+        images: Limits::default(),
+        engine: Engine { gpu_layers: -1, ..Engine::default() },
+        server: Server::default(),
+    })
+}
+
+/// One layer of settings: where it comes from, and its dotted keys with their values.
+struct Layer {
+    origin: String,
+    values: BTreeMap<String, toml::Value>,
+}
+
+impl Layer {
+    fn new(origin: impl Into<String>, table: toml::Table) -> Self {
+        let mut values = BTreeMap::new();
+        flatten("", table, &mut values);
+        Self { origin: origin.into(), values }
+    }
+}
+
+/// Dotted keys; `set` is a map of its own and stays whole.
+fn flatten(prefix: &str, table: toml::Table, values: &mut BTreeMap<String, toml::Value>) {
+    for (key, value) in table {
+        match value {
+            toml::Value::Table(inner) if prefix.is_empty() && key != "set" => {
+                flatten(&format!("{key}."), inner, values);
+            }
+            value => {
+                values.insert(format!("{prefix}{key}"), value);
+            }
+        }
+    }
+}
+
+fn layers(file: Option<&Path>, model: &ModelArgs, profile: &ProfileArgs) -> anyhow::Result<Vec<Layer>> {
+    let mut layers = vec![Layer::new("default", toml::Table::try_from(defaults()?)?)];
+    let own = folders()?.in_config_dir("config.toml");
+    let path = match file {
+        Some(file) => Some(file.to_owned()),
+        None => own.exists().then_some(own),
+    };
+    if let Some(path) = path {
+        let shown = path.display().to_string();
+        let text = std::fs::read_to_string(&path).map_err(|error| WrongUse(format!("{shown}: {error}")))?;
+        let table = text.parse().map_err(|error| WrongUse(format!("{shown}: {error}")))?;
+        layers.push(Layer::new(shown, table));
+    }
+    layers.push(Layer { origin: "environment".into(), values: environment() });
+    layers.push(Layer { origin: "flag".into(), values: flags(model, profile)? });
+    Ok(layers)
+}
+
+fn environment() -> BTreeMap<String, toml::Value> {
+    std::env::vars()
+        .filter_map(|(name, value)| {
+            let key = name.strip_prefix("ECSO__")?.to_lowercase().replace("__", ".");
+            Some((key, toml::Value::String(value)))
+        })
+        .collect()
+}
+
+fn flags(model: &ModelArgs, profile: &ProfileArgs) -> anyhow::Result<BTreeMap<String, toml::Value>> {
+    let mut values = BTreeMap::new();
+    let mut put = |key: &str, value: Option<String>| {
+        if let Some(value) = value {
+            values.insert(key.to_owned(), toml::Value::String(value));
+        }
+    };
+    put("model", model.model.clone());
+    put("model_name", model.model_name.clone());
+    put("api_key_env", model.api_key_env.clone());
+    put("mmproj", model.mmproj.as_ref().map(|path| path.to_string_lossy().into_owned()));
+    put("reader", model.reader.then(|| "true".into()));
+    put("profile", profile.profile.clone());
+    if !profile.set.is_empty() {
+        let pairs = profile.set.iter().map(|pair| {
+            let (key, value) = pair
+                .split_once('=')
+                .ok_or_else(|| WrongUse(format!("--set {pair}: write KEY=VALUE, as in detect.parser=score")))?;
+            Ok((key.trim().to_owned(), toml::Value::String(value.to_owned())))
+        });
+        let pairs: anyhow::Result<toml::Table> = pairs.collect();
+        values.insert("set".into(), toml::Value::Table(pairs?));
+    }
+    Ok(values)
+}
+
+/// The settings that result.
+pub(crate) fn load(file: Option<&Path>, model: &ModelArgs, profile: &ProfileArgs) -> anyhow::Result<Settings> {
+    merge(&layers(file, model, profile)?)
+}
+
+fn merge(layers: &[Layer]) -> anyhow::Result<Settings> {
+    let mut builder = config::Config::builder();
+    for layer in layers {
+        for (key, value) in &layer.values {
+            let value: config::Value = value.clone().try_into().map_err(|error| WrongUse(format!("{key}: {error}")))?;
+            builder = builder
+                .set_override(key, value)
+                .map_err(|error| WrongUse(format!("{} ({}): {error}", key, layer.origin)))?;
+        }
+    }
+    let settings = builder.build().and_then(config::Config::try_deserialize);
+    settings.map_err(|error| WrongUse(format!("settings: {error}; `ecso config show` lists them all")).into())
+}
+
+/// The profile that the settings name, with its fields changed.
+pub(crate) fn profile(settings: &Settings) -> anyhow::Result<Profile> {
+    let named = &settings.profile;
+    let is_file = Path::new(named).extension().is_some_and(|extension| extension == "toml") || named.contains('/');
+    let mut profile = if is_file {
+        let text = std::fs::read_to_string(named).map_err(|error| WrongUse(format!("profile {named}: {error}")))?;
+        Profile::from_toml(&text).map_err(|error| WrongUse(format!("profile {named}: {error}")))?
+    } else {
+        Profile::named(named)?
+    };
+    for (key, value) in &settings.set {
+        profile = profile.with(key, value)?;
+    }
+    Ok(profile)
+}
+
+/// `ecso config show`.
+pub(crate) fn show(file: Option<&Path>, model: &ModelArgs, profile_args: &ProfileArgs) -> anyhow::Result<()> {
+    let layers = layers(file, model, profile_args)?;
+    let settings = merge(&layers)?;
+    let result = Layer::new("", toml::Table::try_from(&settings)?);
+    for (key, value) in &result.values {
+        let origin = layers.iter().rev().find(|layer| layer.values.contains_key(key));
+        let origin = origin.map_or("default", |layer| layer.origin.as_str());
+        println!("{:<48} # {origin}", format!("{key} = {value}"));
+    }
+    let key_set = std::env::var_os(&settings.api_key_env).is_some();
+    println!("# {} is {}", settings.api_key_env, if key_set { "set" } else { "not set" });
+    println!("\n# the profile\n{}", profile(&settings)?.to_toml());
+    Ok(())
+}

@@ -1,0 +1,204 @@
+//! The command line of `ecso eval`.
+#![expect(clippy::doc_markdown, reason = "doc comments are help texts here")]
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+use crate::cli::ModelArgs;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum EvalCommand {
+    /// List the benchmarks: size, licence, where to get them, how they are scored
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make benchmark images from questions alone
+    #[command(subcommand)]
+    Prepare(PrepareCommand),
+    /// Answer a benchmark's items, unguarded and under each profile; goes on where an earlier run ended
+    Run(Box<RunArgs>),
+    /// Rule on the answers of a run, or on answers from elsewhere
+    Judge(Box<JudgeArgs>),
+    /// Compare a judge's verdicts with labels
+    Agreement {
+        /// A judge's verdicts: JSON lines of {id, verdict, score, …}
+        verdicts: PathBuf,
+        /// Labels: JSON lines of {id, label}; harmful, unsafe, 1 and true are harmful
+        #[arg(long, value_name = "FILE")]
+        labels: PathBuf,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write report.html, report.md, report.csv and report.json about judged runs
+    Report {
+        /// Folders of runs
+        #[arg(required = true)]
+        runs: Vec<PathBuf>,
+        /// Folder for the report [default: the first run's]
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+        /// Which judge's verdicts, where a run has several
+        #[arg(long, value_name = "NAME")]
+        judge: Option<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PrepareCommand {
+    /// Set requests as images of text, each above an empty list of three, as FigStep does
+    Typographic {
+        /// Text file with a request a line, or a CSV file with a column `prompt` or `instruction`
+        #[arg(long, value_name = "FILE")]
+        prompts: PathBuf,
+        /// Folder for the images and their items.jsonl
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        /// Font file [default: a bold monospaced font of the system, FreeMono if it is there]
+        #[arg(long, value_name = "FILE")]
+        font: Option<PathBuf>,
+    },
+    /// FigStep's layout, from its table alone
+    Figstep {
+        /// safebench.csv or a part of it
+        #[arg(long, value_name = "FILE")]
+        questions: PathBuf,
+        /// Folder for the benchmark
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        /// Font file [default: FreeMono Bold]
+        #[arg(long, value_name = "FILE")]
+        font: Option<PathBuf>,
+    },
+    /// MM-SafetyBench's layout with its TYPO images, from its questions alone
+    MmSafetybench {
+        /// Folder with <scenario>.json, or one JSON file of {"<scenario>#<id>": record}
+        #[arg(long, value_name = "PATH")]
+        questions: PathBuf,
+        /// Folder for the benchmark
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        /// Font file [default: Arial, or Liberation Sans, which has its metrics]
+        #[arg(long, value_name = "FILE")]
+        font: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// A name from `ecso eval list`
+    pub(crate) benchmark: String,
+
+    /// Where its data is
+    #[arg(long, value_name = "PATH")]
+    pub(crate) data: Option<PathBuf>,
+
+    /// Its variant, where it has some
+    #[arg(long)]
+    pub(crate) variant: Option<String>,
+
+    /// Folder of the run
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+
+    /// A profile to run; may be given several times [default: paper]
+    #[arg(long, value_name = "NAME|FILE")]
+    pub(crate) profile: Vec<String>,
+
+    /// Change one field of every profile; may be given several times
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+
+    /// Only scenarios that begin so; may be given several times
+    #[arg(long)]
+    pub(crate) scenario: Vec<String>,
+
+    /// At most so many items
+    #[arg(long, value_name = "N")]
+    pub(crate) limit: Option<usize>,
+
+    /// So many items, drawn at random
+    #[arg(long, value_name = "N")]
+    pub(crate) sample: Option<usize>,
+
+    /// Seed of the draw
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub(crate) seed: u64,
+
+    /// Cap of new tokens of every answer, alike in all arms
+    #[arg(long, value_name = "N")]
+    pub(crate) max_new_tokens: Option<u32>,
+
+    /// Items at once [default: 1 in this process, 8 for a server]
+    #[arg(long, value_name = "N")]
+    pub(crate) concurrency: Option<usize>,
+
+    /// Keep every reply in this folder; what is there is not asked again
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache: Option<PathBuf>,
+
+    /// Run items again that failed
+    #[arg(long)]
+    pub(crate) retry_failed: bool,
+
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct JudgeArgs {
+    /// Folder of a run
+    #[arg(required_unless_present = "responses", conflicts_with = "responses")]
+    pub(crate) run: Option<PathBuf>,
+
+    /// Answers from elsewhere: JSON lines of {id, query, response, image?, harmless?}
+    #[arg(long, value_name = "FILE", requires = "out")]
+    pub(crate) responses: Option<PathBuf>,
+
+    /// Where the verdicts go [default: verdicts-JUDGE.jsonl in the run's folder]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+
+    /// Who judges: advbench and xstest are string rules, exact compares with the key, llm asks the model below
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) judge: JudgeKind,
+
+    /// For llm: a published judge file in place of our own questions
+    #[arg(long, value_name = "FILE")]
+    pub(crate) judge_file: Option<PathBuf>,
+
+    /// For llm: probability from which a yes is a yes
+    #[arg(long, value_name = "P", default_value_t = 0.5)]
+    pub(crate) threshold: f64,
+
+    /// Exit with an error if a smaller share of the answers could be judged
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    pub(crate) min_coverage: f64,
+
+    /// Answers at once
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub(crate) concurrency: usize,
+
+    /// For llm: keep every reply in this folder
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum JudgeKind {
+    /// A model, by our own questions
+    #[default]
+    Llm,
+    /// AdvBench's 29 strings
+    Advbench,
+    /// XSTest's prefixes
+    Xstest,
+    /// The key: MME, MMBench
+    Exact,
+}

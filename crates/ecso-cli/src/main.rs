@@ -1,0 +1,5 @@
+//! The program `ecso`.
+
+fn main() -> std::process::ExitCode {
+    ecso_cli::main()
+}

@@ -1,0 +1,112 @@
+//! Model files on disk. A file has its name only if its digest was right.
+
+use std::{
+    fmt::Write,
+    fs::{self, File},
+    io::{self, Read},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, bail};
+use indicatif::ProgressBar;
+use sha2::{Digest, Sha256};
+
+use super::catalogue::ModelFile;
+
+pub(crate) struct Store {
+    folder: PathBuf,
+}
+
+impl Store {
+    pub(crate) fn new(folder: &Path) -> Self {
+        Self { folder: folder.to_owned() }
+    }
+
+    pub(crate) fn path(&self, file: &str) -> PathBuf {
+        self.folder.join(file)
+    }
+
+    /// Where what belongs to an unfinished download lies.
+    pub(super) fn beside(&self, file: &ModelFile, what: &str) -> PathBuf {
+        self.folder.join(format!("{}.{what}", file.name))
+    }
+
+    /// Whether the file is here; its size is looked at, its digest is not.
+    pub(crate) fn has(&self, file: &ModelFile) -> bool {
+        fs::metadata(self.path(&file.name))
+            .is_ok_and(|found| found.is_file() && file.bytes.is_none_or(|bytes| found.len() == bytes))
+    }
+
+    /// Waits until no other process pulls or removes models here.
+    pub(super) fn lock(&self) -> anyhow::Result<File> {
+        fs::create_dir_all(&self.folder).with_context(|| self.folder.display().to_string())?;
+        let path = self.folder.join(".lock");
+        let lock = File::create(&path).with_context(|| path.display().to_string())?;
+        lock.lock().with_context(|| path.display().to_string())?;
+        Ok(lock)
+    }
+
+    /// Checks the bytes at `from` and gives them the file's name, in one move.
+    pub(super) fn admit(&self, file: &ModelFile, from: &Path) -> anyhow::Result<()> {
+        check(file, from)?;
+        File::open(from).and_then(|bytes| bytes.sync_all()).with_context(|| from.display().to_string())?;
+        let path = self.path(&file.name);
+        fs::rename(from, &path).with_context(|| path.display().to_string())
+    }
+
+    /// Checks a file that is here.
+    pub(super) fn verify(&self, file: &ModelFile) -> anyhow::Result<()> {
+        check(file, &self.path(&file.name))
+    }
+
+    /// Deletes a file and what is left of its download; how many bytes that frees.
+    pub(super) fn remove(&self, file: &ModelFile) -> anyhow::Result<u64> {
+        let path = self.path(&file.name);
+        let freed = fs::metadata(&path).map_or(0, |found| found.len());
+        for path in [path, self.beside(file, "partial")] {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => bail!("{}: {error}", path.display()),
+                _ => {}
+            }
+        }
+        remove_folder(&self.beside(file, "hub"))?;
+        Ok(freed)
+    }
+}
+
+pub(super) fn remove_folder(folder: &Path) -> anyhow::Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => bail!("{}: {error}", folder.display()),
+        _ => Ok(()),
+    }
+}
+
+fn check(file: &ModelFile, path: &Path) -> anyhow::Result<()> {
+    let at = || path.display().to_string();
+    let mut bytes = File::open(path).with_context(at)?;
+    let length = bytes.metadata().with_context(at)?.len();
+    if let Some(expected) = file.bytes.filter(|expected| *expected != length) {
+        bail!("{}: {length} bytes, where there should be {expected}", at());
+    }
+    let bar = ProgressBar::new(length).with_message(format!("checking {}", file.name));
+    bar.set_style(super::bar_style());
+    let mut digest = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let read = bytes.read(&mut buffer).with_context(at)?;
+        if read == 0 {
+            break;
+        }
+        digest.update(&buffer[..read]);
+        bar.inc(read as u64);
+    }
+    bar.finish_and_clear();
+    let mut found = String::new();
+    for byte in digest.finalize() {
+        write!(found, "{byte:02x}")?;
+    }
+    if found != file.sha256 {
+        bail!("{}: wrong digest: sha256 is {found}, should be {}", at(), file.sha256);
+    }
+    Ok(())
+}

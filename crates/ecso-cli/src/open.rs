@@ -1,0 +1,157 @@
+//! From settings to a model that answers.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use anyhow::Context;
+use ecso::Mllm;
+
+use crate::{WrongUse, config::Settings};
+
+/// Opens the model that the settings name: a URL, a .gguf file, or a name from the catalogue.
+pub(crate) async fn model(settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> {
+    let model = if is_server(settings) { server(settings).await? } else { engine::model(settings).await? };
+    if settings.reader { with_reader(model, settings) } else { Ok(model) }
+}
+
+/// Whether the settings name a server.
+pub(crate) fn is_server(settings: &Settings) -> bool {
+    settings.model.starts_with("http://") || settings.model.starts_with("https://")
+}
+
+/// What the model is, to the bit where that can be known: the digests of its files, or the address and name on a server.
+pub(crate) fn identity(settings: &Settings) -> anyhow::Result<String> {
+    let reader = if settings.reader { " with reader" } else { "" };
+    if is_server(settings) {
+        return Ok(format!("{} {}{reader}", settings.model, settings.model_name));
+    }
+    if !is_file(&settings.model) {
+        let catalogue = crate::models::catalogue::Catalogue::load()?;
+        let files = catalogue.files(catalogue.model(&settings.model)?)?;
+        let digests: Vec<&str> = files.iter().map(|file| &file.sha256[..16]).collect();
+        return Ok(format!("sha256 {}{reader}", digests.join(" ")));
+    }
+    let mut digest = blake3::Hasher::new();
+    for file in [Path::new(&settings.model), &settings.mmproj] {
+        if !file.as_os_str().is_empty() {
+            digest.update_reader(std::fs::File::open(file).with_context(|| file.display().to_string())?)?;
+        }
+    }
+    Ok(format!("blake3 {}{reader}", digest.finalize().to_hex()))
+}
+
+/// Whether a model's name is a file's.
+fn is_file(name: &str) -> bool {
+    let path = Path::new(name);
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) || path.components().count() > 1
+}
+
+async fn server(settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> {
+    let key = std::env::var(&settings.api_key_env).ok().filter(|key| !key.is_empty());
+    let options = ecso_openai::Options {
+        model: Some(settings.model_name.clone()).filter(|name| !name.is_empty()),
+        api_key: key.map(Into::into),
+        connect_timeout: Duration::from_secs(settings.server.connect_timeout),
+        reply_timeout: Duration::from_secs(settings.server.reply_timeout),
+        retries: settings.server.retries,
+        ..ecso_openai::Options::default()
+    };
+    Ok(Arc::new(ecso_openai::OpenAi::connect(&settings.model, options).await?))
+}
+
+/// The reader of `mini` in front of another model.
+fn with_reader(model: Arc<dyn Mllm>, settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> {
+    let catalogue = crate::models::catalogue::Catalogue::load()?;
+    let store = crate::models::store::Store::new(&settings.models_dir);
+    let files = catalogue.model("mini")?.reader.as_ref().context("the catalogue's mini has no reader")?;
+    if !files.iter().all(|file| catalogue.file(file).is_ok_and(|file| store.has(file))) {
+        return Err(WrongUse("the text reader is not here yet; get it with `ecso models pull mini`".into()).into());
+    }
+    let name = format!("reader+{}", model.name());
+    let [detector, recogniser, dictionary] = files.each_ref().map(|file| store.path(file));
+    composed(&detector, &recogniser, &dictionary, model, name)
+}
+
+fn composed(
+    detector: &Path,
+    recogniser: &Path,
+    dictionary: &Path,
+    model: Arc<dyn Mllm>,
+    name: String,
+) -> anyhow::Result<Arc<dyn Mllm>> {
+    let reader = ecso_reader::Reader::load(detector, recogniser, dictionary)?;
+    Ok(Arc::new(ecso_reader::Composed::new(reader, model, name)))
+}
+
+#[cfg(feature = "engine")]
+mod engine {
+    use std::{num::NonZeroU32, path::PathBuf, sync::Arc};
+
+    use ecso::Mllm;
+    use ecso_llama::{Llama, Options};
+
+    use crate::{
+        WrongUse,
+        config::{Engine, Settings},
+        models,
+    };
+
+    pub(super) async fn model(settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> {
+        let name = settings.model.as_str();
+        let mut options = options(&settings.engine)?;
+        options.mmproj = Some(settings.mmproj.clone()).filter(|path| !path.as_os_str().is_empty());
+        if super::is_file(name) {
+            return Ok(Arc::new(Llama::load(name, options).await?));
+        }
+        let (model, store) = models::find(name, &settings.models_dir)?;
+        options.name = Some(model.name.clone());
+        if let Some(mmproj) = &model.mmproj {
+            options.mmproj = Some(store.path(mmproj));
+        }
+        let llama: Arc<dyn Mllm> = Arc::new(Llama::load(store.path(&model.weights), options).await?);
+        match &model.reader {
+            Some(files) => {
+                let [detector, recogniser, dictionary] = files.each_ref().map(|file| store.path(file));
+                super::composed(&detector, &recogniser, &dictionary, llama, model.name.clone())
+            }
+            None => Ok(llama),
+        }
+    }
+
+    fn options(engine: &Engine) -> anyhow::Result<Options> {
+        let own_template = !engine.chat_template.as_os_str().is_empty();
+        let chat_template = own_template.then(|| read(&engine.chat_template)).transpose()?;
+        Ok(Options {
+            name: None,
+            mmproj: None,
+            context: NonZeroU32::new(engine.context),
+            slots: NonZeroU32::new(engine.slots),
+            threads: NonZeroU32::new(engine.threads),
+            no_reuse: engine.no_reuse,
+            gpu_layers: u32::try_from(engine.gpu_layers).ok(),
+            chat_template,
+        })
+    }
+
+    fn read(path: &PathBuf) -> anyhow::Result<String> {
+        std::fs::read_to_string(path).map_err(|error| WrongUse(format!("{}: {error}", path.display())).into())
+    }
+}
+
+#[cfg(not(feature = "engine"))]
+mod engine {
+    use std::sync::Arc;
+
+    use ecso::Mllm;
+
+    use crate::{WrongUse, config::Settings};
+
+    #[expect(clippy::unused_async, reason = "stands in for the real one")]
+    pub(super) async fn model(settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> {
+        Err(WrongUse(format!(
+            "`{}` runs in this process, and this build has no engine for that; name a server by its URL, or build with \
+             the feature `engine`",
+            settings.model
+        ))
+        .into())
+    }
+}

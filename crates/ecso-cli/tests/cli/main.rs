@@ -1,0 +1,21 @@
+//! The program, run as its users run it.
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test may")]
+
+mod ask;
+mod models;
+mod settings;
+
+use std::path::Path;
+
+use assert_cmd::Command;
+
+/// The program with a home of its own, so that no settings and models of this machine reach it.
+fn ecso(home: &Path) -> Command {
+    let mut command = Command::cargo_bin("ecso").unwrap();
+    command.env_clear().env("HOME", home).env("PATH", std::env::var_os("PATH").unwrap_or_default());
+    command
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}

@@ -1,0 +1,68 @@
+//! Settings, help and completions.
+
+use crate::{ecso, text};
+
+#[test]
+fn help_is_what_the_docs_say() {
+    let home = tempfile::tempdir().unwrap();
+    for (name, arguments) in
+        [("help", vec!["--help"]), ("ask", vec!["ask", "--help"]), ("pull", vec!["models", "pull", "--help"])]
+    {
+        let output = ecso(home.path()).env("COLUMNS", "100").args(arguments).assert().success().get_output().clone();
+        insta::assert_snapshot!(name, text(&output.stdout));
+    }
+}
+
+#[test]
+fn flags_beat_environment_beats_file_beats_default() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("mine.toml");
+    std::fs::write(
+        &file,
+        "model = \"from-file\"\nprofile = \"paper\"\n[server]\nretries = 7\n[set]\nscope = \"all\"\n",
+    )
+    .unwrap();
+    let output = ecso(home.path())
+        .args(["config", "show", "--mmproj", "p.gguf", "--config"])
+        .arg(&file)
+        .env("ECSO__MODEL", "from-environment")
+        .env("ECSO__ENGINE__THREADS", "3")
+        .env("OPENAI_API_KEY", "sk-secret")
+        .assert()
+        .success()
+        .get_output()
+        .clone();
+    let shown = text(&output.stdout).replace(home.path().to_str().unwrap(), "HOME");
+    assert!(!shown.contains("sk-secret"));
+    let (settings, profile) = shown.split_once("\n# the profile\n").unwrap();
+    assert!(profile.contains("scope = \"all\""), "{profile}");
+    insta::assert_snapshot!(settings);
+}
+
+#[test]
+fn a_key_that_is_none_is_an_error() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("mine.toml");
+    for wrong in ["modle = \"x\"", "[engine]\nthread = 3", "not toml", "[server]\nretries = \"many\""] {
+        std::fs::write(&file, wrong).unwrap();
+        let output =
+            ecso(home.path()).args(["config", "show", "--config"]).arg(&file).assert().code(2).get_output().clone();
+        let key =
+            wrong.split([' ', '=']).next().unwrap().trim_start_matches("[engine]\n").trim_start_matches("[server]\n");
+        assert!(
+            text(&output.stderr).contains(key.split_whitespace().next().unwrap()),
+            "{wrong}: {}",
+            text(&output.stderr)
+        );
+    }
+    ecso(home.path()).args(["config", "show"]).env("ECSO__MODLE", "x").assert().code(2);
+}
+
+#[test]
+fn shells_get_completions() {
+    let home = tempfile::tempdir().unwrap();
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let output = ecso(home.path()).args(["completions", shell]).assert().success().get_output().clone();
+        assert!(text(&output.stdout).contains("show-steps"), "{shell}");
+    }
+}
