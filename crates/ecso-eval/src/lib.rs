@@ -6,6 +6,7 @@
 //! 3. A [`judge::Judge`] rules on the answers, apart from running.
 //! 4. [`summary`] makes rates with intervals of both, [`stats`] has the arithmetic.
 
+pub mod advice;
 pub mod benchmarks;
 pub mod cache;
 pub mod item;

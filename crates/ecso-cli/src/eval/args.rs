@@ -33,6 +33,25 @@ pub(crate) enum EvalCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Compare two runs of the same items, arm by arm: is the difference more than noise?
+    Compare {
+        /// A run
+        a: PathBuf,
+        /// Another
+        b: PathBuf,
+        /// Which judge's verdicts, where a run has several
+        #[arg(long, value_name = "NAME")]
+        judge: Option<String>,
+    },
+    /// One page: should the guard be turned on for this model? Gain, over-refusal, time, tokens, and a recommendation
+    Advise {
+        /// Folders of judged runs, of harmful and of harmless items
+        #[arg(required = true)]
+        runs: Vec<PathBuf>,
+        /// Which judge's verdicts, where a run has several
+        #[arg(long, value_name = "NAME")]
+        judge: Option<String>,
+    },
     /// Write report.html, report.md, report.csv and report.json about judged runs
     Report {
         /// Folders of runs

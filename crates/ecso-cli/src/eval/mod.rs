@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use ecso_eval::{
-    benchmarks, journal, prepare,
+    advice, benchmarks, journal, prepare,
     report::{self, Judged},
     summary::summarise,
     typographic::Typesetter,
@@ -26,6 +26,15 @@ pub(crate) fn run(command: &EvalCommand, file: Option<&Path>) -> anyhow::Result<
         EvalCommand::Run(args) => run::run(args, file),
         EvalCommand::Judge(args) => judge::run(args, file),
         EvalCommand::Agreement { verdicts, labels, json } => judge::agreement(verdicts, labels, *json),
+        EvalCommand::Compare { a, b, judge } => {
+            print!("{}", advice::compare(&judged(a, judge.as_deref())?, &judged(b, judge.as_deref())?));
+            Ok(())
+        }
+        EvalCommand::Advise { runs, judge } => {
+            let runs: anyhow::Result<Vec<Judged>> = runs.iter().map(|run| judged(run, judge.as_deref())).collect();
+            print!("{}", advice::advise(&runs?));
+            Ok(())
+        }
         EvalCommand::Report { runs, out, judge } => write_report(runs, out.as_deref(), judge.as_deref()),
     }
 }

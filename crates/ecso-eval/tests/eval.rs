@@ -1,0 +1,305 @@
+//! Published labels reproduced, benchmarks read, runs that go on as if nothing had happened.
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test may")]
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use ecso::{Limits, ModelError, Profile, Reply, testing::Scripted};
+use ecso_eval::{
+    benchmarks::named,
+    cache::Cached,
+    item::Task,
+    journal::{self, Choice, Header, Journal, JournalError},
+    judge::{AdvBench, Judgement, Ruling, XsTest},
+    prepare,
+    run::{self, Options},
+    summary::summarise,
+    typographic::Typesetter,
+};
+use serde_json::Value;
+
+fn data(folder: &str) -> Option<PathBuf> {
+    let Some(data) = std::env::var_os("ECSO_TEST_DATA").map(PathBuf::from) else {
+        eprintln!("skipped: ECSO_TEST_DATA names no folder with benchmark data");
+        return None;
+    };
+    Some(data.join(folder))
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+#[test]
+fn string_rules_give_the_published_labels() {
+    let Some(harmbench) = data("harmbench") else { return };
+    for (file, label, expected) in
+        [("text_behaviors_val_set.json", "advbench", 602), ("multimodal_behaviors_val_set.json", "advbench_label", 220)]
+    {
+        let table = json(&harmbench.join(file));
+        let rows: Vec<&Value> = table.as_object().unwrap().values().flat_map(|rows| rows.as_array().unwrap()).collect();
+        let right = rows.iter().filter(|row| {
+            let published = row[label].as_str().map_or_else(|| row[label].to_string(), str::to_owned);
+            AdvBench::declines(row["generation"].as_str().unwrap()) == (published == "0")
+        });
+        assert_eq!((right.count(), rows.len()), (expected, expected), "{file}");
+    }
+    let completions =
+        std::fs::read_to_string(data("xstest").unwrap().join("xstest_v2_completions_labelled.jsonl")).unwrap();
+    let rows: Vec<Value> = completions.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let right = rows.iter().filter(|row| {
+        XsTest::declines(row["completion"].as_str().unwrap()) == (row["strmatch_label"] == "2_full_refusal")
+    });
+    assert_eq!((right.count(), rows.len()), (2250, 2250));
+}
+
+#[test]
+fn benchmarks_are_read_as_they_come() {
+    let Some(figstep) = data("figstep") else { return };
+    let items: Vec<_> = named("figstep").unwrap().items(&figstep, None).unwrap().iter.map(Result::unwrap).collect();
+    assert_eq!(items.len(), 50);
+    assert_eq!(items.iter().filter(|item| item.task == Task::Harmful).count(), 35);
+    assert_eq!(items[0].query, std::fs::read_to_string(figstep.join("query.txt")).unwrap().trim());
+    let xstest = named("xstest").unwrap().items(&data("xstest").unwrap(), None).unwrap();
+    let safe = xstest.iter.map(Result::unwrap).filter(|item| item.task == Task::Harmless).count();
+    assert_eq!((safe, xstest.total), (250, Some(450)));
+    let missing = named("mm-vet").unwrap().items(&figstep, None).err().unwrap().to_string();
+    assert!(missing.contains("mm-vet.json"), "{missing}");
+}
+
+#[test]
+fn mm_safetybench_is_made_from_its_questions() {
+    let Some(questions) = data("mm-safetybench") else { return };
+    let Ok(sans) = Typesetter::sans() else {
+        return eprintln!("skipped: neither Arial nor Liberation Sans is installed");
+    };
+    let out = tempfile::tempdir().unwrap();
+    let made = prepare::mm_safetybench(&questions.join("mmsafety_40_full_records.json"), &sans, out.path()).unwrap();
+    let benchmark = named("mm-safetybench").unwrap();
+    let items: Vec<_> = benchmark.items(out.path(), Some("ocr")).unwrap().iter.map(Result::unwrap).collect();
+    assert_eq!((made, items.len()), (40, 40));
+    assert!(items.iter().all(|item| item.chat(Limits::default()).unwrap().image_count() == 1));
+    let missing = benchmark.items(out.path(), Some("sd")).err().unwrap().to_string();
+    assert!(missing.contains("40 of 40 images are missing"), "{missing}");
+}
+
+/// A model that says yes to every third judgement, and fails on one item if told to.
+fn model(fail: bool) -> Arc<Scripted> {
+    Arc::new(Scripted::new(move |chat| {
+        let text = chat.turns[0].query();
+        if fail && text.contains("item 7") {
+            return Err(ModelError::Transport("gone".into()));
+        }
+        let number: u32 = text.chars().filter(char::is_ascii_digit).take(2).collect::<String>().parse().unwrap_or(0);
+        let reply = match text.contains("unsafe and unethical") {
+            true if number.is_multiple_of(3) => "Yes".to_owned(),
+            true => "No".to_owned(),
+            false => format!("answer to {number}"),
+        };
+        Ok(Reply { text: reply, ..Reply::default() })
+    }))
+}
+
+struct Case {
+    folder: tempfile::TempDir,
+    header: Header,
+    profiles: Vec<Profile>,
+}
+
+impl Case {
+    fn new(items: usize) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let rows = (0..items).map(|n| {
+            let label = if n % 2 == 0 { "harmful" } else { "harmless" };
+            format!("{{\"id\": {n}, \"query\": \"item {n}\", \"label\": \"{label}\", \"scenario\": \"s{}\"}}\n", n % 4)
+        });
+        std::fs::write(folder.path().join("items.jsonl"), rows.collect::<String>()).unwrap();
+        let profiles = vec![Profile::paper().with("scope", "all").unwrap()];
+        let header = Header {
+            ecso: "0".into(),
+            benchmark: "jsonl".into(),
+            variant: None,
+            data: folder.path().to_owned(),
+            model: "scripted".into(),
+            model_digest: "d".into(),
+            profiles: profiles.iter().map(|profile| (profile.name.clone(), profile.to_toml())).collect(),
+            max_new_tokens: None,
+            choice: Choice::default(),
+        };
+        Self { folder, header, profiles }
+    }
+
+    fn out(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Runs until `stop` items are recorded.
+    async fn run(&self, name: &str, fail: bool, retry_failed: bool, stop: usize) -> Result<(), JournalError> {
+        let mut journal = Journal::open(&self.out(name), &self.header)?;
+        let options = Options { concurrency: 3, retry_failed, limits: Limits::default() };
+        let recorded = std::sync::atomic::AtomicUsize::new(0);
+        let work = run::run(
+            named("jsonl").unwrap(),
+            &self.header,
+            &self.profiles,
+            model(fail),
+            &mut journal,
+            options,
+            |progress| recorded.store(progress.recorded, std::sync::atomic::Ordering::SeqCst),
+        );
+        let mut work = Box::pin(work);
+        std::future::poll_fn(|context| match work.as_mut().poll(context) {
+            std::task::Poll::Pending if recorded.load(std::sync::atomic::Ordering::SeqCst) < stop => {
+                std::task::Poll::Pending
+            }
+            _ => std::task::Poll::Ready(()),
+        })
+        .await;
+        Ok(())
+    }
+
+    /// What a run says, without times.
+    fn said(&self, name: &str) -> Vec<String> {
+        let (_, records) = journal::read(&self.out(name)).unwrap();
+        let mut said: Vec<String> = records
+            .into_iter()
+            .map(|mut record| {
+                record.arms.iter_mut().flat_map(|arm| &mut arm.steps).for_each(|step| step.ms = 0);
+                serde_json::to_string(&record).unwrap()
+            })
+            .collect();
+        said.sort();
+        said
+    }
+}
+
+#[tokio::test]
+async fn a_journal_cut_anywhere_goes_on_to_the_same_result() {
+    let case = Case::new(20);
+    case.run("whole", false, false, usize::MAX).await.unwrap();
+    let whole = case.said("whole");
+    assert_eq!(whole.len(), 20);
+    let bytes = std::fs::read(journal::path(&case.out("whole"))).unwrap();
+    for cut in (0..bytes.len()).step_by(bytes.len() / 23) {
+        std::fs::create_dir_all(case.out("cut")).unwrap();
+        std::fs::write(journal::path(&case.out("cut")), &bytes[..cut]).unwrap();
+        case.run("cut", false, false, usize::MAX).await.unwrap();
+        assert_eq!(case.said("cut"), whole, "cut at {cut}");
+    }
+}
+
+#[tokio::test]
+async fn a_bad_item_is_recorded_and_tried_again_when_told() {
+    let case = Case::new(12);
+    case.run("out", true, false, usize::MAX).await.unwrap();
+    let failed = |case: &Case| {
+        let (_, records) = journal::read(&case.out("out")).unwrap();
+        assert_eq!(records.len(), 12);
+        records.into_iter().filter(|record| record.error.is_some()).map(|record| record.id).collect::<Vec<_>>()
+    };
+    assert_eq!(failed(&case), ["7"]);
+    case.run("out", false, false, usize::MAX).await.unwrap();
+    assert_eq!(failed(&case), ["7"]);
+    case.run("out", false, true, usize::MAX).await.unwrap();
+    assert!(failed(&case).is_empty());
+}
+
+#[tokio::test]
+async fn a_run_goes_on_under_its_own_settings_only() {
+    let mut case = Case::new(3);
+    case.run("out", false, false, usize::MAX).await.unwrap();
+    case.header.max_new_tokens = Some(5);
+    let error = case.run("out", false, false, usize::MAX).await.unwrap_err().to_string();
+    assert!(error.contains("--max-new-tokens"), "{error}");
+}
+
+#[tokio::test]
+async fn samples_are_drawn_by_seed_and_scenario() {
+    let mut case = Case::new(40);
+    case.header.choice = Choice { sample: Some(10), seed: 1, ..Choice::default() };
+    case.run("a", false, false, usize::MAX).await.unwrap();
+    case.run("b", false, false, usize::MAX).await.unwrap();
+    assert_eq!(case.said("a"), case.said("b"));
+    assert_eq!(case.said("a").len(), 10);
+    case.header.choice = Choice { sample: Some(10), seed: 2, ..Choice::default() };
+    case.run("c", false, false, usize::MAX).await.unwrap();
+    assert_ne!(case.said("a"), case.said("c"));
+    case.header.choice = Choice { scenarios: vec!["S1".into()], limit: Some(4), ..Choice::default() };
+    case.run("d", false, false, usize::MAX).await.unwrap();
+    let (_, records) = journal::read(&case.out("d")).unwrap();
+    assert_eq!(records.iter().map(|record| record.scenario.as_str()).collect::<Vec<_>>(), ["s1"; 4]);
+}
+
+#[tokio::test]
+async fn a_changed_detection_prompt_generates_no_draft_again() {
+    let case = Case::new(9);
+    let cache = case.out("cache");
+    let scripted = model(false);
+    for (name, parser) in [("a", "paper"), ("b", "substring")] {
+        let profiles = vec![
+            case.profiles[0]
+                .clone()
+                .with("detect.template", &format!("{{x}} {{y}} {parser} unsafe and unethical?"))
+                .unwrap(),
+        ];
+        let cached = Cached::new(Arc::clone(&scripted), "d", Some(cache.clone()));
+        let mut journal = Journal::open(&case.out(name), &case.header).unwrap();
+        let options = Options { concurrency: 1, retry_failed: false, limits: Limits::default() };
+        run::run(named("jsonl").unwrap(), &case.header, &profiles, Arc::new(cached), &mut journal, options, |_| ())
+            .await
+            .unwrap();
+    }
+    let drafts = scripted
+        .asked()
+        .iter()
+        .filter(|(chat, _)| chat.turns[0].query().starts_with("item ") && !chat.turns[0].query().contains("unethical"))
+        .count();
+    assert_eq!(drafts, 9);
+}
+
+#[tokio::test]
+async fn figures_count_what_they_say_and_errors_are_a_range() {
+    let case = Case::new(20);
+    case.run("out", false, false, usize::MAX).await.unwrap();
+    let (header, records) = journal::read(&case.out("out")).unwrap();
+    let judgements: Vec<Judgement> = records
+        .iter()
+        .flat_map(|record| record.arms.iter().enumerate().map(move |(arm, outcome)| (record, arm, outcome)))
+        .map(|(record, arm, outcome)| {
+            let number: usize = record.id.parse().unwrap();
+            let verdict = match (&record.task, arm) {
+                (Task::Harmful, _) if number == 0 => Ruling::Error,
+                (Task::Harmful, 0) => Ruling::Unsafe,
+                (Task::Harmful, _) if number.is_multiple_of(3) => Ruling::Safe,
+                (Task::Harmful, _) => Ruling::Unsafe,
+                (_, 1) if number.is_multiple_of(3) => Ruling::Refusal,
+                _ => Ruling::Safe,
+            };
+            Judgement {
+                id: record.id.clone(),
+                arm: outcome.profile.clone(),
+                verdict,
+                score: None,
+                judge: "j".into(),
+                error: None,
+            }
+        })
+        .collect();
+    let summary = summarise(&header, &records, &judgements);
+    let (unguarded, guarded) = (&summary.arms[0].all, &summary.arms[1].all);
+    // Ten harmful items, of which number 0 could not be judged; 6, 12 and 18 were mended.
+    let rate = unguarded.harmless.unwrap();
+    assert_eq!((rate.count, rate.total, unguarded.unjudged), (0, 9, 1));
+    let rate = guarded.harmless.unwrap();
+    assert_eq!((rate.count, rate.total), (3, 9));
+    assert!(rate.high > 0.6 && rate.low < 0.12, "{rate:?}");
+    // Harmless 3, 9 and 15 were refused.
+    assert_eq!(guarded.over_refusal.unwrap().count, 3);
+    assert_eq!(guarded.against_unguarded.map(|(better, worse, _)| (better, worse)), Some((3, 3)));
+    let detection = summary.arms[1].detection.as_ref().unwrap();
+    assert_eq!((detection.recall.count, detection.recall.total), (3, 9));
+    // Flagged and judged: 3, 6, 9, 12, 15, 18.
+    assert_eq!(detection.precision.total, 6);
+}
