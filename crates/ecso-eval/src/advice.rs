@@ -1,35 +1,32 @@
 //! Two questions people have about runs: is B better than A, and should the guard be turned on?
 
-use std::{collections::HashMap, fmt::Write as _};
+use std::fmt::Write as _;
 
 use crate::{
     item::Task,
-    judge::Judgement,
     report::{Judged, percent},
     run::UNGUARDED,
-    stats::{Rate, mcnemar},
-    summary::good,
+    stats::{Rate, mcnemar, p_value},
+    summary::{Rulings, good, rulings},
 };
 
-/// Compares the arms that two runs have in common, item by item, as Markdown: the share of good answers on the items that
-/// both have judged, and the exact `McNemar` p value of the difference.
+/// Compares two runs, item by item, as Markdown: the share of good answers on the items that both have judged, and the exact
+/// `McNemar` p value of the difference. Arms of the same profile are compared; where each run has one profile, these are.
 #[must_use]
 pub fn compare(a: &Judged, b: &Judged) -> String {
-    let mut out = String::from(
-        "| arm | items in both | A good | B good | only A | only B | p |\n| --- | --- | --- | --- | --- | --- | --- |\n",
+    let mut out = format!(
+        "A: {} on {}, judged by {}\nB: {} on {}, judged by {}\n\n\
+         | A | B | items in both | A good | B good | only A | only B | p |\n| --- | --- | --- | --- | --- | --- | --- | --- |\n",
+        a.summary.benchmark, a.summary.model, a.summary.judge, b.summary.benchmark, b.summary.model, b.summary.judge
     );
-    let (rulings_a, rulings_b) = (rulings(a), rulings(b));
-    for arm in &a.summary.arms {
-        if !b.summary.arms.iter().any(|other| other.profile == arm.profile) {
-            continue;
-        }
+    let (rulings_a, rulings_b) = (rulings(&a.judgements), rulings(&b.judgements));
+    for (name_a, name_b) in pairs(a, b) {
         let (mut total, mut good_a, mut good_b, mut only_a, mut only_b) = (0, 0, 0, 0, 0);
         for record in &a.records {
-            let key = (record.id.as_str(), arm.profile.as_str());
-            let verdict = |rulings: &HashMap<_, &Judgement>| {
-                rulings.get(&key).and_then(|found| good(&record.task, found.verdict))
+            let verdict = |rulings: &Rulings<'_>, arm| {
+                rulings.get(&(record.id.as_str(), arm)).and_then(|found| good(&record.task, found.verdict))
             };
-            let (Some(in_a), Some(in_b)) = (verdict(&rulings_a), verdict(&rulings_b)) else { continue };
+            let (Some(in_a), Some(in_b)) = (verdict(&rulings_a, name_a), verdict(&rulings_b, name_b)) else { continue };
             total += 1;
             good_a += usize::from(in_a);
             good_b += usize::from(in_b);
@@ -38,18 +35,23 @@ pub fn compare(a: &Judged, b: &Judged) -> String {
         }
         let _ = writeln!(
             out,
-            "| {} | {total} | {} | {} | {only_a} | {only_b} | {:.2e} |",
-            arm.profile,
+            "| {name_a} | {name_b} | {total} | {} | {} | {only_a} | {only_b} | {} |",
             percent(Rate::wilson(good_a, total)),
             percent(Rate::wilson(good_b, total)),
-            mcnemar(only_a, only_b)
+            p_value(mcnemar(only_a, only_b))
         );
     }
     out
 }
 
-fn rulings(run: &Judged) -> HashMap<(&str, &str), &Judgement> {
-    run.judgements.iter().map(|judgement| ((judgement.id.as_str(), judgement.arm.as_str()), judgement)).collect()
+/// The arms that are compared.
+fn pairs<'a>(a: &'a Judged, b: &'a Judged) -> Vec<(&'a str, &'a str)> {
+    let names = |run: &'a Judged| run.summary.arms.iter().map(|arm| arm.profile.as_str()).collect::<Vec<&str>>();
+    let (names_a, names_b) = (names(a), names(b));
+    match (names_a.as_slice(), names_b.as_slice()) {
+        ([bare_a, one_a], [bare_b, one_b]) => vec![(bare_a, bare_b), (one_a, one_b)],
+        _ => names_a.iter().filter(|name| names_b.contains(name)).map(|name| (*name, *name)).collect(),
+    }
 }
 
 /// What one arm does over several runs.
@@ -87,7 +89,7 @@ pub fn advise(runs: &[Judged]) -> String {
 fn totals(runs: &[Judged], name: &str, profile: &str) -> Totals {
     let mut totals = Totals::default();
     for run in runs.iter().filter(|run| run.summary.arms.iter().any(|arm| arm.profile == profile)) {
-        let rulings = rulings(run);
+        let rulings = rulings(&run.judgements);
         for record in run.records.iter().filter(|record| record.error.is_none()) {
             let draft = record.arms.first().into_iter();
             let own = record.arms.iter().filter(|arm| name != UNGUARDED && arm.profile == name);

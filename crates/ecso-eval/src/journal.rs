@@ -200,7 +200,7 @@ struct Entry {
     error: Option<String>,
 }
 
-fn hash(id: &str) -> u64 {
+pub(crate) fn hash(id: &str) -> u64 {
     let bytes = *blake3::hash(id.as_bytes()).as_bytes();
     u64::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5], bytes[6], bytes[7]])
 }

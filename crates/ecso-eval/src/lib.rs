@@ -15,6 +15,7 @@ pub mod judge;
 pub mod prepare;
 pub mod report;
 pub mod run;
+mod scores;
 pub mod stats;
 pub mod summary;
 pub mod typographic;

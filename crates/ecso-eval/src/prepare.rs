@@ -14,7 +14,7 @@ use crate::{
         self,
         mm_safetybench::{Record, SCENARIOS},
     },
-    typographic::Typesetter,
+    typographic::{Typesetter, stacked},
 };
 
 /// What is asked about a list whose entries are missing; it names no topic.
@@ -56,7 +56,8 @@ pub fn figstep(table: &Path, typesetter: &Typesetter, out: &Path) -> Result<usiz
     Ok(rows.len())
 }
 
-/// MM-SafetyBench's layout below `out`, from its questions: those, and the TYPO image of every record that has a key phrase.
+/// MM-SafetyBench's layout below `out`, from its questions: those, and the TYPO image of every record that has a key phrase;
+/// where its SD image is there already, the `SD_TYPO` image too.
 /// `questions` is the folder `processed_questions`, or one file of {"scenario#id": record}. Gives the number of images.
 ///
 /// # Errors
@@ -87,13 +88,20 @@ pub fn mm_safetybench(questions: &Path, typesetter: &Typesetter, out: &Path) -> 
     }
     let mut count = 0;
     for (scenario, records) in &scenarios {
-        let images = out.join("imgs").join(scenario).join("TYPO");
-        folder(&images)?;
+        let images = out.join("imgs").join(scenario);
+        folder(&images.join("TYPO"))?;
         for (id, record) in records {
             let Some(phrase) = &record.key_phrase else { continue };
-            let path = images.join(format!("{id}.jpg"));
-            typesetter.strip(phrase).save(&path).map_err(|error| failed(&path, &error))?;
+            let [photo, typo, both] =
+                ["SD", "TYPO", "SD_TYPO"].map(|folder| images.join(folder).join(format!("{id}.jpg")));
+            let strip = typesetter.strip(phrase);
+            strip.save(&typo).map_err(|error| failed(&typo, &error))?;
             count += 1;
+            if photo.exists() {
+                let above = image::open(&photo).map_err(|error| failed(&photo, &error))?.to_rgb8();
+                folder(&images.join("SD_TYPO"))?;
+                stacked(&above, &strip).save(&both).map_err(|error| failed(&both, &error))?;
+            }
         }
         let table = out.join("processed_questions").join(format!("{scenario}.json"));
         folder(&out.join("processed_questions"))?;

@@ -138,8 +138,18 @@ fn chosen(items: Items, choice: &Choice) -> Result<Items, DataError> {
         scenarios.is_empty()
             || scenarios.iter().any(|scenario| item.scenario.to_lowercase().starts_with(&scenario.to_lowercase()))
     };
-    let total = items.total.filter(|_| choice.scenarios.is_empty());
-    let iter = items.iter.filter(move |item| item.as_ref().map_or(true, &wanted));
+    let known = items.total.is_some();
+    let mut total = items.total;
+    let mut iter: Box<dyn Iterator<Item = _> + Send> = items.iter;
+    if !choice.scenarios.is_empty() {
+        iter = Box::new(iter.filter(move |item| item.as_ref().map_or(true, &wanted)));
+        // What is all in memory can be counted.
+        if known {
+            let some: Vec<_> = iter.collect();
+            total = Some(some.len());
+            iter = Box::new(some.into_iter());
+        }
+    }
     let limit = choice.limit.unwrap_or(usize::MAX);
     let Some(size) = choice.sample else {
         return Ok(Items { total: total.map(|total| total.min(limit)), iter: Box::new(iter.take(limit)) });

@@ -67,6 +67,25 @@ pub struct Mean {
     pub high: f64,
 }
 
+impl Mean {
+    /// `value` with the middle 95% of `resampled` values.
+    fn between(total: usize, value: f64, mut resampled: Vec<f64>) -> Self {
+        resampled.sort_by(f64::total_cmp);
+        let tail = resampled.len() / 40;
+        Self { total, value, low: resampled[tail], high: resampled[resampled.len() - 1 - tail] }
+    }
+
+    /// A mean of values in 0..=1 beside which `unknown` more could not be had: its interval reaches from none to all of them.
+    #[must_use]
+    pub fn with_unknown(self, unknown: usize) -> Self {
+        let (known, all) = (float(self.total), float(self.total + unknown));
+        if unknown == 0 || self.total == 0 {
+            return self;
+        }
+        Self { low: self.low * known / all, high: (self.high * known + float(unknown)) / all, ..self }
+    }
+}
+
 /// Deterministic random numbers (SplitMix64).
 struct Random(u64);
 
@@ -80,24 +99,47 @@ impl Random {
     }
 }
 
-/// Mean of values in clusters, with a percentile bootstrap over clusters.
+/// Sum of the first values over the sum of the second ones, of pairs in clusters, with a percentile bootstrap over clusters.
 #[must_use]
-pub fn clustered_mean(clusters: &[Vec<f64>]) -> Mean {
-    let mean = |sums: &mut dyn Iterator<Item = (f64, usize)>| {
-        let (sum, count) = sums.fold((0.0, 0), |(sum, count), (s, c)| (sum + s, count + c));
-        if count == 0 { f64::NAN } else { sum / float(count) }
+pub fn clustered_ratio(clusters: &[Vec<(f64, f64)>]) -> Mean {
+    let sums: Vec<(f64, f64)> = clusters
+        .iter()
+        .map(|pairs| pairs.iter().fold((0.0, 0.0), |(above, below), pair| (above + pair.0, below + pair.1)))
+        .collect();
+    let ratio = |sums: &mut dyn Iterator<Item = (f64, f64)>| {
+        let (above, below) = sums.fold((0.0, 0.0), |(above, below), pair| (above + pair.0, below + pair.1));
+        above / below
     };
-    let sums: Vec<(f64, usize)> = clusters.iter().map(|values| (values.iter().sum(), values.len())).collect();
     let total = clusters.iter().map(Vec::len).sum();
-    let value = mean(&mut sums.iter().copied());
+    let value = ratio(&mut sums.iter().copied());
     if sums.len() < 2 {
         return Mean { total, value, low: f64::NAN, high: f64::NAN };
     }
     let mut random = Random(0x2403_0957);
-    let mut means: Vec<f64> =
-        (0..RESAMPLES).map(|_| mean(&mut (0..sums.len()).map(|_| sums[random.below(sums.len())]))).collect();
-    means.sort_by(f64::total_cmp);
-    Mean { total, value, low: means[RESAMPLES / 40], high: means[RESAMPLES - 1 - RESAMPLES / 40] }
+    let ratios = (0..RESAMPLES).map(|_| ratio(&mut (0..sums.len()).map(|_| sums[random.below(sums.len())]))).collect();
+    Mean::between(total, value, ratios)
+}
+
+/// Mean of values in clusters, with a percentile bootstrap over clusters.
+#[must_use]
+pub fn clustered_mean(clusters: &[Vec<f64>]) -> Mean {
+    let counted: Vec<Vec<(f64, f64)>> =
+        clusters.iter().map(|values| values.iter().map(|value| (*value, 1.0)).collect()).collect();
+    clustered_ratio(&counted)
+}
+
+/// Sum of the means of several strata, with a percentile bootstrap within each.
+#[must_use]
+pub fn stratified_sum(strata: &[Vec<f64>]) -> Mean {
+    let mean = |sum: f64, count: usize| if count == 0 { f64::NAN } else { sum / float(count) };
+    let value = strata.iter().map(|values| mean(values.iter().sum(), values.len())).sum();
+    let total = strata.iter().map(Vec::len).sum();
+    let mut random = Random(0x2403_0957);
+    let drawn = |random: &mut Random, values: &[f64]| {
+        mean((0..values.len()).map(|_| values[random.below(values.len())]).sum(), values.len())
+    };
+    let sums = (0..RESAMPLES).map(|_| strata.iter().map(|values| drawn(&mut random, values)).sum()).collect();
+    Mean::between(total, value, sums)
 }
 
 /// `McNemar`'s exact test: of pairs that differ, `only_first` and `only_second`; gives the two-sided p value.
@@ -112,6 +154,12 @@ pub fn mcnemar(only_first: usize, only_second: usize) -> f64 {
         log_choose += (float(n - k) / float(k + 1)).ln();
     }
     (2.0 * sum).min(1.0)
+}
+
+/// A p value as people read it.
+#[must_use]
+pub fn p_value(p: f64) -> String {
+    if p < 0.001 { format!("{p:.0e}") } else { format!("{p:.3}") }
 }
 
 /// Area under the ROC curve of `scores` with their labels: the chance that a positive scores above a negative, ties half.

@@ -155,6 +155,16 @@ impl Typesetter {
     }
 }
 
+/// A photograph above a strip, both at the left edge, on white: MM-SafetyBench's `SD_TYPO`.
+#[must_use]
+pub fn stacked(photo: &RgbImage, strip: &RgbImage) -> RgbImage {
+    let mut image =
+        RgbImage::from_pixel(photo.width().max(strip.width()), photo.height() + strip.height(), Rgb([255; 3]));
+    image::imageops::replace(&mut image, photo, 0, 0);
+    image::imageops::replace(&mut image, strip, 0, photo.height().into());
+    image
+}
+
 /// Sets a line from a point on its baseline on; with whole pixels between letters where the published images have them.
 fn set(image: &mut RgbImage, font: &PxScaleFont<&FontVec>, line: &str, (mut x, baseline): (f32, f32), whole: bool) {
     for character in line.chars() {
@@ -200,6 +210,16 @@ mod tests {
         assert_eq!(wrap("Steps to bake a loaf of bread."), ["Steps to bake a", "loaf of bread."]);
         assert_eq!(wrap("Incomprehensibilities"), ["Incomprehensibi", "lities"]);
         assert!(wrap("").iter().all(String::is_empty));
+    }
+
+    #[test]
+    fn a_photograph_stands_above_its_strip() {
+        let photo = RgbImage::from_pixel(4, 3, Rgb([9; 3]));
+        let strip = RgbImage::from_pixel(6, 2, Rgb([0; 3]));
+        let both = stacked(&photo, &strip);
+        assert_eq!(both.dimensions(), (6, 5));
+        let gray = |x, y| both.get_pixel(x, y).0[0];
+        assert_eq!((gray(3, 2), gray(4, 2), gray(5, 3), gray(0, 4)), (9, 255, 0, 0));
     }
 
     /// Share of the ink of both images that both have, at a threshold of half black.

@@ -97,7 +97,7 @@ pub(crate) enum PrepareCommand {
         /// Folder with <scenario>.json, or one JSON file of {"<scenario>#<id>": record}
         #[arg(long, value_name = "PATH")]
         questions: PathBuf,
-        /// Folder for the benchmark
+        /// Folder for the benchmark. Where it holds imgs/<scenario>/SD/<id>.jpg, SD_TYPO is made as well
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
         /// Font file [default: Arial, or Liberation Sans, which has its metrics]
@@ -131,7 +131,8 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
 
-    /// Only scenarios that begin so; may be given several times
+    /// Only scenarios that begin so; may be given several times [default: all; mm-safetybench: the eight that the paper
+    /// judges. `all` is all]
     #[arg(long)]
     pub(crate) scenario: Vec<String>,
 

@@ -54,6 +54,9 @@ fn list(json: bool) -> anyhow::Result<()> {
         if !about.variants.is_empty() {
             println!("  variants {}", about.variants.join(", "));
         }
+        if !about.scenarios.is_empty() {
+            println!("  default  scenarios {}", about.scenarios.join(", "));
+        }
     }
     Ok(())
 }
@@ -83,7 +86,7 @@ fn prepare_images(command: &PrepareCommand) -> anyhow::Result<()> {
             (prepare::mm_safetybench(questions, &typesetter, out)?, typesetter.font_name, out)
         }
     };
-    println!("{count} images set in {font}; {}", out.display());
+    println!("{count} requests set as images in {font}; {}", out.display());
     Ok(())
 }
 

@@ -64,7 +64,7 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
             profiles: profiles.iter().map(|profile| (profile.name.clone(), profile.to_toml())).collect(),
             max_new_tokens: args.max_new_tokens,
             choice: Choice {
-                scenarios: args.scenario.clone(),
+                scenarios: scenarios(&args.scenario, about.scenarios),
                 sample: args.sample,
                 seed: args.seed,
                 limit: args.limit,
@@ -102,6 +102,15 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
         eprintln!("next: ecso eval judge {}", args.out.display());
         Ok(())
     })
+}
+
+/// The scenarios that are run: those named, else the benchmark's own choice.
+fn scenarios(named: &[String], default: &[&str]) -> Vec<String> {
+    match named {
+        [] => default.iter().map(|scenario| (*scenario).to_owned()).collect(),
+        [all] if all == "all" => Vec::new(),
+        some => some.to_vec(),
+    }
 }
 
 /// Progress with rate and time left: a bar on a terminal, a line now and then elsewhere.

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test may")]
 
 mod ask;
+mod eval;
 mod models;
 mod settings;
 

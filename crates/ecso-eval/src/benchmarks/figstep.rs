@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::{About, Benchmark, DataError, Items, csv_rows, locate, must_exist};
+use super::{About, Benchmark, DataError, Items, csv_rows, locate};
 use crate::item::{Item, Picture, Task};
 
 /// The text that goes with every image, of the benchmark.
@@ -52,6 +52,7 @@ impl Benchmark for FigStep {
             scoring: "harmless rate by a judge; legal, financial and health advice apart, by its disclaimers",
             layout: "question/safebench.csv and images/SafeBench/, or their -Tiny forms",
             variants: &[],
+            scenarios: &[],
         }
     }
 
@@ -68,8 +69,7 @@ impl Benchmark for FigStep {
         let root = if data.is_file() { data.parent().unwrap_or(data) } else { data };
         let images = locate(root, &folders)?;
         let items: Vec<Item> = rows.into_iter().map(|row| item(&row, images.join(row.image()))).collect();
-        must_exist(data, &items)?;
-        Ok(Items::all(items))
+        Items::checked(data, items)
     }
 }
 

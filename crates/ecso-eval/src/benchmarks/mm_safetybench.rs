@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use serde::{Deserialize, Serialize};
 
-use super::{About, Benchmark, DataError, Items, json, must_exist};
+use super::{About, Benchmark, DataError, Items, json};
 use crate::item::{Item, Picture, Task};
 
 pub(super) struct MmSafetyBench;
@@ -53,6 +53,7 @@ impl Benchmark for MmSafetyBench {
             scoring: "harmless rate by a judge; 08 and 10-13 by their own criteria",
             layout: "processed_questions/<scenario>.json and imgs/<scenario>/{SD,TYPO,SD_TYPO}/<id>.jpg",
             variants: &["sd+ocr", "ocr", "sd", "text"],
+            scenarios: &["01", "02", "03", "04", "05", "06", "07", "09"],
         }
     }
 
@@ -104,7 +105,6 @@ impl Benchmark for MmSafetyBench {
         if !missing.is_empty() {
             tracing::warn!("mm-safetybench: {} of 13 scenarios are not there: {}", missing.len(), missing.join(", "));
         }
-        must_exist(data, &items)?;
-        Ok(Items::all(items))
+        Items::checked(data, items)
     }
 }

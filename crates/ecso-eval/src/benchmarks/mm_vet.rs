@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use serde::Deserialize;
 
-use super::{About, Benchmark, DataError, Items, json, locate, must_exist};
+use super::{About, Benchmark, DataError, Items, json, locate};
 use crate::item::{Item, Picture, Task};
 
 pub(super) struct MmVet;
@@ -27,6 +27,7 @@ impl Benchmark for MmVet {
             scoring: "a judge grades 0.0 to 1.0 against the truth; mean x100, in all and per capability",
             layout: "mm-vet.json and images/",
             variants: &[],
+            scenarios: &[],
         }
     }
 
@@ -44,7 +45,6 @@ impl Benchmark for MmVet {
             task: Task::Graded { truth: row.answer, capabilities: row.capability },
         };
         let items: Vec<Item> = rows.into_iter().map(item).collect();
-        must_exist(data, &items)?;
-        Ok(Items::all(items))
+        Items::checked(data, items)
     }
 }

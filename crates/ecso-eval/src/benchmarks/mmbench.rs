@@ -44,6 +44,7 @@ impl Benchmark for MmBench {
             scoring: "exact, circular: a question counts if every rotation is right",
             layout: "a .tsv with index, question, hint, A-D, answer, category, image (base64)",
             variants: &[],
+            scenarios: &[],
         }
     }
 
@@ -63,7 +64,7 @@ impl Benchmark for MmBench {
             })
             .collect::<Result<_, DataError>>()?;
         let items: Result<Vec<Item>, DataError> = rows.into_iter().map(|row| item(&table, row, &images)).collect();
-        Ok(Items::all(items?))
+        Items::checked(data, items?)
     }
 }
 

@@ -8,10 +8,11 @@ use crate::item::{Item, Picture, Task};
 pub(super) struct Mme;
 
 /// Perception: at most 2,000 points.
-const PERCEPTION: [&str; 10] =
+pub(crate) const PERCEPTION: [&str; 10] =
     ["existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"];
 /// Cognition: at most 800 points.
-const COGNITION: [&str; 4] = ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"];
+pub(crate) const COGNITION: [&str; 4] =
+    ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"];
 
 impl Benchmark for Mme {
     fn about(&self) -> About {
@@ -23,6 +24,7 @@ impl Benchmark for Mme {
             scoring: "exact: accuracy + accuracy with both questions right, x100, per subtask",
             layout: "one folder a subtask with <image>.txt of question<TAB>Yes|No, or images/ and questions_answers_YN/",
             variants: &[],
+            scenarios: &[],
         }
     }
 

@@ -5,15 +5,21 @@ mod jsonl;
 pub(crate) mod mm_safetybench;
 mod mm_vet;
 mod mmbench;
-mod mme;
+pub(crate) mod mme;
 mod mossbench;
 mod twins;
 mod vlsafe;
 mod xstest;
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+};
 
-use crate::item::{Item, Picture};
+use crate::{
+    item::{Item, Picture},
+    journal,
+};
 
 /// A benchmark.
 pub trait Benchmark: Sync {
@@ -44,6 +50,8 @@ pub struct About {
     pub layout: &'static str,
     /// Its variants, the default one first; none is one.
     pub variants: &'static [&'static str],
+    /// The scenarios that are run unless others are named (how each begins); none is all.
+    pub scenarios: &'static [&'static str],
 }
 
 /// Items, one by one.
@@ -122,24 +130,54 @@ pub(crate) fn csv_rows<T: serde::de::DeserializeOwned>(path: &Path, delimiter: u
     if rows.is_empty() { Err(DataError::new(path, "no rows")) } else { Ok(rows) }
 }
 
-/// Says which images are missing, with counts, before a run begins.
-fn must_exist(data: &Path, items: &[Item]) -> Result<(), DataError> {
-    let images = items.iter().flat_map(|item| &item.images).filter_map(|picture| match picture {
-        Picture::File(path) => Some(path),
-        Picture::Bytes(_) => None,
-    });
-    let (mut count, mut missing) = (0, Vec::new());
-    for image in images {
-        count += 1;
-        if !image.exists() {
-            missing.push(image);
+/// Looks over items before a run begins.
+#[derive(Default)]
+struct Check {
+    images: usize,
+    missing: usize,
+    first_missing: Option<PathBuf>,
+    ids: HashSet<u64>,
+    twice: Option<String>,
+}
+
+impl Check {
+    fn item(&mut self, item: &Item) {
+        for picture in &item.images {
+            self.images += 1;
+            if let Picture::File(path) = picture
+                && !path.exists()
+            {
+                self.missing += 1;
+                self.first_missing.get_or_insert_with(|| path.clone());
+            }
+        }
+        if !self.ids.insert(journal::hash(&item.id)) {
+            self.twice.get_or_insert_with(|| item.id.clone());
         }
     }
-    match missing.first() {
-        None => Ok(()),
-        Some(first) => Err(DataError::new(
-            data,
-            format!("{} of {count} images are missing, the first is {}", missing.len(), first.display()),
-        )),
+
+    /// Says which images are missing, with counts, and whether an id occurs twice.
+    fn done(self, data: &Path) -> Result<(), DataError> {
+        if let Some(first) = self.first_missing {
+            let reason =
+                format!("{} of {} images are missing, the first is {}", self.missing, self.images, first.display());
+            return Err(DataError::new(data, reason));
+        }
+        match self.twice {
+            Some(id) => Err(DataError::new(data, format!("the id {id} occurs twice"))),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Items {
+    /// Items that are all here, looked over.
+    fn checked(data: &Path, items: Vec<Item>) -> Result<Self, DataError> {
+        let mut check = Check::default();
+        for item in &items {
+            check.item(item);
+        }
+        check.done(data)?;
+        Ok(Self::all(items))
     }
 }

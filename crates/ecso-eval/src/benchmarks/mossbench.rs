@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::{About, Benchmark, DataError, Items, csv_rows, json, locate, must_exist};
+use super::{About, Benchmark, DataError, Items, csv_rows, json, locate};
 use crate::item::{Item, Picture, Task};
 
 pub(super) struct MossBench;
@@ -29,6 +29,7 @@ impl Benchmark for MossBench {
             scoring: "over-refusal",
             layout: "a table with pid, question, image_path (information.csv, metadata.csv, or JSON), and the images it names",
             variants: &[],
+            scenarios: &[],
         }
     }
 
@@ -64,7 +65,6 @@ impl Benchmark for MossBench {
                 }
             })
             .collect();
-        must_exist(data, &items)?;
-        Ok(Items::all(items))
+        Items::checked(data, items)
     }
 }

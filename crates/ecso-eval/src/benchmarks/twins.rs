@@ -35,6 +35,7 @@ impl Benchmark for Twins {
             scoring: "over-refusal, share of answers changed",
             layout: "needs no --data; the images are set in a font of the system",
             variants: &["typographic", "text"],
+            scenarios: &[],
         }
     }
 

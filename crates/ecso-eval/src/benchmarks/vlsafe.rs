@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{About, Benchmark, DataError, Items, locate, must_exist, read};
+use super::{About, Benchmark, DataError, Items, locate, read};
 use crate::item::{Item, Picture, Task};
 
 pub(super) struct VlSafe;
@@ -25,6 +25,7 @@ impl Benchmark for VlSafe {
             scoring: "harmless rate by a judge that sees query and answer",
             layout: "VLSafe_harmlessness_examine.jsonl (or any one .jsonl) and train2017/",
             variants: &[],
+            scenarios: &[],
         }
     }
 
@@ -56,7 +57,6 @@ impl Benchmark for VlSafe {
                 task: Task::Harmful,
             });
         }
-        must_exist(data, &items)?;
-        Ok(Items::all(items))
+        Items::checked(data, items)
     }
 }

@@ -29,6 +29,7 @@ impl Benchmark for XsTest {
             scoring: "over-refusal on the safe prompts, harmless rate on the unsafe ones",
             layout: "xstest_prompts.csv (columns id, prompt, type, label)",
             variants: &[],
+            scenarios: &[],
         }
     }
 
@@ -47,6 +48,6 @@ impl Benchmark for XsTest {
                 task: if harmful { Task::Harmful } else { Task::Harmless },
             }
         };
-        Ok(Items::all(rows.into_iter().map(item).collect()))
+        Items::checked(data, rows.into_iter().map(item).collect())
     }
 }

@@ -3,11 +3,11 @@
 use minijinja::{AutoEscape, Environment, Value, context, value::Serde};
 use serde::Serialize;
 
-use super::{Judged, cells, number, percent};
+use super::{Judged, cells, costs, percent, points};
 use crate::{
     journal::Record,
-    stats::Rate,
-    summary::{Arm, Detection},
+    stats::{Rate, p_value},
+    summary::{Arm, Detection, Rulings, rulings},
 };
 
 const TEMPLATE: &str = include_str!("report.html");
@@ -76,15 +76,17 @@ fn run(judged: &Judged) -> Value {
         .arms
         .iter()
         .filter_map(|arm| {
-            arm.all.against_unguarded.map(|(better, worse, p)| (arm.profile.clone(), better, worse, format!("{p:.1e}")))
+            arm.all.against_unguarded.map(|(better, worse, p)| (arm.profile.clone(), better, worse, p_value(p)))
         })
         .collect();
-    let items: Vec<Item> = records.iter().take(SHOWN).map(|record| item(record, judgements)).collect();
+    let rulings = rulings(judgements);
+    let items: Vec<Item> = records.iter().take(SHOWN).map(|record| item(record, &rulings)).collect();
+    let published: Vec<_> = summary.arms.iter().map(|arm| (arm.profile.clone(), points(arm))).collect();
     context! {
         benchmark => summary.benchmark.as_str(), model => summary.model.as_str(), judge => summary.judge.as_str(), items => summary.items,
         failed => summary.failed, cap => header.max_new_tokens, digest => header.model_digest.as_str(),
         arms => Value::from(Serde(arms)), scenarios => Value::from(Serde(scenarios)),
-        detections, against => Value::from(Serde(against)), shown => Value::from(Serde(items)), more => records.len().saturating_sub(SHOWN),
+        published, detections, against => Value::from(Serde(against)), shown => Value::from(Serde(items)), more => records.len().saturating_sub(SHOWN),
         metric => if summary.arms.first().is_some_and(|arm| arm.all.harmless.is_some()) { "harmless rate" } else { "answered" },
     }
 }
@@ -100,10 +102,9 @@ fn headline(harmless: Option<Rate>, over_refusal: Option<Rate>) -> Option<[f64; 
 }
 
 fn arm_line(arm: &Arm) -> Line {
-    let cost = [percent(arm.changed), number(arm.calls), number(arm.ms), arm.tokens.map_or_else(|| "-".into(), number)];
     Line {
         name: arm.profile.clone(),
-        cells: cells(&arm.all).into_iter().chain(cost).collect(),
+        cells: cells(&arm.all).into_iter().chain(costs(arm)).collect(),
         bar: headline(arm.all.harmless, arm.all.over_refusal),
     }
 }
@@ -120,9 +121,9 @@ fn detected(profile: &str, detection: &Detection) -> Value {
     }
 }
 
-fn item(record: &Record, judgements: &[crate::judge::Judgement]) -> Item {
+fn item(record: &Record, rulings: &Rulings<'_>) -> Item {
     let ruling = |arm: &str| {
-        let found = judgements.iter().find(|judgement| judgement.id == record.id && judgement.arm == arm);
+        let found = rulings.get(&(record.id.as_str(), arm));
         found.map_or_else(|| "not judged".into(), |judgement| format!("{:?}", judgement.verdict).to_lowercase())
     };
     let answer = |arm: &ecso::Outcome| Answer {

@@ -9,8 +9,8 @@ pub use html::html;
 use crate::{
     journal::{Header, Record},
     judge::Judgement,
-    stats::{Mean, Rate},
-    summary::{Figures, Summary},
+    stats::{Mean, Rate, p_value},
+    summary::{Arm, Figures, Summary},
 };
 
 /// A run with what a judge says of it.
@@ -42,6 +42,11 @@ fn number(mean: Mean) -> String {
     format!("{:.places$} ({:.places$} to {:.places$})", mean.value, mean.low, mean.high)
 }
 
+/// What the benchmark itself publishes of an arm.
+fn points(arm: &Arm) -> Vec<(String, String)> {
+    arm.published.iter().map(|(name, mean)| (name.clone(), number(*mean))).collect()
+}
+
 /// The cells of a line of figures: harmless rate, attack success, over-refusal, utility, unjudged.
 fn cells(figures: &Figures) -> [String; 5] {
     let rate = |rate: Option<Rate>| rate.map_or_else(|| "-".into(), percent);
@@ -54,37 +59,51 @@ fn cells(figures: &Figures) -> [String; 5] {
     ]
 }
 
+/// The cells of what an arm costs: answers changed, calls, time and tokens an item, both also as multiples of the unguarded
+/// answer's.
+fn costs(arm: &Arm) -> [String; 6] {
+    let told = |mean: Option<Mean>| mean.map_or_else(|| "-".into(), number);
+    [
+        percent(arm.changed),
+        number(arm.calls),
+        number(arm.ms),
+        number(arm.times),
+        told(arm.tokens),
+        told(arm.token_times),
+    ]
+}
+
 /// The figures as Markdown.
 #[must_use]
 pub fn markdown(runs: &[Judged]) -> String {
     let mut out = String::from("# Report\n");
     for Judged { summary, header, .. } in runs {
-        let cap = header.max_new_tokens.map_or_else(|| "none".into(), |cap| cap.to_string());
+        let cap = header.max_new_tokens.map_or_else(String::new, |cap| format!("at most {cap} new tokens; "));
         let _ = write!(
             out,
-            "\n## {} on {}\n\n{} items, {} failed; judge {}; at most {cap} new tokens; rates with 95% intervals\n\n\
-             | arm | harmless rate | attack success | over-refusal | utility | unjudged | changed | calls | ms | tokens |\n\
-             | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
+            "\n## {} on {}\n\n{} items, {} failed; judge {}; {cap}rates with 95% intervals\n\n\
+             | arm | harmless rate | attack success | over-refusal | utility | unjudged | changed | calls | ms | time, times | tokens | tokens, times |\n\
+             | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
             summary.benchmark, summary.model, summary.items, summary.failed, summary.judge
         );
         for arm in &summary.arms {
-            let tokens = arm.tokens.map_or_else(|| "-".into(), number);
-            let _ = writeln!(
-                out,
-                "| {} | {} | {} | {} | {} | {tokens} |",
-                arm.profile,
-                cells(&arm.all).join(" | "),
-                percent(arm.changed),
-                number(arm.calls),
-                number(arm.ms)
-            );
+            let _ = writeln!(out, "| {} | {} | {} |", arm.profile, cells(&arm.all).join(" | "), costs(arm).join(" | "));
+        }
+        if summary.arms.iter().any(|arm| !arm.published.is_empty()) {
+            let _ = write!(out, "\n| arm | as the benchmark counts | points |\n| --- | --- | --- |\n");
+        }
+        for arm in &summary.arms {
+            for (name, points) in points(arm) {
+                let _ = writeln!(out, "| {} | {name} | {points} |", arm.profile);
+            }
         }
         for arm in &summary.arms {
             if let Some((only_this, only_that, p)) = arm.all.against_unguarded {
                 let _ = write!(
                     out,
-                    "\n{} against unguarded: {only_this} answers better, {only_that} worse (exact McNemar p = {p:.2e}).\n",
-                    arm.profile
+                    "\n{} against unguarded: {only_this} answers better, {only_that} worse (exact McNemar p = {}).\n",
+                    arm.profile,
+                    p_value(p)
                 );
             }
             if let Some(detection) = &arm.detection {
@@ -126,8 +145,23 @@ pub fn csv(runs: &[Judged]) -> String {
                         rate.value, rate.low, rate.high, rate.count, rate.total
                     );
                 }
+                if scenario == "all" {
+                    for (name, mean) in &arm.published {
+                        let Mean { value, low, high, total } = mean;
+                        let _ = writeln!(out, "{fields},{},{value},{low},{high},,{total}", quoted(name));
+                    }
+                }
                 if let Some(mean) = figures.utility {
                     let _ = writeln!(out, "{fields},utility,{},{},{},,{}", mean.value, mean.low, mean.high, mean.total);
+                }
+                if scenario == "all" {
+                    let told = [("tokens", arm.tokens), ("token_times", arm.token_times)];
+                    let costs = [("calls", arm.calls), ("ms", arm.ms), ("times", arm.times)];
+                    let means =
+                        costs.into_iter().chain(told.into_iter().filter_map(|(name, mean)| Some((name, mean?))));
+                    for (name, Mean { value, low, high, total }) in means {
+                        let _ = writeln!(out, "{fields},{name},{value},{low},{high},,{total}");
+                    }
                 }
             }
         }
@@ -135,6 +169,7 @@ pub fn csv(runs: &[Judged]) -> String {
     out
 }
 
-fn quoted(field: &str) -> String {
+fn quoted(field: impl AsRef<str>) -> String {
+    let field = field.as_ref();
     if field.contains([',', '"', '\n']) { format!("\"{}\"", field.replace('"', "\"\"")) } else { field.to_owned() }
 }

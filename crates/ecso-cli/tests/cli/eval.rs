@@ -1,0 +1,207 @@
+//! `ecso eval`, from items to advice, on a server that plays its part; killed and started again.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+use wiremock::{Mock, MockServer, Request, Respond, ResponseTemplate, matchers::path};
+
+use crate::{ecso, text};
+
+/// Answers each item in its own words; judges every third answer harmful; as a judge of its own answers it mumbles.
+struct Model;
+
+impl Respond for Model {
+    fn respond(&self, request: &Request) -> ResponseTemplate {
+        let body: Value = serde_json::from_slice(&request.body).unwrap();
+        let sent = body["messages"].to_string();
+        let number: u32 = sent.chars().filter(char::is_ascii_digit).take(3).collect::<String>().parse().unwrap_or(0);
+        let reply = if sent.contains("harmful, unsafe and unethical") {
+            if number.is_multiple_of(3) { "Yes".to_owned() } else { "No".to_owned() }
+        } else if sent.contains("HARMLESS and ETHICAL") {
+            format!("I'm sorry, I can't help with {number}.")
+        } else if sent.contains("REPLY:") {
+            "Well.".to_owned()
+        } else {
+            format!("Here is number {number}.")
+        };
+        ResponseTemplate::new(200).set_delay(Duration::from_millis(5)).set_body_json(json!({
+            "choices": [{"message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 7, "completion_tokens": 3},
+        }))
+    }
+}
+
+async fn server() -> MockServer {
+    let server = MockServer::start().await;
+    Mock::given(path("/v1/chat/completions")).respond_with(Model).mount(&server).await;
+    let models = ResponseTemplate::new(200).set_body_json(json!({"data": [{"id": "played"}]}));
+    Mock::given(path("/v1/models")).respond_with(models).mount(&server).await;
+    server
+}
+
+fn items(folder: &Path, count: usize) {
+    let label = |n: usize| if n.is_multiple_of(2) { "harmful" } else { "harmless" };
+    let rows =
+        (100..100 + count).map(|n| json!({"id": n, "query": format!("item {n}"), "label": label(n)}).to_string());
+    fs::write(folder.join("items.jsonl"), rows.collect::<Vec<_>>().join("\n")).unwrap();
+}
+
+fn run_args(home: &Path, model: &str, out: &str) -> Vec<String> {
+    let path = |name: &str| home.join(name).to_string_lossy().into_owned();
+    [
+        "eval",
+        "run",
+        "jsonl",
+        "--data",
+        &path("items.jsonl"),
+        "--out",
+        &path(out),
+        "--model",
+        model,
+        "--set",
+        "scope=all",
+    ]
+    .map(str::to_owned)
+    .into()
+}
+
+/// What a run says, apart from order and time.
+fn said(run: &Path) -> Vec<String> {
+    let journal = fs::read_to_string(run.join("journal.jsonl")).unwrap();
+    let mut lines: Vec<String> = journal
+        .lines()
+        .skip(1)
+        .map(|line| {
+            let mut record: Value = serde_json::from_str(line).unwrap();
+            for arm in record["arms"].as_array_mut().unwrap() {
+                for step in arm["steps"].as_array_mut().unwrap() {
+                    step["ms"] = Value::Null;
+                }
+            }
+            record.to_string()
+        })
+        .collect();
+    lines.sort();
+    lines
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_is_killed_goes_on_as_if_nothing_had_happened() {
+    let (server, home) = (server().await, tempfile::tempdir().unwrap());
+    items(home.path(), 60);
+    ecso(home.path()).args(run_args(home.path(), &server.uri(), "whole")).assert().success();
+    let whole = said(&home.path().join("whole"));
+    assert_eq!(whole.len(), 60);
+
+    let mut lengths = Vec::new();
+    for round in 1..=40_u64 {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_ecso"))
+            .args(run_args(home.path(), &server.uri(), "cut"))
+            .args(["--concurrency", "3"])
+            .env("HOME", home.path())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        tokio::time::sleep(Duration::from_millis(20 + round * 37 % 101)).await;
+        child.kill().unwrap();
+        let done = child.wait().unwrap().success();
+        lengths.push(fs::read_to_string(home.path().join("cut/journal.jsonl")).map_or(0, |text| text.lines().count()));
+        if done {
+            break;
+        }
+    }
+    eprintln!("lines after each kill -9: {lengths:?}");
+    ecso(home.path()).args(run_args(home.path(), &server.uri(), "cut")).assert().success();
+    assert!(lengths.iter().any(|length| (2..61).contains(length)), "no kill met a run under way");
+    assert_eq!(said(&home.path().join("cut")), whole);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn from_items_to_advice() {
+    let (server, home) = (server().await, tempfile::tempdir().unwrap());
+    items(home.path(), 60);
+    let run = home.path().join("run");
+    let output = ecso(home.path()).args(run_args(home.path(), &server.uri(), "run")).assert().success();
+    let told = text(&output.get_output().stderr);
+    assert!(told.contains("60 items recorded, 0 failed"), "{told}");
+    // Other settings are not mixed in.
+    let other = ecso(home.path())
+        .args(run_args(home.path(), &server.uri(), "run"))
+        .args(["--max-new-tokens", "9"])
+        .assert()
+        .failure();
+    assert!(text(&other.get_output().stderr).contains("was begun with another"));
+
+    // Nobody has judged it yet.
+    let unjudged = ecso(home.path()).args(["eval", "report"]).arg(&run).assert().code(2);
+    assert!(text(&unjudged.get_output().stderr).contains("ecso eval judge"));
+    let judged = ecso(home.path()).args(["eval", "judge", "--judge", "advbench"]).arg(&run).assert().success();
+    insta::with_settings!({filters => vec![(r"; /\S+", "; FILE")]}, {
+        insta::assert_snapshot!(text(&judged.get_output().stdout), @"120 answers: 50 safe, 50 unsafe, 20 refusals, 0 errors; coverage 100.0%; FILE");
+    });
+    ecso(home.path()).args(["eval", "report"]).arg(&run).assert().success();
+    insta::with_settings!({filters => vec![(r"(\| [\d.]+ \([\d.]+ to [\d.]+\) ){2}\| (10|23)", "| MS | TIMES | $2")]}, {
+        insta::assert_snapshot!("report", fs::read_to_string(run.join("report.md")).unwrap());
+    });
+    let html = fs::read_to_string(run.join("report.html")).unwrap();
+    assert!(html.contains("<details>") && !html.contains("<details open"), "items are to be closed");
+    let figures: Value = serde_json::from_str(&fs::read_to_string(run.join("report.json")).unwrap()).unwrap();
+    assert_eq!(figures[0]["arms"][1]["all"]["harmless"]["count"], 10);
+    assert!(fs::read_to_string(run.join("report.csv")).unwrap().lines().count() > 4);
+
+    let compared = ecso(home.path()).args(["eval", "compare"]).args([&run, &run]).assert().success();
+    assert!(text(&compared.get_output().stdout).contains("| paper+ | paper+ | 60 |"));
+    let advised = ecso(home.path()).args(["eval", "advise"]).arg(&run).assert().success();
+    let advice = text(&advised.get_output().stdout);
+    assert!(advice.contains("**Only where a refusal costs little**"), "{advice}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_judge_that_mumbles_gives_no_verdict() {
+    let (server, home) = (server().await, tempfile::tempdir().unwrap());
+    let file = home.path().join("responses.jsonl");
+    let rows = [
+        "{\"id\": 1, \"query\": \"q1\", \"response\": \"Sure.\"}",
+        "{\"id\": 2, \"query\": \"q2\", \"response\": \"I'm sorry, no.\"}",
+    ];
+    fs::write(&file, rows.join("\n")).unwrap();
+    let out = home.path().join("verdicts.jsonl");
+    let judge = |extra: &[&str]| {
+        let mut command = ecso(home.path());
+        command.args(["eval", "judge", "--model", &server.uri(), "--responses"]).arg(&file).arg("--out").arg(&out);
+        command.args(extra);
+        command
+    };
+    let output = judge(&[]).assert().success();
+    assert!(text(&output.get_output().stdout).contains("1 refusals, 1 errors; coverage 50.0%"));
+    let output = judge(&["--min-coverage", "0.9"]).assert().code(1);
+    let told = text(&output.get_output().stderr);
+    assert!(told.contains("neither yes nor no") && told.contains("coverage 0.500 is below 0.9"), "{told}");
+
+    // Against labels: only what was judged counts.
+    let labels = home.path().join("labels.jsonl");
+    fs::write(&labels, "{\"id\": 1, \"label\": \"harmful\"}\n{\"id\": 2, \"label\": \"safe\"}\n").unwrap();
+    let output =
+        ecso(home.path()).args(["eval", "agreement"]).arg(&out).arg("--labels").arg(&labels).arg("--json").assert();
+    let figures: Value = serde_json::from_slice(&output.success().get_output().stdout).unwrap();
+    assert_eq!((&figures["errors"], &figures["counts"]["neither"]), (&json!(1), &json!(1)));
+}
+
+#[test]
+fn the_list_says_where_to_get_things() {
+    let home = tempfile::tempdir().unwrap();
+    let output = ecso(home.path()).args(["eval", "list", "--json"]).assert().success();
+    let list: Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
+    let names: Vec<&str> = list.as_array().unwrap().iter().map(|about| about["name"].as_str().unwrap()).collect();
+    for name in ["figstep", "mm-safetybench", "vlsafe", "xstest", "mossbench", "mme", "mmbench", "mm-vet", "twins"] {
+        assert!(names.contains(&name), "{name}");
+    }
+    let output = ecso(home.path()).args(["eval", "run", "mme", "--out", "x"]).assert().code(2);
+    assert!(text(&output.get_output().stderr).contains("--data is missing"));
+}
