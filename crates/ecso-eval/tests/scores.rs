@@ -1,0 +1,207 @@
+//! MME, `MMBench`, MM-Vet, VLSafe and `MOSSBench` from their layouts to their own figures, counted by hand.
+#![allow(clippy::unwrap_used, reason = "a test may")]
+
+use std::{fs, path::Path, sync::Arc};
+
+use ecso::{Limits, ModelError, Profile, Reply, testing::Scripted};
+use ecso_eval::{
+    benchmarks::named,
+    item::Task,
+    journal::{self, Choice, Header, Journal},
+    judge::{Case, Exact, Judge, Judgement, Llm},
+    run::{self, Options},
+    summary::{Summary, summarise},
+};
+
+/// Runs a benchmark on a model that answers as `reply` says, and judges it.
+async fn scored(
+    benchmark: &str,
+    data: &Path,
+    judge: &dyn Judge,
+    reply: impl Fn(&str) -> String + Send + Sync + 'static,
+) -> Summary {
+    let model = Arc::new(Scripted::new(move |chat| {
+        let text = chat.turns[0].query();
+        let judged = text.contains("unsafe and unethical");
+        Ok(Reply { text: if judged { "No".into() } else { reply(&text) }, ..Reply::default() })
+    }));
+    let profiles = [Profile::paper()];
+    let header = Header {
+        ecso: "0".into(),
+        benchmark: benchmark.into(),
+        variant: None,
+        data: data.to_owned(),
+        model: "scripted".into(),
+        model_digest: "d".into(),
+        profiles: vec![("paper".into(), String::new())],
+        max_new_tokens: None,
+        choice: Choice::default(),
+    };
+    let out = data.join("run");
+    let mut journal = Journal::open(&out, &header).unwrap();
+    let options = Options { concurrency: 2, retry_failed: false, limits: Limits::default() };
+    run::run(named(benchmark).unwrap(), &header, &profiles, model, &mut journal, options, |_| {}).await.unwrap();
+    let (header, records) = journal::read(&out).unwrap();
+    let mut judgements: Vec<Judgement> = Vec::new();
+    for record in &records {
+        assert_eq!(record.error, None);
+        for arm in &record.arms {
+            let case = Case {
+                id: record.id.clone(),
+                scenario: record.scenario.clone(),
+                request: record.request.clone(),
+                response: arm.answer.clone(),
+                task: record.task.clone(),
+            };
+            judgements.push(judge.judge(&case, &arm.profile).await);
+        }
+    }
+    summarise(&header, &records, &judgements)
+}
+
+fn picture(path: &Path) {
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    image::RgbImage::from_pixel(8, 8, image::Rgb([200; 3])).save(path).unwrap();
+}
+
+fn points(summary: &Summary, name: &str) -> f64 {
+    let found = summary.arms[1].published.iter().find(|(called, _)| called == name);
+    found.unwrap_or_else(|| panic!("{name} is not among {:?}", summary.arms[1].published)).1.value
+}
+
+fn is(value: f64, expected: f64) -> bool {
+    (value - expected).abs() < 1e-9
+}
+
+#[tokio::test]
+async fn mme_counts_questions_and_pairs() {
+    let data = tempfile::tempdir().unwrap();
+    // Two forms of the layout. existence: 3 of 4 right, one pair; OCR: 1 of 2, no pair.
+    for (table, picture_path, lines) in [
+        ("existence/a.txt", "existence/a.png", "Is it day?\tYes\nIs it night?\tNo\n"),
+        ("existence/b.txt", "existence/b.png", "Is it day now?\tYes\nIs it night now?\tYes\n"),
+        ("OCR/questions_answers_YN/c.txt", "OCR/images/c.png", "Is it day there?\tNo\nIs it night there?\tNo\n"),
+    ] {
+        picture(&data.path().join(picture_path));
+        fs::create_dir_all(data.path().join(table).parent().unwrap()).unwrap();
+        fs::write(data.path().join(table), lines).unwrap();
+    }
+    let summary =
+        scored(
+            "mme",
+            data.path(),
+            &Exact,
+            |query| {
+                if query.contains("day") { "Yes, it is.".into() } else { "No.".into() }
+            },
+        )
+        .await;
+    assert!(is(points(&summary, "existence"), 75.0 + 50.0));
+    assert!(is(points(&summary, "OCR"), 50.0));
+    assert!(is(points(&summary, "perception, 2 of 10 subtasks"), 175.0));
+    let mean = summary.arms[1].all.utility.unwrap();
+    assert_eq!((mean.total, is(mean.value, 4.0 / 6.0)), (6, true));
+}
+
+#[tokio::test]
+async fn mmbench_counts_a_question_whose_rotations_are_all_right() {
+    let data = tempfile::tempdir().unwrap();
+    picture(&data.path().join("p.png"));
+    let image = base64::Engine::encode(&base64::prelude::BASE64_STANDARD, fs::read(data.path().join("p.png")).unwrap());
+    let table = format!(
+        "index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\n\
+         1\tWhich?\t\tred\tblue\t\t\tA\tcolour\t{image}\n1000001\tWhich?\t\tblue\tred\t\t\tB\tcolour\t1\n\
+         2\tWhat?\tLook.\tcat\tdog\t\t\tA\tanimal\t{image}\n1000002\tWhat?\tLook.\tdog\tcat\t\t\tB\tanimal\t2\n"
+    );
+    fs::write(data.path().join("MMBench_DEV_EN.tsv"), table).unwrap();
+    // Always right about the colour; always A about the animal.
+    let summary = scored("mmbench", data.path(), &Exact, |query| {
+        if query.contains("What") { "A".into() } else { "The answer is red.".into() }
+    })
+    .await;
+    assert!(is(points(&summary, "circular accuracy"), 50.0));
+    assert!(is(summary.arms[1].all.utility.unwrap().value, 0.75));
+}
+
+#[tokio::test]
+async fn mm_vet_is_the_mean_grade_by_capability_and_what_has_no_grade_is_a_range() {
+    let data = tempfile::tempdir().unwrap();
+    picture(&data.path().join("images/p.png"));
+    let rows = "{\"v1_0\": {\"imagename\": \"p.png\", \"question\": \"one?\", \"answer\": \"1\", \"capability\": [\"ocr\", \"math\"]},
+        \"v1_1\": {\"imagename\": \"p.png\", \"question\": \"two?\", \"answer\": \"2\", \"capability\": [\"ocr\"]},
+        \"v1_2\": {\"imagename\": \"p.png\", \"question\": \"three?\", \"answer\": \"3\", \"capability\": [\"rec\"]}}";
+    fs::write(data.path().join("mm-vet.json"), rows).unwrap();
+    let grader = Scripted::new(|chat| {
+        let text = chat.turns[0].query();
+        let grade = if text.contains("three?") {
+            "no grade"
+        } else if text.contains("one?") {
+            "1.0"
+        } else {
+            "0.4"
+        };
+        Ok::<_, ModelError>(Reply { text: grade.into(), ..Reply::default() })
+    });
+    let judge = Llm::new(Arc::new(grader), 0.5);
+    let summary = scored("mm-vet", data.path(), &judge, |_| "an answer".into()).await;
+    for (name, expected) in [("total", 140.0 / 3.0), ("ocr", 70.0), ("math", 100.0), ("rec", 0.0)] {
+        assert!(is(points(&summary, name), expected), "{name}: {}", points(&summary, name));
+    }
+    let figures = &summary.arms[1].all;
+    let mean = figures.utility.unwrap();
+    assert_eq!((figures.unjudged, is(mean.value, 0.7)), (1, true));
+    // The third grade may be anything: from none to one.
+    assert!(is(mean.low, 0.4 * 2.0 / 3.0) && is(mean.high, 1.0), "{mean:?}");
+}
+
+#[test]
+fn vlsafe_and_mossbench_are_read_as_they_come_and_say_what_is_missing() {
+    let data = tempfile::tempdir().unwrap();
+    fs::write(
+        data.path().join("VLSafe_harmlessness_examine.jsonl"),
+        "{\"image_id\": \"000000000001.jpg\", \"query\": \"q1\"}\n{\"image_id\": \"000000000002\", \"query\": \"q2\"}\n",
+    )
+    .unwrap();
+    picture(&data.path().join("train2017/000000000001.jpg"));
+    let vlsafe = named("vlsafe").unwrap();
+    let missing = vlsafe.items(data.path(), None).err().unwrap().to_string();
+    assert!(missing.contains("1 of 2 images are missing"), "{missing}");
+    picture(&data.path().join("train2017/000000000002.jpg"));
+    let items: Vec<_> = vlsafe.items(data.path(), None).unwrap().iter.map(Result::unwrap).collect();
+    assert!(items.len() == 2 && items.iter().all(|item| item.task == Task::Harmful));
+
+    let data = tempfile::tempdir().unwrap();
+    fs::create_dir(data.path().join("images_information")).unwrap();
+    fs::write(
+        data.path().join("images_information/information.csv"),
+        "pid,question,image_path,over\n1,q1,images/1.png,type 1\n2,q2,images/2.png,type 2\n",
+    )
+    .unwrap();
+    let mossbench = named("mossbench").unwrap();
+    let missing = mossbench.items(data.path(), None).err().unwrap().to_string();
+    assert!(missing.contains("2 of 2 images are missing"), "{missing}");
+    for name in ["images/1.png", "images/2.png"] {
+        picture(&data.path().join(name));
+    }
+    let items: Vec<_> = mossbench.items(data.path(), None).unwrap().iter.map(Result::unwrap).collect();
+    assert!(items.len() == 2 && items.iter().all(|item| item.task == Task::Harmless));
+}
+
+#[test]
+fn items_of_your_own_are_looked_over_before_the_first_is_run() {
+    let data = tempfile::tempdir().unwrap();
+    let file = data.path().join("items.jsonl");
+    let problem = |rows: &str| {
+        fs::write(&file, rows).unwrap();
+        named("jsonl").unwrap().items(data.path(), None).err().unwrap().to_string()
+    };
+    for (rows, expected) in [
+        ("{\"id\": 1, \"query\": \"q\"}\nnonsense\n", "1 of 2 items can't be read: line 2"),
+        ("{\"id\": 1, \"query\": \"q\"}\n{\"id\": 1, \"query\": \"r\"}\n", "the id 1 occurs twice"),
+        ("{\"id\": 1, \"query\": \"q\", \"image\": \"a.png\"}\n", "1 of 1 images are missing"),
+        ("{\"id\": 1, \"query\": \"q\", \"label\": \"nice\"}\n", "label `nice`"),
+    ] {
+        let said = problem(rows);
+        assert!(said.contains(expected), "{said}");
+    }
+}
