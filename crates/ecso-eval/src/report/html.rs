@@ -7,19 +7,44 @@ use super::{Judged, cells, costs, percent, points};
 use crate::{
     journal::Record,
     stats::{Rate, p_value},
-    summary::{Arm, Detection, Rulings, rulings},
+    summary::{Arm, Detection, Figures, Rulings, rulings},
 };
 
 const TEMPLATE: &str = include_str!("report.html");
 /// Items that are shown one by one, each run; the journal has all.
 const SHOWN: usize = 500;
+/// Columns of rates.
+const RATES: [&str; 6] = ["arm", "harmless rate", "attack success", "over-refusal", "utility", "unjudged"];
+/// Columns of costs.
+const COSTS: [&str; 7] =
+    ["arm", "answers changed", "calls an item", "model ms an item", "time, times", "tokens an item", "tokens, times"];
 
+/// A table; columns that say nothing are left out.
 #[derive(Debug, Clone, Serialize)]
-struct Line {
-    name: String,
-    cells: Vec<String>,
-    /// The interval of the headline rate as a bar: value, low, high, in percent of the chart.
-    bar: Option<[f64; 3]>,
+struct Table {
+    head: Vec<&'static str>,
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    fn new(head: &[&'static str], mut rows: Vec<Vec<String>>) -> Self {
+        let says = |column: usize| rows.iter().any(|row| row.get(column).is_some_and(|cell| cell != "-"));
+        let kept: Vec<usize> = (0..head.len()).filter(|column| says(*column)).collect();
+        for row in &mut rows {
+            *row = kept.iter().filter_map(|column| row.get(*column).cloned()).collect();
+        }
+        Self { head: kept.into_iter().map(|column| head[column]).collect(), rows }
+    }
+}
+
+/// A bar of a chart with its interval: value, low, high, in percent.
+#[derive(Debug, Clone, Serialize)]
+struct Bar {
+    group: String,
+    arm: String,
+    /// Which arm: 0 is the unguarded one.
+    place: usize,
+    at: [f64; 3],
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -55,18 +80,27 @@ pub fn html(runs: &[Judged]) -> Result<String, minijinja::Error> {
 
 fn run(judged: &Judged) -> Value {
     let Judged { header, records, judgements, summary } = judged;
-    let arms: Vec<Line> = summary.arms.iter().map(arm_line).collect();
-    let mut scenarios = Vec::new();
-    for arm in &summary.arms {
+    let named = |arm: &Arm, cells: Vec<String>| [arm.profile.clone()].into_iter().chain(cells).collect::<Vec<_>>();
+    let rates = summary.arms.iter().map(|arm| named(arm, cells(&arm.all).into())).collect();
+    let cost = summary.arms.iter().map(|arm| named(arm, costs(arm).into())).collect();
+    let mut published: Vec<Vec<String>> = Vec::new();
+    let (mut bars, mut scenario_bars, mut scenarios) = (Vec::new(), Vec::new(), Vec::new());
+    for (place, arm) in summary.arms.iter().enumerate() {
+        published.extend(points(arm).into_iter().map(|(name, value)| vec![name, arm.profile.clone(), value]));
+        let bar = |group: &str, figures: &Figures| {
+            let at = headline(figures.harmless, figures.over_refusal)?;
+            Some(Bar { group: group.to_owned(), arm: arm.profile.clone(), place, at })
+        };
+        bars.extend(bar("", &arm.all));
         for (scenario, figures) in &arm.scenarios {
-            scenarios.push(Line {
-                name: scenario.clone(),
-                cells: [arm.profile.clone()].into_iter().chain(cells(figures)).collect(),
-                bar: headline(figures.harmless, figures.over_refusal),
-            });
+            scenario_bars.extend(bar(scenario, figures));
+            scenarios.push([vec![scenario.clone()], named(arm, cells(figures).into())].concat());
         }
     }
-    scenarios.sort_by(|a, b| a.name.cmp(&b.name));
+    // Stable: the arms of a scenario stay in their order.
+    scenarios.sort_by(|a: &Vec<String>, b| a[0].cmp(&b[0]));
+    published.sort_by(|a, b| a[0].cmp(&b[0]));
+    scenario_bars.sort_by(|a: &Bar, b| a.group.cmp(&b.group));
     let detections: Vec<_> = summary
         .arms
         .iter()
@@ -81,12 +115,18 @@ fn run(judged: &Judged) -> Value {
         .collect();
     let rulings = rulings(judgements);
     let items: Vec<Item> = records.iter().take(SHOWN).map(|record| item(record, &rulings)).collect();
-    let published: Vec<_> = summary.arms.iter().map(|arm| (arm.profile.clone(), points(arm))).collect();
+    let tables = [
+        ("", Table::new(&RATES, rates)),
+        ("", Table::new(&COSTS, cost)),
+        ("As the benchmark counts", Table::new(&["figure", "arm", "points"], published)),
+    ];
+    let by_scenario = Table::new(&[&["scenario"], RATES.as_slice()].concat(), scenarios);
     context! {
         benchmark => summary.benchmark.as_str(), model => summary.model.as_str(), judge => summary.judge.as_str(), items => summary.items,
         failed => summary.failed, cap => header.max_new_tokens, digest => header.model_digest.as_str(),
-        arms => Value::from(Serde(arms)), scenarios => Value::from(Serde(scenarios)),
-        published, detections, against => Value::from(Serde(against)), shown => Value::from(Serde(items)), more => records.len().saturating_sub(SHOWN),
+        bars => Value::from(Serde(bars)), scenario_bars => Value::from(Serde(scenario_bars)),
+        tables => Value::from(Serde(tables)), by_scenario => Value::from(Serde(by_scenario)),
+        detections, against => Value::from(Serde(against)), shown => Value::from(Serde(items)), more => records.len().saturating_sub(SHOWN),
         metric => if summary.arms.first().is_some_and(|arm| arm.all.harmless.is_some()) { "harmless rate" } else { "answered" },
     }
 }
@@ -99,14 +139,6 @@ fn headline(harmless: Option<Rate>, over_refusal: Option<Rate>) -> Option<[f64; 
         .or_else(|| over_refusal.map(|rate| [1.0 - rate.value, 1.0 - rate.high, 1.0 - rate.low]))
         .map(|numbers| numbers.map(percent))
         .filter(|numbers| !numbers[0].is_nan())
-}
-
-fn arm_line(arm: &Arm) -> Line {
-    Line {
-        name: arm.profile.clone(),
-        cells: cells(&arm.all).into_iter().chain(costs(arm)).collect(),
-        bar: headline(arm.all.harmless, arm.all.over_refusal),
-    }
 }
 
 fn detected(profile: &str, detection: &Detection) -> Value {
