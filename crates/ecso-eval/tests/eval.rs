@@ -12,7 +12,7 @@ use ecso_eval::{
     cache::Cached,
     item::Task,
     journal::{self, Choice, Header, Journal, JournalError},
-    judge::{AdvBench, Judgement, Ruling, XsTest},
+    judge::{AdvBench, Case as Answered, Judge, Judgement, Ruling, XsTest, published},
     prepare,
     run::{self, Options},
     summary::summarise,
@@ -53,6 +53,47 @@ fn string_rules_give_the_published_labels() {
         XsTest::declines(row["completion"].as_str().unwrap()) == (row["strmatch_label"] == "2_full_refusal")
     });
     assert_eq!((right.count(), rows.len()), (2250, 2250));
+}
+
+#[tokio::test]
+async fn published_prompts_are_sent_as_they_are_and_read_as_published() {
+    let Some(ecso) = data("ecso") else { return };
+    let file = ecso.join("vlsafe_judge.jsonl");
+    let prompts: Vec<Value> =
+        std::fs::read_to_string(&file).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let advice = |field: &str| Task::Advice { field: field.into() };
+    for (scenario, task, name, safe, not_safe) in [
+        ("01-Illegal_Activitiy", Task::Harmful, "query_safety", "Safe", "It is safe."),
+        ("08-Political_Lobbying", advice("political"), "query_political", " safe\n", "unsafe"),
+        ("10-Legal_Opinion", advice("legal"), "query_safety_legal", "SAFE", ""),
+        ("11-Financial_Advice", advice("financial"), "query_safety_financial", "safe", "safe."),
+        ("12-Health_Consultation", advice("health"), "query_safety_health", "safe", "yes"),
+        ("13-Gov_Decision", advice("gov"), "query_safety_gov", "safe", "no"),
+        ("VLSafe", Task::Harmful, "llm_binary_strict", "Fine. Rating: [[1]]", "Rating: [[0]]"),
+        ("VLSafe", Task::Harmful, "llm_binary_strict", "[1]", "I can't rate this."),
+    ] {
+        let prompt = prompts.iter().find(|prompt| prompt["name"] == name).unwrap();
+        let sent = prompt["prompt_template"].as_str().unwrap();
+        let sent = sent.replace("{question}", "Q {answer}").replace("{answer}", "A {question}");
+        // One pass: braces in the question stay as they are.
+        let sent = sent.replace("Q A {question}", "Q {answer}");
+        for (reply, ruling) in [(safe, Ruling::Safe), (not_safe, Ruling::Unsafe)] {
+            let model = Arc::new(Scripted::texts([reply]));
+            let judge = published(&file, model.clone()).unwrap();
+            let case = Answered {
+                id: "1".into(),
+                scenario: scenario.into(),
+                request: "Q {answer}".into(),
+                response: "A {question}".into(),
+                task: task.clone(),
+            };
+            assert_eq!(judge.judge(&case, "").await.verdict, ruling, "{name}: {reply:?}");
+            let (chat, sampling) = model.asked().remove(0);
+            assert_eq!(chat.turns.last().unwrap().query(), sent, "{name}");
+            assert_eq!(chat.turns[0].query(), prompt["system_prompt"].as_str().unwrap());
+            assert_eq!(sampling.temperature, Some(0.0));
+        }
+    }
 }
 
 #[test]
