@@ -1,7 +1,10 @@
 //! The client: connections, time limits, retries, and the fall-back for servers that know less.
 
 use std::{
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -55,14 +58,14 @@ impl Default for Options {
 }
 
 /// A model behind an OpenAI-compatible chat-completions endpoint.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct OpenAi {
     http: reqwest::Client,
     base: Url,
     model: String,
     options: Options,
     /// The server has refused log-probabilities or usage counts once, and answered without them.
-    knows_less: AtomicBool,
+    knows_less: Arc<AtomicBool>,
 }
 
 impl OpenAi {
@@ -73,6 +76,18 @@ impl OpenAi {
     /// [`ModelError::Rejected`] if the URL is none or the server lists several models; [`ModelError::Transport`] if it
     /// can't be reached.
     pub async fn connect(base: &str, options: Options) -> Result<Self, ModelError> {
+        let mut client = Self::new(base, options)?;
+        if client.model.is_empty() {
+            client.model = client.only_model().await?;
+        }
+        Ok(client)
+    }
+
+    /// The same without asking the server anything: for whoever names the model later, by [`OpenAi::with`].
+    ///
+    /// # Errors
+    /// [`ModelError::Rejected`] if the URL is none.
+    pub fn new(base: &str, options: Options) -> Result<Self, ModelError> {
         let base = endpoint(base)?;
         // Set by whoever comes first; a program that has its own provider keeps it.
         let _ = rustls::crypto::ring::default_provider().install_default();
@@ -83,17 +98,16 @@ impl OpenAi {
             .redirect(reqwest::redirect::Policy::none())
             .build()
             .map_err(|error| ModelError::Transport(chain(&error)))?;
-        let mut client = Self {
-            http,
-            base,
-            model: options.model.clone().unwrap_or_default(),
-            options,
-            knows_less: AtomicBool::new(false),
-        };
-        if client.model.is_empty() {
-            client.model = client.only_model().await?;
-        }
-        Ok(client)
+        Ok(Self { http, base, model: options.model.clone().unwrap_or_default(), options, knows_less: Arc::default() })
+    }
+
+    /// The same server and connections, with another model and another caller's key.
+    #[must_use]
+    pub fn with(&self, model: impl Into<String>, api_key: Option<SecretString>) -> Self {
+        let mut other = self.clone();
+        other.model = model.into();
+        other.options.api_key = api_key;
+        other
     }
 
     async fn only_model(&self) -> Result<String, ModelError> {

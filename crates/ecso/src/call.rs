@@ -107,6 +107,7 @@ impl Outcome {
             answer: String::new(),
             verdict: Verdict::Unchecked,
             score: None,
+            rewritten: false,
             profile: profile.name.clone(),
             model: model.name().to_owned(),
             steps: Vec::new(),
@@ -117,6 +118,12 @@ impl Outcome {
     pub(crate) fn record(&mut self, trace: Trace) -> Event {
         self.steps.push(trace.clone());
         Event::Finished(trace)
+    }
+
+    /// Decides about the draft and tells of it.
+    pub(crate) fn decide(&mut self, rewritten: bool) -> Event {
+        self.rewritten = rewritten;
+        Event::Decided { verdict: self.verdict, rewritten }
     }
 
     /// Adds text to the answer and tells of it.

@@ -4,7 +4,7 @@ use futures::{Stream, StreamExt, pin_mut};
 
 use crate::{
     chat::Chat,
-    mllm::Mllm,
+    mllm::{Mllm, Sampling},
     profile::Profile,
     steps,
     trace::{Event, GuardError, Outcome},
@@ -31,12 +31,20 @@ use crate::{
 pub struct Guard<M> {
     model: M,
     profile: Profile,
+    sampling: Option<Sampling>,
 }
 
 impl<M: Mllm> Guard<M> {
     /// A guard in front of `model`.
     pub fn new(model: M, profile: Profile) -> Self {
-        Self { model, profile }
+        Self { model, profile, sampling: None }
+    }
+
+    /// The same guard for a caller who says how answers are sampled: steps 1 and 4 are asked with `sampling` in place of the
+    /// profile's.
+    #[must_use]
+    pub fn with_sampling(self, sampling: Sampling) -> Self {
+        Self { sampling: Some(sampling), ..self }
     }
 
     /// The model behind the guard.
@@ -61,7 +69,7 @@ impl<M: Mllm> Guard<M> {
 
     /// [`Guard::answer`], step by step. Dropping the stream cancels the work.
     pub fn answer_events<'a>(&'a self, chat: &'a Chat) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
-        steps::run(&self.model, &self.profile, chat, None)
+        steps::run(&self.model, &self.profile, self.sampling.as_ref(), chat, None)
     }
 
     /// [`Guard::review`], step by step. Dropping the stream cancels the work.
@@ -70,7 +78,7 @@ impl<M: Mllm> Guard<M> {
         chat: &'a Chat,
         draft: &str,
     ) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
-        steps::run(&self.model, &self.profile, chat, Some(draft.to_owned()))
+        steps::run(&self.model, &self.profile, self.sampling.as_ref(), chat, Some(draft.to_owned()))
     }
 }
 

@@ -13,17 +13,19 @@ use futures::{Stream, StreamExt};
 use crate::{
     call::{Call, Written},
     chat::Chat,
-    mllm::Mllm,
+    mllm::{Mllm, Sampling},
     profile::{EmptyCaption, Gate, Profile, Rewrite, SafeImage, Scope},
     prompt::{self, Query},
     trace::{Event, GuardError, Outcome, Step},
     verdict::{Verdict, harm_score},
 };
 
-/// Runs the steps on `chat`; with a `draft`, from step 2 on.
+/// Runs the steps on `chat`; with a `draft`, from step 2 on. Answers (steps 1 and 4) are sampled as `sampling` says, else as the
+/// profile does.
 pub(crate) fn run<'a>(
     model: &'a dyn Mllm,
     profile: &'a Profile,
+    sampling: Option<&'a Sampling>,
     chat: &'a Chat,
     draft: Option<String>,
 ) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
@@ -37,7 +39,7 @@ pub(crate) fn run<'a>(
         } else {
             let call = Call::new(Step::Direct, chat.clone(), None);
             yield call.started();
-            let (reply, trace) = call.generate(model, &profile.direct.sampling()).await?;
+            let (reply, trace) = call.generate(model, &sampling.cloned().unwrap_or_else(|| profile.direct.sampling())).await?;
             yield outcome.record(trace);
             profile.stripped(&reply.text)
         };
@@ -55,6 +57,7 @@ pub(crate) fn run<'a>(
             yield outcome.record(trace);
         }
         let must_rewrite = in_scope && (profile.gate == Gate::Always || outcome.verdict == Verdict::Unsafe);
+        yield outcome.decide(must_rewrite);
         if !must_rewrite || profile.rewrite == Rewrite::Refuse {
             let answer = if must_rewrite { profile.refusal.clone() } else { draft };
             yield outcome.answer(answer);
@@ -86,7 +89,8 @@ pub(crate) fn run<'a>(
         };
         let call = Call::new(Step::Safe, chat, Some(template));
         yield call.started();
-        let mut pieces = call.stream(model, profile.safe.sampling(), profile.strip);
+        let sampling = sampling.cloned().unwrap_or_else(|| profile.safe.sampling());
+        let mut pieces = call.stream(model, sampling, profile.strip);
         while let Some(written) = pieces.next().await {
             match written? {
                 Written::Text(text) => yield outcome.answer(text),

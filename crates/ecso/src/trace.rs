@@ -72,6 +72,9 @@ pub struct Outcome {
     pub verdict: Verdict,
     /// Probability that the direct answer is harmful, in 0..=1; `None` where the model doesn't tell.
     pub score: Option<f64>,
+    /// Whether the answer is another than the direct one.
+    #[serde(default)]
+    pub rewritten: bool,
     /// The profile's name.
     pub profile: String,
     /// The model's name.
@@ -93,6 +96,13 @@ pub enum Event {
     },
     /// A call is over.
     Finished(Trace),
+    /// It is decided whether the draft goes out (the next events bring it) or another answer takes its place.
+    Decided {
+        /// What step 2 said.
+        verdict: Verdict,
+        /// Whether another answer takes its place.
+        rewritten: bool,
+    },
     /// Text of the final answer; after the verdict, never before. The pieces joined are [`Outcome::answer`].
     Answer(String),
     /// The end; comes exactly once, last.

@@ -1,0 +1,439 @@
+//! A guarded chat: the draft, its verdict, and what goes to the client. Nothing of an answer leaves before its verdict.
+
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
+
+use async_stream::{stream, try_stream};
+use axum::{
+    body::Body,
+    http::{HeaderMap, HeaderValue, header},
+    response::Response,
+};
+use bytes::Bytes;
+use ecso::{Event, Guard, Mllm, Outcome, Step, Verdict};
+use futures::{Stream, StreamExt, future::try_join_all};
+use serde_json::{Map, Value, json};
+use tokio::sync::OwnedSemaphorePermit;
+
+use crate::{
+    draft::{self, Draft, choices, index},
+    failure::Failure,
+    request::Request,
+    server::Live,
+    settings::{Mode, OnFailure, TraceLevel},
+    upstream::{Answer, Upstream, bounded},
+};
+
+/// A chat request that is to be guarded.
+pub(crate) struct Guarded {
+    pub(crate) live: Arc<Live>,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
+    pub(crate) id: String,
+    pub(crate) begun: Instant,
+    pub(crate) mode: Mode,
+}
+
+/// What the guard says of all choices of an answer.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Report {
+    /// By choice; none where the guard failed and the answer goes out all the same.
+    outcomes: BTreeMap<u64, Option<Outcome>>,
+    /// Why the guard failed, where it fails open.
+    failure: Option<String>,
+}
+
+impl Report {
+    /// What the guard says of one answer.
+    pub(crate) fn of(outcome: Outcome) -> Self {
+        Self { outcomes: BTreeMap::from([(0, Some(outcome))]), failure: None }
+    }
+
+    /// The verdict on the whole: unsafe if one choice is, unchecked if one could not be judged.
+    pub(crate) fn verdict(&self) -> Verdict {
+        let verdicts = || self.outcomes.values().map(|outcome| outcome.as_ref().map(|outcome| outcome.verdict));
+        if verdicts().any(|verdict| verdict == Some(Verdict::Unsafe)) {
+            Verdict::Unsafe
+        } else if verdicts().all(|verdict| verdict == Some(Verdict::Safe)) {
+            Verdict::Safe
+        } else {
+            Verdict::Unchecked
+        }
+    }
+
+    /// The highest score.
+    pub(crate) fn score(&self) -> Option<f64> {
+        self.outcomes.values().flatten().filter_map(|outcome| outcome.score).reduce(f64::max)
+    }
+
+    /// The object `ecso` of an answer.
+    fn object(&self, id: &str, trace: TraceLevel) -> Value {
+        let mut object = json!({"request_id": id, "verdict": self.verdict(), "score": self.score()});
+        if let Some(failure) = &self.failure {
+            object["failure"] = failure.as_str().into();
+        }
+        let choices: Vec<Value> =
+            self.outcomes.iter().map(|(index, outcome)| choice(*index, outcome.as_ref(), trace)).collect();
+        if trace != TraceLevel::None || choices.len() > 1 {
+            object["choices"] = choices.into();
+        }
+        object
+    }
+
+    /// The draft's usage with all steps added.
+    fn usage(&self, draft: &Draft) -> Option<Value> {
+        let mut usage = draft.usage()?;
+        let steps = || self.outcomes.values().flatten().flat_map(|outcome| &outcome.steps);
+        let prompt: u64 = steps().filter_map(|step| step.prompt_tokens).map(u64::from).sum();
+        let completion: u64 = steps().filter_map(|step| step.completion_tokens).map(u64::from).sum();
+        for (name, more) in
+            [("prompt_tokens", prompt), ("completion_tokens", completion), ("total_tokens", prompt + completion)]
+        {
+            usage[name] = (usage[name].as_u64().unwrap_or(0) + more).into();
+        }
+        Some(usage)
+    }
+}
+
+fn choice(index: u64, outcome: Option<&Outcome>, trace: TraceLevel) -> Value {
+    let Some(outcome) = outcome else { return json!({"index": index, "verdict": Verdict::Unchecked}) };
+    let mut object =
+        json!({"index": index, "verdict": outcome.verdict, "score": outcome.score, "rewritten": outcome.rewritten});
+    if trace != TraceLevel::None {
+        object["profile"] = outcome.profile.as_str().into();
+        let steps = outcome.steps.iter().map(|step| {
+            let mut step = serde_json::to_value(step).unwrap_or_default();
+            if let Some(fields) = step.as_object_mut().filter(|_| trace == TraceLevel::Figures) {
+                fields.retain(|name, _| !matches!(name.as_str(), "prompt" | "reply"));
+            }
+            step
+        });
+        object["steps"] = steps.collect();
+    }
+    object
+}
+
+impl Guarded {
+    /// Answers the request. `permit` is its turn; a stream keeps it until its end.
+    pub(crate) async fn enforce(self, permit: OwnedSemaphorePermit) -> Result<Response, Failure> {
+        let settings = &self.live.settings;
+        let mut request = Request::read(&self.body, &settings.limits, self.live.images)?;
+        self.live.prepare(&mut request).await?;
+        if request.stream { self.held(request, permit).await } else { self.whole(request).await }
+    }
+
+    /// What takes until the request's deadline, and no longer.
+    async fn in_time<T>(&self, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+        let limits = &self.live.settings.limits;
+        let left = limits.deadline().saturating_sub(self.begun.elapsed());
+        tokio::time::timeout(left, work).await.unwrap_or_else(|_| Err(Failure::deadline(limits.deadline)))
+    }
+
+    /// How much of the steps this client sees.
+    fn trace(&self) -> TraceLevel {
+        let asked = self.headers.get("x-ecso-trace").is_some_and(|value| value == "true" || value == "1");
+        if asked { self.live.settings.trace } else { TraceLevel::None }
+    }
+
+    fn guard(&self, request: &Request) -> Result<Guard<Arc<dyn Mllm>>, Failure> {
+        self.live.guard(request, &self.headers, self.mode)
+    }
+
+    async fn whole(self, request: Request) -> Result<Response, Failure> {
+        let guard = self.guard(&request)?;
+        let draft = match self.in_time(self.answer(&request)).await? {
+            Answer::Draft(draft) => draft,
+            Answer::Stream(_) => return Err(Failure::upstream("the upstream sent a stream that nobody asked for")),
+            Answer::Refused(response) => return Ok(response),
+        };
+        let report = match self.in_time(review(&guard, &request, &draft)).await {
+            Ok(report) => report,
+            Err(failure) => self.open(&draft, failure)?,
+        };
+        self.live.record(&self.id, &request, &report, self.begun, self.mode);
+        Ok(self.finished(&report, draft))
+    }
+
+    /// What the guard's failure means: an error, or an answer that nobody judged.
+    fn open(&self, draft: &Draft, failure: Failure) -> Result<Report, Failure> {
+        if self.live.settings.on_failure == OnFailure::Closed || !failure.is_ours() {
+            return Err(failure);
+        }
+        tracing::warn!(id = self.id, code = failure.code, message = failure.message, "the guard failed open");
+        let outcomes = draft.said().into_keys().map(|index| (index, None)).collect();
+        Ok(Report { outcomes, failure: Some(failure.code.into()) })
+    }
+
+    fn finished(&self, report: &Report, draft: Draft) -> Response {
+        let usage = report.usage(&draft);
+        let Draft::Whole(mut completion) = draft else { unreachable!("a whole answer was asked for") };
+        for choice in completion["choices"].as_array_mut().into_iter().flatten() {
+            let outcome = report.outcomes.get(&index(choice)).and_then(Option::as_ref);
+            if let Some(outcome) = outcome.filter(|outcome| outcome.rewritten) {
+                *choice = json!({
+                    "index": index(choice),
+                    "message": {"role": "assistant", "content": outcome.answer},
+                    "finish_reason": finish(outcome),
+                });
+            }
+        }
+        if let Some(usage) = usage {
+            completion["usage"] = usage;
+        }
+        if self.trace() != TraceLevel::None {
+            completion["ecso"] = report.object(&self.id, self.trace());
+        }
+        let mut response = Response::new(Body::from(completion.to_string()));
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        verdict_headers(headers, report);
+        response
+    }
+
+    /// The upstream's answer to the client's own question.
+    async fn answer(&self, request: &Request) -> Result<Answer, Failure> {
+        match &self.live.upstream {
+            Upstream::Server(server) => {
+                let longest = self.live.settings.limits.answer;
+                server.answer(&self.headers, self.body.clone(), request, longest).await
+            }
+            Upstream::Engine(model) => {
+                let sampling = request.own_sampling()?;
+                let asked = (0..request.choices).map(|choice| {
+                    let seed = sampling.seed.map_or(choice, |seed| seed.wrapping_add(choice));
+                    let sampling =
+                        ecso::Sampling { seed: (choice > 0).then_some(seed).or(sampling.seed), ..sampling.clone() };
+                    async move { model.generate(&request.chat, &sampling).await }
+                });
+                let replies = try_join_all(asked).await.map_err(refused_by_engine)?;
+                let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+                let created = created.map_or(0, |since| since.as_secs());
+                Ok(Answer::Draft(Draft::replies(&replies, &self.id, created, model.name(), request.stream)))
+            }
+        }
+    }
+
+    /// A stream that is held: signs of life until the verdict, then the draft as it came or the safe answer as it is written.
+    async fn held(self, request: Request, permit: OwnedSemaphorePermit) -> Result<Response, Failure> {
+        let guard = self.guard(&request)?;
+        // The upstream's own errors still go out as what they are.
+        let begun = match &self.live.upstream {
+            Upstream::Server(_) => match self.in_time(self.answer(&request)).await? {
+                Answer::Refused(response) => return Ok(response),
+                answer => Some(answer),
+            },
+            Upstream::Engine(_) => None,
+        };
+        if begun.is_none() {
+            request.own_sampling()?;
+        }
+        let every = std::time::Duration::from_secs(self.live.settings.keep_alive.max(1));
+        let body = stream! {
+            let _permit = permit;
+            let events = self.events(&request, &guard, begun);
+            futures::pin_mut!(events);
+            yield Ok::<_, std::convert::Infallible>(Bytes::from_static(b": the answer is being checked\n\n"));
+            loop {
+                let next = tokio::select! {
+                    event = events.next() => event,
+                    () = tokio::time::sleep(every) => {
+                        yield Ok(Bytes::from_static(b": the answer is being checked\n\n"));
+                        continue;
+                    }
+                };
+                match next {
+                    Some(Ok(text)) => yield Ok(Bytes::from(text)),
+                    Some(Err(failure)) => {
+                        tracing::warn!(id = self.id, code = failure.code, message = failure.message, "a stream failed");
+                        yield Ok(Bytes::from(failure.event()));
+                        break;
+                    }
+                    None => break,
+                }
+            }
+        };
+        let mut response = Response::new(Body::from_stream(body));
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+        // Proxies that would wait for the whole must not.
+        headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+        Ok(response)
+    }
+
+    /// The client's stream, event by event, from the draft's verdict on.
+    fn events<'a>(
+        &'a self,
+        request: &'a Request,
+        guard: &'a Guard<Arc<dyn Mllm>>,
+        begun: Option<Answer>,
+    ) -> impl Stream<Item = Result<String, Failure>> + Send + 'a {
+        try_stream! {
+            let answer = match begun {
+                Some(answer) => answer,
+                None => self.in_time(self.answer(request)).await?,
+            };
+            let draft = match answer {
+                Answer::Stream(response) => {
+                    self.in_time(Draft::chunks(bounded(response, self.live.settings.limits.answer))).await?
+                }
+                Answer::Draft(draft) => draft,
+                Answer::Refused(_) => Err(Failure::upstream("the upstream refused"))?,
+            };
+            let mut report = Report::default();
+            for (choice, said) in draft.said() {
+                let events = reviewed(guard, request, &said);
+                futures::pin_mut!(events);
+                let mut rewritten = false;
+                let mut begun = false;
+                while let Some(event) = self.in_time(async { Ok(events.next().await) }).await.unwrap_or_else(|late| Some(Err(late))) {
+                    match event {
+                        Ok(Event::Decided { rewritten: another, .. }) => {
+                            rewritten = another;
+                            if !rewritten {
+                                for text in replayed(&draft, choice) {
+                                    yield text;
+                                }
+                            }
+                        }
+                        Ok(Event::Answer(text)) if rewritten => {
+                            let role = if begun { None } else { Some("assistant") };
+                            begun = true;
+                            yield delta(&draft, choice, role, Some(&text), None);
+                        }
+                        Ok(Event::Done(outcome)) => {
+                            if rewritten {
+                                yield delta(&draft, choice, None, None, Some(finish(&outcome)));
+                            }
+                            report.outcomes.insert(choice, Some(outcome));
+                        }
+                        Ok(_) => {}
+                        Err(failure) => {
+                            // What has begun can't be taken back.
+                            if begun {
+                                Err(failure.clone())?;
+                            }
+                            let open = self.open(&draft, failure)?;
+                            report.failure = open.failure;
+                            report.outcomes.insert(choice, None);
+                            for text in replayed(&draft, choice) {
+                                yield text;
+                            }
+                            break;
+                        }
+                    }
+                }
+            }
+            let mut last = draft.head();
+            last["choices"] = json!([]);
+            if request.wants_usage() {
+                last["usage"] = report.usage(&draft).unwrap_or(Value::Null);
+            }
+            last["ecso"] = report.object(&self.id, self.trace());
+            self.live.record(&self.id, request, &report, self.begun, self.mode);
+            yield format!("data: {last}\n\n");
+            yield "data: [DONE]\n\n".to_owned();
+        }
+    }
+}
+
+/// A request that the engine can't serve is the client's mistake.
+fn refused_by_engine(error: ecso::ModelError) -> Failure {
+    match error {
+        ecso::ModelError::Rejected(reason) => Failure::bad_request("invalid_request", reason),
+        other => other.into(),
+    }
+}
+
+/// Judges every choice of a draft.
+pub(crate) async fn review(guard: &Guard<Arc<dyn Mllm>>, request: &Request, draft: &Draft) -> Result<Report, Failure> {
+    let said = draft.said();
+    let all = said.iter().map(|(index, said)| async move {
+        let events = reviewed(guard, request, said);
+        futures::pin_mut!(events);
+        while let Some(event) = events.next().await {
+            if let Event::Done(outcome) = event? {
+                return Ok::<_, Failure>((*index, Some(outcome)));
+            }
+        }
+        Err(Failure::upstream("the steps had no end"))
+    });
+    Ok(Report { outcomes: try_join_all(all).await?.into_iter().collect(), failure: None })
+}
+
+/// The steps on one choice; who says nothing says nothing harmful.
+fn reviewed<'a>(
+    guard: &'a Guard<Arc<dyn Mllm>>,
+    request: &'a Request,
+    said: &'a str,
+) -> impl Stream<Item = Result<Event, Failure>> + Send + 'a {
+    try_stream! {
+        if said.trim().is_empty() {
+            yield Event::Decided { verdict: Verdict::Safe, rewritten: false };
+            yield Event::Done(Outcome {
+                answer: String::new(),
+                verdict: Verdict::Safe,
+                score: None,
+                rewritten: false,
+                profile: guard.profile().name.clone(),
+                model: guard.model().name().to_owned(),
+                steps: Vec::new(),
+            });
+            return;
+        }
+        let events = guard.review_events(&request.chat, said);
+        futures::pin_mut!(events);
+        while let Some(event) = events.next().await {
+            yield event?;
+        }
+    }
+}
+
+/// The chunks of one choice, as they came where they hold no other.
+fn replayed(draft: &Draft, choice: u64) -> Vec<String> {
+    let Draft::Chunks(chunks) = draft else { return Vec::new() };
+    let of_choice = chunks.iter().filter_map(|chunk| {
+        let kept: Vec<&Value> = choices(&chunk.value).filter(|found| index(found) == choice).collect();
+        if kept.is_empty() {
+            return None;
+        }
+        if kept.len() == choices(&chunk.value).count() && chunk.value.get("usage").is_none_or(Value::is_null) {
+            return Some(format!("data: {}\n\n", chunk.raw));
+        }
+        let mut only = chunk.value.clone();
+        only["choices"] = kept.into_iter().cloned().collect();
+        only.as_object_mut().map(|fields| fields.remove("usage"));
+        Some(format!("data: {only}\n\n"))
+    });
+    of_choice.collect()
+}
+
+/// A chunk of a safe answer.
+fn delta(draft: &Draft, choice: u64, role: Option<&str>, content: Option<&str>, finish: Option<&str>) -> String {
+    let mut delta = Map::new();
+    let said = [("role", role), ("content", content)];
+    delta.extend(said.into_iter().filter_map(|(name, text)| Some((name.to_owned(), text?.into()))));
+    let mut chunk = draft.head();
+    chunk["choices"] = json!([{"index": choice, "delta": delta, "finish_reason": finish}]);
+    format!("data: {chunk}\n\n")
+}
+
+/// Why a safe answer ended.
+fn finish(outcome: &Outcome) -> &'static str {
+    let last = outcome.steps.iter().rev().find(|step| step.step == Step::Safe);
+    last.map_or("stop", |step| draft::finish(step.finish))
+}
+
+pub(crate) fn verdict_headers(headers: &mut HeaderMap, report: &Report) {
+    let verdict = match report.verdict() {
+        Verdict::Safe => "safe",
+        Verdict::Unsafe => "unsafe",
+        Verdict::Unchecked => "unchecked",
+    };
+    headers.insert("x-ecso-verdict", HeaderValue::from_static(verdict));
+    if let Some(score) = report.score().and_then(|score| HeaderValue::try_from(format!("{score:.4}")).ok()) {
+        headers.insert("x-ecso-score", score);
+    }
+    if let Some(failure) = report.failure.as_deref().and_then(|code| HeaderValue::try_from(code).ok()) {
+        headers.insert("x-ecso-failure", failure);
+    }
+}

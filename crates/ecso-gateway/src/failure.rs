@@ -1,0 +1,103 @@
+//! Everything that can go wrong, as the client sees it: OpenAI's error object, with types of our own.
+
+use std::time::Duration;
+
+use axum::{
+    body::Body,
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use ecso::{GuardError, ModelError};
+use serde_json::{Value, json};
+
+/// A request that gets no answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Failure {
+    pub(crate) status: StatusCode,
+    /// A short name that programs can tell apart; also the label in metrics.
+    pub(crate) code: &'static str,
+    pub(crate) message: String,
+    pub(crate) retry_after: Option<Duration>,
+}
+
+impl Failure {
+    pub(crate) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        Self { status, code, message: message.into(), retry_after: None }
+    }
+
+    /// The client's request can't be read or not be guarded.
+    pub(crate) fn bad_request(code: &'static str, message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, code, message)
+    }
+
+    pub(crate) fn busy() -> Self {
+        let retry_after = Some(Duration::from_secs(1));
+        Self { retry_after, ..Self::new(StatusCode::TOO_MANY_REQUESTS, "guard_busy", "too many requests are waiting") }
+    }
+
+    pub(crate) fn deadline(seconds: u64) -> Self {
+        let message = format!("the guard did not finish within {seconds} s");
+        Self::new(StatusCode::GATEWAY_TIMEOUT, "guard_deadline", message)
+    }
+
+    /// The upstream can't be reached, or what it says can't be read.
+    pub(crate) fn upstream(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_GATEWAY, "upstream_failed", message)
+    }
+
+    /// Tells the operator.
+    pub(crate) fn log(&self, id: &str) {
+        tracing::warn!(id, code = self.code, status = self.status.as_u16(), message = self.message, "failed");
+    }
+
+    /// Whether it is the guard that failed, and not the client who asked for something wrong.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.status.is_server_error()
+    }
+
+    pub(crate) fn object(&self) -> Value {
+        let kind = if self.is_ours() { "ecso_guard_error" } else { "invalid_request_error" };
+        json!({"error": {"message": self.message, "type": kind, "param": null, "code": self.code}})
+    }
+
+    /// The failure as the last event of a stream.
+    pub(crate) fn event(&self) -> String {
+        format!("event: error\ndata: {}\n\n", self.object())
+    }
+}
+
+impl From<ModelError> for Failure {
+    fn from(error: ModelError) -> Self {
+        let message = error.to_string();
+        match error {
+            ModelError::Overloaded { retry_after } => {
+                Self { retry_after, ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "guard_overloaded", message) }
+            }
+            ModelError::Timeout(_) => Self::new(StatusCode::GATEWAY_TIMEOUT, "guard_timeout", message),
+            _ => Self::new(StatusCode::BAD_GATEWAY, "guard_failed", message),
+        }
+    }
+}
+
+impl From<GuardError> for Failure {
+    fn from(error: GuardError) -> Self {
+        let message = error.to_string();
+        match error {
+            GuardError::Model { error, .. } => Self { message, ..Self::from(error) },
+            _ => Self::bad_request("nothing_to_guard", message),
+        }
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let mut response = Response::new(Body::from(self.object().to_string()));
+        *response.status_mut() = self.status;
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if let Some(wait) = self.retry_after {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(wait.as_secs().max(1)));
+        }
+        response
+    }
+}

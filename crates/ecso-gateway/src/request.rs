@@ -1,0 +1,274 @@
+//! A chat request, read: as a conversation that can be guarded, with the client's own wishes about the answer.
+
+use std::sync::LazyLock;
+
+use base64::{
+    Engine,
+    alphabet::STANDARD,
+    engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
+};
+use ecso::{Chat, Image, Part, Role, Sampling, Turn};
+use serde_json::{Map, Value};
+
+use crate::{failure::Failure, settings::Limits};
+
+/// Base64 as people send it, with padding or without.
+static BASE64: LazyLock<GeneralPurpose> = LazyLock::new(|| {
+    let config = GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
+    GeneralPurpose::new(&STANDARD, config)
+});
+
+/// Fields that step 4 does not get: they are about this one request, or about things that an answer from hints has not.
+const NOT_FOR_THE_SAFE_ANSWER: [&str; 16] = [
+    "model",
+    "messages",
+    "stream",
+    "stream_options",
+    "n",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "functions",
+    "function_call",
+    "logprobs",
+    "top_logprobs",
+    "modalities",
+    "audio",
+    "prediction",
+    "ecso",
+];
+
+/// A chat request.
+#[derive(Debug, Clone)]
+pub(crate) struct Request {
+    fields: Map<String, Value>,
+    /// The conversation.
+    pub(crate) chat: Chat,
+    /// The model that is asked for.
+    pub(crate) model: String,
+    /// Whether the answer is to be streamed.
+    pub(crate) stream: bool,
+    /// How many answers.
+    pub(crate) choices: u32,
+}
+
+impl Request {
+    /// Reads a request whose images stand in it or are URLs.
+    pub(crate) fn read(body: &[u8], limits: &Limits, images: ecso::Limits) -> Result<Self, Failure> {
+        let invalid = |message: String| Failure::bad_request("invalid_request", message);
+        let mut fields: Map<String, Value> =
+            serde_json::from_slice(body).map_err(|error| invalid(format!("the body can't be read: {error}")))?;
+        let messages = match fields.remove("messages") {
+            Some(Value::Array(messages)) if !messages.is_empty() => messages,
+            _ => return Err(invalid("`messages` must be a list of messages".into())),
+        };
+        let chat = Chat { turns: turns(&messages, limits, images)? };
+        if !chat.turns.iter().any(|turn| turn.role == Role::User) {
+            return Err(invalid("`messages` has no message of the user".into()));
+        }
+        let choices = fields.get("n").and_then(Value::as_u64).unwrap_or(1);
+        let choices = u32::try_from(choices).ok().filter(|n| (1..=limits.choices).contains(n));
+        let choices = choices.ok_or_else(|| invalid(format!("`n` must be 1 to {}", limits.choices)))?;
+        let model = fields.get("model").and_then(Value::as_str).unwrap_or_default().to_owned();
+        let stream = fields.get("stream").and_then(Value::as_bool).unwrap_or(false);
+        Ok(Self { fields, chat, model, stream, choices })
+    }
+
+    /// Whether a streamed answer ends with its usage.
+    pub(crate) fn wants_usage(&self) -> bool {
+        self.fields.get("stream_options").is_some_and(|options| options["include_usage"] == true)
+    }
+
+    /// The client's own sampling and format, for the safe answer of a server: every field as it came.
+    pub(crate) fn sampling(&self) -> Sampling {
+        let mut extra = self.fields.clone();
+        extra.retain(|field, _| !NOT_FOR_THE_SAFE_ANSWER.contains(&field.as_str()));
+        Sampling { extra, ..Sampling::default() }
+    }
+
+    /// The client's own sampling, for a model in this process.
+    pub(crate) fn own_sampling(&self) -> Result<Sampling, Failure> {
+        for field in ["tools", "functions"] {
+            if self.fields.get(field).is_some_and(|value| value.as_array().is_none_or(|list| !list.is_empty())) {
+                return Err(Failure::bad_request("unsupported", format!("this model has no `{field}`")));
+            }
+        }
+        if self.fields.get("response_format").is_some_and(|format| format["type"] != "text") {
+            return Err(Failure::bad_request("unsupported", "this model answers in text only (`response_format`)"));
+        }
+        #[expect(clippy::cast_possible_truncation, reason = "a temperature")]
+        let float = |name: &str| self.fields.get(name).and_then(Value::as_f64).map(|value| value as f32);
+        let whole =
+            |name: &str| self.fields.get(name).and_then(Value::as_u64).and_then(|value| u32::try_from(value).ok());
+        Ok(Sampling {
+            temperature: float("temperature"),
+            top_p: float("top_p"),
+            seed: whole("seed"),
+            max_tokens: whole("max_completion_tokens").or_else(|| whole("max_tokens")),
+            ..Sampling::default()
+        })
+    }
+}
+
+fn turns(messages: &[Value], limits: &Limits, images: ecso::Limits) -> Result<Vec<Turn>, Failure> {
+    let mut turns: Vec<Turn> = Vec::new();
+    let mut count = 0;
+    for message in messages {
+        let (mut parts, called) = (parts(&message["content"], images)?, calls(message));
+        count += parts.iter().filter(|part| matches!(part, Part::Image(_))).count();
+        if count > limits.images {
+            return Err(Failure::bad_request(
+                "too_many_images",
+                format!("at most {} images are allowed", limits.images),
+            ));
+        }
+        let role = match message["role"].as_str() {
+            Some("system" | "developer") => Role::System,
+            Some("user") => Role::User,
+            Some("assistant") if called.is_empty() => Role::Assistant,
+            // What tools were asked and said belongs to the question that they serve.
+            Some("assistant" | "tool" | "function") => {
+                parts.extend(called.into_iter().map(Part::Text));
+                if message["role"] != "assistant" {
+                    parts.insert(0, Part::Text("[A tool's result:]".into()));
+                }
+                match turns.iter_mut().rev().find(|turn| turn.role == Role::User) {
+                    Some(question) => question.parts.extend(parts),
+                    None => turns.push(Turn { role: Role::User, parts }),
+                }
+                continue;
+            }
+            _ => return Err(Failure::bad_request("invalid_request", "a message has no role that is known here")),
+        };
+        turns.push(Turn { role, parts });
+    }
+    Ok(turns)
+}
+
+/// The tools that a message calls, in words.
+fn calls(message: &Value) -> Vec<String> {
+    let functions = message["tool_calls"].as_array().into_iter().flatten().map(|call| &call["function"]);
+    functions
+        .chain(message.get("function_call").filter(|call| !call.is_null()))
+        .map(|function| format!("[Called the tool {} with {}]", function["name"], function["arguments"]))
+        .collect()
+}
+
+fn parts(content: &Value, images: ecso::Limits) -> Result<Vec<Part>, Failure> {
+    let unreadable =
+        || Failure::bad_request("invalid_request", "a message's `content` must be a text or a list of parts");
+    match content {
+        Value::Null => Ok(Vec::new()),
+        Value::String(text) => Ok(vec![Part::Text(text.clone())]),
+        Value::Array(parts) => parts.iter().map(|found| part(found, images)).collect(),
+        _ => Err(unreadable()),
+    }
+}
+
+fn part(part: &Value, images: ecso::Limits) -> Result<Part, Failure> {
+    let text = |name: &str| Ok(Part::Text(part[name].as_str().unwrap_or_default().to_owned()));
+    match part["type"].as_str() {
+        Some("text" | "input_text") => text("text"),
+        Some("refusal") => text("refusal"),
+        Some("input_audio") => Ok(Part::Text("[a sound recording]".into())),
+        Some("image_url" | "input_image") => {
+            let url = part["image_url"]["url"].as_str().or_else(|| part["image_url"].as_str());
+            let url = url.ok_or_else(|| Failure::bad_request("invalid_image", "an image part has no URL"))?;
+            Ok(Part::Image(image(url, images)?))
+        }
+        other => {
+            let kind = other.unwrap_or("(none)");
+            Err(Failure::bad_request("unsupported_content", format!("parts of type `{kind}` can't be guarded")))
+        }
+    }
+}
+
+fn image(url: &str, limits: ecso::Limits) -> Result<Image, Failure> {
+    let invalid = |message: String| Failure::bad_request("invalid_image", message);
+    let lower: String = url.chars().take(8).collect::<String>().to_ascii_lowercase();
+    if lower.starts_with("http://") || lower.starts_with("https://") {
+        return Ok(Image::from_url(url));
+    }
+    let encoded = lower.starts_with("data:").then(|| url.split_once(',')).flatten();
+    let (head, data) = encoded.ok_or_else(|| invalid("an image is given by a http, https or data URL".into()))?;
+    if !head.to_ascii_lowercase().ends_with(";base64") {
+        return Err(invalid("a data URL of an image must be in base64".into()));
+    }
+    // Said before it is decoded: what is too long needn't be.
+    if data.len() / 4 * 3 > limits.bytes.saturating_add(3) {
+        return Err(invalid(format!("an image has more than {} bytes", limits.bytes)));
+    }
+    let bytes = BASE64.decode(data).map_err(|error| invalid(format!("an image's base64 is broken: {error}")))?;
+    Image::from_bytes(bytes, limits).map_err(|error| invalid(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn png() -> String {
+        let picture = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg";
+        format!("data:image/png;base64,{picture}")
+    }
+
+    fn read(body: &Value) -> Result<Request, Failure> {
+        Request::read(body.to_string().as_bytes(), &Limits::default(), ecso::Limits::default())
+    }
+
+    #[test]
+    fn a_conversation_with_everything_in_it() {
+        let request = read(&json!({
+            "model": "m", "stream": true, "n": 2, "temperature": 0.3, "seed": 4, "max_completion_tokens": 9,
+            "response_format": {"type": "json_object"}, "tools": [{"type": "function"}], "user": "u",
+            "stream_options": {"include_usage": true},
+            "messages": [
+                {"role": "developer", "content": "Be kind."},
+                {"role": "user", "content": [
+                    {"type": "text", "text": "What is this?"},
+                    {"type": "image_url", "image_url": {"url": png(), "detail": "low"}},
+                    {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}},
+                ]},
+                {"role": "assistant", "content": null, "tool_calls": [
+                    {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{\"at\": 1}"}},
+                ]},
+                {"role": "tool", "tool_call_id": "1", "content": "a cat"},
+            ],
+        }))
+        .unwrap();
+        assert_eq!((request.chat.turns.len(), request.chat.image_count(), request.choices), (2, 2, 2));
+        assert!(request.stream && request.wants_usage());
+        let query = request.chat.turns[1].query();
+        assert!(query.starts_with("What is this?") && query.contains("look") && query.ends_with("a cat"), "{query}");
+        let fields: Vec<String> = request.sampling().extra.into_iter().map(|(name, _)| name).collect();
+        assert_eq!(fields, ["temperature", "seed", "max_completion_tokens", "response_format", "user"]);
+        assert_eq!(request.own_sampling().unwrap_err().code, "unsupported");
+    }
+
+    #[test]
+    fn what_cannot_be_guarded_is_said() {
+        let ask = |content: Value| json!({"messages": [{"role": "user", "content": content}]});
+        let picture = |url: &str| ask(json!([{"type": "image_url", "image_url": {"url": url}}]));
+        let many: Vec<Value> =
+            (0..17).map(|_| json!({"type": "image_url", "image_url": "http://example.org"})).collect();
+        for (body, code) in [
+            (json!({}), "invalid_request"),
+            (json!({"messages": []}), "invalid_request"),
+            (json!({"messages": [{"role": "system", "content": "s"}]}), "invalid_request"),
+            (json!({"messages": [{"role": "oracle", "content": "s"}]}), "invalid_request"),
+            (json!({"n": 0, "messages": [{"role": "user", "content": "s"}]}), "invalid_request"),
+            (json!({"n": 1000, "messages": [{"role": "user", "content": "s"}]}), "invalid_request"),
+            (ask(json!(3)), "invalid_request"),
+            (ask(json!([{"type": "video_url"}])), "unsupported_content"),
+            (ask(json!([{"type": "image_url"}])), "invalid_image"),
+            (picture("file:///etc/hosts"), "invalid_image"),
+            (picture("data:image/png,abc"), "invalid_image"),
+            (picture("data:image/png;base64,@@@"), "invalid_image"),
+            (picture("data:image/png;base64,AAAA"), "invalid_image"),
+            (ask(many.into()), "too_many_images"),
+        ] {
+            assert_eq!(read(&body).unwrap_err().code, code, "{body}");
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! What stands behind the guard: another server, or a model in this process.
+
+use std::sync::Arc;
+
+use axum::{
+    body::Body,
+    http::{HeaderMap, HeaderName, Method, StatusCode, header},
+    response::Response,
+};
+use bytes::Bytes;
+use ecso::{Mllm, ModelError};
+use ecso_openai::OpenAi;
+use futures::StreamExt;
+use reqwest::Url;
+use secrecy::{ExposeSecret, SecretString};
+
+use crate::{access, draft::Draft, failure::Failure, request::Request};
+
+/// What stands behind the guard.
+pub enum Upstream {
+    /// An OpenAI-compatible server.
+    Server(Box<Server>),
+    /// A model in this process.
+    Engine(Arc<dyn Mllm>),
+}
+
+/// An OpenAI-compatible server, reached in two ways: untouched for what passes through, as an [`Mllm`] for the steps.
+pub struct Server {
+    http: reqwest::Client,
+    base: Url,
+    key: Option<SecretString>,
+    model: OpenAi,
+}
+
+impl Upstream {
+    /// The server at `base` (`http://host:8000/v1`). With a `key`, it takes the place of the clients' own.
+    ///
+    /// # Errors
+    /// When `base` is no http or https URL.
+    pub fn server(base: &str, key: Option<SecretString>, options: ecso_openai::Options) -> Result<Self, ModelError> {
+        let (connect, reply) = (options.connect_timeout, options.reply_timeout);
+        let model = OpenAi::new(base, options)?;
+        let rejected = |error: &dyn std::fmt::Display| ModelError::Rejected(format!("{base:?}: {error}"));
+        let mut base = Url::parse(base).map_err(|error| rejected(&error))?;
+        if base.path() == "/" {
+            base.set_path("/v1");
+        }
+        let http = reqwest::Client::builder()
+            .connect_timeout(connect)
+            .read_timeout(reply)
+            .redirect(reqwest::redirect::Policy::none())
+            .build()
+            .map_err(|error| rejected(&error))?;
+        Ok(Self::Server(Box::new(Server { http, base, key, model })))
+    }
+}
+
+/// What the upstream says to a chat request.
+pub(crate) enum Answer {
+    /// An answer, whole.
+    Draft(Draft),
+    /// A stream of one that has begun.
+    Stream(reqwest::Response),
+    /// An error of its own, which the client gets as it is.
+    Refused(Response),
+}
+
+impl Server {
+    /// Sends a request on, with the headers that concern the upstream.
+    pub(crate) async fn forward(
+        &self,
+        method: Method,
+        path_and_query: &str,
+        headers: &HeaderMap,
+        body: reqwest::Body,
+    ) -> Result<reqwest::Response, Failure> {
+        let mut headers = kept(headers);
+        headers.remove(header::HOST);
+        if let Some(key) = &self.key {
+            headers.remove(header::AUTHORIZATION);
+            let value = format!("Bearer {}", key.expose_secret()).parse();
+            let mut value: header::HeaderValue =
+                value.map_err(|_| Failure::upstream("the upstream's key can't be sent in a header"))?;
+            value.set_sensitive(true);
+            headers.insert(header::AUTHORIZATION, value);
+        }
+        let url = self.url(path_and_query);
+        let sent = self.http.request(method, url).headers(headers).body(body).send().await;
+        sent.map_err(|error| {
+            let why = if error.is_timeout() { "it does not answer" } else { "it can't be reached" };
+            tracing::debug!(%error, "upstream");
+            let status = if error.is_timeout() { StatusCode::GATEWAY_TIMEOUT } else { StatusCode::BAD_GATEWAY };
+            Failure::new(status, "upstream_failed", format!("the upstream failed: {why}"))
+        })
+    }
+
+    /// `/v1/x?y` of ours is `x?y` below the base.
+    fn url(&self, path_and_query: &str) -> Url {
+        let (path, query) =
+            path_and_query.split_once('?').map_or((path_and_query, None), |(path, query)| (path, Some(query)));
+        let mut url = self.base.clone();
+        let below = path.strip_prefix("/v1").unwrap_or(path);
+        url.set_path(&format!("{}{below}", self.base.path().trim_end_matches('/')));
+        url.set_query(query);
+        url
+    }
+
+    /// The model `name` for the steps of one caller.
+    pub(crate) fn model(&self, name: &str, headers: &HeaderMap) -> Arc<dyn Mllm> {
+        let key = self.key.clone().or_else(|| access::token(headers).map(SecretString::from));
+        Arc::new(self.model.with(name, key))
+    }
+
+    /// Asks for the answer to a chat request: the client's own bytes.
+    pub(crate) async fn answer(
+        &self,
+        headers: &HeaderMap,
+        body: Bytes,
+        request: &Request,
+        longest: usize,
+    ) -> Result<Answer, Failure> {
+        let response = self.forward(Method::POST, "/v1/chat/completions", headers, body.into()).await?;
+        if !response.status().is_success() {
+            return Ok(Answer::Refused(passed(response)));
+        }
+        if request.stream {
+            let kind = response.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+            if kind.is_none_or(|kind| !kind.starts_with("text/event-stream")) {
+                return Err(Failure::upstream("the upstream was asked for a stream and sent none"));
+            }
+            return Ok(Answer::Stream(response));
+        }
+        let mut body = bounded(response, longest);
+        let mut whole = Vec::new();
+        while let Some(piece) = body.next().await {
+            whole.extend_from_slice(&piece.map_err(|error| Failure::upstream(error.to_string()))?);
+        }
+        Ok(Answer::Draft(Draft::whole(&whole)?))
+    }
+}
+
+/// A response's body, up to `longest` bytes.
+pub(crate) fn bounded(
+    response: reqwest::Response,
+    longest: usize,
+) -> futures::stream::BoxStream<'static, Result<Bytes, std::io::Error>> {
+    let body = response.bytes_stream().scan(0_usize, move |read, piece| {
+        let piece = piece.map_err(|_| std::io::Error::other("the upstream broke off"));
+        *read = read.saturating_add(piece.as_ref().map_or(0, Bytes::len));
+        let piece =
+            if *read > longest { Err(std::io::Error::other("the upstream's answer has no end")) } else { piece };
+        std::future::ready(Some(piece))
+    });
+    body.boxed()
+}
+
+/// A response as the client gets it.
+pub(crate) fn passed(response: reqwest::Response) -> Response {
+    let mut passed = Response::new(Body::empty());
+    *passed.status_mut() = response.status();
+    *passed.headers_mut() = kept(response.headers());
+    *passed.body_mut() = Body::from_stream(response.bytes_stream());
+    passed
+}
+
+/// Headers that are not about one connection alone, and not ours.
+fn kept(headers: &HeaderMap) -> HeaderMap {
+    const OF_ONE_CONNECTION: [HeaderName; 8] = [
+        header::CONNECTION,
+        HeaderName::from_static("keep-alive"),
+        header::PROXY_AUTHENTICATE,
+        header::PROXY_AUTHORIZATION,
+        header::TE,
+        header::TRAILER,
+        header::TRANSFER_ENCODING,
+        header::UPGRADE,
+    ];
+    let named: Vec<String> = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(|name| name.trim().to_ascii_lowercase())
+        .collect();
+    let is_kept = |name: &HeaderName| {
+        !OF_ONE_CONNECTION.contains(name)
+            && !name.as_str().starts_with("x-ecso-")
+            && !named.iter().any(|other| name == other.as_str())
+    };
+    headers.iter().filter(|(name, _)| is_kept(name)).map(|(name, value)| (name.clone(), value.clone())).collect()
+}
