@@ -35,6 +35,13 @@ pub(crate) enum Command {
     /// Measure what the protection gains and costs
     #[command(subcommand)]
     Eval(EvalCommand),
+    /// Guard every image chat with an OpenAI-compatible server, or serve a model in this process
+    Serve(ServeArgs),
+    /// Make a client key for `ecso serve`
+    Key {
+        /// Whose it is
+        name: String,
+    },
     /// Check that this machine has what ecso needs
     Doctor {
         /// Print one JSON object
@@ -75,6 +82,27 @@ pub(crate) struct AskArgs {
     /// Don't tell on standard error which step runs
     #[arg(long, short)]
     pub(crate) quiet: bool,
+
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+
+    #[command(flatten)]
+    pub(crate) profile: ProfileArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    /// The server to guard: its base URL, as clients would write it; the same as --model URL
+    #[arg(long, value_name = "URL", conflicts_with = "model")]
+    pub(crate) upstream: Option<String>,
+
+    /// Address to listen on [default: 127.0.0.1:8080]
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) listen: Option<String>,
+
+    /// What is done with requests in scope: enforce, observe or off [default: enforce]
+    #[arg(long)]
+    pub(crate) mode: Option<String>,
 
     #[command(flatten)]
     pub(crate) model: ModelArgs,

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     WrongUse,
-    cli::{ModelArgs, ProfileArgs},
+    cli::{ModelArgs, ProfileArgs, ServeArgs},
 };
 
 /// All settings.
@@ -38,6 +38,9 @@ pub(crate) struct Settings {
     pub(crate) images: Limits,
     pub(crate) engine: Engine,
     pub(crate) server: Server,
+    /// Where `ecso serve` listens.
+    pub(crate) listen: String,
+    pub(crate) gateway: ecso_gateway::Settings,
 }
 
 /// Settings of the engine in the process; 0 leaves it to the engine.
@@ -98,6 +101,8 @@ fn defaults() -> anyhow::Result<Settings> {
         images: Limits::default(),
         engine: Engine { gpu_layers: -1, ..Engine::default() },
         server: Server::default(),
+        listen: "127.0.0.1:8080".into(),
+        gateway: ecso_gateway::Settings::default(),
     })
 }
 
@@ -180,6 +185,15 @@ fn flags(model: &ModelArgs, profile: &ProfileArgs) -> anyhow::Result<BTreeMap<St
         values.insert("set".into(), toml::Value::Table(pairs?));
     }
     Ok(values)
+}
+
+/// The settings that result for `ecso serve`.
+pub(crate) fn load_serve(file: Option<&Path>, args: &ServeArgs) -> anyhow::Result<Settings> {
+    let mut layers = layers(file, &args.model, &args.profile)?;
+    let own = [("model", &args.upstream), ("listen", &args.listen), ("gateway.mode", &args.mode)];
+    let given = own.into_iter().filter_map(|(key, value)| Some((key.to_owned(), toml::Value::from(value.clone()?))));
+    layers.push(Layer { origin: "flag".into(), values: given.collect() });
+    merge(&layers)
 }
 
 /// The settings that result.

@@ -8,6 +8,7 @@ mod doctor;
 mod eval;
 mod models;
 mod open;
+mod serve;
 
 use std::process::ExitCode;
 
@@ -40,6 +41,11 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Ask(args) => ask::run(&args, file),
         Command::Eval(command) => eval::run(&command, file),
         Command::Models(command) => models::run(command, file),
+        Command::Serve(args) => serve::run(&args, file),
+        Command::Key { name } => {
+            serve::key(&name);
+            Ok(())
+        }
         Command::Doctor { json } => doctor::run(json, file),
         Command::Config(ConfigCommand::Show { model, profile }) => config::show(file, &model, &profile),
         Command::Completions { shell } => {

@@ -46,16 +46,20 @@ fn is_file(name: &str) -> bool {
 }
 
 async fn server(settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> {
+    Ok(Arc::new(ecso_openai::OpenAi::connect(&settings.model, server_options(settings)).await?))
+}
+
+/// How a server is talked to.
+pub(crate) fn server_options(settings: &Settings) -> ecso_openai::Options {
     let key = std::env::var(&settings.api_key_env).ok().filter(|key| !key.is_empty());
-    let options = ecso_openai::Options {
+    ecso_openai::Options {
         model: Some(settings.model_name.clone()).filter(|name| !name.is_empty()),
         api_key: key.map(Into::into),
         connect_timeout: Duration::from_secs(settings.server.connect_timeout),
         reply_timeout: Duration::from_secs(settings.server.reply_timeout),
         retries: settings.server.retries,
         ..ecso_openai::Options::default()
-    };
-    Ok(Arc::new(ecso_openai::OpenAi::connect(&settings.model, options).await?))
+    }
 }
 
 /// The reader of `mini` in front of another model.

@@ -93,6 +93,17 @@ pub struct Key {
     pub mode: Option<Mode>,
 }
 
+impl Key {
+    /// A fresh key: what the client gets, and what the settings keep.
+    #[must_use]
+    pub fn generate() -> (String, Self) {
+        // Two random UUIDs: 244 random bits.
+        let key = format!("ecso-{}{}", uuid::Uuid::new_v4().simple(), uuid::Uuid::new_v4().simple());
+        let sha256 = crate::access::hash(&key);
+        (key, Self { sha256, mode: None })
+    }
+}
+
 /// Bounds on what strangers send. Bytes and pixels of an image have theirs in [`ecso::Limits`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]

@@ -1,0 +1,94 @@
+//! `ecso serve` and `ecso key`.
+
+use std::{net::SocketAddr, path::Path, sync::Arc};
+
+use anyhow::Context;
+use ecso_gateway::{Gateway, Upstream};
+use tokio::net::TcpListener;
+
+use crate::{
+    WrongUse,
+    cli::ServeArgs,
+    config::{self, Settings},
+    open,
+};
+
+pub(crate) fn run(args: &ServeArgs, file: Option<&Path>) -> anyhow::Result<()> {
+    let settings = config::load_serve(file, args)?;
+    let runtime = tokio::runtime::Runtime::new()?;
+    runtime.block_on(async {
+        let gateway = Arc::new(gateway(&settings).await?);
+        let listener = listen(&settings).await?;
+        eprintln!("ecso: {}", greeting(&settings, listener.local_addr()?));
+        ecso_gateway::serve(gateway, listener, stopped()).await?;
+        eprintln!("ecso: all requests are finished");
+        Ok(())
+    })
+}
+
+async fn gateway(settings: &Settings) -> anyhow::Result<Gateway> {
+    let profile = config::profile(settings)?;
+    let upstream = if open::is_server(settings) {
+        if settings.reader {
+            return Err(WrongUse("the text reader stands in front of models in this process only".into()).into());
+        }
+        let options = open::server_options(settings);
+        let key = options.api_key.clone();
+        Upstream::server(&settings.model, key, options)?
+    } else {
+        Upstream::Engine(open::model(settings).await?)
+    };
+    Ok(Gateway::new(upstream, profile, settings.gateway.clone(), settings.images)?)
+}
+
+/// Without client keys only this machine may call.
+async fn listen(settings: &Settings) -> anyhow::Result<TcpListener> {
+    let address: SocketAddr = settings.listen.parse().map_err(|_| {
+        WrongUse(format!("{:?} is no address to listen on; write for instance 127.0.0.1:8080", settings.listen))
+    })?;
+    if settings.gateway.keys.is_empty() && !address.ip().is_loopback() {
+        return Err(WrongUse(format!(
+            "{address} can be reached from elsewhere, and no client key is configured, so anybody could call; make one \
+             with `ecso key NAME`, or listen on 127.0.0.1"
+        ))
+        .into());
+    }
+    TcpListener::bind(address).await.with_context(|| format!("listening on {address}"))
+}
+
+fn greeting(settings: &Settings, address: SocketAddr) -> String {
+    let callers = match settings.gateway.keys.len() {
+        0 => "no client keys: this machine only".to_owned(),
+        count => format!("{count} client keys"),
+    };
+    format!("guarding {} under profile {} on http://{address}/v1 ({callers})", settings.model, settings.profile)
+}
+
+/// Ends when the process is asked to: Ctrl-C or SIGTERM.
+async fn stopped() {
+    let interrupted = async {
+        let _ = tokio::signal::ctrl_c().await;
+    };
+    #[cfg(unix)]
+    let terminated = async {
+        match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+            Ok(mut signal) => signal.recv().await.unwrap_or(()),
+            Err(_) => std::future::pending().await,
+        }
+    };
+    #[cfg(not(unix))]
+    let terminated = std::future::pending::<()>();
+    tokio::select! {
+        () = interrupted => {}
+        () = terminated => {}
+    }
+    eprintln!("ecso: no new requests; the running ones are finished first");
+}
+
+/// A fresh client key, and what to write into the settings for it.
+pub(crate) fn key(name: &str) {
+    let key = ecso_gateway::settings::Key::generate();
+    println!("{}", key.0);
+    eprintln!("This is shown once; give it to the client. In config.toml:\n");
+    eprintln!("[gateway.keys.{name:?}]\nsha256 = \"{}\"", key.1.sha256);
+}
