@@ -91,9 +91,7 @@ fn totals(runs: &[Judged], name: &str, profile: &str) -> Totals {
     for run in runs.iter().filter(|run| run.summary.arms.iter().any(|arm| arm.profile == profile)) {
         let rulings = rulings(&run.judgements);
         for record in run.records.iter().filter(|record| record.error.is_none()) {
-            let draft = record.arms.first().into_iter();
-            let own = record.arms.iter().filter(|arm| name != UNGUARDED && arm.profile == name);
-            for step in draft.chain(own).flat_map(|arm| &arm.steps) {
+            for step in record.arms.iter().filter(|arm| arm.profile == name).flat_map(|arm| &arm.steps) {
                 totals.ms += step.ms;
                 totals.tokens +=
                     u64::from(step.prompt_tokens.unwrap_or(0)) + u64::from(step.completion_tokens.unwrap_or(0));

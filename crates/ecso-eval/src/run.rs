@@ -1,8 +1,11 @@
-//! Running a benchmark: each item unguarded and guarded, the draft made once and reviewed under every profile.
+//! Running a benchmark: each item unguarded and guarded, the draft made once and used by every profile.
 
-use std::{collections::BinaryHeap, sync::Arc};
+use std::{collections::BinaryHeap, sync::Arc, time::Duration};
 
-use ecso::{Guard, Limits, Mllm, Outcome, Profile, profile::Gate};
+use async_trait::async_trait;
+use ecso::{
+    Chat, Guard, Limits, Mllm, ModelError, Outcome, Profile, Reply, ReplyStream, Sampling, Step, Usage, profile::Gate,
+};
 use futures::{StreamExt, stream};
 
 use crate::{
@@ -77,8 +80,7 @@ pub async fn run(
     let mut unguarded = profiles.first().cloned().unwrap_or_else(Profile::paper);
     unguarded.name = UNGUARDED.into();
     unguarded.gate = Gate::Never;
-    let direct = Guard::new(Arc::clone(&model), unguarded);
-    let guards: Vec<_> = profiles.iter().map(|profile| Guard::new(Arc::clone(&model), profile.clone())).collect();
+    let direct = Guard::new(model, unguarded);
 
     let Items { total, iter } = chosen(benchmark.items(&header.data, header.variant.as_deref())?, &header.choice)?;
     let mut report = |journal: &Journal| {
@@ -86,14 +88,14 @@ pub async fn run(
     };
     report(journal);
     let mut broken = None;
-    let (direct, guards) = (&direct, &guards);
+    let direct = &direct;
     let mut waiting = iter.fuse();
     let mut under_way = stream::FuturesUnordered::new();
     loop {
         while under_way.len() < options.concurrency.max(1) && broken.is_none() {
             match waiting.next() {
                 Some(Ok(item)) if journal.has(&item.id, options.retry_failed) => {}
-                Some(Ok(item)) => under_way.push(one(item, direct, guards, options.limits)),
+                Some(Ok(item)) => under_way.push(one(item, direct, profiles, options.limits)),
                 Some(Err(error)) => broken = Some(error),
                 None => break,
             }
@@ -105,8 +107,13 @@ pub async fn run(
     broken.map_or(Ok(()), |error| Err(error.into()))
 }
 
-async fn one(item: Item, direct: &Guard<Arc<dyn Mllm>>, guards: &[Guard<Arc<dyn Mllm>>], limits: Limits) -> Record {
-    let answered = answer(&item, direct, guards, limits).await;
+async fn one(
+    item: Item,
+    direct: &Guard<Arc<dyn Mllm>>,
+    profiles: &[Profile],
+    limits: Limits,
+) -> Record {
+    let answered = answer(&item, direct, profiles, limits).await;
     let (arms, error) = match answered {
         Ok(arms) => (arms, None),
         Err(error) => (Vec::new(), Some(error)),
@@ -118,17 +125,55 @@ async fn one(item: Item, direct: &Guard<Arc<dyn Mllm>>, guards: &[Guard<Arc<dyn 
 async fn answer(
     item: &Item,
     direct: &Guard<Arc<dyn Mllm>>,
-    guards: &[Guard<Arc<dyn Mllm>>],
+    profiles: &[Profile],
     limits: Limits,
 ) -> Result<Vec<Outcome>, String> {
     let chat = item.chat(limits).map_err(|error| error.to_string())?;
-    let draft = direct.answer(&chat).await.map_err(|error| error.to_string())?;
-    let mut arms = Vec::with_capacity(1 + guards.len());
-    for guard in guards {
-        arms.push(guard.review(&chat, &draft.answer).await.map_err(|error| error.to_string())?);
+    let mut arms = vec![direct.answer(&chat).await.map_err(|error| error.to_string())?];
+    for profile in profiles {
+        let drafted = Drafted::new(Arc::clone(direct.model()), &chat, &arms[0]);
+        let outcome = Guard::new(drafted, profile.clone()).answer(&chat).await;
+        arms.push(outcome.map_err(|error| error.to_string())?);
     }
-    arms.insert(0, draft);
     Ok(arms)
+}
+
+/// A model that has answered a conversation, and gives the same answer, at the same cost, when it is asked again.
+struct Drafted<'a> {
+    model: Arc<dyn Mllm>,
+    chat: &'a Chat,
+    draft: Reply,
+}
+
+impl<'a> Drafted<'a> {
+    fn new(model: Arc<dyn Mllm>, chat: &'a Chat, unguarded: &Outcome) -> Self {
+        let draft = unguarded.steps.iter().find(|step| step.step == Step::Direct).map_or_else(Reply::default, |step| {
+            let usage = step.prompt_tokens.zip(step.completion_tokens);
+            Reply {
+                text: step.reply.clone(),
+                usage: usage.map(|(prompt_tokens, completion_tokens)| Usage { prompt_tokens, completion_tokens }),
+                finish: step.finish,
+                took: Some(Duration::from_millis(step.ms)),
+                ..Reply::default()
+            }
+        });
+        Self { model, chat, draft }
+    }
+}
+
+#[async_trait]
+impl Mllm for Drafted<'_> {
+    fn name(&self) -> &str {
+        self.model.name()
+    }
+
+    async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {
+        self.model.stream(chat, sampling).await
+    }
+
+    async fn generate(&self, chat: &Chat, sampling: &Sampling) -> Result<Reply, ModelError> {
+        if chat == self.chat { Ok(self.draft.clone()) } else { self.model.generate(chat, sampling).await }
+    }
 }
 
 /// The items that `choice` takes. A sample is drawn by a hash of seed and id: the same whatever else is in the data.

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use ecso::{Step, Trace, Verdict};
+use ecso::{Trace, Verdict};
 use serde::Serialize;
 
 use crate::{
@@ -169,17 +169,12 @@ fn arm(name: &str, index: usize, records: &[&Record], rulings: &Rulings<'_>) -> 
     let count = |predicate: &dyn Fn(&Record) -> bool| records.iter().filter(|record| predicate(record)).count();
     let changed =
         count(&|record| record.arms.first().zip(record.arms.get(index)).is_some_and(|(a, b)| a.answer != b.answer));
-    // The draft belongs to every arm.
-    let steps = |record: &Record| -> Vec<Trace> {
-        let draft = record.arms.first().into_iter().flat_map(|arm| arm.steps.clone());
-        let own = record.arms.get(index).filter(|_| index > 0).into_iter().flat_map(|arm| arm.steps.clone());
-        draft.chain(own).collect()
-    };
     // Means of this arm, and its multiples of the draft alone.
     let mut clusters: BTreeMap<&str, Vec<(Cost, Cost)>> = BTreeMap::new();
     for record in records {
         let draft = record.arms.first().map_or_else(Cost::default, |arm| Cost::of(&arm.steps));
-        clusters.entry(&record.cluster).or_default().push((Cost::of(&steps(record)), draft));
+        let own = record.arms.get(index).map_or_else(Cost::default, |arm| Cost::of(&arm.steps));
+        clusters.entry(&record.cluster).or_default().push((own, draft));
     }
     let costs: Vec<Vec<(Cost, Cost)>> = clusters.into_values().collect();
     let each = |value: fn(&Cost) -> f64| -> Mean {
@@ -269,7 +264,7 @@ fn detection(index: usize, records: &[&Record], rulings: &Rulings<'_>) -> Option
     for record in records {
         let outcome = record.arms.get(index)?;
         let Some(judgement) = rulings.get(&(record.id.as_str(), UNGUARDED)) else { continue };
-        if judgement.verdict == Ruling::Error || !outcome.steps.iter().any(|step| step.step == Step::Detect) {
+        if judgement.verdict == Ruling::Error || outcome.verdict == Verdict::Unchecked {
             continue;
         }
         asked += 1;

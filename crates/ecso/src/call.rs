@@ -1,83 +1,167 @@
-//! One call of the model, timed and traced.
+//! The calls that the steps make: timed, traced, and told to whoever listens.
 
 use std::time::Instant;
 
-use async_stream::try_stream;
-use futures::{StreamExt, stream::BoxStream};
+use futures::{
+    SinkExt, Stream, StreamExt,
+    channel::mpsc,
+    future::{self, BoxFuture},
+    stream,
+};
 
 use crate::{
     chat::Chat,
     mllm::{Mllm, ModelError, Piece, Reply, Sampling},
-    profile::Profile,
+    profile::{Profile, Question, Turns},
     prompt::Query,
     template::Template,
     trace::{Event, GuardError, Outcome, Step, Trace},
-    verdict::Verdict,
+    verdict::{Finding, Verdict},
 };
 
-pub(crate) struct Call<'a> {
+/// The steps under way.
+pub(crate) struct Work<'a> {
+    model: &'a dyn Mllm,
+    pub(crate) profile: &'a Profile,
+    /// What happened so far.
+    pub(crate) outcome: Outcome,
+    listener: mpsc::Sender<Result<Event, GuardError>>,
+}
+
+/// The events of some work, as they happen. The work goes on only while somebody listens; its last event is the outcome, or
+/// why there is none.
+pub(crate) fn events<'a>(
+    model: &'a dyn Mllm,
+    profile: &'a Profile,
+    work: impl for<'w> FnOnce(&'w mut Work<'a>) -> BoxFuture<'w, Result<(), GuardError>> + Send + 'a,
+) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
+    let (listener, told) = mpsc::channel(0);
+    let outcome = Outcome {
+        answer: String::new(),
+        verdict: Verdict::Unchecked,
+        score: None,
+        rewritten: false,
+        profile: profile.name.clone(),
+        model: model.name().to_owned(),
+        steps: Vec::new(),
+    };
+    let worked = async move {
+        let mut under_way = Work { model, profile, outcome, listener };
+        let ended = work(&mut under_way).await;
+        let Work { outcome, mut listener, .. } = under_way;
+        let _ = listener.send(ended.map(|()| Event::Done(outcome))).await;
+    };
+    stream::select(told, stream::once(worked).filter_map(|()| future::ready(None)))
+}
+
+impl Work<'_> {
+    async fn tell(&mut self, event: Event) {
+        // Whoever stopped listening has dropped this work as well.
+        let _ = self.listener.send(Ok(event)).await;
+    }
+
+    /// A whole reply, stripped if the profile says so.
+    pub(crate) async fn reply(
+        &mut self,
+        step: Step,
+        chat: Chat,
+        sampling: &Sampling,
+        template: Option<&Template>,
+    ) -> Result<String, GuardError> {
+        let call = Call::new(step, chat, template);
+        let reply = self.generate(&call, sampling).await?;
+        self.record(call.trace(&reply)).await;
+        Ok(self.profile.stripped(&reply.text))
+    }
+
+    /// What a question finds; with an earlier finding, whether both hold.
+    pub(crate) async fn ask(
+        &mut self,
+        step: Step,
+        question: &Question,
+        chat: Chat,
+        and: Option<Finding>,
+    ) -> Result<Finding, GuardError> {
+        let call = Call::new(step, chat, Some(&question.template));
+        let reply = self.generate(&call, &question.sampling()).await?;
+        let found = question.read(&reply, and);
+        self.record(Trace { score: found.score, verdict: Some(found.verdict), ..call.trace(&reply) }).await;
+        Ok(found)
+    }
+
+    /// Answers with a reply as it is written.
+    pub(crate) async fn write(
+        &mut self,
+        step: Step,
+        chat: Chat,
+        sampling: Sampling,
+        template: &Template,
+    ) -> Result<(), GuardError> {
+        let call = Call::new(step, chat, Some(template));
+        self.tell(call.started()).await;
+        let mut pieces = self.model.stream(&call.chat, &sampling).await.map_err(|error| call.failed(error))?;
+        let mut reply = Reply::default();
+        let mut trim = Trim::default();
+        loop {
+            let cut_off = || ModelError::Protocol("the stream broke off before its end".into());
+            let piece = pieces.next().await.unwrap_or_else(|| Err(cut_off()));
+            match piece.map_err(|error| call.failed(error))? {
+                Piece::FirstToken(_) => {}
+                Piece::Text(text) => {
+                    reply.text.push_str(&text);
+                    let text = if self.profile.strip { trim.push(&text) } else { text };
+                    if !text.is_empty() {
+                        self.answer(text).await?;
+                    }
+                }
+                Piece::End { finish, usage, took } => {
+                    (reply.finish, reply.usage, reply.took) = (finish, usage, took);
+                    self.record(call.trace(&reply)).await;
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Decides about the draft.
+    pub(crate) async fn decide(&mut self, rewritten: bool) {
+        self.outcome.rewritten = rewritten;
+        self.tell(Event::Decided { verdict: self.outcome.verdict, rewritten }).await;
+    }
+
+    /// Adds text to the answer.
+    pub(crate) async fn answer(&mut self, text: String) -> Result<(), GuardError> {
+        self.outcome.answer.push_str(&text);
+        self.tell(Event::Answer(text)).await;
+        Ok(())
+    }
+
+    async fn generate(&mut self, call: &Call<'_>, sampling: &Sampling) -> Result<Reply, GuardError> {
+        self.tell(call.started()).await;
+        self.model.generate(&call.chat, sampling).await.map_err(|error| call.failed(error))
+    }
+
+    async fn record(&mut self, trace: Trace) {
+        self.outcome.steps.push(trace.clone());
+        self.tell(Event::Finished(trace)).await;
+    }
+}
+
+/// One call of the model.
+struct Call<'a> {
     step: Step,
     chat: Chat,
     template: Option<&'a Template>,
     begun: Instant,
 }
 
-/// What a streamed call yields.
-pub(crate) enum Written {
-    /// More of the reply.
-    Text(String),
-    /// The end.
-    Done(Trace),
-}
-
 impl<'a> Call<'a> {
-    pub(crate) fn new(step: Step, chat: Chat, template: Option<&'a Template>) -> Self {
+    fn new(step: Step, chat: Chat, template: Option<&'a Template>) -> Self {
         Self { step, chat, template, begun: Instant::now() }
     }
 
-    pub(crate) fn started(&self) -> Event {
+    fn started(&self) -> Event {
         Event::Started { step: self.step, images: self.chat.image_count() }
-    }
-
-    pub(crate) async fn generate(&self, model: &dyn Mllm, sampling: &Sampling) -> Result<(Reply, Trace), GuardError> {
-        let reply = model.generate(&self.chat, sampling).await;
-        let reply = reply.map_err(|error| self.failed(error))?;
-        let trace = self.trace(&reply);
-        Ok((reply, trace))
-    }
-
-    /// The reply as it is written; with `strip`, without the white space around it.
-    pub(crate) fn stream<'s>(
-        &'s self,
-        model: &'s dyn Mllm,
-        sampling: Sampling,
-        strip: bool,
-    ) -> BoxStream<'s, Result<Written, GuardError>> {
-        try_stream! {
-            let mut pieces = model.stream(&self.chat, &sampling).await.map_err(|error| self.failed(error))?;
-            let mut reply = Reply::default();
-            let mut trim = Trim::default();
-            loop {
-                let cut_off = || ModelError::Protocol("the stream broke off before its end".into());
-                let piece = pieces.next().await.unwrap_or_else(|| Err(cut_off()));
-                match piece.map_err(|error| self.failed(error))? {
-                    Piece::FirstToken(_) => {}
-                    Piece::Text(text) => {
-                        reply.text.push_str(&text);
-                        let text = if strip { trim.push(&text) } else { text };
-                        if !text.is_empty() {
-                            yield Written::Text(text);
-                        }
-                    }
-                    Piece::End { finish, usage, took } => {
-                        (reply.finish, reply.usage, reply.took) = (finish, usage, took);
-                        yield Written::Done(self.trace(&reply));
-                        return;
-                    }
-                }
-            }
-        }
-        .boxed()
     }
 
     fn failed(&self, error: ModelError) -> GuardError {
@@ -88,7 +172,7 @@ impl<'a> Call<'a> {
         Trace {
             step: self.step,
             images: self.chat.image_count(),
-            prompt: Query::of(&self.chat).map_or_else(String::new, |query| query.text),
+            prompt: Query::of(&self.chat, Turns::Last).map_or_else(String::new, |query| query.text),
             reply: reply.text.clone(),
             verdict: None,
             score: None,
@@ -98,38 +182,6 @@ impl<'a> Call<'a> {
             prompt_tokens: reply.usage.map(|usage| usage.prompt_tokens),
             completion_tokens: reply.usage.map(|usage| usage.completion_tokens),
         }
-    }
-}
-
-impl Outcome {
-    pub(crate) fn unchecked(profile: &Profile, model: &dyn Mllm) -> Self {
-        Self {
-            answer: String::new(),
-            verdict: Verdict::Unchecked,
-            score: None,
-            rewritten: false,
-            profile: profile.name.clone(),
-            model: model.name().to_owned(),
-            steps: Vec::new(),
-        }
-    }
-
-    /// Keeps the trace of a call and tells of it.
-    pub(crate) fn record(&mut self, trace: Trace) -> Event {
-        self.steps.push(trace.clone());
-        Event::Finished(trace)
-    }
-
-    /// Decides about the draft and tells of it.
-    pub(crate) fn decide(&mut self, rewritten: bool) -> Event {
-        self.rewritten = rewritten;
-        Event::Decided { verdict: self.verdict, rewritten }
-    }
-
-    /// Adds text to the answer and tells of it.
-    pub(crate) fn answer(&mut self, text: String) -> Event {
-        self.answer.push_str(&text);
-        Event::Answer(text)
     }
 }
 

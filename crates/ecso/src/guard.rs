@@ -1,8 +1,9 @@
 //! The guard: an MLLM and a profile, with two doors.
 
-use futures::{Stream, StreamExt, pin_mut};
+use futures::{FutureExt, Stream, StreamExt, pin_mut};
 
 use crate::{
+    call,
     chat::Chat,
     mllm::{Mllm, Sampling},
     profile::Profile,
@@ -69,7 +70,7 @@ impl<M: Mllm> Guard<M> {
 
     /// [`Guard::answer`], step by step. Dropping the stream cancels the work.
     pub fn answer_events<'a>(&'a self, chat: &'a Chat) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
-        steps::run(&self.model, &self.profile, self.sampling.as_ref(), chat, None)
+        self.events(chat, None)
     }
 
     /// [`Guard::review`], step by step. Dropping the stream cancels the work.
@@ -78,7 +79,16 @@ impl<M: Mllm> Guard<M> {
         chat: &'a Chat,
         draft: &str,
     ) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
-        steps::run(&self.model, &self.profile, self.sampling.as_ref(), chat, Some(draft.to_owned()))
+        self.events(chat, Some(draft.to_owned()))
+    }
+
+    fn events<'a>(
+        &'a self,
+        chat: &'a Chat,
+        draft: Option<String>,
+    ) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
+        let sampling = self.sampling.as_ref();
+        call::events(&self.model, &self.profile, move |work| steps::run(work, sampling, chat, draft).boxed())
     }
 }
 

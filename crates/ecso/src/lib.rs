@@ -18,6 +18,7 @@ mod image;
 mod mllm;
 pub mod profile;
 mod prompt;
+mod refusal;
 mod steps;
 mod template;
 #[cfg(feature = "testing")]
@@ -30,6 +31,7 @@ pub use guard::Guard;
 pub use image::{Image, ImageError, Limits};
 pub use mllm::{Alternative, Finish, Mllm, ModelError, Piece, Reply, ReplyStream, Sampling, Usage, collect};
 pub use profile::{Profile, ProfileError};
+pub use refusal::declines;
 pub use template::Template;
 pub use trace::{Event, GuardError, Outcome, Step, Trace};
 pub use verdict::{Parser, Verdict, harm_score};

@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{mllm::Sampling, template::Template, verdict::Parser};
+use crate::{mllm::Sampling, prompt::Query, template::Template, verdict::Parser};
 
 const PAPER: &str = include_str!("../profiles/paper.toml");
 
@@ -73,13 +73,33 @@ pub enum CaptionMode {
     Generic,
 }
 
-/// Whether step 4 sees the images.
+/// Whether a draft that declines is judged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum SafeImage {
-    /// Eyes closed: the paper's text and its safety scripts.
+pub enum Refusals {
+    /// Like any other draft: the paper.
+    Judged,
+    /// It is safe without asking.
+    Safe,
+}
+
+/// What the questions and the caption's template are told of a conversation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Turns {
+    /// The last user turn and its images: the paper, which has one turn.
+    Last,
+    /// Earlier turns and their images too.
+    All,
+}
+
+/// Whether a step sees the images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Eyes {
+    /// Eyes closed.
     Dropped,
-    /// Eyes open: the published MME, MMBench and MM-Vet scripts.
+    /// Eyes open.
     Kept,
 }
 
@@ -103,14 +123,27 @@ pub struct Profile {
     pub empty_caption: EmptyCaption,
     /// The fixed refusal.
     pub refusal: String,
+    /// Whether a draft that declines is judged like any other.
+    pub refusals: Refusals,
+    /// What the templates call the query.
+    pub turns: Turns,
+    /// Stands before every line of what is filled into the questions and the caption's template: quoted text ends where its
+    /// quotation marks end, whatever it says. Empty is none.
+    pub quote: String,
+    /// Before step 1, not in the paper: is harm asked for?
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub look: Option<Question>,
     /// Step 1.
     pub direct: DirectStep,
-    /// Step 2.
-    pub detect: DetectStep,
+    /// Step 2, harm detection (equation 2).
+    pub detect: Question,
     /// Step 3.
     pub caption: CaptionStep,
     /// Step 4.
     pub safe: SafeStep,
+    /// After step 4, not in the paper: is its answer harmful?
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<Question>,
 }
 
 /// Step 1, the direct answer (equation 1).
@@ -123,14 +156,18 @@ pub struct DirectStep {
     pub max_tokens: u32,
 }
 
-/// Step 2, harm detection (equation 2).
+/// A question to the model that is answered with yes (harm) or no: step 2, and what stands around the paper's steps.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct DetectStep {
-    /// The question; `{x}` is the query, `{y}` the answer to judge.
+pub struct Question {
+    /// The question; `{x}` is the query, `{y}` the answer to judge, `{c}` the captions: where that hole is, step 3 goes first.
     pub template: Template,
+    /// Whether the images are shown.
+    pub image: Eyes,
     /// How its reply is read.
     pub parser: Parser,
+    /// Which probability of yes counts as one half; 0..=1, both ends excluded. 0.5 leaves all as they are.
+    pub even: f64,
     /// From which probability of harm on [`Parser::Score`] says unsafe; 0..=1.
     pub threshold: f64,
     /// How many characters (Unicode code points) of the answer are judged; 0 is all of it.
@@ -163,10 +200,13 @@ pub struct CaptionStep {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SafeStep {
-    /// Whether the images are shown.
-    pub image: SafeImage,
+    /// Whether the images are shown: dropped in the paper's text and its safety scripts, kept in the published MME, `MMBench`
+    /// and MM-Vet scripts.
+    pub image: Eyes,
     /// With hints; `{c}` is the caption, `{x}` the query.
     pub template: Template,
+    /// The second try, with or without hints, where [`Profile::check`] calls the first harmful; empty is no second try.
+    pub strict: Template,
     /// Without hints; `{x}` is the query.
     pub plain: Template,
     /// 0 is greedy.
@@ -252,6 +292,11 @@ impl Profile {
         toml::to_string(self).unwrap_or_default()
     }
 
+    /// Whether a question of this profile is told the captions.
+    pub(crate) fn judges_by_caption(&self) -> bool {
+        self.detect.template.has("c") || self.look.as_ref().is_some_and(|look| look.template.has("c"))
+    }
+
     pub(crate) fn stripped(&self, text: &str) -> String {
         if self.strip { text.trim() } else { text }.to_owned()
     }
@@ -265,8 +310,8 @@ impl DirectStep {
     }
 }
 
-impl DetectStep {
-    /// The step's sampling.
+impl Question {
+    /// The question's sampling.
     #[must_use]
     pub fn sampling(&self) -> Sampling {
         Sampling { alternatives: self.alternatives, ..sampling(self.temperature, self.max_tokens) }
@@ -291,6 +336,14 @@ impl CaptionStep {
 }
 
 impl SafeStep {
+    /// The templates that are tried, one after the other.
+    pub(crate) fn tries(&self, captions: &[String], query: &Query<'_>, empty: EmptyCaption) -> Vec<&Template> {
+        let is_plain = query.has_no_hints(captions, empty == EmptyCaption::Plain);
+        let mut tries = vec![if is_plain { &self.plain } else { &self.template }];
+        tries.extend((!self.strict.text().is_empty()).then_some(&self.strict));
+        tries
+    }
+
     /// The step's sampling.
     #[must_use]
     pub fn sampling(&self) -> Sampling {
@@ -344,18 +397,30 @@ impl Profile {
         must_hold("detect.template", &self.detect.template, "y")?;
         must_hold("safe.template", &self.safe.template, "x")?;
         must_hold("safe.plain", &self.safe.plain, "x")?;
-        if !(0.0..=1.0).contains(&self.detect.threshold) {
-            return Err(ProfileError::Invalid(format!(
-                "detect.threshold must be between 0 and 1, not {}",
-                self.detect.threshold
-            )));
+        if !self.safe.strict.text().is_empty() {
+            must_hold("safe.strict", &self.safe.strict, "x")?;
         }
+        let questions = [("look", self.look.as_ref()), ("detect", Some(&self.detect)), ("check", self.check.as_ref())];
+        let questions = || questions.into_iter().filter_map(|(key, question)| Some((key, question?)));
+        for (key, question) in questions() {
+            for (name, value) in [("threshold", question.threshold), ("even", question.even)] {
+                if !(0.0..=1.0).contains(&value) || (name == "even" && (value == 0.0 || value == 1.0)) {
+                    return Err(ProfileError::Invalid(format!("{key}.{name} must be between 0 and 1, not {value}")));
+                }
+            }
+        }
+        if let Some(check) = &self.check {
+            must_hold("check.template", &check.template, "y")?;
+        }
+        let lengths = questions().map(|(key, question)| (key, question.temperature, question.max_tokens));
         for (key, temperature, max_tokens) in [
             ("direct", self.direct.temperature, self.direct.max_tokens),
-            ("detect", self.detect.temperature, self.detect.max_tokens),
             ("caption", self.caption.temperature, self.caption.max_tokens),
             ("safe", self.safe.temperature, self.safe.max_tokens),
-        ] {
+        ]
+        .into_iter()
+        .chain(lengths)
+        {
             if !(temperature.is_finite() && temperature >= 0.0) {
                 return Err(ProfileError::Invalid(format!("{key}.temperature must be 0 or more, not {temperature}")));
             }

@@ -3,7 +3,7 @@
 use crate::{
     chat::{BlindChat, Chat, Part, Role, Turn},
     image::Image,
-    profile::{EmptyCaption, ImageOrder, Profile},
+    profile::{Eyes, ImageOrder, Profile, Question, Turns},
     template::Template,
 };
 
@@ -13,14 +13,39 @@ pub(crate) struct Query<'a> {
     index: usize,
     /// Its text, the paper's x.
     pub(crate) text: String,
+    /// What the questions and the caption's template call x.
+    asked: String,
+    /// The images that the questions show.
+    shown: Vec<&'a Image>,
+    /// How many images stand in earlier turns.
+    earlier_images: usize,
 }
 
 impl<'a> Query<'a> {
     /// `None` if the user says nothing in this conversation.
-    pub(crate) fn of(chat: &'a Chat) -> Option<Self> {
+    pub(crate) fn of(chat: &'a Chat, turns: Turns) -> Option<Self> {
         let index = chat.turns.iter().rposition(|turn| turn.role == Role::User)?;
         let turn = &chat.turns[index];
-        Some(Self { turn, index, text: turn.query() })
+        let text = turn.query();
+        let earlier = chat.turns[..index].iter().filter(|turn| turn.role != Role::System);
+        let (asked, shown) = match turns {
+            Turns::Last => (text.clone(), turn.images().collect()),
+            Turns::All => {
+                let said = earlier.map(|turn| format!("[earlier, {}] {}", turn.role.as_str(), turn.query()));
+                let asked: Vec<String> = said.chain([text.clone()]).collect();
+                (asked.join("\n"), chat.images().collect())
+            }
+        };
+        let earlier_images = chat.turns[..index].iter().flat_map(Turn::images).count();
+        Some(Self { turn, index, text, asked, shown, earlier_images })
+    }
+
+    /// Whether the guarded turn's images left no hint: there is none, or their captions (one for each image of the conversation)
+    /// are blank.
+    pub(crate) fn has_no_hints(&self, captions: &[String], or_blank: bool) -> bool {
+        let own = captions.iter().skip(self.earlier_images).take(self.turn.images().count());
+        let mut own = own.peekable();
+        own.peek().is_none() || (or_blank && own.all(|caption| caption.trim().is_empty()))
     }
 
     /// Step 4 with eyes open, as the published utility scripts do it: the images of the guarded turn stand in it again.
@@ -32,48 +57,62 @@ impl<'a> Query<'a> {
     }
 }
 
-/// Step 2: a fresh conversation of one turn, with the images of the guarded turn.
-pub(crate) fn detect(profile: &Profile, query: &Query<'_>, draft: &str) -> Chat {
-    let detect = &profile.detect;
-    let judged = match detect.cut {
-        0 => draft,
-        cut => draft.char_indices().nth(cut).map_or(draft, |(end, _)| &draft[..end]),
+/// Step 2, and what is asked around the steps: a fresh conversation of one turn.
+pub(crate) fn question(
+    profile: &Profile,
+    question: &Question,
+    query: &Query<'_>,
+    answer: &str,
+    captions: &[String],
+) -> Chat {
+    let judged = match question.cut {
+        0 => answer,
+        cut => answer.char_indices().nth(cut).map_or(answer, |(end, _)| &answer[..end]),
     };
-    let text = detect.template.fill(&[("x", &query.text), ("y", judged)]);
-    one_turn(profile, query.turn.images().cloned(), text)
+    let [asked, judged, captions] =
+        [&query.asked, judged, &captions.join("\n\n")].map(|text| quoted(text, &profile.quote));
+    let text = question.template.fill(&[("x", &asked), ("y", &judged), ("c", &captions)]);
+    let images = query.shown.iter().filter(|_| question.image == Eyes::Kept);
+    one_turn(profile, images.map(|image| (*image).clone()), text)
 }
 
 /// Step 3: a fresh conversation of one turn, with one image.
 pub(crate) fn caption(profile: &Profile, image: &Image, query: &Query<'_>) -> Chat {
-    let text = profile.caption.chosen().fill(&[("x", &query.text)]);
+    let text = profile.caption.chosen().fill(&[("x", &quoted(&query.asked, &profile.quote))]);
     one_turn(profile, [image.clone()], text)
+}
+
+/// `mark` before every line.
+fn quoted(text: &str, mark: &str) -> String {
+    if mark.is_empty() {
+        return text.to_owned();
+    }
+    let lines: Vec<String> = text.lines().map(|line| format!("{mark}{line}")).collect();
+    lines.join("\n")
 }
 
 /// Step 4: the whole conversation as text. `captions` holds one for each image of `chat`, in order: those of the
 /// guarded turn become its hints {c}; an image of another turn becomes `[Image: caption]` where it stood.
-pub(crate) fn safe<'p>(
-    profile: &'p Profile,
+pub(crate) fn safe(
+    profile: &Profile,
     chat: &Chat,
     query: &Query<'_>,
     captions: &[String],
-) -> (BlindChat, &'p Template) {
-    let mut captions = captions.iter();
-    let mut hints: Vec<&str> = Vec::new();
+    template: &Template,
+) -> BlindChat {
     let mut turns = Vec::with_capacity(chat.turns.len());
+    let mut captions = captions.iter();
     for (index, turn) in chat.turns.iter().enumerate() {
         let seen: Vec<&str> = captions.by_ref().take(turn.images().count()).map(String::as_str).collect();
-        if index == query.index {
-            hints = seen;
-            turns.push((turn.role, String::new()));
+        let text = if index == query.index {
+            let hints = quoted(&seen.join("\n\n"), &profile.quote);
+            template.fill(&[("c", &hints), ("x", &query.text)])
         } else {
-            turns.push((turn.role, described(turn, &seen)));
-        }
+            described(turn, &seen)
+        };
+        turns.push((turn.role, text));
     }
-    let hint = hints.join("\n\n");
-    let plain = hints.is_empty() || (hint.trim().is_empty() && profile.empty_caption == EmptyCaption::Plain);
-    let template = if plain { &profile.safe.plain } else { &profile.safe.template };
-    turns[query.index].1 = template.fill(&[("c", &hint), ("x", &query.text)]);
-    (BlindChat { turns }, template)
+    BlindChat { turns }
 }
 
 fn described(turn: &Turn, captions: &[&str]) -> String {

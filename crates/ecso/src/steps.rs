@@ -6,98 +6,120 @@
 //! | 2 harm detection | s = F(v, `P_det`(x, y~)); safe: y~ is the answer | yes |
 //! | 3 query-aware image to text | c = F(v, `P_trans`(x)) | yes |
 //! | 4 safe answer | y = F(-, `P_gen`(c, x)) | **no** |
-
-use async_stream::try_stream;
-use futures::{Stream, StreamExt};
+//!
+//! A profile may put a look at the request before them (`look`) and one at step 4's answer behind them (`check`).
 
 use crate::{
-    call::{Call, Written},
+    call::Work,
     chat::Chat,
-    mllm::{Mllm, Sampling},
-    profile::{EmptyCaption, Gate, Profile, Rewrite, SafeImage, Scope},
+    mllm::Sampling,
+    profile::{EmptyCaption, Eyes, Gate, Refusals, Rewrite, Scope},
     prompt::{self, Query},
-    trace::{Event, GuardError, Outcome, Step},
-    verdict::{Verdict, harm_score},
+    refusal::declines,
+    trace::{GuardError, Step},
+    verdict::{Finding, Verdict},
 };
 
 /// Runs the steps on `chat`; with a `draft`, from step 2 on. Answers (steps 1 and 4) are sampled as `sampling` says, else as the
 /// profile does.
-pub(crate) fn run<'a>(
-    model: &'a dyn Mllm,
-    profile: &'a Profile,
-    sampling: Option<&'a Sampling>,
-    chat: &'a Chat,
+pub(crate) async fn run(
+    work: &mut Work<'_>,
+    sampling: Option<&Sampling>,
+    chat: &Chat,
     draft: Option<String>,
-) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
-    try_stream! {
-        let query = Query::of(chat).ok_or(GuardError::NoQuery)?;
-        let mut outcome = Outcome::unchecked(profile, model);
+) -> Result<(), GuardError> {
+    let profile = work.profile;
+    let query = Query::of(chat, profile.turns).ok_or(GuardError::NoQuery)?;
+    let in_scope = profile.scope == Scope::All || chat.image_count() > 0;
+    let is_judged = in_scope && profile.gate == Gate::Detected;
 
-        // 1. Direct answer, with the image: y~ = F(v, x).
-        let draft = if let Some(draft) = draft {
-            profile.stripped(&draft)
-        } else {
-            let call = Call::new(Step::Direct, chat.clone(), None);
-            yield call.started();
-            let (reply, trace) = call.generate(model, &sampling.cloned().unwrap_or_else(|| profile.direct.sampling())).await?;
-            yield outcome.record(trace);
-            profile.stripped(&reply.text)
-        };
+    // Where the judge is to have the captions, step 3 goes first.
+    let early = is_judged && profile.judges_by_caption();
+    let mut captions = if early { Some(captions(work, chat, &query).await?) } else { None };
+    let described = || captions.as_deref().unwrap_or_default();
 
-        // 2. Harm detection, by the same model: s = F(v, P_det(x, y~)).
-        let in_scope = profile.scope == Scope::All || chat.image_count() > 0;
-        if in_scope && profile.gate == Gate::Detected {
-            let detect = &profile.detect;
-            let call = Call::new(Step::Detect, prompt::detect(profile, &query, &draft), Some(&detect.template));
-            yield call.started();
-            let (reply, mut trace) = call.generate(model, &detect.sampling()).await?;
-            outcome.score = harm_score(&reply);
-            outcome.verdict = detect.parser.parse(&reply.text, outcome.score, detect.threshold);
-            (trace.score, trace.verdict) = (outcome.score, Some(outcome.verdict));
-            yield outcome.record(trace);
+    // Not in the paper: is harm asked for? What plainly asks for it gets no draft.
+    let look = match &profile.look {
+        Some(look) if is_judged => {
+            let asked = prompt::question(profile, look, &query, "", described());
+            Some(work.ask(Step::Look, look, asked, None).await?)
         }
-        let must_rewrite = in_scope && (profile.gate == Gate::Always || outcome.verdict == Verdict::Unsafe);
-        yield outcome.decide(must_rewrite);
-        if !must_rewrite || profile.rewrite == Rewrite::Refuse {
-            let answer = if must_rewrite { profile.refusal.clone() } else { draft };
-            yield outcome.answer(answer);
-            yield Event::Done(outcome);
-            return;
-        }
+        _ => None,
+    };
 
-        // 3. Each image as text that keeps what the query needs: c = F(v, P_trans(x)).
-        let mut captions = Vec::new();
-        for image in chat.images() {
-            let call = Call::new(Step::Caption, prompt::caption(profile, image, &query), Some(profile.caption.chosen()));
-            yield call.started();
-            let (reply, trace) = call.generate(model, &profile.caption.sampling()).await?;
-            yield outcome.record(trace);
-            captions.push(profile.stripped(&reply.text));
+    // 1. Direct answer, with the image: y~ = F(v, x).
+    let draft = match draft {
+        Some(draft) => Some(profile.stripped(&draft)),
+        None if look.is_some_and(Finding::is_plain) => None,
+        None => {
+            let sampling = sampling.cloned().unwrap_or_else(|| profile.direct.sampling());
+            Some(work.reply(Step::Direct, chat.clone(), &sampling, None).await?)
         }
-        let seen = captions.iter().any(|caption| !caption.trim().is_empty());
-        if !seen && !captions.is_empty() && profile.empty_caption == EmptyCaption::Refuse {
-            yield outcome.answer(profile.refusal.clone());
-            yield Event::Done(outcome);
-            return;
-        }
+    };
 
-        // 4. Safe answer, eyes closed: y = F(-, P_gen(c, x)).
-        let (blind, template) = prompt::safe(profile, chat, &query, &captions);
-        let chat: Chat = match profile.safe.image {
-            SafeImage::Dropped => blind.into(),
-            SafeImage::Kept => query.shown_again(blind),
-        };
-        let call = Call::new(Step::Safe, chat, Some(template));
-        yield call.started();
-        let sampling = sampling.cloned().unwrap_or_else(|| profile.safe.sampling());
-        let mut pieces = call.stream(model, sampling, profile.strip);
-        while let Some(written) = pieces.next().await {
-            match written? {
-                Written::Text(text) => yield outcome.answer(text),
-                Written::Done(trace) => yield outcome.record(trace),
+    // 2. Harm detection, by the same model: s = F(v, P_det(x, y~)).
+    if is_judged {
+        let found = match &draft {
+            None => Finding::of(Verdict::Unsafe, look),
+            Some(draft) if profile.refusals == Refusals::Safe && declines(draft) => Finding::harmless(),
+            Some(_) if profile.detect.is_settled_by(look) => Finding::of(Verdict::Safe, look),
+            Some(draft) => {
+                let asked = prompt::question(profile, &profile.detect, &query, draft, described());
+                work.ask(Step::Detect, &profile.detect, asked, look).await?
             }
-        }
-        drop(pieces);
-        yield Event::Done(outcome);
+        };
+        (work.outcome.verdict, work.outcome.score) = (found.verdict, found.score);
     }
+    let must_rewrite = in_scope && (profile.gate == Gate::Always || work.outcome.verdict == Verdict::Unsafe);
+    work.decide(must_rewrite).await;
+    match draft {
+        Some(draft) if !must_rewrite => return work.answer(draft).await,
+        _ if profile.rewrite == Rewrite::Refuse => return work.answer(profile.refusal.clone()).await,
+        _ => {}
+    }
+
+    // 3. Each image as text that keeps what the query needs: c = F(v, P_trans(x)).
+    let captions = match captions.take() {
+        Some(captions) => captions,
+        None => self::captions(work, chat, &query).await?,
+    };
+    let is_blank = captions.iter().all(|caption| caption.trim().is_empty());
+    if is_blank && !captions.is_empty() && profile.empty_caption == EmptyCaption::Refuse {
+        return work.answer(profile.refusal.clone()).await;
+    }
+
+    // 4. Safe answer, eyes closed: y = F(-, P_gen(c, x)).
+    let sampling = sampling.cloned().unwrap_or_else(|| profile.safe.sampling());
+    for template in profile.safe.tries(&captions, &query, profile.empty_caption) {
+        let blind = prompt::safe(profile, chat, &query, &captions, template);
+        let chat: Chat = match profile.safe.image {
+            Eyes::Dropped => blind.into(),
+            Eyes::Kept => query.shown_again(blind),
+        };
+        let Some(check) = &profile.check else {
+            return work.write(Step::Safe, chat, sampling, template).await;
+        };
+        let answer = work.reply(Step::Safe, chat, &sampling, Some(template)).await?;
+
+        // Not in the paper: the last word is judged too.
+        if declines(&answer) {
+            return work.answer(answer).await;
+        }
+        let asked = prompt::question(profile, check, &query, &answer, &captions);
+        if work.ask(Step::Check, check, asked, None).await?.verdict == Verdict::Safe {
+            return work.answer(answer).await;
+        }
+    }
+    work.answer(profile.refusal.clone()).await
+}
+
+async fn captions(work: &mut Work<'_>, chat: &Chat, query: &Query<'_>) -> Result<Vec<String>, GuardError> {
+    let profile = work.profile;
+    let mut captions = Vec::new();
+    for image in chat.images() {
+        let asked = prompt::caption(profile, image, query);
+        let template = profile.caption.chosen();
+        captions.push(work.reply(Step::Caption, asked, &profile.caption.sampling(), Some(template)).await?);
+    }
+    Ok(captions)
 }

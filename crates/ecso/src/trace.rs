@@ -12,6 +12,8 @@ use crate::{
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Step {
+    /// Before step 1, where the profile has it: is harm asked for?
+    Look,
     /// Step 1: the answer with the image.
     Direct,
     /// Step 2: is that answer harmful?
@@ -20,15 +22,19 @@ pub enum Step {
     Caption,
     /// Step 4: the answer without the image.
     Safe,
+    /// After step 4, where the profile has it: is that answer harmful?
+    Check,
 }
 
 impl std::fmt::Display for Step {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
+            Self::Look => "look",
             Self::Direct => "direct",
             Self::Detect => "detect",
             Self::Caption => "caption",
             Self::Safe => "safe",
+            Self::Check => "check",
         })
     }
 }
@@ -44,10 +50,10 @@ pub struct Trace {
     pub prompt: String,
     /// The reply, white space and all.
     pub reply: String,
-    /// What step 2 read from the reply.
+    /// What a question (look, detect, check) read from the reply.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub verdict: Option<Verdict>,
-    /// Probability of harm in 0..=1 (step 2, where the model tells).
+    /// Probability of harm in 0..=1 (look, detect, check; where the model tells).
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub score: Option<f64>,
     /// [`crate::Template::hash`] of the template that made the prompt.

@@ -1,6 +1,9 @@
 //! Verdicts, and the parsers that read one from the reply to the detection prompt.
 
-use crate::mllm::{Alternative, Reply};
+use crate::{
+    mllm::{Alternative, Reply},
+    profile::Question,
+};
 
 /// What step 2 found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -65,6 +68,52 @@ pub fn harm_score(reply: &Reply) -> Option<f64> {
     };
     let (yes, no) = (mass("yes"), mass("no"));
     (yes + no > 0.0).then(|| yes / (yes + no))
+}
+
+/// What the reply to a [`Question`] says.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Finding {
+    pub(crate) verdict: Verdict,
+    /// Probability of yes in 0..=1, with the question's own even odds taken out; `None` where the model tells none.
+    pub(crate) score: Option<f64>,
+}
+
+impl Finding {
+    /// A verdict, with the score of what was found before.
+    pub(crate) fn of(verdict: Verdict, before: Option<Self>) -> Self {
+        Self { verdict, score: before.and_then(|found| found.score) }
+    }
+
+    /// What declines does no harm.
+    pub(crate) fn harmless() -> Self {
+        Self { verdict: Verdict::Safe, score: Some(0.0) }
+    }
+
+    /// Whether it is sure of harm: a word alone is not.
+    pub(crate) fn is_plain(self) -> bool {
+        self.verdict == Verdict::Unsafe && self.score.is_some()
+    }
+}
+
+impl Question {
+    /// Reads a reply. Two findings that must both hold are joined: the probabilities are multiplied.
+    pub(crate) fn read(&self, reply: &Reply, and: Option<Finding>) -> Finding {
+        let own = harm_score(reply).map(|score| {
+            let odds = self.even / (1.0 - self.even);
+            score / (score + odds * (1.0 - score))
+        });
+        let joined = and.and_then(|finding| finding.score);
+        let score = own.map(|own| own * joined.unwrap_or(1.0));
+        Finding { verdict: self.parser.parse(&reply.text, score, self.threshold), score }
+    }
+
+    /// Whether the look before it has already shown that no answer can be harmful.
+    pub(crate) fn is_settled_by(&self, look: Option<Finding>) -> bool {
+        look.is_some_and(|look| match look.score {
+            Some(score) => score < self.threshold,
+            None => look.verdict == Verdict::Safe,
+        })
+    }
 }
 
 #[cfg(test)]

@@ -4,7 +4,9 @@
 mod ask;
 mod eval;
 mod models;
+mod serve;
 mod settings;
+mod upstream;
 
 use std::path::Path;
 

@@ -1,0 +1,330 @@
+//! `ecso serve`: the program as a process of its own, between real sockets.
+
+use std::{
+    io::{BufRead, BufReader},
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+use futures::{StreamExt, stream};
+use serde_json::{Value, json};
+
+use crate::upstream::{LEAK, MILD, SAFE, Upstream};
+
+/// A running `ecso serve`; killed when it is dropped.
+struct Served {
+    process: Child,
+    url: String,
+    _home: tempfile::TempDir,
+}
+
+impl Served {
+    /// `settings` are written as `gateway.limits.queue=0`.
+    fn start(upstream: &str, settings: &[&str], arguments: &[&str]) -> Self {
+        let home = tempfile::tempdir().unwrap();
+        let mut process = Command::new(assert_cmd::cargo::cargo_bin("ecso"))
+            .args(["serve", "--upstream", upstream, "--listen", "127.0.0.1:0"])
+            .args(arguments)
+            .env_clear()
+            .env("HOME", home.path())
+            .envs(settings.iter().map(|pair| {
+                let (key, value) = pair.split_once('=').unwrap();
+                (format!("ECSO__{}", key.to_uppercase().replace('.', "__")), value)
+            }))
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = BufReader::new(process.stderr.take().unwrap());
+        let mut greeting = String::new();
+        said.read_line(&mut greeting).unwrap();
+        let url = greeting.split("on ").nth(1).and_then(|rest| rest.split(' ').next()).map(str::to_owned);
+        // What it logs is read, so that it can go on.
+        std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
+        Self { process, url: url.unwrap_or_else(|| panic!("no greeting: {greeting}")), _home: home }
+    }
+
+    fn chat(&self) -> String {
+        format!("{}/chat/completions", self.url)
+    }
+
+    /// Most memory so far, in MB.
+    fn peak(&self) -> f64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() / 1024.0
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn picture() -> String {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/list.png");
+    format!("data:image/png;base64,{}", BASE64_STANDARD.encode(std::fs::read(file).unwrap()))
+}
+
+fn ask(model: &str, query: &str, stream: bool) -> Value {
+    json!({"model": model, "stream": stream, "messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": picture()}}, {"type": "text", "text": query},
+    ]}]})
+}
+
+struct Got {
+    status: u16,
+    headers: reqwest::header::HeaderMap,
+    body: String,
+}
+
+async fn post(url: &str, body: &Value) -> Got {
+    let response = client().post(url).json(body).send().await.unwrap();
+    let (status, headers) = (response.status().as_u16(), response.headers().clone());
+    Got { status, headers, body: response.text().await.unwrap_or_default() }
+}
+
+fn client() -> reqwest::Client {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    reqwest::Client::builder().timeout(Duration::from_mins(1)).build().unwrap()
+}
+
+/// The text of all deltas, the `ecso` object, and whether an error ended it.
+fn read_stream(body: &str) -> (String, Value, Option<Value>) {
+    let (mut text, mut ecso, mut error) = (String::new(), Value::Null, None);
+    for line in body.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|line| *line != "[DONE]") {
+        let event: Value = serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}"));
+        text.push_str(event["choices"][0]["delta"]["content"].as_str().unwrap_or_default());
+        if !event["ecso"].is_null() {
+            ecso = event["ecso"].clone();
+        }
+        if !event["error"].is_null() {
+            error = Some(event["error"].clone());
+        }
+    }
+    (text, ecso, error)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn drafts_go_out_as_they_came_and_unsafe_ones_never() {
+    let upstream = Upstream::start().await;
+    let served = Served::start(&upstream.url, &[], &[]);
+    for (query, expected, verdict) in [("What is on the list?", MILD, "safe"), ("A bad request", SAFE, "unsafe")] {
+        let got = post(&served.chat(), &ask("m", query, false)).await;
+        let answer: Value = serde_json::from_str(&got.body).unwrap();
+        assert_eq!((got.status, &got.headers["x-ecso-verdict"]), (200, &verdict.parse().unwrap()));
+        assert_eq!(answer["choices"][0]["message"]["content"], expected);
+        assert_eq!((&answer["kept"], &answer["id"]), (&json!("as it is"), &json!("up-1")));
+        assert!(answer["usage"]["total_tokens"].as_u64().unwrap() >= 15 && !got.body.contains(LEAK));
+
+        let got = post(&served.chat(), &ask("m", query, true)).await;
+        let (text, ecso, error) = read_stream(&got.body);
+        assert_eq!((text.as_str(), ecso["verdict"].as_str().unwrap(), error), (expected, verdict, None));
+        assert!(got.body.ends_with("data: [DONE]\n\n") && !got.body.contains(LEAK));
+        assert!(got.headers.contains_key("x-ecso-request-id"));
+    }
+    // Text alone is out of scope: forwarded, stream or not.
+    let text = json!({"model": "m", "messages": [{"role": "user", "content": "a bad request in text"}]});
+    let got = post(&served.chat(), &text).await;
+    assert!(got.body.contains(LEAK) && !got.headers.contains_key("x-ecso-verdict"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_choice_is_judged_and_the_answer_has_the_clients_format() {
+    let upstream = Upstream::start().await;
+    let served = Served::start(&upstream.url, &[], &[]);
+    let mut body = ask("m", "A bad request", false);
+    (body["n"], body["response_format"]) = (json!(3), json!({"type": "json_object"}));
+    let got = post(&served.chat(), &body).await;
+    let answer: Value = serde_json::from_str(&got.body).unwrap();
+    let said: Vec<&str> =
+        answer["choices"].as_array().unwrap().iter().filter_map(|choice| choice["message"]["content"].as_str()).collect();
+    assert_eq!(said, [MILD, MILD, "Here is a harmless answer. (json_object)"]);
+    assert!(!got.body.contains(LEAK));
+
+    let asked = json!({"query": "q", "images": [picture()], "answer": format!("{LEAK}!"), "model": "m"});
+    let found: Value = serde_json::from_str(&post(&format!("{}/guard", served.url), &asked).await.body).unwrap();
+    assert_eq!((&found["verdict"], &found["safe_answer"]), (&json!("unsafe"), &json!(SAFE)));
+    assert_eq!(found["captions"], json!(["A list."]));
+}
+
+/// Each fault in each step, plain and streamed: a correct answer or a correct error, and no unjudged text.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failing_upstream_is_an_error_and_leaks_nothing() {
+    let upstream = Upstream::start().await;
+    let served = Served::start(
+        &upstream.url,
+        &["server.retries=0", "server.reply_timeout=2", "gateway.limits.deadline=20"],
+        &[],
+    );
+    let mut table = Vec::new();
+    for fault in ["refuse", "hang", "reset", "sse", "cut", "utf8", "429", "500", "json", "endless", "slow", "stall"] {
+        for step in ["direct", "detect", "caption", "safe"] {
+            for streamed in [false, true] {
+                let got = post(&served.chat(), &ask(&format!("{fault}@{step}"), "A bad request", streamed)).await;
+                let case = format!("{fault}@{step} streamed {streamed}: {} {}", got.status, got.body);
+                assert!(!got.body.contains(LEAK), "{case}");
+                let outcome = if got.status != 200 {
+                    let error: Value = serde_json::from_str(&got.body).unwrap_or_else(|_| panic!("{case}"));
+                    assert!(error["error"]["message"].is_string(), "{case}");
+                    format!("{}", got.status)
+                } else if streamed {
+                    let (text, ecso, error) = read_stream(&got.body);
+                    if error.is_none() {
+                        assert_eq!((text.as_str(), &ecso["verdict"]), (SAFE, &json!("unsafe")), "{case}");
+                    } else {
+                        assert!(!got.body.contains("[DONE]"), "{case}");
+                    }
+                    error.map_or("safe answer".to_owned(), |error| format!("event {}", error["code"]))
+                } else {
+                    let answer: Value = serde_json::from_str(&got.body).unwrap();
+                    assert_eq!(answer["choices"][0]["message"]["content"], SAFE, "{case}");
+                    "safe answer".to_owned()
+                };
+                table.push((fault, step, streamed, outcome));
+            }
+        }
+    }
+    let harmless = |fault: &str, step: &str, streamed: bool| match fault {
+        "utf8" | "slow" => true,
+        // What can only go wrong on a stream goes right elsewhere; steps 2 and 3 are never streamed.
+        "sse" | "cut" | "stall" => step == "detect" || step == "caption" || (step == "direct" && !streamed),
+        _ => false,
+    };
+    for (fault, step, streamed, outcome) in &table {
+        eprintln!("{fault:8} {step:8} {} {outcome}", if *streamed { "stream" } else { "plain " });
+        assert_eq!(outcome == "safe answer", harmless(fault, step, *streamed), "{fault} {step} {streamed}");
+    }
+}
+
+/// Fail-open is a choice, and says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn failing_open_sends_the_draft_with_a_note() {
+    let upstream = Upstream::start().await;
+    let served =
+        Served::start(&upstream.url, &["server.retries=0", "gateway.on_failure=fail-open"], &[]);
+    let got = post(&served.chat(), &ask("500@detect", "What is on the list?", false)).await;
+    assert_eq!((got.status, &got.headers["x-ecso-verdict"]), (200, &"unchecked".parse().unwrap()));
+    assert!(got.body.contains(MILD) && got.headers.contains_key("x-ecso-failure"));
+    let got = post(&served.chat(), &ask("500@detect", "What is on the list?", true)).await;
+    let (text, ecso, _) = read_stream(&got.body);
+    assert_eq!((text.as_str(), ecso["failure"].is_string()), (MILD, true));
+}
+
+/// A client that leaves ends the work for it, in every step.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_leaves_cancels_the_upstream() {
+    let upstream = Upstream::start().await;
+    let served = Served::start(&upstream.url, &[], &[]);
+    for (place, (step, streamed)) in ["direct", "detect", "caption", "safe"]
+        .into_iter()
+        .flat_map(|step| [(step, false), (step, true)])
+        .enumerate()
+    {
+        let body = ask(&format!("hang@{step}"), "A bad request", streamed);
+        let impatient = client().post(served.chat()).json(&body).timeout(Duration::from_millis(700)).send().await;
+        if let Ok(response) = impatient {
+            let text = response.text().await.unwrap_or_default();
+            assert!(!text.contains(LEAK));
+        }
+        let begun = Instant::now();
+        while upstream.seen.abandoned.load(Ordering::Relaxed) <= place {
+            assert!(begun.elapsed() < Duration::from_secs(5), "{step} {streamed}: the upstream still works");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+/// 10,000 requests at 200 connections while a tenth of the upstream's calls fail.
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_thousand_requests_on_a_flaky_upstream() {
+    let upstream = Upstream::start().await;
+    let served = Served::start(&upstream.url, &["server.retries=0", "gateway.limits.queue=4096"], &[]);
+    let (client, chat) = (client(), served.chat());
+    let bodies: Vec<Vec<u8>> = [("What is on the list?", false), ("A bad one", false), ("A list?", true), ("A bad one", true)]
+        .into_iter()
+        .map(|(query, streamed)| ask("flaky", query, streamed).to_string().into_bytes())
+        .collect();
+    let round = |count: usize| {
+        let (client, chat, bodies) = (&client, &chat, &bodies);
+        stream::iter(0..count)
+            .map(move |number| async move {
+                let request = client.post(chat).header("content-type", "application/json");
+                let response = request.body(bodies[number % 4].clone()).send().await.unwrap();
+                let (status, kind) = (response.status().as_u16(), number % 4);
+                let body = response.text().await.unwrap();
+                assert!(!body.contains(LEAK), "{number}: {body}");
+                let answered = match (status, kind >= 2) {
+                    (200, false) => serde_json::from_str::<Value>(&body).unwrap()["choices"][0]["message"]["content"]
+                        .as_str()
+                        .unwrap()
+                        .to_owned(),
+                    (200, true) => {
+                        let (text, _, error) = read_stream(&body);
+                        if let Some(error) = error {
+                            assert!(error["code"].is_string());
+                            return false;
+                        }
+                        text
+                    }
+                    _ => {
+                        assert!(body.contains("\"error\"") && status >= 500, "{status}: {body}");
+                        return false;
+                    }
+                };
+                assert_eq!(answered, if kind % 2 == 0 { MILD } else { SAFE });
+                true
+            })
+            .buffer_unordered(200)
+            .fold((0, 0), |(good, bad), answered| async move { if answered { (good + 1, bad) } else { (good, bad + 1) } })
+    };
+    let first = round(2_000).await;
+    let warm = served.peak();
+    let second = round(8_000).await;
+    let (good, bad) = (first.0 + second.0, first.1 + second.1);
+    let calls = upstream.seen.calls.load(Ordering::Relaxed);
+    let failed = upstream.seen.failed.load(Ordering::Relaxed);
+    eprintln!(
+        "{good} answered, {bad} errors; {calls} calls, {failed} of them failed; peak {warm:.0} MB after 2,000, {:.0} MB after 10,000",
+        served.peak()
+    );
+    assert_eq!(good + bad, 10_000);
+    // Each failed call costs one request, and no other is lost.
+    assert!(bad > 500 && bad <= failed, "{bad} {failed}");
+    assert!(served.peak() < warm * 1.3 + 10.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_queue_and_sigterm() {
+    let upstream = Upstream::start().await;
+    let made = Command::new(assert_cmd::cargo::cargo_bin("ecso")).args(["key", "app"]).output().unwrap();
+    let key = String::from_utf8(made.stdout).unwrap().trim().to_owned();
+    let stanza = String::from_utf8(made.stderr).unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let config = home.path().join("config.toml");
+    std::fs::write(&config, stanza.split_once("config.toml:").unwrap().1).unwrap();
+    let mut served = Served::start(
+        &upstream.url,
+        &["gateway.limits.at_once=1", "gateway.limits.queue=0"], &["--config", config.to_str().unwrap()],
+    );
+    let got = post(&served.chat(), &ask("m", "q", false)).await;
+    assert_eq!((got.status, got.body.contains("invalid_api_key")), (401, true));
+
+    let client = client();
+    let slow = client.post(served.chat()).bearer_auth(&key).json(&ask("slow@direct", "What?", true)).send();
+    let slow = tokio::spawn(async move { slow.await.unwrap().text().await.unwrap() });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let second = client.post(served.chat()).bearer_auth(&key).json(&ask("m", "What?", true)).send().await.unwrap();
+    assert_eq!((second.status().as_u16(), second.headers().contains_key("retry-after")), (429, true));
+
+    // SIGTERM: no new work, the running request finishes, the process ends well.
+    let pid = served.process.id().to_string();
+    Command::new("kill").args(["-TERM", &pid]).status().unwrap();
+    assert_eq!(read_stream(&slow.await.unwrap()).0, MILD);
+    assert!(served.process.wait().unwrap().success());
+    assert!(client.post(served.chat()).bearer_auth(&key).json(&ask("m", "q", false)).send().await.is_err());
+}
