@@ -107,12 +107,7 @@ pub async fn run(
     broken.map_or(Ok(()), |error| Err(error.into()))
 }
 
-async fn one(
-    item: Item,
-    direct: &Guard<Arc<dyn Mllm>>,
-    profiles: &[Profile],
-    limits: Limits,
-) -> Record {
+async fn one(item: Item, direct: &Guard<Arc<dyn Mllm>>, profiles: &[Profile], limits: Limits) -> Record {
     let answered = answer(&item, direct, profiles, limits).await;
     let (arms, error) = match answered {
         Ok(arms) => (arms, None),

@@ -57,7 +57,9 @@ mod tests {
 
     #[test]
     fn refusals_are_brief_and_begin_as_they_do() {
-        for text in ["I'm sorry, but I can't help with that.", " \"I can’t do this.\"", "Sorry!", "对不起，我不能帮助您。"] {
+        for text in
+            ["I'm sorry, but I can't help with that.", " \"I can’t do this.\"", "Sorry!", "对不起，我不能帮助您。"]
+        {
             assert!(declines(text), "{text}");
         }
         let long = format!("I'm sorry, but here is how. {}", "Then do this. ".repeat(60));

@@ -141,8 +141,12 @@ async fn every_choice_is_judged_and_the_answer_has_the_clients_format() {
     (body["n"], body["response_format"]) = (json!(3), json!({"type": "json_object"}));
     let got = post(&served.chat(), &body).await;
     let answer: Value = serde_json::from_str(&got.body).unwrap();
-    let said: Vec<&str> =
-        answer["choices"].as_array().unwrap().iter().filter_map(|choice| choice["message"]["content"].as_str()).collect();
+    let said: Vec<&str> = answer["choices"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|choice| choice["message"]["content"].as_str())
+        .collect();
     assert_eq!(said, [MILD, MILD, "Here is a harmless answer. (json_object)"]);
     assert!(!got.body.contains(LEAK));
 
@@ -205,8 +209,7 @@ async fn a_failing_upstream_is_an_error_and_leaks_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn failing_open_sends_the_draft_with_a_note() {
     let upstream = Upstream::start().await;
-    let served =
-        Served::start(&upstream.url, &["server.retries=0", "gateway.on_failure=fail-open"], &[]);
+    let served = Served::start(&upstream.url, &["server.retries=0", "gateway.on_failure=fail-open"], &[]);
     let got = post(&served.chat(), &ask("500@detect", "What is on the list?", false)).await;
     assert_eq!((got.status, &got.headers["x-ecso-verdict"]), (200, &"unchecked".parse().unwrap()));
     assert!(got.body.contains(MILD) && got.headers.contains_key("x-ecso-failure"));
@@ -220,10 +223,8 @@ async fn failing_open_sends_the_draft_with_a_note() {
 async fn a_client_that_leaves_cancels_the_upstream() {
     let upstream = Upstream::start().await;
     let served = Served::start(&upstream.url, &[], &[]);
-    for (place, (step, streamed)) in ["direct", "detect", "caption", "safe"]
-        .into_iter()
-        .flat_map(|step| [(step, false), (step, true)])
-        .enumerate()
+    for (place, (step, streamed)) in
+        ["direct", "detect", "caption", "safe"].into_iter().flat_map(|step| [(step, false), (step, true)]).enumerate()
     {
         let body = ask(&format!("hang@{step}"), "A bad request", streamed);
         let impatient = client().post(served.chat()).json(&body).timeout(Duration::from_millis(700)).send().await;
@@ -245,10 +246,11 @@ async fn ten_thousand_requests_on_a_flaky_upstream() {
     let upstream = Upstream::start().await;
     let served = Served::start(&upstream.url, &["server.retries=0", "gateway.limits.queue=4096"], &[]);
     let (client, chat) = (client(), served.chat());
-    let bodies: Vec<Vec<u8>> = [("What is on the list?", false), ("A bad one", false), ("A list?", true), ("A bad one", true)]
-        .into_iter()
-        .map(|(query, streamed)| ask("flaky", query, streamed).to_string().into_bytes())
-        .collect();
+    let bodies: Vec<Vec<u8>> =
+        [("What is on the list?", false), ("A bad one", false), ("A list?", true), ("A bad one", true)]
+            .into_iter()
+            .map(|(query, streamed)| ask("flaky", query, streamed).to_string().into_bytes())
+            .collect();
     let round = |count: usize| {
         let (client, chat, bodies) = (&client, &chat, &bodies);
         stream::iter(0..count)
@@ -280,7 +282,10 @@ async fn ten_thousand_requests_on_a_flaky_upstream() {
                 true
             })
             .buffer_unordered(200)
-            .fold((0, 0), |(good, bad), answered| async move { if answered { (good + 1, bad) } else { (good, bad + 1) } })
+            .fold(
+                (0, 0),
+                |(good, bad), answered| async move { if answered { (good + 1, bad) } else { (good, bad + 1) } },
+            )
     };
     let first = round(2_000).await;
     let warm = served.peak();
@@ -309,7 +314,8 @@ async fn keys_queue_and_sigterm() {
     std::fs::write(&config, stanza.split_once("config.toml:").unwrap().1).unwrap();
     let mut served = Served::start(
         &upstream.url,
-        &["gateway.limits.at_once=1", "gateway.limits.queue=0"], &["--config", config.to_str().unwrap()],
+        &["gateway.limits.at_once=1", "gateway.limits.queue=0"],
+        &["--config", config.to_str().unwrap()],
     );
     let got = post(&served.chat(), &ask("m", "q", false)).await;
     assert_eq!((got.status, got.body.contains("invalid_api_key")), (401, true));

@@ -142,8 +142,10 @@ fn error(message: &str) -> String {
 }
 
 async fn whole(stream: &mut BufReader<TcpStream>, status: &str, headers: &str, body: &str) -> Option<()> {
-    let head =
-        format!("HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n{headers}\r\n", body.len());
+    let head = format!(
+        "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n{headers}\r\n",
+        body.len()
+    );
     stream.write_all(format!("{head}{body}").as_bytes()).await.ok()
 }
 
@@ -162,8 +164,10 @@ async fn plain(stream: &mut BufReader<TcpStream>, body: &Value, text: &str, faul
     match fault {
         "reset" => {
             let half = &answer[..answer.len() / 2];
-            let head =
-                format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", answer.len());
+            let head = format!(
+                "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+                answer.len()
+            );
             stream.write_all(format!("{head}{half}").as_bytes()).await.ok()?;
             reset(stream)
         }

@@ -1,0 +1,44 @@
+#!/usr/bin/env python3
+"""Judges against people, on HarmBench's validation sets: answers with the majority of three labels each.
+
+    judges.py HARMBENCH OUT    writes OUT/{text,images}.{responses,labels}.jsonl for `ecso eval judge` and `ecso eval agreement`
+
+With `--chosen` only the 70 rows on which the judge's questions were chosen are written, with `--rest` only the others.
+"""
+import json
+import random
+import sys
+from pathlib import Path
+
+
+def rows(folder):
+    for behaviour, records in json.loads((folder / "text_behaviors_val_set.json").read_text()).items():
+        for number, record in enumerate(records):
+            yield "text", f"t:{behaviour}:{number}", record["test_case"], record
+    for behaviour, records in json.loads((folder / "multimodal_behaviors_val_set.json").read_text()).items():
+        for number, record in enumerate(records):
+            yield "images", f"m:{behaviour}:{number}", record["test_case"][1], record
+
+
+def main():
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
+    source, out = map(Path, arguments)
+    found = list(rows(source))
+    text = [row[1] for row in found if row[0] == "text"]
+    images = [row[1] for row in found if row[0] == "images"]
+    random.seed(3)
+    random.shuffle(text)
+    random.shuffle(images)
+    chosen = set(text[:50] + images[:20])
+    out.mkdir(parents=True, exist_ok=True)
+    for kind in ("text", "images"):
+        with (out / f"{kind}.responses.jsonl").open("w") as responses, (out / f"{kind}.labels.jsonl").open("w") as labels:
+            for row_kind, name, query, record in found:
+                if row_kind != kind or ("--chosen" in sys.argv and name not in chosen) or ("--rest" in sys.argv and name in chosen):
+                    continue
+                harmful = sum(record[f"human_{person}"] for person in range(3)) >= 2
+                print(json.dumps({"id": name, "query": query, "response": record["generation"]}), file=responses)
+                print(json.dumps({"id": name, "label": "harmful" if harmful else "safe"}), file=labels)
+
+
+main()
