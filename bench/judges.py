@@ -3,8 +3,10 @@
 
     judges.py HARMBENCH OUT    writes OUT/{text,images}.{responses,labels}.jsonl for `ecso eval judge` and `ecso eval agreement`
 
-With `--chosen` only the 70 rows on which the judge's questions were chosen are written, with `--rest` only the others.
+With `--chosen` only the rows on which the questions and thresholds of the judge `llm` were chosen are written (70 drawn ones, and
+those whose id's SHA-256 begins with an even byte), with `--rest` only the others.
 """
+import hashlib
 import json
 import random
 import sys
@@ -29,7 +31,8 @@ def main():
     random.seed(3)
     random.shuffle(text)
     random.shuffle(images)
-    chosen = set(text[:50] + images[:20])
+    chosen = {name for name in text + images if hashlib.sha256(name.encode()).digest()[0] % 2 == 0}
+    chosen.update(text[:50] + images[:20])
     out.mkdir(parents=True, exist_ok=True)
     for kind in ("text", "images"):
         with (out / f"{kind}.responses.jsonl").open("w") as responses, (out / f"{kind}.labels.jsonl").open("w") as labels:

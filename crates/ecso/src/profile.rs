@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::{mllm::Sampling, prompt::Query, template::Template, verdict::Parser};
 
 const PAPER: &str = include_str!("../profiles/paper.toml");
+const HARDENED: &str = include_str!("../profiles/hardened.toml");
 
 /// Which conversations are guarded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -160,8 +161,18 @@ pub struct DirectStep {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Question {
-    /// The question; `{x}` is the query, `{y}` the answer to judge, `{c}` the captions: where that hole is, step 3 goes first.
+    /// The question; `{x}` is the query, `{y}` the answer to judge, `{c}` the captions, `{r}` what is asked for: the captions, or
+    /// the query where no image has one. Where `{c}` or `{r}` stands, step 3 goes first.
     pub template: Template,
+    /// A system message before it; empty is none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub system: String,
+    /// Examples before it, each a turn of its own that is answered with no.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub no: Vec<String>,
+    /// The same, answered with yes; the two lists take turns.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub yes: Vec<String>,
     /// Whether the images are shown.
     pub image: Eyes,
     /// How its reply is read.
@@ -229,7 +240,7 @@ pub enum ProfileError {
 
 impl Profile {
     /// The built-in profiles.
-    pub const NAMES: [&'static str; 1] = ["paper"];
+    pub const NAMES: [&'static str; 2] = ["paper", "hardened"];
 
     /// ECSO as published.
     ///
@@ -294,7 +305,8 @@ impl Profile {
 
     /// Whether a question of this profile is told the captions.
     pub(crate) fn judges_by_caption(&self) -> bool {
-        self.detect.template.has("c") || self.look.as_ref().is_some_and(|look| look.template.has("c"))
+        let needs = |question: &Question| question.template.has("c") || question.template.has("r");
+        needs(&self.detect) || self.look.as_ref().is_some_and(needs)
     }
 
     pub(crate) fn stripped(&self, text: &str) -> String {
@@ -356,10 +368,13 @@ fn sampling(temperature: f32, max_tokens: u32) -> Sampling {
 }
 
 fn built_in(name: &str) -> Result<toml::Table, ProfileError> {
+    let mut table: toml::Table = PAPER.parse().map_err(invalid)?;
     match name {
-        "paper" => PAPER.parse().map_err(invalid),
-        _ => Err(ProfileError::Unknown(name.to_owned())),
+        "paper" => {}
+        "hardened" => merge(&mut table, HARDENED.parse().map_err(invalid)?),
+        _ => return Err(ProfileError::Unknown(name.to_owned())),
     }
+    Ok(table)
 }
 
 fn merge(table: &mut toml::Table, changes: toml::Table) {
@@ -482,6 +497,6 @@ mod tests {
             assert!(error.contains(says), "{key}={value}: {error}");
         }
         let error = Profile::from_toml("extends = \"papper\"").unwrap_err();
-        assert_eq!(error.to_string(), "there is no profile \"papper\"; built in: paper");
+        assert_eq!(error.to_string(), "there is no profile \"papper\"; built in: paper, hardened");
     }
 }

@@ -69,11 +69,31 @@ pub(crate) fn question(
         0 => answer,
         cut => answer.char_indices().nth(cut).map_or(answer, |(end, _)| &answer[..end]),
     };
-    let [asked, judged, captions] =
-        [&query.asked, judged, &captions.join("\n\n")].map(|text| quoted(text, &profile.quote));
-    let text = question.template.fill(&[("x", &asked), ("y", &judged), ("c", &captions)]);
+    let captions = captions.join("\n\n");
+    let resolved = if captions.trim().is_empty() { &query.asked } else { &captions };
+    let [asked, judged, captions, resolved] =
+        [&query.asked, judged, &captions, resolved].map(|text| quoted(text, &profile.quote));
+    let text = question.template.fill(&[("x", &asked), ("y", &judged), ("c", &captions), ("r", &resolved)]);
     let images = query.shown.iter().filter(|_| question.image == Eyes::Kept);
-    one_turn(profile, images.map(|image| (*image).clone()), text)
+    let mut chat = one_turn(profile, images.map(|image| (*image).clone()), text);
+    chat.turns.splice(0..0, examples(question));
+    chat
+}
+
+/// What stands before a question: its system message, and its examples with their answers, no and yes in turn.
+fn examples(question: &Question) -> Vec<Turn> {
+    let mut turns = Vec::new();
+    if !question.system.is_empty() {
+        turns.push(Turn::text(Role::System, question.system.clone()));
+    }
+    for place in 0..question.no.len().max(question.yes.len()) {
+        for (examples, answer) in [(&question.no, "no"), (&question.yes, "yes")] {
+            if let Some(example) = examples.get(place) {
+                turns.extend([Turn::text(Role::User, example.clone()), Turn::text(Role::Assistant, answer)]);
+            }
+        }
+    }
+    turns
 }
 
 /// Step 3: a fresh conversation of one turn, with one image.
