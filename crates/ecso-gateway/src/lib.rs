@@ -14,6 +14,9 @@ mod door;
 mod draft;
 mod failure;
 mod fetch;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod observe;
 mod probe;
 mod request;

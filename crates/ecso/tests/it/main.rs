@@ -1,5 +1,6 @@
 //! The method from outside: what is sent, in which order, with which images.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
+mod hardened;
 mod method;
 mod paper;

@@ -14,7 +14,7 @@ pub(crate) fn png() -> Vec<u8> {
     bytes.into_inner()
 }
 
-fn picture() -> Image {
+pub(crate) fn picture() -> Image {
     Image::from_bytes(png(), Limits::default()).unwrap()
 }
 

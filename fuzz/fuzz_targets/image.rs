@@ -1,0 +1,13 @@
+//! Image files: no panic, and the limits hold.
+#![no_main]
+
+use ecso::{Image, Limits};
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    let limits = Limits { pixels: 1 << 16, ..Limits::default() };
+    if let Ok(image) = Image::from_bytes(bytes, limits)
+        && let Ok(pixels) = image.pixels()
+    {
+        assert!(u64::from(pixels.width()) * u64::from(pixels.height()) <= 1 << 16);
+    }
+});
