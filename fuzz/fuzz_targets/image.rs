@@ -5,7 +5,7 @@ use ecso::{Image, Limits};
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let limits = Limits { pixels: 1 << 16, ..Limits::default() };
-    if let Ok(image) = Image::from_bytes(bytes, limits)
+    if let Ok(image) = Image::from_bytes(bytes.to_vec(), limits)
         && let Ok(pixels) = image.pixels()
     {
         assert!(u64::from(pixels.width()) * u64::from(pixels.height()) <= 1 << 16);

@@ -1,8 +1,6 @@
 //! What a profile may put around the paper's steps.
 
-use ecso::{
-    Alternative, Chat, Guard, Outcome, Part, Profile, Reply, Role, Step, Turn, Verdict, testing::Scripted,
-};
+use ecso::{Alternative, Chat, Guard, Outcome, Part, Profile, Reply, Role, Step, Turn, Verdict, testing::Scripted};
 
 use crate::method::picture;
 
@@ -55,7 +53,10 @@ async fn what_is_plainly_harmless_is_not_heard() {
 #[tokio::test]
 async fn what_is_plainly_harmful_gets_no_draft() {
     let (outcome, steps) = answer(model(0.999, 0.0, "A list.", &["I'm sorry, but no."])).await;
-    assert_eq!((outcome.answer.as_str(), outcome.verdict, outcome.rewritten), ("I'm sorry, but no.", Verdict::Unsafe, true));
+    assert_eq!(
+        (outcome.answer.as_str(), outcome.verdict, outcome.rewritten),
+        ("I'm sorry, but no.", Verdict::Unsafe, true)
+    );
     assert_eq!(steps, [Step::Caption, Step::Look, Step::Safe]);
 }
 
