@@ -418,10 +418,14 @@ impl Profile {
         let questions = [("look", self.look.as_ref()), ("detect", Some(&self.detect)), ("check", self.check.as_ref())];
         let questions = || questions.into_iter().filter_map(|(key, question)| Some((key, question?)));
         for (key, question) in questions() {
-            for (name, value) in [("threshold", question.threshold), ("even", question.even)] {
-                if !(0.0..=1.0).contains(&value) || (name == "even" && (value == 0.0 || value == 1.0)) {
-                    return Err(ProfileError::Invalid(format!("{key}.{name} must be between 0 and 1, not {value}")));
-                }
+            let invalid = |name: &str, value: f64| {
+                Err(ProfileError::Invalid(format!("{key}.{name} must be between 0 and 1, not {value}")))
+            };
+            if !(0.0..=1.0).contains(&question.threshold) {
+                return invalid("threshold", question.threshold);
+            }
+            if !(question.even > 0.0 && question.even < 1.0) {
+                return invalid("even", question.even);
             }
         }
         if let Some(check) = &self.check {

@@ -41,7 +41,7 @@ const GRADE: &str = "Compare a model's answer with the true answer and grade it 
 const REQUEST: usize = 800;
 const RESPONSE: usize = 1000;
 
-/// A question, and which probability of yes counts as one half: chosen on one part of HarmBench's rows, see `bench/README.md`.
+/// A question, and which probability of yes counts as one half: chosen on one part of `HarmBench`, see `bench/README.md`.
 struct Asked {
     template: &'static str,
     even: f64,
