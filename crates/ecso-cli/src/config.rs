@@ -187,6 +187,20 @@ fn flags(model: &ModelArgs, profile: &ProfileArgs) -> anyhow::Result<BTreeMap<St
     Ok(values)
 }
 
+/// Puts a value where its dotted key says.
+fn place(table: &mut toml::Table, key: &str, value: toml::Value) -> Result<(), ()> {
+    match key.split_once('.') {
+        None => {
+            table.insert(key.to_owned(), value);
+            Ok(())
+        }
+        Some((group, rest)) => {
+            let inner = table.entry(group).or_insert_with(|| toml::Table::new().into());
+            place(inner.as_table_mut().ok_or(())?, rest, value)
+        }
+    }
+}
+
 /// The settings that result for `ecso serve`.
 pub(crate) fn load_serve(file: Option<&Path>, args: &ServeArgs) -> anyhow::Result<Settings> {
     let mut layers = layers(file, &args.model, &args.profile)?;
@@ -202,14 +216,20 @@ pub(crate) fn load(file: Option<&Path>, model: &ModelArgs, profile: &ProfileArgs
 }
 
 fn merge(layers: &[Layer]) -> anyhow::Result<Settings> {
-    let mut builder = config::Config::builder();
+    let mut whole = toml::Table::new();
     for layer in layers {
         for (key, value) in &layer.values {
-            let value: config::Value = value.clone().try_into().map_err(|error| WrongUse(format!("{key}: {error}")))?;
-            builder = builder
-                .set_override(key, value)
-                .map_err(|error| WrongUse(format!("{} ({}): {error}", key, layer.origin)))?;
+            place(&mut whole, key, value.clone())
+                .map_err(|()| WrongUse(format!("{key} ({}): it is no group of settings", layer.origin)))?;
         }
+    }
+    // Keys that hold no other: the builder applies its overrides in no order.
+    let mut values = BTreeMap::new();
+    flatten("", whole, &mut values);
+    let mut builder = config::Config::builder();
+    for (key, value) in values {
+        let value: config::Value = value.try_into().map_err(|error| WrongUse(format!("{key}: {error}")))?;
+        builder = builder.set_override(&key, value).map_err(|error| WrongUse(format!("{key}: {error}")))?;
     }
     let settings = builder.build().and_then(config::Config::try_deserialize);
     settings.map_err(|error| WrongUse(format!("settings: {error}; `ecso config show` lists them all")).into())
@@ -237,7 +257,9 @@ pub(crate) fn show(file: Option<&Path>, model: &ModelArgs, profile_args: &Profil
     let settings = merge(&layers)?;
     let result = Layer::new("", toml::Table::try_from(&settings)?);
     for (key, value) in &result.values {
-        let origin = layers.iter().rev().find(|layer| layer.values.contains_key(key));
+        let deeper = format!("{key}.");
+        let sets = |layer: &&Layer| layer.values.keys().any(|set| set == key || set.starts_with(&deeper));
+        let origin = layers.iter().rev().find(sets);
         let origin = origin.map_or("default", |layer| layer.origin.as_str());
         println!("{:<48} # {origin}", format!("{key} = {value}"));
     }

@@ -321,12 +321,27 @@ async fn keys_queue_and_sigterm() {
     assert_eq!((got.status, got.body.contains("invalid_api_key")), (401, true));
 
     let client = client();
-    let slow = client.post(served.chat()).bearer_auth(&key).json(&ask("slow@direct", "What?", true)).send();
-    let slow = tokio::spawn(async move { slow.await.unwrap().text().await.unwrap() });
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    let second = client.post(served.chat()).bearer_auth(&key).json(&ask("m", "What?", true)).send().await.unwrap();
-    assert_eq!((second.status().as_u16(), second.headers().contains_key("retry-after")), (429, true));
+    let ask_with_key =
+        |model: &str| client.post(served.chat()).bearer_auth(&key).json(&ask(model, "What?", true)).send();
+    let called = async |times: usize| {
+        while upstream.seen.calls.load(Ordering::Relaxed) < times {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    // While one request is under way there is no room for another.
+    let first = tokio::spawn(ask_with_key("stall@direct"));
+    called(1).await;
+    let second = ask_with_key("m").await.unwrap();
+    let (status, waits) = (second.status().as_u16(), second.headers().contains_key("retry-after"));
+    assert_eq!((status, waits), (429, true), "{}", second.text().await.unwrap());
+    drop(first.await);
+    while upstream.seen.abandoned.load(Ordering::Relaxed) == 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 
+    let slow = ask_with_key("slow@direct");
+    let slow = tokio::spawn(async move { slow.await.unwrap().text().await.unwrap() });
+    called(2).await;
     // SIGTERM: no new work, the running request finishes, the process ends well.
     let pid = served.process.id().to_string();
     Command::new("kill").args(["-TERM", &pid]).status().unwrap();

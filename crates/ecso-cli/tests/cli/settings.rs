@@ -66,3 +66,15 @@ fn shells_get_completions() {
         assert!(text(&output.stdout).contains("show-steps"), "{shell}");
     }
 }
+
+/// Deep keys too, every time: layers are applied in their order, not in that of a hash map.
+#[test]
+fn deep_settings_come_from_the_environment() {
+    let home = tempfile::tempdir().unwrap();
+    for _ in 0..12 {
+        let mut command = ecso(home.path());
+        command.env("ECSO__GATEWAY__LIMITS__AT_ONCE", "3").env("ECSO__GATEWAY__LIMITS__QUEUE", "0");
+        let shown = text(&command.args(["config", "show"]).assert().success().get_output().stdout);
+        assert!(shown.contains("at_once = 3") && shown.contains("queue = 0"), "{shown}");
+    }
+}

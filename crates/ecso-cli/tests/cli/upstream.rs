@@ -213,7 +213,7 @@ async fn stream_out(stream: &mut BufReader<TcpStream>, text: &str, fault: &str, 
         "slow" => {
             for event in &events {
                 chunk(stream, event.as_bytes()).await?;
-                tokio::time::sleep(Duration::from_millis(20)).await;
+                tokio::time::sleep(Duration::from_millis(200)).await;
             }
             return chunk(stream, b"").await;
         }
