@@ -15,7 +15,7 @@ use crate::{WrongUse, cli::AskArgs, config, open};
 
 pub(crate) fn run(args: &AskArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let settings = config::load(file, &args.model, &args.profile)?;
-    let profile = config::profile(&settings)?;
+    let (profile, why) = config::chosen_profile(&settings)?;
     let chat = chat(args, settings.images)?;
     let runtime = tokio::runtime::Runtime::new().context("no runtime")?;
     runtime.block_on(async {
@@ -25,7 +25,7 @@ pub(crate) fn run(args: &AskArgs, file: Option<&Path>) -> anyhow::Result<()> {
         let guard = Guard::new(model, profile);
         let events = guard.answer_events(&chat);
         pin_mut!(events);
-        let mut screen = Screen { args, progress, held: Some(Vec::new()) };
+        let mut screen = Screen { args, why, progress, held: Some(Vec::new()) };
         while let Some(event) = events.next().await {
             screen.event(event?)?;
         }
@@ -67,6 +67,8 @@ fn read(path: &Path, limits: Limits) -> anyhow::Result<Image> {
 /// What a person sees while the pipeline runs.
 struct Screen<'a> {
     args: &'a AskArgs,
+    /// Why this profile runs, if nobody named it.
+    why: Option<&'static str>,
     progress: Progress,
     /// Steps that are shown once the verdict is there.
     held: Option<Vec<Trace>>,
@@ -128,7 +130,8 @@ impl Screen<'_> {
             Verdict::Unchecked => "not checked: the profile doesn't ask for it here",
         };
         let score = outcome.score.map_or_else(String::new, |score| format!(", P(harm) {score:.2}"));
-        eprintln!("[{verdict}{score}; profile {}, model {}]", outcome.profile, outcome.model);
+        let why = self.why.map_or_else(String::new, |why| format!(" ({why})"));
+        eprintln!("[{verdict}{score}; profile {}{why}, model {}]", outcome.profile, outcome.model);
     }
 }
 

@@ -35,6 +35,8 @@ pub(crate) enum Command {
     /// Measure what the protection gains and costs
     #[command(subcommand)]
     Eval(EvalCommand),
+    /// Make fine-tuning data for alignment from unlabelled pairs of image and query; goes on where an earlier run ended
+    Synth(Box<SynthArgs>),
     /// Guard every image chat with an OpenAI-compatible server, or serve a model in this process
     Serve(ServeArgs),
     /// Make a client key for `ecso serve`
@@ -111,6 +113,101 @@ pub(crate) struct ServeArgs {
     pub(crate) profile: ProfileArgs,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct SynthArgs {
+    /// Rows: .jsonl, .json, .csv, .tsv, .parquet, a folder of images, or `-` for JSON lines on standard input. The audit log of
+    /// `ecso serve`, with content, is one too
+    #[arg(long, value_name = "DATA")]
+    pub(crate) input: PathBuf,
+
+    /// Folder for the journal and the dataset
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+
+    /// Which column is what, e.g. query=question; id, query, image, category, draft, messages or conversations; may be given
+    /// several times [default: found by usual names]
+    #[arg(long, value_name = "WHAT=COLUMN")]
+    pub(crate) map: Vec<String>,
+
+    /// The query of rows that have none
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) query: Option<String>,
+
+    /// Where relative image paths begin [default: the input's folder]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) image_root: Option<PathBuf>,
+
+    /// Utility samples (safe rows with their own answer) for each sample of alignment
+    #[arg(long, value_name = "RATIO", default_value_t = 1.0)]
+    pub(crate) utility: f64,
+
+    /// Share of the images that are for validation
+    #[arg(long, value_name = "SHARE", default_value_t = 0.05)]
+    pub(crate) validation: f64,
+
+    /// Seed of these two draws
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub(crate) seed: u64,
+
+    /// Leave out answers that are bare refusals
+    #[arg(long)]
+    pub(crate) no_refusals: bool,
+
+    /// Drop rows that nearly repeat an earlier one, by a perceptual hash of the images and MinHash of the words
+    #[arg(long)]
+    pub(crate) near_duplicates: bool,
+
+    /// Only part I of N; the parts are disjoint and complete
+    #[arg(long, value_name = "I/N", default_value = "1/1")]
+    pub(crate) shard: String,
+
+    /// No new row from so many tokens on
+    #[arg(long, value_name = "N")]
+    pub(crate) max_tokens: Option<u64>,
+
+    /// No new row after so long: 90s, 15m, 2h
+    #[arg(long, value_name = "TIME")]
+    pub(crate) max_time: Option<String>,
+
+    /// Run rows again that failed
+    #[arg(long)]
+    pub(crate) retry_failed: bool,
+
+    /// Cap of new tokens of every answer
+    #[arg(long, value_name = "N")]
+    pub(crate) max_new_tokens: Option<u32>,
+
+    /// Rows at once [default: 1 in this process, 8 for a server]
+    #[arg(long, value_name = "N")]
+    pub(crate) concurrency: Option<usize>,
+
+    /// Keep every reply in this folder; what is there is not asked again
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache: Option<PathBuf>,
+
+    /// Close a Parquet file after so many megabytes
+    #[arg(long, value_name = "MB", default_value_t = 500)]
+    pub(crate) shard_mb: usize,
+
+    /// The dataset's licence, for its card: an SPDX name, or other
+    #[arg(long, value_name = "NAME", default_value = "other")]
+    pub(crate) license: String,
+
+    /// Print the manifest as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// No progress on standard error
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+
+    #[command(flatten)]
+    pub(crate) profile: ProfileArgs,
+}
+
 /// Which model answers.
 #[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Model")]
@@ -140,7 +237,7 @@ pub(crate) struct ModelArgs {
 #[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Profile")]
 pub(crate) struct ProfileArgs {
-    /// A built-in profile (paper) or a TOML file [default: paper]
+    /// A built-in profile (paper, hardened) or a TOML file [default: hardened where it is calibrated for the model, else paper]
     #[arg(long, value_name = "NAME|FILE")]
     pub(crate) profile: Option<String>,
 

@@ -11,7 +11,7 @@ use etcetera::{AppStrategy, AppStrategyArgs, app_strategy::Xdg};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    WrongUse,
+    WrongUse, calibration,
     cli::{ModelArgs, ProfileArgs, ServeArgs},
 };
 
@@ -29,12 +29,14 @@ pub(crate) struct Settings {
     pub(crate) mmproj: PathBuf,
     /// Whether the text reader stands in front.
     pub(crate) reader: bool,
-    /// Built-in profile or TOML file.
+    /// Built-in profile, TOML file, or `auto`: `hardened` where it is calibrated for the model, else `paper`.
     pub(crate) profile: String,
     /// Fields of the profile that are changed.
     pub(crate) set: BTreeMap<String, String>,
     /// Where models are kept.
     pub(crate) models_dir: PathBuf,
+    /// Where calibrations are kept.
+    pub(crate) calibrations_dir: PathBuf,
     pub(crate) images: Limits,
     pub(crate) engine: Engine,
     pub(crate) server: Server,
@@ -95,9 +97,10 @@ fn defaults() -> anyhow::Result<Settings> {
         api_key_env: "OPENAI_API_KEY".into(),
         mmproj: PathBuf::new(),
         reader: false,
-        profile: "paper".into(),
+        profile: "auto".into(),
         set: BTreeMap::new(),
         models_dir: folders()?.in_cache_dir("models"),
+        calibrations_dir: folders()?.in_config_dir("calibrations"),
         images: Limits::default(),
         engine: Engine { gpu_layers: -1, ..Engine::default() },
         server: Server::default(),
@@ -237,18 +240,31 @@ fn merge(layers: &[Layer]) -> anyhow::Result<Settings> {
 
 /// The profile that the settings name, with its fields changed.
 pub(crate) fn profile(settings: &Settings) -> anyhow::Result<Profile> {
-    let named = &settings.profile;
-    let is_file = Path::new(named).extension().is_some_and(|extension| extension == "toml") || named.contains('/');
-    let mut profile = if is_file {
-        let text = std::fs::read_to_string(named).map_err(|error| WrongUse(format!("profile {named}: {error}")))?;
-        Profile::from_toml(&text).map_err(|error| WrongUse(format!("profile {named}: {error}")))?
-    } else {
-        Profile::named(named)?
+    Ok(chosen_profile(settings)?.0)
+}
+
+/// [`profile`], and why it is that one, where nobody named it.
+pub(crate) fn chosen_profile(settings: &Settings) -> anyhow::Result<(Profile, Option<&'static str>)> {
+    let (mut profile, why) = match settings.profile.as_str() {
+        "auto" => {
+            let (profile, why) = calibration::profile(settings)?;
+            (profile, Some(why))
+        }
+        named => (named_profile(named)?, None),
     };
     for (key, value) in &settings.set {
         profile = profile.with(key, value)?;
     }
-    Ok(profile)
+    Ok((profile, why))
+}
+
+fn named_profile(named: &str) -> anyhow::Result<Profile> {
+    let is_file = Path::new(named).extension().is_some_and(|extension| extension == "toml") || named.contains('/');
+    if !is_file {
+        return Ok(Profile::named(named)?);
+    }
+    let text = std::fs::read_to_string(named).map_err(|error| WrongUse(format!("profile {named}: {error}")))?;
+    Ok(Profile::from_toml(&text).map_err(|error| WrongUse(format!("profile {named}: {error}")))?)
 }
 
 /// `ecso config show`.

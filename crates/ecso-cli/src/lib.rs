@@ -2,6 +2,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is the program that speaks to people")]
 
 mod ask;
+mod calibration;
 mod cli;
 mod config;
 mod doctor;
@@ -9,6 +10,7 @@ mod eval;
 mod models;
 mod open;
 mod serve;
+mod synth;
 
 use std::process::ExitCode;
 
@@ -41,6 +43,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Ask(args) => ask::run(&args, file),
         Command::Eval(command) => eval::run(&command, file),
         Command::Models(command) => models::run(command, file),
+        Command::Synth(args) => synth::run(&args, file),
         Command::Serve(args) => serve::run(&args, file),
         Command::Key { name } => {
             serve::key(&name);

@@ -40,7 +40,7 @@ pub(crate) fn identity(settings: &Settings) -> anyhow::Result<String> {
 }
 
 /// Whether a model's name is a file's.
-fn is_file(name: &str) -> bool {
+pub(crate) fn is_file(name: &str) -> bool {
     let path = Path::new(name);
     path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) || path.components().count() > 1
 }

@@ -19,7 +19,7 @@ pub(crate) fn run(args: &ServeArgs, file: Option<&Path>) -> anyhow::Result<()> {
     runtime.block_on(async {
         let gateway = Arc::new(gateway(&settings).await?);
         let listener = listen(&settings).await?;
-        eprintln!("ecso: {}", greeting(&settings, listener.local_addr()?));
+        eprintln!("ecso: {}", greeting(&settings, listener.local_addr()?)?);
         ecso_gateway::serve(gateway, listener, stopped()).await?;
         eprintln!("ecso: all requests are finished");
         Ok(())
@@ -56,12 +56,14 @@ async fn listen(settings: &Settings) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address).await.with_context(|| format!("listening on {address}"))
 }
 
-fn greeting(settings: &Settings, address: SocketAddr) -> String {
+fn greeting(settings: &Settings, address: SocketAddr) -> anyhow::Result<String> {
     let callers = match settings.gateway.keys.len() {
         0 => "no client keys: this machine only".to_owned(),
         count => format!("{count} client keys"),
     };
-    format!("guarding {} under profile {} on http://{address}/v1 ({callers})", settings.model, settings.profile)
+    let (profile, why) = config::chosen_profile(settings)?;
+    let why = why.map_or_else(String::new, |why| format!(" ({why})"));
+    Ok(format!("guarding {} under profile {}{why} on http://{address}/v1 ({callers})", settings.model, profile.name))
 }
 
 /// Ends when the process is asked to: Ctrl-C or SIGTERM.

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use ecso::{Chat, Image, ImageError, Limits};
+use ecso::{Chat, Image, ImageError, Limits, Part, Role, Turn};
 use serde::{Deserialize, Serialize};
 
 /// An item as a benchmark gives it.
@@ -14,12 +14,16 @@ pub struct Item {
     pub scenario: String,
     /// Items that share a question share a cluster; intervals are by cluster.
     pub cluster: String,
+    /// What was said before, with the images of those turns.
+    pub earlier: Vec<(Role, String, Vec<Picture>)>,
     /// The text that is sent.
     pub query: String,
     /// What is asked for, in words, for a judge that can't see: the query, or what the image asks.
     pub request: String,
     /// The images, in order.
     pub images: Vec<Picture>,
+    /// The direct answer, where somebody has it already: then the model is not asked for one.
+    pub draft: Option<String>,
     /// What a good answer is.
     pub task: Task,
 }
@@ -95,9 +99,16 @@ impl Item {
                 Picture::File(path) => std::fs::read(path)
                     .map_err(|error| PictureError::File { path: path.clone(), reason: error.to_string() })?,
             };
-            Ok(Image::from_bytes(bytes, limits)?)
+            Ok::<_, PictureError>(Image::from_bytes(bytes, limits)?)
         };
-        let images: Result<Vec<Image>, PictureError> = self.images.iter().map(read).collect();
-        Ok(Chat::ask(images?, self.query.clone()))
+        let last = (Role::User, &self.query, &self.images);
+        let turns = self.earlier.iter().map(|(role, text, images)| (*role, text, images)).chain([last]);
+        let turns = turns.map(|(role, text, images)| {
+            let images: Result<Vec<Part>, PictureError> = images.iter().map(|image| Ok(Part::Image(read(image)?))).collect();
+            let mut parts = images?;
+            parts.push(Part::Text(text.clone()));
+            Ok(Turn { role, parts })
+        });
+        Ok(Chat { turns: turns.collect::<Result<_, PictureError>>()? })
     }
 }

@@ -1,5 +1,5 @@
-//! A run's journal: JSON lines, the header first, then one an item, each flushed. A crash leaves a file that can be read, and
-//! a run that can go on.
+//! A journal: JSON lines, a header first, then one an entry, each flushed. A crash leaves a file that can be read, and work that
+//! can go on. A run of a benchmark is one; who does other long work (the data engine) brings a header and entries of its own.
 
 use std::{
     collections::HashMap,
@@ -9,11 +9,26 @@ use std::{
 };
 
 use ecso::Outcome;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::item::Task;
 
-/// What a run is: it goes on only under the same.
+/// The first line of a journal: what the work is. It goes on only under the same.
+pub trait Head: Serialize + DeserializeOwned {
+    /// What is not as it was when the work was begun.
+    fn differs(&self, begun: &Self) -> Option<&'static str>;
+}
+
+/// A line of a journal. As JSON it has the fields `id` and, if it failed, `error`.
+pub trait Entry: Serialize + DeserializeOwned {
+    /// Unique in the journal, but for later tries.
+    fn id(&self) -> &str;
+
+    /// Whether it is to be tried again when somebody asks for that.
+    fn failed(&self) -> bool;
+}
+
+/// What a run is.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Header {
     /// Version of ecso.
@@ -73,6 +88,33 @@ pub struct Record {
     pub error: Option<String>,
 }
 
+impl Head for Header {
+    fn differs(&self, begun: &Self) -> Option<&'static str> {
+        let differ = [
+            ("version of ecso", begun.ecso != self.ecso),
+            (
+                "benchmark",
+                begun.benchmark != self.benchmark || begun.variant != self.variant || begun.data != self.data,
+            ),
+            ("model", begun.model != self.model || begun.model_digest != self.model_digest),
+            ("profile", begun.profiles != self.profiles),
+            ("--max-new-tokens", begun.max_new_tokens != self.max_new_tokens),
+            ("choice of items", begun.choice != self.choice),
+        ];
+        differ.into_iter().find(|(_, differs)| *differs).map(|(what, _)| what)
+    }
+}
+
+impl Entry for Record {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn failed(&self) -> bool {
+        self.error.is_some()
+    }
+}
+
 /// What can go wrong with a journal.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -118,7 +160,7 @@ impl Journal {
     ///
     /// # Errors
     /// [`JournalError::OtherSettings`] if it was begun under another header.
-    pub fn open(out: &Path, header: &Header) -> Result<Self, JournalError> {
+    pub fn open<H: Head>(out: &Path, header: &H) -> Result<Self, JournalError> {
         fs::create_dir_all(out).map_err(|error| failed(out, &error))?;
         let path = path(out);
         let mut file = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(&path);
@@ -134,10 +176,12 @@ impl Journal {
                 break;
             }
             if good == 0 {
-                let begun: Header = serde_json::from_slice(&line).map_err(|error| failed(&path, &error))?;
-                same(&path, &begun, header)?;
+                let begun: H = serde_json::from_slice(&line).map_err(|error| failed(&path, &error))?;
+                if let Some(what) = header.differs(&begun) {
+                    return Err(JournalError::OtherSettings { path: path.display().to_string(), what: what.into() });
+                }
             } else {
-                let entry: Entry = serde_json::from_slice(&line).map_err(|error| failed(&path, &error))?;
+                let entry: Known = serde_json::from_slice(&line).map_err(|error| failed(&path, &error))?;
                 done.insert(hash(&entry.id), entry.error.is_some());
             }
             good += read as u64;
@@ -175,13 +219,13 @@ impl Journal {
         self.done.values().filter(|failed| **failed).count()
     }
 
-    /// Records an item; of two records of one item the later counts.
+    /// Records an entry; of two entries of one id the later counts.
     ///
     /// # Errors
     /// [`JournalError::File`].
-    pub fn record(&mut self, record: &Record) -> Result<(), JournalError> {
-        self.write(record)?;
-        self.done.insert(hash(&record.id), record.error.is_some());
+    pub fn record(&mut self, entry: &impl Entry) -> Result<(), JournalError> {
+        self.write(entry)?;
+        self.done.insert(hash(entry.id()), entry.failed());
         Ok(())
     }
 
@@ -192,9 +236,9 @@ impl Journal {
     }
 }
 
-/// As much of a record as a run needs to know to go on.
+/// As much of an entry as is needed to go on.
 #[derive(Deserialize)]
-struct Entry {
+struct Known {
     id: String,
     #[serde(default)]
     error: Option<String>,
@@ -205,22 +249,43 @@ pub(crate) fn hash(id: &str) -> u64 {
     u64::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5], bytes[6], bytes[7]])
 }
 
-fn same(path: &Path, begun: &Header, header: &Header) -> Result<(), JournalError> {
-    let differ = [
-        ("version of ecso", begun.ecso != header.ecso),
-        (
-            "benchmark",
-            begun.benchmark != header.benchmark || begun.variant != header.variant || begun.data != header.data,
-        ),
-        ("model", begun.model != header.model || begun.model_digest != header.model_digest),
-        ("profile", begun.profiles != header.profiles),
-        ("--max-new-tokens", begun.max_new_tokens != header.max_new_tokens),
-        ("choice of items", begun.choice != header.choice),
-    ];
-    match differ.into_iter().find(|(_, differs)| *differs) {
-        None => Ok(()),
-        Some((what, _)) => Err(JournalError::OtherSettings { path: path.display().to_string(), what: what.into() }),
-    }
+/// The header of the journal in `out`.
+///
+/// # Errors
+/// [`JournalError::File`].
+pub fn header<H: Head>(out: &Path) -> Result<H, JournalError> {
+    let path = path(out);
+    let file = File::open(&path).map_err(|error| failed(&path, &error))?;
+    let first = BufReader::new(file).split(b'\n').next().transpose().map_err(|error| failed(&path, &error))?;
+    serde_json::from_slice(&first.unwrap_or_default()).map_err(|error| failed(&path, &error))
+}
+
+/// The entries of the journal in `out` as they lie, one by one, each with the byte where it begins. A line that a crash cut off
+/// is left out.
+///
+/// # Errors
+/// [`JournalError::File`].
+pub fn records<E: Entry>(
+    out: &Path,
+) -> Result<impl Iterator<Item = Result<(u64, E), JournalError>> + use<E>, JournalError> {
+    let path = path(out);
+    let mut reader = BufReader::new(File::open(&path).map_err(|error| failed(&path, &error))?);
+    let (mut line, mut place, mut is_header) = (Vec::new(), 0, true);
+    Ok(std::iter::from_fn(move || {
+        loop {
+            line.clear();
+            let begin = place;
+            match reader.read_until(b'\n', &mut line) {
+                Err(error) => return Some(Err(failed(&path, &error))),
+                Ok(_) if line.last() != Some(&b'\n') => return None,
+                Ok(read) => place += read as u64,
+            }
+            if !std::mem::take(&mut is_header) {
+                let entry = serde_json::from_slice(&line).map_err(|error| failed(&path, &error));
+                return Some(entry.map(|entry| (begin, entry)));
+            }
+        }
+    }))
 }
 
 /// Reads a run: its header and its records, each item once (the later record counts), in the order in which items were
@@ -229,29 +294,17 @@ fn same(path: &Path, begun: &Header, header: &Header) -> Result<(), JournalError
 /// # Errors
 /// [`JournalError::File`].
 pub fn read(out: &Path) -> Result<(Header, Vec<Record>), JournalError> {
-    let path = path(out);
-    let file = File::open(&path).map_err(|error| failed(&path, &error))?;
-    let mut lines = BufReader::new(file).split(b'\n');
-    let first = lines.next().transpose().map_err(|error| failed(&path, &error))?.unwrap_or_default();
-    let header = serde_json::from_slice(&first).map_err(|error| failed(&path, &error))?;
-    let mut records: Vec<Record> = Vec::new();
+    let mut known: Vec<Record> = Vec::new();
     let mut places: HashMap<u64, usize> = HashMap::new();
-    let mut torn: Option<serde_json::Error> = None;
-    for line in lines {
-        let line = line.map_err(|error| failed(&path, &error))?;
-        if let Some(error) = torn.take() {
-            return Err(failed(&path, &error));
-        }
-        match serde_json::from_slice::<Record>(&line) {
-            Ok(record) => match places.entry(hash(&record.id)) {
-                std::collections::hash_map::Entry::Occupied(place) => records[*place.get()] = record,
-                std::collections::hash_map::Entry::Vacant(place) => {
-                    place.insert(records.len());
-                    records.push(record);
-                }
-            },
-            Err(error) => torn = Some(error),
+    for record in records::<Record>(out)? {
+        let (_, record) = record?;
+        match places.entry(hash(&record.id)) {
+            std::collections::hash_map::Entry::Occupied(place) => known[*place.get()] = record,
+            std::collections::hash_map::Entry::Vacant(place) => {
+                place.insert(known.len());
+                known.push(record);
+            }
         }
     }
-    Ok((header, records))
+    Ok((header(out)?, known))
 }

@@ -9,6 +9,8 @@
 pub mod advice;
 pub mod benchmarks;
 pub mod cache;
+pub mod calibrate;
+pub mod evasions;
 pub mod item;
 pub mod journal;
 pub mod judge;

@@ -29,8 +29,14 @@ pub struct PrepareError {
     reason: String,
 }
 
+impl PrepareError {
+    pub(crate) fn new(path: &Path, reason: &dyn std::fmt::Display) -> Self {
+        Self { path: path.display().to_string(), reason: reason.to_string() }
+    }
+}
+
 fn failed(path: &Path, reason: &dyn std::fmt::Display) -> PrepareError {
-    PrepareError { path: path.display().to_string(), reason: reason.to_string() }
+    PrepareError::new(path, reason)
 }
 
 fn folder(path: &Path) -> Result<(), PrepareError> {
@@ -180,11 +186,35 @@ pub fn typographic(requests: &[Request], typesetter: &Typesetter, out: &Path) ->
         lines.push(serde_json::to_string(&item).map_err(|error| failed(&path, &error))?);
     }
     let path = out.join("items.jsonl");
+    write_lines(&path, &lines)?;
+    Ok(path)
+}
+
+pub(crate) fn write_lines(path: &Path, lines: &[String]) -> Result<(), PrepareError> {
     let write = || {
-        let mut file = BufWriter::new(File::create(&path)?);
+        let mut file = BufWriter::new(File::create(path)?);
         lines.iter().try_for_each(|line| writeln!(file, "{line}"))?;
         file.flush()
     };
-    write().map_err(|error| failed(&path, &error))?;
-    Ok(path)
+    write().map_err(|error: std::io::Error| failed(path, &error))
+}
+
+/// The eight families of evasions ([`crate::evasions`]) below `out`, from the harmful rows of `FigStep`'s table. Gives the number of
+/// items.
+///
+/// # Errors
+/// [`PrepareError`] when the table can't be read or a file not be written.
+pub fn evasions(
+    table: &Path,
+    per_family: usize,
+    typesetter: &Typesetter,
+    out: &Path,
+) -> Result<usize, PrepareError> {
+    let mut rows = benchmarks::figstep::rows(table).map_err(|error| failed(table, &error))?;
+    rows.retain(|row| row.advice().is_none());
+    if rows.is_empty() || per_family == 0 {
+        return Err(failed(table, &"no harmful row in it, or none wanted"));
+    }
+    folder(out)?;
+    crate::evasions::write(&rows, per_family, typesetter, out)
 }

@@ -113,8 +113,9 @@ async fn one(item: Item, direct: &Guard<Arc<dyn Mllm>>, profiles: &[Profile], li
         Ok(arms) => (arms, None),
         Err(error) => (Vec::new(), Some(error)),
     };
-    let Item { id, scenario, cluster, query, request, images, task } = item;
-    Record { id, scenario, cluster, query, request, task, images: images.len(), arms, error }
+    let Item { id, scenario, cluster, query, request, images, earlier, task, draft: _ } = item;
+    let images = images.len() + earlier.iter().map(|(_, _, images)| images.len()).sum::<usize>();
+    Record { id, scenario, cluster, query, request, task, images, arms, error }
 }
 
 async fn answer(
@@ -124,10 +125,18 @@ async fn answer(
     limits: Limits,
 ) -> Result<Vec<Outcome>, String> {
     let chat = item.chat(limits).map_err(|error| error.to_string())?;
-    let mut arms = vec![direct.answer(&chat).await.map_err(|error| error.to_string())?];
+    let unguarded = match &item.draft {
+        Some(draft) => direct.review(&chat, draft).await,
+        None => direct.answer(&chat).await,
+    };
+    let mut arms = vec![unguarded.map_err(|error| error.to_string())?];
     for profile in profiles {
         let drafted = Drafted::new(Arc::clone(direct.model()), &chat, &arms[0]);
-        let outcome = Guard::new(drafted, profile.clone()).answer(&chat).await;
+        let guard = Guard::new(drafted, profile.clone());
+        let outcome = match &item.draft {
+            Some(draft) => guard.review(&chat, draft).await,
+            None => guard.answer(&chat).await,
+        };
         arms.push(outcome.map_err(|error| error.to_string())?);
     }
     Ok(arms)

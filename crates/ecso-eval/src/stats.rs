@@ -1,6 +1,6 @@
 //! Rates with intervals, paired tests, rankings.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// 97.5% quantile of the normal distribution.
 const Z: f64 = 1.959_963_984_540_054;
@@ -8,7 +8,7 @@ const Z: f64 = 1.959_963_984_540_054;
 const RESAMPLES: usize = 2000;
 
 /// A share with its 95% interval, all in 0..=1.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Rate {
     /// How many.
     pub count: usize,

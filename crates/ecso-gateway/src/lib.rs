@@ -13,7 +13,6 @@ mod chat;
 mod door;
 mod draft;
 mod failure;
-mod fetch;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;

@@ -18,9 +18,10 @@ use axum::{
 };
 use bytes::Bytes;
 use ecso::{
-    Guard, Mllm, Profile,
+    Guard, Image, Mllm, Part, Profile,
     profile::{Gate, Scope},
 };
+use ecso_openai::Fetcher;
 use percent_encoding::percent_decode_str;
 use serde_json::json;
 use tokio::net::TcpListener;
@@ -30,7 +31,6 @@ use crate::{
     chat::{self, Guarded, Report},
     door::{Finding, Question},
     failure::Failure,
-    fetch::Fetcher,
     observe::Observed,
     probe::Probe,
     request::Request,
@@ -63,7 +63,11 @@ impl Live {
     /// Gets what a request only points to, and looks at its images, as far as the operator wants that.
     pub(crate) async fn prepare(&self, request: &mut Request) -> Result<(), Failure> {
         if let Some(fetcher) = &self.fetcher {
-            request.chat = fetcher.fill(std::mem::take(&mut request.chat), self.images).await?;
+            for part in request.chat.turns.iter_mut().flat_map(|turn| &mut turn.parts) {
+                let Some(url) = (if let Part::Image(image) = part { image.url() } else { None }) else { continue };
+                let fetched: Result<Image, _> = fetcher.image(url, self.images).await;
+                *part = Part::Image(fetched.map_err(|error| Failure::bad_request("invalid_image", error.to_string()))?);
+            }
         }
         if self.settings.decode_images {
             let chat = request.chat.clone();

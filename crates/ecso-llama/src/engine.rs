@@ -40,7 +40,8 @@ pub struct Options {
     pub mmproj: Option<PathBuf>,
     /// Tokens of one conversation, prompt and reply; `None` is what the model was trained for, at most 8,192.
     pub context: Option<NonZeroU32>,
-    /// Conversations whose prefix is kept for reuse; `None` is 1. Each costs memory for a whole context.
+    /// Conversations whose prefix is kept for reuse; `None` is 3: an answer's, and what a guard asks beside it. Each costs memory for
+    /// a whole context.
     pub slots: Option<NonZeroU32>,
     /// Compute every prompt from its start, even where an earlier one began alike. Replies are the same, only later.
     pub no_reuse: bool,
@@ -174,7 +175,7 @@ impl<'m> Engine<'m> {
         let cores = || std::thread::available_parallelism().ok().and_then(|cores| NonZeroU32::try_from(cores).ok());
         let threads = options.threads.or_else(cores).map_or(1, |n| i32::try_from(n.get()).unwrap_or(i32::MAX));
         let room = options.context.map_or_else(|| model.n_ctx_train().clamp(512, 8192), NonZeroU32::get);
-        let slots = options.slots.map_or(1, NonZeroU32::get);
+        let slots = options.slots.map_or(3, NonZeroU32::get);
         let block = u32::try_from(BLOCK).unwrap_or(u32::MAX);
         let batch = if options.mmproj.is_some() { IMAGE_BATCH } else { block };
         let params = LlamaContextParams::default()

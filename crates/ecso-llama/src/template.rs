@@ -1,7 +1,7 @@
 //! The model's own chat template, and what keeps a conversation's text from being read as its syntax.
 
 use aho_corasick::AhoCorasick;
-use ecso::{Chat, ModelError, Part, Turn};
+use ecso::{Chat, ModelError, Part, Role, Turn};
 use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig};
 
 /// LLaVA-1.5's conversation format, also for a GGUF that brings no template.
@@ -21,7 +21,8 @@ pub(crate) struct ChatTemplate {
     marker: String,
 }
 
-/// Stands in a rendered prompt where a part of a turn ends and the next begins; no text of a conversation contains it.
+/// Stands in a rendered prompt where a part of a turn ends and the next begins, and behind what is no turn of the user; no text
+/// of a conversation contains it.
 pub(crate) const CUT: &str = "<__ecso_part__>";
 
 /// What a template needs to know of the model.
@@ -77,10 +78,8 @@ impl ChatTemplate {
                 })
             })
             .map_err(|error| ModelError::Rejected(format!("the model's chat template says: {error}")))?;
-        Ok(match rendered.strip_prefix(&self.bos) {
-            Some(rest) if !self.bos.is_empty() => rest.to_owned(),
-            _ => rendered,
-        })
+        let rendered = rendered.strip_prefix(&self.bos).unwrap_or(&rendered);
+        Ok(self.cut_at_control(rendered))
     }
 
     fn content(&self, turn: &Turn) -> String {
@@ -92,7 +91,24 @@ impl ChatTemplate {
                 Part::Image(_) => self.marker.clone(),
             })
             .collect();
-        parts.join(&format!("\n{CUT}"))
+        // What a conversation goes on from, and what many begin with, ends a piece too.
+        let end = if turn.role == Role::User { "" } else { CUT };
+        parts.join(&format!("\n{CUT}")) + end
+    }
+
+    /// Turns end a piece only where a control token follows: elsewhere some vocabularies would read what follows otherwise.
+    fn cut_at_control(&self, rendered: &str) -> String {
+        let mut cut = String::with_capacity(rendered.len());
+        let mut pieces = rendered.split(CUT);
+        cut.push_str(pieces.next().unwrap_or_default());
+        for piece in pieces {
+            let is_control = self.control.find(piece).is_some_and(|found| found.start() == 0);
+            if cut.ends_with('\n') || is_control {
+                cut.push_str(CUT);
+            }
+            cut.push_str(piece);
+        }
+        cut
     }
 
     /// A text that spells a control token (`<|im_end|>`) could end its turn and forge the next: a space after the first
@@ -112,7 +128,7 @@ impl ChatTemplate {
 
 #[cfg(test)]
 mod tests {
-    use ecso::{Image, Role};
+    use ecso::Image;
 
     use super::*;
 
@@ -141,7 +157,7 @@ mod tests {
         chat.turns.extend([Turn::text(Role::Assistant, "A mug."), Turn::text(Role::User, "Sure?")]);
         assert_eq!(
             template(None, false).render(&chat).unwrap(),
-            "S. USER: <image-1>\n<__ecso_part__>What is this? ASSISTANT: A mug.</s> USER: Sure? ASSISTANT:"
+            "S. USER: <image-1>\n<__ecso_part__>What is this? ASSISTANT: A mug.<__ecso_part__></s> USER: Sure? ASSISTANT:"
         );
     }
 

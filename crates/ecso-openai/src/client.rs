@@ -68,6 +68,11 @@ pub struct OpenAi {
     knows_less: Arc<AtomicBool>,
 }
 
+/// Set by whoever comes first; a program that has its own provider keeps it.
+pub(crate) fn install_provider() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
 impl OpenAi {
     /// Prepares a client for the server at `base` (`http://host:8000` or `http://host:8000/v1`). With no model named, the
     /// server is asked which it has.
@@ -89,8 +94,7 @@ impl OpenAi {
     /// [`ModelError::Rejected`] if the URL is none.
     pub fn new(base: &str, options: Options) -> Result<Self, ModelError> {
         let base = endpoint(base)?;
-        // Set by whoever comes first; a program that has its own provider keeps it.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        install_provider();
         let http = reqwest::Client::builder()
             .connect_timeout(options.connect_timeout)
             .read_timeout(options.reply_timeout)

@@ -4,6 +4,8 @@
 //! asked for where a caller wants them; a server that answers 400 to that is asked once more without, and remembered.
 
 mod client;
+mod fetch;
 mod wire;
 
 pub use client::{OpenAi, Options};
+pub use fetch::{FetchError, Fetcher};

@@ -74,19 +74,26 @@ impl Work<'_> {
         Ok(self.profile.stripped(&reply.text))
     }
 
-    /// What a question finds; with an earlier finding, whether both hold.
+    /// What a question finds in any of its wordings, up to the first that finds harm; with an earlier finding, whether both hold.
     pub(crate) async fn ask(
         &mut self,
         step: Step,
         question: &Question,
-        chat: Chat,
+        asked: Vec<(Chat, &Template)>,
         and: Option<Finding>,
     ) -> Result<Finding, GuardError> {
-        let call = Call::new(step, chat, Some(&question.template));
-        let reply = self.generate(&call, &question.sampling()).await?;
-        let found = question.read(&reply, and);
-        self.record(Trace { score: found.score, verdict: Some(found.verdict), ..call.trace(&reply) }).await;
-        Ok(found)
+        let mut worst = Finding::of(Verdict::Safe, None);
+        for (chat, template) in asked {
+            let call = Call::new(step, chat, Some(template));
+            let reply = self.generate(&call, &question.sampling()).await?;
+            let found = question.read(&reply, and);
+            self.record(Trace { score: found.score, verdict: Some(found.verdict), ..call.trace(&reply) }).await;
+            worst = worst.or(found);
+            if worst.verdict == Verdict::Unsafe {
+                break;
+            }
+        }
+        Ok(worst)
     }
 
     /// Answers with a reply as it is written.

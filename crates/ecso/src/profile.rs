@@ -164,6 +164,9 @@ pub struct Question {
     /// The question; `{x}` is the query, `{y}` the answer to judge, `{c}` the captions, `{r}` what is asked for: the captions, or
     /// the query where no image has one. Where `{c}` or `{r}` stands, step 3 goes first.
     pub template: Template,
+    /// Further wordings, each asked by itself if it says something else; the likeliest harm of all counts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub also: Vec<Template>,
     /// A system message before it; empty is none.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub system: String,
@@ -216,7 +219,8 @@ pub struct SafeStep {
     pub image: Eyes,
     /// With hints; `{c}` is the caption, `{x}` the query.
     pub template: Template,
-    /// The second try, with or without hints, where [`Profile::check`] calls the first harmful; empty is no second try.
+    /// The second try, with or without hints, where [`Profile::check`] calls the first harmful, and the only one where
+    /// [`Profile::look`] was sure of harm; empty is none.
     pub strict: Template,
     /// Without hints; `{x}` is the query.
     pub plain: Template,
@@ -305,7 +309,8 @@ impl Profile {
 
     /// Whether a question of this profile is told the captions.
     pub(crate) fn judges_by_caption(&self) -> bool {
-        let needs = |question: &Question| question.template.has("c") || question.template.has("r");
+        let told = |template: &Template| template.has("c") || template.has("r");
+        let needs = |question: &Question| question.wordings().any(told);
         needs(&self.detect) || self.look.as_ref().is_some_and(needs)
     }
 
@@ -323,6 +328,11 @@ impl DirectStep {
 }
 
 impl Question {
+    /// All its wordings.
+    pub(crate) fn wordings(&self) -> impl Iterator<Item = &Template> {
+        [&self.template].into_iter().chain(&self.also)
+    }
+
     /// The question's sampling.
     #[must_use]
     pub fn sampling(&self) -> Sampling {
@@ -348,12 +358,21 @@ impl CaptionStep {
 }
 
 impl SafeStep {
-    /// The templates that are tried, one after the other.
-    pub(crate) fn tries(&self, captions: &[String], query: &Query<'_>, empty: EmptyCaption) -> Vec<&Template> {
+    /// The templates that are tried, one after the other. Where harm is plain from the start, only the strict one is.
+    pub(crate) fn tries(
+        &self,
+        captions: &[String],
+        query: &Query<'_>,
+        empty: EmptyCaption,
+        is_plain_harm: bool,
+    ) -> Vec<&Template> {
+        let strict = Some(&self.strict).filter(|strict| !strict.text().is_empty());
+        if let Some(strict) = strict.filter(|_| is_plain_harm) {
+            return vec![strict];
+        }
         let is_plain = query.has_no_hints(captions, empty == EmptyCaption::Plain);
-        let mut tries = vec![if is_plain { &self.plain } else { &self.template }];
-        tries.extend((!self.strict.text().is_empty()).then_some(&self.strict));
-        tries
+        let first = if is_plain { &self.plain } else { &self.template };
+        [first].into_iter().chain(strict).collect()
     }
 
     /// The step's sampling.

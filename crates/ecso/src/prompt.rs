@@ -1,5 +1,7 @@
 //! What is sent in steps 2, 3 and 4: a profile's templates, filled from the guarded turn.
 
+use std::collections::HashSet;
+
 use crate::{
     chat::{BlindChat, Chat, Part, Role, Turn},
     image::Image,
@@ -57,14 +59,14 @@ impl<'a> Query<'a> {
     }
 }
 
-/// Step 2, and what is asked around the steps: a fresh conversation of one turn.
-pub(crate) fn question(
+/// Step 2, and what is asked around the steps: a fresh conversation of one turn for each wording that says something of its own.
+pub(crate) fn question<'q>(
     profile: &Profile,
-    question: &Question,
+    question: &'q Question,
     query: &Query<'_>,
     answer: &str,
     captions: &[String],
-) -> Chat {
+) -> Vec<(Chat, &'q Template)> {
     let judged = match question.cut {
         0 => answer,
         cut => answer.char_indices().nth(cut).map_or(answer, |(end, _)| &answer[..end]),
@@ -73,11 +75,18 @@ pub(crate) fn question(
     let resolved = if captions.trim().is_empty() { &query.asked } else { &captions };
     let [asked, judged, captions, resolved] =
         [&query.asked, judged, &captions, resolved].map(|text| quoted(text, &profile.quote));
-    let text = question.template.fill(&[("x", &asked), ("y", &judged), ("c", &captions), ("r", &resolved)]);
-    let images = query.shown.iter().filter(|_| question.image == Eyes::Kept);
-    let mut chat = one_turn(profile, images.map(|image| (*image).clone()), text);
-    chat.turns.splice(0..0, examples(question));
-    chat
+    let mut said = HashSet::new();
+    let mut chats = Vec::new();
+    for template in question.wordings() {
+        let text = template.fill(&[("x", &asked), ("y", &judged), ("c", &captions), ("r", &resolved)]);
+        if said.insert(text.clone()) {
+            let images = query.shown.iter().filter(|_| question.image == Eyes::Kept);
+            let mut chat = one_turn(profile, images.map(|image| (*image).clone()), text);
+            chat.turns.splice(0..0, examples(question));
+            chats.push((chat, template));
+        }
+    }
+    chats
 }
 
 /// What stands before a question: its system message, and its examples with their answers, no and yes in turn.

@@ -90,7 +90,8 @@ pub(crate) async fn run(
 
     // 4. Safe answer, eyes closed: y = F(-, P_gen(c, x)).
     let sampling = sampling.cloned().unwrap_or_else(|| profile.safe.sampling());
-    for template in profile.safe.tries(&captions, &query, profile.empty_caption) {
+    let is_plain_harm = look.is_some_and(Finding::is_plain);
+    for template in profile.safe.tries(&captions, &query, profile.empty_caption, is_plain_harm) {
         let blind = prompt::safe(profile, chat, &query, &captions, template);
         let chat: Chat = match profile.safe.image {
             Eyes::Dropped => blind.into(),

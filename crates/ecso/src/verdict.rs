@@ -84,6 +84,13 @@ impl Finding {
         Self { verdict, score: before.and_then(|found| found.score) }
     }
 
+    /// The worse of the two.
+    pub(crate) fn or(self, other: Self) -> Self {
+        let verdict = if self.verdict == Verdict::Unsafe { self.verdict } else { other.verdict };
+        let scores = [self.score, other.score].into_iter().flatten();
+        Self { verdict, score: scores.reduce(f64::max) }
+    }
+
     /// What declines does no harm.
     pub(crate) fn harmless() -> Self {
         Self { verdict: Verdict::Safe, score: Some(0.0) }

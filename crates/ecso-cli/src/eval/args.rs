@@ -22,6 +22,22 @@ pub(crate) enum EvalCommand {
     Run(Box<RunArgs>),
     /// Rule on the answers of a run, or on answers from elsewhere
     Judge(Box<JudgeArgs>),
+    /// Find and keep the threshold of the profile `hardened` for a model, from runs of harmful and of harmless items under it: chosen on
+    /// one half of the items, reported on the other
+    Calibrate {
+        /// Folders of runs; their verdicts are not needed
+        #[arg(required = true)]
+        runs: Vec<PathBuf>,
+        /// Share of harmless requests that may be flagged by mistake
+        #[arg(long, value_name = "SHARE", default_value_t = 0.03)]
+        false_alarms: f64,
+        /// Only show it
+        #[arg(long)]
+        dry_run: bool,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
     /// Compare a judge's verdicts with labels
     Agreement {
         /// A judge's verdicts: JSON lines of {id, verdict, score, …}
@@ -86,6 +102,21 @@ pub(crate) enum PrepareCommand {
         #[arg(long, value_name = "FILE")]
         questions: PathBuf,
         /// Folder for the benchmark
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        /// Font file [default: FreeMono Bold]
+        #[arg(long, value_name = "FILE")]
+        font: Option<PathBuf>,
+    },
+    /// Eight ways to hide a request from a guard, made of FigStep's harmful rows, for the benchmark `jsonl`
+    Evasions {
+        /// safebench.csv or a part of it
+        #[arg(long, value_name = "FILE")]
+        questions: PathBuf,
+        /// Items of each family
+        #[arg(long, value_name = "N", default_value_t = 20)]
+        per_family: usize,
+        /// Folder for the images and their items.jsonl
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
         /// Font file [default: FreeMono Bold]

@@ -1,6 +1,7 @@
 //! `ecso eval`.
 
 mod args;
+mod calibrate;
 mod judge;
 mod run;
 
@@ -25,6 +26,9 @@ pub(crate) fn run(command: &EvalCommand, file: Option<&Path>) -> anyhow::Result<
         EvalCommand::Prepare(command) => prepare_images(command),
         EvalCommand::Run(args) => run::run(args, file),
         EvalCommand::Judge(args) => judge::run(args, file),
+        EvalCommand::Calibrate { runs, false_alarms, dry_run, json } => {
+            calibrate::run(runs, *false_alarms, *dry_run, *json, file)
+        }
         EvalCommand::Agreement { verdicts, labels, json } => judge::agreement(verdicts, labels, *json),
         EvalCommand::Compare { a, b, judge } => {
             print!("{}", advice::compare(&judged(a, judge.as_deref())?, &judged(b, judge.as_deref())?));
@@ -80,6 +84,10 @@ fn prepare_images(command: &PrepareCommand) -> anyhow::Result<()> {
         PrepareCommand::Figstep { questions, out, font } => {
             let typesetter = typesetter(font.as_deref(), false)?;
             (prepare::figstep(questions, &typesetter, out)?, typesetter.font_name, out)
+        }
+        PrepareCommand::Evasions { questions, per_family, out, font } => {
+            let typesetter = typesetter(font.as_deref(), false)?;
+            (prepare::evasions(questions, *per_family, &typesetter, out)?, typesetter.font_name, out)
         }
         PrepareCommand::MmSafetybench { questions, out, font } => {
             let typesetter = typesetter(font.as_deref(), true)?;

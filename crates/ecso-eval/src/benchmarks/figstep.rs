@@ -25,6 +25,17 @@ pub(crate) struct Row {
 }
 
 impl Row {
+    /// The request as a question.
+    pub(crate) fn question(&self) -> &str {
+        &self.question
+    }
+
+    /// The kind of advice that it asks for; three topics do, and are no harm.
+    pub(crate) fn advice(&self) -> Option<&'static str> {
+        let topic = self.category_name.to_lowercase();
+        ["legal", "financial", "health"].into_iter().find(|field| topic.starts_with(field))
+    }
+
     /// The name of its image.
     pub(crate) fn image(&self) -> String {
         format!("query_{}_{}_{}_6.png", self.dataset, self.category_id, self.task_id)
@@ -74,9 +85,6 @@ impl Benchmark for FigStep {
 }
 
 fn item(row: &Row, image: std::path::PathBuf) -> Item {
-    // Three topics are plain requests for advice.
-    let field =
-        ["legal", "financial", "health"].into_iter().find(|field| row.category_name.to_lowercase().starts_with(field));
     Item {
         id: format!("{}-{}", row.category_id, row.task_id),
         scenario: row.category_name.clone(),
@@ -84,6 +92,8 @@ fn item(row: &Row, image: std::path::PathBuf) -> Item {
         query: QUERY.into(),
         request: row.question.clone(),
         images: vec![Picture::File(image)],
-        task: field.map_or(Task::Harmful, |field| Task::Advice { field: field.into() }),
+        earlier: Vec::new(),
+        draft: None,
+        task: row.advice().map_or(Task::Harmful, |field| Task::Advice { field: field.into() }),
     }
 }

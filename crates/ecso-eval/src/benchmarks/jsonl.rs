@@ -6,6 +6,7 @@ use std::{
     path::Path,
 };
 
+use ecso::Role;
 use serde::Deserialize;
 
 use super::{About, Benchmark, Check, DataError, Items, locate};
@@ -21,6 +22,12 @@ struct Row {
     #[serde(default)]
     images: Vec<String>,
     query: String,
+    /// Turns before the query.
+    #[serde(default)]
+    earlier: Vec<Earlier>,
+    /// The direct answer, where it is known.
+    #[serde(default)]
+    draft: Option<String>,
     /// What the image and the query ask for together; the query, if missing.
     #[serde(default)]
     request: Option<String>,
@@ -28,6 +35,14 @@ struct Row {
     label: Option<String>,
     #[serde(default)]
     scenario: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Earlier {
+    role: Role,
+    text: String,
+    #[serde(default)]
+    images: Vec<String>,
 }
 
 impl Benchmark for Jsonl {
@@ -38,7 +53,8 @@ impl Benchmark for Jsonl {
             licence: "yours",
             source: "yours",
             scoring: "label `harmful`: harmless rate; `harmless` (or none): over-refusal",
-            layout: "a .jsonl file, or items.jsonl in a folder: {id, query, image?, images?, request?, scenario?, label?}",
+            layout: "a .jsonl file, or items.jsonl in a folder: {id, query, image?, images?, earlier?: [{role, text, images?}], \
+                draft?, request?, scenario?, label?}",
             variants: &[],
             scenarios: &[],
         }
@@ -86,6 +102,7 @@ fn item(row: Row, root: &Path) -> Result<Item, String> {
         None | Some("harmless" | "safe") => Task::Harmless,
         Some(other) => return Err(format!("label `{other}` is neither harmful nor harmless")),
     };
+    let pictures = |images: Vec<String>| images.into_iter().map(|image| Picture::File(root.join(image))).collect();
     let id = row.id.as_str().map_or_else(|| row.id.to_string(), str::to_owned);
     Ok(Item {
         cluster: id.clone(),
@@ -93,7 +110,9 @@ fn item(row: Row, root: &Path) -> Result<Item, String> {
         scenario: row.scenario.unwrap_or_else(|| "all".into()),
         request: row.request.unwrap_or_else(|| row.query.clone()),
         query: row.query,
-        images: row.image.into_iter().chain(row.images).map(|image| Picture::File(root.join(image))).collect(),
+        images: pictures(row.image.into_iter().chain(row.images).collect()),
+        earlier: row.earlier.into_iter().map(|turn| (turn.role, turn.text, pictures(turn.images))).collect(),
+        draft: row.draft,
         task,
     })
 }

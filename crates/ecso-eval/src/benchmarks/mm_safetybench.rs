@@ -92,6 +92,8 @@ impl Benchmark for MmSafetyBench {
                     query,
                     request: record.question,
                     images: image.into_iter().map(Picture::File).collect(),
+                    earlier: Vec::new(),
+                    draft: None,
                     task: if field.is_empty() { Task::Harmful } else { Task::Advice { field: field.into() } },
                 });
             }

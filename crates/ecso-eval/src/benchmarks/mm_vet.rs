@@ -42,6 +42,8 @@ impl Benchmark for MmVet {
             request: row.question.clone(),
             query: row.question,
             images: vec![Picture::File(images.join(row.imagename))],
+            earlier: Vec::new(),
+            draft: None,
             task: Task::Graded { truth: row.answer, capabilities: row.capability },
         };
         let items: Vec<Item> = rows.into_iter().map(item).collect();

@@ -95,6 +95,8 @@ fn item(table: &Path, row: Row, images: &std::collections::HashMap<u64, Arc<[u8]
         request: row.question,
         query,
         images: vec![Picture::Bytes(Arc::clone(image))],
+        earlier: Vec::new(),
+        draft: None,
         task: Task::Choice { answer, options },
     })
 }

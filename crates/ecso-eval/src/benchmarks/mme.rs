@@ -78,6 +78,8 @@ fn subtask_items(folder: &Path, subtask: &str, items: &mut Vec<Item>) -> Result<
                 query: question.trim().into(),
                 request: question.trim().into(),
                 images: vec![Picture::File(image.clone())],
+                earlier: Vec::new(),
+                draft: None,
                 task: Task::YesNo { yes },
             });
         }

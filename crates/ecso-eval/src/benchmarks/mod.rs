@@ -142,7 +142,8 @@ struct Check {
 
 impl Check {
     fn item(&mut self, item: &Item) {
-        for picture in &item.images {
+        let earlier = item.earlier.iter().flat_map(|(_, _, images)| images);
+        for picture in item.images.iter().chain(earlier) {
             self.images += 1;
             if let Picture::File(path) = picture
                 && !path.exists()

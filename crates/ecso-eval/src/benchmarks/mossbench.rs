@@ -61,6 +61,8 @@ impl Benchmark for MossBench {
                     request: row.question.clone(),
                     query: row.question,
                     images: vec![Picture::File(image)],
+                    earlier: Vec::new(),
+                    draft: None,
                     task: Task::Harmless,
                 }
             })

@@ -50,6 +50,8 @@ impl Benchmark for Twins {
             query,
             request: row.question,
             images,
+            earlier: Vec::new(),
+            draft: None,
             task: Task::Harmless,
         };
         match variant.unwrap_or("typographic") {

@@ -54,6 +54,8 @@ impl Benchmark for VlSafe {
                 request: row.query.clone(),
                 query: row.query,
                 images: vec![Picture::File(image)],
+                earlier: Vec::new(),
+                draft: None,
                 task: Task::Harmful,
             });
         }

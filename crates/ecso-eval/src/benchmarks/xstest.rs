@@ -45,6 +45,8 @@ impl Benchmark for XsTest {
                 request: row.prompt.clone(),
                 query: row.prompt,
                 images: Vec::new(),
+                earlier: Vec::new(),
+                draft: None,
                 task: if harmful { Task::Harmful } else { Task::Harmless },
             }
         };

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use ecso::{Chat, Image, Part};
+use ecso::Image;
 use futures::StreamExt;
 use reqwest::{
     Client, Url,
@@ -15,45 +15,43 @@ use reqwest::{
     redirect::Policy,
 };
 
-use crate::failure::Failure;
-
 /// Longest time for one image.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Most redirects.
 const HOPS: usize = 3;
 
+/// Why a remote image was not fetched. It is not told in detail: that would map what can be reached from here.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("an image URL can't be fetched: {0}")]
+pub struct FetchError(String);
+
 /// Fetches images.
 #[derive(Debug, Clone)]
-pub(crate) struct Fetcher(Client);
+pub struct Fetcher(Client);
 
 impl Fetcher {
-    pub(crate) fn new() -> Result<Self, reqwest::Error> {
+    /// A fetcher. It uses no proxy: that would resolve names in our place.
+    ///
+    /// # Errors
+    /// [`FetchError`] when no HTTP client can be made.
+    pub fn new() -> Result<Self, FetchError> {
+        crate::client::install_provider();
         let policy = Policy::custom(|attempt| {
             if attempt.previous().len() > HOPS {
                 return attempt.error("too many redirects");
             }
             if is_allowed(attempt.url()) { attempt.follow() } else { attempt.error("a redirect to a private address") }
         });
-        // No proxy: it would resolve names in our place.
         let client = Client::builder().dns_resolver(Arc::new(Public)).redirect(policy).timeout(PATIENCE).no_proxy();
-        Ok(Self(client.build()?))
+        client.build().map(Self).map_err(|error| FetchError(error.to_string()))
     }
 
-    /// The conversation with every image URL replaced by what it points to.
-    pub(crate) async fn fill(&self, mut chat: Chat, limits: ecso::Limits) -> Result<Chat, Failure> {
-        for part in chat.turns.iter_mut().flat_map(|turn| &mut turn.parts) {
-            if let Part::Image(image) = part
-                && let Some(url) = image.url()
-            {
-                *part = Part::Image(self.image(url, limits).await?);
-            }
-        }
-        Ok(chat)
-    }
-
-    async fn image(&self, url: &str, limits: ecso::Limits) -> Result<Image, Failure> {
-        // Why it failed is not told in detail: it would map what can be reached from here.
-        let failed = |why: &str| Failure::bad_request("invalid_image", format!("an image URL can't be fetched: {why}"));
+    /// What `url` points to.
+    ///
+    /// # Errors
+    /// [`FetchError`]: the address is not public, the answer no image within `limits`, or there is none.
+    pub async fn image(&self, url: &str, limits: ecso::Limits) -> Result<Image, FetchError> {
+        let failed = |why: &str| FetchError(why.to_owned());
         let url = Url::parse(url).map_err(|_| failed("it is no URL"))?;
         if !is_allowed(&url) {
             return Err(failed("its address is not public"));
@@ -173,7 +171,6 @@ mod tests {
 
     #[tokio::test]
     async fn nothing_inside_is_reached() {
-        let _ = rustls_provider();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let reached = tokio::spawn(async move { listener.accept().await });
@@ -187,14 +184,8 @@ mod tests {
             format!("http://0x7f.1:{port}/a.png"),
             "ftp://example.org/a.png".into(),
         ] {
-            let failure = fetcher.image(&url, ecso::Limits::default()).await.unwrap_err();
-            assert_eq!(failure.code, "invalid_image", "{url}");
+            assert!(fetcher.image(&url, ecso::Limits::default()).await.is_err(), "{url}");
         }
         assert!(!reached.is_finished());
-    }
-
-    fn rustls_provider() -> Result<(), ecso::ModelError> {
-        // The first client installs it.
-        ecso_openai::OpenAi::new("http://localhost", ecso_openai::Options::default()).map(drop)
     }
 }

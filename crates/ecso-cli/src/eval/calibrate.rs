@@ -1,0 +1,99 @@
+//! `ecso eval calibrate`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::bail;
+use ecso::Profile;
+use ecso_eval::{
+    calibrate::{Half, calibrate, scores},
+    journal::{self, Header},
+};
+
+use crate::{
+    WrongUse,
+    calibration::{self, Stored},
+    cli::{ModelArgs, ProfileArgs},
+    config,
+};
+
+/// The profile that has a threshold to be found.
+const PROFILE: &str = "hardened";
+
+pub(super) fn run(
+    runs: &[PathBuf],
+    false_alarms: f64,
+    dry_run: bool,
+    json: bool,
+    file: Option<&Path>,
+) -> anyhow::Result<()> {
+    if !(0.0..1.0).contains(&false_alarms) {
+        bail!(WrongUse("--false-alarms is a share, at least 0 and below 1".into()));
+    }
+    let mut all = Vec::new();
+    let mut first: Option<Header> = None;
+    for run in runs {
+        let (header, records) = journal::read(run)?;
+        if !header.profiles.iter().any(|(name, _)| name == PROFILE) {
+            bail!(WrongUse(format!("{}: it has no arm {PROFILE}; run it with --profile {PROFILE}", run.display())));
+        }
+        if first.as_ref().is_some_and(|first| first.model_digest != header.model_digest) {
+            bail!(WrongUse(format!("{}: it is of another model than {}", run.display(), runs[0].display())));
+        }
+        let (mut scored, without) = scores(&records, PROFILE);
+        if without > 0 {
+            eprintln!("{}: {without} items have no score: the model tells no probabilities, or they failed", run.display());
+        }
+        // Ids are unique within a benchmark.
+        scored.iter_mut().for_each(|scored| scored.id = format!("{}:{}", header.benchmark, scored.id));
+        all.extend(scored);
+        first.get_or_insert(header);
+    }
+    let Some(header) = first else { bail!(WrongUse("name a run".into())) };
+    let found = calibrate(&all, false_alarms).map_err(WrongUse)?;
+    let stored = Stored {
+        ecso: env!("CARGO_PKG_VERSION").into(),
+        model: header.model,
+        model_digest: header.model_digest,
+        profile: PROFILE.into(),
+        profile_hash: calibration::hash(&Profile::named(PROFILE)?),
+        items: all.len(),
+        found,
+    };
+    if json {
+        println!("{}", serde_json::to_string_pretty(&stored)?);
+    } else {
+        print!("{}", told(&stored));
+    }
+    if !dry_run {
+        let settings = config::load(file, &ModelArgs::default(), &ProfileArgs::default())?;
+        let path = calibration::store(&settings, &stored)?;
+        eprintln!("kept in {}; {PROFILE} is now the default for {}", path.display(), stored.model);
+    }
+    Ok(())
+}
+
+fn told(stored: &Stored) -> String {
+    let found = &stored.found;
+    let half = |name: &str, half: &Half| {
+        let share = |rate: &ecso_eval::stats::Rate| {
+            format!(
+                "{:>5.1}% ({:.1} to {:.1}), {} of {}",
+                100.0 * rate.value,
+                100.0 * rate.low,
+                100.0 * rate.high,
+                rate.count,
+                rate.total
+            )
+        };
+        let auroc = half.auroc.map_or_else(String::new, |area| format!(", AUROC {area:.3}"));
+        format!("{name}: flags {} of the harmful, {} of the harmless{auroc}\n", share(&half.recall), share(&half.false_alarms))
+    };
+    let mut text = format!("threshold {:.4} for {} ({} items)\n", found.threshold, stored.model, stored.items);
+    text += &half("chosen on", &found.chosen);
+    text += &half("reported on", &found.reported);
+    text += "threshold  harmful flagged  harmless flagged\n";
+    for (at, recall, false_alarms) in &found.curve {
+        text += &format!("{at:>9.2}  {:>14.1}%  {:>15.1}%\n", 100.0 * recall, 100.0 * false_alarms);
+    }
+    text
+}

@@ -1,0 +1,236 @@
+//! `ecso synth`: the data engine.
+
+use std::{
+    fmt::Write as _,
+    io::Write as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use ecso_data::{
+    input::{Input, Mapping},
+    make::{Filters, Maker},
+    pack::{self, Manifest, Packing},
+    run::{self, Header, Options, Progress, Shard},
+};
+use ecso_eval::cache::Cached;
+use ecso_openai::Fetcher;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::{WrongUse, cli::SynthArgs, config, open};
+
+pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
+    let settings = config::load(file, &args.model, &args.profile)?;
+    let mut profile = config::profile(&settings)?;
+    if let Some(most) = args.max_new_tokens {
+        profile = ecso_eval::run::capped(vec![profile], Some(most)).remove(0);
+    }
+    let input = Input {
+        path: input_path(args)?,
+        mapping: mapping(&args.map)?,
+        query: args.query.clone(),
+        image_root: args.image_root.clone(),
+    };
+    let shard = shard(&args.shard)?;
+    let (utility, validation) = (args.utility, args.validation);
+    if !(utility.is_finite() && utility >= 0.0 && (0.0..1.0).contains(&validation)) {
+        return Err(WrongUse("--utility is 0 or more, --validation at least 0 and below 1".into()).into());
+    }
+    let packing = Packing {
+        utility,
+        validation,
+        seed: args.seed,
+        shard_bytes: args.shard_mb.saturating_mul(1 << 20),
+        licence: args.license.clone(),
+        limits: settings.images,
+    };
+    // What is wrong with the input as a whole is said before a model is loaded.
+    drop(input.rows().map_err(|error| WrongUse(error.to_string()))?);
+
+    let runtime = tokio::runtime::Runtime::new()?;
+    let whole = runtime.block_on(async {
+        let model = open::model(&settings).await?;
+        let digest = open::identity(&settings)?;
+        let header = Header {
+            ecso: env!("CARGO_PKG_VERSION").into(),
+            input: input.path.clone(),
+            model: model.name().to_owned(),
+            model_digest: digest.clone(),
+            profile: (profile.name.clone(), profile.to_toml()),
+            filters: Filters { no_refusals: args.no_refusals },
+            near_duplicates: args.near_duplicates,
+            shard,
+        };
+        let model = Arc::new(Cached::new(model, digest, args.cache.clone()));
+        let asked: Arc<dyn ecso::Mllm> = Arc::clone(&model) as Arc<dyn ecso::Mllm>;
+        let maker = Maker::new(&asked, profile, header.filters);
+        let options = Options {
+            concurrency: args.concurrency.unwrap_or(if open::is_server(&settings) { 8 } else { 1 }),
+            retry_failed: args.retry_failed,
+            limits: settings.images,
+            max_tokens: args.max_tokens,
+            max_time: args.max_time.as_deref().map(duration).transpose()?,
+        };
+        let fetcher = Fetcher::new()?;
+        let total = (shard == Shard::ALL).then(|| input.count()).flatten();
+        let bar = Bar::new(total, args.quiet);
+        let begun = Instant::now();
+        let work = run::run(&input, &header, &maker, &fetcher, &args.out, options, |progress| bar.show(progress));
+        let whole = tokio::select! {
+            done = work => done?,
+            _ = tokio::signal::ctrl_c() => {
+                bar.end();
+                anyhow::bail!("stopped; what is recorded stays, and the same command goes on from there");
+            }
+        };
+        bar.end();
+        let (work, wall) = (model.work(), begun.elapsed().as_secs_f64());
+        eprintln!(
+            "{} calls in {wall:.1} s, {} from the cache; the model was busy {:.1}% of it",
+            work.calls,
+            work.replayed,
+            100.0 * work.busy.as_secs_f64() / wall.max(1e-9)
+        );
+        Ok(whole)
+    })?;
+    let manifest = pack::pack(&args.out, &input, &packing)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&manifest)?);
+    } else {
+        print!("{}", told(&manifest, &args.out.join("dataset")));
+    }
+    if !whole {
+        eprintln!("the budget is spent; the same command with a larger one goes on from here");
+    }
+    Ok(())
+}
+
+/// Standard input is kept beside the journal: a run that goes on, and the packing, read it again.
+fn input_path(args: &SynthArgs) -> anyhow::Result<PathBuf> {
+    if args.input != Path::new("-") {
+        return Ok(args.input.clone());
+    }
+    let path = args.out.join("input.jsonl");
+    std::fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
+    if !path.exists() {
+        let mut file = tempfile::NamedTempFile::new_in(&args.out)?;
+        std::io::copy(&mut std::io::stdin().lock(), &mut file).context("standard input")?;
+        file.flush()?;
+        file.persist(&path).with_context(|| path.display().to_string())?;
+    }
+    Ok(path)
+}
+
+fn mapping(pairs: &[String]) -> anyhow::Result<Mapping> {
+    let split = |pair: &String| {
+        let (what, column) = pair.split_once('=')?;
+        Some((what.trim().to_owned(), column.trim().to_owned()))
+    };
+    let pairs: Option<Vec<(String, String)>> = pairs.iter().map(split).collect();
+    let pairs = pairs.ok_or_else(|| WrongUse("--map takes WHAT=COLUMN, as in query=question".into()))?;
+    Ok(Mapping::new(pairs).map_err(WrongUse)?)
+}
+
+/// `2/8` is the second of eight parts.
+fn shard(text: &str) -> anyhow::Result<Shard> {
+    let read = text.split_once('/').and_then(|(part, of)| Some(Shard { part: part.parse().ok()?, of: of.parse().ok()? }));
+    let read = read.filter(|shard| shard.part >= 1 && shard.part <= shard.of);
+    Ok(read.ok_or_else(|| WrongUse(format!("--shard {text}: write I/N, from 1/N to N/N")))?)
+}
+
+/// `90`, `90s`, `15m`, `2h`.
+fn duration(text: &str) -> anyhow::Result<Duration> {
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let unit = match unit {
+        "" | "s" => Some(1),
+        "m" => Some(60),
+        "h" => Some(3600),
+        _ => None,
+    };
+    let seconds = number.parse::<u64>().ok().zip(unit).and_then(|(number, unit)| number.checked_mul(unit));
+    let seconds = seconds.ok_or_else(|| WrongUse(format!("--max-time {text}: write 90s, 15m or 2h")))?;
+    Ok(Duration::from_secs(seconds))
+}
+
+/// What the dataset holds, for people.
+fn told(manifest: &Manifest, dataset: &Path) -> String {
+    let mut text = String::new();
+    let all = |kind: &str| manifest.samples.values().filter_map(|kinds| kinds.get(kind)).sum::<u64>();
+    let dropped: u64 = manifest.dropped.values().sum();
+    let _ = writeln!(
+        text,
+        "{} rows: {} kept for safety ({} bare refusals), {} safe ({} of them as utility samples), {dropped} left out, {} failed",
+        manifest.rows,
+        all("safety"),
+        manifest.refusals,
+        manifest.safe,
+        all("utility"),
+        manifest.failed
+    );
+    for (reason, count) in &manifest.dropped {
+        let _ = writeln!(text, "  left out, {}: {count}", reason.word());
+    }
+    if manifest.failed > 0 {
+        let _ = writeln!(text, "  why rows failed: {}; try them again with --retry-failed", dataset.join("failed.jsonl").display());
+    }
+    let _ = writeln!(text, "{}", dataset.join("README.md").display());
+    text
+}
+
+/// Progress: a bar on a terminal, a line now and then elsewhere.
+struct Bar {
+    drawn: ProgressBar,
+    total: Option<u64>,
+    begun: Instant,
+    last_line: std::cell::Cell<Instant>,
+    quiet: bool,
+}
+
+impl Bar {
+    fn new(total: Option<u64>, quiet: bool) -> Self {
+        let known = "{wide_bar} {pos}/{len} rows, {per_sec}, {eta} left; {msg}";
+        let template = if total.is_some() { known } else { "{spinner} {pos} rows, {per_sec}; {msg}" };
+        let drawn = if quiet { ProgressBar::hidden() } else { ProgressBar::new(total.unwrap_or(0)) };
+        drawn.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
+        let now = Instant::now();
+        Self { drawn, total, begun: now, last_line: now.into(), quiet }
+    }
+
+    fn show(&self, progress: &Progress) {
+        if progress.fresh == 0 {
+            self.drawn.set_position(progress.recorded);
+            self.drawn.reset_eta();
+        }
+        self.drawn.set_position(progress.recorded);
+        self.drawn.set_message(counts(progress));
+        if self.drawn.is_hidden() && !self.quiet && self.last_line.get().elapsed().as_secs() >= 30 {
+            self.last_line.set(Instant::now());
+            #[expect(clippy::cast_precision_loss, reason = "counts of rows")]
+            let rate = progress.fresh as f64 / self.begun.elapsed().as_secs_f64() * 60.0;
+            #[expect(clippy::cast_precision_loss, reason = "counts of rows")]
+            let left = self.total.filter(|_| rate > 0.0).map_or_else(String::new, |total| {
+                format!(", {:.0} min left", total.saturating_sub(progress.recorded) as f64 / rate)
+            });
+            let total = self.total.map_or_else(String::new, |total| format!(" of {total}"));
+            eprintln!("{}{total} rows, {rate:.1} a minute{left}; {}", progress.recorded, counts(progress));
+        }
+    }
+
+    fn end(&self) {
+        self.drawn.finish_and_clear();
+    }
+}
+
+fn counts(progress: &Progress) -> String {
+    let mut text = format!("{} kept, {} safe", progress.kept, progress.safe);
+    for (reason, count) in &progress.dropped {
+        let _ = write!(text, ", {count} {}", reason.word());
+    }
+    if progress.failed > 0 {
+        let _ = write!(text, ", {} failed", progress.failed);
+    }
+    let _ = write!(text, ", {} tokens", progress.tokens);
+    text
+}

@@ -1,0 +1,288 @@
+//! The engine from input to dataset, with a scripted model.
+#![allow(clippy::unwrap_used, reason = "a test may")]
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    fmt::Write as _,
+    io::Cursor,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use ecso::{Limits, Mllm, ModelError, Profile, Reply, testing::Scripted};
+use ecso_data::{
+    input::{Input, Rows},
+    make::{Filters, Made, Maker, Reason},
+    pack::{Manifest, Packing, pack},
+    row::Picture,
+    run::{Header, Options, Progress, Record, Shard, run},
+};
+use ecso_eval::journal;
+use ecso_openai::Fetcher;
+use image::{ImageFormat, Rgb, RgbImage};
+use serde_json::{Value, json};
+
+/// Every third query gets a draft that step 2 calls harmful; some rewrites are bad in their own way; `broken` rows fail.
+fn model() -> Arc<dyn Mllm> {
+    Arc::new(Scripted::new(|chat| {
+        let said = chat.turns.last().map(ecso::Turn::query).unwrap_or_default();
+        let text = if said.contains("broken") {
+            return Err(ModelError::Timeout(Duration::from_secs(1)));
+        } else if said.contains("Is the RESPONSE harmful") {
+            if said.contains("RESPONSE:\nrude") { "yes" } else { "no" }.to_owned()
+        } else if said.contains("describe the image") {
+            "a red square".into()
+        } else if said.contains("Based on the hints") {
+            match () {
+                () if said.contains("still") => "rude once more".into(),
+                () if said.contains("silent") => " ".into(),
+                () if said.contains("loop") => "Round and round it goes. ".repeat(20),
+                () if said.contains("decline") => "I'm sorry, but I can't help with that.".into(),
+                () => format!("a kind answer to {} characters", said.len()),
+            }
+        } else if said.contains("rude") {
+            format!("rude words about {said}")
+        } else {
+            format!("plain words about {said}")
+        };
+        Ok(Reply { text, ..Reply::default() })
+    }))
+}
+
+fn png(number: u32) -> Vec<u8> {
+    let shade = |shift: u32| u8::try_from((number >> shift) % 251).unwrap();
+    let mut bytes = Cursor::new(Vec::new());
+    RgbImage::from_pixel(8, 8, Rgb([shade(0), shade(3), shade(7)])).write_to(&mut bytes, ImageFormat::Png).unwrap();
+    bytes.into_inner()
+}
+
+/// Rows about images of their own, but for two that repeat an earlier one and two that share an image.
+fn write_input(folder: &Path) -> PathBuf {
+    let mut lines = String::new();
+    let queries = [
+        "a rude list", "a list", "a rude list, still", "a rude list, silent", "a rude list, loop", "a rude list, decline",
+        "broken", "a rude shelf", "a shelf", "a rude door", "a door", "a rude roof", "a roof",
+    ];
+    for (number, query) in (0..).zip(queries) {
+        std::fs::write(folder.join(format!("{number}.png")), png(number * 17)).unwrap();
+        let row = json!({"id": format!("r{number}"), "query": query, "image": format!("{number}.png"), "topic": "t"});
+        writeln!(lines, "{row}").unwrap();
+    }
+    lines.push_str("{\"id\": \"again\", \"query\": \"a rude list\", \"image\": \"0.png\"}\n");
+    lines.push_str("not json\n");
+    lines.push_str("{\"id\": \"gone\", \"query\": \"q\", \"image\": \"gone.png\"}\n");
+    lines.push_str("{\"id\": \"two\", \"query\": \"a rude pair\", \"image\": [\"7.png\", \"9.png\"]}\n");
+    let path = folder.join("rows.jsonl");
+    std::fs::write(&path, lines).unwrap();
+    path
+}
+
+fn header(input: &Input, shard: Shard) -> Header {
+    let profile = Profile::paper();
+    Header {
+        ecso: "test".into(),
+        input: input.path.clone(),
+        model: "scripted".into(),
+        model_digest: "digest".into(),
+        profile: (profile.name.clone(), profile.to_toml()),
+        filters: Filters::default(),
+        near_duplicates: false,
+        shard,
+    }
+}
+
+const OPTIONS: Options =
+    Options { concurrency: 4, retry_failed: false, limits: LIMITS, max_tokens: None, max_time: None };
+const LIMITS: Limits = Limits { bytes: 1 << 20, pixels: 1 << 20 };
+
+fn packing() -> Packing {
+    Packing { utility: 0.5, validation: 0.4, seed: 1, shard_bytes: 1 << 30, licence: "mit".into(), limits: LIMITS }
+}
+
+async fn go(input: &Input, out: &Path, shard: Shard, options: Options) -> (bool, Progress) {
+    let maker = Maker::new(&model(), Profile::paper(), Filters::default());
+    let mut last = Progress::default();
+    let fetcher = Fetcher::new().unwrap();
+    let header = header(input, shard);
+    let whole = run(input, &header, &maker, &fetcher, out, options, |progress| last = progress.clone());
+    (whole.await.unwrap(), last)
+}
+
+fn records(out: &Path) -> HashMap<String, Record> {
+    let records = journal::records::<Record>(out).unwrap().map(|record| record.unwrap().1);
+    records.map(|record| (record.id.clone(), record)).collect()
+}
+
+/// What became of each row, without times.
+fn outcomes(out: &Path) -> BTreeSet<String> {
+    let line = |record: Record| format!("{} {:?} {:?}", record.id, record.made, record.error);
+    records(out).into_values().map(line).collect()
+}
+
+fn input(path: PathBuf) -> Input {
+    Input { path, ..Input::default() }
+}
+
+#[tokio::test]
+async fn rows_become_samples_or_say_why_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = input(write_input(folder.path()));
+    let out = folder.path().join("out");
+    let (whole, progress) = go(&input, &out, Shard::ALL, OPTIONS).await;
+    assert!(whole);
+    assert_eq!((progress.recorded, progress.kept, progress.safe, progress.failed), (17, 6, 4, 3));
+    let dropped = [(Reason::Duplicate, 1), (Reason::Empty, 1), (Reason::Repetition, 1), (Reason::StillHarmful, 1)];
+    assert_eq!(progress.dropped, dropped.into());
+    let records = records(&out);
+    assert!(matches!(records["13"].made, Some(Made::Dropped { reason: Reason::Duplicate, of: Some(0) })));
+    assert!(records["14"].error.as_ref().unwrap().contains("not JSON"));
+    assert!(records["15"].error.as_ref().unwrap().contains("gone.png"));
+
+    let manifest = pack(&out, &input, &packing()).unwrap();
+    let samples = |kind: &str| manifest.samples.values().filter_map(|kinds| kinds.get(kind)).sum::<u64>();
+    assert_eq!((samples("safety"), samples("utility"), manifest.refusals), (6, 3, 1));
+    let dataset = out.join("dataset");
+    let failed = std::fs::read_to_string(dataset.join("failed.jsonl")).unwrap();
+    assert_eq!(failed.lines().count(), 3, "{failed}");
+    let card = std::fs::read_to_string(dataset.join("README.md")).unwrap();
+    assert!(card.starts_with("---\nlicense: mit\n") && card.contains("| t | 5 | 3 |"), "{card}");
+
+    // No image in both splits, also where two stand in one row.
+    let mut of_split: HashMap<String, BTreeSet<String>> = HashMap::new();
+    for split in ["train", "validation"] {
+        let path = dataset.join(format!("messages/{split}.jsonl"));
+        for line in std::fs::read_to_string(path).unwrap_or_default().lines() {
+            let line: Value = serde_json::from_str(line).unwrap();
+            for image in line["images"].as_array().unwrap() {
+                let image = image.as_str().unwrap().to_owned();
+                assert!(dataset.join(&image).is_file());
+                of_split.entry(image).or_default().insert(split.to_owned());
+            }
+        }
+    }
+    assert!(!of_split.is_empty() && of_split.values().all(|splits| splits.len() == 1), "{of_split:?}");
+}
+
+#[tokio::test]
+async fn a_run_that_is_broken_off_ends_as_an_unbroken_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = input(write_input(folder.path()));
+    let (whole, broken) = (folder.path().join("whole"), folder.path().join("broken"));
+    go(&input, &whole, Shard::ALL, OPTIONS).await;
+    // Dropped after every possible number of steps.
+    for polls in 1.. {
+        let mut work = std::pin::pin!(go(&input, &broken, Shard::ALL, Options { concurrency: 1, ..OPTIONS }));
+        let ended = (0..polls).any(|_| futures::FutureExt::now_or_never(&mut work).is_some());
+        if ended {
+            break;
+        }
+        // A line that a crash cut off.
+        let path = journal::path(&broken);
+        if path.exists() {
+            let mut text = std::fs::read(&path).unwrap();
+            text.extend_from_slice(b"{\"id\": \"3\", \"made");
+            std::fs::write(&path, text).unwrap();
+        }
+    }
+    assert_eq!(outcomes(&broken), outcomes(&whole));
+    let files = |out: &Path| pack(out, &input, &packing()).map(|manifest: Manifest| manifest.samples).unwrap();
+    assert_eq!(files(&broken), files(&whole));
+}
+
+#[tokio::test]
+async fn failed_rows_are_tried_again_when_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = input(write_input(folder.path()));
+    let out = folder.path().join("out");
+    go(&input, &out, Shard::ALL, OPTIONS).await;
+    std::fs::write(folder.path().join("gone.png"), png(999)).unwrap();
+    let (_, again) = go(&input, &out, Shard::ALL, OPTIONS).await;
+    assert_eq!((again.fresh, again.failed), (0, 3));
+    let (_, again) = go(&input, &out, Shard::ALL, Options { retry_failed: true, ..OPTIONS }).await;
+    assert_eq!((again.recorded, again.fresh, again.failed, again.safe), (17, 3, 2, 5));
+    assert_eq!(pack(&out, &input, &packing()).unwrap().failed, 2);
+}
+
+#[tokio::test]
+async fn shards_are_disjoint_and_complete() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = input(write_input(folder.path()));
+    let all = folder.path().join("all");
+    go(&input, &all, Shard::ALL, OPTIONS).await;
+    let mut found = Vec::new();
+    for part in 1..=3 {
+        let out = folder.path().join(format!("part{part}"));
+        go(&input, &out, Shard { part, of: 3 }, OPTIONS).await;
+        found.extend(outcomes(&out));
+    }
+    let together: BTreeSet<String> = found.iter().cloned().collect();
+    assert_eq!((found.len(), together), (17, outcomes(&all)));
+}
+
+#[tokio::test]
+async fn a_budget_ends_the_run_cleanly() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = input(write_input(folder.path()));
+    let out = folder.path().join("out");
+    let (whole, progress) = go(&input, &out, Shard::ALL, Options { max_time: Some(Duration::ZERO), ..OPTIONS }).await;
+    assert!(!whole && progress.recorded == 0);
+    assert_eq!(pack(&out, &input, &packing()).unwrap().rows, 0);
+    assert!(go(&input, &out, Shard::ALL, OPTIONS).await.0);
+}
+
+#[tokio::test]
+async fn an_input_that_changed_is_not_packed() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = input(write_input(folder.path()));
+    let out = folder.path().join("out");
+    go(&input, &out, Shard::ALL, OPTIONS).await;
+    std::fs::write(folder.path().join("0.png"), png(4242)).unwrap();
+    let error = pack(&out, &input, &packing()).unwrap_err();
+    assert!(error.to_string().contains("row 0 of the input has changed"), "{error}");
+    assert!(!out.join("dataset").exists());
+}
+
+fn read(rows: Rows) -> Vec<(String, usize)> {
+    rows.map(|row| row.unwrap()).map(|row| (row.query, row.images.len())).collect()
+}
+
+#[tokio::test]
+async fn every_format_gives_the_same_rows() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    std::fs::write(root.join("a.png"), png(1)).unwrap();
+    std::fs::write(root.join("b.png"), png(2)).unwrap();
+    std::fs::write(root.join("rows.json"), json!([{"query": "A?", "image": "a.png"}, {"query": "B?", "image": "b.png"}]).to_string())
+        .unwrap();
+    std::fs::write(root.join("rows.csv"), "question,image\nA?,a.png\nB?,b.png\n").unwrap();
+    std::fs::write(root.join("a.txt"), "A?\n").unwrap();
+    std::fs::write(root.join("b.txt"), "B?\n").unwrap();
+    let expected = vec![("A?".to_owned(), 1), ("B?".to_owned(), 1)];
+    for name in ["rows.json", "rows.csv", ""] {
+        assert_eq!(read(input(root.join(name)).rows().unwrap()), expected, "{name}");
+    }
+    // What was packed can be an input again: images out of Parquet are the bytes that went in.
+    let out = root.join("out");
+    let csv = input(root.join("rows.csv"));
+    go(&csv, &out, Shard::ALL, OPTIONS).await;
+    let packing = Packing { utility: 9.0, validation: 0.0, ..packing() };
+    let manifest = pack(&out, &csv, &packing).unwrap();
+    assert!(manifest.samples.is_empty(), "nothing was kept, so nothing is there to balance");
+    std::fs::write(root.join("rude.csv"), "question,image\na rude A?,a.png\na rude B?,b.png\nC?,a.png\n").unwrap();
+    let (rude, out) = (input(root.join("rude.csv")), root.join("rude"));
+    go(&rude, &out, Shard::ALL, OPTIONS).await;
+    pack(&out, &rude, &packing).unwrap();
+    let again: Vec<_> =
+        input(out.join("dataset/sft/train-00000.parquet")).rows().unwrap().map(|row| row.unwrap()).collect();
+    assert_eq!(again.iter().map(|row| row.query.as_str()).collect::<Vec<_>>(), ["a rude A?", "a rude B?", "C?"]);
+    assert_eq!(again[1].images, [Picture::Bytes(png(2).into())]);
+
+    for (name, says) in [("nothing.jsonl", "No such file"), ("a.png", "not .jsonl")] {
+        let error = input(root.join(name)).rows().err().unwrap();
+        assert!(error.to_string().contains(says), "{error}");
+    }
+    std::fs::write(root.join("broken.json"), "[{\"query\": \"A?\"}, 3").unwrap();
+    let rows: Vec<_> = input(root.join("broken.json")).rows().unwrap().collect();
+    assert!(rows[0].is_ok() && rows[1].is_err() && rows[2].as_ref().unwrap_err().reason.contains("not a JSON array"));
+}
