@@ -39,6 +39,8 @@ pub(crate) enum Command {
     Synth(Box<SynthArgs>),
     /// Guard every image chat with an OpenAI-compatible server, or serve a model in this process
     Serve(ServeArgs),
+    /// Judge recorded traffic again under another profile, and show what would change
+    Replay(ReplayArgs),
     /// Make a client key for `ecso serve`
     Key {
         /// Whose it is
@@ -105,6 +107,34 @@ pub(crate) struct ServeArgs {
     /// What is done with requests in scope: enforce, observe or off [default: enforce]
     #[arg(long)]
     pub(crate) mode: Option<String>,
+
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+
+    #[command(flatten)]
+    pub(crate) profile: ProfileArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ReplayArgs {
+    /// An audit log of `ecso serve`, with content
+    pub(crate) audit: PathBuf,
+
+    /// Write both verdicts on every answer here, as JSON lines
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+
+    /// At most so many lines
+    #[arg(long, value_name = "N")]
+    pub(crate) limit: Option<usize>,
+
+    /// Answers at once [default: 1 in this process, 8 for a server]
+    #[arg(long, value_name = "N")]
+    pub(crate) concurrency: Option<usize>,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
 
     #[command(flatten)]
     pub(crate) model: ModelArgs,

@@ -9,6 +9,7 @@ mod doctor;
 mod eval;
 mod models;
 mod open;
+mod replay;
 mod serve;
 mod synth;
 
@@ -45,6 +46,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Models(command) => models::run(command, file),
         Command::Synth(args) => synth::run(&args, file),
         Command::Serve(args) => serve::run(&args, file),
+        Command::Replay(args) => replay::run(&args, file),
         Command::Key { name } => {
             serve::key(&name);
             Ok(())

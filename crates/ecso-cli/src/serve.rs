@@ -63,7 +63,7 @@ fn greeting(settings: &Settings, address: SocketAddr) -> anyhow::Result<String> 
     };
     let (profile, why) = config::chosen_profile(settings)?;
     let why = why.map_or_else(String::new, |why| format!(" ({why})"));
-    Ok(format!("guarding {} under profile {}{why} on http://{address}/v1 ({callers})", settings.model, profile.name))
+    Ok(format!("guarding {} on http://{address}/v1 ({callers}) under profile {}{why}", settings.model, profile.name))
 }
 
 /// Ends when the process is asked to: Ctrl-C or SIGTERM.

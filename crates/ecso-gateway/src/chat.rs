@@ -15,6 +15,7 @@ use serde_json::{Map, Value, json};
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
+    audit::Case,
     draft::{self, Draft, choices, index},
     failure::Failure,
     request::Request,
@@ -31,6 +32,8 @@ pub(crate) struct Guarded {
     pub(crate) id: String,
     pub(crate) begun: Instant,
     pub(crate) mode: Mode,
+    /// The name of the client's key.
+    pub(crate) key: String,
 }
 
 /// What the guard says of all choices of an answer.
@@ -46,6 +49,16 @@ impl Report {
     /// What the guard says of one answer.
     pub(crate) fn of(outcome: Outcome) -> Self {
         Self { outcomes: BTreeMap::from([(0, Some(outcome))]), failure: None }
+    }
+
+    /// What was found, by choice.
+    pub(crate) fn outcomes(&self) -> impl Iterator<Item = (u64, Option<&Outcome>)> {
+        self.outcomes.iter().map(|(choice, outcome)| (*choice, outcome.as_ref()))
+    }
+
+    /// Why the guard failed, where it fails open.
+    pub(crate) fn failure(&self) -> Option<&str> {
+        self.failure.as_deref()
     }
 
     /// The verdict on the whole: unsafe if one choice is, unchecked if one could not be judged.
@@ -134,6 +147,12 @@ impl Guarded {
         if asked { self.live.settings.trace } else { TraceLevel::None }
     }
 
+    fn record(&self, request: &Request, report: &Report, draft: &Draft) {
+        let Self { id, key, body, begun, mode, .. } = self;
+        let drafts = draft.said();
+        self.live.record(&Case { id, key, mode: *mode, begun: *begun, body, request, report, drafts });
+    }
+
     fn guard(&self, request: &Request) -> Result<Guard<Arc<dyn Mllm>>, Failure> {
         self.live.guard(request, &self.headers, self.mode)
     }
@@ -149,7 +168,7 @@ impl Guarded {
             Ok(report) => report,
             Err(failure) => self.open(&draft, failure)?,
         };
-        self.live.record(&self.id, &request, &report, self.begun, self.mode);
+        self.record(&request, &report, &draft);
         Ok(self.finished(&report, draft))
     }
 
@@ -329,7 +348,7 @@ impl Guarded {
                 last["usage"] = report.usage(&draft).unwrap_or(Value::Null);
             }
             last["ecso"] = report.object(&self.id, self.trace());
-            self.live.record(&self.id, request, &report, self.begun, self.mode);
+            self.record(request, &report, &draft);
             yield format!("data: {last}\n\n");
             yield "data: [DONE]\n\n".to_owned();
         }

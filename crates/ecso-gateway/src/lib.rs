@@ -9,6 +9,7 @@
 //! writes the answer; `failure` is everything that can go wrong, as the client sees it.
 
 mod access;
+pub mod audit;
 mod chat;
 mod door;
 mod draft;
@@ -19,6 +20,7 @@ pub mod fuzzing;
 mod observe;
 mod probe;
 mod request;
+pub mod replay;
 pub mod server;
 pub mod settings;
 mod upstream;

@@ -12,6 +12,7 @@ use futures::StreamExt;
 
 use crate::{
     access::Admission,
+    audit::Case,
     chat::review,
     draft::Draft,
     failure::Failure,
@@ -29,6 +30,8 @@ pub(crate) struct Observed {
     pub(crate) body: Bytes,
     pub(crate) id: String,
     pub(crate) begun: Instant,
+    /// The name of the client's key.
+    pub(crate) key: String,
 }
 
 impl Observed {
@@ -69,7 +72,10 @@ impl Observed {
             let report = review(&guard, &request, &draft);
             let report = tokio::time::timeout(self.live.settings.limits.deadline(), report).await;
             let report = report.unwrap_or_else(|_| Err(Failure::deadline(self.live.settings.limits.deadline)))?;
-            self.live.record(&self.id, &request, &report, self.begun, Mode::Observe);
+            let Self { id, key, body, begun, .. } = &self;
+            let (begun, drafts) = (*begun, draft.said());
+            let (request, report) = (&request, &report);
+            self.live.record(&Case { id, key, mode: Mode::Observe, begun, body, request, report, drafts });
             Ok::<_, Failure>(())
         };
         if let Err(failure) = judged.await {

@@ -1,6 +1,7 @@
 //! The server: routes, and what every request shares.
 
 use std::{
+    collections::BTreeMap,
     io,
     sync::Arc,
     time::{Duration, Instant},
@@ -28,6 +29,7 @@ use tokio::net::TcpListener;
 
 use crate::{
     access::{self, Admission},
+    audit::{Audit, Case},
     chat::{self, Guarded, Report},
     door::{Finding, Question},
     failure::Failure,
@@ -52,12 +54,16 @@ pub(crate) struct Live {
     /// Bounds of an image.
     pub(crate) images: ecso::Limits,
     fetcher: Option<Fetcher>,
+    audit: Option<Audit>,
 }
 
 impl Live {
     fn new(upstream: Upstream, profile: Profile, settings: Settings, images: ecso::Limits) -> io::Result<Self> {
         let fetcher = settings.fetch_images.then(Fetcher::new).transpose().map_err(io::Error::other)?;
-        Ok(Self { upstream, profile, settings, images, fetcher })
+        let audit = Audit::open(&settings.audit).map_err(|error| {
+            io::Error::new(error.kind(), format!("the audit log {}: {error}", settings.audit.path.display()))
+        })?;
+        Ok(Self { upstream, profile, settings, images, fetcher, audit })
     }
 
     /// Gets what a request only points to, and looks at its images, as far as the operator wants that.
@@ -98,19 +104,22 @@ impl Live {
         Ok(Guard::new(model, profile).with_sampling(sampling))
     }
 
-    /// Tells what became of a request; no word of the conversation.
-    pub(crate) fn record(&self, id: &str, request: &Request, report: &Report, begun: Instant, mode: Mode) {
+    /// Tells what became of a request; in the log no word of the conversation.
+    pub(crate) fn record(&self, case: &Case<'_>) {
         tracing::info!(
-            id,
-            model = request.model,
+            id = case.id,
+            model = case.request.model,
             profile = self.profile.name,
-            ?mode,
-            verdict = ?report.verdict(),
-            score = report.score(),
-            images = request.chat.image_count(),
-            ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+            mode = ?case.mode,
+            verdict = ?case.report.verdict(),
+            score = case.report.score(),
+            images = case.request.chat.image_count(),
+            ms = u64::try_from(case.begun.elapsed().as_millis()).unwrap_or(u64::MAX),
             "guarded"
         );
+        if let Some(audit) = &self.audit {
+            audit.write(case, &self.profile.name);
+        }
     }
 }
 
@@ -215,6 +224,7 @@ async fn completion(
         id: id.to_owned(),
         begun,
         mode,
+        key: caller.name.clone(),
     };
     match (&live.upstream, mode) {
         (Upstream::Server(server), _) if mode == Mode::Off || !in_scope => {
@@ -224,7 +234,8 @@ async fn completion(
         (Upstream::Server(server), Mode::Observe) => {
             let admission = Arc::clone(&gateway.admission);
             let id = id.to_owned();
-            Observed { live: Arc::clone(live), admission, headers, body, id, begun }.forward(server).await
+            let key = caller.name.clone();
+            Observed { live: Arc::clone(live), admission, headers, body, id, begun, key }.forward(server).await
         }
         (_, mode) => {
             let turn = tokio::time::timeout(settings.limits.deadline(), gateway.admission.enter());
@@ -258,20 +269,25 @@ async fn guard(State(gateway): State<Arc<Gateway>>, request: axum::extract::Requ
     let answered = async {
         let begun = Instant::now();
         let limits = &live.settings.limits;
-        access::caller(&live.settings, &head.headers)?;
+        let caller = access::caller(&live.settings, &head.headers)?;
         let headers = own_key_removed(&live.settings, head.headers);
         let body = read(body, limits.body, limits.deadline()).await?;
         let question = Question::read(&body)?;
         let work = async {
             let _turn = gateway.admission.enter().await?;
-            let mut request = Request::read(&question.chat()?, limits, live.images)?;
+            let body = question.chat()?;
+            let mut request = Request::read(&body, limits, live.images)?;
             live.prepare(&mut request).await?;
             let guard = live.guard(&request, &headers, Mode::Enforce)?;
             let outcome = match &question.answer {
                 Some(answer) => guard.review(&request.chat, answer).await?,
                 None => guard.answer(&request.chat).await?,
             };
-            live.record(&id, &request, &Report::of(outcome.clone()), begun, Mode::Enforce);
+            let said = outcome.steps.iter().find(|step| step.step == ecso::Step::Direct).map(|step| step.reply.clone());
+            let drafts = BTreeMap::from([(0, question.answer.clone().or(said).unwrap_or_default())]);
+            let (request, report) = (&request, &Report::of(outcome.clone()));
+            let (id, key, mode) = (&id, &caller.name, Mode::Enforce);
+            live.record(&Case { id, key, mode, begun, body: &body, request, report, drafts });
             Ok::<_, Failure>(outcome)
         };
         let outcome = tokio::time::timeout(limits.deadline(), work).await;

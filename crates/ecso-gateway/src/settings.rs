@@ -4,6 +4,8 @@ use std::{collections::BTreeMap, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
+use crate::audit;
+
 /// Settings of the server.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -26,6 +28,8 @@ pub struct Settings {
     pub fetch_images: bool,
     /// Whether images are decoded whole before they are passed on; else their headers are looked at.
     pub decode_images: bool,
+    /// The audit log.
+    pub audit: audit::Settings,
     /// Bounds.
     pub limits: Limits,
 }
@@ -42,6 +46,7 @@ impl Default for Settings {
             keep_alive: 10,
             fetch_images: false,
             decode_images: false,
+            audit: audit::Settings::default(),
             limits: Limits::default(),
         }
     }

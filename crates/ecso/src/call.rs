@@ -74,19 +74,19 @@ impl Work<'_> {
         Ok(self.profile.stripped(&reply.text))
     }
 
-    /// What a question finds in any of its wordings, up to the first that finds harm; with an earlier finding, whether both hold.
+    /// What a question finds in any of its wordings, up to the first that finds harm; joined with an earlier finding.
     pub(crate) async fn ask(
         &mut self,
         step: Step,
         question: &Question,
         asked: Vec<(Chat, &Template)>,
-        and: Option<Finding>,
+        with: Option<Finding>,
     ) -> Result<Finding, GuardError> {
         let mut worst = Finding::of(Verdict::Safe, None);
         for (chat, template) in asked {
             let call = Call::new(step, chat, Some(template));
             let reply = self.generate(&call, &question.sampling()).await?;
-            let found = question.read(&reply, and);
+            let found = question.read(&reply, with);
             self.record(Trace { score: found.score, verdict: Some(found.verdict), ..call.trace(&reply) }).await;
             worst = worst.or(found);
             if worst.verdict == Verdict::Unsafe {

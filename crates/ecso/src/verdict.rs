@@ -103,23 +103,25 @@ impl Finding {
 }
 
 impl Question {
-    /// Reads a reply. Two findings that must both hold are joined: the probabilities are multiplied.
-    pub(crate) fn read(&self, reply: &Reply, and: Option<Finding>) -> Finding {
+    /// Reads a reply. With an earlier finding the two are joined: the mean of the probabilities; where the model tells none, harm if
+    /// either says so.
+    pub(crate) fn read(&self, reply: &Reply, with: Option<Finding>) -> Finding {
         let own = harm_score(reply).map(|score| {
             let odds = self.even / (1.0 - self.even);
             score / (score + odds * (1.0 - score))
         });
-        let joined = and.and_then(|finding| finding.score);
-        let score = own.map(|own| own * joined.unwrap_or(1.0));
-        Finding { verdict: self.parser.parse(&reply.text, score, self.threshold), score }
+        let earlier = with.and_then(|finding| finding.score);
+        let score = own.map(|own| earlier.map_or(own, |earlier| f64::midpoint(own, earlier)));
+        let verdict = self.parser.parse(&reply.text, score, self.threshold);
+        match with {
+            Some(finding) if score.is_none() => Finding { verdict, score }.or(finding),
+            _ => Finding { verdict, score },
+        }
     }
 
-    /// Whether the look before it has already shown that no answer can be harmful.
+    /// Whether, after the look, no answer could be so bad that the two together are harm.
     pub(crate) fn is_settled_by(&self, look: Option<Finding>) -> bool {
-        look.is_some_and(|look| match look.score {
-            Some(score) => score < self.threshold,
-            None => look.verdict == Verdict::Safe,
-        })
+        look.and_then(|look| look.score).is_some_and(|score| f64::midpoint(score, 1.0) < self.threshold)
     }
 }
 

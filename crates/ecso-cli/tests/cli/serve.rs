@@ -349,3 +349,49 @@ async fn keys_queue_and_sigterm() {
     assert!(served.process.wait().unwrap().success());
     assert!(client.post(served.chat()).bearer_auth(&key).json(&ask("m", "q", false)).send().await.is_err());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_audit_log_can_be_replayed_and_is_input_for_data() {
+    let upstream = Upstream::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let run = |content: bool, name: &str| {
+        let log = folder.path().join(name);
+        let (path, content) = (format!("gateway.audit.path={}", log.display()), format!("gateway.audit.content={content}"));
+        (Served::start(&upstream.url, &[&path, &content], &[]), log)
+    };
+    let (plain, log) = run(false, "plain.jsonl");
+    post(&plain.chat(), &ask("m", "A bad request", false)).await;
+    let text = std::fs::read_to_string(log).unwrap();
+    assert!(!text.contains(LEAK) && !text.contains("bad request") && text.contains("\"verdict\":\"unsafe\""), "{text}");
+
+    let (served, log) = run(true, "audit.jsonl");
+    for (query, stream) in [("What is on the list?", false), ("A bad request", true)] {
+        post(&served.chat(), &ask("m", query, stream)).await;
+    }
+    drop(served);
+    let lines: Vec<Value> =
+        std::fs::read_to_string(&log).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!((lines.len(), &lines[0]["verdict"], &lines[1]["verdict"]), (2, &json!("safe"), &json!("unsafe")));
+    assert!(lines[1]["draft"].as_str().unwrap().contains(LEAK));
+    assert_eq!(lines[1]["answer"], SAFE);
+
+    let program = |arguments: &[&str]| {
+        let output = crate::ecso(folder.path()).args(arguments).args(["--model", &upstream.url]).output().unwrap();
+        assert!(output.status.success(), "{}", crate::text(&output.stderr));
+        crate::text(&output.stdout)
+    };
+    let log = log.to_str().unwrap();
+    let replayed: Value = serde_json::from_str(&program(&["replay", log, "--json", "--profile", "paper"])).unwrap();
+    assert_eq!((&replayed["judged"], &replayed["changed"]), (&json!(2), &json!([])));
+    let silent = program(&["replay", log, "--json", "--profile", "paper", "--set", "gate=never"]);
+    let silent: Value = serde_json::from_str(&silent).unwrap();
+    assert_eq!(silent["changed"].as_array().unwrap().len(), 2);
+
+    let out = folder.path().join("made");
+    let made = program(&["synth", "--input", log, "--out", out.to_str().unwrap(), "--profile", "paper", "--json"]);
+    let manifest: Value = serde_json::from_str(&made).unwrap();
+    assert_eq!((&manifest["rows"], &manifest["safe"]), (&json!(2), &json!(1)));
+    let chosen = std::fs::read_to_string(out.join("dataset/messages/train.jsonl")).unwrap_or_default()
+        + &std::fs::read_to_string(out.join("dataset/messages/validation.jsonl")).unwrap_or_default();
+    assert!(chosen.contains(SAFE) && !chosen.contains(LEAK), "{chosen}");
+}

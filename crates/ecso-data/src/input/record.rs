@@ -15,7 +15,7 @@ pub struct Mapping(BTreeMap<String, String>);
 
 /// Names that are tried, by what a column is.
 const USUAL: [(&str, &[&str]); 7] = [
-    ("id", &["id", "question_id", "index"]),
+    ("id", &["id", "request_id", "question_id", "index"]),
     ("query", &["query", "question", "prompt", "instruction", "text"]),
     ("image", &["image", "images", "image_path", "file_name", "image_url"]),
     ("category", &["category", "scenario", "topic", "type"]),

@@ -1,0 +1,66 @@
+//! Judging recorded traffic again: what would another profile have done?
+
+use ecso::{Chat, Guard, GuardError, Mllm, Outcome, Verdict};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::{request::Request, settings::Limits};
+
+/// A line of an audit log with content.
+#[derive(Debug, Clone)]
+pub struct Recorded {
+    /// The request's name.
+    pub id: String,
+    /// The profile that judged it.
+    pub profile: String,
+    /// What it said.
+    pub verdict: Verdict,
+    /// The model that was asked for.
+    pub model: String,
+    chat: Chat,
+    draft: String,
+}
+
+#[derive(Deserialize)]
+struct Line {
+    request_id: String,
+    profile: String,
+    verdict: Verdict,
+    #[serde(default)]
+    model: String,
+    #[serde(default)]
+    messages: Value,
+    #[serde(default)]
+    draft: Option<String>,
+}
+
+impl Recorded {
+    /// Reads a line.
+    ///
+    /// # Errors
+    /// What is wrong with it: no line of an audit log, or one without content.
+    pub fn read(line: &str, images: ecso::Limits) -> Result<Self, String> {
+        let line: Line = serde_json::from_str(line).map_err(|error| format!("not a line of an audit log: {error}"))?;
+        let Some(draft) = line.draft else {
+            return Err("it has no content; record with gateway.audit.content = true".into());
+        };
+        let body = json!({"model": line.model, "messages": line.messages}).to_string();
+        let request = Request::read(body.as_bytes(), &Limits::default(), images).map_err(|failure| failure.message)?;
+        Ok(Self {
+            id: line.request_id,
+            profile: line.profile,
+            verdict: line.verdict,
+            model: request.model,
+            chat: request.chat,
+            draft,
+        })
+    }
+
+    /// Judges it again, from the draft that was recorded.
+    ///
+    /// # Errors
+    /// [`GuardError`] when the model fails.
+    pub async fn again(&self, guard: &Guard<impl Mllm>) -> Result<Outcome, GuardError> {
+        guard.review(&self.chat, &self.draft).await
+    }
+}
