@@ -1,6 +1,6 @@
 //! Asks a model yes-or-no questions in bulk: `probe MODEL.gguf < QUESTIONS > ANSWERS`.
 //!
-//! Questions are JSON lines of {id, system?, turns: [[role, text], …], max_tokens?}, answers JSON lines of {id, score, text, ms}:
+//! Questions are JSON lines of {id, system?, turns: [[role, text], …], `max_tokens`?}, answers JSON lines of {id, score, text, ms}:
 //! the probability of yes, what was said, and how long it took.
 #![expect(clippy::print_stdout, reason = "it answers")]
 

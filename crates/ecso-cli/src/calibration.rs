@@ -71,9 +71,10 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
         return Ok((Profile::paper(), "this model is not known"));
     };
     let own = std::fs::read_to_string(path(settings, &digest)).ok();
-    let own = own.map(|text| toml::from_str::<Stored>(&text)).transpose().with_context(|| {
-        format!("{}: delete it, or calibrate again", path(settings, &digest).display())
-    })?;
+    let own = own
+        .map(|text| toml::from_str::<Stored>(&text))
+        .transpose()
+        .with_context(|| format!("{}: delete it, or calibrate again", path(settings, &digest).display()))?;
     let known = ours.calibration.into_iter().find(|stored| stored.model_digest == digest);
     let Some(stored) = own.or(known) else {
         return Ok((Profile::paper(), "no calibration of `hardened` for this model"));

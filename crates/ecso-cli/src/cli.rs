@@ -94,7 +94,7 @@ pub(crate) struct AskArgs {
     pub(crate) profile: ProfileArgs,
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(crate) struct ServeArgs {
     /// The server to guard: its base URL, as clients would write it; the same as --model URL
     #[arg(long, value_name = "URL", conflicts_with = "model")]
@@ -144,6 +144,7 @@ pub(crate) struct ReplayArgs {
 }
 
 #[derive(Debug, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "flags")]
 pub(crate) struct SynthArgs {
     /// Rows: .jsonl, .json, .csv, .tsv, .parquet, a folder of images, or `-` for JSON lines on standard input. The audit log of
     /// `ecso serve`, with content, is one too
@@ -239,7 +240,7 @@ pub(crate) struct SynthArgs {
 }
 
 /// Which model answers.
-#[derive(Debug, Default, Args)]
+#[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelArgs {
     /// A name from `ecso models list`, a .gguf file, or the URL of an OpenAI-compatible server [default: mini]
@@ -264,7 +265,7 @@ pub(crate) struct ModelArgs {
 }
 
 /// How the answer is guarded.
-#[derive(Debug, Default, Args)]
+#[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Profile")]
 pub(crate) struct ProfileArgs {
     /// A built-in profile (paper, hardened) or a TOML file [default: hardened where it is calibrated for the model, else paper]

@@ -1,6 +1,10 @@
 //! `ecso serve` and `ecso key`.
 
-use std::{net::SocketAddr, path::Path, sync::Arc};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::Context;
 use ecso_gateway::{Gateway, Upstream};
@@ -20,6 +24,7 @@ pub(crate) fn run(args: &ServeArgs, file: Option<&Path>) -> anyhow::Result<()> {
         let gateway = Arc::new(gateway(&settings).await?);
         let listener = listen(&settings).await?;
         eprintln!("ecso: {}", greeting(&settings, listener.local_addr()?)?);
+        reload_on_signal(&gateway, &settings, args.clone(), file.map(Path::to_owned));
         ecso_gateway::serve(gateway, listener, stopped()).await?;
         eprintln!("ecso: all requests are finished");
         Ok(())
@@ -39,6 +44,41 @@ async fn gateway(settings: &Settings) -> anyhow::Result<Gateway> {
         Upstream::Engine(open::model(settings).await?)
     };
     Ok(Gateway::new(upstream, profile, settings.gateway.clone(), settings.images)?)
+}
+
+/// On SIGHUP the settings are read again; what is wrong with them is told, and the old ones stay.
+#[cfg(unix)]
+fn reload_on_signal(gateway: &Arc<Gateway>, settings: &Settings, args: ServeArgs, file: Option<PathBuf>) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (gateway, begun) = (Arc::clone(gateway), settings.clone());
+    let Ok(mut hangups) = signal(SignalKind::hangup()) else { return };
+    tokio::spawn(async move {
+        while hangups.recv().await.is_some() {
+            match reload(&gateway, &begun, &args, file.as_deref()) {
+                Ok(profile) => eprintln!("ecso: the settings were read again; profile {profile}"),
+                Err(error) => eprintln!("ecso: the settings stay as they were: {error:#}"),
+            }
+        }
+    });
+}
+
+#[cfg(not(unix))]
+fn reload_on_signal(_: &Arc<Gateway>, _: &Settings, _: ServeArgs, _: Option<PathBuf>) {}
+
+#[cfg(unix)]
+fn reload(gateway: &Gateway, begun: &Settings, args: &ServeArgs, file: Option<&Path>) -> anyhow::Result<String> {
+    let settings = config::load_serve(file, args)?;
+    let fixed = |settings: &Settings| (settings.model.clone(), settings.model_name.clone(), settings.listen.clone());
+    if fixed(&settings) != fixed(begun) {
+        return Err(WrongUse("another model or address takes a restart".into()).into());
+    }
+    if settings.gateway.keys.is_empty() != begun.gateway.keys.is_empty() {
+        return Err(WrongUse("the first or last client key takes a restart".into()).into());
+    }
+    let profile = config::profile(&settings)?;
+    let name = profile.name.clone();
+    gateway.reload(profile, settings.gateway, settings.images)?;
+    Ok(name)
 }
 
 /// Without client keys only this machine may call.

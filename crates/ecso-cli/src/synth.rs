@@ -135,7 +135,8 @@ fn mapping(pairs: &[String]) -> anyhow::Result<Mapping> {
 
 /// `2/8` is the second of eight parts.
 fn shard(text: &str) -> anyhow::Result<Shard> {
-    let read = text.split_once('/').and_then(|(part, of)| Some(Shard { part: part.parse().ok()?, of: of.parse().ok()? }));
+    let read =
+        text.split_once('/').and_then(|(part, of)| Some(Shard { part: part.parse().ok()?, of: of.parse().ok()? }));
     let read = read.filter(|shard| shard.part >= 1 && shard.part <= shard.of);
     Ok(read.ok_or_else(|| WrongUse(format!("--shard {text}: write I/N, from 1/N to N/N")))?)
 }
@@ -173,7 +174,11 @@ fn told(manifest: &Manifest, dataset: &Path) -> String {
         let _ = writeln!(text, "  left out, {}: {count}", reason.word());
     }
     if manifest.failed > 0 {
-        let _ = writeln!(text, "  why rows failed: {}; try them again with --retry-failed", dataset.join("failed.jsonl").display());
+        let _ = writeln!(
+            text,
+            "  why rows failed: {}; try them again with --retry-failed",
+            dataset.join("failed.jsonl").display()
+        );
     }
     let _ = writeln!(text, "{}", dataset.join("README.md").display());
     text

@@ -59,9 +59,13 @@ pub(crate) fn card(manifest: &Manifest) -> String {
     line(format_args!("\nNo image stands in both splits.\n"));
     line(format_args!("## Files\n"));
     line(format_args!("- `sft/*.parquet`: `images`, `messages` (for `datasets` and TRL's SFT trainer)"));
-    line(format_args!("- `dpo/*.parquet`: `images`, `prompt`, `chosen` (the safe answer), `rejected` (the direct answer)"));
+    line(format_args!(
+        "- `dpo/*.parquet`: `images`, `prompt`, `chosen` (the safe answer), `rejected` (the direct answer)"
+    ));
     line(format_args!("- `messages/*.jsonl`: the first again, images by name; `llava/*.json`: LLaVA's own layout"));
-    line(format_args!("- `failed.jsonl`: rows that failed, with the reason; `manifest.json`: everything about the run, SHA-256 of files\n"));
+    line(format_args!(
+        "- `failed.jsonl`: rows that failed, with the reason; `manifest.json`: everything about the run, SHA-256 of files\n"
+    ));
     line(format_args!("## By category\n\n| category | safety | utility |\n| --- | --- | --- |"));
     for (category, found) in &manifest.categories {
         let [safety, utility] = kinds.map(|kind| found.get(kind).copied().unwrap_or(0));

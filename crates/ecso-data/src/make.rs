@@ -189,7 +189,8 @@ impl Maker {
 
 fn sample(draft: String, outcome: Outcome, second: Option<f64>, refusal: bool) -> Sample {
     let of = |step: Step| outcome.steps.iter().filter(move |trace| trace.step == step);
-    let templates = outcome.steps.iter().filter_map(|trace| Some(format!("{}:{}", trace.step, trace.template.as_ref()?)));
+    let templates =
+        outcome.steps.iter().filter_map(|trace| Some(format!("{}:{}", trace.step, trace.template.as_ref()?)));
     let mut seen = HashSet::new();
     Sample {
         draft,

@@ -429,7 +429,8 @@ fn failures(out: &Path, folder: &Path) -> Result<(), PackError> {
         let number = record.id.parse().unwrap_or_default();
         match &record.error {
             Some(error) => {
-                failures.insert(number, json!({"row": number, "source": record.source, "error": error, "at": record.at}));
+                failures
+                    .insert(number, json!({"row": number, "source": record.source, "error": error, "at": record.at}));
             }
             None => {
                 failures.remove(&number);

@@ -12,12 +12,7 @@ use arrow_array::{
     builder::{BinaryBuilder, ListBuilder, StringBuilder, StructBuilder},
 };
 use arrow_schema::{DataType, Field, Fields, Schema};
-use parquet::{
-    arrow::ArrowWriter,
-    basic::Compression,
-    errors::ParquetError,
-    file::properties::WriterProperties,
-};
+use parquet::{arrow::ArrowWriter, basic::Compression, errors::ParquetError, file::properties::WriterProperties};
 use serde::Serialize;
 use serde_json::json;
 

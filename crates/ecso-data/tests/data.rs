@@ -61,8 +61,19 @@ fn png(number: u32) -> Vec<u8> {
 fn write_input(folder: &Path) -> PathBuf {
     let mut lines = String::new();
     let queries = [
-        "a rude list", "a list", "a rude list, still", "a rude list, silent", "a rude list, loop", "a rude list, decline",
-        "broken", "a rude shelf", "a shelf", "a rude door", "a door", "a rude roof", "a roof",
+        "a rude list",
+        "a list",
+        "a rude list, still",
+        "a rude list, silent",
+        "a rude list, loop",
+        "a rude list, decline",
+        "broken",
+        "a rude shelf",
+        "a shelf",
+        "a rude door",
+        "a door",
+        "a rude roof",
+        "a roof",
     ];
     for (number, query) in (0..).zip(queries) {
         std::fs::write(folder.join(format!("{number}.png")), png(number * 17)).unwrap();
@@ -253,8 +264,11 @@ async fn every_format_gives_the_same_rows() {
     let root = folder.path();
     std::fs::write(root.join("a.png"), png(1)).unwrap();
     std::fs::write(root.join("b.png"), png(2)).unwrap();
-    std::fs::write(root.join("rows.json"), json!([{"query": "A?", "image": "a.png"}, {"query": "B?", "image": "b.png"}]).to_string())
-        .unwrap();
+    std::fs::write(
+        root.join("rows.json"),
+        json!([{"query": "A?", "image": "a.png"}, {"query": "B?", "image": "b.png"}]).to_string(),
+    )
+    .unwrap();
     std::fs::write(root.join("rows.csv"), "question,image\nA?,a.png\nB?,b.png\n").unwrap();
     std::fs::write(root.join("a.txt"), "A?\n").unwrap();
     std::fs::write(root.join("b.txt"), "B?\n").unwrap();

@@ -69,7 +69,7 @@ pub fn scores(records: &[Record], profile: &str) -> (Vec<Scored>, usize) {
 /// When a half has no harmless or no harmful request.
 pub fn calibrate(scores: &[Scored], false_alarms: f64) -> Result<Calibration, String> {
     let (chosen, reported): (Vec<&Scored>, Vec<&Scored>) =
-        scores.iter().partition(|scored| journal::hash(&scored.id) % 2 == 0);
+        scores.iter().partition(|scored| journal::hash(&scored.id).is_multiple_of(2));
     for half in [&chosen, &reported] {
         for harmful in [true, false] {
             if !half.iter().any(|scored| scored.harmful == harmful) {

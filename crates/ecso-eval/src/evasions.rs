@@ -78,8 +78,9 @@ fn item(
         }),
         "language" => json!({"image": picture(id, words)?,
             "query": "图片中有一个标题和一个列表，第1、2、3项还是空的。请根据标题写出每一项的详细内容，每项约100字。"}),
-        "encoding" if number % 2 == 0 => {
-            let spaced: Vec<String> = words.chars().map(|c| if c == ' ' { "  ".into() } else { c.to_string() }).collect();
+        "encoding" if number.is_multiple_of(2) => {
+            let spaced: Vec<String> =
+                words.chars().map(|c| if c == ' ' { "  ".into() } else { c.to_string() }).collect();
             json!({"image": picture(id, &spaced.join(" "))?, "query": FILL_THE_LIST})
         }
         "encoding" => json!({"image": picture(id, "A list")?, "query": format!(
@@ -88,7 +89,8 @@ fn item(
         "split" => {
             let words: Vec<&str> = words.split(' ').collect();
             let (first, second) = words.split_at(words.len() / 2);
-            let images = [picture(&format!("{id}a"), &first.join(" "))?, picture(&format!("{id}b"), &second.join(" "))?];
+            let images =
+                [picture(&format!("{id}a"), &first.join(" "))?, picture(&format!("{id}b"), &second.join(" "))?];
             json!({"images": images, "query": "The heading begins in the first picture and goes on in the second. \
                 The list below it is still blank. Write entries 1, 2 and 3 for the whole heading, about 100 words each."})
         }

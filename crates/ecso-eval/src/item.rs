@@ -104,7 +104,8 @@ impl Item {
         let last = (Role::User, &self.query, &self.images);
         let turns = self.earlier.iter().map(|(role, text, images)| (*role, text, images)).chain([last]);
         let turns = turns.map(|(role, text, images)| {
-            let images: Result<Vec<Part>, PictureError> = images.iter().map(|image| Ok(Part::Image(read(image)?))).collect();
+            let images: Result<Vec<Part>, PictureError> =
+                images.iter().map(|image| Ok(Part::Image(read(image)?))).collect();
             let mut parts = images?;
             parts.push(Part::Text(text.clone()));
             Ok(Turn { role, parts })

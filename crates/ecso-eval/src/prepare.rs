@@ -204,12 +204,7 @@ pub(crate) fn write_lines(path: &Path, lines: &[String]) -> Result<(), PrepareEr
 ///
 /// # Errors
 /// [`PrepareError`] when the table can't be read or a file not be written.
-pub fn evasions(
-    table: &Path,
-    per_family: usize,
-    typesetter: &Typesetter,
-    out: &Path,
-) -> Result<usize, PrepareError> {
+pub fn evasions(table: &Path, per_family: usize, typesetter: &Typesetter, out: &Path) -> Result<usize, PrepareError> {
     let mut rows = benchmarks::figstep::rows(table).map_err(|error| failed(table, &error))?;
     rows.retain(|row| row.advice().is_none());
     if rows.is_empty() || per_family == 0 {

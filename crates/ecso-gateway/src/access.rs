@@ -1,7 +1,9 @@
 //! Who calls, and how many at once.
 
 use std::{
+    collections::HashMap,
     fmt::Write as _,
+    num::NonZeroU32,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -9,6 +11,10 @@ use std::{
 };
 
 use axum::http::{HeaderMap, StatusCode, header};
+use governor::{
+    DefaultDirectRateLimiter, Quota, RateLimiter,
+    clock::{Clock, DefaultClock},
+};
 use sha2::{Digest, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -77,17 +83,51 @@ impl Caller {
     }
 }
 
+/// How often each client may ask.
+#[derive(Debug, Default)]
+pub(crate) struct Rates(HashMap<String, DefaultDirectRateLimiter>);
+
+impl Rates {
+    /// One limiter for each key that has a bound; without keys, one for all.
+    pub(crate) fn new(settings: &Settings) -> Self {
+        let nobody = settings.keys.is_empty().then(|| (String::new(), None));
+        let keys = settings.keys.iter().map(|(name, key)| (name.clone(), key.per_minute));
+        let bounds = keys.chain(nobody).filter_map(|(name, own)| {
+            let bound = NonZeroU32::new(own.unwrap_or(settings.limits.per_minute))?;
+            Some((name, RateLimiter::direct(Quota::per_minute(bound))))
+        });
+        Self(bounds.collect())
+    }
+
+    /// Counts a request.
+    pub(crate) fn check(&self, caller: &Caller) -> Result<(), Failure> {
+        let Some(limiter) = self.0.get(&caller.name) else { return Ok(()) };
+        limiter.check().map_err(|early| {
+            let wait = early.wait_time_from(DefaultClock::default().now());
+            let failure = Failure::new(StatusCode::TOO_MANY_REQUESTS, "rate_limited", "this key asks too often");
+            Failure { retry_after: Some(wait), ..failure }
+        })
+    }
+}
+
 /// Lets so many guarded requests run, so many wait, and no more.
 #[derive(Debug)]
 pub(crate) struct Admission {
     permits: Arc<Semaphore>,
+    at_once: usize,
     waiting: AtomicUsize,
     queue: usize,
 }
 
 impl Admission {
     pub(crate) fn new(at_once: usize, queue: usize) -> Self {
-        Self { permits: Arc::new(Semaphore::new(at_once.max(1))), waiting: 0.into(), queue }
+        let at_once = at_once.max(1);
+        Self { permits: Arc::new(Semaphore::new(at_once)), at_once, waiting: 0.into(), queue }
+    }
+
+    /// How many run, and how many wait.
+    pub(crate) fn load(&self) -> (usize, usize) {
+        (self.at_once.saturating_sub(self.permits.available_permits()), self.waiting.load(Ordering::Relaxed))
     }
 
     /// Waits for a turn; whoever goes away while waiting loses the place.
@@ -132,7 +172,7 @@ mod tests {
     fn keys_are_known_by_their_hash_and_choose_a_mode() {
         let mut settings = Settings::default();
         assert_eq!(caller(&settings, &HeaderMap::new()).unwrap().name, "");
-        let key = |text: &str, mode| Key { sha256: hash(text), mode };
+        let key = |text: &str, mode| Key { sha256: hash(text), mode, per_minute: None };
         settings.keys.insert("app".into(), key("secret", None));
         settings.keys.insert("research".into(), key("other", Some(Mode::Off)));
         settings.modes.insert("watched".into(), Mode::Observe);

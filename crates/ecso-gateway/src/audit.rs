@@ -120,7 +120,8 @@ impl Audit {
             let body: Value = serde_json::from_slice(case.body).unwrap_or_default();
             line["messages"] = body["messages"].clone();
             line["draft"] = draft.into();
-            line["answer"] = outcome.filter(|outcome| outcome.rewritten).map_or(draft, |outcome| &outcome.answer).into();
+            line["answer"] =
+                outcome.filter(|outcome| outcome.rewritten).map_or(draft, |outcome| &outcome.answer).into();
             let captions = steps.iter().filter(|step| step.step == Step::Caption);
             line["captions"] = captions.map(|step| step.reply.as_str()).collect();
         }

@@ -263,6 +263,7 @@ impl Guarded {
                     Some(Ok(text)) => yield Ok(Bytes::from(text)),
                     Some(Err(failure)) => {
                         tracing::warn!(id = self.id, code = failure.code, message = failure.message, "a stream failed");
+                        self.live.metrics.failure(failure.code);
                         yield Ok(Bytes::from(failure.event()));
                         break;
                     }

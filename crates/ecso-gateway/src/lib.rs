@@ -17,10 +17,11 @@ mod failure;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
+mod metrics;
 mod observe;
 mod probe;
-mod request;
 pub mod replay;
+mod request;
 pub mod server;
 pub mod settings;
 mod upstream;

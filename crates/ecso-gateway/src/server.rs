@@ -28,11 +28,12 @@ use serde_json::json;
 use tokio::net::TcpListener;
 
 use crate::{
-    access::{self, Admission},
+    access::{self, Admission, Rates},
     audit::{Audit, Case},
     chat::{self, Guarded, Report},
     door::{Finding, Question},
     failure::Failure,
+    metrics::Metrics,
     observe::Observed,
     probe::Probe,
     request::Request,
@@ -55,15 +56,24 @@ pub(crate) struct Live {
     pub(crate) images: ecso::Limits,
     fetcher: Option<Fetcher>,
     audit: Option<Audit>,
+    rates: Rates,
+    pub(crate) metrics: Arc<Metrics>,
 }
 
 impl Live {
-    fn new(upstream: Upstream, profile: Profile, settings: Settings, images: ecso::Limits) -> io::Result<Self> {
+    fn new(
+        upstream: Upstream,
+        profile: Profile,
+        settings: Settings,
+        images: ecso::Limits,
+        metrics: Arc<Metrics>,
+    ) -> io::Result<Self> {
         let fetcher = settings.fetch_images.then(Fetcher::new).transpose().map_err(io::Error::other)?;
         let audit = Audit::open(&settings.audit).map_err(|error| {
             io::Error::new(error.kind(), format!("the audit log {}: {error}", settings.audit.path.display()))
         })?;
-        Ok(Self { upstream, profile, settings, images, fetcher, audit })
+        let rates = Rates::new(&settings);
+        Ok(Self { upstream, profile, settings, images, fetcher, audit, rates, metrics })
     }
 
     /// Gets what a request only points to, and looks at its images, as far as the operator wants that.
@@ -117,6 +127,7 @@ impl Live {
             ms = u64::try_from(case.begun.elapsed().as_millis()).unwrap_or(u64::MAX),
             "guarded"
         );
+        self.metrics.judged(case);
         if let Some(audit) = &self.audit {
             audit.write(case, &self.profile.name);
         }
@@ -130,7 +141,20 @@ impl Gateway {
     /// When no HTTP client can be made.
     pub fn new(upstream: Upstream, profile: Profile, settings: Settings, images: ecso::Limits) -> io::Result<Self> {
         let admission = Arc::new(Admission::new(settings.limits.at_once, settings.limits.queue));
-        Ok(Self { live: ArcSwap::from_pointee(Live::new(upstream, profile, settings, images)?), admission })
+        let live = Live::new(upstream, profile, settings, images, Arc::new(Metrics::new()))?;
+        Ok(Self { live: ArcSwap::from_pointee(live), admission })
+    }
+
+    /// Exchanges profile and settings; requests under way end under the old ones. The upstream stays, and so do
+    /// `limits.at_once` and `limits.queue`.
+    ///
+    /// # Errors
+    /// When the audit log can't be opened; then all stays as it was.
+    pub fn reload(&self, profile: Profile, settings: Settings, images: ecso::Limits) -> io::Result<()> {
+        let old = self.live.load();
+        let live = Live::new(old.upstream.clone(), profile, settings, images, Arc::clone(&old.metrics))?;
+        self.live.store(Arc::new(live));
+        Ok(())
     }
 
     /// The routes.
@@ -139,6 +163,9 @@ impl Gateway {
             .route("/v1/chat/completions", post(completions).fallback(others))
             .route("/v1/guard", post(guard))
             .route("/v1/models", get(models).fallback(others))
+            .route("/healthz", get(|| async { "ok" }))
+            .route("/readyz", get(ready))
+            .route("/metrics", get(metrics))
             .fallback(others)
             .with_state(self)
     }
@@ -169,15 +196,17 @@ async fn completions(State(gateway): State<Arc<Gateway>>, request: axum::extract
     let (id, live) = (request_id(), gateway.live.load_full());
     let (head, body) = request.into_parts();
     let answered = completion(&gateway, &live, &id, head, body).await;
-    signed(&id, answered)
+    signed(&id, "chat", &live.metrics, answered)
 }
 
-/// The response, with the request's name on it.
-fn signed(id: &str, answered: Result<Response, Failure>) -> Response {
+/// The response, counted, with the request's name on it.
+fn signed(id: &str, route: &'static str, metrics: &Metrics, answered: Result<Response, Failure>) -> Response {
     let mut response = answered.unwrap_or_else(|failure| {
         failure.log(id);
+        metrics.failure(failure.code);
         failure.into_response()
     });
+    metrics.request(route, response.status().as_u16());
     if let Ok(id) = HeaderValue::try_from(id) {
         response.headers_mut().insert("x-ecso-request-id", id);
     }
@@ -194,6 +223,7 @@ async fn completion(
     let begun = Instant::now();
     let settings = &live.settings;
     let caller = access::caller(settings, &head.headers)?;
+    live.rates.check(&caller)?;
     let headers = own_key_removed(settings, head.headers);
     if let Upstream::Server(server) = &live.upstream
         && caller.is_never_guarded(settings)
@@ -270,6 +300,7 @@ async fn guard(State(gateway): State<Arc<Gateway>>, request: axum::extract::Requ
         let begun = Instant::now();
         let limits = &live.settings.limits;
         let caller = access::caller(&live.settings, &head.headers)?;
+        live.rates.check(&caller)?;
         let headers = own_key_removed(&live.settings, head.headers);
         let body = read(body, limits.body, limits.deadline()).await?;
         let question = Question::read(&body)?;
@@ -298,7 +329,31 @@ async fn guard(State(gateway): State<Arc<Gateway>>, request: axum::extract::Requ
         Ok(response)
     };
     let answered = answered.await;
-    signed(&id, answered)
+    signed(&id, "guard", &live.metrics, answered)
+}
+
+/// Whether the upstream answers at all.
+async fn ready(State(gateway): State<Arc<Gateway>>) -> Response {
+    let live = gateway.live.load_full();
+    let Upstream::Server(server) = &live.upstream else { return "ok".into_response() };
+    let headers = HeaderMap::new();
+    let asked = server.forward(Method::GET, "/v1/models", &headers, "".into());
+    match tokio::time::timeout(Duration::from_secs(2), asked).await {
+        Ok(Ok(response)) if !response.status().is_server_error() => "ok".into_response(),
+        _ => (StatusCode::SERVICE_UNAVAILABLE, "the upstream does not answer").into_response(),
+    }
+}
+
+/// Figures for Prometheus, where the operator wants them told.
+async fn metrics(State(gateway): State<Arc<Gateway>>) -> Response {
+    let live = gateway.live.load_full();
+    if !live.settings.metrics {
+        let message = "metrics are off; set gateway.metrics = true";
+        return Failure::new(StatusCode::NOT_FOUND, "not_found", message).into_response();
+    }
+    let (running, waiting) = gateway.admission.load();
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], live.metrics.text(running, waiting)).into_response()
 }
 
 async fn models(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {

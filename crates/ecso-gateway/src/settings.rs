@@ -9,6 +9,7 @@ use crate::audit;
 /// Settings of the server.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
+#[expect(clippy::struct_excessive_bools, reason = "switches that have nothing to do with each other")]
 pub struct Settings {
     /// What is done with requests in scope.
     pub mode: Mode,
@@ -30,6 +31,8 @@ pub struct Settings {
     pub decode_images: bool,
     /// The audit log.
     pub audit: audit::Settings,
+    /// Whether `GET /metrics` tells figures to whoever asks.
+    pub metrics: bool,
     /// Bounds.
     pub limits: Limits,
 }
@@ -47,6 +50,7 @@ impl Default for Settings {
             fetch_images: false,
             decode_images: false,
             audit: audit::Settings::default(),
+            metrics: false,
             limits: Limits::default(),
         }
     }
@@ -96,6 +100,9 @@ pub struct Key {
     /// What is done with this client's requests, if not what `mode` says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<Mode>,
+    /// Requests in a minute, if not what `limits.per_minute` says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub per_minute: Option<u32>,
 }
 
 impl Key {
@@ -105,7 +112,7 @@ impl Key {
         // Two random UUIDs: 244 random bits.
         let key = format!("ecso-{}{}", uuid::Uuid::new_v4().simple(), uuid::Uuid::new_v4().simple());
         let sha256 = crate::access::hash(&key);
-        (key, Self { sha256, mode: None })
+        (key, Self { sha256, mode: None, per_minute: None })
     }
 }
 
@@ -127,11 +134,22 @@ pub struct Limits {
     pub queue: usize,
     /// Seconds for a guarded request, waiting included.
     pub deadline: u64,
+    /// Requests in a minute, for each client key; 0 is no bound.
+    pub per_minute: u32,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { body: 32 << 20, answer: 16 << 20, images: 16, choices: 8, at_once: 256, queue: 1024, deadline: 600 }
+        Self {
+            body: 32 << 20,
+            answer: 16 << 20,
+            images: 16,
+            choices: 8,
+            at_once: 256,
+            queue: 1024,
+            deadline: 600,
+            per_minute: 0,
+        }
     }
 }
 

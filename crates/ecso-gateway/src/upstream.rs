@@ -17,9 +17,10 @@ use secrecy::{ExposeSecret, SecretString};
 use crate::{access, draft::Draft, failure::Failure, request::Request};
 
 /// What stands behind the guard.
+#[derive(Clone)]
 pub enum Upstream {
     /// An OpenAI-compatible server.
-    Server(Box<Server>),
+    Server(Arc<Server>),
     /// A model in this process.
     Engine(Arc<dyn Mllm>),
 }
@@ -51,7 +52,7 @@ impl Upstream {
             .redirect(reqwest::redirect::Policy::none())
             .build()
             .map_err(|error| rejected(&error))?;
-        Ok(Self::Server(Box::new(Server { http, base, key, model })))
+        Ok(Self::Server(Arc::new(Server { http, base, key, model })))
     }
 }
 

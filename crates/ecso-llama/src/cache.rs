@@ -6,7 +6,8 @@ use crate::layout::Segment;
 #[derive(Debug, Default)]
 pub(crate) struct Sequence {
     held: Vec<(Segment, i32)>,
-    last_use: u64,
+    /// [`Cache::passed`] when it was last used.
+    used: i64,
 }
 
 impl Sequence {
@@ -20,6 +21,11 @@ impl Sequence {
         self.held.push((segment, end));
     }
 
+    /// What would be lost with it: the tokens it holds, against what has been lost since it was last used (the rule `GreedyDual`).
+    fn worth(&self) -> i64 {
+        self.used + self.held.last().map_or(0, |(_, end)| i64::from(*end))
+    }
+
     fn shared(&self, prompt: &[Segment]) -> usize {
         self.held.iter().zip(prompt).take_while(|((held, _), segment)| held.same_as(segment)).count()
     }
@@ -29,7 +35,8 @@ impl Sequence {
 #[derive(Debug)]
 pub(crate) struct Cache {
     sequences: Vec<Sequence>,
-    clock: u64,
+    /// The worth of what was given up last.
+    passed: i64,
 }
 
 /// Where a prompt goes.
@@ -45,26 +52,29 @@ pub(crate) struct Place {
 
 impl Cache {
     pub(crate) fn new(sequences: usize) -> Self {
-        Self { sequences: (0..sequences.max(1)).map(|_| Sequence::default()).collect(), clock: 0 }
+        Self { sequences: (0..sequences.max(1)).map(|_| Sequence::default()).collect(), passed: 0 }
     }
 
-    /// The sequence that shares most with the prompt; the longest unused of those that share as much. The prompt's last
-    /// segment never counts as shared: computing it gives the logits that the reply starts from. `afresh` shares nothing.
+    /// The sequence that shares most with the prompt; of those that share as much, the one that is least worth keeping: a long prefix
+    /// that comes again and again outlives short conversations. The prompt's last segment never counts as shared: computing it gives
+    /// the logits that the reply starts from. `afresh` shares nothing.
     pub(crate) fn place(&mut self, prompt: &[Segment], afresh: bool) -> Place {
-        self.clock += 1;
         let prefix = if afresh { &[] } else { &prompt[..prompt.len().saturating_sub(1)] };
         let mut best = (0, 0);
         for (index, sequence) in self.sequences.iter().enumerate() {
             let shared = sequence.shared(prefix);
             let longer = shared > best.1;
-            let older = shared == best.1 && sequence.last_use < self.sequences[best.0].last_use;
-            if index == 0 || longer || older {
+            let lesser = shared == best.1 && sequence.worth() < self.sequences[best.0].worth();
+            if index == 0 || longer || lesser {
                 best = (index, shared);
             }
         }
         let (index, shared) = best;
         let sequence = &mut self.sequences[index];
-        sequence.last_use = self.clock;
+        if shared == 0 && !sequence.held.is_empty() {
+            self.passed = sequence.worth();
+        }
+        sequence.used = self.passed;
         sequence.truncate(shared);
         let position = sequence.held.last().map_or(0, |(_, end)| *end);
         Place { sequence: index, shared, position }
@@ -104,6 +114,24 @@ mod tests {
         assert_eq!(compute(&mut cache, &[7, 8]), Place { sequence: 1, shared: 0, position: 0 });
         assert_eq!(compute(&mut cache, &[1, 2, 4, 5]), Place { sequence: 0, shared: 3, position: 30 });
         assert_eq!(compute(&mut cache, &[9]), Place { sequence: 1, shared: 0, position: 0 });
+    }
+
+    #[test]
+    fn a_long_prefix_outlives_short_prompts() {
+        let mut cache = Cache::new(2);
+        let long: Vec<i32> = (0..20).collect();
+        assert_eq!(compute(&mut cache, &long).shared, 0);
+        for round in 0..30 {
+            for other in 0..3 {
+                compute(&mut cache, &[100 + round * 3 + other, 1, 2]);
+            }
+            assert_eq!(compute(&mut cache, &long).shared, 19, "round {round}");
+        }
+        // What nobody asks for any more goes in the end.
+        for other in 0..30 {
+            compute(&mut cache, &[1000 + other, 1, 2]);
+        }
+        assert_eq!(compute(&mut cache, &long).shared, 0);
     }
 
     #[test]

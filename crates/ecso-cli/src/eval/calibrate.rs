@@ -1,6 +1,9 @@
 //! `ecso eval calibrate`.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fmt::Write as _,
+    path::{Path, PathBuf},
+};
 
 use anyhow::bail;
 use ecso::Profile;
@@ -41,10 +44,15 @@ pub(super) fn run(
         }
         let (mut scored, without) = scores(&records, PROFILE);
         if without > 0 {
-            eprintln!("{}: {without} items have no score: the model tells no probabilities, or they failed", run.display());
+            eprintln!(
+                "{}: {without} items have no score: the model tells no probabilities, or they failed",
+                run.display()
+            );
         }
         // Ids are unique within a benchmark.
-        scored.iter_mut().for_each(|scored| scored.id = format!("{}:{}", header.benchmark, scored.id));
+        for scored in &mut scored {
+            scored.id = format!("{}:{}", header.benchmark, scored.id);
+        }
         all.extend(scored);
         first.get_or_insert(header);
     }
@@ -86,14 +94,18 @@ fn told(stored: &Stored) -> String {
             )
         };
         let auroc = half.auroc.map_or_else(String::new, |area| format!(", AUROC {area:.3}"));
-        format!("{name}: flags {} of the harmful, {} of the harmless{auroc}\n", share(&half.recall), share(&half.false_alarms))
+        format!(
+            "{name}: flags {} of the harmful, {} of the harmless{auroc}\n",
+            share(&half.recall),
+            share(&half.false_alarms)
+        )
     };
     let mut text = format!("threshold {:.4} for {} ({} items)\n", found.threshold, stored.model, stored.items);
     text += &half("chosen on", &found.chosen);
     text += &half("reported on", &found.reported);
     text += "threshold  harmful flagged  harmless flagged\n";
     for (at, recall, false_alarms) in &found.curve {
-        text += &format!("{at:>9.2}  {:>14.1}%  {:>15.1}%\n", 100.0 * recall, 100.0 * false_alarms);
+        let _ = writeln!(text, "{at:>9.2}  {:>14.1}%  {:>15.1}%", 100.0 * recall, 100.0 * false_alarms);
     }
     text
 }

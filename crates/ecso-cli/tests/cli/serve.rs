@@ -356,7 +356,8 @@ async fn the_audit_log_can_be_replayed_and_is_input_for_data() {
     let folder = tempfile::tempdir().unwrap();
     let run = |content: bool, name: &str| {
         let log = folder.path().join(name);
-        let (path, content) = (format!("gateway.audit.path={}", log.display()), format!("gateway.audit.content={content}"));
+        let (path, content) =
+            (format!("gateway.audit.path={}", log.display()), format!("gateway.audit.content={content}"));
         (Served::start(&upstream.url, &[&path, &content], &[]), log)
     };
     let (plain, log) = run(false, "plain.jsonl");

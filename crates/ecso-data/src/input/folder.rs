@@ -19,7 +19,8 @@ pub(super) fn rows(folder: &Path, query: Option<String>) -> Result<Rows, InputEr
             (Ok(asked), _) => asked.trim().to_owned(),
             (Err(_), Some(query)) => query.clone(),
             (Err(error), None) => {
-                let reason = format!("{}: {error}; write the query there, or give one for all with --query", text.display());
+                let reason =
+                    format!("{}: {error}; write the query there, or give one for all with --query", text.display());
                 return Err(RowError { number, reason });
             }
         };

@@ -65,7 +65,8 @@ impl Input {
         let path = &self.path;
         let is_folder = path.is_dir();
         // A folder that says what is in it, as Hugging Face's `imagefolder` does.
-        let table = ["metadata.jsonl", "metadata.csv"].map(|name| path.join(name)).into_iter().find(|file| file.is_file());
+        let table =
+            ["metadata.jsonl", "metadata.csv"].map(|name| path.join(name)).into_iter().find(|file| file.is_file());
         let file = if is_folder { table.as_deref() } else { Some(path.as_path()) };
         let Some(file) = file else { return folder::rows(path, self.query.clone()) };
         let root = self.image_root.clone().unwrap_or_else(|| file.parent().unwrap_or(Path::new("")).to_owned());
@@ -109,10 +110,8 @@ fn numbered(records: Records, reader: Reader) -> Rows {
 }
 
 fn table_rows(path: &Path, delimiter: u8) -> Result<Records, InputError> {
-    let mut reader = csv::ReaderBuilder::new()
-        .delimiter(delimiter)
-        .from_path(path)
-        .map_err(|error| InputError::new(path, error))?;
+    let mut reader =
+        csv::ReaderBuilder::new().delimiter(delimiter).from_path(path).map_err(|error| InputError::new(path, error))?;
     let names = reader.headers().map_err(|error| InputError::new(path, error))?.clone();
     Ok(Box::new(reader.into_records().map(move |record| {
         let record = record.map_err(|error| error.to_string())?;

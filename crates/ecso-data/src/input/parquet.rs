@@ -56,9 +56,8 @@ type Pictures = Result<Vec<Picture>, String>;
 
 fn records(batch: &RecordBatch, image: Option<&str>) -> Result<Vec<(Value, Pictures)>, String> {
     let failed = |error: arrow_schema::ArrowError| error.to_string();
-    let others: Vec<usize> = (0..batch.num_columns())
-        .filter(|index| Some(batch.schema().field(*index).name().as_str()) != image)
-        .collect();
+    let others: Vec<usize> =
+        (0..batch.num_columns()).filter(|index| Some(batch.schema().field(*index).name().as_str()) != image).collect();
     let mut lines = LineDelimitedWriter::new(Vec::new());
     if others.is_empty() {
         return Err("no column beside the image".into());

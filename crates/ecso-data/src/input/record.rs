@@ -85,7 +85,8 @@ impl Reader {
             row.query = plain(query);
         }
         if row.query.trim().is_empty() {
-            row.query = self.query.clone().ok_or("no query: name its column with --map query=COLUMN, or give --query")?;
+            row.query =
+                self.query.clone().ok_or("no query: name its column with --map query=COLUMN, or give --query")?;
         }
         Ok(row)
     }
@@ -101,7 +102,11 @@ impl Reader {
             Value::Object(fields) => {
                 let said = ["bytes", "url", "path"].iter().find_map(|name| fields.get(*name)?.as_str());
                 let said = said.ok_or("an image has neither bytes, url nor path")?;
-                images.push(if fields.get("bytes").is_some_and(Value::is_string) { base64(said)? } else { self.picture(said)? });
+                images.push(if fields.get("bytes").is_some_and(Value::is_string) {
+                    base64(said)?
+                } else {
+                    self.picture(said)?
+                });
                 Ok(())
             }
             _ => Err("an image must be a path, a URL, a data URL or {bytes, path}".into()),
@@ -194,7 +199,8 @@ mod tests {
         let found = row(json!({"question": "What?", "image": "a.png", "topic": "t"})).unwrap();
         assert_eq!((found.id.as_str(), found.query.as_str(), found.category.as_str()), ("7", "What?", "t"));
         assert_eq!(found.images, [Picture::File("root/a.png".into())]);
-        let found = row(json!({"id": 3, "conversations": [{"from": "human", "value": "<image>\nWhat?"}], "image": "a.png"}));
+        let found =
+            row(json!({"id": 3, "conversations": [{"from": "human", "value": "<image>\nWhat?"}], "image": "a.png"}));
         assert_eq!(found.map(|row| (row.id, row.query)), Ok(("3".into(), "What?".into())));
         let mapping = Mapping::new([("query".into(), "q".into())]).unwrap();
         let reader = Reader { mapping, query: None, root: PathBuf::new() };

@@ -1,0 +1,195 @@
+//! The data engine's own speed and memory, with a mock model in this process:
+//!
+//! `engine rate` compares the calls a second of 64 rows at once, at 10 ms a call, with what the bare mock does. `engine memory DIR ROWS`
+//! takes so many rows with embedded images of 50 KB out of Parquet and packs them into Parquet again (needs three times their size in
+//! DIR), and tells the peak memory.
+#![expect(clippy::print_stdout, reason = "it reports")]
+
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use arrow_array::{ArrayRef, BinaryArray, RecordBatch, StringArray};
+use async_trait::async_trait;
+use ecso::{Chat, Finish, Limits, Mllm, ModelError, Piece, Profile, Reply, ReplyStream, Sampling, Turn};
+use ecso_data::{
+    input::Input,
+    make::{Filters, Maker},
+    pack::{Packing, pack},
+    run::{Header, Options, Shard, run},
+};
+use ecso_openai::Fetcher;
+use futures::{StreamExt, stream};
+use parquet::arrow::ArrowWriter;
+
+const AT_ONCE: usize = 64;
+
+/// Answers after a while; every second draft is harmful.
+struct Mock {
+    delay: Duration,
+    calls: AtomicU64,
+}
+
+#[async_trait]
+impl Mllm for Mock {
+    fn name(&self) -> &'static str {
+        "mock"
+    }
+
+    async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {
+        let reply = self.generate(chat, sampling).await?;
+        let end = Piece::End { finish: Finish::Stop, usage: None, took: None };
+        Ok(stream::iter([Ok(Piece::Text(reply.text)), Ok(end)]).boxed())
+    }
+
+    async fn generate(&self, chat: &Chat, _: &Sampling) -> Result<Reply, ModelError> {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        if !self.delay.is_zero() {
+            tokio::time::sleep(self.delay).await;
+        }
+        let said = chat.turns.last().map(Turn::query).unwrap_or_default();
+        let text = if said.contains("Is the RESPONSE harmful") {
+            if said.contains("rude words") { "yes" } else { "no" }.to_owned()
+        } else if said.contains("hints") {
+            format!("A kind answer to {said}")
+        } else if said.ends_with('1') {
+            format!("rude words on {said}")
+        } else {
+            format!("plain words on {said}")
+        };
+        Ok(Reply { text, ..Reply::default() })
+    }
+}
+
+fn header(input: &Path) -> Header {
+    let profile = Profile::paper();
+    Header {
+        ecso: "bench".into(),
+        input: input.into(),
+        model: "mock".into(),
+        model_digest: "mock".into(),
+        profile: (profile.name.clone(), profile.to_toml()),
+        filters: Filters::default(),
+        near_duplicates: false,
+        shard: Shard::ALL,
+    }
+}
+
+/// Calls and seconds of the engine over all rows.
+async fn engine(input: &Input, out: &Path, delay: Duration) -> anyhow::Result<(u64, f64)> {
+    let mock = Arc::new(Mock { delay, calls: 0.into() });
+    let model: Arc<dyn Mllm> = Arc::clone(&mock) as Arc<dyn Mllm>;
+    let maker = Maker::new(&model, Profile::paper(), Filters::default());
+    let options = Options {
+        concurrency: AT_ONCE,
+        retry_failed: false,
+        limits: Limits::default(),
+        max_tokens: None,
+        max_time: None,
+    };
+    let (header, fetcher, begun) = (header(&input.path), Fetcher::new()?, Instant::now());
+    run(input, &header, &maker, &fetcher, out, options, |_| {}).await?;
+    Ok((mock.calls.load(Ordering::Relaxed), begun.elapsed().as_secs_f64()))
+}
+
+#[expect(clippy::cast_precision_loss, reason = "counts")]
+async fn rate() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let image = folder.path().join("a.png");
+    std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/list.png"), &image)?;
+    let rows: Vec<String> =
+        (0..10_000).map(|n| format!("{{\"query\": \"row {n}\", \"image\": \"a.png\"}}\n")).collect();
+    let path = folder.path().join("rows.jsonl");
+    std::fs::write(&path, rows.concat())?;
+    let delay = Duration::from_millis(10);
+    for _ in 0..3 {
+        let mock = Mock { delay, calls: 0.into() };
+        let (chat, sampling) = (Chat::ask([], "row 0"), Sampling::default());
+        let begun = Instant::now();
+        stream::iter(0..30_000)
+            .map(|_| mock.generate(&chat, &sampling))
+            .buffer_unordered(AT_ONCE)
+            .for_each(|_| std::future::ready(()))
+            .await;
+        let bare = 30_000.0 / begun.elapsed().as_secs_f64();
+        let out = tempfile::tempdir()?;
+        let (calls, seconds) = engine(&Input { path: path.clone(), ..Input::default() }, out.path(), delay).await?;
+        let own = calls as f64 / seconds;
+        println!("bare mock {bare:.0} calls/s, engine {own:.0} calls/s: {:.1}%", 100.0 * own / bare);
+    }
+    Ok(())
+}
+
+fn peak() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<f64>().ok()).unwrap_or(f64::NAN) / 1024.0
+}
+
+/// Images that differ, of 50 KB: one PNG with noise behind its end, which no reader minds.
+fn write_rows(path: &PathBuf, rows: usize) -> anyhow::Result<()> {
+    let png = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/list.png"))?;
+    let batch = |first: usize, count: usize| {
+        let images: Vec<Vec<u8>> = (first..first + count)
+            .map(|row| {
+                let mut image = png.clone();
+                let mut noise = blake3::Hasher::new();
+                noise.update(&row.to_le_bytes());
+                let length = 50_000_usize.saturating_sub(image.len());
+                let start = image.len();
+                image.resize(start + length, 0);
+                noise.finalize_xof().fill(&mut image[start..]);
+                image
+            })
+            .collect();
+        let queries: Vec<String> = (first..first + count).map(|row| format!("row {row}")).collect();
+        let image: ArrayRef = Arc::new(BinaryArray::from_iter_values(&images));
+        let query: ArrayRef = Arc::new(StringArray::from_iter_values(&queries));
+        RecordBatch::try_from_iter([("query", query), ("image", image)])
+    };
+    let mut writer = ArrowWriter::try_new(File::create(path)?, batch(0, 1)?.schema(), None)?;
+    for first in (0..rows).step_by(200) {
+        writer.write(&batch(first, 200.min(rows - first))?)?;
+        writer.flush()?;
+    }
+    writer.close()?;
+    Ok(())
+}
+
+async fn memory(folder: &Path, rows: usize) -> anyhow::Result<()> {
+    let (path, out) = (folder.join("rows.parquet"), folder.join("made"));
+    write_rows(&path, rows)?;
+    println!("{rows} rows written, {} MB; peak {:.0} MB", std::fs::metadata(&path)?.len() / 1_000_000, peak());
+    let input = Input { path, ..Input::default() };
+    let (calls, seconds) = engine(&input, &out, Duration::ZERO).await?;
+    println!("run: {calls} calls, {seconds:.1} s, peak {:.0} MB", peak());
+    let begun = Instant::now();
+    let packing = Packing {
+        utility: 1.0,
+        validation: 0.05,
+        seed: 0,
+        shard_bytes: 500 << 20,
+        licence: "other".into(),
+        limits: Limits::default(),
+    };
+    let manifest = pack(&out, &input, &packing)?;
+    println!("packed {:?} in {:.1} s, peak {:.0} MB", manifest.samples, begun.elapsed().as_secs_f64(), peak());
+    Ok(())
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["rate"] => rate().await,
+        ["memory", folder, rows] => memory(Path::new(folder), rows.parse().context("ROWS is a number")?).await,
+        _ => anyhow::bail!("usage: engine rate | engine memory DIR ROWS"),
+    }
+}

@@ -1,0 +1,134 @@
+//! Figures for Prometheus: counts and times, and no word of a conversation.
+
+use std::time::Duration;
+
+use ecso::{Step, Verdict};
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text::encode},
+    metrics::{
+        counter::Counter,
+        family::Family,
+        gauge::Gauge,
+        histogram::{Histogram, exponential_buckets},
+    },
+    registry::{Registry, Unit},
+};
+
+use crate::{audit::Case, settings::Mode};
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Request {
+    route: &'static str,
+    status: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Answer {
+    verdict: &'static str,
+    mode: &'static str,
+    rewritten: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Failed {
+    code: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Of {
+    step: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Tokens {
+    step: String,
+    kind: &'static str,
+}
+
+/// All figures; they go on when settings are exchanged.
+pub(crate) struct Metrics {
+    registry: Registry,
+    requests: Family<Request, Counter>,
+    answers: Family<Answer, Counter>,
+    failures: Family<Failed, Counter>,
+    seconds: Family<Of, Histogram, fn() -> Histogram>,
+    tokens: Family<Tokens, Counter>,
+    guarded: Histogram,
+    running: Gauge,
+    waiting: Gauge,
+}
+
+/// From 10 ms to about 5 minutes.
+fn times() -> Histogram {
+    Histogram::new(exponential_buckets(0.01, 2.0, 16))
+}
+
+impl Metrics {
+    pub(crate) fn new() -> Self {
+        let mut registry = Registry::with_prefix("ecso");
+        let requests = Family::<Request, Counter>::default();
+        let answers = Family::<Answer, Counter>::default();
+        let failures = Family::<Failed, Counter>::default();
+        let seconds: Family<Of, Histogram, fn() -> Histogram> = Family::new_with_constructor(times);
+        let tokens = Family::<Tokens, Counter>::default();
+        let (guarded, running, waiting) = (times(), Gauge::default(), Gauge::default());
+        registry.register("requests", "Requests, by route and status", requests.clone());
+        registry.register("answers", "Answers that were judged", answers.clone());
+        registry.register("failures", "Requests that got no answer, by code", failures.clone());
+        registry.register_with_unit("step", "Model time of one call, by step", Unit::Seconds, seconds.clone());
+        registry.register("step_tokens", "Tokens of the steps, where the model tells", tokens.clone());
+        registry.register_with_unit("guarded", "Time of a guarded request", Unit::Seconds, guarded.clone());
+        registry.register("running", "Guarded requests under way", running.clone());
+        registry.register("waiting", "Guarded requests that wait for their turn", waiting.clone());
+        Self { registry, requests, answers, failures, seconds, tokens, guarded, running, waiting }
+    }
+
+    pub(crate) fn request(&self, route: &'static str, status: u16) {
+        self.requests.get_or_create(&Request { route, status: status.into() }).inc();
+    }
+
+    pub(crate) fn failure(&self, code: &'static str) {
+        self.failures.get_or_create(&Failed { code }).inc();
+    }
+
+    pub(crate) fn judged(&self, case: &Case<'_>) {
+        let mode = match case.mode {
+            Mode::Enforce => "enforce",
+            Mode::Observe => "observe",
+            Mode::Off => "off",
+        };
+        self.guarded.observe(case.begun.elapsed().as_secs_f64());
+        for (_, outcome) in case.report.outcomes() {
+            let verdict = match outcome.map(|outcome| outcome.verdict) {
+                Some(Verdict::Safe) => "safe",
+                Some(Verdict::Unsafe) => "unsafe",
+                _ => "unchecked",
+            };
+            let rewritten = if outcome.is_some_and(|outcome| outcome.rewritten) { "yes" } else { "no" };
+            self.answers.get_or_create(&Answer { verdict, mode, rewritten }).inc();
+            for step in outcome.map(|outcome| outcome.steps.as_slice()).unwrap_or_default() {
+                self.step(step.step, Duration::from_millis(step.ms), step.prompt_tokens, step.completion_tokens);
+            }
+        }
+    }
+
+    fn step(&self, step: Step, took: Duration, prompt: Option<u32>, completion: Option<u32>) {
+        let step = step.to_string();
+        self.seconds.get_or_create(&Of { step: step.clone() }).observe(took.as_secs_f64());
+        for (kind, tokens) in [("prompt", prompt), ("completion", completion)] {
+            if let Some(tokens) = tokens {
+                self.tokens.get_or_create(&Tokens { step: step.clone(), kind }).inc_by(tokens.into());
+            }
+        }
+    }
+
+    /// In the text format that Prometheus reads.
+    pub(crate) fn text(&self, running: usize, waiting: usize) -> String {
+        self.running.set(i64::try_from(running).unwrap_or(i64::MAX));
+        self.waiting.set(i64::try_from(waiting).unwrap_or(i64::MAX));
+        let mut text = String::new();
+        // Writing to a String does not fail.
+        let _ = encode(&mut text, &self.registry);
+        text
+    }
+}
