@@ -107,7 +107,7 @@ impl Audit {
             "rewritten": outcome.is_some_and(|outcome| outcome.rewritten),
             "failure": case.report.failure(),
             "ms": u64::try_from(case.begun.elapsed().as_millis()).unwrap_or(u64::MAX),
-            "images": case.request.chat.images().map(|image| image.digest().to_hex()[..32].to_owned()).collect::<Vec<_>>(),
+            "image_digests": case.request.chat.images().map(|image| image.digest().to_hex()[..32].to_owned()).collect::<Vec<_>>(),
             "query_digest": query.map(|turn| digest(&turn.query())),
             "draft_digest": digest(draft),
             "steps": steps.iter().map(|step| json!({

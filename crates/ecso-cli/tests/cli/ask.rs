@@ -75,7 +75,7 @@ async fn a_safe_draft_is_the_answer_and_stdout_has_nothing_else() {
     ecso: loading the model
     ecso: step 1, direct answer (1 image)
     ecso: step 2, is it harmful? (1 image)
-    [the direct answer was judged safe, P(harm) 0.20; profile paper, model played]
+    [the direct answer was judged safe, P(harm) 0.20; profile paper (no calibration of `hardened` for this model), model played]
     ");
 }
 

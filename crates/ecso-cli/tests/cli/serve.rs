@@ -377,7 +377,11 @@ async fn the_audit_log_can_be_replayed_and_is_input_for_data() {
     assert_eq!(lines[1]["answer"], SAFE);
 
     let program = |arguments: &[&str]| {
-        let output = crate::ecso(folder.path()).args(arguments).args(["--model", &upstream.url]).output().unwrap();
+        let output = crate::ecso(folder.path())
+            .args(arguments)
+            .args(["--model", &upstream.url, "--model-name", "m"])
+            .output()
+            .unwrap();
         assert!(output.status.success(), "{}", crate::text(&output.stderr));
         crate::text(&output.stdout)
     };
@@ -391,7 +395,8 @@ async fn the_audit_log_can_be_replayed_and_is_input_for_data() {
     let out = folder.path().join("made");
     let made = program(&["synth", "--input", log, "--out", out.to_str().unwrap(), "--profile", "paper", "--json"]);
     let manifest: Value = serde_json::from_str(&made).unwrap();
-    assert_eq!((&manifest["rows"], &manifest["safe"]), (&json!(2), &json!(1)));
+    let failed = std::fs::read_to_string(out.join("dataset/failed.jsonl")).unwrap();
+    assert_eq!((&manifest["rows"], &manifest["safe"]), (&json!(2), &json!(1)), "{failed}");
     let chosen = std::fs::read_to_string(out.join("dataset/messages/train.jsonl")).unwrap_or_default()
         + &std::fs::read_to_string(out.join("dataset/messages/validation.jsonl")).unwrap_or_default();
     assert!(chosen.contains(SAFE) && !chosen.contains(LEAK), "{chosen}");
