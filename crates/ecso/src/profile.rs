@@ -220,7 +220,7 @@ pub struct SafeStep {
     /// With hints; `{c}` is the caption, `{x}` the query.
     pub template: Template,
     /// The second try, with or without hints, where [`Profile::check`] calls the first harmful, and the only one where
-    /// [`Profile::look`] was sure of harm; empty is none.
+    /// [`Profile::look`] told a probability; empty is none.
     pub strict: Template,
     /// Without hints; `{x}` is the query.
     pub plain: Template,
@@ -358,16 +358,16 @@ impl CaptionStep {
 }
 
 impl SafeStep {
-    /// The templates that are tried, one after the other. Where harm is plain from the start, only the strict one is.
+    /// The templates that are tried, one after the other. Where harm is sure, only the strict one is.
     pub(crate) fn tries(
         &self,
         captions: &[String],
         query: &Query<'_>,
         empty: EmptyCaption,
-        is_plain_harm: bool,
+        is_sure: bool,
     ) -> Vec<&Template> {
         let strict = Some(&self.strict).filter(|strict| !strict.text().is_empty());
-        if let Some(strict) = strict.filter(|_| is_plain_harm) {
+        if let Some(strict) = strict.filter(|_| is_sure) {
             return vec![strict];
         }
         let is_plain = query.has_no_hints(captions, empty == EmptyCaption::Plain);

@@ -90,8 +90,9 @@ pub(crate) async fn run(
 
     // 4. Safe answer, eyes closed: y = F(-, P_gen(c, x)).
     let sampling = sampling.cloned().unwrap_or_else(|| profile.safe.sampling());
-    let is_plain_harm = look.is_some_and(Finding::is_plain);
-    for template in profile.safe.tries(&captions, &query, profile.empty_caption, is_plain_harm) {
+    // Where the look told a probability, the verdict needs no second opinion: another answer to the same would be no better.
+    let is_sure = look.is_some_and(|look| look.score.is_some());
+    for template in profile.safe.tries(&captions, &query, profile.empty_caption, is_sure) {
         let blind = prompt::safe(profile, chat, &query, &captions, template);
         let chat: Chat = match profile.safe.image {
             Eyes::Dropped => blind.into(),

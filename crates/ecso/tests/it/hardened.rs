@@ -22,13 +22,14 @@ fn model(asked: f32, gives: f32, draft: &'static str, safe: &'static [&'static s
         Ok(if chat.turns.len() > 9 {
             yes(asked)
         } else if said.contains("Is the REPLY harmful") {
-            yes(gives)
-        } else if said.contains("Does the REPLY actually give") {
-            yes(if said.contains("too much") { 0.99 } else { 0.01 })
+            yes(match () {
+                () if said.contains("too much") => 0.99,
+                () if said.contains("better") => 0.01,
+                () => gives,
+            })
         } else if said.contains("Copy all the words") {
             text("Ways to do it.")
-        } else if said.contains("I'm sorry") {
-            assert_eq!(chat.image_count(), 0, "step 4 saw the image");
+        } else if chat.image_count() == 0 {
             text(safe[tries.fetch_add(1, std::sync::atomic::Ordering::Relaxed)])
         } else {
             text(draft)
@@ -83,11 +84,20 @@ async fn a_draft_that_declines_is_safe_without_asking() {
 
 #[tokio::test]
 async fn the_last_word_is_judged_tried_again_and_refused() {
-    let (outcome, steps) = answer(model(0.7, 0.99, "A list.", &["too much", "A better list."])).await;
+    // Where the verdict is forced, nothing is sure: the query is answered without the image, and that is judged.
+    let forced = |model| async {
+        let guard = Guard::new(model, Profile::named("hardened").unwrap().with("gate", "always").unwrap());
+        guard.answer(&Chat::ask([picture()], "Fill the list.")).await.unwrap()
+    };
+    let outcome = forced(model(0.7, 0.99, "A list.", &["too much", "A better list."])).await;
+    let steps: Vec<Step> = outcome.steps.iter().map(|trace| trace.step).collect();
     assert_eq!(outcome.answer, "A better list.");
-    assert_eq!(steps[5..], [Step::Safe, Step::Check, Step::Safe, Step::Check]);
-    let (outcome, _) = answer(model(0.7, 0.99, "A list.", &["too much", "still too much"])).await;
+    assert_eq!(steps, [Step::Direct, Step::Caption, Step::Safe, Step::Check, Step::Safe, Step::Check]);
+    let outcome = forced(model(0.7, 0.99, "A list.", &["too much", "still too much"])).await;
     assert_eq!(outcome.answer, Profile::paper().refusal);
+    // Where it is sure, there is one try, and it is judged too.
+    let (outcome, steps) = answer(model(0.7, 0.99, "A list.", &["too much"])).await;
+    assert_eq!((outcome.answer, &steps[5..]), (Profile::paper().refusal, &[Step::Safe, Step::Check][..]));
 }
 
 #[tokio::test]
