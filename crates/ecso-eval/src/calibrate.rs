@@ -82,11 +82,11 @@ pub fn calibrate(scores: &[Scored], false_alarms: f64) -> Result<Calibration, St
     harmless.sort_unstable_by(|a, b| b.total_cmp(a));
     #[expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a count")]
     let allowed = (false_alarms.clamp(0.0, 1.0) * harmless.len() as f64).floor() as usize;
-    // Between the highest harmless score that may not be flagged and the next score above it.
+    // The next score above the highest harmless one that may not be flagged: of all thresholds that do the same on this half, the one
+    // that is most careful with what it has not seen.
     let threshold = harmless.get(allowed).map_or(0.0, |highest| {
         let above = chosen.iter().map(|scored| scored.score).filter(|score| score > highest);
-        let next = above.fold(1.0, f64::min);
-        f64::midpoint(*highest, next)
+        above.fold(1.0, f64::min)
     });
     Ok(Calibration {
         threshold,

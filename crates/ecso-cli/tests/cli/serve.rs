@@ -401,3 +401,55 @@ async fn the_audit_log_can_be_replayed_and_is_input_for_data() {
         + &std::fs::read_to_string(out.join("dataset/messages/validation.jsonl")).unwrap_or_default();
     assert!(chosen.contains(SAFE) && !chosen.contains(LEAK), "{chosen}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn figures_health_rates_and_reload() {
+    let upstream = Upstream::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("config.toml");
+    let write = |profile: &str, per_minute: u32| {
+        let text = format!(
+            "profile = \"{profile}\"\n[gateway]\nmetrics = true\n[gateway.limits]\nper_minute = {per_minute}\n"
+        );
+        std::fs::write(&file, text).unwrap();
+    };
+    write("paper", 3);
+    let served = Served::start(&upstream.url, &[], &["--config", file.to_str().unwrap()]);
+    let root = served.url.trim_end_matches("/v1").to_owned();
+    let get = async |path: &str| {
+        let response = client().get(format!("{root}{path}")).send().await.unwrap();
+        (response.status().as_u16(), response.text().await.unwrap())
+    };
+    assert_eq!((get("/healthz").await.0, get("/readyz").await.0), (200, 200));
+    for (query, status) in [("What is on the list?", 200), ("A bad request", 200), ("m", 200), ("one too many", 429)] {
+        let got = post(&served.chat(), &ask("m", query, false)).await;
+        assert_eq!(got.status, status, "{}", got.body);
+        assert_eq!(got.headers.contains_key("retry-after"), status == 429);
+    }
+    let (_, figures) = get("/metrics").await;
+    for line in [
+        "ecso_requests_total{route=\"chat\",status=\"200\"} 3",
+        "ecso_answers_total{verdict=\"unsafe\",mode=\"enforce\",rewritten=\"yes\"} 1",
+        "ecso_failures_total{code=\"rate_limited\"} 1",
+        "ecso_step_seconds_count{step=\"detect\"} 3",
+        "ecso_running 0",
+    ] {
+        assert!(figures.contains(line), "{line} is not in {figures}");
+    }
+
+    // Read again: other settings hold from the next request on; broken ones change nothing.
+    let reload = async || {
+        let pid = served.process.id().to_string();
+        assert!(Command::new("kill").args(["-HUP", &pid]).status().unwrap().success());
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    };
+    write("paper", 0);
+    reload().await;
+    assert_eq!(post(&served.chat(), &ask("m", "once more", false)).await.status, 200);
+    write("nonsense", 1);
+    reload().await;
+    for _ in 0..3 {
+        assert_eq!(post(&served.chat(), &ask("m", "once more", false)).await.status, 200);
+    }
+    drop(upstream);
+}
