@@ -3,7 +3,7 @@
 
     hardened.py ECSO DATA OUT    DATA holds figstep/, mm-safetybench/ and xstest/ (see docs/evaluation.md); OUT gets items.jsonl
 
-Items come from the half on which nothing was tuned (those whose id's SHA-256 begins with an odd byte; of MM-SafetyBench all 40), drawn
+Items come from the half on which the look was not tuned (those whose id's SHA-256 begins with an odd byte; of MM-SafetyBench all 40), drawn
 with a fixed seed and dealt in turn, so that any beginning of the run is balanced.
 """
 import csv
