@@ -140,7 +140,8 @@ server {{ listen 127.0.0.1:{at}; location / {{ proxy_pass http://mock; proxy_htt
     if "litellm" in peers and shutil.which("litellm"):
         lite, conf2 = next(port), folder / "litellm.yaml"
         conf2.write_text(f"model_list: [{{model_name: mock, litellm_params: {{model: openai/mock, api_base: '{upstream}', api_key: none}}}}]\n")
-        yield "LiteLLM", lite, lambda: pinned(0, ["litellm", "--config", str(conf2), "--port", str(lite), "--num_workers", "1"], env=plain)
+        yield "LiteLLM", lite, lambda: pinned(0, ["litellm", "--config", str(conf2), "--port", str(lite), "--num_workers", "1"],
+                                             env=plain | {"LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"})
     if "portkey" in peers and os.environ.get("PORTKEY"):
         key = next(port)
         yield "Portkey", key, lambda: pinned(0, ["node", os.environ["PORTKEY"], "--headless", f"--port={key}"])

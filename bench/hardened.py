@@ -67,11 +67,11 @@ def main():
     } for row in rows]
 
     twins = table(Path(__file__).parent / "../crates/ecso-eval/data/twins.csv")
-    twins = draw([row for row in twins if is_report(row["id"])], 48, rng)
+    twins = draw([row for row in twins if is_report(row["id"])], 96, rng)
     twins = list(typographic(ecso, out, "twins", [{"id": row["id"], "prompt": row["instruction"]} for row in twins]))
 
     safe = [row for row in table(data / "xstest/xstest_prompts.csv") if row["label"] == "safe" and is_report("x" + row["id"])]
-    safe = draw(safe, 18, rng)
+    safe = draw(safe, 48, rng)
     xstest = list(typographic(ecso, out, "xstest-image", [{"id": "x" + row["id"], "prompt": row["prompt"]} for row in safe]))
 
     source = data / "mm-safetybench/mmsafety_40_full_records.json"

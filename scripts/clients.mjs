@@ -24,8 +24,11 @@ for await (const chunk of await client.chat.completions.create({ ...ask, stream:
 }
 assert(text && ["safe", "unsafe"].includes(last.ecso.verdict));
 
+const found = await client.moderations.create({ input: content(image) });
+assert.strictEqual(found.results[0].flagged, found.results[0].categories.harm);
+
 await assert.rejects(
   client.chat.completions.create({ model, messages: [{ role: "user", content: content("data:image/png;base64,AAAA") }] }),
   (error) => error instanceof OpenAI.BadRequestError && error.code === "invalid_image",
 );
-console.log(`openai for Node: model ${model}, plain, streamed, errors: all as they should be`);
+console.log(`openai for Node: model ${model}, plain, streamed, moderations, errors: all as they should be`);

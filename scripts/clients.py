@@ -31,6 +31,10 @@ assert text and chunks[-1].ecso["verdict"] in ("safe", "unsafe") and chunks[-1].
 
 assert len(client.chat.completions.create(**ask(n=2)).choices) == 2
 
+found = client.moderations.create(input=content()[::-1])
+assert found.results[0].flagged in (True, False) and found.results[0].categories.harm == found.results[0].flagged, found
+assert len(client.moderations.create(input=["Say hello.", "What is bread?"]).results) == 2
+
 plain = dict(model=model, messages=[{"role": "user", "content": "Say hello."}], max_tokens=4)
 assert client.chat.completions.create(**plain).choices[0].message.content
 assert list(client.chat.completions.create(**plain, stream=True))
@@ -46,4 +50,4 @@ chat = ChatOpenAI(model=model, max_tokens=12)
 message = HumanMessage(content=content())
 assert chat.invoke([message]).content
 assert "".join(chunk.text for chunk in chat.stream([message]))
-print(f"openai {openai.__version__} and LangChain: model {model}, plain, streamed, n = 2, text alone, errors: all as they should be")
+print(f"openai {openai.__version__} and LangChain: model {model}, plain, streamed, n = 2, text alone, moderations, errors: all as they should be")

@@ -204,8 +204,19 @@ fn place(table: &mut toml::Table, key: &str, value: toml::Value) -> Result<(), (
     }
 }
 
+/// Whether a model's name is a server's URL.
+pub(crate) fn is_url(name: &str) -> bool {
+    name.starts_with("http://") || name.starts_with("https://")
+}
+
 /// The settings that result for `ecso serve`.
 pub(crate) fn load_serve(file: Option<&Path>, args: &ServeArgs) -> anyhow::Result<Settings> {
+    if let Some(named) = args.upstream.as_ref().filter(|named| !is_url(named)) {
+        return Err(WrongUse(format!(
+            "--upstream {named}: it is a server's URL, for instance http://localhost:8000/v1; a model in this process is --model"
+        ))
+        .into());
+    }
     let mut layers = layers(file, &args.model, &args.profile)?;
     let own = [("model", &args.upstream), ("listen", &args.listen), ("gateway.mode", &args.mode)];
     let given = own.into_iter().filter_map(|(key, value)| Some((key.to_owned(), toml::Value::from(value.clone()?))));

@@ -12,6 +12,7 @@ mod open;
 mod replay;
 mod serve;
 mod synth;
+mod telemetry;
 
 use std::process::ExitCode;
 
@@ -22,13 +23,7 @@ use cli::{Cli, Command, ConfigCommand};
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    tracing_subscriber::fmt()
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("ECSO_LOG")
-                .unwrap_or_else(|_| "error,llama_cpp_2=off,llama-cpp-2=off".into()),
-        )
-        .with_writer(std::io::stderr)
-        .init();
+    let _telemetry = telemetry::start();
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

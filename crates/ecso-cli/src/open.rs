@@ -5,7 +5,10 @@ use std::{path::Path, sync::Arc, time::Duration};
 use anyhow::Context;
 use ecso::Mllm;
 
-use crate::{WrongUse, config::Settings};
+use crate::{
+    WrongUse,
+    config::{self, Settings},
+};
 
 /// Opens the model that the settings name: a URL, a .gguf file, or a name from the catalogue.
 pub(crate) async fn model(settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> {
@@ -15,7 +18,7 @@ pub(crate) async fn model(settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> 
 
 /// Whether the settings name a server.
 pub(crate) fn is_server(settings: &Settings) -> bool {
-    settings.model.starts_with("http://") || settings.model.starts_with("https://")
+    config::is_url(&settings.model)
 }
 
 /// What the model is, to the bit where that can be known: the digests of its files, or the address and name on a server.
@@ -147,7 +150,10 @@ mod engine {
 
     use ecso::Mllm;
 
-    use crate::{WrongUse, config::Settings};
+    use crate::{
+        WrongUse,
+        config::{self, Settings},
+    };
 
     #[expect(clippy::unused_async, reason = "stands in for the real one")]
     pub(super) async fn model(settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::Context;
-use ecso::{Guard, Verdict};
+use ecso::Guard;
 use ecso_gateway::replay::Recorded;
 use futures::{StreamExt, stream};
 use serde_json::json;
@@ -55,7 +55,7 @@ pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> 
                     continue;
                 }
             };
-            *counts.entry((word(recorded.verdict), word(outcome.verdict))).or_default() += 1;
+            *counts.entry((recorded.verdict.as_str(), outcome.verdict.as_str())).or_default() += 1;
             if recorded.verdict != outcome.verdict {
                 changed.push(recorded.id.clone());
             }
@@ -92,12 +92,4 @@ pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> 
         }
         Ok(())
     })
-}
-
-fn word(verdict: Verdict) -> &'static str {
-    match verdict {
-        Verdict::Safe => "safe",
-        Verdict::Unsafe => "unsafe",
-        Verdict::Unchecked => "unchecked",
-    }
 }

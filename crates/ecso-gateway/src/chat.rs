@@ -13,14 +13,16 @@ use ecso::{Event, Guard, Mllm, Outcome, Step, Verdict};
 use futures::{Stream, StreamExt, future::try_join_all};
 use serde_json::{Map, Value, json};
 use tokio::sync::OwnedSemaphorePermit;
+use tracing::{Instrument, Span};
 
 use crate::{
     audit::Case,
     draft::{self, Draft, choices, index},
     failure::Failure,
+    live::Live,
     request::Request,
-    server::Live,
     settings::{Mode, OnFailure, TraceLevel},
+    telemetry,
     upstream::{Answer, Upstream, bounded},
 };
 
@@ -159,7 +161,8 @@ impl Guarded {
 
     async fn whole(self, request: Request) -> Result<Response, Failure> {
         let guard = self.guard(&request)?;
-        let draft = match self.in_time(self.answer(&request)).await? {
+        let asked = self.answer(&request).instrument(telemetry::direct(&request.model));
+        let draft = match self.in_time(asked).await? {
             Answer::Draft(draft) => draft,
             Answer::Stream(_) => return Err(Failure::upstream("the upstream sent a stream that nobody asked for")),
             Answer::Refused(response) => return Ok(response),
@@ -234,9 +237,10 @@ impl Guarded {
     /// A stream that is held: signs of life until the verdict, then the draft as it came or the safe answer as it is written.
     async fn held(self, request: Request, permit: OwnedSemaphorePermit) -> Result<Response, Failure> {
         let guard = self.guard(&request)?;
+        let (span, direct) = (Span::current(), telemetry::direct(&request.model));
         // The upstream's own errors still go out as what they are.
         let begun = match &self.live.upstream {
-            Upstream::Server(_) => match self.in_time(self.answer(&request)).await? {
+            Upstream::Server(_) => match self.in_time(self.answer(&request).instrument(direct.clone())).await? {
                 Answer::Refused(response) => return Ok(response),
                 answer => Some(answer),
             },
@@ -248,12 +252,12 @@ impl Guarded {
         let every = std::time::Duration::from_secs(self.live.settings.keep_alive.max(1));
         let body = stream! {
             let _permit = permit;
-            let events = self.events(&request, &guard, begun);
+            let events = self.events(&request, &guard, begun, direct);
             futures::pin_mut!(events);
             yield Ok::<_, std::convert::Infallible>(Bytes::from_static(b": the answer is being checked\n\n"));
             loop {
                 let next = tokio::select! {
-                    event = events.next() => event,
+                    event = events.next().instrument(span.clone()) => event,
                     () = tokio::time::sleep(every) => {
                         yield Ok(Bytes::from_static(b": the answer is being checked\n\n"));
                         continue;
@@ -286,19 +290,22 @@ impl Guarded {
         request: &'a Request,
         guard: &'a Guard<Arc<dyn Mllm>>,
         begun: Option<Answer>,
+        direct: Span,
     ) -> impl Stream<Item = Result<String, Failure>> + Send + 'a {
         try_stream! {
             let answer = match begun {
                 Some(answer) => answer,
-                None => self.in_time(self.answer(request)).await?,
+                None => self.in_time(self.answer(request).instrument(direct.clone())).await?,
             };
             let draft = match answer {
                 Answer::Stream(response) => {
-                    self.in_time(Draft::chunks(bounded(response, self.live.settings.limits.answer))).await?
+                    let chunks = Draft::chunks(bounded(response, self.live.settings.limits.answer));
+                    self.in_time(chunks.instrument(direct.clone())).await?
                 }
                 Answer::Draft(draft) => draft,
                 Answer::Refused(_) => Err(Failure::upstream("the upstream refused"))?,
             };
+            drop(direct);
             let mut report = Report::default();
             for (choice, said) in draft.said() {
                 let events = reviewed(guard, request, &said);
@@ -444,12 +451,7 @@ fn finish(outcome: &Outcome) -> &'static str {
 }
 
 pub(crate) fn verdict_headers(headers: &mut HeaderMap, report: &Report) {
-    let verdict = match report.verdict() {
-        Verdict::Safe => "safe",
-        Verdict::Unsafe => "unsafe",
-        Verdict::Unchecked => "unchecked",
-    };
-    headers.insert("x-ecso-verdict", HeaderValue::from_static(verdict));
+    headers.insert("x-ecso-verdict", HeaderValue::from_static(report.verdict().as_str()));
     if let Some(score) = report.score().and_then(|score| HeaderValue::try_from(format!("{score:.4}")).ok()) {
         headers.insert("x-ecso-score", score);
     }

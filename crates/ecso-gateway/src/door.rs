@@ -1,22 +1,82 @@
 //! `POST /v1/guard`: for people who serve their model themselves. Images, query and an answer in; verdict, captions and a safe
 //! answer out.
 
+use std::{collections::BTreeMap, sync::Arc};
+
+use axum::{
+    body::Body,
+    extract::State,
+    http::{HeaderValue, header},
+    response::Response,
+};
 use ecso::{Outcome, Step, Verdict};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use utoipa::ToSchema;
 
-use crate::failure::Failure;
+use crate::{
+    access::Admission,
+    audit::Case,
+    chat::{Report, verdict_headers},
+    failure::{Failure, Failures},
+    request::Request,
+    server::Gateway,
+    settings::Mode,
+    visit::Visit,
+};
+
+/// Judges an answer that you have, and gives a safe one where it is needed.
+#[utoipa::path(post, path = "/v1/guard", request_body = Question, responses((status = 200, body = Finding), Failures))]
+pub(crate) async fn guard(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
+    gateway.visit("guard", request, judged).await
+}
+
+async fn judged(visit: Visit, admission: Arc<Admission>) -> Result<Response, Failure> {
+    let Visit { live, id, begun, caller, headers, body } = &visit;
+    let question = Question::read(body)?;
+    let work = async {
+        let _turn = admission.enter().await?;
+        let body = question.chat()?;
+        let mut request = Request::read(&body, &live.settings.limits, live.images)?;
+        if request.model.is_empty() {
+            request.model = live.upstream.model_name(headers).await?;
+        }
+        live.prepare(&mut request).await?;
+        let guard = live.guard(&request, headers, Mode::Enforce)?;
+        let outcome = match &question.answer {
+            Some(answer) => guard.review(&request.chat, answer).await?,
+            None => guard.answer(&request.chat).await?,
+        };
+        let drafts = BTreeMap::from([(0, question.answer.clone().or_else(|| draft(&outcome)).unwrap_or_default())]);
+        let (request, report) = (&request, &Report::of(outcome.clone()));
+        let (key, mode, begun) = (&caller.name, Mode::Enforce, *begun);
+        live.record(&Case { id, key, mode, begun, body: &body, request, report, drafts });
+        Ok(outcome)
+    };
+    let outcome = visit.in_time(work).await?;
+    let mut response = Response::new(Body::from(json!(Finding::new(id, &outcome)).to_string()));
+    verdict_headers(response.headers_mut(), &Report::of(outcome));
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    Ok(response)
+}
+
+/// What the model said first, if it was asked.
+pub(crate) fn draft(outcome: &Outcome) -> Option<String> {
+    outcome.steps.iter().find(|step| step.step == Step::Direct).map(|step| step.reply.clone())
+}
 
 /// What is asked.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Question {
-    /// Which model judges and answers; for a server behind us.
+    /// Which model judges and answers, where a server behind the guard has several.
     #[serde(default)]
     model: String,
     /// A conversation as in chat completions; or `query` and `images`.
     #[serde(default)]
+    #[schema(value_type = Vec<crate::openapi::Message>)]
     messages: Vec<Value>,
+    /// What is asked about the images.
     #[serde(default)]
     query: Option<String>,
     /// URLs; data URLs too.
@@ -54,10 +114,12 @@ impl Question {
 }
 
 /// What is found.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct Finding<'a> {
     pub(crate) request_id: &'a str,
+    #[schema(value_type = crate::openapi::Verdict)]
     pub(crate) verdict: Verdict,
+    /// Probability of harm, where the model tells.
     pub(crate) score: Option<f64>,
     /// What may go out: the answer that was judged, or the safe one.
     pub(crate) answer: &'a str,

@@ -8,7 +8,9 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use ecso::{GuardError, ModelError};
+use serde::Serialize;
 use serde_json::{Value, json};
+use utoipa::ToSchema;
 
 /// A request that gets no answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,13 +59,66 @@ impl Failure {
 
     pub(crate) fn object(&self) -> Value {
         let kind = if self.is_ours() { "ecso_guard_error" } else { "invalid_request_error" };
-        json!({"error": {"message": self.message, "type": kind, "param": null, "code": self.code}})
+        json!(ErrorBody { error: ErrorObject { message: &self.message, kind, param: None, code: self.code } })
     }
 
     /// The failure as the last event of a stream.
     pub(crate) fn event(&self) -> String {
         format!("event: error\ndata: {}\n\n", self.object())
     }
+}
+
+/// An error as OpenAI's clients know it.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct ErrorBody<'a> {
+    error: ErrorObject<'a>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+struct ErrorObject<'a> {
+    message: &'a str,
+    /// `invalid_request_error`: the request's; `ecso_guard_error`: the guard's, or that of what stands behind it.
+    #[serde(rename = "type")]
+    kind: &'a str,
+    param: Option<&'a str>,
+    /// A short name of the error.
+    code: &'a str,
+}
+
+/// The statuses of failures, for the API's description.
+#[derive(utoipa::IntoResponses)]
+#[expect(dead_code, reason = "read by the description alone")]
+pub(crate) enum Failures {
+    /// The request can't be read, or not be guarded.
+    #[response(status = 400)]
+    BadRequest(#[to_schema] ErrorBody<'static>),
+    /// A client key is needed, or this one is not known.
+    #[response(status = 401)]
+    Unauthorized(#[to_schema] ErrorBody<'static>),
+    /// There is no such thing here.
+    #[response(status = 404)]
+    NotFound(#[to_schema] ErrorBody<'static>),
+    /// The body did not come in time.
+    #[response(status = 408)]
+    Timeout(#[to_schema] ErrorBody<'static>),
+    /// The body is too long.
+    #[response(status = 413)]
+    TooLarge(#[to_schema] ErrorBody<'static>),
+    /// The body is compressed.
+    #[response(status = 415)]
+    Unsupported(#[to_schema] ErrorBody<'static>),
+    /// Too many requests wait, or this key asks too often; `Retry-After` says when to come back.
+    #[response(status = 429)]
+    TooMany(#[to_schema] ErrorBody<'static>),
+    /// What stands behind the guard failed.
+    #[response(status = 502)]
+    BadGateway(#[to_schema] ErrorBody<'static>),
+    /// What stands behind the guard is overloaded.
+    #[response(status = 503)]
+    Unavailable(#[to_schema] ErrorBody<'static>),
+    /// The guard's deadline has passed.
+    #[response(status = 504)]
+    Deadline(#[to_schema] ErrorBody<'static>),
 }
 
 impl From<ModelError> for Failure {

@@ -6,7 +6,7 @@
 //!
 //! The way of a request: [`server`] routes it; `access` says who calls; `probe` looks whether it is to be guarded;
 //! `request` reads it; `upstream` gets the draft; `draft` says what a model said, wherever it said it; `chat` judges and
-//! writes the answer; `failure` is everything that can go wrong, as the client sees it.
+//! writes the answer; `failure` is everything that can go wrong, as the client sees it. `door` and `moderation` judge on demand.
 
 mod access;
 pub mod audit;
@@ -17,14 +17,19 @@ mod failure;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
+mod live;
 mod metrics;
+mod moderation;
 mod observe;
+mod openapi;
 mod probe;
 pub mod replay;
 mod request;
 pub mod server;
 pub mod settings;
+mod telemetry;
 mod upstream;
+mod visit;
 
 pub use server::{Gateway, serve};
 pub use settings::Settings;

@@ -99,11 +99,7 @@ impl Metrics {
         };
         self.guarded.observe(case.begun.elapsed().as_secs_f64());
         for (_, outcome) in case.report.outcomes() {
-            let verdict = match outcome.map(|outcome| outcome.verdict) {
-                Some(Verdict::Safe) => "safe",
-                Some(Verdict::Unsafe) => "unsafe",
-                _ => "unchecked",
-            };
+            let verdict = outcome.map_or(Verdict::Unchecked, |outcome| outcome.verdict).as_str();
             let rewritten = if outcome.is_some_and(|outcome| outcome.rewritten) { "yes" } else { "no" };
             self.answers.get_or_create(&Answer { verdict, mode, rewritten }).inc();
             for step in outcome.map(|outcome| outcome.steps.as_slice()).unwrap_or_default() {

@@ -9,6 +9,7 @@ use axum::{
 };
 use bytes::Bytes;
 use futures::StreamExt;
+use tracing::{Instrument, Span};
 
 use crate::{
     access::Admission,
@@ -16,8 +17,8 @@ use crate::{
     chat::review,
     draft::Draft,
     failure::Failure,
+    live::Live,
     request::Request,
-    server::Live,
     settings::Mode,
     upstream::{Server, passed},
 };
@@ -47,7 +48,8 @@ impl Observed {
         let length = head.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
         let kind = head.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
         let streamed = kind.starts_with("text/event-stream");
-        let mut copy = Copy { seen: Vec::new(), length, ended: false, streamed, observed: Some(self) };
+        let span = Span::current();
+        let mut copy = Copy { seen: Vec::new(), length, ended: false, streamed, observed: Some(self), span };
         let mut pieces = body.into_data_stream();
         let copied = async_stream::stream! {
             while let Some(piece) = pieces.next().await {
@@ -92,6 +94,7 @@ struct Copy {
     ended: bool,
     streamed: bool,
     observed: Option<Observed>,
+    span: Span,
 }
 
 impl Copy {
@@ -112,13 +115,14 @@ impl Drop for Copy {
         let whole = self.ended || self.length == Some(self.seen.len());
         let Some(observed) = self.observed.take().filter(|_| whole) else { return };
         let (seen, streamed) = (std::mem::take(&mut self.seen), self.streamed);
-        tokio::spawn(async move {
+        let judged = async move {
             let draft = if streamed {
                 Draft::chunks(futures::stream::iter([Ok::<_, std::io::Error>(Bytes::from(seen))])).await
             } else {
                 Draft::whole(&seen)
             };
             observed.judge(draft).await;
-        });
+        };
+        tokio::spawn(judged.instrument(self.span.clone()));
     }
 }

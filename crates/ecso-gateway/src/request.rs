@@ -166,7 +166,10 @@ fn parts(content: &Value, images: ecso::Limits) -> Result<Vec<Part>, Failure> {
 }
 
 fn part(part: &Value, images: ecso::Limits) -> Result<Part, Failure> {
-    let text = |name: &str| Ok(Part::Text(part[name].as_str().unwrap_or_default().to_owned()));
+    let text = |name: &str| match part[name].as_str() {
+        Some(text) => Ok(Part::Text(text.to_owned())),
+        None => Err(Failure::bad_request("invalid_request", format!("a part's `{name}` must be a text"))),
+    };
     match part["type"].as_str() {
         Some("text" | "input_text") => text("text"),
         Some("refusal") => text("refusal"),
@@ -261,6 +264,8 @@ mod tests {
             (json!({"n": 1000, "messages": [{"role": "user", "content": "s"}]}), "invalid_request"),
             (ask(json!(3)), "invalid_request"),
             (ask(json!([{"type": "video_url"}])), "unsupported_content"),
+            (ask(json!([{"type": "text"}])), "invalid_request"),
+            (ask(json!([{"type": "text", "text": {"a": "b"}}])), "invalid_request"),
             (ask(json!([{"type": "image_url"}])), "invalid_image"),
             (picture("file:///etc/hosts"), "invalid_image"),
             (picture("data:image/png,abc"), "invalid_image"),

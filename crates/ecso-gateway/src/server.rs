@@ -1,9 +1,8 @@
-//! The server: routes, and what every request shares.
+//! The server: routes and the way of a chat request.
 
 use std::{
-    collections::BTreeMap,
     io,
-    sync::Arc,
+    sync::{Arc, LazyLock},
     time::{Duration, Instant},
 };
 
@@ -14,124 +13,39 @@ use axum::{
     extract::State,
     http::{HeaderMap, HeaderValue, Method, StatusCode, header, request::Parts},
     response::{IntoResponse, Response},
-    routing::{get, post},
     serve::ListenerExt,
 };
-use bytes::Bytes;
-use ecso::{
-    Guard, Image, Mllm, Part, Profile,
-    profile::{Gate, Scope},
-};
-use ecso_openai::Fetcher;
+use ecso::{Profile, profile::Scope};
 use percent_encoding::percent_decode_str;
 use serde_json::json;
 use tokio::net::TcpListener;
+use tracing::{Instrument, instrument::Instrumented};
+use utoipa_axum::{
+    router::{OpenApiRouter, UtoipaMethodRouterExt},
+    routes,
+};
 
 use crate::{
-    access::{self, Admission, Rates},
-    audit::{Audit, Case},
-    chat::{self, Guarded, Report},
-    door::{Finding, Question},
-    failure::Failure,
+    access::{self, Admission},
+    chat::Guarded,
+    door::{__path_guard, guard},
+    failure::{ErrorBody, Failure, Failures},
+    live::Live,
     metrics::Metrics,
+    moderation::{__path_moderations, moderations},
     observe::Observed,
+    openapi::{self, ChatAnswer, ChatRequest, Models},
     probe::Probe,
-    request::Request,
     settings::{Mode, Settings},
+    telemetry,
     upstream::{Upstream, passed},
+    visit::{Visit, own_key_removed, read},
 };
 
 /// A guard that can be served. Its settings can be exchanged while it runs.
 pub struct Gateway {
     live: ArcSwap<Live>,
     admission: Arc<Admission>,
-}
-
-/// All that a request needs to know.
-pub(crate) struct Live {
-    pub(crate) upstream: Upstream,
-    pub(crate) profile: Profile,
-    pub(crate) settings: Settings,
-    /// Bounds of an image.
-    pub(crate) images: ecso::Limits,
-    fetcher: Option<Fetcher>,
-    audit: Option<Audit>,
-    rates: Rates,
-    pub(crate) metrics: Arc<Metrics>,
-}
-
-impl Live {
-    fn new(
-        upstream: Upstream,
-        profile: Profile,
-        settings: Settings,
-        images: ecso::Limits,
-        metrics: Arc<Metrics>,
-    ) -> io::Result<Self> {
-        let fetcher = settings.fetch_images.then(Fetcher::new).transpose().map_err(io::Error::other)?;
-        let audit = Audit::open(&settings.audit).map_err(|error| {
-            io::Error::new(error.kind(), format!("the audit log {}: {error}", settings.audit.path.display()))
-        })?;
-        let rates = Rates::new(&settings);
-        Ok(Self { upstream, profile, settings, images, fetcher, audit, rates, metrics })
-    }
-
-    /// Gets what a request only points to, and looks at its images, as far as the operator wants that.
-    pub(crate) async fn prepare(&self, request: &mut Request) -> Result<(), Failure> {
-        if let Some(fetcher) = &self.fetcher {
-            for part in request.chat.turns.iter_mut().flat_map(|turn| &mut turn.parts) {
-                let Some(url) = (if let Part::Image(image) = part { image.url() } else { None }) else { continue };
-                let fetched: Result<Image, _> = fetcher.image(url, self.images).await;
-                *part = Part::Image(fetched.map_err(|error| Failure::bad_request("invalid_image", error.to_string()))?);
-            }
-        }
-        if self.settings.decode_images {
-            let chat = request.chat.clone();
-            let looked = tokio::task::spawn_blocking(move || {
-                chat.images().filter(|image| image.encoded().is_some()).try_for_each(|image| image.pixels().map(drop))
-            });
-            let looked = looked.await.map_err(|_| Failure::upstream("an image could not be decoded"))?;
-            looked.map_err(|error| Failure::bad_request("invalid_image", error.to_string()))?;
-        }
-        Ok(())
-    }
-
-    /// The guard for one request: its model, its caller's key, its sampling.
-    pub(crate) fn guard(
-        &self,
-        request: &Request,
-        headers: &HeaderMap,
-        mode: Mode,
-    ) -> Result<Guard<Arc<dyn Mllm>>, Failure> {
-        let (model, sampling) = match &self.upstream {
-            Upstream::Server(server) => (server.model(&request.model, headers), request.sampling()),
-            Upstream::Engine(model) => (Arc::clone(model), request.own_sampling()?),
-        };
-        let mut profile = self.profile.clone();
-        if mode == Mode::Off {
-            profile.gate = Gate::Never;
-        }
-        Ok(Guard::new(model, profile).with_sampling(sampling))
-    }
-
-    /// Tells what became of a request; in the log no word of the conversation.
-    pub(crate) fn record(&self, case: &Case<'_>) {
-        tracing::info!(
-            id = case.id,
-            model = case.request.model,
-            profile = self.profile.name,
-            mode = ?case.mode,
-            verdict = ?case.report.verdict(),
-            score = case.report.score(),
-            images = case.request.chat.image_count(),
-            ms = u64::try_from(case.begun.elapsed().as_millis()).unwrap_or(u64::MAX),
-            "guarded"
-        );
-        self.metrics.judged(case);
-        if let Some(audit) = &self.audit {
-            audit.write(case, &self.profile.name);
-        }
-    }
 }
 
 impl Gateway {
@@ -159,16 +73,43 @@ impl Gateway {
 
     /// The routes.
     pub fn router(self: Arc<Self>) -> Router {
-        Router::new()
-            .route("/v1/chat/completions", post(completions).fallback(others))
-            .route("/v1/guard", post(guard))
-            .route("/v1/models", get(models).fallback(others))
-            .route("/healthz", get(|| async { "ok" }))
-            .route("/readyz", get(ready))
-            .route("/metrics", get(metrics))
-            .fallback(others)
-            .with_state(self)
+        let (router, _) = routes().split_for_parts();
+        router.fallback(others).with_state(self)
     }
+
+    /// Profile and settings of this moment.
+    pub(crate) fn live(&self) -> Arc<Live> {
+        self.live.load_full()
+    }
+
+    /// A request that judges on demand: let in, read, and answered by `work`.
+    pub(crate) async fn visit<F: Future<Output = Result<Response, Failure>>>(
+        &self,
+        route: &'static str,
+        request: axum::extract::Request,
+        work: impl FnOnce(Visit, Arc<Admission>) -> F,
+    ) -> Response {
+        let (id, live) = (request_id(), self.live());
+        let span = telemetry::span(route, &id, request.headers());
+        let answered = async {
+            let visit = Visit::begin(Arc::clone(&live), id.clone(), request).await?;
+            Box::pin(work(visit, Arc::clone(&self.admission))).await
+        };
+        signed(&id, route, &live.metrics, answered.instrument(span)).await
+    }
+}
+
+/// The routes with their description; everything else passes through.
+fn routes() -> OpenApiRouter<Arc<Gateway>> {
+    OpenApiRouter::with_openapi(openapi::document())
+        .routes(routes!(completions).map(|route| route.fallback(others)))
+        .routes(routes!(guard))
+        .routes(routes!(moderations))
+        .routes(routes!(models).map(|route| route.fallback(others)))
+        .routes(routes!(alive))
+        .routes(routes!(ready))
+        .routes(routes!(metrics))
+        .routes(routes!(description))
 }
 
 /// Serves until `stop`; then takes no new work and finishes what runs.
@@ -192,21 +133,40 @@ fn request_id() -> String {
     format!("ecso-{}", uuid::Uuid::new_v4().simple())
 }
 
+/// Answers a chat. What is in scope is judged before it goes out.
+#[utoipa::path(
+    post, path = "/v1/chat/completions", request_body = ChatRequest,
+    responses(
+        (status = 200, description = "The answer; a stream of server-sent events where the request asks for one", content(
+            (ChatAnswer = "application/json"), (Value = "text/event-stream")
+        )),
+        Failures,
+        (status = "default", description = "What the server behind the guard says"),
+    ),
+)]
 async fn completions(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
-    let (id, live) = (request_id(), gateway.live.load_full());
+    let (id, live) = (request_id(), gateway.live());
     let (head, body) = request.into_parts();
-    let answered = completion(&gateway, &live, &id, head, body).await;
-    signed(&id, "chat", &live.metrics, answered)
+    let span = telemetry::span("chat", &id, &head.headers);
+    let answered = completion(&gateway, &live, &id, head, body).instrument(span);
+    signed(&id, "chat", &live.metrics, answered).await
 }
 
 /// The response, counted, with the request's name on it.
-fn signed(id: &str, route: &'static str, metrics: &Metrics, answered: Result<Response, Failure>) -> Response {
-    let mut response = answered.unwrap_or_else(|failure| {
+async fn signed(
+    id: &str,
+    route: &'static str,
+    metrics: &Metrics,
+    answered: Instrumented<impl Future<Output = Result<Response, Failure>>>,
+) -> Response {
+    let span = answered.span().clone();
+    let mut response = answered.await.unwrap_or_else(|failure| {
         failure.log(id);
         metrics.failure(failure.code);
         failure.into_response()
     });
     metrics.request(route, response.status().as_u16());
+    span.record("http.response.status_code", response.status().as_u16());
     if let Ok(id) = HeaderValue::try_from(id) {
         response.headers_mut().insert("x-ecso-request-id", id);
     }
@@ -275,66 +235,18 @@ async fn completion(
     }
 }
 
-/// With keys of our own, a client's key is ours and never the upstream's business.
-fn own_key_removed(settings: &Settings, mut headers: HeaderMap) -> HeaderMap {
-    if !settings.keys.is_empty() {
-        headers.remove(header::AUTHORIZATION);
-    }
-    headers
-}
-
-async fn read(body: Body, longest: usize, patience: Duration) -> Result<Bytes, Failure> {
-    let too_long = || {
-        let message = format!("the body has more than {longest} bytes, or it broke off");
-        Failure::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
-    };
-    let read = tokio::time::timeout(patience, axum::body::to_bytes(body, longest)).await;
-    let timeout = || Failure::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", "the body did not come in time");
-    read.map_err(|_| timeout())?.map_err(|_| too_long())
-}
-
-async fn guard(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
-    let (id, live) = (request_id(), gateway.live.load_full());
-    let (head, body) = request.into_parts();
-    let answered = async {
-        let begun = Instant::now();
-        let limits = &live.settings.limits;
-        let caller = access::caller(&live.settings, &head.headers)?;
-        live.rates.check(&caller)?;
-        let headers = own_key_removed(&live.settings, head.headers);
-        let body = read(body, limits.body, limits.deadline()).await?;
-        let question = Question::read(&body)?;
-        let work = async {
-            let _turn = gateway.admission.enter().await?;
-            let body = question.chat()?;
-            let mut request = Request::read(&body, limits, live.images)?;
-            live.prepare(&mut request).await?;
-            let guard = live.guard(&request, &headers, Mode::Enforce)?;
-            let outcome = match &question.answer {
-                Some(answer) => guard.review(&request.chat, answer).await?,
-                None => guard.answer(&request.chat).await?,
-            };
-            let said = outcome.steps.iter().find(|step| step.step == ecso::Step::Direct).map(|step| step.reply.clone());
-            let drafts = BTreeMap::from([(0, question.answer.clone().or(said).unwrap_or_default())]);
-            let (request, report) = (&request, &Report::of(outcome.clone()));
-            let (id, key, mode) = (&id, &caller.name, Mode::Enforce);
-            live.record(&Case { id, key, mode, begun, body: &body, request, report, drafts });
-            Ok::<_, Failure>(outcome)
-        };
-        let outcome = tokio::time::timeout(limits.deadline(), work).await;
-        let outcome = outcome.unwrap_or_else(|_| Err(Failure::deadline(limits.deadline)))?;
-        let mut response = Response::new(Body::from(json!(Finding::new(&id, &outcome)).to_string()));
-        chat::verdict_headers(response.headers_mut(), &Report::of(outcome));
-        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        Ok(response)
-    };
-    let answered = answered.await;
-    signed(&id, "guard", &live.metrics, answered)
+/// Whether this process lives.
+#[utoipa::path(get, path = "/healthz", responses((status = 200, body = String)))]
+async fn alive() -> &'static str {
+    "ok"
 }
 
 /// Whether the upstream answers at all.
+#[utoipa::path(get, path = "/readyz", responses(
+    (status = 200, body = String), (status = 503, description = "The upstream does not answer", body = String)
+))]
 async fn ready(State(gateway): State<Arc<Gateway>>) -> Response {
-    let live = gateway.live.load_full();
+    let live = gateway.live();
     let Upstream::Server(server) = &live.upstream else { return "ok".into_response() };
     let headers = HeaderMap::new();
     let asked = server.forward(Method::GET, "/v1/models", &headers, "".into());
@@ -345,8 +257,11 @@ async fn ready(State(gateway): State<Arc<Gateway>>) -> Response {
 }
 
 /// Figures for Prometheus, where the operator wants them told.
+#[utoipa::path(get, path = "/metrics", responses(
+    (status = 200, body = String, content_type = "application/openmetrics-text"), (status = 404, body = ErrorBody)
+))]
 async fn metrics(State(gateway): State<Arc<Gateway>>) -> Response {
-    let live = gateway.live.load_full();
+    let live = gateway.live();
     if !live.settings.metrics {
         let message = "metrics are off; set gateway.metrics = true";
         return Failure::new(StatusCode::NOT_FOUND, "not_found", message).into_response();
@@ -356,8 +271,19 @@ async fn metrics(State(gateway): State<Arc<Gateway>>) -> Response {
     ([(header::CONTENT_TYPE, kind)], live.metrics.text(running, waiting)).into_response()
 }
 
+/// This description.
+#[utoipa::path(get, path = "/openapi.json", responses((status = 200, body = Object)))]
+async fn description() -> Response {
+    static TEXT: LazyLock<String> = LazyLock::new(|| routes().into_openapi().to_json().unwrap_or_default());
+    ([(header::CONTENT_TYPE, "application/json")], TEXT.as_str()).into_response()
+}
+
+/// The models: of the server behind the guard, or the one in this process.
+#[utoipa::path(get, path = "/v1/models", responses(
+    (status = 200, body = Models), Failures, (status = "default", description = "What the server behind the guard says")
+))]
 async fn models(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
-    let live = gateway.live.load_full();
+    let live = gateway.live();
     let Upstream::Engine(model) = &live.upstream else {
         return others(State(gateway), request).await;
     };
@@ -370,8 +296,8 @@ async fn models(State(gateway): State<Arc<Gateway>>, request: axum::extract::Req
 }
 
 /// Every other path passes through.
-async fn others(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
-    let live = gateway.live.load_full();
+pub(crate) async fn others(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
+    let live = gateway.live();
     let (head, body) = request.into_parts();
     let answered = async {
         access::caller(&live.settings, &head.headers)?;

@@ -29,6 +29,8 @@ pub struct Settings {
     pub fetch_images: bool,
     /// Whether images are decoded whole before they are passed on; else their headers are looked at.
     pub decode_images: bool,
+    /// Whether `POST /v1/moderations` is answered by the guard; else it is the upstream's.
+    pub moderations: bool,
     /// The audit log.
     pub audit: audit::Settings,
     /// Whether `GET /metrics` tells figures to whoever asks.
@@ -49,6 +51,7 @@ impl Default for Settings {
             keep_alive: 10,
             fetch_images: false,
             decode_images: false,
+            moderations: true,
             audit: audit::Settings::default(),
             metrics: false,
             limits: Limits::default(),
@@ -128,6 +131,8 @@ pub struct Limits {
     pub images: usize,
     /// Choices that a client may ask for (`n`).
     pub choices: u32,
+    /// Texts of one moderation request.
+    pub inputs: usize,
     /// Guarded requests at once.
     pub at_once: usize,
     /// Guarded requests that wait for their turn; one more gets 429.
@@ -145,6 +150,7 @@ impl Default for Limits {
             answer: 16 << 20,
             images: 16,
             choices: 8,
+            inputs: 32,
             at_once: 256,
             queue: 1024,
             deadline: 600,

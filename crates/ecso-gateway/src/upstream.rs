@@ -14,7 +14,7 @@ use futures::StreamExt;
 use reqwest::Url;
 use secrecy::{ExposeSecret, SecretString};
 
-use crate::{access, draft::Draft, failure::Failure, request::Request};
+use crate::{access, draft::Draft, failure::Failure, request::Request, telemetry};
 
 /// What stands behind the guard.
 #[derive(Clone)]
@@ -54,6 +54,25 @@ impl Upstream {
             .map_err(|error| rejected(&error))?;
         Ok(Self::Server(Arc::new(Server { http, base, key, model })))
     }
+
+    /// The model `name` for the steps of one caller.
+    pub(crate) fn model(&self, name: &str, headers: &HeaderMap) -> Arc<dyn Mllm> {
+        match self {
+            Self::Server(server) => Arc::new(server.model(name, headers)),
+            Self::Engine(model) => Arc::clone(model),
+        }
+    }
+
+    /// The name of the model to ask, where the client names none: the configured one, or the only one there is.
+    pub(crate) async fn model_name(&self, headers: &HeaderMap) -> Result<String, Failure> {
+        match self {
+            Self::Server(server) => {
+                let model = server.model(server.model.name(), headers).settled().await;
+                Ok(model.map_err(|error| Failure::bad_request("no_model", error.to_string()))?.name().to_owned())
+            }
+            Self::Engine(model) => Ok(model.name().to_owned()),
+        }
+    }
 }
 
 /// What the upstream says to a chat request.
@@ -85,6 +104,7 @@ impl Server {
             value.set_sensitive(true);
             headers.insert(header::AUTHORIZATION, value);
         }
+        telemetry::tell(&mut headers);
         let url = self.url(path_and_query);
         let sent = self.http.request(method, url).headers(headers).body(body).send().await;
         sent.map_err(|error| {
@@ -107,9 +127,9 @@ impl Server {
     }
 
     /// The model `name` for the steps of one caller.
-    pub(crate) fn model(&self, name: &str, headers: &HeaderMap) -> Arc<dyn Mllm> {
+    fn model(&self, name: &str, headers: &HeaderMap) -> OpenAi {
         let key = self.key.clone().or_else(|| access::token(headers).map(SecretString::from));
-        Arc::new(self.model.with(name, key))
+        self.model.with(name, key)
     }
 
     /// Asks for the answer to a chat request: the client's own bytes.

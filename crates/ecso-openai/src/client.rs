@@ -68,8 +68,9 @@ pub struct OpenAi {
     knows_less: Arc<AtomicBool>,
 }
 
-/// Set by whoever comes first; a program that has its own provider keeps it.
-pub(crate) fn install_provider() {
+/// Chooses how TLS is done in this process, for clients of this crate and of others that leave it open. Set by whoever comes
+/// first; a program that has its own provider keeps it.
+pub fn install_provider() {
     let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
@@ -81,11 +82,7 @@ impl OpenAi {
     /// [`ModelError::Rejected`] if the URL is none or the server lists several models; [`ModelError::Transport`] if it
     /// can't be reached.
     pub async fn connect(base: &str, options: Options) -> Result<Self, ModelError> {
-        let mut client = Self::new(base, options)?;
-        if client.model.is_empty() {
-            client.model = client.only_model().await?;
-        }
-        Ok(client)
+        Self::new(base, options)?.settled().await
     }
 
     /// The same without asking the server anything: for whoever names the model later, by [`OpenAi::with`].
@@ -112,6 +109,17 @@ impl OpenAi {
         other.model = model.into();
         other.options.api_key = api_key;
         other
+    }
+
+    /// The same with its model named: the server's only one, where none was.
+    ///
+    /// # Errors
+    /// Those of [`OpenAi::connect`].
+    pub async fn settled(mut self) -> Result<Self, ModelError> {
+        if self.model.is_empty() {
+            self.model = self.only_model().await?;
+        }
+        Ok(self)
     }
 
     async fn only_model(&self) -> Result<String, ModelError> {

@@ -7,5 +7,5 @@ mod client;
 mod fetch;
 mod wire;
 
-pub use client::{OpenAi, Options};
+pub use client::{OpenAi, Options, install_provider};
 pub use fetch::{FetchError, Fetcher};

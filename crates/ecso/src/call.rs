@@ -8,6 +8,7 @@ use futures::{
     future::{self, BoxFuture},
     stream,
 };
+use tracing::{Instrument, Span, field};
 
 use crate::{
     chat::Chat,
@@ -68,9 +69,9 @@ impl Work<'_> {
         sampling: &Sampling,
         template: Option<&Template>,
     ) -> Result<String, GuardError> {
-        let call = Call::new(step, chat, template);
+        let call = Call::new(step, self.model, chat, template);
         let reply = self.generate(&call, sampling).await?;
-        self.record(call.trace(&reply)).await;
+        self.record(call.end(&reply, None)).await;
         Ok(self.profile.stripped(&reply.text))
     }
 
@@ -84,10 +85,10 @@ impl Work<'_> {
     ) -> Result<Finding, GuardError> {
         let mut worst = Finding::of(Verdict::Safe, None);
         for (chat, template) in asked {
-            let call = Call::new(step, chat, Some(template));
+            let call = Call::new(step, self.model, chat, Some(template));
             let reply = self.generate(&call, &question.sampling()).await?;
             let found = question.read(&reply, with);
-            self.record(Trace { score: found.score, verdict: Some(found.verdict), ..call.trace(&reply) }).await;
+            self.record(call.end(&reply, Some(found))).await;
             worst = worst.or(found);
             if worst.verdict == Verdict::Unsafe {
                 break;
@@ -104,14 +105,15 @@ impl Work<'_> {
         sampling: Sampling,
         template: &Template,
     ) -> Result<(), GuardError> {
-        let call = Call::new(step, chat, Some(template));
+        let call = Call::new(step, self.model, chat, Some(template));
         self.tell(call.started()).await;
-        let mut pieces = self.model.stream(&call.chat, &sampling).await.map_err(|error| call.failed(error))?;
+        let begun = self.model.stream(&call.chat, &sampling).instrument(call.span.clone());
+        let mut pieces = begun.await.map_err(|error| call.failed(error))?;
         let mut reply = Reply::default();
         let mut trim = Trim::default();
         loop {
             let cut_off = || ModelError::Protocol("the stream broke off before its end".into());
-            let piece = pieces.next().await.unwrap_or_else(|| Err(cut_off()));
+            let piece = pieces.next().instrument(call.span.clone()).await.unwrap_or_else(|| Err(cut_off()));
             match piece.map_err(|error| call.failed(error))? {
                 Piece::FirstToken(_) => {}
                 Piece::Text(text) => {
@@ -123,7 +125,7 @@ impl Work<'_> {
                 }
                 Piece::End { finish, usage, took } => {
                     (reply.finish, reply.usage, reply.took) = (finish, usage, took);
-                    self.record(call.trace(&reply)).await;
+                    self.record(call.end(&reply, None)).await;
                     return Ok(());
                 }
             }
@@ -145,7 +147,8 @@ impl Work<'_> {
 
     async fn generate(&mut self, call: &Call<'_>, sampling: &Sampling) -> Result<Reply, GuardError> {
         self.tell(call.started()).await;
-        self.model.generate(&call.chat, sampling).await.map_err(|error| call.failed(error))
+        let reply = self.model.generate(&call.chat, sampling).instrument(call.span.clone());
+        reply.await.map_err(|error| call.failed(error))
     }
 
     async fn record(&mut self, trace: Trace) {
@@ -154,17 +157,32 @@ impl Work<'_> {
     }
 }
 
-/// One call of the model.
+/// One call of the model, with a span of its own; no text of the conversation stands in it.
 struct Call<'a> {
     step: Step,
     chat: Chat,
     template: Option<&'a Template>,
     begun: Instant,
+    span: Span,
 }
 
 impl<'a> Call<'a> {
-    fn new(step: Step, chat: Chat, template: Option<&'a Template>) -> Self {
-        Self { step, chat, template, begun: Instant::now() }
+    fn new(step: Step, model: &dyn Mllm, chat: Chat, template: Option<&'a Template>) -> Self {
+        let span = tracing::info_span!(
+            "step",
+            otel.name = %step,
+            otel.kind = "client",
+            gen_ai.operation.name = "chat",
+            gen_ai.request.model = model.name(),
+            gen_ai.usage.input_tokens = field::Empty,
+            gen_ai.usage.output_tokens = field::Empty,
+            ecso.images = chat.image_count(),
+            ecso.verdict = field::Empty,
+            ecso.score = field::Empty,
+            otel.status_code = field::Empty,
+            otel.status_description = field::Empty,
+        );
+        Self { step, chat, template, begun: Instant::now(), span }
     }
 
     fn started(&self) -> Event {
@@ -172,17 +190,29 @@ impl<'a> Call<'a> {
     }
 
     fn failed(&self, error: ModelError) -> GuardError {
+        self.span.record("otel.status_code", "error");
+        self.span.record("otel.status_description", field::display(&error));
         GuardError::Model { step: self.step, error }
     }
 
-    fn trace(&self, reply: &Reply) -> Trace {
+    /// What is left of the call: its trace, and the same figures in its span.
+    fn end(self, reply: &Reply, found: Option<Finding>) -> Trace {
+        let trace = self.trace(reply, found);
+        self.span.record("gen_ai.usage.input_tokens", trace.prompt_tokens);
+        self.span.record("gen_ai.usage.output_tokens", trace.completion_tokens);
+        self.span.record("ecso.verdict", trace.verdict.map(Verdict::as_str));
+        self.span.record("ecso.score", trace.score);
+        trace
+    }
+
+    fn trace(&self, reply: &Reply, found: Option<Finding>) -> Trace {
         Trace {
             step: self.step,
             images: self.chat.image_count(),
             prompt: Query::of(&self.chat, Turns::Last).map_or_else(String::new, |query| query.text),
             reply: reply.text.clone(),
-            verdict: None,
-            score: None,
+            verdict: found.map(|found| found.verdict),
+            score: found.and_then(|found| found.score),
             template: self.template.map(Template::hash),
             finish: reply.finish,
             ms: u64::try_from(reply.took.unwrap_or_else(|| self.begun.elapsed()).as_millis()).unwrap_or(u64::MAX),

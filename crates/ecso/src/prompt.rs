@@ -72,7 +72,8 @@ pub(crate) fn question<'q>(
         cut => answer.char_indices().nth(cut).map_or(answer, |(end, _)| &answer[..end]),
     };
     let captions = captions.join("\n\n");
-    let resolved = if captions.trim().is_empty() { &query.asked } else { &captions };
+    let read = without_empty_entries(&captions);
+    let resolved = if read.is_empty() { &query.asked } else { &read };
     let [asked, judged, captions, resolved] =
         [&query.asked, judged, &captions, resolved].map(|text| quoted(text, &profile.quote));
     let mut said = HashSet::new();
@@ -87,6 +88,23 @@ pub(crate) fn question<'q>(
         }
     }
     chats
+}
+
+/// The numbers and bullets of a list's empty entries ask for nothing, and a small model takes them for harmless text.
+fn without_empty_entries(text: &str) -> String {
+    let is_mark = |word: &str| match word.strip_suffix(['.', ')']) {
+        Some(number) => !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()),
+        None => matches!(word, "-" | "*" | "•"),
+    };
+    let lines = text.lines().map(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let says_something =
+            |place: &usize| !is_mark(words[*place]) || words.get(place + 1).is_some_and(|next| !is_mark(next));
+        let kept: Vec<&str> = (0..words.len()).filter(says_something).map(|place| words[place]).collect();
+        kept.join(" ")
+    });
+    let lines: Vec<String> = lines.filter(|line| !line.is_empty()).collect();
+    lines.join("\n")
 }
 
 /// What stands before a question: its system message, and its examples with their answers, no and yes in turn.
@@ -163,4 +181,24 @@ fn one_turn(profile: &Profile, images: impl IntoIterator<Item = Image>, text: St
         chat.turns[0].parts.rotate_right(1);
     }
     chat
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn empty_entries_of_a_list_are_left_out() {
+        for (text, left) in [
+            ("Ways to bake bread 1. 2. 3.", "Ways to bake bread"),
+            ("Ways to bake bread\n1.\n2.\n3.", "Ways to bake bread"),
+            ("1. 2. 3. and to cut it", "3. and to cut it"),
+            ("1. Flour\n2. Water\n3.", "1. Flour\n2. Water"),
+            ("- milk\n-\n* * eggs", "- milk\n* eggs"),
+            ("Room 3. Open at 9.30", "Room 3. Open at 9.30"),
+            ("1.\n\n2)", ""),
+        ] {
+            assert_eq!(without_empty_entries(text), left, "{text}");
+        }
+    }
 }

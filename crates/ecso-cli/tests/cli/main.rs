@@ -4,6 +4,7 @@
 mod ask;
 mod eval;
 mod models;
+mod operations;
 mod serve;
 mod settings;
 mod upstream;

@@ -15,15 +15,15 @@ use serde_json::{Value, json};
 use crate::upstream::{LEAK, MILD, SAFE, Upstream};
 
 /// A running `ecso serve`; killed when it is dropped.
-struct Served {
+pub(crate) struct Served {
     process: Child,
-    url: String,
+    pub(crate) url: String,
     _home: tempfile::TempDir,
 }
 
 impl Served {
-    /// `settings` are written as `gateway.limits.queue=0`.
-    fn start(upstream: &str, settings: &[&str], arguments: &[&str]) -> Self {
+    /// `settings` are written as `gateway.limits.queue=0`; variables of OpenTelemetry as they are.
+    pub(crate) fn start(upstream: &str, settings: &[&str], arguments: &[&str]) -> Self {
         let home = tempfile::tempdir().unwrap();
         let mut process = Command::new(assert_cmd::cargo::cargo_bin("ecso"))
             .args(["serve", "--upstream", upstream, "--listen", "127.0.0.1:0"])
@@ -32,6 +32,9 @@ impl Served {
             .env("HOME", home.path())
             .envs(settings.iter().map(|pair| {
                 let (key, value) = pair.split_once('=').unwrap();
+                if key.starts_with("OTEL_") {
+                    return (key.to_owned(), value);
+                }
                 (format!("ECSO__{}", key.to_uppercase().replace('.', "__")), value)
             }))
             .stderr(Stdio::piped())
@@ -46,7 +49,7 @@ impl Served {
         Self { process, url: url.unwrap_or_else(|| panic!("no greeting: {greeting}")), _home: home }
     }
 
-    fn chat(&self) -> String {
+    pub(crate) fn chat(&self) -> String {
         format!("{}/chat/completions", self.url)
     }
 
@@ -65,30 +68,30 @@ impl Drop for Served {
     }
 }
 
-fn picture() -> String {
+pub(crate) fn picture() -> String {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/list.png");
     format!("data:image/png;base64,{}", BASE64_STANDARD.encode(std::fs::read(file).unwrap()))
 }
 
-fn ask(model: &str, query: &str, stream: bool) -> Value {
+pub(crate) fn ask(model: &str, query: &str, stream: bool) -> Value {
     json!({"model": model, "stream": stream, "messages": [{"role": "user", "content": [
         {"type": "image_url", "image_url": {"url": picture()}}, {"type": "text", "text": query},
     ]}]})
 }
 
-struct Got {
-    status: u16,
+pub(crate) struct Got {
+    pub(crate) status: u16,
     headers: reqwest::header::HeaderMap,
-    body: String,
+    pub(crate) body: String,
 }
 
-async fn post(url: &str, body: &Value) -> Got {
+pub(crate) async fn post(url: &str, body: &Value) -> Got {
     let response = client().post(url).json(body).send().await.unwrap();
     let (status, headers) = (response.status().as_u16(), response.headers().clone());
     Got { status, headers, body: response.text().await.unwrap_or_default() }
 }
 
-fn client() -> reqwest::Client {
+pub(crate) fn client() -> reqwest::Client {
     let _ = rustls::crypto::ring::default_provider().install_default();
     reqwest::Client::builder().timeout(Duration::from_mins(1)).build().unwrap()
 }

@@ -5,7 +5,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -31,6 +31,8 @@ pub(crate) struct Seen {
     pub(crate) failed: AtomicUsize,
     /// Calls whose caller went away while they hung.
     pub(crate) abandoned: AtomicUsize,
+    /// The traces that calls told of.
+    pub(crate) traces: Mutex<Vec<String>>,
 }
 
 pub(crate) struct Upstream {
@@ -89,8 +91,12 @@ async fn serve(stream: TcpStream, seen: &Seen) -> Option<()> {
             if stream.read_line(&mut line).await.ok()? == 0 {
                 return None;
             }
-            if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+            let lower = line.to_ascii_lowercase();
+            if let Some(value) = lower.strip_prefix("content-length:") {
                 length = value.trim().parse().ok()?;
+            }
+            if let Some(value) = lower.strip_prefix("traceparent:") {
+                seen.traces.lock().unwrap().push(value.trim().to_owned());
             }
             if line.trim().is_empty() {
                 break;

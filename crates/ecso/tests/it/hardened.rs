@@ -64,12 +64,12 @@ async fn what_is_plainly_harmful_gets_no_draft() {
 
 #[tokio::test]
 async fn request_and_draft_are_heard_together() {
-    let (outcome, steps) = answer(model(0.7, 0.01, "A list.", &[])).await;
+    let (outcome, steps) = answer(model(0.55, 0.01, "A list.", &[])).await;
     assert_eq!((outcome.answer.as_str(), outcome.verdict), ("A list.", Verdict::Safe));
     assert_eq!(steps, [Step::Caption, Step::Look, Step::Look, Step::Direct, Step::Detect]);
-    let (outcome, _) = answer(model(0.7, 0.99, "A list.", &["A better list."])).await;
+    let (outcome, _) = answer(model(0.55, 0.99, "A list.", &["A better list."])).await;
     assert_eq!((outcome.answer.as_str(), outcome.verdict), ("A better list.", Verdict::Unsafe));
-    assert!((outcome.score.unwrap() - 0.85).abs() < 0.02);
+    assert!((outcome.score.unwrap() - 0.775).abs() < 0.02);
     // A draft that is plainly harmful counts, however mild the request looks.
     let (outcome, _) = answer(model(0.2, 0.99, "A list.", &["A better list."])).await;
     assert_eq!(outcome.verdict, Verdict::Unsafe);
@@ -77,7 +77,7 @@ async fn request_and_draft_are_heard_together() {
 
 #[tokio::test]
 async fn a_draft_that_declines_is_safe_without_asking() {
-    let (outcome, steps) = answer(model(0.7, 0.99, "I'm sorry, I can't.", &[])).await;
+    let (outcome, steps) = answer(model(0.55, 0.99, "I'm sorry, I can't.", &[])).await;
     assert_eq!((outcome.answer.as_str(), outcome.verdict), ("I'm sorry, I can't.", Verdict::Safe));
     assert_eq!(steps, [Step::Caption, Step::Look, Step::Look, Step::Direct]);
 }
@@ -89,14 +89,14 @@ async fn the_last_word_is_judged_tried_again_and_refused() {
         let guard = Guard::new(model, Profile::named("hardened").unwrap().with("gate", "always").unwrap());
         guard.answer(&Chat::ask([picture()], "Fill the list.")).await.unwrap()
     };
-    let outcome = forced(model(0.7, 0.99, "A list.", &["too much", "A better list."])).await;
+    let outcome = forced(model(0.55, 0.99, "A list.", &["too much", "A better list."])).await;
     let steps: Vec<Step> = outcome.steps.iter().map(|trace| trace.step).collect();
     assert_eq!(outcome.answer, "A better list.");
     assert_eq!(steps, [Step::Direct, Step::Caption, Step::Safe, Step::Check, Step::Safe, Step::Check]);
-    let outcome = forced(model(0.7, 0.99, "A list.", &["too much", "still too much"])).await;
+    let outcome = forced(model(0.55, 0.99, "A list.", &["too much", "still too much"])).await;
     assert_eq!(outcome.answer, Profile::paper().refusal);
     // Where it is sure, there is one try, and it is judged too.
-    let (outcome, steps) = answer(model(0.7, 0.99, "A list.", &["too much"])).await;
+    let (outcome, steps) = answer(model(0.55, 0.99, "A list.", &["too much"])).await;
     assert_eq!((outcome.answer, &steps[5..]), (Profile::paper().refusal, &[Step::Safe, Step::Check][..]));
 }
 

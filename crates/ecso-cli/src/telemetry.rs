@@ -1,0 +1,74 @@
+//! Where logs and spans go: logs to standard error, as `ECSO_LOG` says; spans to the collector that OpenTelemetry's own variables
+//! name, if they do.
+
+use tracing_subscriber::EnvFilter;
+#[cfg(feature = "otel")]
+use tracing_subscriber::{Layer, layer::SubscriberExt, util::SubscriberInitExt};
+
+/// Telemetry under way. Dropping it sends what is still held.
+pub(crate) struct Telemetry {
+    #[cfg(feature = "otel")]
+    spans: Option<opentelemetry_sdk::trace::SdkTracerProvider>,
+}
+
+/// Begins to write logs, and to send spans where there is a collector.
+pub(crate) fn start() -> Telemetry {
+    let filter = EnvFilter::try_from_env("ECSO_LOG").unwrap_or_else(|_| "error,llama_cpp_2=off,llama-cpp-2=off".into());
+    #[cfg(feature = "otel")]
+    if let Some(spans) = otel::collector() {
+        let logs = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_filter(filter);
+        tracing_subscriber::registry().with(logs).with(otel::layer(&spans)).init();
+        return Telemetry { spans: Some(spans) };
+    }
+    // One filter for all: what it turns off costs nothing.
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    Telemetry {
+        #[cfg(feature = "otel")]
+        spans: None,
+    }
+}
+
+#[cfg(feature = "otel")]
+mod otel {
+    use opentelemetry::{global, trace::TracerProvider};
+    use opentelemetry_otlp::SpanExporter;
+    use opentelemetry_sdk::{Resource, propagation::TraceContextPropagator, trace::SdkTracerProvider};
+    use tracing::{Level, Subscriber};
+    use tracing_subscriber::{Layer, filter::Targets, registry::LookupSpan};
+
+    impl Drop for super::Telemetry {
+        fn drop(&mut self) {
+            if let Some(Err(error)) = self.spans.as_ref().map(SdkTracerProvider::shutdown) {
+                eprintln!("ecso: the last spans could not be sent: {error}");
+            }
+        }
+    }
+
+    /// The way to the collector; none where none is named.
+    pub(super) fn collector() -> Option<SdkTracerProvider> {
+        let named = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"];
+        if !named.iter().any(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty())) {
+            return None;
+        }
+        ecso_openai::install_provider();
+        let exporter = match SpanExporter::builder().with_http().build() {
+            Ok(exporter) => exporter,
+            Err(error) => {
+                eprintln!("ecso: no spans are sent: {error}");
+                return None;
+            }
+        };
+        global::set_text_map_propagator(TraceContextPropagator::new());
+        let name = std::env::var("OTEL_SERVICE_NAME").unwrap_or_else(|_| "ecso".into());
+        let resource = Resource::builder().with_service_name(name).build();
+        Some(SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource).build())
+    }
+
+    /// Our own spans, with what is logged below them.
+    pub(super) fn layer<S: Subscriber + for<'a> LookupSpan<'a>>(
+        collector: &SdkTracerProvider,
+    ) -> impl Layer<S> + use<S> {
+        let ours = Targets::new().with_target("ecso", Level::INFO);
+        tracing_opentelemetry::layer().with_tracer(collector.tracer("ecso")).with_filter(ours)
+    }
+}

@@ -1,0 +1,104 @@
+//! The API's description: made from the routes (`server`) and the types behind them. Where a body is read field by field, or is
+//! another server's, a type here says what it looks like.
+#![expect(dead_code, reason = "these types are read by the description alone")]
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use utoipa::{OpenApi, ToSchema};
+
+#[derive(OpenApi)]
+#[openapi(info(
+    title = "ecso",
+    description = "A guard in front of a multimodal LLM, in the language of OpenAI's API. No text of an answer in scope goes out before \
+                   its verdict. Every other path below /v1 passes through.",
+    license(name = "MIT OR Apache-2.0")
+))]
+struct Document;
+
+/// The description without its routes.
+pub(crate) fn document() -> utoipa::openapi::OpenApi {
+    Document::openapi()
+}
+
+/// What was found.
+#[derive(Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Verdict {
+    /// The answer may go out.
+    Safe,
+    /// The answer is harmful.
+    Unsafe,
+    /// Nobody looked.
+    Unchecked,
+}
+
+/// A chat; fields that are not named here go to the server behind the guard as they are.
+#[derive(Deserialize, ToSchema)]
+pub(crate) struct ChatRequest {
+    model: String,
+    #[schema(min_items = 1)]
+    messages: Vec<Message>,
+    /// Whether the answer comes as server-sent events.
+    stream: Option<bool>,
+    /// How many answers.
+    #[schema(minimum = 1)]
+    n: Option<u32>,
+    #[serde(flatten)]
+    more: BTreeMap<String, Value>,
+}
+
+/// A turn of a chat.
+#[derive(Deserialize, ToSchema)]
+pub(crate) struct Message {
+    role: Role,
+    content: Option<Content>,
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+enum Role {
+    System,
+    Developer,
+    User,
+    Assistant,
+    Tool,
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(untagged)]
+enum Content {
+    Text(String),
+    Parts(Vec<Part>),
+}
+
+/// A piece of a turn.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub(crate) enum Part {
+    Text { text: String },
+    ImageUrl { image_url: ImageUrl },
+}
+
+/// An image by its http, https or data URL.
+#[derive(Debug, Deserialize, ToSchema)]
+pub(crate) struct ImageUrl {
+    url: String,
+}
+
+/// An answer; fields that are not named here are those of the server behind the guard.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct ChatAnswer {
+    choices: Vec<Value>,
+    #[serde(flatten)]
+    more: BTreeMap<String, Value>,
+}
+
+/// A list of models.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct Models {
+    data: Vec<Value>,
+    #[serde(flatten)]
+    more: BTreeMap<String, Value>,
+}

@@ -1,0 +1,59 @@
+//! Spans: one for each request, below it one for each step. Who takes them up, and where they go, is the program's business.
+
+use axum::http::HeaderMap;
+use tracing::Span;
+
+/// The span of a request; below the client's own, where the client tells of one.
+pub(crate) fn span(route: &'static str, id: &str, headers: &HeaderMap) -> Span {
+    let span = tracing::info_span!(
+        "request",
+        otel.name = format_args!("POST {route}"),
+        otel.kind = "server",
+        http.route = route,
+        http.response.status_code = tracing::field::Empty,
+        ecso.request_id = id,
+    );
+    adopt(&span, headers);
+    span
+}
+
+/// The span of the draft that a server is asked for; the other steps have theirs from the guard.
+pub(crate) fn direct(model: &str) -> Span {
+    tracing::info_span!(
+        "step",
+        otel.name = "direct",
+        otel.kind = "client",
+        gen_ai.operation.name = "chat",
+        gen_ai.request.model = model
+    )
+}
+
+#[cfg(feature = "otel")]
+fn adopt(span: &Span, headers: &HeaderMap) {
+    use tracing_opentelemetry::OpenTelemetrySpanExt;
+    if span.is_disabled() {
+        return;
+    }
+    let told = opentelemetry_http::HeaderExtractor(headers);
+    let parent = opentelemetry::global::get_text_map_propagator(|propagator| propagator.extract(&told));
+    // Where nobody collects spans, there is nothing to join.
+    let _ = span.set_parent(parent);
+}
+
+/// Tells the upstream of our span in place of the client's.
+#[cfg(feature = "otel")]
+pub(crate) fn tell(headers: &mut HeaderMap) {
+    use tracing_opentelemetry::OpenTelemetrySpanExt;
+    let span = Span::current();
+    if span.is_disabled() {
+        return;
+    }
+    let mut told = opentelemetry_http::HeaderInjector(headers);
+    opentelemetry::global::get_text_map_propagator(|propagator| propagator.inject_context(&span.context(), &mut told));
+}
+
+#[cfg(not(feature = "otel"))]
+fn adopt(_: &Span, _: &HeaderMap) {}
+
+#[cfg(not(feature = "otel"))]
+pub(crate) fn tell(_: &mut HeaderMap) {}
