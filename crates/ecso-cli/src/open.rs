@@ -150,10 +150,7 @@ mod engine {
 
     use ecso::Mllm;
 
-    use crate::{
-        WrongUse,
-        config::{self, Settings},
-    };
+    use crate::{WrongUse, config::Settings};
 
     #[expect(clippy::unused_async, reason = "stands in for the real one")]
     pub(super) async fn model(settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> {
