@@ -138,9 +138,7 @@ impl Guarded {
 
     /// What takes until the request's deadline, and no longer.
     async fn in_time<T>(&self, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
-        let limits = &self.live.settings.limits;
-        let left = limits.deadline().saturating_sub(self.begun.elapsed());
-        tokio::time::timeout(left, work).await.unwrap_or_else(|_| Err(Failure::deadline(limits.deadline)))
+        self.live.in_time(self.begun, work).await
     }
 
     /// How much of the steps this client sees.
@@ -226,7 +224,7 @@ impl Guarded {
                         ecso::Sampling { seed: (choice > 0).then_some(seed).or(sampling.seed), ..sampling.clone() };
                     async move { model.generate(&request.chat, &sampling).await }
                 });
-                let replies = try_join_all(asked).await.map_err(refused_by_engine)?;
+                let replies = try_join_all(asked).await.map_err(|error| Failure::asking("invalid_request", error))?;
                 let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
                 let created = created.map_or(0, |since| since.as_secs());
                 Ok(Answer::Draft(Draft::replies(&replies, &self.id, created, model.name(), request.stream)))
@@ -360,14 +358,6 @@ impl Guarded {
             yield format!("data: {last}\n\n");
             yield "data: [DONE]\n\n".to_owned();
         }
-    }
-}
-
-/// A request that the engine can't serve is the client's mistake.
-fn refused_by_engine(error: ecso::ModelError) -> Failure {
-    match error {
-        ecso::ModelError::Rejected(reason) => Failure::bad_request("invalid_request", reason),
-        other => other.into(),
     }
 }
 

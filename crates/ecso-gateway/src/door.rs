@@ -53,7 +53,7 @@ async fn judged(visit: Visit, admission: Arc<Admission>) -> Result<Response, Fai
         live.record(&Case { id, key, mode, begun, body: &body, request, report, drafts });
         Ok(outcome)
     };
-    let outcome = visit.in_time(work).await?;
+    let outcome = visit.live.in_time(visit.begun, work).await?;
     let mut response = Response::new(Body::from(json!(Finding::new(id, &outcome)).to_string()));
     verdict_headers(response.headers_mut(), &Report::of(outcome));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));

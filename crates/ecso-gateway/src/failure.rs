@@ -1,6 +1,6 @@
 //! Everything that can go wrong, as the client sees it: OpenAI's error object, with types of our own.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use axum::{
     body::Body,
@@ -10,7 +10,10 @@ use axum::{
 use ecso::{GuardError, ModelError};
 use serde::Serialize;
 use serde_json::{Value, json};
-use utoipa::ToSchema;
+use utoipa::{
+    ToSchema,
+    openapi::{self, RefOr},
+};
 
 /// A request that gets no answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,6 +43,14 @@ impl Failure {
     pub(crate) fn deadline(seconds: u64) -> Self {
         let message = format!("the guard did not finish within {seconds} s");
         Self::new(StatusCode::GATEWAY_TIMEOUT, "guard_deadline", message)
+    }
+
+    /// A model that can't be asked so: the client's mistake, unless the model failed.
+    pub(crate) fn asking(code: &'static str, error: ModelError) -> Self {
+        match error {
+            ModelError::Rejected(reason) => Self::bad_request(code, reason),
+            other => other.into(),
+        }
     }
 
     /// The upstream can't be reached, or what it says can't be read.
@@ -86,39 +97,29 @@ struct ErrorObject<'a> {
 }
 
 /// The statuses of failures, for the API's description.
-#[derive(utoipa::IntoResponses)]
-#[expect(dead_code, reason = "read by the description alone")]
-pub(crate) enum Failures {
-    /// The request can't be read, or not be guarded.
-    #[response(status = 400)]
-    BadRequest(#[to_schema] ErrorBody<'static>),
-    /// A client key is needed, or this one is not known.
-    #[response(status = 401)]
-    Unauthorized(#[to_schema] ErrorBody<'static>),
-    /// There is no such thing here.
-    #[response(status = 404)]
-    NotFound(#[to_schema] ErrorBody<'static>),
-    /// The body did not come in time.
-    #[response(status = 408)]
-    Timeout(#[to_schema] ErrorBody<'static>),
-    /// The body is too long.
-    #[response(status = 413)]
-    TooLarge(#[to_schema] ErrorBody<'static>),
-    /// The body is compressed.
-    #[response(status = 415)]
-    Unsupported(#[to_schema] ErrorBody<'static>),
-    /// Too many requests wait, or this key asks too often; `Retry-After` says when to come back.
-    #[response(status = 429)]
-    TooMany(#[to_schema] ErrorBody<'static>),
-    /// What stands behind the guard failed.
-    #[response(status = 502)]
-    BadGateway(#[to_schema] ErrorBody<'static>),
-    /// What stands behind the guard is overloaded.
-    #[response(status = 503)]
-    Unavailable(#[to_schema] ErrorBody<'static>),
-    /// The guard's deadline has passed.
-    #[response(status = 504)]
-    Deadline(#[to_schema] ErrorBody<'static>),
+pub(crate) struct Failures;
+
+impl utoipa::IntoResponses for Failures {
+    fn responses() -> BTreeMap<String, RefOr<openapi::Response>> {
+        const ALL: [(u16, &str); 10] = [
+            (400, "The request can't be read, or not be guarded"),
+            (401, "A client key is needed, or this one is not known"),
+            (404, "There is no such thing here"),
+            (408, "The body did not come in time"),
+            (413, "The body is too long"),
+            (415, "The body is compressed"),
+            (429, "Too many requests wait, or this key asks too often; `Retry-After` says when to come back"),
+            (502, "What stands behind the guard failed"),
+            (503, "What stands behind the guard is overloaded"),
+            (504, "The guard's deadline has passed"),
+        ];
+        let described = ALL.map(|(status, why)| {
+            let body = openapi::Content::new(Some(openapi::Ref::from_schema_name("ErrorBody")));
+            let response = openapi::ResponseBuilder::new().description(why).content("application/json", body).build();
+            (status.to_string(), response.into())
+        });
+        described.into()
+    }
 }
 
 impl From<ModelError> for Failure {

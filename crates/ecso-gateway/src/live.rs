@@ -1,6 +1,6 @@
 //! What every request shares: upstream, profile, settings, figures.
 
-use std::{io, sync::Arc};
+use std::{io, sync::Arc, time::Instant};
 
 use axum::http::HeaderMap;
 use ecso::{Guard, Image, Mllm, Part, Profile, profile::Gate};
@@ -81,6 +81,17 @@ impl Live {
             profile.gate = Gate::Never;
         }
         Ok(Guard::new(self.upstream.model(&request.model, headers), profile).with_sampling(sampling))
+    }
+
+    /// What takes until the deadline of a request that has `begun`, and no longer.
+    pub(crate) async fn in_time<T>(
+        &self,
+        begun: Instant,
+        work: impl Future<Output = Result<T, Failure>>,
+    ) -> Result<T, Failure> {
+        let limits = &self.settings.limits;
+        let left = limits.deadline().saturating_sub(begun.elapsed());
+        tokio::time::timeout(left, work).await.unwrap_or_else(|_| Err(Failure::deadline(limits.deadline)))
     }
 
     /// Tells what became of a request; in the log no word of the conversation.

@@ -168,7 +168,7 @@ async fn moderated(visit: Visit, admission: Arc<Admission>) -> Result<Response, 
         }
         Ok(json!(Finding { id: &visit.id, model: &model, results }))
     };
-    let finding = visit.in_time(work).await?;
+    let finding = visit.live.in_time(visit.begun, work).await?;
     let mut response = Response::new(Body::from(finding.to_string()));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     Ok(response)

@@ -167,6 +167,9 @@ async fn signed(
     });
     metrics.request(route, response.status().as_u16());
     span.record("http.response.status_code", response.status().as_u16());
+    if response.status().is_server_error() {
+        span.record("otel.status_code", "error");
+    }
     if let Ok(id) = HeaderValue::try_from(id) {
         response.headers_mut().insert("x-ecso-request-id", id);
     }

@@ -9,8 +9,9 @@ pub(crate) fn span(route: &'static str, id: &str, headers: &HeaderMap) -> Span {
         "request",
         otel.name = format_args!("POST {route}"),
         otel.kind = "server",
-        http.route = route,
         http.response.status_code = tracing::field::Empty,
+        otel.status_code = tracing::field::Empty,
+        ecso.route = route,
         ecso.request_id = id,
     );
     adopt(&span, headers);

@@ -68,7 +68,7 @@ impl Upstream {
         match self {
             Self::Server(server) => {
                 let model = server.model(server.model.name(), headers).settled().await;
-                Ok(model.map_err(|error| Failure::bad_request("no_model", error.to_string()))?.name().to_owned())
+                Ok(model.map_err(|error| Failure::asking("no_model", error))?.name().to_owned())
             }
             Self::Engine(model) => Ok(model.name().to_owned()),
         }

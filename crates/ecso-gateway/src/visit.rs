@@ -1,13 +1,15 @@
 //! A request that was let in, with its body: what the doors that judge on demand begin with.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{
     body::Body,
     http::{HeaderMap, StatusCode, header},
 };
 use bytes::Bytes;
-use tokio::time::Instant;
 
 use crate::{
     access::{self, Caller},
@@ -21,7 +23,7 @@ pub(crate) struct Visit {
     pub(crate) live: Arc<Live>,
     /// The request's name.
     pub(crate) id: String,
-    pub(crate) begun: std::time::Instant,
+    pub(crate) begun: Instant,
     pub(crate) caller: Caller,
     /// For the upstream.
     pub(crate) headers: HeaderMap,
@@ -31,7 +33,7 @@ pub(crate) struct Visit {
 impl Visit {
     /// Checks key and rate, and reads the body.
     pub(crate) async fn begin(live: Arc<Live>, id: String, request: axum::extract::Request) -> Result<Self, Failure> {
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         let (head, body) = request.into_parts();
         let caller = access::caller(&live.settings, &head.headers)?;
         live.rates.check(&caller)?;
@@ -39,13 +41,6 @@ impl Visit {
         let limits = &live.settings.limits;
         let body = read(body, limits.body, limits.deadline()).await?;
         Ok(Self { live, id, begun, caller, headers, body })
-    }
-
-    /// What takes until the request's deadline, and no longer.
-    pub(crate) async fn in_time<T>(&self, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
-        let limits = &self.live.settings.limits;
-        let end = Instant::from_std(self.begun) + limits.deadline();
-        tokio::time::timeout_at(end, work).await.unwrap_or_else(|_| Err(Failure::deadline(limits.deadline)))
     }
 }
 

@@ -47,6 +47,9 @@ async fn moderation_judges_texts_and_images() {
         let got = post(&url, &json!({"model": format!("500@{step}"), "input": "Something bad"})).await;
         assert_eq!(got.status, 502, "{}", got.body);
     }
+    // So is a list of models that can't be read, where no model is named.
+    let got = post(&url, &json!({"input": "What is on the list?"})).await;
+    assert_eq!(got.status, 502, "{}", got.body);
     // Where it is the upstream's, it is passed on.
     let served = Served::start(&upstream.url, &["gateway.moderations=false"], &["--profile", "paper"]);
     let passed = post(&format!("{}/moderations", served.url), &json!({"model": "m", "input": "Something bad"})).await;
