@@ -70,7 +70,7 @@ async fn the_api_describes_itself() {
         assert!(paths.contains(&path), "{path} is not in {paths:?}");
     }
     let failure = &described["paths"]["/v1/guard"]["post"]["responses"]["429"];
-    assert!(failure.to_string().contains("ErrorObject"), "{failure}");
+    assert!(failure.to_string().contains("ErrorBody"), "{failure}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
