@@ -32,15 +32,16 @@ pub(crate) async fn run(
     let query = Query::of(chat, profile.turns).ok_or(GuardError::NoQuery)?;
     let in_scope = profile.scope == Scope::All || chat.image_count() > 0;
     let is_judged = in_scope && profile.gate == Gate::Detected;
+    let is_looked_at = in_scope && profile.gate != Gate::Never;
 
     // Where the judge is to have the captions, step 3 goes first.
-    let early = is_judged && profile.judges_by_caption();
+    let early = is_looked_at && profile.judges_by_caption();
     let mut captions = if early { Some(captions(work, chat, &query).await?) } else { None };
     let described = || captions.as_deref().unwrap_or_default();
 
     // Not in the paper: is harm asked for? What plainly asks for it gets no draft.
     let look = match &profile.look {
-        Some(look) if is_judged => {
+        Some(look) if is_looked_at => {
             let asked = prompt::question(profile, look, &query, "", described());
             Some(work.ask(Step::Look, look, asked, None).await?)
         }
@@ -58,16 +59,17 @@ pub(crate) async fn run(
     };
 
     // 2. Harm detection, by the same model: s = F(v, P_det(x, y~)).
-    if is_judged {
-        let found = match &draft {
-            None => Finding::of(Verdict::Unsafe, look),
-            Some(draft) if profile.refusals == Refusals::Safe && declines(draft) => Finding::harmless(),
-            Some(_) if profile.detect.is_settled_by(look) => Finding::of(Verdict::Safe, look),
-            Some(draft) => {
-                let asked = prompt::question(profile, &profile.detect, &query, draft, described());
-                work.ask(Step::Detect, &profile.detect, asked, look).await?
-            }
-        };
+    let found = match &draft {
+        _ if !is_judged => None,
+        None => look,
+        Some(draft) if profile.refusals == Refusals::Safe && declines(draft) => Some(Finding::harmless()),
+        Some(_) if profile.detect.is_settled_by(look) => Some(Finding::of(Verdict::Safe, look)),
+        Some(draft) => {
+            let asked = prompt::question(profile, &profile.detect, &query, draft, described());
+            Some(work.ask(Step::Detect, &profile.detect, asked, look).await?)
+        }
+    };
+    if let Some(found) = found {
         (work.outcome.verdict, work.outcome.score) = (found.verdict, found.score);
     }
     let must_rewrite = in_scope && (profile.gate == Gate::Always || work.outcome.verdict == Verdict::Unsafe);
@@ -90,8 +92,8 @@ pub(crate) async fn run(
 
     // 4. Safe answer, eyes closed: y = F(-, P_gen(c, x)).
     let sampling = sampling.cloned().unwrap_or_else(|| profile.safe.sampling());
-    // Where the look told a probability, the verdict needs no second opinion: another answer to the same would be no better.
-    let is_sure = look.is_some_and(|look| look.score.is_some());
+    // Where the request was looked at and probabilities say harm, another answer to the same would be no better.
+    let is_sure = look.is_some() && found.or(look).is_some_and(Finding::is_plain);
     for template in profile.safe.tries(&captions, &query, profile.empty_caption, is_sure) {
         let blind = prompt::safe(profile, chat, &query, &captions, template);
         let chat: Chat = match profile.safe.image {
@@ -108,7 +110,8 @@ pub(crate) async fn run(
             return work.answer(answer).await;
         }
         let asked = prompt::question(profile, check, &query, &answer, &captions);
-        if work.ask(Step::Check, check, asked, None).await?.verdict == Verdict::Safe {
+        let before = look.filter(|_| !is_sure);
+        if work.ask(Step::Check, check, asked, before).await?.verdict == Verdict::Safe {
             return work.answer(answer).await;
         }
     }

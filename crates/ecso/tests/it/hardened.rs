@@ -84,7 +84,7 @@ async fn a_draft_that_declines_is_safe_without_asking() {
 
 #[tokio::test]
 async fn the_last_word_is_judged_tried_again_and_refused() {
-    // Where the verdict is forced, nothing is sure: the query is answered without the image, and that is judged.
+    // Where the verdict is forced, nothing is sure: the query is answered without the image, and that is judged with the request.
     let forced = |model| async {
         let guard = Guard::new(model, Profile::named("hardened").unwrap().with("gate", "always").unwrap());
         guard.answer(&Chat::ask([picture()], "Fill the list.")).await.unwrap()
@@ -92,7 +92,14 @@ async fn the_last_word_is_judged_tried_again_and_refused() {
     let outcome = forced(model(0.55, 0.99, "A list.", &["too much", "A better list."])).await;
     let steps: Vec<Step> = outcome.steps.iter().map(|trace| trace.step).collect();
     assert_eq!(outcome.answer, "A better list.");
-    assert_eq!(steps, [Step::Direct, Step::Caption, Step::Safe, Step::Check, Step::Safe, Step::Check]);
+    let looked = [Step::Caption, Step::Look, Step::Look, Step::Direct];
+    assert_eq!(steps, [&looked[..], &[Step::Safe, Step::Check, Step::Safe, Step::Check]].concat());
+    // An answer to what looks harmless is let pass sooner; what plainly asks for harm is still declined.
+    let outcome = forced(model(0.05, 0.99, "A list.", &["too much"])).await;
+    assert_eq!((outcome.answer.as_str(), outcome.rewritten), ("too much", true));
+    let outcome = forced(model(0.999, 0.0, "A list.", &["I'm sorry, but no."])).await;
+    let steps: Vec<Step> = outcome.steps.iter().map(|trace| trace.step).collect();
+    assert_eq!(steps, [Step::Caption, Step::Look, Step::Safe]);
     let outcome = forced(model(0.55, 0.99, "A list.", &["too much", "still too much"])).await;
     assert_eq!(outcome.answer, Profile::paper().refusal);
     // Where it is sure, there is one try, and it is judged too.
