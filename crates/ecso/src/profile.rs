@@ -26,7 +26,7 @@ pub enum Scope {
 pub enum Gate {
     /// When step 2 calls it unsafe.
     Detected,
-    /// Every time; step 2 is not asked.
+    /// Every time; step 2 is not asked. A look at the request is, where the profile has one.
     Always,
     /// Never; the draft goes out unchecked.
     Never,
@@ -220,7 +220,7 @@ pub struct SafeStep {
     /// With hints; `{c}` is the caption, `{x}` the query.
     pub template: Template,
     /// The second try, with or without hints, where [`Profile::check`] calls the first harmful, and the only one where
-    /// [`Profile::look`] told a probability; empty is none.
+    /// [`Profile::look`] is asked and probabilities say harm; empty is none.
     pub strict: Template,
     /// Without hints; `{x}` is the query.
     pub plain: Template,
