@@ -1,4 +1,4 @@
-//! Refusals, recognised by how they begin.
+//! Refusals, recognised by how they begin and by what does not follow.
 
 /// How refusals begin, lower-cased, with straight apostrophes.
 const OPENINGS: [&str; 39] = [
@@ -59,7 +59,7 @@ pub fn declines(answer: &str) -> bool {
         && !answer.lines().any(is_entry)
 }
 
-/// Whether a line is an entry of a list: `1. …`, `2) …`, `- …`, `* …`, `• …`.
+/// Whether a line is an entry of a list: `1. …`, `2) …`, `3、 …`, `- …`, `* …`, `• …`.
 fn is_entry(line: &str) -> bool {
     let line = line.trim_start();
     let rest = line.trim_start_matches(|c: char| c.is_ascii_digit());
