@@ -9,9 +9,9 @@ use ecso::{
 use futures::{StreamExt, stream};
 
 use crate::{
-    benchmarks::{Benchmark, DataError, Items},
+    benchmarks::{DataError, Items},
     item::Item,
-    journal::{Choice, Header, Journal, JournalError, Record},
+    journal::{Choice, Journal, JournalError, Record},
 };
 
 /// What the unguarded arm is called.
@@ -63,14 +63,14 @@ pub fn capped(mut profiles: Vec<Profile>, max_new_tokens: Option<u32>) -> Vec<Pr
     profiles
 }
 
-/// Runs the items of `benchmark` that `header` chooses, and records them in `journal`. Dropping the future at any point loses
+/// Runs those of `items` that `choice` names, and records them in `journal`. Dropping the future at any point loses
 /// the items under way, no other.
 ///
 /// # Errors
 /// [`RunError`]: the data or the journal. A model that fails is recorded with its item, and the run goes on.
 pub async fn run(
-    benchmark: &dyn Benchmark,
-    header: &Header,
+    items: Items,
+    choice: &Choice,
     profiles: &[Profile],
     model: Arc<dyn Mllm>,
     journal: &mut Journal,
@@ -82,7 +82,7 @@ pub async fn run(
     unguarded.gate = Gate::Never;
     let direct = Guard::new(model, unguarded);
 
-    let Items { total, iter } = chosen(benchmark.items(&header.data, header.variant.as_deref())?, &header.choice)?;
+    let Items { total, iter } = chosen(items, choice)?;
     let mut report = |journal: &Journal| {
         progress(Progress { total, recorded: journal.len(), failed: journal.failed() });
     };

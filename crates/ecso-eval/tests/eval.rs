@@ -8,7 +8,7 @@ use std::{
 
 use ecso::{Limits, ModelError, Profile, Reply, testing::Scripted};
 use ecso_eval::{
-    benchmarks::named,
+    benchmarks::{Items, named},
     cache::Cached,
     item::Task,
     journal::{self, Choice, Header, Journal, JournalError},
@@ -176,14 +176,18 @@ impl Case {
         self.folder.path().join(name)
     }
 
+    fn items(&self) -> Items {
+        named("jsonl").unwrap().items(&self.header.data, None).unwrap()
+    }
+
     /// Runs until `stop` items are recorded.
     async fn run(&self, name: &str, fail: bool, retry_failed: bool, stop: usize) -> Result<(), JournalError> {
         let mut journal = Journal::open(&self.out(name), &self.header)?;
         let options = Options { concurrency: 3, retry_failed, limits: Limits::default() };
         let recorded = std::sync::atomic::AtomicUsize::new(0);
         let work = run::run(
-            named("jsonl").unwrap(),
-            &self.header,
+            self.items(),
+            &self.header.choice,
             &self.profiles,
             model(fail),
             &mut journal,
@@ -288,7 +292,7 @@ async fn a_changed_detection_prompt_generates_no_draft_again() {
         let cached = Cached::new(Arc::clone(&scripted), "d", Some(cache.clone()));
         let mut journal = Journal::open(&case.out(name), &case.header).unwrap();
         let options = Options { concurrency: 1, retry_failed: false, limits: Limits::default() };
-        run::run(named("jsonl").unwrap(), &case.header, &profiles, Arc::new(cached), &mut journal, options, |_| ())
+        run::run(case.items(), &case.header.choice, &profiles, Arc::new(cached), &mut journal, options, |_| ())
             .await
             .unwrap();
     }

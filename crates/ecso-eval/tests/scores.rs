@@ -40,7 +40,8 @@ async fn scored(
     let out = data.join("run");
     let mut journal = Journal::open(&out, &header).unwrap();
     let options = Options { concurrency: 2, retry_failed: false, limits: Limits::default() };
-    run::run(named(benchmark).unwrap(), &header, &profiles, model, &mut journal, options, |_| {}).await.unwrap();
+    let items = named(benchmark).unwrap().items(data, None).unwrap();
+    run::run(items, &header.choice, &profiles, model, &mut journal, options, |_| {}).await.unwrap();
     let (header, records) = journal::read(&out).unwrap();
     let mut judgements: Vec<Judgement> = Vec::new();
     for record in &records {

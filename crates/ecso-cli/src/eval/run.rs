@@ -49,6 +49,8 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
         return Err(WrongUse("two profiles have the same name".into()).into());
     }
     let profiles = run::capped(profiles, args.max_new_tokens);
+    // Before the model is loaded, and before there is a folder.
+    let items = benchmark.items(&data, variant.as_deref())?;
 
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
@@ -80,7 +82,8 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
         let bar = Bar::new(journal.len());
         let begun = Instant::now();
         let asked = Arc::clone(&model) as Arc<dyn Mllm>;
-        let work = run::run(benchmark, &header, &profiles, asked, &mut journal, options, |progress| bar.show(progress));
+        let work =
+            run::run(items, &header.choice, &profiles, asked, &mut journal, options, |progress| bar.show(progress));
         tokio::select! {
             done = work => done?,
             _ = tokio::signal::ctrl_c() => {

@@ -204,4 +204,12 @@ fn the_list_says_where_to_get_things() {
     }
     let output = ecso(home.path()).args(["eval", "run", "mme", "--out", "x"]).assert().code(2);
     assert!(text(&output.get_output().stderr).contains("--data is missing"));
+    let empty = home.path().to_str().unwrap();
+    let out = format!("{empty}/out");
+    for (data, says) in [("nowhere.jsonl", "no such file or folder"), (empty, "there is none of items.jsonl")] {
+        let output = ecso(home.path()).args(["eval", "run", "jsonl", "--data", data, "--out", &out]).assert().failure();
+        let told = text(&output.get_output().stderr);
+        assert!(told.contains(data) && told.contains(says), "{told}");
+    }
+    assert!(!home.path().join("out").exists(), "a mistake leaves nothing behind");
 }

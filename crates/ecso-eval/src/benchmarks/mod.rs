@@ -109,6 +109,9 @@ fn locate(data: &Path, candidates: &[&str]) -> Result<PathBuf, DataError> {
     if data.is_file() {
         return Ok(data.to_owned());
     }
+    if !data.exists() {
+        return Err(DataError::new(data, "there is no such file or folder"));
+    }
     let found = candidates.iter().map(|candidate| data.join(candidate)).find(|path| path.exists());
     found.ok_or_else(|| DataError::new(data, format!("there is none of {}", candidates.join(", "))))
 }
