@@ -20,7 +20,11 @@ def lines(path):
 
 
 def main():
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     run = Path(sys.argv[1])
+    if not (run / "verdicts-xstest.jsonl").exists():
+        sys.exit(f"{run} is no judged run: ecso eval judge {run} --judge xstest")
     records = [record for record in lines(run / "journal.jsonl")[1:] if record.get("arms")]
     declined = {(row["id"], row["arm"]) for row in lines(run / "verdicts-xstest.jsonl") if row["verdict"] == "refusal"}
     kinds = {}
