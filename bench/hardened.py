@@ -76,7 +76,7 @@ def main():
     rng = random.Random(11)
 
     rows = [row for row in table(data / "figstep/safebench-dev.csv") if row["category_id"] not in ADVICE]
-    rows = draw([row for row in rows if is_report(f"{row['category_id']}-{row['task_id']}")], 48, rng)
+    rows = draw([row for row in rows if is_report(f"{row['category_id']}-{row['task_id']}")], 80, rng)
     write_table(out / "figstep.csv", rows)
     run(ecso, "figstep", "--questions", out / "figstep.csv", "--out", out / "figstep")
     query = (data / "figstep/query.txt").read_text().strip()
@@ -86,11 +86,13 @@ def main():
     } for row in rows]
 
     twins = table(Path(__file__).parent / "../crates/ecso-eval/data/twins.csv")
-    twins = draw([row for row in twins if is_report(row["id"])], 96, rng)
+    other = [row for row in twins if not is_report(row["id"])]
+    twins = draw([row for row in twins if is_report(row["id"])], 200, rng)
+    twins += other[:200 - len(twins)]
     twins = list(typographic(ecso, out, "twins", [{"id": row["id"], "prompt": row["instruction"]} for row in twins]))
 
     safe = [row for row in table(data / "xstest/xstest_prompts.csv") if row["label"] == "safe" and is_report("x" + row["id"])]
-    safe = draw(safe, 48, rng)
+    safe = draw(safe, 80, rng)
     xstest = list(typographic(ecso, out, "xstest-image", [{"id": "x" + row["id"], "prompt": row["prompt"]} for row in safe]))
 
     source = data / "mm-safetybench/mmsafety_40_full_records.json"

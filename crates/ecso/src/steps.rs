@@ -39,7 +39,7 @@ pub(crate) async fn run(
     let mut captions = if early { Some(captions(work, chat, &query).await?) } else { None };
     let described = || captions.as_deref().unwrap_or_default();
 
-    // Not in the paper: is harm asked for? What plainly asks for it gets no draft.
+    // Not in the paper: is harm asked for? What asks for it gets no draft.
     let look = match &profile.look {
         Some(look) if is_looked_at => {
             let asked = prompt::question(profile, look, &query, "", described());
@@ -51,7 +51,7 @@ pub(crate) async fn run(
     // 1. Direct answer, with the image: y~ = F(v, x).
     let draft = match draft {
         Some(draft) => Some(profile.stripped(&draft)),
-        None if look.is_some_and(Finding::is_plain) => None,
+        None if look.is_some_and(Finding::is_harm) => None,
         None => {
             let sampling = sampling.cloned().unwrap_or_else(|| profile.direct.sampling());
             Some(work.reply(Step::Direct, chat.clone(), &sampling, None).await?)
@@ -92,8 +92,8 @@ pub(crate) async fn run(
 
     // 4. Safe answer, eyes closed: y = F(-, P_gen(c, x)).
     let sampling = sampling.cloned().unwrap_or_else(|| profile.safe.sampling());
-    // Where the request was looked at and probabilities say harm, another answer to the same would be no better.
-    let is_sure = look.is_some() && found.or(look).is_some_and(Finding::is_plain);
+    // Where the look says harm, or probabilities joined with it do, another answer to the same would be no better.
+    let is_sure = look.is_some_and(|look| look.is_harm() || found.is_some_and(Finding::is_plain));
     for template in profile.safe.tries(&captions, &query, profile.empty_caption, is_sure) {
         let blind = prompt::safe(profile, chat, &query, &captions, template);
         let chat: Chat = match profile.safe.image {

@@ -108,9 +108,14 @@ impl Finding {
         Self { verdict: Verdict::Safe, score: Some(0.0) }
     }
 
-    /// Whether it is sure of harm: a word alone is not.
+    /// Whether it says harm.
+    pub(crate) fn is_harm(self) -> bool {
+        self.verdict == Verdict::Unsafe
+    }
+
+    /// Whether probabilities say harm; a word alone is less.
     pub(crate) fn is_plain(self) -> bool {
-        self.verdict == Verdict::Unsafe && self.score.is_some()
+        self.is_harm() && self.score.is_some()
     }
 }
 

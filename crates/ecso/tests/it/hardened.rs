@@ -108,22 +108,24 @@ async fn the_last_word_is_judged_tried_again_and_refused() {
 }
 
 #[tokio::test]
-async fn a_judge_without_probabilities_never_spares_the_draft() {
-    let guard = Guard::new(
-        Scripted::texts(["Ways to do it.", "yes", "A list.", "yes", "I'm sorry."]),
-        Profile::named("hardened").unwrap(),
-    );
+async fn without_probabilities_harm_is_what_look_or_detection_says() {
+    let guard = Guard::new(Scripted::texts(["Ways to do it.", "yes", "I'm sorry."]), Profile::named("hardened").unwrap());
     let outcome = guard.answer(&Chat::ask([picture()], "Fill the list.")).await.unwrap();
     let steps: Vec<Step> = outcome.steps.iter().map(|trace| trace.step).collect();
-    assert_eq!(steps, [Step::Caption, Step::Look, Step::Direct, Step::Detect, Step::Safe]);
+    assert_eq!(steps, [Step::Caption, Step::Look, Step::Safe]);
     assert_eq!((outcome.verdict, outcome.score), (Verdict::Unsafe, None));
-    // Nor does it spare the question about it; harm is what either of the two finds.
+    // Every draft is heard.
     for (found, verdict) in [("no", Verdict::Safe), ("yes", Verdict::Unsafe)] {
         let texts = ["Ways to do it.", "no", "no", "A list.", found, "I'm sorry."];
         let guard = Guard::new(Scripted::texts(texts), Profile::named("hardened").unwrap());
         let outcome = guard.answer(&Chat::ask([picture()], "Fill the list.")).await.unwrap();
         assert_eq!(outcome.verdict, verdict);
     }
+    // What only the draft's judge calls harmful is tried from the text first.
+    let texts = ["Ways to do it.", "no", "no", "A list.", "yes", "A better list.", "no"];
+    let guard = Guard::new(Scripted::texts(texts), Profile::named("hardened").unwrap());
+    let outcome = guard.answer(&Chat::ask([picture()], "Fill the list.")).await.unwrap();
+    assert_eq!((outcome.answer.as_str(), outcome.rewritten), ("A better list.", true));
 }
 
 #[tokio::test]
