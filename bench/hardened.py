@@ -2,7 +2,7 @@
 """The items that `hardened` is measured on: attacks and harmless requests in one benchmark for `ecso eval run jsonl`.
 
     hardened.py ECSO DATA OUT    DATA holds figstep/, mm-safetybench/ and xstest/ (see docs/evaluation.md); OUT gets items.jsonl,
-                               and beside it forced.jsonl (20 twins), text.jsonl (XSTest as plain text) and advice/ (for `eval run figstep`)
+                               and beside it forced.jsonl (60 twins), text.jsonl (XSTest as plain text) and advice/ (for `eval run figstep`)
 
 Items come from the half on which the look was not tuned (those whose id's SHA-256 begins with an odd byte; of MM-SafetyBench all 40), drawn
 with a fixed seed and dealt in turn, so that any beginning of the run is balanced.
@@ -108,7 +108,7 @@ def main():
     turns = max(map(len, kinds))
     dealt = (item for turn in range(turns) for kind in kinds for item in kind[turn * len(kind) // turns:(turn + 1) * len(kind) // turns])
     write_items(out / "items.jsonl", dealt)
-    write_items(out / "forced.jsonl", twins[:20])
+    write_items(out / "forced.jsonl", twins[:60])
     beside(ecso, data, out)
     print(", ".join(f"{len(kind)} {kind[0]['scenario']}" for kind in kinds))
 

@@ -5,7 +5,6 @@
 
 use std::{path::Path, sync::Arc};
 
-use anyhow::Context;
 use ecso::{Chat, Event, Guard, Image, Limits, Profile, Step};
 use ecso_llama::Llama;
 use ecso_reader::{Composed, Reader};
@@ -35,8 +34,7 @@ async fn main() -> anyhow::Result<()> {
     let show = std::env::var_os("ECSO_SHOW").is_some();
     let (mut drafts, mut captions, mut replies) = (0, 0, 0);
     for path in images {
-        let bytes = std::fs::read(path).with_context(|| path.clone())?;
-        let chat = Chat::ask([Image::from_bytes(bytes, Limits::default())?], query.clone());
+        let chat = Chat::ask([Image::open(path, Limits::default())?], query.clone());
         let events = guard.answer_events(&chat);
         pin_mut!(events);
         while let Some(event) = events.next().await {

@@ -52,15 +52,8 @@ fn chat(args: &AskArgs, limits: Limits) -> anyhow::Result<Chat> {
 
 /// Reads and decodes an image, so that a broken one is noticed before a model is loaded for it.
 fn read(path: &Path, limits: Limits) -> anyhow::Result<Image> {
-    let shown = path.display();
-    let wrong = |error: &dyn std::fmt::Display| WrongUse(format!("{shown}: {error}"));
-    let file = std::fs::File::open(path).map_err(|error| wrong(&error))?;
-    let mut bytes = Vec::new();
-    // One byte more than allowed is enough to see that there are too many.
-    let most = u64::try_from(limits.bytes).unwrap_or(u64::MAX).saturating_add(1);
-    file.take(most).read_to_end(&mut bytes).map_err(|error| wrong(&error))?;
-    let image = Image::from_bytes(bytes, limits).map_err(|error| wrong(&error))?;
-    image.pixels().map_err(|error| wrong(&error))?;
+    let image = Image::open(path, limits)?;
+    image.pixels().map_err(|error| WrongUse(format!("{}: {error}", path.display())))?;
     Ok(image)
 }
 

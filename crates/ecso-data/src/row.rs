@@ -39,15 +39,7 @@ pub enum Picture {
 /// Why a row's images can't be had.
 #[derive(Debug, thiserror::Error)]
 pub enum PictureError {
-    /// Its file can't be read.
-    #[error("{}: {reason}", path.display())]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        reason: String,
-    },
-    /// It is broken or too large.
+    /// Its file can't be read, or it is broken or too large.
     #[error(transparent)]
     Image(#[from] ImageError),
     /// It can't be fetched.
@@ -61,14 +53,11 @@ impl Picture {
     /// # Errors
     /// [`PictureError`].
     pub async fn read(&self, fetcher: &Fetcher, limits: Limits) -> Result<Image, PictureError> {
-        let bytes = match self {
-            Self::Bytes(bytes) => bytes.clone(),
-            Self::Url(url) => return Ok(fetcher.image(url, limits).await?),
-            Self::File(path) => std::fs::read(path)
-                .map_err(|error| PictureError::File { path: path.clone(), reason: error.to_string() })?
-                .into(),
-        };
-        Ok(Image::from_bytes(bytes, limits)?)
+        Ok(match self {
+            Self::Bytes(bytes) => Image::from_bytes(bytes.clone(), limits)?,
+            Self::Url(url) => fetcher.image(url, limits).await?,
+            Self::File(path) => Image::open(path, limits)?,
+        })
     }
 }
 

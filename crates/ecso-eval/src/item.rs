@@ -71,45 +71,24 @@ pub enum Task {
     },
 }
 
-/// An image of an item that can't be used.
-#[derive(Debug, thiserror::Error)]
-pub enum PictureError {
-    /// Its file can't be read.
-    #[error("{}: {reason}", path.display())]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        reason: String,
-    },
-    /// It is broken or too large.
-    #[error(transparent)]
-    Image(#[from] ImageError),
-}
-
 impl Item {
     /// The conversation that is sent.
     ///
     /// # Errors
-    /// [`PictureError`] if an image can't be read.
-    pub fn chat(&self, limits: Limits) -> Result<Chat, PictureError> {
-        let read = |picture: &Picture| {
-            let bytes: Vec<u8> = match picture {
-                Picture::Bytes(bytes) => bytes.to_vec(),
-                Picture::File(path) => std::fs::read(path)
-                    .map_err(|error| PictureError::File { path: path.clone(), reason: error.to_string() })?,
-            };
-            Ok::<_, PictureError>(Image::from_bytes(bytes, limits)?)
+    /// [`ImageError`] if an image can't be read.
+    pub fn chat(&self, limits: Limits) -> Result<Chat, ImageError> {
+        let read = |picture: &Picture| match picture {
+            Picture::Bytes(bytes) => Image::from_bytes(bytes.to_vec(), limits),
+            Picture::File(path) => Image::open(path, limits),
         };
         let last = (Role::User, &self.query, &self.images);
         let turns = self.earlier.iter().map(|(role, text, images)| (*role, text, images)).chain([last]);
         let turns = turns.map(|(role, text, images)| {
-            let images: Result<Vec<Part>, PictureError> =
-                images.iter().map(|image| Ok(Part::Image(read(image)?))).collect();
-            let mut parts = images?;
+            let mut parts: Vec<Part> =
+                images.iter().map(|image| read(image).map(Part::Image)).collect::<Result<_, _>>()?;
             parts.push(Part::Text(text.clone()));
             Ok(Turn { role, parts })
         });
-        Ok(Chat { turns: turns.collect::<Result<_, PictureError>>()? })
+        Ok(Chat { turns: turns.collect::<Result<_, _>>()? })
     }
 }

@@ -22,7 +22,7 @@ use crate::{
 /// use ecso::{Chat, Guard, Image, Limits, Profile};
 ///
 /// let guard = Guard::new(model, Profile::paper());
-/// let image = Image::from_bytes(std::fs::read("list.png")?, Limits::default())?;
+/// let image = Image::open("list.png", Limits::default())?;
 /// let outcome = guard.answer(&Chat::ask([image], "What is on the list?")).await?;
 /// println!("{:?}: {}", outcome.verdict, outcome.answer);
 /// # Ok(())

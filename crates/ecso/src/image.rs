@@ -1,7 +1,10 @@
 //! Images: checked by their header when they come in, decoded once and only where pixels are read.
 
 use std::{
-    io::Cursor,
+    error::Error,
+    fs::File,
+    io::{Cursor, Read as _},
+    path::{Path, PathBuf},
     sync::{Arc, OnceLock},
 };
 
@@ -29,6 +32,14 @@ impl Default for Limits {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ImageError {
+    /// Its file can't be read, or is no image that can be used.
+    #[error("{}: {reason}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// No bytes at all.
     #[error("the image is empty (0 bytes)")]
     Empty,
@@ -90,6 +101,18 @@ impl PartialEq for Image {
 }
 
 impl Image {
+    /// Reads a file, of no more bytes than `limits` allow, and takes them as [`Image::from_bytes`] does. Every error names the file.
+    pub fn open(path: impl AsRef<Path>, limits: Limits) -> Result<Self, ImageError> {
+        let path = path.as_ref();
+        let failed = |error: &dyn Error| ImageError::File { path: path.into(), reason: error.to_string() };
+        let file = File::open(path).map_err(|error| failed(&error))?;
+        let mut bytes = Vec::new();
+        // One byte more than allowed is enough to see that there are too many.
+        let most = u64::try_from(limits.bytes).unwrap_or(u64::MAX).saturating_add(1);
+        file.take(most).read_to_end(&mut bytes).map_err(|error| failed(&error))?;
+        Self::from_bytes(bytes, limits).map_err(|error| failed(&error))
+    }
+
     /// Takes encoded bytes and checks size and header against `limits`; nothing is decoded yet.
     pub fn from_bytes(bytes: impl Into<Bytes>, limits: Limits) -> Result<Self, ImageError> {
         let bytes = bytes.into();
@@ -240,6 +263,10 @@ mod tests {
     fn bad_images_say_what_is_wrong() {
         let limits = Limits { bytes: 1000, pixels: 64 };
         assert_eq!(Image::from_bytes(Vec::new(), limits).unwrap_err(), ImageError::Empty);
+        let missing = Image::open("no/such.png", limits).unwrap_err().to_string();
+        assert!(missing.starts_with("no/such.png: "), "{missing}");
+        let file = Image::open(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"), limits).unwrap_err().to_string();
+        assert!(file.contains("Cargo.toml: this is not an image"), "{file}");
         assert_eq!(
             Image::from_bytes(vec![0; 1001], limits).unwrap_err(),
             ImageError::TooManyBytes { actual: 1001, limit: 1000 }

@@ -109,7 +109,8 @@ async fn the_last_word_is_judged_tried_again_and_refused() {
 
 #[tokio::test]
 async fn without_probabilities_harm_is_what_look_or_detection_says() {
-    let guard = Guard::new(Scripted::texts(["Ways to do it.", "yes", "I'm sorry."]), Profile::named("hardened").unwrap());
+    let guard =
+        Guard::new(Scripted::texts(["Ways to do it.", "yes", "I'm sorry."]), Profile::named("hardened").unwrap());
     let outcome = guard.answer(&Chat::ask([picture()], "Fill the list.")).await.unwrap();
     let steps: Vec<Step> = outcome.steps.iter().map(|trace| trace.step).collect();
     assert_eq!(steps, [Step::Caption, Step::Look, Step::Safe]);
