@@ -71,6 +71,8 @@ def beside(ecso, data, out):
 
 
 def main():
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
     ecso, data, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(11)

@@ -55,7 +55,10 @@ def figures(out, run):
               f"{share([row for row in rows if not row[1] and not row[2]])} of the harmless, {share([row for row in rows if row[2]])} of the refusals")
 
 
-if sys.argv[1] == "items":
-    items(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]) if len(sys.argv) > 4 else None)
-else:
-    figures(Path(sys.argv[2]), Path(sys.argv[3]))
+match sys.argv[1:]:
+    case ["items", source, out, *count]:
+        items(Path(source), Path(out), int(count[0]) if count else None)
+    case ["figures", out, run]:
+        figures(Path(out), Path(run))
+    case _:
+        sys.exit(__doc__)
