@@ -38,7 +38,7 @@ pub enum Gate {
 pub enum Rewrite {
     /// The answer of step 4.
     Safe,
-    /// The fixed text [`Profile::refusal`]; steps 3 and 4 are not asked.
+    /// The fixed text [`Profile::refusal`]; step 4 is not asked, nor step 3 unless a judge reads captions.
     Refuse,
 }
 
@@ -220,7 +220,7 @@ pub struct SafeStep {
     /// With hints; `{c}` is the caption, `{x}` the query.
     pub template: Template,
     /// The second try, with or without hints, where [`Profile::check`] calls the first harmful, and the only one where
-    /// [`Profile::look`] is asked and probabilities say harm; empty is none.
+    /// [`Profile::look`] says harm, or the probabilities joined with it do; empty is none.
     pub strict: Template,
     /// Without hints; `{x}` is the query.
     pub plain: Template,
