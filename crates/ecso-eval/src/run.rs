@@ -17,7 +17,7 @@ use crate::{
 /// What the unguarded arm is called.
 pub const UNGUARDED: &str = "unguarded";
 
-/// How a run goes; beside it, a run is what its [`Header`] says.
+/// How a run goes; beside it, a run is what its [`Header`](crate::journal::Header) says.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
     /// Items at once.

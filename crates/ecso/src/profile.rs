@@ -219,7 +219,7 @@ pub struct SafeStep {
     pub image: Eyes,
     /// With hints; `{c}` is the caption, `{x}` the query.
     pub template: Template,
-    /// The second try, with or without hints, where [`Profile::check`] calls the first harmful, and the only one where
+    /// The second try, with or without hints, where [`check`](field@Profile::check) calls the first harmful, and the only one where
     /// [`Profile::look`] says harm, or the probabilities joined with it do; empty is none.
     pub strict: Template,
     /// Without hints; `{x}` is the query.
