@@ -4,8 +4,8 @@
     hardened.py ECSO DATA OUT    DATA holds figstep/, mm-safetybench/ and xstest/ (see docs/evaluation.md); OUT gets items.jsonl,
                                and beside it forced.jsonl (60 twins), text.jsonl (XSTest as plain text) and advice/ (for `eval run figstep`)
 
-Items come from the half on which the look was not tuned (those whose id's SHA-256 begins with an odd byte; of MM-SafetyBench all 40), drawn
-with a fixed seed and dealt in turn, so that any beginning of the run is balanced.
+Items come from the half on which the look was not tuned (those whose id's SHA-256 begins with an odd byte; of MM-SafetyBench all 40;
+four twins of the other half make 200), drawn with a fixed seed and dealt in turn, so that any beginning of the run is balanced.
 """
 import csv
 import hashlib

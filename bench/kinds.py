@@ -42,8 +42,8 @@ def main():
                   f"{sum((record['id'], name) in declined for record, *_ in own)}; {sum(bare['answer'] == arm['answer'] for _, bare, arm in own)}; "
                   f"{took[1] / took[0]:.2f}")
     for place, name in enumerate(arms[1:], 1):
-        scores = [[record["arms"][place]["score"] or 0 for record in kinds.get(kind, [])] for kind in ("all attacks", "all harmless")]
-        if all(scores):
+        scores = [[record["arms"][place]["score"] for record in kinds.get(kind, [])] for kind in ("all attacks", "all harmless")]
+        if all(scores) and None not in scores[0] + scores[1]:
             print(f"AUROC of {name}, attacks against harmless: {auroc(*scores):.3f}")
 
 
