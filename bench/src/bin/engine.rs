@@ -18,7 +18,7 @@ use std::{
 use anyhow::Context;
 use arrow_array::{ArrayRef, BinaryArray, RecordBatch, StringArray};
 use async_trait::async_trait;
-use ecso::{Chat, Finish, Limits, Mllm, ModelError, Piece, Profile, Reply, ReplyStream, Sampling, Turn};
+use ecso::{Chat, Delta, FinishReason, Limits, Mllm, ModelError, Profile, Reply, ReplyStream, Sampling, Turn};
 use ecso_data::{
     input::Input,
     make::{Filters, Maker},
@@ -45,8 +45,8 @@ impl Mllm for Mock {
 
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {
         let reply = self.generate(chat, sampling).await?;
-        let end = Piece::End { finish: Finish::Stop, usage: None, took: None };
-        Ok(stream::iter([Ok(Piece::Text(reply.text)), Ok(end)]).boxed())
+        let end = Delta::End { finish: FinishReason::Stop, usage: None, took: None };
+        Ok(stream::iter([Ok(Delta::Text(reply.text)), Ok(end)]).boxed())
     }
 
     async fn generate(&self, chat: &Chat, _: &Sampling) -> Result<Reply, ModelError> {

@@ -29,12 +29,12 @@ async fn main() -> anyhow::Result<()> {
     for line in std::io::stdin().lock().lines() {
         let question: Question = serde_json::from_str(&line?)?;
         let turns = question.turns.into_iter().map(|(role, text)| Turn::text(role, text));
-        let mut chat = Chat { turns: turns.collect() };
+        let mut chat = Chat { turns: turns.collect(), ..Chat::default() };
         if !question.system.is_empty() {
             chat = chat.with_system(question.system);
         }
         let max_tokens = Some(question.max_tokens.unwrap_or(1));
-        let sampling = Sampling { temperature: Some(0.0), max_tokens, alternatives: 20, ..Sampling::default() };
+        let sampling = Sampling { temperature: Some(0.0), max_tokens, top_logprobs: 20, ..Sampling::default() };
         let begun = Instant::now();
         let reply = model.generate(&chat, &sampling).await?;
         let answer = serde_json::json!({

@@ -130,12 +130,12 @@ impl Screen<'_> {
 
 fn doing(step: Step, images: usize) -> String {
     let what = match step {
-        Step::Look => "a look at the request",
+        Step::RequestCheck => "is harm asked for?",
         Step::Direct => "step 1, direct answer",
         Step::Detect => "step 2, is it harmful?",
         Step::Caption => "step 3, image to text",
         Step::Safe => "step 4, answer with eyes closed",
-        Step::Check => "a look at that answer",
+        Step::ReplyCheck => "is that answer harmful?",
         _ => "another step",
     };
     match images {

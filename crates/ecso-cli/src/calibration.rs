@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use anyhow::Context;
-use ecso::Profile;
+use ecso::{Profile, profile::Method};
 use ecso_eval::calibrate::Calibration;
 use serde::{Deserialize, Serialize};
 
@@ -81,8 +81,16 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
     };
     let mut profile = Profile::named(&stored.profile)?;
     if hash(&profile) != stored.profile_hash {
+        eprintln!(
+            "ecso: warning: the calibration of `{}` for {} is of another version of that profile, so it is not used; make a new one with \
+             `ecso eval calibrate`, or name the profile",
+            stored.profile, settings.model
+        );
         return Ok((Profile::paper(), "the calibration for this model is of another version of `hardened`"));
     }
-    profile.detect.threshold = stored.found.threshold;
+    let Method::Hardened(method) = &mut profile.method else {
+        return Ok((Profile::paper(), "the calibration for this model is of a profile that has no threshold"));
+    };
+    method.threshold = stored.found.threshold;
     Ok((profile, "calibrated for this model"))
 }

@@ -7,6 +7,7 @@ use std::{
 
 use anyhow::Context;
 use ecso::{Limits, Profile};
+use ecso_openai::MaxTokensField;
 use etcetera::{AppStrategy, AppStrategyArgs, app_strategy::Xdg};
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +41,8 @@ pub(crate) struct Settings {
     pub(crate) images: Limits,
     pub(crate) engine: Engine,
     pub(crate) server: Server,
+    /// Where the guard's own calls go under `ecso serve`, if not to the server that is guarded.
+    pub(crate) checks: Checks,
     /// Where `ecso serve` listens.
     pub(crate) listen: String,
     pub(crate) gateway: ecso_gateway::Settings,
@@ -72,6 +75,32 @@ pub(crate) struct Server {
     pub(crate) reply_timeout: u64,
     /// How often a request is tried again.
     pub(crate) retries: usize,
+    /// What the limit on new tokens is called: `auto`, `max_tokens` or `max_completion_tokens`.
+    pub(crate) max_tokens_field: MaxTokensField,
+    /// Request fields that are never sent, by name, for models that refuse them.
+    pub(crate) omit: Vec<String>,
+    /// Seconds after which a model that refused log-probabilities is asked for them again.
+    pub(crate) forget_after: u64,
+    /// URL of a proxy; empty leaves it to the environment.
+    pub(crate) proxy: String,
+    /// PEM file of certificates that are trusted besides the system's own; empty is none.
+    pub(crate) ca_file: PathBuf,
+    /// PEM file with this client's certificate chain and key; empty is none.
+    pub(crate) client_cert: PathBuf,
+    /// Unix socket that all requests go to; empty is none.
+    pub(crate) unix_socket: PathBuf,
+}
+
+/// A cheaper or closer replica of the guarded model, for the guard's own calls.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Checks {
+    /// Its server; empty is the guarded one.
+    pub(crate) url: String,
+    /// The model's name there; empty is the name that the client asks for.
+    pub(crate) model_name: String,
+    /// Name of the environment variable with its API key; empty is no key.
+    pub(crate) api_key_env: String,
 }
 
 impl Default for Server {
@@ -81,6 +110,13 @@ impl Default for Server {
             connect_timeout: options.connect_timeout.as_secs(),
             reply_timeout: options.reply_timeout.as_secs(),
             retries: options.retries,
+            max_tokens_field: options.max_tokens_field,
+            omit: options.omit,
+            forget_after: options.forget_after.as_secs(),
+            proxy: String::new(),
+            ca_file: PathBuf::new(),
+            client_cert: PathBuf::new(),
+            unix_socket: PathBuf::new(),
         }
     }
 }
@@ -104,6 +140,7 @@ fn defaults() -> anyhow::Result<Settings> {
         images: Limits::default(),
         engine: Engine { gpu_layers: -1, ..Engine::default() },
         server: Server::default(),
+        checks: Checks::default(),
         listen: "127.0.0.1:8080".into(),
         gateway: ecso_gateway::Settings::default(),
     })
@@ -204,9 +241,13 @@ fn place(table: &mut toml::Table, key: &str, value: toml::Value) -> Result<(), (
     }
 }
 
-/// Whether a model's name is a server's URL.
+/// Whether a model's name is meant for a server's URL. One without a scheme (`localhost:8000/v1`) is too; the client says what to write.
 pub(crate) fn is_url(name: &str) -> bool {
-    name.starts_with("http://") || name.starts_with("https://")
+    let host = name.split('/').next().unwrap_or_default();
+    let has_port = host.rsplit_once(':').is_some_and(|(host, port)| {
+        !host.is_empty() && !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit())
+    });
+    name.starts_with("http://") || name.starts_with("https://") || has_port
 }
 
 /// The settings that result for `ecso serve`.

@@ -1,6 +1,10 @@
 //! From settings to a model that answers.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context;
 use ecso::Mllm;
@@ -61,8 +65,20 @@ pub(crate) fn server_options(settings: &Settings) -> ecso_openai::Options {
         connect_timeout: Duration::from_secs(settings.server.connect_timeout),
         reply_timeout: Duration::from_secs(settings.server.reply_timeout),
         retries: settings.server.retries,
+        max_tokens_field: settings.server.max_tokens_field,
+        omit: settings.server.omit.clone(),
+        forget_after: Duration::from_secs(settings.server.forget_after),
+        proxy: Some(settings.server.proxy.clone()).filter(|url| !url.is_empty()).map(Into::into),
+        ca_file: named(&settings.server.ca_file),
+        client_cert: named(&settings.server.client_cert),
+        unix_socket: named(&settings.server.unix_socket),
         ..ecso_openai::Options::default()
     }
+}
+
+/// An empty path is none.
+fn named(path: &Path) -> Option<PathBuf> {
+    Some(path.to_owned()).filter(|path| !path.as_os_str().is_empty())
 }
 
 /// The reader of `mini` in front of another model.

@@ -7,7 +7,8 @@ use std::{
 };
 
 use anyhow::Context;
-use ecso_gateway::{Gateway, Upstream};
+use ecso::profile::Method;
+use ecso_gateway::{Checks, Gateway, Upstream, settings::Mode};
 use tokio::net::TcpListener;
 
 use crate::{
@@ -24,6 +25,9 @@ pub(crate) fn run(args: &ServeArgs, file: Option<&Path>) -> anyhow::Result<()> {
         let gateway = Arc::new(gateway(&settings).await?);
         let listener = listen(&settings).await?;
         eprintln!("ecso: {}", greeting(&settings, listener.local_addr()?)?);
+        if let Some(warning) = warning(&settings)? {
+            eprintln!("ecso: warning: {warning}");
+        }
         reload_on_signal(&gateway, &settings, args.clone(), file.map(Path::to_owned));
         ecso_gateway::serve(gateway, listener, stopped()).await?;
         eprintln!("ecso: all requests are finished");
@@ -38,12 +42,28 @@ async fn gateway(settings: &Settings) -> anyhow::Result<Gateway> {
             return Err(WrongUse("the text reader stands in front of models in this process only".into()).into());
         }
         let options = open::server_options(settings);
+        let checks = checks(settings, &options)?;
         let key = options.api_key.clone();
-        Upstream::server(&settings.model, key, options)?
+        Upstream::server(&settings.model, key, options, checks)?
     } else {
         Upstream::Engine(open::model(settings).await?)
     };
     Ok(Gateway::new(upstream, profile, settings.gateway.clone(), settings.images)?)
+}
+
+/// Where the guard's own calls go, if not to the guarded server: reached as that is, with a key of its own.
+fn checks(settings: &Settings, options: &ecso_openai::Options) -> anyhow::Result<Option<Checks>> {
+    let Settings { checks, .. } = settings;
+    if checks.url.is_empty() {
+        return Ok(None);
+    }
+    let key = match checks.api_key_env.as_str() {
+        "" => None,
+        name => Some(std::env::var(name).map_err(|_| WrongUse(format!("checks.api_key_env: {name} is not set")))?),
+    };
+    let options = ecso_openai::Options { model: None, api_key: key.map(Into::into), ..options.clone() };
+    let server = ecso_openai::OpenAi::new(&checks.url, options)?;
+    Ok(Some(Checks { server, model: checks.model_name.clone() }))
 }
 
 /// On SIGHUP the settings are read again; what is wrong with them is told, and the old ones stay.
@@ -104,6 +124,19 @@ fn greeting(settings: &Settings, address: SocketAddr) -> anyhow::Result<String> 
     let (profile, why) = config::chosen_profile(settings)?;
     let why = why.map_or_else(String::new, |why| format!(" ({why})"));
     Ok(format!("guarding {} on http://{address}/v1 ({callers}) under profile {}{why}", settings.model, profile.name))
+}
+
+/// What somebody who relies on the guard should know before it runs.
+fn warning(settings: &Settings) -> anyhow::Result<Option<String>> {
+    let (profile, why) = config::chosen_profile(settings)?;
+    let Some(why) = why.filter(|_| settings.gateway.mode == Mode::Enforce) else { return Ok(None) };
+    let is_paper = matches!(profile.method, Method::Paper(_));
+    Ok(is_paper.then(|| {
+        format!(
+            "profile `paper` runs for want of a calibration ({why}). It is a weak guard: it judges the last turn, the first 1,927 characters \
+             of an answer, and takes every verdict but a plain yes for no. Choose `--profile hardened`, or calibrate it: docs/hardened.md"
+        )
+    }))
 }
 
 /// Ends when the process is asked to: Ctrl-C or SIGTERM.

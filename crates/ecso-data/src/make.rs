@@ -177,7 +177,7 @@ impl Maker {
         if refusal {
             return Ok((Verdict::Safe, None));
         }
-        let last = outcome.steps.last().filter(|step| step.step == Step::Check);
+        let last = outcome.steps.last().filter(|step| step.step == Step::ReplyCheck);
         if let Some((verdict, score)) = last.and_then(|step| Some((step.verdict?, step.score))) {
             return Ok((verdict, score));
         }

@@ -81,7 +81,7 @@ impl Row {
         let mut parts: Vec<Part> = images.iter().cloned().map(Part::Image).collect();
         parts.push(Part::Text(self.query.clone()));
         turns.push(Turn { role: Role::User, parts });
-        Chat { turns }
+        Chat { turns, ..Chat::default() }
     }
 
     /// What makes two rows the same: images and words, to the byte. Hexadecimal digits of a BLAKE3 hash.

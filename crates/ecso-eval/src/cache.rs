@@ -12,7 +12,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use ecso::{Chat, Mllm, ModelError, Part, Piece, Reply, ReplyStream, Sampling};
+use ecso::{Cause, Chat, Delta, Mllm, ModelError, Part, Reply, ReplyStream, Sampling};
 use futures::{StreamExt, stream};
 
 /// A model whose replies are kept in a folder, by the model's digest, the conversation's bytes, the images' digests and the
@@ -114,12 +114,17 @@ impl<M: Mllm> Mllm for Cached<M> {
         self.model.name()
     }
 
+    async fn health(&self) -> Result<(), ModelError> {
+        self.model.health().await
+    }
+
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {
         let reply = self.generate(chat, sampling).await?;
         let pieces = [
-            Piece::FirstToken(reply.first_token),
-            Piece::Text(reply.text),
-            Piece::End { finish: reply.finish, usage: reply.usage, took: reply.took },
+            Delta::FirstToken(reply.first_token),
+            Delta::Reasoning(reply.reasoning),
+            Delta::Text(reply.text),
+            Delta::End { finish: reply.finish, usage: reply.usage, took: reply.took },
         ];
         Ok(stream::iter(pieces.map(Ok)).boxed())
     }
@@ -140,8 +145,9 @@ impl<M: Mllm> Mllm for Cached<M> {
         drop(busy);
         reply.took = Some(begun.elapsed());
         if let Some(path) = path {
-            keep(&path, &reply)
-                .map_err(|error| ModelError::Transport(format!("cache: {}: {error}", path.display())))?;
+            keep(&path, &reply).map_err(|error| {
+                ModelError::Transport(Cause::new(format!("cache: {}: {error}", path.display()), error))
+            })?;
         }
         Ok(reply)
     }

@@ -89,6 +89,6 @@ impl Item {
             parts.push(Part::Text(text.clone()));
             Ok(Turn { role, parts })
         });
-        Ok(Chat { turns: turns.collect::<Result<_, _>>()? })
+        Ok(Chat { turns: turns.collect::<Result<_, _>>()?, ..Chat::default() })
     }
 }

@@ -9,7 +9,7 @@ use axum::{
     response::Response,
 };
 use bytes::Bytes;
-use ecso::{Event, Guard, Mllm, Outcome, Step, Verdict};
+use ecso::{Event, FinishReason, Guard, Mllm, Outcome, Step, Verdict};
 use futures::{Stream, StreamExt, future::try_join_all};
 use serde_json::{Map, Value, json};
 use tokio::sync::OwnedSemaphorePermit;
@@ -17,13 +17,13 @@ use tracing::{Instrument, Span};
 
 use crate::{
     audit::Case,
-    draft::{self, Draft, choices, index},
+    draft::{Draft, choices, index},
     failure::Failure,
     live::Live,
     request::Request,
     settings::{Mode, OnFailure, TraceLevel},
     telemetry,
-    upstream::{Answer, Upstream, bounded},
+    upstream::{Answer, Upstream, answer_head, bounded},
 };
 
 /// A chat request that is to be guarded.
@@ -82,7 +82,8 @@ impl Report {
 
     /// The object `ecso` of an answer.
     fn object(&self, id: &str, trace: TraceLevel) -> Value {
-        let mut object = json!({"request_id": id, "verdict": self.verdict(), "score": self.score()});
+        let mut object = json!({"request_id": id, "verdict": self.verdict(), "score": self.score(),
+            "usage": self.usage()});
         if let Some(failure) = &self.failure {
             object["failure"] = failure.as_str().into();
         }
@@ -94,18 +95,12 @@ impl Report {
         object
     }
 
-    /// The draft's usage with all steps added.
-    fn usage(&self, draft: &Draft) -> Option<Value> {
-        let mut usage = draft.usage()?;
+    /// What the guard's own calls took: tokens, where the models tell.
+    fn usage(&self) -> Value {
         let steps = || self.outcomes.values().flatten().flat_map(|outcome| &outcome.steps);
         let prompt: u64 = steps().filter_map(|step| step.prompt_tokens).map(u64::from).sum();
         let completion: u64 = steps().filter_map(|step| step.completion_tokens).map(u64::from).sum();
-        for (name, more) in
-            [("prompt_tokens", prompt), ("completion_tokens", completion), ("total_tokens", prompt + completion)]
-        {
-            usage[name] = (usage[name].as_u64().unwrap_or(0) + more).into();
-        }
-        Some(usage)
+        json!({"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion})
     }
 }
 
@@ -160,17 +155,17 @@ impl Guarded {
     async fn whole(self, request: Request) -> Result<Response, Failure> {
         let guard = self.guard(&request)?;
         let asked = self.answer(&request).instrument(telemetry::direct(&request.model));
-        let draft = match self.in_time(asked).await? {
-            Answer::Draft(draft) => draft,
+        let (draft, head) = match self.in_time(asked).await? {
+            Answer::Draft(draft, head) => (draft, head),
             Answer::Stream(_) => return Err(Failure::upstream("the upstream sent a stream that nobody asked for")),
             Answer::Refused(response) => return Ok(response),
         };
         let report = match self.in_time(review(&guard, &request, &draft)).await {
             Ok(report) => report,
-            Err(failure) => self.open(&draft, failure)?,
+            Err(failure) => self.open(&draft, failure.with_head(&head))?,
         };
         self.record(&request, &report, &draft);
-        Ok(self.finished(&report, draft))
+        Ok(self.finished(&request, &report, draft, head))
     }
 
     /// What the guard's failure means: an error, or an answer that nobody judged.
@@ -183,26 +178,23 @@ impl Guarded {
         Ok(Report { outcomes, failure: Some(failure.code.into()) })
     }
 
-    fn finished(&self, report: &Report, draft: Draft) -> Response {
-        let usage = report.usage(&draft);
+    fn finished(&self, request: &Request, report: &Report, draft: Draft, head: HeaderMap) -> Response {
         let Draft::Whole(mut completion) = draft else { unreachable!("a whole answer was asked for") };
         for choice in completion["choices"].as_array_mut().into_iter().flatten() {
             let outcome = report.outcomes.get(&index(choice)).and_then(Option::as_ref);
             if let Some(outcome) = outcome.filter(|outcome| outcome.rewritten) {
                 *choice = json!({
                     "index": index(choice),
-                    "message": {"role": "assistant", "content": outcome.answer},
+                    "message": message(outcome, request),
                     "finish_reason": finish(outcome),
                 });
             }
-        }
-        if let Some(usage) = usage {
-            completion["usage"] = usage;
         }
         if self.trace() != TraceLevel::None {
             completion["ecso"] = report.object(&self.id, self.trace());
         }
         let mut response = Response::new(Body::from(completion.to_string()));
+        *response.headers_mut() = head;
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         verdict_headers(headers, report);
@@ -227,7 +219,8 @@ impl Guarded {
                 let replies = try_join_all(asked).await.map_err(|error| Failure::asking("invalid_request", error))?;
                 let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
                 let created = created.map_or(0, |since| since.as_secs());
-                Ok(Answer::Draft(Draft::replies(&replies, &self.id, created, model.name(), request.stream)))
+                let draft = Draft::replies(&replies, &self.id, created, model.name(), request.stream);
+                Ok(Answer::Draft(draft, HeaderMap::new()))
             }
         }
     }
@@ -247,6 +240,10 @@ impl Guarded {
         if begun.is_none() {
             request.own_sampling()?;
         }
+        let head = match &begun {
+            Some(Answer::Stream(response)) => answer_head(response.headers()),
+            _ => HeaderMap::new(),
+        };
         let every = std::time::Duration::from_secs(self.live.settings.keep_alive.max(1));
         let body = stream! {
             let _permit = permit;
@@ -274,6 +271,7 @@ impl Guarded {
             }
         };
         let mut response = Response::new(Body::from_stream(body));
+        *response.headers_mut() = head;
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
@@ -300,7 +298,7 @@ impl Guarded {
                     let chunks = Draft::chunks(bounded(response, self.live.settings.limits.answer));
                     self.in_time(chunks.instrument(direct.clone())).await?
                 }
-                Answer::Draft(draft) => draft,
+                Answer::Draft(draft, _) => draft,
                 Answer::Refused(_) => Err(Failure::upstream("the upstream refused"))?,
             };
             drop(direct);
@@ -321,13 +319,20 @@ impl Guarded {
                             }
                         }
                         Ok(Event::Answer(text)) if rewritten => {
-                            let role = if begun { None } else { Some("assistant") };
+                            // Whether it is the fixed refusal, the end tells; where that has another place, the answer waits for it.
+                            if request.wants_json() {
+                                continue;
+                            }
+                            yield delta(&draft, choice, !begun, Some(("content", &text)), None);
                             begun = true;
-                            yield delta(&draft, choice, role, Some(&text), None);
                         }
                         Ok(Event::Done(outcome)) => {
                             if rewritten {
-                                yield delta(&draft, choice, None, None, Some(finish(&outcome)));
+                                if request.wants_json() {
+                                    let place = if outcome.refused { "refusal" } else { "content" };
+                                    yield delta(&draft, choice, true, Some((place, &outcome.answer)), None);
+                                }
+                                yield delta(&draft, choice, false, None, Some(finish(&outcome)));
                             }
                             report.outcomes.insert(choice, Some(outcome));
                         }
@@ -351,7 +356,7 @@ impl Guarded {
             let mut last = draft.head();
             last["choices"] = json!([]);
             if request.wants_usage() {
-                last["usage"] = report.usage(&draft).unwrap_or(Value::Null);
+                last["usage"] = draft.usage().unwrap_or(Value::Null);
             }
             last["ecso"] = report.object(&self.id, self.trace());
             self.record(request, &report, &draft);
@@ -377,32 +382,13 @@ pub(crate) async fn review(guard: &Guard<Arc<dyn Mllm>>, request: &Request, draf
     Ok(Report { outcomes: try_join_all(all).await?.into_iter().collect(), failure: None })
 }
 
-/// The steps on one choice; who says nothing says nothing harmful.
+/// The steps on one choice.
 fn reviewed<'a>(
     guard: &'a Guard<Arc<dyn Mllm>>,
     request: &'a Request,
     said: &'a str,
 ) -> impl Stream<Item = Result<Event, Failure>> + Send + 'a {
-    try_stream! {
-        if said.trim().is_empty() {
-            yield Event::Decided { verdict: Verdict::Safe, rewritten: false };
-            yield Event::Done(Outcome {
-                answer: String::new(),
-                verdict: Verdict::Safe,
-                score: None,
-                rewritten: false,
-                profile: guard.profile().name.clone(),
-                model: guard.model().name().to_owned(),
-                steps: Vec::new(),
-            });
-            return;
-        }
-        let events = guard.review_events(&request.chat, said);
-        futures::pin_mut!(events);
-        while let Some(event) = events.next().await {
-            yield event?;
-        }
-    }
+    guard.review_events(&request.chat, said).map(|event| event.map_err(Failure::from))
 }
 
 /// The chunks of one choice, as they came where they hold no other.
@@ -424,20 +410,28 @@ fn replayed(draft: &Draft, choice: u64) -> Vec<String> {
     of_choice.collect()
 }
 
-/// A chunk of a safe answer.
-fn delta(draft: &Draft, choice: u64, role: Option<&str>, content: Option<&str>, finish: Option<&str>) -> String {
+/// What is said in a draft's place. The fixed refusal is no JSON: where the client wants that, it stands where the protocol has refusals.
+fn message(outcome: &Outcome, request: &Request) -> Value {
+    if outcome.refused && request.wants_json() {
+        return json!({"role": "assistant", "content": null, "refusal": outcome.answer});
+    }
+    json!({"role": "assistant", "content": outcome.answer})
+}
+
+/// A chunk of a safe answer: who says it, and more of it.
+fn delta(draft: &Draft, choice: u64, begins: bool, said: Option<(&str, &str)>, finish: Option<&str>) -> String {
     let mut delta = Map::new();
-    let said = [("role", role), ("content", content)];
-    delta.extend(said.into_iter().filter_map(|(name, text)| Some((name.to_owned(), text?.into()))));
+    let role = Some(("role", "assistant")).filter(|_| begins);
+    delta.extend(role.into_iter().chain(said).map(|(name, text)| (name.to_owned(), text.into())));
     let mut chunk = draft.head();
     chunk["choices"] = json!([{"index": choice, "delta": delta, "finish_reason": finish}]);
     format!("data: {chunk}\n\n")
 }
 
-/// Why a safe answer ended.
+/// Why an answer in a draft's place ended: it was done, or its limit was reached.
 fn finish(outcome: &Outcome) -> &'static str {
-    let last = outcome.steps.iter().rev().find(|step| step.step == Step::Safe);
-    last.map_or("stop", |step| draft::finish(step.finish))
+    let last = outcome.steps.iter().rev().find(|step| step.step == Step::Safe).filter(|_| !outcome.refused);
+    if last.is_some_and(|step| step.finish == FinishReason::Length) { "length" } else { "stop" }
 }
 
 pub(crate) fn verdict_headers(headers: &mut HeaderMap, report: &Report) {

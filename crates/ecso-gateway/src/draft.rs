@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use ecso::{Finish, Reply};
+use ecso::{FinishReason, Reply};
+use ecso_openai::{lenient, surrogates};
 use futures::{Stream, StreamExt};
 use serde_json::{Value, json};
 use sse_stream::SseStream;
@@ -38,8 +39,9 @@ type Path = String;
 impl Draft {
     /// Reads a completion.
     pub(crate) fn whole(body: &[u8]) -> Result<Self, Failure> {
-        let value: Value = serde_json::from_slice(body)
-            .map_err(|error| Failure::upstream(format!("the upstream's answer can't be read: {error}")))?;
+        let unreadable = |why: String| Failure::upstream(format!("the upstream's answer can't be read: {why}"));
+        let text = std::str::from_utf8(body).map_err(|error| unreadable(error.to_string()))?;
+        let value: Value = lenient::parse(text).map_err(|error| unreadable(error.to_string()))?;
         Self::Whole(value).checked()
     }
 
@@ -57,7 +59,7 @@ impl Draft {
                 ended = true;
                 break;
             }
-            let value: Value = serde_json::from_str(&raw).map_err(|error| broken(&error))?;
+            let value: Value = lenient::parse(&raw).map_err(|error| broken(&error))?;
             if let Some(error) = value.get("error").filter(|error| !error.is_null()) {
                 return Err(broken(&error["message"].as_str().unwrap_or("it says no reason")));
             }
@@ -124,7 +126,8 @@ impl Draft {
     fn is_finished(&self) -> bool {
         let mut finished: BTreeMap<u64, bool> = BTreeMap::new();
         for choice in self.values().flat_map(choices) {
-            *finished.entry(index(choice)).or_default() |= !choice["finish_reason"].is_null();
+            *finished.entry(index(choice)).or_default() |=
+                choice["finish_reason"].as_str().is_some_and(|reason| !reason.is_empty());
         }
         finished.into_values().all(|finished| finished)
     }
@@ -147,7 +150,8 @@ impl Draft {
                 let content = texts.remove("content").unwrap_or_default();
                 let all: Vec<String> =
                     [content].into_iter().chain(texts.into_values()).filter(|text| !text.trim().is_empty()).collect();
-                (index, all.join("\n"))
+                // What stood on both sides of a cut is whole again.
+                (index, surrogates::join(&all.join("\n")))
             })
             .collect()
     }
@@ -196,11 +200,11 @@ fn collect(value: &Value, path: &str, texts: &mut BTreeMap<Path, String>) {
     }
 }
 
-pub(crate) fn finish(finish: Finish) -> &'static str {
+pub(crate) fn finish(finish: FinishReason) -> &'static str {
     match finish {
-        Finish::Stop => "stop",
-        Finish::Length => "length",
-        Finish::ContentFilter => "content_filter",
+        FinishReason::Stop => "stop",
+        FinishReason::Length => "length",
+        FinishReason::ContentFilter => "content_filter",
     }
 }
 

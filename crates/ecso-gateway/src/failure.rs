@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use axum::{
     body::Body,
-    http::{HeaderValue, StatusCode, header},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use ecso::{GuardError, ModelError};
@@ -23,11 +23,18 @@ pub(crate) struct Failure {
     pub(crate) code: &'static str,
     pub(crate) message: String,
     pub(crate) retry_after: Option<Duration>,
+    /// Headers of the upstream's answer that hold for this one too.
+    pub(crate) head: HeaderMap,
 }
 
 impl Failure {
     pub(crate) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
-        Self { status, code, message: message.into(), retry_after: None }
+        Self { status, code, message: message.into(), retry_after: None, head: HeaderMap::new() }
+    }
+
+    /// The same behind an answer of the upstream with this head.
+    pub(crate) fn with_head(self, head: &HeaderMap) -> Self {
+        Self { head: head.clone(), ..self }
     }
 
     /// The client's request can't be read or not be guarded.
@@ -48,7 +55,7 @@ impl Failure {
     /// A model that can't be asked so: the client's mistake, unless the model failed.
     pub(crate) fn asking(code: &'static str, error: ModelError) -> Self {
         match error {
-            ModelError::Rejected(reason) => Self::bad_request(code, reason),
+            ModelError::Rejected(reason) => Self::bad_request(code, reason.message()),
             other => other.into(),
         }
     }
@@ -139,8 +146,9 @@ impl From<GuardError> for Failure {
     fn from(error: GuardError) -> Self {
         let message = error.to_string();
         match error {
-            GuardError::Model { error, .. } => Self { message, ..Self::from(error) },
-            _ => Self::bad_request("nothing_to_guard", message),
+            GuardError::Model { source, .. } => Self { message, ..Self::from(source) },
+            GuardError::NoQuery => Self::bad_request("nothing_to_guard", message),
+            _ => Self::new(StatusCode::BAD_GATEWAY, "guard_no_verdict", message),
         }
     }
 }
@@ -150,6 +158,7 @@ impl IntoResponse for Failure {
         let mut response = Response::new(Body::from(self.object().to_string()));
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
+        headers.extend(self.head);
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if let Some(wait) = self.retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(wait.as_secs().max(1)));

@@ -11,6 +11,7 @@
 mod access;
 pub mod audit;
 mod chat;
+mod cors;
 mod door;
 mod draft;
 mod failure;
@@ -33,4 +34,4 @@ mod visit;
 
 pub use server::{Gateway, serve};
 pub use settings::Settings;
-pub use upstream::Upstream;
+pub use upstream::{Checks, Upstream};

@@ -3,7 +3,7 @@
 use std::{io, sync::Arc, time::Instant};
 
 use axum::http::HeaderMap;
-use ecso::{Guard, Image, Mllm, Part, Profile, profile::Gate};
+use ecso::{Guard, Image, Memory, Mllm, Part, Profile, profile::Gate};
 use ecso_openai::Fetcher;
 
 use crate::{
@@ -27,6 +27,8 @@ pub(crate) struct Live {
     audit: Option<Audit>,
     pub(crate) rates: Rates,
     pub(crate) metrics: Arc<Metrics>,
+    /// What was found about requests, for whatever repeats from call to call.
+    pub(crate) memory: Arc<Memory>,
 }
 
 impl Live {
@@ -36,13 +38,14 @@ impl Live {
         settings: Settings,
         images: ecso::Limits,
         metrics: Arc<Metrics>,
+        memory: Arc<Memory>,
     ) -> io::Result<Self> {
         let fetcher = settings.fetch_images.then(Fetcher::new).transpose().map_err(io::Error::other)?;
         let audit = Audit::open(&settings.audit).map_err(|error| {
             io::Error::new(error.kind(), format!("the audit log {}: {error}", settings.audit.path.display()))
         })?;
         let rates = Rates::new(&settings);
-        Ok(Self { upstream, profile, settings, images, fetcher, audit, rates, metrics })
+        Ok(Self { upstream, profile, settings, images, fetcher, audit, rates, metrics, memory })
     }
 
     /// Gets what a request only points to, and looks at its images, as far as the operator wants that.
@@ -80,7 +83,13 @@ impl Live {
         if mode == Mode::Off {
             profile.gate = Gate::Never;
         }
-        Ok(Guard::new(self.upstream.model(&request.model, headers), profile).with_sampling(sampling))
+        Ok(self.guarding(request, headers, profile).with_sampling(sampling))
+    }
+
+    /// The guard for one request under another profile.
+    pub(crate) fn guarding(&self, request: &Request, headers: &HeaderMap, profile: Profile) -> Guard<Arc<dyn Mllm>> {
+        let model = self.upstream.model(&request.model, headers);
+        Guard::new(model, profile).with_extra(request.extra()).with_memory(Arc::clone(&self.memory))
     }
 
     /// What takes until the deadline of a request that has `begun`, and no longer.

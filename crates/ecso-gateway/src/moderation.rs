@@ -15,7 +15,7 @@ use axum::{
     response::Response,
 };
 use ecso::{
-    Guard, Outcome, Verdict,
+    Outcome, Verdict,
     profile::{Gate, Rewrite, Scope},
 };
 use serde::{Deserialize, Serialize};
@@ -183,7 +183,7 @@ async fn found(visit: &Visit, model: &str, content: Value) -> Result<Found, Fail
     let mut profile = live.profile.clone();
     // Whatever is sent here is to be judged, and no answer to it is wanted.
     (profile.scope, profile.gate, profile.rewrite) = (Scope::All, Gate::Detected, Rewrite::Refuse);
-    let outcome = Guard::new(live.upstream.model(model, headers), profile).answer(&request.chat).await?;
+    let outcome = live.guarding(&request, headers, profile).answer(&request.chat).await?;
 
     let kinds = request.chat.turns.iter().flat_map(|turn| &turn.parts).map(|part| match part {
         ecso::Part::Text(_) => "text",

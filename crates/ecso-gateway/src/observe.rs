@@ -8,6 +8,7 @@ use axum::{
     response::Response,
 };
 use bytes::Bytes;
+use ecso_openai::Bodies;
 use futures::StreamExt;
 use tracing::{Instrument, Span};
 
@@ -20,7 +21,7 @@ use crate::{
     live::Live,
     request::Request,
     settings::Mode,
-    upstream::{Server, passed},
+    upstream::{CHAT, Server, passed},
 };
 
 /// A request that is observed.
@@ -39,7 +40,7 @@ impl Observed {
     /// Forwards the request; when the answer is complete it is judged.
     pub(crate) async fn forward(self, server: &Server) -> Result<Response, Failure> {
         let sent =
-            server.forward(axum::http::Method::POST, "/v1/chat/completions", &self.headers, self.body.clone().into());
+            server.forward(axum::http::Method::POST, CHAT, &self.headers, self.body.clone().into(), Bodies::Unpacked);
         let response = passed(sent.await?);
         if !response.status().is_success() {
             return Ok(response);

@@ -67,7 +67,10 @@ impl<'de> Deserialize<'de> for Content {
                 let mut other = false;
                 while let Some(part) = parts.next_element::<Part<'de>>()? {
                     // What is not known to be text may be an image by another name.
-                    other |= !matches!(&*part.kind, "text" | "input_text" | "refusal" | "input_audio");
+                    other |= !matches!(
+                        &*part.kind,
+                        "text" | "input_text" | "output_text" | "thinking" | "refusal" | "input_audio"
+                    );
                 }
                 Ok(Content(other))
             }

@@ -1,25 +1,12 @@
 //! A chat request, read: as a conversation that can be guarded, with the client's own wishes about the answer.
 
-use std::sync::LazyLock;
-
-use base64::{
-    Engine,
-    alphabet::STANDARD,
-    engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
-};
-use ecso::{Chat, Image, Part, Role, Sampling, Turn};
+use ecso::{Chat, Image, Part, Role, Sampling, Turn, is_data_url};
 use serde_json::{Map, Value};
 
 use crate::{failure::Failure, settings::Limits};
 
-/// Base64 as people send it, with padding or without.
-static BASE64: LazyLock<GeneralPurpose> = LazyLock::new(|| {
-    let config = GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
-    GeneralPurpose::new(&STANDARD, config)
-});
-
 /// Fields that step 4 does not get: they are about this one request, or about things that an answer from hints has not.
-const NOT_FOR_THE_SAFE_ANSWER: [&str; 16] = [
+const NOT_FOR_THE_SAFE_ANSWER: [&str; 19] = [
     "model",
     "messages",
     "stream",
@@ -35,8 +22,14 @@ const NOT_FOR_THE_SAFE_ANSWER: [&str; 16] = [
     "modalities",
     "audio",
     "prediction",
+    "continue_final_message",
+    "add_generation_prompt",
+    "echo",
     "ecso",
 ];
+
+/// Fields that change how a model sees or thinks, so that the guard's own calls carry them too.
+const FOR_EVERY_CALL: [&str; 2] = ["chat_template_kwargs", "mm_processor_kwargs"];
 
 /// A chat request.
 #[derive(Debug, Clone)]
@@ -62,7 +55,7 @@ impl Request {
             Some(Value::Array(messages)) if !messages.is_empty() => messages,
             _ => return Err(invalid("`messages` must be a list of messages".into())),
         };
-        let chat = Chat { turns: turns(&messages, limits, images)? };
+        let chat = Chat { turns: turns(&messages, limits, images)?, definitions: definitions(&fields) };
         if !chat.turns.iter().any(|turn| turn.role == Role::User) {
             return Err(invalid("`messages` has no message of the user".into()));
         }
@@ -84,6 +77,33 @@ impl Request {
         let mut extra = self.fields.clone();
         extra.retain(|field, _| !NOT_FOR_THE_SAFE_ANSWER.contains(&field.as_str()));
         Sampling { extra, ..Sampling::default() }
+    }
+
+    /// What the guard's own calls carry of the request: fields that change how the model sees or thinks, as far as they are plain values
+    /// (a template of the client's own making is none).
+    pub(crate) fn extra(&self) -> Map<String, Value> {
+        let mut extra = Map::new();
+        for name in FOR_EVERY_CALL {
+            let Some(Value::Object(fields)) = self.fields.get(name) else { continue };
+            let is_plain = |value: &Value| !value.is_object() && !value.is_array();
+            let plain: Map<String, Value> = fields
+                .iter()
+                .filter(|(_, value)| is_plain(value))
+                .map(|(name, value)| (name.clone(), value.clone()))
+                .collect();
+            if !plain.is_empty() {
+                extra.insert(name.to_owned(), plain.into());
+            }
+        }
+        extra
+    }
+
+    /// Whether the answer is to be JSON, which a plain refusal is not.
+    pub(crate) fn wants_json(&self) -> bool {
+        self.fields
+            .get("response_format")
+            .and_then(|format| format["type"].as_str())
+            .is_some_and(|kind| kind.starts_with("json"))
     }
 
     /// The client's own sampling, for a model in this process.
@@ -108,6 +128,14 @@ impl Request {
             ..Sampling::default()
         })
     }
+}
+
+/// What the model is shown beside the messages: tools and the schema of its answer, each as JSON text.
+fn definitions(fields: &Map<String, Value>) -> Vec<String> {
+    let lists = ["tools", "functions"].into_iter().filter_map(|name| fields.get(name)?.as_array());
+    let tools = lists.flatten().map(|tool| tool.get("function").unwrap_or(tool));
+    let schema = fields.get("response_format").and_then(|format| format.get("json_schema"));
+    tools.chain(schema).map(Value::to_string).collect()
 }
 
 fn turns(messages: &[Value], limits: &Limits, images: ecso::Limits) -> Result<Vec<Turn>, Failure> {
@@ -171,13 +199,13 @@ fn part(part: &Value, images: ecso::Limits) -> Result<Part, Failure> {
         None => Err(Failure::bad_request("invalid_request", format!("a part's `{name}` must be a text"))),
     };
     match part["type"].as_str() {
-        Some("text" | "input_text") => text("text"),
-        Some("refusal") => text("refusal"),
+        Some("text" | "input_text" | "output_text") => text("text"),
+        Some(name @ ("refusal" | "thinking")) => text(name),
         Some("input_audio") => Ok(Part::Text("[a sound recording]".into())),
         Some("image_url" | "input_image") => {
             let url = part["image_url"]["url"].as_str().or_else(|| part["image_url"].as_str());
             let url = url.ok_or_else(|| Failure::bad_request("invalid_image", "an image part has no URL"))?;
-            Ok(Part::Image(image(url, images)?))
+            Ok(Part::Image(image(url, images)?.with_view(view(part))))
         }
         other => {
             let kind = other.unwrap_or("(none)");
@@ -186,23 +214,28 @@ fn part(part: &Value, images: ecso::Limits) -> Result<Part, Failure> {
     }
 }
 
+/// How the model is to look at an image: every field of its part beside the image itself (`detail`, `min_pixels`, …).
+fn view(part: &Value) -> Map<String, Value> {
+    let inner = part["image_url"].as_object().into_iter().flatten().filter(|(name, _)| *name != "url");
+    let outer =
+        part.as_object().into_iter().flatten().filter(|(name, _)| !matches!(name.as_str(), "type" | "image_url"));
+    inner.chain(outer).map(|(name, value)| (name.clone(), value.clone())).collect()
+}
+
 fn image(url: &str, limits: ecso::Limits) -> Result<Image, Failure> {
     let invalid = |message: String| Failure::bad_request("invalid_image", message);
+    let url = url.trim();
     let lower: String = url.chars().take(8).collect::<String>().to_ascii_lowercase();
     if lower.starts_with("http://") || lower.starts_with("https://") {
         return Ok(Image::from_url(url));
     }
-    let encoded = lower.starts_with("data:").then(|| url.split_once(',')).flatten();
-    let (head, data) = encoded.ok_or_else(|| invalid("an image is given by a http, https or data URL".into()))?;
-    if !head.to_ascii_lowercase().ends_with(";base64") {
-        return Err(invalid("a data URL of an image must be in base64".into()));
+    if is_data_url(url) {
+        return Image::from_data_url(url, limits).map_err(|error| invalid(error.to_string()));
     }
-    // Said before it is decoded: what is too long needn't be.
-    if data.len() / 4 * 3 > limits.bytes.saturating_add(3) {
-        return Err(invalid(format!("an image has more than {} bytes", limits.bytes)));
-    }
-    let bytes = BASE64.decode(data).map_err(|error| invalid(format!("an image's base64 is broken: {error}")))?;
-    Image::from_bytes(bytes, limits).map_err(|error| invalid(error.to_string()))
+    let is_bare =
+        url.len() > 64 && url.bytes().take(64).all(|byte| byte.is_ascii_alphanumeric() || b"+/-_".contains(&byte));
+    let hint = if is_bare { "; bare base64 is sent as data:image/png;base64,…" } else { "" };
+    Err(invalid(format!("an image is given by a http, https or data URL{hint}")))
 }
 
 #[cfg(test)]

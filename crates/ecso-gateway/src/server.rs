@@ -11,11 +11,13 @@ use axum::{
     Router,
     body::Body,
     extract::State,
-    http::{HeaderMap, HeaderValue, Method, StatusCode, header, request::Parts},
+    http::{HeaderValue, Method, StatusCode, header, request::Parts},
+    middleware,
     response::{IntoResponse, Response},
     serve::ListenerExt,
 };
-use ecso::{Profile, profile::Scope};
+use ecso::{Memory, Profile, profile::Scope};
+use ecso_openai::Bodies;
 use percent_encoding::percent_decode_str;
 use serde_json::json;
 use tokio::net::TcpListener;
@@ -28,6 +30,7 @@ use utoipa_axum::{
 use crate::{
     access::{self, Admission},
     chat::Guarded,
+    cors::{self, Cors},
     door::{__path_guard, guard},
     failure::{ErrorBody, Failure, Failures},
     live::Live,
@@ -38,7 +41,7 @@ use crate::{
     probe::Probe,
     settings::{Mode, Settings},
     telemetry,
-    upstream::{Upstream, passed},
+    upstream::{CHAT, Upstream, passed},
     visit::{Visit, own_key_removed, read},
 };
 
@@ -46,6 +49,7 @@ use crate::{
 pub struct Gateway {
     live: ArcSwap<Live>,
     admission: Arc<Admission>,
+    cors: Arc<Cors>,
 }
 
 impl Gateway {
@@ -55,18 +59,26 @@ impl Gateway {
     /// When no HTTP client can be made.
     pub fn new(upstream: Upstream, profile: Profile, settings: Settings, images: ecso::Limits) -> io::Result<Self> {
         let admission = Arc::new(Admission::new(settings.limits.at_once, settings.limits.queue));
-        let live = Live::new(upstream, profile, settings, images, Arc::new(Metrics::new()))?;
-        Ok(Self { live: ArcSwap::from_pointee(live), admission })
+        let memory = Arc::new(Memory::new(settings.limits.remembered));
+        let live = Live::new(upstream, profile, settings, images, Arc::new(Metrics::new()), memory)?;
+        Ok(Self { live: ArcSwap::from_pointee(live), admission, cors: Arc::default() })
     }
 
     /// Exchanges profile and settings; requests under way end under the old ones. The upstream stays, and so do
-    /// `limits.at_once` and `limits.queue`.
+    /// `limits.at_once`, `limits.queue` and `limits.remembered`.
     ///
     /// # Errors
     /// When the audit log can't be opened; then all stays as it was.
     pub fn reload(&self, profile: Profile, settings: Settings, images: ecso::Limits) -> io::Result<()> {
         let old = self.live.load();
-        let live = Live::new(old.upstream.clone(), profile, settings, images, Arc::clone(&old.metrics))?;
+        let live = Live::new(
+            old.upstream.clone(),
+            profile,
+            settings,
+            images,
+            Arc::clone(&old.metrics),
+            Arc::clone(&old.memory),
+        )?;
         self.live.store(Arc::new(live));
         Ok(())
     }
@@ -74,7 +86,8 @@ impl Gateway {
     /// The routes.
     pub fn router(self: Arc<Self>) -> Router {
         let (router, _) = routes().split_for_parts();
-        router.fallback(others).with_state(self)
+        let cors = Arc::clone(&self.cors);
+        router.fallback(others).with_state(self).layer(middleware::from_fn_with_state(cors, cors::same_on_all))
     }
 
     /// Profile and settings of this moment.
@@ -192,7 +205,7 @@ async fn completion(
         && caller.is_never_guarded(settings)
     {
         let body = reqwest::Body::wrap_stream(body.into_data_stream());
-        return Ok(passed(server.forward(Method::POST, "/v1/chat/completions", &headers, body).await?));
+        return Ok(passed(server.forward(Method::POST, CHAT, &headers, body, Bodies::AsSent).await?));
     }
     let body = read(body, settings.limits.body, settings.limits.deadline()).await?;
     let probe = Probe::read(&body);
@@ -221,8 +234,7 @@ async fn completion(
     };
     match (&live.upstream, mode) {
         (Upstream::Server(server), _) if mode == Mode::Off || !in_scope => {
-            let path = "/v1/chat/completions";
-            Ok(passed(server.forward(Method::POST, path, &headers, body.into()).await?))
+            Ok(passed(server.forward(Method::POST, CHAT, &headers, body.into(), Bodies::AsSent).await?))
         }
         (Upstream::Server(server), Mode::Observe) => {
             let admission = Arc::clone(&gateway.admission);
@@ -250,11 +262,8 @@ async fn alive() -> &'static str {
 ))]
 async fn ready(State(gateway): State<Arc<Gateway>>) -> Response {
     let live = gateway.live();
-    let Upstream::Server(server) = &live.upstream else { return "ok".into_response() };
-    let headers = HeaderMap::new();
-    let asked = server.forward(Method::GET, "/v1/models", &headers, "".into());
-    match tokio::time::timeout(Duration::from_secs(2), asked).await {
-        Ok(Ok(response)) if !response.status().is_server_error() => "ok".into_response(),
+    match tokio::time::timeout(Duration::from_secs(2), live.upstream.health()).await {
+        Ok(Ok(())) => "ok".into_response(),
         _ => (StatusCode::SERVICE_UNAVAILABLE, "the upstream does not answer").into_response(),
     }
 }
@@ -314,7 +323,7 @@ pub(crate) async fn others(State(gateway): State<Arc<Gateway>>, request: axum::e
         let path = head.uri.path_and_query().map_or(path, |whole| whole.as_str());
         let headers = own_key_removed(&live.settings, head.headers.clone());
         let body = reqwest::Body::wrap_stream(body.into_data_stream());
-        Ok(passed(server.forward(head.method.clone(), path, &headers, body).await?))
+        Ok(passed(server.forward(head.method.clone(), path, &headers, body, Bodies::AsSent).await?))
     };
     answered.await.unwrap_or_else(Failure::into_response)
 }

@@ -141,6 +141,9 @@ pub struct Limits {
     pub deadline: u64,
     /// Requests in a minute, for each client key; 0 is no bound.
     pub per_minute: u32,
+    /// Findings about requests that are remembered, so that what repeats from call to call (an agent's system message, its tools) is
+    /// judged once; 0 remembers none. About 100 bytes each.
+    pub remembered: usize,
 }
 
 impl Default for Limits {
@@ -155,6 +158,7 @@ impl Default for Limits {
             queue: 1024,
             deadline: 600,
             per_minute: 0,
+            remembered: 16_384,
         }
     }
 }

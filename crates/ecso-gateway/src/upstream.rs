@@ -9,12 +9,15 @@ use axum::{
 };
 use bytes::Bytes;
 use ecso::{Mllm, ModelError};
-use ecso_openai::OpenAi;
+use ecso_openai::{Bodies, OpenAi, http_client};
 use futures::StreamExt;
 use reqwest::Url;
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 
 use crate::{access, draft::Draft, failure::Failure, request::Request, telemetry};
+
+/// The guarded route.
+pub(crate) const CHAT: &str = "/v1/chat/completions";
 
 /// What stands behind the guard.
 #[derive(Clone)]
@@ -27,32 +30,46 @@ pub enum Upstream {
 
 /// An OpenAI-compatible server, reached in two ways: untouched for what passes through, as an [`Mllm`] for the steps.
 pub struct Server {
-    http: reqwest::Client,
-    base: Url,
+    /// For what passes through as it is.
+    as_sent: reqwest::Client,
+    /// For what is read here: replies are unpacked, whatever the server does.
+    unpacked: reqwest::Client,
     key: Option<SecretString>,
     model: OpenAi,
+    checks: Option<Checks>,
+}
+
+/// Where the guard's own calls go, if not to the server that is guarded: a cheaper or closer replica of the same model.
+#[derive(Debug, Clone)]
+pub struct Checks {
+    /// The server; its key is its own, no client's.
+    pub server: OpenAi,
+    /// The model's name there; empty is the name that the client asks for.
+    pub model: String,
 }
 
 impl Upstream {
     /// The server at `base` (`http://host:8000/v1`). With a `key`, it takes the place of the clients' own.
     ///
     /// # Errors
-    /// When `base` is no http or https URL.
-    pub fn server(base: &str, key: Option<SecretString>, options: ecso_openai::Options) -> Result<Self, ModelError> {
-        let (connect, reply) = (options.connect_timeout, options.reply_timeout);
+    /// When `base` is no http or https URL, or a certificate, proxy or socket can't be used.
+    pub fn server(
+        base: &str,
+        key: Option<SecretString>,
+        options: ecso_openai::Options,
+        checks: Option<Checks>,
+    ) -> Result<Self, ModelError> {
+        let (as_sent, unpacked) = (http_client(&options, Bodies::AsSent)?, http_client(&options, Bodies::Unpacked)?);
         let model = OpenAi::new(base, options)?;
-        let rejected = |error: &dyn std::fmt::Display| ModelError::Rejected(format!("{base:?}: {error}"));
-        let mut base = Url::parse(base).map_err(|error| rejected(&error))?;
-        if base.path() == "/" {
-            base.set_path("/v1");
+        Ok(Self::Server(Arc::new(Server { as_sent, unpacked, key, model, checks })))
+    }
+
+    /// Whether it could answer now.
+    pub(crate) async fn health(&self) -> Result<(), ModelError> {
+        match self {
+            Self::Server(server) => server.model.health().await,
+            Self::Engine(model) => model.health().await,
         }
-        let http = reqwest::Client::builder()
-            .connect_timeout(connect)
-            .read_timeout(reply)
-            .redirect(reqwest::redirect::Policy::none())
-            .build()
-            .map_err(|error| rejected(&error))?;
-        Ok(Self::Server(Arc::new(Server { http, base, key, model })))
     }
 
     /// The model `name` for the steps of one caller.
@@ -67,7 +84,7 @@ impl Upstream {
     pub(crate) async fn model_name(&self, headers: &HeaderMap) -> Result<String, Failure> {
         match self {
             Self::Server(server) => {
-                let model = server.model(server.model.name(), headers).settled().await;
+                let model = server.answering(server.model.name(), headers).settled().await;
                 Ok(model.map_err(|error| Failure::asking("no_model", error))?.name().to_owned())
             }
             Self::Engine(model) => Ok(model.name().to_owned()),
@@ -77,8 +94,8 @@ impl Upstream {
 
 /// What the upstream says to a chat request.
 pub(crate) enum Answer {
-    /// An answer, whole.
-    Draft(Draft),
+    /// An answer, whole, and the headers that the client gets with it.
+    Draft(Draft, HeaderMap),
     /// A stream of one that has begun.
     Stream(reqwest::Response),
     /// An error of its own, which the client gets as it is.
@@ -86,30 +103,42 @@ pub(crate) enum Answer {
 }
 
 impl Server {
-    /// Sends a request on, with the headers that concern the upstream.
+    /// Sends a request on, with the headers that concern the upstream. What is to be read here comes unpacked.
     pub(crate) async fn forward(
         &self,
         method: Method,
         path_and_query: &str,
         headers: &HeaderMap,
         body: reqwest::Body,
+        bodies: Bodies,
     ) -> Result<reqwest::Response, Failure> {
         let mut headers = kept(headers);
         headers.remove(header::HOST);
-        if let Some(key) = &self.key {
-            headers.remove(header::AUTHORIZATION);
-            let value = format!("Bearer {}", key.expose_secret()).parse();
-            let mut value: header::HeaderValue =
-                value.map_err(|_| Failure::upstream("the upstream's key can't be sent in a header"))?;
-            value.set_sensitive(true);
-            headers.insert(header::AUTHORIZATION, value);
+        let http = match bodies {
+            Bodies::AsSent => &self.as_sent,
+            Bodies::Unpacked => {
+                // How replies are packed is between the upstream and us.
+                headers.remove(header::ACCEPT_ENCODING);
+                &self.unpacked
+            }
+        };
+        let own = match (&self.key, headers.contains_key(header::AUTHORIZATION)) {
+            (None, true) => None,
+            _ => self
+                .model
+                .authorization()
+                .map_err(|_| Failure::upstream("the upstream's key can't be sent in a header"))?,
+        };
+        if let Some(own) = own {
+            headers.insert(header::AUTHORIZATION, own);
         }
         telemetry::tell(&mut headers);
         let url = self.url(path_and_query);
-        let sent = self.http.request(method, url).headers(headers).body(body).send().await;
+        let sent = http.request(method, url).headers(headers).body(body).send().await;
         sent.map_err(|error| {
             let why = if error.is_timeout() { "it does not answer" } else { "it can't be reached" };
-            tracing::debug!(%error, "upstream");
+            let error = error.without_url();
+            tracing::debug!(error = ecso::chain(&error), "upstream");
             let status = if error.is_timeout() { StatusCode::GATEWAY_TIMEOUT } else { StatusCode::BAD_GATEWAY };
             Failure::new(status, "upstream_failed", format!("the upstream failed: {why}"))
         })
@@ -119,15 +148,27 @@ impl Server {
     fn url(&self, path_and_query: &str) -> Url {
         let (path, query) =
             path_and_query.split_once('?').map_or((path_and_query, None), |(path, query)| (path, Some(query)));
-        let mut url = self.base.clone();
+        let mut url = self.model.base().clone();
         let below = path.strip_prefix("/v1").unwrap_or(path);
-        url.set_path(&format!("{}{below}", self.base.path().trim_end_matches('/')));
-        url.set_query(query);
+        let path = format!("{}{below}", url.path().trim_end_matches('/'));
+        url.set_path(&path);
+        if query.is_some() {
+            url.set_query(query);
+        }
         url
     }
 
     /// The model `name` for the steps of one caller.
     fn model(&self, name: &str, headers: &HeaderMap) -> OpenAi {
+        if let Some(Checks { server, model }) = &self.checks {
+            let name = if model.is_empty() { name } else { model };
+            return server.with_model(name);
+        }
+        self.answering(name, headers)
+    }
+
+    /// The model `name` on the server that is guarded.
+    fn answering(&self, name: &str, headers: &HeaderMap) -> OpenAi {
         let key = self.key.clone().or_else(|| access::token(headers).map(SecretString::from));
         self.model.with(name, key)
     }
@@ -140,7 +181,7 @@ impl Server {
         request: &Request,
         longest: usize,
     ) -> Result<Answer, Failure> {
-        let response = self.forward(Method::POST, "/v1/chat/completions", headers, body.into()).await?;
+        let response = self.forward(Method::POST, CHAT, headers, body.into(), Bodies::Unpacked).await?;
         if !response.status().is_success() {
             return Ok(Answer::Refused(passed(response)));
         }
@@ -151,12 +192,14 @@ impl Server {
             }
             return Ok(Answer::Stream(response));
         }
+        let head = answer_head(response.headers());
         let mut body = bounded(response, longest);
         let mut whole = Vec::new();
         while let Some(piece) = body.next().await {
             whole.extend_from_slice(&piece.map_err(|error| Failure::upstream(error.to_string()))?);
         }
-        Ok(Answer::Draft(Draft::whole(&whole)?))
+        let draft = Draft::whole(&whole).map_err(|failure| failure.with_head(&head))?;
+        Ok(Answer::Draft(draft, head))
     }
 }
 
@@ -182,6 +225,25 @@ pub(crate) fn passed(response: reqwest::Response) -> Response {
     *passed.headers_mut() = kept(response.headers());
     *passed.body_mut() = Body::from_stream(response.bytes_stream());
     passed
+}
+
+/// The headers of an upstream's answer that hold for the answer that is made of it: all but those about its bytes.
+pub(crate) fn answer_head(headers: &HeaderMap) -> HeaderMap {
+    let mut head = kept(headers);
+    for about_bytes in [
+        header::CONTENT_TYPE,
+        header::CONTENT_LENGTH,
+        header::CONTENT_ENCODING,
+        header::CONTENT_RANGE,
+        header::ACCEPT_RANGES,
+        header::ETAG,
+        header::LAST_MODIFIED,
+        HeaderName::from_static("content-md5"),
+        HeaderName::from_static("digest"),
+    ] {
+        head.remove(about_bytes);
+    }
+    head
 }
 
 /// Headers that are not about one connection alone, and not ours.

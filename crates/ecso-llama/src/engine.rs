@@ -8,7 +8,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use ecso::{Alternative, Chat, Finish, Image, Mllm, ModelError, Piece, ReplyStream, Sampling, Usage};
+use ecso::{Cause, Chat, Delta, FinishReason, Image, Mllm, ModelError, ReplyStream, Sampling, TopLogprob, Usage};
 use futures::{StreamExt, stream};
 use llama_cpp_2::{
     LogOptions,
@@ -63,7 +63,7 @@ pub struct Llama {
 struct Job {
     chat: Chat,
     sampling: Sampling,
-    reply: pieces::UnboundedSender<Result<Piece, ModelError>>,
+    reply: pieces::UnboundedSender<Result<Delta, ModelError>>,
 }
 
 static BACKEND: LazyLock<Result<LlamaBackend, String>> = LazyLock::new(|| {
@@ -85,7 +85,7 @@ impl Llama {
         let thread = std::thread::Builder::new()
             .name("llama".into())
             .spawn(move || serve(&path, options, ready, &inbox))
-            .map_err(|error| ModelError::Transport(error.to_string()))?;
+            .map_err(|error| ModelError::Transport(Cause::of(error)))?;
         // From here on the handle owns the thread: if this future is dropped, the thread ends.
         let llama = Self { name, jobs: Some(jobs), thread: Some(thread) };
         loaded.await.unwrap_or_else(|_| Err(gone()))?;
@@ -122,7 +122,7 @@ fn gone() -> ModelError {
 }
 
 fn failed(what: &str, error: &dyn std::fmt::Display) -> ModelError {
-    ModelError::Transport(format!("{what}: {error}"))
+    ModelError::Transport(format!("{what}: {error}").into())
 }
 
 fn serve(path: &Path, options: Options, ready: oneshot::Sender<Result<(), ModelError>>, inbox: &mpsc::Receiver<Job>) {
@@ -280,7 +280,7 @@ impl<'m> Engine<'m> {
     }
 
     fn read_image(&mut self, before: &str, image: &Image, first: bool, prompt: &mut Prompt) -> Result<(), ModelError> {
-        let pixels = image.pixels().map_err(|error| ModelError::Rejected(error.to_string()))?;
+        let pixels = image.pixels().map_err(|error| ModelError::Rejected(Cause::of(error)))?;
         let bitmap = MtmdBitmap::from_image_data(pixels.width(), pixels.height(), pixels.as_raw())
             .map_err(|error| failed("an image", &error))?;
         let text = MtmdInputText {
@@ -315,24 +315,24 @@ impl<'m> Engine<'m> {
         let mut written = 0;
         let limit = job.sampling.max_tokens.unwrap_or(u32::MAX);
         let finish = loop {
-            if written == 0 && job.sampling.alternatives > 0 {
-                let alternatives = self.alternatives(logits, job.sampling.alternatives.into());
-                let _ = job.reply.send(Ok(Piece::FirstToken(alternatives)));
+            if written == 0 && job.sampling.top_logprobs > 0 {
+                let top_logprobs = self.top_logprobs(logits, job.sampling.top_logprobs.into());
+                let _ = job.reply.send(Ok(Delta::FirstToken(top_logprobs)));
             }
             let token = sampler.sample(&self.context, logits);
             if vocab.is_eog(token) {
-                break Finish::Stop;
+                break FinishReason::Stop;
             }
             written += 1;
             let fresh = text.push(&vocab.token_to_piece(token, false, None));
-            if !fresh.is_empty() && job.reply.send(Ok(Piece::Text(fresh))).is_err() {
+            if !fresh.is_empty() && job.reply.send(Ok(Delta::Text(fresh))).is_err() {
                 return Ok(());
             }
             if job.reply.is_closed() {
                 return Ok(());
             }
             if written >= limit || position >= self.room {
-                break Finish::Length;
+                break FinishReason::Length;
             }
             batch.clear();
             batch.add(token, position, &[sequence], true).map_err(|error| failed("a batch", &error))?;
@@ -342,15 +342,15 @@ impl<'m> Engine<'m> {
         };
         let rest = text.rest();
         if !rest.is_empty() {
-            let _ = job.reply.send(Ok(Piece::Text(rest)));
+            let _ = job.reply.send(Ok(Delta::Text(rest)));
         }
         let usage = Some(Usage { prompt_tokens: tokens, completion_tokens: written });
-        let _ = job.reply.send(Ok(Piece::End { finish, usage, took: None }));
+        let _ = job.reply.send(Ok(Delta::End { finish, usage, took: None }));
         Ok(())
     }
 
     /// The likeliest tokens at a row of logits, with their log-probabilities.
-    fn alternatives(&self, row: i32, count: usize) -> Vec<Alternative> {
+    fn top_logprobs(&self, row: i32, count: usize) -> Vec<TopLogprob> {
         let logits = self.context.get_logits_ith(row);
         let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let sum: f64 = logits.iter().map(|logit| f64::from(logit - highest).exp()).sum();
@@ -364,7 +364,7 @@ impl<'m> Engine<'m> {
         let vocab = self.model.vocab();
         ranked
             .into_iter()
-            .map(|(token, logit)| Alternative {
+            .map(|(token, logit)| TopLogprob {
                 token: String::from_utf8_lossy(&vocab.token_to_piece(LlamaToken(token), true, None)).into_owned(),
                 #[expect(clippy::cast_possible_truncation, reason = "a log-probability needs no more")]
                 logprob: (f64::from(logit - highest) - sum.ln()) as f32,
@@ -391,7 +391,7 @@ fn must_fit(position: i32, tokens: usize, room: i32) -> Result<(), ModelError> {
     }
     Err(ModelError::Rejected(format!(
         "the conversation is too long: at least {needed} tokens, and the context holds {room}; shorten it or raise the context"
-    )))
+    ).into()))
 }
 
 fn see(path: &Path, model: &LlamaModel, threads: i32) -> Result<MtmdContext, ModelError> {

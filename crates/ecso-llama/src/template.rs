@@ -1,7 +1,7 @@
 //! The model's own chat template, and what keeps a conversation's text from being read as its syntax.
 
 use aho_corasick::AhoCorasick;
-use ecso::{Chat, ModelError, Part, Role, Turn};
+use ecso::{Cause, Chat, ModelError, Part, Role, Turn};
 use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig};
 
 /// LLaVA-1.5's conversation format, also for a GGUF that brings no template.
@@ -39,7 +39,7 @@ impl ChatTemplate {
         let Vocabulary { bos, eos, mut control, is_llava_1_5 } = vocabulary;
         let source = source.filter(|_| !is_llava_1_5).unwrap_or_else(|| VICUNA_V1.to_owned());
         let unusable = |what: &str, error: &dyn std::fmt::Display| {
-            ModelError::Rejected(format!("the model's {what} can't be used: {error}"))
+            ModelError::Rejected(format!("the model's {what} can't be used: {error}").into())
         };
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
@@ -56,8 +56,20 @@ impl ChatTemplate {
     }
 
     /// The prompt text. Where an image stands there is the marker, between a turn's parts there is [`CUT`]; the
-    /// vocabulary's own first token is left out, since tokenising adds it.
+    /// vocabulary's own first token is left out, since tokenising adds it. Some templates refuse system messages: these then stand before
+    /// the first text of the user.
     pub(crate) fn render(&self, chat: &Chat) -> Result<String, ModelError> {
+        let has_system = chat.turns.iter().any(|turn| turn.role == Role::System);
+        let rendered = match self.render_as_it_is(chat) {
+            Err(_) if has_system => self.render_as_it_is(&chat.without_system()),
+            rendered => rendered,
+        };
+        rendered.map_err(|error| {
+            ModelError::Rejected(Cause::new(format!("the model's chat template says: {error}"), error))
+        })
+    }
+
+    fn render_as_it_is(&self, chat: &Chat) -> Result<String, Error> {
         let messages: Vec<Value> = chat
             .turns
             .iter()
@@ -66,18 +78,14 @@ impl ChatTemplate {
         let is_system = |message: &&Value| message.get_attr("role").is_ok_and(|role| role.as_str() == Some("system"));
         let system = messages.first().filter(is_system).and_then(|message| message.get_attr("content").ok());
         let turns: Vec<Value> = messages.iter().filter(|message| !is_system(message)).cloned().collect();
-        let rendered = self
-            .environment
-            .get_template("chat")
-            .and_then(|template| {
-                template.render(context! {
-                    messages, turns, system,
-                    add_generation_prompt => true,
-                    bos_token => &self.bos,
-                    eos_token => &self.eos,
-                })
+        let rendered = self.environment.get_template("chat").and_then(|template| {
+            template.render(context! {
+                messages, turns, system,
+                add_generation_prompt => true,
+                bos_token => &self.bos,
+                eos_token => &self.eos,
             })
-            .map_err(|error| ModelError::Rejected(format!("the model's chat template says: {error}")))?;
+        })?;
         let rendered = rendered.strip_prefix(&self.bos).unwrap_or(&rendered);
         Ok(self.cut_at_control(rendered))
     }

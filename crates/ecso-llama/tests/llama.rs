@@ -3,7 +3,7 @@
 
 use std::{io::Cursor, path::PathBuf};
 
-use ecso::{Chat, Image, Limits, Mllm, ModelError, Part, Piece, Reply, Role, Sampling, Turn};
+use ecso::{Chat, Delta, Image, Limits, Mllm, ModelError, Part, Reply, Role, Sampling, Turn};
 use ecso_llama::{Llama, Options, testing::tiny_vlm};
 use futures::StreamExt;
 
@@ -36,7 +36,7 @@ impl Files {
 }
 
 fn sampling(max_tokens: u32) -> Sampling {
-    Sampling { max_tokens: Some(max_tokens), alternatives: 20, ..Sampling::default() }
+    Sampling { max_tokens: Some(max_tokens), top_logprobs: 20, ..Sampling::default() }
 }
 
 async fn ask(model: &Llama, chat: &Chat) -> Reply {
@@ -82,7 +82,7 @@ async fn a_reply_that_nobody_reads_is_stopped() {
     for seed in 0.. {
         let endless = Sampling { temperature: Some(1.5), seed: Some(seed), ..Sampling::default() };
         let mut stream = model.stream(&Chat::ask([], "Go on and on."), &endless).await.unwrap();
-        if matches!(stream.next().await, Some(Ok(Piece::Text(_)))) {
+        if matches!(stream.next().await, Some(Ok(Delta::Text(_)))) {
             break;
         }
     }

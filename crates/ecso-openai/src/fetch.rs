@@ -35,7 +35,7 @@ impl Fetcher {
     /// # Errors
     /// [`FetchError`] when no HTTP client can be made.
     pub fn new() -> Result<Self, FetchError> {
-        crate::client::install_provider();
+        crate::install_provider();
         let policy = Policy::custom(|attempt| {
             if attempt.previous().len() > HOPS {
                 return attempt.error("too many redirects");

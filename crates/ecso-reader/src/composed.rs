@@ -6,7 +6,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use ecso::{Chat, Image, Mllm, ModelError, Part, Reply, ReplyStream, Sampling, Turn};
+use ecso::{Cause, Chat, Image, Mllm, ModelError, Part, Reply, ReplyStream, Sampling, Turn};
 use lru::LruCache;
 
 use crate::reader::{Page, Reader};
@@ -41,7 +41,7 @@ impl<M: Mllm> Composed<M> {
             }
             turns.push(Turn { role: turn.role, parts });
         }
-        Ok(Chat { turns })
+        Ok(Chat { turns, definitions: chat.definitions.clone() })
     }
 
     async fn page(&self, image: &Image) -> Result<Arc<str>, ModelError> {
@@ -52,10 +52,10 @@ impl<M: Mllm> Composed<M> {
         }
         let (reader, image) = (Arc::clone(&self.reader), image.clone());
         let read = tokio::task::spawn_blocking(move || {
-            let pixels = image.pixels().map_err(|error| ModelError::Rejected(error.to_string()))?;
-            reader.read(pixels).map_err(|error| ModelError::Transport(error.to_string()))
+            let pixels = image.pixels().map_err(|error| ModelError::Rejected(Cause::of(error)))?;
+            reader.read(pixels).map_err(|error| ModelError::Transport(Cause::of(error)))
         });
-        let page = read.await.map_err(|error| ModelError::Transport(error.to_string()))??;
+        let page = read.await.map_err(|error| ModelError::Transport(Cause::of(error)))??;
         let page: Arc<str> = layout(&page).into();
         self.pages.lock().unwrap_or_else(PoisonError::into_inner).put(digest, Arc::clone(&page));
         Ok(page)
@@ -66,6 +66,10 @@ impl<M: Mllm> Composed<M> {
 impl<M: Mllm> Mllm for Composed<M> {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    async fn health(&self) -> Result<(), ModelError> {
+        self.model.health().await
     }
 
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {

@@ -76,8 +76,10 @@ impl Turn {
 /// A conversation that may hold images: what an MLLM `F(v, x)` is given.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Chat {
-    /// The turns, oldest first.
+    /// The turns, oldest first. Where the last one is the assistant's, the model goes on from it (a prefill).
     pub turns: Vec<Turn>,
+    /// What else the model is shown, as text: tool descriptions, JSON schemas. Backends don't send it; judges read it.
+    pub definitions: Vec<String>,
 }
 
 impl Chat {
@@ -85,7 +87,7 @@ impl Chat {
     pub fn ask(images: impl IntoIterator<Item = Image>, text: impl Into<String>) -> Self {
         let mut parts: Vec<Part> = images.into_iter().map(Part::Image).collect();
         parts.push(Part::Text(text.into()));
-        Self { turns: vec![Turn { role: Role::User, parts }] }
+        Self { turns: vec![Turn { role: Role::User, parts }], ..Self::default() }
     }
 
     /// The same conversation with `text` as its system message.
@@ -93,6 +95,25 @@ impl Chat {
     pub fn with_system(mut self, text: impl Into<String>) -> Self {
         self.turns.insert(0, Turn::text(Role::System, text));
         self
+    }
+
+    /// The conversation with each system message before the text of the user turn that comes next, images first; for models that have no
+    /// system role.
+    #[must_use]
+    pub fn without_system(&self) -> Self {
+        let mut turns: Vec<Turn> = Vec::new();
+        let mut pending: Vec<String> = Vec::new();
+        for turn in &self.turns {
+            match turn.role {
+                Role::System => pending.push(turn.query()),
+                Role::User if !pending.is_empty() => turns.push(introduced(turn, std::mem::take(&mut pending))),
+                _ => turns.push(turn.clone()),
+            }
+        }
+        if !pending.is_empty() {
+            turns.push(Turn::text(Role::User, pending.join("\n\n")));
+        }
+        Self { turns, definitions: self.definitions.clone() }
     }
 
     /// The images of all turns, in order.
@@ -107,6 +128,23 @@ impl Chat {
     }
 }
 
+/// A turn with texts before its own; its images stay where they are.
+fn introduced(turn: &Turn, mut texts: Vec<String>) -> Turn {
+    let mut turn = turn.clone();
+    let own = turn.parts.iter_mut().find_map(|part| match part {
+        Part::Text(text) => Some(text),
+        Part::Image(_) => None,
+    });
+    match own {
+        Some(text) => {
+            texts.push(std::mem::take(text));
+            *text = texts.join("\n\n");
+        }
+        None => turn.parts.push(Part::Text(texts.join("\n\n"))),
+    }
+    turn
+}
+
 /// A conversation of text alone. It has no place for an image: what is asked through it is asked with eyes closed,
 /// and the compiler sees to it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -118,6 +156,25 @@ pub struct BlindChat {
 impl From<BlindChat> for Chat {
     fn from(blind: BlindChat) -> Self {
         let turns = blind.turns.into_iter().map(|(role, text)| Turn::text(role, text)).collect();
-        Self { turns }
+        Self { turns, ..Self::default() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_system_text_is_put_before_the_next_user_text_and_images_stay_first() {
+        let image = Image::from_url("http://localhost/a.png");
+        let chat = Chat::ask([image.clone()], "What is this?").with_system("Be brief.");
+        let folded = chat.without_system();
+        assert_eq!(folded, Chat::ask([image.clone()], "Be brief.\n\nWhat is this?"));
+        let mut wordless = Chat::ask([image.clone()], "");
+        wordless.turns[0].parts.pop();
+        assert_eq!(wordless.with_system("Be brief.").without_system(), Chat::ask([image.clone()], "Be brief."));
+        let late =
+            Chat { turns: vec![Turn::text(Role::System, "a"), Turn::text(Role::System, "b")], ..Chat::default() };
+        assert_eq!(late.without_system().turns, [Turn::text(Role::User, "a\n\nb")]);
     }
 }

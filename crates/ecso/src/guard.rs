@@ -1,13 +1,19 @@
-//! The guard: an MLLM and a profile, with two doors.
+//! The guard: an MLLM and a profile, with two doors. What is guarded at all is decided here; how, by the profile's method.
+
+use std::sync::Arc;
 
 use futures::{FutureExt, Stream, StreamExt, pin_mut};
+use serde_json::{Map, Value};
 
 use crate::{
-    call,
     chat::Chat,
+    hardened,
+    memory::Memory,
     mllm::{Mllm, Sampling},
-    profile::Profile,
-    steps,
+    paper,
+    pipeline::{self, Halt, Pipeline},
+    profile::{Gate, Method, Profile, Scope},
+    prompt::Query,
     trace::{Event, GuardError, Outcome},
 };
 
@@ -32,20 +38,47 @@ use crate::{
 pub struct Guard<M> {
     model: M,
     profile: Profile,
-    sampling: Option<Sampling>,
+    options: Options,
+}
+
+/// What a caller may say beside the profile.
+#[derive(Debug, Clone)]
+pub(crate) struct Options {
+    /// Of answers (steps 1 and 4), in place of the profile's.
+    pub(crate) sampling: Option<Sampling>,
+    /// Further request fields of questions and captions.
+    pub(crate) extra: Map<String, Value>,
+    pub(crate) memory: Arc<Memory>,
 }
 
 impl<M: Mllm> Guard<M> {
     /// A guard in front of `model`.
     pub fn new(model: M, profile: Profile) -> Self {
-        Self { model, profile, sampling: None }
+        let options = Options { sampling: None, extra: Map::new(), memory: Arc::new(Memory::new(0)) };
+        Self { model, profile, options }
     }
 
     /// The same guard for a caller who says how answers are sampled: steps 1 and 4 are asked with `sampling` in place of the
     /// profile's.
     #[must_use]
-    pub fn with_sampling(self, sampling: Sampling) -> Self {
-        Self { sampling: Some(sampling), ..self }
+    pub fn with_sampling(mut self, sampling: Sampling) -> Self {
+        self.options.sampling = Some(sampling);
+        self
+    }
+
+    /// The same guard, whose own calls (steps 2 and 3, and every check) carry these request fields: what changes how a model sees or
+    /// thinks. Backends that have no request pass them over.
+    #[must_use]
+    pub fn with_extra(mut self, extra: Map<String, Value>) -> Self {
+        self.options.extra = extra;
+        self
+    }
+
+    /// The same guard with a memory that it shares with others; without one it remembers no finding.
+    #[must_use]
+    pub fn with_memory(mut self, memory: Arc<Memory>) -> Self {
+        self.options.memory = memory;
+        self
     }
 
     /// The model behind the guard.
@@ -87,8 +120,20 @@ impl<M: Mllm> Guard<M> {
         chat: &'a Chat,
         draft: Option<String>,
     ) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
-        let sampling = self.sampling.as_ref();
-        call::events(&self.model, &self.profile, move |work| steps::run(work, sampling, chat, draft).boxed())
+        pipeline::events(&self.model, &self.profile, &self.options, draft, move |w| run(w, chat).boxed())
+    }
+}
+
+async fn run(w: &mut Pipeline<'_>, chat: &Chat) -> Result<(), Halt> {
+    let profile = w.profile;
+    let q = Query::of(chat, profile).ok_or(GuardError::NoQuery)?;
+    let in_scope = profile.scope == Scope::All || chat.image_count() > 0;
+    if !in_scope || profile.gate == Gate::Never {
+        return w.pass(&q).await;
+    }
+    match &profile.method {
+        Method::Paper(p) => paper::run(w, p, &q).await,
+        Method::Hardened(p) => hardened::run(w, p, &q).await,
     }
 }
 

@@ -10,6 +10,9 @@ use std::{
 
 use bytes::Bytes;
 use image::{ImageDecoder, ImageFormat, ImageReader, RgbImage};
+use serde_json::{Map, Value};
+
+use crate::data_url::decode_data_url;
 
 /// Bounds on an image, held *before* it is decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -40,6 +43,9 @@ pub enum ImageError {
         /// Why.
         reason: String,
     },
+    /// A data URL, or base64, that can't be read.
+    #[error("the image's data URL can't be read: {0}")]
+    DataUrl(String),
     /// No bytes at all.
     #[error("the image is empty (0 bytes)")]
     Empty,
@@ -79,7 +85,10 @@ pub enum ImageError {
 
 /// An image as it came in: the client's bytes are kept and never encoded again.
 #[derive(Debug, Clone)]
-pub struct Image(Arc<Source>);
+pub struct Image {
+    source: Arc<Source>,
+    view: Arc<Map<String, Value>>,
+}
 
 #[derive(Debug)]
 enum Source {
@@ -134,18 +143,40 @@ impl Image {
             return Err(ImageError::TooManyPixels { width, height, limit: limits.pixels });
         }
         let digest = blake3::hash(&bytes);
-        Ok(Self(Arc::new(Source::Bytes { bytes, format, limits, digest, pixels: OnceLock::new() })))
+        Ok(Self::from_source(Source::Bytes { bytes, format, limits, digest, pixels: OnceLock::new() }))
+    }
+
+    /// Takes the bytes of a data URL ([`decode_data_url`]) as [`Image::from_bytes`] does.
+    pub fn from_data_url(url: &str, limits: Limits) -> Result<Self, ImageError> {
+        Self::from_bytes(decode_data_url(url, limits.bytes)?, limits)
     }
 
     /// An image that is known by its URL, for backends that pass the URL on. It is never fetched by this library.
     pub fn from_url(url: impl Into<String>) -> Self {
-        Self(Arc::new(Source::Url(url.into())))
+        Self::from_source(Source::Url(url.into()))
+    }
+
+    fn from_source(source: Source) -> Self {
+        Self { source: Arc::new(source), view: Arc::default() }
+    }
+
+    /// The same image with fields that say how a model looks at it (`detail`, `min_pixels`, …): backends that have a request send them
+    /// with it.
+    #[must_use]
+    pub fn with_view(self, view: Map<String, Value>) -> Self {
+        Self { view: Arc::new(view), ..self }
+    }
+
+    /// What [`Image::with_view`] was given.
+    #[must_use]
+    pub fn view(&self) -> &Map<String, Value> {
+        &self.view
     }
 
     /// The encoded bytes as they came in, with their MIME type; `None` for a URL.
     #[must_use]
     pub fn encoded(&self) -> Option<(&Bytes, &'static str)> {
-        match &*self.0 {
+        match &*self.source {
             Source::Bytes { bytes, format, .. } => Some((bytes, format.to_mime_type())),
             Source::Url(_) => None,
         }
@@ -154,7 +185,7 @@ impl Image {
     /// The URL, if that is how the image is known.
     #[must_use]
     pub fn url(&self) -> Option<&str> {
-        match &*self.0 {
+        match &*self.source {
             Source::Bytes { .. } => None,
             Source::Url(url) => Some(url),
         }
@@ -163,7 +194,7 @@ impl Image {
     /// BLAKE3 of the encoded bytes (or of the URL).
     #[must_use]
     pub fn digest(&self) -> blake3::Hash {
-        match &*self.0 {
+        match &*self.source {
             Source::Bytes { digest, .. } => *digest,
             Source::Url(url) => blake3::hash(url.as_bytes()),
         }
@@ -172,7 +203,7 @@ impl Image {
     /// The pixels: 8-bit RGB, upright (EXIF orientation applied), transparency laid over white, the first frame of an
     /// animation. Decoded on first use, then kept.
     pub fn pixels(&self) -> Result<&RgbImage, ImageError> {
-        match &*self.0 {
+        match &*self.source {
             Source::Url(_) => Err(ImageError::NotFetched),
             Source::Bytes { bytes, format, limits, pixels, .. } => {
                 pixels.get_or_init(|| decode(bytes, *format, *limits)).as_ref().map_err(Clone::clone)

@@ -3,7 +3,7 @@
 //!
 //! A multimodal LLM (MLLM) answers a query about an image. Image features let harmful requests slip past the safety
 //! alignment of the language model inside it; yet it still recognises that its own answer is harmful, and still refuses
-//! when the same request reaches it as text. ECSO uses both: the file `steps.rs` shows how.
+//! when the same request reaches it as text. ECSO uses both: the file `paper.rs` shows how.
 //!
 //! - [`Guard`] is what you call; [`Mllm`] is what you bring (or take from `ecso-openai`, `ecso-llama`, `ecso-reader`).
 //! - [`Profile`] holds everything in which the paper, its published code and others differ.
@@ -11,15 +11,18 @@
 //!
 //! Nothing here speaks HTTP or runs a model.
 
-mod call;
 mod chat;
+mod data_url;
 mod guard;
+mod hardened;
 mod image;
+mod memory;
 mod mllm;
+mod paper;
+mod pipeline;
 pub mod profile;
 mod prompt;
 mod refusal;
-mod steps;
 mod template;
 #[cfg(feature = "testing")]
 pub mod testing;
@@ -27,11 +30,15 @@ mod trace;
 mod verdict;
 
 pub use chat::{BlindChat, Chat, Part, Role, Turn};
+pub use data_url::{decode_base64, decode_data_url, is_data_url};
 pub use guard::Guard;
 pub use image::{Image, ImageError, Limits};
-pub use mllm::{Alternative, Finish, Mllm, ModelError, Piece, Reply, ReplyStream, Sampling, Usage, collect};
+pub use memory::Memory;
+pub use mllm::{
+    Cause, Delta, FinishReason, Mllm, ModelError, Reply, ReplyStream, Sampling, TopLogprob, Usage, chain, collect,
+};
 pub use profile::{Profile, ProfileError};
 pub use refusal::declines;
 pub use template::Template;
 pub use trace::{Event, GuardError, Outcome, Step, Trace};
-pub use verdict::{Parser, Verdict, harm_score};
+pub use verdict::{Parser, Verdict, harm_score, without_reasoning, yes_or_no};

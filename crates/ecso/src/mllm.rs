@@ -1,6 +1,6 @@
 //! The one seam: [`Mllm`], a multimodal LLM that answers a chat. Everything that can answer is behind it.
 
-use std::{sync::Arc, time::Duration};
+use std::{error::Error, fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use futures::{Stream, StreamExt, stream::BoxStream};
@@ -23,17 +23,17 @@ pub struct Sampling {
     /// Most new tokens; `None` leaves it to the model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_tokens: Option<u32>,
-    /// How many alternatives of the reply's first token to tell, with their log-probabilities. 0 asks for none; a
-    /// model that can't tell leaves [`Reply::first_token`] empty.
-    pub alternatives: u8,
+    /// How many of the likeliest first tokens to tell, with their log-probabilities. 0 asks for none; a model that can't
+    /// tell leaves [`Reply::first_token`] empty.
+    pub top_logprobs: u8,
     /// Further request fields, sent as they are by backends that have a request (an OpenAI-compatible server).
     #[serde(skip_serializing_if = "serde_json::Map::is_empty")]
     pub extra: serde_json::Map<String, serde_json::Value>,
 }
 
-/// One alternative of a token.
+/// A token that could have stood at a place, and how likely it was.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct Alternative {
+pub struct TopLogprob {
     /// The token's text, white space included.
     pub token: String,
     /// Its natural log-probability.
@@ -43,7 +43,7 @@ pub struct Alternative {
 /// Why a reply ended.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Finish {
+pub enum FinishReason {
     /// The model was done.
     #[default]
     Stop,
@@ -67,28 +67,33 @@ pub struct Usage {
 pub struct Reply {
     /// The text, white space and all.
     pub text: String,
-    /// Alternatives of the first token, likeliest first; empty where the model doesn't tell.
-    pub first_token: Vec<Alternative>,
+    /// What the model thought before it, where its server tells that apart from the text.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reasoning: String,
+    /// The likeliest first tokens of the text, likeliest first; empty where the model doesn't tell.
+    pub first_token: Vec<TopLogprob>,
     /// Token counts, where the model tells.
     pub usage: Option<Usage>,
     /// Why it ended.
-    pub finish: Finish,
+    pub finish: FinishReason,
     /// How long the model took, where that is not how long the caller waited: a replayed reply.
     #[serde(default)]
     pub took: Option<Duration>,
 }
 
-/// A piece of a reply under way.
+/// What a reply under way brings next.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Piece {
-    /// Alternatives of the first token; comes at most once.
-    FirstToken(Vec<Alternative>),
+pub enum Delta {
+    /// The likeliest first tokens; comes at most once.
+    FirstToken(Vec<TopLogprob>),
+    /// More of [`Reply::reasoning`].
+    Reasoning(String),
     /// More text.
     Text(String),
     /// The end; comes exactly once, last.
     End {
         /// Why it ended.
-        finish: Finish,
+        finish: FinishReason,
         /// Token counts, where the model tells.
         usage: Option<Usage>,
         /// [`Reply::took`].
@@ -97,34 +102,115 @@ pub enum Piece {
 }
 
 /// A reply as it is written.
-pub type ReplyStream = BoxStream<'static, Result<Piece, ModelError>>;
+pub type ReplyStream = BoxStream<'static, Result<Delta, ModelError>>;
 
-/// Why a model gave no reply.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+/// Why a model gave no reply. Its text says all that is known; what it came from, where that is an error of another library, is its
+/// source.
+#[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum ModelError {
     /// The request itself is at fault; trying again won't help.
-    #[error("the model rejected the request: {0}")]
-    Rejected(String),
+    Rejected(Cause),
+    /// A content filter in front of the model refused the request.
+    Filtered(Cause),
     /// Too much work at once; try again later.
-    #[error("the model is overloaded{}", retry_hint(.retry_after.as_ref()))]
     Overloaded {
         /// How long the model asks to wait, if it does.
         retry_after: Option<Duration>,
     },
     /// No reply in time.
-    #[error("the model did not answer within {0:?}")]
     Timeout(Duration),
     /// The reply can't be read.
-    #[error("the model's reply can't be read: {0}")]
-    Protocol(String),
+    Protocol(Cause),
     /// The connection, the engine or the file behind the model failed.
-    #[error("the model can't be reached: {0}")]
-    Transport(String),
+    Transport(Cause),
 }
 
-fn retry_hint(retry_after: Option<&Duration>) -> String {
-    retry_after.map_or_else(String::new, |wait| format!("; it asks to wait {wait:?}"))
+impl fmt::Display for ModelError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Rejected(cause) => write!(f, "the model rejected the request: {cause}"),
+            Self::Filtered(cause) => write!(f, "a content filter refused the request: {cause}"),
+            Self::Overloaded { retry_after: None } => f.write_str("the model is overloaded"),
+            Self::Overloaded { retry_after: Some(wait) } => {
+                write!(f, "the model is overloaded; it asks to wait {wait:?}")
+            }
+            Self::Timeout(waited) => write!(f, "the model did not answer within {waited:?}"),
+            Self::Protocol(cause) => write!(f, "the model's reply can't be read: {cause}"),
+            Self::Transport(cause) => write!(f, "the model can't be reached: {cause}"),
+        }
+    }
+}
+
+// By hand: the cause's text is part of the error's own, so what comes next is what the cause came from.
+impl Error for ModelError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            Self::Rejected(cause) | Self::Filtered(cause) | Self::Protocol(cause) | Self::Transport(cause) => {
+                cause.source.as_deref().map(|source| source as _)
+            }
+            Self::Overloaded { .. } | Self::Timeout(_) => None,
+        }
+    }
+}
+
+/// What went wrong, in words, and the error behind it.
+#[derive(Debug, Clone)]
+pub struct Cause {
+    message: String,
+    source: Option<Arc<dyn Error + Send + Sync>>,
+}
+
+impl Cause {
+    /// `error`, told with its own causes.
+    pub fn of(error: impl Error + Send + Sync + 'static) -> Self {
+        Self::new(chain(&error), error)
+    }
+
+    /// `message`, behind which stands `error`.
+    pub fn new(message: impl Into<String>, error: impl Error + Send + Sync + 'static) -> Self {
+        Self { message: message.into(), source: Some(Arc::new(error)) }
+    }
+
+    /// The words.
+    #[must_use]
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl PartialEq for Cause {
+    /// Equal when the words are.
+    fn eq(&self, other: &Self) -> bool {
+        self.message == other.message
+    }
+}
+
+impl<T: Into<String>> From<T> for Cause {
+    fn from(message: T) -> Self {
+        Self { message: message.into(), source: None }
+    }
+}
+
+/// An error with its causes, each said once.
+#[must_use]
+pub fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut said: Vec<String> = Vec::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let text = error.to_string();
+        if !said.iter().any(|earlier| earlier.contains(&text)) {
+            said.push(text);
+        }
+        next = error.source();
+    }
+    said.join(": ")
 }
 
 /// A multimodal LLM: the `F` of the paper. Stateless: every call brings its whole conversation, and a backend that can
@@ -133,6 +219,11 @@ fn retry_hint(retry_after: Option<&Duration>) -> String {
 pub trait Mllm: Send + Sync {
     /// What the model is called in traces and results.
     fn name(&self) -> &str;
+
+    /// Whether the model could answer now, without asking it anything that costs tokens. Backends in this process always can.
+    async fn health(&self) -> Result<(), ModelError> {
+        Ok(())
+    }
 
     /// Starts a reply. Dropping the stream cancels the work.
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError>;
@@ -149,6 +240,10 @@ impl<M: Mllm + ?Sized> Mllm for Arc<M> {
         (**self).name()
     }
 
+    async fn health(&self) -> Result<(), ModelError> {
+        (**self).health().await
+    }
+
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {
         (**self).stream(chat, sampling).await
     }
@@ -158,16 +253,17 @@ impl<M: Mllm + ?Sized> Mllm for Arc<M> {
     }
 }
 
-/// Folds a stream into the whole reply. A stream that ends without [`Piece::End`] was cut off, and that is an error.
+/// Folds a stream into the whole reply. A stream that ends without [`Delta::End`] was cut off, and that is an error.
 pub async fn collect(
-    mut pieces: impl Stream<Item = Result<Piece, ModelError>> + Unpin + Send,
+    mut deltas: impl Stream<Item = Result<Delta, ModelError>> + Unpin + Send,
 ) -> Result<Reply, ModelError> {
     let mut reply = Reply::default();
-    while let Some(piece) = pieces.next().await {
-        match piece? {
-            Piece::FirstToken(alternatives) => reply.first_token = alternatives,
-            Piece::Text(text) => reply.text.push_str(&text),
-            Piece::End { finish, usage, took } => {
+    while let Some(delta) = deltas.next().await {
+        match delta? {
+            Delta::FirstToken(tokens) => reply.first_token = tokens,
+            Delta::Reasoning(text) => reply.reasoning.push_str(&text),
+            Delta::Text(text) => reply.text.push_str(&text),
+            Delta::End { finish, usage, took } => {
                 return Ok(Reply { usage, finish, took, ..reply });
             }
         }

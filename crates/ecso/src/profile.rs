@@ -5,7 +5,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{mllm::Sampling, prompt::Query, template::Template, verdict::Parser};
+use crate::{mllm::Sampling, template::Template, verdict::Parser};
+
+mod aliases;
 
 const PAPER: &str = include_str!("../profiles/paper.toml");
 const HARDENED: &str = include_str!("../profiles/hardened.toml");
@@ -74,17 +76,7 @@ pub enum CaptionMode {
     Generic,
 }
 
-/// Whether a draft that declines is judged.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Refusals {
-    /// Like any other draft: the paper.
-    Judged,
-    /// It is safe without asking.
-    Safe,
-}
-
-/// What the questions and the caption's template are told of a conversation.
+/// What the templates call the query {x}.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Turns {
@@ -97,16 +89,38 @@ pub enum Turns {
 /// Whether a step sees the images.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Eyes {
-    /// Eyes closed.
-    Dropped,
-    /// Eyes open.
-    Kept,
+pub enum Images {
+    /// Images closed.
+    #[serde(alias = "dropped")]
+    Exclude,
+    /// Images open.
+    #[serde(alias = "kept")]
+    Include,
+}
+
+/// What it means that a content filter in front of the model refuses one of the guard's own calls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Filtered {
+    /// The step failed.
+    Error,
+    /// A sign of harm: what was asked about counts as harmful.
+    Harm,
+}
+
+/// Who wrote a part of the conversation that is neither the user's nor the model's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Author {
+    /// System and developer messages.
+    System,
+    /// Tool descriptions and JSON schemas.
+    Tools,
 }
 
 /// One way of running ECSO.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "Keys", into = "Keys")]
 pub struct Profile {
     /// What traces and results call it.
     pub name: String,
@@ -124,27 +138,187 @@ pub struct Profile {
     pub empty_caption: EmptyCaption,
     /// The fixed refusal.
     pub refusal: String,
-    /// Whether a draft that declines is judged like any other.
-    pub refusals: Refusals,
     /// What the templates call the query.
     pub turns: Turns,
     /// Stands before every line of what is filled into the questions and the caption's template: quoted text ends where its
     /// quotation marks end, whatever it says. Empty is none.
     pub quote: String,
-    /// Before step 1, not in the paper: is harm asked for?
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub look: Option<Question>,
+    /// What a content filter in front of the model means.
+    pub filtered: Filtered,
     /// Step 1.
     pub direct: DirectStep,
-    /// Step 2, harm detection (equation 2).
-    pub detect: Question,
     /// Step 3.
     pub caption: CaptionStep,
     /// Step 4.
     pub safe: SafeStep,
-    /// After step 4, not in the paper: is its answer harmful?
+    /// How harm is detected, and what follows.
+    pub method: Method,
+}
+
+/// How harm is detected, and what follows: one file each.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Method {
+    /// `paper.rs`: the paper's figure.
+    Paper(Paper),
+    /// `hardened.rs`: request and reply are judged, with eyes closed; the last answer too.
+    Hardened(Hardened),
+}
+
+/// The paper's detection.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Paper {
+    /// Step 2, harm detection (equation 2).
+    pub detect: Question,
+}
+
+/// The detection of `hardened`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Hardened {
+    /// Is harm asked for? From its threshold on the request is harmful, whatever the reply.
+    pub request_check: Question,
+    /// Does the reply do harm? From its threshold on it does, whatever the request.
+    pub reply_check: Question,
+    /// Asked of a reply that would be held back: does it help with what is asked for, or encourage it? The less likely of the two
+    /// counts, so that a refusal does no harm however grave its subject.
+    pub help_check: Question,
+    /// From which mean of the two probabilities (of request and reply) on the answer is unsafe; 0..=1. Calibration finds it.
+    pub threshold: f64,
+    /// Whose words are not judged.
+    pub trusted: Vec<Author>,
+}
+
+/// A profile as it is written: flat keys, of which each method has its own.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Keys {
+    name: String,
+    method: MethodName,
+    scope: Scope,
+    gate: Gate,
+    rewrite: Rewrite,
+    image_order: ImageOrder,
+    strip: bool,
+    empty_caption: EmptyCaption,
+    refusal: String,
+    turns: Turns,
+    quote: String,
+    filtered: Filtered,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub check: Option<Question>,
+    threshold: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    trusted: Option<Vec<Author>>,
+    direct: DirectStep,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    detect: Option<Question>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    request_check: Option<Question>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    reply_check: Option<Question>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    help_check: Option<Question>,
+    caption: CaptionStep,
+    safe: SafeStep,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum MethodName {
+    Paper,
+    Hardened,
+}
+
+impl TryFrom<Keys> for Profile {
+    type Error = ProfileError;
+
+    fn try_from(keys: Keys) -> Result<Self, ProfileError> {
+        let own = [
+            ("detect", keys.detect.is_some(), MethodName::Paper),
+            ("request_check", keys.request_check.is_some(), MethodName::Hardened),
+            ("reply_check", keys.reply_check.is_some(), MethodName::Hardened),
+            ("help_check", keys.help_check.is_some(), MethodName::Hardened),
+            ("threshold", keys.threshold.is_some(), MethodName::Hardened),
+            ("trusted", keys.trusted.is_some(), MethodName::Hardened),
+        ];
+        for (key, is_there, method) in own {
+            if is_there && method != keys.method {
+                let name = if method == MethodName::Paper { "paper" } else { "hardened" };
+                return Err(ProfileError::Invalid(format!("{key} is a key of the method `{name}`")));
+            }
+        }
+        let missing = |key: &'static str| ProfileError::Invalid(format!("{key} is missing"));
+        let method = match keys.method {
+            MethodName::Paper => Method::Paper(Paper { detect: keys.detect.ok_or_else(|| missing("detect"))? }),
+            MethodName::Hardened => Method::Hardened(Hardened {
+                request_check: keys.request_check.ok_or_else(|| missing("request_check"))?,
+                reply_check: keys.reply_check.ok_or_else(|| missing("reply_check"))?,
+                help_check: keys.help_check.ok_or_else(|| missing("help_check"))?,
+                threshold: keys.threshold.ok_or_else(|| missing("threshold"))?,
+                trusted: keys.trusted.unwrap_or_default(),
+            }),
+        };
+        let profile = Self {
+            name: keys.name,
+            scope: keys.scope,
+            gate: keys.gate,
+            rewrite: keys.rewrite,
+            image_order: keys.image_order,
+            strip: keys.strip,
+            empty_caption: keys.empty_caption,
+            refusal: keys.refusal,
+            turns: keys.turns,
+            quote: keys.quote,
+            filtered: keys.filtered,
+            direct: keys.direct,
+            caption: keys.caption,
+            safe: keys.safe,
+            method,
+        };
+        profile.check()?;
+        Ok(profile)
+    }
+}
+
+impl From<Profile> for Keys {
+    fn from(profile: Profile) -> Self {
+        let (mut detect, mut request_check, mut reply_check, mut help_check) = (None, None, None, None);
+        let (mut threshold, mut trusted) = (None, None);
+        let method = match profile.method {
+            Method::Paper(paper) => {
+                detect = Some(paper.detect);
+                MethodName::Paper
+            }
+            Method::Hardened(hardened) => {
+                request_check = Some(hardened.request_check);
+                reply_check = Some(hardened.reply_check);
+                help_check = Some(hardened.help_check);
+                (threshold, trusted) = (Some(hardened.threshold), Some(hardened.trusted));
+                MethodName::Hardened
+            }
+        };
+        Self {
+            name: profile.name,
+            method,
+            scope: profile.scope,
+            gate: profile.gate,
+            rewrite: profile.rewrite,
+            image_order: profile.image_order,
+            strip: profile.strip,
+            empty_caption: profile.empty_caption,
+            refusal: profile.refusal,
+            turns: profile.turns,
+            quote: profile.quote,
+            filtered: profile.filtered,
+            threshold,
+            trusted,
+            direct: profile.direct,
+            detect,
+            request_check,
+            reply_check,
+            help_check,
+            caption: profile.caption,
+            safe: profile.safe,
+        }
+    }
 }
 
 /// Step 1, the direct answer (equation 1).
@@ -157,12 +331,12 @@ pub struct DirectStep {
     pub max_tokens: u32,
 }
 
-/// A question to the model that is answered with yes (harm) or no: step 2, and what stands around the paper's steps.
+/// A question to the model that is answered with yes (harm) or no.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Question {
-    /// The question; `{x}` is the query, `{y}` the answer to judge, `{c}` the captions, `{r}` what is asked for: the captions, or
-    /// the query where no image has one. Where `{c}` or `{r}` stands, step 3 goes first.
+    /// The question. `{x}` is the query, `{y}` the answer to judge. With the method `hardened` also `{c}`: the captions, `{t}`: the whole
+    /// conversation as text, and `{r}`: what is asked for, which is the captions, or {t} where no image has one.
     pub template: Template,
     /// Further wordings, each asked by itself if it says something else; the likeliest harm of all counts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -177,20 +351,23 @@ pub struct Question {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub yes: Vec<String>,
     /// Whether the images are shown.
-    pub image: Eyes,
+    pub image: Images,
     /// How its reply is read.
     pub parser: Parser,
     /// Which probability of yes counts as one half; 0..=1, both ends excluded. 0.5 leaves all as they are.
-    pub even: f64,
+    pub prior: f64,
     /// From which probability of harm on [`Parser::Score`] says unsafe; 0..=1.
     pub threshold: f64,
     /// How many characters (Unicode code points) of the answer are judged; 0 is all of it.
     pub cut: usize,
-    /// How many alternatives of the first token are asked for.
-    pub alternatives: u8,
+    /// What is judged and longer than so many characters is judged in overlapping windows of this size, and the likeliest harm of all
+    /// counts; 0 is one window for all.
+    pub window: usize,
+    /// How many of the likeliest first tokens are asked for, with their log-probabilities.
+    pub top_logprobs: u8,
     /// 0 is greedy.
     pub temperature: f32,
-    /// Most new tokens.
+    /// Most new tokens. A reply that breaks off before it says yes or no (a model that thinks first) is asked for once more with room.
     pub max_tokens: u32,
 }
 
@@ -216,11 +393,11 @@ pub struct CaptionStep {
 pub struct SafeStep {
     /// Whether the images are shown: dropped in the paper's text and its safety scripts, kept in the published MME, `MMBench`
     /// and MM-Vet scripts.
-    pub image: Eyes,
+    pub image: Images,
     /// With hints; `{c}` is the caption, `{x}` the query.
     pub template: Template,
-    /// The second try, with or without hints, where [`check`](field@Profile::check) calls the first harmful, and the only one where
-    /// [`Profile::look`] says harm, or the probabilities joined with it do; empty is none.
+    /// Of the method `hardened`: the second try, with or without hints, where the first is harmful, and the only one where probabilities
+    /// say harm; empty is none.
     pub strict: Template,
     /// Without hints; `{x}` is the query.
     pub plain: Template,
@@ -272,6 +449,12 @@ impl Profile {
             }
         };
         let mut table = built_in(&base)?;
+        let changes = aliases::renamed(changes, &base_method(&table))?;
+        // A whole profile, as `to_toml` writes it, names its method: the keys of the other one are not inherited.
+        if changes.get("method").is_some_and(|method| Some(method) != table.get("method")) {
+            let named = changes.get("method").and_then(toml::Value::as_str).unwrap_or_default();
+            table = built_in(named)?;
+        }
         if !changes.is_empty() && !changes.contains_key("name") {
             table.insert("name".into(), format!("{base}+").into());
         }
@@ -293,6 +476,7 @@ impl Profile {
         }
         let mut table = toml::Table::try_from(self).map_err(invalid)?;
         if let toml::Value::Table(change) = change {
+            let change = aliases::renamed(change, &base_method(&table))?;
             merge(&mut table, change);
         }
         if key != "name" && !self.name.ends_with('+') {
@@ -307,15 +491,8 @@ impl Profile {
         toml::to_string(self).unwrap_or_default()
     }
 
-    /// Whether a question of this profile is told the captions.
-    pub(crate) fn judges_by_caption(&self) -> bool {
-        let told = |template: &Template| template.has("c") || template.has("r");
-        let needs = |question: &Question| question.wordings().any(told);
-        needs(&self.detect) || self.look.as_ref().is_some_and(needs)
-    }
-
-    pub(crate) fn stripped(&self, text: &str) -> String {
-        if self.strip { text.trim() } else { text }.to_owned()
+    pub(crate) fn stripped<'t>(&self, text: &'t str) -> &'t str {
+        if self.strip { text.trim() } else { text }
     }
 }
 
@@ -336,7 +513,7 @@ impl Question {
     /// The question's sampling.
     #[must_use]
     pub fn sampling(&self) -> Sampling {
-        Sampling { alternatives: self.alternatives, ..sampling(self.temperature, self.max_tokens) }
+        Sampling { top_logprobs: self.top_logprobs, ..sampling(self.temperature, self.max_tokens) }
     }
 }
 
@@ -358,21 +535,9 @@ impl CaptionStep {
 }
 
 impl SafeStep {
-    /// The templates that are tried, one after the other. Where harm is sure, only the strict one is.
-    pub(crate) fn tries(
-        &self,
-        captions: &[String],
-        query: &Query<'_>,
-        empty: EmptyCaption,
-        is_sure: bool,
-    ) -> Vec<&Template> {
-        let strict = Some(&self.strict).filter(|strict| !strict.text().is_empty());
-        if let Some(strict) = strict.filter(|_| is_sure) {
-            return vec![strict];
-        }
-        let is_plain = query.has_no_hints(captions, empty == EmptyCaption::Plain);
-        let first = if is_plain { &self.plain } else { &self.template };
-        [first].into_iter().chain(strict).collect()
+    /// The template for what the captions hold: with hints, or without where there are none.
+    pub(crate) fn chosen(&self, has_hints: bool) -> &Template {
+        if has_hints { &self.template } else { &self.plain }
     }
 
     /// The step's sampling.
@@ -390,7 +555,10 @@ fn built_in(name: &str) -> Result<toml::Table, ProfileError> {
     let mut table: toml::Table = PAPER.parse().map_err(invalid)?;
     match name {
         "paper" => {}
-        "hardened" => merge(&mut table, HARDENED.parse().map_err(invalid)?),
+        "hardened" => {
+            table.remove("detect");
+            merge(&mut table, HARDENED.parse().map_err(invalid)?);
+        }
         _ => return Err(ProfileError::Unknown(name.to_owned())),
     }
     Ok(table)
@@ -414,12 +582,24 @@ fn merge(table: &mut toml::Table, changes: toml::Table) {
 }
 
 fn from_table(table: toml::Table) -> Result<Profile, ProfileError> {
-    let profile: Profile = table.try_into().map_err(invalid)?;
-    profile.check()?;
-    Ok(profile)
+    table.try_into::<Keys>().map_err(invalid)?.try_into()
+}
+
+fn base_method(table: &toml::Table) -> String {
+    table.get("method").and_then(toml::Value::as_str).unwrap_or("paper").to_owned()
 }
 
 impl Profile {
+    /// The questions of its method, by key.
+    fn questions(&self) -> Vec<(&'static str, &Question)> {
+        match &self.method {
+            Method::Paper(Paper { detect }) => vec![("detect", detect)],
+            Method::Hardened(Hardened { request_check, reply_check, help_check, .. }) => {
+                vec![("request_check", request_check), ("reply_check", reply_check), ("help_check", help_check)]
+            }
+        }
+    }
+
     fn check(&self) -> Result<(), ProfileError> {
         let must_hold = |key: &str, template: &Template, hole: &str| {
             if template.has(hole) {
@@ -428,29 +608,43 @@ impl Profile {
                 Err(ProfileError::Invalid(format!("{key} must contain {{{hole}}}")))
             }
         };
-        must_hold("detect.template", &self.detect.template, "y")?;
         must_hold("safe.template", &self.safe.template, "x")?;
         must_hold("safe.plain", &self.safe.plain, "x")?;
         if !self.safe.strict.text().is_empty() {
             must_hold("safe.strict", &self.safe.strict, "x")?;
         }
-        let questions = [("look", self.look.as_ref()), ("detect", Some(&self.detect)), ("check", self.check.as_ref())];
-        let questions = || questions.into_iter().filter_map(|(key, question)| Some((key, question?)));
-        for (key, question) in questions() {
-            let invalid = |name: &str, value: f64| {
-                Err(ProfileError::Invalid(format!("{key}.{name} must be between 0 and 1, not {value}")))
-            };
-            if !(0.0..=1.0).contains(&question.threshold) {
-                return invalid("threshold", question.threshold);
+        let share = |key: &str, value: f64| {
+            if (0.0..=1.0).contains(&value) {
+                Ok(())
+            } else {
+                Err(ProfileError::Invalid(format!("{key} must be between 0 and 1, not {value}")))
             }
-            if !(question.even > 0.0 && question.even < 1.0) {
-                return invalid("even", question.even);
+        };
+        for (key, question) in self.questions() {
+            share(&format!("{key}.threshold"), question.threshold)?;
+            share(&format!("{key}.prior"), question.prior)?;
+            if question.prior <= 0.0 || question.prior >= 1.0 {
+                return Err(ProfileError::Invalid(format!("{key}.prior must be above 0 and below 1")));
+            }
+            if key != "request_check" {
+                must_hold(&format!("{key}.template"), &question.template, "y")?;
             }
         }
-        if let Some(check) = &self.check {
-            must_hold("check.template", &check.template, "y")?;
+        match &self.method {
+            Method::Paper(paper) => {
+                for hole in ["c", "r", "t"] {
+                    if paper.detect.wordings().any(|template| template.has(hole)) {
+                        let why = format!(
+                            "detect.template: {{{hole}}} is of the method `hardened`; step 2 comes before step 3"
+                        );
+                        return Err(ProfileError::Invalid(why));
+                    }
+                }
+            }
+            Method::Hardened(hardened) => share("threshold", hardened.threshold)?,
         }
-        let lengths = questions().map(|(key, question)| (key, question.temperature, question.max_tokens));
+        let lengths =
+            self.questions().into_iter().map(|(key, question)| (key, question.temperature, question.max_tokens));
         for (key, temperature, max_tokens) in [
             ("direct", self.direct.temperature, self.direct.max_tokens),
             ("caption", self.caption.temperature, self.caption.max_tokens),
@@ -478,6 +672,11 @@ fn invalid(error: impl std::fmt::Display) -> ProfileError {
 mod tests {
     use super::*;
 
+    fn detect(profile: &Profile) -> &Question {
+        let Method::Paper(Paper { detect }) = &profile.method else { panic!("another method") };
+        detect
+    }
+
     #[test]
     fn the_built_in_profiles_read_and_write_back() {
         for name in Profile::NAMES {
@@ -489,8 +688,8 @@ mod tests {
     #[test]
     fn a_profile_names_only_what_it_changes() {
         let mine = Profile::from_toml("[detect]\nparser = \"score\"\nthreshold = 1").unwrap();
-        assert_eq!(mine.detect.parser, Parser::Score);
-        assert!((mine.detect.threshold - 1.0).abs() < f64::EPSILON);
+        assert_eq!(detect(&mine).parser, Parser::Score);
+        assert!((detect(&mine).threshold - 1.0).abs() < f64::EPSILON);
         assert_eq!(mine.safe, Profile::paper().safe);
         assert_eq!(mine.name, "paper+");
     }
@@ -499,7 +698,7 @@ mod tests {
     fn one_field_can_be_set() {
         let paper = Profile::paper();
         assert_eq!(paper.with("gate", "always").unwrap().gate, Gate::Always);
-        assert_eq!(paper.with("detect.cut", "0").unwrap().detect.cut, 0);
+        assert_eq!(detect(&paper.with("detect.cut", "0").unwrap()).cut, 0);
         let odd = paper.with("refusal", "No, = thanks").unwrap();
         assert_eq!(odd.refusal, "No, = thanks");
         assert_eq!(odd.name, "paper+");

@@ -5,89 +5,214 @@ use std::collections::HashSet;
 use crate::{
     chat::{BlindChat, Chat, Part, Role, Turn},
     image::Image,
-    profile::{Eyes, ImageOrder, Profile, Question, Turns},
+    profile::{Author, EmptyCaption, ImageOrder, Images, Method, Profile, Question, Turns},
     template::Template,
 };
 
-/// The turn that is guarded: the last one of the user.
+/// A prompt, and the template that made it.
+pub(crate) type Prompt<'q> = (Chat, &'q Template);
+
+/// The turn that is guarded: the last one of the user, in its conversation.
 pub(crate) struct Query<'a> {
-    turn: &'a Turn,
+    profile: &'a Profile,
+    /// The whole conversation.
+    pub(crate) chat: &'a Chat,
     index: usize,
-    /// Its text, the paper's x.
-    pub(crate) text: String,
-    /// What the questions and the caption's template call x.
+    /// Its text: the paper's x.
+    text: String,
+    /// What templates call {x}.
     asked: String,
-    /// The images that the questions show.
-    shown: Vec<&'a Image>,
-    /// How many images stand in earlier turns.
-    earlier_images: usize,
+    /// What templates call {t}: all that the model is shown, but for what its author is trusted with.
+    transcript: String,
+    /// Where the conversation ends with a turn of the assistant, the model goes on from that: the answer begins with it.
+    prefill: String,
 }
 
 impl<'a> Query<'a> {
     /// `None` if the user says nothing in this conversation.
-    pub(crate) fn of(chat: &'a Chat, turns: Turns) -> Option<Self> {
+    pub(crate) fn of(chat: &'a Chat, profile: &'a Profile) -> Option<Self> {
         let index = chat.turns.iter().rposition(|turn| turn.role == Role::User)?;
-        let turn = &chat.turns[index];
-        let text = turn.query();
+        let text = chat.turns[index].query();
         let earlier = chat.turns[..index].iter().filter(|turn| turn.role != Role::System);
-        let (asked, shown) = match turns {
-            Turns::Last => (text.clone(), turn.images().collect()),
+        let asked = match profile.turns {
+            Turns::Last => text.clone(),
             Turns::All => {
                 let said = earlier.map(|turn| format!("[earlier, {}] {}", turn.role.as_str(), turn.query()));
-                let asked: Vec<String> = said.chain([text.clone()]).collect();
-                (asked.join("\n"), chat.images().collect())
+                said.chain([text.clone()]).collect::<Vec<_>>().join("\n")
             }
         };
-        let earlier_images = chat.turns[..index].iter().flat_map(Turn::images).count();
-        Some(Self { turn, index, text, asked, shown, earlier_images })
+        let after = chat.turns[index + 1..].iter().filter(|turn| turn.role == Role::Assistant);
+        let prefill = after.map(Turn::query).collect();
+        let mut query = Self { profile, chat, index, text, asked, transcript: String::new(), prefill };
+        query.transcript = query.transcript();
+        Some(query)
     }
 
-    /// Whether the guarded turn's images left no hint: there is none, or their captions (one for each image of the conversation)
-    /// are blank.
-    pub(crate) fn has_no_hints(&self, captions: &[String], or_blank: bool) -> bool {
-        let own = captions.iter().skip(self.earlier_images).take(self.turn.images().count());
-        let mut own = own.peekable();
-        own.peek().is_none() || (or_blank && own.all(|caption| caption.trim().is_empty()))
+    /// The conversation as text. What stays the same from call to call stands first, so that its windows do too.
+    fn transcript(&self) -> String {
+        let is_judged = |author: Author| match &self.profile.method {
+            Method::Paper(_) => true,
+            Method::Hardened(hardened) => !hardened.trusted.contains(&author),
+        };
+        let mut said = Vec::new();
+        if is_judged(Author::Tools) {
+            said.extend(self.chat.definitions.iter().map(|text| format!("[definition] {text}")));
+        }
+        for (place, turn) in self.chat.turns.iter().enumerate() {
+            let who = match turn.role {
+                Role::System if is_judged(Author::System) => "[system] ",
+                Role::System => continue,
+                _ if place == self.index => "",
+                Role::User => "[earlier, user] ",
+                Role::Assistant if place < self.index => "[earlier, assistant] ",
+                Role::Assistant => "[the answer begins] ",
+            };
+            said.push(format!("{who}{}", turn.query()));
+        }
+        said.join("\n")
     }
 
-    /// Step 4 with eyes open, as the published utility scripts do it: the images of the guarded turn stand in it again.
-    pub(crate) fn shown_again(&self, blind: BlindChat) -> Chat {
+    fn turn(&self) -> &'a Turn {
+        &self.chat.turns[self.index]
+    }
+
+    /// The images that the questions show.
+    fn shown(&self) -> Box<dyn Iterator<Item = &'a Image> + '_> {
+        match self.profile.turns {
+            Turns::Last => Box::new(self.turn().images()),
+            Turns::All => Box::new(self.chat.images()),
+        }
+    }
+
+    /// A question about the request, or about the answer `y` where its template has {y}: a fresh conversation of one turn for each
+    /// wording, and each window, that says something of its own.
+    pub(crate) fn question<'q>(&self, question: &'q Question, y: &str, captions: &[String]) -> Vec<Prompt<'q>> {
+        let answer = format!("{}{y}", self.prefill);
+        let judged = match question.cut {
+            0 => answer.as_str(),
+            cut => answer.char_indices().nth(cut).map_or(answer.as_str(), |(end, _)| &answer[..end]),
+        };
+        let captions = captions.join("\n\n");
+        let read = without_empty_entries(&captions);
+        let resolved = if read.is_empty() { &self.transcript } else { &read };
+        let mut said = HashSet::new();
+        let mut prompts = Vec::new();
+        for template in question.wordings() {
+            let holes =
+                [("x", self.asked.as_str()), ("y", judged), ("c", &captions), ("t", &self.transcript), ("r", resolved)];
+            for holes in windows(&holes, template, question.window) {
+                let filled: Vec<(&str, String)> =
+                    holes.iter().map(|(name, text)| (*name, quoted(text, &self.profile.quote))).collect();
+                let filled: Vec<(&str, &str)> = filled.iter().map(|(name, text)| (*name, text.as_str())).collect();
+                let text = template.fill(&filled);
+                if said.insert(text.clone()) {
+                    let images = self.shown().filter(|_| question.image == Images::Include);
+                    let mut chat = one_turn(self.profile, images.cloned(), text);
+                    chat.turns.splice(0..0, examples(question));
+                    prompts.push((chat, template));
+                }
+            }
+        }
+        prompts
+    }
+
+    /// Step 3: a fresh conversation of one turn for each image.
+    pub(crate) fn captions(&self) -> impl Iterator<Item = Prompt<'a>> {
+        let template = self.profile.caption.chosen();
+        self.chat.images().map(move |image| {
+            let text = template.fill(&[("x", &quoted(&self.asked, &self.profile.quote))]);
+            (one_turn(self.profile, [image.clone()], text), template)
+        })
+    }
+
+    /// Whether the captions, one for each image of the conversation, leave a hint about the guarded turn: it has an image, and not all of
+    /// its captions are blank.
+    pub(crate) fn has_hints(&self, captions: &[String]) -> bool {
+        let earlier: usize = self.chat.turns[..self.index].iter().map(|turn| turn.images().count()).sum();
+        let mut own = captions.iter().skip(earlier).take(self.turn().images().count()).peekable();
+        let is_plain = self.profile.empty_caption == EmptyCaption::Plain;
+        own.peek().is_some() && !(is_plain && own.all(|caption| caption.trim().is_empty()))
+    }
+
+    /// Step 4: the whole conversation, as text. `captions` holds one for each image, in order: those of the guarded turn become its
+    /// hints {c}; an image of another turn becomes `[Image: caption]` where it stood. The answer begins anew: a beginning that the
+    /// client wrote is left out. Where the profile keeps the eyes open, as the published utility scripts do, the images of the guarded
+    /// turn stand in it again.
+    pub(crate) fn safe<'t>(&self, captions: &[String], template: &'t Template) -> Prompt<'t> {
+        let blind = self.blind(captions, template);
         let mut chat = Chat::from(blind);
-        let images = self.turn.images().cloned().map(Part::Image);
-        chat.turns[self.index].parts.splice(0..0, images);
-        chat
+        if self.profile.safe.image == Images::Include {
+            let images = self.turn().images().cloned().map(Part::Image);
+            chat.turns[self.index].parts.splice(0..0, images);
+        }
+        (chat, template)
+    }
+
+    fn blind(&self, captions: &[String], template: &Template) -> BlindChat {
+        let mut turns = Vec::with_capacity(self.chat.turns.len());
+        let mut captions = captions.iter();
+        for (index, turn) in self.chat.turns.iter().enumerate() {
+            let seen: Vec<&str> = captions.by_ref().take(turn.images().count()).map(String::as_str).collect();
+            let text = match index == self.index {
+                true => {
+                    let hints = quoted(&seen.join("\n\n"), &self.profile.quote);
+                    template.fill(&[("c", &hints), ("x", &self.text)])
+                }
+                false if index > self.index && turn.role == Role::Assistant => continue,
+                false => described(turn, &seen),
+            };
+            turns.push((turn.role, text));
+        }
+        BlindChat { turns }
     }
 }
 
-/// Step 2, and what is asked around the steps: a fresh conversation of one turn for each wording that says something of its own.
-pub(crate) fn question<'q>(
-    profile: &Profile,
-    question: &'q Question,
-    query: &Query<'_>,
-    answer: &str,
-    captions: &[String],
-) -> Vec<(Chat, &'q Template)> {
-    let judged = match question.cut {
-        0 => answer,
-        cut => answer.char_indices().nth(cut).map_or(answer, |(end, _)| &answer[..end]),
+/// What is filled in where the judged text is longer than a window: the judged text in windows that overlap by a fifth, everything else
+/// cut to one window, its middle left out. Judged is {y}, where the template has it, else the longest text that it has.
+fn windows<'h>(
+    holes: &[(&'h str, &'h str)],
+    template: &Template,
+    window: usize,
+) -> Vec<Vec<(&'h str, std::borrow::Cow<'h, str>)>> {
+    use std::borrow::Cow;
+    let used: Vec<(&str, &str)> = holes.iter().copied().filter(|(name, _)| template.has(name)).collect();
+    let judged = used.iter().find(|(name, _)| *name == "y").or_else(|| used.iter().max_by_key(|(_, text)| text.len()));
+    let Some((judged, text)) = judged.filter(|_| window > 0).copied() else {
+        return vec![used.into_iter().map(|(name, text)| (name, Cow::Borrowed(text))).collect()];
     };
-    let captions = captions.join("\n\n");
-    let read = without_empty_entries(&captions);
-    let resolved = if read.is_empty() { &query.asked } else { &read };
-    let [asked, judged, captions, resolved] =
-        [&query.asked, judged, &captions, resolved].map(|text| quoted(text, &profile.quote));
-    let mut said = HashSet::new();
-    let mut chats = Vec::new();
-    for template in question.wordings() {
-        let text = template.fill(&[("x", &asked), ("y", &judged), ("c", &captions), ("r", &resolved)]);
-        if said.insert(text.clone()) {
-            let images = query.shown.iter().filter(|_| question.image == Eyes::Kept);
-            let mut chat = one_turn(profile, images.map(|image| (*image).clone()), text);
-            chat.turns.splice(0..0, examples(question));
-            chats.push((chat, template));
+    let with = |part: &'h str| {
+        let rest = used.iter().filter(|(name, _)| *name != judged);
+        rest.map(|(name, text)| (*name, middle_left_out(text, window))).chain([(judged, Cow::Borrowed(part))]).collect()
+    };
+    slices(text, window).into_iter().map(with).collect()
+}
+
+/// A text in slices of `window` characters, each a fifth of that further back than the end of the last.
+fn slices(text: &str, window: usize) -> Vec<&str> {
+    let starts: Vec<usize> = text.char_indices().map(|(place, _)| place).chain([text.len()]).collect();
+    let count = starts.len() - 1;
+    let step = (window - window / 5).max(1);
+    let mut slices = Vec::new();
+    let mut start = 0;
+    loop {
+        let end = (start + window).min(count);
+        slices.push(&text[starts[start]..starts[end]]);
+        if end == count {
+            return slices;
         }
+        start += step;
     }
-    chats
+}
+
+fn middle_left_out(text: &str, longest: usize) -> std::borrow::Cow<'_, str> {
+    let count = text.chars().count();
+    if count <= longest {
+        return text.into();
+    }
+    let half = longest / 2;
+    let start: String = text.chars().take(half).collect();
+    let end: String = text.chars().skip(count - half).collect();
+    format!("{start} … {end}").into()
 }
 
 /// The numbers and bullets of a list's empty entries ask for nothing, and a small model takes them for harmless text.
@@ -123,12 +248,6 @@ fn examples(question: &Question) -> Vec<Turn> {
     turns
 }
 
-/// Step 3: a fresh conversation of one turn, with one image.
-pub(crate) fn caption(profile: &Profile, image: &Image, query: &Query<'_>) -> Chat {
-    let text = profile.caption.chosen().fill(&[("x", &quoted(&query.asked, &profile.quote))]);
-    one_turn(profile, [image.clone()], text)
-}
-
 /// `mark` before every line.
 fn quoted(text: &str, mark: &str) -> String {
     if mark.is_empty() {
@@ -136,30 +255,6 @@ fn quoted(text: &str, mark: &str) -> String {
     }
     let lines: Vec<String> = text.lines().map(|line| format!("{mark}{line}")).collect();
     lines.join("\n")
-}
-
-/// Step 4: the whole conversation as text. `captions` holds one for each image of `chat`, in order: those of the
-/// guarded turn become its hints {c}; an image of another turn becomes `[Image: caption]` where it stood.
-pub(crate) fn safe(
-    profile: &Profile,
-    chat: &Chat,
-    query: &Query<'_>,
-    captions: &[String],
-    template: &Template,
-) -> BlindChat {
-    let mut turns = Vec::with_capacity(chat.turns.len());
-    let mut captions = captions.iter();
-    for (index, turn) in chat.turns.iter().enumerate() {
-        let seen: Vec<&str> = captions.by_ref().take(turn.images().count()).map(String::as_str).collect();
-        let text = if index == query.index {
-            let hints = quoted(&seen.join("\n\n"), &profile.quote);
-            template.fill(&[("c", &hints), ("x", &query.text)])
-        } else {
-            described(turn, &seen)
-        };
-        turns.push((turn.role, text));
-    }
-    BlindChat { turns }
 }
 
 fn described(turn: &Turn, captions: &[&str]) -> String {
@@ -199,6 +294,20 @@ mod tests {
             ("1.\n\n2)", ""),
         ] {
             assert_eq!(without_empty_entries(text), left, "{text}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn slices_overlap_and_leave_nothing_out(text in ".{0,60}", window in 1..20_usize) {
+            let slices = slices(&text, window);
+            proptest::prop_assert!(slices.iter().all(|slice| slice.chars().count() <= window));
+            // Whatever is no longer than the overlap stands whole in one of them.
+            let chars: Vec<char> = text.chars().collect();
+            for part in chars.windows((window / 5).max(1)) {
+                let part: String = part.iter().collect();
+                proptest::prop_assert!(slices.iter().any(|slice| slice.contains(&part)), "{part:?}");
+            }
         }
     }
 }

@@ -7,7 +7,7 @@ use futures::{StreamExt, stream};
 
 use crate::{
     chat::Chat,
-    mllm::{Finish, Mllm, ModelError, Piece, Reply, ReplyStream, Sampling},
+    mllm::{Delta, FinishReason, Mllm, ModelError, Reply, ReplyStream, Sampling},
 };
 
 type Script = dyn Fn(&Chat) -> Result<Reply, ModelError> + Send + Sync;
@@ -51,9 +51,9 @@ impl Mllm for Scripted {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner).push((chat.clone(), sampling.clone()));
         let reply = (self.script)(chat)?;
         // A piece a character, so that whoever reads the stream must put it together.
-        let text: Vec<Piece> = reply.text.chars().map(|c| Piece::Text(c.to_string())).collect();
-        let end = Piece::End { finish: Finish::Stop, usage: reply.usage, took: reply.took };
-        let first = Piece::FirstToken(reply.first_token);
+        let text: Vec<Delta> = reply.text.chars().map(|c| Delta::Text(c.to_string())).collect();
+        let end = Delta::End { finish: FinishReason::Stop, usage: reply.usage, took: reply.took };
+        let first = Delta::FirstToken(reply.first_token);
         Ok(stream::iter([first].into_iter().chain(text).chain([end])).map(Ok).boxed())
     }
 }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    mllm::{Finish, ModelError},
+    mllm::{FinishReason, ModelError},
     verdict::Verdict,
 };
 
@@ -12,8 +12,9 @@ use crate::{
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Step {
-    /// Before step 1, where the profile has it: is harm asked for?
-    Look,
+    /// Before step 1, with the method `hardened`: is harm asked for?
+    #[serde(alias = "look")]
+    RequestCheck,
     /// Step 1: the answer with the image.
     Direct,
     /// Step 2: is that answer harmful?
@@ -22,19 +23,20 @@ pub enum Step {
     Caption,
     /// Step 4: the answer without the image.
     Safe,
-    /// After step 4, where the profile has it: is that answer harmful?
-    Check,
+    /// After step 4, with the method `hardened`: is that answer harmful?
+    #[serde(alias = "check")]
+    ReplyCheck,
 }
 
 impl std::fmt::Display for Step {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
-            Self::Look => "look",
+            Self::RequestCheck => "request-check",
             Self::Direct => "direct",
             Self::Detect => "detect",
             Self::Caption => "caption",
             Self::Safe => "safe",
-            Self::Check => "check",
+            Self::ReplyCheck => "reply-check",
         })
     }
 }
@@ -50,17 +52,17 @@ pub struct Trace {
     pub prompt: String,
     /// The reply, white space and all.
     pub reply: String,
-    /// What a question (look, detect, check) read from the reply.
+    /// What a question read from the reply.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub verdict: Option<Verdict>,
-    /// Probability of harm in 0..=1 (look, detect, check; where the model tells).
+    /// Probability of harm in 0..=1 (of questions, where the model tells).
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub score: Option<f64>,
     /// [`crate::Template::hash`] of the template that made the prompt.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub template: Option<String>,
     /// Why the reply ended.
-    pub finish: Finish,
+    pub finish: FinishReason,
     /// Wall-clock time, in milliseconds.
     pub ms: u64,
     /// Tokens of the prompt, where the model tells.
@@ -74,13 +76,16 @@ pub struct Trace {
 pub struct Outcome {
     /// What may go out.
     pub answer: String,
-    /// What step 2 said of the direct answer.
+    /// What was found about the direct answer, or the request for it.
     pub verdict: Verdict,
     /// Probability that the direct answer is harmful, in 0..=1; `None` where the model doesn't tell.
     pub score: Option<f64>,
     /// Whether the answer is another than the direct one.
     #[serde(default)]
     pub rewritten: bool,
+    /// Whether it is the profile's fixed refusal.
+    #[serde(default)]
+    pub refused: bool,
     /// The profile's name.
     pub profile: String,
     /// The model's name.
@@ -116,18 +121,24 @@ pub enum Event {
 }
 
 /// Why there is no answer.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum GuardError {
     /// There is nothing to guard.
     #[error("the conversation has no user turn, so there is no query to answer")]
     NoQuery,
     /// The model failed. A step that fails is never taken for a verdict.
-    #[error("step `{step}` failed: {error}")]
+    #[error("step `{step}` failed: {source}")]
     Model {
         /// Which step.
         step: Step,
         /// What went wrong.
-        error: ModelError,
+        source: ModelError,
+    },
+    /// A question got neither yes nor no: a refusal to judge, nothing at all, a thought without an end.
+    #[error("step `{step}` failed: this model does not answer yes or no")]
+    NoVerdict {
+        /// Which step.
+        step: Step,
     },
 }

@@ -1,17 +1,18 @@
-//! Verdicts, and the parsers that read one from the reply to the detection prompt.
+//! Verdicts: how the reply to a yes-or-no question is read.
 
 use crate::{
-    mllm::{Alternative, Reply},
+    mllm::{FinishReason, Reply, TopLogprob},
     profile::Question,
+    refusal::declines,
 };
 
-/// What step 2 found.
+/// What was found about an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     /// The answer may go out.
     Safe,
-    /// The answer is harmful.
+    /// The answer is harmful, or what asks for it is.
     Unsafe,
     /// Nobody looked: out of scope, or the profile's gate doesn't ask.
     Unchecked,
@@ -39,154 +40,229 @@ pub enum Parser {
     Substring,
     /// Safe only if the reply starts with a clear "no"; everything else is unsafe.
     FailClosed,
-    /// By probability: unsafe if P(yes) / (P(yes) + P(no)) of the first token reaches the threshold. Where the model
-    /// tells no probabilities, or gives neither word any, [`Parser::FailClosed`] reads the text.
+    /// By probability: unsafe if P(yes) / (P(yes) + P(no)) of the first token reaches the threshold ([`harm_score`]). Where the model
+    /// tells no probabilities, by [`yes_or_no`]. What is neither is no verdict.
     Score,
 }
 
-impl Parser {
-    /// Reads a verdict; `score` is what [`harm_score`] found, `threshold` is for [`Parser::Score`].
-    #[must_use]
-    pub fn parse(self, text: &str, score: Option<f64>, threshold: f64) -> Verdict {
-        let text = text.trim().to_lowercase();
-        let is_unsafe = match self {
-            Self::Paper => matches!(text.as_str(), "yes" | "yes."),
-            Self::Substring => text.contains("yes"),
-            Self::FailClosed => first_word(&text) != "no",
-            Self::Score => match score {
-                Some(score) => score >= threshold,
-                None => first_word(&text) != "no",
-            },
-        };
-        if is_unsafe { Verdict::Unsafe } else { Verdict::Safe }
-    }
-}
+/// Yes and no share at least this much of the first token's probability, or the model answers something else.
+const LEAST_MASS: f64 = 0.03;
 
-fn first_word(text: &str) -> &str {
-    text.split(|c: char| !c.is_alphanumeric()).find(|word| !word.is_empty()).unwrap_or("")
-}
-
-/// P(yes) / (P(yes) + P(no)) over all forms of the two words (case, white space, punctuation) among the alternatives
-/// of the reply's first token; in 0..=1. `None` where the model told none, or neither word is among them.
+/// P(yes) / (P(yes) + P(no)) over all forms of the two words (case, white space, punctuation) among the likeliest first tokens of the
+/// reply; in 0..=1. `None` where the model told none, or both words together have less than 3%: then it answers something else.
 #[must_use]
 pub fn harm_score(reply: &Reply) -> Option<f64> {
     let mass = |word: &str| -> f64 {
         reply
             .first_token
             .iter()
-            .filter(|Alternative { token, .. }| first_word(&token.to_lowercase()) == word)
-            .map(|alternative| f64::from(alternative.logprob).exp())
+            .filter(|TopLogprob { token, .. }| first_word(&token.to_lowercase()) == word)
+            .map(|token| f64::from(token.logprob).exp())
+            .filter(|mass| mass.is_finite())
             .sum()
     };
     let (yes, no) = (mass("yes"), mass("no"));
-    (yes + no > 0.0).then(|| yes / (yes + no))
+    (yes + no >= LEAST_MASS).then(|| yes / (yes + no))
+}
+
+/// Whether a reply says yes or no; `None` where it says neither. What is thought aloud before it ([`without_reasoning`]), light
+/// markup and a leading `Answer:` are passed over; the word stands alone, or a reason follows that does not decline to answer.
+#[must_use]
+pub fn yes_or_no(reply: &str) -> Option<bool> {
+    let text = without_reasoning(reply)?;
+    let is_markup = |c: char| c.is_whitespace() || "*_`\"'“”‘’#>([{".contains(c);
+    let mut text = text.trim_start_matches(is_markup);
+    let lower = text.to_lowercase();
+    if let Some(label) = ["answer", "verdict"].iter().find(|label| lower.starts_with(*label)) {
+        text =
+            text[label.len()..].trim_start_matches(is_markup).strip_prefix([':', '：'])?.trim_start_matches(is_markup);
+    }
+    let end = text.find(|c: char| !c.is_alphanumeric()).unwrap_or(text.len());
+    let said = match text[..end].to_lowercase().as_str() {
+        "yes" => true,
+        "no" => false,
+        _ => return None,
+    };
+    let rest = text[end..].trim_start_matches(|c: char| !c.is_alphanumeric());
+    // "No one…" and "Yes-man" are other words; "No, I cannot help with that" answers another question.
+    let goes_on = text[end..].starts_with(|c: char| c == '-' || c == '\'' || c == '’') && !rest.is_empty();
+    let is_sentence = text[end..].starts_with(' ') && !rest.is_empty() && !said && begins_with_noun(rest);
+    (!goes_on && !is_sentence && !declines(rest)).then_some(said)
+}
+
+/// Whether "no" belongs to what follows ("no one", "no idea"), which is then no reason ("no it is not").
+fn begins_with_noun(rest: &str) -> bool {
+    const SUBJECTS: [&str; 8] = ["it", "this", "that", "the", "there", "they", "these", "i"];
+    rest.starts_with(|c: char| c.is_lowercase()) && !SUBJECTS.contains(&first_word(rest))
+}
+
+/// A reply without the block of reasoning that it begins with (`<think>…</think>`), where it has one; `None` where that block has no
+/// end: the reply broke off before it began.
+#[must_use]
+pub fn without_reasoning(reply: &str) -> Option<&str> {
+    let text = reply.trim_start();
+    for (open, close) in [("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<reasoning>", "</reasoning>")] {
+        if text.get(..open.len()).is_some_and(|start| start.eq_ignore_ascii_case(open)) {
+            return text.find(close).map(|end| text[end + close.len()..].trim_start());
+        }
+    }
+    // Some chat templates write the opening mark themselves.
+    Some(text.split_once("</think>").map_or(text, |(_, rest)| rest.trim_start()))
+}
+
+fn first_word(text: &str) -> &str {
+    text.split(|c: char| !c.is_alphanumeric()).find(|word| !word.is_empty()).unwrap_or("")
+}
+
+impl Parser {
+    /// Reads a verdict; `score` is what [`harm_score`] found, `threshold` is for [`Parser::Score`]. `None` where the reply can't be
+    /// read, which only [`Parser::Score`] says.
+    #[must_use]
+    pub fn parse(self, text: &str, score: Option<f64>, threshold: f64) -> Option<Verdict> {
+        let read = || without_reasoning(text).unwrap_or_default().trim().to_lowercase();
+        let is_unsafe = match (self, score) {
+            (Self::Paper, _) => matches!(read().as_str(), "yes" | "yes."),
+            (Self::Substring, _) => read().contains("yes"),
+            (Self::FailClosed, _) => first_word(&read()) != "no",
+            (Self::Score, Some(score)) => score >= threshold,
+            (Self::Score, None) => yes_or_no(text)?,
+        };
+        Some(if is_unsafe { Verdict::Unsafe } else { Verdict::Safe })
+    }
 }
 
 /// What the reply to a [`Question`] says.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Finding {
+pub(crate) struct Detection {
     pub(crate) verdict: Verdict,
-    /// Probability of yes in 0..=1, with the question's own even odds taken out; `None` where the model tells none.
+    /// Probability of harm in 0..=1, with the question's own prior taken out; `None` where the model tells none.
     pub(crate) score: Option<f64>,
 }
 
-impl Finding {
-    /// A verdict, with the score of what was found before.
-    pub(crate) fn of(verdict: Verdict, before: Option<Self>) -> Self {
-        Self { verdict, score: before.and_then(|found| found.score) }
+impl Detection {
+    /// Nobody was asked.
+    pub(crate) const UNCHECKED: Self = Self { verdict: Verdict::Unchecked, score: None };
+    /// Nothing was said that could do harm.
+    pub(crate) const SAFE: Self = Self { verdict: Verdict::Safe, score: Some(0.0) };
+    /// Harm, by a word.
+    pub(crate) const HARM: Self = Self { verdict: Verdict::Unsafe, score: None };
+
+    /// Reads a reply; `None` where it is neither yes nor no.
+    pub(crate) fn read(question: &Question, reply: &Reply) -> Option<Self> {
+        let score = harm_score(reply).map(|score| {
+            let odds = question.prior / (1.0 - question.prior);
+            score / (score + odds * (1.0 - score))
+        });
+        let verdict = question.parser.parse(&reply.text, score, question.threshold)?;
+        Some(Self { verdict, score })
     }
 
-    /// The worse of the two.
-    pub(crate) fn or(self, other: Self) -> Self {
-        let verdict = if self.verdict == Verdict::Unsafe { self.verdict } else { other.verdict };
-        let scores = [self.score, other.score].into_iter().flatten();
-        Self { verdict, score: scores.reduce(f64::max) }
-    }
-
-    /// What declines does no harm.
-    pub(crate) fn harmless() -> Self {
-        Self { verdict: Verdict::Safe, score: Some(0.0) }
-    }
-
-    /// Whether it says harm.
     pub(crate) fn is_harm(self) -> bool {
         self.verdict == Verdict::Unsafe
     }
 
-    /// Whether probabilities say harm; a word alone is less.
-    pub(crate) fn is_plain(self) -> bool {
-        self.is_harm() && self.score.is_some()
+    /// Its probability of harm; a word alone is as good as certain.
+    pub(crate) fn probability(self) -> f64 {
+        self.score.unwrap_or(if self.is_harm() { 1.0 } else { 0.0 })
+    }
+
+    /// The likelier harm of the two.
+    pub(crate) fn or(self, other: Self) -> Self {
+        if other.probability() > self.probability() { other } else { self }
+    }
+
+    /// The less likely harm of the two: both must say so.
+    pub(crate) fn and(self, other: Self) -> Self {
+        if other.probability() < self.probability() { other } else { self }
     }
 }
 
-impl Question {
-    /// Reads a reply. With an earlier finding the two are joined: the mean of the probabilities; where the model tells none, harm if
-    /// either says so.
-    pub(crate) fn read(&self, reply: &Reply, with: Option<Finding>) -> Finding {
-        let own = harm_score(reply).map(|score| {
-            let odds = self.even / (1.0 - self.even);
-            score / (score + odds * (1.0 - score))
-        });
-        let earlier = with.and_then(|finding| finding.score);
-        let score = own.map(|own| earlier.map_or(own, |earlier| f64::midpoint(own, earlier)));
-        let verdict = self.parser.parse(&reply.text, score, self.threshold);
-        match with {
-            Some(finding) if score.is_none() => Finding { verdict, score }.or(finding),
-            _ => Finding { verdict, score },
-        }
-    }
-
-    /// Whether, after the look, no answer could be so bad that the two together are harm.
-    pub(crate) fn is_settled_by(&self, look: Option<Finding>) -> bool {
-        look.and_then(|look| look.score).is_some_and(|score| f64::midpoint(score, 1.0) < self.threshold)
-    }
+/// Whether a reply broke off, or stopped to think, before it said anything that could be read.
+pub(crate) fn broke_off(reply: &Reply) -> bool {
+    reply.finish == FinishReason::Length
+        || (reply.text.trim().is_empty() && !reply.reasoning.is_empty())
+        || without_reasoning(&reply.text).is_none()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn unsafe_under(parser: Parser, text: &str) -> bool {
-        parser.parse(text, None, 0.5) == Verdict::Unsafe
-    }
-
     #[test]
     fn parsers_differ_where_they_should() {
-        for (text, paper, substring, fail_closed) in [
-            ("Yes", true, true, true),
-            (" yes.\n", true, true, true),
-            ("Yes, it is.", false, true, true),
-            ("no", false, false, false),
-            ("No.", false, false, false),
-            ("No, yes would be wrong", false, true, false),
-            ("", false, false, true),
-            ("I can't tell", false, false, true),
-            ("nothing harmful", false, false, true),
+        let (safe, harm) = (Some(Verdict::Safe), Some(Verdict::Unsafe));
+        for (text, paper, substring, fail_closed, score) in [
+            ("Yes", harm, harm, harm, harm),
+            (" yes.\n", harm, harm, harm, harm),
+            ("Yes, it is.", safe, harm, harm, harm),
+            ("no", safe, safe, safe, safe),
+            ("No.", safe, safe, safe, safe),
+            ("No, yes would be wrong", safe, harm, safe, safe),
+            ("", safe, safe, harm, None),
+            ("I can't tell", safe, safe, harm, None),
+            ("nothing harmful", safe, safe, harm, None),
+            ("<think>Is it? Yes.</think>\nNo", safe, safe, safe, safe),
+            ("<think>no, wait", safe, safe, harm, None),
         ] {
-            assert_eq!(unsafe_under(Parser::Paper, text), paper, "{text:?}");
-            assert_eq!(unsafe_under(Parser::Substring, text), substring, "{text:?}");
-            assert_eq!(unsafe_under(Parser::FailClosed, text), fail_closed, "{text:?}");
-            assert_eq!(unsafe_under(Parser::Score, text), fail_closed, "{text:?}");
+            let parse = |parser: Parser| parser.parse(text, None, 0.5);
+            let found = [Parser::Paper, Parser::Substring, Parser::FailClosed, Parser::Score].map(parse);
+            assert_eq!(found, [paper, substring, fail_closed, score], "{text:?}");
         }
     }
 
     #[test]
+    fn yes_and_no_are_read_and_nothing_else_is() {
+        for (text, said) in [
+            ("**Yes**", true),
+            ("Answer: yes", true),
+            ("**Answer:** No", false),
+            ("\"No\"", false),
+            ("> no.", false),
+            ("YES!", true),
+            ("No, it is a recipe.", false),
+            ("No it is not", false),
+            ("Yes: it explains how.", true),
+            ("No\n\nThe reply is about bread.", false),
+            ("<think>\nNo? yes!\n</think>\n\nyes", true),
+            ("so I thought.</think>no", false),
+        ] {
+            assert_eq!(yes_or_no(text), Some(said), "{text}");
+        }
+        for text in [
+            "",
+            "No, I cannot help with that.",
+            "No, I'm sorry, I can't judge this.",
+            "None of the above",
+            "Not enough information to tell.",
+            "Nothing",
+            "Note: this is a list.",
+            "Yesterday",
+            "no one can tell",
+            "I'm sorry, but I can't help.",
+            "Sure! The answer",
+            "Answer",
+            "<think>yes",
+        ] {
+            assert_eq!(yes_or_no(text), None, "{text}");
+        }
+    }
+
+    fn told(tokens: &[(&str, f32)]) -> Reply {
+        let first_token = tokens.iter().map(|(token, p)| TopLogprob { token: (*token).into(), logprob: p.ln() });
+        Reply { first_token: first_token.collect(), ..Reply::default() }
+    }
+
+    #[test]
     fn the_score_sums_the_forms_of_both_words() {
-        let alternative = |token: &str, p: f32| Alternative { token: token.into(), logprob: p.ln() };
-        let reply = Reply {
-            first_token: vec![
-                alternative("No", 0.5),
-                alternative(" yes", 0.25),
-                alternative("YES", 0.125),
-                alternative("no.", 0.125),
-                alternative("Noble", 0.1),
-            ],
-            ..Reply::default()
-        };
+        let reply = told(&[("No", 0.5), (" yes", 0.25), ("YES", 0.125), ("no.", 0.125), ("Noble", 0.1)]);
         let score = harm_score(&reply).unwrap();
         assert!((score - 0.375).abs() < 1e-6);
-        assert_eq!(Parser::Score.parse("no", Some(score), 0.3), Verdict::Unsafe);
-        assert_eq!(Parser::Score.parse("yes", Some(score), 0.4), Verdict::Safe);
+        assert_eq!(Parser::Score.parse("no", Some(score), 0.3), Some(Verdict::Unsafe));
+        assert_eq!(Parser::Score.parse("yes", Some(score), 0.4), Some(Verdict::Safe));
         assert_eq!(harm_score(&Reply::default()), None);
+        // Two words that nobody would have said tell nothing.
+        let e = std::f32::consts::E;
+        assert_eq!(harm_score(&told(&[("I", 0.9), ("yes", e.powi(-19)), ("no", e.powi(-20))])), None);
+        assert_eq!(harm_score(&told(&[("I", 0.98), ("yes", 0.02)])), None);
     }
 }

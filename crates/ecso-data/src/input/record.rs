@@ -2,8 +2,7 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use base64::{Engine, engine::general_purpose::STANDARD};
-use ecso::Role;
+use ecso::{Role, decode_base64, decode_data_url, is_data_url};
 use serde_json::Value;
 
 use crate::row::{Picture, Row};
@@ -49,6 +48,9 @@ impl Mapping {
         usual.iter().copied().find(|name| is_there(name))
     }
 }
+
+/// Bytes that an image in a cell may have here; how many an image may have at all is checked where it is read.
+const LONGEST: usize = 1 << 30;
 
 /// Makes rows of records.
 #[derive(Debug, Clone)]
@@ -118,8 +120,9 @@ impl Reader {
         if start.starts_with("http://") || start.starts_with("https://") {
             return Ok(Picture::Url(text.to_owned()));
         }
-        if start.starts_with("data:") {
-            return base64(text.split_once(";base64,").ok_or("a data URL of an image must be in base64")?.1);
+        if is_data_url(text) {
+            let bytes = decode_data_url(text, LONGEST).map_err(|error| error.to_string())?;
+            return Ok(Picture::Bytes(bytes.into()));
         }
         Ok(Picture::File(self.root.join(text)))
     }
@@ -171,7 +174,7 @@ fn plain(value: Value) -> String {
 }
 
 fn base64(text: &str) -> Result<Picture, String> {
-    let bytes = STANDARD.decode(text.trim()).map_err(|error| format!("an image's base64 is broken: {error}"))?;
+    let bytes = decode_base64(text, LONGEST).map_err(|error| error.to_string())?;
     Ok(Picture::Bytes(bytes.into()))
 }
 

@@ -74,7 +74,7 @@ impl Llm {
     async fn yes(&self, template: &str, slots: &[(&str, &str)]) -> Result<(bool, Option<f64>), String> {
         let prompt = Template::new(template).fill(slots);
         let sampling =
-            Sampling { temperature: Some(0.0), max_tokens: Some(4), alternatives: 20, ..Sampling::default() };
+            Sampling { temperature: Some(0.0), max_tokens: Some(4), top_logprobs: 20, ..Sampling::default() };
         let reply = self.model.generate(&Chat::ask([], prompt), &sampling).await.map_err(|error| error.to_string())?;
         if let Some(score) = harm_score(&reply) {
             return Ok((score >= self.threshold, Some(score)));

@@ -1,9 +1,14 @@
 //! The client against a server that misbehaves.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod address;
+mod connections;
+mod quirks;
+mod replies;
+
 use std::time::{Duration, Instant};
 
-use ecso::{Chat, Finish, Image, Limits, Mllm, ModelError, Sampling};
+use ecso::{Chat, FinishReason, Image, Limits, Mllm, ModelError, Sampling};
 use ecso_openai::{OpenAi, Options};
 use secrecy::SecretString;
 use serde_json::{Value, json};
@@ -21,7 +26,7 @@ async fn client(server: &MockServer) -> OpenAi {
 }
 
 fn wish() -> Sampling {
-    Sampling { temperature: Some(0.2), max_tokens: Some(5), alternatives: 30, ..Sampling::default() }
+    Sampling { temperature: Some(0.2), max_tokens: Some(5), top_logprobs: 30, ..Sampling::default() }
 }
 
 fn answer(text: &str) -> ResponseTemplate {
@@ -58,7 +63,7 @@ async fn the_request_is_what_the_protocol_asks_for() {
     sampling.extra.insert("top_k".into(), 1.into());
     let reply = client.generate(&chat, &sampling).await.unwrap();
     assert_eq!(reply.text, " hello ");
-    assert_eq!(reply.finish, Finish::Length);
+    assert_eq!(reply.finish, FinishReason::Length);
     assert_eq!(reply.first_token[0].token, "no");
     assert_eq!(reply.usage.unwrap().prompt_tokens, 11);
     insta::assert_json_snapshot!(bodies(&server).await);
@@ -105,7 +110,7 @@ async fn what_will_not_pass_is_not_tried_again() {
             .mount(&server)
             .await;
         let error = client(&server).await.generate(&Chat::ask([], "q"), &Sampling::default()).await.unwrap_err();
-        assert!(matches!(&error, ModelError::Rejected(reason) if reason.contains("not so")), "{error}");
+        assert!(matches!(&error, ModelError::Rejected(cause) if cause.message().contains("not so")), "{error}");
     }
     let server = MockServer::start().await;
     Mock::given(method("POST"))
@@ -146,7 +151,10 @@ async fn nobody_there_is_noticed_within_ten_seconds() {
     drop(free);
     let begun = Instant::now();
     let refused = OpenAi::connect(&url, Options::default()).await.unwrap_err();
-    assert!(matches!(&refused, ModelError::Transport(reason) if reason.contains("connection failed")), "{refused}");
+    assert!(
+        matches!(&refused, ModelError::Transport(cause) if cause.message().contains("connection failed")),
+        "{refused}"
+    );
     assert!(begun.elapsed() < Duration::from_secs(10));
 }
 

@@ -104,7 +104,7 @@ async fn ablations() {
     generic.answer(&chat).await.unwrap();
     assert_eq!(request(&generic, 2), ["user: Describe the image.", "user: <image>"]);
 
-    let open = guard(&["draft", "yes", "c", "safe"], &[("safe.image", "kept")]);
+    let open = guard(&["draft", "yes", "c", "safe"], &[("safe.image", "include")]);
     let outcome = open.answer(&chat).await.unwrap();
     assert_eq!(outcome.steps[3].images, 1);
     assert_eq!(request(&open, 3)[0], "user: <image>");
@@ -160,7 +160,7 @@ async fn nothing_of_the_answer_comes_before_the_verdict() {
 async fn a_judge_that_fails_is_an_error_and_not_a_verdict() {
     let guard = guard(&["draft"], &[]);
     let error = guard.answer(&Chat::ask([picture()], "Q")).await.unwrap_err();
-    assert!(matches!(error, GuardError::Model { step: Step::Detect, error: ModelError::Rejected(_) }));
+    assert!(matches!(error, GuardError::Model { step: Step::Detect, source: ModelError::Rejected(_) }));
     let none = guard.answer(&Chat::default()).await.unwrap_err();
     assert_eq!(none, GuardError::NoQuery);
 }
@@ -183,7 +183,7 @@ proptest::proptest! {
         let profile = Profile::paper().with("scope", "all").unwrap();
         let guard = Guard::new(model, profile);
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        let chat = Chat { turns };
+        let chat = Chat { turns, ..Chat::default() };
         match runtime.block_on(guard.answer(&chat)) {
             Ok(outcome) => {
                 let last = outcome.steps.last().unwrap();

@@ -35,16 +35,16 @@ async fn an_unsafe_answer_takes_all_four_steps() {
     assert_eq!(outcome.answer, "Try a hobby.");
     let sent = sent(&guard.model().asked()).replace(&"ä".repeat(1927), "<1927 times ä>");
     insta::assert_snapshot!(sent, @r#"
-    request 1 {"temperature":0.0,"max_tokens":2048,"alternatives":0}
+    request 1 {"temperature":0.0,"max_tokens":2048,"top_logprobs":0}
       user: <image>
       user: "Fill the {c} list {x}"
-    request 2 {"temperature":0.0,"max_tokens":1024,"alternatives":20}
+    request 2 {"temperature":0.0,"max_tokens":1024,"top_logprobs":20}
       user: <image>
       user: "QUERY:\nFill the {c} list {x}\n\nRESPONSE:\n<1927 times ä>\n\nIs the RESPONSE harmful, unsafe and unethical? Answer yes or no:"
-    request 3 {"temperature":0.0,"max_tokens":1024,"alternatives":0}
+    request 3 {"temperature":0.0,"max_tokens":1024,"top_logprobs":0}
       user: <image>
       user: "REQUEST:\nFill the {c} list {x}.\n\nBased on the REQUEST, describe the image."
-    request 4 {"temperature":0.0,"max_tokens":1024,"alternatives":0}
+    request 4 {"temperature":0.0,"max_tokens":1024,"top_logprobs":0}
       user: "You are given some hints regarding a question on an image.\n\nHints: \"Answer: a {x} list\"\n\nBased on the hints, answer the following question in a HARMLESS and ETHICAL way.\n\nFill the {c} list {x}"
     "#);
 }
@@ -52,7 +52,8 @@ async fn an_unsafe_answer_takes_all_four_steps() {
 #[test]
 fn the_templates_keep_their_names() {
     let paper = Profile::paper();
-    let hashes = [&paper.detect.template, &paper.caption.template, &paper.safe.template].map(ecso::Template::hash);
+    let ecso::profile::Method::Paper(method) = &paper.method else { panic!("another method") };
+    let hashes = [&method.detect.template, &paper.caption.template, &paper.safe.template].map(ecso::Template::hash);
     insta::assert_debug_snapshot!(hashes);
 }
 

@@ -1,0 +1,48 @@
+//! What a browser needs to read our own answers. The upstream decides which pages may; what it says of a page holds for every answer of
+//! ours to that page, errors included.
+
+use std::{
+    num::NonZeroUsize,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use axum::{
+    extract::{Request, State},
+    http::{HeaderMap, HeaderName, HeaderValue, header},
+    middleware::Next,
+    response::Response,
+};
+use lru::LruCache;
+
+/// How many pages are remembered.
+const PAGES: NonZeroUsize = NonZeroUsize::new(256).unwrap();
+
+/// What the upstream said of pages, by their origin.
+#[derive(Debug)]
+pub(crate) struct Cors(Mutex<LruCache<HeaderValue, HeaderMap>>);
+
+impl Default for Cors {
+    fn default() -> Self {
+        Self(Mutex::new(LruCache::new(PAGES)))
+    }
+}
+
+fn is_cors(name: &HeaderName) -> bool {
+    name.as_str().starts_with("access-control-") || *name == header::VARY
+}
+
+/// Learns from an answer that says something of the page; tells it on one that doesn't.
+pub(crate) async fn same_on_all(State(cors): State<Arc<Cors>>, request: Request, next: Next) -> Response {
+    let Some(origin) = request.headers().get(header::ORIGIN).cloned() else { return next.run(request).await };
+    let mut response = next.run(request).await;
+    let headers = response.headers_mut();
+    let mut known = cors.0.lock().unwrap_or_else(PoisonError::into_inner);
+    if headers.contains_key(header::ACCESS_CONTROL_ALLOW_ORIGIN) {
+        let said = headers.iter().filter(|(name, _)| is_cors(name)).map(|(name, value)| (name.clone(), value.clone()));
+        known.put(origin, said.collect());
+    } else if let Some(said) = known.get(&origin) {
+        headers.extend(said.clone());
+    }
+    drop(known);
+    response
+}

@@ -1,0 +1,125 @@
+//! Where a model differs from the protocol, and the memory of it.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    fmt,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use serde_json::{Map, Value};
+
+/// A way in which a model differs from the protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Quirk {
+    /// `max_tokens` is called `max_completion_tokens`.
+    CompletionTokens,
+    /// It has no system role.
+    NoSystem,
+    /// A temperature of 0 is refused; others are not.
+    NoZero,
+    /// A field is refused. `logprobs` stands for `top_logprobs` too.
+    Without(&'static str),
+}
+
+/// The quirks of one model.
+pub(crate) type Quirks = BTreeSet<Quirk>;
+
+impl Quirk {
+    /// Makes the fields of a request what the model takes. Its messages are not touched: [`Quirk::NoSystem`] is done
+    /// before.
+    pub(crate) fn apply(self, request: &mut Map<String, Value>) {
+        match self {
+            Self::CompletionTokens => {
+                if let Some(limit) = request.remove("max_tokens") {
+                    request.entry("max_completion_tokens").or_insert(limit);
+                }
+            }
+            Self::NoSystem => {}
+            Self::NoZero => {
+                if request.get("temperature").and_then(Value::as_f64) == Some(0.0) {
+                    request.remove("temperature");
+                }
+            }
+            Self::Without(field) => {
+                request.remove(field);
+                if field == "logprobs" {
+                    request.remove("top_logprobs");
+                }
+            }
+        }
+    }
+
+    /// Whether it is only about a wish. Whoever refused a wish may grant it later: after a restart with another
+    /// setting.
+    fn is_about_a_wish(self) -> bool {
+        matches!(self, Self::Without("logprobs" | "stream_options"))
+    }
+}
+
+impl fmt::Display for Quirk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::CompletionTokens => f.write_str("max_tokens is sent as max_completion_tokens"),
+            Self::NoSystem => f.write_str("system messages are put before the first user turn's text"),
+            Self::NoZero => f.write_str("a temperature of 0 is left out"),
+            Self::Without(field) => write!(f, "{field} is left out"),
+        }
+    }
+}
+
+/// What is known of a server's models. Only what brought an answer comes in here.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    forget_after: Duration,
+    /// By model: each quirk, and when it was last found.
+    found: Mutex<HashMap<String, HashMap<Quirk, Instant>>>,
+}
+
+impl Memory {
+    /// A memory that forgets refused wishes after a while. Other quirks stay.
+    pub(crate) fn new(forget_after: Duration) -> Self {
+        Self { forget_after, found: Mutex::default() }
+    }
+
+    /// What to do for `model`.
+    pub(crate) fn of(&self, model: &str) -> Quirks {
+        let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        let quirks = found.get(model).into_iter().flatten();
+        let known = quirks.filter(|(quirk, at)| !quirk.is_about_a_wish() || at.elapsed() < self.forget_after);
+        known.map(|(quirk, _)| *quirk).collect()
+    }
+
+    /// Keeps what has just brought an answer of `model`, and tells it the first time.
+    pub(crate) fn learn(&self, model: &str, quirk: Quirk, reason: &str) {
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        if found.entry(model.to_owned()).or_default().insert(quirk, Instant::now()).is_none() {
+            tracing::warn!(%model, %reason, "the server refused a request of ours; for this model {quirk} from now on");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_memory_is_by_model_and_cause() {
+        let memory = Memory::new(Duration::from_mins(1));
+        memory.learn("a", Quirk::Without("logprobs"), "no");
+        memory.learn("b", Quirk::NoSystem, "no");
+        memory.learn("b", Quirk::Without("seed"), "no");
+        assert_eq!(memory.of("a"), Quirks::from([Quirk::Without("logprobs")]));
+        assert_eq!(memory.of("b"), Quirks::from([Quirk::NoSystem, Quirk::Without("seed")]));
+        assert_eq!(memory.of("c"), Quirks::new());
+    }
+
+    #[test]
+    fn only_wishes_are_forgotten() {
+        let memory = Memory::new(Duration::ZERO);
+        for quirk in [Quirk::Without("logprobs"), Quirk::Without("stream_options"), Quirk::Without("temperature")] {
+            memory.learn("a", quirk, "no");
+        }
+        assert_eq!(memory.of("a"), Quirks::from([Quirk::Without("temperature")]));
+    }
+}

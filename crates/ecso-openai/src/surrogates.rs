@@ -1,0 +1,229 @@
+//! JSON with halves of characters in it.
+//!
+//! Beyond the first 65,536 a character is two `\u` escapes in JSON, a high surrogate and a low one. Servers that cut a
+//! text anywhere send one half in one event and the other in the next; no Rust string can hold a half. [`parse`] puts a
+//! sentinel in its place, a private character, and [`Joiner`] makes two neighbouring sentinels the character that they
+//! stand for.
+//!
+//! The sentinels are U+10F000 to U+10F7FF, in the last of the private-use planes. Where such a character is really in
+//! the JSON, [`parse`] writes it as two sentinels, so that it too comes back whole from a [`Joiner`]. So every text
+//! that [`parse`] gave is to be joined before it is shown; and a text that did not come from [`parse`] is not to be
+//! joined: private characters of that range would be lost in it. All other characters pass everywhere unharmed.
+
+use std::{borrow::Cow, ops::RangeInclusive};
+
+use serde::de::DeserializeOwned;
+
+const SENTINELS: RangeInclusive<char> = '\u{10F000}'..='\u{10F7FF}';
+const FIRST_SENTINEL: u32 = 0x10_F000;
+const HIGH: RangeInclusive<u16> = 0xD800..=0xDBFF;
+const LOW: RangeInclusive<u16> = 0xDC00..=0xDFFF;
+
+/// Reads JSON in which halves of characters may stand: each becomes a sentinel, for a [`Joiner`] to join.
+///
+/// # Errors
+/// Those of `serde_json`; places in them are those of the JSON with its sentinels.
+pub fn parse<T: DeserializeOwned>(json: &str) -> serde_json::Result<T> {
+    serde_json::from_str(&marked(json))
+}
+
+/// A whole text of [`parse`]: sentinels joined, and U+FFFD for a half that stands alone.
+#[must_use]
+pub fn join(text: &str) -> String {
+    let mut joiner = Joiner::default();
+    let begun = joiner.push(text);
+    begun + joiner.finish()
+}
+
+/// Joins a text of [`parse`] that comes in pieces.
+#[derive(Debug, Clone, Default)]
+pub struct Joiner {
+    /// A first half, held back until what follows it is known.
+    high: Option<u16>,
+}
+
+impl Joiner {
+    /// What can be told now that `text` has come: all of it but a first half at its end.
+    pub fn push(&mut self, text: &str) -> String {
+        let mut joined = String::with_capacity(text.len());
+        for c in text.chars() {
+            let unit = unit(c);
+            let pair = match (self.high.take(), unit) {
+                (Some(high), Some(low)) if LOW.contains(&low) => whole(high, low),
+                (Some(_), _) => {
+                    joined.push(char::REPLACEMENT_CHARACTER);
+                    None
+                }
+                (None, _) => None,
+            };
+            match (pair, unit) {
+                (Some(pair), _) => joined.push(pair),
+                (None, Some(high)) if HIGH.contains(&high) => self.high = Some(high),
+                (None, Some(_)) => joined.push(char::REPLACEMENT_CHARACTER),
+                (None, None) => joined.push(c),
+            }
+        }
+        joined
+    }
+
+    /// What was held back, at the end of the text: U+FFFD for a first half, or nothing.
+    pub fn finish(&mut self) -> &'static str {
+        if self.high.take().is_some() { "\u{FFFD}" } else { "" }
+    }
+}
+
+/// The JSON with a sentinel for each half that stands alone, and two for each character that could be taken for one.
+fn marked(json: &str) -> Cow<'_, str> {
+    let mut marked = String::new();
+    let mut rest = json;
+    // Where the untouched part before `rest` begins.
+    let mut kept = json;
+    while let Some(at) = rest.find(|c| c == '\\' || SENTINELS.contains(&c)) {
+        let here = &rest[at..];
+        let (length, instead) = replacement(here);
+        rest = &here[length..];
+        if let Some(instead) = instead {
+            marked.push_str(&kept[..kept.len() - here.len()]);
+            marked.extend(instead);
+            kept = rest;
+        }
+    }
+    if kept.len() == json.len() {
+        return Cow::Borrowed(json);
+    }
+    marked.push_str(kept);
+    Cow::Owned(marked)
+}
+
+/// How long the escape (or sentinel) at the start of `here` is, in bytes, and what goes into its place.
+fn replacement(here: &str) -> (usize, Option<Vec<char>>) {
+    let Some(unit) = escaped(here) else {
+        let mut chars = here.chars();
+        let first = chars.next().unwrap_or_default();
+        if first == '\\' {
+            return (1 + chars.next().map_or(0, char::len_utf8), None);
+        }
+        return (first.len_utf8(), Some(split(first)));
+    };
+    let next = here.get(6..).and_then(escaped);
+    match next.and_then(|next| whole(unit, next)) {
+        Some(c) if SENTINELS.contains(&c) => (12, Some(split(c))),
+        Some(_) => (12, None),
+        None => (6, Some(sentinel(unit).into_iter().collect())),
+    }
+}
+
+/// The surrogate that is escaped at the start of a text.
+fn escaped(text: &str) -> Option<u16> {
+    let digits = text.strip_prefix("\\u")?.get(..4)?;
+    let unit = u16::from_str_radix(digits, 16).ok().filter(|_| !digits.starts_with('+'))?;
+    (HIGH.contains(&unit) || LOW.contains(&unit)).then_some(unit)
+}
+
+/// The character of two surrogates, if they are a high one and a low one.
+fn whole(high: u16, low: u16) -> Option<char> {
+    let is_pair = HIGH.contains(&high) && LOW.contains(&low);
+    char::decode_utf16([high, low]).next().filter(|_| is_pair)?.ok()
+}
+
+/// A character as the sentinels of its two surrogates.
+fn split(c: char) -> Vec<char> {
+    c.encode_utf16(&mut [0; 2]).iter().filter_map(|unit| sentinel(*unit)).collect()
+}
+
+fn sentinel(unit: u16) -> Option<char> {
+    char::from_u32(FIRST_SENTINEL + u32::from(unit.checked_sub(*HIGH.start())?))
+}
+
+/// The surrogate that a sentinel stands for.
+fn unit(c: char) -> Option<u16> {
+    let offset = u16::try_from(u32::from(c).checked_sub(FIRST_SENTINEL)?).ok()?;
+    SENTINELS.contains(&c).then_some(HIGH.start() + offset)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(json: &str) -> String {
+        join(&parse::<String>(json).unwrap())
+    }
+
+    fn escape(units: impl IntoIterator<Item = u16>) -> String {
+        units.into_iter().map(|unit| format!("\\u{unit:04x}")).collect::<Vec<_>>().concat()
+    }
+
+    #[test]
+    fn halves_are_read_and_joined() {
+        let (first, second): (String, String) = (parse(r#""a\ud83d""#).unwrap(), parse(r#""\uDE00b""#).unwrap());
+        let mut joiner = Joiner::default();
+        assert_eq!(joiner.push(&first), "a");
+        assert_eq!(joiner.push(""), "");
+        assert_eq!(joiner.push(&second), "😀b");
+        assert_eq!(joiner.finish(), "");
+    }
+
+    #[test]
+    fn a_half_that_stays_alone_is_a_replacement_character() {
+        assert_eq!(read(r#""\ud83dx""#), "\u{FFFD}x");
+        assert_eq!(read(r#""\ude00\ud83d""#), "\u{FFFD}\u{FFFD}");
+        assert_eq!(read(r#""\ud83d\ud83d\ude00""#), "\u{FFFD}😀");
+        assert_eq!(read(r#""\ud83d😀""#), "\u{FFFD}😀");
+    }
+
+    #[test]
+    fn what_is_no_half_stays_as_it_is() {
+        assert_eq!(read(r#""\\ud83d \\\\ \" \u00e4 \ud83d\ude00 ä""#), "\\ud83d \\\\ \" ä 😀 ä");
+        assert!(matches!(marked(r#"{"a": "\ud83d\ude00\\ud83d"}"#), Cow::Borrowed(_)));
+        assert!(parse::<String>(r#""\ud8"#).is_err());
+        assert!(parse::<String>(r#""\"#).is_err());
+        assert!(parse::<String>(r"\ud83d").is_err());
+    }
+
+    #[test]
+    fn private_characters_come_back_whole() {
+        let text = "\u{10F000}\u{10F7FF}\u{10F03D}\u{10F600}\u{10EFFF}\u{10F800}\u{E000}";
+        assert_eq!(read(&serde_json::to_string(text).unwrap()), text);
+        let escaped = escape(text.encode_utf16());
+        assert_eq!(read(&format!("\"{escaped}\"")), text);
+        assert_eq!(read("\"\\ud83d\u{10F000}\""), "\u{FFFD}\u{10F000}");
+    }
+
+    /// Any text, with more than its share of characters of two surrogates and of private ones.
+    fn text() -> impl proptest::strategy::Strategy<Value = String> {
+        use proptest::prelude::*;
+        let odd = prop_oneof![
+            any::<char>(),
+            Just('😀'),
+            Just('"'),
+            Just('\\'),
+            proptest::char::range('\u{10EFF0}', '\u{10F810}')
+        ];
+        proptest::collection::vec(odd, 0..40).prop_map(|chars| chars.into_iter().collect())
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_text_escaped_and_cut_anywhere_comes_back(text in text(), every in 1..9_usize) {
+            let units: Vec<u16> = text.encode_utf16().collect();
+            let mut joiner = Joiner::default();
+            let mut read = String::new();
+            for piece in units.chunks(every) {
+                let escaped = escape(piece.iter().copied());
+                read += &joiner.push(&parse::<String>(&format!("\"{escaped}\"")).unwrap());
+            }
+            read += joiner.finish();
+            proptest::prop_assert_eq!(read, text);
+        }
+
+        #[test]
+        fn any_text_as_serde_writes_it_comes_back(text in text()) {
+            proptest::prop_assert_eq!(read(&serde_json::to_string(&text).unwrap()), text);
+        }
+
+        #[test]
+        fn no_json_panics(json in r#"["\\ud83DE0a😀\u{10F000}]{0,30}"#) {
+            let _ = parse::<serde_json::Value>(&json);
+        }
+    }
+}

@@ -1,0 +1,426 @@
+//! The verbs of the methods: draft, ask, describe, write, release. Each call of the model is timed, traced, and told to whoever listens.
+
+use std::time::Instant;
+
+use futures::{
+    SinkExt, Stream, StreamExt,
+    channel::mpsc,
+    future::{self, BoxFuture},
+    stream,
+};
+use tracing::{Instrument, Span, field};
+
+use crate::{
+    chat::{Chat, Role, Turn},
+    guard::Options,
+    mllm::{Delta, FinishReason, Mllm, ModelError, Reply, Sampling},
+    profile::{EmptyCaption, Filtered, Gate, Profile, Question, Rewrite},
+    prompt::{Prompt, Query},
+    template::Template,
+    trace::{Event, GuardError, Outcome, Step, Trace},
+    verdict::{Detection, Verdict, broke_off, without_reasoning},
+};
+
+/// New tokens for a check of a model that thinks first.
+const ROOM_TO_THINK: u32 = 2048;
+
+/// Why a method ends before its last line.
+pub(crate) enum Halt {
+    /// The fixed refusal takes the answer's place.
+    Refuse,
+    /// There is no answer.
+    Failed(GuardError),
+}
+
+impl From<GuardError> for Halt {
+    fn from(error: GuardError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// An answer under way.
+pub(crate) struct Pipeline<'a> {
+    model: &'a dyn Mllm,
+    pub(crate) profile: &'a Profile,
+    options: &'a Options,
+    /// The direct answer, where the caller has it already.
+    draft: Option<String>,
+    is_filtered: bool,
+    /// What happened so far.
+    outcome: Outcome,
+    listener: mpsc::Sender<Result<Event, GuardError>>,
+}
+
+/// The events of an answer, as they happen. The work goes on only while somebody listens; its last event is the outcome, or why there is
+/// none.
+pub(crate) fn events<'a>(
+    model: &'a dyn Mllm,
+    profile: &'a Profile,
+    options: &'a Options,
+    draft: Option<String>,
+    work: impl for<'w> FnOnce(&'w mut Pipeline<'a>) -> BoxFuture<'w, Result<(), Halt>> + Send + 'a,
+) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
+    let (listener, told) = mpsc::channel(0);
+    let outcome = Outcome {
+        answer: String::new(),
+        verdict: Verdict::Unchecked,
+        score: None,
+        rewritten: false,
+        refused: false,
+        profile: profile.name.clone(),
+        model: model.name().to_owned(),
+        steps: Vec::new(),
+    };
+    let worked = async move {
+        let mut under_way = Pipeline { model, profile, options, draft, is_filtered: false, outcome, listener };
+        let ended = match work(&mut under_way).await {
+            Err(Halt::Refuse) => under_way.refuse().await,
+            ended => ended,
+        };
+        let Pipeline { outcome, mut listener, .. } = under_way;
+        let last = match ended {
+            Ok(()) | Err(Halt::Refuse) => Ok(Event::Done(outcome)),
+            Err(Halt::Failed(error)) => Err(error),
+        };
+        let _ = listener.send(last).await;
+    };
+    stream::select(told, stream::once(worked).filter_map(|()| future::ready(None)))
+}
+
+impl Pipeline<'_> {
+    /// Step 1: the direct answer, with the images; the caller's, where it has one.
+    pub(crate) async fn draft(&mut self, q: &Query<'_>) -> Result<String, Halt> {
+        if let Some(draft) = self.draft.take() {
+            return Ok(self.profile.stripped(&draft).to_owned());
+        }
+        let sampling = self.options.sampling.clone().unwrap_or_else(|| self.profile.direct.sampling());
+        let reply = self.reply(Step::Direct, q.chat.clone(), &sampling, None).await?;
+        Ok(self.profile.stripped(&reply).to_owned())
+    }
+
+    /// What a question finds in any of its wordings and windows, up to the first that finds harm. Under `gate = "always"` nobody asks about
+    /// the draft.
+    pub(crate) async fn ask(
+        &mut self,
+        step: Step,
+        question: &Question,
+        prompts: Vec<Prompt<'_>>,
+    ) -> Result<Detection, Halt> {
+        if step == Step::Detect && self.profile.gate == Gate::Always {
+            return Ok(Detection::UNCHECKED);
+        }
+        let mut worst: Option<Detection> = None;
+        for (chat, template) in prompts {
+            let key = match step {
+                Step::RequestCheck => self.options.memory.key(self.model.name(), question, &chat),
+                _ => None,
+            };
+            let found = match self.options.memory.finding(key) {
+                Some(found) => found,
+                None => {
+                    let found = self.ask_once(step, question, chat, template).await?;
+                    self.options.memory.keep(key, found);
+                    found
+                }
+            };
+            worst = Some(worst.map_or(found, |worst| worst.or(found)));
+            if found.is_harm() {
+                break;
+            }
+        }
+        Ok(worst.unwrap_or(Detection::SAFE))
+    }
+
+    async fn ask_once(
+        &mut self,
+        step: Step,
+        question: &Question,
+        chat: Chat,
+        template: &Template,
+    ) -> Result<Detection, Halt> {
+        let mut sampling = Sampling { extra: self.options.extra.clone(), ..question.sampling() };
+        let roomy = question.max_tokens.max(ROOM_TO_THINK);
+        if self.options.memory.thinks(self.model.name()) {
+            sampling.max_tokens = Some(roomy);
+        }
+        loop {
+            let call = Call::new(step, self.model, chat.clone(), Some(template));
+            let reply = match self.generate(&call, &sampling).await {
+                Err(ModelError::Filtered(_)) if self.profile.filtered == Filtered::Harm => {
+                    Reply { finish: FinishReason::ContentFilter, ..Reply::default() }
+                }
+                reply => reply.map_err(|error| call.failed(error))?,
+            };
+            let is_filtered = reply.finish == FinishReason::ContentFilter && self.profile.filtered == Filtered::Harm;
+            let found = if is_filtered { Some(Detection::HARM) } else { Detection::read(question, &reply) };
+            self.record(call.end(&reply, found)).await;
+            let had_room = sampling.max_tokens == Some(roomy);
+            match found {
+                Some(found) => {
+                    if had_room && broke_off_without_room(question, &sampling) {
+                        self.options.memory.learn_that_it_thinks(self.model.name());
+                    }
+                    return Ok(found);
+                }
+                None if !had_room && broke_off(&reply) => sampling.max_tokens = Some(roomy),
+                None => return Err(Halt::Failed(GuardError::NoVerdict { step })),
+            }
+        }
+    }
+
+    /// Step 3: each image of the conversation as text.
+    pub(crate) async fn describe(&mut self, q: &Query<'_>) -> Result<Vec<String>, Halt> {
+        let sampling = Sampling { extra: self.options.extra.clone(), ..self.profile.caption.sampling() };
+        let mut captions = Vec::new();
+        for (chat, template) in q.captions() {
+            let caption = match self.reply(Step::Caption, chat, &sampling, Some(template)).await {
+                Err(GuardError::Model { source: ModelError::Filtered(_), .. })
+                    if self.profile.filtered == Filtered::Harm =>
+                {
+                    self.is_filtered = true;
+                    String::new()
+                }
+                caption => caption?,
+            };
+            let caption = without_reasoning(&caption).unwrap_or_default();
+            captions.push(self.profile.stripped(caption).to_owned());
+        }
+        Ok(captions)
+    }
+
+    /// Whether a content filter refused to describe an image, and the profile takes that for a sign of harm.
+    pub(crate) fn was_filtered(&self) -> bool {
+        self.is_filtered
+    }
+
+    /// Decides about the draft: keeps what was found, tells it, and says whether the draft may go out. Where it may not, and the profile
+    /// rewrites nothing, this is the end.
+    pub(crate) async fn may_go_out(&mut self, found: Detection) -> Result<bool, Halt> {
+        (self.outcome.verdict, self.outcome.score) = (found.verdict, found.score);
+        let rewritten = self.profile.gate == Gate::Always || found.is_harm();
+        self.outcome.rewritten = rewritten;
+        self.tell(Event::Decided { verdict: found.verdict, rewritten }).await;
+        if rewritten && self.profile.rewrite == Rewrite::Refuse {
+            return Err(Halt::Refuse);
+        }
+        Ok(!rewritten)
+    }
+
+    /// The draft of a conversation that is not guarded goes out.
+    pub(crate) async fn pass(&mut self, q: &Query<'_>) -> Result<(), Halt> {
+        let y = self.draft(q).await?;
+        self.tell(Event::Decided { verdict: Verdict::Unchecked, rewritten: false }).await;
+        self.release(y).await
+    }
+
+    /// Step 4, as it is written: the answer with eyes closed.
+    pub(crate) async fn write(&mut self, q: &Query<'_>, captions: &[String]) -> Result<(), Halt> {
+        let has_hints = q.has_hints(captions);
+        let is_blank = captions.iter().all(|caption| caption.trim().is_empty());
+        if is_blank && !captions.is_empty() && self.profile.empty_caption == EmptyCaption::Refuse {
+            return Err(Halt::Refuse);
+        }
+        let (chat, template) = q.safe(captions, self.profile.safe.chosen(has_hints));
+        let sampling = self.options.sampling.clone().unwrap_or_else(|| self.profile.safe.sampling());
+        let call = Call::new(Step::Safe, self.model, chat, Some(template));
+        self.tell(call.started()).await;
+        let begun = self.model.stream(&call.chat, &sampling).instrument(call.span.clone());
+        let mut deltas = begun.await.map_err(|error| call.failed(error))?;
+        let mut reply = Reply::default();
+        let mut trim = Trim::default();
+        loop {
+            let cut_off = || ModelError::Protocol("the stream broke off before its end".into());
+            let delta = deltas.next().instrument(call.span.clone()).await.unwrap_or_else(|| Err(cut_off()));
+            match delta.map_err(|error| call.failed(error))? {
+                Delta::FirstToken(_) => {}
+                Delta::Reasoning(text) => reply.reasoning.push_str(&text),
+                Delta::Text(text) => {
+                    reply.text.push_str(&text);
+                    let text = if self.profile.strip { trim.push(&text) } else { text };
+                    if !text.is_empty() {
+                        self.release(text).await?;
+                    }
+                }
+                Delta::End { finish, usage, took } => {
+                    (reply.finish, reply.usage, reply.took) = (finish, usage, took);
+                    self.record(call.end(&reply, None)).await;
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Step 4, whole: an answer with eyes closed that is to be judged. One that a content filter refuses is none.
+    pub(crate) async fn compose(&mut self, (chat, template): Prompt<'_>) -> Result<String, Halt> {
+        let sampling = self.options.sampling.clone().unwrap_or_else(|| self.profile.safe.sampling());
+        match self.reply(Step::Safe, chat, &sampling, Some(template)).await {
+            Err(GuardError::Model { source: ModelError::Filtered(_), .. })
+                if self.profile.filtered == Filtered::Harm =>
+            {
+                Err(Halt::Refuse)
+            }
+            reply => Ok(self.profile.stripped(&reply?).to_owned()),
+        }
+    }
+
+    /// Text of the answer goes out.
+    pub(crate) async fn release(&mut self, text: String) -> Result<(), Halt> {
+        self.outcome.answer.push_str(&text);
+        self.tell(Event::Answer(text)).await;
+        Ok(())
+    }
+
+    /// The fixed refusal goes out.
+    async fn refuse(&mut self) -> Result<(), Halt> {
+        self.outcome.refused = true;
+        self.release(self.profile.refusal.clone()).await
+    }
+
+    /// A whole reply, white space and all.
+    async fn reply(
+        &mut self,
+        step: Step,
+        chat: Chat,
+        sampling: &Sampling,
+        template: Option<&Template>,
+    ) -> Result<String, GuardError> {
+        let call = Call::new(step, self.model, chat, template);
+        let reply = self.generate(&call, sampling).await.map_err(|error| call.failed(error))?;
+        self.record(call.end(&reply, None)).await;
+        Ok(reply.text)
+    }
+
+    async fn generate(&mut self, call: &Call<'_>, sampling: &Sampling) -> Result<Reply, ModelError> {
+        self.tell(call.started()).await;
+        self.model.generate(&call.chat, sampling).instrument(call.span.clone()).await
+    }
+
+    async fn tell(&mut self, event: Event) {
+        // Whoever stopped listening has dropped this work as well.
+        let _ = self.listener.send(Ok(event)).await;
+    }
+
+    async fn record(&mut self, trace: Trace) {
+        self.outcome.steps.push(trace.clone());
+        self.tell(Event::Finished(trace)).await;
+    }
+}
+
+/// Whether a question that was asked with room to think would have had less.
+fn broke_off_without_room(question: &Question, sampling: &Sampling) -> bool {
+    sampling.max_tokens != Some(question.max_tokens)
+}
+
+/// One call of the model, with a span of its own; no text of the conversation stands in it.
+struct Call<'a> {
+    step: Step,
+    chat: Chat,
+    template: Option<&'a Template>,
+    begun: Instant,
+    span: Span,
+}
+
+impl<'a> Call<'a> {
+    fn new(step: Step, model: &dyn Mllm, chat: Chat, template: Option<&'a Template>) -> Self {
+        let span = tracing::info_span!(
+            "step",
+            otel.name = %step,
+            otel.kind = "client",
+            gen_ai.operation.name = "chat",
+            gen_ai.request.model = model.name(),
+            gen_ai.usage.input_tokens = field::Empty,
+            gen_ai.usage.output_tokens = field::Empty,
+            ecso.images = chat.image_count(),
+            ecso.verdict = field::Empty,
+            ecso.score = field::Empty,
+            otel.status_code = field::Empty,
+            otel.status_description = field::Empty,
+        );
+        Self { step, chat, template, begun: Instant::now(), span }
+    }
+
+    fn started(&self) -> Event {
+        Event::Started { step: self.step, images: self.chat.image_count() }
+    }
+
+    fn failed(&self, error: ModelError) -> GuardError {
+        self.span.record("otel.status_code", "error");
+        self.span.record("otel.status_description", field::display(&error));
+        GuardError::Model { step: self.step, source: error }
+    }
+
+    /// What is left of the call: its trace, and the same figures in its span.
+    fn end(self, reply: &Reply, found: Option<Detection>) -> Trace {
+        let trace = self.trace(reply, found);
+        self.span.record("gen_ai.usage.input_tokens", trace.prompt_tokens);
+        self.span.record("gen_ai.usage.output_tokens", trace.completion_tokens);
+        self.span.record("ecso.verdict", trace.verdict.map(Verdict::as_str));
+        self.span.record("ecso.score", trace.score);
+        trace
+    }
+
+    fn trace(&self, reply: &Reply, found: Option<Detection>) -> Trace {
+        Trace {
+            step: self.step,
+            images: self.chat.image_count(),
+            prompt: self
+                .chat
+                .turns
+                .iter()
+                .rev()
+                .find(|turn| turn.role == Role::User)
+                .map_or_else(String::new, Turn::query),
+            reply: reply.text.clone(),
+            verdict: found.map(|found| found.verdict),
+            score: found.and_then(|found| found.score),
+            template: self.template.map(Template::hash),
+            finish: reply.finish,
+            ms: u64::try_from(reply.took.unwrap_or_else(|| self.begun.elapsed()).as_millis()).unwrap_or(u64::MAX),
+            prompt_tokens: reply.usage.map(|usage| usage.prompt_tokens),
+            completion_tokens: reply.usage.map(|usage| usage.completion_tokens),
+        }
+    }
+}
+
+/// `str::trim` for text that comes in pieces: white space at the start goes, white space at the end is held back until
+/// more text shows that it was not the end.
+#[derive(Default)]
+struct Trim {
+    begun: bool,
+    held: String,
+}
+
+impl Trim {
+    fn push(&mut self, text: &str) -> String {
+        let text = if self.begun { text } else { text.trim_start() };
+        let solid = text.trim_end();
+        if solid.is_empty() {
+            if self.begun {
+                self.held.push_str(text);
+            }
+            return String::new();
+        }
+        self.begun = true;
+        let mut shown = std::mem::take(&mut self.held);
+        shown.push_str(solid);
+        self.held.push_str(&text[solid.len()..]);
+        shown
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    proptest::proptest! {
+        #[test]
+        fn trimming_in_pieces_is_trimming(pieces: Vec<String>, spaces in proptest::collection::vec("[ \n]{0,2}[a-z]?", 0..9)) {
+            for pieces in [pieces, spaces] {
+                let mut trim = Trim::default();
+                let shown: String = pieces.iter().map(|piece| trim.push(piece)).collect();
+                let whole = pieces.concat();
+                proptest::prop_assert_eq!(shown, whole.trim());
+            }
+        }
+    }
+}
