@@ -9,7 +9,7 @@ use ecso::{Chat, Event, Guard, Image, Limits, Profile, Step};
 use ecso_llama::Llama;
 use ecso_reader::{Composed, Reader};
 use futures::{StreamExt, pin_mut};
-use regex::RegexBuilder;
+use regex_lite::RegexBuilder;
 
 /// A reply denies the image if it says that the writer can't see, open or process images, that there is none, or that
 /// somebody should provide it.

@@ -11,7 +11,7 @@ use ecso::{Chat, Event, Guard, Image, Limits, Outcome, Step, Trace, Verdict};
 use futures::{StreamExt, pin_mut};
 use indicatif::ProgressBar;
 
-use crate::{WrongUse, cli::AskArgs, config, open};
+use crate::{UsageError, cli::AskArgs, config, open};
 
 pub(crate) fn run(args: &AskArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let settings = config::load(file, &args.model, &args.profile)?;
@@ -40,7 +40,7 @@ fn chat(args: &AskArgs, limits: Limits) -> anyhow::Result<Chat> {
         std::io::stdin().read_to_string(&mut query).context("standard input")?;
     }
     if query.trim().is_empty() {
-        return Err(WrongUse("the query is empty".into()).into());
+        return Err(UsageError("the query is empty".into()).into());
     }
     let images: anyhow::Result<Vec<Image>> = args.image.iter().map(|path| read(path, limits)).collect();
     let chat = Chat::ask(images?, query);
@@ -53,7 +53,7 @@ fn chat(args: &AskArgs, limits: Limits) -> anyhow::Result<Chat> {
 /// Reads and decodes an image, so that a broken one is noticed before a model is loaded for it.
 fn read(path: &Path, limits: Limits) -> anyhow::Result<Image> {
     let image = Image::open(path, limits)?;
-    image.pixels().map_err(|error| WrongUse(format!("{}: {error}", path.display())))?;
+    image.pixels().map_err(|error| UsageError(format!("{}: {error}", path.display())))?;
     Ok(image)
 }
 

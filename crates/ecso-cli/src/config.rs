@@ -12,7 +12,7 @@ use etcetera::{AppStrategy, AppStrategyArgs, app_strategy::Xdg};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    WrongUse, calibration,
+    UsageError, calibration,
     cli::{ModelArgs, ProfileArgs, ServeArgs},
 };
 
@@ -183,8 +183,8 @@ fn layers(file: Option<&Path>, model: &ModelArgs, profile: &ProfileArgs) -> anyh
     };
     if let Some(path) = path {
         let shown = path.display().to_string();
-        let text = std::fs::read_to_string(&path).map_err(|error| WrongUse(format!("{shown}: {error}")))?;
-        let table = text.parse().map_err(|error| WrongUse(format!("{shown}: {error}")))?;
+        let text = std::fs::read_to_string(&path).map_err(|error| UsageError(format!("{shown}: {error}")))?;
+        let table = text.parse().map_err(|error| UsageError(format!("{shown}: {error}")))?;
         layers.push(Layer::new(shown, table));
     }
     layers.push(Layer { origin: "environment".into(), values: environment() });
@@ -218,7 +218,7 @@ fn flags(model: &ModelArgs, profile: &ProfileArgs) -> anyhow::Result<BTreeMap<St
         let pairs = profile.set.iter().map(|pair| {
             let (key, value) = pair
                 .split_once('=')
-                .ok_or_else(|| WrongUse(format!("--set {pair}: write KEY=VALUE, as in detect.parser=score")))?;
+                .ok_or_else(|| UsageError(format!("--set {pair}: write KEY=VALUE, as in detect.parser=score")))?;
             Ok((key.trim().to_owned(), toml::Value::String(value.to_owned())))
         });
         let pairs: anyhow::Result<toml::Table> = pairs.collect();
@@ -253,7 +253,7 @@ pub(crate) fn is_url(name: &str) -> bool {
 /// The settings that result for `ecso serve`.
 pub(crate) fn load_serve(file: Option<&Path>, args: &ServeArgs) -> anyhow::Result<Settings> {
     if let Some(named) = args.upstream.as_ref().filter(|named| !is_url(named)) {
-        return Err(WrongUse(format!(
+        return Err(UsageError(format!(
             "--upstream {named}: it is a server's URL, for instance http://localhost:8000/v1; a model in this process is --model"
         ))
         .into());
@@ -275,7 +275,7 @@ fn merge(layers: &[Layer]) -> anyhow::Result<Settings> {
     for layer in layers {
         for (key, value) in &layer.values {
             place(&mut whole, key, value.clone())
-                .map_err(|()| WrongUse(format!("{key} ({}): it is no group of settings", layer.origin)))?;
+                .map_err(|()| UsageError(format!("{key} ({}): it is no group of settings", layer.origin)))?;
         }
     }
     // Keys that hold no other: the builder applies its overrides in no order.
@@ -283,11 +283,11 @@ fn merge(layers: &[Layer]) -> anyhow::Result<Settings> {
     flatten("", whole, &mut values);
     let mut builder = config::Config::builder();
     for (key, value) in values {
-        let value: config::Value = value.try_into().map_err(|error| WrongUse(format!("{key}: {error}")))?;
-        builder = builder.set_override(&key, value).map_err(|error| WrongUse(format!("{key}: {error}")))?;
+        let value: config::Value = value.try_into().map_err(|error| UsageError(format!("{key}: {error}")))?;
+        builder = builder.set_override(&key, value).map_err(|error| UsageError(format!("{key}: {error}")))?;
     }
     let settings = builder.build().and_then(config::Config::try_deserialize);
-    settings.map_err(|error| WrongUse(format!("settings: {error}; `ecso config show` lists them all")).into())
+    settings.map_err(|error| UsageError(format!("settings: {error}; `ecso config show` lists them all")).into())
 }
 
 /// The profile that the settings name, with its fields changed.
@@ -315,8 +315,8 @@ fn named_profile(named: &str) -> anyhow::Result<Profile> {
     if !is_file {
         return Ok(Profile::named(named)?);
     }
-    let text = std::fs::read_to_string(named).map_err(|error| WrongUse(format!("profile {named}: {error}")))?;
-    Ok(Profile::from_toml(&text).map_err(|error| WrongUse(format!("profile {named}: {error}")))?)
+    let text = std::fs::read_to_string(named).map_err(|error| UsageError(format!("profile {named}: {error}")))?;
+    Ok(Profile::from_toml(&text).map_err(|error| UsageError(format!("profile {named}: {error}")))?)
 }
 
 /// `ecso config show`.

@@ -58,12 +58,12 @@ fn run(cli: Cli) -> anyhow::Result<()> {
 /// What was asked for can't be done as it was asked: a wrong flag, setting, profile or input file.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-struct WrongUse(String);
+struct UsageError(String);
 
 fn exit_code(error: &anyhow::Error) -> ExitCode {
     if error.is::<ecso::GuardError>() || error.is::<ecso::ModelError>() {
         return ExitCode::from(3);
     }
-    let wrong = error.is::<WrongUse>() || error.is::<ecso::ProfileError>() || error.is::<ecso::ImageError>();
+    let wrong = error.is::<UsageError>() || error.is::<ecso::ProfileError>() || error.is::<ecso::ImageError>();
     ExitCode::from(if wrong { 2 } else { 1 })
 }

@@ -10,7 +10,7 @@ use anyhow::Context;
 use ecso::Mllm;
 
 use crate::{
-    WrongUse,
+    UsageError,
     config::{self, Settings},
 };
 
@@ -87,7 +87,7 @@ fn with_reader(model: Arc<dyn Mllm>, settings: &Settings) -> anyhow::Result<Arc<
     let store = crate::models::store::Store::new(&settings.models_dir);
     let files = catalogue.model("mini")?.reader.as_ref().context("the catalogue's mini has no reader")?;
     if !files.iter().all(|file| catalogue.file(file).is_ok_and(|file| store.has(file))) {
-        return Err(WrongUse("the text reader is not here yet; get it with `ecso models pull mini`".into()).into());
+        return Err(UsageError("the text reader is not here yet; get it with `ecso models pull mini`".into()).into());
     }
     let name = format!("reader+{}", model.name());
     let [detector, recogniser, dictionary] = files.each_ref().map(|file| store.path(file));
@@ -113,7 +113,7 @@ mod engine {
     use ecso_llama::{Llama, Options};
 
     use crate::{
-        WrongUse,
+        UsageError,
         config::{Engine, Settings},
         models,
     };
@@ -156,7 +156,7 @@ mod engine {
     }
 
     fn read(path: &PathBuf) -> anyhow::Result<String> {
-        std::fs::read_to_string(path).map_err(|error| WrongUse(format!("{}: {error}", path.display())).into())
+        std::fs::read_to_string(path).map_err(|error| UsageError(format!("{}: {error}", path.display())).into())
     }
 }
 
@@ -166,11 +166,11 @@ mod engine {
 
     use ecso::Mllm;
 
-    use crate::{WrongUse, config::Settings};
+    use crate::{UsageError, config::Settings};
 
     #[expect(clippy::unused_async, reason = "stands in for the real one")]
     pub(super) async fn model(settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> {
-        Err(WrongUse(format!(
+        Err(UsageError(format!(
             "`{}` runs in this process, and this build has no engine for that; name a server by its URL, or build with \
              the feature `engine`",
             settings.model

@@ -13,13 +13,13 @@ use ecso_gateway::replay::Recorded;
 use futures::{StreamExt, stream};
 use serde_json::json;
 
-use crate::{WrongUse, cli::ReplayArgs, config, open};
+use crate::{UsageError, cli::ReplayArgs, config, open};
 
 pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let settings = config::load(file, &args.model, &args.profile)?;
     let profile = config::profile(&settings)?;
     let shown = args.audit.display();
-    let log = File::open(&args.audit).map_err(|error| WrongUse(format!("{shown}: {error}")))?;
+    let log = File::open(&args.audit).map_err(|error| UsageError(format!("{shown}: {error}")))?;
     let mut out = match &args.out {
         Some(path) => Some(BufWriter::new(File::create(path).with_context(|| path.display().to_string())?)),
         None => None,
@@ -87,7 +87,7 @@ pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> 
         if let Some(reason) = first_failure {
             eprintln!("{failed} lines could not be judged; the first: {reason}");
             if total == 0 {
-                return Err(WrongUse(format!("{shown}: no line of it could be judged")).into());
+                return Err(UsageError(format!("{shown}: no line of it could be judged")).into());
             }
         }
         Ok(())

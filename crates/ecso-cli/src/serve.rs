@@ -12,7 +12,7 @@ use ecso_gateway::{Checks, Gateway, Upstream, settings::Mode};
 use tokio::net::TcpListener;
 
 use crate::{
-    WrongUse,
+    UsageError,
     cli::ServeArgs,
     config::{self, Settings},
     open,
@@ -39,7 +39,7 @@ async fn gateway(settings: &Settings) -> anyhow::Result<Gateway> {
     let profile = config::profile(settings)?;
     let upstream = if open::is_server(settings) {
         if settings.reader {
-            return Err(WrongUse("the text reader stands in front of models in this process only".into()).into());
+            return Err(UsageError("the text reader stands in front of models in this process only".into()).into());
         }
         let options = open::server_options(settings);
         let checks = checks(settings, &options)?;
@@ -59,7 +59,7 @@ fn checks(settings: &Settings, options: &ecso_openai::Options) -> anyhow::Result
     }
     let key = match checks.api_key_env.as_str() {
         "" => None,
-        name => Some(std::env::var(name).map_err(|_| WrongUse(format!("checks.api_key_env: {name} is not set")))?),
+        name => Some(std::env::var(name).map_err(|_| UsageError(format!("checks.api_key_env: {name} is not set")))?),
     };
     let options = ecso_openai::Options { model: None, api_key: key.map(Into::into), ..options.clone() };
     let server = ecso_openai::OpenAi::new(&checks.url, options)?;
@@ -90,10 +90,10 @@ fn reload(gateway: &Gateway, begun: &Settings, args: &ServeArgs, file: Option<&P
     let settings = config::load_serve(file, args)?;
     let fixed = |settings: &Settings| (settings.model.clone(), settings.model_name.clone(), settings.listen.clone());
     if fixed(&settings) != fixed(begun) {
-        return Err(WrongUse("another model or address takes a restart".into()).into());
+        return Err(UsageError("another model or address takes a restart".into()).into());
     }
     if settings.gateway.keys.is_empty() != begun.gateway.keys.is_empty() {
-        return Err(WrongUse("the first or last client key takes a restart".into()).into());
+        return Err(UsageError("the first or last client key takes a restart".into()).into());
     }
     let profile = config::profile(&settings)?;
     let name = profile.name.clone();
@@ -104,10 +104,10 @@ fn reload(gateway: &Gateway, begun: &Settings, args: &ServeArgs, file: Option<&P
 /// Without client keys only this machine may call.
 async fn listen(settings: &Settings) -> anyhow::Result<TcpListener> {
     let address: SocketAddr = settings.listen.parse().map_err(|_| {
-        WrongUse(format!("{:?} is no address to listen on; write for instance 127.0.0.1:8080", settings.listen))
+        UsageError(format!("{:?} is no address to listen on; write for instance 127.0.0.1:8080", settings.listen))
     })?;
     if settings.gateway.keys.is_empty() && !address.ip().is_loopback() {
-        return Err(WrongUse(format!(
+        return Err(UsageError(format!(
             "{address} can be reached from elsewhere, and no client key is configured, so anybody could call; make one \
              with `ecso key NAME`, or listen on 127.0.0.1"
         ))

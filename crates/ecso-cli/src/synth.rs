@@ -19,7 +19,7 @@ use ecso_eval::cache::Cached;
 use ecso_openai::Fetcher;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::{WrongUse, cli::SynthArgs, config, open};
+use crate::{UsageError, cli::SynthArgs, config, open};
 
 pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let settings = config::load(file, &args.model, &args.profile)?;
@@ -36,7 +36,7 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let shard = shard(&args.shard)?;
     let (utility, validation) = (args.utility, args.validation);
     if !(utility.is_finite() && utility >= 0.0 && (0.0..1.0).contains(&validation)) {
-        return Err(WrongUse("--utility is 0 or more, --validation at least 0 and below 1".into()).into());
+        return Err(UsageError("--utility is 0 or more, --validation at least 0 and below 1".into()).into());
     }
     let packing = Packing {
         utility,
@@ -47,7 +47,7 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
         limits: settings.images,
     };
     // What is wrong with the input as a whole is said before a model is loaded.
-    drop(input.rows().map_err(|error| WrongUse(error.to_string()))?);
+    drop(input.rows().map_err(|error| UsageError(error.to_string()))?);
 
     let runtime = tokio::runtime::Runtime::new()?;
     let whole = runtime.block_on(async {
@@ -129,8 +129,8 @@ fn mapping(pairs: &[String]) -> anyhow::Result<Mapping> {
         Some((what.trim().to_owned(), column.trim().to_owned()))
     };
     let pairs: Option<Vec<(String, String)>> = pairs.iter().map(split).collect();
-    let pairs = pairs.ok_or_else(|| WrongUse("--map takes WHAT=COLUMN, as in query=question".into()))?;
-    Ok(Mapping::new(pairs).map_err(WrongUse)?)
+    let pairs = pairs.ok_or_else(|| UsageError("--map takes WHAT=COLUMN, as in query=question".into()))?;
+    Ok(Mapping::new(pairs).map_err(UsageError)?)
 }
 
 /// `2/8` is the second of eight parts.
@@ -138,7 +138,7 @@ fn shard(text: &str) -> anyhow::Result<Shard> {
     let read =
         text.split_once('/').and_then(|(part, of)| Some(Shard { part: part.parse().ok()?, of: of.parse().ok()? }));
     let read = read.filter(|shard| shard.part >= 1 && shard.part <= shard.of);
-    Ok(read.ok_or_else(|| WrongUse(format!("--shard {text}: write I/N, from 1/N to N/N")))?)
+    Ok(read.ok_or_else(|| UsageError(format!("--shard {text}: write I/N, from 1/N to N/N")))?)
 }
 
 /// `90`, `90s`, `15m`, `2h`.
@@ -151,7 +151,7 @@ fn duration(text: &str) -> anyhow::Result<Duration> {
         _ => None,
     };
     let seconds = number.parse::<u64>().ok().zip(unit).and_then(|(number, unit)| number.checked_mul(unit));
-    let seconds = seconds.ok_or_else(|| WrongUse(format!("--max-time {text}: write 90s, 15m or 2h")))?;
+    let seconds = seconds.ok_or_else(|| UsageError(format!("--max-time {text}: write 90s, 15m or 2h")))?;
     Ok(Duration::from_secs(seconds))
 }
 

@@ -1,9 +1,10 @@
 //! Where logs and spans go: logs to standard error, as `ECSO_LOG` says; spans to the collector that OpenTelemetry's own variables
 //! name, if they do.
 
-use tracing_subscriber::EnvFilter;
-#[cfg(feature = "otel")]
-use tracing_subscriber::{Layer, layer::SubscriberExt, util::SubscriberInitExt};
+use tracing_subscriber::{Layer, filter::Targets, layer::SubscriberExt, util::SubscriberInitExt};
+
+/// What is logged where `ECSO_LOG` says nothing: warnings of our own, errors of others but the engine's, which come back as errors.
+const USUAL: &str = "error,ecso=warn,llama_cpp_2=off,llama-cpp-2=off";
 
 /// Telemetry under way. Dropping it sends what is still held.
 pub(crate) struct Telemetry {
@@ -13,19 +14,26 @@ pub(crate) struct Telemetry {
 
 /// Begins to write logs, and to send spans where there is a collector.
 pub(crate) fn start() -> Telemetry {
-    let filter = EnvFilter::try_from_env("ECSO_LOG").unwrap_or_else(|_| "error,llama_cpp_2=off,llama-cpp-2=off".into());
+    let logs = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_filter(filter());
     #[cfg(feature = "otel")]
     if let Some(spans) = otel::collector() {
-        let logs = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_filter(filter);
         tracing_subscriber::registry().with(logs).with(otel::layer(&spans)).init();
         return Telemetry { spans: Some(spans) };
     }
-    // One filter for all: what it turns off costs nothing.
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::registry().with(logs).init();
     Telemetry {
         #[cfg(feature = "otel")]
         spans: None,
     }
+}
+
+/// Targets and levels as in `info,ecso=debug`; what can't be read is told, and the usual is logged.
+fn filter() -> Targets {
+    let wish = std::env::var("ECSO_LOG").unwrap_or_else(|_| USUAL.into());
+    wish.parse().unwrap_or_else(|error| {
+        eprintln!("ecso: ECSO_LOG={wish}: {error}; write for instance info,ecso=debug");
+        USUAL.parse().unwrap_or_default()
+    })
 }
 
 #[cfg(feature = "otel")]

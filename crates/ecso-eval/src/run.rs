@@ -206,8 +206,8 @@ fn chosen(items: Items, choice: &Choice) -> Result<Items, DataError> {
     let mut drawn: BinaryHeap<Drawn> = BinaryHeap::new();
     for (place, item) in iter.enumerate() {
         let item = item?;
-        let lot = *blake3::hash(format!("{}:{}", choice.seed, item.id).as_bytes()).as_bytes();
-        drawn.push(Drawn { lot, place, item });
+        let draw = *blake3::hash(format!("{}:{}", choice.seed, item.id).as_bytes()).as_bytes();
+        drawn.push(Drawn { draw, place, item });
         if drawn.len() > size {
             drawn.pop();
         }
@@ -219,14 +219,14 @@ fn chosen(items: Items, choice: &Choice) -> Result<Items, DataError> {
 }
 
 struct Drawn {
-    lot: [u8; 32],
+    draw: [u8; 32],
     place: usize,
     item: Item,
 }
 
 impl PartialEq for Drawn {
     fn eq(&self, other: &Self) -> bool {
-        self.lot == other.lot
+        self.draw == other.draw
     }
 }
 
@@ -240,6 +240,6 @@ impl PartialOrd for Drawn {
 
 impl Ord for Drawn {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.lot.cmp(&other.lot)
+        self.draw.cmp(&other.draw)
     }
 }

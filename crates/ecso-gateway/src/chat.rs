@@ -173,7 +173,8 @@ impl Guarded {
         if self.live.settings.on_failure == OnFailure::Closed || !failure.is_ours() {
             return Err(failure);
         }
-        tracing::warn!(id = self.id, code = failure.code, message = failure.message, "the guard failed open");
+        failure.log(&self.id);
+        tracing::warn!(id = self.id, "the guard failed open");
         let outcomes = draft.said().into_keys().map(|index| (index, None)).collect();
         Ok(Report { outcomes, failure: Some(failure.code.into()) })
     }
@@ -261,7 +262,7 @@ impl Guarded {
                 match next {
                     Some(Ok(text)) => yield Ok(Bytes::from(text)),
                     Some(Err(failure)) => {
-                        tracing::warn!(id = self.id, code = failure.code, message = failure.message, "a stream failed");
+                        failure.log(&self.id);
                         self.live.metrics.failure(failure.code);
                         yield Ok(Bytes::from(failure.event()));
                         break;

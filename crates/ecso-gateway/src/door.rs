@@ -43,11 +43,11 @@ async fn judged(visit: Visit, admission: Arc<Admission>) -> Result<Response, Fai
         }
         live.prepare(&mut request).await?;
         let guard = live.guard(&request, headers, Mode::Enforce)?;
-        let outcome = match &question.answer {
-            Some(answer) => guard.review(&request.chat, answer).await?,
-            None => guard.answer(&request.chat).await?,
+        let (outcome, draft) = match &question.answer {
+            Some(answer) => (guard.review(&request.chat, answer).await?, answer.clone()),
+            None => live.answer(&guard, &request, headers, &request.sampling()).await?,
         };
-        let drafts = BTreeMap::from([(0, question.answer.clone().or_else(|| draft(&outcome)).unwrap_or_default())]);
+        let drafts = BTreeMap::from([(0, draft)]);
         let (request, report) = (&request, &Report::of(outcome.clone()));
         let (key, mode, begun) = (&caller.name, Mode::Enforce, *begun);
         live.record(&Case { id, key, mode, begun, body: &body, request, report, drafts });
@@ -58,11 +58,6 @@ async fn judged(visit: Visit, admission: Arc<Admission>) -> Result<Response, Fai
     verdict_headers(response.headers_mut(), &Report::of(outcome));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     Ok(response)
-}
-
-/// What the model said first, if it was asked.
-pub(crate) fn draft(outcome: &Outcome) -> Option<String> {
-    outcome.steps.iter().find(|step| step.step == Step::Direct).map(|step| step.reply.clone())
 }
 
 /// What is asked.

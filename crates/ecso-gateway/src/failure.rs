@@ -22,6 +22,9 @@ pub(crate) struct Failure {
     /// A short name that programs can tell apart; also the label in metrics.
     pub(crate) code: &'static str,
     pub(crate) message: String,
+    /// What is behind it, for the operator alone: a server that says why it refuses a question of the guard may quote
+    /// what nobody has judged.
+    pub(crate) reason: Option<String>,
     pub(crate) retry_after: Option<Duration>,
     /// Headers of the upstream's answer that hold for this one too.
     pub(crate) head: HeaderMap,
@@ -29,7 +32,7 @@ pub(crate) struct Failure {
 
 impl Failure {
     pub(crate) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
-        Self { status, code, message: message.into(), retry_after: None, head: HeaderMap::new() }
+        Self { status, code, message: message.into(), reason: None, retry_after: None, head: HeaderMap::new() }
     }
 
     /// The same behind an answer of the upstream with this head.
@@ -67,7 +70,14 @@ impl Failure {
 
     /// Tells the operator.
     pub(crate) fn log(&self, id: &str) {
-        tracing::warn!(id, code = self.code, status = self.status.as_u16(), message = self.message, "failed");
+        tracing::warn!(
+            id,
+            code = self.code,
+            status = self.status.as_u16(),
+            message = self.message,
+            reason = self.reason,
+            "failed"
+        );
     }
 
     /// Whether it is the guard that failed, and not the client who asked for something wrong.
@@ -131,24 +141,34 @@ impl utoipa::IntoResponses for Failures {
 
 impl From<ModelError> for Failure {
     fn from(error: ModelError) -> Self {
-        let message = error.to_string();
-        match error {
+        let failed = |what: &str| {
+            let message = format!("{what}; the guard's log says why");
+            let reason = Some(error.to_string());
+            Self { reason, ..Self::new(StatusCode::BAD_GATEWAY, "guard_failed", message) }
+        };
+        match &error {
             ModelError::Overloaded { retry_after } => {
-                Self { retry_after, ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "guard_overloaded", message) }
+                let busy = Self::new(StatusCode::SERVICE_UNAVAILABLE, "guard_overloaded", error.to_string());
+                Self { retry_after: *retry_after, ..busy }
             }
-            ModelError::Timeout(_) => Self::new(StatusCode::GATEWAY_TIMEOUT, "guard_timeout", message),
-            _ => Self::new(StatusCode::BAD_GATEWAY, "guard_failed", message),
+            ModelError::Timeout(_) => Self::new(StatusCode::GATEWAY_TIMEOUT, "guard_timeout", error.to_string()),
+            ModelError::Rejected(_) => failed("the model rejected a request of the guard"),
+            ModelError::Filtered(_) => failed("a content filter refused a request of the guard"),
+            ModelError::Protocol(_) => failed("the model's reply can't be read"),
+            _ => failed("the model can't be reached, or it failed"),
         }
     }
 }
 
 impl From<GuardError> for Failure {
     fn from(error: GuardError) -> Self {
-        let message = error.to_string();
         match error {
-            GuardError::Model { source, .. } => Self { message, ..Self::from(source) },
-            GuardError::NoQuery => Self::bad_request("nothing_to_guard", message),
-            _ => Self::new(StatusCode::BAD_GATEWAY, "guard_no_verdict", message),
+            GuardError::Model { step, source } => {
+                let failure = Self::from(source);
+                Self { message: format!("step `{step}` failed: {}", failure.message), ..failure }
+            }
+            GuardError::NoQuery => Self::bad_request("nothing_to_guard", error.to_string()),
+            _ => Self::new(StatusCode::BAD_GATEWAY, "guard_no_verdict", error.to_string()),
         }
     }
 }

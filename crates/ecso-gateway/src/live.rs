@@ -3,8 +3,9 @@
 use std::{io, sync::Arc, time::Instant};
 
 use axum::http::HeaderMap;
-use ecso::{Guard, Image, Memory, Mllm, Part, Profile, profile::Gate};
+use ecso::{Guard, GuardError, Image, Memory, Mllm, Outcome, Part, Profile, Sampling, Step, profile::Gate};
 use ecso_openai::Fetcher;
+use tracing::Instrument;
 
 use crate::{
     access::Rates,
@@ -13,6 +14,7 @@ use crate::{
     metrics::Metrics,
     request::Request,
     settings::{Mode, Settings},
+    telemetry,
     upstream::Upstream,
 };
 
@@ -90,6 +92,25 @@ impl Live {
     pub(crate) fn guarding(&self, request: &Request, headers: &HeaderMap, profile: Profile) -> Guard<Arc<dyn Mllm>> {
         let model = self.upstream.model(&request.model, headers);
         Guard::new(model, profile).with_extra(request.extra()).with_memory(Arc::clone(&self.memory))
+    }
+
+    /// All steps, from the draft on, and what that was. It is the guarded model's, wherever the guard asks its questions.
+    pub(crate) async fn answer(
+        &self,
+        guard: &Guard<Arc<dyn Mllm>>,
+        request: &Request,
+        headers: &HeaderMap,
+        sampling: &Sampling,
+    ) -> Result<(Outcome, String), Failure> {
+        let Some(model) = self.upstream.guarded(&request.model, headers) else {
+            let outcome = guard.answer(&request.chat).await?;
+            let direct = outcome.steps.iter().find(|step| step.step == Step::Direct);
+            let draft = direct.map(|step| step.reply.clone()).unwrap_or_default();
+            return Ok((outcome, draft));
+        };
+        let asked = model.generate(&request.chat, sampling).instrument(telemetry::direct(&request.model));
+        let draft = asked.await.map_err(|source| GuardError::Model { step: Step::Direct, source })?.text;
+        Ok((guard.review(&request.chat, &draft).await?, draft))
     }
 
     /// What takes until the deadline of a request that has `begun`, and no longer.

@@ -26,7 +26,6 @@ use crate::{
     access::Admission,
     audit::Case,
     chat::Report,
-    door::draft,
     failure::{Failure, Failures},
     openapi::Part,
     request::Request,
@@ -183,14 +182,16 @@ async fn found(visit: &Visit, model: &str, content: Value) -> Result<Found, Fail
     let mut profile = live.profile.clone();
     // Whatever is sent here is to be judged, and no answer to it is wanted.
     (profile.scope, profile.gate, profile.rewrite) = (Scope::All, Gate::Detected, Rewrite::Refuse);
-    let outcome = live.guarding(&request, headers, profile).answer(&request.chat).await?;
+    let sampling = profile.direct.sampling();
+    let guard = live.guarding(&request, headers, profile);
+    let (outcome, draft) = live.answer(&guard, &request, headers, &sampling).await?;
 
     let kinds = request.chat.turns.iter().flat_map(|turn| &turn.parts).map(|part| match part {
         ecso::Part::Text(_) => "text",
         ecso::Part::Image(_) => "image",
     });
     let found = Found::of(&outcome, &kinds.collect());
-    let drafts = BTreeMap::from([(0, draft(&outcome).unwrap_or_default())]);
+    let drafts = BTreeMap::from([(0, draft)]);
     let (key, mode, begun) = (&caller.name, Mode::Observe, *begun);
     let (request, report) = (&request, &Report::of(outcome));
     live.record(&Case { id, key, mode, begun, body: &body, request, report, drafts });

@@ -1,10 +1,10 @@
 //! A quick look at a chat request: which model, and is there an image? Nothing is kept that needn't be.
 
-use std::{borrow::Cow, fmt};
+use std::{borrow::Cow, collections::BTreeSet, fmt};
 
 use serde::{
     Deserialize, Deserializer,
-    de::{IgnoredAny, SeqAccess, Visitor},
+    de::{Error, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 
 /// What a request is, as far as routing needs to know. A key that is there twice is an error: readers differ in which of
@@ -38,10 +38,53 @@ struct Message {
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Content(bool);
 
-#[derive(Deserialize)]
-struct Part<'a> {
-    #[serde(rename = "type", borrow, default)]
-    kind: Cow<'a, str>,
+/// Whether a part of a message is surely a text.
+struct IsText(bool);
+
+#[derive(PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
+
+impl<'de> Deserialize<'de> for IsText {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Look;
+
+        impl<'de> Visitor<'de> for Look {
+            type Value = IsText;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a part of a message")
+            }
+
+            fn visit_str<E>(self, _: &str) -> Result<IsText, E> {
+                Ok(IsText(true))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<IsText, A::Error> {
+                let (mut kind, mut names) = (None, BTreeSet::new());
+                while let Some(name) = map.next_key::<Name<'de>>()? {
+                    if name.0 == "type" {
+                        kind = Some(map.next_value::<Name<'de>>()?);
+                    } else {
+                        map.next_value::<IgnoredAny>()?;
+                    }
+                    if let Some(twice) = names.replace(name) {
+                        return Err(A::Error::custom(format_args!("duplicate field `{}`", twice.0)));
+                    }
+                }
+                let is_text = match kind {
+                    Some(kind) => matches!(
+                        &*kind.0,
+                        "text" | "input_text" | "output_text" | "thinking" | "refusal" | "input_audio"
+                    ),
+                    // Servers tell by its field what a part without a type is.
+                    None => names.len() == 1 && names.contains(&Name("text".into())),
+                };
+                Ok(IsText(is_text))
+            }
+        }
+
+        deserializer.deserialize_any(Look)
+    }
 }
 
 impl<'de> Deserialize<'de> for Content {
@@ -65,17 +108,14 @@ impl<'de> Deserialize<'de> for Content {
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut parts: A) -> Result<Content, A::Error> {
                 let mut other = false;
-                while let Some(part) = parts.next_element::<Part<'de>>()? {
-                    // What is not known to be text may be an image by another name.
-                    other |= !matches!(
-                        &*part.kind,
-                        "text" | "input_text" | "output_text" | "thinking" | "refusal" | "input_audio"
-                    );
+                // What is not known to be text may be an image by another name.
+                while let Some(IsText(is_text)) = parts.next_element()? {
+                    other |= !is_text;
                 }
                 Ok(Content(other))
             }
 
-            fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<Content, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Content, A::Error> {
                 while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
                 Ok(Content(true))
             }
@@ -103,6 +143,10 @@ mod tests {
             (r#"{"messages": [{"content": [{"image_url": {"url": "u"}}]}]}"#, true),
             (r#"{"messages": [{"content": {"type": "image_url"}}]}"#, true),
             (r#"{"messages": [{"content": [{"type": "video_url"}]}]}"#, true),
+            (r#"{"messages": [{"content": ["a", {"text": "b"}, {"type": "thinking", "thinking": "c"}]}]}"#, false),
+            (r#"{"messages": [{"content": [{"text": "a", "image": "u"}]}]}"#, true),
+            (r#"{"messages": [{"content": [{"text": "a", "image_url": "u"}]}]}"#, true),
+            (r#"{"messages": [{"content": [{}]}]}"#, true),
             ("{}", false),
         ] {
             assert_eq!(Probe::read(body.as_bytes()).unwrap().has_images(), images, "{body}");
@@ -115,6 +159,10 @@ mod tests {
             r#"{"messages": [{"content": "a", "content": [{"type": "image_url"}]}]}"#,
             r#"{"messages": [], "messages": [{"content": [{"type": "image_url"}]}]}"#,
             r#"{"messages": [{"content": [{"type": "text", "type": "image_url"}]}]}"#,
+            r#"{"messages": [{"content": [{"type": "text", "text": "a", "text": "b"}]}]}"#,
+            r#"{"messages": [{"content": [{"text": "a", "text": "b"}]}]}"#,
+            r#"{"messages": [{"content": [{"type": "image_url", "image_url": "u", "image_url": "v"}]}]}"#,
+            r#"{"messages": [{"content": [3]}]}"#,
             r#"{"messages": [{"content": 3}]}"#,
             r#"{"messages": "no"}"#,
             "",

@@ -198,7 +198,15 @@ fn part(part: &Value, images: ecso::Limits) -> Result<Part, Failure> {
         Some(text) => Ok(Part::Text(text.to_owned())),
         None => Err(Failure::bad_request("invalid_request", format!("a part's `{name}` must be a text"))),
     };
-    match part["type"].as_str() {
+    let only = |name: &str| part.as_object().is_some_and(|fields| fields.len() == 1 && fields.contains_key(name));
+    let kind = match part {
+        Value::String(said) => return Ok(Part::Text(said.clone())),
+        // Servers tell by its field what a part without a type is.
+        _ if only("text") => Some("text"),
+        _ if only("image_url") => Some("image_url"),
+        _ => part["type"].as_str(),
+    };
+    match kind {
         Some("text" | "input_text" | "output_text") => text("text"),
         Some(name @ ("refusal" | "thinking")) => text(name),
         Some("input_audio") => Ok(Part::Text("[a sound recording]".into())),
@@ -232,10 +240,9 @@ fn image(url: &str, limits: ecso::Limits) -> Result<Image, Failure> {
     if is_data_url(url) {
         return Image::from_data_url(url, limits).map_err(|error| invalid(error.to_string()));
     }
-    let is_bare =
-        url.len() > 64 && url.bytes().take(64).all(|byte| byte.is_ascii_alphanumeric() || b"+/-_".contains(&byte));
-    let hint = if is_bare { "; bare base64 is sent as data:image/png;base64,…" } else { "" };
-    Err(invalid(format!("an image is given by a http, https or data URL{hint}")))
+    let message = "an image is given by a http, https or data URL; a file's bytes, or bare base64, are sent as \
+                   data:image/png;base64,…";
+    Err(invalid(message.into()))
 }
 
 #[cfg(test)]
@@ -283,6 +290,13 @@ mod tests {
     }
 
     #[test]
+    fn a_part_without_a_type_is_what_its_only_field_says() {
+        let content = json!(["one", {"text": "two"}, {"image_url": {"url": png()}}, {"type": "text", "text": "three"}]);
+        let request = read(&json!({"messages": [{"role": "user", "content": content}]})).unwrap();
+        assert_eq!((request.chat.turns[0].query().as_str(), request.chat.image_count()), ("one\ntwo\nthree", 1));
+    }
+
+    #[test]
     fn what_cannot_be_guarded_is_said() {
         let ask = |content: Value| json!({"messages": [{"role": "user", "content": content}]});
         let picture = |url: &str| ask(json!([{"type": "image_url", "image_url": {"url": url}}]));
@@ -298,6 +312,9 @@ mod tests {
             (ask(json!(3)), "invalid_request"),
             (ask(json!([{"type": "video_url"}])), "unsupported_content"),
             (ask(json!([{"type": "text"}])), "invalid_request"),
+            (ask(json!([{"text": "a", "image_url": "http://example.org"}])), "unsupported_content"),
+            (ask(json!([{"text": "a", "image": "http://example.org"}])), "unsupported_content"),
+            (ask(json!([3])), "unsupported_content"),
             (ask(json!([{"type": "text", "text": {"a": "b"}}])), "invalid_request"),
             (ask(json!([{"type": "image_url"}])), "invalid_image"),
             (picture("file:///etc/hosts"), "invalid_image"),

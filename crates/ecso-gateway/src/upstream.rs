@@ -80,6 +80,14 @@ impl Upstream {
         }
     }
 
+    /// The model `name` whose answers are guarded, where the steps ask another.
+    pub(crate) fn guarded(&self, name: &str, headers: &HeaderMap) -> Option<Arc<dyn Mllm>> {
+        match self {
+            Self::Server(server) if server.checks.is_some() => Some(Arc::new(server.answering(name, headers))),
+            Self::Server(_) | Self::Engine(_) => None,
+        }
+    }
+
     /// The name of the model to ask, where the client names none: the configured one, or the only one there is.
     pub(crate) async fn model_name(&self, headers: &HeaderMap) -> Result<String, Failure> {
         match self {

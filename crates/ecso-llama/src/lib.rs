@@ -9,7 +9,6 @@ mod cache;
 mod engine;
 mod layout;
 mod template;
-#[cfg(feature = "testing")]
 pub mod testing;
 
 pub use engine::{Llama, Options};

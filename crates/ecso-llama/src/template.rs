@@ -180,6 +180,14 @@ mod tests {
     }
 
     #[test]
+    fn a_template_without_system_messages_gets_them_in_the_first_text_of_the_user() {
+        let gemma = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}\
+            {% for message in messages %}{{ message['role'] + ': ' + message['content'] }}{% endfor %}";
+        let chat = Chat::ask([], "What is this?").with_system("Be brief.");
+        assert_eq!(template(Some(gemma), false).render(&chat).unwrap(), "user: Be brief.\n\nWhat is this?");
+    }
+
+    #[test]
     fn a_template_may_refuse() {
         let picky = "{{ raise_exception('Only user turns') }}";
         let error = template(Some(picky), false).render(&Chat::ask([], "q")).unwrap_err();

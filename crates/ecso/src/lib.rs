@@ -24,7 +24,6 @@ pub mod profile;
 mod prompt;
 mod refusal;
 mod template;
-#[cfg(feature = "testing")]
 pub mod testing;
 mod trace;
 mod verdict;

@@ -138,12 +138,15 @@ impl Pipeline<'_> {
         chat: Chat,
         template: &Template,
     ) -> Result<Detection, Halt> {
-        let mut sampling = Sampling { extra: self.options.extra.clone(), ..question.sampling() };
         let roomy = question.max_tokens.max(ROOM_TO_THINK);
-        if self.options.memory.thinks(self.model.name()) {
-            sampling.max_tokens = Some(roomy);
-        }
-        loop {
+        let limits = if self.options.memory.thinks(self.model.name()) {
+            [None, Some(roomy)]
+        } else {
+            [Some(question.max_tokens), Some(roomy)]
+        };
+        for max_tokens in limits.into_iter().flatten() {
+            let extra = self.options.extra.clone();
+            let sampling = Sampling { extra, max_tokens: Some(max_tokens), ..question.sampling() };
             let call = Call::new(step, self.model, chat.clone(), Some(template));
             let reply = match self.generate(&call, &sampling).await {
                 Err(ModelError::Filtered(_)) if self.profile.filtered == Filtered::Harm => {
@@ -154,18 +157,17 @@ impl Pipeline<'_> {
             let is_filtered = reply.finish == FinishReason::ContentFilter && self.profile.filtered == Filtered::Harm;
             let found = if is_filtered { Some(Detection::HARM) } else { Detection::read(question, &reply) };
             self.record(call.end(&reply, found)).await;
-            let had_room = sampling.max_tokens == Some(roomy);
-            match found {
-                Some(found) => {
-                    if had_room && broke_off_without_room(question, &sampling) {
-                        self.options.memory.learn_that_it_thinks(self.model.name());
-                    }
-                    return Ok(found);
+            if let Some(found) = found {
+                if max_tokens > question.max_tokens {
+                    self.options.memory.learn_that_it_thinks(self.model.name());
                 }
-                None if !had_room && broke_off(&reply) => sampling.max_tokens = Some(roomy),
-                None => return Err(Halt::Failed(GuardError::NoVerdict { step })),
+                return Ok(found);
+            }
+            if !broke_off(&reply) {
+                break;
             }
         }
+        Err(Halt::Failed(GuardError::NoVerdict { step }))
     }
 
     /// Step 3: each image of the conversation as text.
@@ -304,11 +306,6 @@ impl Pipeline<'_> {
         self.outcome.steps.push(trace.clone());
         self.tell(Event::Finished(trace)).await;
     }
-}
-
-/// Whether a question that was asked with room to think would have had less.
-fn broke_off_without_room(question: &Question, sampling: &Sampling) -> bool {
-    sampling.max_tokens != Some(question.max_tokens)
 }
 
 /// One call of the model, with a span of its own; no text of the conversation stands in it.

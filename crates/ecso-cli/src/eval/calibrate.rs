@@ -13,7 +13,7 @@ use ecso_eval::{
 };
 
 use crate::{
-    WrongUse,
+    UsageError,
     calibration::{self, Stored},
     cli::{ModelArgs, ProfileArgs},
     config,
@@ -30,17 +30,17 @@ pub(super) fn run(
     file: Option<&Path>,
 ) -> anyhow::Result<()> {
     if !(0.0..1.0).contains(&false_alarms) {
-        bail!(WrongUse("--false-alarms is a share, at least 0 and below 1".into()));
+        bail!(UsageError("--false-alarms is a share, at least 0 and below 1".into()));
     }
     let mut all = Vec::new();
     let mut first: Option<Header> = None;
     for run in runs {
         let (header, records) = journal::read(run)?;
         if !header.profiles.iter().any(|(name, _)| name == PROFILE) {
-            bail!(WrongUse(format!("{}: it has no arm {PROFILE}; run it with --profile {PROFILE}", run.display())));
+            bail!(UsageError(format!("{}: it has no arm {PROFILE}; run it with --profile {PROFILE}", run.display())));
         }
         if first.as_ref().is_some_and(|first| first.model_digest != header.model_digest) {
-            bail!(WrongUse(format!("{}: it is of another model than {}", run.display(), runs[0].display())));
+            bail!(UsageError(format!("{}: it is of another model than {}", run.display(), runs[0].display())));
         }
         let (mut scored, without) = scores(&records, PROFILE);
         if without > 0 {
@@ -56,8 +56,8 @@ pub(super) fn run(
         all.extend(scored);
         first.get_or_insert(header);
     }
-    let Some(header) = first else { bail!(WrongUse("name a run".into())) };
-    let found = calibrate(&all, false_alarms).map_err(WrongUse)?;
+    let Some(header) = first else { bail!(UsageError("name a run".into())) };
+    let found = calibrate(&all, false_alarms).map_err(UsageError)?;
     let stored = Stored {
         ecso: env!("CARGO_PKG_VERSION").into(),
         model: header.model,

@@ -21,7 +21,7 @@ use indicatif::ProgressBar;
 use serde::Deserialize;
 
 use super::args::{JudgeArgs, JudgeKind};
-use crate::{WrongUse, cli::ProfileArgs, config, open};
+use crate::{UsageError, cli::ProfileArgs, config, open};
 
 /// An answer from elsewhere.
 #[derive(Deserialize)]
@@ -42,7 +42,7 @@ pub(super) fn run(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<()> {
         let cases = match (&args.run, &args.responses) {
             (Some(run), _) => cases_of_run(run)?,
             (None, Some(responses)) => cases_of_responses(responses)?,
-            (None, None) => bail!(WrongUse("name a run or --responses".into())),
+            (None, None) => bail!(UsageError("name a run or --responses".into())),
         };
         let out = out(args, &judge.name());
         let known = verdicts(&out).unwrap_or_default();
@@ -96,7 +96,7 @@ fn summary(out: &Path, cases: usize, min_coverage: f64) -> anyhow::Result<()> {
 
 async fn open_judge(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<Box<dyn Judge>> {
     if args.judge_file.is_some() && args.judge != JudgeKind::Llm {
-        bail!(WrongUse("--judge-file is for --judge llm".into()));
+        bail!(UsageError("--judge-file is for --judge llm".into()));
     }
     Ok(match args.judge {
         JudgeKind::Advbench => Box::new(judge::AdvBench),
@@ -107,7 +107,7 @@ async fn open_judge(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<Box
             let model = open::model(&settings).await?;
             let model = Arc::new(Cached::new(model, open::identity(&settings)?, args.cache.clone()));
             match &args.judge_file {
-                Some(path) => Box::new(judge::published(path, model).map_err(WrongUse)?),
+                Some(path) => Box::new(judge::published(path, model).map_err(UsageError)?),
                 None => Box::new(judge::Llm::new(model, args.threshold)),
             }
         }
@@ -162,11 +162,11 @@ fn plain(value: &serde_json::Value) -> String {
 }
 
 fn lines<T: serde::de::DeserializeOwned>(path: &Path) -> anyhow::Result<Vec<T>> {
-    let text = std::fs::read_to_string(path).map_err(|error| WrongUse(format!("{}: {error}", path.display())))?;
+    let text = std::fs::read_to_string(path).map_err(|error| UsageError(format!("{}: {error}", path.display())))?;
     let mut rows = Vec::new();
     for (number, line) in (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty()) {
         let row = serde_json::from_str(line)
-            .map_err(|error| WrongUse(format!("{}: line {number}: {error}", path.display())))?;
+            .map_err(|error| UsageError(format!("{}: line {number}: {error}", path.display())))?;
         rows.push(row);
     }
     Ok(rows)
@@ -211,7 +211,7 @@ pub(super) fn agreement(path: &Path, labels: &Path, json: bool) -> anyhow::Resul
         scores.extend(judgement.score.map(|score| (score, *label)));
     }
     if pairs.is_empty() {
-        bail!(WrongUse("no verdict has a label of the same id".into()));
+        bail!(UsageError("no verdict has a label of the same id".into()));
     }
     let agreement = Agreement::of(pairs);
     let (accuracy, precision, recall) = (agreement.accuracy(), agreement.precision(), agreement.recall());

@@ -18,7 +18,7 @@ use ecso_eval::{
 pub(crate) use args::EvalCommand;
 use args::PrepareCommand;
 
-use crate::WrongUse;
+use crate::UsageError;
 
 pub(crate) fn run(command: &EvalCommand, file: Option<&Path>) -> anyhow::Result<()> {
     match command {
@@ -67,7 +67,7 @@ fn list(json: bool) -> anyhow::Result<()> {
 
 fn typesetter(font: Option<&Path>, sans: bool) -> anyhow::Result<Typesetter> {
     Ok(match font {
-        Some(file) => Typesetter::from_file(file).map_err(|error| WrongUse(error.to_string()))?,
+        Some(file) => Typesetter::from_file(file).map_err(|error| UsageError(error.to_string()))?,
         None if sans => Typesetter::sans()?,
         None => Typesetter::system()?,
     })
@@ -100,7 +100,7 @@ fn prepare_images(command: &PrepareCommand) -> anyhow::Result<()> {
 
 /// A request a line; or the column `prompt` or `instruction` of a CSV file.
 fn requests(path: &Path) -> anyhow::Result<Vec<prepare::Request>> {
-    let wrong = |error: &dyn std::fmt::Display| WrongUse(format!("{}: {error}", path.display()));
+    let wrong = |error: &dyn std::fmt::Display| UsageError(format!("{}: {error}", path.display()));
     let requests = prepare::requests(path).map_err(|error| wrong(&error))?;
     if requests.is_empty() {
         return Err(wrong(&"no request in it").into());
@@ -110,7 +110,7 @@ fn requests(path: &Path) -> anyhow::Result<Vec<prepare::Request>> {
 
 /// The judges' files in a run's folder.
 fn verdict_files(run: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let entries = std::fs::read_dir(run).map_err(|error| WrongUse(format!("{}: {error}", run.display())))?;
+    let entries = std::fs::read_dir(run).map_err(|error| UsageError(format!("{}: {error}", run.display())))?;
     let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
     files.retain(|path| {
         let is_lines = path.extension().is_some_and(|extension| extension == "jsonl");
@@ -126,12 +126,12 @@ fn judged(run: &Path, wanted: Option<&str>) -> anyhow::Result<Judged> {
     files.retain(|path| wanted.is_none_or(|wanted| path.to_string_lossy().contains(wanted)));
     let path = match files.as_slice() {
         [one] => one,
-        [] => return Err(WrongUse(format!("{}: nobody has judged it; ecso eval judge {0}", run.display())).into()),
+        [] => return Err(UsageError(format!("{}: nobody has judged it; ecso eval judge {0}", run.display())).into()),
         several => {
             let names: Vec<_> =
                 several.iter().filter_map(|path| path.file_name()).map(|name| name.to_string_lossy()).collect();
             return Err(
-                WrongUse(format!("{}: name one judge with --judge: {}", run.display(), names.join(", "))).into()
+                UsageError(format!("{}: name one judge with --judge: {}", run.display(), names.join(", "))).into()
             );
         }
     };

@@ -13,12 +13,12 @@ use ecso_eval::{
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::args::RunArgs;
-use crate::{WrongUse, cli::ProfileArgs, config, open};
+use crate::{UsageError, cli::ProfileArgs, config, open};
 
 pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let benchmark = benchmarks::named(&args.benchmark).ok_or_else(|| {
         let names: Vec<&str> = benchmarks::ALL.iter().map(|benchmark| benchmark.about().name).collect();
-        WrongUse(format!("no benchmark is called {}; there are {}", args.benchmark, names.join(", ")))
+        UsageError(format!("no benchmark is called {}; there are {}", args.benchmark, names.join(", ")))
     })?;
     let about = benchmark.about();
     let variant = args.variant.clone().or_else(|| about.variants.first().map(|variant| (*variant).to_owned()));
@@ -26,7 +26,7 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
         Some(data) => data.clone(),
         None if about.source == "ecso" => "-".into(),
         None => {
-            return Err(WrongUse(format!(
+            return Err(UsageError(format!(
                 "{}: --data is missing: {} (from {})",
                 about.name, about.layout, about.source
             ))
@@ -46,7 +46,7 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let mut names: Vec<&str> = profiles.iter().map(|profile| profile.name.as_str()).collect();
     names.sort_unstable();
     if names.windows(2).any(|pair| pair[0] == pair[1]) {
-        return Err(WrongUse("two profiles have the same name".into()).into());
+        return Err(UsageError("two profiles have the same name".into()).into());
     }
     let profiles = run::capped(profiles, args.max_new_tokens);
     // Before the model is loaded, and before there is a folder.

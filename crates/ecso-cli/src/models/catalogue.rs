@@ -3,7 +3,7 @@
 use anyhow::Context;
 use serde::Deserialize;
 
-use crate::WrongUse;
+use crate::UsageError;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -86,12 +86,12 @@ impl Catalogue {
     pub(crate) fn load() -> anyhow::Result<Self> {
         let (text, origin) = match std::env::var("ECSO_CATALOGUE") {
             Ok(path) => {
-                let text = std::fs::read_to_string(&path).map_err(|error| WrongUse(format!("{path}: {error}")))?;
+                let text = std::fs::read_to_string(&path).map_err(|error| UsageError(format!("{path}: {error}")))?;
                 (text, path)
             }
             Err(_) => (include_str!("catalogue.toml").to_owned(), "the built-in catalogue".into()),
         };
-        let catalogue: Self = toml::from_str(&text).map_err(|error| WrongUse(format!("{origin}: {error}")))?;
+        let catalogue: Self = toml::from_str(&text).map_err(|error| UsageError(format!("{origin}: {error}")))?;
         for model in &catalogue.models {
             catalogue.files(model).with_context(|| origin.clone())?;
         }
@@ -102,7 +102,7 @@ impl Catalogue {
         self.models.iter().find(|model| model.name == name).ok_or_else(|| {
             let names: Vec<&str> = self.models.iter().map(|model| model.name.as_str()).collect();
             let names = names.join(", ");
-            WrongUse(format!(
+            UsageError(format!(
                 "no model is called {name}; the catalogue has: {names}; a .gguf file or a URL will do too"
             ))
             .into()
@@ -111,9 +111,9 @@ impl Catalogue {
 
     pub(crate) fn file(&self, name: &str) -> anyhow::Result<&ModelFile> {
         let file = self.files.iter().find(|file| file.name == name);
-        let file = file.ok_or_else(|| WrongUse(format!("the catalogue has no file called {name}")))?;
+        let file = file.ok_or_else(|| UsageError(format!("the catalogue has no file called {name}")))?;
         let whole = std::path::Path::new(name).file_name().is_some_and(|last| last == name);
-        if whole { Ok(file) } else { Err(WrongUse(format!("{name} is no plain file name")).into()) }
+        if whole { Ok(file) } else { Err(UsageError(format!("{name} is no plain file name")).into()) }
     }
 
     /// All files of a model.

@@ -11,7 +11,7 @@ use indicatif::ProgressStyle;
 use serde_json::json;
 
 use crate::{
-    WrongUse,
+    UsageError,
     cli::{ModelArgs, ModelsCommand, ProfileArgs, Source},
     config,
 };
@@ -149,7 +149,7 @@ impl Models {
 fn files_here(catalogue: &Catalogue, store: &Store, name: &str) -> anyhow::Result<Vec<std::path::PathBuf>> {
     let files = catalogue.files(catalogue.model(name)?)?;
     if !files.iter().all(|file| store.has(file)) {
-        return Err(WrongUse(format!("{name} is not here yet; get it with `ecso models pull {name}`")).into());
+        return Err(UsageError(format!("{name} is not here yet; get it with `ecso models pull {name}`")).into());
     }
     Ok(files.iter().map(|file| store.path(&file.name)).collect())
 }
@@ -160,7 +160,7 @@ pub(crate) fn find(name: &str, folder: &Path) -> anyhow::Result<(Model, Store)> 
     let (catalogue, store) = (Catalogue::load()?, Store::new(folder));
     files_here(&catalogue, &store, name)?;
     let model = catalogue.models.into_iter().find(|model| model.name == name);
-    Ok((model.ok_or_else(|| WrongUse(format!("no model is called {name}")))?, store))
+    Ok((model.ok_or_else(|| UsageError(format!("no model is called {name}")))?, store))
 }
 
 fn licences(files: &[&ModelFile]) -> String {

@@ -3,9 +3,11 @@
 
 mod ask;
 mod eval;
+mod mock;
 mod models;
 mod operations;
 mod serve;
+mod servers;
 mod settings;
 mod upstream;
 

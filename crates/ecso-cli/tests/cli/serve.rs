@@ -22,7 +22,7 @@ pub(crate) struct Served {
 }
 
 impl Served {
-    /// `settings` are written as `gateway.limits.queue=0`; variables of OpenTelemetry as they are.
+    /// `settings` are written as `gateway.limits.queue=0`; variables in capitals as they are.
     pub(crate) fn start(upstream: &str, settings: &[&str], arguments: &[&str]) -> Self {
         let home = tempfile::tempdir().unwrap();
         let mut process = Command::new(assert_cmd::cargo::cargo_bin("ecso"))
@@ -32,7 +32,7 @@ impl Served {
             .env("HOME", home.path())
             .envs(settings.iter().map(|pair| {
                 let (key, value) = pair.split_once('=').unwrap();
-                if key.starts_with("OTEL_") {
+                if !key.contains(char::is_lowercase) {
                     return (key.to_owned(), value);
                 }
                 (format!("ECSO__{}", key.to_uppercase().replace('.', "__")), value)
@@ -79,9 +79,10 @@ pub(crate) fn ask(model: &str, query: &str, stream: bool) -> Value {
     ]}]})
 }
 
+#[derive(Debug)]
 pub(crate) struct Got {
     pub(crate) status: u16,
-    headers: reqwest::header::HeaderMap,
+    pub(crate) headers: reqwest::header::HeaderMap,
     pub(crate) body: String,
 }
 
@@ -97,7 +98,7 @@ pub(crate) fn client() -> reqwest::Client {
 }
 
 /// The text of all deltas, the `ecso` object, and whether an error ended it.
-fn read_stream(body: &str) -> (String, Value, Option<Value>) {
+pub(crate) fn read_stream(body: &str) -> (String, Value, Option<Value>) {
     let (mut text, mut ecso, mut error) = (String::new(), Value::Null, None);
     for line in body.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|line| *line != "[DONE]") {
         let event: Value = serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}"));
