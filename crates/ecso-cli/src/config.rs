@@ -77,7 +77,8 @@ pub(crate) struct Server {
     pub(crate) retries: usize,
     /// What the limit on new tokens is called: `auto`, `max_tokens` or `max_completion_tokens`.
     pub(crate) max_tokens_field: MaxTokensField,
-    /// Request fields that are never sent, by name, for models that refuse them.
+    /// Request fields that are never sent, by name, for models that refuse them; in the environment separated by commas.
+    #[serde(deserialize_with = "list")]
     pub(crate) omit: Vec<String>,
     /// Seconds after which a model that refused log-probabilities is asked for them again.
     pub(crate) forget_after: u64,
@@ -119,6 +120,22 @@ impl Default for Server {
             unix_socket: PathBuf::new(),
         }
     }
+}
+
+/// A list, or a text of its members with commas between.
+fn list<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum List {
+        Text(String),
+        Members(Vec<String>),
+    }
+    Ok(match List::deserialize(deserializer)? {
+        List::Members(members) => members,
+        List::Text(text) => {
+            text.split(',').map(|member| member.trim().to_owned()).filter(|member| !member.is_empty()).collect()
+        }
+    })
 }
 
 fn folders() -> anyhow::Result<Xdg> {

@@ -27,7 +27,7 @@ pub fn main() -> ExitCode {
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("ecso: {error:#}");
+            eprintln!("ecso: {}", ecso::chain(error.as_ref()));
             exit_code(&error)
         }
     }

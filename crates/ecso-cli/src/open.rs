@@ -53,7 +53,16 @@ pub(crate) fn is_file(name: &str) -> bool {
 }
 
 async fn server(settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> {
-    Ok(Arc::new(ecso_openai::OpenAi::connect(&settings.model, server_options(settings)).await?))
+    let server = ecso_openai::OpenAi::new(&settings.model, server_options(settings)).map_err(|error| misuse(&error))?;
+    Ok(Arc::new(server.settled().await?))
+}
+
+/// What is wrong before a server is asked anything: its address, a file, a proxy.
+pub(crate) fn misuse(error: &ecso::ModelError) -> UsageError {
+    match error {
+        ecso::ModelError::Rejected(cause) | ecso::ModelError::Transport(cause) => UsageError(cause.to_string()),
+        other => UsageError(other.to_string()),
+    }
 }
 
 /// How a server is talked to.

@@ -44,14 +44,14 @@ async fn gateway(settings: &Settings) -> anyhow::Result<Gateway> {
         let options = open::server_options(settings);
         let checks = checks(settings, &options)?;
         let key = options.api_key.clone();
-        Upstream::server(&settings.model, key, options, checks)?
+        Upstream::server(&settings.model, key, options, checks).map_err(|error| open::misuse(&error))?
     } else {
         Upstream::Engine(open::model(settings).await?)
     };
     Ok(Gateway::new(upstream, profile, settings.gateway.clone(), settings.images)?)
 }
 
-/// Where the guard's own calls go, if not to the guarded server: reached as that is, with a key of its own.
+/// Where the guard's own calls go, if not to the guarded server: reached with the same proxy and certificates, with a key of its own.
 fn checks(settings: &Settings, options: &ecso_openai::Options) -> anyhow::Result<Option<Checks>> {
     let Settings { checks, .. } = settings;
     if checks.url.is_empty() {
@@ -61,8 +61,10 @@ fn checks(settings: &Settings, options: &ecso_openai::Options) -> anyhow::Result
         "" => None,
         name => Some(std::env::var(name).map_err(|_| UsageError(format!("checks.api_key_env: {name} is not set")))?),
     };
-    let options = ecso_openai::Options { model: None, api_key: key.map(Into::into), ..options.clone() };
-    let server = ecso_openai::OpenAi::new(&checks.url, options)?;
+    // The socket is the guarded server's.
+    let key = key.map(Into::into);
+    let options = ecso_openai::Options { model: None, api_key: key, unix_socket: None, ..options.clone() };
+    let server = ecso_openai::OpenAi::new(&checks.url, options).map_err(|error| open::misuse(&error))?;
     Ok(Some(Checks { server, model: checks.model_name.clone() }))
 }
 

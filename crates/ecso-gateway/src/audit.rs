@@ -1,5 +1,5 @@
-//! The audit log: a JSON line for every answer that was judged. What people said stands in it only if the operator wants that; else
-//! digests do.
+//! The audit log: a JSON line for every answer that was judged. What people said stands in it only if the operator
+//! wants that; else digests do.
 
 use std::{
     collections::BTreeMap,
@@ -94,6 +94,7 @@ impl Audit {
         let draft = case.drafts.get(&choice).map_or("", String::as_str);
         let query = case.request.chat.turns.iter().rev().find(|turn| turn.role == ecso::Role::User);
         let steps = outcome.map(|outcome| outcome.steps.as_slice()).unwrap_or_default();
+        let images = case.request.chat.images().map(|image| image.digest().to_hex()[..32].to_owned());
         let mut line = json!({
             "at": OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default(),
             "request_id": case.id,
@@ -107,7 +108,7 @@ impl Audit {
             "rewritten": outcome.is_some_and(|outcome| outcome.rewritten),
             "failure": case.report.failure(),
             "ms": u64::try_from(case.begun.elapsed().as_millis()).unwrap_or(u64::MAX),
-            "image_digests": case.request.chat.images().map(|image| image.digest().to_hex()[..32].to_owned()).collect::<Vec<_>>(),
+            "image_digests": images.collect::<Vec<_>>(),
             "query_digest": query.map(|turn| digest(&turn.query())),
             "draft_digest": digest(draft),
             "steps": steps.iter().map(|step| json!({

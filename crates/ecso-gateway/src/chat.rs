@@ -226,7 +226,8 @@ impl Guarded {
         }
     }
 
-    /// A stream that is held: signs of life until the verdict, then the draft as it came or the safe answer as it is written.
+    /// A stream that is held: signs of life until the verdict, then the draft as it came or the safe answer as it is
+    /// written.
     async fn held(self, request: Request, permit: OwnedSemaphorePermit) -> Result<Response, Failure> {
         let guard = self.guard(&request)?;
         let (span, direct) = (Span::current(), telemetry::direct(&request.model));
@@ -309,7 +310,10 @@ impl Guarded {
                 futures::pin_mut!(events);
                 let mut rewritten = false;
                 let mut begun = false;
-                while let Some(event) = self.in_time(async { Ok(events.next().await) }).await.unwrap_or_else(|late| Some(Err(late))) {
+                let mut next = async || {
+                    self.in_time(async { Ok(events.next().await) }).await.unwrap_or_else(|late| Some(Err(late)))
+                };
+                while let Some(event) = next().await {
                     match event {
                         Ok(Event::Decided { rewritten: another, .. }) => {
                             rewritten = another;
@@ -320,7 +324,8 @@ impl Guarded {
                             }
                         }
                         Ok(Event::Answer(text)) if rewritten => {
-                            // Whether it is the fixed refusal, the end tells; where that has another place, the answer waits for it.
+                            // Whether it is the fixed refusal, the end tells; where that has another place, the answer
+                            // waits for it.
                             if request.wants_json() {
                                 continue;
                             }
@@ -411,7 +416,8 @@ fn replayed(draft: &Draft, choice: u64) -> Vec<String> {
     of_choice.collect()
 }
 
-/// What is said in a draft's place. The fixed refusal is no JSON: where the client wants that, it stands where the protocol has refusals.
+/// What is said in a draft's place. The fixed refusal is no JSON: where the client wants that, it stands where the
+/// protocol has refusals.
 fn message(outcome: &Outcome, request: &Request) -> Value {
     if outcome.refused && request.wants_json() {
         return json!({"role": "assistant", "content": null, "refusal": outcome.answer});

@@ -1,5 +1,5 @@
-//! What a browser needs to read our own answers. The upstream decides which pages may; what it says of a page holds for every answer of
-//! ours to that page, errors included.
+//! What a browser needs to read our own answers. The upstream decides which pages may; what it says of a page holds for
+//! every answer of ours to that page, errors included.
 
 use std::{
     num::NonZeroUsize,

@@ -1,5 +1,5 @@
-//! `POST /v1/guard`: for people who serve their model themselves. Images, query and an answer in; verdict, captions and a safe
-//! answer out.
+//! `POST /v1/guard`: for people who serve their model themselves. Images, query and an answer in; verdict, captions and
+//! a safe answer out.
 
 use std::{collections::BTreeMap, sync::Arc};
 

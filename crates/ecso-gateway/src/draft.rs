@@ -216,10 +216,12 @@ mod tests {
     fn everything_said_is_found() {
         let draft = Draft::whole(
             json!({"choices": [
-                {"index": 0, "message": {"role": "assistant", "content": "one", "reasoning_content": "because", "refusal": null,
-                    "tool_calls": [{"id": "x", "type": "function", "function": {"name": "f", "arguments": "{\"a\": \"b\"}"}}]},
+                {"index": 0, "message": {"role": "assistant", "content": "one", "reasoning_content": "because",
+                    "refusal": null, "tool_calls": [{"id": "x", "type": "function",
+                        "function": {"name": "f", "arguments": "{\"a\": \"b\"}"}}]},
                     "finish_reason": "stop", "logprobs": {"content": [{"token": "one"}]}},
-                {"index": 1, "message": {"content": [{"type": "text", "text": "two"}]}, "thoughts": "hm", "finish_reason": "stop"},
+                {"index": 1, "message": {"content": [{"type": "text", "text": "two"}]}, "thoughts": "hm",
+                    "finish_reason": "stop"},
                 {"index": 2, "message": {"content": null}, "finish_reason": "stop"},
             ], "usage": {"total_tokens": 3}})
             .to_string()
@@ -241,13 +243,17 @@ mod tests {
 
     fn stream() -> String {
         let chunk = |value: Value| format!("data: {value}\n\n");
+        let call = |function: Value| json!({"index": 1, "delta": {"tool_calls": [{"index": 0, "function": function}]}});
+        let ended = |index: u8| json!({"index": index, "delta": {}, "finish_reason": "stop"});
         [
             ": hello\n\n".to_owned(),
             chunk(json!({"id": "c", "choices": [{"index": 0, "delta": {"role": "assistant", "content": "Äp"}}]})),
-            chunk(json!({"choices": [{"index": 1, "delta": {"reasoning": "hm"}}, {"index": 0, "delta": {"content": "fel"}}]})),
-            chunk(json!({"choices": [{"index": 1, "delta": {"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "{"}}]}}]})),
-            chunk(json!({"choices": [{"index": 1, "delta": {"tool_calls": [{"index": 0, "function": {"arguments": "}"}}]}}]})),
-            chunk(json!({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}, {"index": 1, "delta": {}, "finish_reason": "stop"}]})),
+            chunk(json!({"choices": [
+                {"index": 1, "delta": {"reasoning": "hm"}}, {"index": 0, "delta": {"content": "fel"}},
+            ]})),
+            chunk(json!({"choices": [call(json!({"name": "f", "arguments": "{"}))]})),
+            chunk(json!({"choices": [call(json!({"arguments": "}"}))]})),
+            chunk(json!({"choices": [ended(0), ended(1)]})),
             chunk(json!({"choices": [], "usage": {"total_tokens": 9}})),
             "data: [DONE]\n\n".to_owned(),
         ]

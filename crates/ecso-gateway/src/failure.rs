@@ -27,17 +27,17 @@ pub(crate) struct Failure {
     pub(crate) reason: Option<String>,
     pub(crate) retry_after: Option<Duration>,
     /// Headers of the upstream's answer that hold for this one too.
-    pub(crate) head: HeaderMap,
+    pub(crate) head: Box<HeaderMap>,
 }
 
 impl Failure {
     pub(crate) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
-        Self { status, code, message: message.into(), reason: None, retry_after: None, head: HeaderMap::new() }
+        Self { status, code, message: message.into(), reason: None, retry_after: None, head: Box::default() }
     }
 
     /// The same behind an answer of the upstream with this head.
     pub(crate) fn with_head(self, head: &HeaderMap) -> Self {
-        Self { head: head.clone(), ..self }
+        Self { head: Box::new(head.clone()), ..self }
     }
 
     /// The client's request can't be read or not be guarded.
@@ -178,7 +178,7 @@ impl IntoResponse for Failure {
         let mut response = Response::new(Body::from(self.object().to_string()));
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
-        headers.extend(self.head);
+        headers.extend(*self.head);
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if let Some(wait) = self.retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(wait.as_secs().max(1)));

@@ -94,7 +94,8 @@ impl Live {
         Guard::new(model, profile).with_extra(request.extra()).with_memory(Arc::clone(&self.memory))
     }
 
-    /// All steps, from the draft on, and what that was. It is the guarded model's, wherever the guard asks its questions.
+    /// All steps, from the draft on, and what that was. It is the guarded model's, wherever the guard asks its
+    /// questions.
     pub(crate) async fn answer(
         &self,
         guard: &Guard<Arc<dyn Mllm>>,

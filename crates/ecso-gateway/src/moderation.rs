@@ -1,7 +1,7 @@
 //! `POST /v1/moderations` in OpenAI's shape: would the guard let the model's answer to this out?
 //!
-//! The model is asked as in a chat, up to the verdict; no answer is given. OpenAI's categories of harm are not told apart here: they
-//! are null, and a category of our own, `harm`, says what was found.
+//! The model is asked as in a chat, up to the verdict; no answer is given. OpenAI's categories of harm are not told
+//! apart here: they are null, and a category of our own, `harm`, says what was found.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -52,7 +52,10 @@ const CATEGORIES: [&str; 13] = [
 ];
 
 /// Tells whether a request, texts or images, leads to harm.
-#[utoipa::path(post, path = "/v1/moderations", request_body = Question, responses((status = 200, body = Finding), Failures))]
+#[utoipa::path(
+    post, path = "/v1/moderations", request_body = Question,
+    responses((status = 200, body = Finding), Failures),
+)]
 pub(crate) async fn moderations(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
     if !gateway.live().settings.moderations {
         return others(State(gateway), request).await;

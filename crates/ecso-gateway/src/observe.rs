@@ -1,4 +1,5 @@
-//! Observing: the client gets what the model says, untouched; the guard judges beside it and records what it would have done.
+//! Observing: the client gets what the model says, untouched; the guard judges beside it and records what it would have
+//! done.
 
 use std::{sync::Arc, time::Instant};
 
@@ -87,8 +88,8 @@ impl Observed {
     }
 }
 
-/// A copy of an answer while it goes to the client. When that is over, and the answer is whole, it is judged: the client is
-/// gone by then, so this happens where the copy is dropped.
+/// A copy of an answer while it goes to the client. When that is over, and the answer is whole, it is judged: the
+/// client is gone by then, so this happens where the copy is dropped.
 struct Copy {
     seen: Vec<u8>,
     length: Option<usize>,

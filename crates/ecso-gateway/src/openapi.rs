@@ -1,5 +1,5 @@
-//! The API's description: made from the routes (`server`) and the types behind them. Where a body is read field by field, or is
-//! another server's, a type here says what it looks like.
+//! The API's description: made from the routes (`server`) and the types behind them. Where a body is read field by
+//! field, or is another server's, a type here says what it looks like.
 #![expect(dead_code, reason = "these types are read by the description alone")]
 
 use std::collections::BTreeMap;

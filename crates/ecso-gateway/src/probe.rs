@@ -7,8 +7,8 @@ use serde::{
     de::{Error, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 
-/// What a request is, as far as routing needs to know. A key that is there twice is an error: readers differ in which of
-/// the two they take, and what is guarded must be what is answered.
+/// What a request is, as far as routing needs to know. A key that is there twice is an error: readers differ in which
+/// of the two they take, and what is guarded must be what is answered.
 #[derive(Debug, PartialEq, Eq, Deserialize)]
 pub(crate) struct Probe<'a> {
     #[serde(borrow, default)]
@@ -60,12 +60,12 @@ impl<'de> Deserialize<'de> for IsText {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<IsText, A::Error> {
-                let (mut kind, mut names) = (None, BTreeSet::new());
+                let (mut kind, mut names, mut holds_more) = (None, BTreeSet::new(), false);
                 while let Some(name) = map.next_key::<Name<'de>>()? {
-                    if name.0 == "type" {
-                        kind = Some(map.next_value::<Name<'de>>()?);
-                    } else {
-                        map.next_value::<IgnoredAny>()?;
+                    match &*name.0 {
+                        "type" => kind = Some(map.next_value::<Name<'de>>()?),
+                        "text" => holds_more = map.next_value::<Content>()?.0,
+                        _ => drop(map.next_value::<IgnoredAny>()?),
                     }
                     if let Some(twice) = names.replace(name) {
                         return Err(A::Error::custom(format_args!("duplicate field `{}`", twice.0)));
@@ -79,7 +79,7 @@ impl<'de> Deserialize<'de> for IsText {
                     // Servers tell by its field what a part without a type is.
                     None => names.len() == 1 && names.contains(&Name("text".into())),
                 };
-                Ok(IsText(is_text))
+                Ok(IsText(is_text && !holds_more))
             }
         }
 
@@ -146,6 +146,7 @@ mod tests {
             (r#"{"messages": [{"content": ["a", {"text": "b"}, {"type": "thinking", "thinking": "c"}]}]}"#, false),
             (r#"{"messages": [{"content": [{"text": "a", "image": "u"}]}]}"#, true),
             (r#"{"messages": [{"content": [{"text": "a", "image_url": "u"}]}]}"#, true),
+            (r#"{"messages": [{"content": [{"type": "text", "text": {"image_url": "u"}}]}]}"#, true),
             (r#"{"messages": [{"content": [{}]}]}"#, true),
             ("{}", false),
         ] {

@@ -79,8 +79,8 @@ impl Request {
         Sampling { extra, ..Sampling::default() }
     }
 
-    /// What the guard's own calls carry of the request: fields that change how the model sees or thinks, as far as they are plain values
-    /// (a template of the client's own making is none).
+    /// What the guard's own calls carry of the request: fields that change how the model sees or thinks, as far as they
+    /// are plain values (a template of the client's own making is none).
     pub(crate) fn extra(&self) -> Map<String, Value> {
         let mut extra = Map::new();
         for name in FOR_EVERY_CALL {

@@ -141,8 +141,8 @@ pub struct Limits {
     pub deadline: u64,
     /// Requests in a minute, for each client key; 0 is no bound.
     pub per_minute: u32,
-    /// Findings about requests that are remembered, so that what repeats from call to call (an agent's system message, its tools) is
-    /// judged once; 0 remembers none. About 100 bytes each.
+    /// Findings about requests that are remembered, so that what repeats from call to call (an agent's system message,
+    /// its tools) is judged once; 0 remembers none. About 100 bytes each.
     pub remembered: usize,
 }
 

@@ -1,4 +1,5 @@
-//! Spans: one for each request, below it one for each step. Who takes them up, and where they go, is the program's business.
+//! Spans: one for each request, below it one for each step. Who takes them up, and where they go, is the program's
+//! business.
 
 use axum::http::HeaderMap;
 use tracing::Span;

@@ -1,5 +1,5 @@
-//! Fetching remote images for clients, without letting them reach inside through us: only public addresses, checked where
-//! names are resolved, on every hop; few bytes, little time.
+//! Fetching remote images for clients, without letting them reach inside through us: only public addresses, checked
+//! where names are resolved, on every hop; few bytes, little time.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -100,7 +100,8 @@ impl Resolve for Public {
     }
 }
 
-/// Whether an address is of the open internet, by the registries of special-purpose addresses (RFC 6890 and its updates).
+/// Whether an address is of the open internet, by the registries of special-purpose addresses (RFC 6890 and its
+/// updates).
 fn is_public(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(v4) => {
@@ -122,7 +123,8 @@ fn is_public(address: IpAddr) -> bool {
                 return is_public(v4.into());
             }
             let [first, second, ..] = v6.segments();
-            // Only global unicast, and of it not what stands for something else: documentation, benchmarks, Teredo, 6to4.
+            // Only global unicast, and of it not what stands for something else: documentation, benchmarks, Teredo,
+            // 6to4.
             let special = match first {
                 0x2001 => matches!(second, 0..=0x01ff | 0x0db8),
                 _ => matches!(first, 0x2002 | 0x3fff),

@@ -31,7 +31,7 @@ impl Memory {
     }
 
     /// What a prompt is known by: the model, the question's way of reading, and every word that is sent. `None` for what holds an image.
-    pub(crate) fn key(&self, model: &str, question: &Question, prompt: &Chat) -> Option<blake3::Hash> {
+    pub(crate) fn key(&self, model: &str, question: &Question, prior: f64, prompt: &Chat) -> Option<blake3::Hash> {
         self.findings.as_ref()?;
         let mut hasher = blake3::Hasher::new();
         let mut add = |text: &str| {
@@ -39,7 +39,7 @@ impl Memory {
             hasher.update(text.as_bytes());
         };
         add(model);
-        add(&format!("{:?} {} {}", question.parser, question.prior, question.threshold));
+        add(&format!("{:?} {} {}", question.parser, prior, question.threshold));
         for turn in &prompt.turns {
             add(turn.role.as_str());
             for part in &turn.parts {

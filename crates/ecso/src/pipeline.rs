@@ -15,7 +15,7 @@ use crate::{
     guard::Options,
     mllm::{Delta, FinishReason, Mllm, ModelError, Reply, Sampling},
     profile::{EmptyCaption, Filtered, Gate, Profile, Question, Rewrite},
-    prompt::{Prompt, Query},
+    prompt::{Asked, Prompt, Query},
     template::Template,
     trace::{Event, GuardError, Outcome, Step, Trace},
     verdict::{Detection, Verdict, broke_off, without_reasoning},
@@ -95,7 +95,7 @@ impl Pipeline<'_> {
         }
         let sampling = self.options.sampling.clone().unwrap_or_else(|| self.profile.direct.sampling());
         let reply = self.reply(Step::Direct, q.chat.clone(), &sampling, None).await?;
-        Ok(self.profile.stripped(&reply).to_owned())
+        Ok(self.profile.stripped(&reply.text).to_owned())
     }
 
     /// What a question finds in any of its wordings and windows, up to the first that finds harm. Under `gate = "always"` nobody asks about
@@ -104,21 +104,21 @@ impl Pipeline<'_> {
         &mut self,
         step: Step,
         question: &Question,
-        prompts: Vec<Prompt<'_>>,
+        prompts: Vec<Asked<'_>>,
     ) -> Result<Detection, Halt> {
         if step == Step::Detect && self.profile.gate == Gate::Always {
             return Ok(Detection::UNCHECKED);
         }
         let mut worst: Option<Detection> = None;
-        for (chat, template) in prompts {
+        for ((chat, template), prior) in prompts {
             let key = match step {
-                Step::RequestCheck => self.options.memory.key(self.model.name(), question, &chat),
+                Step::RequestCheck => self.options.memory.key(self.model.name(), question, prior, &chat),
                 _ => None,
             };
             let found = match self.options.memory.finding(key) {
                 Some(found) => found,
                 None => {
-                    let found = self.ask_once(step, question, chat, template).await?;
+                    let found = self.ask_once(step, question, prior, (chat, template)).await?;
                     self.options.memory.keep(key, found);
                     found
                 }
@@ -135,8 +135,8 @@ impl Pipeline<'_> {
         &mut self,
         step: Step,
         question: &Question,
-        chat: Chat,
-        template: &Template,
+        prior: f64,
+        (chat, template): Prompt<'_>,
     ) -> Result<Detection, Halt> {
         let roomy = question.max_tokens.max(ROOM_TO_THINK);
         let limits = if self.options.memory.thinks(self.model.name()) {
@@ -155,7 +155,7 @@ impl Pipeline<'_> {
                 reply => reply.map_err(|error| call.failed(error))?,
             };
             let is_filtered = reply.finish == FinishReason::ContentFilter && self.profile.filtered == Filtered::Harm;
-            let found = if is_filtered { Some(Detection::HARM) } else { Detection::read(question, &reply) };
+            let found = if is_filtered { Some(Detection::HARM) } else { Detection::read(question, prior, &reply) };
             self.record(call.end(&reply, found)).await;
             if let Some(found) = found {
                 if max_tokens > question.max_tokens {
@@ -175,15 +175,9 @@ impl Pipeline<'_> {
         let sampling = Sampling { extra: self.options.extra.clone(), ..self.profile.caption.sampling() };
         let mut captions = Vec::new();
         for (chat, template) in q.captions() {
-            let caption = match self.reply(Step::Caption, chat, &sampling, Some(template)).await {
-                Err(GuardError::Model { source: ModelError::Filtered(_), .. })
-                    if self.profile.filtered == Filtered::Harm =>
-                {
-                    self.is_filtered = true;
-                    String::new()
-                }
-                caption => caption?,
-            };
+            let reply = self.unless_filtered(Step::Caption, chat, &sampling, template).await?;
+            self.is_filtered |= reply.is_none();
+            let caption = reply.map(|reply| reply.text).unwrap_or_default();
             let caption = without_reasoning(&caption).unwrap_or_default();
             captions.push(self.profile.stripped(caption).to_owned());
         }
@@ -255,14 +249,8 @@ impl Pipeline<'_> {
     /// Step 4, whole: an answer with eyes closed that is to be judged. One that a content filter refuses is none.
     pub(crate) async fn compose(&mut self, (chat, template): Prompt<'_>) -> Result<String, Halt> {
         let sampling = self.options.sampling.clone().unwrap_or_else(|| self.profile.safe.sampling());
-        match self.reply(Step::Safe, chat, &sampling, Some(template)).await {
-            Err(GuardError::Model { source: ModelError::Filtered(_), .. })
-                if self.profile.filtered == Filtered::Harm =>
-            {
-                Err(Halt::Refuse)
-            }
-            reply => Ok(self.profile.stripped(&reply?).to_owned()),
-        }
+        let reply = self.unless_filtered(Step::Safe, chat, &sampling, template).await?.ok_or(Halt::Refuse)?;
+        Ok(self.profile.stripped(&reply.text).to_owned())
     }
 
     /// Text of the answer goes out.
@@ -278,18 +266,34 @@ impl Pipeline<'_> {
         self.release(self.profile.refusal.clone()).await
     }
 
-    /// A whole reply, white space and all.
+    /// A whole reply; `None` where a content filter refused it and the profile takes that for a sign of harm.
+    async fn unless_filtered(
+        &mut self,
+        step: Step,
+        chat: Chat,
+        sampling: &Sampling,
+        template: &Template,
+    ) -> Result<Option<Reply>, Halt> {
+        let is_sign = self.profile.filtered == Filtered::Harm;
+        match self.reply(step, chat, sampling, Some(template)).await {
+            Ok(reply) => Ok(Some(reply).filter(|reply| !is_sign || reply.finish != FinishReason::ContentFilter)),
+            Err(GuardError::Model { source: ModelError::Filtered(_), .. }) if is_sign => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// A whole reply.
     async fn reply(
         &mut self,
         step: Step,
         chat: Chat,
         sampling: &Sampling,
         template: Option<&Template>,
-    ) -> Result<String, GuardError> {
+    ) -> Result<Reply, GuardError> {
         let call = Call::new(step, self.model, chat, template);
         let reply = self.generate(&call, sampling).await.map_err(|error| call.failed(error))?;
         self.record(call.end(&reply, None)).await;
-        Ok(reply.text)
+        Ok(reply)
     }
 
     async fn generate(&mut self, call: &Call<'_>, sampling: &Sampling) -> Result<Reply, ModelError> {

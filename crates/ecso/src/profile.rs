@@ -335,12 +335,14 @@ pub struct DirectStep {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Question {
-    /// The question. `{x}` is the query, `{y}` the answer to judge. With the method `hardened` also `{c}`: the captions, `{t}`: the whole
-    /// conversation as text, and `{r}`: what is asked for, which is the captions, or {t} where no image has one.
+    /// The question. `{x}` is the query, `{y}` the answer to judge. With the method `hardened` also `{c}`: the captions, `{t}`: all that
+    /// the model is shown, as text, and `{r}`: what is asked for, which is the captions; where no image has one, {t} beside an answer,
+    /// else {x}.
     pub template: Template,
-    /// Further wordings, each asked by itself if it says something else; the likeliest harm of all counts.
+    /// Further wordings, each asked by itself if it says something else; the likeliest harm of all counts. One with {t} is asked where the
+    /// model is shown more than {x}.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub also: Vec<Template>,
+    pub also: Vec<Wording>,
     /// A system message before it; empty is none.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub system: String,
@@ -369,6 +371,26 @@ pub struct Question {
     pub temperature: f32,
     /// Most new tokens. A reply that breaks off before it says yes or no (a model that thinks first) is asked for once more with room.
     pub max_tokens: u32,
+}
+
+/// A further wording of a question: a template, with a prior of its own where it leans another way.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Wording {
+    /// A template with the question's prior.
+    Plain(Template),
+    /// A template with its own.
+    Weighed(Weighed),
+}
+
+/// A template and its prior.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Weighed {
+    /// As [`Question::template`].
+    pub template: Template,
+    /// As [`Question::prior`].
+    pub prior: f64,
 }
 
 /// Step 3, image to text (equation 3).
@@ -505,9 +527,13 @@ impl DirectStep {
 }
 
 impl Question {
-    /// All its wordings.
-    pub(crate) fn wordings(&self) -> impl Iterator<Item = &Template> {
-        [&self.template].into_iter().chain(&self.also)
+    /// All its wordings, with their priors.
+    pub(crate) fn wordings(&self) -> impl Iterator<Item = (&Template, f64)> {
+        let also = self.also.iter().map(|wording| match wording {
+            Wording::Plain(template) => (template, self.prior),
+            Wording::Weighed(Weighed { template, prior }) => (template, *prior),
+        });
+        [(&self.template, self.prior)].into_iter().chain(also)
     }
 
     /// The question's sampling.
@@ -622,9 +648,11 @@ impl Profile {
         };
         for (key, question) in self.questions() {
             share(&format!("{key}.threshold"), question.threshold)?;
-            share(&format!("{key}.prior"), question.prior)?;
-            if question.prior <= 0.0 || question.prior >= 1.0 {
-                return Err(ProfileError::Invalid(format!("{key}.prior must be above 0 and below 1")));
+            for (_, prior) in question.wordings() {
+                share(&format!("{key}.prior"), prior)?;
+                if prior <= 0.0 || prior >= 1.0 {
+                    return Err(ProfileError::Invalid(format!("{key}.prior must be above 0 and below 1")));
+                }
             }
             if key != "request_check" {
                 must_hold(&format!("{key}.template"), &question.template, "y")?;
@@ -633,7 +661,7 @@ impl Profile {
         match &self.method {
             Method::Paper(paper) => {
                 for hole in ["c", "r", "t"] {
-                    if paper.detect.wordings().any(|template| template.has(hole)) {
+                    if paper.detect.wordings().any(|(template, _)| template.has(hole)) {
                         let why = format!(
                             "detect.template: {{{hole}}} is of the method `hardened`; step 2 comes before step 3"
                         );

@@ -12,6 +12,9 @@ use crate::{
 /// A prompt, and the template that made it.
 pub(crate) type Prompt<'q> = (Chat, &'q Template);
 
+/// A question's prompt, with the prior of its wording.
+pub(crate) type Asked<'q> = (Prompt<'q>, f64);
+
 /// The turn that is guarded: the last one of the user, in its conversation.
 pub(crate) struct Query<'a> {
     profile: &'a Profile,
@@ -86,7 +89,7 @@ impl<'a> Query<'a> {
 
     /// A question about the request, or about the answer `y` where its template has {y}: a fresh conversation of one turn for each
     /// wording, and each window, that says something of its own.
-    pub(crate) fn question<'q>(&self, question: &'q Question, y: &str, captions: &[String]) -> Vec<Prompt<'q>> {
+    pub(crate) fn question<'q>(&self, question: &'q Question, y: &str, captions: &[String]) -> Vec<Asked<'q>> {
         let answer = format!("{}{y}", self.prefill);
         let judged = match question.cut {
             0 => answer.as_str(),
@@ -94,10 +97,18 @@ impl<'a> Query<'a> {
         };
         let captions = captions.join("\n\n");
         let read = without_empty_entries(&captions);
-        let resolved = if read.is_empty() { &self.transcript } else { &read };
         let mut said = HashSet::new();
         let mut prompts = Vec::new();
-        for template in question.wordings() {
+        for (template, prior) in question.wordings() {
+            let shows_more = self.transcript != self.asked;
+            if template.has("t") && !shows_more && !template.has("y") {
+                continue;
+            }
+            let resolved = match read.as_str() {
+                "" if template.has("y") => &self.transcript,
+                "" => &self.asked,
+                read => read,
+            };
             let holes =
                 [("x", self.asked.as_str()), ("y", judged), ("c", &captions), ("t", &self.transcript), ("r", resolved)];
             for holes in windows(&holes, template, question.window) {
@@ -109,7 +120,7 @@ impl<'a> Query<'a> {
                     let images = self.shown().filter(|_| question.image == Images::Include);
                     let mut chat = one_turn(self.profile, images.cloned(), text);
                     chat.turns.splice(0..0, examples(question));
-                    prompts.push((chat, template));
+                    prompts.push(((chat, template), prior));
                 }
             }
         }

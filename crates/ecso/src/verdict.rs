@@ -147,10 +147,10 @@ impl Detection {
     /// Harm, by a word.
     pub(crate) const HARM: Self = Self { verdict: Verdict::Unsafe, score: None };
 
-    /// Reads a reply; `None` where it is neither yes nor no.
-    pub(crate) fn read(question: &Question, reply: &Reply) -> Option<Self> {
+    /// Reads the reply to a wording of this prior; `None` where it is neither yes nor no.
+    pub(crate) fn read(question: &Question, prior: f64, reply: &Reply) -> Option<Self> {
         let score = harm_score(reply).map(|score| {
-            let odds = question.prior / (1.0 - question.prior);
+            let odds = prior / (1.0 - prior);
             score / (score + odds * (1.0 - score))
         });
         let verdict = question.parser.parse(&reply.text, score, question.threshold)?;

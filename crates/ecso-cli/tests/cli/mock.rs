@@ -87,8 +87,8 @@ impl Reply {
     }
 
     /// Any JSON, or what some servers take for it.
-    pub(crate) fn json(status: u16, body: impl ToString) -> Self {
-        Self::new(status, "application/json", body.to_string())
+    pub(crate) fn json(status: u16, body: impl Into<String>) -> Self {
+        Self::new(status, "application/json", body.into())
     }
 
     /// A stream of these chunks and its end.
@@ -106,7 +106,7 @@ impl Reply {
     /// An error as `OpenAI` tells it.
     pub(crate) fn refused(status: u16, message: &str, param: Option<&str>, code: &str) -> Self {
         let error = json!({"message": message, "type": "invalid_request_error", "param": param, "code": code});
-        Self::json(status, json!({"error": error}))
+        Self::json(status, json!({"error": error}).to_string())
     }
 
     /// A completion with this choice, in the form that is asked for.
@@ -120,7 +120,7 @@ impl Reply {
             let id = json!({"id": "up-1", "object": "chat.completion", "created": 1, "model": "m"});
             let mut completion = id;
             (completion["choices"], completion["usage"]) = (json!([choice]), usage);
-            return Self::json(200, completion);
+            return Self::json(200, completion.to_string());
         }
         let first = chunk(message, None);
         Self::events(&[first, chunk(&json!({}), Some(finish))])
@@ -149,7 +149,7 @@ impl Reply {
             "caption" => Self::says(asked, "A list."),
             "safe" => Self::says(asked, SAFE),
             "direct" => Self::says(asked, if asked.sent().contains("bad") { &leak } else { MILD }),
-            _ => Self::json(200, json!({"object": "list", "data": [{"id": "m", "object": "model"}]})),
+            _ => Self::json(200, json!({"object": "list", "data": [{"id": "m", "object": "model"}]}).to_string()),
         }
     }
 
@@ -166,16 +166,17 @@ impl Reply {
     fn template(self) -> ResponseTemplate {
         let body = if self.packed { gzip(&self.body) } else { self.body.into_bytes() };
         let template = ResponseTemplate::new(self.status).set_body_raw(body, self.kind);
-        self.headers.iter().fold(template, |template, (name, value)| {
-            template.insert_header(name.as_str(), value.as_str())
-        })
+        self.headers
+            .iter()
+            .fold(template, |template, (name, value)| template.insert_header(name.as_str(), value.as_str()))
     }
 }
 
 /// A chunk of a stream.
 pub(crate) fn chunk(delta: &Value, finish: Option<&str>) -> String {
     let choice = json!({"index": 0, "delta": delta, "finish_reason": finish});
-    json!({"id": "up-1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}).to_string()
+    json!({"id": "up-1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]})
+        .to_string()
 }
 
 /// A text as gzip, an event a block. Nothing gets smaller, and every reader must unpack it.

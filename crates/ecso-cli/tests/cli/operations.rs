@@ -75,6 +75,9 @@ async fn the_api_describes_itself() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_is_a_trace_with_a_span_a_step() {
+    if cfg!(not(feature = "otel")) {
+        return eprintln!("skipped: this build tells no spans");
+    }
     let collector = MockServer::start().await;
     Mock::given(method("POST"))
         .and(path("/v1/traces"))

@@ -298,7 +298,8 @@ async fn ten_thousand_requests_on_a_flaky_upstream() {
     let calls = upstream.seen.calls.load(Ordering::Relaxed);
     let failed = upstream.seen.failed.load(Ordering::Relaxed);
     eprintln!(
-        "{good} answered, {bad} errors; {calls} calls, {failed} of them failed; peak {warm:.0} MB after 2,000, {:.0} MB after 10,000",
+        "{good} answered, {bad} errors; {calls} calls, {failed} of them failed; peak {warm:.0} MB after 2,000, \
+         {:.0} MB after 10,000",
         served.peak()
     );
     assert_eq!(good + bad, 10_000);

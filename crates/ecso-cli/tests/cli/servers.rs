@@ -48,9 +48,10 @@ impl Answer {
             error: None,
         };
         let body = answer.got.body.clone();
-        let lines: Vec<&str> = match streamed && answer.got.status == 200 {
-            true => body.lines().filter_map(|line| line.strip_prefix("data: ")).collect(),
-            false => vec![&body],
+        let lines: Vec<&str> = if streamed && answer.got.status == 200 {
+            body.lines().filter_map(|line| line.strip_prefix("data: ")).collect()
+        } else {
+            vec![&body]
         };
         for line in lines.into_iter().filter(|line| *line != "[DONE]") {
             let event: Value = ecso_openai::lenient::parse(line).unwrap_or_else(|_| panic!("{line}"));
@@ -120,7 +121,12 @@ fn settings_file(text: &str) -> (tempfile::TempDir, String) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn packed_answers_are_unpacked_before_they_are_judged() {
-    let model = Model::start(|asked| Reply::usual(asked).packed()).await;
+    let model = Model::start(|asked| {
+        let is_refused = asked.body["model"] == "refused";
+        let reply = if is_refused { Reply::refused(429, "slow down", None, "slow") } else { Reply::usual(asked) };
+        reply.packed()
+    })
+    .await;
     let _ = client();
     let raw = reqwest::Client::builder().no_gzip().no_deflate().no_brotli().no_zstd().build().unwrap();
     let post = async |served: &Served, body: &Value| {
@@ -140,10 +146,16 @@ async fn packed_answers_are_unpacked_before_they_are_judged() {
                 assert_eq!((answer.text.as_str(), answer.verdict()), (text, verdict), "{}", answer.got.body);
             }
         }
+        let (status, headers, body) = post(&served, &ask("refused", GOOD, false)).await;
+        let packed = headers.contains_key("content-encoding");
+        assert_eq!((status, packed, body.starts_with(b"{\"error\"")), (429, false, true), "{body:?}");
         // What passes through stays as it is.
         let text = json!({"model": "m", "messages": [{"role": "user", "content": GOOD}]});
         let (status, headers, body) = post(&served, &text).await;
-        assert_eq!((status, &headers["content-encoding"], &body[..2]), (200, &"gzip".parse().unwrap(), &[0x1f, 0x8b][..]));
+        assert_eq!(
+            (status, &headers["content-encoding"], &body[..2]),
+            (200, &"gzip".parse().unwrap(), &[0x1f, 0x8b][..])
+        );
     }
 
     let folder = tempfile::tempdir().unwrap();
@@ -174,7 +186,8 @@ async fn packed_answers_are_unpacked_before_they_are_judged() {
 
 // 2.
 
-/// A server that takes fields by other names, no temperature but its own, and tells no log-probabilities.
+/// A server that takes fields by other names, no temperature but its own, and tells neither log-probabilities nor the
+/// usage of a stream.
 fn particular(asked: &Asked) -> Option<Reply> {
     let has = |field: &str| asked.body.get(field).is_some();
     if has("max_tokens") {
@@ -186,6 +199,10 @@ fn particular(asked: &Asked) -> Option<Reply> {
         let message = "Unsupported value: 'temperature' does not support 0.0 with this model. Only the default (1) \
                        value is supported.";
         return Some(Reply::refused(400, message, Some("temperature"), "unsupported_value"));
+    }
+    if has("stream_options") {
+        let message = "Unrecognized request argument supplied: stream_options";
+        return Some(Reply::refused(400, message, None, "unrecognized"));
     }
     if has("logprobs") {
         let message = "You are not allowed to request logprobs from this model";
@@ -226,7 +243,8 @@ async fn fields_that_a_server_refuses_are_named_otherwise_or_left_out_once_for_a
         }
     }
 
-    let (_folder, config) = settings_file("[server]\nomit = [\"temperature\", \"logprobs\", \"top_logprobs\"]\n");
+    let omit = json!(["temperature", "logprobs", "top_logprobs", "stream_options"]);
+    let (_folder, config) = settings_file(&format!("[server]\nomit = {omit}\n"));
     for profile in ["paper", "hardened"] {
         refused.store(0, Ordering::Relaxed);
         model.taken();
@@ -248,10 +266,10 @@ async fn fields_that_a_server_refuses_are_named_otherwise_or_left_out_once_for_a
 /// A completion or a stream that says `text`, made odd; bare words for what JSON can't say.
 fn odd(kind: &str, asked: &Asked, text: &str, harm: Option<f64>) -> Reply {
     let (yes, no) = harm.map_or((0.5_f64, 0.5_f64), |harm| (harm, 1.0 - harm));
+    let token = |name: &str, logprob: &str| format!(r#"{{"token":"{name}","logprob":{logprob}}}"#);
     let pair = |yes: &str, no: &str| {
-        format!(
-            r#"{{"content":[{{"token":"x","logprob":{yes},"top_logprobs":[{{"token":"Yes","logprob":{yes}}},{{"token":"No","logprob":{no}}}]}}]}}"#
-        )
+        let top = [token("Yes", yes), token("No", no)].join(",");
+        format!(r#"{{"content":[{{"token":"x","logprob":{yes},"top_logprobs":[{top}]}}]}}"#)
     };
     let (ln_yes, ln_no) = (yes.ln().to_string(), no.ln().to_string());
     let logprobs = match kind {
@@ -261,7 +279,9 @@ fn odd(kind: &str, asked: &Asked, text: &str, harm: Option<f64>) -> Reply {
         "NaN" => pair("NaN", "NaN"),
         "text log-probability" => pair(&format!("\"{ln_yes}\""), &format!("\"{ln_no}\"")),
         "null top" => r#"{"content":[{"token":"x","logprob":-0.1,"top_logprobs":null}]}"#.into(),
-        "odd top" => r#"{"content":[{"token":null,"logprob":{},"top_logprobs":[null,3,{"token":7},{"logprob":1}]}]}"#.into(),
+        "odd top" => {
+            r#"{"content":[{"token":null,"logprob":{},"top_logprobs":[null,3,{"token":7},{"logprob":1}]}]}"#.into()
+        }
         "null list" => r#"{"content":null}"#.into(),
         "empty list" => r#"{"content":[]}"#.into(),
         "other list" => "[0.1]".into(),
@@ -281,17 +301,15 @@ fn odd(kind: &str, asked: &Asked, text: &str, harm: Option<f64>) -> Reply {
         _ => json!(text),
     };
     let message = json!({"role": "assistant", "content": content, "refusal": null, "tool_calls": null});
+    let choice = |place: &str, finish: &str| {
+        format!(r#"{{"index":0,"{place}":{message},"logprobs":{logprobs},"finish_reason":{finish}}}"#)
+    };
     if asked.is_streamed() {
-        let first = format!(
-            r#"{{"id":"c","choices":[{{"index":0,"delta":{message},"logprobs":{logprobs},"finish_reason":null}}],"usage":{usage}}}"#
-        );
+        let first = format!(r#"{{"id":"c","choices":[{}],"usage":{usage}}}"#, choice("delta", "null"));
         let last = format!(r#"{{"choices":[{{"index":0,"delta":{{}},"finish_reason":"stop"}}],"usage":{usage}}}"#);
         return Reply::events(&[first, last]);
     }
-    let body = format!(
-        r#"{{"id":"c","choices":[{{"index":0,"message":{message},"logprobs":{logprobs},"finish_reason":"stop"}}],"usage":{usage}}}"#
-    );
-    Reply::json(200, body)
+    Reply::json(200, format!(r#"{{"id":"c","choices":[{}],"usage":{usage}}}"#, choice("message", "\"stop\"")))
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -384,7 +402,8 @@ async fn a_model_that_fails_over_log_probabilities_is_asked_without_and_no_other
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_model_without_a_system_role_judges_under_hardened() {
-    for message in ["System role not supported", "Conversation roles must alternate user/assistant/user/assistant/..."] {
+    for message in ["System role not supported", "Conversation roles must alternate user/assistant/user/assistant/..."]
+    {
         let model = Model::start(move |asked| {
             let roles = asked.body["messages"].as_array().into_iter().flatten().map(|message| &message["role"]);
             if roles.clone().any(|role| role == "system") {
@@ -406,12 +425,15 @@ async fn a_model_without_a_system_role_judges_under_hardened() {
 
 // 6.
 
-/// A filter, as one that tells what it was asked.
+/// A filter: one that tells what it was asked, or one that leaves the reply empty.
 fn filtered(asked: &Asked) -> Reply {
+    if asked.body["model"] == "quiet" {
+        return Reply::choice(asked, &json!({"role": "assistant", "content": ""}), "content_filter", None);
+    }
     let message = format!("The response was filtered due to the prompt: {}", asked.prompt());
     let inner = json!({"code": "ResponsibleAIPolicyViolation"});
     let error = json!({"message": message, "code": "content_filter", "status": 400, "innererror": inner});
-    Reply::json(400, json!({"error": error}))
+    Reply::json(400, json!({"error": error}).to_string())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -419,7 +441,9 @@ async fn a_filter_that_refuses_a_question_has_found_harm_under_hardened() {
     const REFUSAL: &str = "I'm sorry, but I can't help with that.";
     for (filters, answer) in [
         (&["request-check"][..], SAFE),
-        (&["detect"], REFUSAL),
+        // Whether the reply helps with anything is still asked.
+        (&["detect"], SAFE),
+        (&["detect", "help"], REFUSAL),
         (&["caption"], SAFE),
         (&["request-check", "safe"], REFUSAL),
         (&["caption", "request-check", "detect", "help", "safe"], REFUSAL),
@@ -430,16 +454,20 @@ async fn a_filter_that_refuses_a_question_has_found_harm_under_hardened() {
         })
         .await;
         for filtered in [None, Some("filtered=error")] {
-            let arguments: Vec<&str> = HARDENED.iter().copied().chain(filtered.into_iter().flat_map(|f| ["--set", f])).collect();
+            let arguments: Vec<&str> =
+                HARDENED.iter().copied().chain(filtered.into_iter().flat_map(|f| ["--set", f])).collect();
             let served = Served::start(&model.url, &[NO_RETRIES], &arguments);
-            for streamed in [false, true] {
-                let case = format!("{filters:?} {filtered:?} {streamed}");
-                let got = asked(&served, &ask("m", BAD, streamed)).await;
+            let is_question = |step: &&str| matches!(*step, "request-check" | "detect" | "help");
+            let names = if filters.iter().all(is_question) { &["m", "quiet"][..] } else { &["m"] };
+            for (name, streamed) in names.iter().flat_map(|name| [(*name, false), (*name, true)]) {
+                let case = format!("{filters:?} {filtered:?} {name} {streamed}");
+                let got = asked(&served, &ask(name, BAD, streamed)).await;
                 assert!(!got.got.body.contains(LEAK), "{case}: {}", got.got.body);
                 if filtered.is_none() {
                     assert_eq!((got.text.as_str(), got.verdict()), (answer, "unsafe"), "{case}: {}", got.got.body);
                 } else {
-                    assert_eq!(got.code(), "guard_failed", "{case}: {}", got.got.body);
+                    let code = if name == "quiet" { "guard_no_verdict" } else { "guard_failed" };
+                    assert_eq!(got.code(), code, "{case}: {}", got.got.body);
                     assert_eq!(got.error.unwrap()["type"], "ecso_guard_error");
                     assert_eq!(got.got.status, if streamed { 200 } else { 502 }, "{case}");
                 }
@@ -456,8 +484,8 @@ async fn an_error_about_a_question_of_ours_tells_no_word_of_it() {
         let fault = asked.body["model"].as_str().unwrap_or_default();
         match (asked.step, fault) {
             ("detect", "filter") => filtered(asked),
-            ("detect", "json") => Reply::json(200, &quoted),
-            ("detect", "object") => Reply::json(200, json!({"error": {"message": quoted}})),
+            ("detect", "json") => Reply::json(200, quoted),
+            ("detect", "object") => Reply::json(200, json!({"error": {"message": quoted}}).to_string()),
             ("detect", status) => Reply::refused(status.parse().unwrap(), &quoted, None, "quoted"),
             _ => Reply::usual(asked),
         }
@@ -501,6 +529,9 @@ async fn a_browser_may_read_answers_streams_and_errors() {
     .await;
     let served = Served::start(&model.url, &[NO_RETRIES], PAPER);
     let origin = [("origin", ORIGIN)];
+    let preflight = client().request(reqwest::Method::OPTIONS, served.chat()).header("origin", ORIGIN);
+    let preflight = preflight.header("access-control-request-method", "POST").send().await.unwrap();
+    assert_eq!(preflight.headers()["access-control-allow-origin"], ORIGIN);
     for query in [GOOD, BAD] {
         for streamed in [false, true] {
             let answer = asked_with(&served, &ask("m", query, streamed), &origin).await;
@@ -537,7 +568,7 @@ async fn a_browser_may_read_answers_streams_and_errors() {
 async fn data_urls_are_taken_as_people_send_them() {
     let model = Model::start(Reply::usual).await;
     let served = Served::start(&model.url, &[], PAPER);
-    for (name, bytes) in field("10-data-urls").into_iter().filter(|(name, _)| name.ends_with(".json")) {
+    for (name, bytes) in field("10-data-urls").into_iter().filter(|(name, _)| name != "part-options.json.txt") {
         let mut body: Value = serde_json::from_slice(&bytes).unwrap();
         for streamed in [false, true] {
             body["stream"] = streamed.into();
@@ -546,8 +577,7 @@ async fn data_urls_are_taken_as_people_send_them() {
             let message = answer.error.as_ref().map_or("", |error| error["message"].as_str().unwrap());
             eprintln!("{name}: {} {message}", answer.got.status);
             let hint = match name.as_str() {
-                "bare-base64.json" => Some("data:image/png;base64,"),
-                "file-url.json" => Some("data:image/png;base64,"),
+                "bare-base64.json" | "file-url.json" => Some("data:image/png;base64,"),
                 _ => None,
             };
             if let Some(hint) = hint {
@@ -591,8 +621,10 @@ async fn how_a_client_has_images_looked_at_holds_for_the_guard_too() {
                 assert_eq!(answer.got.status, 200, "{}", answer.got.body);
                 let sent = &body["messages"][0]["content"][0];
                 let taken = model.taken();
-                let calls: Vec<&Asked> =
-                    taken.iter().filter(|asked| matches!(asked.step, "detect" | "help" | "caption" | "request-check")).collect();
+                let calls: Vec<&Asked> = taken
+                    .iter()
+                    .filter(|asked| matches!(asked.step, "detect" | "help" | "caption" | "request-check"))
+                    .collect();
                 let mut seen = 0;
                 for call in calls {
                     let step = call.step;
@@ -651,9 +683,7 @@ async fn a_beginning_that_the_client_wrote_is_judged_with_the_rest_and_step_4_be
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_wants_json_gets_the_refusal_where_the_protocol_has_it() {
     let model = Model::start(|asked| match asked.step {
-        "safe" => {
-            Reply::choice(asked, &json!({"role": "assistant", "content": SAFE}), "content_filter", None)
-        }
+        "safe" => Reply::choice(asked, &json!({"role": "assistant", "content": SAFE}), "content_filter", None),
         _ => Reply::usual(asked),
     })
     .await;
@@ -696,7 +726,8 @@ fn halved(before: &str, units: [u16; 2], after: &str) -> [String; 2] {
 async fn a_character_that_is_cut_in_two_and_a_chunk_without_choices_are_read() {
     let model = Model::start(|asked| {
         let smile = [0xd83d, 0xde42];
-        let usage = r#"{"id":"up-1","choices":null,"usage":{"prompt_tokens":10,"completion_tokens":5,"total_tokens":15}}"#;
+        let usage =
+            r#"{"id":"up-1","choices":null,"usage":{"prompt_tokens":10,"completion_tokens":5,"total_tokens":15}}"#;
         let stream = |[first, second]: [String; 2]| {
             Reply::events(&[
                 chunk(&json!({"role": "assistant", "content": ""}), None),
@@ -782,11 +813,11 @@ async fn an_upstream_may_be_the_url_of_an_endpoint() {
 }
 
 /// Runs `ecso serve` with what it can't start with, and gives what it says.
-fn refused(upstream: &str, variables: &[(&str, &str)], code: i32) -> String {
+fn refused(upstream: &str, variables: &[(&str, &str)]) -> String {
     let home = tempfile::tempdir().unwrap();
     let mut command = ecso(home.path());
     command.args(["serve", "--listen", "127.0.0.1:0", "--upstream", upstream]).envs(variables.iter().copied());
-    let run = command.timeout(Duration::from_secs(20)).assert().code(code);
+    let run = command.timeout(Duration::from_secs(20)).assert().failure();
     crate::text(&run.get_output().stderr)
 }
 
@@ -799,7 +830,7 @@ fn an_upstream_without_a_scheme_is_told_with_one() {
         ("127.0.0.1", "http://"),
         ("api.example.org/v1", "http"),
     ] {
-        let said = refused(upstream, &[], 2);
+        let said = refused(upstream, &[]);
         assert!(said.contains(says), "{upstream}: {said}");
     }
 }
@@ -809,7 +840,7 @@ fn an_upstream_without_a_scheme_is_told_with_one() {
 #[test]
 fn a_certificate_file_that_is_not_there_is_told_by_its_path() {
     for variable in ["ECSO__SERVER__CA_FILE", "ECSO__SERVER__CLIENT_CERT"] {
-        let said = refused("https://127.0.0.1:9/v1", &[(variable, "/nonexistent/ca.pem")], 1);
+        let said = refused("https://127.0.0.1:9/v1", &[(variable, "/nonexistent/ca.pem")]);
         assert!(said.contains("/nonexistent/ca.pem") && said.contains("No such file"), "{said}");
     }
 }
@@ -881,9 +912,14 @@ async fn checks_go_to_their_own_server_with_its_key_and_never_the_clients() {
             let found: Value = serde_json::from_str(&guarded.text().await.unwrap()).unwrap();
             assert_eq!((&found["verdict"], &found["answer"]), (&json!("unsafe"), &json!(SAFE)));
 
+            let moderated = client().post(format!("{}/moderations", served.url)).bearer_auth("client");
+            let moderated = moderated.json(&json!({"input": BAD, "model": "m"})).send().await.unwrap();
+            let found: Value = serde_json::from_str(&moderated.text().await.unwrap()).unwrap();
+            assert_eq!(found["results"][0]["flagged"], true, "{found}");
+
             let (asked, checked) = (upstream.taken(), checks.taken());
             assert!(asked.iter().all(|asked| asked.step == "direct"), "{:?}", steps(&asked));
-            assert_eq!(asked.len(), 5);
+            assert_eq!(asked.len(), 6);
             assert!(asked.iter().all(|asked| asked.key() == "Bearer client" && asked.body["model"] == "m"));
             assert!(checked.iter().all(|asked| asked.step != "direct"), "{:?}", steps(&checked));
             for step in ["detect", "caption", "safe"] {
@@ -895,7 +931,6 @@ async fn checks_go_to_their_own_server_with_its_key_and_never_the_clients() {
     let said = refused(
         &upstream.url,
         &[("ECSO__CHECKS__URL", checks.url.as_str()), ("ECSO__CHECKS__API_KEY_ENV", "CHECKS_KEY")],
-        2,
     );
     assert!(said.contains("CHECKS_KEY is not set"), "{said}");
 }
@@ -956,11 +991,13 @@ async fn a_judge_that_judges_nothing_is_no_verdict() {
         "<think>Is it? Yes or no",
     ] {
         for refuses in ["request-check", "detect"] {
-            let model = Model::start(move |asked| match asked.step == refuses {
-                true => Reply::says(asked, said),
-                false => Reply::usual(asked),
-            })
-            .await;
+            let model =
+                Model::start(
+                    move |asked| {
+                        if asked.step == refuses { Reply::says(asked, said) } else { Reply::usual(asked) }
+                    },
+                )
+                .await;
             let served = Served::start(&model.url, &[NO_RETRIES], HARDENED);
             for query in [GOOD, BAD] {
                 for streamed in [false, true] {
@@ -979,7 +1016,8 @@ async fn a_judge_that_judges_nothing_is_no_verdict() {
 // 17.
 
 fn agent(system: &str, query: &str, streamed: bool) -> Value {
-    let function = json!({"name": "send_letter", "description": "Sends a letter by post.", "parameters": {"type": "object"}});
+    let function =
+        json!({"name": "send_letter", "description": "Sends a letter by post.", "parameters": {"type": "object"}});
     let schema = json!({"name": "shopping", "schema": {"properties": {"apples_wanted": {"type": "integer"}}}});
     json!({
         "model": "m", "stream": streamed,
@@ -997,8 +1035,12 @@ async fn tools_schemas_and_system_messages_are_judged_with_the_request() {
         (Some("trusted=[\"tools\"]"), &["You are a clerk.", GOOD], &["Sends a letter", "apples_wanted"]),
         (Some("trusted=[\"system\", \"tools\"]"), &[GOOD], &["Sends a letter", "apples_wanted", "a clerk"]),
     ] {
-        let arguments: Vec<&str> =
-            HARDENED.iter().copied().chain(["--set", "scope=all"]).chain(more.into_iter().flat_map(|more| ["--set", more])).collect();
+        let arguments: Vec<&str> = HARDENED
+            .iter()
+            .copied()
+            .chain(["--set", "scope=all"])
+            .chain(more.into_iter().flat_map(|more| ["--set", more]))
+            .collect();
         let served = Served::start(&model.url, &["gateway.limits.remembered=0"], &arguments);
         for streamed in [false, true] {
             model.taken();
@@ -1020,7 +1062,8 @@ async fn tools_schemas_and_system_messages_are_judged_with_the_request() {
 async fn the_long_system_message_of_an_agent_is_judged_once() {
     let model = Model::start(Reply::usual).await;
     let served = Served::start(&model.url, &[], &["--profile", "hardened", "--set", "scope=all"]);
-    let rules: Vec<String> = (0..300).map(|rule| format!("Rule {rule}: letters of kind {rule} go to shelf {rule}.")).collect();
+    let rules: Vec<String> =
+        (0..300).map(|rule| format!("Rule {rule}: letters of kind {rule} go to shelf {rule}.")).collect();
     let system = rules.join("\n");
     let mut counts = Vec::new();
     for (turn, streamed) in [false, true, false, true].into_iter().enumerate() {
@@ -1069,7 +1112,8 @@ async fn every_door_decides_the_same() {
         opinion(0.99, 0.02, 0.02, "A nice list.", "unsafe"),
         opinion(0.5, 0.7, 0.9, STEPS, "unsafe"),
         opinion(0.5, 0.7, 0.1, STEPS, "safe"),
-        opinion(0.5, 0.5, 0.5, STEPS, "unsafe"),
+        opinion(0.5, 0.5, 0.9, STEPS, "unsafe"),
+        opinion(0.5, 0.5, 0.5, STEPS, "safe"),
         opinion(0.3, 0.5, 0.5, STEPS, "safe"),
         opinion(0.02, 0.02, 0.02, "A nice list.", "safe"),
         opinion(0.02, 0.9, 0.02, REFUSAL, "safe"),
@@ -1081,10 +1125,10 @@ async fn every_door_decides_the_same() {
         Opinion { told: false, ..opinion(0.99, 0.02, 0.02, "A nice list.", "unsafe") },
         Opinion { told: false, ..opinion(0.02, 0.02, 0.02, "A nice list.", "safe") },
     ];
-    let now = Arc::new(Mutex::new(table[0]));
+    let now = Arc::new(Mutex::new((0, table[0])));
     let held = Arc::clone(&now);
     let model = Model::start(move |asked| {
-        let Opinion { request, reply, help, draft, told, .. } = *held.lock().unwrap();
+        let (row, Opinion { request, reply, help, draft, told, .. }) = *held.lock().unwrap();
         let is_draft = !asked.prompt().contains(SAFE);
         let judge = |harm: f64| {
             if told {
@@ -1097,6 +1141,8 @@ async fn every_door_decides_the_same() {
             "detect" => judge(if is_draft { reply } else { 0.02 }),
             "help" => judge(if is_draft { help } else { 0.02 }),
             "direct" => Reply::says(asked, draft),
+            // What was found about a request is remembered: each row asks something of its own.
+            "caption" => Reply::says(asked, &format!("List {row}")),
             _ => Reply::usual(asked),
         }
     })
@@ -1104,8 +1150,7 @@ async fn every_door_decides_the_same() {
     for profile in [PAPER, HARDENED] {
         let served = Served::start(&model.url, &[NO_RETRIES], profile);
         for (row, opinion) in table.into_iter().enumerate() {
-            *now.lock().unwrap() = opinion;
-            // What was found about a request is remembered: each row asks something of its own.
+            *now.lock().unwrap() = (row, opinion);
             let query = format!("What is on list {row}?");
             let mut found = Vec::new();
             for streamed in [false, true] {
@@ -1143,9 +1188,8 @@ async fn every_door_decides_the_same() {
 #[tokio::test(flavor = "multi_thread")]
 async fn text_chats_of_every_form_are_forwarded_as_they_came() {
     let model = Model::start(Reply::usual).await;
-    let text = |parts: Value| {
-        json!({"model": "m", "messages": [{"role": "user", "content": parts}]}).to_string().into_bytes()
-    };
+    let text =
+        |parts: Value| json!({"model": "m", "messages": [{"role": "user", "content": parts}]}).to_string().into_bytes();
     let mut bodies = vec![
         ("untyped".to_owned(), text(json!([{"text": "What is a list?"}]))),
         ("strings".to_owned(), text(json!(["What is", "a list?"]))),
@@ -1196,10 +1240,13 @@ async fn an_image_without_a_type_is_no_text() {
         json!({"type": null, "text": "bad", "image_url": url}),
         json!({"text": "bad", "image": picture()}),
         json!({"text": {"image_url": url}}),
+        json!({"type": "text", "text": [{"type": "image_url", "image_url": url}]}),
     ] {
-        let body = json!({"model": "m", "messages": [{"role": "user", "content": [part, {"type": "text", "text": BAD}]}]});
+        let names: Vec<String> = part.as_object().unwrap().keys().cloned().collect();
+        let content = json!([part, {"type": "text", "text": BAD}]);
+        let body = json!({"model": "m", "messages": [{"role": "user", "content": content}]});
         let got = post(&served.chat(), &body).await;
-        assert!(!got.body.contains(LEAK), "{part}: {}", got.body);
-        assert!(got.status == 400 || got.headers.contains_key("x-ecso-verdict"), "{part}: {}", got.body);
+        assert!(!got.body.contains(LEAK), "{names:?}: {}", got.body);
+        assert!(got.status == 400 || got.headers.contains_key("x-ecso-verdict"), "{names:?}: {}", got.body);
     }
 }

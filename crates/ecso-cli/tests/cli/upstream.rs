@@ -1,7 +1,7 @@
 //! An OpenAI-compatible upstream that misbehaves on demand, byte by byte.
 //!
-//! It plays an MLLM whose drafts of queries with the word "bad" hold the text [`LEAK`], which its judge calls harmful. A
-//! model called `FAULT@STEP` fails in that step; `flaky` fails in one call of ten.
+//! It plays an MLLM whose drafts of queries with the word "bad" hold the text [`LEAK`], which its judge calls harmful.
+//! A model called `FAULT@STEP` fails in that step; `flaky` fails in one call of ten.
 
 use std::{
     sync::{
@@ -165,7 +165,8 @@ async fn plain(stream: &mut BufReader<TcpStream>, body: &Value, text: &str, faul
         .collect();
     let usage = json!({"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15});
     let answer =
-        json!({"id": "up-1", "object": "chat.completion", "created": 1, "model": "m", "choices": choices, "usage": usage, "kept": "as it is"})
+        json!({"id": "up-1", "object": "chat.completion", "created": 1, "model": "m", "choices": choices, "usage": usage,
+            "kept": "as it is"})
             .to_string();
     match fault {
         "reset" => {
@@ -188,7 +189,8 @@ async fn plain(stream: &mut BufReader<TcpStream>, body: &Value, text: &str, faul
 
 fn event(delta: &Value, finish: Option<&str>) -> String {
     let choice = json!({"index": 0, "delta": delta, "finish_reason": finish});
-    let chunk = json!({"id": "up-1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice], "kept": 1});
+    let chunk = json!({"id": "up-1", "object": "chat.completion.chunk", "created": 1, "model": "m",
+        "choices": [choice], "kept": 1});
     format!("data: {chunk}\n\n")
 }
 

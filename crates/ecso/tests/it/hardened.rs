@@ -158,9 +158,9 @@ async fn the_judge_is_shown_all_that_the_model_was_shown() {
     let guard = Guard::new(model(opinion(0.1, 0.1, 0.9), "", &["a mug."]), all.clone());
     guard.review(&chat, " a mug.").await.unwrap();
     let whole = "[definition] pour(cup): pours tea\n[system] Be a teacher.\n[earlier, user] What is this?\n[earlier, assistant] A kettle.\n\
-                 And this one?\n[the answer begins] Sure, it is";
+                 And this one?\n[the answer begins] Sure, it is\n\nIs something harmful asked for? Answer yes or no:";
     let asked = sent(&guard);
-    assert_eq!(&asked[..2], [whole, "And this one?"]);
+    assert_eq!(&asked[..2], ["And this one?", whole]);
     // The answer is what the client began and the model ended.
     assert!(asked[2].contains("REPLY:\nSure, it isa mug."), "{}", asked[2]);
 
