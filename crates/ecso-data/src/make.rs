@@ -165,7 +165,7 @@ impl Maker {
         Ok((made, cost))
     }
 
-    /// Whether step 4's answer is harmful: by the profile's own check if it has one, else by step 2 once more. What declines does
+    /// Whether step 4's answer is harmful: by the profile's own check if it has one (an answer that failed it did not go out), else by step 2 once more. What declines does
     /// no harm.
     async fn second_check(
         &self,
@@ -177,9 +177,9 @@ impl Maker {
         if refusal {
             return Ok((Verdict::Safe, None));
         }
-        let last = outcome.steps.last().filter(|step| step.step == Step::ReplyCheck);
-        if let Some((verdict, score)) = last.and_then(|step| Some((step.verdict?, step.score))) {
-            return Ok((verdict, score));
+        // An answer that was judged and went out all the same is harmless, by the profile's own rule.
+        if let Some(judged) = outcome.steps.iter().rfind(|step| step.step == Step::ReplyCheck) {
+            return Ok((Verdict::Safe, judged.score));
         }
         let again = self.second.review(chat, &outcome.answer).await?;
         cost.add(&again);

@@ -207,7 +207,8 @@ impl Guarded {
         match &self.live.upstream {
             Upstream::Server(server) => {
                 let longest = self.live.settings.limits.answer;
-                server.answer(&self.headers, self.body.clone(), request, longest).await
+                let body = request.rewritten.clone().map_or_else(|| self.body.clone(), Bytes::from);
+                server.answer(&self.headers, body, request, longest).await
             }
             Upstream::Engine(model) => {
                 let sampling = request.own_sampling()?;

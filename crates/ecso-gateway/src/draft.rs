@@ -41,7 +41,8 @@ impl Draft {
     pub(crate) fn whole(body: &[u8]) -> Result<Self, Failure> {
         let unreadable = |why: String| Failure::upstream(format!("the upstream's answer can't be read: {why}"));
         let text = std::str::from_utf8(body).map_err(|error| unreadable(error.to_string()))?;
-        let value: Value = lenient::parse(text).map_err(|error| unreadable(error.to_string()))?;
+        let mut value: Value = lenient::parse(text).map_err(|error| unreadable(error.to_string()))?;
+        heal(&mut value);
         Self::Whole(value).checked()
     }
 
@@ -148,8 +149,11 @@ impl Draft {
         said.into_iter()
             .map(|(index, mut texts)| {
                 let content = texts.remove("content").unwrap_or_default();
-                let all: Vec<String> =
-                    [content].into_iter().chain(texts.into_values()).filter(|text| !text.trim().is_empty()).collect();
+                let all: Vec<String> = [content]
+                    .into_iter()
+                    .chain(texts.into_iter().map(|(path, text)| unescaped(&path, text)))
+                    .filter(|text| !text.trim().is_empty())
+                    .collect();
                 // What stood on both sides of a cut is whole again.
                 (index, surrogates::join(&all.join("\n")))
             })
@@ -167,6 +171,24 @@ impl Draft {
         let kept = ["id", "object", "created", "model"].map(|name| (name.to_owned(), first.map(|first| &first[name])));
         kept.into_iter().map(|(name, value)| (name, value.cloned().unwrap_or(Value::Null))).collect()
     }
+}
+
+/// Characters that were cut in two are whole again; what has no other half is told as such.
+fn heal(value: &mut Value) {
+    match value {
+        Value::String(text) => *text = surrogates::join(text),
+        Value::Array(list) => list.iter_mut().for_each(heal),
+        Value::Object(fields) => fields.values_mut().for_each(heal),
+        Value::Null | Value::Bool(_) | Value::Number(_) => {}
+    }
+}
+
+/// Arguments of a tool as they will be read: JSON text may spell every character as an escape.
+fn unescaped(path: &str, text: String) -> String {
+    if !path.ends_with("arguments") || !text.contains("\\u") {
+        return text;
+    }
+    lenient::parse::<Value>(&text).map_or(text, |arguments| arguments.to_string())
 }
 
 /// The choices of a completion or chunk.

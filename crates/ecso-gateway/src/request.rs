@@ -1,5 +1,6 @@
 //! A chat request, read: as a conversation that can be guarded, with the client's own wishes about the answer.
 
+use base64::{Engine, prelude::BASE64_STANDARD};
 use ecso::{Chat, Image, Part, Role, Sampling, Turn, is_data_url};
 use serde_json::{Map, Value};
 
@@ -41,6 +42,8 @@ pub(crate) struct Request {
     pub(crate) model: String,
     /// Whether the answer is to be streamed.
     pub(crate) stream: bool,
+    /// The request's bytes with its data URLs as they were read here, where a server might read them otherwise.
+    pub(crate) rewritten: Option<Vec<u8>>,
     /// How many answers.
     pub(crate) choices: u32,
 }
@@ -51,11 +54,13 @@ impl Request {
         let invalid = |message: String| Failure::bad_request("invalid_request", message);
         let mut fields: Map<String, Value> =
             serde_json::from_slice(body).map_err(|error| invalid(format!("the body can't be read: {error}")))?;
+        let rewritten = plain_data_urls(&mut fields, images).then(|| serde_json::to_vec(&fields)).transpose();
+        let rewritten = rewritten.map_err(|error| invalid(error.to_string()))?;
         let messages = match fields.remove("messages") {
             Some(Value::Array(messages)) if !messages.is_empty() => messages,
             _ => return Err(invalid("`messages` must be a list of messages".into())),
         };
-        let chat = Chat { turns: turns(&messages, limits, images)?, definitions: definitions(&fields) };
+        let chat = Chat { turns: turns(&messages, limits, images)?, definitions: definitions(&fields, &messages) };
         if !chat.turns.iter().any(|turn| turn.role == Role::User) {
             return Err(invalid("`messages` has no message of the user".into()));
         }
@@ -64,7 +69,7 @@ impl Request {
         let choices = choices.ok_or_else(|| invalid(format!("`n` must be 1 to {}", limits.choices)))?;
         let model = fields.get("model").and_then(Value::as_str).unwrap_or_default().to_owned();
         let stream = fields.get("stream").and_then(Value::as_bool).unwrap_or(false);
-        Ok(Self { fields, chat, model, stream, choices })
+        Ok(Self { fields, chat, model, stream, choices, rewritten })
     }
 
     /// Whether a streamed answer ends with its usage.
@@ -79,20 +84,24 @@ impl Request {
         Sampling { extra, ..Sampling::default() }
     }
 
-    /// What the guard's own calls carry of the request: fields that change how the model sees or thinks, as far as they
-    /// are plain values (a template of the client's own making is none).
+    /// What the guard's own calls carry of the request: fields that change how the model sees or thinks, as far as they are switches and
+    /// numbers. A text could be a template, or a word to the judge.
     pub(crate) fn extra(&self) -> Map<String, Value> {
+        let is_effort = |name: &str, value: &Value| {
+            name == "reasoning_effort"
+                && value.as_str().is_some_and(|effort| ["low", "medium", "high"].contains(&effort))
+        };
+        let is_kept = |name: &str, value: &Value| {
+            let is_framing = matches!(name, "add_generation_prompt" | "continue_final_message" | "tokenize");
+            !is_framing && (value.is_boolean() || value.is_number() || is_effort(name, value))
+        };
         let mut extra = Map::new();
         for name in FOR_EVERY_CALL {
             let Some(Value::Object(fields)) = self.fields.get(name) else { continue };
-            let is_plain = |value: &Value| !value.is_object() && !value.is_array();
-            let plain: Map<String, Value> = fields
-                .iter()
-                .filter(|(_, value)| is_plain(value))
-                .map(|(name, value)| (name.clone(), value.clone()))
-                .collect();
-            if !plain.is_empty() {
-                extra.insert(name.to_owned(), plain.into());
+            let kept = fields.iter().filter(|(name, value)| is_kept(name, value));
+            let kept: Map<String, Value> = kept.map(|(name, value)| (name.clone(), value.clone())).collect();
+            if !kept.is_empty() {
+                extra.insert(name.to_owned(), kept.into());
             }
         }
         extra
@@ -130,12 +139,72 @@ impl Request {
     }
 }
 
-/// What the model is shown beside the messages: tools and the schema of its answer, each as JSON text.
-fn definitions(fields: &Map<String, Value>) -> Vec<String> {
-    let lists = ["tools", "functions"].into_iter().filter_map(|name| fields.get(name)?.as_array());
-    let tools = lists.flatten().map(|tool| tool.get("function").unwrap_or(tool));
-    let schema = fields.get("response_format").and_then(|format| format.get("json_schema"));
-    tools.chain(schema).map(Value::to_string).collect()
+/// Writes each data URL that is read here more kindly than by every server (another alphabet, spaces, percent signs) as it was read.
+/// Whether there was one.
+fn plain_data_urls(fields: &mut Map<String, Value>, images: ecso::Limits) -> bool {
+    let messages = fields.get_mut("messages").and_then(Value::as_array_mut).into_iter().flatten();
+    let parts = messages.filter_map(|message| message.get_mut("content")?.as_array_mut()).flatten();
+    let mut is_changed = false;
+    for part in parts {
+        let Some(image) = part.get_mut("image_url") else { continue };
+        let url = if image.is_object() { image.get_mut("url") } else { Some(image) };
+        let Some(Value::String(url)) = url else { continue };
+        let is_plain = |data: &str| {
+            let body = data.trim_end_matches('=');
+            data.len() % 4 == 0 && body.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/'))
+        };
+        let is_odd = is_data_url(url) && !url.split_once(";base64,").is_some_and(|(_, data)| is_plain(data));
+        let read = is_odd.then(|| Image::from_data_url(url, images).ok()).flatten();
+        if let Some((bytes, kind)) = read.as_ref().and_then(Image::encoded) {
+            *url = format!("data:{kind};base64,{}", BASE64_STANDARD.encode(bytes));
+            is_changed = true;
+        }
+    }
+    is_changed
+}
+
+/// Fields of a request that a model may be shown beside the messages.
+const SHOWN: [&str; 10] = [
+    "documents",
+    "json_schema",
+    "guided_json",
+    "guided_choice",
+    "guided_regex",
+    "guided_grammar",
+    "structured_outputs",
+    "structural_tag",
+    "grammar",
+    "function_call",
+];
+
+/// What the model is shown beside the texts of the messages, each as JSON text: tools, the form of its answer, documents, and what a
+/// message holds beside its content (thoughts, names, calls that are no functions').
+fn definitions(fields: &Map<String, Value>, messages: &[Value]) -> Vec<String> {
+    let lists = ["tools", "functions"].into_iter().filter_map(|name| fields.get(name));
+    let tools = lists.flat_map(|tools| tools.as_array().map_or(std::slice::from_ref(tools), Vec::as_slice));
+    // Of a plain function tool the frame says nothing.
+    let is_plain = |tool: &Value| tool["function"].is_object() && tool.as_object().is_some_and(|tool| tool.len() <= 2);
+    let tools = tools.map(|tool| if is_plain(tool) { &tool["function"] } else { tool });
+    let format = fields.get("response_format").filter(|format| format["type"] != "text");
+    let shown = SHOWN.into_iter().filter_map(|name| fields.get(name));
+    let known = ["role", "content", "tool_call_id", "tool_calls"];
+    let beside = messages.iter().filter_map(Value::as_object).flatten();
+    let beside = beside.filter(|(name, value)| !known.contains(&name.as_str()) && is_said(value));
+    let odd_calls = messages.iter().flat_map(|message| message["tool_calls"].as_array().into_iter().flatten());
+    let odd_calls =
+        odd_calls.filter(|call| !call["function"].is_object() || call.as_object().is_some_and(|call| call.len() > 4));
+    let rest = beside.map(|(_, value)| value).chain(odd_calls);
+    tools.chain(format).chain(shown).chain(rest).map(Value::to_string).collect()
+}
+
+/// Whether a field holds anything that could be read.
+fn is_said(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
+        Value::String(text) => !text.trim().is_empty(),
+        Value::Array(list) => !list.is_empty(),
+        Value::Object(fields) => !fields.is_empty(),
+    }
 }
 
 fn turns(messages: &[Value], limits: &Limits, images: ecso::Limits) -> Result<Vec<Turn>, Failure> {
@@ -209,7 +278,6 @@ fn part(part: &Value, images: ecso::Limits) -> Result<Part, Failure> {
     match kind {
         Some("text" | "input_text" | "output_text") => text("text"),
         Some(name @ ("refusal" | "thinking")) => text(name),
-        Some("input_audio") => Ok(Part::Text("[a sound recording]".into())),
         Some("image_url" | "input_image") => {
             let url = part["image_url"]["url"].as_str().or_else(|| part["image_url"].as_str());
             let url = url.ok_or_else(|| Failure::bad_request("invalid_image", "an image part has no URL"))?;
@@ -222,12 +290,14 @@ fn part(part: &Value, images: ecso::Limits) -> Result<Part, Failure> {
     }
 }
 
-/// How the model is to look at an image: every field of its part beside the image itself (`detail`, `min_pixels`, …).
+/// How the model is to look at an image: numbers and switches of its part (`min_pixels`, …), and `detail`.
 fn view(part: &Value) -> Map<String, Value> {
-    let inner = part["image_url"].as_object().into_iter().flatten().filter(|(name, _)| *name != "url");
-    let outer =
-        part.as_object().into_iter().flatten().filter(|(name, _)| !matches!(name.as_str(), "type" | "image_url"));
-    inner.chain(outer).map(|(name, value)| (name.clone(), value.clone())).collect()
+    let fields = [&part["image_url"], part].into_iter().filter_map(Value::as_object).flatten();
+    let is_detail = |name: &str, value: &Value| {
+        name == "detail" && value.as_str().is_some_and(|detail| ["low", "high", "auto", "original"].contains(&detail))
+    };
+    let kept = fields.filter(|(name, value)| value.is_number() || value.is_boolean() || is_detail(name, value));
+    kept.map(|(name, value)| (name.clone(), value.clone())).collect()
 }
 
 fn image(url: &str, limits: ecso::Limits) -> Result<Image, Failure> {

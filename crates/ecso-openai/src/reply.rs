@@ -156,10 +156,17 @@ impl Said {
 
 /// Why a choice ended; `None` if it has not.
 fn finish(choice: &Value) -> Option<FinishReason> {
-    match choice["finish_reason"].as_str()? {
+    let reason = choice["finish_reason"].as_str()?.to_ascii_lowercase();
+    match reason.as_str() {
         "" => None,
-        "length" => Some(FinishReason::Length),
-        "content_filter" => Some(FinishReason::ContentFilter),
+        "length" | "max_tokens" | "error" | "abort" | "cancelled" => Some(FinishReason::Length),
+        // Hosts name their filters in many ways: SAFETY, sensitive, content_filter: …
+        _ if ["filter", "safety", "sensitive", "prohibited", "blocklist", "refusal"]
+            .iter()
+            .any(|word| reason.contains(word)) =>
+        {
+            Some(FinishReason::ContentFilter)
+        }
         _ => Some(FinishReason::Stop),
     }
 }

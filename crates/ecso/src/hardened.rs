@@ -1,6 +1,8 @@
 //! `hardened`: the same steps, with more around them. What is asked for is read off the images and judged before the draft; draft and
 //! last answer are judged by the same rule. Nothing here is asked with eyes open but the draft itself.
 
+#![expect(clippy::many_single_char_names, reason = "the letters of paper.rs")]
+
 use crate::{
     pipeline::{Halt, Pipeline},
     profile::{Hardened, SafeStep},
@@ -15,7 +17,8 @@ pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Hardened, q: &Query<'_>) -> Re
     let c = w.describe(q).await?;
 
     // Is harm asked for? By the images' words, by the query, by all that the model is shown.
-    let request = w.ask(Step::RequestCheck, &p.request_check, q.question(&p.request_check, "", &c)).await?;
+    let asked = q.question(&p.request_check, "", &c);
+    let request = w.ask(Step::RequestCheck, &p.request_check, asked, p.sure_request()).await?;
     let request = if w.was_filtered() { request.or(Detection::HARM) } else { request };
 
     // 1 and 2. What surely asks for harm gets no draft, and no reply could make it safe.
@@ -24,7 +27,7 @@ pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Hardened, q: &Query<'_>) -> Re
         w.may_go_out(request).await?;
     } else {
         let y = w.draft(q).await?;
-        let reply = judge(w, p, q, Step::Detect, Some(request), &y, &c).await?;
+        let reply = judge(w, p, q, Step::Detect, Some(request), &q.whole(&y), &c).await?;
         found = p.decide(Some(request), reply);
         if w.may_go_out(found).await? {
             return w.release(y).await;
@@ -57,18 +60,27 @@ async fn judge(
     if y.trim().is_empty() {
         return Ok(Detection::SAFE);
     }
-    let harms = w.ask(step, &p.reply_check, q.question(&p.reply_check, y, c)).await?;
+    let harms = w.ask(step, &p.reply_check, q.question(&p.reply_check, y, c), p.sure_reply()).await?;
     if !p.decide(request, harms).is_harm() {
         return Ok(harms);
     }
-    let helps = w.ask(step, &p.help_check, q.question(&p.help_check, y, c)).await?;
+    let helps = w.ask(step, &p.help_check, q.question(&p.help_check, y, c), p.sure_reply()).await?;
     Ok(harms.and(helps))
 }
 
 impl Hardened {
-    /// Whether a request is harmful whatever the reply.
+    /// From where on a request is harmful whatever the reply.
+    fn sure_request(&self) -> f64 {
+        self.request_check.threshold.max(self.threshold)
+    }
+
+    /// From where on a reply is harmful whatever the request.
+    fn sure_reply(&self) -> f64 {
+        self.reply_check.threshold.max(self.threshold)
+    }
+
     fn is_sure(&self, request: Detection) -> bool {
-        request.probability() >= self.request_check.threshold.max(self.threshold)
+        request.weight >= self.sure_request()
     }
 
     /// The one place that decides. Harmful is what is surely asked for, what the reply surely does, and what both together come to: the
@@ -78,15 +90,15 @@ impl Hardened {
             return Detection::UNCHECKED;
         }
         let asked = request.unwrap_or(reply);
-        let mean = f64::midpoint(asked.probability(), reply.probability());
-        let (p, is_harm) = match () {
-            () if request.is_some_and(|request| self.is_sure(request)) => (asked.probability(), true),
-            () if reply.probability() >= self.reply_check.threshold.max(self.threshold) => (reply.probability(), true),
+        let mean = f64::midpoint(asked.weight, reply.weight);
+        let (weight, is_harm) = match () {
+            () if request.is_some_and(|request| self.is_sure(request)) => (asked.weight, true),
+            () if reply.weight >= self.sure_reply() => (reply.weight, true),
             () => (mean, mean >= self.threshold),
         };
         let are_told = asked.score.is_some() && reply.score.is_some();
         let verdict = if is_harm { Verdict::Unsafe } else { Verdict::Safe };
-        Detection { verdict, score: are_told.then_some(p) }
+        Detection { verdict, score: are_told.then_some(weight), weight }
     }
 }
 

@@ -4,21 +4,26 @@ use std::{
     collections::HashSet,
     num::NonZeroUsize,
     sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use lru::LruCache;
 
 use crate::{
     chat::{Chat, Part},
+    mllm::Sampling,
     profile::Question,
     verdict::Detection,
 };
+
+/// How long a finding is kept: a server may change its model.
+const KEPT: Duration = Duration::from_hours(1);
 
 /// What repeats from call to call, an agent's long system message or its tools, is judged once: findings about requests, by a digest of
 /// the question. And which models think before they say yes or no. Shared by all guards of a process that should know it.
 #[derive(Debug)]
 pub struct Memory {
-    findings: Option<Mutex<LruCache<blake3::Hash, Detection>>>,
+    findings: Option<Mutex<LruCache<blake3::Hash, (Detection, Instant)>>>,
     thinking: Mutex<HashSet<String>>,
 }
 
@@ -30,8 +35,16 @@ impl Memory {
         Self { findings, thinking: Mutex::default() }
     }
 
-    /// What a prompt is known by: the model, the question's way of reading, and every word that is sent. `None` for what holds an image.
-    pub(crate) fn key(&self, model: &str, question: &Question, prior: f64, prompt: &Chat) -> Option<blake3::Hash> {
+    /// What a prompt is known by: the model, the question's way of reading, and all that is sent, fields of the client's among it. `None`
+    /// for what holds an image.
+    pub(crate) fn key(
+        &self,
+        model: &str,
+        question: &Question,
+        prior: f64,
+        sampling: &Sampling,
+        prompt: &Chat,
+    ) -> Option<blake3::Hash> {
         self.findings.as_ref()?;
         let mut hasher = blake3::Hasher::new();
         let mut add = |text: &str| {
@@ -40,6 +53,7 @@ impl Memory {
         };
         add(model);
         add(&format!("{:?} {} {}", question.parser, prior, question.threshold));
+        add(&serde_json::to_string(sampling).ok()?);
         for turn in &prompt.turns {
             add(turn.role.as_str());
             for part in &turn.parts {
@@ -53,12 +67,14 @@ impl Memory {
     }
 
     pub(crate) fn finding(&self, key: Option<blake3::Hash>) -> Option<Detection> {
-        held(self.findings.as_ref()?).get(&key?).copied()
+        let (found, at) = held(self.findings.as_ref()?).get(&key?).copied()?;
+        (at.elapsed() < KEPT).then_some(found)
     }
 
+    /// Keeps what was found by its probability; a word, or a filter's refusal, is asked for again.
     pub(crate) fn keep(&self, key: Option<blake3::Hash>, found: Detection) {
-        if let (Some(findings), Some(key)) = (&self.findings, key) {
-            held(findings).put(key, found);
+        if let (Some(findings), Some(key), Some(_)) = (&self.findings, key, found.score) {
+            held(findings).put(key, (found, Instant::now()));
         }
     }
 

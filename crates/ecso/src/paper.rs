@@ -7,8 +7,10 @@
 //! | 3 query-aware image to text | c = F(v, `P_trans`(x)) | yes |
 //! | 4 safe answer | y = F(-, `P_gen`(c, x)) | **no** |
 
+#![expect(clippy::many_single_char_names, reason = "the paper's letters")]
+
 use crate::{
-    pipeline::{Halt, Pipeline},
+    pipeline::{ANY_HARM, Halt, Pipeline},
     profile::Paper,
     prompt::Query,
     trace::Step,
@@ -19,7 +21,7 @@ pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Paper, q: &Query<'_>) -> Resul
     let y = w.draft(q).await?;
 
     // 2. Harm detection, by the same model: s = F(v, P_det(x, y~)).
-    let s = w.ask(Step::Detect, &p.detect, q.question(&p.detect, &y, &[])).await?;
+    let s = w.ask(Step::Detect, &p.detect, q.question(&p.detect, &q.whole(&y), &[]), ANY_HARM).await?;
     if w.may_go_out(s).await? {
         return w.release(y).await;
     }

@@ -24,6 +24,9 @@ use crate::{
 /// New tokens for a check of a model that thinks first.
 const ROOM_TO_THINK: u32 = 2048;
 
+/// Where a question stops at the first harm that it finds.
+pub(crate) const ANY_HARM: f64 = 0.0;
+
 /// Why a method ends before its last line.
 pub(crate) enum Halt {
     /// The fixed refusal takes the answer's place.
@@ -98,13 +101,14 @@ impl Pipeline<'_> {
         Ok(self.profile.stripped(&reply.text).to_owned())
     }
 
-    /// What a question finds in any of its wordings and windows, up to the first that finds harm. Under `gate = "always"` nobody asks about
-    /// the draft.
+    /// What a question finds in any of its wordings and windows: the likeliest harm. One that weighs `enough` is not outdone, and ends the
+    /// asking. Under `gate = "always"` nobody asks about the draft.
     pub(crate) async fn ask(
         &mut self,
         step: Step,
         question: &Question,
         prompts: Vec<Asked<'_>>,
+        enough: f64,
     ) -> Result<Detection, Halt> {
         if step == Step::Detect && self.profile.gate == Gate::Always {
             return Ok(Detection::UNCHECKED);
@@ -112,19 +116,21 @@ impl Pipeline<'_> {
         let mut worst: Option<Detection> = None;
         for ((chat, template), prior) in prompts {
             let key = match step {
-                Step::RequestCheck => self.options.memory.key(self.model.name(), question, prior, &chat),
+                Step::RequestCheck => {
+                    let sampling = Sampling { extra: self.options.extra.clone(), ..question.sampling() };
+                    self.options.memory.key(self.model.name(), question, prior, &sampling, &chat)
+                }
                 _ => None,
             };
-            let found = match self.options.memory.finding(key) {
-                Some(found) => found,
-                None => {
-                    let found = self.ask_once(step, question, prior, (chat, template)).await?;
-                    self.options.memory.keep(key, found);
-                    found
-                }
+            let found = if let Some(known) = self.options.memory.finding(key) {
+                known
+            } else {
+                let found = self.ask_once(step, question, prior, (chat, template)).await?;
+                self.options.memory.keep(key, found);
+                found
             };
             worst = Some(worst.map_or(found, |worst| worst.or(found)));
-            if found.is_harm() {
+            if found.is_harm() && found.weight >= enough {
                 break;
             }
         }
@@ -175,7 +181,16 @@ impl Pipeline<'_> {
         let sampling = Sampling { extra: self.options.extra.clone(), ..self.profile.caption.sampling() };
         let mut captions = Vec::new();
         for (chat, template) in q.captions() {
-            let reply = self.unless_filtered(Step::Caption, chat, &sampling, template).await?;
+            let mut reply = self.unless_filtered(Step::Caption, chat.clone(), &sampling, template).await?;
+            if reply.as_ref().is_some_and(is_unsaid) {
+                // It thinks first, and had no room.
+                let roomy = Sampling { max_tokens: sampling.max_tokens.max(Some(ROOM_TO_THINK)), ..sampling.clone() };
+                reply = self.unless_filtered(Step::Caption, chat, &roomy, template).await?;
+            }
+            if reply.as_ref().is_some_and(is_unsaid) {
+                let source = ModelError::Protocol("it broke off before it said anything".into());
+                return Err(Halt::Failed(GuardError::Model { step: Step::Caption, source }));
+            }
             self.is_filtered |= reply.is_none();
             let caption = reply.map(|reply| reply.text).unwrap_or_default();
             let caption = without_reasoning(&caption).unwrap_or_default();
@@ -310,6 +325,11 @@ impl Pipeline<'_> {
         self.outcome.steps.push(trace.clone());
         self.tell(Event::Finished(trace)).await;
     }
+}
+
+/// Whether a description broke off before its first word.
+fn is_unsaid(reply: &Reply) -> bool {
+    broke_off(reply) && without_reasoning(&reply.text).unwrap_or_default().trim().is_empty()
 }
 
 /// One call of the model, with a span of its own; no text of the conversation stands in it.

@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 use crate::{mllm::Sampling, template::Template, verdict::Parser};
 
 mod aliases;
+mod keys;
+
+use keys::Keys;
 
 const PAPER: &str = include_str!("../profiles/paper.toml");
 const HARDENED: &str = include_str!("../profiles/hardened.toml");
@@ -157,6 +160,7 @@ pub struct Profile {
 
 /// How harm is detected, and what follows: one file each.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "a program holds few profiles")]
 pub enum Method {
     /// `paper.rs`: the paper's figure.
     Paper(Paper),
@@ -185,140 +189,6 @@ pub struct Hardened {
     pub threshold: f64,
     /// Whose words are not judged.
     pub trusted: Vec<Author>,
-}
-
-/// A profile as it is written: flat keys, of which each method has its own.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Keys {
-    name: String,
-    method: MethodName,
-    scope: Scope,
-    gate: Gate,
-    rewrite: Rewrite,
-    image_order: ImageOrder,
-    strip: bool,
-    empty_caption: EmptyCaption,
-    refusal: String,
-    turns: Turns,
-    quote: String,
-    filtered: Filtered,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    threshold: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    trusted: Option<Vec<Author>>,
-    direct: DirectStep,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    detect: Option<Question>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    request_check: Option<Question>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    reply_check: Option<Question>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    help_check: Option<Question>,
-    caption: CaptionStep,
-    safe: SafeStep,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum MethodName {
-    Paper,
-    Hardened,
-}
-
-impl TryFrom<Keys> for Profile {
-    type Error = ProfileError;
-
-    fn try_from(keys: Keys) -> Result<Self, ProfileError> {
-        let own = [
-            ("detect", keys.detect.is_some(), MethodName::Paper),
-            ("request_check", keys.request_check.is_some(), MethodName::Hardened),
-            ("reply_check", keys.reply_check.is_some(), MethodName::Hardened),
-            ("help_check", keys.help_check.is_some(), MethodName::Hardened),
-            ("threshold", keys.threshold.is_some(), MethodName::Hardened),
-            ("trusted", keys.trusted.is_some(), MethodName::Hardened),
-        ];
-        for (key, is_there, method) in own {
-            if is_there && method != keys.method {
-                let name = if method == MethodName::Paper { "paper" } else { "hardened" };
-                return Err(ProfileError::Invalid(format!("{key} is a key of the method `{name}`")));
-            }
-        }
-        let missing = |key: &'static str| ProfileError::Invalid(format!("{key} is missing"));
-        let method = match keys.method {
-            MethodName::Paper => Method::Paper(Paper { detect: keys.detect.ok_or_else(|| missing("detect"))? }),
-            MethodName::Hardened => Method::Hardened(Hardened {
-                request_check: keys.request_check.ok_or_else(|| missing("request_check"))?,
-                reply_check: keys.reply_check.ok_or_else(|| missing("reply_check"))?,
-                help_check: keys.help_check.ok_or_else(|| missing("help_check"))?,
-                threshold: keys.threshold.ok_or_else(|| missing("threshold"))?,
-                trusted: keys.trusted.unwrap_or_default(),
-            }),
-        };
-        let profile = Self {
-            name: keys.name,
-            scope: keys.scope,
-            gate: keys.gate,
-            rewrite: keys.rewrite,
-            image_order: keys.image_order,
-            strip: keys.strip,
-            empty_caption: keys.empty_caption,
-            refusal: keys.refusal,
-            turns: keys.turns,
-            quote: keys.quote,
-            filtered: keys.filtered,
-            direct: keys.direct,
-            caption: keys.caption,
-            safe: keys.safe,
-            method,
-        };
-        profile.check()?;
-        Ok(profile)
-    }
-}
-
-impl From<Profile> for Keys {
-    fn from(profile: Profile) -> Self {
-        let (mut detect, mut request_check, mut reply_check, mut help_check) = (None, None, None, None);
-        let (mut threshold, mut trusted) = (None, None);
-        let method = match profile.method {
-            Method::Paper(paper) => {
-                detect = Some(paper.detect);
-                MethodName::Paper
-            }
-            Method::Hardened(hardened) => {
-                request_check = Some(hardened.request_check);
-                reply_check = Some(hardened.reply_check);
-                help_check = Some(hardened.help_check);
-                (threshold, trusted) = (Some(hardened.threshold), Some(hardened.trusted));
-                MethodName::Hardened
-            }
-        };
-        Self {
-            name: profile.name,
-            method,
-            scope: profile.scope,
-            gate: profile.gate,
-            rewrite: profile.rewrite,
-            image_order: profile.image_order,
-            strip: profile.strip,
-            empty_caption: profile.empty_caption,
-            refusal: profile.refusal,
-            turns: profile.turns,
-            quote: profile.quote,
-            filtered: profile.filtered,
-            threshold,
-            trusted,
-            direct: profile.direct,
-            detect,
-            request_check,
-            reply_check,
-            help_check,
-            caption: profile.caption,
-            safe: profile.safe,
-        }
-    }
 }
 
 /// Step 1, the direct answer (equation 1).
@@ -656,6 +526,10 @@ impl Profile {
             }
             if key != "request_check" {
                 must_hold(&format!("{key}.template"), &question.template, "y")?;
+            } else if !question.wordings().any(|(template, _)| ["x", "t"].iter().any(|hole| template.has(hole))) {
+                return Err(ProfileError::Invalid(
+                    "request_check must ask about {x} or {t} in one of its templates".into(),
+                ));
             }
         }
         match &self.method {

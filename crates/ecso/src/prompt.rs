@@ -1,6 +1,6 @@
 //! What is sent in steps 2, 3 and 4: a profile's templates, filled from the guarded turn.
 
-use std::collections::HashSet;
+use std::{borrow::Cow, collections::HashSet};
 
 use crate::{
     chat::{BlindChat, Chat, Part, Role, Turn},
@@ -87,13 +87,17 @@ impl<'a> Query<'a> {
         }
     }
 
+    /// A draft as the client will read it: behind the beginning that the client wrote, where it did.
+    pub(crate) fn whole<'y>(&self, y: &'y str) -> Cow<'y, str> {
+        if self.prefill.is_empty() { y.into() } else { format!("{}{y}", self.prefill).into() }
+    }
+
     /// A question about the request, or about the answer `y` where its template has {y}: a fresh conversation of one turn for each
     /// wording, and each window, that says something of its own.
     pub(crate) fn question<'q>(&self, question: &'q Question, y: &str, captions: &[String]) -> Vec<Asked<'q>> {
-        let answer = format!("{}{y}", self.prefill);
         let judged = match question.cut {
-            0 => answer.as_str(),
-            cut => answer.char_indices().nth(cut).map_or(answer.as_str(), |(end, _)| &answer[..end]),
+            0 => y,
+            cut => y.char_indices().nth(cut).map_or(y, |(end, _)| &y[..end]),
         };
         let captions = captions.join("\n\n");
         let read = without_empty_entries(&captions);
@@ -180,12 +184,7 @@ impl<'a> Query<'a> {
 
 /// What is filled in where the judged text is longer than a window: the judged text in windows that overlap by a fifth, everything else
 /// cut to one window, its middle left out. Judged is {y}, where the template has it, else the longest text that it has.
-fn windows<'h>(
-    holes: &[(&'h str, &'h str)],
-    template: &Template,
-    window: usize,
-) -> Vec<Vec<(&'h str, std::borrow::Cow<'h, str>)>> {
-    use std::borrow::Cow;
+fn windows<'h>(holes: &[(&'h str, &'h str)], template: &Template, window: usize) -> Vec<Vec<(&'h str, Cow<'h, str>)>> {
     let used: Vec<(&str, &str)> = holes.iter().copied().filter(|(name, _)| template.has(name)).collect();
     let judged = used.iter().find(|(name, _)| *name == "y").or_else(|| used.iter().max_by_key(|(_, text)| text.len()));
     let Some((judged, text)) = judged.filter(|_| window > 0).copied() else {
@@ -215,7 +214,7 @@ fn slices(text: &str, window: usize) -> Vec<&str> {
     }
 }
 
-fn middle_left_out(text: &str, longest: usize) -> std::borrow::Cow<'_, str> {
+fn middle_left_out(text: &str, longest: usize) -> Cow<'_, str> {
     let count = text.chars().count();
     if count <= longest {
         return text.into();

@@ -46,10 +46,10 @@ pub enum Parser {
 }
 
 /// Yes and no share at least this much of the first token's probability, or the model answers something else.
-const LEAST_MASS: f64 = 0.03;
+const LEAST_MASS: f64 = 0.05;
 
 /// P(yes) / (P(yes) + P(no)) over all forms of the two words (case, white space, punctuation) among the likeliest first tokens of the
-/// reply; in 0..=1. `None` where the model told none, or both words together have less than 3%: then it answers something else.
+/// reply; in 0..=1. `None` where the model told none, or both words together have less than 5%: then it answers something else.
 #[must_use]
 pub fn harm_score(reply: &Reply) -> Option<f64> {
     let mass = |word: &str| -> f64 {
@@ -57,8 +57,10 @@ pub fn harm_score(reply: &Reply) -> Option<f64> {
             .first_token
             .iter()
             .filter(|TopLogprob { token, .. }| first_word(&token.to_lowercase()) == word)
-            .map(|token| f64::from(token.logprob).exp())
-            .filter(|mass| mass.is_finite())
+            .map(|token| f64::from(token.logprob))
+            // A log-probability above 0 is none.
+            .filter(|logprob| *logprob < 1e-3)
+            .map(f64::exp)
             .sum()
     };
     let (yes, no) = (mass("yes"), mass("no"));
@@ -83,31 +85,51 @@ pub fn yes_or_no(reply: &str) -> Option<bool> {
         "no" => false,
         _ => return None,
     };
-    let rest = text[end..].trim_start_matches(|c: char| !c.is_alphanumeric());
-    // "No one…" and "Yes-man" are other words; "No, I cannot help with that" answers another question.
-    let goes_on = text[end..].starts_with(|c: char| c == '-' || c == '\'' || c == '’') && !rest.is_empty();
-    let is_sentence = text[end..].starts_with(' ') && !rest.is_empty() && !said && begins_with_noun(rest);
-    (!goes_on && !is_sentence && !declines(rest)).then_some(said)
+    let behind = &text[end..];
+    let rest = behind.trim_start_matches(|c: char| !c.is_alphanumeric());
+    (is_apart(behind, rest) && !takes_back(rest, said)).then_some(said)
 }
 
-/// Whether "no" belongs to what follows ("no one", "no idea"), which is then no reason ("no it is not").
-fn begins_with_noun(rest: &str) -> bool {
-    const SUBJECTS: [&str; 8] = ["it", "this", "that", "the", "there", "they", "these", "i"];
-    rest.starts_with(|c: char| c.is_lowercase()) && !SUBJECTS.contains(&first_word(rest))
+/// Whether a word ends where it ends: nothing follows, or a mark and white space do, or the reason begins at once ("no it is not");
+/// "no one", "No Response", "No.1", "no/yes" are other words.
+fn is_apart(behind: &str, rest: &str) -> bool {
+    const SUBJECTS: [&str; 8] = ["it", "this", "that", "the", "there", "they", "these", "because"];
+    let mut marks = behind.chars().take_while(|c| !c.is_alphanumeric());
+    match marks.next() {
+        None => behind.is_empty(),
+        Some(' ') if !rest.is_empty() && marks.all(|c| c == ' ') => {
+            SUBJECTS.contains(&first_word(rest).to_lowercase().as_str())
+        }
+        Some(mark) if mark.is_whitespace() => true,
+        Some(
+            '.' | ',' | '!' | ':' | ';' | '*' | '_' | '`' | '"' | '\'' | '”' | '’' | ')' | ']' | '}' | '。' | '，'
+            | '！',
+        ) => rest.is_empty() || marks.any(|c| c.is_whitespace()),
+        Some(_) => rest.is_empty(),
+    }
+}
+
+/// Whether what follows takes the word back: it says the other one, or declines to judge ("No, I cannot help with that").
+fn takes_back(rest: &str, said: bool) -> bool {
+    const UNABLE: [&str; 7] = ["cannot", "can't", "can’t", "unable", "not able", "afraid", "sorry"];
+    let start: String = rest.chars().take(60).collect::<String>().to_lowercase();
+    let first = first_word(&start);
+    let declines_as_i = matches!(first, "i" | "as" | "we") && UNABLE.iter().any(|word| start.contains(word));
+    first == if said { "no" } else { "yes" } || declines_as_i || declines(rest)
 }
 
 /// A reply without the block of reasoning that it begins with (`<think>…</think>`), where it has one; `None` where that block has no
-/// end: the reply broke off before it began.
+/// end: the reply broke off before it began. A thought may quote the mark of its end, so the last one counts.
 #[must_use]
 pub fn without_reasoning(reply: &str) -> Option<&str> {
     let text = reply.trim_start();
     for (open, close) in [("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<reasoning>", "</reasoning>")] {
         if text.get(..open.len()).is_some_and(|start| start.eq_ignore_ascii_case(open)) {
-            return text.find(close).map(|end| text[end + close.len()..].trim_start());
+            return text.rfind(close).map(|end| text[end + close.len()..].trim_start());
         }
     }
     // Some chat templates write the opening mark themselves.
-    Some(text.split_once("</think>").map_or(text, |(_, rest)| rest.trim_start()))
+    Some(text.rsplit_once("</think>").map_or(text, |(_, rest)| rest.trim_start()))
 }
 
 fn first_word(text: &str) -> &str {
@@ -135,17 +157,19 @@ impl Parser {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Detection {
     pub(crate) verdict: Verdict,
-    /// Probability of harm in 0..=1, with the question's own prior taken out; `None` where the model tells none.
+    /// Probability of harm in 0..=1, with the wording's own prior taken out; `None` where the model tells none.
     pub(crate) score: Option<f64>,
+    /// What decisions are made by, in 0..=1: the score, where the parser goes by it; else a word is as good as certain.
+    pub(crate) weight: f64,
 }
 
 impl Detection {
     /// Nobody was asked.
-    pub(crate) const UNCHECKED: Self = Self { verdict: Verdict::Unchecked, score: None };
+    pub(crate) const UNCHECKED: Self = Self { verdict: Verdict::Unchecked, score: None, weight: 0.0 };
     /// Nothing was said that could do harm.
-    pub(crate) const SAFE: Self = Self { verdict: Verdict::Safe, score: Some(0.0) };
+    pub(crate) const SAFE: Self = Self { verdict: Verdict::Safe, score: Some(0.0), weight: 0.0 };
     /// Harm, by a word.
-    pub(crate) const HARM: Self = Self { verdict: Verdict::Unsafe, score: None };
+    pub(crate) const HARM: Self = Self { verdict: Verdict::Unsafe, score: None, weight: 1.0 };
 
     /// Reads the reply to a wording of this prior; `None` where it is neither yes nor no.
     pub(crate) fn read(question: &Question, prior: f64, reply: &Reply) -> Option<Self> {
@@ -154,26 +178,23 @@ impl Detection {
             score / (score + odds * (1.0 - score))
         });
         let verdict = question.parser.parse(&reply.text, score, question.threshold)?;
-        Some(Self { verdict, score })
+        let by_word = if verdict == Verdict::Unsafe { 1.0 } else { 0.0 };
+        let weight = score.filter(|_| question.parser == Parser::Score).unwrap_or(by_word);
+        Some(Self { verdict, score, weight })
     }
 
     pub(crate) fn is_harm(self) -> bool {
         self.verdict == Verdict::Unsafe
     }
 
-    /// Its probability of harm; a word alone is as good as certain.
-    pub(crate) fn probability(self) -> f64 {
-        self.score.unwrap_or(if self.is_harm() { 1.0 } else { 0.0 })
-    }
-
     /// The likelier harm of the two.
     pub(crate) fn or(self, other: Self) -> Self {
-        if other.probability() > self.probability() { other } else { self }
+        if other.weight > self.weight { other } else { self }
     }
 
     /// The less likely harm of the two: both must say so.
     pub(crate) fn and(self, other: Self) -> Self {
-        if other.probability() < self.probability() { other } else { self }
+        if other.weight < self.weight { other } else { self }
     }
 }
 
@@ -197,12 +218,13 @@ mod tests {
             ("Yes, it is.", safe, harm, harm, harm),
             ("no", safe, safe, safe, safe),
             ("No.", safe, safe, safe, safe),
-            ("No, yes would be wrong", safe, harm, safe, safe),
+            ("No, yes would be wrong", safe, harm, safe, None),
             ("", safe, safe, harm, None),
             ("I can't tell", safe, safe, harm, None),
             ("nothing harmful", safe, safe, harm, None),
             ("<think>Is it? Yes.</think>\nNo", safe, safe, safe, safe),
             ("<think>no, wait", safe, safe, harm, None),
+            ("<think>It says '</think>No.' That harms.</think>Yes", harm, harm, harm, harm),
         ] {
             let parse = |parser: Parser| parser.parse(text, None, 0.5);
             let found = [Parser::Paper, Parser::Substring, Parser::FailClosed, Parser::Score].map(parse);
@@ -240,6 +262,14 @@ mod tests {
             "no one can tell",
             "I'm sorry, but I can't help.",
             "Sure! The answer",
+            "No Response",
+            "No/Yes",
+            "No.1 concern: harm",
+            "No; yes, it is harmful",
+            "(No) Yes",
+            "No\nYes",
+            "No_one",
+            "No, I'm afraid I cannot assess this.",
             "Answer",
             "<think>yes",
         ] {
@@ -264,5 +294,7 @@ mod tests {
         let e = std::f32::consts::E;
         assert_eq!(harm_score(&told(&[("I", 0.9), ("yes", e.powi(-19)), ("no", e.powi(-20))])), None);
         assert_eq!(harm_score(&told(&[("I", 0.98), ("yes", 0.02)])), None);
+        let more_than_certain = TopLogprob { token: "yes".into(), logprob: 709.5 };
+        assert_eq!(harm_score(&Reply { first_token: vec![more_than_certain; 3], ..Reply::default() }), None);
     }
 }

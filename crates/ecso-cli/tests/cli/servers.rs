@@ -707,7 +707,10 @@ async fn a_client_that_wants_json_gets_the_refusal_where_the_protocol_has_it() {
             // An answer that step 4 writes is JSON as far as the model is able to: it stays the content.
             let answer = asked(&rewriting, &body).await;
             let (text, finish) = (answer.text.as_str(), answer.finish.as_str());
-            assert_eq!((text, answer.refusal.as_str(), finish), (SAFE, "", "stop"), "{}", answer.got.body);
+            // What a filter ended is no answer under `hardened`.
+            let refusal = "I'm sorry, but I can't help with that.";
+            let expected = if profile == "paper" { (SAFE, "", "stop") } else { ("", refusal, "stop") };
+            assert_eq!((text, answer.refusal.as_str(), finish), expected, "{}", answer.got.body);
             assert_eq!(answer.verdict(), "unsafe");
         }
     }
