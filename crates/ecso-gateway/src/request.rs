@@ -69,7 +69,7 @@ impl Request {
         let choices = choices.ok_or_else(|| invalid(format!("`n` must be 1 to {}", limits.choices)))?;
         let model = fields.get("model").and_then(Value::as_str).unwrap_or_default().to_owned();
         let stream = fields.get("stream").and_then(Value::as_bool).unwrap_or(false);
-        Ok(Self { fields, chat, model, stream, choices, rewritten })
+        Ok(Self { fields, chat, model, stream, rewritten, choices })
     }
 
     /// Whether a streamed answer ends with its usage.
@@ -151,7 +151,8 @@ fn plain_data_urls(fields: &mut Map<String, Value>, images: ecso::Limits) -> boo
         let Some(Value::String(url)) = url else { continue };
         let is_plain = |data: &str| {
             let body = data.trim_end_matches('=');
-            data.len() % 4 == 0 && body.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/'))
+            data.len().is_multiple_of(4)
+                && body.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/'))
         };
         let is_odd = is_data_url(url) && !url.split_once(";base64,").is_some_and(|(_, data)| is_plain(data));
         let read = is_odd.then(|| Image::from_data_url(url, images).ok()).flatten();

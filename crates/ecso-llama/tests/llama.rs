@@ -54,6 +54,7 @@ async fn a_shared_prefix_gives_the_same_logits_to_the_last_bit() {
             Turn::text(Role::Assistant, "Yes."),
             Turn::text(Role::User, "And now?"),
         ],
+        ..Chat::default()
     };
     let chats = [
         Chat::ask([picture(1)], "What is this?"),
@@ -95,13 +96,13 @@ async fn what_does_not_fit_is_said() {
     let files = Files::new();
     let model = files.load(false).await;
     let error = model.generate(&Chat::ask([], "x ".repeat(5000)), &sampling(1)).await.unwrap_err();
-    assert!(matches!(&error, ModelError::Rejected(why) if why.contains("too long")), "{error}");
+    assert!(matches!(&error, ModelError::Rejected(why) if why.message().contains("too long")), "{error}");
     // The engine goes on.
     ask(&model, &Chat::ask([picture(3)], "And this?")).await;
 
     let blind = Llama::load(files.model(), Options::default()).await.unwrap();
     let error = blind.generate(&Chat::ask([picture(3)], "And this?"), &sampling(1)).await.unwrap_err();
-    assert!(matches!(&error, ModelError::Rejected(why) if why.contains("mmproj")), "{error}");
+    assert!(matches!(&error, ModelError::Rejected(why) if why.message().contains("mmproj")), "{error}");
 }
 
 #[tokio::test]

@@ -46,10 +46,10 @@ pub enum Parser {
 }
 
 /// Yes and no share at least this much of the first token's probability, or the model answers something else.
-const LEAST_MASS: f64 = 0.05;
+const LEAST_MASS: f64 = 0.03;
 
 /// P(yes) / (P(yes) + P(no)) over all forms of the two words (case, white space, punctuation) among the likeliest first tokens of the
-/// reply; in 0..=1. `None` where the model told none, or both words together have less than 5%: then it answers something else.
+/// reply; in 0..=1. `None` where the model told none, or both words together have less than 3%: then it answers something else.
 #[must_use]
 pub fn harm_score(reply: &Reply) -> Option<f64> {
     let mass = |word: &str| -> f64 {
@@ -104,7 +104,7 @@ fn is_apart(behind: &str, rest: &str) -> bool {
         Some(
             '.' | ',' | '!' | ':' | ';' | '*' | '_' | '`' | '"' | '\'' | '”' | '’' | ')' | ']' | '}' | '。' | '，'
             | '！',
-        ) => rest.is_empty() || marks.any(|c| c.is_whitespace()),
+        ) => rest.is_empty() || marks.any(char::is_whitespace),
         Some(_) => rest.is_empty(),
     }
 }
@@ -198,11 +198,14 @@ impl Detection {
     }
 }
 
-/// Whether a reply broke off, or stopped to think, before it said anything that could be read.
+/// Whether a reply broke off before it said anything that could be read, and would say more with more room: it thinks first, or begins
+/// with a mark or a label. One that began with another word answers something else.
 pub(crate) fn broke_off(reply: &Reply) -> bool {
-    reply.finish == FinishReason::Length
-        || (reply.text.trim().is_empty() && !reply.reasoning.is_empty())
-        || without_reasoning(&reply.text).is_none()
+    let text = reply.text.trim_start().to_lowercase();
+    let begins = text.is_empty() || !text.starts_with(char::is_alphanumeric) || text.starts_with("answer");
+    without_reasoning(&reply.text).is_none()
+        || (text.is_empty() && !reply.reasoning.is_empty())
+        || (reply.finish == FinishReason::Length && (begins || !reply.reasoning.is_empty()))
 }
 
 #[cfg(test)]
