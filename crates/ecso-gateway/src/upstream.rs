@@ -127,6 +127,8 @@ impl Server {
             Bodies::Unpacked => {
                 // How replies are packed is between the upstream and us.
                 headers.remove(header::ACCEPT_ENCODING);
+                // The body may be another than the client's by now.
+                headers.remove(header::CONTENT_LENGTH);
                 &self.unpacked
             }
         };

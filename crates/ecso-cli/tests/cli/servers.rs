@@ -1227,6 +1227,11 @@ async fn text_chats_of_every_form_are_forwarded_as_they_came() {
     for (name, body) in bodies.iter().filter(|(name, _)| name != "file.json") {
         let body: Value = serde_json::from_slice(body).unwrap();
         let answer = asked(&served, &body).await;
+        // What is said in a recording nobody here can hear.
+        if name == "input_audio.json" {
+            assert_eq!((answer.got.status, answer.code()), (400, "unsupported_content"));
+            continue;
+        }
         assert_eq!((answer.got.status, answer.verdict()), (200, "safe"), "{name}: {}", answer.got.body);
     }
 }
