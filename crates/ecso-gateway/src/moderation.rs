@@ -130,6 +130,11 @@ impl Question {
         if contents.is_empty() || contents.iter().any(is_empty) {
             return Err(invalid("`input` is empty, or a text of it is".into()));
         }
+        if let Input::Parts(Parts(parts)) = &question.input
+            && parts.iter().any(|part| !part["type"].is_string())
+        {
+            return Err(invalid("a part of `input` has no `type`".into()));
+        }
         let count = contents.len();
         if count > most {
             return Err(invalid(format!("`input` has {count} texts; at most {most} are allowed")));
