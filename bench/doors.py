@@ -84,7 +84,8 @@ def main():
                 count[name] += 1
                 same[name] += found == library
                 if found != library:
-                    print(f"{item['id']} {name}: {found[:2]}, the library {library[:2]}, answers {'alike' if found[2] == library[2] else 'differ'}")
+                    answers = 'alike' if found[2] == library[2] else 'differ'
+                    print(f"{item['id']} {name}: {found[:2]}, the library {library[:2]}, answers {answers}", flush=True)
             print(f"{number + 1} of {len(records)}, {time.time() - begun:.0f} s", file=sys.stderr)
     finally:
         serve.kill()
