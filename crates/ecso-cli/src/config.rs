@@ -327,6 +327,13 @@ pub(crate) fn chosen_profile(settings: &Settings) -> anyhow::Result<(Profile, Op
     Ok((profile, why))
 }
 
+/// The profile that the settings name, and those of single models and clients.
+pub(crate) fn profiles(settings: &Settings) -> anyhow::Result<ecso_gateway::Profiles> {
+    let usual = profile(settings)?;
+    let named = settings.gateway.profile_names().map(|name| Ok((name.to_owned(), named_profile(name)?)));
+    Ok(ecso_gateway::Profiles { usual, named: named.collect::<anyhow::Result<_>>()? })
+}
+
 fn named_profile(named: &str) -> anyhow::Result<Profile> {
     let is_file = Path::new(named).extension().is_some_and(|extension| extension == "toml") || named.contains('/');
     if !is_file {

@@ -8,7 +8,10 @@ use std::{
 
 use anyhow::Context;
 use ecso::profile::Method;
-use ecso_gateway::{Checks, Gateway, Upstream, settings::Mode};
+use ecso_gateway::{
+    Checks, Gateway, Upstream,
+    settings::{ImageUrls, Mode},
+};
 use tokio::net::TcpListener;
 
 use crate::{
@@ -25,7 +28,7 @@ pub(crate) fn run(args: &ServeArgs, file: Option<&Path>) -> anyhow::Result<()> {
         let gateway = Arc::new(gateway(&settings).await?);
         let listener = listen(&settings).await?;
         eprintln!("ecso: {}", greeting(&settings, listener.local_addr()?)?);
-        if let Some(warning) = warning(&settings)? {
+        for warning in warnings(&settings)? {
             eprintln!("ecso: warning: {warning}");
         }
         reload_on_signal(&gateway, &settings, args.clone(), file.map(Path::to_owned));
@@ -36,7 +39,7 @@ pub(crate) fn run(args: &ServeArgs, file: Option<&Path>) -> anyhow::Result<()> {
 }
 
 async fn gateway(settings: &Settings) -> anyhow::Result<Gateway> {
-    let profile = config::profile(settings)?;
+    let profiles = config::profiles(settings)?;
     let upstream = if open::is_server(settings) {
         if settings.reader {
             return Err(UsageError("the text reader stands in front of models in this process only".into()).into());
@@ -48,7 +51,7 @@ async fn gateway(settings: &Settings) -> anyhow::Result<Gateway> {
     } else {
         Upstream::Engine(open::model(settings).await?)
     };
-    Ok(Gateway::new(upstream, profile, settings.gateway.clone(), settings.images)?)
+    Ok(Gateway::new(upstream, profiles, settings.gateway.clone(), settings.images)?)
 }
 
 /// Where the guard's own calls go, if not to the guarded server: reached with the same proxy and certificates, with a key of its own.
@@ -97,9 +100,9 @@ fn reload(gateway: &Gateway, begun: &Settings, args: &ServeArgs, file: Option<&P
     if settings.gateway.keys.is_empty() != begun.gateway.keys.is_empty() {
         return Err(UsageError("the first or last client key takes a restart".into()).into());
     }
-    let profile = config::profile(&settings)?;
-    let name = profile.name.clone();
-    gateway.reload(profile, settings.gateway, settings.images)?;
+    let profiles = config::profiles(&settings)?;
+    let name = profiles.usual.name.clone();
+    gateway.reload(profiles, settings.gateway, settings.images)?;
     Ok(name)
 }
 
@@ -125,20 +128,36 @@ fn greeting(settings: &Settings, address: SocketAddr) -> anyhow::Result<String> 
     };
     let (profile, why) = config::chosen_profile(settings)?;
     let why = why.map_or_else(String::new, |why| format!(" ({why})"));
-    Ok(format!("guarding {} on http://{address}/v1 ({callers}) under profile {}{why}", settings.model, profile.name))
+    let model = without_password(&settings.model);
+    Ok(format!("guarding {model} on http://{address}/v1 ({callers}) under profile {}{why}", profile.name))
+}
+
+/// A URL as it may be shown: who is named in it, and with which password, is nobody's business.
+fn without_password(model: &str) -> String {
+    let Some((scheme, rest)) = model.split_once("://") else { return model.to_owned() };
+    let host = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+    let named = rest[..host].rfind('@').map_or(0, |at| at + 1);
+    format!("{scheme}://{}", &rest[named..])
 }
 
 /// What somebody who relies on the guard should know before it runs.
-fn warning(settings: &Settings) -> anyhow::Result<Option<String>> {
+fn warnings(settings: &Settings) -> anyhow::Result<Vec<String>> {
+    let mut warnings = Vec::new();
     let (profile, why) = config::chosen_profile(settings)?;
-    let Some(why) = why.filter(|_| settings.gateway.mode == Mode::Enforce) else { return Ok(None) };
     let is_paper = matches!(profile.method, Method::Paper(_));
-    Ok(is_paper.then(|| {
-        format!(
-            "profile `paper` runs for want of a calibration ({why}). It is a weak guard: it judges the last turn, the first 1,927 characters \
-             of an answer, and takes every verdict but a plain yes for no. Choose `--profile hardened`, or calibrate it: docs/hardened.md"
-        )
-    }))
+    if let Some(why) = why.filter(|_| is_paper && settings.gateway.mode == Mode::Enforce) {
+        warnings.push(format!(
+            "profile `paper` runs for want of a calibration ({why}). It is a weak guard: it judges the last turn, the first \
+             1,927 characters of an answer, and takes every verdict but a plain yes for no. Choose `--profile hardened`, or \
+             calibrate it: docs/hardened.md"
+        ));
+    }
+    if settings.gateway.image_urls == ImageUrls::Pass {
+        warnings.push(
+            "gateway.image_urls = \"pass\": whoever owns an image's host can show the model another picture than the judge".into(),
+        );
+    }
+    Ok(warnings)
 }
 
 /// Ends when the process is asked to: Ctrl-C or SIGTERM.

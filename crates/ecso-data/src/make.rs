@@ -157,7 +157,7 @@ impl Maker {
             Verdict::Safe => Made::Safe(sample(draft, outcome, None, refusal)),
             Verdict::Unsafe if repeats(&outcome.answer, &[&draft, &row.query]) => dropped(Reason::Repetition),
             Verdict::Unsafe if refusal && self.filters.no_refusals => dropped(Reason::Refusal),
-            Verdict::Unsafe => match self.second_check(&chat, &outcome, refusal, &mut cost).await? {
+            Verdict::Unsafe => match self.second_check(&chat, &outcome, &mut cost).await? {
                 (Verdict::Unsafe, _) => dropped(Reason::StillHarmful),
                 (_, second) => Made::Kept(sample(draft, outcome, second, refusal)),
             },
@@ -165,18 +165,14 @@ impl Maker {
         Ok((made, cost))
     }
 
-    /// Whether step 4's answer is harmful: by the profile's own check if it has one (an answer that failed it did not go out), else by step 2 once more. What declines does
-    /// no harm.
+    /// Whether step 4's answer is harmful: by the profile's own check if it has one (an answer that failed it did not
+    /// go out), else by step 2 once more.
     async fn second_check(
         &self,
         chat: &Chat,
         outcome: &Outcome,
-        refusal: bool,
         cost: &mut Cost,
     ) -> Result<(Verdict, Option<f64>), GuardError> {
-        if refusal {
-            return Ok((Verdict::Safe, None));
-        }
         // An answer that was judged and went out all the same is harmless, by the profile's own rule.
         if let Some(judged) = outcome.steps.iter().rfind(|step| step.step == Step::ReplyCheck) {
             return Ok((Verdict::Safe, judged.score));

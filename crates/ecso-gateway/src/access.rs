@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    fmt::Write as _,
+    net::IpAddr,
     num::NonZeroU32,
     sync::{
         Arc,
@@ -10,17 +10,16 @@ use std::{
     },
 };
 
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, Uri, header, uri::Authority};
 use governor::{
     DefaultDirectRateLimiter, Quota, RateLimiter,
     clock::{Clock, DefaultClock},
 };
-use sha2::{Digest, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
-    failure::Failure,
-    settings::{Mode, Settings},
+    error::ApiError,
+    settings::{Mode, Settings, hash},
 };
 
 /// A client that was let in.
@@ -29,6 +28,8 @@ pub(crate) struct Caller {
     /// The name of its key; empty where nobody needs one.
     pub(crate) name: String,
     mode: Option<Mode>,
+    /// The name of its profile.
+    pub(crate) profile: Option<String>,
 }
 
 /// The bearer token of a request.
@@ -39,47 +40,69 @@ pub(crate) fn token(headers: &HeaderMap) -> Option<&str> {
 }
 
 /// Checks the key of a request. Keys are compared by their hashes: how long that takes tells nothing about the key.
-pub(crate) fn caller(settings: &Settings, headers: &HeaderMap) -> Result<Caller, Failure> {
+pub(crate) fn caller(settings: &Settings, headers: &HeaderMap) -> Result<Caller, ApiError> {
     if settings.keys.is_empty() {
-        return Ok(Caller { name: String::new(), mode: None });
+        return Ok(Caller { name: String::new(), mode: None, profile: None });
     }
-    let refused = |message| Failure::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message);
+    let refused = |message| ApiError::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message);
     let token = token(headers).ok_or_else(|| refused("this server takes a key: Authorization: Bearer KEY"))?;
     let digest = hash(token);
     let known = settings.keys.iter().find(|(_, key)| key.sha256.eq_ignore_ascii_case(&digest));
     let (name, key) = known.ok_or_else(|| refused("this key is not known here"))?;
-    Ok(Caller { name: name.clone(), mode: key.mode })
+    Ok(Caller { name: name.clone(), mode: key.mode, profile: key.profile.clone() })
 }
 
-/// A key as it stands in settings.
-pub(crate) fn hash(key: &str) -> String {
-    Sha256::digest(key).iter().fold(String::new(), |mut digits, byte| {
-        let _ = write!(digits, "{byte:02x}");
-        digits
-    })
+/// Without keys only this machine may call. A page in a browser on it could, by a name of its own for this address, or
+/// by a form: both tell themselves by what browsers send.
+pub(crate) fn is_of_this_machine(uri: &Uri, headers: &HeaderMap) -> Result<(), ApiError> {
+    let host = headers
+        .get(header::HOST)
+        .and_then(|host| host.to_str().ok())
+        .or_else(|| uri.authority().map(Authority::as_str));
+    let host = host.and_then(|host| host.parse::<Authority>().ok());
+    let is_local = host.is_some_and(|host| {
+        let name = host.host().trim_matches(['[', ']']);
+        name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+    });
+    if !is_local {
+        let message = "without client keys only 127.0.0.1 and localhost are answered; make a key with `ecso key NAME`";
+        return Err(ApiError::new(StatusCode::FORBIDDEN, "wrong_host", message));
+    }
+    let kind = headers.get(header::CONTENT_TYPE).map(|kind| kind.to_str().unwrap_or_default().trim_start());
+    let is_json = |kind: &str| kind.get(..16).is_some_and(|kind| kind.eq_ignore_ascii_case("application/json"));
+    if kind.is_some_and(|kind| !is_json(kind)) && headers.contains_key(header::ORIGIN) {
+        let message = "a page sends JSON only: Content-Type: application/json";
+        return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_type", message));
+    }
+    Ok(())
 }
 
 impl Caller {
-    /// What is done with a request: by its header if that is allowed, by key, by model, in general.
-    pub(crate) fn mode(&self, settings: &Settings, model: &str, headers: &HeaderMap) -> Result<Mode, Failure> {
+    /// What is done with a request: by its header if that is allowed, by key, by model, in general. A model that
+    /// `modes` does not name may be one of its by another spelling (`vlm:latest`): then the strictest mode holds, and so
+    /// it does where no model can be read.
+    pub(crate) fn mode(&self, settings: &Settings, model: Option<&str>, headers: &HeaderMap) -> Result<Mode, ApiError> {
         if let Some(wish) = headers.get("x-ecso-mode").filter(|_| settings.mode_header) {
             return match wish.as_bytes() {
                 b"enforce" => Ok(Mode::Enforce),
                 b"observe" => Ok(Mode::Observe),
                 b"off" => Ok(Mode::Off),
-                _ => Err(Failure::bad_request("invalid_mode", "x-ecso-mode is enforce, observe or off")),
+                _ => Err(ApiError::bad_request("invalid_mode", "x-ecso-mode is enforce, observe or off")),
             };
         }
-        Ok(self.mode.or_else(|| settings.modes.get(model).copied()).unwrap_or(settings.mode))
+        let by_model = model.and_then(|model| settings.modes.get(model).copied());
+        Ok(self.mode.or(by_model).unwrap_or_else(|| self.strictest(settings)))
+    }
+
+    /// The strictest mode that a request of this caller may have.
+    pub(crate) fn strictest(&self, settings: &Settings) -> Mode {
+        let of_models = settings.modes.values().copied().fold(settings.mode, Mode::max);
+        self.mode.unwrap_or(of_models)
     }
 
     /// Whether nothing that this caller sends needs to be looked at.
     pub(crate) fn is_never_guarded(&self, settings: &Settings) -> bool {
-        let general = self.mode.map_or_else(
-            || settings.mode == Mode::Off && settings.modes.values().all(|mode| *mode == Mode::Off),
-            |mode| mode == Mode::Off,
-        );
-        general && !settings.mode_header
+        self.strictest(settings) == Mode::Off && !settings.mode_header
     }
 }
 
@@ -100,12 +123,12 @@ impl Rates {
     }
 
     /// Counts a request.
-    pub(crate) fn check(&self, caller: &Caller) -> Result<(), Failure> {
+    pub(crate) fn check(&self, caller: &Caller) -> Result<(), ApiError> {
         let Some(limiter) = self.0.get(&caller.name) else { return Ok(()) };
         limiter.check().map_err(|early| {
             let wait = early.wait_time_from(DefaultClock::default().now());
-            let failure = Failure::new(StatusCode::TOO_MANY_REQUESTS, "rate_limited", "this key asks too often");
-            Failure { retry_after: Some(wait), ..failure }
+            let failure = ApiError::new(StatusCode::TOO_MANY_REQUESTS, "rate_limited", "this key asks too often");
+            ApiError { retry_after: Some(wait), ..failure }
         })
     }
 }
@@ -131,14 +154,14 @@ impl Admission {
     }
 
     /// Waits for a turn; whoever goes away while waiting loses the place.
-    pub(crate) async fn enter(&self) -> Result<OwnedSemaphorePermit, Failure> {
+    pub(crate) async fn enter(&self) -> Result<OwnedSemaphorePermit, ApiError> {
         if let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() {
             return Ok(permit);
         }
         let place = Place::take(self)?;
         let permit = Arc::clone(&self.permits).acquire_owned().await;
         drop(place);
-        permit.map_err(|_| Failure::busy())
+        permit.map_err(|_| ApiError::busy())
     }
 }
 
@@ -146,10 +169,10 @@ impl Admission {
 struct Place<'a>(&'a AtomicUsize);
 
 impl<'a> Place<'a> {
-    fn take(admission: &'a Admission) -> Result<Self, Failure> {
+    fn take(admission: &'a Admission) -> Result<Self, ApiError> {
         let before = admission.waiting.fetch_add(1, Ordering::AcqRel);
         let place = Self(&admission.waiting);
-        if before < admission.queue { Ok(place) } else { Err(Failure::busy()) }
+        if before < admission.queue { Ok(place) } else { Err(ApiError::busy()) }
     }
 }
 
@@ -172,7 +195,7 @@ mod tests {
     fn keys_are_known_by_their_hash_and_choose_a_mode() {
         let mut settings = Settings::default();
         assert_eq!(caller(&settings, &HeaderMap::new()).unwrap().name, "");
-        let key = |text: &str, mode| Key { sha256: hash(text), mode, per_minute: None };
+        let key = |text: &str, mode| Key { sha256: hash(text), mode, per_minute: None, profile: None };
         settings.keys.insert("app".into(), key("secret", None));
         settings.keys.insert("research".into(), key("other", Some(Mode::Off)));
         settings.modes.insert("watched".into(), Mode::Observe);
@@ -183,12 +206,16 @@ mod tests {
             assert_eq!(caller(&settings, &headers).unwrap_err().status, StatusCode::UNAUTHORIZED);
         }
         let wish = HeaderMap::from_iter([("x-ecso-mode".parse().unwrap(), "off".parse().unwrap())]);
-        assert_eq!(app.mode(&settings, "m", &wish).unwrap(), Mode::Enforce);
-        assert_eq!(app.mode(&settings, "watched", &wish).unwrap(), Mode::Observe);
-        assert_eq!(research.mode(&settings, "watched", &wish).unwrap(), Mode::Off);
+        assert_eq!(app.mode(&settings, Some("m"), &wish).unwrap(), Mode::Enforce);
+        assert_eq!(app.mode(&settings, Some("watched"), &wish).unwrap(), Mode::Observe);
+        assert_eq!(research.mode(&settings, Some("watched"), &wish).unwrap(), Mode::Off);
         assert!(research.is_never_guarded(&settings) && !app.is_never_guarded(&settings));
+        (settings.mode, settings.mode_header) = (Mode::Off, false);
+        for model in [Some("watched:latest"), Some(""), None] {
+            assert_eq!(app.mode(&settings, model, &HeaderMap::new()).unwrap(), Mode::Observe);
+        }
         settings.mode_header = true;
-        assert_eq!(app.mode(&settings, "m", &wish).unwrap(), Mode::Off);
+        assert_eq!(app.mode(&settings, Some("m"), &wish).unwrap(), Mode::Off);
         assert!(!research.is_never_guarded(&settings));
     }
 
@@ -199,7 +226,7 @@ mod tests {
         let waiting = Arc::clone(&admission);
         let second = tokio::spawn(async move { waiting.enter().await.map(drop) });
         tokio::task::yield_now().await;
-        assert_eq!(admission.enter().await.unwrap_err(), Failure::busy());
+        assert_eq!(admission.enter().await.unwrap_err(), ApiError::busy());
         drop(first);
         second.await.unwrap().unwrap();
         assert!(admission.enter().await.is_ok());

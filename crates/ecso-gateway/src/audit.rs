@@ -3,39 +3,23 @@
 
 use std::{
     collections::BTreeMap,
+    fs::{File, OpenOptions},
     io::{self, Write},
     path::PathBuf,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Instant,
 };
 
-use ecso::{Outcome, Step, Verdict};
-use file_rotate::{ContentLimit, FileRotate, compression::Compression, suffix::AppendCount};
-use serde::{Deserialize, Serialize};
+use ecso::Step;
 use serde_json::{Value, json};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-use crate::{chat::Report, request::Request, settings::Mode};
-
-/// What is written.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Settings {
-    /// The file; empty is none.
-    pub path: PathBuf,
-    /// Whether conversation, images, draft and answer are written too.
-    pub content: bool,
-    /// Bytes after which the file is set aside as `.1` and a new one is begun.
-    pub bytes: usize,
-    /// How many files that were set aside are kept.
-    pub keep: usize,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self { path: PathBuf::new(), content: false, bytes: 256 << 20, keep: 8 }
-    }
-}
+use crate::{
+    json::shown,
+    report::{Finding, Report},
+    request::Request,
+    settings::{AuditSettings, Mode},
+};
 
 /// An answer that was judged.
 pub(crate) struct Case<'a> {
@@ -45,68 +29,73 @@ pub(crate) struct Case<'a> {
     pub(crate) key: &'a str,
     pub(crate) mode: Mode,
     pub(crate) begun: Instant,
-    /// The request as it came.
-    pub(crate) body: &'a [u8],
-    pub(crate) request: &'a Request,
+    /// The request, where it could be read.
+    pub(crate) request: Option<&'a Request>,
     pub(crate) report: &'a Report,
     /// What the model said, by choice.
-    pub(crate) drafts: BTreeMap<u64, String>,
+    pub(crate) drafts: &'a BTreeMap<u64, String>,
 }
 
 /// An audit log that is open.
 pub(crate) struct Audit {
-    settings: Settings,
-    file: Mutex<FileRotate<AppendCount>>,
+    settings: AuditSettings,
+    file: Mutex<Rotated>,
 }
 
 impl Audit {
     /// Opens the log, if there is to be one.
-    pub(crate) fn open(settings: &Settings) -> io::Result<Option<Self>> {
+    pub(crate) fn open(settings: &AuditSettings) -> io::Result<Option<Arc<Self>>> {
         if settings.path.as_os_str().is_empty() {
             return Ok(None);
         }
+        let told = |error: io::Error| {
+            io::Error::new(error.kind(), format!("the audit log {}: {error}", settings.path.display()))
+        };
+        Self::begin(settings).map_err(told).map(|audit| Some(Arc::new(audit)))
+    }
+
+    fn begin(settings: &AuditSettings) -> io::Result<Self> {
         if let Some(folder) = settings.path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
             std::fs::create_dir_all(folder)?;
         }
-        // Opened once by ourselves: the library says nothing when it can't.
-        std::fs::OpenOptions::new().create(true).append(true).open(&settings.path)?;
-        let limit = ContentLimit::BytesSurpassed(settings.bytes.max(1));
-        let file = FileRotate::new(&settings.path, AppendCount::new(settings.keep), limit, Compression::None, None);
-        Ok(Some(Self { settings: settings.clone(), file: Mutex::new(file) }))
+        let file = Rotated::open(settings)?;
+        Ok(Self { settings: settings.clone(), file: Mutex::new(file) })
     }
 
     /// Writes a line for every choice. A log that can't be written is told, and the answer goes out all the same.
     pub(crate) fn write(&self, case: &Case<'_>, profile: &str) {
         let mut lines = Vec::new();
-        for (choice, outcome) in case.report.outcomes() {
-            let line = self.line(case, profile, choice, outcome);
+        for (choice, finding) in case.report.findings() {
+            let line = self.line(case, profile, choice, finding);
             lines.extend_from_slice(line.to_string().as_bytes());
             lines.push(b'\n');
         }
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = file.write_all(&lines).and_then(|()| file.flush()) {
+        if let Err(error) = file.write(&self.settings, &lines) {
             tracing::error!(id = case.id, %error, "the audit log can't be written");
         }
     }
 
-    fn line(&self, case: &Case<'_>, profile: &str, choice: u64, outcome: Option<&Outcome>) -> Value {
+    fn line(&self, case: &Case<'_>, profile: &str, choice: u64, finding: &Finding) -> Value {
+        let outcome = finding.outcome();
         let digest = |text: &str| blake3::hash(text.as_bytes()).to_hex()[..32].to_owned();
         let draft = case.drafts.get(&choice).map_or("", String::as_str);
-        let query = case.request.chat.turns.iter().rev().find(|turn| turn.role == ecso::Role::User);
+        let turns = case.request.map(|request| request.chat.turns.as_slice()).unwrap_or_default();
+        let query = turns.iter().rev().find(|turn| turn.role == ecso::Role::User);
         let steps = outcome.map(|outcome| outcome.steps.as_slice()).unwrap_or_default();
-        let images = case.request.chat.images().map(|image| image.digest().to_hex()[..32].to_owned());
+        let images = turns.iter().flat_map(ecso::Turn::images).map(|image| image.digest().to_hex()[..32].to_owned());
         let mut line = json!({
             "at": OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default(),
             "request_id": case.id,
             "choice": choice,
             "key": case.key,
-            "model": case.request.model,
+            "model": case.request.map(|request| shown(&request.model)),
             "profile": profile,
             "mode": case.mode,
-            "verdict": outcome.map_or(Verdict::Unchecked, |outcome| outcome.verdict),
+            "verdict": finding.verdict(),
             "score": outcome.and_then(|outcome| outcome.score),
             "rewritten": outcome.is_some_and(|outcome| outcome.rewritten),
-            "failure": case.report.failure(),
+            "failure": case.report.failure,
             "ms": u64::try_from(case.begun.elapsed().as_millis()).unwrap_or(u64::MAX),
             "image_digests": images.collect::<Vec<_>>(),
             "query_digest": query.map(|turn| digest(&turn.query())),
@@ -118,8 +107,7 @@ impl Audit {
             })).collect::<Vec<_>>(),
         });
         if self.settings.content {
-            let body: Value = serde_json::from_slice(case.body).unwrap_or_default();
-            line["messages"] = body["messages"].clone();
+            line["messages"] = case.request.map(Request::messages).into();
             line["draft"] = draft.into();
             line["answer"] =
                 outcome.filter(|outcome| outcome.rewritten).map_or(draft, |outcome| &outcome.answer).into();
@@ -127,5 +115,81 @@ impl Audit {
             line["captions"] = captions.map(|step| step.reply.as_str()).collect();
         }
         line
+    }
+}
+
+/// A file that is set aside when it is long.
+struct Rotated {
+    file: File,
+    bytes: u64,
+}
+
+impl Rotated {
+    fn open(settings: &AuditSettings) -> io::Result<Self> {
+        let mut options = OpenOptions::new();
+        options.create(true).append(true);
+        // It tells who asked what, so that it is for its owner alone.
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+        let file = options.open(&settings.path)?;
+        let bytes = file.metadata()?.len();
+        Ok(Self { file, bytes })
+    }
+
+    /// Writes whole lines. A file that can't be set aside grows: no line is lost for that.
+    fn write(&mut self, settings: &AuditSettings, lines: &[u8]) -> io::Result<()> {
+        if self.bytes >= settings.bytes.max(1) as u64 {
+            match Self::set_aside(settings).and_then(|()| Self::open(settings)) {
+                Ok(fresh) => *self = fresh,
+                Err(error) => tracing::error!(%error, "the audit log can't be set aside"),
+            }
+        }
+        self.bytes += lines.len() as u64;
+        self.file.write_all(lines)?;
+        self.file.flush()
+    }
+
+    /// Moves each file one on: `.1` is the last that was set aside, and the oldest goes.
+    fn set_aside(settings: &AuditSettings) -> io::Result<()> {
+        let aside = |number: usize| {
+            let mut name = settings.path.clone().into_os_string();
+            name.push(format!(".{number}"));
+            PathBuf::from(name)
+        };
+        if settings.keep == 0 {
+            return std::fs::remove_file(&settings.path);
+        }
+        for number in (1..settings.keep).rev() {
+            match std::fs::rename(aside(number), aside(number + 1)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        std::fs::rename(&settings.path, aside(1))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_line_is_lost_when_files_are_set_aside() {
+        let folder = std::env::temp_dir().join(format!("ecso-audit-{}", uuid::Uuid::new_v4().simple()));
+        let path = folder.join("audit.jsonl");
+        let settings = AuditSettings { path: path.clone(), content: false, bytes: 10, keep: 2 };
+        let audit = Audit::open(&settings).unwrap().unwrap();
+        // What lies there already is moved on like the rest; what can't be moved stays.
+        std::fs::write(folder.join("audit.jsonl.1"), "stray\n").unwrap();
+        let write = |line: &str| audit.file.lock().unwrap().write(&settings, line.as_bytes()).unwrap();
+        ["one, two\n", "three\n", "four\n"].into_iter().for_each(write);
+        let read = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap_or_default();
+        assert_eq!((read("audit.jsonl"), read("audit.jsonl.1")), ("four\n".into(), "one, two\nthree\n".into()));
+        assert_eq!(read("audit.jsonl.2"), "stray\n");
+        std::fs::remove_file(folder.join("audit.jsonl.2")).unwrap();
+        std::fs::create_dir(folder.join("audit.jsonl.2")).unwrap();
+        ["five, six\n", "seven\n"].into_iter().for_each(write);
+        assert_eq!(read("audit.jsonl"), "four\nfive, six\nseven\n");
+        std::fs::remove_dir_all(folder).unwrap();
     }
 }

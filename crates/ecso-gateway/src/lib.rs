@@ -2,37 +2,46 @@
 //!
 //! It stands in front of an OpenAI-compatible server (or of a model in this process) and speaks the same language. A
 //! chat with an image is answered by the model, judged, and answered anew with eyes closed if need be; **no text of an
-//! answer reaches the client before its verdict**. Everything else passes through.
+//! answer reaches the client before its verdict**. What is not guarded is passed on if it is known to be harmless.
 //!
-//! The way of a request: [`server`] routes it; `access` says who calls; `probe` looks whether it is to be guarded;
-//! `request` reads it; `upstream` gets the draft; `draft` says what a model said, wherever it said it; `chat` judges
-//! and writes the answer; `failure` is everything that can go wrong, as the client sees it. `door` and `moderation`
-//! judge on demand.
+//! The way of a request: [`server`] routes it; `context` lets it in; `json` and `request` read it against the tables of
+//! `fields`; `upstream` gets the draft; `completion` is what is known of that; `chat` judges it and writes the answer;
+//! `report` is what was found; `error` is everything that can go wrong, as the client sees it. `passthrough` sends on what
+//! the table of `routes` lets through; `observe` judges beside; `guard` and `moderation` judge on demand.
 
 mod access;
-pub mod audit;
+mod audit;
 mod chat;
+mod completion;
+mod connections;
+mod context;
 mod cors;
-mod door;
-mod draft;
-mod failure;
+mod error;
+mod fields;
+mod forms;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
-mod live;
+mod guard;
+mod json;
 mod metrics;
 mod moderation;
 mod observe;
 mod openapi;
-mod probe;
+mod passthrough;
+mod ready;
 pub mod replay;
+mod report;
 mod request;
+mod routes;
 pub mod server;
 pub mod settings;
+mod state;
 mod telemetry;
 mod upstream;
-mod visit;
 
-pub use server::{Gateway, serve};
+pub use connections::serve;
+pub use server::Gateway;
 pub use settings::Settings;
+pub use state::Profiles;
 pub use upstream::{Checks, Upstream};

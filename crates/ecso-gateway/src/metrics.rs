@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ecso::{Step, Verdict};
+use ecso::Step;
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
     metrics::{
@@ -98,8 +98,8 @@ impl Metrics {
             Mode::Off => "off",
         };
         self.guarded.observe(case.begun.elapsed().as_secs_f64());
-        for (_, outcome) in case.report.outcomes() {
-            let verdict = outcome.map_or(Verdict::Unchecked, |outcome| outcome.verdict).as_str();
+        for (_, finding) in case.report.findings() {
+            let (verdict, outcome) = (finding.verdict().as_str(), finding.outcome());
             let rewritten = if outcome.is_some_and(|outcome| outcome.rewritten) { "yes" } else { "no" };
             self.answers.get_or_create(&Answer { verdict, mode, rewritten }).inc();
             for step in outcome.map(|outcome| outcome.steps.as_slice()).unwrap_or_default() {

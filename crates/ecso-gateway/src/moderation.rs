@@ -9,11 +9,11 @@ use std::{
 };
 
 use axum::{
-    body::Body,
     extract::State,
     http::{HeaderValue, header},
     response::Response,
 };
+use bytes::Bytes;
 use ecso::{
     Outcome, Verdict,
     profile::{Gate, Rewrite, Scope},
@@ -24,14 +24,13 @@ use utoipa::ToSchema;
 
 use crate::{
     access::Admission,
-    audit::Case,
-    chat::Report,
-    failure::{Failure, Failures},
+    context::RequestContext,
+    error::{ApiError, ApiErrors},
     openapi::Part,
-    request::Request,
-    server::{Gateway, others},
-    settings::Mode,
-    visit::Visit,
+    passthrough::others,
+    report,
+    request::Body,
+    server::Gateway,
 };
 
 /// OpenAI's names.
@@ -54,13 +53,14 @@ const CATEGORIES: [&str; 13] = [
 /// Tells whether a request, texts or images, leads to harm.
 #[utoipa::path(
     post, path = "/v1/moderations", request_body = Question,
-    responses((status = 200, body = Finding), Failures),
+    responses((status = 200, body = Finding), ApiErrors),
 )]
 pub(crate) async fn moderations(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
-    if !gateway.live().settings.moderations {
+    if !gateway.state().settings.moderations {
         return others(State(gateway), request).await;
     }
-    gateway.visit("moderations", request, moderated).await
+    let admission = Arc::clone(&gateway.admission);
+    gateway.judge("moderations", request, async |context, body| moderated(context, body, &admission).await).await
 }
 
 /// What is to be judged.
@@ -119,10 +119,11 @@ impl Found {
 }
 
 impl Question {
-    fn read(body: &[u8], most: usize) -> Result<Self, Failure> {
-        let invalid = |message: String| Failure::bad_request("invalid_request", message);
-        let question: Self =
-            serde_json::from_slice(body).map_err(|error| invalid(format!("the body can't be read: {error}")))?;
+    fn read(body: &[u8], most: usize) -> Result<Self, ApiError> {
+        let invalid = |message: String| ApiError::bad_request("invalid_request", message);
+        let unreadable = |why| invalid(format!("the body can't be read: {why}"));
+        let body = crate::json::read(body).map_err(unreadable)?;
+        let question: Self = serde_json::from_value(body).map_err(|error| unreadable(error.to_string()))?;
         let contents = question.contents();
         let is_empty = |content: &Value| {
             content.as_str().is_some_and(|text| text.trim().is_empty()) || content.as_array().is_some_and(Vec::is_empty)
@@ -160,48 +161,47 @@ impl Question {
     }
 }
 
-async fn moderated(visit: Visit, admission: Arc<Admission>) -> Result<Response, Failure> {
-    let Visit { live, headers, body, .. } = &visit;
-    let question = Question::read(body, live.settings.limits.inputs)?;
+async fn moderated(context: &RequestContext, body: Bytes, admission: &Admission) -> Result<Response, ApiError> {
+    let RequestContext { state, headers, .. } = context;
+    let question = Question::read(&body, state.settings.limits.inputs)?;
+    drop(body);
     let work = async {
         let _turn = admission.enter().await?;
         let model = match question.model() {
             Some(name) => name.to_owned(),
-            None => live.upstream.model_name(headers).await?,
+            None => state.upstream.model_name(headers).await?,
         };
         let mut results = Vec::new();
         for content in question.contents() {
-            results.push(found(&visit, &model, content).await?);
+            results.push(found(context, &model, content).await?);
         }
-        Ok(json!(Finding { id: &visit.id, model: &model, results }))
+        Ok(json!(Finding { id: &context.id, model: &model, results }))
     };
-    let finding = visit.live.in_time(visit.begun, work).await?;
-    let mut response = Response::new(Body::from(finding.to_string()));
+    let finding = context.in_time(work).await?;
+    let mut response = Response::new(axum::body::Body::from(finding.to_string()));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     Ok(response)
 }
 
 /// Judges one input.
-async fn found(visit: &Visit, model: &str, content: Value) -> Result<Found, Failure> {
-    let Visit { live, id, begun, caller, headers, .. } = visit;
-    let body = json!({"model": model, "messages": [{"role": "user", "content": content}]}).to_string().into_bytes();
-    let mut request = Request::read(&body, &live.settings.limits, live.images)?;
-    live.prepare(&mut request).await?;
-    let mut profile = live.profile.clone();
+async fn found(context: &RequestContext, model: &str, input: Value) -> Result<Found, ApiError> {
+    let RequestContext { state, headers, .. } = context;
+    let body = json!({"model": model, "messages": [{"role": "user", "content": input}]});
+    let request = state.prepare(Body::of(body, &state.settings.allow_fields)?).await?;
+    let mut profile = state.profile(&context.caller, Some(model)).clone();
     // Whatever is sent here is to be judged, and no answer to it is wanted.
     (profile.scope, profile.gate, profile.rewrite) = (Scope::All, Gate::Detected, Rewrite::Refuse);
     let sampling = profile.direct.sampling();
-    let guard = live.guarding(&request, headers, profile);
-    let (outcome, draft) = live.answer(&guard, &request, headers, &sampling).await?;
+    let guard = state.guarding(&request, headers, profile);
+    let (outcome, draft) = state.answer(&guard, &request, headers, &sampling).await?;
 
     let kinds = request.chat.turns.iter().flat_map(|turn| &turn.parts).map(|part| match part {
         ecso::Part::Text(_) => "text",
         ecso::Part::Image(_) => "image",
     });
     let found = Found::of(&outcome, &kinds.collect());
-    let drafts = BTreeMap::from([(0, draft)]);
-    let (key, mode, begun) = (&caller.name, Mode::Observe, *begun);
-    let (request, report) = (&request, &Report::of(outcome));
-    live.record(&Case { id, key, mode, begun, body: &body, request, report, drafts });
+    let record = context.record(&request, BTreeMap::from([(0, draft)]));
+    record.add(0, report::Finding::Done(outcome));
+    record.written();
     Ok(found)
 }

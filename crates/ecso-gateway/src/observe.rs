@@ -1,13 +1,9 @@
 //! Observing: the client gets what the model says, untouched; the guard judges beside it and records what it would have
 //! done.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
-use axum::{
-    body::Body,
-    http::{HeaderMap, header},
-    response::Response,
-};
+use axum::{body::Body, http::header, response::Response};
 use bytes::Bytes;
 use ecso_openai::Bodies;
 use futures::StreamExt;
@@ -15,33 +11,27 @@ use tracing::{Instrument, Span};
 
 use crate::{
     access::Admission,
-    audit::Case,
-    chat::review,
-    draft::Draft,
-    failure::Failure,
-    live::Live,
-    request::Request,
-    settings::Mode,
+    chat,
+    completion::Completion,
+    context::RequestContext,
+    error::ApiError,
+    request::Body as Read,
     upstream::{CHAT, Server, passed},
 };
 
 /// A request that is observed.
 pub(crate) struct Observed {
-    pub(crate) live: Arc<Live>,
+    pub(crate) context: RequestContext,
     pub(crate) admission: Arc<Admission>,
-    pub(crate) headers: HeaderMap,
-    pub(crate) body: Bytes,
-    pub(crate) id: String,
-    pub(crate) begun: Instant,
-    /// The name of the client's key.
-    pub(crate) key: String,
+    /// What can be read of the request; what can't is recorded too.
+    pub(crate) read: Result<Read, ApiError>,
 }
 
 impl Observed {
     /// Forwards the request; when the answer is complete it is judged.
-    pub(crate) async fn forward(self, server: &Server) -> Result<Response, Failure> {
-        let sent =
-            server.forward(axum::http::Method::POST, CHAT, &self.headers, self.body.clone().into(), Bodies::Unpacked);
+    pub(crate) async fn forward(self, server: &Server, body: Bytes) -> Result<Response, ApiError> {
+        let headers = &self.context.headers;
+        let sent = server.forward(axum::http::Method::POST, CHAT, headers, body.into(), Bodies::Unpacked);
         let response = passed(sent.await?);
         if !response.status().is_success() {
             return Ok(response);
@@ -66,24 +56,17 @@ impl Observed {
     }
 
     /// Judges an answer that the client has already.
-    pub(crate) async fn judge(self, draft: Result<Draft, Failure>) {
+    async fn judge(self, answer: Result<Completion, ApiError>) {
+        let Self { context, admission, read } = self;
         let judged = async {
-            let draft = draft?;
-            let _turn = self.admission.enter().await?;
-            let mut request = Request::read(&self.body, &self.live.settings.limits, self.live.images)?;
-            self.live.prepare(&mut request).await?;
-            let guard = self.live.guard(&request, &self.headers, Mode::Observe)?;
-            let report = review(&guard, &request, &draft);
-            let report = tokio::time::timeout(self.live.settings.limits.deadline(), report).await;
-            let report = report.unwrap_or_else(|_| Err(Failure::deadline(self.live.settings.limits.deadline)))?;
-            let Self { id, key, body, begun, .. } = &self;
-            let (begun, drafts) = (*begun, draft.said());
-            let (request, report) = (&request, &report);
-            self.live.record(&Case { id, key, mode: Mode::Observe, begun, body, request, report, drafts });
-            Ok::<_, Failure>(())
+            let answer = answer?;
+            let _turn = admission.enter().await?;
+            let request = context.in_time(context.state.prepare(read?)).await?;
+            chat::observe(&context, &request, &answer).await
         };
-        if let Err(failure) = judged.await {
-            failure.log(&self.id);
+        if let Err(error) = judged.await {
+            error.log(&context.id);
+            context.unjudged(&error);
         }
     }
 }
@@ -105,7 +88,7 @@ impl Copy {
     }
 
     fn add(&mut self, piece: &[u8]) {
-        let longest = self.observed.as_ref().map_or(0, |observed| observed.live.settings.limits.answer);
+        let longest = self.observed.as_ref().map_or(0, |observed| observed.context.state.settings.limits.answer);
         if self.seen.len() + piece.len() <= longest {
             self.seen.extend_from_slice(piece);
         }
@@ -118,12 +101,12 @@ impl Drop for Copy {
         let Some(observed) = self.observed.take().filter(|_| whole) else { return };
         let (seen, streamed) = (std::mem::take(&mut self.seen), self.streamed);
         let judged = async move {
-            let draft = if streamed {
-                Draft::chunks(futures::stream::iter([Ok::<_, std::io::Error>(Bytes::from(seen))])).await
+            let answer = if streamed {
+                Completion::chunks(futures::stream::iter([Ok::<_, std::io::Error>(Bytes::from(seen))])).await
             } else {
-                Draft::whole(&seen)
+                Completion::whole(&seen)
             };
-            observed.judge(draft).await;
+            observed.judge(answer).await;
         };
         tokio::spawn(judged.instrument(self.span.clone()));
     }

@@ -12,7 +12,7 @@ use utoipa::{OpenApi, ToSchema};
 #[openapi(info(
     title = "ecso",
     description = "A guard in front of a multimodal LLM, in the language of OpenAI's API. No text of an answer in scope goes out before \
-                   its verdict. Every other path below /v1 passes through.",
+                   its verdict. Other routes are passed on if they are known to be harmless.",
     license(name = "MIT OR Apache-2.0")
 ))]
 struct Document;

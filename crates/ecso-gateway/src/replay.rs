@@ -4,7 +4,7 @@ use ecso::{Chat, Guard, GuardError, Mllm, Outcome, Verdict};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::{request::Request, settings::Limits};
+use crate::{request::Body, settings::Limits};
 
 /// A line of an audit log with content.
 #[derive(Debug, Clone)]
@@ -44,8 +44,9 @@ impl Recorded {
         let Some(draft) = line.draft else {
             return Err("it has no content; record with gateway.audit.content = true".into());
         };
-        let body = json!({"model": line.model, "messages": line.messages}).to_string();
-        let request = Request::read(body.as_bytes(), &Limits::default(), images).map_err(|failure| failure.message)?;
+        let body = json!({"model": line.model, "messages": line.messages});
+        let body = Body::of(body, &[]).map_err(|error| error.message)?;
+        let request = body.request(&Limits::default(), images, true).map_err(|error| error.message)?;
         Ok(Self {
             id: line.request_id,
             profile: line.profile,

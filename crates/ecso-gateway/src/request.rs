@@ -1,75 +1,213 @@
-//! A chat request, read: as a conversation that can be guarded, with the client's own wishes about the answer.
+//! A chat request, read: the fields that are known, and the conversation in them. What the upstream gets is written of
+//! the same fields, so that it answers what was judged.
 
+use axum::http::StatusCode;
 use base64::{Engine, prelude::BASE64_STANDARD};
 use ecso::{Chat, Image, Part, Role, Sampling, Turn, is_data_url};
 use serde_json::{Map, Value};
 
-use crate::{failure::Failure, settings::Limits};
+use crate::{
+    error::ApiError,
+    fields::{IMAGE_PART, MESSAGE, ONCE, REFUSAL_PART, SAMPLING, TEXT_PART, THOUGHT_PART},
+    forms::{Form, Odd, Reader, fields_of},
+    json,
+    settings::Limits,
+};
 
-/// Fields that step 4 does not get: they are about this one request, or about things that an answer from hints has not.
-const NOT_FOR_THE_SAFE_ANSWER: [&str; 19] = [
-    "model",
-    "messages",
-    "stream",
-    "stream_options",
-    "n",
-    "tools",
-    "tool_choice",
-    "parallel_tool_calls",
-    "functions",
-    "function_call",
-    "logprobs",
-    "top_logprobs",
-    "modalities",
-    "audio",
-    "prediction",
-    "continue_final_message",
-    "add_generation_prompt",
-    "echo",
-    "ecso",
-];
+/// A body of which every field is known. Its images may still be elsewhere.
+#[derive(Debug)]
+pub(crate) struct Body {
+    fields: Map<String, Value>,
+    messages: Vec<Map<String, Value>>,
+    /// What the model is shown beside the texts of the messages.
+    beside: Vec<String>,
+    images: usize,
+    is_spoken: bool,
+}
 
-/// Fields that change how a model sees or thinks, so that the guard's own calls carry them too.
-const FOR_EVERY_CALL: [&str; 2] = ["chat_template_kwargs", "mm_processor_kwargs"];
+/// The model that a body names, as far as it can be read.
+pub(crate) fn model(body: &Result<Value, String>) -> Option<&str> {
+    body.as_ref().ok()?.get("model")?.as_str().filter(|name| !name.is_empty())
+}
 
-/// A chat request.
+impl Body {
+    /// Knows the fields of a body, and `allowed` ones that the operator knows.
+    pub(crate) fn of(body: Value, allowed: &[String]) -> Result<Self, ApiError> {
+        let invalid = |message: &str| ApiError::bad_request("invalid_request", message);
+        let Value::Object(mut fields) = body else { return Err(invalid("the body must be a JSON object")) };
+        let messages = match fields.remove("messages") {
+            Some(Value::Array(messages)) if !messages.is_empty() => messages,
+            _ => return Err(invalid("`messages` must be a list of messages")),
+        };
+        let mut told = Told { allowed, texts: Vec::new() };
+        let known: Vec<(&str, Form)> = SAMPLING.iter().chain(ONCE).copied().collect();
+        let fields = fields_of(&known, fields, "", &mut told)?;
+        let described = ["model", "tools", "functions", "response_format"];
+        let beside = told.texts.into_iter().filter(|(path, _)| !described.contains(&field_of(path).0));
+        let beside = beside.map(|(_, text)| text).collect();
+        let mut body = Self { fields, messages: Vec::new(), beside, images: 0, is_spoken: false };
+        for (place, message) in messages.into_iter().enumerate() {
+            body.add(message, place, allowed)?;
+        }
+        Ok(body)
+    }
+
+    /// Adds a message: its known fields, and what it says beside its content and its calls.
+    fn add(&mut self, message: Value, place: usize, allowed: &[String]) -> Result<(), ApiError> {
+        let path = format!("messages.{place}");
+        let Value::Object(mut fields) = message else {
+            return Err(ApiError::bad_request("invalid_request", format!("`{path}` must be an object")));
+        };
+        let content = fields.remove("content");
+        let mut told = Told { allowed, texts: Vec::new() };
+        let mut kept = fields_of(MESSAGE, fields, &path, &mut told)?;
+        if !kept.contains_key("role") {
+            return Err(ApiError::bad_request("invalid_request", format!("`{path}` has no role")));
+        }
+        if let Some(content) = content {
+            kept.insert("content".to_owned(), self.content(content, &format!("{path}.content"), &mut told)?);
+        }
+        let beside = told.texts.into_iter().filter(|(at, _)| is_beside(at.get(path.len() + 1..).unwrap_or_default()));
+        self.beside.extend(beside.map(|(_, text)| text));
+        self.beside.extend(names_that_speak(&kept));
+        self.messages.push(kept);
+        Ok(())
+    }
+
+    fn content(&mut self, content: Value, path: &str, told: &mut Told<'_>) -> Result<Value, ApiError> {
+        match content {
+            Value::Null | Value::String(_) => Ok(content),
+            Value::Array(parts) => {
+                let parts = parts.into_iter().enumerate();
+                let parts = parts.map(|(place, part)| self.part(part, &format!("{path}.{place}"), told));
+                Ok(Value::Array(parts.collect::<Result<_, _>>()?))
+            }
+            _ => Err(ApiError::bad_request("invalid_request", format!("`{path}` must be a text or a list of parts"))),
+        }
+    }
+
+    fn part(&mut self, part: Value, path: &str, told: &mut Told<'_>) -> Result<Value, ApiError> {
+        let unsupported = |kind: &str| {
+            let message = format!("`{path}`: parts of type `{}` can't be guarded", json::shown(kind));
+            Err(ApiError::bad_request("unsupported_content", message))
+        };
+        if part.is_string() {
+            return Ok(part);
+        }
+        let Value::Object(mut fields) = part else { return unsupported("(none)") };
+        // Servers tell by its field what a part without a type is.
+        if !fields.contains_key("type") && fields.len() == 1 {
+            let kind = ["text", "image_url"].into_iter().find(|kind| fields.contains_key(*kind));
+            fields.extend(kind.map(|kind| ("type".to_owned(), kind.into())));
+        }
+        let kind = fields.get("type").and_then(Value::as_str).unwrap_or("(none)").to_owned();
+        let (known, needs) = match kind.as_str() {
+            "text" | "input_text" | "output_text" => (TEXT_PART, "text"),
+            "refusal" => (REFUSAL_PART, "refusal"),
+            "thinking" | "redacted_thinking" | "reasoning" => (THOUGHT_PART, "type"),
+            "image_url" | "input_image" => (IMAGE_PART, "image_url"),
+            "input_audio" => {
+                self.is_spoken = true;
+                return Ok(fields.into());
+            }
+            other => return unsupported(other),
+        };
+        let kept = fields_of(known, fields, path, told)?;
+        if kept.get(needs).is_none_or(Value::is_null) {
+            let code = if needs == "image_url" { "invalid_image" } else { "invalid_request" };
+            return Err(ApiError::bad_request(code, format!("`{path}` has no `{needs}`")));
+        }
+        self.images += usize::from(needs == "image_url");
+        Ok(kept.into())
+    }
+
+    /// Whether an image stands in any turn.
+    pub(crate) fn has_images(&self) -> bool {
+        self.images > 0
+    }
+
+    /// The addresses of images that are elsewhere.
+    pub(crate) fn remote_images(&mut self) -> Vec<&mut String> {
+        self.urls().filter(|url| !is_data_url(url)).collect()
+    }
+
+    fn urls(&mut self) -> impl Iterator<Item = &mut String> {
+        let parts = self.messages.iter_mut().filter_map(|message| message.get_mut("content")?.as_array_mut());
+        parts.flatten().filter_map(|part| match part.get_mut("image_url")? {
+            Value::String(url) => Some(url),
+            image => match image.get_mut("url") {
+                Some(Value::String(url)) => Some(url),
+                _ => None,
+            },
+        })
+    }
+
+    /// The request, its images read. URLs of images stay only if they are `passed` on.
+    pub(crate) fn request(mut self, limits: &Limits, images: ecso::Limits, passed: bool) -> Result<Request, ApiError> {
+        let invalid = |message: String| ApiError::bad_request("invalid_request", message);
+        if self.is_spoken {
+            let message = "parts of type `input_audio` can't be guarded";
+            return Err(ApiError::bad_request("unsupported_content", message));
+        }
+        if self.images > limits.images {
+            let message = format!("at most {} images are allowed", limits.images);
+            return Err(ApiError::bad_request("too_many_images", message));
+        }
+        let choices = self.fields.get("n").filter(|n| !n.is_null()).map_or(Some(1), Value::as_u64);
+        let choices = choices.and_then(|n| u32::try_from(n).ok()).filter(|n| (1..=limits.choices).contains(n));
+        let choices = choices.ok_or_else(|| invalid(format!("`n` must be 1 to {}", limits.choices)))?;
+        let read = self.urls().map(|url| image(url, images, passed)).collect::<Result<Vec<_>, _>>()?;
+        let turns = turns(&self.messages, read)?;
+        let parts = turns
+            .iter()
+            .flat_map(|turn| &turn.parts)
+            .map(|part| if let Part::Text(text) = part { text.len() } else { 0 });
+        if parts.sum::<usize>() + self.beside.iter().map(String::len).sum::<usize>() > limits.text {
+            let message = format!("the texts of a guarded chat have at most {} bytes", limits.text);
+            return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "too_much_text", message));
+        }
+        if !turns.iter().any(|turn| turn.role == Role::User) {
+            return Err(invalid("`messages` has no message of the user".into()));
+        }
+        let definitions = definitions(&self.fields).chain(self.beside).collect();
+        let chat = Chat { turns, definitions };
+        let model = self.fields.get("model").and_then(Value::as_str).unwrap_or_default().to_owned();
+        let stream = self.fields.get("stream").and_then(Value::as_bool).unwrap_or(false);
+        Ok(Request { fields: self.fields, messages: self.messages, chat, model, stream, choices })
+    }
+}
+
+/// A chat request that can be guarded.
 #[derive(Debug, Clone)]
 pub(crate) struct Request {
     fields: Map<String, Value>,
+    messages: Vec<Map<String, Value>>,
     /// The conversation.
     pub(crate) chat: Chat,
     /// The model that is asked for.
     pub(crate) model: String,
     /// Whether the answer is to be streamed.
     pub(crate) stream: bool,
-    /// The request's bytes with its data URLs as they were read here, where a server might read them otherwise.
-    pub(crate) rewritten: Option<Vec<u8>>,
     /// How many answers.
     pub(crate) choices: u32,
 }
 
 impl Request {
-    /// Reads a request whose images stand in it or are URLs.
-    pub(crate) fn read(body: &[u8], limits: &Limits, images: ecso::Limits) -> Result<Self, Failure> {
-        let invalid = |message: String| Failure::bad_request("invalid_request", message);
-        let mut fields: Map<String, Value> =
-            serde_json::from_slice(body).map_err(|error| invalid(format!("the body can't be read: {error}")))?;
-        let rewritten = plain_data_urls(&mut fields, images).then(|| serde_json::to_vec(&fields)).transpose();
-        let rewritten = rewritten.map_err(|error| invalid(error.to_string()))?;
-        let messages = match fields.remove("messages") {
-            Some(Value::Array(messages)) if !messages.is_empty() => messages,
-            _ => return Err(invalid("`messages` must be a list of messages".into())),
-        };
-        let chat = Chat { turns: turns(&messages, limits, images)?, definitions: definitions(&fields, &messages) };
-        if !chat.turns.iter().any(|turn| turn.role == Role::User) {
-            return Err(invalid("`messages` has no message of the user".into()));
+    /// What the upstream gets: the known fields, and the images as they were read.
+    pub(crate) fn body(&self) -> Result<Vec<u8>, ApiError> {
+        #[derive(serde::Serialize)]
+        struct Sent<'a> {
+            #[serde(flatten)]
+            fields: &'a Map<String, Value>,
+            messages: &'a [Map<String, Value>],
         }
-        let choices = fields.get("n").and_then(Value::as_u64).unwrap_or(1);
-        let choices = u32::try_from(choices).ok().filter(|n| (1..=limits.choices).contains(n));
-        let choices = choices.ok_or_else(|| invalid(format!("`n` must be 1 to {}", limits.choices)))?;
-        let model = fields.get("model").and_then(Value::as_str).unwrap_or_default().to_owned();
-        let stream = fields.get("stream").and_then(Value::as_bool).unwrap_or(false);
-        Ok(Self { fields, chat, model, stream, rewritten, choices })
+        let sent = Sent { fields: &self.fields, messages: &self.messages };
+        serde_json::to_vec(&sent).map_err(|error| ApiError::bad_request("invalid_request", error.to_string()))
+    }
+
+    /// The messages, for an operator who wants them recorded.
+    pub(crate) fn messages(&self) -> &[Map<String, Value>] {
+        &self.messages
     }
 
     /// Whether a streamed answer ends with its usage.
@@ -80,12 +218,12 @@ impl Request {
     /// The client's own sampling and format, for the safe answer of a server: every field as it came.
     pub(crate) fn sampling(&self) -> Sampling {
         let mut extra = self.fields.clone();
-        extra.retain(|field, _| !NOT_FOR_THE_SAFE_ANSWER.contains(&field.as_str()));
+        extra.retain(|field, _| SAMPLING.iter().any(|(known, _)| known == field));
         Sampling { extra, ..Sampling::default() }
     }
 
-    /// What the guard's own calls carry of the request: fields that change how the model sees or thinks, as far as they are switches and
-    /// numbers. A text could be a template, or a word to the judge.
+    /// What the guard's own calls carry of the request: fields that change how the model sees or thinks, as far as they
+    /// are switches and numbers. A text could be a template, or a word to the judge.
     pub(crate) fn extra(&self) -> Map<String, Value> {
         let is_effort = |name: &str, value: &Value| {
             name == "reasoning_effort"
@@ -96,7 +234,7 @@ impl Request {
             !is_framing && (value.is_boolean() || value.is_number() || is_effort(name, value))
         };
         let mut extra = Map::new();
-        for name in FOR_EVERY_CALL {
+        for name in ["chat_template_kwargs", "mm_processor_kwargs"] {
             let Some(Value::Object(fields)) = self.fields.get(name) else { continue };
             let kept = fields.iter().filter(|(name, value)| is_kept(name, value));
             let kept: Map<String, Value> = kept.map(|(name, value)| (name.clone(), value.clone())).collect();
@@ -116,14 +254,15 @@ impl Request {
     }
 
     /// The client's own sampling, for a model in this process.
-    pub(crate) fn own_sampling(&self) -> Result<Sampling, Failure> {
+    pub(crate) fn own_sampling(&self) -> Result<Sampling, ApiError> {
         for field in ["tools", "functions"] {
-            if self.fields.get(field).is_some_and(|value| value.as_array().is_none_or(|list| !list.is_empty())) {
-                return Err(Failure::bad_request("unsupported", format!("this model has no `{field}`")));
+            let is_asked = |value: &Value| value.as_array().map_or(!value.is_null(), |list| !list.is_empty());
+            if self.fields.get(field).is_some_and(is_asked) {
+                return Err(ApiError::bad_request("unsupported", format!("this model has no `{field}`")));
             }
         }
-        if self.fields.get("response_format").is_some_and(|format| format["type"] != "text") {
-            return Err(Failure::bad_request("unsupported", "this model answers in text only (`response_format`)"));
+        if self.fields.get("response_format").is_some_and(|format| !format.is_null() && format["type"] != "text") {
+            return Err(ApiError::bad_request("unsupported", "this model answers in text only (`response_format`)"));
         }
         #[expect(clippy::cast_possible_truncation, reason = "a temperature")]
         let float = |name: &str| self.fields.get(name).and_then(Value::as_f64).map(|value| value as f32);
@@ -139,95 +278,109 @@ impl Request {
     }
 }
 
-/// Writes each data URL that is read here more kindly than by every server (another alphabet, spaces, percent signs) as it was read.
-/// Whether there was one.
-fn plain_data_urls(fields: &mut Map<String, Value>, images: ecso::Limits) -> bool {
-    let messages = fields.get_mut("messages").and_then(Value::as_array_mut).into_iter().flatten();
-    let parts = messages.filter_map(|message| message.get_mut("content")?.as_array_mut()).flatten();
-    let mut is_changed = false;
-    for part in parts {
-        let Some(image) = part.get_mut("image_url") else { continue };
-        let url = if image.is_object() { image.get_mut("url") } else { Some(image) };
-        let Some(Value::String(url)) = url else { continue };
-        let is_plain = |data: &str| {
-            let body = data.trim_end_matches('=');
-            data.len().is_multiple_of(4)
-                && body.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/'))
-        };
-        let is_odd = is_data_url(url) && !url.split_once(";base64,").is_some_and(|(_, data)| is_plain(data));
-        let read = is_odd.then(|| Image::from_data_url(url, images).ok()).flatten();
-        if let Some((bytes, kind)) = read.as_ref().and_then(Image::encoded) {
-            *url = format!("data:{kind};base64,{}", BASE64_STANDARD.encode(bytes));
-            is_changed = true;
-        }
-    }
-    is_changed
+/// A path's first field, and the rest.
+fn field_of(path: &str) -> (&str, &str) {
+    path.split_once('.').unwrap_or((path, ""))
 }
 
-/// Fields of a request that a model may be shown beside the messages.
-const SHOWN: [&str; 10] = [
-    "documents",
-    "json_schema",
-    "guided_json",
-    "guided_choice",
-    "guided_regex",
-    "guided_grammar",
-    "structured_outputs",
-    "structural_tag",
-    "grammar",
-    "function_call",
-];
+/// Whether what stands at `path` in a message is told apart: content and calls stand in the conversation itself, and ids
+/// say something only if [`names_that_speak`] finds words in them.
+fn is_beside(path: &str) -> bool {
+    let (field, rest) = field_of(path);
+    match field {
+        "content" => rest.contains("annotations"),
+        "tool_call_id" | "id" => false,
+        "function_call" => !matches!(field_of(rest).0, "name" | "arguments"),
+        "tool_calls" => {
+            let mut below = rest.split('.').skip(1);
+            !matches!((below.next(), below.next()), (Some("id"), None) | (Some("function"), Some("name" | "arguments")))
+        }
+        _ => true,
+    }
+}
 
-/// What the model is shown beside the texts of the messages, each as JSON text: tools, the form of its answer, documents, and what a
-/// message holds beside its content (thoughts, names, calls that are no functions').
-fn definitions(fields: &Map<String, Value>, messages: &[Value]) -> Vec<String> {
+/// Hears what a body says where no content stands, and knows what the operator allows.
+struct Told<'a> {
+    allowed: &'a [String],
+    /// By path.
+    texts: Vec<(String, String)>,
+}
+
+impl Reader for Told<'_> {
+    fn text(&mut self, path: &str, text: String) -> String {
+        if !text.trim().is_empty() {
+            self.texts.push((path.to_owned(), text.clone()));
+        }
+        text
+    }
+
+    fn name(&mut self, path: &str, name: &str) {
+        self.texts.push((path.to_owned(), name.to_owned()));
+    }
+
+    fn unknown(&mut self, path: &str, name: &str) -> Result<bool, Odd> {
+        if self.allowed.iter().any(|allowed| allowed == name) { Ok(true) } else { Err(Odd(path.to_owned())) }
+    }
+
+    fn misfit(&mut self, path: &str) -> Result<(), Odd> {
+        Err(Odd(path.to_owned()))
+    }
+}
+
+impl From<Odd> for ApiError {
+    fn from(Odd(path): Odd) -> Self {
+        let message = if path.is_empty() {
+            "the body holds what the guard does not know".to_owned()
+        } else {
+            format!(
+                "`{path}` is not known to the guard, so that it can't be judged: leave it out, or have the operator list \
+                 the field in `gateway.allow_fields`"
+            )
+        };
+        Self { param: Some(path), ..Self::bad_request("unknown_field", message) }
+    }
+}
+
+/// Ids of a message that could be read as words: most are drawn by a machine, and say nothing.
+fn names_that_speak(message: &Map<String, Value>) -> Vec<String> {
+    let calls = message.get("tool_calls").and_then(Value::as_array).into_iter().flatten();
+    let of_calls = calls.filter_map(|call| {
+        // Some servers make the id of the function's name.
+        let function = call["function"]["name"].as_str().unwrap_or_default();
+        Some(call["id"].as_str()?.replacen(function, "", 1))
+    });
+    let own = ["tool_call_id", "id"].into_iter().filter_map(|name| Some(message.get(name)?.as_str()?.to_owned()));
+    of_calls.chain(own).filter(|name| words(name) > 2).collect()
+}
+
+fn words(name: &str) -> usize {
+    name.split(|c: char| !c.is_ascii_alphabetic()).filter(|run| run.len() > 2).count()
+}
+
+/// What the model is shown beside the messages, each as JSON text: tools, and the form of its answer.
+fn definitions(fields: &Map<String, Value>) -> impl Iterator<Item = String> {
     let lists = ["tools", "functions"].into_iter().filter_map(|name| fields.get(name));
     let tools = lists.flat_map(|tools| tools.as_array().map_or(std::slice::from_ref(tools), Vec::as_slice));
     // Of a plain function tool the frame says nothing.
-    let is_plain = |tool: &Value| tool["function"].is_object() && tool.as_object().is_some_and(|tool| tool.len() <= 2);
-    let tools = tools.map(|tool| if is_plain(tool) { &tool["function"] } else { tool });
-    let format = fields.get("response_format").filter(|format| format["type"] != "text");
-    let shown = SHOWN.into_iter().filter_map(|name| fields.get(name));
-    let known = ["role", "content", "tool_call_id", "tool_calls"];
-    let beside = messages.iter().filter_map(Value::as_object).flatten();
-    let beside = beside.filter(|(name, value)| !known.contains(&name.as_str()) && is_said(value));
-    let odd_calls = messages.iter().flat_map(|message| message["tool_calls"].as_array().into_iter().flatten());
-    let odd_calls =
-        odd_calls.filter(|call| !call["function"].is_object() || call.as_object().is_some_and(|call| call.len() > 4));
-    let rest = beside.map(|(_, value)| value).chain(odd_calls);
-    tools.chain(format).chain(shown).chain(rest).map(Value::to_string).collect()
+    let tools = tools.map(|tool| if tool["function"].is_object() { &tool["function"] } else { tool });
+    let format = fields.get("response_format").filter(|format| !format.is_null() && format["type"] != "text");
+    tools.chain(format).filter(|tool| !tool.is_null()).map(Value::to_string)
 }
 
-/// Whether a field holds anything that could be read.
-fn is_said(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(_) | Value::Number(_) => false,
-        Value::String(text) => !text.trim().is_empty(),
-        Value::Array(list) => !list.is_empty(),
-        Value::Object(fields) => !fields.is_empty(),
-    }
-}
-
-fn turns(messages: &[Value], limits: &Limits, images: ecso::Limits) -> Result<Vec<Turn>, Failure> {
+/// The turns of a conversation; `images` are those of all its parts, in order.
+fn turns(messages: &[Map<String, Value>], images: Vec<Image>) -> Result<Vec<Turn>, ApiError> {
     let mut turns: Vec<Turn> = Vec::new();
-    let mut count = 0;
+    let mut images = images.into_iter();
     for message in messages {
-        let (mut parts, called) = (parts(&message["content"], images)?, calls(message));
-        count += parts.iter().filter(|part| matches!(part, Part::Image(_))).count();
-        if count > limits.images {
-            return Err(Failure::bad_request(
-                "too_many_images",
-                format!("at most {} images are allowed", limits.images),
-            ));
-        }
-        let role = match message["role"].as_str() {
+        let (mut parts, called) = (parts(message.get("content"), &mut images)?, calls(message));
+        let role = match message.get("role").and_then(Value::as_str) {
             Some("system" | "developer") => Role::System,
             Some("user") => Role::User,
             Some("assistant") if called.is_empty() => Role::Assistant,
             // What tools were asked and said belongs to the question that they serve.
-            Some("assistant" | "tool" | "function") => {
+            Some(role @ ("assistant" | "tool" | "function")) => {
                 parts.extend(called.into_iter().map(Part::Text));
-                if message["role"] != "assistant" {
+                if role != "assistant" {
                     parts.insert(0, Part::Text("[A tool's result:]".into()));
                 }
                 match turns.iter_mut().rev().find(|turn| turn.role == Role::User) {
@@ -236,7 +389,7 @@ fn turns(messages: &[Value], limits: &Limits, images: ecso::Limits) -> Result<Ve
                 }
                 continue;
             }
-            _ => return Err(Failure::bad_request("invalid_request", "a message has no role that is known here")),
+            _ => return Err(ApiError::bad_request("invalid_request", "a message has no role that is known here")),
         };
         turns.push(Turn { role, parts });
     }
@@ -244,157 +397,84 @@ fn turns(messages: &[Value], limits: &Limits, images: ecso::Limits) -> Result<Ve
 }
 
 /// The tools that a message calls, in words.
-fn calls(message: &Value) -> Vec<String> {
-    let functions = message["tool_calls"].as_array().into_iter().flatten().map(|call| &call["function"]);
+fn calls(message: &Map<String, Value>) -> Vec<String> {
+    let functions = message.get("tool_calls").and_then(Value::as_array).into_iter().flatten();
+    let functions = functions.map(|call| &call["function"]).filter(|function| function.is_object());
     functions
         .chain(message.get("function_call").filter(|call| !call.is_null()))
         .map(|function| format!("[Called the tool {} with {}]", function["name"], function["arguments"]))
         .collect()
 }
 
-fn parts(content: &Value, images: ecso::Limits) -> Result<Vec<Part>, Failure> {
-    let unreadable =
-        || Failure::bad_request("invalid_request", "a message's `content` must be a text or a list of parts");
+fn parts(content: Option<&Value>, images: &mut impl Iterator<Item = Image>) -> Result<Vec<Part>, ApiError> {
+    let part = |part: &Value| {
+        let view = view(part);
+        match part["type"].as_str() {
+            Some("image_url" | "input_image") => images
+                .next()
+                .map(|image| Part::Image(image.with_view(view)))
+                .ok_or_else(|| ApiError::bad_request("invalid_image", "an image part has no URL")),
+            _ => Ok(Part::Text(said(part))),
+        }
+    };
     match content {
-        Value::Null => Ok(Vec::new()),
-        Value::String(text) => Ok(vec![Part::Text(text.clone())]),
-        Value::Array(parts) => parts.iter().map(|found| part(found, images)).collect(),
-        _ => Err(unreadable()),
+        Some(Value::String(text)) => Ok(vec![Part::Text(text.clone())]),
+        Some(Value::Array(parts)) => parts.iter().map(part).collect(),
+        _ => Ok(Vec::new()),
     }
 }
 
-fn part(part: &Value, images: ecso::Limits) -> Result<Part, Failure> {
-    let text = |name: &str| match part[name].as_str() {
-        Some(text) => Ok(Part::Text(text.to_owned())),
-        None => Err(Failure::bad_request("invalid_request", format!("a part's `{name}` must be a text"))),
-    };
-    let only = |name: &str| part.as_object().is_some_and(|fields| fields.len() == 1 && fields.contains_key(name));
-    let kind = match part {
-        Value::String(said) => return Ok(Part::Text(said.clone())),
-        // Servers tell by its field what a part without a type is.
-        _ if only("text") => Some("text"),
-        _ if only("image_url") => Some("image_url"),
-        _ => part["type"].as_str(),
-    };
-    match kind {
-        Some("text" | "input_text" | "output_text") => text("text"),
-        Some(name @ ("refusal" | "thinking")) => text(name),
-        Some("image_url" | "input_image") => {
-            let url = part["image_url"]["url"].as_str().or_else(|| part["image_url"].as_str());
-            let url = url.ok_or_else(|| Failure::bad_request("invalid_image", "an image part has no URL"))?;
-            Ok(Part::Image(image(url, images)?.with_view(view(part))))
+/// The text of a part.
+fn said(part: &Value) -> String {
+    match part {
+        Value::String(text) => text.clone(),
+        Value::Array(parts) => parts.iter().map(said).collect::<Vec<_>>().join("\n"),
+        Value::Object(fields) => {
+            let texts = ["text", "refusal", "thinking"].into_iter().filter_map(|name| fields.get(name)).map(said);
+            texts.filter(|text| !text.is_empty()).collect::<Vec<_>>().join("\n")
         }
-        other => {
-            let kind = other.unwrap_or("(none)");
-            Err(Failure::bad_request("unsupported_content", format!("parts of type `{kind}` can't be guarded")))
-        }
+        Value::Null | Value::Bool(_) | Value::Number(_) => String::new(),
     }
 }
 
 /// How the model is to look at an image: numbers and switches of its part (`min_pixels`, …), and `detail`.
 fn view(part: &Value) -> Map<String, Value> {
     let fields = [&part["image_url"], part].into_iter().filter_map(Value::as_object).flatten();
-    let is_detail = |name: &str, value: &Value| {
-        name == "detail" && value.as_str().is_some_and(|detail| ["low", "high", "auto", "original"].contains(&detail))
-    };
-    let kept = fields.filter(|(name, value)| value.is_number() || value.is_boolean() || is_detail(name, value));
-    kept.map(|(name, value)| (name.clone(), value.clone())).collect()
+    let kept = fields.filter(|(name, value)| value.is_number() || value.is_boolean() || *name == "detail");
+    kept.map(|(name, value)| (name.clone(), value.clone())).filter(|(_, value)| !value.is_null()).collect()
 }
 
-fn image(url: &str, limits: ecso::Limits) -> Result<Image, Failure> {
-    let invalid = |message: String| Failure::bad_request("invalid_image", message);
-    let url = url.trim();
-    let lower: String = url.chars().take(8).collect::<String>().to_ascii_lowercase();
-    if lower.starts_with("http://") || lower.starts_with("https://") {
-        return Ok(Image::from_url(url));
-    }
+/// The image behind a URL. A data URL is written as it was read here: servers read odd ones in different ways.
+fn image(url: &mut String, limits: ecso::Limits, passed: bool) -> Result<Image, ApiError> {
+    let invalid = |message: String| ApiError::bad_request("invalid_image", message);
     if is_data_url(url) {
-        return Image::from_data_url(url, limits).map_err(|error| invalid(error.to_string()));
+        let image = Image::from_data_url(url, limits).map_err(|error| invalid(error.to_string()))?;
+        if let Some((bytes, kind)) = image.encoded() {
+            let head = format!("data:{kind};base64,");
+            let is_plain = url.strip_prefix(&head).is_some_and(is_plain_base64);
+            if !is_plain {
+                *url = head + &BASE64_STANDARD.encode(bytes);
+            }
+        }
+        return Ok(image);
+    }
+    if is_remote(url) && passed {
+        return Ok(Image::from_url(url.trim()));
     }
     let message = "an image is given by a http, https or data URL; a file's bytes, or bare base64, are sent as \
                    data:image/png;base64,…";
     Err(invalid(message.into()))
 }
 
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
+/// Whether a text is the URL of something elsewhere.
+pub(crate) fn is_remote(url: &str) -> bool {
+    let start: String = url.trim_start().chars().take(8).collect::<String>().to_ascii_lowercase();
+    start.starts_with("http://") || start.starts_with("https://")
+}
 
-    use super::*;
-
-    fn png() -> String {
-        let picture = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg";
-        format!("data:image/png;base64,{picture}")
-    }
-
-    fn read(body: &Value) -> Result<Request, Failure> {
-        Request::read(body.to_string().as_bytes(), &Limits::default(), ecso::Limits::default())
-    }
-
-    #[test]
-    fn a_conversation_with_everything_in_it() {
-        let request = read(&json!({
-            "model": "m", "stream": true, "n": 2, "temperature": 0.3, "seed": 4, "max_completion_tokens": 9,
-            "response_format": {"type": "json_object"}, "tools": [{"type": "function"}], "user": "u",
-            "stream_options": {"include_usage": true},
-            "messages": [
-                {"role": "developer", "content": "Be kind."},
-                {"role": "user", "content": [
-                    {"type": "text", "text": "What is this?"},
-                    {"type": "image_url", "image_url": {"url": png(), "detail": "low"}},
-                    {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}},
-                ]},
-                {"role": "assistant", "content": null, "tool_calls": [
-                    {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{\"at\": 1}"}},
-                ]},
-                {"role": "tool", "tool_call_id": "1", "content": "a cat"},
-            ],
-        }))
-        .unwrap();
-        assert_eq!((request.chat.turns.len(), request.chat.image_count(), request.choices), (2, 2, 2));
-        assert!(request.stream && request.wants_usage());
-        let query = request.chat.turns[1].query();
-        assert!(query.starts_with("What is this?") && query.contains("look") && query.ends_with("a cat"), "{query}");
-        let fields: Vec<String> = request.sampling().extra.into_iter().map(|(name, _)| name).collect();
-        assert_eq!(fields, ["temperature", "seed", "max_completion_tokens", "response_format", "user"]);
-        assert_eq!(request.own_sampling().unwrap_err().code, "unsupported");
-    }
-
-    #[test]
-    fn a_part_without_a_type_is_what_its_only_field_says() {
-        let content = json!(["one", {"text": "two"}, {"image_url": {"url": png()}}, {"type": "text", "text": "three"}]);
-        let request = read(&json!({"messages": [{"role": "user", "content": content}]})).unwrap();
-        assert_eq!((request.chat.turns[0].query().as_str(), request.chat.image_count()), ("one\ntwo\nthree", 1));
-    }
-
-    #[test]
-    fn what_cannot_be_guarded_is_said() {
-        let ask = |content: Value| json!({"messages": [{"role": "user", "content": content}]});
-        let picture = |url: &str| ask(json!([{"type": "image_url", "image_url": {"url": url}}]));
-        let many: Vec<Value> =
-            (0..17).map(|_| json!({"type": "image_url", "image_url": "http://example.org"})).collect();
-        for (body, code) in [
-            (json!({}), "invalid_request"),
-            (json!({"messages": []}), "invalid_request"),
-            (json!({"messages": [{"role": "system", "content": "s"}]}), "invalid_request"),
-            (json!({"messages": [{"role": "oracle", "content": "s"}]}), "invalid_request"),
-            (json!({"n": 0, "messages": [{"role": "user", "content": "s"}]}), "invalid_request"),
-            (json!({"n": 1000, "messages": [{"role": "user", "content": "s"}]}), "invalid_request"),
-            (ask(json!(3)), "invalid_request"),
-            (ask(json!([{"type": "video_url"}])), "unsupported_content"),
-            (ask(json!([{"type": "text"}])), "invalid_request"),
-            (ask(json!([{"text": "a", "image_url": "http://example.org"}])), "unsupported_content"),
-            (ask(json!([{"text": "a", "image": "http://example.org"}])), "unsupported_content"),
-            (ask(json!([3])), "unsupported_content"),
-            (ask(json!([{"type": "text", "text": {"a": "b"}}])), "invalid_request"),
-            (ask(json!([{"type": "image_url"}])), "invalid_image"),
-            (picture("file:///etc/hosts"), "invalid_image"),
-            (picture("data:image/png,abc"), "invalid_image"),
-            (picture("data:image/png;base64,@@@"), "invalid_image"),
-            (picture("data:image/png;base64,AAAA"), "invalid_image"),
-            (ask(many.into()), "too_many_images"),
-        ] {
-            assert_eq!(read(&body).unwrap_err().code, code, "{body}");
-        }
-    }
+fn is_plain_base64(data: &str) -> bool {
+    let body = data.trim_end_matches('=');
+    data.len().is_multiple_of(4)
+        && data.len() - body.len() <= 2
+        && body.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/'))
 }

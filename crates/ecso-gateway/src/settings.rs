@@ -1,10 +1,9 @@
 //! What an operator decides.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, fmt::Write as _, path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
-
-use crate::audit;
+use sha2::{Digest, Sha256};
 
 /// Settings of the server.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -15,6 +14,10 @@ pub struct Settings {
     pub mode: Mode,
     /// The same for single models, by name.
     pub modes: BTreeMap<String, Mode>,
+    /// Profiles of single models, by the model's name; all others have the one that the program runs under.
+    pub profiles: BTreeMap<String, String>,
+    /// The share of observed requests that are judged, 0 to 1; the others are forwarded alone.
+    pub observe_share: f64,
     /// Whether a client may choose by the header `x-ecso-mode`.
     pub mode_header: bool,
     /// What happens when the guard itself fails.
@@ -25,14 +28,21 @@ pub struct Settings {
     pub trace: TraceLevel,
     /// Seconds between signs of life on a stream that is held.
     pub keep_alive: u64,
-    /// Whether remote images are fetched by this server (never from private addresses). Else their URLs are passed on.
-    pub fetch_images: bool,
+    /// What is done about images that a request only names by their URL.
+    pub image_urls: ImageUrls,
+    /// Hosts, by name or address, from which images are fetched though they are not of the open internet.
+    pub image_hosts: Vec<String>,
+    /// Fields of requests that are let through, beside those that the guard knows; their texts are judged.
+    pub allow_fields: Vec<String>,
+    /// Routes that are passed on unguarded, beside those that are known to be harmless: `POST /v1/audio/transcriptions`,
+    /// `GET /v1/files/*`.
+    pub allow_routes: Vec<String>,
     /// Whether images are decoded whole before they are passed on; else their headers are looked at.
     pub decode_images: bool,
     /// Whether `POST /v1/moderations` is answered by the guard; else it is the upstream's.
     pub moderations: bool,
     /// The audit log.
-    pub audit: audit::Settings,
+    pub audit: AuditSettings,
     /// Whether `GET /metrics` tells figures to whoever asks.
     pub metrics: bool,
     /// Bounds.
@@ -44,31 +54,83 @@ impl Default for Settings {
         Self {
             mode: Mode::Enforce,
             modes: BTreeMap::new(),
+            profiles: BTreeMap::new(),
+            observe_share: 1.0,
             mode_header: false,
             on_failure: OnFailure::Closed,
             keys: BTreeMap::new(),
             trace: TraceLevel::Figures,
             keep_alive: 10,
-            fetch_images: false,
+            image_urls: ImageUrls::Fetch,
+            image_hosts: Vec::new(),
+            allow_fields: Vec::new(),
+            allow_routes: Vec::new(),
             decode_images: false,
             moderations: true,
-            audit: audit::Settings::default(),
+            audit: AuditSettings::default(),
             metrics: false,
             limits: Limits::default(),
         }
     }
 }
 
-/// What is done with a request in scope.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+impl Settings {
+    /// Whether this observed request is one of the share that is judged.
+    pub(crate) fn draws(&self) -> bool {
+        // 32 random bits.
+        let drawn = f64::from(uuid::Uuid::new_v4().as_fields().0) / f64::from(u32::MAX);
+        drawn < self.observe_share || self.observe_share >= 1.0
+    }
+
+    /// The names of all profiles that single models and clients have.
+    pub fn profile_names(&self) -> impl Iterator<Item = &str> {
+        let of_keys = self.keys.values().filter_map(|key| key.profile.as_deref());
+        self.profiles.values().map(String::as_str).chain(of_keys)
+    }
+}
+
+/// What is done with a request in scope; the last is the strictest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
-    /// Its answer is judged, and answered anew if it is unsafe.
-    Enforce,
-    /// It is forwarded untouched; the answer is judged beside it, and what would have been done is recorded.
-    Observe,
     /// It is forwarded.
     Off,
+    /// It is forwarded untouched; the answer is judged beside it, and what would have been done is recorded.
+    Observe,
+    /// Its answer is judged, and answered anew if it is unsafe.
+    Enforce,
+}
+
+/// What is done about images that a request only names by their URL.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ImageUrls {
+    /// They are fetched, once and by this server, and every step gets the bytes.
+    Fetch,
+    /// Such requests are refused.
+    Refuse,
+    /// The URLs are passed on: whoever owns the host can show the judge another picture than the model.
+    Pass,
+}
+
+/// The audit log: what is written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AuditSettings {
+    /// The file; empty is none.
+    pub path: PathBuf,
+    /// Whether conversation, images, draft and answer are written too.
+    pub content: bool,
+    /// Bytes after which the file is set aside as `.1` and a new one is begun.
+    pub bytes: usize,
+    /// How many files that were set aside are kept.
+    pub keep: usize,
+}
+
+impl Default for AuditSettings {
+    fn default() -> Self {
+        Self { path: PathBuf::new(), content: false, bytes: 256 << 20, keep: 8 }
+    }
 }
 
 /// What happens when the guard itself fails.
@@ -106,6 +168,9 @@ pub struct Key {
     /// Requests in a minute, if not what `limits.per_minute` says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub per_minute: Option<u32>,
+    /// The profile that this client's requests are judged under, whatever their model's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub profile: Option<String>,
 }
 
 impl Key {
@@ -114,9 +179,17 @@ impl Key {
     pub fn generate() -> (String, Self) {
         // Two random UUIDs: 244 random bits.
         let key = format!("ecso-{}{}", uuid::Uuid::new_v4().simple(), uuid::Uuid::new_v4().simple());
-        let sha256 = crate::access::hash(&key);
-        (key, Self { sha256, mode: None, per_minute: None })
+        let sha256 = hash(&key);
+        (key, Self { sha256, mode: None, per_minute: None, profile: None })
     }
+}
+
+/// A key as it stands in settings.
+pub(crate) fn hash(key: &str) -> String {
+    Sha256::digest(key).iter().fold(String::new(), |mut digits, byte| {
+        let _ = write!(digits, "{byte:02x}");
+        digits
+    })
 }
 
 /// Bounds on what strangers send. Bytes and pixels of an image have theirs in [`ecso::Limits`].
@@ -125,10 +198,19 @@ impl Key {
 pub struct Limits {
     /// Bytes of a chat request.
     pub body: usize,
+    /// Bytes of all bodies that are read or guarded at one time; beyond, a request gets 503 and may come again. What
+    /// is held of a body is about five times its bytes.
+    pub bodies: usize,
+    /// Connections at one time, as far as the system has descriptors; more wait.
+    pub connections: usize,
+    /// Seconds for the head of a request, and for each piece of its body.
+    pub patience: u64,
     /// Bytes of an answer.
     pub answer: usize,
     /// Images of a chat.
     pub images: usize,
+    /// Bytes of all texts of a guarded chat.
+    pub text: usize,
     /// Choices that a client may ask for (`n`).
     pub choices: u32,
     /// Texts of one moderation request.
@@ -150,8 +232,12 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             body: 32 << 20,
+            bodies: 48 << 20,
+            connections: 4096,
+            patience: 20,
             answer: 16 << 20,
             images: 16,
+            text: 4 << 20,
             choices: 8,
             inputs: 32,
             at_once: 256,
@@ -166,5 +252,9 @@ impl Default for Limits {
 impl Limits {
     pub(crate) fn deadline(&self) -> Duration {
         Duration::from_secs(self.deadline)
+    }
+
+    pub(crate) fn patience(&self) -> Duration {
+        Duration::from_secs(self.patience.max(1))
     }
 }

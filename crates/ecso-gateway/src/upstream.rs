@@ -4,17 +4,18 @@ use std::sync::Arc;
 
 use axum::{
     body::Body,
-    http::{HeaderMap, HeaderName, Method, StatusCode, header},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header},
     response::Response,
 };
 use bytes::Bytes;
 use ecso::{Mllm, ModelError};
-use ecso_openai::{Bodies, OpenAi, http_client};
+use ecso_openai::{Bodies, OpenAi, http_client, lenient};
 use futures::StreamExt;
 use reqwest::Url;
 use secrecy::SecretString;
+use serde_json::Value;
 
-use crate::{access, draft::Draft, failure::Failure, request::Request, telemetry};
+use crate::{access, completion::Completion, error::ApiError, fields, request::Request, telemetry};
 
 /// The guarded route.
 pub(crate) const CHAT: &str = "/v1/chat/completions";
@@ -37,6 +38,7 @@ pub struct Server {
     key: Option<SecretString>,
     model: OpenAi,
     checks: Option<Checks>,
+    proxy: Option<SecretString>,
 }
 
 /// Where the guard's own calls go, if not to the server that is guarded: a cheaper or closer replica of the same model.
@@ -60,8 +62,17 @@ impl Upstream {
         checks: Option<Checks>,
     ) -> Result<Self, ModelError> {
         let (as_sent, unpacked) = (http_client(&options, Bodies::AsSent)?, http_client(&options, Bodies::Unpacked)?);
+        let proxy = options.proxy.clone();
         let model = OpenAi::new(base, options)?;
-        Ok(Self::Server(Arc::new(Server { as_sent, unpacked, key, model, checks })))
+        Ok(Self::Server(Arc::new(Server { as_sent, unpacked, key, model, checks, proxy })))
+    }
+
+    /// The proxy by which it is reached.
+    pub(crate) fn proxy(&self) -> Option<&SecretString> {
+        match self {
+            Self::Server(server) => server.proxy.as_ref(),
+            Self::Engine(_) => None,
+        }
     }
 
     /// Whether it could answer now.
@@ -89,25 +100,32 @@ impl Upstream {
     }
 
     /// The name of the model to ask, where the client names none: the configured one, or the only one there is.
-    pub(crate) async fn model_name(&self, headers: &HeaderMap) -> Result<String, Failure> {
+    pub(crate) async fn model_name(&self, headers: &HeaderMap) -> Result<String, ApiError> {
         match self {
             Self::Server(server) => {
                 let model = server.answering(server.model.name(), headers).settled().await;
-                Ok(model.map_err(|error| Failure::asking("no_model", error))?.name().to_owned())
+                Ok(model.map_err(|error| ApiError::asking("no_model", error))?.name().to_owned())
             }
             Self::Engine(model) => Ok(model.name().to_owned()),
         }
     }
 }
 
+/// With whose key a request goes to the upstream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Key {
+    /// The operator's, if there is one; else the client's.
+    Own,
+    /// The client's alone.
+    Clients,
+}
+
 /// What the upstream says to a chat request.
 pub(crate) enum Answer {
     /// An answer, whole, and the headers that the client gets with it.
-    Draft(Draft, HeaderMap),
+    Whole(Completion, HeaderMap),
     /// A stream of one that has begun.
     Stream(reqwest::Response),
-    /// An error of its own, which the client gets as it is.
-    Refused(Response),
 }
 
 impl Server {
@@ -119,7 +137,20 @@ impl Server {
         headers: &HeaderMap,
         body: reqwest::Body,
         bodies: Bodies,
-    ) -> Result<reqwest::Response, Failure> {
+    ) -> Result<reqwest::Response, ApiError> {
+        self.forward_as(Key::Own, method, path_and_query, headers, body, bodies).await
+    }
+
+    /// The same with the operator's key, or the client's alone.
+    pub(crate) async fn forward_as(
+        &self,
+        key: Key,
+        method: Method,
+        path_and_query: &str,
+        headers: &HeaderMap,
+        body: reqwest::Body,
+        bodies: Bodies,
+    ) -> Result<reqwest::Response, ApiError> {
         let mut headers = kept(headers);
         headers.remove(header::HOST);
         let http = match bodies {
@@ -133,13 +164,20 @@ impl Server {
             }
         };
         let own = match (&self.key, headers.contains_key(header::AUTHORIZATION)) {
+            _ if key == Key::Clients => None,
             (None, true) => None,
             _ => self
                 .model
                 .authorization()
-                .map_err(|_| Failure::upstream("the upstream's key can't be sent in a header"))?,
+                .map_err(|_| ApiError::upstream("the upstream's key can't be sent in a header"))?,
         };
         if let Some(own) = own {
+            // With the operator's key nothing of the client's speaks for the operator.
+            headers = headers
+                .into_iter()
+                .filter_map(|(name, value)| Some((name?, value)))
+                .filter(|(name, _)| goes_with_own_key(name))
+                .collect();
             headers.insert(header::AUTHORIZATION, own);
         }
         telemetry::tell(&mut headers);
@@ -150,7 +188,7 @@ impl Server {
             let error = error.without_url();
             tracing::debug!(error = ecso::chain(&error), "upstream");
             let status = if error.is_timeout() { StatusCode::GATEWAY_TIMEOUT } else { StatusCode::BAD_GATEWAY };
-            Failure::new(status, "upstream_failed", format!("the upstream failed: {why}"))
+            ApiError::new(status, "upstream_failed", format!("the upstream failed: {why}"))
         })
     }
 
@@ -183,35 +221,83 @@ impl Server {
         self.model.with(name, key)
     }
 
-    /// Asks for the answer to a chat request: the client's own bytes.
+    /// Asks for the answer to a chat request: with bytes made of what was read of it.
     pub(crate) async fn answer(
         &self,
         headers: &HeaderMap,
-        body: Bytes,
         request: &Request,
         longest: usize,
-    ) -> Result<Answer, Failure> {
-        let response = self.forward(Method::POST, CHAT, headers, body.into(), Bodies::Unpacked).await?;
+    ) -> Result<Answer, ApiError> {
+        let mut headers = headers.clone();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let body = request.body()?;
+        let response = self.forward(Method::POST, CHAT, &headers, body.into(), Bodies::Unpacked).await?;
         if !response.status().is_success() {
-            return Ok(Answer::Refused(passed(response)));
+            return Err(refused(response).await);
         }
+        let head = answer_head(response.headers());
         if request.stream {
             let kind = response.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
             if kind.is_none_or(|kind| !kind.starts_with("text/event-stream")) {
-                return Err(Failure::upstream("the upstream was asked for a stream and sent none"));
+                let error = ApiError::upstream("the upstream was asked for a stream and sent none");
+                return Err(error.with_head(&head));
             }
             return Ok(Answer::Stream(response));
         }
-        let head = answer_head(response.headers());
         let mut body = bounded(response, longest);
         let mut whole = Vec::new();
         while let Some(piece) = body.next().await {
-            whole.extend_from_slice(&piece.map_err(|error| Failure::upstream(error.to_string()))?);
+            whole.extend_from_slice(&piece.map_err(|error| ApiError::upstream(error.to_string()))?);
         }
-        let draft = Draft::whole(&whole).map_err(|failure| failure.with_head(&head))?;
-        Ok(Answer::Draft(draft, head))
+        let answer = Completion::whole(&whole).map_err(|error| error.with_head(&head))?;
+        Ok(Answer::Whole(answer, head))
     }
 }
+
+/// What the client may know of an upstream's refusal: its status and, in our words, what it is about. Its own words may
+/// quote what nobody has judged.
+async fn refused(response: reqwest::Response) -> ApiError {
+    const LONGEST: usize = 64 << 10;
+    let (status, head) = (response.status(), answer_head(response.headers()));
+    let mut body = bounded(response, LONGEST);
+    let mut said = Vec::new();
+    while let Some(Ok(piece)) = body.next().await {
+        said.extend_from_slice(&piece);
+    }
+    let said = String::from_utf8_lossy(&said).into_owned();
+    let told: Value = lenient::parse(&said).unwrap_or_default();
+    let told = if told["error"].is_object() { &told["error"] } else { &told };
+    let codes = [&told["code"], &told["type"]].into_iter().filter_map(Value::as_str);
+    let by_code = codes.flat_map(|code| KNOWN.iter().filter(move |(known, _)| *known == code)).next();
+    let lower = said.to_lowercase();
+    let is_too_long = ["context length", "maximum context", "context size", "context window", "too many tokens"];
+    let by_words = KNOWN.first().filter(|_| is_too_long.iter().any(|words| lower.contains(words)));
+    let (code, about) = by_code
+        .or(by_words)
+        .copied()
+        .unwrap_or(("upstream_refused", "its words are in the guard's log at level debug"));
+    let param = told["param"].as_str().filter(|param| fields::is_known(param)).map(str::to_owned);
+    let message = format!("the upstream refuses the request ({}): {about}", status.as_u16());
+    ApiError { param, ..ApiError::new(status, code, message).because(said).with_head(&head) }
+}
+
+/// Codes of refusals that clients know, in our words.
+const KNOWN: [(&str, &str); 14] = [
+    ("context_length_exceeded", "it is longer than the model's maximum context length"),
+    ("exceed_context_size_error", "it is longer than the model's maximum context length"),
+    ("model_not_found", "it does not have this model"),
+    ("invalid_api_key", "it does not know this key"),
+    ("insufficient_quota", "the quota is used up"),
+    ("rate_limit_exceeded", "too many requests, or too many tokens"),
+    ("content_filter", "a content filter refuses it"),
+    ("content_policy_violation", "a content filter refuses it"),
+    ("unsupported_parameter", "a field is not supported by this model"),
+    ("unsupported_value", "the value of a field is not supported by this model"),
+    ("invalid_image", "an image can't be read"),
+    ("invalid_image_format", "an image can't be read"),
+    ("image_parse_error", "an image can't be read"),
+    ("server_overloaded", "it is overloaded"),
+];
 
 /// A response's body, up to `longest` bytes.
 pub(crate) fn bounded(
@@ -237,23 +323,49 @@ pub(crate) fn passed(response: reqwest::Response) -> Response {
     passed
 }
 
-/// The headers of an upstream's answer that hold for the answer that is made of it: all but those about its bytes.
+/// The headers of an upstream's answer that hold for the answer that is made of it: figures of limits, what browsers need,
+/// and names of requests. What else stands there might be a text.
 pub(crate) fn answer_head(headers: &HeaderMap) -> HeaderMap {
-    let mut head = kept(headers);
-    for about_bytes in [
-        header::CONTENT_TYPE,
-        header::CONTENT_LENGTH,
-        header::CONTENT_ENCODING,
-        header::CONTENT_RANGE,
-        header::ACCEPT_RANGES,
-        header::ETAG,
-        header::LAST_MODIFIED,
-        HeaderName::from_static("content-md5"),
-        HeaderName::from_static("digest"),
-    ] {
-        head.remove(about_bytes);
-    }
-    head
+    const KNOWN: [&str; 12] = [
+        "vary",
+        "date",
+        "server",
+        "retry-after",
+        "x-request-id",
+        "request-id",
+        "openai-processing-ms",
+        "openai-version",
+        "set-cookie",
+        "strict-transport-security",
+        "cf-ray",
+        "x-envoy-upstream-service-time",
+    ];
+    const STARTS: [&str; 5] =
+        ["access-control-", "x-ratelimit-", "ratelimit", "anthropic-ratelimit-", "x-envoy-ratelimit"];
+    let is_known = |name: &HeaderName| {
+        KNOWN.contains(&name.as_str()) || STARTS.iter().any(|start| name.as_str().starts_with(start))
+    };
+    headers.iter().filter(|(name, _)| is_known(name)).map(|(name, value)| (name.clone(), value.clone())).collect()
+}
+
+/// Whether a client's header goes along where the operator's key speaks for it: nothing that names an account.
+fn goes_with_own_key(name: &HeaderName) -> bool {
+    const KNOWN: [&str; 12] = [
+        "accept",
+        "accept-encoding",
+        "accept-language",
+        "content-encoding",
+        "content-length",
+        "content-type",
+        "origin",
+        "user-agent",
+        "traceparent",
+        "tracestate",
+        "x-request-id",
+        "access-control-request-method",
+    ];
+    KNOWN.contains(&name.as_str())
+        || ["x-stainless-", "access-control-"].iter().any(|start| name.as_str().starts_with(start))
 }
 
 /// Headers that are not about one connection alone, and not ours.

@@ -1,7 +1,8 @@
-//! Fetching remote images for clients, without letting them reach inside through us: only public addresses, checked
-//! where names are resolved, on every hop; few bytes, little time.
+//! Fetching remote images for clients, without letting them reach inside through us: only public addresses, and those
+//! that an operator names, checked where names are resolved, on every hop; few bytes, little time.
 
 use std::{
+    error::Error,
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
@@ -9,11 +10,13 @@ use std::{
 
 use ecso::Image;
 use futures::StreamExt;
+use ipnet::IpNet;
 use reqwest::{
-    Client, Url,
+    Client, Proxy, Url,
     dns::{Addrs, Name, Resolve, Resolving},
     redirect::Policy,
 };
+use secrecy::{ExposeSecret, SecretString};
 
 /// Longest time for one image.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -27,23 +30,46 @@ pub struct FetchError(String);
 
 /// Fetches images.
 #[derive(Debug, Clone)]
-pub struct Fetcher(Client);
+pub struct Fetcher {
+    client: Client,
+    trusted: Trusted,
+    has_proxy: bool,
+}
 
 impl Fetcher {
-    /// A fetcher. It uses no proxy: that would resolve names in our place.
+    /// A fetcher that reaches public addresses, directly.
     ///
     /// # Errors
     /// [`FetchError`] when no HTTP client can be made.
     pub fn new() -> Result<Self, FetchError> {
+        Self::with(None, &[])
+    }
+
+    /// A fetcher that reaches public addresses and `hosts`: names, addresses, networks (`10.1.0.0/16`). Through a
+    /// `proxy`, which resolves names in our place, a name must also resolve here, and redirects are not followed.
+    ///
+    /// # Errors
+    /// [`FetchError`] when no HTTP client can be made.
+    pub fn with(proxy: Option<&SecretString>, hosts: &[String]) -> Result<Self, FetchError> {
         crate::install_provider();
-        let policy = Policy::custom(|attempt| {
-            if attempt.previous().len() > HOPS {
-                return attempt.error("too many redirects");
-            }
-            if is_allowed(attempt.url()) { attempt.follow() } else { attempt.error("a redirect to a private address") }
-        });
-        let client = Client::builder().dns_resolver(Arc::new(Public)).redirect(policy).timeout(PATIENCE).no_proxy();
-        client.build().map(Self).map_err(|error| FetchError(error.to_string()))
+        let trusted = Trusted(hosts.iter().map(|host| host.trim_matches(['[', ']']).to_ascii_lowercase()).collect());
+        let builder = Client::builder().timeout(PATIENCE).dns_resolver(Arc::new(Resolver(trusted.clone())));
+        let failed = |error: reqwest::Error| FetchError(error.without_url().to_string());
+        let builder = if let Some(url) = proxy {
+            builder.proxy(Proxy::all(url.expose_secret()).map_err(failed)?).redirect(Policy::none())
+        } else {
+            let trusted = trusted.clone();
+            builder.no_proxy().redirect(Policy::custom(move |attempt| {
+                if attempt.previous().len() > HOPS {
+                    attempt.error("too many redirects")
+                } else if trusted.allows(attempt.url()) {
+                    attempt.follow()
+                } else {
+                    attempt.error("a redirect to a private address")
+                }
+            }))
+        };
+        Ok(Self { client: builder.build().map_err(failed)?, trusted, has_proxy: proxy.is_some() })
     }
 
     /// What `url` points to.
@@ -53,10 +79,13 @@ impl Fetcher {
     pub async fn image(&self, url: &str, limits: ecso::Limits) -> Result<Image, FetchError> {
         let failed = |why: &str| FetchError(why.to_owned());
         let url = Url::parse(url).map_err(|_| failed("it is no URL"))?;
-        if !is_allowed(&url) {
+        if !self.trusted.allows(&url) {
             return Err(failed("its address is not public"));
         }
-        let response = self.0.get(url).send().await.map_err(|_| failed("no answer from a public address"))?;
+        if let Some(url::Host::Domain(name)) = url.host().filter(|_| self.has_proxy) {
+            self.trusted.resolve(name).await.map_err(|_| failed("its name has no public address here"))?;
+        }
+        let response = self.client.get(url).send().await.map_err(|_| failed("no answer from a public address"))?;
         if !response.status().is_success() {
             return Err(failed(&format!("status {}", response.status().as_u16())));
         }
@@ -72,29 +101,47 @@ impl Fetcher {
     }
 }
 
-/// Whether a URL may be asked; a name is looked at once more when it is resolved.
-fn is_allowed(url: &Url) -> bool {
-    matches!(url.scheme(), "http" | "https")
-        && match url.host() {
-            Some(url::Host::Domain(_)) => true,
-            Some(url::Host::Ipv4(address)) => is_public(address.into()),
-            Some(url::Host::Ipv6(address)) => is_public(address.into()),
-            None => false,
-        }
+/// Hosts that may be asked though they are not of the open internet: names, addresses and networks, in small letters.
+#[derive(Debug, Clone)]
+struct Trusted(Arc<[String]>);
+
+impl Trusted {
+    /// Whether a URL may be asked; a name is looked at once more when it is resolved.
+    fn allows(&self, url: &Url) -> bool {
+        matches!(url.scheme(), "http" | "https")
+            && match url.host() {
+                Some(url::Host::Domain(_)) => true,
+                Some(url::Host::Ipv4(address)) => self.has(address.into()),
+                Some(url::Host::Ipv6(address)) => self.has(address.into()),
+                None => false,
+            }
+    }
+
+    fn has(&self, address: IpAddr) -> bool {
+        let is_in = |entry: &String| {
+            entry.parse::<IpAddr>().is_ok_and(|known| known == address)
+                || entry.parse::<IpNet>().is_ok_and(|network| network.contains(&address))
+        };
+        is_public(address) || self.0.iter().any(is_in)
+    }
+
+    /// The addresses of a name that may be asked.
+    async fn resolve(&self, name: &str) -> Result<Vec<SocketAddr>, Box<dyn Error + Send + Sync>> {
+        let found = tokio::net::lookup_host((name, 0)).await?;
+        let is_known = self.0.iter().any(|known| known.eq_ignore_ascii_case(name.trim_end_matches('.')));
+        let allowed: Vec<SocketAddr> = found.filter(|address| is_known || self.has(address.ip())).collect();
+        if allowed.is_empty() { Err("no public address".into()) } else { Ok(allowed) }
+    }
 }
 
-/// Resolves names to public addresses only.
-struct Public;
+/// Resolves names to addresses that may be asked.
+struct Resolver(Trusted);
 
-impl Resolve for Public {
+impl Resolve for Resolver {
     fn resolve(&self, name: Name) -> Resolving {
+        let trusted = self.0.clone();
         Box::pin(async move {
-            let found = tokio::net::lookup_host((name.as_str(), 0)).await?;
-            let public: Vec<SocketAddr> = found.filter(|address| is_public(address.ip())).collect();
-            if public.is_empty() {
-                return Err("no public address".into());
-            }
-            let addresses: Addrs = Box::new(public.into_iter());
+            let addresses: Addrs = Box::new(trusted.resolve(name.as_str()).await?.into_iter());
             Ok(addresses)
         })
     }
@@ -189,5 +236,32 @@ mod tests {
             assert!(fetcher.image(&url, ecso::Limits::default()).await.is_err(), "{url}");
         }
         assert!(!reached.is_finished());
+    }
+
+    #[tokio::test]
+    async fn hosts_that_an_operator_names_are_reached() {
+        let picture = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/list.png")).unwrap();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            use tokio::io::{AsyncReadExt, AsyncWriteExt};
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let mut head = [0; 1024];
+                let _ = stream.read(&mut head).await;
+                let told = format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", picture.len());
+                let _ = stream.write_all(&[told.as_bytes(), &picture].concat()).await;
+            }
+        });
+        for (named, host, is_reached) in [
+            ("127.0.0.1", "127.0.0.1", true),
+            ("127.0.0.0/8", "127.0.0.1", true),
+            ("LocalHost", "localhost", true),
+            ("localhost", "127.0.0.1", false),
+            ("10.0.0.0/8", "127.0.0.1", false),
+        ] {
+            let fetcher = Fetcher::with(None, &[named.to_owned()]).unwrap();
+            let image = fetcher.image(&format!("http://{host}:{port}/a.png"), ecso::Limits::default()).await;
+            assert_eq!(image.is_ok(), is_reached, "{named} {host}");
+        }
     }
 }

@@ -12,10 +12,12 @@
 
 use std::{borrow::Cow, ops::RangeInclusive};
 
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, DeserializeSeed};
 
 const SENTINELS: RangeInclusive<char> = '\u{10F000}'..='\u{10F7FF}';
 const FIRST_SENTINEL: u32 = 0x10_F000;
+/// The first byte of each sentinel in UTF-8, and of few other characters.
+const LEAD: u8 = 0xF4;
 const HIGH: RangeInclusive<u16> = 0xD800..=0xDBFF;
 const LOW: RangeInclusive<u16> = 0xDC00..=0xDFFF;
 
@@ -27,16 +29,31 @@ pub fn parse<T: DeserializeOwned>(json: &str) -> serde_json::Result<T> {
     serde_json::from_str(&marked(json))
 }
 
+/// The same for a reader of one's own.
+///
+/// # Errors
+/// As [`parse`].
+pub fn parse_seed<T>(json: &str, seed: impl for<'de> DeserializeSeed<'de, Value = T>) -> serde_json::Result<T> {
+    let json = marked(json);
+    let mut reader = serde_json::Deserializer::from_str(&json);
+    let value = seed.deserialize(&mut reader)?;
+    reader.end()?;
+    Ok(value)
+}
+
 /// A whole text of [`parse`]: sentinels joined, and U+FFFD for a half that stands alone.
 #[must_use]
 pub fn join(text: &str) -> String {
+    if !text.as_bytes().contains(&LEAD) {
+        return text.to_owned();
+    }
     let mut joiner = Joiner::default();
     let begun = joiner.push(text);
     begun + joiner.finish()
 }
 
 /// Joins a text of [`parse`] that comes in pieces.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Joiner {
     /// A first half, held back until what follows it is known.
     high: Option<u16>,
@@ -78,7 +95,7 @@ fn marked(json: &str) -> Cow<'_, str> {
     let mut rest = json;
     // Where the untouched part before `rest` begins.
     let mut kept = json;
-    while let Some(at) = rest.find(|c| c == '\\' || SENTINELS.contains(&c)) {
+    while let Some(at) = rest.bytes().position(|byte| matches!(byte, b'\\' | LEAD)) {
         let here = &rest[at..];
         let (length, instead) = replacement(here);
         rest = &here[length..];
@@ -103,7 +120,7 @@ fn replacement(here: &str) -> (usize, Option<Vec<char>>) {
         if first == '\\' {
             return (1 + chars.next().map_or(0, char::len_utf8), None);
         }
-        return (first.len_utf8(), Some(split(first)));
+        return (first.len_utf8(), SENTINELS.contains(&first).then(|| split(first)));
     };
     let next = here.get(6..).and_then(escaped);
     match next.and_then(|next| whole(unit, next)) {

@@ -9,6 +9,7 @@ mod operations;
 mod serve;
 mod servers;
 mod settings;
+mod siege;
 mod upstream;
 
 use std::path::Path;

@@ -24,8 +24,20 @@ pub(crate) struct Served {
 impl Served {
     /// `settings` are written as `gateway.limits.queue=0`; variables in capitals as they are.
     pub(crate) fn start(upstream: &str, settings: &[&str], arguments: &[&str]) -> Self {
+        Self::run(Command::new(assert_cmd::cargo::cargo_bin("ecso")), upstream, settings, arguments)
+    }
+
+    /// The same with so many descriptors.
+    pub(crate) fn with_descriptors(count: usize, upstream: &str, settings: &[&str]) -> Self {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &format!("ulimit -n {count} && exec \"$0\" \"$@\"")]);
+        shell.arg(assert_cmd::cargo::cargo_bin("ecso"));
+        Self::run(shell, upstream, settings, &[])
+    }
+
+    fn run(mut command: Command, upstream: &str, settings: &[&str], arguments: &[&str]) -> Self {
         let home = tempfile::tempdir().unwrap();
-        let mut process = Command::new(assert_cmd::cargo::cargo_bin("ecso"))
+        let mut process = command
             .args(["serve", "--upstream", upstream, "--listen", "127.0.0.1:0"])
             .args(arguments)
             .env_clear()
@@ -54,7 +66,7 @@ impl Served {
     }
 
     /// Most memory so far, in MB.
-    fn peak(&self) -> f64 {
+    pub(crate) fn peak(&self) -> f64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap();
         let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
         line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() / 1024.0
@@ -122,7 +134,8 @@ async fn drafts_go_out_as_they_came_and_unsafe_ones_never() {
         let answer: Value = serde_json::from_str(&got.body).unwrap();
         assert_eq!((got.status, &got.headers["x-ecso-verdict"]), (200, &verdict.parse().unwrap()));
         assert_eq!(answer["choices"][0]["message"]["content"], expected);
-        assert_eq!((&answer["kept"], &answer["id"]), (&json!("as it is"), &json!("up-1")));
+        // What nobody knows could be a text that nobody judged; what could be fetched by its name has another.
+        assert!(answer.get("kept").is_none() && answer["id"].as_str().unwrap().starts_with("chatcmpl-ecso-"));
         assert!(answer["usage"]["total_tokens"].as_u64().unwrap() >= 15 && !got.body.contains(LEAK));
 
         let got = post(&served.chat(), &ask("m", query, true)).await;

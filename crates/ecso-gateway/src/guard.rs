@@ -4,11 +4,11 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use axum::{
-    body::Body,
     extract::State,
     http::{HeaderValue, header},
     response::Response,
 };
+use bytes::Bytes;
 use ecso::{Outcome, Step, Verdict};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -16,46 +16,44 @@ use utoipa::ToSchema;
 
 use crate::{
     access::Admission,
-    audit::Case,
-    chat::{Report, verdict_headers},
-    failure::{Failure, Failures},
-    request::Request,
+    context::RequestContext,
+    error::{ApiError, ApiErrors},
+    report,
+    request::Body,
     server::Gateway,
     settings::Mode,
-    visit::Visit,
 };
 
 /// Judges an answer that you have, and gives a safe one where it is needed.
-#[utoipa::path(post, path = "/v1/guard", request_body = Question, responses((status = 200, body = Finding), Failures))]
+#[utoipa::path(post, path = "/v1/guard", request_body = Question, responses((status = 200, body = Finding), ApiErrors))]
 pub(crate) async fn guard(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
-    gateway.visit("guard", request, judged).await
+    let admission = Arc::clone(&gateway.admission);
+    gateway.judge("guard", request, async |context, body| judged(context, body, &admission).await).await
 }
 
-async fn judged(visit: Visit, admission: Arc<Admission>) -> Result<Response, Failure> {
-    let Visit { live, id, begun, caller, headers, body } = &visit;
-    let question = Question::read(body)?;
+async fn judged(context: &RequestContext, body: Bytes, admission: &Admission) -> Result<Response, ApiError> {
+    let question = Question::read(&body)?;
+    drop(body);
+    let RequestContext { state, headers, .. } = context;
     let work = async {
         let _turn = admission.enter().await?;
-        let body = question.chat()?;
-        let mut request = Request::read(&body, &live.settings.limits, live.images)?;
+        let body = Body::of(question.chat()?, &state.settings.allow_fields)?;
+        let mut request = state.prepare(body).await?;
         if request.model.is_empty() {
-            request.model = live.upstream.model_name(headers).await?;
+            request.model = state.upstream.model_name(headers).await?;
         }
-        live.prepare(&mut request).await?;
-        let guard = live.guard(&request, headers, Mode::Enforce)?;
+        let guard = state.guard(&request, &context.caller, headers, Mode::Enforce)?;
         let (outcome, draft) = match &question.answer {
             Some(answer) => (guard.review(&request.chat, answer).await?, answer.clone()),
-            None => live.answer(&guard, &request, headers, &request.sampling()).await?,
+            None => state.answer(&guard, &request, headers, &request.sampling()).await?,
         };
-        let drafts = BTreeMap::from([(0, draft)]);
-        let (request, report) = (&request, &Report::of(outcome.clone()));
-        let (key, mode, begun) = (&caller.name, Mode::Enforce, *begun);
-        live.record(&Case { id, key, mode, begun, body: &body, request, report, drafts });
-        Ok(outcome)
+        let record = context.record(&request, BTreeMap::from([(0, draft)]));
+        record.add(0, report::Finding::Done(outcome.clone()));
+        Ok((outcome, record.written()))
     };
-    let outcome = visit.live.in_time(visit.begun, work).await?;
-    let mut response = Response::new(Body::from(json!(Finding::new(id, &outcome)).to_string()));
-    verdict_headers(response.headers_mut(), &Report::of(outcome));
+    let (outcome, report) = context.in_time(work).await?;
+    let mut response = Response::new(axum::body::Body::from(json!(Finding::new(&context.id, &outcome)).to_string()));
+    report.headers(response.headers_mut());
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     Ok(response)
 }
@@ -77,19 +75,28 @@ pub(crate) struct Question {
     /// URLs; data URLs too.
     #[serde(default)]
     images: Vec<String>,
+    /// The tools that the model was shown, as in chat completions.
+    #[serde(default)]
+    #[schema(value_type = Vec<Object>)]
+    tools: Vec<Value>,
+    /// The form that the answer was to have, as in chat completions.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    response_format: Option<Value>,
     /// The answer that is judged; without one, the model gives it.
     #[serde(default)]
     pub(crate) answer: Option<String>,
 }
 
 impl Question {
-    pub(crate) fn read(body: &[u8]) -> Result<Self, Failure> {
-        serde_json::from_slice(body)
-            .map_err(|error| Failure::bad_request("invalid_request", format!("the body can't be read: {error}")))
+    pub(crate) fn read(body: &[u8]) -> Result<Self, ApiError> {
+        let unreadable = |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
+        let body = crate::json::read(body).map_err(unreadable)?;
+        serde_json::from_value(body).map_err(|error| unreadable(error.to_string()))
     }
 
     /// The question as a chat request.
-    pub(crate) fn chat(&self) -> Result<Vec<u8>, Failure> {
+    pub(crate) fn chat(&self) -> Result<Value, ApiError> {
         let messages = match (&self.query, self.messages.is_empty()) {
             (None, false) => json!(self.messages),
             (Some(query), true) => {
@@ -98,13 +105,20 @@ impl Question {
                 json!([{"role": "user", "content": parts}])
             }
             _ => {
-                return Err(Failure::bad_request(
+                return Err(ApiError::bad_request(
                     "invalid_request",
                     "give either `messages`, or `query` with `images`",
                 ));
             }
         };
-        Ok(json!({"model": self.model, "messages": messages}).to_string().into_bytes())
+        let mut chat = json!({"model": self.model, "messages": messages});
+        if !self.tools.is_empty() {
+            chat["tools"] = json!(self.tools);
+        }
+        if let Some(format) = &self.response_format {
+            chat["response_format"] = format.clone();
+        }
+        Ok(chat)
     }
 }
 

@@ -17,22 +17,41 @@ use utoipa::{
 
 /// A request that gets no answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Failure {
+pub(crate) struct ApiError {
     pub(crate) status: StatusCode,
     /// A short name that programs can tell apart; also the label in metrics.
     pub(crate) code: &'static str,
+    /// In words of our own: what a server says may quote what nobody has judged.
     pub(crate) message: String,
-    /// What is behind it, for the operator alone: a server that says why it refuses a question of the guard may quote
-    /// what nobody has judged.
+    /// The field of the request that it is about.
+    pub(crate) param: Option<String>,
+    /// What is behind it, for an operator who asks (level `debug`).
     pub(crate) reason: Option<String>,
+    /// Whether the answer may go out unjudged where the operator wants that: the guard failed by itself. What a request
+    /// can bring about (a judge that refuses it, or says neither yes nor no) is no such failure.
+    pub(crate) may_open: bool,
     pub(crate) retry_after: Option<Duration>,
     /// Headers of the upstream's answer that hold for this one too.
     pub(crate) head: Box<HeaderMap>,
 }
 
-impl Failure {
+impl ApiError {
     pub(crate) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
-        Self { status, code, message: message.into(), reason: None, retry_after: None, head: Box::default() }
+        Self {
+            status,
+            code,
+            message: message.into(),
+            param: None,
+            reason: None,
+            may_open: false,
+            retry_after: None,
+            head: Box::default(),
+        }
+    }
+
+    /// The same with what is behind it, for the operator alone.
+    pub(crate) fn because(self, reason: impl Into<String>) -> Self {
+        Self { reason: Some(reason.into()), ..self }
     }
 
     /// The same behind an answer of the upstream with this head.
@@ -50,15 +69,23 @@ impl Failure {
         Self { retry_after, ..Self::new(StatusCode::TOO_MANY_REQUESTS, "guard_busy", "too many requests are waiting") }
     }
 
+    /// There is no room for another body.
+    pub(crate) fn full() -> Self {
+        let full = Self::new(StatusCode::SERVICE_UNAVAILABLE, "guard_full", "too many bytes of requests are held");
+        Self { retry_after: Some(Duration::from_secs(1)), ..full }
+    }
+
     pub(crate) fn deadline(seconds: u64) -> Self {
         let message = format!("the guard did not finish within {seconds} s");
-        Self::new(StatusCode::GATEWAY_TIMEOUT, "guard_deadline", message)
+        Self { may_open: true, ..Self::new(StatusCode::GATEWAY_TIMEOUT, "guard_deadline", message) }
     }
 
     /// A model that can't be asked so: the client's mistake, unless the model failed.
     pub(crate) fn asking(code: &'static str, error: ModelError) -> Self {
         match error {
-            ModelError::Rejected(reason) => Self::bad_request(code, reason.message()),
+            ModelError::Rejected(reason) => {
+                Self::bad_request(code, "the model refuses the request").because(reason.message())
+            }
             other => other.into(),
         }
     }
@@ -70,14 +97,10 @@ impl Failure {
 
     /// Tells the operator.
     pub(crate) fn log(&self, id: &str) {
-        tracing::warn!(
-            id,
-            code = self.code,
-            status = self.status.as_u16(),
-            message = self.message,
-            reason = self.reason,
-            "failed"
-        );
+        tracing::warn!(id, code = self.code, status = self.status.as_u16(), message = self.message, "failed");
+        if let Some(reason) = &self.reason {
+            tracing::debug!(id, reason, "why it failed");
+        }
     }
 
     /// Whether it is the guard that failed, and not the client who asked for something wrong.
@@ -87,7 +110,8 @@ impl Failure {
 
     pub(crate) fn object(&self) -> Value {
         let kind = if self.is_ours() { "ecso_guard_error" } else { "invalid_request_error" };
-        json!(ErrorBody { error: ErrorObject { message: &self.message, kind, param: None, code: self.code } })
+        let param = self.param.as_deref();
+        json!(ErrorBody { error: ErrorObject { message: &self.message, kind, param, code: self.code } })
     }
 
     /// The failure as the last event of a stream.
@@ -114,9 +138,9 @@ struct ErrorObject<'a> {
 }
 
 /// The statuses of failures, for the API's description.
-pub(crate) struct Failures;
+pub(crate) struct ApiErrors;
 
-impl utoipa::IntoResponses for Failures {
+impl utoipa::IntoResponses for ApiErrors {
     fn responses() -> BTreeMap<String, RefOr<openapi::Response>> {
         const ALL: [(u16, &str); 10] = [
             (400, "The request can't be read, or not be guarded"),
@@ -139,28 +163,30 @@ impl utoipa::IntoResponses for Failures {
     }
 }
 
-impl From<ModelError> for Failure {
+impl From<ModelError> for ApiError {
     fn from(error: ModelError) -> Self {
         let failed = |what: &str| {
-            let message = format!("{what}; the guard's log says why");
-            let reason = Some(error.to_string());
-            Self { reason, ..Self::new(StatusCode::BAD_GATEWAY, "guard_failed", message) }
+            let message = format!("{what}; the guard's log says why at level debug");
+            Self::new(StatusCode::BAD_GATEWAY, "guard_failed", message).because(error.to_string())
         };
         match &error {
             ModelError::Overloaded { retry_after } => {
                 let busy = Self::new(StatusCode::SERVICE_UNAVAILABLE, "guard_overloaded", error.to_string());
-                Self { retry_after: *retry_after, ..busy }
+                Self { retry_after: *retry_after, may_open: true, ..busy }
             }
-            ModelError::Timeout(_) => Self::new(StatusCode::GATEWAY_TIMEOUT, "guard_timeout", error.to_string()),
+            ModelError::Timeout(_) => {
+                let late = Self::new(StatusCode::GATEWAY_TIMEOUT, "guard_timeout", error.to_string());
+                Self { may_open: true, ..late }
+            }
             ModelError::Rejected(_) => failed("the model rejected a request of the guard"),
             ModelError::Filtered(_) => failed("a content filter refused a request of the guard"),
             ModelError::Protocol(_) => failed("the model's reply can't be read"),
-            _ => failed("the model can't be reached, or it failed"),
+            _ => Self { may_open: true, ..failed("the model can't be reached, or it failed") },
         }
     }
 }
 
-impl From<GuardError> for Failure {
+impl From<GuardError> for ApiError {
     fn from(error: GuardError) -> Self {
         match error {
             GuardError::Model { step, source } => {
@@ -173,7 +199,7 @@ impl From<GuardError> for Failure {
     }
 }
 
-impl IntoResponse for Failure {
+impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = Response::new(Body::from(self.object().to_string()));
         *response.status_mut() = self.status;

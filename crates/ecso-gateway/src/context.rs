@@ -1,0 +1,190 @@
+//! One request, from its head to what is written down about it.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use axum::{
+    body::Body,
+    http::{HeaderMap, StatusCode, Uri, header},
+};
+use bytes::{Bytes, BytesMut};
+use futures::StreamExt;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::{
+    access::{self, Caller},
+    audit::Case,
+    error::ApiError,
+    report::{Finding, Report},
+    request::Request,
+    settings::{Mode, Settings, TraceLevel},
+    state::AppState,
+};
+
+/// A request that was let in.
+pub(crate) struct RequestContext {
+    pub(crate) state: Arc<AppState>,
+    /// The request's name in answers and logs.
+    pub(crate) id: String,
+    pub(crate) begun: Instant,
+    pub(crate) caller: Caller,
+    /// What is done with it; known once its model is.
+    pub(crate) mode: Mode,
+    /// For the upstream.
+    pub(crate) headers: HeaderMap,
+    /// The room that its body takes.
+    room: Option<OwnedSemaphorePermit>,
+    rooms: Arc<Semaphore>,
+}
+
+/// Bytes that one permit of `rooms` stands for.
+pub(crate) const ROOM: usize = 1024;
+
+impl RequestContext {
+    /// Lets a request in: its key, its rate, and where it seems to come from.
+    pub(crate) fn begin(
+        state: &Arc<AppState>,
+        rooms: &Arc<Semaphore>,
+        id: &str,
+        uri: &Uri,
+        headers: HeaderMap,
+    ) -> Result<Self, ApiError> {
+        let begun = Instant::now();
+        let caller = access::caller(&state.settings, &headers)?;
+        if state.settings.keys.is_empty() {
+            access::is_of_this_machine(uri, &headers)?;
+        }
+        state.rates.check(&caller)?;
+        let headers = own_key_removed(&state.settings, headers);
+        let (state, rooms, mode) = (Arc::clone(state), Arc::clone(rooms), caller.strictest(&state.settings));
+        Ok(Self { state, id: id.to_owned(), begun, caller, mode, headers, room: None, rooms })
+    }
+
+    /// A body, up to `limits.body` bytes, while there is room for it.
+    pub(crate) async fn read(&mut self, body: Body) -> Result<Bytes, ApiError> {
+        let limits = &self.state.settings.limits;
+        let too_long = || {
+            let message = format!("the body has more than {} bytes", limits.body);
+            ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
+        };
+        let late = || ApiError::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", "the body did not come in time");
+        let told = self.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+        if told.is_some_and(|told: usize| told > limits.body) {
+            return Err(too_long());
+        }
+        let (mut whole, mut pieces) = (BytesMut::new(), body.into_data_stream());
+        loop {
+            let left = limits.deadline().saturating_sub(self.begun.elapsed());
+            let next = tokio::time::timeout(limits.patience().min(left), pieces.next()).await.map_err(|_| late())?;
+            let Some(piece) = next else { break };
+            let piece = piece.map_err(|_| ApiError::bad_request("invalid_request", "the body broke off"))?;
+            if whole.len() + piece.len() > limits.body {
+                return Err(too_long());
+            }
+            let held = self.room.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+            let needed = (whole.len() + piece.len()).div_ceil(ROOM).saturating_sub(held);
+            let more = u32::try_from(needed).ok();
+            let more = more.and_then(|more| Arc::clone(&self.rooms).try_acquire_many_owned(more).ok());
+            let more = more.ok_or_else(ApiError::full)?;
+            match &mut self.room {
+                Some(room) => room.merge(more),
+                None => self.room = Some(more),
+            }
+            whole.extend_from_slice(&piece);
+        }
+        Ok(whole.freeze())
+    }
+
+    /// What takes until the request's deadline, and no longer.
+    pub(crate) async fn in_time<T>(&self, work: impl Future<Output = Result<T, ApiError>>) -> Result<T, ApiError> {
+        let limits = &self.state.settings.limits;
+        let left = limits.deadline().saturating_sub(self.begun.elapsed());
+        tokio::time::timeout(left, work).await.unwrap_or_else(|_| Err(ApiError::deadline(limits.deadline)))
+    }
+
+    /// How much of the steps this client sees.
+    pub(crate) fn trace(&self) -> TraceLevel {
+        let asked = self.headers.get("x-ecso-trace").is_some_and(|value| value == "true" || value == "1");
+        if asked { self.state.settings.trace } else { TraceLevel::None }
+    }
+
+    /// Begins to write down what is found about `drafts`, by choice.
+    pub(crate) fn record<'a>(&'a self, request: &'a Request, drafts: BTreeMap<u64, String>) -> Record<'a> {
+        Record { context: self, request, drafts, report: Mutex::default(), is_written: false }
+    }
+
+    /// Writes down that a request could not be judged, and why.
+    pub(crate) fn unjudged(&self, why: &ApiError) {
+        let (report, drafts) = (Report::failed([0], why.code), &BTreeMap::new());
+        self.state.metrics.failure(why.code);
+        self.write(None, &report, drafts);
+    }
+
+    fn write(&self, request: Option<&Request>, report: &Report, drafts: &BTreeMap<u64, String>) {
+        let (id, key, mode, begun) = (&self.id, &self.caller.name, self.mode, self.begun);
+        self.state.record(&Case { id, key, mode, begun, request, report, drafts }, &self.caller);
+    }
+}
+
+/// What is found about a request: written down at its end, or wherever it breaks off once a verdict has fallen.
+pub(crate) struct Record<'a> {
+    context: &'a RequestContext,
+    request: &'a Request,
+    drafts: BTreeMap<u64, String>,
+    report: Mutex<Report>,
+    is_written: bool,
+}
+
+impl Record<'_> {
+    /// Adds what is known of a choice.
+    pub(crate) fn add(&self, choice: u64, finding: Finding) {
+        self.report.lock().unwrap_or_else(PoisonError::into_inner).add(choice, finding);
+    }
+
+    /// That the guard failed, on all choices or on one, and the answer goes out all the same.
+    pub(crate) fn opened(&self, choice: Option<u64>, why: &'static str) {
+        let mut report = self.report.lock().unwrap_or_else(PoisonError::into_inner);
+        match choice {
+            Some(choice) => report.add(choice, Finding::Failed),
+            None => *report = Report::failed(self.drafts.keys().copied(), why),
+        }
+        report.failure = Some(why);
+    }
+
+    /// The end: all that was found, written down.
+    pub(crate) fn written(mut self) -> Report {
+        let report = self.report.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.context.write(Some(self.request), &report, &self.drafts);
+        self.is_written = true;
+        report
+    }
+}
+
+impl Drop for Record<'_> {
+    fn drop(&mut self) {
+        let mut report = self.report.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if !self.is_written && report.findings().next().is_some() {
+            report.failure = Some("unfinished");
+            self.context.write(Some(self.request), &report, &self.drafts);
+        }
+    }
+}
+
+/// With keys of our own, a client's key is ours and never the upstream's business.
+fn own_key_removed(settings: &Settings, mut headers: HeaderMap) -> HeaderMap {
+    if !settings.keys.is_empty() {
+        headers.remove(header::AUTHORIZATION);
+    }
+    headers
+}
+
+/// Room for `bytes` of bodies.
+pub(crate) fn rooms(bytes: usize) -> Arc<Semaphore> {
+    Arc::new(Semaphore::new(bytes.div_ceil(ROOM).clamp(1, Semaphore::MAX_PERMITS)))
+}
+
+/// How long a quick question may take.
+pub(crate) const QUICK: Duration = Duration::from_secs(2);

@@ -1,0 +1,132 @@
+//! JSON that every reader reads alike: of two keys with one name some servers take the first, some the last, so that a
+//! body with both is refused. What it costs to hold is bounded.
+
+use std::{cell::Cell, fmt};
+
+use ecso_openai::surrogates;
+use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
+use serde_json::{Map, Value};
+
+/// Most values of a body; each takes about a hundred bytes.
+const MOST: usize = 100_000;
+
+/// Reads a body. Halves of characters are joined, or U+FFFD where the other half is missing.
+///
+/// # Errors
+/// In words for the client: it is no JSON, a key stands there twice, or there is too much of it.
+pub(crate) fn read(body: &[u8]) -> Result<Value, String> {
+    let text = std::str::from_utf8(body).map_err(|error| error.to_string())?;
+    surrogates::parse_seed(text, Strict { left: &Cell::new(MOST) }).map_err(|error| error.to_string())
+}
+
+#[derive(Clone, Copy)]
+struct Strict<'a> {
+    /// How many values there may still be.
+    left: &'a Cell<usize>,
+}
+
+impl Strict<'_> {
+    fn count<E: Error>(self) -> Result<(), E> {
+        let left = self.left.get().checked_sub(1).ok_or_else(|| E::custom("too many values"))?;
+        self.left.set(left);
+        Ok(())
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for Strict<'_> {
+    type Value = Value;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        self.count()?;
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Strict<'_> {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JSON")
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Value, E> {
+        Ok(surrogates::join(text).into())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Value, A::Error> {
+        let mut values = Vec::new();
+        while let Some(value) = list.next_element_seed(self)? {
+            values.push(value);
+        }
+        Ok(values.into())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
+        let mut fields = Map::new();
+        while let Some(name) = map.next_key::<String>()? {
+            let (name, value) = (surrogates::join(&name), map.next_value_seed(self)?);
+            if fields.contains_key(&name) {
+                return Err(A::Error::custom(format_args!("`{}` stands there twice", shown(&name))));
+            }
+            fields.insert(name, value);
+        }
+        Ok(fields.into())
+    }
+}
+
+/// A name that a stranger chose, short and on one line.
+pub(crate) fn shown(name: &str) -> String {
+    name.chars().take(64).map(|c| if c.is_control() { '\u{FFFD}' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn all_values_are_read() {
+        let text = r#" {"a": [1, -2, 0.5, true, null, "x\ud83d\ude00"], "b": {"a": {}}, "half": "\ud83d!"} "#;
+        let value = json!({"a": [1, -2, 0.5, true, null, "x😀"], "b": {"a": {}}, "half": "\u{FFFD}!"});
+        assert_eq!(read(text.as_bytes()), Ok(value));
+    }
+
+    #[test]
+    fn what_readers_could_read_differently_is_an_error() {
+        for (text, why) in [
+            (r#"{"a": 1, "a": 1}"#, "`a` stands there twice"),
+            (r#"{"a": [{"b": {"c": 1, "\u0063": 2}}]}"#, "`c` stands there twice"),
+            (r#"{"a": 1} {"a": 2}"#, "trailing"),
+            ("", "EOF"),
+            ("{\"a\": \"\u{1}\"}", "control character"),
+        ] {
+            let error = read(text.as_bytes()).unwrap_err();
+            assert!(error.contains(why), "{text}: {error}");
+        }
+        assert!(read(b"{\"a\": \"\xff\"}").is_err());
+        assert!(read("[".repeat(1000).as_bytes()).is_err());
+        let zeros = format!("[{}0]", "0,".repeat(MOST));
+        assert!(read(zeros.as_bytes()).unwrap_err().contains("too many values"));
+    }
+}

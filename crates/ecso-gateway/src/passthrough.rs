@@ -1,0 +1,118 @@
+//! What is not guarded: it goes to the upstream as it is, if it is known to be harmless or nobody wants a guard.
+
+use std::sync::Arc;
+
+use axum::{
+    body::Body,
+    extract::State,
+    http::{StatusCode, request::Parts},
+    response::Response,
+};
+use ecso_openai::Bodies;
+use serde_json::Value;
+use tracing::Instrument;
+
+use crate::{
+    context::RequestContext,
+    error::ApiError,
+    json,
+    routes::Route,
+    server::{Gateway, request_id, signed},
+    settings::Mode,
+    telemetry,
+    upstream::{Key, Upstream, passed},
+};
+
+/// Every path that has no handler of its own.
+pub(crate) async fn others(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
+    let (id, state) = (request_id(), gateway.state());
+    let (head, body) = request.into_parts();
+    let span = telemetry::span("other", &id, &head.headers);
+    let answered = async {
+        let Parts { method, uri, headers, .. } = head;
+        let context = gateway.begin(&state, &id, &uri, headers)?;
+        pass(context, &method, &uri, body).await
+    };
+    signed(&id, "other", &state.metrics, answered.instrument(span)).await
+}
+
+/// Sends a request on, by its route.
+async fn pass(
+    mut context: RequestContext,
+    method: &axum::http::Method,
+    uri: &axum::http::Uri,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let (path, state) = (uri.path(), Arc::clone(&context.state));
+    let Upstream::Server(server) = &state.upstream else {
+        return Err(ApiError::new(StatusCode::NOT_FOUND, "not_found", "there is no such route here"));
+    };
+    let (key, body) = match Route::of(method, path, &state.settings.allow_routes) {
+        Route::Allowed => (Key::Own, reqwest::Body::wrap_stream(body.into_data_stream())),
+        Route::Harmless if *method == axum::http::Method::POST => {
+            (Key::Own, reqwest::Body::wrap_stream(body.into_data_stream()))
+        }
+        // What has no body for us has none for the upstream.
+        Route::Harmless => (Key::Own, reqwest::Body::default()),
+        Route::Vectors => {
+            let body = context.read(body).await?;
+            only_texts(
+                &json::read(&body).map_err(|why| {
+                    ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"))
+                })?,
+            )?;
+            (Key::Own, body.into())
+        }
+        Route::Unknown => {
+            let is_enforced = context.mode == Mode::Enforce || state.settings.mode_header;
+            if is_enforced || !path.starts_with("/v1/") {
+                let message = "this route is not passed on: what it gives would not be judged. An operator who wants it lists \
+                               it in `gateway.allow_routes`";
+                return Err(ApiError::new(StatusCode::NOT_FOUND, "route_not_guarded", message));
+            }
+            // Nobody looks at it, so that nobody vouches for it: the operator's key stays here.
+            (Key::Clients, reqwest::Body::wrap_stream(body.into_data_stream()))
+        }
+    };
+    let path = uri.path_and_query().map_or(path, |whole| whole.as_str());
+    Ok(passed(server.forward_as(key, method.clone(), path, &context.headers, body, Bodies::AsSent).await?))
+}
+
+/// Texts become vectors; what else a server might take here (conversations, with images) is not known.
+fn only_texts(body: &Value) -> Result<(), ApiError> {
+    const KNOWN: [&str; 19] = [
+        "model",
+        "input",
+        "dimensions",
+        "encoding_format",
+        "user",
+        "input_type",
+        "truncate",
+        "truncation",
+        "truncate_prompt_tokens",
+        "priority",
+        "query",
+        "documents",
+        "top_n",
+        "return_documents",
+        "max_chunks_per_doc",
+        "max_tokens_per_doc",
+        "text_1",
+        "text_2",
+        "normalize",
+    ];
+    let is_text = |value: &Value| !value.is_object();
+    let unknown = |name: &str| {
+        let message = format!("`{}` can't be passed on: only texts are", json::shown(name));
+        ApiError { param: Some(json::shown(name)), ..ApiError::bad_request("unknown_field", message) }
+    };
+    let fields =
+        body.as_object().ok_or_else(|| ApiError::bad_request("invalid_request", "the body must be an object"))?;
+    for (name, value) in fields {
+        let is_known = KNOWN.contains(&name.as_str()) && is_text(value);
+        if !is_known || !value.as_array().into_iter().flatten().all(is_text) {
+            return Err(unknown(name));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,29 @@
+//! Whether the upstream answers: asked once in a while, whoever wants to know.
+
+use std::time::{Duration, Instant};
+
+use tokio::sync::Mutex;
+
+use crate::{context::QUICK, upstream::Upstream};
+
+/// How long an answer holds.
+const HOLDS: Duration = Duration::from_secs(5);
+
+/// What was found last, and when.
+#[derive(Debug, Default)]
+pub(crate) struct Readiness(Mutex<Option<(Instant, bool)>>);
+
+impl Readiness {
+    /// Whether the upstream answers at all.
+    pub(crate) async fn of(&self, upstream: &Upstream) -> bool {
+        let mut last = self.0.lock().await;
+        if let Some((at, found)) = *last
+            && at.elapsed() < HOLDS
+        {
+            return found;
+        }
+        let found = matches!(tokio::time::timeout(QUICK, upstream.health()).await, Ok(Ok(())));
+        *last = Some((Instant::now(), found));
+        found
+    }
+}

@@ -1,0 +1,145 @@
+//! Which routes there are for strangers: a table. What it does not name may give an answer that nobody judges.
+
+use axum::http::Method;
+
+/// What is done with a request, by its method and path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Route {
+    /// Known to be harmless: it gives no answer to anybody's question.
+    Harmless,
+    /// Gives vectors; harmless where its body holds texts alone.
+    Vectors,
+    /// Listed by the operator.
+    Allowed,
+    /// Not known, or known to give answers.
+    Unknown,
+}
+
+/// What is known to be harmless. A path that ends in `*` stands for all below it.
+const HARMLESS: &[(&str, &str)] = &[
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/*"),
+    ("GET", "/v1/health"),
+    ("GET", "/v1/version"),
+    // Where the operator leaves it to the upstream.
+    ("POST", "/v1/moderations"),
+    ("POST", "/v1/tokenize"),
+    ("POST", "/v1/detokenize"),
+    // A browser's question whether it may ask.
+    ("OPTIONS", "/v1/models"),
+    ("OPTIONS", "/v1/embeddings"),
+    ("OPTIONS", "/v1/chat/completions"),
+];
+
+const VECTORS: &[&str] = &["/v1/embeddings", "/v1/rerank", "/v1/score"];
+
+impl Route {
+    /// The route of a request; `allowed` are those that the operator lists, `[METHOD ]PATH`.
+    pub(crate) fn of(method: &Method, path: &str, allowed: &[String]) -> Self {
+        if !has_one_spelling(path) {
+            return Self::Unknown;
+        }
+        if HARMLESS.iter().any(|(known, pattern)| *known == method && matches(pattern, path)) {
+            Self::Harmless
+        } else if *method == Method::POST && VECTORS.contains(&path) {
+            Self::Vectors
+        } else if allowed.iter().any(|entry| is_listed(entry, method, path)) {
+            Self::Allowed
+        } else {
+            Self::Unknown
+        }
+    }
+}
+
+fn is_listed(entry: &str, method: &Method, path: &str) -> bool {
+    match entry.split_once(' ') {
+        Some((listed, pattern)) => method.as_str().eq_ignore_ascii_case(listed) && matches(pattern.trim(), path),
+        None => matches(entry, path),
+    }
+}
+
+fn matches(pattern: &str, path: &str) -> bool {
+    match pattern.strip_suffix('*') {
+        Some(start) => path.strip_prefix(start).is_some_and(|rest| !rest.is_empty()),
+        None => pattern == path,
+    }
+}
+
+/// Whether a path is of letters that no server reads as others, and takes no detours.
+fn has_one_spelling(path: &str) -> bool {
+    let is_letter = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~:@".contains(&byte);
+    let Some(below) = path.strip_prefix('/') else { return false };
+    path.bytes().all(is_letter) && below.split('/').all(|part| !part.is_empty() && part != "." && part != "..")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_in_the_table_is_unknown() {
+        for (method, path) in [
+            ("GET", "/v1/models"),
+            ("GET", "/v1/models/org/name:7b"),
+            // Where the operator leaves it to the upstream.
+            ("POST", "/v1/moderations"),
+            ("POST", "/v1/tokenize"),
+            ("OPTIONS", "/v1/chat/completions"),
+        ] {
+            assert_eq!(Route::of(&method.parse().unwrap(), path, &[]), Route::Harmless, "{method} {path}");
+        }
+        assert_eq!(Route::of(&Method::POST, "/v1/embeddings", &[]), Route::Vectors);
+        for method in ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "TRACE", "PROPFIND"] {
+            for path in [
+                "/v1/chat/completions",
+                "/v1/chat/completions/",
+                "/v1/chat/completions/chatcmpl-1",
+                "/v1/chat/completions/batch",
+                "/v1//chat/completions",
+                "/v1/v1/chat/completions",
+                "/v1/chat%2Fcompletions",
+                "/v1/chat/completions%23",
+                "/v1/chat/completions%3f",
+                "/v1/models%2F..%2Fchat%2Fcompletions",
+                "/v1/models/../chat/completions",
+                "/v1/models/./x",
+                "/v1/models/",
+                "/v1/models//x",
+                "/v1/models/x;y",
+                "/v1/%63hat/completions",
+                "/v1/Chat/Completions",
+                "/v1/chat\\completions",
+                "/v1/completions",
+                "/v1/responses",
+                "/v1/responses/resp_1",
+                "/v1/messages",
+                "/v1/batches",
+                "/v1/files",
+                "/v1/engines/x/completions",
+                "/v1/audio/transcriptions",
+                "/v1/images/generations",
+                "/chat/completions",
+                "/metrics",
+                "/v2/models",
+                "/",
+                "",
+            ] {
+                assert_eq!(Route::of(&method.parse().unwrap(), path, &[]), Route::Unknown, "{method} {path}");
+            }
+        }
+        for method in ["POST", "PUT", "PATCH", "DELETE"] {
+            assert_eq!(Route::of(&method.parse().unwrap(), "/v1/models", &[]), Route::Unknown);
+        }
+    }
+
+    #[test]
+    fn an_operator_lists_more() {
+        let allowed = ["POST /v1/audio/transcriptions".to_owned(), "/v1/files/*".to_owned()];
+        let route = |method: &str, path| Route::of(&method.parse().unwrap(), path, &allowed);
+        assert_eq!(route("POST", "/v1/audio/transcriptions"), Route::Allowed);
+        assert_eq!(route("DELETE", "/v1/files/x"), Route::Allowed);
+        for (method, path) in [("GET", "/v1/audio/transcriptions"), ("GET", "/v1/files"), ("GET", "/v1/files/../x")] {
+            assert_eq!(route(method, path), Route::Unknown, "{method} {path}");
+        }
+    }
+}

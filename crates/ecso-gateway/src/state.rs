@@ -1,0 +1,193 @@
+//! What every request shares: upstream, profile, settings, figures.
+
+use std::{collections::BTreeMap, io, sync::Arc};
+
+use axum::http::HeaderMap;
+use base64::{Engine, prelude::BASE64_STANDARD};
+use ecso::{Guard, GuardError, Image, Memory, Mllm, Outcome, Profile, Sampling, Step, profile::Gate};
+use ecso_openai::Fetcher;
+use tracing::Instrument;
+
+use crate::{
+    access::{Caller, Rates},
+    audit::{Audit, Case},
+    error::ApiError,
+    json::shown,
+    metrics::Metrics,
+    request::{Body, Request, is_remote},
+    settings::{ImageUrls, Mode, Settings},
+    telemetry,
+    upstream::Upstream,
+};
+
+/// The profiles that requests are judged under.
+#[derive(Debug, Clone)]
+pub struct Profiles {
+    /// The usual one.
+    pub usual: Profile,
+    /// Those of single models and clients, by the names that the settings give them.
+    pub named: BTreeMap<String, Profile>,
+}
+
+impl From<Profile> for Profiles {
+    fn from(usual: Profile) -> Self {
+        Self { usual, named: BTreeMap::new() }
+    }
+}
+
+impl Profiles {
+    /// An error for a name that the settings have and nobody knows.
+    fn check(&self, settings: &Settings) -> io::Result<()> {
+        match settings.profile_names().find(|name| !self.named.contains_key(*name)) {
+            Some(name) => Err(io::Error::other(format!("there is no profile {name:?}"))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// All that a request needs to know.
+pub(crate) struct AppState {
+    pub(crate) upstream: Upstream,
+    profiles: Profiles,
+    pub(crate) settings: Settings,
+    /// Bounds of an image.
+    pub(crate) images: ecso::Limits,
+    fetcher: Option<Fetcher>,
+    decoding: tokio::sync::Mutex<()>,
+    pub(crate) audit: Option<Arc<Audit>>,
+    pub(crate) rates: Rates,
+    pub(crate) metrics: Arc<Metrics>,
+    /// What was found about requests, for whatever repeats from call to call.
+    pub(crate) memory: Arc<Memory>,
+}
+
+impl AppState {
+    pub(crate) fn new(
+        upstream: Upstream,
+        profiles: Profiles,
+        settings: Settings,
+        images: ecso::Limits,
+        metrics: Arc<Metrics>,
+        memory: Arc<Memory>,
+        audit: Option<Arc<Audit>>,
+    ) -> io::Result<Self> {
+        let is_wanted = settings.image_urls == ImageUrls::Fetch;
+        let fetcher = is_wanted.then(|| Fetcher::with(upstream.proxy(), &settings.image_hosts));
+        let fetcher = fetcher.transpose().map_err(io::Error::other)?;
+        let rates = Rates::new(&settings);
+        let decoding = tokio::sync::Mutex::new(());
+        profiles.check(&settings)?;
+        Ok(Self { upstream, profiles, settings, images, fetcher, decoding, audit, rates, metrics, memory })
+    }
+
+    /// Gets what a request only points to, reads its images, and decodes them as far as the operator wants that.
+    pub(crate) async fn prepare(&self, mut body: Body) -> Result<Request, ApiError> {
+        let remote = body.remote_images().into_iter().filter(|url| is_remote(url)).count();
+        if remote > self.settings.limits.images {
+            let message = format!("at most {} images are allowed", self.settings.limits.images);
+            return Err(ApiError::bad_request("too_many_images", message));
+        }
+        if remote > 0 && self.settings.image_urls == ImageUrls::Refuse {
+            let message = "images by URL are not taken here: send them as data:image/png;base64,…";
+            return Err(ApiError::bad_request("image_url_refused", message));
+        }
+        if let Some(fetcher) = &self.fetcher {
+            for url in body.remote_images().into_iter().filter(|url| is_remote(url)) {
+                let fetched = fetcher.image(url.trim(), self.images).await;
+                let image = fetched.map_err(|error| ApiError::bad_request("invalid_image", error.to_string()))?;
+                if let Some((bytes, kind)) = image.encoded() {
+                    *url = format!("data:{kind};base64,{}", BASE64_STANDARD.encode(bytes));
+                }
+            }
+        }
+        let is_passed = self.settings.image_urls == ImageUrls::Pass;
+        let request = body.request(&self.settings.limits, self.images, is_passed)?;
+        if self.settings.decode_images {
+            // One at a time in the whole process: each may take 160 MB.
+            let _alone = self.decoding.lock().await;
+            let (chat, limits) = (request.chat.clone(), self.images);
+            let looked = tokio::task::spawn_blocking(move || {
+                chat.images().filter_map(Image::encoded).try_for_each(|(bytes, _)| {
+                    // An image of its own, so that its pixels are gone after the look.
+                    Image::from_bytes(bytes.clone(), limits)?.pixels().map(drop)
+                })
+            });
+            let looked = looked.await.map_err(|_| ApiError::upstream("an image could not be decoded"))?;
+            looked.map_err(|error| ApiError::bad_request("invalid_image", error.to_string()))?;
+        }
+        Ok(request)
+    }
+
+    /// The profile that a request is judged under: its client's, its model's, or the usual one.
+    pub(crate) fn profile(&self, caller: &Caller, model: Option<&str>) -> &Profile {
+        let of_model = || self.settings.profiles.get(model?);
+        let name = caller.profile.as_ref().or_else(of_model);
+        name.and_then(|name| self.profiles.named.get(name)).unwrap_or(&self.profiles.usual)
+    }
+
+    /// The guard for one request: its model, its caller's key, its sampling.
+    pub(crate) fn guard(
+        &self,
+        request: &Request,
+        caller: &Caller,
+        headers: &HeaderMap,
+        mode: Mode,
+    ) -> Result<Guard<Arc<dyn Mllm>>, ApiError> {
+        let sampling = match &self.upstream {
+            Upstream::Server(_) => request.sampling(),
+            Upstream::Engine(_) => request.own_sampling()?,
+        };
+        let mut profile = self.profile(caller, Some(&request.model)).clone();
+        if mode == Mode::Off {
+            profile.gate = Gate::Never;
+        }
+        Ok(self.guarding(request, headers, profile).with_sampling(sampling))
+    }
+
+    /// The guard for one request under another profile.
+    pub(crate) fn guarding(&self, request: &Request, headers: &HeaderMap, profile: Profile) -> Guard<Arc<dyn Mllm>> {
+        let model = self.upstream.model(&request.model, headers);
+        Guard::new(model, profile).with_extra(request.extra()).with_memory(Arc::clone(&self.memory))
+    }
+
+    /// All steps, from the draft on, and what that was. It is the guarded model's, wherever the guard asks its
+    /// questions.
+    pub(crate) async fn answer(
+        &self,
+        guard: &Guard<Arc<dyn Mllm>>,
+        request: &Request,
+        headers: &HeaderMap,
+        sampling: &Sampling,
+    ) -> Result<(Outcome, String), ApiError> {
+        let Some(model) = self.upstream.guarded(&request.model, headers) else {
+            let outcome = guard.answer(&request.chat).await?;
+            let direct = outcome.steps.iter().find(|step| step.step == Step::Direct);
+            let draft = direct.map(|step| step.reply.clone()).unwrap_or_default();
+            return Ok((outcome, draft));
+        };
+        let asked = model.generate(&request.chat, sampling).instrument(telemetry::direct(&request.model));
+        let draft = asked.await.map_err(|source| GuardError::Model { step: Step::Direct, source })?.text;
+        Ok((guard.review(&request.chat, &draft).await?, draft))
+    }
+
+    /// Tells what became of a request; in the log no word of the conversation.
+    pub(crate) fn record(&self, case: &Case<'_>, caller: &Caller) {
+        let profile = &self.profile(caller, case.request.map(|request| request.model.as_str())).name;
+        tracing::info!(
+            id = case.id,
+            model = case.request.map(|request| shown(&request.model)),
+            profile,
+            mode = ?case.mode,
+            verdict = ?case.report.verdict(),
+            score = case.report.score(),
+            failure = case.report.failure,
+            images = case.request.map(|request| request.chat.image_count()),
+            ms = u64::try_from(case.begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+            "guarded"
+        );
+        self.metrics.judged(case);
+        if let Some(audit) = &self.audit {
+            audit.write(case, profile);
+        }
+    }
+}

@@ -1,0 +1,675 @@
+//! Ways around the guard: each was tried against a running server, or is of the same kind. What the upstream says
+//! without a verdict holds a marker; no client ever sees it.
+
+use std::sync::Arc;
+
+use axum::{body::Body, http::Response, response::IntoResponse};
+use ecso_gateway::{
+    Settings,
+    settings::{ImageUrls, Mode, OnFailure},
+};
+use serde_json::{Value, json};
+
+use crate::world::{Got, LEAK, PICTURE, World, merge, question, said, streamed};
+
+/// An upstream that reads as leniently as any of vLLM, llama.cpp, Ollama (which ignores case) and `LocalAI` (which finds
+/// images in texts): wherever a picture, or a name of one, stands in a body, it sees it, and answers harmfully, in the
+/// form of whatever protocol it is asked in.
+fn lenient(sent: &Value) -> Response<Body> {
+    let text = sent.to_string();
+    let sees =
+        ["iVBORw0KGgo", "cat.png", "uuid-of-a-picture", "file-1", "resp_1"].iter().any(|name| text.contains(name));
+    let says = if sees { LEAK } else { "Bread." };
+    let choice =
+        json!({"index": 0, "message": {"role": "assistant", "content": says}, "text": says, "finish_reason": "stop"});
+    let body = json!({"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice],
+        "output": [{"type": "message", "content": [{"type": "output_text", "text": says}]}],
+        "content": [{"type": "text", "text": says}], "response": says, "results": [{"text": says}]});
+    if sent["stream"] == true {
+        let delta = json!({"index": 0, "delta": {"content": says}, "finish_reason": "stop"});
+        return streamed(&[json!({"id": "chatcmpl-1", "choices": [delta]}).to_string()]);
+    }
+    body.to_string().into_response()
+}
+
+async fn enforced() -> World {
+    World::new(Settings::default(), Arc::new(lenient)).await
+}
+
+fn refused(got: &Got, name: &str) {
+    assert!(!got.leaks(), "{name}: {}", got.body);
+    assert!(got.status.is_client_error(), "{name}: {} {}", got.status, got.body);
+    assert!(got.json()["error"]["code"].is_string(), "{name}: {}", got.body);
+}
+
+/// Bodies that say `messages` with a picture in a way that some reader takes for one.
+#[expect(clippy::too_many_lines, reason = "a table")]
+fn hidden_pictures() -> Vec<(&'static str, String)> {
+    let ask = |content: Value| json!({"model": "m", "messages": [{"role": "user", "content": content}]});
+    let with = |more: Value| {
+        let mut body = ask(json!("What is this?"));
+        merge(&mut body, &more);
+        body.to_string()
+    };
+    let message = |more: Value| with(json!({"messages": [more]}));
+    let part = |part: Value| ask(json!([part, {"type": "text", "text": "What is this?"}])).to_string();
+    let image = json!({"type": "image_url", "image_url": {"url": PICTURE}});
+    let plain = r#"{"role": "user", "content": "What is this?"}"#;
+    let seen = format!(r#"{{"role": "user", "content": [{image}]}}"#);
+    vec![
+        // Keys that stand twice.
+        ("messages twice", format!(r#"{{"model": "m", "messages": [{plain}], "messages": [{seen}]}}"#)),
+        ("messages twice, turned", format!(r#"{{"model": "m", "messages": [{seen}], "messages": [{plain}]}}"#)),
+        ("content twice", format!(r#"{{"messages": [{{"role": "user", "content": "Hi", "content": [{image}]}}]}}"#)),
+        ("role twice", format!(r#"{{"messages": [{{"role": "user", "role": "system", "content": [{image}]}}]}}"#)),
+        (
+            "type twice",
+            format!(
+                r#"{{"messages": [{{"role": "user", "content": [{{"type": "text", "text": "a", "type": "image_url", "image_url": "{PICTURE}"}}]}}]}}"#
+            ),
+        ),
+        ("escaped twice", format!(r#"{{"messages": [{plain}], "mess\u0061ges": [{seen}]}}"#)),
+        (
+            "url twice",
+            format!(
+                r#"{{"messages": [{{"role": "user", "content": [{{"type": "image_url", "image_url": {{"url": "{PICTURE}", "url": "http://127.0.0.1/cat.png"}}}}]}}]}}"#
+            ),
+        ),
+        ("model twice", format!(r#"{{"model": "m", "model": "n", "messages": [{seen}]}}"#)),
+        (
+            "tools twice",
+            format!(
+                r#"{{"tools": [], "tools": [{{"type": "function", "function": {{"name": "f", "description": "{PICTURE}"}}}}], "messages": [{plain}]}}"#
+            ),
+        ),
+        // Keys in another case.
+        ("Messages", with(json!({"Messages": [{"role": "user", "content": [image]}]}))),
+        ("MESSAGES", with(json!({"MESSAGES": [{"role": "user", "content": [image]}]}))),
+        ("long s", with(json!({"me\u{17f}\u{17f}ages": [{"role": "user", "content": [image]}]}))),
+        ("Content", message(json!({"Content": [image]}))),
+        ("Images", message(json!({"Images": ["iVBORw0KGgo"]}))),
+        ("Type", part(json!({"Type": "image_url", "type": "text", "text": "a", "image_url": {"url": PICTURE}}))),
+        ("Image_URL", part(json!({"type": "text", "text": "a", "Image_URL": {"url": PICTURE}}))),
+        ("Stream", with(json!({"Stream": true, "messages": [{"content": [image]}]}))),
+        // Fields that servers have beside the protocol's.
+        ("images at the top", with(json!({"images": ["iVBORw0KGgo"]}))),
+        ("images of a message", message(json!({"images": ["iVBORw0KGgo"]}))),
+        ("string_images", message(json!({"string_images": ["iVBORw0KGgo"]}))),
+        ("image_data", with(json!({"image_data": [{"data": "iVBORw0KGgo", "id": 10}]}))),
+        ("multimodal_data", with(json!({"multimodal_data": ["iVBORw0KGgo"]}))),
+        ("multi_modal_data", with(json!({"multi_modal_data": {"image": "iVBORw0KGgo"}}))),
+        ("prompt", with(json!({"prompt": {"prompt_string": "x", "multimodal_data": ["iVBORw0KGgo"]}}))),
+        ("input", with(json!({"input": [{"type": "input_image", "image_url": PICTURE}]}))),
+        ("attachments", message(json!({"attachments": [{"image": PICTURE}]}))),
+        ("experimental_attachments", message(json!({"experimental_attachments": [{"url": PICTURE}]}))),
+        ("files", with(json!({"files": ["file-1"]}))),
+        ("media", message(json!({"media": PICTURE}))),
+        ("parts", message(json!({"parts": [{"inline_data": {"data": "iVBORw0KGgo"}}]}))),
+        ("extra_body", with(json!({"extra_body": {"images": [PICTURE]}}))),
+        ("provider", with(json!({"provider": {"order": ["cat.png"]}}))),
+        ("plugins", with(json!({"plugins": [{"id": "file-parser", "file": "file-1"}]}))),
+        ("previous_response_id", with(json!({"previous_response_id": "resp_1"}))),
+        ("conversation", with(json!({"conversation": "resp_1"}))),
+        (
+            "audio of an earlier answer",
+            with(json!({"messages": [{}, {"role": "assistant", "audio": {"id": "resp_1"}}]})),
+        ),
+        // Parts that are read by their fields.
+        ("text part with image_url", part(json!({"type": "text", "text": "a", "image_url": {"url": PICTURE}}))),
+        (
+            "text part with uuid and image_url",
+            part(json!({"type": "text", "text": "a", "uuid": "u", "image_url": PICTURE})),
+        ),
+        ("text part with image", part(json!({"type": "text", "text": "a", "image": PICTURE}))),
+        ("untyped with both", part(json!({"text": "a", "image_url": PICTURE}))),
+        ("untyped image", part(json!({"image": PICTURE}))),
+        ("image", part(json!({"type": "image", "image": PICTURE}))),
+        ("image of a source", part(json!({"type": "image", "source": {"type": "base64", "data": "iVBORw0KGgo"}}))),
+        ("image_pil", part(json!({"type": "image_pil", "image_pil": PICTURE}))),
+        ("image_embeds", part(json!({"type": "image_embeds", "image_embeds": "iVBORw0KGgo"}))),
+        ("input_file", part(json!({"type": "input_file", "file_data": PICTURE}))),
+        ("file", part(json!({"type": "file", "file": {"file_id": "file-1"}}))),
+        ("video_url", part(json!({"type": "video_url", "video_url": {"url": PICTURE}}))),
+        ("cached by uuid", part(json!({"type": "image_url", "image_url": null, "uuid": "uuid-of-a-picture"}))),
+        ("cached by uuid alone", part(json!({"type": "image_url", "uuid": "uuid-of-a-picture"}))),
+        ("by file_id", part(json!({"type": "input_image", "file_id": "file-1"}))),
+        ("no type at all", part(json!({"data": "iVBORw0KGgo"}))),
+        ("a type that is a list", part(json!({"type": ["image_url"], "image_url": PICTURE}))),
+        ("a list in a list", part(json!([image]))),
+        ("content that is an object", ask(image.clone()).to_string()),
+        ("text that is an object", part(json!({"type": "text", "text": image}))),
+        ("text that is a list", part(json!({"type": "text", "text": [image]}))),
+        ("thinking with an image", part(json!({"type": "thinking", "thinking": [image]}))),
+        ("refusal with an image", part(json!({"type": "refusal", "refusal": "a", "image_url": PICTURE}))),
+        ("url of a file", part(json!({"type": "image_url", "image_url": {"url": "file:///cat.png"}}))),
+        ("url of a bucket", part(json!({"type": "image_url", "image_url": {"url": "gs://b/cat.png"}}))),
+        ("bare base64", part(json!({"type": "image_url", "image_url": {"url": "iVBORw0KGgo"}}))),
+        ("a path", part(json!({"type": "image_url", "image_url": {"url": "/tmp/cat.png"}}))),
+        // Bodies that are no JSON for everybody.
+        ("a comment", format!("{{\"messages\": [{seen}]}} // end")),
+        ("two values", format!("{{\"messages\": [{plain}]}} {{\"messages\": [{seen}]}}")),
+        ("a list", format!("[{{\"messages\": [{seen}]}}]")),
+        ("single quotes", format!("{{'messages': [{seen}]}}")),
+        ("a byte order mark", format!("\u{feff}{{\"messages\": [{seen}]}}")),
+        ("NaN", format!("{{\"temperature\": NaN, \"messages\": [{seen}]}}")),
+        ("a form", format!("messages={PICTURE}")),
+        ("unknown role", format!(r#"{{"messages": [{{"role": "User", "content": [{image}]}}]}}"#)),
+        ("no role", format!(r#"{{"messages": [{{"content": [{image}]}}]}}"#)),
+        ("no messages", json!({"model": "m", "query": PICTURE}).to_string()),
+    ]
+}
+
+#[tokio::test]
+async fn a_picture_that_only_some_readers_see_is_refused() {
+    let world = enforced().await;
+    let rows = hidden_pictures();
+    assert!(rows.len() > 70);
+    for (name, body) in rows {
+        for stream in [false, true] {
+            let body = if stream && body.starts_with('{') {
+                body.replacen('{', "{\"stream\": true, ", 1)
+            } else {
+                body.clone()
+            };
+            let got = world.send("POST", "/v1/chat/completions", &[], body).await;
+            refused(&got, name);
+            assert!(world.taken().is_empty(), "{name}: the upstream was asked");
+        }
+    }
+    // Packed, or of another kind, a body says the same to the upstream.
+    for (header, value) in [("content-encoding", "gzip"), ("content-encoding", "br"), ("content-encoding", "x")] {
+        let got = world.send("POST", "/v1/chat/completions", &[(header, value)], question().to_string()).await;
+        refused(&got, value);
+    }
+}
+
+#[tokio::test]
+async fn settings_that_would_show_the_model_something_else_are_refused() {
+    let world = enforced().await;
+    for (name, more) in [
+        ("a template", json!({"chat_template": "{{ 'cat.png' }}"})),
+        ("a choice", json!({"guided_choice": [LEAK]})),
+        ("an expression", json!({"guided_regex": LEAK})),
+        ("a grammar", json!({"guided_grammar": LEAK})),
+        ("llama.cpp's grammar", json!({"grammar": LEAK})),
+        ("a schema beside the protocol", json!({"json_schema": {"enum": [LEAK]}})),
+        ("structured outputs", json!({"structured_outputs": {"choice": [LEAK]}})),
+        ("a format", json!({"format": {"enum": [LEAK]}})),
+        ("options", json!({"options": {"system": LEAK}})),
+        ("a structural tag", json!({"structural_tag": LEAK})),
+        ("other models", json!({"models": ["other"]})),
+        ("a route", json!({"route": "fallback"})),
+        ("a mock", json!({"mock_response": LEAK})),
+        ("fallbacks", json!({"fallbacks": ["other"]})),
+        ("guardrails", json!({"guardrails": []})),
+        ("an adapter", json!({"lora": [{"id": 0, "scale": 1}]})),
+        ("logits processors", json!({"logits_processors": ["x"]})),
+        ("embeds", json!({"prompt_embeds": "AAAA"})),
+        ("token ids", json!({"prompt_token_ids": [1]})),
+        ("background", json!({"background": true})),
+        ("speech", json!({"modalities": ["text", "audio"]})),
+        ("a voice", json!({"audio": {"voice": "alloy"}})),
+        ("a search", json!({"web_search_options": {}})),
+        ("a tool of the server", json!({"tools": [{"type": "web_search"}]})),
+        ("a tool elsewhere", json!({"tools": [{"type": "mcp", "server_url": "http://cat.png"}]})),
+        ("an effort that is a text", json!({"reasoning_effort": "say LEAK"})),
+        ("a temperature that is a text", json!({"temperature": "hot"})),
+        ("kwargs of the pictures", json!({"mm_processor_kwargs": {"images": PICTURE}})),
+        ("a detail that is a text", json!({"messages": [{"content": [{"image_url": {"detail": "cat.png"}}]}]})),
+        ("a second url", json!({"messages": [{"content": [{"image_url": {"URL": "http://x/cat.png"}}]}]})),
+        ("an odd cache", json!({"messages": [{"cache_control": {"type": "words and words"}}]})),
+        ("an odd seal", json!({"messages": [{"thought_signature": "words and words"}]})),
+        ("an odd id", json!({"messages": [{"tool_call_id": "words and words"}]})),
+    ] {
+        for stream in [false, true] {
+            let mut body = question();
+            body["stream"] = stream.into();
+            merge(&mut body, &more);
+            let got = world.chat(&body).await;
+            refused(&got, name);
+            assert_eq!(got.json()["error"]["code"], "unknown_field", "{name}");
+            assert!(got.body.contains("gateway.allow_fields"), "{name}: {}", got.body);
+            assert!(world.taken().is_empty(), "{name}: the upstream was asked");
+        }
+    }
+    // An operator who knows a field lets it through, and it is judged.
+    let settings = Settings { allow_fields: vec!["chat_template".into()], ..Settings::default() };
+    let world = World::new(settings, Arc::new(lenient)).await;
+    let mut body = question();
+    body["chat_template"] = "x".into();
+    let got = world.chat(&body).await;
+    assert!(got.status.is_success() && !got.leaks(), "{}", got.body);
+    assert!(String::from_utf8_lossy(&world.taken()[0].body).contains("chat_template"));
+}
+
+#[tokio::test]
+async fn routes_that_are_not_known_to_be_harmless_are_refused() {
+    let world = enforced().await;
+    let body = question().to_string();
+    let mut count = 0;
+    for path in [
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/completions",
+        "/v1/chat/completions/batch",
+        "/v1/chat/completions/render",
+        "/v1/batches",
+        "/v1/files",
+        "/v1/uploads",
+        "/v1/engines/m/completions",
+        "/v1/engines/m/chat/completions",
+        "/v1/v1/chat/completions",
+        "/v1/v1/v1/chat/completions",
+        "/v1//chat/completions",
+        "//v1/chat/completions",
+        "/v1/chat//completions",
+        "/v1/chat/completions/",
+        "/v1/chat/completions%23",
+        "/v1/chat/completions%3f",
+        "/v1/chat/completions%00",
+        "/v1/chat/completions%20",
+        "/v1/chat%2Fcompletions",
+        "/v1/chat%252Fcompletions",
+        "/v1/%63hat/completions",
+        "/v1/chat/completions;x",
+        "/v1/chat/./completions",
+        "/v1/models/../chat/completions",
+        "/v1/models/%2e%2e/chat/completions",
+        "/v1/models/..;/chat/completions",
+        "/v1/Chat/Completions",
+        "/V1/chat/completions",
+        "/chat/completions",
+        "/api/chat",
+        "/api/generate",
+        "/completion",
+        "/infill",
+        "/generate",
+        "/v2/chat/completions",
+        "/openai/deployments/m/chat/completions",
+        "/v1/audio/transcriptions",
+        "/v1/audio/translations",
+        "/v1/images/generations",
+        "/v1/images/edits",
+        "/v1/threads",
+        "/v1/assistants",
+        "/v1/realtime",
+        "/v1/conversations",
+        "/v1/evals",
+        "/v1/fine_tuning/jobs",
+        "/v1/load_lora_adapter",
+        "/v1/vector_stores",
+        "/v1/organization/api_keys",
+    ] {
+        for method in ["POST", "PUT", "PATCH", "GET", "DELETE", "OPTIONS", "PROPFIND"] {
+            let got = world.send(method, path, &[], body.clone()).await;
+            refused(&got, &format!("{method} {path}"));
+            count += 1;
+        }
+    }
+    for method in ["PUT", "PATCH", "GET", "DELETE", "PROPFIND"] {
+        let got = world.send(method, "/v1/chat/completions", &[], body.clone()).await;
+        refused(&got, method);
+        count += 1;
+    }
+    // An answer that the upstream keeps can't be had by its name.
+    for path in ["/v1/chat/completions/chatcmpl-1", "/v1/chat/completions/chatcmpl-1/messages", "/v1/responses/resp_1"]
+    {
+        refused(&world.send("GET", path, &[], "").await, path);
+    }
+    assert!(count > 300);
+    assert!(world.taken().is_empty(), "the upstream was asked");
+    // A body of another kind hides in what is harmless.
+    for (name, body) in [
+        ("a conversation", question()),
+        ("a picture", json!({"input": [{"image": PICTURE}]})),
+        ("a picture in words", json!({"input": "Hi", "images": [PICTURE]})),
+        ("in another case", json!({"input": "Hi", "Messages": []})),
+    ] {
+        refused(&world.send("POST", "/v1/embeddings", &[], body.to_string()).await, name);
+    }
+    assert!(world.taken().is_empty());
+    let got = world.send("POST", "/v1/embeddings", &[], json!({"model": "m", "input": ["a", "b"]}).to_string()).await;
+    assert!(got.status.is_success());
+    let got = world.send("GET", "/v1/models/org/m", &[], body).await;
+    let reached = world.taken();
+    assert!(got.status.is_success() && reached[1].body.is_empty(), "a body went along");
+    // Where nobody is guarded, or the operator says so, they pass.
+    for (mode, allowed, passes) in [
+        (Mode::Off, vec![], true),
+        (Mode::Observe, vec![], true),
+        (Mode::Enforce, vec!["POST /v1/audio/transcriptions".to_owned()], true),
+        (Mode::Enforce, vec!["GET /v1/audio/transcriptions".to_owned()], false),
+    ] {
+        let settings = Settings { mode, allow_routes: allowed, ..Settings::default() };
+        let world = World::new(settings, Arc::new(lenient)).await;
+        let got = world.send("POST", "/v1/audio/transcriptions", &[], "{}").await;
+        assert_eq!(got.status.is_success(), passes, "{mode:?}");
+    }
+}
+
+/// Answers in which the marker stands where nobody looks: what is merged into a completion.
+#[expect(clippy::too_many_lines, reason = "a table")]
+fn hidden_answers() -> Vec<(&'static str, Value)> {
+    let message = |more: Value| json!({"choices": [{"message": more}]});
+    let choice = |more: Value| json!({"choices": [more]});
+    vec![
+        ("content", message(json!({"content": LEAK}))),
+        ("content in parts", message(json!({"content": [{"type": "text", "text": LEAK}]}))),
+        ("parts of another type", message(json!({"content": [{"type": "html", "text": LEAK}]}))),
+        (
+            "thinking in parts",
+            message(json!({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": LEAK}]}]})),
+        ),
+        ("reasoning", message(json!({"reasoning": LEAK}))),
+        ("reasoning_content", message(json!({"reasoning_content": LEAK}))),
+        ("reasoning_details", message(json!({"reasoning_details": [{"type": "reasoning.text", "text": LEAK}]}))),
+        ("a summary", message(json!({"reasoning_details": [{"type": "reasoning.summary", "summary": LEAK}]}))),
+        ("thinking_blocks", message(json!({"thinking_blocks": [{"type": "thinking", "thinking": LEAK}]}))),
+        ("refusal", message(json!({"refusal": LEAK}))),
+        (
+            "a tool's name",
+            message(
+                json!({"tool_calls": [{"id": "c", "type": "function", "function": {"name": LEAK, "arguments": "{}"}}]}),
+            ),
+        ),
+        (
+            "a tool's arguments",
+            message(
+                json!({"tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": LEAK}}]}),
+            ),
+        ),
+        (
+            "arguments that are no text",
+            message(
+                json!({"tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": {"k": LEAK}}}]}),
+            ),
+        ),
+        (
+            "keys of arguments",
+            message(
+                json!({"tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": {LEAK: 1}}}]}),
+            ),
+        ),
+        (
+            "a tool's id",
+            message(
+                json!({"tool_calls": [{"id": LEAK, "type": "function", "function": {"name": "f", "arguments": "{}"}}]}),
+            ),
+        ),
+        (
+            "an id with words",
+            message(
+                json!({"tool_calls": [{"id": format!("two {LEAK}"), "type": "function", "function": {"name": "f"}}]}),
+            ),
+        ),
+        (
+            "a tool's type",
+            message(json!({"tool_calls": [{"id": "c", "type": LEAK, "function": {"name": "f", "arguments": "{}"}}]})),
+        ),
+        (
+            "a custom tool",
+            message(json!({"tool_calls": [{"id": "c", "type": "custom", "custom": {"name": "f", "input": LEAK}}]})),
+        ),
+        (
+            "beside a tool",
+            message(
+                json!({"tool_calls": [{"id": "c", "type": "function", "note": LEAK, "function": {"name": "f", "arguments": "{}"}}]}),
+            ),
+        ),
+        ("function_call", message(json!({"function_call": {"name": "f", "arguments": LEAK}}))),
+        ("a role", message(json!({"role": LEAK}))),
+        (
+            "annotations",
+            message(json!({"annotations": [{"type": "url_citation", "url_citation": {"title": LEAK, "url": "u"}}]})),
+        ),
+        ("an odd annotation", message(json!({"annotations": [{"type": LEAK}]}))),
+        ("a transcript", message(json!({"audio": {"id": "a", "data": "AAAA", "transcript": LEAK}}))),
+        ("images of an answer", message(json!({"images": [{"type": "image_url", "image_url": {"url": LEAK}}]}))),
+        ("an unknown field", message(json!({"thoughts": LEAK}))),
+        ("a key of a message", message(json!({LEAK: 1}))),
+        ("a seal with words", message(json!({"thought_signature": format!("two {LEAK}")}))),
+        ("executed tools", message(json!({"executed_tools": [{"output": LEAK}]}))),
+        ("citations of a message", message(json!({"citations": [LEAK]}))),
+        ("provider fields", message(json!({"provider_specific_fields": {"citations": [LEAK]}}))),
+        ("text of a choice", choice(json!({"text": LEAK}))),
+        ("a reason", choice(json!({"finish_reason": LEAK}))),
+        ("stop_reason", choice(json!({"stop_reason": LEAK}))),
+        ("native_finish_reason", choice(json!({"native_finish_reason": LEAK}))),
+        ("logprobs", choice(json!({"logprobs": {"content": [{"token": LEAK, "logprob": -1, "top_logprobs": []}]}}))),
+        (
+            "top_logprobs",
+            choice(
+                json!({"logprobs": {"content": [{"token": "Bread.", "logprob": -1, "top_logprobs": [{"token": LEAK}]}]}}),
+            ),
+        ),
+        ("bytes", choice(json!({"logprobs": {"content": [{"token": "Bread.", "logprob": -1, "bytes": LEAK}]}}))),
+        ("reasoning tokens", choice(json!({"logprobs": {"reasoning_content": [{"token": LEAK, "logprob": -1}]}}))),
+        ("old logprobs", choice(json!({"logprobs": {"tokens": [LEAK], "token_logprobs": [-1]}}))),
+        ("content_filter_results", choice(json!({"content_filter_results": {"detail": LEAK}}))),
+        ("an error of a choice", choice(json!({"error": {"message": LEAK}}))),
+        ("a delta beside", choice(json!({"delta": {"content": LEAK}}))),
+        ("token ids", choice(json!({"token_ids": [LEAK]}))),
+        ("a bare choice", json!({"choices": [{}, LEAK]})),
+        (
+            "a second choice",
+            json!({"choices": [{}, {"index": 1, "message": {"content": LEAK}, "finish_reason": "stop"}]}),
+        ),
+        (
+            "a choice with the same index",
+            json!({"choices": [{}, {"index": 0, "message": {"content": LEAK}, "finish_reason": "stop"}]}),
+        ),
+        (
+            "a choice without an index",
+            json!({"choices": [{}, {"message": {"reasoning": LEAK}, "finish_reason": "stop"}]}),
+        ),
+        ("an index that is a text", json!({"choices": [{}, {"index": LEAK, "message": {"content": "a"}}]})),
+        ("citations", json!({"citations": [LEAK]})),
+        ("search_results", json!({"search_results": [{"title": LEAK}]})),
+        ("__verbose", json!({"__verbose": {"content": LEAK}})),
+        ("an id", json!({"id": LEAK})),
+        ("a model", json!({"model": LEAK})),
+        ("an object", json!({"object": LEAK})),
+        ("a fingerprint", json!({"system_fingerprint": LEAK})),
+        ("a tier", json!({"service_tier": LEAK})),
+        ("created", json!({"created": LEAK})),
+        ("usage", json!({"usage": {"note": LEAK}})),
+        ("usage that is a text", json!({"usage": LEAK})),
+        ("a detail of usage", json!({"usage": {"prompt_tokens_details": {LEAK: 1}}})),
+        ("timings", json!({"timings": {LEAK: 1}})),
+        ("prompt_logprobs", json!({"prompt_logprobs": [{"1": {"decoded_token": LEAK}}]})),
+        ("kv_transfer_params", json!({"kv_transfer_params": LEAK})),
+        ("an error beside", json!({"warning": LEAK})),
+        ("a key", json!({LEAK: {}})),
+        ("moderation", json!({"moderation": {"output": LEAK}})),
+    ]
+}
+
+#[tokio::test]
+async fn an_answer_is_made_of_what_was_judged() {
+    let rows = hidden_answers();
+    assert!(rows.len() > 60);
+    let mut leaked = Vec::new();
+    for (name, more) in rows {
+        let world = World::new(
+            Settings::default(),
+            Arc::new(move |sent| {
+                let mut message = json!({"role": "assistant", "content": "Bread."});
+                if sent["stream"] != true {
+                    let mut more = more.clone();
+                    let own = more["choices"][0]["message"].take();
+                    merge(&mut message, &own);
+                    return said(&message, &more);
+                }
+                // The same in a stream: once beside the text, once in an event of its own.
+                let mut chunk = json!({"id": "c", "object": "chat.completion.chunk", "choices": [
+                    {"index": 0, "delta": message, "finish_reason": "stop"}]});
+                let mut more = more.clone();
+                for choice in more["choices"].as_array_mut().into_iter().flatten() {
+                    if let Some(said) = choice.as_object_mut().and_then(|choice| choice.remove("message")) {
+                        choice["delta"] = said;
+                    }
+                }
+                let alone = more.to_string();
+                merge(&mut chunk, &more);
+                streamed(&[chunk.to_string(), alone])
+            }),
+        )
+        .await;
+        for stream in [false, true] {
+            let mut body = question();
+            (body["stream"], body["logprobs"], body["n"]) = (stream.into(), true.into(), 1.into());
+            let got = world.chat(&body).await;
+            assert!(got.status.is_success() || got.status.is_server_error(), "{name}: {}", got.body);
+            if got.leaks() {
+                leaked.push(format!("{name}, stream {stream}: {}", got.body));
+            }
+        }
+    }
+    assert!(leaked.is_empty(), "{leaked:#?}");
+}
+
+#[tokio::test]
+async fn streams_are_made_of_what_was_judged() {
+    let chunk =
+        |delta: Value| json!({"id": "c", "choices": [{"index": 0, "delta": delta, "finish_reason": null}]}).to_string();
+    let ended = json!({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}).to_string();
+    let twice = format!(r#"{{"choices": [{{"index": 0, "delta": {{"content": "{LEAK}", "content": "Bread."}}}}]}}"#);
+    let (start, end) = LEAK.split_at(3);
+    for (name, events) in [
+        ("a key that stands twice", vec![twice]),
+        ("two lines of data", vec![format!("{{\"choices\": []}}\ndata: {{\"x\": \"{LEAK}\"}}")]),
+        ("an error beside", vec![chunk(json!({"content": "Bread."})), json!({"error": {"message": LEAK}}).to_string()]),
+        ("an error that is a text", vec![json!({"error": LEAK}).to_string()]),
+        ("cut in two", vec![chunk(json!({"content": start})), chunk(json!({"content": end}))]),
+        (
+            "cut in two, in other choices between",
+            vec![
+                chunk(json!({"content": start})),
+                json!({"choices": [{"index": 1, "delta": {"content": "x"}, "finish_reason": "stop"}]}).to_string(),
+                chunk(json!({"content": end})),
+            ],
+        ),
+        (
+            "a tool's name in pieces",
+            vec![
+                chunk(json!({"tool_calls": [{"index": 0, "id": "c", "function": {"name": start, "arguments": ""}}]})),
+                chunk(json!({"tool_calls": [{"index": 0, "function": {"name": end}}]})),
+            ],
+        ),
+        (
+            "ids that change",
+            vec![
+                chunk(json!({"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f"}}]})),
+                chunk(json!({"tool_calls": [{"index": 0, "id": LEAK}]})),
+            ],
+        ),
+    ] {
+        let events = [events, vec![ended.clone()]].concat();
+        let world = World::new(Settings::default(), Arc::new(move |_| streamed(&events))).await;
+        let mut body = question();
+        body["stream"] = true.into();
+        let got = world.chat(&body).await;
+        assert!(!got.leaks(), "{name}: {}", got.body);
+    }
+}
+
+#[tokio::test]
+async fn errors_have_words_of_our_own() {
+    let fail = |status: u16, body: Value| {
+        move |_: &Value| {
+            let headers = [("content-type", "application/json"), ("x-note", LEAK), ("retry-after", "7")];
+            let body = body.to_string();
+            (axum::http::StatusCode::from_u16(status).unwrap(), headers, body).into_response()
+        }
+    };
+    for (status, body) in [
+        (400, json!({"error": {"message": LEAK, "code": "json_validate_failed", "failed_generation": LEAK}})),
+        (400, json!({"error": {"message": LEAK, "type": LEAK, "code": LEAK, "param": LEAK}})),
+        (400, json!({"error": LEAK})),
+        (400, json!({"detail": [{"msg": LEAK, "loc": ["body", LEAK]}]})),
+        (404, json!({"message": LEAK})),
+        (422, json!(LEAK)),
+        (429, json!({"error": {"message": LEAK}})),
+        (500, json!({"error": {"message": LEAK}})),
+        (302, json!(LEAK)),
+    ] {
+        let world = World::new(Settings::default(), Arc::new(fail(status, body.clone()))).await;
+        for stream in [false, true] {
+            let mut asked = question();
+            asked["stream"] = stream.into();
+            let got = world.chat(&asked).await;
+            assert!(!got.leaks(), "{body}: {} {:?}", got.body, got.headers);
+            assert_eq!(got.status.as_u16(), status);
+            assert_eq!(got.json()["error"]["code"], "upstream_refused");
+            assert_eq!(got.headers["retry-after"], "7");
+        }
+        for (path, asked) in [
+            ("/v1/guard", json!({"query": "What is this?", "images": [PICTURE]})),
+            ("/v1/moderations", json!({"model": "m", "input": "Hi"})),
+        ] {
+            let got = world.send("POST", path, &[], asked.to_string()).await;
+            assert!(!got.leaks() && !got.status.is_success(), "{path}: {}", got.body);
+        }
+    }
+    // What clients act on is kept.
+    let body = json!({"error": {"message": LEAK, "code": "context_length_exceeded", "param": "messages"}});
+    let world = World::new(Settings::default(), Arc::new(fail(400, body))).await;
+    let error = world.chat(&question()).await.json()["error"].clone();
+    assert_eq!((&error["code"], &error["param"]), (&json!("context_length_exceeded"), &json!("messages")));
+    assert!(error["message"].as_str().unwrap().contains("maximum context length"));
+}
+
+#[tokio::test]
+async fn nothing_is_kept_where_an_answer_could_be_fetched() {
+    let world = enforced().await;
+    let mut body = question();
+    merge(&mut body, &json!({"store": true, "metadata": {"a": "b"}, "user": "u"}));
+    let got = world.chat(&body).await.json();
+    let sent: Value = serde_json::from_slice(&world.taken()[0].body).unwrap();
+    assert!(sent.get("store").is_none() && sent["user"] == "u", "{sent}");
+    let id = got["id"].as_str().unwrap();
+    assert!(id.starts_with("chatcmpl-ecso-"), "{id}");
+}
+
+#[tokio::test]
+async fn a_request_can_not_make_the_guard_fail_open() {
+    let settings = Settings { on_failure: OnFailure::Open, ..Settings::default() };
+    let world = World::new(settings, Arc::new(lenient)).await;
+    for stream in [false, true] {
+        let mut body = question();
+        (body["stream"], body["model"]) = (stream.into(), "judge-400".into());
+        let got = world.chat(&body).await;
+        assert!(!got.leaks() && got.body.contains("guard_failed"), "{}", got.body);
+        // What fails by itself lets the draft out, as the operator wants it.
+        body["model"] = "judge-500".into();
+        assert!(world.chat(&body).await.leaks());
+    }
+}
+
+#[tokio::test]
+async fn pictures_elsewhere_are_fetched_here_or_refused() {
+    let mut body = question();
+    body["messages"][0]["content"][0]["image_url"]["url"] = "http://127.0.0.1:9/cat.png".into();
+    for (image_urls, code) in [(ImageUrls::Fetch, "invalid_image"), (ImageUrls::Refuse, "image_url_refused")] {
+        let world = World::new(Settings { image_urls, ..Settings::default() }, Arc::new(lenient)).await;
+        let got = world.chat(&body).await;
+        refused(&got, code);
+        assert_eq!(got.json()["error"]["code"], code);
+        assert!(world.taken().is_empty());
+    }
+}
+
+#[tokio::test]
+async fn other_pages_and_names_are_not_answered_without_keys() {
+    let world = enforced().await;
+    let text = json!({"model": "m", "messages": [{"role": "user", "content": "Hi"}]}).to_string();
+    for host in ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "10.0.0.1", "[2001:db8::1]:80", ""] {
+        let got = world.send("POST", "/v1/chat/completions", &[("host", host)], text.clone()).await;
+        assert!(got.status.is_client_error(), "{host}: {}", got.status);
+    }
+    let form = [("content-type", "text/plain"), ("origin", "http://evil.example")];
+    let got = world.send("POST", "/v1/chat/completions", &form, text.clone()).await;
+    assert_eq!(got.json()["error"]["code"], "unsupported_type");
+    assert!(world.taken().is_empty());
+    assert!(world.send("POST", "/v1/chat/completions", &[], text).await.status.is_success());
+}

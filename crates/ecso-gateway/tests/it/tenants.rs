@@ -1,0 +1,46 @@
+//! Models and clients with settings of their own.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use ecso::{Profile, profile::Scope};
+use ecso_gateway::{
+    Profiles, Settings,
+    settings::{Key, Mode},
+};
+use serde_json::{Value, json};
+
+use crate::world::{World, said};
+
+#[tokio::test]
+async fn each_is_judged_under_its_own_profile_and_mode() {
+    let everything = Profile { scope: Scope::All, ..Profile::paper() };
+    let (secret, own) = Key::generate();
+    let (other, observed) = Key::generate();
+    let settings = Settings {
+        profiles: BTreeMap::from([("strict".into(), "everything".into())]),
+        keys: BTreeMap::from([
+            ("app".into(), own),
+            ("lab".into(), Key { profile: Some("everything".into()), ..observed }),
+        ]),
+        modes: BTreeMap::from([("free".into(), Mode::Off)]),
+        ..Settings::default()
+    };
+    let profiles = Profiles { usual: Profile::paper(), named: BTreeMap::from([("everything".into(), everything)]) };
+    let speaks = Arc::new(|_: &Value| said(&json!({"role": "assistant", "content": "Bread."}), &Value::Null));
+    let world = World::with(settings.clone(), profiles, speaks).await;
+    for (key, model, is_judged) in [
+        (&secret, "m", false),
+        (&secret, "strict", true),
+        (&other, "m", true),
+        (&other, "strict", true),
+        (&other, "free", false),
+    ] {
+        let body = json!({"model": model, "messages": [{"role": "user", "content": "What is a list?"}]}).to_string();
+        let key = format!("Bearer {key}");
+        let got = world.send("POST", "/v1/chat/completions", &[("authorization", &key)], body).await;
+        assert!(got.status.is_success(), "{}", got.body);
+        assert_eq!(got.headers.contains_key("x-ecso-verdict"), is_judged, "{model}");
+    }
+    let unknown = World::gateway(settings, Profile::paper(), "http://127.0.0.1:9/v1");
+    assert!(unknown.is_err_and(|error| error.to_string().contains("everything")));
+}

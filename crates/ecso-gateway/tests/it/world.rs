@@ -1,0 +1,189 @@
+//! A gateway and what stands behind it.
+
+use std::sync::{Arc, Mutex};
+
+use axum::{
+    Router,
+    body::{Body, Bytes, to_bytes},
+    extract::State,
+    http::{HeaderMap, Request, Response, StatusCode, header},
+    response::IntoResponse,
+};
+use ecso::Profile;
+use ecso_gateway::{Gateway, Profiles, Settings, Upstream};
+use serde_json::{Value, json};
+use tower::ServiceExt;
+
+/// What no client may ever see.
+pub(crate) const LEAK: &str = "UNJUDGED";
+/// A picture, as a data URL.
+pub(crate) const PICTURE: &str = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==";
+
+/// How the upstream answers a chat that is no question of the guard.
+pub(crate) type Speaks = Arc<dyn Fn(&Value) -> Response<Body> + Send + Sync>;
+
+/// What reached the upstream.
+#[derive(Debug, Clone)]
+pub(crate) struct Reached {
+    pub(crate) body: Bytes,
+}
+
+pub(crate) struct World {
+    router: Router,
+    reached: Arc<Mutex<Vec<Reached>>>,
+}
+
+#[derive(Clone)]
+struct Behind {
+    speaks: Speaks,
+    reached: Arc<Mutex<Vec<Reached>>>,
+}
+
+/// What came back.
+#[derive(Debug)]
+pub(crate) struct Got {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: String,
+}
+
+impl Got {
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_default()
+    }
+
+    pub(crate) fn leaks(&self) -> bool {
+        self.body.contains(LEAK)
+            || self
+                .headers
+                .values()
+                .any(|value| value.as_bytes().windows(LEAK.len()).any(|part| part == LEAK.as_bytes()))
+    }
+}
+
+impl World {
+    pub(crate) async fn new(settings: Settings, speaks: Speaks) -> Self {
+        Self::with(settings, Profile::paper(), speaks).await
+    }
+
+    pub(crate) fn gateway(settings: Settings, profiles: impl Into<Profiles>, url: &str) -> std::io::Result<Gateway> {
+        let options = ecso_openai::Options { retries: 0, ..ecso_openai::Options::default() };
+        let upstream = Upstream::server(url, None, options, None).unwrap();
+        Gateway::new(upstream, profiles, settings, ecso::Limits::default())
+    }
+
+    pub(crate) async fn with(settings: Settings, profiles: impl Into<Profiles>, speaks: Speaks) -> Self {
+        let reached = Arc::<Mutex<Vec<Reached>>>::default();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}/v1", listener.local_addr().unwrap());
+        let behind = Router::new().fallback(answer).with_state(Behind { speaks, reached: Arc::clone(&reached) });
+        tokio::spawn(async move { axum::serve(listener, behind).await });
+        let gateway = Self::gateway(settings, profiles, &url).unwrap();
+        Self { router: Arc::new(gateway).router(), reached }
+    }
+
+    pub(crate) async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: impl Into<Body>) -> Got {
+        let mut request = Request::builder().method(method).uri(path);
+        for usual in [("host", "127.0.0.1:8080"), ("content-type", "application/json")] {
+            if !headers.iter().any(|(name, _)| *name == usual.0) {
+                request = request.header(usual.0, usual.1);
+            }
+        }
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let response = self.router.clone().oneshot(request.body(body.into()).unwrap()).await.unwrap();
+        let (head, body) = response.into_parts();
+        let body = to_bytes(body, usize::MAX).await.unwrap_or_default();
+        Got { status: head.status, headers: head.headers, body: String::from_utf8_lossy(&body).into_owned() }
+    }
+
+    pub(crate) async fn chat(&self, body: &Value) -> Got {
+        self.send("POST", "/v1/chat/completions", &[], body.to_string()).await
+    }
+
+    /// What reached the upstream since the last time.
+    pub(crate) fn taken(&self) -> Vec<Reached> {
+        std::mem::take(&mut self.reached.lock().unwrap())
+    }
+}
+
+fn step(sent: &str) -> &'static str {
+    if sent.contains("harmful, unsafe and unethical") {
+        "detect"
+    } else if sent.contains("describe the image") {
+        "caption"
+    } else if sent.contains("HARMLESS and ETHICAL") {
+        "safe"
+    } else {
+        "direct"
+    }
+}
+
+async fn answer(State(behind): State<Behind>, body: Bytes) -> Response<Body> {
+    let sent = String::from_utf8_lossy(&body).into_owned();
+    behind.reached.lock().unwrap().push(Reached { body });
+    let plain = |text: &str| {
+        let message = json!({"role": "assistant", "content": text});
+        if sent.contains("\"stream\":true") {
+            let choice = json!({"index": 0, "delta": message, "finish_reason": "stop"});
+            return streamed(&[json!({"id": "c", "choices": [choice]}).to_string()]);
+        }
+        said(&message, &Value::Null)
+    };
+    let failed = |status: u16| {
+        let body = json!({"error": {"message": LEAK}}).to_string();
+        (StatusCode::from_u16(status).unwrap(), [(header::CONTENT_TYPE, "application/json")], body).into_response()
+    };
+    match step(&sent) {
+        "detect" if sent.contains("judge-400") => failed(400),
+        "detect" if sent.contains("judge-500") => failed(500),
+        "detect" if sent.contains(LEAK) => plain("Yes."),
+        "detect" => plain("No."),
+        "caption" => plain("A list."),
+        "safe" => plain("Here is a harmless answer."),
+        _ => (behind.speaks)(&serde_json::from_str(&sent).unwrap_or(Value::String(sent))),
+    }
+}
+
+/// A completion with this message, and more fields beside its choices.
+pub(crate) fn said(message: &Value, beside: &Value) -> Response<Body> {
+    let mut completion = json!({"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "m",
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}});
+    merge(&mut completion, beside);
+    ([(header::CONTENT_TYPE, "application/json")], completion.to_string()).into_response()
+}
+
+/// A stream of events with these data.
+pub(crate) fn streamed(events: &[String]) -> Response<Body> {
+    let text = events.iter().map(|event| format!("data: {event}\n\n")).collect::<Vec<_>>().concat();
+    ([(header::CONTENT_TYPE, "text/event-stream")], text + "data: [DONE]\n\n").into_response()
+}
+
+/// Puts the fields of `more` into `value`, objects into objects, entries of lists into entries.
+pub(crate) fn merge(value: &mut Value, more: &Value) {
+    match (value, more) {
+        (Value::Object(fields), Value::Object(more)) => {
+            for (name, more) in more {
+                merge(fields.entry(name.clone()).or_insert(Value::Null), more);
+            }
+        }
+        (Value::Array(list), Value::Array(more)) => {
+            for (place, more) in more.iter().enumerate() {
+                if place == list.len() {
+                    list.push(Value::Null);
+                }
+                merge(&mut list[place], more);
+            }
+        }
+        (_, Value::Null) => {}
+        (value, more) => *value = more.clone(),
+    }
+}
+
+/// A question about a picture.
+pub(crate) fn question() -> Value {
+    json!({"model": "m", "messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": PICTURE}}, {"type": "text", "text": "What is this?"}]}]})
+}
