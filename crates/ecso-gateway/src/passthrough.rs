@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::{
     body::Body,
     extract::State,
-    http::{StatusCode, request::Parts},
+    http::{StatusCode, header, request::Parts},
     response::Response,
 };
 use ecso_openai::Bodies;
@@ -53,7 +53,10 @@ async fn pass(
             (Key::Own, reqwest::Body::wrap_stream(body.into_data_stream()))
         }
         // What has no body for us has none for the upstream.
-        Route::Harmless => (Key::Own, reqwest::Body::default()),
+        Route::Harmless => {
+            context.headers.remove(header::CONTENT_LENGTH);
+            (Key::Own, reqwest::Body::default())
+        }
         Route::Vectors => {
             let body = context.read(body).await?;
             only_texts(
