@@ -34,7 +34,8 @@ pub(crate) enum Verdict {
     Unchecked,
 }
 
-/// A chat; fields that are not named here go to the server behind the guard as they are.
+/// A chat. Of the fields that are not named here, those that are known go to the server behind the guard; others are refused
+/// (`unknown_field`).
 #[derive(Deserialize, ToSchema)]
 pub(crate) struct ChatRequest {
     model: String,
@@ -87,7 +88,7 @@ pub(crate) struct ImageUrl {
     url: String,
 }
 
-/// An answer; fields that are not named here are those of the server behind the guard.
+/// An answer; of the fields that are not named here, those that are known come from the server behind the guard.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct ChatAnswer {
     choices: Vec<Value>,
