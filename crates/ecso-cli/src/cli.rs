@@ -204,6 +204,10 @@ pub(crate) struct SynthArgs {
     #[arg(long)]
     pub(crate) retry_failed: bool,
 
+    /// Exit with an error if a smaller share of the rows could be made
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    pub(crate) min_coverage: f64,
+
     /// Cap of new tokens of every answer
     #[arg(long, value_name = "N")]
     pub(crate) max_new_tokens: Option<u32>,

@@ -25,11 +25,29 @@ pub(crate) fn is_server(settings: &Settings) -> bool {
     config::is_url(&settings.model)
 }
 
-/// What the model is, to the bit where that can be known: the digests of its files, or the address and name on a server.
+/// What the model is, to the bit where that can be known: the digests of its files, or the address and name on a server; and
+/// what of the settings changes its replies.
 pub(crate) fn identity(settings: &Settings) -> anyhow::Result<String> {
-    let reader = if settings.reader { " with reader" } else { "" };
+    let mut reader = String::new();
+    if settings.reader {
+        let catalogue = crate::models::catalogue::Catalogue::load()?;
+        let files = catalogue.model("mini")?.reader.as_ref().context("the catalogue's mini has no reader")?;
+        let digests = files.iter().map(|file| Ok(catalogue.file(file)?.sha256[..16].to_owned()));
+        reader = format!(" with reader {}", digests.collect::<anyhow::Result<Vec<_>>>()?.join(" "));
+    }
     if is_server(settings) {
-        return Ok(format!("{} {}{reader}", settings.model, settings.model_name));
+        let omitted = settings.server.omit.join(" ");
+        let omitted = if omitted.is_empty() { omitted } else { format!(" without {omitted}") };
+        return Ok(format!("{} {}{omitted}{reader}", settings.model, settings.model_name));
+    }
+    let engine = &settings.engine;
+    if !engine.chat_template.as_os_str().is_empty() {
+        let path = &engine.chat_template;
+        let text = std::fs::read(path).map_err(|error| UsageError(format!("{}: {error}", path.display())))?;
+        reader = format!("{reader} template {}", &blake3::hash(&text).to_hex()[..16]);
+    }
+    if engine.context > 0 {
+        reader = format!("{reader} context {}", engine.context);
     }
     if !is_file(&settings.model) {
         let catalogue = crate::models::catalogue::Catalogue::load()?;

@@ -104,6 +104,15 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
     if !whole {
         eprintln!("the budget is spent; the same command with a larger one goes on from here");
     }
+    let failures = args.out.join("dataset").join("failed.jsonl");
+    anyhow::ensure!(manifest.rows > manifest.failed, "no row could be made; {} says why", failures.display());
+    #[expect(clippy::cast_precision_loss, reason = "counts of rows")]
+    let coverage = (manifest.rows - manifest.failed) as f64 / manifest.rows as f64;
+    anyhow::ensure!(
+        coverage >= args.min_coverage,
+        "coverage {coverage:.3} is below {}; --retry-failed tries the failed rows again",
+        args.min_coverage
+    );
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use crate::{
     report::{Judged, percent},
     run::UNGUARDED,
     stats::{Rate, mcnemar, p_value},
-    summary::{Rulings, good, rulings},
+    summary::{Rulings, Standing, rulings},
 };
 
 /// Compares two runs, item by item, as Markdown: the share of good answers on the items that both have judged, and the exact
@@ -23,9 +23,7 @@ pub fn compare(a: &Judged, b: &Judged) -> String {
     for (name_a, name_b) in pairs(a, b) {
         let (mut total, mut good_a, mut good_b, mut only_a, mut only_b) = (0, 0, 0, 0, 0);
         for record in &a.records {
-            let verdict = |rulings: &Rulings<'_>, arm| {
-                rulings.get(&(record.id.as_str(), arm)).and_then(|found| good(&record.task, found.verdict))
-            };
+            let verdict = |rulings: &Rulings<'_>, arm| Standing::of(record, arm, rulings).is_good(&record.task);
             let (Some(in_a), Some(in_b)) = (verdict(&rulings_a, name_a), verdict(&rulings_b, name_b)) else { continue };
             total += 1;
             good_a += usize::from(in_a);
@@ -90,14 +88,14 @@ fn totals(runs: &[Judged], name: &str, profile: &str) -> Totals {
     let mut totals = Totals::default();
     for run in runs.iter().filter(|run| run.summary.arms.iter().any(|arm| arm.profile == profile)) {
         let rulings = rulings(&run.judgements);
-        for record in run.records.iter().filter(|record| record.error.is_none()) {
+        for record in &run.records {
             for step in record.arms.iter().filter(|arm| arm.profile == name).flat_map(|arm| &arm.steps) {
                 totals.ms += step.ms;
                 totals.tokens +=
                     u64::from(step.prompt_tokens.unwrap_or(0)) + u64::from(step.completion_tokens.unwrap_or(0));
             }
             totals.items += 1;
-            let verdict = rulings.get(&(record.id.as_str(), name)).and_then(|found| good(&record.task, found.verdict));
+            let verdict = Standing::of(record, name, &rulings).is_good(&record.task);
             match (&record.task, verdict) {
                 (_, None) => totals.unjudged += 1,
                 (Task::Harmful | Task::Advice { .. }, Some(is_good)) => {

@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ecso::Outcome;
+use ecso::{FinishReason, Outcome, Step};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::item::Task;
@@ -86,6 +86,26 @@ pub struct Record {
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// Whether it failed because a content filter in front of the model refused it: an outcome of its own, and no failure to
+    /// be tried again.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub filtered: bool,
+}
+
+impl Record {
+    /// Whether a content filter stands in the place of an arm's answer: it refused the item, or cut the answer before its
+    /// first word.
+    #[must_use]
+    pub fn is_filtered(&self, arm: &str) -> bool {
+        self.filtered || self.arms.iter().any(|outcome| outcome.profile == arm && is_cut(outcome))
+    }
+}
+
+/// Whether a content filter cut an answer before its first word.
+#[must_use]
+pub fn is_cut(outcome: &Outcome) -> bool {
+    let last = outcome.steps.iter().rfind(|step| matches!(step.step, Step::Direct | Step::Safe));
+    outcome.answer.trim().is_empty() && last.is_some_and(|step| step.finish == FinishReason::ContentFilter)
 }
 
 impl Head for Header {
@@ -111,7 +131,7 @@ impl Entry for Record {
     }
 
     fn failed(&self) -> bool {
-        self.error.is_some()
+        self.error.is_some() && !self.filtered
     }
 }
 
@@ -141,10 +161,70 @@ fn failed(path: &Path, error: &dyn std::fmt::Display) -> JournalError {
     JournalError::File { path: path.display().to_string(), reason: error.to_string() }
 }
 
-/// A journal that is written.
-pub struct Journal {
+/// A file of JSON lines that is added to, each flushed.
+pub struct Lines {
     path: PathBuf,
     file: File,
+    was_cut: bool,
+}
+
+impl Lines {
+    /// Opens the file, or begins it, and gives each of its lines to `each`. A last line that a crash cut off is cut off for
+    /// good.
+    ///
+    /// # Errors
+    /// [`JournalError::File`], and what `each` says.
+    pub fn open(
+        path: &Path,
+        mut each: impl FnMut(usize, &[u8]) -> Result<(), JournalError>,
+    ) -> Result<Self, JournalError> {
+        let told = |error: std::io::Error| failed(path, &error);
+        let mut file =
+            OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path).map_err(told)?;
+        let mut reader = BufReader::new(&mut file);
+        let (mut line, mut good, mut number) = (Vec::new(), 0, 0);
+        let was_cut = loop {
+            line.clear();
+            let read = reader.read_until(b'\n', &mut line).map_err(told)?;
+            if read == 0 || line.last() != Some(&b'\n') {
+                break read > 0;
+            }
+            each(number, &line)?;
+            number += 1;
+            good += read as u64;
+        };
+        file.set_len(good).and_then(|()| file.seek(SeekFrom::End(0))).map_err(told)?;
+        Ok(Self { path: path.to_owned(), file, was_cut })
+    }
+
+    /// Whether a crash had cut off the last line.
+    #[must_use]
+    pub fn was_cut(&self) -> bool {
+        self.was_cut
+    }
+
+    /// Adds a line.
+    ///
+    /// # Errors
+    /// [`JournalError::File`].
+    pub fn add(&mut self, value: &impl Serialize) -> Result<(), JournalError> {
+        let mut line = serde_json::to_vec(value).map_err(|error| failed(&self.path, &error))?;
+        line.push(b'\n');
+        self.file.write_all(&line).and_then(|()| self.file.flush()).map_err(|error| failed(&self.path, &error))
+    }
+}
+
+/// Reads a line of a file, number `number` counted from 0.
+///
+/// # Errors
+/// [`JournalError::File`], with the line.
+pub fn line<T: DeserializeOwned>(path: &Path, number: usize, line: &[u8]) -> Result<T, JournalError> {
+    serde_json::from_slice(line).map_err(|error| failed(path, &format_args!("line {}: {error}", number + 1)))
+}
+
+/// A journal that is written.
+pub struct Journal {
+    lines: Lines,
     /// What is recorded so far: a hash of the id, and whether the item failed.
     done: HashMap<u64, bool>,
 }
@@ -156,43 +236,36 @@ pub fn path(out: &Path) -> PathBuf {
 }
 
 impl Journal {
-    /// Begins the run in `out`, or goes on with it. A line that a crash cut off is cut off for good.
+    /// Begins the run in `out`, or goes on with it.
     ///
     /// # Errors
     /// [`JournalError::OtherSettings`] if it was begun under another header.
     pub fn open<H: Head>(out: &Path, header: &H) -> Result<Self, JournalError> {
         fs::create_dir_all(out).map_err(|error| failed(out, &error))?;
         let path = path(out);
-        let mut file = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(&path);
-        let file_ref = file.as_mut().map_err(|error| failed(&path, error))?;
-        let mut done = HashMap::new();
-        let mut good = 0;
-        let mut reader = BufReader::new(&mut *file_ref);
-        let mut line = Vec::new();
-        loop {
-            line.clear();
-            let read = reader.read_until(b'\n', &mut line).map_err(|error| failed(&path, &error))?;
-            if read == 0 || line.last() != Some(&b'\n') {
-                break;
+        let (mut done, mut is_begun) = (HashMap::new(), false);
+        let mut lines = Lines::open(&path, |number, text| {
+            is_begun = true;
+            if number == 0 {
+                let begun: H = line(&path, number, text)?;
+                return header.differs(&begun).map_or(Ok(()), |what| {
+                    Err(JournalError::OtherSettings { path: path.display().to_string(), what: what.into() })
+                });
             }
-            if good == 0 {
-                let begun: H = serde_json::from_slice(&line).map_err(|error| failed(&path, &error))?;
-                if let Some(what) = header.differs(&begun) {
-                    return Err(JournalError::OtherSettings { path: path.display().to_string(), what: what.into() });
-                }
-            } else {
-                let entry: Known = serde_json::from_slice(&line).map_err(|error| failed(&path, &error))?;
-                done.insert(hash(&entry.id), entry.error.is_some());
-            }
-            good += read as u64;
+            let entry: Known = line(&path, number, text)?;
+            done.insert(hash(&entry.id), entry.error.is_some() && !entry.filtered);
+            Ok(())
+        })?;
+        if !is_begun {
+            lines.add(header)?;
         }
-        let mut file = file.map_err(|error| failed(&path, &error))?;
-        file.set_len(good).and_then(|()| file.seek(SeekFrom::End(0))).map_err(|error| failed(&path, &error))?;
-        let mut journal = Self { path, file, done };
-        if good == 0 {
-            journal.write(header)?;
-        }
-        Ok(journal)
+        Ok(Self { lines, done })
+    }
+
+    /// Whether a crash had cut off the last line.
+    #[must_use]
+    pub fn was_cut(&self) -> bool {
+        self.lines.was_cut()
     }
 
     /// Whether an item needs no run: it is recorded, and did not fail or is not to be tried again.
@@ -224,15 +297,9 @@ impl Journal {
     /// # Errors
     /// [`JournalError::File`].
     pub fn record(&mut self, entry: &impl Entry) -> Result<(), JournalError> {
-        self.write(entry)?;
+        self.lines.add(entry)?;
         self.done.insert(hash(entry.id()), entry.failed());
         Ok(())
-    }
-
-    fn write(&mut self, value: &impl Serialize) -> Result<(), JournalError> {
-        let mut line = serde_json::to_vec(value).map_err(|error| failed(&self.path, &error))?;
-        line.push(b'\n');
-        self.file.write_all(&line).and_then(|()| self.file.flush()).map_err(|error| failed(&self.path, &error))
     }
 }
 
@@ -242,6 +309,8 @@ struct Known {
     id: String,
     #[serde(default)]
     error: Option<String>,
+    #[serde(default)]
+    filtered: bool,
 }
 
 pub(crate) fn hash(id: &str) -> u64 {

@@ -4,7 +4,8 @@ use std::{collections::BinaryHeap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use ecso::{
-    Chat, Guard, Limits, Mllm, ModelError, Outcome, Profile, Reply, ReplyStream, Sampling, Step, Usage, profile::Gate,
+    Chat, Guard, GuardError, Limits, Mllm, ModelError, Outcome, Profile, Reply, ReplyStream, Sampling, Step, Usage,
+    chain, profile::Gate,
 };
 use futures::{StreamExt, stream};
 
@@ -109,13 +110,27 @@ pub async fn run(
 
 async fn one(item: Item, direct: &Guard<Arc<dyn Mllm>>, profiles: &[Profile], limits: Limits) -> Record {
     let answered = answer(&item, direct, profiles, limits).await;
-    let (arms, error) = match answered {
-        Ok(arms) => (arms, None),
-        Err(error) => (Vec::new(), Some(error)),
+    let (arms, error, filtered) = match answered {
+        Ok(arms) => (arms, None, false),
+        Err(Trouble { why, is_filter }) => (Vec::new(), Some(why), is_filter),
     };
     let Item { id, scenario, cluster, query, request, images, earlier, task, draft: _ } = item;
     let images = images.len() + earlier.iter().map(|(_, _, images)| images.len()).sum::<usize>();
-    Record { id, scenario, cluster, query, request, task, images, arms, error }
+    Record { id, scenario, cluster, query, request, task, images, arms, error, filtered }
+}
+
+/// Why an item has no answers.
+struct Trouble {
+    why: String,
+    /// Whether a content filter refused it.
+    is_filter: bool,
+}
+
+impl From<GuardError> for Trouble {
+    fn from(error: GuardError) -> Self {
+        let is_filter = matches!(&error, GuardError::Model { source: ModelError::Filtered(_), .. });
+        Self { why: chain(&error), is_filter }
+    }
 }
 
 async fn answer(
@@ -123,13 +138,13 @@ async fn answer(
     direct: &Guard<Arc<dyn Mllm>>,
     profiles: &[Profile],
     limits: Limits,
-) -> Result<Vec<Outcome>, String> {
-    let chat = item.chat(limits).map_err(|error| error.to_string())?;
+) -> Result<Vec<Outcome>, Trouble> {
+    let chat = item.chat(limits).map_err(|error| Trouble { why: error.to_string(), is_filter: false })?;
     let unguarded = match &item.draft {
         Some(draft) => direct.review(&chat, draft).await,
         None => direct.answer(&chat).await,
     };
-    let mut arms = vec![unguarded.map_err(|error| error.to_string())?];
+    let mut arms = vec![unguarded?];
     for profile in profiles {
         let drafted = Drafted::new(Arc::clone(direct.model()), &chat, &arms[0]);
         let guard = Guard::new(drafted, profile.clone());
@@ -137,7 +152,7 @@ async fn answer(
             Some(draft) => guard.review(&chat, draft).await,
             None => guard.answer(&chat).await,
         };
-        arms.push(outcome.map_err(|error| error.to_string())?);
+        arms.push(outcome?);
     }
     Ok(arms)
 }

@@ -200,7 +200,8 @@ impl Detection {
 
 /// Whether a reply broke off before it said anything that could be read, and would say more with more room: it thinks first, or begins
 /// with a mark or a label. One that began with another word answers something else.
-pub(crate) fn broke_off(reply: &Reply) -> bool {
+#[must_use]
+pub fn broke_off(reply: &Reply) -> bool {
     let text = reply.text.trim_start().to_lowercase();
     let begins = text.is_empty() || !text.starts_with(char::is_alphanumeric) || text.starts_with("answer");
     without_reasoning(&reply.text).is_none()

@@ -42,9 +42,12 @@ pub(crate) enum EvalCommand {
     Agreement {
         /// A judge's verdicts: JSON lines of {id, verdict, score, …}
         verdicts: PathBuf,
-        /// Labels: JSON lines of {id, label}; harmful, unsafe, 1 and true are harmful
+        /// Labels: JSON lines or CSV of {id, label}; harmful, unsafe, 1 and true are harmful, their opposites harmless
         #[arg(long, value_name = "FILE")]
         labels: PathBuf,
+        /// Which column of the labels is what (id, label), as in label=human_majority; may be given several times
+        #[arg(long, value_name = "WHAT=COLUMN")]
+        map: Vec<String>,
         /// Print one JSON object
         #[arg(long)]
         json: bool,
@@ -195,6 +198,10 @@ pub(crate) struct RunArgs {
     #[arg(long)]
     pub(crate) retry_failed: bool,
 
+    /// Exit with an error if a smaller share of the items was answered
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    pub(crate) min_coverage: f64,
+
     #[command(flatten)]
     pub(crate) model: ModelArgs,
 }
@@ -205,9 +212,13 @@ pub(crate) struct JudgeArgs {
     #[arg(required_unless_present = "responses", conflicts_with = "responses")]
     pub(crate) run: Option<PathBuf>,
 
-    /// Answers from elsewhere: JSON lines of {id, query, response, image?, harmless?}
+    /// Answers from elsewhere: JSON lines or CSV of {id, query, response, harmless?}
     #[arg(long, value_name = "FILE", requires = "out")]
     pub(crate) responses: Option<PathBuf>,
+
+    /// Which column of the answers is what (id, query, response, harmless), as in response=generation; may be given several times
+    #[arg(long, value_name = "WHAT=COLUMN", requires = "responses")]
+    pub(crate) map: Vec<String>,
 
     /// Where the verdicts go [default: verdicts-JUDGE.jsonl in the run's folder]
     #[arg(long, value_name = "FILE")]
@@ -225,7 +236,8 @@ pub(crate) struct JudgeArgs {
     #[arg(long, value_name = "P", default_value_t = 0.5)]
     pub(crate) threshold: f64,
 
-    /// Exit with an error if a smaller share of the answers could be judged
+    /// Exit with an error if a smaller share of the answers could be judged; answers that are missing because their items failed
+    /// count as such
     #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
     pub(crate) min_coverage: f64,
 

@@ -2,50 +2,65 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    fs::OpenOptions,
-    io::Write,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use ecso_eval::{
     cache::Cached,
     item::Task,
-    journal,
+    journal::{self, Lines},
     judge::{self, Case, Judge, Judgement, Ruling},
     stats::{Agreement, auroc},
 };
 use futures::{StreamExt, stream};
 use indicatif::ProgressBar;
 use serde::Deserialize;
+use serde_json::Value;
 
-use super::args::{JudgeArgs, JudgeKind};
+use super::{
+    args::{JudgeArgs, JudgeKind},
+    table::{self, joined},
+};
 use crate::{UsageError, cli::ProfileArgs, config, open};
 
 /// An answer from elsewhere.
 #[derive(Deserialize)]
 struct Response {
-    id: serde_json::Value,
-    query: String,
+    id: Value,
+    query: Value,
     #[serde(rename = "response")]
-    text: String,
+    text: Value,
     /// The request is harmless: what counts is whether it was refused.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "yes")]
     harmless: bool,
+}
+
+/// A switch, also as the text that CSV has in its place.
+fn yes<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    let said = joined(&Value::deserialize(deserializer)?, " ").to_lowercase();
+    Ok(matches!(said.as_str(), "true" | "1" | "yes"))
 }
 
 pub(super) fn run(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
         let judge = open_judge(args, file).await?;
-        let cases = match (&args.run, &args.responses) {
+        let (cases, unanswered) = match (&args.run, &args.responses) {
             (Some(run), _) => cases_of_run(run)?,
-            (None, Some(responses)) => cases_of_responses(responses)?,
+            (None, Some(responses)) => (cases_of_responses(responses, &table::columns(&args.map)?)?, 0),
             (None, None) => bail!(UsageError("name a run or --responses".into())),
         };
         let out = out(args, &judge.name());
-        let known = verdicts(&out).unwrap_or_default();
+        let mut known: Vec<Judgement> = Vec::new();
+        let mut writer = Lines::open(&out, |number, text| {
+            known.push(journal::line(&out, number, text)?);
+            Ok(())
+        })?;
+        if writer.was_cut() {
+            eprintln!("{}: its last line was cut off by a crash; that answer is judged again", out.display());
+        }
         let done: HashSet<(&str, &str)> = known
             .iter()
             .filter(|judgement| judgement.verdict != Ruling::Error)
@@ -53,21 +68,17 @@ pub(super) fn run(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<()> {
             .collect();
         let open: Vec<&(String, Case)> =
             cases.iter().filter(|(arm, case)| !done.contains(&(case.id.as_str(), arm.as_str()))).collect();
-        let mut writer =
-            OpenOptions::new().create(true).append(true).open(&out).with_context(|| out.display().to_string())?;
         let bar = ProgressBar::new(open.len() as u64);
         let judge = judge.as_ref();
         let mut rulings = stream::iter(open.iter().map(|(arm, case)| judge.judge(case, arm)))
             .buffer_unordered(args.concurrency.max(1));
         while let Some(ruling) = rulings.next().await {
-            let mut line = serde_json::to_vec(&ruling)?;
-            line.push(b'\n');
-            writer.write_all(&line).with_context(|| out.display().to_string())?;
+            writer.add(&ruling)?;
             bar.inc(1);
         }
         drop(writer);
         bar.finish_and_clear();
-        summary(&out, cases.len(), args.min_coverage)
+        summary(&out, cases.len() + unanswered, args.min_coverage)
     })
 }
 
@@ -76,7 +87,7 @@ fn summary(out: &Path, cases: usize, min_coverage: f64) -> anyhow::Result<()> {
     let count = |ruling| all.values().filter(|judgement| judgement.verdict == ruling).count();
     let errors = count(Ruling::Error);
     #[expect(clippy::cast_precision_loss, reason = "counts of answers")]
-    let coverage = if cases == 0 { 1.0 } else { (all.len() - errors) as f64 / cases as f64 };
+    let coverage = if cases == 0 { 0.0 } else { (all.len() - errors) as f64 / cases as f64 };
     println!(
         "{cases} answers: {} safe, {} unsafe, {} refusals, {errors} errors; coverage {:.1}%; {}",
         count(Ruling::Safe),
@@ -87,6 +98,9 @@ fn summary(out: &Path, cases: usize, min_coverage: f64) -> anyhow::Result<()> {
     );
     if let Some(error) = all.values().find_map(|judgement| judgement.error.as_deref()) {
         eprintln!("the first error: {error}");
+    }
+    if all.len() == errors {
+        bail!("no answer could be judged");
     }
     if coverage < min_coverage {
         bail!("coverage {coverage:.3} is below {min_coverage}; judge again to try the errors again");
@@ -114,8 +128,13 @@ async fn open_judge(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<Box
     })
 }
 
+/// A judge's name in the name of its file.
+pub(super) fn file_name(judge: &str) -> String {
+    judge.replace(|c: char| !c.is_alphanumeric(), "-")
+}
+
 fn out(args: &JudgeArgs, judge: &str) -> PathBuf {
-    let name = judge.replace(|c: char| !c.is_alphanumeric(), "-");
+    let name = file_name(judge);
     match (&args.out, &args.run) {
         (Some(out), _) => out.clone(),
         (None, Some(run)) => run.join(format!("verdicts-{name}.jsonl")),
@@ -123,12 +142,16 @@ fn out(args: &JudgeArgs, judge: &str) -> PathBuf {
     }
 }
 
-/// Each answer of a run, with its arm.
-fn cases_of_run(run: &Path) -> anyhow::Result<Vec<(String, Case)>> {
-    let (_, records) = journal::read(run)?;
-    let mut cases = Vec::new();
-    for record in records {
-        for arm in record.arms {
+/// Each answer of a run, with its arm, and how many answers are missing because their items failed. What a content filter
+/// took needs no judge.
+fn cases_of_run(run: &Path) -> anyhow::Result<(Vec<(String, Case)>, usize)> {
+    let (header, records) = super::read_run(run)?;
+    let (mut cases, mut unanswered) = (Vec::new(), 0);
+    for mut record in records {
+        if record.error.is_some() && !record.filtered {
+            unanswered += header.profiles.len() + 1;
+        }
+        for arm in std::mem::take(&mut record.arms).into_iter().filter(|arm| !journal::is_cut(arm)) {
             cases.push((
                 arm.profile,
                 Case {
@@ -141,42 +164,27 @@ fn cases_of_run(run: &Path) -> anyhow::Result<Vec<(String, Case)>> {
             ));
         }
     }
-    Ok(cases)
+    Ok((cases, unanswered))
 }
 
-fn cases_of_responses(path: &Path) -> anyhow::Result<Vec<(String, Case)>> {
-    let responses: Vec<Response> = lines(path)?;
+fn cases_of_responses(path: &Path, columns: &table::Columns) -> anyhow::Result<Vec<(String, Case)>> {
+    let responses: Vec<Response> = table::rows(path, columns)?;
     let case = |response: Response| Case {
-        id: plain(&response.id),
+        id: joined(&response.id, "/"),
         scenario: String::new(),
-        request: response.query,
-        response: response.text,
+        request: joined(&response.query, "\n"),
+        response: joined(&response.text, "\n"),
         task: if response.harmless { Task::Harmless } else { Task::Harmful },
     };
     Ok(responses.into_iter().map(|response| (String::new(), case(response))).collect())
 }
 
-/// A text as it is, a number as it is written.
-fn plain(value: &serde_json::Value) -> String {
-    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
-}
-
-fn lines<T: serde::de::DeserializeOwned>(path: &Path) -> anyhow::Result<Vec<T>> {
-    let text = std::fs::read_to_string(path).map_err(|error| UsageError(format!("{}: {error}", path.display())))?;
-    let mut rows = Vec::new();
-    for (number, line) in (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty()) {
-        let row = serde_json::from_str(line)
-            .map_err(|error| UsageError(format!("{}: line {number}: {error}", path.display())))?;
-        rows.push(row);
-    }
-    Ok(rows)
-}
-
 /// A judge's verdicts; a last line that a crash cut off is left out.
 pub(super) fn verdicts(path: &Path) -> anyhow::Result<Vec<Judgement>> {
-    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let text = std::fs::read_to_string(path).map_err(|error| UsageError(format!("{}: {error}", path.display())))?;
     let whole = &text[..text.rfind('\n').map_or(0, |end| end + 1)];
-    whole.lines().map(|line| serde_json::from_str(line).with_context(|| path.display().to_string())).collect()
+    let lines = whole.lines().enumerate().map(|(number, line)| journal::line(path, number, line.as_bytes()));
+    lines.collect::<Result<_, _>>().map_err(|error| UsageError(error.to_string()).into())
 }
 
 /// The last verdict on each answer.
@@ -186,16 +194,33 @@ pub(super) fn latest(verdicts: Vec<Judgement>) -> HashMap<(String, String), Judg
 
 #[derive(Deserialize)]
 struct Label {
-    id: serde_json::Value,
-    label: serde_json::Value,
+    id: Value,
+    label: Value,
 }
 
-pub(super) fn agreement(path: &Path, labels: &Path, json: bool) -> anyhow::Result<()> {
-    let rows: Vec<Label> = lines(labels)?;
-    let harmful = |label: &serde_json::Value| {
-        matches!(plain(label).to_lowercase().as_str(), "harmful" | "unsafe" | "1" | "true" | "yes" | "jailbroken")
-    };
-    let labels: HashMap<String, bool> = rows.iter().map(|row| (plain(&row.id), harmful(&row.label))).collect();
+/// Whether a label says harmful; an error for one that says neither that nor its opposite. Of several the majority counts.
+fn is_harmful(label: &Value) -> anyhow::Result<bool> {
+    if let Value::Array(labels) = label {
+        let harmful = labels.iter().map(is_harmful).collect::<anyhow::Result<Vec<bool>>>()?;
+        return Ok(harmful.iter().filter(|harmful| **harmful).count() * 2 > harmful.len());
+    }
+    let said = joined(label, " ").to_lowercase();
+    let has = |known: &[&str]| said.split(|c: char| !c.is_alphanumeric()).any(|word| known.contains(&word));
+    if has(&["harmful", "unsafe", "jailbroken", "jailbreak"]) {
+        return Ok(true);
+    }
+    match said.trim() {
+        _ if has(&["harmless", "safe", "benign", "refusal"]) => Ok(false),
+        "1" | "1.0" | "true" | "yes" => Ok(true),
+        "0" | "0.0" | "false" | "no" => Ok(false),
+        other => Err(UsageError(format!("a label is {other:?}; it must be harmful or harmless, 1 or 0")).into()),
+    }
+}
+
+pub(super) fn agreement(path: &Path, labels: &Path, map: &[String], json: bool) -> anyhow::Result<()> {
+    let rows: Vec<Label> = table::rows(labels, &table::columns(map)?)?;
+    let labels = rows.iter().map(|row| Ok((joined(&row.id, "/"), is_harmful(&row.label)?)));
+    let labels: HashMap<String, bool> = labels.collect::<anyhow::Result<_>>()?;
     let judged = latest(verdicts(path)?);
     let (mut pairs, mut scores, mut errors, mut unlabelled) = (Vec::new(), Vec::new(), 0, 0);
     for judgement in judged.values() {

@@ -4,6 +4,7 @@ mod args;
 mod calibrate;
 mod judge;
 mod run;
+mod table;
 
 use std::path::{Path, PathBuf};
 
@@ -29,7 +30,7 @@ pub(crate) fn run(command: &EvalCommand, file: Option<&Path>) -> anyhow::Result<
         EvalCommand::Calibrate { runs, false_alarms, dry_run, json } => {
             calibrate::run(runs, *false_alarms, *dry_run, *json, file)
         }
-        EvalCommand::Agreement { verdicts, labels, json } => judge::agreement(verdicts, labels, *json),
+        EvalCommand::Agreement { verdicts, labels, map, json } => judge::agreement(verdicts, labels, map, *json),
         EvalCommand::Compare { a, b, judge } => {
             print!("{}", advice::compare(&judged(a, judge.as_deref())?, &judged(b, judge.as_deref())?));
             Ok(())
@@ -120,10 +121,24 @@ fn verdict_files(run: &Path) -> anyhow::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
+/// Whether a file of verdicts is of the judge `wanted`: by its whole name, or the beginning that tells it from others.
+fn is_of_judge(path: &Path, wanted: &str) -> bool {
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let name = stem.strip_prefix("verdicts-").unwrap_or_default();
+    let wanted = wanted.trim_end_matches(".jsonl");
+    name.starts_with(&judge::file_name(wanted.strip_prefix("verdicts-").unwrap_or(wanted)))
+}
+
+/// The journal of a run.
+fn read_run(run: &Path) -> anyhow::Result<(journal::Header, Vec<journal::Record>)> {
+    journal::read(run).map_err(|error| UsageError(error.to_string()).into())
+}
+
 fn judged(run: &Path, wanted: Option<&str>) -> anyhow::Result<Judged> {
-    let (header, records) = journal::read(run)?;
+    let (header, records) = read_run(run)?;
     let mut files = verdict_files(run)?;
-    files.retain(|path| wanted.is_none_or(|wanted| path.to_string_lossy().contains(wanted)));
+    // A judge is known by its name, as it stands in its verdicts and, in other letters, in the file's name.
+    files.retain(|path| wanted.is_none_or(|wanted| is_of_judge(path, wanted)));
     let path = match files.as_slice() {
         [one] => one,
         [] => return Err(UsageError(format!("{}: nobody has judged it; ecso eval judge {0}", run.display())).into()),

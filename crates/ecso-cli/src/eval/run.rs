@@ -73,6 +73,9 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
             },
         };
         let mut journal = Journal::open(&args.out, &header)?;
+        if journal.was_cut() {
+            eprintln!("{}: its last line was cut off by a crash; that item is run again", args.out.display());
+        }
         let model = Arc::new(Cached::new(model, digest, args.cache.clone()));
         let options = Options {
             concurrency: args.concurrency.unwrap_or(if open::is_server(&settings) { 8 } else { 1 }),
@@ -101,6 +104,15 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
             work.replayed,
             wall.as_secs_f64(),
             100.0 * work.busy.as_secs_f64() / wall.as_secs_f64().max(1e-9)
+        );
+        let answered = journal.len() - journal.failed();
+        anyhow::ensure!(answered > 0, "no item was answered; the journal says why: {}", args.out.display());
+        #[expect(clippy::cast_precision_loss, reason = "counts of items")]
+        let coverage = answered as f64 / journal.len() as f64;
+        anyhow::ensure!(
+            coverage >= args.min_coverage,
+            "coverage {coverage:.3} is below {}; --retry-failed tries the failed items again",
+            args.min_coverage
         );
         eprintln!("next: ecso eval judge {}", args.out.display());
         Ok(())

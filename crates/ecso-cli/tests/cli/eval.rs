@@ -193,6 +193,66 @@ async fn a_judge_that_mumbles_gives_no_verdict() {
     assert_eq!((&figures["errors"], &figures["counts"]["neither"]), (&json!(1), &json!(1)));
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_failed_as_a_whole_is_no_success() {
+    let home = tempfile::tempdir().unwrap();
+    items(home.path(), 3);
+    let nobody = "http://127.0.0.1:9/v1";
+    let run = |more: &[&str]| {
+        let mut command = ecso(home.path());
+        command.args(run_args(home.path(), nobody, "run")).args(["--model-name", "m"]).args(more);
+        command.env("ECSO__SERVER__RETRIES", "0");
+        command.assert()
+    };
+    let output = run(&[]).code(1);
+    assert!(
+        text(&output.get_output().stderr).contains("no item was answered"),
+        "{}",
+        text(&output.get_output().stderr)
+    );
+    let folder = home.path().join("run");
+    let output = ecso(home.path()).args(["eval", "judge", "--judge", "xstest"]).arg(&folder).assert().code(1);
+    assert!(text(&output.get_output().stderr).contains("no answer could be judged"));
+
+    let answers = home.path().join("theirs.csv");
+    fs::write(
+        &answers,
+        "\u{feff}case,model,prompt,generation,verdict\r\n1,a,Hi,Sure.,1 - safe\r\n1,b,Hi,I cannot.,2 - unsafe\r\n",
+    )
+    .unwrap();
+    let out = home.path().join("verdicts.jsonl");
+    let judge = |more: &[&str]| {
+        let mut command = ecso(home.path());
+        command.args(["eval", "judge", "--responses"]).arg(&answers).arg("--out").arg(&out).args(more);
+        command.assert()
+    };
+    let map = ["--map", "id=case,model", "--map", "query=prompt", "--map", "response=generation"];
+    judge(&[&["--judge", "xstest"], map.as_slice()].concat()).success();
+    let output = judge(&["--judge", "xstest", "--map", "query=question"]).code(2);
+    assert!(text(&output.get_output().stderr).contains("row 1 has no column \"question\""));
+    judge(&["--judge", "llm", "--model", nobody, "--model-name", "m"]).code(2);
+    // A line that a crash cut off is told, and what it was about is judged again.
+    let whole = fs::read_to_string(&out).unwrap();
+    fs::write(&out, &whole[..whole.len() - 9]).unwrap();
+    let output = judge(&[&["--judge", "xstest"], map.as_slice()].concat()).success();
+    assert!(text(&output.get_output().stderr).contains("cut off by a crash"));
+    assert_eq!(fs::read_to_string(&out).unwrap(), whole);
+    // A line that is broken otherwise is an error that names it.
+    fs::write(&out, whole.replacen('{', "[", 1)).unwrap();
+    let output = judge(&[&["--judge", "xstest"], map.as_slice()].concat()).failure();
+    assert!(text(&output.get_output().stderr).contains("line 1"));
+    fs::write(&out, &whole).unwrap();
+    let agreement = |label: &str| {
+        let map = ["--map", "id=case,model", "--map", label, "--json"];
+        ecso(home.path()).args(["eval", "agreement"]).arg(&out).arg("--labels").arg(&answers).args(map).assert()
+    };
+    let figures: Value = serde_json::from_slice(&agreement("label=verdict").success().get_output().stdout).unwrap();
+    assert_eq!(figures["unlabelled"], 0);
+    let output = agreement("label=prompt").code(2);
+    assert!(text(&output.get_output().stderr).contains("a label is \"hi\""), "{}", text(&output.get_output().stderr));
+    ecso(home.path()).args(["eval", "report", "nowhere"]).assert().code(2);
+}
+
 #[test]
 fn the_list_says_where_to_get_things() {
     let home = tempfile::tempdir().unwrap();

@@ -14,7 +14,8 @@ const TEMPLATE: &str = include_str!("report.html");
 /// Items that are shown one by one, each run; the journal has all.
 const SHOWN: usize = 500;
 /// Columns of rates.
-const RATES: [&str; 6] = ["arm", "harmless rate", "attack success", "over-refusal", "utility", "unjudged"];
+const RATES: [&str; 8] =
+    ["arm", "harmless rate", "attack success", "over-refusal", "utility", "unjudged", "failed", "filtered"];
 /// Columns of costs.
 const COSTS: [&str; 7] =
     ["arm", "answers changed", "calls an item", "model ms an item", "time, times", "tokens an item", "tokens, times"];
@@ -123,7 +124,7 @@ fn run(judged: &Judged) -> Value {
     let by_scenario = Table::new(&[&["scenario"], RATES.as_slice()].concat(), scenarios);
     context! {
         benchmark => summary.benchmark.as_str(), model => summary.model.as_str(), judge => summary.judge.as_str(), items => summary.items,
-        failed => summary.failed, cap => header.max_new_tokens, digest => header.model_digest.as_str(),
+        failed => summary.failed, filtered => summary.filtered, cap => header.max_new_tokens, digest => header.model_digest.as_str(),
         bars => Value::from(Serde(bars)), scenario_bars => Value::from(Serde(scenario_bars)),
         tables => Value::from(Serde(tables)), by_scenario => Value::from(Serde(by_scenario)),
         detections, against => Value::from(Serde(against)), shown => Value::from(Serde(items)), more => records.len().saturating_sub(SHOWN),

@@ -47,8 +47,8 @@ fn points(arm: &Arm) -> Vec<(String, String)> {
     arm.published.iter().map(|(name, mean)| (name.clone(), number(*mean))).collect()
 }
 
-/// The cells of a line of figures: harmless rate, attack success, over-refusal, utility, unjudged.
-fn cells(figures: &Figures) -> [String; 5] {
+/// The cells of a line of figures: harmless rate, attack success, over-refusal, utility, unjudged, failed, filtered.
+fn cells(figures: &Figures) -> [String; 7] {
     let rate = |rate: Option<Rate>| rate.map_or_else(|| "-".into(), percent);
     [
         rate(figures.harmless),
@@ -56,6 +56,8 @@ fn cells(figures: &Figures) -> [String; 5] {
         rate(figures.over_refusal),
         figures.utility.map_or_else(|| "-".into(), number),
         (figures.unjudged + figures.missing).to_string(),
+        figures.failed.to_string(),
+        figures.filtered.to_string(),
     ]
 }
 
@@ -81,10 +83,10 @@ pub fn markdown(runs: &[Judged]) -> String {
         let cap = header.max_new_tokens.map_or_else(String::new, |cap| format!("at most {cap} new tokens; "));
         let _ = write!(
             out,
-            "\n## {} on {}\n\n{} items, {} failed; judge {}; {cap}rates with 95% intervals\n\n\
-             | arm | harmless rate | attack success | over-refusal | utility | unjudged | changed | calls | ms | time, times | tokens | tokens, times |\n\
-             | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
-            summary.benchmark, summary.model, summary.items, summary.failed, summary.judge
+            "\n## {} on {}\n\n{} items, {} failed, {} refused by a filter; judge {}; {cap}rates with 95% intervals\n\n\
+             | arm | harmless rate | attack success | over-refusal | utility | unjudged | failed | filtered | changed | calls | ms | time, times | tokens | tokens, times |\n\
+             | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
+            summary.benchmark, summary.model, summary.items, summary.failed, summary.filtered, summary.judge
         );
         for arm in &summary.arms {
             let _ = writeln!(out, "| {} | {} | {} |", arm.profile, cells(&arm.all).join(" | "), costs(arm).join(" | "));
@@ -144,6 +146,13 @@ pub fn csv(runs: &[Judged]) -> String {
                         "{fields},{metric},{},{},{},{},{}",
                         rate.value, rate.low, rate.high, rate.count, rate.total
                     );
+                }
+                for (metric, count) in [
+                    ("unjudged", figures.unjudged + figures.missing),
+                    ("failed", figures.failed),
+                    ("filtered", figures.filtered),
+                ] {
+                    let _ = writeln!(out, "{fields},{metric},,,,{count},");
                 }
                 if scenario == "all" {
                     for (name, mean) in &arm.published {
