@@ -10,7 +10,7 @@ use std::{
     },
 };
 
-use axum::http::{HeaderMap, StatusCode, Uri, header, uri::Authority};
+use axum::http::{HeaderMap, Method, StatusCode, Uri, header, uri::Authority};
 use governor::{
     DefaultDirectRateLimiter, Quota, RateLimiter,
     clock::{Clock, DefaultClock},
@@ -54,7 +54,7 @@ pub(crate) fn caller(settings: &Settings, headers: &HeaderMap) -> Result<Caller,
 
 /// Without keys only this machine may call. A page in a browser on it could, by a name of its own for this address, or
 /// by a form: both tell themselves by what browsers send.
-pub(crate) fn is_of_this_machine(uri: &Uri, headers: &HeaderMap) -> Result<(), ApiError> {
+pub(crate) fn is_of_this_machine(method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<(), ApiError> {
     let host = headers
         .get(header::HOST)
         .and_then(|host| host.to_str().ok())
@@ -68,9 +68,11 @@ pub(crate) fn is_of_this_machine(uri: &Uri, headers: &HeaderMap) -> Result<(), A
         let message = "without client keys only 127.0.0.1 and localhost are answered; make a key with `ecso key NAME`";
         return Err(ApiError::new(StatusCode::FORBIDDEN, "wrong_host", message));
     }
-    let kind = headers.get(header::CONTENT_TYPE).map(|kind| kind.to_str().unwrap_or_default().trim_start());
-    let is_json = |kind: &str| kind.get(..16).is_some_and(|kind| kind.eq_ignore_ascii_case("application/json"));
-    if kind.is_some_and(|kind| !is_json(kind)) && headers.contains_key(header::ORIGIN) {
+    let mut kinds = headers.get_all(header::CONTENT_TYPE).iter().map(|kind| kind.to_str().unwrap_or_default());
+    let is_json = |kind: &str| kind.trim_start().to_ascii_lowercase().starts_with("application/json");
+    let is_told = kinds.next().is_some_and(is_json) && kinds.next().is_none();
+    let asks = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
+    if headers.contains_key(header::ORIGIN) && !asks && !is_told {
         let message = "a page sends JSON only: Content-Type: application/json";
         return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_type", message));
     }

@@ -1,8 +1,8 @@
 //! A guarded chat: the draft, its verdict, and what goes to the client. Nothing of an answer leaves before its verdict.
 
-use std::{collections::BTreeMap, convert::Infallible, sync::Arc};
+use std::{collections::BTreeMap, convert::Infallible, sync::Arc, time::Duration};
 
-use async_stream::{stream, try_stream};
+use async_stream::{stream as streamed, try_stream};
 use axum::{
     body::Body,
     http::{HeaderMap, HeaderValue, header},
@@ -10,9 +10,9 @@ use axum::{
 };
 use bytes::Bytes;
 use ecso::{Event, FinishReason, Guard, Mllm, Outcome, Step};
-use futures::{Stream, StreamExt, future::try_join_all};
+use futures::{FutureExt, Stream, StreamExt, TryStreamExt, future::try_join_all, stream};
 use serde_json::{Map, Value, json};
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tracing::{Instrument, Span};
 
 use crate::{
@@ -59,15 +59,18 @@ impl Guarded {
         let record = context.record(request, answer.said());
         if let Err(error) = context.in_time(review(&guard, request, &answer, &record)).await {
             let error = error.with_head(&head);
-            self.open(&error).then_some(()).ok_or(error.clone())?;
+            if !self.opens(&error, &record) {
+                return Err(error);
+            }
             record.opened(None, error.code);
         }
         Ok(self.finished(&record.written(), &answer, head))
     }
 
-    /// Whether an answer goes out that nobody judged, because the guard failed.
-    fn open(&self, error: &ApiError) -> bool {
-        let opens = self.context.state.settings.on_failure == OnFailure::Open && error.may_open;
+    /// Whether an answer goes out that nobody judged, because the guard failed: never once a verdict holds one back.
+    fn opens(&self, error: &ApiError, record: &Record<'_>) -> bool {
+        let is_wanted = self.context.state.settings.on_failure == OnFailure::Open;
+        let opens = is_wanted && error.may_open && !record.is_unsafe();
         if opens {
             error.log(&self.context.id);
             tracing::warn!(id = self.context.id, "the guard failed open");
@@ -141,30 +144,21 @@ impl Guarded {
             Some(Answer::Stream(response)) => answer_head(response.headers()),
             _ => HeaderMap::new(),
         };
-        let every = std::time::Duration::from_secs(self.context.state.settings.keep_alive.max(1));
-        let body = stream! {
+        let (out, mut taken) = mpsc::channel(16);
+        // A client that does not read holds nothing longer than that.
+        let most = self.context.left() + self.context.state.settings.limits.patience();
+        let writing = async move {
             let _permit = permit;
-            let events = self.events(&guard, begun, direct);
-            futures::pin_mut!(events);
-            yield Ok::<_, Infallible>(Bytes::from_static(b": the answer is being checked\n\n"));
-            loop {
-                let next = tokio::select! {
-                    event = events.next().instrument(span.clone()) => event,
-                    () = tokio::time::sleep(every) => {
-                        yield Ok(Bytes::from_static(b": the answer is being checked\n\n"));
-                        continue;
-                    }
-                };
-                match next {
-                    Some(Ok(text)) => yield Ok(Bytes::from(text)),
-                    Some(Err(error)) => {
-                        error.log(&self.context.id);
-                        self.context.state.metrics.failure(error.code);
-                        yield Ok(Bytes::from(error.event()));
-                        break;
-                    }
-                    None => break,
-                }
+            let written = tokio::time::timeout(most, self.write(&guard, begun, direct, &out));
+            tokio::select! {
+                _ = written => {}
+                () = out.closed() => {}
+            }
+        };
+        tokio::spawn(writing.instrument(span));
+        let body = streamed! {
+            while let Some(text) = taken.recv().await {
+                yield Ok::<Bytes, Infallible>(text);
             }
         };
         let mut response = Response::new(Body::from_stream(body));
@@ -175,6 +169,39 @@ impl Guarded {
         // Proxies that would wait for the whole must not.
         headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
         Ok(response)
+    }
+
+    /// Writes the client's stream: signs of life, and its events; until somebody leaves.
+    async fn write(
+        &self,
+        guard: &Guard<Arc<dyn Mllm>>,
+        begun: Option<Answer>,
+        direct: Span,
+        out: &mpsc::Sender<Bytes>,
+    ) -> Result<(), mpsc::error::SendError<Bytes>> {
+        const SIGN: &[u8] = b": the answer is being checked\n\n";
+        let every = Duration::from_secs(self.context.state.settings.keep_alive.max(1));
+        let events = self.events(guard, begun, direct);
+        futures::pin_mut!(events);
+        out.send(Bytes::from_static(SIGN)).await?;
+        loop {
+            let next = tokio::select! {
+                event = events.next() => event,
+                () = tokio::time::sleep(every) => {
+                    out.send(Bytes::from_static(SIGN)).await?;
+                    continue;
+                }
+            };
+            match next {
+                Some(Ok(text)) => out.send(Bytes::from(text)).await?,
+                Some(Err(error)) => {
+                    error.log(&self.context.id);
+                    self.context.state.metrics.failure(error.code);
+                    return out.send(Bytes::from(error.event())).await;
+                }
+                None => return Ok(()),
+            }
+        }
     }
 
     /// The client's stream, event by event, from the draft's verdict on.
@@ -236,7 +263,7 @@ impl Guarded {
                         Ok(_) => {}
                         Err(error) => {
                             // What has begun can't be taken back.
-                            if begun || !self.open(&error) {
+                            if begun || !self.opens(&error, &record) {
                                 Err(error.clone())?;
                             }
                             record.opened(Some(choice), error.code);
@@ -250,7 +277,9 @@ impl Guarded {
             }
             let report = record.written();
             let mut last = self.head(&answer, "chat.completion.chunk");
-            last["choices"] = json!([]);
+            // Without usage clients expect a choice in each event.
+            let nothing = json!([{"index": 0, "delta": {}, "finish_reason": null}]);
+            last["choices"] = if request.wants_usage() { json!([]) } else { nothing };
             for (name, value) in answer.figures().filter(|(name, _)| *name != "usage") {
                 last[name] = value.clone();
             }
@@ -286,6 +315,9 @@ impl Guarded {
     }
 }
 
+/// Choices that are judged at one time: each holds what is asked about it.
+const AT_ONCE: usize = 2;
+
 /// Judges every choice of an answer, and tells the record what is found.
 async fn review(
     guard: &Guard<Arc<dyn Mllm>>,
@@ -294,22 +326,31 @@ async fn review(
     record: &Record<'_>,
 ) -> Result<(), ApiError> {
     let said: BTreeMap<u64, String> = answer.said();
-    let all = said.iter().map(|(index, said)| async move {
-        let events = reviewed(guard, request, said);
-        futures::pin_mut!(events);
-        while let Some(event) = events.next().await {
-            match event? {
-                Event::Decided { verdict, .. } => record.add(*index, Finding::Decided(verdict)),
-                Event::Done(outcome) => {
-                    record.add(*index, Finding::Done(outcome));
-                    return Ok(());
-                }
-                _ => {}
+    let all: Vec<_> = said.iter().map(|(index, said)| judge(guard, request, *index, said, record).boxed()).collect();
+    stream::iter(all).buffer_unordered(AT_ONCE).try_for_each(|_| std::future::ready(Ok(()))).await
+}
+
+/// Judges one choice, and tells the record what is found when it is.
+pub(crate) async fn judge(
+    guard: &Guard<Arc<dyn Mllm>>,
+    request: &Request,
+    index: u64,
+    said: &str,
+    record: &Record<'_>,
+) -> Result<Outcome, ApiError> {
+    let events = reviewed(guard, request, said);
+    futures::pin_mut!(events);
+    while let Some(event) = events.next().await {
+        match event? {
+            Event::Decided { verdict, .. } => record.add(index, Finding::Decided(verdict)),
+            Event::Done(outcome) => {
+                record.add(index, Finding::Done(outcome.clone()));
+                return Ok(outcome);
             }
+            _ => {}
         }
-        Err(ApiError::upstream("the steps had no end"))
-    });
-    try_join_all(all).await.map(drop)
+    }
+    Err(ApiError::upstream("the steps had no end"))
 }
 
 /// Judges an answer that the client has already, and writes down what is found.

@@ -153,6 +153,8 @@ impl Reader for Heard {
     }
 
     fn name(&mut self, path: &str, name: &str) {
+        // Behind this mark a seal follows.
+        let name = name.split("__thought__").next().unwrap_or_default();
         if self.names.get(path).is_none_or(|known| known != name) {
             self.names.insert(path.to_owned(), name.to_owned());
             self.texts.entry(path.to_owned()).or_default().push_str(name);
@@ -197,7 +199,10 @@ impl Choice {
     fn said(&self) -> String {
         let mut texts = self.heard.texts.clone();
         let content = texts.remove("content").unwrap_or_default();
-        let rest = texts.into_iter().map(|(path, text)| unescaped(&path, text));
+        let rest = texts.into_iter().flat_map(|(path, text)| {
+            let unescaped = path.ends_with("arguments").then(|| unescaped(&text)).flatten();
+            [Some(text), unescaped].into_iter().flatten()
+        });
         let all: Vec<String> = [content].into_iter().chain(rest).filter(|text| !text.trim().is_empty()).collect();
         all.join("\n")
     }
@@ -358,12 +363,26 @@ fn logprobs(value: Option<Value>, content: &str) -> Value {
     if is_the_content { json!({"content": tokens, "refusal": null}) } else { Value::Null }
 }
 
-/// Arguments of a tool as they will be read: JSON text may spell every character as an escape.
-fn unescaped(path: &str, text: String) -> String {
-    if !path.ends_with("arguments") || !text.contains("\\u") {
-        return text;
+/// Arguments of a tool as they will be read, if that differs: JSON text may spell every character as an escape, and the escape
+/// as one.
+fn unescaped(text: &str) -> Option<String> {
+    let mut units = Vec::new();
+    let mut rest = text;
+    let mut is_escaped = false;
+    while let Some(at) = rest.find("\\u") {
+        let (before, behind) = rest.split_at(at);
+        let code = behind.get(2..6).and_then(|digits| u16::from_str_radix(digits, 16).ok());
+        let before = if code.is_some() { before.trim_end_matches('\\') } else { before };
+        units.extend(before.encode_utf16());
+        match code {
+            Some(code) => units.push(code),
+            None => units.extend("\\u".encode_utf16()),
+        }
+        is_escaped |= code.is_some();
+        rest = &behind[if code.is_some() { 6 } else { 2 }..];
     }
-    lenient::parse::<Value>(&text).map_or(text, |arguments| arguments.to_string())
+    units.extend(rest.encode_utf16());
+    is_escaped.then(|| String::from_utf16_lossy(&units))
 }
 
 /// The protocol's word for why an answer ended.

@@ -28,6 +28,8 @@ use tower::ServiceExt;
 
 use crate::server::Gateway;
 
+/// Most bytes of a head, and of what is read ahead of a body.
+const HEAD: usize = 64 << 10;
 /// Descriptors that are kept for all but connections.
 const KEPT: u64 = 32;
 
@@ -46,8 +48,9 @@ pub async fn serve(
     let (graceful, mut stop) = (GracefulShutdown::new(), pin!(stop));
     let mut seats = Seats::default();
     let mut builder = Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(limits.patience());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(limits.patience()).max_buf_size(HEAD);
     let http2 = &mut builder.http2();
+    http2.max_header_list_size(16 << 10).max_concurrent_streams(64);
     http2.timer(TokioTimer::new()).keep_alive_interval(limits.patience()).keep_alive_timeout(limits.patience());
     loop {
         let accepted = tokio::select! {

@@ -6,10 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use axum::{
-    body::Body,
-    http::{HeaderMap, StatusCode, Uri, header},
-};
+use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -19,7 +16,7 @@ use crate::{
     audit::Case,
     error::ApiError,
     report::{Finding, Report},
-    request::Request,
+    request::{Body, Request},
     settings::{Mode, Settings, TraceLevel},
     state::AppState,
 };
@@ -40,6 +37,28 @@ pub(crate) struct RequestContext {
     rooms: Arc<Semaphore>,
 }
 
+/// Whether a body is JSON in UTF-8 for every reader: one `Content-Type` at most, of no other letters; and not compressed.
+pub(crate) fn is_plain_json(headers: &HeaderMap) -> Result<(), ApiError> {
+    let unsupported = |code, message: &str| Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, code, message));
+    if headers.get_all(header::CONTENT_ENCODING).iter().any(|coding| coding != "identity") {
+        return unsupported("unsupported_encoding", "a compressed body can't be guarded");
+    }
+    let mut kinds = headers.get_all(header::CONTENT_TYPE).iter();
+    let (kind, second) = (kinds.next(), kinds.next());
+    let is_plain = kind.is_none_or(|kind| {
+        let text = kind.to_str().unwrap_or("?").to_ascii_lowercase();
+        let (name, rest) = text.split_once(';').unwrap_or((&text, ""));
+        let charset = rest.trim().strip_prefix("charset=").map(|charset| charset.trim_matches('"'));
+        // Without one, a form by the name is what curl sends.
+        let is_known = matches!(name.trim(), "application/json" | "application/x-www-form-urlencoded" | "text/json");
+        is_known && (rest.trim().is_empty() || charset.is_some_and(|charset| matches!(charset, "utf-8" | "utf8")))
+    });
+    if is_plain && second.is_none() {
+        return Ok(());
+    }
+    unsupported("unsupported_type", "the body must be JSON in UTF-8: Content-Type: application/json")
+}
+
 /// Bytes that one permit of `rooms` stands for.
 pub(crate) const ROOM: usize = 1024;
 
@@ -49,13 +68,14 @@ impl RequestContext {
         state: &Arc<AppState>,
         rooms: &Arc<Semaphore>,
         id: &str,
+        method: &Method,
         uri: &Uri,
         headers: HeaderMap,
     ) -> Result<Self, ApiError> {
         let begun = Instant::now();
         let caller = access::caller(&state.settings, &headers)?;
         if state.settings.keys.is_empty() {
-            access::is_of_this_machine(uri, &headers)?;
+            access::is_of_this_machine(method, uri, &headers)?;
         }
         state.rates.check(&caller)?;
         let headers = own_key_removed(&state.settings, headers);
@@ -63,9 +83,33 @@ impl RequestContext {
         Ok(Self { state, id: id.to_owned(), begun, caller, mode, headers, room: None, rooms })
     }
 
+    /// Takes room for `bytes` more, or as much as is there already.
+    fn hold(&mut self, bytes: usize) -> Result<(), ApiError> {
+        let held = self.room.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        let more = u32::try_from(bytes.div_ceil(ROOM).saturating_sub(held)).ok();
+        let more = more.and_then(|more| Arc::clone(&self.rooms).try_acquire_many_owned(more).ok());
+        let more = more.ok_or_else(ApiError::full)?;
+        match &mut self.room {
+            Some(room) => room.merge(more),
+            None => self.room = Some(more),
+        }
+        Ok(())
+    }
+
+    /// The request of a body: its images got and read, as far as there is room for them, before the deadline.
+    pub(crate) async fn prepare(&mut self, body: Body) -> Result<Request, ApiError> {
+        let (state, begun, held) = (
+            Arc::clone(&self.state),
+            self.begun,
+            self.room.as_ref().map_or(0, OwnedSemaphorePermit::num_permits) * ROOM,
+        );
+        let prepared = state.prepare(body, |fetched| self.hold(held + fetched));
+        in_time(&state, begun, prepared).await
+    }
+
     /// A body, up to `limits.body` bytes, while there is room for it.
-    pub(crate) async fn read(&mut self, body: Body) -> Result<Bytes, ApiError> {
-        let limits = &self.state.settings.limits;
+    pub(crate) async fn read(&mut self, body: axum::body::Body) -> Result<Bytes, ApiError> {
+        let limits = self.state.settings.limits;
         let too_long = || {
             let message = format!("the body has more than {} bytes", limits.body);
             ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
@@ -84,15 +128,7 @@ impl RequestContext {
             if whole.len() + piece.len() > limits.body {
                 return Err(too_long());
             }
-            let held = self.room.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
-            let needed = (whole.len() + piece.len()).div_ceil(ROOM).saturating_sub(held);
-            let more = u32::try_from(needed).ok();
-            let more = more.and_then(|more| Arc::clone(&self.rooms).try_acquire_many_owned(more).ok());
-            let more = more.ok_or_else(ApiError::full)?;
-            match &mut self.room {
-                Some(room) => room.merge(more),
-                None => self.room = Some(more),
-            }
+            self.hold(whole.len() + piece.len())?;
             whole.extend_from_slice(&piece);
         }
         Ok(whole.freeze())
@@ -100,9 +136,12 @@ impl RequestContext {
 
     /// What takes until the request's deadline, and no longer.
     pub(crate) async fn in_time<T>(&self, work: impl Future<Output = Result<T, ApiError>>) -> Result<T, ApiError> {
-        let limits = &self.state.settings.limits;
-        let left = limits.deadline().saturating_sub(self.begun.elapsed());
-        tokio::time::timeout(left, work).await.unwrap_or_else(|_| Err(ApiError::deadline(limits.deadline)))
+        in_time(&self.state, self.begun, work).await
+    }
+
+    /// How long the request has until its deadline.
+    pub(crate) fn left(&self) -> Duration {
+        self.state.settings.limits.deadline().saturating_sub(self.begun.elapsed())
     }
 
     /// How much of the steps this client sees.
@@ -154,6 +193,11 @@ impl Record<'_> {
         report.failure = Some(why);
     }
 
+    /// Whether a verdict has fallen that holds an answer back.
+    pub(crate) fn is_unsafe(&self) -> bool {
+        self.report.lock().unwrap_or_else(PoisonError::into_inner).is_unsafe()
+    }
+
     /// The end: all that was found, written down.
     pub(crate) fn written(mut self) -> Report {
         let report = self.report.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -171,6 +215,17 @@ impl Drop for Record<'_> {
             self.context.write(Some(self.request), &report, &self.drafts);
         }
     }
+}
+
+/// What takes until the deadline of a request that has `begun`, and no longer.
+async fn in_time<T>(
+    state: &AppState,
+    begun: Instant,
+    work: impl Future<Output = Result<T, ApiError>>,
+) -> Result<T, ApiError> {
+    let limits = &state.settings.limits;
+    let left = limits.deadline().saturating_sub(begun.elapsed());
+    tokio::time::timeout(left, work).await.unwrap_or_else(|_| Err(ApiError::deadline(limits.deadline)))
 }
 
 /// With keys of our own, a client's key is ours and never the upstream's business.

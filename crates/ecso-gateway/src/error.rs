@@ -77,7 +77,8 @@ impl ApiError {
 
     pub(crate) fn deadline(seconds: u64) -> Self {
         let message = format!("the guard did not finish within {seconds} s");
-        Self { may_open: true, ..Self::new(StatusCode::GATEWAY_TIMEOUT, "guard_deadline", message) }
+        // Who asks for a long answer leaves no time to judge it: no reason to let it out.
+        Self::new(StatusCode::GATEWAY_TIMEOUT, "guard_deadline", message)
     }
 
     /// A model that can't be asked so: the client's mistake, unless the model failed.
@@ -97,7 +98,8 @@ impl ApiError {
 
     /// Tells the operator.
     pub(crate) fn log(&self, id: &str) {
-        tracing::warn!(id, code = self.code, status = self.status.as_u16(), message = self.message, "failed");
+        // As a value it is escaped: a stranger's words may be in it.
+        tracing::warn!(id, code = self.code, status = self.status.as_u16(), error = self.message, "failed");
         if let Some(reason) = &self.reason {
             tracing::debug!(id, reason, "why it failed");
         }

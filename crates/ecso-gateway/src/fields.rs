@@ -36,6 +36,17 @@ pub(crate) const SAMPLING: &[(&str, Form)] = &[
     ("dry_penalty_last_n", Form::Plain),
     ("samplers", Form::Either(&[Form::Raw, Form::List(&Form::Raw)])),
     ("backend_sampling", Form::Plain),
+    ("top_n_sigma", Form::Plain),
+    ("dry_sequence_breakers", Form::Either(&[Form::Raw, Form::List(&Form::Raw)])),
+    ("bad_words", Form::Either(&[Form::Raw, Form::List(&Form::Raw)])),
+    ("allowed_token_ids", Form::Plains),
+    ("n_keep", Form::Plain),
+    ("id_slot", Form::Plain),
+    ("separate_reasoning", Form::Plain),
+    ("stream_reasoning", Form::Plain),
+    ("tool_stream", Form::Plain),
+    ("vl_high_resolution_images", Form::Plain),
+    ("thinking_token_budget", Form::Plain),
     ("typ_p", Form::Plain),
     ("tfs_z", Form::Plain),
     ("num_ctx", Form::Plain),
@@ -78,6 +89,7 @@ pub(crate) const SAMPLING: &[(&str, Form)] = &[
         Form::Fields(&[
             ("type", Form::Word(&["enabled", "disabled", "adaptive", "auto"])),
             ("budget_tokens", Form::Plain),
+            ("clear_thinking", Form::Plain),
         ]),
     ),
     (
@@ -110,6 +122,48 @@ pub(crate) const SAMPLING: &[(&str, Form)] = &[
     ("structured_outputs", Form::Plain),
     ("format", Form::Word(&["json"])),
     ("usage", Form::Fields(&[("include", Form::Plain)])),
+];
+
+/// Fields that would steer a guarded answer, or send the request elsewhere: known where a chat is not guarded, where they pass;
+/// an operator may list them for guarded ones.
+pub(crate) const STEERING: &[&str] = &[
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "guided_decoding_backend",
+    "structured_outputs",
+    "structural_tag",
+    "json_schema",
+    "grammar",
+    "format",
+    "regex",
+    "ebnf",
+    "provider",
+    "models",
+    "route",
+    "transforms",
+    "web_search_options",
+    "search_settings",
+    "logits_processors",
+    "lora",
+    "lora_path",
+    "guardrails",
+    "fallbacks",
+    "thinking_config",
+];
+
+/// Keys of `chat_template_kwargs` that would take the place of what the server itself gives its template.
+pub(crate) const OF_THE_TEMPLATE: &[&str] = &[
+    "chat_template",
+    "conversation",
+    "messages",
+    "tools",
+    "documents",
+    "tokenize",
+    "return_dict",
+    "add_generation_prompt",
+    "continue_final_message",
 ];
 
 /// Fields about this one request.
@@ -236,6 +290,10 @@ pub(crate) const MESSAGE: &[(&str, Form)] = &[
     ("tool_call_id", Form::Name),
     ("function_call", FUNCTION_CALL),
     ("refusal", Form::Text),
+    ("status", Form::Word(&["in_progress", "completed", "incomplete", "success", "error"])),
+    ("is_error", Form::Plain),
+    ("tool_name", Form::Text),
+    ("thinking", Form::Text),
     ("parsed", Form::Any),
     ("reasoning", Form::Text),
     ("reasoning_content", Form::Text),
@@ -260,9 +318,22 @@ pub(crate) const TEXT_PART: &[(&str, Form)] = &[
     ("text", Form::Text),
     ("cache_control", CACHE),
     ("annotations", Form::Any),
-    ("id", Form::Name),
+    ("id", Form::Gone),
     ("uuid", Form::Gone),
     ("logprobs", Form::Gone),
+];
+
+/// A recording, with nothing in it that a server could take for an image.
+pub(crate) const AUDIO_PART: &[(&str, Form)] = &[
+    ("type", Form::Word(&["input_audio"])),
+    (
+        "input_audio",
+        Form::Fields(&[
+            ("data", Form::Sealed),
+            ("format", Form::Word(&["wav", "mp3", "flac", "ogg", "opus", "pcm16", "m4a"])),
+        ]),
+    ),
+    ("cache_control", CACHE),
 ];
 
 pub(crate) const REFUSAL_PART: &[(&str, Form)] = &[("type", Form::Word(&["refusal"])), ("refusal", Form::Text)];
@@ -324,7 +395,8 @@ pub(crate) const IMAGE_PART: &[(&str, Form)] = &[
     ("min_dynamic_patch", Form::Plain),
     ("max_slice_nums", Form::Plain),
     ("cache_control", CACHE),
-    ("id", Form::Name),
+    ("id", Form::Gone),
+    ("modalities", Form::Word(&["image", "multi-images"])),
     // Servers take it for the image's name in their cache: another image may lie there.
     ("uuid", Form::Gone),
 ];

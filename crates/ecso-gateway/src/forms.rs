@@ -16,7 +16,7 @@ pub(crate) enum Form {
     Plains,
     /// One of these words.
     Word(&'static [&'static str]),
-    /// A name or an id: one word of letters, digits and `. _ : / @ + -`. Told to the reader, once.
+    /// A name or an id: one word of letters, digits and `. _ : / @ + = -`. Told to the reader, once.
     Name,
     /// A text. Told to the reader.
     Text,
@@ -24,7 +24,7 @@ pub(crate) enum Form {
     Sealed,
     /// A line about the request, which no model is shown: who asks, what for. Told to nobody; requests only.
     Label,
-    /// Labels by names.
+    /// Labels, in lists or by names.
     Labels,
     /// A text that is not for the model, or that whoever reads the request takes from there: where an image is, words at
     /// which to stop. Told to nobody; requests only.
@@ -61,7 +61,7 @@ pub(crate) trait Reader {
 pub(crate) struct Odd(pub(crate) String);
 
 /// Longest word that is a name.
-const NAME: usize = 256;
+const NAME: usize = 16 << 10;
 /// Longest label.
 const LABEL: usize = 1024;
 
@@ -119,6 +119,8 @@ pub(crate) fn fields_of(
         let at = if path.is_empty() { shown(&name) } else { format!("{path}.{}", shown(&name)) };
         let form = match known.iter().find(|(known, _)| *known == name) {
             Some((_, form)) => form,
+            // Nothing is said by it.
+            None if value.is_null() => continue,
             None if reader.unknown(&at, &name)? => &Form::Any,
             None => continue,
         };
@@ -129,7 +131,13 @@ pub(crate) fn fields_of(
     Ok(kept)
 }
 
-/// Whether a value has this form, as far as one sees without looking into lists and fields. Null has every form.
+impl Form {
+    /// Whether a value has this form, as far as one sees without looking into lists and fields. Null has every form.
+    pub(crate) fn fits(&self, value: &Value) -> bool {
+        fits(self, value)
+    }
+}
+
 fn fits(form: &Form, value: &Value) -> bool {
     match (form, value) {
         (_, Value::Null)
@@ -145,7 +153,7 @@ fn fits(form: &Form, value: &Value) -> bool {
             text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+/=-_.:".contains(&byte))
         }
         (Form::Label, value) => is_label(value),
-        (Form::Labels, Value::Object(fields)) => fields.iter().all(|(name, value)| is_name(name) && is_label(value)),
+        (Form::Labels, value) => is_labels(value),
         (Form::Either(forms), value) => forms.iter().any(|form| fits(form, value)),
         _ => false,
     }
@@ -164,12 +172,20 @@ fn is_plains(value: &Value) -> bool {
 }
 
 fn is_label(value: &Value) -> bool {
-    value.as_str().map_or_else(|| is_plain(value), |text| text.len() <= LABEL && !text.contains(char::is_control))
+    value.as_str().map_or_else(|| is_plain(value), |text| text.len() <= LABEL)
+}
+
+fn is_labels(value: &Value) -> bool {
+    match value {
+        Value::Array(list) => list.iter().all(is_labels),
+        Value::Object(fields) => fields.iter().all(|(name, value)| name.len() <= LABEL && is_labels(value)),
+        value => is_label(value),
+    }
 }
 
 /// Whether a text is one word, as names and ids are.
 fn is_name(text: &str) -> bool {
-    text.len() <= NAME && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._:/@+-".contains(&byte))
+    text.len() <= NAME && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._:/@+=-".contains(&byte))
 }
 
 #[cfg(test)]

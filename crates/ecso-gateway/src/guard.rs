@@ -16,9 +16,9 @@ use utoipa::ToSchema;
 
 use crate::{
     access::Admission,
+    chat,
     context::RequestContext,
     error::{ApiError, ApiErrors},
-    report,
     request::Body,
     server::Gateway,
     settings::Mode,
@@ -31,24 +31,25 @@ pub(crate) async fn guard(State(gateway): State<Arc<Gateway>>, request: axum::ex
     gateway.judge("guard", request, async |context, body| judged(context, body, &admission).await).await
 }
 
-async fn judged(context: &RequestContext, body: Bytes, admission: &Admission) -> Result<Response, ApiError> {
+async fn judged(context: &mut RequestContext, body: Bytes, admission: &Admission) -> Result<Response, ApiError> {
     let question = Question::read(&body)?;
     drop(body);
+    let _turn = context.in_time(admission.enter()).await?;
+    let body = Body::of(question.chat()?, &context.state.settings.allow_fields)?;
+    let mut request = context.prepare(body).await?;
+    let context = &*context;
     let RequestContext { state, headers, .. } = context;
     let work = async {
-        let _turn = admission.enter().await?;
-        let body = Body::of(question.chat()?, &state.settings.allow_fields)?;
-        let mut request = state.prepare(body).await?;
         if request.model.is_empty() {
             request.model = state.upstream.model_name(headers).await?;
         }
         let guard = state.guard(&request, &context.caller, headers, Mode::Enforce)?;
-        let (outcome, draft) = match &question.answer {
-            Some(answer) => (guard.review(&request.chat, answer).await?, answer.clone()),
-            None => state.answer(&guard, &request, headers, &request.sampling()).await?,
+        let draft = match &question.answer {
+            Some(answer) => answer.clone(),
+            None => state.draft(&request, headers, &state.sampling(&request)?).await?,
         };
-        let record = context.record(&request, BTreeMap::from([(0, draft)]));
-        record.add(0, report::Finding::Done(outcome.clone()));
+        let record = context.record(&request, BTreeMap::from([(0, draft.clone())]));
+        let outcome = chat::judge(&guard, &request, 0, &draft, &record).await?;
         Ok((outcome, record.written()))
     };
     let (outcome, report) = context.in_time(work).await?;

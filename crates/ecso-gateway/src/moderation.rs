@@ -24,11 +24,11 @@ use utoipa::ToSchema;
 
 use crate::{
     access::Admission,
+    chat,
     context::RequestContext,
     error::{ApiError, ApiErrors},
     openapi::Part,
     passthrough::others,
-    report,
     request::Body,
     server::Gateway,
 };
@@ -161,47 +161,47 @@ impl Question {
     }
 }
 
-async fn moderated(context: &RequestContext, body: Bytes, admission: &Admission) -> Result<Response, ApiError> {
-    let RequestContext { state, headers, .. } = context;
-    let question = Question::read(&body, state.settings.limits.inputs)?;
+async fn moderated(context: &mut RequestContext, body: Bytes, admission: &Admission) -> Result<Response, ApiError> {
+    let question = Question::read(&body, context.state.settings.limits.inputs)?;
     drop(body);
-    let work = async {
-        let _turn = admission.enter().await?;
-        let model = match question.model() {
-            Some(name) => name.to_owned(),
-            None => state.upstream.model_name(headers).await?,
-        };
-        let mut results = Vec::new();
-        for content in question.contents() {
-            results.push(found(context, &model, content).await?);
-        }
-        Ok(json!(Finding { id: &context.id, model: &model, results }))
+    let _turn = context.in_time(admission.enter()).await?;
+    let model = match question.model() {
+        Some(name) => name.to_owned(),
+        None => context.in_time(context.state.upstream.model_name(&context.headers)).await?,
     };
-    let finding = context.in_time(work).await?;
+    let mut results = Vec::new();
+    for content in question.contents() {
+        results.push(found(context, &model, content).await?);
+    }
+    let finding = json!(Finding { id: &context.id, model: &model, results });
     let mut response = Response::new(axum::body::Body::from(finding.to_string()));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     Ok(response)
 }
 
 /// Judges one input.
-async fn found(context: &RequestContext, model: &str, input: Value) -> Result<Found, ApiError> {
-    let RequestContext { state, headers, .. } = context;
+async fn found(context: &mut RequestContext, model: &str, input: Value) -> Result<Found, ApiError> {
     let body = json!({"model": model, "messages": [{"role": "user", "content": input}]});
-    let request = state.prepare(Body::of(body, &state.settings.allow_fields)?).await?;
+    let body = Body::of(body, &context.state.settings.allow_fields)?;
+    let request = context.prepare(body).await?;
+    let context = &*context;
+    let RequestContext { state, headers, .. } = context;
     let mut profile = state.profile(&context.caller, Some(model)).clone();
     // Whatever is sent here is to be judged, and no answer to it is wanted.
     (profile.scope, profile.gate, profile.rewrite) = (Scope::All, Gate::Detected, Rewrite::Refuse);
     let sampling = profile.direct.sampling();
     let guard = state.guarding(&request, headers, profile);
-    let (outcome, draft) = state.answer(&guard, &request, headers, &sampling).await?;
-
+    let work = async {
+        let draft = state.draft(&request, headers, &sampling).await?;
+        let record = context.record(&request, BTreeMap::from([(0, draft.clone())]));
+        let outcome = chat::judge(&guard, &request, 0, &draft, &record).await?;
+        record.written();
+        Ok(outcome)
+    };
+    let outcome = context.in_time(work).await?;
     let kinds = request.chat.turns.iter().flat_map(|turn| &turn.parts).map(|part| match part {
         ecso::Part::Text(_) => "text",
         ecso::Part::Image(_) => "image",
     });
-    let found = Found::of(&outcome, &kinds.collect());
-    let record = context.record(&request, BTreeMap::from([(0, draft)]));
-    record.add(0, report::Finding::Done(outcome));
-    record.written();
-    Ok(found)
+    Ok(Found::of(&outcome, &kinds.collect()))
 }

@@ -57,11 +57,11 @@ impl Observed {
 
     /// Judges an answer that the client has already.
     async fn judge(self, answer: Result<Completion, ApiError>) {
-        let Self { context, admission, read } = self;
+        let Self { mut context, admission, read } = self;
         let judged = async {
             let answer = answer?;
             let _turn = admission.enter().await?;
-            let request = context.in_time(context.state.prepare(read?)).await?;
+            let request = context.prepare(read?).await?;
             chat::observe(&context, &request, &answer).await
         };
         if let Err(error) = judged.await {
@@ -98,13 +98,16 @@ impl Copy {
 impl Drop for Copy {
     fn drop(&mut self) {
         let whole = self.ended || self.length == Some(self.seen.len());
-        let Some(observed) = self.observed.take().filter(|_| whole) else { return };
+        let Some(observed) = self.observed.take() else { return };
         let (seen, streamed) = (std::mem::take(&mut self.seen), self.streamed);
         let judged = async move {
             let answer = if streamed {
+                // Whoever leaves before the end has all of the answer where its last word was there.
                 Completion::chunks(futures::stream::iter([Ok::<_, std::io::Error>(Bytes::from(seen))])).await
-            } else {
+            } else if whole {
                 Completion::whole(&seen)
+            } else {
+                Err(ApiError::upstream("the client left before the answer was whole"))
             };
             observed.judge(answer).await;
         };

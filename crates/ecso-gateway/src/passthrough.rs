@@ -13,7 +13,7 @@ use serde_json::Value;
 use tracing::Instrument;
 
 use crate::{
-    context::RequestContext,
+    context::{RequestContext, is_plain_json},
     error::ApiError,
     json,
     routes::Route,
@@ -30,7 +30,7 @@ pub(crate) async fn others(State(gateway): State<Arc<Gateway>>, request: axum::e
     let span = telemetry::span("other", &id, &head.headers);
     let answered = async {
         let Parts { method, uri, headers, .. } = head;
-        let context = gateway.begin(&state, &id, &uri, headers)?;
+        let context = gateway.begin(&state, &id, &method, &uri, headers)?;
         pass(context, &method, &uri, body).await
     };
     signed(&id, "other", &state.metrics, answered.instrument(span)).await
@@ -58,6 +58,7 @@ async fn pass(
             (Key::Own, reqwest::Body::default())
         }
         Route::Vectors => {
+            is_plain_json(&context.headers)?;
             let body = context.read(body).await?;
             only_texts(
                 &json::read(&body).map_err(|why| {
@@ -104,7 +105,9 @@ fn only_texts(body: &Value) -> Result<(), ApiError> {
         "text_2",
         "normalize",
     ];
-    let is_text = |value: &Value| !value.is_object();
+    fn is_text(value: &Value) -> bool {
+        value.as_array().map_or(!value.is_object(), |list| list.iter().all(is_text))
+    }
     let unknown = |name: &str| {
         let message = format!("`{}` can't be passed on: only texts are", json::shown(name));
         ApiError { param: Some(json::shown(name)), ..ApiError::bad_request("unknown_field", message) }
@@ -112,8 +115,7 @@ fn only_texts(body: &Value) -> Result<(), ApiError> {
     let fields =
         body.as_object().ok_or_else(|| ApiError::bad_request("invalid_request", "the body must be an object"))?;
     for (name, value) in fields {
-        let is_known = KNOWN.contains(&name.as_str()) && is_text(value);
-        if !is_known || !value.as_array().into_iter().flatten().all(is_text) {
+        if !KNOWN.contains(&name.as_str()) || !is_text(value) {
             return Err(unknown(name));
         }
     }

@@ -60,10 +60,15 @@ impl Report {
         self.findings.iter().map(|(choice, finding)| (*choice, finding))
     }
 
+    /// Whether a verdict has fallen that holds an answer back.
+    pub(crate) fn is_unsafe(&self) -> bool {
+        self.findings.values().any(|finding| finding.verdict() == Verdict::Unsafe)
+    }
+
     /// The verdict on the whole: unsafe if one choice is, unchecked if one could not be judged.
     pub(crate) fn verdict(&self) -> Verdict {
         let mut verdicts = self.findings.values().map(Finding::verdict);
-        if verdicts.clone().any(|verdict| verdict == Verdict::Unsafe) {
+        if self.is_unsafe() {
             Verdict::Unsafe
         } else if !self.findings.is_empty() && verdicts.all(|verdict| verdict == Verdict::Safe) {
             Verdict::Safe

@@ -8,7 +8,10 @@ use serde_json::{Map, Value};
 
 use crate::{
     error::ApiError,
-    fields::{IMAGE_PART, MESSAGE, ONCE, REFUSAL_PART, SAMPLING, TEXT_PART, THOUGHT_PART},
+    fields::{
+        AUDIO_PART, IMAGE_PART, MESSAGE, OF_THE_TEMPLATE, ONCE, REFUSAL_PART, SAMPLING, STEERING, TEXT_PART,
+        THOUGHT_PART,
+    },
     forms::{Form, Odd, Reader, fields_of},
     json,
     settings::Limits,
@@ -23,6 +26,8 @@ pub(crate) struct Body {
     beside: Vec<String>,
     images: usize,
     is_spoken: bool,
+    /// A field that no guarded chat may have.
+    steering: Option<String>,
 }
 
 /// The model that a body names, as far as it can be read.
@@ -41,11 +46,20 @@ impl Body {
         };
         let mut told = Told { allowed, texts: Vec::new() };
         let known: Vec<(&str, Form)> = SAMPLING.iter().chain(ONCE).copied().collect();
+        let is_steering = |name: &str| STEERING.contains(&name) && !allowed.iter().any(|allowed| allowed == name);
+        let fits = |name: &str, value: &Value| known.iter().any(|(known, form)| *known == name && form.fits(value));
+        let steering = fields.iter().find(|(name, value)| is_steering(name) && !value.is_null() && !fits(name, value));
+        let steering = steering.map(|(name, _)| name.clone());
+        fields.retain(|name, value| !is_steering(name) || fits(name, value));
+        let kwargs = fields.get("chat_template_kwargs").and_then(Value::as_object).into_iter().flatten();
+        if let Some((name, _)) = kwargs.into_iter().find(|(name, _)| OF_THE_TEMPLATE.contains(&name.as_str())) {
+            return Err(Odd(format!("chat_template_kwargs.{name}")).into());
+        }
         let fields = fields_of(&known, fields, "", &mut told)?;
         let described = ["model", "tools", "functions", "response_format"];
         let beside = told.texts.into_iter().filter(|(path, _)| !described.contains(&field_of(path).0));
         let beside = beside.map(|(_, text)| text).collect();
-        let mut body = Self { fields, messages: Vec::new(), beside, images: 0, is_spoken: false };
+        let mut body = Self { fields, messages: Vec::new(), beside, images: 0, is_spoken: false, steering };
         for (place, message) in messages.into_iter().enumerate() {
             body.add(message, place, allowed)?;
         }
@@ -76,7 +90,11 @@ impl Body {
 
     fn content(&mut self, content: Value, path: &str, told: &mut Told<'_>) -> Result<Value, ApiError> {
         match content {
-            Value::Null | Value::String(_) => Ok(content),
+            Value::Null => Ok(content),
+            Value::String(text) => {
+                no_image_in(&text, path)?;
+                Ok(text.into())
+            }
             Value::Array(parts) => {
                 let parts = parts.into_iter().enumerate();
                 let parts = parts.map(|(place, part)| self.part(part, &format!("{path}.{place}"), told));
@@ -91,7 +109,8 @@ impl Body {
             let message = format!("`{path}`: parts of type `{}` can't be guarded", json::shown(kind));
             Err(ApiError::bad_request("unsupported_content", message))
         };
-        if part.is_string() {
+        if let Value::String(text) = &part {
+            no_image_in(text, path)?;
             return Ok(part);
         }
         let Value::Object(mut fields) = part else { return unsupported("(none)") };
@@ -106,18 +125,22 @@ impl Body {
             "refusal" => (REFUSAL_PART, "refusal"),
             "thinking" | "redacted_thinking" | "reasoning" => (THOUGHT_PART, "type"),
             "image_url" | "input_image" => (IMAGE_PART, "image_url"),
-            "input_audio" => {
-                self.is_spoken = true;
-                return Ok(fields.into());
-            }
+            "input_audio" => (AUDIO_PART, "input_audio"),
             other => return unsupported(other),
         };
-        let kept = fields_of(known, fields, path, told)?;
+        let mut kept = fields_of(known, fields, path, told)?;
         if kept.get(needs).is_none_or(Value::is_null) {
             let code = if needs == "image_url" { "invalid_image" } else { "invalid_request" };
             return Err(ApiError::bad_request(code, format!("`{path}` has no `{needs}`")));
         }
-        self.images += usize::from(needs == "image_url");
+        self.is_spoken |= needs == "input_audio";
+        if needs == "image_url" {
+            self.images += 1;
+            one_detail(&mut kept, path)?;
+        }
+        for text in kept.values().filter_map(Value::as_str).filter(|_| needs != "image_url") {
+            no_image_in(text, path)?;
+        }
         Ok(kept.into())
     }
 
@@ -145,6 +168,9 @@ impl Body {
     /// The request, its images read. URLs of images stay only if they are `passed` on.
     pub(crate) fn request(mut self, limits: &Limits, images: ecso::Limits, passed: bool) -> Result<Request, ApiError> {
         let invalid = |message: String| ApiError::bad_request("invalid_request", message);
+        if let Some(name) = self.steering {
+            return Err(Odd(name).into());
+        }
         if self.is_spoken {
             let message = "parts of type `input_audio` can't be guarded";
             return Err(ApiError::bad_request("unsupported_content", message));
@@ -153,24 +179,24 @@ impl Body {
             let message = format!("at most {} images are allowed", limits.images);
             return Err(ApiError::bad_request("too_many_images", message));
         }
-        let choices = self.fields.get("n").filter(|n| !n.is_null()).map_or(Some(1), Value::as_u64);
-        let choices = choices.and_then(|n| u32::try_from(n).ok()).filter(|n| (1..=limits.choices).contains(n));
+        let choices = match self.fields.get("n") {
+            None | Some(Value::Null) => Some(1),
+            // Some clients count in floating point.
+            Some(n) => (1..=limits.choices).find(|count| n.as_f64() == Some(f64::from(*count))),
+        };
         let choices = choices.ok_or_else(|| invalid(format!("`n` must be 1 to {}", limits.choices)))?;
         let read = self.urls().map(|url| image(url, images, passed)).collect::<Result<Vec<_>, _>>()?;
         let turns = turns(&self.messages, read)?;
-        let parts = turns
-            .iter()
-            .flat_map(|turn| &turn.parts)
-            .map(|part| if let Part::Text(text) = part { text.len() } else { 0 });
-        if parts.sum::<usize>() + self.beside.iter().map(String::len).sum::<usize>() > limits.text {
-            let message = format!("the texts of a guarded chat have at most {} bytes", limits.text);
-            return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "too_much_text", message));
-        }
         if !turns.iter().any(|turn| turn.role == Role::User) {
             return Err(invalid("`messages` has no message of the user".into()));
         }
         let definitions = definitions(&self.fields).chain(self.beside).collect();
         let chat = Chat { turns, definitions };
+        let texts = chat.turns.iter().map(|turn| turn.query().len()).chain(chat.definitions.iter().map(String::len));
+        if texts.sum::<usize>() > limits.text {
+            let message = format!("the texts of a guarded chat have at most {} bytes", limits.text);
+            return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "too_much_text", message));
+        }
         let model = self.fields.get("model").and_then(Value::as_str).unwrap_or_default().to_owned();
         let stream = self.fields.get("stream").and_then(Value::as_bool).unwrap_or(false);
         Ok(Request { fields: self.fields, messages: self.messages, chat, model, stream, choices })
@@ -225,22 +251,10 @@ impl Request {
     /// What the guard's own calls carry of the request: fields that change how the model sees or thinks, as far as they
     /// are switches and numbers. A text could be a template, or a word to the judge.
     pub(crate) fn extra(&self) -> Map<String, Value> {
-        let is_effort = |name: &str, value: &Value| {
-            name == "reasoning_effort"
-                && value.as_str().is_some_and(|effort| ["low", "medium", "high"].contains(&effort))
-        };
-        let is_kept = |name: &str, value: &Value| {
-            let is_framing = matches!(name, "add_generation_prompt" | "continue_final_message" | "tokenize");
-            !is_framing && (value.is_boolean() || value.is_number() || is_effort(name, value))
-        };
         let mut extra = Map::new();
         for name in ["chat_template_kwargs", "mm_processor_kwargs"] {
-            let Some(Value::Object(fields)) = self.fields.get(name) else { continue };
-            let kept = fields.iter().filter(|(name, value)| is_kept(name, value));
-            let kept: Map<String, Value> = kept.map(|(name, value)| (name.clone(), value.clone())).collect();
-            if !kept.is_empty() {
-                extra.insert(name.to_owned(), kept.into());
-            }
+            let kept = self.fields.get(name).and_then(|value| switches(name, value));
+            extra.extend(kept.map(|kept| (name.to_owned(), kept)));
         }
         extra
     }
@@ -299,6 +313,55 @@ fn is_beside(path: &str) -> bool {
     }
 }
 
+/// What of a field are switches, numbers and efforts, at any depth.
+fn switches(name: &str, value: &Value) -> Option<Value> {
+    const EFFORTS: [&str; 3] = ["low", "medium", "high"];
+    match value {
+        Value::Bool(_) | Value::Number(_) => Some(value.clone()),
+        Value::String(effort) => {
+            (name == "reasoning_effort" && EFFORTS.contains(&effort.as_str())).then(|| value.clone())
+        }
+        Value::Array(list) => list.iter().all(|value| value.is_number() || value.is_boolean()).then(|| value.clone()),
+        Value::Object(fields) => {
+            let kept = fields.iter().filter_map(|(name, value)| Some((name.clone(), switches(name, value)?)));
+            let kept: Map<String, Value> = kept.collect();
+            (!kept.is_empty()).then(|| kept.into())
+        }
+        Value::Null => None,
+    }
+}
+
+/// One `detail` for an image, beside its URL: of two that differ servers take one or the other.
+fn one_detail(part: &mut Map<String, Value>, path: &str) -> Result<(), ApiError> {
+    let Some(beside) = part.remove("detail").filter(|detail| !detail.is_null()) else { return Ok(()) };
+    if let Some(Value::String(url)) = part.get("image_url") {
+        let image = Map::from_iter([("url".to_owned(), url.as_str().into())]);
+        part.insert("image_url".to_owned(), image.into());
+    }
+    let within = part.get_mut("image_url").and_then(Value::as_object_mut);
+    let within = within.map(|image| image.entry("detail").or_insert_with(|| beside.clone()).clone());
+    if within.is_some_and(|within| within != beside) {
+        return Err(ApiError::bad_request("invalid_request", format!("`{path}` has two different `detail`s")));
+    }
+    Ok(())
+}
+
+/// Some servers find images in texts, as Markdown has them: where one is written out or to be fetched, no text is only a text.
+fn no_image_in(text: &str, path: &str) -> Result<(), ApiError> {
+    let is_image = text.match_indices("](").any(|(at, mark)| {
+        let target = text[at + mark.len()..].trim_start();
+        let starts = |scheme: &str| target.get(..scheme.len()).is_some_and(|start| start.eq_ignore_ascii_case(scheme));
+        let is_bare = text[..at].ends_with("![");
+        starts("data:") || (is_bare && (starts("http://") || starts("https://")))
+    });
+    if is_image {
+        let message =
+            format!("`{path}` has an image in its text, which some servers would read: send it as a part of its own");
+        return Err(ApiError::bad_request("image_in_text", message));
+    }
+    Ok(())
+}
+
 /// Hears what a body says where no content stands, and knows what the operator allows.
 struct Told<'a> {
     allowed: &'a [String],
@@ -350,7 +413,9 @@ fn names_that_speak(message: &Map<String, Value>) -> Vec<String> {
         Some(call["id"].as_str()?.replacen(function, "", 1))
     });
     let own = ["tool_call_id", "id"].into_iter().filter_map(|name| Some(message.get(name)?.as_str()?.to_owned()));
-    of_calls.chain(own).filter(|name| words(name) > 2).collect()
+    // Behind this mark a seal follows.
+    let unsealed = of_calls.chain(own).map(|name| name.split("__thought__").next().unwrap_or_default().to_owned());
+    unsealed.filter(|name| words(name) > 2).collect()
 }
 
 fn words(name: &str) -> usize {
@@ -359,12 +424,21 @@ fn words(name: &str) -> usize {
 
 /// What the model is shown beside the messages, each as JSON text: tools, and the form of its answer.
 fn definitions(fields: &Map<String, Value>) -> impl Iterator<Item = String> {
-    let lists = ["tools", "functions"].into_iter().filter_map(|name| fields.get(name));
-    let tools = lists.flat_map(|tools| tools.as_array().map_or(std::slice::from_ref(tools), Vec::as_slice));
+    fn list(field: Option<&Value>) -> &[Value] {
+        field.map(|field| field.as_array().map_or(std::slice::from_ref(field), Vec::as_slice)).unwrap_or_default()
+    }
     // Of a plain function tool the frame says nothing.
-    let tools = tools.map(|tool| if tool["function"].is_object() { &tool["function"] } else { tool });
-    let format = fields.get("response_format").filter(|format| !format.is_null() && format["type"] != "text");
-    tools.chain(format).filter(|tool| !tool.is_null()).map(Value::to_string)
+    let is_framed = |tool: &Value| {
+        tool.as_object().is_some_and(|tool| tool.keys().all(|name| name == "type" || name == "function"))
+    };
+    let tools = list(fields.get("tools")).iter();
+    let tools =
+        tools.map(move |tool| if is_framed(tool) && tool["function"].is_object() { &tool["function"] } else { tool });
+    let says_nothing =
+        |format: &Value| format["type"] == "text" && format.as_object().is_some_and(|format| format.len() == 1);
+    let format = fields.get("response_format").filter(|format| !says_nothing(format));
+    let all = tools.chain(list(fields.get("functions"))).chain(format);
+    all.filter(|tool| !tool.is_null()).map(Value::to_string)
 }
 
 /// The turns of a conversation; `images` are those of all its parts, in order.
@@ -374,8 +448,11 @@ fn turns(messages: &[Map<String, Value>], images: Vec<Image>) -> Result<Vec<Turn
     for message in messages {
         let (mut parts, called) = (parts(message.get("content"), &mut images)?, calls(message));
         let role = match message.get("role").and_then(Value::as_str) {
-            Some("system" | "developer") => Role::System,
-            Some("user") => Role::User,
+            Some(role @ ("system" | "developer" | "user")) => {
+                // Only assistants call tools, but a template may show whatever stands there.
+                parts.extend(called.into_iter().map(Part::Text));
+                if role == "user" { Role::User } else { Role::System }
+            }
             Some("assistant") if called.is_empty() => Role::Assistant,
             // What tools were asked and said belongs to the question that they serve.
             Some(role @ ("assistant" | "tool" | "function")) => {
@@ -437,11 +514,22 @@ fn said(part: &Value) -> String {
     }
 }
 
-/// How the model is to look at an image: numbers and switches of its part (`min_pixels`, …), and `detail`.
+/// How the model is to look at an image: the fields of its part, where they stand.
 fn view(part: &Value) -> Map<String, Value> {
-    let fields = [&part["image_url"], part].into_iter().filter_map(Value::as_object).flatten();
-    let kept = fields.filter(|(name, value)| value.is_number() || value.is_boolean() || *name == "detail");
-    kept.map(|(name, value)| (name.clone(), value.clone())).filter(|(_, value)| !value.is_null()).collect()
+    let fields = part.as_object().into_iter().flatten();
+    let is_view = |name: &str, value: &Value| value.is_number() || value.is_boolean() || name == "detail";
+    let mut view: Map<String, Value> = fields
+        .filter(|(name, value)| is_view(name, value))
+        .map(|(name, value)| (name.clone(), value.clone()))
+        .collect();
+    if let Some(Value::Object(image)) = part.get("image_url") {
+        let within = image.iter().filter(|(name, value)| is_view(name, value) && !value.is_null());
+        let within: Map<String, Value> = within.map(|(name, value)| (name.clone(), value.clone())).collect();
+        if !within.is_empty() {
+            view.insert("image_url".to_owned(), within.into());
+        }
+    }
+    view
 }
 
 /// The image behind a URL. A data URL is written as it was read here: servers read odd ones in different ways.
@@ -476,5 +564,8 @@ fn is_plain_base64(data: &str) -> bool {
     let body = data.trim_end_matches('=');
     data.len().is_multiple_of(4)
         && data.len() - body.len() <= 2
-        && body.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/'))
+        // Without a way out early: so it is done 64 bytes at a time.
+        && body.bytes().fold(true, |plain, byte| {
+            plain & (byte.is_ascii_alphanumeric() | matches!(byte, b'+' | b'/'))
+        })
 }

@@ -29,7 +29,7 @@ use crate::{
     access::Admission,
     audit::Audit,
     chat,
-    context::{self, RequestContext},
+    context::{self, RequestContext, is_plain_json},
     cors::{self, Cors},
     error::{ApiError, ApiErrors, ErrorBody},
     guard::{__path_guard, guard},
@@ -120,10 +120,11 @@ impl Gateway {
         &self,
         state: &Arc<AppState>,
         id: &str,
+        method: &Method,
         uri: &Uri,
         headers: HeaderMap,
     ) -> Result<RequestContext, ApiError> {
-        RequestContext::begin(state, &self.rooms, id, uri, headers)
+        RequestContext::begin(state, &self.rooms, id, method, uri, headers)
     }
 
     /// A request that judges on demand: let in, read, and answered by `work`.
@@ -131,15 +132,15 @@ impl Gateway {
         &self,
         route: &'static str,
         request: axum::extract::Request,
-        work: impl AsyncFnOnce(&RequestContext, Bytes) -> Result<Response, ApiError>,
+        work: impl AsyncFnOnce(&mut RequestContext, Bytes) -> Result<Response, ApiError>,
     ) -> Response {
         let (id, state) = (request_id(), self.state());
-        let (Parts { uri, headers, .. }, body) = request.into_parts();
+        let (Parts { method, uri, headers, .. }, body) = request.into_parts();
         let span = telemetry::span(route, &id, &headers);
         let answered = async {
-            let mut context = self.begin(&state, &id, &uri, headers)?;
+            let mut context = self.begin(&state, &id, &method, &uri, headers)?;
             let body = context.read(body).await?;
-            Box::pin(work(&context, body)).await
+            Box::pin(work(&mut context, body)).await
         };
         signed(&id, route, &state.metrics, answered.instrument(span)).await
     }
@@ -179,7 +180,7 @@ async fn completions(State(gateway): State<Arc<Gateway>>, request: axum::extract
     let (head, body) = request.into_parts();
     let span = telemetry::span("chat", &id, &head.headers);
     let answered = async {
-        let context = gateway.begin(&state, &id, &head.uri, head.headers)?;
+        let context = gateway.begin(&state, &id, &head.method, &head.uri, head.headers)?;
         completion(&gateway, context, body).await
     };
     signed(&id, "chat", &state.metrics, answered.instrument(span)).await
@@ -220,14 +221,15 @@ async fn completion(gateway: &Gateway, mut context: RequestContext, body: Body) 
         return Ok(passed(server.forward(Method::POST, CHAT, &context.headers, body, Bodies::AsSent).await?));
     }
     let body = context.read(body).await?;
-    let packed = context.headers.get(header::CONTENT_ENCODING).is_some_and(|coding| coding != "identity");
-    let value = if packed { Err("it is compressed".to_owned()) } else { strict::read(&body) };
+    let value = strict::read(&body);
     let model = request::model(&value);
     context.mode = context.caller.mode(settings, model, &context.headers)?;
     let scope = state.profile(&context.caller, model).scope;
-    let read = value
-        .map_err(|why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}")))
-        .and_then(|value| request::Body::of(value, &settings.allow_fields));
+    let read = is_plain_json(&context.headers).and(
+        value
+            .map_err(|why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}")))
+            .and_then(|value| request::Body::of(value, &settings.allow_fields)),
+    );
     // What can't be read is not out of scope.
     let is_out = read.as_ref().is_ok_and(|read| scope != Scope::All && !read.has_images());
     match (&state.upstream, context.mode) {
@@ -243,7 +245,7 @@ async fn completion(gateway: &Gateway, mut context: RequestContext, body: Body) 
         _ => {
             drop(body);
             let turn = context.in_time(gateway.admission.enter()).await?;
-            let request = context.in_time(state.prepare(read?)).await?;
+            let request = context.prepare(read?).await?;
             chat::enforce(context, request, turn).await
         }
     }
@@ -300,7 +302,7 @@ async fn models(State(gateway): State<Arc<Gateway>>, request: axum::extract::Req
     let id = request_id();
     let answered = async {
         let (head, _) = request.into_parts();
-        gateway.begin(&state, &id, &head.uri, head.headers)?;
+        gateway.begin(&state, &id, &head.method, &head.uri, head.headers)?;
         let list = json!({"object": "list", "data": [
             {"id": model.name(), "object": "model", "created": 0, "owned_by": "ecso"}]});
         Ok(([(header::CONTENT_TYPE, "application/json")], list.to_string()).into_response())

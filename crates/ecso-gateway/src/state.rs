@@ -2,20 +2,20 @@
 
 use std::{collections::BTreeMap, io, sync::Arc};
 
-use axum::http::HeaderMap;
+use axum::http::{HeaderMap, StatusCode};
 use base64::{Engine, prelude::BASE64_STANDARD};
-use ecso::{Guard, GuardError, Image, Memory, Mllm, Outcome, Profile, Sampling, Step, profile::Gate};
+use ecso::{Guard, GuardError, Image, Memory, Mllm, Profile, Sampling, Step, profile::Gate};
 use ecso_openai::Fetcher;
 use tracing::Instrument;
 
 use crate::{
-    access::{Caller, Rates},
+    access::{self, Caller, Rates},
     audit::{Audit, Case},
     error::ApiError,
     json::shown,
     metrics::Metrics,
     request::{Body, Request, is_remote},
-    settings::{ImageUrls, Mode, Settings},
+    settings::{ImageUrls, Mode, Settings, hash},
     telemetry,
     upstream::Upstream,
 };
@@ -81,7 +81,12 @@ impl AppState {
     }
 
     /// Gets what a request only points to, reads its images, and decodes them as far as the operator wants that.
-    pub(crate) async fn prepare(&self, mut body: Body) -> Result<Request, ApiError> {
+    /// `hold` takes room for so many fetched bytes.
+    pub(crate) async fn prepare(
+        &self,
+        mut body: Body,
+        mut hold: impl FnMut(usize) -> Result<(), ApiError>,
+    ) -> Result<Request, ApiError> {
         let remote = body.remote_images().into_iter().filter(|url| is_remote(url)).count();
         if remote > self.settings.limits.images {
             let message = format!("at most {} images are allowed", self.settings.limits.images);
@@ -92,10 +97,18 @@ impl AppState {
             return Err(ApiError::bad_request("image_url_refused", message));
         }
         if let Some(fetcher) = &self.fetcher {
+            let mut fetched_bytes = 0;
             for url in body.remote_images().into_iter().filter(|url| is_remote(url)) {
                 let fetched = fetcher.image(url.trim(), self.images).await;
                 let image = fetched.map_err(|error| ApiError::bad_request("invalid_image", error.to_string()))?;
                 if let Some((bytes, kind)) = image.encoded() {
+                    fetched_bytes += bytes.len();
+                    if fetched_bytes > self.settings.limits.body {
+                        let message =
+                            format!("images by URL have at most {} bytes together", self.settings.limits.body);
+                        return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message));
+                    }
+                    hold(fetched_bytes)?;
                     *url = format!("data:{kind};base64,{}", BASE64_STANDARD.encode(bytes));
                 }
             }
@@ -133,10 +146,7 @@ impl AppState {
         headers: &HeaderMap,
         mode: Mode,
     ) -> Result<Guard<Arc<dyn Mllm>>, ApiError> {
-        let sampling = match &self.upstream {
-            Upstream::Server(_) => request.sampling(),
-            Upstream::Engine(_) => request.own_sampling()?,
-        };
+        let sampling = self.sampling(request)?;
         let mut profile = self.profile(caller, Some(&request.model)).clone();
         if mode == Mode::Off {
             profile.gate = Gate::Never;
@@ -147,27 +157,30 @@ impl AppState {
     /// The guard for one request under another profile.
     pub(crate) fn guarding(&self, request: &Request, headers: &HeaderMap, profile: Profile) -> Guard<Arc<dyn Mllm>> {
         let model = self.upstream.model(&request.model, headers);
-        Guard::new(model, profile).with_extra(request.extra()).with_memory(Arc::clone(&self.memory))
+        // Where callers bring keys of their own, one name may stand for several models.
+        let caller = access::token(headers).map(hash).unwrap_or_default();
+        Guard::new(model, profile).with_extra(request.extra()).with_memory(Arc::clone(&self.memory), caller)
     }
 
-    /// All steps, from the draft on, and what that was. It is the guarded model's, wherever the guard asks its
-    /// questions.
-    pub(crate) async fn answer(
+    /// The guarded model's own answer, for whoever has none. It is that model's, wherever the guard asks its questions.
+    pub(crate) async fn draft(
         &self,
-        guard: &Guard<Arc<dyn Mllm>>,
         request: &Request,
         headers: &HeaderMap,
         sampling: &Sampling,
-    ) -> Result<(Outcome, String), ApiError> {
-        let Some(model) = self.upstream.guarded(&request.model, headers) else {
-            let outcome = guard.answer(&request.chat).await?;
-            let direct = outcome.steps.iter().find(|step| step.step == Step::Direct);
-            let draft = direct.map(|step| step.reply.clone()).unwrap_or_default();
-            return Ok((outcome, draft));
-        };
+    ) -> Result<String, ApiError> {
+        let model = self.upstream.answering(&request.model, headers);
         let asked = model.generate(&request.chat, sampling).instrument(telemetry::direct(&request.model));
-        let draft = asked.await.map_err(|source| GuardError::Model { step: Step::Direct, source })?.text;
-        Ok((guard.review(&request.chat, &draft).await?, draft))
+        let reply = asked.await.map_err(|source| GuardError::Model { step: Step::Direct, source })?;
+        Ok(reply.text)
+    }
+
+    /// How the client wants answers to be drawn.
+    pub(crate) fn sampling(&self, request: &Request) -> Result<Sampling, ApiError> {
+        match &self.upstream {
+            Upstream::Server(_) => Ok(request.sampling()),
+            Upstream::Engine(_) => request.own_sampling(),
+        }
     }
 
     /// Tells what became of a request; in the log no word of the conversation.

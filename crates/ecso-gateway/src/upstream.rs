@@ -91,11 +91,11 @@ impl Upstream {
         }
     }
 
-    /// The model `name` whose answers are guarded, where the steps ask another.
-    pub(crate) fn guarded(&self, name: &str, headers: &HeaderMap) -> Option<Arc<dyn Mllm>> {
+    /// The model `name` whose answers are guarded; the steps may ask another.
+    pub(crate) fn answering(&self, name: &str, headers: &HeaderMap) -> Arc<dyn Mllm> {
         match self {
-            Self::Server(server) if server.checks.is_some() => Some(Arc::new(server.answering(name, headers))),
-            Self::Server(_) | Self::Engine(_) => None,
+            Self::Server(server) => Arc::new(server.answering(name, headers)),
+            Self::Engine(model) => Arc::clone(model),
         }
     }
 
@@ -181,7 +181,7 @@ impl Server {
             headers.insert(header::AUTHORIZATION, own);
         }
         telemetry::tell(&mut headers);
-        let url = self.url(path_and_query);
+        let url = self.url(path_and_query, key);
         let sent = http.request(method, url).headers(headers).body(body).send().await;
         sent.map_err(|error| {
             let why = if error.is_timeout() { "it does not answer" } else { "it can't be reached" };
@@ -192,17 +192,18 @@ impl Server {
         })
     }
 
-    /// `/v1/x?y` of ours is `x?y` below the base.
-    fn url(&self, path_and_query: &str) -> Url {
+    /// `/v1/x?y` of ours is `x?y` below the base; the base's own query, which may hold a key, goes where the operator's key
+    /// does.
+    fn url(&self, path_and_query: &str, key: Key) -> Url {
         let (path, query) =
             path_and_query.split_once('?').map_or((path_and_query, None), |(path, query)| (path, Some(query)));
         let mut url = self.model.base().clone();
         let below = path.strip_prefix("/v1").unwrap_or(path);
         let path = format!("{}{below}", url.path().trim_end_matches('/'));
         url.set_path(&path);
-        if query.is_some() {
-            url.set_query(query);
-        }
+        let own = url.query().filter(|_| key == Key::Own).map(str::to_owned);
+        let both: Vec<&str> = [own.as_deref(), query].into_iter().flatten().filter(|query| !query.is_empty()).collect();
+        url.set_query((!both.is_empty()).then(|| both.join("&")).as_deref());
         url
     }
 
@@ -215,10 +216,43 @@ impl Server {
         self.answering(name, headers)
     }
 
+    /// The client's headers that go with the guard's own calls too: by them some servers choose the model. With the
+    /// operator's key none does.
+    fn choosing(&self, headers: &HeaderMap) -> HeaderMap {
+        let of_the_message = |name: &HeaderName| {
+            let of_the_content = ["accept", "content-", "if-", "sec-", "access-control-"];
+            of_the_content.iter().any(|start| name.as_str().starts_with(start))
+                || [
+                    header::HOST,
+                    header::AUTHORIZATION,
+                    header::ORIGIN,
+                    header::REFERER,
+                    header::USER_AGENT,
+                    header::RANGE,
+                    header::EXPECT,
+                ]
+                .contains(name)
+                || name.as_str() == "traceparent"
+        };
+        if self.has_own_key() {
+            return HeaderMap::new();
+        }
+        kept(headers)
+            .into_iter()
+            .filter_map(|(name, value)| Some((name?, value)))
+            .filter(|(name, _)| !of_the_message(name))
+            .collect()
+    }
+
+    /// Whether the operator's key goes with requests.
+    fn has_own_key(&self) -> bool {
+        self.key.is_some() || self.model.authorization().is_ok_and(|own| own.is_some())
+    }
+
     /// The model `name` on the server that is guarded.
     fn answering(&self, name: &str, headers: &HeaderMap) -> OpenAi {
         let key = self.key.clone().or_else(|| access::token(headers).map(SecretString::from));
-        self.model.with(name, key)
+        self.model.with(name, key).with_headers(self.choosing(headers))
     }
 
     /// Asks for the answer to a chat request: with bytes made of what was read of it.
@@ -326,26 +360,16 @@ pub(crate) fn passed(response: reqwest::Response) -> Response {
 /// The headers of an upstream's answer that hold for the answer that is made of it: figures of limits, what browsers need,
 /// and names of requests. What else stands there might be a text.
 pub(crate) fn answer_head(headers: &HeaderMap) -> HeaderMap {
-    const KNOWN: [&str; 12] = [
-        "vary",
-        "date",
-        "server",
-        "retry-after",
-        "x-request-id",
-        "request-id",
-        "openai-processing-ms",
-        "openai-version",
-        "set-cookie",
-        "strict-transport-security",
-        "cf-ray",
-        "x-envoy-upstream-service-time",
-    ];
+    const KNOWN: [&str; 6] = ["vary", "date", "retry-after", "x-request-id", "request-id", "openai-processing-ms"];
     const STARTS: [&str; 5] =
         ["access-control-", "x-ratelimit-", "ratelimit", "anthropic-ratelimit-", "x-envoy-ratelimit"];
     let is_known = |name: &HeaderName| {
         KNOWN.contains(&name.as_str()) || STARTS.iter().any(|start| name.as_str().starts_with(start))
     };
-    headers.iter().filter(|(name, _)| is_known(name)).map(|(name, value)| (name.clone(), value.clone())).collect()
+    // A figure, a name or a list of names is one word or a few.
+    let is_short = |value: &HeaderValue| value.len() <= 512;
+    let head = headers.iter().filter(|(name, value)| is_known(name) && is_short(value));
+    head.map(|(name, value)| (name.clone(), value.clone())).collect()
 }
 
 /// Whether a client's header goes along where the operator's key speaks for it: nothing that names an account.

@@ -9,7 +9,7 @@ use ecso::{Cause, Chat, Mllm, ModelError, Reply, ReplyStream, Sampling};
 use futures::{Stream, StreamExt};
 use reqwest::{
     RequestBuilder, Response, StatusCode, Url,
-    header::{self, HeaderValue},
+    header::{self, HeaderMap, HeaderValue},
 };
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::{Map, Value};
@@ -36,6 +36,8 @@ pub struct OpenAi {
     model: String,
     options: Options,
     memory: Arc<Memory>,
+    /// What goes with every request beside the key.
+    headers: HeaderMap,
 }
 
 /// Why a request got no good answer, and what the server said, if it did.
@@ -72,6 +74,7 @@ impl OpenAi {
             model: options.model.clone().unwrap_or_default(),
             memory: Arc::new(Memory::new(options.forget_after)),
             options,
+            headers: HeaderMap::new(),
         })
     }
 
@@ -82,6 +85,13 @@ impl OpenAi {
         other.model = model.into();
         other.options.api_key = api_key;
         other
+    }
+
+    /// The same with headers that go with every request: by them some servers choose the model.
+    #[must_use]
+    pub fn with_headers(mut self, headers: HeaderMap) -> Self {
+        self.headers = headers;
+        self
     }
 
     /// The same server, connections and key, with another model.
@@ -198,6 +208,7 @@ impl OpenAi {
 
     fn authorized(&self, request: RequestBuilder) -> Result<RequestBuilder, ModelError> {
         let value = self.authorization()?;
+        let request = request.headers(self.headers.clone());
         Ok(value.into_iter().fold(request, |request, value| request.header(header::AUTHORIZATION, value)))
     }
 

@@ -76,8 +76,8 @@ fn content(turn: &Turn) -> Value {
     parts.collect::<Vec<_>>().into()
 }
 
-/// An image, with the fields that say how to look at it: `detail` beside the URL, others (Qwen's `min_pixels`) beside
-/// the type.
+/// An image, with the fields that say how to look at it: `detail` and what stands under `image_url` beside the URL, others
+/// (Qwen's `min_pixels`) beside the type.
 fn shown(image: &Image) -> Value {
     let url = match (image.encoded(), image.url()) {
         (Some((bytes, mime)), _) => format!("data:{mime};base64,{}", BASE64_STANDARD.encode(bytes)),
@@ -87,7 +87,12 @@ fn shown(image: &Image) -> Value {
     for (name, value) in image.view() {
         match name.as_str() {
             "detail" => part["image_url"]["detail"] = value.clone(),
-            "type" | "image_url" => {}
+            "image_url" => {
+                for (name, value) in value.as_object().into_iter().flatten().filter(|(name, _)| *name != "url") {
+                    part["image_url"][name] = value.clone();
+                }
+            }
+            "type" => {}
             _ => part[name] = value.clone(),
         }
     }

@@ -44,7 +44,7 @@ pub fn parse_seed<T>(json: &str, seed: impl for<'de> DeserializeSeed<'de, Value 
 /// A whole text of [`parse`]: sentinels joined, and U+FFFD for a half that stands alone.
 #[must_use]
 pub fn join(text: &str) -> String {
-    if !text.as_bytes().contains(&LEAD) {
+    if memchr::memchr(LEAD, text.as_bytes()).is_none() {
         return text.to_owned();
     }
     let mut joiner = Joiner::default();
@@ -95,7 +95,7 @@ fn marked(json: &str) -> Cow<'_, str> {
     let mut rest = json;
     // Where the untouched part before `rest` begins.
     let mut kept = json;
-    while let Some(at) = rest.bytes().position(|byte| matches!(byte, b'\\' | LEAD)) {
+    while let Some(at) = memchr::memchr2(b'\\', LEAD, rest.as_bytes()) {
         let here = &rest[at..];
         let (length, instead) = replacement(here);
         rest = &here[length..];

@@ -49,12 +49,15 @@ pub(crate) struct Options {
     /// Further request fields of questions and captions.
     pub(crate) extra: Map<String, Value>,
     pub(crate) memory: Arc<Memory>,
+    /// Whose findings it knows.
+    pub(crate) caller: String,
 }
 
 impl<M: Mllm> Guard<M> {
     /// A guard in front of `model`.
     pub fn new(model: M, profile: Profile) -> Self {
-        let options = Options { sampling: None, extra: Map::new(), memory: Arc::new(Memory::new(0)) };
+        let options =
+            Options { sampling: None, extra: Map::new(), memory: Arc::new(Memory::new(0)), caller: String::new() };
         Self { model, profile, options }
     }
 
@@ -74,10 +77,11 @@ impl<M: Mllm> Guard<M> {
         self
     }
 
-    /// The same guard with a memory that it shares with others; without one it remembers no finding.
+    /// The same guard with a memory that it shares with others; without one it remembers no finding. Findings are those of the same
+    /// `caller`: behind one name two callers may reach two models.
     #[must_use]
-    pub fn with_memory(mut self, memory: Arc<Memory>) -> Self {
-        self.options.memory = memory;
+    pub fn with_memory(mut self, memory: Arc<Memory>, caller: impl Into<String>) -> Self {
+        (self.options.memory, self.options.caller) = (memory, caller.into());
         self
     }
 

@@ -35,10 +35,11 @@ impl Memory {
         Self { findings, thinking: Mutex::default() }
     }
 
-    /// What a prompt is known by: the model, the question's way of reading, and all that is sent, fields of the client's among it. `None`
-    /// for what holds an image.
+    /// What a prompt is known by: the caller, the model, the question's way of reading, and all that is sent, fields of the client's
+    /// among it. `None` for what holds an image.
     pub(crate) fn key(
         &self,
+        caller: &str,
         model: &str,
         question: &Question,
         prior: f64,
@@ -51,6 +52,7 @@ impl Memory {
             hasher.update(&(text.len() as u64).to_le_bytes());
             hasher.update(text.as_bytes());
         };
+        add(caller);
         add(model);
         add(&format!("{:?} {} {}", question.parser, prior, question.threshold));
         add(&serde_json::to_string(sampling).ok()?);

@@ -118,7 +118,10 @@ impl Pipeline<'_> {
             let key = match step {
                 Step::RequestCheck => {
                     let sampling = Sampling { extra: self.options.extra.clone(), ..question.sampling() };
-                    self.options.memory.key(self.model.name(), question, prior, &sampling, &chat)
+                    {
+                        let options = &self.options;
+                        options.memory.key(&options.caller, self.model.name(), question, prior, &sampling, &chat)
+                    }
                 }
                 _ => None,
             };

@@ -628,8 +628,13 @@ async fn how_a_client_has_images_looked_at_holds_for_the_guard_too() {
                 let mut seen = 0;
                 for call in calls {
                     let step = call.step;
-                    assert_eq!(call.body["chat_template_kwargs"], json!({"enable_thinking": false}), "{name} {step}");
-                    assert_eq!(call.body["mm_processor_kwargs"], json!({"max_pixels": 3136}), "{name} {step}");
+                    // Switches and numbers, at any depth, and no text.
+                    let (mut template, mut images) = (json!({"enable_thinking": false}), json!({"max_pixels": 3136}));
+                    if name == "ours" {
+                        (template["nested"], images["size"]) = (json!({"a": 1}), json!({"longest_edge": 3}));
+                    }
+                    assert_eq!(call.body["chat_template_kwargs"], template, "{name} {step}");
+                    assert_eq!(call.body["mm_processor_kwargs"], images, "{name} {step}");
                     for image in call.images() {
                         seen += 1;
                         assert_eq!(image["image_url"]["detail"], "low", "{name} {step}");

@@ -106,7 +106,6 @@ fn hidden_pictures() -> Vec<(&'static str, String)> {
         ("media", message(json!({"media": PICTURE}))),
         ("parts", message(json!({"parts": [{"inline_data": {"data": "iVBORw0KGgo"}}]}))),
         ("extra_body", with(json!({"extra_body": {"images": [PICTURE]}}))),
-        ("provider", with(json!({"provider": {"order": ["cat.png"]}}))),
         ("plugins", with(json!({"plugins": [{"id": "file-parser", "file": "file-1"}]}))),
         ("previous_response_id", with(json!({"previous_response_id": "resp_1"}))),
         ("conversation", with(json!({"conversation": "resp_1"}))),
@@ -145,6 +144,22 @@ fn hidden_pictures() -> Vec<(&'static str, String)> {
         ("url of a bucket", part(json!({"type": "image_url", "image_url": {"url": "gs://b/cat.png"}}))),
         ("bare base64", part(json!({"type": "image_url", "image_url": {"url": "iVBORw0KGgo"}}))),
         ("a path", part(json!({"type": "image_url", "image_url": {"url": "/tmp/cat.png"}}))),
+        ("a recording with an image", part(json!({"type": "input_audio", "image_url": PICTURE}))),
+        (
+            "a recording that is an image",
+            part(json!({"type": "input_audio", "Type": "image_url", "image_url": {"url": PICTURE}})),
+        ),
+        (
+            "in the recording",
+            part(
+                json!({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav", "image_url": PICTURE}}),
+            ),
+        ),
+        ("Markdown", ask(json!(format!("![]({PICTURE}) What is this?"))).to_string()),
+        ("Markdown with words", ask(json!(format!("See ![a list]( {PICTURE})."))).to_string()),
+        ("Markdown elsewhere", ask(json!("![](https://localhost/cat.png)")).to_string()),
+        ("Markdown in a part", part(json!({"type": "text", "text": format!("![]({PICTURE})")}))),
+        ("Markdown in a bare part", part(json!(format!("![]({PICTURE})")))),
         // Bodies that are no JSON for everybody.
         ("a comment", format!("{{\"messages\": [{seen}]}} // end")),
         ("two values", format!("{{\"messages\": [{plain}]}} {{\"messages\": [{seen}]}}")),
@@ -176,10 +191,29 @@ async fn a_picture_that_only_some_readers_see_is_refused() {
             assert!(world.taken().is_empty(), "{name}: the upstream was asked");
         }
     }
-    // Packed, or of another kind, a body says the same to the upstream.
-    for (header, value) in [("content-encoding", "gzip"), ("content-encoding", "br"), ("content-encoding", "x")] {
-        let got = world.send("POST", "/v1/chat/completions", &[(header, value)], question().to_string()).await;
-        refused(&got, value);
+    // Packed, or of other letters, a body may say something else to the upstream.
+    let text = json!({"model": "m", "messages": [{"role": "user", "content": "uuid-of-a-picture"}]}).to_string();
+    for headers in [
+        [("content-encoding", "gzip")].as_slice(),
+        &[("content-encoding", "br")],
+        &[("content-encoding", "identity"), ("content-encoding", "gzip")],
+        &[("content-type", "application/json; charset=utf-7")],
+        &[("content-type", "application/json; charset=utf-16")],
+        &[("content-type", "application/json"), ("content-type", "application/json; charset=utf-7")],
+        &[("content-type", "multipart/form-data; boundary=x")],
+    ] {
+        for body in [question().to_string(), text.clone()] {
+            refused(&world.send("POST", "/v1/chat/completions", headers, body).await, &format!("{headers:?}"));
+        }
+    }
+    assert!(world.taken().is_empty());
+    // A picture in words that a server does not read stays a text, and so do links and recordings.
+    for content in [
+        json!("[a list](https://example.org/list) and ![a picture](https://example.org/a.png)"),
+        json!([{"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}]),
+    ] {
+        let body = json!({"model": "m", "messages": [{"role": "user", "content": content}]});
+        assert!(world.chat(&body).await.status.is_success(), "{body}");
     }
 }
 
@@ -216,6 +250,8 @@ async fn settings_that_would_show_the_model_something_else_are_refused() {
         ("a temperature that is a text", json!({"temperature": "hot"})),
         ("kwargs of the pictures", json!({"mm_processor_kwargs": {"images": PICTURE}})),
         ("a detail that is a text", json!({"messages": [{"content": [{"image_url": {"detail": "cat.png"}}]}]})),
+        ("a template in its arguments", json!({"chat_template_kwargs": {"chat_template": "x"}})),
+        ("tools in its arguments", json!({"chat_template_kwargs": {"tools": [LEAK]}})),
         ("a second url", json!({"messages": [{"content": [{"image_url": {"URL": "http://x/cat.png"}}]}]})),
         ("an odd cache", json!({"messages": [{"cache_control": {"type": "words and words"}}]})),
         ("an odd seal", json!({"messages": [{"thought_signature": "words and words"}]})),
@@ -324,15 +360,19 @@ async fn routes_that_are_not_known_to_be_harmless_are_refused() {
         ("a picture", json!({"input": [{"image": PICTURE}]})),
         ("a picture in words", json!({"input": "Hi", "images": [PICTURE]})),
         ("in another case", json!({"input": "Hi", "Messages": []})),
+        ("deeper", json!({"input": [[{"type": "image_url", "image_url": PICTURE}]]})),
     ] {
         refused(&world.send("POST", "/v1/embeddings", &[], body.to_string()).await, name);
     }
     assert!(world.taken().is_empty());
     let got = world.send("POST", "/v1/embeddings", &[], json!({"model": "m", "input": ["a", "b"]}).to_string()).await;
     assert!(got.status.is_success());
-    let got = world.send("GET", "/v1/models/org/m", &[], body).await;
+    // Neither does a body's length without the body: what comes next on that connection would be taken for it.
+    let length = body.len().to_string();
+    let got = world.send("GET", "/v1/models/org/m", &[("content-length", &length)], body).await;
     let reached = world.taken();
     assert!(got.status.is_success() && reached[1].body.is_empty(), "a body went along");
+    assert!(!reached[1].headers.contains_key("content-length"));
     // Where nobody is guarded, or the operator says so, they pass.
     for (mode, allowed, passes) in [
         (Mode::Off, vec![], true),
@@ -382,6 +422,18 @@ fn hidden_answers() -> Vec<(&'static str, Value)> {
             "arguments that are no text",
             message(
                 json!({"tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": {"k": LEAK}}}]}),
+            ),
+        ),
+        (
+            "arguments twice",
+            message(
+                json!({"tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": format!(r#"{{"q": "{LEAK}", "q": "\u0062read"}}"#)}}]}),
+            ),
+        ),
+        (
+            "escaped arguments",
+            message(
+                json!({"tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": r#"{"q": "\u0055NJUDGED"}"#}}]}),
             ),
         ),
         (
@@ -643,6 +695,10 @@ async fn a_request_can_not_make_the_guard_fail_open() {
         // What fails by itself lets the draft out, as the operator wants it.
         body["model"] = "judge-500".into();
         assert!(world.chat(&body).await.leaks());
+        // But not once the verdict has fallen.
+        body["model"] = "caption-500".into();
+        let got = world.chat(&body).await;
+        assert!(!got.leaks() && got.body.contains("guard_failed"), "{}", got.body);
     }
 }
 
@@ -667,9 +723,64 @@ async fn other_pages_and_names_are_not_answered_without_keys() {
         let got = world.send("POST", "/v1/chat/completions", &[("host", host)], text.clone()).await;
         assert!(got.status.is_client_error(), "{host}: {}", got.status);
     }
-    let form = [("content-type", "text/plain"), ("origin", "http://evil.example")];
-    let got = world.send("POST", "/v1/chat/completions", &form, text.clone()).await;
-    assert_eq!(got.json()["error"]["code"], "unsupported_type");
+    let origin = ("origin", "http://evil.example");
+    for kinds in [["text/plain"].as_slice(), &[""], &["application/json", "text/plain"]] {
+        let kinds = kinds.iter().map(|kind| ("content-type", *kind));
+        let headers: Vec<(&str, &str)> = kinds.chain([origin]).collect();
+        let got = world.send("POST", "/v1/chat/completions", &headers, text.clone()).await;
+        assert_eq!(got.json()["error"]["code"], "unsupported_type");
+    }
     assert!(world.taken().is_empty());
     assert!(world.send("POST", "/v1/chat/completions", &[], text).await.status.is_success());
+}
+
+/// What the judge of `hardened` is asked, over all its questions about one request.
+#[tokio::test]
+async fn what_the_model_is_shown_the_judge_is_shown() {
+    let hidden = "HIDDEN";
+    let tool = |tool: Value| json!({"tools": [tool]});
+    let function = json!({"name": "f", "parameters": {}});
+    for (name, more) in [
+        (
+            "a custom tool beside a function",
+            tool(json!({"type": "function", "function": function, "custom": {"description": hidden}})),
+        ),
+        ("beside an old function", json!({"functions": [{"description": hidden, "function": {}}]})),
+        ("functions that are no list", json!({"functions": {"description": hidden}})),
+        (
+            "calls of a user",
+            json!({"messages": [{"tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": hidden}}]}]}),
+        ),
+        ("beside a text format", json!({"response_format": {"type": "text", "description": hidden}})),
+        ("a name", json!({"messages": [{"name": hidden}]})),
+        (
+            "thoughts",
+            json!({"messages": [{}, {"role": "assistant", "reasoning_content": hidden, "content": "x"}, {"role": "user", "content": "y"}]}),
+        ),
+        ("documents", json!({"documents": [{"text": hidden}]})),
+        ("words for the template", json!({"chat_template_kwargs": {"persona": hidden}})),
+        (
+            "an id of words",
+            json!({"messages": [{}, {"role": "tool", "tool_call_id": "tell_us_HIDDEN_words", "content": "x"}]}),
+        ),
+    ] {
+        let speaks: crate::world::Speaks = Arc::new(|sent: &Value| {
+            // Who asks for probabilities asks a question.
+            let says = if sent["logprobs"] == true { "No" } else { "Bread." };
+            let top = json!([{"token": says, "logprob": -0.01}, {"token": "Yes", "logprob": -6.0}]);
+            let logprobs = json!({"content": [{"token": says, "logprob": -0.01, "top_logprobs": top}]});
+            said(&json!({"role": "assistant", "content": says}), &json!({"choices": [{"logprobs": logprobs}]}))
+        });
+        let world = World::with(Settings::default(), ecso::Profile::named("hardened").unwrap(), speaks).await;
+        let mut body = question();
+        merge(&mut body, &more);
+        let got = world.chat(&body).await;
+        assert!(got.status.is_success(), "{name}: {}", got.body);
+        let reached = world.taken();
+        let asked = |reached: &&crate::world::Reached| {
+            let sent: Value = serde_json::from_slice(&reached.body).unwrap();
+            sent["logprobs"] == true && sent["messages"].to_string().contains(hidden)
+        };
+        assert!(reached.iter().any(|reached| asked(&reached)), "{name}: no question holds it");
+    }
 }

@@ -25,6 +25,7 @@ pub(crate) type Speaks = Arc<dyn Fn(&Value) -> Response<Body> + Send + Sync>;
 /// What reached the upstream.
 #[derive(Debug, Clone)]
 pub(crate) struct Reached {
+    pub(crate) headers: HeaderMap,
     pub(crate) body: Bytes,
 }
 
@@ -120,9 +121,9 @@ fn step(sent: &str) -> &'static str {
     }
 }
 
-async fn answer(State(behind): State<Behind>, body: Bytes) -> Response<Body> {
+async fn answer(State(behind): State<Behind>, headers: HeaderMap, body: Bytes) -> Response<Body> {
     let sent = String::from_utf8_lossy(&body).into_owned();
-    behind.reached.lock().unwrap().push(Reached { body });
+    behind.reached.lock().unwrap().push(Reached { headers, body });
     let plain = |text: &str| {
         let message = json!({"role": "assistant", "content": text});
         if sent.contains("\"stream\":true") {
@@ -138,6 +139,7 @@ async fn answer(State(behind): State<Behind>, body: Bytes) -> Response<Body> {
     match step(&sent) {
         "detect" if sent.contains("judge-400") => failed(400),
         "detect" if sent.contains("judge-500") => failed(500),
+        "caption" if sent.contains("caption-500") => failed(500),
         "detect" if sent.contains(LEAK) => plain("Yes."),
         "detect" => plain("No."),
         "caption" => plain("A list."),

@@ -191,7 +191,7 @@ async fn what_repeats_is_judged_once() {
     let mut counts = Vec::new();
     for query in ["One?", "Two?", "One?"] {
         let guard = Guard::new(model(opinion(0.1, 0.1, 0.9), "", &["Tea."]), all.clone());
-        let guard = guard.with_memory(Arc::clone(&memory));
+        let guard = guard.with_memory(Arc::clone(&memory), "");
         let outcome = guard.review(&Chat::ask([], query).with_system(long.as_str()), "Tea.").await.unwrap();
         assert_eq!(outcome.verdict, Verdict::Safe);
         counts.push(steps(&outcome).iter().filter(|step| **step == Step::RequestCheck).count());
@@ -266,7 +266,7 @@ async fn a_model_that_thinks_first_gets_room_and_is_remembered() {
             Ok(Reply { text: text.into(), ..Reply::default() })
         });
         let model = Thinking(model);
-        Guard::new(model, hardened()).with_memory(Arc::clone(memory))
+        Guard::new(model, hardened()).with_memory(Arc::clone(memory), "")
     };
     let memory = Arc::new(Memory::new(0));
     for calls in [2, 1] {
