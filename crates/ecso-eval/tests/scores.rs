@@ -39,7 +39,7 @@ async fn scored(
     };
     let out = data.join("run");
     let mut journal = Journal::open(&out, &header).unwrap();
-    let options = Options { concurrency: 2, retry_failed: false, limits: Limits::default() };
+    let options = Options { concurrency: 2, retry_failed: false, skip_missing: false, limits: Limits::default() };
     let items = named(benchmark).unwrap().items(data, None).unwrap();
     run::run(items, &header.choice, &profiles, model, &mut journal, options, |_| {}).await.unwrap();
     let (header, records) = journal::read(&out).unwrap();
@@ -168,7 +168,7 @@ fn vlsafe_and_mossbench_are_read_as_they_come_and_say_what_is_missing() {
     let missing = vlsafe.items(data.path(), None).err().unwrap().to_string();
     assert!(missing.contains("1 of 2 images are missing"), "{missing}");
     picture(&data.path().join("train2017/000000000002.jpg"));
-    let items: Vec<_> = vlsafe.items(data.path(), None).unwrap().iter.map(Result::unwrap).collect();
+    let items: Vec<_> = vlsafe.items(data.path(), None).unwrap().iter.collect();
     assert!(items.len() == 2 && items.iter().all(|item| item.task == Task::Harmful));
 
     let data = tempfile::tempdir().unwrap();
@@ -184,7 +184,7 @@ fn vlsafe_and_mossbench_are_read_as_they_come_and_say_what_is_missing() {
     for name in ["images/1.png", "images/2.png"] {
         picture(&data.path().join(name));
     }
-    let items: Vec<_> = mossbench.items(data.path(), None).unwrap().iter.map(Result::unwrap).collect();
+    let items: Vec<_> = mossbench.items(data.path(), None).unwrap().iter.collect();
     assert!(items.len() == 2 && items.iter().all(|item| item.task == Task::Harmless));
 }
 

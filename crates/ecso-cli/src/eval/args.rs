@@ -195,6 +195,10 @@ pub(crate) struct RunArgs {
     #[arg(long)]
     pub(crate) retry_failed: bool,
 
+    /// Leave items out whose image is missing; they are counted. Without it each is an item that failed
+    #[arg(long)]
+    pub(crate) skip_missing: bool,
+
     #[command(flatten)]
     pub(crate) model: ModelArgs,
 }
