@@ -122,7 +122,7 @@ pub async fn run(
             }
             let is_missing = matches!(item.trouble, Some(Trouble::MissingImage(_)));
             if options.skip_missing && is_missing {
-                total = total.map(|total| total - 1);
+                total = total.map(|total| total.saturating_sub(1));
             } else if !journal.has(&item.id, options.retry_failed) {
                 under_way.push(one(item, direct, profiles, options.limits));
             }

@@ -123,7 +123,7 @@ fn mm_safetybench_is_made_from_its_questions() {
     assert_eq!((made, items.len()), (40, 40));
     assert!(items.iter().all(|item| item.chat(Limits::default()).unwrap().image_count() == 1));
     let missing = benchmark.items(out.path(), Some("sd")).err().unwrap().to_string();
-    assert!(missing.contains("40 of 40 images are missing"), "{missing}");
+    assert!(missing.contains("none of 40 items can be run"), "{missing}");
 }
 
 /// A model that says yes to every third judgement, and fails on one item if told to.

@@ -101,12 +101,13 @@ fn row(
     }
     let answer = cell("answer").trim().to_uppercase();
     let answer = answer.trim_matches(['(', ')', '.', ':', ' ']).to_owned();
-    let texts = letters.iter().map(|(letter, place)| (*letter, cells.get(*place).unwrap_or_default())).collect();
+    let texts: Vec<_> =
+        letters.iter().map(|(letter, place)| (*letter, cells.get(*place).unwrap_or_default())).collect();
     Ok(Row {
         index: index(cell("index")).ok_or_else(|| format!("its index is no whole number: `{}`", cut(cell("index"))))?,
         question: cell("question").to_owned(),
         hint: cell("hint").to_owned(),
-        options: options(texts, &answer, leaves_empty),
+        options: options(&texts, &answer, leaves_empty),
         answer,
         category: cell("category").to_owned(),
         image: ["image", "image_path"]
@@ -133,7 +134,7 @@ fn is_nan(text: &str) -> bool {
 
 /// The options of a row. A cell `None` may be an option in words, or none at all. It is an option if it is the answer, if an
 /// option stands behind it, or if what is missing is left empty in this table; not if there are two of them.
-fn options(texts: Vec<(char, &str)>, answer: &str, leaves_empty: bool) -> Vec<(char, String)> {
+fn options(texts: &[(char, &str)], answer: &str, leaves_empty: bool) -> Vec<(char, String)> {
     let is_none = |text: &str| text.trim() == "None";
     let is_text = |text: &str| !text.trim().is_empty() && !is_nan(text);
     let last = texts.iter().rposition(|(_, text)| is_text(text) && !is_none(text));
@@ -214,8 +215,8 @@ mod tests {
             (["One", "Two", "None", "nan", "nan"], "C", false, "ABC"),
             (["NA", "nan", "C sharp", "D", ""], "A", true, "ACD"),
         ] {
-            let letters = ('A'..).zip(texts).collect();
-            let found: String = options(letters, answer, leaves_empty).into_iter().map(|(letter, _)| letter).collect();
+            let letters: Vec<_> = ('A'..).zip(texts).collect();
+            let found: String = options(&letters, answer, leaves_empty).into_iter().map(|(letter, _)| letter).collect();
             assert_eq!(found, expected, "{texts:?}");
         }
     }

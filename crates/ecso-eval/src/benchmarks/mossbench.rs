@@ -53,7 +53,7 @@ impl Benchmark for MossBench {
         let is_json = table.extension().is_some_and(|extension| extension == "json");
         let rows: Vec<(Place, Result<Row, String>)> = if is_json {
             let rows: Vec<serde_json::Value> = json(&table)?;
-            let row = |row| serde_json::from_value(row).map_err(|error| cut(error));
+            let row = |row| serde_json::from_value(row).map_err(cut);
             (1..).zip(rows).map(|(number, value)| (Place::new(&table, format!("row {number}")), row(value))).collect()
         } else {
             Table::read(&table, ',')?.values()

@@ -179,9 +179,11 @@ impl Table {
                 csv::ErrorKind::Deserialize { err, .. } => cut(err),
                 other => cut(csv_reason(&other)),
             });
-            value.map_err(|reason| match reason.contains("missing field") {
-                true => format!("{reason}; the columns are {}", cut(columns.iter().collect::<Vec<_>>().join(", "))),
-                false => reason,
+            value.map_err(|reason| {
+                if !reason.contains("missing field") {
+                    return reason;
+                }
+                format!("{reason}; the columns are {}", cut(columns.iter().collect::<Vec<_>>().join(", ")))
             })
         };
         self.rows.into_iter().map(|(place, row)| (place, value(row))).collect()

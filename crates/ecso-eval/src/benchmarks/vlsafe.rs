@@ -45,8 +45,8 @@ impl Benchmark for VlSafe {
             let row: Result<Row, String> = serde_json::from_str(text).map_err(cut);
             let item = row.map(|row| {
                 let stem = row.image_id.trim().trim_end_matches(".jpg");
-                let names = ["", "COCO_train2014_", "COCO_train2017_"].map(|prefix| format!("{prefix}{stem}.jpg"));
-                let image = finder.first(&names).map(Picture::File);
+                let spellings = ["", "COCO_train2014_", "COCO_train2017_"].map(|prefix| format!("{prefix}{stem}.jpg"));
+                let image = finder.first(&spellings).map(Picture::File);
                 shown(item(number, row), &place, image)
             });
             settled(place, "", item)
