@@ -296,7 +296,7 @@ fn a_bad_row_is_an_item_that_failed_and_a_file_of_bad_rows_an_error() {
     let long = "x".repeat(5000);
     let good = "{\"id\": 0, \"query\": \"q\"}";
     for (row, id, says) in [
-        ("nonsense", "items.jsonl, line 2", "items.jsonl: line 2: expected"),
+        ("nonsense", "items.jsonl, line 2", "items.jsonl: line 2: no JSON of a row: expected"),
         ("{\"id\": 0, \"query\": \"r\"}", "0 (line 2)", "the id 0 occurs twice"),
         ("{\"id\": 1, \"query\": \"q\", \"image\": \"a.png\"}", "1", "a.png is missing"),
         ("{\"id\": 1, \"query\": \"q\", \"images\": [\"a.png\", \"b.png\"]}", "1", "a.png is missing"),

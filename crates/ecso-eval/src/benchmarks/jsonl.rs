@@ -13,7 +13,7 @@ use super::{
     About, Benchmark, Check, DataError, Items, Place, cut,
     files::Finder,
     id, locate, settled,
-    tables::{json, read},
+    tables::{json, json_line, read},
 };
 use crate::item::{Item, Picture, Task, Trouble};
 
@@ -119,7 +119,7 @@ fn lined(path: PathBuf, lines: impl Iterator<Item = std::io::Result<String>> + S
             let line = line.trim_start_matches('\u{feff}').trim();
             // A line of an array that lost its brackets.
             let line = line.strip_suffix(',').unwrap_or(line);
-            serde_json::from_str(line).map_err(cut)
+            json_line(line)
         });
         (Place::line(&path, number), row)
     }))

@@ -100,6 +100,14 @@ pub(super) fn json<T: DeserializeOwned>(path: &Path) -> Result<T, DataError> {
     serde_json::from_str(&read(path)?).map_err(|error| DataError::new(path, cut(error)))
 }
 
+/// A line of JSON. What is wrong is said by its column.
+pub(super) fn json_line<T: DeserializeOwned>(line: &str) -> Result<T, String> {
+    serde_json::from_str(line).map_err(|error| {
+        let reason = error.to_string().replace(" at line 1 column ", " at column ");
+        format!("no JSON of a row: {}", cut(reason))
+    })
+}
+
 /// A JSON object as it stands: in its order, a name that stands twice given twice.
 pub(super) struct Pairs(pub(super) Vec<(String, Value)>);
 

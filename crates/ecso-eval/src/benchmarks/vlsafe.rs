@@ -4,7 +4,12 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::{About, Benchmark, DataError, Items, Place, cut, files::Finder, locate, settled, shown, tables::read};
+use super::{
+    About, Benchmark, DataError, Items, Place,
+    files::Finder,
+    locate, settled, shown,
+    tables::{json_line, read},
+};
 use crate::item::{Item, Picture, Task};
 
 pub(super) struct VlSafe;
@@ -42,7 +47,7 @@ impl Benchmark for VlSafe {
         let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
         let items = (1_usize..).zip(lines).map(|(number, (line, text))| {
             let place = Place::line(&table, line);
-            let row: Result<Row, String> = serde_json::from_str(text).map_err(cut);
+            let row: Result<Row, String> = json_line(text);
             let item = row.map(|row| {
                 let stem = row.image_id.trim().trim_end_matches(".jpg");
                 let spellings = ["", "COCO_train2014_", "COCO_train2017_"].map(|prefix| format!("{prefix}{stem}.jpg"));
