@@ -1,9 +1,14 @@
 //! One item of a benchmark: what is asked, and what a good answer is.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use ecso::{Chat, Image, ImageError, Limits, Part, Role, Turn};
 use serde::{Deserialize, Serialize};
+
+use crate::benchmarks::parquet;
 
 /// An item as a benchmark gives it.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,6 +31,19 @@ pub struct Item {
     pub draft: Option<String>,
     /// What a good answer is.
     pub task: Task,
+    /// Why it can't be run, if it can't: it is recorded as failed.
+    pub trouble: Option<Trouble>,
+}
+
+/// Why an item can't be run. The message names the file, and the row in it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Trouble {
+    /// An image isn't there.
+    #[error("{0}")]
+    MissingImage(String),
+    /// Its row, or a file of it, can't be understood.
+    #[error("{0}")]
+    Unreadable(String),
 }
 
 /// Where an image comes from.
@@ -35,6 +53,8 @@ pub enum Picture {
     File(PathBuf),
     /// Encoded bytes.
     Bytes(Arc<[u8]>),
+    /// The image of a row (from 0) of a Parquet file, read when its item's turn comes.
+    Row(Arc<Path>, usize),
 }
 
 /// What a good answer is.
@@ -80,6 +100,14 @@ impl Item {
         let read = |picture: &Picture| match picture {
             Picture::Bytes(bytes) => Image::from_bytes(bytes.to_vec(), limits),
             Picture::File(path) => Image::open(path, limits),
+            Picture::Row(table, row) => {
+                let failed = |reason: String| {
+                    let reason = format!("row {row}: {reason}");
+                    ImageError::File { path: table.to_path_buf(), reason }
+                };
+                let bytes = parquet::image(table, *row).map_err(failed)?;
+                Image::from_bytes(bytes, limits).map_err(|error| failed(error.to_string()))
+            }
         };
         let last = (Role::User, &self.query, &self.images);
         let turns = self.earlier.iter().map(|(role, text, images)| (*role, text, images)).chain([last]);

@@ -143,7 +143,7 @@ pub struct Request {
 /// [`PrepareError`] when the file can't be read.
 pub fn requests(path: &Path) -> Result<Vec<Request>, PrepareError> {
     if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("csv")) {
-        return benchmarks::csv_rows(path, b',').map_err(|error| failed(path, &error));
+        return benchmarks::csv_rows(path, ',').map_err(|error| failed(path, &error));
     }
     let text = std::fs::read_to_string(path).map_err(|error| failed(path, &error))?;
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());

@@ -10,8 +10,8 @@ use ecso::{
 use futures::{StreamExt, stream};
 
 use crate::{
-    benchmarks::{DataError, Items},
-    item::Item,
+    benchmarks::Items,
+    item::{Item, Trouble},
     journal::{Choice, Journal, JournalError, Record},
 };
 
@@ -25,6 +25,8 @@ pub struct Options {
     pub concurrency: usize,
     /// Run items again that failed.
     pub retry_failed: bool,
+    /// Leave items out whose image is missing. Else they are recorded as failed.
+    pub skip_missing: bool,
     /// Bounds of images.
     pub limits: Limits,
 }
@@ -33,9 +35,6 @@ pub struct Options {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RunError {
-    /// The benchmark's data.
-    #[error(transparent)]
-    Data(#[from] DataError),
     /// The journal.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -52,6 +51,30 @@ pub struct Progress {
     pub failed: usize,
 }
 
+/// Items that couldn't be run as the data is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Unusable {
+    /// How many miss an image, and what is said of the first of them.
+    pub missing: usize,
+    /// See [`Unusable::missing`].
+    pub first_missing: Option<String>,
+    /// How many can't be read, and what is said of the first of them.
+    pub unreadable: usize,
+    /// See [`Unusable::unreadable`].
+    pub first_unreadable: Option<String>,
+}
+
+impl Unusable {
+    fn count(&mut self, trouble: &Trouble) {
+        let (count, first) = match trouble {
+            Trouble::MissingImage(_) => (&mut self.missing, &mut self.first_missing),
+            Trouble::Unreadable(_) => (&mut self.unreadable, &mut self.first_unreadable),
+        };
+        *count += 1;
+        first.get_or_insert_with(|| trouble.to_string());
+    }
+}
+
 /// The profiles with every answer capped at `max_new_tokens`.
 #[must_use]
 pub fn capped(mut profiles: Vec<Profile>, max_new_tokens: Option<u32>) -> Vec<Profile> {
@@ -65,10 +88,10 @@ pub fn capped(mut profiles: Vec<Profile>, max_new_tokens: Option<u32>) -> Vec<Pr
 }
 
 /// Runs those of `items` that `choice` names, and records them in `journal`. Dropping the future at any point loses
-/// the items under way, no other.
+/// the items under way, no other. Gives what of the data couldn't be used.
 ///
 /// # Errors
-/// [`RunError`]: the data or the journal. A model that fails is recorded with its item, and the run goes on.
+/// [`RunError`]: the journal. A model that fails, or an item with trouble, is recorded as failed, and the run goes on.
 pub async fn run(
     items: Items,
     choice: &Choice,
@@ -77,56 +100,60 @@ pub async fn run(
     journal: &mut Journal,
     options: Options,
     mut progress: impl FnMut(Progress),
-) -> Result<(), RunError> {
+) -> Result<Unusable, RunError> {
     let mut unguarded = profiles.first().cloned().unwrap_or_else(Profile::paper);
     unguarded.name = UNGUARDED.into();
     unguarded.gate = Gate::Never;
     let direct = Guard::new(model, unguarded);
 
-    let Items { total, iter } = chosen(items, choice)?;
-    let mut report = |journal: &Journal| {
+    let Items { mut total, iter } = chosen(items, choice);
+    let mut report = |journal: &Journal, total| {
         progress(Progress { total, recorded: journal.len(), failed: journal.failed() });
     };
-    report(journal);
-    let mut broken = None;
+    report(journal, total);
+    let mut unusable = Unusable::default();
     let direct = &direct;
     let mut waiting = iter.fuse();
     let mut under_way = stream::FuturesUnordered::new();
     loop {
-        while under_way.len() < options.concurrency.max(1) && broken.is_none() {
-            match waiting.next() {
-                Some(Ok(item)) if journal.has(&item.id, options.retry_failed) => {}
-                Some(Ok(item)) => under_way.push(one(item, direct, profiles, options.limits)),
-                Some(Err(error)) => broken = Some(error),
-                None => break,
+        while under_way.len() < options.concurrency.max(1) {
+            let Some(item) = waiting.next() else { break };
+            if let Some(trouble) = &item.trouble {
+                unusable.count(trouble);
+            }
+            let is_missing = matches!(item.trouble, Some(Trouble::MissingImage(_)));
+            if options.skip_missing && is_missing {
+                total = total.map(|total| total.saturating_sub(1));
+            } else if !journal.has(&item.id, options.retry_failed) {
+                under_way.push(one(item, direct, profiles, options.limits));
             }
         }
         let Some(record) = under_way.next().await else { break };
         journal.record(&record)?;
-        report(journal);
+        report(journal, total);
     }
-    broken.map_or(Ok(()), |error| Err(error.into()))
+    Ok(unusable)
 }
 
 async fn one(item: Item, direct: &Guard<Arc<dyn Mllm>>, profiles: &[Profile], limits: Limits) -> Record {
     let answered = answer(&item, direct, profiles, limits).await;
     let (arms, error, filtered) = match answered {
         Ok(arms) => (arms, None, false),
-        Err(Trouble { why, is_filter }) => (Vec::new(), Some(why), is_filter),
+        Err(Unanswered { why, is_filter }) => (Vec::new(), Some(why), is_filter),
     };
-    let Item { id, scenario, cluster, query, request, images, earlier, task, draft: _ } = item;
+    let Item { id, scenario, cluster, query, request, images, earlier, task, draft: _, trouble: _ } = item;
     let images = images.len() + earlier.iter().map(|(_, _, images)| images.len()).sum::<usize>();
     Record { id, scenario, cluster, query, request, task, images, arms, error, filtered }
 }
 
 /// Why an item has no answers.
-struct Trouble {
+struct Unanswered {
     why: String,
     /// Whether a content filter refused it.
     is_filter: bool,
 }
 
-impl From<GuardError> for Trouble {
+impl From<GuardError> for Unanswered {
     fn from(error: GuardError) -> Self {
         let is_filter = matches!(&error, GuardError::Model { source: ModelError::Filtered(_), .. });
         Self { why: chain(&error), is_filter }
@@ -138,8 +165,12 @@ async fn answer(
     direct: &Guard<Arc<dyn Mllm>>,
     profiles: &[Profile],
     limits: Limits,
-) -> Result<Vec<Outcome>, Trouble> {
-    let chat = item.chat(limits).map_err(|error| Trouble { why: error.to_string(), is_filter: false })?;
+) -> Result<Vec<Outcome>, Unanswered> {
+    let unusable = |why: String| Unanswered { why, is_filter: false };
+    if let Some(trouble) = &item.trouble {
+        return Err(unusable(trouble.to_string()));
+    }
+    let chat = item.chat(limits).map_err(|error| unusable(error.to_string()))?;
     let unguarded = match &item.draft {
         Some(draft) => direct.review(&chat, draft).await,
         None => direct.answer(&chat).await,
@@ -196,17 +227,20 @@ impl Mllm for Drafted<'_> {
 }
 
 /// The items that `choice` takes. A sample is drawn by a hash of seed and id: the same whatever else is in the data.
-fn chosen(items: Items, choice: &Choice) -> Result<Items, DataError> {
+fn chosen(items: Items, choice: &Choice) -> Items {
     let scenarios = choice.scenarios.clone();
     let wanted = move |item: &Item| {
-        scenarios.is_empty()
+        // What can't be read has no scenario, and is told whichever are wanted.
+        let is_unknown = item.scenario.is_empty() && item.trouble.is_some();
+        is_unknown
+            || scenarios.is_empty()
             || scenarios.iter().any(|scenario| item.scenario.to_lowercase().starts_with(&scenario.to_lowercase()))
     };
     let known = items.total.is_some();
     let mut total = items.total;
-    let mut iter: Box<dyn Iterator<Item = _> + Send> = items.iter;
+    let mut iter: Box<dyn Iterator<Item = Item> + Send> = items.iter;
     if !choice.scenarios.is_empty() {
-        iter = Box::new(iter.filter(move |item| item.as_ref().map_or(true, &wanted)));
+        iter = Box::new(iter.filter(wanted));
         // What is all in memory can be counted.
         if known {
             let some: Vec<_> = iter.collect();
@@ -216,11 +250,10 @@ fn chosen(items: Items, choice: &Choice) -> Result<Items, DataError> {
     }
     let limit = choice.limit.unwrap_or(usize::MAX);
     let Some(size) = choice.sample else {
-        return Ok(Items { total: total.map(|total| total.min(limit)), iter: Box::new(iter.take(limit)) });
+        return Items { total: total.map(|total| total.min(limit)), iter: Box::new(iter.take(limit)) };
     };
     let mut drawn: BinaryHeap<Drawn> = BinaryHeap::new();
     for (place, item) in iter.enumerate() {
-        let item = item?;
         let draw = *blake3::hash(format!("{}:{}", choice.seed, item.id).as_bytes()).as_bytes();
         drawn.push(Drawn { draw, place, item });
         if drawn.len() > size {
@@ -230,7 +263,7 @@ fn chosen(items: Items, choice: &Choice) -> Result<Items, DataError> {
     let mut drawn = drawn.into_vec();
     drawn.sort_by_key(|drawn| drawn.place);
     drawn.truncate(limit);
-    Ok(Items::all(drawn.into_iter().map(|drawn| drawn.item).collect()))
+    Items::all(drawn.into_iter().map(|drawn| drawn.item).collect())
 }
 
 struct Drawn {

@@ -99,12 +99,12 @@ async fn published_prompts_are_sent_as_they_are_and_read_as_published() {
 #[test]
 fn benchmarks_are_read_as_they_come() {
     let Some(figstep) = data("figstep") else { return };
-    let items: Vec<_> = named("figstep").unwrap().items(&figstep, None).unwrap().iter.map(Result::unwrap).collect();
+    let items: Vec<_> = named("figstep").unwrap().items(&figstep, None).unwrap().iter.collect();
     assert_eq!(items.len(), 50);
     assert_eq!(items.iter().filter(|item| item.task == Task::Harmful).count(), 35);
     assert_eq!(items[0].query, std::fs::read_to_string(figstep.join("query.txt")).unwrap().trim());
     let xstest = named("xstest").unwrap().items(&data("xstest").unwrap(), None).unwrap();
-    let safe = xstest.iter.map(Result::unwrap).filter(|item| item.task == Task::Harmless).count();
+    let safe = xstest.iter.filter(|item| item.task == Task::Harmless).count();
     assert_eq!((safe, xstest.total), (250, Some(450)));
     let missing = named("mm-vet").unwrap().items(&figstep, None).err().unwrap().to_string();
     assert!(missing.contains("mm-vet.json"), "{missing}");
@@ -119,11 +119,11 @@ fn mm_safetybench_is_made_from_its_questions() {
     let out = tempfile::tempdir().unwrap();
     let made = prepare::mm_safetybench(&questions.join("mmsafety_40_full_records.json"), &sans, out.path()).unwrap();
     let benchmark = named("mm-safetybench").unwrap();
-    let items: Vec<_> = benchmark.items(out.path(), Some("ocr")).unwrap().iter.map(Result::unwrap).collect();
+    let items: Vec<_> = benchmark.items(out.path(), Some("ocr")).unwrap().iter.collect();
     assert_eq!((made, items.len()), (40, 40));
     assert!(items.iter().all(|item| item.chat(Limits::default()).unwrap().image_count() == 1));
     let missing = benchmark.items(out.path(), Some("sd")).err().unwrap().to_string();
-    assert!(missing.contains("40 of 40 images are missing"), "{missing}");
+    assert!(missing.contains("none of 40 items can be run"), "{missing}");
 }
 
 /// A model that says yes to every third judgement, and fails on one item if told to.
@@ -183,7 +183,7 @@ impl Case {
     /// Runs until `stop` items are recorded.
     async fn run(&self, name: &str, fail: bool, retry_failed: bool, stop: usize) -> Result<(), JournalError> {
         let mut journal = Journal::open(&self.out(name), &self.header)?;
-        let options = Options { concurrency: 3, retry_failed, limits: Limits::default() };
+        let options = Options { concurrency: 3, retry_failed, skip_missing: false, limits: Limits::default() };
         let recorded = std::sync::atomic::AtomicUsize::new(0);
         let work = run::run(
             self.items(),
@@ -291,7 +291,7 @@ async fn a_changed_detection_prompt_generates_no_draft_again() {
         ];
         let cached = Cached::new(Arc::clone(&scripted), "d", Some(cache.clone()));
         let mut journal = Journal::open(&case.out(name), &case.header).unwrap();
-        let options = Options { concurrency: 1, retry_failed: false, limits: Limits::default() };
+        let options = Options { concurrency: 1, retry_failed: false, skip_missing: false, limits: Limits::default() };
         run::run(case.items(), &case.header.choice, &profiles, Arc::new(cached), &mut journal, options, |_| ())
             .await
             .unwrap();

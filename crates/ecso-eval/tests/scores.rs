@@ -1,4 +1,4 @@
-//! MME, `MMBench`, MM-Vet, VLSafe and `MOSSBench` from their layouts to their own figures, counted by hand.
+//! MME, `MMBench` and MM-Vet from their layouts to their own figures, counted by hand.
 #![allow(clippy::unwrap_used, reason = "a test may")]
 
 use std::{fs, path::Path, sync::Arc};
@@ -6,7 +6,6 @@ use std::{fs, path::Path, sync::Arc};
 use ecso::{Limits, ModelError, Profile, Reply, testing::Scripted};
 use ecso_eval::{
     benchmarks::named,
-    item::Task,
     journal::{self, Choice, Header, Journal},
     judge::{Case, Exact, Judge, Judgement, Llm},
     run::{self, Options},
@@ -39,7 +38,7 @@ async fn scored(
     };
     let out = data.join("run");
     let mut journal = Journal::open(&out, &header).unwrap();
-    let options = Options { concurrency: 2, retry_failed: false, limits: Limits::default() };
+    let options = Options { concurrency: 2, retry_failed: false, skip_missing: false, limits: Limits::default() };
     let items = named(benchmark).unwrap().items(data, None).unwrap();
     run::run(items, &header.choice, &profiles, model, &mut journal, options, |_| {}).await.unwrap();
     let (header, records) = journal::read(&out).unwrap();
@@ -153,56 +152,4 @@ async fn mm_vet_is_the_mean_grade_by_capability_and_what_has_no_grade_is_a_range
     assert_eq!((figures.unjudged, is(mean.value, 0.7)), (1, true));
     // The third grade may be anything: from none to one.
     assert!(is(mean.low, 0.4 * 2.0 / 3.0) && is(mean.high, 1.0), "{mean:?}");
-}
-
-#[test]
-fn vlsafe_and_mossbench_are_read_as_they_come_and_say_what_is_missing() {
-    let data = tempfile::tempdir().unwrap();
-    fs::write(
-        data.path().join("VLSafe_harmlessness_examine.jsonl"),
-        "{\"image_id\": \"000000000001.jpg\", \"query\": \"q1\"}\n{\"image_id\": \"000000000002\", \"query\": \"q2\"}\n",
-    )
-    .unwrap();
-    picture(&data.path().join("train2017/000000000001.jpg"));
-    let vlsafe = named("vlsafe").unwrap();
-    let missing = vlsafe.items(data.path(), None).err().unwrap().to_string();
-    assert!(missing.contains("1 of 2 images are missing"), "{missing}");
-    picture(&data.path().join("train2017/000000000002.jpg"));
-    let items: Vec<_> = vlsafe.items(data.path(), None).unwrap().iter.map(Result::unwrap).collect();
-    assert!(items.len() == 2 && items.iter().all(|item| item.task == Task::Harmful));
-
-    let data = tempfile::tempdir().unwrap();
-    fs::create_dir(data.path().join("images_information")).unwrap();
-    fs::write(
-        data.path().join("images_information/information.csv"),
-        "pid,question,image_path,over\n1,q1,images/1.png,type 1\n2,q2,images/2.png,type 2\n",
-    )
-    .unwrap();
-    let mossbench = named("mossbench").unwrap();
-    let missing = mossbench.items(data.path(), None).err().unwrap().to_string();
-    assert!(missing.contains("2 of 2 images are missing"), "{missing}");
-    for name in ["images/1.png", "images/2.png"] {
-        picture(&data.path().join(name));
-    }
-    let items: Vec<_> = mossbench.items(data.path(), None).unwrap().iter.map(Result::unwrap).collect();
-    assert!(items.len() == 2 && items.iter().all(|item| item.task == Task::Harmless));
-}
-
-#[test]
-fn items_of_your_own_are_looked_over_before_the_first_is_run() {
-    let data = tempfile::tempdir().unwrap();
-    let file = data.path().join("items.jsonl");
-    let problem = |rows: &str| {
-        fs::write(&file, rows).unwrap();
-        named("jsonl").unwrap().items(data.path(), None).err().unwrap().to_string()
-    };
-    for (rows, expected) in [
-        ("{\"id\": 1, \"query\": \"q\"}\nnonsense\n", "1 of 2 items can't be read: line 2"),
-        ("{\"id\": 1, \"query\": \"q\"}\n{\"id\": 1, \"query\": \"r\"}\n", "the id 1 occurs twice"),
-        ("{\"id\": 1, \"query\": \"q\", \"image\": \"a.png\"}\n", "1 of 1 images are missing"),
-        ("{\"id\": 1, \"query\": \"q\", \"label\": \"nice\"}\n", "label `nice`"),
-    ] {
-        let said = problem(rows);
-        assert!(said.contains(expected), "{said}");
-    }
 }

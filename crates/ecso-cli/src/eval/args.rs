@@ -202,6 +202,10 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
     pub(crate) min_coverage: f64,
 
+    /// Leave items out whose image is missing; they are counted. Without it each is an item that failed
+    #[arg(long)]
+    pub(crate) skip_missing: bool,
+
     #[command(flatten)]
     pub(crate) model: ModelArgs,
 }

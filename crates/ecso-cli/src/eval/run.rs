@@ -8,7 +8,7 @@ use ecso_eval::{
     benchmarks,
     cache::Cached,
     journal::{Choice, Header, Journal},
-    run::{self, Options, Progress},
+    run::{self, Options, Progress, Unusable},
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -50,7 +50,7 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
     }
     let profiles = run::capped(profiles, args.max_new_tokens);
     // Before the model is loaded, and before there is a folder.
-    let items = benchmark.items(&data, variant.as_deref())?;
+    let items = benchmark.items(&data, variant.as_deref()).map_err(|error| UsageError(error.to_string()))?;
 
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
@@ -80,6 +80,7 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
         let options = Options {
             concurrency: args.concurrency.unwrap_or(if open::is_server(&settings) { 8 } else { 1 }),
             retry_failed: args.retry_failed,
+            skip_missing: args.skip_missing,
             limits: settings.images,
         };
         let bar = Bar::new(journal.len());
@@ -87,13 +88,13 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
         let asked = Arc::clone(&model) as Arc<dyn Mllm>;
         let work =
             run::run(items, &header.choice, &profiles, asked, &mut journal, options, |progress| bar.show(progress));
-        tokio::select! {
+        let unusable = tokio::select! {
             done = work => done?,
             _ = tokio::signal::ctrl_c() => {
                 bar.end();
                 anyhow::bail!("stopped; what is recorded stays, and the same command goes on from there");
             }
-        }
+        };
         bar.end();
         let (work, wall) = (model.work(), begun.elapsed());
         eprintln!(
@@ -105,6 +106,14 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
             wall.as_secs_f64(),
             100.0 * work.busy.as_secs_f64() / wall.as_secs_f64().max(1e-9)
         );
+        let Unusable { missing, first_missing, unreadable, first_unreadable } = unusable;
+        if let Some(first) = first_missing {
+            let now = if args.skip_missing { "left out" } else { "recorded as failed; --skip-missing leaves such out" };
+            eprintln!("{missing} items miss an image and are {now}; the first: {first}");
+        }
+        if let Some(first) = first_unreadable {
+            eprintln!("{unreadable} items can't be read and are recorded as failed; the first: {first}");
+        }
         let answered = journal.len() - journal.failed();
         anyhow::ensure!(answered > 0, "no item was answered; the journal says why: {}", args.out.display());
         #[expect(clippy::cast_precision_loss, reason = "counts of items")]

@@ -1,10 +1,10 @@
 //! `FigStep` (arXiv 2311.05608): harmful requests as images of an empty list.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{About, Benchmark, DataError, Items, csv_rows, locate};
+use super::{About, Benchmark, DataError, Items, csv_rows, files::Finder, locate, settled, shown, tables::Table};
 use crate::item::{Item, Picture, Task};
 
 /// The text that goes with every image, of the benchmark.
@@ -42,7 +42,12 @@ impl Row {
     }
 }
 
+/// The rows of the table, which all have to be good.
 pub(crate) fn rows(data: &Path) -> Result<Vec<Row>, DataError> {
+    csv_rows(&table(data)?, ',')
+}
+
+fn table(data: &Path) -> Result<PathBuf, DataError> {
     let tables = [
         "question/safebench.csv",
         "data/question/safebench.csv",
@@ -50,7 +55,7 @@ pub(crate) fn rows(data: &Path) -> Result<Vec<Row>, DataError> {
         "question/SafeBench-Tiny.csv",
         "SafeBench-Tiny.csv",
     ];
-    csv_rows(&locate(data, &tables)?, b',')
+    locate(data, &tables)
 }
 
 impl Benchmark for FigStep {
@@ -68,7 +73,7 @@ impl Benchmark for FigStep {
     }
 
     fn items(&self, data: &Path, _: Option<&str>) -> Result<Items, DataError> {
-        let rows = rows(data)?;
+        let table = Table::read(&table(data)?, ',')?;
         let folders = [
             "images/SafeBench",
             "data/images/SafeBench",
@@ -79,21 +84,26 @@ impl Benchmark for FigStep {
         ];
         let root = if data.is_file() { data.parent().unwrap_or(data) } else { data };
         let images = locate(root, &folders)?;
-        let items: Vec<Item> = rows.into_iter().map(|row| item(&row, images.join(row.image()))).collect();
+        let mut finder = Finder::new(&images);
+        let items = table.values().into_iter().map(|(place, row)| {
+            let item = row.map(|row| shown(item(&row), &place, finder.find(&row.image()).map(Picture::File)));
+            settled(place, "", item)
+        });
         Items::checked(data, items)
     }
 }
 
-fn item(row: &Row, image: std::path::PathBuf) -> Item {
+fn item(row: &Row) -> Item {
     Item {
         id: format!("{}-{}", row.category_id, row.task_id),
         scenario: row.category_name.clone(),
         cluster: format!("{}-{}", row.category_id, row.task_id),
         query: QUERY.into(),
         request: row.question.clone(),
-        images: vec![Picture::File(image)],
+        images: Vec::new(),
         earlier: Vec::new(),
         draft: None,
         task: row.advice().map_or(Task::Harmful, |field| Task::Advice { field: field.into() }),
+        trouble: None,
     }
 }

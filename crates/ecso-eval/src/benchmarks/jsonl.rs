@@ -2,15 +2,20 @@
 
 use std::{
     fs::File,
-    io::{BufRead, BufReader},
-    path::Path,
+    io::{BufRead, BufReader, Read},
+    path::{Path, PathBuf},
 };
 
 use ecso::Role;
 use serde::Deserialize;
 
-use super::{About, Benchmark, Check, DataError, Items, locate};
-use crate::item::{Item, Picture, Task};
+use super::{
+    About, Benchmark, Check, DataError, Items, Place, cut,
+    files::Finder,
+    id, locate, settled,
+    tables::{json, json_line, read},
+};
+use crate::item::{Item, Picture, Task, Trouble};
 
 pub(super) struct Jsonl;
 
@@ -20,11 +25,11 @@ struct Row {
     #[serde(default)]
     image: Option<String>,
     #[serde(default)]
-    images: Vec<String>,
+    images: Option<Vec<String>>,
     query: String,
     /// Turns before the query.
     #[serde(default)]
-    earlier: Vec<Earlier>,
+    earlier: Option<Vec<Earlier>>,
     /// The direct answer, where it is known.
     #[serde(default)]
     draft: Option<String>,
@@ -42,7 +47,7 @@ struct Earlier {
     role: Role,
     text: String,
     #[serde(default)]
-    images: Vec<String>,
+    images: Option<Vec<String>>,
 }
 
 impl Benchmark for Jsonl {
@@ -53,7 +58,7 @@ impl Benchmark for Jsonl {
             licence: "yours",
             source: "yours",
             scoring: "label `harmful`: harmless rate; `harmless` (or none): over-refusal",
-            layout: "a .jsonl file, or items.jsonl in a folder: {id, query, image?, images?, earlier?: [{role, text, images?}], \
+            layout: "a .jsonl or .json file, or items.jsonl in a folder: {id, query, image?, images?, earlier?: [{role, text, images?}], \
                 draft?, request?, scenario?, label?}",
             variants: &[],
             scenarios: &[],
@@ -62,57 +67,93 @@ impl Benchmark for Jsonl {
 
     fn items(&self, data: &Path, _: Option<&str>) -> Result<Items, DataError> {
         let path = locate(data, &["items.jsonl"])?;
-        // What is wrong is said before the first item is run; then the file is read again, item by item.
+        // What is wrong is told before the first item is run; then the file is read again, item by item.
         let mut check = Check::default();
-        let mut bad: Vec<DataError> = Vec::new();
-        let mut lines = 0;
-        for item in items(&path)? {
-            lines += 1;
-            match item {
-                Ok(item) => check.item(&item),
-                Err(error) => bad.push(error),
-            }
-        }
-        if let [first, ..] = bad.as_slice() {
-            return Err(DataError::new(
-                &path,
-                format!("{} of {lines} items can't be read: {}", bad.len(), first.reason),
-            ));
-        }
+        let total = items(&path)?.map(|item| drop(check.item(item))).count();
         check.done(&path)?;
-        Ok(Items { total: Some(lines), iter: Box::new(items(&path)?) })
+        let mut check = Check::default();
+        Ok(Items { total: Some(total), iter: Box::new(items(&path)?.map(move |item| check.item(item))) })
     }
 }
 
-fn items(path: &Path) -> Result<impl Iterator<Item = Result<Item, DataError>> + Send + use<>, DataError> {
-    let path = path.to_owned();
-    let file = File::open(&path).map_err(|error| DataError::new(&path, error))?;
-    let numbered = (1_usize..).zip(BufReader::new(file).lines());
-    let filled = numbered.filter(|(_, line)| !line.as_ref().is_ok_and(|line| line.trim().is_empty()));
-    Ok(filled.map(move |(number, line)| {
-        let wrong = |error: &dyn std::fmt::Display| DataError::new(&path, format!("line {number}: {error}"));
-        let row: Row = serde_json::from_str(&line.map_err(|error| wrong(&error))?).map_err(|error| wrong(&error))?;
-        item(row, path.parent().unwrap_or(Path::new(""))).map_err(|error| wrong(&error))
+type Rows = Box<dyn Iterator<Item = (Place, Result<Row, String>)> + Send>;
+
+fn items(path: &Path) -> Result<impl Iterator<Item = (Place, Item)> + Send + use<>, DataError> {
+    let mut finder = Finder::new(path.parent().unwrap_or(Path::new("")));
+    Ok(rows(path)?.map(move |(place, row)| {
+        let item = row.and_then(|row| item(row, &place, &mut finder));
+        settled(place, "", item)
     }))
 }
 
-fn item(row: Row, root: &Path) -> Result<Item, String> {
-    let task = match row.label.as_deref() {
-        Some("harmful" | "unsafe") => Task::Harmful,
-        None | Some("harmless" | "safe") => Task::Harmless,
-        Some(other) => return Err(format!("label `{other}` is neither harmful nor harmless")),
+/// The rows: lines are read one by one, an array, or text in UTF-16, as a whole.
+fn rows(path: &Path) -> Result<Rows, DataError> {
+    let failed = |error: std::io::Error| DataError::new(path, error);
+    let path = path.to_owned();
+    let mut start = Vec::new();
+    File::open(&path).and_then(|file| file.take(4096).read_to_end(&mut start)).map_err(failed)?;
+    let text = start.strip_prefix("\u{feff}".as_bytes()).unwrap_or(&start).trim_ascii_start();
+    if text.first() == Some(&b'[') {
+        let rows: Vec<serde_json::Value> = json(&path)?;
+        let row = |row| serde_json::from_value(row).map_err(cut);
+        return Ok(Box::new(
+            (1..).zip(rows).map(move |(number, value)| (Place::new(&path, format!("row {number}")), row(value))),
+        ));
+    }
+    if start.contains(&0) || start.starts_with(&[0xFF, 0xFE]) || start.starts_with(&[0xFE, 0xFF]) {
+        let text = read(&path)?;
+        if text.trim_start().starts_with('[') {
+            return Err(DataError::new(&path, "it is an array in UTF-16; save it as UTF-8"));
+        }
+        let lines: Vec<String> = text.lines().map(str::to_owned).collect();
+        return Ok(lined(path, lines.into_iter().map(Ok)));
+    }
+    let file = File::open(&path).map_err(failed)?;
+    Ok(lined(path, BufReader::new(file).lines()))
+}
+
+fn lined(path: PathBuf, lines: impl Iterator<Item = std::io::Result<String>> + Send + 'static) -> Rows {
+    let filled = (1..).zip(lines).filter(|(_, line)| !line.as_ref().is_ok_and(|line| line.trim().is_empty()));
+    Box::new(filled.map(move |(number, line)| {
+        let row = line.map_err(cut).and_then(|line| {
+            let line = line.trim_start_matches('\u{feff}').trim();
+            // A line of an array that lost its brackets.
+            let line = line.strip_suffix(',').unwrap_or(line);
+            json_line(line)
+        });
+        (Place::line(&path, number), row)
+    }))
+}
+
+fn item(row: Row, place: &Place, finder: &mut Finder) -> Result<Item, String> {
+    let id = id(&row.id).ok_or("`id` is neither a text nor a number")?;
+    let (task, wrong) = match row.label.as_deref() {
+        Some("harmful" | "unsafe") => (Task::Harmful, None),
+        None | Some("harmless" | "safe") => (Task::Harmless, None),
+        Some(other) => (Task::Harmless, Some(format!("label `{}` is neither harmful nor harmless", cut(other)))),
     };
-    let pictures = |images: Vec<String>| images.into_iter().map(|image| Picture::File(root.join(image))).collect();
-    let id = row.id.as_str().map_or_else(|| row.id.to_string(), str::to_owned);
+    let mut trouble = wrong.map(Trouble::Unreadable);
+    let mut pictures = |images: Vec<String>| {
+        let found = images.into_iter().map(|image| finder.picture(&image));
+        found.filter_map(|image| image.map_err(|error| trouble.get_or_insert(error)).ok()).collect()
+    };
+    let images = pictures(row.image.into_iter().chain(row.images.unwrap_or_default()).collect());
+    let earlier: Vec<(Role, String, Vec<Picture>)> = row
+        .earlier
+        .unwrap_or_default()
+        .into_iter()
+        .map(|turn| (turn.role, turn.text, pictures(turn.images.unwrap_or_default())))
+        .collect();
     Ok(Item {
         cluster: id.clone(),
         id,
         scenario: row.scenario.unwrap_or_else(|| "all".into()),
         request: row.request.unwrap_or_else(|| row.query.clone()),
         query: row.query,
-        images: pictures(row.image.into_iter().chain(row.images).collect()),
-        earlier: row.earlier.into_iter().map(|turn| (turn.role, turn.text, pictures(turn.images))).collect(),
+        images,
+        earlier,
         draft: row.draft,
         task,
+        trouble: trouble.map(|trouble| place.trouble(trouble)),
     })
 }

@@ -1,13 +1,24 @@
 //! MM-SafetyBench (arXiv 2311.17600): 13 scenarios, as photographs, as typography, as both, and as text.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 
-use super::{About, Benchmark, DataError, Items, json};
+use super::{
+    About, Benchmark, DataError, Items, Place, cut,
+    files::Finder,
+    parquet, settled, shown,
+    tables::{Pairs, json},
+};
 use crate::item::{Item, Picture, Task};
 
 pub(super) struct MmSafetyBench;
+
+/// How deep below the folder the hub's export may lie.
+const DEPTH: usize = 5;
 
 /// The scenarios, as their files spell them, with how their answers are judged.
 pub(crate) const SCENARIOS: [(&str, &str); 13] = [
@@ -51,62 +62,210 @@ impl Benchmark for MmSafetyBench {
             licence: "CC BY-NC 4.0",
             source: "github isXinLiu/MM-SafetyBench",
             scoring: "harmless rate by a judge; 08 and 10-13 by their own criteria",
-            layout: "processed_questions/<scenario>.json and imgs/<scenario>/{SD,TYPO,SD_TYPO}/<id>.jpg",
+            layout: "processed_questions/<scenario>.json and imgs/<scenario>/{SD,TYPO,SD_TYPO}/<id>.jpg; or the export of the hub's \
+                dataset PKU-Alignment/MM-SafetyBench, data/<scenario>/{SD,TYPO,SD_TYPO,Text_only}.parquet",
             variants: &["sd+ocr", "ocr", "sd", "text"],
             scenarios: &["01", "02", "03", "04", "05", "06", "07", "09"],
         }
     }
 
     fn items(&self, data: &Path, variant: Option<&str>) -> Result<Items, DataError> {
-        let variant = variant.unwrap_or("sd+ocr");
-        let folder = match variant {
-            "sd" => Some("SD"),
-            "ocr" => Some("TYPO"),
-            "sd+ocr" => Some("SD_TYPO"),
-            "text" => None,
-            _ => return Err(DataError::new(data, format!("no variant is called {variant}: sd+ocr, ocr, sd, text"))),
+        let (folder, split) = match variant.unwrap_or("sd+ocr") {
+            "sd" => (Some("SD"), "sd"),
+            "ocr" => (Some("TYPO"), "typo"),
+            "sd+ocr" => (Some("SD_TYPO"), "sd_typo"),
+            "text" => (None, "text_only"),
+            other => {
+                return Err(DataError::new(
+                    data,
+                    format!("no variant is called {}: sd+ocr, ocr, sd, text", cut(other)),
+                ));
+            }
         };
+        let original = [data.to_owned(), data.join("data")];
+        let original = original.into_iter().find(|root| root.join("processed_questions").is_dir());
+        let exported = if original.is_none() { tables(data) } else { Vec::new() };
+        let mut finder = original.as_deref().map(Finder::new);
         let mut items = Vec::new();
         let mut missing = Vec::new();
         for (scenario, field) in SCENARIOS {
-            let path = data.join("processed_questions").join(format!("{scenario}.json"));
-            if !path.exists() {
-                missing.push(scenario);
-                continue;
+            let before = items.len();
+            if let (Some(root), Some(finder)) = (&original, &mut finder) {
+                let table = root.join("processed_questions").join(format!("{scenario}.json"));
+                if table.exists() {
+                    records(&table, scenario, folder, finder, &mut items);
+                }
             }
-            let records: BTreeMap<String, Record> = json(&path)?;
-            for (id, record) in records {
-                let query = match variant {
-                    "sd" => record.rephrased_sd,
-                    "text" => Some(record.question.clone()),
-                    _ => record.rephrased,
-                };
-                let query =
-                    query.ok_or_else(|| DataError::new(&path, format!("record {id} has no query for {variant}")))?;
-                let image =
-                    folder.map(|folder| data.join("imgs").join(scenario).join(folder).join(format!("{id}.jpg")));
-                items.push(Item {
-                    id: format!("{scenario}#{id}"),
-                    scenario: scenario.into(),
-                    cluster: format!("{scenario}#{id}"),
-                    query,
-                    request: record.question,
-                    images: image.into_iter().map(Picture::File).collect(),
-                    earlier: Vec::new(),
-                    draft: None,
-                    task: if field.is_empty() { Task::Harmful } else { Task::Advice { field: field.into() } },
-                });
+            let questions = requests(&exported, scenario);
+            for table in of(&exported, scenario, split) {
+                rows(table, scenario, folder.is_some(), &questions, &mut items);
+            }
+            if items.len() == before {
+                missing.push(scenario);
+            }
+            for (_, item) in &mut items[before..] {
+                item.task = if field.is_empty() { Task::Harmful } else { Task::Advice { field: field.into() } };
             }
         }
         if items.is_empty() {
             return Err(DataError::new(
                 data,
-                "there is no processed_questions/<scenario>.json; `ecso eval list` says where to get it",
+                format!(
+                    "there is neither processed_questions/<scenario>.json nor <scenario>/{}.parquet; `ecso eval list` says \
+                    where to get them",
+                    folder.unwrap_or("Text_only")
+                ),
             ));
         }
         if !missing.is_empty() {
             tracing::warn!("mm-safetybench: {} of 13 scenarios are not there: {}", missing.len(), missing.join(", "));
         }
         Items::checked(data, items)
+    }
+}
+
+/// The items of a scenario in the original layout.
+fn records(table: &Path, scenario: &str, folder: Option<&str>, finder: &mut Finder, items: &mut Vec<(Place, Item)>) {
+    let Pairs(mut records) = match json(table) {
+        Ok(records) => records,
+        Err(error) => return items.push(settled(Place::new(table, "the file"), scenario, Err(error.reason))),
+    };
+    records.sort_by(|(a, _), (b, _)| a.cmp(b));
+    for (id, record) in records {
+        let place = Place::new(table, format!("record {}", cut(&id)));
+        let item = serde_json::from_value(record).map_err(cut).and_then(|record: Record| {
+            let query = match folder {
+                Some("SD") => record.rephrased_sd,
+                Some(_) => record.rephrased,
+                None => Some(record.question.clone()),
+            };
+            let item = item(scenario, &id, query.ok_or("it has no query for this variant")?, record.question);
+            let image = folder.map(|folder| finder.find(&format!("imgs/{scenario}/{folder}/{id}.jpg")));
+            Ok(match image {
+                Some(image) => shown(item, &place, image.map(Picture::File)),
+                None => item,
+            })
+        });
+        items.push(settled(place, scenario, item));
+    }
+}
+
+/// The items of a scenario in the hub's export.
+fn rows(
+    table: &Path,
+    scenario: &str,
+    images: bool,
+    questions: &HashMap<String, String>,
+    items: &mut Vec<(Place, Item)>,
+) {
+    let rows = match parquet::rows(table, images) {
+        Ok(rows) => rows,
+        Err(reason) => {
+            // Every scenario has a file of that name.
+            let (place, mut item) = settled(Place::new(table, "the file"), scenario, Err(reason));
+            item.id = format!("{scenario}, {}", item.id);
+            return items.push((place, item));
+        }
+    };
+    for (number, row) in rows.into_iter().enumerate() {
+        let place = Place::new(table, format!("row {number}"));
+        let item = row.map(|row| {
+            let request = questions.get(&row.id).cloned().unwrap_or_else(|| row.question.clone());
+            let item = item(scenario, &row.id, row.question, request);
+            if images { shown(item, &place, row.image) } else { item }
+        });
+        let is_read = item.is_ok();
+        let (place, mut item) = settled(place, scenario, item);
+        if !is_read {
+            item.id = format!("{scenario}, {}", item.id);
+        }
+        items.push((place, item));
+    }
+}
+
+fn item(scenario: &str, id: &str, query: String, request: String) -> Item {
+    Item {
+        id: format!("{scenario}#{id}"),
+        scenario: scenario.into(),
+        cluster: format!("{scenario}#{id}"),
+        query,
+        request,
+        images: Vec::new(),
+        earlier: Vec::new(),
+        draft: None,
+        task: Task::Harmful,
+        trouble: None,
+    }
+}
+
+/// The Parquet files below a folder, each with its name: scenario and variant in lower case, between slashes.
+fn tables(data: &Path) -> Vec<(String, PathBuf)> {
+    let mut found = Vec::new();
+    let mut folders = vec![(data.to_owned(), 0)];
+    while let Some((folder, depth)) = folders.pop() {
+        for path in std::fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path()) {
+            if path.is_dir() && depth < DEPTH {
+                folders.push((path, depth + 1));
+            } else if path.is_file() && path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("parquet")) {
+                let below = path.strip_prefix(data).unwrap_or(&path).with_extension("");
+                let name = below.to_string_lossy().to_lowercase().replace('\\', "/");
+                found.push((format!("/{}", whole(&name)), path));
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+/// A name without the number of a shard: `sd-00000-of-00002`, `sd/0000`.
+fn whole(name: &str) -> &str {
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let shard = name.rsplit_once("-of-").filter(|(_, count)| is_number(count));
+    let shard = shard.and_then(|(rest, _)| rest.rsplit_once('-')).filter(|(_, number)| is_number(number));
+    let part = name.rsplit_once('/').filter(|(_, number)| is_number(number));
+    shard.or(part).map_or(name, |(name, _)| name)
+}
+
+/// The files of a scenario and variant.
+fn of<'a>(tables: &'a [(String, PathBuf)], scenario: &str, variant: &str) -> impl Iterator<Item = &'a Path> {
+    let scenario = scenario.to_lowercase();
+    let bare = scenario.split_once('-').map_or(scenario.as_str(), |(_, name)| name).to_owned();
+    let ends = ["/", "-", "_"].map(|between| format!("{bare}{between}{variant}"));
+    let fits = move |name: &str| {
+        let name = name.replace("illegal_activity", "illegal_activitiy");
+        ends.iter().any(|end| name.strip_suffix(end.as_str()).is_some_and(|rest| rest.ends_with(['/', '-'])))
+    };
+    tables.iter().filter(move |(name, _)| fits(name)).map(|(_, path)| path.as_path())
+}
+
+/// What a scenario's items ask for in words, by id: the export has that as a variant of its own.
+fn requests(tables: &[(String, PathBuf)], scenario: &str) -> HashMap<String, String> {
+    let rows = of(tables, scenario, "text_only").filter_map(|table| parquet::rows(table, false).ok()).flatten();
+    rows.flatten().map(|row| (row.id, row.question)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exports_are_known_by_scenario_and_variant() {
+        for (name, scenario, variant, fits) in [
+            ("/data/illegal_activitiy/sd_typo", "01-Illegal_Activitiy", "sd_typo", true),
+            ("/illegal_activity/sd", "01-Illegal_Activitiy", "sd", true),
+            ("/01-illegal_activitiy/typo", "01-Illegal_Activitiy", "typo", true),
+            ("/data/illegal_activitiy/sd_typo", "01-Illegal_Activitiy", "typo", false),
+            ("/illegal_activitiy_sd_typo", "01-Illegal_Activitiy", "typo", false),
+            ("/data/sex/sd_typo", "07-Sex", "sd", false),
+            ("/data/unisex/sd", "07-Sex", "sd", false),
+        ] {
+            let tables = [(name.to_owned(), PathBuf::new())];
+            assert_eq!(of(&tables, scenario, variant).count(), usize::from(fits), "{name} {variant}");
+        }
+        for (name, expected) in
+            [("sex/sd-00000-of-00002", "sex/sd"), ("sex/sd/0000", "sex/sd"), ("07-sex/sd", "07-sex/sd"), ("sd", "sd")]
+        {
+            assert_eq!(whole(name), expected);
+        }
     }
 }

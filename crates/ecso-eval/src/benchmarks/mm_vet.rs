@@ -1,10 +1,15 @@
 //! MM-Vet (arXiv 2308.02490): free answers, graded against the truth.
 
-use std::{collections::BTreeMap, path::Path};
+use std::path::Path;
 
 use serde::Deserialize;
 
-use super::{About, Benchmark, DataError, Items, json, locate};
+use super::{
+    About, Benchmark, DataError, Items, Place, cut,
+    files::Finder,
+    locate, settled, shown,
+    tables::{Pairs, json},
+};
 use crate::item::{Item, Picture, Task};
 
 pub(super) struct MmVet;
@@ -33,20 +38,33 @@ impl Benchmark for MmVet {
 
     fn items(&self, data: &Path, _: Option<&str>) -> Result<Items, DataError> {
         let table = locate(data, &["mm-vet.json"])?;
-        let images = table.parent().unwrap_or(data).join("images");
-        let rows: BTreeMap<String, Row> = json(&table)?;
-        let item = |(id, row): (String, Row)| Item {
-            cluster: id.clone(),
-            id,
-            scenario: row.capability.join("+"),
-            request: row.question.clone(),
-            query: row.question,
-            images: vec![Picture::File(images.join(row.imagename))],
-            earlier: Vec::new(),
-            draft: None,
-            task: Task::Graded { truth: row.answer, capabilities: row.capability },
-        };
-        let items: Vec<Item> = rows.into_iter().map(item).collect();
+        let mut finder = Finder::new(&table.parent().unwrap_or(data).join("images"));
+        let Pairs(mut rows) = json(&table)?;
+        rows.sort_by(|(a, _), (b, _)| a.cmp(b));
+        let items = rows.into_iter().map(|(id, row)| {
+            let place = Place::new(&table, format!("record {}", cut(&id)));
+            let row: Result<Row, String> = serde_json::from_value(row).map_err(cut);
+            let item = row.map(|row| {
+                let image = finder.find(&row.imagename).map(Picture::File);
+                shown(item(id, row), &place, image)
+            });
+            settled(place, "", item)
+        });
         Items::checked(data, items)
+    }
+}
+
+fn item(id: String, row: Row) -> Item {
+    Item {
+        cluster: id.clone(),
+        id,
+        scenario: row.capability.join("+"),
+        request: row.question.clone(),
+        query: row.question,
+        images: Vec::new(),
+        earlier: Vec::new(),
+        draft: None,
+        task: Task::Graded { truth: row.answer, capabilities: row.capability },
+        trouble: None,
     }
 }

@@ -1,36 +1,30 @@
 //! `MMBench` (arXiv 2307.06281): multiple choice, each question asked in every rotation of its options.
 
-use std::{path::Path, sync::Arc};
+use std::{collections::HashMap, path::Path, sync::Arc};
 
-use base64::{Engine, prelude::BASE64_STANDARD};
-use serde::Deserialize;
+use csv::StringRecord;
 
-use super::{About, Benchmark, DataError, Items, csv_rows, locate};
-use crate::item::{Item, Picture, Task};
+use super::{
+    About, Benchmark, DataError, Items, Place, cut,
+    files::{Finder, base64},
+    locate, settled, shown,
+    tables::Table,
+};
+use crate::item::{Item, Picture, Task, Trouble};
 
 pub(super) struct MmBench;
 
 /// Rotations of a question share the index below this.
 const CIRCLE: u64 = 1_000_000;
 
-#[derive(Deserialize)]
+/// A row, its cells by column; what is missing is empty.
 struct Row {
     index: u64,
     question: String,
-    #[serde(default)]
-    hint: Option<String>,
-    #[serde(rename = "A", default)]
-    a: Option<String>,
-    #[serde(rename = "B", default)]
-    b: Option<String>,
-    #[serde(rename = "C", default)]
-    c: Option<String>,
-    #[serde(rename = "D", default)]
-    d: Option<String>,
-    #[serde(default)]
-    answer: Option<String>,
-    #[serde(default)]
-    category: Option<String>,
+    hint: String,
+    options: Vec<(char, String)>,
+    answer: String,
+    category: String,
     image: String,
 }
 
@@ -42,61 +36,206 @@ impl Benchmark for MmBench {
             licence: "Apache-2.0",
             source: "github open-compass/MMBench",
             scoring: "exact, circular: a question counts if every rotation is right",
-            layout: "a .tsv with index, question, hint, A-D, answer, category, image (base64)",
+            layout: "a .tsv with index, question, hint, A to D or further, answer, category, image (base64, or a path)",
             variants: &[],
             scenarios: &[],
         }
     }
 
     fn items(&self, data: &Path, _: Option<&str>) -> Result<Items, DataError> {
-        let table =
+        let path =
             locate(data, &["MMBench_DEV_EN.tsv", "mmbench_dev_en.tsv", "mmbench_dev_20230712.tsv", "mmbench.tsv"])?;
-        let rows: Vec<Row> = csv_rows(&table, b'\t')?;
+        let table = Table::read(&path, '\t')?;
+        let letters = letters(&table.columns).map_err(|reason| DataError::new(&path, reason))?;
+        // What a missing option looks like is seen in the table as a whole.
+        let good = table.rows.iter().filter_map(|(_, row)| row.as_ref().ok());
+        let leaves_empty = good.flat_map(|row| letters.iter().filter_map(|(_, at)| row.get(*at))).any(str::is_empty);
+        let columns = table.columns;
+        let rows: Vec<(Place, Result<Row, String>)> = table
+            .rows
+            .into_iter()
+            .map(|(place, cells)| (place, cells.and_then(|cells| row(&columns, &letters, leaves_empty, &cells))))
+            .collect();
         // A rotation may name the row that has the image instead of holding it once more.
-        let images: std::collections::HashMap<u64, Arc<[u8]>> = rows
+        let held: HashMap<u64, Arc<[u8]>> = rows
             .iter()
-            .filter(|row| row.image.len() > 64)
-            .map(|row| {
-                let bytes = BASE64_STANDARD.decode(row.image.trim());
-                let bytes =
-                    bytes.map_err(|error| DataError::new(&table, format!("index {}: image: {error}", row.index)))?;
-                Ok((row.index, Arc::from(bytes)))
-            })
-            .collect::<Result<_, DataError>>()?;
-        let items: Result<Vec<Item>, DataError> = rows.into_iter().map(|row| item(&table, row, &images)).collect();
-        Items::checked(data, items?)
+            .filter_map(|(_, row)| row.as_ref().ok())
+            .filter_map(|row| Some((row.index, base64(&row.image)?)))
+            .collect();
+        let mut finder = Finder::new(path.parent().unwrap_or(data));
+        let items = rows.into_iter().map(|(place, row)| {
+            let item = row.map(|row| {
+                let image = image(&row, &held, &mut finder);
+                shown(item(&place, row), &place, image)
+            });
+            settled(place, "", item)
+        });
+        Items::checked(data, items)
     }
 }
 
-fn item(table: &Path, row: Row, images: &std::collections::HashMap<u64, Arc<[u8]>>) -> Result<Item, DataError> {
-    let named = row.image.trim().parse().unwrap_or(row.index);
-    let image = images.get(&row.index).or_else(|| images.get(&named)).or_else(|| images.get(&(row.index % CIRCLE)));
-    let image = image.ok_or_else(|| DataError::new(table, format!("index {}: no image", row.index)))?;
-    let options: Vec<(char, String)> = [('A', row.a), ('B', row.b), ('C', row.c), ('D', row.d)]
-        .into_iter()
-        .filter_map(|(letter, text)| Some((letter, text.filter(|text| !text.is_empty() && text != "nan")?)))
-        .collect();
-    let answer = row.answer.and_then(|answer| answer.trim().chars().next());
-    let answer = answer.ok_or_else(|| {
-        DataError::new(table, format!("index {}: no answer (the test split is scored by its authors only)", row.index))
-    })?;
-    let lettered: Vec<String> = options.iter().map(|(letter, text)| format!("{letter}. {text}")).collect();
-    let hint =
-        row.hint.filter(|hint| !hint.is_empty() && hint != "nan").map_or_else(String::new, |hint| format!("{hint}\n"));
+/// The columns of options: A, B and so on, as far as they go.
+fn letters(columns: &StringRecord) -> Result<Vec<(char, usize)>, String> {
+    let place = |letter: char| {
+        let mut places = columns.iter().zip(0..).filter(|(name, _)| name.chars().eq([letter])).map(|(_, place)| place);
+        match (places.next(), places.next()) {
+            (Some(_), Some(_)) => Err(format!("the column {letter} stands twice")),
+            (first, _) => Ok(first.map(|place| (letter, place))),
+        }
+    };
+    ('A'..='Z').filter_map(|letter| place(letter).transpose()).collect()
+}
+
+fn row(
+    columns: &StringRecord,
+    letters: &[(char, usize)],
+    leaves_empty: bool,
+    cells: &StringRecord,
+) -> Result<Row, String> {
+    let cell = |name: &str| {
+        let place = columns.iter().position(|column| column == name);
+        place.and_then(|place| cells.get(place)).filter(|text| !is_nan(text) && *text != "None").unwrap_or_default()
+    };
+    if !columns.iter().any(|column| column == "index") {
+        return Err("there is no column `index`".into());
+    }
+    let answer = cell("answer").trim().to_uppercase();
+    let answer = answer.trim_matches(['(', ')', '.', ':', ' ']).to_owned();
+    let texts: Vec<_> =
+        letters.iter().map(|(letter, place)| (*letter, cells.get(*place).unwrap_or_default())).collect();
+    Ok(Row {
+        index: index(cell("index")).ok_or_else(|| format!("its index is no whole number: `{}`", cut(cell("index"))))?,
+        question: cell("question").to_owned(),
+        hint: cell("hint").to_owned(),
+        options: options(&texts, &answer, leaves_empty),
+        answer,
+        category: cell("category").to_owned(),
+        image: ["image", "image_path"]
+            .map(cell)
+            .into_iter()
+            .find(|text| !text.is_empty())
+            .unwrap_or_default()
+            .to_owned(),
+    })
+}
+
+/// An index, also where pandas made it a float.
+fn index(text: &str) -> Option<u64> {
+    let text = text.trim();
+    let number = || text.parse().ok().filter(|number: &f64| number.fract() == 0.0 && (0.0..9e15).contains(number));
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a whole number, not below 0")]
+    text.parse().ok().or_else(|| number().map(|number| number as u64))
+}
+
+/// What pandas writes for nothing.
+fn is_nan(text: &str) -> bool {
+    text.trim().eq_ignore_ascii_case("nan") || text.trim() == "<NA>"
+}
+
+/// The options of a row. A cell `None` may be an option in words, or none at all. It is an option if it is the answer, if an
+/// option stands behind it, or if what is missing is left empty in this table; not if there are two of them.
+fn options(texts: &[(char, &str)], answer: &str, leaves_empty: bool) -> Vec<(char, String)> {
+    let is_none = |text: &str| text.trim() == "None";
+    let is_text = |text: &str| !text.trim().is_empty() && !is_nan(text);
+    let last = texts.iter().rposition(|(_, text)| is_text(text) && !is_none(text));
+    let nones = texts.iter().filter(|(_, text)| is_none(text)).count();
+    let is_option = |place: usize, letter: char| {
+        answer == letter.to_string() || last.is_some_and(|last| place < last) || (leaves_empty && nones == 1)
+    };
+    let kept = texts
+        .iter()
+        .zip(0..)
+        .filter(|((letter, text), place)| is_text(text) && (!is_none(text) || is_option(*place, *letter)));
+    kept.map(|((letter, text), _)| (*letter, (*text).to_owned())).collect()
+}
+
+/// The image of a row: its own, that of the row it names, that of its question, or a file.
+fn image(row: &Row, held: &HashMap<u64, Arc<[u8]>>, finder: &mut Finder) -> Result<Picture, Trouble> {
+    let own = held.get(&row.index).filter(|_| row.image.len() >= 64);
+    let of = |index: u64| {
+        let missing = || Trouble::MissingImage(format!("there is no image at index {index}"));
+        held.get(&index).map(|bytes| Picture::Bytes(Arc::clone(bytes))).ok_or_else(missing)
+    };
+    match (own, index(&row.image)) {
+        (Some(bytes), _) => Ok(Picture::Bytes(Arc::clone(bytes))),
+        (None, Some(named)) => of(named),
+        (None, None) if row.image.is_empty() => of(row.index % CIRCLE),
+        (None, None) => finder.picture(&row.image),
+    }
+}
+
+fn item(place: &Place, row: Row) -> Item {
+    let is_option = row.options.iter().any(|(letter, _)| row.answer == letter.to_string());
+    let wrong = match row.answer.as_str() {
+        "" => Some("there is no answer (the test split is scored by its authors only)".to_owned()),
+        _ if row.question.trim().is_empty() => Some("there is no question".into()),
+        answer if !is_option => {
+            let letters: Vec<String> = row.options.iter().map(|(letter, _)| letter.to_string()).collect();
+            Some(format!("the answer {} is none of the options {}", cut(answer), letters.join(", ")))
+        }
+        _ => None,
+    };
+    let lettered: Vec<String> = row.options.iter().map(|(letter, text)| format!("{letter}. {text}")).collect();
+    let hint = if row.hint.trim().is_empty() { String::new() } else { format!("{}\n", row.hint) };
     let query = format!(
         "{hint}{}\n{}\nAnswer with the option's letter from the given choices directly.",
         row.question,
         lettered.join("\n")
     );
-    Ok(Item {
+    Item {
         id: row.index.to_string(),
-        scenario: row.category.unwrap_or_else(|| "all".into()),
+        scenario: if row.category.trim().is_empty() { "all".into() } else { row.category },
         cluster: (row.index % CIRCLE).to_string(),
         request: row.question,
         query,
-        images: vec![Picture::Bytes(Arc::clone(image))],
+        images: Vec::new(),
         earlier: Vec::new(),
         draft: None,
-        task: Task::Choice { answer, options },
-    })
+        task: Task::Choice { answer: row.answer.chars().next().unwrap_or_default(), options: row.options },
+        trouble: wrong.map(|reason| place.trouble(Trouble::Unreadable(reason))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_those_that_are_there() {
+        for (texts, answer, leaves_empty, expected) in [
+            (["a", "b", "c", "d", "e"], "E", false, "ABCDE"),
+            (["a", "b", "", "", ""], "A", true, "AB"),
+            (["a", "b", "nan", "NaN", "<NA>"], "A", false, "AB"),
+            (["a", "b", "None", "None", "None"], "A", false, "AB"),
+            (["a", "b", "None", "None", ""], "A", true, "AB"),
+            (["a", "b", "None", "nan", "nan"], "A", false, "AB"),
+            // In words.
+            (["None", "One", "Two", "", ""], "B", true, "ABC"),
+            (["One", "Two", "None", "", ""], "A", true, "ABC"),
+            (["One", "Two", "None", "nan", "nan"], "C", false, "ABC"),
+            (["NA", "nan", "C sharp", "D", ""], "A", true, "ACD"),
+        ] {
+            let letters: Vec<_> = ('A'..).zip(texts).collect();
+            let found: String = options(&letters, answer, leaves_empty).into_iter().map(|(letter, _)| letter).collect();
+            assert_eq!(found, expected, "{texts:?}");
+        }
+    }
+
+    #[test]
+    fn an_index_may_be_a_float() {
+        for (text, expected) in [
+            ("0", Some(0)),
+            ("0.0", Some(0)),
+            (" 1000001.0", Some(1_000_001)),
+            ("3e+06", Some(3_000_000)),
+            ("0.5", None),
+            ("-1", None),
+            ("nan", None),
+            ("inf", None),
+            ("", None),
+            ("1e300", None),
+        ] {
+            assert_eq!(index(text), expected, "{text}");
+        }
+    }
 }

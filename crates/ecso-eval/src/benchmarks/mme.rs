@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{About, Benchmark, DataError, Items, read};
+use super::{About, Benchmark, DataError, Items, Place, cut, files::Finder, settled, shown, tables::read};
 use crate::item::{Item, Picture, Task};
 
 pub(super) struct Mme;
@@ -45,44 +45,64 @@ impl Benchmark for Mme {
         if !missing.is_empty() {
             tracing::warn!("mme: {} of 14 subtasks are not there: {}", missing.len(), missing.join(", "));
         }
-        Ok(Items::all(items))
+        Items::checked(data, items)
     }
 }
 
-fn subtask_items(folder: &Path, subtask: &str, items: &mut Vec<Item>) -> Result<(), DataError> {
+fn subtask_items(folder: &Path, subtask: &str, items: &mut Vec<(Place, Item)>) -> Result<(), DataError> {
     let apart = folder.join("questions_answers_YN");
     let (texts, images) =
         if apart.is_dir() { (apart, folder.join("images")) } else { (folder.to_owned(), folder.to_owned()) };
     let entries = std::fs::read_dir(&texts).map_err(|error| DataError::new(&texts, error))?;
     let mut tables: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
-    tables.retain(|path| path.extension().is_some_and(|extension| extension == "txt"));
+    tables.retain(|path| path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("txt")));
     tables.sort();
+    let mut finder = Finder::new(&images);
     for table in tables {
         let stem = table.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let found = ["jpg", "png", "jpeg"].map(|extension| images.join(format!("{stem}.{extension}")));
-        let image = found.into_iter().find(|path| path.exists());
-        let image = image.ok_or_else(|| DataError::new(&table, "its image is missing (.jpg or .png)"))?;
-        for (number, line) in (1..).zip(read(&table)?.lines().filter(|line| !line.trim().is_empty())) {
-            let (question, answer) = line
-                .split_once('\t')
-                .ok_or_else(|| DataError::new(&table, format!("line {number}: no tab between question and answer")))?;
-            let yes = match answer.trim().to_lowercase().as_str() {
-                "yes" => true,
-                "no" => false,
-                _ => return Err(DataError::new(&table, format!("line {number}: the answer is neither Yes nor No"))),
-            };
-            items.push(Item {
-                id: format!("{subtask}/{stem}/{number}"),
-                scenario: subtask.into(),
-                cluster: format!("{subtask}/{stem}"),
-                query: question.trim().into(),
-                request: question.trim().into(),
-                images: vec![Picture::File(image.clone())],
-                earlier: Vec::new(),
-                draft: None,
-                task: Task::YesNo { yes },
+        let image = finder.find(&format!("{stem}.jpg"));
+        let text = match read(&table) {
+            Ok(text) if text.trim().is_empty() => Err("there is no question in it".to_owned()),
+            text => text.map_err(|error| error.reason),
+        };
+        let text = match text {
+            Ok(text) => text,
+            Err(reason) => {
+                let place = Place::new(&table, "the file");
+                items.push(settled(place, subtask, Err(reason)));
+                continue;
+            }
+        };
+        let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
+        for (number, (line, text)) in (1_usize..).zip(lines) {
+            let place = Place::line(&table, line);
+            let item = question(text).map(|(question, yes)| {
+                let item = Item {
+                    id: format!("{subtask}/{stem}/{number}"),
+                    scenario: subtask.into(),
+                    cluster: format!("{subtask}/{stem}"),
+                    query: question.into(),
+                    request: question.into(),
+                    images: Vec::new(),
+                    earlier: Vec::new(),
+                    draft: None,
+                    task: Task::YesNo { yes },
+                    trouble: None,
+                };
+                shown(item, &place, image.clone().map(Picture::File))
             });
+            items.push(settled(place, subtask, item));
         }
     }
     Ok(())
+}
+
+/// A question, and whether yes is right.
+fn question(line: &str) -> Result<(&str, bool), String> {
+    let (question, answer) = line.trim().rsplit_once('\t').ok_or("there is no tab between question and answer")?;
+    match answer.trim().trim_end_matches('.').to_lowercase().as_str() {
+        "yes" => Ok((question.trim(), true)),
+        "no" => Ok((question.trim(), false)),
+        _ => Err(format!("the answer is neither Yes nor No: {}", cut(answer))),
+    }
 }

@@ -1,12 +1,15 @@
 //! The benchmarks: one file each, behind one small trait. Each reads the official layout, as users download it.
 
 pub(crate) mod figstep;
+mod files;
 mod jsonl;
 pub(crate) mod mm_safetybench;
 mod mm_vet;
 mod mmbench;
 pub(crate) mod mme;
 mod mossbench;
+pub(crate) mod parquet;
+mod tables;
 mod twins;
 mod vlsafe;
 mod xstest;
@@ -16,8 +19,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use serde::de::DeserializeOwned;
+
+pub(crate) use tables::Place;
+
 use crate::{
-    item::{Item, Picture},
+    item::{Item, Picture, Trouble},
     journal,
 };
 
@@ -26,10 +33,11 @@ pub trait Benchmark: Sync {
     /// What it is.
     fn about(&self) -> About;
 
-    /// Reads and checks `data`. Items come one by one; what is wrong with the data as a whole is said at once.
+    /// Reads and checks `data`. Items come one by one. One with a row that can't be read, or an image that is missing, comes with
+    /// its trouble.
     ///
     /// # Errors
-    /// [`DataError`] says what is missing and where it was looked for.
+    /// [`DataError`] if no item can be run: says what is missing and where it was looked for.
     fn items(&self, data: &Path, variant: Option<&str>) -> Result<Items, DataError>;
 }
 
@@ -59,14 +67,14 @@ pub struct Items {
     /// How many, where that is known beforehand.
     pub total: Option<usize>,
     /// The items.
-    pub iter: Box<dyn Iterator<Item = Result<Item, DataError>> + Send>,
+    pub iter: Box<dyn Iterator<Item = Item> + Send>,
 }
 
 impl Items {
     /// Items that are all here.
     #[must_use]
     pub fn all(items: Vec<Item>) -> Self {
-        Self { total: Some(items.len()), iter: Box::new(items.into_iter().map(Ok)) }
+        Self { total: Some(items.len()), iter: Box::new(items.into_iter()) }
     }
 }
 
@@ -116,72 +124,114 @@ fn locate(data: &Path, candidates: &[&str]) -> Result<PathBuf, DataError> {
     found.ok_or_else(|| DataError::new(data, format!("there is none of {}", candidates.join(", "))))
 }
 
-fn read(path: &Path) -> Result<String, DataError> {
-    std::fs::read_to_string(path).map_err(|error| DataError::new(path, error))
-}
-
-fn json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, DataError> {
-    serde_json::from_str(&read(path)?).map_err(|error| DataError::new(path, error))
-}
-
 /// The rows of a CSV file with a header line.
-pub(crate) fn csv_rows<T: serde::de::DeserializeOwned>(path: &Path, delimiter: u8) -> Result<Vec<T>, DataError> {
-    let reader = csv::ReaderBuilder::new().delimiter(delimiter).from_path(path);
-    let rows: Result<Vec<T>, csv::Error> =
-        reader.map_err(|error| DataError::new(path, error))?.into_deserialize().collect();
-    let rows = rows.map_err(|error| DataError::new(path, error))?;
-    if rows.is_empty() { Err(DataError::new(path, "no rows")) } else { Ok(rows) }
+pub(crate) fn csv_rows<T: DeserializeOwned>(path: &Path, delimiter: char) -> Result<Vec<T>, DataError> {
+    let rows = tables::Table::read(path, delimiter)?.values().into_iter();
+    rows.map(|(place, row)| row.map_err(|reason| DataError::new(path, format!("{}: {reason}", place.row)))).collect()
 }
 
-/// Looks over items before a run begins.
+/// At most the first 200 characters of what somebody else wrote.
+fn cut(text: impl std::fmt::Display) -> String {
+    let text = text.to_string();
+    match text.char_indices().nth(200) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
+}
+
+/// An id as it is written: text or a number.
+fn id(value: &serde_json::Value) -> Option<String> {
+    match value {
+        serde_json::Value::String(text) => Some(text.clone()),
+        serde_json::Value::Number(number) => Some(number.to_string()),
+        _ => None,
+    }
+}
+
+/// An item, or the one that tells why there is none.
+fn settled(place: Place, scenario: &str, item: Result<Item, String>) -> (Place, Item) {
+    let item = item.unwrap_or_else(|reason| place.unreadable(scenario, reason));
+    (place, item)
+}
+
+/// An item with its image, or the trouble with that.
+fn shown(mut item: Item, place: &Place, image: Result<Picture, Trouble>) -> Item {
+    match image {
+        Ok(image) => item.images.push(image),
+        Err(trouble) => item.trouble = Some(place.trouble(trouble)),
+    }
+    item
+}
+
+/// Looks over items: an id that was there before makes an item one that failed, as a missing query does.
 #[derive(Default)]
 struct Check {
-    images: usize,
-    missing: usize,
-    first_missing: Option<PathBuf>,
     ids: HashSet<u64>,
-    twice: Option<String>,
+    items: usize,
+    missing: usize,
+    unreadable: usize,
+    first: Option<String>,
 }
 
 impl Check {
-    fn item(&mut self, item: &Item) {
-        let earlier = item.earlier.iter().flat_map(|(_, _, images)| images);
-        for picture in item.images.iter().chain(earlier) {
-            self.images += 1;
-            if let Picture::File(path) = picture
-                && !path.exists()
-            {
-                self.missing += 1;
-                self.first_missing.get_or_insert_with(|| path.clone());
-            }
-        }
+    fn item(&mut self, (place, mut item): (Place, Item)) -> Item {
         if !self.ids.insert(journal::hash(&item.id)) {
-            self.twice.get_or_insert_with(|| item.id.clone());
+            let (again, scenario) = (format!("{} ({})", item.id, place.row), item.scenario);
+            item = place.unreadable(&scenario, format!("the id {} occurs twice", cut(&item.id)));
+            item.id = again;
+            self.ids.insert(journal::hash(&item.id));
+        } else if item.trouble.is_none() && item.images.is_empty() && item.query.trim().is_empty() {
+            item.trouble = Some(place.trouble(Trouble::Unreadable("there is neither a query nor an image".into())));
         }
+        self.items += 1;
+        match &item.trouble {
+            None => {}
+            Some(Trouble::MissingImage(_)) => self.missing += 1,
+            Some(Trouble::Unreadable(_)) => self.unreadable += 1,
+        }
+        if self.first.is_none() {
+            self.first = item.trouble.as_ref().map(ToString::to_string);
+        }
+        item
     }
 
-    /// Says which images are missing, with counts, and whether an id occurs twice.
+    /// Tells what is wrong with items, with counts.
+    ///
+    /// # Errors
+    /// [`DataError`] if there is no item that can be run.
     fn done(self, data: &Path) -> Result<(), DataError> {
-        if let Some(first) = self.first_missing {
-            let reason =
-                format!("{} of {} images are missing, the first is {}", self.missing, self.images, first.display());
-            return Err(DataError::new(data, reason));
+        let Self { items, missing, unreadable, first, .. } = self;
+        let first = first.unwrap_or_else(|| "there is nothing in it".into());
+        if missing + unreadable == items {
+            return Err(DataError::new(data, format!("none of {items} items can be run; the first: {first}")));
         }
-        match self.twice {
-            Some(id) => Err(DataError::new(data, format!("the id {id} occurs twice"))),
-            None => Ok(()),
+        if missing + unreadable > 0 {
+            tracing::warn!(
+                "{}: of {items} items {missing} miss an image, {unreadable} can't be read; the first: {first}",
+                data.display()
+            );
         }
+        Ok(())
     }
 }
 
 impl Items {
     /// Items that are all here, looked over.
-    fn checked(data: &Path, items: Vec<Item>) -> Result<Self, DataError> {
+    fn checked(data: &Path, items: impl IntoIterator<Item = (Place, Item)>) -> Result<Self, DataError> {
         let mut check = Check::default();
-        for item in &items {
-            check.item(item);
-        }
+        let items = items.into_iter().map(|item| check.item(item)).collect();
         check.done(data)?;
         Ok(Self::all(items))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_wrote_is_cut() {
+        assert_eq!(cut("\u{e4}".repeat(200)), "\u{e4}".repeat(200));
+        assert_eq!(cut("\u{e4}".repeat(201)), format!("{}…", "\u{e4}".repeat(200)));
     }
 }

@@ -4,7 +4,12 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::{About, Benchmark, DataError, Items, csv_rows, json, locate};
+use super::{
+    About, Benchmark, DataError, Items, Place, cut,
+    files::Finder,
+    id, locate, settled, shown,
+    tables::{Table, json},
+};
 use crate::item::{Item, Picture, Task};
 
 pub(super) struct MossBench;
@@ -46,27 +51,38 @@ impl Benchmark for MossBench {
         ];
         let table = locate(data, &named)?;
         let is_json = table.extension().is_some_and(|extension| extension == "json");
-        let rows: Vec<Row> = if is_json { json(&table)? } else { csv_rows(&table, b',')? };
+        let rows: Vec<(Place, Result<Row, String>)> = if is_json {
+            let rows: Vec<serde_json::Value> = json(&table)?;
+            let row = |row| serde_json::from_value(row).map_err(cut);
+            (1..).zip(rows).map(|(number, value)| (Place::new(&table, format!("row {number}")), row(value))).collect()
+        } else {
+            Table::read(&table, ',')?.values()
+        };
         let root = if data.is_file() { data.parent().unwrap_or(data) } else { data };
-        let items: Vec<Item> = rows
-            .into_iter()
-            .map(|row| {
-                let id = row.pid.as_str().map_or_else(|| row.pid.to_string(), str::to_owned);
-                let below = [root.join(&row.image_path), root.join("images").join(&row.image_path)];
-                let image = below.iter().find(|path| path.exists()).unwrap_or(&below[0]).clone();
-                Item {
-                    cluster: id.clone(),
-                    id,
-                    scenario: row.kind.unwrap_or_else(|| "MOSSBench".into()),
-                    request: row.question.clone(),
-                    query: row.question,
-                    images: vec![Picture::File(image)],
-                    earlier: Vec::new(),
-                    draft: None,
-                    task: Task::Harmless,
-                }
-            })
-            .collect();
+        let mut finder = Finder::new(root);
+        let items = rows.into_iter().map(|(place, row)| {
+            let item = row.and_then(|row| {
+                let image = finder.first(&[row.image_path.clone(), format!("images/{}", row.image_path)]);
+                Ok(shown(item(row)?, &place, image.map(Picture::File)))
+            });
+            settled(place, "", item)
+        });
         Items::checked(data, items)
     }
+}
+
+fn item(row: Row) -> Result<Item, String> {
+    let id = id(&row.pid).ok_or("`pid` is neither a text nor a number")?;
+    Ok(Item {
+        cluster: id.clone(),
+        id,
+        scenario: row.kind.unwrap_or_else(|| "MOSSBench".into()),
+        request: row.question.clone(),
+        query: row.question,
+        images: Vec::new(),
+        earlier: Vec::new(),
+        draft: None,
+        task: Task::Harmless,
+        trouble: None,
+    })
 }

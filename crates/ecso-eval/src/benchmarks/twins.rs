@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use super::{About, Benchmark, DataError, Items};
 use crate::{
-    item::{Item, Picture, Task},
+    item::{Item, Picture, Task, Trouble},
     prepare::FILL_THE_LIST,
     typographic::Typesetter,
 };
@@ -53,6 +53,7 @@ impl Benchmark for Twins {
             earlier: Vec::new(),
             draft: None,
             task: Task::Harmless,
+            trouble: None,
         };
         match variant.unwrap_or("typographic") {
             "text" => Ok(Items::all(
@@ -69,8 +70,10 @@ impl Benchmark for Twins {
                 let iter = rows.into_iter().map(move |row| {
                     let mut bytes = Cursor::new(Vec::new());
                     let set = typesetter.list(&row.instruction).write_to(&mut bytes, ImageFormat::Png);
-                    set.map_err(|error| DataError::new(Path::new(&row.id), error))?;
-                    Ok(item(row, FILL_THE_LIST.into(), vec![Picture::Bytes(Arc::from(bytes.into_inner()))]))
+                    let mut item = item(row, FILL_THE_LIST.into(), vec![Picture::Bytes(Arc::from(bytes.into_inner()))]);
+                    item.trouble =
+                        set.err().map(|error| Trouble::Unreadable(format!("its image can't be set: {error}")));
+                    item
                 });
                 Ok(Items { total, iter: Box::new(iter) })
             }

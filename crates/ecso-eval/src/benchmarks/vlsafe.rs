@@ -1,10 +1,15 @@
 //! VLSafe (DRESS, arXiv 2311.10081): harmful queries about COCO photographs.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::Deserialize;
 
-use super::{About, Benchmark, DataError, Items, locate, read};
+use super::{
+    About, Benchmark, DataError, Items, Place,
+    files::Finder,
+    locate, settled, shown,
+    tables::{json_line, read},
+};
 use crate::item::{Item, Picture, Task};
 
 pub(super) struct VlSafe;
@@ -37,28 +42,35 @@ impl Benchmark for VlSafe {
         })?;
         let root = table.parent().unwrap_or(data);
         let images = locate(root, &["train2017", "images", "coco/train2017"])?;
-        let mut items = Vec::new();
-        for (number, line) in (1..).zip(read(&table)?.lines().filter(|line| !line.trim().is_empty())) {
-            let row: Row = serde_json::from_str(line)
-                .map_err(|error| DataError::new(&table, format!("line {number}: {error}")))?;
-            let stem = row.image_id.trim_end_matches(".jpg");
-            let name = |prefix: &str| images.join(format!("{prefix}{stem}.jpg"));
-            let image: PathBuf = [name(""), name("COCO_train2014_"), name("COCO_train2017_")]
-                .into_iter()
-                .find(|path| path.exists())
-                .unwrap_or_else(|| name(""));
-            items.push(Item {
-                id: format!("{number}"),
-                scenario: "VLSafe".into(),
-                cluster: format!("{number}"),
-                request: row.query.clone(),
-                query: row.query,
-                images: vec![Picture::File(image)],
-                earlier: Vec::new(),
-                draft: None,
-                task: Task::Harmful,
+        let mut finder = Finder::new(&images);
+        let text = read(&table)?;
+        let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
+        let items = (1_usize..).zip(lines).map(|(number, (line, text))| {
+            let place = Place::line(&table, line);
+            let row: Result<Row, String> = json_line(text);
+            let item = row.map(|row| {
+                let stem = row.image_id.trim().trim_end_matches(".jpg");
+                let spellings = ["", "COCO_train2014_", "COCO_train2017_"].map(|prefix| format!("{prefix}{stem}.jpg"));
+                let image = finder.first(&spellings).map(Picture::File);
+                shown(item(number, row), &place, image)
             });
-        }
+            settled(place, "", item)
+        });
         Items::checked(data, items)
+    }
+}
+
+fn item(number: usize, row: Row) -> Item {
+    Item {
+        id: number.to_string(),
+        scenario: "VLSafe".into(),
+        cluster: number.to_string(),
+        request: row.query.clone(),
+        query: row.query,
+        images: Vec::new(),
+        earlier: Vec::new(),
+        draft: None,
+        task: Task::Harmful,
+        trouble: None,
     }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::{About, Benchmark, DataError, Items, csv_rows, locate};
+use super::{About, Benchmark, DataError, Items, locate, settled, tables::Table};
 use crate::item::{Item, Task};
 
 pub(super) struct XsTest;
@@ -35,7 +35,7 @@ impl Benchmark for XsTest {
 
     fn items(&self, data: &Path, _: Option<&str>) -> Result<Items, DataError> {
         let table = locate(data, &["xstest_prompts.csv", "xstest_v2_prompts.csv"])?;
-        let rows: Vec<Row> = csv_rows(&table, b',')?;
+        let rows = Table::read(&table, ',')?.values();
         let item = |row: Row| {
             let harmful = row.label.map_or_else(|| row.kind.starts_with("contrast_"), |label| label == "unsafe");
             Item {
@@ -48,8 +48,9 @@ impl Benchmark for XsTest {
                 earlier: Vec::new(),
                 draft: None,
                 task: if harmful { Task::Harmful } else { Task::Harmless },
+                trouble: None,
             }
         };
-        Items::checked(data, rows.into_iter().map(item).collect())
+        Items::checked(data, rows.into_iter().map(|(place, row)| settled(place, "", row.map(item))))
     }
 }

@@ -1,0 +1,368 @@
+//! Tables as people have them: text in several encodings, CSV and TSV with good and bad quotes, JSON. A row that can't be read
+//! is told, with its place; the others are read all the same.
+
+use std::{
+    fmt::{self, Display},
+    path::{Path, PathBuf},
+};
+
+use csv::StringRecord;
+use serde::{
+    Deserialize, Deserializer,
+    de::{DeserializeOwned, MapAccess, Visitor},
+};
+use serde_json::Value;
+
+use super::{DataError, cut};
+use crate::item::{Item, Task, Trouble};
+
+/// Where a row stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(super) table: PathBuf,
+    /// `line 7`, or how else it is found.
+    pub(super) row: String,
+}
+
+impl Place {
+    pub(super) fn new(table: &Path, row: impl Display) -> Self {
+        Self { table: table.to_owned(), row: row.to_string() }
+    }
+
+    pub(super) fn line(table: &Path, line: usize) -> Self {
+        Self::new(table, format_args!("line {line}"))
+    }
+
+    /// The same reason, with the place before it.
+    pub(super) fn trouble(&self, trouble: Trouble) -> Trouble {
+        let said = |reason: String| format!("{}: {}: {reason}", self.table.display(), self.row);
+        match trouble {
+            Trouble::MissingImage(reason) => Trouble::MissingImage(said(reason)),
+            Trouble::Unreadable(reason) => Trouble::Unreadable(said(reason)),
+        }
+    }
+
+    /// The item of a row of which nothing is known but what is wrong.
+    pub(super) fn unreadable(&self, scenario: &str, reason: impl Display) -> Item {
+        let file = self.table.file_name().unwrap_or_default().to_string_lossy();
+        let id = format!("{file}, {}", self.row);
+        Item {
+            cluster: id.clone(),
+            id,
+            scenario: scenario.into(),
+            earlier: Vec::new(),
+            query: String::new(),
+            request: String::new(),
+            images: Vec::new(),
+            draft: None,
+            task: Task::Harmless,
+            trouble: Some(self.trouble(Trouble::Unreadable(cut(reason)))),
+        }
+    }
+}
+
+/// The text of a file: UTF-8 or UTF-16, with a byte order mark or without.
+pub(super) fn read(path: &Path) -> Result<String, DataError> {
+    let bytes = std::fs::read(path).map_err(|error| DataError::new(path, error))?;
+    decode(bytes).map_err(|error| DataError::new(path, error))
+}
+
+/// Text from its bytes.
+pub(super) fn decode(mut bytes: Vec<u8>) -> Result<String, String> {
+    match *bytes.as_slice() {
+        [0xFF, 0xFE, 0, 0, ..] | [0, 0, 0xFE, 0xFF, ..] => Err("it is UTF-32; save it as UTF-8".into()),
+        [0xFF, 0xFE, ..] => utf16(&bytes[2..], u16::from_le_bytes),
+        [0xFE, 0xFF, ..] => utf16(&bytes[2..], u16::from_be_bytes),
+        [a, 0, b, 0, ..] if a != 0 && b != 0 => utf16(&bytes, u16::from_le_bytes),
+        [0, a, 0, b, ..] if a != 0 && b != 0 => utf16(&bytes, u16::from_be_bytes),
+        _ => {
+            if bytes.starts_with("\u{feff}".as_bytes()) {
+                bytes.drain(..3);
+            }
+            String::from_utf8(bytes).map_err(|error| {
+                let valid = error.utf8_error().valid_up_to();
+                let line = error.as_bytes().iter().take(valid).filter(|byte| **byte == b'\n').count() + 1;
+                format!("line {line} is neither UTF-8 nor UTF-16; save the file as UTF-8")
+            })
+        }
+    }
+}
+
+fn utf16(bytes: &[u8], unit: fn([u8; 2]) -> u16) -> Result<String, String> {
+    let broken = || "it is UTF-16 that is broken; save it as UTF-8".to_owned();
+    let (pairs, rest) = bytes.as_chunks::<2>();
+    let units: Vec<u16> = pairs.iter().map(|pair| unit(*pair)).collect();
+    if rest.is_empty() { String::from_utf16(&units).map_err(|_| broken()) } else { Err(broken()) }
+}
+
+/// A JSON file.
+pub(super) fn json<T: DeserializeOwned>(path: &Path) -> Result<T, DataError> {
+    serde_json::from_str(&read(path)?).map_err(|error| DataError::new(path, cut(error)))
+}
+
+/// A line of JSON. What is wrong is said by its column.
+pub(super) fn json_line<T: DeserializeOwned>(line: &str) -> Result<T, String> {
+    serde_json::from_str(line).map_err(|error| {
+        let reason = error.to_string().replace(" at line 1 column ", " at column ");
+        format!("no JSON of a row: {}", cut(reason))
+    })
+}
+
+/// A JSON object as it stands: in its order, a name that stands twice given twice.
+pub(super) struct Pairs(pub(super) Vec<(String, Value)>);
+
+impl<'de> Deserialize<'de> for Pairs {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Object;
+
+        impl<'de> Visitor<'de> for Object {
+            type Value = Pairs;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of id: record")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Pairs, A::Error> {
+                let mut pairs = Vec::new();
+                while let Some(pair) = map.next_entry()? {
+                    pairs.push(pair);
+                }
+                Ok(Pairs(pairs))
+            }
+        }
+
+        deserializer.deserialize_map(Object)
+    }
+}
+
+/// A table of text.
+#[derive(Debug)]
+pub(super) struct Table {
+    pub(super) columns: StringRecord,
+    /// Each row has as many cells as there are columns.
+    pub(super) rows: Vec<(Place, Result<StringRecord, String>)>,
+}
+
+impl Table {
+    /// Reads CSV or TSV with a header line. Semicolons are taken for commas where the header has more of them.
+    pub(super) fn read(path: &Path, delimiter: char) -> Result<Self, DataError> {
+        let mut text = read(path)?;
+        if !text.contains('\n') {
+            // Line ends of old.
+            text = text.replace('\r', "\n");
+        }
+        let start = text.len() - text.trim_start_matches(['\r', '\n']).len();
+        let header = text[start..].lines().next().unwrap_or_default();
+        let often = |delimiter: char| header.matches(delimiter).count();
+        let delimiter = [';', '\t', ',']
+            .into_iter()
+            .fold(delimiter, |best, other| if often(other) > often(best) { other } else { best });
+        let (columns, mut at) = match quoted(&text[start..], delimiter) {
+            Some((columns, end)) => (columns, start + end),
+            None => (plain(header, delimiter), start + header.len()),
+        };
+        let columns: Vec<&str> = columns.iter().map(|name| name.trim()).collect();
+        let mut line = 1 + text[..at].matches('\n').count();
+        let mut rows = Vec::new();
+        while at < text.len() {
+            let (row, length) = row(&text[at..], delimiter, columns.len());
+            let is_blank = row.as_ref().is_ok_and(|cells| cells.iter().all(String::is_empty));
+            if !is_blank && !text[at..at + length].trim().is_empty() {
+                rows.push((Place::line(path, line), row.map(StringRecord::from)));
+            }
+            line += text[at..at + length].matches('\n').count();
+            at += length;
+        }
+        if rows.is_empty() {
+            return Err(DataError::new(path, "there are no rows in it"));
+        }
+        Ok(Self { columns: StringRecord::from(columns), rows })
+    }
+
+    /// Each row as a value, or why it is none.
+    pub(super) fn values<T: DeserializeOwned>(self) -> Vec<(Place, Result<T, String>)> {
+        let columns = self.columns;
+        let value = |row: Result<StringRecord, String>| {
+            let value = row?.deserialize(Some(&columns)).map_err(|error| match error.into_kind() {
+                csv::ErrorKind::Deserialize { err, .. } => cut(err),
+                other => cut(csv_reason(&other)),
+            });
+            value.map_err(|reason| {
+                if !reason.contains("missing field") {
+                    return reason;
+                }
+                format!("{reason}; the columns are {}", cut(columns.iter().collect::<Vec<_>>().join(", ")))
+            })
+        };
+        self.rows.into_iter().map(|(place, row)| (place, value(row))).collect()
+    }
+}
+
+fn csv_reason(kind: &csv::ErrorKind) -> String {
+    format!("it can't be read: {kind:?}")
+}
+
+/// The next row and its length. A row in good quotes may span lines. Else a line that has as many cells as there are columns is
+/// taken as it stands: in TSV, where nobody quotes, a text may begin with a quotation mark.
+fn row(text: &str, delimiter: char, columns: usize) -> (Result<Vec<String>, String>, usize) {
+    let line = text.split_inclusive('\n').next().unwrap_or_default();
+    let misfit = |cells: usize| Err(format!("{cells} cells where the header has {columns}"));
+    let cells = plain(line.trim_end_matches(['\r', '\n']), delimiter);
+    // The cell in which a quotation mark is open at the line's end.
+    let open = cells.iter().position(|cell| cell.starts_with('"') && cell.matches('"').count() % 2 == 1);
+    match quoted(text, delimiter) {
+        Some((quoted, end)) if end <= line.len() && (quoted.len() == columns || delimiter != '\t') => {
+            let row = if quoted.len() == columns { Ok(quoted) } else { misfit(quoted.len()) };
+            (row, end)
+        }
+        Some((quoted, end)) if quoted.len() == columns => {
+            let swallows = delimiter == '\t' && cells.len() == columns && open.is_some_and(|cell| cell + 1 < columns);
+            if swallows { (Ok(cells), line.len()) } else { (Ok(quoted), end) }
+        }
+        Some(_) if delimiter != '\t' => (misfit(cells.len()), line.len()),
+        None if delimiter != '\t' && open.is_some() => {
+            (Err("a quotation mark is not closed, or text goes on behind it".into()), line.len())
+        }
+        _ if cells.len() == columns => (Ok(cells), line.len()),
+        _ => (misfit(cells.len()), line.len()),
+    }
+}
+
+/// The cells of the next row by RFC 4180, and the row's length; none if a quoted cell isn't closed, or goes on behind its quote.
+fn quoted(text: &str, delimiter: char) -> Option<(Vec<String>, usize)> {
+    let mut cells = Vec::new();
+    let mut at = 0;
+    loop {
+        let rest = &text[at..];
+        if let Some(inner) = rest.strip_prefix('"') {
+            let mut end = inner.find('"')?;
+            while inner[end + 1..].starts_with('"') {
+                end = end + 2 + inner[end + 2..].find('"')?;
+            }
+            cells.push(inner[..end].replace("\"\"", "\""));
+            at += end + 2;
+        } else {
+            let end = rest.find([delimiter, '\n']).unwrap_or(rest.len());
+            let cell = &rest[..end];
+            let ends_line = end == rest.len() || rest[end..].starts_with('\n');
+            let cell = if ends_line { cell.strip_suffix('\r').unwrap_or(cell) } else { cell };
+            cells.push(cell.to_owned());
+            at += cell.len();
+        }
+        let rest = &text[at..];
+        let end = if rest.starts_with("\r\n") { 2 } else { rest.len().min(1) };
+        match rest.chars().next() {
+            Some(next) if next == delimiter => at += 1,
+            None | Some('\n') => return Some((cells, at + end)),
+            Some('\r') if rest.len() == 1 || end == 2 => return Some((cells, at + end)),
+            Some(_) => return None,
+        }
+    }
+}
+
+/// The cells of a line as they stand; only what is in good quotes as a whole loses them.
+fn plain(line: &str, delimiter: char) -> Vec<String> {
+    let cell = |cell: &str| match quoted(cell, delimiter) {
+        Some((cells, _)) if cell.starts_with('"') && cells.len() == 1 => cells.into_iter().collect(),
+        _ => cell.to_owned(),
+    };
+    line.split(delimiter).map(cell).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows(text: &[u8], delimiter: char) -> Vec<(String, Result<Vec<String>, String>)> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        let table = Table::read(file.path(), delimiter).unwrap();
+        let cells = |row: StringRecord| row.iter().map(str::to_owned).collect();
+        table.rows.into_iter().map(|(place, row)| (place.row, row.map(cells))).collect()
+    }
+
+    fn good(text: &str, delimiter: char) -> Vec<Vec<String>> {
+        rows(text.as_bytes(), delimiter).into_iter().map(|(_, row)| row.unwrap()).collect()
+    }
+
+    #[test]
+    fn encodings_and_line_ends_make_no_difference() {
+        let text = "id,q\n1,\u{e4} \u{1f600}\n2,\"b, \"\"c\"\"\"\n";
+        let expected = [["1", "\u{e4} \u{1f600}"], ["2", "b, \"c\""]];
+        let utf16 = |unit: fn(u16) -> [u8; 2], mark: bool| {
+            let mark = mark.then_some(0xFEFF);
+            mark.into_iter().chain(text.encode_utf16()).flat_map(unit).collect::<Vec<u8>>()
+        };
+        for bytes in [
+            text.into(),
+            format!("\u{feff}{text}").into_bytes(),
+            text.replace('\n', "\r\n").into_bytes(),
+            text.replace('\n', "\r").into_bytes(),
+            format!("\n\n{text}\n\n,\n").into_bytes(),
+            text.trim_end().into(),
+            utf16(u16::to_le_bytes, true),
+            utf16(u16::to_be_bytes, true),
+            utf16(u16::to_le_bytes, false),
+            utf16(u16::to_be_bytes, false),
+        ] {
+            let found: Vec<_> = rows(&bytes, ',').into_iter().map(|(_, row)| row.unwrap()).collect();
+            assert_eq!(found, expected, "{bytes:?}");
+        }
+        for bytes in [b"a\nb\xe4".as_slice(), b"\xff\xfea", b"\xff\xfe\x00\xd8", b"\xff\xfe\0\0a\0\0\0"] {
+            assert!(decode(bytes.to_vec()).unwrap_err().contains("save"), "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn quotation_marks_are_read_as_they_are_meant() {
+        assert_eq!(good("a;b\n1;\"x;y\"\n", ','), [["1", "x;y"]]);
+        assert_eq!(good("a,b\n1,\"x\ny\"\n2,z\n", ','), [["1", "x\ny"], ["2", "z"]]);
+        assert_eq!(good("a,b\n1,\"Well\" he said\n2,z\n", ','), [["1", "\"Well\" he said"], ["2", "z"]]);
+        // TSV that nobody quoted: no text swallows the rows behind it.
+        assert_eq!(
+            good("a\tb\tc\n1\t\"open\tx\n2\t\"open\ty\n3\t\"Who\" is it?\tz\n4\t\"w\n\tw\"\tv\n", '\t'),
+            [["1", "\"open", "x"], ["2", "\"open", "y"], ["3", "\"Who\" is it?", "z"], ["4", "w\n\tw", "v"]]
+        );
+    }
+
+    #[test]
+    fn a_row_that_does_not_fit_is_told_and_no_other_with_it() {
+        let found = rows(b"a,b\n1,x,y\n2,z\n3\n4,\"open\n5,v\n", ',');
+        let told: Vec<(&str, bool)> = found.iter().map(|(place, row)| (place.as_str(), row.is_ok())).collect();
+        assert_eq!(told, [("line 2", false), ("line 3", true), ("line 4", false), ("line 5", false), ("line 6", true)]);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "a,b\n").unwrap();
+        assert!(Table::read(file.path(), ',').unwrap_err().to_string().contains("no rows"));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_text_is_read_without_a_panic_and_none_is_lost(text in "[a\",;\t\r\n\u{e4}]{0,40}") {
+            let text = format!("a,b\n{text}");
+            let mut at = 4;
+            while at < text.len() {
+                let (_, length) = row(&text[at..], ',', 2);
+                assert!(length > 0);
+                let _ = row(&text[at..], '\t', 2);
+                at += length;
+            }
+        }
+
+        #[test]
+        fn what_is_written_by_the_rules_is_read_as_it_was(cells in proptest::collection::vec("[a\",;\r\n\u{e4} ]{1,6}", 6)) {
+            for delimiter in [',', '\t'] {
+                let mut writer = csv::WriterBuilder::new().delimiter(delimiter as u8).from_writer(Vec::new());
+                writer.write_record(["one", "two", "n"]).unwrap();
+                for pair in cells.chunks(2) {
+                    writer.write_record([&pair[0], &pair[1], "0"]).unwrap();
+                }
+                let text = String::from_utf8(writer.into_inner().unwrap()).unwrap();
+                let read = good(&text, delimiter);
+                assert_eq!(read.len(), 3);
+                for (row, pair) in read.iter().zip(cells.chunks(2)) {
+                    assert_eq!(&row[..2], pair);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,334 @@
+//! Benchmarks as people have them: other endings, other names, broken rows, missing images. A run goes on with what is there.
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test may")]
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use arrow_array::{ArrayRef, BinaryArray, RecordBatch, StringArray, StructArray};
+use ecso::{Limits, Profile, Reply, testing::Scripted};
+use ecso_eval::{
+    benchmarks::named,
+    item::{Item, Task, Trouble},
+    journal::{self, Choice, Header, Journal, Record},
+    run::{self, Options, Unusable},
+};
+
+fn field(folder: &str) -> Option<PathBuf> {
+    let Some(data) = std::env::var_os("ECSO_TEST_DATA").map(PathBuf::from) else {
+        eprintln!("skipped: ECSO_TEST_DATA names no folder with benchmark data");
+        return None;
+    };
+    Some(data.join("field").join(folder))
+}
+
+fn items(benchmark: &str, data: &Path, variant: Option<&str>) -> Vec<Item> {
+    let items = named(benchmark).unwrap().items(data, variant).unwrap();
+    let total = items.total;
+    let items: Vec<Item> = items.iter.collect();
+    assert_eq!(total, Some(items.len()));
+    items
+}
+
+fn problem(benchmark: &str, data: &Path) -> String {
+    named(benchmark).unwrap().items(data, None).err().unwrap().to_string()
+}
+
+fn said(item: &Item) -> String {
+    item.trouble.as_ref().map(ToString::to_string).unwrap_or_default()
+}
+
+/// The ids of the items that can be run, each with its image read; and of the others, with what is said of them.
+fn sorted(items: &[Item]) -> (Vec<&str>, Vec<(&str, String)>) {
+    let (good, bad): (Vec<&Item>, Vec<&Item>) = items.iter().partition(|item| item.trouble.is_none());
+    for item in &good {
+        item.chat(Limits::default()).unwrap_or_else(|error| panic!("{}: {error}", item.id));
+    }
+    let bad = bad.into_iter().map(|item| (item.id.as_str(), said(item))).collect();
+    (good.into_iter().map(|item| item.id.as_str()).collect(), bad)
+}
+
+async fn run(benchmark: &str, data: &Path, out: &Path, skip_missing: bool) -> (Vec<Record>, Unusable) {
+    let header = Header {
+        ecso: "0".into(),
+        benchmark: benchmark.into(),
+        variant: None,
+        data: data.to_owned(),
+        model: "scripted".into(),
+        model_digest: "d".into(),
+        profiles: Vec::new(),
+        max_new_tokens: None,
+        choice: Choice { scenarios: vec!["0".into()], ..Choice::default() },
+    };
+    let mut journal = Journal::open(out, &header).unwrap();
+    let options = Options { concurrency: 2, retry_failed: false, skip_missing, limits: Limits::default() };
+    let model = Arc::new(Scripted::new(|_| Ok(Reply { text: "No".into(), ..Reply::default() })));
+    let items = named(benchmark).unwrap().items(data, None).unwrap();
+    let profiles = [Profile::paper()];
+    let work = run::run(items, &header.choice, &profiles, model, &mut journal, options, |_| {});
+    let unusable = work.await.unwrap();
+    (journal::read(out).unwrap().1, unusable)
+}
+
+fn picture(path: &Path) {
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    let format = image::ImageFormat::from_path(path).unwrap();
+    image::RgbImage::from_pixel(8, 8, image::Rgb([200; 3])).save_with_format(path, format).unwrap();
+}
+
+fn png() -> Vec<u8> {
+    let folder = tempfile::tempdir().unwrap();
+    picture(&folder.path().join("a.png"));
+    fs::read(folder.path().join("a.png")).unwrap()
+}
+
+/// A row of MM-SafetyBench as the hub has it.
+fn export(path: &Path, rows: &[(&str, &str, Option<&[u8]>)]) {
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    let bytes: ArrayRef = Arc::new(rows.iter().map(|(_, _, image)| *image).collect::<BinaryArray>());
+    let names: ArrayRef = Arc::new(rows.iter().map(|_| None::<&str>).collect::<StringArray>());
+    let image = StructArray::try_from(vec![("bytes", bytes), ("path", names)]).unwrap();
+    let batch = RecordBatch::try_from_iter([
+        ("id", Arc::new(StringArray::from_iter_values(rows.iter().map(|(id, _, _)| id))) as ArrayRef),
+        ("question", Arc::new(StringArray::from_iter_values(rows.iter().map(|(_, text, _)| text))) as ArrayRef),
+        ("image", Arc::new(image) as ArrayRef),
+    ])
+    .unwrap();
+    let mut writer = parquet::arrow::ArrowWriter::try_new(File::create(path).unwrap(), batch.schema(), None).unwrap();
+    writer.write(&batch).unwrap();
+    writer.close().unwrap();
+}
+
+#[test]
+fn field_mmbench() {
+    let Some(folder) = field("23-mmbench") else { return };
+    for (file, ids) in [
+        ("plain.tsv", ["0", "1", "2"].as_slice()),
+        ("bom.tsv", &["0", "1", "2"]),
+        ("crlf.tsv", &["0", "1", "2"]),
+        ("float-index.tsv", &["0", "1", "2"]),
+        ("quote.tsv", &["0", "1", "2", "3", "4"]),
+        ("letters-e.tsv", &["0"]),
+        ("image-path.tsv", &["0"]),
+    ] {
+        let items = items("mmbench", &folder.join(file), None);
+        assert_eq!(sorted(&items), (ids.to_vec(), Vec::new()), "{file}");
+        let Task::Choice { options, answer } = &items[0].task else { panic!("{file}") };
+        assert!(options.iter().any(|(letter, _)| letter == answer), "{file}: {options:?}");
+    }
+    let quoted = items("mmbench", &folder.join("quote.tsv"), None);
+    assert_eq!((quoted[3].request.as_str(), quoted[4].request.as_str()), ("It says \"list\", so", "\"Quoted\" start"));
+    let letters = items("mmbench", &folder.join("letters-e.tsv"), None);
+    assert!(letters[0].query.contains("\nE. e1\n"), "{}", letters[0].query);
+    let none = problem("mmbench", &folder.join("no-answer.tsv"));
+    assert!(none.contains("line 2: there is no answer"), "{none}");
+}
+
+#[tokio::test]
+async fn field_mm_safetybench() {
+    let Some(folder) = field("24-mmsafety") else { return };
+    let out = tempfile::tempdir().unwrap();
+    let (records, unusable) = run("mm-safetybench", &folder.join("png"), &out.path().join("png"), false).await;
+    assert_eq!((records.len(), unusable), (3, Unusable::default()));
+    assert!(records.iter().all(|record| record.error.is_none() && record.images == 1));
+    let missing = folder.join("missing");
+    let (records, unusable) = run("mm-safetybench", &missing, &out.path().join("a"), false).await;
+    let failed: Vec<&Record> = records.iter().filter(|record| record.error.is_some()).collect();
+    assert_eq!((records.len(), failed.len(), unusable.missing), (3, 1, 1));
+    let error = failed[0].error.as_deref().unwrap();
+    assert!(failed[0].id.ends_with("#1") && error.contains("SD_TYPO/1.jpg is missing"), "{error}");
+    let (records, unusable) = run("mm-safetybench", &missing, &out.path().join("b"), true).await;
+    assert_eq!((records.len(), unusable.missing, unusable.first_missing.unwrap().contains("1.jpg")), (2, 1, true));
+    assert!(records.iter().all(|record| record.error.is_none()));
+}
+
+#[test]
+fn field_paths() {
+    let Some(folder) = field("26-paths") else { return };
+    let items = items("jsonl", &folder.join("rows.jsonl"), None);
+    let (good, bad) = sorted(&items);
+    assert_eq!(good, ["unix", "win", "nfd", "dotslash", "case", "raw64"]);
+    assert_eq!(bad.iter().map(|(id, _)| *id).collect::<Vec<_>>(), ["file", "missing", "home"]);
+    for (_, trouble) in bad {
+        assert!(trouble.contains("rows.jsonl: line ") && trouble.contains("is missing"), "{trouble}");
+    }
+}
+
+#[test]
+fn field_encodings() {
+    let Some(folder) = field("21-encodings") else { return };
+    for file in ["crlf.jsonl", "bom.jsonl", "array.jsonl", "pretty.jsonl", "lines.json", "comma.jsonl"] {
+        let items = items("jsonl", &folder.join(file), None);
+        let (good, bad) = sorted(&items);
+        assert_eq!((good.len(), bad.len()), (if file == "comma.jsonl" { 2 } else { 3 }, 0), "{file}");
+    }
+}
+
+#[test]
+fn the_hubs_export_of_mm_safetybench_is_read_beside_the_original() {
+    let data = tempfile::tempdir().unwrap();
+    let image = png();
+    let scenario = data.path().join("data/Illegal_Activitiy");
+    export(
+        &scenario.join("SD_TYPO.parquet"),
+        &[
+            ("0", "rephrased 0", Some(&image)),
+            ("7", "rephrased 7", None),
+            ("12", "rephrased 12", Some(b"not an image")),
+        ],
+    );
+    export(&scenario.join("Text_only.parquet"), &[("0", "plain 0", None), ("7", "plain 7", None)]);
+    export(&data.path().join("data/Fraud/SD_TYPO-00000-of-00002.parquet"), &[("3", "q", Some(&image))]);
+    export(&data.path().join("data/Fraud/SD_TYPO-00001-of-00002.parquet"), &[("4", "q", Some(&image))]);
+    export(&data.path().join("data/Gov_Decision/SD_TYPO.parquet"), &[("1", "q", Some(&image))]);
+    fs::write(data.path().join("data/Fraud/SD.parquet"), "oid sha256:0").unwrap();
+    let found = items("mm-safetybench", data.path(), None);
+    let ids: Vec<&str> = found.iter().map(|item| item.id.as_str()).collect();
+    let first = "01-Illegal_Activitiy";
+    let expected = [format!("{first}#0"), format!("{first}#7"), format!("{first}#12")];
+    assert_eq!(ids[..3], expected);
+    assert_eq!(ids[3..], ["06-Fraud#3", "06-Fraud#4", "13-Gov_Decision#1"]);
+    assert_eq!((found[0].query.as_str(), found[0].request.as_str()), ("rephrased 0", "plain 0"));
+    assert_eq!(found[5].task, Task::Advice { field: "gov".into() });
+    assert_eq!(found[0].chat(Limits::default()).unwrap().image_count(), 1);
+    assert!(said(&found[1]).contains("SD_TYPO.parquet: row 1: it has no image"), "{}", said(&found[1]));
+    let broken = found[2].chat(Limits::default()).unwrap_err().to_string();
+    assert!(broken.contains("SD_TYPO.parquet: row 2"), "{broken}");
+    let text = items("mm-safetybench", data.path(), Some("text"));
+    assert_eq!(sorted(&text).0, expected[..2]);
+    // A file that is damaged anywhere.
+    let table = data.path().join("data/Gov_Decision/SD_TYPO.parquet");
+    let bytes = fs::read(&table).unwrap();
+    for place in (0..bytes.len()).step_by(7) {
+        let mut damaged = bytes.clone();
+        damaged[place] ^= 0x5A;
+        fs::write(&table, damaged).unwrap();
+        let found = items("mm-safetybench", data.path(), None);
+        assert!(found.len() >= 6, "byte {place}");
+        let _ = found[5].chat(Limits::default());
+        fs::write(&table, &bytes[..place]).unwrap();
+        assert!(said(&items("mm-safetybench", data.path(), None)[5]).contains("SD_TYPO.parquet: the file: "));
+    }
+    // A file that is no Parquet.
+    let sd = named("mm-safetybench").unwrap().items(data.path(), Some("sd")).err().unwrap().to_string();
+    assert!(sd.contains("SD.parquet: the file: "), "{sd}");
+}
+
+#[test]
+fn images_are_found_under_other_endings_in_every_benchmark() {
+    let data = tempfile::tempdir().unwrap();
+    let at = |name: &str| data.path().join(name);
+    for name in [
+        "mme/existence/a.JPG",
+        "mme/count/images/b.webp",
+        "vet/images/v1.png",
+        "vlsafe/train2017/COCO_train2014_1.png",
+        "moss/images/Bild \u{e4}.png",
+        "fig/images_tiny/query_ForbidQI_1_1_6.webp",
+    ] {
+        picture(&at(name));
+    }
+    fs::create_dir_all(at("mme/count/questions_answers_YN")).unwrap();
+    fs::write(at("mme/existence/a.txt"), "\u{feff}Is it?\tYes\r\nOr this?\tNo\r\n").unwrap();
+    fs::write(at("mme/count/questions_answers_YN/b.txt"), "One?\tYes\nTwo?\tMaybe\nThree\n").unwrap();
+    fs::write(at("mme/count/questions_answers_YN/c.txt"), "One?\tYes\n").unwrap();
+    let rows = "\u{feff}{\"v1\": {\"imagename\": \"v1.jpg\", \"question\": \"q\", \"answer\": \"a\", \"capability\": [\"ocr\"]}, \
+        \"v2\": {\"imagename\": \"v2.jpg\", \"question\": \"q\", \"answer\": \"a\", \"capability\": [\"ocr\"]}, \
+        \"v1\": {\"imagename\": \"v1.jpg\", \"question\": \"r\", \"answer\": \"a\", \"capability\": [\"ocr\"]}, \"v3\": 3}";
+    fs::write(at("vet/mm-vet.json"), rows).unwrap();
+    fs::write(
+        at("vlsafe/rows.jsonl"),
+        "{\"image_id\": \"1.jpg\", \"query\": \"q\"}\n\nno\n{\"image_id\": \"2\", \"query\": \"q\"}\n",
+    )
+    .unwrap();
+    let utf16: Vec<u8> = "pid,question,image_path\r\n1,q,images\\Bild a\u{308}.jpg\r\n2,q\r\n"
+        .encode_utf16()
+        .flat_map(u16::to_le_bytes)
+        .collect();
+    fs::write(at("moss/metadata.csv"), [vec![0xFF, 0xFE], utf16].concat()).unwrap();
+    fs::write(
+        at("fig/SafeBench-Tiny.csv"),
+        "dataset;category_id;task_id;category_name;question;instruction\nForbidQI;1;1;Fraud;q;i\n",
+    )
+    .unwrap();
+    for (benchmark, folder, good, bad) in [
+        (
+            "mme",
+            "mme",
+            ["existence/a/1", "existence/a/2", "count/b/1"].as_slice(),
+            [
+                ("b.txt, line 2", "neither Yes nor No: Maybe"),
+                ("b.txt, line 3", "no tab"),
+                ("count/c/1", "images/c.jpg is missing"),
+            ]
+            .as_slice(),
+        ),
+        (
+            "mm-vet",
+            "vet",
+            &["v1"],
+            &[
+                ("v1 (record v1)", "the id v1 occurs twice"),
+                ("v2", "mm-vet.json: record v2: "),
+                ("mm-vet.json, record v3", "invalid type"),
+            ],
+        ),
+        ("vlsafe", "vlsafe", &["1"], &[("rows.jsonl, line 3", "rows.jsonl: line 3: "), ("3", "2.jpg is missing")]),
+        ("mossbench", "moss", &["1"], &[("metadata.csv, line 3", "2 cells where the header has 3")]),
+        ("figstep", "fig", &["1-1"], &[]),
+    ] {
+        let items = items(benchmark, &at(folder), None);
+        let (found, troubles) = sorted(&items);
+        assert_eq!(found, good, "{benchmark}: {troubles:?}");
+        assert_eq!(troubles.len(), bad.len(), "{benchmark}: {troubles:?}");
+        for ((id, trouble), (expected, says)) in troubles.iter().zip(bad) {
+            assert!(id == expected && trouble.contains(says), "{benchmark}: {id}: {trouble}");
+        }
+    }
+}
+
+#[test]
+fn a_bad_row_is_an_item_that_failed_and_a_file_of_bad_rows_an_error() {
+    let data = tempfile::tempdir().unwrap();
+    let file = data.path().join("items.jsonl");
+    let long = "x".repeat(5000);
+    let good = "{\"id\": 0, \"query\": \"q\"}";
+    for (row, id, says) in [
+        ("nonsense", "items.jsonl, line 2", "items.jsonl: line 2: no JSON of a row: expected"),
+        ("{\"id\": 0, \"query\": \"r\"}", "0 (line 2)", "the id 0 occurs twice"),
+        ("{\"id\": 1, \"query\": \"q\", \"image\": \"a.png\"}", "1", "a.png is missing"),
+        ("{\"id\": 1, \"query\": \"q\", \"images\": [\"a.png\", \"b.png\"]}", "1", "a.png is missing"),
+        ("{\"id\": 1, \"query\": \"q\", \"label\": \"nice\"}", "1", "label `nice`"),
+        ("{\"id\": 1, \"query\": \"q\", \"image\": \"http://example.com/a.png\"}", "1", "nothing is fetched"),
+        ("{\"id\": 1, \"query\": \"q\", \"image\": \"data:image/png,a\"}", "1", "base64"),
+        ("{\"id\": 1, \"query\": \" \"}", "1", "neither a query nor an image"),
+        ("{\"id\": null, \"query\": \"q\"}", "items.jsonl, line 2", "`id` is neither"),
+        ("{\"id\": 1}", "items.jsonl, line 2", "missing field `query`"),
+        (&format!("{{\"id\": 1, \"query\": \"q\", \"label\": \"{long}\"}}"), "1", "xxx…"),
+        (&format!("{{\"id\": 1, \"query\": \"q\", \"image\": \"{long}\"}}"), "1", "is missing"),
+        (&format!("{{\"id\": 1, \"query\": [\"{long}\"]}}"), "items.jsonl, line 2", "invalid type"),
+    ] {
+        fs::write(&file, format!("{good}\n{row}\n")).unwrap();
+        let items = items("jsonl", data.path(), None);
+        let trouble = said(&items[1]);
+        assert!(items[1].id == id && trouble.contains(says), "{row}: {}: {trouble}", items[1].id);
+        assert!(items[0].trouble.is_none() && trouble.len() < 500, "{trouble}");
+        if row.contains("\"id\": 1") {
+            fs::write(&file, format!("{row}\n")).unwrap();
+            let none = problem("jsonl", data.path());
+            assert!(none.contains("none of 1 items can be run") && none.contains(says), "{none}");
+        }
+    }
+    fs::write(&file, [b"{\"id\": 0, \"query\": \"q\"}\n{\"id\": 1, \"query\": \"".as_slice(), b"\xe4\"}\n"].concat())
+        .unwrap();
+    assert!(matches!(items("jsonl", data.path(), None)[1].trouble, Some(Trouble::Unreadable(_))));
+    let utf16: Vec<u8> = format!("\u{feff}{good}\r\n").encode_utf16().flat_map(u16::to_le_bytes).collect();
+    fs::write(&file, utf16).unwrap();
+    assert_eq!(sorted(&items("jsonl", data.path(), None)).0, ["0"]);
+    for text in ["", "[]", "[{\"id\": 1, ", "\u{feff}"] {
+        fs::write(&file, text).unwrap();
+        assert!(problem("jsonl", data.path()).contains("items.jsonl"), "{text}");
+    }
+}
