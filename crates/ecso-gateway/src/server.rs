@@ -181,7 +181,7 @@ async fn completions(State(gateway): State<Arc<Gateway>>, request: axum::extract
     let span = telemetry::span("chat", &id, &head.headers);
     let answered = async {
         let context = gateway.begin(&state, &id, &head.method, &head.uri, head.headers)?;
-        completion(&gateway, context, body).await
+        Box::pin(completion(&gateway, context, body)).await
     };
     signed(&id, "chat", &state.metrics, answered.instrument(span)).await
 }

@@ -106,26 +106,37 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
             wall.as_secs_f64(),
             100.0 * work.busy.as_secs_f64() / wall.as_secs_f64().max(1e-9)
         );
-        let Unusable { missing, first_missing, unreadable, first_unreadable } = unusable;
-        if let Some(first) = first_missing {
-            let now = if args.skip_missing { "left out" } else { "recorded as failed; --skip-missing leaves such out" };
-            eprintln!("{missing} items miss an image and are {now}; the first: {first}");
-        }
-        if let Some(first) = first_unreadable {
-            eprintln!("{unreadable} items can't be read and are recorded as failed; the first: {first}");
-        }
-        let answered = journal.len() - journal.failed();
-        anyhow::ensure!(answered > 0, "no item was answered; the journal says why: {}", args.out.display());
-        #[expect(clippy::cast_precision_loss, reason = "counts of items")]
-        let coverage = answered as f64 / journal.len() as f64;
-        anyhow::ensure!(
-            coverage >= args.min_coverage,
-            "coverage {coverage:.3} is below {}; --retry-failed tries the failed items again",
-            args.min_coverage
-        );
+        told(args, &unusable);
+        enough(args, &journal)?;
         eprintln!("next: ecso eval judge {}", args.out.display());
         Ok(())
     })
+}
+
+/// Tells what of the data could not be used.
+fn told(args: &RunArgs, unusable: &Unusable) {
+    let Unusable { missing, first_missing, unreadable, first_unreadable } = unusable;
+    if let Some(first) = first_missing {
+        let now = if args.skip_missing { "left out" } else { "recorded as failed; --skip-missing leaves such out" };
+        eprintln!("{missing} items miss an image and are {now}; the first: {first}");
+    }
+    if let Some(first) = first_unreadable {
+        eprintln!("{unreadable} items can't be read and are recorded as failed; the first: {first}");
+    }
+}
+
+/// An error where too few items were answered for the run to be a success.
+fn enough(args: &RunArgs, journal: &Journal) -> anyhow::Result<()> {
+    let answered = journal.len() - journal.failed();
+    anyhow::ensure!(answered > 0, "no item was answered; the journal says why: {}", args.out.display());
+    #[expect(clippy::cast_precision_loss, reason = "counts of items")]
+    let coverage = answered as f64 / journal.len() as f64;
+    anyhow::ensure!(
+        coverage >= args.min_coverage,
+        "coverage {coverage:.3} is below {}; --retry-failed tries the failed items again",
+        args.min_coverage
+    );
+    Ok(())
 }
 
 /// The scenarios that are run: those named, else the benchmark's own choice.
