@@ -1,6 +1,9 @@
 //! One row of the input: an unlabelled pair of image and query.
 
-use std::path::PathBuf;
+use std::{
+    borrow::Cow,
+    path::{Path, PathBuf},
+};
 
 use bytes::Bytes;
 use ecso::{Chat, Image, ImageError, Limits, Part, Role, Turn};
@@ -13,16 +16,27 @@ pub struct Row {
     pub number: u64,
     /// What the input calls it; its place, if it says nothing.
     pub id: String,
-    /// The turns before the query, as text.
-    pub before: Vec<(Role, String)>,
+    /// The turns before the query.
+    pub before: Vec<Said>,
     /// What is asked.
     pub query: String,
-    /// The images of the query, in order.
+    /// All images, in order: those of earlier turns, then those of the query.
     pub images: Vec<Picture>,
     /// Its category, for counts; may be empty.
     pub category: String,
     /// The direct answer, where somebody has it already (traffic).
     pub draft: Option<String>,
+}
+
+/// An earlier turn.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Said {
+    /// Who said it.
+    pub role: Role,
+    /// What.
+    pub text: String,
+    /// How many of the row's images stand in it; always before its text.
+    pub images: usize,
 }
 
 /// Where an image is.
@@ -56,8 +70,27 @@ impl Picture {
         Ok(match self {
             Self::Bytes(bytes) => Image::from_bytes(bytes.clone(), limits)?,
             Self::Url(url) => fetcher.image(url, limits).await?,
-            Self::File(path) => Image::open(path, limits)?,
+            Self::File(path) => Image::open(path, limits).map_err(|error| short(path, error))?,
         })
+    }
+}
+
+/// The error of a file, with no more than [`cut`] leaves of its name.
+fn short(path: &Path, error: ImageError) -> ImageError {
+    match (error, cut(&path.to_string_lossy())) {
+        (ImageError::File { reason, .. }, Cow::Owned(path)) => ImageError::File { path: path.into(), reason },
+        (error, _) => error,
+    }
+}
+
+/// Characters of a row's own text that an error shows.
+const SHOWN: usize = 200;
+
+/// A text of a row as errors show it: its beginning, where it is long. A row may have 100 MB, and its error goes to the journal.
+pub(crate) fn cut(text: &str) -> Cow<'_, str> {
+    match text.char_indices().nth(SHOWN) {
+        Some((end, _)) => Cow::Owned(format!("{}… ({} bytes)", &text[..end], text.len())),
+        None => Cow::Borrowed(text),
     }
 }
 
@@ -74,11 +107,23 @@ impl Row {
         Ok(images)
     }
 
-    /// The conversation that the model is asked, with `images` in the query's turn.
+    /// The images of the query alone; those of earlier turns stand before them.
+    #[must_use]
+    pub fn query_images(&self) -> usize {
+        self.images.len() - self.before.iter().map(|said| said.images).sum::<usize>().min(self.images.len())
+    }
+
+    /// The conversation that the model is asked, with each of `images` in its turn.
     #[must_use]
     pub fn chat(&self, images: &[Image]) -> Chat {
-        let mut turns: Vec<Turn> = self.before.iter().map(|(role, text)| Turn::text(*role, text.clone())).collect();
-        let mut parts: Vec<Part> = images.iter().cloned().map(Part::Image).collect();
+        let mut images = images.iter().cloned().map(Part::Image);
+        let mut turns = Vec::with_capacity(self.before.len() + 1);
+        for said in &self.before {
+            let mut parts: Vec<Part> = images.by_ref().take(said.images).collect();
+            parts.push(Part::Text(said.text.clone()));
+            turns.push(Turn { role: said.role, parts });
+        }
+        let mut parts: Vec<Part> = images.collect();
         parts.push(Part::Text(self.query.clone()));
         turns.push(Turn { role: Role::User, parts });
         Chat { turns, ..Chat::default() }
@@ -92,9 +137,12 @@ impl Row {
             key.update(&(bytes.len() as u64).to_le_bytes());
             key.update(bytes);
         };
-        for (role, text) in &self.before {
-            part(role.as_str().as_bytes());
-            part(text.as_bytes());
+        for said in &self.before {
+            part(said.role.as_str().as_bytes());
+            part(said.text.as_bytes());
+            if said.images > 0 {
+                part(&said.images.to_le_bytes());
+            }
         }
         part(self.query.as_bytes());
         for image in images {
