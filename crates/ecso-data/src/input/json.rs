@@ -187,7 +187,7 @@ impl<R: BufRead> Elements<R> {
             }
             if !is_right {
                 let line = self.source.line;
-                let what = if in_string { "a quote isn't closed" } else { "a bracket isn't closed" };
+                let what = if in_string { "a quote isn't closed" } else { "a bracket is missing or one too many" };
                 let next = self.find_next(indent.as_deref(), is_spread)?;
                 self.ended = next.is_none();
                 let then = next.map_or_else(
@@ -196,6 +196,9 @@ impl<R: BufRead> Elements<R> {
                 );
                 return Ok(Err(format!("line {line}: not JSON: {what}{then}")));
             }
+        }
+        if open.is_empty() && !in_string {
+            return Ok(parse(row.trim_ascii(), begin));
         }
         self.ended = true;
         Ok(Err(format!("line {begin}: not a JSON array of rows: the file ends inside the value that begins here")))
@@ -311,7 +314,7 @@ mod tests {
             ("[{\"a\":NaN},{\"a\":2}]", "no NaN"),
             ("[{\"a\":1,},{\"a\":2}]", "trailing comma"),
             ("[\n{\"a\":\"1},\n{\"a\":2}]", "line 2: not JSON: a quote isn't closed"),
-            ("[\n{\"a\":[1},\n{\"a\":2}]", "line 2: not JSON: a bracket isn't closed"),
+            ("[\n{\"a\":[1},\n{\"a\":2}]", "line 2: not JSON: a bracket is missing"),
             ("[\n  {\n    \"a\": \"1\n  },\n  {\n    \"a\": 2\n  }\n]", "up to line 5"),
         ] {
             let told = told(text);

@@ -117,7 +117,8 @@ impl Input {
         }
         let pattern = path.to_str().filter(|pattern| pattern.contains(['*', '?']) && !path.exists());
         let Some(pattern) = pattern else { return Ok(Folder::Tables(vec![path.clone()])) };
-        let found = glob::glob(pattern).map_err(|error| InputError::new(path, error))?;
+        let options = glob::MatchOptions { require_literal_leading_dot: true, ..glob::MatchOptions::new() };
+        let found = glob::glob_with(pattern, options).map_err(|error| InputError::new(path, error))?;
         let files: Result<Vec<PathBuf>, _> = found.collect();
         let mut files = files.map_err(|error| InputError::new(path, error))?;
         files.retain(|file| file.is_file());

@@ -71,19 +71,25 @@ impl Mapping {
         }
     }
 
-    /// The column that is `what`, of those that are there.
-    fn column<'a>(&'a self, what: &str, is_there: impl Fn(&str) -> bool) -> Option<&'a str> {
+    /// The column that is `what`, of those that `hold` something. Upper and lower case don't count where nobody named it.
+    fn column(&self, what: &str, fields: &Fields, holds: impl Fn(&Cell) -> bool) -> Option<String> {
+        let held = |name: &str| fields.get(name).is_some_and(&holds).then(|| name.to_owned());
         if let Some(named) = self.0.get(what) {
-            return is_there(named).then_some(named);
+            return held(named);
         }
         let (_, usual) = USUAL.iter().find(|(known, _)| *known == what)?;
-        usual.iter().copied().find(|name| is_there(name))
+        let other = |name: &str| {
+            let alike = fields.iter().find(|(other, cell)| other.eq_ignore_ascii_case(name) && holds(cell));
+            alike.map(|(other, _)| other.clone())
+        };
+        usual.iter().find_map(|name| held(name)).or_else(|| usual.iter().find_map(|name| other(name)))
     }
 
     /// Whether a row is read from this column.
     pub(super) fn knows(&self, name: &str) -> bool {
+        let small = name.to_ascii_lowercase();
         self.0.values().any(|named| named == name)
-            || USUAL.iter().any(|(_, names)| names.contains(&name))
+            || USUAL.iter().any(|(_, names)| names.contains(&small.as_str()))
             || BESIDE.contains(&name)
             || numbered_image(name).is_some()
     }
@@ -184,8 +190,8 @@ impl Reader {
     }
 
     fn take(&self, what: &str, fields: &mut Fields) -> Option<(String, Cell)> {
-        let name = self.mapping.column(what, |name| fields.get(name).is_some_and(|cell| *cell != Cell::Null))?;
-        fields.remove_entry(name)
+        let name = self.mapping.column(what, fields, |cell| *cell != Cell::Null)?;
+        fields.remove_entry(&name)
     }
 
     /// A name: of any type that is shown as a text.
@@ -270,8 +276,8 @@ impl Reader {
 
     /// The images of a row that stand in a column of their own, or in several: `image_1`, `image_2`, …
     fn images(&self, fields: &mut Fields) -> Result<Vec<Picture>, String> {
-        let mut names: Vec<String> = match self.mapping.column("image", |name| has(fields, name)) {
-            Some(name) => vec![name.to_owned()],
+        let mut names: Vec<String> = match self.mapping.column("image", fields, |cell| !cell.is_empty()) {
+            Some(name) => vec![name],
             None if self.mapping.0.contains_key("image") => Vec::new(),
             None => fields.keys().filter(|name| numbered_image(name).is_some()).cloned().collect(),
         };
@@ -434,7 +440,7 @@ mod tests {
 
     #[test]
     fn columns_are_found_by_their_usual_names() {
-        let found = row(json!({"question": "What?", "image": "a.png", "topic": "t"})).unwrap();
+        let found = row(json!({"Question": "What?", "image": "a.png", "topic": "t"})).unwrap();
         assert_eq!((found.id.as_str(), found.query.as_str(), found.category.as_str()), ("7", "What?", "t"));
         assert_eq!(found.images, [Picture::File("root/a.png".into())]);
         let found =
@@ -463,6 +469,72 @@ mod tests {
         assert_eq!(found.before.len(), 3);
         assert_eq!(found.query, "What is this?");
         assert_eq!(found.images, [Picture::Bytes(vec![0, 0, 0].into())]);
+    }
+
+    #[test]
+    fn what_tools_said_and_what_was_thought_is_kept_as_text() {
+        let found = row(json!({"messages": [
+            {"role": "user", "content": "<image>\nWeather?"},
+            {"role": "assistant", "reasoning_content": "A map.", "tool_calls": [{"function": {"name": "look"}}]},
+            {"role": "tool", "name": "look", "content": [{"type": "text", "text": "sunny"}]},
+            {"role": "user", "content": [{"type": "tool_result", "content": "22"}, {"type": "text", "text": "So?"}]},
+        ], "images": ["a.png"]}))
+        .unwrap();
+        let texts: Vec<&str> = found.before.iter().map(|said| said.text.as_str()).collect();
+        let call = "Thought: A map.\nTool call: [{\"function\":{\"name\":\"look\"}}]";
+        assert_eq!(texts, ["Weather?", call, "Tool result (look): sunny"]);
+        assert_eq!(
+            (found.query.as_str(), found.before[0].images, found.query_images()),
+            ("Tool result: 22\nSo?", 1, 0)
+        );
+        let behind = json!({"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "r"}]});
+        assert!(row(behind).unwrap_err().contains("behind the user's last turn"));
+    }
+
+    #[test]
+    fn an_answer_is_the_draft_if_the_mapping_says_so() {
+        let record = json!({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]});
+        assert_eq!(row(record.clone()).unwrap().draft, None);
+        let mapping = Mapping::new([("draft".into(), "conversations".into())]).unwrap();
+        let reader = Reader { mapping, ..Reader::default() };
+        let found = reader.row(0, serde_json::from_value(record).unwrap()).unwrap();
+        assert_eq!((found.query.as_str(), found.draft.as_deref()), ("q", Some("a")));
+    }
+
+    #[test]
+    fn layouts_of_trainers_are_read() {
+        for (record, query, before, images) in [
+            (json!({"instruction": "Read", "input": "this <image>", "images": ["a.png"]}), "Read\nthis", 0, 1),
+            (
+                json!({"query": "<image>B?", "images": ["a", "b"], "history": [["<image>A?", "a"]], "system": "S"}),
+                "B?",
+                3,
+                2,
+            ),
+            (json!({"texts": [{"user": "A?", "assistant": "a"}, {"user": "B?", "assistant": "b"}]}), "B?", 2, 0),
+            (
+                json!({"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A?"}]}], "images": ["a"]}),
+                "A?",
+                0,
+                1,
+            ),
+            (json!({"prompt": "[{\"role\": \"user\", \"content\": \"A?\"}]"}), "A?", 0, 0),
+            (json!({"prompt": "{\"a\": 1}"}), "{\"a\": 1}", 0, 0),
+            (json!({"question": "<image 1> B?", "image_1": "a", "image_2": null}), "B?", 0, 1),
+            (
+                json!({"messages": [{"role": "user", "content": [
+                    {"type": "text", "text": "Is"}, {"type": "image", "image": "a"},
+                    {"type": "text", "text": "like"}, {"type": "image", "source": {"type": "base64", "data": "AAAA"}},
+                    {"type": "text", "text": "?"},
+                ]}]}),
+                "Is the first image like the second image?",
+                0,
+                2,
+            ),
+        ] {
+            let found = row(record.clone()).map(|row| (row.query, row.before.len(), row.images.len()));
+            assert_eq!(found, Ok((query.to_owned(), before, images)), "{record}");
+        }
     }
 
     #[test]

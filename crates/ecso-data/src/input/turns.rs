@@ -233,8 +233,11 @@ fn part(part: &Cell, picture: Picturing<'_>, pieces: &mut Vec<Piece>) -> Result<
         }
         Some("tool_result" | "function_call_output") => {
             let content = ["content", "output"].iter().find_map(|name| part.get(name));
+            let mut found = Vec::new();
+            content.map_or(Ok(()), |content| parts(content, picture, &mut found))?;
             pieces.push(Piece::Text("Tool result: ".into()));
-            content.map_or(Ok(()), |content| parts(content, picture, pieces))
+            pieces.extend(found);
+            Ok(())
         }
         Some("image" | "image_url" | "input_image") if has_image() => {
             pieces.push(Piece::Own(picture(part)?));
