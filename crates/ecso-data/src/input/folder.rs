@@ -6,7 +6,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{InputError, RowError, Rows, text};
+use ecso::Role;
+
+use super::{
+    InputError, RowError, Rows,
+    marks::{self, Turn},
+    text,
+};
 use crate::row::{Picture, Row};
 
 /// Endings of tables.
@@ -69,18 +75,16 @@ pub(super) fn look(folder: &Path, has_query: bool) -> Result<Folder, InputError>
 pub(super) fn rows(folder: &Path, files: Vec<PathBuf>, query: Option<String>) -> Rows {
     let folder = folder.to_owned();
     Box::new((0..).zip(files).map(move |(number, path)| {
-        let asked = asked(&path, query.as_deref()).map_err(|reason| RowError { number, reason })?;
+        let mut images = vec![Picture::File(path.clone())];
+        let asked = asked(&path, query.as_deref()).and_then(|asked| {
+            let mut pieces = Vec::new();
+            marks::pieces(&asked, &|path| Ok(Picture::File(path.into())), &mut pieces)?;
+            marks::alone(Turn { role: Role::User, pieces }, &mut images, 0)
+        });
+        let query = asked.map_err(|reason| RowError { number, reason })?;
         let below = path.strip_prefix(&folder).unwrap_or(&path);
         let category = below.parent().map(|parent| parent.display().to_string()).unwrap_or_default();
-        Ok(Row {
-            number,
-            id: below.display().to_string(),
-            before: Vec::new(),
-            query: asked,
-            images: vec![Picture::File(path)],
-            category,
-            draft: None,
-        })
+        Ok(Row { number, id: below.display().to_string(), before: Vec::new(), query, images, category, draft: None })
     }))
 }
 

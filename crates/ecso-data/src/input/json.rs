@@ -242,6 +242,8 @@ fn too_long(line: u64) -> String {
 }
 
 fn parse(row: &[u8], line: u64) -> Result<Cell, String> {
+    // Files that were put one behind the other have such marks in their midst.
+    let row = row.strip_prefix(b"\xef\xbb\xbf").unwrap_or(row);
     let text = std::str::from_utf8(row).map_err(|error| format!("line {line}: {}", text::not_utf8(error)))?;
     serde_json::from_str(text).map_err(|error| {
         let said = error.to_string();
@@ -290,7 +292,7 @@ mod tests {
     fn lines_arrays_and_spread_objects_are_told_apart_by_what_is_in_them() {
         for text in [
             "{\"a\":1}\n{\"a\":2}\n",
-            "\u{feff}{\"a\":1}\r\n\r\n{\"a\":2}",
+            "\u{feff}{\"a\":1}\r\n\r\n\u{feff}{\"a\":2}",
             "[{\"a\":1},{\"a\":2}]",
             " [\n  {\n    \"a\": 1\n  },\n  {\n    \"a\": 2\n  }\n]\n",
             "\u{feff}[{\"a\":1},\r\n{\"a\":2},]\r\n",

@@ -3,7 +3,10 @@
 //! A mark at the beginning or end of its turn is removed, since images stand before the text of their turn. One in mid-sentence is
 //! part of what is said, so it becomes words: "the first image".
 
-use std::{collections::BTreeSet, sync::LazyLock};
+use std::{
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    sync::LazyLock,
+};
 
 use ecso::Role;
 use regex_lite::Regex;
@@ -27,8 +30,7 @@ pub(super) enum Piece {
     Own(Picture),
 }
 
-/// Marks of LLaVA, LLaMA-Factory, ms-swift (`<image>`), MiniCPM (`<image>./</image>`), MMMU (`<image 1>`), Phi (`<|image_1|>`), Llama and
-/// others (`<|image|>`), Qwen (`<|vision_start|><|image_pad|><|vision_end|>`, `<img>path</img>`), Gemma, DeepSeek, InternLM.
+/// `<image>` as LLaVA, LLaMA-Factory and ms-swift write it, numbered as MMMU and Phi do, and what models have as their own.
 static MARKS: LazyLock<Option<Regex>> = LazyLock::new(|| {
     let marks = concat!(
         r"<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>|<\|image_pad\|>|<img>(?P<path>[^<>\n]*)</img>",
@@ -37,6 +39,12 @@ static MARKS: LazyLock<Option<Regex>> = LazyLock::new(|| {
     );
     Regex::new(marks).ok()
 });
+
+impl Piece {
+    fn number(&self) -> Option<usize> {
+        if let Self::Mark(number) = self { *number } else { None }
+    }
+}
 
 /// Marks of what no image is.
 const OTHERS: [&str; 5] = ["<video>", "<audio>", "<|video_pad|>", "<|video|>", "<|audio|>"];
@@ -71,85 +79,116 @@ pub(super) fn pieces(
 
 /// Gives every mark its image: `column` are the row's images that stand in no turn. Where nothing says where they belong, they stand in
 /// the last turn, the query. Gives the turns as text, and all images in order.
-pub(super) fn place(mut turns: Vec<Turn>, column: Vec<Picture>) -> Result<(Vec<Said>, Vec<Picture>), String> {
+pub(super) fn place(mut turns: Vec<Turn>, column: &[Picture]) -> Result<(Vec<Said>, Vec<Picture>), String> {
     repeat_own(&mut turns);
-    let all = || turns.iter().flat_map(|turn| &turn.pieces);
-    let marks = all().filter(|piece| matches!(piece, Piece::Mark(None))).count();
-    let own: Vec<&Picture> =
-        all().filter_map(|piece| if let Piece::Own(own) = piece { Some(own) } else { None }).collect();
-    let numbers: BTreeSet<usize> =
-        all().filter_map(|piece| if let Piece::Mark(number) = piece { *number } else { None }).collect();
-    // Some count from 0.
-    let first = usize::from(!numbers.contains(&0));
-    let numbered = numbers.last().map_or(0, |last| last + 1 - first);
-    let is_right = match (marks, numbered) {
-        (0, 0) => own.is_empty() || column.is_empty() || own.iter().copied().eq(&column),
-        (0, _) => numbered == column.len() && numbers.len() == numbered,
-        (_, 0) => marks == column.len(),
-        _ => return Err("marks with a number and marks without stand in one row".into()),
-    };
-    if !is_right && marks + numbered == 0 {
-        let (own, column) = (own.len(), column.len());
-        return Err(format!(
-            "{own} images stand in the turns and {column} others beside them: where these belong isn't said"
-        ));
-    }
-    if !is_right {
-        let marks = if marks > 0 { marks } else { numbers.len() };
-        let (number, images) = (column.len(), if column.len() == 1 { "image" } else { "images" });
-        return Err(format!("{marks} marks of images stand in the text, but the row has {number} {images} for them"));
-    }
-    let is_unmarked = marks + numbered == 0 && own.is_empty();
-    let of_column = if is_unmarked || marks + numbered > 0 { column.len() } else { 0 };
-    let total = of_column + own.len();
-    let mut images = Vec::with_capacity(total);
-    let mut next = 0;
+    let marked = Marked::of(&turns);
+    marked.fits(column)?;
+    let mut images = Vec::new();
+    let mut next = column.iter();
     // Where a numbered image has gone.
-    let mut places: Vec<Option<usize>> = vec![None; column.len()];
-    let mut said = Vec::with_capacity(turns.len());
+    let mut places: BTreeMap<usize, usize> = BTreeMap::new();
+    let mut done = Vec::with_capacity(turns.len());
     let last = turns.len().saturating_sub(1);
     for (index, turn) in turns.into_iter().enumerate() {
         let before = images.len();
-        if index == last && is_unmarked {
+        if index == last && marked.says_nothing() {
             images.extend(column.iter().cloned());
         }
-        let mut mentioned: Vec<usize> = turn
-            .pieces
-            .iter()
-            .filter_map(|piece| if let Piece::Mark(number) = piece { *number } else { None })
-            .collect();
-        mentioned.sort_unstable();
-        for number in mentioned {
-            let index = number - first;
-            if places[index].is_none() {
-                places[index] = Some(images.len());
-                images.push(column[index].clone());
+        // Of several with a number the lower stands first.
+        for number in turn.pieces.iter().filter_map(Piece::number).collect::<BTreeSet<usize>>() {
+            if let (Entry::Vacant(free), Some(picture)) = (places.entry(number), column.get(number - marked.first)) {
+                free.insert(images.len());
+                images.push(picture.clone());
             }
         }
         let mut shown = Vec::with_capacity(turn.pieces.len());
         for piece in turn.pieces {
-            shown.push(match piece {
-                Piece::Text(text) => Shown::Text(text),
-                Piece::Own(picture) => {
-                    images.push(picture);
-                    Shown::Image(images.len() - 1)
+            let picture = match piece {
+                Piece::Text(text) => {
+                    shown.push(Shown::Text(text));
+                    continue;
                 }
-                Piece::Mark(Some(number)) => Shown::Image(places[number - first].unwrap_or_default()),
-                Piece::Mark(None) => {
-                    images.push(column[next].clone());
-                    next += 1;
-                    Shown::Image(images.len() - 1)
+                Piece::Mark(Some(number)) => {
+                    shown.extend(places.get(&number).copied().map(Shown::Image));
+                    continue;
                 }
-            });
+                Piece::Mark(None) => next.next().cloned(),
+                Piece::Own(picture) => Some(picture),
+            };
+            shown.extend(picture.is_some().then_some(Shown::Image(images.len())));
+            images.extend(picture);
         }
         let count = images.len() - before;
         if count > 0 && turn.role != Role::User {
             return Err(format!("an image in a turn of the {} can't be used", turn.role.as_str()));
         }
-        let text = words(&shown, total);
-        said.push(Said { role: turn.role, text, images: count });
+        done.push((turn.role, shown, count));
     }
-    Ok((said, images))
+    let said =
+        done.into_iter().map(|(role, shown, count)| Said { role, text: words(&shown, images.len()), images: count });
+    Ok((said.collect(), images))
+}
+
+/// The text of a turn that is all there is to the images from `first` on.
+pub(super) fn alone(turn: Turn, images: &mut Vec<Picture>, first: usize) -> Result<String, String> {
+    let (mut said, placed) = place(vec![turn], &images.split_off(first))?;
+    images.extend(placed);
+    Ok(said.pop().map(|said| said.text).unwrap_or_default())
+}
+
+/// What the turns of a row say about its images.
+struct Marked {
+    /// Marks without a number.
+    plain: usize,
+    /// Numbers of marks.
+    numbers: BTreeSet<usize>,
+    /// Where these begin: some count from 0.
+    first: usize,
+    /// Images that stand in the turns.
+    own: Vec<Picture>,
+}
+
+impl Marked {
+    fn of(turns: &[Turn]) -> Self {
+        let mut marked = Self { plain: 0, numbers: BTreeSet::new(), first: 1, own: Vec::new() };
+        for piece in turns.iter().flat_map(|turn| &turn.pieces) {
+            match piece {
+                Piece::Text(_) => {}
+                Piece::Mark(None) => marked.plain += 1,
+                Piece::Mark(Some(number)) => marked.numbers.extend([*number]),
+                Piece::Own(picture) => marked.own.push(picture.clone()),
+            }
+        }
+        marked.first = usize::from(!marked.numbers.contains(&0));
+        marked
+    }
+
+    fn says_nothing(&self) -> bool {
+        self.plain == 0 && self.numbers.is_empty() && self.own.is_empty()
+    }
+
+    /// Whether there is a mark for each image of the column, and an image for each mark.
+    fn fits(&self, column: &[Picture]) -> Result<(), String> {
+        if self.plain > 0 && !self.numbers.is_empty() {
+            return Err("marks of images with a number and marks without stand in one row".into());
+        }
+        let (marks, images) = (self.plain + self.numbers.len(), column.len());
+        if marks == 0 {
+            // The column may say once more what stands in the turns.
+            let fits = self.own.is_empty() || column.is_empty() || self.own == column;
+            let own = self.own.len();
+            let wrong = || {
+                format!(
+                    "images stand in the turns ({own}) and beside them ({images}), and nothing says where the latter belong"
+                )
+            };
+            return fits.then_some(()).ok_or_else(wrong);
+        }
+        let last = self.numbers.last().map(|last| last + 1 - self.first);
+        let fits = marks == images && last.is_none_or(|last| last == images);
+        let wrong = || format!("marks of images in the text: {marks}; images that the row has for them: {images}");
+        fits.then_some(()).ok_or_else(wrong)
+    }
 }
 
 /// A turn whose images stand in it may have a mark for each as well: then the images stand where the marks do.
@@ -253,8 +292,8 @@ mod tests {
     }
 
     fn one(text: &str, images: usize) -> Result<(String, usize), String> {
-        let column = (0..images).map(|image| picture(&image.to_string())).collect();
-        let (mut said, images) = place(vec![turn(Role::User, text)], column)?;
+        let column: Vec<Picture> = (0..images).map(|image| picture(&image.to_string())).collect();
+        let (mut said, images) = place(vec![turn(Role::User, text)], &column)?;
         Ok((said.remove(0).text, images.len()))
     }
 
@@ -295,7 +334,7 @@ mod tests {
             [("<image>\nWhat?", 0), ("<image>\nWhat?", 2), ("<image><image>", 1), ("<image 2> What?", 2)]
         {
             let error = one(text, images).unwrap_err();
-            assert!(error.contains("marks of images stand"), "{text}: {error}");
+            assert!(error.contains("marks of images in the text"), "{text}: {error}");
         }
         let mut found = Vec::new();
         assert!(pieces("<video>", &|path| Ok(picture(path)), &mut found).unwrap_err().contains("only images"));
@@ -305,12 +344,12 @@ mod tests {
     fn images_stand_in_their_turns() {
         let turns =
             vec![turn(Role::User, "<image>\nOne?"), turn(Role::Assistant, "1"), turn(Role::User, "Two, <image>?")];
-        let (said, images) = place(turns, vec![picture("a"), picture("b")]).unwrap();
+        let (said, images) = place(turns, &[picture("a"), picture("b")]).unwrap();
         assert_eq!(images, [picture("a"), picture("b")]);
         let counts: Vec<_> = said.iter().map(|said| (said.text.as_str(), said.images)).collect();
         assert_eq!(counts, [("One?", 1), ("1", 0), ("Two, the second image?", 1)]);
         let drawn = vec![turn(Role::Assistant, "Here: <image>"), turn(Role::User, "And now?")];
-        assert!(place(drawn, vec![picture("a")]).unwrap_err().contains("of the assistant"));
+        assert!(place(drawn, &[picture("a")]).unwrap_err().contains("of the assistant"));
     }
 
     proptest::proptest! {
@@ -323,7 +362,7 @@ mod tests {
                 let _ = pieces(text, &own, &mut found);
                 turns.push(Turn { role: Role::User, pieces: found });
             }
-            let _ = place(turns, vec![picture("a"); images]);
+            let _ = place(turns, &vec![picture("a"); images]);
         }
     }
 }

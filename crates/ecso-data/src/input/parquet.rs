@@ -1,6 +1,11 @@
 //! Parquet, a few rows at a time. Every type of Arrow becomes a [`Cell`]; bytes stay bytes.
 
-use std::{collections::BTreeMap, fs::File, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+};
 
 use arrow_array::{
     Array,
@@ -28,7 +33,8 @@ use crate::row::cut;
 const ROWS: usize = 16;
 
 pub(super) fn count(path: &Path) -> Option<u64> {
-    let builder = ParquetRecordBatchReaderBuilder::try_new(File::open(path).ok()?).ok()?;
+    let file = File::open(path).ok()?;
+    let builder = safely(|| ParquetRecordBatchReaderBuilder::try_new(file)).ok()?;
     u64::try_from(builder.metadata().file_metadata().num_rows()).ok()
 }
 
@@ -37,8 +43,8 @@ pub(super) type Types = BTreeMap<String, String>;
 
 pub(super) fn records(path: &Path, mapping: &Mapping) -> Result<(Records, Types), InputError> {
     let file = File::open(path).map_err(|error| InputError::new(path, error))?;
-    let builder = ParquetRecordBatchReaderBuilder::try_new(file)
-        .map_err(|error| InputError::new(path, cut(&error.to_string())))?;
+    let builder =
+        safely(|| ParquetRecordBatchReaderBuilder::try_new(file)).map_err(|error| InputError::new(path, error))?;
     let fields = builder.schema().fields().clone();
     mapping.fits(fields.iter().map(|field| field.name().as_str())).map_err(|error| InputError::new(path, error))?;
     let types = fields.iter().map(|field| (field.name().clone(), field.data_type().to_string())).collect();
@@ -46,11 +52,16 @@ pub(super) fn records(path: &Path, mapping: &Mapping) -> Result<(Records, Types)
     let wanted = (0..fields.len())
         .filter(|index| mapping.knows(fields[*index].name()) || may_be_image(fields[*index].data_type()));
     let mask = ProjectionMask::roots(builder.parquet_schema(), wanted);
-    let batches = builder.with_projection(mask).with_batch_size(ROWS).build();
-    let batches = batches.map_err(|error| InputError::new(path, cut(&error.to_string())))?;
+    let batches = safely(|| builder.with_projection(mask).with_batch_size(ROWS).build());
+    let mut batches = batches.map_err(|error| InputError::new(path, error))?;
     let mut ended = false;
+    // A reader that failed once may fail for ever.
+    let batches = std::iter::from_fn(move || {
+        let batch = if ended { None } else { safely(|| batches.next().transpose()).transpose() };
+        ended = matches!(batch, None | Some(Err(_)));
+        batch
+    });
     let records = batches.flat_map(move |batch| match batch {
-        _ if ended => Vec::new(),
         Ok(batch) => {
             let schema = batch.schema();
             let row = |row: usize| {
@@ -60,13 +71,17 @@ pub(super) fn records(path: &Path, mapping: &Mapping) -> Result<(Records, Types)
             };
             (0..batch.num_rows()).map(row).collect()
         }
-        Err(error) => {
-            ended = true;
-            let error = error.to_string();
-            vec![Err(format!("the file can't be read from here on: {}", cut(&error)))]
-        }
+        Err(error) => vec![Err(format!("the file can't be read from here on: {error}"))],
     });
     Ok((Box::new(records), types))
+}
+
+/// What a reader gives. Of broken files some make it panic; that is an error like others.
+fn safely<T, E: std::fmt::Display>(read: impl FnOnce() -> Result<T, E>) -> Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(read)) {
+        Ok(read) => read.map_err(|error| cut(&error.to_string()).into_owned()),
+        Err(_) => Err("the Parquet file is broken".into()),
+    }
 }
 
 fn may_be_image(kind: &DataType) -> bool {
@@ -124,8 +139,8 @@ fn cell(column: &dyn Array, row: usize) -> Cell {
         }
         DataType::Map(..) => {
             let entries = column.as_map().value(row);
-            let (names, values) = (entries.column(0), entries.column(1));
-            let named = (0..entries.len()).map(|entry| match cell(names.as_ref(), entry) {
+            let (keys, values) = (entries.column(0), entries.column(1));
+            let named = (0..entries.len()).map(|entry| match cell(keys.as_ref(), entry) {
                 Cell::Text(name) => (name, cell(values.as_ref(), entry)),
                 _ => (entry.to_string(), cell(values.as_ref(), entry)),
             });

@@ -98,12 +98,12 @@ impl Mapping {
     ///
     /// # Errors
     /// Says which there are.
-    pub(super) fn fits<'a>(&self, names: impl Iterator<Item = &'a str> + Clone) -> Result<(), String> {
-        match self.0.iter().find(|(_, named)| !names.clone().any(|name| name == *named)) {
+    pub(super) fn fits<'a>(&self, columns: impl Iterator<Item = &'a str> + Clone) -> Result<(), String> {
+        match self.0.iter().find(|(_, named)| !columns.clone().any(|column| column == *named)) {
             None => Ok(()),
             Some((what, named)) => Err(format!(
                 "--map {what}={named}: there is no such column; there are {}",
-                cut(&names.collect::<Vec<_>>().join(", "))
+                cut(&columns.collect::<Vec<_>>().join(", "))
             )),
         }
     }
@@ -158,7 +158,7 @@ impl Reader {
         } else if answer.is_some() {
             row.draft = answer;
         }
-        let (mut said, images) = marks::place(turns, column)?;
+        let (mut said, images) = marks::place(turns, &column)?;
         row.query = said.pop().map(|last| last.text).unwrap_or_default();
         said.retain(|turn| !turn.text.is_empty() || turn.images > 0);
         (row.before, row.images) = (said, images);
@@ -167,7 +167,9 @@ impl Reader {
             let others =
                 if names.is_empty() { String::new() } else { format!(" (other columns: {})", cut(&names.join(", "))) };
             let none = || format!("no query: name its column with --map query=COLUMN, or give --query{others}");
-            row.query = self.query.clone().ok_or_else(none)?;
+            let query = self.turn(Role::User, self.query.as_ref().ok_or_else(none)?)?;
+            let first = row.images.len() - row.query_images();
+            row.query = marks::alone(query, &mut row.images, first).map_err(|error| format!("--query: {error}"))?;
         }
         let words = row.before.iter().map(|said| said.text.len()).sum::<usize>() + row.query.len();
         let words = words + row.draft.as_ref().map_or(0, String::len);

@@ -41,7 +41,7 @@ pub(super) fn records(path: &Path, usual: u8, mapping: &Mapping) -> Result<Recor
         names.push(name);
     }
     mapping.fits(names.iter().map(String::as_str)).map_err(|error| failed(&error))?;
-    Ok(Box::new(Table { table, raw, at: 0, names, delimiter, ended: false }))
+    Ok(Box::new(Table { cells: table, raw, at: 0, names, delimiter, ended: false }))
 }
 
 /// How many rows there are.
@@ -53,7 +53,7 @@ pub(super) fn count(path: &Path) -> Option<u64> {
 
 /// What separates the cells of a header: the usual, if it is there.
 fn delimiter(header: &[u8], usual: u8) -> u8 {
-    let count = |delimiter: u8| header.iter().filter(|byte| **byte == delimiter).count();
+    let count = |delimiter: u8| header.split(|byte| *byte == delimiter).count() - 1;
     match [b',', b';', b'\t', b'|'].into_iter().max_by_key(|delimiter| count(*delimiter)) {
         Some(most) if count(usual) == 0 && count(most) > 0 => most,
         _ => usual,
@@ -61,7 +61,7 @@ fn delimiter(header: &[u8], usual: u8) -> u8 {
 }
 
 struct Table {
-    table: csv::Reader<BufReader<File>>,
+    cells: csv::Reader<BufReader<File>>,
     /// The same text, as far as it was read.
     raw: BufReader<File>,
     at: u64,
@@ -73,7 +73,7 @@ struct Table {
 impl Table {
     fn row(&mut self, record: &csv::ByteRecord, begin: u64) -> Result<Cell, String> {
         // The header and blank lines stand between this row and the last.
-        let end = self.table.position().byte();
+        let end = self.cells.position().byte();
         let read = |raw: &mut BufReader<File>, bytes: u64| {
             let mut text = Vec::new();
             raw.take(bytes).read_to_end(&mut text).map(|_| text).map_err(|error| error.to_string())
@@ -103,8 +103,8 @@ impl Iterator for Table {
             return None;
         }
         let mut record = csv::ByteRecord::new();
-        let (begin, line) = (self.table.position().byte(), self.table.position().line());
-        let row = match self.table.read_byte_record(&mut record) {
+        let (begin, line) = (self.cells.position().byte(), self.cells.position().line());
+        let row = match self.cells.read_byte_record(&mut record) {
             Ok(false) => return None,
             Ok(true) => self.row(&record, begin),
             // The record was read all the same.
@@ -121,7 +121,7 @@ impl Iterator for Table {
 /// Holds that every quote that opens a cell ends it.
 fn quotes(row: &[u8], delimiter: u8) -> Result<(), String> {
     let row = row.trim_ascii_start();
-    let lines = row.trim_ascii_end().iter().filter(|byte| **byte == b'\n').count();
+    let lines = row.trim_ascii_end().split(|byte| *byte == b'\n').count() - 1;
     let wrong =
         |what: &str| Err(format!("{what}; it goes on over {lines} more lines. Quotes in a cell are doubled: \"\""));
     let (mut at, mut begins, mut in_quotes) = (0, true, false);

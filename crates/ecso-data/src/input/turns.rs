@@ -1,5 +1,5 @@
-//! Conversations as people write them: chat completions, Messages and Responses, ShareGPT and LLaVA (`from`, `value`), FineVision
-//! (`user`, `assistant`), pairs of question and answer.
+//! Conversations as people write them: chat completions, Messages and Responses, LLaVA's (`from`, `value`), pairs `user` and
+//! `assistant`, pairs of question and answer.
 
 use ecso::Role;
 
@@ -31,9 +31,9 @@ pub(super) fn is_talk(cell: &Cell) -> bool {
 
 /// Reads a conversation. The last turn of the user is its last turn here.
 pub(super) fn talk(turns: &Cell, picture: Picturing<'_>) -> Result<Talk, String> {
-    let Cell::List(list) = turns else { return Err(format!("{}, where a list of turns should be", turns.kind())) };
+    let Cell::List(said) = turns else { return Err(format!("{}, where a list of turns should be", turns.kind())) };
     let mut spoken = Vec::new();
-    for (index, said) in list.iter().enumerate() {
+    for (index, said) in said.iter().enumerate() {
         turn(said, picture, &mut spoken).map_err(|error| format!("turn {}: {error}", index + 1))?;
     }
     let last = spoken.iter().rposition(|(who, _)| *who == Who::User).ok_or("there is no turn of the user")?;
@@ -50,10 +50,10 @@ pub(super) fn talk(turns: &Cell, picture: Picturing<'_>) -> Result<Talk, String>
 
 /// What the model says in a conversation that has its turns alone, as columns of preferences do.
 pub(super) fn answers(turns: &Cell) -> Result<String, String> {
-    let Cell::List(list) = turns else { return Err(format!("{}, where text should be", turns.kind())) };
+    let Cell::List(said) = turns else { return Err(format!("{}, where text should be", turns.kind())) };
     let mut spoken = Vec::new();
     let unread = |_: &Cell| Err("an image stands in the answer".to_owned());
-    for said in list {
+    for said in said {
         turn(said, &unread, &mut spoken)?;
     }
     let last = spoken.iter().rposition(|(who, _)| *who == Who::User).map_or(0, |last| last + 1);
