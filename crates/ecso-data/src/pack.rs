@@ -359,8 +359,8 @@ impl Files {
             "score": sample.score, "second_score": sample.second, "made_at": record.at,
         });
         let mut prompt: Vec<Message> =
-            row.before.iter().map(|(role, text)| Message::new(role.as_str(), 0, text)).collect();
-        prompt.push(Message::new("user", images.len(), &row.query));
+            row.before.iter().map(|said| Message::new(said.role.as_str(), said.images, &said.text)).collect();
+        prompt.push(Message::new("user", row.query_images(), &row.query));
         let said = |text: &str| Message::new("assistant", 0, text);
         let mut messages = prompt.clone();
         messages.push(said(&sample.answer));
@@ -398,20 +398,23 @@ impl Files {
     }
 }
 
-/// LLaVA's own layout; one image as `image`, several as a list.
+/// LLaVA's own layout, one mark an image; one image as `image`, several as a list.
 fn llava(row: &Row, record: &Record, sample: &Sample, names: &[&str], provenance: &Value) -> Value {
+    let said = |from: &str, images: usize, text: &str| {
+        // LLaVA counts marks: one that a text spells must be none.
+        json!({"from": from, "value": format!("{}{}", "<image>\n".repeat(images), text.replace("<image>", "< image>"))})
+    };
     let mut conversations: Vec<Value> = Vec::new();
-    for (role, text) in &row.before {
-        let from = match role {
+    for turn in &row.before {
+        let from = match turn.role {
             ecso::Role::System => "system",
             ecso::Role::User => "human",
             ecso::Role::Assistant => "gpt",
         };
-        conversations.push(json!({"from": from, "value": text}));
+        conversations.push(said(from, turn.images, &turn.text));
     }
-    let marks = "<image>\n".repeat(names.len());
-    conversations.push(json!({"from": "human", "value": format!("{marks}{}", row.query)}));
-    conversations.push(json!({"from": "gpt", "value": sample.answer}));
+    conversations.push(said("human", row.query_images(), &row.query));
+    conversations.push(said("gpt", 0, &sample.answer));
     let mut sample = json!({"id": record.source, "conversations": conversations, "provenance": provenance});
     match names {
         [] => {}

@@ -1,6 +1,9 @@
 //! One row of the input: an unlabelled pair of image and query.
 
-use std::path::PathBuf;
+use std::{
+    borrow::Cow,
+    path::{Path, PathBuf},
+};
 
 use bytes::Bytes;
 use ecso::{Chat, Image, ImageError, Limits, Part, Role, Turn};
@@ -13,16 +16,27 @@ pub struct Row {
     pub number: u64,
     /// What the input calls it; its place, if it says nothing.
     pub id: String,
-    /// The turns before the query, as text.
-    pub before: Vec<(Role, String)>,
+    /// The turns before the query.
+    pub before: Vec<Said>,
     /// What is asked.
     pub query: String,
-    /// The images of the query, in order.
+    /// All images, in order: those of earlier turns, then those of the query.
     pub images: Vec<Picture>,
     /// Its category, for counts; may be empty.
     pub category: String,
     /// The direct answer, where somebody has it already (traffic).
     pub draft: Option<String>,
+}
+
+/// An earlier turn.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Said {
+    /// Who said it.
+    pub role: Role,
+    /// What.
+    pub text: String,
+    /// How many of the row's images stand in it; always before its text.
+    pub images: usize,
 }
 
 /// Where an image is.
@@ -53,11 +67,56 @@ impl Picture {
     /// # Errors
     /// [`PictureError`].
     pub async fn read(&self, fetcher: &Fetcher, limits: Limits) -> Result<Image, PictureError> {
-        Ok(match self {
+        let image = match self {
             Self::Bytes(bytes) => Image::from_bytes(bytes.clone(), limits)?,
             Self::Url(url) => fetcher.image(url, limits).await?,
-            Self::File(path) => Image::open(path, limits)?,
-        })
+            Self::File(path) => Image::open(path, limits).map_err(|error| short(path, error))?,
+        };
+        match (image.encoded().and_then(|(bytes, kind)| cut_off(bytes, kind)), self) {
+            (None, _) => Ok(image),
+            (Some(format), Self::File(path)) => {
+                let reason = format!("the {format} image is broken: its end is missing");
+                Err(short(path, ImageError::File { path: path.clone(), reason }).into())
+            }
+            (Some(format), _) => Err(ImageError::Broken { format, reason: "its end is missing".into() }.into()),
+        }
+    }
+}
+
+/// The format of an image whose end is missing, as a download that broke off leaves it: decoders make grey of what isn't there.
+fn cut_off(bytes: &[u8], kind: &str) -> Option<&'static str> {
+    let has = |bytes: &[u8], what: &[u8]| bytes.windows(what.len()).any(|window| window == what);
+    match kind {
+        // The end stands behind the last scan; a small picture inside has an end of its own.
+        "image/jpeg" => {
+            let scan = bytes.windows(2).rposition(|marker| marker == [0xff, 0xda])?;
+            (!has(&bytes[scan..], &[0xff, 0xd9])).then_some("JPEG")
+        }
+        "image/png" => (!has(bytes, b"IEND")).then_some("PNG"),
+        "image/webp" => {
+            let length = u32::from_le_bytes(bytes.get(4..8)?.try_into().ok()?);
+            (usize::try_from(length).ok()? + 8 > bytes.len() + 1).then_some("WebP")
+        }
+        _ => None,
+    }
+}
+
+/// The error of a file, with no more than [`cut`] leaves of its name.
+fn short(path: &Path, error: ImageError) -> ImageError {
+    match (error, cut(&path.to_string_lossy())) {
+        (ImageError::File { reason, .. }, Cow::Owned(path)) => ImageError::File { path: path.into(), reason },
+        (error, _) => error,
+    }
+}
+
+/// Characters of a row's own text that an error shows.
+const SHOWN: usize = 200;
+
+/// A text of a row as errors show it: its beginning, where it is long. A row may have 100 MB, and its error goes to the journal.
+pub(crate) fn cut(text: &str) -> Cow<'_, str> {
+    match text.char_indices().nth(SHOWN) {
+        Some((end, _)) => Cow::Owned(format!("{}… ({} bytes)", &text[..end], text.len())),
+        None => Cow::Borrowed(text),
     }
 }
 
@@ -74,11 +133,23 @@ impl Row {
         Ok(images)
     }
 
-    /// The conversation that the model is asked, with `images` in the query's turn.
+    /// The images of the query alone; those of earlier turns stand before them.
+    #[must_use]
+    pub fn query_images(&self) -> usize {
+        self.images.len() - self.before.iter().map(|said| said.images).sum::<usize>().min(self.images.len())
+    }
+
+    /// The conversation that the model is asked, with each of `images` in its turn.
     #[must_use]
     pub fn chat(&self, images: &[Image]) -> Chat {
-        let mut turns: Vec<Turn> = self.before.iter().map(|(role, text)| Turn::text(*role, text.clone())).collect();
-        let mut parts: Vec<Part> = images.iter().cloned().map(Part::Image).collect();
+        let mut images = images.iter().cloned().map(Part::Image);
+        let mut turns = Vec::with_capacity(self.before.len() + 1);
+        for said in &self.before {
+            let mut parts: Vec<Part> = images.by_ref().take(said.images).collect();
+            parts.push(Part::Text(said.text.clone()));
+            turns.push(Turn { role: said.role, parts });
+        }
+        let mut parts: Vec<Part> = images.collect();
         parts.push(Part::Text(self.query.clone()));
         turns.push(Turn { role: Role::User, parts });
         Chat { turns, ..Chat::default() }
@@ -92,14 +163,44 @@ impl Row {
             key.update(&(bytes.len() as u64).to_le_bytes());
             key.update(bytes);
         };
-        for (role, text) in &self.before {
-            part(role.as_str().as_bytes());
-            part(text.as_bytes());
+        for said in &self.before {
+            part(said.role.as_str().as_bytes());
+            part(said.text.as_bytes());
+            if said.images > 0 {
+                part(&said.images.to_le_bytes());
+            }
         }
         part(self.query.as_bytes());
         for image in images {
             part(image.digest().as_bytes());
         }
         key.finalize().to_hex()[..32].to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_without_their_end_are_told() {
+        let pixels = image::DynamicImage::new_rgb8(40, 40);
+        for format in [image::ImageFormat::Jpeg, image::ImageFormat::Png, image::ImageFormat::WebP] {
+            let mut bytes = std::io::Cursor::new(Vec::new());
+            pixels.write_to(&mut bytes, format).unwrap();
+            let bytes = bytes.into_inner();
+            assert_eq!(cut_off(&bytes, format.to_mime_type()), None);
+            assert!(cut_off(&bytes[..bytes.len() - 12], format.to_mime_type()).is_some(), "{format:?}");
+        }
+    }
+
+    #[test]
+    fn long_texts_are_cut_between_characters() {
+        assert_eq!(cut("short"), "short");
+        let long = cut(&"é".repeat(1000)).into_owned();
+        assert!(long.starts_with("éé") && long.ends_with("… (2000 bytes)") && long.chars().count() < 220, "{long}");
+        let path = PathBuf::from("x".repeat(1000));
+        let error = short(&path, ImageError::File { path: path.clone(), reason: "gone".into() }).to_string();
+        assert!(error.len() < 300 && error.ends_with("gone"), "{error}");
     }
 }

@@ -1,60 +1,141 @@
-//! A folder of images; the query of `a.png` stands in `a.txt`, or is the same for all.
+//! A folder of images; the query of `a.png` stands in `a.txt`, or is the same for all. What else a folder may be is found out here as
+//! well.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io::ErrorKind,
+    path::{Path, PathBuf},
+};
 
-use super::{InputError, RowError, Rows};
+use ecso::Role;
+
+use super::{
+    InputError, RowError, Rows,
+    marks::{self, Turn},
+    text,
+};
 use crate::row::{Picture, Row};
 
-pub(super) fn rows(folder: &Path, query: Option<String>) -> Result<Rows, InputError> {
-    let mut files = Vec::new();
-    collect(folder, &mut files)?;
-    files.sort();
-    if files.is_empty() {
-        return Err(InputError::new(folder, "no image (.jpg, .jpeg, .png, .webp, .gif) and no metadata.jsonl in it"));
-    }
-    let folder = folder.to_owned();
-    Ok(Box::new((0..).zip(files).map(move |(number, path)| {
-        let text = path.with_extension("txt");
-        let asked = match (std::fs::read_to_string(&text), &query) {
-            (Ok(asked), _) => asked.trim().to_owned(),
-            (Err(_), Some(query)) => query.clone(),
-            (Err(error), None) => {
-                let reason =
-                    format!("{}: {error}; write the query there, or give one for all with --query", text.display());
-                return Err(RowError { number, reason });
-            }
-        };
-        let below = path.strip_prefix(&folder).unwrap_or(&path);
-        let category = below.parent().map(|parent| parent.display().to_string()).unwrap_or_default();
-        Ok(Row {
-            number,
-            id: below.display().to_string(),
-            before: Vec::new(),
-            query: asked,
-            images: vec![Picture::File(path)],
-            category,
-            draft: None,
-        })
-    })))
+/// Endings of tables.
+pub(super) const TABLES: [&str; 6] = ["jsonl", "ndjson", "json", "csv", "tsv", "parquet"];
+
+/// Endings of images. What can't be read of these is an error of its row.
+const IMAGES: [&str; 12] = ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "heic", "avif"];
+
+/// Files of Hugging Face that are about tables.
+const ABOUT: [&str; 4] = ["dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json"];
+
+/// What is in a folder and the folders below it, in order.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    images: Vec<PathBuf>,
+    tables: Vec<PathBuf>,
 }
 
-fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), InputError> {
+/// What a folder is.
+pub(super) enum Folder {
+    Images(Vec<PathBuf>),
+    Tables(Vec<PathBuf>),
+}
+
+pub(super) fn look(folder: &Path, has_query: bool) -> Result<Folder, InputError> {
+    // A folder that says what is in it, as Hugging Face's `imagefolder` does.
+    let said = ["metadata.jsonl", "metadata.csv", "metadata.parquet"].map(|name| folder.join(name));
+    if let Some(said) = said.into_iter().find(|file| file.is_file()) {
+        return Ok(Folder::Tables(vec![said]));
+    }
+    let mut held = Held::default();
+    collect(folder, &mut held)?;
+    held.images.sort();
+    held.tables.sort();
+    let kinds: std::collections::BTreeSet<String> = held.tables.iter().map(|file| ending(file)).collect();
+    let has_texts = || has_query || held.images.iter().any(|image| image.with_extension("txt").is_file());
+    match (held.images.is_empty(), kinds.len()) {
+        (true, 0) => Err(InputError::new(
+            folder,
+            "no image (.jpg, .jpeg, .png, .webp, .gif), no metadata.jsonl and no table (.parquet, .jsonl, .json, .csv) in it",
+        )),
+        (true, 1) => Ok(Folder::Tables(held.tables)),
+        (false, 0) => Ok(Folder::Images(held.images)),
+        (false, _) if has_texts() => Ok(Folder::Images(held.images)),
+        _ => {
+            let first = held.tables[0].strip_prefix(folder).unwrap_or(&held.tables[0]).display().to_string();
+            let reason = format!(
+                "it holds {} images and {} tables (.{}), such as {first}; name one file, or several as '{}/*.{}'",
+                held.images.len(),
+                held.tables.len(),
+                kinds.into_iter().collect::<Vec<_>>().join(", ."),
+                held.tables[0].parent().unwrap_or(folder).display(),
+                ending(&held.tables[0]),
+            );
+            Err(InputError::new(folder, reason))
+        }
+    }
+}
+
+pub(super) fn rows(folder: &Path, files: Vec<PathBuf>, query: Option<String>) -> Rows {
+    let folder = folder.to_owned();
+    Box::new((0..).zip(files).map(move |(number, path)| {
+        let mut images = vec![Picture::File(path.clone())];
+        let asked = asked(&path, query.as_deref()).and_then(|asked| {
+            let mut pieces = Vec::new();
+            marks::pieces(&asked, &|path| Ok(Picture::File(path.into())), &mut pieces)?;
+            marks::alone(Turn { role: Role::User, pieces }, &mut images, 0)
+        });
+        let query = asked.map_err(|reason| RowError { number, reason })?;
+        let below = path.strip_prefix(&folder).unwrap_or(&path);
+        let category = below.parent().map(|parent| parent.display().to_string()).unwrap_or_default();
+        Ok(Row { number, id: below.display().to_string(), before: Vec::new(), query, images, category, draft: None })
+    }))
+}
+
+/// The query of an image.
+fn asked(image: &Path, query: Option<&str>) -> Result<String, String> {
+    let path = image.with_extension("txt");
+    let failed = |error: &dyn std::fmt::Display| {
+        format!("{}: {error}; write the query there, or give one for all with --query", path.display())
+    };
+    let written = match std::fs::read(&path) {
+        Ok(bytes) => {
+            let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
+            let text = std::str::from_utf8(bytes).map_err(|error| failed(&text::not_utf8(error)))?;
+            text.trim().to_owned()
+        }
+        Err(error) if error.kind() == ErrorKind::NotFound && query.is_some() => String::new(),
+        Err(error) => return Err(failed(&error)),
+    };
+    match query {
+        _ if !written.is_empty() => Ok(written),
+        Some(query) => Ok(query.to_owned()),
+        None => Err(failed(&"it is empty")),
+    }
+}
+
+fn collect(folder: &Path, held: &mut Held) -> Result<(), InputError> {
     let entries = std::fs::read_dir(folder).map_err(|error| InputError::new(folder, error))?;
     for entry in entries {
         let entry = entry.map_err(|error| InputError::new(folder, error))?;
         let kind = entry.file_type().map_err(|error| InputError::new(folder, error))?;
         let path = entry.path();
-        // Links are not followed: they could lead round in circles.
+        let name = entry.file_name().to_string_lossy().into_owned();
+        // What systems keep for themselves, as `._a.png` and `.cache`.
+        if name.starts_with('.') || name == "__MACOSX" {
+            continue;
+        }
+        // Links to folders are not followed: they could lead round in circles.
         if kind.is_dir() {
-            collect(&path, files)?;
-        } else if kind.is_file() && is_image(&path) {
-            files.push(path);
+            collect(&path, held)?;
+        } else if path.is_file() {
+            let ending = ending(&path);
+            if IMAGES.contains(&ending.as_str()) {
+                held.images.push(path);
+            } else if TABLES.contains(&ending.as_str()) && !ABOUT.contains(&name.as_str()) {
+                held.tables.push(path);
+            }
         }
     }
     Ok(())
 }
 
-fn is_image(path: &Path) -> bool {
-    let ending = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
-    matches!(ending.as_str(), "jpg" | "jpeg" | "png" | "webp" | "gif")
+pub(super) fn ending(path: &Path) -> String {
+    path.extension().unwrap_or_default().to_string_lossy().to_lowercase()
 }

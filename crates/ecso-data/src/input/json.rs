@@ -1,66 +1,348 @@
-//! JSON lines, and arrays of any length: an array is read by a thread of its own that hands over one element after the other.
+//! JSON lines and arrays, whatever the file is called. One broken row is its own error: lines end it, and in an array its brackets
+//! and quotes do, which are counted before anything is parsed.
 
 use std::{
-    fs::File,
-    io::{BufRead, BufReader},
+    io::{self, BufRead, Read},
     path::Path,
-    sync::mpsc::{SyncSender, sync_channel},
 };
 
-use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, SeqAccess, Visitor};
-use serde_json::Value;
+use super::{
+    InputError, Records,
+    cell::Cell,
+    text::{self, LONGEST},
+};
+use crate::row::cut;
 
-use super::{InputError, Records};
-
-pub(super) fn lines(path: &Path) -> Result<Records, InputError> {
-    let file = File::open(path).map_err(|error| InputError::new(path, error))?;
-    let lines = BufReader::new(file).lines();
-    let filled = lines.filter(|line| !line.as_ref().is_ok_and(|line| line.trim().is_empty()));
-    Ok(Box::new(filled.map(|line| {
-        let line = line.map_err(|error| error.to_string())?;
-        serde_json::from_str(&line).map_err(|error| format!("not JSON: {error}"))
-    })))
+/// Rows of a file: of an array if it begins as one, else of its lines.
+pub(super) fn records(path: &Path) -> Result<Records, InputError> {
+    let (file, _) = text::open(path)?;
+    let mut source = Source { text: file, chunk: Vec::new(), at: 0, line: 0, is_fresh: true };
+    let first = source.skip_blank().map_err(|error| InputError::new(path, error))?;
+    // An object that goes on in the next line is written as arrays are.
+    let is_spread = first == Some(b'{') && source.chunk[source.at..].trim_ascii_end() == b"{";
+    Ok(if first == Some(b'[') || is_spread {
+        Box::new(Elements { source, is_open: false, ended: false })
+    } else {
+        Box::new(Lines { source, ended: false })
+    })
 }
 
-pub(super) fn array(path: &Path) -> Result<Records, InputError> {
-    let file = File::open(path).map_err(|error| InputError::new(path, error))?;
-    let (sender, elements) = sync_channel(16);
-    let reader = std::thread::Builder::new().name("json".into()).spawn(move || {
-        let mut text = serde_json::Deserializer::from_reader(BufReader::new(file));
-        if let Err(error) = Elements(&sender).deserialize(&mut text) {
-            // Nobody listens any more, or this is told as the last row.
-            let _ = sender.send(Err(format!("not a JSON array of rows: {error}")));
+/// How many rows there are, where lines tell.
+pub(super) fn count(path: &Path) -> Option<u64> {
+    let (mut file, _) = text::open(path).ok()?;
+    if file.fill_buf().ok()?.trim_ascii_start().first() != Some(&b'{') {
+        return None;
+    }
+    let lines = file.split(b'\n');
+    Some(lines.map_while(Result::ok).filter(|line| !line.trim_ascii().is_empty()).count() as u64)
+}
+
+/// Text in chunks that end with a line, or after 64 KiB.
+struct Source<R> {
+    text: R,
+    chunk: Vec<u8>,
+    at: usize,
+    /// The line of the chunk, from 1.
+    line: u64,
+    /// Whether the chunk begins its line.
+    is_fresh: bool,
+}
+
+impl<R: BufRead> Source<R> {
+    /// The next chunk, if this one is read. Gives whether there is one.
+    fn fill(&mut self) -> io::Result<bool> {
+        if self.at < self.chunk.len() {
+            return Ok(true);
         }
-    });
-    reader.map_err(|error| InputError::new(path, error))?;
-    Ok(Box::new(elements.into_iter()))
-}
+        self.is_fresh = self.line == 0 || self.chunk.last() == Some(&b'\n');
+        self.line += u64::from(self.is_fresh);
+        self.chunk.clear();
+        self.at = 0;
+        let read = self.text.by_ref().take(1 << 16).read_until(b'\n', &mut self.chunk)?;
+        Ok(read > 0)
+    }
 
-/// Hands over the elements of an array.
-struct Elements<'a>(&'a SyncSender<Result<Value, String>>);
+    fn peek(&mut self) -> io::Result<Option<u8>> {
+        Ok(if self.fill()? { Some(self.chunk[self.at]) } else { None })
+    }
 
-impl<'de> DeserializeSeed<'de> for Elements<'_> {
-    type Value = ();
+    fn skip_blank(&mut self) -> io::Result<Option<u8>> {
+        while let Some(byte) = self.peek()? {
+            if !byte.is_ascii_whitespace() {
+                return Ok(Some(byte));
+            }
+            self.at += 1;
+        }
+        Ok(None)
+    }
 
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
-        deserializer.deserialize_seq(self)
+    /// What stands before this place in its line, if that is blank: an element's indent.
+    fn indent(&self) -> Option<Vec<u8>> {
+        let before = &self.chunk[..self.at];
+        (self.is_fresh && before.trim_ascii().is_empty()).then(|| before.to_vec())
     }
 }
 
-impl<'de> Visitor<'de> for Elements<'_> {
-    type Value = ();
+/// JSON lines.
+struct Lines<R> {
+    source: Source<R>,
+    ended: bool,
+}
 
-    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("an array")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<(), A::Error> {
-        while let Some(element) = elements.next_element()? {
-            if self.0.send(Ok(element)).is_err() {
+impl<R: BufRead> Lines<R> {
+    fn line(&mut self) -> io::Result<Option<Result<Cell, String>>> {
+        if self.source.skip_blank()?.is_none() {
+            return Ok(None);
+        }
+        let (mut row, number) = (Vec::new(), self.source.line);
+        let mut is_long = false;
+        while self.source.fill()? {
+            let rest = &self.source.chunk[self.source.at..];
+            is_long |= row.len() + rest.len() > LONGEST;
+            if !is_long {
+                row.extend_from_slice(rest);
+            }
+            let ends = rest.ends_with(b"\n");
+            self.source.at = self.source.chunk.len();
+            if ends {
                 break;
             }
         }
-        while elements.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(())
+        Ok(Some(if is_long { Err(too_long(number)) } else { parse(row.trim_ascii(), number) }))
+    }
+}
+
+impl<R: BufRead> Iterator for Lines<R> {
+    type Item = Result<Cell, String>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.ended {
+            return None;
+        }
+        self.line().unwrap_or_else(|error| {
+            self.ended = true;
+            Some(Err(format!("the file can't be read any further: {error}")))
+        })
+    }
+}
+
+/// The elements of an array, or values one after the other.
+struct Elements<R> {
+    source: Source<R>,
+    /// Behind a `[`.
+    is_open: bool,
+    ended: bool,
+}
+
+impl<R: BufRead> Elements<R> {
+    fn element(&mut self) -> io::Result<Option<Result<Cell, String>>> {
+        loop {
+            match self.source.skip_blank()? {
+                None => {
+                    self.ended = true;
+                    let told = "not a JSON array of rows: the file ends before its `]`; are rows missing?";
+                    return Ok(self.is_open.then(|| Err(told.to_owned())));
+                }
+                Some(b'[') if !self.is_open => self.is_open = true,
+                Some(b']') if self.is_open => self.is_open = false,
+                Some(b',') => {}
+                Some(_) => return self.one().map(Some),
+            }
+            self.source.at += 1;
+        }
+    }
+
+    /// The value that begins here.
+    fn one(&mut self) -> io::Result<Result<Cell, String>> {
+        let (begin, indent) = (self.source.line, self.source.indent());
+        let is_spread = self.source.chunk[self.source.at..].trim_ascii_end().len() == 1;
+        let (mut row, mut open, mut in_string, mut escaped) = (Vec::new(), Vec::new(), false, false);
+        while let Some(byte) = self.source.peek()? {
+            if row.len() >= LONGEST {
+                self.ended = true;
+                return Ok(Err(too_long(begin)));
+            }
+            let ends_before = !in_string && open.is_empty() && !row.is_empty() && matches!(byte, b',' | b']' | b'\n');
+            if ends_before {
+                return Ok(parse(row.trim_ascii(), begin));
+            }
+            row.push(byte);
+            self.source.at += 1;
+            let mut is_right = true;
+            match byte {
+                _ if escaped => escaped = false,
+                b'\\' if in_string => escaped = true,
+                b'"' => in_string = !in_string,
+                b'\n' if in_string => is_right = false,
+                _ if in_string => {}
+                b'{' => open.push(b'}'),
+                b'[' => open.push(b']'),
+                b'}' | b']' => {
+                    is_right = open.pop() == Some(byte);
+                    if is_right && open.is_empty() {
+                        return Ok(parse(&row, begin));
+                    }
+                }
+                _ => {}
+            }
+            if !is_right {
+                let line = self.source.line;
+                let what = if in_string { "a quote isn't closed" } else { "a bracket is missing or one too many" };
+                let next = self.find_next(indent.as_deref(), is_spread)?;
+                self.ended = next.is_none();
+                let then = next.map_or_else(
+                    || "; where the next row begins can't be told, so all behind it is left out".to_owned(),
+                    |next| if next > line + 1 { format!("; all up to line {next} is left out") } else { String::new() },
+                );
+                return Ok(Err(format!("line {line}: not JSON: {what}{then}")));
+            }
+        }
+        if open.is_empty() && !in_string {
+            return Ok(parse(row.trim_ascii(), begin));
+        }
+        self.ended = true;
+        Ok(Err(format!("line {begin}: not a JSON array of rows: the file ends inside the value that begins here")))
+    }
+
+    /// Goes to the next line that begins as the broken element did, and gives its number.
+    fn find_next(&mut self, indent: Option<&[u8]>, is_spread: bool) -> io::Result<Option<u64>> {
+        // An object inside the element is indented as well, but for files without indents.
+        let indent = indent.filter(|indent| !is_spread || !indent.is_empty());
+        if !(self.source.is_fresh && self.source.at == 0) {
+            self.source.at = self.source.chunk.len();
+        }
+        while self.source.fill()? {
+            let (is_fresh, line) = (self.source.is_fresh, self.source.chunk.trim_ascii_end());
+            let rest = indent.filter(|_| is_fresh).and_then(|indent| line.strip_prefix(indent));
+            if rest.is_some_and(|rest| rest.first() == Some(&b'{') && (rest.len() == 1) == is_spread) {
+                return Ok(Some(self.source.line));
+            }
+            self.source.at = self.source.chunk.len();
+        }
+        Ok(None)
+    }
+}
+
+impl<R: BufRead> Iterator for Elements<R> {
+    type Item = Result<Cell, String>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.ended {
+            return None;
+        }
+        self.element().unwrap_or_else(|error| {
+            self.ended = true;
+            Some(Err(format!("the file can't be read any further: {error}")))
+        })
+    }
+}
+
+fn too_long(line: u64) -> String {
+    format!("line {line}: the row has more than {LONGEST} bytes")
+}
+
+fn parse(row: &[u8], line: u64) -> Result<Cell, String> {
+    // Files that were put one behind the other have such marks in their midst.
+    let row = row.strip_prefix(b"\xef\xbb\xbf").unwrap_or(row);
+    let text = std::str::from_utf8(row).map_err(|error| format!("line {line}: {}", text::not_utf8(error)))?;
+    serde_json::from_str(text).map_err(|error| {
+        let said = error.to_string();
+        // The place is said in lines of the file.
+        let said = said.rsplit_once(" at line ").map_or(said.as_str(), |(what, _)| what);
+        let place = format!("line {}, column {}", line + (error.line() as u64).saturating_sub(1), error.column());
+        let around = row.split(|byte| *byte == b'\n').nth(error.line().saturating_sub(1)).unwrap_or_default();
+        let around = around.iter().skip(error.column().saturating_sub(3)).take(12).copied().collect::<Vec<u8>>();
+        let around = String::from_utf8_lossy(&around);
+        let hint = if around.contains("NaN") || around.contains("Infinity") {
+            " (JSON has no NaN and no Infinity, though Python writes them; write null)"
+        } else if row.ends_with(b",") {
+            " (in JSON lines no comma stands behind a row)"
+        } else {
+            ""
+        };
+        format!("{place}: not JSON: {}{hint}", cut(said))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Vec<Result<Cell, String>> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("rows.jsonl");
+        std::fs::write(&path, text).unwrap();
+        records(&path).unwrap().collect()
+    }
+
+    /// The number in each row, or what its error says.
+    fn told(text: &str) -> Vec<String> {
+        let one = |row: Result<Cell, String>| match row {
+            Ok(Cell::Fields(fields)) => fields.values().next().map_or_else(String::new, |cell| match cell {
+                Cell::Number(number) => number.to_string(),
+                other => other.kind().to_owned(),
+            }),
+            Ok(other) => other.kind().to_owned(),
+            Err(error) => error,
+        };
+        read(text).into_iter().map(one).collect()
+    }
+
+    #[test]
+    fn lines_arrays_and_spread_objects_are_told_apart_by_what_is_in_them() {
+        for text in [
+            "{\"a\":1}\n{\"a\":2}\n",
+            "\u{feff}{\"a\":1}\r\n\r\n\u{feff}{\"a\":2}",
+            "[{\"a\":1},{\"a\":2}]",
+            " [\n  {\n    \"a\": 1\n  },\n  {\n    \"a\": 2\n  }\n]\n",
+            "\u{feff}[{\"a\":1},\r\n{\"a\":2},]\r\n",
+            "{\n\"a\": 1\n}\n{\n\"a\": 2\n}\n",
+            "[{\"a\":1}]\n[{\"a\":2}]\n",
+        ] {
+            assert_eq!(told(text), ["1", "2"], "{text}");
+        }
+        assert_eq!(told("[]"), Vec::<String>::new());
+        assert_eq!(told("[3, \"]\", [1, {\"a\": \"]\\\"}\"}]]"), ["a number", "text", "a list"]);
+    }
+
+    #[test]
+    fn a_broken_row_is_its_own_error_and_the_next_is_read() {
+        for (text, says) in [
+            ("{\"a\":1},\n{\"a\":2}", "no comma stands behind a row"),
+            ("{\"a\":NaN}\n{\"a\":2}", "no NaN"),
+            ("{\"a\":-Infinity}\n{\"a\":2}", "no NaN"),
+            ("{\"a\":1\n{\"a\":2}", "line 1, column 6"),
+            ("{\"a\":1,\"a\":3}\n{\"a\":2}", "stands twice"),
+            ("[{\"a\":NaN},{\"a\":2}]", "no NaN"),
+            ("[{\"a\":1,},{\"a\":2}]", "trailing comma"),
+            ("[\n{\"a\":\"1},\n{\"a\":2}]", "line 2: not JSON: a quote isn't closed"),
+            ("[\n{\"a\":[1},\n{\"a\":2}]", "line 2: not JSON: a bracket is missing"),
+            ("[\n  {\n    \"a\": \"1\n  },\n  {\n    \"a\": 2\n  }\n]", "up to line 5"),
+        ] {
+            let told = told(text);
+            assert!(told.len() == 2 && told[0].contains(says) && told[1] == "2", "{text}: {told:?}");
+        }
+        let told = told("[{\"a\":1},{\"a\":{}");
+        assert!(told.len() == 2 && told[1].contains("the file ends inside"), "{told:?}");
+    }
+
+    #[test]
+    fn text_of_long_rows_is_in_no_error() {
+        let long = "x".repeat(3 << 20);
+        for text in
+            [format!("{{\"{long}\":1,\"{long}\":2}}"), format!("{{\"a\":\"{long}\n"), format!("[{{\"a\":\"{long}\n")]
+        {
+            let told = told(&text);
+            assert!(told.len() == 1 && told[0].len() < 600 && told[0].contains("not"), "{}", told[0].len());
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_text_panics(text in "[\\[\\]{},:\"\\\\a1 \n]{0,40}") {
+            for begin in ["", "[", "{\n"] {
+                let _ = read(&format!("{begin}{text}"));
+            }
+        }
     }
 }

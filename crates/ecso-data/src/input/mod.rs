@@ -1,16 +1,25 @@
 //! Reading rows, one by one: JSON lines, JSON, CSV, Parquet, or a folder of images. Nothing is held but the row at hand.
 
+mod cell;
 mod folder;
 mod json;
+mod marks;
 mod parquet;
+mod paths;
 mod record;
+mod sheet;
+mod text;
+mod turns;
 
 use std::{
-    fs::File,
-    io::{BufRead, BufReader},
+    collections::BTreeMap,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
+use cell::Cell;
+use folder::Folder;
+use paths::Paths;
 pub use record::Mapping;
 use record::Reader;
 
@@ -46,7 +55,7 @@ pub struct RowError {
 /// What is read, and how.
 #[derive(Debug, Clone, Default)]
 pub struct Input {
-    /// A file (.jsonl, .json, .csv, .tsv, .parquet) or a folder.
+    /// A file (.jsonl, .json, .csv, .tsv, .parquet), a folder of such files or of images, or files by a pattern (`*`, `?`).
     pub path: PathBuf,
     /// Which columns are what.
     pub mapping: Mapping,
@@ -62,60 +71,96 @@ impl Input {
     /// # Errors
     /// [`InputError`]: it is not there, or of no known kind.
     pub fn rows(&self) -> Result<Rows, InputError> {
-        let path = &self.path;
-        let is_folder = path.is_dir();
-        // A folder that says what is in it, as Hugging Face's `imagefolder` does.
-        let table =
-            ["metadata.jsonl", "metadata.csv"].map(|name| path.join(name)).into_iter().find(|file| file.is_file());
-        let file = if is_folder { table.as_deref() } else { Some(path.as_path()) };
-        let Some(file) = file else { return folder::rows(path, self.query.clone()) };
-        let root = self.image_root.clone().unwrap_or_else(|| file.parent().unwrap_or(Path::new("")).to_owned());
-        let reader = Reader { mapping: self.mapping.clone(), query: self.query.clone(), root };
-        let ending = file.extension().unwrap_or_default().to_string_lossy().to_lowercase();
-        match ending.as_str() {
-            "jsonl" | "ndjson" => Ok(numbered(json::lines(file)?, reader)),
-            "json" => Ok(numbered(json::array(file)?, reader)),
-            "csv" => Ok(numbered(table_rows(file, b',')?, reader)),
-            "tsv" => Ok(numbered(table_rows(file, b'\t')?, reader)),
-            "parquet" => parquet::rows(file, reader),
-            _ => Err(InputError::new(file, "not .jsonl, .json, .csv, .tsv, .parquet or a folder of images")),
+        let files = match self.files()? {
+            Folder::Images(files) => return Ok(folder::rows(&self.path, files, self.query.clone())),
+            Folder::Tables(files) => files,
+        };
+        // What is wrong with a file is said before the first row is read. The last stays open.
+        let mut open = None;
+        for file in &files {
+            open = Some(self.table(file)?);
         }
+        let (input, single) = (self.clone(), files.len() == 1);
+        let tables = files.into_iter().map(move |file| match open.take().filter(|_| single) {
+            Some(table) => table,
+            None => input
+                .table(&file)
+                .unwrap_or_else(|error| Box::new(std::iter::once(Box::new(move |_| Err(error.to_string())) as Made))),
+        });
+        Ok(Box::new(
+            (0..)
+                .zip(tables.flatten())
+                .map(|(number, made)| made(number).map_err(|reason| RowError { number, reason })),
+        ))
     }
 
     /// How many rows there are, where that is cheap to know.
     #[must_use]
     pub fn count(&self) -> Option<u64> {
-        let ending = self.path.extension()?.to_string_lossy().to_lowercase();
-        match ending.as_str() {
-            "parquet" => parquet::count(&self.path),
-            "jsonl" | "ndjson" => {
-                let lines = BufReader::new(File::open(&self.path).ok()?).split(b'\n');
-                Some(lines.map_while(Result::ok).filter(|line| !line.trim_ascii().is_empty()).count() as u64)
-            }
-            "csv" | "tsv" => {
-                let mut records = csv::ReaderBuilder::new().flexible(true).from_path(&self.path).ok()?;
-                Some(records.byte_records().count() as u64)
-            }
+        let count = |file: &Path| match folder::ending(file).as_str() {
+            "parquet" => parquet::count(file),
+            "jsonl" | "ndjson" => json::count(file),
+            "csv" | "tsv" => sheet::count(file),
             _ => None,
+        };
+        match self.files().ok()? {
+            Folder::Images(files) => Some(files.len() as u64),
+            Folder::Tables(files) => files.iter().map(|file| count(file)).sum(),
         }
+    }
+
+    /// The files that are read, in order.
+    fn files(&self) -> Result<Folder, InputError> {
+        let path = &self.path;
+        if path.is_dir() {
+            return folder::look(path, self.query.is_some());
+        }
+        let pattern = path.to_str().filter(|pattern| pattern.contains(['*', '?']) && !path.exists());
+        let Some(pattern) = pattern else { return Ok(Folder::Tables(vec![path.clone()])) };
+        let options = glob::MatchOptions { require_literal_leading_dot: true, ..glob::MatchOptions::new() };
+        let found = glob::glob_with(pattern, options).map_err(|error| InputError::new(path, error))?;
+        let files: Result<Vec<PathBuf>, _> = found.collect();
+        let mut files = files.map_err(|error| InputError::new(path, error))?;
+        files.retain(|file| file.is_file());
+        if files.is_empty() {
+            return Err(InputError::new(path, "no file has such a name"));
+        }
+        files.sort();
+        Ok(Folder::Tables(files))
+    }
+
+    /// The rows of one file.
+    fn table(&self, file: &Path) -> Result<Table, InputError> {
+        let folder = file.parent().unwrap_or(Path::new("")).to_owned();
+        let roots = match &self.image_root {
+            Some(root) => vec![root.clone()],
+            // Datasets keep tables and images in folders beside each other, as what is packed here does.
+            None => [folder.clone()].into_iter().chain(folder.parent().map(Path::to_owned)).collect(),
+        };
+        let mut types = BTreeMap::new();
+        let records = match folder::ending(file).as_str() {
+            "jsonl" | "ndjson" | "json" => json::records(file)?,
+            "csv" => sheet::records(file, b',', &self.mapping)?,
+            "tsv" => sheet::records(file, b'\t', &self.mapping)?,
+            "parquet" => {
+                let (records, found) = parquet::records(file, &self.mapping)?;
+                types = found;
+                records
+            }
+            _ => return Err(InputError::new(file, "not .jsonl, .json, .csv, .tsv, .parquet or a folder of images")),
+        };
+        let (mapping, query, paths) = (self.mapping.clone(), self.query.clone(), Paths::new(roots));
+        let reader = Arc::new(Reader { mapping, query, paths, types });
+        Ok(Box::new(records.map(move |record| {
+            let reader = Arc::clone(&reader);
+            Box::new(move |number| reader.row(number, record?)) as Made
+        })))
     }
 }
 
-type Records = Box<dyn Iterator<Item = Result<serde_json::Value, String>> + Send>;
-
-fn numbered(records: Records, reader: Reader) -> Rows {
-    Box::new((0..).zip(records).map(move |(number, record)| {
-        record.and_then(|record| reader.row(number, record)).map_err(|reason| RowError { number, reason })
-    }))
-}
-
-fn table_rows(path: &Path, delimiter: u8) -> Result<Records, InputError> {
-    let mut reader =
-        csv::ReaderBuilder::new().delimiter(delimiter).from_path(path).map_err(|error| InputError::new(path, error))?;
-    let names = reader.headers().map_err(|error| InputError::new(path, error))?.clone();
-    Ok(Box::new(reader.into_records().map(move |record| {
-        let record = record.map_err(|error| error.to_string())?;
-        let fields = names.iter().zip(record.iter()).filter(|(_, field)| !field.is_empty());
-        Ok(fields.map(|(name, field)| (name.to_owned(), field.into())).collect::<serde_json::Map<_, _>>().into())
-    })))
-}
+/// Records of a file.
+type Records = Box<dyn Iterator<Item = Result<Cell, String>> + Send>;
+/// A row, but for its number.
+type Made = Box<dyn FnOnce(u64) -> Result<Row, String> + Send>;
+/// The rows of a file.
+type Table = Box<dyn Iterator<Item = Made> + Send>;

@@ -1,115 +1,177 @@
-//! Parquet, a few rows at a time. Image columns are taken as they lie (bytes, {bytes, path}, text, or lists of these), all others
-//! by way of JSON.
+//! Parquet, a few rows at a time. Every type of Arrow becomes a [`Cell`]; bytes stay bytes.
 
-use std::{fs::File, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+};
 
 use arrow_array::{
-    Array, ArrayRef, RecordBatch,
-    cast::{AsArray, as_list_array},
+    Array,
+    cast::AsArray,
+    types::{
+        Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type,
+        UInt64Type,
+    },
 };
-use arrow_cast::cast;
-use arrow_json::LineDelimitedWriter;
+use arrow_cast::{
+    cast,
+    display::{ArrayFormatter, FormatOptions},
+};
 use arrow_schema::DataType;
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
-use serde_json::Value;
+use parquet::arrow::{ProjectionMask, arrow_reader::ParquetRecordBatchReaderBuilder};
 
-use super::{InputError, RowError, Rows, record::Reader};
-use crate::row::Picture;
+use super::{
+    InputError, Records,
+    cell::{Cell, Fields, number},
+    record::Mapping,
+};
+use crate::row::cut;
 
 /// Rows that are decoded together: images may be large.
 const ROWS: usize = 16;
 
 pub(super) fn count(path: &Path) -> Option<u64> {
-    let builder = ParquetRecordBatchReaderBuilder::try_new(File::open(path).ok()?).ok()?;
+    let file = File::open(path).ok()?;
+    let builder = safely(|| ParquetRecordBatchReaderBuilder::try_new(file)).ok()?;
     u64::try_from(builder.metadata().file_metadata().num_rows()).ok()
 }
 
-pub(super) fn rows(path: &Path, reader: Reader) -> Result<Rows, InputError> {
+/// Columns' types by name.
+pub(super) type Types = BTreeMap<String, String>;
+
+pub(super) fn records(path: &Path, mapping: &Mapping) -> Result<(Records, Types), InputError> {
     let file = File::open(path).map_err(|error| InputError::new(path, error))?;
-    let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| InputError::new(path, error))?;
-    let names: Vec<String> = builder.schema().fields().iter().map(|field| field.name().clone()).collect();
-    let image = reader.mapping.column("image", |name| names.iter().any(|known| known == name)).map(str::to_owned);
-    let batches = builder.with_batch_size(ROWS).build().map_err(|error| InputError::new(path, error))?;
-    let records = batches.flat_map(move |batch| {
-        let read = batch.map_err(|error| error.to_string()).and_then(|batch| records(&batch, image.as_deref()));
-        match read {
-            Ok(records) => records.into_iter().map(Ok).collect(),
-            Err(error) => vec![Err(error)],
-        }
+    let builder =
+        safely(|| ParquetRecordBatchReaderBuilder::try_new(file)).map_err(|error| InputError::new(path, error))?;
+    let fields = builder.schema().fields().clone();
+    mapping.fits(fields.iter().map(|field| field.name().as_str())).map_err(|error| InputError::new(path, error))?;
+    let types = fields.iter().map(|field| (field.name().clone(), field.data_type().to_string())).collect();
+    // What no row is made of isn't read, but for what may be an image.
+    let wanted = (0..fields.len())
+        .filter(|index| mapping.knows(fields[*index].name()) || may_be_image(fields[*index].data_type()));
+    let mask = ProjectionMask::roots(builder.parquet_schema(), wanted);
+    let batches = safely(|| builder.with_projection(mask).with_batch_size(ROWS).build());
+    let mut batches = batches.map_err(|error| InputError::new(path, error))?;
+    let mut ended = false;
+    // A reader that failed once may fail for ever.
+    let batches = std::iter::from_fn(move || {
+        let batch = if ended { None } else { safely(|| batches.next().transpose()).transpose() };
+        ended = matches!(batch, None | Some(Err(_)));
+        batch
     });
-    Ok(Box::new((0..).zip(records).map(move |(number, record)| {
-        let row = record.and_then(|(fields, pictures)| {
-            let mut row = reader.row(number, fields)?;
-            for picture in pictures? {
-                row.images.push(match picture {
-                    Picture::File(path) => Picture::File(reader.root.join(path)),
-                    other => other,
-                });
-            }
-            Ok(row)
-        });
-        row.map_err(|reason| RowError { number, reason })
-    })))
+    let records = batches.flat_map(move |batch| match batch {
+        Ok(batch) => {
+            let schema = batch.schema();
+            let row = |row: usize| {
+                let named = schema.fields().iter().zip(batch.columns());
+                let cells = named.map(|(field, column)| (field.name().clone(), cell(column.as_ref(), row)));
+                Ok(Cell::Fields(cells.collect()))
+            };
+            (0..batch.num_rows()).map(row).collect()
+        }
+        Err(error) => vec![Err(format!("the file can't be read from here on: {error}"))],
+    });
+    Ok((Box::new(records), types))
 }
 
-type Pictures = Result<Vec<Picture>, String>;
-
-fn records(batch: &RecordBatch, image: Option<&str>) -> Result<Vec<(Value, Pictures)>, String> {
-    let failed = |error: arrow_schema::ArrowError| error.to_string();
-    let others: Vec<usize> =
-        (0..batch.num_columns()).filter(|index| Some(batch.schema().field(*index).name().as_str()) != image).collect();
-    let mut lines = LineDelimitedWriter::new(Vec::new());
-    if others.is_empty() {
-        return Err("no column beside the image".into());
+/// What a reader gives. Of broken files some make it panic; that is an error like others.
+fn safely<T, E: std::fmt::Display>(read: impl FnOnce() -> Result<T, E>) -> Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(read)) {
+        Ok(read) => read.map_err(|error| cut(&error.to_string()).into_owned()),
+        Err(_) => Err("the Parquet file is broken".into()),
     }
-    lines.write(&batch.project(&others).map_err(failed)?).map_err(failed)?;
-    lines.finish().map_err(failed)?;
-    let column = image.and_then(|image| batch.column_by_name(image));
-    let lines = lines.into_inner();
-    let fields = serde_json::Deserializer::from_slice(&lines).into_iter::<Value>();
-    let mut records = Vec::with_capacity(batch.num_rows());
-    for (row, fields) in fields.enumerate() {
-        let mut pictures = Vec::new();
-        let found = column.map_or(Ok(()), |column| take(column, row, &mut pictures));
-        records.push((fields.map_err(|error| error.to_string())?, found.map(|()| pictures)));
-    }
-    Ok(records)
 }
 
-/// The pictures that stand in one cell.
-fn take(column: &ArrayRef, row: usize, pictures: &mut Vec<Picture>) -> Result<(), String> {
+fn may_be_image(kind: &DataType) -> bool {
+    match kind {
+        DataType::Binary | DataType::LargeBinary | DataType::BinaryView => true,
+        DataType::Struct(fields) => fields.iter().any(|field| field.name() == "bytes"),
+        DataType::List(item)
+        | DataType::LargeList(item)
+        | DataType::FixedSizeList(item, _)
+        | DataType::ListView(item)
+        | DataType::LargeListView(item) => may_be_image(item.data_type()),
+        _ => false,
+    }
+}
+
+/// What stands in a row of a column.
+fn cell(column: &dyn Array, row: usize) -> Cell {
     if column.is_null(row) {
-        return Ok(());
+        return Cell::Null;
+    }
+    macro_rules! integer {
+        ($kind:ty) => {
+            Cell::Number(column.as_primitive::<$kind>().value(row).into())
+        };
     }
     match column.data_type() {
-        DataType::Binary => pictures.push(Picture::Bytes(column.as_binary::<i32>().value(row).to_vec().into())),
-        DataType::LargeBinary => pictures.push(Picture::Bytes(column.as_binary::<i64>().value(row).to_vec().into())),
-        DataType::Utf8 => pictures.push(named(column.as_string::<i32>().value(row))),
-        DataType::LargeUtf8 => pictures.push(named(column.as_string::<i64>().value(row))),
-        DataType::BinaryView | DataType::Utf8View => {
-            let plain = if *column.data_type() == DataType::Utf8View { DataType::Utf8 } else { DataType::Binary };
-            let column = cast(&column.slice(row, 1), &plain).map_err(|error| error.to_string())?;
-            return take(&column, 0, pictures);
-        }
+        DataType::Null => Cell::Null,
+        DataType::Boolean => Cell::Bool(column.as_boolean().value(row)),
+        DataType::Int8 => integer!(Int8Type),
+        DataType::Int16 => integer!(Int16Type),
+        DataType::Int32 => integer!(Int32Type),
+        DataType::Int64 => integer!(Int64Type),
+        DataType::UInt8 => integer!(UInt8Type),
+        DataType::UInt16 => integer!(UInt16Type),
+        DataType::UInt32 => integer!(UInt32Type),
+        DataType::UInt64 => integer!(UInt64Type),
+        DataType::Float32 => number(column.as_primitive::<Float32Type>().value(row).into()),
+        DataType::Float64 => number(column.as_primitive::<Float64Type>().value(row)),
+        DataType::Utf8 => Cell::Text(column.as_string::<i32>().value(row).to_owned()),
+        DataType::LargeUtf8 => Cell::Text(column.as_string::<i64>().value(row).to_owned()),
+        DataType::Utf8View => Cell::Text(column.as_string_view().value(row).to_owned()),
+        DataType::Binary => bytes(column.as_binary::<i32>().value(row)),
+        DataType::LargeBinary => bytes(column.as_binary::<i64>().value(row)),
+        DataType::BinaryView => bytes(column.as_binary_view().value(row)),
+        DataType::FixedSizeBinary(_) => bytes(column.as_fixed_size_binary().value(row)),
+        DataType::List(_) => list(column.as_list::<i32>().value(row).as_ref()),
+        DataType::LargeList(_) => list(column.as_list::<i64>().value(row).as_ref()),
+        DataType::FixedSizeList(..) => list(column.as_fixed_size_list().value(row).as_ref()),
+        DataType::ListView(_) => list(column.as_list_view::<i32>().value(row).as_ref()),
+        DataType::LargeListView(_) => list(column.as_list_view::<i64>().value(row).as_ref()),
         DataType::Struct(_) => {
             let column = column.as_struct();
-            let filled = |name: &str| column.column_by_name(name).filter(|inner| !inner.is_null(row));
-            let inner = filled("bytes").or_else(|| filled("path"));
-            return take(inner.ok_or("an image has neither bytes nor path")?, row, pictures);
+            let named = column.fields().iter().zip(column.columns());
+            Cell::Fields(named.map(|(field, inner)| (field.name().clone(), cell(inner.as_ref(), row))).collect())
         }
-        DataType::List(_) => {
-            let values = as_list_array(column).value(row);
-            return (0..values.len()).try_for_each(|place| take(&values, place, pictures));
+        DataType::Map(..) => {
+            let entries = column.as_map().value(row);
+            let (keys, values) = (entries.column(0), entries.column(1));
+            let named = (0..entries.len()).map(|entry| match cell(keys.as_ref(), entry) {
+                Cell::Text(name) => (name, cell(values.as_ref(), entry)),
+                _ => (entry.to_string(), cell(values.as_ref(), entry)),
+            });
+            Cell::Fields(named.collect::<Fields>())
         }
-        other => return Err(format!("an image column of type {other} can't be read")),
+        DataType::Dictionary(_, value) => as_type(column, row, value),
+        DataType::RunEndEncoded(_, value) => as_type(column, row, value.data_type()),
+        _ => shown(column, row),
     }
-    Ok(())
 }
 
-fn named(text: &str) -> Picture {
-    if text.starts_with("http://") || text.starts_with("https://") {
-        Picture::Url(text.to_owned())
-    } else {
-        Picture::File(text.into())
+fn bytes(bytes: &[u8]) -> Cell {
+    Cell::Bytes(bytes.to_vec().into())
+}
+
+fn list(values: &dyn Array) -> Cell {
+    // Bytes may be written as a list of small numbers.
+    if values.data_type() == &DataType::UInt8 && values.null_count() == 0 && !values.is_empty() {
+        return bytes(values.as_primitive::<UInt8Type>().values());
     }
+    Cell::List((0..values.len()).map(|place| cell(values, place)).collect())
+}
+
+/// A value that is stored once for many rows.
+fn as_type(column: &dyn Array, row: usize, kind: &DataType) -> Cell {
+    cast(&column.slice(row, 1), kind).map_or_else(|_| shown(column, row), |plain| cell(plain.as_ref(), 0))
+}
+
+/// A date, a decimal, and whatever else has a text.
+fn shown(column: &dyn Array, row: usize) -> Cell {
+    let formatter = ArrayFormatter::try_new(column, &FormatOptions::default());
+    let text = formatter.ok().and_then(|formatter| formatter.value(row).try_to_string().ok());
+    Cell::Other(text.unwrap_or_else(|| column.data_type().to_string()))
 }

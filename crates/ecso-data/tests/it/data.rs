@@ -1,5 +1,4 @@
 //! The engine from input to dataset, with a scripted model.
-#![allow(clippy::unwrap_used, reason = "a test may")]
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -50,7 +49,7 @@ fn model() -> Arc<dyn Mllm> {
     }))
 }
 
-fn png(number: u32) -> Vec<u8> {
+pub(crate) fn png(number: u32) -> Vec<u8> {
     let shade = |shift: u32| u8::try_from((number >> shift) % 251).unwrap();
     let mut bytes = Cursor::new(Vec::new());
     RgbImage::from_pixel(8, 8, Rgb([shade(0), shade(3), shade(7)])).write_to(&mut bytes, ImageFormat::Png).unwrap();
@@ -103,15 +102,15 @@ fn header(input: &Input, shard: Shard) -> Header {
     }
 }
 
-const OPTIONS: Options =
+pub(crate) const OPTIONS: Options =
     Options { concurrency: 4, retry_failed: false, limits: LIMITS, max_tokens: None, max_time: None };
 const LIMITS: Limits = Limits { bytes: 1 << 20, pixels: 1 << 20 };
 
-fn packing() -> Packing {
+pub(crate) fn packing() -> Packing {
     Packing { utility: 0.5, validation: 0.4, seed: 1, shard_bytes: 1 << 30, licence: "mit".into(), limits: LIMITS }
 }
 
-async fn go(input: &Input, out: &Path, shard: Shard, options: Options) -> (bool, Progress) {
+pub(crate) async fn go(input: &Input, out: &Path, shard: Shard, options: Options) -> (bool, Progress) {
     let maker = Maker::new(&model(), Profile::paper(), Filters::default());
     let mut last = Progress::default();
     let fetcher = Fetcher::new().unwrap();
@@ -120,7 +119,7 @@ async fn go(input: &Input, out: &Path, shard: Shard, options: Options) -> (bool,
     (whole.await.unwrap(), last)
 }
 
-fn records(out: &Path) -> HashMap<String, Record> {
+pub(crate) fn records(out: &Path) -> HashMap<String, Record> {
     let records = journal::records::<Record>(out).unwrap().map(|record| record.unwrap().1);
     records.map(|record| (record.id.clone(), record)).collect()
 }
@@ -131,7 +130,7 @@ fn outcomes(out: &Path) -> BTreeSet<String> {
     records(out).into_values().map(line).collect()
 }
 
-fn input(path: PathBuf) -> Input {
+pub(crate) fn input(path: PathBuf) -> Input {
     Input { path, ..Input::default() }
 }
 

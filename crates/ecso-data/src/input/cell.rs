@@ -1,0 +1,141 @@
+//! What stands in a cell of the input, whatever the format.
+
+use std::{collections::BTreeMap, fmt};
+
+use bytes::Bytes;
+use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
+use serde_json::Number;
+
+/// Named cells.
+pub(super) type Fields = BTreeMap<String, Cell>;
+
+/// A value of JSON, or bytes.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Cell {
+    Null,
+    Bool(bool),
+    Number(Number),
+    Text(String),
+    Bytes(Bytes),
+    List(Vec<Cell>),
+    Fields(Fields),
+    /// Of a type that is none of these (a date, a decimal): as it is shown.
+    Other(String),
+}
+
+impl Cell {
+    /// What it is, in words.
+    pub(super) fn kind(&self) -> &'static str {
+        match self {
+            Self::Null => "null",
+            Self::Bool(_) => "true or false",
+            Self::Number(_) => "a number",
+            Self::Text(_) => "text",
+            Self::Bytes(_) => "bytes",
+            Self::List(_) => "a list",
+            Self::Fields(_) => "an object",
+            Self::Other(_) => "neither text nor number",
+        }
+    }
+
+    /// Null, no text, no element.
+    pub(super) fn is_empty(&self) -> bool {
+        match self {
+            Self::Null => true,
+            Self::Text(text) => text.trim().is_empty(),
+            Self::List(list) => list.iter().all(Self::is_empty),
+            _ => false,
+        }
+    }
+
+    pub(super) fn text(&self) -> Option<&str> {
+        match self {
+            Self::Text(text) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// The cell of that name, if this has names and that one isn't null.
+    pub(super) fn get(&self, name: &str) -> Option<&Self> {
+        match self {
+            Self::Fields(fields) => fields.get(name).filter(|cell| **cell != Self::Null),
+            _ => None,
+        }
+    }
+
+    /// What stands in a text that is JSON of a list or an object, as cells of CSV have it; anything else as it is.
+    pub(super) fn opened(self) -> Self {
+        let Self::Text(text) = &self else { return self };
+        let is_json = text.trim_start().starts_with(['[', '{']);
+        is_json.then(|| serde_json::from_str(text).ok()).flatten().unwrap_or(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Cell {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Reading)
+    }
+}
+
+struct Reading;
+
+impl<'de> Visitor<'de> for Reading {
+    type Value = Cell;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a value")
+    }
+
+    fn visit_unit<E>(self) -> Result<Cell, E> {
+        Ok(Cell::Null)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Cell, E> {
+        Ok(Cell::Bool(value))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Cell, E> {
+        Ok(Cell::Number(value.into()))
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Cell, E> {
+        Ok(Cell::Number(value.into()))
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Cell, E> {
+        Ok(number(value))
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Cell, E> {
+        Ok(Cell::Text(text.to_owned()))
+    }
+
+    fn visit_string<E>(self, text: String) -> Result<Cell, E> {
+        Ok(Cell::Text(text))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<Cell, A::Error> {
+        let mut list = Vec::new();
+        while let Some(element) = elements.next_element()? {
+            list.push(element);
+        }
+        Ok(Cell::List(list))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Cell, A::Error> {
+        let mut fields = Fields::new();
+        while let Some((name, cell)) = entries.next_entry::<String, Cell>()? {
+            // Readers differ in which of the two counts.
+            if fields.contains_key(&name) {
+                return Err(A::Error::custom(format!("the name `{}` stands twice", crate::row::cut(&name))));
+            }
+            fields.insert(name, cell);
+        }
+        Ok(Cell::Fields(fields))
+    }
+}
+
+/// A number; what is none (NaN) is shown.
+pub(super) fn number(value: f64) -> Cell {
+    Number::from_f64(value).map_or_else(|| Cell::Other(value.to_string()), Cell::Number)
+}

@@ -1,0 +1,279 @@
+//! Conversations as people write them: chat completions, Messages and Responses, LLaVA's (`from`, `value`), pairs `user` and
+//! `assistant`, pairs of question and answer.
+
+use ecso::Role;
+
+use super::{
+    cell::Cell,
+    marks::{self, Piece, Turn},
+};
+use crate::row::{Picture, cut};
+
+/// Makes a picture of a cell.
+pub(super) type Picturing<'a> = &'a dyn Fn(&Cell) -> Result<Picture, String>;
+
+/// Where the image of a part may stand.
+pub(super) const IMAGES: [&str; 9] =
+    ["image_url", "image", "bytes", "url", "path", "base64", "data", "source", "file_name"];
+
+/// A conversation up to its last question, and what the model said after it.
+#[derive(Debug, Default)]
+pub(super) struct Talk {
+    pub(super) turns: Vec<Turn>,
+    pub(super) answer: Option<String>,
+}
+
+/// Whether a list is a conversation.
+pub(super) fn is_talk(cell: &Cell) -> bool {
+    let is_turn = |turn: &Cell| ["role", "from"].iter().any(|name| turn.get(name).is_some());
+    matches!(cell, Cell::List(turns) if !turns.is_empty() && turns.iter().all(is_turn))
+}
+
+/// Reads a conversation. The last turn of the user is its last turn here.
+pub(super) fn talk(turns: &Cell, picture: Picturing<'_>) -> Result<Talk, String> {
+    let Cell::List(said) = turns else { return Err(format!("{}, where a list of turns should be", turns.kind())) };
+    let mut spoken = Vec::new();
+    for (index, said) in said.iter().enumerate() {
+        turn(said, picture, &mut spoken).map_err(|error| format!("turn {}: {error}", index + 1))?;
+    }
+    let last = spoken.iter().rposition(|(who, _)| *who == Who::User).ok_or("there is no turn of the user")?;
+    let after = spoken.split_off(last + 1);
+    if after.iter().any(|(who, _)| *who != Who::Assistant) {
+        return Err("what a tool or the system says stands behind the user's last turn; such rows can't be used".into());
+    }
+    let answers: Vec<String> =
+        after.into_iter().map(|(_, pieces)| plain(pieces)).filter(|text| !text.is_empty()).collect();
+    let answer = (!answers.is_empty()).then(|| answers.join("\n"));
+    let said = |(who, pieces): (Who, Vec<Piece>)| Turn { role: who.role(), pieces };
+    Ok(Talk { turns: spoken.into_iter().map(said).collect(), answer })
+}
+
+/// What the model says in a conversation that has its turns alone, as columns of preferences do.
+pub(super) fn answers(turns: &Cell) -> Result<String, String> {
+    let Cell::List(said) = turns else { return Err(format!("{}, where text should be", turns.kind())) };
+    let mut spoken = Vec::new();
+    let unread = |_: &Cell| Err("an image stands in the answer".to_owned());
+    for said in said {
+        turn(said, &unread, &mut spoken)?;
+    }
+    let last = spoken.iter().rposition(|(who, _)| *who == Who::User).map_or(0, |last| last + 1);
+    let answers = spoken.into_iter().skip(last).filter(|(who, _)| *who == Who::Assistant);
+    Ok(answers.map(|(_, pieces)| plain(pieces)).collect::<Vec<_>>().join("\n"))
+}
+
+fn plain(pieces: Vec<Piece>) -> String {
+    let text = |piece| if let Piece::Text(text) = piece { Some(text) } else { None };
+    pieces.into_iter().filter_map(text).collect::<String>().trim().to_owned()
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Who {
+    System,
+    User,
+    Assistant,
+    Tool,
+}
+
+impl Who {
+    fn of(word: &str) -> Option<Self> {
+        Some(match word.trim().to_ascii_lowercase().as_str() {
+            "system" | "developer" => Self::System,
+            "user" | "human" | "prompter" => Self::User,
+            "assistant" | "gpt" | "model" | "bot" | "chatgpt" | "ai" | "function_call" | "tool_call" => Self::Assistant,
+            "tool" | "function" | "observation" | "tool_response" | "tool_result" | "ipython" => Self::Tool,
+            _ => return None,
+        })
+    }
+
+    /// There is no role of tools here: what one says goes to the model as the user's.
+    fn role(self) -> Role {
+        match self {
+            Self::System => Role::System,
+            Self::User | Self::Tool => Role::User,
+            Self::Assistant => Role::Assistant,
+        }
+    }
+}
+
+type Spoken = Vec<(Who, Vec<Piece>)>;
+
+fn turn(said: &Cell, picture: Picturing<'_>, spoken: &mut Spoken) -> Result<(), String> {
+    let word = ["role", "from"].iter().find_map(|name| said.get(name));
+    let Some(word) = word else {
+        // A pair: {user, assistant}, or a list of two.
+        let pair = match said {
+            Cell::Fields(_) => [(Who::User, said.get("user")), (Who::Assistant, said.get("assistant"))],
+            Cell::List(pair) if pair.len() == 2 => [(Who::User, pair.first()), (Who::Assistant, pair.get(1))],
+            other => return Err(format!("{}, where a turn should be", other.kind())),
+        };
+        if pair.iter().all(|(_, content)| content.is_none()) {
+            return Err("it has neither `role` nor `from`".into());
+        }
+        for (who, content) in pair {
+            let mut pieces = Vec::new();
+            content.map_or(Ok(()), |content| parts(content, picture, &mut pieces))?;
+            push(who, pieces, spoken);
+        }
+        return Ok(());
+    };
+    let known = "system, developer, user, human, assistant, gpt, tool and function are known";
+    let word = word.text().ok_or_else(|| format!("its role is {}; {known}", word.kind()))?;
+    let who = Who::of(word).ok_or_else(|| format!("its role is `{}`; {known}", cut(word)))?;
+    let mut pieces = Vec::new();
+    for name in ["reasoning_content", "reasoning", "thinking"] {
+        if let Some(thought) = said.get(name).and_then(Cell::text).filter(|text| !text.trim().is_empty()) {
+            join(&mut pieces, vec![Piece::Text(format!("Thought: {}", thought.trim()))], "\n");
+        }
+    }
+    let content = ["content", "value", "text"].iter().find_map(|name| said.get(name));
+    if let Some(content) = content {
+        let mut found = Vec::new();
+        parts(content, picture, &mut found)?;
+        join(&mut pieces, found, "\n");
+    }
+    for (name, label) in [("tool_calls", "Tool call"), ("function_call", "Tool call")] {
+        if let Some(calls) = said.get(name).filter(|calls| !calls.is_empty()) {
+            join(&mut pieces, vec![Piece::Text(format!("{label}: {}", json(calls)))], "\n");
+        }
+    }
+    if pieces.is_empty() && content.is_none() && who == Who::User {
+        return Err("it has neither `content` nor `value`".into());
+    }
+    if who == Who::Tool && !pieces.is_empty() {
+        let name = said.get("name").and_then(Cell::text).map(|name| format!(" ({})", cut(name))).unwrap_or_default();
+        let label = vec![Piece::Text(format!("Tool result{name}: "))];
+        pieces.splice(0..0, label);
+    }
+    push(who, pieces, spoken);
+    Ok(())
+}
+
+/// Adds a turn. One of the user counts without words too: it may show an image.
+fn push(who: Who, pieces: Vec<Piece>, spoken: &mut Spoken) {
+    if who == Who::User || !pieces.is_empty() {
+        spoken.push((who, pieces));
+    }
+}
+
+/// Puts pieces behind others.
+fn join(pieces: &mut Vec<Piece>, found: Vec<Piece>, between: &str) {
+    if !pieces.is_empty() && !found.is_empty() {
+        pieces.push(Piece::Text(between.to_owned()));
+    }
+    pieces.extend(found);
+}
+
+/// What a turn says: a text, a part, or a list of these.
+fn parts(content: &Cell, picture: Picturing<'_>, pieces: &mut Vec<Piece>) -> Result<(), String> {
+    let own = |path: &str| picture(&Cell::Text(path.to_owned()));
+    match content {
+        Cell::Null => Ok(()),
+        Cell::Text(text) => marks::pieces(text, &own, pieces),
+        Cell::Number(number) => {
+            pieces.push(Piece::Text(number.to_string()));
+            Ok(())
+        }
+        Cell::List(list) => {
+            for content in list {
+                let mut found = Vec::new();
+                parts(content, picture, &mut found)?;
+                let between = between(pieces, &found);
+                join(pieces, found, between);
+            }
+            Ok(())
+        }
+        Cell::Fields(_) => part(content, picture, pieces),
+        other => Err(format!("its content is {}, where text or parts should be", other.kind())),
+    }
+}
+
+/// Parts of text are lines; an image that stands in the midst of a sentence stays there.
+fn between(before: &[Piece], found: &[Piece]) -> &'static str {
+    match (before.last(), found.first()) {
+        (Some(Piece::Text(_)), Some(Piece::Text(_))) => "\n",
+        (Some(Piece::Text(text)), _) if !text.ends_with(['.', '?', '!', ':', '\n']) => " ",
+        (Some(Piece::Text(_)), _) => "\n",
+        (_, Some(Piece::Text(text))) if text.starts_with(|c: char| c.is_lowercase() || c.is_whitespace()) => " ",
+        (_, Some(Piece::Text(text))) if text.starts_with(|c: char| c.is_ascii_punctuation()) => "",
+        (_, Some(Piece::Text(_))) => "\n",
+        _ => " ",
+    }
+}
+
+fn part(part: &Cell, picture: Picturing<'_>, pieces: &mut Vec<Piece>) -> Result<(), String> {
+    let kind = part.get("type").and_then(Cell::text);
+    let has_image = || IMAGES.iter().any(|name| part.get(name).is_some());
+    let mut say = |label: &str, name: &str| match part.get(name) {
+        None => Ok(()),
+        Some(Cell::Text(text)) if label.is_empty() => {
+            marks::pieces(text, &|path| picture(&Cell::Text(path.to_owned())), pieces)
+        }
+        Some(Cell::Text(text)) => {
+            pieces.push(Piece::Text(format!("{label}: {text}")));
+            Ok(())
+        }
+        Some(other) => {
+            pieces.push(Piece::Text(format!("{label}{}{}", if label.is_empty() { "" } else { ": " }, json(other))));
+            Ok(())
+        }
+    };
+    match kind {
+        Some("text" | "input_text" | "output_text") => say("", "text"),
+        Some("refusal") => say("", "refusal"),
+        Some("thinking") => say("Thought", "thinking"),
+        Some("reasoning") => {
+            let name = ["text", "reasoning", "summary", "content"].into_iter().find(|name| part.get(name).is_some());
+            say("Thought", name.unwrap_or("text"))
+        }
+        // Nobody but its author can read it.
+        Some("redacted_thinking") => Ok(()),
+        Some("tool_use" | "function_call" | "tool_call") => {
+            pieces.push(Piece::Text(format!("Tool call: {}", json(part))));
+            Ok(())
+        }
+        Some("tool_result" | "function_call_output") => {
+            let content = ["content", "output"].iter().find_map(|name| part.get(name));
+            let mut found = Vec::new();
+            content.map_or(Ok(()), |content| parts(content, picture, &mut found))?;
+            pieces.push(Piece::Text("Tool result: ".into()));
+            pieces.extend(found);
+            Ok(())
+        }
+        Some("image" | "image_url" | "input_image") if has_image() => {
+            pieces.push(Piece::Own(picture(part)?));
+            Ok(())
+        }
+        Some("image_url" | "input_image") => Err("an image part has neither a URL nor an image".into()),
+        // Its image stands in the image column.
+        Some("image") => {
+            pieces.push(Piece::Mark(None));
+            Ok(())
+        }
+        None if part.get("text").is_some() => say("", "text"),
+        None if has_image() => {
+            pieces.push(Piece::Own(picture(part)?));
+            Ok(())
+        }
+        Some(other) => Err(format!("a part of type `{}` isn't understood; text and images are", cut(other))),
+        None => Err("a part has neither type, text nor image".into()),
+    }
+}
+
+/// A cell as JSON, without what is null.
+fn json(cell: &Cell) -> String {
+    fn value(cell: &Cell) -> serde_json::Value {
+        match cell {
+            Cell::Null => serde_json::Value::Null,
+            Cell::Bool(value) => (*value).into(),
+            Cell::Number(number) => number.clone().into(),
+            Cell::Text(text) | Cell::Other(text) => text.as_str().into(),
+            Cell::Bytes(bytes) => format!("{} bytes", bytes.len()).into(),
+            Cell::List(list) => list.iter().map(value).collect(),
+            Cell::Fields(fields) => {
+                let filled = fields.iter().filter(|(_, cell)| **cell != Cell::Null);
+                filled.map(|(name, cell)| (name.clone(), value(cell))).collect::<serde_json::Map<_, _>>().into()
+            }
+        }
+    }
+    value(cell).to_string()
+}

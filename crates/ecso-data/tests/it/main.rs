@@ -1,0 +1,5 @@
+//! Integration tests of the data engine.
+#![allow(clippy::unwrap_used, reason = "a test may")]
+
+mod data;
+mod inputs;
