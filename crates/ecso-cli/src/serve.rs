@@ -137,7 +137,8 @@ fn without_password(model: &str) -> String {
     let Some((scheme, rest)) = model.split_once("://") else { return model.to_owned() };
     let host = rest.find(['/', '?', '#']).unwrap_or(rest.len());
     let named = rest[..host].rfind('@').map_or(0, |at| at + 1);
-    format!("{scheme}://{}", &rest[named..])
+    let shown = rest.find(['?', '#']).unwrap_or(rest.len());
+    format!("{scheme}://{}", &rest[named..shown])
 }
 
 /// What somebody who relies on the guard should know before it runs.

@@ -200,8 +200,10 @@ impl Choice {
         let mut texts = self.heard.texts.clone();
         let content = texts.remove("content").unwrap_or_default();
         let rest = texts.into_iter().flat_map(|(path, text)| {
-            let unescaped = path.ends_with("arguments").then(|| unescaped(&text)).flatten();
-            [Some(text), unescaped].into_iter().flatten()
+            let is_json = path.ends_with("arguments") || path.ends_with("input");
+            let once = is_json.then(|| unescaped(&text)).flatten();
+            let twice = once.as_deref().and_then(unescaped);
+            [Some(text), once, twice].into_iter().flatten()
         });
         let all: Vec<String> = [content].into_iter().chain(rest).filter(|text| !text.trim().is_empty()).collect();
         all.join("\n")

@@ -15,15 +15,16 @@ use std::{
 use axum::{Router, body::Body};
 use futures::future::BoxFuture;
 use http_body_util::BodyExt;
-use hyper::{Request, Response, body::Incoming, service::Service};
+use hyper::{Request, Response, body::Incoming, server::conn::http1, service::Service};
 use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::{conn::auto::Builder, graceful::GracefulShutdown},
+    rt::{TokioIo, TokioTimer},
+    server::graceful::GracefulShutdown,
 };
 use tokio::{
     net::TcpListener,
     sync::{Notify, Semaphore},
 };
+use tokio_io_timeout::TimeoutStream;
 use tower::ServiceExt;
 
 use crate::server::Gateway;
@@ -47,11 +48,9 @@ pub async fn serve(
     let router = Arc::clone(&gateway).router();
     let (graceful, mut stop) = (GracefulShutdown::new(), pin!(stop));
     let mut seats = Seats::default();
-    let mut builder = Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(limits.patience()).max_buf_size(HEAD);
-    let http2 = &mut builder.http2();
-    http2.max_header_list_size(16 << 10).max_concurrent_streams(64);
-    http2.timer(TokioTimer::new()).keep_alive_interval(limits.patience()).keep_alive_timeout(limits.patience());
+    // HTTP/1 alone: in HTTP/2 a client can leave answers unread for ever, and nobody sees it.
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(limits.patience()).max_buf_size(HEAD);
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -77,14 +76,16 @@ pub async fn serve(
         // Small pieces of a stream are not to wait for more.
         let _ = stream.set_nodelay(true);
         let seat = seats.take();
-        let connection = builder
-            .serve_connection(TokioIo::new(stream), Seated { router: router.clone(), seat: Arc::clone(&seat) })
-            .into_owned();
+        let mut stream = Box::pin(TimeoutStream::new(stream));
+        // Whoever does not read makes room as well.
+        stream.as_mut().set_write_timeout_pinned(Some(limits.patience() * 3));
+        let seated = Seated { router: router.clone(), seat: Arc::clone(&seat) };
+        let connection = builder.serve_connection(TokioIo::new(stream), seated);
         let connection = graceful.watch(connection);
         tokio::spawn(async move {
             tokio::select! {
                 ended = connection => if let Err(error) = ended {
-                    tracing::debug!(error, "a connection broke");
+                    tracing::debug!(%error, "a connection broke");
                 },
                 () = seat.leave.notified() => {}
             }

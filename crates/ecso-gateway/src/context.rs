@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -19,6 +19,7 @@ use crate::{
     request::{Body, Request},
     settings::{Mode, Settings, TraceLevel},
     state::AppState,
+    upstream::is_known_header,
 };
 
 /// A request that was let in.
@@ -37,23 +38,19 @@ pub(crate) struct RequestContext {
     rooms: Arc<Semaphore>,
 }
 
-/// Whether a body is JSON in UTF-8 for every reader: one `Content-Type` at most, of no other letters; and not compressed.
-pub(crate) fn is_plain_json(headers: &HeaderMap) -> Result<(), ApiError> {
+/// Whether a body is UTF-8 for every reader, and not compressed. What kind it is, the upstream is told anew.
+pub(crate) fn is_plain(headers: &HeaderMap) -> Result<(), ApiError> {
     let unsupported = |code, message: &str| Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, code, message));
     if headers.get_all(header::CONTENT_ENCODING).iter().any(|coding| coding != "identity") {
         return unsupported("unsupported_encoding", "a compressed body can't be guarded");
     }
-    let mut kinds = headers.get_all(header::CONTENT_TYPE).iter();
-    let (kind, second) = (kinds.next(), kinds.next());
-    let is_plain = kind.is_none_or(|kind| {
-        let text = kind.to_str().unwrap_or("?").to_ascii_lowercase();
-        let (name, rest) = text.split_once(';').unwrap_or((&text, ""));
-        let charset = rest.trim().strip_prefix("charset=").map(|charset| charset.trim_matches('"'));
-        // Without one, a form by the name is what curl sends.
-        let is_known = matches!(name.trim(), "application/json" | "application/x-www-form-urlencoded" | "text/json");
-        is_known && (rest.trim().is_empty() || charset.is_some_and(|charset| matches!(charset, "utf-8" | "utf8")))
-    });
-    if is_plain && second.is_none() {
+    let is_utf8 = |kind: &HeaderValue| {
+        let kind = kind.to_str().unwrap_or("charset=?").to_ascii_lowercase();
+        let mut charsets =
+            kind.split(';').filter_map(|part| part.split_once('=')).filter(|(name, _)| name.trim() == "charset");
+        charsets.all(|(_, charset)| matches!(charset.trim().trim_matches('"'), "utf-8" | "utf8" | "us-ascii"))
+    };
+    if headers.get_all(header::CONTENT_TYPE).iter().all(is_utf8) {
         return Ok(());
     }
     unsupported("unsupported_type", "the body must be JSON in UTF-8: Content-Type: application/json")
@@ -105,6 +102,32 @@ impl RequestContext {
         );
         let prepared = state.prepare(body, |fetched| self.hold(held + fetched));
         in_time(&state, begun, prepared).await
+    }
+
+    /// From here on the request has only headers that are known or that the operator lists. By others some servers take bodies,
+    /// caches or models from elsewhere.
+    pub(crate) fn guarded(&mut self) {
+        let listed = &self.state.settings.pass_headers;
+        let is_kept = |name: &HeaderName| {
+            is_known_header(name)
+                || name.as_str().starts_with("x-ecso-")
+                || listed.iter().any(|listed| listed.eq_ignore_ascii_case(name.as_str()))
+        };
+        let headers = std::mem::take(&mut self.headers).into_iter();
+        // Of several values of one name only the first comes with it.
+        let mut last = None;
+        for (name, value) in headers {
+            let name = name.or_else(|| last.clone());
+            last.clone_from(&name);
+            if let Some(name) = name.filter(is_kept) {
+                self.headers.append(name, value);
+            }
+        }
+    }
+
+    /// What was read as JSON goes on as JSON.
+    pub(crate) fn as_json(&mut self) {
+        self.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     }
 
     /// A body, up to `limits.body` bytes, while there is room for it.

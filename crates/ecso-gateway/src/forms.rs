@@ -16,7 +16,7 @@ pub(crate) enum Form {
     Plains,
     /// One of these words.
     Word(&'static [&'static str]),
-    /// A name or an id: one word of letters, digits and `. _ : / @ + = -`. Told to the reader, once.
+    /// A name or an id: one word of ASCII's letters, digits and marks. Told to the reader, once.
     Name,
     /// A text. Told to the reader.
     Text,
@@ -56,9 +56,14 @@ pub(crate) trait Reader {
     fn misfit(&mut self, path: &str) -> Result<(), Odd>;
 }
 
-/// Where something stands that is not known.
+/// Where something stands that can't be kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Odd(pub(crate) String);
+pub(crate) enum Odd {
+    /// A field that no form knows.
+    Unknown(String),
+    /// A value that a known field can't have.
+    Misfit(String),
+}
 
 /// Longest word that is a name.
 const NAME: usize = 16 << 10;
@@ -172,7 +177,8 @@ fn is_plains(value: &Value) -> bool {
 }
 
 fn is_label(value: &Value) -> bool {
-    value.as_str().map_or_else(|| is_plain(value), |text| text.len() <= LABEL)
+    // An address in a label may be one to which an answer is sent.
+    value.as_str().map_or_else(|| is_plain(value), |text| text.len() <= LABEL && !text.contains("://"))
 }
 
 fn is_labels(value: &Value) -> bool {
@@ -185,7 +191,7 @@ fn is_labels(value: &Value) -> bool {
 
 /// Whether a text is one word, as names and ids are.
 fn is_name(text: &str) -> bool {
-    text.len() <= NAME && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._:/@+=-".contains(&byte))
+    text.len() <= NAME && text.bytes().all(|byte| byte.is_ascii_graphic() && !b"\"'`<>\\".contains(&byte))
 }
 
 #[cfg(test)]

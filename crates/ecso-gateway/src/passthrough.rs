@@ -13,7 +13,7 @@ use serde_json::Value;
 use tracing::Instrument;
 
 use crate::{
-    context::{RequestContext, is_plain_json},
+    context::{RequestContext, is_plain},
     error::ApiError,
     json,
     routes::Route,
@@ -47,6 +47,9 @@ async fn pass(
     let Upstream::Server(server) = &state.upstream else {
         return Err(ApiError::new(StatusCode::NOT_FOUND, "not_found", "there is no such route here"));
     };
+    if context.mode == Mode::Enforce {
+        context.guarded();
+    }
     let (key, body) = match Route::of(method, path, &state.settings.allow_routes) {
         Route::Allowed => (Key::Own, reqwest::Body::wrap_stream(body.into_data_stream())),
         Route::Harmless if *method == axum::http::Method::POST => {
@@ -58,7 +61,8 @@ async fn pass(
             (Key::Own, reqwest::Body::default())
         }
         Route::Vectors => {
-            is_plain_json(&context.headers)?;
+            is_plain(&context.headers)?;
+            context.as_json();
             let body = context.read(body).await?;
             only_texts(
                 &json::read(&body).map_err(|why| {
@@ -70,6 +74,10 @@ async fn pass(
         Route::Unknown => {
             let is_enforced = context.mode == Mode::Enforce || state.settings.mode_header;
             if is_enforced || !path.starts_with("/v1/") {
+                if path.trim_end_matches('/').ends_with("/chat/completions") {
+                    let message = "chats are asked for by POST /v1/chat/completions";
+                    return Err(ApiError::new(StatusCode::NOT_FOUND, "route_not_guarded", message));
+                }
                 let message = "this route is not passed on: what it gives would not be judged. An operator who wants it lists \
                                it in `gateway.allow_routes`";
                 return Err(ApiError::new(StatusCode::NOT_FOUND, "route_not_guarded", message));

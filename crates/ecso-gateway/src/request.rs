@@ -53,9 +53,10 @@ impl Body {
         fields.retain(|name, value| !is_steering(name) || fits(name, value));
         let kwargs = fields.get("chat_template_kwargs").and_then(Value::as_object).into_iter().flatten();
         if let Some((name, _)) = kwargs.into_iter().find(|(name, _)| OF_THE_TEMPLATE.contains(&name.as_str())) {
-            return Err(Odd(format!("chat_template_kwargs.{name}")).into());
+            return Err(Odd::Unknown(format!("chat_template_kwargs.{name}")).into());
         }
         let fields = fields_of(&known, fields, "", &mut told)?;
+        told.texts.iter().try_for_each(|(at, text)| no_image_in(text, at))?;
         let described = ["model", "tools", "functions", "response_format"];
         let beside = told.texts.into_iter().filter(|(path, _)| !described.contains(&field_of(path).0));
         let beside = beside.map(|(_, text)| text).collect();
@@ -81,6 +82,10 @@ impl Body {
         if let Some(content) = content {
             kept.insert("content".to_owned(), self.content(content, &format!("{path}.content"), &mut told)?);
         }
+        // Servers put a message's texts together before they look for images in it.
+        let content = kept.get("content").map(joined).unwrap_or_default();
+        no_image_in(&content, &format!("{path}.content"))?;
+        told.texts.iter().try_for_each(|(at, text)| no_image_in(text, at))?;
         let beside = told.texts.into_iter().filter(|(at, _)| is_beside(at.get(path.len() + 1..).unwrap_or_default()));
         self.beside.extend(beside.map(|(_, text)| text));
         self.beside.extend(names_that_speak(&kept));
@@ -90,11 +95,7 @@ impl Body {
 
     fn content(&mut self, content: Value, path: &str, told: &mut Told<'_>) -> Result<Value, ApiError> {
         match content {
-            Value::Null => Ok(content),
-            Value::String(text) => {
-                no_image_in(&text, path)?;
-                Ok(text.into())
-            }
+            Value::Null | Value::String(_) => Ok(content),
             Value::Array(parts) => {
                 let parts = parts.into_iter().enumerate();
                 let parts = parts.map(|(place, part)| self.part(part, &format!("{path}.{place}"), told));
@@ -109,8 +110,7 @@ impl Body {
             let message = format!("`{path}`: parts of type `{}` can't be guarded", json::shown(kind));
             Err(ApiError::bad_request("unsupported_content", message))
         };
-        if let Value::String(text) = &part {
-            no_image_in(text, path)?;
+        if part.is_string() {
             return Ok(part);
         }
         let Value::Object(mut fields) = part else { return unsupported("(none)") };
@@ -137,9 +137,6 @@ impl Body {
         if needs == "image_url" {
             self.images += 1;
             one_detail(&mut kept, path)?;
-        }
-        for text in kept.values().filter_map(Value::as_str).filter(|_| needs != "image_url") {
-            no_image_in(text, path)?;
         }
         Ok(kept.into())
     }
@@ -169,7 +166,12 @@ impl Body {
     pub(crate) fn request(mut self, limits: &Limits, images: ecso::Limits, passed: bool) -> Result<Request, ApiError> {
         let invalid = |message: String| ApiError::bad_request("invalid_request", message);
         if let Some(name) = self.steering {
-            return Err(Odd(name).into());
+            return Err(Odd::Unknown(name).into());
+        }
+        let format = self.fields.get("response_format").filter(|format| !format.is_null());
+        if format.is_some_and(|format| !matches!(format["type"].as_str(), Some("text" | "json_object" | "json_schema")))
+        {
+            return Err(Odd::Misfit("response_format.type".into()).into());
         }
         if self.is_spoken {
             let message = "parts of type `input_audio` can't be guarded";
@@ -321,7 +323,7 @@ fn switches(name: &str, value: &Value) -> Option<Value> {
         Value::String(effort) => {
             (name == "reasoning_effort" && EFFORTS.contains(&effort.as_str())).then(|| value.clone())
         }
-        Value::Array(list) => list.iter().all(|value| value.is_number() || value.is_boolean()).then(|| value.clone()),
+        Value::Array(list) => list.iter().map(|value| switches("", value)).collect::<Option<Vec<_>>>().map(Value::from),
         Value::Object(fields) => {
             let kept = fields.iter().filter_map(|(name, value)| Some((name.clone(), switches(name, value)?)));
             let kept: Map<String, Value> = kept.collect();
@@ -331,28 +333,39 @@ fn switches(name: &str, value: &Value) -> Option<Value> {
     }
 }
 
-/// One `detail` for an image, beside its URL: of two that differ servers take one or the other.
+/// One `detail` for an image: of two that differ servers take one or the other.
 fn one_detail(part: &mut Map<String, Value>, path: &str) -> Result<(), ApiError> {
-    let Some(beside) = part.remove("detail").filter(|detail| !detail.is_null()) else { return Ok(()) };
-    if let Some(Value::String(url)) = part.get("image_url") {
-        let image = Map::from_iter([("url".to_owned(), url.as_str().into())]);
-        part.insert("image_url".to_owned(), image.into());
-    }
-    let within = part.get_mut("image_url").and_then(Value::as_object_mut);
-    let within = within.map(|image| image.entry("detail").or_insert_with(|| beside.clone()).clone());
-    if within.is_some_and(|within| within != beside) {
+    let Some(beside) = part.get("detail").filter(|detail| !detail.is_null()).cloned() else { return Ok(()) };
+    let Some(Value::Object(image)) = part.get_mut("image_url") else { return Ok(()) };
+    if image.get("detail").is_some_and(|within| !within.is_null() && *within != beside) {
         return Err(ApiError::bad_request("invalid_request", format!("`{path}` has two different `detail`s")));
     }
+    image.insert("detail".to_owned(), beside);
+    part.remove("detail");
     Ok(())
 }
 
-/// Some servers find images in texts, as Markdown has them: where one is written out or to be fetched, no text is only a text.
+/// Some servers find images in texts, as Markdown and HTML have them: where one is written out, no text is only a text.
 fn no_image_in(text: &str, path: &str) -> Result<(), ApiError> {
-    let is_image = text.match_indices("](").any(|(at, mark)| {
-        let target = text[at + mark.len()..].trim_start();
-        let starts = |scheme: &str| target.get(..scheme.len()).is_some_and(|start| start.eq_ignore_ascii_case(scheme));
-        let is_bare = text[..at].ends_with("![");
-        starts("data:") || (is_bare && (starts("http://") || starts("https://")))
+    const LONGEST_HEAD: usize = 100;
+    let bytes = text.as_bytes();
+    let is_image = memchr::memchr_iter(b':', bytes).any(|colon| {
+        let is_data = colon >= 4 && bytes[colon - 4..colon].eq_ignore_ascii_case(b"data");
+        let head = &bytes[colon..bytes.len().min(colon + LONGEST_HEAD)];
+        // A media type stands between, and no words.
+        let is_base64 = || {
+            let end = head.windows(8).position(|part| part.eq_ignore_ascii_case(b";base64,"));
+            let is_type = |byte: &u8| byte.is_ascii_alphanumeric() || b"/.+;=-".contains(byte);
+            end.is_some_and(|end| head[1..end.max(1)].trim_ascii().iter().all(is_type))
+        };
+        let before = || bytes[..colon - 4].trim_ascii_end();
+        let is_shown = || {
+            let before = before().strip_suffix(b"\"").or_else(|| before().strip_suffix(b"'")).unwrap_or_else(before);
+            let start = before.len().saturating_sub(8);
+            let before = bytes[start..before.len()].trim_ascii_end().to_ascii_lowercase();
+            [b"](".as_slice(), b"src=", b"<img>"].iter().any(|mark| before.ends_with(mark))
+        };
+        is_data && is_base64() && is_shown()
     });
     if is_image {
         let message =
@@ -382,25 +395,31 @@ impl Reader for Told<'_> {
     }
 
     fn unknown(&mut self, path: &str, name: &str) -> Result<bool, Odd> {
-        if self.allowed.iter().any(|allowed| allowed == name) { Ok(true) } else { Err(Odd(path.to_owned())) }
+        if self.allowed.iter().any(|allowed| allowed == name) { Ok(true) } else { Err(Odd::Unknown(path.to_owned())) }
     }
 
     fn misfit(&mut self, path: &str) -> Result<(), Odd> {
-        Err(Odd(path.to_owned()))
+        Err(Odd::Misfit(path.to_owned()))
     }
 }
 
 impl From<Odd> for ApiError {
-    fn from(Odd(path): Odd) -> Self {
-        let message = if path.is_empty() {
-            "the body holds what the guard does not know".to_owned()
-        } else {
-            format!(
-                "`{path}` is not known to the guard, so that it can't be judged: leave it out, or have the operator list \
-                 the field in `gateway.allow_fields`"
-            )
+    fn from(odd: Odd) -> Self {
+        let (code, message) = match &odd {
+            Odd::Unknown(path) => (
+                "unknown_field",
+                format!(
+                    "`{path}` is not known to the guard, so that it can't be judged: leave it out, or have the operator list the \
+                     field in `gateway.allow_fields`"
+                ),
+            ),
+            Odd::Misfit(path) => (
+                "invalid_value",
+                format!("`{path}` has a value that the guard does not know for it; docs/server.md says why"),
+            ),
         };
-        Self { param: Some(path), ..Self::bad_request("unknown_field", message) }
+        let (Odd::Unknown(path) | Odd::Misfit(path)) = odd;
+        Self { param: Some(path), ..Self::bad_request(code, message) }
     }
 }
 
@@ -514,10 +533,19 @@ fn said(part: &Value) -> String {
     }
 }
 
+/// All texts of a content, one behind the other.
+fn joined(content: &Value) -> String {
+    match content {
+        Value::Array(parts) => parts.iter().map(said).collect(),
+        content => said(content),
+    }
+}
+
 /// How the model is to look at an image: the fields of its part, where they stand.
 fn view(part: &Value) -> Map<String, Value> {
     let fields = part.as_object().into_iter().flatten();
-    let is_view = |name: &str, value: &Value| value.is_number() || value.is_boolean() || name == "detail";
+    let is_word = |name: &str| ["detail", "modalities", "format"].contains(&name);
+    let is_view = |name: &str, value: &Value| value.is_number() || value.is_boolean() || is_word(name);
     let mut view: Map<String, Value> = fields
         .filter(|(name, value)| is_view(name, value))
         .map(|(name, value)| (name.clone(), value.clone()))

@@ -29,7 +29,7 @@ use crate::{
     access::Admission,
     audit::Audit,
     chat,
-    context::{self, RequestContext, is_plain_json},
+    context::{self, RequestContext, is_plain},
     cors::{self, Cors},
     error::{ApiError, ApiErrors, ErrorBody},
     guard::{__path_guard, guard},
@@ -225,11 +225,15 @@ async fn completion(gateway: &Gateway, mut context: RequestContext, body: Body) 
     let model = request::model(&value);
     context.mode = context.caller.mode(settings, model, &context.headers)?;
     let scope = state.profile(&context.caller, model).scope;
-    let read = is_plain_json(&context.headers).and(
+    let read = is_plain(&context.headers).and(
         value
             .map_err(|why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}")))
             .and_then(|value| request::Body::of(value, &settings.allow_fields)),
     );
+    if context.mode == Mode::Enforce {
+        context.guarded();
+        context.as_json();
+    }
     // What can't be read is not out of scope.
     let is_out = read.as_ref().is_ok_and(|read| scope != Scope::All && !read.has_images());
     match (&state.upstream, context.mode) {

@@ -34,6 +34,8 @@ pub struct Settings {
     pub image_hosts: Vec<String>,
     /// Fields of requests that are let through, beside those that the guard knows; their texts are judged.
     pub allow_fields: Vec<String>,
+    /// Headers of clients that go on in enforce mode, beside those that are known; with the guard's own calls too.
+    pub pass_headers: Vec<String>,
     /// Routes that are passed on unguarded, beside those that are known to be harmless: `POST /v1/audio/transcriptions`,
     /// `GET /v1/files/*`.
     pub allow_routes: Vec<String>,
@@ -64,6 +66,7 @@ impl Default for Settings {
             image_urls: ImageUrls::Fetch,
             image_hosts: Vec::new(),
             allow_fields: Vec::new(),
+            pass_headers: Vec::new(),
             allow_routes: Vec::new(),
             decode_images: false,
             moderations: true,

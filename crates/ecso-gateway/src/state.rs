@@ -77,6 +77,14 @@ impl AppState {
         let rates = Rates::new(&settings);
         let decoding = tokio::sync::Mutex::new(());
         profiles.check(&settings)?;
+        let is_digest = |key: &&crate::settings::Key| {
+            key.sha256.len() == 64 && key.sha256.bytes().all(|byte| byte.is_ascii_hexdigit())
+        };
+        if let Some((name, _)) = settings.keys.iter().find(|(_, key)| !is_digest(key)) {
+            return Err(io::Error::other(format!(
+                "gateway.keys.{name}.sha256 is no SHA-256; make a key with `ecso key {name}`"
+            )));
+        }
         Ok(Self { upstream, profiles, settings, images, fetcher, decoding, audit, rates, metrics, memory })
     }
 
@@ -158,7 +166,10 @@ impl AppState {
     pub(crate) fn guarding(&self, request: &Request, headers: &HeaderMap, profile: Profile) -> Guard<Arc<dyn Mllm>> {
         let model = self.upstream.model(&request.model, headers);
         // Where callers bring keys of their own, one name may stand for several models.
-        let caller = access::token(headers).map(hash).unwrap_or_default();
+        let mut caller = access::token(headers).map(hash).unwrap_or_default();
+        for (name, value) in &self.upstream.choosing(headers) {
+            caller = hash(&format!("{caller} {name} {value:?}"));
+        }
         Guard::new(model, profile).with_extra(request.extra()).with_memory(Arc::clone(&self.memory), caller)
     }
 

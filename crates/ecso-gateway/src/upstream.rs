@@ -99,6 +99,14 @@ impl Upstream {
         }
     }
 
+    /// By what, beside the model's name, a caller reaches another model than others.
+    pub(crate) fn choosing(&self, headers: &HeaderMap) -> HeaderMap {
+        match self {
+            Self::Server(server) => server.choosing(headers),
+            Self::Engine(_) => HeaderMap::new(),
+        }
+    }
+
     /// The name of the model to ask, where the client names none: the configured one, or the only one there is.
     pub(crate) async fn model_name(&self, headers: &HeaderMap) -> Result<String, ApiError> {
         match self {
@@ -216,32 +224,16 @@ impl Server {
         self.answering(name, headers)
     }
 
-    /// The client's headers that go with the guard's own calls too: by them some servers choose the model. With the
-    /// operator's key none does.
-    fn choosing(&self, headers: &HeaderMap) -> HeaderMap {
-        let of_the_message = |name: &HeaderName| {
-            let of_the_content = ["accept", "content-", "if-", "sec-", "access-control-"];
-            of_the_content.iter().any(|start| name.as_str().starts_with(start))
-                || [
-                    header::HOST,
-                    header::AUTHORIZATION,
-                    header::ORIGIN,
-                    header::REFERER,
-                    header::USER_AGENT,
-                    header::RANGE,
-                    header::EXPECT,
-                ]
-                .contains(name)
-                || name.as_str() == "traceparent"
-        };
+    /// The client's headers that go with the guard's own calls too: its keys, and those that the operator lists; by them some
+    /// servers choose the model. With the operator's key none does.
+    pub(crate) fn choosing(&self, headers: &HeaderMap) -> HeaderMap {
         if self.has_own_key() {
             return HeaderMap::new();
         }
-        kept(headers)
-            .into_iter()
-            .filter_map(|(name, value)| Some((name?, value)))
-            .filter(|(name, _)| !of_the_message(name))
-            .collect()
+        let chooses =
+            |name: &HeaderName| !goes_with_own_key(name) && *name != header::AUTHORIZATION && *name != header::HOST;
+        let kept = kept(headers);
+        kept.iter().filter(|(name, _)| chooses(name)).map(|(name, value)| (name.clone(), value.clone())).collect()
     }
 
     /// Whether the operator's key goes with requests.
@@ -370,6 +362,13 @@ pub(crate) fn answer_head(headers: &HeaderMap) -> HeaderMap {
     let is_short = |value: &HeaderValue| value.len() <= 512;
     let head = headers.iter().filter(|(name, value)| is_known(name) && is_short(value));
     head.map(|(name, value)| (name.clone(), value.clone())).collect()
+}
+
+/// Whether a client's header is known to say who asks, in which form, and nothing else.
+pub(crate) fn is_known_header(name: &HeaderName) -> bool {
+    const KEYS: [&str; 7] =
+        ["authorization", "api-key", "x-api-key", "openai-organization", "openai-project", "host", "connection"];
+    goes_with_own_key(name) || KEYS.contains(&name.as_str())
 }
 
 /// Whether a client's header goes along where the operator's key speaks for it: nothing that names an account.

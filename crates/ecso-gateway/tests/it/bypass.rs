@@ -157,7 +157,24 @@ fn hidden_pictures() -> Vec<(&'static str, String)> {
         ),
         ("Markdown", ask(json!(format!("![]({PICTURE}) What is this?"))).to_string()),
         ("Markdown with words", ask(json!(format!("See ![a list]( {PICTURE})."))).to_string()),
-        ("Markdown elsewhere", ask(json!("![](https://localhost/cat.png)")).to_string()),
+        (
+            "Markdown in two parts",
+            ask(json!([{"type": "text", "text": "![]("}, {"type": "text", "text": format!("{PICTURE})")}])).to_string(),
+        ),
+        ("Markdown in a name", message(json!({"name": format!("![]({PICTURE})")}))),
+        ("Markdown in thoughts", message(json!({"role": "assistant", "reasoning_content": format!("![]({PICTURE})")}))),
+        (
+            "Markdown in a tool",
+            with(
+                json!({"tools": [{"type": "function", "function": {"name": "f", "description": format!("![]({PICTURE})")}}]}),
+            ),
+        ),
+        ("HTML", ask(json!(format!("What is this? <img src=\"{PICTURE}\" />"))).to_string()),
+        ("HTML of another make", ask(json!(format!("<img>{PICTURE}</img>"))).to_string()),
+        (
+            "a fallback with messages",
+            with(json!({"fallbacks": [{"model": "m", "messages": [{"role": "user", "content": [image]}]}]})),
+        ),
         ("Markdown in a part", part(json!({"type": "text", "text": format!("![]({PICTURE})")}))),
         ("Markdown in a bare part", part(json!(format!("![]({PICTURE})")))),
         // Bodies that are no JSON for everybody.
@@ -200,16 +217,29 @@ async fn a_picture_that_only_some_readers_see_is_refused() {
         &[("content-type", "application/json; charset=utf-7")],
         &[("content-type", "application/json; charset=utf-16")],
         &[("content-type", "application/json"), ("content-type", "application/json; charset=utf-7")],
-        &[("content-type", "multipart/form-data; boundary=x")],
+        &[("content-type", "application/json; version=1; charset = latin-1")],
     ] {
         for body in [question().to_string(), text.clone()] {
             refused(&world.send("POST", "/v1/chat/completions", headers, body).await, &format!("{headers:?}"));
         }
     }
     assert!(world.taken().is_empty());
+    // What was read as JSON goes on as JSON, and with no header that could stand for another body or answer.
+    for kind in ["application/x-www-form-urlencoded", "application/json;charset=UTF-8", "text/plain"] {
+        let headers =
+            [("content-type", kind), ("cf-aig-cache-key", "k"), ("x-portkey-config", "{}"), ("idempotency-key", "i")];
+        for body in [question().to_string(), text.replace("uuid-of-a-picture", "Hi")] {
+            world.send("POST", "/v1/chat/completions", &headers, body).await;
+        }
+        for reached in world.taken() {
+            assert_eq!(reached.headers["content-type"], "application/json");
+            assert!(headers[1..].iter().all(|(name, _)| !reached.headers.contains_key(*name)));
+        }
+    }
     // A picture in words that a server does not read stays a text, and so do links and recordings.
     for content in [
-        json!("[a list](https://example.org/list) and ![a picture](https://example.org/a.png)"),
+        json!("[a list](https://example.org/list) and ![](https://example.org/badge.png)"),
+        json!("def process[T](data: RDD[T]): a.background = url(data:image/png;base64,AAAA)"),
         json!([{"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}]),
     ] {
         let body = json!({"model": "m", "messages": [{"role": "user", "content": content}]});
@@ -263,8 +293,9 @@ async fn settings_that_would_show_the_model_something_else_are_refused() {
             merge(&mut body, &more);
             let got = world.chat(&body).await;
             refused(&got, name);
-            assert_eq!(got.json()["error"]["code"], "unknown_field", "{name}");
-            assert!(got.body.contains("gateway.allow_fields"), "{name}: {}", got.body);
+            let code = got.json()["error"]["code"].clone();
+            assert!(code == "unknown_field" || code == "invalid_value", "{name}");
+            assert_eq!(got.body.contains("gateway.allow_fields"), code == "unknown_field", "{name}: {}", got.body);
             assert!(world.taken().is_empty(), "{name}: the upstream was asked");
         }
     }
