@@ -14,7 +14,8 @@ pub(crate) struct Telemetry {
 
 /// Begins to write logs, and to send spans where there is a collector.
 pub(crate) fn start() -> Telemetry {
-    let logs = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_filter(filter());
+    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let logs = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(colours).with_filter(filter());
     #[cfg(feature = "otel")]
     if let Some(spans) = otel::collector() {
         tracing_subscriber::registry().with(logs).with(otel::layer(&spans)).init();

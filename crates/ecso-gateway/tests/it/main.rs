@@ -3,5 +3,6 @@
 
 mod bypass;
 mod clients;
+mod records;
 mod tenants;
 mod world;
