@@ -16,7 +16,7 @@ use crate::{
     context::RequestContext,
     error::ApiError,
     request::Body as Read,
-    upstream::{CHAT, Server, passed},
+    upstream::{CHAT, Key, Server, passed},
 };
 
 /// A request that is observed.
@@ -31,7 +31,7 @@ impl Observed {
     /// Forwards the request; when the answer is complete it is judged.
     pub(crate) async fn forward(self, server: &Server, body: Bytes) -> Result<Response, ApiError> {
         let headers = &self.context.headers;
-        let sent = server.forward(axum::http::Method::POST, CHAT, headers, body.into(), Bodies::Unpacked);
+        let sent = server.forward(Key::Own, axum::http::Method::POST, CHAT, headers, body.into(), Bodies::Unpacked);
         let response = passed(sent.await?);
         if !response.status().is_success() {
             return Ok(response);
@@ -58,6 +58,8 @@ impl Observed {
     /// Judges an answer that the client has already.
     async fn judge(self, answer: Result<Completion, ApiError>) {
         let Self { mut context, admission, read } = self;
+        // What the client's own request went with is not for questions about its answer.
+        context.guarded();
         let judged = async {
             let answer = answer?;
             let _turn = admission.enter().await?;

@@ -87,7 +87,7 @@ async fn pass(
         }
     };
     let path = uri.path_and_query().map_or(path, |whole| whole.as_str());
-    Ok(passed(server.forward_as(key, method.clone(), path, &context.headers, body, Bodies::AsSent).await?))
+    Ok(passed(server.forward(key, method.clone(), path, &context.headers, body, Bodies::AsSent).await?))
 }
 
 /// Texts become vectors; what else a server might take here (conversations, with images) is not known.

@@ -44,7 +44,7 @@ use crate::{
     settings::{Mode, Settings},
     state::{AppState, Profiles},
     telemetry,
-    upstream::{CHAT, Upstream, passed},
+    upstream::{CHAT, Key, Upstream, passed},
 };
 
 /// A guard that can be served. Its settings can be exchanged while it runs.
@@ -139,6 +139,7 @@ impl Gateway {
         let span = telemetry::span(route, &id, &headers);
         let answered = async {
             let mut context = self.begin(&state, &id, &method, &uri, headers)?;
+            context.guarded();
             let body = context.read(body).await?;
             Box::pin(work(&mut context, body)).await
         };
@@ -218,7 +219,7 @@ async fn completion(gateway: &Gateway, mut context: RequestContext, body: Body) 
         && context.caller.is_never_guarded(settings)
     {
         let body = reqwest::Body::wrap_stream(body.into_data_stream());
-        return Ok(passed(server.forward(Method::POST, CHAT, &context.headers, body, Bodies::AsSent).await?));
+        return Ok(passed(server.forward(Key::Own, Method::POST, CHAT, &context.headers, body, Bodies::AsSent).await?));
     }
     let body = context.read(body).await?;
     let value = strict::read(&body);
@@ -240,7 +241,9 @@ async fn completion(gateway: &Gateway, mut context: RequestContext, body: Body) 
         (Upstream::Server(server), mode)
             if mode == Mode::Off || is_out || (mode == Mode::Observe && !settings.draws()) =>
         {
-            Ok(passed(server.forward(Method::POST, CHAT, &context.headers, body.into(), Bodies::AsSent).await?))
+            Ok(passed(
+                server.forward(Key::Own, Method::POST, CHAT, &context.headers, body.into(), Bodies::AsSent).await?,
+            ))
         }
         (Upstream::Server(server), Mode::Observe) => {
             let admission = Arc::clone(&gateway.admission);

@@ -137,20 +137,9 @@ pub(crate) enum Answer {
 }
 
 impl Server {
-    /// Sends a request on, with the headers that concern the upstream. What is to be read here comes unpacked.
+    /// Sends a request on, with the headers that concern the upstream, and with the operator's key or the client's. What is to
+    /// be read here comes unpacked.
     pub(crate) async fn forward(
-        &self,
-        method: Method,
-        path_and_query: &str,
-        headers: &HeaderMap,
-        body: reqwest::Body,
-        bodies: Bodies,
-    ) -> Result<reqwest::Response, ApiError> {
-        self.forward_as(Key::Own, method, path_and_query, headers, body, bodies).await
-    }
-
-    /// The same with the operator's key, or the client's alone.
-    pub(crate) async fn forward_as(
         &self,
         key: Key,
         method: Method,
@@ -254,10 +243,8 @@ impl Server {
         request: &Request,
         longest: usize,
     ) -> Result<Answer, ApiError> {
-        let mut headers = headers.clone();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        let body = request.body()?;
-        let response = self.forward(Method::POST, CHAT, &headers, body.into(), Bodies::Unpacked).await?;
+        let body = request.body()?.into();
+        let response = self.forward(Key::Own, Method::POST, CHAT, headers, body, Bodies::Unpacked).await?;
         if !response.status().is_success() {
             return Err(refused(response).await);
         }

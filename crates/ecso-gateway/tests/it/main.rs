@@ -1,6 +1,7 @@
 //! The gateway as a router in this process, in front of an upstream on a socket.
 #![expect(clippy::unwrap_used, reason = "a test that can't be set up fails")]
 
+mod answers;
 mod bypass;
 mod clients;
 mod records;
