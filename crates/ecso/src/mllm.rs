@@ -147,7 +147,7 @@ impl Error for ModelError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
             Self::Rejected(cause) | Self::Filtered(cause) | Self::Protocol(cause) | Self::Transport(cause) => {
-                cause.source.as_deref().map(|source| source as _)
+                cause.source()
             }
             Self::Overloaded { .. } | Self::Timeout(_) => None,
         }
@@ -182,6 +182,12 @@ impl Cause {
 impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)
+    }
+}
+
+impl Error for Cause {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.source.as_deref().map(|source| source as _)
     }
 }
 
