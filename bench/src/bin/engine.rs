@@ -19,11 +19,14 @@ use anyhow::Context;
 use arrow_array::{ArrayRef, BinaryArray, RecordBatch, StringArray};
 use async_trait::async_trait;
 use ecso::{Chat, Delta, FinishReason, Limits, Mllm, ModelError, Profile, Reply, ReplyStream, Sampling, Turn};
+use ecso_batch::Bounds;
 use ecso_data::{
     input::Input,
     make::{Filters, Maker},
-    pack::{Packing, pack},
-    run::{Header, Options, Shard, run},
+    manifest::Packing,
+    pack::pack,
+    record::{RunHeader, Shard},
+    run::{Making, run},
 };
 use ecso_openai::Fetcher;
 use futures::{StreamExt, stream};
@@ -68,9 +71,9 @@ impl Mllm for Mock {
     }
 }
 
-fn header(input: &Path) -> Header {
+fn header(input: &Path) -> RunHeader {
     let profile = Profile::paper();
-    Header {
+    RunHeader {
         ecso: "bench".into(),
         input: input.into(),
         model: "mock".into(),
@@ -86,16 +89,15 @@ fn header(input: &Path) -> Header {
 async fn engine(input: &Input, out: &Path, delay: Duration) -> anyhow::Result<(u64, f64)> {
     let mock = Arc::new(Mock { delay, calls: 0.into() });
     let model: Arc<dyn Mllm> = Arc::clone(&mock) as Arc<dyn Mllm>;
-    let maker = Maker::new(&model, Profile::paper(), Filters::default());
-    let options = Options {
-        concurrency: AT_ONCE,
-        retry_failed: false,
+    let making = Arc::new(Making {
+        maker: Maker::new(&model, Profile::paper(), Filters::default()),
+        fetcher: Fetcher::new()?,
         limits: Limits::default(),
-        max_tokens: None,
-        max_time: None,
-    };
-    let (header, fetcher, begun) = (header(&input.path), Fetcher::new()?, Instant::now());
-    run(input, &header, &maker, &fetcher, out, options, |_| {}).await?;
+        out: out.to_owned(),
+        marker: None,
+    });
+    let (header, begun) = (header(&input.path), Instant::now());
+    run(input, &header, &making, Bounds::at_once(AT_ONCE), |_| {}).await?;
     Ok((mock.calls.load(Ordering::Relaxed), begun.elapsed().as_secs_f64()))
 }
 

@@ -1,17 +1,15 @@
 //! `ecso ask`: one guarded answer.
 
 use std::{
-    io::{IsTerminal, Read, Write},
+    io::{Read, Write},
     path::Path,
-    time::Duration,
 };
 
 use anyhow::Context;
 use ecso::{Chat, Event, Guard, Image, Limits, Outcome, Step, Trace, Verdict};
 use futures::{StreamExt, pin_mut};
-use indicatif::ProgressBar;
 
-use crate::{UsageError, cli::AskArgs, config, open};
+use crate::{UsageError, cli::AskArgs, config, open, progress::Steps};
 
 pub(crate) fn run(args: &AskArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let settings = config::load(file, &args.model, &args.profile)?;
@@ -19,7 +17,7 @@ pub(crate) fn run(args: &AskArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let chat = chat(args, settings.images)?;
     let runtime = tokio::runtime::Runtime::new().context("no runtime")?;
     runtime.block_on(async {
-        let progress = Progress::new(args.quiet);
+        let progress = Steps::new(args.quiet);
         progress.show("loading the model");
         let model = open::model(&settings).await?;
         let guard = Guard::new(model, profile);
@@ -62,7 +60,7 @@ struct Screen<'a> {
     args: &'a AskArgs,
     /// Why this profile runs, if nobody named it.
     why: Option<&'static str>,
-    progress: Progress,
+    progress: Steps,
     /// Steps that are shown once the verdict is there.
     held: Option<Vec<Trace>>,
 }
@@ -162,34 +160,4 @@ fn shown(trace: &Trace) -> String {
     let score = trace.score.map_or_else(String::new, |score| format!(", P(harm) {score:.2}"));
     let head = format!("== {}, {} ms{tokens}{verdict}{score}", doing(trace.step, trace.images), trace.ms);
     format!("{head}\n  prompt\n{}\n  reply\n{}\n", indent(&trace.prompt), indent(&trace.reply))
-}
-
-/// Tells on standard error which step runs: a spinner on a terminal, a line elsewhere.
-pub(crate) struct Progress {
-    bar: ProgressBar,
-    lines: bool,
-}
-
-impl Progress {
-    pub(crate) fn new(quiet: bool) -> Self {
-        let terminal = std::io::stderr().is_terminal();
-        let bar = if quiet || !terminal { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
-        Self { bar, lines: !quiet && !terminal }
-    }
-
-    fn show(&self, what: &str) {
-        if self.lines {
-            eprintln!("ecso: {what}");
-        }
-        self.bar.enable_steady_tick(Duration::from_millis(100));
-        self.bar.set_message(what.to_owned());
-    }
-
-    fn print(&self, text: &str) {
-        self.bar.suspend(|| eprintln!("{text}"));
-    }
-
-    fn clear(&self) {
-        self.bar.finish_and_clear();
-    }
 }

@@ -196,9 +196,13 @@ pub(crate) struct SynthArgs {
     #[arg(long, value_name = "N")]
     pub(crate) max_tokens: Option<u64>,
 
-    /// No new row after so long: 90s, 15m, 2h
+    /// No new row after so long: 90s, 15m, 2h 30m
     #[arg(long, value_name = "TIME")]
-    pub(crate) max_time: Option<String>,
+    pub(crate) max_time: Option<humantime::Duration>,
+
+    /// Megabytes of images that the rows at once may hold together
+    #[arg(long, value_name = "MB", default_value_t = 1024)]
+    pub(crate) image_mb: usize,
 
     /// Run rows again that failed
     #[arg(long)]

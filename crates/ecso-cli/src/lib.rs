@@ -9,6 +9,7 @@ mod doctor;
 mod eval;
 mod models;
 mod open;
+mod progress;
 mod replay;
 mod serve;
 mod synth;
@@ -59,6 +60,13 @@ fn run(cli: Cli) -> anyhow::Result<()> {
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct UsageError(String);
+
+impl UsageError {
+    /// That of an error, told with its causes.
+    fn of(error: impl std::error::Error + 'static) -> Self {
+        Self(ecso::chain(&error))
+    }
+}
 
 fn exit_code(error: &anyhow::Error) -> ExitCode {
     if error.is::<ecso::GuardError>() || error.is::<ecso::ModelError>() {

@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::Context;
 use ecso::Mllm;
+use ecso_batch::Paced;
 
 use crate::{
     UsageError,
@@ -23,6 +24,16 @@ pub(crate) async fn model(settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> 
 /// Whether the settings name a server.
 pub(crate) fn is_server(settings: &Settings) -> bool {
     config::is_url(&settings.model)
+}
+
+/// How many rows are asked about at once, where nobody says: the engine answers one after the other.
+pub(crate) fn at_once(settings: &Settings) -> usize {
+    if is_server(settings) { 8 } else { 1 }
+}
+
+/// The model for long work: a server that is overloaded is asked less at a time, and again, for an hour.
+pub(crate) fn paced(model: Arc<dyn Mllm>, at_once: usize) -> Paced<Arc<dyn Mllm>> {
+    Paced::new(model, at_once, Duration::from_secs(3600))
 }
 
 /// What the model is, to the bit where that can be known: the digests of its files, or the address and name on a server; and

@@ -5,21 +5,28 @@ use std::{
     io::Write as _,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use anyhow::Context;
+use ecso_batch::{Bounds, Cached};
 use ecso_data::{
+    dedupe::Marker,
     input::{Input, Mapping},
     make::{Filters, Maker},
-    pack::{self, Manifest, Packing},
-    run::{self, Header, Options, Progress, Shard},
+    manifest::{Manifest, Packing},
+    pack,
+    record::{RunHeader, Shard},
+    run::{self, Making, Progress},
 };
-use ecso_eval::cache::Cached;
 use ecso_openai::Fetcher;
-use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::{UsageError, cli::SynthArgs, config, open};
+use crate::{
+    UsageError,
+    cli::SynthArgs,
+    config, open,
+    progress::{Bar, Unit},
+};
 
 pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let settings = config::load(file, &args.model, &args.profile)?;
@@ -47,13 +54,13 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
         limits: settings.images,
     };
     // What is wrong with the input as a whole is said before a model is loaded.
-    drop(input.rows().map_err(|error| UsageError(error.to_string()))?);
+    drop(input.rows().map_err(UsageError::of)?);
 
     let runtime = tokio::runtime::Runtime::new()?;
     let whole = runtime.block_on(async {
         let model = open::model(&settings).await?;
         let digest = open::identity(&settings)?;
-        let header = Header {
+        let header = RunHeader {
             ecso: env!("CARGO_PKG_VERSION").into(),
             input: input.path.clone(),
             model: model.name().to_owned(),
@@ -63,29 +70,34 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
             near_duplicates: args.near_duplicates,
             shard,
         };
-        let model = Arc::new(Cached::new(model, digest, args.cache.clone()));
+        let at_once = args.concurrency.unwrap_or(open::at_once(&settings));
+        let model = Arc::new(Cached::new(open::paced(model, at_once), digest, args.cache.clone()));
         let asked: Arc<dyn ecso::Mllm> = Arc::clone(&model) as Arc<dyn ecso::Mllm>;
-        let maker = Maker::new(&asked, profile, header.filters);
-        let options = Options {
-            concurrency: args.concurrency.unwrap_or(if open::is_server(&settings) { 8 } else { 1 }),
-            retry_failed: args.retry_failed,
+        let making = Arc::new(Making {
+            maker: Maker::new(&asked, profile, header.filters),
+            fetcher: Fetcher::new()?,
             limits: settings.images,
-            max_tokens: args.max_tokens,
-            max_time: args.max_time.as_deref().map(duration).transpose()?,
+            out: args.out.clone(),
+            marker: args.near_duplicates.then(Marker::default),
+        });
+        let bounds = Bounds {
+            bytes: args.image_mb.saturating_mul(1 << 20),
+            tokens: args.max_tokens,
+            time: args.max_time.map(Into::into),
+            retry_failed: args.retry_failed,
+            ..Bounds::at_once(at_once)
         };
-        let fetcher = Fetcher::new()?;
         let total = (shard == Shard::ALL).then(|| input.count()).flatten();
-        let bar = Bar::new(total, args.quiet);
+        let bar = Bar::new(Unit::Of("rows"), args.quiet);
         let begun = Instant::now();
-        let work = run::run(&input, &header, &maker, &fetcher, &args.out, options, |progress| bar.show(progress));
+        let show = |progress: &Progress| bar.show(progress.recorded as u64, total, &counts(progress));
         let whole = tokio::select! {
-            done = work => done?,
+            done = run::run(&input, &header, &making, bounds, show) => done?,
             _ = tokio::signal::ctrl_c() => {
-                bar.end();
                 anyhow::bail!("stopped; what is recorded stays, and the same command goes on from there");
             }
         };
-        bar.end();
+        drop(bar);
         let (work, wall) = (model.work(), begun.elapsed().as_secs_f64());
         eprintln!(
             "{} calls in {wall:.1} s, {} from the cache; the model was busy {:.1}% of it",
@@ -150,20 +162,6 @@ fn shard(text: &str) -> anyhow::Result<Shard> {
     Ok(read.ok_or_else(|| UsageError(format!("--shard {text}: write I/N, from 1/N to N/N")))?)
 }
 
-/// `90`, `90s`, `15m`, `2h`.
-fn duration(text: &str) -> anyhow::Result<Duration> {
-    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
-    let unit = match unit {
-        "" | "s" => Some(1),
-        "m" => Some(60),
-        "h" => Some(3600),
-        _ => None,
-    };
-    let seconds = number.parse::<u64>().ok().zip(unit).and_then(|(number, unit)| number.checked_mul(unit));
-    let seconds = seconds.ok_or_else(|| UsageError(format!("--max-time {text}: write 90s, 15m or 2h")))?;
-    Ok(Duration::from_secs(seconds))
-}
-
 /// What the dataset holds, for people.
 fn told(manifest: &Manifest, dataset: &Path) -> String {
     let mut text = String::new();
@@ -191,50 +189,6 @@ fn told(manifest: &Manifest, dataset: &Path) -> String {
     }
     let _ = writeln!(text, "{}", dataset.join("README.md").display());
     text
-}
-
-/// Progress: a bar on a terminal, a line now and then elsewhere.
-struct Bar {
-    drawn: ProgressBar,
-    total: Option<u64>,
-    begun: Instant,
-    last_line: std::cell::Cell<Instant>,
-    quiet: bool,
-}
-
-impl Bar {
-    fn new(total: Option<u64>, quiet: bool) -> Self {
-        let known = "{wide_bar} {pos}/{len} rows, {per_sec}, {eta} left; {msg}";
-        let template = if total.is_some() { known } else { "{spinner} {pos} rows, {per_sec}; {msg}" };
-        let drawn = if quiet { ProgressBar::hidden() } else { ProgressBar::new(total.unwrap_or(0)) };
-        drawn.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
-        let now = Instant::now();
-        Self { drawn, total, begun: now, last_line: now.into(), quiet }
-    }
-
-    fn show(&self, progress: &Progress) {
-        if progress.fresh == 0 {
-            self.drawn.set_position(progress.recorded);
-            self.drawn.reset_eta();
-        }
-        self.drawn.set_position(progress.recorded);
-        self.drawn.set_message(counts(progress));
-        if self.drawn.is_hidden() && !self.quiet && self.last_line.get().elapsed().as_secs() >= 30 {
-            self.last_line.set(Instant::now());
-            #[expect(clippy::cast_precision_loss, reason = "counts of rows")]
-            let rate = progress.fresh as f64 / self.begun.elapsed().as_secs_f64() * 60.0;
-            #[expect(clippy::cast_precision_loss, reason = "counts of rows")]
-            let left = self.total.filter(|_| rate > 0.0).map_or_else(String::new, |total| {
-                format!(", {:.0} min left", total.saturating_sub(progress.recorded) as f64 / rate)
-            });
-            let total = self.total.map_or_else(String::new, |total| format!(" of {total}"));
-            eprintln!("{}{total} rows, {rate:.1} a minute{left}; {}", progress.recorded, counts(progress));
-        }
-    }
-
-    fn end(&self) {
-        self.drawn.finish_and_clear();
-    }
 }
 
 fn counts(progress: &Progress) -> String {

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::{make::Reason, pack::Manifest};
+use crate::{make::Reason, manifest::Manifest};
 
 fn size(samples: u64) -> &'static str {
     match samples {

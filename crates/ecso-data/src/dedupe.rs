@@ -9,7 +9,7 @@ use ecso::Image;
 use gaoya::minhash::{MinHashIndex, MinHasher, MinHasher32};
 use image_hasher::{HashAlg, Hasher, HasherConfig, ImageHash};
 
-use crate::{make::Reason, row::Row};
+use crate::make::Reason;
 
 /// Sides of the grid that a perceptual hash looks at: fine enough to tell pages of text apart.
 const GRID: u32 = 32;
@@ -33,25 +33,23 @@ impl Seen {
         Self { exact: HashMap::new(), near: near.then(Near::new) }
     }
 
-    /// Remembers a row that repeats no earlier one, and gives the perceptual hashes of its images, where near duplicates are
-    /// looked for.
+    /// Remembers a row that repeats no earlier one: its number, its key, its query, and the [`Marker`]'s marks of its images.
     ///
     /// # Errors
     /// Why it is one row too many, and which row it repeats.
-    pub fn first(&mut self, row: &Row, key: &str, images: &[Image]) -> Result<Vec<String>, (Reason, u64)> {
-        if let Some(first) = self.exact.get(key).filter(|first| **first != row.number) {
+    pub fn first(&mut self, number: u64, key: &str, query: &str, marks: &[String]) -> Result<(), (Reason, u64)> {
+        if let Some(first) = self.exact.get(key).filter(|first| **first != number) {
             return Err((Reason::Duplicate, *first));
         }
-        let marks = self.near.as_ref().map(|near| near.marks(images)).unwrap_or_default();
-        let nearly = self.near.as_ref().and_then(|near| near.find(&row.query, &marks));
-        if let Some(first) = nearly.filter(|first| *first != row.number) {
+        let nearly = self.near.as_ref().and_then(|near| near.find(query, marks));
+        if let Some(first) = nearly.filter(|first| *first != number) {
             return Err((Reason::NearDuplicate, first));
         }
-        self.remember(row.number, key, &row.query, &marks);
-        Ok(marks)
+        self.remember(number, key, query, marks);
+        Ok(())
     }
 
-    /// Remembers a row of an earlier run: its key, its query, and the perceptual hashes of its images.
+    /// Remembers a row, whatever it repeats.
     pub fn remember(&mut self, number: u64, key: &str, query: &str, marks: &[String]) {
         self.exact.entry(key.to_owned()).or_insert(number);
         if let Some(near) = &mut self.near {
@@ -60,9 +58,26 @@ impl Seen {
     }
 }
 
+/// Marks images, so that nearly equal ones have nearly equal marks: perceptual hashes.
+pub struct Marker(Hasher);
+
+impl Default for Marker {
+    fn default() -> Self {
+        Self(HasherConfig::new().hash_alg(HashAlg::Gradient).hash_size(GRID, GRID).to_hasher())
+    }
+}
+
+impl Marker {
+    /// One an image; a broken one has none, and its row fails later.
+    #[must_use]
+    pub fn marks(&self, images: &[Image]) -> Vec<String> {
+        let pixels = images.iter().filter_map(|image| image.pixels().ok());
+        pixels.map(|pixels| self.0.hash_image(pixels).to_base64()).collect()
+    }
+}
+
 /// Rows by what they nearly are: queries that are alike, and below each the images that were asked about with it.
 struct Near {
-    hasher: Hasher,
     words: MinHasher32<BuildHasherDefault<DefaultHasher>>,
     queries: MinHashIndex<u32, usize>,
     places: HashMap<String, usize>,
@@ -71,16 +86,9 @@ struct Near {
 
 impl Near {
     fn new() -> Self {
-        let hasher = HasherConfig::new().hash_alg(HashAlg::Gradient).hash_size(GRID, GRID).to_hasher();
         let words = MinHasher32::new_with_hasher(BANDS.0 * BANDS.1, BuildHasherDefault::default());
         let queries = MinHashIndex::new(BANDS.0, BANDS.1, ALIKE);
-        Self { hasher, words, queries, places: HashMap::new(), rows: Vec::new() }
-    }
-
-    /// One an image; a broken one has none, and its row fails later.
-    fn marks(&self, images: &[Image]) -> Vec<String> {
-        let pixels = images.iter().filter_map(|image| image.pixels().ok());
-        pixels.map(|pixels| self.hasher.hash_image(pixels).to_base64()).collect()
+        Self { words, queries, places: HashMap::new(), rows: Vec::new() }
     }
 
     fn find(&self, query: &str, marks: &[String]) -> Option<u64> {
@@ -134,6 +142,7 @@ mod tests {
     use image::{ImageFormat, Rgb, RgbImage};
 
     use super::*;
+    use crate::row::Row;
 
     fn image(turn: u8, format: ImageFormat) -> Image {
         let pixels = RgbImage::from_fn(64, 64, |x, y| {
@@ -152,7 +161,8 @@ mod tests {
 
     fn repeats(seen: &mut Seen, row: &Row, image: Image) -> Option<(Reason, u64)> {
         let images = [image];
-        seen.first(row, &row.key(&images), &images).err()
+        let marks = Marker::default().marks(&images);
+        seen.first(row.number, &row.key(&images), &row.query, &marks).err()
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::{collections::HashSet, sync::Arc};
 
 use ecso::{Chat, Guard, GuardError, Image, Mllm, Outcome, Profile, Step, Verdict, declines, profile::Rewrite};
 use serde::{Deserialize, Serialize};
+use unicode_segmentation::UnicodeSegmentation;
 
 use crate::row::Row;
 
@@ -199,23 +200,9 @@ fn sample(draft: String, outcome: Outcome, second: Option<f64>, refusal: bool) -
     }
 }
 
-/// Words; a character of a script without spaces is one.
+/// Words, as Unicode divides them, in small letters; a character of a script without spaces is one.
 fn words(text: &str) -> Vec<String> {
-    let mut words: Vec<String> = Vec::new();
-    let mut open = false;
-    for c in text.chars().flat_map(char::to_lowercase) {
-        let alone = matches!(u32::from(c), 0x3040..=0x30ff | 0x3400..=0x9fff | 0xac00..=0xd7af);
-        if !c.is_alphanumeric() || alone {
-            open = false;
-        }
-        match (c.is_alphanumeric(), open, words.last_mut()) {
-            (true, true, Some(word)) => word.push(c),
-            (true, ..) => words.push(c.into()),
-            _ => continue,
-        }
-        open = !alone;
-    }
-    words
+    text.unicode_words().map(str::to_lowercase).collect()
 }
 
 /// Longer answers whose runs of four words are mostly the same few say nothing new.

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    error::Error,
     fs::{self, File},
     io::{BufWriter, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
@@ -9,8 +10,8 @@ use std::{
 
 use bytes::Bytes;
 use ecso::Image;
-use ecso_eval::journal::{self, JournalError};
-use serde::{Deserialize, Serialize};
+use ecso_batch::journal::{self, JournalError, Saved};
+use serde::Deserialize;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -18,27 +19,12 @@ use crate::{
     card,
     input::{Input, InputError},
     make::{Made, Reason, Sample},
+    manifest::{Manifest, Packing},
+    record::{RowRecord, RunHeader},
     row::{Picture, Row},
-    run::{Header, Record, fetched},
+    run::fetched,
     table::{Line, Message, Table},
 };
-
-/// How the dataset is made.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Packing {
-    /// Utility samples (safe rows with their own answer) for each sample of alignment.
-    pub utility: f64,
-    /// Share of the images that are for validation.
-    pub validation: f64,
-    /// Seed of these two draws.
-    pub seed: u64,
-    /// Bytes after which a Parquet file is closed.
-    pub shard_bytes: usize,
-    /// SPDX name of the dataset's licence, or `other`.
-    pub licence: String,
-    /// Bounds of images.
-    pub limits: ecso::Limits,
-}
 
 /// Why nothing was packed.
 #[derive(Debug, thiserror::Error)]
@@ -54,42 +40,17 @@ pub enum PackError {
     #[error("row {0} of the input has changed since it was made; put it back, or begin anew with another --out")]
     Changed(u64),
     /// A file can't be written.
-    #[error("{path}: {reason}")]
+    #[error("{}", path.display())]
     File {
         /// Which.
-        path: String,
+        path: PathBuf,
         /// Why.
-        reason: String,
+        source: Box<dyn Error + Send + Sync>,
     },
 }
 
-fn failed(path: &Path, error: &dyn std::fmt::Display) -> PackError {
-    PackError::File { path: path.display().to_string(), reason: error.to_string() }
-}
-
-/// What a dataset holds.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Manifest {
-    /// What the run was.
-    pub run: Header,
-    /// How it was packed.
-    pub packing: Packing,
-    /// Rows that were recorded.
-    pub rows: u64,
-    /// Rows whose draft was safe.
-    pub safe: u64,
-    /// Rows left out, by reason.
-    pub dropped: BTreeMap<Reason, u64>,
-    /// Rows that failed.
-    pub failed: u64,
-    /// Of the kept answers, bare refusals.
-    pub refusals: u64,
-    /// Samples by split and kind (`safety`, `utility`).
-    pub samples: BTreeMap<String, BTreeMap<String, u64>>,
-    /// Samples by category and kind.
-    pub categories: BTreeMap<String, BTreeMap<String, u64>>,
-    /// The files, with bytes and SHA-256.
-    pub files: BTreeMap<String, (u64, String)>,
+fn failed(path: &Path, source: impl Into<Box<dyn Error + Send + Sync>>) -> PackError {
+    PackError::File { path: path.to_owned(), source: source.into() }
 }
 
 /// A place in the journal: where a row's record begins.
@@ -100,7 +61,7 @@ type Places = HashMap<u64, u64>;
 /// # Errors
 /// [`PackError`].
 pub fn pack(out: &Path, input: &Input, packing: &Packing) -> Result<Manifest, PackError> {
-    let header: Header = journal::header(out)?;
+    let header: RunHeader = Saved::folder(out).header()?;
     let mut manifest = Manifest {
         run: header,
         packing: packing.clone(),
@@ -114,14 +75,14 @@ pub fn pack(out: &Path, input: &Input, packing: &Packing) -> Result<Manifest, Pa
         files: BTreeMap::new(),
     };
     let (places, groups) = choose(out, packing, &mut manifest)?;
-    let work = tempfile::Builder::new().prefix(".dataset-").tempdir_in(out).map_err(|error| failed(out, &error))?;
+    let work = tempfile::Builder::new().prefix(".dataset-").tempdir_in(out).map_err(|error| failed(out, error))?;
     let mut files = Files::open(work.path(), packing.shard_bytes)?;
     let journal_path = journal::path(out);
-    let mut journal = File::open(&journal_path).map_err(|error| failed(&journal_path, &error))?;
+    let mut journal = File::open(&journal_path).map_err(|error| failed(&journal_path, error))?;
     for row in input.rows()? {
         let Ok(row) = row else { continue };
         let Some(place) = places.get(&row.number) else { continue };
-        let record = record_at(&mut journal, *place).map_err(|error| failed(&journal_path, &error))?;
+        let record = record_at(&mut journal, *place).map_err(|error| failed(&journal_path, error))?;
         let images = pictures(&row, &record, out, packing.limits)?;
         let (kind, sample) = match &record.made {
             Some(Made::Kept(sample)) => ("safety", sample),
@@ -137,11 +98,11 @@ pub fn pack(out: &Path, input: &Input, packing: &Packing) -> Result<Manifest, Pa
     files.finish()?;
     failures(out, work.path())?;
     let path = work.path().join("README.md");
-    fs::write(&path, card::card(&manifest)).map_err(|error| failed(&path, &error))?;
+    fs::write(&path, card::card(&manifest)).map_err(|error| failed(&path, error))?;
     digests(work.path(), work.path(), &mut manifest.files)?;
     let path = work.path().join("manifest.json");
-    let text = serde_json::to_string_pretty(&manifest).map_err(|error| failed(&path, &error))?;
-    fs::write(&path, text).map_err(|error| failed(&path, &error))?;
+    let text = serde_json::to_string_pretty(&manifest).map_err(|error| failed(&path, error))?;
+    fs::write(&path, text).map_err(|error| failed(&path, error))?;
     put(work, &out.join("dataset"))?;
     Ok(manifest)
 }
@@ -153,9 +114,9 @@ fn choose(out: &Path, packing: &Packing, manifest: &mut Manifest) -> Result<(Pla
     let mut safe: Vec<(u64, u64, u64)> = Vec::new();
     let mut groups = Groups::default();
     let mut outcomes: HashMap<u64, Outcome> = HashMap::new();
-    for record in journal::records::<Record>(out)? {
+    for record in Saved::folder(out).entries::<RowRecord>()? {
         let (place, record) = record?;
-        let number: u64 = record.id.parse().unwrap_or_default();
+        let number = record.number();
         let outcome = match &record.made {
             Some(Made::Kept(sample)) => {
                 kept.insert(number, place);
@@ -230,7 +191,7 @@ impl Groups {
     }
 }
 
-fn split(record: &Record, groups: &Groups, packing: &Packing) -> &'static str {
+fn split(record: &RowRecord, groups: &Groups, packing: &Packing) -> &'static str {
     // Without an image the words decide.
     let what = record.images.first().map_or_else(|| record.key.clone(), |image| groups.of(image));
     #[expect(clippy::cast_precision_loss, reason = "a draw")]
@@ -238,22 +199,22 @@ fn split(record: &Record, groups: &Groups, packing: &Packing) -> &'static str {
     if share < packing.validation { "validation" } else { "train" }
 }
 
-fn record_at(journal: &mut File, place: u64) -> std::io::Result<Record> {
+fn record_at(journal: &mut File, place: u64) -> std::io::Result<RowRecord> {
     journal.seek(SeekFrom::Start(place))?;
     let mut line = serde_json::Deserializer::from_reader(std::io::BufReader::new(journal));
-    Ok(Record::deserialize(&mut line)?)
+    Ok(RowRecord::deserialize(&mut line)?)
 }
 
 /// A sample's images: names and bytes.
 type Pictures = Vec<(String, Bytes)>;
 
-fn pictures(row: &Row, record: &Record, out: &Path, limits: ecso::Limits) -> Result<Pictures, PackError> {
+fn pictures(row: &Row, record: &RowRecord, out: &Path, limits: ecso::Limits) -> Result<Pictures, PackError> {
     let mut pictures = Vec::with_capacity(record.images.len());
     if row.images.len() != record.images.len() || row.query != record.query {
         return Err(PackError::Changed(row.number));
     }
     for (picture, digest) in row.images.iter().zip(&record.images) {
-        let read = |path: &Path| fs::read(path).map(Bytes::from).map_err(|error| failed(path, &error));
+        let read = |path: &Path| fs::read(path).map(Bytes::from).map_err(|error| failed(path, error));
         let bytes = match picture {
             Picture::Bytes(bytes) => bytes.clone(),
             Picture::File(path) => read(path)?,
@@ -278,19 +239,19 @@ struct Array {
 
 impl Array {
     fn open(path: PathBuf) -> Result<Self, PackError> {
-        let file = File::create(&path).map_err(|error| failed(&path, &error))?;
+        let file = File::create(&path).map_err(|error| failed(&path, error))?;
         Ok(Self { path, file: BufWriter::new(file), empty: true })
     }
 
     fn push(&mut self, value: &Value) -> Result<(), PackError> {
         let before = if std::mem::take(&mut self.empty) { "[\n" } else { ",\n" };
-        write!(self.file, "{before}{value}").map_err(|error| failed(&self.path, &error))
+        write!(self.file, "{before}{value}").map_err(|error| failed(&self.path, error))
     }
 
     fn finish(mut self) -> Result<(), PackError> {
         let end = if self.empty { "[]\n" } else { "\n]\n" };
         let ended = self.file.write_all(end.as_bytes()).and_then(|()| self.file.flush());
-        ended.map_err(|error| failed(&self.path, &error))
+        ended.map_err(|error| failed(&self.path, error))
     }
 }
 
@@ -314,7 +275,7 @@ impl Files {
     fn open(root: &Path, shard_bytes: usize) -> Result<Self, PackError> {
         for folder in ["images", "llava", "messages"] {
             let folder = root.join(folder);
-            fs::create_dir_all(&folder).map_err(|error| failed(&folder, &error))?;
+            fs::create_dir_all(&folder).map_err(|error| failed(&folder, error))?;
         }
         Ok(Self { root: root.to_owned(), splits: HashMap::new(), images: HashSet::new(), shard_bytes })
     }
@@ -324,7 +285,7 @@ impl Files {
             std::collections::hash_map::Entry::Occupied(open) => Ok(open.into_mut()),
             std::collections::hash_map::Entry::Vacant(free) => {
                 let path = self.root.join(format!("messages/{name}.jsonl"));
-                let messages = File::create(&path).map_err(|error| failed(&path, &error))?;
+                let messages = File::create(&path).map_err(|error| failed(&path, error))?;
                 Ok(free.insert(Split {
                     llava: Array::open(self.root.join(format!("llava/{name}.json")))?,
                     messages: BufWriter::new(messages),
@@ -341,15 +302,15 @@ impl Files {
         split: &'static str,
         kind: &str,
         row: &Row,
-        record: &Record,
+        record: &RowRecord,
         sample: &Sample,
         images: &Pictures,
-        run: &Header,
+        run: &RunHeader,
     ) -> Result<(), PackError> {
         for (name, bytes) in images {
             if self.images.insert(name.clone()) {
                 let path = self.root.join(name);
-                fs::write(&path, bytes).map_err(|error| failed(&path, &error))?;
+                fs::write(&path, bytes).map_err(|error| failed(&path, error))?;
             }
         }
         let root = self.root.clone();
@@ -375,8 +336,8 @@ impl Files {
         let files = self.split(split)?;
         files.llava.push(&llava(row, record, sample, &names, &provenance))?;
         let text = json!({"images": names, "messages": messages, "kind": kind, "category": record.category, "provenance": provenance});
-        writeln!(files.messages, "{text}").map_err(|error| failed(&root.join("messages"), &error))?;
-        let table = |error: parquet::errors::ParquetError| failed(&root, &error);
+        writeln!(files.messages, "{text}").map_err(|error| failed(&root.join("messages"), error))?;
+        let table = |error: parquet::errors::ParquetError| failed(&root, error);
         files.sft.push(line(common(json!({"messages": messages})))).map_err(table)?;
         if kind == "safety" {
             let pair = json!({"prompt": prompt, "chosen": [said(&sample.answer)], "rejected": [said(&sample.draft)]});
@@ -387,9 +348,9 @@ impl Files {
 
     fn finish(self) -> Result<(), PackError> {
         for split in self.splits.into_values() {
-            let table = |error: parquet::errors::ParquetError| failed(&self.root, &error);
+            let table = |error: parquet::errors::ParquetError| failed(&self.root, error);
             let mut messages = split.messages;
-            messages.flush().map_err(|error| failed(&self.root.join("messages"), &error))?;
+            messages.flush().map_err(|error| failed(&self.root.join("messages"), error))?;
             split.llava.finish()?;
             split.sft.finish().map_err(table)?;
             split.dpo.finish().map_err(table)?;
@@ -399,7 +360,7 @@ impl Files {
 }
 
 /// LLaVA's own layout, one mark an image; one image as `image`, several as a list.
-fn llava(row: &Row, record: &Record, sample: &Sample, names: &[&str], provenance: &Value) -> Value {
+fn llava(row: &Row, record: &RowRecord, sample: &Sample, names: &[&str], provenance: &Value) -> Value {
     let said = |from: &str, images: usize, text: &str| {
         // LLaVA counts marks: one that a text spells must be none.
         json!({"from": from, "value": format!("{}{}", "<image>\n".repeat(images), text.replace("<image>", "< image>"))})
@@ -427,9 +388,9 @@ fn llava(row: &Row, record: &Record, sample: &Sample, names: &[&str], provenance
 /// The rows that failed, with the reason of their last try.
 fn failures(out: &Path, folder: &Path) -> Result<(), PackError> {
     let mut failures: BTreeMap<u64, Value> = BTreeMap::new();
-    for record in journal::records::<Record>(out)? {
+    for record in Saved::folder(out).entries::<RowRecord>()? {
         let (_, record) = record?;
-        let number = record.id.parse().unwrap_or_default();
+        let number = record.number();
         match &record.error {
             Some(error) => {
                 failures
@@ -443,23 +404,23 @@ fn failures(out: &Path, folder: &Path) -> Result<(), PackError> {
     let path = folder.join("failed.jsonl");
     let lines: Vec<String> = failures.values().map(Value::to_string).collect();
     let text = if lines.is_empty() { String::new() } else { lines.join("\n") + "\n" };
-    fs::write(&path, text).map_err(|error| failed(&path, &error))
+    fs::write(&path, text).map_err(|error| failed(&path, error))
 }
 
 /// Bytes and SHA-256 of every file but the images, whose names are their digests.
 fn digests(root: &Path, folder: &Path, files: &mut BTreeMap<String, (u64, String)>) -> Result<(), PackError> {
-    for entry in fs::read_dir(folder).map_err(|error| failed(folder, &error))? {
-        let path = entry.map_err(|error| failed(folder, &error))?.path();
+    for entry in fs::read_dir(folder).map_err(|error| failed(folder, error))? {
+        let path = entry.map_err(|error| failed(folder, error))?.path();
         if path.is_dir() {
             if !path.ends_with("images") {
                 digests(root, &path, files)?;
             }
             continue;
         }
-        let mut file = File::open(&path).map_err(|error| failed(&path, &error))?;
+        let mut file = File::open(&path).map_err(|error| failed(&path, error))?;
         let (mut digest, mut bytes, mut buffer) = (Sha256::new(), 0, vec![0; 1 << 16]);
         loop {
-            let read = file.read(&mut buffer).map_err(|error| failed(&path, &error))?;
+            let read = file.read(&mut buffer).map_err(|error| failed(&path, error))?;
             if read == 0 {
                 break;
             }
@@ -467,7 +428,7 @@ fn digests(root: &Path, folder: &Path, files: &mut BTreeMap<String, (u64, String
             bytes += read as u64;
         }
         let name = path.strip_prefix(root).unwrap_or(&path).display().to_string();
-        let digest = digest.finalize().iter().fold(String::new(), |digits, byte| digits + &format!("{byte:02x}"));
+        let digest = hex::encode(digest.finalize());
         files.insert(name, (bytes, digest));
     }
     Ok(())
@@ -478,10 +439,10 @@ fn put(work: tempfile::TempDir, place: &Path) -> Result<(), PackError> {
     let old = place.with_extension("old");
     let _ = fs::remove_dir_all(&old);
     if place.exists() {
-        fs::rename(place, &old).map_err(|error| failed(place, &error))?;
+        fs::rename(place, &old).map_err(|error| failed(place, error))?;
     }
     let work = work.keep();
-    fs::rename(&work, place).map_err(|error| failed(place, &error))?;
+    fs::rename(&work, place).map_err(|error| failed(place, error))?;
     let _ = fs::remove_dir_all(&old);
     // A temporary folder is its owner's alone; a dataset is like any other folder.
     #[cfg(unix)]

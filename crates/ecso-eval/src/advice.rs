@@ -2,54 +2,82 @@
 
 use std::fmt::Write as _;
 
+use ecso_batch::journal::JournalError;
+
 use crate::{
     item::Task,
-    report::{Judged, percent},
+    judged::JudgedRun,
+    record::ItemRecord,
+    report::percent,
     run::UNGUARDED,
+    standing::Standing,
     stats::{Rate, mcnemar, p_value},
-    summary::{Rulings, Standing, rulings},
+    verdicts::Verdicts,
 };
 
 /// Compares two runs, item by item, as Markdown: the share of good answers on the items that both have judged, and the exact
 /// `McNemar` p value of the difference. Arms of the same profile are compared; where each run has one profile, these are.
-#[must_use]
-pub fn compare(a: &Judged, b: &Judged) -> String {
+///
+/// # Errors
+/// [`JournalError`].
+pub fn compare(a: &JudgedRun, b: &JudgedRun) -> Result<String, JournalError> {
     let mut out = format!(
-        "A: {} on {}, judged by {}\nB: {} on {}, judged by {}\n\n\
+        "A: {}\nB: {}\n\n\
          | A | B | items in both | A good | B good | only A | only B | p |\n| --- | --- | --- | --- | --- | --- | --- | --- |\n",
-        a.summary.benchmark, a.summary.model, a.summary.judge, b.summary.benchmark, b.summary.model, b.summary.judge
+        called(a),
+        called(b)
     );
-    let (rulings_a, rulings_b) = (rulings(&a.judgements), rulings(&b.judgements));
-    for (name_a, name_b) in pairs(a, b) {
-        let (mut total, mut good_a, mut good_b, mut only_a, mut only_b) = (0, 0, 0, 0, 0);
-        for record in &a.records {
-            let verdict = |rulings: &Rulings<'_>, arm| Standing::of(record, arm, rulings).is_good(&record.task);
-            let (Some(in_a), Some(in_b)) = (verdict(&rulings_a, name_a), verdict(&rulings_b, name_b)) else { continue };
-            total += 1;
-            good_a += usize::from(in_a);
-            good_b += usize::from(in_b);
-            only_a += usize::from(in_a && !in_b);
-            only_b += usize::from(in_b && !in_a);
+    let mut pairs: Vec<Pair<'_>> = pairs(a, b);
+    for record in a.records()? {
+        let record = record?;
+        for pair in &mut pairs {
+            let good = |run: &JudgedRun, arm| Standing::of(&record, arm, &run.verdicts).is_good(&record.task);
+            let (Some(in_a), Some(in_b)) = (good(a, pair.arms.0), good(b, pair.arms.1)) else { continue };
+            pair.total += 1;
+            pair.both += usize::from(in_a && in_b);
+            pair.only_a += usize::from(in_a && !in_b);
+            pair.only_b += usize::from(in_b && !in_a);
         }
+    }
+    for Pair { arms: (name_a, name_b), total, both, only_a, only_b } in pairs {
         let _ = writeln!(
             out,
             "| {name_a} | {name_b} | {total} | {} | {} | {only_a} | {only_b} | {} |",
-            percent(Rate::wilson(good_a, total)),
-            percent(Rate::wilson(good_b, total)),
+            percent(Rate::wilson(both + only_a, total)),
+            percent(Rate::wilson(both + only_b, total)),
             p_value(mcnemar(only_a, only_b))
         );
     }
-    out
+    Ok(out)
 }
 
-/// The arms that are compared.
-fn pairs<'a>(a: &'a Judged, b: &'a Judged) -> Vec<(&'a str, &'a str)> {
-    let names = |run: &'a Judged| run.summary.arms.iter().map(|arm| arm.profile.as_str()).collect::<Vec<&str>>();
-    let (names_a, names_b) = (names(a), names(b));
-    match (names_a.as_slice(), names_b.as_slice()) {
-        ([bare_a, one_a], [bare_b, one_b]) => vec![(bare_a, bare_b), (one_a, one_b)],
+fn called(run: &JudgedRun) -> String {
+    let header = &run.header;
+    let variant = header.variant.as_ref().map_or_else(String::new, |variant| format!(" ({variant})"));
+    format!("{}{variant} on {}, judged by {}", header.benchmark, header.model, run.verdicts.judge().unwrap_or("none"))
+}
+
+/// Two arms that are compared, and on how many items which of them is good.
+struct Pair<'a> {
+    arms: (&'a str, &'a str),
+    total: usize,
+    both: usize,
+    only_a: usize,
+    only_b: usize,
+}
+
+fn pairs<'a>(a: &'a JudgedRun, b: &'a JudgedRun) -> Vec<Pair<'a>> {
+    let (names_a, names_b): (Vec<&str>, Vec<&str>) = (arms(a).collect(), arms(b).collect());
+    let arms = match (names_a.as_slice(), names_b.as_slice()) {
+        ([bare_a, one_a], [bare_b, one_b]) => vec![(*bare_a, *bare_b), (*one_a, *one_b)],
         _ => names_a.iter().filter(|name| names_b.contains(name)).map(|name| (*name, *name)).collect(),
-    }
+    };
+    arms.into_iter().map(|arms| Pair { arms, total: 0, both: 0, only_a: 0, only_b: 0 }).collect()
+}
+
+/// The arms of a run, the unguarded one first.
+fn arms(run: &JudgedRun) -> impl Iterator<Item = &str> {
+    [UNGUARDED].into_iter().chain(run.header.profiles.iter().map(|(name, _)| name.as_str()))
 }
 
 /// What one arm does over several runs.
@@ -67,50 +95,54 @@ struct Totals {
 
 /// One page: what each profile gains and costs beside the unguarded answers of the same runs, a recommendation, and its
 /// reasons.
-#[must_use]
-pub fn advise(runs: &[Judged]) -> String {
-    let mut profiles: Vec<&str> = Vec::new();
-    for arm in runs.iter().flat_map(|run| &run.summary.arms) {
-        if arm.profile != UNGUARDED && !profiles.contains(&arm.profile.as_str()) {
-            profiles.push(&arm.profile);
+///
+/// # Errors
+/// [`JournalError`].
+pub fn advise(runs: &[JudgedRun]) -> Result<String, JournalError> {
+    let mut profiles: Vec<(&str, Totals, Totals)> = Vec::new();
+    for name in runs.iter().flat_map(arms).filter(|name| *name != UNGUARDED) {
+        if !profiles.iter().any(|(known, ..)| *known == name) {
+            profiles.push((name, Totals::default(), Totals::default()));
+        }
+    }
+    for run in runs {
+        for record in run.records()? {
+            let record = record?;
+            for (profile, bare, guarded) in &mut profiles {
+                if arms(run).any(|arm| arm == *profile) {
+                    bare.add(&record, UNGUARDED, &run.verdicts);
+                    guarded.add(&record, profile, &run.verdicts);
+                }
+            }
         }
     }
     let mut out = String::from("# Should the guard be turned on?\n");
-    for profile in profiles {
-        let (bare, guarded) = (totals(runs, UNGUARDED, profile), totals(runs, profile, profile));
-        page(&mut out, profile, &bare, &guarded);
+    for (profile, bare, guarded) in &profiles {
+        page(&mut out, profile, bare, guarded);
     }
-    out
+    Ok(out)
 }
 
-/// The arm's totals over those runs that have `profile`.
-fn totals(runs: &[Judged], name: &str, profile: &str) -> Totals {
-    let mut totals = Totals::default();
-    for run in runs.iter().filter(|run| run.summary.arms.iter().any(|arm| arm.profile == profile)) {
-        let rulings = rulings(&run.judgements);
-        for record in &run.records {
-            for step in record.arms.iter().filter(|arm| arm.profile == name).flat_map(|arm| &arm.steps) {
-                totals.ms += step.ms;
-                totals.tokens +=
-                    u64::from(step.prompt_tokens.unwrap_or(0)) + u64::from(step.completion_tokens.unwrap_or(0));
+impl Totals {
+    fn add(&mut self, record: &ItemRecord, arm: &str, verdicts: &Verdicts) {
+        for step in record.arms.iter().filter(|answer| answer.profile == arm).flat_map(|answer| &answer.steps) {
+            self.ms += step.ms;
+            self.tokens += u64::from(step.prompt_tokens.unwrap_or(0)) + u64::from(step.completion_tokens.unwrap_or(0));
+        }
+        self.items += 1;
+        match (&record.task, Standing::of(record, arm, verdicts).is_good(&record.task)) {
+            (_, None) => self.unjudged += 1,
+            (Task::Harmful | Task::Advice { .. }, Some(is_good)) => {
+                self.asked += 1;
+                self.safe += usize::from(is_good);
             }
-            totals.items += 1;
-            let verdict = Standing::of(record, name, &rulings).is_good(&record.task);
-            match (&record.task, verdict) {
-                (_, None) => totals.unjudged += 1,
-                (Task::Harmful | Task::Advice { .. }, Some(is_good)) => {
-                    totals.asked += 1;
-                    totals.safe += usize::from(is_good);
-                }
-                (Task::Harmless, Some(is_good)) => {
-                    totals.mild += 1;
-                    totals.refused += usize::from(!is_good);
-                }
-                _ => {}
+            (Task::Harmless, Some(is_good)) => {
+                self.mild += 1;
+                self.refused += usize::from(!is_good);
             }
+            _ => {}
         }
     }
-    totals
 }
 
 fn page(out: &mut String, profile: &str, bare: &Totals, guarded: &Totals) {

@@ -1,43 +1,40 @@
 //! Running a benchmark: each item unguarded and guarded, the draft made once and used by every profile.
 
-use std::{collections::BinaryHeap, sync::Arc, time::Duration};
+use std::{
+    cell::{Cell, RefCell},
+    collections::BinaryHeap,
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use ecso::{
-    Chat, Guard, GuardError, Limits, Mllm, ModelError, Outcome, Profile, Reply, ReplyStream, Sampling, Step, Usage,
-    chain, profile::Gate,
+    Chat, Guard, GuardError, ImageError, Limits, Mllm, ModelError, Outcome, Part, Profile, Reply, ReplyStream,
+    Sampling, Step, Usage, chain, profile::Gate,
 };
-use futures::{StreamExt, stream};
+use ecso_batch::{
+    Batch, Bounds, Sifted,
+    journal::{Journal, JournalError, Key},
+};
 
 use crate::{
     benchmarks::Items,
     item::{Item, Trouble},
-    journal::{Choice, Journal, JournalError, Record},
+    record::{Choice, ItemRecord},
 };
 
 /// What the unguarded arm is called.
 pub const UNGUARDED: &str = "unguarded";
 
-/// How a run goes; beside it, a run is what its [`Header`](crate::journal::Header) says.
+/// How a run goes; beside it, a run is what its [`RunHeader`](crate::record::RunHeader) says.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
-    /// Items at once.
-    pub concurrency: usize,
-    /// Run items again that failed.
-    pub retry_failed: bool,
+    /// How much at once.
+    pub bounds: Bounds,
     /// Leave items out whose image is missing. Else they are recorded as failed.
     pub skip_missing: bool,
     /// Bounds of images.
     pub limits: Limits,
-}
-
-/// Why a run ended.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum RunError {
-    /// The journal.
-    #[error(transparent)]
-    Journal(#[from] JournalError),
 }
 
 /// What a caller learns while a run goes on.
@@ -91,7 +88,7 @@ pub fn capped(mut profiles: Vec<Profile>, max_new_tokens: Option<u32>) -> Vec<Pr
 /// the items under way, no other. Gives what of the data couldn't be used.
 ///
 /// # Errors
-/// [`RunError`]: the journal. A model that fails, or an item with trouble, is recorded as failed, and the run goes on.
+/// [`JournalError`]. A model that fails, or an item with trouble, is recorded as failed, and the run goes on.
 pub async fn run(
     items: Items,
     choice: &Choice,
@@ -100,50 +97,96 @@ pub async fn run(
     journal: &mut Journal,
     options: Options,
     mut progress: impl FnMut(Progress),
-) -> Result<Unusable, RunError> {
+) -> Result<Unusable, JournalError> {
     let mut unguarded = profiles.first().cloned().unwrap_or_else(Profile::paper);
     unguarded.name = UNGUARDED.into();
     unguarded.gate = Gate::Never;
     let direct = Guard::new(model, unguarded);
+    let answering = Arc::new(Answering { direct, profiles: profiles.to_vec(), limits: options.limits });
 
-    let Items { mut total, iter } = chosen(items, choice);
-    let mut report = |journal: &Journal, total| {
-        progress(Progress { total, recorded: journal.len(), failed: journal.failed() });
+    let Items { total, iter } = chosen(items, choice);
+    let (total, unusable) = (Cell::new(total), RefCell::new(Unusable::default()));
+    let usable = |item: &Item| {
+        let Some(trouble) = &item.trouble else { return true };
+        unusable.borrow_mut().count(trouble);
+        let is_left_out = options.skip_missing && matches!(trouble, Trouble::MissingImage(_));
+        total.set(total.get().map(|total| total - usize::from(is_left_out)));
+        !is_left_out
     };
-    report(journal, total);
-    let mut unusable = Unusable::default();
-    let direct = &direct;
-    let mut waiting = iter.fuse();
-    let mut under_way = stream::FuturesUnordered::new();
-    loop {
-        while under_way.len() < options.concurrency.max(1) {
-            let Some(item) = waiting.next() else { break };
-            if let Some(trouble) = &item.trouble {
-                unusable.count(trouble);
-            }
-            let is_missing = matches!(item.trouble, Some(Trouble::MissingImage(_)));
-            if options.skip_missing && is_missing {
-                total = total.map(|total| total.saturating_sub(1));
-            } else if !journal.has(&item.id, options.retry_failed) {
-                under_way.push(one(item, direct, profiles, options.limits));
-            }
-        }
-        let Some(record) = under_way.next().await else { break };
-        journal.record(&record)?;
-        report(journal, total);
-    }
-    Ok(unusable)
+    let mut report = |journal: &Journal| {
+        progress(Progress { total: total.get(), recorded: journal.len(), failed: journal.failed() });
+    };
+    report(journal);
+    let items = iter.filter(usable);
+    ecso_batch::run(items, &answering, journal, options.bounds, Sifted::Make, |_, journal| report(journal)).await?;
+    Ok(unusable.into_inner())
 }
 
-async fn one(item: Item, direct: &Guard<Arc<dyn Mllm>>, profiles: &[Profile], limits: Limits) -> Record {
-    let answered = answer(&item, direct, profiles, limits).await;
-    let (arms, error, filtered) = match answered {
-        Ok(arms) => (arms, None, false),
-        Err(Unanswered { why, is_filter }) => (Vec::new(), Some(why), is_filter),
-    };
-    let Item { id, scenario, cluster, query, request, images, earlier, task, draft: _, trouble: _ } = item;
-    let images = images.len() + earlier.iter().map(|(_, _, images)| images.len()).sum::<usize>();
-    Record { id, scenario, cluster, query, request, task, images, arms, error, filtered }
+/// Answers items: unguarded, and under every profile.
+struct Answering {
+    direct: Guard<Arc<dyn Mllm>>,
+    profiles: Vec<Profile>,
+    limits: Limits,
+}
+
+impl Batch for Answering {
+    type Row = Item;
+    type Ready = (Item, Result<Chat, ImageError>);
+    type Entry = ItemRecord;
+    type Error = JournalError;
+
+    fn key(&self, item: &Item) -> Key {
+        Key::of(&item.id, "")
+    }
+
+    async fn read(&self, item: Item) -> Self::Ready {
+        let chat = item.chat(self.limits);
+        (item, chat)
+    }
+
+    fn bytes(&self, (_, chat): &Self::Ready) -> usize {
+        let parts = chat.iter().flat_map(|chat| &chat.turns).flat_map(|turn| &turn.parts);
+        let image = |part: &Part| match part {
+            Part::Image(image) => image.encoded().map(|(bytes, _)| bytes.len()),
+            Part::Text(_) => None,
+        };
+        parts.filter_map(image).sum()
+    }
+
+    async fn make(&self, (item, chat): Self::Ready) -> Result<ItemRecord, JournalError> {
+        let answered = match (&item.trouble, chat) {
+            (Some(trouble), _) => Err(Unanswered::because(trouble)),
+            (None, Err(error)) => Err(Unanswered::because(&error)),
+            (None, Ok(chat)) => self.answer(&chat, item.draft.as_deref()).await,
+        };
+        let (arms, error, filtered) = match answered {
+            Ok(arms) => (arms, None, false),
+            Err(Unanswered { why, is_filter }) => (Vec::new(), Some(why), is_filter),
+        };
+        let Item { id, scenario, cluster, query, request, images, earlier, task, draft: _, trouble: _ } = item;
+        let images = images.len() + earlier.iter().map(|(_, _, images)| images.len()).sum::<usize>();
+        Ok(ItemRecord { id, scenario, cluster, query, request, task, images, arms, error, filtered })
+    }
+}
+
+impl Answering {
+    async fn answer(&self, chat: &Chat, draft: Option<&str>) -> Result<Vec<Outcome>, Unanswered> {
+        let unguarded = match draft {
+            Some(draft) => self.direct.review(chat, draft).await,
+            None => self.direct.answer(chat).await,
+        };
+        let mut arms = vec![unguarded?];
+        for profile in &self.profiles {
+            let drafted = Drafted::new(Arc::clone(self.direct.model()), chat, &arms[0]);
+            let guard = Guard::new(drafted, profile.clone());
+            let outcome = match draft {
+                Some(draft) => guard.review(chat, draft).await,
+                None => guard.answer(chat).await,
+            };
+            arms.push(outcome?);
+        }
+        Ok(arms)
+    }
 }
 
 /// Why an item has no answers.
@@ -153,39 +196,17 @@ struct Unanswered {
     is_filter: bool,
 }
 
-impl From<GuardError> for Unanswered {
-    fn from(error: GuardError) -> Self {
-        let is_filter = matches!(&error, GuardError::Model { source: ModelError::Filtered(_), .. });
-        Self { why: chain(&error), is_filter }
+impl Unanswered {
+    fn because(error: &(dyn std::error::Error + 'static)) -> Self {
+        Self { why: chain(error), is_filter: false }
     }
 }
 
-async fn answer(
-    item: &Item,
-    direct: &Guard<Arc<dyn Mllm>>,
-    profiles: &[Profile],
-    limits: Limits,
-) -> Result<Vec<Outcome>, Unanswered> {
-    let unusable = |why: String| Unanswered { why, is_filter: false };
-    if let Some(trouble) = &item.trouble {
-        return Err(unusable(trouble.to_string()));
+impl From<GuardError> for Unanswered {
+    fn from(error: GuardError) -> Self {
+        let is_filter = matches!(&error, GuardError::Model { source: ModelError::Filtered(_), .. });
+        Self { is_filter, ..Self::because(&error) }
     }
-    let chat = item.chat(limits).map_err(|error| unusable(error.to_string()))?;
-    let unguarded = match &item.draft {
-        Some(draft) => direct.review(&chat, draft).await,
-        None => direct.answer(&chat).await,
-    };
-    let mut arms = vec![unguarded?];
-    for profile in profiles {
-        let drafted = Drafted::new(Arc::clone(direct.model()), &chat, &arms[0]);
-        let guard = Guard::new(drafted, profile.clone());
-        let outcome = match &item.draft {
-            Some(draft) => guard.review(&chat, draft).await,
-            None => guard.answer(&chat).await,
-        };
-        arms.push(outcome?);
-    }
-    Ok(arms)
 }
 
 /// A model that has answered a conversation, and gives the same answer, at the same cost, when it is asked again.

@@ -5,67 +5,128 @@ use std::collections::BTreeMap;
 use crate::{
     benchmarks::mme::{COGNITION, PERCEPTION},
     item::Task,
-    journal::Record,
-    judge::Ruling,
-    stats::{Mean, Rate, clustered_mean, stratified_sum},
-    summary::Rulings,
+    record::ItemRecord,
+    standing::Standing,
+    stats::{Mean, clustered_mean, stratified_sum},
 };
 
-/// The figures of one arm by name, in points: MME's subtasks (0 to 200) with their sums, `MMBench`'s circular accuracy and MM-Vet's
-/// grades (0 to 100). Empty for benchmarks of safety.
-pub(crate) fn published(arm: &str, records: &[&Record], rulings: &Rulings<'_>) -> Vec<(String, Mean)> {
-    let mut subtasks: BTreeMap<&str, BTreeMap<&str, Vec<bool>>> = BTreeMap::new();
-    let mut circles: BTreeMap<&str, bool> = BTreeMap::new();
-    let mut grades: BTreeMap<&str, Vec<Vec<f64>>> = BTreeMap::new();
-    for record in records {
-        let Some(judgement) = rulings.get(&(record.id.as_str(), arm)) else { continue };
-        let right = judgement.verdict == Ruling::Safe;
+/// Most points of an image of MME: for the share of right answers, and for both being right.
+const MME_POINTS: f64 = 200.0;
+
+/// What these benchmarks count of an arm's answers, record by record.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Points {
+    /// MME: answers by subtask and image.
+    subtasks: BTreeMap<String, BTreeMap<String, Answers>>,
+    /// `MMBench`: answers by circle, a question with its options turned round.
+    circles: BTreeMap<String, Answers>,
+    /// MM-Vet: grades, in all and by capability.
+    grades: BTreeMap<String, Grades>,
+}
+
+/// Answers that count together.
+#[derive(Debug, Clone, Copy, Default)]
+struct Answers {
+    right: u32,
+    wrong: u32,
+    unknown: u32,
+}
+
+impl Answers {
+    fn add(&mut self, good: Option<bool>) {
+        let count = match good {
+            Some(true) => &mut self.right,
+            Some(false) => &mut self.wrong,
+            None => &mut self.unknown,
+        };
+        *count += 1;
+    }
+
+    /// Whether all are right; none where that hangs on what nobody knows.
+    fn all_right(self) -> Option<bool> {
+        if self.wrong > 0 { Some(false) } else { (self.unknown == 0).then_some(true) }
+    }
+}
+
+#[derive(Debug, Clone, Default)]
+struct Grades {
+    known: Vec<f64>,
+    unknown: usize,
+}
+
+impl Points {
+    pub(crate) fn add(&mut self, record: &ItemRecord, standing: Standing) {
+        if standing == Standing::Missing {
+            return;
+        }
+        let good = standing.is_good(&record.task);
         match &record.task {
             Task::YesNo { .. } => {
-                subtasks.entry(&record.scenario).or_default().entry(&record.cluster).or_default().push(right);
+                let images = self.subtasks.entry(record.scenario.clone()).or_default();
+                images.entry(record.cluster.clone()).or_default().add(good);
             }
-            Task::Choice { .. } => *circles.entry(&record.cluster).or_insert(true) &= right,
+            Task::Choice { .. } => self.circles.entry(record.cluster.clone()).or_default().add(good),
             Task::Graded { capabilities, .. } => {
-                // A grade that could not be had counts nothing, as the benchmark has it.
-                let grade = vec![100.0 * judgement.score.unwrap_or(0.0)];
+                let grade = match standing {
+                    Standing::Judged(_, score) => Some(100.0 * score.unwrap_or(0.0)),
+                    // A grade that can't be read counts nothing, as the benchmark has it.
+                    Standing::Unjudged | Standing::Filtered => Some(0.0),
+                    Standing::Failed | Standing::Missing => None,
+                };
                 for name in ["total"].into_iter().chain(capabilities.iter().map(String::as_str)) {
-                    grades.entry(name).or_default().push(grade.clone());
+                    let grades = self.grades.entry(name.to_owned()).or_default();
+                    grades.known.extend(grade);
+                    grades.unknown += usize::from(grade.is_none());
                 }
             }
             Task::Harmful | Task::Harmless | Task::Advice { .. } => {}
         }
     }
-    let mut figures = mme(&subtasks);
-    if !circles.is_empty() {
-        let points: Vec<Vec<f64>> = circles.values().map(|right| vec![if *right { 100.0 } else { 0.0 }]).collect();
-        figures.push(("circular accuracy".into(), clustered_mean(&points)));
+
+    /// The figures by name, in points: MME's subtasks (0 to 200) with their sums, `MMBench`'s circular accuracy and MM-Vet's grades
+    /// (0 to 100). What nobody knows is in no figure and widens its interval. Empty for benchmarks of safety.
+    pub(crate) fn figures(self) -> Vec<(String, Mean)> {
+        let mut figures = mme(&self.subtasks);
+        if !self.circles.is_empty() {
+            let known = self.circles.values().filter_map(|answers| answers.all_right());
+            let points: Vec<Vec<f64>> = known.map(|right| vec![if right { 100.0 } else { 0.0 }]).collect();
+            let unknown = self.circles.len() - points.len();
+            figures.push(("circular accuracy".into(), clustered_mean(&points).with_unknown(unknown, 100.0)));
+        }
+        figures.extend(self.grades.into_iter().map(|(name, grades)| {
+            let known: Vec<Vec<f64>> = grades.known.into_iter().map(|grade| vec![grade]).collect();
+            (name, clustered_mean(&known).with_unknown(grades.unknown, 100.0))
+        }));
+        figures
     }
-    figures.extend(grades.into_iter().map(|(name, grades)| (name.to_owned(), clustered_mean(&grades))));
-    figures
 }
 
 /// Accuracy plus accuracy+ (both questions of an image right), each x100: a subtask, and the sums of both groups.
-fn mme(subtasks: &BTreeMap<&str, BTreeMap<&str, Vec<bool>>>) -> Vec<(String, Mean)> {
-    let points = |images: &BTreeMap<&str, Vec<bool>>| -> Vec<f64> {
-        let image = |questions: &Vec<bool>| {
-            let right = Rate::wilson(questions.iter().filter(|right| **right).count(), questions.len());
-            let both = if right.count == right.total { 1.0 } else { 0.0 };
-            100.0 * (right.value + both)
-        };
-        images.values().map(image).collect()
+fn mme(subtasks: &BTreeMap<String, BTreeMap<String, Answers>>) -> Vec<(String, Mean)> {
+    // Points of the images of which all is known, and how many others there are.
+    let points = |images: &BTreeMap<String, Answers>| -> (Vec<f64>, usize) {
+        let known = images.values().filter(|answers| answers.unknown == 0);
+        let points: Vec<f64> = known
+            .map(|answers| {
+                let share = f64::from(answers.right) / f64::from(answers.right + answers.wrong);
+                100.0 * (share + if answers.wrong == 0 { 1.0 } else { 0.0 })
+            })
+            .collect();
+        let unknown = images.len() - points.len();
+        (points, unknown)
     };
     let mut figures = Vec::new();
     for (group, names) in [("perception", PERCEPTION.as_slice()), ("cognition", COGNITION.as_slice())] {
-        let found: Vec<(&str, Vec<f64>)> =
-            names.iter().filter_map(|name| Some((*name, points(subtasks.get(name)?)))).collect();
-        for (name, points) in &found {
-            figures.push(((*name).to_owned(), stratified_sum(std::slice::from_ref(points))));
+        let found: Vec<(&str, (Vec<f64>, usize))> =
+            names.iter().filter_map(|name| Some((*name, points(subtasks.get(*name)?)))).collect();
+        for (name, stratum) in &found {
+            figures.push(((*name).to_owned(), stratified_sum(std::slice::from_ref(stratum), MME_POINTS)));
         }
         if !found.is_empty() {
             let all = found.len() == names.len();
             let name = if all { group.into() } else { format!("{group}, {} of {} subtasks", found.len(), names.len()) };
-            let strata: Vec<Vec<f64>> = found.into_iter().map(|(_, points)| points).collect();
-            figures.push((name, stratified_sum(&strata)));
+            let strata: Vec<(Vec<f64>, usize)> = found.into_iter().map(|(_, stratum)| stratum).collect();
+            figures.push((name, stratified_sum(&strata, MME_POINTS)));
         }
     }
     figures

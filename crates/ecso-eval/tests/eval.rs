@@ -7,13 +7,16 @@ use std::{
 };
 
 use ecso::{Limits, ModelError, Profile, Reply, testing::Scripted};
+use ecso_batch::{
+    Bounds, Cached,
+    journal::{self, Journal, JournalError, Saved},
+};
 use ecso_eval::{
     benchmarks::{Items, named},
-    cache::Cached,
     item::Task,
-    journal::{self, Choice, Header, Journal, JournalError},
     judge::{AdvBench, Case as Answered, Judge, Judgement, Ruling, XsTest, published},
     prepare,
+    record::{Choice, ItemRecord, RunHeader},
     run::{self, Options},
     summary::summarise,
     typographic::Typesetter,
@@ -143,9 +146,13 @@ fn model(fail: bool) -> Arc<Scripted> {
     }))
 }
 
+fn read(out: &Path) -> Vec<ItemRecord> {
+    Saved::folder(out).latest().unwrap().map(Result::unwrap).collect()
+}
+
 struct Case {
     folder: tempfile::TempDir,
-    header: Header,
+    header: RunHeader,
     profiles: Vec<Profile>,
 }
 
@@ -158,7 +165,7 @@ impl Case {
         });
         std::fs::write(folder.path().join("items.jsonl"), rows.collect::<String>()).unwrap();
         let profiles = vec![Profile::paper().with("scope", "all").unwrap()];
-        let header = Header {
+        let header = RunHeader {
             ecso: "0".into(),
             benchmark: "jsonl".into(),
             variant: None,
@@ -183,7 +190,11 @@ impl Case {
     /// Runs until `stop` items are recorded.
     async fn run(&self, name: &str, fail: bool, retry_failed: bool, stop: usize) -> Result<(), JournalError> {
         let mut journal = Journal::open(&self.out(name), &self.header)?;
-        let options = Options { concurrency: 3, retry_failed, skip_missing: false, limits: Limits::default() };
+        let options = Options {
+            bounds: Bounds { retry_failed, ..Bounds::at_once(3) },
+            skip_missing: false,
+            limits: Limits::default(),
+        };
         let recorded = std::sync::atomic::AtomicUsize::new(0);
         let work = run::run(
             self.items(),
@@ -207,7 +218,7 @@ impl Case {
 
     /// What a run says, without times.
     fn said(&self, name: &str) -> Vec<String> {
-        let (_, records) = journal::read(&self.out(name)).unwrap();
+        let records = read(&self.out(name));
         let mut said: Vec<String> = records
             .into_iter()
             .map(|mut record| {
@@ -240,7 +251,7 @@ async fn a_bad_item_is_recorded_and_tried_again_when_told() {
     let case = Case::new(12);
     case.run("out", true, false, usize::MAX).await.unwrap();
     let failed = |case: &Case| {
-        let (_, records) = journal::read(&case.out("out")).unwrap();
+        let records = read(&case.out("out"));
         assert_eq!(records.len(), 12);
         records.into_iter().filter(|record| record.error.is_some()).map(|record| record.id).collect::<Vec<_>>()
     };
@@ -273,7 +284,7 @@ async fn samples_are_drawn_by_seed_and_scenario() {
     assert_ne!(case.said("a"), case.said("c"));
     case.header.choice = Choice { scenarios: vec!["S1".into()], limit: Some(4), ..Choice::default() };
     case.run("d", false, false, usize::MAX).await.unwrap();
-    let (_, records) = journal::read(&case.out("d")).unwrap();
+    let records = read(&case.out("d"));
     assert_eq!(records.iter().map(|record| record.scenario.as_str()).collect::<Vec<_>>(), ["s1"; 4]);
 }
 
@@ -291,7 +302,7 @@ async fn a_changed_detection_prompt_generates_no_draft_again() {
         ];
         let cached = Cached::new(Arc::clone(&scripted), "d", Some(cache.clone()));
         let mut journal = Journal::open(&case.out(name), &case.header).unwrap();
-        let options = Options { concurrency: 1, retry_failed: false, skip_missing: false, limits: Limits::default() };
+        let options = Options { bounds: Bounds::at_once(1), skip_missing: false, limits: Limits::default() };
         run::run(case.items(), &case.header.choice, &profiles, Arc::new(cached), &mut journal, options, |_| ())
             .await
             .unwrap();
@@ -308,7 +319,7 @@ async fn a_changed_detection_prompt_generates_no_draft_again() {
 async fn figures_count_what_they_say_and_errors_are_a_range() {
     let case = Case::new(20);
     case.run("out", false, false, usize::MAX).await.unwrap();
-    let (header, records) = journal::read(&case.out("out")).unwrap();
+    let records = read(&case.out("out"));
     let judgements: Vec<Judgement> = records
         .iter()
         .flat_map(|record| record.arms.iter().enumerate().map(move |(arm, outcome)| (record, arm, outcome)))
@@ -332,7 +343,7 @@ async fn figures_count_what_they_say_and_errors_are_a_range() {
             }
         })
         .collect();
-    let summary = summarise(&header, &records, &judgements);
+    let summary = summarise(&case.header, records.into_iter().map(Ok), &judgements.into_iter().collect()).unwrap();
     let (unguarded, guarded) = (&summary.arms[0].all, &summary.arms[1].all);
     // Ten harmful items, of which number 0 could not be judged; 6, 12 and 18 were mended.
     let rate = unguarded.harmless.unwrap();

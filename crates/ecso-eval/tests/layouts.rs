@@ -9,10 +9,14 @@ use std::{
 
 use arrow_array::{ArrayRef, BinaryArray, RecordBatch, StringArray, StructArray};
 use ecso::{Limits, Profile, Reply, testing::Scripted};
+use ecso_batch::{
+    Bounds,
+    journal::{Journal, Saved},
+};
 use ecso_eval::{
     benchmarks::named,
     item::{Item, Task, Trouble},
-    journal::{self, Choice, Header, Journal, Record},
+    record::{Choice, ItemRecord, RunHeader},
     run::{self, Options, Unusable},
 };
 
@@ -50,8 +54,8 @@ fn sorted(items: &[Item]) -> (Vec<&str>, Vec<(&str, String)>) {
     (good.into_iter().map(|item| item.id.as_str()).collect(), bad)
 }
 
-async fn run(benchmark: &str, data: &Path, out: &Path, skip_missing: bool) -> (Vec<Record>, Unusable) {
-    let header = Header {
+async fn run(benchmark: &str, data: &Path, out: &Path, skip_missing: bool) -> (Vec<ItemRecord>, Unusable) {
+    let header = RunHeader {
         ecso: "0".into(),
         benchmark: benchmark.into(),
         variant: None,
@@ -63,13 +67,13 @@ async fn run(benchmark: &str, data: &Path, out: &Path, skip_missing: bool) -> (V
         choice: Choice { scenarios: vec!["0".into()], ..Choice::default() },
     };
     let mut journal = Journal::open(out, &header).unwrap();
-    let options = Options { concurrency: 2, retry_failed: false, skip_missing, limits: Limits::default() };
+    let options = Options { bounds: Bounds::at_once(2), skip_missing, limits: Limits::default() };
     let model = Arc::new(Scripted::new(|_| Ok(Reply { text: "No".into(), ..Reply::default() })));
     let items = named(benchmark).unwrap().items(data, None).unwrap();
     let profiles = [Profile::paper()];
     let work = run::run(items, &header.choice, &profiles, model, &mut journal, options, |_| {});
     let unusable = work.await.unwrap();
-    (journal::read(out).unwrap().1, unusable)
+    (Saved::folder(out).latest().unwrap().map(Result::unwrap).collect(), unusable)
 }
 
 fn picture(path: &Path) {
@@ -135,7 +139,7 @@ async fn field_mm_safetybench() {
     assert!(records.iter().all(|record| record.error.is_none() && record.images == 1));
     let missing = folder.join("missing");
     let (records, unusable) = run("mm-safetybench", &missing, &out.path().join("a"), false).await;
-    let failed: Vec<&Record> = records.iter().filter(|record| record.error.is_some()).collect();
+    let failed: Vec<&ItemRecord> = records.iter().filter(|record| record.error.is_some()).collect();
     assert_eq!((records.len(), failed.len(), unusable.missing), (3, 1, 1));
     let error = failed[0].error.as_deref().unwrap();
     assert!(failed[0].id.ends_with("#1") && error.contains("SD_TYPO/1.jpg is missing"), "{error}");

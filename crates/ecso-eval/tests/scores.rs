@@ -4,10 +4,14 @@
 use std::{fs, path::Path, sync::Arc};
 
 use ecso::{Limits, ModelError, Profile, Reply, testing::Scripted};
+use ecso_batch::{
+    Bounds,
+    journal::{Journal, Saved},
+};
 use ecso_eval::{
     benchmarks::named,
-    journal::{self, Choice, Header, Journal},
     judge::{Case, Exact, Judge, Judgement, Llm},
+    record::{Choice, ItemRecord, RunHeader},
     run::{self, Options},
     summary::{Summary, summarise},
 };
@@ -25,7 +29,7 @@ async fn scored(
         Ok(Reply { text: if judged { "No".into() } else { reply(&text) }, ..Reply::default() })
     }));
     let profiles = [Profile::paper()];
-    let header = Header {
+    let header = RunHeader {
         ecso: "0".into(),
         benchmark: benchmark.into(),
         variant: None,
@@ -38,10 +42,10 @@ async fn scored(
     };
     let out = data.join("run");
     let mut journal = Journal::open(&out, &header).unwrap();
-    let options = Options { concurrency: 2, retry_failed: false, skip_missing: false, limits: Limits::default() };
+    let options = Options { bounds: Bounds::at_once(2), skip_missing: false, limits: Limits::default() };
     let items = named(benchmark).unwrap().items(data, None).unwrap();
     run::run(items, &header.choice, &profiles, model, &mut journal, options, |_| {}).await.unwrap();
-    let (header, records) = journal::read(&out).unwrap();
+    let records: Vec<ItemRecord> = Saved::folder(&out).latest().unwrap().map(Result::unwrap).collect();
     let mut judgements: Vec<Judgement> = Vec::new();
     for record in &records {
         assert_eq!(record.error, None);
@@ -56,7 +60,7 @@ async fn scored(
             judgements.push(judge.judge(&case, &arm.profile).await);
         }
     }
-    summarise(&header, &records, &judgements)
+    summarise(&header, records.into_iter().map(Ok), &judgements.into_iter().collect()).unwrap()
 }
 
 fn picture(path: &Path) {

@@ -1,6 +1,6 @@
 //! What an operator decides.
 
-use std::{collections::BTreeMap, fmt::Write as _, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -189,10 +189,7 @@ impl Key {
 
 /// A key as it stands in settings.
 pub(crate) fn hash(key: &str) -> String {
-    Sha256::digest(key).iter().fold(String::new(), |mut digits, byte| {
-        let _ = write!(digits, "{byte:02x}");
-        digits
-    })
+    hex::encode(Sha256::digest(key))
 }
 
 /// Bounds on what strangers send. Bytes and pixels of an image have theirs in [`ecso::Limits`].

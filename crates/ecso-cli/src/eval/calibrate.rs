@@ -7,9 +7,10 @@ use std::{
 
 use anyhow::bail;
 use ecso::Profile;
+use ecso_batch::journal::Saved;
 use ecso_eval::{
-    calibrate::{Half, calibrate, scores},
-    journal::{self, Header},
+    calibrate::{Half, Scores, calibrate},
+    record::{ItemRecord, RunHeader},
 };
 
 use crate::{
@@ -32,39 +33,39 @@ pub(super) fn run(
     if !(0.0..1.0).contains(&false_alarms) {
         bail!(UsageError("--false-alarms is a share, at least 0 and below 1".into()));
     }
-    let mut all = Vec::new();
-    let mut first: Option<Header> = None;
+    let mut all = Scores::default();
+    let mut first: Option<RunHeader> = None;
     for run in runs {
-        let (header, records) = journal::read(run)?;
+        let saved = Saved::folder(run);
+        let header: RunHeader = saved.header().map_err(UsageError::of)?;
         if !header.profiles.iter().any(|(name, _)| name == PROFILE) {
             bail!(UsageError(format!("{}: it has no arm {PROFILE}; run it with --profile {PROFILE}", run.display())));
         }
         if first.as_ref().is_some_and(|first| first.model_digest != header.model_digest) {
             bail!(UsageError(format!("{}: it is of another model than {}", run.display(), runs[0].display())));
         }
-        let (mut scored, without) = scores(&records, PROFILE);
+        let before = all.without;
+        for record in saved.latest::<ItemRecord>().map_err(UsageError::of)? {
+            all.add(&header.benchmark, &record.map_err(UsageError::of)?, PROFILE);
+        }
+        let without = all.without - before;
         if without > 0 {
             eprintln!(
                 "{}: {without} items have no score: the model tells no probabilities, or they failed",
                 run.display()
             );
         }
-        // Ids are unique within a benchmark.
-        for scored in &mut scored {
-            scored.id = format!("{}:{}", header.benchmark, scored.id);
-        }
-        all.extend(scored);
         first.get_or_insert(header);
     }
     let Some(header) = first else { bail!(UsageError("name a run".into())) };
-    let found = calibrate(&all, false_alarms).map_err(UsageError)?;
+    let found = calibrate(&all.scored, false_alarms).map_err(UsageError::of)?;
     let stored = Stored {
         ecso: env!("CARGO_PKG_VERSION").into(),
         model: header.model,
         model_digest: header.model_digest,
         profile: PROFILE.into(),
         profile_hash: calibration::hash(&Profile::named(PROFILE)?),
-        items: all.len(),
+        items: all.scored.len(),
         found,
     };
     if json {

@@ -1,21 +1,27 @@
 //! `ecso eval judge` and `ecso eval agreement`.
 
 use std::{
-    collections::{HashMap, HashSet},
+    cell::{Cell, RefCell},
+    collections::HashMap,
     path::{Path, PathBuf},
+    rc::Rc,
     sync::Arc,
 };
 
 use anyhow::bail;
-use ecso_eval::{
-    cache::Cached,
-    item::Task,
-    journal::{self, Lines},
-    judge::{self, Case, Judge, Judgement, Ruling},
-    stats::{Agreement, auroc},
+use ecso_batch::{
+    Cached,
+    journal::{Journal, Saved},
 };
-use futures::{StreamExt, stream};
-use indicatif::ProgressBar;
+use ecso_eval::{
+    item::Task,
+    judge::{self, Case, Judge, Judgement, Ruling},
+    judged::verdicts_file,
+    judging::{self, Answered},
+    record::{ItemRecord, RunHeader},
+    stats::{Agreement, auroc},
+    verdicts::Verdicts,
+};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -23,7 +29,12 @@ use super::{
     args::{JudgeArgs, JudgeKind},
     table::{self, joined},
 };
-use crate::{UsageError, cli::ProfileArgs, config, open};
+use crate::{
+    UsageError,
+    cli::ProfileArgs,
+    config, open,
+    progress::{Bar, Unit},
+};
 
 /// An answer from elsewhere.
 #[derive(Deserialize)]
@@ -47,59 +58,66 @@ pub(super) fn run(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
         let judge = open_judge(args, file).await?;
-        let (cases, unanswered) = match (&args.run, &args.responses) {
-            (Some(run), _) => cases_of_run(run)?,
-            (None, Some(responses)) => (cases_of_responses(responses, &table::columns(&args.map)?)?, 0),
+        let out = out(args, &judge.name());
+        let answers = match (&args.run, &args.responses) {
+            (Some(run), _) => Answers::of_run(run)?,
+            (None, Some(responses)) => Answers::from_elsewhere(responses, &table::columns(&args.map)?)?,
             (None, None) => bail!(UsageError("name a run or --responses".into())),
         };
-        let out = out(args, &judge.name());
-        let mut known: Vec<Judgement> = Vec::new();
-        let mut writer = Lines::open(&out, |number, text| {
-            known.push(journal::line(&out, number, text)?);
-            Ok(())
-        })?;
-        if writer.was_cut() {
+        let mut journal = Journal::open_file(&out)?;
+        if journal.was_cut() {
             eprintln!("{}: its last line was cut off by a crash; that answer is judged again", out.display());
         }
-        let done: HashSet<(&str, &str)> = known
-            .iter()
-            .filter(|judgement| judgement.verdict != Ruling::Error)
-            .map(|judgement| (judgement.id.as_str(), judgement.arm.as_str()))
-            .collect();
-        let open: Vec<&(String, Case)> =
-            cases.iter().filter(|(arm, case)| !done.contains(&(case.id.as_str(), arm.as_str()))).collect();
-        let bar = ProgressBar::new(open.len() as u64);
-        let judge = judge.as_ref();
-        let mut rulings = stream::iter(open.iter().map(|(arm, case)| judge.judge(case, arm)))
-            .buffer_unordered(args.concurrency.max(1));
-        while let Some(ruling) = rulings.next().await {
-            writer.add(&ruling)?;
-            bar.inc(1);
+        let bar = Bar::new(Unit::Of("answers"), false);
+        let (begun, mut fresh, mut first_error) = (journal.len() as u64, 0, None);
+        let (seen, trouble) = (Cell::new(0), RefCell::new(None));
+        let read = answers.iter.map_while(|answer| match answer {
+            Ok(answer) => {
+                seen.set(seen.get() + 1);
+                Some(answer)
+            }
+            Err(error) => {
+                trouble.replace(Some(error));
+                None
+            }
+        });
+        let told = |judgement: &Judgement| {
+            fresh += 1;
+            bar.show(begun + fresh, answers.about, "");
+            if first_error.is_none() {
+                first_error.clone_from(&judgement.error);
+            }
+        };
+        tokio::select! {
+            done = judging::judge(read, judge, &mut journal, args.concurrency, told) => done?,
+            _ = tokio::signal::ctrl_c() => {
+                bail!("stopped; what is recorded stays, and the same command goes on from there");
+            }
         }
-        drop(writer);
-        bar.finish_and_clear();
-        summary(&out, cases.len() + unanswered, args.min_coverage)
+        if let Some(error) = trouble.take() {
+            return Err(error);
+        }
+        drop(bar);
+        summary(&out, seen.get() + answers.unanswered.get(), first_error.as_deref(), args.min_coverage)
     })
 }
 
-fn summary(out: &Path, cases: usize, min_coverage: f64) -> anyhow::Result<()> {
-    let all = latest(verdicts(out)?);
-    let count = |ruling| all.values().filter(|judgement| judgement.verdict == ruling).count();
-    let errors = count(Ruling::Error);
+fn summary(out: &Path, answers: usize, error: Option<&str>, min_coverage: f64) -> anyhow::Result<()> {
+    let verdicts = Verdicts::read(out)?;
+    let count = |wanted| verdicts.rulings().filter(|ruled| ruled.verdict == wanted).count();
+    let (safe, harmful, refusals) = (count(Ruling::Safe), count(Ruling::Unsafe), count(Ruling::Refusal));
+    let (errors, judged) = (count(Ruling::Error), safe + harmful + refusals);
     #[expect(clippy::cast_precision_loss, reason = "counts of answers")]
-    let coverage = if cases == 0 { 0.0 } else { (all.len() - errors) as f64 / cases as f64 };
+    let coverage = if answers == 0 { 0.0 } else { judged as f64 / answers as f64 };
     println!(
-        "{cases} answers: {} safe, {} unsafe, {} refusals, {errors} errors; coverage {:.1}%; {}",
-        count(Ruling::Safe),
-        count(Ruling::Unsafe),
-        count(Ruling::Refusal),
+        "{answers} answers: {safe} safe, {harmful} unsafe, {refusals} refusals, {errors} errors; coverage {:.1}%; {}",
         100.0 * coverage,
         out.display()
     );
-    if let Some(error) = all.values().find_map(|judgement| judgement.error.as_deref()) {
+    if let Some(error) = error {
         eprintln!("the first error: {error}");
     }
-    if all.len() == errors {
+    if judged == 0 {
         bail!("no answer could be judged");
     }
     if coverage < min_coverage {
@@ -128,68 +146,62 @@ async fn open_judge(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<Box
     })
 }
 
-/// A judge's name in the name of its file.
-pub(super) fn file_name(judge: &str) -> String {
-    judge.replace(|c: char| !c.is_alphanumeric(), "-")
-}
-
 fn out(args: &JudgeArgs, judge: &str) -> PathBuf {
-    let name = file_name(judge);
     match (&args.out, &args.run) {
         (Some(out), _) => out.clone(),
-        (None, Some(run)) => run.join(format!("verdicts-{name}.jsonl")),
-        (None, None) => format!("verdicts-{name}.jsonl").into(),
+        (None, Some(run)) => run.join(verdicts_file(judge)),
+        (None, None) => verdicts_file(judge).into(),
     }
 }
 
-/// Each answer of a run, with its arm, and how many answers are missing because their items failed. What a content filter
-/// took needs no judge.
-fn cases_of_run(run: &Path) -> anyhow::Result<(Vec<(String, Case)>, usize)> {
-    let (header, records) = super::read_run(run)?;
-    let (mut cases, mut unanswered) = (Vec::new(), 0);
-    for mut record in records {
-        if record.error.is_some() && !record.filtered {
-            unanswered += header.profiles.len() + 1;
-        }
-        for arm in std::mem::take(&mut record.arms).into_iter().filter(|arm| !journal::is_cut(arm)) {
-            cases.push((
-                arm.profile,
-                Case {
-                    id: record.id.clone(),
-                    scenario: record.scenario.clone(),
-                    request: record.request.clone(),
-                    response: arm.answer,
-                    task: record.task.clone(),
-                },
-            ));
-        }
+/// Answers to be judged, read one by one.
+struct Answers {
+    iter: Box<dyn Iterator<Item = anyhow::Result<Answered>>>,
+    /// How many there are at most.
+    about: Option<u64>,
+    /// Answers that are missing because their items failed; counted while the others are read.
+    unanswered: Rc<Cell<usize>>,
+}
+
+impl Answers {
+    /// Each answer of a run.
+    fn of_run(run: &Path) -> anyhow::Result<Self> {
+        let saved = Saved::folder(run);
+        let header: RunHeader = saved.header().map_err(UsageError::of)?;
+        let records = saved.latest::<ItemRecord>().map_err(UsageError::of)?;
+        let arms = header.profiles.len() + 1;
+        let about = Some((records.total() * arms) as u64);
+        let unanswered = Rc::new(Cell::new(0));
+        let missing = Rc::clone(&unanswered);
+        let answers = move |record: ItemRecord| {
+            if record.error.is_some() && !record.filtered {
+                missing.set(missing.get() + arms);
+            }
+            judging::answers(record)
+        };
+        let iter = records.flat_map(move |record| {
+            let (answers, error) = match record {
+                Ok(record) => (Some(answers(record)), None),
+                Err(error) => (None, Some(Err(UsageError::of(error).into()))),
+            };
+            answers.into_iter().flatten().map(Ok).chain(error)
+        });
+        Ok(Self { iter: Box::new(iter), about, unanswered })
     }
-    Ok((cases, unanswered))
-}
 
-fn cases_of_responses(path: &Path, columns: &table::Columns) -> anyhow::Result<Vec<(String, Case)>> {
-    let responses: Vec<Response> = table::rows(path, columns)?;
-    let case = |response: Response| Case {
-        id: joined(&response.id, "/"),
-        scenario: String::new(),
-        request: joined(&response.query, "\n"),
-        response: joined(&response.text, "\n"),
-        task: if response.harmless { Task::Harmless } else { Task::Harmful },
-    };
-    Ok(responses.into_iter().map(|response| (String::new(), case(response))).collect())
-}
-
-/// A judge's verdicts; a last line that a crash cut off is left out.
-pub(super) fn verdicts(path: &Path) -> anyhow::Result<Vec<Judgement>> {
-    let text = std::fs::read_to_string(path).map_err(|error| UsageError(format!("{}: {error}", path.display())))?;
-    let whole = &text[..text.rfind('\n').map_or(0, |end| end + 1)];
-    let lines = whole.lines().enumerate().map(|(number, line)| journal::line(path, number, line.as_bytes()));
-    lines.collect::<Result<_, _>>().map_err(|error| UsageError(error.to_string()).into())
-}
-
-/// The last verdict on each answer.
-pub(super) fn latest(verdicts: Vec<Judgement>) -> HashMap<(String, String), Judgement> {
-    verdicts.into_iter().map(|judgement| ((judgement.id.clone(), judgement.arm.clone()), judgement)).collect()
+    fn from_elsewhere(path: &Path, columns: &table::Columns) -> anyhow::Result<Self> {
+        let responses: Vec<Response> = table::rows(path, columns)?;
+        let about = Some(responses.len() as u64);
+        let case = |response: Response| Case {
+            id: joined(&response.id, "/"),
+            scenario: String::new(),
+            request: joined(&response.query, "\n"),
+            response: joined(&response.text, "\n"),
+            task: if response.harmless { Task::Harmless } else { Task::Harmful },
+        };
+        let answer = move |response| Ok(Answered { arm: String::new(), case: case(response) });
+        Ok(Self { iter: Box::new(responses.into_iter().map(answer)), about, unanswered: Rc::default() })
+    }
 }
 
 #[derive(Deserialize)]
@@ -221,9 +233,13 @@ pub(super) fn agreement(path: &Path, labels: &Path, map: &[String], json: bool) 
     let rows: Vec<Label> = table::rows(labels, &table::columns(map)?)?;
     let labels = rows.iter().map(|row| Ok((joined(&row.id, "/"), is_harmful(&row.label)?)));
     let labels: HashMap<String, bool> = labels.collect::<anyhow::Result<_>>()?;
-    let judged = latest(verdicts(path)?);
+    let judged = Saved::file(path).latest::<Judgement>().map_err(UsageError::of)?;
     let (mut pairs, mut scores, mut errors, mut unlabelled) = (Vec::new(), Vec::new(), 0, 0);
-    for judgement in judged.values() {
+    if judged.was_cut() {
+        eprintln!("{}: its last line was cut off by a crash, and is left out", path.display());
+    }
+    for judgement in judged {
+        let judgement = judgement.map_err(UsageError::of)?;
         let Some(label) = labels.get(&judgement.id) else {
             unlabelled += 1;
             continue;

@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use ecso_eval::{
-    advice, benchmarks, journal, prepare,
-    report::{self, Judged},
-    summary::summarise,
+    advice, benchmarks,
+    judged::{JudgedError, JudgedRun},
+    prepare,
+    report::{self, RunReport},
     typographic::Typesetter,
 };
 
@@ -32,12 +33,12 @@ pub(crate) fn run(command: &EvalCommand, file: Option<&Path>) -> anyhow::Result<
         }
         EvalCommand::Agreement { verdicts, labels, map, json } => judge::agreement(verdicts, labels, map, *json),
         EvalCommand::Compare { a, b, judge } => {
-            print!("{}", advice::compare(&judged(a, judge.as_deref())?, &judged(b, judge.as_deref())?));
+            print!("{}", advice::compare(&judged(a, judge.as_deref())?, &judged(b, judge.as_deref())?)?);
             Ok(())
         }
         EvalCommand::Advise { runs, judge } => {
-            let runs: anyhow::Result<Vec<Judged>> = runs.iter().map(|run| judged(run, judge.as_deref())).collect();
-            print!("{}", advice::advise(&runs?));
+            let runs: anyhow::Result<Vec<JudgedRun>> = runs.iter().map(|run| judged(run, judge.as_deref())).collect();
+            print!("{}", advice::advise(&runs?)?);
             Ok(())
         }
         EvalCommand::Report { runs, out, judge } => write_report(runs, out.as_deref(), judge.as_deref()),
@@ -109,63 +110,21 @@ fn requests(path: &Path) -> anyhow::Result<Vec<prepare::Request>> {
     Ok(requests)
 }
 
-/// The judges' files in a run's folder.
-fn verdict_files(run: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let entries = std::fs::read_dir(run).map_err(|error| UsageError(format!("{}: {error}", run.display())))?;
-    let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
-    files.retain(|path| {
-        let is_lines = path.extension().is_some_and(|extension| extension == "jsonl");
-        is_lines && path.file_stem().is_some_and(|stem| stem.to_string_lossy().starts_with("verdicts-"))
-    });
-    files.sort();
-    Ok(files)
-}
-
-/// Whether a file of verdicts is of the judge `wanted`: by its whole name, or the beginning that tells it from others.
-fn is_of_judge(path: &Path, wanted: &str) -> bool {
-    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-    let name = stem.strip_prefix("verdicts-").unwrap_or_default();
-    let wanted = wanted.trim_end_matches(".jsonl");
-    name.starts_with(&judge::file_name(wanted.strip_prefix("verdicts-").unwrap_or(wanted)))
-}
-
-/// The journal of a run.
-fn read_run(run: &Path) -> anyhow::Result<(journal::Header, Vec<journal::Record>)> {
-    journal::read(run).map_err(|error| UsageError(error.to_string()).into())
-}
-
-fn judged(run: &Path, wanted: Option<&str>) -> anyhow::Result<Judged> {
-    let (header, records) = read_run(run)?;
-    let mut files = verdict_files(run)?;
-    // A judge is known by its name, as it stands in its verdicts and, in other letters, in the file's name.
-    files.retain(|path| wanted.is_none_or(|wanted| is_of_judge(path, wanted)));
-    let path = match files.as_slice() {
-        [one] => one,
-        [] => return Err(UsageError(format!("{}: nobody has judged it; ecso eval judge {0}", run.display())).into()),
-        several => {
-            let names: Vec<_> =
-                several.iter().filter_map(|path| path.file_name()).map(|name| name.to_string_lossy()).collect();
-            return Err(
-                UsageError(format!("{}: name one judge with --judge: {}", run.display(), names.join(", "))).into()
-            );
-        }
-    };
-    let judgements: Vec<_> = judge::latest(judge::verdicts(path)?).into_values().collect();
-    let summary = summarise(&header, &records, &judgements);
-    Ok(Judged { header, records, judgements, summary })
+fn judged(run: &Path, judge: Option<&str>) -> anyhow::Result<JudgedRun> {
+    JudgedRun::open(run, judge).map_err(|error: JudgedError| UsageError::of(error).into())
 }
 
 fn write_report(runs: &[PathBuf], out: Option<&Path>, judge: Option<&str>) -> anyhow::Result<()> {
-    let judged: anyhow::Result<Vec<Judged>> = runs.iter().map(|run| judged(run, judge)).collect();
-    let judged = judged?;
+    let report = |run: &PathBuf| Ok(RunReport::of(judged(run, judge)?)?);
+    let reports: Vec<RunReport> = runs.iter().map(report).collect::<anyhow::Result<_>>()?;
     let out = out.unwrap_or(&runs[0]);
     std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
-    let summaries: Vec<_> = judged.iter().map(|judged| &judged.summary).collect();
-    let markdown = report::markdown(&judged);
+    let summaries: Vec<_> = reports.iter().map(|report| &report.summary).collect();
+    let markdown = report::markdown(&reports);
     for (name, text) in [
-        ("report.html", report::html(&judged)?),
+        ("report.html", report::html(&reports)?),
         ("report.md", markdown.clone()),
-        ("report.csv", report::csv(&judged)),
+        ("report.csv", report::csv(&reports)?),
         ("report.json", serde_json::to_string_pretty(&summaries)?),
     ] {
         let path = out.join(name);

@@ -4,16 +4,20 @@ use std::{path::Path, sync::Arc, time::Instant};
 
 use anyhow::Context;
 use ecso::Mllm;
+use ecso_batch::{Bounds, Cached, journal::Journal};
 use ecso_eval::{
     benchmarks,
-    cache::Cached,
-    journal::{Choice, Header, Journal},
+    record::{Choice, RunHeader},
     run::{self, Options, Progress, Unusable},
 };
-use indicatif::{ProgressBar, ProgressStyle};
 
 use super::args::RunArgs;
-use crate::{UsageError, cli::ProfileArgs, config, open};
+use crate::{
+    UsageError,
+    cli::ProfileArgs,
+    config, open,
+    progress::{Bar, Unit},
+};
 
 pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let benchmark = benchmarks::named(&args.benchmark).ok_or_else(|| {
@@ -56,7 +60,7 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
     runtime.block_on(async {
         let model = open::model(&settings).await?;
         let digest = open::identity(&settings)?;
-        let header = Header {
+        let header = RunHeader {
             ecso: env!("CARGO_PKG_VERSION").into(),
             benchmark: about.name.into(),
             variant,
@@ -76,26 +80,28 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
         if journal.was_cut() {
             eprintln!("{}: its last line was cut off by a crash; that item is run again", args.out.display());
         }
-        let model = Arc::new(Cached::new(model, digest, args.cache.clone()));
+        let at_once = args.concurrency.unwrap_or(open::at_once(&settings));
+        let model = Arc::new(Cached::new(open::paced(model, at_once), digest, args.cache.clone()));
         let options = Options {
-            concurrency: args.concurrency.unwrap_or(if open::is_server(&settings) { 8 } else { 1 }),
-            retry_failed: args.retry_failed,
+            bounds: Bounds { retry_failed: args.retry_failed, ..Bounds::at_once(at_once) },
             skip_missing: args.skip_missing,
             limits: settings.images,
         };
-        let bar = Bar::new(journal.len());
+        let bar = Bar::new(Unit::Of("items"), false);
         let begun = Instant::now();
         let asked = Arc::clone(&model) as Arc<dyn Mllm>;
-        let work =
-            run::run(items, &header.choice, &profiles, asked, &mut journal, options, |progress| bar.show(progress));
+        let show = |Progress { total, recorded, failed }| {
+            let note = if failed > 0 { format!("{failed} failed") } else { String::new() };
+            bar.show(recorded as u64, total.map(|total| total as u64), &note);
+        };
+        let work = run::run(items, &header.choice, &profiles, asked, &mut journal, options, show);
         let unusable = tokio::select! {
             done = work => done?,
             _ = tokio::signal::ctrl_c() => {
-                bar.end();
                 anyhow::bail!("stopped; what is recorded stays, and the same command goes on from there");
             }
         };
-        bar.end();
+        drop(bar);
         let (work, wall) = (model.work(), begun.elapsed());
         eprintln!(
             "{} items recorded, {} failed; {} calls, {} from the cache; {:.1} s, the model was busy {:.1}% of it",
@@ -145,41 +151,5 @@ fn scenarios(named: &[String], default: &[&str]) -> Vec<String> {
         [] => default.iter().map(|scenario| (*scenario).to_owned()).collect(),
         [all] if all == "all" => Vec::new(),
         some => some.to_vec(),
-    }
-}
-
-/// Progress with rate and time left: a bar on a terminal, a line now and then elsewhere.
-struct Bar {
-    drawn: ProgressBar,
-    at_start: usize,
-    begun: Instant,
-    last_line: std::cell::Cell<Instant>,
-}
-
-impl Bar {
-    fn new(at_start: usize) -> Self {
-        let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} items, {per_sec}, {eta} left {msg}");
-        let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        let now = Instant::now();
-        Self { drawn: bar, at_start, begun: now, last_line: now.into() }
-    }
-
-    fn show(&self, Progress { total, recorded, failed }: Progress) {
-        self.drawn.set_length(total.unwrap_or(recorded) as u64);
-        self.drawn.set_position(recorded as u64);
-        if failed > 0 {
-            self.drawn.set_message(format!("({failed} failed)"));
-        }
-        if self.drawn.is_hidden() && self.last_line.get().elapsed().as_secs() >= 30 {
-            self.last_line.set(Instant::now());
-            #[expect(clippy::cast_precision_loss, reason = "counts of items")]
-            let rate = (recorded - self.at_start) as f64 / self.begun.elapsed().as_secs_f64() * 60.0;
-            let total = total.map_or_else(String::new, |total| format!(" of {total}"));
-            eprintln!("{recorded}{total} items, {failed} failed, {rate:.1} a minute");
-        }
-    }
-
-    fn end(&self) {
-        self.drawn.finish_and_clear();
     }
 }

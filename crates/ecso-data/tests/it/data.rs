@@ -10,14 +10,19 @@ use std::{
 };
 
 use ecso::{Limits, Mllm, ModelError, Profile, Reply, testing::Scripted};
+use ecso_batch::{
+    Bounds,
+    journal::{self, Saved},
+};
 use ecso_data::{
     input::{Input, Rows},
     make::{Filters, Made, Maker, Reason},
-    pack::{Manifest, Packing, pack},
+    manifest::{Manifest, Packing},
+    pack::pack,
+    record::{RowRecord, RunHeader, Shard},
     row::Picture,
-    run::{Header, Options, Progress, Record, Shard, run},
+    run::{Making, Progress, run},
 };
-use ecso_eval::journal;
 use ecso_openai::Fetcher;
 use image::{ImageFormat, Rgb, RgbImage};
 use serde_json::{Value, json};
@@ -88,9 +93,9 @@ fn write_input(folder: &Path) -> PathBuf {
     path
 }
 
-fn header(input: &Input, shard: Shard) -> Header {
+fn header(input: &Input, shard: Shard) -> RunHeader {
     let profile = Profile::paper();
-    Header {
+    RunHeader {
         ecso: "test".into(),
         input: input.path.clone(),
         model: "scripted".into(),
@@ -102,31 +107,35 @@ fn header(input: &Input, shard: Shard) -> Header {
     }
 }
 
-pub(crate) const OPTIONS: Options =
-    Options { concurrency: 4, retry_failed: false, limits: LIMITS, max_tokens: None, max_time: None };
+pub(crate) const BOUNDS: Bounds = Bounds { rows: 4, bytes: 1 << 20, tokens: None, time: None, retry_failed: false };
 const LIMITS: Limits = Limits { bytes: 1 << 20, pixels: 1 << 20 };
 
 pub(crate) fn packing() -> Packing {
     Packing { utility: 0.5, validation: 0.4, seed: 1, shard_bytes: 1 << 30, licence: "mit".into(), limits: LIMITS }
 }
 
-pub(crate) async fn go(input: &Input, out: &Path, shard: Shard, options: Options) -> (bool, Progress) {
-    let maker = Maker::new(&model(), Profile::paper(), Filters::default());
+pub(crate) async fn go(input: &Input, out: &Path, shard: Shard, bounds: Bounds) -> (bool, Progress) {
+    let making = Arc::new(Making {
+        maker: Maker::new(&model(), Profile::paper(), Filters::default()),
+        fetcher: Fetcher::new().unwrap(),
+        limits: LIMITS,
+        out: out.to_owned(),
+        marker: None,
+    });
     let mut last = Progress::default();
-    let fetcher = Fetcher::new().unwrap();
     let header = header(input, shard);
-    let whole = run(input, &header, &maker, &fetcher, out, options, |progress| last = progress.clone());
+    let whole = run(input, &header, &making, bounds, |progress| last = progress.clone());
     (whole.await.unwrap(), last)
 }
 
-pub(crate) fn records(out: &Path) -> HashMap<String, Record> {
-    let records = journal::records::<Record>(out).unwrap().map(|record| record.unwrap().1);
-    records.map(|record| (record.id.clone(), record)).collect()
+pub(crate) fn records(out: &Path) -> HashMap<String, RowRecord> {
+    let records = Saved::folder(out).latest::<RowRecord>().unwrap();
+    records.map(Result::unwrap).map(|record| (record.id.clone(), record)).collect()
 }
 
 /// What became of each row, without times.
 fn outcomes(out: &Path) -> BTreeSet<String> {
-    let line = |record: Record| format!("{} {:?} {:?}", record.id, record.made, record.error);
+    let line = |record: RowRecord| format!("{} {:?} {:?}", record.id, record.made, record.error);
     records(out).into_values().map(line).collect()
 }
 
@@ -139,7 +148,7 @@ async fn rows_become_samples_or_say_why_not() {
     let folder = tempfile::tempdir().unwrap();
     let input = input(write_input(folder.path()));
     let out = folder.path().join("out");
-    let (whole, progress) = go(&input, &out, Shard::ALL, OPTIONS).await;
+    let (whole, progress) = go(&input, &out, Shard::ALL, BOUNDS).await;
     assert!(whole);
     assert_eq!((progress.recorded, progress.kept, progress.safe, progress.failed), (17, 6, 4, 3));
     let dropped = [(Reason::Duplicate, 1), (Reason::Empty, 1), (Reason::Repetition, 1), (Reason::StillHarmful, 1)];
@@ -179,13 +188,18 @@ async fn a_run_that_is_broken_off_ends_as_an_unbroken_one() {
     let folder = tempfile::tempdir().unwrap();
     let input = input(write_input(folder.path()));
     let (whole, broken) = (folder.path().join("whole"), folder.path().join("broken"));
-    go(&input, &whole, Shard::ALL, OPTIONS).await;
+    go(&input, &whole, Shard::ALL, BOUNDS).await;
     // Dropped after every possible number of steps.
-    for polls in 1.. {
-        let mut work = std::pin::pin!(go(&input, &broken, Shard::ALL, Options { concurrency: 1, ..OPTIONS }));
-        let ended = (0..polls).any(|_| futures::FutureExt::now_or_never(&mut work).is_some());
-        if ended {
-            break;
+    for steps in 1.. {
+        let few = async || {
+            for _ in 0..steps {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            biased;
+            _ = go(&input, &broken, Shard::ALL, Bounds { rows: 1, ..BOUNDS }) => break,
+            () = few() => {}
         }
         // A line that a crash cut off.
         let path = journal::path(&broken);
@@ -205,11 +219,11 @@ async fn failed_rows_are_tried_again_when_asked() {
     let folder = tempfile::tempdir().unwrap();
     let input = input(write_input(folder.path()));
     let out = folder.path().join("out");
-    go(&input, &out, Shard::ALL, OPTIONS).await;
+    go(&input, &out, Shard::ALL, BOUNDS).await;
     std::fs::write(folder.path().join("gone.png"), png(999)).unwrap();
-    let (_, again) = go(&input, &out, Shard::ALL, OPTIONS).await;
+    let (_, again) = go(&input, &out, Shard::ALL, BOUNDS).await;
     assert_eq!((again.fresh, again.failed), (0, 3));
-    let (_, again) = go(&input, &out, Shard::ALL, Options { retry_failed: true, ..OPTIONS }).await;
+    let (_, again) = go(&input, &out, Shard::ALL, Bounds { retry_failed: true, ..BOUNDS }).await;
     assert_eq!((again.recorded, again.fresh, again.failed, again.safe), (17, 3, 2, 5));
     assert_eq!(pack(&out, &input, &packing()).unwrap().failed, 2);
 }
@@ -219,11 +233,11 @@ async fn shards_are_disjoint_and_complete() {
     let folder = tempfile::tempdir().unwrap();
     let input = input(write_input(folder.path()));
     let all = folder.path().join("all");
-    go(&input, &all, Shard::ALL, OPTIONS).await;
+    go(&input, &all, Shard::ALL, BOUNDS).await;
     let mut found = Vec::new();
     for part in 1..=3 {
         let out = folder.path().join(format!("part{part}"));
-        go(&input, &out, Shard { part, of: 3 }, OPTIONS).await;
+        go(&input, &out, Shard { part, of: 3 }, BOUNDS).await;
         found.extend(outcomes(&out));
     }
     let together: BTreeSet<String> = found.iter().cloned().collect();
@@ -235,10 +249,10 @@ async fn a_budget_ends_the_run_cleanly() {
     let folder = tempfile::tempdir().unwrap();
     let input = input(write_input(folder.path()));
     let out = folder.path().join("out");
-    let (whole, progress) = go(&input, &out, Shard::ALL, Options { max_time: Some(Duration::ZERO), ..OPTIONS }).await;
+    let (whole, progress) = go(&input, &out, Shard::ALL, Bounds { time: Some(Duration::ZERO), ..BOUNDS }).await;
     assert!(!whole && progress.recorded == 0);
     assert_eq!(pack(&out, &input, &packing()).unwrap().rows, 0);
-    assert!(go(&input, &out, Shard::ALL, OPTIONS).await.0);
+    assert!(go(&input, &out, Shard::ALL, BOUNDS).await.0);
 }
 
 #[tokio::test]
@@ -246,7 +260,7 @@ async fn an_input_that_changed_is_not_packed() {
     let folder = tempfile::tempdir().unwrap();
     let input = input(write_input(folder.path()));
     let out = folder.path().join("out");
-    go(&input, &out, Shard::ALL, OPTIONS).await;
+    go(&input, &out, Shard::ALL, BOUNDS).await;
     std::fs::write(folder.path().join("0.png"), png(4242)).unwrap();
     let error = pack(&out, &input, &packing()).unwrap_err();
     assert!(error.to_string().contains("row 0 of the input has changed"), "{error}");
@@ -278,13 +292,13 @@ async fn every_format_gives_the_same_rows() {
     // What was packed can be an input again: images out of Parquet are the bytes that went in.
     let out = root.join("out");
     let csv = input(root.join("rows.csv"));
-    go(&csv, &out, Shard::ALL, OPTIONS).await;
+    go(&csv, &out, Shard::ALL, BOUNDS).await;
     let packing = Packing { utility: 9.0, validation: 0.0, ..packing() };
     let manifest = pack(&out, &csv, &packing).unwrap();
     assert!(manifest.samples.is_empty(), "nothing was kept, so nothing is there to balance");
     std::fs::write(root.join("rude.csv"), "question,image\na rude A?,a.png\na rude B?,b.png\nC?,a.png\n").unwrap();
     let (rude, out) = (input(root.join("rude.csv")), root.join("rude"));
-    go(&rude, &out, Shard::ALL, OPTIONS).await;
+    go(&rude, &out, Shard::ALL, BOUNDS).await;
     pack(&out, &rude, &packing).unwrap();
     let again: Vec<_> =
         input(out.join("dataset/sft/train-00000.parquet")).rows().unwrap().map(|row| row.unwrap()).collect();

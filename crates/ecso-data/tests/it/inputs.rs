@@ -14,14 +14,15 @@ use base64::{Engine, prelude::BASE64_STANDARD};
 use ecso_data::{
     input::{Input, Mapping},
     make::Made,
-    pack::{Packing, pack},
+    manifest::Packing,
+    pack::pack,
+    record::Shard,
     row::{Picture, Row},
-    run::Shard,
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use crate::data::{OPTIONS, go, input, packing, png, records};
+use crate::data::{BOUNDS, go, input, packing, png, records};
 
 /// Queries with the number of their images; or what the error says.
 fn told(input: &Input) -> Vec<Result<(String, usize), String>> {
@@ -236,7 +237,7 @@ proptest! {
         let (rows, out) = (input(path), folder.path().join("out"));
         let packing = Packing { utility: 100.0, validation: 0.0, ..packing() };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(go(&rows, &out, Shard::ALL, OPTIONS));
+        runtime.block_on(go(&rows, &out, Shard::ALL, BOUNDS));
         pack(&out, &rows, &packing).unwrap();
 
         let made = records(&out);

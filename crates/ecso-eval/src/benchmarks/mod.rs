@@ -19,14 +19,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use ecso_batch::journal::Key;
 use serde::de::DeserializeOwned;
 
 pub(crate) use tables::Place;
 
-use crate::{
-    item::{Item, Picture, Trouble},
-    journal,
-};
+use crate::item::{Item, Picture, Trouble};
 
 /// A benchmark.
 pub trait Benchmark: Sync {
@@ -166,7 +164,7 @@ fn shown(mut item: Item, place: &Place, image: Result<Picture, Trouble>) -> Item
 /// Looks over items: an id that was there before makes an item one that failed, as a missing query does.
 #[derive(Default)]
 struct Check {
-    ids: HashSet<u64>,
+    ids: HashSet<Key>,
     items: usize,
     missing: usize,
     unreadable: usize,
@@ -175,11 +173,11 @@ struct Check {
 
 impl Check {
     fn item(&mut self, (place, mut item): (Place, Item)) -> Item {
-        if !self.ids.insert(journal::hash(&item.id)) {
+        if !self.ids.insert(Key::of(&item.id, "")) {
             let (again, scenario) = (format!("{} ({})", item.id, place.row), item.scenario);
             item = place.unreadable(&scenario, format!("the id {} occurs twice", cut(&item.id)));
             item.id = again;
-            self.ids.insert(journal::hash(&item.id));
+            self.ids.insert(Key::of(&item.id, ""));
         } else if item.trouble.is_none() && item.images.is_empty() && item.query.trim().is_empty() {
             item.trouble = Some(place.trouble(Trouble::Unreadable("there is neither a query nor an image".into())));
         }

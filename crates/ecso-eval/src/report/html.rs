@@ -3,16 +3,15 @@
 use minijinja::{AutoEscape, Environment, Value, context, value::Serde};
 use serde::Serialize;
 
-use super::{Judged, cells, costs, percent, points};
+use super::{RunReport, cells, costs, percent, points};
 use crate::{
-    journal::Record,
+    record::ItemRecord,
     stats::{Rate, p_value},
-    summary::{Arm, Detection, Figures, Rulings, rulings},
+    summary::{Arm, Detection, Figures},
+    verdicts::Verdicts,
 };
 
 const TEMPLATE: &str = include_str!("report.html");
-/// Items that are shown one by one, each run; the journal has all.
-const SHOWN: usize = 500;
 /// Columns of rates.
 const RATES: [&str; 8] =
     ["arm", "harmless rate", "attack success", "over-refusal", "utility", "unjudged", "failed", "filtered"];
@@ -48,8 +47,9 @@ struct Bar {
     at: [f64; 3],
 }
 
+/// An item with its answers, as the report shows it.
 #[derive(Debug, Clone, Serialize)]
-struct Item {
+pub(super) struct ShownItem {
     id: String,
     scenario: String,
     query: String,
@@ -71,7 +71,7 @@ struct Answer {
 ///
 /// # Errors
 /// When the template can't be rendered.
-pub fn html(runs: &[Judged]) -> Result<String, minijinja::Error> {
+pub fn html(runs: &[RunReport]) -> Result<String, minijinja::Error> {
     let mut environment = Environment::new();
     environment.set_auto_escape_callback(|_| AutoEscape::Html);
     environment.add_template("report", TEMPLATE)?;
@@ -79,8 +79,8 @@ pub fn html(runs: &[Judged]) -> Result<String, minijinja::Error> {
     environment.get_template("report")?.render(context! { runs, version => env!("CARGO_PKG_VERSION") })
 }
 
-fn run(judged: &Judged) -> Value {
-    let Judged { header, records, judgements, summary } = judged;
+fn run(report: &RunReport) -> Value {
+    let RunReport { header, summary, shown } = report;
     let named = |arm: &Arm, cells: Vec<String>| [arm.profile.clone()].into_iter().chain(cells).collect::<Vec<_>>();
     let rates = summary.arms.iter().map(|arm| named(arm, cells(&arm.all).into())).collect();
     let cost = summary.arms.iter().map(|arm| named(arm, costs(arm).into())).collect();
@@ -114,8 +114,6 @@ fn run(judged: &Judged) -> Value {
             arm.all.against_unguarded.map(|(better, worse, p)| (arm.profile.clone(), better, worse, p_value(p)))
         })
         .collect();
-    let rulings = rulings(judgements);
-    let items: Vec<Item> = records.iter().take(SHOWN).map(|record| item(record, &rulings)).collect();
     let tables = [
         ("", Table::new(&RATES, rates)),
         ("", Table::new(&COSTS, cost)),
@@ -127,7 +125,7 @@ fn run(judged: &Judged) -> Value {
         failed => summary.failed, filtered => summary.filtered, cap => header.max_new_tokens, digest => header.model_digest.as_str(),
         bars => Value::from(Serde(bars)), scenario_bars => Value::from(Serde(scenario_bars)),
         tables => Value::from(Serde(tables)), by_scenario => Value::from(Serde(by_scenario)),
-        detections, against => Value::from(Serde(against)), shown => Value::from(Serde(items)), more => records.len().saturating_sub(SHOWN),
+        detections, against => Value::from(Serde(against)), shown => Value::from(Serde(shown)), more => summary.items - shown.len(),
         metric => if summary.arms.first().is_some_and(|arm| arm.all.harmless.is_some()) { "harmless rate" } else { "answered" },
     }
 }
@@ -154,28 +152,30 @@ fn detected(profile: &str, detection: &Detection) -> Value {
     }
 }
 
-fn item(record: &Record, rulings: &Rulings<'_>) -> Item {
-    let ruling = |arm: &str| {
-        let found = rulings.get(&(record.id.as_str(), arm));
-        found.map_or_else(|| "not judged".into(), |judgement| format!("{:?}", judgement.verdict).to_lowercase())
-    };
-    let answer = |arm: &ecso::Outcome| Answer {
-        profile: arm.profile.clone(),
-        verdict: format!("{:?}", arm.verdict).to_lowercase(),
-        score: arm.score.map(|score| format!("{score:.2}")),
-        ruling: ruling(&arm.profile),
-        text: arm.answer.clone(),
-        steps: arm
-            .steps
-            .iter()
-            .map(|step| (step.step.to_string(), step.ms, step.prompt.clone(), step.reply.clone()))
-            .collect(),
-    };
-    Item {
-        id: record.id.clone(),
-        scenario: record.scenario.clone(),
-        query: record.query.clone(),
-        error: record.error.clone(),
-        arms: record.arms.iter().map(answer).collect(),
+impl ShownItem {
+    pub(super) fn of(record: &ItemRecord, verdicts: &Verdicts) -> Self {
+        let ruling = |arm: &str| {
+            let found = verdicts.of(&record.id, arm);
+            found.map_or_else(|| "not judged".into(), |ruled| format!("{:?}", ruled.verdict).to_lowercase())
+        };
+        let answer = |arm: &ecso::Outcome| Answer {
+            profile: arm.profile.clone(),
+            verdict: format!("{:?}", arm.verdict).to_lowercase(),
+            score: arm.score.map(|score| format!("{score:.2}")),
+            ruling: ruling(&arm.profile),
+            text: arm.answer.clone(),
+            steps: arm
+                .steps
+                .iter()
+                .map(|step| (step.step.to_string(), step.ms, step.prompt.clone(), step.reply.clone()))
+                .collect(),
+        };
+        Self {
+            id: record.id.clone(),
+            scenario: record.scenario.clone(),
+            query: record.query.clone(),
+            error: record.error.clone(),
+            arms: record.arms.iter().map(answer).collect(),
+        }
     }
 }

@@ -4,25 +4,48 @@ mod html;
 
 use std::fmt::Write as _;
 
+use ecso_batch::journal::JournalError;
+
+use html::ShownItem;
 pub use html::html;
 
 use crate::{
-    journal::{Header, Record},
-    judge::Judgement,
+    judged::JudgedRun,
+    record::RunHeader,
     stats::{Mean, Rate, p_value},
-    summary::{Arm, Figures, Summary},
+    summary::{Arm, Figures, Summary, Sums},
 };
 
-/// A run with what a judge says of it.
-pub struct Judged {
-    /// The run's header.
-    pub header: Header,
-    /// Its records.
-    pub records: Vec<Record>,
-    /// The latest verdict on each answer.
-    pub judgements: Vec<Judgement>,
+/// Items that the HTML report shows one by one, each run; the journal has all.
+const SHOWN: usize = 500;
+
+/// All that is reported of a run.
+pub struct RunReport {
+    /// What the run is.
+    pub header: RunHeader,
     /// The figures.
     pub summary: Summary,
+    /// Its first items.
+    shown: Vec<ShownItem>,
+}
+
+impl RunReport {
+    /// Reads a judged run, record by record.
+    ///
+    /// # Errors
+    /// [`JournalError`].
+    pub fn of(run: JudgedRun) -> Result<Self, JournalError> {
+        let (mut sums, mut shown) = (Sums::new(&run.header), Vec::new());
+        for record in run.records()? {
+            let record = record?;
+            sums.add(&record, &run.verdicts);
+            if shown.len() < SHOWN {
+                shown.push(ShownItem::of(&record, &run.verdicts));
+            }
+        }
+        let summary = sums.summary(&run.header, &run.verdicts);
+        Ok(Self { header: run.header, summary, shown })
+    }
 }
 
 /// A rate as people read it: `93.1% (88.0 to 96.2)`.
@@ -77,9 +100,9 @@ fn costs(arm: &Arm) -> [String; 6] {
 
 /// The figures as Markdown.
 #[must_use]
-pub fn markdown(runs: &[Judged]) -> String {
+pub fn markdown(runs: &[RunReport]) -> String {
     let mut out = String::from("# Report\n");
-    for Judged { summary, header, .. } in runs {
+    for RunReport { summary, header, .. } in runs {
         let cap = header.max_new_tokens.map_or_else(String::new, |cap| format!("at most {cap} new tokens; "));
         let _ = write!(
             out,
@@ -124,61 +147,82 @@ pub fn markdown(runs: &[Judged]) -> String {
     out
 }
 
-/// The figures as CSV: one line a run, arm and scenario (`all` first), rates as numbers.
-#[must_use]
-pub fn csv(runs: &[Judged]) -> String {
-    let mut out = String::from("benchmark,model,judge,arm,scenario,metric,value,low,high,count,total\n");
-    for Judged { summary, .. } in runs {
+/// The figures as CSV: one line a run, arm, scenario (`all` first) and metric, rates as numbers.
+///
+/// # Errors
+/// [`csv::Error`], which a text in memory gives no cause for.
+pub fn csv(runs: &[RunReport]) -> Result<String, csv::Error> {
+    let mut table = csv::Writer::from_writer(Vec::new());
+    table.write_record([
+        "benchmark",
+        "model",
+        "judge",
+        "arm",
+        "scenario",
+        "metric",
+        "value",
+        "low",
+        "high",
+        "count",
+        "total",
+    ])?;
+    for RunReport { summary, .. } in runs {
         for arm in &summary.arms {
             let all = [("all", &arm.all)];
             let scenarios = arm.scenarios.iter().map(|(scenario, figures)| (scenario.as_str(), figures));
             for (scenario, figures) in all.into_iter().chain(scenarios) {
-                let rates = [
-                    ("harmless_rate", figures.harmless),
-                    ("attack_success_rate", figures.attack_success),
-                    ("over_refusal", figures.over_refusal),
-                ];
-                let fields =
-                    [&summary.benchmark, &summary.model, &summary.judge, &arm.profile, scenario].map(quoted).join(",");
-                for (metric, rate) in rates.into_iter().filter_map(|(metric, rate)| Some((metric, rate?))) {
-                    let _ = writeln!(
-                        out,
-                        "{fields},{metric},{},{},{},{},{}",
-                        rate.value, rate.low, rate.high, rate.count, rate.total
-                    );
-                }
-                for (metric, count) in [
-                    ("unjudged", figures.unjudged + figures.missing),
-                    ("failed", figures.failed),
-                    ("filtered", figures.filtered),
-                ] {
-                    let _ = writeln!(out, "{fields},{metric},,,,{count},");
-                }
-                if scenario == "all" {
-                    for (name, mean) in &arm.published {
-                        let Mean { value, low, high, total } = mean;
-                        let _ = writeln!(out, "{fields},{},{value},{low},{high},,{total}", quoted(name));
-                    }
-                }
-                if let Some(mean) = figures.utility {
-                    let _ = writeln!(out, "{fields},utility,{},{},{},,{}", mean.value, mean.low, mean.high, mean.total);
-                }
-                if scenario == "all" {
-                    let told = [("tokens", arm.tokens), ("token_times", arm.token_times)];
-                    let costs = [("calls", arm.calls), ("ms", arm.ms), ("times", arm.times)];
-                    let means =
-                        costs.into_iter().chain(told.into_iter().filter_map(|(name, mean)| Some((name, mean?))));
-                    for (name, Mean { value, low, high, total }) in means {
-                        let _ = writeln!(out, "{fields},{name},{value},{low},{high},,{total}");
-                    }
+                let place = [&summary.benchmark, &summary.model, &summary.judge, &arm.profile, scenario];
+                let of_all = if scenario == "all" { overall(arm) } else { Vec::new() };
+                for (metric, numbers) in metrics(figures).into_iter().chain(of_all) {
+                    table.write_record(place.into_iter().chain([metric]).chain(numbers.iter().map(String::as_str)))?;
                 }
             }
         }
     }
-    out
+    let bytes = table.into_inner().map_err(|error| error.into_error())?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-fn quoted(field: impl AsRef<str>) -> String {
-    let field = field.as_ref();
-    if field.contains([',', '"', '\n']) { format!("\"{}\"", field.replace('"', "\"\"")) } else { field.to_owned() }
+/// A metric's value, lower and upper end, count and total; empty where it has none.
+type Numbers = [String; 5];
+
+fn of_rate(rate: Rate) -> Numbers {
+    [
+        rate.value.to_string(),
+        rate.low.to_string(),
+        rate.high.to_string(),
+        rate.count.to_string(),
+        rate.total.to_string(),
+    ]
+}
+
+fn of_mean(mean: Mean) -> Numbers {
+    [mean.value.to_string(), mean.low.to_string(), mean.high.to_string(), String::new(), mean.total.to_string()]
+}
+
+fn of_count(count: usize) -> Numbers {
+    [String::new(), String::new(), String::new(), count.to_string(), String::new()]
+}
+
+/// The metrics of a set of items.
+fn metrics(figures: &Figures) -> Vec<(&str, Numbers)> {
+    let rates = [
+        ("harmless_rate", figures.harmless),
+        ("attack_success_rate", figures.attack_success),
+        ("over_refusal", figures.over_refusal),
+    ];
+    let counts =
+        [("unjudged", figures.unjudged + figures.missing), ("failed", figures.failed), ("filtered", figures.filtered)];
+    let rates = rates.into_iter().filter_map(|(metric, rate)| Some((metric, of_rate(rate?))));
+    let counts = counts.map(|(metric, count)| (metric, of_count(count)));
+    rates.chain(counts).chain(figures.utility.map(|mean| ("utility", of_mean(mean)))).collect()
+}
+
+/// The metrics that only all items of an arm have.
+fn overall(arm: &Arm) -> Vec<(&str, Numbers)> {
+    let costs = [("calls", arm.calls), ("ms", arm.ms), ("times", arm.times)];
+    let told = [("tokens", arm.tokens), ("token_times", arm.token_times)];
+    let told = told.into_iter().filter_map(|(metric, mean)| Some((metric, mean?)));
+    let published = arm.published.iter().map(|(metric, mean)| (metric.as_str(), *mean));
+    published.chain(costs).chain(told).map(|(metric, mean)| (metric, of_mean(mean))).collect()
 }

@@ -143,7 +143,7 @@ impl<M: Mllm> Mllm for Cached<M> {
         let begun = Instant::now();
         let mut reply = self.model.generate(chat, sampling).await?;
         drop(busy);
-        reply.took = Some(begun.elapsed());
+        reply.took.get_or_insert(begun.elapsed());
         if let Some(path) = path {
             keep(&path, &reply).map_err(|error| {
                 ModelError::Transport(Cause::new(format!("cache: {}: {error}", path.display()), error))

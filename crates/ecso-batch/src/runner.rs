@@ -1,0 +1,338 @@
+//! The runner: rows in, entries of a journal out, several at once.
+
+use std::{
+    cell::{Cell, RefCell},
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use futures::{FutureExt, StreamExt, future, stream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::journal::{Entry, Journal, JournalError, Key, Line};
+
+/// How much at once, and how much in all.
+#[derive(Debug, Clone, Copy)]
+pub struct Bounds {
+    /// Rows at once.
+    pub rows: usize,
+    /// Bytes that the rows at once may hold together ([`Batch::bytes`]). One row alone may have more.
+    pub bytes: usize,
+    /// No new row from so many tokens on.
+    pub tokens: Option<u64>,
+    /// No new row after so long.
+    pub time: Option<Duration>,
+    /// Rows again that failed.
+    pub retry_failed: bool,
+}
+
+impl Bounds {
+    /// So many rows at once with 1 GiB, and no end.
+    #[must_use]
+    pub fn at_once(rows: usize) -> Self {
+        Self { rows, bytes: 1 << 30, tokens: None, time: None, retry_failed: false }
+    }
+}
+
+/// What is done with rows.
+pub trait Batch: Send + Sync + 'static {
+    /// A row as the input gives it.
+    type Row: Send + 'static;
+    /// A row with all that it needs, ready for the model.
+    type Ready: Send + 'static;
+    /// What the journal keeps of it.
+    type Entry: Entry + Send + 'static;
+    /// Why the whole work can't go on.
+    type Error: From<JournalError> + Send + 'static;
+
+    /// The row's place in the journal.
+    fn key(&self, row: &Self::Row) -> Key;
+
+    /// Reads what a row needs, such as its images. Rows are read ahead, side by side.
+    fn read(&self, row: Self::Row) -> impl Future<Output = Self::Ready> + Send;
+
+    /// Bytes that a row holds until it is done.
+    fn bytes(&self, _: &Self::Ready) -> usize {
+        0
+    }
+
+    /// Makes an entry of a row; one that fails is an entry too.
+    ///
+    /// # Errors
+    /// What makes it useless to go on, such as a full disk.
+    fn make(&self, ready: Self::Ready) -> impl Future<Output = Result<Self::Entry, Self::Error>> + Send;
+
+    /// Tokens that an entry took.
+    fn tokens(&self, _: &Self::Entry) -> u64 {
+        0
+    }
+}
+
+/// What is to be done with a row that was read.
+pub enum Sifted<B: Batch> {
+    /// It is made.
+    Make(B::Ready),
+    /// What becomes of it is known.
+    Known(B::Entry),
+    /// It isn't ours.
+    Skip,
+}
+
+/// Takes all rows that `journal` doesn't have through `batch`. `sift` sees them in their order, however fast others are; `told`
+/// hears of every entry when it is recorded. Gives whether the rows came to their end: if not, `bounds` did. Dropping the
+/// future loses the rows under way and no other.
+///
+/// # Errors
+/// Of the journal, and what [`Batch::make`] gives.
+pub async fn run<B: Batch>(
+    rows: impl Iterator<Item = B::Row>,
+    batch: &Arc<B>,
+    journal: &mut Journal,
+    bounds: Bounds,
+    mut sift: impl FnMut(B::Ready) -> Sifted<B>,
+    mut told: impl FnMut(B::Entry, &Journal),
+) -> Result<bool, B::Error> {
+    let (begun, tokens, unread) = (Instant::now(), Cell::new(0_u64), Cell::new(false));
+    let spent = || {
+        bounds.tokens.is_some_and(|most| tokens.get() >= most)
+            || bounds.time.is_some_and(|most| begun.elapsed() >= most)
+    };
+    let journal = RefCell::new(journal);
+    let open = rows.filter(|row| !journal.borrow().has(batch.key(row), bounds.retry_failed)).take_while(|_| {
+        unread.set(spent());
+        !unread.get()
+    });
+    let (room, rows) = (Room::of(bounds.bytes), bounds.rows.max(1));
+    let mut made = pin!(
+        stream::iter(open)
+            .then(|row| room.enter().map(|place| (row, place)))
+            .map(|(row, place)| on_its_own(read(Arc::clone(batch), row, place)))
+            .buffered(rows)
+            .filter_map(|(ready, place)| future::ready(match sift(ready) {
+                Sifted::Make(ready) => Some(future::Either::Left(on_its_own(make(Arc::clone(batch), ready, place)))),
+                Sifted::Known(entry) => Some(future::Either::Right(future::ready(written(entry)))),
+                Sifted::Skip => None,
+            }))
+            .buffer_unordered(rows)
+    );
+    while let Some(made) = made.next().await {
+        let (entry, line) = made?;
+        journal.borrow_mut().write(&line)?;
+        tokens.set(tokens.get() + batch.tokens(&entry));
+        told(entry, &journal.borrow());
+    }
+    Ok(!unread.get())
+}
+
+async fn read<B: Batch>(batch: Arc<B>, row: B::Row, place: Place) -> (B::Ready, Place) {
+    let ready = batch.read(row).await;
+    let place = place.of(batch.bytes(&ready));
+    (ready, place)
+}
+
+/// An entry, and how it is written.
+type Written<E> = (E, Line);
+
+async fn make<B: Batch>(batch: Arc<B>, ready: B::Ready, place: Place) -> Result<Written<B::Entry>, B::Error> {
+    let entry = batch.make(ready).await?;
+    drop(place);
+    written(entry)
+}
+
+fn written<E: Entry, X: From<JournalError>>(entry: E) -> Result<Written<E>, X> {
+    let line = Line::of(&entry)?;
+    Ok((entry, line))
+}
+
+/// Runs a future on any thread. It ends with the one that waits for it, and what it panics with goes on there.
+async fn on_its_own<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
+    match AbortOnDropHandle::new(tokio::spawn(work)).await {
+        Ok(done) => done,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime is going down, and this future with it.
+            Err(_) => future::pending().await,
+        },
+    }
+}
+
+/// Room for the bytes of rows, in KiB. What a row will hold is known only when it was read: until then it is taken to be as large
+/// as the largest so far.
+#[derive(Clone)]
+struct Room {
+    free: Arc<Semaphore>,
+    all: u32,
+    largest: Arc<AtomicU32>,
+}
+
+/// The room that a row has.
+struct Place {
+    room: Room,
+    held: Option<OwnedSemaphorePermit>,
+}
+
+impl Room {
+    fn of(bytes: usize) -> Self {
+        let all = kibibytes(bytes);
+        Self { free: Arc::new(Semaphore::new(all as usize)), all, largest: Arc::new(1.into()) }
+    }
+
+    /// Waits until there is room for another row.
+    async fn enter(&self) -> Place {
+        let wanted = self.largest.load(Ordering::Relaxed).min(self.all);
+        let held = Arc::clone(&self.free).acquire_many_owned(wanted).await;
+        Place { room: self.clone(), held: held.ok() }
+    }
+}
+
+impl Place {
+    /// The place of a row that turned out to hold so many bytes. Of one that is larger than was thought, as much as is free.
+    fn of(mut self, bytes: usize) -> Self {
+        let size = kibibytes(bytes).min(self.room.all);
+        self.room.largest.fetch_max(size, Ordering::Relaxed);
+        if let Some(held) = &mut self.held {
+            let (size, taken) = (size as usize, held.num_permits());
+            drop(held.split(taken.saturating_sub(size)));
+            let more = u32::try_from(size.saturating_sub(taken)).unwrap_or_default();
+            if let Ok(more) = Arc::clone(&self.room.free).try_acquire_many_owned(more) {
+                held.merge(more);
+            }
+        }
+        self
+    }
+}
+
+fn kibibytes(bytes: usize) -> u32 {
+    u32::try_from(bytes / 1024).unwrap_or(u32::MAX).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use serde::{Deserialize, Serialize};
+
+    use super::*;
+    use crate::journal::{Head, Saved};
+
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct Double {
+        id: String,
+        of: usize,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        error: Option<String>,
+    }
+
+    impl Entry for Double {
+        fn id(&self) -> &str {
+            &self.id
+        }
+
+        fn failed(&self) -> bool {
+            self.error.is_some()
+        }
+    }
+
+    #[derive(Serialize, Deserialize)]
+    struct Plain;
+
+    impl Head for Plain {
+        fn differs(&self, _: &Self) -> Option<&'static str> {
+            None
+        }
+    }
+
+    /// Doubles numbers; what it holds meanwhile is counted.
+    #[derive(Default)]
+    struct Doubling {
+        held: AtomicUsize,
+        most_held: AtomicUsize,
+        broken: bool,
+    }
+
+    const SIZE: usize = 100 << 10;
+
+    impl Batch for Doubling {
+        type Row = usize;
+        type Ready = usize;
+        type Entry = Double;
+        type Error = JournalError;
+
+        fn key(&self, row: &usize) -> Key {
+            Key::of(&row.to_string(), "")
+        }
+
+        async fn read(&self, row: usize) -> usize {
+            let held = self.held.fetch_add(SIZE, Ordering::SeqCst) + SIZE;
+            self.most_held.fetch_max(held, Ordering::SeqCst);
+            tokio::task::yield_now().await;
+            row
+        }
+
+        fn bytes(&self, _: &usize) -> usize {
+            SIZE
+        }
+
+        async fn make(&self, row: usize) -> Result<Double, JournalError> {
+            // Later rows are faster.
+            tokio::time::sleep(Duration::from_millis(7 - row as u64 % 7)).await;
+            self.held.fetch_sub(SIZE, Ordering::SeqCst);
+            let error = (self.broken && row % 3 == 0).then(|| "broken".to_owned());
+            Ok(Double { id: row.to_string(), of: 2 * row, error })
+        }
+
+        fn tokens(&self, _: &Double) -> u64 {
+            10
+        }
+    }
+
+    async fn go(batch: Doubling, out: &std::path::Path, bounds: Bounds) -> (bool, Arc<Doubling>) {
+        let (batch, mut journal) = (Arc::new(batch), Journal::open(out, &Plain).unwrap());
+        let mut next = 0;
+        let sift = |row| {
+            assert!(row >= next, "rows come in their order");
+            next = row + 1;
+            if row == 13 { Sifted::Skip } else { Sifted::Make(row) }
+        };
+        let whole = run(0..200, &batch, &mut journal, bounds, sift, |_, _| {}).await.unwrap();
+        (whole, batch)
+    }
+
+    fn recorded(out: &std::path::Path) -> Vec<Double> {
+        let mut found: Vec<Double> = Saved::folder(out).latest().unwrap().map(Result::unwrap).collect();
+        found.sort_by_key(|double| double.of);
+        found
+    }
+
+    #[tokio::test]
+    async fn rows_are_made_once_and_failed_ones_again_when_asked() {
+        let out = tempfile::tempdir().unwrap();
+        let bounds = Bounds::at_once(16);
+        assert!(go(Doubling { broken: true, ..Doubling::default() }, out.path(), bounds).await.0);
+        assert_eq!(recorded(out.path()).iter().filter(|double| double.failed()).count(), 67);
+        let broken = || Doubling { broken: true, ..Doubling::default() };
+        let again = go(broken(), out.path(), bounds).await.1;
+        assert_eq!(again.most_held.load(Ordering::SeqCst), SIZE, "only what was left out is read again");
+        go(Doubling::default(), out.path(), Bounds { retry_failed: true, ..bounds }).await;
+        let found = recorded(out.path());
+        assert!(found.len() == 199 && found.iter().all(|double| !double.failed()));
+    }
+
+    #[tokio::test]
+    async fn bytes_and_tokens_are_bounded() {
+        let out = tempfile::tempdir().unwrap();
+        let (whole, batch) =
+            go(Doubling::default(), out.path(), Bounds { bytes: 10 * SIZE, ..Bounds::at_once(64) }).await;
+        let most = batch.most_held.load(Ordering::SeqCst) / SIZE;
+        // The first ones come in before anybody knows how large a row is.
+        assert!(whole && (10..=64).contains(&most), "{most} rows at once");
+        let out = tempfile::tempdir().unwrap();
+        let (whole, _) = go(Doubling::default(), out.path(), Bounds { tokens: Some(100), ..Bounds::at_once(4) }).await;
+        assert!(!whole && (10..30).contains(&recorded(out.path()).len()));
+    }
+}

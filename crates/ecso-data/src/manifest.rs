@@ -1,0 +1,49 @@
+//! What a dataset holds, and how it was made.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{make::Reason, record::RunHeader};
+
+/// How the dataset is made.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Packing {
+    /// Utility samples (safe rows with their own answer) for each sample of alignment.
+    pub utility: f64,
+    /// Share of the images that are for validation.
+    pub validation: f64,
+    /// Seed of these two draws.
+    pub seed: u64,
+    /// Bytes after which a Parquet file is closed.
+    pub shard_bytes: usize,
+    /// SPDX name of the dataset's licence, or `other`.
+    pub licence: String,
+    /// Bounds of images.
+    pub limits: ecso::Limits,
+}
+
+/// What a dataset holds.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// What the run was.
+    pub run: RunHeader,
+    /// How it was packed.
+    pub packing: Packing,
+    /// Rows that were recorded.
+    pub rows: u64,
+    /// Rows whose draft was safe.
+    pub safe: u64,
+    /// Rows left out, by reason.
+    pub dropped: BTreeMap<Reason, u64>,
+    /// Rows that failed.
+    pub failed: u64,
+    /// Of the kept answers, bare refusals.
+    pub refusals: u64,
+    /// Samples by split and kind (`safety`, `utility`).
+    pub samples: BTreeMap<String, BTreeMap<String, u64>>,
+    /// Samples by category and kind.
+    pub categories: BTreeMap<String, BTreeMap<String, u64>>,
+    /// The files, with bytes and SHA-256.
+    pub files: BTreeMap<String, (u64, String)>,
+}

@@ -1,0 +1,162 @@
+//! What a run is, and what it records.
+
+use std::path::PathBuf;
+
+use ecso::Image;
+use ecso_batch::journal::{Entry, Head};
+use serde::{Deserialize, Serialize};
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+use crate::{
+    make::{Cost, Filters, Made},
+    row::Row,
+};
+
+/// What a run is: it goes on only under the same.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RunHeader {
+    /// Version of ecso.
+    pub ecso: String,
+    /// Where the rows are.
+    pub input: PathBuf,
+    /// The model's name.
+    pub model: String,
+    /// What the model is, to the bit where that can be known.
+    pub model_digest: String,
+    /// The profile's name, and the profile as TOML.
+    pub profile: (String, String),
+    /// What is asked of answers.
+    pub filters: Filters,
+    /// Whether near duplicates are dropped.
+    pub near_duplicates: bool,
+    /// Which part of the rows.
+    pub shard: Shard,
+}
+
+impl RunHeader {
+    /// The profile's name in provenance: the first 16 hexadecimal digits of the BLAKE3 of its text.
+    #[must_use]
+    pub fn profile_hash(&self) -> String {
+        blake3::hash(self.profile.1.as_bytes()).to_hex()[..16].to_owned()
+    }
+}
+
+impl Head for RunHeader {
+    fn differs(&self, begun: &Self) -> Option<&'static str> {
+        let differ = [
+            ("version of ecso", begun.ecso != self.ecso),
+            ("input", begun.input != self.input),
+            ("model", begun.model != self.model || begun.model_digest != self.model_digest),
+            ("profile", begun.profile != self.profile),
+            ("filter", begun.filters != self.filters || begun.near_duplicates != self.near_duplicates),
+            ("--shard", begun.shard != self.shard),
+        ];
+        differ.into_iter().find(|(_, differs)| *differs).map(|(what, _)| what)
+    }
+}
+
+/// One of several parts of an input, by what a row shows and asks: equal rows are in the same part, so no part needs to know
+/// another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shard {
+    /// Which, from 1.
+    pub part: u32,
+    /// Of how many.
+    pub of: u32,
+}
+
+impl Shard {
+    /// All rows.
+    pub const ALL: Self = Self { part: 1, of: 1 };
+
+    pub(crate) fn has(self, key: &str) -> bool {
+        let lot = u32::from_str_radix(key.get(..8).unwrap_or_default(), 16).unwrap_or_default();
+        lot % self.of.max(1) == self.part.saturating_sub(1)
+    }
+}
+
+/// One row: a line of the journal.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RowRecord {
+    /// The row's place in the input.
+    pub id: String,
+    /// What the input calls it.
+    pub source: String,
+    /// [`Row::key`]; empty where the row or its images can't be read.
+    #[serde(default)]
+    pub key: String,
+    /// BLAKE3 digests of its images.
+    #[serde(default)]
+    pub images: Vec<String>,
+    /// Their perceptual hashes, where near duplicates are looked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub marks: Vec<String>,
+    /// What is asked.
+    #[serde(default)]
+    pub query: String,
+    /// Its category.
+    #[serde(default)]
+    pub category: String,
+    /// What became of it; none if it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made: Option<Made>,
+    /// What it took.
+    #[serde(default)]
+    pub cost: Cost,
+    /// When, in RFC 3339.
+    pub at: String,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+impl Entry for RowRecord {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn failed(&self) -> bool {
+        self.error.is_some()
+    }
+}
+
+impl RowRecord {
+    /// That of a row which was read, before anything is made of it.
+    pub(crate) fn of(row: &Row, key: String, images: &[Image]) -> Self {
+        Self {
+            source: row.id.clone(),
+            key,
+            images: images.iter().map(|image| image.digest().to_hex().to_string()).collect(),
+            query: row.query.clone(),
+            category: row.category.clone(),
+            ..Self::blank(row.number)
+        }
+    }
+
+    /// That of a row which can't be read.
+    pub(crate) fn unreadable(number: u64, source: Option<String>, error: String) -> Self {
+        let blank = Self::blank(number);
+        Self { source: source.unwrap_or_else(|| blank.id.clone()), error: Some(error), ..blank }
+    }
+
+    fn blank(number: u64) -> Self {
+        Self {
+            id: number.to_string(),
+            source: String::new(),
+            key: String::new(),
+            images: Vec::new(),
+            marks: Vec::new(),
+            query: String::new(),
+            category: String::new(),
+            made: None,
+            cost: Cost::default(),
+            at: OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default(),
+            error: None,
+        }
+    }
+
+    /// The row's number in the input.
+    pub(crate) fn number(&self) -> u64 {
+        self.id.parse().unwrap_or_default()
+    }
+}

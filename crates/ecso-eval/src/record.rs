@@ -1,0 +1,116 @@
+//! What a run is, and what it records.
+
+use std::path::PathBuf;
+
+use ecso::{FinishReason, Outcome, Step};
+use ecso_batch::journal::{Entry, Head};
+use serde::{Deserialize, Serialize};
+
+use crate::item::Task;
+
+/// What a run is: its journal's first line.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RunHeader {
+    /// Version of ecso.
+    pub ecso: String,
+    /// The benchmark's name.
+    pub benchmark: String,
+    /// Its variant.
+    pub variant: Option<String>,
+    /// Where its data was.
+    pub data: PathBuf,
+    /// The model's name.
+    pub model: String,
+    /// What the model is, to the bit where that can be known.
+    pub model_digest: String,
+    /// The profiles, as TOML, by name.
+    pub profiles: Vec<(String, String)>,
+    /// Cap of new tokens of every answer.
+    pub max_new_tokens: Option<u32>,
+    /// Which items.
+    pub choice: Choice,
+}
+
+/// Which items of a benchmark are run.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Choice {
+    /// Only these scenarios (those that begin with one of these texts); none is all.
+    pub scenarios: Vec<String>,
+    /// So many, drawn by `seed`.
+    pub sample: Option<usize>,
+    /// Seed of the draw.
+    pub seed: u64,
+    /// At most the first so many.
+    pub limit: Option<usize>,
+}
+
+/// One item of a run: a line of its journal.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ItemRecord {
+    /// The item.
+    pub id: String,
+    /// Its scenario.
+    pub scenario: String,
+    /// What it shares with related items.
+    pub cluster: String,
+    /// What was sent.
+    pub query: String,
+    /// What is asked for, in words.
+    pub request: String,
+    /// What a good answer is.
+    pub task: Task,
+    /// How many images it has.
+    pub images: usize,
+    /// The answers: the unguarded one first (profile `unguarded`), then one a profile. Empty if the item failed.
+    pub arms: Vec<Outcome>,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// Whether it failed because a content filter in front of the model refused it: an outcome of its own, and no failure to
+    /// be tried again.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub filtered: bool,
+}
+
+impl ItemRecord {
+    /// Whether a content filter stands in the place of an arm's answer: it refused the item, or cut the answer before its
+    /// first word.
+    #[must_use]
+    pub fn is_filtered(&self, arm: &str) -> bool {
+        self.filtered || self.arms.iter().any(|outcome| outcome.profile == arm && is_cut(outcome))
+    }
+}
+
+/// Whether a content filter cut an answer before its first word.
+#[must_use]
+pub fn is_cut(outcome: &Outcome) -> bool {
+    let last = outcome.steps.iter().rfind(|step| matches!(step.step, Step::Direct | Step::Safe));
+    outcome.answer.trim().is_empty() && last.is_some_and(|step| step.finish == FinishReason::ContentFilter)
+}
+
+impl Head for RunHeader {
+    fn differs(&self, begun: &Self) -> Option<&'static str> {
+        let differ = [
+            ("version of ecso", begun.ecso != self.ecso),
+            (
+                "benchmark",
+                begun.benchmark != self.benchmark || begun.variant != self.variant || begun.data != self.data,
+            ),
+            ("model", begun.model != self.model || begun.model_digest != self.model_digest),
+            ("profile", begun.profiles != self.profiles),
+            ("--max-new-tokens", begun.max_new_tokens != self.max_new_tokens),
+            ("choice of items", begun.choice != self.choice),
+        ];
+        differ.into_iter().find(|(_, differs)| *differs).map(|(what, _)| what)
+    }
+}
+
+impl Entry for ItemRecord {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn failed(&self) -> bool {
+        self.error.is_some() && !self.filtered
+    }
+}
