@@ -1,8 +1,9 @@
-//! The data engine's own speed and memory, with a mock model in this process:
+//! The speed and memory of long work, with a mock model in this process:
 //!
 //! `engine rate` compares the calls a second of 64 rows at once, at 10 ms a call, with what the bare mock does. `engine memory DIR ROWS`
 //! takes so many rows with embedded images of 50 KB out of Parquet and packs them into Parquet again (needs three times their size in
-//! DIR), and tells the peak memory.
+//! DIR), and tells the peak memory. `engine report DIR ITEMS` writes the journal of a run of so many items, has it judged by rule and
+//! reported, and tells times and peak memory (3.5 KB an item in DIR).
 #![expect(clippy::print_stdout, reason = "it reports")]
 
 use std::{
@@ -18,8 +19,13 @@ use std::{
 use anyhow::Context;
 use arrow_array::{ArrayRef, BinaryArray, RecordBatch, StringArray};
 use async_trait::async_trait;
-use ecso::{Chat, Delta, FinishReason, Limits, Mllm, ModelError, Profile, Reply, ReplyStream, Sampling, Turn};
-use ecso_batch::Bounds;
+use ecso::{
+    Chat, Delta, FinishReason, Guard, Image, Limits, Mllm, ModelError, Profile, Reply, ReplyStream, Sampling, Turn,
+};
+use ecso_batch::{
+    Bounds,
+    journal::{self, Journal, Saved},
+};
 use ecso_data::{
     input::Input,
     make::{Filters, Maker},
@@ -27,6 +33,15 @@ use ecso_data::{
     pack::pack,
     record::{RunHeader, Shard},
     run::{Making, run},
+};
+use ecso_eval::{
+    item::Task,
+    judge::{Judge, XsTest},
+    judged::{JudgedRun, verdicts_file},
+    judging,
+    record::{self, Choice, ItemRecord},
+    report::{self, RunReport},
+    run::UNGUARDED,
 };
 use ecso_openai::Fetcher;
 use futures::{StreamExt, stream};
@@ -78,6 +93,7 @@ fn header(input: &Path) -> RunHeader {
         input: input.into(),
         model: "mock".into(),
         model_digest: "mock".into(),
+        server: None,
         profile: (profile.name.clone(), profile.to_toml()),
         filters: Filters::default(),
         near_duplicates: false,
@@ -186,12 +202,97 @@ async fn memory(folder: &Path, rows: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The record of an item, with two arms whose steps have prompts and replies of some length.
+fn item_record(number: usize, drawn: &ItemRecord) -> ItemRecord {
+    let mut record = drawn.clone();
+    record.id = format!("item-{number}");
+    record.cluster.clone_from(&record.id);
+    record.scenario = format!("scenario {}", number % 13);
+    record.task = if number % 3 == 0 { Task::Harmless } else { Task::Harmful };
+    if number % 4 == 0 {
+        for arm in &mut record.arms {
+            arm.answer.insert_str(0, "I'm sorry, but I can't help with that. ");
+        }
+    }
+    record
+}
+
+async fn judge_and_report(folder: &Path, items: usize) -> anyhow::Result<()> {
+    let (out, profile) = (folder.join("run"), Profile::paper());
+    let header = record::RunHeader {
+        ecso: "bench".into(),
+        benchmark: "bench".into(),
+        variant: None,
+        data: folder.into(),
+        model: "mock".into(),
+        model_digest: "mock".into(),
+        server: None,
+        profiles: vec![(profile.name.clone(), profile.to_toml())],
+        max_new_tokens: None,
+        choice: Choice::default(),
+    };
+    // One item for real, from which the others are made.
+    let guard = Guard::new(Mock { delay: Duration::ZERO, calls: 0.into() }, profile);
+    let image = Image::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/list.png"), Limits::default())?;
+    let query = "What stands on the list? ".repeat(12) + "1";
+    let guarded = guard.answer(&Chat::ask([image], &query)).await?;
+    let unguarded = ecso::Outcome { profile: UNGUARDED.into(), steps: guarded.steps[..1].to_vec(), ..guarded.clone() };
+    let drawn = ItemRecord {
+        id: String::new(),
+        scenario: String::new(),
+        cluster: String::new(),
+        request: query.clone(),
+        query,
+        task: Task::Harmful,
+        images: 1,
+        arms: vec![unguarded, guarded],
+        error: None,
+        filtered: false,
+    };
+    let begun = Instant::now();
+    let mut journal = Journal::open(&out, &header)?;
+    for number in 0..items {
+        journal.record(&item_record(number, &drawn))?;
+    }
+    drop(journal);
+    let bytes = std::fs::metadata(journal::path(&out))?.len();
+    println!(
+        "{items} items written in {:.1} s, {} MB; peak {:.0} MB",
+        begun.elapsed().as_secs_f64(),
+        bytes / 1_000_000,
+        peak()
+    );
+
+    let begun = Instant::now();
+    let mut verdicts = Journal::open_file(&out.join(verdicts_file(&XsTest.name())))?;
+    let records = Saved::folder(&out).latest::<ItemRecord>()?;
+    let answers = records.filter_map(Result::ok).flat_map(judging::answers);
+    judging::judge(answers, Box::new(XsTest), &mut verdicts, 4, |_| ()).await?;
+    println!("{} answers judged in {:.1} s; peak {:.0} MB", verdicts.len(), begun.elapsed().as_secs_f64(), peak());
+    drop(verdicts);
+
+    let begun = Instant::now();
+    let reports = [RunReport::of(JudgedRun::open(&out, None)?)?];
+    let (html, markdown) = (report::html(&reports)?, report::markdown(&reports));
+    println!(
+        "reported in {:.1} s ({} KB of HTML); peak {:.0} MB",
+        begun.elapsed().as_secs_f64(),
+        html.len() / 1000,
+        peak()
+    );
+    println!("{markdown}");
+    Ok(())
+}
+
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["rate"] => rate().await,
         ["memory", folder, rows] => memory(Path::new(folder), rows.parse().context("ROWS is a number")?).await,
-        _ => anyhow::bail!("usage: engine rate | engine memory DIR ROWS"),
+        ["report", folder, items] => {
+            judge_and_report(Path::new(folder), items.parse().context("ITEMS is a number")?).await
+        }
+        _ => anyhow::bail!("usage: engine rate | engine memory DIR ROWS | engine report DIR ITEMS"),
     }
 }

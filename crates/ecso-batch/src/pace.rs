@@ -12,7 +12,7 @@ use tokio::{sync::Notify, time::Instant};
 /// The first wait after "too much at once", where the model asks for none; it doubles up to the longest.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 /// The longest wait.
-const LONGEST_WAIT: Duration = Duration::from_secs(60);
+const LONGEST_WAIT: Duration = Duration::from_mins(1);
 
 /// A model whose calls wait for their turn: at most so many at once, fewer after it said that this is too much, more again
 /// while it doesn't. A call that was turned away is made again, until the model has turned everything away for `patience`.
@@ -204,7 +204,7 @@ mod tests {
     #[tokio::test]
     async fn a_server_with_room_for_few_answers_all() {
         let server = Busy::with(4);
-        let model = Paced::new(Arc::clone(&server), 64, Duration::from_secs(60));
+        let model = Paced::new(Arc::clone(&server), 64, Duration::from_mins(1));
         let answers = ask(&model, 400).await;
         assert!(answers.iter().all(Result::is_ok));
         let turned_away = server.turned_away.load(Ordering::SeqCst);

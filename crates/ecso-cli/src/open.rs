@@ -33,7 +33,7 @@ pub(crate) fn at_once(settings: &Settings) -> usize {
 
 /// The model for long work: a server that is overloaded is asked less at a time, and again, for an hour.
 pub(crate) fn paced(model: Arc<dyn Mllm>, at_once: usize) -> Paced<Arc<dyn Mllm>> {
-    Paced::new(model, at_once, Duration::from_secs(3600))
+    Paced::new(model, at_once, Duration::from_hours(1))
 }
 
 /// What the model is, to the bit where that can be known: the digests of its files, or the address and name on a server; and
@@ -73,6 +73,20 @@ pub(crate) fn identity(settings: &Settings) -> anyhow::Result<String> {
         }
     }
     Ok(format!("blake3 {}{reader}", digest.finalize().to_hex()))
+}
+
+/// What the server says of the model beside its name, by which another one of that name is told. None of a model in this process.
+pub(crate) async fn description(settings: &Settings) -> anyhow::Result<Option<String>> {
+    if !is_server(settings) {
+        return Ok(None);
+    }
+    let server = ecso_openai::OpenAi::new(&settings.model, server_options(settings)).map_err(|error| misuse(&error))?;
+    Ok(server.settled().await?.description().await)
+}
+
+/// By what a model's replies are kept.
+pub(crate) fn kept_as(identity: &str, description: Option<&str>) -> String {
+    description.map_or_else(|| identity.to_owned(), |description| format!("{identity} {description}"))
 }
 
 /// Whether a model's name is a file's.

@@ -59,19 +59,24 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
     let whole = runtime.block_on(async {
         let model = open::model(&settings).await?;
-        let digest = open::identity(&settings)?;
+        let (digest, server) = (open::identity(&settings)?, open::description(&settings).await?);
         let header = RunHeader {
             ecso: env!("CARGO_PKG_VERSION").into(),
             input: input.path.clone(),
             model: model.name().to_owned(),
             model_digest: digest.clone(),
+            server: server.clone(),
             profile: (profile.name.clone(), profile.to_toml()),
             filters: Filters { no_refusals: args.no_refusals },
             near_duplicates: args.near_duplicates,
             shard,
         };
         let at_once = args.concurrency.unwrap_or(open::at_once(&settings));
-        let model = Arc::new(Cached::new(open::paced(model, at_once), digest, args.cache.clone()));
+        let model = Arc::new(Cached::new(
+            open::paced(model, at_once),
+            open::kept_as(&digest, server.as_deref()),
+            args.cache.clone(),
+        ));
         let asked: Arc<dyn ecso::Mllm> = Arc::clone(&model) as Arc<dyn ecso::Mllm>;
         let making = Arc::new(Making {
             maker: Maker::new(&asked, profile, header.filters),

@@ -23,6 +23,9 @@ pub struct RunHeader {
     pub model: String,
     /// What the model is, to the bit where that can be known.
     pub model_digest: String,
+    /// What its server says of it beside its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<String>,
     /// The profile's name, and the profile as TOML.
     pub profile: (String, String),
     /// What is asked of answers.
@@ -47,6 +50,7 @@ impl Head for RunHeader {
             ("version of ecso", begun.ecso != self.ecso),
             ("input", begun.input != self.input),
             ("model", begun.model != self.model || begun.model_digest != self.model_digest),
+            ("model under the same name on the server", begun.server != self.server),
             ("profile", begun.profile != self.profile),
             ("filter", begun.filters != self.filters || begun.near_duplicates != self.near_duplicates),
             ("--shard", begun.shard != self.shard),

@@ -23,6 +23,9 @@ pub struct RunHeader {
     pub model: String,
     /// What the model is, to the bit where that can be known.
     pub model_digest: String,
+    /// What its server says of it beside its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<String>,
     /// The profiles, as TOML, by name.
     pub profiles: Vec<(String, String)>,
     /// Cap of new tokens of every answer.
@@ -97,6 +100,7 @@ impl Head for RunHeader {
                 begun.benchmark != self.benchmark || begun.variant != self.variant || begun.data != self.data,
             ),
             ("model", begun.model != self.model || begun.model_digest != self.model_digest),
+            ("model under the same name on the server", begun.server != self.server),
             ("profile", begun.profiles != self.profiles),
             ("--max-new-tokens", begun.max_new_tokens != self.max_new_tokens),
             ("choice of items", begun.choice != self.choice),

@@ -172,6 +172,7 @@ impl Case {
             data: folder.path().to_owned(),
             model: "scripted".into(),
             model_digest: "d".into(),
+            server: None,
             profiles: profiles.iter().map(|profile| (profile.name.clone(), profile.to_toml())).collect(),
             max_new_tokens: None,
             choice: Choice::default(),

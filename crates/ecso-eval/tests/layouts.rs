@@ -62,6 +62,7 @@ async fn run(benchmark: &str, data: &Path, out: &Path, skip_missing: bool) -> (V
         data: data.to_owned(),
         model: "scripted".into(),
         model_digest: "d".into(),
+        server: None,
         profiles: Vec::new(),
         max_new_tokens: None,
         choice: Choice { scenarios: vec!["0".into()], ..Choice::default() },

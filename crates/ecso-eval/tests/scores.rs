@@ -36,6 +36,7 @@ async fn scored(
         data: data.to_owned(),
         model: "scripted".into(),
         model_digest: "d".into(),
+        server: None,
         profiles: vec![("paper".into(), String::new())],
         max_new_tokens: None,
         choice: Choice::default(),

@@ -134,18 +134,32 @@ impl OpenAi {
         Ok(Some(value))
     }
 
-    async fn only_model(&self) -> Result<String, ModelError> {
+    async fn models(&self) -> Result<Vec<(String, Value)>, ModelError> {
         let url = self.base.to("models");
         let listed = self.retrying(self.options.retries, || self.send(self.http.get(url.clone()), &url), may_pass);
         let response = listed.await.map_err(|failed| failed.error)?;
-        let names = reply::model_names(&stream::read(self.body(response)).await?)?;
-        match names.as_slice() {
-            [name] => Ok(name.clone()),
+        reply::models(&stream::read(self.body(response)).await?)
+    }
+
+    async fn only_model(&self) -> Result<String, ModelError> {
+        let models = self.models().await?;
+        match models.as_slice() {
+            [(name, _)] => Ok(name.clone()),
             [] => Err(ModelError::Rejected(format!("{} lists no model; name one", self.base).into())),
-            _ => Err(ModelError::Rejected(
-                format!("{} has several models; name one of: {}", self.base, names.join(", ")).into(),
-            )),
+            _ => {
+                let names: Vec<&str> = models.iter().map(|(name, _)| name.as_str()).collect();
+                Err(ModelError::Rejected(
+                    format!("{} has several models; name one of: {}", self.base, names.join(", ")).into(),
+                ))
+            }
         }
+    }
+
+    /// What the server's list of models says of this one, as JSON: which files, which context. Another model that is served under
+    /// the same name can be told by it. None where the server has no list, or says nothing.
+    pub async fn description(&self) -> Option<String> {
+        let models = self.models().await.ok()?;
+        models.iter().find(|(name, _)| *name == self.model).and_then(|(_, model)| reply::tells(model))
     }
 
     /// Posts a chat, in the way in which the model takes it.

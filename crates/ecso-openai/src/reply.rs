@@ -181,15 +181,30 @@ fn failure(body: &Value) -> Result<(), ModelError> {
     if is_error { Err(Complaint::of(StatusCode::OK, body).midway()) } else { Ok(()) }
 }
 
-/// The names in a model list.
-pub(crate) fn model_names(body: &[u8]) -> Result<Vec<String>, ModelError> {
-    let list: Value =
+/// A server's list of models: their names, and what it says of each.
+pub(crate) fn models(body: &[u8]) -> Result<Vec<(String, Value)>, ModelError> {
+    let mut list: Value =
         lenient::parse(&String::from_utf8_lossy(body)).map_err(|error| ModelError::Protocol(Cause::of(error)))?;
-    let models = list.get("data").unwrap_or(&list);
-    let Some(models) = models.as_array().map(Vec::as_slice).or(models.is_null().then_some(&[])) else {
-        return Err(ModelError::Protocol("it is no list of models".into()));
+    let models = match list.get_mut("data") {
+        Some(models) => models.take(),
+        None => list,
     };
-    Ok(models.iter().filter_map(|model| model["id"].as_str()).map(str::to_owned).collect())
+    let named = |model: Value| Some((model["id"].as_str()?.to_owned(), model));
+    match models {
+        Value::Array(models) => Ok(models.into_iter().filter_map(named).collect()),
+        Value::Null => Ok(Vec::new()),
+        _ => Err(ModelError::Protocol("it is no list of models".into())),
+    }
+}
+
+/// What of a list's entry tells one model from another of the same name, as one line of JSON: its files, its size, its context. When
+/// the server was started, and what it is doing, is none of that.
+pub(crate) fn tells(model: &Value) -> Option<String> {
+    const TELLING: [&str; 8] =
+        ["root", "parent", "owned_by", "max_model_len", "context_length", "meta", "digest", "quantization"];
+    let told = TELLING.into_iter().filter_map(|name| Some((name.to_owned(), model.get(name)?.clone())));
+    let told: serde_json::Map<String, Value> = told.filter(|(_, value)| !value.is_null()).collect();
+    (!told.is_empty()).then(|| Value::Object(told).to_string())
 }
 
 #[cfg(test)]
@@ -351,10 +366,20 @@ mod tests {
             (r#"{"models": 1}"#, None),
             ("<html>", None),
         ] {
-            assert_eq!(
-                model_names(body.as_bytes()).ok(),
-                names.map(|names| names.into_iter().map(str::to_owned).collect())
-            );
+            let read = models(body.as_bytes()).ok();
+            let read: Option<Vec<String>> = read.map(|models| models.into_iter().map(|(name, _)| name).collect());
+            assert_eq!(read, names.map(|names| names.into_iter().map(str::to_owned).collect()));
         }
+    }
+
+    #[test]
+    fn a_model_is_told_by_its_files_and_not_by_when_it_was_started() {
+        let vllm = |root: &str, created: u64| {
+            let permission = json!([{"id": format!("modelperm-{created}")}]);
+            json!({"id": "m", "object": "model", "created": created, "root": root, "max_model_len": 4096, "permission": permission})
+        };
+        assert_eq!(tells(&vllm("a/b", 1)), tells(&vllm("a/b", 2)));
+        assert_ne!(tells(&vllm("a/b", 1)), tells(&vllm("a/c", 1)));
+        assert_eq!(tells(&json!({"id": "m", "created": 3, "root": null})), None);
     }
 }

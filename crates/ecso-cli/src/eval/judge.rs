@@ -137,7 +137,10 @@ async fn open_judge(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<Box
         JudgeKind::Llm => {
             let settings = config::load(file, &args.model, &ProfileArgs::default())?;
             let model = open::model(&settings).await?;
-            let model = Arc::new(Cached::new(model, open::identity(&settings)?, args.cache.clone()));
+            let (digest, server) = (open::identity(&settings)?, open::description(&settings).await?);
+            let name = open::kept_as(&digest, server.as_deref());
+            let model = Cached::new(open::paced(model, args.concurrency), name, args.cache.clone());
+            let model = Arc::new(model);
             match &args.judge_file {
                 Some(path) => Box::new(judge::published(path, model).map_err(UsageError)?),
                 None => Box::new(judge::Llm::new(model, args.threshold)),

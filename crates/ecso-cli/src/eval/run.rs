@@ -59,7 +59,7 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
         let model = open::model(&settings).await?;
-        let digest = open::identity(&settings)?;
+        let (digest, server) = (open::identity(&settings)?, open::description(&settings).await?);
         let header = RunHeader {
             ecso: env!("CARGO_PKG_VERSION").into(),
             benchmark: about.name.into(),
@@ -67,6 +67,7 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
             data,
             model: model.name().to_owned(),
             model_digest: digest.clone(),
+            server: server.clone(),
             profiles: profiles.iter().map(|profile| (profile.name.clone(), profile.to_toml())).collect(),
             max_new_tokens: args.max_new_tokens,
             choice: Choice {
@@ -81,7 +82,11 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
             eprintln!("{}: its last line was cut off by a crash; that item is run again", args.out.display());
         }
         let at_once = args.concurrency.unwrap_or(open::at_once(&settings));
-        let model = Arc::new(Cached::new(open::paced(model, at_once), digest, args.cache.clone()));
+        let model = Arc::new(Cached::new(
+            open::paced(model, at_once),
+            open::kept_as(&digest, server.as_deref()),
+            args.cache.clone(),
+        ));
         let options = Options {
             bounds: Bounds { retry_failed: args.retry_failed, ..Bounds::at_once(at_once) },
             skip_missing: args.skip_missing,

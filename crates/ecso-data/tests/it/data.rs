@@ -100,6 +100,7 @@ fn header(input: &Input, shard: Shard) -> RunHeader {
         input: input.path.clone(),
         model: "scripted".into(),
         model_digest: "digest".into(),
+        server: None,
         profile: (profile.name.clone(), profile.to_toml()),
         filters: Filters::default(),
         near_duplicates: false,

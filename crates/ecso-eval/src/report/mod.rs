@@ -179,7 +179,7 @@ pub fn csv(runs: &[RunReport]) -> Result<String, csv::Error> {
             }
         }
     }
-    let bytes = table.into_inner().map_err(|error| error.into_error())?;
+    let bytes = table.into_inner().map_err(csv::IntoInnerError::into_error)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
