@@ -282,7 +282,7 @@ mod tests {
             // Later rows are faster.
             tokio::time::sleep(Duration::from_millis(7 - row as u64 % 7)).await;
             self.held.fetch_sub(SIZE, Ordering::SeqCst);
-            let error = (self.broken && row % 3 == 0).then(|| "broken".to_owned());
+            let error = (self.broken && row.is_multiple_of(3)).then(|| "broken".to_owned());
             Ok(Double { id: row.to_string(), of: 2 * row, error })
         }
 

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use futures::FutureExt;
 
-use crate::{completion::Completion, guard::Question, json, request::Body, settings::Limits};
+use crate::{completion::Completion, guard::GuardRequest, json, request::Body, settings::Limits};
 
 /// Reads a request body in every way in which the server does.
 ///
@@ -11,7 +11,7 @@ use crate::{completion::Completion, guard::Question, json, request::Body, settin
 /// When a lenient reader finds something in a body that is out of scope, or that goes on, which the strict one does not:
 /// then what is answered is not what was judged.
 pub fn body(body: &[u8]) {
-    let _ = Question::read(body).and_then(|question| question.chat());
+    let _ = GuardRequest::read(body).and_then(|question| question.chat());
     let Ok(value) = json::read(body) else { return };
     let Ok(read) = Body::of(value, &[]) else { return };
     if !read.has_images() {

@@ -25,14 +25,14 @@ use crate::{
 };
 
 /// Judges an answer that you have, and gives a safe one where it is needed.
-#[utoipa::path(post, path = "/v1/guard", request_body = Question, responses((status = 200, body = Finding), ApiErrors))]
+#[utoipa::path(post, path = "/v1/guard", request_body = GuardRequest, responses((status = 200, body = GuardFinding), ApiErrors))]
 pub(crate) async fn guard(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
     let admission = Arc::clone(&gateway.admission);
     gateway.judge("guard", request, async |context, body| judged(context, body, &admission).await).await
 }
 
 async fn judged(context: &mut RequestContext, body: Bytes, admission: &Admission) -> Result<Response, ApiError> {
-    let question = Question::read(&body)?;
+    let question = GuardRequest::read(&body)?;
     drop(body);
     let _turn = context.in_time(admission.enter()).await?;
     let body = Body::of(question.chat()?, &context.state.settings.allow_fields)?;
@@ -53,7 +53,8 @@ async fn judged(context: &mut RequestContext, body: Bytes, admission: &Admission
         Ok((outcome, record.written()))
     };
     let (outcome, report) = context.in_time(work).await?;
-    let mut response = Response::new(axum::body::Body::from(json!(Finding::new(&context.id, &outcome)).to_string()));
+    let mut response =
+        Response::new(axum::body::Body::from(json!(GuardFinding::new(&context.id, &outcome)).to_string()));
     report.headers(response.headers_mut());
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     Ok(response)
@@ -62,7 +63,7 @@ async fn judged(context: &mut RequestContext, body: Bytes, admission: &Admission
 /// What is asked.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Question {
+pub(crate) struct GuardRequest {
     /// Which model judges and answers, where a server behind the guard has several.
     #[serde(default)]
     model: String,
@@ -89,7 +90,7 @@ pub(crate) struct Question {
     pub(crate) answer: Option<String>,
 }
 
-impl Question {
+impl GuardRequest {
     pub(crate) fn read(body: &[u8]) -> Result<Self, ApiError> {
         let unreadable = |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
         let body = crate::json::read(body).map_err(unreadable)?;
@@ -125,7 +126,7 @@ impl Question {
 
 /// What is found.
 #[derive(Debug, Serialize, ToSchema)]
-pub(crate) struct Finding<'a> {
+pub(crate) struct GuardFinding<'a> {
     pub(crate) request_id: &'a str,
     #[schema(value_type = crate::openapi::Verdict)]
     pub(crate) verdict: Verdict,
@@ -141,7 +142,7 @@ pub(crate) struct Finding<'a> {
     pub(crate) model: &'a str,
 }
 
-impl<'a> Finding<'a> {
+impl<'a> GuardFinding<'a> {
     pub(crate) fn new(request_id: &'a str, outcome: &'a Outcome) -> Self {
         let captions = outcome.steps.iter().filter(|step| step.step == Step::Caption);
         Self {

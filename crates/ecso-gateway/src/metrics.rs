@@ -17,7 +17,7 @@ use prometheus_client::{
 use crate::{audit::Case, settings::Mode};
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Request {
+struct Answered {
     route: &'static str,
     status: u32,
 }
@@ -48,7 +48,7 @@ struct Tokens {
 /// All figures; they go on when settings are exchanged.
 pub(crate) struct Metrics {
     registry: Registry,
-    requests: Family<Request, Counter>,
+    requests: Family<Answered, Counter>,
     answers: Family<Answer, Counter>,
     failures: Family<Failed, Counter>,
     seconds: Family<Of, Histogram, fn() -> Histogram>,
@@ -66,7 +66,7 @@ fn times() -> Histogram {
 impl Metrics {
     pub(crate) fn new() -> Self {
         let mut registry = Registry::with_prefix("ecso");
-        let requests = Family::<Request, Counter>::default();
+        let requests = Family::<Answered, Counter>::default();
         let answers = Family::<Answer, Counter>::default();
         let failures = Family::<Failed, Counter>::default();
         let seconds: Family<Of, Histogram, fn() -> Histogram> = Family::new_with_constructor(times);
@@ -84,7 +84,7 @@ impl Metrics {
     }
 
     pub(crate) fn request(&self, route: &'static str, status: u16) {
-        self.requests.get_or_create(&Request { route, status: status.into() }).inc();
+        self.requests.get_or_create(&Answered { route, status: status.into() }).inc();
     }
 
     pub(crate) fn failure(&self, code: &'static str) {

@@ -52,8 +52,8 @@ const CATEGORIES: [&str; 13] = [
 
 /// Tells whether a request, texts or images, leads to harm.
 #[utoipa::path(
-    post, path = "/v1/moderations", request_body = Question,
-    responses((status = 200, body = Finding), ApiErrors),
+    post, path = "/v1/moderations", request_body = ModerationRequest,
+    responses((status = 200, body = ModerationFinding), ApiErrors),
 )]
 pub(crate) async fn moderations(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
     if !gateway.state().settings.moderations {
@@ -65,8 +65,7 @@ pub(crate) async fn moderations(State(gateway): State<Arc<Gateway>>, request: ax
 
 /// What is to be judged.
 #[derive(Debug, Deserialize, ToSchema)]
-#[schema(as = Moderation)]
-pub(crate) struct Question {
+pub(crate) struct ModerationRequest {
     input: Input,
     /// The model that is asked; a name of OpenAI's moderation models, or none, is the only one behind the guard.
     model: Option<String>,
@@ -88,8 +87,7 @@ struct Parts(Vec<Value>);
 
 /// What was found, one result for each input.
 #[derive(Debug, Serialize, ToSchema)]
-#[schema(as = ModerationFinding)]
-pub(crate) struct Finding<'a> {
+pub(crate) struct ModerationFinding<'a> {
     id: &'a str,
     model: &'a str,
     results: Vec<Found>,
@@ -118,7 +116,7 @@ impl Found {
     }
 }
 
-impl Question {
+impl ModerationRequest {
     fn read(body: &[u8], most: usize) -> Result<Self, ApiError> {
         let invalid = |message: String| ApiError::bad_request("invalid_request", message);
         let unreadable = |why| invalid(format!("the body can't be read: {why}"));
@@ -162,7 +160,7 @@ impl Question {
 }
 
 async fn moderated(context: &mut RequestContext, body: Bytes, admission: &Admission) -> Result<Response, ApiError> {
-    let question = Question::read(&body, context.state.settings.limits.inputs)?;
+    let question = ModerationRequest::read(&body, context.state.settings.limits.inputs)?;
     drop(body);
     let _turn = context.in_time(admission.enter()).await?;
     let model = match question.model() {
@@ -173,7 +171,7 @@ async fn moderated(context: &mut RequestContext, body: Bytes, admission: &Admiss
     for content in question.contents() {
         results.push(found(context, &model, content).await?);
     }
-    let finding = json!(Finding { id: &context.id, model: &model, results });
+    let finding = json!(ModerationFinding { id: &context.id, model: &model, results });
     let mut response = Response::new(axum::body::Body::from(finding.to_string()));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     Ok(response)
