@@ -7,7 +7,7 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use serde_json::{Value, json};
 
 use crate::{
-    benchmarks::figstep::Row,
+    benchmarks::figstep::SafeBenchQuestion,
     prepare::{FILL_THE_LIST, PrepareError, write_lines},
     typographic::Typesetter,
 };
@@ -24,13 +24,13 @@ pub const FAMILIES: [&str; 8] = [
     "role-play",       // somebody without rules is to answer
 ];
 
-/// Writes `per_family` items of each family below `out`, from rows that are spread evenly over the table: images, and `items.jsonl`
+/// Writes `per_family` items of each family below `out`, from questions that are spread evenly over the table: images, and `items.jsonl`
 /// for the benchmark `jsonl`. Gives the number of items.
 ///
 /// # Errors
 /// [`PrepareError`] when a file can't be written.
 pub(crate) fn write(
-    rows: &[Row],
+    questions: &[SafeBenchQuestion],
     per_family: usize,
     typesetter: &Typesetter,
     out: &Path,
@@ -38,8 +38,9 @@ pub(crate) fn write(
     let mut lines = Vec::new();
     for (place, family) in FAMILIES.iter().enumerate() {
         for number in 0..per_family {
-            // Every family has rows of its own, as far as there are enough.
-            let row = &rows[(number * FAMILIES.len() + place) * rows.len() / (FAMILIES.len() * per_family)];
+            // Every family has questions of its own, as far as there are enough.
+            let question =
+                &questions[(number * FAMILIES.len() + place) * questions.len() / (FAMILIES.len() * per_family)];
             let id = format!("{family}-{number:02}");
             let picture = |name: &str, words: &str| -> Result<String, PrepareError> {
                 let name = format!("{name}.png");
@@ -47,11 +48,11 @@ pub(crate) fn write(
                 typesetter.list(words).save(&path).map_err(|error| PrepareError::new(&path, &error))?;
                 Ok(name)
             };
-            let mut item = item(family, number, &row.instruction, &id, &picture)?;
+            let mut item = item(family, number, &question.instruction, &id, &picture)?;
             item["id"] = id.as_str().into();
             item["scenario"] = (*family).into();
             item["label"] = "harmful".into();
-            item["request"] = row.question().into();
+            item["request"] = question.question().into();
             lines.push(item.to_string());
         }
     }

@@ -54,7 +54,7 @@ pub enum Picture {
     /// Encoded bytes.
     Bytes(Arc<[u8]>),
     /// The image of a row (from 0) of a Parquet file, read when its item's turn comes.
-    Row(Arc<Path>, usize),
+    InParquet(Arc<Path>, usize),
 }
 
 /// What a good answer is.
@@ -100,7 +100,7 @@ impl Item {
         let read = |picture: &Picture| match picture {
             Picture::Bytes(bytes) => Image::from_bytes(bytes.to_vec(), limits),
             Picture::File(path) => Image::open(path, limits),
-            Picture::Row(table, row) => {
+            Picture::InParquet(table, row) => {
                 let failed = |reason: String| {
                     let reason = format!("row {row}: {reason}");
                     ImageError::File { path: table.to_path_buf(), reason }

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     benchmarks::{
         self,
-        mm_safetybench::{Record, SCENARIOS},
+        mm_safetybench::{ProcessedQuestion, SCENARIOS},
     },
     typographic::{Typesetter, stacked},
 };
@@ -49,17 +49,17 @@ fn folder(path: &Path) -> Result<(), PrepareError> {
 /// # Errors
 /// [`PrepareError`] when the table can't be read or a file not be written.
 pub fn figstep(table: &Path, typesetter: &Typesetter, out: &Path) -> Result<usize, PrepareError> {
-    let rows = benchmarks::figstep::rows(table).map_err(|error| failed(table, &error))?;
-    let (questions, images) = (out.join("question"), out.join("images/SafeBench"));
-    folder(&questions)?;
+    let questions = benchmarks::figstep::questions(table).map_err(|error| failed(table, &error))?;
+    let (tables, images) = (out.join("question"), out.join("images/SafeBench"));
+    folder(&tables)?;
     folder(&images)?;
-    for row in &rows {
-        let path = images.join(row.image());
-        typesetter.list(&row.instruction).save(&path).map_err(|error| failed(&path, &error))?;
+    for question in &questions {
+        let path = images.join(question.image());
+        typesetter.list(&question.instruction).save(&path).map_err(|error| failed(&path, &error))?;
     }
-    let copy = questions.join("safebench.csv");
+    let copy = tables.join("safebench.csv");
     std::fs::copy(table, &copy).map_err(|error| failed(&copy, &error))?;
-    Ok(rows.len())
+    Ok(questions.len())
 }
 
 /// MM-SafetyBench's layout below `out`, from its questions: those, and the TYPO image of every record that has a key phrase;
@@ -69,8 +69,8 @@ pub fn figstep(table: &Path, typesetter: &Typesetter, out: &Path) -> Result<usiz
 /// # Errors
 /// [`PrepareError`] when the questions can't be read or a file not be written.
 pub fn mm_safetybench(questions: &Path, typesetter: &Typesetter, out: &Path) -> Result<usize, PrepareError> {
-    let mut scenarios: BTreeMap<String, BTreeMap<String, Record>> = BTreeMap::new();
-    let read = |path: &Path| -> Result<BTreeMap<String, Record>, PrepareError> {
+    let mut scenarios: BTreeMap<String, BTreeMap<String, ProcessedQuestion>> = BTreeMap::new();
+    let read = |path: &Path| -> Result<BTreeMap<String, ProcessedQuestion>, PrepareError> {
         let text = std::fs::read_to_string(path).map_err(|error| failed(path, &error))?;
         serde_json::from_str(&text).map_err(|error| failed(path, &error))
     };
@@ -122,7 +122,7 @@ pub fn mm_safetybench(questions: &Path, typesetter: &Typesetter, out: &Path) -> 
 
 /// A request to be set as an image.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-pub struct Request {
+pub struct PlainRequest {
     /// Its id; empty takes its number.
     #[serde(default)]
     pub id: String,
@@ -141,17 +141,19 @@ pub struct Request {
 ///
 /// # Errors
 /// [`PrepareError`] when the file can't be read.
-pub fn requests(path: &Path) -> Result<Vec<Request>, PrepareError> {
+pub fn requests(path: &Path) -> Result<Vec<PlainRequest>, PrepareError> {
     if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("csv")) {
         return benchmarks::csv_rows(path, ',').map_err(|error| failed(path, &error));
     }
     let text = std::fs::read_to_string(path).map_err(|error| failed(path, &error))?;
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-    Ok(lines.map(|line| Request { id: String::new(), prompt: line.to_owned(), label: None, scenario: None }).collect())
+    Ok(lines
+        .map(|line| PlainRequest { id: String::new(), prompt: line.to_owned(), label: None, scenario: None })
+        .collect())
 }
 
 #[derive(Serialize)]
-struct Item<'a> {
+struct OwnItem<'a> {
     id: &'a str,
     image: String,
     query: &'a str,
@@ -167,7 +169,7 @@ struct Item<'a> {
 ///
 /// # Errors
 /// [`PrepareError`] when a file can't be written.
-pub fn typographic(requests: &[Request], typesetter: &Typesetter, out: &Path) -> Result<PathBuf, PrepareError> {
+pub fn typographic(requests: &[PlainRequest], typesetter: &Typesetter, out: &Path) -> Result<PathBuf, PrepareError> {
     folder(out)?;
     let mut lines = Vec::new();
     for (number, request) in (1..).zip(requests) {
@@ -175,7 +177,7 @@ pub fn typographic(requests: &[Request], typesetter: &Typesetter, out: &Path) ->
         let image = format!("{number}.png");
         let path = out.join(&image);
         typesetter.list(&request.prompt).save(&path).map_err(|error| failed(&path, &error))?;
-        let item = Item {
+        let item = OwnItem {
             id: if request.id.is_empty() { &number } else { &request.id },
             image,
             query: FILL_THE_LIST,
@@ -205,11 +207,11 @@ pub(crate) fn write_lines(path: &Path, lines: &[String]) -> Result<(), PrepareEr
 /// # Errors
 /// [`PrepareError`] when the table can't be read or a file not be written.
 pub fn evasions(table: &Path, per_family: usize, typesetter: &Typesetter, out: &Path) -> Result<usize, PrepareError> {
-    let mut rows = benchmarks::figstep::rows(table).map_err(|error| failed(table, &error))?;
-    rows.retain(|row| row.advice().is_none());
-    if rows.is_empty() || per_family == 0 {
+    let mut questions = benchmarks::figstep::questions(table).map_err(|error| failed(table, &error))?;
+    questions.retain(|question| question.advice().is_none());
+    if questions.is_empty() || per_family == 0 {
         return Err(failed(table, &"no harmful row in it, or none wanted"));
     }
     folder(out)?;
-    crate::evasions::write(&rows, per_family, typesetter, out)
+    crate::evasions::write(&questions, per_family, typesetter, out)
 }

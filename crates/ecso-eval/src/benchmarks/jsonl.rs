@@ -20,7 +20,7 @@ use crate::item::{Item, Picture, Task, Trouble};
 pub(super) struct Jsonl;
 
 #[derive(Deserialize)]
-struct Row {
+struct OwnItem {
     id: serde_json::Value,
     #[serde(default)]
     image: Option<String>,
@@ -29,7 +29,7 @@ struct Row {
     query: String,
     /// Turns before the query.
     #[serde(default)]
-    earlier: Option<Vec<Earlier>>,
+    earlier: Option<Vec<EarlierTurn>>,
     /// The direct answer, where it is known.
     #[serde(default)]
     draft: Option<String>,
@@ -43,7 +43,7 @@ struct Row {
 }
 
 #[derive(Deserialize)]
-struct Earlier {
+struct EarlierTurn {
     role: Role,
     text: String,
     #[serde(default)]
@@ -76,7 +76,7 @@ impl Benchmark for Jsonl {
     }
 }
 
-type Rows = Box<dyn Iterator<Item = (Place, Result<Row, String>)> + Send>;
+type Rows = Box<dyn Iterator<Item = (Place, Result<OwnItem, String>)> + Send>;
 
 fn items(path: &Path) -> Result<impl Iterator<Item = (Place, Item)> + Send + use<>, DataError> {
     let mut finder = Finder::new(path.parent().unwrap_or(Path::new("")));
@@ -125,9 +125,9 @@ fn lined(path: PathBuf, lines: impl Iterator<Item = std::io::Result<String>> + S
     }))
 }
 
-fn item(row: Row, place: &Place, finder: &mut Finder) -> Result<Item, String> {
-    let id = id(&row.id).ok_or("`id` is neither a text nor a number")?;
-    let (task, wrong) = match row.label.as_deref() {
+fn item(own: OwnItem, place: &Place, finder: &mut Finder) -> Result<Item, String> {
+    let id = id(&own.id).ok_or("`id` is neither a text nor a number")?;
+    let (task, wrong) = match own.label.as_deref() {
         Some("harmful" | "unsafe") => (Task::Harmful, None),
         None | Some("harmless" | "safe") => (Task::Harmless, None),
         Some(other) => (Task::Harmless, Some(format!("label `{}` is neither harmful nor harmless", cut(other)))),
@@ -137,8 +137,8 @@ fn item(row: Row, place: &Place, finder: &mut Finder) -> Result<Item, String> {
         let found = images.into_iter().map(|image| finder.picture(&image));
         found.filter_map(|image| image.map_err(|error| trouble.get_or_insert(error)).ok()).collect()
     };
-    let images = pictures(row.image.into_iter().chain(row.images.unwrap_or_default()).collect());
-    let earlier: Vec<(Role, String, Vec<Picture>)> = row
+    let images = pictures(own.image.into_iter().chain(own.images.unwrap_or_default()).collect());
+    let earlier: Vec<(Role, String, Vec<Picture>)> = own
         .earlier
         .unwrap_or_default()
         .into_iter()
@@ -147,12 +147,12 @@ fn item(row: Row, place: &Place, finder: &mut Finder) -> Result<Item, String> {
     Ok(Item {
         cluster: id.clone(),
         id,
-        scenario: row.scenario.unwrap_or_else(|| "all".into()),
-        request: row.request.unwrap_or_else(|| row.query.clone()),
-        query: row.query,
+        scenario: own.scenario.unwrap_or_else(|| "all".into()),
+        request: own.request.unwrap_or_else(|| own.query.clone()),
+        query: own.query,
         images,
         earlier,
-        draft: row.draft,
+        draft: own.draft,
         task,
         trouble: trouble.map(|trouble| place.trouble(trouble)),
     })

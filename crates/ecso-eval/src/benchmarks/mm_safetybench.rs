@@ -39,7 +39,7 @@ pub(crate) const SCENARIOS: [(&str, &str); 13] = [
 
 /// A record of `processed_questions/<scenario>.json`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Record {
+pub(crate) struct ProcessedQuestion {
     #[serde(rename = "Question")]
     pub(crate) question: String,
     #[serde(rename = "Changed Question", default, skip_serializing_if = "Option::is_none")]
@@ -133,7 +133,7 @@ fn records(table: &Path, scenario: &str, folder: Option<&str>, finder: &mut Find
     records.sort_by(|(a, _), (b, _)| a.cmp(b));
     for (id, record) in records {
         let place = Place::new(table, format!("record {}", cut(&id)));
-        let item = serde_json::from_value(record).map_err(cut).and_then(|record: Record| {
+        let item = serde_json::from_value(record).map_err(cut).and_then(|record: ProcessedQuestion| {
             let query = match folder {
                 Some("SD") => record.rephrased_sd,
                 Some(_) => record.rephrased,
@@ -169,10 +169,10 @@ fn rows(
     };
     for (number, row) in rows.into_iter().enumerate() {
         let place = Place::new(table, format!("row {number}"));
-        let item = row.map(|row| {
-            let request = questions.get(&row.id).cloned().unwrap_or_else(|| row.question.clone());
-            let item = item(scenario, &row.id, row.question, request);
-            if images { shown(item, &place, row.image) } else { item }
+        let item = row.map(|exported| {
+            let request = questions.get(&exported.id).cloned().unwrap_or_else(|| exported.question.clone());
+            let item = item(scenario, &exported.id, exported.question, request);
+            if images { shown(item, &place, exported.image) } else { item }
         });
         let is_read = item.is_ok();
         let (place, mut item) = settled(place, scenario, item);
@@ -241,7 +241,7 @@ fn of<'a>(tables: &'a [(String, PathBuf)], scenario: &str, variant: &str) -> imp
 /// What a scenario's items ask for in words, by id: the export has that as a variant of its own.
 fn requests(tables: &[(String, PathBuf)], scenario: &str) -> HashMap<String, String> {
     let rows = of(tables, scenario, "text_only").filter_map(|table| parquet::rows(table, false).ok()).flatten();
-    rows.flatten().map(|row| (row.id, row.question)).collect()
+    rows.flatten().map(|exported| (exported.id, exported.question)).collect()
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use crate::item::{Item, Picture, Task};
 pub(super) struct MmVet;
 
 #[derive(Deserialize)]
-struct Row {
+struct GradedQuestion {
     imagename: String,
     question: String,
     answer: String,
@@ -39,14 +39,14 @@ impl Benchmark for MmVet {
     fn items(&self, data: &Path, _: Option<&str>) -> Result<Items, DataError> {
         let table = locate(data, &["mm-vet.json"])?;
         let mut finder = Finder::new(&table.parent().unwrap_or(data).join("images"));
-        let Pairs(mut rows) = json(&table)?;
-        rows.sort_by(|(a, _), (b, _)| a.cmp(b));
-        let items = rows.into_iter().map(|(id, row)| {
+        let Pairs(mut questions) = json(&table)?;
+        questions.sort_by(|(a, _), (b, _)| a.cmp(b));
+        let items = questions.into_iter().map(|(id, question)| {
             let place = Place::new(&table, format!("record {}", cut(&id)));
-            let row: Result<Row, String> = serde_json::from_value(row).map_err(cut);
-            let item = row.map(|row| {
-                let image = finder.find(&row.imagename).map(Picture::File);
-                shown(item(id, row), &place, image)
+            let question: Result<GradedQuestion, String> = serde_json::from_value(question).map_err(cut);
+            let item = question.map(|question| {
+                let image = finder.find(&question.imagename).map(Picture::File);
+                shown(item(id, question), &place, image)
             });
             settled(place, "", item)
         });
@@ -54,17 +54,17 @@ impl Benchmark for MmVet {
     }
 }
 
-fn item(id: String, row: Row) -> Item {
+fn item(id: String, question: GradedQuestion) -> Item {
     Item {
         cluster: id.clone(),
         id,
-        scenario: row.capability.join("+"),
-        request: row.question.clone(),
-        query: row.question,
+        scenario: question.capability.join("+"),
+        request: question.question.clone(),
+        query: question.question,
         images: Vec::new(),
         earlier: Vec::new(),
         draft: None,
-        task: Task::Graded { truth: row.answer, capabilities: row.capability },
+        task: Task::Graded { truth: question.answer, capabilities: question.capability },
         trouble: None,
     }
 }

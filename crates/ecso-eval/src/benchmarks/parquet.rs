@@ -16,8 +16,8 @@ use crate::item::{Picture, Trouble};
 /// Rows that are decoded together: images may be large.
 const ROWS: usize = 16;
 
-/// A row.
-pub(super) struct Row {
+/// A question of an export.
+pub(super) struct ExportedQuestion {
     pub(super) id: String,
     pub(super) question: String,
     pub(super) image: Result<Picture, Trouble>,
@@ -27,7 +27,7 @@ pub(super) struct Row {
 ///
 /// # Errors
 /// What is wrong with the file as a whole.
-pub(super) fn rows(table: &Path, images: bool) -> Result<Vec<Result<Row, String>>, String> {
+pub(super) fn rows(table: &Path, images: bool) -> Result<Vec<Result<ExportedQuestion, String>>, String> {
     let columns = if images { ["id", "question", "image"].as_slice() } else { &["id", "question"] };
     let builder = open(table)?;
     let names: Vec<String> = builder.schema().fields().iter().map(|field| field.name().clone()).collect();
@@ -60,7 +60,7 @@ fn row(
     images: bool,
     finder: &mut Finder,
     (table, number): (&Arc<Path>, usize),
-) -> Result<Row, String> {
+) -> Result<ExportedQuestion, String> {
     let text = |name: &str| {
         let column = batch.column_by_name(name).map(|column| cast(&column.slice(place, 1), &DataType::Utf8));
         let column = column.transpose().map_err(cut)?.filter(|column| column.is_valid(0));
@@ -68,13 +68,13 @@ fn row(
     };
     let image = match batch.column_by_name("image").filter(|_| images) {
         Some(column) => match cell(column, place)? {
-            Cell::Bytes(_) => Ok(Picture::Row(Arc::clone(table), number)),
+            Cell::Bytes(_) => Ok(Picture::InParquet(Arc::clone(table), number)),
             Cell::Text(text) => finder.picture(&text),
             Cell::Nothing => Err(Trouble::MissingImage("it has no image".into())),
         },
         None => Err(Trouble::MissingImage("it has no image".into())),
     };
-    Ok(Row { id: text("id")?, question: text("question")?, image })
+    Ok(ExportedQuestion { id: text("id")?, question: text("question")?, image })
 }
 
 /// The encoded image of one row, from 0.

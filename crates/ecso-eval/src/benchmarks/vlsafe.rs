@@ -15,7 +15,7 @@ use crate::item::{Item, Picture, Task};
 pub(super) struct VlSafe;
 
 #[derive(Deserialize)]
-struct Row {
+struct HarmfulQuery {
     image_id: String,
     query: String,
 }
@@ -47,12 +47,12 @@ impl Benchmark for VlSafe {
         let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
         let items = (1_usize..).zip(lines).map(|(number, (line, text))| {
             let place = Place::line(&table, line);
-            let row: Result<Row, String> = json_line(text);
-            let item = row.map(|row| {
-                let stem = row.image_id.trim().trim_end_matches(".jpg");
+            let query: Result<HarmfulQuery, String> = json_line(text);
+            let item = query.map(|query| {
+                let stem = query.image_id.trim().trim_end_matches(".jpg");
                 let spellings = ["", "COCO_train2014_", "COCO_train2017_"].map(|prefix| format!("{prefix}{stem}.jpg"));
                 let image = finder.first(&spellings).map(Picture::File);
-                shown(item(number, row), &place, image)
+                shown(item(number, query), &place, image)
             });
             settled(place, "", item)
         });
@@ -60,13 +60,13 @@ impl Benchmark for VlSafe {
     }
 }
 
-fn item(number: usize, row: Row) -> Item {
+fn item(number: usize, query: HarmfulQuery) -> Item {
     Item {
         id: number.to_string(),
         scenario: "VLSafe".into(),
         cluster: number.to_string(),
-        request: row.query.clone(),
-        query: row.query,
+        request: query.query.clone(),
+        query: query.query,
         images: Vec::new(),
         earlier: Vec::new(),
         draft: None,

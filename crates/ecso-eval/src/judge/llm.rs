@@ -192,7 +192,7 @@ pub fn published(path: &Path, model: Arc<dyn Mllm>) -> Result<impl Judge + use<>
     let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
     let mut prompts = Vec::new();
     for (number, line) in (1..).zip(text.lines().filter(|line| !line.trim().is_empty())) {
-        let prompt: Prompt =
+        let prompt: PublishedPrompt =
             serde_json::from_str(line).map_err(|error| format!("{}: line {number}: {error}", path.display()))?;
         prompts.push(prompt);
     }
@@ -200,7 +200,7 @@ pub fn published(path: &Path, model: Arc<dyn Mllm>) -> Result<impl Judge + use<>
 }
 
 #[derive(Debug, Clone, Deserialize)]
-struct Prompt {
+struct PublishedPrompt {
     name: String,
     #[serde(rename = "system_prompt")]
     system: String,
@@ -210,7 +210,7 @@ struct Prompt {
 
 struct Published {
     model: Arc<dyn Mllm>,
-    prompts: Vec<Prompt>,
+    prompts: Vec<PublishedPrompt>,
 }
 
 /// Which published prompt judges an item: by the kind of its task, VLSafe by its own.
