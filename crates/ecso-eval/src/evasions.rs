@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::{
     benchmarks::figstep::SafeBenchQuestion,
-    prepare::{FILL_THE_LIST, PrepareError, write_lines},
+    prepare::{FILL_THE_LIST, PrepareError, failed, write_lines},
     typographic::Typesetter,
 };
 
@@ -45,7 +45,7 @@ pub(crate) fn write(
             let picture = |name: &str, words: &str| -> Result<String, PrepareError> {
                 let name = format!("{name}.png");
                 let path: PathBuf = out.join(&name);
-                typesetter.list(words).save(&path).map_err(|error| PrepareError::new(&path, &error))?;
+                typesetter.list(words).save(&path).map_err(failed(&path))?;
                 Ok(name)
             };
             let mut item = item(family, number, &question.instruction, &id, &picture)?;

@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use ecso::{Chat, Image, ImageError, Limits, Part, Role, Turn};
+use ecso::{Cause, Chat, Image, ImageError, Limits, Part, Role, Turn};
 use serde::{Deserialize, Serialize};
 
 use crate::benchmarks::parquet;
@@ -36,14 +36,13 @@ pub struct Item {
 }
 
 /// Why an item can't be run. The message names the file, and the row in it.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error(transparent)]
 pub enum Trouble {
     /// An image isn't there.
-    #[error("{0}")]
-    MissingImage(String),
+    MissingImage(Cause),
     /// Its row, or a file of it, can't be understood.
-    #[error("{0}")]
-    Unreadable(String),
+    Unreadable(Cause),
 }
 
 /// Where an image comes from.
@@ -101,12 +100,12 @@ impl Item {
             Picture::Bytes(bytes) => Image::from_bytes(bytes.to_vec(), limits),
             Picture::File(path) => Image::open(path, limits),
             Picture::InParquet(table, row) => {
-                let failed = |reason: String| {
+                let failed = |reason: Cause| {
                     let reason = format!("row {row}: {reason}");
                     ImageError::File { path: table.to_path_buf(), reason }
                 };
                 let bytes = parquet::image(table, *row).map_err(failed)?;
-                Image::from_bytes(bytes, limits).map_err(|error| failed(error.to_string()))
+                Image::from_bytes(bytes, limits).map_err(|error| failed(Cause::of(error)))
             }
         };
         let last = (Role::User, &self.query, &self.images);

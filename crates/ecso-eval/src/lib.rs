@@ -20,4 +20,5 @@ pub mod run;
 mod scores;
 pub mod stats;
 pub mod summary;
+pub mod text;
 pub mod typographic;

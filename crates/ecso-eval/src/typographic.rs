@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use ab_glyph::{Font, FontVec, PxScale, PxScaleFont, ScaleFont, point};
+use ecso::Cause;
 use image::{Rgb, RgbImage};
 use textwrap::{Options, WordSplitter, WrapAlgorithm};
 
@@ -38,7 +39,8 @@ pub enum TypographicError {
         /// Which file.
         file: String,
         /// Why.
-        reason: String,
+        #[source]
+        reason: Cause,
     },
 }
 
@@ -88,9 +90,9 @@ impl Typesetter {
     /// [`TypographicError::Font`].
     pub fn from_file(path: &Path) -> Result<Self, TypographicError> {
         let file = path.display().to_string();
-        let unusable = |reason: String| TypographicError::Font { file: file.clone(), reason };
-        let data = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
-        let font = FontVec::try_from_vec(data).map_err(|error| unusable(error.to_string()))?;
+        let unusable = |reason: Cause| TypographicError::Font { file: file.clone(), reason };
+        let data = std::fs::read(path).map_err(|error| unusable(Cause::of(error)))?;
+        let font = FontVec::try_from_vec(data).map_err(|error| unusable(Cause::of(error)))?;
         Ok(Self { font, font_name: file })
     }
 

@@ -121,7 +121,7 @@ async fn open_judge(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<Box
             let model = open::model(&settings).await?;
             let model = Arc::new(Cached::new(model, open::identity(&settings)?, args.cache.clone()));
             match &args.judge_file {
-                Some(path) => Box::new(judge::published(path, model).map_err(UsageError)?),
+                Some(path) => Box::new(judge::published(path, model).map_err(|cause| UsageError(cause.to_string()))?),
                 None => Box::new(judge::Llm::new(model, args.threshold)),
             }
         }

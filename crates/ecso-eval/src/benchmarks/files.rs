@@ -11,8 +11,10 @@ use std::{
 use ecso::{decode_base64, decode_data_url, is_data_url};
 use unicode_normalization::UnicodeNormalization;
 
-use super::cut;
-use crate::item::{Picture, Trouble};
+use crate::{
+    item::{Picture, Trouble},
+    text::{cut, told},
+};
 
 /// Endings of image files.
 const ENDINGS: [&str; 7] = ["jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp"];
@@ -41,7 +43,7 @@ impl Finder {
             return Ok(exact);
         }
         let missing = format!("{} is missing, under any ending", self.root.join(cut(&name)).display());
-        let missing = || Trouble::MissingImage(missing.clone());
+        let missing = || Trouble::MissingImage(missing.as_str().into());
         let plain = name.trim().replace('\\', "/");
         let mut at = if plain.starts_with('/') { PathBuf::from("/") } else { self.root.clone() };
         let mut parts = plain.split('/').filter(|part| !part.is_empty() && *part != ".").peekable();
@@ -74,14 +76,14 @@ impl Finder {
 
     /// What a cell or field says an image is: a file's name, a data URL, or base64.
     pub(super) fn picture(&mut self, text: &str) -> Result<Picture, Trouble> {
-        let unreadable = |reason: &dyn std::fmt::Display| Trouble::Unreadable(reason.to_string());
         if is_data_url(text) {
-            let bytes = decode_data_url(text, LONGEST).map_err(|error| unreadable(&error))?;
+            let bytes = decode_data_url(text, LONGEST).map_err(|error| Trouble::Unreadable(told(error)))?;
             return Ok(Picture::Bytes(bytes.into()));
         }
         let start: String = text.trim_start().chars().take(8).collect::<String>().to_lowercase();
         if start.starts_with("http://") || start.starts_with("https://") {
-            return Err(unreadable(&format!("images are read from files, nothing is fetched: {}", cut(text.trim()))));
+            let reason = format!("images are read from files, nothing is fetched: {}", cut(text.trim()));
+            return Err(Trouble::Unreadable(reason.into()));
         }
         match (self.find(text), base64(text)) {
             (Ok(path), _) => Ok(Picture::File(path)),
@@ -108,12 +110,13 @@ impl Finder {
                 [] => {}
                 [only] => return Ok(Some((**only).clone())),
                 [one, another, ..] => {
-                    return Err(Trouble::MissingImage(format!(
+                    let missing = format!(
                         "{} is missing, and {} and {} could both be meant",
                         folder.join(cut(name)).display(),
                         one.display(),
                         another.display()
-                    )));
+                    );
+                    return Err(Trouble::MissingImage(missing.into()));
                 }
             }
         }

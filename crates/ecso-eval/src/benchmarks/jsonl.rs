@@ -6,16 +6,19 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ecso::Role;
+use ecso::{Cause, Role};
 use serde::Deserialize;
 
 use super::{
-    About, Benchmark, Check, DataError, Items, Place, cut,
+    About, Benchmark, Check, DataError, Items, Place,
     files::Finder,
     id, locate, settled,
     tables::{json, json_line, read},
 };
-use crate::item::{Item, Picture, Task, Trouble};
+use crate::{
+    item::{Item, Picture, Task, Trouble},
+    text::{cut, told},
+};
 
 pub(super) struct Jsonl;
 
@@ -76,7 +79,7 @@ impl Benchmark for Jsonl {
     }
 }
 
-type Rows = Box<dyn Iterator<Item = (Place, Result<OwnItem, String>)> + Send>;
+type Rows = Box<dyn Iterator<Item = (Place, Result<OwnItem, Cause>)> + Send>;
 
 fn items(path: &Path) -> Result<impl Iterator<Item = (Place, Item)> + Send + use<>, DataError> {
     let mut finder = Finder::new(path.parent().unwrap_or(Path::new("")));
@@ -88,14 +91,14 @@ fn items(path: &Path) -> Result<impl Iterator<Item = (Place, Item)> + Send + use
 
 /// The rows: lines are read one by one, an array, or text in UTF-16, as a whole.
 fn rows(path: &Path) -> Result<Rows, DataError> {
-    let failed = |error: std::io::Error| DataError::new(path, error);
+    let failed = |error: std::io::Error| DataError::new(path, Cause::of(error));
     let path = path.to_owned();
     let mut start = Vec::new();
     File::open(&path).and_then(|file| file.take(4096).read_to_end(&mut start)).map_err(failed)?;
     let text = start.strip_prefix("\u{feff}".as_bytes()).unwrap_or(&start).trim_ascii_start();
     if text.first() == Some(&b'[') {
         let rows: Vec<serde_json::Value> = json(&path)?;
-        let row = |row| serde_json::from_value(row).map_err(cut);
+        let row = |row| serde_json::from_value(row).map_err(told);
         return Ok(Box::new(
             (1..).zip(rows).map(move |(number, value)| (Place::new(&path, format!("row {number}")), row(value))),
         ));
@@ -115,7 +118,7 @@ fn rows(path: &Path) -> Result<Rows, DataError> {
 fn lined(path: PathBuf, lines: impl Iterator<Item = std::io::Result<String>> + Send + 'static) -> Rows {
     let filled = (1..).zip(lines).filter(|(_, line)| !line.as_ref().is_ok_and(|line| line.trim().is_empty()));
     Box::new(filled.map(move |(number, line)| {
-        let row = line.map_err(cut).and_then(|line| {
+        let row = line.map_err(told).and_then(|line| {
             let line = line.trim_start_matches('\u{feff}').trim();
             // A line of an array that lost its brackets.
             let line = line.strip_suffix(',').unwrap_or(line);
@@ -125,14 +128,14 @@ fn lined(path: PathBuf, lines: impl Iterator<Item = std::io::Result<String>> + S
     }))
 }
 
-fn item(own: OwnItem, place: &Place, finder: &mut Finder) -> Result<Item, String> {
+fn item(own: OwnItem, place: &Place, finder: &mut Finder) -> Result<Item, Cause> {
     let id = id(&own.id).ok_or("`id` is neither a text nor a number")?;
     let (task, wrong) = match own.label.as_deref() {
         Some("harmful" | "unsafe") => (Task::Harmful, None),
         None | Some("harmless" | "safe") => (Task::Harmless, None),
         Some(other) => (Task::Harmless, Some(format!("label `{}` is neither harmful nor harmless", cut(other)))),
     };
-    let mut trouble = wrong.map(Trouble::Unreadable);
+    let mut trouble = wrong.map(|wrong| Trouble::Unreadable(wrong.into()));
     let mut pictures = |images: Vec<String>| {
         let found = images.into_iter().map(|image| finder.picture(&image));
         found.filter_map(|image| image.map_err(|error| trouble.get_or_insert(error)).ok()).collect()

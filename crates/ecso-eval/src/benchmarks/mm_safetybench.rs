@@ -8,12 +8,15 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    About, Benchmark, DataError, Items, Place, cut,
+    About, Benchmark, DataError, Items, Place,
     files::Finder,
     parquet, settled, shown,
     tables::{Pairs, json},
 };
-use crate::item::{Item, Picture, Task};
+use crate::{
+    item::{Item, Picture, Task},
+    text::{cut, told},
+};
 
 pub(super) struct MmSafetyBench;
 
@@ -133,7 +136,7 @@ fn records(table: &Path, scenario: &str, folder: Option<&str>, finder: &mut Find
     records.sort_by(|(a, _), (b, _)| a.cmp(b));
     for (id, record) in records {
         let place = Place::new(table, format!("record {}", cut(&id)));
-        let item = serde_json::from_value(record).map_err(cut).and_then(|record: ProcessedQuestion| {
+        let item = serde_json::from_value(record).map_err(told).and_then(|record: ProcessedQuestion| {
             let query = match folder {
                 Some("SD") => record.rephrased_sd,
                 Some(_) => record.rephrased,

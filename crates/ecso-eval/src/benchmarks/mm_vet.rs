@@ -2,15 +2,19 @@
 
 use std::path::Path;
 
+use ecso::Cause;
 use serde::Deserialize;
 
 use super::{
-    About, Benchmark, DataError, Items, Place, cut,
+    About, Benchmark, DataError, Items, Place,
     files::Finder,
     locate, settled, shown,
     tables::{Pairs, json},
 };
-use crate::item::{Item, Picture, Task};
+use crate::{
+    item::{Item, Picture, Task},
+    text::{cut, told},
+};
 
 pub(super) struct MmVet;
 
@@ -43,7 +47,7 @@ impl Benchmark for MmVet {
         questions.sort_by(|(a, _), (b, _)| a.cmp(b));
         let items = questions.into_iter().map(|(id, question)| {
             let place = Place::new(&table, format!("record {}", cut(&id)));
-            let question: Result<GradedQuestion, String> = serde_json::from_value(question).map_err(cut);
+            let question: Result<GradedQuestion, Cause> = serde_json::from_value(question).map_err(told);
             let item = question.map(|question| {
                 let image = finder.find(&question.imagename).map(Picture::File);
                 shown(item(id, question), &place, image)

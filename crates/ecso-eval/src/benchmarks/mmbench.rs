@@ -3,14 +3,18 @@
 use std::{collections::HashMap, path::Path, sync::Arc};
 
 use csv::StringRecord;
+use ecso::Cause;
 
 use super::{
-    About, Benchmark, DataError, Items, Place, cut,
+    About, Benchmark, DataError, Items, Place,
     files::{Finder, base64},
     locate, settled, shown,
     tables::Table,
 };
-use crate::item::{Item, Picture, Task, Trouble};
+use crate::{
+    item::{Item, Picture, Task, Trouble},
+    text::cut,
+};
 
 pub(super) struct MmBench;
 
@@ -51,7 +55,7 @@ impl Benchmark for MmBench {
         let good = table.rows.iter().filter_map(|(_, row)| row.as_ref().ok());
         let leaves_empty = good.flat_map(|row| letters.iter().filter_map(|(_, at)| row.get(*at))).any(str::is_empty);
         let columns = table.columns;
-        let rotations: Vec<(Place, Result<Rotation, String>)> = table
+        let rotations: Vec<(Place, Result<Rotation, Cause>)> = table
             .rows
             .into_iter()
             .map(|(place, cells)| (place, cells.and_then(|cells| rotation(&columns, &letters, leaves_empty, &cells))))
@@ -75,11 +79,11 @@ impl Benchmark for MmBench {
 }
 
 /// The columns of options: A, B and so on, as far as they go.
-fn letters(columns: &StringRecord) -> Result<Vec<(char, usize)>, String> {
+fn letters(columns: &StringRecord) -> Result<Vec<(char, usize)>, Cause> {
     let place = |letter: char| {
         let mut places = columns.iter().zip(0..).filter(|(name, _)| name.chars().eq([letter])).map(|(_, place)| place);
         match (places.next(), places.next()) {
-            (Some(_), Some(_)) => Err(format!("the column {letter} stands twice")),
+            (Some(_), Some(_)) => Err(format!("the column {letter} stands twice").into()),
             (first, _) => Ok(first.map(|place| (letter, place))),
         }
     };
@@ -91,7 +95,7 @@ fn rotation(
     letters: &[(char, usize)],
     leaves_empty: bool,
     cells: &StringRecord,
-) -> Result<Rotation, String> {
+) -> Result<Rotation, Cause> {
     let cell = |name: &str| {
         let place = columns.iter().position(|column| column == name);
         place.and_then(|place| cells.get(place)).filter(|text| !is_nan(text) && *text != "None").unwrap_or_default()
@@ -153,7 +157,7 @@ fn options(texts: &[(char, &str)], answer: &str, leaves_empty: bool) -> Vec<(cha
 fn image(rotation: &Rotation, held: &HashMap<u64, Arc<[u8]>>, finder: &mut Finder) -> Result<Picture, Trouble> {
     let own = held.get(&rotation.index).filter(|_| rotation.image.len() >= 64);
     let of = |index: u64| {
-        let missing = || Trouble::MissingImage(format!("there is no image at index {index}"));
+        let missing = || Trouble::MissingImage(format!("there is no image at index {index}").into());
         held.get(&index).map(|bytes| Picture::Bytes(Arc::clone(bytes))).ok_or_else(missing)
     };
     match (own, index(&rotation.image)) {
@@ -192,7 +196,7 @@ fn item(place: &Place, rotation: Rotation) -> Item {
         earlier: Vec::new(),
         draft: None,
         task: Task::Choice { answer: rotation.answer.chars().next().unwrap_or_default(), options: rotation.options },
-        trouble: wrong.map(|reason| place.trouble(Trouble::Unreadable(reason))),
+        trouble: wrong.map(|reason| place.trouble(Trouble::Unreadable(reason.into()))),
     }
 }
 

@@ -2,8 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{About, Benchmark, DataError, Items, Place, cut, files::Finder, settled, shown, tables::read};
-use crate::item::{Item, Picture, Task};
+use ecso::Cause;
+
+use super::{About, Benchmark, DataError, Items, Place, files::Finder, settled, shown, tables::read};
+use crate::{
+    item::{Item, Picture, Task},
+    text::cut,
+};
 
 pub(super) struct Mme;
 
@@ -53,7 +58,7 @@ fn subtask_items(folder: &Path, subtask: &str, items: &mut Vec<(Place, Item)>) -
     let apart = folder.join("questions_answers_YN");
     let (texts, images) =
         if apart.is_dir() { (apart, folder.join("images")) } else { (folder.to_owned(), folder.to_owned()) };
-    let entries = std::fs::read_dir(&texts).map_err(|error| DataError::new(&texts, error))?;
+    let entries = std::fs::read_dir(&texts).map_err(|error| DataError::new(&texts, Cause::of(error)))?;
     let mut tables: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
     tables.retain(|path| path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("txt")));
     tables.sort();
@@ -62,7 +67,7 @@ fn subtask_items(folder: &Path, subtask: &str, items: &mut Vec<(Place, Item)>) -
         let stem = table.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let image = finder.find(&format!("{stem}.jpg"));
         let text = match read(&table) {
-            Ok(text) if text.trim().is_empty() => Err("there is no question in it".to_owned()),
+            Ok(text) if text.trim().is_empty() => Err("there is no question in it".into()),
             text => text.map_err(|error| error.reason),
         };
         let text = match text {
@@ -98,11 +103,11 @@ fn subtask_items(folder: &Path, subtask: &str, items: &mut Vec<(Place, Item)>) -
 }
 
 /// A question, and whether yes is right.
-fn question(line: &str) -> Result<(&str, bool), String> {
+fn question(line: &str) -> Result<(&str, bool), Cause> {
     let (question, answer) = line.trim().rsplit_once('\t').ok_or("there is no tab between question and answer")?;
     match answer.trim().trim_end_matches('.').to_lowercase().as_str() {
         "yes" => Ok((question.trim(), true)),
         "no" => Ok((question.trim(), false)),
-        _ => Err(format!("the answer is neither Yes nor No: {}", cut(answer))),
+        _ => Err(format!("the answer is neither Yes nor No: {}", cut(answer)).into()),
     }
 }

@@ -19,6 +19,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use ecso::Cause;
 use serde::de::DeserializeOwned;
 
 pub(crate) use tables::Place;
@@ -26,6 +27,7 @@ pub(crate) use tables::Place;
 use crate::{
     item::{Item, Picture, Trouble},
     journal,
+    text::cut,
 };
 
 /// A benchmark.
@@ -78,17 +80,18 @@ impl Items {
     }
 }
 
-/// What is wrong with a benchmark's data.
+/// What is wrong with a benchmark's data: the file or folder, and why.
 #[derive(Debug, thiserror::Error)]
-#[error("{path}: {reason}")]
+#[error("{}: {reason}", path.display())]
 pub struct DataError {
-    path: String,
-    reason: String,
+    pub(crate) path: PathBuf,
+    #[source]
+    pub(crate) reason: Cause,
 }
 
 impl DataError {
-    pub(crate) fn new(path: &Path, reason: impl std::fmt::Display) -> Self {
-        Self { path: path.display().to_string(), reason: reason.to_string() }
+    pub(crate) fn new(path: &Path, reason: impl Into<Cause>) -> Self {
+        Self { path: path.to_owned(), reason: reason.into() }
     }
 }
 
@@ -127,16 +130,9 @@ fn locate(data: &Path, candidates: &[&str]) -> Result<PathBuf, DataError> {
 /// The rows of a CSV file with a header line.
 pub(crate) fn csv_rows<T: DeserializeOwned>(path: &Path, delimiter: char) -> Result<Vec<T>, DataError> {
     let rows = tables::Table::read(path, delimiter)?.values().into_iter();
-    rows.map(|(place, row)| row.map_err(|reason| DataError::new(path, format!("{}: {reason}", place.row)))).collect()
-}
-
-/// At most the first 200 characters of what somebody else wrote.
-fn cut(text: impl std::fmt::Display) -> String {
-    let text = text.to_string();
-    match text.char_indices().nth(200) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text,
-    }
+    let failed =
+        |place: &Place, reason: Cause| DataError::new(path, Cause::new(format!("{}: {reason}", place.row), reason));
+    rows.map(|(place, row)| row.map_err(|reason| failed(&place, reason))).collect()
 }
 
 /// An id as it is written: text or a number.
@@ -149,7 +145,7 @@ fn id(value: &serde_json::Value) -> Option<String> {
 }
 
 /// An item, or the one that tells why there is none.
-fn settled(place: Place, scenario: &str, item: Result<Item, String>) -> (Place, Item) {
+fn settled(place: Place, scenario: &str, item: Result<Item, Cause>) -> (Place, Item) {
     let item = item.unwrap_or_else(|reason| place.unreadable(scenario, reason));
     (place, item)
 }
@@ -222,16 +218,5 @@ impl Items {
         let items = items.into_iter().map(|item| check.item(item)).collect();
         check.done(data)?;
         Ok(Self::all(items))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_others_wrote_is_cut() {
-        assert_eq!(cut("\u{e4}".repeat(200)), "\u{e4}".repeat(200));
-        assert_eq!(cut("\u{e4}".repeat(201)), format!("{}…", "\u{e4}".repeat(200)));
     }
 }

@@ -2,15 +2,19 @@
 
 use std::path::Path;
 
+use ecso::Cause;
 use serde::Deserialize;
 
 use super::{
-    About, Benchmark, DataError, Items, Place, cut,
+    About, Benchmark, DataError, Items, Place,
     files::Finder,
     id, locate, settled, shown,
     tables::{Table, json},
 };
-use crate::item::{Item, Picture, Task};
+use crate::{
+    item::{Item, Picture, Task},
+    text::told,
+};
 
 pub(super) struct MossBench;
 
@@ -51,9 +55,9 @@ impl Benchmark for MossBench {
         ];
         let table = locate(data, &named)?;
         let is_json = table.extension().is_some_and(|extension| extension == "json");
-        let queries: Vec<(Place, Result<ImageQuery, String>)> = if is_json {
+        let queries: Vec<(Place, Result<ImageQuery, Cause>)> = if is_json {
             let queries: Vec<serde_json::Value> = json(&table)?;
-            let query = |value| serde_json::from_value(value).map_err(cut);
+            let query = |value| serde_json::from_value(value).map_err(told);
             (1..)
                 .zip(queries)
                 .map(|(number, value)| (Place::new(&table, format!("row {number}")), query(value)))
@@ -74,7 +78,7 @@ impl Benchmark for MossBench {
     }
 }
 
-fn item(query: ImageQuery) -> Result<Item, String> {
+fn item(query: ImageQuery) -> Result<Item, Cause> {
     let id = id(&query.pid).ok_or("`pid` is neither a text nor a number")?;
     Ok(Item {
         cluster: id.clone(),

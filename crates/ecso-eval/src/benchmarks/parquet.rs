@@ -5,13 +5,17 @@ use std::{fs::File, path::Path, sync::Arc};
 use arrow_array::{Array, ArrayRef, RecordBatch, cast::AsArray};
 use arrow_cast::cast;
 use arrow_schema::DataType;
+use ecso::Cause;
 use parquet::arrow::{
     ProjectionMask,
     arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder},
 };
 
-use super::{cut, files::Finder};
-use crate::item::{Picture, Trouble};
+use super::files::Finder;
+use crate::{
+    item::{Picture, Trouble},
+    text::{cut, told},
+};
 
 /// Rows that are decoded together: images may be large.
 const ROWS: usize = 16;
@@ -27,17 +31,17 @@ pub(super) struct ExportedQuestion {
 ///
 /// # Errors
 /// What is wrong with the file as a whole.
-pub(super) fn rows(table: &Path, images: bool) -> Result<Vec<Result<ExportedQuestion, String>>, String> {
+pub(super) fn rows(table: &Path, images: bool) -> Result<Vec<Result<ExportedQuestion, Cause>>, Cause> {
     let columns = if images { ["id", "question", "image"].as_slice() } else { &["id", "question"] };
     let builder = open(table)?;
     let names: Vec<String> = builder.schema().fields().iter().map(|field| field.name().clone()).collect();
     if let Some(missing) = columns.iter().find(|column| !names.iter().any(|name| name == *column)) {
-        return Err(format!("there is no column `{missing}`; the columns are {}", cut(names.join(", "))));
+        return Err(format!("there is no column `{missing}`; the columns are {}", cut(names.join(", "))).into());
     }
     let mut finder = Finder::new(table.parent().unwrap_or(Path::new("")));
     let shared: Arc<Path> = table.into();
     let mut rows = Vec::new();
-    for batch in read(builder, columns)?.map(|batch| batch.map_err(cut)) {
+    for batch in read(builder, columns)?.map(|batch| batch.map_err(told)) {
         match batch {
             Ok(batch) => {
                 for place in 0..batch.num_rows() {
@@ -60,11 +64,13 @@ fn row(
     images: bool,
     finder: &mut Finder,
     (table, number): (&Arc<Path>, usize),
-) -> Result<ExportedQuestion, String> {
-    let text = |name: &str| {
+) -> Result<ExportedQuestion, Cause> {
+    let text = |name: &str| -> Result<String, Cause> {
         let column = batch.column_by_name(name).map(|column| cast(&column.slice(place, 1), &DataType::Utf8));
-        let column = column.transpose().map_err(cut)?.filter(|column| column.is_valid(0));
-        column.map(|column| column.as_string::<i32>().value(0).to_owned()).ok_or_else(|| format!("it has no {name}"))
+        let column = column.transpose().map_err(told)?.filter(|column| column.is_valid(0));
+        column
+            .map(|column| column.as_string::<i32>().value(0).to_owned())
+            .ok_or_else(|| format!("it has no {name}").into())
     };
     let image = match batch.column_by_name("image").filter(|_| images) {
         Some(column) => match cell(column, place)? {
@@ -81,23 +87,23 @@ fn row(
 ///
 /// # Errors
 /// Why it can't be had.
-pub(crate) fn image(table: &Path, row: usize) -> Result<Vec<u8>, String> {
+pub(crate) fn image(table: &Path, row: usize) -> Result<Vec<u8>, Cause> {
     let builder = open(table)?.with_offset(row).with_limit(1);
-    let batch = read(builder, &["image"])?.next().ok_or("there is no such row")?.map_err(cut)?;
+    let batch = read(builder, &["image"])?.next().ok_or("there is no such row")?.map_err(told)?;
     match cell(batch.column_by_name("image").ok_or("there is no column `image`")?, 0)? {
         Cell::Bytes(bytes) => Ok(bytes),
         Cell::Text(_) | Cell::Nothing => Err("it has no image".into()),
     }
 }
 
-fn open(table: &Path) -> Result<ParquetRecordBatchReaderBuilder<File>, String> {
-    let file = File::open(table).map_err(cut)?;
-    ParquetRecordBatchReaderBuilder::try_new(file).map_err(cut)
+fn open(table: &Path) -> Result<ParquetRecordBatchReaderBuilder<File>, Cause> {
+    let file = File::open(table).map_err(told)?;
+    ParquetRecordBatchReaderBuilder::try_new(file).map_err(told)
 }
 
-fn read(builder: ParquetRecordBatchReaderBuilder<File>, columns: &[&str]) -> Result<ParquetRecordBatchReader, String> {
+fn read(builder: ParquetRecordBatchReaderBuilder<File>, columns: &[&str]) -> Result<ParquetRecordBatchReader, Cause> {
     let mask = ProjectionMask::columns(builder.parquet_schema(), columns.iter().copied());
-    builder.with_projection(mask).with_batch_size(ROWS).build().map_err(cut)
+    builder.with_projection(mask).with_batch_size(ROWS).build().map_err(told)
 }
 
 /// What stands in the cell of an image.
@@ -107,11 +113,11 @@ enum Cell {
     Nothing,
 }
 
-fn cell(column: &ArrayRef, row: usize) -> Result<Cell, String> {
+fn cell(column: &ArrayRef, row: usize) -> Result<Cell, Cause> {
     if row >= column.len() || column.is_null(row) {
         return Ok(Cell::Nothing);
     }
-    let as_type = |kind: &DataType| cast(&column.slice(row, 1), kind).map_err(cut);
+    let as_type = |kind: &DataType| cast(&column.slice(row, 1), kind).map_err(told);
     match column.data_type() {
         DataType::Binary | DataType::LargeBinary | DataType::BinaryView => {
             Ok(match as_type(&DataType::LargeBinary)?.as_binary::<i64>().value(0) {
@@ -137,6 +143,6 @@ fn cell(column: &ArrayRef, row: usize) -> Result<Cell, String> {
             }
             Ok(Cell::Nothing)
         }
-        other => Err(format!("an image column of type {} can't be read", cut(other))),
+        other => Err(format!("an image column of type {} can't be read", cut(other)).into()),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{io::Cursor, path::Path, sync::Arc};
 
+use ecso::Cause;
 use image::ImageFormat;
 use serde::Deserialize;
 
@@ -42,7 +43,7 @@ impl Benchmark for Twins {
     fn items(&self, data: &Path, variant: Option<&str>) -> Result<Items, DataError> {
         let twins: Result<Vec<Twin>, csv::Error> =
             csv::Reader::from_reader(TWINS.as_bytes()).into_deserialize().collect();
-        let twins = twins.map_err(|error| DataError::new(data, error))?;
+        let twins = twins.map_err(|error| DataError::new(data, Cause::of(error)))?;
         let item = |twin: Twin, query: String, images: Vec<Picture>| Item {
             cluster: twin.id.clone(),
             id: twin.id,
@@ -66,15 +67,16 @@ impl Benchmark for Twins {
                     .collect(),
             )),
             "typographic" => {
-                let typesetter = Typesetter::system().map_err(|error| DataError::new(data, error))?;
+                let typesetter = Typesetter::system().map_err(|error| DataError::new(data, Cause::of(error)))?;
                 let total = Some(twins.len());
                 let iter = twins.into_iter().map(move |twin| {
                     let mut bytes = Cursor::new(Vec::new());
                     let set = typesetter.list(&twin.instruction).write_to(&mut bytes, ImageFormat::Png);
                     let mut item =
                         item(twin, FILL_THE_LIST.into(), vec![Picture::Bytes(Arc::from(bytes.into_inner()))]);
-                    item.trouble =
-                        set.err().map(|error| Trouble::Unreadable(format!("its image can't be set: {error}")));
+                    item.trouble = set.err().map(|error| {
+                        Trouble::Unreadable(Cause::new(format!("its image can't be set: {error}"), error))
+                    });
                     item
                 });
                 Ok(Items { total, iter: Box::new(iter) })

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use ecso::Cause;
 use serde::Deserialize;
 
 use super::{
@@ -47,7 +48,7 @@ impl Benchmark for VlSafe {
         let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
         let items = (1_usize..).zip(lines).map(|(number, (line, text))| {
             let place = Place::line(&table, line);
-            let query: Result<HarmfulQuery, String> = json_line(text);
+            let query: Result<HarmfulQuery, Cause> = json_line(text);
             let item = query.map(|query| {
                 let stem = query.image_id.trim().trim_end_matches(".jpg");
                 let spellings = ["", "COCO_train2014_", "COCO_train2017_"].map(|prefix| format!("{prefix}{stem}.jpg"));

@@ -5,6 +5,7 @@ mod llm;
 mod rules;
 
 use async_trait::async_trait;
+use ecso::Cause;
 use serde::{Deserialize, Serialize};
 
 pub use exact::Exact;
@@ -67,14 +68,17 @@ pub trait Judge: Send + Sync {
     /// What results call it.
     fn name(&self) -> String;
 
-    /// Rules on one answer.
-    async fn rule(&self, case: &Case) -> Result<(Ruling, Option<f64>), String>;
+    /// Rules on one answer, with the probability of harm or the grade where the judge tells one.
+    ///
+    /// # Errors
+    /// Why there is no ruling; what others wrote is cut in it.
+    async fn rule(&self, case: &Case) -> Result<(Ruling, Option<f64>), Cause>;
 
     /// The ruling as it is written down; a judge that fails is an error.
     async fn judge(&self, case: &Case, arm: &str) -> Judgement {
         let (verdict, score, error) = match self.rule(case).await {
             Ok((verdict, score)) => (verdict, score, None),
-            Err(error) => (Ruling::Error, None, Some(error)),
+            Err(cause) => (Ruling::Error, None, Some(cause.to_string())),
         };
         Judgement { id: case.id.clone(), arm: arm.to_owned(), verdict, score, judge: self.name(), error }
     }
