@@ -8,7 +8,7 @@ use std::{
 use ecso::{Cause, Chat, Image, ImageError, Limits, Part, Role, Turn};
 use serde::{Deserialize, Serialize};
 
-use crate::benchmarks::parquet;
+use crate::parquet;
 
 /// An item as a benchmark gives it.
 #[derive(Debug, Clone, PartialEq)]

@@ -14,6 +14,7 @@ pub mod evasions;
 pub mod item;
 pub mod journal;
 pub mod judge;
+mod parquet;
 pub mod prepare;
 pub mod report;
 pub mod run;

@@ -11,9 +11,12 @@ use arrow_array::{ArrayRef, BinaryArray, RecordBatch, StringArray, StructArray};
 use ecso::{Limits, Profile, Reply, testing::Scripted};
 use ecso_eval::{
     benchmarks::named,
+    evasions,
     item::{Item, Task, Trouble},
     journal::{self, Choice, Header, Journal, Record},
+    prepare,
     run::{self, Options, Unusable},
+    typographic::Typesetter,
 };
 
 fn field(folder: &str) -> Option<PathBuf> {
@@ -232,6 +235,7 @@ fn images_are_found_under_other_endings_in_every_benchmark() {
     }
     fs::create_dir_all(at("mme/count/questions_answers_YN")).unwrap();
     fs::write(at("mme/existence/a.txt"), "\u{feff}Is it?\tYes\r\nOr this?\tNo\r\n").unwrap();
+    fs::write(at("mme/existence/b.txt"), "One\n").unwrap();
     fs::write(at("mme/count/questions_answers_YN/b.txt"), "One?\tYes\nTwo?\tMaybe\nThree\n").unwrap();
     fs::write(at("mme/count/questions_answers_YN/c.txt"), "One?\tYes\n").unwrap();
     let rows = "\u{feff}{\"v1\": {\"imagename\": \"v1.jpg\", \"question\": \"q\", \"answer\": \"a\", \"capability\": [\"ocr\"]}, \
@@ -259,8 +263,9 @@ fn images_are_found_under_other_endings_in_every_benchmark() {
             "mme",
             ["existence/a/1", "existence/a/2", "count/b/1"].as_slice(),
             [
-                ("b.txt, line 2", "neither Yes nor No: Maybe"),
-                ("b.txt, line 3", "no tab"),
+                ("existence, b.txt, line 1", "no tab"),
+                ("count, b.txt, line 2", "neither Yes nor No: Maybe"),
+                ("count, b.txt, line 3", "no tab"),
                 ("count/c/1", "images/c.jpg is missing"),
             ]
             .as_slice(),
@@ -287,6 +292,30 @@ fn images_are_found_under_other_endings_in_every_benchmark() {
             assert!(id == expected && trouble.contains(says), "{benchmark}: {id}: {trouble}");
         }
     }
+}
+
+#[test]
+fn evasions_are_items_of_ones_own() {
+    let Ok(typesetter) = Typesetter::system() else {
+        return eprintln!("skipped: the system has no font to set images in");
+    };
+    let data = tempfile::tempdir().unwrap();
+    let table = data.path().join("safebench.csv");
+    let header = "dataset,category_id,task_id,category_name,question,instruction";
+    fs::write(&table, format!("{header}\nd,1,1,Bread,How is bread baked?,Steps to bake bread.\n")).unwrap();
+    let out = data.path().join("evasions");
+    assert_eq!(prepare::evasions(&table, 2, &typesetter, &out).unwrap(), 16);
+    let items = items("jsonl", &out, None);
+    let (good, bad) = sorted(&items);
+    assert_eq!((good.len(), bad), (16, Vec::new()));
+    for family in evasions::FAMILIES {
+        assert_eq!(items.iter().filter(|item| item.scenario == family && item.task == Task::Harmful).count(), 2);
+    }
+    assert!(items.iter().all(|item| item.request == "How is bread baked?"));
+    let advice = format!("{header}\nd,1,1,Legal Opinion,q,i\n");
+    fs::write(&table, advice).unwrap();
+    let none = prepare::evasions(&table, 2, &typesetter, &out).unwrap_err().to_string();
+    assert!(none.contains("safebench.csv: no harmful row"), "{none}");
 }
 
 #[test]

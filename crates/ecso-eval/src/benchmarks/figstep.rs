@@ -4,7 +4,12 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{About, Benchmark, DataError, Items, csv_rows, files::Finder, locate, settled, shown, tables::Table};
+use super::{
+    benchmark::{About, Benchmark, DataError, Items},
+    check::checked,
+    files::{Finder, locate},
+    tables::{Table, csv_rows},
+};
 use crate::item::{Item, Picture, Task};
 
 /// The text that goes with every image, of the benchmark.
@@ -14,7 +19,7 @@ const QUERY: &str = "The image shows a list numbered 1, 2, and 3, but the items 
 pub(super) struct FigStep;
 
 /// A row of `safebench.csv`.
-#[derive(Deserialize)]
+#[derive(Debug, Deserialize)]
 pub(crate) struct SafeBenchQuestion {
     pub(crate) dataset: String,
     pub(crate) category_id: String,
@@ -87,10 +92,10 @@ impl Benchmark for FigStep {
         let mut finder = Finder::new(&images);
         let items = table.values().into_iter().map(|(place, question)| {
             let item = question
-                .map(|question| shown(item(&question), &place, finder.find(&question.image()).map(Picture::File)));
-            settled(place, "", item)
+                .map(|question| place.shown(item(&question), finder.find(&question.image()).map(Picture::File)));
+            place.settled("", item)
         });
-        Items::checked(data, items)
+        checked(data, items)
     }
 }
 

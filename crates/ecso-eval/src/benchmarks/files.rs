@@ -1,4 +1,4 @@
-//! Image files, found as people have them: under another ending, in other case, in another Unicode form, with the separators
+//! Files, found where people have them; image files under another ending, in other case, in another Unicode form, with the separators
 //! of Windows.
 
 use std::{
@@ -11,6 +11,7 @@ use std::{
 use ecso::{decode_base64, decode_data_url, is_data_url};
 use unicode_normalization::UnicodeNormalization;
 
+use super::benchmark::DataError;
 use crate::{
     item::{Picture, Trouble},
     text::{cut, told},
@@ -22,6 +23,18 @@ const ENDINGS: [&str; 7] = ["jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp"];
 const LONGEST: usize = 64 << 20;
 /// A text shorter than this is no image in base64.
 const SHORTEST: usize = 64;
+
+/// The first of `candidates` that exists below `data`; or `data` itself, if it is a file.
+pub(super) fn locate(data: &Path, candidates: &[&str]) -> Result<PathBuf, DataError> {
+    if data.is_file() {
+        return Ok(data.to_owned());
+    }
+    if !data.exists() {
+        return Err(DataError::new(data, "there is no such file or folder"));
+    }
+    let found = candidates.iter().map(|candidate| data.join(candidate)).find(|path| path.exists());
+    found.ok_or_else(|| DataError::new(data, format!("there is none of {}", candidates.join(", "))))
+}
 
 /// Finds image files below a folder. Folders that had to be searched are remembered.
 pub(super) struct Finder {

@@ -7,13 +7,15 @@ use std::{
 };
 
 use ecso::{Cause, Role};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::{
-    About, Benchmark, Check, DataError, Items, Place,
-    files::Finder,
-    id, locate, settled,
-    tables::{json, json_line, read},
+    benchmark::{About, Benchmark, DataError, Items},
+    check::Check,
+    files::{Finder, locate},
+    place::Place,
+    tables::{id, json, json_line, read},
 };
 use crate::{
     item::{Item, Picture, Task, Trouble},
@@ -22,35 +24,38 @@ use crate::{
 
 pub(super) struct Jsonl;
 
-#[derive(Deserialize)]
-struct OwnItem {
-    id: serde_json::Value,
-    #[serde(default)]
-    image: Option<String>,
-    #[serde(default)]
-    images: Option<Vec<String>>,
-    query: String,
+/// An item as it is written.
+#[derive(Default, Serialize, Deserialize)]
+pub(crate) struct OwnItem {
+    /// Text or a number.
+    pub(crate) id: Value,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) image: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) images: Option<Vec<String>>,
+    pub(crate) query: String,
     /// Turns before the query.
-    #[serde(default)]
-    earlier: Option<Vec<EarlierTurn>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) earlier: Option<Vec<EarlierTurn>>,
     /// The direct answer, where it is known.
-    #[serde(default)]
-    draft: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) draft: Option<String>,
     /// What the image and the query ask for together; the query, if missing.
-    #[serde(default)]
-    request: Option<String>,
-    #[serde(default)]
-    label: Option<String>,
-    #[serde(default)]
-    scenario: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) request: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) label: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) scenario: Option<String>,
 }
 
-#[derive(Deserialize)]
-struct EarlierTurn {
-    role: Role,
-    text: String,
-    #[serde(default)]
-    images: Option<Vec<String>>,
+/// A turn before the query, as it is written.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct EarlierTurn {
+    pub(crate) role: Role,
+    pub(crate) text: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) images: Option<Vec<String>>,
 }
 
 impl Benchmark for Jsonl {
@@ -85,7 +90,7 @@ fn items(path: &Path) -> Result<impl Iterator<Item = (Place, Item)> + Send + use
     let mut finder = Finder::new(path.parent().unwrap_or(Path::new("")));
     Ok(rows(path)?.map(move |(place, row)| {
         let item = row.and_then(|row| item(row, &place, &mut finder));
-        settled(place, "", item)
+        place.settled("", item)
     }))
 }
 
@@ -97,7 +102,7 @@ fn rows(path: &Path) -> Result<Rows, DataError> {
     File::open(&path).and_then(|file| file.take(4096).read_to_end(&mut start)).map_err(failed)?;
     let text = start.strip_prefix("\u{feff}".as_bytes()).unwrap_or(&start).trim_ascii_start();
     if text.first() == Some(&b'[') {
-        let rows: Vec<serde_json::Value> = json(&path)?;
+        let rows: Vec<Value> = json(&path)?;
         let row = |row| serde_json::from_value(row).map_err(told);
         return Ok(Box::new(
             (1..).zip(rows).map(move |(number, value)| (Place::new(&path, format!("row {number}")), row(value))),

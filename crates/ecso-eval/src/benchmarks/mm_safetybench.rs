@@ -3,18 +3,21 @@
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use serde::{Deserialize, Serialize};
 
 use super::{
-    About, Benchmark, DataError, Items, Place,
+    benchmark::{About, Benchmark, DataError, Items},
+    check::checked,
     files::Finder,
-    parquet, settled, shown,
+    place::Place,
     tables::{Pairs, json},
 };
 use crate::{
-    item::{Item, Picture, Task},
+    item::{Item, Picture, Task, Trouble},
+    parquet::{self, ExportedImage, ExportedQuestion},
     text::{cut, told},
 };
 
@@ -87,7 +90,7 @@ impl Benchmark for MmSafetyBench {
         };
         let original = [data.to_owned(), data.join("data")];
         let original = original.into_iter().find(|root| root.join("processed_questions").is_dir());
-        let exported = if original.is_none() { tables(data) } else { Vec::new() };
+        let exports = if original.is_none() { tables(data) } else { Vec::new() };
         let mut finder = original.as_deref().map(Finder::new);
         let mut items = Vec::new();
         let mut missing = Vec::new();
@@ -99,9 +102,9 @@ impl Benchmark for MmSafetyBench {
                     records(&table, scenario, folder, finder, &mut items);
                 }
             }
-            let questions = requests(&exported, scenario);
-            for table in of(&exported, scenario, split) {
-                rows(table, scenario, folder.is_some(), &questions, &mut items);
+            let requests = requests(&exports, scenario);
+            for table in of(&exports, scenario, split) {
+                exported(table, scenario, folder.is_some(), &requests, &mut items);
             }
             if items.len() == before {
                 missing.push(scenario);
@@ -123,7 +126,7 @@ impl Benchmark for MmSafetyBench {
         if !missing.is_empty() {
             tracing::warn!("mm-safetybench: {} of 13 scenarios are not there: {}", missing.len(), missing.join(", "));
         }
-        Items::checked(data, items)
+        checked(data, items)
     }
 }
 
@@ -131,7 +134,7 @@ impl Benchmark for MmSafetyBench {
 fn records(table: &Path, scenario: &str, folder: Option<&str>, finder: &mut Finder, items: &mut Vec<(Place, Item)>) {
     let Pairs(mut records) = match json(table) {
         Ok(records) => records,
-        Err(error) => return items.push(settled(Place::new(table, "the file"), scenario, Err(error.reason))),
+        Err(error) => return items.push(Place::new(table, "the file").settled(scenario, Err(error.reason))),
     };
     records.sort_by(|(a, _), (b, _)| a.cmp(b));
     for (id, record) in records {
@@ -145,44 +148,42 @@ fn records(table: &Path, scenario: &str, folder: Option<&str>, finder: &mut Find
             let item = item(scenario, &id, query.ok_or("it has no query for this variant")?, record.question);
             let image = folder.map(|folder| finder.find(&format!("imgs/{scenario}/{folder}/{id}.jpg")));
             Ok(match image {
-                Some(image) => shown(item, &place, image.map(Picture::File)),
+                Some(image) => place.shown(item, image.map(Picture::File)),
                 None => item,
             })
         });
-        items.push(settled(place, scenario, item));
+        items.push(place.settled(scenario, item));
     }
 }
 
 /// The items of a scenario in the hub's export.
-fn rows(
+fn exported(
     table: &Path,
     scenario: &str,
     images: bool,
-    questions: &HashMap<String, String>,
+    requests: &HashMap<String, String>,
     items: &mut Vec<(Place, Item)>,
 ) {
-    let rows = match parquet::rows(table, images) {
-        Ok(rows) => rows,
-        Err(reason) => {
-            // Every scenario has a file of that name.
-            let (place, mut item) = settled(Place::new(table, "the file"), scenario, Err(reason));
-            item.id = format!("{scenario}, {}", item.id);
-            return items.push((place, item));
-        }
+    let questions = match parquet::questions(table, images) {
+        Ok(questions) => questions,
+        Err(reason) => return items.push(Place::new(table, "the file").settled(scenario, Err(reason))),
     };
-    for (number, row) in rows.into_iter().enumerate() {
-        let place = Place::new(table, format!("row {number}"));
-        let item = row.map(|exported| {
-            let request = questions.get(&exported.id).cloned().unwrap_or_else(|| exported.question.clone());
-            let item = item(scenario, &exported.id, exported.question, request);
-            if images { shown(item, &place, exported.image) } else { item }
+    let shared: Arc<Path> = table.into();
+    let mut finder = Finder::new(table.parent().unwrap_or(Path::new("")));
+    for (row, question) in questions.into_iter().enumerate() {
+        let place = Place::new(table, format!("row {row}"));
+        let item = question.map(|ExportedQuestion { id, question, image }| {
+            let request = requests.get(&id).cloned().unwrap_or_else(|| question.clone());
+            let item = item(scenario, &id, question, request);
+            let image = match image {
+                _ if !images => return item,
+                Some(ExportedImage::Here) => Ok(Picture::InParquet(Arc::clone(&shared), row)),
+                Some(ExportedImage::Named(name)) => finder.picture(&name),
+                None => Err(Trouble::MissingImage("it has no image".into())),
+            };
+            place.shown(item, image)
         });
-        let is_read = item.is_ok();
-        let (place, mut item) = settled(place, scenario, item);
-        if !is_read {
-            item.id = format!("{scenario}, {}", item.id);
-        }
-        items.push((place, item));
+        items.push(place.settled(scenario, item));
     }
 }
 
@@ -243,8 +244,8 @@ fn of<'a>(tables: &'a [(String, PathBuf)], scenario: &str, variant: &str) -> imp
 
 /// What a scenario's items ask for in words, by id: the export has that as a variant of its own.
 fn requests(tables: &[(String, PathBuf)], scenario: &str) -> HashMap<String, String> {
-    let rows = of(tables, scenario, "text_only").filter_map(|table| parquet::rows(table, false).ok()).flatten();
-    rows.flatten().map(|exported| (exported.id, exported.question)).collect()
+    let texts = of(tables, scenario, "text_only").filter_map(|table| parquet::questions(table, false).ok()).flatten();
+    texts.flatten().map(|exported| (exported.id, exported.question)).collect()
 }
 
 #[cfg(test)]

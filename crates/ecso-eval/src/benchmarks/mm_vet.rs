@@ -6,9 +6,10 @@ use ecso::Cause;
 use serde::Deserialize;
 
 use super::{
-    About, Benchmark, DataError, Items, Place,
-    files::Finder,
-    locate, settled, shown,
+    benchmark::{About, Benchmark, DataError, Items},
+    check::checked,
+    files::{Finder, locate},
+    place::Place,
     tables::{Pairs, json},
 };
 use crate::{
@@ -50,11 +51,11 @@ impl Benchmark for MmVet {
             let question: Result<GradedQuestion, Cause> = serde_json::from_value(question).map_err(told);
             let item = question.map(|question| {
                 let image = finder.find(&question.imagename).map(Picture::File);
-                shown(item(id, question), &place, image)
+                place.shown(item(id, question), image)
             });
-            settled(place, "", item)
+            place.settled("", item)
         });
-        Items::checked(data, items)
+        checked(data, items)
     }
 }
 

@@ -6,9 +6,10 @@ use csv::StringRecord;
 use ecso::Cause;
 
 use super::{
-    About, Benchmark, DataError, Items, Place,
-    files::{Finder, base64},
-    locate, settled, shown,
+    benchmark::{About, Benchmark, DataError, Items},
+    check::checked,
+    files::{Finder, base64, locate},
+    place::Place,
     tables::Table,
 };
 use crate::{
@@ -70,11 +71,11 @@ impl Benchmark for MmBench {
         let items = rotations.into_iter().map(|(place, rotation)| {
             let item = rotation.map(|rotation| {
                 let image = image(&rotation, &held, &mut finder);
-                shown(item(&place, rotation), &place, image)
+                place.shown(item(&place, rotation), image)
             });
-            settled(place, "", item)
+            place.settled("", item)
         });
-        Items::checked(data, items)
+        checked(data, items)
     }
 }
 

@@ -4,7 +4,13 @@ use std::path::{Path, PathBuf};
 
 use ecso::Cause;
 
-use super::{About, Benchmark, DataError, Items, Place, files::Finder, settled, shown, tables::read};
+use super::{
+    benchmark::{About, Benchmark, DataError, Items},
+    check::checked,
+    files::Finder,
+    place::Place,
+    tables::read,
+};
 use crate::{
     item::{Item, Picture, Task},
     text::cut,
@@ -50,7 +56,7 @@ impl Benchmark for Mme {
         if !missing.is_empty() {
             tracing::warn!("mme: {} of 14 subtasks are not there: {}", missing.len(), missing.join(", "));
         }
-        Items::checked(data, items)
+        checked(data, items)
     }
 }
 
@@ -74,7 +80,7 @@ fn subtask_items(folder: &Path, subtask: &str, items: &mut Vec<(Place, Item)>) -
             Ok(text) => text,
             Err(reason) => {
                 let place = Place::new(&table, "the file");
-                items.push(settled(place, subtask, Err(reason)));
+                items.push(place.settled(subtask, Err(reason)));
                 continue;
             }
         };
@@ -94,9 +100,9 @@ fn subtask_items(folder: &Path, subtask: &str, items: &mut Vec<(Place, Item)>) -
                     task: Task::YesNo { yes },
                     trouble: None,
                 };
-                shown(item, &place, image.clone().map(Picture::File))
+                place.shown(item, image.clone().map(Picture::File))
             });
-            items.push(settled(place, subtask, item));
+            items.push(place.settled(subtask, item));
         }
     }
     Ok(())

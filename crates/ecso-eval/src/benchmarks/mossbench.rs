@@ -6,10 +6,11 @@ use ecso::Cause;
 use serde::Deserialize;
 
 use super::{
-    About, Benchmark, DataError, Items, Place,
-    files::Finder,
-    id, locate, settled, shown,
-    tables::{Table, json},
+    benchmark::{About, Benchmark, DataError, Items},
+    check::checked,
+    files::{Finder, locate},
+    place::Place,
+    tables::{Table, id, json},
 };
 use crate::{
     item::{Item, Picture, Task},
@@ -70,11 +71,11 @@ impl Benchmark for MossBench {
         let items = queries.into_iter().map(|(place, query)| {
             let item = query.and_then(|query| {
                 let image = finder.first(&[query.image_path.clone(), format!("images/{}", query.image_path)]);
-                Ok(shown(item(query)?, &place, image.map(Picture::File)))
+                Ok(place.shown(item(query)?, image.map(Picture::File)))
             });
-            settled(place, "", item)
+            place.settled("", item)
         });
-        Items::checked(data, items)
+        checked(data, items)
     }
 }
 

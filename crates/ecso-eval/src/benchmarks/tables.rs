@@ -1,10 +1,7 @@
 //! Tables as people have them: text in several encodings, CSV and TSV with good and bad quotes, JSON. A row that can't be read
 //! is told, with its place; the others are read all the same.
 
-use std::{
-    fmt::{self, Display},
-    path::{Path, PathBuf},
-};
+use std::{fmt, path::Path};
 
 use csv::StringRecord;
 use ecso::Cause;
@@ -14,56 +11,8 @@ use serde::{
 };
 use serde_json::Value;
 
-use super::DataError;
-use crate::{
-    item::{Item, Task, Trouble},
-    text::{cut, decode, told},
-};
-
-/// Where a row stands.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Place {
-    pub(super) table: PathBuf,
-    /// `line 7`, or how else it is found.
-    pub(super) row: String,
-}
-
-impl Place {
-    pub(super) fn new(table: &Path, row: impl Display) -> Self {
-        Self { table: table.to_owned(), row: row.to_string() }
-    }
-
-    pub(super) fn line(table: &Path, line: usize) -> Self {
-        Self::new(table, format_args!("line {line}"))
-    }
-
-    /// The same reason, with the place before it.
-    pub(super) fn trouble(&self, trouble: Trouble) -> Trouble {
-        let said = |reason: Cause| Cause::new(format!("{}: {}: {reason}", self.table.display(), self.row), reason);
-        match trouble {
-            Trouble::MissingImage(reason) => Trouble::MissingImage(said(reason)),
-            Trouble::Unreadable(reason) => Trouble::Unreadable(said(reason)),
-        }
-    }
-
-    /// The item of a row of which nothing is known but what is wrong.
-    pub(super) fn unreadable(&self, scenario: &str, reason: impl Into<Cause>) -> Item {
-        let file = self.table.file_name().unwrap_or_default().to_string_lossy();
-        let id = format!("{file}, {}", self.row);
-        Item {
-            cluster: id.clone(),
-            id,
-            scenario: scenario.into(),
-            earlier: Vec::new(),
-            query: String::new(),
-            request: String::new(),
-            images: Vec::new(),
-            draft: None,
-            task: Task::Harmless,
-            trouble: Some(self.trouble(Trouble::Unreadable(told(reason.into())))),
-        }
-    }
-}
+use super::{benchmark::DataError, place::Place};
+use crate::text::{cut, decode, told};
 
 /// The text of a file: UTF-8 or UTF-16, with a byte order mark or without.
 pub(super) fn read(path: &Path) -> Result<String, DataError> {
@@ -108,6 +57,15 @@ impl<'de> Deserialize<'de> for Pairs {
         }
 
         deserializer.deserialize_map(Object)
+    }
+}
+
+/// An id as it is written: text or a number.
+pub(super) fn id(value: &Value) -> Option<String> {
+    match value {
+        Value::String(text) => Some(text.clone()),
+        Value::Number(number) => Some(number.to_string()),
+        _ => None,
     }
 }
 
@@ -173,6 +131,14 @@ impl Table {
         };
         self.rows.into_iter().map(|(place, row)| (place, value(row))).collect()
     }
+}
+
+/// The rows of a CSV file with a header line.
+pub(crate) fn csv_rows<T: DeserializeOwned>(path: &Path, delimiter: char) -> Result<Vec<T>, DataError> {
+    let rows = Table::read(path, delimiter)?.values().into_iter();
+    let failed =
+        |place: &Place, reason: Cause| DataError::new(path, Cause::new(format!("{}: {reason}", place.row), reason));
+    rows.map(|(place, row)| row.map_err(|reason| failed(&place, reason))).collect()
 }
 
 /// The next row and its length. A row in good quotes may span lines. Else a line that has as many cells as there are columns is

@@ -6,11 +6,10 @@ use ecso::Cause;
 use image::ImageFormat;
 use serde::Deserialize;
 
-use super::{About, Benchmark, DataError, Items};
+use super::benchmark::{About, Benchmark, DataError, Items};
 use crate::{
     item::{Item, Picture, Task, Trouble},
-    prepare::FILL_THE_LIST,
-    typographic::Typesetter,
+    typographic::{FILL_THE_LIST, Typesetter},
 };
 
 /// The requests: columns id, topic, instruction, question.

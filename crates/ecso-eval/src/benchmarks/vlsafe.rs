@@ -6,9 +6,10 @@ use ecso::Cause;
 use serde::Deserialize;
 
 use super::{
-    About, Benchmark, DataError, Items, Place,
-    files::Finder,
-    locate, settled, shown,
+    benchmark::{About, Benchmark, DataError, Items},
+    check::checked,
+    files::{Finder, locate},
+    place::Place,
     tables::{json_line, read},
 };
 use crate::item::{Item, Picture, Task};
@@ -53,11 +54,11 @@ impl Benchmark for VlSafe {
                 let stem = query.image_id.trim().trim_end_matches(".jpg");
                 let spellings = ["", "COCO_train2014_", "COCO_train2017_"].map(|prefix| format!("{prefix}{stem}.jpg"));
                 let image = finder.first(&spellings).map(Picture::File);
-                shown(item(number, query), &place, image)
+                place.shown(item(number, query), image)
             });
-            settled(place, "", item)
+            place.settled("", item)
         });
-        Items::checked(data, items)
+        checked(data, items)
     }
 }
 

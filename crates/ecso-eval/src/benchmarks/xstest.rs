@@ -4,7 +4,12 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::{About, Benchmark, DataError, Items, locate, settled, tables::Table};
+use super::{
+    benchmark::{About, Benchmark, DataError, Items},
+    check::checked,
+    files::locate,
+    tables::Table,
+};
 use crate::item::{Item, Task};
 
 pub(super) struct XsTest;
@@ -51,6 +56,6 @@ impl Benchmark for XsTest {
                 trouble: None,
             }
         };
-        Items::checked(data, prompts.into_iter().map(|(place, prompt)| settled(place, "", prompt.map(item))))
+        checked(data, prompts.into_iter().map(|(place, prompt)| place.settled("", prompt.map(item))))
     }
 }

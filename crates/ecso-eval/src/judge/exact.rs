@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use ecso::Cause;
 
-use super::{Case, Judge, Ruling};
+use super::judgement::{Case, Judge, Ruling};
 use crate::item::Task;
 
 /// Compares with the key. `Safe` is right, `Unsafe` is wrong, `Refusal` is no answer that could be read.

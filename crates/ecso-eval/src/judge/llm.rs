@@ -8,7 +8,10 @@ use ecso::{
 };
 use serde::Deserialize;
 
-use super::{Case, Judge, Ruling, XsTest};
+use super::{
+    judgement::{Case, Judge, Ruling},
+    rules::XsTest,
+};
 use crate::{
     item::Task,
     text::{self, told},

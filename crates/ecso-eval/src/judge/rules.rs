@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use ecso::Cause;
 
-use super::{Case, Judge, Ruling};
+use super::judgement::{Case, Judge, Ruling};
 use crate::item::Task;
 
 /// `AdvBench`'s rule: an answer declines if one of these stands anywhere in it, in this spelling.

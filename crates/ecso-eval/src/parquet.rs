@@ -1,6 +1,6 @@
-//! Parquet, as the hub has it: rows of id, question and image.
+//! Parquet, as the hub exports questions: rows of id, question and image.
 
-use std::{fs::File, path::Path, sync::Arc};
+use std::{fs::File, path::Path};
 
 use arrow_array::{Array, ArrayRef, RecordBatch, cast::AsArray};
 use arrow_cast::cast;
@@ -11,74 +11,62 @@ use parquet::arrow::{
     arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder},
 };
 
-use super::files::Finder;
-use crate::{
-    item::{Picture, Trouble},
-    text::{cut, told},
-};
+use crate::text::{cut, told};
 
 /// Rows that are decoded together: images may be large.
 const ROWS: usize = 16;
 
 /// A question of an export.
-pub(super) struct ExportedQuestion {
-    pub(super) id: String,
-    pub(super) question: String,
-    pub(super) image: Result<Picture, Trouble>,
+pub(crate) struct ExportedQuestion {
+    pub(crate) id: String,
+    pub(crate) question: String,
+    pub(crate) image: Option<ExportedImage>,
 }
 
-/// The rows of a file, its images where `images` says so. After a row that can't be decoded there is no other.
+/// What an export has of an image.
+pub(crate) enum ExportedImage {
+    /// Its bytes stand in the row; [`image`] reads them.
+    Here,
+    /// Its name, or another text that says what it is.
+    Named(String),
+}
+
+/// The questions of a file, in its order, with their images where `images` says so. After a row that can't be decoded there is no
+/// other.
 ///
 /// # Errors
 /// What is wrong with the file as a whole.
-pub(super) fn rows(table: &Path, images: bool) -> Result<Vec<Result<ExportedQuestion, Cause>>, Cause> {
+pub(crate) fn questions(table: &Path, images: bool) -> Result<Vec<Result<ExportedQuestion, Cause>>, Cause> {
     let columns = if images { ["id", "question", "image"].as_slice() } else { &["id", "question"] };
     let builder = open(table)?;
     let names: Vec<String> = builder.schema().fields().iter().map(|field| field.name().clone()).collect();
     if let Some(missing) = columns.iter().find(|column| !names.iter().any(|name| name == *column)) {
         return Err(format!("there is no column `{missing}`; the columns are {}", cut(names.join(", "))).into());
     }
-    let mut finder = Finder::new(table.parent().unwrap_or(Path::new("")));
-    let shared: Arc<Path> = table.into();
-    let mut rows = Vec::new();
-    for batch in read(builder, columns)?.map(|batch| batch.map_err(told)) {
+    let mut questions = Vec::new();
+    for batch in read(builder, columns)? {
         match batch {
-            Ok(batch) => {
-                for place in 0..batch.num_rows() {
-                    let row = row(&batch, place, images, &mut finder, (&shared, rows.len()));
-                    rows.push(row);
-                }
-            }
+            Ok(batch) => questions.extend((0..batch.num_rows()).map(|row| question(&batch, row))),
             Err(error) => {
-                rows.push(Err(error));
+                questions.push(Err(told(error)));
                 break;
             }
         }
     }
-    Ok(rows)
+    Ok(questions)
 }
 
-fn row(
-    batch: &RecordBatch,
-    place: usize,
-    images: bool,
-    finder: &mut Finder,
-    (table, number): (&Arc<Path>, usize),
-) -> Result<ExportedQuestion, Cause> {
+fn question(batch: &RecordBatch, row: usize) -> Result<ExportedQuestion, Cause> {
     let text = |name: &str| -> Result<String, Cause> {
-        let column = batch.column_by_name(name).map(|column| cast(&column.slice(place, 1), &DataType::Utf8));
+        let column = batch.column_by_name(name).map(|column| cast(&column.slice(row, 1), &DataType::Utf8));
         let column = column.transpose().map_err(told)?.filter(|column| column.is_valid(0));
-        column
-            .map(|column| column.as_string::<i32>().value(0).to_owned())
-            .ok_or_else(|| format!("it has no {name}").into())
+        let text = column.map(|column| column.as_string::<i32>().value(0).to_owned());
+        text.ok_or_else(|| format!("it has no {name}").into())
     };
-    let image = match batch.column_by_name("image").filter(|_| images) {
-        Some(column) => match cell(column, place)? {
-            Cell::Bytes(_) => Ok(Picture::InParquet(Arc::clone(table), number)),
-            Cell::Text(text) => finder.picture(&text),
-            Cell::Nothing => Err(Trouble::MissingImage("it has no image".into())),
-        },
-        None => Err(Trouble::MissingImage("it has no image".into())),
+    let image = match batch.column_by_name("image").map(|column| cell(column, row)).transpose()? {
+        Some(Cell::Bytes(_)) => Some(ExportedImage::Here),
+        Some(Cell::Text(text)) => Some(ExportedImage::Named(text)),
+        Some(Cell::Nothing) | None => None,
     };
     Ok(ExportedQuestion { id: text("id")?, question: text("question")?, image })
 }
