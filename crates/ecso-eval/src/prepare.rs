@@ -79,12 +79,8 @@ pub fn figstep(table: &Path, typesetter: &Typesetter, out: &Path) -> Result<usiz
 /// [`PrepareError`] when the questions can't be read or a file not be written.
 pub fn mm_safetybench(questions: &Path, typesetter: &Typesetter, out: &Path) -> Result<usize, PrepareError> {
     let mut scenarios: BTreeMap<String, BTreeMap<String, ProcessedQuestion>> = BTreeMap::new();
-    let read = |path: &Path| -> Result<BTreeMap<String, ProcessedQuestion>, PrepareError> {
-        let text = std::fs::read_to_string(path).map_err(failed(path))?;
-        serde_json::from_str(&text).map_err(failed(path))
-    };
     if questions.is_file() {
-        for (key, record) in read(questions)? {
+        for (key, record) in benchmarks::json::<BTreeMap<String, ProcessedQuestion>>(questions)? {
             let (scenario, id) = key
                 .split_once('#')
                 .ok_or_else(|| PrepareError::new(questions, format!("`{}` is not <scenario>#<id>", cut(&key))))?;
@@ -94,7 +90,7 @@ pub fn mm_safetybench(questions: &Path, typesetter: &Typesetter, out: &Path) -> 
         for (scenario, _) in SCENARIOS {
             let path = questions.join(format!("{scenario}.json"));
             if path.exists() {
-                scenarios.insert(scenario.to_owned(), read(&path)?);
+                scenarios.insert(scenario.to_owned(), benchmarks::json(&path)?);
             }
         }
     }
@@ -155,7 +151,7 @@ pub fn requests(path: &Path) -> Result<Vec<PlainRequest>, PrepareError> {
     if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("csv")) {
         return Ok(benchmarks::csv_rows(path, ',')?);
     }
-    let text = std::fs::read_to_string(path).map_err(failed(path))?;
+    let text = benchmarks::read(path)?;
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     Ok(lines
         .map(|line| PlainRequest { id: String::new(), prompt: line.to_owned(), label: None, scenario: None })

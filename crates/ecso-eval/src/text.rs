@@ -1,35 +1,60 @@
 //! Text of others: in several encodings, and no more of it in an error than fits there.
 
-use std::{error::Error, fmt::Display};
+use std::{error::Error, fmt::Display, path::Path};
 
 use ecso::Cause;
 
-/// Text from its bytes: UTF-8 or UTF-16, with a byte order mark or without.
+/// The text of a file: UTF-8 or UTF-16, with a byte order mark or without.
 ///
 /// # Errors
-/// A [`Cause`] that says what to do; of a single byte that is neither, with its line.
+/// A [`Cause`] that says what to do; of a byte that is neither, with its line. The file is not named in it.
+pub fn read(path: &Path) -> Result<String, Cause> {
+    decode(std::fs::read(path).map_err(Cause::of)?)
+}
+
+/// Text from its bytes, as [`read`] reads it.
+///
+/// # Errors
+/// As [`read`].
 pub fn decode(mut bytes: Vec<u8>) -> Result<String, Cause> {
-    match *bytes.as_slice() {
-        [0xFF, 0xFE, 0, 0, ..] | [0, 0, 0xFE, 0xFF, ..] => Err("it is UTF-32; save it as UTF-8".into()),
-        [0xFF, 0xFE, ..] => utf16(&bytes[2..], u16::from_le_bytes),
-        [0xFE, 0xFF, ..] => utf16(&bytes[2..], u16::from_be_bytes),
-        [a, 0, b, 0, ..] if a != 0 && b != 0 => utf16(&bytes, u16::from_le_bytes),
-        [0, a, 0, b, ..] if a != 0 && b != 0 => utf16(&bytes, u16::from_be_bytes),
-        _ => {
-            if bytes.starts_with("\u{feff}".as_bytes()) {
-                bytes.drain(..3);
-            }
-            String::from_utf8(bytes).map_err(|error| {
-                let valid = error.utf8_error().valid_up_to();
-                let line = error.as_bytes().iter().take(valid).filter(|byte| **byte == b'\n').count() + 1;
-                let reason = format!("line {line} is neither UTF-8 nor UTF-16; save the file as UTF-8");
-                Cause::new(reason, error.utf8_error())
-            })
-        }
+    if bytes.starts_with(&[0xFF, 0xFE, 0, 0]) || bytes.starts_with(&[0, 0, 0xFE, 0xFF]) {
+        return Err("it is UTF-32; save it as UTF-8".into());
+    }
+    if let Some((mark, unit)) = utf16_form(&bytes) {
+        return utf16(&bytes[mark..], unit);
+    }
+    if bytes.starts_with("\u{feff}".as_bytes()) {
+        bytes.drain(..3);
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let valid = error.utf8_error().valid_up_to();
+        let line = error.as_bytes().iter().take(valid).filter(|byte| **byte == b'\n').count() + 1;
+        let reason = format!("line {line} is neither UTF-8 nor UTF-16; save the file as UTF-8");
+        Cause::new(reason, error.utf8_error())
+    })
+}
+
+/// Whether a file that begins like this is UTF-16: by its mark, or by every second byte being zero.
+#[must_use]
+pub fn is_utf16(start: &[u8]) -> bool {
+    utf16_form(start).is_some()
+}
+
+/// How a unit of two bytes is read.
+type Unit = fn([u8; 2]) -> u16;
+
+/// How long the mark of UTF-16 is, and how its units are read.
+fn utf16_form(start: &[u8]) -> Option<(usize, Unit)> {
+    match *start {
+        [0xFF, 0xFE, ..] => Some((2, u16::from_le_bytes)),
+        [0xFE, 0xFF, ..] => Some((2, u16::from_be_bytes)),
+        [a, 0, b, 0, ..] if a != 0 && b != 0 => Some((0, u16::from_le_bytes)),
+        [0, a, 0, b, ..] if a != 0 && b != 0 => Some((0, u16::from_be_bytes)),
+        _ => None,
     }
 }
 
-fn utf16(bytes: &[u8], unit: fn([u8; 2]) -> u16) -> Result<String, Cause> {
+fn utf16(bytes: &[u8], unit: Unit) -> Result<String, Cause> {
     let broken = "it is UTF-16 that is broken; save it as UTF-8";
     let (pairs, rest) = bytes.as_chunks::<2>();
     if !rest.is_empty() {

@@ -319,6 +319,23 @@ fn evasions_are_items_of_ones_own() {
 }
 
 #[test]
+fn requests_to_be_set_are_read_in_any_encoding() {
+    let data = tempfile::tempdir().unwrap();
+    for (name, text) in [("a.txt", "Bake bread.\r\n\r\nBrew tea.\r\n"), ("a.csv", "prompt\nBake bread.\nBrew tea.\n")] {
+        let file = data.path().join(name);
+        let utf16: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
+        for bytes in [text.into(), format!("\u{feff}{text}").into_bytes(), utf16] {
+            fs::write(&file, bytes).unwrap();
+            let requests = prepare::requests(&file).unwrap();
+            assert_eq!(
+                requests.iter().map(|request| request.prompt.as_str()).collect::<Vec<_>>(),
+                ["Bake bread.", "Brew tea."]
+            );
+        }
+    }
+}
+
+#[test]
 fn a_bad_row_is_an_item_that_failed_and_a_file_of_bad_rows_an_error() {
     let data = tempfile::tempdir().unwrap();
     let file = data.path().join("items.jsonl");
@@ -353,9 +370,16 @@ fn a_bad_row_is_an_item_that_failed_and_a_file_of_bad_rows_an_error() {
     fs::write(&file, [b"{\"id\": 0, \"query\": \"q\"}\n{\"id\": 1, \"query\": \"".as_slice(), b"\xe4\"}\n"].concat())
         .unwrap();
     assert!(matches!(items("jsonl", data.path(), None)[1].trouble, Some(Trouble::Unreadable(_))));
-    let utf16: Vec<u8> = format!("\u{feff}{good}\r\n").encode_utf16().flat_map(u16::to_le_bytes).collect();
-    fs::write(&file, utf16).unwrap();
-    assert_eq!(sorted(&items("jsonl", data.path(), None)).0, ["0"]);
+    for text in
+        [format!("\u{feff}{good}\r\n"), format!("{good}\n"), format!("[\n{good}]"), format!("\u{feff} [{good}]")]
+    {
+        let utf16: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
+        fs::write(&file, utf16).unwrap();
+        assert_eq!(sorted(&items("jsonl", data.path(), None)).0, ["0"], "{text}");
+    }
+    // A zero byte makes no UTF-16 of it.
+    fs::write(&file, [good.as_bytes(), b"\n\0\xff\n", good.replace('0', "1").as_bytes()].concat()).unwrap();
+    assert_eq!(sorted(&items("jsonl", data.path(), None)).0, ["0", "1"]);
     for text in ["", "[]", "[{\"id\": 1, ", "\u{feff}"] {
         fs::write(&file, text).unwrap();
         assert!(problem("jsonl", data.path()).contains("items.jsonl"), "{text}");

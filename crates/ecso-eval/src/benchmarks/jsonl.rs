@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::{BufRead, BufReader, Read},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use ecso::{Cause, Role};
@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     item::{Item, Picture, Task, Trouble},
-    text::{cut, told},
+    text::{self, cut, told},
 };
 
 pub(super) struct Jsonl;
@@ -84,8 +84,6 @@ impl Benchmark for Jsonl {
     }
 }
 
-type Rows = Box<dyn Iterator<Item = (Place, Result<OwnItem, Cause>)> + Send>;
-
 fn items(path: &Path) -> Result<impl Iterator<Item = (Place, Item)> + Send + use<>, DataError> {
     let mut finder = Finder::new(path.parent().unwrap_or(Path::new("")));
     Ok(rows(path)?.map(move |(place, row)| {
@@ -94,33 +92,37 @@ fn items(path: &Path) -> Result<impl Iterator<Item = (Place, Item)> + Send + use
     }))
 }
 
-/// The rows: lines are read one by one, an array, or text in UTF-16, as a whole.
+type Rows = Box<dyn Iterator<Item = (Place, Result<OwnItem, Cause>)> + Send>;
+
+/// The rows: lines are read one by one; an array, and text in UTF-16, as a whole.
 fn rows(path: &Path) -> Result<Rows, DataError> {
     let failed = |error: std::io::Error| DataError::new(path, Cause::of(error));
-    let path = path.to_owned();
     let mut start = Vec::new();
-    File::open(&path).and_then(|file| file.take(4096).read_to_end(&mut start)).map_err(failed)?;
-    let text = start.strip_prefix("\u{feff}".as_bytes()).unwrap_or(&start).trim_ascii_start();
-    if text.first() == Some(&b'[') {
-        let rows: Vec<Value> = json(&path)?;
-        let row = |row| serde_json::from_value(row).map_err(told);
-        return Ok(Box::new(
-            (1..).zip(rows).map(move |(number, value)| (Place::new(&path, format!("row {number}")), row(value))),
-        ));
+    File::open(path).and_then(|file| file.take(4096).read_to_end(&mut start)).map_err(failed)?;
+    let is_utf16 = text::is_utf16(&start);
+    let begin = if is_utf16 { read(path)? } else { String::from_utf8_lossy(&start).into_owned() };
+    if begin.trim_start_matches('\u{feff}').trim_start().starts_with('[') {
+        return array(path);
     }
-    if start.contains(&0) || start.starts_with(&[0xFF, 0xFE]) || start.starts_with(&[0xFE, 0xFF]) {
-        let text = read(&path)?;
-        if text.trim_start().starts_with('[') {
-            return Err(DataError::new(&path, "it is an array in UTF-16; save it as UTF-8"));
-        }
-        let lines: Vec<String> = text.lines().map(str::to_owned).collect();
-        return Ok(lined(path, lines.into_iter().map(Ok)));
+    if is_utf16 {
+        let lines: Vec<std::io::Result<String>> = begin.lines().map(|line| Ok(line.to_owned())).collect();
+        return Ok(lined(path, lines.into_iter()));
     }
-    let file = File::open(&path).map_err(failed)?;
-    Ok(lined(path, BufReader::new(file).lines()))
+    Ok(lined(path, BufReader::new(File::open(path).map_err(failed)?).lines()))
 }
 
-fn lined(path: PathBuf, lines: impl Iterator<Item = std::io::Result<String>> + Send + 'static) -> Rows {
+fn array(path: &Path) -> Result<Rows, DataError> {
+    let rows: Vec<Value> = json(path)?;
+    let path = path.to_owned();
+    let row = move |(number, value): (usize, Value)| {
+        let row = serde_json::from_value(value).map_err(told);
+        (Place::new(&path, format!("row {number}")), row)
+    };
+    Ok(Box::new((1..).zip(rows).map(row)))
+}
+
+fn lined(path: &Path, lines: impl Iterator<Item = std::io::Result<String>> + Send + 'static) -> Rows {
+    let path = path.to_owned();
     let filled = (1..).zip(lines).filter(|(_, line)| !line.as_ref().is_ok_and(|line| line.trim().is_empty()));
     Box::new(filled.map(move |(number, line)| {
         let row = line.map_err(told).and_then(|line| {

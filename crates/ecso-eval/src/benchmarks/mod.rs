@@ -17,7 +17,7 @@ mod vlsafe;
 mod xstest;
 
 pub use benchmark::{About, Benchmark, DataError, Items};
-pub(crate) use tables::csv_rows;
+pub(crate) use tables::{csv_rows, json, read};
 
 /// All benchmarks.
 pub const ALL: [&dyn Benchmark; 10] = [

@@ -12,16 +12,15 @@ use serde::{
 use serde_json::Value;
 
 use super::{benchmark::DataError, place::Place};
-use crate::text::{cut, decode, told};
+use crate::text::{self, cut, told};
 
-/// The text of a file: UTF-8 or UTF-16, with a byte order mark or without.
-pub(super) fn read(path: &Path) -> Result<String, DataError> {
-    let bytes = std::fs::read(path).map_err(|error| DataError::new(path, Cause::of(error)))?;
-    decode(bytes).map_err(|error| DataError::new(path, error))
+/// The text of a file.
+pub(crate) fn read(path: &Path) -> Result<String, DataError> {
+    text::read(path).map_err(|reason| DataError::new(path, reason))
 }
 
 /// A JSON file.
-pub(super) fn json<T: DeserializeOwned>(path: &Path) -> Result<T, DataError> {
+pub(crate) fn json<T: DeserializeOwned>(path: &Path) -> Result<T, DataError> {
     serde_json::from_str(&read(path)?).map_err(|error| DataError::new(path, told(error)))
 }
 

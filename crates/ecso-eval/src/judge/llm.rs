@@ -204,8 +204,7 @@ impl Judge for Llm {
 /// # Errors
 /// When the file can't be read or lacks a prompt.
 pub fn published(path: &Path, model: Arc<dyn Mllm>) -> Result<impl Judge + use<>, Cause> {
-    let text =
-        std::fs::read_to_string(path).map_err(|error| Cause::new(format!("{}: {error}", path.display()), error))?;
+    let text = text::read(path).map_err(|cause| Cause::new(format!("{}: {cause}", path.display()), cause))?;
     let mut prompts = Vec::new();
     for (number, line) in (1..).zip(text.lines().filter(|line| !line.trim().is_empty())) {
         let prompt: Result<PublishedPrompt, Cause> = serde_json::from_str(line).map_err(told);
