@@ -486,41 +486,60 @@ fn held(benchmark: &str, data: &Path) -> Option<Vec<Item>> {
     Some(items)
 }
 
-/// Bytes that tables get in the way of, but for what ends a cell or a line.
+/// What stands in the way of a reader, but for quotation marks and ends of lines: these may take other rows with them.
 fn garbage() -> impl Strategy<Value = Vec<u8>> {
-    let known = [
-        "nan",
-        "None",
-        "<NA>",
-        "-1",
-        "1e999",
-        "\u{feff}",
-        "\u{1f600}",
-        "\0",
-        "{",
-        "}",
-        "[",
-        "]",
-        ":",
-        "\\",
-        "=",
-        "../",
-        " ",
-    ];
+    let known = "nan None <NA> -1 1e999 , ; \t \u{feff} \u{1f600} \0 { } [ ] : \\ = ../";
+    let known: Vec<&str> = known.split(' ').collect();
     prop_oneof![
-        6 => prop::sample::select(known.to_vec()).prop_map(|text| text.as_bytes().to_vec()),
+        6 => prop::sample::select(known).prop_map(|text| text.as_bytes().to_vec()),
         2 => prop::collection::vec(any::<u8>(), 0..6)
-            .prop_map(|bytes| bytes.into_iter().filter(|byte| !b"\"\t\r\n,;".contains(byte)).collect()),
+            .prop_map(|bytes| bytes.into_iter().filter(|byte| !b"\"\r\n".contains(byte)).collect()),
         1 => (1_usize..300_000).prop_map(|length| vec![b'x'; length]),
+    ]
+}
+
+/// What happens to a table.
+#[derive(Debug, Clone)]
+enum Wound {
+    /// So many bytes are others.
+    Bytes(prop::sample::Index, usize, Vec<u8>),
+    /// A line stands twice.
+    Again(prop::sample::Index),
+}
+
+impl Wound {
+    fn strike(self, table: &mut Vec<u8>) {
+        match self {
+            Self::Bytes(place, length, with) => {
+                let begin = place.index(table.len() + 1);
+                table.splice(begin..table.len().min(begin + length), with);
+            }
+            Self::Again(line) => {
+                let mut lines: Vec<&[u8]> = table.split_inclusive(|byte| *byte == b'\n').collect();
+                if !lines.is_empty() {
+                    let line = line.index(lines.len());
+                    lines.insert(line, lines[line]);
+                }
+                *table = lines.concat();
+            }
+        }
+    }
+}
+
+fn wound() -> impl Strategy<Value = Wound> {
+    prop_oneof![
+        3 => (any::<prop::sample::Index>(), 0_usize..30, anything())
+            .prop_map(|(place, length, with)| Wound::Bytes(place, length, with)),
+        1 => any::<prop::sample::Index>().prop_map(Wound::Again),
     ]
 }
 
 /// Any bytes at all.
 fn anything() -> impl Strategy<Value = Vec<u8>> {
-    let marks = ["\"", "\"\"", ",", ";", "\t", "\n", "\r", "\r\n", "\u{2028}", "\"\n\""];
+    let marks = vec!["\"", "\"\"", ",", ";", "\t", "\n", "\r", "\r\n", "\u{2028}", "\"\n\""];
     prop_oneof![
         1 => garbage(),
-        1 => prop::sample::select(marks.to_vec()).prop_map(|text| text.as_bytes().to_vec()),
+        1 => prop::sample::select(marks).prop_map(|text| text.as_bytes().to_vec()),
         1 => (1_usize..100_000).prop_map(|length| vec![b'"'; length]),
     ]
 }
@@ -546,14 +565,12 @@ proptest! {
     #[test]
     fn a_garbled_table_never_panics(
         (which, form) in (0..TABLES.len(), 0_usize..10),
-        wounds in prop::collection::vec((any::<prop::sample::Index>(), 0_usize..30, anything()), 0..5),
+        wounds in prop::collection::vec(wound(), 0..5),
     ) {
         let (benchmark, file, table, _) = TABLES[which];
         let mut bytes = table.as_bytes().to_vec();
-        for (place, length, with) in wounds {
-            let begin = place.index(bytes.len() + 1);
-            let end = bytes.len().min(begin + length);
-            bytes.splice(begin..end, with);
+        for wound in wounds {
+            wound.strike(&mut bytes);
         }
         let data = layout();
         fs::write(data.path().join(file), encoded(bytes, form)).unwrap();
@@ -579,7 +596,7 @@ proptest! {
         fs::write(data.path().join(file), &bytes).unwrap();
         // An array or an object that is broken anywhere is no table; nor is what is not UTF-8, where a file is read as a whole.
         let Some(garbled) = held(benchmark, data.path()) else {
-            prop_assert!(file.ends_with(".json") || benchmark != "jsonl");
+            prop_assert_ne!(benchmark, "jsonl");
             return Ok(());
         };
         let kept = whole.iter().filter(|item| garbled.contains(item)).count();
