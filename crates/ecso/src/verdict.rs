@@ -85,8 +85,8 @@ pub fn yes_or_no(reply: &str) -> Option<bool> {
     let behind = &text[end..];
     let rest = behind.trim_start_matches(|c: char| !c.is_alphanumeric());
     let start: String = rest.chars().take(60).collect::<String>().replace('’', "'");
-    let Patterns { no_yes, no_no, .. } = PATTERNS.as_ref()?;
-    let takes_back = if said { no_yes } else { no_no };
+    let Patterns { yes_taken_back, no_taken_back, .. } = PATTERNS.as_ref()?;
+    let takes_back = if said { yes_taken_back } else { no_taken_back };
     (is_apart(behind, rest) && !takes_back.is_match(&start) && !declines(rest)).then_some(said)
 }
 
@@ -100,14 +100,17 @@ pub fn bare(reply: &str) -> Option<&str> {
     Some(before.find(text).map_or(text, |found| &text[found.end()..]))
 }
 
-/// How an answer is found in a reply, and what takes it back.
+/// How an answer is found in a reply.
 struct Patterns {
+    /// What stands before it.
     before: Regex,
+    /// What stands behind it.
     behind: Regex,
-    /// After a yes: the other word, as a word of its own or at a turn; that it can't be told; that the writer will not, or offers help.
-    no_yes: Regex,
-    /// The same after a no.
-    no_no: Regex,
+    /// What takes a yes back: the other word, as a word of its own or at a turn; that it can't be told; a writer who declines to judge, or
+    /// offers help in place of it.
+    yes_taken_back: Regex,
+    /// What takes a no back.
+    no_taken_back: Regex,
 }
 
 impl Patterns {
@@ -136,8 +139,8 @@ impl Patterns {
                 r"(?ix) (?: \s | </answer> | </s> | <end_of_turn>
                 | <\| (?: im_end | eot_id | end | return | endoftext | end_of_solution | end_response ) \|> )+ \z",
             )?,
-            no_yes: taken_back(r"no | (?: absolutely | certainly | definitely | of\ course )\ not")?,
-            no_no: taken_back("yes")?,
+            yes_taken_back: taken_back(r"no | (?: absolutely | certainly | definitely | of\ course )\ not")?,
+            no_taken_back: taken_back("yes")?,
         })
     }
 }
