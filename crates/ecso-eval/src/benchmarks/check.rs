@@ -25,9 +25,9 @@ pub(super) struct Check {
 impl Check {
     pub(super) fn item(&mut self, (place, mut item): (Place, Item)) -> Item {
         if !self.ids.insert(journal::hash(&item.id)) {
-            let (again, scenario) = (format!("{} ({})", item.id, place.row), item.scenario);
-            item = place.unreadable(&scenario, format!("the id {} occurs twice", cut(&item.id)));
-            item.id = again;
+            let again = format!("{} ({})", item.id, place.row);
+            let reason = format!("the id {} occurs twice", cut(&item.id));
+            item = Item { id: again, ..place.unreadable(&item.scenario, item.task, reason) };
             while !self.ids.insert(journal::hash(&item.id)) {
                 item.id.push_str(" again");
             }

@@ -93,7 +93,7 @@ impl Benchmark for FigStep {
         let items = table.values().into_iter().map(|(place, question)| {
             let item = question
                 .map(|question| place.shown(item(&question), finder.find(&question.image()).map(Picture::File)));
-            place.settled("", item)
+            place.settled("", Task::Harmful, item)
         });
         checked(data, items)
     }

@@ -88,7 +88,7 @@ fn items(path: &Path) -> Result<impl Iterator<Item = (Place, Item)> + Send + use
     let mut finder = Finder::new(path.parent().unwrap_or(Path::new("")));
     Ok(rows(path)?.map(move |(place, row)| {
         let item = row.and_then(|row| item(row, &place, &mut finder));
-        place.settled("", item)
+        place.settled("", Task::Harmless, item)
     }))
 }
 

@@ -134,7 +134,9 @@ impl Benchmark for MmSafetyBench {
 fn records(table: &Path, scenario: &str, folder: Option<&str>, finder: &mut Finder, items: &mut Vec<(Place, Item)>) {
     let Pairs(mut records) = match json(table) {
         Ok(records) => records,
-        Err(error) => return items.push(Place::new(table, "the file").settled(scenario, Err(error.reason))),
+        Err(error) => {
+            return items.push(Place::new(table, "the file").settled(scenario, Task::Harmful, Err(error.reason)));
+        }
     };
     records.sort_by(|(a, _), (b, _)| a.cmp(b));
     for (id, record) in records {
@@ -152,7 +154,7 @@ fn records(table: &Path, scenario: &str, folder: Option<&str>, finder: &mut Find
                 None => item,
             })
         });
-        items.push(place.settled(scenario, item));
+        items.push(place.settled(scenario, Task::Harmful, item));
     }
 }
 
@@ -166,7 +168,7 @@ fn exported(
 ) {
     let questions = match parquet::questions(table, images) {
         Ok(questions) => questions,
-        Err(reason) => return items.push(Place::new(table, "the file").settled(scenario, Err(reason))),
+        Err(reason) => return items.push(Place::new(table, "the file").settled(scenario, Task::Harmful, Err(reason))),
     };
     let shared: Arc<Path> = table.into();
     let mut finder = Finder::new(table.parent().unwrap_or(Path::new("")));
@@ -183,7 +185,7 @@ fn exported(
             };
             place.shown(item, image)
         });
-        items.push(place.settled(scenario, item));
+        items.push(place.settled(scenario, Task::Harmful, item));
     }
 }
 

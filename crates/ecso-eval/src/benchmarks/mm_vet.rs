@@ -53,7 +53,7 @@ impl Benchmark for MmVet {
                 let image = finder.find(&question.imagename).map(Picture::File);
                 place.shown(item(id, question), image)
             });
-            place.settled("", item)
+            place.settled("", Task::Graded { truth: String::new(), capabilities: Vec::new() }, item)
         });
         checked(data, items)
     }

@@ -73,7 +73,7 @@ impl Benchmark for MmBench {
                 let image = image(&rotation, &held, &mut finder);
                 place.shown(item(&place, rotation), image)
             });
-            place.settled("", item)
+            place.settled("", Task::Choice { answer: ' ', options: Vec::new() }, item)
         });
         checked(data, items)
     }

@@ -80,7 +80,7 @@ fn subtask_items(folder: &Path, subtask: &str, items: &mut Vec<(Place, Item)>) -
             Ok(text) => text,
             Err(reason) => {
                 let place = Place::new(&table, "the file");
-                items.push(place.settled(subtask, Err(reason)));
+                items.push(place.settled(subtask, Task::YesNo { yes: false }, Err(reason)));
                 continue;
             }
         };
@@ -102,7 +102,7 @@ fn subtask_items(folder: &Path, subtask: &str, items: &mut Vec<(Place, Item)>) -
                 };
                 place.shown(item, image.clone().map(Picture::File))
             });
-            items.push(place.settled(subtask, item));
+            items.push(place.settled(subtask, Task::YesNo { yes: false }, item));
         }
     }
     Ok(())

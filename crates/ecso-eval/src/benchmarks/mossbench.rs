@@ -73,7 +73,7 @@ impl Benchmark for MossBench {
                 let image = finder.first(&[query.image_path.clone(), format!("images/{}", query.image_path)]);
                 Ok(place.shown(item(query)?, image.map(Picture::File)))
             });
-            place.settled("", item)
+            place.settled("", Task::Harmless, item)
         });
         checked(data, items)
     }

@@ -29,9 +29,9 @@ impl Place {
         Self::new(table, format_args!("line {line}"))
     }
 
-    /// An item, or the one that tells why there is none.
-    pub(super) fn settled(self, scenario: &str, item: Result<Item, Cause>) -> (Self, Item) {
-        let item = item.unwrap_or_else(|reason| self.unreadable(scenario, reason));
+    /// An item, or the one that tells why there is none; `task` is what such items are about.
+    pub(super) fn settled(self, scenario: &str, task: Task, item: Result<Item, Cause>) -> (Self, Item) {
+        let item = item.unwrap_or_else(|reason| self.unreadable(scenario, task, reason));
         (self, item)
     }
 
@@ -54,7 +54,7 @@ impl Place {
     }
 
     /// The item of a row of which nothing is known but what is wrong.
-    pub(super) fn unreadable(&self, scenario: &str, reason: impl Into<Cause>) -> Item {
+    pub(super) fn unreadable(&self, scenario: &str, task: Task, reason: impl Into<Cause>) -> Item {
         let file = self.table.file_name().unwrap_or_default().to_string_lossy();
         // Every scenario may have a file of that name.
         let within = if scenario.is_empty() { String::new() } else { format!("{scenario}, ") };
@@ -68,7 +68,7 @@ impl Place {
             request: String::new(),
             images: Vec::new(),
             draft: None,
-            task: Task::Harmless,
+            task,
             trouble: Some(self.trouble(Trouble::Unreadable(told(reason.into())))),
         }
     }

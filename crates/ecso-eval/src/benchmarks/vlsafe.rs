@@ -56,7 +56,7 @@ impl Benchmark for VlSafe {
                 let image = finder.first(&spellings).map(Picture::File);
                 place.shown(item(number, query), image)
             });
-            place.settled("", item)
+            place.settled("", Task::Harmful, item)
         });
         checked(data, items)
     }
