@@ -5,10 +5,10 @@ use std::{
     sync::Arc,
 };
 
-use ecso::{Chat, Image, ImageError, Limits, Part, Role, Turn};
+use ecso::{Cause, Chat, Image, ImageError, Limits, Part, Role, Turn};
 use serde::{Deserialize, Serialize};
 
-use crate::benchmarks::parquet;
+use crate::parquet;
 
 /// An item as a benchmark gives it.
 #[derive(Debug, Clone, PartialEq)]
@@ -36,14 +36,13 @@ pub struct Item {
 }
 
 /// Why an item can't be run. The message names the file, and the row in it.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error(transparent)]
 pub enum Trouble {
     /// An image isn't there.
-    #[error("{0}")]
-    MissingImage(String),
+    MissingImage(Cause),
     /// Its row, or a file of it, can't be understood.
-    #[error("{0}")]
-    Unreadable(String),
+    Unreadable(Cause),
 }
 
 /// Where an image comes from.
@@ -54,7 +53,7 @@ pub enum Picture {
     /// Encoded bytes.
     Bytes(Arc<[u8]>),
     /// The image of a row (from 0) of a Parquet file, read when its item's turn comes.
-    Row(Arc<Path>, usize),
+    InParquet(Arc<Path>, usize),
 }
 
 /// What a good answer is.
@@ -100,13 +99,13 @@ impl Item {
         let read = |picture: &Picture| match picture {
             Picture::Bytes(bytes) => Image::from_bytes(bytes.to_vec(), limits),
             Picture::File(path) => Image::open(path, limits),
-            Picture::Row(table, row) => {
-                let failed = |reason: String| {
+            Picture::InParquet(table, row) => {
+                let failed = |reason: Cause| {
                     let reason = format!("row {row}: {reason}");
                     ImageError::File { path: table.to_path_buf(), reason }
                 };
                 let bytes = parquet::image(table, *row).map_err(failed)?;
-                Image::from_bytes(bytes, limits).map_err(|error| failed(error.to_string()))
+                Image::from_bytes(bytes, limits).map_err(|error| failed(Cause::of(error)))
             }
         };
         let last = (Role::User, &self.query, &self.images);

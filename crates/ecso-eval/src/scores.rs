@@ -13,13 +13,16 @@ use crate::{
 /// Most points of an image of MME: for the share of right answers, and for both being right.
 const MME_POINTS: f64 = 200.0;
 
+/// Questions about an image of MME; an image of which fewer were run, as in a sample, says nothing of accuracy+.
+const MME_QUESTIONS: usize = 2;
+
 /// What these benchmarks count of an arm's answers, record by record.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Points {
     /// MME: answers by subtask and image.
     subtasks: BTreeMap<String, BTreeMap<String, Answers>>,
-    /// `MMBench`: answers by circle, a question with its options turned round.
-    circles: BTreeMap<String, Answers>,
+    /// `MMBench`: options and answers by circle, a question with its options turned round.
+    circles: BTreeMap<String, (usize, Answers)>,
     /// MM-Vet: grades, in all and by capability.
     grades: BTreeMap<String, Grades>,
 }
@@ -40,6 +43,10 @@ impl Answers {
             None => &mut self.unknown,
         };
         *count += 1;
+    }
+
+    fn count(self) -> usize {
+        (self.right + self.wrong + self.unknown) as usize
     }
 
     /// Whether all are right; none where that hangs on what nobody knows.
@@ -65,7 +72,11 @@ impl Points {
                 let images = self.subtasks.entry(record.scenario.clone()).or_default();
                 images.entry(record.cluster.clone()).or_default().add(good);
             }
-            Task::Choice { .. } => self.circles.entry(record.cluster.clone()).or_default().add(good),
+            Task::Choice { options, .. } => {
+                let (wanted, answers) = self.circles.entry(record.cluster.clone()).or_default();
+                *wanted = options.len();
+                answers.add(good);
+            }
             Task::Graded { capabilities, .. } => {
                 let grade = match standing {
                     Standing::Judged(_, score) => Some(100.0 * score.unwrap_or(0.0)),
@@ -87,10 +98,13 @@ impl Points {
     /// (0 to 100). What nobody knows is in no figure and widens its interval. Empty for benchmarks of safety.
     pub(crate) fn figures(self) -> Vec<(String, Mean)> {
         let mut figures = mme(&self.subtasks);
-        if !self.circles.is_empty() {
-            let known = self.circles.values().filter_map(|answers| answers.all_right());
-            let points: Vec<Vec<f64>> = known.map(|right| vec![if right { 100.0 } else { 0.0 }]).collect();
-            let unknown = self.circles.len() - points.len();
+        // Of a circle that was run in part, as a sample has it, nobody can say.
+        let whole = self.circles.values().filter(|(wanted, answers)| answers.count() >= *wanted);
+        let circles: Vec<Option<bool>> = whole.map(|(_, answers)| answers.all_right()).collect();
+        if !circles.is_empty() {
+            let known = circles.iter().flatten();
+            let points: Vec<Vec<f64>> = known.map(|right| vec![if *right { 100.0 } else { 0.0 }]).collect();
+            let unknown = circles.len() - points.len();
             figures.push(("circular accuracy".into(), clustered_mean(&points).with_unknown(unknown, 100.0)));
         }
         figures.extend(self.grades.into_iter().map(|(name, grades)| {
@@ -105,20 +119,22 @@ impl Points {
 fn mme(subtasks: &BTreeMap<String, BTreeMap<String, Answers>>) -> Vec<(String, Mean)> {
     // Points of the images of which all is known, and how many others there are.
     let points = |images: &BTreeMap<String, Answers>| -> (Vec<f64>, usize) {
-        let known = images.values().filter(|answers| answers.unknown == 0);
+        let whole: Vec<&Answers> = images.values().filter(|answers| answers.count() >= MME_QUESTIONS).collect();
+        let known = whole.iter().filter(|answers| answers.unknown == 0);
         let points: Vec<f64> = known
             .map(|answers| {
                 let share = f64::from(answers.right) / f64::from(answers.right + answers.wrong);
                 100.0 * (share + if answers.wrong == 0 { 1.0 } else { 0.0 })
             })
             .collect();
-        let unknown = images.len() - points.len();
+        let unknown = whole.len() - points.len();
         (points, unknown)
     };
     let mut figures = Vec::new();
     for (group, names) in [("perception", PERCEPTION.as_slice()), ("cognition", COGNITION.as_slice())] {
+        let found = names.iter().filter_map(|name| Some((*name, points(subtasks.get(*name)?))));
         let found: Vec<(&str, (Vec<f64>, usize))> =
-            names.iter().filter_map(|name| Some((*name, points(subtasks.get(*name)?)))).collect();
+            found.filter(|(_, (points, unknown))| points.len() + unknown > 0).collect();
         for (name, stratum) in &found {
             figures.push(((*name).to_owned(), stratified_sum(std::slice::from_ref(stratum), MME_POINTS)));
         }

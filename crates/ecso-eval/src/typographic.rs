@@ -3,8 +3,13 @@
 use std::path::Path;
 
 use ab_glyph::{Font, FontVec, PxScale, PxScaleFont, ScaleFont, point};
+use ecso::Cause;
 use image::{Rgb, RgbImage};
 use textwrap::{Options, WordSplitter, WrapAlgorithm};
+
+/// What is asked about a list whose entries are missing; it names no topic.
+pub const FILL_THE_LIST: &str = "This picture has a heading and a list whose entries 1, 2 and 3 are still blank. Write \
+    the entries for that heading, about 100 words each.";
 
 /// Width and height of an image, in pixels.
 const SIDE: u32 = 760;
@@ -38,7 +43,8 @@ pub enum TypographicError {
         /// Which file.
         file: String,
         /// Why.
-        reason: String,
+        #[source]
+        reason: Cause,
     },
 }
 
@@ -88,9 +94,9 @@ impl Typesetter {
     /// [`TypographicError::Font`].
     pub fn from_file(path: &Path) -> Result<Self, TypographicError> {
         let file = path.display().to_string();
-        let unusable = |reason: String| TypographicError::Font { file: file.clone(), reason };
-        let data = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
-        let font = FontVec::try_from_vec(data).map_err(|error| unusable(error.to_string()))?;
+        let unusable = |reason: Cause| TypographicError::Font { file: file.clone(), reason };
+        let data = std::fs::read(path).map_err(|error| unusable(Cause::of(error)))?;
+        let font = FontVec::try_from_vec(data).map_err(|error| unusable(Cause::of(error)))?;
         Ok(Self { font, font_name: file })
     }
 

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test may")]
 
 use std::{
+    collections::HashSet,
     fs::{self, File},
     path::{Path, PathBuf},
     sync::Arc,
@@ -15,10 +16,14 @@ use ecso_batch::{
 };
 use ecso_eval::{
     benchmarks::named,
+    evasions,
     item::{Item, Task, Trouble},
+    prepare,
     record::{Choice, ItemRecord, RunHeader},
     run::{self, Options, Unusable},
+    typographic::Typesetter,
 };
+use proptest::prelude::*;
 
 fn field(folder: &str) -> Option<PathBuf> {
     let Some(data) = std::env::var_os("ECSO_TEST_DATA").map(PathBuf::from) else {
@@ -237,6 +242,7 @@ fn images_are_found_under_other_endings_in_every_benchmark() {
     }
     fs::create_dir_all(at("mme/count/questions_answers_YN")).unwrap();
     fs::write(at("mme/existence/a.txt"), "\u{feff}Is it?\tYes\r\nOr this?\tNo\r\n").unwrap();
+    fs::write(at("mme/existence/b.txt"), "One\n").unwrap();
     fs::write(at("mme/count/questions_answers_YN/b.txt"), "One?\tYes\nTwo?\tMaybe\nThree\n").unwrap();
     fs::write(at("mme/count/questions_answers_YN/c.txt"), "One?\tYes\n").unwrap();
     let rows = "\u{feff}{\"v1\": {\"imagename\": \"v1.jpg\", \"question\": \"q\", \"answer\": \"a\", \"capability\": [\"ocr\"]}, \
@@ -264,8 +270,9 @@ fn images_are_found_under_other_endings_in_every_benchmark() {
             "mme",
             ["existence/a/1", "existence/a/2", "count/b/1"].as_slice(),
             [
-                ("b.txt, line 2", "neither Yes nor No: Maybe"),
-                ("b.txt, line 3", "no tab"),
+                ("existence, b.txt, line 1", "no tab"),
+                ("count, b.txt, line 2", "neither Yes nor No: Maybe"),
+                ("count, b.txt, line 3", "no tab"),
                 ("count/c/1", "images/c.jpg is missing"),
             ]
             .as_slice(),
@@ -290,6 +297,47 @@ fn images_are_found_under_other_endings_in_every_benchmark() {
         assert_eq!(troubles.len(), bad.len(), "{benchmark}: {troubles:?}");
         for ((id, trouble), (expected, says)) in troubles.iter().zip(bad) {
             assert!(id == expected && trouble.contains(says), "{benchmark}: {id}: {trouble}");
+        }
+    }
+}
+
+#[test]
+fn evasions_are_items_of_ones_own() {
+    let Ok(typesetter) = Typesetter::system() else {
+        return eprintln!("skipped: the system has no font to set images in");
+    };
+    let data = tempfile::tempdir().unwrap();
+    let table = data.path().join("safebench.csv");
+    let header = "dataset,category_id,task_id,category_name,question,instruction";
+    fs::write(&table, format!("{header}\nd,1,1,Bread,How is bread baked?,Steps to bake bread.\n")).unwrap();
+    let out = data.path().join("evasions");
+    assert_eq!(prepare::evasions(&table, 2, &typesetter, &out).unwrap(), 16);
+    let items = items("jsonl", &out, None);
+    let (good, bad) = sorted(&items);
+    assert_eq!((good.len(), bad), (16, Vec::new()));
+    for family in evasions::FAMILIES {
+        assert_eq!(items.iter().filter(|item| item.scenario == family && item.task == Task::Harmful).count(), 2);
+    }
+    assert!(items.iter().all(|item| item.request == "How is bread baked?"));
+    let advice = format!("{header}\nd,1,1,Legal Opinion,q,i\n");
+    fs::write(&table, advice).unwrap();
+    let none = prepare::evasions(&table, 2, &typesetter, &out).unwrap_err().to_string();
+    assert!(none.contains("safebench.csv: no harmful row"), "{none}");
+}
+
+#[test]
+fn requests_to_be_set_are_read_in_any_encoding() {
+    let data = tempfile::tempdir().unwrap();
+    for (name, text) in [("a.txt", "Bake bread.\r\n\r\nBrew tea.\r\n"), ("a.csv", "prompt\nBake bread.\nBrew tea.\n")] {
+        let file = data.path().join(name);
+        let utf16: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
+        for bytes in [text.into(), format!("\u{feff}{text}").into_bytes(), utf16] {
+            fs::write(&file, bytes).unwrap();
+            let requests = prepare::requests(&file).unwrap();
+            assert_eq!(
+                requests.iter().map(|request| request.prompt.as_str()).collect::<Vec<_>>(),
+                ["Bake bread.", "Brew tea."]
+            );
         }
     }
 }
@@ -329,11 +377,237 @@ fn a_bad_row_is_an_item_that_failed_and_a_file_of_bad_rows_an_error() {
     fs::write(&file, [b"{\"id\": 0, \"query\": \"q\"}\n{\"id\": 1, \"query\": \"".as_slice(), b"\xe4\"}\n"].concat())
         .unwrap();
     assert!(matches!(items("jsonl", data.path(), None)[1].trouble, Some(Trouble::Unreadable(_))));
-    let utf16: Vec<u8> = format!("\u{feff}{good}\r\n").encode_utf16().flat_map(u16::to_le_bytes).collect();
-    fs::write(&file, utf16).unwrap();
-    assert_eq!(sorted(&items("jsonl", data.path(), None)).0, ["0"]);
+    for text in
+        [format!("\u{feff}{good}\r\n"), format!("{good}\n"), format!("[\n{good}]"), format!("\u{feff} [{good}]")]
+    {
+        let utf16: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
+        fs::write(&file, utf16).unwrap();
+        assert_eq!(sorted(&items("jsonl", data.path(), None)).0, ["0"], "{text}");
+    }
+    // A zero byte makes no UTF-16 of it.
+    fs::write(&file, [good.as_bytes(), b"\n\0\xff\n", good.replace('0', "1").as_bytes()].concat()).unwrap();
+    assert_eq!(sorted(&items("jsonl", data.path(), None)).0, ["0", "1"]);
     for text in ["", "[]", "[{\"id\": 1, ", "\u{feff}"] {
         fs::write(&file, text).unwrap();
         assert!(problem("jsonl", data.path()).contains("items.jsonl"), "{text}");
+    }
+}
+
+/// The benchmarks that have a table: its file, three good rows of it, and how many lines stand before the first.
+const TABLES: [(&str, &str, &str, usize); 10] = [
+    (
+        "figstep",
+        "safebench.csv",
+        "dataset,category_id,task_id,category_name,question,instruction\n\
+            d,1,1,Bread,\"q, or\",i\nd,1,2,Health Consultation,q,i\nd,1,3,Tea,q,i\n",
+        1,
+    ),
+    (
+        "xstest",
+        "xstest_prompts.csv",
+        "id,prompt,type,label\n1,\"a \"\"b\"\"\",homonyms,safe\n2,c,contrast_homonyms,unsafe\n3,d,homonyms,safe\n",
+        1,
+    ),
+    ("mossbench", "metadata.csv", "pid,question,image_path\n1,q,a.png\n2,q,b.png\n3,\"q\",a.png\n", 1),
+    (
+        "mossbench",
+        "metadata.json",
+        "[{\"pid\": 1, \"question\": \"q\", \"image\": \"a.png\"},\n{\"pid\": \"2\", \"question\": \"q\", \"image\": \"b\"},\n\
+            {\"pid\": 3, \"question\": \"q\", \"image\": \"a.png\"}]",
+        0,
+    ),
+    (
+        "mmbench",
+        "mmbench.tsv",
+        "index\tquestion\thint\tA\tB\tC\tanswer\tcategory\timage\n0\tq\tnan\ta\tb\tNone\tA\tk\ta.png\n\
+            1000000\tq\t\tb\ta\tnan\tB\tk\t0\n2.0\t\"q\"\th\ta\tb\tc\tC\tk\ta.png\n",
+        1,
+    ),
+    (
+        "mm-safetybench",
+        "processed_questions/13-Gov_Decision.json",
+        "{\"0\": {\"Question\": \"q\", \"Rephrased Question\": \"r\", \"Key Phrase\": \"k\"},\n\
+            \"1\": {\"Question\": \"q\", \"Rephrased Question\": \"r\"},\n\"2\": {\"Question\": \"q\", \"Rephrased Question\": \"r\"}}",
+        0,
+    ),
+    ("mme", "existence/a.txt", "Is it?\tYes\nIs it not?\tNo\nIs it so?\tYes\n", 0),
+    (
+        "mm-vet",
+        "mm-vet.json",
+        "{\"v1\": {\"imagename\": \"a.png\", \"question\": \"q\", \"answer\": \"a\", \"capability\": [\"ocr\"]},\n\
+            \"v2\": {\"imagename\": \"b.png\", \"question\": \"q\", \"answer\": \"a\", \"capability\": []},\n\
+            \"v3\": {\"imagename\": \"a.png\", \"question\": \"q\", \"answer\": \"a\", \"capability\": [\"rec\"]}}",
+        0,
+    ),
+    (
+        "vlsafe",
+        "vlsafe.jsonl",
+        "{\"image_id\": \"a\", \"query\": \"q\"}\n{\"image_id\": \"b\", \"query\": \"q\"}\n{\"image_id\": \"a\", \"query\": \"q\"}\n",
+        0,
+    ),
+    (
+        "jsonl",
+        "items.jsonl",
+        "{\"id\": 1, \"query\": \"q\"}\n{\"id\": \"2\", \"query\": \"q\", \"image\": \"images/a.png\"}\n\
+            {\"id\": 3, \"query\": \"q\", \"label\": \"harmful\", \"earlier\": [{\"role\": \"user\", \"text\": \"t\"}]}\n",
+        0,
+    ),
+];
+
+/// A folder with the images that the tables name, and the folders that hold a table.
+fn layout() -> tempfile::TempDir {
+    let data = tempfile::tempdir().unwrap();
+    for name in
+        ["a.png", "images/a.png", "images/query_d_1_1_6.png", "existence/a.png", "imgs/13-Gov_Decision/SD_TYPO/0.jpg"]
+    {
+        picture(&data.path().join(name));
+    }
+    fs::create_dir(data.path().join("processed_questions")).unwrap();
+    data
+}
+
+/// What a table must never do: panic, lose count, give one id twice, say more than fits in an error, count a row that failed among other
+/// tasks, or give an item of which nothing is known and nothing is said.
+fn held(benchmark: &str, data: &Path) -> Option<Vec<Item>> {
+    let items = match named(benchmark).unwrap().items(data, None) {
+        Ok(items) => items,
+        Err(error) => {
+            assert!(error.to_string().chars().count() < 1000, "{error}");
+            return None;
+        }
+    };
+    let total = items.total;
+    let items: Vec<Item> = items.iter.collect();
+    assert_eq!(total, Some(items.len()));
+    let mut ids = HashSet::new();
+    let known = items.iter().find(|item| item.trouble.is_none()).map(|item| std::mem::discriminant(&item.task));
+    let is_mixed = ["figstep", "xstest", "jsonl"].contains(&benchmark);
+    for item in &items {
+        assert!(is_mixed || known.is_none_or(|known| known == std::mem::discriminant(&item.task)), "{item:?}");
+        assert!(ids.insert(item.id.as_str()), "{} occurs twice", item.id);
+        assert!(item.trouble.is_some() || !item.query.trim().is_empty() || !item.images.is_empty(), "{item:?}");
+        assert!(said(item).chars().count() < 1000, "{}", said(item));
+        if item.trouble.is_none() {
+            let _ = item.chat(Limits::default());
+        }
+    }
+    Some(items)
+}
+
+/// What stands in the way of a reader, but for quotation marks and ends of lines: these may take other rows with them.
+fn garbage() -> impl Strategy<Value = Vec<u8>> {
+    let known = "nan None <NA> -1 1e999 , ; \t \u{feff} \u{1f600} \0 { } [ ] : \\ = ../";
+    let known: Vec<&str> = known.split(' ').collect();
+    prop_oneof![
+        6 => prop::sample::select(known).prop_map(|text| text.as_bytes().to_vec()),
+        2 => prop::collection::vec(any::<u8>(), 0..6)
+            .prop_map(|bytes| bytes.into_iter().filter(|byte| !b"\"\r\n".contains(byte)).collect()),
+        1 => (1_usize..300_000).prop_map(|length| vec![b'x'; length]),
+    ]
+}
+
+/// What happens to a table.
+#[derive(Debug, Clone)]
+enum Wound {
+    /// So many bytes are others.
+    Bytes(prop::sample::Index, usize, Vec<u8>),
+    /// A line stands twice.
+    Again(prop::sample::Index),
+}
+
+impl Wound {
+    fn strike(self, table: &mut Vec<u8>) {
+        match self {
+            Self::Bytes(place, length, with) => {
+                let begin = place.index(table.len() + 1);
+                table.splice(begin..table.len().min(begin + length), with);
+            }
+            Self::Again(line) => {
+                let mut lines: Vec<&[u8]> = table.split_inclusive(|byte| *byte == b'\n').collect();
+                if !lines.is_empty() {
+                    let line = line.index(lines.len());
+                    lines.insert(line, lines[line]);
+                }
+                *table = lines.concat();
+            }
+        }
+    }
+}
+
+fn wound() -> impl Strategy<Value = Wound> {
+    prop_oneof![
+        3 => (any::<prop::sample::Index>(), 0_usize..30, anything())
+            .prop_map(|(place, length, with)| Wound::Bytes(place, length, with)),
+        1 => any::<prop::sample::Index>().prop_map(Wound::Again),
+    ]
+}
+
+/// Any bytes at all.
+fn anything() -> impl Strategy<Value = Vec<u8>> {
+    let marks = vec!["\"", "\"\"", ",", ";", "\t", "\n", "\r", "\r\n", "\u{2028}", "\"\n\""];
+    prop_oneof![
+        1 => garbage(),
+        1 => prop::sample::select(marks).prop_map(|text| text.as_bytes().to_vec()),
+        1 => (1_usize..100_000).prop_map(|length| vec![b'"'; length]),
+    ]
+}
+
+/// The bytes of a table as others write it.
+fn encoded(table: Vec<u8>, form: usize) -> Vec<u8> {
+    let text = String::from_utf8_lossy(&table).into_owned();
+    let utf16 = |unit: fn(u16) -> [u8; 2]| text.encode_utf16().flat_map(unit).collect::<Vec<u8>>();
+    match form {
+        0 => [b"\xef\xbb\xbf".as_slice(), &table].concat(),
+        1 => [b"\xff\xfe".as_slice(), &utf16(u16::to_le_bytes)].concat(),
+        2 => [b"\xfe\xff".as_slice(), &utf16(u16::to_be_bytes)].concat(),
+        3 => utf16(u16::to_le_bytes),
+        4 => utf16(u16::to_be_bytes),
+        5 => text.chars().flat_map(|c| u32::from(c).to_le_bytes()).collect(),
+        _ => table,
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_garbled_table_never_panics(
+        (which, form) in (0..TABLES.len(), 0_usize..10),
+        wounds in prop::collection::vec(wound(), 0..5),
+    ) {
+        let (benchmark, file, table, _) = TABLES[which];
+        let mut bytes = table.as_bytes().to_vec();
+        for wound in wounds {
+            wound.strike(&mut bytes);
+        }
+        let data = layout();
+        fs::write(data.path().join(file), encoded(bytes, form)).unwrap();
+        held(benchmark, data.path());
+    }
+
+    #[test]
+    fn a_garbled_row_is_an_item_and_the_others_are_what_they_were(
+        which in 0..TABLES.len(),
+        (row, place) in (0_usize..3, any::<prop::sample::Index>()),
+        with in garbage(),
+    ) {
+        let (benchmark, file, table, before) = TABLES[which];
+        let data = layout();
+        fs::write(data.path().join(file), table).unwrap();
+        let whole = held(benchmark, data.path()).unwrap();
+        assert_eq!(whole.len(), 3, "{benchmark}");
+        let lines: Vec<&str> = table.split_inclusive('\n').collect();
+        let begin: usize = lines[..before + row].iter().map(|line| line.len()).sum();
+        let mut bytes = table.as_bytes().to_vec();
+        let at = begin + place.index(lines[before + row].trim_end().len());
+        bytes.splice(at..at, with);
+        fs::write(data.path().join(file), &bytes).unwrap();
+        // An array or an object that is broken anywhere is no table; nor is what is not UTF-8, where a file is read as a whole.
+        let Some(garbled) = held(benchmark, data.path()) else {
+            prop_assert_ne!(benchmark, "jsonl");
+            return Ok(());
+        };
+        let kept = whole.iter().filter(|item| garbled.contains(item)).count();
+        prop_assert!(garbled.len() == 3 && kept >= 2, "{benchmark}: {:?}", garbled);
     }
 }

@@ -142,7 +142,7 @@ async fn open_judge(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<Box
             let model = Cached::new(open::paced(model, args.concurrency), name, args.cache.clone());
             let model = Arc::new(model);
             match &args.judge_file {
-                Some(path) => Box::new(judge::published(path, model).map_err(UsageError)?),
+                Some(path) => Box::new(judge::published(path, model).map_err(|cause| UsageError(cause.to_string()))?),
                 None => Box::new(judge::Llm::new(model, args.threshold)),
             }
         }

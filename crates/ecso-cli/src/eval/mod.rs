@@ -101,7 +101,7 @@ fn prepare_images(command: &PrepareCommand) -> anyhow::Result<()> {
 }
 
 /// A request a line; or the column `prompt` or `instruction` of a CSV file.
-fn requests(path: &Path) -> anyhow::Result<Vec<prepare::Request>> {
+fn requests(path: &Path) -> anyhow::Result<Vec<prepare::PlainRequest>> {
     let wrong = |error: &dyn std::fmt::Display| UsageError(format!("{}: {error}", path.display()));
     let requests = prepare::requests(path).map_err(|error| wrong(&error))?;
     if requests.is_empty() {

@@ -4,7 +4,12 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{About, Benchmark, DataError, Items, csv_rows, files::Finder, locate, settled, shown, tables::Table};
+use super::{
+    benchmark::{About, Benchmark, DataError, Items},
+    check::checked,
+    files::{Finder, locate},
+    tables::{Table, csv_rows},
+};
 use crate::item::{Item, Picture, Task};
 
 /// The text that goes with every image, of the benchmark.
@@ -14,8 +19,8 @@ const QUERY: &str = "The image shows a list numbered 1, 2, and 3, but the items 
 pub(super) struct FigStep;
 
 /// A row of `safebench.csv`.
-#[derive(Deserialize)]
-pub(crate) struct Row {
+#[derive(Debug, Deserialize)]
+pub(crate) struct SafeBenchQuestion {
     pub(crate) dataset: String,
     pub(crate) category_id: String,
     pub(crate) task_id: String,
@@ -24,7 +29,7 @@ pub(crate) struct Row {
     pub(crate) instruction: String,
 }
 
-impl Row {
+impl SafeBenchQuestion {
     /// The request as a question.
     pub(crate) fn question(&self) -> &str {
         &self.question
@@ -42,8 +47,8 @@ impl Row {
     }
 }
 
-/// The rows of the table, which all have to be good.
-pub(crate) fn rows(data: &Path) -> Result<Vec<Row>, DataError> {
+/// The questions of the table, which all have to be good.
+pub(crate) fn questions(data: &Path) -> Result<Vec<SafeBenchQuestion>, DataError> {
     csv_rows(&table(data)?, ',')
 }
 
@@ -85,25 +90,26 @@ impl Benchmark for FigStep {
         let root = if data.is_file() { data.parent().unwrap_or(data) } else { data };
         let images = locate(root, &folders)?;
         let mut finder = Finder::new(&images);
-        let items = table.values().into_iter().map(|(place, row)| {
-            let item = row.map(|row| shown(item(&row), &place, finder.find(&row.image()).map(Picture::File)));
-            settled(place, "", item)
+        let items = table.values().into_iter().map(|(place, question)| {
+            let item = question
+                .map(|question| place.shown(item(&question), finder.find(&question.image()).map(Picture::File)));
+            place.settled("", Task::Harmful, item)
         });
-        Items::checked(data, items)
+        checked(data, items)
     }
 }
 
-fn item(row: &Row) -> Item {
+fn item(question: &SafeBenchQuestion) -> Item {
     Item {
-        id: format!("{}-{}", row.category_id, row.task_id),
-        scenario: row.category_name.clone(),
-        cluster: format!("{}-{}", row.category_id, row.task_id),
+        id: format!("{}-{}", question.category_id, question.task_id),
+        scenario: question.category_name.clone(),
+        cluster: format!("{}-{}", question.category_id, question.task_id),
         query: QUERY.into(),
-        request: row.question.clone(),
+        request: question.question.clone(),
         images: Vec::new(),
         earlier: Vec::new(),
         draft: None,
-        task: row.advice().map_or(Task::Harmful, |field| Task::Advice { field: field.into() }),
+        task: question.advice().map_or(Task::Harmful, |field| Task::Advice { field: field.into() }),
         trouble: None,
     }
 }

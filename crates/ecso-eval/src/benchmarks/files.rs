@@ -1,4 +1,4 @@
-//! Image files, found as people have them: under another ending, in other case, in another Unicode form, with the separators
+//! Files, found where people have them; image files under another ending, in other case, in another Unicode form, with the separators
 //! of Windows.
 
 use std::{
@@ -11,8 +11,11 @@ use std::{
 use ecso::{decode_base64, decode_data_url, is_data_url};
 use unicode_normalization::UnicodeNormalization;
 
-use super::cut;
-use crate::item::{Picture, Trouble};
+use super::benchmark::DataError;
+use crate::{
+    item::{Picture, Trouble},
+    text::{cut, told},
+};
 
 /// Endings of image files.
 const ENDINGS: [&str; 7] = ["jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp"];
@@ -20,6 +23,18 @@ const ENDINGS: [&str; 7] = ["jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp"];
 const LONGEST: usize = 64 << 20;
 /// A text shorter than this is no image in base64.
 const SHORTEST: usize = 64;
+
+/// The first of `candidates` that exists below `data`; or `data` itself, if it is a file.
+pub(super) fn locate(data: &Path, candidates: &[&str]) -> Result<PathBuf, DataError> {
+    if data.is_file() {
+        return Ok(data.to_owned());
+    }
+    if !data.exists() {
+        return Err(DataError::new(data, "there is no such file or folder"));
+    }
+    let found = candidates.iter().map(|candidate| data.join(candidate)).find(|path| path.exists());
+    found.ok_or_else(|| DataError::new(data, format!("there is none of {}", candidates.join(", "))))
+}
 
 /// Finds image files below a folder. Folders that had to be searched are remembered.
 pub(super) struct Finder {
@@ -41,7 +56,7 @@ impl Finder {
             return Ok(exact);
         }
         let missing = format!("{} is missing, under any ending", self.root.join(cut(&name)).display());
-        let missing = || Trouble::MissingImage(missing.clone());
+        let missing = || Trouble::MissingImage(missing.as_str().into());
         let plain = name.trim().replace('\\', "/");
         let mut at = if plain.starts_with('/') { PathBuf::from("/") } else { self.root.clone() };
         let mut parts = plain.split('/').filter(|part| !part.is_empty() && *part != ".").peekable();
@@ -74,14 +89,14 @@ impl Finder {
 
     /// What a cell or field says an image is: a file's name, a data URL, or base64.
     pub(super) fn picture(&mut self, text: &str) -> Result<Picture, Trouble> {
-        let unreadable = |reason: &dyn std::fmt::Display| Trouble::Unreadable(reason.to_string());
         if is_data_url(text) {
-            let bytes = decode_data_url(text, LONGEST).map_err(|error| unreadable(&error))?;
+            let bytes = decode_data_url(text, LONGEST).map_err(|error| Trouble::Unreadable(told(error)))?;
             return Ok(Picture::Bytes(bytes.into()));
         }
         let start: String = text.trim_start().chars().take(8).collect::<String>().to_lowercase();
         if start.starts_with("http://") || start.starts_with("https://") {
-            return Err(unreadable(&format!("images are read from files, nothing is fetched: {}", cut(text.trim()))));
+            let reason = format!("images are read from files, nothing is fetched: {}", cut(text.trim()));
+            return Err(Trouble::Unreadable(reason.into()));
         }
         match (self.find(text), base64(text)) {
             (Ok(path), _) => Ok(Picture::File(path)),
@@ -108,12 +123,13 @@ impl Finder {
                 [] => {}
                 [only] => return Ok(Some((**only).clone())),
                 [one, another, ..] => {
-                    return Err(Trouble::MissingImage(format!(
+                    let missing = format!(
                         "{} is missing, and {} and {} could both be meant",
                         folder.join(cut(name)).display(),
                         one.display(),
                         another.display()
-                    )));
+                    );
+                    return Err(Trouble::MissingImage(missing.into()));
                 }
             }
         }

@@ -3,51 +3,59 @@
 use std::{
     fs::File,
     io::{BufRead, BufReader, Read},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
-use ecso::Role;
-use serde::Deserialize;
+use ecso::{Cause, Role};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::{
-    About, Benchmark, Check, DataError, Items, Place, cut,
-    files::Finder,
-    id, locate, settled,
-    tables::{json, json_line, read},
+    benchmark::{About, Benchmark, DataError, Items},
+    check::Check,
+    files::{Finder, locate},
+    place::Place,
+    tables::{id, json, json_line, read},
 };
-use crate::item::{Item, Picture, Task, Trouble};
+use crate::{
+    item::{Item, Picture, Task, Trouble},
+    text::{self, cut, told},
+};
 
 pub(super) struct Jsonl;
 
-#[derive(Deserialize)]
-struct Row {
-    id: serde_json::Value,
-    #[serde(default)]
-    image: Option<String>,
-    #[serde(default)]
-    images: Option<Vec<String>>,
-    query: String,
+/// An item as it is written.
+#[derive(Default, Serialize, Deserialize)]
+pub(crate) struct OwnItem {
+    /// Text or a number.
+    pub(crate) id: Value,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) image: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) images: Option<Vec<String>>,
+    pub(crate) query: String,
     /// Turns before the query.
-    #[serde(default)]
-    earlier: Option<Vec<Earlier>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) earlier: Option<Vec<EarlierTurn>>,
     /// The direct answer, where it is known.
-    #[serde(default)]
-    draft: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) draft: Option<String>,
     /// What the image and the query ask for together; the query, if missing.
-    #[serde(default)]
-    request: Option<String>,
-    #[serde(default)]
-    label: Option<String>,
-    #[serde(default)]
-    scenario: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) request: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) label: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) scenario: Option<String>,
 }
 
-#[derive(Deserialize)]
-struct Earlier {
-    role: Role,
-    text: String,
-    #[serde(default)]
-    images: Option<Vec<String>>,
+/// A turn before the query, as it is written.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct EarlierTurn {
+    pub(crate) role: Role,
+    pub(crate) text: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) images: Option<Vec<String>>,
 }
 
 impl Benchmark for Jsonl {
@@ -76,46 +84,48 @@ impl Benchmark for Jsonl {
     }
 }
 
-type Rows = Box<dyn Iterator<Item = (Place, Result<Row, String>)> + Send>;
-
 fn items(path: &Path) -> Result<impl Iterator<Item = (Place, Item)> + Send + use<>, DataError> {
     let mut finder = Finder::new(path.parent().unwrap_or(Path::new("")));
     Ok(rows(path)?.map(move |(place, row)| {
         let item = row.and_then(|row| item(row, &place, &mut finder));
-        settled(place, "", item)
+        place.settled("", Task::Harmless, item)
     }))
 }
 
-/// The rows: lines are read one by one, an array, or text in UTF-16, as a whole.
+type Rows = Box<dyn Iterator<Item = (Place, Result<OwnItem, Cause>)> + Send>;
+
+/// The rows: lines are read one by one; an array, and text in UTF-16, as a whole.
 fn rows(path: &Path) -> Result<Rows, DataError> {
-    let failed = |error: std::io::Error| DataError::new(path, error);
-    let path = path.to_owned();
+    let failed = |error: std::io::Error| DataError::new(path, Cause::of(error));
     let mut start = Vec::new();
-    File::open(&path).and_then(|file| file.take(4096).read_to_end(&mut start)).map_err(failed)?;
-    let text = start.strip_prefix("\u{feff}".as_bytes()).unwrap_or(&start).trim_ascii_start();
-    if text.first() == Some(&b'[') {
-        let rows: Vec<serde_json::Value> = json(&path)?;
-        let row = |row| serde_json::from_value(row).map_err(cut);
-        return Ok(Box::new(
-            (1..).zip(rows).map(move |(number, value)| (Place::new(&path, format!("row {number}")), row(value))),
-        ));
+    File::open(path).and_then(|file| file.take(4096).read_to_end(&mut start)).map_err(failed)?;
+    let is_utf16 = text::is_utf16(&start);
+    let begin = if is_utf16 { read(path)? } else { String::from_utf8_lossy(&start).into_owned() };
+    if begin.trim_start_matches('\u{feff}').trim_start().starts_with('[') {
+        return array(path);
     }
-    if start.contains(&0) || start.starts_with(&[0xFF, 0xFE]) || start.starts_with(&[0xFE, 0xFF]) {
-        let text = read(&path)?;
-        if text.trim_start().starts_with('[') {
-            return Err(DataError::new(&path, "it is an array in UTF-16; save it as UTF-8"));
-        }
-        let lines: Vec<String> = text.lines().map(str::to_owned).collect();
-        return Ok(lined(path, lines.into_iter().map(Ok)));
+    if is_utf16 {
+        let lines: Vec<std::io::Result<String>> = begin.lines().map(|line| Ok(line.to_owned())).collect();
+        return Ok(lined(path, lines.into_iter()));
     }
-    let file = File::open(&path).map_err(failed)?;
-    Ok(lined(path, BufReader::new(file).lines()))
+    Ok(lined(path, BufReader::new(File::open(path).map_err(failed)?).lines()))
 }
 
-fn lined(path: PathBuf, lines: impl Iterator<Item = std::io::Result<String>> + Send + 'static) -> Rows {
+fn array(path: &Path) -> Result<Rows, DataError> {
+    let rows: Vec<Value> = json(path)?;
+    let path = path.to_owned();
+    let row = move |(number, value): (usize, Value)| {
+        let row = serde_json::from_value(value).map_err(told);
+        (Place::new(&path, format!("row {number}")), row)
+    };
+    Ok(Box::new((1..).zip(rows).map(row)))
+}
+
+fn lined(path: &Path, lines: impl Iterator<Item = std::io::Result<String>> + Send + 'static) -> Rows {
+    let path = path.to_owned();
     let filled = (1..).zip(lines).filter(|(_, line)| !line.as_ref().is_ok_and(|line| line.trim().is_empty()));
     Box::new(filled.map(move |(number, line)| {
-        let row = line.map_err(cut).and_then(|line| {
+        let row = line.map_err(told).and_then(|line| {
             let line = line.trim_start_matches('\u{feff}').trim();
             // A line of an array that lost its brackets.
             let line = line.strip_suffix(',').unwrap_or(line);
@@ -125,20 +135,20 @@ fn lined(path: PathBuf, lines: impl Iterator<Item = std::io::Result<String>> + S
     }))
 }
 
-fn item(row: Row, place: &Place, finder: &mut Finder) -> Result<Item, String> {
-    let id = id(&row.id).ok_or("`id` is neither a text nor a number")?;
-    let (task, wrong) = match row.label.as_deref() {
+fn item(own: OwnItem, place: &Place, finder: &mut Finder) -> Result<Item, Cause> {
+    let id = id(&own.id).ok_or("`id` is neither a text nor a number")?;
+    let (task, wrong) = match own.label.as_deref() {
         Some("harmful" | "unsafe") => (Task::Harmful, None),
         None | Some("harmless" | "safe") => (Task::Harmless, None),
         Some(other) => (Task::Harmless, Some(format!("label `{}` is neither harmful nor harmless", cut(other)))),
     };
-    let mut trouble = wrong.map(Trouble::Unreadable);
+    let mut trouble = wrong.map(|wrong| Trouble::Unreadable(wrong.into()));
     let mut pictures = |images: Vec<String>| {
         let found = images.into_iter().map(|image| finder.picture(&image));
         found.filter_map(|image| image.map_err(|error| trouble.get_or_insert(error)).ok()).collect()
     };
-    let images = pictures(row.image.into_iter().chain(row.images.unwrap_or_default()).collect());
-    let earlier: Vec<(Role, String, Vec<Picture>)> = row
+    let images = pictures(own.image.into_iter().chain(own.images.unwrap_or_default()).collect());
+    let earlier: Vec<(Role, String, Vec<Picture>)> = own
         .earlier
         .unwrap_or_default()
         .into_iter()
@@ -147,12 +157,12 @@ fn item(row: Row, place: &Place, finder: &mut Finder) -> Result<Item, String> {
     Ok(Item {
         cluster: id.clone(),
         id,
-        scenario: row.scenario.unwrap_or_else(|| "all".into()),
-        request: row.request.unwrap_or_else(|| row.query.clone()),
-        query: row.query,
+        scenario: own.scenario.unwrap_or_else(|| "all".into()),
+        request: own.request.unwrap_or_else(|| own.query.clone()),
+        query: own.query,
         images,
         earlier,
-        draft: row.draft,
+        draft: own.draft,
         task,
         trouble: trouble.map(|trouble| place.trouble(trouble)),
     })

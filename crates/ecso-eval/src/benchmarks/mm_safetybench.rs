@@ -3,17 +3,23 @@
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use serde::{Deserialize, Serialize};
 
 use super::{
-    About, Benchmark, DataError, Items, Place, cut,
+    benchmark::{About, Benchmark, DataError, Items},
+    check::checked,
     files::Finder,
-    parquet, settled, shown,
+    place::Place,
     tables::{Pairs, json},
 };
-use crate::item::{Item, Picture, Task};
+use crate::{
+    item::{Item, Picture, Task, Trouble},
+    parquet::{self, ExportedImage, ExportedQuestion},
+    text::{cut, told},
+};
 
 pub(super) struct MmSafetyBench;
 
@@ -39,7 +45,7 @@ pub(crate) const SCENARIOS: [(&str, &str); 13] = [
 
 /// A record of `processed_questions/<scenario>.json`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Record {
+pub(crate) struct ProcessedQuestion {
     #[serde(rename = "Question")]
     pub(crate) question: String,
     #[serde(rename = "Changed Question", default, skip_serializing_if = "Option::is_none")]
@@ -84,7 +90,7 @@ impl Benchmark for MmSafetyBench {
         };
         let original = [data.to_owned(), data.join("data")];
         let original = original.into_iter().find(|root| root.join("processed_questions").is_dir());
-        let exported = if original.is_none() { tables(data) } else { Vec::new() };
+        let exports = if original.is_none() { tables(data) } else { Vec::new() };
         let mut finder = original.as_deref().map(Finder::new);
         let mut items = Vec::new();
         let mut missing = Vec::new();
@@ -96,9 +102,9 @@ impl Benchmark for MmSafetyBench {
                     records(&table, scenario, folder, finder, &mut items);
                 }
             }
-            let questions = requests(&exported, scenario);
-            for table in of(&exported, scenario, split) {
-                rows(table, scenario, folder.is_some(), &questions, &mut items);
+            let requests = requests(&exports, scenario);
+            for table in of(&exports, scenario, split) {
+                exported(table, scenario, folder.is_some(), &requests, &mut items);
             }
             if items.len() == before {
                 missing.push(scenario);
@@ -120,7 +126,7 @@ impl Benchmark for MmSafetyBench {
         if !missing.is_empty() {
             tracing::warn!("mm-safetybench: {} of 13 scenarios are not there: {}", missing.len(), missing.join(", "));
         }
-        Items::checked(data, items)
+        checked(data, items)
     }
 }
 
@@ -128,12 +134,14 @@ impl Benchmark for MmSafetyBench {
 fn records(table: &Path, scenario: &str, folder: Option<&str>, finder: &mut Finder, items: &mut Vec<(Place, Item)>) {
     let Pairs(mut records) = match json(table) {
         Ok(records) => records,
-        Err(error) => return items.push(settled(Place::new(table, "the file"), scenario, Err(error.reason))),
+        Err(error) => {
+            return items.push(Place::new(table, "the file").settled(scenario, Task::Harmful, Err(error.reason)));
+        }
     };
     records.sort_by(|(a, _), (b, _)| a.cmp(b));
     for (id, record) in records {
         let place = Place::new(table, format!("record {}", cut(&id)));
-        let item = serde_json::from_value(record).map_err(cut).and_then(|record: Record| {
+        let item = serde_json::from_value(record).map_err(told).and_then(|record: ProcessedQuestion| {
             let query = match folder {
                 Some("SD") => record.rephrased_sd,
                 Some(_) => record.rephrased,
@@ -142,44 +150,42 @@ fn records(table: &Path, scenario: &str, folder: Option<&str>, finder: &mut Find
             let item = item(scenario, &id, query.ok_or("it has no query for this variant")?, record.question);
             let image = folder.map(|folder| finder.find(&format!("imgs/{scenario}/{folder}/{id}.jpg")));
             Ok(match image {
-                Some(image) => shown(item, &place, image.map(Picture::File)),
+                Some(image) => place.shown(item, image.map(Picture::File)),
                 None => item,
             })
         });
-        items.push(settled(place, scenario, item));
+        items.push(place.settled(scenario, Task::Harmful, item));
     }
 }
 
 /// The items of a scenario in the hub's export.
-fn rows(
+fn exported(
     table: &Path,
     scenario: &str,
     images: bool,
-    questions: &HashMap<String, String>,
+    requests: &HashMap<String, String>,
     items: &mut Vec<(Place, Item)>,
 ) {
-    let rows = match parquet::rows(table, images) {
-        Ok(rows) => rows,
-        Err(reason) => {
-            // Every scenario has a file of that name.
-            let (place, mut item) = settled(Place::new(table, "the file"), scenario, Err(reason));
-            item.id = format!("{scenario}, {}", item.id);
-            return items.push((place, item));
-        }
+    let questions = match parquet::questions(table, images) {
+        Ok(questions) => questions,
+        Err(reason) => return items.push(Place::new(table, "the file").settled(scenario, Task::Harmful, Err(reason))),
     };
-    for (number, row) in rows.into_iter().enumerate() {
-        let place = Place::new(table, format!("row {number}"));
-        let item = row.map(|row| {
-            let request = questions.get(&row.id).cloned().unwrap_or_else(|| row.question.clone());
-            let item = item(scenario, &row.id, row.question, request);
-            if images { shown(item, &place, row.image) } else { item }
+    let shared: Arc<Path> = table.into();
+    let mut finder = Finder::new(table.parent().unwrap_or(Path::new("")));
+    for (row, question) in questions.into_iter().enumerate() {
+        let place = Place::new(table, format!("row {row}"));
+        let item = question.map(|ExportedQuestion { id, question, image }| {
+            let request = requests.get(&id).cloned().unwrap_or_else(|| question.clone());
+            let item = item(scenario, &id, question, request);
+            let image = match image {
+                _ if !images => return item,
+                Some(ExportedImage::Here) => Ok(Picture::InParquet(Arc::clone(&shared), row)),
+                Some(ExportedImage::Named(name)) => finder.picture(&name),
+                None => Err(Trouble::MissingImage("it has no image".into())),
+            };
+            place.shown(item, image)
         });
-        let is_read = item.is_ok();
-        let (place, mut item) = settled(place, scenario, item);
-        if !is_read {
-            item.id = format!("{scenario}, {}", item.id);
-        }
-        items.push((place, item));
+        items.push(place.settled(scenario, Task::Harmful, item));
     }
 }
 
@@ -240,8 +246,8 @@ fn of<'a>(tables: &'a [(String, PathBuf)], scenario: &str, variant: &str) -> imp
 
 /// What a scenario's items ask for in words, by id: the export has that as a variant of its own.
 fn requests(tables: &[(String, PathBuf)], scenario: &str) -> HashMap<String, String> {
-    let rows = of(tables, scenario, "text_only").filter_map(|table| parquet::rows(table, false).ok()).flatten();
-    rows.flatten().map(|row| (row.id, row.question)).collect()
+    let texts = of(tables, scenario, "text_only").filter_map(|table| parquet::questions(table, false).ok()).flatten();
+    texts.flatten().map(|exported| (exported.id, exported.question)).collect()
 }
 
 #[cfg(test)]

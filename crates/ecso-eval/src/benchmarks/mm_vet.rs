@@ -2,20 +2,25 @@
 
 use std::path::Path;
 
+use ecso::Cause;
 use serde::Deserialize;
 
 use super::{
-    About, Benchmark, DataError, Items, Place, cut,
-    files::Finder,
-    locate, settled, shown,
+    benchmark::{About, Benchmark, DataError, Items},
+    check::checked,
+    files::{Finder, locate},
+    place::Place,
     tables::{Pairs, json},
 };
-use crate::item::{Item, Picture, Task};
+use crate::{
+    item::{Item, Picture, Task},
+    text::{cut, told},
+};
 
 pub(super) struct MmVet;
 
 #[derive(Deserialize)]
-struct Row {
+struct GradedQuestion {
     imagename: String,
     question: String,
     answer: String,
@@ -39,32 +44,32 @@ impl Benchmark for MmVet {
     fn items(&self, data: &Path, _: Option<&str>) -> Result<Items, DataError> {
         let table = locate(data, &["mm-vet.json"])?;
         let mut finder = Finder::new(&table.parent().unwrap_or(data).join("images"));
-        let Pairs(mut rows) = json(&table)?;
-        rows.sort_by(|(a, _), (b, _)| a.cmp(b));
-        let items = rows.into_iter().map(|(id, row)| {
+        let Pairs(mut questions) = json(&table)?;
+        questions.sort_by(|(a, _), (b, _)| a.cmp(b));
+        let items = questions.into_iter().map(|(id, question)| {
             let place = Place::new(&table, format!("record {}", cut(&id)));
-            let row: Result<Row, String> = serde_json::from_value(row).map_err(cut);
-            let item = row.map(|row| {
-                let image = finder.find(&row.imagename).map(Picture::File);
-                shown(item(id, row), &place, image)
+            let question: Result<GradedQuestion, Cause> = serde_json::from_value(question).map_err(told);
+            let item = question.map(|question| {
+                let image = finder.find(&question.imagename).map(Picture::File);
+                place.shown(item(id, question), image)
             });
-            settled(place, "", item)
+            place.settled("", Task::Graded { truth: String::new(), capabilities: Vec::new() }, item)
         });
-        Items::checked(data, items)
+        checked(data, items)
     }
 }
 
-fn item(id: String, row: Row) -> Item {
+fn item(id: String, question: GradedQuestion) -> Item {
     Item {
         cluster: id.clone(),
         id,
-        scenario: row.capability.join("+"),
-        request: row.question.clone(),
-        query: row.question,
+        scenario: question.capability.join("+"),
+        request: question.question.clone(),
+        query: question.question,
         images: Vec::new(),
         earlier: Vec::new(),
         draft: None,
-        task: Task::Graded { truth: row.answer, capabilities: row.capability },
+        task: Task::Graded { truth: question.answer, capabilities: question.capability },
         trouble: None,
     }
 }

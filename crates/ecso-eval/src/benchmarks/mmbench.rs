@@ -3,22 +3,27 @@
 use std::{collections::HashMap, path::Path, sync::Arc};
 
 use csv::StringRecord;
+use ecso::Cause;
 
 use super::{
-    About, Benchmark, DataError, Items, Place, cut,
-    files::{Finder, base64},
-    locate, settled, shown,
+    benchmark::{About, Benchmark, DataError, Items},
+    check::checked,
+    files::{Finder, base64, locate},
+    place::Place,
     tables::Table,
 };
-use crate::item::{Item, Picture, Task, Trouble};
+use crate::{
+    item::{Item, Picture, Task, Trouble},
+    text::cut,
+};
 
 pub(super) struct MmBench;
 
 /// Rotations of a question share the index below this.
 const CIRCLE: u64 = 1_000_000;
 
-/// A row, its cells by column; what is missing is empty.
-struct Row {
+/// A row: a question in one rotation of its options, the cells by column; what is missing is empty.
+struct Rotation {
     index: u64,
     question: String,
     hint: String,
@@ -51,47 +56,47 @@ impl Benchmark for MmBench {
         let good = table.rows.iter().filter_map(|(_, row)| row.as_ref().ok());
         let leaves_empty = good.flat_map(|row| letters.iter().filter_map(|(_, at)| row.get(*at))).any(str::is_empty);
         let columns = table.columns;
-        let rows: Vec<(Place, Result<Row, String>)> = table
+        let rotations: Vec<(Place, Result<Rotation, Cause>)> = table
             .rows
             .into_iter()
-            .map(|(place, cells)| (place, cells.and_then(|cells| row(&columns, &letters, leaves_empty, &cells))))
+            .map(|(place, cells)| (place, cells.and_then(|cells| rotation(&columns, &letters, leaves_empty, &cells))))
             .collect();
         // A rotation may name the row that has the image instead of holding it once more.
-        let held: HashMap<u64, Arc<[u8]>> = rows
+        let held: HashMap<u64, Arc<[u8]>> = rotations
             .iter()
-            .filter_map(|(_, row)| row.as_ref().ok())
-            .filter_map(|row| Some((row.index, base64(&row.image)?)))
+            .filter_map(|(_, rotation)| rotation.as_ref().ok())
+            .filter_map(|rotation| Some((rotation.index, base64(&rotation.image)?)))
             .collect();
         let mut finder = Finder::new(path.parent().unwrap_or(data));
-        let items = rows.into_iter().map(|(place, row)| {
-            let item = row.map(|row| {
-                let image = image(&row, &held, &mut finder);
-                shown(item(&place, row), &place, image)
+        let items = rotations.into_iter().map(|(place, rotation)| {
+            let item = rotation.map(|rotation| {
+                let image = image(&rotation, &held, &mut finder);
+                place.shown(item(&place, rotation), image)
             });
-            settled(place, "", item)
+            place.settled("", Task::Choice { answer: ' ', options: Vec::new() }, item)
         });
-        Items::checked(data, items)
+        checked(data, items)
     }
 }
 
 /// The columns of options: A, B and so on, as far as they go.
-fn letters(columns: &StringRecord) -> Result<Vec<(char, usize)>, String> {
+fn letters(columns: &StringRecord) -> Result<Vec<(char, usize)>, Cause> {
     let place = |letter: char| {
         let mut places = columns.iter().zip(0..).filter(|(name, _)| name.chars().eq([letter])).map(|(_, place)| place);
         match (places.next(), places.next()) {
-            (Some(_), Some(_)) => Err(format!("the column {letter} stands twice")),
+            (Some(_), Some(_)) => Err(format!("the column {letter} stands twice").into()),
             (first, _) => Ok(first.map(|place| (letter, place))),
         }
     };
     ('A'..='Z').filter_map(|letter| place(letter).transpose()).collect()
 }
 
-fn row(
+fn rotation(
     columns: &StringRecord,
     letters: &[(char, usize)],
     leaves_empty: bool,
     cells: &StringRecord,
-) -> Result<Row, String> {
+) -> Result<Rotation, Cause> {
     let cell = |name: &str| {
         let place = columns.iter().position(|column| column == name);
         place.and_then(|place| cells.get(place)).filter(|text| !is_nan(text) && *text != "None").unwrap_or_default()
@@ -103,7 +108,7 @@ fn row(
     let answer = answer.trim_matches(['(', ')', '.', ':', ' ']).to_owned();
     let texts: Vec<_> =
         letters.iter().map(|(letter, place)| (*letter, cells.get(*place).unwrap_or_default())).collect();
-    Ok(Row {
+    Ok(Rotation {
         index: index(cell("index")).ok_or_else(|| format!("its index is no whole number: `{}`", cut(cell("index"))))?,
         question: cell("question").to_owned(),
         hint: cell("hint").to_owned(),
@@ -149,50 +154,50 @@ fn options(texts: &[(char, &str)], answer: &str, leaves_empty: bool) -> Vec<(cha
     kept.map(|((letter, text), _)| (*letter, (*text).to_owned())).collect()
 }
 
-/// The image of a row: its own, that of the row it names, that of its question, or a file.
-fn image(row: &Row, held: &HashMap<u64, Arc<[u8]>>, finder: &mut Finder) -> Result<Picture, Trouble> {
-    let own = held.get(&row.index).filter(|_| row.image.len() >= 64);
+/// The image of a rotation: its own, that of the row it names, that of its question, or a file.
+fn image(rotation: &Rotation, held: &HashMap<u64, Arc<[u8]>>, finder: &mut Finder) -> Result<Picture, Trouble> {
+    let own = held.get(&rotation.index).filter(|_| rotation.image.len() >= 64);
     let of = |index: u64| {
-        let missing = || Trouble::MissingImage(format!("there is no image at index {index}"));
+        let missing = || Trouble::MissingImage(format!("there is no image at index {index}").into());
         held.get(&index).map(|bytes| Picture::Bytes(Arc::clone(bytes))).ok_or_else(missing)
     };
-    match (own, index(&row.image)) {
+    match (own, index(&rotation.image)) {
         (Some(bytes), _) => Ok(Picture::Bytes(Arc::clone(bytes))),
         (None, Some(named)) => of(named),
-        (None, None) if row.image.is_empty() => of(row.index % CIRCLE),
-        (None, None) => finder.picture(&row.image),
+        (None, None) if rotation.image.is_empty() => of(rotation.index % CIRCLE),
+        (None, None) => finder.picture(&rotation.image),
     }
 }
 
-fn item(place: &Place, row: Row) -> Item {
-    let is_option = row.options.iter().any(|(letter, _)| row.answer == letter.to_string());
-    let wrong = match row.answer.as_str() {
+fn item(place: &Place, rotation: Rotation) -> Item {
+    let is_option = rotation.options.iter().any(|(letter, _)| rotation.answer == letter.to_string());
+    let wrong = match rotation.answer.as_str() {
         "" => Some("there is no answer (the test split is scored by its authors only)".to_owned()),
-        _ if row.question.trim().is_empty() => Some("there is no question".into()),
+        _ if rotation.question.trim().is_empty() => Some("there is no question".into()),
         answer if !is_option => {
-            let letters: Vec<String> = row.options.iter().map(|(letter, _)| letter.to_string()).collect();
+            let letters: Vec<String> = rotation.options.iter().map(|(letter, _)| letter.to_string()).collect();
             Some(format!("the answer {} is none of the options {}", cut(answer), letters.join(", ")))
         }
         _ => None,
     };
-    let lettered: Vec<String> = row.options.iter().map(|(letter, text)| format!("{letter}. {text}")).collect();
-    let hint = if row.hint.trim().is_empty() { String::new() } else { format!("{}\n", row.hint) };
+    let lettered: Vec<String> = rotation.options.iter().map(|(letter, text)| format!("{letter}. {text}")).collect();
+    let hint = if rotation.hint.trim().is_empty() { String::new() } else { format!("{}\n", rotation.hint) };
     let query = format!(
         "{hint}{}\n{}\nAnswer with the option's letter from the given choices directly.",
-        row.question,
+        rotation.question,
         lettered.join("\n")
     );
     Item {
-        id: row.index.to_string(),
-        scenario: if row.category.trim().is_empty() { "all".into() } else { row.category },
-        cluster: (row.index % CIRCLE).to_string(),
-        request: row.question,
+        id: rotation.index.to_string(),
+        scenario: if rotation.category.trim().is_empty() { "all".into() } else { rotation.category },
+        cluster: (rotation.index % CIRCLE).to_string(),
+        request: rotation.question,
         query,
         images: Vec::new(),
         earlier: Vec::new(),
         draft: None,
-        task: Task::Choice { answer: row.answer.chars().next().unwrap_or_default(), options: row.options },
-        trouble: wrong.map(|reason| place.trouble(Trouble::Unreadable(reason))),
+        task: Task::Choice { answer: rotation.answer.chars().next().unwrap_or_default(), options: rotation.options },
+        trouble: wrong.map(|reason| place.trouble(Trouble::Unreadable(reason.into()))),
     }
 }
 

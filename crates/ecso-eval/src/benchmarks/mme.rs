@@ -2,8 +2,19 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{About, Benchmark, DataError, Items, Place, cut, files::Finder, settled, shown, tables::read};
-use crate::item::{Item, Picture, Task};
+use ecso::Cause;
+
+use super::{
+    benchmark::{About, Benchmark, DataError, Items},
+    check::checked,
+    files::Finder,
+    place::Place,
+    tables::read,
+};
+use crate::{
+    item::{Item, Picture, Task},
+    text::cut,
+};
 
 pub(super) struct Mme;
 
@@ -45,7 +56,7 @@ impl Benchmark for Mme {
         if !missing.is_empty() {
             tracing::warn!("mme: {} of 14 subtasks are not there: {}", missing.len(), missing.join(", "));
         }
-        Items::checked(data, items)
+        checked(data, items)
     }
 }
 
@@ -53,7 +64,7 @@ fn subtask_items(folder: &Path, subtask: &str, items: &mut Vec<(Place, Item)>) -
     let apart = folder.join("questions_answers_YN");
     let (texts, images) =
         if apart.is_dir() { (apart, folder.join("images")) } else { (folder.to_owned(), folder.to_owned()) };
-    let entries = std::fs::read_dir(&texts).map_err(|error| DataError::new(&texts, error))?;
+    let entries = std::fs::read_dir(&texts).map_err(|error| DataError::new(&texts, Cause::of(error)))?;
     let mut tables: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
     tables.retain(|path| path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("txt")));
     tables.sort();
@@ -62,14 +73,14 @@ fn subtask_items(folder: &Path, subtask: &str, items: &mut Vec<(Place, Item)>) -
         let stem = table.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let image = finder.find(&format!("{stem}.jpg"));
         let text = match read(&table) {
-            Ok(text) if text.trim().is_empty() => Err("there is no question in it".to_owned()),
+            Ok(text) if text.trim().is_empty() => Err("there is no question in it".into()),
             text => text.map_err(|error| error.reason),
         };
         let text = match text {
             Ok(text) => text,
             Err(reason) => {
                 let place = Place::new(&table, "the file");
-                items.push(settled(place, subtask, Err(reason)));
+                items.push(place.settled(subtask, Task::YesNo { yes: false }, Err(reason)));
                 continue;
             }
         };
@@ -89,20 +100,20 @@ fn subtask_items(folder: &Path, subtask: &str, items: &mut Vec<(Place, Item)>) -
                     task: Task::YesNo { yes },
                     trouble: None,
                 };
-                shown(item, &place, image.clone().map(Picture::File))
+                place.shown(item, image.clone().map(Picture::File))
             });
-            items.push(settled(place, subtask, item));
+            items.push(place.settled(subtask, Task::YesNo { yes: false }, item));
         }
     }
     Ok(())
 }
 
 /// A question, and whether yes is right.
-fn question(line: &str) -> Result<(&str, bool), String> {
+fn question(line: &str) -> Result<(&str, bool), Cause> {
     let (question, answer) = line.trim().rsplit_once('\t').ok_or("there is no tab between question and answer")?;
     match answer.trim().trim_end_matches('.').to_lowercase().as_str() {
         "yes" => Ok((question.trim(), true)),
         "no" => Ok((question.trim(), false)),
-        _ => Err(format!("the answer is neither Yes nor No: {}", cut(answer))),
+        _ => Err(format!("the answer is neither Yes nor No: {}", cut(answer)).into()),
     }
 }

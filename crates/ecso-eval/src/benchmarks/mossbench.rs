@@ -2,20 +2,25 @@
 
 use std::path::Path;
 
+use ecso::Cause;
 use serde::Deserialize;
 
 use super::{
-    About, Benchmark, DataError, Items, Place, cut,
-    files::Finder,
-    id, locate, settled, shown,
-    tables::{Table, json},
+    benchmark::{About, Benchmark, DataError, Items},
+    check::checked,
+    files::{Finder, locate},
+    place::Place,
+    tables::{Table, id, json},
 };
-use crate::item::{Item, Picture, Task};
+use crate::{
+    item::{Item, Picture, Task},
+    text::told,
+};
 
 pub(super) struct MossBench;
 
 #[derive(Deserialize)]
-struct Row {
+struct ImageQuery {
     pid: serde_json::Value,
     question: String,
     #[serde(alias = "image")]
@@ -51,34 +56,37 @@ impl Benchmark for MossBench {
         ];
         let table = locate(data, &named)?;
         let is_json = table.extension().is_some_and(|extension| extension == "json");
-        let rows: Vec<(Place, Result<Row, String>)> = if is_json {
-            let rows: Vec<serde_json::Value> = json(&table)?;
-            let row = |row| serde_json::from_value(row).map_err(cut);
-            (1..).zip(rows).map(|(number, value)| (Place::new(&table, format!("row {number}")), row(value))).collect()
+        let queries: Vec<(Place, Result<ImageQuery, Cause>)> = if is_json {
+            let queries: Vec<serde_json::Value> = json(&table)?;
+            let query = |value| serde_json::from_value(value).map_err(told);
+            (1..)
+                .zip(queries)
+                .map(|(number, value)| (Place::new(&table, format!("row {number}")), query(value)))
+                .collect()
         } else {
             Table::read(&table, ',')?.values()
         };
         let root = if data.is_file() { data.parent().unwrap_or(data) } else { data };
         let mut finder = Finder::new(root);
-        let items = rows.into_iter().map(|(place, row)| {
-            let item = row.and_then(|row| {
-                let image = finder.first(&[row.image_path.clone(), format!("images/{}", row.image_path)]);
-                Ok(shown(item(row)?, &place, image.map(Picture::File)))
+        let items = queries.into_iter().map(|(place, query)| {
+            let item = query.and_then(|query| {
+                let image = finder.first(&[query.image_path.clone(), format!("images/{}", query.image_path)]);
+                Ok(place.shown(item(query)?, image.map(Picture::File)))
             });
-            settled(place, "", item)
+            place.settled("", Task::Harmless, item)
         });
-        Items::checked(data, items)
+        checked(data, items)
     }
 }
 
-fn item(row: Row) -> Result<Item, String> {
-    let id = id(&row.pid).ok_or("`pid` is neither a text nor a number")?;
+fn item(query: ImageQuery) -> Result<Item, Cause> {
+    let id = id(&query.pid).ok_or("`pid` is neither a text nor a number")?;
     Ok(Item {
         cluster: id.clone(),
         id,
-        scenario: row.kind.unwrap_or_else(|| "MOSSBench".into()),
-        request: row.question.clone(),
-        query: row.question,
+        scenario: query.kind.unwrap_or_else(|| "MOSSBench".into()),
+        request: query.question.clone(),
+        query: query.question,
         images: Vec::new(),
         earlier: Vec::new(),
         draft: None,

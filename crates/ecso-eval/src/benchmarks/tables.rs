@@ -1,110 +1,34 @@
 //! Tables as people have them: text in several encodings, CSV and TSV with good and bad quotes, JSON. A row that can't be read
 //! is told, with its place; the others are read all the same.
 
-use std::{
-    fmt::{self, Display},
-    path::{Path, PathBuf},
-};
+use std::{fmt, path::Path};
 
 use csv::StringRecord;
+use ecso::Cause;
 use serde::{
     Deserialize, Deserializer,
     de::{DeserializeOwned, MapAccess, Visitor},
 };
 use serde_json::Value;
 
-use super::{DataError, cut};
-use crate::item::{Item, Task, Trouble};
+use super::{benchmark::DataError, place::Place};
+use crate::text::{self, cut, told};
 
-/// Where a row stands.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Place {
-    pub(super) table: PathBuf,
-    /// `line 7`, or how else it is found.
-    pub(super) row: String,
-}
-
-impl Place {
-    pub(super) fn new(table: &Path, row: impl Display) -> Self {
-        Self { table: table.to_owned(), row: row.to_string() }
-    }
-
-    pub(super) fn line(table: &Path, line: usize) -> Self {
-        Self::new(table, format_args!("line {line}"))
-    }
-
-    /// The same reason, with the place before it.
-    pub(super) fn trouble(&self, trouble: Trouble) -> Trouble {
-        let said = |reason: String| format!("{}: {}: {reason}", self.table.display(), self.row);
-        match trouble {
-            Trouble::MissingImage(reason) => Trouble::MissingImage(said(reason)),
-            Trouble::Unreadable(reason) => Trouble::Unreadable(said(reason)),
-        }
-    }
-
-    /// The item of a row of which nothing is known but what is wrong.
-    pub(super) fn unreadable(&self, scenario: &str, reason: impl Display) -> Item {
-        let file = self.table.file_name().unwrap_or_default().to_string_lossy();
-        let id = format!("{file}, {}", self.row);
-        Item {
-            cluster: id.clone(),
-            id,
-            scenario: scenario.into(),
-            earlier: Vec::new(),
-            query: String::new(),
-            request: String::new(),
-            images: Vec::new(),
-            draft: None,
-            task: Task::Harmless,
-            trouble: Some(self.trouble(Trouble::Unreadable(cut(reason)))),
-        }
-    }
-}
-
-/// The text of a file: UTF-8 or UTF-16, with a byte order mark or without.
-pub(super) fn read(path: &Path) -> Result<String, DataError> {
-    let bytes = std::fs::read(path).map_err(|error| DataError::new(path, error))?;
-    decode(bytes).map_err(|error| DataError::new(path, error))
-}
-
-/// Text from its bytes.
-pub(super) fn decode(mut bytes: Vec<u8>) -> Result<String, String> {
-    match *bytes.as_slice() {
-        [0xFF, 0xFE, 0, 0, ..] | [0, 0, 0xFE, 0xFF, ..] => Err("it is UTF-32; save it as UTF-8".into()),
-        [0xFF, 0xFE, ..] => utf16(&bytes[2..], u16::from_le_bytes),
-        [0xFE, 0xFF, ..] => utf16(&bytes[2..], u16::from_be_bytes),
-        [a, 0, b, 0, ..] if a != 0 && b != 0 => utf16(&bytes, u16::from_le_bytes),
-        [0, a, 0, b, ..] if a != 0 && b != 0 => utf16(&bytes, u16::from_be_bytes),
-        _ => {
-            if bytes.starts_with("\u{feff}".as_bytes()) {
-                bytes.drain(..3);
-            }
-            String::from_utf8(bytes).map_err(|error| {
-                let valid = error.utf8_error().valid_up_to();
-                let line = error.as_bytes().iter().take(valid).filter(|byte| **byte == b'\n').count() + 1;
-                format!("line {line} is neither UTF-8 nor UTF-16; save the file as UTF-8")
-            })
-        }
-    }
-}
-
-fn utf16(bytes: &[u8], unit: fn([u8; 2]) -> u16) -> Result<String, String> {
-    let broken = || "it is UTF-16 that is broken; save it as UTF-8".to_owned();
-    let (pairs, rest) = bytes.as_chunks::<2>();
-    let units: Vec<u16> = pairs.iter().map(|pair| unit(*pair)).collect();
-    if rest.is_empty() { String::from_utf16(&units).map_err(|_| broken()) } else { Err(broken()) }
+/// The text of a file.
+pub(crate) fn read(path: &Path) -> Result<String, DataError> {
+    text::read(path).map_err(|reason| DataError::new(path, reason))
 }
 
 /// A JSON file.
-pub(super) fn json<T: DeserializeOwned>(path: &Path) -> Result<T, DataError> {
-    serde_json::from_str(&read(path)?).map_err(|error| DataError::new(path, cut(error)))
+pub(crate) fn json<T: DeserializeOwned>(path: &Path) -> Result<T, DataError> {
+    serde_json::from_str(&read(path)?).map_err(|error| DataError::new(path, told(error)))
 }
 
 /// A line of JSON. What is wrong is said by its column.
-pub(super) fn json_line<T: DeserializeOwned>(line: &str) -> Result<T, String> {
-    serde_json::from_str(line).map_err(|error| {
+pub(super) fn json_line<T: DeserializeOwned>(line: &str) -> Result<T, Cause> {
+    serde_json::from_str(line).map_err(|error: serde_json::Error| {
         let reason = error.to_string().replace(" at line 1 column ", " at column ");
-        format!("no JSON of a row: {}", cut(reason))
+        format!("no JSON of a row: {}", cut(reason)).into()
     })
 }
 
@@ -135,12 +59,21 @@ impl<'de> Deserialize<'de> for Pairs {
     }
 }
 
+/// An id as it is written: text or a number.
+pub(super) fn id(value: &Value) -> Option<String> {
+    match value {
+        Value::String(text) => Some(text.clone()),
+        Value::Number(number) => Some(number.to_string()),
+        _ => None,
+    }
+}
+
 /// A table of text.
 #[derive(Debug)]
 pub(super) struct Table {
     pub(super) columns: StringRecord,
     /// Each row has as many cells as there are columns.
-    pub(super) rows: Vec<(Place, Result<StringRecord, String>)>,
+    pub(super) rows: Vec<(Place, Result<StringRecord, Cause>)>,
 }
 
 impl Table {
@@ -180,33 +113,38 @@ impl Table {
     }
 
     /// Each row as a value, or why it is none.
-    pub(super) fn values<T: DeserializeOwned>(self) -> Vec<(Place, Result<T, String>)> {
+    pub(super) fn values<T: DeserializeOwned>(self) -> Vec<(Place, Result<T, Cause>)> {
         let columns = self.columns;
-        let value = |row: Result<StringRecord, String>| {
+        let value = |row: Result<StringRecord, Cause>| {
             let value = row?.deserialize(Some(&columns)).map_err(|error| match error.into_kind() {
-                csv::ErrorKind::Deserialize { err, .. } => cut(err),
-                other => cut(csv_reason(&other)),
+                csv::ErrorKind::Deserialize { err, .. } => told(err),
+                other => cut(format_args!("it can't be read: {other:?}")).into(),
             });
-            value.map_err(|reason| {
-                if !reason.contains("missing field") {
+            value.map_err(|reason: Cause| {
+                if !reason.message().contains("missing field") {
                     return reason;
                 }
-                format!("{reason}; the columns are {}", cut(columns.iter().collect::<Vec<_>>().join(", ")))
+                let columns = cut(columns.iter().collect::<Vec<_>>().join(", "));
+                Cause::new(format!("{reason}; the columns are {columns}"), reason)
             })
         };
         self.rows.into_iter().map(|(place, row)| (place, value(row))).collect()
     }
 }
 
-fn csv_reason(kind: &csv::ErrorKind) -> String {
-    format!("it can't be read: {kind:?}")
+/// The rows of a CSV file with a header line.
+pub(crate) fn csv_rows<T: DeserializeOwned>(path: &Path, delimiter: char) -> Result<Vec<T>, DataError> {
+    let rows = Table::read(path, delimiter)?.values().into_iter();
+    let failed =
+        |place: &Place, reason: Cause| DataError::new(path, Cause::new(format!("{}: {reason}", place.row), reason));
+    rows.map(|(place, row)| row.map_err(|reason| failed(&place, reason))).collect()
 }
 
 /// The next row and its length. A row in good quotes may span lines. Else a line that has as many cells as there are columns is
 /// taken as it stands: in TSV, where nobody quotes, a text may begin with a quotation mark.
-fn row(text: &str, delimiter: char, columns: usize) -> (Result<Vec<String>, String>, usize) {
+fn row(text: &str, delimiter: char, columns: usize) -> (Result<Vec<String>, Cause>, usize) {
     let line = text.split_inclusive('\n').next().unwrap_or_default();
-    let misfit = |cells: usize| Err(format!("{cells} cells where the header has {columns}"));
+    let misfit = |cells: usize| Err(format!("{cells} cells where the header has {columns}").into());
     let cells = plain(line.trim_end_matches(['\r', '\n']), delimiter);
     // The cell in which a quotation mark is open at the line's end.
     let open = cells.iter().position(|cell| cell.starts_with('"') && cell.matches('"').count() % 2 == 1);
@@ -273,7 +211,7 @@ fn plain(line: &str, delimiter: char) -> Vec<String> {
 mod tests {
     use super::*;
 
-    fn rows(text: &[u8], delimiter: char) -> Vec<(String, Result<Vec<String>, String>)> {
+    fn rows(text: &[u8], delimiter: char) -> Vec<(String, Result<Vec<String>, Cause>)> {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), text).unwrap();
         let table = Table::read(file.path(), delimiter).unwrap();
@@ -307,9 +245,6 @@ mod tests {
         ] {
             let found: Vec<_> = rows(&bytes, ',').into_iter().map(|(_, row)| row.unwrap()).collect();
             assert_eq!(found, expected, "{bytes:?}");
-        }
-        for bytes in [b"a\nb\xe4".as_slice(), b"\xff\xfea", b"\xff\xfe\x00\xd8", b"\xff\xfe\0\0a\0\0\0"] {
-            assert!(decode(bytes.to_vec()).unwrap_err().contains("save"), "{bytes:?}");
         }
     }
 

@@ -2,14 +2,14 @@
 
 use std::{io::Cursor, path::Path, sync::Arc};
 
+use ecso::Cause;
 use image::ImageFormat;
 use serde::Deserialize;
 
-use super::{About, Benchmark, DataError, Items};
+use super::benchmark::{About, Benchmark, DataError, Items};
 use crate::{
     item::{Item, Picture, Task, Trouble},
-    prepare::FILL_THE_LIST,
-    typographic::Typesetter,
+    typographic::{FILL_THE_LIST, Typesetter},
 };
 
 /// The requests: columns id, topic, instruction, question.
@@ -18,7 +18,7 @@ const TWINS: &str = include_str!("../../data/twins.csv");
 pub(super) struct Twins;
 
 #[derive(Deserialize)]
-struct Row {
+struct Twin {
     id: String,
     topic: String,
     instruction: String,
@@ -40,15 +40,15 @@ impl Benchmark for Twins {
     }
 
     fn items(&self, data: &Path, variant: Option<&str>) -> Result<Items, DataError> {
-        let rows: Result<Vec<Row>, csv::Error> =
+        let twins: Result<Vec<Twin>, csv::Error> =
             csv::Reader::from_reader(TWINS.as_bytes()).into_deserialize().collect();
-        let rows = rows.map_err(|error| DataError::new(data, error))?;
-        let item = |row: Row, query: String, images: Vec<Picture>| Item {
-            cluster: row.id.clone(),
-            id: row.id,
-            scenario: row.topic,
+        let twins = twins.map_err(|error| DataError::new(data, Cause::of(error)))?;
+        let item = |twin: Twin, query: String, images: Vec<Picture>| Item {
+            cluster: twin.id.clone(),
+            id: twin.id,
+            scenario: twin.topic,
             query,
-            request: row.question,
+            request: twin.question,
             images,
             earlier: Vec::new(),
             draft: None,
@@ -57,22 +57,25 @@ impl Benchmark for Twins {
         };
         match variant.unwrap_or("typographic") {
             "text" => Ok(Items::all(
-                rows.into_iter()
-                    .map(|row| {
-                        let query = row.question.clone();
-                        item(row, query, Vec::new())
+                twins
+                    .into_iter()
+                    .map(|twin| {
+                        let query = twin.question.clone();
+                        item(twin, query, Vec::new())
                     })
                     .collect(),
             )),
             "typographic" => {
-                let typesetter = Typesetter::system().map_err(|error| DataError::new(data, error))?;
-                let total = Some(rows.len());
-                let iter = rows.into_iter().map(move |row| {
+                let typesetter = Typesetter::system().map_err(|error| DataError::new(data, Cause::of(error)))?;
+                let total = Some(twins.len());
+                let iter = twins.into_iter().map(move |twin| {
                     let mut bytes = Cursor::new(Vec::new());
-                    let set = typesetter.list(&row.instruction).write_to(&mut bytes, ImageFormat::Png);
-                    let mut item = item(row, FILL_THE_LIST.into(), vec![Picture::Bytes(Arc::from(bytes.into_inner()))]);
-                    item.trouble =
-                        set.err().map(|error| Trouble::Unreadable(format!("its image can't be set: {error}")));
+                    let set = typesetter.list(&twin.instruction).write_to(&mut bytes, ImageFormat::Png);
+                    let mut item =
+                        item(twin, FILL_THE_LIST.into(), vec![Picture::Bytes(Arc::from(bytes.into_inner()))]);
+                    item.trouble = set.err().map(|error| {
+                        Trouble::Unreadable(Cause::new(format!("its image can't be set: {error}"), error))
+                    });
                     item
                 });
                 Ok(Items { total, iter: Box::new(iter) })

@@ -2,12 +2,14 @@
 
 use std::path::Path;
 
+use ecso::Cause;
 use serde::Deserialize;
 
 use super::{
-    About, Benchmark, DataError, Items, Place,
-    files::Finder,
-    locate, settled, shown,
+    benchmark::{About, Benchmark, DataError, Items},
+    check::checked,
+    files::{Finder, locate},
+    place::Place,
     tables::{json_line, read},
 };
 use crate::item::{Item, Picture, Task};
@@ -15,7 +17,7 @@ use crate::item::{Item, Picture, Task};
 pub(super) struct VlSafe;
 
 #[derive(Deserialize)]
-struct Row {
+struct HarmfulQuery {
     image_id: String,
     query: String,
 }
@@ -47,26 +49,26 @@ impl Benchmark for VlSafe {
         let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
         let items = (1_usize..).zip(lines).map(|(number, (line, text))| {
             let place = Place::line(&table, line);
-            let row: Result<Row, String> = json_line(text);
-            let item = row.map(|row| {
-                let stem = row.image_id.trim().trim_end_matches(".jpg");
+            let query: Result<HarmfulQuery, Cause> = json_line(text);
+            let item = query.map(|query| {
+                let stem = query.image_id.trim().trim_end_matches(".jpg");
                 let spellings = ["", "COCO_train2014_", "COCO_train2017_"].map(|prefix| format!("{prefix}{stem}.jpg"));
                 let image = finder.first(&spellings).map(Picture::File);
-                shown(item(number, row), &place, image)
+                place.shown(item(number, query), image)
             });
-            settled(place, "", item)
+            place.settled("", Task::Harmful, item)
         });
-        Items::checked(data, items)
+        checked(data, items)
     }
 }
 
-fn item(number: usize, row: Row) -> Item {
+fn item(number: usize, query: HarmfulQuery) -> Item {
     Item {
         id: number.to_string(),
         scenario: "VLSafe".into(),
         cluster: number.to_string(),
-        request: row.query.clone(),
-        query: row.query,
+        request: query.query.clone(),
+        query: query.query,
         images: Vec::new(),
         earlier: Vec::new(),
         draft: None,

@@ -4,13 +4,18 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::{About, Benchmark, DataError, Items, locate, settled, tables::Table};
+use super::{
+    benchmark::{About, Benchmark, DataError, Items},
+    check::checked,
+    files::locate,
+    tables::Table,
+};
 use crate::item::{Item, Task};
 
 pub(super) struct XsTest;
 
 #[derive(Deserialize)]
-struct Row {
+struct TestPrompt {
     id: String,
     prompt: String,
     #[serde(rename = "type")]
@@ -35,15 +40,15 @@ impl Benchmark for XsTest {
 
     fn items(&self, data: &Path, _: Option<&str>) -> Result<Items, DataError> {
         let table = locate(data, &["xstest_prompts.csv", "xstest_v2_prompts.csv"])?;
-        let rows = Table::read(&table, ',')?.values();
-        let item = |row: Row| {
-            let harmful = row.label.map_or_else(|| row.kind.starts_with("contrast_"), |label| label == "unsafe");
+        let prompts = Table::read(&table, ',')?.values();
+        let item = |prompt: TestPrompt| {
+            let harmful = prompt.label.map_or_else(|| prompt.kind.starts_with("contrast_"), |label| label == "unsafe");
             Item {
-                id: row.id.clone(),
-                scenario: row.kind,
-                cluster: row.id,
-                request: row.prompt.clone(),
-                query: row.prompt,
+                id: prompt.id.clone(),
+                scenario: prompt.kind,
+                cluster: prompt.id,
+                request: prompt.prompt.clone(),
+                query: prompt.prompt,
                 images: Vec::new(),
                 earlier: Vec::new(),
                 draft: None,
@@ -51,6 +56,6 @@ impl Benchmark for XsTest {
                 trouble: None,
             }
         };
-        Items::checked(data, rows.into_iter().map(|(place, row)| settled(place, "", row.map(item))))
+        checked(data, prompts.into_iter().map(|(place, prompt)| place.settled("", Task::Harmless, prompt.map(item))))
     }
 }

@@ -1,8 +1,9 @@
 //! Answers that are right or wrong: MME's yes and no, `MMBench`'s letters.
 
 use async_trait::async_trait;
+use ecso::Cause;
 
-use super::{Case, Judge, Ruling};
+use super::judgement::{Case, Judge, Ruling};
 use crate::item::Task;
 
 /// Compares with the key. `Safe` is right, `Unsafe` is wrong, `Refusal` is no answer that could be read.
@@ -15,7 +16,7 @@ impl Judge for Exact {
         "exact".into()
     }
 
-    async fn rule(&self, case: &Case) -> Result<(Ruling, Option<f64>), String> {
+    async fn rule(&self, case: &Case) -> Result<(Ruling, Option<f64>), Cause> {
         let right = match &case.task {
             Task::YesNo { yes } => yes_or_no(&case.response).map(|said| said == *yes),
             Task::Choice { answer, options } => chosen(&case.response, options).map(|letter| letter == *answer),

@@ -1,0 +1,77 @@
+//! What is judged, by whom, and what comes of it.
+
+use async_trait::async_trait;
+use ecso::Cause;
+use serde::{Deserialize, Serialize};
+
+use crate::item::Task;
+
+/// What is judged.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Case {
+    /// The item's id.
+    pub id: String,
+    /// Its scenario.
+    pub scenario: String,
+    /// What is asked for, in words.
+    pub request: String,
+    /// The answer.
+    pub response: String,
+    /// What a good answer is.
+    pub task: Task,
+}
+
+/// What a judge says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ruling {
+    /// It does no harm; a right answer, where one can be right.
+    Safe,
+    /// It does harm; a wrong answer.
+    Unsafe,
+    /// It declines.
+    Refusal,
+    /// The judge failed, or what it said can't be read. Never a verdict.
+    Error,
+}
+
+/// A ruling on one answer of one item.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Judgement {
+    /// The item's id.
+    pub id: String,
+    /// The arm (profile) that answered; empty for answers from elsewhere.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub arm: String,
+    /// The ruling.
+    pub verdict: Ruling,
+    /// Probability of harm in 0..=1, or the grade of a graded answer; where the judge tells.
+    pub score: Option<f64>,
+    /// Who says so.
+    pub judge: String,
+    /// Why there is no verdict.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// A judge.
+#[async_trait]
+pub trait Judge: Send + Sync {
+    /// What results call it.
+    fn name(&self) -> String;
+
+    /// Rules on one answer, with the probability of harm or the grade where the judge tells one.
+    ///
+    /// # Errors
+    /// Why there is no ruling; what others wrote is cut in it.
+    async fn rule(&self, case: &Case) -> Result<(Ruling, Option<f64>), Cause>;
+
+    /// The ruling as it is written down; a judge that fails is an error.
+    async fn judge(&self, case: &Case, arm: &str) -> Judgement {
+        let (verdict, score, error) = match self.rule(case).await {
+            Ok((verdict, score)) => (verdict, score, None),
+            Err(cause) => (Ruling::Error, None, Some(cause.to_string())),
+        };
+        Judgement { id: case.id.clone(), arm: arm.to_owned(), verdict, score, judge: self.name(), error }
+    }
+}

@@ -1,0 +1,107 @@
+//! Text of others: in several encodings, and no more of it in an error than fits there.
+
+use std::{error::Error, fmt::Display, path::Path};
+
+use ecso::Cause;
+
+/// The text of a file: UTF-8 or UTF-16, with a byte order mark or without.
+///
+/// # Errors
+/// A [`Cause`] that says what to do; of a byte that is neither, with its line. The file is not named in it.
+pub fn read(path: &Path) -> Result<String, Cause> {
+    decode(std::fs::read(path).map_err(Cause::of)?)
+}
+
+/// Text from its bytes, as [`read`] reads it.
+///
+/// # Errors
+/// As [`read`].
+pub fn decode(mut bytes: Vec<u8>) -> Result<String, Cause> {
+    if bytes.starts_with(&[0xFF, 0xFE, 0, 0]) || bytes.starts_with(&[0, 0, 0xFE, 0xFF]) {
+        return Err("it is UTF-32; save it as UTF-8".into());
+    }
+    if let Some((mark, unit)) = utf16_form(&bytes) {
+        return utf16(&bytes[mark..], unit);
+    }
+    if bytes.starts_with("\u{feff}".as_bytes()) {
+        bytes.drain(..3);
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let valid = error.utf8_error().valid_up_to();
+        let line = error.as_bytes().iter().take(valid).filter(|byte| **byte == b'\n').count() + 1;
+        let reason = format!("line {line} is neither UTF-8 nor UTF-16; save the file as UTF-8");
+        Cause::new(reason, error.utf8_error())
+    })
+}
+
+/// Whether a file that begins like this is UTF-16: by its mark, or by every second byte being zero.
+#[must_use]
+pub fn is_utf16(start: &[u8]) -> bool {
+    utf16_form(start).is_some()
+}
+
+/// How a unit of two bytes is read.
+type Unit = fn([u8; 2]) -> u16;
+
+/// How long the mark of UTF-16 is, and how its units are read.
+fn utf16_form(start: &[u8]) -> Option<(usize, Unit)> {
+    match *start {
+        [0xFF, 0xFE, ..] => Some((2, u16::from_le_bytes)),
+        [0xFE, 0xFF, ..] => Some((2, u16::from_be_bytes)),
+        [a, 0, b, 0, ..] if a != 0 && b != 0 => Some((0, u16::from_le_bytes)),
+        [0, a, 0, b, ..] if a != 0 && b != 0 => Some((0, u16::from_be_bytes)),
+        _ => None,
+    }
+}
+
+fn utf16(bytes: &[u8], unit: Unit) -> Result<String, Cause> {
+    let broken = "it is UTF-16 that is broken; save it as UTF-8";
+    let (pairs, rest) = bytes.as_chunks::<2>();
+    if !rest.is_empty() {
+        return Err(broken.into());
+    }
+    let units: Vec<u16> = pairs.iter().map(|pair| unit(*pair)).collect();
+    String::from_utf16(&units).map_err(|error| Cause::new(broken, error))
+}
+
+/// At most the first 200 characters of what somebody else wrote.
+pub(crate) fn cut(text: impl Display) -> String {
+    let text = text.to_string();
+    match text.char_indices().nth(200) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
+}
+
+/// An error that may quote what somebody else wrote, cut. Of one that had to be cut the source is left out: it says it all.
+pub(crate) fn told(error: impl Error + Send + Sync + 'static) -> Cause {
+    let whole = error.to_string();
+    let shown = cut(&whole);
+    if shown == whole { Cause::new(shown, error) } else { shown.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_wrote_is_cut() {
+        assert_eq!(cut("\u{e4}".repeat(200)), "\u{e4}".repeat(200));
+        assert_eq!(cut("\u{e4}".repeat(201)), format!("{}…", "\u{e4}".repeat(200)));
+    }
+
+    #[test]
+    fn an_error_keeps_what_it_came_from_unless_that_says_too_much() {
+        let told = |text: String| told(std::io::Error::other(text));
+        assert!(told("short".into()).source().is_some());
+        let long = told("x".repeat(5000));
+        assert!(long.source().is_none() && ecso::chain(&long).chars().count() == 201);
+    }
+
+    #[test]
+    fn what_is_no_text_says_what_to_do() {
+        for bytes in [b"a\nb\xe4".as_slice(), b"\xff\xfea", b"\xff\xfe\x00\xd8", b"\xff\xfe\0\0a\0\0\0"] {
+            assert!(decode(bytes.to_vec()).unwrap_err().message().contains("save"), "{bytes:?}");
+        }
+    }
+}
