@@ -196,8 +196,10 @@ impl Pipeline<'_> {
             }
             self.is_filtered |= reply.is_none();
             let caption = reply.map(|reply| reply.text).unwrap_or_default();
-            let caption = without_reasoning(&caption).unwrap_or_default();
-            captions.push(self.profile.stripped(caption).to_owned());
+            // A picture can print the marks of thoughts: what looks like thoughts is none of a model that is not known to think.
+            let thinks = self.options.memory.thinks(self.model.name());
+            let said = if thinks { without_reasoning(&caption).unwrap_or_default() } else { &caption };
+            captions.push(self.profile.stripped(said).to_owned());
         }
         Ok(captions)
     }

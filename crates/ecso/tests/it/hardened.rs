@@ -269,14 +269,15 @@ async fn a_model_that_thinks_first_gets_room_and_is_remembered() {
         Guard::new(model, hardened()).with_memory(Arc::clone(memory), "")
     };
     let memory = Arc::new(Memory::new(0));
-    for calls in [2, 1] {
+    // Whoever is not known to think may have read the marks of thoughts in the picture: the judge sees all of it then.
+    for (calls, seen) in [(2, "<think>A list?</think>\nWays to bake."), (1, "Ways to bake.")] {
         let guard = guard(&memory);
         let outcome = guard.answer(&Chat::ask([picture()], "What is it?")).await.unwrap();
         assert_eq!((outcome.answer.as_str(), outcome.verdict), ("A list.", Verdict::Safe));
         let first = outcome.steps.iter().filter(|trace| trace.step == Step::RequestCheck).count();
         // Words of the image, and the query; the first of them twice while nothing is known.
         assert_eq!(first, calls + 1);
-        assert_eq!(outcome.steps[1].prompt, "Ways to bake.");
+        assert_eq!(outcome.steps[1].prompt, seen);
     }
 }
 
