@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ecso::Role;
+use ecso::{Cause, Role};
 
 use super::{
     InputError, RowError, Rows,
@@ -89,32 +89,33 @@ pub(super) fn rows(folder: &Path, files: Vec<PathBuf>, query: Option<String>) ->
 }
 
 /// The query of an image.
-fn asked(image: &Path, query: Option<&str>) -> Result<String, String> {
+fn asked(image: &Path, query: Option<&str>) -> Result<String, Cause> {
     let path = image.with_extension("txt");
-    let failed = |error: &dyn std::fmt::Display| {
-        format!("{}: {error}; write the query there, or give one for all with --query", path.display())
+    let failed = |cause: Cause| {
+        let told = format!("{}: {cause}; write the query there, or give one for all with --query", path.display());
+        Cause::new(told, cause)
     };
     let written = match std::fs::read(&path) {
         Ok(bytes) => {
             let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
-            let text = std::str::from_utf8(bytes).map_err(|error| failed(&text::not_utf8(error)))?;
+            let text = std::str::from_utf8(bytes).map_err(|error| failed(text::not_utf8(error)))?;
             text.trim().to_owned()
         }
         Err(error) if error.kind() == ErrorKind::NotFound && query.is_some() => String::new(),
-        Err(error) => return Err(failed(&error)),
+        Err(error) => return Err(failed(Cause::of(error))),
     };
     match query {
         _ if !written.is_empty() => Ok(written),
         Some(query) => Ok(query.to_owned()),
-        None => Err(failed(&"it is empty")),
+        None => Err(failed("it is empty".into())),
     }
 }
 
 fn collect(folder: &Path, held: &mut Held) -> Result<(), InputError> {
-    let entries = std::fs::read_dir(folder).map_err(|error| InputError::new(folder, error))?;
+    let entries = std::fs::read_dir(folder).map_err(|error| InputError::of(folder, error))?;
     for entry in entries {
-        let entry = entry.map_err(|error| InputError::new(folder, error))?;
-        let kind = entry.file_type().map_err(|error| InputError::new(folder, error))?;
+        let entry = entry.map_err(|error| InputError::of(folder, error))?;
+        let kind = entry.file_type().map_err(|error| InputError::of(folder, error))?;
         let path = entry.path();
         let name = entry.file_name().to_string_lossy().into_owned();
         // What systems keep for themselves, as `._a.png` and `.cache`.

@@ -6,8 +6,10 @@ use std::{
     path::Path,
 };
 
+use ecso::Cause;
+
 use super::{
-    InputError, Records,
+    InputError, Records, at,
     cell::Cell,
     text::{self, LONGEST},
 };
@@ -17,7 +19,7 @@ use crate::row::cut;
 pub(super) fn records(path: &Path) -> Result<Records, InputError> {
     let (file, _) = text::open(path)?;
     let mut source = Source { text: file, chunk: Vec::new(), at: 0, line: 0, is_fresh: true };
-    let first = source.skip_blank().map_err(|error| InputError::new(path, error))?;
+    let first = source.skip_blank().map_err(|error| InputError::of(path, error))?;
     // An object that goes on in the next line is written as arrays are.
     let is_spread = first == Some(b'{') && source.chunk[source.at..].trim_ascii_end() == b"{";
     Ok(if first == Some(b'[') || is_spread {
@@ -90,7 +92,7 @@ struct Lines<R> {
 }
 
 impl<R: BufRead> Lines<R> {
-    fn line(&mut self) -> io::Result<Option<Result<Cell, String>>> {
+    fn line(&mut self) -> io::Result<Option<Result<Cell, Cause>>> {
         if self.source.skip_blank()?.is_none() {
             return Ok(None);
         }
@@ -113,7 +115,7 @@ impl<R: BufRead> Lines<R> {
 }
 
 impl<R: BufRead> Iterator for Lines<R> {
-    type Item = Result<Cell, String>;
+    type Item = Result<Cell, Cause>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.ended {
@@ -121,7 +123,7 @@ impl<R: BufRead> Iterator for Lines<R> {
         }
         self.line().unwrap_or_else(|error| {
             self.ended = true;
-            Some(Err(format!("the file can't be read any further: {error}")))
+            Some(Err(at("the file can't be read any further", Cause::of(error))))
         })
     }
 }
@@ -135,13 +137,13 @@ struct Elements<R> {
 }
 
 impl<R: BufRead> Elements<R> {
-    fn element(&mut self) -> io::Result<Option<Result<Cell, String>>> {
+    fn element(&mut self) -> io::Result<Option<Result<Cell, Cause>>> {
         loop {
             match self.source.skip_blank()? {
                 None => {
                     self.ended = true;
                     let told = "not a JSON array of rows: the file ends before its `]`; are rows missing?";
-                    return Ok(self.is_open.then(|| Err(told.to_owned())));
+                    return Ok(self.is_open.then(|| Err(told.into())));
                 }
                 Some(b'[') if !self.is_open => self.is_open = true,
                 Some(b']') if self.is_open => self.is_open = false,
@@ -153,7 +155,7 @@ impl<R: BufRead> Elements<R> {
     }
 
     /// The value that begins here.
-    fn one(&mut self) -> io::Result<Result<Cell, String>> {
+    fn one(&mut self) -> io::Result<Result<Cell, Cause>> {
         let (begin, indent) = (self.source.line, self.source.indent());
         let is_spread = self.source.chunk[self.source.at..].trim_ascii_end().len() == 1;
         let (mut row, mut open, mut in_string, mut escaped) = (Vec::new(), Vec::new(), false, false);
@@ -194,14 +196,16 @@ impl<R: BufRead> Elements<R> {
                     || "; where the next row begins can't be told, so all behind it is left out".to_owned(),
                     |next| if next > line + 1 { format!("; all up to line {next} is left out") } else { String::new() },
                 );
-                return Ok(Err(format!("line {line}: not JSON: {what}{then}")));
+                return Ok(Err(format!("line {line}: not JSON: {what}{then}").into()));
             }
         }
         if open.is_empty() && !in_string {
             return Ok(parse(row.trim_ascii(), begin));
         }
         self.ended = true;
-        Ok(Err(format!("line {begin}: not a JSON array of rows: the file ends inside the value that begins here")))
+        Ok(Err(
+            format!("line {begin}: not a JSON array of rows: the file ends inside the value that begins here").into()
+        ))
     }
 
     /// Goes to the next line that begins as the broken element did, and gives its number.
@@ -224,7 +228,7 @@ impl<R: BufRead> Elements<R> {
 }
 
 impl<R: BufRead> Iterator for Elements<R> {
-    type Item = Result<Cell, String>;
+    type Item = Result<Cell, Cause>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.ended {
@@ -232,19 +236,19 @@ impl<R: BufRead> Iterator for Elements<R> {
         }
         self.element().unwrap_or_else(|error| {
             self.ended = true;
-            Some(Err(format!("the file can't be read any further: {error}")))
+            Some(Err(at("the file can't be read any further", Cause::of(error))))
         })
     }
 }
 
-fn too_long(line: u64) -> String {
-    format!("line {line}: the row has more than {LONGEST} bytes")
+fn too_long(line: u64) -> Cause {
+    format!("line {line}: the row has more than {LONGEST} bytes").into()
 }
 
-fn parse(row: &[u8], line: u64) -> Result<Cell, String> {
+fn parse(row: &[u8], line: u64) -> Result<Cell, Cause> {
     // Files that were put one behind the other have such marks in their midst.
     let row = row.strip_prefix(b"\xef\xbb\xbf").unwrap_or(row);
-    let text = std::str::from_utf8(row).map_err(|error| format!("line {line}: {}", text::not_utf8(error)))?;
+    let text = std::str::from_utf8(row).map_err(|error| at(&format!("line {line}"), text::not_utf8(error)))?;
     serde_json::from_str(text).map_err(|error| {
         let said = error.to_string();
         // The place is said in lines of the file.
@@ -260,7 +264,7 @@ fn parse(row: &[u8], line: u64) -> Result<Cell, String> {
         } else {
             ""
         };
-        format!("{place}: not JSON: {}{hint}", cut(said))
+        Cause::new(format!("{place}: not JSON: {}{hint}", cut(said)), error)
     })
 }
 
@@ -268,7 +272,7 @@ fn parse(row: &[u8], line: u64) -> Result<Cell, String> {
 mod tests {
     use super::*;
 
-    fn read(text: &str) -> Vec<Result<Cell, String>> {
+    fn read(text: &str) -> Vec<Result<Cell, Cause>> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("rows.jsonl");
         std::fs::write(&path, text).unwrap();
@@ -277,13 +281,13 @@ mod tests {
 
     /// The number in each row, or what its error says.
     fn told(text: &str) -> Vec<String> {
-        let one = |row: Result<Cell, String>| match row {
+        let one = |row: Result<Cell, Cause>| match row {
             Ok(Cell::Fields(fields)) => fields.values().next().map_or_else(String::new, |cell| match cell {
                 Cell::Number(number) => number.to_string(),
                 other => other.kind().to_owned(),
             }),
             Ok(other) => other.kind().to_owned(),
-            Err(error) => error,
+            Err(cause) => cause.to_string(),
         };
         read(text).into_iter().map(one).collect()
     }

@@ -1,7 +1,9 @@
 //! Parquet, a few rows at a time. Every type of Arrow becomes a [`Cell`]; bytes stay bytes.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
+    error::Error,
     fs::File,
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
@@ -20,10 +22,11 @@ use arrow_cast::{
     display::{ArrayFormatter, FormatOptions},
 };
 use arrow_schema::DataType;
+use ecso::Cause;
 use parquet::arrow::{ProjectionMask, arrow_reader::ParquetRecordBatchReaderBuilder};
 
 use super::{
-    InputError, Records,
+    InputError, Records, at,
     cell::{Cell, Fields, number},
     record::Mapping,
 };
@@ -42,7 +45,7 @@ pub(super) fn count(path: &Path) -> Option<u64> {
 pub(super) type Types = BTreeMap<String, String>;
 
 pub(super) fn records(path: &Path, mapping: &Mapping) -> Result<(Records, Types), InputError> {
-    let file = File::open(path).map_err(|error| InputError::new(path, error))?;
+    let file = File::open(path).map_err(|error| InputError::of(path, error))?;
     let builder =
         safely(|| ParquetRecordBatchReaderBuilder::try_new(file)).map_err(|error| InputError::new(path, error))?;
     let fields = builder.schema().fields().clone();
@@ -71,15 +74,18 @@ pub(super) fn records(path: &Path, mapping: &Mapping) -> Result<(Records, Types)
             };
             (0..batch.num_rows()).map(row).collect()
         }
-        Err(error) => vec![Err(format!("the file can't be read from here on: {error}"))],
+        Err(error) => vec![Err(at("the file can't be read from here on", error))],
     });
     Ok((Box::new(records), types))
 }
 
 /// What a reader gives. Of broken files some make it panic; that is an error like others.
-fn safely<T, E: std::fmt::Display>(read: impl FnOnce() -> Result<T, E>) -> Result<T, String> {
+fn safely<T, E: Error + Send + Sync + 'static>(read: impl FnOnce() -> Result<T, E>) -> Result<T, Cause> {
     match catch_unwind(AssertUnwindSafe(read)) {
-        Ok(read) => read.map_err(|error| cut(&error.to_string()).into_owned()),
+        Ok(read) => read.map_err(|error| match cut(&error.to_string()) {
+            Cow::Owned(told) => told.into(),
+            Cow::Borrowed(_) => Cause::of(error),
+        }),
         Err(_) => Err("the Parquet file is broken".into()),
     }
 }

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use ecso::{Role, decode_base64, decode_data_url, is_data_url};
+use ecso::{Cause, Role, decode_base64, decode_data_url, is_data_url};
 
 use super::{
+    at,
     cell::{Cell, Fields},
     marks::{self, Piece, Turn},
     paths::Paths,
@@ -60,13 +61,13 @@ impl Mapping {
     ///
     /// # Errors
     /// When somebody names what no column can be.
-    pub fn new(pairs: impl IntoIterator<Item = (String, String)>) -> Result<Self, String> {
+    pub fn new(pairs: impl IntoIterator<Item = (String, String)>) -> Result<Self, Cause> {
         let mapping: BTreeMap<String, String> = pairs.into_iter().collect();
         match mapping.keys().find(|what| !USUAL.iter().any(|(known, _)| known == what)) {
             None => Ok(Self(mapping)),
             Some(unknown) => {
                 let known: Vec<&str> = USUAL.iter().map(|(what, _)| *what).collect();
-                Err(format!("no column can be `{unknown}`; there are {}", known.join(", ")))
+                Err(format!("no column can be `{unknown}`; there are {}", known.join(", ")).into())
             }
         }
     }
@@ -98,13 +99,14 @@ impl Mapping {
     ///
     /// # Errors
     /// Says which there are.
-    pub(super) fn fits<'a>(&self, columns: impl Iterator<Item = &'a str> + Clone) -> Result<(), String> {
+    pub(super) fn fits<'a>(&self, columns: impl Iterator<Item = &'a str> + Clone) -> Result<(), Cause> {
         match self.0.iter().find(|(_, named)| !columns.clone().any(|column| column == *named)) {
             None => Ok(()),
             Some((what, named)) => Err(format!(
                 "--map {what}={named}: there is no such column; there are {}",
                 cut(&columns.collect::<Vec<_>>().join(", "))
-            )),
+            )
+            .into()),
         }
     }
 }
@@ -127,15 +129,16 @@ pub(super) struct Reader {
 }
 
 impl Reader {
-    pub(super) fn row(&self, number: u64, record: Cell) -> Result<Row, String> {
+    pub(super) fn row(&self, number: u64, record: Cell) -> Result<Row, Cause> {
         let Cell::Fields(mut fields) = record else {
-            return Err(format!("{}, and not a record with named fields", record.kind()));
+            return Err(format!("{}, and not a record with named fields", record.kind()).into());
         };
         if let Some(name) = ["video", "videos", "audio", "audios"].into_iter().find(|name| has(&fields, name)) {
             return Err(format!(
                 "{} holds what can't be shown; of what is shown, only images are understood",
                 self.column(name)
-            ));
+            )
+            .into());
         }
         let mut row = Row {
             number,
@@ -154,7 +157,7 @@ impl Reader {
                 Cell::Number(number) => Ok(number.to_string()),
                 other => turns::answers(&other),
             };
-            row.draft = Some(draft.map_err(|error| format!("{}: {error}", self.column(&name)))?);
+            row.draft = Some(draft.map_err(|cause| at(&self.column(&name), cause))?);
         } else if answer.is_some() {
             row.draft = answer;
         }
@@ -169,12 +172,12 @@ impl Reader {
             let none = || format!("no query: name its column with --map query=COLUMN, or give --query{others}");
             let query = self.turn(Role::User, self.query.as_ref().ok_or_else(none)?)?;
             let first = row.images.len() - row.query_images();
-            row.query = marks::alone(query, &mut row.images, first).map_err(|error| format!("--query: {error}"))?;
+            row.query = marks::alone(query, &mut row.images, first).map_err(|cause| at("--query", cause))?;
         }
         let words = row.before.iter().map(|said| said.text.len()).sum::<usize>() + row.query.len();
         let words = words + row.draft.as_ref().map_or(0, String::len);
         if words > WORDS {
-            return Err(format!("the row has {words} bytes of text; at most {WORDS} are allowed"));
+            return Err(format!("the row has {words} bytes of text; at most {WORDS} are allowed").into());
         }
         if row.images.is_empty() {
             self.no_image_is_left(&fields)?;
@@ -197,7 +200,7 @@ impl Reader {
     }
 
     /// A name: of any type that is shown as a text.
-    fn label(&self, what: &str, fields: &mut Fields) -> Result<Option<String>, String> {
+    fn label(&self, what: &str, fields: &mut Fields) -> Result<Option<String>, Cause> {
         let Some((name, cell)) = self.take(what, fields) else { return Ok(None) };
         let label = match cell {
             Cell::Text(text) | Cell::Other(text) => text,
@@ -205,13 +208,13 @@ impl Reader {
             Cell::Bool(value) => value.to_string(),
             // Parts of what is asked may be called `type` or `topic` as well.
             _ if what == "category" && !self.mapping.0.contains_key(what) => return Ok(None),
-            other => return Err(format!("{} is {}, where a name should be", self.column(&name), other.kind())),
+            other => return Err(format!("{} is {}, where a name should be", self.column(&name), other.kind()).into()),
         };
         Ok(Some(cut(&label).into_owned()))
     }
 
     /// What was said up to the query, which is the last turn; and what the model said to it, if the mapping calls that the draft.
-    fn said(&self, fields: &mut Fields) -> Result<(Vec<Turn>, Option<String>), String> {
+    fn said(&self, fields: &mut Fields) -> Result<(Vec<Turn>, Option<String>), Cause> {
         let picture = |cell: &Cell| self.one(cell);
         let wants_draft = self.mapping.0.get("draft").cloned();
         let found = ["messages", "conversations", "query"].iter().find_map(|what| {
@@ -221,7 +224,7 @@ impl Reader {
         let mut answer = None;
         let mut turns = match found {
             Some((what, name, cell)) if what != "query" || turns::is_talk(&cell) => {
-                let talk = turns::talk(&cell, &picture).map_err(|error| format!("{}: {error}", self.column(&name)))?;
+                let talk = turns::talk(&cell, &picture).map_err(|cause| at(&self.column(&name), cause))?;
                 answer = talk.answer.filter(|_| wants_draft.as_ref() == Some(&name));
                 talk.turns
             }
@@ -239,13 +242,12 @@ impl Reader {
         };
         if let Some(history) = fields.remove("history").map(Cell::opened).filter(|history| !history.is_empty()) {
             let Cell::List(mut pairs) = history else {
-                return Err(format!("{} is no list of turns", self.column("history")));
+                return Err(format!("{} is no list of turns", self.column("history")).into());
             };
             // A question at the end, for `talk` to read up to.
             pairs.push(Cell::List(vec![Cell::Null, Cell::Null]));
-            let mut earlier = turns::talk(&Cell::List(pairs), &picture)
-                .map_err(|error| format!("{}: {error}", self.column("history")))?
-                .turns;
+            let mut earlier =
+                turns::talk(&Cell::List(pairs), &picture).map_err(|cause| at(&self.column("history"), cause))?.turns;
             earlier.pop();
             turns.splice(0..0, earlier);
         }
@@ -256,14 +258,14 @@ impl Reader {
         Ok((turns, answer))
     }
 
-    fn turn(&self, role: Role, text: &str) -> Result<Turn, String> {
+    fn turn(&self, role: Role, text: &str) -> Result<Turn, Cause> {
         let mut pieces = Vec::new();
         marks::pieces(text, &|path| self.picture(path), &mut pieces)?;
         Ok(Turn { role, pieces })
     }
 
     /// The text of a cell.
-    fn words(&self, name: &str, cell: Cell) -> Result<String, String> {
+    fn words(&self, name: &str, cell: Cell) -> Result<String, Cause> {
         match cell {
             Cell::Null => Ok(String::new()),
             Cell::Text(text) => Ok(text),
@@ -272,12 +274,12 @@ impl Reader {
             Cell::Bytes(bytes) if std::str::from_utf8(&bytes).is_ok() => {
                 Ok(String::from_utf8_lossy(&bytes).into_owned())
             }
-            other => Err(format!("{} is {}, where text should be", self.column(name), other.kind())),
+            other => Err(format!("{} is {}, where text should be", self.column(name), other.kind()).into()),
         }
     }
 
     /// The images of a row that stand in a column of their own, or in several: `image_1`, `image_2`, …
-    fn images(&self, fields: &mut Fields) -> Result<Vec<Picture>, String> {
+    fn images(&self, fields: &mut Fields) -> Result<Vec<Picture>, Cause> {
         let mut names: Vec<String> = match self.mapping.column("image", fields, |cell| !cell.is_empty()) {
             Some(name) => vec![name],
             None if self.mapping.0.contains_key("image") => Vec::new(),
@@ -287,13 +289,13 @@ impl Reader {
         let mut images = Vec::new();
         for name in names {
             let Some(cell) = fields.remove(&name) else { continue };
-            self.several(cell, &mut images).map_err(|error| format!("{}: {error}", self.column(&name)))?;
+            self.several(cell, &mut images).map_err(|cause| at(&self.column(&name), cause))?;
         }
         Ok(images)
     }
 
     /// An image, or a list of images.
-    fn several(&self, cell: Cell, images: &mut Vec<Picture>) -> Result<(), String> {
+    fn several(&self, cell: Cell, images: &mut Vec<Picture>) -> Result<(), Cause> {
         match cell.opened() {
             empty if empty.is_empty() => {}
             Cell::List(several) if !is_bytes(&several) => {
@@ -307,7 +309,7 @@ impl Reader {
     }
 
     /// An image: bytes, `{bytes, path}`, or a text that is a path, a URL, a data URL or base64.
-    fn one(&self, cell: &Cell) -> Result<Picture, String> {
+    fn one(&self, cell: &Cell) -> Result<Picture, Cause> {
         match cell {
             Cell::Bytes(bytes) => Ok(Picture::Bytes(bytes.clone())),
             Cell::Text(text) => self.picture(text),
@@ -321,31 +323,32 @@ impl Reader {
                     Some((_, held)) => self.one(held),
                     None => {
                         let names: Vec<&str> = fields.keys().map(String::as_str).collect();
-                        Err(format!("an image has neither bytes, url nor path, but {}", cut(&names.join(", "))))
+                        Err(format!("an image has neither bytes, url nor path, but {}", cut(&names.join(", "))).into())
                     }
                 }
             }
             other => Err(format!(
                 "an image must be a path, a URL, a data URL, base64, bytes or {{bytes, path}}, and this is {}",
                 other.kind()
-            )),
+            )
+            .into()),
         }
     }
 
-    fn picture(&self, text: &str) -> Result<Picture, String> {
+    fn picture(&self, text: &str) -> Result<Picture, Cause> {
         let trimmed = text.trim();
         if trimmed.is_empty() {
             return Err("an image is an empty text".into());
         }
         let starts = |scheme: &str| trimmed.get(..scheme.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(scheme));
         if starts("http://") || starts("https://") {
-            let fits = trimmed.len() <= LONGEST_URL;
-            return fits
-                .then(|| Picture::Url(trimmed.to_owned()))
-                .ok_or_else(|| format!("a URL is too long: {}", cut(trimmed)));
+            if trimmed.len() > LONGEST_URL {
+                return Err(format!("a URL is too long: {}", cut(trimmed)).into());
+            }
+            return Ok(Picture::Url(trimmed.to_owned()));
         }
         if is_data_url(trimmed) {
-            let bytes = decode_data_url(trimmed, LONGEST).map_err(|error| error.to_string())?;
+            let bytes = decode_data_url(trimmed, LONGEST).map_err(Cause::of)?;
             return Ok(Picture::Bytes(bytes.into()));
         }
         if is_base64(trimmed) {
@@ -355,13 +358,14 @@ impl Reader {
     }
 
     /// A row without images whose record has one in a column that nobody named would be read as mere text.
-    fn no_image_is_left(&self, fields: &Fields) -> Result<(), String> {
+    fn no_image_is_left(&self, fields: &Fields) -> Result<(), Cause> {
         match fields.iter().find(|(_, cell)| holds_image(cell)) {
             Some((name, _)) => Err(format!(
                 "{} holds an image, but nothing says that it is one: --map image={}",
                 self.column(name),
                 cut(name)
-            )),
+            )
+            .into()),
             None => Ok(()),
         }
     }
@@ -423,8 +427,8 @@ fn byte(cell: &Cell) -> Option<u8> {
     number.as_u64().and_then(|number| u8::try_from(number).ok())
 }
 
-fn base64(text: &str) -> Result<Picture, String> {
-    let bytes = decode_base64(text, LONGEST).map_err(|error| error.to_string())?;
+fn base64(text: &str) -> Result<Picture, Cause> {
+    let bytes = decode_base64(text, LONGEST).map_err(Cause::of)?;
     Ok(Picture::Bytes(bytes.into()))
 }
 
@@ -434,7 +438,7 @@ mod tests {
 
     use super::*;
 
-    fn row(record: Value) -> Result<Row, String> {
+    fn row(record: Value) -> Result<Row, Cause> {
         let paths = Paths::new(vec!["root".into()]);
         let record = serde_json::from_value(record).unwrap();
         Reader { paths, ..Reader::default() }.row(7, record)
@@ -490,7 +494,7 @@ mod tests {
             ("Tool result: 22\nSo?", 1, 0)
         );
         let behind = json!({"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "r"}]});
-        assert!(row(behind).unwrap_err().contains("behind the user's last turn"));
+        assert!(row(behind).unwrap_err().message().contains("behind the user's last turn"));
     }
 
     #[test]
@@ -553,7 +557,7 @@ mod tests {
             (json!({"messages": [{"role": "assistant", "content": "a"}]}), "no turn of the user"),
         ] {
             let error = row(record.clone()).unwrap_err();
-            assert!(error.contains(says), "{record}: {error}");
+            assert!(error.message().contains(says), "{record}: {error}");
         }
     }
 }

@@ -6,41 +6,46 @@ use std::{
     path::Path,
 };
 
+use ecso::Cause;
+
 use super::{
-    InputError, Records,
+    InputError, Records, at,
     cell::{Cell, Fields},
     record::Mapping,
     text::{self, not_utf8},
 };
+use crate::row::cut;
 
 /// Rows of a table of text.
 pub(super) fn records(path: &Path, usual: u8, mapping: &Mapping) -> Result<Records, InputError> {
-    let failed = |error: &dyn std::fmt::Display| InputError::new(path, error);
     let (mut file, _) = text::open(path)?;
     let (mut raw, _) = text::open(path)?;
-    let begin = file.fill_buf().map_err(|error| failed(&error))?;
+    let begin = file.fill_buf().map_err(|error| InputError::of(path, error))?;
     let line = begin.split(|byte| *byte == b'\n').next().unwrap_or_default().trim_ascii_end().to_vec();
     // Excel may say in a line of its own what it separates cells by.
     let said = line.strip_prefix(b"sep=").filter(|rest| rest.len() == 1).map(|rest| rest[0]);
     if said.is_some() {
         for text in [&mut file, &mut raw] {
-            text.read_until(b'\n', &mut Vec::new()).map_err(|error| failed(&error))?;
+            text.read_until(b'\n', &mut Vec::new()).map_err(|error| InputError::of(path, error))?;
         }
     }
     let delimiter = said.unwrap_or_else(|| delimiter(&line, usual));
     let mut table = csv::ReaderBuilder::new().delimiter(delimiter).from_reader(file);
-    let header = table.byte_headers().map_err(|error| failed(&error))?.clone();
+    let header = table.byte_headers().map_err(|error| InputError::of(path, error))?.clone();
     let mut names: Vec<String> = Vec::with_capacity(header.len());
     for name in &header {
-        let name =
-            std::str::from_utf8(name).map_err(|error| failed(&format!("its first line is {}", not_utf8(error))))?;
+        let name = std::str::from_utf8(name)
+            .map_err(|error| InputError::new(path, being("its first line", not_utf8(error))))?;
         let name = name.trim().to_owned();
         if !name.is_empty() && names.contains(&name) {
-            return Err(failed(&format!("two columns are called `{}`; give one another name", crate::row::cut(&name))));
+            return Err(InputError::new(
+                path,
+                format!("two columns are called `{}`; give one another name", cut(&name)),
+            ));
         }
         names.push(name);
     }
-    mapping.fits(names.iter().map(String::as_str)).map_err(|error| failed(&error))?;
+    mapping.fits(names.iter().map(String::as_str)).map_err(|cause| InputError::new(path, cause))?;
     Ok(Box::new(Table { cells: table, raw, at: 0, names, delimiter, ended: false }))
 }
 
@@ -71,24 +76,26 @@ struct Table {
 }
 
 impl Table {
-    fn row(&mut self, record: &csv::ByteRecord, begin: u64) -> Result<Cell, String> {
+    fn row(&mut self, record: &csv::ByteRecord, begin: u64) -> Result<Cell, Cause> {
         // The header and blank lines stand between this row and the last.
         let end = self.cells.position().byte();
         let read = |raw: &mut BufReader<File>, bytes: u64| {
             let mut text = Vec::new();
-            raw.take(bytes).read_to_end(&mut text).map(|_| text).map_err(|error| error.to_string())
+            raw.take(bytes).read_to_end(&mut text).map(|_| text).map_err(Cause::of)
         };
         read(&mut self.raw, begin.saturating_sub(self.at))?;
         let text = read(&mut self.raw, end.saturating_sub(begin))?;
         self.at = end;
         quotes(&text, self.delimiter)?;
         if record.len() != self.names.len() {
-            return Err(format!("{} cells, where the first line names {} columns", record.len(), self.names.len()));
+            return Err(
+                format!("{} cells, where the first line names {} columns", record.len(), self.names.len()).into()
+            );
         }
         let mut fields = Fields::new();
         for (name, cell) in self.names.iter().zip(record).filter(|(name, cell)| !name.is_empty() && !cell.is_empty()) {
             let cell = std::str::from_utf8(cell)
-                .map_err(|error| format!("column `{}` is {}", crate::row::cut(name), not_utf8(error)))?;
+                .map_err(|error| being(&format!("column `{}`", cut(name)), not_utf8(error)))?;
             fields.insert(name.clone(), Cell::Text(cell.to_owned()));
         }
         Ok(Cell::Fields(fields))
@@ -96,7 +103,7 @@ impl Table {
 }
 
 impl Iterator for Table {
-    type Item = Result<Cell, String>;
+    type Item = Result<Cell, Cause>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.ended {
@@ -111,19 +118,25 @@ impl Iterator for Table {
             Err(error) if matches!(error.kind(), csv::ErrorKind::UnequalLengths { .. }) => self.row(&record, begin),
             Err(error) => {
                 self.ended = true;
-                Err(format!("the file can't be read any further: {error}"))
+                Err(at("the file can't be read any further", Cause::of(error)))
             }
         };
-        Some(row.map_err(|error| format!("line {line}: {error}")))
+        Some(row.map_err(|cause| at(&format!("line {line}"), cause)))
     }
 }
 
+/// A cause that says what `what` is.
+fn being(what: &str, cause: Cause) -> Cause {
+    Cause::new(format!("{what} is {cause}"), cause)
+}
+
 /// Holds that every quote that opens a cell ends it.
-fn quotes(row: &[u8], delimiter: u8) -> Result<(), String> {
+fn quotes(row: &[u8], delimiter: u8) -> Result<(), Cause> {
     let row = row.trim_ascii_start();
     let lines = row.trim_ascii_end().split(|byte| *byte == b'\n').count() - 1;
-    let wrong =
-        |what: &str| Err(format!("{what}; it goes on over {lines} more lines. Quotes in a cell are doubled: \"\""));
+    let wrong = |what: &str| {
+        Err(format!("{what}; it goes on over {lines} more lines. Quotes in a cell are doubled: \"\"").into())
+    };
     let (mut at, mut begins, mut in_quotes) = (0, true, false);
     while let Some(byte) = row.get(at) {
         let next = row.get(at + 1);
@@ -156,12 +169,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("rows.csv");
         std::fs::write(&path, text).unwrap();
-        let one = |row: Result<Cell, String>| match row {
+        let one = |row: Result<Cell, Cause>| match row {
             Ok(cell) => {
                 let text = |name| cell.get(name).and_then(Cell::text).unwrap_or("-").to_owned();
                 format!("{} {}", text("a"), text("b"))
             }
-            Err(error) => error,
+            Err(cause) => cause.to_string(),
         };
         records(&path, b',', &Mapping::default()).unwrap().map(one).collect()
     }

@@ -6,6 +6,8 @@ use std::{
     path::Path,
 };
 
+use ecso::Cause;
+
 use super::InputError;
 
 /// Bytes of a row, images in it included, that are held.
@@ -13,7 +15,7 @@ pub(super) const LONGEST: usize = 1 << 30;
 
 /// Opens a file of text behind its byte order mark, and says how long that is.
 pub(super) fn open(path: &Path) -> Result<(BufReader<File>, u64), InputError> {
-    let failed = |error: std::io::Error| InputError::new(path, error);
+    let failed = |error: std::io::Error| InputError::of(path, error);
     let mut text = BufReader::new(File::open(path).map_err(failed)?);
     let begin = text.fill_buf().map_err(failed)?;
     let wrong = match begin {
@@ -41,9 +43,10 @@ fn foreign(encoding: &str) -> String {
 }
 
 /// Why bytes are no text.
-pub(super) fn not_utf8(error: std::str::Utf8Error) -> String {
-    format!(
+pub(super) fn not_utf8(error: std::str::Utf8Error) -> Cause {
+    let told = format!(
         "not UTF-8 from byte {} on (is the file in an older encoding, such as Latin-1?); write it as UTF-8 first, as `iconv` does",
         error.valid_up_to()
-    )
+    );
+    Cause::new(told, error)
 }

@@ -1,16 +1,17 @@
 //! Conversations as people write them: chat completions, Messages and Responses, LLaVA's (`from`, `value`), pairs `user` and
 //! `assistant`, pairs of question and answer.
 
-use ecso::Role;
+use ecso::{Cause, Role};
 
 use super::{
+    at,
     cell::Cell,
     marks::{self, Piece, Turn},
 };
 use crate::row::{Picture, cut};
 
 /// Makes a picture of a cell.
-pub(super) type Picturing<'a> = &'a dyn Fn(&Cell) -> Result<Picture, String>;
+pub(super) type Picturing<'a> = &'a dyn Fn(&Cell) -> Result<Picture, Cause>;
 
 /// Where the image of a part may stand.
 pub(super) const IMAGES: [&str; 9] =
@@ -30,11 +31,13 @@ pub(super) fn is_talk(cell: &Cell) -> bool {
 }
 
 /// Reads a conversation. The last turn of the user is its last turn here.
-pub(super) fn talk(turns: &Cell, picture: Picturing<'_>) -> Result<Talk, String> {
-    let Cell::List(said) = turns else { return Err(format!("{}, where a list of turns should be", turns.kind())) };
+pub(super) fn talk(turns: &Cell, picture: Picturing<'_>) -> Result<Talk, Cause> {
+    let Cell::List(said) = turns else {
+        return Err(format!("{}, where a list of turns should be", turns.kind()).into());
+    };
     let mut spoken = Vec::new();
     for (index, said) in said.iter().enumerate() {
-        turn(said, picture, &mut spoken).map_err(|error| format!("turn {}: {error}", index + 1))?;
+        turn(said, picture, &mut spoken).map_err(|cause| at(&format!("turn {}", index + 1), cause))?;
     }
     let last = spoken.iter().rposition(|(who, _)| *who == Who::User).ok_or("there is no turn of the user")?;
     let after = spoken.split_off(last + 1);
@@ -49,10 +52,10 @@ pub(super) fn talk(turns: &Cell, picture: Picturing<'_>) -> Result<Talk, String>
 }
 
 /// What the model says in a conversation that has its turns alone, as columns of preferences do.
-pub(super) fn answers(turns: &Cell) -> Result<String, String> {
-    let Cell::List(said) = turns else { return Err(format!("{}, where text should be", turns.kind())) };
+pub(super) fn answers(turns: &Cell) -> Result<String, Cause> {
+    let Cell::List(said) = turns else { return Err(format!("{}, where text should be", turns.kind()).into()) };
     let mut spoken = Vec::new();
-    let unread = |_: &Cell| Err("an image stands in the answer".to_owned());
+    let unread = |_: &Cell| Err("an image stands in the answer".into());
     for said in said {
         turn(said, &unread, &mut spoken)?;
     }
@@ -97,14 +100,14 @@ impl Who {
 
 type Spoken = Vec<(Who, Vec<Piece>)>;
 
-fn turn(said: &Cell, picture: Picturing<'_>, spoken: &mut Spoken) -> Result<(), String> {
+fn turn(said: &Cell, picture: Picturing<'_>, spoken: &mut Spoken) -> Result<(), Cause> {
     let word = ["role", "from"].iter().find_map(|name| said.get(name));
     let Some(word) = word else {
         // A pair: {user, assistant}, or a list of two.
         let pair = match said {
             Cell::Fields(_) => [(Who::User, said.get("user")), (Who::Assistant, said.get("assistant"))],
             Cell::List(pair) if pair.len() == 2 => [(Who::User, pair.first()), (Who::Assistant, pair.get(1))],
-            other => return Err(format!("{}, where a turn should be", other.kind())),
+            other => return Err(format!("{}, where a turn should be", other.kind()).into()),
         };
         if pair.iter().all(|(_, content)| content.is_none()) {
             return Err("it has neither `role` nor `from`".into());
@@ -164,7 +167,7 @@ fn join(pieces: &mut Vec<Piece>, found: Vec<Piece>, between: &str) {
 }
 
 /// What a turn says: a text, a part, or a list of these.
-fn parts(content: &Cell, picture: Picturing<'_>, pieces: &mut Vec<Piece>) -> Result<(), String> {
+fn parts(content: &Cell, picture: Picturing<'_>, pieces: &mut Vec<Piece>) -> Result<(), Cause> {
     let own = |path: &str| picture(&Cell::Text(path.to_owned()));
     match content {
         Cell::Null => Ok(()),
@@ -183,7 +186,7 @@ fn parts(content: &Cell, picture: Picturing<'_>, pieces: &mut Vec<Piece>) -> Res
             Ok(())
         }
         Cell::Fields(_) => part(content, picture, pieces),
-        other => Err(format!("its content is {}, where text or parts should be", other.kind())),
+        other => Err(format!("its content is {}, where text or parts should be", other.kind()).into()),
     }
 }
 
@@ -200,7 +203,7 @@ fn between(before: &[Piece], found: &[Piece]) -> &'static str {
     }
 }
 
-fn part(part: &Cell, picture: Picturing<'_>, pieces: &mut Vec<Piece>) -> Result<(), String> {
+fn part(part: &Cell, picture: Picturing<'_>, pieces: &mut Vec<Piece>) -> Result<(), Cause> {
     let kind = part.get("type").and_then(Cell::text);
     let has_image = || IMAGES.iter().any(|name| part.get(name).is_some());
     let mut say = |label: &str, name: &str| match part.get(name) {
@@ -254,7 +257,7 @@ fn part(part: &Cell, picture: Picturing<'_>, pieces: &mut Vec<Piece>) -> Result<
             pieces.push(Piece::Own(picture(part)?));
             Ok(())
         }
-        Some(other) => Err(format!("a part of type `{}` isn't understood; text and images are", cut(other))),
+        Some(other) => Err(format!("a part of type `{}` isn't understood; text and images are", cut(other)).into()),
         None => Err("a part has neither type, text nor image".into()),
     }
 }

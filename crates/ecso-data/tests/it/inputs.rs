@@ -1,6 +1,7 @@
 //! What comes in: inputs as people have them, and what was packed here.
 
 use std::{
+    error::Error,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -11,6 +12,7 @@ use arrow_array::{
 };
 use arrow_schema::{DataType, Field, Schema};
 use base64::{Engine, prelude::BASE64_STANDARD};
+use ecso::{ImageError, chain};
 use ecso_data::{
     input::{Input, Mapping},
     make::Made,
@@ -82,6 +84,27 @@ fn inputs_of_the_field_are_read_or_say_what_is_wrong() {
     }
     let all = Input { query: Some("What?".into()), ..input(data.join("20-parquet-types/image-only.parquet")) };
     assert_eq!(told(&all), vec![Ok(("What?".to_owned(), 1)); 2]);
+}
+
+#[test]
+fn errors_keep_what_is_behind_them_and_say_it_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("rows.jsonl");
+    std::fs::write(
+        &path,
+        "{\"query\": nothing}\n{\"messages\": [{\"role\": \"user\", \"content\": {\"data\": \"@\"}}]}\n",
+    )
+    .unwrap();
+    let errors: Vec<_> = input(path).rows().unwrap().map(|row| row.unwrap_err()).collect();
+    let root = |error: &(dyn Error + 'static)| {
+        let mut causes = std::iter::successors(error.source(), |cause| (*cause).source());
+        causes.any(|cause| cause.is::<serde_json::Error>() || cause.is::<ImageError>())
+    };
+    assert!(errors.iter().all(|error| root(error)), "{errors:?}");
+    assert!(errors[1].to_string().starts_with("row 1: column `messages`: turn 1: "), "{}", errors[1]);
+    let gone = input(folder.path().join("gone.parquet")).rows().err().unwrap();
+    assert_eq!([chain(&errors[1]), chain(&gone)], [errors[1].to_string(), gone.to_string()]);
+    assert!(gone.source().is_some_and(<dyn Error>::is::<std::io::Error>), "{gone:?}");
 }
 
 fn parquet(path: &Path, columns: Vec<(&str, ArrayRef)>) {
