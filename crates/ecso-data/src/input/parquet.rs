@@ -49,7 +49,9 @@ pub(super) fn records(path: &Path, mapping: &Mapping) -> Result<(Records, Types)
     let builder =
         safely(|| ParquetRecordBatchReaderBuilder::try_new(file)).map_err(|error| InputError::new(path, error))?;
     let fields = builder.schema().fields().clone();
-    mapping.fits(fields.iter().map(|field| field.name().as_str())).map_err(|error| InputError::new(path, error))?;
+    mapping
+        .fits(fields.iter().map(|field| field.name().as_str()), &[])
+        .map_err(|error| InputError::new(path, error))?;
     let types = fields.iter().map(|field| (field.name().clone(), field.data_type().to_string())).collect();
     // What no row is made of isn't read, but for what may be an image.
     let wanted = (0..fields.len())

@@ -95,12 +95,18 @@ impl Mapping {
             || numbered_image(name).is_some()
     }
 
-    /// Of the columns that were named, one that a table hasn't got.
+    /// Holds that every column that was named is among `columns`, but for what may be `left_out`. One that is there and empty fits.
     ///
     /// # Errors
-    /// Says which there are.
-    pub(super) fn fits<'a>(&self, columns: impl Iterator<Item = &'a str> + Clone) -> Result<(), Cause> {
-        match self.0.iter().find(|(_, named)| !columns.clone().any(|column| column == *named)) {
+    /// Says which columns there are.
+    pub(super) fn fits<'a>(
+        &self,
+        columns: impl Iterator<Item = &'a str> + Clone,
+        left_out: &[&str],
+    ) -> Result<(), Cause> {
+        let is_missing =
+            |what: &str, named: &str| !left_out.contains(&what) && !columns.clone().any(|name| name == named);
+        match self.0.iter().find(|(what, named)| is_missing(what, named)) {
             None => Ok(()),
             Some((what, named)) => Err(format!(
                 "--map {what}={named}: there is no such column; there are {}",
@@ -108,6 +114,13 @@ impl Mapping {
             )
             .into()),
         }
+    }
+
+    /// Where the query may stand, in order: what was named, or all of the usual.
+    fn queries(&self) -> impl Iterator<Item = &'static str> {
+        let all = ["messages", "conversations", "query"];
+        let is_named = all.iter().any(|what| self.0.contains_key(*what));
+        all.into_iter().filter(move |what| !is_named || self.0.contains_key(*what))
     }
 }
 
@@ -133,6 +146,8 @@ impl Reader {
         let Cell::Fields(mut fields) = record else {
             return Err(format!("{}, and not a record with named fields", record.kind()).into());
         };
+        // A row of JSON need not have what only names it.
+        self.mapping.fits(fields.keys().map(String::as_str), &["id", "category"])?;
         if let Some(name) = ["video", "videos", "audio", "audios"].into_iter().find(|name| has(&fields, name)) {
             return Err(format!(
                 "{} holds what can't be shown; of what is shown, only images are understood",
@@ -217,9 +232,9 @@ impl Reader {
     fn said(&self, fields: &mut Fields) -> Result<(Vec<Turn>, Option<String>), Cause> {
         let picture = |cell: &Cell| self.one(cell);
         let wants_draft = self.mapping.0.get("draft").cloned();
-        let found = ["messages", "conversations", "query"].iter().find_map(|what| {
+        let found = self.mapping.queries().find_map(|what| {
             let (name, cell) = self.take(what, fields)?;
-            Some((*what, name, if *what == "query" { opened_talk(cell) } else { cell.opened() }))
+            Some((what, name, if what == "query" { opened_talk(cell) } else { cell.opened() }))
         });
         let mut answer = None;
         let mut turns = match found {

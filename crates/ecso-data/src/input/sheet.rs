@@ -45,7 +45,7 @@ pub(super) fn records(path: &Path, usual: u8, mapping: &Mapping) -> Result<Recor
         }
         names.push(name);
     }
-    mapping.fits(names.iter().map(String::as_str)).map_err(|cause| InputError::new(path, cause))?;
+    mapping.fits(names.iter().map(String::as_str), &[]).map_err(|cause| InputError::new(path, cause))?;
     Ok(Box::new(Table { cells: table, raw, at: 0, names, delimiter, ended: false }))
 }
 
@@ -93,10 +93,11 @@ impl Table {
             );
         }
         let mut fields = Fields::new();
-        for (name, cell) in self.names.iter().zip(record).filter(|(name, cell)| !name.is_empty() && !cell.is_empty()) {
-            let cell = std::str::from_utf8(cell)
+        for (name, cell) in self.names.iter().zip(record).filter(|(name, _)| !name.is_empty()) {
+            let text = std::str::from_utf8(cell)
                 .map_err(|error| being(&format!("column `{}`", cut(name)), not_utf8(error)))?;
-            fields.insert(name.clone(), Cell::Text(cell.to_owned()));
+            let cell = if text.is_empty() { Cell::Null } else { Cell::Text(text.to_owned()) };
+            fields.insert(name.clone(), cell);
         }
         Ok(Cell::Fields(fields))
     }

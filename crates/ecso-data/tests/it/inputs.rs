@@ -107,6 +107,45 @@ fn errors_keep_what_is_behind_them_and_say_it_once() {
     assert!(gone.source().is_some_and(<dyn Error>::is::<std::io::Error>), "{gone:?}");
 }
 
+#[test]
+fn a_column_that_was_named_is_there_or_its_row_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let told = |name: &str, text: &str, pairs: &[(&str, &str)]| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        let pairs = pairs.iter().map(|(what, column)| ((*what).to_owned(), (*column).to_owned()));
+        told(&Input { mapping: Mapping::new(pairs).unwrap(), ..input(path) })
+    };
+    let read = |query: &str, images| Ok((query.to_owned(), images));
+    let lines = concat!(
+        "{\"question\":\"A?\",\"photo\":\"a.png\",\"tag\":\"t\"}\n",
+        "{\"question\":\"B?\",\"photo\":null}\n",
+        "{\"question\":\"C?\"}\n",
+    );
+    let array = format!("[{}]", lines.trim().replace('\n', ","));
+    for (name, text) in [("rows.jsonl", lines), ("rows.json", &array)] {
+        let rows = told(name, text, &[("image", "photo"), ("category", "tag")]);
+        assert_eq!(rows[..2], [read("A?", 1), read("B?", 0)], "{name}");
+        assert_eq!(rows[2], Err("row 2: --map image=photo: there is no such column; there are question".to_owned()));
+        for pair in [("image", "foto"), ("query", "quetsion"), ("draft", "answer"), ("messages", "turns")] {
+            let rows = told(name, text, &[pair]);
+            let says =
+                format!("row 0: --map {}={}: there is no such column; there are photo, question, tag", pair.0, pair.1);
+            assert!(rows.len() == 3 && rows.iter().all(Result::is_err) && rows[0] == Err(says), "{rows:?}");
+        }
+    }
+    let table = "question,photo\nA?,a.png\nB?,\n";
+    assert_eq!(told("rows.csv", table, &[("image", "photo")]), [read("A?", 1), read("B?", 0)]);
+    assert!(
+        told("rows.csv", table, &[("image", "foto")])[0].as_ref().unwrap_err().contains("rows.csv: --map image=foto: ")
+    );
+    // What was named counts, and nothing beside it.
+    let both = "{\"messages\":[{\"role\":\"user\",\"content\":\"A?\"}],\"asked\":\"B?\"}\n";
+    assert_eq!(told("both.jsonl", both, &[("query", "asked")]), [read("B?", 0)]);
+    let empty = both.replace("B?", "");
+    assert!(told("both.jsonl", &empty, &[("query", "asked")])[0].as_ref().unwrap_err().contains("no query"));
+}
+
 fn parquet(path: &Path, columns: Vec<(&str, ArrayRef)>) {
     let fields: Vec<Field> =
         columns.iter().map(|(name, column)| Field::new(*name, column.data_type().clone(), true)).collect();
