@@ -47,7 +47,7 @@ pub(super) fn look(folder: &Path, has_query: bool) -> Result<Folder, InputError>
     collect(folder, &mut held)?;
     held.images.sort();
     held.tables.sort();
-    let kinds: std::collections::BTreeSet<String> = held.tables.iter().map(|file| ending(file)).collect();
+    let kinds: std::collections::BTreeSet<String> = held.tables.iter().map(|file| format(file)).collect();
     let has_texts = || has_query || held.images.iter().any(|image| image.with_extension("txt").is_file());
     match (held.images.is_empty(), kinds.len()) {
         (true, 0) => Err(InputError::new(
@@ -126,10 +126,9 @@ fn collect(folder: &Path, held: &mut Held) -> Result<(), InputError> {
         if kind.is_dir() {
             collect(&path, held)?;
         } else if path.is_file() {
-            let ending = ending(&path);
-            if IMAGES.contains(&ending.as_str()) {
+            if is_image(&path) {
                 held.images.push(path);
-            } else if TABLES.contains(&ending.as_str()) && !ABOUT.contains(&name.as_str()) {
+            } else if TABLES.contains(&format(&path).as_str()) && !ABOUT.contains(&name.as_str()) {
                 held.tables.push(path);
             }
         }
@@ -137,6 +136,22 @@ fn collect(folder: &Path, held: &mut Held) -> Result<(), InputError> {
     Ok(())
 }
 
-pub(super) fn ending(path: &Path) -> String {
+fn ending(path: &Path) -> String {
     path.extension().unwrap_or_default().to_string_lossy().to_lowercase()
+}
+
+/// The ending that says what a table is; of a text that is compressed the one before.
+pub(super) fn format(path: &Path) -> String {
+    match ending(path).as_str() {
+        "gz" | "gzip" | "zst" | "zstd" => match ending(Path::new(path.file_stem().unwrap_or_default())).as_str() {
+            "parquet" | "" => ending(path),
+            inner => inner.to_owned(),
+        },
+        ending => ending.to_owned(),
+    }
+}
+
+/// Whether a file's name ends as those of images do.
+pub(super) fn is_image(path: &Path) -> bool {
+    IMAGES.contains(&ending(path).as_str())
 }

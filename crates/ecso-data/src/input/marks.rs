@@ -33,9 +33,9 @@ pub(super) enum Piece {
 /// `<image>` as LLaVA, LLaMA-Factory and ms-swift write it, numbered as MMMU and Phi do, and what models have as their own.
 static MARKS: LazyLock<Option<Regex>> = LazyLock::new(|| {
     let marks = concat!(
-        r"<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>|<\|image_pad\|>|<img>(?P<path>[^<>\n]*)</img>",
+        r"(?i)\(<image>\./</image>\)|<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>|<\|image_pad\|>|<img>(?P<path>[^<>\n]*)</img>",
         r"|<image>(?:\./)?</image>|<image>|<\|?image[ _]?(?P<number>\d{1,3})\|?>|<\|image\|>",
-        r"|<start_of_image>|<image_placeholder>|<ImageHere>",
+        r"|<start_of_image>|<image_placeholder>|(?:<img>)?<ImageHere>(?:</img>)?",
     );
     Regex::new(marks).ok()
 });
@@ -44,6 +44,13 @@ impl Piece {
     fn number(&self) -> Option<usize> {
         if let Self::Mark(number) = self { *number } else { None }
     }
+}
+
+/// The number of a text that is a mark with one, as `<image_00>`.
+pub(super) fn number(text: &str) -> Option<usize> {
+    let found =
+        MARKS.as_ref()?.captures(text).filter(|found| found.get(0).is_some_and(|whole| whole.as_str() == text))?;
+    found.name("number")?.as_str().parse().ok()
 }
 
 /// Marks of what no image is.

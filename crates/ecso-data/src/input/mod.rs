@@ -3,9 +3,11 @@
 mod cell;
 mod folder;
 mod json;
+mod mapping;
 mod marks;
 mod parquet;
 mod paths;
+mod pictures;
 mod record;
 mod sheet;
 mod text;
@@ -22,8 +24,8 @@ use std::{
 use cell::Cell;
 use ecso::Cause;
 use folder::Folder;
+pub use mapping::Mapping;
 use paths::Paths;
-pub use record::Mapping;
 use record::Reader;
 
 use crate::row::Row;
@@ -90,7 +92,8 @@ fn at(place: &str, cause: Cause) -> Cause {
 /// What is read, and how.
 #[derive(Debug, Clone, Default)]
 pub struct Input {
-    /// A file (.jsonl, .json, .csv, .tsv, .parquet), a folder of such files or of images, or files by a pattern (`*`, `?`).
+    /// A file (.jsonl, .json, .csv, .tsv, each also as .gz or .zst; .parquet), a folder of such files or of images, or files by a
+    /// pattern (`*`, `?`).
     pub path: PathBuf,
     /// Which columns are what.
     pub mapping: Mapping,
@@ -132,10 +135,11 @@ impl Input {
     /// How many rows there are, where that is cheap to know.
     #[must_use]
     pub fn count(&self) -> Option<u64> {
-        let count = |file: &Path| match folder::ending(file).as_str() {
+        let count = |file: &Path| match folder::format(file).as_str() {
             "parquet" => parquet::count(file),
             "jsonl" | "ndjson" => json::count(file),
-            "csv" | "tsv" => sheet::count(file),
+            "csv" => sheet::count(file, b','),
+            "tsv" => sheet::count(file, b'\t'),
             _ => None,
         };
         match self.files().ok()? {
@@ -173,7 +177,7 @@ impl Input {
             None => [folder.clone()].into_iter().chain(folder.parent().map(Path::to_owned)).collect(),
         };
         let mut types = BTreeMap::new();
-        let records = match folder::ending(file).as_str() {
+        let records = match folder::format(file).as_str() {
             "jsonl" | "ndjson" | "json" => json::records(file)?,
             "csv" => sheet::records(file, b',', &self.mapping)?,
             "tsv" => sheet::records(file, b'\t', &self.mapping)?,
@@ -182,7 +186,17 @@ impl Input {
                 types = found;
                 records
             }
-            _ => return Err(InputError::new(file, "not .jsonl, .json, .csv, .tsv, .parquet or a folder of images")),
+            "zip" | "tar" | "tgz" | "7z" | "rar" => {
+                return Err(InputError::new(
+                    file,
+                    "an archive; unpack it, and name the file or the folder that was in it",
+                ));
+            }
+            _ => {
+                let known =
+                    "not .jsonl, .json, .csv, .tsv (or one of these as .gz or .zst), .parquet or a folder of images";
+                return Err(InputError::new(file, known));
+            }
         };
         let (mapping, query, paths) = (self.mapping.clone(), self.query.clone(), Paths::new(roots));
         let reader = Arc::new(Reader { mapping, query, paths, types });

@@ -28,7 +28,7 @@ use parquet::arrow::{ProjectionMask, arrow_reader::ParquetRecordBatchReaderBuild
 use super::{
     InputError, Records, at,
     cell::{Cell, Fields, number},
-    record::Mapping,
+    mapping::{self, Mapping},
 };
 use crate::row::cut;
 
@@ -49,13 +49,14 @@ pub(super) fn records(path: &Path, mapping: &Mapping) -> Result<(Records, Types)
     let builder =
         safely(|| ParquetRecordBatchReaderBuilder::try_new(file)).map_err(|error| InputError::new(path, error))?;
     let fields = builder.schema().fields().clone();
-    mapping
-        .fits(fields.iter().map(|field| field.name().as_str()), &[])
-        .map_err(|error| InputError::new(path, error))?;
+    let columns: Vec<String> = fields.iter().map(|field| field.name().clone()).collect();
+    mapping.fits_table(&columns).map_err(|cause| InputError::new(path, cause))?;
     let types = fields.iter().map(|field| (field.name().clone(), field.data_type().to_string())).collect();
-    // What no row is made of isn't read, but for what may be an image.
-    let wanted = (0..fields.len())
-        .filter(|index| mapping.knows(fields[*index].name()) || may_be_image(fields[*index].data_type()));
+    // What no row is made of isn't read, but for what may be an image or its name, as such a row isn't one of mere text.
+    let wanted = (0..fields.len()).filter(|index| {
+        let (name, kind) = (fields[*index].name(), fields[*index].data_type());
+        mapping.knows(name) || mapping::is_about_image(name) || may_be_image(kind)
+    });
     let mask = ProjectionMask::roots(builder.parquet_schema(), wanted);
     let batches = safely(|| builder.with_projection(mask).with_batch_size(ROWS).build());
     let mut batches = batches.map_err(|error| InputError::new(path, error))?;
@@ -95,7 +96,9 @@ fn safely<T, E: Error + Send + Sync + 'static>(read: impl FnOnce() -> Result<T, 
 fn may_be_image(kind: &DataType) -> bool {
     match kind {
         DataType::Binary | DataType::LargeBinary | DataType::BinaryView => true,
-        DataType::Struct(fields) => fields.iter().any(|field| field.name() == "bytes"),
+        kind if kind.is_string() => true,
+        DataType::Dictionary(_, value) => may_be_image(value),
+        DataType::Struct(fields) => fields.iter().any(|field| may_be_image(field.data_type())),
         DataType::List(item)
         | DataType::LargeList(item)
         | DataType::FixedSizeList(item, _)
