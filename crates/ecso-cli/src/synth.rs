@@ -156,7 +156,7 @@ fn mapping(pairs: &[String]) -> anyhow::Result<Mapping> {
     };
     let pairs: Option<Vec<(String, String)>> = pairs.iter().map(split).collect();
     let pairs = pairs.ok_or_else(|| UsageError("--map takes WHAT=COLUMN, as in query=question".into()))?;
-    Ok(Mapping::new(pairs).map_err(UsageError)?)
+    Ok(Mapping::new(pairs).map_err(|cause| UsageError(cause.to_string()))?)
 }
 
 /// `2/8` is the second of eight parts.

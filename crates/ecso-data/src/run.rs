@@ -146,7 +146,7 @@ impl Batch for Making {
     }
 
     async fn read(&self, row: Self::Row) -> Self::Ready {
-        let row = row.map_err(|error| RowRecord::unreadable(error.number, None, error.reason))?;
+        let row = row.map_err(|error| RowRecord::unreadable(error.number, None, error.reason.to_string()))?;
         match row.pictures(&self.fetcher, self.limits).await {
             Ok(images) => {
                 let marks = self.marker.as_ref().map_or_else(Vec::new, |marker| marker.marks(&images));

@@ -27,6 +27,7 @@ impl Cell {
     /// What it is, in words.
     pub(super) fn kind(&self) -> &'static str {
         match self {
+            Self::Text(_) if self.is_python() => "a list or an object as Python shows it (write it as JSON)",
             Self::Null => "null",
             Self::Bool(_) => "true or false",
             Self::Number(_) => "a number",
@@ -38,19 +39,32 @@ impl Cell {
         }
     }
 
-    /// Null, no text, no element.
+    /// Null, no text, nothing in it.
     pub(super) fn is_empty(&self) -> bool {
         match self {
             Self::Null => true,
             Self::Text(text) => text.trim().is_empty(),
             Self::List(list) => list.iter().all(Self::is_empty),
+            Self::Fields(fields) => fields.values().all(Self::is_empty),
             _ => false,
         }
+    }
+
+    /// Whether a text is what Python makes of a list or an object; tables that were written from there have such cells.
+    pub(super) fn is_python(&self) -> bool {
+        self.text().is_some_and(|text| ["['", "[{'", "{'"].iter().any(|begin| text.trim_start().starts_with(begin)))
     }
 
     pub(super) fn text(&self) -> Option<&str> {
         match self {
             Self::Text(text) => Some(text),
+            _ => None,
+        }
+    }
+
+    pub(super) fn number(&self) -> Option<&Number> {
+        match self {
+            Self::Number(number) => Some(number),
             _ => None,
         }
     }
@@ -66,9 +80,17 @@ impl Cell {
     /// What stands in a text that is JSON of a list or an object, as cells of CSV have it; anything else as it is.
     pub(super) fn opened(self) -> Self {
         let Self::Text(text) = &self else { return self };
-        let is_json = text.trim_start().starts_with(['[', '{']);
+        let is_json = text.trim_start().starts_with(['[', '{']) && !has_many(text.as_bytes());
         is_json.then(|| serde_json::from_str(text).ok()).flatten().unwrap_or(self)
     }
+}
+
+/// Values that a row may have, each byte of an image that is a list of numbers among them. Each takes 40 bytes of memory.
+pub(super) const VALUES: usize = 16 << 20;
+
+/// Whether JSON may hold more than [`VALUES`].
+pub(super) fn has_many(json: &[u8]) -> bool {
+    json.len() > VALUES && json.iter().filter(|byte| matches!(byte, b',' | b'[' | b'{')).count() > VALUES
 }
 
 impl<'de> Deserialize<'de> for Cell {

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ecso::Role;
+use ecso::{Cause, Role};
 
 use super::{
     InputError, RowError, Rows,
@@ -47,7 +47,7 @@ pub(super) fn look(folder: &Path, has_query: bool) -> Result<Folder, InputError>
     collect(folder, &mut held)?;
     held.images.sort();
     held.tables.sort();
-    let kinds: std::collections::BTreeSet<String> = held.tables.iter().map(|file| ending(file)).collect();
+    let kinds: std::collections::BTreeSet<String> = held.tables.iter().map(|file| format(file)).collect();
     let has_texts = || has_query || held.images.iter().any(|image| image.with_extension("txt").is_file());
     match (held.images.is_empty(), kinds.len()) {
         (true, 0) => Err(InputError::new(
@@ -89,32 +89,33 @@ pub(super) fn rows(folder: &Path, files: Vec<PathBuf>, query: Option<String>) ->
 }
 
 /// The query of an image.
-fn asked(image: &Path, query: Option<&str>) -> Result<String, String> {
+fn asked(image: &Path, query: Option<&str>) -> Result<String, Cause> {
     let path = image.with_extension("txt");
-    let failed = |error: &dyn std::fmt::Display| {
-        format!("{}: {error}; write the query there, or give one for all with --query", path.display())
+    let failed = |cause: Cause| {
+        let told = format!("{}: {cause}; write the query there, or give one for all with --query", path.display());
+        Cause::new(told, cause)
     };
     let written = match std::fs::read(&path) {
         Ok(bytes) => {
             let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
-            let text = std::str::from_utf8(bytes).map_err(|error| failed(&text::not_utf8(error)))?;
+            let text = std::str::from_utf8(bytes).map_err(|error| failed(text::not_utf8(error)))?;
             text.trim().to_owned()
         }
         Err(error) if error.kind() == ErrorKind::NotFound && query.is_some() => String::new(),
-        Err(error) => return Err(failed(&error)),
+        Err(error) => return Err(failed(Cause::of(error))),
     };
     match query {
         _ if !written.is_empty() => Ok(written),
         Some(query) => Ok(query.to_owned()),
-        None => Err(failed(&"it is empty")),
+        None => Err(failed("it is empty".into())),
     }
 }
 
 fn collect(folder: &Path, held: &mut Held) -> Result<(), InputError> {
-    let entries = std::fs::read_dir(folder).map_err(|error| InputError::new(folder, error))?;
+    let entries = std::fs::read_dir(folder).map_err(|error| InputError::of(folder, error))?;
     for entry in entries {
-        let entry = entry.map_err(|error| InputError::new(folder, error))?;
-        let kind = entry.file_type().map_err(|error| InputError::new(folder, error))?;
+        let entry = entry.map_err(|error| InputError::of(folder, error))?;
+        let kind = entry.file_type().map_err(|error| InputError::of(folder, error))?;
         let path = entry.path();
         let name = entry.file_name().to_string_lossy().into_owned();
         // What systems keep for themselves, as `._a.png` and `.cache`.
@@ -125,10 +126,9 @@ fn collect(folder: &Path, held: &mut Held) -> Result<(), InputError> {
         if kind.is_dir() {
             collect(&path, held)?;
         } else if path.is_file() {
-            let ending = ending(&path);
-            if IMAGES.contains(&ending.as_str()) {
+            if is_image(&path) {
                 held.images.push(path);
-            } else if TABLES.contains(&ending.as_str()) && !ABOUT.contains(&name.as_str()) {
+            } else if TABLES.contains(&format(&path).as_str()) && !ABOUT.contains(&name.as_str()) {
                 held.tables.push(path);
             }
         }
@@ -136,6 +136,22 @@ fn collect(folder: &Path, held: &mut Held) -> Result<(), InputError> {
     Ok(())
 }
 
-pub(super) fn ending(path: &Path) -> String {
+fn ending(path: &Path) -> String {
     path.extension().unwrap_or_default().to_string_lossy().to_lowercase()
+}
+
+/// The ending that says what a table is; of a text that is compressed the one before.
+pub(super) fn format(path: &Path) -> String {
+    match ending(path).as_str() {
+        "gz" | "gzip" | "zst" | "zstd" => match ending(Path::new(path.file_stem().unwrap_or_default())).as_str() {
+            "parquet" | "" => ending(path),
+            inner => inner.to_owned(),
+        },
+        ending => ending.to_owned(),
+    }
+}
+
+/// Whether a file's name ends as those of images do.
+pub(super) fn is_image(path: &Path) -> bool {
+    IMAGES.contains(&ending(path).as_str())
 }

@@ -6,21 +6,20 @@ use std::{
     path::Path,
 };
 
+use ecso::Cause;
+
 use super::{
-    InputError, Records,
-    cell::Cell,
-    text::{self, LONGEST},
+    InputError, Records, at,
+    cell::{self, Cell, VALUES},
+    text::{self, LONGEST, Text},
 };
 use crate::row::cut;
 
 /// Rows of a file: of an array if it begins as one, else of its lines.
 pub(super) fn records(path: &Path) -> Result<Records, InputError> {
-    let (file, _) = text::open(path)?;
-    let mut source = Source { text: file, chunk: Vec::new(), at: 0, line: 0, is_fresh: true };
-    let first = source.skip_blank().map_err(|error| InputError::new(path, error))?;
-    // An object that goes on in the next line is written as arrays are.
-    let is_spread = first == Some(b'{') && source.chunk[source.at..].trim_ascii_end() == b"{";
-    Ok(if first == Some(b'[') || is_spread {
+    let mut source = Source::new(text::open(path)?);
+    let is_array = source.is_array().map_err(|error| InputError::of(path, error))?;
+    Ok(if is_array {
         Box::new(Elements { source, is_open: false, ended: false })
     } else {
         Box::new(Lines { source, ended: false })
@@ -29,17 +28,21 @@ pub(super) fn records(path: &Path) -> Result<Records, InputError> {
 
 /// How many rows there are, where lines tell.
 pub(super) fn count(path: &Path) -> Option<u64> {
-    let (mut file, _) = text::open(path).ok()?;
-    if file.fill_buf().ok()?.trim_ascii_start().first() != Some(&b'{') {
+    let mut source = Source::new(text::open(path).ok()?);
+    if source.is_array().ok()? {
         return None;
     }
-    let lines = file.split(b'\n');
-    Some(lines.map_while(Result::ok).filter(|line| !line.trim_ascii().is_empty()).count() as u64)
+    let mut rows = 0;
+    while source.skip_blank().ok()?.is_some() {
+        source.line_end(|_| ()).ok()?;
+        rows += 1;
+    }
+    Some(rows)
 }
 
 /// Text in chunks that end with a line, or after 64 KiB.
-struct Source<R> {
-    text: R,
+struct Source {
+    text: Text,
     chunk: Vec<u8>,
     at: usize,
     /// The line of the chunk, from 1.
@@ -48,7 +51,31 @@ struct Source<R> {
     is_fresh: bool,
 }
 
-impl<R: BufRead> Source<R> {
+impl Source {
+    fn new(text: Text) -> Self {
+        Self { text, chunk: Vec::new(), at: 0, line: 0, is_fresh: true }
+    }
+
+    /// Whether what begins here is an array, or an object that goes on in the next line: it is written as arrays are.
+    fn is_array(&mut self) -> io::Result<bool> {
+        let first = self.skip_blank()?;
+        Ok(first == Some(b'[') || (first == Some(b'{') && self.chunk[self.at..].trim_ascii_end() == b"{"))
+    }
+
+    /// Reads on to the end of the line.
+    fn line_end(&mut self, mut read: impl FnMut(&[u8])) -> io::Result<()> {
+        while self.fill()? {
+            let rest = &self.chunk[self.at..];
+            read(rest);
+            let ends = rest.ends_with(b"\n");
+            self.at = self.chunk.len();
+            if ends {
+                break;
+            }
+        }
+        Ok(())
+    }
+
     /// The next chunk, if this one is read. Gives whether there is one.
     fn fill(&mut self) -> io::Result<bool> {
         if self.at < self.chunk.len() {
@@ -84,36 +111,30 @@ impl<R: BufRead> Source<R> {
 }
 
 /// JSON lines.
-struct Lines<R> {
-    source: Source<R>,
+struct Lines {
+    source: Source,
     ended: bool,
 }
 
-impl<R: BufRead> Lines<R> {
-    fn line(&mut self) -> io::Result<Option<Result<Cell, String>>> {
+impl Lines {
+    fn line(&mut self) -> io::Result<Option<Result<Cell, Cause>>> {
         if self.source.skip_blank()?.is_none() {
             return Ok(None);
         }
         let (mut row, number) = (Vec::new(), self.source.line);
         let mut is_long = false;
-        while self.source.fill()? {
-            let rest = &self.source.chunk[self.source.at..];
+        self.source.line_end(|rest| {
             is_long |= row.len() + rest.len() > LONGEST;
             if !is_long {
                 row.extend_from_slice(rest);
             }
-            let ends = rest.ends_with(b"\n");
-            self.source.at = self.source.chunk.len();
-            if ends {
-                break;
-            }
-        }
+        })?;
         Ok(Some(if is_long { Err(too_long(number)) } else { parse(row.trim_ascii(), number) }))
     }
 }
 
-impl<R: BufRead> Iterator for Lines<R> {
-    type Item = Result<Cell, String>;
+impl Iterator for Lines {
+    type Item = Result<Cell, Cause>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.ended {
@@ -121,27 +142,27 @@ impl<R: BufRead> Iterator for Lines<R> {
         }
         self.line().unwrap_or_else(|error| {
             self.ended = true;
-            Some(Err(format!("the file can't be read any further: {error}")))
+            Some(Err(at("the file can't be read any further", Cause::of(error))))
         })
     }
 }
 
 /// The elements of an array, or values one after the other.
-struct Elements<R> {
-    source: Source<R>,
+struct Elements {
+    source: Source,
     /// Behind a `[`.
     is_open: bool,
     ended: bool,
 }
 
-impl<R: BufRead> Elements<R> {
-    fn element(&mut self) -> io::Result<Option<Result<Cell, String>>> {
+impl Elements {
+    fn element(&mut self) -> io::Result<Option<Result<Cell, Cause>>> {
         loop {
             match self.source.skip_blank()? {
                 None => {
                     self.ended = true;
                     let told = "not a JSON array of rows: the file ends before its `]`; are rows missing?";
-                    return Ok(self.is_open.then(|| Err(told.to_owned())));
+                    return Ok(self.is_open.then(|| Err(told.into())));
                 }
                 Some(b'[') if !self.is_open => self.is_open = true,
                 Some(b']') if self.is_open => self.is_open = false,
@@ -153,14 +174,14 @@ impl<R: BufRead> Elements<R> {
     }
 
     /// The value that begins here.
-    fn one(&mut self) -> io::Result<Result<Cell, String>> {
+    fn one(&mut self) -> io::Result<Result<Cell, Cause>> {
         let (begin, indent) = (self.source.line, self.source.indent());
         let is_spread = self.source.chunk[self.source.at..].trim_ascii_end().len() == 1;
         let (mut row, mut open, mut in_string, mut escaped) = (Vec::new(), Vec::new(), false, false);
         while let Some(byte) = self.source.peek()? {
             if row.len() >= LONGEST {
                 self.ended = true;
-                return Ok(Err(too_long(begin)));
+                return Ok(Err(format!("{}; all behind it is left out", too_long(begin)).into()));
             }
             let ends_before = !in_string && open.is_empty() && !row.is_empty() && matches!(byte, b',' | b']' | b'\n');
             if ends_before {
@@ -194,14 +215,16 @@ impl<R: BufRead> Elements<R> {
                     || "; where the next row begins can't be told, so all behind it is left out".to_owned(),
                     |next| if next > line + 1 { format!("; all up to line {next} is left out") } else { String::new() },
                 );
-                return Ok(Err(format!("line {line}: not JSON: {what}{then}")));
+                return Ok(Err(format!("line {line}: not JSON: {what}{then}").into()));
             }
         }
         if open.is_empty() && !in_string {
             return Ok(parse(row.trim_ascii(), begin));
         }
         self.ended = true;
-        Ok(Err(format!("line {begin}: not a JSON array of rows: the file ends inside the value that begins here")))
+        Ok(Err(
+            format!("line {begin}: not a JSON array of rows: the file ends inside the value that begins here").into()
+        ))
     }
 
     /// Goes to the next line that begins as the broken element did, and gives its number.
@@ -223,8 +246,8 @@ impl<R: BufRead> Elements<R> {
     }
 }
 
-impl<R: BufRead> Iterator for Elements<R> {
-    type Item = Result<Cell, String>;
+impl Iterator for Elements {
+    type Item = Result<Cell, Cause>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.ended {
@@ -232,19 +255,22 @@ impl<R: BufRead> Iterator for Elements<R> {
         }
         self.element().unwrap_or_else(|error| {
             self.ended = true;
-            Some(Err(format!("the file can't be read any further: {error}")))
+            Some(Err(at("the file can't be read any further", Cause::of(error))))
         })
     }
 }
 
-fn too_long(line: u64) -> String {
-    format!("line {line}: the row has more than {LONGEST} bytes")
+fn too_long(line: u64) -> Cause {
+    format!("line {line}: the row has more than {LONGEST} bytes").into()
 }
 
-fn parse(row: &[u8], line: u64) -> Result<Cell, String> {
+fn parse(row: &[u8], line: u64) -> Result<Cell, Cause> {
     // Files that were put one behind the other have such marks in their midst.
     let row = row.strip_prefix(b"\xef\xbb\xbf").unwrap_or(row);
-    let text = std::str::from_utf8(row).map_err(|error| format!("line {line}: {}", text::not_utf8(error)))?;
+    if cell::has_many(row) {
+        return Err(format!("line {line}: the row has more than {VALUES} values").into());
+    }
+    let text = std::str::from_utf8(row).map_err(|error| at(&format!("line {line}"), text::not_utf8(error)))?;
     serde_json::from_str(text).map_err(|error| {
         let said = error.to_string();
         // The place is said in lines of the file.
@@ -255,12 +281,16 @@ fn parse(row: &[u8], line: u64) -> Result<Cell, String> {
         let around = String::from_utf8_lossy(&around);
         let hint = if around.contains("NaN") || around.contains("Infinity") {
             " (JSON has no NaN and no Infinity, though Python writes them; write null)"
+        } else if row.starts_with(b"#") || around.contains("//") || around.contains("/*") {
+            " (JSON has no comments)"
+        } else if said.contains("hex escape") || said.contains("surrogate") {
+            " (half of a surrogate pair is no character)"
         } else if row.ends_with(b",") {
             " (in JSON lines no comma stands behind a row)"
         } else {
             ""
         };
-        format!("{place}: not JSON: {}{hint}", cut(said))
+        Cause::new(format!("{place}: not JSON: {}{hint}", cut(said)), error)
     })
 }
 
@@ -268,7 +298,7 @@ fn parse(row: &[u8], line: u64) -> Result<Cell, String> {
 mod tests {
     use super::*;
 
-    fn read(text: &str) -> Vec<Result<Cell, String>> {
+    fn read(text: &str) -> Vec<Result<Cell, Cause>> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("rows.jsonl");
         std::fs::write(&path, text).unwrap();
@@ -277,13 +307,13 @@ mod tests {
 
     /// The number in each row, or what its error says.
     fn told(text: &str) -> Vec<String> {
-        let one = |row: Result<Cell, String>| match row {
+        let one = |row: Result<Cell, Cause>| match row {
             Ok(Cell::Fields(fields)) => fields.values().next().map_or_else(String::new, |cell| match cell {
                 Cell::Number(number) => number.to_string(),
                 other => other.kind().to_owned(),
             }),
             Ok(other) => other.kind().to_owned(),
-            Err(error) => error,
+            Err(cause) => cause.to_string(),
         };
         read(text).into_iter().map(one).collect()
     }
@@ -335,6 +365,13 @@ mod tests {
             let told = told(&text);
             assert!(told.len() == 1 && told[0].len() < 600 && told[0].contains("not"), "{}", told[0].len());
         }
+    }
+
+    #[test]
+    fn values_of_a_row_are_limited() {
+        let many = "0,".repeat(VALUES + 1);
+        let told = told(&format!("{{\"a\":[{many}0]}}\n{{\"a\":2}}"));
+        assert!(told.len() == 2 && told[0].contains("values") && told[1] == "2", "{}", told[0]);
     }
 
     proptest::proptest! {

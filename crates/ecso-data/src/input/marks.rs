@@ -8,7 +8,7 @@ use std::{
     sync::LazyLock,
 };
 
-use ecso::Role;
+use ecso::{Cause, Role};
 use regex_lite::Regex;
 
 use crate::row::{Picture, Said};
@@ -33,9 +33,9 @@ pub(super) enum Piece {
 /// `<image>` as LLaVA, LLaMA-Factory and ms-swift write it, numbered as MMMU and Phi do, and what models have as their own.
 static MARKS: LazyLock<Option<Regex>> = LazyLock::new(|| {
     let marks = concat!(
-        r"<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>|<\|image_pad\|>|<img>(?P<path>[^<>\n]*)</img>",
+        r"(?i)\(<image>\./</image>\)|<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>|<\|image_pad\|>|<img>(?P<path>[^<>\n]*)</img>",
         r"|<image>(?:\./)?</image>|<image>|<\|?image[ _]?(?P<number>\d{1,3})\|?>|<\|image\|>",
-        r"|<start_of_image>|<image_placeholder>|<ImageHere>",
+        r"|<start_of_image>|<image_placeholder>|(?:<img>)?<ImageHere>(?:</img>)?",
     );
     Regex::new(marks).ok()
 });
@@ -46,17 +46,24 @@ impl Piece {
     }
 }
 
+/// The number of a text that is a mark with one, as `<image_00>`.
+pub(super) fn number(text: &str) -> Option<usize> {
+    let found =
+        MARKS.as_ref()?.captures(text).filter(|found| found.get(0).is_some_and(|whole| whole.as_str() == text))?;
+    found.name("number")?.as_str().parse().ok()
+}
+
 /// Marks of what no image is.
 const OTHERS: [&str; 5] = ["<video>", "<audio>", "<|video_pad|>", "<|video|>", "<|audio|>"];
 
 /// Takes a text apart at its marks. `own` makes the image of a path that stands in one.
 pub(super) fn pieces(
     text: &str,
-    own: &dyn Fn(&str) -> Result<Picture, String>,
+    own: &dyn Fn(&str) -> Result<Picture, Cause>,
     pieces: &mut Vec<Piece>,
-) -> Result<(), String> {
+) -> Result<(), Cause> {
     if let Some(other) = OTHERS.iter().find(|other| text.contains(**other)) {
-        return Err(format!("`{other}` stands in the text; of what is shown, only images are understood"));
+        return Err(format!("`{other}` stands in the text; of what is shown, only images are understood").into());
     }
     let mut rest = 0;
     for found in MARKS.iter().flat_map(|marks| marks.captures_iter(text)) {
@@ -79,7 +86,7 @@ pub(super) fn pieces(
 
 /// Gives every mark its image: `column` are the row's images that stand in no turn. Where nothing says where they belong, they stand in
 /// the last turn, the query. Gives the turns as text, and all images in order.
-pub(super) fn place(mut turns: Vec<Turn>, column: &[Picture]) -> Result<(Vec<Said>, Vec<Picture>), String> {
+pub(super) fn place(mut turns: Vec<Turn>, column: &[Picture]) -> Result<(Vec<Said>, Vec<Picture>), Cause> {
     repeat_own(&mut turns);
     let marked = Marked::of(&turns);
     marked.fits(column)?;
@@ -120,7 +127,7 @@ pub(super) fn place(mut turns: Vec<Turn>, column: &[Picture]) -> Result<(Vec<Sai
         }
         let count = images.len() - before;
         if count > 0 && turn.role != Role::User {
-            return Err(format!("an image in a turn of the {} can't be used", turn.role.as_str()));
+            return Err(format!("an image in a turn of the {} can't be used", turn.role.as_str()).into());
         }
         done.push((turn.role, shown, count));
     }
@@ -130,7 +137,7 @@ pub(super) fn place(mut turns: Vec<Turn>, column: &[Picture]) -> Result<(Vec<Sai
 }
 
 /// The text of a turn that is all there is to the images from `first` on.
-pub(super) fn alone(turn: Turn, images: &mut Vec<Picture>, first: usize) -> Result<String, String> {
+pub(super) fn alone(turn: Turn, images: &mut Vec<Picture>, first: usize) -> Result<String, Cause> {
     let (mut said, placed) = place(vec![turn], &images.split_off(first))?;
     images.extend(placed);
     Ok(said.pop().map(|said| said.text).unwrap_or_default())
@@ -168,26 +175,27 @@ impl Marked {
     }
 
     /// Whether there is a mark for each image of the column, and an image for each mark.
-    fn fits(&self, column: &[Picture]) -> Result<(), String> {
+    fn fits(&self, column: &[Picture]) -> Result<(), Cause> {
         if self.plain > 0 && !self.numbers.is_empty() {
             return Err("marks of images with a number and marks without stand in one row".into());
         }
         let (marks, images) = (self.plain + self.numbers.len(), column.len());
         if marks == 0 {
             // The column may say once more what stands in the turns.
-            let fits = self.own.is_empty() || column.is_empty() || self.own == column;
+            if self.own.is_empty() || column.is_empty() || self.own == column {
+                return Ok(());
+            }
             let own = self.own.len();
-            let wrong = || {
-                format!(
-                    "images stand in the turns ({own}) and beside them ({images}), and nothing says where the latter belong"
-                )
-            };
-            return fits.then_some(()).ok_or_else(wrong);
+            return Err(format!(
+                "images stand in the turns ({own}) and beside them ({images}), and nothing says where the latter belong"
+            )
+            .into());
         }
         let last = self.numbers.last().map(|last| last + 1 - self.first);
-        let fits = marks == images && last.is_none_or(|last| last == images);
-        let wrong = || format!("marks of images in the text: {marks}; images that the row has for them: {images}");
-        fits.then_some(()).ok_or_else(wrong)
+        if marks == images && last.is_none_or(|last| last == images) {
+            return Ok(());
+        }
+        Err(format!("marks of images in the text: {marks}; images that the row has for them: {images}").into())
     }
 }
 
@@ -291,7 +299,7 @@ mod tests {
         Turn { role, pieces: found }
     }
 
-    fn one(text: &str, images: usize) -> Result<(String, usize), String> {
+    fn one(text: &str, images: usize) -> Result<(String, usize), Cause> {
         let column: Vec<Picture> = (0..images).map(|image| picture(&image.to_string())).collect();
         let (mut said, images) = place(vec![turn(Role::User, text)], &column)?;
         Ok((said.remove(0).text, images.len()))
@@ -334,10 +342,12 @@ mod tests {
             [("<image>\nWhat?", 0), ("<image>\nWhat?", 2), ("<image><image>", 1), ("<image 2> What?", 2)]
         {
             let error = one(text, images).unwrap_err();
-            assert!(error.contains("marks of images in the text"), "{text}: {error}");
+            assert!(error.message().contains("marks of images in the text"), "{text}: {error}");
         }
         let mut found = Vec::new();
-        assert!(pieces("<video>", &|path| Ok(picture(path)), &mut found).unwrap_err().contains("only images"));
+        assert!(
+            pieces("<video>", &|path| Ok(picture(path)), &mut found).unwrap_err().message().contains("only images")
+        );
     }
 
     #[test]
@@ -349,7 +359,7 @@ mod tests {
         let counts: Vec<_> = said.iter().map(|said| (said.text.as_str(), said.images)).collect();
         assert_eq!(counts, [("One?", 1), ("1", 0), ("Two, the second image?", 1)]);
         let drawn = vec![turn(Role::Assistant, "Here: <image>"), turn(Role::User, "And now?")];
-        assert!(place(drawn, &[picture("a")]).unwrap_err().contains("of the assistant"));
+        assert!(place(drawn, &[picture("a")]).unwrap_err().message().contains("of the assistant"));
     }
 
     proptest::proptest! {

@@ -3,9 +3,11 @@
 mod cell;
 mod folder;
 mod json;
+mod mapping;
 mod marks;
 mod parquet;
 mod paths;
+mod pictures;
 mod record;
 mod sheet;
 mod text;
@@ -13,14 +15,17 @@ mod turns;
 
 use std::{
     collections::BTreeMap,
+    error::Error,
+    fmt,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use cell::Cell;
+use ecso::Cause;
 use folder::Folder;
+pub use mapping::Mapping;
 use paths::Paths;
-pub use record::Mapping;
 use record::Reader;
 
 use crate::row::Row;
@@ -29,33 +34,66 @@ use crate::row::Row;
 pub type Rows = Box<dyn Iterator<Item = Result<Row, RowError>> + Send>;
 
 /// Why the input can't be read.
-#[derive(Debug, thiserror::Error)]
-#[error("{path}: {reason}")]
+#[derive(Debug)]
 pub struct InputError {
-    path: String,
-    reason: String,
+    path: PathBuf,
+    reason: Cause,
 }
 
 impl InputError {
-    fn new(path: &Path, reason: impl std::fmt::Display) -> Self {
-        Self { path: path.display().to_string(), reason: reason.to_string() }
+    fn new(path: &Path, reason: impl Into<Cause>) -> Self {
+        Self { path: path.to_owned(), reason: reason.into() }
+    }
+
+    fn of(path: &Path, error: impl Error + Send + Sync + 'static) -> Self {
+        Self::new(path, Cause::of(error))
+    }
+}
+
+impl fmt::Display for InputError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.path.display(), self.reason)
+    }
+}
+
+// By hand, as the cause's words are part of the error's own.
+impl Error for InputError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.reason.source()
     }
 }
 
 /// Why one row can't be read.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("row {number}: {reason}")]
+#[derive(Debug, Clone, PartialEq)]
 pub struct RowError {
     /// Its place, from 0.
     pub number: u64,
     /// What is wrong.
-    pub reason: String,
+    pub reason: Cause,
+}
+
+impl fmt::Display for RowError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "row {}: {}", self.number, self.reason)
+    }
+}
+
+impl Error for RowError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.reason.source()
+    }
+}
+
+/// A cause with the place where it was found before it.
+fn at(place: &str, cause: Cause) -> Cause {
+    Cause::new(format!("{place}: {cause}"), cause)
 }
 
 /// What is read, and how.
 #[derive(Debug, Clone, Default)]
 pub struct Input {
-    /// A file (.jsonl, .json, .csv, .tsv, .parquet), a folder of such files or of images, or files by a pattern (`*`, `?`).
+    /// A file (.jsonl, .json, .csv, .tsv, each also as .gz or .zst; .parquet), a folder of such files or of images, or files by a
+    /// pattern (`*`, `?`).
     pub path: PathBuf,
     /// Which columns are what.
     pub mapping: Mapping,
@@ -85,7 +123,7 @@ impl Input {
             Some(table) => table,
             None => input
                 .table(&file)
-                .unwrap_or_else(|error| Box::new(std::iter::once(Box::new(move |_| Err(error.to_string())) as Made))),
+                .unwrap_or_else(|error| Box::new(std::iter::once(Box::new(move |_| Err(Cause::of(error))) as Made))),
         });
         Ok(Box::new(
             (0..)
@@ -97,10 +135,11 @@ impl Input {
     /// How many rows there are, where that is cheap to know.
     #[must_use]
     pub fn count(&self) -> Option<u64> {
-        let count = |file: &Path| match folder::ending(file).as_str() {
+        let count = |file: &Path| match folder::format(file).as_str() {
             "parquet" => parquet::count(file),
             "jsonl" | "ndjson" => json::count(file),
-            "csv" | "tsv" => sheet::count(file),
+            "csv" => sheet::count(file, b','),
+            "tsv" => sheet::count(file, b'\t'),
             _ => None,
         };
         match self.files().ok()? {
@@ -118,9 +157,9 @@ impl Input {
         let pattern = path.to_str().filter(|pattern| pattern.contains(['*', '?']) && !path.exists());
         let Some(pattern) = pattern else { return Ok(Folder::Tables(vec![path.clone()])) };
         let options = glob::MatchOptions { require_literal_leading_dot: true, ..glob::MatchOptions::new() };
-        let found = glob::glob_with(pattern, options).map_err(|error| InputError::new(path, error))?;
+        let found = glob::glob_with(pattern, options).map_err(|error| InputError::of(path, error))?;
         let files: Result<Vec<PathBuf>, _> = found.collect();
-        let mut files = files.map_err(|error| InputError::new(path, error))?;
+        let mut files = files.map_err(|error| InputError::of(path, error))?;
         files.retain(|file| file.is_file());
         if files.is_empty() {
             return Err(InputError::new(path, "no file has such a name"));
@@ -138,7 +177,7 @@ impl Input {
             None => [folder.clone()].into_iter().chain(folder.parent().map(Path::to_owned)).collect(),
         };
         let mut types = BTreeMap::new();
-        let records = match folder::ending(file).as_str() {
+        let records = match folder::format(file).as_str() {
             "jsonl" | "ndjson" | "json" => json::records(file)?,
             "csv" => sheet::records(file, b',', &self.mapping)?,
             "tsv" => sheet::records(file, b'\t', &self.mapping)?,
@@ -147,7 +186,17 @@ impl Input {
                 types = found;
                 records
             }
-            _ => return Err(InputError::new(file, "not .jsonl, .json, .csv, .tsv, .parquet or a folder of images")),
+            "zip" | "tar" | "tgz" | "7z" | "rar" => {
+                return Err(InputError::new(
+                    file,
+                    "an archive; unpack it, and name the file or the folder that was in it",
+                ));
+            }
+            _ => {
+                let known =
+                    "not .jsonl, .json, .csv, .tsv (or one of these as .gz or .zst), .parquet or a folder of images";
+                return Err(InputError::new(file, known));
+            }
         };
         let (mapping, query, paths) = (self.mapping.clone(), self.query.clone(), Paths::new(roots));
         let reader = Arc::new(Reader { mapping, query, paths, types });
@@ -159,8 +208,8 @@ impl Input {
 }
 
 /// Records of a file.
-type Records = Box<dyn Iterator<Item = Result<Cell, String>> + Send>;
+type Records = Box<dyn Iterator<Item = Result<Cell, Cause>> + Send>;
 /// A row, but for its number.
-type Made = Box<dyn FnOnce(u64) -> Result<Row, String> + Send>;
+type Made = Box<dyn FnOnce(u64) -> Result<Row, Cause> + Send>;
 /// The rows of a file.
 type Table = Box<dyn Iterator<Item = Made> + Send>;

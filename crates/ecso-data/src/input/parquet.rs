@@ -1,7 +1,9 @@
 //! Parquet, a few rows at a time. Every type of Arrow becomes a [`Cell`]; bytes stay bytes.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
+    error::Error,
     fs::File,
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
@@ -20,12 +22,13 @@ use arrow_cast::{
     display::{ArrayFormatter, FormatOptions},
 };
 use arrow_schema::DataType;
+use ecso::Cause;
 use parquet::arrow::{ProjectionMask, arrow_reader::ParquetRecordBatchReaderBuilder};
 
 use super::{
-    InputError, Records,
+    InputError, Records, at,
     cell::{Cell, Fields, number},
-    record::Mapping,
+    mapping::{self, Mapping},
 };
 use crate::row::cut;
 
@@ -42,15 +45,18 @@ pub(super) fn count(path: &Path) -> Option<u64> {
 pub(super) type Types = BTreeMap<String, String>;
 
 pub(super) fn records(path: &Path, mapping: &Mapping) -> Result<(Records, Types), InputError> {
-    let file = File::open(path).map_err(|error| InputError::new(path, error))?;
+    let file = File::open(path).map_err(|error| InputError::of(path, error))?;
     let builder =
         safely(|| ParquetRecordBatchReaderBuilder::try_new(file)).map_err(|error| InputError::new(path, error))?;
     let fields = builder.schema().fields().clone();
-    mapping.fits(fields.iter().map(|field| field.name().as_str())).map_err(|error| InputError::new(path, error))?;
+    let columns: Vec<String> = fields.iter().map(|field| field.name().clone()).collect();
+    mapping.fits_table(&columns).map_err(|cause| InputError::new(path, cause))?;
     let types = fields.iter().map(|field| (field.name().clone(), field.data_type().to_string())).collect();
-    // What no row is made of isn't read, but for what may be an image.
-    let wanted = (0..fields.len())
-        .filter(|index| mapping.knows(fields[*index].name()) || may_be_image(fields[*index].data_type()));
+    // What no row is made of isn't read, but for what may be an image or its name, as such a row isn't one of mere text.
+    let wanted = (0..fields.len()).filter(|index| {
+        let (name, kind) = (fields[*index].name(), fields[*index].data_type());
+        mapping.knows(name) || mapping::is_about_image(name) || may_be_image(kind)
+    });
     let mask = ProjectionMask::roots(builder.parquet_schema(), wanted);
     let batches = safely(|| builder.with_projection(mask).with_batch_size(ROWS).build());
     let mut batches = batches.map_err(|error| InputError::new(path, error))?;
@@ -71,15 +77,18 @@ pub(super) fn records(path: &Path, mapping: &Mapping) -> Result<(Records, Types)
             };
             (0..batch.num_rows()).map(row).collect()
         }
-        Err(error) => vec![Err(format!("the file can't be read from here on: {error}"))],
+        Err(error) => vec![Err(at("the file can't be read from here on", error))],
     });
     Ok((Box::new(records), types))
 }
 
 /// What a reader gives. Of broken files some make it panic; that is an error like others.
-fn safely<T, E: std::fmt::Display>(read: impl FnOnce() -> Result<T, E>) -> Result<T, String> {
+fn safely<T, E: Error + Send + Sync + 'static>(read: impl FnOnce() -> Result<T, E>) -> Result<T, Cause> {
     match catch_unwind(AssertUnwindSafe(read)) {
-        Ok(read) => read.map_err(|error| cut(&error.to_string()).into_owned()),
+        Ok(read) => read.map_err(|error| match cut(&error.to_string()) {
+            Cow::Owned(told) => told.into(),
+            Cow::Borrowed(_) => Cause::of(error),
+        }),
         Err(_) => Err("the Parquet file is broken".into()),
     }
 }
@@ -87,7 +96,9 @@ fn safely<T, E: std::fmt::Display>(read: impl FnOnce() -> Result<T, E>) -> Resul
 fn may_be_image(kind: &DataType) -> bool {
     match kind {
         DataType::Binary | DataType::LargeBinary | DataType::BinaryView => true,
-        DataType::Struct(fields) => fields.iter().any(|field| field.name() == "bytes"),
+        kind if kind.is_string() => true,
+        DataType::Dictionary(_, value) => may_be_image(value),
+        DataType::Struct(fields) => fields.iter().any(|field| may_be_image(field.data_type())),
         DataType::List(item)
         | DataType::LargeList(item)
         | DataType::FixedSizeList(item, _)

@@ -6,6 +6,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use ecso::Cause;
 use percent_encoding::percent_decode_str;
 use unicode_normalization::UnicodeNormalization;
 
@@ -35,15 +36,15 @@ impl Paths {
     }
 
     /// The file of that name. One that isn't there is no error here: whoever opens it says so.
-    pub(super) fn find(&self, name: &str) -> Result<PathBuf, String> {
+    pub(super) fn find(&self, name: &str) -> Result<PathBuf, Cause> {
         if name.len() > LONGEST || name.contains('\0') {
-            return Err(format!("this is no path, no URL and no image in base64: {}", cut(name)));
+            return Err(format!("this is no path, no URL and no image in base64: {}", cut(name)).into());
         }
         let mut names = vec![name.to_owned()];
         if let Some(local) = local(name) {
             names = vec![percent_decode_str(local).decode_utf8_lossy().into_owned(), local.to_owned()];
         } else if let Some((scheme, _)) = name.split_once("://") {
-            return Err(format!("images of `{}://` can't be fetched; paths, http and https can", cut(scheme)));
+            return Err(format!("images of `{}://` can't be fetched; paths, http and https can", cut(scheme)).into());
         }
         if name.contains('%') {
             names.push(percent_decode_str(name).decode_utf8_lossy().into_owned());
@@ -65,7 +66,8 @@ impl Paths {
                 "{}: there is no such file, but there is `{}`; upper and lower case count",
                 cut(name),
                 cut(&other)
-            ));
+            )
+            .into());
         }
         // The name as it would be right here is what its error should show.
         let name = names.last().map_or(name, String::as_str);
@@ -146,10 +148,10 @@ mod tests {
             assert_eq!(paths.find(name), Ok(there.clone()), "{name}");
         }
         let error = paths.find("\u{f6}l und/a \u{e9}.PNG").unwrap_err();
-        assert!(error.contains("upper and lower case"), "{error}");
+        assert!(error.message().contains("upper and lower case"), "{error}");
         assert_eq!(paths.find("no/such.png"), Ok(root.join("no/such.png")));
-        assert!(paths.find("s3://bucket/a.png").unwrap_err().contains("s3://"));
-        assert!(paths.find(&"x".repeat(5000)).unwrap_err().len() < 400);
+        assert!(paths.find("s3://bucket/a.png").unwrap_err().message().contains("s3://"));
+        assert!(paths.find(&"x".repeat(5000)).unwrap_err().message().len() < 400);
     }
 
     proptest::proptest! {

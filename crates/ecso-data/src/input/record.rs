@@ -2,119 +2,20 @@
 
 use std::collections::BTreeMap;
 
-use ecso::{Role, decode_base64, decode_data_url, is_data_url};
+use ecso::{Cause, Role};
 
 use super::{
+    at,
     cell::{Cell, Fields},
+    mapping::{self, Mapping},
     marks::{self, Piece, Turn},
     paths::Paths,
-    text::LONGEST,
-    turns::{self, IMAGES},
+    turns,
 };
-use crate::row::{Picture, Row, cut};
-
-/// Which columns are what: a column's name by what it is (`id`, `query`, `image`, `category`, `draft`, `messages`,
-/// `conversations`). What is not said is found by the names that people use.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Mapping(BTreeMap<String, String>);
-
-/// Names that are tried, by what a column is.
-const USUAL: [(&str, &[&str]); 7] = [
-    ("id", &["id", "request_id", "question_id", "index"]),
-    ("query", &["query", "question", "prompt", "instruction", "text"]),
-    (
-        "image",
-        &[
-            "image",
-            "images",
-            "image_path",
-            "image_paths",
-            "file_name",
-            "image_file",
-            "image_url",
-            "image_urls",
-            "img",
-            "jpg",
-            "jpeg",
-            "png",
-            "webp",
-        ],
-    ),
-    ("category", &["category", "scenario", "topic", "type"]),
-    ("draft", &["draft"]),
-    ("messages", &["messages"]),
-    ("conversations", &["conversations", "conversation", "texts"]),
-];
-
-/// What else a row may have: more that was said (as LLaMA-Factory's and ms-swift's rows do), and what can't be shown.
-const BESIDE: [&str; 7] = ["system", "history", "input", "video", "videos", "audio", "audios"];
+use crate::row::{Row, cut};
 
 /// Bytes of words that a row may have, images not counted. No model reads more.
 const WORDS: usize = 4 << 20;
-
-/// Characters of a URL.
-const LONGEST_URL: usize = 16 << 10;
-
-impl Mapping {
-    /// From pairs of what a column is and its name.
-    ///
-    /// # Errors
-    /// When somebody names what no column can be.
-    pub fn new(pairs: impl IntoIterator<Item = (String, String)>) -> Result<Self, String> {
-        let mapping: BTreeMap<String, String> = pairs.into_iter().collect();
-        match mapping.keys().find(|what| !USUAL.iter().any(|(known, _)| known == what)) {
-            None => Ok(Self(mapping)),
-            Some(unknown) => {
-                let known: Vec<&str> = USUAL.iter().map(|(what, _)| *what).collect();
-                Err(format!("no column can be `{unknown}`; there are {}", known.join(", ")))
-            }
-        }
-    }
-
-    /// The column that is `what`, of those that `hold` something. Upper and lower case don't count where nobody named it.
-    fn column(&self, what: &str, fields: &Fields, holds: impl Fn(&Cell) -> bool) -> Option<String> {
-        let held = |name: &str| fields.get(name).is_some_and(&holds).then(|| name.to_owned());
-        if let Some(named) = self.0.get(what) {
-            return held(named);
-        }
-        let (_, usual) = USUAL.iter().find(|(known, _)| *known == what)?;
-        let other = |name: &str| {
-            let alike = fields.iter().find(|(other, cell)| other.eq_ignore_ascii_case(name) && holds(cell));
-            alike.map(|(other, _)| other.clone())
-        };
-        usual.iter().find_map(|name| held(name)).or_else(|| usual.iter().find_map(|name| other(name)))
-    }
-
-    /// Whether a row is read from this column.
-    pub(super) fn knows(&self, name: &str) -> bool {
-        let small = name.to_ascii_lowercase();
-        self.0.values().any(|named| named == name)
-            || USUAL.iter().any(|(_, names)| names.contains(&small.as_str()))
-            || BESIDE.contains(&name)
-            || numbered_image(name).is_some()
-    }
-
-    /// Of the columns that were named, one that a table hasn't got.
-    ///
-    /// # Errors
-    /// Says which there are.
-    pub(super) fn fits<'a>(&self, columns: impl Iterator<Item = &'a str> + Clone) -> Result<(), String> {
-        match self.0.iter().find(|(_, named)| !columns.clone().any(|column| column == *named)) {
-            None => Ok(()),
-            Some((what, named)) => Err(format!(
-                "--map {what}={named}: there is no such column; there are {}",
-                cut(&columns.collect::<Vec<_>>().join(", "))
-            )),
-        }
-    }
-}
-
-/// `image_2`, as benchmarks with several columns have it.
-fn numbered_image(name: &str) -> Option<usize> {
-    let rest = name.strip_prefix("image")?;
-    let digits = rest.strip_prefix('_').unwrap_or(rest);
-    digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse().ok()).flatten()
-}
 
 /// Makes rows of records.
 #[derive(Debug, Clone, Default)]
@@ -127,15 +28,18 @@ pub(super) struct Reader {
 }
 
 impl Reader {
-    pub(super) fn row(&self, number: u64, record: Cell) -> Result<Row, String> {
+    pub(super) fn row(&self, number: u64, record: Cell) -> Result<Row, Cause> {
         let Cell::Fields(mut fields) = record else {
-            return Err(format!("{}, and not a record with named fields", record.kind()));
+            return Err(format!("{}, and not a record with named fields", record.kind()).into());
         };
+        self.mapping.open(&mut fields);
+        self.mapping.fits_row(&fields)?;
         if let Some(name) = ["video", "videos", "audio", "audios"].into_iter().find(|name| has(&fields, name)) {
             return Err(format!(
                 "{} holds what can't be shown; of what is shown, only images are understood",
                 self.column(name)
-            ));
+            )
+            .into());
         }
         let mut row = Row {
             number,
@@ -146,15 +50,15 @@ impl Reader {
             category: self.label("category", &mut fields)?.unwrap_or_default(),
             draft: None,
         };
-        let column = self.images(&mut fields)?;
         let (turns, answer) = self.said(&mut fields)?;
-        if let Some((name, draft)) = self.take("draft", &mut fields) {
+        let column = self.images(&mut fields)?;
+        if let Some((name, draft)) = self.take("draft", &mut fields, is_there) {
             let draft = match opened_talk(draft) {
                 Cell::Text(text) => Ok(text),
                 Cell::Number(number) => Ok(number.to_string()),
                 other => turns::answers(&other),
             };
-            row.draft = Some(draft.map_err(|error| format!("{}: {error}", self.column(&name)))?);
+            row.draft = Some(draft.map_err(|cause| at(&self.column(&name), cause))?);
         } else if answer.is_some() {
             row.draft = answer;
         }
@@ -163,18 +67,14 @@ impl Reader {
         said.retain(|turn| !turn.text.is_empty() || turn.images > 0);
         (row.before, row.images) = (said, images);
         if row.query.is_empty() {
-            let names: Vec<&str> = fields.keys().map(String::as_str).collect();
-            let others =
-                if names.is_empty() { String::new() } else { format!(" (other columns: {})", cut(&names.join(", "))) };
-            let none = || format!("no query: name its column with --map query=COLUMN, or give --query{others}");
-            let query = self.turn(Role::User, self.query.as_ref().ok_or_else(none)?)?;
+            let query = self.turn(Role::User, self.query_for(&row, &fields)?)?;
             let first = row.images.len() - row.query_images();
-            row.query = marks::alone(query, &mut row.images, first).map_err(|error| format!("--query: {error}"))?;
+            row.query = marks::alone(query, &mut row.images, first).map_err(|cause| at("--query", cause))?;
         }
         let words = row.before.iter().map(|said| said.text.len()).sum::<usize>() + row.query.len();
         let words = words + row.draft.as_ref().map_or(0, String::len);
         if words > WORDS {
-            return Err(format!("the row has {words} bytes of text; at most {WORDS} are allowed"));
+            return Err(format!("the row has {words} bytes of text; at most {WORDS} are allowed").into());
         }
         if row.images.is_empty() {
             self.no_image_is_left(&fields)?;
@@ -182,8 +82,26 @@ impl Reader {
         Ok(row)
     }
 
+    /// The query of a row that has none. A row that has no image either isn't one.
+    fn query_for(&self, row: &Row, fields: &Fields) -> Result<&str, Cause> {
+        let has_image = !row.images.is_empty();
+        match &self.query {
+            Some(query) if has_image => return Ok(query),
+            Some(_) => self.no_image_is_left(fields)?,
+            None => {}
+        }
+        let names: Vec<&str> =
+            fields.iter().filter(|(_, cell)| !cell.is_empty()).map(|(name, _)| name.as_str()).collect();
+        let others =
+            if names.is_empty() { String::new() } else { format!(" (other columns: {})", cut(&names.join(", "))) };
+        let what = if self.query.is_some() { "neither query nor image" } else { "no query" };
+        let advice = mapping::advice(fields, has_image)
+            .unwrap_or_else(|| "name its column with --map query=COLUMN, or give --query".into());
+        Err(format!("{what}: {advice}{others}").into())
+    }
+
     /// A column in an error, with its type.
-    fn column(&self, name: &str) -> String {
+    pub(super) fn column(&self, name: &str) -> String {
         let name_shown = cut(name);
         match self.types.get(name) {
             Some(kind) => format!("column `{name_shown}` (of type {})", cut(kind)),
@@ -191,79 +109,115 @@ impl Reader {
         }
     }
 
-    fn take(&self, what: &str, fields: &mut Fields) -> Option<(String, Cell)> {
-        let name = self.mapping.column(what, fields, |cell| *cell != Cell::Null)?;
+    fn take(&self, what: &str, fields: &mut Fields, holds: fn(&Cell) -> bool) -> Option<(String, Cell)> {
+        let name = self.mapping.column(what, fields, holds)?;
         fields.remove_entry(&name)
     }
 
     /// A name: of any type that is shown as a text.
-    fn label(&self, what: &str, fields: &mut Fields) -> Result<Option<String>, String> {
-        let Some((name, cell)) = self.take(what, fields) else { return Ok(None) };
+    fn label(&self, what: &str, fields: &mut Fields) -> Result<Option<String>, Cause> {
+        let Some((name, cell)) = self.take(what, fields, is_there) else { return Ok(None) };
         let label = match cell {
             Cell::Text(text) | Cell::Other(text) => text,
             Cell::Number(number) => number.to_string(),
             Cell::Bool(value) => value.to_string(),
-            // Parts of what is asked may be called `type` or `topic` as well.
-            _ if what == "category" && !self.mapping.0.contains_key(what) => return Ok(None),
-            other => return Err(format!("{} is {}, where a name should be", self.column(&name), other.kind())),
+            // Other things may be called `type` or `id` as well.
+            _ if self.mapping.named(what).is_none() => return Ok(None),
+            other => return Err(format!("{} is {}, where a name should be", self.column(&name), other.kind()).into()),
         };
         Ok(Some(cut(&label).into_owned()))
     }
 
     /// What was said up to the query, which is the last turn; and what the model said to it, if the mapping calls that the draft.
-    fn said(&self, fields: &mut Fields) -> Result<(Vec<Turn>, Option<String>), String> {
+    fn said(&self, fields: &mut Fields) -> Result<(Vec<Turn>, Option<String>), Cause> {
         let picture = |cell: &Cell| self.one(cell);
-        let wants_draft = self.mapping.0.get("draft").cloned();
-        let found = ["messages", "conversations", "query"].iter().find_map(|what| {
-            let (name, cell) = self.take(what, fields)?;
-            Some((*what, name, if *what == "query" { opened_talk(cell) } else { cell.opened() }))
+        let found = self.mapping.queries().find_map(|what| {
+            let (name, cell) = self.take(what, fields, |cell| !cell.is_empty())?;
+            Some((what, name, if what == "query" { opened_talk(cell) } else { cell.opened() }))
         });
         let mut answer = None;
         let mut turns = match found {
             Some((what, name, cell)) if what != "query" || turns::is_talk(&cell) => {
-                let talk = turns::talk(&cell, &picture).map_err(|error| format!("{}: {error}", self.column(&name)))?;
-                answer = talk.answer.filter(|_| wants_draft.as_ref() == Some(&name));
+                let talk = turns::talk(&cell, &picture).map_err(|cause| at(&self.column(&name), cause))?;
+                answer = talk.answer.filter(|_| self.mapping.named("draft") == Some(&name));
                 talk.turns
             }
             Some((_, name, cell)) => {
+                self.fits_query(&name, &cell)?;
                 let mut text = self.words(&name, cell)?;
-                // Alpaca's layout has what the instruction is about in a column of its own.
-                if name == "instruction"
-                    && let Some(input) = fields.remove("input").filter(|input| !input.is_empty())
-                {
-                    text = format!("{text}\n{}", self.words("input", input)?);
+                // Alpaca's layout has what the instruction is about in a column of its own; M3IT calls it `inputs`.
+                for beside in ["input", "inputs"].into_iter().filter(|_| name == "instruction") {
+                    if let Some(input) = fields.remove(beside).filter(|input| !input.is_empty()) {
+                        text = format!("{text}\n{}", self.words(beside, input)?);
+                    }
                 }
                 vec![self.turn(Role::User, &text)?]
             }
             None => vec![Turn { role: Role::User, pieces: Vec::new() }],
         };
-        if let Some(history) = fields.remove("history").map(Cell::opened).filter(|history| !history.is_empty()) {
-            let Cell::List(mut pairs) = history else {
-                return Err(format!("{} is no list of turns", self.column("history")));
-            };
-            // A question at the end, for `talk` to read up to.
-            pairs.push(Cell::List(vec![Cell::Null, Cell::Null]));
-            let mut earlier = turns::talk(&Cell::List(pairs), &picture)
-                .map_err(|error| format!("{}: {error}", self.column("history")))?
-                .turns;
-            earlier.pop();
-            turns.splice(0..0, earlier);
-        }
-        if let Some(system) = fields.get("system").filter(|system| !system.is_empty()).cloned() {
-            let system = Turn { role: Role::System, pieces: vec![Piece::Text(self.words("system", system)?)] };
-            turns.insert(0, system);
-        }
+        turns.splice(0..0, self.earlier(fields)?);
+        turns.splice(0..0, self.system(fields)?);
         Ok((turns, answer))
     }
 
-    fn turn(&self, role: Role, text: &str) -> Result<Turn, String> {
+    /// The turns of a column `history`.
+    fn earlier(&self, fields: &mut Fields) -> Result<Vec<Turn>, Cause> {
+        let Some(history) = fields.remove("history").map(Cell::opened).filter(|history| !history.is_empty()) else {
+            return Ok(Vec::new());
+        };
+        let column = self.column("history");
+        let Cell::List(mut pairs) = history else { return Err(format!("{column} is no list of turns").into()) };
+        // A question at the end, for `talk` to read up to.
+        pairs.push(Cell::List(vec![Cell::Null, Cell::Null]));
+        let talk = turns::talk(&Cell::List(pairs), &|cell| self.one(cell)).map_err(|cause| at(&column, cause))?;
+        let mut turns = talk.turns;
+        turns.pop();
+        Ok(turns)
+    }
+
+    /// The turn of a column `system`, if there is one.
+    fn system(&self, fields: &Fields) -> Result<Option<Turn>, Cause> {
+        let Some(system) = fields.get("system").filter(|system| !system.is_empty()) else { return Ok(None) };
+        let pieces = match system {
+            Cell::List(_) => {
+                turns::content(system, &|cell| self.one(cell)).map_err(|cause| at(&self.column("system"), cause))?
+            }
+            system => vec![Piece::Text(self.words("system", system.clone())?)],
+        };
+        Ok(Some(Turn { role: Role::System, pieces }))
+    }
+
+    /// Holds that a cell is what somebody asks, and no object or list of these.
+    fn fits_query(&self, name: &str, cell: &Cell) -> Result<(), Cause> {
+        let is_numbered = |fields: &Fields| fields.keys().all(|name| name.bytes().all(|byte| byte.is_ascii_digit()));
+        let advice = match cell {
+            Cell::List(list) if list.iter().all(|cell| matches!(cell, Cell::Text(_))) => Some(BY_COLUMNS.to_owned()),
+            Cell::Fields(fields) if is_numbered(fields) => Some(BY_COLUMNS.to_owned()),
+            // The words of an object may be asked as they are.
+            Cell::Text(_) if self.mapping.named("query") == Some(name) => None,
+            Cell::Text(_) => match cell.clone().opened() {
+                Cell::Fields(inner) => mapping::query_of(&inner).map(|query| mapping::named_in(name, &query)),
+                _ => None,
+            },
+            cell => mapping::advice_on(name, cell, true),
+        };
+        let Some(advice) = advice else { return Ok(()) };
+        let column = self.column(name);
+        Err(match cell {
+            Cell::Text(_) => format!("{column} is JSON: {advice}; --map query={} takes it as it is", cut(name)),
+            cell => format!("{column} is {}, where text should be: {advice}", cell.kind()),
+        }
+        .into())
+    }
+
+    fn turn(&self, role: Role, text: &str) -> Result<Turn, Cause> {
         let mut pieces = Vec::new();
         marks::pieces(text, &|path| self.picture(path), &mut pieces)?;
         Ok(Turn { role, pieces })
     }
 
     /// The text of a cell.
-    fn words(&self, name: &str, cell: Cell) -> Result<String, String> {
+    fn words(&self, name: &str, cell: Cell) -> Result<String, Cause> {
         match cell {
             Cell::Null => Ok(String::new()),
             Cell::Text(text) => Ok(text),
@@ -272,160 +226,29 @@ impl Reader {
             Cell::Bytes(bytes) if std::str::from_utf8(&bytes).is_ok() => {
                 Ok(String::from_utf8_lossy(&bytes).into_owned())
             }
-            other => Err(format!("{} is {}, where text should be", self.column(name), other.kind())),
-        }
-    }
-
-    /// The images of a row that stand in a column of their own, or in several: `image_1`, `image_2`, …
-    fn images(&self, fields: &mut Fields) -> Result<Vec<Picture>, String> {
-        let mut names: Vec<String> = match self.mapping.column("image", fields, |cell| !cell.is_empty()) {
-            Some(name) => vec![name],
-            None if self.mapping.0.contains_key("image") => Vec::new(),
-            None => fields.keys().filter(|name| numbered_image(name).is_some()).cloned().collect(),
-        };
-        names.sort_by_key(|name| numbered_image(name));
-        let mut images = Vec::new();
-        for name in names {
-            let Some(cell) = fields.remove(&name) else { continue };
-            self.several(cell, &mut images).map_err(|error| format!("{}: {error}", self.column(&name)))?;
-        }
-        Ok(images)
-    }
-
-    /// An image, or a list of images.
-    fn several(&self, cell: Cell, images: &mut Vec<Picture>) -> Result<(), String> {
-        match cell.opened() {
-            empty if empty.is_empty() => {}
-            Cell::List(several) if !is_bytes(&several) => {
-                for one in several {
-                    self.several(one, images)?;
-                }
-            }
-            one => images.push(self.one(&one)?),
-        }
-        Ok(())
-    }
-
-    /// An image: bytes, `{bytes, path}`, or a text that is a path, a URL, a data URL or base64.
-    fn one(&self, cell: &Cell) -> Result<Picture, String> {
-        match cell {
-            Cell::Bytes(bytes) => Ok(Picture::Bytes(bytes.clone())),
-            Cell::Text(text) => self.picture(text),
-            Cell::List(list) if is_bytes(list) => {
-                Ok(Picture::Bytes(list.iter().filter_map(byte).collect::<Vec<u8>>().into()))
-            }
-            Cell::Fields(fields) => {
-                let held = ["bytes"].into_iter().chain(IMAGES).find_map(|name| cell.get(name).map(|held| (name, held)));
-                match held {
-                    Some(("bytes" | "base64" | "data", Cell::Text(text))) if !is_data_url(text) => base64(text),
-                    Some((_, held)) => self.one(held),
-                    None => {
-                        let names: Vec<&str> = fields.keys().map(String::as_str).collect();
-                        Err(format!("an image has neither bytes, url nor path, but {}", cut(&names.join(", "))))
-                    }
-                }
-            }
-            other => Err(format!(
-                "an image must be a path, a URL, a data URL, base64, bytes or {{bytes, path}}, and this is {}",
-                other.kind()
-            )),
-        }
-    }
-
-    fn picture(&self, text: &str) -> Result<Picture, String> {
-        let trimmed = text.trim();
-        if trimmed.is_empty() {
-            return Err("an image is an empty text".into());
-        }
-        let starts = |scheme: &str| trimmed.get(..scheme.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(scheme));
-        if starts("http://") || starts("https://") {
-            let fits = trimmed.len() <= LONGEST_URL;
-            return fits
-                .then(|| Picture::Url(trimmed.to_owned()))
-                .ok_or_else(|| format!("a URL is too long: {}", cut(trimmed)));
-        }
-        if is_data_url(trimmed) {
-            let bytes = decode_data_url(trimmed, LONGEST).map_err(|error| error.to_string())?;
-            return Ok(Picture::Bytes(bytes.into()));
-        }
-        if is_base64(trimmed) {
-            return base64(trimmed);
-        }
-        self.paths.find(trimmed).map(Picture::File)
-    }
-
-    /// A row without images whose record has one in a column that nobody named would be read as mere text.
-    fn no_image_is_left(&self, fields: &Fields) -> Result<(), String> {
-        match fields.iter().find(|(_, cell)| holds_image(cell)) {
-            Some((name, _)) => Err(format!(
-                "{} holds an image, but nothing says that it is one: --map image={}",
-                self.column(name),
-                cut(name)
-            )),
-            None => Ok(()),
+            other => Err(format!("{} is {}, where text should be", self.column(name), other.kind()).into()),
         }
     }
 }
 
-/// The conversation in a text that is JSON of one; any other text is as it is.
+/// What is to be done about a table whose rows are its columns.
+const BY_COLUMNS: &str = "a table that stands column by column must be written row by row";
+
+/// The conversation in a text that is JSON of one, or of one turn alone; anything else is as it is.
 fn opened_talk(cell: Cell) -> Cell {
-    match cell {
-        Cell::Text(text) => {
-            let opened = Cell::Text(text.clone()).opened();
-            if turns::is_talk(&opened) { opened } else { Cell::Text(text) }
-        }
-        other => other,
+    match cell.clone().opened() {
+        opened if turns::is_talk(&opened) => opened,
+        opened if turns::is_turn(&opened) => Cell::List(vec![opened]),
+        _ => cell,
     }
+}
+
+fn is_there(cell: &Cell) -> bool {
+    *cell != Cell::Null
 }
 
 fn has(fields: &Fields, name: &str) -> bool {
     fields.get(name).is_some_and(|cell| !cell.is_empty())
-}
-
-fn holds_image(cell: &Cell) -> bool {
-    match cell {
-        Cell::Bytes(bytes) => BEGINNINGS.iter().any(|(begin, _)| bytes.starts_with(begin)),
-        Cell::Text(text) => text.get(..11).is_some_and(|begin| begin.eq_ignore_ascii_case("data:image/")),
-        Cell::List(list) if is_bytes(list) => {
-            let begin: Vec<u8> = list.iter().take(8).filter_map(byte).collect();
-            BEGINNINGS.iter().any(|(begins, _)| begin.starts_with(begins))
-        }
-        Cell::List(list) => list.iter().any(holds_image),
-        Cell::Fields(_) => match cell.get("bytes") {
-            Some(Cell::Text(text)) => BEGINNINGS.iter().any(|(_, begin)| text.starts_with(begin)),
-            held => held.is_some_and(holds_image),
-        },
-        _ => false,
-    }
-}
-
-/// How images begin, and how they do in base64.
-const BEGINNINGS: [(&[u8], &str); 4] =
-    [(b"\x89PNG", "iVBORw0KGgo"), (b"\xff\xd8\xff", "/9j/"), (b"GIF8", "R0lGOD"), (b"RIFF", "UklGR")];
-
-/// Whether a text is base64 and no path: it is long and has nothing else, or begins as an image does.
-fn is_base64(text: &str) -> bool {
-    const SHORT: usize = 40;
-    const LONG: usize = 300;
-    let begins = BEGINNINGS.iter().any(|(_, begin)| text.starts_with(begin));
-    let is_it =
-        |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/' | b'=' | b'-' | b'_' | b'\r' | b'\n');
-    (text.len() >= LONG || (begins && text.len() >= SHORT)) && text.bytes().all(is_it)
-}
-
-/// Bytes as a list of numbers: how JSON shows them.
-fn is_bytes(list: &[Cell]) -> bool {
-    !list.is_empty() && list.iter().all(|cell| byte(cell).is_some())
-}
-
-fn byte(cell: &Cell) -> Option<u8> {
-    let Cell::Number(number) = cell else { return None };
-    number.as_u64().and_then(|number| u8::try_from(number).ok())
-}
-
-fn base64(text: &str) -> Result<Picture, String> {
-    let bytes = decode_base64(text, LONGEST).map_err(|error| error.to_string())?;
-    Ok(Picture::Bytes(bytes.into()))
 }
 
 #[cfg(test)]
@@ -433,8 +256,9 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::row::Picture;
 
-    fn row(record: Value) -> Result<Row, String> {
+    fn row(record: Value) -> Result<Row, Cause> {
         let paths = Paths::new(vec!["root".into()]);
         let record = serde_json::from_value(record).unwrap();
         Reader { paths, ..Reader::default() }.row(7, record)
@@ -490,7 +314,7 @@ mod tests {
             ("Tool result: 22\nSo?", 1, 0)
         );
         let behind = json!({"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "r"}]});
-        assert!(row(behind).unwrap_err().contains("behind the user's last turn"));
+        assert!(row(behind).unwrap_err().message().contains("behind the user's last turn"));
     }
 
     #[test]
@@ -553,7 +377,7 @@ mod tests {
             (json!({"messages": [{"role": "assistant", "content": "a"}]}), "no turn of the user"),
         ] {
             let error = row(record.clone()).unwrap_err();
-            assert!(error.contains(says), "{record}: {error}");
+            assert!(error.message().contains(says), "{record}: {error}");
         }
     }
 }

@@ -1,54 +1,51 @@
 //! CSV and TSV. What stands between quotes is looked at once more: a quote that isn't closed would take the rows behind it into its cell.
 
 use std::{
-    fs::File,
-    io::{BufRead, BufReader, Read},
+    io::{self, BufRead, Chain, Cursor, Read, Take},
     path::Path,
 };
 
+use csv::ByteRecord;
+use ecso::Cause;
+
 use super::{
-    InputError, Records,
+    InputError, Records, at,
     cell::{Cell, Fields},
-    record::Mapping,
-    text::{self, not_utf8},
+    mapping::Mapping,
+    text::{self, LONGEST, Text, not_utf8},
 };
+use crate::row::cut;
 
 /// Rows of a table of text.
 pub(super) fn records(path: &Path, usual: u8, mapping: &Mapping) -> Result<Records, InputError> {
-    let failed = |error: &dyn std::fmt::Display| InputError::new(path, error);
-    let (mut file, _) = text::open(path)?;
-    let (mut raw, _) = text::open(path)?;
-    let begin = file.fill_buf().map_err(|error| failed(&error))?;
-    let line = begin.split(|byte| *byte == b'\n').next().unwrap_or_default().trim_ascii_end().to_vec();
-    // Excel may say in a line of its own what it separates cells by.
-    let said = line.strip_prefix(b"sep=").filter(|rest| rest.len() == 1).map(|rest| rest[0]);
-    if said.is_some() {
-        for text in [&mut file, &mut raw] {
-            text.read_until(b'\n', &mut Vec::new()).map_err(|error| failed(&error))?;
-        }
-    }
-    let delimiter = said.unwrap_or_else(|| delimiter(&line, usual));
-    let mut table = csv::ReaderBuilder::new().delimiter(delimiter).from_reader(file);
-    let header = table.byte_headers().map_err(|error| failed(&error))?.clone();
-    let mut names: Vec<String> = Vec::with_capacity(header.len());
+    let mut table = Table::open(path, usual)?;
+    let mut header = ByteRecord::new();
+    let text = table.read(&mut header).map_err(|error| InputError::of(path, error))?;
+    let text = text.map(|(_, text)| text).unwrap_or_default();
+    quotes(&text, table.delimiter).map_err(|cause| InputError::new(path, at("its first line", cause)))?;
     for name in &header {
-        let name =
-            std::str::from_utf8(name).map_err(|error| failed(&format!("its first line is {}", not_utf8(error))))?;
+        let name = std::str::from_utf8(name)
+            .map_err(|error| InputError::new(path, being("its first line", not_utf8(error))))?;
         let name = name.trim().to_owned();
-        if !name.is_empty() && names.contains(&name) {
-            return Err(failed(&format!("two columns are called `{}`; give one another name", crate::row::cut(&name))));
+        if !name.is_empty() && table.names.contains(&name) {
+            let told = format!("two columns are called `{}`; give one another name", cut(&name));
+            return Err(InputError::new(path, told));
         }
-        names.push(name);
+        table.names.push(name);
     }
-    mapping.fits(names.iter().map(String::as_str)).map_err(|error| failed(&error))?;
-    Ok(Box::new(Table { cells: table, raw, at: 0, names, delimiter, ended: false }))
+    mapping.fits_table(&table.names).map_err(|cause| InputError::new(path, cause))?;
+    Ok(Box::new(table))
 }
 
 /// How many rows there are.
-pub(super) fn count(path: &Path) -> Option<u64> {
-    let (file, _) = text::open(path).ok()?;
-    let mut records = csv::ReaderBuilder::new().flexible(true).from_reader(file);
-    Some(records.byte_records().count() as u64)
+pub(super) fn count(path: &Path, usual: u8) -> Option<u64> {
+    let mut table = Table::open(path, usual).ok()?;
+    let mut record = ByteRecord::new();
+    let mut rows = 0_u64;
+    while table.advance(&mut record).ok()? {
+        rows += 1;
+    }
+    Some(rows.saturating_sub(1))
 }
 
 /// What separates the cells of a header: the usual, if it is there.
@@ -61,69 +58,110 @@ fn delimiter(header: &[u8], usual: u8) -> u8 {
 }
 
 struct Table {
-    cells: csv::Reader<BufReader<File>>,
-    /// The same text, as far as it was read.
-    raw: BufReader<File>,
-    at: u64,
+    cells: csv::Reader<Take<Chain<Cursor<Vec<u8>>, Text>>>,
+    /// The same text, as far as its rows were read.
+    raw: Text,
+    /// Bytes of it that were read.
+    read: u64,
+    /// The line that it is at, from 1.
+    line: usize,
     names: Vec<String>,
     delimiter: u8,
     ended: bool,
 }
 
 impl Table {
-    fn row(&mut self, record: &csv::ByteRecord, begin: u64) -> Result<Cell, String> {
-        // The header and blank lines stand between this row and the last.
-        let end = self.cells.position().byte();
-        let read = |raw: &mut BufReader<File>, bytes: u64| {
-            let mut text = Vec::new();
-            raw.take(bytes).read_to_end(&mut text).map(|_| text).map_err(|error| error.to_string())
-        };
-        read(&mut self.raw, begin.saturating_sub(self.at))?;
-        let text = read(&mut self.raw, end.saturating_sub(begin))?;
-        self.at = end;
-        quotes(&text, self.delimiter)?;
+    fn open(path: &Path, usual: u8) -> Result<Self, InputError> {
+        let failed = |error: io::Error| InputError::of(path, error);
+        let (mut text, mut raw) = (text::open(path)?, text::open(path)?);
+        let mut first = Vec::new();
+        text.by_ref().take(1 << 20).read_until(b'\n', &mut first).map_err(failed)?;
+        let line = first.strip_suffix(b"\n").unwrap_or(&first);
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        // Excel may say in a line of its own what it separates cells by.
+        let said = line.strip_prefix(b"sep=").filter(|rest| rest.len() == 1).map(|rest| rest[0]);
+        let delimiter = said.unwrap_or_else(|| delimiter(line, usual));
+        if said.is_some() {
+            raw.read_until(b'\n', &mut Vec::new()).map_err(failed)?;
+            first.clear();
+        }
+        let text = Cursor::new(first).chain(text).take(0);
+        let cells = csv::ReaderBuilder::new().has_headers(false).flexible(true).delimiter(delimiter).from_reader(text);
+        let line = if said.is_some() { 2 } else { 1 };
+        Ok(Self { cells, raw, read: 0, line, names: Vec::new(), delimiter, ended: false })
+    }
+
+    /// Reads the next record. Gives whether there is one.
+    fn advance(&mut self, record: &mut ByteRecord) -> Result<bool, csv::Error> {
+        self.cells.get_mut().set_limit(LONGEST as u64);
+        let is_one = self.cells.read_byte_record(record)?;
+        if self.cells.get_ref().limit() == 0 {
+            return Err(io::Error::other(format!("a row has more than {LONGEST} bytes")).into());
+        }
+        Ok(is_one)
+    }
+
+    /// Reads the next record and its text. Gives the line of it, if there is one, and its text.
+    fn read(&mut self, record: &mut ByteRecord) -> Result<Option<(usize, Vec<u8>)>, csv::Error> {
+        let is_one = self.advance(record)?;
+        let (mut text, end) = (Vec::new(), self.cells.position().byte());
+        self.raw.by_ref().take(end - self.read).read_to_end(&mut text)?;
+        self.read = end;
+        let lines = |text: &[u8]| text.split(|byte| *byte == b'\n').count() - 1;
+        let blank = text.iter().position(|byte| !matches!(byte, b'\r' | b'\n')).unwrap_or(0);
+        let begin = self.line + lines(&text[..blank]);
+        self.line += lines(&text);
+        Ok(is_one.then_some((begin, text)))
+    }
+
+    fn row(&self, record: &ByteRecord, text: &[u8]) -> Result<Cell, Cause> {
+        quotes(text, self.delimiter)?;
         if record.len() != self.names.len() {
-            return Err(format!("{} cells, where the first line names {} columns", record.len(), self.names.len()));
+            let told = format!("{} cells, where the first line names {} columns", record.len(), self.names.len());
+            return Err(told.into());
         }
         let mut fields = Fields::new();
-        for (name, cell) in self.names.iter().zip(record).filter(|(name, cell)| !name.is_empty() && !cell.is_empty()) {
-            let cell = std::str::from_utf8(cell)
-                .map_err(|error| format!("column `{}` is {}", crate::row::cut(name), not_utf8(error)))?;
-            fields.insert(name.clone(), Cell::Text(cell.to_owned()));
+        for (name, cell) in self.names.iter().zip(record).filter(|(name, _)| !name.is_empty()) {
+            let text = std::str::from_utf8(cell)
+                .map_err(|error| being(&format!("column `{}`", cut(name)), not_utf8(error)))?;
+            let cell = if text.is_empty() { Cell::Null } else { Cell::Text(text.to_owned()) };
+            fields.insert(name.clone(), cell);
         }
         Ok(Cell::Fields(fields))
     }
 }
 
 impl Iterator for Table {
-    type Item = Result<Cell, String>;
+    type Item = Result<Cell, Cause>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.ended {
             return None;
         }
-        let mut record = csv::ByteRecord::new();
-        let (begin, line) = (self.cells.position().byte(), self.cells.position().line());
-        let row = match self.cells.read_byte_record(&mut record) {
-            Ok(false) => return None,
-            Ok(true) => self.row(&record, begin),
-            // The record was read all the same.
-            Err(error) if matches!(error.kind(), csv::ErrorKind::UnequalLengths { .. }) => self.row(&record, begin),
+        let mut record = ByteRecord::new();
+        Some(match self.read(&mut record) {
+            Ok(None) => return None,
+            Ok(Some((line, text))) => self.row(&record, &text).map_err(|cause| at(&format!("line {line}"), cause)),
             Err(error) => {
                 self.ended = true;
-                Err(format!("the file can't be read any further: {error}"))
+                Err(at(&format!("line {}: the file can't be read any further", self.line), Cause::of(error)))
             }
-        };
-        Some(row.map_err(|error| format!("line {line}: {error}")))
+        })
     }
 }
 
+/// A cause that says what `what` is.
+fn being(what: &str, cause: Cause) -> Cause {
+    Cause::new(format!("{what} is {cause}"), cause)
+}
+
 /// Holds that every quote that opens a cell ends it.
-fn quotes(row: &[u8], delimiter: u8) -> Result<(), String> {
+fn quotes(row: &[u8], delimiter: u8) -> Result<(), Cause> {
     let row = row.trim_ascii_start();
     let lines = row.trim_ascii_end().split(|byte| *byte == b'\n').count() - 1;
-    let wrong =
-        |what: &str| Err(format!("{what}; it goes on over {lines} more lines. Quotes in a cell are doubled: \"\""));
+    let wrong = |what: &str| {
+        Err(format!("{what}; it goes on over {lines} more lines. Quotes in a cell are doubled: \"\"").into())
+    };
     let (mut at, mut begins, mut in_quotes) = (0, true, false);
     while let Some(byte) = row.get(at) {
         let next = row.get(at + 1);
@@ -156,12 +194,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("rows.csv");
         std::fs::write(&path, text).unwrap();
-        let one = |row: Result<Cell, String>| match row {
+        let one = |row: Result<Cell, Cause>| match row {
             Ok(cell) => {
                 let text = |name| cell.get(name).and_then(Cell::text).unwrap_or("-").to_owned();
                 format!("{} {}", text("a"), text("b"))
             }
-            Err(error) => error,
+            Err(cause) => cause.to_string(),
         };
         records(&path, b',', &Mapping::default()).unwrap().map(one).collect()
     }
@@ -178,6 +216,10 @@ mod tests {
         ] {
             let read = read(text.as_bytes());
             assert!(read.len() == 2 && read[0].trim_end() == "1 x, \"y\"\nz" && read[1] == "2 w", "{text}: {read:?}");
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("rows.csv");
+            std::fs::write(&path, text).unwrap();
+            assert_eq!(count(&path, b','), Some(2), "{text}");
         }
     }
 
@@ -189,15 +231,19 @@ mod tests {
             (b"a,b\n1,\"x\ny\",\"\n2,w\n", "never closed"),
             (b"a,b\n1,\"he said \\\"no\\\"\"\n2,w\n", "stands more of it"),
             (b"a,b\n\"1,x\n3,\"y\",z\n2,w\n", "over 1 more lines"),
+            (b"sep=;\r\na;b\r\n\r\n3\r\n2;w\r\n", "line 4: 1 cells"),
         ] {
             let read = read(text);
             assert!(read[0].contains(says), "{read:?}");
             assert!(says == "never closed" || read.last().unwrap() == "2 w", "{read:?}");
         }
         let folder = tempfile::tempdir().unwrap();
-        for (text, says) in
-            [(&b"a,a\n1,2\n"[..], "two columns"), (b"\xff\xfea\0", "UTF-16"), (b"\xe4,b\n", "not UTF-8")]
-        {
+        for (text, says) in [
+            (&b"a,a\n1,2\n"[..], "two columns"),
+            (b"\xff\xfea\0", "UTF-16"),
+            (b"\xe4,b\n", "not UTF-8"),
+            (b"a,\"b\n1,2\n", "never closed"),
+        ] {
             let path = folder.path().join("rows.csv");
             std::fs::write(&path, text).unwrap();
             let error = records(&path, b',', &Mapping::default()).err().unwrap().to_string();

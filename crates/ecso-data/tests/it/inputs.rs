@@ -1,6 +1,8 @@
 //! What comes in: inputs as people have them, and what was packed here.
 
 use std::{
+    error::Error,
+    io::Write,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -11,6 +13,7 @@ use arrow_array::{
 };
 use arrow_schema::{DataType, Field, Schema};
 use base64::{Engine, prelude::BASE64_STANDARD};
+use ecso::{ImageError, chain};
 use ecso_data::{
     input::{Input, Mapping},
     make::Made,
@@ -85,6 +88,280 @@ fn inputs_of_the_field_are_read_or_say_what_is_wrong() {
     assert_eq!(told(&all), vec![Ok(("What?".to_owned(), 1)); 2]);
 }
 
+/// Rows as public datasets have them, with what `--map` names, and what becomes of each: its query and the number of its images, or what
+/// the error says.
+const LAYOUTS: &[(&str, &str, &str)] = &[
+    // LLaVA, ShareGPT4V: a conversation whose image stands in its first turn; some rows have none.
+    (
+        r#"{"id":"1","image":"a.png","conversations":[{"from":"human","value":"<image>\nA?"},{"from":"gpt","value":"a"},{"from":"human","value":"B?"}]}"#,
+        "",
+        "B? 1",
+    ),
+    (
+        r#"{"id":"2","conversations":[{"from":"human","value":"C?"},{"from":"gpt","value":"c"}],"source":"sharegpt"}"#,
+        "",
+        "C? 0",
+    ),
+    // The Cauldron, Docmatix.
+    (
+        r#"{"images":[{"bytes":null,"path":"a.png"}],"texts":[{"user":"A?","assistant":"a","source":"AI2D"},{"user":"B?"}]}"#,
+        "",
+        "B? 1",
+    ),
+    // Pairs by other names, with a system message; of two questions nobody knows which is asked.
+    (r#"{"conversation":[{"system":"Be kind.","input":"<image>\nA?","output":"a"}],"image":"a.png"}"#, "", "A? 1"),
+    (r#"{"conversations":[{"Human":"A?","GPT":"a"},{"Human":"B?"}]}"#, "", "B? 0"),
+    (r#"{"conversations":[{"instruction":"A","input":"B"}]}"#, "", "nothing says which"),
+    (r#"{"conversations":[{"q":"A?","a":"a"}]}"#, "", "neither `role` nor `from`, but a, q"),
+    // VLGuard.
+    (r#"{"image":"a.png","instr-resp":[{"instruction":"A?","response":"a"}]}"#, "", "--map conversations=instr-resp"),
+    (r#"{"image":"a.png","instr-resp":[{"instruction":"A?","response":"a"}]}"#, "conversations=instr-resp", "A? 1"),
+    (
+        r#"{"image":"a.png","instr-resp":[{"safe_instruction":"A?","response":"a"}]}"#,
+        "conversations=instr-resp",
+        "but response, safe_instruction",
+    ),
+    // M3IT: what the instruction is about stands beside it, the image in base64.
+    (
+        r#"{"instruction":"Look.","inputs":"A?","image_base64_str":["iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJ"]}"#,
+        "",
+        "Look.\nA? 1",
+    ),
+    // RLHF-V: JSON in a cell.
+    (
+        r#"{"image":"a.png","image_path":"b/a.png","text":"{\"question\": \"A?\", \"chosen\": \"a\"}"}"#,
+        "",
+        "--map query=text.question",
+    ),
+    (
+        r#"{"image":"a.png","image_path":"b/a.png","text":"{\"question\": \"A?\", \"chosen\": \"a\"}"}"#,
+        "query=text.question",
+        "A? 1",
+    ),
+    (r#"{"prompt":"{\"prompt\": \"A?\"}"}"#, "query=prompt", "{\"prompt\": \"A?\"} 0"),
+    // VQAv2, A-OKVQA, TextVQA, GQA: an image by its number, or by a URL that nobody named.
+    (r#"{"image_id":262148,"question":"A?","question_id":262148000}"#, "", "column `image_id` is about an image"),
+    (r#"{"image_id":262148,"question":"A?"}"#, "image=", "A? 0"),
+    (r#"{"imageId":"n161313","question":"A?"}"#, "", "--map image=COLUMN"),
+    (r#"{"question":"A?","flickr_original_url":"https://example.com/a_o.jpg"}"#, "", "--map image=flickr_original_url"),
+    (r#"{"question":"A?","flickr_original_url":"https://example.com/a_o.jpg"}"#, "image=flickr_original_url", "A? 1"),
+    (r#"{"question":"A?","image":null,"image_source":"none"}"#, "", "A? 0"),
+    // Ollama, DeepSeek-VL: images beside what a turn says. MiniCPM-V: images by their marks.
+    (r#"{"messages":[{"role":"user","content":"A?","images":["a.png"]}]}"#, "", "A? 1"),
+    (r#"{"messages":[{"role":"User","content":"<image_placeholder>A?","images":["a.png"]}]}"#, "", "A? 1"),
+    (r#"{"messages":[{"role":"user","content":"A?","videos":["a.mp4"]}]}"#, "", "only images"),
+    (
+        r#"{"image":{"<image_01>":"b.png","<image_00>":"a.png"},"conversations":[{"role":"user","content":"A?\n<image_00>\n<image_01>"}]}"#,
+        "",
+        "A? 2",
+    ),
+    // Parts: text under another name, or none; Anthropic's system, Gemini's parts, Responses, batches.
+    (
+        r#"{"messages":[{"role":"user","content":[{"type":"image","image":"a.png"},{"type":"text","content":"A?"}]}]}"#,
+        "",
+        "A? 1",
+    ),
+    (r#"{"messages":[{"role":"user","content":[{"type":"text","words":"A?"}]}]}"#, "", "has no `text`"),
+    (r#"{"system":[{"type":"text","text":"Be kind."}],"messages":[{"role":"user","content":"A?"}]}"#, "", "A? 0"),
+    (
+        r#"{"contents":[{"role":"user","parts":[{"text":"A?"},{"inlineData":{"mimeType":"image/png","data":"AAAA"}}]}]}"#,
+        "messages=contents",
+        "A? 1",
+    ),
+    (r#"{"input":[{"role":"user","content":"A?"}]}"#, "", "--map messages=input"),
+    (
+        r#"{"custom_id":"1","body":{"model":"m","messages":[{"role":"user","content":"A?"}]}}"#,
+        "",
+        "--map messages=body.messages",
+    ),
+    (
+        r#"{"custom_id":"1","body":{"model":"m","messages":[{"role":"user","content":"A?"}]}}"#,
+        "messages=body.messages",
+        "A? 0",
+    ),
+    (
+        r#"{"row":{"question":"A?","image":{"src":"https://example.com/a"}}}"#,
+        "query=row.question,image=row.image",
+        "A? 1",
+    ),
+    (
+        r#"{"row":{"question":"A?","image":{"src":"https://example.com/a.jpg"}}}"#,
+        "query=row.question",
+        "--map image=row.image",
+    ),
+    // Arena: each turn a list. Text and image in one part, text as an object.
+    (
+        r#"{"conversation":[[{"role":"user","content":"A?"}],[{"role":"assistant","content":"a"}],[{"role":"user","content":"B?"}]],"images":["a.png"]}"#,
+        "",
+        "B? 1",
+    ),
+    (r#"{"messages":[{"role":"user","content":{"text":"A?","image":"a.png"}}]}"#, "", "A? 1"),
+    (r#"{"messages":[{"role":"user","content":[{"type":"image","image":"a.png","text":"A?"}]}]}"#, "", "A? 1"),
+    (
+        r#"{"messages":[{"role":"user","content":[{"type":"text","text":{"value":"A?","annotations":[]}}]}]}"#,
+        "",
+        "A? 0",
+    ),
+    (r#"{"messages":[{"role":"user","content":[{"type":"text","text":["A?"]}]}]}"#, "", "where words should be"),
+    // Of columns that are usual the one that holds most; what is empty isn't one.
+    (r#"{"query":"A?","image":"a.png","images":["a.png","b.png"]}"#, "", "A? 2"),
+    (r#"{"query":"A?","image":"a.png","image_path":"b/a.png"}"#, "", "A? 1"),
+    (r#"{"query":"<image 1><image 2>A?","image":"a.png","image_2":"b.png"}"#, "", "A? 2"),
+    (r#"{"prompt":"","messages":[],"instruction":"A?","image":{"bytes":null,"path":null}}"#, "", "A? 0"),
+    (r#"{"prompt":{"role":"user","content":"A?"},"id":{"$oid":"5f"}}"#, "", "A? 0"),
+    // Files that aren't rows: a list in an object, an object of rows, a table by columns.
+    (
+        r#"{"info":{"year":2017},"questions":[{"image_id":1,"question":"A?"}]}"#,
+        "",
+        "rows stand in the list `questions`",
+    ),
+    (r#"{"annotations":[{"image_id":"2","caption":"A loaf."}]}"#, "", "rows stand in the list `annotations`"),
+    (r#"{"data":{"train":[{"question":"A?"}]}}"#, "", "rows stand in the list `data.train`"),
+    (r#"{"0":{"Question":"A?"},"1":{"Question":"B?"}}"#, "", "each of its columns is a row"),
+    (r#"{"question":["A?","B?"],"image":["a.png","b.png"]}"#, "", "column by column"),
+    (r#"{"question":{"0":"A?","1":"B?"},"image":{"0":"a.png","1":"b.png"}}"#, "", "column by column"),
+    // Marks in other letters, and in what stands around them.
+    (r#"{"query":"<Image>\nA?","image":"a.png"}"#, "", "A? 1"),
+    (r#"{"query":"<Img><ImageHere></Img> A?","image":"a.png"}"#, "", "A? 1"),
+    (r#"{"query":"(<image>./</image>)\nA?","image":"a.png"}"#, "", "A? 1"),
+    (r#"{"query":"<image>\nA?","images":[]}"#, "", "marks of images in the text: 1"),
+    // What Python shows is no JSON, and half a character is none.
+    (r#"{"query":"A?","images":"['a.png', 'b.png']"}"#, "", "as Python shows it"),
+    (r#"{"conversations":"[{'from': 'human', 'value': 'A?'}]"}"#, "", "as Python shows it"),
+    (r#"{"query":"A \ud83c?"}"#, "", "half of a surrogate pair"),
+    (r#"{"query":"A?"} // mine"#, "", "no comments"),
+];
+
+#[test]
+fn layouts_of_public_datasets_are_read_or_say_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("rows.jsonl");
+    for (row, named, expected) in LAYOUTS {
+        std::fs::write(&path, row).unwrap();
+        let pairs = named.split(',').filter_map(|pair| pair.split_once('='));
+        let mapping = Mapping::new(pairs.map(|(what, column)| (what.to_owned(), column.to_owned()))).unwrap();
+        let told = told(&Input { mapping, ..input(path.clone()) });
+        match &told[..] {
+            [Ok((query, images))] => assert_eq!(format!("{query} {images}"), *expected, "{row}"),
+            [Err(error)] => assert!(error.contains(expected), "{row}: {error}"),
+            _ => panic!("{row}: {told:?}"),
+        }
+    }
+    // A row of nothing but the query of all rows is none.
+    std::fs::write(&path, "{\"annotations\":[{\"caption\":\"A loaf.\"}]}\n{\"image\":\"a.png\"}\n").unwrap();
+    let told = told(&Input { query: Some("What?".into()), ..input(path) });
+    assert!(told[0].as_ref().unwrap_err().contains("neither query nor image"), "{told:?}");
+    assert_eq!(told[1], Ok(("What?".to_owned(), 1)));
+}
+
+#[test]
+fn images_stand_where_their_parts_say() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("rows.jsonl");
+    let part = |index: usize| json!({"type": "image", "index": index, "text": null});
+    let text = |text: &str| json!({"type": "text", "index": null, "text": text});
+    let messages = json!([
+        {"role": "user", "content": [part(1), text("Rye?")]},
+        {"role": "assistant", "content": [text("Yes.")]},
+        {"role": "user", "content": [part(0), text("Wheat?")]},
+    ]);
+    let row = json!({"messages": messages, "images": ["wheat.png", "rye.png"]});
+    std::fs::write(&path, row.to_string()).unwrap();
+    let row = input(path).rows().unwrap().next().unwrap().unwrap();
+    let images: Vec<Picture> = ["rye.png", "wheat.png"].map(|name| Picture::File(folder.path().join(name))).into();
+    assert_eq!((row.images, row.before[0].images, row.query.as_str()), (images, 1, "Wheat?"));
+}
+
+#[test]
+fn compressed_files_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    let lines = "\u{feff}{\"query\":\"A?\"}\n{\"query\":\"B?\"}\n";
+    let gzip = |text: &str| {
+        let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        packed.write_all(text.as_bytes()).unwrap();
+        packed.finish().unwrap()
+    };
+    let (begin, end) = lines.split_at(20);
+    std::fs::write(root.join("a.jsonl.gz"), gzip(lines)).unwrap();
+    std::fs::write(root.join("b.jsonl"), [gzip(begin), gzip(end)].concat()).unwrap();
+    std::fs::write(root.join("c.json.zst"), zstd::encode_all(lines.as_bytes(), 3).unwrap()).unwrap();
+    std::fs::write(root.join("d.csv.gz"), gzip("\u{feff}query;image\n\"A?\";\nB?;\n")).unwrap();
+    let expected = ["A?", "B?"].map(|query| Ok((query.to_owned(), 0)));
+    for name in ["a.jsonl.gz", "b.jsonl", "c.json.zst", "d.csv.gz"] {
+        assert_eq!(told(&input(root.join(name))), expected, "{name}");
+    }
+    assert_eq!(told(&input(root.join("*.jsonl*"))).len(), 4);
+    let cut = gzip(&lines.repeat(100));
+    std::fs::write(root.join("cut.jsonl.gz"), &cut[..cut.len() - 9]).unwrap();
+    let last = told(&input(root.join("cut.jsonl.gz"))).pop().unwrap();
+    assert!(last.unwrap_err().contains("can't be read any further"));
+    std::fs::write(root.join("rows.zip"), "PK\u{3}\u{4}").unwrap();
+    for (name, says) in [("rows.zip", "unpack it"), ("rows.parquet.gz", "not .jsonl")] {
+        assert!(told(&input(root.join(name)))[0].as_ref().unwrap_err().contains(says), "{name}");
+    }
+}
+
+#[test]
+fn errors_keep_what_is_behind_them_and_say_it_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("rows.jsonl");
+    std::fs::write(
+        &path,
+        "{\"query\": nothing}\n{\"messages\": [{\"role\": \"user\", \"content\": {\"data\": \"@\"}}]}\n",
+    )
+    .unwrap();
+    let errors: Vec<_> = input(path).rows().unwrap().map(|row| row.unwrap_err()).collect();
+    let root = |error: &(dyn Error + 'static)| {
+        let mut causes = std::iter::successors(error.source(), |cause| (*cause).source());
+        causes.any(|cause| cause.is::<serde_json::Error>() || cause.is::<ImageError>())
+    };
+    assert!(errors.iter().all(|error| root(error)), "{errors:?}");
+    assert!(errors[1].to_string().starts_with("row 1: column `messages`: turn 1: "), "{}", errors[1]);
+    let gone = input(folder.path().join("gone.parquet")).rows().err().unwrap();
+    assert_eq!([chain(&errors[1]), chain(&gone)], [errors[1].to_string(), gone.to_string()]);
+    assert!(gone.source().is_some_and(<dyn Error>::is::<std::io::Error>), "{gone:?}");
+}
+
+#[test]
+fn a_column_that_was_named_is_there_or_its_row_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let told = |name: &str, text: &str, pairs: &[(&str, &str)]| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        let pairs = pairs.iter().map(|(what, column)| ((*what).to_owned(), (*column).to_owned()));
+        told(&Input { mapping: Mapping::new(pairs).unwrap(), ..input(path) })
+    };
+    let read = |query: &str, images| Ok((query.to_owned(), images));
+    let lines = concat!(
+        "{\"question\":\"A?\",\"photo\":\"a.png\",\"tag\":\"t\"}\n",
+        "{\"question\":\"B?\",\"photo\":null}\n",
+        "{\"question\":\"C?\"}\n",
+    );
+    let array = format!("[{}]", lines.trim().replace('\n', ","));
+    for (name, text) in [("rows.jsonl", lines), ("rows.json", &array)] {
+        let rows = told(name, text, &[("image", "photo"), ("category", "tag")]);
+        assert_eq!(rows[..2], [read("A?", 1), read("B?", 0)], "{name}");
+        assert_eq!(rows[2], Err("row 2: --map image=photo: there is no such column; there are question".to_owned()));
+        for pair in [("image", "foto"), ("query", "quetsion"), ("draft", "answer"), ("messages", "turns")] {
+            let rows = told(name, text, &[pair]);
+            let says =
+                format!("row 0: --map {}={}: there is no such column; there are photo, question, tag", pair.0, pair.1);
+            assert!(rows.len() == 3 && rows.iter().all(Result::is_err) && rows[0] == Err(says), "{rows:?}");
+        }
+    }
+    let table = "question,photo\nA?,a.png\nB?,\n";
+    assert_eq!(told("rows.csv", table, &[("image", "photo")]), [read("A?", 1), read("B?", 0)]);
+    assert!(
+        told("rows.csv", table, &[("image", "foto")])[0].as_ref().unwrap_err().contains("rows.csv: --map image=foto: ")
+    );
+    // What was named counts, and nothing beside it.
+    let both = "{\"messages\":[{\"role\":\"user\",\"content\":\"A?\"}],\"asked\":\"B?\"}\n";
+    assert_eq!(told("both.jsonl", both, &[("query", "asked")]), [read("B?", 0)]);
+    let empty = both.replace("B?", "");
+    assert!(told("both.jsonl", &empty, &[("query", "asked")])[0].as_ref().unwrap_err().contains("no query"));
+}
+
 fn parquet(path: &Path, columns: Vec<(&str, ArrayRef)>) {
     let fields: Vec<Field> =
         columns.iter().map(|(name, column)| Field::new(*name, column.data_type().clone(), true)).collect();
@@ -155,6 +432,18 @@ fn every_type_of_parquet_is_read_or_named() {
         let rows = told(&input(path));
         assert!(rows.len() == 1 && rows[0].as_ref().unwrap_err().contains(says), "{rows:?}");
     }
+    // What stands inside of a column is named with a dot.
+    let path = folder.path().join("inside.parquet");
+    let meta = StructArray::from(vec![(Arc::new(Field::new("asked", DataType::Utf8, true)), text.clone())]);
+    let shot: ArrayRef = Arc::new(StringArray::from(vec!["shots/a.PNG"]));
+    parquet(&path, vec![("meta", Arc::new(meta)), ("shot", shot)]);
+    let mapped = |pairs: &[(&str, &str)]| {
+        let pairs = pairs.iter().map(|(what, column)| ((*what).to_owned(), (*column).to_owned()));
+        told(&Input { mapping: Mapping::new(pairs).unwrap(), ..input(path.clone()) })
+    };
+    assert_eq!(mapped(&[("query", "meta.asked"), ("image", "shot")]), [Ok(("a.png".to_owned(), 1))]);
+    assert!(mapped(&[("query", "meta.asked")])[0].as_ref().unwrap_err().contains("--map image=shot"));
+    assert!(mapped(&[("query", "meta.said")])[0].as_ref().unwrap_err().contains("no such column"));
     // An image that nobody named is not dropped.
     let path = folder.path().join("photo.parquet");
     parquet(&path, vec![("query", text.clone()), ("photo", Arc::new(pair))]);

@@ -1,0 +1,46 @@
+//! Journals as crashes and other hands leave them: no panic; what can be opened is read, goes on, and then has its entries still.
+#![no_main]
+
+use std::io::Write;
+
+use ecso_batch::journal::{Entry, Journal, Saved};
+use serde::{Deserialize, Serialize};
+
+#[derive(Serialize, Deserialize)]
+struct Line {
+    id: String,
+    #[serde(default)]
+    arm: String,
+}
+
+impl Entry for Line {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn arm(&self) -> &str {
+        &self.arm
+    }
+
+    fn failed(&self) -> bool {
+        false
+    }
+}
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
+    file.write_all(bytes).expect("a temporary file");
+    let read = || -> Option<usize> {
+        let latest = Saved::file(file.path()).latest::<Line>().ok()?;
+        let total = latest.total();
+        let read = latest.map(Result::ok).collect::<Option<Vec<Line>>>()?;
+        assert_eq!(read.len(), total, "each entry comes once");
+        Some(total)
+    };
+    let before = read();
+    let Ok(mut journal) = Journal::open_file(file.path()) else { return };
+    assert!(before.is_none_or(|before| before == journal.len()));
+    let added = Line { id: "added".into(), arm: "here".into() };
+    journal.record(&added).expect("room on the disk");
+    assert!(before.is_none() || read() == Some(journal.len()), "what was there is there still");
+});
