@@ -24,15 +24,17 @@ use crate::{
     settings::{OnFailure, TraceLevel},
     telemetry,
     upstream::{Answer, Upstream, answer_head, bounded},
+    wire::{self, Wire},
 };
 
-/// Answers a chat. `permit` is its turn; a stream keeps it until its end.
+/// Answers a chat, in another format than its own where there is a `wire`. `permit` is its turn; a stream keeps it until its end.
 pub(crate) async fn enforce(
     context: RequestContext,
     request: Request,
     permit: OwnedSemaphorePermit,
+    wire: Option<Box<dyn Wire>>,
 ) -> Result<Response, ApiError> {
-    let guarded = Guarded { context, request };
+    let guarded = Guarded { context, request, wire };
     if guarded.request.stream { guarded.held(permit).await } else { guarded.whole().await }
 }
 
@@ -40,31 +42,38 @@ pub(crate) async fn enforce(
 struct Guarded {
     context: RequestContext,
     request: Request,
+    wire: Option<Box<dyn Wire>>,
 }
 
 impl Guarded {
     fn guard(&self) -> Result<Guard<Arc<dyn Mllm>>, ApiError> {
-        let Self { context, request } = self;
+        let Self { context, request, .. } = self;
         context.state.guard(request, &context.caller, &context.headers, context.mode)
     }
 
     async fn whole(self) -> Result<Response, ApiError> {
-        let Self { context, request } = &self;
+        let Self { context, request, .. } = &self;
         let guard = self.guard()?;
         let asked = self.answer().instrument(telemetry::direct(&request.model));
         let (answer, head) = match context.in_time(asked).await? {
             Answer::Whole(answer, head) => (answer, head),
             Answer::Stream(_) => return Err(ApiError::upstream("the upstream sent a stream that nobody asked for")),
         };
+        let report = self.judged(&guard, &answer).await.map_err(|error| error.with_head(&head))?;
+        Ok(self.finished(&report, &answer, head))
+    }
+
+    /// What is found about an answer, all choices of it; an error if nothing of it may go out.
+    async fn judged(&self, guard: &Guard<Arc<dyn Mllm>>, answer: &Completion) -> Result<Report, ApiError> {
+        let Self { context, request, .. } = self;
         let record = context.record(request, answer.said());
-        if let Err(error) = context.in_time(review(&guard, request, &answer, &record)).await {
-            let error = error.with_head(&head);
+        if let Err(error) = context.in_time(review(guard, request, answer, &record)).await {
             if !self.opens(&error, &record) {
                 return Err(error);
             }
             record.opened(None, error.code);
         }
-        Ok(self.finished(&record.written(), &answer, head))
+        Ok(record.written())
     }
 
     /// Whether an answer goes out that nobody judged, because the guard failed: never once a verdict holds one back.
@@ -82,21 +91,63 @@ impl Guarded {
         answer.head(&self.context.id, &self.request.model, object)
     }
 
-    fn finished(&self, report: &Report, answer: &Completion, head: HeaderMap) -> Response {
-        let mut completion = self.head(answer, "chat.completion");
+    /// The choices that go out.
+    fn choices(&self, report: &Report, answer: &Completion) -> Vec<Value> {
         let choices = report.findings().map(|(index, finding)| match finding.outcome() {
             Some(outcome) if outcome.rewritten => json!({"index": index, "finish_reason": ended(outcome),
                 "message": message(outcome, &self.request), "logprobs": null}),
             _ => answer.choice(index),
         });
-        completion["choices"] = choices.collect();
+        choices.collect()
+    }
+
+    /// The whole answer, as chat completions have it.
+    fn completion(&self, report: &Report, answer: &Completion) -> Value {
+        let mut completion = self.head(answer, "chat.completion");
+        completion["choices"] = self.choices(report, answer).into();
         for (name, value) in answer.figures() {
             completion[name] = value.clone();
         }
         if self.context.trace() != TraceLevel::None {
             completion["ecso"] = report.object(&self.context.id, self.context.trace());
         }
-        let mut response = Response::new(Body::from(completion.to_string()));
+        completion
+    }
+
+    /// The answer, for another format to `write`. Other formats have one choice.
+    fn translated<T>(
+        &self,
+        report: &Report,
+        answer: &Completion,
+        found: Option<Value>,
+        write: impl FnOnce(&wire::Answer<'_>) -> T,
+    ) -> T {
+        let choice = self.choices(report, answer).into_iter().next().unwrap_or_default();
+        let outcome = report.findings().find_map(|(_, finding)| finding.outcome());
+        let nothing = Map::new();
+        write(&wire::Answer {
+            id: &self.context.id,
+            model: &self.request.model,
+            created: self.head(answer, "")["created"].as_u64().unwrap_or(0),
+            message: choice["message"].as_object().unwrap_or(&nothing),
+            finish: choice["finish_reason"].as_str().unwrap_or("stop"),
+            refused: outcome.is_some_and(|outcome| outcome.refused),
+            usage: answer.usage(),
+            found,
+            verdict: (report.verdict(), report.score()),
+        })
+    }
+
+    fn finished(&self, report: &Report, answer: &Completion, head: HeaderMap) -> Response {
+        let written = match &self.wire {
+            None => self.completion(report, answer),
+            Some(wire) => {
+                let trace = self.context.trace();
+                let found = (trace != TraceLevel::None).then(|| report.object(&self.context.id, trace));
+                self.translated(report, answer, found, |answer| wire.whole(answer))
+            }
+        };
+        let mut response = Response::new(Body::from(written.to_string()));
         *response.headers_mut() = head;
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -106,7 +157,7 @@ impl Guarded {
 
     /// The model's answer to the client's question.
     async fn answer(&self) -> Result<Answer, ApiError> {
-        let Self { context, request } = self;
+        let Self { context, request, .. } = self;
         match &context.state.upstream {
             Upstream::Server(server) => {
                 server.answer(&context.headers, request, context.state.settings.limits.answer).await
@@ -181,8 +232,10 @@ impl Guarded {
     ) -> Result<(), mpsc::error::SendError<Bytes>> {
         const SIGN: &[u8] = b": the answer is being checked\n\n";
         let every = Duration::from_secs(self.context.state.settings.keep_alive.max(1));
-        let events = self.events(guard, begun, direct);
-        futures::pin_mut!(events);
+        let mut events = match &self.wire {
+            None => self.events(guard, begun, direct).boxed(),
+            Some(wire) => self.replayed(wire.as_ref(), guard, begun, direct).boxed(),
+        };
         out.send(Bytes::from_static(SIGN)).await?;
         loop {
             let next = tokio::select! {
@@ -197,9 +250,48 @@ impl Guarded {
                 Some(Err(error)) => {
                     error.log(&self.context.id);
                     self.context.state.metrics.failure(error.code);
-                    return out.send(Bytes::from(error.event())).await;
+                    let event = match &self.wire {
+                        None => error.event(),
+                        Some(wire) => event(&wire.failed(&error)),
+                    };
+                    return out.send(Bytes::from(event)).await;
                 }
                 None => return Ok(()),
+            }
+        }
+    }
+
+    /// The whole of an answer that has `begun`.
+    async fn drafted(&self, begun: Option<Answer>, direct: &Span) -> Result<Completion, ApiError> {
+        let context = &self.context;
+        let answer = match begun {
+            Some(answer) => answer,
+            None => context.in_time(self.answer().instrument(direct.clone())).await?,
+        };
+        match answer {
+            Answer::Stream(response) => {
+                let chunks = Completion::chunks(bounded(response, context.state.settings.limits.answer));
+                context.in_time(chunks.instrument(direct.clone())).await
+            }
+            Answer::Whole(answer, _) => Ok(answer),
+        }
+    }
+
+    /// The client's stream in another format: when all of the answer is judged, all of its events.
+    fn replayed<'a>(
+        &'a self,
+        wire: &'a dyn Wire,
+        guard: &'a Guard<Arc<dyn Mllm>>,
+        begun: Option<Answer>,
+        direct: Span,
+    ) -> impl Stream<Item = Result<String, ApiError>> + Send + 'a {
+        try_stream! {
+            let answer = self.drafted(begun, &direct).await?;
+            drop(direct);
+            let report = self.judged(guard, &answer).await?;
+            let found = Some(report.object(&self.context.id, self.context.trace()));
+            for written in self.translated(&report, &answer, found, |answer| wire.events(answer)) {
+                yield event(&written);
             }
         }
     }
@@ -211,19 +303,9 @@ impl Guarded {
         begun: Option<Answer>,
         direct: Span,
     ) -> impl Stream<Item = Result<String, ApiError>> + Send + 'a {
-        let Self { context, request } = self;
+        let Self { context, request, .. } = self;
         try_stream! {
-            let answer = match begun {
-                Some(answer) => answer,
-                None => context.in_time(self.answer().instrument(direct.clone())).await?,
-            };
-            let answer = match answer {
-                Answer::Stream(response) => {
-                    let chunks = Completion::chunks(bounded(response, context.state.settings.limits.answer));
-                    context.in_time(chunks.instrument(direct.clone())).await?
-                }
-                Answer::Whole(answer, _) => answer,
-            };
+            let answer = self.drafted(begun, &direct).await?;
             drop(direct);
             let record = context.record(request, answer.said());
             for (choice, said) in answer.said() {
@@ -313,6 +395,11 @@ impl Guarded {
         let delta: Map<String, Value> = delta.collect();
         self.chunk(answer, &json!({"index": choice, "delta": delta, "finish_reason": finish}))
     }
+}
+
+/// An event of a stream, by its type.
+fn event(written: &Value) -> String {
+    format!("event: {}\ndata: {written}\n\n", written["type"].as_str().unwrap_or("message"))
 }
 
 /// Choices that are judged at one time: each holds what is asked about it.

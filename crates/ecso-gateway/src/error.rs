@@ -33,6 +33,8 @@ pub(crate) struct ApiError {
     pub(crate) retry_after: Option<Duration>,
     /// Headers of the upstream's answer that hold for this one too.
     pub(crate) head: Box<HeaderMap>,
+    /// What the client gets, where that is not [`ApiError::object`].
+    pub(crate) body: Option<Value>,
 }
 
 impl ApiError {
@@ -46,6 +48,7 @@ impl ApiError {
             may_open: false,
             retry_after: None,
             head: Box::default(),
+            body: None,
         }
     }
 
@@ -203,7 +206,7 @@ impl From<GuardError> for ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let mut response = Response::new(Body::from(self.object().to_string()));
+        let mut response = Response::new(Body::from(self.body.clone().unwrap_or_else(|| self.object()).to_string()));
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
         headers.extend(*self.head);

@@ -39,6 +39,7 @@ pub mod settings;
 mod state;
 mod telemetry;
 mod upstream;
+mod wire;
 
 pub use connections::serve;
 pub use server::Gateway;

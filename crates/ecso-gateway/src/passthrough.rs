@@ -37,7 +37,7 @@ pub(crate) async fn others(State(gateway): State<Arc<Gateway>>, request: axum::e
 }
 
 /// Sends a request on, by its route.
-async fn pass(
+pub(crate) async fn pass(
     mut context: RequestContext,
     method: &axum::http::Method,
     uri: &axum::http::Uri,

@@ -29,6 +29,9 @@ const HARMLESS: &[(&str, &str)] = &[
     ("OPTIONS", "/v1/models"),
     ("OPTIONS", "/v1/embeddings"),
     ("OPTIONS", "/v1/chat/completions"),
+    ("OPTIONS", "/v1/messages"),
+    ("OPTIONS", "/v1/responses"),
+    ("POST", "/v1/messages/count_tokens"),
 ];
 
 const VECTORS: &[&str] = &["/v1/embeddings", "/v1/rerank", "/v1/score"];

@@ -38,13 +38,14 @@ use crate::{
     moderation::{__path_moderations, moderations},
     observe::Observed,
     openapi::{self, ChatAnswer, ChatRequest, Models},
-    passthrough::others,
+    passthrough::{others, pass},
     ready::Readiness,
     request,
     settings::{Mode, Settings},
     state::{AppState, Profiles},
     telemetry,
     upstream::{CHAT, Key, Upstream, passed},
+    wire::Format,
 };
 
 /// A guard that can be served. Its settings can be exchanged while it runs.
@@ -151,6 +152,8 @@ impl Gateway {
 fn routes() -> OpenApiRouter<Arc<Gateway>> {
     OpenApiRouter::with_openapi(openapi::document())
         .routes(routes!(completions).map(|route| route.fallback(others)))
+        .routes(routes!(messages).map(|route| route.fallback(others)))
+        .routes(routes!(responses).map(|route| route.fallback(others)))
         .routes(routes!(guard))
         .routes(routes!(moderations))
         .routes(routes!(models).map(|route| route.fallback(others)))
@@ -253,9 +256,73 @@ async fn completion(gateway: &Gateway, mut context: RequestContext, body: Body) 
             drop(body);
             let turn = context.in_time(gateway.admission.enter()).await?;
             let request = context.prepare(read?).await?;
-            chat::enforce(context, request, turn).await
+            chat::enforce(context, request, turn, None).await
         }
     }
+}
+
+/// Answers a request of Anthropic's Messages, as a chat.
+#[utoipa::path(post, path = "/v1/messages", request_body = Object, responses(
+    (status = 200, description = "The message; a stream of its events where the request asks for one", content(
+        (Object = "application/json"), (Value = "text/event-stream")
+    )),
+    ApiErrors,
+    (status = "default", description = "What the server behind the guard says"),
+))]
+async fn messages(State(gateway): State<Arc<Gateway>>, mut request: axum::extract::Request) -> Response {
+    // Where this format has its key, others have none.
+    let headers = request.headers_mut();
+    if let Some(key) = headers.remove("x-api-key").filter(|_| !headers.contains_key(header::AUTHORIZATION))
+        && let Ok(key) = HeaderValue::try_from([b"Bearer ", key.as_bytes()].concat())
+    {
+        headers.insert(header::AUTHORIZATION, key);
+    }
+    translated(&gateway, "messages", Format::Messages, request).await
+}
+
+/// Answers a request of OpenAI's Responses, as a chat. Nothing is stored.
+#[utoipa::path(post, path = "/v1/responses", request_body = Object, responses(
+    (status = 200, description = "The response; a stream of its events where the request asks for one", content(
+        (Object = "application/json"), (Value = "text/event-stream")
+    )),
+    ApiErrors,
+    (status = "default", description = "What the server behind the guard says"),
+))]
+async fn responses(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
+    translated(&gateway, "responses", Format::Responses, request).await
+}
+
+/// A request of another format than chat completions.
+async fn translated(
+    gateway: &Gateway,
+    route: &'static str,
+    format: Format,
+    request: axum::extract::Request,
+) -> Response {
+    let (id, state) = (request_id(), gateway.state());
+    let (Parts { method, uri, headers, .. }, body) = request.into_parts();
+    let span = telemetry::span(route, &id, &headers);
+    let answered = async {
+        let mut context = gateway.begin(&state, &id, &method, &uri, headers)?;
+        // Where nobody guards, the upstream's own route answers.
+        if context.mode != Mode::Enforce && matches!(state.upstream, Upstream::Server(_)) {
+            return pass(context, &method, &uri, body).await;
+        }
+        context.guarded();
+        context.as_json();
+        let body = context.read(body).await?;
+        is_plain(&context.headers)?;
+        let value = strict::read(&body);
+        context.mode = context.caller.mode(&state.settings, request::model(&value), &context.headers)?;
+        let unread = |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
+        let (chat, wire) = format.read(value.map_err(unread)?)?;
+        drop(body);
+        let turn = context.in_time(gateway.admission.enter()).await?;
+        let request = context.prepare(request::Body::of(chat, &state.settings.allow_fields)?).await?;
+        Box::pin(chat::enforce(context, request, turn, Some(wire))).await
+    };
+    let answered = async { answered.await.map_err(|error| ApiError { body: Some(format.failure(&error)), ..error }) };
+    signed(&id, route, &state.metrics, answered.instrument(span)).await
 }
 
 /// Whether this process lives.

@@ -315,8 +315,8 @@ async fn routes_that_are_not_known_to_be_harmless_are_refused() {
     let body = question().to_string();
     let mut count = 0;
     for path in [
-        "/v1/responses",
-        "/v1/messages",
+        "/v1/responses/resp_1",
+        "/v1/messages/batches",
         "/v1/completions",
         "/v1/chat/completions/batch",
         "/v1/chat/completions/render",

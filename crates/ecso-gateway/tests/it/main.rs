@@ -6,4 +6,5 @@ mod bypass;
 mod clients;
 mod records;
 mod tenants;
+mod wires;
 mod world;

@@ -1,0 +1,404 @@
+//! Anthropic's Messages: `POST /v1/messages`.
+
+use serde_json::{Map, Value, json};
+
+use super::{Answer, Fields, Wire, invalid, unsupported};
+use crate::error::ApiError;
+
+/// How answers to a request are written.
+pub(super) struct Messages {
+    /// Whether the client wants to see what the model thought.
+    thinks: bool,
+}
+
+/// The chat that a request asks for.
+pub(super) fn read(body: Value) -> Result<(Value, Messages), ApiError> {
+    let mut fields = Fields::of(body, "")?;
+    let (mut chat, mut messages) = (Map::new(), Vec::new());
+    for (name, to) in [
+        ("model", "model"),
+        ("max_tokens", "max_tokens"),
+        ("temperature", "temperature"),
+        ("top_p", "top_p"),
+        ("top_k", "top_k"),
+        ("stop_sequences", "stop"),
+        ("stream", "stream"),
+    ] {
+        fields.moves(name, &mut chat, to);
+    }
+    if let Some(system) = fields.take("system") {
+        let content = texts(system, "system")?;
+        messages.push(json!({"role": "system", "content": content}));
+    }
+    for (place, message) in fields.list("messages")?.into_iter().enumerate() {
+        turn(Fields::of(message, format!("messages.{place}"))?, &mut messages)?;
+    }
+    chat.insert("messages".to_owned(), messages.into());
+    let tools = fields.list("tools")?.into_iter().enumerate();
+    let tools: Vec<Value> = tools
+        .map(|(place, tool)| Fields::of(tool, format!("tools.{place}")).and_then(self::tool))
+        .collect::<Result<_, _>>()?;
+    if !tools.is_empty() {
+        chat.insert("tools".to_owned(), tools.into());
+    }
+    if let Some(choice) = fields.take("tool_choice") {
+        tool_choice(Fields::of(choice, "tool_choice")?, &mut chat)?;
+    }
+    if let Some(config) = fields.take("output_config") {
+        output(Fields::of(config, "output_config")?, &mut chat)?;
+    }
+    if let Some(format) = fields.take("output_format") {
+        chat.insert("response_format".to_owned(), schema(Fields::of(format, "output_format")?)?);
+    }
+    let thinking = fields.take("thinking");
+    let thinks = thinking.is_some_and(|thinking| thinking["type"] == "enabled" || thinking["type"] == "adaptive");
+    // Who asks, and for what price: nothing that the model sees.
+    fields.without(&["metadata", "service_tier", "cache_control", "speed", "inference_geo"]);
+    fields.end()?;
+    Ok((chat.into(), Messages { thinks }))
+}
+
+/// A text, or blocks of text.
+fn texts(content: Value, path: &str) -> Result<Value, ApiError> {
+    let Value::Array(blocks) = content else { return Ok(content) };
+    let texts = blocks.into_iter().enumerate().map(|(place, block)| {
+        let mut block = Fields::of(block, format!("{path}.{place}"))?;
+        match block.needed("type")?.as_str() {
+            "text" => text(block),
+            other => Err(unsupported(&block.path, other)),
+        }
+    });
+    Ok(Value::Array(texts.collect::<Result<_, _>>()?))
+}
+
+fn text(mut block: Fields) -> Result<Value, ApiError> {
+    let text = block.needed("text")?;
+    block.without(&["cache_control"]);
+    if block.take("citations").is_some_and(|citations| citations != json!([])) {
+        return Err(unsupported(&block.path, "citations"));
+    }
+    block.end()?;
+    Ok(json!({"type": "text", "text": text}))
+}
+
+/// Adds a turn. The results of tools are messages of their own in a chat, and their images are the user's.
+fn turn(mut turn: Fields, messages: &mut Vec<Value>) -> Result<(), ApiError> {
+    let role = turn.needed("role")?;
+    if !matches!(role.as_str(), "user" | "assistant" | "system") {
+        return Err(invalid(&turn.at("role"), "it is user, assistant or system"));
+    }
+    let content = turn.take("content").ok_or_else(|| invalid(&turn.at("content"), "it is missing"))?;
+    let path = turn.at("content");
+    turn.end()?;
+    let Value::Array(blocks) = content else {
+        messages.push(json!({"role": role, "content": content}));
+        return Ok(());
+    };
+    let mut said = Said::default();
+    for (place, block) in blocks.into_iter().enumerate() {
+        said.add(Fields::of(block, format!("{path}.{place}"))?, &role)?;
+    }
+    messages.append(&mut said.results);
+    if !said.parts.is_empty() || !said.calls.is_empty() {
+        let mut message = json!({"role": role, "content": said.parts});
+        if !said.calls.is_empty() {
+            message["tool_calls"] = said.calls.into();
+        }
+        messages.push(message);
+    }
+    Ok(())
+}
+
+/// What a turn says.
+#[derive(Default)]
+struct Said {
+    parts: Vec<Value>,
+    calls: Vec<Value>,
+    /// Messages of tools.
+    results: Vec<Value>,
+}
+
+impl Said {
+    fn add(&mut self, mut block: Fields, role: &str) -> Result<(), ApiError> {
+        let kind = block.needed("type")?;
+        match (kind.as_str(), role) {
+            ("text", _) => self.parts.push(text(block)?),
+            ("image", "user") => self.parts.push(image(block)?),
+            ("document", "user") => document(block, &mut self.parts)?,
+            ("search_result", "user") => search_result(block, &mut self.parts)?,
+            ("tool_result", "user") => self.result(block)?,
+            ("tool_use", "assistant") => self.calls.push(call(block)?),
+            // A model gets its own thoughts from no chat.
+            ("thinking" | "redacted_thinking", "assistant") => {}
+            (other, _) => return Err(unsupported(&block.path, other)),
+        }
+        Ok(())
+    }
+
+    fn result(&mut self, mut block: Fields) -> Result<(), ApiError> {
+        let id = block.needed("tool_use_id")?;
+        let failed = block.take("is_error").is_some_and(|failed| failed == true);
+        let (content, path) = (block.take("content"), block.at("content"));
+        block.without(&["cache_control"]);
+        block.end()?;
+        let (mut texts, mut images) = (Vec::new(), Vec::new());
+        match content {
+            None => {}
+            Some(Value::Array(blocks)) => {
+                let mut inner = Said::default();
+                for (place, block) in blocks.into_iter().enumerate() {
+                    let mut block = Fields::of(block, format!("{path}.{place}"))?;
+                    let kind = block.needed("type")?;
+                    match kind.as_str() {
+                        "text" => inner.parts.push(text(block)?),
+                        "image" => inner.parts.push(image(block)?),
+                        "document" => document(block, &mut inner.parts)?,
+                        "search_result" => search_result(block, &mut inner.parts)?,
+                        other => return Err(unsupported(&block.path, other)),
+                    }
+                }
+                (texts, images) = inner.parts.into_iter().partition(|part| part["type"] == "text");
+            }
+            Some(text) => texts.push(json!({"type": "text", "text": text})),
+        }
+        if failed {
+            texts.insert(0, json!({"type": "text", "text": "The tool failed."}));
+        }
+        if texts.is_empty() {
+            texts.push(json!({"type": "text", "text": ""}));
+        }
+        self.results.push(json!({"role": "tool", "tool_call_id": id, "content": texts}));
+        if !images.is_empty() {
+            self.parts.push(json!({"type": "text", "text": "What the tool shows:"}));
+            self.parts.append(&mut images);
+        }
+        Ok(())
+    }
+}
+
+fn image(mut block: Fields) -> Result<Value, ApiError> {
+    let path = block.at("source");
+    let source = block.take("source").ok_or_else(|| invalid(&path, "it is missing"))?;
+    block.without(&["cache_control"]);
+    block.end()?;
+    let mut source = Fields::of(source, path)?;
+    let url = match source.needed("type")?.as_str() {
+        "base64" => format!("data:{};base64,{}", source.needed("media_type")?, source.needed("data")?),
+        "url" => source.needed("url")?,
+        other => return Err(unsupported(&source.path, other)),
+    };
+    source.end()?;
+    Ok(json!({"type": "image_url", "image_url": {"url": url}}))
+}
+
+/// A document of texts and images. Of others (a PDF, a file elsewhere) nobody here sees what is in them.
+fn document(mut block: Fields, parts: &mut Vec<Value>) -> Result<(), ApiError> {
+    let path = block.at("source");
+    let source = block.take("source").ok_or_else(|| invalid(&path, "it is missing"))?;
+    for name in ["title", "context"] {
+        let text = block.text(name)?.filter(|text| !text.is_empty());
+        parts.extend(text.map(|text| json!({"type": "text", "text": text})));
+    }
+    block.without(&["cache_control", "citations"]);
+    block.end()?;
+    let mut source = Fields::of(source, path)?;
+    match source.needed("type")?.as_str() {
+        "text" => {
+            parts.push(json!({"type": "text", "text": source.needed("data")?}));
+            source.without(&["media_type"]);
+        }
+        "content" => {
+            let (content, path) = (source.take("content").unwrap_or_default(), source.at("content"));
+            let Value::Array(blocks) = content else {
+                parts.push(json!({"type": "text", "text": content}));
+                return source.end();
+            };
+            for (place, block) in blocks.into_iter().enumerate() {
+                let mut block = Fields::of(block, format!("{path}.{place}"))?;
+                match block.needed("type")?.as_str() {
+                    "text" => parts.push(text(block)?),
+                    "image" => parts.push(image(block)?),
+                    other => return Err(unsupported(&block.path, other)),
+                }
+            }
+        }
+        other => return Err(unsupported(&source.path, other)),
+    }
+    source.end()
+}
+
+fn search_result(mut block: Fields, parts: &mut Vec<Value>) -> Result<(), ApiError> {
+    for name in ["title", "source"] {
+        parts.push(json!({"type": "text", "text": block.needed(name)?}));
+    }
+    let path = block.at("content");
+    if let Value::Array(texts) = texts(block.list("content")?.into(), &path)? {
+        parts.extend(texts);
+    }
+    block.without(&["cache_control", "citations"]);
+    block.end()
+}
+
+fn call(mut block: Fields) -> Result<Value, ApiError> {
+    let (id, name) = (block.needed("id")?, block.needed("name")?);
+    let input = block.take("input").unwrap_or_else(|| json!({}));
+    block.without(&["cache_control", "caller"]);
+    block.end()?;
+    Ok(json!({"id": id, "type": "function", "function": {"name": name, "arguments": input.to_string()}}))
+}
+
+/// A tool that the client runs. Those that the server would run bring in what nobody here sees.
+fn tool(mut tool: Fields) -> Result<Value, ApiError> {
+    if let Some(kind) = tool.text("type")?.filter(|kind| kind != "custom") {
+        return Err(unsupported(&tool.path, &kind));
+    }
+    let mut function = Map::new();
+    for (name, to) in
+        [("name", "name"), ("description", "description"), ("input_schema", "parameters"), ("strict", "strict")]
+    {
+        tool.moves(name, &mut function, to);
+    }
+    tool.without(&["cache_control", "eager_input_streaming", "defer_loading", "allowed_callers", "input_examples"]);
+    tool.end()?;
+    Ok(json!({"type": "function", "function": function}))
+}
+
+fn tool_choice(mut choice: Fields, chat: &mut Map<String, Value>) -> Result<(), ApiError> {
+    let wanted = match choice.needed("type")?.as_str() {
+        "auto" => "auto".into(),
+        "any" => "required".into(),
+        "none" => "none".into(),
+        "tool" => json!({"type": "function", "function": {"name": choice.needed("name")?}}),
+        other => return Err(unsupported(&choice.path, other)),
+    };
+    chat.insert("tool_choice".to_owned(), wanted);
+    if choice.take("disable_parallel_tool_use").is_some_and(|disabled| disabled == true) {
+        chat.insert("parallel_tool_calls".to_owned(), false.into());
+    }
+    choice.end()
+}
+
+fn output(mut config: Fields, chat: &mut Map<String, Value>) -> Result<(), ApiError> {
+    config.moves("effort", chat, "reasoning_effort");
+    if let Some(format) = config.take("format") {
+        chat.insert("response_format".to_owned(), schema(Fields::of(format, "output_config.format")?)?);
+    }
+    config.end()
+}
+
+/// The form of an answer.
+fn schema(mut format: Fields) -> Result<Value, ApiError> {
+    let kind = format.needed("type")?;
+    if kind != "json_schema" {
+        return Err(unsupported(&format.path, &kind));
+    }
+    let schema = format.take("schema").unwrap_or_else(|| json!({}));
+    format.end()?;
+    Ok(json!({"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": true}}))
+}
+
+/// A failure, by its status.
+pub(super) fn failure(error: &ApiError) -> Value {
+    let kind = match error.status.as_u16() {
+        401 => "authentication_error",
+        403 => "permission_error",
+        404 => "not_found_error",
+        413 => "request_too_large",
+        429 => "rate_limit_error",
+        503 => "overloaded_error",
+        504 => "timeout_error",
+        400..500 => "invalid_request_error",
+        _ => "api_error",
+    };
+    json!({"type": "error", "error": {"type": kind, "message": error.message, "code": error.code}})
+}
+
+impl Messages {
+    fn content(&self, answer: &Answer<'_>) -> Vec<Value> {
+        let mut content = Vec::new();
+        if self.thinks && !answer.thoughts().is_empty() {
+            content.push(json!({"type": "thinking", "thinking": answer.thoughts(), "signature": ""}));
+        }
+        let text = answer.text();
+        if !text.is_empty() {
+            content.push(json!({"type": "text", "text": text, "citations": null}));
+        }
+        content.extend(answer.calls().map(|(id, name, arguments)| {
+            let input = serde_json::from_str(arguments).unwrap_or_else(|_| json!({"arguments": arguments}));
+            json!({"type": "tool_use", "id": id, "name": name, "input": input})
+        }));
+        content
+    }
+
+    /// Why it ended, and what a refusal is.
+    fn stop(answer: &Answer<'_>) -> (&'static str, Value) {
+        let reason = match answer.finish {
+            _ if answer.refused => "refusal",
+            "length" => "max_tokens",
+            "tool_calls" | "function_call" => "tool_use",
+            "content_filter" => "refusal",
+            _ => "end_turn",
+        };
+        let details = match reason {
+            "refusal" => json!({"type": "refusal", "category": null, "explanation": answer.text()}),
+            _ => Value::Null,
+        };
+        (reason, details)
+    }
+
+    fn frame(answer: &Answer<'_>, content: Vec<Value>) -> Value {
+        let [prompt, reply, cached] = answer.tokens();
+        json!({
+            "id": format!("msg_{}", answer.id), "type": "message", "role": "assistant", "model": answer.model, "content": content,
+            "stop_reason": null, "stop_sequence": null,
+            "usage": {"input_tokens": prompt.saturating_sub(cached), "output_tokens": reply,
+                "cache_read_input_tokens": cached, "cache_creation_input_tokens": 0},
+        })
+    }
+}
+
+impl Wire for Messages {
+    fn whole(&self, answer: &Answer<'_>) -> Value {
+        let mut message = Self::frame(answer, self.content(answer));
+        let (reason, details) = Self::stop(answer);
+        message["stop_reason"] = reason.into();
+        message["stop_details"] = details;
+        if let Some(found) = &answer.found {
+            message["ecso"] = found.clone();
+        }
+        message
+    }
+
+    fn events(&self, answer: &Answer<'_>) -> Vec<Value> {
+        let mut begun = Self::frame(answer, Vec::new());
+        begun["usage"]["output_tokens"] = 0.into();
+        let mut events = vec![json!({"type": "message_start", "message": begun})];
+        for (index, mut block) in self.content(answer).into_iter().enumerate() {
+            let (place, delta) = match block["type"].as_str() {
+                Some("thinking") => ("thinking", "thinking_delta"),
+                Some("tool_use") => ("input", "input_json_delta"),
+                _ => ("text", "text_delta"),
+            };
+            let said = block[place].take();
+            let (empty, field, said) = match said {
+                Value::String(text) => ("".into(), place, text),
+                input => (json!({}), "partial_json", input.to_string()),
+            };
+            block[place] = empty;
+            events.push(json!({"type": "content_block_start", "index": index, "content_block": block}));
+            events.push(json!({"type": "content_block_delta", "index": index, "delta": {"type": delta, field: said}}));
+            events.push(json!({"type": "content_block_stop", "index": index}));
+        }
+        let (reason, details) = Self::stop(answer);
+        events.push(json!({
+            "type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": null, "stop_details": details},
+            "usage": {"output_tokens": answer.tokens()[1]},
+        }));
+        events.push(json!({"type": "message_stop", "ecso": answer.found}));
+        events
+    }
+
+    fn failed(&self, error: &ApiError) -> Value {
+        failure(error)
+    }
+}

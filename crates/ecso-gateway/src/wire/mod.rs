@@ -1,0 +1,197 @@
+//! Wire formats beside chat completions. A request of such a format becomes a chat, which is read, sent on, judged and recorded as
+//! every chat is; the answer to that chat becomes an answer of the format. So nobody but the files here knows what it looks like, and
+//! what a file here doesn't know of a request is refused.
+
+mod messages;
+mod responses;
+
+use serde_json::{Map, Value, json};
+
+use crate::{error::ApiError, json as strict};
+
+/// A format of requests and answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Format {
+    /// Anthropic's `POST /v1/messages`.
+    Messages,
+    /// OpenAI's `POST /v1/responses`.
+    Responses,
+}
+
+impl Format {
+    /// The chat that a request asks for, as the body of a chat request; and how its answer is written.
+    pub(crate) fn read(self, body: Value) -> Result<(Value, Box<dyn Wire>), ApiError> {
+        let (mut chat, wire): (Value, Box<dyn Wire>) = match self {
+            Self::Messages => messages::read(body).map(|(chat, wire)| (chat, Box::new(wire) as _))?,
+            Self::Responses => responses::read(body).map(|(chat, wire)| (chat, Box::new(wire) as _))?,
+        };
+        // These formats always tell it.
+        if chat["stream"] == true {
+            chat["stream_options"] = json!({"include_usage": true});
+        }
+        Ok((chat, wire))
+    }
+
+    /// A failure, as clients of the format know it.
+    pub(crate) fn failure(self, error: &ApiError) -> Value {
+        match self {
+            Self::Messages => messages::failure(error),
+            Self::Responses => error.object(),
+        }
+    }
+}
+
+/// How an answer is written.
+pub(crate) trait Wire: Send + Sync {
+    /// The whole answer.
+    fn whole(&self, answer: &Answer<'_>) -> Value;
+
+    /// The same as the events of a stream: all that clients of the format wait for, whatever the upstream sent.
+    fn events(&self, answer: &Answer<'_>) -> Vec<Value>;
+
+    /// A failure after a stream has begun.
+    fn failed(&self, error: &ApiError) -> Value;
+}
+
+/// A judged answer to a chat, as it is to go out.
+pub(crate) struct Answer<'a> {
+    /// The request's name.
+    pub(crate) id: &'a str,
+    /// The model that was asked for.
+    pub(crate) model: &'a str,
+    /// When it was made, in seconds since 1970.
+    pub(crate) created: u64,
+    /// The message, as chat completions have it.
+    pub(crate) message: &'a Map<String, Value>,
+    /// Why it ended, as chat completions have it.
+    pub(crate) finish: &'a str,
+    /// Whether it is the guard's fixed refusal.
+    pub(crate) refused: bool,
+    /// The usage that the upstream tells, as chat completions have it.
+    pub(crate) usage: Option<&'a Value>,
+    /// What was found, for the client.
+    pub(crate) found: Option<Value>,
+    /// Whether the guard calls the model's own answer harmful, and how likely that is.
+    pub(crate) verdict: (ecso::Verdict, Option<f64>),
+}
+
+impl Answer<'_> {
+    /// Its text; a refusal is one too.
+    fn text(&self) -> String {
+        let texts = ["content", "refusal"].into_iter().filter_map(|name| self.message.get(name));
+        texts.map(said).filter(|text| !text.is_empty()).collect::<Vec<_>>().join("\n")
+    }
+
+    /// What the model thought before it.
+    fn thoughts(&self) -> &str {
+        let places = ["reasoning_content", "reasoning"].into_iter();
+        places.filter_map(|name| self.message.get(name)?.as_str()).next().unwrap_or_default()
+    }
+
+    /// The tools that it calls: id, name, and arguments as JSON text.
+    fn calls(&self) -> impl Iterator<Item = (&str, &str, &str)> {
+        let calls = self.message.get("tool_calls").and_then(Value::as_array).into_iter().flatten();
+        calls.filter_map(|call| {
+            let (id, called) = (call["id"].as_str()?, &call["function"]);
+            Some((id, called["name"].as_str()?, called["arguments"].as_str().unwrap_or("{}")))
+        })
+    }
+
+    /// Tokens of the prompt and of the reply, and how many of the former lay in a cache; 0 where nobody tells.
+    fn tokens(&self) -> [u64; 3] {
+        let usage = self.usage.unwrap_or(&Value::Null);
+        [&usage["prompt_tokens"], &usage["completion_tokens"], &usage["prompt_tokens_details"]["cached_tokens"]]
+            .map(|count| count.as_u64().unwrap_or(0))
+    }
+}
+
+/// The text of a content.
+fn said(content: &Value) -> String {
+    match content {
+        Value::String(text) => text.clone(),
+        Value::Array(parts) => parts.iter().map(|part| said(&part["text"])).collect(),
+        _ => String::new(),
+    }
+}
+
+/// An object of a request, taken apart field by field: what is left at its end is not known.
+struct Fields {
+    path: String,
+    left: Map<String, Value>,
+}
+
+impl Fields {
+    fn of(value: Value, path: impl Into<String>) -> Result<Self, ApiError> {
+        let path = path.into();
+        match value {
+            Value::Object(left) => Ok(Self { path, left }),
+            _ => Err(invalid(&path, "it must be an object")),
+        }
+    }
+
+    /// A field's place in the request.
+    fn at(&self, name: &str) -> String {
+        if self.path.is_empty() { strict::shown(name) } else { format!("{}.{}", self.path, strict::shown(name)) }
+    }
+
+    /// Takes a field; null is none.
+    fn take(&mut self, name: &str) -> Option<Value> {
+        self.left.remove(name).filter(|value| !value.is_null())
+    }
+
+    fn text(&mut self, name: &str) -> Result<Option<String>, ApiError> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(_) => Err(invalid(&self.at(name), "it must be a text")),
+        }
+    }
+
+    fn needed(&mut self, name: &str) -> Result<String, ApiError> {
+        self.text(name)?.ok_or_else(|| invalid(&self.at(name), "it is missing"))
+    }
+
+    fn list(&mut self, name: &str) -> Result<Vec<Value>, ApiError> {
+        match self.take(name) {
+            None => Ok(Vec::new()),
+            Some(Value::Array(list)) => Ok(list),
+            Some(_) => Err(invalid(&self.at(name), "it must be a list")),
+        }
+    }
+
+    /// Puts a field into a chat's body, under another name.
+    fn moves(&mut self, name: &str, chat: &mut Map<String, Value>, to: &str) {
+        if let Some(value) = self.take(name) {
+            chat.insert(to.to_owned(), value);
+        }
+    }
+
+    /// Leaves fields out that change nothing about what is asked and answered.
+    fn without(&mut self, names: &[&str]) {
+        for name in names {
+            self.left.remove(*name);
+        }
+    }
+
+    /// Holds that all was known.
+    fn end(self) -> Result<(), ApiError> {
+        match self.left.iter().find(|(_, value)| !value.is_null()) {
+            None => Ok(()),
+            Some((name, _)) => {
+                let at = self.at(name);
+                let message = format!("`{at}` is not known to the guard, so that it can't be judged: leave it out");
+                Err(ApiError { param: Some(at), ..ApiError::bad_request("unknown_field", message) })
+            }
+        }
+    }
+}
+
+fn invalid(path: &str, why: &str) -> ApiError {
+    ApiError { param: Some(path.to_owned()), ..ApiError::bad_request("invalid_request", format!("`{path}`: {why}")) }
+}
+
+/// Something that can't be guarded: nobody here sees what is in it.
+fn unsupported(path: &str, kind: &str) -> ApiError {
+    let message = format!("`{path}`: `{}` can't be guarded", strict::shown(kind));
+    ApiError { param: Some(path.to_owned()), ..ApiError::bad_request("unsupported_content", message) }
+}

@@ -1,0 +1,440 @@
+//! OpenAI's Responses: `POST /v1/responses`. Nothing is stored here, so that a request brings its whole conversation.
+
+use ecso::Verdict;
+use serde_json::{Map, Value, json};
+
+use super::{Answer, Fields, Wire, invalid, unsupported};
+use crate::error::ApiError;
+
+/// What an answer says again of its request.
+const ECHOED: [&str; 10] = [
+    "instructions",
+    "max_output_tokens",
+    "metadata",
+    "parallel_tool_calls",
+    "reasoning",
+    "temperature",
+    "text",
+    "tool_choice",
+    "tools",
+    "top_p",
+];
+
+/// Fields by which a server would take a conversation from where nobody here sees it.
+const ELSEWHERE: [&str; 3] = ["previous_response_id", "conversation", "prompt"];
+
+/// How answers to a request are written.
+pub(super) struct Responses {
+    echoed: Map<String, Value>,
+    /// Tools that take a text of any form: a chat calls them as functions.
+    custom: Vec<String>,
+    /// Whether the client asks for the verdict as a moderation.
+    moderation: bool,
+}
+
+/// The chat that a request asks for.
+pub(super) fn read(body: Value) -> Result<(Value, Responses), ApiError> {
+    let mut fields = Fields::of(body, "")?;
+    let echoed = ECHOED.iter().filter_map(|name| Some(((*name).to_owned(), fields.left.get(*name)?.clone())));
+    let echoed = echoed.collect();
+    for name in ELSEWHERE {
+        if fields.take(name).is_some() {
+            return Err(elsewhere(name));
+        }
+    }
+    if fields.take("background").is_some_and(|background| background != false) {
+        return Err(unsupported("background", "true"));
+    }
+    let (mut chat, mut messages) = (Map::new(), Vec::new());
+    for (name, to) in [
+        ("model", "model"),
+        ("max_output_tokens", "max_completion_tokens"),
+        ("temperature", "temperature"),
+        ("top_p", "top_p"),
+        ("top_k", "top_k"),
+        ("seed", "seed"),
+        ("stream", "stream"),
+        ("parallel_tool_calls", "parallel_tool_calls"),
+    ] {
+        fields.moves(name, &mut chat, to);
+    }
+    if let Some(instructions) = fields.text("instructions")? {
+        messages.push(json!({"role": "system", "content": instructions}));
+    }
+    match fields.take("input") {
+        Some(Value::Array(items)) => {
+            for (place, item) in items.into_iter().enumerate() {
+                self::item(Fields::of(item, format!("input.{place}"))?, &mut messages)?;
+            }
+        }
+        Some(text @ Value::String(_)) => messages.push(json!({"role": "user", "content": text})),
+        _ => return Err(invalid("input", "it must be a text or a list of items")),
+    }
+    chat.insert("messages".to_owned(), messages.into());
+    let (mut tools, mut custom) = (Vec::new(), Vec::new());
+    for (place, tool) in fields.list("tools")?.into_iter().enumerate() {
+        tools.push(self::tool(Fields::of(tool, format!("tools.{place}"))?, &mut custom)?);
+    }
+    if !tools.is_empty() {
+        chat.insert("tools".to_owned(), tools.into());
+    }
+    match fields.take("tool_choice") {
+        None => {}
+        Some(Value::Object(choice)) => {
+            let mut choice = Fields { path: "tool_choice".into(), left: choice };
+            match choice.needed("type")?.as_str() {
+                "function" | "custom" => {}
+                other => return Err(unsupported(&choice.path, other)),
+            }
+            let chosen = json!({"type": "function", "function": {"name": choice.needed("name")?}});
+            chat.insert("tool_choice".to_owned(), chosen);
+            choice.end()?;
+        }
+        Some(word) => {
+            chat.insert("tool_choice".to_owned(), word);
+        }
+    }
+    if let Some(text) = fields.take("text") {
+        self::text(Fields::of(text, "text")?, &mut chat)?;
+    }
+    if let Some(reasoning) = fields.take("reasoning") {
+        let mut reasoning = Fields::of(reasoning, "reasoning")?;
+        reasoning.moves("effort", &mut chat, "reasoning_effort");
+        reasoning.without(&["summary", "generate_summary"]);
+        reasoning.end()?;
+    }
+    let moderation = match fields.take("moderation") {
+        None => false,
+        Some(moderation) => {
+            let mut moderation = Fields::of(moderation, "moderation")?;
+            let model = moderation.needed("model")?;
+            if model != "ecso" {
+                return Err(unsupported("moderation.model", &model));
+            }
+            // More than is done anyway can't be asked for; less is the operator's to allow.
+            moderation.without(&["policy"]);
+            moderation.end()?;
+            true
+        }
+    };
+    // Who asks, for what price, and what is kept where: nothing that the model sees, and here nothing is kept.
+    fields.without(&[
+        "store",
+        "metadata",
+        "user",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "service_tier",
+        "stream_options",
+        "truncation",
+        "include",
+        "max_tool_calls",
+        "client_metadata",
+        "background",
+    ]);
+    fields.end()?;
+    Ok((chat.into(), Responses { echoed, custom, moderation }))
+}
+
+fn elsewhere(name: &str) -> ApiError {
+    let message = format!(
+        "`{name}` names a conversation that lies elsewhere, where nobody here can judge it: send it whole, as `input`"
+    );
+    ApiError { param: Some(name.to_owned()), ..ApiError::bad_request("unsupported_content", message) }
+}
+
+/// Adds an item. The results of tools are messages of their own in a chat, and their images are the user's.
+fn item(mut item: Fields, messages: &mut Vec<Value>) -> Result<(), ApiError> {
+    let kind = item.text("type")?.unwrap_or_else(|| "message".into());
+    item.without(&["id", "status", "phase"]);
+    match kind.as_str() {
+        "message" => {
+            let role = item.needed("role")?;
+            if !matches!(role.as_str(), "user" | "assistant" | "system" | "developer") {
+                return Err(invalid(&item.at("role"), "it is user, assistant, system or developer"));
+            }
+            let content = item.take("content").ok_or_else(|| invalid(&item.at("content"), "it is missing"))?;
+            let content = parts(content, &item.at("content"))?;
+            let role = if role == "developer" { "system" } else { &role };
+            messages.push(json!({"role": role, "content": content}));
+        }
+        "function_call" | "custom_tool_call" => {
+            let (id, name) = (item.needed("call_id")?, item.needed("name")?);
+            let arguments = match kind.as_str() {
+                "function_call" => item.needed("arguments")?,
+                _ => json!({"input": item.needed("input")?}).to_string(),
+            };
+            let call = json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}});
+            // Calls that were made together belong to one turn.
+            match messages.last_mut().filter(|last| last["role"] == "assistant") {
+                Some(last) => match &mut last["tool_calls"] {
+                    Value::Array(calls) => calls.push(call),
+                    calls => *calls = json!([call]),
+                },
+                None => messages.push(json!({"role": "assistant", "content": null, "tool_calls": [call]})),
+            }
+        }
+        "function_call_output" | "custom_tool_call_output" => {
+            let id = item.needed("call_id")?;
+            let output = item.take("output").unwrap_or_else(|| "".into());
+            let (texts, images): (Vec<Value>, Vec<Value>) = match parts(output, &item.at("output"))? {
+                Value::Array(parts) => parts.into_iter().partition(|part| part["type"] != "image_url"),
+                text => (vec![json!({"type": "text", "text": text})], Vec::new()),
+            };
+            let texts = if texts.is_empty() { vec![json!({"type": "text", "text": ""})] } else { texts };
+            messages.push(json!({"role": "tool", "tool_call_id": id, "content": texts}));
+            if !images.is_empty() {
+                let shown = json!({"type": "text", "text": "What the tool shows:"});
+                let content: Vec<Value> = [shown].into_iter().chain(images).collect();
+                messages.push(json!({"role": "user", "content": content}));
+            }
+        }
+        // A model gets its own thoughts from no chat.
+        "reasoning" => return Ok(()),
+        "item_reference" => return Err(elsewhere(&item.path)),
+        other => return Err(unsupported(&item.path, other)),
+    }
+    item.end()
+}
+
+fn parts(content: Value, path: &str) -> Result<Value, ApiError> {
+    let Value::Array(parts) = content else { return Ok(content) };
+    let part = |(place, part)| {
+        let mut part = Fields::of(part, format!("{path}.{place}"))?;
+        let kind = part.needed("type")?;
+        part.without(&["annotations", "logprobs", "prompt_cache_breakpoint"]);
+        let chats = match kind.as_str() {
+            "input_text" | "output_text" | "text" => json!({"type": "text", "text": part.needed("text")?}),
+            "refusal" => json!({"type": "text", "text": part.needed("refusal")?}),
+            "input_image" => {
+                if part.take("file_id").is_some() {
+                    return Err(unsupported(&part.path, "file_id"));
+                }
+                let mut image = json!({"url": part.needed("image_url")?});
+                if let Some(detail) = part.take("detail") {
+                    image["detail"] = detail;
+                }
+                json!({"type": "image_url", "image_url": image})
+            }
+            other => return Err(unsupported(&part.path, other)),
+        };
+        part.end()?;
+        Ok(chats)
+    };
+    Ok(Value::Array(parts.into_iter().enumerate().map(part).collect::<Result<_, ApiError>>()?))
+}
+
+/// A tool that the client runs. Those that the server would run bring in what nobody here sees.
+fn tool(mut tool: Fields, custom: &mut Vec<String>) -> Result<Value, ApiError> {
+    let kind = tool.needed("type")?;
+    let mut function = Map::new();
+    match kind.as_str() {
+        "function" => {
+            for name in ["name", "description", "parameters", "strict"] {
+                tool.moves(name, &mut function, name);
+            }
+        }
+        "custom" => {
+            let name = tool.needed("name")?;
+            custom.push(name.clone());
+            function.insert("name".to_owned(), name.into());
+            let described = tool.text("description")?.unwrap_or_default();
+            let format = tool.take("format").filter(|format| format["type"] != "text");
+            let format = format.map_or_else(String::new, |format| format!("\n\nThe form of its input: {format}"));
+            function.insert("description".to_owned(), format!("{described}{format}").into());
+            let input = json!({"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]});
+            function.insert("parameters".to_owned(), input);
+        }
+        other => return Err(unsupported(&tool.path, other)),
+    }
+    tool.without(&["defer_loading"]);
+    tool.end()?;
+    Ok(json!({"type": "function", "function": function}))
+}
+
+/// The form of an answer.
+fn text(mut text: Fields, chat: &mut Map<String, Value>) -> Result<(), ApiError> {
+    text.moves("verbosity", chat, "verbosity");
+    if let Some(format) = text.take("format") {
+        let mut format = Fields::of(format, "text.format")?;
+        let wanted = match format.needed("type")?.as_str() {
+            "text" => None,
+            "json_object" => Some(json!({"type": "json_object"})),
+            "json_schema" => {
+                let mut schema = Map::new();
+                for name in ["name", "description", "schema", "strict"] {
+                    format.moves(name, &mut schema, name);
+                }
+                Some(json!({"type": "json_schema", "json_schema": schema}))
+            }
+            other => return Err(unsupported(&format.path, other)),
+        };
+        format.end()?;
+        chat.extend(wanted.map(|wanted| ("response_format".to_owned(), wanted)));
+    }
+    text.end()
+}
+
+impl Responses {
+    /// What the answer says, item by item; each whole.
+    fn output(&self, answer: &Answer<'_>) -> Vec<Value> {
+        let mut output = Vec::new();
+        if !answer.thoughts().is_empty() {
+            let content = json!([{"type": "reasoning_text", "text": answer.thoughts()}]);
+            output.push(
+                json!({"type": "reasoning", "id": format!("rs_{}", answer.id), "summary": [], "content": content,
+                "status": "completed"}),
+            );
+        }
+        let text = answer.text();
+        if !text.is_empty() {
+            let part = if answer.refused {
+                json!({"type": "refusal", "refusal": text})
+            } else {
+                json!({"type": "output_text", "text": text, "annotations": [], "logprobs": []})
+            };
+            output.push(json!({"type": "message", "id": format!("msg_{}", answer.id), "role": "assistant", "status": "completed",
+                "content": [part]}));
+        }
+        for (place, (id, name, arguments)) in answer.calls().enumerate() {
+            let own = format!("fc_{}_{place}", answer.id);
+            let input = serde_json::from_str::<Value>(arguments).ok();
+            output.push(match input.as_ref().and_then(|input| input["input"].as_str()) {
+                Some(input) if self.custom.iter().any(|custom| custom == name) => {
+                    json!({"type": "custom_tool_call", "id": own, "call_id": id, "name": name, "input": input})
+                }
+                _ => json!({"type": "function_call", "id": own, "call_id": id, "name": name, "arguments": arguments,
+                    "status": "completed"}),
+            });
+        }
+        output
+    }
+
+    fn frame(&self, answer: &Answer<'_>, status: &str) -> Value {
+        let mut frame = json!({
+            "id": format!("resp_{}", answer.id), "object": "response", "created_at": answer.created, "status": status,
+            "model": answer.model, "output": [], "error": null, "incomplete_details": null, "store": false,
+            "parallel_tool_calls": true, "tool_choice": "auto", "tools": [], "metadata": {}, "instructions": null,
+            "temperature": null, "top_p": null, "previous_response_id": null,
+        });
+        for (name, value) in self.echoed.iter().filter(|(_, value)| !value.is_null()) {
+            frame[name] = value.clone();
+        }
+        frame
+    }
+
+    fn ended(&self, answer: &Answer<'_>) -> Value {
+        let reason = match answer.finish {
+            "length" => Some("max_output_tokens"),
+            "content_filter" => Some("content_filter"),
+            _ => None,
+        };
+        let mut response = self.frame(answer, if reason.is_some() { "incomplete" } else { "completed" });
+        response["incomplete_details"] = reason.map_or(Value::Null, |reason| json!({"reason": reason}));
+        response["output"] = self.output(answer).into();
+        let [prompt, reply, cached] = answer.tokens();
+        response["usage"] = json!({
+            "input_tokens": prompt, "output_tokens": reply, "total_tokens": prompt + reply,
+            "input_tokens_details": {"cached_tokens": cached}, "output_tokens_details": {"reasoning_tokens": 0},
+        });
+        if self.moderation {
+            let (verdict, score) = answer.verdict;
+            let result = json!({
+                "type": "moderation_result", "model": "ecso", "flagged": verdict == Verdict::Unsafe,
+                "categories": {"harmful": verdict == Verdict::Unsafe}, "category_scores": {"harmful": score},
+                "category_applied_input_types": {"harmful": ["text", "image"]},
+            });
+            response["moderation"] = json!({"input": null, "output": result});
+        }
+        if let Some(found) = &answer.found {
+            response["ecso"] = found.clone();
+        }
+        response
+    }
+}
+
+impl Wire for Responses {
+    fn whole(&self, answer: &Answer<'_>) -> Value {
+        self.ended(answer)
+    }
+
+    fn events(&self, answer: &Answer<'_>) -> Vec<Value> {
+        let begun = self.frame(answer, "in_progress");
+        let mut events = vec![
+            json!({"type": "response.created", "response": begun}),
+            json!({"type": "response.in_progress", "response": begun}),
+        ];
+        let ended = self.ended(answer);
+        for (index, item) in ended["output"].as_array().into_iter().flatten().enumerate() {
+            self::written(index, item, &mut events);
+        }
+        let status = ended["status"].as_str().unwrap_or_default();
+        events.push(json!({"type": format!("response.{status}"), "response": ended}));
+        for (number, event) in events.iter_mut().enumerate() {
+            event["sequence_number"] = number.into();
+        }
+        events
+    }
+
+    fn failed(&self, error: &ApiError) -> Value {
+        json!({"type": "error", "code": error.code, "message": error.message, "param": error.param, "sequence_number": 0})
+    }
+}
+
+/// The events of one item.
+fn written(index: usize, item: &Value, events: &mut Vec<Value>) {
+    let id = &item["id"];
+    let mut begun = item.clone();
+    begun["status"] = "in_progress".into();
+    // What its text is called, in the item and in events.
+    let said = match item["type"].as_str() {
+        Some("function_call") => Some(("arguments", "function_call_arguments")),
+        Some("custom_tool_call") => Some(("input", "custom_tool_call_input")),
+        _ => None,
+    };
+    match said {
+        Some((field, _)) => begun[field] = "".into(),
+        None => begun["content"] = json!([]),
+    }
+    events.push(json!({"type": "response.output_item.added", "output_index": index, "item": begun}));
+    if let Some((field, name)) = said {
+        let text = &item[field];
+        events.push(
+            json!({"type": format!("response.{name}.delta"), "item_id": id, "output_index": index, "delta": text}),
+        );
+        let mut done =
+            json!({"type": format!("response.{name}.done"), "item_id": id, "output_index": index, field: text});
+        if field == "arguments" {
+            done["name"] = item["name"].clone();
+        }
+        events.push(done);
+    }
+    for (place, part) in item["content"].as_array().into_iter().flatten().enumerate() {
+        let (field, name) = match part["type"].as_str() {
+            Some("refusal") => ("refusal", "refusal"),
+            Some("reasoning_text") => ("text", "reasoning_text"),
+            _ => ("text", "output_text"),
+        };
+        let event = |kind: &str, more: Value| {
+            let mut event = json!({"type": kind, "item_id": id, "output_index": index, "content_index": place});
+            for (name, value) in more.as_object().into_iter().flatten() {
+                event[name] = value.clone();
+            }
+            event
+        };
+        let mut empty = part.clone();
+        empty[field] = "".into();
+        let logprobs = if name == "output_text" { json!({"logprobs": []}) } else { json!({}) };
+        let with = |field: &str, text: &Value| {
+            let mut more = logprobs.clone();
+            more[field] = text.clone();
+            more
+        };
+        events.push(event("response.content_part.added", json!({"part": empty})));
+        events.push(event(&format!("response.{name}.delta"), with("delta", &part[field])));
+        events.push(event(&format!("response.{name}.done"), with(field, &part[field])));
+        events.push(event("response.content_part.done", json!({"part": part})));
+    }
+    events.push(json!({"type": "response.output_item.done", "output_index": index, "item": item}));
+}

@@ -1,0 +1,331 @@
+//! Anthropic's Messages and OpenAI's Responses through the gateway: what is asked, what goes out, and where pictures hide.
+
+use std::sync::Arc;
+
+use axum::{body::Body, http::Response};
+use ecso::{Profile, profile::Rewrite};
+use ecso_gateway::Settings;
+use serde_json::{Value, json};
+
+use crate::world::{Got, LEAK, PICTURE, World, merge, said, streamed};
+
+const MESSAGES: &str = "/v1/messages";
+const RESPONSES: &str = "/v1/responses";
+
+/// Answers harmfully to whoever asks for it, calls a tool where there is one, and says what bread is else.
+fn speaks(sent: &Value) -> Response<Body> {
+    let text = sent["messages"].to_string();
+    let (message, finish) = if sent["tools"].is_array() {
+        let call = json!({"index": 0, "id": "call_1", "type": "function", "function": {"name": "bake", "arguments": "{\"loaves\":2}"}});
+        (json!({"role": "assistant", "content": null, "tool_calls": [call]}), "tool_calls")
+    } else {
+        let says = if text.contains("do harm") { LEAK } else { "Bread." };
+        (json!({"role": "assistant", "content": says}), "stop")
+    };
+    if sent["stream"] == true {
+        let usage = json!({"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9});
+        return streamed(&[
+            json!({"id": "c", "choices": [{"index": 0, "delta": message, "finish_reason": finish}]}).to_string(),
+            json!({"id": "c", "choices": [], "usage": usage}).to_string(),
+        ]);
+    }
+    said(&message, &json!({"choices": [{"finish_reason": finish}]}))
+}
+
+async fn world(rewrite: Rewrite) -> World {
+    let mut profile = Profile::paper();
+    profile.rewrite = rewrite;
+    World::with(Settings::default(), profile, Arc::new(speaks)).await
+}
+
+/// A question about a picture, in each format.
+fn asked(path: &str, text: &str, stream: bool, more: &Value) -> String {
+    let data = PICTURE.split(',').nth(1).unwrap();
+    let mut body = if path == MESSAGES {
+        json!({"model": "m", "max_tokens": 50, "stream": stream, "system": "Be kind.", "messages": [{"role": "user", "content": [
+            {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}},
+            {"type": "text", "text": text, "cache_control": {"type": "ephemeral"}}]}]})
+    } else {
+        json!({"model": "m", "max_output_tokens": 50, "stream": stream, "instructions": "Be kind.", "input": [{"role": "user",
+            "content": [{"type": "input_image", "image_url": PICTURE, "detail": "auto"}, {"type": "input_text", "text": text}]}]})
+    };
+    merge(&mut body, more);
+    body.to_string()
+}
+
+async fn send(world: &World, path: &str, body: String) -> Got {
+    world.send("POST", path, &[("anthropic-version", "2023-06-01")], body).await
+}
+
+/// The events of a stream: each has the name that its data has, and is whole.
+fn events(got: &Got) -> Vec<Value> {
+    let events = got.body.split("\n\n").filter(|event| event.starts_with("event: "));
+    let read = |event: &str| {
+        let (name, data) = event.strip_prefix("event: ").unwrap().split_once("\ndata: ").unwrap();
+        let data: Value = serde_json::from_str(data).unwrap();
+        assert_eq!(data["type"], name);
+        data
+    };
+    events.map(read).collect()
+}
+
+/// What the client reads, and how the answer ended; of a stream from its pieces.
+fn text(path: &str, got: &Got) -> (String, String) {
+    let is_stream = got.headers["content-type"] == "text/event-stream";
+    let join = |texts: Vec<Value>| texts.iter().filter_map(Value::as_str).collect::<String>();
+    match (path, is_stream) {
+        (MESSAGES, false) => {
+            let message = got.json();
+            let blocks = message["content"].as_array().unwrap().iter().map(|block| block["text"].clone()).collect();
+            (join(blocks), message["stop_reason"].as_str().unwrap().to_owned())
+        }
+        (MESSAGES, true) => {
+            let events = events(got);
+            let ended = &events[events.len() - 2]["delta"]["stop_reason"];
+            let texts = events.iter().map(|event| event["delta"]["text"].clone()).collect();
+            (join(texts), ended.as_str().unwrap().to_owned())
+        }
+        (_, false) => {
+            let response = got.json();
+            let part = &response["output"][0]["content"][0];
+            (join(vec![part["text"].clone(), part["refusal"].clone()]), part["type"].as_str().unwrap_or("").to_owned())
+        }
+        (_, true) => {
+            let events = events(got);
+            for (number, event) in events.iter().enumerate() {
+                assert_eq!(event["sequence_number"], number);
+            }
+            let kind = events.iter().find_map(|event| event["part"]["type"].as_str()).unwrap_or_default().to_owned();
+            (join(events.iter().map(|event| event["delta"].clone()).collect()), kind)
+        }
+    }
+}
+
+#[tokio::test]
+async fn answers_go_out_as_they_are_or_in_another_s_place_or_not_at_all() {
+    let (safe, refuse) = (world(Rewrite::Safe).await, world(Rewrite::Refuse).await);
+    let refusal = Profile::paper().refusal;
+    for (path, done, declined) in [(MESSAGES, "end_turn", "refusal"), (RESPONSES, "output_text", "refusal")] {
+        for stream in [false, true] {
+            let ask = |text: &str| asked(path, text, stream, &Value::Null);
+            let got = send(&safe, path, ask("What is this?")).await;
+            assert_eq!(text(path, &got), ("Bread.".into(), done.into()), "{path} {stream}: {}", got.body);
+            let got = send(&safe, path, ask("do harm")).await;
+            assert_eq!(text(path, &got), ("Here is a harmless answer.".into(), done.into()), "{path}: {}", got.body);
+            assert!(!got.leaks());
+            let got = send(&refuse, path, ask("do harm")).await;
+            assert_eq!(text(path, &got), (refusal.clone(), declined.into()), "{path} {stream}: {}", got.body);
+            assert!(!got.leaks());
+            let got = send(&safe, path, ask("judge-500")).await;
+            assert!(!got.leaks() && !got.body.contains("Bread"), "{}", got.body);
+            if stream {
+                assert_eq!(events(&got).last().unwrap()["type"], "error", "{}", got.body);
+            } else {
+                assert!(got.status.is_server_error(), "{}", got.status);
+                assert!(got.json()["error"]["message"].is_string(), "{}", got.body);
+                assert_eq!(got.json()["type"] == "error", path == MESSAGES);
+            }
+        }
+        let got = send(&safe, path, asked(path, "do harm", false, &Value::Null)).await;
+        assert_eq!(got.headers["x-ecso-verdict"], "unsafe");
+    }
+}
+
+#[tokio::test]
+async fn streams_have_all_events_that_clients_wait_for() {
+    let world = world(Rewrite::Safe).await;
+    let kinds = |got: &Got| -> Vec<String> {
+        events(got).iter().map(|event| event["type"].as_str().unwrap().to_owned()).collect()
+    };
+    let got = send(&world, MESSAGES, asked(MESSAGES, "What is this?", true, &Value::Null)).await;
+    assert_eq!(
+        kinds(&got),
+        [
+            "message_start",
+            "content_block_start",
+            "content_block_delta",
+            "content_block_stop",
+            "message_delta",
+            "message_stop"
+        ]
+    );
+    let last = events(&got);
+    assert_eq!(last[4]["usage"]["output_tokens"], 2);
+    assert_eq!(last[5]["ecso"]["verdict"], "safe");
+    let got = send(&world, RESPONSES, asked(RESPONSES, "What is this?", true, &Value::Null)).await;
+    assert_eq!(
+        kinds(&got),
+        [
+            "response.created",
+            "response.in_progress",
+            "response.output_item.added",
+            "response.content_part.added",
+            "response.output_text.delta",
+            "response.output_text.done",
+            "response.content_part.done",
+            "response.output_item.done",
+            "response.completed"
+        ]
+    );
+    let ended = events(&got).pop().unwrap();
+    assert_eq!(ended["response"]["usage"]["total_tokens"], 9);
+    assert_eq!(ended["response"]["ecso"]["verdict"], "safe");
+}
+
+#[tokio::test]
+async fn tools_are_called_and_their_results_are_read() {
+    let world = world(Rewrite::Safe).await;
+    for stream in [false, true] {
+        let tools = json!({"tools": [{"name": "bake", "description": "Bakes.", "input_schema": {"type": "object"}}],
+            "tool_choice": {"type": "any"}});
+        let got = send(&world, MESSAGES, asked(MESSAGES, "Bake it.", stream, &tools)).await;
+        assert!(got.body.contains("tool_use") && got.body.contains("bake"), "{}", got.body);
+        if !stream {
+            assert_eq!(got.json()["content"][0]["input"], json!({"loaves": 2}));
+            assert_eq!(got.json()["stop_reason"], "tool_use");
+        }
+        let sent: Value = serde_json::from_slice(&world.taken()[0].body).unwrap();
+        assert_eq!((&sent["tool_choice"], &sent["tools"][0]["function"]["name"]), (&json!("required"), &json!("bake")));
+        let tools = json!({"tools": [{"type": "function", "name": "bake", "parameters": {"type": "object"}},
+            {"type": "custom", "name": "knead", "description": "Kneads."}]});
+        let got = send(&world, RESPONSES, asked(RESPONSES, "Bake it.", stream, &tools)).await;
+        assert!(got.body.contains("function_call") && got.body.contains(r#"{\"loaves\":2}"#), "{}", got.body);
+        world.taken();
+    }
+    // A picture in what a tool gave back is the user's, and is judged.
+    let data = PICTURE.split(',').nth(1).unwrap();
+    let image = json!({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}});
+    let body = json!({"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "What do you see? do harm"},
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "Hm.", "signature": "QUJD"},
+            {"type": "tool_use", "id": "t1", "name": "look", "input": {}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": [image]}]}]});
+    let got = send(&world, MESSAGES, body.to_string()).await;
+    assert_eq!((got.status.as_u16(), got.leaks()), (200, false), "{}", got.body);
+    assert_eq!(got.headers["x-ecso-verdict"], "unsafe");
+    let body = json!({"model": "m", "input": [{"role": "user", "content": "What do you see? do harm"},
+        {"type": "reasoning", "id": "rs_1", "summary": []},
+        {"type": "function_call", "call_id": "c1", "name": "look", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_image", "image_url": PICTURE}]}]});
+    let got = send(&world, RESPONSES, body.to_string()).await;
+    assert_eq!((got.status.as_u16(), got.leaks()), (200, false), "{}", got.body);
+    assert_eq!(got.headers["x-ecso-verdict"], "unsafe");
+}
+
+#[tokio::test]
+async fn what_nobody_can_see_is_refused() {
+    let world = world(Rewrite::Safe).await;
+    let messages = |content: Value| {
+        (MESSAGES, json!({"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": content}]}))
+    };
+    let message = |more: Value| {
+        let mut body = messages(json!("do harm")).1;
+        merge(&mut body, &more);
+        (MESSAGES, body)
+    };
+    let input = |items: Value| (RESPONSES, json!({"model": "m", "input": items}));
+    let responses = |more: Value| {
+        let mut body = input(json!("do harm")).1;
+        merge(&mut body, &more);
+        (RESPONSES, body)
+    };
+    let part =
+        |part: Value| input(json!([{"role": "user", "content": [part, {"type": "input_text", "text": "do harm"}]}]));
+    let data = PICTURE.split(',').nth(1).unwrap();
+    for (place, (path, body)) in [
+        ("a file", messages(json!([{"type": "image", "source": {"type": "file", "file_id": "f"}}]))),
+        (
+            "a PDF",
+            messages(
+                json!([{"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": data}}]),
+            ),
+        ),
+        (
+            "a document elsewhere",
+            messages(json!([{"type": "document", "source": {"type": "url", "url": "https://a.example/b.pdf"}}])),
+        ),
+        ("an upload", messages(json!([{"type": "container_upload", "file_id": "f"}]))),
+        (
+            "an image of the model",
+            message(
+                json!({"messages": [{"role": "assistant", "content": [{"type": "image", "source": {"type": "url", "url": "https://a.example/b.png"}}]}]}),
+            ),
+        ),
+        ("a tool of the server", message(json!({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}))),
+        ("a container", message(json!({"container": "c"}))),
+        ("servers of tools", message(json!({"mcp_servers": [{"type": "url", "url": "https://a.example"}]}))),
+        (
+            "another source",
+            messages(
+                json!([{"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data, "url": "https://a.example/b.png"}}]),
+            ),
+        ),
+        ("an unknown field", message(json!({"images": [PICTURE]}))),
+        ("an earlier answer", responses(json!({"previous_response_id": "resp_1"}))),
+        ("a conversation", responses(json!({"conversation": "conv_1"}))),
+        ("a prompt", responses(json!({"prompt": {"id": "p"}}))),
+        ("in the background", responses(json!({"background": true}))),
+        (
+            "a reference",
+            input(json!([{"type": "item_reference", "id": "msg_1"}, {"role": "user", "content": "do harm"}])),
+        ),
+        ("a file's id", part(json!({"type": "input_image", "file_id": "f"}))),
+        ("a file", part(json!({"type": "input_file", "file_data": PICTURE}))),
+        ("a recording", part(json!({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}))),
+        (
+            "a screen",
+            input(
+                json!([{"type": "computer_call_output", "call_id": "c", "output": {"type": "computer_screenshot", "image_url": PICTURE}}]),
+            ),
+        ),
+        (
+            "a picture that was made",
+            input(json!([{"type": "image_generation_call", "id": "i", "result": data, "status": "completed"}])),
+        ),
+        (
+            "what a server of tools said",
+            input(
+                json!([{"type": "mcp_call", "id": "i", "output": PICTURE, "name": "n", "arguments": "{}", "server_label": "s"}]),
+            ),
+        ),
+        ("a tool of the server", responses(json!({"tools": [{"type": "image_generation"}]}))),
+        ("another moderation", responses(json!({"moderation": {"model": "omni-moderation-latest"}}))),
+        ("an unknown field", responses(json!({"images": [PICTURE]}))),
+    ] {
+        for stream in [false, true] {
+            let mut body = body.clone();
+            body["stream"] = stream.into();
+            let got = send(&world, path, body.to_string()).await;
+            assert!(got.status.is_client_error() && !got.leaks(), "{path}, {place}: {} {}", got.status, got.body);
+            assert!(got.json()["error"]["code"].is_string(), "{place}: {}", got.body);
+            assert!(world.taken().is_empty(), "{place}: it went on");
+        }
+    }
+}
+
+#[tokio::test]
+async fn keys_and_other_routes_are_those_of_every_format() {
+    let mut settings = Settings::default();
+    let (key, entry) = ecso_gateway::settings::Key::generate();
+    settings.keys.insert("app".into(), entry);
+    let world = World::new(settings, Arc::new(speaks)).await;
+    let body = asked(MESSAGES, "What is this?", false, &Value::Null);
+    for (headers, status) in
+        [(vec![], 401), (vec![("x-api-key", "wrong")], 401), (vec![("x-api-key", key.as_str())], 200)]
+    {
+        let got = world.send("POST", MESSAGES, &headers, body.clone()).await;
+        assert_eq!(got.status.as_u16(), status, "{}", got.body);
+        if status == 401 {
+            assert_eq!(got.json()["error"]["type"], "authentication_error");
+        }
+    }
+    let bearer = format!("Bearer {key}");
+    for (method, path) in [
+        ("GET", "/v1/responses/resp_1"),
+        ("POST", "/v1/responses/"),
+        ("POST", "/v1/messages/batches"),
+        ("GET", MESSAGES),
+    ] {
+        let got = world.send(method, path, &[("authorization", &bearer)], body.clone()).await;
+        assert_eq!(got.json()["error"]["code"], "route_not_guarded", "{method} {path}: {}", got.body);
+    }
+}
