@@ -52,8 +52,8 @@ pub(super) fn read(body: Value) -> Result<(Value, Messages), ApiError> {
     }
     let thinking = fields.take("thinking");
     let thinks = thinking.is_some_and(|thinking| thinking["type"] == "enabled" || thinking["type"] == "adaptive");
-    // Who asks, and for what price: nothing that the model sees.
-    fields.without(&["metadata", "service_tier", "cache_control", "speed", "inference_geo"]);
+    // Who asks, for what price, and what the server may forget: nothing that the model sees.
+    fields.without(&["metadata", "service_tier", "cache_control", "speed", "inference_geo", "context_management"]);
     fields.end()?;
     Ok((chat.into(), Messages { thinks }))
 }

@@ -211,6 +211,32 @@ async fn tools_are_called_and_their_results_are_read() {
     assert_eq!(got.headers["x-ecso-verdict"], "unsafe");
 }
 
+/// What coding agents send, by their public documentation.
+#[tokio::test]
+async fn requests_of_agents_pass() {
+    let world = world(Rewrite::Safe).await;
+    let cached = json!({"type": "ephemeral"});
+    let agent = json!({"metadata": {"user_id": "user_1"}, "stream": true, "temperature": 1,
+        "thinking": {"type": "enabled", "budget_tokens": 1024}, "context_management": {"edits": [{"type": "clear_thinking_20251015"}]},
+        "system": [{"type": "text", "text": "You bake.", "cache_control": cached}],
+        "tools": [{"name": "Bash", "description": "Runs.", "input_schema": {"type": "object", "properties": {"command": {"type": "string"}}},
+            "cache_control": cached}]});
+    let got = send(&world, MESSAGES, asked(MESSAGES, "Bake it.", true, &agent)).await;
+    assert_eq!(got.status, 200, "{}", got.body);
+    assert!(events(&got).iter().any(|event| event["content_block"]["type"] == "tool_use"), "{}", got.body);
+    let agent = json!({"store": false, "stream": true, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "k",
+        "parallel_tool_calls": false, "tool_choice": "auto", "reasoning": {"effort": "medium", "summary": "auto"},
+        "text": {"verbosity": "medium"}, "client_metadata": {"a": "b"},
+        "tools": [{"type": "function", "name": "shell", "strict": false, "parameters": {"type": "object"}},
+            {"type": "custom", "name": "bake", "description": "Bakes.", "format": {"type": "grammar", "syntax": "lark", "definition": "start: /x/"}}],
+        "input": [{"type": "message"}, {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "QUJD"},
+            {"type": "custom_tool_call", "id": "ctc_1", "call_id": "c1", "name": "bake", "input": "two", "status": "completed"},
+            {"type": "custom_tool_call_output", "call_id": "c1", "output": "done"}]});
+    let got = send(&world, RESPONSES, asked(RESPONSES, "Bake it.", true, &agent)).await;
+    assert_eq!(got.status, 200, "{}", got.body);
+    assert_eq!(events(&got).last().unwrap()["type"], "response.completed", "{}", got.body);
+}
+
 #[tokio::test]
 async fn what_nobody_can_see_is_refused() {
     let world = world(Rewrite::Safe).await;
