@@ -208,8 +208,8 @@ fn item_record(number: usize, drawn: &ItemRecord) -> ItemRecord {
     record.id = format!("item-{number}");
     record.cluster.clone_from(&record.id);
     record.scenario = format!("scenario {}", number % 13);
-    record.task = if number % 3 == 0 { Task::Harmless } else { Task::Harmful };
-    if number % 4 == 0 {
+    record.task = if number.is_multiple_of(3) { Task::Harmless } else { Task::Harmful };
+    if number.is_multiple_of(4) {
         for arm in &mut record.arms {
             arm.answer.insert_str(0, "I'm sorry, but I can't help with that. ");
         }

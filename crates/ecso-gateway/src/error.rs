@@ -15,6 +15,8 @@ use utoipa::{
     openapi::{self, RefOr},
 };
 
+use crate::wire::Format;
+
 /// A request that gets no answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ApiError {
@@ -33,8 +35,8 @@ pub(crate) struct ApiError {
     pub(crate) retry_after: Option<Duration>,
     /// Headers of the upstream's answer that hold for this one too.
     pub(crate) head: Box<HeaderMap>,
-    /// What the client gets, where that is not [`ApiError::object`].
-    pub(crate) body: Option<Value>,
+    /// The format in which the client is told, where that is not chat completions'.
+    pub(crate) format: Option<Format>,
 }
 
 impl ApiError {
@@ -48,7 +50,7 @@ impl ApiError {
             may_open: false,
             retry_after: None,
             head: Box::default(),
-            body: None,
+            format: None,
         }
     }
 
@@ -206,7 +208,9 @@ impl From<GuardError> for ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let mut response = Response::new(Body::from(self.body.clone().unwrap_or_else(|| self.object()).to_string()));
+        let mut response = Response::new(Body::from(
+            self.format.map_or_else(|| self.object(), |format| format.failure(&self)).to_string(),
+        ));
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
         headers.extend(*self.head);

@@ -303,26 +303,37 @@ async fn translated(
     let (Parts { method, uri, headers, .. }, body) = request.into_parts();
     let span = telemetry::span(route, &id, &headers);
     let answered = async {
-        let mut context = gateway.begin(&state, &id, &method, &uri, headers)?;
+        let told = |error| ApiError { format: Some(format), ..error };
+        let context = gateway.begin(&state, &id, &method, &uri, headers).map_err(told)?;
         // Where nobody guards, the upstream's own route answers.
         if context.mode != Mode::Enforce && matches!(state.upstream, Upstream::Server(_)) {
-            return pass(context, &method, &uri, body).await;
+            return Box::pin(pass(context, &method, &uri, body)).await;
         }
-        context.guarded();
-        context.as_json();
-        let body = context.read(body).await?;
-        is_plain(&context.headers)?;
-        let value = strict::read(&body);
-        context.mode = context.caller.mode(&state.settings, request::model(&value), &context.headers)?;
-        let unread = |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
-        let (chat, wire) = format.read(value.map_err(unread)?)?;
-        drop(body);
-        let turn = context.in_time(gateway.admission.enter()).await?;
-        let request = context.prepare(request::Body::of(chat, &state.settings.allow_fields)?).await?;
-        Box::pin(chat::enforce(context, request, turn, Some(wire))).await
+        Box::pin(translation(gateway, context, format, body)).await.map_err(told)
     };
-    let answered = async { answered.await.map_err(|error| ApiError { body: Some(format.failure(&error)), ..error }) };
     signed(&id, route, &state.metrics, answered.instrument(span)).await
+}
+
+/// The answer to a request of another format, as that to the chat which it asks for.
+async fn translation(
+    gateway: &Gateway,
+    mut context: RequestContext,
+    format: Format,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let state = Arc::clone(&context.state);
+    context.guarded();
+    context.as_json();
+    let body = context.read(body).await?;
+    is_plain(&context.headers)?;
+    let value = strict::read(&body);
+    drop(body);
+    context.mode = context.caller.mode(&state.settings, request::model(&value), &context.headers)?;
+    let unread = |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
+    let (chat, wire) = format.read(value.map_err(unread)?)?;
+    let turn = context.in_time(gateway.admission.enter()).await?;
+    let request = context.prepare(request::Body::of(chat, &state.settings.allow_fields)?).await?;
+    chat::enforce(context, request, turn, Some(wire)).await
 }
 
 /// Whether this process lives.

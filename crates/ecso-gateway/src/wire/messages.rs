@@ -346,7 +346,7 @@ impl Messages {
         (reason, details)
     }
 
-    fn frame(answer: &Answer<'_>, content: Vec<Value>) -> Value {
+    fn frame(answer: &Answer<'_>, content: &[Value]) -> Value {
         let [prompt, reply, cached] = answer.tokens();
         json!({
             "id": format!("msg_{}", answer.id), "type": "message", "role": "assistant", "model": answer.model, "content": content,
@@ -359,7 +359,7 @@ impl Messages {
 
 impl Wire for Messages {
     fn whole(&self, answer: &Answer<'_>) -> Value {
-        let mut message = Self::frame(answer, self.content(answer));
+        let mut message = Self::frame(answer, &self.content(answer));
         let (reason, details) = Self::stop(answer);
         message["stop_reason"] = reason.into();
         message["stop_details"] = details;
@@ -370,7 +370,7 @@ impl Wire for Messages {
     }
 
     fn events(&self, answer: &Answer<'_>) -> Vec<Value> {
-        let mut begun = Self::frame(answer, Vec::new());
+        let mut begun = Self::frame(answer, &[]);
         begun["usage"]["output_tokens"] = 0.into();
         let mut events = vec![json!({"type": "message_start", "message": begun})];
         for (index, mut block) in self.content(answer).into_iter().enumerate() {

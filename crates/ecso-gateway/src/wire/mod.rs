@@ -84,8 +84,8 @@ impl Answer<'_> {
 
     /// What the model thought before it.
     fn thoughts(&self) -> &str {
-        let places = ["reasoning_content", "reasoning"].into_iter();
-        places.filter_map(|name| self.message.get(name)?.as_str()).next().unwrap_or_default()
+        let mut places = ["reasoning_content", "reasoning"].into_iter();
+        places.find_map(|name| self.message.get(name)?.as_str()).unwrap_or_default()
     }
 
     /// The tools that it calls: id, name, and arguments as JSON text.
