@@ -53,7 +53,7 @@ fn lines(rows: &[Vec<Said>]) -> String {
         }
         let mut row = json!({"id": index, "messages": messages});
         if index > 0 {
-            row["draft"] = format!("{} {SPELLED}", if index % 2 == 0 { "rude" } else { "plain" }).into();
+            row["draft"] = format!("{} {SPELLED}", if index.is_multiple_of(2) { "rude" } else { "plain" }).into();
         }
         text.push_str(&row.to_string());
         text.push('\n');
@@ -100,7 +100,7 @@ fn speakers<'a>(turns: &'a Value, key: &str) -> Vec<&'a str> {
 
 /// Whether user and model take turns, the user first.
 fn alternate(speakers: &[&str], user: &str) -> bool {
-    speakers.iter().enumerate().all(|(place, speaker)| (*speaker == user) == (place % 2 == 0))
+    speakers.iter().enumerate().all(|(place, speaker)| (*speaker == user) == place.is_multiple_of(2))
 }
 
 proptest! {
@@ -148,7 +148,7 @@ proptest! {
                 let images = sample["images"].as_array().unwrap().len();
                 let speakers = speakers(&sample["messages"], "role");
                 let talk = speakers.strip_prefix(&["system"]).unwrap_or(&speakers);
-                prop_assert!(alternate(talk, "user") && talk.len() % 2 == 0, "{:?}", speakers);
+                prop_assert!(alternate(talk, "user") && talk.len().is_multiple_of(2), "{:?}", speakers);
                 prop_assert_eq!(marks(&sample["messages"]), images);
                 if name.starts_with("pairs") {
                     let mut whole = sample["prompt"].as_array().unwrap().clone();
@@ -182,14 +182,13 @@ proptest! {
 #[tokio::test]
 async fn what_llama_factory_is_told_is_there() {
     let folder = tempfile::tempdir().unwrap();
-    let text: String = (0..12_u32)
-        .map(|number| {
-            let image = BASE64_STANDARD.encode(png(number * 17));
-            format!("{}\n", json!({"query": format!("a {}list", ["rude ", ""][number as usize % 2]), "image": image}))
-        })
-        .collect();
+    let row = |number: u32, query: &str| {
+        json!({"query": query, "image": BASE64_STANDARD.encode(png(number * 17))}).to_string()
+    };
+    let rows: Vec<String> =
+        (0..6).flat_map(|pair| [row(2 * pair, "a rude list"), row(2 * pair + 1, "a list")]).collect();
     let path = folder.path().join("rows.jsonl");
-    std::fs::write(&path, text).unwrap();
+    std::fs::write(&path, rows.join("\n")).unwrap();
     let (rows, out) = (input(path), folder.path().join("out"));
     go(&rows, &out, Shard::ALL, BOUNDS).await;
     let manifest = pack(&out, &rows, &Packing { utility: 1.0, ..packing() }).unwrap();
