@@ -62,7 +62,13 @@ pub(crate) fn card(manifest: &Manifest) -> String {
     line(format_args!(
         "- `dpo/*.parquet`: `images`, `prompt`, `chosen` (the safe answer), `rejected` (the direct answer)"
     ));
-    line(format_args!("- `messages/*.jsonl`: the first again, images by name; `llava/*.json`: LLaVA's own layout"));
+    line(format_args!(
+        "- `messages/*.jsonl`, `pairs/*.jsonl`: the same two for LLaMA-Factory (`dataset_dir` is this folder, `ecso_sft` and `ecso_dpo` \
+         are the datasets) and ms-swift (`ROOT_IMAGE_DIR` is this folder), with one mark `<image>` for each of `images`"
+    ));
+    line(format_args!(
+        "- `llava/*.json`: for LLaVA's own trainer; several images stand in `*-several.json`, for LLaVA-NeXT"
+    ));
     line(format_args!(
         "- `failed.jsonl`: rows that failed, with the reason; `manifest.json`: everything about the run, SHA-256 of files\n"
     ));

@@ -5,11 +5,13 @@
 //! 2. [`make::Maker::make`] takes one row through the guard: what step 2 calls unsafe is kept with step 4's answer, if that
 //!    passes a second check.
 //! 3. [`run::run`] does it for all rows and keeps a journal; duplicates are dropped before the model sees them ([`dedupe`]).
-//! 4. [`pack::pack`] makes a dataset of the journal: files for `datasets`, TRL and LLaVA, a card, a manifest.
+//! 4. [`pack::pack`] makes a dataset of the journal: files for `datasets`, TRL, LLaMA-Factory, ms-swift and LLaVA, a card, a manifest.
 
 mod card;
 pub mod dedupe;
+mod files;
 pub mod input;
+mod layout;
 pub mod make;
 pub mod manifest;
 pub mod pack;

@@ -1,10 +1,10 @@
-//! Packing: from the journal to a dataset that `datasets`, TRL and LLaVA's own trainer read.
+//! Packing: from the journal to a dataset.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashMap},
     error::Error,
     fs::{self, File},
-    io::{BufWriter, Read, Seek, SeekFrom, Write},
+    io::{Read, Seek, SeekFrom},
     path::{Path, PathBuf},
 };
 
@@ -17,13 +17,14 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     card,
+    files::{Files, Pictures},
     input::{Input, InputError},
-    make::{Made, Reason, Sample},
+    layout::Example,
+    make::{Made, Reason},
     manifest::{Manifest, Packing},
     record::{RowRecord, RunHeader},
     row::{Picture, Row},
     run::fetched,
-    table::{Line, Message, Table},
 };
 
 /// Why nothing was packed.
@@ -49,7 +50,7 @@ pub enum PackError {
     },
 }
 
-fn failed(path: &Path, source: impl Into<Box<dyn Error + Send + Sync>>) -> PackError {
+pub(crate) fn failed(path: &Path, source: impl Into<Box<dyn Error + Send + Sync>>) -> PackError {
     PackError::File { path: path.to_owned(), source: source.into() }
 }
 
@@ -76,7 +77,7 @@ pub fn pack(out: &Path, input: &Input, packing: &Packing) -> Result<Manifest, Pa
     };
     let (places, groups) = choose(out, packing, &mut manifest)?;
     let work = tempfile::Builder::new().prefix(".dataset-").tempdir_in(out).map_err(|error| failed(out, error))?;
-    let mut files = Files::open(work.path(), packing.shard_bytes)?;
+    let mut files = Files::new(work.path(), packing.shard_bytes);
     let journal_path = journal::path(out);
     let mut journal = File::open(&journal_path).map_err(|error| failed(&journal_path, error))?;
     for row in input.rows()? {
@@ -84,16 +85,15 @@ pub fn pack(out: &Path, input: &Input, packing: &Packing) -> Result<Manifest, Pa
         let Some(place) = places.get(&row.number) else { continue };
         let record = record_at(&mut journal, *place).map_err(|error| failed(&journal_path, error))?;
         let images = pictures(&row, &record, out, packing.limits)?;
-        let (kind, sample) = match &record.made {
-            Some(Made::Kept(sample)) => ("safety", sample),
-            Some(Made::Safe(sample)) => ("utility", sample),
-            _ => continue,
-        };
+        let names = images.iter().map(|(name, _)| name.as_str()).collect();
+        let Some(example) = Example::new(&row, &record, names, &manifest.run) else { continue };
         let split = split(&record, &groups, packing);
-        *manifest.samples.entry(split.to_owned()).or_default().entry(kind.to_owned()).or_default() += 1;
-        let category = if record.category.is_empty() { "none" } else { &record.category };
-        *manifest.categories.entry(category.to_owned()).or_default().entry(kind.to_owned()).or_default() += 1;
-        files.write(split, kind, &row, &record, sample, &images, &manifest.run)?;
+        files.write(split, &example, &images)?;
+        let count = |counts: &mut BTreeMap<String, BTreeMap<String, u64>>, of: &str| {
+            *counts.entry(of.to_owned()).or_default().entry(example.kind.to_owned()).or_default() += 1;
+        };
+        count(&mut manifest.samples, split);
+        count(&mut manifest.categories, if record.category.is_empty() { "none" } else { &record.category });
     }
     files.finish()?;
     failures(out, work.path())?;
@@ -205,9 +205,6 @@ fn record_at(journal: &mut File, place: u64) -> std::io::Result<RowRecord> {
     Ok(RowRecord::deserialize(&mut line)?)
 }
 
-/// A sample's images: names and bytes.
-type Pictures = Vec<(String, Bytes)>;
-
 fn pictures(row: &Row, record: &RowRecord, out: &Path, limits: ecso::Limits) -> Result<Pictures, PackError> {
     let mut pictures = Vec::with_capacity(record.images.len());
     if row.images.len() != record.images.len() || row.query != record.query {
@@ -228,161 +225,6 @@ fn pictures(row: &Row, record: &RowRecord, out: &Path, limits: ecso::Limits) -> 
         pictures.push((format!("images/{}.{ending}", &digest[..32]), bytes.clone()));
     }
     Ok(pictures)
-}
-
-/// A JSON array that is written element by element.
-struct Array {
-    path: PathBuf,
-    file: BufWriter<File>,
-    empty: bool,
-}
-
-impl Array {
-    fn open(path: PathBuf) -> Result<Self, PackError> {
-        let file = File::create(&path).map_err(|error| failed(&path, error))?;
-        Ok(Self { path, file: BufWriter::new(file), empty: true })
-    }
-
-    fn push(&mut self, value: &Value) -> Result<(), PackError> {
-        let before = if std::mem::take(&mut self.empty) { "[\n" } else { ",\n" };
-        write!(self.file, "{before}{value}").map_err(|error| failed(&self.path, error))
-    }
-
-    fn finish(mut self) -> Result<(), PackError> {
-        let end = if self.empty { "[]\n" } else { "\n]\n" };
-        let ended = self.file.write_all(end.as_bytes()).and_then(|()| self.file.flush());
-        ended.map_err(|error| failed(&self.path, error))
-    }
-}
-
-/// The files of one split.
-struct Split {
-    llava: Array,
-    messages: BufWriter<File>,
-    sft: Table,
-    dpo: Table,
-}
-
-/// All files of a dataset.
-struct Files {
-    root: PathBuf,
-    splits: HashMap<&'static str, Split>,
-    images: HashSet<String>,
-    shard_bytes: usize,
-}
-
-impl Files {
-    fn open(root: &Path, shard_bytes: usize) -> Result<Self, PackError> {
-        for folder in ["images", "llava", "messages"] {
-            let folder = root.join(folder);
-            fs::create_dir_all(&folder).map_err(|error| failed(&folder, error))?;
-        }
-        Ok(Self { root: root.to_owned(), splits: HashMap::new(), images: HashSet::new(), shard_bytes })
-    }
-
-    fn split(&mut self, name: &'static str) -> Result<&mut Split, PackError> {
-        match self.splits.entry(name) {
-            std::collections::hash_map::Entry::Occupied(open) => Ok(open.into_mut()),
-            std::collections::hash_map::Entry::Vacant(free) => {
-                let path = self.root.join(format!("messages/{name}.jsonl"));
-                let messages = File::create(&path).map_err(|error| failed(&path, error))?;
-                Ok(free.insert(Split {
-                    llava: Array::open(self.root.join(format!("llava/{name}.json")))?,
-                    messages: BufWriter::new(messages),
-                    sft: Table::new(&self.root.join("sft"), name, &["messages"], self.shard_bytes),
-                    dpo: Table::new(&self.root.join("dpo"), name, &["prompt", "chosen", "rejected"], self.shard_bytes),
-                }))
-            }
-        }
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "one row of each file is made of all of these")]
-    fn write(
-        &mut self,
-        split: &'static str,
-        kind: &str,
-        row: &Row,
-        record: &RowRecord,
-        sample: &Sample,
-        images: &Pictures,
-        run: &RunHeader,
-    ) -> Result<(), PackError> {
-        for (name, bytes) in images {
-            if self.images.insert(name.clone()) {
-                let path = self.root.join(name);
-                fs::write(&path, bytes).map_err(|error| failed(&path, error))?;
-            }
-        }
-        let root = self.root.clone();
-        let provenance = json!({
-            "row": row.number, "source": record.source, "model": run.model, "model_digest": run.model_digest,
-            "profile": run.profile.0, "profile_hash": run.profile_hash(), "templates": sample.templates,
-            "score": sample.score, "second_score": sample.second, "made_at": record.at,
-        });
-        let mut prompt: Vec<Message> =
-            row.before.iter().map(|said| Message::new(said.role.as_str(), said.images, &said.text)).collect();
-        prompt.push(Message::new("user", row.query_images(), &row.query));
-        let said = |text: &str| Message::new("assistant", 0, text);
-        let mut messages = prompt.clone();
-        messages.push(said(&sample.answer));
-        let names: Vec<&str> = images.iter().map(|(name, _)| name.as_str()).collect();
-        let line = |columns: Value| Line { images, columns };
-        let common = |mut columns: Value| {
-            columns["kind"] = kind.into();
-            columns["category"] = record.category.as_str().into();
-            columns["provenance"] = provenance.clone();
-            columns
-        };
-        let files = self.split(split)?;
-        files.llava.push(&llava(row, record, sample, &names, &provenance))?;
-        let text = json!({"images": names, "messages": messages, "kind": kind, "category": record.category, "provenance": provenance});
-        writeln!(files.messages, "{text}").map_err(|error| failed(&root.join("messages"), error))?;
-        let table = |error: parquet::errors::ParquetError| failed(&root, error);
-        files.sft.push(line(common(json!({"messages": messages})))).map_err(table)?;
-        if kind == "safety" {
-            let pair = json!({"prompt": prompt, "chosen": [said(&sample.answer)], "rejected": [said(&sample.draft)]});
-            files.dpo.push(line(common(pair))).map_err(table)?;
-        }
-        Ok(())
-    }
-
-    fn finish(self) -> Result<(), PackError> {
-        for split in self.splits.into_values() {
-            let table = |error: parquet::errors::ParquetError| failed(&self.root, error);
-            let mut messages = split.messages;
-            messages.flush().map_err(|error| failed(&self.root.join("messages"), error))?;
-            split.llava.finish()?;
-            split.sft.finish().map_err(table)?;
-            split.dpo.finish().map_err(table)?;
-        }
-        Ok(())
-    }
-}
-
-/// LLaVA's own layout, one mark an image; one image as `image`, several as a list.
-fn llava(row: &Row, record: &RowRecord, sample: &Sample, names: &[&str], provenance: &Value) -> Value {
-    let said = |from: &str, images: usize, text: &str| {
-        // LLaVA counts marks: one that a text spells must be none.
-        json!({"from": from, "value": format!("{}{}", "<image>\n".repeat(images), text.replace("<image>", "< image>"))})
-    };
-    let mut conversations: Vec<Value> = Vec::new();
-    for turn in &row.before {
-        let from = match turn.role {
-            ecso::Role::System => "system",
-            ecso::Role::User => "human",
-            ecso::Role::Assistant => "gpt",
-        };
-        conversations.push(said(from, turn.images, &turn.text));
-    }
-    conversations.push(said("human", row.query_images(), &row.query));
-    conversations.push(said("gpt", 0, &sample.answer));
-    let mut sample = json!({"id": record.source, "conversations": conversations, "provenance": provenance});
-    match names {
-        [] => {}
-        [one] => sample["image"] = (*one).into(),
-        several => sample["image"] = several.iter().copied().collect::<Value>(),
-    }
-    sample
 }
 
 /// The rows that failed, with the reason of their last try.

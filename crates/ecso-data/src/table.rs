@@ -13,35 +13,10 @@ use arrow_array::{
 };
 use arrow_schema::{DataType, Field, Fields, Schema};
 use parquet::{arrow::ArrowWriter, basic::Compression, errors::ParquetError, file::properties::WriterProperties};
-use serde::Serialize;
 use serde_json::json;
 
 /// Bytes of images that are held before they are written as a row group.
 const GROUP: usize = 16 << 20;
-
-/// A message of a conversation.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub(crate) struct Message {
-    pub(crate) role: &'static str,
-    pub(crate) content: Vec<Part>,
-}
-
-/// A part of a message; an image part has no text: the images stand in their own column, in order.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub(crate) struct Part {
-    #[serde(rename = "type")]
-    kind: &'static str,
-    text: Option<String>,
-}
-
-impl Message {
-    pub(crate) fn new(role: &'static str, images: usize, text: &str) -> Self {
-        let image = Part { kind: "image", text: None };
-        let mut content = vec![image; images];
-        content.push(Part { kind: "text", text: Some(text.to_owned()) });
-        Self { role, content }
-    }
-}
 
 /// One row of a table: columns of messages by name, and what is the same for all tables.
 pub(crate) struct Line<'a> {

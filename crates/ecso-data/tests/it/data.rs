@@ -43,7 +43,7 @@ fn model() -> Arc<dyn Mllm> {
                 () if said.contains("silent") => " ".into(),
                 () if said.contains("loop") => "Round and round it goes. ".repeat(20),
                 () if said.contains("decline") => "I'm sorry, but I can't help with that.".into(),
-                () => format!("a kind answer to {} characters", said.len()),
+                () => format!("a kind answer to {} characters, without an <image>", said.len()),
             }
         } else if said.contains("rude") {
             format!("rude words about {said}")

@@ -16,16 +16,12 @@ use base64::{Engine, prelude::BASE64_STANDARD};
 use ecso::{ImageError, chain};
 use ecso_data::{
     input::{Input, Mapping},
-    make::Made,
-    manifest::Packing,
-    pack::pack,
-    record::Shard,
     row::{Picture, Row},
 };
 use proptest::prelude::*;
-use serde_json::{Value, json};
+use serde_json::json;
 
-use crate::data::{BOUNDS, go, input, packing, png, records};
+use crate::data::{input, png};
 
 /// Queries with the number of their images; or what the error says.
 fn told(input: &Input) -> Vec<Result<(String, usize), String>> {
@@ -477,80 +473,8 @@ fn folders_and_patterns_of_tables_are_read_in_order() {
     assert_eq!(told(&asked), [Ok(("What?".to_owned(), 1))]);
 }
 
-/// A turn as the property test makes it: text, images before it, and an image in its midst.
-type Said = (String, usize, bool);
-
-fn turns() -> impl Strategy<Value = Vec<Said>> {
-    // Spaces, marks and quotes as they are found in texts.
-    let text = "(a|B|é|\\.|\\?| |\n|\"|\\\\|\\{|the image|<|>|&lt;image&gt;){0,12}";
-    prop::collection::vec((text, 0..3_usize, any::<bool>()), 1..4)
-}
-
-/// Rows of conversations whose images are data URLs.
-fn lines(rows: &[Vec<Said>]) -> String {
-    let mut number = 0;
-    let mut image = || {
-        number += 1;
-        let url = format!("data:image/png;base64,{}", BASE64_STANDARD.encode(png(number)));
-        json!({"type": "image_url", "image_url": {"url": url}})
-    };
-    let mut text = String::new();
-    for (index, row) in rows.iter().enumerate() {
-        let mut messages = vec![json!({"role": "system", "content": "Be kind."})];
-        for (said, images, midst) in row {
-            let mut parts: Vec<Value> = (0..*images).map(|_| image()).collect();
-            parts.push(json!({"type": "text", "text": format!("a rude {said}")}));
-            if *midst {
-                parts.extend([image(), json!({"type": "text", "text": "and more"})]);
-            }
-            messages.push(json!({"role": "user", "content": parts}));
-            messages.push(json!({"role": "assistant", "content": "An answer."}));
-        }
-        let mut row = json!({"id": index, "messages": messages});
-        if index > 0 {
-            row["draft"] = "a plain word about the <image> tag".into();
-        }
-        text.push_str(&row.to_string());
-        text.push('\n');
-    }
-    text
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
-    #[test]
-    fn what_is_packed_is_read(rows in prop::collection::vec(turns(), 1..4)) {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("rows.jsonl");
-        std::fs::write(&path, lines(&rows)).unwrap();
-        let (rows, out) = (input(path), folder.path().join("out"));
-        let packing = Packing { utility: 100.0, validation: 0.0, ..packing() };
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(go(&rows, &out, Shard::ALL, BOUNDS));
-        pack(&out, &rows, &packing).unwrap();
-
-        let made = records(&out);
-        prop_assert!(made.values().all(|record| record.error.is_none()), "{made:?}");
-        let shown = |row: &Row| (row.query.clone(), row.images.len(), row.before.clone());
-        let kept: Vec<_> = rows.rows().unwrap().map(|row| row.unwrap())
-            .map(|row| (shown(&row), &made[&row.number.to_string()].made)).collect();
-        let of = |wanted: fn(&Made) -> bool| -> Vec<_> {
-            kept.iter().filter(|(_, made)| made.as_ref().is_some_and(wanted)).map(|(row, _)| row.clone()).collect()
-        };
-        let pairs = of(|made| matches!(made, Made::Kept(_)));
-        let kept = of(|made| matches!(made, Made::Kept(_) | Made::Safe(_)));
-        // What is shown no image is in no profile's scope here.
-        prop_assume!(!pairs.is_empty());
-        for name in ["messages/train.jsonl", "llava/train.json", "sft", "dpo/*.parquet"] {
-            let kept = if name.starts_with("dpo") { &pairs } else { &kept };
-            let again = input(out.join("dataset").join(name)).rows().unwrap();
-            let again: Vec<_> = again.map(|row| row.map(|row| shown(&row))).collect::<Result<_, _>>().unwrap();
-            prop_assert_eq!(&again, kept, "{}", name);
-        }
-        let samples = std::fs::read_to_string(out.join("dataset/llava/train.json")).unwrap();
-        prop_assert_eq!(samples.matches("<image>").count(), kept.iter().map(|row| row.1).sum::<usize>());
-    }
-
     #[test]
     fn no_record_panics(text in "[\\[\\]{},:\"a1]{0,30}", bytes: Vec<u8>) {
         let folder = tempfile::tempdir().unwrap();
