@@ -67,37 +67,11 @@ impl Picture {
     /// # Errors
     /// [`PictureError`].
     pub async fn read(&self, fetcher: &Fetcher, limits: Limits) -> Result<Image, PictureError> {
-        let image = match self {
-            Self::Bytes(bytes) => Image::from_bytes(bytes.clone(), limits)?,
-            Self::Url(url) => fetcher.image(url, limits).await?,
-            Self::File(path) => Image::open(path, limits).map_err(|error| short(path, error))?,
-        };
-        match (image.encoded().and_then(|(bytes, kind)| cut_off(bytes, kind)), self) {
-            (None, _) => Ok(image),
-            (Some(format), Self::File(path)) => {
-                let reason = format!("the {format} image is broken: its end is missing");
-                Err(short(path, ImageError::File { path: path.clone(), reason }).into())
-            }
-            (Some(format), _) => Err(ImageError::Broken { format, reason: "its end is missing".into() }.into()),
+        match self {
+            Self::Bytes(bytes) => Ok(Image::from_bytes(bytes.clone(), limits)?),
+            Self::Url(url) => Ok(fetcher.image(url, limits).await?),
+            Self::File(path) => Ok(Image::open(path, limits).map_err(|error| short(path, error))?),
         }
-    }
-}
-
-/// The format of an image whose end is missing, as a download that broke off leaves it: decoders make grey of what isn't there.
-fn cut_off(bytes: &[u8], kind: &str) -> Option<&'static str> {
-    let has = |bytes: &[u8], what: &[u8]| bytes.windows(what.len()).any(|window| window == what);
-    match kind {
-        // The end stands behind the last scan; a small picture inside has an end of its own.
-        "image/jpeg" => {
-            let scan = bytes.windows(2).rposition(|marker| marker == [0xff, 0xda])?;
-            (!has(&bytes[scan..], &[0xff, 0xd9])).then_some("JPEG")
-        }
-        "image/png" => (!has(bytes, b"IEND")).then_some("PNG"),
-        "image/webp" => {
-            let length = u32::from_le_bytes(bytes.get(4..8)?.try_into().ok()?);
-            (usize::try_from(length).ok()? + 8 > bytes.len() + 1).then_some("WebP")
-        }
-        _ => None,
     }
 }
 
@@ -181,18 +155,6 @@ impl Row {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn images_without_their_end_are_told() {
-        let pixels = image::DynamicImage::new_rgb8(40, 40);
-        for format in [image::ImageFormat::Jpeg, image::ImageFormat::Png, image::ImageFormat::WebP] {
-            let mut bytes = std::io::Cursor::new(Vec::new());
-            pixels.write_to(&mut bytes, format).unwrap();
-            let bytes = bytes.into_inner();
-            assert_eq!(cut_off(&bytes, format.to_mime_type()), None);
-            assert!(cut_off(&bytes[..bytes.len() - 12], format.to_mime_type()).is_some(), "{format:?}");
-        }
-    }
 
     #[test]
     fn long_texts_are_cut_between_characters() {

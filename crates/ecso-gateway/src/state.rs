@@ -126,12 +126,9 @@ impl AppState {
         if self.settings.decode_images {
             // One at a time in the whole process: each may take 160 MB.
             let _alone = self.decoding.lock().await;
-            let (chat, limits) = (request.chat.clone(), self.images);
+            let chat = request.chat.clone();
             let looked = tokio::task::spawn_blocking(move || {
-                chat.images().filter_map(Image::encoded).try_for_each(|(bytes, _)| {
-                    // An image of its own, so that its pixels are gone after the look.
-                    Image::from_bytes(bytes.clone(), limits)?.pixels().map(drop)
-                })
+                chat.images().filter(|image| image.url().is_none()).try_for_each(Image::try_decoding)
             });
             let looked = looked.await.map_err(|_| ApiError::upstream("an image could not be decoded"))?;
             looked.map_err(|error| ApiError::bad_request("invalid_image", error.to_string()))?;

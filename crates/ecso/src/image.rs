@@ -14,7 +14,9 @@ use serde_json::{Map, Value};
 
 use crate::data_url::decode_data_url;
 
-/// Bounds on an image, held *before* it is decoded.
+mod ending;
+
+/// Which images are taken: bounds that are held *before* anything is decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
@@ -22,13 +24,31 @@ pub struct Limits {
     pub bytes: usize,
     /// Largest width times height, in pixels. A decoder may use at most 16 bytes of memory for each.
     pub pixels: u64,
+    /// What becomes of an image whose end is missing.
+    pub truncated: Truncated,
+}
+
+impl Limits {
+    /// 20 MiB and 40 megapixels; images whose end is missing are refused.
+    pub const USUAL: Self = Self { bytes: 20 << 20, pixels: 40_000_000, truncated: Truncated::Refuse };
 }
 
 impl Default for Limits {
-    /// 20 MiB and 40 megapixels.
+    /// [`Limits::USUAL`].
     fn default() -> Self {
-        Self { bytes: 20 << 20, pixels: 40_000_000 }
+        Self::USUAL
     }
+}
+
+/// What becomes of an image whose end is missing, as a download that broke off leaves it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Truncated {
+    /// [`ImageError::Truncated`].
+    Refuse,
+    /// It is taken as it is, with a warning in the log. What a decoder makes of it is the decoder's: of a JPEG grey, of others mostly an
+    /// error.
+    Accept,
 }
 
 /// What is wrong with an image.
@@ -70,6 +90,12 @@ pub enum ImageError {
     /// The bytes are none of the formats that are read.
     #[error("this is not an image that can be read: JPEG, PNG, WebP and GIF are")]
     NotAnImage,
+    /// Its end is missing, and [`Limits::truncated`] refuses that.
+    #[error("the {format} image is broken: its end is missing (images.truncated = \"accept\" takes it as it is)")]
+    Truncated {
+        /// The format its first bytes claim.
+        format: &'static str,
+    },
     /// The format is known, the content is damaged.
     #[error("the {format} image is broken: {reason}")]
     Broken {
@@ -122,7 +148,7 @@ impl Image {
         Self::from_bytes(bytes, limits).map_err(|error| failed(&error))
     }
 
-    /// Takes encoded bytes and checks size and header against `limits`; nothing is decoded yet.
+    /// Takes encoded bytes and checks size, header and end against `limits`; nothing is decoded yet.
     pub fn from_bytes(bytes: impl Into<Bytes>, limits: Limits) -> Result<Self, ImageError> {
         let bytes = bytes.into();
         if bytes.is_empty() {
@@ -134,6 +160,13 @@ impl Image {
         let format = image::guess_format(&bytes).map_err(|_| ImageError::NotAnImage)?;
         if !format.reading_enabled() {
             return Err(ImageError::NotAnImage);
+        }
+        if !ending::is_there(&bytes, format) {
+            let (format, bytes) = (name(format)?, bytes.len());
+            match limits.truncated {
+                Truncated::Refuse => return Err(ImageError::Truncated { format }),
+                Truncated::Accept => tracing::warn!(format, bytes, "an image was taken though its end is missing"),
+            }
         }
         let (width, height) = ImageReader::with_format(Cursor::new(&bytes), format)
             .into_decoder()
@@ -210,6 +243,14 @@ impl Image {
             }
         }
     }
+
+    /// Decodes the image to see whether that can be done, and keeps no pixels.
+    pub fn try_decoding(&self) -> Result<(), ImageError> {
+        match &*self.source {
+            Source::Url(_) => Err(ImageError::NotFetched),
+            Source::Bytes { bytes, format, limits, .. } => decode(bytes, *format, *limits).map(drop),
+        }
+    }
 }
 
 fn decode(bytes: &[u8], format: ImageFormat, limits: Limits) -> Result<RgbImage, ImageError> {
@@ -238,14 +279,21 @@ fn over_white(channel: u8, alpha: u8) -> u8 {
 }
 
 fn broken(format: ImageFormat, error: &image::ImageError) -> ImageError {
-    let format = match format {
-        ImageFormat::Jpeg => "JPEG",
-        ImageFormat::Png => "PNG",
-        ImageFormat::WebP => "WebP",
-        ImageFormat::Gif => "GIF",
-        _ => return ImageError::NotAnImage,
-    };
-    ImageError::Broken { format, reason: error.to_string() }
+    match name(format) {
+        Ok(format) => ImageError::Broken { format, reason: error.to_string() },
+        Err(error) => error,
+    }
+}
+
+/// What people call a format that is read.
+fn name(format: ImageFormat) -> Result<&'static str, ImageError> {
+    match format {
+        ImageFormat::Jpeg => Ok("JPEG"),
+        ImageFormat::Png => Ok("PNG"),
+        ImageFormat::WebP => Ok("WebP"),
+        ImageFormat::Gif => Ok("GIF"),
+        _ => Err(ImageError::NotAnImage),
+    }
 }
 
 #[cfg(test)]
@@ -292,7 +340,7 @@ mod tests {
 
     #[test]
     fn bad_images_say_what_is_wrong() {
-        let limits = Limits { bytes: 1000, pixels: 64 };
+        let limits = Limits { bytes: 1000, pixels: 64, ..Limits::default() };
         assert_eq!(Image::from_bytes(Vec::new(), limits).unwrap_err(), ImageError::Empty);
         let missing = Image::open("no/such.png", limits).unwrap_err().to_string();
         assert!(missing.starts_with("no/such.png: "), "{missing}");
@@ -310,7 +358,8 @@ mod tests {
         ));
         let mut cut = encode(&image::DynamicImage::new_rgb8(8, 8), ImageFormat::Png);
         cut.truncate(cut.len() - 20);
-        let image = Image::from_bytes(cut, limits).unwrap();
+        assert_eq!(Image::from_bytes(cut.clone(), limits).unwrap_err(), ImageError::Truncated { format: "PNG" });
+        let image = Image::from_bytes(cut, Limits { truncated: Truncated::Accept, ..limits }).unwrap();
         assert!(matches!(image.pixels().unwrap_err(), ImageError::Broken { format: "PNG", .. }));
     }
 
@@ -319,7 +368,8 @@ mod tests {
         fn no_bytes_panic(mut bytes: Vec<u8>, kind in 0..4_usize) {
             let head: &[u8] = [&b"\x89PNG\r\n\x1a\n"[..], b"\xff\xd8\xff", b"GIF89a", b"RIFF\0\0\0\0WEBP"][kind];
             bytes.splice(0..0, head.iter().copied());
-            if let Ok(image) = Image::from_bytes(bytes, Limits::default()) {
+            let limits = Limits { truncated: Truncated::Accept, ..Limits::default() };
+            if let Ok(image) = Image::from_bytes(bytes, limits) {
                 let _ = image.pixels();
             }
         }

@@ -104,7 +104,7 @@ fn header(input: &Input, shard: Shard) -> Header {
 
 pub(crate) const OPTIONS: Options =
     Options { concurrency: 4, retry_failed: false, limits: LIMITS, max_tokens: None, max_time: None };
-const LIMITS: Limits = Limits { bytes: 1 << 20, pixels: 1 << 20 };
+const LIMITS: Limits = Limits { bytes: 1 << 20, pixels: 1 << 20, ..Limits::USUAL };
 
 pub(crate) fn packing() -> Packing {
     Packing { utility: 0.5, validation: 0.4, seed: 1, shard_bytes: 1 << 30, licence: "mit".into(), limits: LIMITS }
