@@ -62,15 +62,15 @@ pub enum PictureError {
 }
 
 impl Picture {
-    /// The image.
+    /// The image, or the pages of a document. Behind a URL there can be one.
     ///
     /// # Errors
     /// [`PictureError`].
-    pub async fn read(&self, fetcher: &Fetcher, limits: Limits) -> Result<Image, PictureError> {
+    pub async fn read(&self, fetcher: &Fetcher, limits: Limits) -> Result<Vec<Image>, PictureError> {
         match self {
-            Self::Bytes(bytes) => Ok(Image::from_bytes(bytes.clone(), limits)?),
-            Self::Url(url) => Ok(fetcher.image(url, limits).await?),
-            Self::File(path) => Ok(Image::open(path, limits).map_err(|error| short(path, error))?),
+            Self::Bytes(bytes) => Ok(Image::several(bytes.clone(), limits)?),
+            Self::Url(url) => Ok(vec![fetcher.image(url, limits).await?]),
+            Self::File(path) => Ok(Image::open_several(path, limits).map_err(|error| short(path, error))?),
         }
     }
 }
@@ -95,16 +95,28 @@ pub(crate) fn cut(text: &str) -> Cow<'_, str> {
 }
 
 impl Row {
-    /// The row's images, read.
+    /// The images of each of the row's pictures, read.
     ///
     /// # Errors
     /// [`PictureError`] of the first that can't be had.
-    pub async fn pictures(&self, fetcher: &Fetcher, limits: Limits) -> Result<Vec<Image>, PictureError> {
+    pub async fn pictures(&self, fetcher: &Fetcher, limits: Limits) -> Result<Vec<Vec<Image>>, PictureError> {
         let mut images = Vec::with_capacity(self.images.len());
         for picture in &self.images {
             images.push(picture.read(fetcher, limits).await?);
         }
         Ok(images)
+    }
+
+    /// The row with its images, where `images` are those of each picture: a document stands in it as often as it has pages.
+    #[must_use]
+    pub fn with_pages(mut self, images: Vec<Vec<Image>>) -> (Self, Vec<Image>) {
+        let mut pages = images.iter().map(Vec::len);
+        for said in &mut self.before {
+            said.images = pages.by_ref().take(said.images).sum();
+        }
+        let pictures = self.images.into_iter().zip(&images);
+        self.images = pictures.flat_map(|(picture, pages)| std::iter::repeat_n(picture, pages.len())).collect();
+        (self, images.into_iter().flatten().collect())
     }
 
     /// The images of the query alone; those of earlier turns stand before them.
@@ -155,6 +167,28 @@ impl Row {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_document_stands_in_its_turn_page_by_page() {
+        let image = |number: u8| Image::from_url(format!("http://localhost/{number}"));
+        let said = |images| Said { role: Role::User, text: "What?".into(), images };
+        let row = Row {
+            number: 0,
+            id: String::new(),
+            before: vec![said(1), said(0), said(2)],
+            query: "And this?".into(),
+            images: ["a", "b", "c", "d"].map(|name| Picture::File(name.into())).into(),
+            category: String::new(),
+            draft: None,
+        };
+        let pages = vec![vec![image(0), image(1)], vec![image(2)], vec![image(3), image(4), image(5)], vec![image(6)]];
+        let (row, images) = row.with_pages(pages);
+        assert_eq!(images, (0..7).map(image).collect::<Vec<_>>());
+        let counts: Vec<usize> = row.before.iter().map(|said| said.images).collect();
+        assert_eq!((counts, row.query_images()), (vec![2, 0, 4], 1));
+        let files: Vec<_> = ["a", "a", "b", "c", "c", "c", "d"].map(|name| Picture::File(name.into())).into();
+        assert_eq!(row.images, files);
+    }
 
     #[test]
     fn long_texts_are_cut_between_characters() {

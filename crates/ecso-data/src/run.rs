@@ -288,7 +288,7 @@ type Read = Result<(Row, Vec<Image>), Record>;
 async fn read(row: Result<Row, RowError>, fetcher: &Fetcher, limits: Limits) -> Read {
     let row = row.map_err(|error| failure(error.number, error.number.to_string(), &error.reason))?;
     match row.pictures(fetcher, limits).await {
-        Ok(images) => Ok((row, images)),
+        Ok(images) => Ok(row.with_pages(images)),
         Err(error) => Err(failure(row.number, row.id, &error)),
     }
 }
