@@ -1,10 +1,10 @@
 //! Image files: no panic, and the limits hold.
 #![no_main]
 
-use ecso::{Image, Limits};
+use ecso::{Image, Limits, Truncated};
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    let limits = Limits { pixels: 1 << 16, ..Limits::default() };
+    let limits = Limits { pixels: 1 << 16, truncated: Truncated::Accept, ..Limits::default() };
     if let Ok(image) = Image::from_bytes(bytes.to_vec(), limits)
         && let Ok(pixels) = image.pixels()
     {

@@ -40,19 +40,21 @@ fn chat(args: &AskArgs, limits: Limits) -> anyhow::Result<Chat> {
     if query.trim().is_empty() {
         return Err(UsageError("the query is empty".into()).into());
     }
-    let images: anyhow::Result<Vec<Image>> = args.image.iter().map(|path| read(path, limits)).collect();
-    let chat = Chat::ask(images?, query);
+    let images: anyhow::Result<Vec<_>> = args.image.iter().map(|path| read(path, limits)).collect();
+    let chat = Chat::ask(images?.into_iter().flatten(), query);
     Ok(match &args.system {
         Some(system) => chat.with_system(system),
         None => chat,
     })
 }
 
-/// Reads and decodes an image, so that a broken one is noticed before a model is loaded for it.
-fn read(path: &Path, limits: Limits) -> anyhow::Result<Image> {
-    let image = Image::open(path, limits)?;
-    image.pixels().map_err(|error| UsageError(format!("{}: {error}", path.display())))?;
-    Ok(image)
+/// Reads and decodes the images of a file, so that a broken one is noticed before a model is loaded for it.
+fn read(path: &Path, limits: Limits) -> anyhow::Result<Vec<Image>> {
+    let images = Image::open_several(path, limits)?;
+    for image in &images {
+        image.pixels().map_err(|error| UsageError(format!("{}: {error}", path.display())))?;
+    }
+    Ok(images)
 }
 
 /// What a person sees while the pipeline runs.

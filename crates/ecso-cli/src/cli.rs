@@ -55,6 +55,12 @@ pub(crate) enum Command {
     /// Look at the settings
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Decode a file on standard input for another process of ecso
+    #[command(hide = true)]
+    DecodeImage {
+        /// Bounds, as JSON
+        limits: String,
+    },
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -67,7 +73,7 @@ pub(crate) struct AskArgs {
     /// What to ask; `-` reads it from standard input
     pub(crate) query: String,
 
-    /// An image: JPEG, PNG, WebP or GIF; may be given several times
+    /// An image: JPEG, PNG, WebP or GIF, or what this build reads beside (HEIC, AVIF, PDF); may be given several times
     #[arg(long, value_name = "FILE")]
     pub(crate) image: Vec<PathBuf>,
 

@@ -24,7 +24,11 @@ use cli::{Cli, Command, ConfigCommand};
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let _telemetry = telemetry::start();
+    if let Ok(program) = std::env::current_exe() {
+        ecso::apart::decode_in(program, "decode-image");
+    }
+    let is_helper = matches!(cli.command, Command::DecodeImage { .. });
+    let _telemetry = (!is_helper).then(telemetry::start);
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -46,6 +50,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Key { name } => {
             serve::key(&name);
             Ok(())
+        }
+        Command::DecodeImage { limits } => {
+            ecso::apart::main(&limits).map_err(|error| anyhow::anyhow!("decode-image: {error}"))
         }
         Command::Doctor { json } => doctor::run(json, file),
         Command::Config(ConfigCommand::Show { model, profile }) => config::show(file, &model, &profile),

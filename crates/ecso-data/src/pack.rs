@@ -84,7 +84,7 @@ pub fn pack(out: &Path, input: &Input, packing: &Packing) -> Result<Manifest, Pa
         let Ok(row) = row else { continue };
         let Some(place) = places.get(&row.number) else { continue };
         let record = record_at(&mut journal, *place).map_err(|error| failed(&journal_path, error))?;
-        let images = pictures(&row, &record, out, packing.limits)?;
+        let (row, images) = pictures(row, &record, out, packing.limits)?;
         let names = images.iter().map(|(name, _)| name.as_str()).collect();
         let Some(example) = Example::new(&row, &record, names, &manifest.run) else { continue };
         let split = split(&record, &groups, packing);
@@ -205,26 +205,39 @@ fn record_at(journal: &mut File, place: u64) -> std::io::Result<RowRecord> {
     Ok(RowRecord::deserialize(&mut line)?)
 }
 
-fn pictures(row: &Row, record: &RowRecord, out: &Path, limits: ecso::Limits) -> Result<Pictures, PackError> {
-    let mut pictures = Vec::with_capacity(record.images.len());
-    if row.images.len() != record.images.len() || row.query != record.query {
-        return Err(PackError::Changed(row.number));
-    }
-    for (picture, digest) in row.images.iter().zip(&record.images) {
+fn pictures(row: Row, record: &RowRecord, out: &Path, limits: ecso::Limits) -> Result<(Row, Pictures), PackError> {
+    let number = row.number;
+    let changed = || PackError::Changed(number);
+    let mut digests = record.images.iter();
+    let mut images = Vec::with_capacity(row.images.len());
+    for picture in &row.images {
         let read = |path: &Path| fs::read(path).map(Bytes::from).map_err(|error| failed(path, error));
-        let bytes = match picture {
-            Picture::Bytes(bytes) => bytes.clone(),
-            Picture::File(path) => read(path)?,
-            Picture::Url(_) => read(&fetched(out, digest))?,
+        let found = match picture {
+            Picture::Bytes(bytes) => Image::several(bytes.clone(), limits),
+            Picture::File(path) => Image::several(read(path)?, limits),
+            Picture::Url(_) => {
+                let kept = read(&fetched(out, digests.next().ok_or_else(changed)?))?;
+                images.push(vec![Image::from_bytes(kept, limits).map_err(|_| changed())?]);
+                continue;
+            }
         };
-        let image = Image::from_bytes(bytes, limits).map_err(|_| PackError::Changed(row.number))?;
-        let Some((bytes, kind)) = image.encoded().filter(|_| image.digest().to_hex().as_str() == digest) else {
-            return Err(PackError::Changed(row.number));
-        };
-        let ending = kind.rsplit('/').next().unwrap_or("png").replace("jpeg", "jpg");
-        pictures.push((format!("images/{}.{ending}", &digest[..32]), bytes.clone()));
+        let found = found.map_err(|_| changed())?;
+        if !found.iter().all(|image| digests.next().is_some_and(|digest| image.digest().to_hex().as_str() == digest)) {
+            return Err(changed());
+        }
+        images.push(found);
     }
-    Ok(pictures)
+    let (row, images) = row.with_pages(images);
+    if images.len() != record.images.len() || row.query != record.query {
+        return Err(changed());
+    }
+    let named = images.iter().zip(&record.images).filter_map(|(image, digest)| {
+        let (bytes, kind) = image.encoded()?;
+        let ending = kind.rsplit('/').next().unwrap_or("png").replace("jpeg", "jpg");
+        Some((format!("images/{}.{ending}", &digest[..32]), bytes.clone()))
+    });
+    let pictures = named.collect();
+    Ok((row, pictures))
 }
 
 /// The rows that failed, with the reason of their last try.
@@ -249,7 +262,7 @@ fn failures(out: &Path, folder: &Path) -> Result<(), PackError> {
     fs::write(&path, text).map_err(|error| failed(&path, error))
 }
 
-/// Bytes and SHA-256 of every file but the images, whose names are their digests.
+/// Bytes and SHA-256 of every file but the images, whose names are the digests of what came in.
 fn digests(root: &Path, folder: &Path, files: &mut BTreeMap<String, (u64, String)>) -> Result<(), PackError> {
     for entry in fs::read_dir(folder).map_err(|error| failed(folder, error))? {
         let path = entry.map_err(|error| failed(folder, error))?.path();

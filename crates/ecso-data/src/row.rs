@@ -62,42 +62,16 @@ pub enum PictureError {
 }
 
 impl Picture {
-    /// The image.
+    /// The image, or the pages of a document. Behind a URL there can be one.
     ///
     /// # Errors
     /// [`PictureError`].
-    pub async fn read(&self, fetcher: &Fetcher, limits: Limits) -> Result<Image, PictureError> {
-        let image = match self {
-            Self::Bytes(bytes) => Image::from_bytes(bytes.clone(), limits)?,
-            Self::Url(url) => fetcher.image(url, limits).await?,
-            Self::File(path) => Image::open(path, limits).map_err(|error| short(path, error))?,
-        };
-        match (image.encoded().and_then(|(bytes, kind)| cut_off(bytes, kind)), self) {
-            (None, _) => Ok(image),
-            (Some(format), Self::File(path)) => {
-                let reason = format!("the {format} image is broken: its end is missing");
-                Err(short(path, ImageError::File { path: path.clone(), reason }).into())
-            }
-            (Some(format), _) => Err(ImageError::Broken { format, reason: "its end is missing".into() }.into()),
+    pub async fn read(&self, fetcher: &Fetcher, limits: Limits) -> Result<Vec<Image>, PictureError> {
+        match self {
+            Self::Bytes(bytes) => Ok(Image::several(bytes.clone(), limits)?),
+            Self::Url(url) => Ok(vec![fetcher.image(url, limits).await?]),
+            Self::File(path) => Ok(Image::open_several(path, limits).map_err(|error| short(path, error))?),
         }
-    }
-}
-
-/// The format of an image whose end is missing, as a download that broke off leaves it: decoders make grey of what isn't there.
-fn cut_off(bytes: &[u8], kind: &str) -> Option<&'static str> {
-    let has = |bytes: &[u8], what: &[u8]| bytes.windows(what.len()).any(|window| window == what);
-    match kind {
-        // The end stands behind the last scan; a small picture inside has an end of its own.
-        "image/jpeg" => {
-            let scan = bytes.windows(2).rposition(|marker| marker == [0xff, 0xda])?;
-            (!has(&bytes[scan..], &[0xff, 0xd9])).then_some("JPEG")
-        }
-        "image/png" => (!has(bytes, b"IEND")).then_some("PNG"),
-        "image/webp" => {
-            let length = u32::from_le_bytes(bytes.get(4..8)?.try_into().ok()?);
-            (usize::try_from(length).ok()? + 8 > bytes.len() + 1).then_some("WebP")
-        }
-        _ => None,
     }
 }
 
@@ -121,16 +95,28 @@ pub(crate) fn cut(text: &str) -> Cow<'_, str> {
 }
 
 impl Row {
-    /// The row's images, read.
+    /// The images of each of the row's pictures, read.
     ///
     /// # Errors
     /// [`PictureError`] of the first that can't be had.
-    pub async fn pictures(&self, fetcher: &Fetcher, limits: Limits) -> Result<Vec<Image>, PictureError> {
+    pub async fn pictures(&self, fetcher: &Fetcher, limits: Limits) -> Result<Vec<Vec<Image>>, PictureError> {
         let mut images = Vec::with_capacity(self.images.len());
         for picture in &self.images {
             images.push(picture.read(fetcher, limits).await?);
         }
         Ok(images)
+    }
+
+    /// The row with its images, where `images` are those of each picture: a document stands in it as often as it has pages.
+    #[must_use]
+    pub fn with_pages(mut self, images: Vec<Vec<Image>>) -> (Self, Vec<Image>) {
+        let mut pages = images.iter().map(Vec::len);
+        for said in &mut self.before {
+            said.images = pages.by_ref().take(said.images).sum();
+        }
+        let pictures = self.images.into_iter().zip(&images);
+        self.images = pictures.flat_map(|(picture, pages)| std::iter::repeat_n(picture, pages.len())).collect();
+        (self, images.into_iter().flatten().collect())
     }
 
     /// The images of the query alone; those of earlier turns stand before them.
@@ -183,15 +169,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn images_without_their_end_are_told() {
-        let pixels = image::DynamicImage::new_rgb8(40, 40);
-        for format in [image::ImageFormat::Jpeg, image::ImageFormat::Png, image::ImageFormat::WebP] {
-            let mut bytes = std::io::Cursor::new(Vec::new());
-            pixels.write_to(&mut bytes, format).unwrap();
-            let bytes = bytes.into_inner();
-            assert_eq!(cut_off(&bytes, format.to_mime_type()), None);
-            assert!(cut_off(&bytes[..bytes.len() - 12], format.to_mime_type()).is_some(), "{format:?}");
-        }
+    fn a_document_stands_in_its_turn_page_by_page() {
+        let image = |number: u8| Image::from_url(format!("http://localhost/{number}"));
+        let said = |images| Said { role: Role::User, text: "What?".into(), images };
+        let row = Row {
+            number: 0,
+            id: String::new(),
+            before: vec![said(1), said(0), said(2)],
+            query: "And this?".into(),
+            images: ["a", "b", "c", "d"].map(|name| Picture::File(name.into())).into(),
+            category: String::new(),
+            draft: None,
+        };
+        let pages = vec![vec![image(0), image(1)], vec![image(2)], vec![image(3), image(4), image(5)], vec![image(6)]];
+        let (row, images) = row.with_pages(pages);
+        assert_eq!(images, (0..7).map(image).collect::<Vec<_>>());
+        let counts: Vec<usize> = row.before.iter().map(|said| said.images).collect();
+        assert_eq!((counts, row.query_images()), (vec![2, 0, 4], 1));
+        let files: Vec<_> = ["a", "a", "b", "c", "c", "c", "d"].map(|name| Picture::File(name.into())).into();
+        assert_eq!(row.images, files);
     }
 
     #[test]

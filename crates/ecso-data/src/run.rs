@@ -149,6 +149,7 @@ impl Batch for Making {
         let row = row.map_err(|error| RowRecord::unreadable(error.number, None, error.reason.to_string()))?;
         match row.pictures(&self.fetcher, self.limits).await {
             Ok(images) => {
+                let (row, images) = row.with_pages(images);
                 let marks = self.marker.as_ref().map_or_else(Vec::new, |marker| marker.marks(&images));
                 Ok(Job { key: row.key(&images), row, images, marks })
             }

@@ -91,28 +91,30 @@ pub enum Task {
 }
 
 impl Item {
-    /// The conversation that is sent.
+    /// The conversation that is sent. A picture that is a document stands in it page by page.
     ///
     /// # Errors
     /// [`ImageError`] if an image can't be read.
     pub fn chat(&self, limits: Limits) -> Result<Chat, ImageError> {
         let read = |picture: &Picture| match picture {
-            Picture::Bytes(bytes) => Image::from_bytes(bytes.to_vec(), limits),
-            Picture::File(path) => Image::open(path, limits),
+            Picture::Bytes(bytes) => Image::several(bytes.to_vec(), limits),
+            Picture::File(path) => Image::open_several(path, limits),
             Picture::InParquet(table, row) => {
                 let failed = |reason: Cause| {
                     let reason = format!("row {row}: {reason}");
                     ImageError::File { path: table.to_path_buf(), reason }
                 };
                 let bytes = parquet::image(table, *row).map_err(failed)?;
-                Image::from_bytes(bytes, limits).map_err(|error| failed(Cause::of(error)))
+                Image::several(bytes, limits).map_err(|error| failed(Cause::of(error)))
             }
         };
         let last = (Role::User, &self.query, &self.images);
         let turns = self.earlier.iter().map(|(role, text, images)| (*role, text, images)).chain([last]);
         let turns = turns.map(|(role, text, images)| {
-            let mut parts: Vec<Part> =
-                images.iter().map(|image| read(image).map(Part::Image)).collect::<Result<_, _>>()?;
+            let mut parts = Vec::new();
+            for picture in images {
+                parts.extend(read(picture)?.into_iter().map(Part::Image));
+            }
             parts.push(Part::Text(text.clone()));
             Ok(Turn { role, parts })
         });

@@ -3,7 +3,7 @@
 
 use axum::http::StatusCode;
 use base64::{Engine, prelude::BASE64_STANDARD};
-use ecso::{Chat, Image, Part, Role, Sampling, Turn, is_data_url};
+use ecso::{Chat, Image, Part, Role, Sampling, Turn, decode_data_url, is_data_url};
 use serde_json::{Map, Value};
 
 use crate::{
@@ -152,14 +152,44 @@ impl Body {
     }
 
     fn urls(&mut self) -> impl Iterator<Item = &mut String> {
-        let parts = self.messages.iter_mut().filter_map(|message| message.get_mut("content")?.as_array_mut());
-        parts.flatten().filter_map(|part| match part.get_mut("image_url")? {
-            Value::String(url) => Some(url),
-            image => match image.get_mut("url") {
-                Some(Value::String(url)) => Some(url),
-                _ => None,
-            },
-        })
+        self.contents().flatten().filter_map(url_of)
+    }
+
+    /// The contents that are lists of parts.
+    fn contents(&mut self) -> impl Iterator<Item = &mut Vec<Value>> {
+        self.messages.iter_mut().filter_map(|message| message.get_mut("content")?.as_array_mut())
+    }
+
+    /// Reads the images. From here on a document is a part for each of its pages, and every URL as it was read.
+    fn images(&mut self, limits: &Limits, bounds: ecso::Limits, passed: bool) -> Result<Vec<Image>, ApiError> {
+        let (mut read, mut made_bytes) = (Vec::new(), 0);
+        for content in self.contents() {
+            for mut part in std::mem::take(content) {
+                let Some(url) = url_of(&mut part) else {
+                    content.push(part);
+                    continue;
+                };
+                let mut came = std::mem::take(url);
+                for image in images(&came, bounds, passed)? {
+                    let mut part = part.clone();
+                    if let Some(url) = url_of(&mut part) {
+                        *url = written(&image, &mut came);
+                    }
+                    made_bytes += made(&image);
+                    content.push(part);
+                    read.push(image);
+                }
+                if read.len() > limits.images {
+                    let message = format!("at most {} images are allowed", limits.images);
+                    return Err(ApiError::bad_request("too_many_images", message));
+                }
+                if made_bytes > limits.body {
+                    let message = format!("the images of documents have at most {} bytes together", limits.body);
+                    return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message));
+                }
+            }
+        }
+        Ok(read)
     }
 
     /// The request, its images read. URLs of images stay only if they are `passed` on.
@@ -187,7 +217,7 @@ impl Body {
             Some(n) => (1..=limits.choices).find(|count| n.as_f64() == Some(f64::from(*count))),
         };
         let choices = choices.ok_or_else(|| invalid(format!("`n` must be 1 to {}", limits.choices)))?;
-        let read = self.urls().map(|url| image(url, images, passed)).collect::<Result<Vec<_>, _>>()?;
+        let read = self.images(limits, images, passed)?;
         let turns = turns(&self.messages, read)?;
         if !turns.iter().any(|turn| turn.role == Role::User) {
             return Err(invalid("`messages` has no message of the user".into()));
@@ -560,26 +590,43 @@ fn view(part: &Value) -> Map<String, Value> {
     view
 }
 
-/// The image behind a URL. A data URL is written as it was read here: servers read odd ones in different ways.
-fn image(url: &mut String, limits: ecso::Limits, passed: bool) -> Result<Image, ApiError> {
+/// The URL of an image part.
+fn url_of(part: &mut Value) -> Option<&mut String> {
+    match part.get_mut("image_url")? {
+        Value::String(url) => Some(url),
+        image => match image.get_mut("url") {
+            Some(Value::String(url)) => Some(url),
+            _ => None,
+        },
+    }
+}
+
+/// The images behind a URL: one, or the pages of a document.
+fn images(url: &str, limits: ecso::Limits, passed: bool) -> Result<Vec<Image>, ApiError> {
     let invalid = |message: String| ApiError::bad_request("invalid_image", message);
     if is_data_url(url) {
-        let image = Image::from_data_url(url, limits).map_err(|error| invalid(error.to_string()))?;
-        if let Some((bytes, kind)) = image.encoded() {
-            let head = format!("data:{kind};base64,");
-            let is_plain = url.strip_prefix(&head).is_some_and(is_plain_base64);
-            if !is_plain {
-                *url = head + &BASE64_STANDARD.encode(bytes);
-            }
-        }
-        return Ok(image);
+        let images = decode_data_url(url, limits.bytes).and_then(|bytes| Image::several(bytes, limits));
+        return images.map_err(|error| invalid(error.to_string()));
     }
     if is_remote(url) && passed {
-        return Ok(Image::from_url(url.trim()));
+        return Ok(vec![Image::from_url(url.trim())]);
     }
     let message = "an image is given by a http, https or data URL; a file's bytes, or bare base64, are sent as \
                    data:image/png;base64,…";
     Err(invalid(message.into()))
+}
+
+/// The URL of an image that `came` as one. A data URL is written as it was read here: servers read odd ones in different ways.
+fn written(image: &Image, came: &mut String) -> String {
+    let Some((bytes, kind)) = image.encoded() else { return std::mem::take(came) };
+    let head = format!("data:{kind};base64,");
+    let is_plain = came.strip_prefix(&head).is_some_and(is_plain_base64);
+    if is_plain && !image.is_converted() { std::mem::take(came) } else { head + &BASE64_STANDARD.encode(bytes) }
+}
+
+/// Bytes of an image that were made here.
+pub(crate) fn made(image: &Image) -> usize {
+    image.encoded().filter(|_| image.is_converted()).map_or(0, |(bytes, _)| bytes.len())
 }
 
 /// Whether a text is the URL of something elsewhere.

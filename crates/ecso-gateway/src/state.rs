@@ -6,7 +6,7 @@ use axum::http::{HeaderMap, StatusCode};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use ecso::{Guard, GuardError, Image, Memory, Mllm, Profile, Sampling, Step, profile::Gate};
 use ecso_openai::Fetcher;
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 
 use crate::{
     access::{self, Caller, Rates},
@@ -14,7 +14,7 @@ use crate::{
     error::ApiError,
     json::shown,
     metrics::Metrics,
-    request::{Body, Request, is_remote},
+    request::{Body, Request, is_remote, made},
     settings::{ImageUrls, Mode, Settings, hash},
     telemetry,
     upstream::Upstream,
@@ -89,7 +89,7 @@ impl AppState {
     }
 
     /// Gets what a request only points to, reads its images, and decodes them as far as the operator wants that.
-    /// `hold` takes room for so many fetched bytes.
+    /// `hold` takes room for so many bytes that were fetched or made.
     pub(crate) async fn prepare(
         &self,
         mut body: Body,
@@ -104,34 +104,32 @@ impl AppState {
             let message = "images by URL are not taken here: send them as data:image/png;base64,…";
             return Err(ApiError::bad_request("image_url_refused", message));
         }
+        let mut fetched_bytes = 0;
         if let Some(fetcher) = &self.fetcher {
-            let mut fetched_bytes = 0;
             for url in body.remote_images().into_iter().filter(|url| is_remote(url)) {
-                let fetched = fetcher.image(url.trim(), self.images).await;
-                let image = fetched.map_err(|error| ApiError::bad_request("invalid_image", error.to_string()))?;
-                if let Some((bytes, kind)) = image.encoded() {
-                    fetched_bytes += bytes.len();
-                    if fetched_bytes > self.settings.limits.body {
-                        let message =
-                            format!("images by URL have at most {} bytes together", self.settings.limits.body);
-                        return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message));
-                    }
-                    hold(fetched_bytes)?;
-                    *url = format!("data:{kind};base64,{}", BASE64_STANDARD.encode(bytes));
+                let fetched = fetcher.bytes(url.trim(), self.images.bytes).await;
+                let bytes = fetched.map_err(|error| ApiError::bad_request("invalid_image", error.to_string()))?;
+                fetched_bytes += bytes.len();
+                if fetched_bytes > self.settings.limits.body {
+                    let message = format!("images by URL have at most {} bytes together", self.settings.limits.body);
+                    return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message));
                 }
+                hold(fetched_bytes)?;
+                *url = format!("data:;base64,{}", BASE64_STANDARD.encode(bytes));
             }
         }
+        let (limits, images, span) = (self.settings.limits, self.images, Span::current());
         let is_passed = self.settings.image_urls == ImageUrls::Pass;
-        let request = body.request(&self.settings.limits, self.images, is_passed)?;
+        // What models don't read takes its time.
+        let read = tokio::task::spawn_blocking(move || span.in_scope(|| body.request(&limits, images, is_passed)));
+        let request = read.await.map_err(|_| ApiError::upstream("an image could not be read"))??;
+        hold(fetched_bytes + request.chat.images().map(made).sum::<usize>())?;
         if self.settings.decode_images {
             // One at a time in the whole process: each may take 160 MB.
             let _alone = self.decoding.lock().await;
-            let (chat, limits) = (request.chat.clone(), self.images);
+            let chat = request.chat.clone();
             let looked = tokio::task::spawn_blocking(move || {
-                chat.images().filter_map(Image::encoded).try_for_each(|(bytes, _)| {
-                    // An image of its own, so that its pixels are gone after the look.
-                    Image::from_bytes(bytes.clone(), limits)?.pixels().map(drop)
-                })
+                chat.images().filter(|image| image.url().is_none()).try_for_each(Image::try_decoding)
             });
             let looked = looked.await.map_err(|_| ApiError::upstream("an image could not be decoded"))?;
             looked.map_err(|error| ApiError::bad_request("invalid_image", error.to_string()))?;

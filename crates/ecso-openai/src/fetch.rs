@@ -72,11 +72,20 @@ impl Fetcher {
         Ok(Self { client: builder.build().map_err(failed)?, trusted, has_proxy: proxy.is_some() })
     }
 
-    /// What `url` points to.
+    /// The image that `url` points to.
     ///
     /// # Errors
-    /// [`FetchError`]: the address is not public, the answer no image within `limits`, or there is none.
+    /// [`FetchError`]: the address is not public, the answer not one image within `limits`, or there is none.
     pub async fn image(&self, url: &str, limits: ecso::Limits) -> Result<Image, FetchError> {
+        let bytes = self.bytes(url, limits.bytes).await?;
+        Image::from_bytes(bytes, limits).map_err(|error| FetchError(error.to_string()))
+    }
+
+    /// The bytes that `url` points to, `longest` at most.
+    ///
+    /// # Errors
+    /// [`FetchError`]: the address is not public, the answer too long, or there is none.
+    pub async fn bytes(&self, url: &str, longest: usize) -> Result<Vec<u8>, FetchError> {
         let failed = |why: &str| FetchError(why.to_owned());
         let url = Url::parse(url).map_err(|_| failed("it is no URL"))?;
         if !self.trusted.allows(&url) {
@@ -93,11 +102,11 @@ impl Fetcher {
         let mut body = response.bytes_stream();
         while let Some(piece) = body.next().await {
             bytes.extend_from_slice(&piece.map_err(|_| failed("it broke off"))?);
-            if bytes.len() > limits.bytes {
-                return Err(failed(&format!("it has more than {} bytes", limits.bytes)));
+            if bytes.len() > longest {
+                return Err(failed(&format!("it has more than {longest} bytes")));
             }
         }
-        Image::from_bytes(bytes, limits).map_err(|error| failed(&error.to_string()))
+        Ok(bytes)
     }
 }
 

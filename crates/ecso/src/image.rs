@@ -9,12 +9,25 @@ use std::{
 };
 
 use bytes::Bytes;
-use image::{ImageDecoder, ImageFormat, ImageReader, RgbImage};
+use image::{ImageDecoder, ImageFormat, ImageReader, RgbImage, RgbaImage};
 use serde_json::{Map, Value};
 
 use crate::data_url::decode_data_url;
+use foreign::Foreign;
 
-/// Bounds on an image, held *before* it is decoded.
+pub mod apart;
+#[cfg(feature = "avif")]
+mod avif;
+mod ending;
+mod foreign;
+#[cfg(feature = "heic")]
+mod heic;
+#[cfg(any(feature = "heic", feature = "avif"))]
+mod heif;
+#[cfg(feature = "pdf")]
+mod pdf;
+
+/// Which images are taken: bounds that are held *before* anything is decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
@@ -22,13 +35,33 @@ pub struct Limits {
     pub bytes: usize,
     /// Largest width times height, in pixels. A decoder may use at most 16 bytes of memory for each.
     pub pixels: u64,
+    /// What becomes of an image whose end is missing.
+    pub truncated: Truncated,
+    /// Most pages of a document. Together they have no more bytes and pixels than one image may.
+    pub pages: usize,
+}
+
+impl Limits {
+    /// 20 MiB and 40 megapixels; images whose end is missing are refused; 20 pages.
+    pub const USUAL: Self = Self { bytes: 20 << 20, pixels: 40_000_000, truncated: Truncated::Refuse, pages: 20 };
 }
 
 impl Default for Limits {
-    /// 20 MiB and 40 megapixels.
+    /// [`Limits::USUAL`].
     fn default() -> Self {
-        Self { bytes: 20 << 20, pixels: 40_000_000 }
+        Self::USUAL
     }
+}
+
+/// What becomes of an image whose end is missing, as a download that broke off leaves it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Truncated {
+    /// [`ImageError::Truncated`].
+    Refuse,
+    /// It is taken as it is, with a warning in the log. What a decoder makes of it is the decoder's: of a JPEG grey, of others mostly an
+    /// error.
+    Accept,
 }
 
 /// What is wrong with an image.
@@ -70,6 +103,31 @@ pub enum ImageError {
     /// The bytes are none of the formats that are read.
     #[error("this is not an image that can be read: JPEG, PNG, WebP and GIF are")]
     NotAnImage,
+    /// Its end is missing, and [`Limits::truncated`] refuses that.
+    #[error("the {format} image is broken: its end is missing (images.truncated = \"accept\" takes it as it is)")]
+    Truncated {
+        /// The format its first bytes claim.
+        format: &'static str,
+    },
+    /// It is known what this is, and this build doesn't read it.
+    #[error("this is {what}; ecso built with --features {feature} reads it")]
+    NotBuilt {
+        /// With its article.
+        what: &'static str,
+        /// The Cargo feature of this crate, and of the program.
+        feature: &'static str,
+    },
+    /// It must be made into images for models to read it, and that can't be done.
+    #[error("this is {what} that can't be shown as images: {reason}")]
+    Unconverted {
+        /// With its article.
+        what: &'static str,
+        /// Why.
+        reason: String,
+    },
+    /// A document, where one image is asked for.
+    #[error("it has {0} pages, and one image is asked for")]
+    Several(usize),
     /// The format is known, the content is damaged.
     #[error("the {format} image is broken: {reason}")]
     Broken {
@@ -83,7 +141,8 @@ pub enum ImageError {
     NotFetched,
 }
 
-/// An image as it came in: the client's bytes are kept and never encoded again.
+/// An image as it came in: the client's bytes are kept and never encoded again. Only of what models don't read (HEIC, AVIF, the pages of
+/// PDF files, each with the Cargo feature of its name) PNG or JPEG are made.
 #[derive(Debug, Clone)]
 pub struct Image {
     source: Arc<Source>,
@@ -97,13 +156,14 @@ enum Source {
         format: ImageFormat,
         limits: Limits,
         digest: blake3::Hash,
+        is_converted: bool,
         pixels: OnceLock<Result<RgbImage, ImageError>>,
     },
     Url(String),
 }
 
 impl PartialEq for Image {
-    /// Equal when the encoded bytes are (by digest), or the URLs are.
+    /// Equal when the bytes that came in are (by digest), or the URLs are.
     fn eq(&self, other: &Self) -> bool {
         self.digest() == other.digest()
     }
@@ -112,18 +172,43 @@ impl PartialEq for Image {
 impl Image {
     /// Reads a file, of no more bytes than `limits` allow, and takes them as [`Image::from_bytes`] does. Every error names the file.
     pub fn open(path: impl AsRef<Path>, limits: Limits) -> Result<Self, ImageError> {
-        let path = path.as_ref();
+        Self::read(path.as_ref(), limits, Self::from_bytes)
+    }
+
+    /// The images of a file, as [`Image::several`] finds them. Every error names the file.
+    pub fn open_several(path: impl AsRef<Path>, limits: Limits) -> Result<Vec<Self>, ImageError> {
+        Self::read(path.as_ref(), limits, Self::several)
+    }
+
+    fn read<T>(
+        path: &Path,
+        limits: Limits,
+        take: impl Fn(Vec<u8>, Limits) -> Result<T, ImageError>,
+    ) -> Result<T, ImageError> {
         let failed = |error: &dyn Error| ImageError::File { path: path.into(), reason: error.to_string() };
         let file = File::open(path).map_err(|error| failed(&error))?;
         let mut bytes = Vec::new();
         // One byte more than allowed is enough to see that there are too many.
         let most = u64::try_from(limits.bytes).unwrap_or(u64::MAX).saturating_add(1);
         file.take(most).read_to_end(&mut bytes).map_err(|error| failed(&error))?;
-        Self::from_bytes(bytes, limits).map_err(|error| failed(&error))
+        take(bytes, limits).map_err(|error| failed(&error))
     }
 
-    /// Takes encoded bytes and checks size and header against `limits`; nothing is decoded yet.
+    /// Takes encoded bytes and checks size, header and end against `limits`; nothing is decoded yet, but what models don't read.
+    ///
+    /// # Errors
+    /// [`ImageError::Several`] where there is more than one: see [`Image::several`].
     pub fn from_bytes(bytes: impl Into<Bytes>, limits: Limits) -> Result<Self, ImageError> {
+        let mut images = Self::several(bytes, limits)?;
+        match images.pop() {
+            Some(image) if images.is_empty() => Ok(image),
+            _ => Err(ImageError::Several(images.len() + 1)),
+        }
+    }
+
+    /// The images in a file's bytes, each taken as [`Image::from_bytes`] does: one of a picture, one a page of a document, in order.
+    /// Documents and photos that models don't read are decoded here, one at a time in the whole process: see [`apart`].
+    pub fn several(bytes: impl Into<Bytes>, limits: Limits) -> Result<Vec<Self>, ImageError> {
         let bytes = bytes.into();
         if bytes.is_empty() {
             return Err(ImageError::Empty);
@@ -131,9 +216,25 @@ impl Image {
         if bytes.len() > limits.bytes {
             return Err(ImageError::TooManyBytes { actual: bytes.len(), limit: limits.bytes });
         }
+        let digest = blake3::hash(&bytes);
+        let Some(foreign) = Foreign::of(&bytes) else {
+            return Ok(vec![Self::taken(bytes, digest, limits, false)?]);
+        };
+        let images = foreign.converted(&bytes, limits)?.into_iter().zip(0..);
+        images.map(|(image, page)| Self::taken(image.into(), foreign.digest(digest, page), limits, true)).collect()
+    }
+
+    fn taken(bytes: Bytes, digest: blake3::Hash, limits: Limits, is_converted: bool) -> Result<Self, ImageError> {
         let format = image::guess_format(&bytes).map_err(|_| ImageError::NotAnImage)?;
         if !format.reading_enabled() {
             return Err(ImageError::NotAnImage);
+        }
+        if !ending::is_there(&bytes, format) {
+            let (format, bytes) = (name(format)?, bytes.len());
+            match limits.truncated {
+                Truncated::Refuse => return Err(ImageError::Truncated { format }),
+                Truncated::Accept => tracing::warn!(format, bytes, "an image was taken though its end is missing"),
+            }
         }
         let (width, height) = ImageReader::with_format(Cursor::new(&bytes), format)
             .into_decoder()
@@ -142,8 +243,7 @@ impl Image {
         if u64::from(width) * u64::from(height) > limits.pixels {
             return Err(ImageError::TooManyPixels { width, height, limit: limits.pixels });
         }
-        let digest = blake3::hash(&bytes);
-        Ok(Self::from_source(Source::Bytes { bytes, format, limits, digest, pixels: OnceLock::new() }))
+        Ok(Self::from_source(Source::Bytes { bytes, format, limits, digest, is_converted, pixels: OnceLock::new() }))
     }
 
     /// Takes the bytes of a data URL ([`decode_data_url`]) as [`Image::from_bytes`] does.
@@ -173,13 +273,19 @@ impl Image {
         &self.view
     }
 
-    /// The encoded bytes as they came in, with their MIME type; `None` for a URL.
+    /// The encoded bytes as they came in, or as they were made of what models don't read, with their MIME type; `None` for a URL.
     #[must_use]
     pub fn encoded(&self) -> Option<(&Bytes, &'static str)> {
         match &*self.source {
             Source::Bytes { bytes, format, .. } => Some((bytes, format.to_mime_type())),
             Source::Url(_) => None,
         }
+    }
+
+    /// Whether its bytes are not those that came in, but were made of what models don't read.
+    #[must_use]
+    pub fn is_converted(&self) -> bool {
+        matches!(&*self.source, Source::Bytes { is_converted: true, .. })
     }
 
     /// The URL, if that is how the image is known.
@@ -191,7 +297,7 @@ impl Image {
         }
     }
 
-    /// BLAKE3 of the encoded bytes (or of the URL).
+    /// BLAKE3 of the bytes as they came in (or of the URL); of a page, that of the document's digest and the page's number.
     #[must_use]
     pub fn digest(&self) -> blake3::Hash {
         match &*self.source {
@@ -210,6 +316,14 @@ impl Image {
             }
         }
     }
+
+    /// Decodes the image to see whether that can be done, and keeps no pixels.
+    pub fn try_decoding(&self) -> Result<(), ImageError> {
+        match &*self.source {
+            Source::Url(_) => Err(ImageError::NotFetched),
+            Source::Bytes { bytes, format, limits, .. } => decode(bytes, *format, *limits).map(drop),
+        }
+    }
 }
 
 fn decode(bytes: &[u8], format: ImageFormat, limits: Limits) -> Result<RgbImage, ImageError> {
@@ -225,27 +339,33 @@ fn decode(bytes: &[u8], format: ImageFormat, limits: Limits) -> Result<RgbImage,
     if !image.color().has_alpha() {
         return Ok(image.into_rgb8());
     }
-    let rgba = image.into_rgba8();
-    Ok(RgbImage::from_fn(rgba.width(), rgba.height(), |x, y| {
-        let [r, g, b, a] = rgba.get_pixel(x, y).0;
-        image::Rgb([r, g, b].map(|channel| over_white(channel, a)))
-    }))
+    Ok(over_white(&image.into_rgba8()))
 }
 
-fn over_white(channel: u8, alpha: u8) -> u8 {
-    let (channel, alpha) = (u32::from(channel), u32::from(alpha));
-    u8::try_from((channel * alpha + 255 * (255 - alpha) + 127) / 255).unwrap_or(u8::MAX)
+fn over_white(pixels: &RgbaImage) -> RgbImage {
+    RgbImage::from_fn(pixels.width(), pixels.height(), |x, y| {
+        let [r, g, b, alpha] = pixels.get_pixel(x, y).0.map(u32::from);
+        let over = |channel| u8::try_from((channel * alpha + 255 * (255 - alpha) + 127) / 255).unwrap_or(u8::MAX);
+        image::Rgb([over(r), over(g), over(b)])
+    })
 }
 
 fn broken(format: ImageFormat, error: &image::ImageError) -> ImageError {
-    let format = match format {
-        ImageFormat::Jpeg => "JPEG",
-        ImageFormat::Png => "PNG",
-        ImageFormat::WebP => "WebP",
-        ImageFormat::Gif => "GIF",
-        _ => return ImageError::NotAnImage,
-    };
-    ImageError::Broken { format, reason: error.to_string() }
+    match name(format) {
+        Ok(format) => ImageError::Broken { format, reason: error.to_string() },
+        Err(error) => error,
+    }
+}
+
+/// What people call a format that is read.
+fn name(format: ImageFormat) -> Result<&'static str, ImageError> {
+    match format {
+        ImageFormat::Jpeg => Ok("JPEG"),
+        ImageFormat::Png => Ok("PNG"),
+        ImageFormat::WebP => Ok("WebP"),
+        ImageFormat::Gif => Ok("GIF"),
+        _ => Err(ImageError::NotAnImage),
+    }
 }
 
 #[cfg(test)]
@@ -292,15 +412,15 @@ mod tests {
 
     #[test]
     fn bad_images_say_what_is_wrong() {
-        let limits = Limits { bytes: 1000, pixels: 64 };
+        let limits = Limits { bytes: 4000, pixels: 64, ..Limits::default() };
         assert_eq!(Image::from_bytes(Vec::new(), limits).unwrap_err(), ImageError::Empty);
         let missing = Image::open("no/such.png", limits).unwrap_err().to_string();
         assert!(missing.starts_with("no/such.png: "), "{missing}");
         let file = Image::open(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"), limits).unwrap_err().to_string();
         assert!(file.contains("Cargo.toml: this is not an image"), "{file}");
         assert_eq!(
-            Image::from_bytes(vec![0; 1001], limits).unwrap_err(),
-            ImageError::TooManyBytes { actual: 1001, limit: 1000 }
+            Image::from_bytes(vec![0; 4001], limits).unwrap_err(),
+            ImageError::TooManyBytes { actual: 4001, limit: 4000 }
         );
         assert_eq!(Image::from_bytes(&b"plain text"[..], limits).unwrap_err(), ImageError::NotAnImage);
         let wide = encode(&image::DynamicImage::new_luma8(65, 1), ImageFormat::Png);
@@ -310,7 +430,8 @@ mod tests {
         ));
         let mut cut = encode(&image::DynamicImage::new_rgb8(8, 8), ImageFormat::Png);
         cut.truncate(cut.len() - 20);
-        let image = Image::from_bytes(cut, limits).unwrap();
+        assert_eq!(Image::from_bytes(cut.clone(), limits).unwrap_err(), ImageError::Truncated { format: "PNG" });
+        let image = Image::from_bytes(cut, Limits { truncated: Truncated::Accept, ..limits }).unwrap();
         assert!(matches!(image.pixels().unwrap_err(), ImageError::Broken { format: "PNG", .. }));
     }
 
@@ -319,7 +440,8 @@ mod tests {
         fn no_bytes_panic(mut bytes: Vec<u8>, kind in 0..4_usize) {
             let head: &[u8] = [&b"\x89PNG\r\n\x1a\n"[..], b"\xff\xd8\xff", b"GIF89a", b"RIFF\0\0\0\0WEBP"][kind];
             bytes.splice(0..0, head.iter().copied());
-            if let Ok(image) = Image::from_bytes(bytes, Limits::default()) {
+            let limits = Limits { truncated: Truncated::Accept, ..Limits::default() };
+            if let Ok(image) = Image::from_bytes(bytes, limits) {
                 let _ = image.pixels();
             }
         }

@@ -52,7 +52,7 @@ impl Respond for Model {
     }
 }
 
-async fn server(unsafe_draft: bool) -> MockServer {
+pub(crate) async fn server(unsafe_draft: bool) -> MockServer {
     let server = MockServer::start().await;
     Mock::given(path("/v1/chat/completions")).respond_with(Model { unsafe_draft }).mount(&server).await;
     let models = ResponseTemplate::new(200).set_body_json(json!({"data": [{"id": "played"}]}));

@@ -3,6 +3,8 @@
 
 mod ask;
 mod eval;
+#[cfg(feature = "pdf")]
+mod foreign;
 mod mock;
 mod models;
 mod operations;

@@ -19,7 +19,8 @@ use crate::row::{Picture, Row};
 pub(super) const TABLES: [&str; 6] = ["jsonl", "ndjson", "json", "csv", "tsv", "parquet"];
 
 /// Endings of images. What can't be read of these is an error of its row.
-const IMAGES: [&str; 12] = ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "heic", "avif"];
+const IMAGES: [&str; 14] =
+    ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "heic", "heif", "avif", "pdf"];
 
 /// Files of Hugging Face that are about tables.
 const ABOUT: [&str; 4] = ["dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json"];

@@ -109,7 +109,7 @@ fn header(input: &Input, shard: Shard) -> RunHeader {
 }
 
 pub(crate) const BOUNDS: Bounds = Bounds { rows: 4, bytes: 1 << 20, tokens: None, time: None, retry_failed: false };
-const LIMITS: Limits = Limits { bytes: 1 << 20, pixels: 1 << 20 };
+const LIMITS: Limits = Limits { bytes: 1 << 20, pixels: 1 << 20, ..Limits::USUAL };
 
 pub(crate) fn packing() -> Packing {
     Packing { utility: 0.5, validation: 0.4, seed: 1, shard_bytes: 1 << 30, licence: "mit".into(), limits: LIMITS }
@@ -213,6 +213,27 @@ async fn a_run_that_is_broken_off_ends_as_an_unbroken_one() {
     assert_eq!(outcomes(&broken), outcomes(&whole));
     let files = |out: &Path| pack(out, &input, &packing()).map(|manifest: Manifest| manifest.samples).unwrap();
     assert_eq!(files(&broken), files(&whole));
+}
+
+#[tokio::test]
+async fn the_pages_of_a_document_are_the_images_of_its_row() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("a.pdf"), ecso::testing::pdf(&["", "0 0 9 9 re f"])).unwrap();
+    std::fs::write(folder.path().join("b.png"), png(1)).unwrap();
+    let row = json!({"query": "a rude list", "image": ["a.pdf", "b.png"]});
+    std::fs::write(folder.path().join("rows.jsonl"), row.to_string()).unwrap();
+    let (input, out) = (input(folder.path().join("rows.jsonl")), folder.path().join("out"));
+    go(&input, &out, Shard::ALL, BOUNDS).await;
+    let record = records(&out).remove("0").unwrap();
+    if let Some(error) = record.error {
+        return assert!(error.contains("a.pdf: this is a PDF; ecso built with --features pdf reads it"), "{error}");
+    }
+    assert_eq!(record.images.len(), 3);
+    pack(&out, &input, &packing()).unwrap();
+    assert_eq!(std::fs::read_dir(out.join("dataset/images")).unwrap().count(), 3);
+    let llava = ["train", "validation"].map(|split| out.join(format!("dataset/llava/{split}.json")));
+    let llava = llava.iter().find_map(|path| std::fs::read_to_string(path).ok()).unwrap();
+    assert_eq!(llava.matches("<image>").count(), 3, "{llava}");
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use axum::{body::Body, http::Response, response::IntoResponse};
+use base64::{Engine, prelude::BASE64_STANDARD};
 use ecso_gateway::{
     Settings,
     settings::{ImageUrls, Mode, OnFailure},
@@ -462,6 +463,43 @@ async fn pictures_elsewhere_are_fetched_here_or_refused() {
         refused(&got, code);
         assert_eq!(got.json()["error"]["code"], code);
         assert!(world.taken().is_empty());
+    }
+}
+
+#[tokio::test]
+async fn a_picture_without_its_end_is_refused() {
+    let world = enforced().await;
+    let mut body = question();
+    let url = body["messages"][0]["content"][0]["image_url"]["url"].as_str().unwrap();
+    body["messages"][0]["content"][0]["image_url"]["url"] = url[..url.len() - 16].into();
+    let got = world.chat(&body).await;
+    refused(&got, "invalid_image");
+    assert!(got.body.contains("its end is missing"), "{}", got.body);
+    assert!(world.taken().is_empty());
+}
+
+#[tokio::test]
+async fn a_document_is_judged_and_sent_on_page_by_page() {
+    let pdf = BASE64_STANDARD.encode(ecso::testing::pdf(&["", "0 0 9 9 re f", "0 0 5 5 re f"]));
+    // What the media type says is no matter, not even where it is that of the pages.
+    for head in ["data:application/pdf", "data:image/png"] {
+        let world = enforced().await;
+        let mut body = question();
+        body["messages"][0]["content"][0]["image_url"] =
+            json!({"url": format!("{head};base64,{pdf}"), "detail": "low"});
+        let got = world.chat(&body).await;
+        if got.body.contains("ecso built with --features pdf reads it") {
+            return refused(&got, "invalid_image");
+        }
+        let asked = world.taken();
+        let asked: Vec<_> = asked.iter().map(|asked| String::from_utf8_lossy(&asked.body)).collect();
+        assert_eq!(asked[0].matches("\"data:image/png;base64,iVBOR").count(), 3, "{}", asked[0]);
+        assert_eq!(asked[0].matches("\"detail\":\"low\"").count(), 3, "{}", asked[0]);
+        assert!(!asked.iter().any(|asked| asked.contains(&pdf[..40])), "{asked:?}");
+        // As many as a chat may have, and no more.
+        let parts = (0..6).map(|_| body["messages"][0]["content"][0].clone());
+        body["messages"][0]["content"] = parts.collect();
+        refused(&world.chat(&body).await, "too_many_images");
     }
 }
 

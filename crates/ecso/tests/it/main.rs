@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 mod doors;
+mod foreign;
 mod hardened;
 mod method;
 mod paper;

@@ -1,0 +1,182 @@
+//! Whether the end of an image is there. Decoders make grey of what isn't. Nothing is decoded to see it.
+
+use image::ImageFormat;
+use memchr::memchr;
+
+/// Whether `bytes` go on to the end that their format has. What stands behind it is nobody's business (moving photos have a film
+/// there), and what is broken in another way than cut off, the decoder says.
+pub(super) fn is_there(bytes: &[u8], format: ImageFormat) -> bool {
+    let end = match format {
+        ImageFormat::Jpeg => jpeg(bytes),
+        ImageFormat::Png => png(bytes),
+        ImageFormat::Gif => gif(bytes),
+        ImageFormat::WebP => webp(bytes),
+        _ => Some(()),
+    };
+    end.is_some()
+}
+
+/// From marker to marker. A picture within a segment, such as a thumbnail, is passed over with it; in the data of a scan 0xFF stands
+/// only before a zero or a marker.
+fn jpeg(bytes: &[u8]) -> Option<()> {
+    let mut at = 2;
+    loop {
+        at += memchr(0xff, bytes.get(at..)?)? + 1;
+        match bytes.get(at)? {
+            0xd9 => return Some(()),
+            // It fills up, and the marker follows.
+            0xff => {}
+            // Data, or a marker that has no segment.
+            0x00 | 0x01 | 0xd0..=0xd8 => at += 1,
+            _ => at += 1 + usize::from(u16::from_be_bytes(*bytes.get(at + 1..)?.first_chunk()?)),
+        }
+    }
+}
+
+fn png(bytes: &[u8]) -> Option<()> {
+    const AROUND: usize = 12;
+    let mut rest = bytes.get(8..)?;
+    loop {
+        let length = usize::try_from(u32::from_be_bytes(*rest.first_chunk()?)).ok()?;
+        let kind = rest.get(4..8)?;
+        if !kind.iter().all(u8::is_ascii_alphabetic) {
+            return Some(());
+        }
+        rest = rest.get(length.checked_add(AROUND)?..)?;
+        if kind == b"IEND" {
+            return Some(());
+        }
+    }
+}
+
+/// From block to block. Many writers leave out the last byte, so that the end of a picture can be the end of all.
+fn gif(bytes: &[u8]) -> Option<()> {
+    fn colours(flags: u8) -> usize {
+        if flags & 0x80 == 0 { 0 } else { 6 << (flags & 7) }
+    }
+    let mut rest = bytes.get(13 + colours(*bytes.get(10)?)..)?;
+    let mut is_picture = false;
+    loop {
+        let head = match rest.first() {
+            Some(b',') => 11 + colours(*rest.get(9)?),
+            Some(b'!') => 2,
+            Some(_) => return Some(()),
+            None => return is_picture.then_some(()),
+        };
+        is_picture = head > 2;
+        rest = rest.get(head..)?;
+        while let length @ 1.. = *rest.first()? {
+            rest = rest.get(1 + usize::from(length)..)?;
+        }
+        rest = rest.get(1..)?;
+    }
+}
+
+/// By its own word about its length. Of an odd last part the byte that makes it even may be missing.
+fn webp(bytes: &[u8]) -> Option<()> {
+    let length = usize::try_from(u32::from_le_bytes(*bytes.get(4..)?.first_chunk()?)).ok()?;
+    (length.checked_add(8)? <= bytes.len() + 1).then_some(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Cursor, time::Instant};
+
+    use image::{DynamicImage, Frame, Rgb, RgbImage, codecs::gif::GifEncoder};
+
+    use super::*;
+
+    const FORMATS: [ImageFormat; 4] = [ImageFormat::Jpeg, ImageFormat::Png, ImageFormat::WebP, ImageFormat::Gif];
+
+    /// A picture with something to see, so that its data are long.
+    fn picture(side: u32) -> DynamicImage {
+        let mix = |x: u32, y: u32| x.wrapping_mul(0x9e37_79b9) ^ y.wrapping_mul(0x85eb_ca6b);
+        let colour = |x, y| Rgb(<[u8; 3]>::try_from(&mix(x, y).to_be_bytes()[..3]).unwrap());
+        RgbImage::from_fn(side, side, colour).into()
+    }
+
+    fn encode(image: &DynamicImage, format: ImageFormat) -> Vec<u8> {
+        let mut bytes = Cursor::new(Vec::new());
+        image.write_to(&mut bytes, format).unwrap();
+        bytes.into_inner()
+    }
+
+    /// Whether it is whole, with bytes behind its end as well, and without its end is not.
+    fn judged_right(bytes: &[u8], format: ImageFormat) -> bool {
+        let is_cut = |length| !is_there(&bytes[..length], format);
+        let behind = [bytes, b"\0\0\0\x18ftypmp42 a film"].concat();
+        is_there(bytes, format) && is_there(&behind, format) && (0..bytes.len() - 2).all(is_cut)
+    }
+
+    #[test]
+    fn an_image_is_whole_or_cut_wherever_it_is_cut() {
+        for format in FORMATS {
+            assert!(judged_right(&encode(&picture(40), format), format), "{format:?}");
+        }
+        let deep = encode(&DynamicImage::new_rgb16(9, 9), ImageFormat::Png);
+        assert!(judged_right(&deep, ImageFormat::Png));
+    }
+
+    #[test]
+    fn a_jpeg_may_have_pictures_within_and_behind() {
+        let jpeg = encode(&picture(40), ImageFormat::Jpeg);
+        let small = encode(&picture(8), ImageFormat::Jpeg);
+        let mut segment = vec![0xff, 0xe1];
+        segment.extend(u16::try_from(small.len() + 2).unwrap().to_be_bytes());
+        let with_thumbnail = [&jpeg[..2], &segment, &small, &jpeg[2..]].concat();
+        assert!(judged_right(&with_thumbnail, ImageFormat::Jpeg));
+        // MPO, as stereo cameras write it: one JPEG behind another. The first is the picture.
+        assert!(is_there(&[&jpeg[..], &jpeg[..jpeg.len() / 2]].concat(), ImageFormat::Jpeg));
+        // Markers that are filled up.
+        let filled = [&jpeg[..2], &[0xff, 0xff, 0xff], &jpeg[2..]].concat();
+        assert!(judged_right(&filled, ImageFormat::Jpeg));
+    }
+
+    #[test]
+    fn a_progressive_jpeg_has_many_scans() {
+        // Of a frame that is coded in three scans; what the scans say is no matter here.
+        let scan = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00 data \xff\x00 data \xff\xd0 data";
+        let table = b"\xff\xc4\x00\x05abc";
+        let frame = b"\xff\xd8\xff\xc2\x00\x0b\x08\x00\x08\x00\x08\x01\x01\x11\x00";
+        let progressive = [&frame[..], table, scan, table, scan, scan, b"\xff\xd9"].concat();
+        assert!(judged_right(&progressive, ImageFormat::Jpeg));
+    }
+
+    #[test]
+    fn a_gif_may_end_with_its_last_picture() {
+        let mut animated = Vec::new();
+        let frames = [picture(8), picture(9)].map(|frame| Frame::new(frame.into_rgba8()));
+        GifEncoder::new(&mut animated).encode_frames(frames).unwrap();
+        assert_eq!(animated.pop(), Some(b';'));
+        assert!(is_there(&animated, ImageFormat::Gif));
+        let whole: Vec<usize> =
+            (0..animated.len()).filter(|end| is_there(&animated[..*end], ImageFormat::Gif)).collect();
+        assert_eq!(whole.len(), 1, "behind the first picture, and nowhere else: {whole:?}");
+    }
+
+    #[test]
+    fn an_animated_png_ends_with_its_last_frame() {
+        let png = encode(&picture(8), ImageFormat::Png);
+        let (head, end) = png.split_at(png.len() - 12);
+        let frame = b"\0\0\0\x08fdATAAAAdatacrc.";
+        assert!(judged_right(&[head, frame, frame, end].concat(), ImageFormat::Png));
+    }
+
+    #[test]
+    fn no_image_takes_long() {
+        for format in FORMATS {
+            let mut bytes = encode(&picture(8), format);
+            // Nothing but what keeps a reader busy: markers, chunks and blocks of no length.
+            bytes.truncate(bytes.len() - if format == ImageFormat::Gif { 1 } else { 12 });
+            let busy: &[u8] = match format {
+                ImageFormat::Jpeg => b"\xff\xd0",
+                ImageFormat::Png => b"\0\0\0\0aaaacrc.",
+                _ => b"!\x01\x01a\0",
+            };
+            bytes.extend(busy.repeat((20 << 20) / busy.len()));
+            let begun = Instant::now();
+            assert!(!is_there(&bytes, format) || format == ImageFormat::WebP);
+            assert!(begun.elapsed().as_secs() < 10, "{format:?}: {:?}", begun.elapsed());
+        }
+    }
+}

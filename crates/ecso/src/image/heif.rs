@@ -1,0 +1,25 @@
+//! The container that HEIC and AVIF share: a file of boxes, with pictures, their parts and how they lie.
+
+use std::iter;
+
+use heifer::{Image, heifer_isobmff::HeifFile};
+use image::RgbaImage;
+
+use super::{Limits, foreign::Shown, over_white};
+
+/// A file whose picture has no more pixels than `limits` allow, by its own word.
+pub(super) fn open(bytes: &[u8], limits: Limits) -> Result<HeifFile<'_>, String> {
+    let file = HeifFile::parse(bytes).map_err(|error| error.to_string())?;
+    let size = file.image_size(file.primary_id).map_err(|error| error.to_string())?;
+    if let Some((width, height)) = size.filter(|(w, h)| u64::from(*w) * u64::from(*h) > limits.pixels) {
+        let limit = limits.pixels;
+        return Err(format!("it has {width} x {height} pixels; at most {limit} in all are allowed (images.pixels)"));
+    }
+    Ok(file)
+}
+
+/// The one picture of a file.
+pub(super) fn shown(image: Image<u8>) -> Result<Shown, String> {
+    let pixels = RgbaImage::from_raw(image.width, image.height, image.data).ok_or("its picture has no size")?;
+    Ok(Box::new(iter::once((over_white(&pixels), false))))
+}
