@@ -43,10 +43,17 @@ class Model(http.server.BaseHTTPRequestHandler):
         kind = "application/json"
         body = {"id": "c", "created": 1, "choices": [{"index": 0, "message": message, "finish_reason": finish}], "usage": usage}
         if asked.get("stream"):
+            # In pieces, as servers send texts and calls.
+            text, deltas = message.get("content") or "", []
+            deltas += [{"content": piece} for piece in (text[:5], text[5:]) if piece]
             for place, call in enumerate(message.get("tool_calls") or []):
-                call["index"] = place
-            pieces = [{"id": "c", "choices": [{"index": 0, "delta": message, "finish_reason": finish}]},
-                      {"id": "c", "choices": [], "usage": usage}]
+                name, arguments = call["function"]["name"], call["function"]["arguments"]
+                begun = {"index": place, "id": call["id"], "type": "function", "function": {"name": name, "arguments": ""}}
+                rest = [{"index": place, "function": {"arguments": piece}} for piece in (arguments[:4], arguments[4:])]
+                deltas += [{"tool_calls": [piece]} for piece in [begun, *rest]]
+            pieces = [{"id": "c", "choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+            pieces += [{"id": "c", "choices": [{"index": 0, "delta": {}, "finish_reason": finish}]},
+                       {"id": "c", "choices": [], "usage": usage}]
             kind, body = "text/event-stream", "".join(f"data: {json.dumps(piece)}\n\n" for piece in pieces) + "data: [DONE]\n\n"
         written = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
@@ -100,7 +107,11 @@ class Responses:
     def tools(self, stream):
         tool = {"type": "function", "name": "bake", "parameters": {"type": "object", "properties": {}}, "strict": False}
         asked = [{"role": "user", "content": [self.picture, {"type": "input_text", "text": "Bake."}]}]
-        first = self.client.responses.create(model="m", input=asked, tools=[tool], store=False)
+        if stream:
+            with self.client.responses.stream(model="m", input=asked, tools=[tool]) as events:
+                first = events.get_final_response()
+        else:
+            first = self.client.responses.create(model="m", input=asked, tools=[tool], store=False)
         (call,) = first.output
         assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", "bake", {"loaves": 2}), call
         output = {"type": "function_call_output", "call_id": call.call_id, "output": [self.picture]}

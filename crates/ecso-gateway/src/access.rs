@@ -32,9 +32,13 @@ pub(crate) struct Caller {
     pub(crate) profile: Option<String>,
 }
 
-/// The bearer token of a request.
+/// Anthropic's header for keys.
+pub(crate) const API_KEY: &str = "x-api-key";
+
+/// The key of a request: its bearer token, or where it has none, what stands in Anthropic's header.
 pub(crate) fn token(headers: &HeaderMap) -> Option<&str> {
-    let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
+    let Some(value) = headers.get(header::AUTHORIZATION) else { return headers.get(API_KEY)?.to_str().ok() };
+    let value = value.to_str().ok()?;
     let (scheme, token) = value.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
 }

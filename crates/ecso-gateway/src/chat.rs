@@ -252,7 +252,10 @@ impl Guarded {
                     self.context.state.metrics.failure(error.code);
                     let event = match &self.wire {
                         None => error.event(),
-                        Some(wire) => event(&wire.failed(&error)),
+                        Some(wire) => {
+                            let failed = wire.failed((&self.context.id, &self.request.model), &error);
+                            failed.iter().map(event).collect()
+                        }
                     };
                     return out.send(Bytes::from(event)).await;
                 }

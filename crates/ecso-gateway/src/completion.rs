@@ -307,11 +307,8 @@ impl Completion {
         let mut choice = json!({"index": index, "message": {"role": "assistant", "content": null},
             "finish_reason": "stop", "logprobs": null});
         for piece in self.choices.get(&index).into_iter().flat_map(|choice| &choice.pieces) {
-            for (name, value) in &piece.message {
-                match (&mut choice["message"][name], value) {
-                    (Value::String(text), Value::String(more)) if name == "content" => text.push_str(more),
-                    (known, value) => *known = value.clone(),
-                }
+            if let Value::Object(message) = &mut choice["message"] {
+                grow(message, &piece.message);
             }
             if let Some(finish) = piece.finish {
                 choice["finish_reason"] = finish.into();
@@ -344,6 +341,37 @@ impl Completion {
     /// Figures that stand beside the choices.
     pub(crate) fn figures(&self) -> impl Iterator<Item = (&String, &Value)> {
         self.frame.iter().filter(|(name, _)| *name != "created")
+    }
+}
+
+/// Puts a piece of a message behind what came before it: texts and lists go on, and so does each tool call, by its index.
+fn grow(message: &mut Map<String, Value>, piece: &Map<String, Value>) {
+    for (name, more) in piece {
+        match (message.get_mut(name), more) {
+            (Some(known), Value::Null) if !known.is_null() => {}
+            (Some(Value::String(text)), Value::String(more))
+                if !matches!(name.as_str(), "role" | "id" | "type" | "name") =>
+            {
+                text.push_str(more);
+            }
+            (Some(Value::Array(calls)), Value::Array(more)) if name == "tool_calls" => {
+                for call in more {
+                    let known =
+                        calls.iter_mut().find(|known| !call["index"].is_null() && known["index"] == call["index"]);
+                    match (known.and_then(Value::as_object_mut), call) {
+                        (Some(known), Value::Object(call)) => grow(known, call),
+                        _ => calls.push(call.clone()),
+                    }
+                }
+            }
+            (Some(Value::Array(list)), Value::Array(more)) => list.extend(more.iter().cloned()),
+            (Some(Value::Object(known)), Value::Object(more)) => grow(known, more),
+            // Some servers send an empty id with all pieces but the first.
+            (Some(Value::String(known)), Value::String(more)) if more.is_empty() && !known.is_empty() => {}
+            _ => {
+                message.insert(name.clone(), more.clone());
+            }
+        }
     }
 }
 

@@ -255,6 +255,7 @@ async fn in_time<T>(
 fn own_key_removed(settings: &Settings, mut headers: HeaderMap) -> HeaderMap {
     if !settings.keys.is_empty() {
         headers.remove(header::AUTHORIZATION);
+        headers.remove(access::API_KEY);
     }
     headers
 }

@@ -15,6 +15,7 @@ use crate::{
     forms::{Form, Odd, Reader, fields_of},
     json,
     settings::Limits,
+    wire::SHOWN,
 };
 
 /// A body of which every field is known. Its images may still be elsewhere.
@@ -496,7 +497,15 @@ fn turns(messages: &[Map<String, Value>], images: Vec<Image>) -> Result<Vec<Turn
     let mut images = images.into_iter();
     for message in messages {
         let (mut parts, called) = (parts(message.get("content"), &mut images)?, calls(message));
+        let is_shown = matches!(parts.first(), Some(Part::Text(text)) if text == SHOWN);
         let role = match message.get("role").and_then(Value::as_str) {
+            // What a tool shows belongs to the question that it serves, as what it says does.
+            Some("user") if is_shown && turns.iter().any(|turn| turn.role == Role::User) => {
+                if let Some(question) = turns.iter_mut().rev().find(|turn| turn.role == Role::User) {
+                    question.parts.extend(parts);
+                }
+                continue;
+            }
             Some(role @ ("system" | "developer" | "user")) => {
                 // Only assistants call tools, but a template may show whatever stands there.
                 parts.extend(called.into_iter().map(Part::Text));

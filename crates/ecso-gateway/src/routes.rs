@@ -31,7 +31,6 @@ const HARMLESS: &[(&str, &str)] = &[
     ("OPTIONS", "/v1/chat/completions"),
     ("OPTIONS", "/v1/messages"),
     ("OPTIONS", "/v1/responses"),
-    ("POST", "/v1/messages/count_tokens"),
 ];
 
 const VECTORS: &[&str] = &["/v1/embeddings", "/v1/rerank", "/v1/score"];

@@ -26,7 +26,7 @@ use utoipa_axum::{
 };
 
 use crate::{
-    access::Admission,
+    access::{API_KEY, Admission},
     audit::Audit,
     chat,
     context::{self, RequestContext, is_plain},
@@ -269,14 +269,7 @@ async fn completion(gateway: &Gateway, mut context: RequestContext, body: Body) 
     ApiErrors,
     (status = "default", description = "What the server behind the guard says"),
 ))]
-async fn messages(State(gateway): State<Arc<Gateway>>, mut request: axum::extract::Request) -> Response {
-    // Where this format has its key, others have none.
-    let headers = request.headers_mut();
-    if let Some(key) = headers.remove("x-api-key").filter(|_| !headers.contains_key(header::AUTHORIZATION))
-        && let Ok(key) = HeaderValue::try_from([b"Bearer ", key.as_bytes()].concat())
-    {
-        headers.insert(header::AUTHORIZATION, key);
-    }
+async fn messages(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
     translated(&gateway, "messages", Format::Messages, request).await
 }
 
@@ -322,10 +315,16 @@ async fn translation(
     body: Body,
 ) -> Result<Response, ApiError> {
     let state = Arc::clone(&context.state);
+    is_plain(&context.headers)?;
     context.guarded();
     context.as_json();
+    // Where Messages have their key, chats have none.
+    if let Some(key) = context.headers.remove(API_KEY).filter(|_| !context.headers.contains_key(header::AUTHORIZATION))
+        && let Ok(key) = HeaderValue::try_from([b"Bearer ", key.as_bytes()].concat())
+    {
+        context.headers.insert(header::AUTHORIZATION, key);
+    }
     let body = context.read(body).await?;
-    is_plain(&context.headers)?;
     let value = strict::read(&body);
     drop(body);
     context.mode = context.caller.mode(&state.settings, request::model(&value), &context.headers)?;

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Answer, Fields, Wire, invalid, unsupported};
+use super::{Answer, Call, Fields, SHOWN, Wire, invalid, unsupported};
 use crate::error::ApiError;
 
 /// How answers to a request are written.
@@ -53,7 +53,15 @@ pub(super) fn read(body: Value) -> Result<(Value, Messages), ApiError> {
     let thinking = fields.take("thinking");
     let thinks = thinking.is_some_and(|thinking| thinking["type"] == "enabled" || thinking["type"] == "adaptive");
     // Who asks, for what price, and what the server may forget: nothing that the model sees.
-    fields.without(&["metadata", "service_tier", "cache_control", "speed", "inference_geo", "context_management"]);
+    fields.without(&[
+        "metadata",
+        "service_tier",
+        "cache_control",
+        "speed",
+        "inference_geo",
+        "context_management",
+        "diagnostics",
+    ]);
     fields.end()?;
     Ok((chat.into(), Messages { thinks }))
 }
@@ -73,10 +81,7 @@ fn texts(content: Value, path: &str) -> Result<Value, ApiError> {
 
 fn text(mut block: Fields) -> Result<Value, ApiError> {
     let text = block.needed("text")?;
-    block.without(&["cache_control"]);
-    if block.take("citations").is_some_and(|citations| citations != json!([])) {
-        return Err(unsupported(&block.path, "citations"));
-    }
+    block.without(&["cache_control", "citations"]);
     block.end()?;
     Ok(json!({"type": "text", "text": text}))
 }
@@ -99,8 +104,15 @@ fn turn(mut turn: Fields, messages: &mut Vec<Value>) -> Result<(), ApiError> {
         said.add(Fields::of(block, format!("{path}.{place}"))?, &role)?;
     }
     messages.append(&mut said.results);
+    if !said.shown.is_empty() {
+        let label = json!({"type": "text", "text": SHOWN});
+        said.parts.splice(0..0, [label].into_iter().chain(said.shown));
+    }
     if !said.parts.is_empty() || !said.calls.is_empty() {
         let mut message = json!({"role": role, "content": said.parts});
+        if said.parts.is_empty() {
+            message["content"] = Value::Null;
+        }
         if !said.calls.is_empty() {
             message["tool_calls"] = said.calls.into();
         }
@@ -116,6 +128,8 @@ struct Said {
     calls: Vec<Value>,
     /// Messages of tools.
     results: Vec<Value>,
+    /// Images that tools gave back.
+    shown: Vec<Value>,
 }
 
 impl Said {
@@ -168,10 +182,7 @@ impl Said {
             texts.push(json!({"type": "text", "text": ""}));
         }
         self.results.push(json!({"role": "tool", "tool_call_id": id, "content": texts}));
-        if !images.is_empty() {
-            self.parts.push(json!({"type": "text", "text": "What the tool shows:"}));
-            self.parts.append(&mut images);
-        }
+        self.shown.append(&mut images);
         Ok(())
     }
 }
@@ -323,8 +334,9 @@ impl Messages {
         if !text.is_empty() {
             content.push(json!({"type": "text", "text": text, "citations": null}));
         }
-        content.extend(answer.calls().map(|(id, name, arguments)| {
-            let input = serde_json::from_str(arguments).unwrap_or_else(|_| json!({"arguments": arguments}));
+        content.extend(answer.calls().into_iter().map(|Call { id, name, arguments }| {
+            let input = serde_json::from_str(&arguments).ok().filter(Value::is_object);
+            let input = input.unwrap_or_else(|| json!({"arguments": arguments}));
             json!({"type": "tool_use", "id": id, "name": name, "input": input})
         }));
         content
@@ -335,7 +347,7 @@ impl Messages {
         let reason = match answer.finish {
             _ if answer.refused => "refusal",
             "length" => "max_tokens",
-            "tool_calls" | "function_call" => "tool_use",
+            "tool_calls" | "function_call" if !answer.calls().is_empty() => "tool_use",
             "content_filter" => "refusal",
             _ => "end_turn",
         };
@@ -398,7 +410,7 @@ impl Wire for Messages {
         events
     }
 
-    fn failed(&self, error: &ApiError) -> Value {
-        failure(error)
+    fn failed(&self, _: (&str, &str), error: &ApiError) -> Vec<Value> {
+        vec![failure(error)]
     }
 }

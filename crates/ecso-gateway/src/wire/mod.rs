@@ -9,6 +9,9 @@ use serde_json::{Map, Value, json};
 
 use crate::{error::ApiError, json as strict};
 
+/// What stands before images that a tool gave back: in a chat they are the user's, and belong to the question before them.
+pub(crate) const SHOWN: &str = "What the tool shows:";
+
 /// A format of requests and answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Format {
@@ -26,8 +29,10 @@ impl Format {
             Self::Responses => responses::read(body).map(|(chat, wire)| (chat, Box::new(wire) as _))?,
         };
         // These formats always tell it.
-        if chat["stream"] == true {
-            chat["stream_options"] = json!({"include_usage": true});
+        match &chat["stream"] {
+            Value::Bool(true) => chat["stream_options"] = json!({"include_usage": true}),
+            Value::Bool(false) | Value::Null => {}
+            _ => return Err(invalid("stream", "it is true or false")),
         }
         Ok((chat, wire))
     }
@@ -49,8 +54,8 @@ pub(crate) trait Wire: Send + Sync {
     /// The same as the events of a stream: all that clients of the format wait for, whatever the upstream sent.
     fn events(&self, answer: &Answer<'_>) -> Vec<Value>;
 
-    /// A failure after a stream has begun.
-    fn failed(&self, error: &ApiError) -> Value;
+    /// A failure of a stream that has said nothing yet: what its clients wait for in this place.
+    fn failed(&self, request: (&str, &str), error: &ApiError) -> Vec<Value>;
 }
 
 /// A judged answer to a chat, as it is to go out.
@@ -75,6 +80,14 @@ pub(crate) struct Answer<'a> {
     pub(crate) verdict: (ecso::Verdict, Option<f64>),
 }
 
+/// A tool that is called.
+pub(crate) struct Call {
+    id: String,
+    name: String,
+    /// As JSON text; of a tool that takes any text that text.
+    arguments: String,
+}
+
 impl Answer<'_> {
     /// Its text; a refusal is one too.
     fn text(&self) -> String {
@@ -88,13 +101,28 @@ impl Answer<'_> {
         places.find_map(|name| self.message.get(name)?.as_str()).unwrap_or_default()
     }
 
-    /// The tools that it calls: id, name, and arguments as JSON text.
-    fn calls(&self) -> impl Iterator<Item = (&str, &str, &str)> {
+    /// The tools that it calls.
+    fn calls(&self) -> Vec<Call> {
         let calls = self.message.get("tool_calls").and_then(Value::as_array).into_iter().flatten();
-        calls.filter_map(|call| {
-            let (id, called) = (call["id"].as_str()?, &call["function"]);
-            Some((id, called["name"].as_str()?, called["arguments"].as_str().unwrap_or("{}")))
-        })
+        let old = self.message.get("function_call").filter(|call| call.is_object());
+        let framed = calls.map(|call| {
+            let called = if call["custom"].is_object() { &call["custom"] } else { &call["function"] };
+            (call["id"].as_str().unwrap_or_default(), called)
+        });
+        let all = framed.chain(old.map(|call| ("", call))).enumerate();
+        let call = |(place, (id, called)): (usize, (&str, &Value))| {
+            let arguments = match called.get("arguments").or_else(|| called.get("input")) {
+                Some(Value::String(text)) if text.trim().is_empty() => "{}".to_owned(),
+                Some(Value::String(text)) => text.clone(),
+                None | Some(Value::Null) => "{}".to_owned(),
+                Some(arguments) => arguments.to_string(),
+            };
+            // Behind the mark a seal follows, which these formats have no place for.
+            let id = id.split("__thought__").next().unwrap_or_default();
+            let id = if id.is_empty() { format!("call_{}_{place}", self.id) } else { id.to_owned() };
+            Some(Call { id, name: called["name"].as_str()?.to_owned(), arguments })
+        };
+        all.filter_map(call).collect()
     }
 
     /// Tokens of the prompt and of the reply, and how many of the former lay in a cache; 0 where nobody tells.

@@ -3,7 +3,7 @@
 use ecso::Verdict;
 use serde_json::{Map, Value, json};
 
-use super::{Answer, Fields, Wire, invalid, unsupported};
+use super::{Answer, Call, Fields, SHOWN, Wire, invalid, unsupported};
 use crate::error::ApiError;
 
 /// What an answer says again of its request.
@@ -20,6 +20,9 @@ const ECHOED: [&str; 10] = [
     "top_p",
 ];
 
+/// Bytes of JSON that a field may have to be said again.
+const LONGEST_ECHO: usize = 4096;
+
 /// Fields by which a server would take a conversation from where nobody here sees it.
 const ELSEWHERE: [&str; 3] = ["previous_response_id", "conversation", "prompt"];
 
@@ -35,8 +38,10 @@ pub(super) struct Responses {
 /// The chat that a request asks for.
 pub(super) fn read(body: Value) -> Result<(Value, Responses), ApiError> {
     let mut fields = Fields::of(body, "")?;
-    let echoed = ECHOED.iter().filter_map(|name| Some(((*name).to_owned(), fields.left.get(*name)?.clone())));
-    let echoed = echoed.collect();
+    // Each answer says them three times: only what is short.
+    let is_short = |value: &&Value| value.to_string().len() <= LONGEST_ECHO;
+    let echoed = |name: &&str| Some(((*name).to_owned(), fields.left.get(*name).filter(is_short)?.clone()));
+    let echoed = ECHOED.iter().filter_map(echoed).collect();
     for name in ELSEWHERE {
         if fields.take(name).is_some() {
             return Err(elsewhere(name));
@@ -63,9 +68,11 @@ pub(super) fn read(body: Value) -> Result<(Value, Responses), ApiError> {
     }
     match fields.take("input") {
         Some(Value::Array(items)) => {
+            let mut shown = Vec::new();
             for (place, item) in items.into_iter().enumerate() {
-                self::item(Fields::of(item, format!("input.{place}"))?, &mut messages)?;
+                self::item(Fields::of(item, format!("input.{place}"))?, &mut messages, &mut shown)?;
             }
+            messages.extend(of_tools(&mut shown));
         }
         Some(text @ Value::String(_)) => messages.push(json!({"role": "user", "content": text})),
         _ => return Err(invalid("input", "it must be a text or a list of items")),
@@ -100,7 +107,7 @@ pub(super) fn read(body: Value) -> Result<(Value, Responses), ApiError> {
     if let Some(reasoning) = fields.take("reasoning") {
         let mut reasoning = Fields::of(reasoning, "reasoning")?;
         reasoning.moves("effort", &mut chat, "reasoning_effort");
-        reasoning.without(&["summary", "generate_summary"]);
+        reasoning.without(&["summary", "generate_summary", "context"]);
         reasoning.end()?;
     }
     let moderation = match fields.take("moderation") {
@@ -130,6 +137,9 @@ pub(super) fn read(body: Value) -> Result<(Value, Responses), ApiError> {
         "truncation",
         "include",
         "max_tool_calls",
+        "top_logprobs",
+        "prompt_cache_options",
+        "context_management",
         "client_metadata",
         "background",
     ]);
@@ -145,9 +155,13 @@ fn elsewhere(name: &str) -> ApiError {
 }
 
 /// Adds an item. The results of tools are messages of their own in a chat, and their images are the user's.
-fn item(mut item: Fields, messages: &mut Vec<Value>) -> Result<(), ApiError> {
+fn item(mut item: Fields, messages: &mut Vec<Value>, shown: &mut Vec<Value>) -> Result<(), ApiError> {
     let kind = item.text("type")?.unwrap_or_else(|| "message".into());
-    item.without(&["id", "status", "phase"]);
+    item.without(&["id", "status", "phase", "end_turn"]);
+    // The results of calls that were made together stand together.
+    if !kind.ends_with("_output") {
+        messages.extend(of_tools(shown));
+    }
     match kind.as_str() {
         "message" => {
             let role = item.needed("role")?;
@@ -156,6 +170,10 @@ fn item(mut item: Fields, messages: &mut Vec<Value>) -> Result<(), ApiError> {
             }
             let content = item.take("content").ok_or_else(|| invalid(&item.at("content"), "it is missing"))?;
             let content = parts(content, &item.at("content"))?;
+            let has_image = |part: &Value| part["type"] == "image_url";
+            if role != "user" && content.as_array().is_some_and(|parts| parts.iter().any(has_image)) {
+                return Err(unsupported(&item.at("content"), "input_image"));
+            }
             let role = if role == "developer" { "system" } else { &role };
             messages.push(json!({"role": role, "content": content}));
         }
@@ -184,11 +202,7 @@ fn item(mut item: Fields, messages: &mut Vec<Value>) -> Result<(), ApiError> {
             };
             let texts = if texts.is_empty() { vec![json!({"type": "text", "text": ""})] } else { texts };
             messages.push(json!({"role": "tool", "tool_call_id": id, "content": texts}));
-            if !images.is_empty() {
-                let shown = json!({"type": "text", "text": "What the tool shows:"});
-                let content: Vec<Value> = [shown].into_iter().chain(images).collect();
-                messages.push(json!({"role": "user", "content": content}));
-            }
+            shown.extend(images);
         }
         // A model gets its own thoughts from no chat.
         "reasoning" => return Ok(()),
@@ -196,6 +210,13 @@ fn item(mut item: Fields, messages: &mut Vec<Value>) -> Result<(), ApiError> {
         other => return Err(unsupported(&item.path, other)),
     }
     item.end()
+}
+
+/// The images that tools gave back, as the user's.
+fn of_tools(shown: &mut Vec<Value>) -> Option<Value> {
+    let label = json!({"type": "text", "text": SHOWN});
+    let content: Vec<Value> = [label].into_iter().chain(shown.drain(..)).collect();
+    (content.len() > 1).then(|| json!({"role": "user", "content": content}))
 }
 
 fn parts(content: Value, path: &str) -> Result<Value, ApiError> {
@@ -297,24 +318,23 @@ impl Responses {
             output.push(json!({"type": "message", "id": format!("msg_{}", answer.id), "role": "assistant", "status": "completed",
                 "content": [part]}));
         }
-        for (place, (id, name, arguments)) in answer.calls().enumerate() {
+        for (place, Call { id, name, arguments }) in answer.calls().into_iter().enumerate() {
             let own = format!("fc_{}_{place}", answer.id);
-            let input = serde_json::from_str::<Value>(arguments).ok();
-            output.push(match input.as_ref().and_then(|input| input["input"].as_str()) {
-                Some(input) if self.custom.iter().any(|custom| custom == name) => {
-                    json!({"type": "custom_tool_call", "id": own, "call_id": id, "name": name, "input": input})
-                }
-                _ => json!({"type": "function_call", "id": own, "call_id": id, "name": name, "arguments": arguments,
-                    "status": "completed"}),
+            output.push(if self.custom.contains(&name) {
+                let read = serde_json::from_str::<Value>(&arguments).ok();
+                let input = read.as_ref().and_then(|read| read["input"].as_str()).unwrap_or(&arguments);
+                json!({"type": "custom_tool_call", "id": own, "call_id": id, "name": name, "input": input})
+            } else {
+                json!({"type": "function_call", "id": own, "call_id": id, "name": name, "arguments": arguments,
+                    "status": "completed"})
             });
         }
         output
     }
 
-    fn frame(&self, answer: &Answer<'_>, status: &str) -> Value {
+    fn frame(&self, id: &str, model: &str, created: u64, status: &str) -> Value {
         let mut frame = json!({
-            "id": format!("resp_{}", answer.id), "object": "response", "created_at": answer.created, "status": status,
-            "model": answer.model, "output": [], "error": null, "incomplete_details": null, "store": false,
+            "id": format!("resp_{id}"), "object": "response", "created_at": created, "status": status, "model": model, "output": [], "error": null, "incomplete_details": null, "store": false,
             "parallel_tool_calls": true, "tool_choice": "auto", "tools": [], "metadata": {}, "instructions": null,
             "temperature": null, "top_p": null, "previous_response_id": null,
         });
@@ -330,22 +350,34 @@ impl Responses {
             "content_filter" => Some("content_filter"),
             _ => None,
         };
-        let mut response = self.frame(answer, if reason.is_some() { "incomplete" } else { "completed" });
+        let mut response = self.frame(
+            answer.id,
+            answer.model,
+            answer.created,
+            if reason.is_some() { "incomplete" } else { "completed" },
+        );
         response["incomplete_details"] = reason.map_or(Value::Null, |reason| json!({"reason": reason}));
         response["output"] = self.output(answer).into();
         let [prompt, reply, cached] = answer.tokens();
         response["usage"] = json!({
-            "input_tokens": prompt, "output_tokens": reply, "total_tokens": prompt + reply,
+            "input_tokens": prompt, "output_tokens": reply, "total_tokens": prompt.saturating_add(reply),
             "input_tokens_details": {"cached_tokens": cached}, "output_tokens_details": {"reasoning_tokens": 0},
         });
         if self.moderation {
-            let (verdict, score) = answer.verdict;
-            let result = json!({
-                "type": "moderation_result", "model": "ecso", "flagged": verdict == Verdict::Unsafe,
-                "categories": {"harmful": verdict == Verdict::Unsafe}, "category_scores": {"harmful": score},
-                "category_applied_input_types": {"harmful": ["text", "image"]},
-            });
-            response["moderation"] = json!({"input": null, "output": result});
+            let told = |code: &str, message: &str| json!({"type": "error", "code": code, "message": message});
+            let output = match answer.verdict {
+                (Verdict::Unchecked, _) => told("unchecked", "nobody judged this answer"),
+                (verdict, score) => {
+                    let is_harm = verdict == Verdict::Unsafe;
+                    let score = score.unwrap_or(if is_harm { 1.0 } else { 0.0 });
+                    json!({
+                        "type": "moderation_result", "model": "ecso", "flagged": is_harm, "categories": {"harmful": is_harm},
+                        "category_scores": {"harmful": score}, "category_applied_input_types": {"harmful": ["text", "image"]},
+                    })
+                }
+            };
+            let input = told("not_apart", "request and answer are judged together: see output");
+            response["moderation"] = json!({"input": input, "output": output});
         }
         if let Some(found) = &answer.found {
             response["ecso"] = found.clone();
@@ -360,7 +392,7 @@ impl Wire for Responses {
     }
 
     fn events(&self, answer: &Answer<'_>) -> Vec<Value> {
-        let begun = self.frame(answer, "in_progress");
+        let begun = self.frame(answer.id, answer.model, answer.created, "in_progress");
         let mut events = vec![
             json!({"type": "response.created", "response": begun}),
             json!({"type": "response.in_progress", "response": begun}),
@@ -377,8 +409,14 @@ impl Wire for Responses {
         events
     }
 
-    fn failed(&self, error: &ApiError) -> Value {
-        json!({"type": "error", "code": error.code, "message": error.message, "param": error.param, "sequence_number": 0})
+    fn failed(&self, (id, model): (&str, &str), error: &ApiError) -> Vec<Value> {
+        let begun = self.frame(id, model, 0, "in_progress");
+        let mut failed = self.frame(id, model, 0, "failed");
+        failed["error"] = json!({"code": "server_error", "message": format!("{} ({})", error.message, error.code)});
+        vec![
+            json!({"type": "response.created", "response": begun, "sequence_number": 0}),
+            json!({"type": "response.failed", "response": failed, "sequence_number": 1}),
+        ]
     }
 }
 

@@ -24,10 +24,35 @@ fn speaks(sent: &Value) -> Response<Body> {
     };
     if sent["stream"] == true {
         let usage = json!({"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9});
-        return streamed(&[
-            json!({"id": "c", "choices": [{"index": 0, "delta": message, "finish_reason": finish}]}).to_string(),
-            json!({"id": "c", "choices": [], "usage": usage}).to_string(),
-        ]);
+        // Calls, texts and thoughts come in pieces.
+        let deltas = if finish == "tool_calls" {
+            let piece = |call: Value| json!({"tool_calls": [call]});
+            vec![
+                piece(
+                    json!({"index": 0, "id": "call_1", "type": "function", "function": {"name": "bake", "arguments": ""}}),
+                ),
+                piece(json!({"index": 0, "function": {"arguments": "{\"loaves\""}})),
+                piece(json!({"index": 0, "id": "", "function": {"arguments": ":2}"}})),
+                piece(
+                    json!({"index": 1, "id": "call_2", "type": "function", "function": {"name": "rest", "arguments": ""}}),
+                ),
+            ]
+        } else {
+            let (first, last) = message["content"].as_str().unwrap().split_at(2);
+            vec![
+                json!({"reasoning_content": "Hm"}),
+                json!({"reasoning_content": "m."}),
+                json!({"content": first}),
+                json!({"content": last}),
+            ]
+        };
+        let choice = |delta: Value, finish: Value| {
+            json!({"id": "c", "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}).to_string()
+        };
+        let mut events: Vec<String> = deltas.into_iter().map(|delta| choice(delta, Value::Null)).collect();
+        events.push(choice(json!({}), finish.into()));
+        events.push(json!({"id": "c", "choices": [], "usage": usage}).to_string());
+        return streamed(&events);
     }
     said(&message, &json!({"choices": [{"finish_reason": finish}]}))
 }
@@ -95,8 +120,12 @@ fn text(path: &str, got: &Got) -> (String, String) {
             for (number, event) in events.iter().enumerate() {
                 assert_eq!(event["sequence_number"], number);
             }
-            let kind = events.iter().find_map(|event| event["part"]["type"].as_str()).unwrap_or_default().to_owned();
-            (join(events.iter().map(|event| event["delta"].clone()).collect()), kind)
+            let parts = || events.iter().filter_map(|event| event["part"]["type"].as_str());
+            let kind = parts().find(|kind| *kind != "reasoning_text").unwrap_or_default().to_owned();
+            let is_said = |event: &&Value| {
+                event["type"] == "response.output_text.delta" || event["type"] == "response.refusal.delta"
+            };
+            (join(events.iter().filter(is_said).map(|event| event["delta"].clone()).collect()), kind)
         }
     }
 }
@@ -119,7 +148,8 @@ async fn answers_go_out_as_they_are_or_in_another_s_place_or_not_at_all() {
             let got = send(&safe, path, ask("judge-500")).await;
             assert!(!got.leaks() && !got.body.contains("Bread"), "{}", got.body);
             if stream {
-                assert_eq!(events(&got).last().unwrap()["type"], "error", "{}", got.body);
+                let last = if path == MESSAGES { "error" } else { "response.failed" };
+                assert_eq!(events(&got).last().unwrap()["type"], last, "{}", got.body);
             } else {
                 assert!(got.status.is_server_error(), "{}", got.status);
                 assert!(got.json()["error"]["message"].is_string(), "{}", got.body);
@@ -160,6 +190,12 @@ async fn streams_have_all_events_that_clients_wait_for() {
             "response.in_progress",
             "response.output_item.added",
             "response.content_part.added",
+            "response.reasoning_text.delta",
+            "response.reasoning_text.done",
+            "response.content_part.done",
+            "response.output_item.done",
+            "response.output_item.added",
+            "response.content_part.added",
             "response.output_text.delta",
             "response.output_text.done",
             "response.content_part.done",
@@ -190,6 +226,15 @@ async fn tools_are_called_and_their_results_are_read() {
             {"type": "custom", "name": "knead", "description": "Kneads."}]});
         let got = send(&world, RESPONSES, asked(RESPONSES, "Bake it.", stream, &tools)).await;
         assert!(got.body.contains("function_call") && got.body.contains(r#"{\"loaves\":2}"#), "{}", got.body);
+        // Of two calls in pieces both are whole.
+        if stream {
+            let output = &events(&got).pop().unwrap()["response"]["output"];
+            assert_eq!(
+                (&output[0]["arguments"], &output[1]["arguments"]),
+                (&json!("{\"loaves\":2}"), &json!("{}")),
+                "{output}"
+            );
+        }
         world.taken();
     }
     // A picture in what a tool gave back is the user's, and is judged.
@@ -202,6 +247,13 @@ async fn tools_are_called_and_their_results_are_read() {
     let got = send(&world, MESSAGES, body.to_string()).await;
     assert_eq!((got.status.as_u16(), got.leaks()), (200, false), "{}", got.body);
     assert_eq!(got.headers["x-ecso-verdict"], "unsafe");
+    // The judge reads the user's own question.
+    let judged = world.taken().into_iter().map(|reached| String::from_utf8_lossy(&reached.body).into_owned());
+    assert!(
+        judged
+            .filter(|body| body.contains("harmful, unsafe and unethical"))
+            .all(|body| body.contains("What do you see?"))
+    );
     let body = json!({"model": "m", "input": [{"role": "user", "content": "What do you see? do harm"},
         {"type": "reasoning", "id": "rs_1", "summary": []},
         {"type": "function_call", "call_id": "c1", "name": "look", "arguments": "{}"},
@@ -295,6 +347,12 @@ async fn what_nobody_can_see_is_refused() {
             input(json!([{"type": "item_reference", "id": "msg_1"}, {"role": "user", "content": "do harm"}])),
         ),
         ("a file's id", part(json!({"type": "input_image", "file_id": "f"}))),
+        (
+            "a picture of the model",
+            input(
+                json!([{"role": "assistant", "content": [{"type": "input_image", "image_url": PICTURE}]}, {"role": "user", "content": "do harm"}]),
+            ),
+        ),
         ("a file", part(json!({"type": "input_file", "file_data": PICTURE}))),
         ("a recording", part(json!({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}))),
         (
@@ -349,6 +407,7 @@ async fn keys_and_other_routes_are_those_of_every_format() {
         ("GET", "/v1/responses/resp_1"),
         ("POST", "/v1/responses/"),
         ("POST", "/v1/messages/batches"),
+        ("POST", "/v1/messages/count_tokens"),
         ("GET", MESSAGES),
     ] {
         let got = world.send(method, path, &[("authorization", &bearer)], body.clone()).await;
