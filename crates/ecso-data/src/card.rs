@@ -49,7 +49,8 @@ pub(crate) fn card(manifest: &Manifest) -> String {
     line(format_args!(
         "Unlabelled pairs of image and query went through *Eyes Closed, Safety On* (arXiv 2403.09572): where the model called its own \
          direct answer harmful, the image was turned into text and the query answered again from that text alone. No human looked \
-         at a row.\n\n**It holds harmful requests, and in the column `rejected` harmful answers.** Use it to make models safer.\n"
+         at a row.\n\n**It holds harmful requests, and in the columns `rejected` and `rejected_response` harmful answers.** Use it to make \
+         models safer.\n"
     ));
     line(format_args!("| split | safety | utility |\n| --- | --- | --- |"));
     for split in splits {
