@@ -104,7 +104,7 @@ pub enum ImageError {
     #[error("this is not an image that can be read: JPEG, PNG, WebP and GIF are")]
     NotAnImage,
     /// Its end is missing, and [`Limits::truncated`] refuses that.
-    #[error("the {format} image is broken: its end is missing (images.truncated = \"accept\" takes it as it is)")]
+    #[error("the {format} is broken: its end is missing (images.truncated = \"accept\" takes it as it is)")]
     Truncated {
         /// The format its first bytes claim.
         format: &'static str,
@@ -230,11 +230,7 @@ impl Image {
             return Err(ImageError::NotAnImage);
         }
         if !ending::is_there(&bytes, format) {
-            let (format, bytes) = (name(format)?, bytes.len());
-            match limits.truncated {
-                Truncated::Refuse => return Err(ImageError::Truncated { format }),
-                Truncated::Accept => tracing::warn!(format, bytes, "an image was taken though its end is missing"),
-            }
+            without_end(name(format)?, bytes.len(), limits)?;
         }
         let (width, height) = ImageReader::with_format(Cursor::new(&bytes), format)
             .into_decoder()
@@ -324,6 +320,15 @@ impl Image {
             Source::Bytes { bytes, format, limits, .. } => decode(bytes, *format, *limits).map(drop),
         }
     }
+}
+
+/// What becomes of an image or a document whose end is missing.
+fn without_end(format: &'static str, bytes: usize, limits: Limits) -> Result<(), ImageError> {
+    match limits.truncated {
+        Truncated::Refuse => return Err(ImageError::Truncated { format }),
+        Truncated::Accept => tracing::warn!(format, bytes, "an image was taken though its end is missing"),
+    }
+    Ok(())
 }
 
 fn decode(bytes: &[u8], format: ImageFormat, limits: Limits) -> Result<RgbImage, ImageError> {

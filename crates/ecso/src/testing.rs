@@ -61,27 +61,27 @@ impl Mllm for Scripted {
 /// A PDF of small pages, each with what its content stream draws: `BT /F 12 Tf 10 20 Td (Bread) Tj ET` writes a word.
 #[must_use]
 pub fn pdf(pages: &[&str]) -> Vec<u8> {
-    let kids: String = (0..pages.len()).map(|page| format!("{} 0 R ", 4 + 2 * page)).collect();
+    let numbers: Vec<String> = (0..pages.len()).map(|page| format!("{} 0 R", 4 + 2 * page)).collect();
+    let (count, kids) = (pages.len(), numbers.join(" "));
     let mut objects = vec![
         "<</Type/Catalog/Pages 2 0 R>>".to_owned(),
-        format!(
-            "<</Type/Pages/Count {}/Kids[{kids}]/MediaBox[0 0 72 36]/Resources<</Font<</F 3 0 R>>>>>>",
-            pages.len()
-        ),
+        format!("<</Type/Pages/Count {count}/Kids[{kids}]/MediaBox[0 0 72 36]/Resources<</Font<</F 3 0 R>>>>>>"),
         "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>".to_owned(),
     ];
     for content in pages {
         objects.push(format!("<</Type/Page/Parent 2 0 R/Contents {} 0 R>>", objects.len() + 2));
         objects.push(format!("<</Length {}>>stream\n{content}\nendstream", content.len()));
     }
-    let mut pdf = "%PDF-1.4\n".to_owned();
-    let mut places = String::new();
+    let mut parts = vec!["%PDF-1.4\n".to_owned()];
+    let mut places = vec!["0000000000 65535 f \n".to_owned()];
+    let mut length = parts[0].len();
     for (number, object) in (1..).zip(&objects) {
-        places.push_str(&format!("{:010} 00000 n \n", pdf.len()));
-        pdf.push_str(&format!("{number} 0 obj\n{object}\nendobj\n"));
+        places.push(format!("{length:010} 00000 n \n"));
+        let part = format!("{number} 0 obj\n{object}\nendobj\n");
+        length += part.len();
+        parts.push(part);
     }
-    let (count, place) = (objects.len() + 1, pdf.len());
-    pdf.push_str(&format!("xref\n0 {count}\n0000000000 65535 f \n{places}trailer\n<</Size {count}/Root 1 0 R>>\n"));
-    pdf.push_str(&format!("startxref\n{place}\n%%EOF\n"));
-    pdf.into_bytes()
+    let (count, table) = (places.len(), places.concat());
+    parts.push(format!("xref\n0 {count}\n{table}trailer\n<</Size {count}/Root 1 0 R>>\nstartxref\n{length}\n%%EOF\n"));
+    parts.concat().into_bytes()
 }

@@ -1,7 +1,7 @@
 //! Whether the end of an image is there. Decoders make grey of what isn't. Nothing is decoded to see it.
 
 use image::ImageFormat;
-use memchr::memchr;
+use memchr::{memchr, memmem};
 
 /// Whether `bytes` go on to the end that their format has. What stands behind it is nobody's business (moving photos have a film
 /// there), and what is broken in another way than cut off, the decoder says.
@@ -14,6 +14,12 @@ pub(super) fn is_there(bytes: &[u8], format: ImageFormat) -> bool {
         _ => Some(()),
     };
     end.is_some()
+}
+
+/// Whether a PDF has its end, where readers look for it. Decoders show what pages there are of one without.
+pub(super) fn is_there_of_pdf(bytes: &[u8]) -> bool {
+    const TAIL: usize = 1024;
+    memmem::find(&bytes[bytes.len().saturating_sub(TAIL)..], b"%%EOF").is_some()
 }
 
 /// From marker to marker. A picture within a segment, such as a thumbnail, is passed over with it; in the data of a scan 0xFF stands

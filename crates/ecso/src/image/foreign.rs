@@ -10,7 +10,7 @@ use bytes::Bytes;
 use image::{ImageFormat, RgbImage, codecs::jpeg::JpegEncoder};
 use memchr::memmem;
 
-use super::{ImageError, Limits, apart};
+use super::{ImageError, Limits, apart, ending};
 
 /// Of a photo that is made into a JPEG.
 const QUALITY: u8 = 90;
@@ -47,7 +47,7 @@ impl Foreign {
             return None;
         }
         let brands = brands(bytes);
-        let has = |known: &[&[u8; 4]]| brands.iter().any(|brand| known.iter().any(|known| brand == *known));
+        let has = |known: &[&[u8; 4]]| brands.iter().any(|brand| known.contains(&brand));
         if has(&[b"avif", b"avis"]) {
             Some(Self::Avif)
         } else if has(&[b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1"]) {
@@ -98,6 +98,9 @@ impl Foreign {
         let what = self.name();
         if let (feature, None) = self.decoder() {
             return Err(ImageError::NotBuilt { what, feature });
+        }
+        if self == Self::Pdf && !ending::is_there_of_pdf(bytes) {
+            super::without_end("PDF", bytes.len(), limits)?;
         }
         let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let converted = apart::converted(bytes, limits).unwrap_or_else(|| self.convert(bytes, limits));
@@ -176,7 +179,7 @@ mod tests {
 
     #[test]
     fn what_is_not_built_is_named() {
-        for (bytes, kind) in [(&b"%PDF-1.7\n"[..], Foreign::Pdf), (b"\0\0\0\x14ftypavif\0\0\0\0", Foreign::Avif)] {
+        for (bytes, kind) in [(&b"%PDF-1.7\n%%EOF"[..], Foreign::Pdf), (b"\0\0\0\x14ftypavif\0\0\0\0", Foreign::Avif)] {
             let error = crate::Image::from_bytes(bytes, Limits::default()).unwrap_err();
             let (what, (feature, decoder)) = (kind.name(), kind.decoder());
             match decoder {

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use hayro::{
     PixmapSettings, RenderCache, RenderSettings,
     hayro_interpret::InterpreterSettings,
-    hayro_syntax::{DecryptionError, LoadPdfError, Pdf},
+    hayro_syntax::{DecryptionError, LoadPdfError, Pdf, page::Page},
     render,
     vello_cpu::color::palette::css::WHITE,
 };
@@ -42,7 +42,7 @@ pub(super) fn shown(bytes: &Bytes, limits: Limits) -> Result<Shown, String> {
 
 /// Pixels for a point.
 fn scale(pdf: &Pdf, limits: Limits) -> f64 {
-    let sizes = pdf.pages().iter().map(|page| page.render_dimensions());
+    let sizes = pdf.pages().iter().map(Page::render_dimensions);
     let (area, longest) = sizes.fold((0.0, 0.0_f64), |(area, longest), (width, height)| {
         let (width, height) = (f64::from(width), f64::from(height));
         (area + width * height, longest.max(width).max(height))

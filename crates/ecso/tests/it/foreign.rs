@@ -4,14 +4,6 @@ use ecso::{Image, ImageError, Limits, testing::pdf};
 
 const HEIC: &[u8] = include_bytes!("../foreign/quarters.heic");
 const ODD: &[u8] = include_bytes!("../foreign/odd.avif");
-const CLEAR: &[u8] = include_bytes!("../foreign/clear.avif");
-const TILES: &[u8] = include_bytes!("../foreign/tiles.avif");
-
-const RED: [u8; 3] = [200, 30, 30];
-const GREEN: [u8; 3] = [30, 160, 30];
-const BLUE: [u8; 3] = [30, 30, 200];
-const YELLOW: [u8; 3] = [230, 220, 40];
-const WHITE: [u8; 3] = [255; 3];
 
 #[test]
 fn what_this_build_does_not_read_is_named() {
@@ -27,58 +19,65 @@ fn what_this_build_does_not_read_is_named() {
     }
 }
 
-/// Holds that a picture has these colours in its four quarters, nearly.
-#[cfg(any(feature = "heic", feature = "avif"))]
-fn has_quarters(bytes: &[u8], size: (u32, u32), quarters: [[u8; 3]; 4]) {
-    let image = Image::from_bytes(bytes.to_vec(), Limits::default()).unwrap();
-    assert_eq!(image.digest(), blake3::hash(bytes));
-    assert_eq!(image.encoded().unwrap().1, "image/png");
-    let pixels = image.pixels().unwrap();
-    assert_eq!(pixels.dimensions(), size);
-    let places = [(1, 1), (3, 1), (1, 3), (3, 3)].map(|(x, y)| (size.0 * x / 4, size.1 * y / 4));
-    for ((x, y), wanted) in places.into_iter().zip(quarters) {
-        let found = pixels.get_pixel(x, y).0;
-        assert!(found.iter().zip(wanted).all(|(found, wanted)| found.abs_diff(wanted) < 12), "{x} {y}: {found:?}");
+#[cfg(all(feature = "heic", feature = "avif", feature = "pdf"))]
+mod built {
+    use ecso::Truncated;
+
+    use super::*;
+
+    const CLEAR: &[u8] = include_bytes!("../foreign/clear.avif");
+    const TILES: &[u8] = include_bytes!("../foreign/tiles.avif");
+
+    const RED: [u8; 3] = [200, 30, 30];
+    const GREEN: [u8; 3] = [30, 160, 30];
+    const BLUE: [u8; 3] = [30, 30, 200];
+    const YELLOW: [u8; 3] = [230, 220, 40];
+    const WHITE: [u8; 3] = [255; 3];
+
+    /// Holds that a picture has these colours in its four quarters, nearly.
+    fn has_quarters(bytes: &[u8], size: (u32, u32), quarters: [[u8; 3]; 4]) {
+        let image = Image::from_bytes(bytes.to_vec(), Limits::default()).unwrap();
+        assert_eq!(image.digest(), blake3::hash(bytes));
+        assert_eq!(image.encoded().unwrap().1, "image/png");
+        let pixels = image.pixels().unwrap();
+        assert_eq!(pixels.dimensions(), size);
+        let places = [(1, 1), (3, 1), (1, 3), (3, 3)].map(|(x, y)| (size.0 * x / 4, size.1 * y / 4));
+        for ((x, y), wanted) in places.into_iter().zip(quarters) {
+            let found = pixels.get_pixel(x, y).0;
+            assert!(found.iter().zip(wanted).all(|(found, wanted)| found.abs_diff(wanted) < 12), "{x} {y}: {found:?}");
+        }
+        let few = Limits { pixels: 100, ..Limits::default() };
+        let error = Image::from_bytes(bytes.to_vec(), few).unwrap_err().to_string();
+        assert!(error.contains("at most 100 in all are allowed"), "{error}");
     }
-    let few = Limits { pixels: 100, ..Limits::default() };
-    let error = Image::from_bytes(bytes.to_vec(), few).unwrap_err().to_string();
-    assert!(error.contains("at most 100 in all are allowed"), "{error}");
-}
 
-#[cfg(feature = "heic")]
-#[test]
-fn photos_in_heic_are_read() {
-    has_quarters(HEIC, (48, 32), [RED, GREEN, BLUE, YELLOW]);
-}
+    #[test]
+    fn photos_in_heic_are_read() {
+        has_quarters(HEIC, (48, 32), [RED, GREEN, BLUE, YELLOW]);
+    }
 
-#[cfg(feature = "avif")]
-#[test]
-fn pictures_in_avif_are_read() {
-    // Ten bits, colours of half the size, and sides that two does not divide.
-    has_quarters(ODD, (33, 25), [RED, GREEN, BLUE, YELLOW]);
-    // Turned to the left; a quarter that can't be seen is white.
-    has_quarters(CLEAR, (32, 48), [GREEN, YELLOW, WHITE, BLUE]);
-    has_quarters(TILES, (128, 128), [RED, GREEN, BLUE, YELLOW]);
-}
+    #[test]
+    fn pictures_in_avif_are_read() {
+        // Ten bits, colours of half the size, and sides that two does not divide.
+        has_quarters(ODD, (33, 25), [RED, GREEN, BLUE, YELLOW]);
+        // Turned to the left; a quarter that can't be seen is white.
+        has_quarters(CLEAR, (32, 48), [GREEN, YELLOW, WHITE, BLUE]);
+        has_quarters(TILES, (128, 128), [RED, GREEN, BLUE, YELLOW]);
+    }
 
-#[cfg(any(feature = "heic", feature = "avif", feature = "pdf"))]
-#[test]
-fn no_damage_is_worse_than_an_error() {
-    let pdf = pdf(&["BT /F 12 Tf 5 10 Td (Bread) Tj ET"]);
-    for whole in [HEIC, ODD, CLEAR, &pdf] {
-        for place in (0..whole.len()).step_by(7) {
-            let mut damaged = whole.to_vec();
-            damaged[place] ^= 0xff;
-            let limits = Limits { pixels: 1 << 16, ..Limits::default() };
-            let _ = Image::several(damaged, limits);
-            let _ = Image::several(whole[..place].to_vec(), limits);
+    #[test]
+    fn no_damage_is_worse_than_an_error() {
+        let pdf = pdf(&["BT /F 12 Tf 5 10 Td (Bread) Tj ET"]);
+        for whole in [HEIC, ODD, CLEAR, &pdf] {
+            for place in (0..whole.len()).step_by(7) {
+                let mut damaged = whole.to_vec();
+                damaged[place] ^= 0xff;
+                let limits = Limits { pixels: 1 << 16, truncated: Truncated::Accept, ..Limits::default() };
+                let _ = Image::several(damaged, limits);
+                let _ = Image::several(whole[..place].to_vec(), limits);
+            }
         }
     }
-}
-
-#[cfg(feature = "pdf")]
-mod documents {
-    use super::*;
 
     const WORD: &str = "BT /F 12 Tf 5 10 Td (Bread) Tj ET";
 
@@ -127,7 +126,15 @@ mod documents {
 
     #[test]
     fn what_can_not_be_shown_says_why() {
-        let broken = b"%PDF-1.4\nnothing else".to_vec();
+        let mut cut = pdf(&[WORD, WORD]);
+        cut.truncate(cut.len() - 10);
+        assert_eq!(
+            Image::several(cut.clone(), Limits::default()).unwrap_err(),
+            ImageError::Truncated { format: "PDF" }
+        );
+        let accepted = Limits { truncated: Truncated::Accept, ..Limits::default() };
+        assert_eq!(Image::several(cut, accepted).unwrap().len(), 2);
+        let broken = b"%PDF-1.4\nnothing else\n%%EOF".to_vec();
         let error = Image::several(broken, Limits::default()).unwrap_err().to_string();
         assert!(error.contains("this is a PDF that can't be shown as images: it is broken"), "{error}");
         let error = Image::several(pdf(&[]), Limits::default()).unwrap_err().to_string();
