@@ -110,20 +110,7 @@ pub(super) fn read(body: Value) -> Result<(Value, Responses), ApiError> {
         reasoning.without(&["summary", "generate_summary", "context"]);
         reasoning.end()?;
     }
-    let moderation = match fields.take("moderation") {
-        None => false,
-        Some(moderation) => {
-            let mut moderation = Fields::of(moderation, "moderation")?;
-            let model = moderation.needed("model")?;
-            if model != "ecso" {
-                return Err(unsupported("moderation.model", &model));
-            }
-            // More than is done anyway can't be asked for; less is the operator's to allow.
-            moderation.without(&["policy"]);
-            moderation.end()?;
-            true
-        }
-    };
+    let moderation = fields.take("moderation").map(self::moderation).transpose()?.is_some();
     // Who asks, for what price, and what is kept where: nothing that the model sees, and here nothing is kept.
     fields.without(&[
         "store",
@@ -145,6 +132,18 @@ pub(super) fn read(body: Value) -> Result<(Value, Responses), ApiError> {
     ]);
     fields.end()?;
     Ok((chat.into(), Responses { echoed, custom, moderation }))
+}
+
+/// Whom the client asks for a moderation: nobody but us.
+fn moderation(moderation: Value) -> Result<(), ApiError> {
+    let mut moderation = Fields::of(moderation, "moderation")?;
+    let model = moderation.needed("model")?;
+    if model != "ecso" {
+        return Err(unsupported("moderation.model", &model));
+    }
+    // More than is done anyway can't be asked for; less is the operator's to allow.
+    moderation.without(&["policy"]);
+    moderation.end()
 }
 
 fn elsewhere(name: &str) -> ApiError {
