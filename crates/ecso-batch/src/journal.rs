@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    fs::{self, File, OpenOptions},
+    fs::{self, File, OpenOptions, TryLockError},
     io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write},
     marker::PhantomData,
     path::{Path, PathBuf},
@@ -57,6 +57,12 @@ pub enum JournalError {
         line: usize,
         /// Why.
         source: serde_json::Error,
+    },
+    /// Another process writes it.
+    #[error("{}: another process writes it; wait for its end, or name another --out", path.display())]
+    InUse {
+        /// Which file.
+        path: PathBuf,
     },
     /// It has not even a header.
     #[error("{} is empty", path.display())]
@@ -271,9 +277,15 @@ impl Journal {
     }
 }
 
+/// The file, for this process alone to write.
 fn writable(path: &Path) -> Result<File, JournalError> {
     let open = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path);
-    open.map_err(|source| failed(path, source))
+    let file = open.map_err(|source| failed(path, source))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(JournalError::InUse { path: path.to_owned() }),
+        Err(TryLockError::Error(source)) => Err(failed(path, source)),
+    }
 }
 
 /// An entry as it is written.

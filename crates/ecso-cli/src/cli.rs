@@ -215,7 +215,7 @@ pub(crate) struct SynthArgs {
     pub(crate) retry_failed: bool,
 
     /// Exit with an error if a smaller share of the rows could be made
-    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = crate::eval::share)]
     pub(crate) min_coverage: f64,
 
     /// Cap of new tokens of every answer

@@ -199,7 +199,7 @@ pub(crate) struct RunArgs {
     pub(crate) retry_failed: bool,
 
     /// Exit with an error if a smaller share of the items was answered
-    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
     pub(crate) min_coverage: f64,
 
     /// Leave items out whose image is missing; they are counted. Without it each is an item that failed
@@ -237,12 +237,12 @@ pub(crate) struct JudgeArgs {
     pub(crate) judge_file: Option<PathBuf>,
 
     /// For llm: probability from which a yes is a yes
-    #[arg(long, value_name = "P", default_value_t = 0.5)]
+    #[arg(long, value_name = "P", default_value_t = 0.5, value_parser = share)]
     pub(crate) threshold: f64,
 
     /// Exit with an error if a smaller share of the answers could be judged; answers that are missing because their items failed
     /// count as such
-    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
     pub(crate) min_coverage: f64,
 
     /// Answers at once
@@ -268,4 +268,9 @@ pub(crate) enum JudgeKind {
     Xstest,
     /// The key: MME, MMBench
     Exact,
+}
+
+/// A share or a probability.
+pub(crate) fn share(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|share| (0.0..=1.0).contains(share)).ok_or_else(|| "it is a number from 0 to 1".to_owned())
 }

@@ -17,8 +17,8 @@ use ecso_eval::{
     typographic::Typesetter,
 };
 
-pub(crate) use args::EvalCommand;
 use args::PrepareCommand;
+pub(crate) use args::{EvalCommand, share};
 
 use crate::UsageError;
 

@@ -119,6 +119,9 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
         );
         told(args, &unusable);
         enough(args, &journal)?;
+        if journal.failed() > 0 {
+            eprintln!("{} items failed; the same command with --retry-failed tries them again", journal.failed());
+        }
         eprintln!("next: ecso eval judge {}", args.out.display());
         Ok(())
     })
