@@ -119,9 +119,6 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
         );
         told(args, &unusable);
         enough(args, &journal)?;
-        if journal.failed() > 0 {
-            eprintln!("{} items failed; the same command with --retry-failed tries them again", journal.failed());
-        }
         eprintln!("next: ecso eval judge {}", args.out.display());
         Ok(())
     })
@@ -139,8 +136,11 @@ fn told(args: &RunArgs, unusable: &Unusable) {
     }
 }
 
-/// An error where too few items were answered for the run to be a success.
+/// Tells of items that failed; an error where too few were answered for the run to be a success.
 fn enough(args: &RunArgs, journal: &Journal) -> anyhow::Result<()> {
+    if journal.failed() > 0 {
+        eprintln!("{} items failed; the same command with --retry-failed tries them again", journal.failed());
+    }
     let answered = journal.len() - journal.failed();
     anyhow::ensure!(answered > 0, "no item was answered; the journal says why: {}", args.out.display());
     #[expect(clippy::cast_precision_loss, reason = "counts of items")]
