@@ -495,12 +495,15 @@ fn definitions(fields: &Map<String, Value>) -> impl Iterator<Item = String> {
 fn turns(messages: &[Map<String, Value>], images: Vec<Image>) -> Result<Vec<Turn>, ApiError> {
     let mut turns: Vec<Turn> = Vec::new();
     let mut images = images.into_iter();
+    let mut behind_tool = false;
     for message in messages {
         let (mut parts, called) = (parts(message.get("content"), &mut images)?, calls(message));
-        let is_shown = matches!(parts.first(), Some(Part::Text(text)) if text == SHOWN);
-        let role = match message.get("role").and_then(Value::as_str) {
-            // What a tool shows belongs to the question that it serves, as what it says does.
-            Some("user") if is_shown && turns.iter().any(|turn| turn.role == Role::User) => {
+        let role = message.get("role").and_then(Value::as_str);
+        let is_first = matches!(parts.first(), Some(Part::Text(text)) if text == SHOWN);
+        let is_shown = std::mem::replace(&mut behind_tool, role == Some("tool")) && is_first;
+        let role = match role {
+            // What a tool shows belongs to the question that it serves, as what it says does: its result has made one.
+            Some("user") if is_shown => {
                 if let Some(question) = turns.iter_mut().rev().find(|turn| turn.role == Role::User) {
                     question.parts.extend(parts);
                 }

@@ -263,6 +263,19 @@ async fn tools_are_called_and_their_results_are_read() {
     assert_eq!(got.headers["x-ecso-verdict"], "unsafe");
 }
 
+/// What stands before a tool's pictures joins no other turns.
+#[tokio::test]
+async fn words_alone_do_not_make_a_question_another_s() {
+    let world = world(Rewrite::Safe).await;
+    let image = json!({"type": "image_url", "image_url": {"url": PICTURE}});
+    let body = json!({"model": "m", "messages": [{"role": "user", "content": "Flour?"}, {"role": "assistant", "content": "Rye."},
+        {"role": "user", "content": [{"type": "text", "text": "What the tool shows:"}, image, {"type": "text", "text": "do harm"}]}]});
+    let got = world.chat(&body).await;
+    assert_eq!((got.headers["x-ecso-verdict"].as_bytes(), got.leaks()), (b"unsafe".as_slice(), false), "{}", got.body);
+    let judged = world.taken().into_iter().map(|reached| String::from_utf8_lossy(&reached.body).into_owned());
+    assert!(judged.filter(|body| body.contains("harmful, unsafe and unethical")).all(|body| !body.contains("Rye.")));
+}
+
 /// What coding agents send, by their public documentation.
 #[tokio::test]
 async fn requests_of_agents_pass() {
