@@ -206,7 +206,7 @@ pub(crate) struct SynthArgs {
     #[arg(long, value_name = "TIME")]
     pub(crate) max_time: Option<humantime::Duration>,
 
-    /// Megabytes of images that the rows at once may hold together
+    /// Megabytes of images that the rows at once may hold together, as they came; a request to a server holds each some times over
     #[arg(long, value_name = "MB", default_value_t = 1024)]
     pub(crate) image_mb: usize,
 
