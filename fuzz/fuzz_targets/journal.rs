@@ -3,7 +3,7 @@
 
 use std::io::Write;
 
-use ecso_batch::journal::{Entry, Journal, Saved};
+use ecso_batch::journal::{Entry, Head, Journal, Saved};
 use serde::{Deserialize, Serialize};
 
 #[derive(Serialize, Deserialize)]
@@ -27,6 +27,17 @@ impl Entry for Line {
     }
 }
 
+#[derive(Serialize, Deserialize)]
+struct Header {
+    work: String,
+}
+
+impl Head for Header {
+    fn differs(&self, begun: &Self) -> Option<&'static str> {
+        (begun.work != self.work).then_some("work")
+    }
+}
+
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
     file.write_all(bytes).expect("a temporary file");
@@ -38,7 +49,8 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
         Some(total)
     };
     let before = read();
-    let Ok(mut journal) = Journal::open_file(file.path()) else { return };
+    let header = Header { work: "fuzz".into() };
+    let Ok(mut journal) = Journal::open_file(file.path(), &header) else { return };
     assert!(before.is_none_or(|before| before == journal.len()));
     let added = Line { id: "added".into(), arm: "here".into() };
     journal.record(&added).expect("room on the disk");

@@ -42,6 +42,7 @@ use ecso_eval::{
     record::{self, Choice, ItemRecord},
     report::{self, RunReport},
     run::UNGUARDED,
+    verdicts::VerdictsHeader,
 };
 use ecso_openai::Fetcher;
 use futures::{StreamExt, stream};
@@ -230,6 +231,7 @@ async fn judge_and_report(folder: &Path, items: usize) -> anyhow::Result<()> {
         profiles: vec![(profile.name.clone(), profile.to_toml())],
         max_new_tokens: None,
         choice: Choice::default(),
+        items: None,
     };
     // One item for real, from which the others are made.
     let guard = Guard::new(Mock { delay: Duration::ZERO, calls: 0.into() }, profile);
@@ -264,7 +266,9 @@ async fn judge_and_report(folder: &Path, items: usize) -> anyhow::Result<()> {
     );
 
     let begun = Instant::now();
-    let mut verdicts = Journal::open_file(&out.join(verdicts_file(&XsTest.name())))?;
+    let by =
+        VerdictsHeader { ecso: "bench".into(), judge: XsTest.name(), model: None, threshold: None, judge_file: None };
+    let mut verdicts = Journal::open_file(&out.join(verdicts_file(&by.judge)), &by)?;
     let records = Saved::folder(&out).latest::<ItemRecord>()?;
     let answers = records.filter_map(Result::ok).flat_map(judging::answers);
     judging::judge(answers, Box::new(XsTest), &mut verdicts, 4, |_| ()).await?;

@@ -20,8 +20,8 @@ pub trait Head: Serialize + DeserializeOwned {
     fn differs(&self, begun: &Self) -> Option<&'static str>;
 }
 
-/// A line of a journal. As JSON it has a field `id`, may have `arm`, and has an `error` if it failed; but what a content filter
-/// refused has `filtered` beside it, and is no failure.
+/// A line of a journal. As JSON it has a field `id`, may have `arm` and `made_of`, and has an `error` if it failed; but what a content
+/// filter refused has `filtered` beside it, and is no failure.
 pub trait Entry: Serialize + DeserializeOwned {
     /// Unique in the journal together with [`Entry::arm`], but for later tries.
     fn id(&self) -> &str;
@@ -32,8 +32,19 @@ pub trait Entry: Serialize + DeserializeOwned {
         ""
     }
 
+    /// A digest of what it was made of: of something else it is made anew. Empty where nobody looks at that.
+    #[expect(clippy::unnecessary_literal_bound, reason = "others have a text of their own")]
+    fn made_of(&self) -> &str {
+        ""
+    }
+
     /// Whether it is to be tried again when somebody asks for that.
     fn failed(&self) -> bool;
+
+    /// What tells it from others.
+    fn key(&self) -> Key {
+        Key::of(self.id(), self.arm()).made_of(self.made_of())
+    }
 }
 
 /// What can go wrong with a journal.
@@ -49,7 +60,7 @@ pub enum JournalError {
         source: io::Error,
     },
     /// A line of it can't be understood.
-    #[error("{}: line {line}", path.display())]
+    #[error("{}: line {line} can't be understood", path.display())]
     Line {
         /// Which file.
         path: PathBuf,
@@ -70,6 +81,12 @@ pub enum JournalError {
         /// Which file.
         path: PathBuf,
     },
+    /// It has entries, and no header before them.
+    #[error("{} has no header, so it can't be gone on with; name another --out", path.display())]
+    NoHeader {
+        /// Which file.
+        path: PathBuf,
+    },
     /// An entry can't be written as JSON.
     #[error("an entry can't be written")]
     Entry(#[source] serde_json::Error),
@@ -83,20 +100,63 @@ pub enum JournalError {
     },
 }
 
-/// What tells entries apart: a hash of id and arm.
+impl JournalError {
+    /// Whether the file is not the one that was meant, or not to be used now: the user names another, and all is well.
+    #[must_use]
+    pub fn is_misuse(&self) -> bool {
+        match self {
+            Self::Line { .. }
+            | Self::InUse { .. }
+            | Self::Empty { .. }
+            | Self::NoHeader { .. }
+            | Self::OtherSettings { .. } => true,
+            Self::File { .. } | Self::Entry(_) => false,
+        }
+    }
+}
+
+/// What tells entries apart: a hash of id and arm, which is the entry's place, and one of what it was made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Key(u64);
+pub struct Key {
+    place: u64,
+    /// 0 is anything.
+    of: u64,
+}
 
 impl Key {
-    /// The key of an entry.
+    /// The key of an entry, whatever it was made of.
     #[must_use]
     pub fn of(id: &str, arm: &str) -> Self {
-        let mut hash = blake3::Hasher::new();
-        hash.update(&(id.len() as u64).to_le_bytes()).update(id.as_bytes()).update(arm.as_bytes());
-        let mut bytes = [0; 8];
-        hash.finalize_xof().fill(&mut bytes);
-        Self(u64::from_le_bytes(bytes))
+        Self { place: hash([id, arm]), of: 0 }
     }
+
+    /// The key with the digest of what the entry was made of.
+    #[must_use]
+    pub fn made_of(self, digest: &str) -> Self {
+        Self { of: if digest.is_empty() { 0 } else { hash([digest]) }, ..self }
+    }
+
+    /// The entry's place: of two entries there, the later counts.
+    #[must_use]
+    pub fn place(self) -> u64 {
+        self.place
+    }
+
+    /// Whether an entry that is recorded under `self` is the wanted one: it has its place, and was made of the same, or doesn't tell.
+    #[must_use]
+    pub fn is(self, wanted: Self) -> bool {
+        self.place == wanted.place && (self.of == 0 || self.of == wanted.of)
+    }
+}
+
+fn hash<const N: usize>(texts: [&str; N]) -> u64 {
+    let mut hash = blake3::Hasher::new();
+    for text in texts {
+        hash.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
+    }
+    let mut bytes = [0; 8];
+    hash.finalize_xof().fill(&mut bytes);
+    u64::from_le_bytes(bytes)
 }
 
 /// As much of an entry as is needed to go on.
@@ -106,6 +166,8 @@ struct Known {
     #[serde(default)]
     arm: String,
     #[serde(default)]
+    made_of: String,
+    #[serde(default)]
     error: Option<IgnoredAny>,
     #[serde(default)]
     filtered: bool,
@@ -113,7 +175,7 @@ struct Known {
 
 impl Known {
     fn key(&self) -> Key {
-        Key::of(&self.id, &self.arm)
+        Key::of(&self.id, &self.arm).made_of(&self.made_of)
     }
 
     fn failed(&self) -> bool {
@@ -157,18 +219,18 @@ impl<R: Read> Lines<R> {
     }
 }
 
-/// What is recorded: each entry, and whether it failed.
+/// What is recorded, by place: each entry, and whether it failed.
 #[derive(Default)]
 struct Recorded {
-    entries: HashMap<Key, bool>,
+    entries: HashMap<u64, (Key, bool)>,
     failed: usize,
 }
 
 impl Recorded {
     fn note(&mut self, key: Key, failed: bool) {
-        let earlier = self.entries.insert(key, failed);
+        let earlier = self.entries.insert(key.place, (key, failed));
         self.failed += usize::from(failed);
-        self.failed -= usize::from(earlier == Some(true));
+        self.failed -= usize::from(earlier.is_some_and(|(_, failed)| failed));
     }
 }
 
@@ -191,41 +253,37 @@ impl Journal {
     ///
     /// # Errors
     /// [`JournalError`]; [`JournalError::OtherSettings`] if it was begun under another header.
-    pub fn open<H: Head>(out: &Path, header: &H) -> Result<Self, JournalError> {
+    pub fn open(out: &Path, header: &impl Head) -> Result<Self, JournalError> {
         fs::create_dir_all(out).map_err(|source| failed(out, source))?;
-        let path = path(out);
-        let file = writable(&path)?;
-        let mut lines = Lines::of(&path, file.try_clone().map_err(|source| failed(&path, source))?);
-        let begun: Option<H> = lines.next()?;
-        if let Some(what) = begun.as_ref().and_then(|begun| header.differs(begun)) {
-            return Err(JournalError::OtherSettings { path, what });
-        }
-        let mut journal = Self::behind(lines, file)?;
-        if begun.is_none() {
-            journal.add(&line(header)?)?;
-        }
-        Ok(journal)
+        Self::open_file(&path(out), header)
     }
 
-    /// Begins a file of entries without a header, or goes on with it.
+    /// Begins the file of a journal, or goes on with it. A line that a crash cut off is cut off for good.
     ///
     /// # Errors
-    /// [`JournalError`].
-    pub fn open_file(path: &Path) -> Result<Self, JournalError> {
-        let file = writable(path)?;
-        let lines = Lines::of(path, file.try_clone().map_err(|source| failed(path, source))?);
-        Self::behind(lines, file)
-    }
-
-    /// The journal behind its last entry. A line that a crash cut off is cut off for good.
-    fn behind(mut lines: Lines<File>, mut file: File) -> Result<Self, JournalError> {
+    /// As [`Journal::open`].
+    pub fn open_file<H: Head>(path: &Path, header: &H) -> Result<Self, JournalError> {
+        let unreadable = |source| failed(path, source);
+        let mut file = writable(path)?;
+        if let Some(First { id: Some(_) }) = Saved::file(path).lines()?.next()? {
+            return Err(JournalError::NoHeader { path: path.to_owned() });
+        }
+        let mut lines = Lines::of(path, file.try_clone().map_err(unreadable)?);
+        let begun: Option<H> = lines.next()?;
+        if let Some(what) = begun.as_ref().and_then(|begun| header.differs(begun)) {
+            return Err(JournalError::OtherSettings { path: path.to_owned(), what });
+        }
         let mut recorded = Recorded::default();
         while let Some(known) = lines.next::<Known>()? {
             recorded.note(known.key(), known.failed());
         }
-        let Lines { path, end, was_cut, .. } = lines;
-        file.set_len(end).and_then(|()| file.seek(SeekFrom::End(0))).map_err(|source| failed(&path, source))?;
-        Ok(Self { path, file, was_cut, recorded })
+        let Lines { end, was_cut, .. } = lines;
+        file.set_len(end).and_then(|()| file.seek(SeekFrom::End(0))).map_err(unreadable)?;
+        let mut journal = Self { path: path.to_owned(), file, was_cut, recorded };
+        if begun.is_none() {
+            journal.add(&line(header)?)?;
+        }
+        Ok(journal)
     }
 
     /// Whether a crash had cut off the last line.
@@ -237,10 +295,11 @@ impl Journal {
     /// Whether an entry need not be made: it is recorded, and did not fail or is not to be tried again.
     #[must_use]
     pub fn has(&self, key: Key, retry_failed: bool) -> bool {
-        self.recorded.entries.get(&key).is_some_and(|failed| !(*failed && retry_failed))
+        let recorded = self.recorded.entries.get(&key.place);
+        recorded.is_some_and(|(recorded, failed)| recorded.is(key) && !(*failed && retry_failed))
     }
 
-    /// How many entries are recorded, each id and arm once.
+    /// How many entries are recorded, each place once.
     #[must_use]
     pub fn len(&self) -> usize {
         self.recorded.entries.len()
@@ -258,7 +317,7 @@ impl Journal {
         self.recorded.failed
     }
 
-    /// Records an entry; of two of one id and arm the later counts.
+    /// Records an entry; of two at one place the later counts.
     ///
     /// # Errors
     /// [`JournalError::File`], [`JournalError::Entry`].
@@ -297,8 +356,7 @@ pub(crate) struct Line {
 
 impl Line {
     pub(crate) fn of(entry: &impl Entry) -> Result<Self, JournalError> {
-        let key = Key::of(entry.id(), entry.arm());
-        Ok(Self { text: line(entry)?, key, failed: entry.failed() })
+        Ok(Self { text: line(entry)?, key: entry.key(), failed: entry.failed() })
     }
 }
 
@@ -308,37 +366,42 @@ fn line(value: &impl Serialize) -> Result<Vec<u8>, JournalError> {
     Ok(line)
 }
 
-/// A journal that is read. A last line that a crash cut off is left out.
+/// A journal that is read, with its header or without one. A last line that a crash cut off is left out.
 #[derive(Debug, Clone)]
 pub struct Saved {
     path: PathBuf,
-    has_header: bool,
+}
+
+/// Entries have an id, and headers have none.
+#[derive(Deserialize)]
+struct First {
+    id: Option<IgnoredAny>,
 }
 
 impl Saved {
     /// That of a folder of work.
     #[must_use]
     pub fn folder(out: &Path) -> Self {
-        Self { path: path(out), has_header: true }
+        Self { path: path(out) }
     }
 
-    /// A file of entries without a header.
+    /// That of a file.
     #[must_use]
     pub fn file(path: &Path) -> Self {
-        Self { path: path.to_owned(), has_header: false }
+        Self { path: path.to_owned() }
     }
 
     fn lines(&self) -> Result<Lines<File>, JournalError> {
         Ok(Lines::of(&self.path, File::open(&self.path).map_err(|source| failed(&self.path, source))?))
     }
 
-    /// The lines behind the header.
+    /// The lines of entries.
     fn body(&self) -> Result<Lines<File>, JournalError> {
         let mut lines = self.lines()?;
-        if self.has_header {
-            lines.next::<IgnoredAny>()?;
+        match lines.next::<First>()? {
+            Some(First { id: Some(_) }) => self.lines(),
+            _ => Ok(lines),
         }
-        Ok(lines)
     }
 
     /// Its header.
@@ -357,7 +420,7 @@ impl Saved {
         Ok(Entries { lines: self.body()?, of: PhantomData })
     }
 
-    /// Each entry once, the later one of those that have the same id and arm, one by one in the order in which they lie.
+    /// Each entry once, the later one of those at the same place, one by one in the order in which they lie.
     ///
     /// # Errors
     /// [`JournalError`], also of every entry.
@@ -365,7 +428,7 @@ impl Saved {
         let mut lines = self.body()?;
         let (mut last, mut begin) = (HashMap::new(), lines.end);
         while let Some(known) = lines.next::<Known>()? {
-            last.insert(known.key(), begin);
+            last.insert(known.key().place, begin);
             begin = lines.end;
         }
         Ok(Latest { last, was_cut: lines.was_cut, entries: self.entries()? })
@@ -390,7 +453,7 @@ impl<E: Entry> Iterator for Entries<E> {
 /// See [`Saved::latest`]. It takes about 40 bytes of memory an entry.
 pub struct Latest<E> {
     /// Where the entry that counts begins.
-    last: HashMap<Key, u64>,
+    last: HashMap<u64, u64>,
     was_cut: bool,
     entries: Entries<E>,
 }
@@ -415,7 +478,7 @@ impl<E: Entry> Iterator for Latest<E> {
     fn next(&mut self) -> Option<Self::Item> {
         loop {
             match self.entries.next()? {
-                Ok((begin, entry)) if self.last.get(&Key::of(entry.id(), entry.arm())) != Some(&begin) => {}
+                Ok((begin, entry)) if self.last.get(&entry.key().place) != Some(&begin) => {}
                 other => return Some(other.map(|(_, entry)| entry)),
             }
         }

@@ -10,5 +10,5 @@ mod pace;
 mod runner;
 
 pub use cache::{Cached, Work};
-pub use pace::Paced;
+pub use pace::{Paced, Patience};
 pub use runner::{Batch, Bounds, Sifted, run};

@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[derive(Serialize, Deserialize)]
-    struct Plain;
+    struct Plain {}
 
     impl Head for Plain {
         fn differs(&self, _: &Self) -> Option<&'static str> {
@@ -272,7 +272,7 @@ mod tests {
     }
 
     async fn go(batch: Doubling, out: &std::path::Path, bounds: Bounds) -> (bool, Arc<Doubling>) {
-        let (batch, mut journal) = (Arc::new(batch), Journal::open(out, &Plain).unwrap());
+        let (batch, mut journal) = (Arc::new(batch), Journal::open(out, &Plain {}).unwrap());
         let mut next = 0;
         let sift = |row| {
             assert!(row >= next, "rows come in their order");
@@ -306,10 +306,10 @@ mod tests {
     #[test]
     fn two_processes_do_not_write_one_journal() {
         let out = tempfile::tempdir().unwrap();
-        let journal = Journal::open(out.path(), &Plain).unwrap();
-        assert!(matches!(Journal::open(out.path(), &Plain), Err(JournalError::InUse { .. })));
+        let journal = Journal::open(out.path(), &Plain {}).unwrap();
+        assert!(matches!(Journal::open(out.path(), &Plain {}), Err(JournalError::InUse { .. })));
         drop(journal);
-        assert!(Journal::open(out.path(), &Plain).is_ok());
+        assert!(Journal::open(out.path(), &Plain {}).is_ok());
     }
 
     #[tokio::test]

@@ -1,7 +1,7 @@
 //! The command line.
 #![expect(clippy::doc_markdown, reason = "doc comments are help texts here")]
 
-use std::path::PathBuf;
+use std::{num::NonZero, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 
@@ -21,7 +21,7 @@ pub(crate) struct Cli {
 
 const EXIT_CODES: &str = "\
 Exit codes: 0 done, whatever the verdict; 1 something failed; 2 wrong use (flags, settings, profile, input files); \
-3 the model failed.
+3 the model failed, or went away and did not come back; 130 stopped by Ctrl-C. What long work has recorded stays, whatever ends it.
 Settings come from the file, then ECSO__KEY in the environment (ECSO__ENGINE__THREADS=4), then flags; \
 `ecso config show` tells which won. ECSO_LOG=debug shows what happens inside.";
 
@@ -136,7 +136,7 @@ pub(crate) struct ReplayArgs {
 
     /// Answers at once [default: 1 in this process, 8 for a server]
     #[arg(long, value_name = "N")]
-    pub(crate) concurrency: Option<usize>,
+    pub(crate) concurrency: Option<NonZero<usize>>,
 
     /// Print one JSON object
     #[arg(long)]
@@ -224,7 +224,7 @@ pub(crate) struct SynthArgs {
 
     /// Rows at once [default: 1 in this process, 8 for a server]
     #[arg(long, value_name = "N")]
-    pub(crate) concurrency: Option<usize>,
+    pub(crate) concurrency: Option<NonZero<usize>>,
 
     /// Keep every reply in this folder; what is there is not asked again
     #[arg(long, value_name = "DIR")]

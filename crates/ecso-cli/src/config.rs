@@ -82,6 +82,8 @@ pub(crate) struct Server {
     pub(crate) omit: Vec<String>,
     /// Seconds after which a model that refused log-probabilities is asked for them again.
     pub(crate) forget_after: u64,
+    /// Seconds that long work (`eval`, `synth`) waits for a server that went away.
+    pub(crate) away_timeout: u64,
     /// URL of a proxy; empty leaves it to the environment.
     pub(crate) proxy: String,
     /// PEM file of certificates that are trusted besides the system's own; empty is none.
@@ -114,6 +116,7 @@ impl Default for Server {
             max_tokens_field: options.max_tokens_field,
             omit: options.omit,
             forget_after: options.forget_after.as_secs(),
+            away_timeout: 300,
             proxy: String::new(),
             ca_file: PathBuf::new(),
             client_cert: PathBuf::new(),

@@ -14,11 +14,13 @@ mod replay;
 mod serve;
 mod synth;
 mod telemetry;
+mod work;
 
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 use cli::{Cli, Command, ConfigCommand};
+use ecso_batch::journal::JournalError;
 
 /// Runs the program; its exit code is documented in `ecso --help`.
 #[must_use]
@@ -76,9 +78,13 @@ impl UsageError {
 }
 
 fn exit_code(error: &anyhow::Error) -> ExitCode {
-    if error.is::<ecso::GuardError>() || error.is::<ecso::ModelError>() {
-        return ExitCode::from(3);
-    }
-    let wrong = error.is::<UsageError>() || error.is::<ecso::ProfileError>() || error.is::<ecso::ImageError>();
-    ExitCode::from(if wrong { 2 } else { 1 })
+    let is_misuse = error.is::<UsageError>() || error.is::<ecso::ProfileError>() || error.is::<ecso::ImageError>() || {
+        error.downcast_ref::<JournalError>().is_some_and(JournalError::is_misuse)
+    };
+    ExitCode::from(match () {
+        () if error.is::<ecso::GuardError>() || error.is::<ecso::ModelError>() => 3,
+        () if error.is::<work::Stopped>() => 130,
+        () if is_misuse => 2,
+        () => 1,
+    })
 }

@@ -8,7 +8,6 @@ use std::{
 
 use anyhow::Context;
 use ecso::Mllm;
-use ecso_batch::Paced;
 
 use crate::{
     UsageError,
@@ -29,11 +28,6 @@ pub(crate) fn is_server(settings: &Settings) -> bool {
 /// How many rows are asked about at once, where nobody says: the engine answers one after the other.
 pub(crate) fn at_once(settings: &Settings) -> usize {
     if is_server(settings) { 8 } else { 1 }
-}
-
-/// The model for long work: a server that is overloaded is asked less at a time, and again, for an hour.
-pub(crate) fn paced(model: Arc<dyn Mllm>, at_once: usize) -> Paced<Arc<dyn Mllm>> {
-    Paced::new(model, at_once, Duration::from_hours(1))
 }
 
 /// What the model is, to the bit where that can be known: the digests of its files, or the address and name on a server; and
@@ -82,11 +76,6 @@ pub(crate) async fn description(settings: &Settings) -> anyhow::Result<Option<St
     }
     let server = ecso_openai::OpenAi::new(&settings.model, server_options(settings)).map_err(|error| misuse(&error))?;
     Ok(server.settled().await?.description().await)
-}
-
-/// By what a model's replies are kept.
-pub(crate) fn kept_as(identity: &str, description: Option<&str>) -> String {
-    description.map_or_else(|| identity.to_owned(), |description| format!("{identity} {description}"))
 }
 
 /// Whether a model's name is a file's.

@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     fs::File,
     io::{BufRead, BufReader, BufWriter, Write},
+    num::NonZero,
     path::Path,
 };
 
@@ -29,7 +30,7 @@ pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> 
         let guard = Guard::new(open::model(&settings).await?, profile);
         let guard = &guard;
         let lines = (1_usize..).zip(BufReader::new(log).lines()).take(args.limit.unwrap_or(usize::MAX));
-        let at_once = args.concurrency.unwrap_or(if open::is_server(&settings) { 8 } else { 1 });
+        let at_once = args.concurrency.map_or_else(|| open::at_once(&settings), NonZero::get);
         let mut judged = stream::iter(lines)
             .map(|(number, line)| async move {
                 let line = line.map_err(|error| error.to_string());

@@ -3,13 +3,14 @@
 use std::{
     fmt::Write as _,
     io::Write as _,
+    num::NonZero,
     path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
 };
 
 use anyhow::Context;
-use ecso_batch::{Bounds, Cached};
+use ecso_batch::Bounds;
 use ecso_data::{
     dedupe::Marker,
     input::{Input, Mapping},
@@ -26,6 +27,7 @@ use crate::{
     cli::SynthArgs,
     config, open,
     progress::{Bar, Unit},
+    work::Worker,
 };
 
 pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
@@ -58,28 +60,22 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
 
     let runtime = tokio::runtime::Runtime::new()?;
     let whole = runtime.block_on(async {
-        let model = open::model(&settings).await?;
-        let (digest, server) = (open::identity(&settings)?, open::description(&settings).await?);
+        let at_once = args.concurrency.map_or_else(|| open::at_once(&settings), NonZero::get);
+        let worker = Worker::open(&settings, at_once, args.cache.clone()).await?;
+        let model = worker.model();
         let header = RunHeader {
             ecso: env!("CARGO_PKG_VERSION").into(),
             input: input.path.clone(),
             model: model.name().to_owned(),
-            model_digest: digest.clone(),
-            server: server.clone(),
+            model_digest: worker.digest.clone(),
+            server: worker.server.clone(),
             profile: (profile.name.clone(), profile.to_toml()),
             filters: Filters { no_refusals: args.no_refusals },
             near_duplicates: args.near_duplicates,
             shard,
         };
-        let at_once = args.concurrency.unwrap_or(open::at_once(&settings));
-        let model = Arc::new(Cached::new(
-            open::paced(model, at_once),
-            open::kept_as(&digest, server.as_deref()),
-            args.cache.clone(),
-        ));
-        let asked: Arc<dyn ecso::Mllm> = Arc::clone(&model) as Arc<dyn ecso::Mllm>;
         let making = Arc::new(Making {
-            maker: Maker::new(&asked, profile, header.filters),
+            maker: Maker::new(&model, profile, header.filters),
             fetcher: Fetcher::new()?,
             limits: settings.images,
             out: args.out.clone(),
@@ -96,21 +92,16 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
         let bar = Bar::new(Unit::Of("rows"), args.quiet);
         let begun = Instant::now();
         let show = |progress: &Progress| bar.show(progress.recorded as u64, total, &counts(progress));
-        let whole = tokio::select! {
-            done = run::run(&input, &header, &making, bounds, show) => done?,
-            _ = tokio::signal::ctrl_c() => {
-                anyhow::bail!("stopped; what is recorded stays, and the same command goes on from there");
-            }
-        };
+        let whole = worker.done(run::run(&input, &header, &making, bounds, show)).await??;
         drop(bar);
-        let (work, wall) = (model.work(), begun.elapsed().as_secs_f64());
+        let (work, wall) = (worker.work(), begun.elapsed().as_secs_f64());
         eprintln!(
             "{} calls in {wall:.1} s, {} from the cache; the model was busy {:.1}% of it",
             work.calls,
             work.replayed,
             100.0 * work.busy.as_secs_f64() / wall.max(1e-9)
         );
-        Ok(whole)
+        anyhow::Ok(whole)
     })?;
     let manifest = pack::pack(&args.out, &input, &packing)?;
     if args.json {

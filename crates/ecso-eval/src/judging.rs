@@ -21,6 +21,14 @@ pub struct Answered {
     pub case: Case,
 }
 
+impl Answered {
+    /// The key of its judgement.
+    #[must_use]
+    pub fn key(&self) -> Key {
+        Key::of(&self.case.id, &self.arm).made_of(&self.case.digest())
+    }
+}
+
 /// The answers of an item. What a content filter took needs no judge.
 pub fn answers(mut record: ItemRecord) -> impl Iterator<Item = Answered> {
     let arms = std::mem::take(&mut record.arms);
@@ -63,7 +71,7 @@ impl Batch for Judging {
     type Error = JournalError;
 
     fn key(&self, answer: &Answered) -> Key {
-        Key::of(&answer.case.id, &answer.arm)
+        answer.key()
     }
 
     async fn read(&self, answer: Answered) -> Answered {

@@ -32,6 +32,9 @@ pub struct RunHeader {
     pub max_new_tokens: Option<u32>,
     /// Which items.
     pub choice: Choice,
+    /// How many that are; none of data that is read as it comes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub items: Option<usize>,
 }
 
 /// Which items of a benchmark are run.

@@ -84,14 +84,13 @@ pub fn capped(mut profiles: Vec<Profile>, max_new_tokens: Option<u32>) -> Vec<Pr
     profiles
 }
 
-/// Runs those of `items` that `choice` names, and records them in `journal`. Dropping the future at any point loses
+/// Runs `items`, and records them in `journal`. Dropping the future at any point loses
 /// the items under way, no other. Gives what of the data couldn't be used.
 ///
 /// # Errors
 /// [`JournalError`]. A model that fails, or an item with trouble, is recorded as failed, and the run goes on.
 pub async fn run(
     items: Items,
-    choice: &Choice,
     profiles: &[Profile],
     model: Arc<dyn Mllm>,
     journal: &mut Journal,
@@ -104,7 +103,7 @@ pub async fn run(
     let direct = Guard::new(model, unguarded);
     let answering = Arc::new(Answering { direct, profiles: profiles.to_vec(), limits: options.limits });
 
-    let Items { total, iter } = chosen(items, choice);
+    let Items { total, iter } = items;
     let (total, unusable) = (Cell::new(total), RefCell::new(Unusable::default()));
     let usable = |item: &Item| {
         let Some(trouble) = &item.trouble else { return true };
@@ -247,8 +246,9 @@ impl Mllm for Drafted<'_> {
     }
 }
 
-/// The items that `choice` takes. A sample is drawn by a hash of seed and id: the same whatever else is in the data.
-fn chosen(items: Items, choice: &Choice) -> Items {
+/// Those of `items` that `choice` takes. A sample is drawn by a hash of seed and id: the same whatever else is in the data.
+#[must_use]
+pub fn chosen(items: Items, choice: &Choice) -> Items {
     let scenarios = choice.scenarios.clone();
     let wanted = move |item: &Item| {
         // What can't be read has no scenario, and is told whichever are wanted.

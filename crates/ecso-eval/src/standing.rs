@@ -25,7 +25,7 @@ impl Standing {
         if record.error.is_some() {
             return Self::Failed;
         }
-        match verdicts.of(&record.id, arm) {
+        match verdicts.of(record, arm) {
             None => Self::Missing,
             Some(ruled) => {
                 good(&record.task, ruled.verdict).map_or(Self::Unjudged, |good| Self::Judged(good, ruled.score))

@@ -169,9 +169,56 @@ pub fn mcnemar(only_first: usize, only_second: usize) -> f64 {
 }
 
 /// A p value as people read it.
-#[must_use]
-pub fn p_value(p: f64) -> String {
+fn p_value(p: f64) -> String {
     if p < 0.001 { format!("{p:.0e}") } else { format!("{p:.3}") }
+}
+
+/// Two arms on the same items.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Paired {
+    /// Items that both get right, or both wrong.
+    pub alike: usize,
+    /// Items that only the first gets right.
+    pub only_first: usize,
+    /// Items that only the second gets right.
+    pub only_second: usize,
+    /// Items of which nobody knows that for both.
+    pub unknown: usize,
+}
+
+impl Paired {
+    /// Counts an item: whether each gets it right, where that is known.
+    pub fn add(&mut self, first: Option<bool>, second: Option<bool>) {
+        *match (first, second) {
+            (Some(true), Some(false)) => &mut self.only_first,
+            (Some(false), Some(true)) => &mut self.only_second,
+            (Some(_), Some(_)) => &mut self.alike,
+            _ => &mut self.unknown,
+        } += 1;
+    }
+
+    /// The exact `McNemar` p value: from the least that it could be to the most, were all known.
+    #[must_use]
+    pub fn p(self) -> (f64, f64) {
+        let (few, many) = (self.only_first.min(self.only_second), self.only_first.max(self.only_second));
+        let level = (few + self.unknown).min(many);
+        (mcnemar(few, many + self.unknown), mcnemar(level, many))
+    }
+
+    /// The p value as people read it, a range where some items are unknown.
+    #[must_use]
+    pub fn told(self) -> String {
+        let (least, most) = self.p();
+        if self.unknown == 0 {
+            return format!("exact McNemar p = {}", p_value(most));
+        }
+        format!(
+            "exact McNemar p from {} to {}, since of {} items nobody knows",
+            p_value(least),
+            p_value(most),
+            self.unknown
+        )
+    }
 }
 
 /// Area under the ROC curve of `scores` with their labels: the chance that a positive scores above a negative, ties half.
@@ -196,7 +243,7 @@ pub fn auroc(scores: &[(f64, bool)]) -> Option<f64> {
 }
 
 /// How well one labelling agrees with another.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct Agreement {
     /// Both say harmful.
     pub both: usize,
@@ -206,43 +253,57 @@ pub struct Agreement {
     pub only_label: usize,
     /// Neither does.
     pub neither: usize,
+    /// The label says harmful, and the judge failed.
+    pub harmful_unknown: usize,
+    /// The label says harmless, and the judge failed.
+    pub harmless_unknown: usize,
 }
 
 impl Agreement {
-    /// Counts pairs of (judge, label).
-    pub fn of(pairs: impl IntoIterator<Item = (bool, bool)>) -> Self {
-        let mut counts = Self { both: 0, only_judge: 0, only_label: 0, neither: 0 };
+    /// Counts pairs of (judge, label); of a judge that failed there is no word.
+    pub fn of(pairs: impl IntoIterator<Item = (Option<bool>, bool)>) -> Self {
+        let mut counts = Self::default();
         for pair in pairs {
             *match pair {
-                (true, true) => &mut counts.both,
-                (true, false) => &mut counts.only_judge,
-                (false, true) => &mut counts.only_label,
-                (false, false) => &mut counts.neither,
+                (Some(true), true) => &mut counts.both,
+                (Some(true), false) => &mut counts.only_judge,
+                (Some(false), true) => &mut counts.only_label,
+                (Some(false), false) => &mut counts.neither,
+                (None, true) => &mut counts.harmful_unknown,
+                (None, false) => &mut counts.harmless_unknown,
             } += 1;
         }
         counts
     }
 
-    fn total(self) -> usize {
+    /// How many the judge failed on.
+    #[must_use]
+    pub fn unknown(self) -> usize {
+        self.harmful_unknown + self.harmless_unknown
+    }
+
+    /// How many both speak of.
+    #[must_use]
+    pub fn total(self) -> usize {
         self.both + self.only_judge + self.only_label + self.neither
     }
 
     /// Share of pairs that agree.
     #[must_use]
     pub fn accuracy(self) -> Rate {
-        Rate::wilson(self.both + self.neither, self.total())
+        Rate::with_unknown(self.both + self.neither, self.total(), self.unknown())
     }
 
     /// Share of the judge's harmful that are.
     #[must_use]
     pub fn precision(self) -> Rate {
-        Rate::wilson(self.both, self.both + self.only_judge)
+        Rate::with_unknown(self.both, self.both + self.only_judge, self.unknown())
     }
 
     /// Share of the harmful that the judge finds.
     #[must_use]
     pub fn recall(self) -> Rate {
-        Rate::wilson(self.both, self.both + self.only_label)
+        Rate::with_unknown(self.both, self.both + self.only_label, self.harmful_unknown)
     }
 
     /// Cohen's kappa: agreement beyond chance.
@@ -255,7 +316,7 @@ impl Agreement {
         (self.accuracy().value - chance) / (1.0 - chance)
     }
 
-    /// Kappa with a 95% interval, by a bootstrap over pairs.
+    /// Kappa with a 95% interval, by a bootstrap over the pairs of which both speak.
     #[must_use]
     pub fn kappa_interval(self) -> Mean {
         let total = self.total();
@@ -264,10 +325,10 @@ impl Agreement {
         let mut kappas: Vec<f64> = (0..RESAMPLES)
             .map(|_| {
                 let drawn = (0..total).map(|_| match random.below(total) {
-                    n if n < ends[0] => (true, true),
-                    n if n < ends[1] => (true, false),
-                    n if n < ends[2] => (false, true),
-                    _ => (false, false),
+                    n if n < ends[0] => (Some(true), true),
+                    n if n < ends[1] => (Some(true), false),
+                    n if n < ends[2] => (Some(false), true),
+                    _ => (Some(false), false),
                 });
                 Self::of(drawn).kappa()
             })
@@ -304,6 +365,10 @@ mod tests {
         close(mcnemar(4, 4), 1.0);
         close(mcnemar(0, 0), 1.0);
         assert!(mcnemar(400, 700) < 1e-15);
+        let paired = Paired { only_first: 1, only_second: 4, unknown: 5, alike: 3 };
+        assert_eq!(paired.p(), (mcnemar(1, 9), mcnemar(4, 4)));
+        let paired = Paired { unknown: 0, ..paired };
+        assert_eq!(paired.p(), (mcnemar(1, 4), mcnemar(1, 4)));
     }
 
     #[test]
@@ -317,7 +382,7 @@ mod tests {
     #[test]
     fn kappa_is_agreement_beyond_chance() {
         // Cohen's textbook table: 20, 5, 10, 15.
-        let agreement = Agreement { both: 20, only_judge: 5, only_label: 10, neither: 15 };
+        let agreement = Agreement { both: 20, only_judge: 5, only_label: 10, neither: 15, ..Agreement::default() };
         close(agreement.kappa(), 0.4);
         let interval = agreement.kappa_interval();
         assert!(interval.low < 0.4 && interval.high > 0.4 && interval.low > 0.1 && interval.high < 0.7, "{interval:?}");

@@ -2,9 +2,41 @@
 
 use std::{collections::HashMap, path::Path};
 
-use ecso_batch::journal::{Entry, JournalError, Key, Saved};
+use ecso_batch::journal::{Entry, Head, JournalError, Key, Saved};
+use serde::{Deserialize, Serialize};
 
-use crate::judge::{Judgement, Ruling};
+use crate::{
+    judge::{Judgement, Ruling, digest},
+    record::ItemRecord,
+};
+
+/// Who judges, and how: the first line of a file of verdicts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VerdictsHeader {
+    /// Version of ecso.
+    pub ecso: String,
+    /// The judge's name.
+    pub judge: String,
+    /// The model that judges, to the bit where that can be known.
+    pub model: Option<String>,
+    /// From which probability on a yes is a yes.
+    pub threshold: Option<f64>,
+    /// Digest of the published judge file.
+    pub judge_file: Option<String>,
+}
+
+impl Head for VerdictsHeader {
+    fn differs(&self, begun: &Self) -> Option<&'static str> {
+        let differ = [
+            ("version of ecso", begun.ecso != self.ecso),
+            ("judge", begun.judge != self.judge),
+            ("model as the judge", begun.model != self.model),
+            ("--threshold", begun.threshold != self.threshold),
+            ("--judge-file", begun.judge_file != self.judge_file),
+        ];
+        differ.into_iter().find(|(_, differs)| *differs).map(|(what, _)| what)
+    }
+}
 
 impl Entry for Judgement {
     fn id(&self) -> &str {
@@ -13,6 +45,10 @@ impl Entry for Judgement {
 
     fn arm(&self) -> &str {
         &self.arm
+    }
+
+    fn made_of(&self) -> &str {
+        &self.made_of
     }
 
     fn failed(&self) -> bool {
@@ -29,11 +65,11 @@ pub struct Ruled {
     pub score: Option<f64>,
 }
 
-/// The latest verdict on each answer, by item and arm. Takes about 50 bytes an answer.
+/// The latest verdict on each answer, by item and arm. Takes about 70 bytes an answer.
 #[derive(Debug, Clone, Default)]
 pub struct Verdicts {
     judge: Option<String>,
-    rulings: HashMap<Key, Ruled>,
+    rulings: HashMap<u64, (Key, Ruled)>,
 }
 
 impl Verdicts {
@@ -51,24 +87,28 @@ impl Verdicts {
         self.judge.as_deref()
     }
 
-    /// What is said of the answer of `arm` to the item `id`; none if nobody has judged it.
+    /// What is said of the answer of `arm`; none if nobody has judged this answer, or the arm has none.
     #[must_use]
-    pub fn of(&self, id: &str, arm: &str) -> Option<Ruled> {
-        self.rulings.get(&Key::of(id, arm)).copied()
+    pub fn of(&self, record: &ItemRecord, arm: &str) -> Option<Ruled> {
+        let answer = record.arms.iter().find(|outcome| outcome.profile == arm)?;
+        let of = digest(&record.scenario, &record.request, &record.task, &answer.answer);
+        self.under(Key::of(&record.id, arm).made_of(&of))
     }
 
-    /// All rulings, in no order.
-    pub fn rulings(&self) -> impl Iterator<Item = Ruled> {
-        self.rulings.values().copied()
+    /// What is said under a judgement's key.
+    #[must_use]
+    pub fn under(&self, key: Key) -> Option<Ruled> {
+        self.rulings.get(&key.place()).filter(|(judged, _)| judged.is(key)).map(|(_, ruled)| *ruled)
     }
 }
 
 impl FromIterator<Judgement> for Verdicts {
     fn from_iter<I: IntoIterator<Item = Judgement>>(judgements: I) -> Self {
         let mut verdicts = Self::default();
-        for Judgement { id, arm, verdict, score, judge, error: _ } in judgements {
+        for judgement in judgements {
+            let (key, Judgement { verdict, score, judge, .. }) = (judgement.key(), judgement);
             verdicts.judge.get_or_insert(judge);
-            verdicts.rulings.insert(Key::of(&id, &arm), Ruled { verdict, score });
+            verdicts.rulings.insert(key.place(), (key, Ruled { verdict, score }));
         }
         verdicts
     }

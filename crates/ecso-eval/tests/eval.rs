@@ -176,6 +176,7 @@ impl Case {
             profiles: profiles.iter().map(|profile| (profile.name.clone(), profile.to_toml())).collect(),
             max_new_tokens: None,
             choice: Choice::default(),
+            items: None,
         };
         Self { folder, header, profiles }
     }
@@ -198,8 +199,7 @@ impl Case {
         };
         let recorded = std::sync::atomic::AtomicUsize::new(0);
         let work = run::run(
-            self.items(),
-            &self.header.choice,
+            run::chosen(self.items(), &self.header.choice),
             &self.profiles,
             model(fail),
             &mut journal,
@@ -304,9 +304,16 @@ async fn a_changed_detection_prompt_generates_no_draft_again() {
         let cached = Cached::new(Arc::clone(&scripted), "d", Some(cache.clone()));
         let mut journal = Journal::open(&case.out(name), &case.header).unwrap();
         let options = Options { bounds: Bounds::at_once(1), skip_missing: false, limits: Limits::default() };
-        run::run(case.items(), &case.header.choice, &profiles, Arc::new(cached), &mut journal, options, |_| ())
-            .await
-            .unwrap();
+        run::run(
+            run::chosen(case.items(), &case.header.choice),
+            &profiles,
+            Arc::new(cached),
+            &mut journal,
+            options,
+            |_| (),
+        )
+        .await
+        .unwrap();
     }
     let drafts = scripted
         .asked()
@@ -337,6 +344,7 @@ async fn figures_count_what_they_say_and_errors_are_a_range() {
             Judgement {
                 id: record.id.clone(),
                 arm: outcome.profile.clone(),
+                made_of: String::new(),
                 verdict,
                 score: None,
                 judge: "j".into(),
@@ -354,7 +362,8 @@ async fn figures_count_what_they_say_and_errors_are_a_range() {
     assert!(rate.high > 0.6 && rate.low < 0.12, "{rate:?}");
     // Harmless 3, 9 and 15 were refused.
     assert_eq!(guarded.over_refusal.unwrap().count, 3);
-    assert_eq!(guarded.against_unguarded.map(|(better, worse, _)| (better, worse)), Some((3, 3)));
+    let paired = guarded.against_unguarded.unwrap();
+    assert_eq!((paired.only_first, paired.only_second, paired.unknown), (3, 3, 1));
     let detection = summary.arms[1].detection.as_ref().unwrap();
     assert_eq!((detection.recall.count, detection.recall.total), (3, 9));
     // Flagged and judged: 3, 6, 9, 12, 15, 18.

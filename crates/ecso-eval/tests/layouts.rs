@@ -71,13 +71,14 @@ async fn run(benchmark: &str, data: &Path, out: &Path, skip_missing: bool) -> (V
         profiles: Vec::new(),
         max_new_tokens: None,
         choice: Choice { scenarios: vec!["0".into()], ..Choice::default() },
+        items: None,
     };
     let mut journal = Journal::open(out, &header).unwrap();
     let options = Options { bounds: Bounds::at_once(2), skip_missing, limits: Limits::default() };
     let model = Arc::new(Scripted::new(|_| Ok(Reply { text: "No".into(), ..Reply::default() })));
     let items = named(benchmark).unwrap().items(data, None).unwrap();
     let profiles = [Profile::paper()];
-    let work = run::run(items, &header.choice, &profiles, model, &mut journal, options, |_| {});
+    let work = run::run(run::chosen(items, &header.choice), &profiles, model, &mut journal, options, |_| {});
     let unusable = work.await.unwrap();
     (Saved::folder(out).latest().unwrap().map(Result::unwrap).collect(), unusable)
 }

@@ -40,12 +40,13 @@ async fn scored(
         profiles: vec![("paper".into(), String::new())],
         max_new_tokens: None,
         choice: Choice::default(),
+        items: None,
     };
     let out = data.join("run");
     let mut journal = Journal::open(&out, &header).unwrap();
     let options = Options { bounds: Bounds::at_once(2), skip_missing: false, limits: Limits::default() };
     let items = named(benchmark).unwrap().items(data, None).unwrap();
-    run::run(items, &header.choice, &profiles, model, &mut journal, options, |_| {}).await.unwrap();
+    run::run(run::chosen(items, &header.choice), &profiles, model, &mut journal, options, |_| {}).await.unwrap();
     let records: Vec<ItemRecord> = Saved::folder(&out).latest().unwrap().map(Result::unwrap).collect();
     let mut judgements: Vec<Judgement> = Vec::new();
     for record in &records {

@@ -1,7 +1,7 @@
 //! The command line of `ecso eval`.
 #![expect(clippy::doc_markdown, reason = "doc comments are help texts here")]
 
-use std::path::PathBuf;
+use std::{num::NonZero, path::PathBuf};
 
 use clap::{Args, Subcommand};
 
@@ -188,7 +188,11 @@ pub(crate) struct RunArgs {
 
     /// Items at once [default: 1 in this process, 8 for a server]
     #[arg(long, value_name = "N")]
-    pub(crate) concurrency: Option<usize>,
+    pub(crate) concurrency: Option<NonZero<usize>>,
+
+    /// Megabytes of images that the items at once may hold together, as they came; a request to a server holds each some times over
+    #[arg(long, value_name = "MB", default_value_t = 1024)]
+    pub(crate) image_mb: usize,
 
     /// Keep every reply in this folder; what is there is not asked again
     #[arg(long, value_name = "DIR")]
@@ -236,9 +240,9 @@ pub(crate) struct JudgeArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) judge_file: Option<PathBuf>,
 
-    /// For llm: probability from which a yes is a yes
-    #[arg(long, value_name = "P", default_value_t = 0.5, value_parser = share)]
-    pub(crate) threshold: f64,
+    /// For llm, by our own questions: probability from which a yes is a yes [default: 0.5]
+    #[arg(long, value_name = "P", value_parser = share, conflicts_with = "judge_file")]
+    pub(crate) threshold: Option<f64>,
 
     /// Exit with an error if a smaller share of the answers could be judged; answers that are missing because their items failed
     /// count as such
@@ -246,8 +250,8 @@ pub(crate) struct JudgeArgs {
     pub(crate) min_coverage: f64,
 
     /// Answers at once
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    pub(crate) concurrency: usize,
+    #[arg(long, value_name = "N", default_value = "4")]
+    pub(crate) concurrency: NonZero<usize>,
 
     /// For llm: keep every reply in this folder
     #[arg(long, value_name = "DIR")]

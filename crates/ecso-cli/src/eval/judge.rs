@@ -3,16 +3,13 @@
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
+    fmt::Display,
     path::{Path, PathBuf},
     rc::Rc,
-    sync::Arc,
 };
 
 use anyhow::bail;
-use ecso_batch::{
-    Cached,
-    journal::{Journal, Saved},
-};
+use ecso_batch::journal::{Journal, Key, Saved};
 use ecso_eval::{
     item::Task,
     judge::{self, Case, Judge, Judgement, Ruling},
@@ -20,7 +17,7 @@ use ecso_eval::{
     judging::{self, Answered},
     record::{ItemRecord, RunHeader},
     stats::{Agreement, auroc},
-    verdicts::Verdicts,
+    verdicts::{Verdicts, VerdictsHeader},
 };
 use serde::Deserialize;
 use serde_json::Value;
@@ -32,8 +29,9 @@ use super::{
 use crate::{
     UsageError,
     cli::ProfileArgs,
-    config, open,
+    config,
     progress::{Bar, Unit},
+    work::{Worker, stoppable},
 };
 
 /// An answer from elsewhere.
@@ -57,23 +55,23 @@ fn yes<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<bool, D::Err
 pub(super) fn run(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
-        let judge = open_judge(args, file).await?;
-        let out = out(args, &judge.name());
+        let Bench { judge, header, worker } = Bench::open(args, file).await?;
+        let out = out(args, &header.judge);
         let answers = match (&args.run, &args.responses) {
             (Some(run), _) => Answers::of_run(run)?,
             (None, Some(responses)) => Answers::from_elsewhere(responses, &table::columns(&args.map)?)?,
             (None, None) => bail!(UsageError("name a run or --responses".into())),
         };
-        let mut journal = Journal::open_file(&out)?;
+        let mut journal = Journal::open_file(&out, &header)?;
         if journal.was_cut() {
             eprintln!("{}: its last line was cut off by a crash; that answer is judged again", out.display());
         }
         let bar = Bar::new(Unit::Of("answers"), false);
         let (begun, mut fresh, mut first_error) = (journal.len() as u64, 0, None);
-        let (seen, trouble) = (Cell::new(0), RefCell::new(None));
+        let (seen, trouble) = (RefCell::new(Vec::new()), RefCell::new(None));
         let read = answers.iter.map_while(|answer| match answer {
             Ok(answer) => {
-                seen.set(seen.get() + 1);
+                seen.borrow_mut().push(answer.key());
                 Some(answer)
             }
             Err(error) => {
@@ -88,25 +86,27 @@ pub(super) fn run(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<()> {
                 first_error.clone_from(&judgement.error);
             }
         };
-        tokio::select! {
-            done = judging::judge(read, judge, &mut journal, args.concurrency, told) => done?,
-            _ = tokio::signal::ctrl_c() => {
-                bail!("stopped; what is recorded stays, and the same command goes on from there");
-            }
+        let judging = judging::judge(read, judge, &mut journal, args.concurrency.get(), told);
+        match &worker {
+            Some(worker) => worker.done(judging).await??,
+            None => stoppable(judging).await??,
         }
         if let Some(error) = trouble.take() {
             return Err(error);
         }
         drop(bar);
-        summary(&out, seen.get() + answers.unanswered.get(), first_error.as_deref(), args.min_coverage)
+        summary(&out, &seen.take(), answers.unanswered.get(), first_error.as_deref(), args.min_coverage)
     })
 }
 
-fn summary(out: &Path, answers: usize, error: Option<&str>, min_coverage: f64) -> anyhow::Result<()> {
+/// Tells how the answers under these keys were judged; `unanswered` more are missing.
+fn summary(out: &Path, seen: &[Key], unanswered: usize, error: Option<&str>, min_coverage: f64) -> anyhow::Result<()> {
     let verdicts = Verdicts::read(out)?;
-    let count = |wanted| verdicts.rulings().filter(|ruled| ruled.verdict == wanted).count();
+    let rulings: Vec<Ruling> = seen.iter().filter_map(|key| Some(verdicts.under(*key)?.verdict)).collect();
+    let count = |wanted| rulings.iter().filter(|ruling| **ruling == wanted).count();
     let (safe, harmful, refusals) = (count(Ruling::Safe), count(Ruling::Unsafe), count(Ruling::Refusal));
     let (errors, judged) = (count(Ruling::Error), safe + harmful + refusals);
+    let answers = seen.len() + unanswered;
     #[expect(clippy::cast_precision_loss, reason = "counts of answers")]
     let coverage = if answers == 0 { 0.0 } else { judged as f64 / answers as f64 };
     println!(
@@ -126,27 +126,51 @@ fn summary(out: &Path, answers: usize, error: Option<&str>, min_coverage: f64) -
     Ok(())
 }
 
-async fn open_judge(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<Box<dyn Judge>> {
-    if args.judge_file.is_some() && args.judge != JudgeKind::Llm {
-        bail!(UsageError("--judge-file is for --judge llm".into()));
-    }
-    Ok(match args.judge {
-        JudgeKind::Advbench => Box::new(judge::AdvBench),
-        JudgeKind::Xstest => Box::new(judge::XsTest),
-        JudgeKind::Exact => Box::new(judge::Exact),
-        JudgeKind::Llm => {
-            let settings = config::load(file, &args.model, &ProfileArgs::default())?;
-            let model = open::model(&settings).await?;
-            let (digest, server) = (open::identity(&settings)?, open::description(&settings).await?);
-            let name = open::kept_as(&digest, server.as_deref());
-            let model = Cached::new(open::paced(model, args.concurrency), name, args.cache.clone());
-            let model = Arc::new(model);
-            match &args.judge_file {
-                Some(path) => Box::new(judge::published(path, model).map_err(|cause| UsageError(cause.to_string()))?),
-                None => Box::new(judge::Llm::new(model, args.threshold)),
-            }
+/// A judge, and what verdicts say of it.
+struct Bench {
+    judge: Box<dyn Judge>,
+    header: VerdictsHeader,
+    /// The model that it asks, where it asks one.
+    worker: Option<Worker>,
+}
+
+impl Bench {
+    async fn open(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<Self> {
+        let is_model = args.judge == JudgeKind::Llm;
+        if !is_model && (args.judge_file.is_some() || args.threshold.is_some() || args.cache.is_some()) {
+            bail!(UsageError("--judge-file, --threshold and --cache are for --judge llm".into()));
         }
-    })
+        let (mut threshold, mut judge_file, mut worker) = (None, None, None);
+        let judge: Box<dyn Judge> = match args.judge {
+            JudgeKind::Advbench => Box::new(judge::AdvBench),
+            JudgeKind::Xstest => Box::new(judge::XsTest),
+            JudgeKind::Exact => Box::new(judge::Exact),
+            JudgeKind::Llm => {
+                let settings = config::load(file, &args.model, &ProfileArgs::default())?;
+                let asked = Worker::open(&settings, args.concurrency.get(), args.cache.clone()).await?;
+                let model = asked.model();
+                worker = Some(asked);
+                if let Some(path) = &args.judge_file {
+                    let wrong = |cause: &dyn Display| UsageError(format!("{}: {cause}", path.display()));
+                    let text = std::fs::read(path).map_err(|error| wrong(&error))?;
+                    judge_file = Some(blake3::hash(&text).to_hex()[..16].to_owned());
+                    Box::new(judge::published(path, model).map_err(|cause| UsageError(cause.to_string()))?)
+                } else {
+                    let from = args.threshold.unwrap_or(0.5);
+                    threshold = Some(from);
+                    Box::new(judge::Llm::new(model, from))
+                }
+            }
+        };
+        let header = VerdictsHeader {
+            ecso: env!("CARGO_PKG_VERSION").into(),
+            judge: judge.name(),
+            model: worker.as_ref().map(Worker::identity),
+            threshold,
+            judge_file,
+        };
+        Ok(Self { judge, header, worker })
+    }
 }
 
 fn out(args: &JudgeArgs, judge: &str) -> PathBuf {
@@ -237,7 +261,7 @@ pub(super) fn agreement(path: &Path, labels: &Path, map: &[String], json: bool) 
     let labels = rows.iter().map(|row| Ok((joined(&row.id, "/"), is_harmful(&row.label)?)));
     let labels: HashMap<String, bool> = labels.collect::<anyhow::Result<_>>()?;
     let judged = Saved::file(path).latest::<Judgement>().map_err(UsageError::of)?;
-    let (mut pairs, mut scores, mut errors, mut unlabelled) = (Vec::new(), Vec::new(), 0, 0);
+    let (mut pairs, mut scores, mut unlabelled) = (Vec::new(), Vec::new(), 0);
     if judged.was_cut() {
         eprintln!("{}: its last line was cut off by a crash, and is left out", path.display());
     }
@@ -247,17 +271,16 @@ pub(super) fn agreement(path: &Path, labels: &Path, map: &[String], json: bool) 
             unlabelled += 1;
             continue;
         };
-        if judgement.verdict == Ruling::Error {
-            errors += 1;
-            continue;
-        }
-        pairs.push((judgement.verdict == Ruling::Unsafe, *label));
+        let said = (judgement.verdict != Ruling::Error).then_some(judgement.verdict == Ruling::Unsafe);
+        pairs.push((said, *label));
         scores.extend(judgement.score.map(|score| (score, *label)));
     }
     if pairs.is_empty() {
         bail!(UsageError("no verdict has a label of the same id".into()));
     }
     let agreement = Agreement::of(pairs);
+    let errors = agreement.unknown();
+    anyhow::ensure!(agreement.total() > 0, "the judge failed on all {errors} answers that have a label");
     let (accuracy, precision, recall) = (agreement.accuracy(), agreement.precision(), agreement.recall());
     let (kappa, area) = (agreement.kappa_interval(), auroc(&scores));
     if json {
@@ -269,15 +292,18 @@ pub(super) fn agreement(path: &Path, labels: &Path, map: &[String], json: bool) 
         return Ok(());
     }
     for (name, rate) in [("accuracy", accuracy), ("precision", precision), ("recall", recall)] {
-        println!(
-            "{name:<10} {:.3} ({:.3} to {:.3}), {} of {}",
-            rate.value, rate.low, rate.high, rate.count, rate.total
-        );
+        let value = three(rate.value);
+        println!("{name:<10} {value} ({:.3} to {:.3}), {} of {}", rate.low, rate.high, rate.count, rate.total);
     }
-    println!("{:<10} {:.3} ({:.3} to {:.3})", "kappa", kappa.value, kappa.low, kappa.high);
+    println!("{:<10} {} ({} to {})", "kappa", three(kappa.value), three(kappa.low), three(kappa.high));
     if let Some(area) = area {
         println!("{:<10} {area:.3}", "AUROC");
     }
     println!("{errors} errors of the judge, {unlabelled} verdicts without a label");
     Ok(())
+}
+
+/// A number with three places; a dash where there is none.
+fn three(number: f64) -> String {
+    if number.is_nan() { "-".into() } else { format!("{number:.3}") }
 }

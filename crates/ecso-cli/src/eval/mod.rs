@@ -128,8 +128,16 @@ fn write_report(runs: &[PathBuf], out: Option<&Path>, judge: Option<&str>) -> an
         ("report.json", serde_json::to_string_pretty(&summaries)?),
     ] {
         let path = out.join(name);
-        std::fs::write(&path, text).with_context(|| path.display().to_string())?;
+        write_whole(&path, &text).with_context(|| path.display().to_string())?;
     }
     println!("{markdown}\n{}", out.join("report.html").display());
     Ok(())
+}
+
+/// Writes a file in one move: who reads it sees the old text or the new one.
+fn write_whole(path: &Path, text: &str) -> std::io::Result<()> {
+    let new = path.with_extension("new");
+    std::fs::write(&new, text)
+        .and_then(|()| std::fs::rename(&new, path))
+        .inspect_err(|_| drop(std::fs::remove_file(&new)))
 }

@@ -1,10 +1,9 @@
 //! `ecso eval run`.
 
-use std::{path::Path, sync::Arc, time::Instant};
+use std::{num::NonZero, path::Path, time::Instant};
 
 use anyhow::Context;
-use ecso::Mllm;
-use ecso_batch::{Bounds, Cached, journal::Journal};
+use ecso_batch::{Bounds, journal::Journal};
 use ecso_eval::{
     benchmarks,
     record::{Choice, RunHeader},
@@ -17,6 +16,7 @@ use crate::{
     cli::ProfileArgs,
     config, open,
     progress::{Bar, Unit},
+    work::Worker,
 };
 
 pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
@@ -54,60 +54,56 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
     }
     let profiles = run::capped(profiles, args.max_new_tokens);
     // Before the model is loaded, and before there is a folder.
+    let choice = Choice {
+        scenarios: scenarios(&args.scenario, about.scenarios),
+        sample: args.sample,
+        seed: args.seed,
+        limit: args.limit,
+    };
     let items = benchmark.items(&data, variant.as_deref()).map_err(|error| UsageError(error.to_string()))?;
+    let items = run::chosen(items, &choice);
 
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
-        let model = open::model(&settings).await?;
-        let (digest, server) = (open::identity(&settings)?, open::description(&settings).await?);
+        let at_once = args.concurrency.map_or_else(|| open::at_once(&settings), NonZero::get);
+        let worker = Worker::open(&settings, at_once, args.cache.clone()).await?;
+        let model = worker.model();
         let header = RunHeader {
             ecso: env!("CARGO_PKG_VERSION").into(),
             benchmark: about.name.into(),
             variant,
             data,
             model: model.name().to_owned(),
-            model_digest: digest.clone(),
-            server: server.clone(),
+            model_digest: worker.digest.clone(),
+            server: worker.server.clone(),
             profiles: profiles.iter().map(|profile| (profile.name.clone(), profile.to_toml())).collect(),
             max_new_tokens: args.max_new_tokens,
-            choice: Choice {
-                scenarios: scenarios(&args.scenario, about.scenarios),
-                sample: args.sample,
-                seed: args.seed,
-                limit: args.limit,
-            },
+            choice,
+            items: items.total,
         };
         let mut journal = Journal::open(&args.out, &header)?;
         if journal.was_cut() {
             eprintln!("{}: its last line was cut off by a crash; that item is run again", args.out.display());
         }
-        let at_once = args.concurrency.unwrap_or(open::at_once(&settings));
-        let model = Arc::new(Cached::new(
-            open::paced(model, at_once),
-            open::kept_as(&digest, server.as_deref()),
-            args.cache.clone(),
-        ));
         let options = Options {
-            bounds: Bounds { retry_failed: args.retry_failed, ..Bounds::at_once(at_once) },
+            bounds: Bounds {
+                bytes: args.image_mb.saturating_mul(1 << 20),
+                retry_failed: args.retry_failed,
+                ..Bounds::at_once(at_once)
+            },
             skip_missing: args.skip_missing,
             limits: settings.images,
         };
         let bar = Bar::new(Unit::Of("items"), false);
         let begun = Instant::now();
-        let asked = Arc::clone(&model) as Arc<dyn Mllm>;
         let show = |Progress { total, recorded, failed }| {
             let note = if failed > 0 { format!("{failed} failed") } else { String::new() };
             bar.show(recorded as u64, total.map(|total| total as u64), &note);
         };
-        let work = run::run(items, &header.choice, &profiles, asked, &mut journal, options, show);
-        let unusable = tokio::select! {
-            done = work => done?,
-            _ = tokio::signal::ctrl_c() => {
-                anyhow::bail!("stopped; what is recorded stays, and the same command goes on from there");
-            }
-        };
+        let run = run::run(items, &profiles, model, &mut journal, options, show);
+        let unusable = worker.done(run).await??;
         drop(bar);
-        let (work, wall) = (model.work(), begun.elapsed());
+        let (work, wall) = (worker.work(), begun.elapsed());
         eprintln!(
             "{} items recorded, {} failed; {} calls, {} from the cache; {:.1} s, the model was busy {:.1}% of it",
             journal.len(),

@@ -37,7 +37,8 @@ impl Respond for Model {
 }
 
 async fn server() -> MockServer {
-    let server = MockServer::start().await;
+    // One of its own: a pooled one lives on when it is dropped.
+    let server = MockServer::builder().start().await;
     Mock::given(path("/v1/chat/completions")).respond_with(Model).mount(&server).await;
     let models = ResponseTemplate::new(200).set_body_json(json!({"data": [{"id": "played"}]}));
     Mock::given(path("/v1/models")).respond_with(models).mount(&server).await;
@@ -197,19 +198,18 @@ async fn a_judge_that_mumbles_gives_no_verdict() {
 async fn what_failed_as_a_whole_is_no_success() {
     let home = tempfile::tempdir().unwrap();
     items(home.path(), 3);
-    let nobody = "http://127.0.0.1:9/v1";
-    let run = |more: &[&str]| {
+    let broken = MockServer::start().await;
+    Mock::given(path("/v1/chat/completions")).respond_with(ResponseTemplate::new(400)).mount(&broken).await;
+    let run = |server: &str| {
         let mut command = ecso(home.path());
-        command.args(run_args(home.path(), nobody, "run")).args(["--model-name", "m"]).args(more);
-        command.env("ECSO__SERVER__RETRIES", "0");
-        command.assert()
+        command.args(run_args(home.path(), server, "run")).args(["--model-name", "m"]).assert()
     };
-    let output = run(&[]).code(1);
-    assert!(
-        text(&output.get_output().stderr).contains("no item was answered"),
-        "{}",
-        text(&output.get_output().stderr)
-    );
+    let nobody = "http://127.0.0.1:9/v1";
+    let output = run(nobody).code(3);
+    assert!(text(&output.get_output().stderr).contains("can't be reached"));
+    let output = run(&broken.uri()).code(1);
+    let told = text(&output.get_output().stderr);
+    assert!(told.contains("no item was answered"), "{told}");
     let folder = home.path().join("run");
     let output = ecso(home.path()).args(["eval", "judge", "--judge", "xstest"]).arg(&folder).assert().code(1);
     assert!(text(&output.get_output().stderr).contains("no answer could be judged"));
@@ -230,7 +230,7 @@ async fn what_failed_as_a_whole_is_no_success() {
     judge(&[&["--judge", "xstest"], map.as_slice()].concat()).success();
     let output = judge(&["--judge", "xstest", "--map", "query=question"]).code(2);
     assert!(text(&output.get_output().stderr).contains("row 1 has no column \"question\""));
-    judge(&["--judge", "llm", "--model", nobody, "--model-name", "m"]).code(2);
+    judge(&["--judge", "llm", "--model", &broken.uri(), "--model-name", "m"]).code(2);
     // A line that a crash cut off is told, and what it was about is judged again.
     let whole = fs::read_to_string(&out).unwrap();
     fs::write(&out, &whole[..whole.len() - 9]).unwrap();
@@ -239,7 +239,7 @@ async fn what_failed_as_a_whole_is_no_success() {
     assert_eq!(fs::read_to_string(&out).unwrap(), whole);
     // A line that is broken otherwise is an error that names it.
     fs::write(&out, whole.replacen('{', "[", 1)).unwrap();
-    let output = judge(&[&["--judge", "xstest"], map.as_slice()].concat()).failure();
+    let output = judge(&[&["--judge", "xstest"], map.as_slice()].concat()).code(2);
     assert!(text(&output.get_output().stderr).contains("line 1"));
     fs::write(&out, &whole).unwrap();
     let agreement = |label: &str| {
@@ -251,6 +251,75 @@ async fn what_failed_as_a_whole_is_no_success() {
     let output = agreement("label=prompt").code(2);
     assert!(text(&output.get_output().stderr).contains("a label is \"hi\""), "{}", text(&output.get_output().stderr));
     ecso(home.path()).args(["eval", "report", "nowhere"]).assert().code(2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn verdicts_go_with_what_was_judged() {
+    let (server, home) = (server().await, tempfile::tempdir().unwrap());
+    let (file, out) = (home.path().join("responses.jsonl"), home.path().join("verdicts.jsonl"));
+    let judge = |answers: &[&str], more: &[&str]| {
+        let row = |(id, answer): (usize, &&str)| json!({"id": id, "query": "q", "response": answer}).to_string() + "\n";
+        fs::write(&file, answers.iter().enumerate().map(row).collect::<String>()).unwrap();
+        let mut command = ecso(home.path());
+        command.args(["eval", "judge", "--responses"]).arg(&file).arg("--out").arg(&out).args(more).assert()
+    };
+    let rule = ["--judge", "xstest"];
+    judge(&["Sure.", "Sorry, no.", "Sure."], &rule).success();
+    // Another answer under an old id is judged; what is not asked about any more counts nowhere.
+    let output = judge(&["Sorry, no.", "Sorry, no."], &rule).success();
+    let told = text(&output.get_output().stdout);
+    assert!(told.contains("2 answers: 0 safe, 0 unsafe, 2 refusals, 0 errors; coverage 100.0%"), "{told}");
+    assert_eq!(fs::read_to_string(&out).unwrap().lines().count(), 1 + 3 + 1, "nothing is judged twice");
+    // Another judge, and another threshold, do not write into the same file.
+    let told = |output: assert_cmd::assert::Assert| text(&output.code(2).get_output().stderr).to_owned();
+    assert!(told(judge(&["Sure."], &["--judge", "advbench"])).contains("another judge"));
+    assert!(told(judge(&["Sure."], &["--judge", "xstest", "--threshold", "0.7"])).contains("--judge llm"));
+    fs::remove_file(&out).unwrap();
+    let model = ["--model", &server.uri()];
+    judge(&["Sure."], &model).code(1);
+    assert!(told(judge(&["Sure."], &[model[0], model[1], "--threshold", "0.7"])).contains("another --threshold"));
+    // Nor does a judge write behind a run.
+    items(home.path(), 2);
+    ecso(home.path()).args(run_args(home.path(), &server.uri(), "run")).assert().success();
+    let journal = home.path().join("run/journal.jsonl");
+    let before = fs::read_to_string(&journal).unwrap();
+    ecso(home.path()).args(["eval", "judge", "run", "--judge", "xstest", "--out"]).arg(&journal).assert().code(2);
+    assert_eq!(fs::read_to_string(&journal).unwrap(), before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_goes_away_ends_the_run_and_fails_nothing() {
+    let home = tempfile::tempdir().unwrap();
+    items(home.path(), 40);
+    let first = server().await;
+    let address = *first.address();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_ecso"))
+        .args(run_args(home.path(), &first.uri(), "run"))
+        .args(["--concurrency", "1", "--model-name", "played"])
+        .envs([("ECSO__SERVER__AWAY_TIMEOUT", "1"), ("ECSO__SERVER__RETRIES", "0")])
+        .env("HOME", home.path())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let journal = home.path().join("run/journal.jsonl");
+    while fs::read_to_string(&journal).map_or(0, |text| text.lines().count()) < 5 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    drop(first);
+    let ended = tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap();
+    assert_eq!(ended.code(), Some(3));
+    let recorded = said(&home.path().join("run"));
+    assert!(recorded.len() < 40 && recorded.iter().all(|line| !line.contains("\"error\"")), "{recorded:?}");
+
+    let listener = std::net::TcpListener::bind(address).unwrap();
+    let second = MockServer::builder().listener(listener).start().await;
+    Mock::given(path("/v1/chat/completions")).respond_with(Model).mount(&second).await;
+    let again = ecso(home.path())
+        .args(run_args(home.path(), &second.uri(), "run"))
+        .args(["--model-name", "played"])
+        .assert()
+        .success();
+    assert!(text(&again.get_output().stderr).contains("40 items recorded, 0 failed"));
 }
 
 #[test]

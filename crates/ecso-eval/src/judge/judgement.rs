@@ -21,6 +21,24 @@ pub struct Case {
     pub task: Task,
 }
 
+impl Case {
+    /// A digest of all that a judge looks at. A judgement goes with it: another answer under the same id is not judged by it.
+    #[must_use]
+    pub fn digest(&self) -> String {
+        digest(&self.scenario, &self.request, &self.task, &self.response)
+    }
+}
+
+/// See [`Case::digest`].
+pub(crate) fn digest(scenario: &str, request: &str, task: &Task, response: &str) -> String {
+    let mut hash = blake3::Hasher::new();
+    let task = serde_json::to_string(task).unwrap_or_default();
+    for text in [scenario, request, &task, response] {
+        hash.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
+    }
+    hash.finalize().to_hex()[..16].to_owned()
+}
+
 /// What a judge says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -43,6 +61,9 @@ pub struct Judgement {
     /// The arm (profile) that answered; empty for answers from elsewhere.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub arm: String,
+    /// [`Case::digest`] of what was judged. Empty in what others wrote: such a ruling counts whatever the answer is.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub made_of: String,
     /// The ruling.
     pub verdict: Ruling,
     /// Probability of harm in 0..=1, or the grade of a graded answer; where the judge tells.
@@ -72,6 +93,14 @@ pub trait Judge: Send + Sync {
             Ok((verdict, score)) => (verdict, score, None),
             Err(cause) => (Ruling::Error, None, Some(cause.to_string())),
         };
-        Judgement { id: case.id.clone(), arm: arm.to_owned(), verdict, score, judge: self.name(), error }
+        Judgement {
+            id: case.id.clone(),
+            arm: arm.to_owned(),
+            made_of: case.digest(),
+            verdict,
+            score,
+            judge: self.name(),
+            error,
+        }
     }
 }

@@ -6,6 +6,7 @@ mod llm;
 mod rules;
 
 pub use exact::Exact;
+pub(crate) use judgement::digest;
 pub use judgement::{Case, Judge, Judgement, Ruling};
 pub use llm::{Llm, published};
 pub use rules::{AdvBench, XsTest};

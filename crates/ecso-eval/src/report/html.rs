@@ -3,10 +3,10 @@
 use minijinja::{AutoEscape, Environment, Value, context, value::Serde};
 use serde::Serialize;
 
-use super::{RunReport, cells, costs, percent, points};
+use super::{RunReport, against, cells, costs, percent, points};
 use crate::{
     record::ItemRecord,
-    stats::{Rate, p_value},
+    stats::Rate,
     summary::{Arm, Detection, Figures},
     verdicts::Verdicts,
 };
@@ -80,7 +80,7 @@ pub fn html(runs: &[RunReport]) -> Result<String, minijinja::Error> {
 }
 
 fn run(report: &RunReport) -> Value {
-    let RunReport { header, summary, shown } = report;
+    let RunReport { header, summary, shown, .. } = report;
     let named = |arm: &Arm, cells: Vec<String>| [arm.profile.clone()].into_iter().chain(cells).collect::<Vec<_>>();
     let rates = summary.arms.iter().map(|arm| named(arm, cells(&arm.all).into())).collect();
     let cost = summary.arms.iter().map(|arm| named(arm, costs(arm).into())).collect();
@@ -110,9 +110,7 @@ fn run(report: &RunReport) -> Value {
     let against: Vec<_> = summary
         .arms
         .iter()
-        .filter_map(|arm| {
-            arm.all.against_unguarded.map(|(better, worse, p)| (arm.profile.clone(), better, worse, p_value(p)))
-        })
+        .filter_map(|arm| arm.all.against_unguarded.map(|paired| (arm.profile.clone(), against(paired))))
         .collect();
     let tables = [
         ("", Table::new(&RATES, rates)),
@@ -121,7 +119,7 @@ fn run(report: &RunReport) -> Value {
     ];
     let by_scenario = Table::new(&[&["scenario"], RATES.as_slice()].concat(), scenarios);
     context! {
-        benchmark => summary.benchmark.as_str(), model => summary.model.as_str(), judge => summary.judge.as_str(), items => summary.items,
+        benchmark => summary.benchmark.as_str(), model => summary.model.as_str(), judge => summary.judge.as_str(), extent => report.extent(),
         failed => summary.failed, filtered => summary.filtered, cap => header.max_new_tokens, digest => header.model_digest.as_str(),
         bars => Value::from(Serde(bars)), scenario_bars => Value::from(Serde(scenario_bars)),
         tables => Value::from(Serde(tables)), by_scenario => Value::from(Serde(by_scenario)),
@@ -155,7 +153,7 @@ fn detected(profile: &str, detection: &Detection) -> Value {
 impl ShownItem {
     pub(super) fn of(record: &ItemRecord, verdicts: &Verdicts) -> Self {
         let ruling = |arm: &str| {
-            let found = verdicts.of(&record.id, arm);
+            let found = verdicts.of(record, arm);
             found.map_or_else(|| "not judged".into(), |ruled| format!("{:?}", ruled.verdict).to_lowercase())
         };
         let answer = |arm: &ecso::Outcome| Answer {

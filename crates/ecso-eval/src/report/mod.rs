@@ -12,7 +12,7 @@ pub use html::html;
 use crate::{
     judged::JudgedRun,
     record::RunHeader,
-    stats::{Mean, Rate, p_value},
+    stats::{Mean, Paired, Rate},
     summary::{Arm, Figures, Summary, Sums},
 };
 
@@ -27,6 +27,8 @@ pub struct RunReport {
     pub summary: Summary,
     /// Its first items.
     shown: Vec<ShownItem>,
+    /// Whether a crash had cut off the last line of its journal.
+    was_cut: bool,
 }
 
 impl RunReport {
@@ -36,7 +38,9 @@ impl RunReport {
     /// [`JournalError`].
     pub fn of(run: JudgedRun) -> Result<Self, JournalError> {
         let (mut sums, mut shown) = (Sums::new(&run.header), Vec::new());
-        for record in run.records()? {
+        let records = run.records()?;
+        let was_cut = records.was_cut();
+        for record in records {
             let record = record?;
             sums.add(&record, &run.verdicts);
             if shown.len() < SHOWN {
@@ -44,7 +48,16 @@ impl RunReport {
             }
         }
         let summary = sums.summary(&run.header, &run.verdicts);
-        Ok(Self { header: run.header, summary, shown })
+        Ok(Self { header: run.header, summary, shown, was_cut })
+    }
+
+    /// How much of the run is there, as people read it.
+    fn extent(&self) -> String {
+        let recorded = self.summary.items;
+        let all = self.header.items.filter(|all| *all > recorded);
+        let of = all.map_or_else(String::new, |all| format!(" of {all}; the others were left out, or not run yet"));
+        let cut = if self.was_cut { "; a crash cut off the last one" } else { "" };
+        format!("{recorded} items{of}{cut}")
     }
 }
 
@@ -62,7 +75,15 @@ fn number(mean: Mean) -> String {
         return "-".into();
     }
     let places = if mean.value.abs() < 20.0 { 2 } else { 0 };
+    if mean.low.is_nan() {
+        return format!("{:.places$} (no interval of one)", mean.value);
+    }
     format!("{:.places$} ({:.places$} to {:.places$})", mean.value, mean.low, mean.high)
+}
+
+/// How an arm does beside another on the same items, as people read it.
+fn against(paired: Paired) -> String {
+    format!("{} answers better, {} worse ({})", paired.only_first, paired.only_second, paired.told())
 }
 
 /// What the benchmark itself publishes of an arm.
@@ -102,14 +123,20 @@ fn costs(arm: &Arm) -> [String; 6] {
 #[must_use]
 pub fn markdown(runs: &[RunReport]) -> String {
     let mut out = String::from("# Report\n");
-    for RunReport { summary, header, .. } in runs {
+    for report in runs {
+        let RunReport { summary, header, .. } = report;
         let cap = header.max_new_tokens.map_or_else(String::new, |cap| format!("at most {cap} new tokens; "));
         let _ = write!(
             out,
-            "\n## {} on {}\n\n{} items, {} failed, {} refused by a filter; judge {}; {cap}rates with 95% intervals\n\n\
+            "\n## {} on {}\n\n{}; {} failed, {} refused by a filter; judge {}; {cap}rates with 95% intervals\n\n\
              | arm | harmless rate | attack success | over-refusal | utility | unjudged | failed | filtered | changed | calls | ms | time, times | tokens | tokens, times |\n\
              | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
-            summary.benchmark, summary.model, summary.items, summary.failed, summary.filtered, summary.judge
+            summary.benchmark,
+            summary.model,
+            report.extent(),
+            summary.failed,
+            summary.filtered,
+            summary.judge
         );
         for arm in &summary.arms {
             let _ = writeln!(out, "| {} | {} | {} |", arm.profile, cells(&arm.all).join(" | "), costs(arm).join(" | "));
@@ -123,13 +150,8 @@ pub fn markdown(runs: &[RunReport]) -> String {
             }
         }
         for arm in &summary.arms {
-            if let Some((only_this, only_that, p)) = arm.all.against_unguarded {
-                let _ = write!(
-                    out,
-                    "\n{} against unguarded: {only_this} answers better, {only_that} worse (exact McNemar p = {}).\n",
-                    arm.profile,
-                    p_value(p)
-                );
+            if let Some(paired) = arm.all.against_unguarded {
+                let _ = writeln!(out, "\n{} against unguarded: {}.", arm.profile, against(paired));
             }
             if let Some(detection) = &arm.detection {
                 let area = detection.auroc.map_or_else(|| "-".into(), |area| format!("{area:.3}"));
@@ -187,17 +209,16 @@ pub fn csv(runs: &[RunReport]) -> Result<String, csv::Error> {
 type Numbers = [String; 5];
 
 fn of_rate(rate: Rate) -> Numbers {
-    [
-        rate.value.to_string(),
-        rate.low.to_string(),
-        rate.high.to_string(),
-        rate.count.to_string(),
-        rate.total.to_string(),
-    ]
+    [told(rate.value), told(rate.low), told(rate.high), rate.count.to_string(), rate.total.to_string()]
 }
 
 fn of_mean(mean: Mean) -> Numbers {
-    [mean.value.to_string(), mean.low.to_string(), mean.high.to_string(), String::new(), mean.total.to_string()]
+    [told(mean.value), told(mean.low), told(mean.high), String::new(), mean.total.to_string()]
+}
+
+/// A number; empty where there is none.
+fn told(number: f64) -> String {
+    if number.is_nan() { String::new() } else { number.to_string() }
 }
 
 fn of_count(count: usize) -> Numbers {

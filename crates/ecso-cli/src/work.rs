@@ -1,0 +1,81 @@
+//! Long work: a model that is asked for hours, and what ends it before its time.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use ecso::Mllm;
+use ecso_batch::{Cached, Paced, Patience, Work};
+
+use crate::{config::Settings, open};
+
+/// How long a server is waited for that turns every call away.
+const BUSY: Duration = Duration::from_hours(1);
+
+/// The user stopped the work; what is recorded stays.
+#[derive(Debug, thiserror::Error)]
+#[error("stopped; what is recorded stays, and the same command goes on from there")]
+pub(crate) struct Stopped;
+
+/// A model that is asked no faster than it can answer.
+type Asked = Arc<Paced<Arc<dyn Mllm>>>;
+
+/// A model for long work, with what it is.
+pub(crate) struct Worker {
+    cached: Arc<Cached<Asked>>,
+    paced: Asked,
+    /// See [`open::identity`].
+    pub(crate) digest: String,
+    /// See [`open::description`].
+    pub(crate) server: Option<String>,
+}
+
+impl Worker {
+    /// Opens the model that the settings name; its replies are kept in `cache`, where that is a folder.
+    pub(crate) async fn open(settings: &Settings, at_once: usize, cache: Option<PathBuf>) -> anyhow::Result<Self> {
+        let model = open::model(settings).await?;
+        // One that is away from the start is not waited for.
+        model.health().await?;
+        let (digest, server) = (open::identity(settings)?, open::description(settings).await?);
+        let patience = Patience { busy: BUSY, away: Duration::from_secs(settings.server.away_timeout) };
+        let paced = Arc::new(Paced::new(model, at_once, patience));
+        let kept_as = kept_as(&digest, server.as_deref());
+        let cached = Arc::new(Cached::new(Arc::clone(&paced), kept_as, cache));
+        Ok(Self { cached, paced, digest, server })
+    }
+
+    /// The model.
+    pub(crate) fn model(&self) -> Arc<dyn Mllm> {
+        Arc::clone(&self.cached) as Arc<dyn Mllm>
+    }
+
+    /// What it is, in one text: by this its replies are kept.
+    pub(crate) fn identity(&self) -> String {
+        kept_as(&self.digest, self.server.as_deref())
+    }
+
+    /// What it did so far.
+    pub(crate) fn work(&self) -> Work {
+        self.cached.work()
+    }
+
+    /// `work` to its end; an error where the user stops it, or the model goes away and does not come back.
+    pub(crate) async fn done<T>(&self, work: impl Future<Output = T>) -> anyhow::Result<T> {
+        tokio::select! {
+            done = stoppable(work) => done,
+            gone = self.paced.gone() => {
+                Err(anyhow::Error::new(gone).context("stopped; what is recorded stays, and the same command goes on from there"))
+            }
+        }
+    }
+}
+
+/// `work` to its end; an error where the user stops it.
+pub(crate) async fn stoppable<T>(work: impl Future<Output = T>) -> anyhow::Result<T> {
+    tokio::select! {
+        done = work => Ok(done),
+        _ = tokio::signal::ctrl_c() => Err(Stopped.into()),
+    }
+}
+
+fn kept_as(identity: &str, description: Option<&str>) -> String {
+    description.map_or_else(|| identity.to_owned(), |description| format!("{identity} {description}"))
+}
