@@ -152,8 +152,8 @@ pub(crate) struct ReplayArgs {
 #[derive(Debug, Args)]
 #[expect(clippy::struct_excessive_bools, reason = "flags")]
 pub(crate) struct SynthArgs {
-    /// Rows: .jsonl, .json, .csv, .tsv, .parquet, a folder of images, or `-` for JSON lines on standard input. The audit log of
-    /// `ecso serve`, with content, is one too
+    /// Rows: .jsonl, .json, .csv, .tsv, .parquet (also .gz or .zst), several by a pattern in quotes ('train-*.parquet'), a folder of these
+    /// or of images, or `-` for JSON lines on standard input. The audit log of `ecso serve`, with content, is one too
     #[arg(long, value_name = "DATA")]
     pub(crate) input: PathBuf,
 

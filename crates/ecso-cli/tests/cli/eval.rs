@@ -271,7 +271,7 @@ async fn verdicts_go_with_what_was_judged() {
     assert!(told.contains("2 answers: 0 safe, 0 unsafe, 2 refusals, 0 errors; coverage 100.0%"), "{told}");
     assert_eq!(fs::read_to_string(&out).unwrap().lines().count(), 1 + 3 + 1, "nothing is judged twice");
     // Another judge, and another threshold, do not write into the same file.
-    let told = |output: assert_cmd::assert::Assert| text(&output.code(2).get_output().stderr).to_owned();
+    let told = |output: assert_cmd::assert::Assert| text(&output.code(2).get_output().stderr).clone();
     assert!(told(judge(&["Sure."], &["--judge", "advbench"])).contains("another judge"));
     assert!(told(judge(&["Sure."], &["--judge", "xstest", "--threshold", "0.7"])).contains("--judge llm"));
     fs::remove_file(&out).unwrap();

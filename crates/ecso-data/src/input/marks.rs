@@ -85,7 +85,7 @@ pub(super) fn pieces(
 }
 
 /// Gives every mark its image: `column` are the row's images that stand in no turn. Where nothing says where they belong, they stand in
-/// the last turn, the query. Gives the turns as text, and all images in order.
+/// the user's first turn, as trainers read them. Gives the turns as text, and all images in order.
 pub(super) fn place(mut turns: Vec<Turn>, column: &[Picture]) -> Result<(Vec<Said>, Vec<Picture>), Cause> {
     repeat_own(&mut turns);
     let marked = Marked::of(&turns);
@@ -95,10 +95,10 @@ pub(super) fn place(mut turns: Vec<Turn>, column: &[Picture]) -> Result<(Vec<Sai
     // Where a numbered image has gone.
     let mut places: BTreeMap<usize, usize> = BTreeMap::new();
     let mut done = Vec::with_capacity(turns.len());
-    let last = turns.len().saturating_sub(1);
+    let first = turns.iter().position(|turn| turn.role == Role::User);
     for (index, turn) in turns.into_iter().enumerate() {
         let before = images.len();
-        if index == last && marked.says_nothing() {
+        if Some(index) == first && marked.says_nothing() {
             images.extend(column.iter().cloned());
         }
         // Of several with a number the lower stands first.
@@ -358,6 +358,14 @@ mod tests {
         assert_eq!(images, [picture("a"), picture("b")]);
         let counts: Vec<_> = said.iter().map(|said| (said.text.as_str(), said.images)).collect();
         assert_eq!(counts, [("One?", 1), ("1", 0), ("Two, the second image?", 1)]);
+        let unmarked = vec![
+            turn(Role::System, "Hi."),
+            turn(Role::User, "One?"),
+            turn(Role::Assistant, "1"),
+            turn(Role::User, "Two?"),
+        ];
+        let (said, _) = place(unmarked, &[picture("a"), picture("b")]).unwrap();
+        assert_eq!(said.iter().map(|said| said.images).collect::<Vec<_>>(), [0, 2, 0, 0]);
         let drawn = vec![turn(Role::Assistant, "Here: <image>"), turn(Role::User, "And now?")];
         assert!(place(drawn, &[picture("a")]).unwrap_err().message().contains("of the assistant"));
     }
