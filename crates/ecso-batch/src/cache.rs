@@ -12,7 +12,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use ecso::{Cause, Chat, Delta, Mllm, ModelError, Part, Reply, ReplyStream, Sampling};
+use ecso::{Cause, Chat, Delta, Image, Mllm, ModelError, Part, Reply, ReplyStream, Sampling, Seen};
 use futures::{StreamExt, stream};
 
 /// A model whose replies are kept in a folder, by the model's digest, the conversation's bytes, the images' digests and the
@@ -116,6 +116,10 @@ impl<M: Mllm> Mllm for Cached<M> {
 
     async fn health(&self) -> Result<(), ModelError> {
         self.model.health().await
+    }
+
+    async fn reads(&self, image: &Image) -> Result<Option<Seen>, ModelError> {
+        self.model.reads(image).await
     }
 
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use ecso::{Chat, Mllm, ModelError, Reply, ReplyStream, Sampling};
+use ecso::{Chat, Image, Mllm, ModelError, Reply, ReplyStream, Sampling, Seen};
 use tokio::{
     sync::{Mutex as AsyncMutex, Notify, SetOnce},
     time::Instant,
@@ -210,6 +210,10 @@ impl<M: Mllm> Mllm for Paced<M> {
 
     async fn health(&self) -> Result<(), ModelError> {
         self.model.health().await
+    }
+
+    async fn reads(&self, image: &Image) -> Result<Option<Seen>, ModelError> {
+        self.model.reads(image).await
     }
 
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {

@@ -9,8 +9,8 @@ use std::{
 
 use async_trait::async_trait;
 use ecso::{
-    Chat, Guard, GuardError, ImageError, Limits, Mllm, ModelError, Outcome, Part, Profile, Reply, ReplyStream,
-    Sampling, Step, Usage, chain, profile::Gate,
+    Chat, Guard, GuardError, Image, ImageError, Limits, Mllm, ModelError, Outcome, Part, Profile, Reply, ReplyStream,
+    Sampling, Seen, Step, Usage, chain, profile::Gate,
 };
 use ecso_batch::{
     Batch, Bounds, Sifted,
@@ -235,6 +235,10 @@ impl<'a> Drafted<'a> {
 impl Mllm for Drafted<'_> {
     fn name(&self) -> &str {
         self.model.name()
+    }
+
+    async fn reads(&self, image: &Image) -> Result<Option<Seen>, ModelError> {
+        self.model.reads(image).await
     }
 
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {

@@ -5,7 +5,7 @@ use std::{error::Error, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use backon::{ExponentialBuilder, Retryable};
 use bytes::Bytes;
-use ecso::{Cause, Chat, Mllm, ModelError, Reply, ReplyStream, Sampling};
+use ecso::{Cause, Chat, ImageError, Mllm, ModelError, Reply, ReplyStream, Sampling};
 use futures::{Stream, StreamExt};
 use reqwest::{
     RequestBuilder, Response, StatusCode, Url,
@@ -164,6 +164,9 @@ impl OpenAi {
 
     /// Posts a chat, in the way in which the model takes it.
     async fn post(&self, chat: &Chat, sampling: &Sampling, stream: bool) -> Result<Response, ModelError> {
+        if chat.images().any(|image| image.description().is_some()) {
+            return Err(ModelError::Rejected(Cause::of(ImageError::OnlyDescribed)));
+        }
         let mut search = Search::new(self.memory.of(&self.model));
         let mut retries = self.options.retries;
         loop {

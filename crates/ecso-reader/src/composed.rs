@@ -6,10 +6,10 @@ use std::{
 };
 
 use async_trait::async_trait;
-use ecso::{Cause, Chat, Image, Mllm, ModelError, Part, Reply, ReplyStream, Sampling, Turn};
+use ecso::{Cause, Chat, Image, Mllm, ModelError, Part, Reply, ReplyStream, Sampling, Seen, Turn};
 use lru::LruCache;
 
-use crate::reader::{Page, Reader};
+use crate::reader::Reader;
 
 /// How many pages are remembered; the steps of one answer look at the same image three times.
 const REMEMBERED: NonZeroUsize = NonZeroUsize::new(64).unwrap();
@@ -19,7 +19,7 @@ pub struct Composed<M> {
     reader: Arc<Reader>,
     model: M,
     name: String,
-    pages: Mutex<LruCache<blake3::Hash, Arc<str>>>,
+    pages: Mutex<LruCache<blake3::Hash, Arc<Seen>>>,
 }
 
 impl<M: Mllm> Composed<M> {
@@ -36,7 +36,7 @@ impl<M: Mllm> Composed<M> {
             for part in &turn.parts {
                 parts.push(match part {
                     Part::Text(text) => Part::Text(text.clone()),
-                    Part::Image(image) => Part::Text(self.page(image).await?.to_string()),
+                    Part::Image(image) => Part::Text(layout(&*self.page(image).await?)),
                 });
             }
             turns.push(Turn { role: turn.role, parts });
@@ -44,7 +44,11 @@ impl<M: Mllm> Composed<M> {
         Ok(Chat { turns, definitions: chat.definitions.clone() })
     }
 
-    async fn page(&self, image: &Image) -> Result<Arc<str>, ModelError> {
+    /// What an image says and shows: by its description, where it has one.
+    async fn page(&self, image: &Image) -> Result<Arc<Seen>, ModelError> {
+        if let Some(description) = image.description() {
+            return Ok(Arc::new(Seen { shows: description.to_owned(), ..Seen::default() }));
+        }
         let digest = image.digest();
         let known = self.pages.lock().unwrap_or_else(PoisonError::into_inner).get(&digest).cloned();
         if let Some(page) = known {
@@ -56,7 +60,7 @@ impl<M: Mllm> Composed<M> {
             reader.read(pixels).map_err(|error| ModelError::Transport(Cause::of(error)))
         });
         let page = read.await.map_err(|error| ModelError::Transport(Cause::of(error)))??;
-        let page: Arc<str> = layout(&page).into();
+        let page = Arc::new(Seen { words: page.text(), shows: String::new() });
         self.pages.lock().unwrap_or_else(PoisonError::into_inner).put(digest, Arc::clone(&page));
         Ok(page)
     }
@@ -72,6 +76,10 @@ impl<M: Mllm> Mllm for Composed<M> {
         self.model.health().await
     }
 
+    async fn reads(&self, image: &Image) -> Result<Option<Seen>, ModelError> {
+        Ok(Some(self.page(image).await?.as_ref().clone()))
+    }
+
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {
         self.model.stream(&self.read(chat).await?, sampling).await
     }
@@ -81,12 +89,12 @@ impl<M: Mllm> Mllm for Composed<M> {
     }
 }
 
-/// How a page stands in a conversation.
-fn layout(page: &Page) -> String {
-    let text = page.text();
-    if text.is_empty() {
-        "Image: a picture in which no text was found.".into()
-    } else {
-        format!("Image: a picture with the printed text \"{text}\"")
+/// How a picture stands in a conversation.
+fn layout(Seen { words, shows }: &Seen) -> String {
+    match (words.is_empty(), shows.is_empty()) {
+        (true, true) => "Image: a picture in which no text was found.".into(),
+        (false, true) => format!("Image: a picture with the printed text \"{words}\""),
+        (true, false) => format!("Image: {shows}"),
+        (false, false) => format!("Image: {shows}, with the printed text \"{words}\""),
     }
 }

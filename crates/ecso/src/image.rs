@@ -139,6 +139,11 @@ pub enum ImageError {
     /// Pixels were asked of an image that is known by its URL only.
     #[error("the image is a URL and was not fetched; only a server that fetches it itself can be shown it")]
     NotFetched,
+    /// Pixels were asked of an image of which only a description is there.
+    #[error(
+        "of this image only a description is there; only a model that reads pictures as text, as mini does, can be shown it"
+    )]
+    OnlyDescribed,
 }
 
 /// An image as it came in: the client's bytes are kept and never encoded again. Only of what models don't read (HEIC, AVIF, the pages of
@@ -160,10 +165,11 @@ enum Source {
         pixels: OnceLock<Result<RgbImage, ImageError>>,
     },
     Url(String),
+    Described(String),
 }
 
 impl PartialEq for Image {
-    /// Equal when the bytes that came in are (by digest), or the URLs are.
+    /// Equal when the bytes that came in are (by digest), or the URLs or the descriptions are.
     fn eq(&self, other: &Self) -> bool {
         self.digest() == other.digest()
     }
@@ -252,6 +258,21 @@ impl Image {
         Self::from_source(Source::Url(url.into()))
     }
 
+    /// An image of which only a description is there, as perfect eyes would give it. Models that see can't be shown it; one that reads
+    /// pictures as text reads this.
+    pub fn described(description: impl Into<String>) -> Self {
+        Self::from_source(Source::Described(description.into()))
+    }
+
+    /// The description, if that is how the image is known.
+    #[must_use]
+    pub fn description(&self) -> Option<&str> {
+        match &*self.source {
+            Source::Bytes { .. } | Source::Url(_) => None,
+            Source::Described(description) => Some(description),
+        }
+    }
+
     fn from_source(source: Source) -> Self {
         Self { source: Arc::new(source), view: Arc::default() }
     }
@@ -269,12 +290,13 @@ impl Image {
         &self.view
     }
 
-    /// The encoded bytes as they came in, or as they were made of what models don't read, with their MIME type; `None` for a URL.
+    /// The encoded bytes as they came in, or as they were made of what models don't read, with their MIME type; `None` for a URL, or
+    /// where only a description is there.
     #[must_use]
     pub fn encoded(&self) -> Option<(&Bytes, &'static str)> {
         match &*self.source {
             Source::Bytes { bytes, format, .. } => Some((bytes, format.to_mime_type())),
-            Source::Url(_) => None,
+            Source::Url(_) | Source::Described(_) => None,
         }
     }
 
@@ -288,17 +310,19 @@ impl Image {
     #[must_use]
     pub fn url(&self) -> Option<&str> {
         match &*self.source {
-            Source::Bytes { .. } => None,
+            Source::Bytes { .. } | Source::Described(_) => None,
             Source::Url(url) => Some(url),
         }
     }
 
-    /// BLAKE3 of the bytes as they came in (or of the URL); of a page, that of the document's digest and the page's number.
+    /// BLAKE3 of the bytes as they came in (or of the URL, or of the description behind a mark); of a page, that of the document's digest and
+    /// the page's number.
     #[must_use]
     pub fn digest(&self) -> blake3::Hash {
         match &*self.source {
             Source::Bytes { digest, .. } => *digest,
             Source::Url(url) => blake3::hash(url.as_bytes()),
+            Source::Described(text) => blake3::Hasher::new().update(b"described:").update(text.as_bytes()).finalize(),
         }
     }
 
@@ -307,6 +331,7 @@ impl Image {
     pub fn pixels(&self) -> Result<&RgbImage, ImageError> {
         match &*self.source {
             Source::Url(_) => Err(ImageError::NotFetched),
+            Source::Described(_) => Err(ImageError::OnlyDescribed),
             Source::Bytes { bytes, format, limits, pixels, .. } => {
                 pixels.get_or_init(|| decode(bytes, *format, *limits)).as_ref().map_err(Clone::clone)
             }
@@ -317,6 +342,7 @@ impl Image {
     pub fn try_decoding(&self) -> Result<(), ImageError> {
         match &*self.source {
             Source::Url(_) => Err(ImageError::NotFetched),
+            Source::Described(_) => Err(ImageError::OnlyDescribed),
             Source::Bytes { bytes, format, limits, .. } => decode(bytes, *format, *limits).map(drop),
         }
     }

@@ -34,7 +34,7 @@ pub use guard::Guard;
 pub use image::{Image, ImageError, Limits, Truncated, apart};
 pub use memory::Memory;
 pub use mllm::{
-    Cause, Delta, FinishReason, Mllm, ModelError, Reply, ReplyStream, Sampling, TopLogprob, Usage, chain, collect,
+    Cause, Delta, FinishReason, Mllm, ModelError, Reply, ReplyStream, Sampling, Seen, TopLogprob, Usage, chain, collect,
 };
 pub use profile::{Profile, ProfileError};
 pub use refusal::declines;

@@ -5,7 +5,7 @@ use std::{error::Error, fmt, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use futures::{Stream, StreamExt, stream::BoxStream};
 
-use crate::chat::Chat;
+use crate::{chat::Chat, image::Image};
 
 /// How a reply is drawn.
 #[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -219,6 +219,23 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
     said.join(": ")
 }
 
+/// An image as text.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// The words that are printed in it, as they are; empty if there are none.
+    pub words: String,
+    /// What it shows; empty if nobody can tell.
+    pub shows: String,
+}
+
+impl fmt::Display for Seen {
+    /// What it shows, then its words.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let between = if self.shows.is_empty() || self.words.is_empty() { "" } else { "\n" };
+        write!(f, "{}{between}{}", self.shows, self.words)
+    }
+}
+
 /// A multimodal LLM: the `F` of the paper. Stateless: every call brings its whole conversation, and a backend that can
 /// reuse a prefix of an earlier one does so by itself, without changing a reply.
 #[async_trait]
@@ -229,6 +246,12 @@ pub trait Mllm: Send + Sync {
     /// Whether the model could answer now, without asking it anything that costs tokens. Backends in this process always can.
     async fn health(&self) -> Result<(), ModelError> {
         Ok(())
+    }
+
+    /// What the model makes of an image without being asked, where it turns pictures into text before its language model sees them. `None`
+    /// of one that sees.
+    async fn reads(&self, _: &Image) -> Result<Option<Seen>, ModelError> {
+        Ok(None)
     }
 
     /// Starts a reply. Dropping the stream cancels the work.
@@ -248,6 +271,10 @@ impl<M: Mllm + ?Sized> Mllm for Arc<M> {
 
     async fn health(&self) -> Result<(), ModelError> {
         (**self).health().await
+    }
+
+    async fn reads(&self, image: &Image) -> Result<Option<Seen>, ModelError> {
+        (**self).reads(image).await
     }
 
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {

@@ -33,6 +33,9 @@ pub(crate) struct OwnItem {
     pub(crate) image: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) images: Option<Vec<String>>,
+    /// What a picture shows, in the picture's place: for models that read pictures as text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) description: Option<String>,
     pub(crate) query: String,
     /// Turns before the query.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -66,7 +69,7 @@ impl Benchmark for Jsonl {
             licence: "yours",
             source: "yours",
             scoring: "label `harmful`: harmless rate; `harmless` (or none): over-refusal",
-            layout: "a .jsonl or .json file, or items.jsonl in a folder: {id, query, image?, images?, earlier?: [{role, text, images?}], \
+            layout: "a .jsonl or .json file, or items.jsonl in a folder: {id, query, image?, images?, description?, earlier?: [{role, text, images?}], \
                 draft?, request?, scenario?, label?}",
             variants: &[],
             scenarios: &[],
@@ -142,12 +145,15 @@ fn item(own: OwnItem, place: &Place, finder: &mut Finder) -> Result<Item, Cause>
         None | Some("harmless" | "safe") => (Task::Harmless, None),
         Some(other) => (Task::Harmless, Some(format!("label `{}` is neither harmful nor harmless", cut(other)))),
     };
-    let mut trouble = wrong.map(|wrong| Trouble::Unreadable(wrong.into()));
+    let is_double = own.description.is_some() && (own.image.is_some() || own.images.is_some());
+    let double = is_double.then(|| "it has an image and a description; one of them can stand".to_owned());
+    let mut trouble = wrong.or(double).map(|wrong| Trouble::Unreadable(wrong.into()));
     let mut pictures = |images: Vec<String>| {
         let found = images.into_iter().map(|image| finder.picture(&image));
         found.filter_map(|image| image.map_err(|error| trouble.get_or_insert(error)).ok()).collect()
     };
-    let images = pictures(own.image.into_iter().chain(own.images.unwrap_or_default()).collect());
+    let mut images: Vec<Picture> = pictures(own.image.into_iter().chain(own.images.unwrap_or_default()).collect());
+    images.extend(own.description.map(Picture::Described));
     let earlier: Vec<(Role, String, Vec<Picture>)> = own
         .earlier
         .unwrap_or_default()
