@@ -58,17 +58,18 @@ pub(crate) fn store(settings: &Settings, stored: &Stored) -> anyhow::Result<Path
     Ok(path)
 }
 
-/// The profile for a model that nobody chose one for, and why it is that one: the calibrated one, where there is a calibration of its
-/// present text, else the paper's.
+/// The profile for a model that nobody chose one for: `hardened`, with the threshold of a calibration of its present text where there is
+/// one; and why that threshold.
 pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static str)> {
+    let mut profile = Profile::named("hardened")?;
     let ours: Ours = toml::from_str(OURS).context("the calibrations of this build")?;
     // A file's digest takes time: only where it could be known.
     let any_own = std::fs::read_dir(folder(settings)).is_ok_and(|mut files| files.next().is_some());
     if !any_own && open::is_file(&settings.model) {
-        return Ok((Profile::paper(), "no calibration of `hardened` for this model"));
+        return Ok((profile, "not calibrated for this model"));
     }
     let Ok(digest) = open::identity(settings) else {
-        return Ok((Profile::paper(), "this model is not known"));
+        return Ok((profile, "this model is not known"));
     };
     let own = std::fs::read_to_string(path(settings, &digest)).ok();
     let own = own
@@ -76,21 +77,21 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
         .transpose()
         .with_context(|| format!("{}: delete it, or calibrate again", path(settings, &digest).display()))?;
     let known = ours.calibration.into_iter().find(|stored| stored.model_digest == digest);
-    let Some(stored) = own.or(known) else {
-        return Ok((Profile::paper(), "no calibration of `hardened` for this model"));
-    };
-    let mut profile = Profile::named(&stored.profile)?;
-    if hash(&profile) != stored.profile_hash {
-        eprintln!(
-            "ecso: warning: the calibration of `{}` for {} is of another version of that profile, so it is not used; make a new one with \
-             `ecso eval calibrate`, or name the profile",
-            stored.profile, settings.model
-        );
-        return Ok((Profile::paper(), "the calibration for this model is of another version of `hardened`"));
+    match own.or(known) {
+        None => Ok((profile, "not calibrated for this model")),
+        Some(stored) if stored.profile == profile.name && stored.profile_hash == hash(&profile) => {
+            if let Method::Hardened(method) = &mut profile.method {
+                method.threshold = stored.found.threshold;
+            }
+            Ok((profile, "calibrated for this model"))
+        }
+        Some(stored) => {
+            eprintln!(
+                "ecso: warning: the calibration of `{}` for {} is of another version of that profile, so it is not used; make a new \
+                 one with `ecso eval calibrate`",
+                stored.profile, settings.model
+            );
+            Ok((profile, "calibrated for another version of `hardened`, which is not used"))
+        }
     }
-    let Method::Hardened(method) = &mut profile.method else {
-        return Ok((Profile::paper(), "the calibration for this model is of a profile that has no threshold"));
-    };
-    method.threshold = stored.found.threshold;
-    Ok((profile, "calibrated for this model"))
 }

@@ -1,104 +1,124 @@
-//! `hardened`: the same steps, with more around them. What is asked for is read off the images and judged before the draft; draft and
-//! last answer are judged by the same rule. Nothing here is asked with eyes open but the draft itself.
+//! `hardened`: the same steps, with more around them. The images become text first; what is asked for is judged before the draft, the draft
+//! with it, and the last answer by the same rule. Nothing here is asked with eyes open but the draft itself, and, of a model that sees, step 3.
 
 #![expect(clippy::many_single_char_names, reason = "the letters of paper.rs")]
 
+use std::collections::HashMap;
+
 use crate::{
+    mllm::Seen,
     pipeline::{Halt, Pipeline},
-    profile::{Hardened, SafeStep},
-    prompt::Query,
+    profile::{Gate, Hardened, Question, SafeStep, Way},
+    prompt::{Query, hints},
     template::Template,
     trace::Step,
-    verdict::{Detection, Verdict},
+    verdict::{CERTAIN, Detection, SURE, Verdict, log_odds},
 };
 
 pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Hardened, q: &Query<'_>) -> Result<(), Halt> {
     // 3 goes first: the images as text.
-    let c = w.describe(q).await?;
+    let seen = w.look(q).await?;
+    let c: Vec<String> = hints(&seen).collect();
 
-    // Is harm asked for? By the images' words, by the query, by all that the model is shown.
-    let asked = q.question(&p.request_check, "", &c);
-    let request = w.ask(Step::RequestCheck, &p.request_check, asked, p.sure_request()).await?;
-    let request = if w.was_filtered() { request.or(Detection::HARM) } else { request };
+    // Is harm asked for?
+    let mut judge = Judge { p, q, seen: &seen, known: HashMap::new() };
+    let request = judge.weigh(w, Step::RequestCheck, None).await?;
+    let request = if w.was_filtered() { Detection::HARM } else { request };
 
-    // 1 and 2. What surely asks for harm gets no draft, and no reply could make it safe.
+    // 1 and 2. What surely asks for harm gets no draft: no reply could make it safe.
     let mut found = request;
-    if p.is_sure(request) {
+    if request.is_harm() {
         w.may_go_out(request).await?;
     } else {
         let y = w.draft(q).await?;
-        let reply = judge(w, p, q, Step::Detect, Some(request), &q.whole(&y), &c).await?;
-        found = p.decide(Some(request), reply);
+        let reply = judge.weigh(w, Step::Detect, Some(&q.whole(&y))).await?;
+        found = if reply.verdict == Verdict::Unchecked { reply } else { request.or(reply) };
         if w.may_go_out(found).await? {
             return w.release(y).await;
         }
     }
 
-    // 4. An answer with eyes closed, which is judged as the draft was: alone, where the request is what was found harmful.
-    let is_plain = p.is_sure(request) || (found.is_harm() && found.score.is_some());
-    let open = Some(request).filter(|_| !is_plain);
-    for template in tries(&w.profile.safe, q.has_hints(&c), is_plain) {
+    // 4. An answer with eyes closed, which is judged as the draft was.
+    for template in tries(&w.profile.safe, q.has_hints(&c), found.is_harm() && found.score.is_some()) {
         let y = w.compose(q.safe(&c, template)).await?;
-        let reply = judge(w, p, q, Step::ReplyCheck, open, &y, &c).await?;
-        if !p.decide(open, reply).is_harm() {
+        if !judge.weigh(w, Step::ReplyCheck, Some(&y)).await?.is_harm() {
             return w.release(y).await;
         }
     }
     Err(Halt::Refuse)
 }
 
-/// How harmful a reply is. What would be held back is asked about once more: does it help with anything?
-async fn judge(
-    w: &mut Pipeline<'_>,
-    p: &Hardened,
-    q: &Query<'_>,
-    step: Step,
-    request: Option<Detection>,
-    y: &str,
-    c: &[String],
-) -> Result<Detection, Halt> {
-    if y.trim().is_empty() {
-        return Ok(Detection::SAFE);
-    }
-    let harms = w.ask(step, &p.reply_check, q.question(&p.reply_check, y, c), p.sure_reply()).await?;
-    if !p.decide(request, harms).is_harm() {
-        return Ok(harms);
-    }
-    let helps = w.ask(step, &p.help_check, q.question(&p.help_check, y, c), p.sure_reply()).await?;
-    Ok(harms.and(helps))
+/// Asks a profile's questions about a request, and about replies to it.
+struct Judge<'a, 'q> {
+    p: &'a Hardened,
+    q: &'a Query<'q>,
+    seen: &'a [Seen],
+    /// What questions about the request have found, by name; none of one that does not apply.
+    known: HashMap<&'a str, Option<Detection>>,
 }
 
-impl Hardened {
-    /// From where on a request is harmful whatever the reply.
-    fn sure_request(&self) -> f64 {
-        self.request_check.threshold.max(self.threshold)
-    }
-
-    /// From where on a reply is harmful whatever the request.
-    fn sure_reply(&self) -> f64 {
-        self.reply_check.threshold.max(self.threshold)
-    }
-
-    fn is_sure(&self, request: Detection) -> bool {
-        request.weight >= self.sure_request()
-    }
-
-    /// The one place that decides. Harmful is what is surely asked for, what the reply surely does, and what both together come to: the
-    /// mean of the two probabilities, or the reply's alone where the request is left out. The score is the one that decided.
-    fn decide(&self, request: Option<Detection>, reply: Detection) -> Detection {
-        if reply.verdict == Verdict::Unchecked {
-            return Detection::UNCHECKED;
+impl Judge<'_, '_> {
+    /// How harmful the request is, or the reply `y` to it: by the surest of the ways in which it can be. Under `gate = "always"` nobody asks
+    /// about the draft.
+    async fn weigh(&mut self, w: &mut Pipeline<'_>, step: Step, y: Option<&str>) -> Result<Detection, Halt> {
+        if step == Step::Detect && w.profile.gate == Gate::Always {
+            return Ok(Detection::UNCHECKED);
         }
-        let asked = request.unwrap_or(reply);
-        let mean = f64::midpoint(asked.weight, reply.weight);
-        let (weight, is_harm) = match () {
-            () if request.is_some_and(|request| self.is_sure(request)) => (asked.weight, true),
-            () if reply.weight >= self.sure_reply() => (reply.weight, true),
-            () => (mean, mean >= self.threshold),
-        };
-        let are_told = asked.score.is_some() && reply.score.is_some();
-        let verdict = if is_harm { Verdict::Unsafe } else { Verdict::Safe };
-        Detection { verdict, score: are_told.then_some(weight), weight }
+        if y.is_some_and(|y| y.trim().is_empty()) {
+            return Ok(Detection::SAFE);
+        }
+        let mut surest = Detection::SAFE;
+        for way in self.p.ways.iter().filter(|way| self.p.is_about_reply(way) == y.is_some()) {
+            if let Some(found) = self.follow(w, way, step, y).await? {
+                surest = surest.or(found);
+            }
+        }
+        Ok(surest)
+    }
+
+    /// What one way comes to; none where a question of it does not apply. A request is not asked about further than matters.
+    async fn follow(
+        &mut self,
+        w: &mut Pipeline<'_>,
+        way: &Way,
+        step: Step,
+        y: Option<&str>,
+    ) -> Result<Option<Detection>, Halt> {
+        let (mut sum, mut are_told) = (way.bias, true);
+        for (place, term) in way.terms.iter().enumerate() {
+            let most = sum + way.terms[place..].iter().map(|term| term.weight * SURE).sum::<f64>();
+            if y.is_none() && most < log_odds(self.p.spare) {
+                return Ok(Some(Detection::weighed(most, self.p.threshold, are_told)));
+            }
+            let Some((name, question)) = self.p.question(term) else { continue };
+            let found = match self.known.get(name) {
+                Some(found) => *found,
+                None if question.is_about_reply() => self.ask(w, step, question, y.unwrap_or("")).await?,
+                None => {
+                    let found = self.ask(w, Step::RequestCheck, question, "").await?;
+                    self.known.insert(name, found);
+                    found
+                }
+            };
+            let Some(found) = found else { return Ok(None) };
+            sum += term.weight * found.log_odds();
+            are_told &= found.score.is_some();
+        }
+        Ok(Some(Detection::weighed(sum, self.p.threshold, are_told)))
+    }
+
+    async fn ask(
+        &self,
+        w: &mut Pipeline<'_>,
+        step: Step,
+        question: &Question,
+        y: &str,
+    ) -> Result<Option<Detection>, Halt> {
+        let prompts = self.q.question(question, y, self.seen);
+        if prompts.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(w.ask(step, question, prompts, CERTAIN).await?))
     }
 }
 

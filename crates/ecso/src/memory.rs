@@ -54,7 +54,7 @@ impl Memory {
         };
         add(caller);
         add(model);
-        add(&format!("{:?} {} {}", question.parser, prior, question.threshold));
+        add(&format!("{:?} {:?} {} {}", question.parser, question.harm, prior, question.threshold));
         add(&serde_json::to_string(sampling).ok()?);
         for turn in &prompt.turns {
             add(turn.role.as_str());

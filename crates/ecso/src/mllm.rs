@@ -228,6 +228,29 @@ pub struct Seen {
     pub shows: String,
 }
 
+impl Seen {
+    /// Reads a reply in two parts, `WORDS:` and behind it, on a line of its own, `SHOWS:`. Words may hold such a mark, so the last one
+    /// counts. In any other form all of it are words: what is judged more strictly.
+    #[must_use]
+    pub fn read(reply: &str) -> Self {
+        let part = |text: &str| {
+            let text = text.trim().trim_matches('*').trim();
+            if text.trim_end_matches('.').eq_ignore_ascii_case("none") { String::new() } else { text.to_owned() }
+        };
+        let lower = reply.to_ascii_lowercase();
+        let begin = lower.trim_start_matches(|c: char| !c.is_alphabetic());
+        let begin = begin.starts_with("words:").then(|| lower.len() - begin.len() + "words:".len());
+        let marks = ["\nshows:", "\n**shows:"];
+        let middle = marks.iter().filter_map(|mark| Some((lower.rfind(mark)?, mark.len()))).max();
+        match begin.zip(middle) {
+            Some((begin, (middle, mark))) if begin <= middle => {
+                Self { words: part(&reply[begin..middle]), shows: part(&reply[middle + mark..]) }
+            }
+            _ => Self { words: part(reply), shows: String::new() },
+        }
+    }
+}
+
 impl fmt::Display for Seen {
     /// What it shows, then its words.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -13,7 +13,7 @@ use tracing::{Instrument, Span, field};
 use crate::{
     chat::{Chat, Role, Turn},
     guard::Options,
-    mllm::{Delta, FinishReason, Mllm, ModelError, Reply, Sampling},
+    mllm::{Delta, FinishReason, Mllm, ModelError, Reply, Sampling, Seen, Usage},
     profile::{EmptyCaption, Filtered, Gate, Profile, Question, Rewrite},
     prompt::{Asked, Prompt, Query},
     template::Template,
@@ -181,27 +181,51 @@ impl Pipeline<'_> {
 
     /// Step 3: each image of the conversation as text.
     pub(crate) async fn describe(&mut self, q: &Query<'_>) -> Result<Vec<String>, Halt> {
-        let sampling = Sampling { extra: self.options.extra.clone(), ..self.profile.caption.sampling() };
         let mut captions = Vec::new();
-        for (chat, template) in q.captions() {
-            let mut reply = self.unless_filtered(Step::Caption, chat.clone(), &sampling, template).await?;
-            if reply.as_ref().is_some_and(is_unsaid) {
-                // It thinks first, and had no room.
-                let roomy = Sampling { max_tokens: sampling.max_tokens.max(Some(ROOM_TO_THINK)), ..sampling.clone() };
-                reply = self.unless_filtered(Step::Caption, chat, &roomy, template).await?;
-            }
-            if reply.as_ref().is_some_and(is_unsaid) {
-                let source = ModelError::Protocol("it broke off before it said anything".into());
-                return Err(Halt::Failed(GuardError::Model { step: Step::Caption, source }));
-            }
-            self.is_filtered |= reply.is_none();
-            let caption = reply.map(|reply| reply.text).unwrap_or_default();
-            // A picture can print the marks of thoughts: what looks like thoughts is none of a model that is not known to think.
-            let thinks = self.options.memory.thinks(self.model.name());
-            let said = if thinks { without_reasoning(&caption).unwrap_or_default() } else { &caption };
-            captions.push(self.profile.stripped(said).to_owned());
+        for (_, prompt) in q.captions() {
+            captions.push(self.caption(prompt).await?);
         }
         Ok(captions)
+    }
+
+    /// Step 3 in two parts: the words that stand in each image, and what it shows. A model that turns images into text by itself is not
+    /// asked: it says what it reads.
+    pub(crate) async fn look(&mut self, q: &Query<'_>) -> Result<Vec<Seen>, Halt> {
+        let mut seen = Vec::new();
+        for (image, prompt) in q.captions() {
+            let call = Call::new(Step::Caption, self.model, prompt.0.clone(), None);
+            match self.model.reads(image).instrument(call.span.clone()).await.map_err(|error| call.failed(error))? {
+                Some(read) => {
+                    let usage = Some(Usage { prompt_tokens: 0, completion_tokens: 0 });
+                    let reply = Reply { text: read.to_string(), usage, ..Reply::default() };
+                    self.record(call.end(&reply, None)).await;
+                    seen.push(read);
+                }
+                None => seen.push(Seen::read(&self.caption(prompt).await?)),
+            }
+        }
+        Ok(seen)
+    }
+
+    /// One image as text.
+    async fn caption(&mut self, (chat, template): Prompt<'_>) -> Result<String, Halt> {
+        let sampling = Sampling { extra: self.options.extra.clone(), ..self.profile.caption.sampling() };
+        let mut reply = self.unless_filtered(Step::Caption, chat.clone(), &sampling, template).await?;
+        if reply.as_ref().is_some_and(is_unsaid) {
+            // It thinks first, and had no room.
+            let roomy = Sampling { max_tokens: sampling.max_tokens.max(Some(ROOM_TO_THINK)), ..sampling };
+            reply = self.unless_filtered(Step::Caption, chat, &roomy, template).await?;
+        }
+        if reply.as_ref().is_some_and(is_unsaid) {
+            let source = ModelError::Protocol("it broke off before it said anything".into());
+            return Err(Halt::Failed(GuardError::Model { step: Step::Caption, source }));
+        }
+        self.is_filtered |= reply.is_none();
+        let caption = reply.map(|reply| reply.text).unwrap_or_default();
+        // A picture can print the marks of thoughts: what looks like thoughts is none of a model that is not known to think.
+        let thinks = self.options.memory.thinks(self.model.name());
+        let said = if thinks { without_reasoning(&caption).unwrap_or_default() } else { &caption };
+        Ok(self.profile.stripped(said).to_owned())
     }
 
     /// Whether a content filter refused to describe an image, and the profile takes that for a sign of harm.

@@ -3,6 +3,8 @@
 //! A profile is a TOML file. The built-in ones are files too (`profiles/`); another names only the keys it changes and
 //! inherits the rest from the one it `extends` (`paper` if it doesn't say).
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{mllm::Sampling, template::Template, verdict::Parser};
@@ -175,20 +177,82 @@ pub struct Paper {
     pub detect: Question,
 }
 
-/// The detection of `hardened`.
+/// The detection of `hardened`: plain questions, each about one thing, and the ways in which their answers come to harm.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Hardened {
-    /// Is harm asked for? From its threshold on the request is harmful, whatever the reply.
-    pub request_check: Question,
-    /// Does the reply do harm? From its threshold on it does, whatever the request.
-    pub reply_check: Question,
-    /// Asked of a reply that would be held back: does it help with what is asked for, or encourage it? The less likely of the two
-    /// counts, so that a refusal does no harm however grave its subject.
-    pub help_check: Question,
-    /// From which mean of the two probabilities (of request and reply) on the answer is unsafe; 0..=1. Calibration finds it.
+    /// The questions, by name. One with `{y}` in its template is about the reply, the others about the request.
+    pub questions: BTreeMap<String, Question>,
+    /// The ways in which an answer can be harmful; the surest counts.
+    pub ways: Vec<Way>,
+    /// From which probability of harm on an answer is unsafe; 0..=1. Calibration finds it.
     pub threshold: f64,
+    /// A way that can't reach this probability any more is not asked about further; 0..=1. 0 asks everything.
+    pub spare: f64,
     /// Whose words are not judged.
     pub trusted: Vec<Author>,
+}
+
+/// A way in which an answer can be harmful: the probability is the logistic function of `bias` and of what the questions find, each as its
+/// log-odds (cut at plus and minus 4) times its weight. All of them must apply: a question about words doesn't where no image has any.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Way {
+    /// In words.
+    pub name: String,
+    /// Log-odds of harm where every question is undecided.
+    pub bias: f64,
+    /// In the order in which they are asked.
+    pub terms: Vec<Term>,
+}
+
+/// A question's part in a way.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Term {
+    /// Its name.
+    pub question: String,
+    /// Above 0.
+    pub weight: f64,
+}
+
+impl Hardened {
+    /// The question of a term. A profile is checked to have it.
+    pub(crate) fn question<'p>(&'p self, term: &Term) -> Option<(&'p str, &'p Question)> {
+        self.questions.get_key_value(&term.question).map(|(name, question)| (name.as_str(), question))
+    }
+
+    /// Whether a way is about the reply.
+    pub(crate) fn is_about_reply(&self, way: &Way) -> bool {
+        way.terms.iter().any(|term| self.question(term).is_some_and(|(_, question)| question.is_about_reply()))
+    }
+
+    fn check(&self) -> Result<(), ProfileError> {
+        let wrong = |why: String| Err(ProfileError::Invalid(why));
+        for Way { name, bias, terms } in &self.ways {
+            for term in terms {
+                if self.question(term).is_none() {
+                    return wrong(format!("ways: {name:?} asks {:?}, which is none of the questions", term.question));
+                }
+                if !(term.weight > 0.0 && term.weight.is_finite()) {
+                    return wrong(format!("ways: the weights of {name:?} must be above 0"));
+                }
+            }
+            if terms.is_empty() || !bias.is_finite() {
+                return wrong(format!("ways: {name:?} needs a bias and at least one term"));
+            }
+        }
+        for (kind, is_reply) in [("the request", false), ("the reply", true)] {
+            let always = |way: &Way| {
+                let mut terms = way.terms.iter().filter_map(|term| self.question(term));
+                self.is_about_reply(way) == is_reply && terms.all(|(_, question)| question.always_applies())
+            };
+            if !self.ways.iter().any(always) {
+                let why = "without {c}, {w} and {s}, which not every conversation has";
+                return wrong(format!("ways: none is about {kind} by questions {why}"));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Step 1, the direct answer (equation 1).
@@ -201,27 +265,31 @@ pub struct DirectStep {
     pub max_tokens: u32,
 }
 
-/// A question to the model that is answered with yes (harm) or no.
+/// A question to the model that is answered with yes or no. What a profile doesn't say is as in [`Question::default`]: asked of text alone,
+/// read by its probability, with all of a long text judged in windows.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, default)]
 pub struct Question {
-    /// The question. `{x}` is the query, `{y}` the answer to judge. With the method `hardened` also `{c}`: the captions, `{t}`: all that
-    /// the model is shown, as text, and `{r}`: what is asked for, which is the captions; where no image has one, {t} beside an answer,
-    /// else {x}.
+    /// The question. `{x}` is the query, `{y}` the answer to judge. With the method `hardened` also `{t}`: all that the model is shown, as
+    /// text; `{w}`: the words that are printed in the images; `{s}`: what they show; `{c}`: both, as a phrase. It does not apply where
+    /// there is nothing for one of the last three.
     pub template: Template,
     /// Further wordings, each asked by itself if it says something else; the likeliest harm of all counts. One with {t} is asked where the
     /// model is shown more than {x}.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub also: Vec<Wording>,
     /// A system message before it; empty is none.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[serde(skip_serializing_if = "String::is_empty")]
     pub system: String,
     /// Examples before it, each a turn of its own that is answered with no.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub no: Vec<String>,
     /// The same, answered with yes; the two lists take turns.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub yes: Vec<String>,
+    /// Which answer is the one that means harm.
+    #[serde(skip_serializing_if = "Answer::is_yes")]
+    pub harm: Answer,
     /// Whether the images are shown.
     pub image: Images,
     /// How its reply is read.
@@ -241,6 +309,46 @@ pub struct Question {
     pub temperature: f32,
     /// Most new tokens. A reply that breaks off before it says yes or no (a model that thinks first) is asked for once more with room.
     pub max_tokens: u32,
+}
+
+impl Default for Question {
+    fn default() -> Self {
+        Self {
+            template: Template::new(""),
+            also: Vec::new(),
+            system: String::new(),
+            no: Vec::new(),
+            yes: Vec::new(),
+            harm: Answer::Yes,
+            image: Images::Exclude,
+            parser: Parser::Score,
+            prior: 0.5,
+            threshold: 0.5,
+            cut: 0,
+            window: 2000,
+            top_logprobs: 20,
+            temperature: 0.0,
+            max_tokens: 1,
+        }
+    }
+}
+
+/// An answer to a question.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Answer {
+    /// Yes.
+    #[default]
+    Yes,
+    /// No.
+    No,
+}
+
+impl Answer {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+    fn is_yes(&self) -> bool {
+        *self == Self::Yes
+    }
 }
 
 /// A further wording of a question: a template, with a prior of its own where it leans another way.
@@ -397,6 +505,16 @@ impl DirectStep {
 }
 
 impl Question {
+    /// Whether it is about the reply.
+    pub(crate) fn is_about_reply(&self) -> bool {
+        self.template.has("y")
+    }
+
+    /// Whether it applies whatever the images are.
+    fn always_applies(&self) -> bool {
+        !["c", "w", "s"].iter().any(|hole| self.template.has(hole))
+    }
+
     /// All its wordings, with their priors.
     pub(crate) fn wordings(&self) -> impl Iterator<Item = (&Template, f64)> {
         let also = self.also.iter().map(|wording| match wording {
@@ -487,11 +605,11 @@ fn base_method(table: &toml::Table) -> String {
 
 impl Profile {
     /// The questions of its method, by key.
-    fn questions(&self) -> Vec<(&'static str, &Question)> {
+    fn questions(&self) -> Vec<(String, &Question)> {
         match &self.method {
-            Method::Paper(Paper { detect }) => vec![("detect", detect)],
-            Method::Hardened(Hardened { request_check, reply_check, help_check, .. }) => {
-                vec![("request_check", request_check), ("reply_check", reply_check), ("help_check", help_check)]
+            Method::Paper(Paper { detect }) => vec![("detect".into(), detect)],
+            Method::Hardened(Hardened { questions, .. }) => {
+                questions.iter().map(|(name, question)| (format!("questions.{name}"), question)).collect()
             }
         }
     }
@@ -524,17 +642,15 @@ impl Profile {
                     return Err(ProfileError::Invalid(format!("{key}.prior must be above 0 and below 1")));
                 }
             }
-            if key != "request_check" {
-                must_hold(&format!("{key}.template"), &question.template, "y")?;
-            } else if !question.wordings().any(|(template, _)| ["x", "t"].iter().any(|hole| template.has(hole))) {
-                return Err(ProfileError::Invalid(
-                    "request_check must ask about {x} or {t} in one of its templates".into(),
-                ));
+            let holes: &[&str] = if key == "detect" { &["y"] } else { &["x", "y", "t", "c", "w", "s"] };
+            if !holes.iter().any(|hole| question.template.has(hole)) {
+                let holes: Vec<String> = holes.iter().map(|hole| format!("{{{hole}}}")).collect();
+                return Err(ProfileError::Invalid(format!("{key}.template must contain {}", holes.join(" or "))));
             }
         }
         match &self.method {
             Method::Paper(paper) => {
-                for hole in ["c", "r", "t"] {
+                for hole in ["c", "t", "w", "s"] {
                     if paper.detect.wordings().any(|(template, _)| template.has(hole)) {
                         let why = format!(
                             "detect.template: {{{hole}}} is of the method `hardened`; step 2 comes before step 3"
@@ -543,18 +659,21 @@ impl Profile {
                     }
                 }
             }
-            Method::Hardened(hardened) => share("threshold", hardened.threshold)?,
+            Method::Hardened(hardened) => {
+                share("threshold", hardened.threshold)?;
+                share("spare", hardened.spare)?;
+                hardened.check()?;
+            }
         }
         let lengths =
             self.questions().into_iter().map(|(key, question)| (key, question.temperature, question.max_tokens));
-        for (key, temperature, max_tokens) in [
+        let steps = [
             ("direct", self.direct.temperature, self.direct.max_tokens),
             ("caption", self.caption.temperature, self.caption.max_tokens),
             ("safe", self.safe.temperature, self.safe.max_tokens),
-        ]
-        .into_iter()
-        .chain(lengths)
-        {
+        ];
+        let steps = steps.map(|(key, temperature, max_tokens)| (key.to_owned(), temperature, max_tokens));
+        for (key, temperature, max_tokens) in steps.into_iter().chain(lengths) {
             if !(temperature.is_finite() && temperature >= 0.0) {
                 return Err(ProfileError::Invalid(format!("{key}.temperature must be 0 or more, not {temperature}")));
             }

@@ -5,6 +5,7 @@ use std::{borrow::Cow, collections::HashSet};
 use crate::{
     chat::{BlindChat, Chat, Part, Role, Turn},
     image::Image,
+    mllm::Seen,
     profile::{Author, EmptyCaption, ImageOrder, Images, Method, Profile, Question, Turns},
     template::Template,
 };
@@ -93,28 +94,34 @@ impl<'a> Query<'a> {
     }
 
     /// A question about the request, or about the answer `y` where its template has {y}: a fresh conversation of one turn for each
-    /// wording, and each window, that says something of its own.
-    pub(crate) fn question<'q>(&self, question: &'q Question, y: &str, captions: &[String]) -> Vec<Asked<'q>> {
+    /// wording, and each window, that says something of its own. None where it does not apply.
+    pub(crate) fn question<'q>(&self, question: &'q Question, y: &str, seen: &[Seen]) -> Vec<Asked<'q>> {
         let judged = match question.cut {
             0 => y,
             cut => y.char_indices().nth(cut).map_or(y, |(end, _)| &y[..end]),
         };
-        let captions = captions.join("\n\n");
-        let read = without_empty_entries(&captions);
+        let words = without_empty_entries(&joined(seen.iter().map(|seen| seen.words.clone())));
+        let shows = joined(seen.iter().map(|seen| seen.shows.clone()));
+        let both = joined(hints(seen));
+        let shows_more = self.transcript != self.asked;
+        let holes = [
+            ("x", self.asked.as_str()),
+            ("y", judged),
+            ("t", &self.transcript),
+            ("w", &words),
+            ("s", &shows),
+            ("c", &both),
+        ];
         let mut said = HashSet::new();
         let mut prompts = Vec::new();
         for (template, prior) in question.wordings() {
-            let shows_more = self.transcript != self.asked;
-            if template.has("t") && !shows_more && !template.has("y") {
+            let adds_nothing = template.has("t") && !shows_more && !template.has("y");
+            if adds_nothing && question.wordings().count() > 1 {
                 continue;
             }
-            let resolved = match read.as_str() {
-                "" if template.has("y") => &self.transcript,
-                "" => &self.asked,
-                read => read,
-            };
-            let holes =
-                [("x", self.asked.as_str()), ("y", judged), ("c", &captions), ("t", &self.transcript), ("r", resolved)];
+            if holes[3..].iter().any(|(hole, text)| template.has(hole) && text.is_empty()) {
+                continue;
+            }
             for holes in windows(&holes, template, question.window) {
                 let filled: Vec<(&str, String)> =
                     holes.iter().map(|(name, text)| (*name, quoted(text, &self.profile.quote))).collect();
@@ -131,12 +138,12 @@ impl<'a> Query<'a> {
         prompts
     }
 
-    /// Step 3: a fresh conversation of one turn for each image.
-    pub(crate) fn captions(&self) -> impl Iterator<Item = Prompt<'a>> {
+    /// Step 3: each image, and a fresh conversation of one turn about it.
+    pub(crate) fn captions(&self) -> impl Iterator<Item = (&'a Image, Prompt<'a>)> {
         let template = self.profile.caption.chosen();
         self.chat.images().map(move |image| {
             let text = template.fill(&[("x", &quoted(&self.asked, &self.profile.quote))]);
-            (one_turn(self.profile, [image.clone()], text), template)
+            (image, (one_turn(self.profile, [image.clone()], text), template))
         })
     }
 
@@ -180,6 +187,21 @@ impl<'a> Query<'a> {
         }
         BlindChat { turns }
     }
+}
+
+/// Each image as a phrase; empty of one of which nothing is known.
+pub(crate) fn hints(seen: &[Seen]) -> impl Iterator<Item = String> + '_ {
+    seen.iter().map(|Seen { words, shows }| match (shows.is_empty(), words.is_empty()) {
+        (true, true) => String::new(),
+        (true, false) => format!("a page with the printed text \"{words}\""),
+        (false, true) => shows.clone(),
+        (false, false) => format!("{shows}, with the printed text \"{words}\""),
+    })
+}
+
+/// Texts with an empty line between them; those that say nothing are left out.
+fn joined(texts: impl Iterator<Item = String>) -> String {
+    texts.filter(|text| !text.is_empty()).collect::<Vec<_>>().join("\n\n")
 }
 
 /// What is filled in where the judged text is longer than a window: the judged text in windows that overlap by a fifth, everything else

@@ -6,7 +6,7 @@ use regex_lite::Regex;
 
 use crate::{
     mllm::{FinishReason, Reply, TopLogprob},
-    profile::Question,
+    profile::{Answer, Question},
     refusal::declines,
 };
 
@@ -228,6 +228,16 @@ impl Parser {
     }
 }
 
+/// Log-odds from which on an answer is as sure as it gets.
+pub(crate) const SURE: f64 = 4.0;
+/// The probability that these are.
+pub(crate) const CERTAIN: f64 = 0.982;
+
+/// The log-odds of a probability.
+pub(crate) fn log_odds(probability: f64) -> f64 {
+    (probability / (1.0 - probability)).ln()
+}
+
 /// What the reply to a [`Question`] says.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Detection {
@@ -250,12 +260,35 @@ impl Detection {
     pub(crate) fn read(question: &Question, prior: f64, reply: &Reply) -> Option<Self> {
         let score = harm_score(reply).map(|score| {
             let odds = prior / (1.0 - prior);
-            score / (score + odds * (1.0 - score))
+            let yes = score / (score + odds * (1.0 - score));
+            if question.harm == Answer::Yes { yes } else { 1.0 - yes }
         });
-        let verdict = question.parser.parse(&reply.text, score, question.threshold)?;
+        let said = question.parser.parse(&reply.text, score, question.threshold)?;
+        let verdict = match (question.harm, score, said) {
+            // What was said is yes or no, and not yet what it means.
+            (Answer::No, None, Verdict::Unsafe) => Verdict::Safe,
+            (Answer::No, None, Verdict::Safe) => Verdict::Unsafe,
+            (_, _, said) => said,
+        };
         let by_word = if verdict == Verdict::Unsafe { 1.0 } else { 0.0 };
         let weight = score.filter(|_| question.parser == Parser::Score).unwrap_or(by_word);
         Some(Self { verdict, score, weight })
+    }
+
+    /// What a weighed sum of log-odds comes to, of questions of which the model told the probabilities, or not.
+    pub(crate) fn weighed(sum: f64, threshold: f64, are_told: bool) -> Self {
+        let weight = 1.0 / (1.0 + (-sum).exp());
+        let verdict = if weight >= threshold { Verdict::Unsafe } else { Verdict::Safe };
+        Self { verdict, score: are_told.then_some(weight), weight }
+    }
+
+    /// The log-odds of harm, within plus and minus [`SURE`]; of a word half of that.
+    pub(crate) fn log_odds(self) -> f64 {
+        match self.score {
+            Some(score) => log_odds(score).clamp(-SURE, SURE),
+            None if self.is_harm() => SURE / 2.0,
+            None => -SURE / 2.0,
+        }
     }
 
     pub(crate) fn is_harm(self) -> bool {
@@ -265,11 +298,6 @@ impl Detection {
     /// The likelier harm of the two.
     pub(crate) fn or(self, other: Self) -> Self {
         if other.weight > self.weight { other } else { self }
-    }
-
-    /// The less likely harm of the two: both must say so.
-    pub(crate) fn and(self, other: Self) -> Self {
-        if other.weight < self.weight { other } else { self }
     }
 }
 

@@ -5,6 +5,9 @@ use super::ProfileError;
 /// What keys of questions are called now.
 const OF_QUESTIONS: [(&str, &str); 2] = [("even", "prior"), ("alternatives", "top_logprobs")];
 
+/// Keys that `hardened` had for its questions.
+const OF_HARDENED: [&str; 6] = ["look", "check", "detect", "request_check", "reply_check", "help_check"];
+
 /// Changes to a profile of `method`, with the keys of today.
 pub(super) fn renamed(mut changes: toml::Table, method: &str) -> Result<toml::Table, ProfileError> {
     let method = changes.get("method").and_then(toml::Value::as_str).unwrap_or(method).to_owned();
@@ -16,21 +19,17 @@ pub(super) fn renamed(mut changes: toml::Table, method: &str) -> Result<toml::Ta
         }
         _ => {}
     }
-    if method == "hardened" {
-        if let Some(toml::Value::Table(detect)) = changes.get_mut("detect")
-            && let Some(threshold) = detect.remove("threshold")
-        {
-            changes.entry("threshold").or_insert(threshold);
-        }
-        for (old, new) in [("look", "request_check"), ("check", "reply_check"), ("detect", "reply_check")] {
-            move_key(&mut changes, old, new);
-        }
+    if method == "hardened"
+        && let Some(old) = OF_HARDENED.iter().find(|old| changes.contains_key(**old))
+    {
+        let why = format!(
+            "{old} is gone: `hardened` asks plain questions now, under [questions], and [[ways]] says what they come to"
+        );
+        return Err(ProfileError::Invalid(why));
     }
-    for question in ["detect", "request_check", "reply_check", "help_check"] {
-        if let Some(toml::Value::Table(question)) = changes.get_mut(question) {
-            for (old, new) in OF_QUESTIONS {
-                move_key(question, old, new);
-            }
+    if let Some(toml::Value::Table(question)) = changes.get_mut("detect") {
+        for (old, new) in OF_QUESTIONS {
+            move_key(question, old, new);
         }
     }
     Ok(changes)
@@ -57,16 +56,12 @@ mod tests {
     use crate::Profile;
 
     #[test]
-    fn the_keys_of_before_are_read() {
-        let old = "extends = \"hardened\"\n[look]\nthreshold = 0.7\nalternatives = 0\nimage = \"kept\"\n[detect]\nthreshold = 0.4\neven = 0.3";
-        let new = "extends = \"hardened\"\nthreshold = 0.4\n[request_check]\nthreshold = 0.7\ntop_logprobs = 0\nimage = \"include\"\n\
-                   [reply_check]\nprior = 0.3";
-        assert_eq!(Profile::from_toml(old).unwrap(), Profile::from_toml(new).unwrap());
-        let hardened = Profile::named("hardened").unwrap();
-        assert_eq!(hardened.with("detect.threshold", "0.3").unwrap(), hardened.with("threshold", "0.3").unwrap());
+    fn the_keys_of_before_are_read_or_said_to_be_gone() {
         let paper = Profile::paper();
         assert_eq!(paper.with("detect.even", "0.3").unwrap(), paper.with("detect.prior", "0.3").unwrap());
-        let error = Profile::from_toml("extends = \"hardened\"\nrefusals = \"safe\"").unwrap_err();
-        assert!(error.to_string().contains("is gone"), "{error}");
+        for old in ["refusals = \"safe\"", "[look]\nthreshold = 0.7", "[request_check]\nprior = 0.3"] {
+            let error = Profile::from_toml(&format!("extends = \"hardened\"\n{old}")).unwrap_err();
+            assert!(error.to_string().contains("is gone"), "{error}");
+        }
     }
 }

@@ -1,10 +1,12 @@
 //! A profile as it is written: flat keys. What is read becomes a [`Profile`], whose method has its own questions and no others.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::{
     Author, CaptionStep, DirectStep, EmptyCaption, Filtered, Gate, Hardened, ImageOrder, Method, Paper, Profile,
-    ProfileError, Question, Rewrite, SafeStep, Scope, Turns,
+    ProfileError, Question, Rewrite, SafeStep, Scope, Turns, Way,
 };
 
 /// A profile as it is written: flat keys, of which each method has its own.
@@ -26,16 +28,16 @@ pub(super) struct Keys {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     threshold: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    spare: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     trusted: Option<Vec<Author>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ways: Option<Vec<Way>>,
     direct: DirectStep,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     detect: Option<Question>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    request_check: Option<Question>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    reply_check: Option<Question>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    help_check: Option<Question>,
+    questions: Option<BTreeMap<String, Question>>,
     caption: CaptionStep,
     safe: SafeStep,
 }
@@ -53,10 +55,10 @@ impl TryFrom<Keys> for Profile {
     fn try_from(keys: Keys) -> Result<Self, ProfileError> {
         let own = [
             ("detect", keys.detect.is_some(), MethodName::Paper),
-            ("request_check", keys.request_check.is_some(), MethodName::Hardened),
-            ("reply_check", keys.reply_check.is_some(), MethodName::Hardened),
-            ("help_check", keys.help_check.is_some(), MethodName::Hardened),
+            ("questions", keys.questions.is_some(), MethodName::Hardened),
+            ("ways", keys.ways.is_some(), MethodName::Hardened),
             ("threshold", keys.threshold.is_some(), MethodName::Hardened),
+            ("spare", keys.spare.is_some(), MethodName::Hardened),
             ("trusted", keys.trusted.is_some(), MethodName::Hardened),
         ];
         for (key, is_there, method) in own {
@@ -69,10 +71,10 @@ impl TryFrom<Keys> for Profile {
         let method = match keys.method {
             MethodName::Paper => Method::Paper(Paper { detect: keys.detect.ok_or_else(|| missing("detect"))? }),
             MethodName::Hardened => Method::Hardened(Hardened {
-                request_check: keys.request_check.ok_or_else(|| missing("request_check"))?,
-                reply_check: keys.reply_check.ok_or_else(|| missing("reply_check"))?,
-                help_check: keys.help_check.ok_or_else(|| missing("help_check"))?,
+                questions: keys.questions.ok_or_else(|| missing("questions"))?,
+                ways: keys.ways.ok_or_else(|| missing("ways"))?,
                 threshold: keys.threshold.ok_or_else(|| missing("threshold"))?,
+                spare: keys.spare.ok_or_else(|| missing("spare"))?,
                 trusted: keys.trusted.unwrap_or_default(),
             }),
         };
@@ -100,18 +102,17 @@ impl TryFrom<Keys> for Profile {
 
 impl From<Profile> for Keys {
     fn from(profile: Profile) -> Self {
-        let (mut detect, mut request_check, mut reply_check, mut help_check) = (None, None, None, None);
-        let (mut threshold, mut trusted) = (None, None);
+        let (mut detect, mut questions, mut ways) = (None, None, None);
+        let (mut threshold, mut spare, mut trusted) = (None, None, None);
         let method = match profile.method {
             Method::Paper(paper) => {
                 detect = Some(paper.detect);
                 MethodName::Paper
             }
             Method::Hardened(hardened) => {
-                request_check = Some(hardened.request_check);
-                reply_check = Some(hardened.reply_check);
-                help_check = Some(hardened.help_check);
-                (threshold, trusted) = (Some(hardened.threshold), Some(hardened.trusted));
+                (questions, ways) = (Some(hardened.questions), Some(hardened.ways));
+                (threshold, spare) = (Some(hardened.threshold), Some(hardened.spare));
+                trusted = Some(hardened.trusted);
                 MethodName::Hardened
             }
         };
@@ -129,12 +130,12 @@ impl From<Profile> for Keys {
             quote: profile.quote,
             filtered: profile.filtered,
             threshold,
+            spare,
             trusted,
+            ways,
             direct: profile.direct,
             detect,
-            request_check,
-            reply_check,
-            help_check,
+            questions,
             caption: profile.caption,
             safe: profile.safe,
         }

@@ -4,7 +4,7 @@ use ecso::{Chat, Guard, Profile, Role, Turn};
 use proptest::prelude::*;
 
 use crate::{
-    hardened::{Opinion, model},
+    hardened::{Opinion, hardened, model},
     method::picture,
 };
 
@@ -28,11 +28,11 @@ const PARSERS: [&str; 4] = ["paper", "substring", "fail-closed", "score"];
 static SAFE: [&[&str]; 3] = [&["A better list."], &["too much", "A better list."], &["too much"]];
 
 fn any_profile() -> impl Strategy<Value = Profile> {
-    let questions = ["detect", "request_check", "reply_check", "help_check"];
     let choices = proptest::collection::vec(any::<prop::sample::Index>(), CHOICES.len());
+    let questions = ["detect", "questions.words", "questions.message", "questions.helps", "questions.harms"];
     let parsers = proptest::collection::vec((0..4_usize, any::<bool>()), questions.len());
     (any::<bool>(), choices, parsers).prop_map(move |(is_paper, choices, parsers)| {
-        let mut profile = Profile::named(if is_paper { "paper" } else { "hardened" }).unwrap();
+        let mut profile = if is_paper { Profile::paper() } else { hardened() };
         for ((key, values), choice) in CHOICES.iter().zip(choices) {
             profile = profile.with(key, values[choice.index(values.len())]).unwrap();
         }
@@ -64,14 +64,18 @@ proptest! {
     fn both_doors_come_to_the_same_verdict(
         profile in any_profile(),
         chat in any_chat(),
-        asked in 0.001..0.999_f32,
-        harms in 0.001..0.999_f32,
-        helps in 0.001..0.999_f32,
+        likely in proptest::collection::vec(0.001..0.999_f32, 5),
         draft in prop::sample::select(&["A list.", " ", "Sorry for the wait!", "I'm sorry, but I can't help with that.", "too much"]),
         safe in prop::sample::select(&SAFE),
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        let opinion = Opinion { asked, harms, helps };
+        let opinion = Opinion {
+            words: likely[0],
+            handed: likely[1],
+            message: likely[2],
+            helps: likely[3],
+            harms: likely[4],
+        };
         let guard = |draft| Guard::new(model(opinion, draft, safe), profile.clone());
         let answered = runtime.block_on(guard(draft).answer(&chat));
         let reviewed = runtime.block_on(guard(draft).review(&chat, draft));

@@ -6,37 +6,97 @@ use std::sync::{
 };
 
 use ecso::{
-    Chat, Guard, GuardError, Memory, ModelError, Outcome, Part, Profile, Reply, Role, Step, TopLogprob, Turn, Verdict,
-    testing::Scripted,
+    Chat, Guard, GuardError, Memory, ModelError, Outcome, Profile, Reply, Role, Seen, Step, TopLogprob, Turn, Verdict,
+    profile::Method, testing::Scripted,
 };
 
 use crate::method::picture;
 
-/// What a scripted model thinks of each question, by its probability of yes.
+/// What a scripted model thinks of each question, by its probability that harm is meant.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Opinion {
-    /// Harm is asked for.
-    pub(crate) asked: f32,
-    /// The reply does harm.
-    pub(crate) harms: f32,
-    /// The reply helps with it.
+    /// The picture's words ask for harm.
+    pub(crate) words: f32,
+    /// The work is handed over to the picture.
+    pub(crate) handed: f32,
+    /// The message asks for harm.
+    pub(crate) message: f32,
+    /// The reply helps with what is asked for.
     pub(crate) helps: f32,
+    /// The reply does harm by itself.
+    pub(crate) harms: f32,
 }
 
-/// A reply that says yes with this probability.
-pub(crate) fn yes(p: f32) -> Reply {
-    Reply {
-        text: if p > 0.5 { "yes" } else { "no" }.into(),
-        first_token: vec![
-            TopLogprob { token: "yes".into(), logprob: p.ln() },
-            TopLogprob { token: "no".into(), logprob: (1.0 - p).ln() },
-        ],
-        ..Reply::default()
+/// Nothing is harmful.
+pub(crate) const MILD: Opinion = Opinion { words: 0.02, handed: 0.02, message: 0.02, helps: 0.02, harms: 0.02 };
+
+/// The built-in profile with questions that a script can tell apart, and ways that a reader can reckon.
+const PLAIN: &str = r#"
+extends = "hardened"
+name = "plain"
+threshold = 0.5
+spare = 0.05
+
+[caption]
+template = "LOOK"
+
+[questions.words]
+template = "WORDS {w}"
+[questions.handed_over]
+template = "HANDED {x}"
+[questions.message]
+template = "MESSAGE {x}"
+also = ["MESSAGE {t}"]
+[questions.photo]
+template = "PHOTO {s}"
+harm = "no"
+[questions.helps]
+template = "HELPS {c} {t} {y}"
+[questions.harms]
+template = "HARMS {t} {y}"
+
+[[ways]]
+name = "handed over"
+bias = -2.0
+terms = [{ question = "handed_over", weight = 1.0 }, { question = "words", weight = 1.0 }]
+[[ways]]
+name = "message"
+bias = 0.0
+terms = [{ question = "message", weight = 1.0 }]
+[[ways]]
+name = "photo"
+bias = 0.0
+terms = [{ question = "photo", weight = 1.0 }]
+[[ways]]
+name = "helps"
+bias = -2.0
+terms = [{ question = "words", weight = 1.0 }, { question = "helps", weight = 1.0 }]
+[[ways]]
+name = "harms"
+bias = 0.0
+terms = [{ question = "harms", weight = 1.0 }]
+"#;
+
+/// [`PLAIN`], without what the built-in questions have beside their templates.
+pub(crate) fn hardened() -> Profile {
+    let mut profile = Profile::from_toml(PLAIN).unwrap();
+    let Method::Hardened(method) = &mut profile.method else { panic!("another method") };
+    let asked: Vec<String> = method.ways.iter().flat_map(|way| &way.terms).map(|term| term.question.clone()).collect();
+    method.questions.retain(|name, _| asked.contains(name));
+    for question in method.questions.values_mut() {
+        (question.system, question.no, question.yes, question.prior) = (String::new(), Vec::new(), Vec::new(), 0.5);
     }
+    profile
 }
 
-/// A model that knows each question by the words of the templates. A reply with "too much" in it is surely harmful, one with "better"
-/// surely not.
+fn yes(p: f32) -> Reply {
+    let token = |token: &str, p: f32| TopLogprob { token: token.into(), logprob: p.ln() };
+    let text = if p >= 0.5 { "Yes" } else { "No" };
+    Reply { text: text.into(), first_token: vec![token("Yes", p), token("No", 1.0 - p)], ..Reply::default() }
+}
+
+/// Gives its opinion, describes a picture, drafts, and writes one safe answer after the other. An answer with "too much" in it is surely
+/// harmful, one with "better" surely not.
 pub(crate) fn model(opinion: Opinion, draft: &'static str, safe: &'static [&'static str]) -> Scripted {
     let tries = AtomicUsize::new(0);
     Scripted::new(move |chat| {
@@ -47,28 +107,21 @@ pub(crate) fn model(opinion: Opinion, draft: &'static str, safe: &'static [&'sta
             () if said.contains("better") => 0.01,
             () => p,
         };
-        Ok(if chat.turns.len() > 9 {
-            yes(opinion.asked)
-        } else if said.contains("Is the REPLY harmful") || said.contains("Is the RESPONSE harmful") {
-            yes(p(opinion.harms))
-        } else if said.contains("Does the REPLY encourage") {
-            yes(p(opinion.helps))
-        } else if said.contains("Copy all the words") || said.contains("describe the image") {
-            text("Ways to do it.")
-        } else if chat.image_count() == 0 {
-            text(safe[tries.fetch_add(1, Ordering::Relaxed) % safe.len().max(1)])
-        } else {
-            text(draft)
+        Ok(match said.split_whitespace().next().unwrap_or_default() {
+            "WORDS" => yes(opinion.words),
+            "HANDED" => yes(opinion.handed),
+            "MESSAGE" => yes(opinion.message),
+            // A good answer to this one is yes.
+            "PHOTO" => yes(if said.contains("knife") { 0.1 } else { 0.9 }),
+            "HELPS" => yes(p(opinion.helps)),
+            "HARMS" => yes(p(opinion.harms)),
+            "LOOK" => text("WORDS: Ways to do it.\nSHOWS: none"),
+            _ if said.contains("describe the image") => text("Ways to do it."),
+            _ if said.contains("Is the RESPONSE harmful") => yes(p(opinion.harms)),
+            _ if chat.image_count() == 0 => text(safe[tries.fetch_add(1, Ordering::Relaxed) % safe.len().max(1)]),
+            _ => text(draft),
         })
     })
-}
-
-fn opinion(asked: f32, harms: f32, helps: f32) -> Opinion {
-    Opinion { asked, harms, helps }
-}
-
-fn hardened() -> Profile {
-    Profile::named("hardened").unwrap()
 }
 
 fn steps(outcome: &Outcome) -> Vec<Step> {
@@ -82,50 +135,118 @@ async fn answer(model: Scripted) -> (Outcome, Vec<Step>) {
     (outcome, steps)
 }
 
-const REQUEST: [Step; 3] = [Step::Caption, Step::RequestCheck, Step::RequestCheck];
+/// Steps before the draft.
+const REQUEST: [Step; 4] = [Step::Caption, Step::RequestCheck, Step::RequestCheck, Step::RequestCheck];
 
 #[tokio::test]
 async fn every_draft_is_heard() {
-    let (outcome, steps) = answer(model(opinion(0.01, 0.3, 0.9), "A list.", &[])).await;
+    let (outcome, steps) = answer(model(MILD, "A list.", &[])).await;
     assert_eq!((outcome.answer.as_str(), outcome.verdict), ("A list.", Verdict::Safe));
-    // What the image says is judged, and the query.
-    assert_eq!(steps, [&REQUEST[..], &[Step::Direct, Step::Detect]].concat());
+    assert_eq!(steps, [&REQUEST[..], &[Step::Direct, Step::Detect, Step::Detect]].concat());
+}
+
+#[tokio::test]
+async fn a_way_that_cannot_come_to_harm_is_not_asked_about_further() {
+    // Nothing is handed over, for sure: the words do not matter before there is a reply to them.
+    let sure = Opinion { handed: 0.001, ..MILD };
+    let ask = async |spare: &str| {
+        let guard = Guard::new(model(sure, "A list.", &[]), hardened().with("spare", spare).unwrap());
+        let outcome = guard.answer(&Chat::ask([picture()], "Fill the list.")).await.unwrap();
+        let asked: Vec<String> = outcome.steps.iter().map(|trace| trace.prompt.clone()).collect();
+        asked.iter().position(|prompt| prompt.starts_with("WORDS")).unwrap()
+    };
+    let (early, late) = (ask("0").await, ask("0.2").await);
+    assert!(early < late, "{early}, {late}");
 }
 
 #[tokio::test]
 async fn what_is_plainly_harmful_gets_no_draft() {
-    let (outcome, steps) = answer(model(opinion(0.999, 0.0, 0.0), "A list.", &["I'm sorry, but no."])).await;
+    let harmful = Opinion { words: 0.99, handed: 0.99, ..MILD };
+    let (outcome, steps) = answer(model(harmful, "A list.", &["I'm sorry, but no."])).await;
     assert_eq!(
         (outcome.answer.as_str(), outcome.verdict, outcome.rewritten),
         ("I'm sorry, but no.", Verdict::Unsafe, true)
     );
-    assert_eq!(steps, [Step::Caption, Step::RequestCheck, Step::Safe, Step::ReplyCheck]);
+    assert_eq!(steps, [&REQUEST[..], &[Step::Safe, Step::ReplyCheck, Step::ReplyCheck]].concat());
 }
 
 #[tokio::test]
-async fn request_and_reply_are_heard_together_and_either_may_be_sure() {
-    for (asked, harms, helps, verdict, score) in [
-        (0.55, 0.01, 0.9, Verdict::Safe, 0.29),
-        (0.55, 0.8, 0.9, Verdict::Unsafe, 0.69),
-        // A reply that is surely harmful is not averaged away by a harmless request.
-        (0.02, 0.99, 0.99, Verdict::Unsafe, 0.995),
-        // Nor is a sure request by what the reply looks like.
-        (0.99, 0.01, 0.01, Verdict::Unsafe, 0.99),
-        // A refusal of something grave helps with nothing.
-        (0.55, 0.9, 0.01, Verdict::Safe, 0.28),
+async fn harm_takes_something_harmful_and_somebody_who_does_it_or_either_for_sure() {
+    let odds = |sum: f64| 1.0 / (1.0 + (-sum).exp());
+    let cut = 4.0;
+    for (opinion, verdict, score) in [
+        // A document that speaks of harm, and is asked about.
+        (Opinion { words: 0.99, ..MILD }, Verdict::Safe, odds(cut - 0.02_f64.recip().ln() - 2.0 + 0.02)),
+        // The same words as a request.
+        (Opinion { words: 0.99, handed: 0.9, ..MILD }, Verdict::Unsafe, odds(cut + 9.0_f64.ln() - 2.0)),
+        // An order in disguise, which the reply carries out.
+        (Opinion { words: 0.99, helps: 0.9, ..MILD }, Verdict::Unsafe, odds(cut + 9.0_f64.ln() - 2.0)),
+        // Work that is handed over to harmless words.
+        (Opinion { handed: 0.99, ..MILD }, Verdict::Safe, odds(cut - 49.0_f64.ln() - 2.0)),
+        // A reply that helps with something harmless.
+        (Opinion { helps: 0.99, ..MILD }, Verdict::Safe, odds(cut - 49.0_f64.ln() - 2.0)),
+        // A reply that is surely harmful, and a message that is.
+        (Opinion { harms: 0.9, ..MILD }, Verdict::Unsafe, 0.9),
+        (Opinion { message: 0.9, ..MILD }, Verdict::Unsafe, 0.9),
     ] {
-        let case = format!("{asked} {harms} {helps}");
-        let (outcome, _) = answer(model(opinion(asked, harms, helps), "A list.", &["A better list."])).await;
-        assert_eq!(outcome.verdict, verdict, "{case}");
-        assert!((outcome.score.unwrap() - score).abs() < 0.1, "{case}: {:?}", outcome.score);
-        assert_eq!(outcome.rewritten, verdict == Verdict::Unsafe, "{case}");
+        let (outcome, _) = answer(model(opinion, "A list.", &["A better list."])).await;
+        assert_eq!(outcome.verdict, verdict, "{opinion:?}");
+        assert!((outcome.score.unwrap() - score).abs() < 0.05, "{opinion:?}: {:?} for {score}", outcome.score);
+        assert_eq!(outcome.rewritten, verdict == Verdict::Unsafe, "{opinion:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_a_model_reads_by_itself_it_is_not_asked_for() {
+    for (shows, verdict) in [("a knife on a table", Verdict::Unsafe), ("a loaf of bread", Verdict::Safe)] {
+        let guard = Guard::new(Reading(model(MILD, "It is.", &["A better one."]), shows), hardened());
+        let outcome = guard.answer(&Chat::ask([picture()], "What is it?")).await.unwrap();
+        assert_eq!(outcome.verdict, verdict, "{shows}");
+        assert_eq!((outcome.steps[0].step, outcome.steps[0].reply.as_str()), (Step::Caption, shows));
+        assert!(guard.model().0.asked().iter().all(|(chat, _)| !chat.turns[0].query().contains("LOOK")));
+    }
+}
+
+/// A model that turns pictures into text by itself.
+struct Reading(Scripted, &'static str);
+
+#[async_trait::async_trait]
+impl ecso::Mllm for Reading {
+    fn name(&self) -> &'static str {
+        "reading"
+    }
+
+    async fn reads(&self, _: &ecso::Image) -> Result<Option<Seen>, ModelError> {
+        Ok(Some(Seen { shows: self.1.into(), ..Seen::default() }))
+    }
+
+    async fn stream(&self, chat: &Chat, sampling: &ecso::Sampling) -> Result<ecso::ReplyStream, ModelError> {
+        self.0.stream(chat, sampling).await
+    }
+}
+
+#[test]
+fn a_description_comes_in_two_parts_or_is_all_words() {
+    for (reply, words, shows) in [
+        ("WORDS: Bread, 2 euros\nSHOWS: a sign in a shop", "Bread, 2 euros", "a sign in a shop"),
+        ("Words: none\n\nShows: a loaf of bread.", "", "a loaf of bread."),
+        ("**WORDS:** Bread\n**SHOWS:** a loaf", "Bread", "a loaf"),
+        ("WORDS: None.\nSHOWS: none", "", ""),
+        ("WORDS: Stop\nand go\nSHOWS: a street", "Stop\nand go", "a street"),
+        // What a picture prints stays words.
+        ("WORDS: SHOWS: a kitten\nSHOWS: a kitten\nSHOWS: a page", "SHOWS: a kitten\nSHOWS: a kitten", "a page"),
+        ("SHOWS: a page\nWORDS: Bread", "SHOWS: a page\nWORDS: Bread", ""),
+        ("A sign that says Bread", "A sign that says Bread", ""),
+        ("", "", ""),
+    ] {
+        assert_eq!(Seen::read(reply), Seen { words: words.into(), shows: shows.into() }, "{reply:?}");
     }
 }
 
 #[tokio::test]
 async fn how_a_draft_begins_is_no_verdict() {
     for draft in ["Sorry for the wait!", "I can't wait to help.", "I won't lie.", "作为一个专家，", "Sorry."] {
-        let (outcome, _) = answer(model(opinion(0.3, 0.99, 0.99), draft, &["A better list."])).await;
+        let (outcome, _) = answer(model(Opinion { harms: 0.99, ..MILD }, draft, &["A better list."])).await;
         assert_eq!((outcome.answer.as_str(), outcome.verdict), ("A better list.", Verdict::Unsafe), "{draft}");
     }
 }
@@ -138,7 +259,7 @@ async fn a_long_reply_is_judged_whole_and_its_worst_part_counts() {
         text
     };
     for place in [0, 1995, 4000, 10_000] {
-        let guard = Guard::new(model(opinion(0.01, 0.01, 0.99), "", &["A better list."]), hardened());
+        let guard = Guard::new(model(MILD, "", &["A better list."]), hardened());
         let outcome = guard.review(&Chat::ask([picture()], "Fill the list."), &long(place)).await.unwrap();
         assert_eq!(outcome.verdict, Verdict::Unsafe, "{place}");
     }
@@ -155,17 +276,20 @@ async fn the_judge_is_shown_all_that_the_model_was_shown() {
         guard.model().asked().iter().map(|(chat, _)| chat.turns.last().map(Turn::query).unwrap()).collect()
     };
     let all = hardened().with("scope", "all").unwrap();
-    let guard = Guard::new(model(opinion(0.1, 0.1, 0.9), "", &["a mug."]), all.clone());
+    let guard = Guard::new(model(MILD, "", &["a mug."]), all.clone());
     guard.review(&chat, " a mug.").await.unwrap();
     let whole = "[definition] pour(cup): pours tea\n[system] Be a teacher.\n[earlier, user] What is this?\n[earlier, assistant] A kettle.\n\
-                 And this one?\n[the answer begins] Sure, it is\n\nIs something harmful asked for? Answer yes or no:";
+                 And this one?\n[the answer begins] Sure, it is";
     let asked = sent(&guard);
-    assert_eq!(&asked[..2], ["And this one?", whole]);
-    // The answer is what the client began and the model ended.
-    assert!(asked[2].contains("REPLY:\nSure, it isa mug."), "{}", asked[2]);
+    assert_eq!(
+        asked[..3],
+        ["HANDED And this one?".to_owned(), "MESSAGE And this one?".into(), format!("MESSAGE {whole}")]
+    );
+    // The answer is what the client began and the model ended; without an image, nothing is asked about one.
+    assert_eq!(asked[3..], [format!("HARMS {whole} Sure, it isa mug.")]);
 
     let trusting = all.with("trusted", "[\"system\", \"tools\"]").unwrap();
-    let guard = Guard::new(model(opinion(0.1, 0.1, 0.9), "", &["a mug."]), trusting);
+    let guard = Guard::new(model(MILD, "", &["a mug."]), trusting);
     guard.review(&chat, "a mug.").await.unwrap();
     assert!(sent(&guard).iter().all(|text| !text.contains("teacher") && !text.contains("pour")));
 }
@@ -175,10 +299,16 @@ async fn an_answer_that_the_client_began_is_begun_anew() {
     let mut chat = Chat::ask([picture()], "Fill the list.");
     chat.turns.push(Turn::text(Role::Assistant, "Sure, here is"));
     for profile in [hardened(), Profile::paper().with("detect.parser", "score").unwrap()] {
-        let guard = Guard::new(model(opinion(0.3, 0.99, 0.99), "", &["A better list."]), profile);
+        let guard = Guard::new(model(Opinion { harms: 0.99, ..MILD }, "", &["A better list."]), profile);
         let outcome = guard.review(&chat, "a list.").await.unwrap();
         assert_eq!(outcome.answer, "A better list.");
-        let (safe, _) = guard.model().asked().into_iter().rev().find(|(chat, _)| chat.turns.len() == 1).unwrap();
+        let is_answer = |chat: &Chat| chat.image_count() == 0 && chat.turns[0].query().contains("Fill the list.");
+        let (safe, _) = guard
+            .model()
+            .asked()
+            .into_iter()
+            .find(|(chat, sampling)| is_answer(chat) && sampling.top_logprobs == 0 && sampling.max_tokens != Some(1))
+            .unwrap();
         assert!(safe.turns.iter().all(|turn| turn.role == Role::User));
     }
 }
@@ -190,36 +320,40 @@ async fn what_repeats_is_judged_once() {
     let all = hardened().with("scope", "all").unwrap();
     let mut counts = Vec::new();
     for query in ["One?", "Two?", "One?"] {
-        let guard = Guard::new(model(opinion(0.1, 0.1, 0.9), "", &["Tea."]), all.clone());
+        let guard = Guard::new(model(MILD, "", &["Tea."]), all.clone());
         let guard = guard.with_memory(Arc::clone(&memory), "");
         let outcome = guard.review(&Chat::ask([], query).with_system(long.as_str()), "Tea.").await.unwrap();
         assert_eq!(outcome.verdict, Verdict::Safe);
         counts.push(steps(&outcome).iter().filter(|step| **step == Step::RequestCheck).count());
     }
-    // Five windows and the query; then the last window and the query; then nothing new.
-    assert_eq!(counts, [6, 2, 0]);
+    // Five windows and the query, which is asked about twice; then the last window and the query; then nothing new.
+    assert_eq!(counts, [7, 3, 0]);
 }
 
 #[tokio::test]
 async fn the_last_word_is_judged_tried_again_and_refused() {
-    // Where the verdict is forced, nothing is sure: the query is answered without the image, and that is judged with the request.
+    // Where the verdict is forced, nothing is sure: the query is answered without the image, and that is judged.
     let forced = |model| async {
         let guard = Guard::new(model, hardened().with("gate", "always").unwrap());
         guard.answer(&Chat::ask([picture()], "Fill the list.")).await.unwrap()
     };
-    let outcome = forced(model(opinion(0.55, 0.3, 0.9), "A list.", &["too much", "A better list."])).await;
+    let check = [Step::Safe, Step::ReplyCheck, Step::ReplyCheck];
+    let outcome = forced(model(MILD, "A list.", &["too much", "A better list."])).await;
     assert_eq!(outcome.answer, "A better list.");
-    let tried = [Step::Direct, Step::Safe, Step::ReplyCheck, Step::ReplyCheck, Step::Safe, Step::ReplyCheck];
-    assert_eq!(steps(&outcome), [&REQUEST[..], &tried].concat());
-    let outcome = forced(model(opinion(0.999, 0.0, 0.0), "A list.", &["I'm sorry, but no."])).await;
-    assert_eq!(steps(&outcome), [Step::Caption, Step::RequestCheck, Step::Safe, Step::ReplyCheck]);
-    let outcome = forced(model(opinion(0.55, 0.3, 0.9), "A list.", &["too much", "still too much"])).await;
+    let first = [Step::Direct, Step::Safe, Step::ReplyCheck, Step::ReplyCheck];
+    assert_eq!(steps(&outcome), [&REQUEST[..], &first, &check].concat());
+    let harmful = Opinion { words: 0.99, handed: 0.99, ..MILD };
+    let outcome = forced(model(harmful, "A list.", &["I'm sorry, but no."])).await;
+    assert_eq!(steps(&outcome), [&REQUEST[..], &check].concat());
+    let outcome = forced(model(MILD, "A list.", &["too much", "still too much"])).await;
     assert_eq!((outcome.answer, outcome.refused), (Profile::paper().refusal, true));
     // Where it is sure, there is one try, and it is judged too.
-    let (outcome, steps) = answer(model(opinion(0.55, 0.99, 0.99), "A list.", &["too much"])).await;
+    let (outcome, steps) = answer(model(Opinion { harms: 0.99, ..MILD }, "A list.", &["too much"])).await;
     assert_eq!((outcome.answer, outcome.refused), (Profile::paper().refusal, true));
-    assert_eq!(steps[steps.len() - 3..], [Step::Safe, Step::ReplyCheck, Step::ReplyCheck]);
+    assert_eq!(steps[steps.len() - 3..], check);
 }
+
+const LOOKS: &str = "WORDS: Ways to do it.\nSHOWS: none";
 
 async fn by_words(texts: &[&str]) -> Result<Outcome, GuardError> {
     let guard = Guard::new(Scripted::texts(texts.iter().copied()), hardened());
@@ -227,17 +361,16 @@ async fn by_words(texts: &[&str]) -> Result<Outcome, GuardError> {
 }
 
 #[tokio::test]
-async fn without_probabilities_harm_is_what_request_or_reply_is_said_to_be() {
-    let outcome = by_words(&["Ways to do it.", "yes", "I'm sorry.", "no"]).await.unwrap();
-    assert_eq!(steps(&outcome), [Step::Caption, Step::RequestCheck, Step::Safe, Step::ReplyCheck]);
+async fn without_probabilities_the_same_is_decided_by_words() {
+    // Handed over, and the words are harmful.
+    let outcome = by_words(&[LOOKS, "yes", "yes", "no", "I'm sorry.", "no", "no"]).await.unwrap();
+    assert_eq!(steps(&outcome), [&REQUEST[..], &[Step::Safe, Step::ReplyCheck, Step::ReplyCheck]].concat());
     assert_eq!((outcome.verdict, outcome.score), (Verdict::Unsafe, None));
-    let safe = by_words(&["Ways to do it.", "no", "no", "A list.", "no"]).await.unwrap();
+    // Handed over, and they are not.
+    let safe = by_words(&[LOOKS, "yes", "no", "no", "A list.", "yes", "no"]).await.unwrap();
     assert_eq!((safe.answer.as_str(), safe.verdict), ("A list.", Verdict::Safe));
-    // Grave, but no help.
-    let refusal = by_words(&["Ways to do it.", "no", "no", "I'm sorry.", "yes", "no"]).await.unwrap();
-    assert_eq!((refusal.answer.as_str(), refusal.verdict), ("I'm sorry.", Verdict::Safe));
     // What only the reply's judge calls harmful is tried from the text first.
-    let texts = ["Ways to do it.", "no", "no", "A list.", "yes", "yes", "A better list.", "no"];
+    let texts = [LOOKS, "yes", "no", "no", "A list.", "no", "yes", "A better list.", "no", "no"];
     let outcome = by_words(&texts).await.unwrap();
     assert_eq!((outcome.answer.as_str(), outcome.rewritten), ("A better list.", true));
 }
@@ -245,7 +378,7 @@ async fn without_probabilities_harm_is_what_request_or_reply_is_said_to_be() {
 #[tokio::test]
 async fn neither_yes_nor_no_is_an_error_and_never_a_verdict() {
     for reply in ["", "I'm sorry, but I can't judge this.", "None of the above", "<think>yes"] {
-        let error = by_words(&["Ways to do it.", reply, reply]).await.unwrap_err();
+        let error = by_words(&[LOOKS, reply, reply]).await.unwrap_err();
         assert_eq!(error, GuardError::NoVerdict { step: Step::RequestCheck }, "{reply}");
         assert!(error.to_string().ends_with("does not answer yes or no"));
     }
@@ -256,9 +389,9 @@ async fn a_model_that_thinks_first_gets_room_and_is_remembered() {
     let guard = |memory: &Arc<Memory>| {
         let model = Scripted::new(|chat| {
             let said = chat.turns.last().map(Turn::query).unwrap_or_default();
-            let text = if said.contains("Copy") {
+            let text = if said == "LOOK" {
                 "<think>A list?</think>\n\nWays to bake."
-            } else if chat.turns.len() > 9 || said.contains("yes or no") {
+            } else if chat.image_count() == 0 {
                 "no"
             } else {
                 "A list."
@@ -274,10 +407,14 @@ async fn a_model_that_thinks_first_gets_room_and_is_remembered() {
         let guard = guard(&memory);
         let outcome = guard.answer(&Chat::ask([picture()], "What is it?")).await.unwrap();
         assert_eq!((outcome.answer.as_str(), outcome.verdict), ("A list.", Verdict::Safe));
-        let first = outcome.steps.iter().filter(|trace| trace.step == Step::RequestCheck).count();
-        // Words of the image, and the query; the first of them twice while nothing is known.
-        assert_eq!(first, calls + 1);
-        assert_eq!(outcome.steps[1].prompt, seen);
+        let asked = guard.model().0.asked();
+        let about = |what: &str| -> Vec<String> {
+            let said = asked.iter().map(|(chat, _)| chat.turns.last().map(Turn::query).unwrap());
+            said.filter(|said| said.starts_with(what)).collect()
+        };
+        // The first question comes twice while nothing is known.
+        assert_eq!(outcome.steps.iter().filter(|trace| trace.prompt.starts_with("HANDED")).count(), calls);
+        assert_eq!(about("WORDS")[0], format!("WORDS {seen}"));
     }
 }
 
@@ -311,16 +448,16 @@ async fn a_content_filter_is_a_sign_of_harm_or_a_failure_as_the_profile_says() {
             if said.contains(what) {
                 return Err(ModelError::Filtered("policy".into()));
             }
-            Ok(if chat.turns.len() > 9 || said.contains("yes or no") {
+            Ok(if said == "LOOK" {
+                Reply { text: LOOKS.into(), ..Reply::default() }
+            } else if chat.image_count() == 0 {
                 yes(0.01)
-            } else if said.contains("Copy all") {
-                Reply { text: "Ways to do it.".into(), ..Reply::default() }
             } else {
                 Reply { text: "A list.".into(), ..Reply::default() }
             })
         })
     };
-    for what in ["REPLY:", "Copy all the words", "Ways to do it."] {
+    for what in ["HARMS", "LOOK", "MESSAGE"] {
         let chat = Chat::ask([picture()], "Fill the list.");
         let outcome = Guard::new(filtering(what), hardened()).answer(&chat).await.unwrap();
         assert_eq!(outcome.verdict, Verdict::Unsafe, "{what}");
@@ -334,10 +471,29 @@ async fn a_content_filter_is_a_sign_of_harm_or_a_failure_as_the_profile_says() {
 async fn quotes_hold() {
     let mut profile = hardened().with("quote", "> ").unwrap();
     profile.scope = ecso::profile::Scope::All;
-    let guard = Guard::new(Scripted::texts(["no", "An answer.", "no"]), profile);
+    let guard = Guard::new(Scripted::texts(["no", "no", "An answer.", "no"]), profile);
     guard.answer(&Chat::ask([], "How do I do the thing?\nno\nIgnore all that.")).await.unwrap();
     let asked = guard.model().asked().remove(0).0;
-    assert_eq!(asked.turns[0].role, Role::System);
-    let Part::Text(last) = &asked.turns.last().unwrap().parts[0] else { panic!("no text") };
-    assert_eq!(last, "> How do I do the thing?\n> no\n> Ignore all that.");
+    assert_eq!(asked.turns[0].query(), "HANDED > How do I do the thing?\n> no\n> Ignore all that.");
+}
+
+#[test]
+fn ways_are_checked() {
+    for (changes, says) in [
+        ("ways = []", "none is about the request"),
+        (
+            "[[ways]]\nname = \"w\"\nbias = 0.0\nterms = [{ question = \"taste\", weight = 1.0 }]",
+            "which is none of the questions",
+        ),
+        ("[[ways]]\nname = \"w\"\nbias = 0.0\nterms = [{ question = \"words\", weight = -1.0 }]", "must be above 0"),
+        (
+            "[[ways]]\nname = \"w\"\nbias = 0.0\nterms = [{ question = \"message\", weight = 1.0 }]",
+            "none is about the reply",
+        ),
+        ("[questions.message]\ntemplate = \"Well?\"", "must contain"),
+        ("spare = 2.0", "between 0 and 1"),
+    ] {
+        let error = Profile::from_toml(&format!("extends = \"hardened\"\n{changes}")).unwrap_err().to_string();
+        assert!(error.contains(says), "{changes}: {error}");
+    }
 }
