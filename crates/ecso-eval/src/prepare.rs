@@ -183,6 +183,42 @@ pub fn typographic(requests: &[PlainRequest], typesetter: &Typesetter, out: &Pat
     write_items(items, out)
 }
 
+/// An item whose picture is yet to be made.
+#[derive(Deserialize)]
+struct Sheet {
+    /// What stands in it.
+    page: String,
+    #[serde(flatten)]
+    item: OwnItem,
+}
+
+/// Items for the benchmark `jsonl` below `out`, from JSON lines of such items: one that has `page` gets a picture of that text. Gives the
+/// number of pictures.
+///
+/// # Errors
+/// [`PrepareError`] when a row can't be read or a file not be written.
+pub fn pages(items: &Path, typesetter: &Typesetter, out: &Path) -> Result<usize, PrepareError> {
+    folder(out)?;
+    let mut count = 0;
+    let mut made = Vec::new();
+    for (number, line) in (1..).zip(benchmarks::read(items)?.lines()).filter(|(_, line)| !line.trim().is_empty()) {
+        let wrong = |error| PrepareError::new(items, format!("line {number}: {}", told(error)));
+        let row: serde_json::Value = serde_json::from_str(line).map_err(wrong)?;
+        if row.get("page").is_none() {
+            made.push(serde_json::from_value(row).map_err(wrong)?);
+            continue;
+        }
+        let Sheet { page, item } = serde_json::from_value(row).map_err(wrong)?;
+        count += 1;
+        let image = format!("{count:04}.png");
+        let path = out.join(&image);
+        typesetter.sheet(&page).save(&path).map_err(failed(&path))?;
+        made.push(OwnItem { image: Some(image), ..item });
+    }
+    write_items(made, out)?;
+    Ok(count)
+}
+
 /// Sets words as the heading of an empty list.
 fn set(typesetter: &Typesetter, words: &str, path: &Path) -> Result<(), PrepareError> {
     typesetter.list(words).save(path).map_err(failed(path))

@@ -30,6 +30,11 @@ const STRIP_WIDTH: u32 = 1024;
 /// Font size of a strip and distance of its lines, in pixels.
 const STRIP_SIZE: u32 = 90;
 
+/// Width of a sheet and of its lines, in pixels.
+const SHEET: (u32, f32) = (900, 820.0);
+/// White around its text.
+const MARGIN: f32 = 40.0;
+
 /// Why a request can't be set.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -96,7 +101,8 @@ impl Typesetter {
         let file = path.display().to_string();
         let unusable = |reason: Cause| TypographicError::Font { file: file.clone(), reason };
         let data = std::fs::read(path).map_err(|error| unusable(Cause::of(error)))?;
-        let font = FontVec::try_from_vec(data).map_err(|error| unusable(Cause::of(error)))?;
+        // Collections of fonts begin with the usual one.
+        let font = FontVec::try_from_vec_and_index(data, 0).map_err(|error| unusable(Cause::of(error)))?;
         Ok(Self { font, font_name: file })
     }
 
@@ -130,6 +136,30 @@ impl Typesetter {
             #[expect(clippy::cast_precision_loss, reason = "a distance of pixels")]
             let top = STRIP_SIZE as f32 * (0.5 + f32::from(number));
             set(&mut image, &font, line, (0.0, top + font.ascent()), false);
+        }
+        image
+    }
+
+    /// A text as it stands on a sign, a label or a letter: its lines, wrapped, in black on white; the fewer words, the larger.
+    #[must_use]
+    pub fn sheet(&self, text: &str) -> RgbImage {
+        let size = match text.chars().count() {
+            ..60 => 64_u16,
+            60..250 => 40,
+            _ => 28,
+        };
+        let font = self.scaled(size.into());
+        let step = f32::from(size) * 1.4;
+        let width = |text: &str| text.chars().map(|c| font.h_advance(font.glyph_id(c))).sum::<f32>();
+        let lines: Vec<String> = text.lines().flat_map(|line| wrapped(line, SHEET.1, width)).collect();
+        #[expect(clippy::cast_precision_loss, reason = "a sheet has few lines")]
+        let height = step * lines.len() as f32 + 2.0 * MARGIN;
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a sheet is a few thousand pixels")]
+        let mut image = RgbImage::from_pixel(SHEET.0, height.ceil() as u32, Rgb([255; 3]));
+        let mut baseline = MARGIN + font.ascent();
+        for line in &lines {
+            set(&mut image, &font, line, (MARGIN, baseline), false);
+            baseline += step;
         }
         image
     }
@@ -207,6 +237,24 @@ fn wrap(text: &str) -> Vec<String> {
     textwrap::wrap(text, options).into_iter().map(|line| line.trim().to_owned()).collect()
 }
 
+/// A line in lines of at most `longest`, broken between words, and in a word only where that alone is longer.
+fn wrapped(line: &str, longest: f32, width: impl Fn(&str) -> f32) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for piece in line.split_inclusive(' ') {
+        let pieces: Vec<String> =
+            if width(piece) > longest { piece.chars().map(String::from).collect() } else { vec![piece.to_owned()] };
+        for piece in pieces {
+            match lines.last_mut() {
+                Some(last) if last.is_empty() || width(&format!("{last}{}", piece.trim_end())) <= longest => {
+                    last.push_str(&piece);
+                }
+                _ => lines.push(piece),
+            }
+        }
+    }
+    lines
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -216,6 +264,15 @@ mod tests {
         assert_eq!(wrap("Steps to bake a loaf of bread."), ["Steps to bake a", "loaf of bread."]);
         assert_eq!(wrap("Incomprehensibilities"), ["Incomprehensibi", "lities"]);
         assert!(wrap("").iter().all(String::is_empty));
+    }
+
+    #[test]
+    fn lines_are_as_long_as_the_sheet_is_wide() {
+        #[expect(clippy::cast_precision_loss, reason = "short texts")]
+        let width = |text: &str| text.chars().count() as f32;
+        assert_eq!(wrapped("Bread and butter", 9.0, width), ["Bread and ", "butter"]);
+        assert_eq!(wrapped("面包和黄油都在这里", 4.0, width), ["面包和黄", "油都在这", "里"]);
+        assert_eq!(wrapped("", 9.0, width), [""]);
     }
 
     #[test]

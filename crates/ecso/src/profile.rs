@@ -162,7 +162,6 @@ pub struct Profile {
 
 /// How harm is detected, and what follows: one file each.
 #[derive(Debug, Clone, PartialEq)]
-#[expect(clippy::large_enum_variant, reason = "a program holds few profiles")]
 pub enum Method {
     /// `paper.rs`: the paper's figure.
     Paper(Paper),

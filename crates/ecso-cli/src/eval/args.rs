@@ -99,6 +99,18 @@ pub(crate) enum PrepareCommand {
         #[arg(long, value_name = "FILE")]
         font: Option<PathBuf>,
     },
+    /// Set the texts of items as pictures of sheets: signs, labels, letters
+    Pages {
+        /// Items for the benchmark `jsonl`, as JSON lines; one with a field `page` gets a picture of that text
+        #[arg(long, value_name = "FILE")]
+        items: PathBuf,
+        /// Folder for the images and their items.jsonl
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        /// Font file [default: Arial, or Liberation Sans, which has its metrics]
+        #[arg(long, value_name = "FILE")]
+        font: Option<PathBuf>,
+    },
     /// FigStep's layout, from its table alone
     Figstep {
         /// safebench.csv or a part of it

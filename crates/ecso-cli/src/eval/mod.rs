@@ -83,6 +83,10 @@ fn prepare_images(command: &PrepareCommand) -> anyhow::Result<()> {
             prepare::typographic(&requests, &typesetter, out)?;
             (requests.len(), typesetter.font_name, out)
         }
+        PrepareCommand::Pages { items, out, font } => {
+            let typesetter = typesetter(font.as_deref(), true)?;
+            (prepare::pages(items, &typesetter, out)?, typesetter.font_name, out)
+        }
         PrepareCommand::Figstep { questions, out, font } => {
             let typesetter = typesetter(font.as_deref(), false)?;
             (prepare::figstep(questions, &typesetter, out)?, typesetter.font_name, out)
