@@ -1,7 +1,7 @@
 //! Calibrations: which threshold the profile `hardened` takes for a model, as `ecso eval calibrate` found it. One for `mini` comes
 //! with the program; others are kept beside the settings, by the model's digest.
 
-use std::path::PathBuf;
+use std::{collections::BTreeMap, path::PathBuf};
 
 use anyhow::Context;
 use ecso::{Profile, profile::Method};
@@ -25,6 +25,9 @@ pub(crate) struct Stored {
     pub(crate) profile_hash: String,
     /// How many items had a score.
     pub(crate) items: usize,
+    /// The biases of ways, by name, where they were fitted too.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) biases: BTreeMap<String, f64>,
     pub(crate) found: Calibration,
 }
 
@@ -82,13 +85,16 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
         Some(stored) if stored.profile == profile.name && stored.profile_hash == hash(&profile) => {
             if let Method::Hardened(method) = &mut profile.method {
                 method.threshold = stored.found.threshold;
+                for way in &mut method.ways {
+                    way.bias = stored.biases.get(&way.name).copied().unwrap_or(way.bias);
+                }
             }
             Ok((profile, "calibrated for this model"))
         }
         Some(stored) => {
             eprintln!(
                 "ecso: warning: the calibration of `{}` for {} is of another version of that profile, so it is not used; make a new \
-                 one with `ecso eval calibrate`",
+                 one with `ecso tune`",
                 stored.profile, settings.model
             );
             Ok((profile, "calibrated for another version of `hardened`, which is not used"))

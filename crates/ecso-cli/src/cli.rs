@@ -35,6 +35,9 @@ pub(crate) enum Command {
     /// Measure what the protection gains and costs
     #[command(subcommand)]
     Eval(EvalCommand),
+    /// Fit the guard to your model, and say whether to turn it on: asks harmful requests and their harmless twins, fits on one half and
+    /// reports the other; goes on where an earlier run ended
+    Tune(Box<TuneArgs>),
     /// Make fine-tuning data for alignment from unlabelled pairs of image and query; goes on where an earlier run ended
     Synth(Box<SynthArgs>),
     /// Guard every image chat with an OpenAI-compatible server, or serve a model in this process
@@ -147,6 +150,44 @@ pub(crate) struct ReplayArgs {
 
     #[command(flatten)]
     pub(crate) profile: ProfileArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TuneArgs {
+    /// Folder for the journal and the page
+    #[arg(long, value_name = "DIR", default_value_os_t = crate::tune::usual_out())]
+    pub(crate) out: PathBuf,
+
+    /// Pairs of a harmful request and its twin, of 150
+    #[arg(long, value_name = "N", default_value = "100")]
+    pub(crate) pairs: NonZero<usize>,
+
+    /// Share of harmless requests that may be flagged by mistake
+    #[arg(long, value_name = "SHARE", default_value_t = 0.03, value_parser = crate::eval::share)]
+    pub(crate) false_alarms: f64,
+
+    /// Cap of new tokens of every answer
+    #[arg(long, value_name = "N", default_value = "64")]
+    pub(crate) max_new_tokens: NonZero<u32>,
+
+    /// Requests at once [default: 1 in this process, 8 for a server]
+    #[arg(long, value_name = "N")]
+    pub(crate) concurrency: Option<NonZero<usize>>,
+
+    /// Keep every reply in this folder; what is there is not asked again
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache: Option<PathBuf>,
+
+    /// Only say how much it would ask
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
 }
 
 #[derive(Debug, Args)]

@@ -14,6 +14,7 @@ mod replay;
 mod serve;
 mod synth;
 mod telemetry;
+mod tune;
 mod work;
 
 use std::process::ExitCode;
@@ -47,6 +48,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Eval(command) => eval::run(&command, file),
         Command::Models(command) => models::run(command, file),
         Command::Synth(args) => synth::run(&args, file),
+        Command::Tune(args) => tune::run(&args, file),
         Command::Serve(args) => serve::run(&args, file),
         Command::Replay(args) => replay::run(&args, file),
         Command::Key { name } => {

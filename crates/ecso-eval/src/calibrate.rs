@@ -78,8 +78,8 @@ pub struct TooFew {
 }
 
 /// In which half an item is: a draw that depends on its id alone.
-fn is_chosen(scored: &Scored) -> bool {
-    blake3::hash(scored.id.as_bytes()).as_bytes()[0].is_multiple_of(2)
+pub(crate) fn is_chosen(id: &str) -> bool {
+    blake3::hash(id.as_bytes()).as_bytes()[0].is_multiple_of(2)
 }
 
 /// Chooses the lowest threshold that flags at most `false_alarms` of the harmless requests of one half.
@@ -87,7 +87,7 @@ fn is_chosen(scored: &Scored) -> bool {
 /// # Errors
 /// [`TooFew`].
 pub fn calibrate(scores: &[Scored], false_alarms: f64) -> Result<Calibration, TooFew> {
-    let (chosen, reported): (Vec<&Scored>, Vec<&Scored>) = scores.iter().partition(|scored| is_chosen(scored));
+    let (chosen, reported): (Vec<&Scored>, Vec<&Scored>) = scores.iter().partition(|scored| is_chosen(&scored.id));
     for half in [&chosen, &reported] {
         for harmful in [true, false] {
             if !half.iter().any(|scored| scored.harmful == harmful) {

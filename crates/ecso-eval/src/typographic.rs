@@ -25,6 +25,9 @@ const WRAP: usize = 15;
 const MONOSPACED: [&str; 4] = ["FreeMono", "Liberation Mono", "DejaVu Sans Mono", "Noto Sans Mono"];
 /// Fonts for MM-SafetyBench's strips; Liberation Sans has the metrics of Arial.
 const SANS: [&str; 3] = ["Arial", "Liberation Sans", "Arimo"];
+/// Fonts for Chinese characters, where one is installed.
+const CHINESE: [&str; 5] =
+    ["Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei"];
 /// Width of a strip, in pixels.
 const STRIP_WIDTH: u32 = 1024;
 /// Font size of a strip and distance of its lines, in pixels.
@@ -56,6 +59,8 @@ pub enum TypographicError {
 /// Sets requests as images.
 pub struct Typesetter {
     font: FontVec,
+    /// For characters that the font lacks.
+    fallback: Option<FontVec>,
     /// Family or file name of the font.
     pub font_name: String,
 }
@@ -80,17 +85,26 @@ impl Typesetter {
     fn installed(families: &[&str], weight: fontdb::Weight) -> Result<Self, TypographicError> {
         let mut fonts = fontdb::Database::new();
         fonts.load_system_fonts();
-        for family in families {
+        let found = |family: &&str, weight| {
             let query = fontdb::Query { families: &[fontdb::Family::Name(family)], weight, ..fontdb::Query::default() };
-            let found =
-                fonts.query(&query).and_then(|id| fonts.with_face_data(id, |data, index| (data.to_vec(), index)));
-            if let Some((data, index)) = found
-                && let Ok(font) = FontVec::try_from_vec_and_index(data, index)
-            {
-                return Ok(Self { font, font_name: (*family).to_owned() });
-            }
-        }
-        Err(TypographicError::NoFont(families.join(", ")))
+            let id = fonts.query(&query)?;
+            let (data, index) = fonts.with_face_data(id, |data, index| (data.to_vec(), index))?;
+            Some((FontVec::try_from_vec_and_index(data, index).ok()?, (*family).to_owned()))
+        };
+        let (font, font_name) = families
+            .iter()
+            .find_map(|family| found(family, weight))
+            .ok_or_else(|| TypographicError::NoFont(families.join(", ")))?;
+        let fallback = CHINESE.iter().find_map(|family| found(family, fontdb::Weight::NORMAL)).map(|(font, _)| font);
+        Ok(Self { font, fallback, font_name })
+    }
+
+    /// Whether every character of a text can be set.
+    #[must_use]
+    pub fn has(&self, text: &str) -> bool {
+        let has = |font: &FontVec, c: char| font.glyph_id(c).0 != 0;
+        let mut shown = text.chars().filter(|c| !c.is_whitespace());
+        shown.all(|c| has(&self.font, c) || self.fallback.as_ref().is_some_and(|font| has(font, c)))
     }
 
     /// With a font file (TrueType or OpenType).
@@ -103,7 +117,7 @@ impl Typesetter {
         let data = std::fs::read(path).map_err(|error| unusable(Cause::of(error)))?;
         // Collections of fonts begin with the usual one.
         let font = FontVec::try_from_vec_and_index(data, 0).map_err(|error| unusable(Cause::of(error)))?;
-        Ok(Self { font, font_name: file })
+        Ok(Self { font, fallback: None, font_name: file })
     }
 
     /// `instruction` as `FigStep` sets it: wrapped, and below it the numbers 1 to 3 of an empty list. What is too long for
@@ -119,7 +133,7 @@ impl Typesetter {
     #[must_use]
     pub fn strip(&self, phrase: &str) -> RgbImage {
         let font = self.scaled(STRIP_SIZE.into());
-        let width = |text: &str| text.chars().map(|c| font.h_advance(font.glyph_id(c))).sum::<f32>();
+        let width = |text: &str| font.width(text);
         let mut lines = vec![String::new()];
         for word in phrase.split(' ') {
             let longer = lines.last().map_or_else(String::new, |line| format!("{line} {word}"));
@@ -135,7 +149,7 @@ impl Typesetter {
         for (line, number) in lines.iter().zip(0_u16..) {
             #[expect(clippy::cast_precision_loss, reason = "a distance of pixels")]
             let top = STRIP_SIZE as f32 * (0.5 + f32::from(number));
-            set(&mut image, &font, line, (0.0, top + font.ascent()), false);
+            set(&mut image, &font, line, (0.0, top + font.font.ascent()), false);
         }
         image
     }
@@ -150,13 +164,13 @@ impl Typesetter {
         };
         let font = self.scaled(size.into());
         let step = f32::from(size) * 1.4;
-        let width = |text: &str| text.chars().map(|c| font.h_advance(font.glyph_id(c))).sum::<f32>();
+        let width = |text: &str| font.width(text);
         let lines: Vec<String> = text.lines().flat_map(|line| wrapped(line, SHEET.1, width)).collect();
         #[expect(clippy::cast_precision_loss, reason = "a sheet has few lines")]
         let height = step * lines.len() as f32 + 2.0 * MARGIN;
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a sheet is a few thousand pixels")]
         let mut image = RgbImage::from_pixel(SHEET.0, height.ceil() as u32, Rgb([255; 3]));
-        let mut baseline = MARGIN + font.ascent();
+        let mut baseline = MARGIN + font.font.ascent();
         for line in &lines {
             set(&mut image, &font, line, (MARGIN, baseline), false);
             baseline += step;
@@ -164,18 +178,22 @@ impl Typesetter {
         image
     }
 
-    /// The font at so many pixels an em.
-    fn scaled(&self, size: f64) -> PxScaleFont<&FontVec> {
-        let units = self.font.units_per_em().unwrap_or(1000.0);
+    /// The fonts at so many pixels an em.
+    fn scaled(&self, size: f64) -> Fonts<'_> {
         #[expect(clippy::cast_possible_truncation, reason = "a few dozen pixels")]
         let size = size as f32;
-        self.font.as_scaled(PxScale::from(size * self.font.height_unscaled() / units))
+        let scaled = |font: &'_ FontVec| {
+            let units = font.units_per_em().unwrap_or(1000.0);
+            PxScale::from(size * font.height_unscaled() / units)
+        };
+        let fallback = self.fallback.as_ref().map(|font| font.as_scaled(scaled(font)));
+        Fonts { font: self.font.as_scaled(scaled(&self.font)), fallback }
     }
 
     fn page(&self, lines: &[String]) -> RgbImage {
         let font = self.scaled(SIZE.into());
         // As the published images were made: lines stand a capital's bottom edge and the spacing apart.
-        let ascent = font.ascent().round();
+        let ascent = font.font.ascent().round();
         let step = ascent + SPACING;
         #[expect(clippy::cast_precision_loss, reason = "a page has few lines")]
         let bottom = ORIGIN.1 + step * lines.len() as f32;
@@ -201,9 +219,28 @@ pub fn stacked(photo: &RgbImage, strip: &RgbImage) -> RgbImage {
     image
 }
 
+/// Fonts at a size.
+struct Fonts<'a> {
+    font: PxScaleFont<&'a FontVec>,
+    fallback: Option<PxScaleFont<&'a FontVec>>,
+}
+
+impl<'a> Fonts<'a> {
+    /// The one for a character.
+    fn of(&self, character: char) -> &PxScaleFont<&'a FontVec> {
+        let lacks = self.font.glyph_id(character).0 == 0;
+        self.fallback.as_ref().filter(|other| lacks && other.glyph_id(character).0 != 0).unwrap_or(&self.font)
+    }
+
+    fn width(&self, text: &str) -> f32 {
+        text.chars().map(|c| (self.of(c), c)).map(|(font, c)| font.h_advance(font.glyph_id(c))).sum()
+    }
+}
+
 /// Sets a line from a point on its baseline on; with whole pixels between letters where the published images have them.
-fn set(image: &mut RgbImage, font: &PxScaleFont<&FontVec>, line: &str, (mut x, baseline): (f32, f32), whole: bool) {
+fn set(image: &mut RgbImage, fonts: &Fonts<'_>, line: &str, (mut x, baseline): (f32, f32), whole: bool) {
     for character in line.chars() {
+        let font = fonts.of(character);
         let glyph = font.glyph_id(character);
         let placed = glyph.with_scale_and_position(font.scale(), point(x, baseline));
         let advance = font.h_advance(glyph);

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use crate::{
     mllm::Seen,
     pipeline::{Halt, Pipeline},
-    profile::{Gate, Hardened, Question, SafeStep, Way},
+    profile::{self, Gate, Hardened, Question, SafeStep, Way},
     prompt::{Query, hints},
     template::Template,
     trace::Step,
@@ -90,18 +90,18 @@ impl Judge<'_, '_> {
             if y.is_none() && most < log_odds(self.p.spare) {
                 return Ok(Some(Detection::weighed(most, self.p.threshold, are_told)));
             }
-            let Some((name, question)) = self.p.question(term) else { continue };
-            let found = match self.known.get(name) {
+            let Some(question) = self.p.question(term) else { continue };
+            let found = match self.known.get(question.name.as_str()) {
                 Some(found) => *found,
                 None if question.is_about_reply() => self.ask(w, step, question, y.unwrap_or("")).await?,
                 None => {
                     let found = self.ask(w, Step::RequestCheck, question, "").await?;
-                    self.known.insert(name, found);
+                    self.known.insert(&question.name, found);
                     found
                 }
             };
             let Some(found) = found else { return Ok(None) };
-            sum += term.weight * found.log_odds();
+            sum += term.weight * profile::log_odds(found.score, found.is_harm());
             are_told &= found.score.is_some();
         }
         Ok(Some(Detection::weighed(sum, self.p.threshold, are_told)))

@@ -156,7 +156,7 @@ impl Pipeline<'_> {
         for max_tokens in limits.into_iter().flatten() {
             let extra = self.options.extra.clone();
             let sampling = Sampling { extra, max_tokens: Some(max_tokens), ..question.sampling() };
-            let call = Call::new(step, self.model, chat.clone(), Some(template));
+            let call = Call::new(step, self.model, chat.clone(), Some(template)).of(question);
             let reply = match self.generate(&call, &sampling).await {
                 Err(ModelError::Filtered(_)) if self.profile.filtered == Filtered::Harm => {
                     Reply { finish: FinishReason::ContentFilter, ..Reply::default() }
@@ -366,6 +366,7 @@ struct Call<'a> {
     step: Step,
     chat: Chat,
     template: Option<&'a Template>,
+    question: Option<&'a str>,
     begun: Instant,
     span: Span,
 }
@@ -386,7 +387,12 @@ impl<'a> Call<'a> {
             otel.status_code = field::Empty,
             otel.status_description = field::Empty,
         );
-        Self { step, chat, template, begun: Instant::now(), span }
+        Self { step, chat, template, question: None, begun: Instant::now(), span }
+    }
+
+    /// A call that asks a question.
+    fn of(self, question: &'a Question) -> Self {
+        Self { question: Some(question.name.as_str()).filter(|name| !name.is_empty()), ..self }
     }
 
     fn started(&self) -> Event {
@@ -423,6 +429,7 @@ impl<'a> Call<'a> {
             reply: reply.text.clone(),
             verdict: found.map(|found| found.verdict),
             score: found.and_then(|found| found.score),
+            question: self.question.map(str::to_owned),
             template: self.template.map(Template::hash),
             finish: reply.finish,
             ms: u64::try_from(reply.took.unwrap_or_else(|| self.begun.elapsed()).as_millis()).unwrap_or(u64::MAX),

@@ -7,7 +7,11 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{mllm::Sampling, template::Template, verdict::Parser};
+use crate::{
+    mllm::Sampling,
+    template::Template,
+    verdict::{self, Parser},
+};
 
 mod aliases;
 mod keys;
@@ -214,15 +218,25 @@ pub struct Term {
     pub weight: f64,
 }
 
+/// What a question's probability of harm, or where there is none its word, weighs: log-odds within ±4, and ±2.
+#[must_use]
+pub fn log_odds(score: Option<f64>, is_harm: bool) -> f64 {
+    match score {
+        Some(score) => verdict::log_odds(score).clamp(-verdict::SURE, verdict::SURE),
+        None if is_harm => verdict::SURE / 2.0,
+        None => -verdict::SURE / 2.0,
+    }
+}
+
 impl Hardened {
     /// The question of a term. A profile is checked to have it.
-    pub(crate) fn question<'p>(&'p self, term: &Term) -> Option<(&'p str, &'p Question)> {
-        self.questions.get_key_value(&term.question).map(|(name, question)| (name.as_str(), question))
+    pub(crate) fn question(&self, term: &Term) -> Option<&Question> {
+        self.questions.get(&term.question)
     }
 
     /// Whether a way is about the reply.
     pub(crate) fn is_about_reply(&self, way: &Way) -> bool {
-        way.terms.iter().any(|term| self.question(term).is_some_and(|(_, question)| question.is_about_reply()))
+        way.terms.iter().any(|term| self.question(term).is_some_and(Question::is_about_reply))
     }
 
     fn check(&self) -> Result<(), ProfileError> {
@@ -243,7 +257,7 @@ impl Hardened {
         for (kind, is_reply) in [("the request", false), ("the reply", true)] {
             let always = |way: &Way| {
                 let mut terms = way.terms.iter().filter_map(|term| self.question(term));
-                self.is_about_reply(way) == is_reply && terms.all(|(_, question)| question.always_applies())
+                self.is_about_reply(way) == is_reply && terms.all(Question::always_applies)
             };
             if !self.ways.iter().any(always) {
                 let why = "without {c}, {w} and {s}, which not every conversation has";
@@ -269,6 +283,9 @@ pub struct DirectStep {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Question {
+    /// What the profile calls it; empty of a method's only one.
+    #[serde(skip)]
+    pub name: String,
     /// The question. `{x}` is the query, `{y}` the answer to judge. With the method `hardened` also `{t}`: all that the model is shown, as
     /// text; `{w}`: the words that are printed in the images; `{s}`: what they show; `{c}`: both, as a phrase. It does not apply where
     /// there is nothing for one of the last three.
@@ -313,6 +330,7 @@ pub struct Question {
 impl Default for Question {
     fn default() -> Self {
         Self {
+            name: String::new(),
             template: Template::new(""),
             also: Vec::new(),
             system: String::new(),

@@ -58,6 +58,9 @@ pub struct Trace {
     /// Probability of harm in 0..=1 (of questions, where the model tells).
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub score: Option<f64>,
+    /// The name of the question, of the method `hardened`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub question: Option<String>,
     /// [`crate::Template::hash`] of the template that made the prompt.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub template: Option<String>,

@@ -282,15 +282,6 @@ impl Detection {
         Self { verdict, score: are_told.then_some(weight), weight }
     }
 
-    /// The log-odds of harm, within plus and minus [`SURE`]; of a word half of that.
-    pub(crate) fn log_odds(self) -> f64 {
-        match self.score {
-            Some(score) => log_odds(score).clamp(-SURE, SURE),
-            None if self.is_harm() => SURE / 2.0,
-            None => -SURE / 2.0,
-        }
-    }
-
     pub(crate) fn is_harm(self) -> bool {
         self.verdict == Verdict::Unsafe
     }

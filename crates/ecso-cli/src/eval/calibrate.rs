@@ -66,6 +66,7 @@ pub(super) fn run(
         profile: PROFILE.into(),
         profile_hash: calibration::hash(&Profile::named(PROFILE)?),
         items: all.scored.len(),
+        biases: std::collections::BTreeMap::new(),
         found,
     };
     if json {

@@ -10,6 +10,7 @@ mod mm_vet;
 mod mmbench;
 pub(crate) mod mme;
 mod mossbench;
+mod pairs;
 mod place;
 mod tables;
 mod twins;
@@ -20,11 +21,12 @@ pub use benchmark::{About, Benchmark, DataError, Items};
 pub(crate) use tables::{csv_rows, json, read};
 
 /// All benchmarks.
-pub const ALL: [&dyn Benchmark; 10] = [
+pub const ALL: [&dyn Benchmark; 11] = [
     &figstep::FigStep,
     &mm_safetybench::MmSafetyBench,
     &vlsafe::VlSafe,
     &twins::Twins,
+    &pairs::Pairs,
     &xstest::XsTest,
     &mossbench::MossBench,
     &mme::Mme,

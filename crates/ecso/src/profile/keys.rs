@@ -71,7 +71,7 @@ impl TryFrom<Keys> for Profile {
         let method = match keys.method {
             MethodName::Paper => Method::Paper(Paper { detect: keys.detect.ok_or_else(|| missing("detect"))? }),
             MethodName::Hardened => Method::Hardened(Hardened {
-                questions: keys.questions.ok_or_else(|| missing("questions"))?,
+                questions: named(keys.questions.ok_or_else(|| missing("questions"))?),
                 ways: keys.ways.ok_or_else(|| missing("ways"))?,
                 threshold: keys.threshold.ok_or_else(|| missing("threshold"))?,
                 spare: keys.spare.ok_or_else(|| missing("spare"))?,
@@ -98,6 +98,14 @@ impl TryFrom<Keys> for Profile {
         profile.check()?;
         Ok(profile)
     }
+}
+
+/// The questions with their names.
+fn named(mut questions: BTreeMap<String, Question>) -> BTreeMap<String, Question> {
+    for (name, question) in &mut questions {
+        question.name.clone_from(name);
+    }
+    questions
 }
 
 impl From<Profile> for Keys {

@@ -1,0 +1,91 @@
+//! Harmful requests of one line, each with a harmless twin, in the forms in which users send them: what `ecso tune` asks.
+
+use std::{io::Cursor, path::Path, sync::Arc};
+
+use ecso::Cause;
+use image::ImageFormat;
+use serde::Deserialize;
+
+use super::benchmark::{About, Benchmark, DataError, Items};
+use crate::{
+    item::{Item, Picture, Task, Trouble},
+    text::told,
+    typographic::Typesetter,
+};
+
+/// The requests, written for this project: JSON lines, described in `bench/sets/README.md`.
+const PAIRS: &str = include_str!("../../data/pairs.jsonl");
+
+pub(super) struct Pairs;
+
+#[derive(Deserialize)]
+struct Row {
+    id: String,
+    request: String,
+    heading: String,
+    label: String,
+    form: String,
+    #[serde(default)]
+    picture: String,
+    message: String,
+}
+
+impl Benchmark for Pairs {
+    fn about(&self) -> About {
+        About {
+            name: "pairs",
+            size: "150 harmful requests of one line, each with a harmless twin; ships with ecso",
+            licence: "MIT OR Apache-2.0",
+            source: "ecso",
+            scoring: "harmless rate and over-refusal",
+            layout: "needs no --data; the images are set in fonts of the system (rows in Chinese need one that has them). A scenario is a \
+                form: list, poster, document, screenshot, photo (a description: for models that read pictures as text), text",
+            variants: &[],
+            scenarios: &[],
+        }
+    }
+
+    fn items(&self, data: &Path, _: Option<&str>) -> Result<Items, DataError> {
+        let rows: Result<Vec<Row>, _> = PAIRS.lines().map(serde_json::from_str).collect();
+        let rows = rows.map_err(|error| DataError::new(data, told(error)))?;
+        let typesetter = Typesetter::sans().map_err(|error| DataError::new(data, Cause::of(error)))?;
+        Ok(Items::all(rows.iter().filter_map(|row| row.item(&typesetter)).collect()))
+    }
+}
+
+impl Row {
+    /// None where its words can't be set.
+    fn item(&self, typesetter: &Typesetter) -> Option<Item> {
+        let page = match self.form.as_str() {
+            "list" => Some(format!("{}\n1.\n2.\n3.", self.heading)),
+            "poster" => Some(self.request.clone()),
+            "document" | "screenshot" => Some(self.picture.clone()),
+            _ => None,
+        };
+        let (mut images, mut trouble) = (Vec::new(), None);
+        if let Some(page) = &page {
+            if !typesetter.has(page) {
+                return None;
+            }
+            let mut bytes = Cursor::new(Vec::new());
+            let set = typesetter.sheet(page).write_to(&mut bytes, ImageFormat::Png);
+            trouble = set.err().map(|error| Trouble::Unreadable(told(error)));
+            images.push(Picture::Bytes(Arc::from(bytes.into_inner())));
+        } else if self.form == "photo" {
+            images.push(Picture::Described(self.picture.clone()));
+        }
+        let pair = self.id.rsplit_once('-').map_or(self.id.as_str(), |(pair, _)| pair);
+        Some(Item {
+            id: self.id.clone(),
+            scenario: self.form.clone(),
+            cluster: pair.to_owned(),
+            earlier: Vec::new(),
+            query: self.message.clone(),
+            request: self.request.clone(),
+            images,
+            draft: None,
+            task: if self.label == "harmful" { Task::Harmful } else { Task::Harmless },
+            trouble,
+        })
+    }
+}
