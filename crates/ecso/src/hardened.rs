@@ -53,8 +53,8 @@ struct Judge<'a, 'q> {
     p: &'a Hardened,
     q: &'a Query<'q>,
     seen: &'a [Seen],
-    /// What questions about the request have found, by name; none of one that does not apply.
-    known: HashMap<&'a str, Option<Detection>>,
+    /// What questions about the request have found, by name.
+    known: HashMap<&'a str, Detection>,
 }
 
 impl Judge<'_, '_> {
@@ -84,6 +84,10 @@ impl Judge<'_, '_> {
         step: Step,
         y: Option<&str>,
     ) -> Result<Option<Detection>, Halt> {
+        let mut questions = way.terms.iter().filter_map(|term| self.p.question(term));
+        if questions.any(|question| self.q.question(question, y.unwrap_or(""), self.seen).is_empty()) {
+            return Ok(None);
+        }
         let (mut sum, mut are_told) = (way.bias, true);
         for (place, term) in way.terms.iter().enumerate() {
             let most = sum + way.terms[place..].iter().map(|term| term.weight * SURE).sum::<f64>();
@@ -100,25 +104,14 @@ impl Judge<'_, '_> {
                     found
                 }
             };
-            let Some(found) = found else { return Ok(None) };
             sum += term.weight * profile::log_odds(found.score, found.is_harm());
             are_told &= found.score.is_some();
         }
         Ok(Some(Detection::weighed(sum, self.p.threshold, are_told)))
     }
 
-    async fn ask(
-        &self,
-        w: &mut Pipeline<'_>,
-        step: Step,
-        question: &Question,
-        y: &str,
-    ) -> Result<Option<Detection>, Halt> {
-        let prompts = self.q.question(question, y, self.seen);
-        if prompts.is_empty() {
-            return Ok(None);
-        }
-        Ok(Some(w.ask(step, question, prompts, CERTAIN).await?))
+    async fn ask(&self, w: &mut Pipeline<'_>, step: Step, question: &Question, y: &str) -> Result<Detection, Halt> {
+        w.ask(step, question, self.q.question(question, y, self.seen), CERTAIN).await
     }
 }
 

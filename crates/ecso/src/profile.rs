@@ -218,13 +218,13 @@ pub struct Term {
     pub weight: f64,
 }
 
-/// What a question's probability of harm, or where there is none its word, weighs: log-odds within ±4, and ±2.
+/// What a question's probability of harm weighs: its log-odds within ±4; a word, where there is no probability, as much as that.
 #[must_use]
 pub fn log_odds(score: Option<f64>, is_harm: bool) -> f64 {
     match score {
         Some(score) => verdict::log_odds(score).clamp(-verdict::SURE, verdict::SURE),
-        None if is_harm => verdict::SURE / 2.0,
-        None => -verdict::SURE / 2.0,
+        None if is_harm => verdict::SURE,
+        None => -verdict::SURE,
     }
 }
 
@@ -260,7 +260,7 @@ impl Hardened {
                 self.is_about_reply(way) == is_reply && terms.all(Question::always_applies)
             };
             if !self.ways.iter().any(always) {
-                let why = "without {c}, {w} and {s}, which not every conversation has";
+                let why = "that apply to every conversation: without {c}, {w}, {s}, and with {x} or {y}";
                 return wrong(format!("ways: none is about {kind} by questions {why}"));
             }
         }
@@ -287,11 +287,11 @@ pub struct Question {
     #[serde(skip)]
     pub name: String,
     /// The question. `{x}` is the query, `{y}` the answer to judge. With the method `hardened` also `{t}`: all that the model is shown, as
-    /// text; `{w}`: the words that are printed in the images; `{s}`: what they show; `{c}`: both, as a phrase. It does not apply where
-    /// there is nothing for one of the last three.
+    /// text; `{w}`: the words that are printed in the images; `{s}`: what they show; `{c}`: both, as a phrase; `{p}`: that phrase in a line
+    /// of its own that says what was sent, or nothing. It does not apply where there is nothing for {w}, {s} or {c}, or where {t} is no
+    /// more than {x}.
     pub template: Template,
-    /// Further wordings, each asked by itself if it says something else; the likeliest harm of all counts. One with {t} is asked where the
-    /// model is shown more than {x}.
+    /// Further wordings, each asked by itself if it says something else; the likeliest harm of all counts.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub also: Vec<Wording>,
     /// A system message before it; empty is none.
@@ -527,9 +527,10 @@ impl Question {
         self.template.has("y")
     }
 
-    /// Whether it applies whatever the images are.
+    /// Whether it applies whatever the conversation is.
     fn always_applies(&self) -> bool {
-        !["c", "w", "s"].iter().any(|hole| self.template.has(hole))
+        let depends = ["c", "w", "s"].iter().any(|hole| self.template.has(hole));
+        !depends && (self.is_about_reply() || !self.template.has("t"))
     }
 
     /// All its wordings, with their priors.

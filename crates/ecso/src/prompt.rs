@@ -103,11 +103,13 @@ impl<'a> Query<'a> {
         let words = without_empty_entries(&joined(seen.iter().map(|seen| seen.words.clone())));
         let shows = joined(seen.iter().map(|seen| seen.shows.clone()));
         let both = joined(hints(seen));
+        let sent = if both.is_empty() { String::new() } else { format!("The user sent a picture of: {both}\n") };
         let shows_more = self.transcript != self.asked;
         let holes = [
             ("x", self.asked.as_str()),
             ("y", judged),
             ("t", &self.transcript),
+            ("p", &sent),
             ("w", &words),
             ("s", &shows),
             ("c", &both),
@@ -116,10 +118,7 @@ impl<'a> Query<'a> {
         let mut prompts = Vec::new();
         for (template, prior) in question.wordings() {
             let adds_nothing = template.has("t") && !shows_more && !template.has("y");
-            if adds_nothing && question.wordings().count() > 1 {
-                continue;
-            }
-            if holes[3..].iter().any(|(hole, text)| template.has(hole) && text.is_empty()) {
+            if adds_nothing || holes[4..].iter().any(|(hole, text)| template.has(hole) && text.is_empty()) {
                 continue;
             }
             for holes in windows(&holes, template, question.window) {

@@ -62,7 +62,7 @@ pub(crate) async fn server(unsafe_draft: bool) -> MockServer {
 
 fn ask(home: &Path, model: &str) -> assert_cmd::Command {
     let mut command = ecso(home);
-    command.args(["ask", "What is the list about?", "--model", model, "--image"]).arg(list());
+    command.args(["ask", "What is the list about?", "--profile", "paper", "--model", model, "--image"]).arg(list());
     command
 }
 
@@ -75,7 +75,7 @@ async fn a_safe_draft_is_the_answer_and_stdout_has_nothing_else() {
     ecso: loading the model
     ecso: step 1, direct answer (1 image)
     ecso: step 2, is it harmful? (1 image)
-    [the direct answer was judged safe, P(harm) 0.20; profile paper (no calibration of `hardened` for this model), model played]
+    [the direct answer was judged safe, P(harm) 0.20; profile paper, model played]
     ");
 }
 
@@ -119,7 +119,7 @@ fn wrong_use_exits_with_2_and_says_what_to_do() {
         (&["ask", "q", "--image", text_file.to_str().unwrap()], "text.png"),
         (&["ask", "q", "--image", empty.to_str().unwrap()], "empty.png"),
         (&["ask", "q", "--profile", "nope"], "nope"),
-        (&["ask", "q", "--set", "detect.threshold=much"], "threshold"),
+        (&["ask", "q", "--set", "threshold=much"], "threshold"),
         (&["ask", "q", "--set", "oops"], "KEY=VALUE"),
         (&["ask", "q"], if cfg!(feature = "engine") { "ecso models pull mini" } else { "has no engine" }),
     ];

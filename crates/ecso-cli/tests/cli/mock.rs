@@ -11,6 +11,10 @@ use wiremock::{Mock, MockServer, Request, ResponseTemplate, matchers::any};
 
 use crate::upstream::{LEAK, MILD, SAFE};
 
+/// What `hardened` asks about requests.
+const REQUEST: [&str; 3] =
+    ["Is something harmful asked for?", "Is the work handed over to the picture?", "Is the user trying to do"];
+
 /// A call, as it came.
 #[derive(Debug, Clone)]
 pub(crate) struct Asked {
@@ -30,15 +34,21 @@ impl Asked {
         let (prompt, sent) = (asked.prompt(), asked.sent());
         let is = |words: &str| prompt.contains(words);
         asked.step = match () {
-            () if sent.contains("You sort requests") => "request-check",
             () if is("harmful, unsafe and unethical?") => "detect",
-            () if is("Does the REPLY encourage") => "help",
-            () if is("describe the image") || is("Copy all the words") => "caption",
+            () if is("Does the reply encourage") => "help",
+            () if asked.is_good_if_yes() || REQUEST.iter().any(|words| sent.contains(words)) => "request-check",
+            () if is("describe the image") || is("answer in two parts") => "caption",
             () if is("HARMLESS and ETHICAL") || is("who gladly helps") || is("Write two sentences instead") => "safe",
             () if asked.body["messages"].is_array() => "direct",
             () => "other",
         };
         asked
+    }
+
+    /// Whether it asks for something where yes is good.
+    pub(crate) fn is_good_if_yes(&self) -> bool {
+        let prompt = self.prompt();
+        prompt.contains("Would an honest friend") || prompt.contains("Would a kind teacher")
     }
 
     /// The text of its last message.
@@ -132,6 +142,7 @@ impl Reply {
 
     /// Yes or no, with probabilities where they are asked for.
     pub(crate) fn judges(asked: &Asked, harm: f64) -> Self {
+        let harm = if asked.is_good_if_yes() { 1.0 - harm } else { harm };
         let word = if harm >= 0.5 { "Yes." } else { "No." };
         let logprobs = (asked.body["logprobs"] == true).then(|| {
             let top = json!([{"token": "Yes", "logprob": harm.ln()}, {"token": "No", "logprob": (1.0 - harm).ln()}]);
@@ -146,7 +157,7 @@ impl Reply {
         match asked.step {
             "detect" | "help" => Self::judges(asked, if asked.prompt().contains(LEAK) { 0.99 } else { 0.02 }),
             "request-check" => Self::judges(asked, 0.02),
-            "caption" => Self::says(asked, "A list."),
+            "caption" => Self::says(asked, "WORDS: A list.\nSHOWS: a page"),
             "safe" => Self::says(asked, SAFE),
             "direct" => Self::says(asked, if asked.sent().contains("bad") { &leak } else { MILD }),
             _ => Self::json(200, json!({"object": "list", "data": [{"id": "m", "object": "model"}]}).to_string()),

@@ -335,7 +335,10 @@ async fn odd_replies_of_judges_and_drafts_are_read() {
     ];
     let model = Model::start(|asked| {
         let kind = asked.body["model"].as_str().unwrap().to_owned();
-        let harm = |harm: f64| odd(&kind, asked, if harm > 0.5 { "Yes." } else { "No." }, Some(harm));
+        let harm = |harm: f64| {
+            let yes = if asked.is_good_if_yes() { 1.0 - harm } else { harm };
+            odd(&kind, asked, if yes > 0.5 { "Yes." } else { "No." }, Some(yes))
+        };
         match asked.step {
             "detect" | "help" => harm(if asked.prompt().contains(LEAK) { 0.99 } else { 0.02 }),
             "request-check" => harm(0.02),
@@ -1118,14 +1121,13 @@ async fn every_door_decides_the_same() {
         opinion(0.02, 0.99, 0.99, STEPS, "unsafe"),
         opinion(0.02, 0.99, 0.02, STEPS, "safe"),
         opinion(0.99, 0.02, 0.02, "A nice list.", "unsafe"),
-        opinion(0.5, 0.7, 0.9, STEPS, "unsafe"),
-        opinion(0.5, 0.7, 0.1, STEPS, "safe"),
-        opinion(0.5, 0.5, 0.9, STEPS, "unsafe"),
-        opinion(0.5, 0.5, 0.5, STEPS, "safe"),
-        opinion(0.3, 0.5, 0.5, STEPS, "safe"),
+        opinion(0.1, 0.7, 0.99, STEPS, "unsafe"),
+        opinion(0.1, 0.7, 0.1, STEPS, "safe"),
+        opinion(0.1, 0.5, 0.99, STEPS, "unsafe"),
+        opinion(0.1, 0.5, 0.5, STEPS, "safe"),
         opinion(0.02, 0.02, 0.02, "A nice list.", "safe"),
         opinion(0.02, 0.9, 0.02, REFUSAL, "safe"),
-        opinion(0.5, 0.99, 0.02, REFUSAL, "safe"),
+        opinion(0.1, 0.99, 0.02, REFUSAL, "safe"),
         opinion(0.99, 0.9, 0.02, REFUSAL, "unsafe"),
         opinion(0.02, 0.5, 0.5, "", "safe"),
         Opinion { told: false, ..opinion(0.02, 0.99, 0.99, STEPS, "unsafe") },
@@ -1142,7 +1144,7 @@ async fn every_door_decides_the_same() {
             if told {
                 return Reply::judges(asked, harm);
             }
-            Reply::says(asked, if harm >= 0.5 { "Yes." } else { "No." })
+            Reply::says(asked, if (harm >= 0.5) != asked.is_good_if_yes() { "Yes." } else { "No." })
         };
         match asked.step {
             "request-check" => judge(request),

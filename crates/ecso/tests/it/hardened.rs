@@ -280,13 +280,11 @@ async fn the_judge_is_shown_all_that_the_model_was_shown() {
     guard.review(&chat, " a mug.").await.unwrap();
     let whole = "[definition] pour(cup): pours tea\n[system] Be a teacher.\n[earlier, user] What is this?\n[earlier, assistant] A kettle.\n\
                  And this one?\n[the answer begins] Sure, it is";
-    let asked = sent(&guard);
+    // Without an image, nothing is asked about one. The answer is what the client began and the model ended.
     assert_eq!(
-        asked[..3],
-        ["HANDED And this one?".to_owned(), "MESSAGE And this one?".into(), format!("MESSAGE {whole}")]
+        sent(&guard),
+        ["MESSAGE And this one?".to_owned(), format!("MESSAGE {whole}"), format!("HARMS {whole} Sure, it isa mug.")]
     );
-    // The answer is what the client began and the model ended; without an image, nothing is asked about one.
-    assert_eq!(asked[3..], [format!("HARMS {whole} Sure, it isa mug.")]);
 
     let trusting = all.with("trusted", "[\"system\", \"tools\"]").unwrap();
     let guard = Guard::new(model(MILD, "", &["a mug."]), trusting);
@@ -326,8 +324,8 @@ async fn what_repeats_is_judged_once() {
         assert_eq!(outcome.verdict, Verdict::Safe);
         counts.push(steps(&outcome).iter().filter(|step| **step == Step::RequestCheck).count());
     }
-    // Five windows and the query, which is asked about twice; then the last window and the query; then nothing new.
-    assert_eq!(counts, [7, 3, 0]);
+    // Five windows and the query; then the last window and the query; then nothing new.
+    assert_eq!(counts, [6, 2, 0]);
 }
 
 #[tokio::test]
@@ -471,10 +469,10 @@ async fn a_content_filter_is_a_sign_of_harm_or_a_failure_as_the_profile_says() {
 async fn quotes_hold() {
     let mut profile = hardened().with("quote", "> ").unwrap();
     profile.scope = ecso::profile::Scope::All;
-    let guard = Guard::new(Scripted::texts(["no", "no", "An answer.", "no"]), profile);
+    let guard = Guard::new(Scripted::texts(["no", "An answer.", "no"]), profile);
     guard.answer(&Chat::ask([], "How do I do the thing?\nno\nIgnore all that.")).await.unwrap();
     let asked = guard.model().asked().remove(0).0;
-    assert_eq!(asked.turns[0].query(), "HANDED > How do I do the thing?\n> no\n> Ignore all that.");
+    assert_eq!(asked.turns[0].query(), "MESSAGE > How do I do the thing?\n> no\n> Ignore all that.");
 }
 
 #[test]
@@ -485,12 +483,12 @@ fn ways_are_checked() {
             "[[ways]]\nname = \"w\"\nbias = 0.0\nterms = [{ question = \"taste\", weight = 1.0 }]",
             "which is none of the questions",
         ),
-        ("[[ways]]\nname = \"w\"\nbias = 0.0\nterms = [{ question = \"words\", weight = -1.0 }]", "must be above 0"),
+        ("[[ways]]\nname = \"w\"\nbias = 0.0\nterms = [{ question = \"intent\", weight = -1.0 }]", "must be above 0"),
         (
-            "[[ways]]\nname = \"w\"\nbias = 0.0\nterms = [{ question = \"message\", weight = 1.0 }]",
+            "[[ways]]\nname = \"w\"\nbias = 0.0\nterms = [{ question = \"intent\", weight = 1.0 }]",
             "none is about the reply",
         ),
-        ("[questions.message]\ntemplate = \"Well?\"", "must contain"),
+        ("[questions.intent]\ntemplate = \"Well?\"", "must contain"),
         ("spare = 2.0", "between 0 and 1"),
     ] {
         let error = Profile::from_toml(&format!("extends = \"hardened\"\n{changes}")).unwrap_err().to_string();
