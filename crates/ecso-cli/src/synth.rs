@@ -55,6 +55,10 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
         licence: args.license.clone(),
         limits: settings.images,
     };
+    if input.path.is_dir() && std::path::absolute(&args.out)?.starts_with(std::path::absolute(&input.path)?) {
+        let out = args.out.display();
+        return Err(UsageError(format!("--out {out} lies in the folder that is read; name one beside it")).into());
+    }
     // What is wrong with the input as a whole is said before a model is loaded.
     drop(input.rows().map_err(UsageError::of)?);
     let unread = input.unread().map_err(UsageError::of)?;
@@ -144,8 +148,8 @@ fn input_path(args: &SynthArgs) -> anyhow::Result<PathBuf> {
     } else if digest(file.path())? != digest(&path)? {
         let kept = path.display();
         return Err(UsageError(format!(
-            "standard input is not what {kept} keeps of it; name another --out, or go on with what is kept, or what you \
-             write there, by --input {kept}"
+            "standard input is not what this run was begun with; name another --out, or go on with the rows in {kept} by \
+             --input {kept}"
         ))
         .into());
     }
