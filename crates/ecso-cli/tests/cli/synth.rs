@@ -1,6 +1,6 @@
 //! `ecso synth`: what goes in, and who else is at it.
 
-use std::{path::Path, process::Output};
+use std::{path::Path, process::Output, time::Duration};
 
 use serde_json::{Value, json};
 
@@ -13,7 +13,8 @@ use crate::{
 fn synth(home: &Path, url: &str, input: &str, stdin: &str) -> Output {
     let mut command = ecso(home);
     command.args(["synth", "--model", url, "--model-name", "m", "--profile", "paper", "--out"]).arg(home.join("out"));
-    command.args(["--input", input, "--json", "--quiet"]).write_stdin(stdin).output().unwrap()
+    command.args(["--input", input, "--json", "--quiet"]);
+    command.timeout(Duration::from_mins(1)).write_stdin(stdin).output().unwrap()
 }
 
 fn row(query: &str) -> String {
@@ -63,19 +64,33 @@ async fn files_of_a_folder_that_are_not_read_are_told() {
     assert!(output.status.code() == Some(2) && said.contains("lies in the folder that is read"), "{said}");
 }
 
+#[cfg(unix)]
 #[tokio::test(flavor = "multi_thread")]
-async fn several_at_once_on_what_is_finished_do_no_harm() {
+async fn nobody_else_works_in_a_folder_until_its_dataset_is_packed() {
     let model = Model::start(Reply::usual).await;
     let folder = tempfile::tempdir().unwrap();
-    let rows = folder.path().join("rows.jsonl");
-    std::fs::write(&rows, (0..200).map(|number| row(&format!("A bad request, {number}"))).collect::<String>()).unwrap();
+    let list = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/list.png")).unwrap();
+    let (rows, image) = (folder.path().join("rows.jsonl"), folder.path().join("a.png"));
+    std::fs::write(&rows, json!({"query": "A bad request", "image": "a.png"}).to_string()).unwrap();
+    std::fs::write(&image, &list).unwrap();
     let go = || synth(folder.path(), &model.url, rows.to_str().unwrap(), "");
     assert!(go().status.success());
+    // Whoever packs waits for the image, which comes through a pipe.
+    std::fs::remove_file(&image).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(&image).status().unwrap().success());
+    let is_packing = || {
+        let names = std::fs::read_dir(folder.path().join("out")).unwrap().map(|entry| entry.unwrap().file_name());
+        names.into_iter().any(|name| name.to_string_lossy().starts_with(".dataset-"))
+    };
     std::thread::scope(|scope| {
-        let running: Vec<_> = (0..6).map(|_| scope.spawn(go)).collect();
-        for output in running.into_iter().map(|running| running.join().unwrap()) {
-            let said = text(&output.stderr);
-            assert!(output.status.success() || said.contains("another process writes it"), "{said}");
+        let first = scope.spawn(go);
+        while !is_packing() && !first.is_finished() {
+            std::thread::sleep(Duration::from_millis(10));
         }
+        let said = text(&go().stderr);
+        assert!(said.contains("another process writes it"), "{said}");
+        std::fs::write(&image, &list).unwrap();
+        let output = first.join().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
     });
 }
