@@ -55,11 +55,20 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
         licence: args.license.clone(),
         limits: settings.images,
     };
+    if input.path.is_dir() && std::path::absolute(&args.out)?.starts_with(std::path::absolute(&input.path)?) {
+        let out = args.out.display();
+        return Err(UsageError(format!("--out {out} lies in the folder that is read; name one beside it")).into());
+    }
     // What is wrong with the input as a whole is said before a model is loaded.
     drop(input.rows().map_err(UsageError::of)?);
+    let unread = input.unread().map_err(UsageError::of)?;
+    if !unread.is_empty() {
+        eprintln!("{}: not read: {unread}", input.path.display());
+    }
 
     let runtime = tokio::runtime::Runtime::new()?;
-    let whole = runtime.block_on(async {
+    // Its journal is held until the dataset is packed: no other process packs at the same time.
+    let ended = runtime.block_on(async {
         let at_once = args.concurrency.map_or_else(|| open::at_once(&settings), NonZero::get);
         let worker = Worker::open(&settings, at_once, args.cache.clone()).await?;
         let model = worker.model();
@@ -92,7 +101,7 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
         let bar = Bar::new(Unit::Of("rows"), args.quiet);
         let begun = Instant::now();
         let show = |progress: &Progress| bar.show(progress.recorded as u64, total, &counts(progress));
-        let whole = worker.done(run::run(&input, &header, &making, bounds, show)).await??;
+        let ended = worker.done(run::run(&input, &header, &making, bounds, show)).await??;
         drop(bar);
         let (work, wall) = (worker.work(), begun.elapsed().as_secs_f64());
         eprintln!(
@@ -101,7 +110,7 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
             work.replayed,
             100.0 * work.busy.as_secs_f64() / wall.max(1e-9)
         );
-        anyhow::Ok(whole)
+        anyhow::Ok(ended)
     })?;
     let manifest = pack::pack(&args.out, &input, &packing)?;
     if args.json {
@@ -109,7 +118,7 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
     } else {
         print!("{}", told(&manifest, &args.out.join("dataset")));
     }
-    if !whole {
+    if !ended.whole {
         eprintln!("the budget is spent; the same command with a larger one goes on from here");
     }
     let failures = args.out.join("dataset").join("failed.jsonl");
@@ -131,13 +140,26 @@ fn input_path(args: &SynthArgs) -> anyhow::Result<PathBuf> {
     }
     let path = args.out.join("input.jsonl");
     std::fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
+    let mut file = tempfile::NamedTempFile::new_in(&args.out)?;
+    std::io::copy(&mut std::io::stdin().lock(), &mut file).context("standard input")?;
+    file.flush()?;
     if !path.exists() {
-        let mut file = tempfile::NamedTempFile::new_in(&args.out)?;
-        std::io::copy(&mut std::io::stdin().lock(), &mut file).context("standard input")?;
-        file.flush()?;
         file.persist(&path).with_context(|| path.display().to_string())?;
+    } else if digest(file.path())? != digest(&path)? {
+        let kept = path.display();
+        return Err(UsageError(format!(
+            "standard input is not what this run was begun with; name another --out, or go on with the rows in {kept} by \
+             --input {kept}"
+        ))
+        .into());
     }
     Ok(path)
+}
+
+fn digest(path: &Path) -> anyhow::Result<blake3::Hash> {
+    let file = std::fs::File::open(path);
+    let digest = file.and_then(|file| Ok(blake3::Hasher::new().update_reader(file)?.finalize()));
+    digest.with_context(|| path.display().to_string())
 }
 
 fn mapping(pairs: &[String]) -> anyhow::Result<Mapping> {
@@ -175,6 +197,13 @@ fn told(manifest: &Manifest, dataset: &Path) -> String {
     );
     for (reason, count) in &manifest.dropped {
         let _ = writeln!(text, "  left out, {}: {count}", reason.word());
+    }
+    if manifest.gone > 0 {
+        let _ = writeln!(
+            text,
+            "  recorded of rows that the input has no more: {}; not in the dataset, until the input has them again",
+            manifest.gone
+        );
     }
     if manifest.failed > 0 {
         let _ = writeln!(

@@ -3,11 +3,13 @@
 use std::{
     collections::HashMap,
     hash::{BuildHasherDefault, DefaultHasher},
+    sync::Arc,
 };
 
 use ecso::Image;
 use gaoya::minhash::{MinHashIndex, MinHasher, MinHasher32};
 use image_hasher::{HashAlg, Hasher, HasherConfig, ImageHash};
+use tokio::sync::SetOnce;
 
 use crate::make::Reason;
 
@@ -20,9 +22,47 @@ const ALIKE: f64 = 0.8;
 /// Hashes of a text, in bands.
 const BANDS: (usize, usize) = (32, 4);
 
-/// What was seen so far. Takes about 40 bytes a row; with near duplicates, about 250 and the words of every different query.
+/// What becomes of a row that was seen. It is told once; until then, who asks waits.
+#[derive(Debug, Clone)]
+pub struct Fate {
+    number: u64,
+    is_made: Arc<SetOnce<bool>>,
+}
+
+impl Fate {
+    /// That of a row with this number; nobody knows it yet.
+    #[must_use]
+    pub fn of(number: u64) -> Self {
+        Self { number, is_made: Arc::default() }
+    }
+
+    /// The row's number.
+    #[must_use]
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Tells whether something was made of the row. Of one that failed, or that repeats another, nothing was.
+    pub fn tell(&self, is_made: bool) {
+        let _ = self.is_made.set(is_made);
+    }
+
+    /// Waits for it.
+    pub async fn is_made(&self) -> bool {
+        *self.is_made.wait().await
+    }
+
+    fn known(&self) -> Option<bool> {
+        self.is_made.get().copied()
+    }
+}
+
+/// An earlier row, and how it is repeated.
+pub type Repeated = (Reason, Fate);
+
+/// What was seen so far. Takes about 150 bytes a row; with near duplicates, about 350 and the words of every different query.
 pub struct Seen {
-    exact: HashMap<String, u64>,
+    exact: HashMap<String, Vec<Fate>>,
     near: Option<Near>,
 }
 
@@ -33,28 +73,33 @@ impl Seen {
         Self { exact: HashMap::new(), near: near.then(Near::new) }
     }
 
-    /// Remembers a row that repeats no earlier one: its number, its key, its query, and the [`Marker`]'s marks of its images.
+    /// Remembers a row: its fate, its key, its query, and the [`Marker`]'s marks of its images. Gives the earlier rows under way that it
+    /// repeats: it is one too many if something is made of any of them.
     ///
     /// # Errors
-    /// Why it is one row too many, and which row it repeats.
-    pub fn first(&mut self, number: u64, key: &str, query: &str, marks: &[String]) -> Result<(), (Reason, u64)> {
-        if let Some(first) = self.exact.get(key).filter(|first| **first != number) {
-            return Err((Reason::Duplicate, *first));
+    /// The earlier row that it repeats, if something was made of that.
+    pub fn see(&mut self, fate: &Fate, key: &str, query: &str, marks: &[String]) -> Result<Vec<Repeated>, Repeated> {
+        let exact = self.exact.get(key).into_iter().flatten().map(|earlier| (Reason::Duplicate, earlier.clone()));
+        let near = self.near.iter().flat_map(|near| near.find(query, marks));
+        let repeated = exact.chain(near.map(|earlier| (Reason::NearDuplicate, earlier)));
+        let mut under_way = Vec::new();
+        for (reason, earlier) in repeated.filter(|(_, earlier)| earlier.number != fate.number) {
+            match earlier.known() {
+                Some(true) => return Err((reason, earlier)),
+                Some(false) => {}
+                None => under_way.push((reason, earlier)),
+            }
         }
-        let nearly = self.near.as_ref().and_then(|near| near.find(query, marks));
-        if let Some(first) = nearly.filter(|first| *first != number) {
-            return Err((Reason::NearDuplicate, first));
-        }
-        self.remember(number, key, query, marks);
-        Ok(())
+        self.remember(fate.clone(), key, query, marks);
+        Ok(under_way)
     }
 
     /// Remembers a row, whatever it repeats.
-    pub fn remember(&mut self, number: u64, key: &str, query: &str, marks: &[String]) {
-        self.exact.entry(key.to_owned()).or_insert(number);
+    pub fn remember(&mut self, fate: Fate, key: &str, query: &str, marks: &[String]) {
         if let Some(near) = &mut self.near {
-            near.insert(query, marks, number);
+            near.insert(query, marks, fate.clone());
         }
+        self.exact.entry(key.to_owned()).or_default().push(fate);
     }
 }
 
@@ -81,7 +126,7 @@ struct Near {
     words: MinHasher32<BuildHasherDefault<DefaultHasher>>,
     queries: MinHashIndex<u32, usize>,
     places: HashMap<String, usize>,
-    rows: Vec<Vec<(Vec<ImageHash>, u64)>>,
+    rows: Vec<Vec<(Vec<ImageHash>, Fate)>>,
 }
 
 impl Near {
@@ -91,7 +136,8 @@ impl Near {
         Self { words, queries, places: HashMap::new(), rows: Vec::new() }
     }
 
-    fn find(&self, query: &str, marks: &[String]) -> Option<u64> {
+    /// Rows that are nearly this one, in order.
+    fn find(&self, query: &str, marks: &[String]) -> Vec<Fate> {
         let marks = read(marks);
         let mut alike: Vec<usize> = match self.places.get(query) {
             Some(place) => vec![*place],
@@ -99,17 +145,20 @@ impl Near {
         };
         alike.sort_unstable();
         let rows = alike.into_iter().flat_map(|place| &self.rows[place]);
-        rows.filter(|(others, _)| same(&marks, others)).map(|(_, number)| *number).min()
+        let mut found: Vec<Fate> =
+            rows.filter(|(others, _)| same(&marks, others)).map(|(_, fate)| fate.clone()).collect();
+        found.sort_unstable_by_key(Fate::number);
+        found
     }
 
-    fn insert(&mut self, query: &str, marks: &[String], number: u64) {
+    fn insert(&mut self, query: &str, marks: &[String], fate: Fate) {
         let place = self.places.get(query).copied().unwrap_or(self.rows.len());
         if place == self.rows.len() {
             self.rows.push(Vec::new());
             self.queries.insert(place, self.signature(query));
             self.places.insert(query.to_owned(), place);
         }
-        self.rows[place].push((read(marks), number));
+        self.rows[place].push((read(marks), fate));
     }
 
     fn signature(&self, query: &str) -> Vec<u32> {
@@ -159,27 +208,52 @@ mod tests {
         Row { number, id, before: vec![], query, images: vec![], category: String::new(), draft: None }
     }
 
-    fn repeats(seen: &mut Seen, row: &Row, image: Image) -> Option<(Reason, u64)> {
-        let images = [image];
+    fn see(seen: &mut Seen, row: &Row, image: Image) -> (Fate, Result<Vec<Repeated>, Repeated>) {
+        let (fate, images) = (Fate::of(row.number), [image]);
         let marks = Marker::default().marks(&images);
-        seen.first(row.number, &row.key(&images), &row.query, &marks).err()
+        let seen = seen.see(&fate, &row.key(&images), &row.query, &marks);
+        (fate, seen)
     }
+
+    fn numbers(repeated: impl IntoIterator<Item = Repeated>) -> Vec<(Reason, u64)> {
+        repeated.into_iter().map(|(reason, earlier)| (reason, earlier.number())).collect()
+    }
+
+    const QUERY: &str = "What stands on the list that hangs beside the door of the kitchen?";
 
     #[test]
     fn the_same_is_a_duplicate_and_nearly_the_same_if_asked_for() {
-        let query = "What stands on the list that hangs beside the door of the kitchen?";
         for near in [false, true] {
             let mut seen = Seen::new(near);
-            let mut see = |row: &Row, image| repeats(&mut seen, row, image);
-            assert_eq!(see(&row(0, query), image(1, ImageFormat::Png)), None);
-            assert_eq!(see(&row(0, query), image(1, ImageFormat::Png)), None, "itself, after a crash");
-            assert_eq!(see(&row(1, query), image(1, ImageFormat::Png)), Some((Reason::Duplicate, 0)));
+            let mut repeated = |row: &Row, image| {
+                let (fate, seen) = see(&mut seen, row, image);
+                fate.tell(seen.is_ok());
+                numbers(seen.err()).pop()
+            };
+            assert_eq!(repeated(&row(0, QUERY), image(1, ImageFormat::Png)), None);
+            assert_eq!(repeated(&row(0, QUERY), image(1, ImageFormat::Png)), None, "itself, after a crash");
+            assert_eq!(repeated(&row(1, QUERY), image(1, ImageFormat::Png)), Some((Reason::Duplicate, 0)));
             // The same picture in another file format, asked about in nearly the same words.
-            let other = query.replace("that hangs", "which hangs");
-            let nearly = see(&row(2, &other), image(1, ImageFormat::Gif));
+            let other = QUERY.replace("that hangs", "which hangs");
+            let nearly = repeated(&row(2, &other), image(1, ImageFormat::Gif));
             assert_eq!(nearly, near.then_some((Reason::NearDuplicate, 0)));
-            assert_eq!(see(&row(3, query), image(40, ImageFormat::Png)), None, "another picture");
-            assert_eq!(see(&row(4, "Who wrote this?"), image(1, ImageFormat::Png)), None, "another question");
+            assert_eq!(repeated(&row(3, QUERY), image(40, ImageFormat::Png)), None, "another picture");
+            assert_eq!(repeated(&row(4, "Who wrote this?"), image(1, ImageFormat::Png)), None, "another question");
         }
+    }
+
+    #[test]
+    fn a_row_of_which_nothing_was_made_is_not_repeated() {
+        let mut seen = Seen::new(true);
+        let (png, gif) = (image(1, ImageFormat::Png), image(1, ImageFormat::Gif));
+        let (first, _) = see(&mut seen, &row(0, QUERY), png.clone());
+        let (second, under_way) = see(&mut seen, &row(1, QUERY), gif.clone());
+        assert_eq!(numbers(under_way.unwrap()), [(Reason::NearDuplicate, 0)]);
+        first.tell(false);
+        let (_, under_way) = see(&mut seen, &row(2, QUERY), png);
+        assert_eq!(numbers(under_way.unwrap()), [(Reason::NearDuplicate, 1)]);
+        second.tell(true);
+        let (_, made) = see(&mut seen, &row(3, QUERY), gif);
+        assert_eq!(numbers(made.err()), [(Reason::Duplicate, 1)]);
     }
 }

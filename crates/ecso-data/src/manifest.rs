@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{make::Reason, record::RunHeader};
+use crate::{input::Unread, make::Reason, record::RunHeader};
 
 /// How the dataset is made.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -30,7 +30,7 @@ pub struct Manifest {
     pub run: RunHeader,
     /// How it was packed.
     pub packing: Packing,
-    /// Rows that were recorded.
+    /// Rows that are recorded and that the input has.
     pub rows: u64,
     /// Rows whose draft was safe.
     pub safe: u64,
@@ -38,6 +38,10 @@ pub struct Manifest {
     pub dropped: BTreeMap<Reason, u64>,
     /// Rows that failed.
     pub failed: u64,
+    /// Rows that are recorded and that the input has no more: other rows stand in their places, or none. They are in no other count.
+    pub gone: u64,
+    /// Files in the input's folder that are not read.
+    pub unread: Unread,
     /// Of the kept answers, bare refusals.
     pub refusals: u64,
     /// Samples by split and kind (`safety`, `utility`).

@@ -22,7 +22,7 @@ use crate::{
     layout::Example,
     make::{Made, Reason},
     manifest::{Manifest, Packing},
-    record::{RowRecord, RunHeader},
+    record::{Present, RowRecord, RunHeader},
     row::{Picture, Row},
     run::fetched,
 };
@@ -57,7 +57,9 @@ pub(crate) fn failed(path: &Path, source: impl Into<Box<dyn Error + Send + Sync>
 /// A place in the journal: where a row's record begins.
 type Places = HashMap<u64, u64>;
 
-/// Makes the dataset of the run in `out`, in the folder `dataset` there. It takes the place of an earlier one in one move.
+/// Makes the dataset of the run in `out`, in the folder `dataset` there. It takes the place of an earlier one in one move. What is
+/// recorded of rows that the input has no more is left out, and counted. No other process may pack there at the same time: the run's
+/// [`journal`](crate::run::Ended::journal) is held until this has ended.
 ///
 /// # Errors
 /// [`PackError`].
@@ -70,20 +72,23 @@ pub fn pack(out: &Path, input: &Input, packing: &Packing) -> Result<Manifest, Pa
         safe: 0,
         dropped: BTreeMap::new(),
         failed: 0,
+        gone: 0,
+        unread: input.unread()?,
         refusals: 0,
         samples: BTreeMap::new(),
         categories: BTreeMap::new(),
         files: BTreeMap::new(),
     };
-    let (places, groups) = choose(out, packing, &mut manifest)?;
+    let present = Present::of(input)?;
+    let (mut places, groups) = choose(out, &present, packing, &mut manifest)?;
     let work = tempfile::Builder::new().prefix(".dataset-").tempdir_in(out).map_err(|error| failed(out, error))?;
     let mut files = Files::new(work.path(), packing.shard_bytes);
     let journal_path = journal::path(out);
     let mut journal = File::open(&journal_path).map_err(|error| failed(&journal_path, error))?;
     for row in input.rows()? {
         let Ok(row) = row else { continue };
-        let Some(place) = places.get(&row.number) else { continue };
-        let record = record_at(&mut journal, *place).map_err(|error| failed(&journal_path, error))?;
+        let Some(place) = places.remove(&row.number) else { continue };
+        let record = record_at(&mut journal, place).map_err(|error| failed(&journal_path, error))?;
         let (row, images) = pictures(row, &record, out, packing.limits)?;
         let names = images.iter().map(|(name, _)| name.as_str()).collect();
         let Some(example) = Example::new(&row, &record, names, &manifest.run) else { continue };
@@ -95,8 +100,11 @@ pub fn pack(out: &Path, input: &Input, packing: &Packing) -> Result<Manifest, Pa
         count(&mut manifest.samples, split);
         count(&mut manifest.categories, if record.category.is_empty() { "none" } else { &record.category });
     }
+    if let Some(number) = places.into_keys().min() {
+        return Err(PackError::Changed(number));
+    }
     files.finish()?;
-    failures(out, work.path())?;
+    failures(out, &present, work.path())?;
     let path = work.path().join("README.md");
     fs::write(&path, card::card(&manifest)).map_err(|error| failed(&path, error))?;
     digests(work.path(), work.path(), &mut manifest.files)?;
@@ -109,40 +117,45 @@ pub fn pack(out: &Path, input: &Input, packing: &Packing) -> Result<Manifest, Pa
 
 /// Counts the journal and chooses: all rows that were kept, and of the safe ones those with the lowest lots. Gives where their
 /// records are, and which images belong together.
-fn choose(out: &Path, packing: &Packing, manifest: &mut Manifest) -> Result<(Places, Groups), PackError> {
-    let mut kept = Places::new();
-    let mut safe: Vec<(u64, u64, u64)> = Vec::new();
+fn choose(
+    out: &Path,
+    present: &Present,
+    packing: &Packing,
+    manifest: &mut Manifest,
+) -> Result<(Places, Groups), PackError> {
     let mut groups = Groups::default();
-    let mut outcomes: HashMap<u64, Outcome> = HashMap::new();
+    let mut outcomes: HashMap<u64, (u64, Outcome)> = HashMap::new();
     for record in Saved::folder(out).entries::<RowRecord>()? {
         let (place, record) = record?;
-        let number = record.number();
         let outcome = match &record.made {
-            Some(Made::Kept(sample)) => {
-                kept.insert(number, place);
-                if sample.refusal { Outcome::Refusal } else { Outcome::Kept }
-            }
-            Some(Made::Safe(_)) => {
-                safe.push((lot(packing.seed, "utility", &record.key), number, place));
-                Outcome::Safe
-            }
+            _ if !present.has(&record) => Outcome::Gone,
+            Some(Made::Kept(sample)) => Outcome::Kept { is_refusal: sample.refusal },
+            Some(Made::Safe(_)) => Outcome::Safe { lot: lot(packing.seed, "utility", &record.key) },
             Some(Made::Dropped { reason, .. }) => Outcome::Dropped(*reason),
             None => Outcome::Failed,
         };
-        groups.join(&record.images);
-        // Of two records of one row the later counts; only rows that failed have two.
-        outcomes.insert(number, outcome);
+        if !matches!(outcome, Outcome::Gone) {
+            groups.join(&record.images);
+        }
+        // Of two records at one place the later counts.
+        outcomes.insert(record.number(), (place, outcome));
     }
+    let (mut kept, mut safe) = (Places::new(), Vec::new());
     manifest.rows = outcomes.len() as u64;
-    for outcome in outcomes.values() {
+    for (number, (place, outcome)) in outcomes {
         match outcome {
-            Outcome::Kept => {}
-            Outcome::Refusal => manifest.refusals += 1,
-            Outcome::Safe => manifest.safe += 1,
+            Outcome::Kept { is_refusal } => {
+                manifest.refusals += u64::from(is_refusal);
+                kept.insert(number, place);
+            }
+            Outcome::Safe { lot } => safe.push((lot, number, place)),
             Outcome::Failed => manifest.failed += 1,
-            Outcome::Dropped(reason) => *manifest.dropped.entry(*reason).or_default() += 1,
+            Outcome::Dropped(reason) => *manifest.dropped.entry(reason).or_default() += 1,
+            Outcome::Gone => manifest.gone += 1,
         }
     }
+    manifest.rows -= manifest.gone;
+    manifest.safe = safe.len() as u64;
     #[expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a count")]
     let wanted = (packing.utility.max(0.0) * kept.len() as f64).round() as usize;
     safe.sort_unstable();
@@ -150,13 +163,17 @@ fn choose(out: &Path, packing: &Packing, manifest: &mut Manifest) -> Result<(Pla
     Ok((kept, groups))
 }
 
-#[derive(Clone, Copy)]
 enum Outcome {
-    Kept,
-    Refusal,
-    Safe,
+    Kept {
+        is_refusal: bool,
+    },
+    Safe {
+        lot: u64,
+    },
     Failed,
     Dropped(Reason),
+    /// The input has the row no more.
+    Gone,
 }
 
 /// A draw that depends on nothing but seed, purpose and what is drawn.
@@ -241,17 +258,17 @@ fn pictures(row: Row, record: &RowRecord, out: &Path, limits: ecso::Limits) -> R
 }
 
 /// The rows that failed, with the reason of their last try.
-fn failures(out: &Path, folder: &Path) -> Result<(), PackError> {
+fn failures(out: &Path, present: &Present, folder: &Path) -> Result<(), PackError> {
     let mut failures: BTreeMap<u64, Value> = BTreeMap::new();
     for record in Saved::folder(out).entries::<RowRecord>()? {
         let (_, record) = record?;
         let number = record.number();
         match &record.error {
-            Some(error) => {
+            Some(error) if present.has(&record) => {
                 failures
                     .insert(number, json!({"row": number, "source": record.source, "error": error, "at": record.at}));
             }
-            None => {
+            _ => {
                 failures.remove(&number);
             }
         }

@@ -1,13 +1,14 @@
 //! What a run is, and what it records.
 
-use std::path::PathBuf;
+use std::{collections::HashMap, path::PathBuf};
 
 use ecso::Image;
-use ecso_batch::journal::{Entry, Head};
+use ecso_batch::journal::{Entry, Head, Key};
 use serde::{Deserialize, Serialize};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{
+    input::{Input, InputError, RowError},
     make::{Cost, Filters, Made},
     row::Row,
 };
@@ -84,6 +85,9 @@ impl Shard {
 pub struct RowRecord {
     /// The row's place in the input.
     pub id: String,
+    /// What tells the row from another at that place: [`Row::digest`] or [`RowError::digest`].
+    #[serde(default)]
+    pub made_of: String,
     /// What the input calls it.
     pub source: String,
     /// [`Row::key`]; empty where the row or its images can't be read.
@@ -119,18 +123,21 @@ impl Entry for RowRecord {
         &self.id
     }
 
+    fn made_of(&self) -> &str {
+        &self.made_of
+    }
+
     fn failed(&self) -> bool {
         self.error.is_some()
     }
 }
 
 impl RowRecord {
-    /// That of a row which was read, before anything is made of it.
-    pub(crate) fn of(row: &Row, key: String, images: &[Image]) -> Self {
+    /// That of a row as the input gives it, before its images are read.
+    pub(crate) fn of(row: &Row) -> Self {
         Self {
+            made_of: row.digest(),
             source: row.id.clone(),
-            key,
-            images: images.iter().map(|image| image.digest().to_hex().to_string()).collect(),
             query: row.query.clone(),
             category: row.category.clone(),
             ..Self::blank(row.number)
@@ -138,14 +145,15 @@ impl RowRecord {
     }
 
     /// That of a row which can't be read.
-    pub(crate) fn unreadable(number: u64, source: Option<String>, error: String) -> Self {
-        let blank = Self::blank(number);
-        Self { source: source.unwrap_or_else(|| blank.id.clone()), error: Some(error), ..blank }
+    pub(crate) fn unreadable(error: &RowError) -> Self {
+        let blank = Self::blank(error.number);
+        Self { made_of: error.digest(), source: blank.id.clone(), error: Some(error.reason.to_string()), ..blank }
     }
 
     fn blank(number: u64) -> Self {
         Self {
             id: number.to_string(),
+            made_of: String::new(),
             source: String::new(),
             key: String::new(),
             images: Vec::new(),
@@ -154,13 +162,48 @@ impl RowRecord {
             category: String::new(),
             made: None,
             cost: Cost::default(),
-            at: OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default(),
+            at: now(),
             error: None,
         }
+    }
+
+    /// With the row's images, and its key.
+    pub(crate) fn with(self, key: String, images: &[Image]) -> Self {
+        let images = images.iter().map(|image| image.digest().to_hex().to_string()).collect();
+        Self { key, images, ..self }
     }
 
     /// The row's number in the input.
     pub(crate) fn number(&self) -> u64 {
         self.id.parse().unwrap_or_default()
+    }
+}
+
+/// This moment, in RFC 3339.
+pub(crate) fn now() -> String {
+    OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default()
+}
+
+/// Where the journal has a row.
+pub(crate) fn key(row: &Result<Row, RowError>) -> Key {
+    let (number, digest) = match row {
+        Ok(row) => (row.number, row.digest()),
+        Err(error) => (error.number, error.digest()),
+    };
+    Key::of(&number.to_string(), "").made_of(&digest)
+}
+
+/// The rows that an input has now. What is recorded of others counts no more.
+pub(crate) struct Present(HashMap<u64, Key>);
+
+impl Present {
+    pub(crate) fn of(input: &Input) -> Result<Self, InputError> {
+        Ok(Self(input.rows()?.map(|row| key(&row)).map(|key| (key.place(), key)).collect()))
+    }
+
+    /// Whether a record is about a row that the input has.
+    pub(crate) fn has(&self, record: &RowRecord) -> bool {
+        let key = record.key();
+        self.0.get(&key.place()).is_some_and(|row| key.is(*row))
     }
 }

@@ -144,23 +144,62 @@ impl Row {
     /// What makes two rows the same: images and words, to the byte. Hexadecimal digits of a BLAKE3 hash.
     #[must_use]
     pub fn key(&self, images: &[Image]) -> String {
-        let mut key = blake3::Hasher::new();
-        let mut part = |bytes: &[u8]| {
-            key.update(&(bytes.len() as u64).to_le_bytes());
-            key.update(bytes);
-        };
+        let mut key = Parts::default();
         for said in &self.before {
-            part(said.role.as_str().as_bytes());
-            part(said.text.as_bytes());
+            key.add(said.role.as_str());
+            key.add(&said.text);
             if said.images > 0 {
-                part(&said.images.to_le_bytes());
+                key.add(said.images.to_le_bytes());
             }
         }
-        part(self.query.as_bytes());
+        key.add(&self.query);
         for image in images {
-            part(image.digest().as_bytes());
+            key.add(image.digest().as_bytes());
         }
-        key.finalize().to_hex()[..32].to_owned()
+        key.hex()
+    }
+
+    /// What tells the row from another with its number: all that it holds, images as the input names or brings them. Hexadecimal digits
+    /// of a BLAKE3 hash.
+    #[must_use]
+    pub fn digest(&self) -> String {
+        let mut digest = Parts::default();
+        for text in [&self.id, &self.category, &self.query] {
+            digest.add(text);
+        }
+        digest.add([u8::from(self.draft.is_some())]);
+        digest.add(self.draft.as_deref().unwrap_or_default());
+        digest.add(self.before.len().to_le_bytes());
+        for said in &self.before {
+            digest.add(said.role.as_str());
+            digest.add(&said.text);
+            digest.add(said.images.to_le_bytes());
+        }
+        for picture in &self.images {
+            let (kind, bytes) = match picture {
+                Picture::File(path) => ("file", path.as_os_str().as_encoded_bytes()),
+                Picture::Bytes(bytes) => ("bytes", bytes.as_ref()),
+                Picture::Url(url) => ("url", url.as_bytes()),
+            };
+            digest.add(kind);
+            digest.add(bytes);
+        }
+        digest.hex()
+    }
+}
+
+/// A hash of parts, each with its length, so that other parts have another hash.
+#[derive(Default)]
+struct Parts(blake3::Hasher);
+
+impl Parts {
+    fn add(&mut self, part: impl AsRef<[u8]>) {
+        let part = part.as_ref();
+        self.0.update(&(part.len() as u64).to_le_bytes()).update(part);
+    }
+
+    fn hex(&self) -> String {
+        self.0.finalize().to_hex()[..32].to_owned()
     }
 }
 

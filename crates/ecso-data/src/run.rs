@@ -1,7 +1,7 @@
 //! Running the engine over all rows of an input. What is recorded in the journal is never done again.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     io::Write,
     path::{Path, PathBuf},
     sync::Arc,
@@ -10,22 +10,22 @@ use std::{
 use ecso::{Image, Limits, chain};
 use ecso_batch::{
     Batch, Bounds, Sifted,
-    journal::{Journal, JournalError, Key, Saved},
+    journal::{Entry, Journal, JournalError, Key, Saved},
 };
 use ecso_openai::Fetcher;
 
 use crate::{
-    dedupe::{Marker, Seen},
+    dedupe::{Fate, Marker, Repeated, Seen},
     input::{Input, InputError, RowError},
     make::{Made, Maker, Reason},
-    record::{RowRecord, RunHeader, Shard},
-    row::{Picture, Row},
+    record::{self, Present, RowRecord, RunHeader, Shard},
+    row::{Picture, Row, cut},
 };
 
 /// How far a run is, earlier sessions included.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Progress {
-    /// Rows that are recorded.
+    /// Rows that are recorded and need not be made again.
     pub recorded: usize,
     /// Of these, made in this session.
     pub fresh: u64,
@@ -42,14 +42,14 @@ pub struct Progress {
 }
 
 impl Progress {
-    fn add(&mut self, record: &RowRecord, journal: &Journal) {
-        (self.recorded, self.failed) = (journal.len(), journal.failed());
+    fn add(&mut self, record: &RowRecord) {
+        self.recorded += 1;
         self.tokens += record.cost.tokens;
         match &record.made {
             Some(Made::Kept(_)) => self.kept += 1,
             Some(Made::Safe(_)) => self.safe += 1,
             Some(Made::Dropped { reason, .. }) => *self.dropped.entry(*reason).or_default() += 1,
-            None => {}
+            None => self.failed += 1,
         }
     }
 }
@@ -94,8 +94,16 @@ pub struct Making {
     pub marker: Option<Marker>,
 }
 
-/// Runs all rows of `input` that the journal doesn't have. Dropping the future at any point loses the rows under way, no other.
-/// Gives whether the input came to its end: if not, the bounds did.
+/// How a run ended.
+pub struct Ended {
+    /// Whether the input came to its end: if not, the bounds did.
+    pub whole: bool,
+    /// The journal. Who holds it keeps other processes from the run's folder, also while the dataset is packed.
+    pub journal: Journal,
+}
+
+/// Runs all rows of `input` that the journal doesn't have, or has as other rows. Dropping the future at any point loses the rows under
+/// way, no other.
 ///
 /// # Errors
 /// [`RunError`]. A row that fails is recorded with its reason, and the run goes on.
@@ -105,55 +113,117 @@ pub async fn run(
     making: &Arc<Making>,
     bounds: Bounds,
     mut progress: impl FnMut(&Progress),
-) -> Result<bool, RunError> {
+) -> Result<Ended, RunError> {
     let mut journal = Journal::open(&making.out, header)?;
-    let (mut seen, mut done) = (Seen::new(header.near_duplicates), Progress::default());
-    for record in Saved::folder(&making.out).latest::<RowRecord>()? {
-        let record = record?;
-        done.add(&record, &journal);
-        if !record.key.is_empty() && !matches!(record.made, Some(Made::Dropped { of: Some(_), .. })) {
-            seen.remember(record.number(), &record.key, &record.query, &record.marks);
-        }
-    }
+    let Begun { mut seen, mut done, anew } = Begun::of(&journal, input, header, making, bounds)?;
     progress(&done);
     let sift = |read| sift(read, &mut seen, header.shard);
-    let told = |record: RowRecord, journal: &Journal| {
+    let told = |record: RowRecord, _: &Journal| {
         done.fresh += 1;
-        done.add(&record, journal);
+        done.add(&record);
         progress(&done);
     };
-    ecso_batch::run(input.rows()?, making, &mut journal, bounds, sift, told).await
+    let rows = input.rows()?.map(|row| {
+        let key = record::key(&row);
+        // Without a digest nothing that is recorded is the row.
+        (if anew.contains(&key) { key.made_of("") } else { key }, row)
+    });
+    let whole = ecso_batch::run(rows, making, &mut journal, bounds, sift, told).await?;
+    Ok(Ended { whole, journal })
+}
+
+/// What earlier sessions have done for the rows that the input has now.
+struct Begun {
+    seen: Seen,
+    done: Progress,
+    /// Rows that were left out because they repeat one, of which nothing stands any more.
+    anew: HashSet<Key>,
+}
+
+impl Begun {
+    fn of(
+        journal: &Journal,
+        input: &Input,
+        header: &RunHeader,
+        making: &Making,
+        bounds: Bounds,
+    ) -> Result<Self, RunError> {
+        let mut begun =
+            Self { seen: Seen::new(header.near_duplicates), done: Progress::default(), anew: HashSet::new() };
+        if journal.is_empty() {
+            return Ok(begun);
+        }
+        let (present, mut made, mut repeats) = (Present::of(input)?, HashSet::new(), Vec::new());
+        for record in Saved::folder(&making.out).latest::<RowRecord>()? {
+            let record = record?;
+            if !present.has(&record) || bounds.retry_failed && record.failed() {
+                continue;
+            }
+            if let Some(Made::Dropped { reason, of: Some(of) }) = record.made {
+                repeats.push((record.key(), reason, of));
+                continue;
+            }
+            begun.done.add(&record);
+            if record.made.is_some() {
+                let fate = Fate::of(record.number());
+                fate.tell(true);
+                made.insert(fate.number());
+                begun.seen.remember(fate, &record.key, &record.query, &record.marks);
+            }
+        }
+        for (key, reason, of) in repeats {
+            if made.contains(&of) {
+                begun.done.recorded += 1;
+                *begun.done.dropped.entry(reason).or_default() += 1;
+            } else {
+                begun.anew.insert(key);
+            }
+        }
+        Ok(begun)
+    }
 }
 
 /// A row that was read.
 pub struct Job {
     row: Row,
     images: Vec<Image>,
-    key: String,
-    marks: Vec<String>,
+    record: RowRecord,
+    fate: Fate,
+    /// Earlier rows under way that it repeats.
+    repeated: Vec<Repeated>,
+}
+
+impl Job {
+    /// The record of a row that repeats `earlier`.
+    fn left_out(self, (reason, earlier): &Repeated) -> RowRecord {
+        self.fate.tell(false);
+        RowRecord { made: Some(Made::Dropped { reason: *reason, of: Some(earlier.number()) }), ..self.record }
+    }
 }
 
 impl Batch for Making {
-    type Row = Result<Row, RowError>;
+    /// A row, and where the journal has it.
+    type Row = (Key, Result<Row, RowError>);
     /// A row with its images; or its record, if they can't be had.
     type Ready = Result<Job, RowRecord>;
     type Entry = RowRecord;
     type Error = RunError;
 
-    fn key(&self, row: &Self::Row) -> Key {
-        let number = row.as_ref().map_or_else(|error| error.number, |row| row.number);
-        Key::of(&number.to_string(), "")
+    fn key(&self, (key, _): &Self::Row) -> Key {
+        *key
     }
 
-    async fn read(&self, row: Self::Row) -> Self::Ready {
-        let row = row.map_err(|error| RowRecord::unreadable(error.number, None, error.reason.to_string()))?;
+    async fn read(&self, (_, row): Self::Row) -> Self::Ready {
+        let row = row.map_err(|error| RowRecord::unreadable(&error))?;
+        let record = RowRecord::of(&row);
         match row.pictures(&self.fetcher, self.limits).await {
             Ok(images) => {
                 let (row, images) = row.with_pages(images);
                 let marks = self.marker.as_ref().map_or_else(Vec::new, |marker| marker.marks(&images));
-                Ok(Job { key: row.key(&images), row, images, marks })
+                let record = RowRecord { marks, ..record.with(row.key(&images), &images) };
+                Ok(Job { fate: Fate::of(row.number), row, images, record, repeated: Vec::new() })
             }
-            Err(error) => Err(RowRecord::unreadable(row.number, Some(row.id), chain(&error))),
+            Err(error) => Err(RowRecord { error: Some(chain(&error)), ..record }),
         }
     }
 
@@ -163,20 +233,26 @@ impl Batch for Making {
     }
 
     async fn make(&self, ready: Self::Ready) -> Result<RowRecord, RunError> {
-        let Job { row, images, key, marks } = match ready {
+        let mut job = match ready {
             Ok(job) => job,
             Err(record) => return Ok(record),
         };
-        let made = self.maker.make(&row, &images).await;
-        let record = RowRecord { marks, ..RowRecord::of(&row, key, &images) };
+        for repeated in std::mem::take(&mut job.repeated) {
+            if repeated.1.is_made().await {
+                return Ok(job.left_out(&repeated));
+            }
+        }
+        let made = self.maker.make(&job.row, &job.images).await;
+        job.fate.tell(made.is_ok());
+        let record = RowRecord { at: record::now(), ..job.record };
         Ok(match made {
             Ok((made, cost)) => {
                 if matches!(made, Made::Kept(_) | Made::Safe(_)) {
-                    keep_fetched(&self.out, &row, &images)?;
+                    keep_fetched(&self.out, &job.row, &job.images)?;
                 }
                 RowRecord { made: Some(made), cost, ..record }
             }
-            Err(error) => RowRecord { error: Some(chain(&error)), ..record },
+            Err(error) => RowRecord { error: Some(cut(&chain(&error)).into_owned()), ..record },
         })
     }
 
@@ -190,13 +266,13 @@ fn sift(read: Result<Job, RowRecord>, seen: &mut Seen, shard: Shard) -> Sifted<M
     match read {
         // What can't be read has no key; its place decides.
         Err(record) if shard.has(&format!("{:08x}", record.number())) => Sifted::Known(record),
-        Ok(job) if shard.has(&job.key) => match seen.first(job.row.number, &job.key, &job.row.query, &job.marks) {
-            Ok(()) => Sifted::Make(Ok(job)),
-            Err((reason, of)) => {
-                let made = Some(Made::Dropped { reason, of: Some(of) });
-                Sifted::Known(RowRecord { made, ..RowRecord::of(&job.row, job.key, &job.images) })
+        Ok(job) if shard.has(&job.record.key) => {
+            let RowRecord { key, query, marks, .. } = &job.record;
+            match seen.see(&job.fate, key, query, marks) {
+                Ok(repeated) => Sifted::Make(Ok(Job { repeated, ..job })),
+                Err(earlier) => Sifted::Known(job.left_out(&earlier)),
             }
-        },
+        }
         _ => Sifted::Skip,
     }
 }

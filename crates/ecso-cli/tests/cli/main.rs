@@ -12,6 +12,7 @@ mod serve;
 mod servers;
 mod settings;
 mod siege;
+mod synth;
 mod upstream;
 
 use std::path::Path;

@@ -2,11 +2,14 @@
 //! well.
 
 use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    fmt,
     io::ErrorKind,
     path::{Path, PathBuf},
 };
 
 use ecso::{Cause, Role};
+use serde::{Deserialize, Serialize};
 
 use super::{
     InputError, RowError, Rows,
@@ -25,11 +28,46 @@ const IMAGES: [&str; 14] =
 /// Files of Hugging Face that are about tables.
 const ABOUT: [&str; 4] = ["dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json"];
 
+/// Files that lie beside those that are read, by kind: their usual ending, such as `.xz`, or words.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unread(BTreeMap<String, u64>);
+
+impl Unread {
+    pub(super) fn of<'a>(files: impl IntoIterator<Item = &'a PathBuf>) -> Self {
+        let mut kinds = BTreeMap::new();
+        for file in files {
+            let ending = ending(file);
+            let is_usual = ending.len() <= 8 && ending.contains(char::is_alphabetic);
+            let kind = match () {
+                () if !file.is_file() => "folders or links".into(),
+                () if is_usual => format!(".{ending}"),
+                () => "without a usual ending".into(),
+            };
+            *kinds.entry(kind).or_default() += 1;
+        }
+        Self(kinds)
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl fmt::Display for Unread {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let counts: Vec<String> = self.0.iter().map(|(kind, files)| format!("{files} {kind}")).collect();
+        f.write_str(&counts.join(", "))
+    }
+}
+
 /// What is in a folder and the folders below it, in order.
 #[derive(Debug, Default)]
-pub(super) struct Held {
+struct Held {
     images: Vec<PathBuf>,
     tables: Vec<PathBuf>,
+    others: Vec<PathBuf>,
 }
 
 /// What a folder is.
@@ -38,26 +76,40 @@ pub(super) enum Folder {
     Tables(Vec<PathBuf>),
 }
 
-pub(super) fn look(folder: &Path, has_query: bool) -> Result<Folder, InputError> {
-    // A folder that says what is in it, as Hugging Face's `imagefolder` does.
-    let said = ["metadata.jsonl", "metadata.csv", "metadata.parquet"].map(|name| folder.join(name));
-    if let Some(said) = said.into_iter().find(|file| file.is_file()) {
-        return Ok(Folder::Tables(vec![said]));
-    }
+/// The files that are read, and what lies beside them.
+pub(super) struct Files {
+    pub(super) read: Folder,
+    pub(super) unread: Unread,
+}
+
+pub(super) fn look(folder: &Path, has_query: bool) -> Result<Files, InputError> {
     let mut held = Held::default();
     collect(folder, &mut held)?;
     held.images.sort();
     held.tables.sort();
-    let kinds: std::collections::BTreeSet<String> = held.tables.iter().map(|file| format(file)).collect();
-    let has_texts = || has_query || held.images.iter().any(|image| image.with_extension("txt").is_file());
+    // A folder that says what is in it, as Hugging Face's `imagefolder` does.
+    let said = ["metadata.jsonl", "metadata.csv", "metadata.parquet"].map(|name| folder.join(name));
+    if let Some(said) = said.into_iter().find(|file| file.is_file()) {
+        held.tables.retain(|table| *table != said);
+        let unread = Unread::of(held.tables.iter().chain(&held.others));
+        return Ok(Files { read: Folder::Tables(vec![said]), unread });
+    }
+    let kinds: BTreeSet<String> = held.tables.iter().map(|file| format(file)).collect();
+    let texts: HashSet<PathBuf> = held.images.iter().map(|image| image.with_extension("txt")).collect();
+    let has_texts = || has_query || held.others.iter().any(|file| texts.contains(file));
     match (held.images.is_empty(), kinds.len()) {
-        (true, 0) => Err(InputError::new(
-            folder,
-            "no image (.jpg, .jpeg, .png, .webp, .gif), no metadata.jsonl and no table (.parquet, .jsonl, .json, .csv) in it",
-        )),
-        (true, 1) => Ok(Folder::Tables(held.tables)),
-        (false, 0) => Ok(Folder::Images(held.images)),
-        (false, _) if has_texts() => Ok(Folder::Images(held.images)),
+        (true, 0) => {
+            let nothing = "no image (.jpg, .jpeg, .png, .webp, .gif), no metadata.jsonl and no table (.parquet, .jsonl, .json, .csv) in it";
+            let unread = Unread::of(&held.others);
+            let but = if unread.is_empty() { String::new() } else { format!(", but {unread}") };
+            Err(InputError::new(folder, format!("{nothing}{but}")))
+        }
+        (true, 1) => Ok(Files { read: Folder::Tables(held.tables), unread: Unread::of(&held.others) }),
+        (false, tables) if tables == 0 || has_texts() => {
+            let others = held.others.iter().filter(|file| !texts.contains(*file));
+            let unread = Unread::of(held.tables.iter().chain(others));
+            Ok(Files { read: Folder::Images(held.images), unread })
+        }
         _ => {
             let first = held.tables[0].strip_prefix(folder).unwrap_or(&held.tables[0]).display().to_string();
             let reason = format!(
@@ -126,12 +178,14 @@ fn collect(folder: &Path, held: &mut Held) -> Result<(), InputError> {
         // Links to folders are not followed: they could lead round in circles.
         if kind.is_dir() {
             collect(&path, held)?;
-        } else if path.is_file() {
-            if is_image(&path) {
-                held.images.push(path);
-            } else if TABLES.contains(&format(&path).as_str()) && !ABOUT.contains(&name.as_str()) {
-                held.tables.push(path);
-            }
+        } else if !path.is_file() {
+            held.others.push(path);
+        } else if is_image(&path) {
+            held.images.push(path);
+        } else if !TABLES.contains(&format(&path).as_str()) {
+            held.others.push(path);
+        } else if !ABOUT.contains(&name.as_str()) {
+            held.tables.push(path);
         }
     }
     Ok(())

@@ -23,7 +23,8 @@ use std::{
 
 use cell::Cell;
 use ecso::Cause;
-use folder::Folder;
+pub use folder::Unread;
+use folder::{Files, Folder};
 pub use mapping::Mapping;
 use paths::Paths;
 use record::Reader;
@@ -72,6 +73,14 @@ pub struct RowError {
     pub reason: Cause,
 }
 
+impl RowError {
+    /// What tells it from another with its number, as [`Row::digest`] does for rows.
+    #[must_use]
+    pub fn digest(&self) -> String {
+        blake3::hash(self.reason.to_string().as_bytes()).to_hex()[..32].to_owned()
+    }
+}
+
 impl fmt::Display for RowError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "row {}: {}", self.number, self.reason)
@@ -109,7 +118,7 @@ impl Input {
     /// # Errors
     /// [`InputError`]: it is not there, or of no known kind.
     pub fn rows(&self) -> Result<Rows, InputError> {
-        let files = match self.files()? {
+        let files = match self.files()?.read {
             Folder::Images(files) => return Ok(folder::rows(&self.path, files, self.query.clone())),
             Folder::Tables(files) => files,
         };
@@ -142,30 +151,40 @@ impl Input {
             "tsv" => sheet::count(file, b'\t'),
             _ => None,
         };
-        match self.files().ok()? {
+        match self.files().ok()?.read {
             Folder::Images(files) => Some(files.len() as u64),
             Folder::Tables(files) => files.iter().map(|file| count(file)).sum(),
         }
     }
 
-    /// The files that are read, in order.
-    fn files(&self) -> Result<Folder, InputError> {
+    /// What is beside the files that are read, in a folder or behind a pattern.
+    ///
+    /// # Errors
+    /// As [`Input::rows`].
+    pub fn unread(&self) -> Result<Unread, InputError> {
+        Ok(self.files()?.unread)
+    }
+
+    /// The files that are read, in order, and those that aren't.
+    fn files(&self) -> Result<Files, InputError> {
         let path = &self.path;
         if path.is_dir() {
             return folder::look(path, self.query.is_some());
         }
         let pattern = path.to_str().filter(|pattern| pattern.contains(['*', '?']) && !path.exists());
-        let Some(pattern) = pattern else { return Ok(Folder::Tables(vec![path.clone()])) };
+        let Some(pattern) = pattern else {
+            return Ok(Files { read: Folder::Tables(vec![path.clone()]), unread: Unread::default() });
+        };
         let options = glob::MatchOptions { require_literal_leading_dot: true, ..glob::MatchOptions::new() };
         let found = glob::glob_with(pattern, options).map_err(|error| InputError::of(path, error))?;
         let files: Result<Vec<PathBuf>, _> = found.collect();
-        let mut files = files.map_err(|error| InputError::of(path, error))?;
-        files.retain(|file| file.is_file());
+        let files = files.map_err(|error| InputError::of(path, error))?;
+        let (mut files, others): (Vec<PathBuf>, Vec<PathBuf>) = files.into_iter().partition(|file| file.is_file());
         if files.is_empty() {
             return Err(InputError::new(path, "no file has such a name"));
         }
         files.sort();
-        Ok(Folder::Tables(files))
+        Ok(Files { read: Folder::Tables(files), unread: Unread::of(&others) })
     }
 
     /// The rows of one file.

@@ -12,16 +12,17 @@ use std::{
 use ecso::{Limits, Mllm, ModelError, Profile, Reply, testing::Scripted};
 use ecso_batch::{
     Bounds,
-    journal::{self, Saved},
+    journal::{self, Journal, JournalError, Saved},
 };
 use ecso_data::{
+    dedupe::Marker,
     input::{Input, Rows},
     make::{Filters, Made, Maker, Reason},
     manifest::{Manifest, Packing},
     pack::pack,
     record::{RowRecord, RunHeader, Shard},
     row::Picture,
-    run::{Making, Progress, run},
+    run::{Ended, Making, Progress, run},
 };
 use ecso_openai::Fetcher;
 use image::{ImageFormat, Rgb, RgbImage};
@@ -33,6 +34,8 @@ fn model() -> Arc<dyn Mllm> {
         let said = chat.turns.last().map(ecso::Turn::query).unwrap_or_default();
         let text = if said.contains("broken") {
             return Err(ModelError::Timeout(Duration::from_secs(1)));
+        } else if said.contains("refused") {
+            return Err(ModelError::Rejected(said.repeat(100).into()));
         } else if said.contains("Is the RESPONSE harmful") {
             if said.contains("RESPONSE:\nrude") { "yes" } else { "no" }.to_owned()
         } else if said.contains("describe the image") {
@@ -116,17 +119,21 @@ pub(crate) fn packing() -> Packing {
 }
 
 pub(crate) async fn go(input: &Input, out: &Path, shard: Shard, bounds: Bounds) -> (bool, Progress) {
+    let (ended, last) = run_all(input, out, &header(input, shard), bounds).await;
+    (ended.whole, last)
+}
+
+async fn run_all(input: &Input, out: &Path, header: &RunHeader, bounds: Bounds) -> (Ended, Progress) {
     let making = Arc::new(Making {
         maker: Maker::new(&model(), Profile::paper(), Filters::default()),
         fetcher: Fetcher::new().unwrap(),
         limits: LIMITS,
         out: out.to_owned(),
-        marker: None,
+        marker: header.near_duplicates.then(Marker::default),
     });
     let mut last = Progress::default();
-    let header = header(input, shard);
-    let whole = run(input, &header, &making, bounds, |progress| last = progress.clone());
-    (whole.await.unwrap(), last)
+    let ended = run(input, header, &making, bounds, |progress| last = progress.clone());
+    (ended.await.unwrap(), last)
 }
 
 pub(crate) fn records(out: &Path) -> HashMap<String, RowRecord> {
@@ -287,6 +294,116 @@ async fn an_input_that_changed_is_not_packed() {
     let error = pack(&out, &input, &packing()).unwrap_err();
     assert!(error.to_string().contains("row 0 of the input has changed"), "{error}");
     assert!(!out.join("dataset").exists());
+}
+
+/// Writes rows that are about one image, in order.
+fn write_queries(path: &Path, queries: &[&str]) {
+    std::fs::write(path.with_file_name("a.png"), png(1)).unwrap();
+    let rows = queries.iter().map(|query| json!({"query": query, "image": "a.png"}).to_string() + "\n");
+    std::fs::write(path, rows.collect::<String>()).unwrap();
+}
+
+/// What became of each row, in one word: `kept`, `safe`, `failed`, or of which row it is a duplicate.
+fn words(out: &Path) -> Vec<(u64, String)> {
+    let word = |record: &RowRecord| match &record.made {
+        Some(Made::Kept(_)) => "kept".to_owned(),
+        Some(Made::Safe(_)) => "safe".to_owned(),
+        Some(Made::Dropped { reason, of }) => format!("{reason:?} of {of:?}"),
+        None => "failed".to_owned(),
+    };
+    let mut words: Vec<_> = records(out).values().map(|record| (record.id.parse().unwrap(), word(record))).collect();
+    words.sort();
+    words
+}
+
+#[tokio::test]
+async fn another_row_in_the_place_of_one_is_made_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, out) = (folder.path().join("rows.jsonl"), folder.path().join("out"));
+    let rows = input(path.clone());
+    let kept = |manifest: &Manifest| manifest.samples.values().filter_map(|kinds| kinds.get("safety")).sum::<u64>();
+    write_queries(&path, &["a rude list", "a list", "a rude door"]);
+    go(&rows, &out, Shard::ALL, BOUNDS).await;
+    assert_eq!(kept(&pack(&out, &rows, &packing()).unwrap()), 2);
+    // A row in front of all others.
+    write_queries(&path, &["a rude roof", "a rude list", "a list", "a rude door"]);
+    let (_, progress) = go(&rows, &out, Shard::ALL, BOUNDS).await;
+    assert_eq!((progress.recorded, progress.fresh, progress.kept), (4, 4, 3));
+    let manifest = pack(&out, &rows, &packing()).unwrap();
+    assert_eq!((kept(&manifest), manifest.rows, manifest.gone), (3, 4, 0));
+    // What is the same in its words may differ in what it counts as, or in its draft.
+    let rude = json!({"query": "a list", "image": "a.png", "draft": "rude words"});
+    let text = std::fs::read_to_string(&path).unwrap();
+    let text: Vec<&str> = text.lines().collect();
+    std::fs::write(&path, format!("{}\nnot json\n{rude}\n{}\n", text[0], text[3])).unwrap();
+    let (_, progress) = go(&rows, &out, Shard::ALL, BOUNDS).await;
+    assert_eq!((progress.recorded, progress.fresh, progress.kept, progress.failed), (4, 2, 3, 1));
+    // A row that is mended is made without being asked for, and an end that is gone is told.
+    write_queries(&path, &["a rude roof", "a rude list"]);
+    let (_, progress) = go(&rows, &out, Shard::ALL, BOUNDS).await;
+    assert_eq!((progress.recorded, progress.fresh, progress.kept, progress.failed), (2, 1, 2, 0));
+    let manifest = pack(&out, &rows, &packing()).unwrap();
+    assert_eq!((kept(&manifest), manifest.rows, manifest.failed, manifest.gone), (2, 2, 0, 2));
+    assert_eq!(go(&rows, &out, Shard::ALL, BOUNDS).await.1.fresh, 0);
+}
+
+#[tokio::test]
+async fn a_duplicate_of_a_row_that_is_gone_is_made() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, out) = (folder.path().join("rows.jsonl"), folder.path().join("out"));
+    let rows = input(path.clone());
+    write_queries(&path, &["a rude list", "a rude list", "a rude list"]);
+    go(&rows, &out, Shard::ALL, BOUNDS).await;
+    assert_eq!(go(&rows, &out, Shard::ALL, BOUNDS).await.1.fresh, 0);
+    write_queries(&path, &["a rude door", "a rude list", "a rude list"]);
+    go(&rows, &out, Shard::ALL, BOUNDS).await;
+    let expected = ["kept", "kept", "Duplicate of Some(1)"].map(str::to_owned);
+    assert_eq!(words(&out), (0..).zip(expected).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_row_is_no_duplicate_of_one_that_failed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("rows.jsonl");
+    let asked =
+        |door: &str| format!("a rude list of all that stands beside the {door} of the kitchen in the old house");
+    let queries = [asked("broken door"), asked("broken door"), asked("broke door"), asked("broke doors")];
+    write_queries(&path, &queries.each_ref().map(String::as_str));
+    let rows = input(path);
+    for at_once in [1, 4] {
+        let out = folder.path().join(format!("out{at_once}"));
+        let header = RunHeader { near_duplicates: true, ..header(&rows, Shard::ALL) };
+        let bounds = Bounds { rows: at_once, ..BOUNDS };
+        run_all(&rows, &out, &header, bounds).await;
+        let expected = ["failed", "failed", "kept", "NearDuplicate of Some(2)"].map(str::to_owned);
+        assert_eq!(words(&out), (0..).zip(expected).collect::<Vec<_>>());
+        let (_, again) = run_all(&rows, &out, &header, Bounds { retry_failed: true, ..bounds }).await;
+        assert_eq!((again.recorded, again.fresh), (4, 2));
+        let expected = ["NearDuplicate of Some(2)", "NearDuplicate of Some(2)", "kept", "NearDuplicate of Some(2)"];
+        assert_eq!(words(&out), (0..).zip(expected.map(str::to_owned)).collect::<Vec<_>>());
+    }
+}
+
+#[tokio::test]
+async fn what_a_server_says_of_a_row_is_cut() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, out) = (folder.path().join("rows.jsonl"), folder.path().join("out"));
+    write_queries(&path, &["a refused list of all that hangs in the kitchen"]);
+    go(&input(path), &out, Shard::ALL, BOUNDS).await;
+    let error = records(&out).remove("0").unwrap().error.unwrap();
+    assert!(error.contains("rejected the request: a refused list") && error.chars().count() < 220, "{error}");
+}
+
+#[tokio::test]
+async fn nobody_else_writes_until_the_dataset_is_packed() {
+    let folder = tempfile::tempdir().unwrap();
+    let rows = input(write_input(folder.path()));
+    let (out, header) = (folder.path().join("out"), header(&rows, Shard::ALL));
+    let (ended, _) = run_all(&rows, &out, &header, BOUNDS).await;
+    assert!(matches!(Journal::open(&out, &header), Err(JournalError::InUse { .. })));
+    pack(&out, &rows, &packing()).unwrap();
+    drop(ended);
+    assert!(Journal::open(&out, &header).is_ok());
 }
 
 fn read(rows: Rows) -> Vec<(String, usize)> {

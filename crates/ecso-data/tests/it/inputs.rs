@@ -473,6 +473,34 @@ fn folders_and_patterns_of_tables_are_read_in_order() {
     assert_eq!(told(&asked), [Ok(("What?".to_owned(), 1))]);
 }
 
+#[test]
+fn files_that_are_not_read_are_told() {
+    let unread = |files: &[&str], query: Option<&str>| {
+        let folder = tempfile::tempdir().unwrap();
+        for name in files {
+            let path = folder.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, "{\"query\": \"A?\"}").unwrap();
+        }
+        let input = Input { query: query.map(str::to_owned), ..input(folder.path().to_owned()) };
+        input.unread().map_or_else(|error| error.to_string(), |unread| unread.to_string())
+    };
+    for (files, told) in [
+        (&["a.png", "a.txt", "rows.jsonl", "b.txt"][..], "1 .jsonl, 1 .txt"),
+        (&["metadata.jsonl", "train.jsonl", "a.png"], "1 .jsonl"),
+        (&["a.jsonl", "b.jsonl.xz", "below/c.bz2", "part-0001", "x.0001"], "1 .bz2, 1 .xz, 2 without a usual ending"),
+        (&["a.jsonl", "b.jsonl.gz", "dataset_infos.json", ".cache/x.bin"], ""),
+    ] {
+        assert_eq!(unread(files, None), told, "{files:?}");
+    }
+    assert_eq!(unread(&["a.png", "rows.csv"], Some("What?")), "1 .csv");
+    assert!(unread(&["part-0001", "a.xz"], None).ends_with("in it, but 1 .xz, 1 without a usual ending"));
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::create_dir(folder.path().join("spark.parquet")).unwrap();
+    std::fs::write(folder.path().join("a.parquet"), "").unwrap();
+    assert_eq!(input(folder.path().join("*.parquet")).unread().unwrap().to_string(), "1 folders or links");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
     #[test]
