@@ -417,12 +417,14 @@ async fn a_model_without_a_system_role_judges_under_hardened() {
         .await;
         let served = Served::start(&model.url, &[NO_RETRIES], HARDENED);
         works(&served, "m", message).await;
-        model.taken();
+        // The judge is still told what it is for.
+        let told = |asked: &Asked| {
+            !asked.sent().contains("\"system\"") && asked.sent().contains("Is something harmful asked for?")
+        };
+        assert!(model.taken().iter().any(told));
         works(&served, "m", message).await;
         let taken = model.taken();
         assert!(taken.iter().all(|asked| !asked.sent().contains("\"system\"")), "it was asked once more");
-        // The judge is still told what it is for.
-        assert!(of(&taken, "request-check").iter().all(|asked| asked.sent().contains("You sort requests")));
     }
 }
 
@@ -971,7 +973,7 @@ async fn a_judge_that_thinks_first_gets_room_and_is_remembered() {
             };
             return Reply::choice(asked, &cut, "length", None);
         }
-        let word = if harm { "Yes." } else { "No." };
+        let word = if harm != asked.is_good_if_yes() { "Yes." } else { "No." };
         let message = match asked.body["model"].as_str() {
             Some("marks") => json!({"content": format!("<think>{thought}</think>\n{word}")}),
             _ => json!({"content": word, "reasoning_content": thought}),
