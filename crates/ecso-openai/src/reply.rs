@@ -5,7 +5,7 @@ use reqwest::StatusCode;
 use serde_json::Value;
 
 use crate::{
-    complaint::Complaint,
+    complaint::{Complaint, start},
     lenient,
     surrogates::{Joiner, join},
 };
@@ -14,8 +14,7 @@ use crate::{
 pub(crate) fn whole(body: &[u8]) -> Result<Reply, ModelError> {
     let text = String::from_utf8_lossy(body);
     let body: Value = lenient::parse(&text).map_err(|error| {
-        let start: String = text.chars().take(300).collect();
-        ModelError::Protocol(Cause::new(format!("{error} in {start}"), error))
+        ModelError::Protocol(Cause::new(format!("{error} in {}", start(&text)), error))
     })?;
     let choice = &body["choices"][0];
     if !choice.is_object() {
