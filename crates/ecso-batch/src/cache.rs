@@ -167,7 +167,8 @@ impl<M: Mllm> Mllm for Cached<M> {
         let path = self.path(chat, sampling);
         let replayable = path.as_ref().filter(|_| AFRESH.try_get().is_err());
         // What can't be read is made anew.
-        let kept = replayable.and_then(|path| fs::read(path).ok()).and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        let kept =
+            replayable.and_then(|path| fs::read(path).ok()).and_then(|bytes| serde_json::from_slice(&bytes).ok());
         if let Some(reply) = kept {
             self.replayed.fetch_add(1, Ordering::Relaxed);
             return Ok(reply);
@@ -207,7 +208,7 @@ mod tests {
     async fn the_same_question_is_asked_once() {
         let folder = tempfile::tempdir().unwrap();
         let cached =
-            |identity: &str| Cached::new(Scripted::texts(["a", "b", "c"]), identity, Some(folder.path().into()));
+            |identity: &str| Cached::new(Scripted::texts(["a", "b", "c", "d"]), identity, Some(folder.path().into()));
         let ask = async |model: &Cached<Scripted>, text: &str, tokens| {
             let sampling = Sampling { max_tokens: Some(tokens), ..Sampling::default() };
             model.generate(&Chat::ask([], text), &sampling).await.unwrap()
@@ -223,8 +224,8 @@ mod tests {
         let other = cached("m2");
         assert_eq!((ask(&other, "q", 1).await.text, other.work().replayed), ("a".into(), 0));
         // What is asked afresh takes the place of what was kept.
-        assert_eq!(afresh(ask(&model, "q", 2)).await.text, "c");
-        assert_eq!(ask(&model, "q", 2).await.text, "c");
+        assert_eq!(afresh(ask(&model, "q", 2)).await.text, "d");
+        assert_eq!(ask(&model, "q", 2).await.text, "d");
     }
 
     #[tokio::test]

@@ -18,7 +18,7 @@ const FIRST_WAIT: Duration = Duration::from_millis(500);
 /// The longest wait.
 const LONGEST_WAIT: Duration = Duration::from_mins(1);
 
-/// Between two looks whether a model that was away is back.
+/// Between two looks whether a model that was away is back, where there is patience for ten.
 const LOOK: Duration = Duration::from_secs(1);
 /// Between two warnings of the same kind.
 const WARNINGS: Duration = Duration::from_mins(1);
@@ -186,7 +186,7 @@ impl<M: Mllm> Paced<M> {
         tracing::warn!("{lost}; waiting up to {:?} for the model", self.patience.away);
         let return_of = async {
             loop {
-                tokio::time::sleep(LOOK.min(self.patience.away)).await;
+                tokio::time::sleep(LOOK.min(self.patience.away / 10)).await;
                 if self.look().await.is_ok() {
                     break;
                 }
@@ -393,9 +393,12 @@ mod tests {
             (ModelError::Protocol("<html>".into()), 5),
         ] {
             let (calls, with) = (AtomicUsize::new(0), error.clone());
-            let server = Played(move |_: &str, _| {
-                if calls.fetch_add(1, Ordering::SeqCst) < answers { Ok(()) } else { Err(with.clone()) }
-            });
+            let server =
+                Played(
+                    move |_: &str, _| {
+                        if calls.fetch_add(1, Ordering::SeqCst) < answers { Ok(()) } else { Err(with.clone()) }
+                    },
+                );
             let model = Paced::new(server, 2, SHORT);
             let asked = async {
                 for answer in 0..20 {

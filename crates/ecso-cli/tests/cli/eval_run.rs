@@ -4,10 +4,10 @@ use std::{
     fs,
     path::Path,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use assert_cmd::{Command, assert::Assert};
@@ -56,11 +56,7 @@ fn run(home: &Path, server: &MockServer) -> Command {
     let mut command = ecso(home);
     command.args(["eval", "run", "jsonl", "--model", &server.uri(), "--data"]).arg(home.join("items.jsonl"));
     command.arg("--out").arg(home.join("run"));
-    command.envs([
-        ("ECSO__SERVER__AWAY_TIMEOUT", "2"),
-        ("ECSO__SERVER__RETRIES", "0"),
-        ("ECSO__SERVER__REPLY_TIMEOUT", "1"),
-    ]);
+    command.envs([("ECSO__SERVER__AWAY_TIMEOUT", "5"), ("ECSO__SERVER__RETRIES", "0")]);
     command
 }
 
@@ -82,7 +78,8 @@ async fn a_server_that_stops_answering_ends_the_run_and_fails_nothing() {
         let home = tempfile::tempdir().unwrap();
         items(home.path(), &numbered(20));
         let (server, _) = server(move |before, _| if before < 7 { says("Bread.") } else { failure() }).await;
-        run(home.path(), &server).args(["--concurrency", "2"]).assert().code(3);
+        let patience = [("ECSO__SERVER__AWAY_TIMEOUT", "1"), ("ECSO__SERVER__REPLY_TIMEOUT", "2")];
+        run(home.path(), &server).envs(patience).args(["--concurrency", "2"]).assert().code(3);
         let recorded = recorded(home.path());
         assert!((1..20).contains(&recorded.len()), "{} items", recorded.len());
         assert!(recorded.iter().all(|item| item["error"].is_null()), "{recorded:?}");
@@ -93,9 +90,12 @@ async fn a_server_that_stops_answering_ends_the_run_and_fails_nothing() {
 async fn a_server_that_loads_its_model_is_waited_for() {
     let home = tempfile::tempdir().unwrap();
     items(home.path(), &numbered(20));
-    let loading = |before| (5..14).contains(&before);
-    let (server, _) =
-        server(move |before, _| if loading(before) { fails(503, "Loading model") } else { says("Bread.") }).await;
+    let loaded = OnceLock::new();
+    let is_loading = move |before| {
+        before >= 5 && Instant::now() < *loaded.get_or_init(|| Instant::now() + Duration::from_millis(500))
+    };
+    let answer = move |before, _: &str| if is_loading(before) { fails(503, "Loading model") } else { says("Bread.") };
+    let (server, _) = server(answer).await;
     let output = run(home.path(), &server).assert().success();
     assert!(told(&output).contains("20 items recorded, 0 failed"), "{}", told(&output));
 }
