@@ -18,7 +18,7 @@ const FIRST_WAIT: Duration = Duration::from_millis(500);
 /// The longest wait.
 const LONGEST_WAIT: Duration = Duration::from_mins(1);
 
-/// Between two looks whether a model that was away is back, where there is patience for ten.
+/// Between two looks whether a model that was away is back; less where the patience is short.
 const LOOK: Duration = Duration::from_secs(1);
 /// Between two warnings of the same kind.
 const WARNINGS: Duration = Duration::from_mins(1);
@@ -165,7 +165,10 @@ impl<M: Mllm> Paced<M> {
 
     /// Asks for what was answered before. A model that is busy, or filters, is there.
     async fn look(&self) -> Result<(), ModelError> {
-        let greeting = || (Duration::ZERO, Chat::ask([], "Hello"), Sampling::default());
+        let greeting = || {
+            let brief = Sampling { max_tokens: Some(256), ..Sampling::default() };
+            (Duration::ZERO, Chat::ask([], "Hello"), brief)
+        };
         let (_, chat, sampling) = self.pace().answered.clone().unwrap_or_else(greeting);
         match self.model.generate(&chat, &sampling).await {
             Ok(_) | Err(ModelError::Overloaded { .. } | ModelError::Filtered(_)) => Ok(()),

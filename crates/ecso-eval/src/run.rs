@@ -138,7 +138,7 @@ fn made_of(item: &Item) -> String {
 }
 
 /// What tells a picture from others.
-fn picture(picture: &Picture) -> (&str, String) {
+fn picture(picture: &Picture) -> (&'static str, String) {
     match picture {
         Picture::File(path) => ("file", path.to_string_lossy().into_owned()),
         Picture::Bytes(bytes) => ("bytes", blake3::hash(bytes).to_string()),
