@@ -1,4 +1,5 @@
-//! Journals as crashes and other hands leave them: no panic; what can be opened is read, goes on, and then has its entries still.
+//! Journals as crashes and other hands leave them: no panic; what can be opened is read, goes on, and then has its entries still. A
+//! file that is none is left as it is.
 #![no_main]
 
 use std::io::Write;
@@ -50,7 +51,12 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     };
     let before = read();
     let header = Header { work: "fuzz".into() };
-    let Ok(mut journal) = Journal::open_file(file.path(), &header) else { return };
+    let Ok(mut journal) = Journal::open_file(file.path(), &header) else {
+        assert_eq!(std::fs::read(file.path()).expect("a temporary file"), bytes, "what can't be opened stays");
+        return;
+    };
+    let is_begun = br#"{"work":"fuzz"}"#.starts_with(bytes);
+    assert!(is_begun || bytes.contains(&b'\n'), "only a header that was cut off is cut off");
     assert!(before.is_none_or(|before| before == journal.len()));
     let added = Line { id: "added".into(), arm: "here".into() };
     journal.record(&added).expect("room on the disk");

@@ -241,6 +241,7 @@ async fn judge_and_report(folder: &Path, items: usize) -> anyhow::Result<()> {
     let unguarded = ecso::Outcome { profile: UNGUARDED.into(), steps: guarded.steps[..1].to_vec(), ..guarded.clone() };
     let drawn = ItemRecord {
         id: String::new(),
+        made_of: String::new(),
         scenario: String::new(),
         cluster: String::new(),
         request: query.clone(),

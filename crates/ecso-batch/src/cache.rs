@@ -5,18 +5,29 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     sync::{
-        Mutex, PoisonError,
+        Mutex, Once, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
-use ecso::{Cause, Chat, Delta, Image, Mllm, ModelError, Part, Reply, ReplyStream, Sampling, Seen};
+use ecso::{Chat, Delta, Image, Mllm, ModelError, Part, Reply, ReplyStream, Sampling, Seen};
 use futures::{StreamExt, stream};
 
+tokio::task_local! {
+    /// Set while a row is tried again that failed before.
+    static AFRESH: ();
+}
+
+/// `work`, to which no cache replays what it kept: the new replies are kept in their place.
+pub(crate) fn afresh<T>(work: impl Future<Output = T>) -> impl Future<Output = T> {
+    AFRESH.scope((), work)
+}
+
 /// A model whose replies are kept in a folder, by the model's digest, the conversation's bytes, the images' digests and the
-/// sampling. A replayed reply says how long it took when it was made. Without a folder it only keeps the clock.
+/// sampling. A replayed reply says how long it took when it was made. A row that failed before is asked about anew. Without a folder
+/// it only keeps the clock.
 pub struct Cached<M> {
     model: M,
     /// What the model is, to the bit: the digest of its files, or a server's address and the model's name on it.
@@ -25,6 +36,16 @@ pub struct Cached<M> {
     clock: Mutex<Clock>,
     calls: AtomicU64,
     replayed: AtomicU64,
+    is_full: Once,
+}
+
+/// Whether replies can be kept in `folder`, which is made if it is not there.
+///
+/// # Errors
+/// Why they can't.
+pub fn check_cache(folder: &Path) -> std::io::Result<()> {
+    fs::create_dir_all(folder)?;
+    tempfile::NamedTempFile::new_in(folder).map(drop)
 }
 
 /// How long at least one call was under way.
@@ -49,7 +70,15 @@ pub struct Work {
 impl<M: Mllm> Cached<M> {
     /// Puts a cache in front of `model`.
     pub fn new(model: M, identity: impl Into<String>, folder: Option<PathBuf>) -> Self {
-        Self { model, identity: identity.into(), folder, clock: Mutex::default(), calls: 0.into(), replayed: 0.into() }
+        Self {
+            model,
+            identity: identity.into(),
+            folder,
+            clock: Mutex::default(),
+            calls: 0.into(),
+            replayed: 0.into(),
+            is_full: Once::new(),
+        }
     }
 
     /// What the model did so far.
@@ -136,9 +165,10 @@ impl<M: Mllm> Mllm for Cached<M> {
     async fn generate(&self, chat: &Chat, sampling: &Sampling) -> Result<Reply, ModelError> {
         self.calls.fetch_add(1, Ordering::Relaxed);
         let path = self.path(chat, sampling);
+        let replayable = path.as_ref().filter(|_| AFRESH.try_get().is_err());
         // What can't be read is made anew.
         let kept =
-            path.as_ref().and_then(|path| fs::read(path).ok()).and_then(|bytes| serde_json::from_slice(&bytes).ok());
+            replayable.and_then(|path| fs::read(path).ok()).and_then(|bytes| serde_json::from_slice(&bytes).ok());
         if let Some(reply) = kept {
             self.replayed.fetch_add(1, Ordering::Relaxed);
             return Ok(reply);
@@ -148,10 +178,11 @@ impl<M: Mllm> Mllm for Cached<M> {
         let mut reply = self.model.generate(chat, sampling).await?;
         drop(busy);
         reply.took.get_or_insert(begun.elapsed());
-        if let Some(path) = path {
-            keep(&path, &reply).map_err(|error| {
-                ModelError::Transport(Cause::new(format!("cache: {}: {error}", path.display()), error))
-            })?;
+        if let Some(path) = path
+            && let Err(error) = keep(&path, &reply)
+        {
+            let told = || tracing::warn!("cache: {}: {error}; replies are used and not kept", path.display());
+            self.is_full.call_once(told);
         }
         Ok(reply)
     }
@@ -177,7 +208,7 @@ mod tests {
     async fn the_same_question_is_asked_once() {
         let folder = tempfile::tempdir().unwrap();
         let cached =
-            |identity: &str| Cached::new(Scripted::texts(["a", "b", "c"]), identity, Some(folder.path().into()));
+            |identity: &str| Cached::new(Scripted::texts(["a", "b", "c", "d"]), identity, Some(folder.path().into()));
         let ask = async |model: &Cached<Scripted>, text: &str, tokens| {
             let sampling = Sampling { max_tokens: Some(tokens), ..Sampling::default() };
             model.generate(&Chat::ask([], text), &sampling).await.unwrap()
@@ -192,5 +223,16 @@ mod tests {
         assert_eq!(ask(&cached("m1"), "q", 1).await, first);
         let other = cached("m2");
         assert_eq!((ask(&other, "q", 1).await.text, other.work().replayed), ("a".into(), 0));
+        // What is asked afresh takes the place of what was kept.
+        assert_eq!(afresh(ask(&model, "q", 2)).await.text, "d");
+        assert_eq!(ask(&model, "q", 2).await.text, "d");
+    }
+
+    #[tokio::test]
+    async fn a_reply_that_cant_be_kept_is_a_reply() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(check_cache(file.path()).is_err());
+        let model = Cached::new(Scripted::texts(["a"]), "m", Some(file.path().into()));
+        assert_eq!(model.generate(&Chat::ask([], "q"), &Sampling::default()).await.unwrap().text, "a");
     }
 }

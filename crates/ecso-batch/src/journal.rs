@@ -81,7 +81,7 @@ pub enum JournalError {
         /// Which file.
         path: PathBuf,
     },
-    /// It has entries, and no header before them.
+    /// It has something else before its entries than a header.
     #[error("{} has no header, so it can't be gone on with; name another --out", path.display())]
     NoHeader {
         /// Which file.
@@ -258,7 +258,8 @@ impl Journal {
         Self::open_file(&path(out), header)
     }
 
-    /// Begins the file of a journal, or goes on with it. A line that a crash cut off is cut off for good.
+    /// Begins the file of a journal, or goes on with it. A line that a crash cut off is cut off for good; a header only where it was
+    /// to be this one, for else the file is somebody's own.
     ///
     /// # Errors
     /// As [`Journal::open`].
@@ -269,7 +270,10 @@ impl Journal {
             return Err(JournalError::NoHeader { path: path.to_owned() });
         }
         let mut lines = Lines::of(path, file.try_clone().map_err(unreadable)?);
-        let begun: Option<H> = lines.next()?;
+        let (begun, written) = (lines.next::<H>()?, line(header)?);
+        if begun.is_none() && !written.starts_with(&lines.text) {
+            return Err(JournalError::NoHeader { path: path.to_owned() });
+        }
         if let Some(what) = begun.as_ref().and_then(|begun| header.differs(begun)) {
             return Err(JournalError::OtherSettings { path: path.to_owned(), what });
         }
@@ -281,7 +285,7 @@ impl Journal {
         file.set_len(end).and_then(|()| file.seek(SeekFrom::End(0))).map_err(unreadable)?;
         let mut journal = Self { path: path.to_owned(), file, was_cut, recorded };
         if begun.is_none() {
-            journal.add(&line(header)?)?;
+            journal.add(&written)?;
         }
         Ok(journal)
     }
@@ -297,6 +301,18 @@ impl Journal {
     pub fn has(&self, key: Key, retry_failed: bool) -> bool {
         let recorded = self.recorded.entries.get(&key.place);
         recorded.is_some_and(|(recorded, failed)| recorded.is(key) && !(*failed && retry_failed))
+    }
+
+    /// Whether there is an entry at the place of `key`, whatever it was made of.
+    #[must_use]
+    pub fn has_place(&self, key: Key) -> bool {
+        self.recorded.entries.contains_key(&key.place)
+    }
+
+    /// Whether that entry failed.
+    #[must_use]
+    pub fn has_failed(&self, key: Key) -> bool {
+        self.recorded.entries.get(&key.place).is_some_and(|(_, failed)| *failed)
     }
 
     /// How many entries are recorded, each place once.

@@ -9,6 +9,6 @@ pub mod journal;
 mod pace;
 mod runner;
 
-pub use cache::{Cached, Work};
+pub use cache::{Cached, Work, check_cache};
 pub use pace::{Paced, Patience};
 pub use runner::{Batch, Bounds, Sifted, run};

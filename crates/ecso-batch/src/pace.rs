@@ -9,7 +9,7 @@ use std::{
 use async_trait::async_trait;
 use ecso::{Chat, Image, Mllm, ModelError, Reply, ReplyStream, Sampling, Seen};
 use tokio::{
-    sync::{Mutex as AsyncMutex, Notify, SetOnce},
+    sync::{Notify, Semaphore, SetOnce},
     time::Instant,
 };
 
@@ -18,35 +18,38 @@ const FIRST_WAIT: Duration = Duration::from_millis(500);
 /// The longest wait.
 const LONGEST_WAIT: Duration = Duration::from_mins(1);
 
-/// Between two looks whether a model that was away is back.
+/// Between two looks whether a model that was away is back; less where the patience is short.
 const LOOK: Duration = Duration::from_secs(1);
 /// Between two warnings of the same kind.
 const WARNINGS: Duration = Duration::from_mins(1);
-/// How often a call may find the model away. One that finds it so each time may be what brings it down.
-const OUTAGES: usize = 2;
 
 /// How long a model is waited for.
 #[derive(Debug, Clone, Copy)]
 pub struct Patience {
     /// While it turns every call away.
     pub busy: Duration,
-    /// While it can't be reached.
+    /// While it answers none.
     pub away: Duration,
 }
 
 /// A model whose calls wait for their turn: at most so many at once, fewer after it said that this is too much, more again
-/// while it doesn't. A call that was turned away is made again, until the model has turned everything away for as long as
-/// [`Patience`] goes; so is one that found the model away. Where it does not come back, that call and all others end never:
-/// [`Paced::gone`] tells, and the work is dropped with nothing recorded of what could not be asked.
+/// while it doesn't. A call that was turned away is made again.
+///
+/// A call that fails is no proof against itself. The model is asked again what it answered before (nothing yet: a greeting). Where
+/// it doesn't answer that either it is away, whatever it says, and is waited for. Then the failed call is made again, with no other
+/// under way; so is one whose connection broke, which a neighbour may have brought about. Only what fails then has its error.
+///
+/// Where the model does not come back as long as [`Patience`] goes, the failed call and all others end never: [`Paced::gone`]
+/// tells, and the work is dropped with nothing recorded of what could not be asked.
 pub struct Paced<M> {
     model: M,
     /// The most calls at once.
-    most: f64,
+    most: u32,
     patience: Patience,
     pace: Mutex<Pace>,
     changed: Notify,
-    /// When the last outage ended; locked while one goes on.
-    back_since: AsyncMutex<Option<Instant>>,
+    /// One for each call under way; a call that must be alone takes all.
+    places: Semaphore,
     gone: SetOnce<ModelError>,
 }
 
@@ -60,19 +63,25 @@ struct Pace {
     /// Since when every call has been turned away.
     refused_since: Option<Instant>,
     warned: Option<Instant>,
+    /// What was answered fastest, and how fast.
+    answered: Option<(Duration, Chat, Sampling)>,
+    /// When the model last came back.
+    back: Option<Instant>,
 }
 
 impl<M: Mllm> Paced<M> {
     /// Puts a pace in front of `model`.
     pub fn new(model: M, at_once: usize, patience: Patience) -> Self {
-        let most = f64::from(u32::try_from(at_once.max(1)).unwrap_or(u32::MAX));
+        let most = u32::try_from(at_once.clamp(1, Semaphore::MAX_PERMITS)).unwrap_or(u32::MAX);
         let pace = Pace {
             under_way: 0,
-            allowed: most,
+            allowed: f64::from(most),
             not_before: Instant::now(),
             wait: FIRST_WAIT,
             refused_since: None,
             warned: None,
+            answered: None,
+            back: None,
         };
         Self {
             model,
@@ -80,7 +89,7 @@ impl<M: Mllm> Paced<M> {
             patience,
             pace: Mutex::new(pace),
             changed: Notify::new(),
-            back_since: AsyncMutex::default(),
+            places: Semaphore::new(most as usize),
             gone: SetOnce::new(),
         }
     }
@@ -88,6 +97,11 @@ impl<M: Mllm> Paced<M> {
     /// Ends when the model went away and did not come back; gives the error that it went with.
     pub async fn gone(&self) -> ModelError {
         self.gone.wait().await.clone()
+    }
+
+    async fn give_up<T>(&self, error: ModelError) -> T {
+        let _ = self.gone.set(error);
+        future::pending().await
     }
 
     fn pace(&self) -> std::sync::MutexGuard<'_, Pace> {
@@ -135,60 +149,108 @@ impl<M: Mllm> Paced<M> {
         now - *pace.refused_since.get_or_insert(begun) < self.patience.busy
     }
 
-    /// Waits until a model that a call lost is back. Where it was not away, the call is at fault, and has its error.
-    async fn return_of(&self, lost: ModelError, begun: Instant) -> Result<(), ModelError> {
-        let mut back_since = self.back_since.lock().await;
-        if back_since.is_some_and(|back| begun < back) {
-            return Ok(());
-        }
-        if self.model.health().await.is_ok() {
-            return Err(lost);
-        }
-        let away = Instant::now();
-        tracing::warn!("{lost}; waiting up to {:?} for it", self.patience.away);
-        while away.elapsed() < self.patience.away {
-            tokio::time::sleep(LOOK.min(self.patience.away)).await;
-            if self.model.health().await.is_ok() {
-                tracing::warn!("the model is back");
-                *back_since = Some(Instant::now());
-                return Ok(());
-            }
-        }
-        // Still locked: no other call begins to wait anew.
-        let _ = self.gone.set(lost);
-        future::pending().await
-    }
-
     /// A call went well: one more at once after as many as are allowed.
     fn speed_up(&self) {
         let mut pace = self.pace();
-        pace.allowed = (pace.allowed + 1.0 / pace.allowed).min(self.most);
+        pace.allowed = (pace.allowed + 1.0 / pace.allowed).min(f64::from(self.most));
         (pace.wait, pace.refused_since) = (FIRST_WAIT, None);
     }
 
-    async fn ask<T, F>(&self, call: impl Fn() -> F) -> Result<T, ModelError>
+    fn remember(&self, chat: &Chat, sampling: &Sampling, took: Duration) {
+        let answered = &mut self.pace().answered;
+        if answered.as_ref().is_none_or(|(fastest, ..)| took < *fastest) {
+            *answered = Some((took, chat.clone(), sampling.clone()));
+        }
+    }
+
+    /// Asks for what was answered before. A model that is busy, or filters, is there.
+    async fn look(&self) -> Result<(), ModelError> {
+        let greeting = || {
+            let brief = Sampling { max_tokens: Some(256), ..Sampling::default() };
+            (Duration::ZERO, Chat::ask([], "Hello"), brief)
+        };
+        let (_, chat, sampling) = self.pace().answered.clone().unwrap_or_else(greeting);
+        match self.model.generate(&chat, &sampling).await {
+            Ok(_) | Err(ModelError::Overloaded { .. } | ModelError::Filtered(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Waits until the model answers. Gives whether it did so all the time since `begun`, as far as is known.
+    async fn was_there(&self, begun: Instant, lost: &ModelError) -> bool {
+        let Err(error) = self.look().await else {
+            return self.pace().back.is_none_or(|back| back < begun);
+        };
+        let refuses_all =
+            self.pace().answered.is_none() && matches!(error, ModelError::Rejected(_) | ModelError::Protocol(_));
+        if refuses_all {
+            return self.give_up(lost.clone()).await;
+        }
+        tracing::warn!("{lost}; waiting up to {:?} for the model", self.patience.away);
+        let return_of = async {
+            loop {
+                tokio::time::sleep(LOOK.min(self.patience.away / 10)).await;
+                if self.look().await.is_ok() {
+                    break;
+                }
+            }
+        };
+        if tokio::time::timeout(self.patience.away, return_of).await.is_err() {
+            return self.give_up(lost.clone()).await;
+        }
+        tracing::warn!("the model is back");
+        self.pace().back = Some(Instant::now());
+        false
+    }
+
+    /// A call, made when its turn comes, and again while the model turns it away.
+    async fn once<T, F>(&self, call: &impl Fn() -> F) -> Result<(T, Duration), ModelError>
     where
         F: Future<Output = Result<T, ModelError>>,
     {
-        let mut outages = 0;
         loop {
             let turn = self.turn().await;
             let begun = Instant::now();
             let answer = call().await;
             drop(turn);
             match answer {
-                Err(ModelError::Overloaded { retry_after }) if self.slow_down(retry_after, begun) => {}
-                Err(lost @ ModelError::Transport(_)) if outages < OUTAGES => {
-                    self.return_of(lost, begun).await?;
-                    outages += 1;
-                }
-                Err(error) => return Err(error),
                 Ok(answer) => {
                     self.speed_up();
-                    return Ok(answer);
+                    return Ok((answer, begun.elapsed()));
+                }
+                Err(ModelError::Overloaded { retry_after }) => {
+                    if !self.slow_down(retry_after, begun) {
+                        return self.give_up(ModelError::Overloaded { retry_after }).await;
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn ask<T, F>(&self, chat: &Chat, sampling: &Sampling, call: impl Fn() -> F) -> Result<T, ModelError>
+    where
+        F: Future<Output = Result<T, ModelError>>,
+    {
+        let begun = Instant::now();
+        let place = self.places.acquire().await;
+        let mut answer = self.once(&call).await;
+        drop(place);
+        if let Err(lost) = &answer
+            && !matches!(lost, ModelError::Filtered(_))
+        {
+            let _all_places = self.places.acquire_many(self.most).await;
+            if !self.was_there(begun, lost).await || matches!(lost, ModelError::Transport(_)) {
+                answer = self.once(&call).await;
+                if let Err(lost) = &answer {
+                    // The next call is not to suffer from what this one did.
+                    self.was_there(begun, lost).await;
                 }
             }
         }
+        let (answer, took) = answer?;
+        self.remember(chat, sampling, took);
+        Ok(answer)
     }
 }
 
@@ -217,7 +279,7 @@ impl<M: Mllm> Mllm for Paced<M> {
     }
 
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {
-        self.ask(|| self.model.stream(chat, sampling)).await
+        self.ask(chat, sampling, || self.model.stream(chat, sampling)).await
     }
 
     async fn generate(&self, chat: &Chat, sampling: &Sampling) -> Result<Reply, ModelError> {
@@ -228,7 +290,7 @@ impl<M: Mllm> Mllm for Paced<M> {
             reply.took.get_or_insert(begun.elapsed());
             Ok(reply)
         };
-        self.ask(call).await
+        self.ask(chat, sampling, call).await
     }
 }
 
@@ -280,61 +342,107 @@ mod tests {
 
     const SHORT: Patience = Patience { busy: Duration::from_mins(1), away: Duration::from_millis(300) };
 
-    /// A server that breaks every connection for a while, or for good, or only those of one kind of call.
-    struct Breaking {
-        until: Option<Instant>,
-        is_up: bool,
-    }
+    /// A server that answers a call after a while, by what is asked and when that began.
+    struct Played<F>(F);
 
     #[async_trait]
-    impl Mllm for Breaking {
+    impl<F: Fn(&str, Instant) -> Result<(), ModelError> + Send + Sync> Mllm for Played<F> {
         fn name(&self) -> &'static str {
-            "breaking"
-        }
-
-        async fn health(&self) -> Result<(), ModelError> {
-            let is_back = self.is_up || self.until.is_some_and(|until| Instant::now() > until);
-            if is_back { Ok(()) } else { Err(ModelError::Transport("refused".into())) }
+            "played"
         }
 
         async fn stream(&self, _: &Chat, _: &Sampling) -> Result<ReplyStream, ModelError> {
             Err(ModelError::Rejected("not asked here".into()))
         }
 
-        async fn generate(&self, _: &Chat, _: &Sampling) -> Result<Reply, ModelError> {
-            if self.until.is_some_and(|until| Instant::now() > until) {
-                return Ok(Reply::default());
-            }
-            Err(ModelError::Transport("broken pipe".into()))
+        async fn generate(&self, chat: &Chat, _: &Sampling) -> Result<Reply, ModelError> {
+            let (text, begun) = (chat.turns[0].query(), Instant::now());
+            tokio::time::sleep(Duration::from_millis(if text == "poison" { 5 } else { 10 })).await;
+            (self.0)(&text, begun).map(|()| Reply::default())
         }
+    }
+
+    fn broken() -> ModelError {
+        ModelError::Transport("broken pipe".into())
+    }
+
+    async fn ask_each(model: &impl Mllm, texts: &[&str]) -> Vec<Result<Reply, ModelError>> {
+        let sampling = Sampling::default();
+        join_all(texts.iter().map(async |text| model.generate(&Chat::ask([], *text), &sampling).await)).await
+    }
+
+    async fn ask(model: &impl Mllm, calls: usize) -> Vec<Result<Reply, ModelError>> {
+        ask_each(model, &vec!["q"; calls]).await
     }
 
     #[tokio::test]
     async fn a_server_that_comes_back_is_waited_for() {
-        let until = Some(Instant::now() + Duration::from_millis(200));
-        let model = Paced::new(Breaking { until, is_up: false }, 4, SHORT);
-        assert!(ask(&model, 12).await.iter().all(Result::is_ok));
+        for error in [broken(), ModelError::Timeout(Duration::ZERO)] {
+            let until = Instant::now() + Duration::from_millis(200);
+            let server = Played(move |_: &str, begun| if begun > until { Ok(()) } else { Err(error.clone()) });
+            assert!(ask(&Paced::new(server, 4, SHORT), 12).await.iter().all(Result::is_ok));
+        }
     }
 
     #[tokio::test]
-    async fn of_a_server_that_is_gone_no_call_fails() {
-        let model = Paced::new(Breaking { until: None, is_up: false }, 4, SHORT);
-        let gone = tokio::select! {
-            answers = ask(&model, 12) => panic!("{answers:?}"),
-            gone = model.gone() => gone,
-        };
-        assert_eq!(gone, ModelError::Transport("broken pipe".into()));
+    async fn of_a_server_that_answers_no_more_no_call_fails() {
+        let refused = || ModelError::Rejected("401: the key has expired".into());
+        for (error, answers) in [
+            (broken(), 0),
+            (broken(), 5),
+            (ModelError::Timeout(Duration::ZERO), 5),
+            (refused(), 5),
+            (refused(), 0),
+            (ModelError::Protocol("<html>".into()), 5),
+        ] {
+            let (calls, with) = (AtomicUsize::new(0), error.clone());
+            let server =
+                Played(
+                    move |_: &str, _| {
+                        if calls.fetch_add(1, Ordering::SeqCst) < answers { Ok(()) } else { Err(with.clone()) }
+                    },
+                );
+            let model = Paced::new(server, 2, SHORT);
+            let asked = async {
+                for answer in 0..20 {
+                    assert!(ask(&model, 1).await[0].is_ok(), "call {answer}");
+                }
+            };
+            let gone = tokio::select! {
+                () = asked => panic!("{error} was not missed"),
+                gone = model.gone() => gone,
+            };
+            assert_eq!(gone, error);
+        }
     }
 
     #[tokio::test]
-    async fn a_call_that_breaks_while_the_server_is_up_fails_alone() {
-        let model = Paced::new(Breaking { until: None, is_up: true }, 4, SHORT);
-        assert!(ask(&model, 3).await.iter().all(|answer| matches!(answer, Err(ModelError::Transport(_)))));
+    async fn a_call_that_fails_while_others_are_answered_fails_alone() {
+        for error in [broken(), ModelError::Rejected("too long".into()), ModelError::Timeout(Duration::ZERO)] {
+            let with = error.clone();
+            let server = Played(move |text: &str, _| if text == "bad" { Err(with.clone()) } else { Ok(()) });
+            let texts = ["bad", "q", "q", "bad", "q"];
+            for (text, answer) in texts.iter().zip(ask_each(&Paced::new(server, 4, SHORT), &texts).await) {
+                assert_eq!(answer.err(), (*text == "bad").then(|| error.clone()));
+            }
+        }
     }
 
-    async fn ask(model: &impl Mllm, calls: usize) -> Vec<Result<Reply, ModelError>> {
-        let (chat, sampling) = (Chat::ask([], "q"), Sampling::default());
-        join_all((0..calls).map(|_| model.generate(&chat, &sampling))).await
+    #[tokio::test]
+    async fn a_call_that_brings_the_server_down_takes_no_other_with_it() {
+        let down_until = std::sync::Mutex::new(None::<Instant>);
+        let server = Played(move |text: &str, begun| {
+            let mut down_until = down_until.lock().unwrap();
+            if text == "poison" {
+                *down_until = Some(Instant::now() + Duration::from_millis(50));
+            }
+            if down_until.is_some_and(|until| begun < until) { Err(broken()) } else { Ok(()) }
+        });
+        let texts = ["poison", "q", "q", "q", "poison", "q", "q", "q"];
+        let model = Paced::new(server, 8, Patience { away: Duration::from_millis(200), ..SHORT });
+        for (text, answer) in texts.iter().zip(ask_each(&model, &texts).await) {
+            assert_eq!(answer.is_err(), *text == "poison", "{text}: {answer:?}");
+        }
     }
 
     #[tokio::test]
@@ -348,11 +456,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_server_that_turns_everything_away_is_given_up() {
+    async fn of_a_server_that_turns_everything_away_no_call_fails() {
         let model = Paced::new(Busy::with(0), 8, Patience { busy: Duration::from_millis(200), ..SHORT });
         let begun = Instant::now();
-        let answers = ask(&model, 16).await;
-        assert!(answers.iter().all(|answer| matches!(answer, Err(ModelError::Overloaded { .. }))));
+        let gone = tokio::select! {
+            answers = ask(&model, 16) => panic!("{answers:?}"),
+            gone = model.gone() => gone,
+        };
+        assert!(matches!(gone, ModelError::Overloaded { .. }));
         assert!(begun.elapsed() >= Duration::from_millis(200) && begun.elapsed() < Duration::from_secs(20));
     }
 }

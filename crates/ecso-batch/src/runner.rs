@@ -11,7 +11,10 @@ use futures::{FutureExt, StreamExt, future, stream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::journal::{Entry, Journal, JournalError, Key, Line};
+use crate::{
+    cache::afresh,
+    journal::{Entry, Journal, JournalError, Key, Line},
+};
 
 /// Rows that are read before there is room for them.
 const READ_AHEAD: usize = 8;
@@ -108,21 +111,24 @@ pub async fn run<B: Batch>(
         unread.set(spent());
         !unread.get()
     });
+    let open = open.map(|row| (journal.borrow().has_failed(batch.key(&row)), row));
     let (room, rows) = (Room::of(bounds.bytes), bounds.rows.max(1));
     let mut made = pin!(
         stream::iter(open)
-            .map(|row| on_its_own(read(Arc::clone(batch), row)))
+            .map(|(again, row)| on_its_own(read(Arc::clone(batch), row)).map(move |ready| (again, ready)))
             .buffered(rows.min(READ_AHEAD))
-            .filter_map(|ready| future::ready(match sift(ready) {
-                Sifted::Make(ready) => Some(Ok(ready)),
+            .filter_map(|(again, ready)| future::ready(match sift(ready) {
+                Sifted::Make(ready) => Some(Ok((again, ready))),
                 Sifted::Known(entry) => Some(Err(entry)),
                 Sifted::Skip => None,
             }))
             .then(|sifted| room
-                .enter(sifted.as_ref().map_or(0, |ready| batch.bytes(ready)))
+                .enter(sifted.as_ref().map_or(0, |(_, ready)| batch.bytes(ready)))
                 .map(|place| (sifted, place)))
             .map(|(sifted, place)| match sifted {
-                Ok(ready) => future::Either::Left(on_its_own(make(Arc::clone(batch), ready, place))),
+                Ok((again, ready)) => {
+                    future::Either::Left(on_its_own(make(Arc::clone(batch), ready, again, place)))
+                }
                 Err(entry) => future::Either::Right(future::ready(written(entry))),
             })
             .buffer_unordered(rows)
@@ -143,8 +149,14 @@ async fn read<B: Batch>(batch: Arc<B>, row: B::Row) -> B::Ready {
 /// An entry, and how it is written.
 type Written<E> = (E, Line);
 
-async fn make<B: Batch>(batch: Arc<B>, ready: B::Ready, place: Place) -> Result<Written<B::Entry>, B::Error> {
-    let entry = batch.make(ready).await?;
+async fn make<B: Batch>(
+    batch: Arc<B>,
+    ready: B::Ready,
+    again: bool,
+    place: Place,
+) -> Result<Written<B::Entry>, B::Error> {
+    let made = batch.make(ready);
+    let entry = if again { afresh(made).await } else { made.await }?;
     drop(place);
     written(entry)
 }
@@ -195,6 +207,7 @@ fn kibibytes(bytes: usize) -> u32 {
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
+    use ecso::{Chat, Mllm, Sampling};
     use serde::{Deserialize, Serialize};
 
     use super::*;
@@ -301,6 +314,68 @@ mod tests {
         go(Doubling::default(), out.path(), Bounds { retry_failed: true, ..bounds }).await;
         let found = recorded(out.path());
         assert!(found.len() == 199 && found.iter().all(|double| !double.failed()));
+    }
+
+    #[test]
+    fn only_its_own_header_is_cut_off() {
+        #[derive(Serialize, Deserialize)]
+        struct Work {
+            work: String,
+        }
+
+        impl Head for Work {
+            fn differs(&self, _: &Self) -> Option<&'static str> {
+                None
+            }
+        }
+
+        let out = tempfile::tempdir().unwrap();
+        let path = out.path().join("journal.jsonl");
+        let header = Work { work: "bread".into() };
+        for theirs in [r#"{"id": 1, "query": "q"}"#, r#"{"work":"cake"#, "Knead it well.", r#"{"work":"bread"} "#] {
+            std::fs::write(&path, theirs).unwrap();
+            assert!(matches!(Journal::open(out.path(), &header), Err(JournalError::NoHeader { .. })), "{theirs}");
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), theirs);
+        }
+        for cut in ["", "{", r#"{"work":"br"#, r#"{"work":"bread"}"#] {
+            std::fs::write(&path, cut).unwrap();
+            assert!(Journal::open(out.path(), &header).is_ok(), "{cut}");
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), "{\"work\":\"bread\"}\n");
+        }
+    }
+
+    /// Asks a model, and takes no answer for good.
+    struct Unhappy(crate::Cached<ecso::testing::Scripted>);
+
+    impl Batch for Unhappy {
+        type Row = ();
+        type Ready = ();
+        type Entry = Double;
+        type Error = JournalError;
+
+        fn key(&self, (): &()) -> Key {
+            Key::of("0", "")
+        }
+
+        async fn read(&self, (): ()) {}
+
+        async fn make(&self, (): ()) -> Result<Double, JournalError> {
+            let reply = self.0.generate(&Chat::ask([], "q"), &Sampling::default()).await.unwrap();
+            Ok(Double { id: "0".into(), of: 0, error: Some(reply.text) })
+        }
+    }
+
+    #[tokio::test]
+    async fn what_failed_is_not_tried_again_with_the_replies_it_failed_by() {
+        let out = tempfile::tempdir().unwrap();
+        let (model, folder) = (ecso::testing::Scripted::texts(["first", "second"]), out.path().join("cache"));
+        let batch = Arc::new(Unhappy(crate::Cached::new(model, "m", Some(folder))));
+        let mut journal = Journal::open(out.path(), &Plain {}).unwrap();
+        let bounds = Bounds { retry_failed: true, ..Bounds::at_once(1) };
+        for said in ["first", "second"] {
+            run([()].into_iter(), &batch, &mut journal, bounds, Sifted::Make, |_, _| {}).await.unwrap();
+            assert_eq!(recorded(out.path())[0].error.as_deref(), Some(said));
+        }
     }
 
     #[test]

@@ -75,7 +75,7 @@ pub(crate) async fn description(settings: &Settings) -> anyhow::Result<Option<St
         return Ok(None);
     }
     let server = ecso_openai::OpenAi::new(&settings.model, server_options(settings)).map_err(|error| misuse(&error))?;
-    Ok(server.settled().await?.description().await)
+    Ok(server.settled().await?.description().await?)
 }
 
 /// Whether a model's name is a file's.

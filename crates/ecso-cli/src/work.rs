@@ -3,9 +3,9 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use ecso::Mllm;
-use ecso_batch::{Cached, Paced, Patience, Work};
+use ecso_batch::{Cached, Paced, Patience, Work, check_cache};
 
-use crate::{config::Settings, open};
+use crate::{UsageError, config::Settings, open};
 
 /// How long a server is waited for that turns every call away.
 const BUSY: Duration = Duration::from_hours(1);
@@ -31,6 +31,9 @@ pub(crate) struct Worker {
 impl Worker {
     /// Opens the model that the settings name; its replies are kept in `cache`, where that is a folder.
     pub(crate) async fn open(settings: &Settings, at_once: usize, cache: Option<PathBuf>) -> anyhow::Result<Self> {
+        if let Some(folder) = &cache {
+            check_cache(folder).map_err(|error| UsageError(format!("--cache {}: {error}", folder.display())))?;
+        }
         let model = open::model(settings).await?;
         // One that is away from the start is not waited for.
         model.health().await?;

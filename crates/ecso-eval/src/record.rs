@@ -55,6 +55,9 @@ pub struct Choice {
 pub struct ItemRecord {
     /// The item.
     pub id: String,
+    /// A digest of what was asked, and of what a good answer is: a changed item is run anew. Empty in journals of older versions.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub made_of: String,
     /// Its scenario.
     pub scenario: String,
     /// What it shares with related items.
@@ -107,6 +110,7 @@ impl Head for RunHeader {
             ("profile", begun.profiles != self.profiles),
             ("--max-new-tokens", begun.max_new_tokens != self.max_new_tokens),
             ("choice of items", begun.choice != self.choice),
+            ("number of items in its data", begun.items.is_some() && begun.items != self.items),
         ];
         differ.into_iter().find(|(_, differs)| *differs).map(|(what, _)| what)
     }
@@ -115,6 +119,10 @@ impl Head for RunHeader {
 impl Entry for ItemRecord {
     fn id(&self) -> &str {
         &self.id
+    }
+
+    fn made_of(&self) -> &str {
+        &self.made_of
     }
 
     fn failed(&self) -> bool {

@@ -19,8 +19,9 @@ use ecso_batch::{
 
 use crate::{
     benchmarks::Items,
-    item::{Item, Trouble},
+    item::{Item, Picture, Trouble},
     record::{Choice, ItemRecord},
+    text::cut,
 };
 
 /// What the unguarded arm is called.
@@ -121,6 +122,31 @@ pub async fn run(
     Ok(unusable.into_inner())
 }
 
+/// How many items `journal` has that are not among `items`.
+#[must_use]
+pub fn missing(items: Items, journal: &Journal) -> usize {
+    journal.len() - items.iter.filter(|item| journal.has_place(Key::of(&item.id, ""))).count()
+}
+
+/// A digest of what is asked, and of what a good answer is. Of an image in a file it knows the file's name.
+fn made_of(item: &Item) -> String {
+    let Item { id: _, scenario, cluster, earlier, query, request, images, draft, task, trouble: _ } = item;
+    let pictures = |images: &[Picture]| images.iter().map(picture).collect::<Vec<_>>();
+    let earlier: Vec<_> = earlier.iter().map(|(role, text, images)| (role, text, pictures(images))).collect();
+    let whole = (scenario, cluster, earlier, query, request, pictures(images), draft, task);
+    blake3::hash(&serde_json::to_vec(&whole).unwrap_or_default()).to_hex()[..16].to_owned()
+}
+
+/// What tells a picture from others.
+fn picture(picture: &Picture) -> (&'static str, String) {
+    match picture {
+        Picture::File(path) => ("file", path.to_string_lossy().into_owned()),
+        Picture::Bytes(bytes) => ("bytes", blake3::hash(bytes).to_string()),
+        Picture::InParquet(table, row) => ("row", format!("{row} of {}", table.display())),
+        Picture::Described(text) => ("text", text.clone()),
+    }
+}
+
 /// Answers items: unguarded, and under every profile.
 struct Answering {
     direct: Guard<Arc<dyn Mllm>>,
@@ -135,7 +161,7 @@ impl Batch for Answering {
     type Error = JournalError;
 
     fn key(&self, item: &Item) -> Key {
-        Key::of(&item.id, "")
+        Key::of(&item.id, "").made_of(&made_of(item))
     }
 
     async fn read(&self, item: Item) -> Self::Ready {
@@ -162,9 +188,10 @@ impl Batch for Answering {
             Ok(arms) => (arms, None, false),
             Err(Unanswered { why, is_filter }) => (Vec::new(), Some(why), is_filter),
         };
+        let made_of = made_of(&item);
         let Item { id, scenario, cluster, query, request, images, earlier, task, draft: _, trouble: _ } = item;
         let images = images.len() + earlier.iter().map(|(_, _, images)| images.len()).sum::<usize>();
-        Ok(ItemRecord { id, scenario, cluster, query, request, task, images, arms, error, filtered })
+        Ok(ItemRecord { id, made_of, scenario, cluster, query, request, task, images, arms, error, filtered })
     }
 }
 
@@ -204,7 +231,8 @@ impl Unanswered {
 impl From<GuardError> for Unanswered {
     fn from(error: GuardError) -> Self {
         let is_filter = matches!(&error, GuardError::Model { source: ModelError::Filtered(_), .. });
-        Self { is_filter, ..Self::because(&error) }
+        // The model's words may quote the item.
+        Self { is_filter, why: cut(chain(&error)) }
     }
 }
 

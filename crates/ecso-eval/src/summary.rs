@@ -427,6 +427,7 @@ mod tests {
         };
         ItemRecord {
             id: id.into(),
+            made_of: String::new(),
             scenario: "s".into(),
             cluster: id.into(),
             query: "q".into(),

@@ -157,9 +157,15 @@ impl OpenAi {
 
     /// What the server's list of models says of this one, as JSON: which files, which context. Another model that is served under
     /// the same name can be told by it. None where the server has no list, or says nothing.
-    pub async fn description(&self) -> Option<String> {
-        let models = self.models().await.ok()?;
-        models.iter().find(|(name, _)| *name == self.model).and_then(|(_, model)| reply::tells(model))
+    ///
+    /// # Errors
+    /// [`ModelError`] where the server could not be asked now: what it would have said is not known.
+    pub async fn description(&self) -> Result<Option<String>, ModelError> {
+        let models = match self.models().await {
+            Err(ModelError::Rejected(_) | ModelError::Filtered(_) | ModelError::Protocol(_)) => return Ok(None),
+            models => models?,
+        };
+        Ok(models.iter().find(|(name, _)| *name == self.model).and_then(|(_, model)| reply::tells(model)))
     }
 
     /// Posts a chat, in the way in which the model takes it.
@@ -211,7 +217,7 @@ impl OpenAi {
         } else {
             String::new()
         };
-        let reason = format!("{status}: {}{asked}", complaint.message);
+        let reason = format!("{status}: {}{asked}", complaint.told());
         let may_filter = matches!(status, StatusCode::BAD_REQUEST | StatusCode::FORBIDDEN);
         let error = match status {
             StatusCode::TOO_MANY_REQUESTS => ModelError::Overloaded { retry_after },

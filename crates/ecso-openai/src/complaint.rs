@@ -10,8 +10,10 @@ use crate::{
     quirks::{Quirk, Quirks},
 };
 
-/// Most characters of a server's words that are told.
+/// Most characters of a server's words that are looked at.
 const LONGEST: usize = 2000;
+/// Most of them that are told: a request may be quoted in them.
+const TOLD: usize = 200;
 
 /// What an error about log-probabilities calls them.
 const LOGPROBS: [&str; 5] = ["logprobs", "top_logprobs", "logprob", "log probabilities", "log-probabilities"];
@@ -48,7 +50,7 @@ const FILTERS: [&str; 5] = [
 pub(crate) struct Complaint {
     status: StatusCode,
     /// In its words.
-    pub(crate) message: String,
+    message: String,
     /// Its codes and types, small letters only.
     codes: Vec<String>,
     /// The request fields that it is about, where it says so.
@@ -64,7 +66,7 @@ impl Complaint {
         let object = object.get(0).unwrap_or(&object);
         let mut complaint = Self::of(status, object);
         if complaint.message.is_empty() {
-            complaint.message = text.trim().chars().take(300).collect();
+            complaint.message = start(text.trim());
         }
         complaint
     }
@@ -99,6 +101,11 @@ impl Complaint {
         }
     }
 
+    /// Its words, cut.
+    pub(crate) fn told(&self) -> String {
+        start(&self.message)
+    }
+
     /// Whether a content filter speaks.
     pub(crate) fn is_of_a_filter(&self) -> bool {
         self.codes.iter().any(|code| FILTERS.contains(&code.as_str()))
@@ -106,7 +113,7 @@ impl Complaint {
 
     /// A complaint that came with a good status: in a stream, or in the place of a reply.
     pub(crate) fn midway(&self) -> ModelError {
-        let reason = if self.message.is_empty() { "no reason given" } else { &self.message };
+        let reason = if self.message.is_empty() { "no reason given".to_owned() } else { self.told() };
         if self.is_of_a_filter() {
             return ModelError::Filtered(reason.into());
         }
@@ -188,6 +195,14 @@ impl Complaint {
         text.match_indices(field).any(|(at, _)| {
             !is_part(text[..at].chars().next_back()) && !is_part(text[at + field.len()..].chars().next())
         })
+    }
+}
+
+/// The beginning of what a server sent, as it may be told.
+pub(crate) fn start(text: &str) -> String {
+    match text.char_indices().nth(TOLD) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
     }
 }
 
@@ -345,7 +360,19 @@ mod tests {
             (r#"{"error": {"message": "wrong", "metadata": {"raw": "not so"}}}"#, "wrong: not so"),
             ("", ""),
         ] {
-            assert_eq!(Complaint::read(StatusCode::BAD_REQUEST, body.as_bytes()).message, told);
+            assert_eq!(Complaint::read(StatusCode::BAD_REQUEST, body.as_bytes()).told(), told);
+        }
+    }
+
+    #[test]
+    fn of_a_long_complaint_all_is_read_and_the_beginning_told() {
+        let words = format!("{} Unrecognized request argument supplied: seed", "bread ".repeat(50));
+        assert_eq!(quirk(400, &says(&words)), Some(Quirk::Without("seed")));
+        for body in [says(&words).to_string(), words] {
+            let complaint = Complaint::read(StatusCode::BAD_REQUEST, body.as_bytes());
+            for told in [complaint.told(), complaint.midway().to_string()] {
+                assert!(told.ends_with('…') && told.matches("bread").count() < 35, "{told}");
+            }
         }
     }
 }

@@ -5,7 +5,7 @@ use reqwest::StatusCode;
 use serde_json::Value;
 
 use crate::{
-    complaint::Complaint,
+    complaint::{Complaint, start},
     lenient,
     surrogates::{Joiner, join},
 };
@@ -13,10 +13,8 @@ use crate::{
 /// Reads a whole reply.
 pub(crate) fn whole(body: &[u8]) -> Result<Reply, ModelError> {
     let text = String::from_utf8_lossy(body);
-    let body: Value = lenient::parse(&text).map_err(|error| {
-        let start: String = text.chars().take(300).collect();
-        ModelError::Protocol(Cause::new(format!("{error} in {start}"), error))
-    })?;
+    let body: Value = lenient::parse(&text)
+        .map_err(|error| ModelError::Protocol(Cause::new(format!("{error} in {}", start(&text)), error)))?;
     let choice = &body["choices"][0];
     if !choice.is_object() {
         failure(&body)?;

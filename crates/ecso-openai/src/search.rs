@@ -34,7 +34,7 @@ impl Search {
     ) -> bool {
         if let Some(quirk) = complaint.quirk(request, limit) {
             self.quirks.insert(quirk);
-            self.found.push((quirk, complaint.message.clone()));
+            self.found.push((quirk, complaint.told()));
             // A guess brought no answer: it is not to be learned, though its wishes stay out of this one request.
             self.guessed.iter_mut().for_each(Vec::clear);
             return true;
@@ -44,7 +44,7 @@ impl Search {
             return false;
         }
         self.quirks.extend(&suspects);
-        self.guessed = Some(suspects.into_iter().map(|quirk| (quirk, complaint.message.clone())).collect());
+        self.guessed = Some(suspects.into_iter().map(|quirk| (quirk, complaint.told())).collect());
         true
     }
 

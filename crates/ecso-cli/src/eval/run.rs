@@ -5,7 +5,7 @@ use std::{num::NonZero, path::Path, time::Instant};
 use anyhow::Context;
 use ecso_batch::{Bounds, journal::Journal};
 use ecso_eval::{
-    benchmarks,
+    benchmarks::{self, Items},
     record::{Choice, RunHeader},
     run::{self, Options, Progress, Unusable},
 };
@@ -60,8 +60,11 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
         seed: args.seed,
         limit: args.limit,
     };
-    let items = benchmark.items(&data, variant.as_deref()).map_err(|error| UsageError(error.to_string()))?;
-    let items = run::chosen(items, &choice);
+    let read = || -> anyhow::Result<Items> {
+        let items = benchmark.items(&data, variant.as_deref()).map_err(|error| UsageError(error.to_string()))?;
+        Ok(run::chosen(items, &choice))
+    };
+    let items = read()?;
 
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
@@ -71,19 +74,25 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
         let header = RunHeader {
             ecso: env!("CARGO_PKG_VERSION").into(),
             benchmark: about.name.into(),
-            variant,
-            data,
+            variant: variant.clone(),
+            data: data.clone(),
             model: model.name().to_owned(),
             model_digest: worker.digest.clone(),
             server: worker.server.clone(),
             profiles: profiles.iter().map(|profile| (profile.name.clone(), profile.to_toml())).collect(),
             max_new_tokens: args.max_new_tokens,
-            choice,
+            choice: choice.clone(),
             items: items.total,
         };
         let mut journal = Journal::open(&args.out, &header)?;
         if journal.was_cut() {
             eprintln!("{}: its last line was cut off by a crash; that item is run again", args.out.display());
+        }
+        if !journal.is_empty() {
+            let missing = run::missing(read()?, &journal);
+            let out = args.out.display();
+            let told = format!("{missing} items of {out} are no longer in the data; name another --out, or delete it");
+            anyhow::ensure!(missing == 0, UsageError(told));
         }
         let options = Options {
             bounds: Bounds {
@@ -114,7 +123,8 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
             100.0 * work.busy.as_secs_f64() / wall.as_secs_f64().max(1e-9)
         );
         told(args, &unusable);
-        enough(args, &journal)?;
+        // Items that were left out count too.
+        enough(args, &journal, header.items.unwrap_or(journal.len()))?;
         eprintln!("next: ecso eval judge {}", args.out.display());
         Ok(())
     })
@@ -132,18 +142,19 @@ fn told(args: &RunArgs, unusable: &Unusable) {
     }
 }
 
-/// Tells of items that failed; an error where too few were answered for the run to be a success.
-fn enough(args: &RunArgs, journal: &Journal) -> anyhow::Result<()> {
+/// Tells of items that failed; an error where too few of `all` were answered for the run to be a success.
+fn enough(args: &RunArgs, journal: &Journal, all: usize) -> anyhow::Result<()> {
     if journal.failed() > 0 {
         eprintln!("{} items failed; the same command with --retry-failed tries them again", journal.failed());
     }
     let answered = journal.len() - journal.failed();
     anyhow::ensure!(answered > 0, "no item was answered; the journal says why: {}", args.out.display());
     #[expect(clippy::cast_precision_loss, reason = "counts of items")]
-    let coverage = answered as f64 / journal.len() as f64;
+    let coverage = answered as f64 / all as f64;
     anyhow::ensure!(
         coverage >= args.min_coverage,
-        "coverage {coverage:.3} is below {}; --retry-failed tries the failed items again",
+        "coverage {coverage:.3} is below {}: {answered} of {all} items were answered; --retry-failed tries those that failed \
+         again",
         args.min_coverage
     );
     Ok(())

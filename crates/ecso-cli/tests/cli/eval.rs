@@ -8,7 +8,10 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use wiremock::{Mock, MockServer, Request, Respond, ResponseTemplate, matchers::path};
+use wiremock::{
+    Mock, MockServer, Request, Respond, ResponseTemplate,
+    matchers::{body_string_contains, path},
+};
 
 use crate::{ecso, text};
 
@@ -198,8 +201,10 @@ async fn a_judge_that_mumbles_gives_no_verdict() {
 async fn what_failed_as_a_whole_is_no_success() {
     let home = tempfile::tempdir().unwrap();
     items(home.path(), 3);
-    let broken = MockServer::start().await;
-    Mock::given(path("/v1/chat/completions")).respond_with(ResponseTemplate::new(400)).mount(&broken).await;
+    let broken = server().await;
+    let refusal = ResponseTemplate::new(400);
+    let is_item = body_string_contains("item 10");
+    Mock::given(path("/v1/chat/completions")).and(is_item).respond_with(refusal).with_priority(1).mount(&broken).await;
     let run = |server: &str| {
         let mut command = ecso(home.path());
         command.args(run_args(home.path(), server, "run")).args(["--model-name", "m"]).assert()

@@ -3,6 +3,7 @@
 
 mod ask;
 mod eval;
+mod eval_run;
 #[cfg(feature = "pdf")]
 mod foreign;
 mod mock;

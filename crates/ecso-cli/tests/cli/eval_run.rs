@@ -1,0 +1,198 @@
+//! `ecso eval run` with servers that fail, data that changes, and folders that are not what they seem.
+
+use std::{
+    fs,
+    path::Path,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use assert_cmd::{Command, assert::Assert};
+use serde_json::{Value, json};
+use wiremock::{Mock, MockServer, Request, ResponseTemplate, matchers::path};
+
+use crate::{ecso, text};
+
+fn says(reply: &str) -> ResponseTemplate {
+    let choice = json!({"message": {"role": "assistant", "content": reply}, "finish_reason": "stop"});
+    ResponseTemplate::new(200).set_body_json(json!({"choices": [choice]}))
+}
+
+fn fails(status: u16, message: &str) -> ResponseTemplate {
+    ResponseTemplate::new(status).set_body_json(json!({"error": {"message": message}}))
+}
+
+/// A server that answers by how often it was asked before and by what it is asked, and counts that.
+async fn server(
+    answer: impl Fn(usize, &str) -> ResponseTemplate + Send + Sync + 'static,
+) -> (MockServer, Arc<AtomicUsize>) {
+    let (server, asked) = (MockServer::builder().start().await, Arc::new(AtomicUsize::new(0)));
+    let count = Arc::clone(&asked);
+    let respond = move |request: &Request| {
+        answer(count.fetch_add(1, Ordering::SeqCst), std::str::from_utf8(&request.body).unwrap())
+    };
+    Mock::given(path("/v1/chat/completions")).respond_with(respond).mount(&server).await;
+    Mock::given(path("/v1/models")).respond_with(models()).mount(&server).await;
+    (server, asked)
+}
+
+fn models() -> ResponseTemplate {
+    ResponseTemplate::new(200).set_body_json(json!({"data": [{"id": "m", "root": "bread"}]}))
+}
+
+fn items(home: &Path, rows: &[Value]) {
+    let rows: Vec<String> = rows.iter().map(Value::to_string).collect();
+    fs::write(home.join("items.jsonl"), rows.join("\n")).unwrap();
+}
+
+fn numbered(count: usize) -> Vec<Value> {
+    (0..count).map(|n| json!({"id": n, "query": format!("item {n}"), "label": "harmless"})).collect()
+}
+
+fn run(home: &Path, server: &MockServer) -> Command {
+    let mut command = ecso(home);
+    command.args(["eval", "run", "jsonl", "--model", &server.uri(), "--data"]).arg(home.join("items.jsonl"));
+    command.arg("--out").arg(home.join("run"));
+    command.envs([("ECSO__SERVER__AWAY_TIMEOUT", "5"), ("ECSO__SERVER__RETRIES", "0")]);
+    command
+}
+
+fn recorded(home: &Path) -> Vec<Value> {
+    let journal = fs::read_to_string(home.join("run/journal.jsonl")).unwrap();
+    journal.lines().skip(1).map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn told(assert: &Assert) -> String {
+    text(&assert.get_output().stderr)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_stops_answering_ends_the_run_and_fails_nothing() {
+    type Failure = fn() -> ResponseTemplate;
+    let hangs: Failure = || says("late").set_delay(Duration::from_secs(9));
+    let failures: [Failure; 3] = [|| fails(401, "the key has expired"), || fails(503, "Loading model"), hangs];
+    for failure in failures {
+        let home = tempfile::tempdir().unwrap();
+        items(home.path(), &numbered(20));
+        let (server, _) = server(move |before, _| if before < 7 { says("Bread.") } else { failure() }).await;
+        let patience = [("ECSO__SERVER__AWAY_TIMEOUT", "1"), ("ECSO__SERVER__REPLY_TIMEOUT", "2")];
+        run(home.path(), &server).envs(patience).args(["--concurrency", "2"]).assert().code(3);
+        let recorded = recorded(home.path());
+        assert!((1..20).contains(&recorded.len()), "{} items", recorded.len());
+        assert!(recorded.iter().all(|item| item["error"].is_null()), "{recorded:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_loads_its_model_is_waited_for() {
+    let home = tempfile::tempdir().unwrap();
+    items(home.path(), &numbered(20));
+    let loaded = OnceLock::new();
+    let is_loading = move |before| {
+        before >= 5 && Instant::now() < *loaded.get_or_init(|| Instant::now() + Duration::from_millis(500))
+    };
+    let answer = move |before, _: &str| if is_loading(before) { fails(503, "Loading model") } else { says("Bread.") };
+    let (server, _) = server(answer).await;
+    let output = run(home.path(), &server).assert().success();
+    assert!(told(&output).contains("20 items recorded, 0 failed"), "{}", told(&output));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_item_is_run_anew_and_a_lost_one_refused() {
+    let home = tempfile::tempdir().unwrap();
+    let mut rows = numbered(4);
+    items(home.path(), &rows);
+    let (server, asked) = server(|_, _| says("Bread.")).await;
+    let asked = || asked.swap(0, Ordering::SeqCst);
+    run(home.path(), &server).assert().success();
+    let calls = asked();
+    run(home.path(), &server).assert().success();
+    assert_eq!(asked(), 0);
+    rows[1]["query"] = "item one".into();
+    rows[2]["label"] = "harmful".into();
+    items(home.path(), &rows);
+    run(home.path(), &server).assert().success();
+    assert_eq!(asked() * 2, calls, "two of four items");
+    let (recorded, kind) = (recorded(home.path()), |item: &Value| item["task"]["kind"].clone());
+    assert_eq!(recorded.len(), 6);
+    let latest = |id: &str| recorded.iter().rfind(|item| item["id"] == id).unwrap();
+    assert_eq!((&latest("1")["query"], kind(latest("2"))), (&json!("item one"), json!("harmful")));
+
+    rows[3]["id"] = "three".into();
+    items(home.path(), &rows);
+    let output = run(home.path(), &server).assert().code(2);
+    assert!(told(&output).contains("1 items of"), "{}", told(&output));
+    items(home.path(), &rows[..3]);
+    let output = run(home.path(), &server).assert().code(2);
+    assert!(told(&output).contains("another number of items"), "{}", told(&output));
+    assert_eq!(asked(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_left_out_is_not_covered() {
+    let home = tempfile::tempdir().unwrap();
+    let mut rows = numbered(4);
+    rows[0]["image"] = "nowhere.png".into();
+    items(home.path(), &rows);
+    let (server, _) = server(|_, _| says("Bread.")).await;
+    let output = run(home.path(), &server).args(["--skip-missing", "--min-coverage", "0.8"]).assert().code(1);
+    assert!(told(&output).contains("coverage 0.750 is below 0.8: 3 of 4 items"), "{}", told(&output));
+    run(home.path(), &server).args(["--skip-missing", "--min-coverage", "0.75"]).assert().success();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_server_quotes_is_cut() {
+    let home = tempfile::tempdir().unwrap();
+    items(home.path(), &[json!({"id": 1, "query": "bread ".repeat(500)}), json!({"id": 2, "query": "cake"})]);
+    let answer = |_, sent: &str| if sent.contains("bread") { fails(400, sent) } else { says("Cake.") };
+    run(home.path(), &server(answer).await.0).assert().success();
+    let recorded = recorded(home.path());
+    let errors: Vec<&str> = recorded.iter().filter_map(|item| item["error"].as_str()).collect();
+    assert!(errors.len() == 1 && errors[0].contains("400") && errors[0].chars().count() <= 201, "{errors:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_cant_say_now_what_it_has_is_not_taken_for_another() {
+    let home = tempfile::tempdir().unwrap();
+    items(home.path(), &numbered(2));
+    let (server, _) = server(|_, _| says("Bread.")).await;
+    run(home.path(), &server).args(["--model-name", "m"]).assert().success();
+    let busy = ResponseTemplate::new(429);
+    Mock::given(path("/v1/models")).respond_with(busy).with_priority(1).mount(&server).await;
+    let output = run(home.path(), &server).args(["--model-name", "m"]).assert().code(3);
+    assert!(told(&output).contains("overloaded"), "{}", told(&output));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_judge_that_failed_is_asked_again_whatever_the_cache_has() {
+    let home = tempfile::tempdir().unwrap();
+    let answers = home.path().join("answers.jsonl");
+    fs::write(&answers, json!({"id": 1, "query": "q", "response": "Knead it."}).to_string()).unwrap();
+    let (server, _) = server(|before, _| says(if before == 0 { "Bananas." } else { "No" })).await;
+    let judge = |cache: &Path| {
+        let mut command = ecso(home.path());
+        command.args(["eval", "judge", "--model", &server.uri(), "--responses"]).arg(&answers);
+        command.arg("--out").arg(home.path().join("verdicts.jsonl")).arg("--cache").arg(cache).assert()
+    };
+    let cache = home.path().join("cache");
+    judge(&cache).code(1);
+    judge(&cache).success();
+    // A folder that is none is told before anything is asked.
+    let output = judge(&answers).code(2);
+    assert!(told(&output).contains("--cache"), "{}", told(&output));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_of_the_users_is_not_written_over() {
+    let home = tempfile::tempdir().unwrap();
+    let answers = home.path().join("answers.jsonl");
+    let theirs = json!({"id": 1, "query": "q", "response": "Knead it."}).to_string();
+    fs::write(&answers, &theirs).unwrap();
+    let mut judge = ecso(home.path());
+    judge.args(["eval", "judge", "--judge", "xstest", "--responses"]).arg(&answers).arg("--out").arg(&answers);
+    judge.assert().code(2);
+    assert_eq!(fs::read_to_string(&answers).unwrap(), theirs);
+}
