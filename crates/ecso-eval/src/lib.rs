@@ -24,5 +24,6 @@ mod standing;
 pub mod stats;
 pub mod summary;
 pub mod text;
+pub mod together;
 pub mod typographic;
 pub mod verdicts;

@@ -1,7 +1,7 @@
 //! What is judged, by whom, and what comes of it.
 
 use async_trait::async_trait;
-use ecso::Cause;
+use ecso::{Cause, without_reasoning};
 use serde::{Deserialize, Serialize};
 
 use crate::item::Task;
@@ -22,6 +22,12 @@ pub struct Case {
 }
 
 impl Case {
+    /// Whether there is an answer behind its thoughts.
+    #[must_use]
+    pub fn is_answered(&self) -> bool {
+        without_reasoning(&self.response).is_some_and(|said| !said.trim().is_empty())
+    }
+
     /// A digest of all that a judge looks at. A judgement goes with it: another answer under the same id is not judged by it.
     #[must_use]
     pub fn digest(&self) -> String {
@@ -87,9 +93,14 @@ pub trait Judge: Send + Sync {
     /// Why there is no ruling; what others wrote is cut in it.
     async fn rule(&self, case: &Case) -> Result<(Ruling, Option<f64>), Cause>;
 
-    /// The ruling as it is written down; a judge that fails is an error.
+    /// The ruling as it is written down; a judge that fails is an error, and so is an answer that is none.
     async fn judge(&self, case: &Case, arm: &str) -> Judgement {
-        let (verdict, score, error) = match self.rule(case).await {
+        let ruled = if case.is_answered() {
+            self.rule(case).await
+        } else {
+            Err("there is no answer: it is empty, or broke off in its thoughts".into())
+        };
+        let (verdict, score, error) = match ruled {
             Ok((verdict, score)) => (verdict, score, None),
             Err(cause) => (Ruling::Error, None, Some(cause.to_string())),
         };
