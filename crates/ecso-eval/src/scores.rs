@@ -144,3 +144,57 @@ fn mme(subtasks: &BTreeMap<String, BTreeMap<String, Answers>>, absent: usize) ->
     }
     figures
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(cluster: &str, task: Task) -> ItemRecord {
+        ItemRecord {
+            id: cluster.into(),
+            scenario: PERCEPTION[0].into(),
+            cluster: cluster.into(),
+            query: "q".into(),
+            request: "q".into(),
+            task,
+            images: 1,
+            arms: Vec::new(),
+            error: None,
+            filtered: false,
+        }
+    }
+
+    #[test]
+    fn what_nobody_knows_is_in_no_figure_and_widens_each() {
+        let right = Standing::Judged(true, Some(1.0));
+        let options = vec![('A', "bread".to_owned())];
+        for task in [
+            Task::YesNo { yes: true },
+            Task::Choice { answer: 'A', options },
+            Task::Graded { truth: "bread".into(), capabilities: Vec::new() },
+        ] {
+            let figures = |unknown: Option<Standing>, absent| {
+                let mut points = Points::default();
+                for (cluster, standing) in [("a", Some(right)), ("b", Some(right)), ("c", unknown)] {
+                    let record = record(cluster, task.clone());
+                    standing
+                        .into_iter()
+                        .for_each(|standing| [(), ()].iter().for_each(|()| points.add(&record, standing)));
+                }
+                points.figures(absent)
+            };
+            let known = figures(None, 0);
+            let ranges = [
+                figures(Some(Standing::Unjudged), 0),
+                figures(Some(Standing::Missing), 0),
+                figures(Some(Standing::Failed), 0),
+                figures(None, 1),
+            ];
+            assert!(!known.is_empty());
+            for (range, known) in ranges.iter().flat_map(|figures| figures.iter().zip(&known)) {
+                let (Mean { value, low, .. }, known) = (range.1, known.1);
+                assert!((value - known.value).abs() < 1e-9 && low < known.low - 1.0, "{range:?} {known:?}");
+            }
+        }
+    }
+}

@@ -96,8 +96,7 @@ fn difference(earlier: &RunHeader, header: &RunHeader) -> Option<String> {
     if model(earlier) != model(header) {
         return Some("model".into());
     }
-    let is_other = |(name, text): &&(String, String)| {
-        earlier.profiles.iter().any(|(known, other)| known == name && other != text)
-    };
+    let is_other =
+        |(name, text): &&(String, String)| earlier.profiles.iter().any(|(known, other)| known == name && other != text);
     header.profiles.iter().find(is_other).map(|(name, _)| format!("profile {}", cut(name)))
 }

@@ -115,3 +115,53 @@ pub trait Judge: Send + Sync {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use ecso::testing::Scripted;
+
+    use super::*;
+    use crate::judge::{AdvBench, Exact, Llm, XsTest};
+
+    fn case(response: &str, task: Task) -> Case {
+        let text = |text: &str| text.to_owned();
+        Case { id: text("1"), scenario: text("s"), request: text("bread?"), response: text(response), task }
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_is_none_gets_no_verdict() {
+        let says_no = Scripted::new(|_| Ok(ecso::Reply { text: "No".into(), ..ecso::Reply::default() }));
+        let judges: [(Box<dyn Judge>, Task); 4] = [
+            (Box::new(Llm::new(Arc::new(says_no), 0.5)), Task::Harmful),
+            (Box::new(AdvBench), Task::Harmful),
+            (Box::new(XsTest), Task::Harmless),
+            (Box::new(Exact), Task::YesNo { yes: true }),
+        ];
+        for (judge, task) in &judges {
+            for response in ["", " \n", "<think>The user wants bread", "<think>Bread?</think>\n"] {
+                let found = judge.judge(&case(response, task.clone()), "").await;
+                assert_eq!(found.verdict, Ruling::Error, "{} {response:?}", judge.name());
+            }
+            assert_eq!(judge.judge(&case("Yes, bread.", task.clone()), "").await.error, None, "{}", judge.name());
+        }
+    }
+
+    #[tokio::test]
+    async fn words_say_nothing_of_right_and_wrong() {
+        let options = vec![('A', "bread".to_owned())];
+        for task in [
+            Task::YesNo { yes: true },
+            Task::Choice { answer: 'A', options },
+            Task::Graded { truth: "bread".into(), capabilities: Vec::new() },
+        ] {
+            for judge in [&AdvBench as &dyn Judge, &XsTest] {
+                for response in ["It is bread.", "Sorry, no."] {
+                    let found = judge.judge(&case(response, task.clone()), "").await;
+                    assert_eq!(found.verdict, Ruling::Error, "{response} {task:?}");
+                }
+            }
+        }
+    }
+}

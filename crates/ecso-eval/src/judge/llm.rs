@@ -7,7 +7,8 @@ use std::{
 
 use async_trait::async_trait;
 use ecso::{
-    Cause, Chat, FinishReason, Mllm, Reply, Sampling, Template, bare, broke_off, harm_score, without_reasoning, yes_or_no,
+    Cause, Chat, FinishReason, Mllm, Reply, Sampling, Template, bare, broke_off, harm_score, without_reasoning,
+    yes_or_no,
 };
 use regex_lite::Regex;
 use serde::Deserialize;
@@ -344,6 +345,30 @@ mod tests {
         assert_eq!(Llm::new(Arc::new(endless), 0.5).judge(&case(truth), "").await.verdict, Ruling::Error);
         let broken = Scripted::new(|_| Err(ModelError::Protocol("x".into())));
         assert_eq!(Llm::new(Arc::new(broken), 0.5).judge(&case(Task::Harmful), "").await.verdict, Ruling::Error);
+    }
+
+    #[tokio::test]
+    async fn a_reply_that_is_none_rules_on_nothing_and_an_error_is_cut() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("judge.jsonl");
+        let prompt = r#"{"name": "llm_binary_strict", "system_prompt": "", "prompt_template": "{question} {answer}"}"#;
+        std::fs::write(&file, prompt).unwrap();
+        let reply = |text: &str, finish| Ok(Reply { text: text.into(), finish, ..Reply::default() });
+        for replied in [
+            reply("", FinishReason::Stop),
+            reply("", FinishReason::ContentFilter),
+            reply("No. [[0", FinishReason::ContentFilter),
+            Err(ModelError::Transport("bread ".repeat(500).into())),
+        ] {
+            let model = Arc::new(Scripted::new(move |_| replied.clone()));
+            let judges: [Box<dyn Judge>; 2] =
+                [Box::new(published(&file, model.clone()).unwrap()), Box::new(Llm::new(model, 0.5))];
+            for judge in judges {
+                let found = judge.judge(&case(Task::Harmful), "").await;
+                assert_eq!(found.verdict, Ruling::Error, "{}", judge.name());
+                assert!(found.error.is_some_and(|error| error.chars().count() <= 201), "{}", judge.name());
+            }
+        }
     }
 
     #[test]

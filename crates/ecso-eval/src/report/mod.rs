@@ -55,7 +55,8 @@ impl RunReport {
     fn extent(&self) -> String {
         let Summary { items, absent, .. } = self.summary;
         let all = items + absent;
-        let of = if absent > 0 { format!(" of {all}; the others were left out, or not run yet") } else { String::new() };
+        let of =
+            if absent > 0 { format!(" of {all}; the others were left out, or not run yet") } else { String::new() };
         let cut = if self.was_cut { "; a crash cut off the last one" } else { "" };
         format!("{items} items{of}{cut}")
     }
