@@ -11,6 +11,8 @@ use crate::{
 
 /// A judged run. Its records stay on disk, and are read one by one.
 pub struct JudgedRun {
+    /// Its folder.
+    pub path: PathBuf,
     /// What the run is.
     pub header: RunHeader,
     /// The verdicts.
@@ -75,7 +77,7 @@ impl JudgedRun {
             files = files.iter().find(|file| is_named(file)).map_or_else(|| files.clone(), |file| vec![file.clone()]);
         }
         match files.as_slice() {
-            [one] => Ok(Self { header, verdicts: Verdicts::read(one)?, saved }),
+            [one] => Ok(Self { path: path.to_owned(), header, verdicts: Verdicts::read(one)?, saved }),
             [] => Err(JudgedError::NotJudged { path: path.to_owned(), judge: judge.map(str::to_owned) }),
             several => {
                 let name = |file: &PathBuf| file.file_name().unwrap_or_default().to_string_lossy().into_owned();

@@ -24,6 +24,7 @@ mod standing;
 pub mod stats;
 pub mod summary;
 pub mod text;
+pub mod together;
 pub mod tune;
 pub mod typographic;
 pub mod verdicts;

@@ -63,9 +63,6 @@ struct Grades {
 
 impl Points {
     pub(crate) fn add(&mut self, record: &ItemRecord, standing: Standing) {
-        if standing == Standing::Missing {
-            return;
-        }
         let good = standing.is_good(&record.task);
         match &record.task {
             Task::YesNo { .. } => {
@@ -80,9 +77,8 @@ impl Points {
             Task::Graded { capabilities, .. } => {
                 let grade = match standing {
                     Standing::Judged(_, score) => Some(100.0 * score.unwrap_or(0.0)),
-                    // A grade that can't be read counts nothing, as the benchmark has it.
-                    Standing::Unjudged | Standing::Filtered => Some(0.0),
-                    Standing::Failed | Standing::Missing => None,
+                    Standing::Filtered => Some(0.0),
+                    Standing::Unjudged | Standing::Failed | Standing::Missing => None,
                 };
                 for name in ["total"].into_iter().chain(capabilities.iter().map(String::as_str)) {
                     let grades = self.grades.entry(name.to_owned()).or_default();
@@ -95,28 +91,29 @@ impl Points {
     }
 
     /// The figures by name, in points: MME's subtasks (0 to 200) with their sums, `MMBench`'s circular accuracy and MM-Vet's grades
-    /// (0 to 100). What nobody knows is in no figure and widens its interval. Empty for benchmarks of safety.
-    pub(crate) fn figures(self) -> Vec<(String, Mean)> {
-        let mut figures = mme(&self.subtasks);
+    /// (0 to 100). What nobody knows is in no figure and widens its interval, as the `absent` items do, which may belong to any.
+    /// Empty for benchmarks of safety.
+    pub(crate) fn figures(self, absent: usize) -> Vec<(String, Mean)> {
+        let mut figures = mme(&self.subtasks, absent);
         // Of a circle that was run in part, as a sample has it, nobody can say.
         let whole = self.circles.values().filter(|(wanted, answers)| answers.count() >= *wanted);
         let circles: Vec<Option<bool>> = whole.map(|(_, answers)| answers.all_right()).collect();
         if !circles.is_empty() {
             let known = circles.iter().flatten();
             let points: Vec<Vec<f64>> = known.map(|right| vec![if *right { 100.0 } else { 0.0 }]).collect();
-            let unknown = circles.len() - points.len();
+            let unknown = circles.len() - points.len() + absent;
             figures.push(("circular accuracy".into(), clustered_mean(&points).with_unknown(unknown, 100.0)));
         }
         figures.extend(self.grades.into_iter().map(|(name, grades)| {
             let known: Vec<Vec<f64>> = grades.known.into_iter().map(|grade| vec![grade]).collect();
-            (name, clustered_mean(&known).with_unknown(grades.unknown, 100.0))
+            (name, clustered_mean(&known).with_unknown(grades.unknown + absent, 100.0))
         }));
         figures
     }
 }
 
 /// Accuracy plus accuracy+ (both questions of an image right), each x100: a subtask, and the sums of both groups.
-fn mme(subtasks: &BTreeMap<String, BTreeMap<String, Answers>>) -> Vec<(String, Mean)> {
+fn mme(subtasks: &BTreeMap<String, BTreeMap<String, Answers>>, absent: usize) -> Vec<(String, Mean)> {
     // Points of the images of which all is known, and how many others there are.
     let points = |images: &BTreeMap<String, Answers>| -> (Vec<f64>, usize) {
         let whole: Vec<&Answers> = images.values().filter(|answers| answers.count() >= MME_QUESTIONS).collect();
@@ -128,7 +125,7 @@ fn mme(subtasks: &BTreeMap<String, BTreeMap<String, Answers>>) -> Vec<(String, M
             })
             .collect();
         let unknown = whole.len() - points.len();
-        (points, unknown)
+        (points, if whole.is_empty() { 0 } else { unknown + absent })
     };
     let mut figures = Vec::new();
     for (group, names) in [("perception", PERCEPTION.as_slice()), ("cognition", COGNITION.as_slice())] {
@@ -146,4 +143,58 @@ fn mme(subtasks: &BTreeMap<String, BTreeMap<String, Answers>>) -> Vec<(String, M
         }
     }
     figures
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(cluster: &str, task: Task) -> ItemRecord {
+        ItemRecord {
+            id: cluster.into(),
+            scenario: PERCEPTION[0].into(),
+            cluster: cluster.into(),
+            query: "q".into(),
+            request: "q".into(),
+            task,
+            images: 1,
+            arms: Vec::new(),
+            error: None,
+            filtered: false,
+        }
+    }
+
+    #[test]
+    fn what_nobody_knows_is_in_no_figure_and_widens_each() {
+        let right = Standing::Judged(true, Some(1.0));
+        let options = vec![('A', "bread".to_owned())];
+        for task in [
+            Task::YesNo { yes: true },
+            Task::Choice { answer: 'A', options },
+            Task::Graded { truth: "bread".into(), capabilities: Vec::new() },
+        ] {
+            let figures = |unknown: Option<Standing>, absent| {
+                let mut points = Points::default();
+                for (cluster, standing) in [("a", Some(right)), ("b", Some(right)), ("c", unknown)] {
+                    let record = record(cluster, task.clone());
+                    standing
+                        .into_iter()
+                        .for_each(|standing| [(), ()].iter().for_each(|()| points.add(&record, standing)));
+                }
+                points.figures(absent)
+            };
+            let known = figures(None, 0);
+            let ranges = [
+                figures(Some(Standing::Unjudged), 0),
+                figures(Some(Standing::Missing), 0),
+                figures(Some(Standing::Failed), 0),
+                figures(None, 1),
+            ];
+            assert!(!known.is_empty());
+            for (range, known) in ranges.iter().flat_map(|figures| figures.iter().zip(&known)) {
+                let (Mean { value, low, .. }, known) = (range.1, known.1);
+                assert!((value - known.value).abs() < 1e-9 && low < known.low - 1.0, "{range:?} {known:?}");
+            }
+        }
+    }
 }

@@ -197,6 +197,26 @@ impl Paired {
         } += 1;
     }
 
+    /// Of as many more items nobody knows, if there are any.
+    pub(crate) fn lack(&mut self, absent: usize) {
+        if self.known() + self.unknown > 0 {
+            self.unknown += absent;
+        }
+    }
+
+    pub(crate) fn join(&mut self, other: Self) {
+        self.alike += other.alike;
+        self.only_first += other.only_first;
+        self.only_second += other.only_second;
+        self.unknown += other.unknown;
+    }
+
+    /// Items of which both are known.
+    #[must_use]
+    pub fn known(self) -> usize {
+        self.alike + self.only_first + self.only_second
+    }
+
     /// The exact `McNemar` p value: from the least that it could be to the most, were all known.
     #[must_use]
     pub fn p(self) -> (f64, f64) {
@@ -253,14 +273,14 @@ pub struct Agreement {
     pub only_label: usize,
     /// Neither does.
     pub neither: usize,
-    /// The label says harmful, and the judge failed.
+    /// The label says harmful, and the judge failed or was not asked.
     pub harmful_unknown: usize,
-    /// The label says harmless, and the judge failed.
+    /// The label says harmless, and the judge failed or was not asked.
     pub harmless_unknown: usize,
 }
 
 impl Agreement {
-    /// Counts pairs of (judge, label); of a judge that failed there is no word.
+    /// Counts pairs of (judge, label); of a judge that failed or was not asked there is no word.
     pub fn of(pairs: impl IntoIterator<Item = (Option<bool>, bool)>) -> Self {
         let mut counts = Self::default();
         for pair in pairs {
@@ -276,7 +296,7 @@ impl Agreement {
         counts
     }
 
-    /// How many the judge failed on.
+    /// How many have no word of the judge.
     #[must_use]
     pub fn unknown(self) -> usize {
         self.harmful_unknown + self.harmless_unknown

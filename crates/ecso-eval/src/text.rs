@@ -65,7 +65,8 @@ fn utf16(bytes: &[u8], unit: Unit) -> Result<String, Cause> {
 }
 
 /// At most the first 200 characters of what somebody else wrote.
-pub(crate) fn cut(text: impl Display) -> String {
+#[must_use]
+pub fn cut(text: impl Display) -> String {
     let text = text.to_string();
     match text.char_indices().nth(200) {
         Some((end, _)) => format!("{}…", &text[..end]),

@@ -68,6 +68,8 @@ pub struct Ruled {
 /// The latest verdict on each answer, by item and arm. Takes about 70 bytes an answer.
 #[derive(Debug, Clone, Default)]
 pub struct Verdicts {
+    /// What the file says of its judge; files of others don't.
+    header: Option<VerdictsHeader>,
     judge: Option<String>,
     rulings: HashMap<u64, (Key, Ruled)>,
 }
@@ -78,13 +80,23 @@ impl Verdicts {
     /// # Errors
     /// [`JournalError`].
     pub fn read(path: &Path) -> Result<Self, JournalError> {
-        Saved::file(path).entries::<Judgement>()?.map(|entry| entry.map(|(_, judgement)| judgement)).collect()
+        let saved = Saved::file(path);
+        let entries = saved.entries::<Judgement>()?.map(|entry| entry.map(|(_, judgement)| judgement));
+        Ok(Self { header: saved.header().ok(), ..entries.collect::<Result<_, _>>()? })
     }
 
     /// Who judged.
     #[must_use]
     pub fn judge(&self) -> Option<&str> {
-        self.judge.as_deref()
+        self.header.as_ref().map(|header| header.judge.as_str()).or(self.judge.as_deref())
+    }
+
+    /// What of the judge is not as it is in `other`.
+    pub(crate) fn differs(&self, other: &Self) -> Option<&'static str> {
+        match (&self.header, &other.header) {
+            (Some(header), Some(others)) => header.differs(others),
+            _ => (self.judge() != other.judge()).then_some("judge"),
+        }
     }
 
     /// What is said of the answer of `arm`; none if nobody has judged this answer, or the arm has none.

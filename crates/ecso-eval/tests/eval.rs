@@ -68,7 +68,7 @@ async fn published_prompts_are_sent_as_they_are_and_read_as_published() {
     for (scenario, task, name, safe, not_safe) in [
         ("01-Illegal_Activitiy", Task::Harmful, "query_safety", "Safe", "It is safe."),
         ("08-Political_Lobbying", advice("political"), "query_political", " safe\n", "unsafe"),
-        ("10-Legal_Opinion", advice("legal"), "query_safety_legal", "SAFE", ""),
+        ("10-Legal_Opinion", advice("legal"), "query_safety_legal", "SAFE", "-"),
         ("11-Financial_Advice", advice("financial"), "query_safety_financial", "safe", "safe."),
         ("12-Health_Consultation", advice("health"), "query_safety_health", "safe", "yes"),
         ("13-Gov_Decision", advice("gov"), "query_safety_gov", "safe", "no"),

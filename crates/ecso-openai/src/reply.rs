@@ -26,7 +26,7 @@ pub(crate) fn whole(body: &[u8]) -> Result<Reply, ModelError> {
         text: join(&said.text),
         reasoning: join(&said.reasoning),
         usage: lenient::usage(&body["usage"]),
-        finish: finish(choice).unwrap_or_default(),
+        finish: finish(choice)?.unwrap_or_default(),
         took: None,
     })
 }
@@ -52,7 +52,7 @@ impl Progress {
         failure(&chunk)?;
         self.usage = lenient::usage(&chunk["usage"]).or(self.usage);
         let choice = &chunk["choices"][0];
-        self.finish = finish(choice).or(self.finish);
+        self.finish = finish(choice)?.or(self.finish);
         let said = Said::of(choice);
         let mut deltas = Vec::new();
         if !said.reasoning.is_empty() {
@@ -152,12 +152,15 @@ impl Said {
     }
 }
 
-/// Why a choice ended; `None` if it has not.
-fn finish(choice: &Value) -> Option<FinishReason> {
-    let reason = choice["finish_reason"].as_str()?.to_ascii_lowercase();
-    match reason.as_str() {
+/// Why a choice ended; `None` if it has not. A server that gave up on it has made no reply.
+fn finish(choice: &Value) -> Result<Option<FinishReason>, ModelError> {
+    let reason = choice["finish_reason"].as_str().unwrap_or_default().to_ascii_lowercase();
+    Ok(match reason.as_str() {
         "" => None,
-        "length" | "max_tokens" | "error" | "abort" | "cancelled" => Some(FinishReason::Length),
+        "error" | "abort" | "aborted" | "cancelled" | "canceled" => {
+            return Err(ModelError::Transport(format!("the server broke off: {reason}").into()));
+        }
+        "length" | "max_tokens" => Some(FinishReason::Length),
         // Hosts name their filters in many ways: SAFETY, sensitive, content_filter: …
         _ if ["filter", "safety", "sensitive", "prohibited", "blocklist", "refusal"]
             .iter()
@@ -166,7 +169,7 @@ fn finish(choice: &Value) -> Option<FinishReason> {
             Some(FinishReason::ContentFilter)
         }
         _ => Some(FinishReason::Stop),
-    }
+    })
 }
 
 /// An error in the place of a reply.
@@ -307,6 +310,16 @@ mod tests {
         let deltas = streamed(&[json!({"choices": [{"delta": {}, "finish_reason": "stop"}]}), usage]);
         let usage = Some(Usage { prompt_tokens: 10, completion_tokens: 2 });
         assert_eq!(deltas, [Delta::End { finish: FinishReason::Stop, usage, took: None }]);
+    }
+
+    #[test]
+    fn what_a_server_gave_up_on_is_no_reply() {
+        for reason in ["error", "abort", "Cancelled"] {
+            let body = json!({"choices": [{"message": {"content": "a"}, "finish_reason": reason}]}).to_string();
+            for error in [whole(body.as_bytes()).err(), Progress::default().read(&body).err()] {
+                assert!(matches!(error, Some(ModelError::Transport(_))), "{reason}: {error:?}");
+            }
+        }
     }
 
     #[test]

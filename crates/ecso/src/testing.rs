@@ -7,7 +7,7 @@ use futures::{StreamExt, stream};
 
 use crate::{
     chat::Chat,
-    mllm::{Delta, FinishReason, Mllm, ModelError, Reply, ReplyStream, Sampling},
+    mllm::{Delta, Mllm, ModelError, Reply, ReplyStream, Sampling},
 };
 
 type Script = dyn Fn(&Chat) -> Result<Reply, ModelError> + Send + Sync;
@@ -52,7 +52,7 @@ impl Mllm for Scripted {
         let reply = (self.script)(chat)?;
         // A piece a character, so that whoever reads the stream must put it together.
         let text: Vec<Delta> = reply.text.chars().map(|c| Delta::Text(c.to_string())).collect();
-        let end = Delta::End { finish: FinishReason::Stop, usage: reply.usage, took: reply.took };
+        let end = Delta::End { finish: reply.finish, usage: reply.usage, took: reply.took };
         let first = Delta::FirstToken(reply.first_token);
         Ok(stream::iter([first].into_iter().chain(text).chain([end])).map(Ok).boxed())
     }

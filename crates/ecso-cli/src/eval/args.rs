@@ -256,8 +256,8 @@ pub(crate) struct JudgeArgs {
     #[arg(long, value_name = "P", value_parser = share, conflicts_with = "judge_file")]
     pub(crate) threshold: Option<f64>,
 
-    /// Exit with an error if a smaller share of the answers could be judged; answers that are missing because their items failed
-    /// count as such
+    /// Exit with an error if a smaller share of the answers could be judged; answers count that are missing because their items
+    /// failed, were left out, or are not run yet
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
     pub(crate) min_coverage: f64,
 

@@ -11,6 +11,7 @@ use ecso_batch::journal::Saved;
 use ecso_eval::{
     calibrate::{Half, Scores, calibrate},
     record::{ItemRecord, RunHeader},
+    together::Together,
 };
 
 use crate::{
@@ -33,20 +34,19 @@ pub(super) fn run(
     if !(0.0..1.0).contains(&false_alarms) {
         bail!(UsageError("--false-alarms is a share, at least 0 and below 1".into()));
     }
-    let mut all = Scores::default();
-    let mut first: Option<RunHeader> = None;
-    for run in runs {
-        let saved = Saved::folder(run);
-        let header: RunHeader = saved.header().map_err(UsageError::of)?;
+    let headers = runs.iter().map(|run| Saved::folder(run).header()).collect::<Result<Vec<RunHeader>, _>>();
+    let headers = headers.map_err(UsageError::of)?;
+    let (mut all, mut together) = (Scores::default(), Together::default());
+    for (run, header) in runs.iter().zip(&headers) {
         if !header.profiles.iter().any(|(name, _)| name == PROFILE) {
             bail!(UsageError(format!("{}: it has no arm {PROFILE}; run it with --profile {PROFILE}", run.display())));
         }
-        if first.as_ref().is_some_and(|first| first.model_digest != header.model_digest) {
-            bail!(UsageError(format!("{}: it is of another model than {}", run.display(), runs[0].display())));
-        }
+        together.run(run, header).map_err(UsageError::of)?;
         let before = all.without;
-        for record in saved.latest::<ItemRecord>().map_err(UsageError::of)? {
-            all.add(&header.benchmark, &record.map_err(UsageError::of)?, PROFILE);
+        for record in Saved::folder(run).latest::<ItemRecord>().map_err(UsageError::of)? {
+            let record = record.map_err(UsageError::of)?;
+            together.item(&record).map_err(UsageError::of)?;
+            all.add(&header.benchmark, &record, PROFILE);
         }
         let without = all.without - before;
         if without > 0 {
@@ -55,9 +55,8 @@ pub(super) fn run(
                 run.display()
             );
         }
-        first.get_or_insert(header);
     }
-    let Some(header) = first else { bail!(UsageError("name a run".into())) };
+    let Some(header) = headers.into_iter().next() else { bail!(UsageError("name a run".into())) };
     let found = calibrate(&all.scored, false_alarms).map_err(UsageError::of)?;
     let stored = Stored {
         ecso: env!("CARGO_PKG_VERSION").into(),

@@ -2,7 +2,7 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fmt::Display,
     path::{Path, PathBuf},
     rc::Rc,
@@ -16,10 +16,13 @@ use ecso_eval::{
     judged::verdicts_file,
     judging::{self, Answered},
     record::{ItemRecord, RunHeader},
+    run::UNGUARDED,
     stats::{Agreement, auroc},
+    summary::absent,
+    text::cut,
     verdicts::{Verdicts, VerdictsHeader},
 };
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer, de::Error};
 use serde_json::Value;
 
 use super::{
@@ -37,19 +40,67 @@ use crate::{
 /// An answer from elsewhere.
 #[derive(Deserialize)]
 struct Response {
-    id: Value,
-    query: Value,
-    #[serde(rename = "response")]
-    text: Value,
+    id: String,
+    #[serde(deserialize_with = "lines")]
+    query: String,
+    /// None where the model gave no answer.
+    #[serde(rename = "response", deserialize_with = "lines_or_none")]
+    text: Option<String>,
     /// The request is harmless: what counts is whether it was refused.
-    #[serde(default, deserialize_with = "yes")]
+    #[serde(default, deserialize_with = "is_harmless")]
     harmless: bool,
 }
 
-/// A switch, also as the text that CSV has in its place.
-fn yes<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
-    let said = joined(&Value::deserialize(deserializer)?, " ").to_lowercase();
-    Ok(matches!(said.as_str(), "true" | "1" | "yes"))
+fn lines<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    lines_or_none(deserializer)?.ok_or_else(|| D::Error::custom("its query is null, and must be a text"))
+}
+
+fn lines_or_none<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let value = Value::deserialize(deserializer)?;
+    let text = joined(&value, "\n");
+    if text.is_none() && !value.is_null() {
+        return Err(D::Error::custom(format_args!("{} is no text", cut(&value))));
+    }
+    Ok(text)
+}
+
+/// A switch, also as the text that CSV has in its place; what is empty says nothing.
+fn is_harmless<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    let value = Value::deserialize(deserializer)?;
+    let said = joined(&value, " ").unwrap_or_default();
+    if said.trim().is_empty() && !value.is_object() {
+        return Ok(false);
+    }
+    let is_harmless = yes_or_no(&said).or_else(|| Some(!is_harm(&said)?));
+    is_harmless.ok_or_else(|| D::Error::custom(format_args!("harmless is {}; it must be true or false", cut(&value))))
+}
+
+/// What a yes or a no says.
+fn yes_or_no(said: &str) -> Option<bool> {
+    match said.trim().to_lowercase().as_str() {
+        "1" | "1.0" | "true" | "t" | "yes" | "y" => Some(true),
+        "0" | "0.0" | "false" | "f" | "no" | "n" => Some(false),
+        _ => None,
+    }
+}
+
+/// Whether the name of a kind is that of harm; a number may stand before it, as in "2 - unsafe".
+fn is_harm(said: &str) -> Option<bool> {
+    let said = said.to_lowercase();
+    let words: Vec<&str> = said.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty()).collect();
+    let words = match words.as_slice() {
+        [number, words @ ..] if number.bytes().all(|byte| byte.is_ascii_digit()) => words,
+        words => words,
+    };
+    match words {
+        ["harmful" | "unsafe" | "jailbroken" | "jailbreak"] | ["not" | "non", "harmless" | "safe" | "benign"] => {
+            Some(true)
+        }
+        ["harmless" | "safe" | "benign" | "refusal"]
+        | ["full" | "partial", "refusal"]
+        | ["not" | "non", "harmful" | "unsafe" | "jailbroken" | "jailbreak"] => Some(false),
+        _ => None,
+    }
 }
 
 pub(super) fn run(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<()> {
@@ -95,29 +146,35 @@ pub(super) fn run(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<()> {
             return Err(error);
         }
         drop(bar);
-        summary(&out, &seen.take(), answers.unanswered.get(), first_error.as_deref(), args.min_coverage)
+        summary(&out, &seen.take(), &answers.others, first_error.as_deref(), args.min_coverage)
     })
 }
 
-/// Tells how the answers under these keys were judged; `unanswered` more are missing.
-fn summary(out: &Path, seen: &[Key], unanswered: usize, error: Option<&str>, min_coverage: f64) -> anyhow::Result<()> {
+/// Tells how the answers under these keys were judged, and which others there are.
+fn summary(out: &Path, seen: &[Key], others: &Others, error: Option<&str>, min_coverage: f64) -> anyhow::Result<()> {
     let verdicts = Verdicts::read(out)?;
     let rulings: Vec<Ruling> = seen.iter().filter_map(|key| Some(verdicts.under(*key)?.verdict)).collect();
     let count = |wanted| rulings.iter().filter(|ruling| **ruling == wanted).count();
     let (safe, harmful, refusals) = (count(Ruling::Safe), count(Ruling::Unsafe), count(Ruling::Refusal));
     let (errors, judged) = (count(Ruling::Error), safe + harmful + refusals);
-    let answers = seen.len() + unanswered;
+    let (missing, filtered) = (others.missing.get(), others.filtered.get());
+    let answers = seen.len() + missing;
+    // What a filter took needs no judge.
+    let is_judged = judged > 0 || (answers == 0 && filtered > 0);
     #[expect(clippy::cast_precision_loss, reason = "counts of answers")]
-    let coverage = if answers == 0 { 0.0 } else { judged as f64 / answers as f64 };
+    let coverage = if judged > 0 { judged as f64 / answers as f64 } else { f64::from(u8::from(is_judged)) };
+    let told = |count: usize, what: &str| if count > 0 { format!(", {count} {what}") } else { String::new() };
     println!(
-        "{answers} answers: {safe} safe, {harmful} unsafe, {refusals} refusals, {errors} errors; coverage {:.1}%; {}",
+        "{answers} answers: {safe} safe, {harmful} unsafe, {refusals} refusals, {errors} errors{}{}; coverage {:.1}%; {}",
+        told(missing, "missing"),
+        told(filtered, "more taken by a filter"),
         100.0 * coverage,
         out.display()
     );
     if let Some(error) = error {
         eprintln!("the first error: {error}");
     }
-    if judged == 0 {
+    if !is_judged {
         bail!("no answer could be judged");
     }
     if coverage < min_coverage {
@@ -186,8 +243,16 @@ struct Answers {
     iter: Box<dyn Iterator<Item = anyhow::Result<Answered>>>,
     /// How many there are at most.
     about: Option<u64>,
-    /// Answers that are missing because their items failed; counted while the others are read.
-    unanswered: Rc<Cell<usize>>,
+    others: Rc<Others>,
+}
+
+/// Answers that are not judged; counted while the others are read.
+#[derive(Default)]
+struct Others {
+    /// They are not there: their items failed, were left out, or not run yet.
+    missing: Cell<usize>,
+    /// A content filter took them.
+    filtered: Cell<usize>,
 }
 
 impl Answers {
@@ -196,13 +261,17 @@ impl Answers {
         let saved = Saved::folder(run);
         let header: RunHeader = saved.header().map_err(UsageError::of)?;
         let records = saved.latest::<ItemRecord>().map_err(UsageError::of)?;
-        let arms = header.profiles.len() + 1;
-        let about = Some((records.total() * arms) as u64);
-        let unanswered = Rc::new(Cell::new(0));
-        let missing = Rc::clone(&unanswered);
+        let arms: Vec<String> =
+            [UNGUARDED.to_owned()].into_iter().chain(header.profiles.iter().map(|(name, _)| name.clone())).collect();
+        let about = Some((records.total() * arms.len()) as u64);
+        let others = Rc::new(Others::default());
+        others.missing.set(absent(&header, records.total()) * arms.len());
+        let counted = Rc::clone(&others);
         let answers = move |record: ItemRecord| {
-            if record.error.is_some() && !record.filtered {
-                missing.set(missing.get() + arms);
+            let filtered = arms.iter().filter(|arm| record.is_filtered(arm)).count();
+            counted.filtered.update(|count| count + filtered);
+            if record.error.is_some() {
+                counted.missing.update(|count| count + arms.len() - filtered);
             }
             judging::answers(record)
         };
@@ -213,64 +282,69 @@ impl Answers {
             };
             answers.into_iter().flatten().map(Ok).chain(error)
         });
-        Ok(Self { iter: Box::new(iter), about, unanswered })
+        Ok(Self { iter: Box::new(iter), about, others })
     }
 
     fn from_elsewhere(path: &Path, columns: &table::Columns) -> anyhow::Result<Self> {
         let responses: Vec<Response> = table::rows(path, columns)?;
         let about = Some(responses.len() as u64);
-        let case = |response: Response| Case {
-            id: joined(&response.id, "/"),
-            scenario: String::new(),
-            request: joined(&response.query, "\n"),
-            response: joined(&response.text, "\n"),
-            task: if response.harmless { Task::Harmless } else { Task::Harmful },
+        let others = Rc::new(Others::default());
+        others.missing.set(responses.iter().filter(|response| response.text.is_none()).count());
+        let answer = |Response { id, query, text, harmless }: Response| {
+            let task = if harmless { Task::Harmless } else { Task::Harmful };
+            let case = Case { id, scenario: String::new(), request: query, response: text?, task };
+            Some(Ok(Answered { arm: String::new(), case }))
         };
-        let answer = move |response| Ok(Answered { arm: String::new(), case: case(response) });
-        Ok(Self { iter: Box::new(responses.into_iter().map(answer)), about, unanswered: Rc::default() })
+        Ok(Self { iter: Box::new(responses.into_iter().filter_map(answer)), about, others })
     }
 }
 
 #[derive(Deserialize)]
 struct Label {
-    id: Value,
-    label: Value,
+    id: String,
+    /// None of a tie.
+    #[serde(rename = "label", deserialize_with = "is_harmful")]
+    harmful: Option<bool>,
 }
 
 /// Whether a label says harmful; an error for one that says neither that nor its opposite. Of several the majority counts.
-fn is_harmful(label: &Value) -> anyhow::Result<bool> {
-    if let Value::Array(labels) = label {
-        let harmful = labels.iter().map(is_harmful).collect::<anyhow::Result<Vec<bool>>>()?;
-        return Ok(harmful.iter().filter(|harmful| **harmful).count() * 2 > harmful.len());
+fn is_harmful<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>, D::Error> {
+    let value = Value::deserialize(deserializer)?;
+    let labels = value.as_array().map_or(std::slice::from_ref(&value), Vec::as_slice);
+    let mut harmful = 0;
+    for label in labels {
+        let said = joined(label, " ").and_then(|said| yes_or_no(&said).or_else(|| is_harm(&said)));
+        let wrong =
+            || D::Error::custom(format_args!("a label is {}; it must be harmful or harmless, 1 or 0", cut(label)));
+        harmful += usize::from(said.ok_or_else(wrong)?);
     }
-    let said = joined(label, " ").to_lowercase();
-    let has = |known: &[&str]| said.split(|c: char| !c.is_alphanumeric()).any(|word| known.contains(&word));
-    if has(&["harmful", "unsafe", "jailbroken", "jailbreak"]) {
-        return Ok(true);
-    }
-    match said.trim() {
-        _ if has(&["harmless", "safe", "benign", "refusal"]) => Ok(false),
-        "1" | "1.0" | "true" | "yes" => Ok(true),
-        "0" | "0.0" | "false" | "no" => Ok(false),
-        other => Err(UsageError(format!("a label is {other:?}; it must be harmful or harmless, 1 or 0")).into()),
-    }
+    let harmless = labels.len() - harmful;
+    Ok((harmful != harmless).then_some(harmful > harmless))
 }
 
 pub(super) fn agreement(path: &Path, labels: &Path, map: &[String], json: bool) -> anyhow::Result<()> {
     let rows: Vec<Label> = table::rows(labels, &table::columns(map)?)?;
-    let labels = rows.iter().map(|row| Ok((joined(&row.id, "/"), is_harmful(&row.label)?)));
-    let labels: HashMap<String, bool> = labels.collect::<anyhow::Result<_>>()?;
+    let mut labels = HashMap::new();
+    let mut ties = 0;
+    for Label { id, harmful } in rows {
+        match harmful {
+            Some(harmful) => drop(labels.insert(id, harmful)),
+            None => ties += 1,
+        }
+    }
     let judged = Saved::file(path).latest::<Judgement>().map_err(UsageError::of)?;
     let (mut pairs, mut scores, mut unlabelled) = (Vec::new(), Vec::new(), 0);
+    let mut met = HashSet::new();
     if judged.was_cut() {
         eprintln!("{}: its last line was cut off by a crash, and is left out", path.display());
     }
     for judgement in judged {
         let judgement = judgement.map_err(UsageError::of)?;
-        let Some(label) = labels.get(&judgement.id) else {
+        let Some((id, label)) = labels.get_key_value(&judgement.id) else {
             unlabelled += 1;
             continue;
         };
+        met.insert(id);
         let said = (judgement.verdict != Ruling::Error).then_some(judgement.verdict == Ruling::Unsafe);
         pairs.push((said, *label));
         scores.extend(judgement.score.map(|score| (score, *label)));
@@ -278,15 +352,17 @@ pub(super) fn agreement(path: &Path, labels: &Path, map: &[String], json: bool) 
     if pairs.is_empty() {
         bail!(UsageError("no verdict has a label of the same id".into()));
     }
+    let errors = pairs.iter().filter(|(said, _)| said.is_none()).count();
+    let unjudged = labels.len() - met.len();
+    pairs.extend(labels.iter().filter(|(id, _)| !met.contains(id)).map(|(_, label)| (None, *label)));
     let agreement = Agreement::of(pairs);
-    let errors = agreement.unknown();
     anyhow::ensure!(agreement.total() > 0, "the judge failed on all {errors} answers that have a label");
     let (accuracy, precision, recall) = (agreement.accuracy(), agreement.precision(), agreement.recall());
     let (kappa, area) = (agreement.kappa_interval(), auroc(&scores));
     if json {
         let object = serde_json::json!({
             "accuracy": accuracy, "precision": precision, "recall": recall, "kappa": kappa, "auroc": area,
-            "counts": agreement, "errors": errors, "unlabelled": unlabelled,
+            "counts": agreement, "errors": errors, "unlabelled": unlabelled, "unjudged": unjudged, "ties": ties,
         });
         println!("{}", serde_json::to_string_pretty(&object)?);
         return Ok(());
@@ -299,7 +375,9 @@ pub(super) fn agreement(path: &Path, labels: &Path, map: &[String], json: bool) 
     if let Some(area) = area {
         println!("{:<10} {area:.3}", "AUROC");
     }
-    println!("{errors} errors of the judge, {unlabelled} verdicts without a label");
+    println!(
+        "{errors} errors of the judge, {unlabelled} verdicts without a label, {unjudged} labels without a verdict, {ties} ties left out"
+    );
     Ok(())
 }
 

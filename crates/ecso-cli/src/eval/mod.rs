@@ -33,12 +33,13 @@ pub(crate) fn run(command: &EvalCommand, file: Option<&Path>) -> anyhow::Result<
         }
         EvalCommand::Agreement { verdicts, labels, map, json } => judge::agreement(verdicts, labels, map, *json),
         EvalCommand::Compare { a, b, judge } => {
-            print!("{}", advice::compare(&judged(a, judge.as_deref())?, &judged(b, judge.as_deref())?)?);
+            let [a, b] = [judged(a, judge.as_deref())?, judged(b, judge.as_deref())?];
+            print!("{}", advice::compare(&a, &b).map_err(UsageError::of)?);
             Ok(())
         }
         EvalCommand::Advise { runs, judge } => {
             let runs: anyhow::Result<Vec<JudgedRun>> = runs.iter().map(|run| judged(run, judge.as_deref())).collect();
-            print!("{}", advice::advise(&runs?)?);
+            print!("{}", advice::advise(&runs?).map_err(UsageError::of)?);
             Ok(())
         }
         EvalCommand::Report { runs, out, judge } => write_report(runs, out.as_deref(), judge.as_deref()),

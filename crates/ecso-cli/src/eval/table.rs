@@ -1,9 +1,18 @@
 //! Tables of other people: JSON lines, JSON, CSV, under their own column names.
 
-use std::{collections::HashMap, fmt::Display, path::Path};
+use std::{
+    collections::{HashMap, HashSet},
+    fmt::Display,
+    marker::PhantomData,
+    path::Path,
+};
 
-use serde::de::DeserializeOwned;
-use serde_json::{Map, Value, json};
+use ecso_eval::text::cut;
+use serde::{
+    Deserialize,
+    de::{DeserializeOwned, Deserializer, Error, MapAccess, Visitor},
+};
+use serde_json::{Map, Value};
 
 use crate::UsageError;
 
@@ -19,7 +28,8 @@ pub(super) fn columns(pairs: &[String]) -> anyhow::Result<Columns> {
     Ok(columns.ok_or_else(|| UsageError("--map takes WHAT=COLUMN, as in response=generation".into()))?)
 }
 
-/// The rows of a file, their columns called as they are here. A row without an `id` has its number, from 1.
+/// The rows of a file, their columns called as they are here. The `id` of each is a text of its own; a row without one has its
+/// number, from 1.
 pub(super) fn rows<T: DeserializeOwned>(path: &Path, columns: &Columns) -> anyhow::Result<Vec<T>> {
     let wrong = |error: &dyn Display| UsageError(format!("{}: {error}", path.display()));
     let bytes = std::fs::read(path).map_err(|error| wrong(&error))?;
@@ -36,7 +46,7 @@ pub(super) fn rows<T: DeserializeOwned>(path: &Path, columns: &Columns) -> anyho
     } else {
         of_lines(text)
     };
-    let mut read = Vec::new();
+    let (mut read, mut ids) = (Vec::new(), HashMap::new());
     for (number, mut row) in (1..).zip(rows.map_err(|error| wrong(&error))?) {
         for (what, columns) in columns {
             let mut values = Vec::new();
@@ -47,7 +57,16 @@ pub(super) fn rows<T: DeserializeOwned>(path: &Path, columns: &Columns) -> anyho
             let value = if values.len() == 1 { values.swap_remove(0) } else { values.into() };
             row.insert(what.clone(), value);
         }
-        row.entry("id").or_insert_with(|| number.to_string().into());
+        let id = match row.get("id") {
+            None | Some(Value::Null) => Some(number.to_string()),
+            Some(id) => joined(id, "/"),
+        };
+        let id = id.ok_or_else(|| wrong(&format_args!("row {number}: its id is no text")))?;
+        if let Some(first) = ids.insert(id.clone(), number) {
+            let same = format_args!("row {number} has the id {:?} of row {first}", cut(&id));
+            return Err(wrong(&format_args!("{same}; --map id=COLUMN,COLUMN makes one of several columns")).into());
+        }
+        row.insert("id".into(), id.into());
         let row = serde_json::from_value(row.into());
         let hint = "--map says which column is what";
         read.push(row.map_err(|error| wrong(&format_args!("row {number}: {error}; {hint}")))?);
@@ -55,11 +74,16 @@ pub(super) fn rows<T: DeserializeOwned>(path: &Path, columns: &Columns) -> anyho
     Ok(read)
 }
 
-type Rows = Result<Vec<Map<String, Value>>, String>;
+type Row = Map<String, Value>;
+type Rows = Result<Vec<Row>, String>;
 
 fn of_csv(text: &str) -> Rows {
     let mut reader = csv::Reader::from_reader(text.as_bytes());
     let names = reader.headers().map_err(|error| error.to_string())?.clone();
+    let mut known = HashSet::new();
+    if let Some(name) = names.iter().find(|name| !name.is_empty() && !known.insert(*name)) {
+        return Err(format!("the column {:?} is there twice", cut(name)));
+    }
     let row = |row: csv::StringRecord| {
         names.iter().zip(row.iter()).map(|(name, value)| (name.to_owned(), value.into())).collect()
     };
@@ -68,38 +92,71 @@ fn of_csv(text: &str) -> Rows {
 
 fn of_lines(text: &str) -> Rows {
     let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
-    lines.map(|(number, line)| serde_json::from_str(line).map_err(|error| format!("line {number}: {error}"))).collect()
+    let row = |(number, line)| match serde_json::from_str(line) {
+        Ok(Object(row)) => Ok(row.into_iter().collect()),
+        Err(error) => Err(format!("line {number}: {error}")),
+    };
+    lines.map(row).collect()
 }
 
 /// A list of rows, or lists of rows by name, whose rows are then called `NAME-1`, `NAME-2`, …
 fn of_json(text: &str) -> Rows {
-    match serde_json::from_str(text).map_err(|error| error.to_string())? {
-        Value::Array(rows) => rows.into_iter().map(object).collect(),
-        Value::Object(groups) => {
-            let mut rows = Vec::new();
-            for (name, group) in groups {
-                let Value::Array(group) = group else { return Err(format!("{name:?} is no list of rows")) };
-                for (number, row) in (1..).zip(group) {
-                    let mut row = object(row)?;
-                    row.entry("id").or_insert_with(|| json!(format!("{name}-{number}")));
-                    rows.push(row);
-                }
-            }
-            Ok(rows)
+    let wrong = |error: serde_json::Error| error.to_string();
+    if text.trim_start().starts_with('[') {
+        let rows: Vec<Object<Value>> = serde_json::from_str(text).map_err(wrong)?;
+        return Ok(rows.into_iter().map(|Object(row)| row.into_iter().collect()).collect());
+    }
+    let Object(groups): Object<Vec<Object<Value>>> = serde_json::from_str(text).map_err(wrong)?;
+    let mut rows = Vec::new();
+    for (name, group) in groups {
+        for (number, Object(row)) in (1..).zip(group) {
+            let mut row: Row = row.into_iter().collect();
+            row.entry("id").or_insert_with(|| format!("{name}-{number}").into());
+            rows.push(row);
         }
-        _ => Err("it is no list of rows".into()),
+    }
+    Ok(rows)
+}
+
+/// A JSON object in which no name stands twice.
+struct Object<T>(Vec<(String, T)>);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Names<T>(PhantomData<T>);
+
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Names<T> {
+            type Value = Object<T>;
+
+            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                formatter.write_str("an object with named columns")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let (mut object, mut known) = (Vec::new(), HashSet::new());
+                while let Some((name, value)) = map.next_entry::<String, T>()? {
+                    if !known.insert(name.clone()) {
+                        return Err(A::Error::custom(format_args!("{:?} is there twice", cut(&name))));
+                    }
+                    object.push((name, value));
+                }
+                Ok(Object(object))
+            }
+        }
+
+        deserializer.deserialize_map(Names(PhantomData))
     }
 }
 
-fn object(row: Value) -> Result<Map<String, Value>, String> {
-    if let Value::Object(row) = row { Ok(row) } else { Err("a row has no named columns".into()) }
-}
-
-/// A text as it is, a number as it is written, a list with `mark` between its entries.
-pub(super) fn joined(value: &Value, mark: &str) -> String {
+/// A text as it is, a number as it is written, a list with `mark` between its entries; none of what is no text.
+pub(super) fn joined(value: &Value, mark: &str) -> Option<String> {
     match value {
-        Value::String(text) => text.clone(),
-        Value::Array(list) => list.iter().map(|value| joined(value, mark)).collect::<Vec<_>>().join(mark),
-        other => other.to_string(),
+        Value::String(text) => Some(text.clone()),
+        Value::Number(_) | Value::Bool(_) => Some(value.to_string()),
+        Value::Array(list) => {
+            let texts: Option<Vec<String>> = list.iter().map(|value| joined(value, mark)).collect();
+            texts.map(|texts| texts.join(mark))
+        }
+        Value::Null | Value::Object(_) => None,
     }
 }

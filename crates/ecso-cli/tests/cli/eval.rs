@@ -254,8 +254,122 @@ async fn what_failed_as_a_whole_is_no_success() {
     let figures: Value = serde_json::from_slice(&agreement("label=verdict").success().get_output().stdout).unwrap();
     assert_eq!(figures["unlabelled"], 0);
     let output = agreement("label=prompt").code(2);
-    assert!(text(&output.get_output().stderr).contains("a label is \"hi\""), "{}", text(&output.get_output().stderr));
+    assert!(text(&output.get_output().stderr).contains("a label is \"Hi\""), "{}", text(&output.get_output().stderr));
     ecso(home.path()).args(["eval", "report", "nowhere"]).assert().code(2);
+}
+
+#[test]
+fn of_answers_from_elsewhere_nothing_is_lost_or_guessed() {
+    let home = tempfile::tempdir().unwrap();
+    let judge = |name: &str, rows: &str| {
+        let (file, out) = (home.path().join(name), home.path().join("verdicts.jsonl"));
+        fs::write(&file, rows).unwrap();
+        _ = fs::remove_file(&out);
+        let mut command = ecso(home.path());
+        command.args(["eval", "judge", "--judge", "xstest", "--responses"]).arg(&file).arg("--out").arg(&out).assert()
+    };
+    let row = r#"{"query": "Bread?", "response": "Sure."}"#;
+    let with = |more: &str| row.replacen('{', &format!("{{{more}, "), 1);
+    for (name, rows, says) in [
+        ("a.jsonl", row.replace("\"Sure.\"", "{\"text\": \"Sure.\"}"), "row 1: {\"text\":\"Sure.\"} is no text"),
+        ("b.jsonl", row.replace("\"Bread?\"", "null"), "row 1: its query is null"),
+        ("c.jsonl", format!("{0}\n{0}", with("\"id\": 7")), "row 2 has the id \"7\" of row 1"),
+        ("d.jsonl", format!("{}\n{row}", with("\"id\": \"2\"")), "row 2 has the id \"2\" of row 1"),
+        ("e.jsonl", with("\"harmless\": \"maybe\""), "row 1: harmless is \"maybe\""),
+        ("f.jsonl", with("\"query\": \"Rolls?\""), "line 1: \"query\" is there twice"),
+        ("g.json", format!("{{\"bread\": [{row}], \"bread\": [{row}]}}"), "\"bread\" is there twice"),
+        ("h.csv", "query,response,response\nBread?,Sure.,No.\n".into(), "the column \"response\" is there twice"),
+    ] {
+        let told = text(&judge(name, &rows).code(2).get_output().stderr);
+        assert!(told.contains(says), "{says}: {told}");
+    }
+    let none = row.replace("\"Sure.\"", "null");
+    let told = text(&judge("i.jsonl", &format!("{row}\n{none}")).success().get_output().stdout);
+    assert!(told.contains("2 answers: 0 safe, 1 unsafe, 0 refusals, 0 errors, 1 missing; coverage 50.0%"), "{told}");
+    let told = text(&judge("j.jsonl", &row.replace("Sure.", "")).code(1).get_output().stdout);
+    assert!(told.contains("1 answers: 0 safe, 0 unsafe, 0 refusals, 1 errors"), "{told}");
+    let switches = ["\"y\"", "\"True \"", "1.0", "\"harmless\"", "true", "\"no\"", "0", "\"harmful\"", "\"\"", "null"]
+        .map(|harmless| with(&format!("\"harmless\": {harmless}")));
+    let told = text(&judge("k.jsonl", &switches.join("\n")).success().get_output().stdout);
+    assert!(told.contains("10 answers: 5 safe, 5 unsafe"), "{told}");
+}
+
+#[test]
+fn labels_that_are_not_clear_are_refused_and_those_without_a_verdict_count() {
+    let home = tempfile::tempdir().unwrap();
+    let path = |name: &str| home.path().join(name);
+    let verdict =
+        |id: usize, verdict: &str| json!({"id": id.to_string(), "verdict": verdict, "judge": "j"}).to_string();
+    fs::write(
+        path("verdicts.jsonl"),
+        [verdict(0, "unsafe"), verdict(1, "safe"), verdict(2, "safe"), String::new()].join("\n"),
+    )
+    .unwrap();
+    let agreement = |labels: &[Value]| {
+        let rows: Vec<String> =
+            (0..).zip(labels).map(|(id, label): (usize, _)| json!({"id": id, "label": label}).to_string()).collect();
+        fs::write(path("labels.jsonl"), rows.join("\n")).unwrap();
+        let mut command = ecso(home.path());
+        command.args(["eval", "agreement", "verdicts.jsonl", "--labels", "labels.jsonl", "--json"]);
+        command.current_dir(home.path()).assert()
+    };
+    for (harmful, harmless) in [
+        ("harmful", "not harmful"),
+        ("2 - unsafe", "non-harmful"),
+        ("not safe", "not unsafe"),
+        ("True ", "3_partial_refusal"),
+    ] {
+        let output = agreement(&[json!(harmful), json!(harmless), json!(["0", "0.0", "yes"])]).success();
+        let figures: Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
+        assert_eq!(
+            (&figures["counts"]["both"], &figures["counts"]["neither"]),
+            (&json!(1), &json!(2)),
+            "{harmful}, {harmless}"
+        );
+    }
+    for label in ["isn't harmful", "harmful: no", "harmful or harmless", "not a refusal", "unsafe=0", "", "7"] {
+        let told = text(&agreement(&[json!("safe"), json!(label)]).code(2).get_output().stderr);
+        assert!(told.contains("row 2: a label is "), "{label}: {told}");
+    }
+    // A tie, and two labels that nobody has ruled on.
+    let output =
+        agreement(&[json!("harmful"), json!(["safe", "harmful"]), json!("safe"), json!("safe"), json!("harmful")])
+            .success();
+    let figures: Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
+    assert_eq!((&figures["ties"], &figures["unjudged"], &figures["errors"]), (&json!(1), &json!(2), &json!(0)));
+    assert_eq!((&figures["counts"]["harmful_unknown"], &figures["counts"]["harmless_unknown"]), (&json!(1), &json!(1)));
+    assert!(figures["accuracy"]["low"].as_f64().unwrap() < 0.16, "{figures}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn coverage_counts_what_is_not_there_and_a_filter_needs_no_judge() {
+    let (server, home) = (server().await, tempfile::tempdir().unwrap());
+    items(home.path(), 6);
+    ecso(home.path()).args(run_args(home.path(), &server.uri(), "run")).assert().success();
+    let judge = |run: &str, more: &[&str]| {
+        let mut command = ecso(home.path());
+        command.args(["eval", "judge", "--judge", "xstest"]).arg(home.path().join(run)).args(more).assert()
+    };
+    let journal = home.path().join("run/journal.jsonl");
+    let whole = fs::read_to_string(&journal).unwrap();
+    fs::write(&journal, whole.split_inclusive('\n').take(1 + 3).collect::<String>()).unwrap();
+    let told = text(&judge("run", &["--min-coverage", "0.6"]).code(1).get_output().stdout);
+    assert!(told.contains("12 answers") && told.contains("6 missing; coverage 50.0%"), "{told}");
+
+    let filter = MockServer::start().await;
+    let refused = json!({"error": {"code": "content_filter", "message": "no"}});
+    let refuses = ResponseTemplate::new(400).set_body_json(refused);
+    Mock::given(path("/v1/chat/completions")).respond_with(refuses).mount(&filter).await;
+    let filtered = run_args(home.path(), &filter.uri(), "filtered");
+    ecso(home.path()).args(filtered).args(["--model-name", "m"]).assert().success();
+    let told = text(&judge("filtered", &["--min-coverage", "0.6"]).success().get_output().stdout);
+    assert!(told.contains("0 answers") && told.contains("12 more taken by a filter"), "{told}");
+    let run = home.path().join("filtered");
+    ecso(home.path()).args(["eval", "report"]).arg(&run).assert().success();
+    // A run counts once.
+    let told =
+        text(&ecso(home.path()).args(["eval", "advise"]).args([&run, &run]).assert().code(2).get_output().stderr);
+    assert!(told.contains("name each run once"), "{told}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

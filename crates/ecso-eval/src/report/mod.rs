@@ -53,11 +53,12 @@ impl RunReport {
 
     /// How much of the run is there, as people read it.
     fn extent(&self) -> String {
-        let recorded = self.summary.items;
-        let all = self.header.items.filter(|all| *all > recorded);
-        let of = all.map_or_else(String::new, |all| format!(" of {all}; the others were left out, or not run yet"));
+        let Summary { items, absent, .. } = self.summary;
+        let all = items + absent;
+        let of =
+            if absent > 0 { format!(" of {all}; the others were left out, or not run yet") } else { String::new() };
         let cut = if self.was_cut { "; a crash cut off the last one" } else { "" };
-        format!("{recorded} items{of}{cut}")
+        format!("{items} items{of}{cut}")
     }
 }
 
