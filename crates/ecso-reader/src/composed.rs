@@ -9,14 +9,18 @@ use async_trait::async_trait;
 use ecso::{Cause, Chat, Image, Mllm, ModelError, Part, Reply, ReplyStream, Sampling, Turn};
 use lru::LruCache;
 
-use crate::reader::{Page, Reader};
+use crate::{
+    reader::{Page, Reader},
+    tagger::{Tag, Tagger},
+};
 
 /// How many pages are remembered; the steps of one answer look at the same image three times.
 const REMEMBERED: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 
-/// A text model that knows of each image the text that a [`Reader`] reads in it.
+/// A text model that knows of each image the text that a [`Reader`] reads in it, and what a [`Tagger`] sees in it.
 pub struct Composed<M> {
     reader: Arc<Reader>,
+    tagger: Option<Arc<Tagger>>,
     model: M,
     name: String,
     pages: Mutex<LruCache<blake3::Hash, Arc<str>>>,
@@ -25,7 +29,14 @@ pub struct Composed<M> {
 impl<M: Mllm> Composed<M> {
     /// Puts `reader` in front of `model`; `name` is what traces and results call the pair.
     pub fn new(reader: Reader, model: M, name: impl Into<String>) -> Self {
-        Self { reader: Arc::new(reader), model, name: name.into(), pages: Mutex::new(LruCache::new(REMEMBERED)) }
+        let pages = Mutex::new(LruCache::new(REMEMBERED));
+        Self { reader: Arc::new(reader), tagger: None, model, name: name.into(), pages }
+    }
+
+    /// With a tagger beside the reader. Only of photographs it says more than the reader does.
+    #[must_use]
+    pub fn with_tagger(self, tagger: Tagger) -> Self {
+        Self { tagger: Some(Arc::new(tagger)), ..self }
     }
 
     /// The conversation with the text of its images in their place.
@@ -50,13 +61,14 @@ impl<M: Mllm> Composed<M> {
         if let Some(page) = known {
             return Ok(page);
         }
-        let (reader, image) = (Arc::clone(&self.reader), image.clone());
+        let (reader, tagger, image) = (Arc::clone(&self.reader), self.tagger.clone(), image.clone());
         let read = tokio::task::spawn_blocking(move || {
             let pixels = image.pixels().map_err(|error| ModelError::Rejected(Cause::of(error)))?;
-            reader.read(pixels).map_err(|error| ModelError::Transport(Cause::of(error)))
+            let page = reader.read(pixels).map_err(|error| ModelError::Transport(Cause::of(error)))?;
+            let tags = tagger.map_or(Ok(Vec::new()), |tagger| tagger.tags(pixels));
+            Ok(layout(&page, &tags.map_err(|error| ModelError::Transport(Cause::of(error)))?))
         });
-        let page = read.await.map_err(|error| ModelError::Transport(Cause::of(error)))??;
-        let page: Arc<str> = layout(&page).into();
+        let page: Arc<str> = read.await.map_err(|error| ModelError::Transport(Cause::of(error)))??.into();
         self.pages.lock().unwrap_or_else(PoisonError::into_inner).put(digest, Arc::clone(&page));
         Ok(page)
     }
@@ -82,11 +94,16 @@ impl<M: Mllm> Mllm for Composed<M> {
 }
 
 /// How a page stands in a conversation.
-fn layout(page: &Page) -> String {
+fn layout(page: &Page, tags: &[Tag]) -> String {
+    let names: Vec<&str> = tags.iter().map(|tag| tag.name).collect();
+    let picture = match names.as_slice() {
+        [] => "a picture".into(),
+        names => format!("a photograph (perhaps: {})", names.join(", ")),
+    };
     let text = page.text();
     if text.is_empty() {
-        "Image: a picture in which no text was found.".into()
+        format!("Image: {picture} in which no text was found.")
     } else {
-        format!("Image: a picture with the printed text \"{text}\"")
+        format!("Image: {picture} with the printed text \"{text}\"")
     }
 }
