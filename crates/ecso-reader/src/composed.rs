@@ -17,6 +17,9 @@ use crate::{
 /// How many pages are remembered; the steps of one answer look at the same image three times.
 const REMEMBERED: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 
+/// A picture with so large a part of text is a page, whatever the tagger says: the most in a photograph with a tag was .11.
+const PAGE: f32 = 0.2;
+
 /// A text model that knows of each image the text that a [`Reader`] reads in it, and what a [`Tagger`] sees in it.
 pub struct Composed<M> {
     reader: Arc<Reader>,
@@ -65,6 +68,7 @@ impl<M: Mllm> Composed<M> {
         let read = tokio::task::spawn_blocking(move || {
             let pixels = image.pixels().map_err(|error| ModelError::Rejected(Cause::of(error)))?;
             let page = reader.read(pixels).map_err(|error| ModelError::Transport(Cause::of(error)))?;
+            let tagger = tagger.filter(|_| page.part_of(pixels) < PAGE);
             let tags = tagger.map_or(Ok(Vec::new()), |tagger| tagger.tags(pixels));
             Ok(layout(&page, &tags.map_err(|error| ModelError::Transport(Cause::of(error)))?))
         });
