@@ -233,3 +233,26 @@ mod engine {
         .into())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{ModelArgs, ProfileArgs};
+
+    #[test]
+    fn a_tagger_that_is_here_and_wanted_is_part_of_the_model() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut settings = config::load(None, &ModelArgs::default(), &ProfileArgs::default()).unwrap();
+        (settings.model, settings.models_dir) = ("mini".into(), folder.path().to_owned());
+        settings.tagger = true;
+        let without = identity(&settings).unwrap();
+        assert!(!without.contains("tagger"), "{without}");
+
+        let catalogue = Catalogue::load().unwrap();
+        let file = catalogue.file(catalogue.model("mini").unwrap().tagger.as_ref().unwrap()).unwrap();
+        std::fs::File::create(folder.path().join(&file.name)).unwrap().set_len(file.bytes.unwrap()).unwrap();
+        assert_eq!(identity(&settings).unwrap(), format!("{without} tagger {}", &file.sha256[..16]));
+        settings.tagger = false;
+        assert_eq!(identity(&settings).unwrap(), without);
+    }
+}
