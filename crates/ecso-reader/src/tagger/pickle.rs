@@ -45,11 +45,10 @@ impl<'a> Tensors<'a> {
         for key in keys {
             let Some(storage) = machine.storages.remove(key) else { return Err(machine.refuse("an unknown storage")) };
             let count = u64::from_le_bytes(machine.array()?);
-            if count != storage.count {
+            if usize::try_from(count) != Ok(storage.count) {
                 return Err(machine.refuse("a storage of another length"));
             }
-            let bytes = count.checked_mul(storage.width).and_then(|bytes| usize::try_from(bytes).ok());
-            let bytes = machine.take(bytes.unwrap_or(usize::MAX))?;
+            let bytes = machine.take(storage.count.saturating_mul(storage.width))?;
             if storage.width == FLOAT {
                 storages.insert(key, bytes);
             }
@@ -65,7 +64,7 @@ impl<'a> Tensors<'a> {
         let tensor = self.tensors.get(name).filter(|tensor| tensor.sizes == shape);
         let tensor = tensor.ok_or_else(|| TaggerError::Package(format!("it has no {name} of shape {shape:?}")))?;
         let storage = self.storages.get(tensor.storage).copied().unwrap_or_default();
-        let (numbers, _) = storage.as_chunks::<{ FLOAT as usize }>();
+        let (numbers, _) = storage.as_chunks::<FLOAT>();
         let number = |mut nth: usize| {
             let mut at = tensor.offset;
             for (size, stride) in tensor.sizes.iter().zip(&tensor.strides).rev() {
@@ -80,15 +79,15 @@ impl<'a> Tensors<'a> {
 }
 
 /// Bytes of a number with fraction,
-const FLOAT: u64 = 4;
+const FLOAT: usize = 4;
 /// and of a whole one.
-const LONG: u64 = 8;
+const LONG: usize = 8;
 
 /// What a storage is said to hold.
 struct Storage {
     /// Bytes of each number.
-    width: u64,
-    count: u64,
+    width: usize,
+    count: usize,
 }
 
 /// What stands on the stack. No value holds values that hold values: nothing is deep.
@@ -108,7 +107,7 @@ enum Value<'a> {
     Dictionary,
     Rebuild,
     /// The kind of a storage: bytes of a number.
-    Kind(u64),
+    Kind(usize),
     Storage(&'a str),
     Tensor(Rc<Tensor<'a>>),
 }
@@ -233,7 +232,7 @@ impl<'a> Machine<'a> {
         else {
             return None;
         };
-        let count = u64::try_from(count).ok()?;
+        let count = usize::try_from(count).ok()?;
         let known = self.storages.insert(key, Storage { width, count });
         known.is_none_or(|known| known.width == width && known.count == count).then_some(Value::Storage(key))
     }
