@@ -30,6 +30,8 @@ pub(crate) struct Settings {
     pub(crate) mmproj: PathBuf,
     /// Whether the text reader stands in front.
     pub(crate) reader: bool,
+    /// Whether the tagger helps the reader, where its file is here.
+    pub(crate) tagger: bool,
     /// Built-in profile, TOML file, or `auto`: `hardened` where it is calibrated for the model, else `paper`.
     pub(crate) profile: String,
     /// Fields of the profile that are changed.
@@ -153,6 +155,7 @@ fn defaults() -> anyhow::Result<Settings> {
         api_key_env: "OPENAI_API_KEY".into(),
         mmproj: PathBuf::new(),
         reader: false,
+        tagger: true,
         profile: "auto".into(),
         set: BTreeMap::new(),
         models_dir: folders()?.in_cache_dir("models"),

@@ -12,6 +12,11 @@ use ecso::Mllm;
 use crate::{
     UsageError,
     config::{self, Settings},
+    models::{
+        catalogue::{Catalogue, Model},
+        store::Store,
+        tagger_here,
+    },
 };
 
 /// Opens the model that the settings name: a URL, a .gguf file, or a name from the catalogue.
@@ -35,10 +40,12 @@ pub(crate) fn at_once(settings: &Settings) -> usize {
 pub(crate) fn identity(settings: &Settings) -> anyhow::Result<String> {
     let mut reader = String::new();
     if settings.reader {
-        let catalogue = crate::models::catalogue::Catalogue::load()?;
-        let files = catalogue.model("mini")?.reader.as_ref().context("the catalogue's mini has no reader")?;
+        let catalogue = Catalogue::load()?;
+        let mini = catalogue.model("mini")?;
+        let files = mini.reader.as_ref().context("the catalogue's mini has no reader")?;
         let digests = files.iter().map(|file| Ok(catalogue.file(file)?.sha256[..16].to_owned()));
-        reader = format!(" with reader {}", digests.collect::<anyhow::Result<Vec<_>>>()?.join(" "));
+        let digests = digests.collect::<anyhow::Result<Vec<_>>>()?.join(" ");
+        reader = format!(" with reader {digests}{}", tagger_identity(settings, &catalogue, mini)?);
     }
     if is_server(settings) {
         let omitted = settings.server.omit.join(" ");
@@ -55,10 +62,12 @@ pub(crate) fn identity(settings: &Settings) -> anyhow::Result<String> {
         reader = format!("{reader} context {}", engine.context);
     }
     if !is_file(&settings.model) {
-        let catalogue = crate::models::catalogue::Catalogue::load()?;
-        let files = catalogue.files(catalogue.model(&settings.model)?)?;
+        let catalogue = Catalogue::load()?;
+        let model = catalogue.model(&settings.model)?;
+        let files = catalogue.needed(model)?;
         let digests: Vec<&str> = files.iter().map(|file| &file.sha256[..16]).collect();
-        return Ok(format!("sha256 {}{reader}", digests.join(" ")));
+        let tagger = tagger_identity(settings, &catalogue, model)?;
+        return Ok(format!("sha256 {}{tagger}{reader}", digests.join(" ")));
     }
     let mut digest = blake3::Hasher::new();
     for file in [Path::new(&settings.model), &settings.mmproj] {
@@ -67,6 +76,13 @@ pub(crate) fn identity(settings: &Settings) -> anyhow::Result<String> {
         }
     }
     Ok(format!("blake3 {}{reader}", digest.finalize().to_hex()))
+}
+
+/// The digest of the tagger that a model has under these settings; empty if it has none.
+fn tagger_identity(settings: &Settings, catalogue: &Catalogue, model: &Model) -> anyhow::Result<String> {
+    let store = Store::new(&settings.models_dir);
+    let file = tagger_here(catalogue, &store, model)?.filter(|_| settings.tagger);
+    Ok(file.map_or_else(String::new, |file| format!(" tagger {}", &file.sha256[..16])))
 }
 
 /// What the server says of the model beside its name, by which another one of that name is told. None of a model in this process.
@@ -124,26 +140,29 @@ fn named(path: &Path) -> Option<PathBuf> {
 
 /// The reader of `mini` in front of another model.
 fn with_reader(model: Arc<dyn Mllm>, settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> {
-    let catalogue = crate::models::catalogue::Catalogue::load()?;
-    let store = crate::models::store::Store::new(&settings.models_dir);
-    let files = catalogue.model("mini")?.reader.as_ref().context("the catalogue's mini has no reader")?;
-    if !files.iter().all(|file| catalogue.file(file).is_ok_and(|file| store.has(file))) {
-        return Err(UsageError("the text reader is not here yet; get it with `ecso models pull mini`".into()).into());
-    }
     let name = format!("reader+{}", model.name());
-    let [detector, recogniser, dictionary] = files.each_ref().map(|file| store.path(file));
-    composed(&detector, &recogniser, &dictionary, model, name)
+    composed(settings, Catalogue::load()?.model("mini")?, model, name)
 }
 
+/// A text model behind the reader of `composed`, and behind its tagger, if that is here.
 fn composed(
-    detector: &Path,
-    recogniser: &Path,
-    dictionary: &Path,
+    settings: &Settings,
+    composed: &Model,
     model: Arc<dyn Mllm>,
     name: String,
 ) -> anyhow::Result<Arc<dyn Mllm>> {
-    let reader = ecso_reader::Reader::load(detector, recogniser, dictionary)?;
-    Ok(Arc::new(ecso_reader::Composed::new(reader, model, name)))
+    let (catalogue, store) = (Catalogue::load()?, Store::new(&settings.models_dir));
+    let files = composed.reader.as_ref().with_context(|| format!("the catalogue's {} has no reader", composed.name))?;
+    if !files.iter().all(|file| catalogue.file(file).is_ok_and(|file| store.has(file))) {
+        return Err(UsageError("the text reader is not here yet; get it with `ecso models pull mini`".into()).into());
+    }
+    let [detector, recogniser, dictionary] = files.each_ref().map(|file| store.path(file));
+    let reader = ecso_reader::Reader::load(&detector, &recogniser, &dictionary)?;
+    let reading = ecso_reader::Composed::new(reader, model, name);
+    Ok(match tagger_here(&catalogue, &store, composed)?.filter(|_| settings.tagger) {
+        Some(file) => Arc::new(reading.with_tagger(ecso_reader::Tagger::load(&store.path(&file.name))?)),
+        None => Arc::new(reading),
+    })
 }
 
 #[cfg(feature = "engine")]
@@ -172,13 +191,8 @@ mod engine {
             options.mmproj = Some(store.path(mmproj));
         }
         let llama: Arc<dyn Mllm> = Arc::new(Llama::load(store.path(&model.weights), options).await?);
-        match &model.reader {
-            Some(files) => {
-                let [detector, recogniser, dictionary] = files.each_ref().map(|file| store.path(file));
-                super::composed(&detector, &recogniser, &dictionary, llama, model.name.clone())
-            }
-            None => Ok(llama),
-        }
+        let name = model.name.clone();
+        if model.reader.is_some() { super::composed(settings, &model, llama, name) } else { Ok(llama) }
     }
 
     fn options(engine: &Engine) -> anyhow::Result<Options> {
@@ -217,5 +231,28 @@ mod engine {
             settings.model
         ))
         .into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{ModelArgs, ProfileArgs};
+
+    #[test]
+    fn a_tagger_that_is_here_and_wanted_is_part_of_the_model() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut settings = config::load(None, &ModelArgs::default(), &ProfileArgs::default()).unwrap();
+        (settings.model, settings.models_dir) = ("mini".into(), folder.path().to_owned());
+        settings.tagger = true;
+        let without = identity(&settings).unwrap();
+        assert!(!without.contains("tagger"), "{without}");
+
+        let catalogue = Catalogue::load().unwrap();
+        let file = catalogue.file(catalogue.model("mini").unwrap().tagger.as_ref().unwrap()).unwrap();
+        std::fs::File::create(folder.path().join(&file.name)).unwrap().set_len(file.bytes.unwrap()).unwrap();
+        assert_eq!(identity(&settings).unwrap(), format!("{without} tagger {}", &file.sha256[..16]));
+        settings.tagger = false;
+        assert_eq!(identity(&settings).unwrap(), without);
     }
 }

@@ -60,6 +60,14 @@ impl Page {
             .collect();
         rows.join("\n")
     }
+
+    /// How much of its image the lines cover, 0 to about 1.
+    pub(crate) fn part_of(&self, image: &RgbImage) -> f32 {
+        let covered: f32 = self.rows.iter().flatten().map(|line| line.size.0 * line.size.1).sum();
+        #[expect(clippy::cast_precision_loss, reason = "a share")]
+        let area = image.pixels().len() as f32;
+        covered / area
+    }
 }
 
 impl Reader {

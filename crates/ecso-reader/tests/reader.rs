@@ -8,7 +8,7 @@ use std::{
 };
 
 use ecso::{Chat, Image, Limits, Mllm, Sampling, testing::Scripted};
-use ecso_reader::{Composed, Reader};
+use ecso_reader::{Composed, Reader, Tagger};
 
 /// The reader's files, and the folder with benchmark data; `None` says loudly what is missing.
 fn reader() -> Option<Reader> {
@@ -75,4 +75,42 @@ async fn a_model_is_told_what_an_image_says_or_that_it_says_nothing() {
     assert!(asked[0].contains("Steps to bake a") && asked[0].contains("loaf of bread."), "{asked:?}");
     assert!(asked[1].contains("no text was found") && asked[2].contains("no text was found"), "{asked:?}");
     assert!(asked.iter().all(|text| text.ends_with("What is it about?")), "{asked:?}");
+}
+
+/// What a model is told of an image, with a tagger and without.
+async fn told(image: &image::RgbImage, tagged: bool) -> Option<String> {
+    let reader = reader()?;
+    let scripted = Arc::new(Scripted::texts(["one"]));
+    let mut model = Composed::new(reader, Arc::clone(&scripted), "composed");
+    if tagged {
+        let folder = PathBuf::from(std::env::var_os("ECSO_TEST_MODELS")?);
+        let file = folder.join("efficientnet-lite0.f32");
+        if !file.exists() {
+            eprintln!("skipped: the tagger is not there (ecso models pull mini)");
+            return None;
+        }
+        model = model.with_tagger(Tagger::load(&file).unwrap());
+    }
+    model.generate(&Chat::ask([image_of(image)], "What is it?"), &Sampling::default()).await.unwrap();
+    Some(scripted.asked()[0].0.turns[0].query())
+}
+
+#[tokio::test]
+async fn of_a_page_a_tagger_says_nothing() {
+    let list = image::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/list.png")).unwrap().into_rgb8();
+    let stripes = image::RgbImage::from_fn(300, 200, |x, _| image::Rgb([u8::try_from(x % 256).unwrap(); 3]));
+    for image in [list, stripes] {
+        let Some(with) = told(&image, true).await else { return };
+        assert_eq!(Some(with), told(&image, false).await);
+    }
+}
+
+#[tokio::test]
+async fn of_a_photograph_a_tagger_says_what_it_may_show() {
+    let Some(folder) = std::env::var_os("ECSO_TEST_PHOTOS").map(PathBuf::from) else {
+        return eprintln!("skipped: ECSO_TEST_PHOTOS names no folder with the photographs of darknet and scikit-learn");
+    };
+    let flower = image::open(folder.join("flower.jpg")).unwrap().into_rgb8();
+    let Some(told) = told(&flower, true).await else { return };
+    assert!(told.starts_with("Image: a photograph (perhaps: daisy) in which no text was found."), "{told}");
 }

@@ -24,6 +24,8 @@ pub(crate) struct Model {
     pub(crate) mmproj: Option<String>,
     /// Detector, recogniser, dictionary.
     pub(crate) reader: Option<[String; 3]>,
+    /// The network beside the reader that says what photographs show. The model runs without it too.
+    pub(crate) tagger: Option<String>,
     #[serde(default)]
     pub(crate) tried: bool,
 }
@@ -35,6 +37,8 @@ pub(crate) struct ModelFile {
     pub(crate) name: String,
     pub(crate) bytes: Option<u64>,
     pub(crate) sha256: String,
+    /// The digest of what is downloaded, where the file is made of that: the tagger's weights.
+    pub(crate) converted_from: Option<String>,
     pub(crate) licence: String,
     pub(crate) hub: Option<Hub>,
     pub(crate) pypi: Option<Pypi>,
@@ -118,6 +122,13 @@ impl Catalogue {
 
     /// All files of a model.
     pub(crate) fn files<'a>(&'a self, model: &'a Model) -> anyhow::Result<Vec<&'a ModelFile>> {
+        let mut files = self.needed(model)?;
+        files.extend(model.tagger.iter().map(|name| self.file(name)).collect::<anyhow::Result<Vec<_>>>()?);
+        Ok(files)
+    }
+
+    /// The files without which a model does not run.
+    pub(crate) fn needed<'a>(&'a self, model: &'a Model) -> anyhow::Result<Vec<&'a ModelFile>> {
         let reader = model.reader.iter().flatten();
         reader.chain([&model.weights]).chain(&model.mmproj).map(|name| self.file(name)).collect()
     }
@@ -133,7 +144,9 @@ mod tests {
         for model in &catalogue.models {
             for file in catalogue.files(model).unwrap() {
                 assert!(file.hub.is_some() || file.pypi.is_some(), "{} comes from nowhere", file.name);
-                assert!(file.sha256.len() == 64 && file.sha256.bytes().all(|byte| byte.is_ascii_hexdigit()));
+                for digest in [Some(&file.sha256), file.converted_from.as_ref()].into_iter().flatten() {
+                    assert!(digest.len() == 64 && digest.bytes().all(|byte| byte.is_ascii_hexdigit()));
+                }
                 let Some(pypi) = &file.pypi else { continue };
                 let parts = file.bytes.unwrap().div_ceil(pypi.part.max(1));
                 assert!(pypi.part == 0 && pypi.parts == 1 || parts == pypi.parts, "{}: {parts} parts", file.name);

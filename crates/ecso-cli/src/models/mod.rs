@@ -37,7 +37,7 @@ struct Models {
 
 impl Models {
     fn here(&self, model: &Model) -> anyhow::Result<bool> {
-        Ok(self.catalogue.files(model)?.iter().all(|file| self.store.has(file)))
+        Ok(self.catalogue.needed(model)?.iter().all(|file| self.store.has(file)))
     }
 
     fn list(&self) -> anyhow::Result<()> {
@@ -93,7 +93,8 @@ impl Models {
                 None => self.here(model)?,
             };
             if wanted {
-                files.extend(self.catalogue.files(model)?.iter().map(|file| &file.name));
+                files.extend(self.catalogue.needed(model)?.iter().map(|file| &file.name));
+                files.extend(tagger_here(&self.catalogue, &self.store, model)?.map(|file| &file.name));
             }
         }
         if files.is_empty() {
@@ -144,13 +145,24 @@ impl Models {
     }
 }
 
-/// The paths of a model's files, all of which are here.
+/// The paths of a model's files, all of which are here but perhaps the tagger's.
 fn files_here(catalogue: &Catalogue, store: &Store, name: &str) -> anyhow::Result<Vec<std::path::PathBuf>> {
-    let files = catalogue.files(catalogue.model(name)?)?;
+    let model = catalogue.model(name)?;
+    let files = catalogue.needed(model)?;
     if !files.iter().all(|file| store.has(file)) {
         return Err(UsageError(format!("{name} is not here yet; get it with `ecso models pull {name}`")).into());
     }
-    Ok(files.iter().map(|file| store.path(&file.name)).collect())
+    Ok(files.into_iter().chain(tagger_here(catalogue, store, model)?).map(|file| store.path(&file.name)).collect())
+}
+
+/// The file of a model's tagger, if it has one and that is here.
+pub(crate) fn tagger_here<'a>(
+    catalogue: &'a Catalogue,
+    store: &Store,
+    model: &Model,
+) -> anyhow::Result<Option<&'a ModelFile>> {
+    let file = model.tagger.as_ref().map(|name| catalogue.file(name)).transpose()?;
+    Ok(file.filter(|file| store.has(file)))
 }
 
 /// A model of the catalogue whose files are all here, with the folder they are in.

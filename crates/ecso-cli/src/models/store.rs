@@ -47,7 +47,7 @@ impl Store {
 
     /// Checks the bytes at `from` and gives them the file's name, in one move.
     pub(super) fn admit(&self, file: &ModelFile, from: &Path) -> anyhow::Result<()> {
-        check(file, from)?;
+        check(&file.name, from, file.bytes, &file.sha256)?;
         File::open(from).and_then(|bytes| bytes.sync_all()).with_context(|| from.display().to_string())?;
         let path = self.path(&file.name);
         fs::rename(from, &path).with_context(|| path.display().to_string())
@@ -55,14 +55,14 @@ impl Store {
 
     /// Checks a file that is here.
     pub(super) fn verify(&self, file: &ModelFile) -> anyhow::Result<()> {
-        check(file, &self.path(&file.name))
+        check(&file.name, &self.path(&file.name), file.bytes, &file.sha256)
     }
 
     /// Deletes a file and what is left of its download; how many bytes that frees.
     pub(super) fn remove(&self, file: &ModelFile) -> anyhow::Result<u64> {
         let path = self.path(&file.name);
         let freed = fs::metadata(&path).map_or(0, |found| found.len());
-        for path in [path, self.beside(file, "partial")] {
+        for path in [path, self.beside(file, "partial"), self.beside(file, "converted")] {
             match fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => bail!("{}: {error}", path.display()),
                 _ => {}
@@ -80,19 +80,20 @@ pub(super) fn remove_folder(folder: &Path) -> anyhow::Result<()> {
     }
 }
 
-fn check(file: &ModelFile, path: &Path) -> anyhow::Result<()> {
+/// Checks size, where it is known, and digest of the bytes at `path`, which are to be `name`.
+pub(super) fn check(name: &str, path: &Path, bytes: Option<u64>, sha256: &str) -> anyhow::Result<()> {
     let at = || path.display().to_string();
-    let mut bytes = File::open(path).with_context(at)?;
-    let length = bytes.metadata().with_context(at)?.len();
-    if let Some(expected) = file.bytes.filter(|expected| *expected != length) {
+    let mut file = File::open(path).with_context(at)?;
+    let length = file.metadata().with_context(at)?.len();
+    if let Some(expected) = bytes.filter(|expected| *expected != length) {
         bail!("{}: {length} bytes, where there should be {expected}", at());
     }
-    let bar = Bar::new(Unit::Bytes(format!("checking {}", file.name)), false);
+    let bar = Bar::new(Unit::Bytes(format!("checking {name}")), false);
     let mut checked = 0;
     let mut digest = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {
-        let read = bytes.read(&mut buffer).with_context(at)?;
+        let read = file.read(&mut buffer).with_context(at)?;
         if read == 0 {
             break;
         }
@@ -101,8 +102,8 @@ fn check(file: &ModelFile, path: &Path) -> anyhow::Result<()> {
         bar.show(checked, Some(length), "");
     }
     let found = hex::encode(digest.finalize());
-    if found != file.sha256 {
-        bail!("{}: wrong digest: sha256 is {found}, should be {}", at(), file.sha256);
+    if found != sha256 {
+        bail!("{}: wrong digest: sha256 is {found}, should be {sha256}", at());
     }
     Ok(())
 }

