@@ -112,5 +112,5 @@ async fn of_a_photograph_a_tagger_says_what_it_may_show() {
     };
     let flower = image::open(folder.join("flower.jpg")).unwrap().into_rgb8();
     let Some(told) = told(&flower, true).await else { return };
-    assert!(told.starts_with("Image: a photograph (perhaps: daisy) in which no text was found."), "{told}");
+    assert!(told.starts_with("Image: a photograph (perhaps: daisy)"), "{told}");
 }

@@ -53,7 +53,7 @@ struct Judge<'a, 'q> {
     p: &'a Hardened,
     q: &'a Query<'q>,
     seen: &'a [Seen],
-    /// What questions about the request have found, by name.
+    /// What questions have found, by name.
     known: HashMap<&'a str, Detection>,
 }
 
@@ -67,6 +67,8 @@ impl Judge<'_, '_> {
         if y.is_some_and(|y| y.trim().is_empty()) {
             return Ok(Detection::SAFE);
         }
+        // What was found about an earlier reply is not about this one.
+        self.known.retain(|name, _| !self.p.questions.get(*name).is_some_and(Question::is_about_reply));
         let mut surest = Detection::SAFE;
         for way in self.p.ways.iter().filter(|way| self.p.is_about_reply(way) == y.is_some()) {
             if let Some(found) = self.follow(w, way, step, y).await? {
@@ -97,9 +99,9 @@ impl Judge<'_, '_> {
             let Some(question) = self.p.question(term) else { continue };
             let found = match self.known.get(question.name.as_str()) {
                 Some(found) => *found,
-                None if question.is_about_reply() => self.ask(w, step, question, y.unwrap_or("")).await?,
                 None => {
-                    let found = self.ask(w, Step::RequestCheck, question, "").await?;
+                    let step = if question.is_about_reply() { step } else { Step::RequestCheck };
+                    let found = self.ask(w, step, question, y.unwrap_or("")).await?;
                     self.known.insert(&question.name, found);
                     found
                 }
