@@ -179,6 +179,12 @@ impl OpenAi {
             let body = request::body(&self.model, chat, sampling, stream, &search.quirks, &self.options);
             let failed = match self.ask(&body, retries).await {
                 Ok(response) => {
+                    if let Some(quirks) = search.doubted() {
+                        let body = request::body(&self.model, chat, sampling, stream, quirks, &self.options);
+                        if let Ok(response) = self.ask(&body, 0).await {
+                            return Ok(response);
+                        }
+                    }
                     search.succeeded(&self.model, &self.memory);
                     return Ok(response);
                 }

@@ -17,11 +17,13 @@ pub(crate) struct Search {
     found: Vec<(Quirk, String)>,
     /// What was given up on a guess; `None` before there was one.
     guessed: Option<Vec<(Quirk, String)>>,
+    /// How the request was made before a guess at why the server broke down.
+    before: Option<Quirks>,
 }
 
 impl Search {
     pub(crate) fn new(known: Quirks) -> Self {
-        Self { quirks: known, found: Vec::new(), guessed: None }
+        Self { quirks: known, found: Vec::new(), guessed: None, before: None }
     }
 
     /// Whether there is another way after this complaint about `request`. What the server names is done otherwise;
@@ -43,9 +45,15 @@ impl Search {
         if self.guessed.is_some() || suspects.is_empty() {
             return false;
         }
+        self.before = complaint.is_breakdown().then(|| self.quirks.clone());
         self.quirks.extend(&suspects);
         self.guessed = Some(suspects.into_iter().map(|quirk| (quirk, complaint.told())).collect());
         true
+    }
+
+    /// How to ask once more with what was given up on a guess: a server that broke down may only have been unwell.
+    pub(crate) fn doubted(&self) -> Option<&Quirks> {
+        self.before.as_ref().filter(|_| self.guessed.as_ref().is_some_and(|guessed| !guessed.is_empty()))
     }
 
     /// The end: an answer of `model`.

@@ -169,6 +169,20 @@ async fn a_failure_that_passes_costs_no_log_probabilities() {
 }
 
 #[tokio::test]
+async fn a_server_that_was_unwell_for_a_while_teaches_nothing() {
+    let server = MockServer::start().await;
+    // As often as it is tried, and no more.
+    let tries = u64::try_from(options().retries).unwrap() + 1;
+    Mock::given(method("POST")).respond_with(ResponseTemplate::new(500)).up_to_n_times(tries).mount(&server).await;
+    Mock::given(method("POST")).respond_with(answer("hi")).mount(&server).await;
+    let client = client(&server).await;
+    asks(&client, 2).await;
+    let had = had(&server, "logprobs").await;
+    // Without them it answers, and then with them too: they are kept.
+    assert_eq!(had[usize::try_from(tries).unwrap()..], [false, true, true]);
+}
+
+#[tokio::test]
 async fn other_models_keep_their_log_probabilities() {
     let is_refused: fn(&Value) -> bool = |body| body["model"] == "m" && body.get("logprobs").is_some();
     let server = picky(vec![(is_refused, says(400, "no logprobs here"))]).await;
