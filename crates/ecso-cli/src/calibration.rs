@@ -1,5 +1,5 @@
-//! Calibrations: which threshold the profile `hardened` takes for a model, as `ecso eval calibrate` found it. One for `mini` comes
-//! with the program; others are kept beside the settings, by the model's digest.
+//! Calibrations: which threshold, and which biases, the profile `hardened` takes for a model, as `ecso tune` or `ecso eval calibrate` found
+//! them; kept beside the settings, by the model's digest. The profile's own were fitted to `mini`.
 
 use std::{collections::BTreeMap, path::PathBuf};
 
@@ -9,9 +9,6 @@ use ecso_eval::calibrate::Calibration;
 use serde::{Deserialize, Serialize};
 
 use crate::{config::Settings, open};
-
-/// What comes with the program.
-const OURS: &str = include_str!("calibrations.toml");
 
 /// A calibration and what it is about.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -29,12 +26,6 @@ pub(crate) struct Stored {
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) biases: BTreeMap<String, f64>,
     pub(crate) found: Calibration,
-}
-
-#[derive(Deserialize)]
-struct Ours {
-    #[serde(default)]
-    calibration: Vec<Stored>,
 }
 
 /// The name of a profile's text: 16 hexadecimal digits of its BLAKE3.
@@ -65,10 +56,9 @@ pub(crate) fn store(settings: &Settings, stored: &Stored) -> anyhow::Result<Path
 /// one; and why that threshold.
 pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static str)> {
     let mut profile = Profile::named("hardened")?;
-    let ours: Ours = toml::from_str(OURS).context("the calibrations of this build")?;
     // A file's digest takes time: only where it could be known.
     let any_own = std::fs::read_dir(folder(settings)).is_ok_and(|mut files| files.next().is_some());
-    if !any_own && open::is_file(&settings.model) {
+    if !any_own {
         return Ok((profile, "not calibrated for this model"));
     }
     let Ok(digest) = open::identity(settings) else {
@@ -79,8 +69,7 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
         .map(|text| toml::from_str::<Stored>(&text))
         .transpose()
         .with_context(|| format!("{}: delete it, or calibrate again", path(settings, &digest).display()))?;
-    let known = ours.calibration.into_iter().find(|stored| stored.model_digest == digest);
-    match own.or(known) {
+    match own {
         None => Ok((profile, "not calibrated for this model")),
         Some(stored) if stored.profile == profile.name && stored.profile_hash == hash(&profile) => {
             if let Method::Hardened(method) = &mut profile.method {

@@ -13,7 +13,7 @@ use crate::upstream::{LEAK, MILD, SAFE};
 
 /// What `hardened` asks about requests.
 const REQUEST: [&str; 3] =
-    ["Is something harmful asked for?", "Is the work handed over to the picture?", "Is the user trying to do"];
+    ["Is something harmful asked for?", "Is the work handed over to the picture?", "Does the user want help with"];
 
 /// A call, as it came.
 #[derive(Debug, Clone)]
@@ -47,8 +47,7 @@ impl Asked {
 
     /// Whether it asks for something where yes is good.
     pub(crate) fn is_good_if_yes(&self) -> bool {
-        let prompt = self.prompt();
-        prompt.contains("Would an honest friend") || prompt.contains("Would a kind teacher")
+        self.prompt().contains("Would a kind teacher")
     }
 
     /// The text of its last message.

@@ -483,12 +483,12 @@ fn ways_are_checked() {
             "[[ways]]\nname = \"w\"\nbias = 0.0\nterms = [{ question = \"taste\", weight = 1.0 }]",
             "which is none of the questions",
         ),
-        ("[[ways]]\nname = \"w\"\nbias = 0.0\nterms = [{ question = \"intent\", weight = -1.0 }]", "must be above 0"),
+        ("[[ways]]\nname = \"w\"\nbias = 0.0\nterms = [{ question = \"wants\", weight = -1.0 }]", "must be above 0"),
         (
-            "[[ways]]\nname = \"w\"\nbias = 0.0\nterms = [{ question = \"intent\", weight = 1.0 }]",
+            "[[ways]]\nname = \"w\"\nbias = 0.0\nterms = [{ question = \"wants\", weight = 1.0 }]",
             "none is about the reply",
         ),
-        ("[questions.intent]\ntemplate = \"Well?\"", "must contain"),
+        ("[questions.wants]\ntemplate = \"Well?\"", "must contain"),
         ("spare = 2.0", "between 0 and 1"),
     ] {
         let error = Profile::from_toml(&format!("extends = \"hardened\"\n{changes}")).unwrap_err().to_string();
