@@ -97,14 +97,13 @@ impl Judge<'_, '_> {
                 return Ok(Some(Detection::weighed(most, self.p.threshold, are_told)));
             }
             let Some(question) = self.p.question(term) else { continue };
-            let found = match self.known.get(question.name.as_str()) {
-                Some(found) => *found,
-                None => {
-                    let step = if question.is_about_reply() { step } else { Step::RequestCheck };
-                    let found = self.ask(w, step, question, y.unwrap_or("")).await?;
-                    self.known.insert(&question.name, found);
-                    found
-                }
+            let found = if let Some(found) = self.known.get(question.name.as_str()) {
+                *found
+            } else {
+                let step = if question.is_about_reply() { step } else { Step::RequestCheck };
+                let found = self.ask(w, step, question, y.unwrap_or("")).await?;
+                self.known.insert(&question.name, found);
+                found
             };
             sum += term.weight * profile::log_odds(found.score, found.is_harm());
             are_told &= found.score.is_some();

@@ -3,18 +3,20 @@
 use std::{num::NonZero, path::Path, time::Instant};
 
 use anyhow::Context;
+use ecso::Profile;
 use ecso_batch::{Bounds, journal::Journal};
 use ecso_eval::{
     benchmarks::{self, Items},
     record::{Choice, RunHeader},
-    run::{self, Options, Progress, Unusable},
+    run::{self, Options, Progress, UNGUARDED, Unusable},
 };
 
 use super::args::RunArgs;
 use crate::{
     UsageError,
     cli::ProfileArgs,
-    config, open,
+    config::{self, Settings},
+    open,
     progress::{Bar, Unit},
     work::Worker,
 };
@@ -37,22 +39,7 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
             .into());
         }
     };
-    let wanted = if args.profile.is_empty() { vec!["paper".to_owned()] } else { args.profile.clone() };
-    let mut settings = None;
-    let mut profiles = Vec::new();
-    for name in wanted {
-        let choice = ProfileArgs { profile: Some(name), set: args.set.clone() };
-        let loaded = config::load(file, &args.model, &choice)?;
-        profiles.push(config::profile(&loaded)?);
-        settings = Some(loaded);
-    }
-    let settings = settings.context("no profile")?;
-    let mut names: Vec<&str> = profiles.iter().map(|profile| profile.name.as_str()).collect();
-    names.sort_unstable();
-    if names.windows(2).any(|pair| pair[0] == pair[1]) {
-        return Err(UsageError("two profiles have the same name".into()).into());
-    }
-    let profiles = run::capped(profiles, args.max_new_tokens);
+    let (settings, profiles) = profiles(args, file)?;
     // Before the model is loaded, and before there is a folder.
     let choice = Choice {
         scenarios: scenarios(&args.scenario, about.scenarios),
@@ -128,6 +115,27 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
         eprintln!("next: ecso eval judge {}", args.out.display());
         Ok(())
     })
+}
+
+/// The profiles that are run, and the settings of the model.
+fn profiles(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<(Settings, Vec<Profile>)> {
+    let wanted = if args.profile.is_empty() { vec!["paper".to_owned()] } else { args.profile.clone() };
+    let mut settings = None;
+    let mut profiles = Vec::new();
+    for name in wanted {
+        let choice = ProfileArgs { profile: Some(name), set: args.set.clone() };
+        let loaded = config::load(file, &args.model, &choice)?;
+        profiles.push(config::profile(&loaded)?);
+        settings = Some(loaded);
+    }
+    let mut names: Vec<&str> =
+        [UNGUARDED].into_iter().chain(profiles.iter().map(|profile| profile.name.as_str())).collect();
+    names.sort_unstable();
+    let twice = names.windows(2).find(|pair| pair[0] == pair[1]).and_then(|pair| pair.first());
+    if let Some(name) = twice {
+        return Err(UsageError(format!("two arms would be called {name:?}; give the profile another name")).into());
+    }
+    Ok((settings.context("no profile")?, run::capped(profiles, args.max_new_tokens)))
 }
 
 /// Tells what of the data could not be used.
