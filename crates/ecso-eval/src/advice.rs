@@ -377,6 +377,7 @@ mod tests {
             arms: [UNGUARDED, "paper"].map(answered).into(),
             error: None,
             filtered: false,
+            made_of: String::new(),
         };
         (record, rulings)
     }
@@ -443,7 +444,7 @@ mod tests {
         let run = |name: &str, header: &RunHeader, threshold, first| {
             let items =
                 [item(first, "bread", Task::Harmless, [Safe, Safe]), item(9, "roll", Task::Harmful, [Safe, Safe])];
-            judged(&folder.path().join(name), header, threshold, &items[..1 + usize::from(first == 1)])
+            judged(&folder.path().join(name), header, threshold, &items[..=usize::from(first == 1)])
         };
         let base = || run("base", &header("m", "x"), 0.5, 1);
         let advised =

@@ -161,6 +161,7 @@ mod tests {
             arms: Vec::new(),
             error: None,
             filtered: false,
+            made_of: String::new(),
         }
     }
 
@@ -177,9 +178,9 @@ mod tests {
                 let mut points = Points::default();
                 for (cluster, standing) in [("a", Some(right)), ("b", Some(right)), ("c", unknown)] {
                     let record = record(cluster, task.clone());
-                    standing
-                        .into_iter()
-                        .for_each(|standing| [(), ()].iter().for_each(|()| points.add(&record, standing)));
+                    for standing in standing.into_iter().flat_map(|standing| [standing; 2]) {
+                        points.add(&record, standing);
+                    }
                 }
                 points.figures(absent)
             };

@@ -358,8 +358,8 @@ async fn coverage_counts_what_is_not_there_and_a_filter_needs_no_judge() {
 
     let filter = MockServer::start().await;
     let refused = json!({"error": {"code": "content_filter", "message": "no"}});
-    let refuses = ResponseTemplate::new(400).set_body_json(refused);
-    Mock::given(path("/v1/chat/completions")).respond_with(refuses).mount(&filter).await;
+    let refusing = ResponseTemplate::new(400).set_body_json(refused);
+    Mock::given(path("/v1/chat/completions")).respond_with(refusing).mount(&filter).await;
     let filtered = run_args(home.path(), &filter.uri(), "filtered");
     ecso(home.path()).args(filtered).args(["--model-name", "m"]).assert().success();
     let told = text(&judge("filtered", &["--min-coverage", "0.6"]).success().get_output().stdout);

@@ -973,7 +973,7 @@ async fn a_judge_that_thinks_first_gets_room_and_is_remembered() {
             };
             return Reply::choice(asked, &cut, "length", None);
         }
-        let word = if harm != asked.is_good_if_yes() { "Yes." } else { "No." };
+        let word = if harm == asked.is_good_if_yes() { "No." } else { "Yes." };
         let message = match asked.body["model"].as_str() {
             Some("marks") => json!({"content": format!("<think>{thought}</think>\n{word}")}),
             _ => json!({"content": word, "reasoning_content": thought}),
@@ -1146,7 +1146,7 @@ async fn every_door_decides_the_same() {
             if told {
                 return Reply::judges(asked, harm);
             }
-            Reply::says(asked, if (harm >= 0.5) != asked.is_good_if_yes() { "Yes." } else { "No." })
+            Reply::says(asked, if (harm >= 0.5) == asked.is_good_if_yes() { "No." } else { "Yes." })
         };
         match asked.step {
             "request-check" => judge(request),
