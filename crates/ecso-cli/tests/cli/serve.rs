@@ -42,6 +42,8 @@ impl Served {
             .args(arguments)
             .env_clear()
             .env("HOME", home.path())
+            // What is scripted is its four steps; flags beat it.
+            .env("ECSO__PROFILE", "paper")
             .envs(settings.iter().map(|pair| {
                 let (key, value) = pair.split_once('=').unwrap();
                 if !key.contains(char::is_lowercase) {
