@@ -42,8 +42,8 @@ impl Served {
             .args(arguments)
             .env_clear()
             .env("HOME", home.path())
-            // What is scripted is its four steps; flags beat it.
-            .env("ECSO__PROFILE", "paper")
+            // What is scripted is its four steps; flags beat it, and a file has its own.
+            .envs((!arguments.contains(&"--config")).then_some(("ECSO__PROFILE", "paper")))
             .envs(settings.iter().map(|pair| {
                 let (key, value) = pair.split_once('=').unwrap();
                 if !key.contains(char::is_lowercase) {
@@ -334,7 +334,7 @@ async fn keys_queue_and_sigterm() {
     std::fs::write(&config, stanza.split_once("config.toml:").unwrap().1).unwrap();
     let mut served = Served::start(
         &upstream.url,
-        &["gateway.limits.at_once=1", "gateway.limits.queue=0"],
+        &["profile=paper", "gateway.limits.at_once=1", "gateway.limits.queue=0"],
         &["--config", config.to_str().unwrap()],
     );
     let got = post(&served.chat(), &ask("m", "q", false)).await;
