@@ -152,10 +152,10 @@ fn extent(profile: &Profile, items: usize, max_new_tokens: u32) -> String {
         })
         .sum();
     let calls = items * (method.questions.len() + 1);
-    let prompts = items * (tokens + 100) / 1000;
-    let answers = items * usize::try_from(max_new_tokens).unwrap_or(usize::MAX) / 1000;
+    let prompts = items * (tokens + 100);
+    let answers = items * usize::try_from(max_new_tokens).unwrap_or(usize::MAX);
     format!(
-        "{items} requests, about {calls} calls; at most {prompts},000 tokens of prompts (less with a prefix cache) and {answers},000 of answers; \
+        "{items} requests, about {calls} calls; at most {prompts} tokens of prompts (less with a prefix cache) and {answers} of answers; \
          what is recorded stays, and the same command goes on"
     )
 }
