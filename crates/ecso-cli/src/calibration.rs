@@ -10,6 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{config::Settings, open};
 
+/// Said of a profile that takes a calibration of its model.
+pub(crate) const FITTED: &str = "fitted to this model";
+
 /// A calibration and what it is about.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Stored {
@@ -59,7 +62,7 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
     // A file's digest takes time: only where it could be known.
     let any_own = std::fs::read_dir(folder(settings)).is_ok_and(|mut files| files.next().is_some());
     if !any_own {
-        return Ok((profile, "not calibrated for this model"));
+        return Ok((profile, "not fitted to this model"));
     }
     let Ok(digest) = open::identity(settings) else {
         return Ok((profile, "this model is not known"));
@@ -70,7 +73,7 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
         .transpose()
         .with_context(|| format!("{}: delete it, or calibrate again", path(settings, &digest).display()))?;
     match own {
-        None => Ok((profile, "not calibrated for this model")),
+        None => Ok((profile, "not fitted to this model")),
         Some(stored) if stored.profile == profile.name && stored.profile_hash == hash(&profile) => {
             if let Method::Hardened(method) = &mut profile.method {
                 method.threshold = stored.found.threshold;
@@ -78,7 +81,7 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
                     way.bias = stored.biases.get(&way.name).copied().unwrap_or(way.bias);
                 }
             }
-            Ok((profile, "calibrated for this model"))
+            Ok((profile, FITTED))
         }
         Some(stored) => {
             eprintln!(
@@ -86,7 +89,7 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
                  one with `ecso tune`",
                 stored.profile, settings.model
             );
-            Ok((profile, "calibrated for another version of `hardened`, which is not used"))
+            Ok((profile, "fitted in another version, which is not used"))
         }
     }
 }

@@ -323,7 +323,7 @@ pub(crate) struct ModelArgs {
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Profile")]
 pub(crate) struct ProfileArgs {
-    /// A built-in profile (paper, hardened) or a TOML file [default: hardened where it is calibrated for the model, else paper]
+    /// A built-in profile (paper, hardened) or a TOML file [default: hardened, as `ecso tune` fitted it to the model]
     #[arg(long, value_name = "NAME|FILE")]
     pub(crate) profile: Option<String>,
 

@@ -32,7 +32,7 @@ pub(crate) struct Settings {
     pub(crate) reader: bool,
     /// Whether the tagger helps the reader, where its file is here.
     pub(crate) tagger: bool,
-    /// Built-in profile, TOML file, or `auto`: `hardened` where it is calibrated for the model, else `paper`.
+    /// Built-in profile, TOML file, or `auto`: `hardened`, as it was fitted to the model.
     pub(crate) profile: String,
     /// Fields of the profile that are changed.
     pub(crate) set: BTreeMap<String, String>,

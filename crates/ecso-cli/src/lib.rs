@@ -22,6 +22,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser};
 use cli::{Cli, Command, ConfigCommand};
 use ecso_batch::journal::JournalError;
+use ecso_data::run::RunError;
 
 /// Runs the program; its exit code is documented in `ecso --help`.
 #[must_use]
@@ -80,9 +81,14 @@ impl UsageError {
 }
 
 fn exit_code(error: &anyhow::Error) -> ExitCode {
-    let is_misuse = error.is::<UsageError>() || error.is::<ecso::ProfileError>() || error.is::<ecso::ImageError>() || {
-        error.downcast_ref::<JournalError>().is_some_and(JournalError::is_misuse)
+    let of_a_journal = match error.downcast_ref() {
+        Some(RunError::Journal(error)) => Some(error),
+        _ => error.downcast_ref::<JournalError>(),
     };
+    let is_misuse = error.is::<UsageError>()
+        || error.is::<ecso::ProfileError>()
+        || error.is::<ecso::ImageError>()
+        || of_a_journal.is_some_and(JournalError::is_misuse);
     ExitCode::from(match () {
         () if error.is::<ecso::GuardError>() || error.is::<ecso::ModelError>() => 3,
         () if error.is::<work::Stopped>() => 130,

@@ -7,7 +7,6 @@ use std::{
 };
 
 use anyhow::Context;
-use ecso::profile::Method;
 use ecso_gateway::{
     Checks, Gateway, Upstream,
     settings::{ImageUrls, Mode},
@@ -15,7 +14,7 @@ use ecso_gateway::{
 use tokio::net::TcpListener;
 
 use crate::{
-    UsageError,
+    UsageError, calibration,
     cli::ServeArgs,
     config::{self, Settings},
     open,
@@ -144,13 +143,10 @@ fn without_password(model: &str) -> String {
 /// What somebody who relies on the guard should know before it runs.
 fn warnings(settings: &Settings) -> anyhow::Result<Vec<String>> {
     let mut warnings = Vec::new();
-    let (profile, why) = config::chosen_profile(settings)?;
-    let is_paper = matches!(profile.method, Method::Paper(_));
-    if let Some(why) = why.filter(|_| is_paper && settings.gateway.mode == Mode::Enforce) {
+    let (_, why) = config::chosen_profile(settings)?;
+    if let Some(why) = why.filter(|why| *why != calibration::FITTED && settings.gateway.mode == Mode::Enforce) {
         warnings.push(format!(
-            "profile `paper` runs for want of a calibration ({why}). It is a weak guard: it judges the last turn, the first \
-             1,927 characters of an answer, and takes every verdict but a plain yes for no. Choose `--profile hardened`, or \
-             calibrate it: docs/hardened.md"
+            "`hardened` runs with its defaults ({why}). They were fitted to mini: `ecso tune` fits it to your model, and says whether it pays"
         ));
     }
     if settings.gateway.image_urls == ImageUrls::Pass {

@@ -19,6 +19,8 @@ use crate::{
 
 /// How far from a profile's own bias a fitted one may be.
 const REACH: f64 = 3.0;
+/// On fewer harmless items than this a way says too little to be fitted: it keeps the profile's own bias.
+const FEW: usize = 10;
 
 /// An item on which every question was asked, and nothing was held back.
 #[derive(Debug, Clone)]
@@ -118,6 +120,9 @@ fn allowed(share: f64, of: usize) -> usize {
 fn fitted(method: &Hardened, mild: &[&Heard], each: usize) -> Vec<(Way, f64)> {
     let bias = |way: &Way| {
         let mut sums: Vec<f64> = mild.iter().filter_map(|item| item.sum(way)).collect();
+        if sums.len() < FEW {
+            return way.bias;
+        }
         sums.sort_unstable_by(|a, b| b.total_cmp(a));
         // Halfway between what may be flagged and what may not.
         let highest = sums.get(each).copied().unwrap_or(f64::NEG_INFINITY);
@@ -238,6 +243,14 @@ mod tests {
         let fitted = fit(&method, &items, 0.03).unwrap();
         assert!(fitted.calibration.reported.false_alarms.value < 0.1, "{fitted:?}");
         assert!(fitted.calibration.reported.recall.value > 0.9, "{fitted:?}");
+        // A way that applied to too few of them is left as it is.
+        let rare = |item: &Heard| {
+            let found = item.found.iter().filter(|(name, _)| *name != "context");
+            Heard { found: found.map(|(name, odds)| (name.clone(), *odds)).collect(), ..item.clone() }
+        };
+        let refitted = fit(&method, &items.iter().map(rare).collect::<Vec<_>>(), 0.03).unwrap();
+        let context = method.ways.iter().find(|way| way.name == "context").unwrap();
+        assert!((refitted.biases["context"] - context.bias).abs() < 1e-9);
         let page = page("m", &method, &items, &fitted);
         assert!(
             page.contains("**Turn it on**") && page.contains("| model time of a harmless request | 1 | 1.50 |"),

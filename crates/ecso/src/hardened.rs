@@ -93,7 +93,7 @@ impl Judge<'_, '_> {
         let (mut sum, mut are_told) = (way.bias, true);
         for (place, term) in way.terms.iter().enumerate() {
             let most = sum + way.terms[place..].iter().map(|term| term.weight * SURE).sum::<f64>();
-            if y.is_none() && most < log_odds(self.p.spare) {
+            if y.is_none() && most < log_odds(self.p.spare.min(self.p.threshold)) {
                 return Ok(Some(Detection::weighed(most, self.p.threshold, are_told)));
             }
             let Some(question) = self.p.question(term) else { continue };
