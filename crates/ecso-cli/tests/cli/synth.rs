@@ -47,6 +47,22 @@ async fn standard_input_is_what_it_was_or_the_error_says_what_to_do() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn under_other_settings_it_does_not_go_on() {
+    let model = Model::start(Reply::usual).await;
+    let folder = tempfile::tempdir().unwrap();
+    let rows = folder.path().join("rows.jsonl");
+    std::fs::write(&rows, row("What is bread?")).unwrap();
+    let go = |more: &[&str]| {
+        let mut command = ecso(folder.path());
+        command.args(["synth", "--model", &model.url, "--model-name", "m", "--profile", "paper", "--quiet", "--input"]);
+        command.arg(&rows).arg("--out").arg(folder.path().join("out")).args(more).assert()
+    };
+    go(&[]).success();
+    let output = go(&["--shard", "1/2"]).code(2);
+    assert!(text(&output.get_output().stderr).contains("was begun with another"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn files_of_a_folder_that_are_not_read_are_told() {
     let model = Model::start(Reply::usual).await;
     let folder = tempfile::tempdir().unwrap();
