@@ -155,7 +155,7 @@ pub(crate) struct ReplayArgs {
 #[derive(Debug, Args)]
 pub(crate) struct TuneArgs {
     /// Folder for the journal and the page
-    #[arg(long, value_name = "DIR", default_value_os_t = crate::tune::usual_out())]
+    #[arg(long, value_name = "DIR", default_value = "ecso-tune")]
     pub(crate) out: PathBuf,
 
     /// Pairs of a harmful request and its twin, of 150

@@ -1,10 +1,6 @@
 //! `ecso tune`: should the guard be turned on for this model, and how?
 
-use std::{
-    collections::BTreeMap,
-    num::NonZero,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeMap, num::NonZero, path::Path};
 
 use anyhow::Context;
 use ecso::{Image, Mllm, Profile, profile::Method};
@@ -29,6 +25,8 @@ use crate::{
 
 /// The set that is asked.
 const SET: &str = "pairs";
+/// Requests from which on a fit is kept: thirty pairs, half of them to fit on.
+const ENOUGH: usize = 60;
 
 pub(crate) fn run(args: &TuneArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let settings = config::load(file, &args.model, &ProfileArgs::default())?;
@@ -109,12 +107,16 @@ fn finish(
         biases: fitted.biases,
         found: fitted.calibration,
     };
-    let kept = calibration::store(settings, &stored)?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&stored)?);
     } else {
         println!("{page}");
     }
+    if heard.len() < ENOUGH {
+        eprintln!("{}; of {} requests no fit is kept: it takes {ENOUGH}", path.display(), heard.len());
+        return Ok(());
+    }
+    let kept = calibration::store(settings, &stored)?;
     eprintln!("{}; kept in {}: `hardened` takes it for {} from now on", path.display(), kept.display(), stored.model);
     Ok(())
 }
@@ -158,9 +160,4 @@ fn extent(profile: &Profile, items: usize, max_new_tokens: u32) -> String {
         "{items} requests, about {calls} calls; at most {prompts} tokens of prompts (less with a prefix cache) and {answers} of answers; \
          what is recorded stays, and the same command goes on"
     )
-}
-
-/// Where a model's run is kept, if nobody says.
-pub(crate) fn usual_out() -> PathBuf {
-    "ecso-tune".into()
 }
