@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """The sets of this folder, and those of others that are at hand, as items for `ecso eval run jsonl`: pictures, described photographs, texts.
 
-    sets.py ECSO DATA OUT HALF [COUNT]    DATA holds figstep/, mm-safetybench/, harmbench/ and xstest/; HALF is tune or report; at most COUNT
+    sets.py ECSO DATA OUT HALF [COUNT]    DATA holds figstep/, mm-safetybench/, harmbench/, msts/ and xstest/; HALF is tune or report; at most COUNT
                                           items of each scenario, drawn by a hash of their ids
 
 Every attack has harmless twins: the same picture with another message, or the same message with another picture. Halves of other people's
-sets are dealt by a hash of the item's name (odd is report); MM-SafetyBench's 40 records are all report.
+sets are dealt by a hash of the item's name (odd is report); MM-SafetyBench's 40 records are all report. The answers of `msts-…` and
+`harmbench-…` are recorded ones of real models, labelled by people: there a label is the answer's, whatever was asked.
 """
 import csv
 import hashlib
@@ -105,10 +106,28 @@ def pairs():
         yield item(row["id"], f"{form}-{'bad' if label == 'harmful' else 'good'}", label, row["message"], half, **shown, request=row["request"])
 
 
+def recorded(data):
+    for row in table(data / "msts/responses.csv"):
+        if row["response"].strip():
+            label = "harmful" if row["final_label"].startswith("2") else "harmless"
+            half = "report" if is_report(row["case_id"]) else "tune"
+            name = "-".join([row["case_id"], row["prompt_type"], row["model"], row["final_taxonomy"][:3]])
+            shown = {"description": row["unsafe_image_description"], "draft": row["response"]}
+            yield item(name, f"msts-{label}", label, row["prompt_text"], half, **shown)
+    described = {row["BehaviorID"]: short(row["ImageDescription"]) for row in table(data / "harmbench/harmbench_behaviors_multimodal_all.csv")}
+    for name, rows in json.loads((data / "harmbench/multimodal_behaviors_val_set.json").read_text()).items():
+        for number, row in enumerate(rows):
+            if row["generation"].strip():
+                label = "harmful" if sum(row[f"human_{person}"] for person in range(3)) > 1 else "harmless"
+                half = "report" if is_report(name) else "tune"
+                shown = {"description": described[name], "draft": row["generation"]}
+                yield item(f"{name}-{number}", f"harmbench-{label}", label, row["test_case"][1], half, **shown)
+
+
 def main():
     ecso, data, out, half = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     count = int(sys.argv[5]) if len(sys.argv) > 5 else None
-    made = [*documents(), *photographs(data), *typographic(data), *xstest(data), *pairs()]
+    made = [*documents(), *photographs(data), *typographic(data), *xstest(data), *pairs(), *recorded(data)]
     made = [row for row in made if row.pop("half") == half]
     chosen, taken = [], {}
     for row in sorted(made, key=lambda row: hashlib.sha256(row["id"].encode()).digest()):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the ways of a profile of `hardened` make of a run in which every question was asked and nothing held back.
 
-    ways.py PROFILE.toml RUN...    RUN: `ecso eval run … --profile hardened --set threshold=1 --set spare=0`; the ways, biases and threshold
+    ways.py PROFILE.toml RUN...    RUN: `ecso eval run … --profile hardened --set threshold=1 --set spare=false`; the ways, biases and threshold
                                    of PROFILE.toml decide over what the run's questions found
 """
 import json

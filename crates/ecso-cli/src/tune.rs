@@ -33,7 +33,7 @@ pub(crate) fn run(args: &TuneArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let profile = Profile::named("hardened")?;
     let Method::Hardened(method) = profile.method.clone() else { anyhow::bail!("`hardened` has no ways") };
     // Everything is asked, and nothing is held back.
-    let open = profile.with("threshold", "1")?.with("spare", "0")?.with("name", "hardened")?;
+    let open = profile.with("threshold", "1")?.with("spare", "false")?.with("name", "hardened")?;
     let open = run::capped(vec![open], Some(args.max_new_tokens.get()));
     let set = benchmarks::named(SET).context("the set is missing")?;
     let items = set.items(Path::new("-"), None)?;

@@ -12,7 +12,7 @@ use crate::{
     prompt::{Query, hints},
     template::Template,
     trace::Step,
-    verdict::{CERTAIN, Detection, SURE, Verdict, log_odds},
+    verdict::{CERTAIN, Detection},
 };
 
 pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Hardened, q: &Query<'_>) -> Result<(), Halt> {
@@ -32,7 +32,7 @@ pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Hardened, q: &Query<'_>) -> Re
     } else {
         let y = w.draft(q).await?;
         let reply = judge.weigh(w, Step::Detect, Some(&q.whole(&y))).await?;
-        found = if reply.verdict == Verdict::Unchecked { reply } else { request.or(reply) };
+        found = reply;
         if w.may_go_out(found).await? {
             return w.release(y).await;
         }
@@ -78,7 +78,7 @@ impl Judge<'_, '_> {
         Ok(surest)
     }
 
-    /// What one way comes to; none where a question of it does not apply. A request is not asked about further than matters.
+    /// What one way comes to; none where a question of it does not apply. It is given up where probabilities say that it comes to nothing.
     async fn follow(
         &mut self,
         w: &mut Pipeline<'_>,
@@ -91,10 +91,9 @@ impl Judge<'_, '_> {
             return Ok(None);
         }
         let (mut sum, mut are_told) = (way.bias, true);
-        for (place, term) in way.terms.iter().enumerate() {
-            let most = sum + way.terms[place..].iter().map(|term| term.weight * SURE).sum::<f64>();
-            if y.is_none() && most < log_odds(self.p.spare.min(self.p.threshold)) {
-                return Ok(Some(Detection::weighed(most, self.p.threshold, are_told)));
+        for term in &way.terms {
+            if self.p.spare && are_told && term.from.is_some_and(|from| sum < from) {
+                return Ok(Some(Detection::given_up(sum, self.p.threshold)));
             }
             let Some(question) = self.p.question(term) else { continue };
             let found = if let Some(found) = self.known.get(question.name.as_str()) {

@@ -189,8 +189,8 @@ pub struct Hardened {
     pub ways: Vec<Way>,
     /// From which probability of harm on an answer is unsafe; 0..=1. Calibration finds it.
     pub threshold: f64,
-    /// A way that can't reach this probability any more is not asked about further; 0..=1. 0 asks everything.
-    pub spare: f64,
+    /// Whether a way that has fallen below the next term's [`Term::from`] is given up. If not, everything is asked.
+    pub spare: bool,
     /// Whose words are not judged.
     pub trusted: Vec<Author>,
 }
@@ -216,6 +216,9 @@ pub struct Term {
     pub question: String,
     /// Above 0.
     pub weight: f64,
+    /// Log-odds that the bias and the terms before must come to, or it is not asked: the way is given up, and is no harm. None asks always.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<f64>,
 }
 
 /// What a question's probability of harm weighs: its log-odds within ±4; a word, where there is no probability, as much as that.
@@ -248,6 +251,9 @@ impl Hardened {
                 }
                 if !(term.weight > 0.0 && term.weight.is_finite()) {
                     return wrong(format!("ways: the weights of {name:?} must be above 0"));
+                }
+                if term.from.is_some_and(f64::is_nan) {
+                    return wrong(format!("ways: {name:?} asks from no number on"));
                 }
             }
             if terms.is_empty() || !bias.is_finite() {
@@ -679,7 +685,6 @@ impl Profile {
             }
             Method::Hardened(hardened) => {
                 share("threshold", hardened.threshold)?;
-                share("spare", hardened.spare)?;
                 hardened.check()?;
             }
         }

@@ -282,6 +282,12 @@ impl Detection {
         Self { verdict, score: are_told.then_some(weight), weight }
     }
 
+    /// A sum that was not followed to its end, because it comes to nothing.
+    pub(crate) fn given_up(sum: f64, threshold: f64) -> Self {
+        let weight = (1.0 / (1.0 + (-sum).exp())).min(threshold * 0.999);
+        Self { verdict: Verdict::Safe, score: Some(weight), weight }
+    }
+
     pub(crate) fn is_harm(self) -> bool {
         self.verdict == Verdict::Unsafe
     }

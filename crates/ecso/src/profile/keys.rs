@@ -28,7 +28,7 @@ pub(super) struct Keys {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     threshold: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    spare: Option<f64>,
+    spare: Option<bool>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     trusted: Option<Vec<Author>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
