@@ -3,7 +3,7 @@
 
 use std::{collections::HashSet, sync::Arc};
 
-use ecso::{Chat, Guard, GuardError, Image, Mllm, Outcome, Profile, Step, Verdict, declines, profile::Rewrite};
+use ecso::{Chat, Guard, GuardError, Image, Mllm, Outcome, Profile, Step, Verdict, declines, profile::Rewrite, without_reasoning};
 use serde::{Deserialize, Serialize};
 use unicode_segmentation::UnicodeSegmentation;
 
@@ -150,10 +150,11 @@ impl Maker {
         let outcome = self.guard.review(&chat, &draft).await?;
         cost.add(&outcome);
         let dropped = |reason| Made::Dropped { reason, of: None };
-        let refusal = declines(&outcome.answer);
+        let said = without_reasoning(&outcome.answer).unwrap_or_default();
+        let refusal = declines(said);
         let made = match outcome.verdict {
             Verdict::Unchecked => dropped(Reason::OutOfScope),
-            _ if outcome.answer.trim().is_empty() => dropped(Reason::Empty),
+            _ if said.trim().is_empty() => dropped(Reason::Empty),
             _ if goes_in_circles(&outcome.answer) => dropped(Reason::Repetition),
             Verdict::Safe => Made::Safe(sample(draft, outcome, None, refusal)),
             Verdict::Unsafe if repeats(&outcome.answer, &[&draft, &row.query]) => dropped(Reason::Repetition),

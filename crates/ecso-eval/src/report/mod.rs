@@ -62,24 +62,26 @@ impl RunReport {
     }
 }
 
-/// A rate as people read it: `93.1% (88.0 to 96.2)`.
+/// A rate as people read it: `93.1% (88.0 to 96.2)`; `- (12.4 to 96.2)` where too few are known for more than a range.
 #[must_use]
 pub fn percent(rate: Rate) -> String {
-    if rate.value.is_nan() {
-        return "-".into();
-    }
-    format!("{:.1}% ({:.1} to {:.1})", 100.0 * rate.value, 100.0 * rate.low, 100.0 * rate.high)
+    let value = match rate {
+        Rate { total: 0, .. } => return "-".into(),
+        Rate { value, .. } if value.is_nan() => "-".to_owned(),
+        Rate { value, .. } => format!("{:.1}%", 100.0 * value),
+    };
+    format!("{value} ({:.1} to {:.1})", 100.0 * rate.low, 100.0 * rate.high)
 }
 
 fn number(mean: Mean) -> String {
-    if mean.value.is_nan() {
-        return "-".into();
+    let Mean { value, low, high, .. } = mean;
+    let places = if value.abs() < 20.0 || high < 20.0 { 2 } else { 0 };
+    match (value.is_nan(), low.is_nan()) {
+        (true, true) => "-".into(),
+        (true, false) => format!("- ({low:.places$} to {high:.places$})"),
+        (false, true) => format!("{value:.places$} (no interval of one)"),
+        (false, false) => format!("{value:.places$} ({low:.places$} to {high:.places$})"),
     }
-    let places = if mean.value.abs() < 20.0 { 2 } else { 0 };
-    if mean.low.is_nan() {
-        return format!("{:.places$} (no interval of one)", mean.value);
-    }
-    format!("{:.places$} ({:.places$} to {:.places$})", mean.value, mean.low, mean.high)
 }
 
 /// How an arm does beside another on the same items, as people read it.
