@@ -3,7 +3,10 @@
 
 use std::{collections::HashSet, sync::Arc};
 
-use ecso::{Chat, Guard, GuardError, Image, Mllm, Outcome, Profile, Step, Verdict, declines, profile::Rewrite, without_reasoning};
+use ecso::{
+    Chat, Guard, GuardError, Image, Mllm, Outcome, Profile, Step, Verdict, declines, profile::Rewrite,
+    without_reasoning,
+};
 use serde::{Deserialize, Serialize};
 use unicode_segmentation::UnicodeSegmentation;
 

@@ -146,19 +146,23 @@ struct Beside {
 pub fn advise(runs: &[JudgedRun]) -> Result<String, TogetherError> {
     let mut together = Together::default();
     let mut profiles: Vec<(&str, Beside)> = Vec::new();
+    let mut unguarded = Vec::new();
     for run in runs {
         together.run(&run.path, &run.header)?;
         alike(&runs[0], run)?;
         let mut here: Vec<(&str, Beside)> = arms(run).skip(1).map(|profile| (profile, Beside::default())).collect();
-        let mut recorded = 0;
+        let (mut recorded, mut without_image, mut answered) = (0, 0, 0);
         for record in run.records()? {
             let record = record?;
             together.item(&record)?;
             recorded += 1;
+            without_image += usize::from(record.is_text());
+            answered += usize::from(record.error.is_none());
             for (profile, beside) in &mut here {
                 beside.add(&record, profile, &run.verdicts);
             }
         }
+        unguarded.extend(run.header.unguarded(without_image, answered).map(|told| (&run.path, told)));
         for (profile, mut beside) in here {
             beside.lack(absent(&run.header, recorded));
             match profiles.iter_mut().find(|(known, _)| *known == profile) {
@@ -170,6 +174,9 @@ pub fn advise(runs: &[JudgedRun]) -> Result<String, TogetherError> {
     let mut out = String::from("# Should the guard be turned on?\n");
     for (profile, beside) in &profiles {
         page(&mut out, profile, beside);
+    }
+    for (path, told) in unguarded {
+        let _ = writeln!(out, "\n{}: {told}.", path.display());
     }
     Ok(out)
 }

@@ -3,6 +3,7 @@
 use std::{
     cell::{Cell, RefCell},
     collections::BinaryHeap,
+    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -14,20 +15,20 @@ use ecso::{
 };
 use ecso_batch::{
     Batch, Bounds, Sifted,
-    journal::{Journal, JournalError, Key},
+    journal::{Journal, JournalError, Key, Saved},
 };
 
 use crate::{
     benchmarks::Items,
     item::{Item, Picture, Trouble},
-    record::{Choice, ItemRecord},
+    record::{Choice, ItemRecord, RunHeader},
     text::cut,
 };
 
 /// What the unguarded arm is called.
 pub const UNGUARDED: &str = "unguarded";
 
-/// How a run goes; beside it, a run is what its [`RunHeader`](crate::record::RunHeader) says.
+/// How a run goes; beside it, a run is what its [`RunHeader`] says.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
     /// How much at once.
@@ -126,6 +127,21 @@ pub async fn run(
 #[must_use]
 pub fn missing(items: Items, journal: &Journal) -> usize {
     journal.len() - items.iter.filter(|item| journal.has_place(Key::of(&item.id, ""))).count()
+}
+
+/// Says that items of a run were not guarded, as they have no image; none where all were.
+///
+/// # Errors
+/// [`JournalError`]: the run can't be read.
+pub fn unguarded(out: &Path) -> Result<Option<String>, JournalError> {
+    let saved = Saved::folder(out);
+    let (mut without_image, mut answered) = (0, 0);
+    for record in saved.latest::<ItemRecord>()? {
+        let record = record?;
+        without_image += usize::from(record.is_text());
+        answered += usize::from(record.error.is_none());
+    }
+    Ok(saved.header::<RunHeader>()?.unguarded(without_image, answered))
 }
 
 /// A digest of what is asked, and of what a good answer is. Of an image in a file it knows the file's name.

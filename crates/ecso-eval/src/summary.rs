@@ -34,6 +34,8 @@ pub struct Summary {
     pub failed: usize,
     /// Items that a content filter refused.
     pub filtered: usize,
+    /// Says that items were not guarded, as they have no image; none where all were.
+    pub unguarded: Option<String>,
     /// One an arm, the unguarded one first.
     pub arms: Vec<Arm>,
 }
@@ -131,6 +133,7 @@ pub(crate) struct Sums {
     items: usize,
     failed: usize,
     filtered: usize,
+    without_image: usize,
     arms: Vec<ArmSums>,
     /// What the answers cost, one an arm, by cluster.
     spent: BTreeMap<String, Vec<Spent>>,
@@ -140,13 +143,14 @@ impl Sums {
     pub(crate) fn new(header: &RunHeader) -> Self {
         let profiles = header.profiles.iter().map(|(name, _)| name.clone());
         let arms = [UNGUARDED.to_owned()].into_iter().chain(profiles).map(ArmSums::new).collect();
-        Self { items: 0, failed: 0, filtered: 0, arms, spent: BTreeMap::new() }
+        Self { items: 0, failed: 0, filtered: 0, without_image: 0, arms, spent: BTreeMap::new() }
     }
 
     pub(crate) fn add(&mut self, record: &ItemRecord, verdicts: &Verdicts) {
         self.items += 1;
         self.filtered += usize::from(record.filtered);
         self.failed += usize::from(record.error.is_some() && !record.filtered);
+        self.without_image += usize::from(record.is_text());
         let unguarded = Standing::of(record, UNGUARDED, verdicts);
         for (index, arm) in self.arms.iter_mut().enumerate() {
             arm.add(index, record, unguarded, verdicts);
@@ -161,7 +165,7 @@ impl Sums {
     }
 
     pub(crate) fn summary(self, header: &RunHeader, verdicts: &Verdicts) -> Summary {
-        let Self { items, failed, filtered, arms, spent } = self;
+        let Self { items, failed, filtered, without_image, arms, spent } = self;
         let variant = header.variant.as_ref().map_or_else(String::new, |variant| format!(" ({variant})"));
         let spent: Vec<Vec<Spent>> = spent.into_values().collect();
         let absent = absent(header, items);
@@ -173,6 +177,7 @@ impl Sums {
             absent,
             failed,
             filtered,
+            unguarded: header.unguarded(without_image, items - failed - filtered),
             arms: arms.into_iter().enumerate().map(|(index, arm)| arm.figures(index, &spent, absent)).collect(),
         }
     }

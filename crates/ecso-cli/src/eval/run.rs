@@ -110,6 +110,9 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
             100.0 * work.busy.as_secs_f64() / wall.as_secs_f64().max(1e-9)
         );
         told(args, &unusable);
+        if let Some(unguarded) = run::unguarded(&args.out)? {
+            eprintln!("{unguarded}");
+        }
         // Items that were left out count too.
         enough(args, &journal, header.items.unwrap_or(journal.len()))?;
         eprintln!("next: ecso eval judge {}", args.out.display());

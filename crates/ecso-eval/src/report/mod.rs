@@ -144,6 +144,9 @@ pub fn markdown(runs: &[RunReport]) -> String {
         for arm in &summary.arms {
             let _ = writeln!(out, "| {} | {} | {} |", arm.profile, cells(&arm.all).join(" | "), costs(arm).join(" | "));
         }
+        if let Some(unguarded) = &summary.unguarded {
+            let _ = writeln!(out, "\n**{unguarded}.**");
+        }
         if summary.arms.iter().any(|arm| !arm.published.is_empty()) {
             let _ = write!(out, "\n| arm | as the benchmark counts | points |\n| --- | --- | --- |\n");
         }
