@@ -157,7 +157,7 @@ impl Maker {
         let refusal = declines(said);
         let made = match outcome.verdict {
             Verdict::Unchecked => dropped(Reason::OutOfScope),
-            _ if said.trim().is_empty() => dropped(Reason::Empty),
+            _ if said.trim().is_empty() || draft.trim().is_empty() => dropped(Reason::Empty),
             _ if goes_in_circles(&outcome.answer) => dropped(Reason::Repetition),
             Verdict::Safe => Made::Safe(sample(draft, outcome, None, refusal)),
             Verdict::Unsafe if repeats(&outcome.answer, &[&draft, &row.query]) => dropped(Reason::Repetition),

@@ -1,6 +1,6 @@
 //! What a run is, and what it records.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use ecso::{FinishReason, Outcome, Profile, Step, profile::Scope};
 use ecso_batch::journal::{Entry, Head};
@@ -118,19 +118,26 @@ pub fn is_cut(outcome: &Outcome) -> bool {
     outcome.answer.trim().is_empty() && last.is_some_and(|step| step.finish == FinishReason::ContentFilter)
 }
 
+/// Whether two paths lead to one place.
+fn is_same(a: &Path, b: &Path) -> bool {
+    a == b || a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b))
+}
+
 impl Head for RunHeader {
     fn differs(&self, begun: &Self) -> Option<&'static str> {
         let differ = [
             ("version of ecso", begun.ecso != self.ecso),
-            (
-                "benchmark",
-                begun.benchmark != self.benchmark || begun.variant != self.variant || begun.data != self.data,
-            ),
+            ("benchmark", begun.benchmark != self.benchmark),
+            ("--variant", begun.variant != self.variant),
+            ("--data", !is_same(&begun.data, &self.data)),
             ("model", begun.model != self.model || begun.model_digest != self.model_digest),
             ("model under the same name on the server", begun.server != self.server),
             ("profile", begun.profiles != self.profiles),
             ("--max-new-tokens", begun.max_new_tokens != self.max_new_tokens),
-            ("choice of items", begun.choice != self.choice),
+            ("--scenario", begun.choice.scenarios != self.choice.scenarios),
+            ("--sample", begun.choice.sample != self.choice.sample),
+            ("--seed", begun.choice.seed != self.choice.seed),
+            ("--limit", begun.choice.limit != self.choice.limit),
             ("number of items in its data", begun.items.is_some() && begun.items != self.items),
         ];
         differ.into_iter().find(|(_, differs)| *differs).map(|(what, _)| what)

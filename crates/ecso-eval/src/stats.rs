@@ -16,7 +16,7 @@ pub struct Rate {
     pub count: usize,
     /// Of how many.
     pub total: usize,
-    /// The share; NaN of nothing, and where fewer are known than aren't.
+    /// The share; NaN of nothing, and where too few are known.
     pub value: f64,
     /// Lower end.
     pub low: f64,
@@ -43,8 +43,7 @@ impl Rate {
         Self { count, total, value: p, low: (middle - half).max(0.0), high: (middle + half).min(1.0) }
     }
 
-    /// A share of which `unknown` more items could be judged by nobody: its interval reaches from none of them to all. Where these are the
-    /// most, the interval is all that is said.
+    /// A share of which `unknown` more items could be judged by nobody: its interval reaches from none of them to all.
     #[must_use]
     pub fn with_unknown(count: usize, total: usize, unknown: usize) -> Self {
         let known = Self::wilson(count, total);
@@ -53,13 +52,14 @@ impl Rate {
         }
         let low = Self::wilson(count, total + unknown).low;
         let high = Self::wilson(count + unknown, total + unknown).high;
-        Self { low, high, value: if_most(total, unknown, known.value), ..known }
+        Self { low, high, ..known }
     }
-}
 
-/// What is said of `known` items beside `unknown` ones: a value where the former are half of all or more, else NaN.
-fn if_most(known: usize, unknown: usize, value: f64) -> f64 {
-    if known >= unknown { value } else { f64::NAN }
+    /// The interval alone, where too few items are known for a value.
+    #[must_use]
+    pub fn with_value_if(self, are_enough: bool) -> Self {
+        Self { value: if are_enough { self.value } else { f64::NAN }, ..self }
+    }
 }
 
 /// A mean with its 95% interval.
@@ -67,7 +67,7 @@ fn if_most(known: usize, unknown: usize, value: f64) -> f64 {
 pub struct Mean {
     /// Of how many values.
     pub total: usize,
-    /// The mean; NaN of nothing, and where fewer values are known than aren't.
+    /// The mean; NaN of nothing, and where too few values are known.
     pub value: f64,
     /// Lower end.
     pub low: f64,
@@ -83,16 +83,20 @@ impl Mean {
         Self { total, value, low: resampled[tail], high: resampled[resampled.len() - 1 - tail] }
     }
 
-    /// A mean of values in 0..=`most` beside which `unknown` more could not be had: its interval reaches from none to all of them. Where
-    /// these are the most, the interval is all that is said.
+    /// A mean of values in 0..=`most` beside which `unknown` more could not be had: its interval reaches from none to all of them.
     #[must_use]
     pub fn with_unknown(self, unknown: usize, most: f64) -> Self {
         let (known, all) = (float(self.total), float(self.total + unknown));
         if unknown == 0 || self.total == 0 {
             return self;
         }
-        let value = if_most(self.total, unknown, self.value);
-        Self { value, low: self.low * known / all, high: (self.high * known + most * float(unknown)) / all, ..self }
+        Self { low: self.low * known / all, high: (self.high * known + most * float(unknown)) / all, ..self }
+    }
+
+    /// The interval alone, where too few values are known.
+    #[must_use]
+    pub fn with_value_if(self, are_enough: bool) -> Self {
+        Self { value: if are_enough { self.value } else { f64::NAN }, ..self }
     }
 }
 
@@ -141,14 +145,13 @@ pub fn clustered_mean(clusters: &[Vec<f64>]) -> Mean {
 }
 
 /// Sum of the means of several strata, with a percentile bootstrap within each. A stratum is its values, in 0..=`most`, and how many
-/// more could not be had: the interval reaches from none to all of these, and is all that is said where these are the most.
+/// more could not be had: the interval reaches from none to all of these.
 #[must_use]
 pub fn stratified_sum(strata: &[(Vec<f64>, usize)], most: f64) -> Mean {
     let mean = |sum: f64, count: usize| if count == 0 { f64::NAN } else { sum / float(count) };
     let whole = |values: &[f64]| mean(values.iter().sum(), values.len());
+    let value = strata.iter().map(|(values, _)| whole(values)).sum();
     let total = strata.iter().map(|(values, _)| values.len()).sum();
-    let unknown = strata.iter().map(|(_, unknown)| unknown).sum();
-    let value = if_most(total, unknown, strata.iter().map(|(values, _)| whole(values)).sum());
     let mut random = Random(0x2403_0957);
     let drawn = |random: &mut Random, values: &[f64]| {
         mean((0..values.len()).map(|_| values[random.below(values.len())]).sum(), values.len())
@@ -317,22 +320,27 @@ impl Agreement {
         self.both + self.only_judge + self.only_label + self.neither
     }
 
+    /// Whether both speak of half or more.
+    fn is_known(self) -> bool {
+        self.total() >= self.unknown()
+    }
+
     /// Share of pairs that agree.
     #[must_use]
     pub fn accuracy(self) -> Rate {
-        Rate::with_unknown(self.both + self.neither, self.total(), self.unknown())
+        Rate::with_unknown(self.both + self.neither, self.total(), self.unknown()).with_value_if(self.is_known())
     }
 
     /// Share of the judge's harmful that are.
     #[must_use]
     pub fn precision(self) -> Rate {
-        Rate::with_unknown(self.both, self.both + self.only_judge, self.unknown())
+        Rate::with_unknown(self.both, self.both + self.only_judge, self.unknown()).with_value_if(self.is_known())
     }
 
     /// Share of the harmful that the judge finds.
     #[must_use]
     pub fn recall(self) -> Rate {
-        Rate::with_unknown(self.both, self.both + self.only_label, self.harmful_unknown)
+        Rate::with_unknown(self.both, self.both + self.only_label, self.harmful_unknown).with_value_if(self.is_known())
     }
 
     /// Cohen's kappa: agreement beyond chance.
@@ -383,12 +391,6 @@ mod tests {
         close(rate.high, 0.3662);
         close(Rate::wilson(0, 20).high, 0.1611);
         assert!(Rate::wilson(0, 0).value.is_nan());
-        let few = Rate::with_unknown(5, 5, 6);
-        assert!(few.value.is_nan() && few.low > 0.1 && few.high > 0.9, "{few:?}");
-        let few = Mean { total: 5, value: 1.0, low: 1.0, high: 1.0 }.with_unknown(6, 1.0);
-        assert!(few.value.is_nan() && few.low < 0.5 && few.high > 0.9, "{few:?}");
-        let few = stratified_sum(&[(vec![1.0; 5], 3), (vec![1.0; 2], 5)], 1.0);
-        assert!(few.value.is_nan() && few.low < 1.2 && few.high > 1.9, "{few:?}");
         let range = Rate::with_unknown(5, 10, 10);
         assert!(range.low < Rate::wilson(5, 10).low && range.high > Rate::wilson(5, 10).high);
     }

@@ -75,7 +75,8 @@ pub struct Judgement {
     pub verdict: Ruling,
     /// Probability of harm in 0..=1, or the grade of a graded answer; where the judge tells.
     pub score: Option<f64>,
-    /// Who says so.
+    /// Who says so. Others may leave it out.
+    #[serde(default)]
     pub judge: String,
     /// Why there is no verdict.
     #[serde(default, skip_serializing_if = "Option::is_none")]
