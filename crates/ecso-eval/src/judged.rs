@@ -125,7 +125,7 @@ impl Names {
             return None;
         }
         let saved = Saved::file(&file);
-        let first = || saved.entries::<Judgement>().ok()?.next()?.ok().map(|judgement| judgement.judge);
+        let first = || saved.entries::<Judgement>().ok()?.next()?.ok().map(|(_, judgement)| judgement.judge);
         let judge = saved.header::<VerdictsHeader>().ok().map(|header| header.judge).or_else(first);
         let stem = plain(&file.file_stem().unwrap_or_default().to_string_lossy());
         let called = stem.strip_prefix("verdicts-").map(str::to_owned);
