@@ -16,6 +16,9 @@ use crate::{
     cli::{ModelArgs, ProfileArgs, ServeArgs},
 };
 
+/// Where the API key is, unless somebody says otherwise.
+const API_KEY_ENV: &str = "OPENAI_API_KEY";
+
 /// All settings.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -152,7 +155,7 @@ fn defaults() -> anyhow::Result<Settings> {
     Ok(Settings {
         model: "mini".into(),
         model_name: String::new(),
-        api_key_env: "OPENAI_API_KEY".into(),
+        api_key_env: API_KEY_ENV.into(),
         mmproj: PathBuf::new(),
         reader: false,
         tagger: true,
@@ -285,12 +288,22 @@ pub(crate) fn load_serve(file: Option<&Path>, args: &ServeArgs) -> anyhow::Resul
     let own = [("model", &args.upstream), ("listen", &args.listen), ("gateway.mode", &args.mode)];
     let given = own.into_iter().filter_map(|(key, value)| Some((key.to_owned(), toml::Value::from(value.clone()?))));
     layers.push(Layer { origin: "flag".into(), values: given.collect() });
-    merge(&layers)
+    with_key(merge(&layers)?, &args.model)
 }
 
 /// The settings that result.
 pub(crate) fn load(file: Option<&Path>, model: &ModelArgs, profile: &ProfileArgs) -> anyhow::Result<Settings> {
-    merge(&layers(file, model, profile)?)
+    with_key(merge(&layers(file, model, profile)?)?, model)
+}
+
+/// The settings, if the variable with the API key is there, where somebody named one and a server is asked.
+fn with_key(settings: Settings, flags: &ModelArgs) -> anyhow::Result<Settings> {
+    let name = settings.api_key_env.as_str();
+    let is_named = flags.api_key_env.is_some() || !matches!(name, "" | API_KEY_ENV);
+    if is_named && is_url(&settings.model) && std::env::var_os(name).is_none_or(|key| key.is_empty()) {
+        return Err(UsageError(format!("--api-key-env {name}: this environment variable is not set")).into());
+    }
+    Ok(settings)
 }
 
 fn merge(layers: &[Layer]) -> anyhow::Result<Settings> {
