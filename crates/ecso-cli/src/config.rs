@@ -318,12 +318,23 @@ fn merge(layers: &[Layer]) -> anyhow::Result<Settings> {
     let mut values = BTreeMap::new();
     flatten("", whole, &mut values);
     let mut builder = config::Config::builder();
-    for (key, value) in values {
-        let value: config::Value = value.try_into().map_err(|error| UsageError(format!("{key}: {error}")))?;
-        builder = builder.set_override(&key, value).map_err(|error| UsageError(format!("{key}: {error}")))?;
+    for (key, value) in &values {
+        let value: config::Value = value.clone().try_into().map_err(|error| UsageError(format!("{key}: {error}")))?;
+        builder = builder.set_override(key, value).map_err(|error| UsageError(format!("{key}: {error}")))?;
     }
     let settings = builder.build().and_then(config::Config::try_deserialize);
-    settings.map_err(|error| UsageError(format!("settings: {error}; `ecso config show` lists them all")).into())
+    settings.map_err(|error| {
+        let error = values.iter().find_map(|(key, value)| no_choice(key, value)).unwrap_or_else(|| error.to_string());
+        UsageError(format!("settings: {error}; `ecso config show` lists them all")).into()
+    })
+}
+
+/// What is wrong with a setting that is none of those that can be chosen from: only this way serde says which these are.
+fn no_choice(key: &str, value: &toml::Value) -> Option<String> {
+    let mut table = toml::Table::try_from(defaults().ok()?).ok()?;
+    place(&mut table, key, value.clone()).ok()?;
+    let error = table.try_into::<Settings>().err()?;
+    error.message().starts_with("unknown variant").then(|| format!("{key}: {}", error.message()))
 }
 
 /// The profile that the settings name, with its fields changed.

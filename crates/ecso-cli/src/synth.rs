@@ -121,6 +121,11 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
     if !ended.whole {
         eprintln!("the budget is spent; the same command with a larger one goes on from here");
     }
+    enough(args, &input, &manifest)
+}
+
+/// Tells of a dataset without samples; an error where too few rows were made for the run to be a success.
+fn enough(args: &SynthArgs, input: &Input, manifest: &Manifest) -> anyhow::Result<()> {
     let failures = args.out.join("dataset").join("failed.jsonl");
     match manifest.unseen {
         _ if manifest.rows > manifest.failed => {}

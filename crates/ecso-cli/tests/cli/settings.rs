@@ -62,6 +62,20 @@ fn a_key_that_is_none_is_an_error() {
         );
     }
     ecso(home.path()).args(["config", "show"]).env("ECSO__MODLE", "x").assert().code(2);
+    for (name, says) in [
+        (
+            "SERVER__MAX_TOKENS_FIELD",
+            "server.max_tokens_field: unknown variant `most`, expected one of `auto`, `max_tokens`",
+        ),
+        ("IMAGES__TRUNCATED", "images.truncated: unknown variant `most`, expected `refuse` or `accept`"),
+        ("GATEWAY__MODE", "gateway.mode: unknown variant `most`, expected one of `off`, `observe`, `enforce`"),
+    ] {
+        let mut command = ecso(home.path());
+        // A number from the environment is a text, and no mistake.
+        command.env("ECSO__ENGINE__THREADS", "3").env(format!("ECSO__{name}"), "most");
+        let told = text(&command.args(["config", "show"]).assert().code(2).get_output().stderr);
+        assert!(told.contains(says), "{told}");
+    }
 }
 
 #[test]
