@@ -310,9 +310,9 @@ async fn items_that_nobody_guards_are_told_of() {
 async fn a_reply_that_thinks_first_is_judged_by_what_follows() {
     let home = tempfile::tempdir().unwrap();
     items(home.path(), &[json!({"id": 1, "query": "q", "label": "Harmless"}), json!({"id": 2, "query": "endless"})]);
-    let answer = |_, sent: &str| match sent.contains("endless") {
-        true => says("<think>No, I cannot"),
-        false => says("<think>Sure.</think>\n\nI'm sorry, I can't."),
+    let answer = |_, sent: &str| {
+        let is_endless = sent.contains("endless");
+        says(if is_endless { "<think>No, I cannot" } else { "<think>Sure.</think>\n\nI'm sorry, I can't." })
     };
     let (server, _) = server(answer).await;
     run(home.path(), &server).assert().success();
