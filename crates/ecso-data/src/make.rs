@@ -226,7 +226,36 @@ fn repeats(answer: &str, others: &[&str]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use ecso::{Reply, testing::Scripted};
+
     use super::*;
+
+    #[tokio::test]
+    async fn an_answer_is_what_stands_behind_its_thoughts() {
+        let says = |text: &'static str| -> Arc<dyn Mllm> {
+            Arc::new(Scripted::new(move |_| Ok(Reply { text: text.into(), ..Reply::default() })))
+        };
+        let row = |draft: &str| Row {
+            number: 0,
+            id: String::new(),
+            before: Vec::new(),
+            query: "Bread?".into(),
+            images: Vec::new(),
+            category: String::new(),
+            draft: Some(draft.into()),
+        };
+        let profile = Profile::paper().with("scope", "all").unwrap();
+        let made = async |draft: &str, verdict| {
+            let maker = Maker::new(&says(verdict), profile.clone(), Filters::default());
+            maker.make(&row(draft), &[]).await.unwrap().0
+        };
+        let refused = made("<think>Is it safe?</think>I'm sorry, I can't.", "No").await;
+        assert!(matches!(refused, Made::Safe(Sample { refusal: true, .. })), "{refused:?}");
+        for (draft, verdict) in [("<think>Is it", "No"), ("<think>No.</think> ", "No"), (" ", "Yes")] {
+            let dropped = made(draft, verdict).await;
+            assert!(matches!(dropped, Made::Dropped { reason: Reason::Empty, .. }), "{draft:?}: {dropped:?}");
+        }
+    }
 
     #[test]
     fn circles_are_seen_and_lists_are_not() {

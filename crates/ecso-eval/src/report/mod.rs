@@ -253,3 +253,17 @@ fn overall(arm: &Arm) -> Vec<(&str, Numbers)> {
     let published = arm.published.iter().map(|(metric, mean)| (metric.as_str(), *mean));
     published.chain(costs).chain(told).map(|(metric, mean)| (metric, of_mean(mean))).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_too_few_are_known_the_range_alone_is_told() {
+        let rate = |are_enough| percent(Rate::with_unknown(2, 2, 8).with_value_if(are_enough));
+        assert_eq!([rate(true), rate(false)], ["100.0% (5.7 to 100.0)", "- (5.7 to 100.0)"]);
+        let mean = Mean { total: 2, value: 1.0, low: 0.5, high: 1.0 };
+        assert_eq!(number(mean.with_value_if(false)), "- (0.50 to 1.00)");
+        assert_eq!([percent(Rate::wilson(0, 0)), told(Rate::wilson(0, 0).value)], ["-", ""]);
+    }
+}
