@@ -55,7 +55,13 @@ pub trait Batch: Send + Sync + 'static {
     type Error: From<JournalError> + Send + 'static;
 
     /// The row's place in the journal.
-    fn key(&self, row: &Self::Row) -> Key;
+    fn place(&self, row: &Self::Row) -> Key;
+
+    /// The place, with the digest of what the row's entry is made of. Asked for only where there is an entry at the place: it may take
+    /// reading files.
+    fn key(&self, row: &Self::Row) -> Key {
+        self.place(row)
+    }
 
     /// Reads what a row needs, such as its images. Rows are read ahead, side by side.
     fn read(&self, row: Self::Row) -> impl Future<Output = Self::Ready> + Send;
@@ -107,11 +113,15 @@ pub async fn run<B: Batch>(
             || bounds.time.is_some_and(|most| begun.elapsed() >= most)
     };
     let journal = RefCell::new(journal);
-    let open = rows.filter(|row| !journal.borrow().has(batch.key(row), bounds.retry_failed)).take_while(|_| {
+    let is_done = |row: &B::Row| {
+        let journal = journal.borrow();
+        journal.has_place(batch.place(row)) && journal.has(batch.key(row), bounds.retry_failed)
+    };
+    let open = rows.filter(|row| !is_done(row)).take_while(|_| {
         unread.set(spent());
         !unread.get()
     });
-    let open = open.map(|row| (journal.borrow().has_failed(batch.key(&row)), row));
+    let open = open.map(|row| (journal.borrow().has_failed(batch.place(&row)), row));
     let (room, rows) = (Room::of(bounds.bytes), bounds.rows.max(1));
     let mut made = pin!(
         stream::iter(open)
@@ -256,7 +266,7 @@ mod tests {
         type Entry = Double;
         type Error = JournalError;
 
-        fn key(&self, row: &usize) -> Key {
+        fn place(&self, row: &usize) -> Key {
             Key::of(&row.to_string(), "")
         }
 
@@ -353,7 +363,7 @@ mod tests {
         type Entry = Double;
         type Error = JournalError;
 
-        fn key(&self, (): &()) -> Key {
+        fn place(&self, (): &()) -> Key {
             Key::of("0", "")
         }
 

@@ -261,7 +261,7 @@ pub(crate) struct SynthArgs {
 
     /// Cap of new tokens of every answer
     #[arg(long, value_name = "N")]
-    pub(crate) max_new_tokens: Option<u32>,
+    pub(crate) max_new_tokens: Option<NonZero<u32>>,
 
     /// Rows at once [default: 1 in this process, 8 for a server]
     #[arg(long, value_name = "N")]

@@ -16,6 +16,9 @@ use crate::{
     cli::{ModelArgs, ProfileArgs, ServeArgs},
 };
 
+/// Where the API key is, unless somebody says otherwise.
+const API_KEY_ENV: &str = "OPENAI_API_KEY";
+
 /// All settings.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -152,7 +155,7 @@ fn defaults() -> anyhow::Result<Settings> {
     Ok(Settings {
         model: "mini".into(),
         model_name: String::new(),
-        api_key_env: "OPENAI_API_KEY".into(),
+        api_key_env: API_KEY_ENV.into(),
         mmproj: PathBuf::new(),
         reader: false,
         tagger: true,
@@ -285,12 +288,22 @@ pub(crate) fn load_serve(file: Option<&Path>, args: &ServeArgs) -> anyhow::Resul
     let own = [("model", &args.upstream), ("listen", &args.listen), ("gateway.mode", &args.mode)];
     let given = own.into_iter().filter_map(|(key, value)| Some((key.to_owned(), toml::Value::from(value.clone()?))));
     layers.push(Layer { origin: "flag".into(), values: given.collect() });
-    merge(&layers)
+    with_key(merge(&layers)?, &args.model)
 }
 
 /// The settings that result.
 pub(crate) fn load(file: Option<&Path>, model: &ModelArgs, profile: &ProfileArgs) -> anyhow::Result<Settings> {
-    merge(&layers(file, model, profile)?)
+    with_key(merge(&layers(file, model, profile)?)?, model)
+}
+
+/// The settings, if the variable with the API key is there, where somebody named one and a server is asked.
+fn with_key(settings: Settings, flags: &ModelArgs) -> anyhow::Result<Settings> {
+    let name = settings.api_key_env.as_str();
+    let is_named = flags.api_key_env.is_some() || !matches!(name, "" | API_KEY_ENV);
+    if is_named && is_url(&settings.model) && std::env::var_os(name).is_none_or(|key| key.is_empty()) {
+        return Err(UsageError(format!("--api-key-env {name}: this environment variable is not set")).into());
+    }
+    Ok(settings)
 }
 
 fn merge(layers: &[Layer]) -> anyhow::Result<Settings> {
@@ -305,12 +318,23 @@ fn merge(layers: &[Layer]) -> anyhow::Result<Settings> {
     let mut values = BTreeMap::new();
     flatten("", whole, &mut values);
     let mut builder = config::Config::builder();
-    for (key, value) in values {
-        let value: config::Value = value.try_into().map_err(|error| UsageError(format!("{key}: {error}")))?;
-        builder = builder.set_override(&key, value).map_err(|error| UsageError(format!("{key}: {error}")))?;
+    for (key, value) in &values {
+        let value: config::Value = value.clone().try_into().map_err(|error| UsageError(format!("{key}: {error}")))?;
+        builder = builder.set_override(key, value).map_err(|error| UsageError(format!("{key}: {error}")))?;
     }
     let settings = builder.build().and_then(config::Config::try_deserialize);
-    settings.map_err(|error| UsageError(format!("settings: {error}; `ecso config show` lists them all")).into())
+    settings.map_err(|error| {
+        let error = values.iter().find_map(|(key, value)| no_choice(key, value)).unwrap_or_else(|| error.to_string());
+        UsageError(format!("settings: {error}; `ecso config show` lists them all")).into()
+    })
+}
+
+/// What is wrong with a setting that is none of those that can be chosen from: only this way serde says which these are.
+fn no_choice(key: &str, value: &toml::Value) -> Option<String> {
+    let mut table = toml::Table::try_from(defaults().ok()?).ok()?;
+    place(&mut table, key, value.clone()).ok()?;
+    let error = table.try_into::<Settings>().err()?;
+    error.message().starts_with("unknown variant").then(|| format!("{key}: {}", error.message()))
 }
 
 /// The profile that the settings name, with its fields changed.

@@ -1,6 +1,7 @@
 //! From settings to a model that answers.
 
 use std::{
+    io::Read,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -21,8 +22,27 @@ use crate::{
 
 /// Opens the model that the settings name: a URL, a .gguf file, or a name from the catalogue.
 pub(crate) async fn model(settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> {
-    let model = if is_server(settings) { server(settings).await? } else { engine::model(settings).await? };
+    let model = if is_server(settings) {
+        server(settings).await?
+    } else {
+        are_models(settings)?;
+        engine::model(settings).await?
+    };
     if settings.reader { with_reader(model, settings) } else { Ok(model) }
+}
+
+/// Holds that the files of a model are what they should be, as far as their first bytes tell.
+fn are_models(settings: &Settings) -> Result<(), UsageError> {
+    let weights = Some(Path::new(&settings.model)).filter(|_| is_file(&settings.model));
+    for path in weights.into_iter().chain(named(&settings.mmproj).as_deref()) {
+        let mut mark = Vec::new();
+        let read = std::fs::File::open(path).and_then(|file| file.take(4).read_to_end(&mut mark));
+        read.map_err(|error| UsageError(format!("{}: {error}", path.display())))?;
+        if mark != b"GGUF" {
+            return Err(UsageError(format!("{}: it is no GGUF file", path.display())));
+        }
+    }
+    Ok(())
 }
 
 /// Whether the settings name a server.

@@ -5,26 +5,33 @@ use std::{
     fs::File,
     io::{BufRead, BufReader, BufWriter, Write},
     num::NonZero,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
-use anyhow::Context;
-use ecso::Guard;
+use ecso::{Guard, GuardError};
 use ecso_gateway::replay::Recorded;
 use futures::{StreamExt, stream};
 use serde_json::json;
 
 use crate::{UsageError, cli::ReplayArgs, config, open};
 
+/// Why a line could not be judged.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("{0}")]
+    Unreadable(String),
+    #[error("line {0}: {1}")]
+    Model(usize, GuardError),
+}
+
 pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let settings = config::load(file, &args.model, &args.profile)?;
     let profile = config::profile(&settings)?;
     let shown = args.audit.display();
     let log = File::open(&args.audit).map_err(|error| UsageError(format!("{shown}: {error}")))?;
-    let mut out = match &args.out {
-        Some(path) => Some(BufWriter::new(File::create(path).with_context(|| path.display().to_string())?)),
-        None => None,
-    };
+    let create =
+        |path: &PathBuf| File::create(path).map_err(|error| UsageError(format!("--out {}: {error}", path.display())));
+    let mut out = args.out.as_ref().map(create).transpose()?.map(BufWriter::new);
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
         let guard = Guard::new(open::model(&settings).await?, profile);
@@ -35,24 +42,20 @@ pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> 
             .map(|(number, line)| async move {
                 let line = line.map_err(|error| error.to_string());
                 let recorded = line.and_then(|line| Recorded::read(&line, settings.images));
-                match recorded {
-                    Ok(recorded) => match recorded.again(guard).await {
-                        Ok(outcome) => Ok((recorded, outcome)),
-                        Err(error) => Err(format!("line {number}: {error}")),
-                    },
-                    Err(reason) => Err(format!("line {number}: {reason}")),
-                }
+                let recorded = recorded.map_err(|reason| Failure::Unreadable(format!("line {number}: {reason}")))?;
+                let outcome = recorded.again(guard).await.map_err(|error| Failure::Model(number, error))?;
+                Ok((recorded, outcome))
             })
             .buffered(at_once.max(1));
         let mut counts: BTreeMap<(&str, &str), u64> = BTreeMap::new();
-        let (mut failed, mut first_failure) = (0_u64, None);
+        let (mut failed, mut first_failure) = (0_u64, None::<Failure>);
         let mut changed = Vec::new();
         while let Some(judged) = judged.next().await {
             let (recorded, outcome) = match judged {
                 Ok(judged) => judged,
-                Err(reason) => {
+                Err(failure) => {
                     failed += 1;
-                    first_failure.get_or_insert(reason);
+                    first_failure.get_or_insert(failure);
                     continue;
                 }
             };
@@ -85,12 +88,12 @@ pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> 
                 println!("  changed: {id}");
             }
         }
-        if let Some(reason) = first_failure {
-            eprintln!("{failed} lines could not be judged; the first: {reason}");
-            if total == 0 {
-                return Err(UsageError(format!("{shown}: no line of it could be judged")).into());
-            }
+        let Some(failure) = first_failure else { return Ok(()) };
+        eprintln!("{failed} lines could not be judged; the first: {failure}");
+        match failure {
+            _ if total > 0 => Ok(()),
+            Failure::Model(_, error) => Err(error.into()),
+            Failure::Unreadable(_) => Err(UsageError(format!("{shown}: no line of it could be judged")).into()),
         }
-        Ok(())
     })
 }

@@ -34,7 +34,7 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let settings = config::load(file, &args.model, &args.profile)?;
     let mut profile = config::profile(&settings)?;
     if let Some(most) = args.max_new_tokens {
-        profile = ecso_eval::run::capped(vec![profile], Some(most)).remove(0);
+        profile = ecso_eval::run::capped(vec![profile], Some(most.get())).remove(0);
     }
     let input = Input {
         path: input_path(args)?,
@@ -121,8 +121,24 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
     if !ended.whole {
         eprintln!("the budget is spent; the same command with a larger one goes on from here");
     }
+    enough(args, &input, &manifest)
+}
+
+/// Tells of a dataset without samples; an error where too few rows were made for the run to be a success.
+fn enough(args: &SynthArgs, input: &Input, manifest: &Manifest) -> anyhow::Result<()> {
     let failures = args.out.join("dataset").join("failed.jsonl");
-    anyhow::ensure!(manifest.rows > manifest.failed, "no row could be made; {} says why", failures.display());
+    match manifest.unseen {
+        _ if manifest.rows > manifest.failed => {}
+        _ if manifest.failed > 0 => anyhow::bail!("no row could be made; {} says why", failures.display()),
+        Some(0) => anyhow::bail!(UsageError(format!("{}: there is no row in it", input.path.display()))),
+        Some(unseen) => anyhow::bail!("no row was made: the budget was spent before the first of {unseen}"),
+        None => anyhow::bail!("no row was made: none is in this part, or the budget was spent before"),
+    }
+    if manifest.samples.is_empty() {
+        eprintln!(
+            "the dataset is empty: no row was kept for safety, and utility samples are taken in proportion to these"
+        );
+    }
     #[expect(clippy::cast_precision_loss, reason = "counts of rows")]
     let coverage = (manifest.rows - manifest.failed) as f64 / manifest.rows as f64;
     anyhow::ensure!(
@@ -197,6 +213,9 @@ fn told(manifest: &Manifest, dataset: &Path) -> String {
     );
     for (reason, count) in &manifest.dropped {
         let _ = writeln!(text, "  left out, {}: {count}", reason.word());
+    }
+    if let Some(unseen) = manifest.unseen.filter(|unseen| *unseen > 0) {
+        let _ = writeln!(text, "  never looked at: {unseen}");
     }
     if manifest.gone > 0 {
         let _ = writeln!(

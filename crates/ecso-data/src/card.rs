@@ -71,7 +71,7 @@ pub(crate) fn card(manifest: &Manifest) -> String {
         "- `llava/*.json`: for LLaVA's own trainer; several images stand in `*-several.json`, for LLaVA-NeXT"
     ));
     line(format_args!(
-        "- `failed.jsonl`: rows that failed, with the reason; `manifest.json`: everything about the run, SHA-256 of files\n"
+        "- `failed.jsonl`: rows that failed, counted from 1, with the reason; `manifest.json`: everything about the run, SHA-256 of files\n"
     ));
     line(format_args!("## By category\n\n| category | safety | utility |\n| --- | --- | --- |"));
     for (category, found) in &manifest.categories {
@@ -87,6 +87,9 @@ pub(crate) fn card(manifest: &Manifest) -> String {
         "- rows: {}; kept {safety}, of these {} bare refusals; safe as they were {}, of these {utility} as utility samples; failed {}",
         manifest.rows, manifest.refusals, manifest.safe, manifest.failed
     ));
+    if let Some(unseen) = manifest.unseen.filter(|unseen| *unseen > 0) {
+        line(format_args!("- rows that were never looked at, as the run was ended before: {unseen}"));
+    }
     for (reason, rows) in &manifest.dropped {
         line(format_args!("- left out, {}: {rows}", says(*reason)));
     }

@@ -119,7 +119,7 @@ impl<'a> Example<'a> {
             rejected: (kind == "safety").then(|| Turn::new(Role::Assistant, 0, &sample.draft)),
             images,
             provenance: json!({
-                "row": row.number, "source": record.source, "model": run.model, "model_digest": run.model_digest,
+                "row": row.number + 1, "source": record.source, "model": run.model, "model_digest": run.model_digest,
                 "profile": run.profile.0, "profile_hash": run.profile_hash(), "templates": sample.templates,
                 "score": sample.score, "second_score": sample.second, "made_at": record.at,
             }),

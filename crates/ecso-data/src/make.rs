@@ -3,7 +3,10 @@
 
 use std::{collections::HashSet, sync::Arc};
 
-use ecso::{Chat, Guard, GuardError, Image, Mllm, Outcome, Profile, Step, Verdict, declines, profile::Rewrite};
+use ecso::{
+    Chat, Guard, GuardError, Image, Mllm, Outcome, Profile, Step, Verdict, declines, profile::Rewrite,
+    without_reasoning,
+};
 use serde::{Deserialize, Serialize};
 use unicode_segmentation::UnicodeSegmentation;
 
@@ -150,10 +153,11 @@ impl Maker {
         let outcome = self.guard.review(&chat, &draft).await?;
         cost.add(&outcome);
         let dropped = |reason| Made::Dropped { reason, of: None };
-        let refusal = declines(&outcome.answer);
+        let said = without_reasoning(&outcome.answer).unwrap_or_default();
+        let refusal = declines(said);
         let made = match outcome.verdict {
             Verdict::Unchecked => dropped(Reason::OutOfScope),
-            _ if outcome.answer.trim().is_empty() => dropped(Reason::Empty),
+            _ if said.trim().is_empty() || draft.trim().is_empty() => dropped(Reason::Empty),
             _ if goes_in_circles(&outcome.answer) => dropped(Reason::Repetition),
             Verdict::Safe => Made::Safe(sample(draft, outcome, None, refusal)),
             Verdict::Unsafe if repeats(&outcome.answer, &[&draft, &row.query]) => dropped(Reason::Repetition),
@@ -222,7 +226,36 @@ fn repeats(answer: &str, others: &[&str]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use ecso::{Reply, testing::Scripted};
+
     use super::*;
+
+    #[tokio::test]
+    async fn an_answer_is_what_stands_behind_its_thoughts() {
+        let says = |text: &'static str| -> Arc<dyn Mllm> {
+            Arc::new(Scripted::new(move |_| Ok(Reply { text: text.into(), ..Reply::default() })))
+        };
+        let row = |draft: &str| Row {
+            number: 0,
+            id: String::new(),
+            before: Vec::new(),
+            query: "Bread?".into(),
+            images: Vec::new(),
+            category: String::new(),
+            draft: Some(draft.into()),
+        };
+        let profile = Profile::paper().with("scope", "all").unwrap();
+        let made = async |draft: &str, verdict| {
+            let maker = Maker::new(&says(verdict), profile.clone(), Filters::default());
+            maker.make(&row(draft), &[]).await.unwrap().0
+        };
+        let refused = made("<think>Is it safe?</think>I'm sorry, I can't.", "No").await;
+        assert!(matches!(refused, Made::Safe(Sample { refusal: true, .. })), "{refused:?}");
+        for (draft, verdict) in [("<think>Is it", "No"), ("<think>No.</think> ", "No"), (" ", "Yes")] {
+            let dropped = made(draft, verdict).await;
+            assert!(matches!(dropped, Made::Dropped { reason: Reason::Empty, .. }), "{draft:?}: {dropped:?}");
+        }
+    }
 
     #[test]
     fn circles_are_seen_and_lists_are_not() {

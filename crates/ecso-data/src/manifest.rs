@@ -32,6 +32,8 @@ pub struct Manifest {
     pub packing: Packing,
     /// Rows that are recorded and that the input has.
     pub rows: u64,
+    /// Rows of the input that were never looked at, as the run was ended before; none where it was one of several parts, which don't know.
+    pub unseen: Option<u64>,
     /// Rows whose draft was safe.
     pub safe: u64,
     /// Rows left out, by reason.

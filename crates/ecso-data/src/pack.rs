@@ -22,7 +22,7 @@ use crate::{
     layout::Example,
     make::{Made, Reason},
     manifest::{Manifest, Packing},
-    record::{Present, RowRecord, RunHeader},
+    record::{Present, RowRecord, RunHeader, Shard},
     row::{Picture, Row},
     run::fetched,
 };
@@ -37,8 +37,8 @@ pub enum PackError {
     /// The journal.
     #[error(transparent)]
     Journal(#[from] JournalError),
-    /// A row is not what it was when it was made.
-    #[error("row {0} of the input has changed since it was made; put it back, or begin anew with another --out")]
+    /// A row, from 0, is not what it was when it was made.
+    #[error("row {} of the input (from 1) has changed since it was made; put it back, or begin anew with another --out", .0 + 1)]
     Changed(u64),
     /// A file can't be written.
     #[error("{}", path.display())]
@@ -69,6 +69,7 @@ pub fn pack(out: &Path, input: &Input, packing: &Packing) -> Result<Manifest, Pa
         run: header,
         packing: packing.clone(),
         rows: 0,
+        unseen: None,
         safe: 0,
         dropped: BTreeMap::new(),
         failed: 0,
@@ -81,6 +82,8 @@ pub fn pack(out: &Path, input: &Input, packing: &Packing) -> Result<Manifest, Pa
     };
     let present = Present::of(input)?;
     let (mut places, groups) = choose(out, &present, packing, &mut manifest)?;
+    let of_all = manifest.run.shard == Shard::ALL;
+    manifest.unseen = of_all.then(|| (present.len() as u64).saturating_sub(manifest.rows));
     let work = tempfile::Builder::new().prefix(".dataset-").tempdir_in(out).map_err(|error| failed(out, error))?;
     let mut files = Files::new(work.path(), packing.shard_bytes);
     let journal_path = journal::path(out);
@@ -257,7 +260,7 @@ fn pictures(row: Row, record: &RowRecord, out: &Path, limits: ecso::Limits) -> R
     Ok((row, pictures))
 }
 
-/// The rows that failed, with the reason of their last try.
+/// The rows that failed, counted from 1, with the reason of their last try.
 fn failures(out: &Path, present: &Present, folder: &Path) -> Result<(), PackError> {
     let mut failures: BTreeMap<u64, Value> = BTreeMap::new();
     for record in Saved::folder(out).entries::<RowRecord>()? {
@@ -265,8 +268,10 @@ fn failures(out: &Path, present: &Present, folder: &Path) -> Result<(), PackErro
         let number = record.number();
         match &record.error {
             Some(error) if present.has(&record) => {
-                failures
-                    .insert(number, json!({"row": number, "source": record.source, "error": error, "at": record.at}));
+                failures.insert(
+                    number,
+                    json!({"row": number + 1, "source": record.source, "error": error, "at": record.at}),
+                );
             }
             _ => {
                 failures.remove(&number);

@@ -83,7 +83,7 @@ impl Shard {
 /// One row: a line of the journal.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RowRecord {
-    /// The row's place in the input.
+    /// The row's place in the input, from 0.
     pub id: String,
     /// What tells the row from another at that place: [`Row::digest`] or [`RowError::digest`].
     #[serde(default)]
@@ -147,7 +147,12 @@ impl RowRecord {
     /// That of a row which can't be read.
     pub(crate) fn unreadable(error: &RowError) -> Self {
         let blank = Self::blank(error.number);
-        Self { made_of: error.digest(), source: blank.id.clone(), error: Some(error.reason.to_string()), ..blank }
+        Self {
+            made_of: error.digest(),
+            source: (error.number + 1).to_string(),
+            error: Some(error.reason.to_string()),
+            ..blank
+        }
     }
 
     fn blank(number: u64) -> Self {
@@ -184,21 +189,31 @@ pub(crate) fn now() -> String {
     OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default()
 }
 
-/// Where the journal has a row.
-pub(crate) fn key(row: &Result<Row, RowError>) -> Key {
-    let (number, digest) = match row {
-        Ok(row) => (row.number, row.digest()),
-        Err(error) => (error.number, error.digest()),
-    };
-    Key::of(&number.to_string(), "").made_of(&digest)
+/// Where the journal has a row, whatever is recorded there.
+pub(crate) fn place(row: &Result<Row, RowError>) -> Key {
+    let number = row.as_ref().map_or_else(|error| error.number, |row| row.number);
+    Key::of(&number.to_string(), "")
 }
 
 /// The rows that an input has now. What is recorded of others counts no more.
+#[derive(Default)]
 pub(crate) struct Present(HashMap<u64, Key>);
 
 impl Present {
+    /// Reads the input, its images too.
     pub(crate) fn of(input: &Input) -> Result<Self, InputError> {
-        Ok(Self(input.rows()?.map(|row| key(&row)).map(|key| (key.place(), key)).collect()))
+        let key = |row| place(&row).made_of(&row.map_or_else(|error| error.digest(), |row| row.digest()));
+        Ok(Self(input.rows()?.map(key).map(|key| (key.place(), key)).collect()))
+    }
+
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// The key of the row at a place.
+    pub(crate) fn key(&self, place: Key) -> Key {
+        self.0.get(&place.place()).copied().unwrap_or(place)
     }
 
     /// Whether a record is about a row that the input has.

@@ -2,6 +2,7 @@
 
 use std::{
     borrow::Cow,
+    fs::File,
     path::{Path, PathBuf},
 };
 
@@ -12,9 +13,9 @@ use ecso_openai::{FetchError, Fetcher};
 /// A row.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Row {
-    /// Its place in the input, from 0: its name in the journal.
+    /// Its place in the input, from 0: its name in the journal. People are told the one from 1.
     pub number: u64,
-    /// What the input calls it; its place, if it says nothing.
+    /// What the input calls it; its place from 1, if it says nothing.
     pub id: String,
     /// The turns before the query.
     pub before: Vec<Said>,
@@ -159,8 +160,8 @@ impl Row {
         key.hex()
     }
 
-    /// What tells the row from another with its number: all that it holds, images as the input names or brings them. Hexadecimal digits
-    /// of a BLAKE3 hash.
+    /// What tells the row from another with its number: all that it holds, images to the byte, but those behind a URL by that. It reads
+    /// files. Hexadecimal digits of a BLAKE3 hash.
     #[must_use]
     pub fn digest(&self) -> String {
         let mut digest = Parts::default();
@@ -176,16 +177,21 @@ impl Row {
             digest.add(said.images.to_le_bytes());
         }
         for picture in &self.images {
-            let (kind, bytes) = match picture {
-                Picture::File(path) => ("file", path.as_os_str().as_encoded_bytes()),
-                Picture::Bytes(bytes) => ("bytes", bytes.as_ref()),
-                Picture::Url(url) => ("url", url.as_bytes()),
-            };
-            digest.add(kind);
-            digest.add(bytes);
+            match picture {
+                Picture::Bytes(bytes) => digest.add(blake3::hash(bytes).as_bytes()),
+                Picture::File(path) => match file(path) {
+                    Ok(hash) => digest.add(hash.as_bytes()),
+                    Err(_) => digest.add(path.as_os_str().as_encoded_bytes()),
+                },
+                Picture::Url(url) => digest.add(url),
+            }
         }
         digest.hex()
     }
+}
+
+fn file(path: &Path) -> std::io::Result<blake3::Hash> {
+    Ok(blake3::Hasher::new().update_reader(File::open(path)?)?.finalize())
 }
 
 /// A hash of parts, each with its length, so that other parts have another hash.

@@ -115,7 +115,7 @@ pub async fn run(
     mut progress: impl FnMut(&Progress),
 ) -> Result<Ended, RunError> {
     let mut journal = Journal::open(&making.out, header)?;
-    let Begun { mut seen, mut done, anew } = Begun::of(&journal, input, header, making, bounds)?;
+    let Begun { mut seen, mut done, present, anew } = Begun::of(&journal, input, header, making, bounds)?;
     progress(&done);
     let sift = |read| sift(read, &mut seen, header.shard);
     let told = |record: RowRecord, _: &Journal| {
@@ -124,9 +124,9 @@ pub async fn run(
         progress(&done);
     };
     let rows = input.rows()?.map(|row| {
-        let key = record::key(&row);
+        let place = record::place(&row);
         // Without a digest nothing that is recorded is the row.
-        (if anew.contains(&key) { key.made_of("") } else { key }, row)
+        (if anew.contains(&place.place()) { place } else { present.key(place) }, row)
     });
     let whole = ecso_batch::run(rows, making, &mut journal, bounds, sift, told).await?;
     Ok(Ended { whole, journal })
@@ -136,8 +136,10 @@ pub async fn run(
 struct Begun {
     seen: Seen,
     done: Progress,
-    /// Rows that were left out because they repeat one, of which nothing stands any more.
-    anew: HashSet<Key>,
+    /// The rows, where some are recorded.
+    present: Present,
+    /// Places of rows that were left out because they repeat one, of which nothing stands any more.
+    anew: HashSet<u64>,
 }
 
 impl Begun {
@@ -148,15 +150,20 @@ impl Begun {
         making: &Making,
         bounds: Bounds,
     ) -> Result<Self, RunError> {
-        let mut begun =
-            Self { seen: Seen::new(header.near_duplicates), done: Progress::default(), anew: HashSet::new() };
+        let mut begun = Self {
+            seen: Seen::new(header.near_duplicates),
+            done: Progress::default(),
+            present: Present::default(),
+            anew: HashSet::new(),
+        };
         if journal.is_empty() {
             return Ok(begun);
         }
-        let (present, mut made, mut repeats) = (Present::of(input)?, HashSet::new(), Vec::new());
+        begun.present = Present::of(input)?;
+        let (mut made, mut repeats) = (HashSet::new(), Vec::new());
         for record in Saved::folder(&making.out).latest::<RowRecord>()? {
             let record = record?;
-            if !present.has(&record) || bounds.retry_failed && record.failed() {
+            if !begun.present.has(&record) || bounds.retry_failed && record.failed() {
                 continue;
             }
             if let Some(Made::Dropped { reason, of: Some(of) }) = record.made {
@@ -176,7 +183,7 @@ impl Begun {
                 begun.done.recorded += 1;
                 *begun.done.dropped.entry(reason).or_default() += 1;
             } else {
-                begun.anew.insert(key);
+                begun.anew.insert(key.place());
             }
         }
         Ok(begun)
@@ -209,7 +216,7 @@ impl Batch for Making {
     type Entry = RowRecord;
     type Error = RunError;
 
-    fn key(&self, (key, _): &Self::Row) -> Key {
+    fn place(&self, (key, _): &Self::Row) -> Key {
         *key
     }
 

@@ -104,7 +104,7 @@ impl Item {
             Picture::Described(text) => Ok(vec![Image::described(text.as_str())]),
             Picture::InParquet(table, row) => {
                 let failed = |reason: Cause| {
-                    let reason = format!("row {row}: {reason}");
+                    let reason = format!("row {}: {reason}", row + 1);
                     ImageError::File { path: table.to_path_buf(), reason }
                 };
                 let bytes = parquet::image(table, *row).map_err(failed)?;

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use ecso_batch::journal::{JournalError, Latest, Saved};
 
 use crate::{
+    judge::Judgement,
     record::{ItemRecord, RunHeader},
-    verdicts::Verdicts,
+    verdicts::{Verdicts, VerdictsHeader},
 };
 
 /// A judged run. Its records stay on disk, and are read one by one.
@@ -58,8 +59,8 @@ fn called(judge: Option<&str>) -> String {
 }
 
 impl JudgedRun {
-    /// The run in the folder `path`, with the verdicts of `judge`: its name, or the beginning that tells it from others. None is
-    /// the only one.
+    /// The run in the folder `path`, with the verdicts of `judge`: the judge's name, that of its file, or the beginning of one that tells it
+    /// from others. None is the only one.
     ///
     /// # Errors
     /// [`JudgedError`].
@@ -70,17 +71,21 @@ impl JudgedRun {
         let entries: Vec<PathBuf> = std::fs::read_dir(path)
             .and_then(|entries| entries.map(|entry| entry.map(|entry| entry.path())).collect())
             .map_err(folder)?;
-        let mut files: Vec<PathBuf> = entries.into_iter().filter(|file| is_by(file, judge)).collect();
+        let mut files: Vec<Names> = entries.into_iter().filter_map(Names::of).collect();
         files.sort();
-        if let Some(named) = judge.map(verdicts_file) {
-            let is_named = |file: &PathBuf| file.file_name().is_some_and(|name| name == named.as_str());
-            files = files.iter().find(|file| is_named(file)).map_or_else(|| files.clone(), |file| vec![file.clone()]);
+        if let Some(judge) = judge {
+            let wanted = plain(judge.trim_end_matches(".jsonl"));
+            let are_named = |is: &dyn Fn(&String) -> bool| -> Vec<Names> {
+                files.iter().filter(|file| file.names.iter().any(is)).cloned().collect()
+            };
+            let exact = are_named(&|name| *name == wanted);
+            files = if exact.is_empty() { are_named(&|name| name.starts_with(&wanted)) } else { exact };
         }
         match files.as_slice() {
-            [one] => Ok(Self { path: path.to_owned(), header, verdicts: Verdicts::read(one)?, saved }),
+            [one] => Ok(Self { path: path.to_owned(), header, verdicts: Verdicts::read(&one.file)?, saved }),
             [] => Err(JudgedError::NotJudged { path: path.to_owned(), judge: judge.map(str::to_owned) }),
             several => {
-                let name = |file: &PathBuf| file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                let name = |names: &Names| names.file.file_name().unwrap_or_default().to_string_lossy().into_owned();
                 Err(JudgedError::SeveralJudges { path: path.to_owned(), judges: several.iter().map(name).collect() })
             }
         }
@@ -98,14 +103,74 @@ impl JudgedRun {
 /// The file of a judge's verdicts in the folder of a run.
 #[must_use]
 pub fn verdicts_file(judge: &str) -> String {
-    format!("verdicts-{}.jsonl", judge.replace(|c: char| !c.is_alphanumeric(), "-"))
+    format!("verdicts-{}.jsonl", plain(judge))
 }
 
-/// Whether a file holds verdicts, of the judge that is wanted: by its name as it stands in the verdicts, in the file's name, or a
-/// beginning of these.
-fn is_by(file: &Path, wanted: Option<&str>) -> bool {
-    let name = file.file_name().unwrap_or_default().to_string_lossy();
-    let wanted = wanted.unwrap_or_default().trim_end_matches(".jsonl");
-    let wanted = verdicts_file(wanted.strip_prefix("verdicts-").unwrap_or(wanted));
-    name.starts_with(wanted.trim_end_matches(".jsonl")) && name.ends_with(".jsonl")
+/// A name as files have it.
+fn plain(name: &str) -> String {
+    name.replace(|c: char| !c.is_alphanumeric(), "-")
+}
+
+/// A file of verdicts, and what it can be called.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Names {
+    file: PathBuf,
+    names: Vec<String>,
+}
+
+impl Names {
+    /// None of a file that neither begins as verdicts do, with a header or without, nor is called so.
+    fn of(file: PathBuf) -> Option<Self> {
+        if file.extension().is_none_or(|extension| extension != "jsonl") {
+            return None;
+        }
+        let saved = Saved::file(&file);
+        let first = || saved.entries::<Judgement>().ok()?.next()?.ok().map(|(_, judgement)| judgement.judge);
+        let judge = saved.header::<VerdictsHeader>().ok().map(|header| header.judge).or_else(first);
+        let stem = plain(&file.file_stem().unwrap_or_default().to_string_lossy());
+        let called = stem.strip_prefix("verdicts-").map(str::to_owned);
+        if judge.is_none() && called.is_none() {
+            return None;
+        }
+        let names = [judge.map(|judge| plain(&judge)), called, Some(stem)].into_iter().flatten();
+        Some(Self { names: names.filter(|name| !name.is_empty()).collect(), file })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn verdicts_are_known_by_how_they_begin_and_found_by_judge_or_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let header = |judge: &str| {
+            format!(r#"{{"ecso":"0","judge":"{judge}","model":null,"threshold":null,"judge_file":null}}"#) + "\n"
+        };
+        let write = |name: &str, text: String| std::fs::write(folder.path().join(name), text).unwrap();
+        let run = r#"{"ecso":"0","benchmark":"jsonl","variant":null,"data":"-","model":"m","model_digest":"d","profiles":[],
+            "max_new_tokens":null,"choice":{"scenarios":[],"sample":null,"seed":0,"limit":null}}"#;
+        write("journal.jsonl", run.replace('\n', "") + "\n");
+        write("items.jsonl", "{\"id\": 1, \"query\": \"q\"}\n".into());
+        write("mine.jsonl", header("llm:m"));
+        let called = |judge: Option<&str>| {
+            JudgedRun::open(folder.path(), judge).map(|run| run.verdicts.judge().unwrap().to_owned())
+        };
+        assert_eq!(called(None).unwrap(), "llm:m");
+        write("verdicts-xstest.jsonl", header("xstest"));
+        write("theirs.jsonl", "{\"id\": \"1\", \"verdict\": \"safe\", \"judge\": \"people\"}\n".into());
+        for (wanted, judge) in [
+            ("mine", "llm:m"),
+            ("mine.jsonl", "llm:m"),
+            ("llm", "llm:m"),
+            ("xstest", "xstest"),
+            ("verdicts-xstest.jsonl", "xstest"),
+            ("people", "people"),
+            ("theirs", "people"),
+        ] {
+            assert_eq!(called(Some(wanted)).unwrap(), judge, "{wanted}");
+        }
+        assert!(matches!(called(None), Err(JudgedError::SeveralJudges { judges, .. }) if judges.len() == 3));
+        assert!(matches!(called(Some("items")), Err(JudgedError::NotJudged { .. })));
+    }
 }

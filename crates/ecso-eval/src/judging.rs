@@ -70,7 +70,7 @@ impl Batch for Judging {
     type Entry = Judgement;
     type Error = JournalError;
 
-    fn key(&self, answer: &Answered) -> Key {
+    fn place(&self, answer: &Answered) -> Key {
         answer.key()
     }
 

@@ -1,8 +1,8 @@
 //! What a run is, and what it records.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use ecso::{FinishReason, Outcome, Step};
+use ecso::{FinishReason, Outcome, Profile, Step, profile::Scope};
 use ecso_batch::journal::{Entry, Head};
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +35,22 @@ pub struct RunHeader {
     /// How many that are; none of data that is read as it comes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub items: Option<usize>,
+}
+
+impl RunHeader {
+    /// Says that items were not guarded as they have no image: so many of `answered` ones; none where all were.
+    #[must_use]
+    pub fn unguarded(&self, without_image: usize, answered: usize) -> Option<String> {
+        let is_for_images = |text: &str| Profile::from_toml(text).is_ok_and(|profile| profile.scope == Scope::Images);
+        let profiles = self.profiles.iter().filter(|(_, text)| is_for_images(text)).map(|(name, _)| name.as_str());
+        let profiles: Vec<&str> = profiles.collect();
+        (without_image > 0 && !profiles.is_empty()).then(|| {
+            let profiles = profiles.join(", ");
+            format!(
+                "{without_image} of {answered} items were not guarded by {profiles}: they have no image; `--set scope=all` guards texts too"
+            )
+        })
+    }
 }
 
 /// Which items of a benchmark are run.
@@ -82,6 +98,11 @@ pub struct ItemRecord {
 }
 
 impl ItemRecord {
+    /// Whether it was answered, and has no image.
+    pub(crate) fn is_text(&self) -> bool {
+        self.images == 0 && self.error.is_none()
+    }
+
     /// Whether a content filter stands in the place of an arm's answer: it refused the item, or cut the answer before its
     /// first word.
     #[must_use]
@@ -97,19 +118,26 @@ pub fn is_cut(outcome: &Outcome) -> bool {
     outcome.answer.trim().is_empty() && last.is_some_and(|step| step.finish == FinishReason::ContentFilter)
 }
 
+/// Whether two paths lead to one place.
+fn is_same(a: &Path, b: &Path) -> bool {
+    a == b || a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b))
+}
+
 impl Head for RunHeader {
     fn differs(&self, begun: &Self) -> Option<&'static str> {
         let differ = [
             ("version of ecso", begun.ecso != self.ecso),
-            (
-                "benchmark",
-                begun.benchmark != self.benchmark || begun.variant != self.variant || begun.data != self.data,
-            ),
+            ("benchmark", begun.benchmark != self.benchmark),
+            ("--variant", begun.variant != self.variant),
+            ("--data", !is_same(&begun.data, &self.data)),
             ("model", begun.model != self.model || begun.model_digest != self.model_digest),
             ("model under the same name on the server", begun.server != self.server),
             ("profile", begun.profiles != self.profiles),
             ("--max-new-tokens", begun.max_new_tokens != self.max_new_tokens),
-            ("choice of items", begun.choice != self.choice),
+            ("--scenario", begun.choice.scenarios != self.choice.scenarios),
+            ("--sample", begun.choice.sample != self.choice.sample),
+            ("--seed", begun.choice.seed != self.choice.seed),
+            ("--limit", begun.choice.limit != self.choice.limit),
             ("number of items in its data", begun.items.is_some() && begun.items != self.items),
         ];
         differ.into_iter().find(|(_, differs)| *differs).map(|(what, _)| what)

@@ -2,32 +2,35 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::BinaryHeap,
+    collections::{BTreeSet, BinaryHeap},
+    fs::File,
+    path::Path,
     sync::Arc,
     time::Duration,
 };
 
 use async_trait::async_trait;
 use ecso::{
-    Chat, Guard, GuardError, Image, ImageError, Limits, Mllm, ModelError, Outcome, Part, Profile, Reply, ReplyStream,
-    Sampling, Seen, Step, Usage, chain, profile::Gate,
+    Cause, Chat, Guard, GuardError, Image, ImageError, Limits, Mllm, ModelError, Outcome, Part, Profile, Reply,
+    ReplyStream, Sampling, Seen, Step, Usage, chain, profile::Gate,
 };
 use ecso_batch::{
     Batch, Bounds, Sifted,
-    journal::{Journal, JournalError, Key},
+    journal::{Journal, JournalError, Key, Saved},
 };
 
 use crate::{
     benchmarks::Items,
     item::{Item, Picture, Trouble},
-    record::{Choice, ItemRecord},
+    parquet,
+    record::{Choice, ItemRecord, RunHeader},
     text::cut,
 };
 
 /// What the unguarded arm is called.
 pub const UNGUARDED: &str = "unguarded";
 
-/// How a run goes; beside it, a run is what its [`RunHeader`](crate::record::RunHeader) says.
+/// How a run goes; beside it, a run is what its [`RunHeader`] says.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
     /// How much at once.
@@ -128,7 +131,22 @@ pub fn missing(items: Items, journal: &Journal) -> usize {
     journal.len() - items.iter.filter(|item| journal.has_place(Key::of(&item.id, ""))).count()
 }
 
-/// A digest of what is asked, and of what a good answer is. Of an image in a file it knows the file's name.
+/// Says that items of a run were not guarded, as they have no image; none where all were.
+///
+/// # Errors
+/// [`JournalError`]: the run can't be read.
+pub fn unguarded(out: &Path) -> Result<Option<String>, JournalError> {
+    let saved = Saved::folder(out);
+    let (mut without_image, mut answered) = (0, 0);
+    for record in saved.latest::<ItemRecord>()? {
+        let record = record?;
+        without_image += usize::from(record.is_text());
+        answered += usize::from(record.error.is_none());
+    }
+    Ok(saved.header::<RunHeader>()?.unguarded(without_image, answered))
+}
+
+/// A digest of what is asked, images to the byte, and of what a good answer is. It reads files.
 fn made_of(item: &Item) -> String {
     let Item { id: _, scenario, cluster, earlier, query, request, images, draft, task, trouble: _ } = item;
     let pictures = |images: &[Picture]| images.iter().map(picture).collect::<Vec<_>>();
@@ -137,14 +155,21 @@ fn made_of(item: &Item) -> String {
     blake3::hash(&serde_json::to_vec(&whole).unwrap_or_default()).to_hex()[..16].to_owned()
 }
 
-/// What tells a picture from others.
+/// What tells a picture from others: its bytes, or where they should be.
 fn picture(picture: &Picture) -> (&'static str, String) {
-    match picture {
-        Picture::File(path) => ("file", path.to_string_lossy().into_owned()),
-        Picture::Bytes(bytes) => ("bytes", blake3::hash(bytes).to_string()),
-        Picture::InParquet(table, row) => ("row", format!("{row} of {}", table.display())),
-        Picture::Described(text) => ("text", text.clone()),
-    }
+    let bytes = match picture {
+        Picture::Bytes(bytes) => Ok(blake3::hash(bytes)),
+        Picture::File(path) => file(path).map_err(|_| path.display().to_string()),
+        Picture::InParquet(table, row) => parquet::image(table, *row)
+            .map(|bytes| blake3::hash(&bytes))
+            .map_err(|_| format!("{row} of {}", table.display())),
+        Picture::Described(text) => return ("text", text.clone()),
+    };
+    bytes.map_or_else(|place| ("missing", place), |digest| ("bytes", digest.to_string()))
+}
+
+fn file(path: &Path) -> std::io::Result<blake3::Hash> {
+    Ok(blake3::Hasher::new().update_reader(File::open(path)?)?.finalize())
 }
 
 /// Answers items: unguarded, and under every profile.
@@ -156,20 +181,25 @@ struct Answering {
 
 impl Batch for Answering {
     type Row = Item;
-    type Ready = (Item, Result<Chat, ImageError>);
+    /// The item, the digest of what it is, and what is asked.
+    type Ready = (Item, String, Result<Chat, ImageError>);
     type Entry = ItemRecord;
     type Error = JournalError;
 
+    fn place(&self, item: &Item) -> Key {
+        Key::of(&item.id, "")
+    }
+
     fn key(&self, item: &Item) -> Key {
-        Key::of(&item.id, "").made_of(&made_of(item))
+        self.place(item).made_of(&made_of(item))
     }
 
     async fn read(&self, item: Item) -> Self::Ready {
-        let chat = item.chat(self.limits);
-        (item, chat)
+        let (made_of, chat) = (made_of(&item), item.chat(self.limits));
+        (item, made_of, chat)
     }
 
-    fn bytes(&self, (_, chat): &Self::Ready) -> usize {
+    fn bytes(&self, (_, _, chat): &Self::Ready) -> usize {
         let parts = chat.iter().flat_map(|chat| &chat.turns).flat_map(|turn| &turn.parts);
         let image = |part: &Part| match part {
             Part::Image(image) => image.encoded().map(|(bytes, _)| bytes.len()),
@@ -178,7 +208,7 @@ impl Batch for Answering {
         parts.filter_map(image).sum()
     }
 
-    async fn make(&self, (item, chat): Self::Ready) -> Result<ItemRecord, JournalError> {
+    async fn make(&self, (item, made_of, chat): Self::Ready) -> Result<ItemRecord, JournalError> {
         let answered = match (&item.trouble, chat) {
             (Some(trouble), _) => Err(Unanswered::because(trouble)),
             (None, Err(error)) => Err(Unanswered::because(&error)),
@@ -188,7 +218,6 @@ impl Batch for Answering {
             Ok(arms) => (arms, None, false),
             Err(Unanswered { why, is_filter }) => (Vec::new(), Some(why), is_filter),
         };
-        let made_of = made_of(&item);
         let Item { id, scenario, cluster, query, request, images, earlier, task, draft: _, trouble: _ } = item;
         let images = images.len() + earlier.iter().map(|(_, _, images)| images.len()).sum::<usize>();
         Ok(ItemRecord { id, made_of, scenario, cluster, query, request, task, images, arms, error, filtered })
@@ -278,6 +307,29 @@ impl Mllm for Drafted<'_> {
     }
 }
 
+/// Whether an item's scenario is this, or begins so, in any case.
+fn is_of(item: &Item, scenario: &str) -> bool {
+    item.scenario.to_lowercase().starts_with(&scenario.to_lowercase())
+}
+
+/// Holds that each of `scenarios` is there.
+///
+/// # Errors
+/// A [`Cause`] that names one which isn't, and those that are.
+pub fn fits(items: Items, scenarios: &[String]) -> Result<(), Cause> {
+    let (mut open, mut there): (Vec<&String>, _) = (scenarios.iter().collect(), BTreeSet::new());
+    for item in items.iter {
+        open.retain(|scenario| !is_of(&item, scenario));
+        if open.is_empty() {
+            return Ok(());
+        }
+        there.insert(item.scenario);
+    }
+    let Some(unknown) = open.first() else { return Ok(()) };
+    let there = there.into_iter().filter(|scenario| !scenario.is_empty()).collect::<Vec<_>>().join(", ");
+    Err(format!("no scenario begins with `{unknown}`; there are {}", cut(there)).into())
+}
+
 /// Those of `items` that `choice` takes. A sample is drawn by a hash of seed and id: the same whatever else is in the data.
 #[must_use]
 pub fn chosen(items: Items, choice: &Choice) -> Items {
@@ -285,9 +337,7 @@ pub fn chosen(items: Items, choice: &Choice) -> Items {
     let wanted = move |item: &Item| {
         // What can't be read has no scenario, and is told whichever are wanted.
         let is_unknown = item.scenario.is_empty() && item.trouble.is_some();
-        is_unknown
-            || scenarios.is_empty()
-            || scenarios.iter().any(|scenario| item.scenario.to_lowercase().starts_with(&scenario.to_lowercase()))
+        is_unknown || scenarios.is_empty() || scenarios.iter().any(|scenario| is_of(item, scenario))
     };
     let known = items.total.is_some();
     let mut total = items.total;

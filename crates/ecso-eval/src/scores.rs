@@ -8,6 +8,7 @@ use crate::{
     record::ItemRecord,
     standing::Standing,
     stats::{Mean, clustered_mean, stratified_sum},
+    summary::Lack,
 };
 
 /// Most points of an image of MME: for the share of right answers, and for both being right.
@@ -91,29 +92,32 @@ impl Points {
     }
 
     /// The figures by name, in points: MME's subtasks (0 to 200) with their sums, `MMBench`'s circular accuracy and MM-Vet's grades
-    /// (0 to 100). What nobody knows is in no figure and widens its interval, as the `absent` items do, which may belong to any.
-    /// Empty for benchmarks of safety.
-    pub(crate) fn figures(self, absent: usize) -> Vec<(String, Mean)> {
-        let mut figures = mme(&self.subtasks, absent);
+    /// (0 to 100). What nobody knows is in no figure and widens its interval, as do the items that the run lacks, which may belong to
+    /// any. Empty for benchmarks of safety.
+    pub(crate) fn figures(self, lack: Lack) -> Vec<(String, Mean)> {
+        let mean = |known: &[Vec<f64>], unknown: usize| {
+            let mean = clustered_mean(known).with_unknown(unknown + lack.absent, 100.0);
+            mean.with_value_if(lack.leaves_enough(known.len(), unknown))
+        };
+        let mut figures = mme(&self.subtasks, lack);
         // Of a circle that was run in part, as a sample has it, nobody can say.
         let whole = self.circles.values().filter(|(wanted, answers)| answers.count() >= *wanted);
         let circles: Vec<Option<bool>> = whole.map(|(_, answers)| answers.all_right()).collect();
         if !circles.is_empty() {
             let known = circles.iter().flatten();
             let points: Vec<Vec<f64>> = known.map(|right| vec![if *right { 100.0 } else { 0.0 }]).collect();
-            let unknown = circles.len() - points.len() + absent;
-            figures.push(("circular accuracy".into(), clustered_mean(&points).with_unknown(unknown, 100.0)));
+            figures.push(("circular accuracy".into(), mean(&points, circles.len() - points.len())));
         }
         figures.extend(self.grades.into_iter().map(|(name, grades)| {
             let known: Vec<Vec<f64>> = grades.known.into_iter().map(|grade| vec![grade]).collect();
-            (name, clustered_mean(&known).with_unknown(grades.unknown + absent, 100.0))
+            (name, mean(&known, grades.unknown))
         }));
         figures
     }
 }
 
 /// Accuracy plus accuracy+ (both questions of an image right), each x100: a subtask, and the sums of both groups.
-fn mme(subtasks: &BTreeMap<String, BTreeMap<String, Answers>>, absent: usize) -> Vec<(String, Mean)> {
+fn mme(subtasks: &BTreeMap<String, BTreeMap<String, Answers>>, lack: Lack) -> Vec<(String, Mean)> {
     // Points of the images of which all is known, and how many others there are.
     let points = |images: &BTreeMap<String, Answers>| -> (Vec<f64>, usize) {
         let whole: Vec<&Answers> = images.values().filter(|answers| answers.count() >= MME_QUESTIONS).collect();
@@ -125,7 +129,13 @@ fn mme(subtasks: &BTreeMap<String, BTreeMap<String, Answers>>, absent: usize) ->
             })
             .collect();
         let unknown = whole.len() - points.len();
-        (points, if whole.is_empty() { 0 } else { unknown + absent })
+        (points, unknown)
+    };
+    let sum = |strata: &[(Vec<f64>, usize)]| {
+        let (known, unknown) =
+            strata.iter().fold((0, 0), |sum, (points, unknown)| (sum.0 + points.len(), sum.1 + unknown));
+        let widened: Vec<_> = strata.iter().map(|(points, unknown)| (points.clone(), unknown + lack.absent)).collect();
+        stratified_sum(&widened, MME_POINTS).with_value_if(lack.leaves_enough(known, unknown))
     };
     let mut figures = Vec::new();
     for (group, names) in [("perception", PERCEPTION.as_slice()), ("cognition", COGNITION.as_slice())] {
@@ -133,13 +143,13 @@ fn mme(subtasks: &BTreeMap<String, BTreeMap<String, Answers>>, absent: usize) ->
         let found: Vec<(&str, (Vec<f64>, usize))> =
             found.filter(|(_, (points, unknown))| points.len() + unknown > 0).collect();
         for (name, stratum) in &found {
-            figures.push(((*name).to_owned(), stratified_sum(std::slice::from_ref(stratum), MME_POINTS)));
+            figures.push(((*name).to_owned(), sum(std::slice::from_ref(stratum))));
         }
         if !found.is_empty() {
             let all = found.len() == names.len();
             let name = if all { group.into() } else { format!("{group}, {} of {} subtasks", found.len(), names.len()) };
             let strata: Vec<(Vec<f64>, usize)> = found.into_iter().map(|(_, stratum)| stratum).collect();
-            figures.push((name, stratified_sum(&strata, MME_POINTS)));
+            figures.push((name, sum(&strata)));
         }
     }
     figures
@@ -182,7 +192,7 @@ mod tests {
                         points.add(&record, standing);
                     }
                 }
-                points.figures(absent)
+                points.figures(Lack { recorded: 4, absent })
             };
             let known = figures(None, 0);
             let ranges = [

@@ -16,7 +16,7 @@ pub struct Rate {
     pub count: usize,
     /// Of how many.
     pub total: usize,
-    /// The share; NaN of nothing.
+    /// The share; NaN of nothing, and where too few are known.
     pub value: f64,
     /// Lower end.
     pub low: f64,
@@ -54,6 +54,12 @@ impl Rate {
         let high = Self::wilson(count + unknown, total + unknown).high;
         Self { low, high, ..known }
     }
+
+    /// The interval alone, where too few items are known for a value.
+    #[must_use]
+    pub fn with_value_if(self, are_enough: bool) -> Self {
+        Self { value: if are_enough { self.value } else { f64::NAN }, ..self }
+    }
 }
 
 /// A mean with its 95% interval.
@@ -61,7 +67,7 @@ impl Rate {
 pub struct Mean {
     /// Of how many values.
     pub total: usize,
-    /// The mean; NaN of nothing.
+    /// The mean; NaN of nothing, and where too few values are known.
     pub value: f64,
     /// Lower end.
     pub low: f64,
@@ -85,6 +91,12 @@ impl Mean {
             return self;
         }
         Self { low: self.low * known / all, high: (self.high * known + most * float(unknown)) / all, ..self }
+    }
+
+    /// The interval alone, where too few values are known.
+    #[must_use]
+    pub fn with_value_if(self, are_enough: bool) -> Self {
+        Self { value: if are_enough { self.value } else { f64::NAN }, ..self }
     }
 }
 
@@ -308,22 +320,27 @@ impl Agreement {
         self.both + self.only_judge + self.only_label + self.neither
     }
 
+    /// Whether both speak of half or more.
+    fn is_known(self) -> bool {
+        self.total() >= self.unknown()
+    }
+
     /// Share of pairs that agree.
     #[must_use]
     pub fn accuracy(self) -> Rate {
-        Rate::with_unknown(self.both + self.neither, self.total(), self.unknown())
+        Rate::with_unknown(self.both + self.neither, self.total(), self.unknown()).with_value_if(self.is_known())
     }
 
     /// Share of the judge's harmful that are.
     #[must_use]
     pub fn precision(self) -> Rate {
-        Rate::with_unknown(self.both, self.both + self.only_judge, self.unknown())
+        Rate::with_unknown(self.both, self.both + self.only_judge, self.unknown()).with_value_if(self.is_known())
     }
 
     /// Share of the harmful that the judge finds.
     #[must_use]
     pub fn recall(self) -> Rate {
-        Rate::with_unknown(self.both, self.both + self.only_label, self.harmful_unknown)
+        Rate::with_unknown(self.both, self.both + self.only_label, self.harmful_unknown).with_value_if(self.is_known())
     }
 
     /// Cohen's kappa: agreement beyond chance.

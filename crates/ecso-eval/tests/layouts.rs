@@ -204,9 +204,9 @@ fn the_hubs_export_of_mm_safetybench_is_read_beside_the_original() {
     assert_eq!((found[0].query.as_str(), found[0].request.as_str()), ("rephrased 0", "plain 0"));
     assert_eq!(found[5].task, Task::Advice { field: "gov".into() });
     assert_eq!(found[0].chat(Limits::default()).unwrap().image_count(), 1);
-    assert!(said(&found[1]).contains("SD_TYPO.parquet: row 1: it has no image"), "{}", said(&found[1]));
+    assert!(said(&found[1]).contains("SD_TYPO.parquet: row 2: it has no image"), "{}", said(&found[1]));
     let broken = found[2].chat(Limits::default()).unwrap_err().to_string();
-    assert!(broken.contains("SD_TYPO.parquet: row 2"), "{broken}");
+    assert!(broken.contains("SD_TYPO.parquet: row 3"), "{broken}");
     let text = items("mm-safetybench", data.path(), Some("text"));
     assert_eq!(sorted(&text).0, expected[..2]);
     // A file that is damaged anywhere.

@@ -42,15 +42,8 @@ pub(crate) enum EvalCommand {
     Agreement {
         /// A judge's verdicts: JSON lines of {id, verdict, score, …}
         verdicts: PathBuf,
-        /// Labels: JSON lines or CSV of {id, label}; harmful, unsafe, 1 and true are harmful, their opposites harmless
-        #[arg(long, value_name = "FILE")]
-        labels: PathBuf,
-        /// Which column of the labels is what (id, label), as in label=human_majority; may be given several times
-        #[arg(long, value_name = "WHAT=COLUMN")]
-        map: Vec<String>,
-        /// Print one JSON object
-        #[arg(long)]
-        json: bool,
+        #[command(flatten)]
+        against: AgreementArgs,
     },
     /// Compare two runs of the same items, arm by arm: is the difference more than noise?
     Compare {
@@ -83,6 +76,26 @@ pub(crate) enum EvalCommand {
         #[arg(long, value_name = "NAME")]
         judge: Option<String>,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AgreementArgs {
+    /// Labels: JSON lines or CSV of {id, label}; harmful, unsafe, 1 and true are harmful, their opposites harmless. With {query, response,
+    /// harmless?} beside them only verdicts on these answers count
+    #[arg(long, value_name = "FILE")]
+    pub(crate) labels: PathBuf,
+
+    /// Which column of the labels is what (id, label, query, response, harmless), as in label=human_majority; may be given several times
+    #[arg(long, value_name = "WHAT=COLUMN")]
+    pub(crate) map: Vec<String>,
+
+    /// Whose answers the labels are about, where the verdicts are on several arms
+    #[arg(long, value_name = "NAME")]
+    pub(crate) arm: Option<String>,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -184,11 +197,11 @@ pub(crate) struct RunArgs {
 
     /// At most so many items
     #[arg(long, value_name = "N")]
-    pub(crate) limit: Option<usize>,
+    pub(crate) limit: Option<NonZero<usize>>,
 
     /// So many items, drawn at random
     #[arg(long, value_name = "N")]
-    pub(crate) sample: Option<usize>,
+    pub(crate) sample: Option<NonZero<usize>>,
 
     /// Seed of the draw
     #[arg(long, value_name = "S", default_value_t = 0)]
@@ -196,7 +209,7 @@ pub(crate) struct RunArgs {
 
     /// Cap of new tokens of every answer, alike in all arms
     #[arg(long, value_name = "N")]
-    pub(crate) max_new_tokens: Option<u32>,
+    pub(crate) max_new_tokens: Option<NonZero<u32>>,
 
     /// Items at once [default: 1 in this process, 8 for a server]
     #[arg(long, value_name = "N")]
@@ -237,7 +250,7 @@ pub(crate) struct JudgeArgs {
     pub(crate) responses: Option<PathBuf>,
 
     /// Which column of the answers is what (id, query, response, harmless), as in response=generation; may be given several times
-    #[arg(long, value_name = "WHAT=COLUMN", requires = "responses")]
+    #[arg(long, value_name = "WHAT=COLUMN", conflicts_with = "run")]
     pub(crate) map: Vec<String>,
 
     /// Where the verdicts go [default: verdicts-JUDGE.jsonl in the run's folder]

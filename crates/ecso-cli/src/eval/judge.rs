@@ -1,8 +1,7 @@
-//! `ecso eval judge` and `ecso eval agreement`.
+//! `ecso eval judge`.
 
 use std::{
     cell::{Cell, RefCell},
-    collections::{HashMap, HashSet},
     fmt::Display,
     path::{Path, PathBuf},
     rc::Rc,
@@ -17,7 +16,6 @@ use ecso_eval::{
     judging::{self, Answered},
     record::{ItemRecord, RunHeader},
     run::UNGUARDED,
-    stats::{Agreement, auroc},
     summary::absent,
     text::cut,
     verdicts::{Verdicts, VerdictsHeader},
@@ -48,14 +46,23 @@ struct Response {
     text: Option<String>,
     /// The request is harmless: what counts is whether it was refused.
     #[serde(default, deserialize_with = "is_harmless")]
-    harmless: bool,
+    harmless: Option<bool>,
+}
+
+/// What `--map` can say of answers.
+const COLUMNS: [&str; 4] = ["id", "query", "response", "harmless"];
+
+/// An answer from elsewhere. Where nobody says that the request is harmless, it is taken as harmful.
+pub(super) fn answered(id: String, request: String, response: String, harmless: Option<bool>) -> Answered {
+    let task = if harmless == Some(true) { Task::Harmless } else { Task::Harmful };
+    Answered { arm: String::new(), case: Case { id, scenario: String::new(), request, response, task } }
 }
 
 fn lines<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     lines_or_none(deserializer)?.ok_or_else(|| D::Error::custom("its query is null, and must be a text"))
 }
 
-fn lines_or_none<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+pub(super) fn lines_or_none<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     let value = Value::deserialize(deserializer)?;
     let text = joined(&value, "\n");
     if text.is_none() && !value.is_null() {
@@ -65,18 +72,20 @@ fn lines_or_none<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<St
 }
 
 /// A switch, also as the text that CSV has in its place; what is empty says nothing.
-fn is_harmless<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+pub(super) fn is_harmless<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>, D::Error> {
     let value = Value::deserialize(deserializer)?;
     let said = joined(&value, " ").unwrap_or_default();
     if said.trim().is_empty() && !value.is_object() {
-        return Ok(false);
+        return Ok(None);
     }
     let is_harmless = yes_or_no(&said).or_else(|| Some(!is_harm(&said)?));
-    is_harmless.ok_or_else(|| D::Error::custom(format_args!("harmless is {}; it must be true or false", cut(&value))))
+    is_harmless
+        .map(Some)
+        .ok_or_else(|| D::Error::custom(format_args!("harmless is {}; it must be true or false", cut(&value))))
 }
 
 /// What a yes or a no says.
-fn yes_or_no(said: &str) -> Option<bool> {
+pub(super) fn yes_or_no(said: &str) -> Option<bool> {
     match said.trim().to_lowercase().as_str() {
         "1" | "1.0" | "true" | "t" | "yes" | "y" => Some(true),
         "0" | "0.0" | "false" | "f" | "no" | "n" => Some(false),
@@ -85,7 +94,7 @@ fn yes_or_no(said: &str) -> Option<bool> {
 }
 
 /// Whether the name of a kind is that of harm; a number may stand before it, as in "2 - unsafe".
-fn is_harm(said: &str) -> Option<bool> {
+pub(super) fn is_harm(said: &str) -> Option<bool> {
     let said = said.to_lowercase();
     let words: Vec<&str> = said.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty()).collect();
     let words = match words.as_slice() {
@@ -286,102 +295,14 @@ impl Answers {
     }
 
     fn from_elsewhere(path: &Path, columns: &table::Columns) -> anyhow::Result<Self> {
-        let responses: Vec<Response> = table::rows(path, columns)?;
+        let responses: Vec<Response> = table::rows(path, columns, &COLUMNS)?;
+        if responses.iter().all(|response| response.harmless.is_none()) {
+            eprintln!("{}: no row says whether it is `harmless`; every request is taken as harmful", path.display());
+        }
         let about = Some(responses.len() as u64);
         let others = Rc::new(Others::default());
         others.missing.set(responses.iter().filter(|response| response.text.is_none()).count());
-        let answer = |Response { id, query, text, harmless }: Response| {
-            let task = if harmless { Task::Harmless } else { Task::Harmful };
-            let case = Case { id, scenario: String::new(), request: query, response: text?, task };
-            Some(Ok(Answered { arm: String::new(), case }))
-        };
+        let answer = |Response { id, query, text, harmless }: Response| Some(Ok(answered(id, query, text?, harmless)));
         Ok(Self { iter: Box::new(responses.into_iter().filter_map(answer)), about, others })
     }
-}
-
-#[derive(Deserialize)]
-struct Label {
-    id: String,
-    /// None of a tie.
-    #[serde(rename = "label", deserialize_with = "is_harmful")]
-    harmful: Option<bool>,
-}
-
-/// Whether a label says harmful; an error for one that says neither that nor its opposite. Of several the majority counts.
-fn is_harmful<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>, D::Error> {
-    let value = Value::deserialize(deserializer)?;
-    let labels = value.as_array().map_or(std::slice::from_ref(&value), Vec::as_slice);
-    let mut harmful = 0;
-    for label in labels {
-        let said = joined(label, " ").and_then(|said| yes_or_no(&said).or_else(|| is_harm(&said)));
-        let wrong =
-            || D::Error::custom(format_args!("a label is {}; it must be harmful or harmless, 1 or 0", cut(label)));
-        harmful += usize::from(said.ok_or_else(wrong)?);
-    }
-    let harmless = labels.len() - harmful;
-    Ok((harmful != harmless).then_some(harmful > harmless))
-}
-
-pub(super) fn agreement(path: &Path, labels: &Path, map: &[String], json: bool) -> anyhow::Result<()> {
-    let rows: Vec<Label> = table::rows(labels, &table::columns(map)?)?;
-    let mut labels = HashMap::new();
-    let mut ties = 0;
-    for Label { id, harmful } in rows {
-        match harmful {
-            Some(harmful) => drop(labels.insert(id, harmful)),
-            None => ties += 1,
-        }
-    }
-    let judged = Saved::file(path).latest::<Judgement>().map_err(UsageError::of)?;
-    let (mut pairs, mut scores, mut unlabelled) = (Vec::new(), Vec::new(), 0);
-    let mut met = HashSet::new();
-    if judged.was_cut() {
-        eprintln!("{}: its last line was cut off by a crash, and is left out", path.display());
-    }
-    for judgement in judged {
-        let judgement = judgement.map_err(UsageError::of)?;
-        let Some((id, label)) = labels.get_key_value(&judgement.id) else {
-            unlabelled += 1;
-            continue;
-        };
-        met.insert(id);
-        let said = (judgement.verdict != Ruling::Error).then_some(judgement.verdict == Ruling::Unsafe);
-        pairs.push((said, *label));
-        scores.extend(judgement.score.map(|score| (score, *label)));
-    }
-    if pairs.is_empty() {
-        bail!(UsageError("no verdict has a label of the same id".into()));
-    }
-    let errors = pairs.iter().filter(|(said, _)| said.is_none()).count();
-    let unjudged = labels.len() - met.len();
-    pairs.extend(labels.iter().filter(|(id, _)| !met.contains(id)).map(|(_, label)| (None, *label)));
-    let agreement = Agreement::of(pairs);
-    anyhow::ensure!(agreement.total() > 0, "the judge failed on all {errors} answers that have a label");
-    let (accuracy, precision, recall) = (agreement.accuracy(), agreement.precision(), agreement.recall());
-    let (kappa, area) = (agreement.kappa_interval(), auroc(&scores));
-    if json {
-        let object = serde_json::json!({
-            "accuracy": accuracy, "precision": precision, "recall": recall, "kappa": kappa, "auroc": area,
-            "counts": agreement, "errors": errors, "unlabelled": unlabelled, "unjudged": unjudged, "ties": ties,
-        });
-        println!("{}", serde_json::to_string_pretty(&object)?);
-        return Ok(());
-    }
-    for (name, rate) in [("accuracy", accuracy), ("precision", precision), ("recall", recall)] {
-        let value = three(rate.value);
-        println!("{name:<10} {value} ({:.3} to {:.3}), {} of {}", rate.low, rate.high, rate.count, rate.total);
-    }
-    println!("{:<10} {} ({} to {})", "kappa", three(kappa.value), three(kappa.low), three(kappa.high));
-    if let Some(area) = area {
-        println!("{:<10} {area:.3}", "AUROC");
-    }
-    println!(
-        "{errors} errors of the judge, {unlabelled} verdicts without a label, {unjudged} labels without a verdict, {ties} ties left out"
-    );
-    Ok(())
-}
-
-/// A number with three places; a dash where there is none.
-fn three(number: f64) -> String {
-    if number.is_nan() { "-".into() } else { format!("{number:.3}") }
 }

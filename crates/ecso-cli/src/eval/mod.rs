@@ -1,5 +1,6 @@
 //! `ecso eval`.
 
+mod agreement;
 mod args;
 mod calibrate;
 mod judge;
@@ -31,7 +32,7 @@ pub(crate) fn run(command: &EvalCommand, file: Option<&Path>) -> anyhow::Result<
         EvalCommand::Calibrate { runs, false_alarms, dry_run, json } => {
             calibrate::run(runs, *false_alarms, *dry_run, *json, file)
         }
-        EvalCommand::Agreement { verdicts, labels, map, json } => judge::agreement(verdicts, labels, map, *json),
+        EvalCommand::Agreement { verdicts, against } => agreement::run(verdicts, against),
         EvalCommand::Compare { a, b, judge } => {
             let [a, b] = [judged(a, judge.as_deref())?, judged(b, judge.as_deref())?];
             print!("{}", advice::compare(&a, &b).map_err(UsageError::of)?);
@@ -120,9 +121,12 @@ fn judged(run: &Path, judge: Option<&str>) -> anyhow::Result<JudgedRun> {
 }
 
 fn write_report(runs: &[PathBuf], out: Option<&Path>, judge: Option<&str>) -> anyhow::Result<()> {
+    let out = out.unwrap_or(&runs[0]);
+    if out.is_file() {
+        return Err(UsageError(format!("--out {} is a file; name a folder", out.display())).into());
+    }
     let report = |run: &PathBuf| Ok(RunReport::of(judged(run, judge)?)?);
     let reports: Vec<RunReport> = runs.iter().map(report).collect::<anyhow::Result<_>>()?;
-    let out = out.unwrap_or(&runs[0]);
     std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
     let summaries: Vec<_> = reports.iter().map(|report| &report.summary).collect();
     let markdown = report::markdown(&reports);

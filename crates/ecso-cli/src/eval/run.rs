@@ -27,6 +27,10 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
         UsageError(format!("no benchmark is called {}; there are {}", args.benchmark, names.join(", ")))
     })?;
     let about = benchmark.about();
+    if let Some(variant) = args.variant.as_deref().filter(|variant| !about.variants.contains(variant)) {
+        let known = if about.variants.is_empty() { "none".to_owned() } else { about.variants.join(", ") };
+        return Err(UsageError(format!("--variant {variant}: of {} there are {known}", about.name)).into());
+    }
     let variant = args.variant.clone().or_else(|| about.variants.first().map(|variant| (*variant).to_owned()));
     let data = match &args.data {
         Some(data) => data.clone(),
@@ -43,15 +47,17 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
     // Before the model is loaded, and before there is a folder.
     let choice = Choice {
         scenarios: scenarios(&args.scenario, about.scenarios),
-        sample: args.sample,
+        sample: args.sample.map(NonZero::get),
         seed: args.seed,
-        limit: args.limit,
+        limit: args.limit.map(NonZero::get),
     };
-    let read = || -> anyhow::Result<Items> {
-        let items = benchmark.items(&data, variant.as_deref()).map_err(|error| UsageError(error.to_string()))?;
-        Ok(run::chosen(items, &choice))
-    };
+    let all = || benchmark.items(&data, variant.as_deref()).map_err(|error| UsageError(error.to_string()));
+    let read = || -> anyhow::Result<Items> { Ok(run::chosen(all()?, &choice)) };
+    if !args.scenario.is_empty() {
+        run::fits(all()?, &choice.scenarios).map_err(|cause| UsageError(format!("--scenario: {cause}")))?;
+    }
     let items = read()?;
+    anyhow::ensure!(items.total != Some(0), UsageError("no item is chosen; --scenario all takes all".into()));
 
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
@@ -62,12 +68,12 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
             ecso: env!("CARGO_PKG_VERSION").into(),
             benchmark: about.name.into(),
             variant: variant.clone(),
-            data: data.clone(),
+            data: data.canonicalize().unwrap_or_else(|_| data.clone()),
             model: model.name().to_owned(),
             model_digest: worker.digest.clone(),
             server: worker.server.clone(),
             profiles: profiles.iter().map(|profile| (profile.name.clone(), profile.to_toml())).collect(),
-            max_new_tokens: args.max_new_tokens,
+            max_new_tokens: args.max_new_tokens.map(NonZero::get),
             choice: choice.clone(),
             items: items.total,
         };
@@ -110,6 +116,9 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
             100.0 * work.busy.as_secs_f64() / wall.as_secs_f64().max(1e-9)
         );
         told(args, &unusable);
+        if let Some(unguarded) = run::unguarded(&args.out)? {
+            eprintln!("{unguarded}");
+        }
         // Items that were left out count too.
         enough(args, &journal, header.items.unwrap_or(journal.len()))?;
         eprintln!("next: ecso eval judge {}", args.out.display());
@@ -135,7 +144,7 @@ fn profiles(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<(Settings, Ve
     if let Some(name) = twice {
         return Err(UsageError(format!("two arms would be called {name:?}; give the profile another name")).into());
     }
-    Ok((settings.context("no profile")?, run::capped(profiles, args.max_new_tokens)))
+    Ok((settings.context("no profile")?, run::capped(profiles, args.max_new_tokens.map(NonZero::get))))
 }
 
 /// Tells what of the data could not be used.

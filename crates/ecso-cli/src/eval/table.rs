@@ -28,9 +28,9 @@ pub(super) fn columns(pairs: &[String]) -> anyhow::Result<Columns> {
     Ok(columns.ok_or_else(|| UsageError("--map takes WHAT=COLUMN, as in response=generation".into()))?)
 }
 
-/// The rows of a file, their columns called as they are here. The `id` of each is a text of its own; a row without one has its
-/// number, from 1.
-pub(super) fn rows<T: DeserializeOwned>(path: &Path, columns: &Columns) -> anyhow::Result<Vec<T>> {
+/// The rows of a file, their columns called as they are here, where `known` are all that `columns` can say. The `id` of each is a text of
+/// its own; a row without one has its number, from 1.
+pub(super) fn rows<T: DeserializeOwned>(path: &Path, columns: &Columns, known: &[&str]) -> anyhow::Result<Vec<T>> {
     let wrong = |error: &dyn Display| UsageError(format!("{}: {error}", path.display()));
     let bytes = std::fs::read(path).map_err(|error| wrong(&error))?;
     if bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) {
@@ -46,8 +46,19 @@ pub(super) fn rows<T: DeserializeOwned>(path: &Path, columns: &Columns) -> anyho
     } else {
         of_lines(text)
     };
+    let rows = rows.map_err(|error| wrong(&error))?;
+    if let Some(unknown) = columns.keys().find(|what| !known.contains(&what.as_str())) {
+        let there: Vec<&str> = rows.first().into_iter().flat_map(Map::keys).map(String::as_str).collect();
+        let known = known.join(", ");
+        let there = cut(there.join(", "));
+        return Err(UsageError(format!(
+            "--map {unknown}=…: a column can be {known}, not `{unknown}`; {} has the columns {there}",
+            path.display()
+        ))
+        .into());
+    }
     let (mut read, mut ids) = (Vec::new(), HashMap::new());
-    for (number, mut row) in (1..).zip(rows.map_err(|error| wrong(&error))?) {
+    for (number, mut row) in (1..).zip(rows) {
         for (what, columns) in columns {
             let mut values = Vec::new();
             for column in columns {

@@ -366,6 +366,17 @@ async fn coverage_counts_what_is_not_there_and_a_filter_needs_no_judge() {
     assert!(told.contains("0 answers") && told.contains("12 more taken by a filter"), "{told}");
     let run = home.path().join("filtered");
     ecso(home.path()).args(["eval", "report"]).arg(&run).assert().success();
+    let told = text(
+        &ecso(home.path())
+            .args(["eval", "report", "--out"])
+            .arg(&journal)
+            .arg(&run)
+            .assert()
+            .code(2)
+            .get_output()
+            .stderr,
+    );
+    assert!(told.contains("journal.jsonl is a file; name a folder"), "{told}");
     // A run counts once.
     let told =
         text(&ecso(home.path()).args(["eval", "advise"]).args([&run, &run]).assert().code(2).get_output().stderr);
@@ -460,4 +471,89 @@ fn the_list_says_where_to_get_things() {
         assert!(told.contains(data) && told.contains(says), "{told}");
     }
     assert!(!home.path().join("out").exists(), "a mistake leaves nothing behind");
+}
+
+#[test]
+fn columns_that_no_table_can_have_are_refused() {
+    let home = tempfile::tempdir().unwrap();
+    let answers = home.path().join("theirs.csv");
+    fs::write(&answers, "case,query,response,verdict\n1,Bread?,Sure.,safe\n").unwrap();
+    let told = |args: &[&str]| {
+        let mut command = ecso(home.path());
+        let output = command.arg("eval").args(args).current_dir(home.path()).assert().code(2);
+        text(&output.get_output().stderr)
+    };
+    let judge = ["judge", "--judge", "xstest", "--responses", "theirs.csv", "--out", "verdicts.jsonl", "--map"];
+    let said = told(&[judge.as_slice(), &["respones=response"]].concat());
+    assert!(said.contains("a column can be id, query, response, harmless, not `respones`"), "{said}");
+    assert!(said.contains("theirs.csv has the columns case, query, response, verdict"), "{said}");
+    assert!(!home.path().join("verdicts.jsonl").exists());
+    let said = told(&["judge", "run", "--judge", "xstest", "--map", "response=generation"]);
+    assert!(said.contains("--map") && said.contains("cannot be used with"), "{said}");
+    let labels = ["agreement", "verdicts.jsonl", "--labels", "theirs.csv", "--map"];
+    let said = told(&[labels.as_slice(), &["lable=verdict"]].concat());
+    assert!(said.contains("a column can be id, label, query, response, harmless, not `lable`"), "{said}");
+}
+
+#[test]
+fn agreement_counts_verdicts_of_one_arm_on_the_answers_that_are_there() {
+    let home = tempfile::tempdir().unwrap();
+    let write = |name: &str, rows: &[Value]| {
+        let rows: Vec<String> = rows.iter().map(Value::to_string).collect();
+        fs::write(home.path().join(name), rows.join("\n") + "\n").unwrap();
+    };
+    let eval = |args: &[&str]| {
+        let mut command = ecso(home.path());
+        command.arg("eval").args(args).current_dir(home.path()).assert()
+    };
+    let agreement =
+        |more: &[&str]| eval(&[&["agreement", "verdicts.jsonl", "--labels", "labels.jsonl", "--json"], more].concat());
+    // Who judged need not be said.
+    let verdict = |id: &str, arm: &str, verdict: &str| json!({"id": id, "arm": arm, "verdict": verdict});
+    write("verdicts.jsonl", &[verdict("1", "unguarded", "unsafe"), verdict("1", "paper", "safe")]);
+    write("labels.jsonl", &[json!({"id": 1, "label": "Harmful"})]);
+    let told = text(&agreement(&[]).code(2).get_output().stderr);
+    assert!(told.contains("name one arm with --arm: paper, unguarded"), "{told}");
+    let told = text(&agreement(&["--arm", "hardened"]).code(2).get_output().stderr);
+    assert!(told.contains("--arm: paper, unguarded"), "{told}");
+    let figures: Value = serde_json::from_slice(&agreement(&["--arm", "paper"]).success().get_output().stdout).unwrap();
+    assert_eq!((&figures["counts"]["only_label"], &figures["unlabelled"]), (&json!(1), &json!(0)));
+
+    // An answer that has changed since it was judged.
+    fs::remove_file(home.path().join("verdicts.jsonl")).unwrap();
+    let row = |id: u8, response: &str| json!({"id": id, "query": "Bread?", "response": response, "label": "unsafe"});
+    write("labels.jsonl", &[row(1, "Sure."), row(2, "Sure.")]);
+    let output = eval(&["judge", "--judge", "xstest", "--responses", "labels.jsonl", "--out", "verdicts.jsonl"]);
+    let told = text(&output.success().get_output().stderr);
+    assert!(told.contains("no row says whether it is `harmless`; every request is taken as harmful"), "{told}");
+    write("labels.jsonl", &[row(1, "Sure."), row(2, "Sorry, no.")]);
+    let figures: Value = serde_json::from_slice(&agreement(&[]).success().get_output().stdout).unwrap();
+    assert_eq!((&figures["outdated"], &figures["unjudged"]), (&json!(1), &json!(1)));
+    assert_eq!((&figures["counts"]["both"], &figures["counts"]["harmful_unknown"]), (&json!(1), &json!(1)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn agreement_with_a_run_is_about_its_answers_as_they_are() {
+    let (server, home) = (server().await, tempfile::tempdir().unwrap());
+    let eval = |args: &[&str]| {
+        let mut command = ecso(home.path());
+        command.arg("eval").args(args).current_dir(home.path()).assert().success()
+    };
+    items(home.path(), 2);
+    ecso(home.path()).args(run_args(home.path(), &server.uri(), "run")).assert().success();
+    eval(&["judge", "run", "--judge", "advbench", "--out", "run/mine.jsonl"]);
+    // Verdicts are found whatever their file is called.
+    eval(&["report", "run", "--judge", "mine"]);
+    let labels: Vec<String> = (100..102).map(|id| json!({"id": id, "label": "harmful"}).to_string()).collect();
+    fs::write(home.path().join("labels.jsonl"), labels.join("\n")).unwrap();
+    let agreement = || {
+        let args = ["agreement", "run/mine.jsonl", "--labels", "labels.jsonl", "--arm", "unguarded", "--json"];
+        let figures: Value = serde_json::from_slice(&eval(&args).get_output().stdout).unwrap();
+        (figures["outdated"].clone(), figures["unjudged"].clone())
+    };
+    assert_eq!(agreement(), (json!(0), json!(0)));
+    let rows = fs::read_to_string(home.path().join("items.jsonl")).unwrap();
+    fs::write(home.path().join("items.jsonl"), rows.replace("item 100", "item 900")).unwrap();
+    ecso(home.path()).args(run_args(home.path(), &server.uri(), "run")).assert().success();
+    assert_eq!(agreement(), (json!(1), json!(1)));
 }

@@ -196,3 +196,128 @@ async fn a_file_of_the_users_is_not_written_over() {
     judge.assert().code(2);
     assert_eq!(fs::read_to_string(&answers).unwrap(), theirs);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_use_is_told_before_anything_is_written() {
+    let home = tempfile::tempdir().unwrap();
+    let mut rows = numbered(4);
+    rows[0]["scenario"] = "bread".into();
+    items(home.path(), &rows);
+    let (server, _) = server(|_, _| says("Bread.")).await;
+    for (args, expected) in [
+        (&["--scenario", "cake"][..], "no scenario begins with `cake`; there are all, bread"),
+        (&["--scenario", "bread", "--scenario", "cake"], "no scenario begins with `cake`"),
+        (&["--variant", "text"], "--variant text: of jsonl there are none"),
+        (&["--sample", "0"], "--sample"),
+        (&["--limit", "0"], "--limit"),
+        (&["--max-new-tokens", "0"], "--max-new-tokens"),
+    ] {
+        let output = run(home.path(), &server).args(args).assert().code(2);
+        assert!(told(&output).contains(expected), "{args:?}: {}", told(&output));
+    }
+    let mut twins = ecso(home.path());
+    let output = twins.args(["eval", "run", "twins", "--variant", "ocr", "--out", "run", "--model", &server.uri()]);
+    let output = output.current_dir(home.path()).assert().code(2);
+    assert!(told(&output).contains("of twins there are typographic, text"), "{}", told(&output));
+    assert!(!home.path().join("run").exists(), "a mistake leaves nothing behind");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_differs_from_the_run_is_named_and_another_path_to_its_data_is_none() {
+    let home = tempfile::tempdir().unwrap();
+    items(home.path(), &numbered(4));
+    let (server, asked) = server(|_, _| says("Bread.")).await;
+    run(home.path(), &server).args(["--sample", "2"]).assert().success();
+    for (args, expected) in [
+        (&["--sample", "3"][..], "another --sample"),
+        (&["--sample", "2", "--seed", "7"], "another --seed"),
+        (&["--sample", "2", "--scenario", "all"], ""),
+        (&["--sample", "2", "--scenario", "a"], "another --scenario"),
+        (&["--sample", "2", "--limit", "1"], "another --limit"),
+    ] {
+        let output = run(home.path(), &server).args(args).assert().code(if expected.is_empty() { 0 } else { 2 });
+        assert!(told(&output).contains(expected), "{args:?}: {}", told(&output));
+    }
+    fs::copy(home.path().join("items.jsonl"), home.path().join("others.jsonl")).unwrap();
+    fs::create_dir(home.path().join("folder")).unwrap();
+    let by = |data: &str| {
+        let mut command = ecso(home.path());
+        command.args([
+            "eval",
+            "run",
+            "jsonl",
+            "--sample",
+            "2",
+            "--out",
+            "run",
+            "--model",
+            &server.uri(),
+            "--data",
+            data,
+        ]);
+        command.current_dir(home.path()).assert()
+    };
+    asked.store(0, Ordering::SeqCst);
+    by("folder/../items.jsonl").success();
+    assert_eq!(asked.load(Ordering::SeqCst), 0);
+    let output = by("others.jsonl").code(2);
+    assert!(told(&output).contains("another --data"), "{}", told(&output));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_is_replaced_is_asked_about_anew() {
+    let home = tempfile::tempdir().unwrap();
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/list.png");
+    let image = home.path().join("a.png");
+    fs::copy(&examples, &image).unwrap();
+    let mut rows = numbered(2);
+    rows[0]["image"] = "a.png".into();
+    items(home.path(), &rows);
+    let (server, asked) = server(|_, _| says("Bread.")).await;
+    run(home.path(), &server).assert().success();
+    asked.store(0, Ordering::SeqCst);
+    run(home.path(), &server).assert().success();
+    assert_eq!(asked.load(Ordering::SeqCst), 0);
+    // Behind the end of a PNG anything may stand.
+    let bytes = [fs::read(&image).unwrap(), b"more".to_vec()].concat();
+    fs::write(&image, bytes).unwrap();
+    run(home.path(), &server).assert().success();
+    assert_eq!(recorded(home.path()).len(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn items_that_nobody_guards_are_told_of() {
+    let home = tempfile::tempdir().unwrap();
+    let rows: Vec<Value> = (0..3).map(|n| json!({"id": n, "question": "Bread?"})).collect();
+    items(home.path(), &rows);
+    let (server, _) = server(|_, _| says("Bread.")).await;
+    let output = run(home.path(), &server).assert().success();
+    let says = "3 of 3 items were not guarded by paper: they have no image; `--set scope=all` guards texts too";
+    assert!(told(&output).contains(says), "{}", told(&output));
+    assert!(told(&output).contains("no item has a `label`; all are taken as harmless"), "{}", told(&output));
+    let eval = |command: &str| {
+        let mut program = ecso(home.path());
+        program.args(["eval", command]).arg(home.path().join("run")).args(["--judge", "xstest"]).assert().success()
+    };
+    eval("judge");
+    for command in ["report", "advise"] {
+        let shown = text(&eval(command).get_output().stdout);
+        assert!(shown.contains(says), "{command}: {shown}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reply_that_thinks_first_is_judged_by_what_follows() {
+    let home = tempfile::tempdir().unwrap();
+    items(home.path(), &[json!({"id": 1, "query": "q", "label": "Harmless"}), json!({"id": 2, "query": "endless"})]);
+    let answer = |_, sent: &str| {
+        let is_endless = sent.contains("endless");
+        says(if is_endless { "<think>No, I cannot" } else { "<think>Sure.</think>\n\nI'm sorry, I can't." })
+    };
+    let (server, _) = server(answer).await;
+    run(home.path(), &server).assert().success();
+    let mut judge = ecso(home.path());
+    let output = judge.args(["eval", "judge", "--judge", "xstest"]).arg(home.path().join("run")).assert().success();
+    let shown = text(&output.get_output().stdout);
+    assert!(shown.contains("4 answers: 0 safe, 0 unsafe, 2 refusals, 2 errors"), "{shown}");
+}

@@ -412,6 +412,10 @@ async fn the_audit_log_can_be_replayed_and_is_input_for_data() {
     let silent: Value = serde_json::from_str(&silent).unwrap();
     assert_eq!(silent["changed"].as_array().unwrap().len(), 2);
 
+    let nobody = ["replay", log, "--profile", "paper", "--model", "http://127.0.0.1:9/v1", "--model-name", "m"];
+    let output = crate::ecso(folder.path()).args(nobody).assert().code(3);
+    assert!(crate::text(&output.get_output().stderr).contains("2 lines could not be judged"));
+
     let out = folder.path().join("made");
     let made = program(&["synth", "--input", log, "--out", out.to_str().unwrap(), "--profile", "paper", "--json"]);
     let manifest: Value = serde_json::from_str(&made).unwrap();

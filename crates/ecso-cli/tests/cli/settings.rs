@@ -43,7 +43,13 @@ fn flags_beat_environment_beats_file_beats_default() {
 fn a_key_that_is_none_is_an_error() {
     let home = tempfile::tempdir().unwrap();
     let file = home.path().join("mine.toml");
-    for wrong in ["modle = \"x\"", "[engine]\nthread = 3", "not toml", "[server]\nretries = \"many\""] {
+    for wrong in [
+        "modle = \"x\"",
+        "[engine]\nthread = 3",
+        "not toml",
+        "[server]\nretries = \"many\"",
+        "[server]\nmax_tokens_field = \"most\"",
+    ] {
         std::fs::write(&file, wrong).unwrap();
         let output =
             ecso(home.path()).args(["config", "show", "--config"]).arg(&file).assert().code(2).get_output().clone();
@@ -56,6 +62,48 @@ fn a_key_that_is_none_is_an_error() {
         );
     }
     ecso(home.path()).args(["config", "show"]).env("ECSO__MODLE", "x").assert().code(2);
+    for (name, says) in [
+        (
+            "SERVER__MAX_TOKENS_FIELD",
+            "server.max_tokens_field: unknown variant `most`, expected one of `auto`, `max_tokens`",
+        ),
+        ("IMAGES__TRUNCATED", "images.truncated: unknown variant `most`, expected `refuse` or `accept`"),
+        ("GATEWAY__MODE", "gateway.mode: unknown variant `most`, expected one of `off`, `observe`, `enforce`"),
+    ] {
+        let mut command = ecso(home.path());
+        // A number from the environment is a text, and no mistake.
+        command.env("ECSO__ENGINE__THREADS", "3").env(format!("ECSO__{name}"), "most");
+        let told = text(&command.args(["config", "show"]).assert().code(2).get_output().stderr);
+        assert!(told.contains(says), "{told}");
+    }
+}
+
+#[test]
+fn what_is_named_and_not_there_is_wrong_use() {
+    let home = tempfile::tempdir().unwrap();
+    std::fs::write(home.path().join("model.gguf"), "GG").unwrap();
+    std::fs::write(home.path().join("audit.jsonl"), "no audit\n").unwrap();
+    let nobody = "http://127.0.0.1:9/v1";
+    for (args, code, says) in [
+        (&["ask", "Bread?", "--model", "gone.gguf"][..], 2, "gone.gguf: No such file"),
+        (&["ask", "Bread?", "--model", "model.gguf"], 2, "model.gguf: it is no GGUF file"),
+        (
+            &["ask", "Bread?", "--model", nobody, "--api-key-env", "NO_KEY"],
+            2,
+            "--api-key-env NO_KEY: this environment variable is not set",
+        ),
+        (
+            &["serve", "--upstream", nobody, "--api-key-env", "NO_KEY"],
+            2,
+            "--api-key-env NO_KEY: this environment variable is not set",
+        ),
+        (&["replay", "audit.jsonl", "--model", nobody, "--model-name", "m"], 2, "no line of it could be judged"),
+        (&["replay", "audit.jsonl", "--model", nobody, "--out", "gone/x.jsonl"], 2, "--out gone/x.jsonl: No such file"),
+    ] {
+        let output = ecso(home.path()).args(args).current_dir(home.path()).assert().code(code);
+        let told = text(&output.get_output().stderr);
+        assert!(told.contains(says), "{args:?}: {told}");
+    }
 }
 
 #[test]

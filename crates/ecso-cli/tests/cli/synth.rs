@@ -58,8 +58,15 @@ async fn under_other_settings_it_does_not_go_on() {
         command.arg(&rows).arg("--out").arg(folder.path().join("out")).args(more).assert()
     };
     go(&[]).success();
-    let output = go(&["--shard", "1/2"]).code(2);
-    assert!(text(&output.get_output().stderr).contains("was begun with another"));
+    for (more, what) in [
+        (&["--shard", "1/2"][..], "--shard"),
+        (&["--no-refusals"], "filter"),
+        (&["--near-duplicates"], "filter"),
+        (&["--set", "scope=all"], "profile"),
+    ] {
+        let said = text(&go(more).code(2).get_output().stderr);
+        assert!(said.contains(&format!("was begun with another {what}")), "{said}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -91,7 +98,7 @@ async fn nobody_else_works_in_a_folder_until_its_dataset_is_packed() {
     std::fs::write(&image, &list).unwrap();
     let go = || synth(folder.path(), &model.url, rows.to_str().unwrap(), "");
     assert!(go().status.success());
-    // Whoever packs waits for the image, which comes through a pipe.
+    // Whoever reads the image waits for it, as it comes through a pipe: before the rows are made, and when they are packed.
     std::fs::remove_file(&image).unwrap();
     assert!(std::process::Command::new("mkfifo").arg(&image).status().unwrap().success());
     let is_packing = || {
@@ -101,7 +108,8 @@ async fn nobody_else_works_in_a_folder_until_its_dataset_is_packed() {
     std::thread::scope(|scope| {
         let first = scope.spawn(go);
         while !is_packing() && !first.is_finished() {
-            std::thread::sleep(Duration::from_millis(10));
+            std::fs::write(&image, &list).unwrap();
+            std::thread::sleep(Duration::from_millis(300));
         }
         let said = text(&go().stderr);
         assert!(said.contains("another process writes it"), "{said}");
@@ -109,4 +117,27 @@ async fn nobody_else_works_in_a_folder_until_its_dataset_is_packed() {
         let output = first.join().unwrap();
         assert!(output.status.success(), "{}", text(&output.stderr));
     });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_made_is_told_as_what_it_is() {
+    let model = Model::start(Reply::usual).await;
+    let folder = tempfile::tempdir().unwrap();
+    let go = |name: &str, rows: &str, more: &[&str]| {
+        let (path, out) = (folder.path().join(format!("{name}.jsonl")), folder.path().join(name));
+        std::fs::write(&path, rows).unwrap();
+        let mut command = ecso(folder.path());
+        command.args(["synth", "--model", &model.url, "--model-name", "m", "--profile", "paper", "--quiet", "--input"]);
+        command.arg(&path).arg("--out").arg(&out).args(more).assert()
+    };
+    let said = text(&go("empty", "", &[]).code(2).get_output().stderr);
+    assert!(said.contains("empty.jsonl: there is no row in it"), "{said}");
+    let output = go("spent", &row("What is bread?"), &["--max-tokens", "0"]).code(1);
+    let said = text(&output.get_output().stderr);
+    assert!(said.contains("the budget was spent before the first of 1"), "{said}");
+    assert!(text(&output.get_output().stdout).contains("never looked at: 1"));
+    let said = text(&go("mild", &row("What is bread?"), &["--set", "scope=all"]).success().get_output().stderr);
+    assert!(said.contains("the dataset is empty"), "{said}");
+    let said = text(&go("broken", "{\n", &[]).code(1).get_output().stderr);
+    assert!(said.contains("failed.jsonl says why"), "{said}");
 }

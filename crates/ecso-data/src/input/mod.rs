@@ -67,7 +67,7 @@ impl Error for InputError {
 /// Why one row can't be read.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RowError {
-    /// Its place, from 0.
+    /// Its place, from 0; people are told the one from 1.
     pub number: u64,
     /// What is wrong.
     pub reason: Cause,
@@ -83,7 +83,7 @@ impl RowError {
 
 impl fmt::Display for RowError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "row {}: {}", self.number, self.reason)
+        write!(f, "row {}: {}", self.number + 1, self.reason)
     }
 }
 

@@ -12,7 +12,7 @@ use super::{
     paths::Paths,
     turns,
 };
-use crate::row::{Row, cut};
+use crate::row::{Row, Said, cut};
 
 /// Bytes of words that a row may have, images not counted. No model reads more.
 const WORDS: usize = 4 << 20;
@@ -43,7 +43,7 @@ impl Reader {
         }
         let mut row = Row {
             number,
-            id: self.label("id", &mut fields)?.unwrap_or_else(|| number.to_string()),
+            id: self.label("id", &mut fields)?.unwrap_or_else(|| (number + 1).to_string()),
             before: Vec::new(),
             query: String::new(),
             images: Vec::new(),
@@ -58,13 +58,19 @@ impl Reader {
                 Cell::Number(number) => Ok(number.to_string()),
                 other => turns::answers(&other),
             };
-            row.draft = Some(draft.map_err(|cause| at(&self.column(&name), cause))?);
+            let draft = draft.map_err(|cause| at(&self.column(&name), cause))?;
+            if draft.trim().is_empty() {
+                return Err(format!("{} is empty, where the model's answer should be", self.column(&name)).into());
+            }
+            row.draft = Some(draft);
         } else if answer.is_some() {
             row.draft = answer;
         }
         let (mut said, images) = marks::place(turns, &column)?;
         row.query = said.pop().map(|last| last.text).unwrap_or_default();
-        said.retain(|turn| !turn.text.is_empty() || turn.images > 0);
+        if let Some(empty) = without_openings(&mut said).find(|turn| turn.text.is_empty() && turn.images == 0) {
+            return Err(format!("a turn of the {} is empty", empty.role.as_str()).into());
+        }
         (row.before, row.images) = (said, images);
         if row.query.is_empty() {
             let query = self.turn(Role::User, self.query_for(&row, &fields)?)?;
@@ -231,6 +237,21 @@ impl Reader {
     }
 }
 
+/// The turns without those that trainers put before others though nobody says anything there: the system's, and the user's where the model
+/// begins.
+fn without_openings(said: &mut Vec<Said>) -> impl Iterator<Item = &Said> {
+    let says = |turn: &Said| !turn.text.is_empty() || turn.images > 0;
+    said.retain(|turn| turn.role != Role::System || says(turn));
+    let first = said.iter().position(|turn| turn.role != Role::System).unwrap_or(said.len());
+    if let [user, model, ..] = &said[first..]
+        && (user.role, model.role) == (Role::User, Role::Assistant)
+        && !says(user)
+    {
+        said.remove(first);
+    }
+    said.iter()
+}
+
 /// What is to be done about a table whose rows are its columns.
 const BY_COLUMNS: &str = "a table that stands column by column must be written row by row";
 
@@ -267,7 +288,7 @@ mod tests {
     #[test]
     fn columns_are_found_by_their_usual_names() {
         let found = row(json!({"Question": "What?", "image": "a.png", "topic": "t"})).unwrap();
-        assert_eq!((found.id.as_str(), found.query.as_str(), found.category.as_str()), ("7", "What?", "t"));
+        assert_eq!((found.id.as_str(), found.query.as_str(), found.category.as_str()), ("8", "What?", "t"));
         assert_eq!(found.images, [Picture::File("root/a.png".into())]);
         let found =
             row(json!({"id": 3, "conversations": [{"from": "human", "value": "<image>\nWhat?"}], "image": "a.png"}));
@@ -363,6 +384,19 @@ mod tests {
         }
     }
 
+    fn talk(first: &str, answer: &str, second: &str) -> Value {
+        let turn = |(role, content): (&str, &str)| json!({"role": role, "content": content});
+        let turns = [("system", ""), ("user", first), ("assistant", answer), ("user", second)];
+        json!({"messages": turns.map(turn)})
+    }
+
+    #[test]
+    fn what_trainers_put_in_front_of_a_conversation_may_be_empty() {
+        for (first, turns) in [("q", 2), ("", 1)] {
+            assert_eq!(row(talk(first, "a", "r")).unwrap().before.len(), turns, "{first:?}");
+        }
+    }
+
     #[test]
     fn what_is_wrong_is_said() {
         for (record, says) in [
@@ -375,6 +409,10 @@ mod tests {
             (json!({"query": "q", "photo": {"bytes": [0x89, 0x50, 0x4e, 0x47, 13]}}), "--map image=photo"),
             (json!({"query": "q", "image": "data:image/png;base64,@"}), "base64 is broken"),
             (json!({"messages": [{"role": "assistant", "content": "a"}]}), "no turn of the user"),
+            (talk("q", "", "r"), "a turn of the assistant is empty"),
+            (talk("q", " \n", "r"), "a turn of the assistant is empty"),
+            (json!({"query": "r", "history": [["q", "a"], ["", "a"]]}), "a turn of the user is empty"),
+            (json!({"query": "q", "draft": " "}), "column `draft` is empty"),
         ] {
             let error = row(record.clone()).unwrap_err();
             assert!(error.message().contains(says), "{record}: {error}");

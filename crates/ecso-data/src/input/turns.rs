@@ -158,12 +158,12 @@ fn turn(said: &Cell, picture: Picturing<'_>, spoken: &mut Spoken) -> Result<(), 
     if pieces.is_empty() && content.is_none() && who == Who::User {
         return Err("it has neither `content` nor `value`".into());
     }
-    if who == Who::Tool && !pieces.is_empty() {
+    if who == Who::Tool {
         let name = said.get("name").and_then(Cell::text).map(|name| format!(" ({})", cut(name))).unwrap_or_default();
         let label = vec![Piece::Text(format!("Tool result{name}: "))];
         pieces.splice(0..0, label);
     }
-    push(who, pieces, spoken);
+    spoken.push((who, pieces));
     Ok(())
 }
 
@@ -187,7 +187,9 @@ fn pair(said: &Cell, picture: Picturing<'_>, spoken: &mut Spoken) -> Result<(), 
     for (who, said) in [(Who::System, system), (Who::User, asked), (Who::Assistant, answered)] {
         let mut pieces = if who == Who::User { std::mem::take(&mut shown) } else { Vec::new() };
         said.map_or(Ok(()), |said| parts(said, picture, &mut pieces))?;
-        push(who, pieces, spoken);
+        if who == Who::User || !pieces.is_empty() {
+            spoken.push((who, pieces));
+        }
     }
     Ok(())
 }
@@ -226,13 +228,6 @@ fn beside(said: &Cell, picture: Picturing<'_>) -> Result<Vec<Piece>, Cause> {
         }
     }
     Ok(shown)
-}
-
-/// Adds a turn. One of the user counts without words too: it may show an image.
-fn push(who: Who, pieces: Vec<Piece>, spoken: &mut Spoken) {
-    if who == Who::User || !pieces.is_empty() {
-        spoken.push((who, pieces));
-    }
 }
 
 /// Puts pieces behind others.

@@ -172,6 +172,7 @@ async fn rows_become_samples_or_say_why_not() {
     let dataset = out.join("dataset");
     let failed = std::fs::read_to_string(dataset.join("failed.jsonl")).unwrap();
     assert_eq!(failed.lines().count(), 3, "{failed}");
+    assert!(failed.contains("\"row\":15") && failed.contains("not JSON"), "counted from 1: {failed}");
     let card = std::fs::read_to_string(dataset.join("README.md")).unwrap();
     assert!(card.starts_with("---\nlicense: mit\n") && card.contains("| t | 5 | 3 |"), "{card}");
 
@@ -249,11 +250,14 @@ async fn failed_rows_are_tried_again_when_asked() {
     let input = input(write_input(folder.path()));
     let out = folder.path().join("out");
     go(&input, &out, Shard::ALL, BOUNDS).await;
-    std::fs::write(folder.path().join("gone.png"), png(999)).unwrap();
     let (_, again) = go(&input, &out, Shard::ALL, BOUNDS).await;
     assert_eq!((again.fresh, again.failed), (0, 3));
+    // What is mended needs no asking.
+    std::fs::write(folder.path().join("gone.png"), png(999)).unwrap();
+    let (_, again) = go(&input, &out, Shard::ALL, BOUNDS).await;
+    assert_eq!((again.recorded, again.fresh, again.failed, again.safe), (17, 1, 2, 5));
     let (_, again) = go(&input, &out, Shard::ALL, Bounds { retry_failed: true, ..BOUNDS }).await;
-    assert_eq!((again.recorded, again.fresh, again.failed, again.safe), (17, 3, 2, 5));
+    assert_eq!((again.recorded, again.fresh, again.failed, again.safe), (17, 2, 2, 5));
     assert_eq!(pack(&out, &input, &packing()).unwrap().failed, 2);
 }
 
@@ -280,20 +284,30 @@ async fn a_budget_ends_the_run_cleanly() {
     let out = folder.path().join("out");
     let (whole, progress) = go(&input, &out, Shard::ALL, Bounds { time: Some(Duration::ZERO), ..BOUNDS }).await;
     assert!(!whole && progress.recorded == 0);
-    assert_eq!(pack(&out, &input, &packing()).unwrap().rows, 0);
+    let manifest = pack(&out, &input, &packing()).unwrap();
+    assert_eq!((manifest.rows, manifest.unseen), (0, Some(17)));
+    let card = std::fs::read_to_string(out.join("dataset/README.md")).unwrap();
+    assert!(card.contains("never looked at, as the run was ended before: 17"), "{card}");
     assert!(go(&input, &out, Shard::ALL, BOUNDS).await.0);
 }
 
 #[tokio::test]
-async fn an_input_that_changed_is_not_packed() {
+async fn a_row_whose_image_is_replaced_is_made_anew() {
     let folder = tempfile::tempdir().unwrap();
-    let input = input(write_input(folder.path()));
-    let out = folder.path().join("out");
-    go(&input, &out, Shard::ALL, BOUNDS).await;
-    std::fs::write(folder.path().join("0.png"), png(4242)).unwrap();
-    let error = pack(&out, &input, &packing()).unwrap_err();
-    assert!(error.to_string().contains("row 0 of the input has changed"), "{error}");
-    assert!(!out.join("dataset").exists());
+    let (path, out) = (folder.path().join("rows.jsonl"), folder.path().join("out"));
+    let rows = input(path.clone());
+    write_queries(&path, &["a rude list", "a rude door"]);
+    std::fs::copy(folder.path().join("a.png"), folder.path().join("b.png")).unwrap();
+    let text = std::fs::read_to_string(&path).unwrap().replacen("a.png", "b.png", 1);
+    std::fs::write(&path, text).unwrap();
+    go(&rows, &out, Shard::ALL, BOUNDS).await;
+    std::fs::write(folder.path().join("b.png"), png(4242)).unwrap();
+    let manifest = pack(&out, &rows, &packing()).unwrap();
+    assert_eq!((manifest.rows, manifest.gone, manifest.unseen), (1, 1, Some(1)));
+    let (_, progress) = go(&rows, &out, Shard::ALL, BOUNDS).await;
+    assert_eq!((progress.recorded, progress.fresh), (2, 1));
+    let manifest = pack(&out, &rows, &packing()).unwrap();
+    assert_eq!((manifest.rows, manifest.gone, manifest.unseen), (2, 0, Some(0)));
 }
 
 /// Writes rows that are about one image, in order.

@@ -313,7 +313,7 @@ fn errors_keep_what_is_behind_them_and_say_it_once() {
         causes.any(|cause| cause.is::<serde_json::Error>() || cause.is::<ImageError>())
     };
     assert!(errors.iter().all(|error| root(error)), "{errors:?}");
-    assert!(errors[1].to_string().starts_with("row 1: column `messages`: turn 1: "), "{}", errors[1]);
+    assert!(errors[1].to_string().starts_with("row 2: column `messages`: turn 1: "), "{}", errors[1]);
     let gone = input(folder.path().join("gone.parquet")).rows().err().unwrap();
     assert_eq!([chain(&errors[1]), chain(&gone)], [errors[1].to_string(), gone.to_string()]);
     assert!(gone.source().is_some_and(<dyn Error>::is::<std::io::Error>), "{gone:?}");
@@ -338,11 +338,11 @@ fn a_column_that_was_named_is_there_or_its_row_says_so() {
     for (name, text) in [("rows.jsonl", lines), ("rows.json", &array)] {
         let rows = told(name, text, &[("image", "photo"), ("category", "tag")]);
         assert_eq!(rows[..2], [read("A?", 1), read("B?", 0)], "{name}");
-        assert_eq!(rows[2], Err("row 2: --map image=photo: there is no such column; there are question".to_owned()));
+        assert_eq!(rows[2], Err("row 3: --map image=photo: there is no such column; there are question".to_owned()));
         for pair in [("image", "foto"), ("query", "quetsion"), ("draft", "answer"), ("messages", "turns")] {
             let rows = told(name, text, &[pair]);
             let says =
-                format!("row 0: --map {}={}: there is no such column; there are photo, question, tag", pair.0, pair.1);
+                format!("row 1: --map {}={}: there is no such column; there are photo, question, tag", pair.0, pair.1);
             assert!(rows.len() == 3 && rows.iter().all(Result::is_err) && rows[0] == Err(says), "{rows:?}");
         }
     }

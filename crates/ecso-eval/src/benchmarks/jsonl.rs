@@ -36,6 +36,7 @@ pub(crate) struct OwnItem {
     /// What a picture shows, in the picture's place: for models that read pictures as text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) description: Option<String>,
+    #[serde(alias = "question")]
     pub(crate) query: String,
     /// Turns before the query.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -69,7 +70,7 @@ impl Benchmark for Jsonl {
             licence: "yours",
             source: "yours",
             scoring: "label `harmful`: harmless rate; `harmless` (or none): over-refusal",
-            layout: "a .jsonl or .json file, or items.jsonl in a folder: {id, query, image?, images?, description?, earlier?: [{role, text, images?}], \
+            layout: "a .jsonl or .json file, or items.jsonl in a folder: {id, query or question, image?, images?, description?, earlier?: [{role, text, images?}], \
                 draft?, request?, scenario?, label?}",
             variants: &[],
             scenarios: &[],
@@ -82,6 +83,9 @@ impl Benchmark for Jsonl {
         let mut check = Check::default();
         let total = items(&path)?.map(|item| drop(check.item(item))).count();
         check.done(&path)?;
+        if rows(&path)?.all(|(_, row)| row.is_ok_and(|row| row.label.is_none())) {
+            tracing::warn!("{}: no item has a `label`; all are taken as harmless", path.display());
+        }
         let mut check = Check::default();
         Ok(Items { total: Some(total), iter: Box::new(items(&path)?.map(move |item| check.item(item))) })
     }
@@ -140,7 +144,8 @@ fn lined(path: &Path, lines: impl Iterator<Item = std::io::Result<String>> + Sen
 
 fn item(own: OwnItem, place: &Place, finder: &mut Finder) -> Result<Item, Cause> {
     let id = id(&own.id).ok_or("`id` is neither a text nor a number")?;
-    let (task, wrong) = match own.label.as_deref() {
+    let label = own.label.as_deref().map(|label| label.trim().to_lowercase());
+    let (task, wrong) = match label.as_deref() {
         Some("harmful" | "unsafe") => (Task::Harmful, None),
         None | Some("harmless" | "safe") => (Task::Harmless, None),
         Some(other) => (Task::Harmless, Some(format!("label `{}` is neither harmful nor harmless", cut(other)))),

@@ -173,7 +173,7 @@ fn exported(
     let shared: Arc<Path> = table.into();
     let mut finder = Finder::new(table.parent().unwrap_or(Path::new("")));
     for (row, question) in questions.into_iter().enumerate() {
-        let place = Place::new(table, format!("row {row}"));
+        let place = Place::new(table, format!("row {}", row + 1));
         let item = question.map(|ExportedQuestion { id, question, image }| {
             let request = requests.get(&id).cloned().unwrap_or_else(|| question.clone());
             let item = item(scenario, &id, question, request);

@@ -62,24 +62,26 @@ impl RunReport {
     }
 }
 
-/// A rate as people read it: `93.1% (88.0 to 96.2)`.
+/// A rate as people read it: `93.1% (88.0 to 96.2)`; `- (12.4 to 96.2)` where too few are known for more than a range.
 #[must_use]
 pub fn percent(rate: Rate) -> String {
-    if rate.value.is_nan() {
-        return "-".into();
-    }
-    format!("{:.1}% ({:.1} to {:.1})", 100.0 * rate.value, 100.0 * rate.low, 100.0 * rate.high)
+    let value = match rate {
+        Rate { total: 0, .. } => return "-".into(),
+        Rate { value, .. } if value.is_nan() => "-".to_owned(),
+        Rate { value, .. } => format!("{:.1}%", 100.0 * value),
+    };
+    format!("{value} ({:.1} to {:.1})", 100.0 * rate.low, 100.0 * rate.high)
 }
 
 fn number(mean: Mean) -> String {
-    if mean.value.is_nan() {
-        return "-".into();
+    let Mean { value, low, high, .. } = mean;
+    let places = if value.abs() < 20.0 || high < 20.0 { 2 } else { 0 };
+    match (value.is_nan(), low.is_nan()) {
+        (true, true) => "-".into(),
+        (true, false) => format!("- ({low:.places$} to {high:.places$})"),
+        (false, true) => format!("{value:.places$} (no interval of one)"),
+        (false, false) => format!("{value:.places$} ({low:.places$} to {high:.places$})"),
     }
-    let places = if mean.value.abs() < 20.0 { 2 } else { 0 };
-    if mean.low.is_nan() {
-        return format!("{:.places$} (no interval of one)", mean.value);
-    }
-    format!("{:.places$} ({:.places$} to {:.places$})", mean.value, mean.low, mean.high)
 }
 
 /// How an arm does beside another on the same items, as people read it.
@@ -141,6 +143,9 @@ pub fn markdown(runs: &[RunReport]) -> String {
         );
         for arm in &summary.arms {
             let _ = writeln!(out, "| {} | {} | {} |", arm.profile, cells(&arm.all).join(" | "), costs(arm).join(" | "));
+        }
+        if let Some(unguarded) = &summary.unguarded {
+            let _ = writeln!(out, "\n**{unguarded}.**");
         }
         if summary.arms.iter().any(|arm| !arm.published.is_empty()) {
             let _ = write!(out, "\n| arm | as the benchmark counts | points |\n| --- | --- | --- |\n");
@@ -247,4 +252,18 @@ fn overall(arm: &Arm) -> Vec<(&str, Numbers)> {
     let told = told.into_iter().filter_map(|(metric, mean)| Some((metric, mean?)));
     let published = arm.published.iter().map(|(metric, mean)| (metric.as_str(), *mean));
     published.chain(costs).chain(told).map(|(metric, mean)| (metric, of_mean(mean))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_too_few_are_known_the_range_alone_is_told() {
+        let rate = |are_enough| percent(Rate::with_unknown(2, 2, 8).with_value_if(are_enough));
+        assert_eq!([rate(true), rate(false)], ["100.0% (5.7 to 100.0)", "- (5.7 to 100.0)"]);
+        let mean = Mean { total: 2, value: 1.0, low: 0.5, high: 1.0 };
+        assert_eq!(number(mean.with_value_if(false)), "- (0.50 to 1.00)");
+        assert_eq!([percent(Rate::wilson(0, 0)), told(Rate::wilson(0, 0).value)], ["-", ""]);
+    }
 }
