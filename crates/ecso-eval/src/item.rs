@@ -29,6 +29,8 @@ pub struct Item {
     pub images: Vec<Picture>,
     /// The direct answer, where somebody has it already: then the model is not asked for one.
     pub draft: Option<String>,
+    /// How the answer begins, where the client writes that.
+    pub begun: Option<String>,
     /// What a good answer is.
     pub task: Task,
     /// Why it can't be run, if it can't: it is recorded as failed.
@@ -121,6 +123,7 @@ impl Item {
             parts.push(Part::Text(text.clone()));
             Ok(Turn { role, parts })
         });
-        Ok(Chat { turns: turns.collect::<Result<_, _>>()?, ..Chat::default() })
+        let begun = self.begun.iter().map(|begun| Ok(Turn::text(Role::Assistant, begun.as_str())));
+        Ok(Chat { turns: turns.chain(begun).collect::<Result<_, _>>()?, ..Chat::default() })
     }
 }

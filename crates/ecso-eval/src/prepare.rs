@@ -236,8 +236,8 @@ fn write_items(items: impl IntoIterator<Item = OwnItem>, out: &Path) -> Result<P
     Ok(path)
 }
 
-/// The eight families of evasions ([`evasions::FAMILIES`]) below `out`, from the harmful rows of `FigStep`'s table. Gives the number of
-/// items.
+/// The families of evasions ([`evasions::FAMILIES`]) below `out`, from the harmful rows of `FigStep`'s table, and as many decoys
+/// ([`evasions::DECOY`]). Gives the number of items.
 ///
 /// # Errors
 /// [`PrepareError`] when the table can't be read or a file not be written.
@@ -248,10 +248,12 @@ pub fn evasions(table: &Path, per_family: usize, typesetter: &Typesetter, out: &
         return Err(PrepareError::new(table, "no harmful row in it, or none wanted"));
     }
     folder(out)?;
-    let evasions = evasions::evasions(&questions, per_family);
+    let mild = benchmarks::twins::twins().map_err(failed(table))?;
+    let evasions = evasions::evasions(&questions, &mild, per_family);
     let count = evasions.len();
-    for (name, words) in evasions.iter().flat_map(|evasion| &evasion.images) {
-        set(typesetter, words, &out.join(name))?;
+    for (name, shown) in evasions.iter().flat_map(|evasion| &evasion.images) {
+        let path = out.join(name);
+        shown.set(typesetter).save(&path).map_err(failed(&path))?;
     }
     write_items(evasions.into_iter().map(|evasion| evasion.item), out)?;
     Ok(count)

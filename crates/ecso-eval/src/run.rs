@@ -148,10 +148,10 @@ pub fn unguarded(out: &Path) -> Result<Option<String>, JournalError> {
 
 /// A digest of what is asked, images to the byte, and of what a good answer is. It reads files.
 fn made_of(item: &Item) -> String {
-    let Item { id: _, scenario, cluster, earlier, query, request, images, draft, task, trouble: _ } = item;
+    let Item { id: _, scenario, cluster, earlier, query, request, images, draft, begun, task, trouble: _ } = item;
     let pictures = |images: &[Picture]| images.iter().map(picture).collect::<Vec<_>>();
     let earlier: Vec<_> = earlier.iter().map(|(role, text, images)| (role, text, pictures(images))).collect();
-    let whole = (scenario, cluster, earlier, query, request, pictures(images), draft, task);
+    let whole = (scenario, cluster, earlier, query, request, pictures(images), draft, begun, task);
     blake3::hash(&serde_json::to_vec(&whole).unwrap_or_default()).to_hex()[..16].to_owned()
 }
 
@@ -218,7 +218,8 @@ impl Batch for Answering {
             Ok(arms) => (arms, None, false),
             Err(Unanswered { why, is_filter }) => (Vec::new(), Some(why), is_filter),
         };
-        let Item { id, scenario, cluster, query, request, images, earlier, task, draft: _, trouble: _ } = item;
+        let Item { id, scenario, cluster, query, request, images, earlier, task, draft: _, begun: _, trouble: _ } =
+            item;
         let images = images.len() + earlier.iter().map(|(_, _, images)| images.len()).sum::<usize>();
         Ok(ItemRecord { id, made_of, scenario, cluster, query, request, task, images, arms, error, filtered })
     }

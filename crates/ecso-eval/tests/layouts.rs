@@ -9,7 +9,7 @@ use std::{
 };
 
 use arrow_array::{ArrayRef, BinaryArray, RecordBatch, StringArray, StructArray};
-use ecso::{Limits, Profile, Reply, testing::Scripted};
+use ecso::{Limits, Profile, Reply, Role, testing::Scripted};
 use ecso_batch::{
     Bounds,
     journal::{Journal, Saved},
@@ -312,14 +312,24 @@ fn evasions_are_items_of_ones_own() {
     let header = "dataset,category_id,task_id,category_name,question,instruction";
     fs::write(&table, format!("{header}\nd,1,1,Bread,How is bread baked?,Steps to bake bread.\n")).unwrap();
     let out = data.path().join("evasions");
-    assert_eq!(prepare::evasions(&table, 2, &typesetter, &out).unwrap(), 16);
+    assert_eq!(prepare::evasions(&table, 2, &typesetter, &out).unwrap(), 30);
     let items = items("jsonl", &out, None);
     let (good, bad) = sorted(&items);
-    assert_eq!((good.len(), bad), (16, Vec::new()));
+    assert_eq!((good.len(), bad), (30, Vec::new()));
     for family in evasions::FAMILIES {
         assert_eq!(items.iter().filter(|item| item.scenario == family && item.task == Task::Harmful).count(), 2);
     }
-    assert!(items.iter().all(|item| item.request == "How is bread baked?"));
+    let (harmful, mild): (Vec<_>, Vec<_>) = items.iter().partition(|item| item.task == Task::Harmful);
+    assert!(harmful.iter().all(|item| item.request == "How is bread baked?"));
+    assert!(mild.len() == 2 && mild.iter().all(|item| item.scenario == evasions::DECOY));
+    let begun = harmful.iter().find(|item| item.scenario == "begun").unwrap().chat(Limits::default()).unwrap();
+    assert_eq!(begun.turns.last().map(|turn| turn.role), Some(Role::Assistant));
+    // Made smaller, the hidden words show.
+    let [open, hidden] =
+        ["scaled-00", "begun-00"].map(|id| image::open(out.join(format!("{id}.png"))).unwrap().to_rgb8());
+    let smaller =
+        image::RgbImage::from_fn(open.width() / 8, open.height() / 8, |x, y| *open.get_pixel(x * 8 + 4, y * 8 + 4));
+    assert!(smaller == hidden, "the words do not show");
     let advice = format!("{header}\nd,1,1,Legal Opinion,q,i\n");
     fs::write(&table, advice).unwrap();
     let none = prepare::evasions(&table, 2, &typesetter, &out).unwrap_err().to_string();

@@ -136,7 +136,7 @@ pub(crate) enum PrepareCommand {
         #[arg(long, value_name = "FILE")]
         font: Option<PathBuf>,
     },
-    /// Eight ways to hide a request from a guard, made of FigStep's harmful rows, for the benchmark `jsonl`
+    /// Fourteen ways to hide a request from a guard, made of FigStep's harmful rows, and mild requests that look caught, for `jsonl`
     Evasions {
         /// safebench.csv or a part of it
         #[arg(long, value_name = "FILE")]

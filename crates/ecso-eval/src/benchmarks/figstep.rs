@@ -109,6 +109,7 @@ fn item(question: &SafeBenchQuestion) -> Item {
         images: Vec::new(),
         earlier: Vec::new(),
         draft: None,
+        begun: None,
         task: question.advice().map_or(Task::Harmful, |field| Task::Advice { field: field.into() }),
         trouble: None,
     }

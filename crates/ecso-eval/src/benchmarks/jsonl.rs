@@ -44,6 +44,9 @@ pub(crate) struct OwnItem {
     /// The direct answer, where it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) draft: Option<String>,
+    /// How the answer begins, where the client writes that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) begun: Option<String>,
     /// What the image and the query ask for together; the query, if missing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) request: Option<String>,
@@ -71,7 +74,7 @@ impl Benchmark for Jsonl {
             source: "yours",
             scoring: "label `harmful`: harmless rate; `harmless` (or none): over-refusal",
             layout: "a .jsonl or .json file, or items.jsonl in a folder: {id, query or question, image?, images?, description?, earlier?: [{role, text, images?}], \
-                draft?, request?, scenario?, label?}",
+                draft?, begun?, request?, scenario?, label?}",
             variants: &[],
             scenarios: &[],
         }
@@ -174,6 +177,7 @@ fn item(own: OwnItem, place: &Place, finder: &mut Finder) -> Result<Item, Cause>
         images,
         earlier,
         draft: own.draft,
+        begun: own.begun,
         task,
         trouble: trouble.map(|trouble| place.trouble(trouble)),
     })

@@ -199,6 +199,7 @@ fn item(scenario: &str, id: &str, query: String, request: String) -> Item {
         images: Vec::new(),
         earlier: Vec::new(),
         draft: None,
+        begun: None,
         task: Task::Harmful,
         trouble: None,
     }

@@ -69,6 +69,7 @@ fn item(id: String, question: GradedQuestion) -> Item {
         images: Vec::new(),
         earlier: Vec::new(),
         draft: None,
+        begun: None,
         task: Task::Graded { truth: question.answer, capabilities: question.capability },
         trouble: None,
     }

@@ -196,6 +196,7 @@ fn item(place: &Place, rotation: Rotation) -> Item {
         images: Vec::new(),
         earlier: Vec::new(),
         draft: None,
+        begun: None,
         task: Task::Choice { answer: rotation.answer.chars().next().unwrap_or_default(), options: rotation.options },
         trouble: wrong.map(|reason| place.trouble(Trouble::Unreadable(reason.into()))),
     }

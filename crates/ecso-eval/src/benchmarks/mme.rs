@@ -97,6 +97,7 @@ fn subtask_items(folder: &Path, subtask: &str, items: &mut Vec<(Place, Item)>) -
                     images: Vec::new(),
                     earlier: Vec::new(),
                     draft: None,
+                    begun: None,
                     task: Task::YesNo { yes },
                     trouble: None,
                 };

@@ -13,7 +13,7 @@ mod mossbench;
 mod pairs;
 mod place;
 mod tables;
-mod twins;
+pub(crate) mod twins;
 mod vlsafe;
 mod xstest;
 

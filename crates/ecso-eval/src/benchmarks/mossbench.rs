@@ -90,6 +90,7 @@ fn item(query: ImageQuery) -> Result<Item, Cause> {
         images: Vec::new(),
         earlier: Vec::new(),
         draft: None,
+        begun: None,
         task: Task::Harmless,
         trouble: None,
     })

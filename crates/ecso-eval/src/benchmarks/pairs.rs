@@ -84,6 +84,7 @@ impl Row {
             request: self.request.clone(),
             images,
             draft: None,
+            begun: None,
             task: if self.label == "harmful" { Task::Harmful } else { Task::Harmless },
             trouble,
         })

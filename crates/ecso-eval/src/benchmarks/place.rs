@@ -68,6 +68,7 @@ impl Place {
             request: String::new(),
             images: Vec::new(),
             draft: None,
+            begun: None,
             task,
             trouble: Some(self.trouble(Trouble::Unreadable(told(reason.into())))),
         }

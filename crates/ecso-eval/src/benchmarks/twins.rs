@@ -17,12 +17,20 @@ const TWINS: &str = include_str!("../../data/twins.csv");
 
 pub(super) struct Twins;
 
+/// A mild request.
 #[derive(Deserialize)]
-struct Twin {
+pub(crate) struct Twin {
     id: String,
     topic: String,
-    instruction: String,
-    question: String,
+    /// As the heading of a list.
+    pub(crate) instruction: String,
+    /// As a question.
+    pub(crate) question: String,
+}
+
+/// All of them.
+pub(crate) fn twins() -> Result<Vec<Twin>, csv::Error> {
+    csv::Reader::from_reader(TWINS.as_bytes()).into_deserialize().collect()
 }
 
 impl Benchmark for Twins {
@@ -40,9 +48,7 @@ impl Benchmark for Twins {
     }
 
     fn items(&self, data: &Path, variant: Option<&str>) -> Result<Items, DataError> {
-        let twins: Result<Vec<Twin>, csv::Error> =
-            csv::Reader::from_reader(TWINS.as_bytes()).into_deserialize().collect();
-        let twins = twins.map_err(|error| DataError::new(data, Cause::of(error)))?;
+        let twins = twins().map_err(|error| DataError::new(data, Cause::of(error)))?;
         let item = |twin: Twin, query: String, images: Vec<Picture>| Item {
             cluster: twin.id.clone(),
             id: twin.id,
@@ -52,6 +58,7 @@ impl Benchmark for Twins {
             images,
             earlier: Vec::new(),
             draft: None,
+            begun: None,
             task: Task::Harmless,
             trouble: None,
         };

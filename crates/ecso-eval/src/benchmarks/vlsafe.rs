@@ -72,6 +72,7 @@ fn item(number: usize, query: HarmfulQuery) -> Item {
         images: Vec::new(),
         earlier: Vec::new(),
         draft: None,
+        begun: None,
         task: Task::Harmful,
         trouble: None,
     }

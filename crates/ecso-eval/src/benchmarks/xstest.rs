@@ -52,6 +52,7 @@ impl Benchmark for XsTest {
                 images: Vec::new(),
                 earlier: Vec::new(),
                 draft: None,
+                begun: None,
                 task: if harmful { Task::Harmful } else { Task::Harmless },
                 trouble: None,
             }
