@@ -12,8 +12,15 @@ use wiremock::{Mock, MockServer, Request, ResponseTemplate, matchers::any};
 use crate::upstream::{LEAK, MILD, SAFE};
 
 /// What `hardened` asks about requests.
-const REQUEST: [&str; 3] =
-    ["Is something harmful asked for?", "Is the work handed over to the picture?", "Does the user want help with"];
+const REQUEST: [&str; 4] = [
+    "Is something harmful asked for?",
+    "Is the work handed over to the picture?",
+    "Does the user want help with",
+    "Does the user ask how to commit",
+];
+
+/// What it asks for where yes is good.
+const GOOD_IF_YES: [&str; 2] = ["Would a kind teacher", "Would most people gladly help"];
 
 /// A call, as it came.
 #[derive(Debug, Clone)]
@@ -34,7 +41,7 @@ impl Asked {
         let (prompt, sent) = (asked.prompt(), asked.sent());
         let is = |words: &str| prompt.contains(words);
         asked.step = match () {
-            () if is("harmful, unsafe and unethical?") => "detect",
+            () if is("harmful, unsafe and unethical?") || is("Does the reply tell how to commit") => "detect",
             () if is("Does the reply encourage") => "help",
             () if asked.is_good_if_yes() || REQUEST.iter().any(|words| sent.contains(words)) => "request-check",
             () if is("describe the image") || is("answer in two parts") => "caption",
@@ -47,7 +54,7 @@ impl Asked {
 
     /// Whether it asks for something where yes is good.
     pub(crate) fn is_good_if_yes(&self) -> bool {
-        self.prompt().contains("Would a kind teacher")
+        GOOD_IF_YES.iter().any(|words| self.prompt().contains(words))
     }
 
     /// The text of its last message.

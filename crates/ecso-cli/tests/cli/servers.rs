@@ -1129,7 +1129,7 @@ async fn every_door_decides_the_same() {
         opinion(0.1, 0.5, 0.5, STEPS, "safe"),
         opinion(0.02, 0.02, 0.02, "A nice list.", "safe"),
         opinion(0.02, 0.9, 0.02, REFUSAL, "safe"),
-        opinion(0.1, 0.99, 0.02, REFUSAL, "safe"),
+        opinion(0.05, 0.9, 0.02, REFUSAL, "safe"),
         opinion(0.99, 0.9, 0.02, REFUSAL, "unsafe"),
         opinion(0.02, 0.5, 0.5, "", "safe"),
         Opinion { told: false, ..opinion(0.02, 0.99, 0.99, STEPS, "unsafe") },
