@@ -31,11 +31,15 @@ def heard(run):
             yield record["scenario"], record["task"]["kind"] == "harmful", found, spent
 
 
+def adds(term, found):
+    return min(term["weight"] * found[term["question"]], term.get("most", math.inf))
+
+
 def weight(ways, found):
     sums = []
     for way in ways:
         if all(term["question"] in found for term in way["terms"]):
-            sums.append(way["bias"] + sum(term["weight"] * found[term["question"]] for term in way["terms"]))
+            sums.append(way["bias"] + sum(adds(term, found) for term in way["terms"]))
     return max(sums)
 
 

@@ -66,7 +66,7 @@ impl Heard {
     }
 
     fn sum(&self, way: &Way) -> Option<f64> {
-        way.terms.iter().map(|term| Some(term.weight * self.found.get(&term.question)?)).sum()
+        way.terms.iter().map(|term| Some(term.adds(*self.found.get(&term.question)?))).sum()
     }
 
     /// Log-odds of harm, by the surest way.

@@ -104,7 +104,7 @@ impl Judge<'_, '_> {
                 self.known.insert(&question.name, found);
                 found
             };
-            sum += term.weight * profile::log_odds(found.score, found.is_harm());
+            sum += term.adds(profile::log_odds(found.score, found.is_harm()));
             are_told &= found.score.is_some();
         }
         Ok(Some(Detection::weighed(sum, self.p.threshold, are_told)))

@@ -216,9 +216,20 @@ pub struct Term {
     pub question: String,
     /// Above 0.
     pub weight: f64,
+    /// The most that it adds, in log-odds. With 0 it can only speak against harm: a reply that doesn't help is none, one that does is no harm yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub most: Option<f64>,
     /// Log-odds that the bias and the terms before must come to, or it is not asked: the way is given up, and is no harm. None asks always.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<f64>,
+}
+
+impl Term {
+    /// What it adds to a way, of the log-odds that its question found.
+    #[must_use]
+    pub fn adds(&self, found: f64) -> f64 {
+        (self.weight * found).min(self.most.unwrap_or(f64::INFINITY))
+    }
 }
 
 /// What a question's probability of harm weighs: its log-odds within ±4; a word, where there is no probability, as much as that.
@@ -252,8 +263,8 @@ impl Hardened {
                 if !(term.weight > 0.0 && term.weight.is_finite()) {
                     return wrong(format!("ways: the weights of {name:?} must be above 0"));
                 }
-                if term.from.is_some_and(f64::is_nan) {
-                    return wrong(format!("ways: {name:?} asks from no number on"));
+                if [term.from, term.most].into_iter().flatten().any(f64::is_nan) {
+                    return wrong(format!("ways: `from` and `most` of {name:?} must be numbers"));
                 }
             }
             if terms.is_empty() || !bias.is_finite() {

@@ -492,7 +492,7 @@ fn ways_are_checked() {
         ("spare = 2.0", "expected a boolean"),
         (
             "[[ways]]\nname = \"w\"\nbias = 0.0\nterms = [{ question = \"wants\", weight = 1.0, from = nan }]",
-            "from no number on",
+            "must be numbers",
         ),
     ] {
         let error = Profile::from_toml(&format!("extends = \"hardened\"\n{changes}")).unwrap_err().to_string();
