@@ -43,6 +43,7 @@ use crate::{
     request,
     settings::{Mode, Settings},
     state::{AppState, Profiles},
+    store::Store,
     telemetry,
     upstream::{CHAT, Key, Upstream, passed},
     wire::Format,
@@ -72,15 +73,16 @@ impl Gateway {
         let admission = Arc::new(Admission::new(settings.limits.at_once, settings.limits.queue));
         let rooms = context::rooms(settings.limits.bodies.max(settings.limits.body));
         let memory = Arc::new(Memory::new(settings.limits.remembered));
+        let store = Arc::new(Store::new(&settings.limits));
         let audit = Audit::open(&settings.audit)?;
         let state =
-            AppState::new(upstream, profiles.into(), settings, images, Arc::new(Metrics::new()), memory, audit)?;
+            AppState::new(upstream, profiles.into(), settings, images, Arc::new(Metrics::new()), memory, store, audit)?;
         let state = ArcSwap::from_pointee(state);
         Ok(Self { state, admission, rooms, cors: Arc::default(), readiness: Readiness::default() })
     }
 
     /// Exchanges profile and settings; requests under way end under the old ones. The upstream stays, and so do the
-    /// limits `at_once`, `queue`, `bodies`, `connections` and `remembered`.
+    /// limits `at_once`, `queue`, `bodies`, `connections`, `remembered`, `stored` and `stored_for`.
     ///
     /// # Errors
     /// When the audit log can't be opened; then all stays as it was.
@@ -98,6 +100,7 @@ impl Gateway {
             images,
             Arc::clone(&old.metrics),
             Arc::clone(&old.memory),
+            Arc::clone(&old.store),
             audit,
         )?;
         self.state.store(Arc::new(state));
@@ -273,7 +276,7 @@ async fn messages(State(gateway): State<Arc<Gateway>>, request: axum::extract::R
     translated(&gateway, "messages", Format::Messages, request).await
 }
 
-/// Answers a request of OpenAI's Responses, as a chat. Nothing is stored.
+/// Answers a request of OpenAI's Responses, as a chat. An answer can be gone on from for a while (`previous_response_id`).
 #[utoipa::path(post, path = "/v1/responses", request_body = Object, responses(
     (status = 200, description = "The response; a stream of its events where the request asks for one", content(
         (Object = "application/json"), (Value = "text/event-stream")
@@ -326,10 +329,13 @@ async fn translation(
     }
     let body = context.read(body).await?;
     let value = strict::read(&body);
+    let longest = state.settings.limits.body.saturating_sub(body.len());
     drop(body);
     context.mode = context.caller.mode(&state.settings, request::model(&value), &context.headers)?;
     let unread = |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
-    let (chat, wire) = format.read(value.map_err(unread)?)?;
+    let tenant = context.tenant();
+    let mut earlier = |id: &str| state.store.conversation((&tenant, id), longest, |bytes| context.hold_more(bytes));
+    let (chat, wire) = format.read(value.map_err(unread)?, &mut earlier)?;
     let turn = context.in_time(gateway.admission.enter()).await?;
     let request = context.prepare(request::Body::of(chat, &state.settings.allow_fields)?).await?;
     chat::enforce(context, request, turn, Some(wire)).await

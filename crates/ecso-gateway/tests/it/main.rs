@@ -4,6 +4,7 @@
 mod answers;
 mod bypass;
 mod clients;
+mod goes_on;
 mod records;
 mod tenants;
 mod wires;
