@@ -2,6 +2,7 @@
 //! every chat is; the answer to that chat becomes an answer of the format. So nobody but the files here knows what it looks like, and
 //! what a file here doesn't know of a request is refused.
 
+mod heard;
 mod messages;
 mod responses;
 mod tools;

@@ -237,9 +237,10 @@ pub(super) fn call(kind: &str, item: &mut Fields) -> Result<Option<Value>, ApiEr
         "custom_tool_call" => (item.needed("name")?, json!({"input": item.needed("input")?}).to_string()),
         "local_shell_call" => {
             let path = item.at("action");
-            let mut action = Fields::of(item.take("action").unwrap_or_default(), path)?;
-            action.without(&["type"]);
-            (SHELL.to_owned(), Value::from(action.left).to_string())
+            let action = Fields::of(item.take("action").unwrap_or_default(), path)?.left.into_iter();
+            let action: Map<String, Value> =
+                action.filter(|(name, value)| name != "type" && !value.is_null()).collect();
+            (SHELL.to_owned(), Value::from(action).to_string())
         }
         _ => return Ok(None),
     };

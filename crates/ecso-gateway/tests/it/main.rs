@@ -5,6 +5,7 @@ mod answers;
 mod bypass;
 mod clients;
 mod goes_on;
+mod golden;
 mod records;
 mod tenants;
 mod wires;

@@ -161,6 +161,123 @@ async fn answers_go_out_as_they_are_or_in_another_s_place_or_not_at_all() {
     }
 }
 
+/// The verdict stands in a header, or at the end of a stream; and where the format has a place for it.
+#[tokio::test]
+async fn verdicts_are_told() {
+    let world = world(Rewrite::Safe).await;
+    for (text, verdict) in [("What is this?", "safe"), ("do harm", "unsafe")] {
+        for path in [MESSAGES, RESPONSES] {
+            let more = if path == RESPONSES { json!({"moderation": {"model": "ecso"}}) } else { Value::Null };
+            let plain = send(&world, path, asked(path, text, false, &more)).await;
+            assert_eq!(plain.headers["x-ecso-verdict"], verdict);
+            let streamed = send(&world, path, asked(path, text, true, &more)).await;
+            assert!(!streamed.headers.contains_key("x-ecso-verdict"));
+            let last = events(&streamed).pop().unwrap();
+            let (ecso, moderations) = if path == MESSAGES {
+                (&last["ecso"], vec![])
+            } else {
+                (
+                    &last["response"]["ecso"],
+                    vec![plain.json()["moderation"].clone(), last["response"]["moderation"].clone()],
+                )
+            };
+            assert_eq!(ecso["verdict"], verdict, "{last}");
+            for moderation in moderations {
+                let is_harm = verdict == "unsafe";
+                assert_eq!(
+                    (&moderation["output"]["flagged"], &moderation["output"]["categories"]["harmful"]),
+                    (&json!(is_harm), &json!(is_harm)),
+                    "{moderation}"
+                );
+                assert_eq!(moderation["output"]["type"], "moderation_result");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn tokens_are_estimated() {
+    let world = world(Rewrite::Safe).await;
+    let count = async |more: Value| {
+        let body = asked(MESSAGES, "What is this?", false, &more);
+        let got = world.send("POST", "/v1/messages/count_tokens?beta=true", &[], body).await;
+        (got.status.as_u16(), got.json())
+    };
+    let (_, few) = count(Value::Null).await;
+    let few = few["input_tokens"].as_u64().unwrap();
+    assert!((1600..1650).contains(&few), "{few}");
+    let tools =
+        json!({"tools": [{"name": "bake", "description": "Bakes. ".repeat(100), "input_schema": {"type": "object"}}]});
+    let more = count(tools).await.1["input_tokens"].as_u64().unwrap();
+    assert!((170..250).contains(&(more - few)), "{more}");
+    // Whatever can't be guarded can't be counted; nothing of it goes on.
+    let (status, error) = count(json!({"images": [PICTURE]})).await;
+    assert_eq!(
+        (status, &error["error"]["type"], &error["error"]["code"]),
+        (400, &json!("invalid_request_error"), &json!("unknown_field"))
+    );
+    assert!(world.taken().is_empty());
+}
+
+/// A choice among tools holds for those that the chat has; and what is chosen must be there.
+#[tokio::test]
+async fn tools_are_chosen_among_those_that_are_there() {
+    let world = world(Rewrite::Safe).await;
+    let ask = async |choice: Value| {
+        let tools = json!([{"type": "function", "name": "bake"}, {"type": "custom", "name": "knead"}, {"type": "local_shell"},
+            {"type": "namespace", "name": "oven", "tools": [{"type": "function", "name": "bake"}]}, {"type": "web_search"}]);
+        let more = json!({"tools": tools, "tool_choice": choice});
+        let got = send(&world, RESPONSES, asked(RESPONSES, "Bake it.", false, &more)).await;
+        let sent = world.taken().first().map(|reached| serde_json::from_slice::<Value>(&reached.body).unwrap());
+        let names = |sent: &Value| {
+            sent["tools"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|tool| tool["function"]["name"].as_str().unwrap().to_owned())
+                .collect()
+        };
+        let names: Vec<String> = sent.as_ref().map(names).unwrap_or_default();
+        (got.status.as_u16(), names, sent.unwrap_or_default()["tool_choice"].clone())
+    };
+    let all = ["bake", "knead", "local_shell", "oven__bake"].map(str::to_owned);
+    let function = |name: &str| json!({"type": "function", "function": {"name": name}});
+    let allowed = |mode: &str, tools: Value| json!({"type": "allowed_tools", "mode": mode, "tools": tools});
+    for (choice, tools, sent) in [
+        (json!("required"), &all[..], json!("required")),
+        (json!({"type": "custom", "name": "knead"}), &all[..], function("knead")),
+        (json!({"type": "local_shell"}), &all[..], function("local_shell")),
+        (json!({"type": "function", "name": "bake", "namespace": "oven"}), &all[..], function("oven__bake")),
+        (
+            allowed("auto", json!([{"type": "web_search"}, {"type": "custom", "name": "knead"}])),
+            &all[1..2],
+            json!("auto"),
+        ),
+        (
+            allowed(
+                "required",
+                json!([{"type": "local_shell"}, {"type": "function", "name": "bake", "namespace": "oven"}]),
+            ),
+            &all[2..],
+            json!("required"),
+        ),
+    ] {
+        assert_eq!(ask(choice.clone()).await, (200, tools.to_vec(), sent), "{choice}");
+    }
+    for choice in [
+        json!({"type": "function", "name": "rest"}),
+        json!({"type": "function", "name": "bake", "namespace": "shop"}),
+        json!({"type": "web_search"}),
+        json!({"type": "shell"}),
+        allowed("none", json!([{"type": "local_shell"}])),
+        allowed("auto", json!([{"type": "web_search"}])),
+        allowed("auto", json!([{"type": "function", "name": "rest"}])),
+        allowed("auto", json!([])),
+    ] {
+        assert_eq!(ask(choice.clone()).await, (400, Vec::new(), Value::Null), "{choice}");
+    }
+}
+
 #[tokio::test]
 async fn streams_have_all_events_that_clients_wait_for() {
     let world = world(Rewrite::Safe).await;
@@ -385,6 +502,49 @@ async fn what_nobody_can_see_is_refused() {
             ),
         ),
         ("a tool of the server", responses(json!({"tools": [{"type": "image_generation"}]}))),
+        (
+            "a tool that nobody here knows",
+            responses(json!({"tools": [{"type": "function", "name": "bake"}, {"type": "shell"}]})),
+        ),
+        ("a picture beside a tool", responses(json!({"tools": [{"type": "local_shell", "image_url": PICTURE}]}))),
+        (
+            "a picture in a tool of a namespace",
+            responses(
+                json!({"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "bake", "image_url": PICTURE}]}]}),
+            ),
+        ),
+        (
+            "a namespace in a namespace",
+            responses(
+                json!({"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "namespace", "name": "m", "tools": []}]}]}),
+            ),
+        ),
+        (
+            "two tools of one name",
+            responses(json!({"tools": [{"type": "function", "name": "bake"}, {"type": "custom", "name": "bake"}]})),
+        ),
+        (
+            "a picture beside a command",
+            input(
+                json!([{"type": "local_shell_call", "call_id": "c", "action": {"type": "exec", "command": ["ls"]}, "image_url": PICTURE}, {"role": "user", "content": "do harm"}]),
+            ),
+        ),
+        (
+            "a screen of a command",
+            input(
+                json!([{"type": "local_shell_call_output", "id": "c", "output": [{"type": "computer_screenshot", "image_url": PICTURE}]}, {"role": "user", "content": "do harm"}]),
+            ),
+        ),
+        (
+            "a picture beside a tool that was found",
+            messages(
+                json!([{"type": "tool_result", "tool_use_id": "t", "content": [{"type": "tool_reference", "tool_name": "bake", "source": {"type": "url", "url": "https://a.example/b.png"}}]}]),
+            ),
+        ),
+        (
+            "an earlier answer of another server",
+            responses(json!({"previous_response_id": "resp_1", "input": [{"role": "user", "content": "do harm"}]})),
+        ),
         ("another moderation", responses(json!({"moderation": {"model": "omni-moderation-latest"}}))),
         ("an unknown field", responses(json!({"images": [PICTURE]}))),
     ] {
@@ -420,7 +580,7 @@ async fn keys_and_other_routes_are_those_of_every_format() {
         ("GET", "/v1/responses/resp_1"),
         ("POST", "/v1/responses/"),
         ("POST", "/v1/messages/batches"),
-        ("POST", "/v1/messages/count_tokens"),
+        ("GET", "/v1/messages/count_tokens"),
         ("GET", MESSAGES),
     ] {
         let got = world.send(method, path, &[("authorization", &bearer)], body.clone()).await;
