@@ -42,7 +42,7 @@ use crate::{
     ready::Readiness,
     request,
     settings::{Mode, Settings},
-    state::{AppState, Profiles},
+    state::{AppState, Kept, Profiles},
     store::Store,
     telemetry,
     upstream::{CHAT, Key, Upstream, passed},
@@ -72,11 +72,13 @@ impl Gateway {
     ) -> io::Result<Self> {
         let admission = Arc::new(Admission::new(settings.limits.at_once, settings.limits.queue));
         let rooms = context::rooms(settings.limits.bodies.max(settings.limits.body));
-        let memory = Arc::new(Memory::new(settings.limits.remembered));
-        let store = Arc::new(Store::new(&settings.limits));
+        let kept = Kept {
+            metrics: Arc::new(Metrics::new()),
+            memory: Arc::new(Memory::new(settings.limits.remembered)),
+            store: Arc::new(Store::new(&settings.limits)),
+        };
         let audit = Audit::open(&settings.audit)?;
-        let state =
-            AppState::new(upstream, profiles.into(), settings, images, Arc::new(Metrics::new()), memory, store, audit)?;
+        let state = AppState::new(upstream, profiles.into(), settings, images, kept, audit)?;
         let state = ArcSwap::from_pointee(state);
         Ok(Self { state, admission, rooms, cors: Arc::default(), readiness: Readiness::default() })
     }
@@ -93,16 +95,9 @@ impl Gateway {
             Some(audit) if old.settings.audit == settings.audit => Some(Arc::clone(audit)),
             _ => Audit::open(&settings.audit)?,
         };
-        let state = AppState::new(
-            old.upstream.clone(),
-            profiles.into(),
-            settings,
-            images,
-            Arc::clone(&old.metrics),
-            Arc::clone(&old.memory),
-            Arc::clone(&old.store),
-            audit,
-        )?;
+        let kept =
+            Kept { metrics: Arc::clone(&old.metrics), memory: Arc::clone(&old.memory), store: Arc::clone(&old.store) };
+        let state = AppState::new(old.upstream.clone(), profiles.into(), settings, images, kept, audit)?;
         self.state.store(Arc::new(state));
         Ok(())
     }

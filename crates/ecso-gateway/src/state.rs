@@ -46,6 +46,13 @@ impl Profiles {
     }
 }
 
+/// What stays when the settings are exchanged.
+pub(crate) struct Kept {
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) memory: Arc<Memory>,
+    pub(crate) store: Arc<Store>,
+}
+
 /// All that a request needs to know.
 pub(crate) struct AppState {
     pub(crate) upstream: Upstream,
@@ -70,9 +77,7 @@ impl AppState {
         profiles: Profiles,
         settings: Settings,
         images: ecso::Limits,
-        metrics: Arc<Metrics>,
-        memory: Arc<Memory>,
-        store: Arc<Store>,
+        Kept { metrics, memory, store }: Kept,
         audit: Option<Arc<Audit>>,
     ) -> io::Result<Self> {
         let is_wanted = settings.image_urls == ImageUrls::Fetch;

@@ -86,14 +86,14 @@ impl Store {
     ) -> Result<Vec<Value>, ApiError> {
         let turns = self.turns.as_ref().ok_or_else(|| wire::elsewhere(wire::BEFORE))?;
         let (mut found, mut bytes, mut next) = (Vec::new(), 0_usize, Some(id.to_owned()));
-        while let Some(id) = next {
-            let turn = turns.get(&key(tenant, &id)).ok_or_else(not_found)?;
+        while let Some(id) = &next {
+            let turn = turns.get(&key(tenant, id)).ok_or_else(not_found)?;
             bytes += turn.bytes();
             if bytes > longest {
                 let message = "a conversation and what goes on from it have at most `limits.body` bytes together";
                 return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message));
             }
-            next = turn.before.clone();
+            next.clone_from(&turn.before);
             found.push(turn);
         }
         hold(bytes)?;

@@ -105,7 +105,7 @@ impl Said {
                 Some("thinking") => said.thoughts.extend(text(&block["thinking"])),
                 Some("tool_use") => {
                     let pieces = text(&block["pieces"]).unwrap_or_else(|| block["input"].to_string());
-                    said.call(&block["name"], pieces);
+                    said.call(&block["name"], &pieces);
                 }
                 _ => said.other(block),
             }
@@ -121,21 +121,21 @@ impl Said {
             match item["type"].as_str() {
                 Some("message") => said.texts.extend(texts()),
                 Some("reasoning") => said.thoughts.extend(texts()),
-                Some("function_call") => said.call(&item["name"], text(&item["arguments"]).unwrap_or_default()),
-                Some("custom_tool_call") => said.call(&item["name"], item["input"].to_string()),
+                Some("function_call") => said.call(&item["name"], item["arguments"].as_str().unwrap_or_default()),
+                Some("custom_tool_call") => said.call(&item["name"], &item["input"].to_string()),
                 _ => said.other(item),
             }
         }
         said
     }
 
-    fn call(&mut self, name: &Value, arguments: String) {
+    fn call(&mut self, name: &Value, arguments: &str) {
         self.calls.push(json!({"type": "function", "function": {"name": name, "arguments": arguments}}));
     }
 
     /// What has no place in a chat is judged as it stands.
     fn other(&mut self, item: &Value) {
-        self.call(&item["type"], item.to_string());
+        self.call(&item["type"], &item.to_string());
     }
 
     fn chat(self) -> Value {

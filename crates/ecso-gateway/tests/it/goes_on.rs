@@ -50,8 +50,8 @@ fn id(got: &Got) -> String {
 /// What the model was asked last for an answer.
 fn asked(world: &World) -> Vec<Value> {
     let taken = world.taken();
-    let bodies = taken.iter().map(|reached| serde_json::from_slice::<Value>(&reached.body).unwrap());
-    let direct = bodies.filter(|body| !body.to_string().contains("harmful, unsafe and unethical")).next().unwrap();
+    let mut bodies = taken.iter().map(|reached| serde_json::from_slice::<Value>(&reached.body).unwrap());
+    let direct = bodies.find(|body| !body.to_string().contains("harmful, unsafe and unethical")).unwrap();
     direct["messages"].as_array().unwrap().clone()
 }
 

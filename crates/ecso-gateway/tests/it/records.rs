@@ -179,8 +179,7 @@ async fn other_formats_are_observed_as_they_are() {
         assert_eq!((&line["verdict"], &line["failure"]), (&json!("unchecked"), &json!("unknown_field")), "{line}");
         for (name, value) in [("model", json!("unwatched")), ("messages", json!([{"role": "user", "content": "Hm?"}]))]
         {
-            let mut body =
-                if name == "messages" { json!({"model": "m", "max_tokens": 9}) } else { ask(route, "do harm", false) };
+            let mut body = if name == "messages" { json!({"model": "m"}) } else { ask(route, "do harm", false) };
             body[if route == "/v1/responses" && name == "messages" { "input" } else { name }] = value;
             assert_eq!(world.send("POST", route, &[], body.to_string()).await.status, 200);
         }

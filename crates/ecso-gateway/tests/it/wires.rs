@@ -502,60 +502,95 @@ async fn what_nobody_can_see_is_refused() {
             ),
         ),
         ("a tool of the server", responses(json!({"tools": [{"type": "image_generation"}]}))),
-        (
-            "a tool that nobody here knows",
-            responses(json!({"tools": [{"type": "function", "name": "bake"}, {"type": "shell"}]})),
-        ),
-        ("a picture beside a tool", responses(json!({"tools": [{"type": "local_shell", "image_url": PICTURE}]}))),
-        (
-            "a picture in a tool of a namespace",
-            responses(
-                json!({"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "bake", "image_url": PICTURE}]}]}),
-            ),
-        ),
-        (
-            "a namespace in a namespace",
-            responses(
-                json!({"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "namespace", "name": "m", "tools": []}]}]}),
-            ),
-        ),
-        (
-            "two tools of one name",
-            responses(json!({"tools": [{"type": "function", "name": "bake"}, {"type": "custom", "name": "bake"}]})),
-        ),
-        (
-            "a picture beside a command",
-            input(
-                json!([{"type": "local_shell_call", "call_id": "c", "action": {"type": "exec", "command": ["ls"]}, "image_url": PICTURE}, {"role": "user", "content": "do harm"}]),
-            ),
-        ),
-        (
-            "a screen of a command",
-            input(
-                json!([{"type": "local_shell_call_output", "id": "c", "output": [{"type": "computer_screenshot", "image_url": PICTURE}]}, {"role": "user", "content": "do harm"}]),
-            ),
-        ),
-        (
-            "a picture beside a tool that was found",
-            messages(
-                json!([{"type": "tool_result", "tool_use_id": "t", "content": [{"type": "tool_reference", "tool_name": "bake", "source": {"type": "url", "url": "https://a.example/b.png"}}]}]),
-            ),
-        ),
-        (
-            "an earlier answer of another server",
-            responses(json!({"previous_response_id": "resp_1", "input": [{"role": "user", "content": "do harm"}]})),
-        ),
         ("another moderation", responses(json!({"moderation": {"model": "omni-moderation-latest"}}))),
         ("an unknown field", responses(json!({"images": [PICTURE]}))),
     ] {
-        for stream in [false, true] {
-            let mut body = body.clone();
-            body["stream"] = stream.into();
-            let got = send(&world, path, body.to_string()).await;
-            assert!(got.status.is_client_error() && !got.leaks(), "{path}, {place}: {} {}", got.status, got.body);
-            assert!(got.json()["error"]["code"].is_string(), "{place}: {}", got.body);
-            assert!(world.taken().is_empty(), "{place}: it went on");
-        }
+        is_refused(&world, path, place, body).await;
+    }
+}
+
+/// A request that gets an error, plain and streamed, before anything of it goes on.
+async fn is_refused(world: &World, path: &str, place: &str, mut body: Value) {
+    for stream in [false, true] {
+        body["stream"] = stream.into();
+        let got = send(world, path, body.to_string()).await;
+        assert!(got.status.is_client_error() && !got.leaks(), "{path}, {place}: {} {}", got.status, got.body);
+        assert!(got.json()["error"]["code"].is_string(), "{place}: {}", got.body);
+        assert!(world.taken().is_empty(), "{place}: it went on");
+    }
+}
+
+#[tokio::test]
+async fn pictures_do_not_hide_among_tools() {
+    let world = world(Rewrite::Safe).await;
+    let asks = json!({"role": "user", "content": "do harm"});
+    let input = |item: Value| (RESPONSES, json!({"model": "m", "input": [item, asks]}));
+    let tools = |tools: Value| (RESPONSES, json!({"model": "m", "input": "do harm", "tools": tools}));
+    let result = |block: Value| {
+        let content = json!([{"type": "tool_result", "tool_use_id": "t", "content": [block]}]);
+        (MESSAGES, json!({"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": content}]}))
+    };
+    for (place, (path, body)) in [
+        ("a tool that nobody here knows", tools(json!([{"type": "function", "name": "bake"}, {"type": "shell"}]))),
+        ("beside a tool", tools(json!([{"type": "local_shell", "image_url": PICTURE}]))),
+        (
+            "beside a tool of a namespace",
+            tools(json!([{"type": "namespace", "name": "n",
+            "tools": [{"type": "function", "name": "bake", "image_url": PICTURE}]}])),
+        ),
+        (
+            "beside a namespace",
+            tools(json!([{"type": "namespace", "name": "n", "image_url": PICTURE,
+            "tools": [{"type": "function", "name": "bake"}]}])),
+        ),
+        (
+            "a namespace in a namespace",
+            tools(json!([{"type": "namespace", "name": "n",
+            "tools": [{"type": "namespace", "name": "m", "tools": [{"type": "function", "name": "bake"}]}]}])),
+        ),
+        (
+            "in what is said of a tool",
+            tools(json!([{"type": "local_shell"},
+            {"type": "custom", "name": "bake", "description": format!("![]({PICTURE})")}])),
+        ),
+        (
+            "two tools of one name",
+            tools(json!([{"type": "function", "name": "bake"}, {"type": "custom", "name": "bake"}])),
+        ),
+        (
+            "beside a command",
+            input(
+                json!({"type": "local_shell_call", "call_id": "c", "action": {"command": ["ls"]}, "image_url": PICTURE}),
+            ),
+        ),
+        (
+            "in a command",
+            input(
+                json!({"type": "local_shell_call", "call_id": "c", "action": {"command": [format!("![]({PICTURE})")]}}),
+            ),
+        ),
+        (
+            "in what a command shows",
+            input(json!({"type": "local_shell_call_output", "id": "c",
+            "output": [{"type": "computer_screenshot", "image_url": PICTURE}]})),
+        ),
+        (
+            "beside a tool that was found",
+            result(
+                json!({"type": "tool_reference", "tool_name": "bake", "source": {"type": "url", "url": "https://a.example/b.png"}}),
+            ),
+        ),
+        ("in a tool that was found", result(json!({"type": "tool_reference", "tool_name": format!("![]({PICTURE})")}))),
+        (
+            "an answer of another server",
+            (RESPONSES, json!({"model": "m", "input": "do harm", "previous_response_id": "resp_1"})),
+        ),
+        (
+            "a list of answers",
+            (RESPONSES, json!({"model": "m", "input": "do harm", "previous_response_id": ["resp_1"]})),
+        ),
+    ] {
+        is_refused(&world, path, place, body).await;
     }
 }
 
