@@ -50,15 +50,15 @@ async fn events(seen: Vec<u8>) -> Result<Vec<Value>, ApiError> {
     Ok(events)
 }
 
-/// The response that a stream ends with; its items, where it says them only one by one.
+/// What a stream's response says: at its end, or where that says nothing, item by item.
 fn response(events: &[Value]) -> Option<Value> {
     let is_last = |event: &&Value| event["type"] == "response.completed" || event["type"] == "response.incomplete";
-    let mut response = events.iter().rfind(is_last)?["response"].clone();
-    if response["output"].as_array().is_none_or(Vec::is_empty) {
-        let done = events.iter().filter(|event| event["type"] == "response.output_item.done");
-        response["output"] = done.map(|event| event["item"].clone()).collect();
+    let output = &events.iter().rfind(is_last)?["response"]["output"];
+    if output.as_array().is_some_and(|items| !items.is_empty()) {
+        return Some(json!({"output": output}));
     }
-    Some(response)
+    let done = events.iter().filter(|event| event["type"] == "response.output_item.done");
+    Some(json!({"output": done.map(|event| event["item"].clone()).collect::<Vec<_>>()}))
 }
 
 /// The message that the pieces of a stream make.
@@ -68,7 +68,7 @@ fn message(events: &[Value]) -> Option<Value> {
     for event in events {
         let index = event["index"].as_u64().unwrap_or_default();
         match event["type"].as_str() {
-            Some("content_block_start") => {
+            Some("content_block_start") if event["content_block"].is_object() => {
                 blocks.insert(index, event["content_block"].clone());
             }
             Some("content_block_delta") => {
@@ -152,4 +152,50 @@ impl Said {
 
 fn text(value: &Value) -> Option<String> {
     value.as_str().map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn said(format: Format, streamed: bool, text: &str) -> Option<String> {
+        let heard = format.heard(text.as_bytes().to_vec(), streamed).await.ok()?;
+        heard.said().remove(&0)
+    }
+
+    #[tokio::test]
+    async fn whatever_an_upstream_sends_is_heard_or_an_error() {
+        let stream = |events: &[Value]| events.iter().map(|event| format!("data: {event}\n\n")).collect::<String>();
+        // What has no place in a chat is heard as it stands.
+        let odd = r#"{"content": [{"type": "text", "text": "Rye."}, {"type": "server_tool_use", "input": {"query": "flour"}}]}"#;
+        let heard = said(Format::Messages, false, odd).await.unwrap();
+        assert!(heard.contains("Rye.") && heard.contains("flour"), "{heard}");
+        let odd = r#"{"output": [{"type": "mcp_call", "output": "flour"}, "rye"]}"#;
+        assert!(said(Format::Responses, false, odd).await.unwrap().contains("flour"));
+        for format in [Format::Messages, Format::Responses] {
+            for whole in ["", "rye", "{", "\u{0}"] {
+                assert_eq!(said(format, false, whole).await, None, "{whole:?}");
+            }
+            let broken = [
+                stream(&[]),
+                stream(&[json!({"type": "error", "error": {"message": "no"}})]),
+                stream(&[json!({"type": "response.failed", "response": {}})]),
+                stream(&[json!({"type": "content_block_start", "index": 0, "content_block": "rye"})]),
+                stream(&[json!({"type": "content_block_delta", "index": 0, "delta": {"text": "rye"}})]),
+                "data: rye\n\n".to_owned(),
+            ];
+            for text in broken {
+                assert_eq!(said(format, true, &text).await, None, "{text}");
+            }
+        }
+        // Values of the wrong kind say nothing, and break nothing.
+        let odd = stream(&[
+            json!({"type": "content_block_start", "index": 0, "content_block": "rye"}),
+            json!({"type": "content_block_delta", "index": 0, "delta": {"text": "Flour."}}),
+            json!({"type": "message_stop"}),
+        ]);
+        assert!(said(Format::Messages, true, &odd).await.is_some());
+        let odd = stream(&[json!({"type": "response.completed", "response": "rye"})]);
+        assert_eq!(said(Format::Responses, true, &odd).await.as_deref(), Some(""));
+    }
 }
