@@ -165,7 +165,8 @@ mod tests {
 
     #[tokio::test]
     async fn whatever_an_upstream_sends_is_heard_or_an_error() {
-        let stream = |events: &[Value]| events.iter().map(|event| format!("data: {event}\n\n")).collect::<String>();
+        let stream =
+            |events: &[Value]| events.iter().map(|event| format!("data: {event}\n\n")).collect::<Vec<_>>().concat();
         // What has no place in a chat is heard as it stands.
         let odd = r#"{"content": [{"type": "text", "text": "Rye."}, {"type": "server_tool_use", "input": {"query": "flour"}}]}"#;
         let heard = said(Format::Messages, false, odd).await.unwrap();
