@@ -123,6 +123,19 @@ class Responses:
         parsed = self.client.responses.parse(model="m", input=[{"role": "user", "content": content}], text_format=Kinds)
         assert parsed.output_parsed == Kinds(kinds=3), parsed
 
+    def more(self):
+        """Goes on from an answer by its id; and from one that nobody knows."""
+        content = [self.picture, {"type": "input_text", "text": "What is on the list?"}]
+        first = self.client.responses.create(model="m", input=[{"role": "user", "content": content}])
+        with self.client.responses.stream(model="m", input="And?", previous_response_id=first.id) as events:
+            second = events.get_final_response()
+        raw = self.client.responses.with_raw_response.create(model="m", input="Which?", previous_response_id=second.id)
+        assert raw.headers["x-ecso-verdict"] == "safe" and raw.parse().previous_response_id == second.id, raw.text
+        try:
+            raise SystemExit(self.client.responses.create(model="m", input="And?", previous_response_id="resp_1"))
+        except openai.BadRequestError as error:
+            assert error.code == "previous_response_not_found", error
+
 
 class Messages:
     """What `anthropic` makes of an answer: its text and whether it declines."""
@@ -173,6 +186,11 @@ class Messages:
             output_config={"format": {"type": "json_schema", "schema": Kinds.model_json_schema()}})
         assert Kinds.model_validate_json(count.content[0].text) == Kinds(kinds=3), count
 
+    def more(self):
+        """Counts tokens."""
+        asked = [{"role": "user", "content": [self.picture, {"type": "text", "text": "How many?"}]}]
+        assert 1600 < self.client.messages.count_tokens(model="m", messages=asked).input_tokens < 1700
+
 
 def main():
     ecso, image = sys.argv[1:]
@@ -199,7 +217,8 @@ def main():
                     assert RUDE not in str(error), error
                 asking.tools(stream)
             asking.structured()
-            print(f"{client.name}: safe, rewritten, declined, failing, tools, plain and streamed; structured: as they should be")
+            asking.more()
+            print(f"{client.name}: safe, rewritten, declined, failing, tools, plain and streamed; structured; ids or tokens: as they should be")
     finally:
         for process in (guard, strict):
             process.terminate()

@@ -117,6 +117,7 @@ impl Guarded {
     /// The answer, for another format to `write`. Other formats have one choice.
     fn translated<T>(
         &self,
+        wire: &dyn Wire,
         report: &Report,
         answer: &Completion,
         found: Option<Value>,
@@ -125,7 +126,7 @@ impl Guarded {
         let choice = self.choices(report, answer).into_iter().next().unwrap_or_default();
         let outcome = report.findings().find_map(|(_, finding)| finding.outcome());
         let nothing = Map::new();
-        write(&wire::Answer {
+        let mut answer = wire::Answer {
             id: &self.context.id,
             model: &self.request.model,
             created: self.head(answer, "")["created"].as_u64().unwrap_or(0),
@@ -134,8 +135,19 @@ impl Guarded {
             refused: outcome.is_some_and(|outcome| outcome.refused),
             usage: answer.usage(),
             found,
+            is_kept: false,
             verdict: (report.verdict(), report.score()),
-        })
+        };
+        // Before it goes out: who has it may go on at once.
+        answer.is_kept = wire.part().is_some_and(|part| self.keep(&part, &answer.said()));
+        write(&answer)
+    }
+
+    /// Keeps what goes out, and what led to it, for requests that go on from there. Whether it could.
+    fn keep(&self, part: &wire::Part<'_>, said: &Value) -> bool {
+        let Self { context, request, .. } = self;
+        let asked = request.messages().get(part.from..).unwrap_or_default();
+        context.state.store.keep((&context.tenant(), &context.id), part.before, asked, said)
     }
 
     fn finished(&self, report: &Report, answer: &Completion, head: HeaderMap) -> Response {
@@ -144,15 +156,24 @@ impl Guarded {
             Some(wire) => {
                 let trace = self.context.trace();
                 let found = (trace != TraceLevel::None).then(|| report.object(&self.context.id, trace));
-                self.translated(report, answer, found, |answer| wire.whole(answer))
+                self.translated(wire.as_ref(), report, answer, found, |answer| wire.whole(answer))
             }
         };
         let mut response = Response::new(Body::from(written.to_string()));
         *response.headers_mut() = head;
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        self.tell_left_out(headers);
         report.headers(headers);
         response
+    }
+
+    /// Tells which tools were left out.
+    fn tell_left_out(&self, headers: &mut HeaderMap) {
+        let left_out = self.wire.as_ref().map(|wire| wire.left_out().join(", ")).filter(|kinds| !kinds.is_empty());
+        if let Some(Ok(kinds)) = left_out.map(HeaderValue::try_from) {
+            headers.insert("x-ecso-tools-left-out", kinds);
+        }
     }
 
     /// The model's answer to the client's question.
@@ -195,6 +216,8 @@ impl Guarded {
             Some(Answer::Stream(response)) => answer_head(response.headers()),
             _ => HeaderMap::new(),
         };
+        let mut left_out = HeaderMap::new();
+        self.tell_left_out(&mut left_out);
         let (out, mut taken) = mpsc::channel(16);
         // A client that does not read holds nothing longer than that.
         let most = self.context.left() + self.context.state.settings.limits.patience();
@@ -217,6 +240,7 @@ impl Guarded {
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+        headers.extend(left_out);
         // Proxies that would wait for the whole must not.
         headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
         Ok(response)
@@ -293,7 +317,7 @@ impl Guarded {
             drop(direct);
             let report = self.judged(guard, &answer).await?;
             let found = Some(report.object(&self.context.id, self.context.trace()));
-            for written in self.translated(&report, &answer, found, |answer| wire.events(answer)) {
+            for written in self.translated(wire, &report, &answer, found, |answer| wire.events(answer)) {
                 yield event(&written);
             }
         }

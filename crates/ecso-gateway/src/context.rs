@@ -93,13 +93,24 @@ impl RequestContext {
         Ok(())
     }
 
+    /// Takes room for `bytes` beside what is held.
+    pub(crate) fn hold_more(&mut self, bytes: usize) -> Result<(), ApiError> {
+        self.hold(self.held() + bytes)
+    }
+
+    /// Bytes for which room is taken.
+    fn held(&self) -> usize {
+        self.room.as_ref().map_or(0, OwnedSemaphorePermit::num_permits) * ROOM
+    }
+
+    /// Whose conversations this request may go on from: those of its key, and of its account at the upstream.
+    pub(crate) fn tenant(&self) -> String {
+        format!("{} {}", self.state.account(&self.headers), self.caller.name)
+    }
+
     /// The request of a body: its images got and read, as far as there is room for them, before the deadline.
     pub(crate) async fn prepare(&mut self, body: Body) -> Result<Request, ApiError> {
-        let (state, begun, held) = (
-            Arc::clone(&self.state),
-            self.begun,
-            self.room.as_ref().map_or(0, OwnedSemaphorePermit::num_permits) * ROOM,
-        );
+        let (state, begun, held) = (Arc::clone(&self.state), self.begun, self.held());
         let prepared = state.prepare(body, |fetched| self.hold(held + fetched));
         in_time(&state, begun, prepared).await
     }

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use futures::FutureExt;
 
-use crate::{completion::Completion, guard::GuardRequest, json, request::Body, settings::Limits};
+use crate::{completion::Completion, guard::GuardRequest, json, request::Body, settings::Limits, wire::Format};
 
 /// Reads a request body in every way in which the server does.
 ///
@@ -13,6 +13,9 @@ use crate::{completion::Completion, guard::GuardRequest, json, request::Body, se
 pub fn body(body: &[u8]) {
     let _ = GuardRequest::read(body).and_then(|question| question.chat());
     let Ok(value) = json::read(body) else { return };
+    for format in [Format::Messages, Format::Responses] {
+        let _ = format.read(value.clone(), &mut |_| Ok(Vec::new())).and_then(|(chat, _)| Body::of(chat, &[]));
+    }
     let Ok(read) = Body::of(value, &[]) else { return };
     if !read.has_images() {
         let lenient: serde_json::Value = serde_json::from_slice(body).unwrap_or_default();

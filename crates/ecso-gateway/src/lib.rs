@@ -37,6 +37,7 @@ mod routes;
 pub mod server;
 pub mod settings;
 mod state;
+mod store;
 mod telemetry;
 mod upstream;
 mod wire;

@@ -16,7 +16,8 @@ use crate::{
     context::RequestContext,
     error::ApiError,
     request::Body as Read,
-    upstream::{CHAT, Key, Server, passed},
+    upstream::{Key, Server, passed},
+    wire::Format,
 };
 
 /// A request that is observed.
@@ -25,13 +26,15 @@ pub(crate) struct Observed {
     pub(crate) admission: Arc<Admission>,
     /// What can be read of the request; what can't is recorded too.
     pub(crate) read: Result<Read, ApiError>,
+    /// The format of request and answer, where that is not chat completions'.
+    pub(crate) format: Option<Format>,
 }
 
 impl Observed {
     /// Forwards the request; when the answer is complete it is judged.
-    pub(crate) async fn forward(self, server: &Server, body: Bytes) -> Result<Response, ApiError> {
+    pub(crate) async fn forward(self, server: &Server, path: &str, body: Bytes) -> Result<Response, ApiError> {
         let headers = &self.context.headers;
-        let sent = server.forward(Key::Own, axum::http::Method::POST, CHAT, headers, body.into(), Bodies::Unpacked);
+        let sent = server.forward(Key::Own, axum::http::Method::POST, path, headers, body.into(), Bodies::Unpacked);
         let response = passed(sent.await?);
         if !response.status().is_success() {
             return Ok(response);
@@ -57,7 +60,7 @@ impl Observed {
 
     /// Judges an answer that the client has already.
     async fn judge(self, answer: Result<Completion, ApiError>) {
-        let Self { mut context, admission, read } = self;
+        let Self { mut context, admission, read, .. } = self;
         // What the client's own request went with is not for questions about its answer.
         context.guarded();
         let judged = async {
@@ -103,13 +106,14 @@ impl Drop for Copy {
         let Some(observed) = self.observed.take() else { return };
         let (seen, streamed) = (std::mem::take(&mut self.seen), self.streamed);
         let judged = async move {
-            let answer = if streamed {
-                // Whoever leaves before the end has all of the answer where its last word was there.
-                Completion::chunks(futures::stream::iter([Ok::<_, std::io::Error>(Bytes::from(seen))])).await
-            } else if whole {
-                Completion::whole(&seen)
-            } else {
-                Err(ApiError::upstream("the client left before the answer was whole"))
+            // Whoever leaves before the end has all of the answer where its last word was there.
+            let answer = match observed.format {
+                _ if !streamed && !whole => Err(ApiError::upstream("the client left before the answer was whole")),
+                Some(format) => format.heard(seen, streamed).await,
+                None if streamed => {
+                    Completion::chunks(futures::stream::iter([Ok::<_, std::io::Error>(Bytes::from(seen))])).await
+                }
+                None => Completion::whole(&seen),
             };
             observed.judge(answer).await;
         };

@@ -142,6 +142,13 @@ impl Body {
         Ok(kept.into())
     }
 
+    /// About how many tokens the model is shown. What an image has is another number for each model.
+    pub(crate) fn tokens(&self) -> u64 {
+        let messages = self.messages.iter().map(|message| 16 + message.values().map(quarters).sum::<u64>());
+        let beside = ["tools", "response_format"].into_iter().filter_map(|name| self.fields.get(name)).map(quarters);
+        messages.chain(beside).sum::<u64>().div_ceil(4)
+    }
+
     /// Whether an image stands in any turn.
     pub(crate) fn has_images(&self) -> bool {
         self.images > 0
@@ -322,6 +329,19 @@ impl Request {
             max_tokens: whole("max_completion_tokens").or_else(|| whole("max_tokens")),
             ..Sampling::default()
         })
+    }
+}
+
+/// About how many quarters of a token a value has: four letters of ASCII are one token, and any other letter is.
+fn quarters(value: &Value) -> u64 {
+    const IMAGE: u64 = 4 * 1600;
+    let text = |text: &str| text.chars().map(|letter| if letter.is_ascii() { 1 } else { 4 }).sum::<u64>();
+    match value {
+        Value::String(value) => text(value),
+        Value::Array(list) => list.iter().map(quarters).sum(),
+        Value::Object(fields) if fields.contains_key("image_url") => IMAGE,
+        Value::Object(fields) => fields.iter().map(|(name, value)| text(name) + 2 + quarters(value)).sum(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => 4,
     }
 }
 

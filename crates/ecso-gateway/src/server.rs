@@ -42,10 +42,11 @@ use crate::{
     ready::Readiness,
     request,
     settings::{Mode, Settings},
-    state::{AppState, Profiles},
+    state::{AppState, Kept, Profiles},
+    store::Store,
     telemetry,
     upstream::{CHAT, Key, Upstream, passed},
-    wire::Format,
+    wire::{BEFORE, Format, elsewhere},
 };
 
 /// A guard that can be served. Its settings can be exchanged while it runs.
@@ -71,16 +72,19 @@ impl Gateway {
     ) -> io::Result<Self> {
         let admission = Arc::new(Admission::new(settings.limits.at_once, settings.limits.queue));
         let rooms = context::rooms(settings.limits.bodies.max(settings.limits.body));
-        let memory = Arc::new(Memory::new(settings.limits.remembered));
+        let kept = Kept {
+            metrics: Arc::new(Metrics::new()),
+            memory: Arc::new(Memory::new(settings.limits.remembered)),
+            store: Arc::new(Store::new(&settings.limits)),
+        };
         let audit = Audit::open(&settings.audit)?;
-        let state =
-            AppState::new(upstream, profiles.into(), settings, images, Arc::new(Metrics::new()), memory, audit)?;
+        let state = AppState::new(upstream, profiles.into(), settings, images, kept, audit)?;
         let state = ArcSwap::from_pointee(state);
         Ok(Self { state, admission, rooms, cors: Arc::default(), readiness: Readiness::default() })
     }
 
     /// Exchanges profile and settings; requests under way end under the old ones. The upstream stays, and so do the
-    /// limits `at_once`, `queue`, `bodies`, `connections` and `remembered`.
+    /// limits `at_once`, `queue`, `bodies`, `connections`, `remembered`, `stored` and `stored_for`.
     ///
     /// # Errors
     /// When the audit log can't be opened; then all stays as it was.
@@ -91,15 +95,9 @@ impl Gateway {
             Some(audit) if old.settings.audit == settings.audit => Some(Arc::clone(audit)),
             _ => Audit::open(&settings.audit)?,
         };
-        let state = AppState::new(
-            old.upstream.clone(),
-            profiles.into(),
-            settings,
-            images,
-            Arc::clone(&old.metrics),
-            Arc::clone(&old.memory),
-            audit,
-        )?;
+        let kept =
+            Kept { metrics: Arc::clone(&old.metrics), memory: Arc::clone(&old.memory), store: Arc::clone(&old.store) };
+        let state = AppState::new(old.upstream.clone(), profiles.into(), settings, images, kept, audit)?;
         self.state.store(Arc::new(state));
         Ok(())
     }
@@ -153,6 +151,7 @@ fn routes() -> OpenApiRouter<Arc<Gateway>> {
     OpenApiRouter::with_openapi(openapi::document())
         .routes(routes!(completions).map(|route| route.fallback(others)))
         .routes(routes!(messages).map(|route| route.fallback(others)))
+        .routes(routes!(count_tokens).map(|route| route.fallback(others)))
         .routes(routes!(responses).map(|route| route.fallback(others)))
         .routes(routes!(guard))
         .routes(routes!(moderations))
@@ -250,7 +249,7 @@ async fn completion(gateway: &Gateway, mut context: RequestContext, body: Body) 
         }
         (Upstream::Server(server), Mode::Observe) => {
             let admission = Arc::clone(&gateway.admission);
-            Observed { context, admission, read }.forward(server, body).await
+            Observed { context, admission, read, format: None }.forward(server, CHAT, body).await
         }
         _ => {
             drop(body);
@@ -273,7 +272,7 @@ async fn messages(State(gateway): State<Arc<Gateway>>, request: axum::extract::R
     translated(&gateway, "messages", Format::Messages, request).await
 }
 
-/// Answers a request of OpenAI's Responses, as a chat. Nothing is stored.
+/// Answers a request of OpenAI's Responses, as a chat. An answer can be gone on from for a while (`previous_response_id`).
 #[utoipa::path(post, path = "/v1/responses", request_body = Object, responses(
     (status = 200, description = "The response; a stream of its events where the request asks for one", content(
         (Object = "application/json"), (Value = "text/event-stream")
@@ -298,41 +297,100 @@ async fn translated(
     let answered = async {
         let told = |error| ApiError { format: Some(format), ..error };
         let context = gateway.begin(&state, &id, &method, &uri, headers).map_err(told)?;
-        // Where nobody guards, the upstream's own route answers.
-        if context.mode != Mode::Enforce && matches!(state.upstream, Upstream::Server(_)) {
-            return Box::pin(pass(context, &method, &uri, body)).await;
-        }
-        Box::pin(translation(gateway, context, format, body)).await.map_err(told)
+        let path = uri.path_and_query().map_or(uri.path(), |whole| whole.as_str());
+        Box::pin(translation(gateway, context, format, path, body)).await.map_err(told)
     };
     signed(&id, route, &state.metrics, answered.instrument(span)).await
 }
 
-/// The answer to a request of another format, as that to the chat which it asks for.
+/// A request of another format: let through, observed, or answered as the chat which it asks for.
 async fn translation(
     gateway: &Gateway,
     mut context: RequestContext,
     format: Format,
+    path: &str,
     body: Body,
 ) -> Result<Response, ApiError> {
     let state = Arc::clone(&context.state);
-    is_plain(&context.headers)?;
-    context.guarded();
-    context.as_json();
-    // Where Messages have their key, chats have none.
-    if let Some(key) = context.headers.remove(API_KEY).filter(|_| !context.headers.contains_key(header::AUTHORIZATION))
-        && let Ok(key) = HeaderValue::try_from([b"Bearer ", key.as_bytes()].concat())
+    let settings = &state.settings;
+    if let Upstream::Server(server) = &state.upstream
+        && context.caller.is_never_guarded(settings)
     {
-        context.headers.insert(header::AUTHORIZATION, key);
+        let body = reqwest::Body::wrap_stream(body.into_data_stream());
+        return Ok(passed(server.forward(Key::Own, Method::POST, path, &context.headers, body, Bodies::AsSent).await?));
     }
     let body = context.read(body).await?;
     let value = strict::read(&body);
-    drop(body);
-    context.mode = context.caller.mode(&state.settings, request::model(&value), &context.headers)?;
+    let model = request::model(&value);
+    context.mode = context.caller.mode(settings, model, &context.headers)?;
+    let scope = state.profile(&context.caller, model).scope;
+    let is_plain = is_plain(&context.headers);
+    if context.mode == Mode::Enforce || matches!(state.upstream, Upstream::Engine(_)) {
+        context.guarded();
+        context.as_json();
+        // Where Messages have their key, chats have none.
+        if let Some(key) = context.headers.remove(API_KEY)
+            && !context.headers.contains_key(header::AUTHORIZATION)
+            && let Ok(key) = HeaderValue::try_from([b"Bearer ", key.as_bytes()].concat())
+        {
+            context.headers.insert(header::AUTHORIZATION, key);
+        }
+    }
     let unread = |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
-    let (chat, wire) = format.read(value.map_err(unread)?)?;
+    let value = is_plain.and(value.map_err(unread));
+    // Where it is not enforced, the upstream's own route answers.
+    if let (Upstream::Server(server), Mode::Off | Mode::Observe) = (&state.upstream, context.mode) {
+        // What is kept of earlier answers lies there.
+        let chat = value.and_then(|value| format.read(value, &mut |_| Err(elsewhere(BEFORE))));
+        let read = chat.and_then(|(chat, _)| request::Body::of(chat, &settings.allow_fields));
+        let is_out = read.as_ref().is_ok_and(|read| scope != Scope::All && !read.has_images());
+        if context.mode == Mode::Off || is_out || !settings.draws() {
+            let headers = &context.headers;
+            let sent = server.forward(Key::Own, Method::POST, path, headers, body.into(), Bodies::AsSent);
+            return Ok(passed(sent.await?));
+        }
+        let admission = Arc::clone(&gateway.admission);
+        return Observed { context, admission, read, format: Some(format) }.forward(server, path, body).await;
+    }
+    let longest = settings.limits.body.saturating_sub(body.len());
+    drop(body);
+    let tenant = context.tenant();
+    let mut earlier = |id: &str| state.store.conversation((&tenant, id), longest, |bytes| context.hold_more(bytes));
+    let (chat, wire) = format.read(value?, &mut earlier)?;
+    let chat = request::Body::of(chat, &settings.allow_fields)?;
     let turn = context.in_time(gateway.admission.enter()).await?;
-    let request = context.prepare(request::Body::of(chat, &state.settings.allow_fields)?).await?;
+    let request = context.prepare(chat).await?;
     chat::enforce(context, request, turn, Some(wire)).await
+}
+
+/// About how many tokens a request of Anthropic's Messages has: an estimate, as the format says that it is one.
+#[utoipa::path(post, path = "/v1/messages/count_tokens", request_body = Object, responses(
+    (status = 200, description = "The number", body = Object),
+    ApiErrors,
+    (status = "default", description = "What the server behind the guard says"),
+))]
+async fn count_tokens(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
+    let (id, state) = (request_id(), gateway.state());
+    let (Parts { method, uri, headers, .. }, body) = request.into_parts();
+    let span = telemetry::span("count_tokens", &id, &headers);
+    let counted = async {
+        let told = |error| ApiError { format: Some(Format::Messages), ..error };
+        let mut context = gateway.begin(&state, &id, &method, &uri, headers).map_err(told)?;
+        if context.mode != Mode::Enforce && matches!(state.upstream, Upstream::Server(_)) {
+            return pass(context, &method, &uri, body).await;
+        }
+        let count = async {
+            is_plain(&context.headers)?;
+            let body = context.read(body).await?;
+            let unread = |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
+            let value = strict::read(&body).map_err(unread)?;
+            let (chat, _) = Format::Messages.read(value, &mut |_| Err(elsewhere(BEFORE)))?;
+            Ok(request::Body::of(chat, &state.settings.allow_fields)?.tokens())
+        };
+        let counted = json!({"input_tokens": count.await.map_err(told)?});
+        Ok(([(header::CONTENT_TYPE, "application/json")], counted.to_string()).into_response())
+    };
+    signed(&id, "count_tokens", &state.metrics, counted.instrument(span)).await
 }
 
 /// Whether this process lives.

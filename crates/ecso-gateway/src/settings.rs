@@ -226,6 +226,10 @@ pub struct Limits {
     /// Findings about requests that are remembered, so that what repeats from call to call (an agent's system message,
     /// its tools) is judged once; 0 remembers none. About 100 bytes each.
     pub remembered: usize,
+    /// Bytes of conversations that are kept for requests with `previous_response_id`; 0 keeps none, and the field is refused.
+    pub stored: usize,
+    /// Seconds for which a conversation is kept after it was last used; 0 keeps none.
+    pub stored_for: u64,
 }
 
 impl Default for Limits {
@@ -245,6 +249,8 @@ impl Default for Limits {
             deadline: 600,
             per_minute: 0,
             remembered: 16_384,
+            stored: 128 << 20,
+            stored_for: 3600,
         }
     }
 }

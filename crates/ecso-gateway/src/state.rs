@@ -16,6 +16,7 @@ use crate::{
     metrics::Metrics,
     request::{Body, Request, is_remote, made},
     settings::{ImageUrls, Mode, Settings, hash},
+    store::Store,
     telemetry,
     upstream::Upstream,
 };
@@ -45,6 +46,13 @@ impl Profiles {
     }
 }
 
+/// What stays when the settings are exchanged.
+pub(crate) struct Kept {
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) memory: Arc<Memory>,
+    pub(crate) store: Arc<Store>,
+}
+
 /// All that a request needs to know.
 pub(crate) struct AppState {
     pub(crate) upstream: Upstream,
@@ -59,6 +67,8 @@ pub(crate) struct AppState {
     pub(crate) metrics: Arc<Metrics>,
     /// What was found about requests, for whatever repeats from call to call.
     pub(crate) memory: Arc<Memory>,
+    /// Answers that requests may go on from.
+    pub(crate) store: Arc<Store>,
 }
 
 impl AppState {
@@ -67,8 +77,7 @@ impl AppState {
         profiles: Profiles,
         settings: Settings,
         images: ecso::Limits,
-        metrics: Arc<Metrics>,
-        memory: Arc<Memory>,
+        Kept { metrics, memory, store }: Kept,
         audit: Option<Arc<Audit>>,
     ) -> io::Result<Self> {
         let is_wanted = settings.image_urls == ImageUrls::Fetch;
@@ -85,7 +94,7 @@ impl AppState {
                 "gateway.keys.{name}.sha256 is no SHA-256; make a key with `ecso key {name}`"
             )));
         }
-        Ok(Self { upstream, profiles, settings, images, fetcher, decoding, audit, rates, metrics, memory })
+        Ok(Self { upstream, profiles, settings, images, fetcher, decoding, audit, rates, metrics, memory, store })
     }
 
     /// Gets what a request only points to, reads its images, and decodes them as far as the operator wants that.
@@ -163,12 +172,16 @@ impl AppState {
     /// The guard for one request under another profile.
     pub(crate) fn guarding(&self, request: &Request, headers: &HeaderMap, profile: Profile) -> Guard<Arc<dyn Mllm>> {
         let model = self.upstream.model(&request.model, headers);
+        let memory = Arc::clone(&self.memory);
         // Where callers bring keys of their own, one name may stand for several models.
-        let mut caller = access::token(headers).map(hash).unwrap_or_default();
-        for (name, value) in &self.upstream.choosing(headers) {
-            caller = hash(&format!("{caller} {name} {value:?}"));
-        }
-        Guard::new(model, profile).with_extra(request.extra()).with_memory(Arc::clone(&self.memory), caller)
+        Guard::new(model, profile).with_extra(request.extra()).with_memory(memory, self.account(headers))
+    }
+
+    /// By what the upstream tells whoever sends these headers from others, as a digest: keys of their own, and what else chooses models.
+    pub(crate) fn account(&self, headers: &HeaderMap) -> String {
+        let account = access::token(headers).map(hash).unwrap_or_default();
+        let choosing = self.upstream.choosing(headers);
+        choosing.iter().fold(account, |account, (name, value)| hash(&format!("{account} {name} {value:?}")))
     }
 
     /// The guarded model's own answer, for whoever has none. It is that model's, wherever the guard asks its questions.

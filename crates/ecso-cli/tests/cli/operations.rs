@@ -64,9 +64,18 @@ async fn the_api_describes_itself() {
     let text = client().get(url).send().await.unwrap().text().await.unwrap();
     let described: Value = serde_json::from_str(&text).unwrap();
     let paths: Vec<&str> = described["paths"].as_object().unwrap().keys().map(String::as_str).collect();
-    for path in
-        ["/v1/chat/completions", "/v1/guard", "/v1/moderations", "/v1/models", "/healthz", "/readyz", "/metrics"]
-    {
+    for path in [
+        "/v1/chat/completions",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/responses",
+        "/v1/guard",
+        "/v1/moderations",
+        "/v1/models",
+        "/healthz",
+        "/readyz",
+        "/metrics",
+    ] {
         assert!(paths.contains(&path), "{path} is not in {paths:?}");
     }
     let failure = &described["paths"]["/v1/guard"]["post"]["responses"]["429"];

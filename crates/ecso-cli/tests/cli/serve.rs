@@ -224,6 +224,73 @@ async fn a_failing_upstream_is_an_error_and_leaks_nothing() {
     }
 }
 
+/// The same in Responses and Messages, each with its own errors.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failing_upstream_is_an_error_in_every_format() {
+    let upstream = Upstream::start().await;
+    let served = Served::start(&upstream.url, &["server.retries=0", "gateway.limits.deadline=20"], &[]);
+    let (picture, query) = (picture(), "A bad request");
+    let data = picture.split(',').nth(1).unwrap();
+    for (path, last) in [("responses", "response.failed"), ("messages", "error")] {
+        for fault in ["refuse", "reset", "sse", "cut", "utf8", "429", "500", "json", "endless"] {
+            for (step, streamed) in
+                [("direct", false), ("direct", true), ("detect", false), ("detect", true), ("safe", true)]
+            {
+                let mut body = json!({"model": format!("{fault}@{step}"), "stream": streamed});
+                if path == "responses" {
+                    body["input"] = json!([{"role": "user", "content": [
+                        {"type": "input_image", "image_url": picture}, {"type": "input_text", "text": query}]}]);
+                } else {
+                    let image =
+                        json!({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}});
+                    body["max_tokens"] = 50.into();
+                    body["messages"] = json!([{"role": "user", "content": [image, {"type": "text", "text": query}]}]);
+                }
+                let got = post(&format!("{}/{path}", served.url), &body).await;
+                let case = format!("{path} {fault}@{step} streamed {streamed}: {} {}", got.status, got.body);
+                assert!(!got.body.contains(LEAK), "{case}");
+                if got.status != 200 {
+                    let error: Value = serde_json::from_str(&got.body).unwrap_or_else(|_| panic!("{case}"));
+                    assert!(error["error"]["message"].is_string(), "{case}");
+                    assert_eq!(error["type"] == "error", path == "messages", "{case}");
+                } else if !got.body.contains(SAFE) {
+                    let event = got.body.rsplit("event: ").next().and_then(|event| event.split('\n').next());
+                    assert_eq!(event, Some(last), "{case}");
+                }
+                if fault == "utf8" {
+                    assert!(got.body.contains(SAFE), "{case}");
+                }
+            }
+        }
+    }
+}
+
+/// What is kept of conversations takes so much memory and no more: the oldest are forgotten.
+#[tokio::test(flavor = "multi_thread")]
+async fn kept_conversations_are_bounded() {
+    let upstream = Upstream::start().await;
+    let served = Served::start(&upstream.url, &["gateway.limits.stored=3000000"], &[]);
+    let ask = async |input: String, before: Value| {
+        let body = json!({"model": "m", "input": input, "previous_response_id": before});
+        let got = post(&format!("{}/responses", served.url), &body).await;
+        serde_json::from_str::<Value>(&got.body).unwrap()
+    };
+    let long = || "flour ".repeat(200_000);
+    let first = ask(long(), Value::Null).await["id"].clone();
+    assert!(first.is_string());
+    let mut last = Value::Null;
+    for _ in 0..20 {
+        last = ask(long(), Value::Null).await["id"].clone();
+    }
+    let warm = served.peak();
+    for _ in 0..80 {
+        last = ask(long(), Value::Null).await["id"].clone();
+    }
+    assert!(served.peak() < warm + 40.0, "{warm} MB, then {} MB", served.peak());
+    assert_eq!(ask("And?".into(), first).await["error"]["code"], "previous_response_not_found");
+    assert_eq!(ask("And?".into(), last).await["status"], "completed");
+}
+
 /// Fail-open is a choice, and says so.
 #[tokio::test(flavor = "multi_thread")]
 async fn failing_open_sends_the_draft_with_a_note() {
@@ -470,6 +537,17 @@ async fn figures_health_rates_and_reload() {
     write("paper", 0);
     reload().await;
     assert_eq!(post(&served.chat(), &ask("m", "once more", false)).await.status, 200);
+    let go_on = async |before: Value| {
+        let body = json!({"model": "m", "input": "once more", "previous_response_id": before});
+        serde_json::from_str::<Value>(&post(&format!("{}/responses", served.url), &body).await.body).unwrap()
+    };
+    let kept = go_on(Value::Null).await["id"].clone();
+    write("hardened", 0);
+    reload().await;
+    write("paper", 0);
+    reload().await;
+    // What was kept is still there.
+    assert_eq!(go_on(kept).await["status"], "completed");
     write("nonsense", 1);
     reload().await;
     for _ in 0..3 {

@@ -9,7 +9,11 @@ use crate::error::ApiError;
 pub(super) struct Messages {
     /// Whether the client wants to see what the model thought.
     thinks: bool,
+    left_out: Vec<String>,
 }
+
+/// Tools that a server would run, by how their kinds begin. They would bring in what nobody here sees.
+const OF_SERVERS: [&str; 5] = ["web_search_", "web_fetch_", "code_execution_", "tool_search_tool_", "mcp_toolset"];
 
 /// The chat that a request asks for.
 pub(super) fn read(body: Value) -> Result<(Value, Messages), ApiError> {
@@ -34,12 +38,20 @@ pub(super) fn read(body: Value) -> Result<(Value, Messages), ApiError> {
         turn(Fields::of(message, format!("messages.{place}"))?, &mut messages)?;
     }
     chat.insert("messages".to_owned(), messages.into());
-    let tools = fields.list("tools")?.into_iter().enumerate();
-    let tools: Vec<Value> = tools
-        .map(|(place, tool)| Fields::of(tool, format!("tools.{place}")).and_then(self::tool))
-        .collect::<Result<_, _>>()?;
-    if !tools.is_empty() {
-        chat.insert("tools".to_owned(), tools.into());
+    let (mut tools, mut left_out) = (Vec::new(), Vec::new());
+    for (place, tool) in fields.list("tools")?.into_iter().enumerate() {
+        match of_server(&tool) {
+            Some(kind) => left_out.push(kind),
+            None => tools.push(self::tool(Fields::of(tool, format!("tools.{place}"))?)?),
+        }
+    }
+    match left_out.first().filter(|_| tools.is_empty()) {
+        // The request is about what can't be done here.
+        Some(kind) => return Err(unsupported("tools.0", kind)),
+        None if tools.is_empty() => {}
+        None => {
+            chat.insert("tools".to_owned(), tools.into());
+        }
     }
     if let Some(choice) = fields.take("tool_choice") {
         tool_choice(Fields::of(choice, "tool_choice")?, &mut chat)?;
@@ -63,7 +75,7 @@ pub(super) fn read(body: Value) -> Result<(Value, Messages), ApiError> {
         "diagnostics",
     ]);
     fields.end()?;
-    Ok((chat.into(), Messages { thinks }))
+    Ok((chat.into(), Messages { thinks, left_out }))
 }
 
 /// A text, or blocks of text.
@@ -168,6 +180,13 @@ impl Said {
                         "image" => inner.parts.push(image(block)?),
                         "document" => document(block, &mut inner.parts)?,
                         "search_result" => search_result(block, &mut inner.parts)?,
+                        // A tool that was found; all tools are shown anyway.
+                        "tool_reference" => {
+                            let text = format!("The tool {} can be used.", block.needed("tool_name")?);
+                            inner.parts.push(json!({"type": "text", "text": text}));
+                            block.without(&["cache_control"]);
+                            block.end()?;
+                        }
                         other => return Err(unsupported(&block.path, other)),
                     }
                 }
@@ -258,7 +277,13 @@ fn call(mut block: Fields) -> Result<Value, ApiError> {
     Ok(json!({"id": id, "type": "function", "function": {"name": name, "arguments": input.to_string()}}))
 }
 
-/// A tool that the client runs. Those that the server would run bring in what nobody here sees.
+/// The kind of a tool that a server would run.
+fn of_server(tool: &Value) -> Option<String> {
+    let kind = tool["type"].as_str()?;
+    OF_SERVERS.iter().any(|start| kind.starts_with(start)).then(|| kind.to_owned())
+}
+
+/// A tool that the client runs.
 fn tool(mut tool: Fields) -> Result<Value, ApiError> {
     if let Some(kind) = tool.text("type")?.filter(|kind| kind != "custom") {
         return Err(unsupported(&tool.path, &kind));
@@ -370,6 +395,10 @@ impl Messages {
 }
 
 impl Wire for Messages {
+    fn left_out(&self) -> &[String] {
+        &self.left_out
+    }
+
     fn whole(&self, answer: &Answer<'_>) -> Value {
         let mut message = Self::frame(answer, &self.content(answer));
         let (reason, details) = Self::stop(answer);

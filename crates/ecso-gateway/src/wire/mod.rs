@@ -2,8 +2,10 @@
 //! every chat is; the answer to that chat becomes an answer of the format. So nobody but the files here knows what it looks like, and
 //! what a file here doesn't know of a request is refused.
 
+mod heard;
 mod messages;
 mod responses;
+mod tools;
 
 use serde_json::{Map, Value, json};
 
@@ -22,11 +24,12 @@ pub(crate) enum Format {
 }
 
 impl Format {
-    /// The chat that a request asks for, as the body of a chat request; and how its answer is written.
-    pub(crate) fn read(self, body: Value) -> Result<(Value, Box<dyn Wire>), ApiError> {
+    /// The chat that a request asks for, as the body of a chat request; and how its answer is written. `earlier` gives the messages of
+    /// the conversation up to an answer of ours.
+    pub(crate) fn read(self, body: Value, earlier: Earlier<'_>) -> Result<(Value, Box<dyn Wire>), ApiError> {
         let (mut chat, wire): (Value, Box<dyn Wire>) = match self {
             Self::Messages => messages::read(body).map(|(chat, wire)| (chat, Box::new(wire) as _))?,
-            Self::Responses => responses::read(body).map(|(chat, wire)| (chat, Box::new(wire) as _))?,
+            Self::Responses => responses::read(body, earlier).map(|(chat, wire)| (chat, Box::new(wire) as _))?,
         };
         // These formats always tell it.
         match &chat["stream"] {
@@ -46,8 +49,27 @@ impl Format {
     }
 }
 
+/// Gives the messages of the conversation up to an answer.
+pub(crate) type Earlier<'a> = &'a mut dyn FnMut(&str) -> Result<Vec<Value>, ApiError>;
+
+/// The part of a conversation that a request brings.
+pub(crate) struct Part<'a> {
+    /// The answer that it goes on from.
+    pub(crate) before: Option<&'a str>,
+    /// Its first message in the chat.
+    pub(crate) from: usize,
+}
+
 /// How an answer is written.
 pub(crate) trait Wire: Send + Sync {
+    /// What is to be kept beside the answer, so that a later request can go on from it; none if that is not wanted.
+    fn part(&self) -> Option<Part<'_>> {
+        None
+    }
+
+    /// Kinds of tools of the request that are left out: a server would run them.
+    fn left_out(&self) -> &[String];
+
     /// The whole answer.
     fn whole(&self, answer: &Answer<'_>) -> Value;
 
@@ -76,6 +98,8 @@ pub(crate) struct Answer<'a> {
     pub(crate) usage: Option<&'a Value>,
     /// What was found, for the client.
     pub(crate) found: Option<Value>,
+    /// Whether a later request can go on from it.
+    pub(crate) is_kept: bool,
     /// Whether the guard calls the model's own answer harmful, and how likely that is.
     pub(crate) verdict: (ecso::Verdict, Option<f64>),
 }
@@ -89,6 +113,19 @@ pub(crate) struct Call {
 }
 
 impl Answer<'_> {
+    /// What the client gets, as a message of a chat.
+    pub(crate) fn said(&self) -> Value {
+        let calls = self.calls().into_iter().map(|Call { id, name, arguments }| {
+            json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})
+        });
+        let (text, calls) = (self.text(), calls.collect::<Vec<_>>());
+        let mut said = json!({"role": "assistant", "content": text});
+        if !calls.is_empty() {
+            said["tool_calls"] = calls.into();
+        }
+        said
+    }
+
     /// Its text; a refusal is one too.
     fn text(&self) -> String {
         let texts = ["content", "refusal"].into_iter().filter_map(|name| self.message.get(name));
@@ -216,6 +253,17 @@ impl Fields {
 
 fn invalid(path: &str, why: &str) -> ApiError {
     ApiError { param: Some(path.to_owned()), ..ApiError::bad_request("invalid_request", format!("`{path}`: {why}")) }
+}
+
+/// The field that names an earlier answer.
+pub(crate) const BEFORE: &str = "previous_response_id";
+
+/// Something that lies where nobody here can judge it.
+pub(crate) fn elsewhere(name: &str) -> ApiError {
+    let message = format!(
+        "`{name}` names a conversation that lies elsewhere, where nobody here can judge it: send it whole, as `input`"
+    );
+    ApiError { param: Some(name.to_owned()), ..ApiError::bad_request("unsupported_content", message) }
 }
 
 /// Something that can't be guarded: nobody here sees what is in it.

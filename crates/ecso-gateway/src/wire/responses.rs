@@ -1,9 +1,13 @@
-//! OpenAI's Responses: `POST /v1/responses`. Nothing is stored here, so that a request brings its whole conversation.
+//! OpenAI's Responses: `POST /v1/responses`. A request brings its whole conversation, or goes on from an answer that is kept here.
 
 use ecso::Verdict;
 use serde_json::{Map, Value, json};
 
-use super::{Answer, Call, Fields, SHOWN, Wire, invalid, unsupported};
+use super::{
+    Answer, BEFORE, Earlier, Fields, Part, SHOWN, Wire, elsewhere, invalid,
+    tools::{self, Tools, is_of_server},
+    unsupported,
+};
 use crate::error::ApiError;
 
 /// What an answer says again of its request.
@@ -24,24 +28,32 @@ const ECHOED: [&str; 10] = [
 const LONGEST_ECHO: usize = 4096;
 
 /// Fields by which a server would take a conversation from where nobody here sees it.
-const ELSEWHERE: [&str; 3] = ["previous_response_id", "conversation", "prompt"];
+const ELSEWHERE: [&str; 2] = ["conversation", "prompt"];
 
 /// How answers to a request are written.
 pub(super) struct Responses {
     echoed: Map<String, Value>,
-    /// Tools that take a text of any form: a chat calls them as functions.
-    custom: Vec<String>,
+    tools: Tools,
     /// Whether the client asks for the verdict as a moderation.
     moderation: bool,
+    /// The answer that it goes on from, as the client calls it.
+    before: Option<String>,
+    /// Its first message that is neither an instruction nor of earlier answers.
+    from: usize,
+    /// Whether the answer may be kept.
+    store: bool,
 }
 
+/// What stands before a request's name in the id of its answer.
+const ID: &str = "resp_";
+
 /// The chat that a request asks for.
-pub(super) fn read(body: Value) -> Result<(Value, Responses), ApiError> {
+pub(super) fn read(body: Value, earlier: Earlier<'_>) -> Result<(Value, Responses), ApiError> {
     let mut fields = Fields::of(body, "")?;
     // Each answer says them three times: only what is short.
     let is_short = |value: &&Value| value.to_string().len() <= LONGEST_ECHO;
     let echoed = |name: &&str| Some(((*name).to_owned(), fields.left.get(*name).filter(is_short)?.clone()));
-    let echoed = ECHOED.iter().filter_map(echoed).collect();
+    let mut echoed: Map<String, Value> = ECHOED.iter().filter_map(echoed).collect();
     for name in ELSEWHERE {
         if fields.take(name).is_some() {
             return Err(elsewhere(name));
@@ -66,40 +78,18 @@ pub(super) fn read(body: Value) -> Result<(Value, Responses), ApiError> {
     if let Some(instructions) = fields.text("instructions")? {
         messages.push(json!({"role": "system", "content": instructions}));
     }
-    match fields.take("input") {
-        Some(Value::Array(items)) => {
-            let mut shown = Vec::new();
-            for (place, item) in items.into_iter().enumerate() {
-                self::item(Fields::of(item, format!("input.{place}"))?, &mut messages, &mut shown)?;
-            }
-            messages.extend(of_tools(&mut shown));
-        }
-        Some(text @ Value::String(_)) => messages.push(json!({"role": "user", "content": text})),
-        _ => return Err(invalid("input", "it must be a text or a list of items")),
+    let before = fields.text(BEFORE)?;
+    if let Some(id) = &before {
+        messages.extend(earlier(id.strip_prefix(ID).unwrap_or_default())?);
     }
+    let from = messages.len();
+    messages.extend(input(fields.take("input"))?);
+    let store = fields.take("store").is_none_or(|store| store != false);
     chat.insert("messages".to_owned(), messages.into());
-    let (mut tools, mut custom) = (Vec::new(), Vec::new());
-    for (place, tool) in fields.list("tools")?.into_iter().enumerate() {
-        tools.push(self::tool(Fields::of(tool, format!("tools.{place}"))?, &mut custom)?);
-    }
-    if !tools.is_empty() {
-        chat.insert("tools".to_owned(), tools.into());
-    }
-    match fields.take("tool_choice") {
-        None => {}
-        Some(Value::Object(choice)) => {
-            let mut choice = Fields { path: "tool_choice".into(), left: choice };
-            match choice.needed("type")?.as_str() {
-                "function" | "custom" => {}
-                other => return Err(unsupported(&choice.path, other)),
-            }
-            let chosen = json!({"type": "function", "function": {"name": choice.needed("name")?}});
-            chat.insert("tool_choice".to_owned(), chosen);
-            choice.end()?;
-        }
-        Some(word) => {
-            chat.insert("tool_choice".to_owned(), word);
-        }
+    let tools = Tools::read(fields.list("tools")?)?;
+    tools.put(fields.take("tool_choice"), &mut chat)?;
+    if let Some(Value::Array(echoed)) = echoed.get_mut("tools") {
+        echoed.retain(|tool| !is_of_server(tool));
     }
     if let Some(text) = fields.take("text") {
         self::text(Fields::of(text, "text")?, &mut chat)?;
@@ -111,9 +101,8 @@ pub(super) fn read(body: Value) -> Result<(Value, Responses), ApiError> {
         reasoning.end()?;
     }
     let moderation = fields.take("moderation").map(self::moderation).transpose()?.is_some();
-    // Who asks, for what price, and what is kept where: nothing that the model sees, and here nothing is kept.
+    // Who asks, for what price, and what is kept where: nothing that the model sees.
     fields.without(&[
-        "store",
         "metadata",
         "user",
         "safety_identifier",
@@ -131,7 +120,7 @@ pub(super) fn read(body: Value) -> Result<(Value, Responses), ApiError> {
         "background",
     ]);
     fields.end()?;
-    Ok((chat.into(), Responses { echoed, custom, moderation }))
+    Ok((chat.into(), Responses { echoed, tools, moderation, before, from, store }))
 }
 
 /// Whom the client asks for a moderation: nobody but us.
@@ -146,20 +135,42 @@ fn moderation(moderation: Value) -> Result<(), ApiError> {
     moderation.end()
 }
 
-fn elsewhere(name: &str) -> ApiError {
-    let message = format!(
-        "`{name}` names a conversation that lies elsewhere, where nobody here can judge it: send it whole, as `input`"
-    );
-    ApiError { param: Some(name.to_owned()), ..ApiError::bad_request("unsupported_content", message) }
+/// What a request brings, as messages of a chat.
+fn input(input: Option<Value>) -> Result<Vec<Value>, ApiError> {
+    match input {
+        Some(Value::Array(items)) => {
+            let (mut messages, mut shown) = (Vec::new(), Vec::new());
+            for (place, item) in items.into_iter().enumerate() {
+                self::item(Fields::of(item, format!("input.{place}"))?, &mut messages, &mut shown)?;
+            }
+            messages.extend(of_tools(&mut shown));
+            Ok(messages)
+        }
+        Some(text @ Value::String(_)) => Ok(vec![json!({"role": "user", "content": text})]),
+        _ => Err(invalid("input", "it must be a text or a list of items")),
+    }
 }
 
 /// Adds an item. The results of tools are messages of their own in a chat, and their images are the user's.
 fn item(mut item: Fields, messages: &mut Vec<Value>, shown: &mut Vec<Value>) -> Result<(), ApiError> {
     let kind = item.text("type")?.unwrap_or_else(|| "message".into());
-    item.without(&["id", "status", "phase", "end_turn"]);
+    // The result of a shell names its call so.
+    let own = item.text("id")?.filter(|_| kind == "local_shell_call_output");
+    item.without(&["status", "phase", "end_turn"]);
     // The results of calls that were made together stand together.
     if !kind.ends_with("_output") {
         messages.extend(of_tools(shown));
+    }
+    if let Some(call) = tools::call(&kind, &mut item)? {
+        // Calls that were made together belong to one turn.
+        match messages.last_mut().filter(|last| last["role"] == "assistant") {
+            Some(last) => match &mut last["tool_calls"] {
+                Value::Array(calls) => calls.push(call),
+                calls => *calls = json!([call]),
+            },
+            None => messages.push(json!({"role": "assistant", "content": null, "tool_calls": [call]})),
+        }
+        return item.end();
     }
     match kind.as_str() {
         "message" => {
@@ -176,24 +187,8 @@ fn item(mut item: Fields, messages: &mut Vec<Value>, shown: &mut Vec<Value>) -> 
             let role = if role == "developer" { "system" } else { &role };
             messages.push(json!({"role": role, "content": content}));
         }
-        "function_call" | "custom_tool_call" => {
-            let (id, name) = (item.needed("call_id")?, item.needed("name")?);
-            let arguments = match kind.as_str() {
-                "function_call" => item.needed("arguments")?,
-                _ => json!({"input": item.needed("input")?}).to_string(),
-            };
-            let call = json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}});
-            // Calls that were made together belong to one turn.
-            match messages.last_mut().filter(|last| last["role"] == "assistant") {
-                Some(last) => match &mut last["tool_calls"] {
-                    Value::Array(calls) => calls.push(call),
-                    calls => *calls = json!([call]),
-                },
-                None => messages.push(json!({"role": "assistant", "content": null, "tool_calls": [call]})),
-            }
-        }
-        "function_call_output" | "custom_tool_call_output" => {
-            let id = item.needed("call_id")?;
+        "function_call_output" | "custom_tool_call_output" | "local_shell_call_output" => {
+            let id = item.text("call_id")?.or(own).ok_or_else(|| invalid(&item.at("call_id"), "it is missing"))?;
             let output = item.take("output").unwrap_or_else(|| "".into());
             let (texts, images): (Vec<Value>, Vec<Value>) = match parts(output, &item.at("output"))? {
                 Value::Array(parts) => parts.into_iter().partition(|part| part["type"] != "image_url"),
@@ -245,34 +240,6 @@ fn parts(content: Value, path: &str) -> Result<Value, ApiError> {
     Ok(Value::Array(parts.into_iter().enumerate().map(part).collect::<Result<_, ApiError>>()?))
 }
 
-/// A tool that the client runs. Those that the server would run bring in what nobody here sees.
-fn tool(mut tool: Fields, custom: &mut Vec<String>) -> Result<Value, ApiError> {
-    let kind = tool.needed("type")?;
-    let mut function = Map::new();
-    match kind.as_str() {
-        "function" => {
-            for name in ["name", "description", "parameters", "strict"] {
-                tool.moves(name, &mut function, name);
-            }
-        }
-        "custom" => {
-            let name = tool.needed("name")?;
-            custom.push(name.clone());
-            function.insert("name".to_owned(), name.into());
-            let described = tool.text("description")?.unwrap_or_default();
-            let format = tool.take("format").filter(|format| format["type"] != "text");
-            let format = format.map_or_else(String::new, |format| format!("\n\nThe form of its input: {format}"));
-            function.insert("description".to_owned(), format!("{described}{format}").into());
-            let input = json!({"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]});
-            function.insert("parameters".to_owned(), input);
-        }
-        other => return Err(unsupported(&tool.path, other)),
-    }
-    tool.without(&["defer_loading"]);
-    tool.end()?;
-    Ok(json!({"type": "function", "function": function}))
-}
-
 /// The form of an answer.
 fn text(mut text: Fields, chat: &mut Map<String, Value>) -> Result<(), ApiError> {
     text.moves("verbosity", chat, "verbosity");
@@ -317,25 +284,17 @@ impl Responses {
             output.push(json!({"type": "message", "id": format!("msg_{}", answer.id), "role": "assistant", "status": "completed",
                 "content": [part]}));
         }
-        for (place, Call { id, name, arguments }) in answer.calls().into_iter().enumerate() {
-            let own = format!("fc_{}_{place}", answer.id);
-            output.push(if self.custom.contains(&name) {
-                let read = serde_json::from_str::<Value>(&arguments).ok();
-                let input = read.as_ref().and_then(|read| read["input"].as_str()).unwrap_or(&arguments);
-                json!({"type": "custom_tool_call", "id": own, "call_id": id, "name": name, "input": input})
-            } else {
-                json!({"type": "function_call", "id": own, "call_id": id, "name": name, "arguments": arguments,
-                    "status": "completed"})
-            });
-        }
+        let calls = answer.calls().into_iter().enumerate();
+        output.extend(calls.map(|(place, call)| self.tools.called(&format!("fc_{}_{place}", answer.id), call)));
         output
     }
 
-    fn frame(&self, id: &str, model: &str, created: u64, status: &str) -> Value {
+    fn frame(&self, (id, model, created): (&str, &str, u64), is_kept: bool, status: &str) -> Value {
         let mut frame = json!({
-            "id": format!("resp_{id}"), "object": "response", "created_at": created, "status": status, "model": model, "output": [], "error": null, "incomplete_details": null, "store": false,
+            "id": format!("{ID}{id}"), "object": "response", "created_at": created, "status": status, "model": model, "output": [],
+            "error": null, "incomplete_details": null, "store": is_kept,
             "parallel_tool_calls": true, "tool_choice": "auto", "tools": [], "metadata": {}, "instructions": null,
-            "temperature": null, "top_p": null, "previous_response_id": null,
+            "temperature": null, "top_p": null, BEFORE: self.before,
         });
         for (name, value) in self.echoed.iter().filter(|(_, value)| !value.is_null()) {
             frame[name] = value.clone();
@@ -349,12 +308,8 @@ impl Responses {
             "content_filter" => Some("content_filter"),
             _ => None,
         };
-        let mut response = self.frame(
-            answer.id,
-            answer.model,
-            answer.created,
-            if reason.is_some() { "incomplete" } else { "completed" },
-        );
+        let status = if reason.is_some() { "incomplete" } else { "completed" };
+        let mut response = self.frame((answer.id, answer.model, answer.created), answer.is_kept, status);
         response["incomplete_details"] = reason.map_or(Value::Null, |reason| json!({"reason": reason}));
         response["output"] = self.output(answer).into();
         let [prompt, reply, cached] = answer.tokens();
@@ -386,12 +341,21 @@ impl Responses {
 }
 
 impl Wire for Responses {
+    fn left_out(&self) -> &[String] {
+        self.tools.left_out()
+    }
+
+    fn part(&self) -> Option<Part<'_>> {
+        let before = self.before.as_deref().and_then(|id| id.strip_prefix(ID));
+        self.store.then_some(Part { before, from: self.from })
+    }
+
     fn whole(&self, answer: &Answer<'_>) -> Value {
         self.ended(answer)
     }
 
     fn events(&self, answer: &Answer<'_>) -> Vec<Value> {
-        let begun = self.frame(answer.id, answer.model, answer.created, "in_progress");
+        let begun = self.frame((answer.id, answer.model, answer.created), answer.is_kept, "in_progress");
         let mut events = vec![
             json!({"type": "response.created", "response": begun}),
             json!({"type": "response.in_progress", "response": begun}),
@@ -409,8 +373,8 @@ impl Wire for Responses {
     }
 
     fn failed(&self, (id, model): (&str, &str), error: &ApiError) -> Vec<Value> {
-        let begun = self.frame(id, model, 0, "in_progress");
-        let mut failed = self.frame(id, model, 0, "failed");
+        let begun = self.frame((id, model, 0), false, "in_progress");
+        let mut failed = self.frame((id, model, 0), false, "failed");
         failed["error"] = json!({"code": "server_error", "message": format!("{} ({})", error.message, error.code)});
         vec![
             json!({"type": "response.created", "response": begun, "sequence_number": 0}),
@@ -432,7 +396,8 @@ fn written(index: usize, item: &Value, events: &mut Vec<Value>) {
     };
     match said {
         Some((field, _)) => begun[field] = "".into(),
-        None => begun["content"] = json!([]),
+        None if begun["content"].is_array() => begun["content"] = json!([]),
+        None => {}
     }
     events.push(json!({"type": "response.output_item.added", "output_index": index, "item": begun}));
     if let Some((field, name)) = said {

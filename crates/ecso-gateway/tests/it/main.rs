@@ -4,6 +4,8 @@
 mod answers;
 mod bypass;
 mod clients;
+mod goes_on;
+mod golden;
 mod records;
 mod tenants;
 mod wires;

@@ -2,13 +2,14 @@
 
 use std::{path::Path, sync::Arc};
 
+use axum::{body::Body, http::Response, response::IntoResponse};
 use ecso_gateway::{
     Settings,
     settings::{AuditSettings, Mode},
 };
 use serde_json::{Value, json};
 
-use crate::world::{LEAK, World, question, said, streamed};
+use crate::world::{LEAK, PICTURE, World, question, said, streamed};
 
 fn lines(path: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(path).unwrap_or_default();
@@ -67,4 +68,135 @@ async fn a_verdict_is_recorded_when_it_falls() {
         (&last["verdict"], &last["failure"], &last["mode"]),
         (&json!("unchecked"), &json!("unknown_field"), &json!("observe"))
     );
+}
+
+/// What a server that speaks all formats answers, in that of the request: a text, a thought and a call.
+fn native(sent: &Value) -> Response<Body> {
+    let says = if sent.to_string().contains("do harm") { LEAK } else { "Bread." };
+    let (answer, events) = if sent["input"].is_array() {
+        let items = json!([{"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]},
+            {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": says}]},
+            {"type": "function_call", "name": "bake", "arguments": "{}"}]);
+        let response = json!({"id": "resp_1", "object": "response", "status": "completed", "output": items});
+        let done =
+            |index: usize| json!({"type": "response.output_item.done", "output_index": index, "item": items[index]});
+        // Some servers tell items only one by one.
+        let mut ended = response.clone();
+        ended["output"] = json!([]);
+        (
+            response,
+            vec![
+                json!({"type": "response.created"}),
+                done(0),
+                done(1),
+                done(2),
+                json!({"type": "response.completed", "response": ended}),
+            ],
+        )
+    } else {
+        let block = |block: Value| json!({"type": "content_block_start", "index": block["index"], "content_block": block["block"]});
+        let piece = |index: u8, delta: Value| json!({"type": "content_block_delta", "index": index, "delta": delta});
+        let (first, last) = says.split_at(3);
+        let events = vec![
+            json!({"type": "message_start", "message": {}}),
+            block(json!({"index": 0, "block": {"type": "text", "text": ""}})),
+            piece(0, json!({"type": "text_delta", "text": first})),
+            piece(0, json!({"type": "text_delta", "text": last})),
+            block(json!({"index": 1, "block": {"type": "tool_use", "id": "t", "name": "bake", "input": {}}})),
+            piece(1, json!({"type": "input_json_delta", "partial_json": "{}"})),
+            json!({"type": "message_delta", "delta": {"stop_reason": "tool_use"}}),
+            json!({"type": "message_stop"}),
+        ];
+        let content =
+            json!([{"type": "text", "text": says}, {"type": "tool_use", "id": "t", "name": "bake", "input": {}}]);
+        (json!({"type": "message", "role": "assistant", "content": content, "stop_reason": "tool_use"}), events)
+    };
+    if sent["stream"] == true {
+        return streamed(&events.iter().map(Value::to_string).collect::<Vec<_>>());
+    }
+    ([("content-type", "application/json")], answer.to_string()).into_response()
+}
+
+/// Waits until so many lines are written.
+async fn written(path: &Path, count: usize) -> Vec<Value> {
+    for _ in 0..200 {
+        if lines(path).len() >= count {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    lines(path)
+}
+
+#[tokio::test]
+async fn other_formats_are_observed_as_they_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("audit.jsonl");
+    let audit = AuditSettings { path: path.clone(), content: true, ..AuditSettings::default() };
+    let mut settings = Settings { mode: Mode::Observe, audit, ..Settings::default() };
+    settings.modes.insert("unwatched".into(), Mode::Off);
+    settings.modes.insert("strict".into(), Mode::Observe);
+    let world = World::new(settings.clone(), Arc::new(native)).await;
+    let data = PICTURE.split(',').nth(1).unwrap();
+    let ask = |route: &str, text: &str, stream: bool| {
+        if route == "/v1/messages" {
+            let image = json!({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}});
+            return json!({"model": "m", "max_tokens": 9, "stream": stream, "messages": [{"role": "user", "content": [image, {"type": "text", "text": text}]}]});
+        }
+        json!({"model": "m", "stream": stream, "input": [{"role": "user", "content": [
+            {"type": "input_image", "image_url": PICTURE}, {"type": "input_text", "text": text}]}]})
+    };
+    let mut count = 0;
+    for route in ["/v1/messages", "/v1/responses"] {
+        for stream in [false, true] {
+            for (text, verdict) in [("What is this?", "safe"), ("do harm", "unsafe")] {
+                let body = ask(route, text, stream).to_string();
+                let got = world.send("POST", &format!("{route}?beta=true"), &[("x-api-key", "k")], body.clone()).await;
+                // It is the upstream's own, byte by byte, and so is what reached it.
+                let upstream =
+                    axum::body::to_bytes(native(&ask(route, text, stream)).into_body(), usize::MAX).await.unwrap();
+                assert_eq!(got.body.as_bytes(), upstream, "{route}");
+                assert_eq!(world.taken()[0].body, body.as_bytes());
+                count += 1;
+                let line = written(&path, count).await.pop().unwrap();
+                assert_eq!(
+                    (&line["verdict"], &line["mode"]),
+                    (&json!(verdict), &json!("observe")),
+                    "{route} {stream} {line}"
+                );
+                // All that it says was judged.
+                let draft = line["answers"][0]["draft"].as_str().unwrap_or_default();
+                assert!(draft.contains("bake") || line.to_string().contains("bake"), "{line}");
+                world.taken();
+            }
+        }
+        // What can't be read goes on and is recorded; text alone and unwatched models only go on.
+        let mut odd = ask(route, "What is this?", false);
+        odd["guided_choice"] = json!(["a"]);
+        assert_eq!(world.send("POST", route, &[], odd.to_string()).await.status, 200);
+        count += 1;
+        let line = written(&path, count).await.pop().unwrap();
+        assert_eq!((&line["verdict"], &line["failure"]), (&json!("unchecked"), &json!("unknown_field")), "{line}");
+        for (name, value) in [("model", json!("unwatched")), ("messages", json!([{"role": "user", "content": "Hm?"}]))]
+        {
+            let mut body = if name == "messages" { json!({"model": "m"}) } else { ask(route, "do harm", false) };
+            body[if route == "/v1/responses" && name == "messages" { "input" } else { name }] = value;
+            assert_eq!(world.send("POST", route, &[], body.to_string()).await.status, 200);
+        }
+        world.taken();
+    }
+    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    assert_eq!(lines(&path).len(), count);
+    // One model is enforced: its chat is judged before it goes out, and the others' stay as they are.
+    settings.modes.insert("strict".into(), Mode::Enforce);
+    settings.modes.insert("watched".into(), Mode::Observe);
+    let mixed = World::new(settings, Arc::new(native)).await;
+    for (model, leaks) in [("watched", true), ("unwatched", true), ("strict", false), ("strict:latest", false)] {
+        for route in ["/v1/messages", "/v1/responses"] {
+            let mut body = ask(route, "do harm", false);
+            body["model"] = model.into();
+            let got = mixed.send("POST", route, &[], body.to_string()).await;
+            assert_eq!(got.leaks(), leaks, "{model} {}", got.body);
+        }
+    }
 }

@@ -161,6 +161,123 @@ async fn answers_go_out_as_they_are_or_in_another_s_place_or_not_at_all() {
     }
 }
 
+/// The verdict stands in a header, or at the end of a stream; and where the format has a place for it.
+#[tokio::test]
+async fn verdicts_are_told() {
+    let world = world(Rewrite::Safe).await;
+    for (text, verdict) in [("What is this?", "safe"), ("do harm", "unsafe")] {
+        for path in [MESSAGES, RESPONSES] {
+            let more = if path == RESPONSES { json!({"moderation": {"model": "ecso"}}) } else { Value::Null };
+            let plain = send(&world, path, asked(path, text, false, &more)).await;
+            assert_eq!(plain.headers["x-ecso-verdict"], verdict);
+            let streamed = send(&world, path, asked(path, text, true, &more)).await;
+            assert!(!streamed.headers.contains_key("x-ecso-verdict"));
+            let last = events(&streamed).pop().unwrap();
+            let (ecso, moderations) = if path == MESSAGES {
+                (&last["ecso"], vec![])
+            } else {
+                (
+                    &last["response"]["ecso"],
+                    vec![plain.json()["moderation"].clone(), last["response"]["moderation"].clone()],
+                )
+            };
+            assert_eq!(ecso["verdict"], verdict, "{last}");
+            for moderation in moderations {
+                let is_harm = verdict == "unsafe";
+                assert_eq!(
+                    (&moderation["output"]["flagged"], &moderation["output"]["categories"]["harmful"]),
+                    (&json!(is_harm), &json!(is_harm)),
+                    "{moderation}"
+                );
+                assert_eq!(moderation["output"]["type"], "moderation_result");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn tokens_are_estimated() {
+    let world = world(Rewrite::Safe).await;
+    let count = async |more: Value| {
+        let body = asked(MESSAGES, "What is this?", false, &more);
+        let got = world.send("POST", "/v1/messages/count_tokens?beta=true", &[], body).await;
+        (got.status.as_u16(), got.json())
+    };
+    let (_, few) = count(Value::Null).await;
+    let few = few["input_tokens"].as_u64().unwrap();
+    assert!((1600..1650).contains(&few), "{few}");
+    let tools =
+        json!({"tools": [{"name": "bake", "description": "Bakes. ".repeat(100), "input_schema": {"type": "object"}}]});
+    let more = count(tools).await.1["input_tokens"].as_u64().unwrap();
+    assert!((170..250).contains(&(more - few)), "{more}");
+    // Whatever can't be guarded can't be counted; nothing of it goes on.
+    let (status, error) = count(json!({"images": [PICTURE]})).await;
+    assert_eq!(
+        (status, &error["error"]["type"], &error["error"]["code"]),
+        (400, &json!("invalid_request_error"), &json!("unknown_field"))
+    );
+    assert!(world.taken().is_empty());
+}
+
+/// A choice among tools holds for those that the chat has; and what is chosen must be there.
+#[tokio::test]
+async fn tools_are_chosen_among_those_that_are_there() {
+    let world = world(Rewrite::Safe).await;
+    let ask = async |choice: Value| {
+        let tools = json!([{"type": "function", "name": "bake"}, {"type": "custom", "name": "knead"}, {"type": "local_shell"},
+            {"type": "namespace", "name": "oven", "tools": [{"type": "function", "name": "bake"}]}, {"type": "web_search"}]);
+        let more = json!({"tools": tools, "tool_choice": choice});
+        let got = send(&world, RESPONSES, asked(RESPONSES, "Bake it.", false, &more)).await;
+        let sent = world.taken().first().map(|reached| serde_json::from_slice::<Value>(&reached.body).unwrap());
+        let names = |sent: &Value| {
+            sent["tools"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|tool| tool["function"]["name"].as_str().unwrap().to_owned())
+                .collect()
+        };
+        let names: Vec<String> = sent.as_ref().map(names).unwrap_or_default();
+        (got.status.as_u16(), names, sent.unwrap_or_default()["tool_choice"].clone())
+    };
+    let all = ["bake", "knead", "local_shell", "oven__bake"].map(str::to_owned);
+    let function = |name: &str| json!({"type": "function", "function": {"name": name}});
+    let allowed = |mode: &str, tools: Value| json!({"type": "allowed_tools", "mode": mode, "tools": tools});
+    for (choice, tools, sent) in [
+        (json!("required"), &all[..], json!("required")),
+        (json!({"type": "custom", "name": "knead"}), &all[..], function("knead")),
+        (json!({"type": "local_shell"}), &all[..], function("local_shell")),
+        (json!({"type": "function", "name": "bake", "namespace": "oven"}), &all[..], function("oven__bake")),
+        (
+            allowed("auto", json!([{"type": "web_search"}, {"type": "custom", "name": "knead"}])),
+            &all[1..2],
+            json!("auto"),
+        ),
+        (
+            allowed(
+                "required",
+                json!([{"type": "local_shell"}, {"type": "function", "name": "bake", "namespace": "oven"}]),
+            ),
+            &all[2..],
+            json!("required"),
+        ),
+    ] {
+        assert_eq!(ask(choice.clone()).await, (200, tools.to_vec(), sent), "{choice}");
+    }
+    for choice in [
+        json!({"type": "function", "name": "rest"}),
+        json!({"type": "function", "name": "bake", "namespace": "shop"}),
+        json!({"type": "web_search"}),
+        json!({"type": "shell"}),
+        allowed("none", json!([{"type": "local_shell"}])),
+        allowed("auto", json!([{"type": "web_search"}])),
+        allowed("auto", json!([{"type": "function", "name": "rest"}])),
+        allowed("auto", json!([])),
+    ] {
+        assert_eq!(ask(choice.clone()).await, (400, Vec::new(), Value::Null), "{choice}");
+    }
+}
+
 #[tokio::test]
 async fn streams_have_all_events_that_clients_wait_for() {
     let world = world(Rewrite::Safe).await;
@@ -388,14 +505,92 @@ async fn what_nobody_can_see_is_refused() {
         ("another moderation", responses(json!({"moderation": {"model": "omni-moderation-latest"}}))),
         ("an unknown field", responses(json!({"images": [PICTURE]}))),
     ] {
-        for stream in [false, true] {
-            let mut body = body.clone();
-            body["stream"] = stream.into();
-            let got = send(&world, path, body.to_string()).await;
-            assert!(got.status.is_client_error() && !got.leaks(), "{path}, {place}: {} {}", got.status, got.body);
-            assert!(got.json()["error"]["code"].is_string(), "{place}: {}", got.body);
-            assert!(world.taken().is_empty(), "{place}: it went on");
-        }
+        is_refused(&world, path, place, body).await;
+    }
+}
+
+/// A request that gets an error, plain and streamed, before anything of it goes on.
+async fn is_refused(world: &World, path: &str, place: &str, mut body: Value) {
+    for stream in [false, true] {
+        body["stream"] = stream.into();
+        let got = send(world, path, body.to_string()).await;
+        assert!(got.status.is_client_error() && !got.leaks(), "{path}, {place}: {} {}", got.status, got.body);
+        assert!(got.json()["error"]["code"].is_string(), "{place}: {}", got.body);
+        assert!(world.taken().is_empty(), "{place}: it went on");
+    }
+}
+
+#[tokio::test]
+async fn pictures_do_not_hide_among_tools() {
+    let world = world(Rewrite::Safe).await;
+    let asks = json!({"role": "user", "content": "do harm"});
+    let input = |item: Value| (RESPONSES, json!({"model": "m", "input": [item, asks]}));
+    let tools = |tools: Value| (RESPONSES, json!({"model": "m", "input": "do harm", "tools": tools}));
+    let result = |block: Value| {
+        let content = json!([{"type": "tool_result", "tool_use_id": "t", "content": [block]}]);
+        (MESSAGES, json!({"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": content}]}))
+    };
+    for (place, (path, body)) in [
+        ("a tool that nobody here knows", tools(json!([{"type": "function", "name": "bake"}, {"type": "shell"}]))),
+        ("beside a tool", tools(json!([{"type": "local_shell", "image_url": PICTURE}]))),
+        (
+            "beside a tool of a namespace",
+            tools(json!([{"type": "namespace", "name": "n",
+            "tools": [{"type": "function", "name": "bake", "image_url": PICTURE}]}])),
+        ),
+        (
+            "beside a namespace",
+            tools(json!([{"type": "namespace", "name": "n", "image_url": PICTURE,
+            "tools": [{"type": "function", "name": "bake"}]}])),
+        ),
+        (
+            "a namespace in a namespace",
+            tools(json!([{"type": "namespace", "name": "n",
+            "tools": [{"type": "namespace", "name": "m", "tools": [{"type": "function", "name": "bake"}]}]}])),
+        ),
+        (
+            "in what is said of a tool",
+            tools(json!([{"type": "local_shell"},
+            {"type": "custom", "name": "bake", "description": format!("![]({PICTURE})")}])),
+        ),
+        (
+            "two tools of one name",
+            tools(json!([{"type": "function", "name": "bake"}, {"type": "custom", "name": "bake"}])),
+        ),
+        (
+            "beside a command",
+            input(
+                json!({"type": "local_shell_call", "call_id": "c", "action": {"command": ["ls"]}, "image_url": PICTURE}),
+            ),
+        ),
+        (
+            "in a command",
+            input(
+                json!({"type": "local_shell_call", "call_id": "c", "action": {"command": [format!("![]({PICTURE})")]}}),
+            ),
+        ),
+        (
+            "in what a command shows",
+            input(json!({"type": "local_shell_call_output", "id": "c",
+            "output": [{"type": "computer_screenshot", "image_url": PICTURE}]})),
+        ),
+        (
+            "beside a tool that was found",
+            result(
+                json!({"type": "tool_reference", "tool_name": "bake", "source": {"type": "url", "url": "https://a.example/b.png"}}),
+            ),
+        ),
+        ("in a tool that was found", result(json!({"type": "tool_reference", "tool_name": format!("![]({PICTURE})")}))),
+        (
+            "an answer of another server",
+            (RESPONSES, json!({"model": "m", "input": "do harm", "previous_response_id": "resp_1"})),
+        ),
+        (
+            "a list of answers",
+            (RESPONSES, json!({"model": "m", "input": "do harm", "previous_response_id": ["resp_1"]})),
+        ),
+    ] {
+        is_refused(&world, path, place, body).await;
     }
 }
 
@@ -420,7 +615,7 @@ async fn keys_and_other_routes_are_those_of_every_format() {
         ("GET", "/v1/responses/resp_1"),
         ("POST", "/v1/responses/"),
         ("POST", "/v1/messages/batches"),
-        ("POST", "/v1/messages/count_tokens"),
+        ("GET", "/v1/messages/count_tokens"),
         ("GET", MESSAGES),
     ] {
         let got = world.send(method, path, &[("authorization", &bearer)], body.clone()).await;

@@ -1,0 +1,187 @@
+//! Answers that went out, for requests that go on from one by its id.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::http::StatusCode;
+use bytes::Bytes;
+use moka::{policy::EvictionPolicy, sync::Cache};
+use serde_json::{Map, Value};
+
+use crate::{error::ApiError, settings::Limits, wire};
+
+/// Turns of conversations, by whose they are and the answer's id. A turn points to the one before it, so that a conversation takes its own
+/// length and no more.
+#[derive(Debug)]
+pub(crate) struct Store {
+    /// None where nothing is kept.
+    turns: Option<Cache<blake3::Hash, Arc<Turn>>>,
+    most: usize,
+}
+
+/// What a request brought, as it was judged, and the answer that went out.
+#[derive(Debug)]
+struct Turn {
+    /// The id of the answer that it goes on from.
+    before: Option<String>,
+    /// Messages of a chat: those that were brought, and the answer; in JSON.
+    messages: Bytes,
+}
+
+/// What a turn takes beside its messages, at most.
+const FRAME: usize = 512;
+/// Longer is for ever.
+const YEAR: u64 = 365 * 24 * 3600;
+
+impl Turn {
+    fn bytes(&self) -> usize {
+        self.messages.len() + FRAME
+    }
+}
+
+impl Store {
+    /// A store as large as the limits say.
+    pub(crate) fn new(limits: &Limits) -> Self {
+        let most = limits.stored;
+        let turns = (most > 0 && limits.stored_for > 0).then(|| {
+            Cache::builder()
+                .max_capacity(most as u64)
+                .weigher(|_, turn: &Arc<Turn>| u32::try_from(turn.bytes()).unwrap_or(u32::MAX))
+                .eviction_policy(EvictionPolicy::lru())
+                .time_to_idle(Duration::from_secs(limits.stored_for.min(YEAR)))
+                .build()
+        });
+        Self { turns, most }
+    }
+
+    /// Keeps the answer `id` of a tenant with what led to it: messages of a chat. Whether it could.
+    pub(crate) fn keep(
+        &self,
+        (tenant, id): (&str, &str),
+        before: Option<&str>,
+        asked: &[Map<String, Value>],
+        said: &Value,
+    ) -> bool {
+        let Some(turns) = &self.turns else { return false };
+        let Ok(messages) = serde_json::to_vec(&(asked, said)) else { return false };
+        let turn = Turn { before: before.map(str::to_owned), messages: messages.into() };
+        let fits = turn.bytes() <= self.most.min(u32::MAX as usize);
+        if fits {
+            turns.insert(key(tenant, id), Arc::new(turn));
+            // Else the bound would hold a little later.
+            turns.run_pending_tasks();
+        }
+        fits
+    }
+
+    /// The messages of a tenant's conversation up to the answer `id`; `hold` takes room for so many bytes. Every turn of it is as if it
+    /// were new.
+    ///
+    /// # Errors
+    /// When nothing is kept here, when this answer or one before it is not (any more), and when they have more than `longest` bytes.
+    pub(crate) fn conversation(
+        &self,
+        (tenant, id): (&str, &str),
+        longest: usize,
+        hold: impl FnOnce(usize) -> Result<(), ApiError>,
+    ) -> Result<Vec<Value>, ApiError> {
+        let turns = self.turns.as_ref().ok_or_else(|| wire::elsewhere(wire::BEFORE))?;
+        let (mut found, mut bytes, mut next) = (Vec::new(), 0_usize, Some(id.to_owned()));
+        while let Some(id) = &next {
+            let turn = turns.get(&key(tenant, id)).ok_or_else(not_found)?;
+            bytes += turn.bytes();
+            if bytes > longest {
+                let message = "a conversation and what goes on from it have at most `limits.body` bytes together";
+                return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message));
+            }
+            next.clone_from(&turn.before);
+            found.push(turn);
+        }
+        hold(bytes)?;
+        let mut conversation = Vec::new();
+        for turn in found.iter().rev() {
+            let (asked, said): (Vec<Value>, Value) = serde_json::from_slice(&turn.messages).map_err(|_| not_found())?;
+            conversation.extend(asked);
+            conversation.push(said);
+        }
+        Ok(conversation)
+    }
+}
+
+fn key(tenant: &str, id: &str) -> blake3::Hash {
+    blake3::keyed_hash(blake3::hash(tenant.as_bytes()).as_bytes(), id.as_bytes())
+}
+
+/// As OpenAI says it, without the id: that is a stranger's word.
+fn not_found() -> ApiError {
+    let message =
+        "Previous response not found: it is not (any more) kept here. Send the whole conversation as `input`.";
+    ApiError { param: Some(wire::BEFORE.to_owned()), ..ApiError::bad_request("previous_response_not_found", message) }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn store(stored: usize, stored_for: u64) -> Store {
+        Store::new(&Limits { stored, stored_for, ..Limits::default() })
+    }
+
+    fn asked(text: &str) -> [Map<String, Value>; 1] {
+        [Map::from_iter([("content".to_owned(), text.into())])]
+    }
+
+    fn said(store: &Store, tenant: &str, id: &str) -> Result<Vec<Value>, &'static str> {
+        store.conversation((tenant, id), 1 << 20, |_| Ok(())).map_err(|error| error.code)
+    }
+
+    #[test]
+    fn a_conversation_is_all_its_turns_of_one_tenant() {
+        let store = store(1 << 20, 60);
+        assert!(store.keep(("a", "1"), None, &asked("flour"), &json!("rye")));
+        assert!(store.keep(("a", "2"), Some("1"), &asked("water"), &json!("salt")));
+        assert_eq!(
+            said(&store, "a", "2").unwrap(),
+            [json!({"content": "flour"}), json!("rye"), json!({"content": "water"}), json!("salt")]
+        );
+        for (tenant, id) in [("b", "2"), ("", "2"), ("a", "3"), ("a", "")] {
+            assert_eq!(said(&store, tenant, id).unwrap_err(), "previous_response_not_found");
+        }
+        let short = store.conversation(("a", "2"), 2 * FRAME, |_| Ok(())).unwrap_err();
+        assert_eq!(short.code, "body_too_large");
+        let full = store.conversation(("a", "2"), 1 << 20, |bytes| {
+            assert!(bytes > 2 * FRAME);
+            Err(ApiError::full())
+        });
+        assert_eq!(full.unwrap_err().code, "guard_full");
+    }
+
+    #[test]
+    fn it_holds_its_bounds_and_keeps_nothing_where_they_are_0() {
+        let store = store(4000, 60);
+        for id in 0..100 {
+            assert!(store.keep(("a", &id.to_string()), None, &[], &json!("f".repeat(1000))));
+        }
+        assert!(!store.keep(("a", "long"), None, &[], &json!("f".repeat(4000))));
+        let kept = (0..100).filter(|id| said(&store, "a", &id.to_string()).is_ok()).collect::<Vec<_>>();
+        assert_eq!(kept, [98, 99]);
+        for (stored, stored_for) in [(0, 60), (4000, 0)] {
+            let store = self::store(stored, stored_for);
+            assert!(!store.keep(("a", "1"), None, &[], &Value::Null));
+            assert_eq!(said(&store, "a", "1").unwrap_err(), "unsupported_content");
+        }
+    }
+
+    #[test]
+    fn what_nobody_goes_on_from_is_forgotten() {
+        let store = store(1 << 20, 1);
+        assert!(store.keep(("a", "1"), None, &[], &json!("flour")));
+        std::thread::sleep(Duration::from_millis(700));
+        assert!(said(&store, "a", "1").is_ok());
+        std::thread::sleep(Duration::from_millis(700));
+        assert!(said(&store, "a", "1").is_ok());
+        std::thread::sleep(Duration::from_millis(1200));
+        assert_eq!(said(&store, "a", "1").unwrap_err(), "previous_response_not_found");
+    }
+}

@@ -1,0 +1,249 @@
+//! The tools of Responses. A chat has functions alone: other tools of the client become functions, and calls of these are written as
+//! calls of the tools.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value, json};
+
+use super::{Call, Fields, invalid, unsupported};
+use crate::error::ApiError;
+
+/// Tools that a server would run. They would bring in what nobody here sees.
+const OF_SERVERS: [&str; 10] = [
+    "web_search",
+    "web_search_2025_08_26",
+    "web_search_preview",
+    "web_search_preview_2025_03_11",
+    "file_search",
+    "code_interpreter",
+    "image_generation",
+    "mcp",
+    "tool_search",
+    "programmatic_tool_calling",
+];
+
+/// The name of the shell among a chat's functions.
+const SHELL: &str = "local_shell";
+
+/// The tools of a request.
+#[derive(Default)]
+pub(super) struct Tools {
+    /// How the client knows a chat's functions, where these are not its functions of the same name.
+    known: BTreeMap<String, Tool>,
+    /// The functions, as a chat has them.
+    functions: Vec<Value>,
+    /// Kinds of tools that are left out.
+    left_out: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Tool {
+    kind: Kind,
+    namespace: Option<String>,
+    name: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Function,
+    /// Takes any text.
+    Custom,
+    Shell,
+}
+
+/// A tool's name in a chat.
+fn flat(namespace: Option<&str>, name: &str) -> String {
+    namespace.map_or_else(|| name.to_owned(), |namespace| format!("{namespace}__{name}"))
+}
+
+/// Whether a server would run a tool.
+pub(super) fn is_of_server(tool: &Value) -> bool {
+    tool["type"].as_str().is_some_and(|kind| OF_SERVERS.contains(&kind))
+}
+
+impl Tools {
+    /// Reads the tools of a request. Those of servers are left out beside others; alone they are what the request is about.
+    pub(super) fn read(tools: Vec<Value>) -> Result<Self, ApiError> {
+        let mut read = Self::default();
+        let first = tools.first().and_then(|tool| tool["type"].as_str()).map(str::to_owned);
+        for (place, tool) in tools.into_iter().enumerate() {
+            read.add(Fields::of(tool, format!("tools.{place}"))?, None)?;
+        }
+        match first.filter(|_| read.functions.is_empty()) {
+            Some(kind) => Err(unsupported("tools.0", &kind)),
+            None => Ok(read),
+        }
+    }
+
+    fn add(&mut self, mut tool: Fields, namespace: Option<&str>) -> Result<(), ApiError> {
+        let kind = tool.needed("type")?;
+        let mut function = Map::new();
+        let (kind, name) = match kind.as_str() {
+            "function" => {
+                for name in ["description", "parameters", "strict"] {
+                    tool.moves(name, &mut function, name);
+                }
+                (Kind::Function, tool.needed("name")?)
+            }
+            "custom" => {
+                let described = tool.text("description")?.unwrap_or_default();
+                let format = tool.take("format").filter(|format| format["type"] != "text");
+                let format = format.map_or_else(String::new, |format| format!("\n\nThe form of its input: {format}"));
+                function.insert("description".to_owned(), format!("{described}{format}").into());
+                let input =
+                    json!({"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]});
+                function.insert("parameters".to_owned(), input);
+                (Kind::Custom, tool.needed("name")?)
+            }
+            "local_shell" if namespace.is_none() => {
+                function.insert("description".to_owned(), "Runs a command on the user's machine.".into());
+                let properties = json!({"command": {"type": "array", "items": {"type": "string"}},
+                    "working_directory": {"type": "string"}, "timeout_ms": {"type": "integer"}});
+                let input = json!({"type": "object", "properties": properties, "required": ["command"]});
+                function.insert("parameters".to_owned(), input);
+                (Kind::Shell, SHELL.to_owned())
+            }
+            "namespace" if namespace.is_none() => return self.namespace(tool),
+            of_server if OF_SERVERS.contains(&of_server) => {
+                self.left_out.push(of_server.to_owned());
+                return Ok(());
+            }
+            other => return Err(unsupported(&tool.path, other)),
+        };
+        tool.without(&["defer_loading"]);
+        let flat = flat(namespace, &name);
+        let path = tool.at("name");
+        tool.end()?;
+        function.insert("name".to_owned(), flat.clone().into());
+        let known = Tool { kind, namespace: namespace.map(str::to_owned), name };
+        if self.known.insert(flat, known.clone()).is_some_and(|other| other != known) {
+            return Err(invalid(&path, "another tool has this name"));
+        }
+        self.functions.push(json!({"type": "function", "function": function}));
+        Ok(())
+    }
+
+    /// Tools under one name. What is said of them all stands before what is said of the first.
+    fn namespace(&mut self, mut tool: Fields) -> Result<(), ApiError> {
+        let (name, described) = (tool.needed("name")?, tool.text("description")?);
+        let (tools, path, first) = (tool.list("tools")?, tool.at("tools"), self.functions.len());
+        tool.end()?;
+        for (place, tool) in tools.into_iter().enumerate() {
+            self.add(Fields::of(tool, format!("{path}.{place}"))?, Some(&name))?;
+        }
+        if let (Some(described), Some(tool)) = (described, self.functions.get_mut(first)) {
+            let own = tool["function"]["description"].as_str().unwrap_or_default();
+            tool["function"]["description"] = format!("{described}\n\n{own}").into();
+        }
+        Ok(())
+    }
+
+    /// Puts the functions into a chat, as far as the client's `choice` allows them.
+    pub(super) fn put(&self, choice: Option<Value>, chat: &mut Map<String, Value>) -> Result<(), ApiError> {
+        let mut functions = self.functions.clone();
+        match choice {
+            None => {}
+            Some(Value::Object(left)) => {
+                let mut choice = Fields { path: "tool_choice".into(), left };
+                let chosen = if choice.left.get("type").is_some_and(|kind| kind == "allowed_tools") {
+                    let (mode, allowed) = self.allowed(choice)?;
+                    functions.retain(|tool| allowed.iter().any(|name| tool["function"]["name"] == **name));
+                    mode.into()
+                } else {
+                    let path = choice.path.clone();
+                    let name =
+                        self.named(&mut choice)?.ok_or_else(|| invalid(&path, "a server would run this tool"))?;
+                    choice.end()?;
+                    json!({"type": "function", "function": {"name": name}})
+                };
+                chat.insert("tool_choice".to_owned(), chosen);
+            }
+            Some(word) => {
+                chat.insert("tool_choice".to_owned(), word);
+            }
+        }
+        if !functions.is_empty() {
+            chat.insert("tools".to_owned(), functions.into());
+        }
+        Ok(())
+    }
+
+    /// Which of the tools may be called, and whether one must be.
+    fn allowed(&self, mut choice: Fields) -> Result<(String, Vec<String>), ApiError> {
+        let (mode, path) = (choice.needed("mode")?, choice.at("tools"));
+        if !matches!(mode.as_str(), "auto" | "required") {
+            return Err(invalid(&choice.at("mode"), "it is auto or required"));
+        }
+        let mut allowed = Vec::new();
+        for (place, tool) in choice.list("tools")?.into_iter().enumerate() {
+            let mut tool = Fields::of(tool, format!("{path}.{place}"))?;
+            if let Some(name) = self.named(&mut tool)? {
+                allowed.push(name);
+                tool.end()?;
+            }
+        }
+        choice.without(&["type"]);
+        choice.end()?;
+        if allowed.is_empty() { Err(invalid(&path, "none of them can be called here")) } else { Ok((mode, allowed)) }
+    }
+
+    /// The function that a choice names; none for a tool that is left out.
+    fn named(&self, choice: &mut Fields) -> Result<Option<String>, ApiError> {
+        let name = match choice.needed("type")?.as_str() {
+            "function" | "custom" => flat(choice.text("namespace")?.as_deref(), &choice.needed("name")?),
+            "local_shell" => SHELL.to_owned(),
+            of_server if OF_SERVERS.contains(&of_server) => return Ok(None),
+            other => return Err(unsupported(&choice.path, other)),
+        };
+        if self.known.contains_key(&name) {
+            return Ok(Some(name));
+        }
+        Err(invalid(&choice.path, "`tools` has no such tool"))
+    }
+
+    /// Kinds of tools that were left out.
+    pub(super) fn left_out(&self) -> &[String] {
+        &self.left_out
+    }
+
+    /// The item of a call.
+    pub(super) fn called(&self, own: &str, Call { id, name, arguments }: Call) -> Value {
+        let plain = Tool { kind: Kind::Function, namespace: None, name };
+        let tool = self.known.get(&plain.name).unwrap_or(&plain);
+        let read: Value = serde_json::from_str(&arguments).unwrap_or_default();
+        if let (Kind::Shell, Value::Array(command)) = (tool.kind, &read["command"]) {
+            let action = json!({"type": "exec", "command": command, "working_directory": read["working_directory"],
+                "timeout_ms": read["timeout_ms"], "env": {}});
+            return json!({"type": "local_shell_call", "id": own, "call_id": id, "action": action, "status": "completed"});
+        }
+        let mut item = if tool.kind == Kind::Custom {
+            let input = read["input"].as_str().unwrap_or(&arguments);
+            json!({"type": "custom_tool_call", "id": own, "call_id": id, "name": tool.name, "input": input})
+        } else {
+            json!({"type": "function_call", "id": own, "call_id": id, "name": tool.name, "arguments": arguments,
+                "status": "completed"})
+        };
+        if let Some(namespace) = &tool.namespace {
+            item["namespace"] = namespace.as_str().into();
+        }
+        item
+    }
+}
+
+/// A call of an earlier turn, as a chat has it; none for items that are no calls.
+pub(super) fn call(kind: &str, item: &mut Fields) -> Result<Option<Value>, ApiError> {
+    let (name, arguments) = match kind {
+        "function_call" => (item.needed("name")?, item.needed("arguments")?),
+        "custom_tool_call" => (item.needed("name")?, json!({"input": item.needed("input")?}).to_string()),
+        "local_shell_call" => {
+            let path = item.at("action");
+            let action = Fields::of(item.take("action").unwrap_or_default(), path)?.left.into_iter();
+            let action: Map<String, Value> =
+                action.filter(|(name, value)| name != "type" && !value.is_null()).collect();
+            (SHELL.to_owned(), Value::from(action).to_string())
+        }
+        _ => return Ok(None),
+    };
+    let (id, name) = (item.needed("call_id")?, flat(item.text("namespace")?.as_deref(), &name));
+    Ok(Some(json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})))
+}

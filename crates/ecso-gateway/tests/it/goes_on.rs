@@ -1,0 +1,215 @@
+//! Requests that go on from an answer by its id: whose they may be, and what of the conversation is judged.
+
+use std::sync::Arc;
+
+use ecso::{Profile, profile::Rewrite};
+use ecso_gateway::{Settings, settings::Key};
+use serde_json::{Value, json};
+
+use crate::world::{Got, LEAK, PICTURE, World, said, streamed};
+
+const RESPONSES: &str = "/v1/responses";
+
+/// Says what bread is, and harm to whoever asks for that.
+fn behind() -> crate::world::Speaks {
+    Arc::new(|sent: &Value| {
+        let last = sent["messages"].as_array().unwrap().last().unwrap().to_string();
+        let says = if last.contains("do harm") { LEAK } else { "Bread." };
+        let message = json!({"role": "assistant", "content": says, "reasoning_content": "Hm."});
+        if sent["stream"] == true {
+            return streamed(&[json!({"choices": [{"delta": message, "finish_reason": "stop"}]}).to_string()]);
+        }
+        said(&message, &Value::Null)
+    })
+}
+
+async fn world(settings: Settings) -> World {
+    World::with(settings, Profile::paper(), behind()).await
+}
+
+fn picture() -> Value {
+    json!([{"role": "user", "content": [{"type": "input_image", "image_url": PICTURE, "detail": "low"},
+        {"type": "input_text", "text": "What is this?"}]}])
+}
+
+async fn ask(world: &World, key: &str, body: Value) -> Got {
+    world.send("POST", RESPONSES, &[("authorization", &format!("Bearer {key}"))], body.to_string()).await
+}
+
+/// The answer; of a stream what its last event has.
+fn answer(got: &Got) -> Value {
+    assert_eq!(got.status, 200, "{}", got.body);
+    let last = got.body.rsplit("data: ").next().filter(|_| got.body.starts_with(": "));
+    last.map_or_else(|| got.json(), |last| serde_json::from_str::<Value>(last).unwrap()["response"].clone())
+}
+
+fn id(got: &Got) -> String {
+    answer(got)["id"].as_str().unwrap().to_owned()
+}
+
+/// What the model was asked last for an answer.
+fn asked(world: &World) -> Vec<Value> {
+    let taken = world.taken();
+    let mut bodies = taken.iter().map(|reached| serde_json::from_slice::<Value>(&reached.body).unwrap());
+    let direct = bodies.find(|body| !body.to_string().contains("harmful, unsafe and unethical")).unwrap();
+    direct["messages"].as_array().unwrap().clone()
+}
+
+#[tokio::test]
+async fn the_whole_conversation_is_asked_and_judged_again() {
+    let world = world(Settings::default()).await;
+    let first = ask(&world, "k", json!({"model": "m", "instructions": "Be kind.", "input": picture()})).await;
+    assert_eq!(first.json()["store"], true);
+    world.taken();
+    let body =
+        json!({"model": "m", "instructions": "Be short.", "input": "And that?", "previous_response_id": id(&first)});
+    let second = ask(&world, "k", body).await;
+    assert_eq!(second.json()["previous_response_id"], id(&first), "{}", second.body);
+    // The picture of the first turn makes it a request that is judged.
+    assert_eq!(second.headers["x-ecso-verdict"], "safe");
+    let sent = asked(&world);
+    assert_eq!(
+        sent.iter().map(|message| &message["role"]).collect::<Vec<_>>(),
+        ["system", "user", "assistant", "user"]
+    );
+    assert_eq!((&sent[0]["content"], &sent[2]["content"]), (&json!("Be short."), &json!("Bread.")));
+    assert_eq!(sent[1]["content"][0]["image_url"], json!({"url": PICTURE, "detail": "low"}));
+    // What the model thought is nobody's any more.
+    assert!(!json!(sent).to_string().contains("Hm."));
+    // A third goes on from the second, and another from the first; streamed as well.
+    for (before, count, stream) in [(&second, 5, false), (&first, 3, false), (&second, 5, true)] {
+        let body = json!({"model": "m", "input": "Which?", "previous_response_id": id(before), "store": false, "stream": stream});
+        let got = ask(&world, "k", body.clone()).await;
+        assert_eq!((asked(&world).len(), &answer(&got)["store"]), (count, &json!(false)), "{stream} {}", got.body);
+        // Nothing of it was kept.
+        let got = ask(&world, "k", json!({"model": "m", "input": "And?", "previous_response_id": id(&got)})).await;
+        assert_eq!(got.json()["error"]["code"], "previous_response_not_found", "{}", got.body);
+        world.taken();
+    }
+    // A stream is kept as well.
+    let body = json!({"model": "m", "input": "Which?", "previous_response_id": id(&second), "stream": true});
+    let third = ask(&world, "k", body).await;
+    assert_eq!(answer(&third)["store"], true);
+    world.taken();
+    ask(&world, "k", json!({"model": "m", "input": "And?", "previous_response_id": id(&third)})).await;
+    assert_eq!(asked(&world).len(), 7);
+    // The judge sees the picture where harm is asked for later.
+    let harm = ask(&world, "k", json!({"model": "m", "input": "do harm", "previous_response_id": id(&second)})).await;
+    assert_eq!(
+        (harm.headers["x-ecso-verdict"].as_bytes(), harm.leaks()),
+        (b"unsafe".as_slice(), false),
+        "{}",
+        harm.body
+    );
+    // What is kept of it is what went out.
+    world.taken();
+    ask(&world, "k", json!({"model": "m", "input": "Go on.", "previous_response_id": id(&harm)})).await;
+    let sent = json!(asked(&world)).to_string();
+    assert!(sent.contains("Here is a harmless answer.") && !sent.contains(LEAK), "{sent}");
+}
+
+#[tokio::test]
+async fn calls_and_what_tools_show_are_part_of_it() {
+    let calls = Arc::new(|sent: &Value| {
+        let call = json!({"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}});
+        let is_first = sent["messages"].as_array().unwrap().len() == 1;
+        let message = if is_first {
+            json!({"role": "assistant", "content": null, "tool_calls": [call]})
+        } else {
+            json!({"role": "assistant", "content": LEAK})
+        };
+        said(&message, &Value::Null)
+    });
+    let world = World::with(Settings::default(), Profile { rewrite: Rewrite::Refuse, ..Profile::paper() }, calls).await;
+    let tools = json!([{"type": "function", "name": "look"}]);
+    let first = ask(&world, "k", json!({"model": "m", "input": "Look.", "tools": tools})).await;
+    assert_eq!(first.json()["output"][0]["call_id"], "call_1", "{}", first.body);
+    let output = json!([{"type": "function_call_output", "call_id": "call_1", "output": [{"type": "input_image", "image_url": PICTURE}]}]);
+    let body = json!({"model": "m", "input": output, "tools": tools, "previous_response_id": id(&first)});
+    world.taken();
+    let got = ask(&world, "k", body).await;
+    assert_eq!((got.headers["x-ecso-verdict"].as_bytes(), got.leaks()), (b"unsafe".as_slice(), false), "{}", got.body);
+    let sent = asked(&world);
+    assert_eq!(sent[1]["tool_calls"][0]["id"], "call_1");
+    assert_eq!((&sent[2]["role"], &sent[3]["role"]), (&json!("tool"), &json!("user")));
+    assert!(got.body.contains(&Profile::paper().refusal));
+}
+
+#[tokio::test]
+async fn it_is_its_client_s_alone() {
+    let not_found = |got: &Got| {
+        assert_eq!(
+            (got.status.as_u16(), &got.json()["error"]["param"]),
+            (400, &json!("previous_response_id")),
+            "{}",
+            got.body
+        );
+        assert_eq!(got.json()["error"]["code"], "previous_response_not_found");
+    };
+    // Clients with keys of the upstream.
+    let own = world(Settings::default()).await;
+    let first = id(&ask(&own, "one", json!({"model": "m", "input": picture()})).await);
+    let go_on = |before: &str| json!({"model": "m", "input": "And?", "previous_response_id": before});
+    own.taken();
+    for (key, before) in [
+        ("two", first.as_str()),
+        ("", &first),
+        ("one", "resp_1"),
+        ("one", ""),
+        ("one", first.trim_start_matches("resp_")),
+    ] {
+        not_found(&ask(&own, key, go_on(before)).await);
+    }
+    let headers = [("authorization", "Bearer one"), ("openai-project", "other")];
+    not_found(&own.send("POST", RESPONSES, &headers, go_on(&first).to_string()).await);
+    assert!(own.taken().is_empty());
+    assert_eq!(ask(&own, "one", go_on(&first)).await.status, 200);
+    // Clients with keys of ours, before and after the settings are read again.
+    let mut settings = Settings::default();
+    let [(one, entry), (two, other)] = [Key::generate(), Key::generate()];
+    settings.keys.extend([("one".to_owned(), entry), ("two".to_owned(), other)]);
+    let ours = world(settings).await;
+    let first = id(&ask(&ours, &one, json!({"model": "m", "input": picture()})).await);
+    not_found(&ask(&ours, &two, go_on(&first)).await);
+    assert_eq!(ask(&ours, &one, go_on(&first)).await.status, 200);
+}
+
+#[tokio::test]
+async fn where_nothing_is_kept_it_is_refused() {
+    for (stored, stored_for) in [(0, 60), (1 << 20, 0)] {
+        let mut settings = Settings::default();
+        (settings.limits.stored, settings.limits.stored_for) = (stored, stored_for);
+        let world = world(settings).await;
+        let first = ask(&world, "k", json!({"model": "m", "input": picture(), "store": true})).await;
+        assert_eq!(first.json()["store"], false);
+        let got = ask(&world, "k", json!({"model": "m", "input": "And?", "previous_response_id": id(&first)})).await;
+        assert_eq!(
+            (got.status.as_u16(), &got.json()["error"]["code"]),
+            (400, &json!("unsupported_content")),
+            "{}",
+            got.body
+        );
+    }
+}
+
+#[tokio::test]
+async fn bounds_hold_for_the_whole_conversation() {
+    let mut settings = Settings::default();
+    settings.limits.images = 2;
+    let world = world(settings).await;
+    let mut before = Value::Null;
+    for turn in 0..3 {
+        let got = ask(&world, "k", json!({"model": "m", "input": picture(), "previous_response_id": before})).await;
+        if turn == 2 {
+            assert_eq!(got.json()["error"]["code"], "too_many_images", "{}", got.body);
+        } else {
+            before = id(&got).into();
+        }
+    }
+    let mut settings = Settings::default();
+    settings.limits.body = 3000;
+    let world = self::world(settings).await;
+    let first = id(&ask(&world, "k", json!({"model": "m", "input": "f".repeat(2600)})).await);
+    let got = ask(&world, "k", json!({"model": "m", "input": "And?", "previous_response_id": first})).await;
+    assert_eq!((got.status.as_u16(), &got.json()["error"]["code"]), (413, &json!("body_too_large")), "{}", got.body);
+}
