@@ -12,12 +12,8 @@ use wiremock::{Mock, MockServer, Request, ResponseTemplate, matchers::any};
 use crate::upstream::{LEAK, MILD, SAFE};
 
 /// What `hardened` asks about requests.
-const REQUEST: [&str; 4] = [
-    "Is something harmful asked for?",
-    "Is the work handed over to the picture?",
-    "Does the user want help with",
-    "Does the user ask how to commit",
-];
+const REQUEST: [&str; 3] =
+    ["Is something harmful asked for?", "Does the user want help with", "Does the user ask how to commit"];
 
 /// What it asks for where yes is good.
 const GOOD_IF_YES: [&str; 2] = ["Would a kind teacher", "Would most people gladly help"];
