@@ -16,7 +16,7 @@ const REQUEST: [&str; 3] =
     ["Is something harmful asked for?", "Does the user want help with", "Does the user ask how to commit"];
 
 /// What it asks for where yes is good.
-const GOOD_IF_YES: [&str; 2] = ["Would a kind teacher", "Would most people gladly help"];
+const GOOD_IF_YES: &str = "Would most people gladly help";
 
 /// A call, as it came.
 #[derive(Debug, Clone)]
@@ -50,7 +50,7 @@ impl Asked {
 
     /// Whether it asks for something where yes is good.
     pub(crate) fn is_good_if_yes(&self) -> bool {
-        GOOD_IF_YES.iter().any(|words| self.prompt().contains(words))
+        self.prompt().contains(GOOD_IF_YES)
     }
 
     /// The text of its last message.
