@@ -93,7 +93,7 @@ impl Judge<'_, '_> {
         let (mut sum, mut are_told) = (way.bias, true);
         for term in &way.terms {
             if self.p.spare && are_told && term.from.is_some_and(|from| sum < from) {
-                return Ok(Some(Detection::given_up(sum, self.p.threshold)));
+                return Ok(Some(Detection::given_up(self.p.threshold)));
             }
             let Some(question) = self.p.question(term) else { continue };
             let found = if let Some(found) = self.known.get(question.name.as_str()) {

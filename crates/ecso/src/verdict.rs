@@ -261,6 +261,9 @@ pub(crate) const SURE: f64 = 4.0;
 /// The probability that these are.
 pub(crate) const CERTAIN: f64 = 0.982;
 
+/// The probability of harm by a way that is given up.
+const GIVEN_UP: f64 = 0.05;
+
 /// The log-odds of a probability.
 pub(crate) fn log_odds(probability: f64) -> f64 {
     (probability / (1.0 - probability)).ln()
@@ -311,9 +314,9 @@ impl Detection {
         Self { verdict, score: are_told.then_some(weight), weight }
     }
 
-    /// A sum that was not followed to its end, because it comes to nothing.
-    pub(crate) fn given_up(sum: f64, threshold: f64) -> Self {
-        let weight = (1.0 / (1.0 + (-sum).exp())).min(threshold * 0.999);
+    /// A way that was given up because it comes to nothing: what it may still hide is little.
+    pub(crate) fn given_up(threshold: f64) -> Self {
+        let weight = GIVEN_UP.min(threshold / 2.0);
         Self { verdict: Verdict::Safe, score: Some(weight), weight }
     }
 
