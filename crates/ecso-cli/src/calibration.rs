@@ -31,6 +31,20 @@ pub(crate) struct Stored {
     pub(crate) found: Calibration,
 }
 
+/// Requests from which on a fit is kept: half of them to fit on.
+const ENOUGH: usize = 60;
+
+impl Stored {
+    /// Why it is not worth keeping, if it isn't.
+    pub(crate) fn fault(&self) -> Option<String> {
+        if self.items < ENOUGH {
+            return Some(format!("of {} requests no fit is kept: it takes {ENOUGH}", self.items));
+        }
+        let told = "no fit is kept: on the half that it was not fitted on it does not surely flag more of the harmful than of the harmless";
+        (!self.found.tells_apart()).then(|| told.to_owned())
+    }
+}
+
 /// The name of a profile's text: 16 hexadecimal digits of its BLAKE3.
 pub(crate) fn hash(profile: &Profile) -> String {
     blake3::hash(profile.to_toml().as_bytes()).to_hex()[..16].to_owned()

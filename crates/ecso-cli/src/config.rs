@@ -35,7 +35,7 @@ pub(crate) struct Settings {
     pub(crate) reader: bool,
     /// Whether the tagger helps the reader, where its file is here.
     pub(crate) tagger: bool,
-    /// Built-in profile, TOML file, or `auto`: `hardened`, as it was fitted to the model.
+    /// Built-in profile, TOML file, or `auto`, which is `hardened`. `hardened` is as it was fitted to the model, if it was.
     pub(crate) profile: String,
     /// Fields of the profile that are changed.
     pub(crate) set: BTreeMap<String, String>,
@@ -345,9 +345,9 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<Profile> {
 /// [`profile`], and why it is that one, where nobody named it.
 pub(crate) fn chosen_profile(settings: &Settings) -> anyhow::Result<(Profile, Option<&'static str>)> {
     let (mut profile, why) = match settings.profile.as_str() {
-        "auto" => {
+        "auto" | "hardened" => {
             let (profile, why) = calibration::profile(settings)?;
-            (profile, Some(why))
+            (profile, (settings.profile == "auto").then_some(why))
         }
         named => (named_profile(named)?, None),
     };

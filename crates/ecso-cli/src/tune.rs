@@ -25,8 +25,6 @@ use crate::{
 
 /// The set that is asked.
 const SET: &str = "pairs";
-/// Requests from which on a fit is kept: thirty pairs, half of them to fit on.
-const ENOUGH: usize = 60;
 
 pub(crate) fn run(args: &TuneArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let settings = config::load(file, &args.model, &ProfileArgs::default())?;
@@ -112,8 +110,8 @@ fn finish(
     } else {
         println!("{page}");
     }
-    if heard.len() < ENOUGH {
-        eprintln!("{}; of {} requests no fit is kept: it takes {ENOUGH}", path.display(), heard.len());
+    if let Some(fault) = stored.fault() {
+        eprintln!("{}; {fault}", path.display());
         return Ok(());
     }
     let kept = calibration::store(settings, &stored)?;

@@ -120,6 +120,14 @@ pub fn calibrate(scores: &[Scored], false_alarms: f64) -> Result<Calibration, To
     })
 }
 
+impl Calibration {
+    /// Whether the threshold tells harmful from harmless on the half that it wasn't chosen on: it surely flags more of them.
+    #[must_use]
+    pub fn tells_apart(&self) -> bool {
+        self.reported.recall.low > self.reported.false_alarms.value
+    }
+}
+
 fn half(scores: &[&Scored], threshold: f64) -> Half {
     let flagged = |harmful: bool| {
         let of_kind = || scores.iter().filter(|scored| scored.harmful == harmful);

@@ -1,12 +1,13 @@
 //! `ecso eval calibrate`.
 
 use std::{
+    collections::BTreeMap,
     fmt::Write as _,
     path::{Path, PathBuf},
 };
 
 use anyhow::bail;
-use ecso::Profile;
+use ecso::{Profile, profile::Method};
 use ecso_batch::journal::Saved;
 use ecso_eval::{
     calibrate::{Half, Scores, calibrate},
@@ -57,6 +58,9 @@ pub(super) fn run(
         }
     }
     let Some(header) = headers.into_iter().next() else { bail!(UsageError("name a run".into())) };
+    if all.scored.is_empty() && all.without > 0 {
+        bail!(UsageError("the model tells no probabilities: there is no threshold to be found".into()));
+    }
     let found = calibrate(&all.scored, false_alarms).map_err(UsageError::of)?;
     let stored = Stored {
         ecso: env!("CARGO_PKG_VERSION").into(),
@@ -65,7 +69,7 @@ pub(super) fn run(
         profile: PROFILE.into(),
         profile_hash: calibration::hash(&Profile::named(PROFILE)?),
         items: all.scored.len(),
-        biases: std::collections::BTreeMap::new(),
+        biases: biases(&header.profiles)?,
         found,
     };
     if json {
@@ -73,12 +77,32 @@ pub(super) fn run(
     } else {
         print!("{}", told(&stored));
     }
+    if let Some(fault) = stored.fault() {
+        eprintln!("{fault}");
+        return Ok(());
+    }
     if !dry_run {
         let settings = config::load(file, &ModelArgs::default(), &ProfileArgs::default())?;
         let path = calibration::store(&settings, &stored)?;
-        eprintln!("kept in {}; {PROFILE} is now the default for {}", path.display(), stored.model);
+        eprintln!(
+            "kept in {}, in place of an earlier fit: `{PROFILE}` takes it for {} from now on",
+            path.display(),
+            stored.model
+        );
     }
     Ok(())
+}
+
+/// The biases of the profile that was run, where they are not the built-in ones: the threshold was found with them.
+fn biases(profiles: &[(String, String)]) -> anyhow::Result<BTreeMap<String, f64>> {
+    let ways = |profile: Profile| match profile.method {
+        Method::Hardened(method) => method.ways.into_iter().map(|way| (way.name, way.bias)).collect(),
+        Method::Paper(_) => BTreeMap::new(),
+    };
+    let built_in = ways(Profile::named(PROFILE)?);
+    let text = profiles.iter().find(|(name, _)| name == PROFILE).map_or("", |(_, text)| text);
+    let run = ways(Profile::from_toml(text).map_err(UsageError::of)?);
+    Ok(if run == built_in { BTreeMap::new() } else { run })
 }
 
 fn told(stored: &Stored) -> String {
