@@ -24,7 +24,8 @@ def found(raw):
 
 def chat(query, stream):
     image = {"type": "image_url", "image_url": {"url": url}}
-    asked = dict(model=model, messages=[{"role": "user", "content": content(query, image)}], max_tokens=64, temperature=0)
+    asked = dict(model=model, messages=[{"role": "user", "content": content(query, image)}], max_tokens=64,
+                 extra_body={"temperature": 0})
     if stream:
         chunks = list(client.chat.completions.create(**asked, stream=True))
         text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
@@ -49,7 +50,8 @@ def response(query, stream):
 
 def message(query, stream):
     image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": picture}}
-    asked = dict(model=model, messages=[{"role": "user", "content": content(query, image)}], max_tokens=64, temperature=0)
+    asked = dict(model=model, messages=[{"role": "user", "content": content(query, image)}], max_tokens=64,
+                 extra_body={"temperature": 0})
     if stream:
         events = list(other.messages.create(**asked, stream=True))
         text = "".join(event.delta.text for event in events if event.type == "content_block_delta")
