@@ -237,7 +237,7 @@ fn behind_thoughts(reply: &str, find: fn(&str, &str) -> Option<usize>) -> Option
     let lower = text.to_ascii_lowercase();
     let begun = THOUGHTS.iter().find(|(begin, _)| lower.starts_with(begin));
     // Some chat templates write the opening mark themselves.
-    let end = begun.map_or("</think>", |(_, end)| end);
+    let end = begun.map_or("</think>", |(_, end)| *end);
     match find(&lower, end) {
         None => begun.is_none().then_some(text),
         // What begins with yes or no is no thought; then nobody knows.
