@@ -265,7 +265,11 @@ fn told(manifest: &Manifest, dataset: &Path) -> String {
         );
     }
     if manifest.cut_short > 0 {
-        let _ = writeln!(text, "  places where the input ends before its end, so that rows are missing: {}", manifest.cut_short);
+        let _ = writeln!(
+            text,
+            "  places where the input ends before its end, so that rows are missing: {}",
+            manifest.cut_short
+        );
     }
     if manifest.failed > 0 {
         let _ = writeln!(

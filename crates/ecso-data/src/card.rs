@@ -91,7 +91,10 @@ pub(crate) fn card(manifest: &Manifest) -> String {
         line(format_args!("- rows that were never looked at, as the run was ended before: {unseen}"));
     }
     if manifest.cut_short > 0 {
-        line(format_args!("- places where the input ends before its end, so that rows are missing: {}", manifest.cut_short));
+        line(format_args!(
+            "- places where the input ends before its end, so that rows are missing: {}",
+            manifest.cut_short
+        ));
     }
     for (reason, rows) in &manifest.dropped {
         line(format_args!("- left out, {}: {rows}", says(*reason)));

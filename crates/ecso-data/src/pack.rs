@@ -239,7 +239,8 @@ fn pictures(row: Row, record: &RowRecord, out: &Path, limits: ecso::Limits) -> R
     let mut digests = record.images.iter();
     let mut images = Vec::with_capacity(row.images.len());
     for picture in &row.images {
-        let read = |path: &Path| regular::read(path, limits.bytes).map(Bytes::from).map_err(|error| failed(path, error));
+        let read =
+            |path: &Path| regular::read(path, limits.bytes).map(Bytes::from).map_err(|error| failed(path, error));
         let found = match picture {
             Picture::Bytes(bytes) => Image::several(bytes.clone(), limits),
             Picture::File(path) => Image::several(read(path)?, limits),

@@ -120,6 +120,27 @@ async fn an_input_that_ends_before_its_end_is_no_success() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_input_that_changes_under_the_run_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let (rows, other) = (folder.path().join("rows.jsonl"), folder.path().join("other"));
+    std::fs::write(&rows, row("What is bread?")).unwrap();
+    std::fs::write(&other, row("What is rye?") + &row("What is wheat?")).unwrap();
+    let place = rows.clone();
+    let model = Model::start(move |asked| {
+        if asked.step == "direct" {
+            let _ = std::fs::rename(&other, &place);
+        }
+        Reply::usual(asked)
+    })
+    .await;
+    let go = || synth(folder.path(), &model.url, rows.to_str().unwrap(), "");
+    let output = go();
+    let said = text(&output.stderr);
+    assert!(output.status.code() == Some(1) && said.contains("changed while its rows were made: 2 rows"), "{said}");
+    assert!(go().status.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_answer_that_was_cut_is_left_out_and_counted() {
     let model = Model::start(|asked| {
         let begun = json!({"role": "assistant", "content": "Mix the flour and"});
@@ -133,7 +154,10 @@ async fn an_answer_that_was_cut_is_left_out_and_counted() {
     command.args(["synth", "--model", &model.url, "--model-name", "m", "--profile", "paper", "--set", "scope=all"]);
     let output = command.arg("--input").arg(&rows).arg("--out").arg(folder.path().join("out")).output().unwrap();
     let (told, said) = (text(&output.stdout), text(&output.stderr));
-    assert!(output.status.success() && told.contains("1 left out") && told.contains("left out, cut: 1"), "{told}{said}");
+    assert!(
+        output.status.success() && told.contains("1 left out") && told.contains("left out, cut: 1"),
+        "{told}{said}"
+    );
 }
 
 /// `ecso synth` over these rows, in a process that goes on meanwhile.
@@ -181,7 +205,10 @@ async fn a_stop_is_heard_while_files_are_read() {
     let killed = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     let output = child.wait_with_output().unwrap();
     let said = text(&output.stderr);
-    assert!(killed.success() && output.status.code() == Some(130) && said.contains("stopped; what is recorded"), "{said}");
+    assert!(
+        killed.success() && output.status.code() == Some(130) && said.contains("stopped; what is recorded"),
+        "{said}"
+    );
     assert!(stopped.elapsed() < Duration::from_secs(20), "{:?}", stopped.elapsed());
 }
 

@@ -89,9 +89,9 @@ impl Mapping {
             return held(named).filter(|name| !name.is_empty()).into_iter().collect();
         }
         let usual = usual(what);
-        let in_other_case = usual.iter().flat_map(|name| {
-            fields.keys().filter(move |other| other.eq_ignore_ascii_case(name) && other != name)
-        });
+        let in_other_case = usual
+            .iter()
+            .flat_map(|name| fields.keys().filter(move |other| other.eq_ignore_ascii_case(name) && other != name));
         let exact = usual.iter().filter_map(|name| held(name));
         exact.chain(in_other_case.filter_map(|name| held(name))).collect()
     }

@@ -23,7 +23,9 @@ impl Reader {
         // One image may stand in several columns, as a path and as bytes; a column of more may be there for rows that have more.
         if let Some(name) = usual.iter().rev().max_by_key(|name| fields.get(*name).map(several)) {
             let found = self.found(name, fields);
-            if let Some(other) = usual.iter().find(|other| self.found(other, fields).iter().any(|one| is_missing(one, &found))) {
+            if let Some(other) =
+                usual.iter().find(|other| self.found(other, fields).iter().any(|one| is_missing(one, &found)))
+            {
                 return Err(self.either("image", name, other));
             }
             self.take_images(name, fields, &mut images)?;

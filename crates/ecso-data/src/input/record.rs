@@ -116,12 +116,7 @@ impl Reader {
     }
 
     /// Takes the column that is `what`. Of two that hold different things nobody knows which it is.
-    fn take(
-        &self,
-        what: &str,
-        fields: &mut Fields,
-        holds: fn(&Cell) -> bool,
-    ) -> Result<Option<(String, Cell)>, Cause> {
+    fn take(&self, what: &str, fields: &mut Fields, holds: fn(&Cell) -> bool) -> Result<Option<(String, Cell)>, Cause> {
         let columns = self.mapping.columns(what, fields, holds);
         let Some((name, others)) = columns.split_first() else { return Ok(None) };
         match others.iter().find(|other| fields.get(*other) != fields.get(name)) {
@@ -133,8 +128,11 @@ impl Reader {
     /// Why two columns of one meaning can't both be it.
     pub(super) fn either(&self, what: &str, name: &str, other: &str) -> Cause {
         let (column, other) = (self.column(name), self.column(other));
-        format!("{column} and {other} hold different things, and either may be the {what}: --map {what}={} takes the first", cut(name))
-            .into()
+        format!(
+            "{column} and {other} hold different things, and either may be the {what}: --map {what}={} takes the first",
+            cut(name)
+        )
+        .into()
     }
 
     /// A name: of any type that is shown as a text.
