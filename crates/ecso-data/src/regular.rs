@@ -38,7 +38,7 @@ mod tests {
         for path in [&pipe, Path::new("/dev/zero")] {
             assert!(read(path, 9).unwrap_err().to_string().contains("no regular file"), "{}", path.display());
         }
-        assert_eq!(read(Path::new("/proc/self/pagemap"), 9).unwrap(), []);
+        assert!(read(Path::new("/proc/self/pagemap"), 9).unwrap().is_empty());
         let file = folder.path().join("file");
         std::fs::write(&file, "bread").unwrap();
         assert_eq!((read(&file, 9).unwrap(), read(&file, 2).unwrap()), (b"bread".to_vec(), b"bre".to_vec()));
