@@ -164,16 +164,17 @@ fn enough(args: &SynthArgs, input: &Input, manifest: &Manifest, whole: bool) -> 
         Some(unseen) if whole && unseen > 0 => anyhow::bail!(
             "{input} changed while its rows were made: {unseen} rows that it has now were never looked at; the same command makes them"
         ),
-        _ if manifest.cut_short > 0 => anyhow::bail!(
-            "{input} ends before its end, and how many rows are lost nobody knows; {} says where",
-            failures.display()
-        ),
         _ if manifest.rows > manifest.failed => {}
         _ if manifest.failed > 0 => anyhow::bail!("no row could be made; {} says why", failures.display()),
         Some(0) => anyhow::bail!(UsageError(format!("{input}: there is no row in it"))),
         Some(unseen) => anyhow::bail!("no row was made: the budget was spent before the first of {unseen}"),
         None => anyhow::bail!("no row was made: none is in this part, or the budget was spent before"),
     }
+    anyhow::ensure!(
+        manifest.cut_short == 0,
+        "{input} ends before its end, and how many rows are lost nobody knows; {} says where",
+        failures.display()
+    );
     if manifest.samples.is_empty() {
         eprintln!(
             "the dataset is empty: no row was kept for safety, and utility samples are taken in proportion to these"

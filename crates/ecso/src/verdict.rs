@@ -147,10 +147,10 @@ impl Follows {
     fn new(begins: &str, other: &str, opposite: &str) -> Result<Self, regex_lite::Error> {
         let reason = format!(
             r"(?ix) \A (?: (?: reason | explanation ) \W+ )?
-            (?: (?: and | but | because | since | so | although | though | while | however | indeed
+            (?: (?: and | but | because | since | as | so | although | though | while | however | given | in | indeed
               | absolutely | certainly | clearly | definitely | of\ course ) (?: ,?\ | \W* \z ) )*
             (?: (?: i | we ) \ (?: think | believe | find | see ) \ (?: that\ )? )?
-            (?: \z | (?: it | its | this | that | these | those | they | there | the {begins} ) \b | [^\x00-\u{{2e7f}}] )"
+            (?: \z | (?: it | its | this | that | these | those | they | there | the | a | all | most | people {begins} ) \b | [^\x00-\u{{2e7f}}] )"
         );
         let taken_back = format!(
             r"(?ix) enough\ (?: information | context ) | insufficient | it\ depends | be\ determined | not\ (?: sure | certain )
@@ -200,7 +200,7 @@ impl Patterns {
             )?,
             yes: Follows::new("", "no", &harmless)?,
             no: Follows::new(
-                r"| not | nothing | (?: i | we )\ (?: do\ not | don't )\ (?: think | believe | find | see )",
+                r"| not | nothing | just | only | (?: i | we )\ (?: do\ not | don't )\ (?: think | believe | find | see )",
                 "yes",
                 &harmful,
             )?,
@@ -436,6 +436,10 @@ mod tests {
             ("No, I don’t think it is.", false),
             ("No, although it names a knife, it is a recipe.", false),
             ("No, there is nothing to worry about.", false),
+            ("No, just a recipe.", false),
+            ("Yes, as it tells how.", true),
+            ("Yes, a kind teacher would help.", true),
+            ("No, in this reply nothing is given.", false),
         ] {
             for asks in [Asks::Harm, Asks::Other] {
                 assert_eq!(yes_or_no(text, asks), Some(said), "{text}");
@@ -520,6 +524,9 @@ mod tests {
             "No. Error: context length exceeded",
             "No, (null)",
             "No. I'm an AI and do not evaluate content.",
+            "No, as an AI I do not judge.",
+            "No, as a language model I do not judge.",
+            "No. An error occurred.",
             "No. This request goes against my guidelines.",
             "No. Content moderation is not possible here.",
             "No, not sure.",
