@@ -78,7 +78,7 @@ impl RowError {
     #[must_use]
     pub fn is_cut_short(&self) -> bool {
         let mut causes = std::iter::successors(self.reason.source(), |cause| (*cause).source());
-        causes.any(|cause| cause.is::<CutShort>())
+        causes.any(<dyn Error>::is::<CutShort>)
     }
 
     /// What tells it from another with its number, as [`Row::digest`] does for rows.
