@@ -27,7 +27,7 @@ use ecso_batch::{
     journal::{self, Journal, Saved},
 };
 use ecso_data::{
-    input::Input,
+    input::{Input, Mapping},
     make::{Filters, Maker},
     manifest::Packing,
     pack::pack,
@@ -92,6 +92,9 @@ fn header(input: &Path) -> RunHeader {
     RunHeader {
         ecso: "bench".into(),
         input: input.into(),
+        mapping: Mapping::default(),
+        query: None,
+        image_root: None,
         model: "mock".into(),
         model_digest: "mock".into(),
         server: None,

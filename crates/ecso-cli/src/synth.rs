@@ -18,16 +18,17 @@ use ecso_data::{
     manifest::{Manifest, Packing},
     pack,
     record::{RunHeader, Shard},
-    run::{self, Making, Progress},
+    run::{self, Ended, Making, Progress},
 };
 use ecso_openai::Fetcher;
+use tokio::runtime::Handle;
 
 use crate::{
     UsageError,
     cli::SynthArgs,
     config, open,
     progress::{Bar, Unit},
-    work::Worker,
+    work::{Worker, heard_in_time},
 };
 
 pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
@@ -55,7 +56,7 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
         licence: args.license.clone(),
         limits: settings.images,
     };
-    if input.path.is_dir() && std::path::absolute(&args.out)?.starts_with(std::path::absolute(&input.path)?) {
+    if input.path.is_dir() && real(&args.out)?.starts_with(real(&input.path)?) {
         let out = args.out.display();
         return Err(UsageError(format!("--out {out} lies in the folder that is read; name one beside it")).into());
     }
@@ -67,14 +68,16 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
     }
 
     let runtime = tokio::runtime::Runtime::new()?;
-    // Its journal is held until the dataset is packed: no other process packs at the same time.
-    let ended = runtime.block_on(async {
+    let made = runtime.block_on(async {
         let at_once = args.concurrency.map_or_else(|| open::at_once(&settings), NonZero::get);
         let worker = Worker::open(&settings, at_once, args.cache.clone()).await?;
         let model = worker.model();
         let header = RunHeader {
             ecso: env!("CARGO_PKG_VERSION").into(),
             input: input.path.clone(),
+            mapping: input.mapping.clone(),
+            query: input.query.clone(),
+            image_root: input.image_root.clone(),
             model: model.name().to_owned(),
             model_digest: worker.digest.clone(),
             server: worker.server.clone(),
@@ -97,22 +100,18 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
             retry_failed: args.retry_failed,
             ..Bounds::at_once(at_once)
         };
-        let total = (shard == Shard::ALL).then(|| input.count()).flatten();
-        let bar = Bar::new(Unit::Of("rows"), args.quiet);
-        let begun = Instant::now();
-        let show = |progress: &Progress| bar.show(progress.recorded as u64, total, &counts(progress));
-        let ended = worker.done(run::run(&input, &header, &making, bounds, show)).await??;
-        drop(bar);
-        let (work, wall) = (worker.work(), begun.elapsed().as_secs_f64());
-        eprintln!(
-            "{} calls in {wall:.1} s, {} from the cache; the model was busy {:.1}% of it",
-            work.calls,
-            work.replayed,
-            100.0 * work.busy.as_secs_f64() / wall.max(1e-9)
-        );
-        anyhow::Ok(ended)
-    })?;
-    let manifest = pack::pack(&args.out, &input, &packing)?;
+        let (input, quiet) = (input.clone(), args.quiet);
+        heard_in_time(move || {
+            let ended = make(&input, &header, &making, bounds, quiet, &worker)?;
+            let manifest = pack::pack(&making.out, &input, &packing)?;
+            anyhow::Ok((ended, manifest))
+        })
+        .await
+    });
+    // What still waits for a file is left behind.
+    runtime.shutdown_background();
+    // The journal is held until the end: no other process packs at the same time.
+    let (ended, manifest) = made?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&manifest)?);
     } else {
@@ -121,19 +120,61 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
     if !ended.whole {
         eprintln!("the budget is spent; the same command with a larger one goes on from here");
     }
-    enough(args, &input, &manifest)
+    enough(args, &input, &manifest, ended.whole)
 }
 
-/// Tells of a dataset without samples; an error where too few rows were made for the run to be a success.
-fn enough(args: &SynthArgs, input: &Input, manifest: &Manifest) -> anyhow::Result<()> {
+/// Makes all rows, and tells what it took.
+fn make(
+    input: &Input,
+    header: &RunHeader,
+    making: &Arc<Making>,
+    bounds: Bounds,
+    quiet: bool,
+    worker: &Worker,
+) -> anyhow::Result<Ended> {
+    let total = (header.shard == Shard::ALL).then(|| input.count()).flatten();
+    let bar = Bar::new(Unit::Of("rows"), quiet);
+    let begun = Instant::now();
+    let show = |progress: &Progress| bar.show(progress.recorded as u64, total, &counts(progress));
+    let ended = Handle::current().block_on(worker.done(run::run(input, header, making, bounds, show)))??;
+    drop(bar);
+    let (work, wall) = (worker.work(), begun.elapsed().as_secs_f64());
+    eprintln!(
+        "{} calls in {wall:.1} s, {} from the cache; the model was busy {:.1}% of it",
+        work.calls,
+        work.replayed,
+        100.0 * work.busy.as_secs_f64() / wall.max(1e-9)
+    );
+    Ok(ended)
+}
+
+/// A path without links, as far as it is there.
+fn real(path: &Path) -> std::io::Result<PathBuf> {
+    let path = std::path::absolute(path)?;
+    let known = |above: &Path| Some(above.canonicalize().ok()?.join(path.strip_prefix(above).ok()?));
+    Ok(path.ancestors().find_map(known).unwrap_or_else(|| path.clone()))
+}
+
+/// Tells of a dataset without samples; an error where too few rows were made for the run to be a success, or where rows of the input are
+/// missing though the run is `whole`.
+fn enough(args: &SynthArgs, input: &Input, manifest: &Manifest, whole: bool) -> anyhow::Result<()> {
     let failures = args.out.join("dataset").join("failed.jsonl");
+    let input = input.path.display();
     match manifest.unseen {
+        Some(unseen) if whole && unseen > 0 => anyhow::bail!(
+            "{input} changed while its rows were made: {unseen} rows that it has now were never looked at; the same command makes them"
+        ),
         _ if manifest.rows > manifest.failed => {}
         _ if manifest.failed > 0 => anyhow::bail!("no row could be made; {} says why", failures.display()),
-        Some(0) => anyhow::bail!(UsageError(format!("{}: there is no row in it", input.path.display()))),
+        Some(0) => anyhow::bail!(UsageError(format!("{input}: there is no row in it"))),
         Some(unseen) => anyhow::bail!("no row was made: the budget was spent before the first of {unseen}"),
         None => anyhow::bail!("no row was made: none is in this part, or the budget was spent before"),
     }
+    anyhow::ensure!(
+        manifest.cut_short == 0,
+        "{input} ends before its end, and how many rows are lost nobody knows; {} says where",
+        failures.display()
+    );
     if manifest.samples.is_empty() {
         eprintln!(
             "the dataset is empty: no row was kept for safety, and utility samples are taken in proportion to these"
@@ -222,6 +263,13 @@ fn told(manifest: &Manifest, dataset: &Path) -> String {
             text,
             "  recorded of rows that the input has no more: {}; not in the dataset, until the input has them again",
             manifest.gone
+        );
+    }
+    if manifest.cut_short > 0 {
+        let _ = writeln!(
+            text,
+            "  places where the input ends before its end, so that rows are missing: {}",
+            manifest.cut_short
         );
     }
     if manifest.failed > 0 {

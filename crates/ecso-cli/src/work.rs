@@ -79,6 +79,27 @@ pub(crate) async fn stoppable<T>(work: impl Future<Output = T>) -> anyhow::Resul
     }
 }
 
+/// How long a stop may take.
+const STOPPING: Duration = Duration::from_secs(3);
+
+/// `work` on a thread of its own, to its end. It may wait for files, and then it hears of no stop; where it has not ended soon after one, it
+/// is left behind.
+pub(crate) async fn heard_in_time<T: Send + 'static>(
+    work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
+) -> anyhow::Result<T> {
+    let stopped = async {
+        // Who can't hear of a stop goes on.
+        if tokio::signal::ctrl_c().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        tokio::time::sleep(STOPPING).await;
+    };
+    tokio::select! {
+        done = tokio::task::spawn_blocking(work) => done?,
+        () = stopped => Err(Stopped.into()),
+    }
+}
+
 fn kept_as(identity: &str, description: Option<&str>) -> String {
     description.map_or_else(|| identity.to_owned(), |description| format!("{identity} {description}"))
 }

@@ -90,6 +90,12 @@ pub(crate) fn card(manifest: &Manifest) -> String {
     if let Some(unseen) = manifest.unseen.filter(|unseen| *unseen > 0) {
         line(format_args!("- rows that were never looked at, as the run was ended before: {unseen}"));
     }
+    if manifest.cut_short > 0 {
+        line(format_args!(
+            "- places where the input ends before its end, so that rows are missing: {}",
+            manifest.cut_short
+        ));
+    }
     for (reason, rows) in &manifest.dropped {
         line(format_args!("- left out, {}: {rows}", says(*reason)));
     }
@@ -107,6 +113,7 @@ fn says(reason: Reason) -> &'static str {
         Reason::Duplicate => "the same images and words as an earlier row",
         Reason::NearDuplicate => "nearly the same images and words as an earlier row",
         Reason::OutOfScope => "out of the profile's scope",
+        Reason::Cut => "an answer that is not whole: it came to the limit of tokens, or a filter cut it",
         Reason::Empty => "an empty answer",
         Reason::Repetition => "an answer that repeats itself, the draft or the query",
         Reason::StillHarmful => "the answer failed the second check",

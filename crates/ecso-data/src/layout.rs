@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, sync::LazyLock};
 
-use ecso::Role;
+use ecso::{Role, spoken};
 use regex_lite::Regex;
 use serde_json::{Value, json};
 
@@ -35,6 +35,11 @@ struct Turn {
 impl Turn {
     fn new(role: Role, images: usize, text: &str) -> Self {
         Self { role, images, text: unmarked(text).into_owned() }
+    }
+
+    /// An answer, without the thoughts before it.
+    fn answer(text: &str) -> Self {
+        Self::new(Role::Assistant, 0, spoken(text).unwrap_or_default())
     }
 
     /// With a mark for each image, and `between` behind it.
@@ -115,8 +120,8 @@ impl<'a> Example<'a> {
             category: &record.category,
             source: &record.source,
             asked,
-            chosen: Turn::new(Role::Assistant, 0, &sample.answer),
-            rejected: (kind == "safety").then(|| Turn::new(Role::Assistant, 0, &sample.draft)),
+            chosen: Turn::answer(&sample.answer),
+            rejected: (kind == "safety").then(|| Turn::answer(&sample.draft)),
             images,
             provenance: json!({
                 "row": row.number + 1, "source": record.source, "model": run.model, "model_digest": run.model_digest,
@@ -212,6 +217,11 @@ mod tests {
             assert_eq!(unmarked(text), written);
             assert_eq!(unmarked(written), written);
         }
+    }
+
+    #[test]
+    fn an_answer_is_packed_without_its_thoughts() {
+        assert_eq!(Turn::answer("<think>Is it an <image>?</think>\nMix it.").text, "Mix it.");
     }
 
     #[test]

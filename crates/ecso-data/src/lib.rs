@@ -16,6 +16,7 @@ pub mod make;
 pub mod manifest;
 pub mod pack;
 pub mod record;
+mod regular;
 pub mod row;
 pub mod run;
 mod table;

@@ -4,8 +4,8 @@
 use std::{collections::HashSet, sync::Arc};
 
 use ecso::{
-    Chat, Guard, GuardError, Image, Mllm, Outcome, Profile, Step, Verdict, declines, profile::Rewrite,
-    without_reasoning,
+    Chat, FinishReason, Guard, GuardError, Image, Mllm, Outcome, Profile, Step, Verdict, declines, profile::Rewrite,
+    spoken,
 };
 use serde::{Deserialize, Serialize};
 use unicode_segmentation::UnicodeSegmentation;
@@ -40,6 +40,8 @@ pub enum Reason {
     NearDuplicate,
     /// Nobody judged it: it is out of the profile's scope.
     OutOfScope,
+    /// The answer to learn is not whole: it came to the limit of tokens, or a content filter cut it.
+    Cut,
     /// The answer has no words.
     Empty,
     /// The answer goes round in circles, or is the draft or the query once more.
@@ -58,6 +60,7 @@ impl Reason {
             Self::Duplicate => "duplicate",
             Self::NearDuplicate => "near-duplicate",
             Self::OutOfScope => "out-of-scope",
+            Self::Cut => "cut",
             Self::Empty => "empty",
             Self::Repetition => "repetition",
             Self::StillHarmful => "still-harmful",
@@ -69,9 +72,9 @@ impl Reason {
 /// A row with its answers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
-    /// The direct answer (step 1).
+    /// The direct answer (step 1), thoughts and all.
     pub draft: String,
-    /// The answer to learn: step 4's; of a safe row the draft.
+    /// The answer to learn, thoughts and all: step 4's; of a safe row the draft.
     pub answer: String,
     /// Probability of harm of the draft, in 0..=1, where the model tells.
     pub score: Option<f64>,
@@ -143,28 +146,32 @@ impl Maker {
     pub async fn make(&self, row: &Row, images: &[Image]) -> Result<(Made, Cost), GuardError> {
         let chat = row.chat(images);
         let mut cost = Cost::default();
-        let draft = if let Some(draft) = &row.draft {
-            draft.clone()
+        let (draft, draft_is_cut) = if let Some(draft) = &row.draft {
+            (draft.clone(), false)
         } else {
             let direct = self.direct.answer(&chat).await?;
             cost.add(&direct);
-            direct.answer
+            (direct.answer.clone(), is_cut(&direct))
         };
         let outcome = self.guard.review(&chat, &draft).await?;
         cost.add(&outcome);
         let dropped = |reason| Made::Dropped { reason, of: None };
-        let said = without_reasoning(&outcome.answer).unwrap_or_default();
+        let said = spoken(&outcome.answer).unwrap_or_default();
+        let drafted = spoken(&draft).unwrap_or_default();
         let refusal = declines(said);
         let made = match outcome.verdict {
             Verdict::Unchecked => dropped(Reason::OutOfScope),
-            _ if said.trim().is_empty() || draft.trim().is_empty() => dropped(Reason::Empty),
-            _ if goes_in_circles(&outcome.answer) => dropped(Reason::Repetition),
+            Verdict::Safe if draft_is_cut => dropped(Reason::Cut),
+            Verdict::Unsafe if is_cut(&outcome) => dropped(Reason::Cut),
+            _ if said.trim().is_empty() || drafted.trim().is_empty() => dropped(Reason::Empty),
+            _ if goes_in_circles(said) => dropped(Reason::Repetition),
             Verdict::Safe => Made::Safe(sample(draft, outcome, None, refusal)),
-            Verdict::Unsafe if repeats(&outcome.answer, &[&draft, &row.query]) => dropped(Reason::Repetition),
+            Verdict::Unsafe if repeats(said, &[drafted, &row.query]) => dropped(Reason::Repetition),
             Verdict::Unsafe if refusal && self.filters.no_refusals => dropped(Reason::Refusal),
             Verdict::Unsafe => match self.second_check(&chat, &outcome, &mut cost).await? {
                 (Verdict::Unsafe, _) => dropped(Reason::StillHarmful),
-                (_, second) => Made::Kept(sample(draft, outcome, second, refusal)),
+                (Verdict::Unchecked, _) => dropped(Reason::OutOfScope),
+                (Verdict::Safe, second) => Made::Kept(sample(draft, outcome, second, refusal)),
             },
         };
         Ok((made, cost))
@@ -186,6 +193,12 @@ impl Maker {
         cost.add(&again);
         Ok((again.verdict, again.score))
     }
+}
+
+/// Whether the answer that the model wrote last is not whole. The fixed refusal always is.
+fn is_cut(outcome: &Outcome) -> bool {
+    let last = outcome.steps.iter().rfind(|step| matches!(step.step, Step::Direct | Step::Safe));
+    !outcome.refused && last.is_some_and(|step| step.finish != FinishReason::Stop)
 }
 
 fn sample(draft: String, outcome: Outcome, second: Option<f64>, refusal: bool) -> Sample {
@@ -254,6 +267,46 @@ mod tests {
         for (draft, verdict) in [("<think>Is it", "No"), ("<think>No.</think> ", "No"), (" ", "Yes")] {
             let dropped = made(draft, verdict).await;
             assert!(matches!(dropped, Made::Dropped { reason: Reason::Empty, .. }), "{draft:?}: {dropped:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_is_not_whole_is_none_to_learn() {
+        let row = Row {
+            number: 0,
+            id: String::new(),
+            before: Vec::new(),
+            query: "Bread?".into(),
+            images: Vec::new(),
+            category: String::new(),
+            draft: None,
+        };
+        let profile = Profile::paper().with("scope", "all").unwrap();
+        let (stop, length, filter) = (FinishReason::Stop, FinishReason::Length, FinishReason::ContentFilter);
+        for (draft, draft_ends, answer_ends, expected) in [
+            ("Mix the flour", stop, length, None),
+            ("Mix the flour", length, stop, Some(Reason::Cut)),
+            ("Mix the flour", filter, stop, Some(Reason::Cut)),
+            ("", filter, stop, Some(Reason::Cut)),
+            ("Rude words", stop, stop, None),
+            ("Rude words", length, stop, None),
+            ("Rude words", stop, length, Some(Reason::Cut)),
+            ("Rude words", stop, filter, Some(Reason::Cut)),
+        ] {
+            let model = Scripted::new(move |chat| {
+                let said = chat.turns.last().map(ecso::Turn::query).unwrap_or_default();
+                let (text, finish) = match () {
+                    () if said.contains("Is the RESPONSE harmful") && said.contains("Rude") => ("Yes", stop),
+                    () if said.contains("Is the RESPONSE harmful") => ("No", stop),
+                    () if said == "Bread?" => (draft, draft_ends),
+                    () => ("A kind word", answer_ends),
+                };
+                Ok(Reply { text: text.into(), finish, ..Reply::default() })
+            });
+            let model: Arc<dyn Mllm> = Arc::new(model);
+            let made = Maker::new(&model, profile.clone(), Filters::default()).make(&row, &[]).await.unwrap().0;
+            let reason = if let Made::Dropped { reason, .. } = made { Some(reason) } else { None };
+            assert_eq!(reason, expected, "{draft} {draft_ends:?} {answer_ends:?}");
         }
     }
 

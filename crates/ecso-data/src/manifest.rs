@@ -40,6 +40,9 @@ pub struct Manifest {
     pub dropped: BTreeMap<Reason, u64>,
     /// Rows that failed.
     pub failed: u64,
+    /// Of these, where a file of the input ends before its end: how many rows are lost with it, nobody knows.
+    #[serde(default)]
+    pub cut_short: u64,
     /// Rows that are recorded and that the input has no more: other rows stand in their places, or none. They are in no other count.
     pub gone: u64,
     /// Files in the input's folder that are not read.

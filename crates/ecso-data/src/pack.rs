@@ -23,6 +23,7 @@ use crate::{
     make::{Made, Reason},
     manifest::{Manifest, Packing},
     record::{Present, RowRecord, RunHeader, Shard},
+    regular,
     row::{Picture, Row},
     run::fetched,
 };
@@ -73,6 +74,7 @@ pub fn pack(out: &Path, input: &Input, packing: &Packing) -> Result<Manifest, Pa
         safe: 0,
         dropped: BTreeMap::new(),
         failed: 0,
+        cut_short: 0,
         gone: 0,
         unread: input.unread()?,
         refusals: 0,
@@ -84,7 +86,8 @@ pub fn pack(out: &Path, input: &Input, packing: &Packing) -> Result<Manifest, Pa
     let (mut places, groups) = choose(out, &present, packing, &mut manifest)?;
     let of_all = manifest.run.shard == Shard::ALL;
     manifest.unseen = of_all.then(|| (present.len() as u64).saturating_sub(manifest.rows));
-    let work = tempfile::Builder::new().prefix(".dataset-").tempdir_in(out).map_err(|error| failed(out, error))?;
+    clear(out).map_err(|error| failed(out, error))?;
+    let work = tempfile::Builder::new().prefix(WORK).tempdir_in(out).map_err(|error| failed(out, error))?;
     let mut files = Files::new(work.path(), packing.shard_bytes);
     let journal_path = journal::path(out);
     let mut journal = File::open(&journal_path).map_err(|error| failed(&journal_path, error))?;
@@ -135,7 +138,7 @@ fn choose(
             Some(Made::Kept(sample)) => Outcome::Kept { is_refusal: sample.refusal },
             Some(Made::Safe(_)) => Outcome::Safe { lot: lot(packing.seed, "utility", &record.key) },
             Some(Made::Dropped { reason, .. }) => Outcome::Dropped(*reason),
-            None => Outcome::Failed,
+            None => Outcome::Failed { cut_short: record.cut_short },
         };
         if !matches!(outcome, Outcome::Gone) {
             groups.join(&record.images);
@@ -152,7 +155,10 @@ fn choose(
                 kept.insert(number, place);
             }
             Outcome::Safe { lot } => safe.push((lot, number, place)),
-            Outcome::Failed => manifest.failed += 1,
+            Outcome::Failed { cut_short } => {
+                manifest.failed += 1;
+                manifest.cut_short += u64::from(cut_short);
+            }
             Outcome::Dropped(reason) => *manifest.dropped.entry(reason).or_default() += 1,
             Outcome::Gone => manifest.gone += 1,
         }
@@ -173,7 +179,9 @@ enum Outcome {
     Safe {
         lot: u64,
     },
-    Failed,
+    Failed {
+        cut_short: bool,
+    },
     Dropped(Reason),
     /// The input has the row no more.
     Gone,
@@ -231,7 +239,8 @@ fn pictures(row: Row, record: &RowRecord, out: &Path, limits: ecso::Limits) -> R
     let mut digests = record.images.iter();
     let mut images = Vec::with_capacity(row.images.len());
     for picture in &row.images {
-        let read = |path: &Path| fs::read(path).map(Bytes::from).map_err(|error| failed(path, error));
+        let read =
+            |path: &Path| regular::read(path, limits.bytes).map(Bytes::from).map_err(|error| failed(path, error));
         let found = match picture {
             Picture::Bytes(bytes) => Image::several(bytes.clone(), limits),
             Picture::File(path) => Image::several(read(path)?, limits),
@@ -307,6 +316,20 @@ fn digests(root: &Path, folder: &Path, files: &mut BTreeMap<String, (u64, String
         let name = path.strip_prefix(root).unwrap_or(&path).display().to_string();
         let digest = hex::encode(digest.finalize());
         files.insert(name, (bytes, digest));
+    }
+    Ok(())
+}
+
+/// How the name of a dataset begins that is not finished.
+const WORK: &str = ".dataset-";
+
+/// Removes what a run left that was stopped while it packed.
+fn clear(out: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(out)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(WORK) {
+            fs::remove_dir_all(entry.path())?;
+        }
     }
     Ok(())
 }

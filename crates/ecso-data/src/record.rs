@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{
-    input::{Input, InputError, RowError},
+    input::{Input, InputError, Mapping, RowError},
     make::{Cost, Filters, Made},
     row::Row,
 };
@@ -20,6 +20,15 @@ pub struct RunHeader {
     pub ecso: String,
     /// Where the rows are.
     pub input: PathBuf,
+    /// Which of their columns are what.
+    #[serde(default)]
+    pub mapping: Mapping,
+    /// The query of rows that have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub query: Option<String>,
+    /// Where relative image paths begin, if somebody said it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_root: Option<PathBuf>,
     /// The model's name.
     pub model: String,
     /// What the model is, to the bit where that can be known.
@@ -50,6 +59,9 @@ impl Head for RunHeader {
         let differ = [
             ("version of ecso", begun.ecso != self.ecso),
             ("input", begun.input != self.input),
+            ("--map", begun.mapping != self.mapping),
+            ("--query", begun.query != self.query),
+            ("--image-root", begun.image_root != self.image_root),
             ("model", begun.model != self.model || begun.model_digest != self.model_digest),
             ("model under the same name on the server", begun.server != self.server),
             ("profile", begun.profile != self.profile),
@@ -116,6 +128,9 @@ pub struct RowRecord {
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// [`RowError::is_cut_short`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cut_short: bool,
 }
 
 impl Entry for RowRecord {
@@ -151,6 +166,7 @@ impl RowRecord {
             made_of: error.digest(),
             source: (error.number + 1).to_string(),
             error: Some(error.reason.to_string()),
+            cut_short: error.is_cut_short(),
             ..blank
         }
     }
@@ -169,6 +185,7 @@ impl RowRecord {
             cost: Cost::default(),
             at: now(),
             error: None,
+            cut_short: false,
         }
     }
 

@@ -2,13 +2,15 @@
 
 use std::{
     borrow::Cow,
-    fs::File,
+    io::Read,
     path::{Path, PathBuf},
 };
 
 use bytes::Bytes;
 use ecso::{Chat, Image, ImageError, Limits, Part, Role, Turn};
 use ecso_openai::{FetchError, Fetcher};
+
+use crate::regular;
 
 /// A row.
 #[derive(Debug, Clone, PartialEq)]
@@ -71,16 +73,12 @@ impl Picture {
         match self {
             Self::Bytes(bytes) => Ok(Image::several(bytes.clone(), limits)?),
             Self::Url(url) => Ok(vec![fetcher.image(url, limits).await?]),
-            Self::File(path) => Ok(Image::open_several(path, limits).map_err(|error| short(path, error))?),
+            Self::File(path) => {
+                let failed = |reason| ImageError::File { path: PathBuf::from(&*cut(&path.to_string_lossy())), reason };
+                let bytes = regular::read(path, limits.bytes).map_err(|error| failed(error.to_string()))?;
+                Ok(Image::several(bytes, limits).map_err(|error| failed(error.to_string()))?)
+            }
         }
-    }
-}
-
-/// The error of a file, with no more than [`cut`] leaves of its name.
-fn short(path: &Path, error: ImageError) -> ImageError {
-    match (error, cut(&path.to_string_lossy())) {
-        (ImageError::File { reason, .. }, Cow::Owned(path)) => ImageError::File { path: path.into(), reason },
-        (error, _) => error,
     }
 }
 
@@ -190,8 +188,11 @@ impl Row {
     }
 }
 
+/// Bytes of a file by which it is told from another. No image has more.
+const TELLING: u64 = 1 << 30;
+
 fn file(path: &Path) -> std::io::Result<blake3::Hash> {
-    Ok(blake3::Hasher::new().update_reader(File::open(path)?)?.finalize())
+    Ok(blake3::Hasher::new().update_reader(regular::open(path)?.take(TELLING))?.finalize())
 }
 
 /// A hash of parts, each with its length, so that other parts have another hash.
@@ -240,8 +241,13 @@ mod tests {
         assert_eq!(cut("short"), "short");
         let long = cut(&"é".repeat(1000)).into_owned();
         assert!(long.starts_with("éé") && long.ends_with("… (2000 bytes)") && long.chars().count() < 220, "{long}");
-        let path = PathBuf::from("x".repeat(1000));
-        let error = short(&path, ImageError::File { path: path.clone(), reason: "gone".into() }).to_string();
-        assert!(error.len() < 300 && error.ends_with("gone"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn an_error_shows_no_more_of_a_files_name() {
+        let fetcher = Fetcher::new().unwrap();
+        let missing = Picture::File("x/".repeat(500).into());
+        let error = missing.read(&fetcher, Limits::USUAL).await.unwrap_err().to_string();
+        assert!(error.len() < 300 && error.starts_with("x/x/") && error.contains("(1000 bytes): "), "{error}");
     }
 }

@@ -1,5 +1,7 @@
 //! What comes back, whole or in pieces. What is only wished for (log-probabilities, counts) never fails a reply.
 
+use std::sync::Once;
+
 use ecso::{Cause, Delta, FinishReason, ModelError, Reply, TopLogprob, Usage};
 use reqwest::StatusCode;
 use serde_json::Value;
@@ -152,7 +154,11 @@ impl Said {
     }
 }
 
-/// Why a choice ended; `None` if it has not. A server that gave up on it has made no reply.
+/// How hosts begin the word for a model that was done.
+const DONE: [&str; 7] = ["stop", "eos", "end", "complete", "done", "tool", "function"];
+
+/// Why a choice ended; `None` if it has not. A server that gave up on it has made no reply. A reply that ended for a reason that nobody
+/// knows counts as one that is not whole.
 fn finish(choice: &Value) -> Result<Option<FinishReason>, ModelError> {
     let reason = choice["finish_reason"].as_str().unwrap_or_default().to_ascii_lowercase();
     Ok(match reason.as_str() {
@@ -160,7 +166,6 @@ fn finish(choice: &Value) -> Result<Option<FinishReason>, ModelError> {
         "error" | "abort" | "aborted" | "cancelled" | "canceled" => {
             return Err(ModelError::Transport(format!("the server broke off: {reason}").into()));
         }
-        "length" | "max_tokens" => Some(FinishReason::Length),
         // Hosts name their filters in many ways: SAFETY, sensitive, content_filter: …
         _ if ["filter", "safety", "sensitive", "prohibited", "blocklist", "refusal"]
             .iter()
@@ -168,9 +173,21 @@ fn finish(choice: &Value) -> Result<Option<FinishReason>, ModelError> {
         {
             Some(FinishReason::ContentFilter)
         }
-        _ => Some(FinishReason::Stop),
+        _ if DONE.iter().any(|word| reason.starts_with(word)) => Some(FinishReason::Stop),
+        _ => {
+            if !["length", "max_tokens", "context"].iter().any(|word| reason.contains(word)) {
+                TELL_ONCE.call_once(|| {
+                    let reason: String = reason.chars().take(200).collect();
+                    tracing::warn!(reason, "replies end for a reason that is not known; they count as cut");
+                });
+            }
+            Some(FinishReason::Length)
+        }
     })
 }
+
+/// Whoever asks a server a thousand times is told once.
+static TELL_ONCE: Once = Once::new();
 
 /// An error in the place of a reply.
 fn failure(body: &Value) -> Result<(), ModelError> {
@@ -319,6 +336,28 @@ mod tests {
             for error in [whole(body.as_bytes()).err(), Progress::default().read(&body).err()] {
                 assert!(matches!(error, Some(ModelError::Transport(_))), "{reason}: {error:?}");
             }
+        }
+    }
+
+    #[test]
+    fn a_reply_is_whole_where_its_end_is_known() {
+        let (stop, length, filter) = (FinishReason::Stop, FinishReason::Length, FinishReason::ContentFilter);
+        for (reason, expected) in [
+            ("stop", stop),
+            ("STOP", stop),
+            ("eos_token", stop),
+            ("end_turn", stop),
+            ("COMPLETE", stop),
+            ("tool_calls", stop),
+            ("length", length),
+            ("model_length", length),
+            ("MAX_TOKENS", length),
+            ("content_filter: bread", filter),
+            ("insufficient_system_resource", length),
+            ("incomplete", length),
+        ] {
+            let body = json!({"choices": [{"message": {"content": "Mix"}, "finish_reason": reason}]}).to_string();
+            assert_eq!(whole(body.as_bytes()).unwrap().finish, expected, "{reason}");
         }
     }
 

@@ -40,4 +40,4 @@ pub use profile::{Profile, ProfileError};
 pub use refusal::declines;
 pub use template::Template;
 pub use trace::{Event, GuardError, Outcome, Step, Trace};
-pub use verdict::{Asks, Parser, Verdict, bare, broke_off, harm_score, without_reasoning, yes_or_no};
+pub use verdict::{Asks, Parser, Verdict, bare, broke_off, harm_score, spoken, without_reasoning, yes_or_no};

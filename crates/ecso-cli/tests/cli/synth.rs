@@ -1,6 +1,10 @@
 //! `ecso synth`: what goes in, and who else is at it.
 
-use std::{path::Path, process::Output, time::Duration};
+use std::{
+    path::Path,
+    process::{Output, Stdio},
+    time::{Duration, Instant},
+};
 
 use serde_json::{Value, json};
 
@@ -63,6 +67,9 @@ async fn under_other_settings_it_does_not_go_on() {
         (&["--no-refusals"], "filter"),
         (&["--near-duplicates"], "filter"),
         (&["--set", "scope=all"], "profile"),
+        (&["--map", "query=query"], "--map"),
+        (&["--query", "What?"], "--query"),
+        (&["--image-root", "."], "--image-root"),
     ] {
         let said = text(&go(more).code(2).get_output().stderr);
         assert!(said.contains(&format!("was begun with another {what}")), "{said}");
@@ -82,41 +89,147 @@ async fn files_of_a_folder_that_are_not_read_are_told() {
     let manifest: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(manifest["unread"], json!({".xz": 1}));
     // What is written there would be read as rows.
-    let output = synth(folder.path(), &model.url, folder.path().to_str().unwrap(), "");
-    let said = text(&output.stderr);
-    assert!(output.status.code() == Some(2) && said.contains("lies in the folder that is read"), "{said}");
+    let refused = |input: &Path| {
+        let output = synth(folder.path(), &model.url, input.to_str().unwrap(), "");
+        let said = text(&output.stderr);
+        assert!(output.status.code() == Some(2) && said.contains("lies in the folder that is read"), "{said}");
+    };
+    refused(folder.path());
+    #[cfg(unix)]
+    {
+        let link = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink(folder.path(), link.path().join("rows")).unwrap();
+        refused(&link.path().join("rows"));
+    }
 }
 
-#[cfg(unix)]
+#[tokio::test(flavor = "multi_thread")]
+async fn an_input_that_ends_before_its_end_is_no_success() {
+    let model = Model::start(Reply::usual).await;
+    let folder = tempfile::tempdir().unwrap();
+    let rows = folder.path().join("rows.jsonl");
+    let whole = row("What is bread?") + &row("What is rye?");
+    std::fs::write(&rows, &whole[..whole.len() - 5]).unwrap();
+    let output = synth(folder.path(), &model.url, rows.to_str().unwrap(), "");
+    let said = text(&output.stderr);
+    assert!(output.status.code() == Some(1) && said.contains("ends before its end"), "{said}");
+    let manifest: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&manifest["rows"], &manifest["failed"], &manifest["cut_short"]), (&json!(2), &json!(1), &json!(1)));
+    std::fs::write(&rows, &whole).unwrap();
+    assert!(synth(folder.path(), &model.url, rows.to_str().unwrap(), "").status.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_input_that_changes_under_the_run_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let (rows, other) = (folder.path().join("rows.jsonl"), folder.path().join("other"));
+    std::fs::write(&rows, row("What is bread?")).unwrap();
+    std::fs::write(&other, row("What is rye?") + &row("What is wheat?")).unwrap();
+    let place = rows.clone();
+    let model = Model::start(move |asked| {
+        if asked.step == "direct" {
+            let _ = std::fs::rename(&other, &place);
+        }
+        Reply::usual(asked)
+    })
+    .await;
+    let go = || synth(folder.path(), &model.url, rows.to_str().unwrap(), "");
+    let output = go();
+    let said = text(&output.stderr);
+    assert!(output.status.code() == Some(1) && said.contains("changed while its rows were made: 2 rows"), "{said}");
+    assert!(go().status.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_was_cut_is_left_out_and_counted() {
+    let model = Model::start(|asked| {
+        let begun = json!({"role": "assistant", "content": "Mix the flour and"});
+        if asked.step == "direct" { Reply::choice(asked, &begun, "length", None) } else { Reply::usual(asked) }
+    })
+    .await;
+    let folder = tempfile::tempdir().unwrap();
+    let rows = folder.path().join("rows.jsonl");
+    std::fs::write(&rows, row("What is bread?")).unwrap();
+    let mut command = ecso(folder.path());
+    command.args(["synth", "--model", &model.url, "--model-name", "m", "--profile", "paper", "--set", "scope=all"]);
+    let output = command.arg("--input").arg(&rows).arg("--out").arg(folder.path().join("out")).output().unwrap();
+    let (told, said) = (text(&output.stdout), text(&output.stderr));
+    assert!(
+        output.status.success() && told.contains("1 left out") && told.contains("left out, cut: 1"),
+        "{told}{said}"
+    );
+}
+
+/// `ecso synth` over these rows, in a process that goes on meanwhile.
+fn begin(home: &Path, url: &str, rows: &Path, more: &[&str]) -> std::process::Child {
+    let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("ecso"));
+    command.env_clear().env("HOME", home).args(["synth", "--model", url, "--model-name", "m", "--profile", "paper"]);
+    command.args(["--json", "--quiet", "--out"]).arg(home.join("out")).arg("--input").arg(rows).args(more);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_else_works_in_a_folder_until_its_dataset_is_packed() {
     let model = Model::start(Reply::usual).await;
     let folder = tempfile::tempdir().unwrap();
-    let list = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/list.png")).unwrap();
-    let (rows, image) = (folder.path().join("rows.jsonl"), folder.path().join("a.png"));
-    std::fs::write(&rows, json!({"query": "A bad request", "image": "a.png"}).to_string()).unwrap();
-    std::fs::write(&image, &list).unwrap();
-    let go = || synth(folder.path(), &model.url, rows.to_str().unwrap(), "");
-    assert!(go().status.success());
-    // Whoever reads the image waits for it, as it comes through a pipe: before the rows are made, and when they are packed.
-    std::fs::remove_file(&image).unwrap();
-    assert!(std::process::Command::new("mkfifo").arg(&image).status().unwrap().success());
-    let is_packing = || {
-        let names = std::fs::read_dir(folder.path().join("out")).unwrap().map(|entry| entry.unwrap().file_name());
-        names.into_iter().any(|name| name.to_string_lossy().starts_with(".dataset-"))
-    };
-    std::thread::scope(|scope| {
-        let first = scope.spawn(go);
-        while !is_packing() && !first.is_finished() {
-            std::fs::write(&image, &list).unwrap();
-            std::thread::sleep(Duration::from_millis(300));
-        }
-        let said = text(&go().stderr);
-        assert!(said.contains("another process writes it"), "{said}");
-        std::fs::write(&image, &list).unwrap();
-        let output = first.join().unwrap();
-        assert!(output.status.success(), "{}", text(&output.stderr));
-    });
+    let rows = folder.path().join("rows.jsonl");
+    std::fs::write(&rows, row("What is bread?")).unwrap();
+    // More than a pipe holds: who writes it waits for a reader, with the dataset packed.
+    let licence = "mit".repeat(40_000);
+    let first = begin(folder.path(), &model.url, &rows, &["--license", &licence]);
+    let until = Instant::now() + Duration::from_mins(1);
+    while !folder.path().join("out/dataset").exists() && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let said = text(&synth(folder.path(), &model.url, rows.to_str().unwrap(), "").stderr);
+    assert!(said.contains("another process writes it"), "{said}");
+    let output = first.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+}
+
+#[cfg(unix)]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_is_heard_while_files_are_read() {
+    let model = Model::start(Reply::usual).await;
+    let folder = tempfile::tempdir().unwrap();
+    let rows = folder.path().join("rows.jsonl");
+    std::fs::write(&rows, row("What is bread?")).unwrap();
+    assert!(synth(folder.path(), &model.url, rows.to_str().unwrap(), "").status.success());
+    // A run that goes on reads all rows with their images first.
+    std::fs::File::create(folder.path().join("a.png")).unwrap().set_len(1 << 30).unwrap();
+    let large = json!({"query": "What?", "image": "a.png"}).to_string() + "\n";
+    std::fs::write(&rows, row("What is bread?") + &large.repeat(500)).unwrap();
+    let child = begin(folder.path(), &model.url, &rows, &[]);
+    std::thread::sleep(Duration::from_secs(2));
+    let stopped = Instant::now();
+    let killed = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let output = child.wait_with_output().unwrap();
+    let said = text(&output.stderr);
+    assert!(
+        killed.success() && output.status.code() == Some(130) && said.contains("stopped; what is recorded"),
+        "{said}"
+    );
+    assert!(stopped.elapsed() < Duration::from_secs(20), "{:?}", stopped.elapsed());
+}
+
+#[cfg(unix)]
+#[tokio::test(flavor = "multi_thread")]
+async fn what_has_no_end_is_an_error_of_its_row() {
+    let model = Model::start(Reply::usual).await;
+    let folder = tempfile::tempdir().unwrap();
+    let (rows, pipe) = (folder.path().join("rows.jsonl"), folder.path().join("a.png"));
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let one = |image: &str| json!({"query": "What?", "image": image}).to_string() + "\n";
+    std::fs::write(&rows, row("What is bread?") + &one("a.png") + &one("/dev/zero") + &one("/proc/kmsg")).unwrap();
+    let output = synth(folder.path(), &model.url, rows.to_str().unwrap(), "");
+    let manifest: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&manifest["rows"], &manifest["failed"]), (&json!(4), &json!(3)));
+    let output = synth(folder.path(), &model.url, pipe.with_extension("jsonl").to_str().unwrap(), "");
+    assert_eq!(output.status.code(), Some(2), "there is no such file");
+    std::fs::rename(&pipe, pipe.with_extension("jsonl")).unwrap();
+    let output = synth(folder.path(), &model.url, pipe.with_extension("jsonl").to_str().unwrap(), "");
+    let said = text(&output.stderr);
+    assert!(output.status.code() == Some(2) && said.contains("no regular file"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -138,6 +251,8 @@ async fn nothing_made_is_told_as_what_it_is() {
     assert!(text(&output.get_output().stdout).contains("never looked at: 1"));
     let said = text(&go("mild", &row("What is bread?"), &["--set", "scope=all"]).success().get_output().stderr);
     assert!(said.contains("the dataset is empty"), "{said}");
+    let said = text(&go("twice", &row("q"), &["--map", "query=a", "--map", "query=b"]).code(2).get_output().stderr);
+    assert!(said.contains("`query` is named twice"), "{said}");
     let said = text(&go("broken", "{\n", &[]).code(1).get_output().stderr);
     assert!(said.contains("failed.jsonl says why"), "{said}");
 }

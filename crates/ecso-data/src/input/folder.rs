@@ -14,9 +14,13 @@ use serde::{Deserialize, Serialize};
 use super::{
     InputError, RowError, Rows,
     marks::{self, Turn},
+    record::WORDS,
     text,
 };
-use crate::row::{Picture, Row};
+use crate::{
+    regular,
+    row::{Picture, Row},
+};
 
 /// Endings of tables.
 pub(super) const TABLES: [&str; 6] = ["jsonl", "ndjson", "json", "csv", "tsv", "parquet"];
@@ -148,7 +152,8 @@ fn asked(image: &Path, query: Option<&str>) -> Result<String, Cause> {
         let told = format!("{}: {cause}; write the query there, or give one for all with --query", path.display());
         Cause::new(told, cause)
     };
-    let written = match std::fs::read(&path) {
+    let written = match regular::read(&path, WORDS) {
+        Ok(bytes) if bytes.len() > WORDS => return Err(failed(format!("it has more than {WORDS} bytes").into())),
         Ok(bytes) => {
             let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
             let text = std::str::from_utf8(bytes).map_err(|error| failed(text::not_utf8(error)))?;

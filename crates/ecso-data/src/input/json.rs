@@ -11,6 +11,7 @@ use ecso::Cause;
 use super::{
     InputError, Records, at,
     cell::{self, Cell, VALUES},
+    cut_short,
     text::{self, LONGEST, Text},
 };
 use crate::row::cut;
@@ -122,14 +123,17 @@ impl Lines {
             return Ok(None);
         }
         let (mut row, number) = (Vec::new(), self.source.line);
-        let mut is_long = false;
+        let (mut is_long, mut is_ended) = (false, false);
         self.source.line_end(|rest| {
+            is_ended = rest.ends_with(b"\n");
             is_long |= row.len() + rest.len() > LONGEST;
             if !is_long {
                 row.extend_from_slice(rest);
             }
         })?;
-        Ok(Some(if is_long { Err(too_long(number)) } else { parse(row.trim_ascii(), number) }))
+        let read = if is_long { Err(too_long(number)) } else { parse(row.trim_ascii(), number) };
+        // The last line may have no end, but it is whole.
+        Ok(Some(read.map_err(|cause| if is_ended { cause } else { cut_short(cause) })))
     }
 }
 
@@ -142,7 +146,7 @@ impl Iterator for Lines {
         }
         self.line().unwrap_or_else(|error| {
             self.ended = true;
-            Some(Err(at("the file can't be read any further", Cause::of(error))))
+            Some(Err(cut_short(at("the file can't be read any further", Cause::of(error)))))
         })
     }
 }
@@ -162,7 +166,7 @@ impl Elements {
                 None => {
                     self.ended = true;
                     let told = "not a JSON array of rows: the file ends before its `]`; are rows missing?";
-                    return Ok(self.is_open.then(|| Err(told.into())));
+                    return Ok(self.is_open.then(|| Err(cut_short(told))));
                 }
                 Some(b'[') if !self.is_open => self.is_open = true,
                 Some(b']') if self.is_open => self.is_open = false,
@@ -181,7 +185,7 @@ impl Elements {
         while let Some(byte) = self.source.peek()? {
             if row.len() >= LONGEST {
                 self.ended = true;
-                return Ok(Err(format!("{}; all behind it is left out", too_long(begin)).into()));
+                return Ok(Err(cut_short(format!("{}; all behind it is left out", too_long(begin)))));
             }
             let ends_before = !in_string && open.is_empty() && !row.is_empty() && matches!(byte, b',' | b']' | b'\n');
             if ends_before {
@@ -215,16 +219,16 @@ impl Elements {
                     || "; where the next row begins can't be told, so all behind it is left out".to_owned(),
                     |next| if next > line + 1 { format!("; all up to line {next} is left out") } else { String::new() },
                 );
-                return Ok(Err(format!("line {line}: not JSON: {what}{then}").into()));
+                let told = format!("line {line}: not JSON: {what}{then}");
+                return Ok(Err(if self.ended { cut_short(told) } else { told.into() }));
             }
         }
         if open.is_empty() && !in_string {
             return Ok(parse(row.trim_ascii(), begin));
         }
         self.ended = true;
-        Ok(Err(
-            format!("line {begin}: not a JSON array of rows: the file ends inside the value that begins here").into()
-        ))
+        let told = format!("line {begin}: not a JSON array of rows: the file ends inside the value that begins here");
+        Ok(Err(cut_short(told)))
     }
 
     /// Goes to the next line that begins as the broken element did, and gives its number.
@@ -255,7 +259,7 @@ impl Iterator for Elements {
         }
         self.element().unwrap_or_else(|error| {
             self.ended = true;
-            Some(Err(at("the file can't be read any further", Cause::of(error))))
+            Some(Err(cut_short(at("the file can't be read any further", Cause::of(error)))))
         })
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use ecso::Cause;
+use serde::{Deserialize, Serialize};
 
 use super::{
     cell::{Cell, Fields},
@@ -13,7 +14,7 @@ use crate::row::cut;
 /// Which columns are what: a column's name by what it is (`id`, `query`, `image`, `category`, `draft`, `messages`,
 /// `conversations`). What is not said is found by the names that people use. A dot goes into an object, as in `body.messages`; an
 /// empty name says that no column is it.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mapping(BTreeMap<String, String>);
 
 /// Names that are tried, by what a column is.
@@ -58,9 +59,14 @@ impl Mapping {
     /// From pairs of what a column is and its name.
     ///
     /// # Errors
-    /// When somebody names what no column can be.
+    /// When somebody names what no column can be, or one thing twice.
     pub fn new(pairs: impl IntoIterator<Item = (String, String)>) -> Result<Self, Cause> {
-        let mapping: BTreeMap<String, String> = pairs.into_iter().collect();
+        let mut mapping = BTreeMap::new();
+        for (what, name) in pairs {
+            if let Some(before) = mapping.insert(what.clone(), name) {
+                return Err(format!("`{what}` is named twice, first as `{before}`").into());
+            }
+        }
         match mapping.keys().find(|what| !USUAL.iter().any(|(known, _)| known == what)) {
             None => Ok(Self(mapping)),
             Some(unknown) => {
@@ -83,12 +89,11 @@ impl Mapping {
             return held(named).filter(|name| !name.is_empty()).into_iter().collect();
         }
         let usual = usual(what);
-        let other = |name: &str| {
-            let alike = fields.iter().find(|(other, cell)| other.eq_ignore_ascii_case(name) && holds(cell));
-            alike.map(|(other, _)| other.clone())
-        };
-        let exact: Vec<String> = usual.iter().filter_map(|name| held(name)).collect();
-        if exact.is_empty() { usual.iter().filter_map(|name| other(name)).collect() } else { exact }
+        let in_other_case = usual
+            .iter()
+            .flat_map(|name| fields.keys().filter(move |other| other.eq_ignore_ascii_case(name) && other != name));
+        let exact = usual.iter().filter_map(|name| held(name));
+        exact.chain(in_other_case.filter_map(|name| held(name))).collect()
     }
 
     /// The likeliest of [`Mapping::columns`].

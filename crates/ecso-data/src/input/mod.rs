@@ -74,6 +74,13 @@ pub struct RowError {
 }
 
 impl RowError {
+    /// Whether the input ends here before its end: how many rows stand behind this one, nobody knows.
+    #[must_use]
+    pub fn is_cut_short(&self) -> bool {
+        let mut causes = std::iter::successors(self.reason.source(), |cause| (*cause).source());
+        causes.any(<dyn Error>::is::<CutShort>)
+    }
+
     /// What tells it from another with its number, as [`Row::digest`] does for rows.
     #[must_use]
     pub fn digest(&self) -> String {
@@ -91,6 +98,29 @@ impl Error for RowError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         self.reason.source()
     }
+}
+
+/// What makes it useless to read on in a file.
+#[derive(Debug)]
+struct CutShort(Cause);
+
+impl fmt::Display for CutShort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+// By hand, as the cause's words are the error's own.
+impl Error for CutShort {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.0.source()
+    }
+}
+
+/// A cause by which all rows behind it are lost.
+fn cut_short(cause: impl Into<Cause>) -> Cause {
+    let cause = cause.into();
+    Cause::new(cause.message().to_owned(), CutShort(cause))
 }
 
 /// A cause with the place where it was found before it.
@@ -130,9 +160,9 @@ impl Input {
         let (input, single) = (self.clone(), files.len() == 1);
         let tables = files.into_iter().map(move |file| match open.take().filter(|_| single) {
             Some(table) => table,
-            None => input
-                .table(&file)
-                .unwrap_or_else(|error| Box::new(std::iter::once(Box::new(move |_| Err(Cause::of(error))) as Made))),
+            None => input.table(&file).unwrap_or_else(|error| {
+                Box::new(std::iter::once(Box::new(move |_| Err(cut_short(Cause::of(error)))) as Made))
+            }),
         });
         Ok(Box::new(
             (0..)

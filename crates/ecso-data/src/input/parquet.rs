@@ -4,7 +4,6 @@ use std::{
     borrow::Cow,
     collections::BTreeMap,
     error::Error,
-    fs::File,
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
 };
@@ -28,15 +27,16 @@ use parquet::arrow::{ProjectionMask, arrow_reader::ParquetRecordBatchReaderBuild
 use super::{
     InputError, Records, at,
     cell::{Cell, Fields, number},
+    cut_short,
     mapping::{self, Mapping},
 };
-use crate::row::cut;
+use crate::{regular, row::cut};
 
 /// Rows that are decoded together: images may be large.
 const ROWS: usize = 16;
 
 pub(super) fn count(path: &Path) -> Option<u64> {
-    let file = File::open(path).ok()?;
+    let file = regular::open(path).ok()?.into_inner();
     let builder = safely(|| ParquetRecordBatchReaderBuilder::try_new(file)).ok()?;
     u64::try_from(builder.metadata().file_metadata().num_rows()).ok()
 }
@@ -45,7 +45,7 @@ pub(super) fn count(path: &Path) -> Option<u64> {
 pub(super) type Types = BTreeMap<String, String>;
 
 pub(super) fn records(path: &Path, mapping: &Mapping) -> Result<(Records, Types), InputError> {
-    let file = File::open(path).map_err(|error| InputError::of(path, error))?;
+    let file = regular::open(path).map_err(|error| InputError::of(path, error))?.into_inner();
     let builder =
         safely(|| ParquetRecordBatchReaderBuilder::try_new(file)).map_err(|error| InputError::new(path, error))?;
     let fields = builder.schema().fields().clone();
@@ -77,7 +77,7 @@ pub(super) fn records(path: &Path, mapping: &Mapping) -> Result<(Records, Types)
             };
             (0..batch.num_rows()).map(row).collect()
         }
-        Err(error) => vec![Err(at("the file can't be read from here on", error))],
+        Err(error) => vec![Err(cut_short(at("the file can't be read from here on", error)))],
     });
     Ok((Box::new(records), types))
 }

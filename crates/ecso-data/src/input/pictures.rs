@@ -22,6 +22,12 @@ impl Reader {
         let usual = self.mapping.columns("image", fields, |cell| !cell.is_empty());
         // One image may stand in several columns, as a path and as bytes; a column of more may be there for rows that have more.
         if let Some(name) = usual.iter().rev().max_by_key(|name| fields.get(*name).map(several)) {
+            let found = self.found(name, fields);
+            if let Some(other) =
+                usual.iter().find(|other| self.found(other, fields).iter().any(|one| is_missing(one, &found)))
+            {
+                return Err(self.either("image", name, other));
+            }
             self.take_images(name, fields, &mut images)?;
         }
         if self.mapping.named("image").is_none() {
@@ -35,6 +41,15 @@ impl Reader {
             images.extend(others.into_iter().filter(|picture| !first.contains(picture)));
         }
         Ok(images)
+    }
+
+    /// The images of a column, as far as they can be read.
+    fn found(&self, name: &str, fields: &Fields) -> Vec<Picture> {
+        let mut images = Vec::new();
+        if let Some(cell) = fields.get(name) {
+            let _ = self.several(cell.clone(), &mut images);
+        }
+        images
     }
 
     fn take_images(&self, name: &str, fields: &mut Fields, images: &mut Vec<Picture>) -> Result<(), Cause> {
@@ -136,6 +151,17 @@ impl Reader {
             None => Ok(()),
         }
     }
+}
+
+/// Whether an image is another than all of these that are named as it is: by a path, of which the last part counts, or by a URL.
+fn is_missing(one: &Picture, others: &[Picture]) -> bool {
+    let is_same = |other: &Picture| match (one, other) {
+        (Picture::File(one), Picture::File(other)) => Some(one.file_name() == other.file_name()),
+        (Picture::Url(one), Picture::Url(other)) => Some(one == other),
+        _ => None,
+    };
+    let told: Vec<bool> = others.iter().filter_map(is_same).collect();
+    !told.is_empty() && !told.contains(&true)
 }
 
 /// How many images a cell holds.

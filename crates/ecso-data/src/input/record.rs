@@ -15,7 +15,7 @@ use super::{
 use crate::row::{Row, Said, cut};
 
 /// Bytes of words that a row may have, images not counted. No model reads more.
-const WORDS: usize = 4 << 20;
+pub(super) const WORDS: usize = 4 << 20;
 
 /// Makes rows of records.
 #[derive(Debug, Clone, Default)]
@@ -52,7 +52,7 @@ impl Reader {
         };
         let (turns, answer) = self.said(&mut fields)?;
         let column = self.images(&mut fields)?;
-        if let Some((name, draft)) = self.take("draft", &mut fields, is_there) {
+        if let Some((name, draft)) = self.take("draft", &mut fields, is_there)? {
             let draft = match opened_talk(draft) {
                 Cell::Text(text) => Ok(text),
                 Cell::Number(number) => Ok(number.to_string()),
@@ -115,14 +115,31 @@ impl Reader {
         }
     }
 
-    fn take(&self, what: &str, fields: &mut Fields, holds: fn(&Cell) -> bool) -> Option<(String, Cell)> {
-        let name = self.mapping.column(what, fields, holds)?;
-        fields.remove_entry(&name)
+    /// Takes the column that is `what`. Of two that hold different things nobody knows which it is.
+    fn take(&self, what: &str, fields: &mut Fields, holds: fn(&Cell) -> bool) -> Result<Option<(String, Cell)>, Cause> {
+        let columns = self.mapping.columns(what, fields, holds);
+        let Some((name, others)) = columns.split_first() else { return Ok(None) };
+        match others.iter().find(|other| fields.get(*other) != fields.get(name)) {
+            Some(other) => Err(self.either(what, name, other)),
+            None => Ok(fields.remove_entry(name)),
+        }
+    }
+
+    /// Why two columns of one meaning can't both be it.
+    pub(super) fn either(&self, what: &str, name: &str, other: &str) -> Cause {
+        let (column, other) = (self.column(name), self.column(other));
+        format!(
+            "{column} and {other} hold different things, and either may be the {what}: --map {what}={} takes the first",
+            cut(name)
+        )
+        .into()
     }
 
     /// A name: of any type that is shown as a text.
     fn label(&self, what: &str, fields: &mut Fields) -> Result<Option<String>, Cause> {
-        let Some((name, cell)) = self.take(what, fields, is_there) else { return Ok(None) };
+        // Of several the likeliest: a row may have a number beside its name.
+        let Some(name) = self.mapping.column(what, fields, is_there) else { return Ok(None) };
+        let Some(cell) = fields.remove(&name) else { return Ok(None) };
         let label = match cell {
             Cell::Text(text) | Cell::Other(text) => text,
             Cell::Number(number) => number.to_string(),
@@ -137,10 +154,13 @@ impl Reader {
     /// What was said up to the query, which is the last turn; and what the model said to it, if the mapping calls that the draft.
     fn said(&self, fields: &mut Fields) -> Result<(Vec<Turn>, Option<String>), Cause> {
         let picture = |cell: &Cell| self.one(cell);
-        let found = self.mapping.queries().find_map(|what| {
-            let (name, cell) = self.take(what, fields, |cell| !cell.is_empty())?;
-            Some((what, name, if what == "query" { opened_talk(cell) } else { cell.opened() }))
-        });
+        let mut found = None;
+        for what in self.mapping.queries() {
+            if let Some((name, cell)) = self.take(what, fields, |cell| !cell.is_empty())? {
+                found = Some((what, name, if what == "query" { opened_talk(cell) } else { cell.opened() }));
+                break;
+            }
+        }
         let mut answer = None;
         let mut turns = match found {
             Some((what, name, cell)) if what != "query" || turns::is_talk(&cell) => {
@@ -398,6 +418,19 @@ mod tests {
     }
 
     #[test]
+    fn columns_of_one_meaning_may_say_the_same() {
+        for record in [
+            json!({"query": "q", "question": "q", "Query": "q", "text": " "}),
+            json!({"query": "q", "image": "a.png", "Image": "b/a.png", "image_url": "http://a/b"}),
+            json!({"query": "q", "id": "a", "index": 3, "category": "c", "type": "t"}),
+        ] {
+            assert!(row(record.clone()).is_ok_and(|row| row.query == "q" && row.images.len() < 2), "{record}");
+        }
+        let twice = [("query".into(), "a".into()), ("query".into(), "b".into())];
+        assert!(Mapping::new(twice).unwrap_err().message().contains("named twice"));
+    }
+
+    #[test]
     fn what_is_wrong_is_said() {
         for (record, says) in [
             (json!([]), "named fields"),
@@ -413,6 +446,14 @@ mod tests {
             (talk("q", " \n", "r"), "a turn of the assistant is empty"),
             (json!({"query": "r", "history": [["q", "a"], ["", "a"]]}), "a turn of the user is empty"),
             (json!({"query": "q", "draft": " "}), "column `draft` is empty"),
+            (json!({"query": "q", "question": "r"}), "column `query` and column `question` hold different things"),
+            (json!({"Query": "q", "QUERY": "r"}), "either may be the query"),
+            (json!({"query": "q", "Query": "r"}), "--map query=query takes the first"),
+            (json!({"query": "q", "draft": "a", "Draft": "b"}), "either may be the draft"),
+            (json!({"query": "q", "image": "a.png", "Image": "b.png"}), "either may be the image"),
+            (json!({"query": "q", "image": "a.png", "image_path": "b.png"}), "either may be the image"),
+            (json!({"query": "q", "image": ["a.png", "b.png"], "image_path": "c.png"}), "either may be the image"),
+            (json!({"query": "q", "image_url": "http://a/b", "image_urls": ["http://a/c"]}), "either may be the image"),
         ] {
             let error = row(record.clone()).unwrap_err();
             assert!(error.message().contains(says), "{record}: {error}");

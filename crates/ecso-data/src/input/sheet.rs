@@ -11,6 +11,7 @@ use ecso::Cause;
 use super::{
     InputError, Records, at,
     cell::{Cell, Fields},
+    cut_short,
     mapping::Mapping,
     text::{self, LONGEST, Text, not_utf8},
 };
@@ -144,7 +145,8 @@ impl Iterator for Table {
             Ok(Some((line, text))) => self.row(&record, &text).map_err(|cause| at(&format!("line {line}"), cause)),
             Err(error) => {
                 self.ended = true;
-                Err(at(&format!("line {}: the file can't be read any further", self.line), Cause::of(error)))
+                let place = format!("line {}: the file can't be read any further", self.line);
+                Err(cut_short(at(&place, Cause::of(error))))
             }
         })
     }
@@ -159,9 +161,7 @@ fn being(what: &str, cause: Cause) -> Cause {
 fn quotes(row: &[u8], delimiter: u8) -> Result<(), Cause> {
     let row = row.trim_ascii_start();
     let lines = row.trim_ascii_end().split(|byte| *byte == b'\n').count() - 1;
-    let wrong = |what: &str| {
-        Err(format!("{what}; it goes on over {lines} more lines. Quotes in a cell are doubled: \"\"").into())
-    };
+    let wrong = |what: &str| format!("{what}; it goes on over {lines} more lines. Quotes in a cell are doubled: \"\"");
     let (mut at, mut begins, mut in_quotes) = (0, true, false);
     while let Some(byte) = row.get(at) {
         let next = row.get(at + 1);
@@ -174,7 +174,7 @@ fn quotes(row: &[u8], delimiter: u8) -> Result<(), Cause> {
                 match rest.get(blank) {
                     None | Some(b'\r' | b'\n') => {}
                     Some(byte) if *byte == delimiter => {}
-                    Some(_) => return wrong("behind a quote that closes a cell stands more of it"),
+                    Some(_) => return Err(wrong("behind a quote that closes a cell stands more of it").into()),
                 }
             }
             b'"' if begins => in_quotes = true,
@@ -183,7 +183,7 @@ fn quotes(row: &[u8], delimiter: u8) -> Result<(), Cause> {
         begins = !in_quotes && (*byte == delimiter || *byte == b'\n');
         at += 1;
     }
-    if in_quotes { wrong("a quote that opens a cell is never closed") } else { Ok(()) }
+    if in_quotes { Err(cut_short(wrong("a quote that opens a cell is never closed"))) } else { Ok(()) }
 }
 
 #[cfg(test)]

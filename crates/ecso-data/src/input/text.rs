@@ -1,7 +1,6 @@
 //! Opening a file of text: what is compressed is unpacked, marks of byte order are passed over, what is no UTF-8 says what it is.
 
 use std::{
-    fs::File,
     io::{self, BufRead, BufReader, Cursor, Read},
     path::Path,
 };
@@ -10,6 +9,7 @@ use ecso::Cause;
 use flate2::bufread::MultiGzDecoder;
 
 use super::InputError;
+use crate::regular;
 
 /// Bytes of a row, images in it included, that are held.
 pub(super) const LONGEST: usize = 1 << 30;
@@ -20,7 +20,7 @@ pub(super) type Text = Box<dyn BufRead + Send>;
 /// Opens a file of text behind its byte order mark.
 pub(super) fn open(path: &Path) -> Result<Text, InputError> {
     let failed = |error: io::Error| InputError::of(path, error);
-    let file = BufReader::new(File::open(path).map_err(failed)?);
+    let file = BufReader::new(regular::open(path).map_err(failed)?);
     let (mut begin, mut text) = peek(file).map_err(failed)?;
     match begin[..] {
         [0x1f, 0x8b, ..] => (begin, text) = peek(BufReader::new(MultiGzDecoder::new(text))).map_err(failed)?,

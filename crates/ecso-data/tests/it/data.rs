@@ -101,6 +101,9 @@ fn header(input: &Input, shard: Shard) -> RunHeader {
     RunHeader {
         ecso: "test".into(),
         input: input.path.clone(),
+        mapping: input.mapping.clone(),
+        query: input.query.clone(),
+        image_root: input.image_root.clone(),
         model: "scripted".into(),
         model_digest: "digest".into(),
         server: None,

@@ -292,6 +292,21 @@ fn compressed_files_are_read() {
     std::fs::write(root.join("cut.jsonl.gz"), &cut[..cut.len() - 9]).unwrap();
     let last = told(&input(root.join("cut.jsonl.gz"))).pop().unwrap();
     assert!(last.unwrap_err().contains("can't be read any further"));
+    // What ends before its end says so, and a row that is merely broken doesn't.
+    for (name, text, expected) in [
+        ("cut.jsonl.gz", None, true),
+        ("half.jsonl", Some("{\"query\":\"A?\"}\n{\"query\":\"B"), true),
+        ("half.json", Some("[{\"query\":\"A?\"},{\"query\":\"B?\"}"), true),
+        ("half.csv", Some("query,image\nA?,\n\"B?,\n"), true),
+        ("broken.jsonl", Some("{\"query\":\"A?\"}\n{\"query\":\"B\n"), false),
+        ("broken.csv", Some("query,image\nA?,\nB?\n"), false),
+    ] {
+        if let Some(text) = text {
+            std::fs::write(root.join(name), text).unwrap();
+        }
+        let last = input(root.join(name)).rows().unwrap().last().unwrap();
+        assert_eq!(last.unwrap_err().is_cut_short(), expected, "{name}");
+    }
     std::fs::write(root.join("rows.zip"), "PK\u{3}\u{4}").unwrap();
     for (name, says) in [("rows.zip", "unpack it"), ("rows.parquet.gz", "not .jsonl")] {
         assert!(told(&input(root.join(name)))[0].as_ref().unwrap_err().contains(says), "{name}");
