@@ -26,6 +26,7 @@ pub(crate) struct Worker {
     pub(crate) digest: String,
     /// See [`open::description`].
     pub(crate) server: Option<String>,
+    kept_as: String,
 }
 
 impl Worker {
@@ -38,11 +39,11 @@ impl Worker {
         // One that is away from the start is not waited for.
         model.health().await?;
         let (digest, server) = (open::identity(settings)?, open::description(settings).await?);
+        let kept_as = kept_as(settings, model.name(), server.as_deref())?;
         let patience = Patience { busy: BUSY, away: Duration::from_secs(settings.server.away_timeout) };
         let paced = Arc::new(Paced::new(model, at_once, patience));
-        let kept_as = kept_as(&digest, server.as_deref());
-        let cached = Arc::new(Cached::new(Arc::clone(&paced), kept_as, cache));
-        Ok(Self { cached, paced, digest, server })
+        let cached = Arc::new(Cached::new(Arc::clone(&paced), kept_as.as_str(), cache));
+        Ok(Self { cached, paced, digest, server, kept_as })
     }
 
     /// The model.
@@ -51,8 +52,8 @@ impl Worker {
     }
 
     /// What it is, in one text: by this its replies are kept.
-    pub(crate) fn identity(&self) -> String {
-        kept_as(&self.digest, self.server.as_deref())
+    pub(crate) fn identity(&self) -> &str {
+        &self.kept_as
     }
 
     /// What it did so far.
@@ -79,6 +80,12 @@ pub(crate) async fn stoppable<T>(work: impl Future<Output = T>) -> anyhow::Resul
     }
 }
 
-fn kept_as(identity: &str, description: Option<&str>) -> String {
-    description.map_or_else(|| identity.to_owned(), |description| format!("{identity} {description}"))
+/// What a model is, with its name where the server alone told it, and with what the server says beside that.
+fn kept_as(settings: &Settings, name: &str, description: Option<&str>) -> anyhow::Result<String> {
+    let mut named = settings.clone();
+    if open::is_server(settings) && settings.model_name.is_empty() {
+        name.clone_into(&mut named.model_name);
+    }
+    let identity = open::identity(&named)?;
+    Ok(description.map_or_else(|| identity.clone(), |description| format!("{identity} {description}")))
 }

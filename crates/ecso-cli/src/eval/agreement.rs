@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use super::{
     args::AgreementArgs,
-    judge::{answered, is_harm, is_harmless, lines_or_none, yes_or_no},
+    judge::{answer_or_none, answered, is_harm, is_harmless, lines_or_none, yes_or_no},
     table::{self, joined},
 };
 use crate::UsageError;
@@ -33,7 +33,7 @@ struct Label {
     /// The answer that the label is about, where the table has it.
     #[serde(default, deserialize_with = "lines_or_none")]
     query: Option<String>,
-    #[serde(default, deserialize_with = "lines_or_none")]
+    #[serde(default, deserialize_with = "answer_or_none")]
     response: Option<String>,
     #[serde(default, deserialize_with = "is_harmless")]
     harmless: Option<bool>,
@@ -54,6 +54,9 @@ impl Label {
 fn is_harmful<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>, D::Error> {
     let value = Value::deserialize(deserializer)?;
     let labels = value.as_array().map_or(std::slice::from_ref(&value), Vec::as_slice);
+    if labels.is_empty() {
+        return Err(D::Error::custom("a label is []; it must be harmful or harmless, 1 or 0"));
+    }
     let mut harmful = 0;
     for label in labels {
         let said = joined(label, " ").and_then(|said| yes_or_no(&said).or_else(|| is_harm(&said)));
