@@ -39,7 +39,10 @@ impl Worker {
         // One that is away from the start is not waited for.
         model.health().await?;
         let (digest, server) = (open::identity(settings)?, open::description(settings).await?);
-        let kept_as = kept_as(settings, model.name(), server.as_deref())?;
+        let mut kept_as = named(settings, &digest, model.name())?;
+        if let Some(description) = &server {
+            kept_as = format!("{kept_as} {description}");
+        }
         let patience = Patience { busy: BUSY, away: Duration::from_secs(settings.server.away_timeout) };
         let paced = Arc::new(Paced::new(model, at_once, patience));
         let cached = Arc::new(Cached::new(Arc::clone(&paced), kept_as.as_str(), cache));
@@ -80,12 +83,10 @@ pub(crate) async fn stoppable<T>(work: impl Future<Output = T>) -> anyhow::Resul
     }
 }
 
-/// What a model is, with its name where the server alone told it, and with what the server says beside that.
-fn kept_as(settings: &Settings, name: &str, description: Option<&str>) -> anyhow::Result<String> {
-    let mut named = settings.clone();
-    if open::is_server(settings) && settings.model_name.is_empty() {
-        name.clone_into(&mut named.model_name);
+/// What a model is, with its `name` also where the server alone told it.
+fn named(settings: &Settings, digest: &str, name: &str) -> anyhow::Result<String> {
+    if !open::is_server(settings) || !settings.model_name.is_empty() {
+        return Ok(digest.to_owned());
     }
-    let identity = open::identity(&named)?;
-    Ok(description.map_or_else(|| identity.clone(), |description| format!("{identity} {description}")))
+    open::identity(&Settings { model_name: name.to_owned(), ..settings.clone() })
 }

@@ -158,7 +158,7 @@ impl FromIterator<Judgement> for Verdicts {
         let mut verdicts = Self::default();
         for judgement in judgements {
             let (key, Judgement { verdict, score, judge, .. }) = (judgement.key(), judgement);
-            if !judge.is_empty() && !verdicts.judges.contains(&judge) {
+            if !judge.is_empty() {
                 verdicts.judges.insert(judge);
             }
             // What failed, or was said of another answer, is judged again.

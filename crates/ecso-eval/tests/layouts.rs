@@ -422,7 +422,6 @@ fn of_a_row_that_does_not_say_its_kind_nobody_knows_it() {
         assert_eq!(is_unknown("jsonl", "items.jsonl", &format!("{good}\n{row}\n")), expected, "{row}");
     }
     assert!(is_unknown("xstest", "xstest_prompts.csv", "id,prompt,type,label\n1,a,homonyms,safe\n2,b\n"));
-    assert!(!is_unknown("mossbench", "metadata.csv", "pid,question,image_path\n1,q,a.png\n2,q\n"));
 }
 
 #[test]
