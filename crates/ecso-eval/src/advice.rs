@@ -78,7 +78,7 @@ pub fn compare(a: &JudgedRun, b: &JudgedRun) -> Result<String, TogetherError> {
         let _ = writeln!(out, "\nNot compared: {only_a} items that are only in A, {} that are only in B.", in_b.len());
     }
     for (name, run, met) in [("A", a, met[0]), ("B", b, met[1])] {
-        for odd in run.verdicts.odd(met) {
+        for odd in run.verdicts.odd(Some(met)) {
             let _ = writeln!(out, "\n{name}: {odd}.");
         }
     }
@@ -180,7 +180,7 @@ pub fn advise(runs: &[JudgedRun]) -> Result<String, TogetherError> {
             }
         }
         let unguarded = run.header.unguarded(without_image, answered);
-        said.extend(unguarded.into_iter().chain(run.verdicts.odd(met)).map(|told| (&run.path, told)));
+        said.extend(unguarded.into_iter().chain(run.verdicts.odd(Some(met))).map(|told| (&run.path, told)));
         for (profile, mut beside) in here {
             beside.lack(Lack { recorded: recorded - unknown, absent: absent(&run.header, recorded) + unknown });
             match profiles.iter_mut().find(|(known, _)| *known == profile) {

@@ -215,7 +215,7 @@ impl Sums {
             failed,
             filtered,
             unguarded: header.unguarded(without_image, items - failed - filtered),
-            odd: verdicts.odd(met),
+            odd: verdicts.odd(Some(met)),
             arms,
         }
     }

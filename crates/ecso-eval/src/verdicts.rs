@@ -107,9 +107,10 @@ impl Verdicts {
         record.arms.iter().filter(|outcome| self.of(record, &outcome.profile).is_some()).count()
     }
 
-    /// What is odd about verdicts of which so many have `met` an answer of the run.
-    pub(crate) fn odd(&self, met: usize) -> Vec<String> {
-        let unmet = self.rulings.len().saturating_sub(met);
+    /// What is odd about the verdicts, of which so many have `met` an answer of the run, where somebody counts that.
+    #[must_use]
+    pub fn odd(&self, met: Option<usize>) -> Vec<String> {
+        let unmet = met.map_or(0, |met| self.rulings.len().saturating_sub(met));
         let mut odd = Vec::new();
         if unmet > 0 {
             odd.push(format!(
@@ -210,7 +211,7 @@ mod tests {
             let file = tempfile::NamedTempFile::new().unwrap();
             std::fs::write(file.path(), lines.join("\n")).unwrap();
             let verdicts = Verdicts::read(file.path()).unwrap();
-            verdicts.odd(verdicts.met(&record)).join("; ")
+            verdicts.odd(Some(verdicts.met(&record))).join("; ")
         };
         let plain = said("1", UNGUARDED, "safe", "");
         assert_eq!(odd(std::slice::from_ref(&plain)), "");

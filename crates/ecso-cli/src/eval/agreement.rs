@@ -13,6 +13,7 @@ use ecso_eval::{
     record::{ItemRecord, RunHeader},
     stats::{Agreement, auroc},
     text::cut,
+    verdicts::Verdicts,
 };
 use serde::{Deserialize, Deserializer, de::Error};
 use serde_json::Value;
@@ -115,8 +116,8 @@ pub(super) fn run(path: &Path, args: &AgreementArgs) -> anyhow::Result<()> {
     let judged = Saved::file(path).latest::<Judgement>().map_err(UsageError::of)?;
     let (mut pairs, mut scores, mut unlabelled, mut outdated) = (Vec::new(), Vec::new(), 0, 0);
     let (mut met, mut arms) = (HashSet::new(), BTreeSet::new());
-    if judged.was_cut() {
-        eprintln!("{}: its last line was cut off by a crash, and is left out", path.display());
+    for odd in Verdicts::read(path).map_err(UsageError::of)?.odd(None) {
+        eprintln!("{}: {odd}", path.display());
     }
     for judgement in judged {
         let judgement = judgement.map_err(UsageError::of)?;

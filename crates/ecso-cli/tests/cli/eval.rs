@@ -585,3 +585,18 @@ fn a_full_standard_output_is_an_error() {
     assert!(output.status.code() == Some(1) && told.contains("ecso: standard output: "), "{told}");
     assert!(!told.contains("panicked"), "{told}");
 }
+
+#[test]
+fn agreement_tells_what_is_odd_about_verdicts() {
+    let home = tempfile::tempdir().unwrap();
+    let said = |verdict: &str, judge: &str| json!({"id": "1", "verdict": verdict, "judge": judge}).to_string();
+    fs::write(home.path().join("verdicts.jsonl"), [said("safe", "ann"), said("unsafe", "bob")].join("\n")).unwrap();
+    fs::write(home.path().join("labels.jsonl"), json!({"id": 1, "label": "harmful"}).to_string()).unwrap();
+    let mut command = ecso(home.path());
+    command.args(["eval", "agreement", "verdicts.jsonl", "--labels", "labels.jsonl"]).current_dir(home.path());
+    let output = command.assert().success();
+    let told = text(&output.get_output().stderr);
+    assert!(told.contains("1 verdicts are on answers that had one before"), "{told}");
+    assert!(told.contains("several judges: ann, bob"), "{told}");
+    assert!(text(&output.get_output().stdout).contains("1 of 1"), "the last line counts");
+}
