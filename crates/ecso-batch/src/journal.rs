@@ -509,7 +509,12 @@ impl Saved {
             }
             begin = lines.end;
         }
-        Ok(Latest { begins: last.into_values().collect(), was_cut: lines.was_cut, lines: self.body()?, of: PhantomData })
+        Ok(Latest {
+            begins: last.into_values().collect(),
+            was_cut: lines.was_cut,
+            lines: self.body()?,
+            of: PhantomData,
+        })
     }
 }
 

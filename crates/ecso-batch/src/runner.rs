@@ -363,7 +363,7 @@ mod tests {
         std::fs::write(&path, whole.trim_end()).unwrap();
         let latest = Saved::folder(out.path()).latest::<Double>().unwrap();
         assert!(!latest.was_cut());
-        assert_eq!(latest.map(Result::unwrap).collect::<Vec<_>>(), before);
+        assert_eq!(recorded(out.path()), before);
         let journal = Journal::open(out.path(), &Plain {}).unwrap();
         assert_eq!((journal.len(), journal.was_cut()), (before.len(), false));
         assert_eq!(std::fs::read_to_string(&path).unwrap(), whole);

@@ -100,7 +100,12 @@ fn alike(a: &JudgedRun, b: &JudgedRun) -> Result<(), TogetherError> {
 fn called(run: &JudgedRun) -> String {
     let header = &run.header;
     let variant = header.variant.as_ref().map_or_else(String::new, |variant| format!(" ({variant})"));
-    format!("{}{variant} on {}, judged by {}", header.benchmark, header.model, run.verdicts.judge().unwrap_or("somebody"))
+    format!(
+        "{}{variant} on {}, judged by {}",
+        header.benchmark,
+        header.model,
+        run.verdicts.judge().unwrap_or("somebody")
+    )
 }
 
 /// Two arms that are compared.

@@ -60,12 +60,7 @@ impl Place {
     }
 
     /// The item of a row of which nothing is known but what is wrong.
-    pub(super) fn unreadable(
-        &self,
-        scenario: &str,
-        task: impl Into<Option<Task>>,
-        reason: impl Into<Cause>,
-    ) -> Item {
+    pub(super) fn unreadable(&self, scenario: &str, task: impl Into<Option<Task>>, reason: impl Into<Cause>) -> Item {
         let (task, reason) = (task.into(), told(reason.into()));
         let trouble = if task.is_some() { Trouble::Unreadable(reason) } else { Trouble::UnknownKind(reason) };
         let file = self.table.file_name().unwrap_or_default().to_string_lossy();
