@@ -295,7 +295,7 @@ fn of_answers_from_elsewhere_nothing_is_lost_or_guessed() {
         assert!(told.contains(says), "{none}: {told}");
     }
     for (name, delimiter) in [("l.csv", ","), ("m.csv", ";"), ("n.tsv", "\t"), ("o.TSV", "\t")] {
-        let rows = ["id|query|response", "1|Bread?|\"Knead it. \n Bake it.\"", "2|Cake?|Sorry, no."];
+        let rows = ["id|query|response", "1|Bread?|\"Knead it. \n Bake it.\"", "2|Cake?|Sorry."];
         let told = judge(name, &rows.join("\n").replace('|', delimiter)).success();
         let told = text(&told.get_output().stdout);
         assert!(told.contains("2 answers: 0 safe, 1 unsafe, 1 refusals"), "{name}: {told}");
