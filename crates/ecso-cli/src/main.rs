@@ -1,5 +1,7 @@
 //! The program `ecso`.
 
+use std::io::Write;
+
 fn main() -> std::process::ExitCode {
     // Who reads no further (`ecso eval list | head`) has what they want: no panic, and no error. A full disk is an error.
     let usual = std::panic::take_hook();
@@ -8,7 +10,7 @@ fn main() -> std::process::ExitCode {
         match said.strip_prefix("failed printing to stdout: ") {
             Some(cause) if cause.starts_with("Broken pipe") => std::process::exit(0),
             Some(cause) => {
-                eprintln!("ecso: standard output: {cause}");
+                let _ = writeln!(std::io::stderr(), "ecso: standard output: {cause}");
                 std::process::exit(1);
             }
             None => usual(panic),
