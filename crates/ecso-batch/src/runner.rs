@@ -394,7 +394,7 @@ mod tests {
     #[test]
     fn a_journal_is_a_regular_file() {
         let out = tempfile::tempdir().unwrap();
-        std::os::unix::fs::symlink("/dev/full", out.path().join("journal.jsonl")).unwrap();
+        std::os::unix::fs::symlink("/dev/null", out.path().join("journal.jsonl")).unwrap();
         assert!(matches!(Journal::open(out.path(), &Plain {}), Err(JournalError::NoFile { .. })));
         assert!(matches!(Saved::folder(out.path()).latest::<Double>(), Err(JournalError::NoFile { .. })));
     }

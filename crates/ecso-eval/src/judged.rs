@@ -162,7 +162,7 @@ mod tests {
         // What a full disk left, and a device.
         write("verdicts-advbench.jsonl", String::new());
         #[cfg(unix)]
-        std::os::unix::fs::symlink("/dev/zero", folder.path().join("verdicts-zero.jsonl")).unwrap();
+        std::os::unix::fs::symlink("/dev/null", folder.path().join("verdicts-zero.jsonl")).unwrap();
         assert_eq!(called(None).unwrap(), "llm:m");
         write("verdicts-xstest.jsonl", header("xstest"));
         write("theirs.jsonl", "{\"id\": \"1\", \"verdict\": \"safe\", \"judge\": \"people\"}\n".into());
