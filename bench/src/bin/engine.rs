@@ -254,6 +254,7 @@ async fn judge_and_report(folder: &Path, items: usize) -> anyhow::Result<()> {
         arms: vec![unguarded, guarded],
         error: None,
         filtered: false,
+        of_unknown_kind: false,
     };
     let begun = Instant::now();
     let mut journal = Journal::open(&out, &header)?;

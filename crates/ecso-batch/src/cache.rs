@@ -167,8 +167,8 @@ impl<M: Mllm> Mllm for Cached<M> {
         let path = self.path(chat, sampling);
         let replayable = path.as_ref().filter(|_| AFRESH.try_get().is_err());
         // What can't be read is made anew.
-        let kept =
-            replayable.and_then(|path| fs::read(path).ok()).and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        let kept = replayable.filter(|path| path.is_file()).and_then(|path| fs::read(path).ok());
+        let kept = kept.and_then(|bytes| serde_json::from_slice(&bytes).ok());
         if let Some(reply) = kept {
             self.replayed.fetch_add(1, Ordering::Relaxed);
             return Ok(reply);
@@ -226,6 +226,21 @@ mod tests {
         // What is asked afresh takes the place of what was kept.
         assert_eq!(afresh(ask(&model, "q", 2)).await.text, "d");
         assert_eq!(ask(&model, "q", 2).await.text, "d");
+    }
+
+    #[cfg(unix)]
+    #[tokio::test]
+    async fn a_pipe_in_the_cache_is_not_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let model = Cached::new(Scripted::texts(["a"]), "m", Some(folder.path().into()));
+        let (chat, sampling) = (Chat::ask([], "q"), Sampling::default());
+        let path = model.path(&chat, &sampling).unwrap();
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+        let kept = serde_json::to_vec(&Reply { text: "piped".into(), ..Reply::default() }).unwrap();
+        // Waits for a reader.
+        std::thread::spawn(move || fs::write(path, kept));
+        assert_eq!(model.generate(&chat, &sampling).await.unwrap().text, "a");
     }
 
     #[tokio::test]

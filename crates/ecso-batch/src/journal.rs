@@ -2,8 +2,8 @@
 //! A crash leaves a file that can be read, and work that can go on.
 
 use std::{
-    collections::HashMap,
-    fs::{self, File, OpenOptions, TryLockError},
+    collections::{HashMap, HashSet},
+    fs::{self, File, Metadata, OpenOptions, TryLockError},
     io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write},
     marker::PhantomData,
     path::{Path, PathBuf},
@@ -75,6 +75,12 @@ pub enum JournalError {
         /// Which file.
         path: PathBuf,
     },
+    /// It is a device, a pipe or a folder.
+    #[error("{} is no regular file; name another", path.display())]
+    NoFile {
+        /// Which file.
+        path: PathBuf,
+    },
     /// It has not even a header.
     #[error("{} is empty", path.display())]
     Empty {
@@ -107,6 +113,7 @@ impl JournalError {
         match self {
             Self::Line { .. }
             | Self::InUse { .. }
+            | Self::NoFile { .. }
             | Self::Empty { .. }
             | Self::NoHeader { .. }
             | Self::OtherSettings { .. } => true,
@@ -171,6 +178,9 @@ struct Known {
     error: Option<IgnoredAny>,
     #[serde(default)]
     filtered: bool,
+    /// Nothing counts that stands at this place before.
+    #[serde(default)]
+    gone: bool,
 }
 
 impl Known {
@@ -187,7 +197,7 @@ fn failed(path: &Path, source: io::Error) -> JournalError {
     JournalError::File { path: path.to_owned(), source }
 }
 
-/// The lines of a journal, in order. A last one that a crash cut off is left out.
+/// The lines of a journal, in order. A last one that a crash cut off is left out; a whole one counts without its line end.
 struct Lines<R> {
     path: PathBuf,
     reader: BufReader<R>,
@@ -197,25 +207,36 @@ struct Lines<R> {
     /// Where the last of them ends.
     end: u64,
     was_cut: bool,
+    /// Whether the last one has no line end.
+    is_open: bool,
 }
 
 impl<R: Read> Lines<R> {
     fn of(path: &Path, file: R) -> Self {
         let reader = BufReader::with_capacity(1 << 18, file);
-        Self { path: path.to_owned(), reader, text: Vec::new(), number: 0, end: 0, was_cut: false }
+        Self { path: path.to_owned(), reader, text: Vec::new(), number: 0, end: 0, was_cut: false, is_open: false }
     }
 
     fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, JournalError> {
         self.text.clear();
         let read = self.reader.read_until(b'\n', &mut self.text).map_err(|source| failed(&self.path, source))?;
-        if self.text.last() != Some(&b'\n') {
-            self.was_cut = read > 0;
+        if read == 0 {
             return Ok(None);
         }
-        self.number += 1;
-        self.end += read as u64;
-        let unclear = |source| JournalError::Line { path: self.path.clone(), line: self.number, source };
-        serde_json::from_slice(&self.text).map(Some).map_err(unclear)
+        let is_open = self.text.last() != Some(&b'\n');
+        match serde_json::from_slice(&self.text) {
+            Err(error) if is_open && !error.is_data() => {
+                self.was_cut = true;
+                Ok(None)
+            }
+            Err(source) => Err(JournalError::Line { path: self.path.clone(), line: self.number + 1, source }),
+            Ok(entry) => {
+                self.number += 1;
+                self.end += read as u64;
+                self.is_open = is_open;
+                Ok(Some(entry))
+            }
+        }
     }
 }
 
@@ -230,6 +251,11 @@ impl Recorded {
     fn note(&mut self, key: Key, failed: bool) {
         let earlier = self.entries.insert(key.place, (key, failed));
         self.failed += usize::from(failed);
+        self.failed -= usize::from(earlier.is_some_and(|(_, failed)| failed));
+    }
+
+    fn forget(&mut self, key: Key) {
+        let earlier = self.entries.remove(&key.place);
         self.failed -= usize::from(earlier.is_some_and(|(_, failed)| failed));
     }
 }
@@ -279,11 +305,18 @@ impl Journal {
         }
         let mut recorded = Recorded::default();
         while let Some(known) = lines.next::<Known>()? {
-            recorded.note(known.key(), known.failed());
+            if known.gone {
+                recorded.forget(known.key());
+            } else {
+                recorded.note(known.key(), known.failed());
+            }
         }
-        let Lines { end, was_cut, .. } = lines;
+        let Lines { end, was_cut, is_open, .. } = lines;
         file.set_len(end).and_then(|()| file.seek(SeekFrom::End(0))).map_err(unreadable)?;
         let mut journal = Self { path: path.to_owned(), file, was_cut, recorded };
+        if is_open {
+            journal.add(b"\n")?;
+        }
         if begun.is_none() {
             journal.add(&written)?;
         }
@@ -341,6 +374,16 @@ impl Journal {
         self.write(&Line::of(entry)?)
     }
 
+    /// Takes the entry with this `id`, and no arm, out: nobody reads it any more.
+    ///
+    /// # Errors
+    /// [`JournalError::File`], [`JournalError::Entry`].
+    pub fn forget(&mut self, id: &str) -> Result<(), JournalError> {
+        self.add(&line(&Gone { id, gone: true })?)?;
+        self.recorded.forget(Key::of(id, ""));
+        Ok(())
+    }
+
     pub(crate) fn write(&mut self, line: &Line) -> Result<(), JournalError> {
         self.add(&line.text)?;
         self.recorded.note(line.key, line.failed);
@@ -356,11 +399,25 @@ impl Journal {
 fn writable(path: &Path) -> Result<File, JournalError> {
     let open = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path);
     let file = open.map_err(|source| failed(path, source))?;
+    is_regular(path, file.metadata())?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(JournalError::InUse { path: path.to_owned() }),
         Err(TryLockError::Error(source)) => Err(failed(path, source)),
     }
+}
+
+/// Holds that a file is one: of others a read may have no end.
+fn is_regular(path: &Path, file: io::Result<Metadata>) -> Result<(), JournalError> {
+    let is_file = file.map_err(|source| failed(path, source))?.is_file();
+    if is_file { Ok(()) } else { Err(JournalError::NoFile { path: path.to_owned() }) }
+}
+
+/// What [`Journal::forget`] writes.
+#[derive(Serialize)]
+struct Gone<'a> {
+    id: &'a str,
+    gone: bool,
 }
 
 /// An entry as it is written.
@@ -408,6 +465,7 @@ impl Saved {
     }
 
     fn lines(&self) -> Result<Lines<File>, JournalError> {
+        is_regular(&self.path, fs::metadata(&self.path))?;
         Ok(Lines::of(&self.path, File::open(&self.path).map_err(|source| failed(&self.path, source))?))
     }
 
@@ -444,10 +502,19 @@ impl Saved {
         let mut lines = self.body()?;
         let (mut last, mut begin) = (HashMap::new(), lines.end);
         while let Some(known) = lines.next::<Known>()? {
-            last.insert(known.key().place, begin);
+            if known.gone {
+                last.remove(&known.key().place);
+            } else {
+                last.insert(known.key().place, begin);
+            }
             begin = lines.end;
         }
-        Ok(Latest { last, was_cut: lines.was_cut, entries: self.entries()? })
+        Ok(Latest {
+            begins: last.into_values().collect(),
+            was_cut: lines.was_cut,
+            lines: self.body()?,
+            of: PhantomData,
+        })
     }
 }
 
@@ -455,6 +522,14 @@ impl Saved {
 pub struct Entries<E> {
     lines: Lines<File>,
     of: PhantomData<E>,
+}
+
+impl<E> Entries<E> {
+    /// Whether a crash had cut off the last line; known at the end.
+    #[must_use]
+    pub fn was_cut(&self) -> bool {
+        self.lines.was_cut
+    }
 }
 
 impl<E: Entry> Iterator for Entries<E> {
@@ -468,17 +543,18 @@ impl<E: Entry> Iterator for Entries<E> {
 
 /// See [`Saved::latest`]. It takes about 40 bytes of memory an entry.
 pub struct Latest<E> {
-    /// Where the entry that counts begins.
-    last: HashMap<u64, u64>,
+    /// Where the entries that count begin.
+    begins: HashSet<u64>,
     was_cut: bool,
-    entries: Entries<E>,
+    lines: Lines<File>,
+    of: PhantomData<E>,
 }
 
 impl<E> Latest<E> {
     /// How many there are.
     #[must_use]
     pub fn total(&self) -> usize {
-        self.last.len()
+        self.begins.len()
     }
 
     /// Whether a crash had cut off the last line.
@@ -492,11 +568,13 @@ impl<E: Entry> Iterator for Latest<E> {
     type Item = Result<E, JournalError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        loop {
-            match self.entries.next()? {
-                Ok((begin, entry)) if self.last.get(&entry.key().place) != Some(&begin) => {}
-                other => return Some(other.map(|(_, entry)| entry)),
+        while !self.begins.contains(&self.lines.end) {
+            match self.lines.next::<IgnoredAny>() {
+                Ok(Some(_)) => {}
+                Ok(None) => return None,
+                Err(error) => return Some(Err(error)),
             }
         }
+        self.lines.next().transpose()
     }
 }

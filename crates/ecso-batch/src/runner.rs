@@ -342,7 +342,7 @@ mod tests {
         let out = tempfile::tempdir().unwrap();
         let path = out.path().join("journal.jsonl");
         let header = Work { work: "bread".into() };
-        for theirs in [r#"{"id": 1, "query": "q"}"#, r#"{"work":"cake"#, "Knead it well.", r#"{"work":"bread"} "#] {
+        for theirs in [r#"{"id": 1, "query": "q"}"#, r#"{"work":"cake"#, "Knead it well.", r#"{"work":"bread"} more"#] {
             std::fs::write(&path, theirs).unwrap();
             assert!(matches!(Journal::open(out.path(), &header), Err(JournalError::NoHeader { .. })), "{theirs}");
             assert_eq!(std::fs::read_to_string(&path).unwrap(), theirs);
@@ -352,6 +352,51 @@ mod tests {
             assert!(Journal::open(out.path(), &header).is_ok(), "{cut}");
             assert_eq!(std::fs::read_to_string(&path).unwrap(), "{\"work\":\"bread\"}\n");
         }
+    }
+
+    #[tokio::test]
+    async fn a_whole_last_line_counts_without_its_end() {
+        let out = tempfile::tempdir().unwrap();
+        go(Doubling::default(), out.path(), Bounds::at_once(4)).await;
+        let path = crate::journal::path(out.path());
+        let (whole, before) = (std::fs::read_to_string(&path).unwrap(), recorded(out.path()));
+        std::fs::write(&path, whole.trim_end()).unwrap();
+        let latest = Saved::folder(out.path()).latest::<Double>().unwrap();
+        assert!(!latest.was_cut());
+        assert_eq!(recorded(out.path()), before);
+        let journal = Journal::open(out.path(), &Plain {}).unwrap();
+        assert_eq!((journal.len(), journal.was_cut()), (before.len(), false));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), whole);
+        std::fs::write(&path, &whole[..whole.len() - 2]).unwrap();
+        let latest = Saved::folder(out.path()).latest::<Double>().unwrap();
+        assert_eq!((latest.total(), latest.was_cut()), (before.len() - 1, true));
+    }
+
+    #[test]
+    fn what_is_forgotten_counts_no_more() {
+        let out = tempfile::tempdir().unwrap();
+        let double = |id: &str, error: Option<&str>| Double { id: id.into(), of: 0, error: error.map(str::to_owned) };
+        let mut journal = Journal::open(out.path(), &Plain {}).unwrap();
+        for entry in [double("0", None), double("1", Some("no row")), double("2", Some("no row"))] {
+            journal.record(&entry).unwrap();
+        }
+        journal.forget("1").unwrap();
+        journal.forget("2").unwrap();
+        journal.record(&double("2", None)).unwrap();
+        assert_eq!((journal.len(), journal.failed()), (2, 0));
+        drop(journal);
+        let journal = Journal::open(out.path(), &Plain {}).unwrap();
+        assert_eq!((journal.len(), journal.failed()), (2, 0));
+        assert_eq!(recorded(out.path()), [double("0", None), double("2", None)]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_journal_is_a_regular_file() {
+        let out = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/dev/null", out.path().join("journal.jsonl")).unwrap();
+        assert!(matches!(Journal::open(out.path(), &Plain {}), Err(JournalError::NoFile { .. })));
+        assert!(matches!(Saved::folder(out.path()).latest::<Double>(), Err(JournalError::NoFile { .. })));
     }
 
     /// Asks a model, and takes no answer for good.

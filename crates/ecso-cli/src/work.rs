@@ -26,6 +26,7 @@ pub(crate) struct Worker {
     pub(crate) digest: String,
     /// See [`open::description`].
     pub(crate) server: Option<String>,
+    kept_as: String,
 }
 
 impl Worker {
@@ -38,11 +39,14 @@ impl Worker {
         // One that is away from the start is not waited for.
         model.health().await?;
         let (digest, server) = (open::identity(settings)?, open::description(settings).await?);
+        let mut kept_as = named(settings, &digest, model.name())?;
+        if let Some(description) = &server {
+            kept_as = format!("{kept_as} {description}");
+        }
         let patience = Patience { busy: BUSY, away: Duration::from_secs(settings.server.away_timeout) };
         let paced = Arc::new(Paced::new(model, at_once, patience));
-        let kept_as = kept_as(&digest, server.as_deref());
-        let cached = Arc::new(Cached::new(Arc::clone(&paced), kept_as, cache));
-        Ok(Self { cached, paced, digest, server })
+        let cached = Arc::new(Cached::new(Arc::clone(&paced), kept_as.as_str(), cache));
+        Ok(Self { cached, paced, digest, server, kept_as })
     }
 
     /// The model.
@@ -51,8 +55,8 @@ impl Worker {
     }
 
     /// What it is, in one text: by this its replies are kept.
-    pub(crate) fn identity(&self) -> String {
-        kept_as(&self.digest, self.server.as_deref())
+    pub(crate) fn identity(&self) -> &str {
+        &self.kept_as
     }
 
     /// What it did so far.
@@ -100,6 +104,10 @@ pub(crate) async fn heard_in_time<T: Send + 'static>(
     }
 }
 
-fn kept_as(identity: &str, description: Option<&str>) -> String {
-    description.map_or_else(|| identity.to_owned(), |description| format!("{identity} {description}"))
+/// What a model is, with its `name` also where the server alone told it.
+fn named(settings: &Settings, digest: &str, name: &str) -> anyhow::Result<String> {
+    if !open::is_server(settings) || !settings.model_name.is_empty() {
+        return Ok(digest.to_owned());
+    }
+    open::identity(&Settings { model_name: name.to_owned(), ..settings.clone() })
 }

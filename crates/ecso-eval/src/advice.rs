@@ -35,13 +35,16 @@ pub fn compare(a: &JudgedRun, b: &JudgedRun) -> Result<String, TogetherError> {
     let good =
         |run: &JudgedRun, record: &ItemRecord, arm| Standing::of(record, arm, &run.verdicts).is_good(&record.task);
     let mut in_b: HashMap<Key, Vec<Option<bool>>> = HashMap::new();
+    let mut met = [0, 0];
     for record in b.records()? {
         let record = record?;
+        met[1] += b.verdicts.met(&record);
         in_b.insert(asked(&record, ""), pairs.iter().map(|pair| good(b, &record, pair.arms.1)).collect());
     }
     let (mut in_both, mut only_a) = (0, 0);
     for record in a.records()? {
         let record = record?;
+        met[0] += a.verdicts.met(&record);
         let Some(good_in_b) = in_b.remove(&asked(&record, "")) else {
             only_a += 1;
             continue;
@@ -74,6 +77,11 @@ pub fn compare(a: &JudgedRun, b: &JudgedRun) -> Result<String, TogetherError> {
     if only_a + in_b.len() > 0 {
         let _ = writeln!(out, "\nNot compared: {only_a} items that are only in A, {} that are only in B.", in_b.len());
     }
+    for (name, run, met) in [("A", a, met[0]), ("B", b, met[1])] {
+        for odd in run.verdicts.odd(Some(met)) {
+            let _ = writeln!(out, "\n{name}: {odd}.");
+        }
+    }
     Ok(out)
 }
 
@@ -92,7 +100,12 @@ fn alike(a: &JudgedRun, b: &JudgedRun) -> Result<(), TogetherError> {
 fn called(run: &JudgedRun) -> String {
     let header = &run.header;
     let variant = header.variant.as_ref().map_or_else(String::new, |variant| format!(" ({variant})"));
-    format!("{}{variant} on {}, judged by {}", header.benchmark, header.model, run.verdicts.judge().unwrap_or("none"))
+    format!(
+        "{}{variant} on {}, judged by {}",
+        header.benchmark,
+        header.model,
+        run.verdicts.judge().unwrap_or("somebody")
+    )
 }
 
 /// Two arms that are compared.
@@ -150,25 +163,31 @@ struct Beside {
 pub fn advise(runs: &[JudgedRun]) -> Result<String, TogetherError> {
     let mut together = Together::default();
     let mut profiles: Vec<(&str, Beside)> = Vec::new();
-    let mut unguarded = Vec::new();
+    let mut said = Vec::new();
     for run in runs {
         together.run(&run.path, &run.header)?;
         alike(&runs[0], run)?;
         let mut here: Vec<(&str, Beside)> = arms(run).skip(1).map(|profile| (profile, Beside::default())).collect();
-        let (mut recorded, mut without_image, mut answered) = (0, 0, 0);
+        let (mut recorded, mut unknown, mut without_image, mut answered, mut met) = (0, 0, 0, 0, 0);
         for record in run.records()? {
             let record = record?;
             together.item(&record)?;
             recorded += 1;
             without_image += usize::from(record.is_text());
             answered += usize::from(record.error.is_none());
+            met += run.verdicts.met(&record);
+            if record.of_unknown_kind {
+                unknown += 1;
+                continue;
+            }
             for (profile, beside) in &mut here {
                 beside.add(&record, profile, &run.verdicts);
             }
         }
-        unguarded.extend(run.header.unguarded(without_image, answered).map(|told| (&run.path, told)));
+        let unguarded = run.header.unguarded(without_image, answered);
+        said.extend(unguarded.into_iter().chain(run.verdicts.odd(Some(met))).map(|told| (&run.path, told)));
         for (profile, mut beside) in here {
-            beside.lack(Lack { recorded, absent: absent(&run.header, recorded) });
+            beside.lack(Lack { recorded: recorded - unknown, absent: absent(&run.header, recorded) + unknown });
             match profiles.iter_mut().find(|(known, _)| *known == profile) {
                 Some((_, sum)) => sum.join(&beside),
                 None => profiles.push((profile, beside)),
@@ -179,7 +198,7 @@ pub fn advise(runs: &[JudgedRun]) -> Result<String, TogetherError> {
     for (profile, beside) in &profiles {
         page(&mut out, profile, beside);
     }
-    for (path, told) in unguarded {
+    for (path, told) in said {
         let _ = writeln!(out, "\n{}: {told}.", path.display());
     }
     Ok(out)
@@ -390,6 +409,7 @@ mod tests {
             arms: [UNGUARDED, "paper"].map(answered).into(),
             error: None,
             filtered: false,
+            of_unknown_kind: false,
             made_of: String::new(),
         };
         (record, rulings)

@@ -45,6 +45,8 @@ pub enum Trouble {
     MissingImage(Cause),
     /// Its row, or a file of it, can't be understood.
     Unreadable(Cause),
+    /// The same, so that nobody knows what a good answer is; the item's task is none.
+    UnknownKind(Cause),
 }
 
 /// Where an image comes from.

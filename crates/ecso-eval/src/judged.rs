@@ -119,9 +119,11 @@ struct Names {
 }
 
 impl Names {
-    /// None of a file that neither begins as verdicts do, with a header or without, nor is called so.
+    /// None of a file that neither begins as verdicts do, with a header or without, nor is called so; none of one that is empty, or no
+    /// regular file.
     fn of(file: PathBuf) -> Option<Self> {
-        if file.extension().is_none_or(|extension| extension != "jsonl") {
+        let is_filled = std::fs::metadata(&file).is_ok_and(|file| file.is_file() && file.len() > 0);
+        if !is_filled || file.extension().is_none_or(|extension| extension != "jsonl") {
             return None;
         }
         let saved = Saved::file(&file);
@@ -156,6 +158,11 @@ mod tests {
         let called = |judge: Option<&str>| {
             JudgedRun::open(folder.path(), judge).map(|run| run.verdicts.judge().unwrap().to_owned())
         };
+        assert_eq!(called(None).unwrap(), "llm:m");
+        // What a full disk left, and a device.
+        write("verdicts-advbench.jsonl", String::new());
+        #[cfg(unix)]
+        std::os::unix::fs::symlink("/dev/null", folder.path().join("verdicts-zero.jsonl")).unwrap();
         assert_eq!(called(None).unwrap(), "llm:m");
         write("verdicts-xstest.jsonl", header("xstest"));
         write("theirs.jsonl", "{\"id\": \"1\", \"verdict\": \"safe\", \"judge\": \"people\"}\n".into());

@@ -95,6 +95,9 @@ pub struct ItemRecord {
     /// be tried again.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub filtered: bool,
+    /// Whether nobody knows what a good answer is, as its row can't be read: the item may be of any kind, and its task is none.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub of_unknown_kind: bool,
 }
 
 impl ItemRecord {

@@ -2,7 +2,7 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::{BTreeSet, BinaryHeap},
+    collections::{BTreeSet, BinaryHeap, HashSet},
     fs::File,
     path::Path,
     sync::Arc,
@@ -16,7 +16,7 @@ use ecso::{
 };
 use ecso_batch::{
     Batch, Bounds, Sifted,
-    journal::{Journal, JournalError, Key, Saved},
+    journal::{Entry, Journal, JournalError, Key, Saved},
 };
 
 use crate::{
@@ -52,9 +52,11 @@ pub struct Progress {
     pub failed: usize,
 }
 
-/// Items that couldn't be run as the data is.
+/// What the data gave, and which items couldn't be run as it is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Unusable {
+    /// How many items there were; others than the run began with where the data changed under it.
+    pub read: usize,
     /// How many miss an image, and what is said of the first of them.
     pub missing: usize,
     /// See [`Unusable::missing`].
@@ -69,7 +71,7 @@ impl Unusable {
     fn count(&mut self, trouble: &Trouble) {
         let (count, first) = match trouble {
             Trouble::MissingImage(_) => (&mut self.missing, &mut self.first_missing),
-            Trouble::Unreadable(_) => (&mut self.unreadable, &mut self.first_unreadable),
+            Trouble::Unreadable(_) | Trouble::UnknownKind(_) => (&mut self.unreadable, &mut self.first_unreadable),
         };
         *count += 1;
         first.get_or_insert_with(|| trouble.to_string());
@@ -110,6 +112,7 @@ pub async fn run(
     let Items { total, iter } = items;
     let (total, unusable) = (Cell::new(total), RefCell::new(Unusable::default()));
     let usable = |item: &Item| {
+        unusable.borrow_mut().read += 1;
         let Some(trouble) = &item.trouble else { return true };
         unusable.borrow_mut().count(trouble);
         let is_left_out = options.skip_missing && matches!(trouble, Trouble::MissingImage(_));
@@ -125,10 +128,26 @@ pub async fn run(
     Ok(unusable.into_inner())
 }
 
-/// How many items `journal` has that are not among `items`.
-#[must_use]
-pub fn missing(items: Items, journal: &Journal) -> usize {
-    journal.len() - items.iter.filter(|item| journal.has_place(Key::of(&item.id, ""))).count()
+/// How many items the `journal` of `out` has that are not among `items`. Those that failed are no loss: their rows were mended, and where
+/// nothing else is missing, they are taken out of it.
+///
+/// # Errors
+/// [`JournalError`].
+pub fn missing(items: Items, out: &Path, journal: &mut Journal) -> Result<usize, JournalError> {
+    let there: HashSet<u64> = items.iter.map(|item| Key::of(&item.id, "").place()).collect();
+    let (mut missing, mut mended) = (0, Vec::new());
+    for record in Saved::folder(out).latest::<ItemRecord>()? {
+        let record = record?;
+        match record.failed() {
+            _ if there.contains(&Key::of(&record.id, "").place()) => {}
+            true => mended.push(record.id),
+            false => missing += 1,
+        }
+    }
+    if missing == 0 {
+        mended.iter().try_for_each(|id| journal.forget(id))?;
+    }
+    Ok(missing)
 }
 
 /// Says that items of a run were not guarded, as they have no image; none where all were.
@@ -218,10 +237,24 @@ impl Batch for Answering {
             Ok(arms) => (arms, None, false),
             Err(Unanswered { why, is_filter }) => (Vec::new(), Some(why), is_filter),
         };
+        let of_unknown_kind = matches!(item.trouble, Some(Trouble::UnknownKind(_)));
         let Item { id, scenario, cluster, query, request, images, earlier, task, draft: _, begun: _, trouble: _ } =
             item;
         let images = images.len() + earlier.iter().map(|(_, _, images)| images.len()).sum::<usize>();
-        Ok(ItemRecord { id, made_of, scenario, cluster, query, request, task, images, arms, error, filtered })
+        Ok(ItemRecord {
+            id,
+            made_of,
+            scenario,
+            cluster,
+            query,
+            request,
+            task,
+            images,
+            arms,
+            error,
+            filtered,
+            of_unknown_kind,
+        })
     }
 }
 

@@ -171,6 +171,7 @@ mod tests {
             arms: Vec::new(),
             error: None,
             filtered: false,
+            of_unknown_kind: false,
             made_of: String::new(),
         }
     }

@@ -30,12 +30,14 @@ pub struct Summary {
     pub items: usize,
     /// Items that were left out, or not run yet; they widen the intervals below.
     pub absent: usize,
-    /// Items that failed; they widen the intervals below.
+    /// Items that failed; they widen the intervals below. Where nobody knows of which kind one is, it widens all.
     pub failed: usize,
     /// Items that a content filter refused.
     pub filtered: usize,
     /// Says that items were not guarded, as they have no image; none where all were.
     pub unguarded: Option<String>,
+    /// What is odd about the verdicts: such as fit no answer, stand twice, or are of several judges.
+    pub odd: Vec<String>,
     /// One an arm, the unguarded one first.
     pub arms: Vec<Arm>,
 }
@@ -128,7 +130,7 @@ pub fn absent(header: &RunHeader, recorded: usize) -> usize {
     header.items.unwrap_or(recorded).saturating_sub(recorded)
 }
 
-/// What a run lacks: items of nobody knows which kind or scenario, so they widen every figure.
+/// What a run lacks, and what of it can't be read: items of nobody knows which kind or scenario, so they widen every figure.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Lack {
     pub(crate) recorded: usize,
@@ -154,6 +156,10 @@ pub(crate) struct Sums {
     failed: usize,
     filtered: usize,
     without_image: usize,
+    /// Items of which nobody knows the kind.
+    unknown: usize,
+    /// Verdicts on answers that are there.
+    met: usize,
     arms: Vec<ArmSums>,
     /// What the answers cost, one an arm, by cluster.
     spent: BTreeMap<String, Vec<Spent>>,
@@ -163,7 +169,7 @@ impl Sums {
     pub(crate) fn new(header: &RunHeader) -> Self {
         let profiles = header.profiles.iter().map(|(name, _)| name.clone());
         let arms = [UNGUARDED.to_owned()].into_iter().chain(profiles).map(ArmSums::new).collect();
-        Self { items: 0, failed: 0, filtered: 0, without_image: 0, arms, spent: BTreeMap::new() }
+        Self { items: 0, failed: 0, filtered: 0, without_image: 0, unknown: 0, met: 0, arms, spent: BTreeMap::new() }
     }
 
     pub(crate) fn add(&mut self, record: &ItemRecord, verdicts: &Verdicts) {
@@ -171,6 +177,11 @@ impl Sums {
         self.filtered += usize::from(record.filtered);
         self.failed += usize::from(record.error.is_some() && !record.filtered);
         self.without_image += usize::from(record.is_text());
+        self.met += verdicts.met(record);
+        if record.of_unknown_kind {
+            self.unknown += 1;
+            return;
+        }
         let unguarded = Standing::of(record, UNGUARDED, verdicts);
         for (index, arm) in self.arms.iter_mut().enumerate() {
             arm.add(index, record, unguarded, verdicts);
@@ -185,21 +196,27 @@ impl Sums {
     }
 
     pub(crate) fn summary(self, header: &RunHeader, verdicts: &Verdicts) -> Summary {
-        let Self { items, failed, filtered, without_image, arms, spent } = self;
+        let Self { items, failed, filtered, without_image, unknown, met, arms, spent } = self;
         let variant = header.variant.as_ref().map_or_else(String::new, |variant| format!(" ({variant})"));
         let spent: Vec<Vec<Spent>> = spent.into_values().collect();
         let absent = absent(header, items);
-        let lack = Lack { recorded: items, absent };
+        let lack = Lack { recorded: items - unknown, absent: absent + unknown };
+        let mut arms: Vec<Arm> =
+            arms.into_iter().enumerate().map(|(index, arm)| arm.figures(index, &spent, lack)).collect();
+        for arm in &mut arms {
+            arm.all.failed += unknown;
+        }
         Summary {
             benchmark: format!("{}{variant}", header.benchmark),
             model: header.model.clone(),
-            judge: verdicts.judge().unwrap_or("none").to_owned(),
+            judge: verdicts.judge().unwrap_or("not named").to_owned(),
             items,
             absent,
             failed,
             filtered,
             unguarded: header.unguarded(without_image, items - failed - filtered),
-            arms: arms.into_iter().enumerate().map(|(index, arm)| arm.figures(index, &spent, lack)).collect(),
+            odd: verdicts.odd(Some(met)),
+            arms,
         }
     }
 }
@@ -516,6 +533,7 @@ mod tests {
             arms: if error.is_none() { vec![answered] } else { Vec::new() },
             error: error.map(str::to_owned),
             filtered,
+            of_unknown_kind: false,
         }
     }
 
@@ -584,6 +602,40 @@ mod tests {
                 assert_eq!(found.over_refusal, None);
             }
         }
+    }
+
+    #[test]
+    fn an_item_of_unknown_kind_widens_every_figure() {
+        let header = RunHeader {
+            ecso: "0".into(),
+            benchmark: "jsonl".into(),
+            variant: None,
+            data: "-".into(),
+            model: "m".into(),
+            model_digest: "d".into(),
+            server: None,
+            profiles: Vec::new(),
+            max_new_tokens: None,
+            choice: crate::record::Choice::default(),
+            items: None,
+        };
+        let unknown = ItemRecord { of_unknown_kind: true, ..record("3", Task::Harmless, Some("no row"), false) };
+        let records = [record("1", Task::Harmful, None, false), record("2", Task::Harmless, None, false), unknown];
+        let judged = ["1", "2"].map(|id| Judgement {
+            id: id.into(),
+            arm: UNGUARDED.into(),
+            made_of: String::new(),
+            verdict: Ruling::Safe,
+            score: None,
+            judge: "j".into(),
+            error: None,
+        });
+        let summary = summarise(&header, records.map(Ok), &judged.into_iter().collect()).unwrap();
+        let all = &summary.arms[0].all;
+        let widened = |count| Rate::with_unknown(count, 1, 1);
+        assert_eq!((all.harmless, all.over_refusal), (Some(widened(1)), Some(widened(0))));
+        assert_eq!((summary.items, summary.failed, all.failed, summary.absent), (3, 1, 1, 0));
+        assert_eq!(summary.arms[0].scenarios.keys().collect::<Vec<_>>(), ["s"]);
     }
 
     #[test]

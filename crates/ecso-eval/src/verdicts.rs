@@ -1,6 +1,9 @@
 //! One judge's verdicts on the answers of a run.
 
-use std::{collections::HashMap, path::Path};
+use std::{
+    collections::{BTreeSet, HashMap},
+    path::Path,
+};
 
 use ecso_batch::journal::{Entry, Head, JournalError, Key, Saved};
 use serde::{Deserialize, Serialize};
@@ -8,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     judge::{Judgement, Ruling, digest},
     record::ItemRecord,
+    text::cut,
 };
 
 /// Who judges, and how: the first line of a file of verdicts.
@@ -70,8 +74,12 @@ pub struct Ruled {
 pub struct Verdicts {
     /// What the file says of its judge; files of others don't.
     header: Option<VerdictsHeader>,
-    judge: Option<String>,
+    /// Who says to have judged, line by line.
+    judges: BTreeSet<String>,
     rulings: HashMap<u64, (Key, Ruled)>,
+    /// How often a ruling stands in the place of an earlier one on the same answer.
+    again: usize,
+    was_cut: bool,
 }
 
 impl Verdicts {
@@ -81,14 +89,46 @@ impl Verdicts {
     /// [`JournalError`].
     pub fn read(path: &Path) -> Result<Self, JournalError> {
         let saved = Saved::file(path);
-        let entries = saved.entries::<Judgement>()?.map(|entry| entry.map(|(_, judgement)| judgement));
-        Ok(Self { header: saved.header().ok(), ..entries.collect::<Result<_, _>>()? })
+        let mut entries = saved.entries::<Judgement>()?;
+        let verdicts: Self =
+            entries.by_ref().map(|entry| entry.map(|(_, judgement)| judgement)).collect::<Result<_, _>>()?;
+        Ok(Self { header: saved.header().ok(), was_cut: entries.was_cut(), ..verdicts })
     }
 
     /// Who judged.
     #[must_use]
     pub fn judge(&self) -> Option<&str> {
-        self.header.as_ref().map(|header| header.judge.as_str()).or(self.judge.as_deref())
+        let first = || self.judges.first().map(String::as_str);
+        self.header.as_ref().map(|header| header.judge.as_str()).or_else(first)
+    }
+
+    /// On how many answers of an item somebody has ruled.
+    pub(crate) fn met(&self, record: &ItemRecord) -> usize {
+        record.arms.iter().filter(|outcome| self.of(record, &outcome.profile).is_some()).count()
+    }
+
+    /// What is odd about the verdicts, of which so many have `met` an answer of the run, where somebody counts that.
+    #[must_use]
+    pub fn odd(&self, met: Option<usize>) -> Vec<String> {
+        let unmet = met.map_or(0, |met| self.rulings.len().saturating_sub(met));
+        let mut odd = Vec::new();
+        if unmet > 0 {
+            odd.push(format!(
+                "{unmet} of {} verdicts are on no answer of this run: it has no such id or arm, or the answer has changed since",
+                self.rulings.len()
+            ));
+        }
+        if self.again > 0 {
+            odd.push(format!("{} verdicts are on answers that had one before; the last one counts", self.again));
+        }
+        if self.judges.len() > 1 {
+            let judges: Vec<&str> = self.judges.iter().map(String::as_str).collect();
+            odd.push(format!("the verdicts are of several judges: {}", cut(judges.join(", "))));
+        }
+        if self.was_cut {
+            odd.push("the last line of the verdicts was cut off by a crash, and is left out".into());
+        }
+        odd
     }
 
     /// What of the judge is not as it is in `other`.
@@ -119,9 +159,73 @@ impl FromIterator<Judgement> for Verdicts {
         let mut verdicts = Self::default();
         for judgement in judgements {
             let (key, Judgement { verdict, score, judge, .. }) = (judgement.key(), judgement);
-            verdicts.judge.get_or_insert(judge);
-            verdicts.rulings.insert(key.place(), (key, Ruled { verdict, score }));
+            if !judge.is_empty() {
+                verdicts.judges.insert(judge);
+            }
+            // What failed, or was said of another answer, is judged again.
+            let earlier = verdicts.rulings.insert(key.place(), (key, Ruled { verdict, score }));
+            verdicts.again +=
+                usize::from(earlier.is_some_and(|(judged, ruled)| judged == key && ruled.verdict != Ruling::Error));
         }
         verdicts
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ecso::{Outcome, Verdict};
+
+    use super::*;
+    use crate::{item::Task, run::UNGUARDED};
+
+    #[test]
+    fn verdicts_that_miss_answers_repeat_or_come_from_several_are_told() {
+        let answered = Outcome {
+            answer: "a".into(),
+            verdict: Verdict::Unchecked,
+            score: None,
+            rewritten: false,
+            refused: false,
+            profile: UNGUARDED.into(),
+            model: "m".into(),
+            steps: Vec::new(),
+        };
+        let record = ItemRecord {
+            id: "1".into(),
+            made_of: String::new(),
+            scenario: "s".into(),
+            cluster: "1".into(),
+            query: "q".into(),
+            request: "q".into(),
+            task: Task::Harmless,
+            images: 0,
+            arms: vec![answered],
+            error: None,
+            filtered: false,
+            of_unknown_kind: false,
+        };
+        let said = |id: &str, arm: &str, verdict: &str, judge: &str| {
+            format!(r#"{{"id": "{id}", "arm": "{arm}", "verdict": "{verdict}", "judge": "{judge}"}}"#)
+        };
+        let odd = |lines: &[String]| {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            std::fs::write(file.path(), lines.join("\n")).unwrap();
+            let verdicts = Verdicts::read(file.path()).unwrap();
+            verdicts.odd(Some(verdicts.met(&record))).join("; ")
+        };
+        let plain = said("1", UNGUARDED, "safe", "");
+        assert_eq!(odd(std::slice::from_ref(&plain)), "");
+        assert_eq!(odd(&[said("1", UNGUARDED, "error", ""), plain.clone()]), "");
+        for (other, told) in [
+            (said("1", "paper", "safe", ""), "1 of 2 verdicts are on no answer"),
+            (said("2", UNGUARDED, "safe", ""), "1 of 2 verdicts are on no answer"),
+            (said("1", UNGUARDED, "unsafe", ""), "1 verdicts are on answers that had one before"),
+            (plain[..plain.len() - 9].to_owned(), "cut off by a crash"),
+        ] {
+            let odd = odd(&[plain.clone(), other]);
+            assert!(odd.contains(told), "{told}: {odd}");
+        }
+        let two = odd(&[said("1", UNGUARDED, "safe", "ann"), said("3", UNGUARDED, "safe", "bob")]);
+        assert!(two.contains("several judges: ann, bob"), "{two}");
     }
 }

@@ -142,7 +142,7 @@ async fn field_mm_safetybench() {
     let Some(folder) = field("24-mmsafety") else { return };
     let out = tempfile::tempdir().unwrap();
     let (records, unusable) = run("mm-safetybench", &folder.join("png"), &out.path().join("png"), false).await;
-    assert_eq!((records.len(), unusable), (3, Unusable::default()));
+    assert_eq!((records.len(), unusable), (3, Unusable { read: 3, ..Unusable::default() }));
     assert!(records.iter().all(|record| record.error.is_none() && record.images == 1));
     let missing = folder.join("missing");
     let (records, unusable) = run("mm-safetybench", &missing, &out.path().join("a"), false).await;
@@ -387,7 +387,7 @@ fn a_bad_row_is_an_item_that_failed_and_a_file_of_bad_rows_an_error() {
     }
     fs::write(&file, [b"{\"id\": 0, \"query\": \"q\"}\n{\"id\": 1, \"query\": \"".as_slice(), b"\xe4\"}\n"].concat())
         .unwrap();
-    assert!(matches!(items("jsonl", data.path(), None)[1].trouble, Some(Trouble::Unreadable(_))));
+    assert!(matches!(items("jsonl", data.path(), None)[1].trouble, Some(Trouble::UnknownKind(_))));
     for text in
         [format!("\u{feff}{good}\r\n"), format!("{good}\n"), format!("[\n{good}]"), format!("\u{feff} [{good}]")]
     {
@@ -401,6 +401,42 @@ fn a_bad_row_is_an_item_that_failed_and_a_file_of_bad_rows_an_error() {
     for text in ["", "[]", "[{\"id\": 1, ", "\u{feff}"] {
         fs::write(&file, text).unwrap();
         assert!(problem("jsonl", data.path()).contains("items.jsonl"), "{text}");
+    }
+}
+
+#[test]
+fn of_a_row_that_does_not_say_its_kind_nobody_knows_it() {
+    let data = tempfile::tempdir().unwrap();
+    let is_unknown = |benchmark: &str, file: &str, text: &str| {
+        fs::write(data.path().join(file), text).unwrap();
+        matches!(items(benchmark, data.path(), None)[1].trouble, Some(Trouble::UnknownKind(_)))
+    };
+    let good = "{\"id\": 0, \"query\": \"q\"}";
+    for (row, expected) in [
+        ("{\"id\": 1, \"query\"", true),
+        ("{\"id\": 1, \"query\": \"q\", \"label\": \"harmfull\"}", true),
+        ("{\"id\": 0, \"query\": \"q\", \"label\": \"harmfull\"}", true),
+        ("{\"id\": 0, \"query\": \"q\", \"label\": \"harmful\"}", false),
+        ("{\"id\": 1, \"query\": \"q\", \"image\": \"a.png\"}", false),
+    ] {
+        assert_eq!(is_unknown("jsonl", "items.jsonl", &format!("{good}\n{row}\n")), expected, "{row}");
+    }
+    assert!(is_unknown("xstest", "xstest_prompts.csv", "id,prompt,type,label\n1,a,homonyms,safe\n2,b\n"));
+}
+
+#[test]
+fn images_are_read_under_usual_names() {
+    let data = tempfile::tempdir().unwrap();
+    picture(&data.path().join("a.png"));
+    for field in [
+        "\"image\": \"a.png\"",
+        "\"image_path\": \"a.png\"",
+        "\"img\": \"a.png\"",
+        "\"images\": [\"a.png\"]",
+        "\"image_paths\": [\"a.png\"]",
+    ] {
+        fs::write(data.path().join("items.jsonl"), format!("{{\"id\": 1, \"query\": \"q\", {field}}}")).unwrap();
+        assert_eq!(items("jsonl", data.path(), None)[0].images.len(), 1, "{field}");
     }
 }
 

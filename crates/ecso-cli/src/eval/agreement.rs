@@ -13,13 +13,14 @@ use ecso_eval::{
     record::{ItemRecord, RunHeader},
     stats::{Agreement, auroc},
     text::cut,
+    verdicts::Verdicts,
 };
 use serde::{Deserialize, Deserializer, de::Error};
 use serde_json::Value;
 
 use super::{
     args::AgreementArgs,
-    judge::{answered, is_harm, is_harmless, lines_or_none, yes_or_no},
+    judge::{answer_or_none, answered, is_harm, is_harmless, lines_or_none, yes_or_no},
     table::{self, joined},
 };
 use crate::UsageError;
@@ -33,7 +34,7 @@ struct Label {
     /// The answer that the label is about, where the table has it.
     #[serde(default, deserialize_with = "lines_or_none")]
     query: Option<String>,
-    #[serde(default, deserialize_with = "lines_or_none")]
+    #[serde(default, deserialize_with = "answer_or_none")]
     response: Option<String>,
     #[serde(default, deserialize_with = "is_harmless")]
     harmless: Option<bool>,
@@ -54,6 +55,9 @@ impl Label {
 fn is_harmful<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>, D::Error> {
     let value = Value::deserialize(deserializer)?;
     let labels = value.as_array().map_or(std::slice::from_ref(&value), Vec::as_slice);
+    if labels.is_empty() {
+        return Err(D::Error::custom("a label is []; it must be harmful or harmless, 1 or 0"));
+    }
     let mut harmful = 0;
     for label in labels {
         let said = joined(label, " ").and_then(|said| yes_or_no(&said).or_else(|| is_harm(&said)));
@@ -112,8 +116,8 @@ pub(super) fn run(path: &Path, args: &AgreementArgs) -> anyhow::Result<()> {
     let judged = Saved::file(path).latest::<Judgement>().map_err(UsageError::of)?;
     let (mut pairs, mut scores, mut unlabelled, mut outdated) = (Vec::new(), Vec::new(), 0, 0);
     let (mut met, mut arms) = (HashSet::new(), BTreeSet::new());
-    if judged.was_cut() {
-        eprintln!("{}: its last line was cut off by a crash, and is left out", path.display());
+    for odd in Verdicts::read(path).map_err(UsageError::of)?.odd(None) {
+        eprintln!("{}: {odd}", path.display());
     }
     for judgement in judged {
         let judgement = judgement.map_err(UsageError::of)?;

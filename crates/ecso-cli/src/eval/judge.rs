@@ -42,7 +42,7 @@ struct Response {
     #[serde(deserialize_with = "lines")]
     query: String,
     /// None where the model gave no answer.
-    #[serde(rename = "response", deserialize_with = "lines_or_none")]
+    #[serde(rename = "response", deserialize_with = "answer_or_none")]
     text: Option<String>,
     /// The request is harmless: what counts is whether it was refused.
     #[serde(default, deserialize_with = "is_harmless")]
@@ -69,6 +69,12 @@ pub(super) fn lines_or_none<'de, D: Deserializer<'de>>(deserializer: D) -> Resul
         return Err(D::Error::custom(format_args!("{} is no text", cut(&value))));
     }
     Ok(text)
+}
+
+/// The same of an answer, which is none too where a table has a word in the place of what is missing.
+pub(super) fn answer_or_none<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let answer = lines_or_none(deserializer)?;
+    Ok(answer.filter(|answer| !matches!(answer.trim(), "nan" | "NaN" | "<NA>" | "null" | "None")))
 }
 
 /// A switch, also as the text that CSV has in its place; what is empty says nothing.
@@ -231,7 +237,7 @@ impl Bench {
         let header = VerdictsHeader {
             ecso: env!("CARGO_PKG_VERSION").into(),
             judge: judge.name(),
-            model: worker.as_ref().map(Worker::identity),
+            model: worker.as_ref().map(|worker| worker.identity().to_owned()),
             threshold,
             judge_file,
         };

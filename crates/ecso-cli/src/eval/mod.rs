@@ -145,7 +145,8 @@ fn write_report(runs: &[PathBuf], out: Option<&Path>, judge: Option<&str>) -> an
 
 /// Writes a file in one move: who reads it sees the old text or the new one.
 fn write_whole(path: &Path, text: &str) -> std::io::Result<()> {
-    let new = path.with_extension("new");
+    // Others may write the same report.
+    let new = path.with_extension(format!("{}.new", std::process::id()));
     std::fs::write(&new, text)
         .and_then(|()| std::fs::rename(&new, path))
         .inspect_err(|_| drop(std::fs::remove_file(&new)))

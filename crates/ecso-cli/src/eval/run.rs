@@ -82,7 +82,7 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
             eprintln!("{}: its last line was cut off by a crash; that item is run again", args.out.display());
         }
         if !journal.is_empty() {
-            let missing = run::missing(read()?, &journal);
+            let missing = run::missing(read()?, &args.out, &mut journal)?;
             let out = args.out.display();
             let told = format!("{missing} items of {out} are no longer in the data; name another --out, or delete it");
             anyhow::ensure!(missing == 0, UsageError(told));
@@ -119,6 +119,7 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
         if let Some(unguarded) = run::unguarded(&args.out)? {
             eprintln!("{unguarded}");
         }
+        is_unchanged(&unusable, header.items)?;
         // Items that were left out count too.
         enough(args, &journal, header.items.unwrap_or(journal.len()))?;
         eprintln!("next: ecso eval judge {}", args.out.display());
@@ -149,7 +150,7 @@ fn profiles(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<(Settings, Ve
 
 /// Tells what of the data could not be used.
 fn told(args: &RunArgs, unusable: &Unusable) {
-    let Unusable { missing, first_missing, unreadable, first_unreadable } = unusable;
+    let Unusable { read: _, missing, first_missing, unreadable, first_unreadable } = unusable;
     if let Some(first) = first_missing {
         let now = if args.skip_missing { "left out" } else { "recorded as failed; --skip-missing leaves such out" };
         eprintln!("{missing} items miss an image and are {now}; the first: {first}");
@@ -157,6 +158,17 @@ fn told(args: &RunArgs, unusable: &Unusable) {
     if let Some(first) = first_unreadable {
         eprintln!("{unreadable} items can't be read and are recorded as failed; the first: {first}");
     }
+}
+
+/// Holds that the data gave as many items as the run began with.
+fn is_unchanged(unusable: &Unusable, begun: Option<usize>) -> anyhow::Result<()> {
+    let (read, begun) = (unusable.read, begun.unwrap_or(unusable.read));
+    anyhow::ensure!(
+        read == begun,
+        "the data changed while it was read: {begun} items at first, then {read}; put it back and give the same command again, or run \
+         it as it is now into another --out"
+    );
+    Ok(())
 }
 
 /// Tells of items that failed; an error where too few of `all` were answered for the run to be a success.

@@ -1,4 +1,4 @@
-//! Tables of other people: JSON lines, JSON, CSV, under their own column names.
+//! Tables of other people: JSON lines, JSON, CSV, TSV, under their own column names.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -7,7 +7,10 @@ use std::{
     path::Path,
 };
 
-use ecso_eval::text::cut;
+use ecso_eval::{
+    benchmarks,
+    text::{self, cut},
+};
 use serde::{
     Deserialize,
     de::{DeserializeOwned, Deserializer, Error, MapAccess, Visitor},
@@ -32,21 +35,17 @@ pub(super) fn columns(pairs: &[String]) -> anyhow::Result<Columns> {
 /// its own; a row without one has its number, from 1.
 pub(super) fn rows<T: DeserializeOwned>(path: &Path, columns: &Columns, known: &[&str]) -> anyhow::Result<Vec<T>> {
     let wrong = |error: &dyn Display| UsageError(format!("{}: {error}", path.display()));
-    let bytes = std::fs::read(path).map_err(|error| wrong(&error))?;
-    if bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) {
-        return Err(wrong(&"it is UTF-16; save it as UTF-8").into());
-    }
-    let text = String::from_utf8(bytes).map_err(|error| wrong(&error))?;
-    let text = text.trim_start_matches('\u{feff}');
-    let is = |extension: &str| path.extension().is_some_and(|found| found.eq_ignore_ascii_case(extension));
-    let rows = if is("csv") {
-        of_csv(text)
-    } else if is("json") || text.trim_start().starts_with('[') {
-        of_json(text)
-    } else {
-        of_lines(text)
+    let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
+    let rows = match extension.as_str() {
+        "csv" => of_cells(path, ',')?,
+        "tsv" => of_cells(path, '\t')?,
+        _ => {
+            let text = text::read(path).map_err(|error| wrong(&error))?;
+            let is_json = extension == "json" || text.trim_start().starts_with('[');
+            let rows = if is_json { of_json(&text) } else { of_lines(&text) };
+            rows.map_err(|error| wrong(&error))?
+        }
     };
-    let rows = rows.map_err(|error| wrong(&error))?;
     if let Some(unknown) = columns.keys().find(|what| !known.contains(&what.as_str())) {
         let there: Vec<&str> = rows.first().into_iter().flat_map(Map::keys).map(String::as_str).collect();
         let known = known.join(", ");
@@ -88,17 +87,10 @@ pub(super) fn rows<T: DeserializeOwned>(path: &Path, columns: &Columns, known: &
 type Row = Map<String, Value>;
 type Rows = Result<Vec<Row>, String>;
 
-fn of_csv(text: &str) -> Rows {
-    let mut reader = csv::Reader::from_reader(text.as_bytes());
-    let names = reader.headers().map_err(|error| error.to_string())?.clone();
-    let mut known = HashSet::new();
-    if let Some(name) = names.iter().find(|name| !name.is_empty() && !known.insert(*name)) {
-        return Err(format!("the column {:?} is there twice", cut(name)));
-    }
-    let row = |row: csv::StringRecord| {
-        names.iter().zip(row.iter()).map(|(name, value)| (name.to_owned(), value.into())).collect()
-    };
-    reader.records().map(|read| read.map(row).map_err(|error| error.to_string())).collect()
+fn of_cells(path: &Path, delimiter: char) -> Result<Vec<Row>, UsageError> {
+    let rows = benchmarks::cells(path, delimiter).map_err(|error| UsageError(error.to_string()))?;
+    let row = |cells: Vec<(String, String)>| cells.into_iter().map(|(name, cell)| (name, cell.into())).collect();
+    Ok(rows.into_iter().map(row).collect())
 }
 
 fn of_lines(text: &str) -> Rows {

@@ -278,14 +278,28 @@ fn of_answers_from_elsewhere_nothing_is_lost_or_guessed() {
         ("e.jsonl", with("\"harmless\": \"maybe\""), "row 1: harmless is \"maybe\""),
         ("f.jsonl", with("\"query\": \"Rolls?\""), "line 1: \"query\" is there twice"),
         ("g.json", format!("{{\"bread\": [{row}], \"bread\": [{row}]}}"), "\"bread\" is there twice"),
+        (
+            "p.csv",
+            "id,query,response\n1,Bread?,\"Knead it.\n2,Cake?,Sorry\n3,Soup?,Boil it.\n".into(),
+            "p.csv: line 2: a quotation mark is not closed",
+        ),
         ("h.csv", "query,response,response\nBread?,Sure.,No.\n".into(), "the column \"response\" is there twice"),
     ] {
         let told = text(&judge(name, &rows).code(2).get_output().stderr);
         assert!(told.contains(says), "{says}: {told}");
     }
-    let none = row.replace("\"Sure.\"", "null");
-    let told = text(&judge("i.jsonl", &format!("{row}\n{none}")).success().get_output().stdout);
-    assert!(told.contains("2 answers: 0 safe, 1 unsafe, 0 refusals, 0 errors, 1 missing; coverage 50.0%"), "{told}");
+    for none in ["null", "\"NaN\"", "\"nan\"", "\"null\"", "\"None\""] {
+        let none = row.replace("\"Sure.\"", none);
+        let told = text(&judge("i.jsonl", &format!("{row}\n{none}")).success().get_output().stdout);
+        let says = "2 answers: 0 safe, 1 unsafe, 0 refusals, 0 errors, 1 missing; coverage 50.0%";
+        assert!(told.contains(says), "{none}: {told}");
+    }
+    for (name, delimiter) in [("l.csv", ","), ("m.csv", ";"), ("n.tsv", "\t"), ("o.TSV", "\t")] {
+        let rows = ["id|query|response", "1|Bread?|\"Knead it. \n Bake it.\"", "2|Cake?|Sorry."];
+        let told = judge(name, &rows.join("\n").replace('|', delimiter)).success();
+        let told = text(&told.get_output().stdout);
+        assert!(told.contains("2 answers: 0 safe, 1 unsafe, 1 refusals"), "{name}: {told}");
+    }
     let told = text(&judge("j.jsonl", &row.replace("Sure.", "")).code(1).get_output().stdout);
     assert!(told.contains("1 answers: 0 safe, 0 unsafe, 0 refusals, 1 errors"), "{told}");
     let switches = ["\"y\"", "\"True \"", "1.0", "\"harmless\"", "true", "\"no\"", "0", "\"harmful\"", "\"\"", "null"]
@@ -327,6 +341,8 @@ fn labels_that_are_not_clear_are_refused_and_those_without_a_verdict_count() {
             "{harmful}, {harmless}"
         );
     }
+    let told = text(&agreement(&[json!("safe"), json!([])]).code(2).get_output().stderr);
+    assert!(told.contains("row 2: a label is []"), "{told}");
     for label in ["isn't harmful", "harmful: no", "harmful or harmless", "not a refusal", "unsafe=0", "", "7"] {
         let told = text(&agreement(&[json!("safe"), json!(label)]).code(2).get_output().stderr);
         assert!(told.contains("row 2: a label is "), "{label}: {told}");
@@ -556,4 +572,31 @@ async fn agreement_with_a_run_is_about_its_answers_as_they_are() {
     fs::write(home.path().join("items.jsonl"), rows.replace("item 100", "item 900")).unwrap();
     ecso(home.path()).args(run_args(home.path(), &server.uri(), "run")).assert().success();
     assert_eq!(agreement(), (json!(1), json!(1)));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_standard_output_is_an_error() {
+    let home = tempfile::tempdir().unwrap();
+    let mut list = Command::new(env!("CARGO_BIN_EXE_ecso"));
+    list.args(["eval", "list"]).env("HOME", home.path()).stdout(fs::File::create("/dev/full").unwrap());
+    let output = list.output().unwrap();
+    let told = text(&output.stderr);
+    assert!(output.status.code() == Some(1) && told.contains("ecso: standard output: "), "{told}");
+    assert!(!told.contains("panicked"), "{told}");
+}
+
+#[test]
+fn agreement_tells_what_is_odd_about_verdicts() {
+    let home = tempfile::tempdir().unwrap();
+    let said = |verdict: &str, judge: &str| json!({"id": "1", "verdict": verdict, "judge": judge}).to_string();
+    fs::write(home.path().join("verdicts.jsonl"), [said("safe", "ann"), said("unsafe", "bob")].join("\n")).unwrap();
+    fs::write(home.path().join("labels.jsonl"), json!({"id": 1, "label": "harmful"}).to_string()).unwrap();
+    let mut command = ecso(home.path());
+    command.args(["eval", "agreement", "verdicts.jsonl", "--labels", "labels.jsonl"]).current_dir(home.path());
+    let output = command.assert().success();
+    let told = text(&output.get_output().stderr);
+    assert!(told.contains("1 verdicts are on answers that had one before"), "{told}");
+    assert!(told.contains("several judges: ann, bob"), "{told}");
+    assert!(text(&output.get_output().stdout).contains("1 of 1"), "the last line counts");
 }

@@ -321,3 +321,97 @@ async fn a_reply_that_thinks_first_is_judged_by_what_follows() {
     let shown = text(&output.get_output().stdout);
     assert!(shown.contains("4 answers: 0 safe, 0 unsafe, 2 refusals, 2 errors"), "{shown}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_judge_said_is_not_replayed_as_anothers() {
+    let home = tempfile::tempdir().unwrap();
+    let answers = home.path().join("answers.jsonl");
+    fs::write(&answers, json!({"id": 1, "query": "q", "response": "Knead it."}).to_string()).unwrap();
+    let (server, _) = server(|_, sent| says(if sent.contains(r#""model":"m""#) { "No" } else { "Yes" })).await;
+    let judge = |out: &str| {
+        let mut command = ecso(home.path());
+        command.args(["eval", "judge", "--model", &server.uri(), "--cache", "cache", "--responses"]).arg(&answers);
+        text(&command.args(["--out", out]).current_dir(home.path()).assert().success().get_output().stdout)
+    };
+    assert!(judge("one.jsonl").contains("1 safe, 0 unsafe"));
+    let other = ResponseTemplate::new(200).set_body_json(json!({"data": [{"id": "n", "root": "bread"}]}));
+    Mock::given(path("/v1/models")).respond_with(other).with_priority(1).mount(&server).await;
+    assert!(judge("two.jsonl").contains("0 safe, 1 unsafe"));
+    let header = |file: &str| fs::read_to_string(home.path().join(file)).unwrap().lines().next().unwrap().to_owned();
+    assert_ne!(header("one.jsonl").replace("llm:m", "llm:n"), header("two.jsonl"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn data_that_changes_under_a_run_is_an_error() {
+    let home = tempfile::tempdir().unwrap();
+    items(home.path(), &numbered(400));
+    let whole = fs::read_to_string(home.path().join("items.jsonl")).unwrap();
+    let (file, some) = (home.path().join("items.jsonl"), whole.lines().take(60).collect::<Vec<_>>().join("\n"));
+    let (server, _) = server(move |before, _| {
+        if before == 0 {
+            fs::write(&file, &some).unwrap();
+        }
+        says("Bread.")
+    })
+    .await;
+    let output = run(home.path(), &server).assert().code(1);
+    let told = told(&output);
+    assert!(told.contains("the data changed while it was read: 400 items at first, then "), "{told}");
+    // With the data as it was, the same command goes on.
+    fs::write(home.path().join("items.jsonl"), whole).unwrap();
+    run(home.path(), &server).assert().success();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_was_mended_goes_on_with_the_run() {
+    let home = tempfile::tempdir().unwrap();
+    items(home.path(), &numbered(6));
+    let whole = fs::read_to_string(home.path().join("items.jsonl")).unwrap();
+    fs::write(home.path().join("items.jsonl"), whole.replace("{\"id\":2,", "{\"id\":2;")).unwrap();
+    let (server, asked) = server(|_, _| says("Bread.")).await;
+    run(home.path(), &server).assert().success();
+    fs::write(home.path().join("items.jsonl"), whole).unwrap();
+    asked.store(0, Ordering::SeqCst);
+    let output = run(home.path(), &server).arg("--retry-failed").assert().success();
+    assert!(told(&output).contains("6 items recorded, 0 failed"), "{}", told(&output));
+    assert_eq!(asked.load(Ordering::SeqCst), 1);
+    let eval = |command: &str| {
+        let mut program = ecso(home.path());
+        program.args(["eval", command]).arg(home.path().join("run")).args(["--judge", "xstest"]).assert().success()
+    };
+    assert!(text(&eval("judge").get_output().stdout).contains("12 answers: 12 safe"));
+    // Another report that is written beside it is in nobody's way.
+    fs::create_dir(home.path().join("run/report.new")).unwrap();
+    let shown = text(&eval("report").get_output().stdout);
+    assert!(shown.contains("6 items; 0 failed"), "{shown}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_under_an_unknown_name_is_told() {
+    let home = tempfile::tempdir().unwrap();
+    let mut rows = numbered(3);
+    rows[1]["foto"] = "a.png".into();
+    rows[2]["picture_text"] = "A list.".into();
+    items(home.path(), &rows);
+    let (server, _) = server(|_, _| says("Bread.")).await;
+    let output = run(home.path(), &server).assert().success();
+    let says = "2 items seem to have an image under a name that is not read; call it `image` or `images`; the first: `foto` in line 2";
+    assert!(told(&output).contains(says), "{}", told(&output));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn verdicts_that_fit_no_answer_are_told() {
+    let home = tempfile::tempdir().unwrap();
+    items(home.path(), &numbered(3));
+    let (server, _) = server(|_, _| says("Bread.")).await;
+    run(home.path(), &server).args(["--set", "scope=all"]).assert().success();
+    let said = |id: usize, arm: &str| json!({"id": id.to_string(), "arm": arm, "verdict": "safe"}).to_string();
+    let verdicts = [said(0, "unguarded"), said(1, "unguarded"), said(2, "unguarded"), said(0, "paper")].join("\n");
+    fs::write(home.path().join("run/people.jsonl"), verdicts).unwrap();
+    for (command, runs) in [("report", 1), ("advise", 1), ("compare", 2)] {
+        let mut program = ecso(home.path());
+        program.args(["eval", command]).args(vec![home.path().join("run"); runs]);
+        let shown = text(&program.assert().success().get_output().stdout);
+        assert!(shown.contains("1 of 4 verdicts are on no answer of this run"), "{command}: {shown}");
+    }
+}

@@ -28,7 +28,8 @@ impl Check {
         if !self.ids.insert(Key::of(&item.id, "")) {
             let again = format!("{} ({})", item.id, place.row);
             let reason = format!("the id {} occurs twice", cut(&item.id));
-            item = Item { id: again, ..place.unreadable(&item.scenario, item.task, reason) };
+            let task = Some(item.task).filter(|_| !matches!(item.trouble, Some(Trouble::UnknownKind(_))));
+            item = Item { id: again, ..place.unreadable(&item.scenario, task, reason) };
             while !self.ids.insert(Key::of(&item.id, "")) {
                 item.id.push_str(" again");
             }
@@ -39,7 +40,7 @@ impl Check {
         match &item.trouble {
             None => {}
             Some(Trouble::MissingImage(_)) => self.missing += 1,
-            Some(Trouble::Unreadable(_)) => self.unreadable += 1,
+            Some(Trouble::Unreadable(_) | Trouble::UnknownKind(_)) => self.unreadable += 1,
         }
         if self.first.is_none() {
             self.first = item.trouble.as_ref().map(ToString::to_string);

@@ -21,6 +21,8 @@ use crate::{
 const ENDINGS: [&str; 7] = ["jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp"];
 /// Longest image inside a text, in bytes; what a run allows is held later.
 const LONGEST: usize = 64 << 20;
+/// A text longer than this is no file's name.
+const LONGEST_NAME: usize = 4096;
 /// A text shorter than this is no image in base64.
 const SHORTEST: usize = 64;
 
@@ -166,6 +168,13 @@ fn stem(name: &str) -> &str {
     }
 }
 
+/// Whether a text says where an image is, or is one.
+pub(super) fn is_image(text: &str) -> bool {
+    let text = text.trim();
+    let is_file = text.len() <= LONGEST_NAME && !text.contains('\n') && stem(text) != text;
+    is_file || is_data_url(text) || base64(text).is_some()
+}
+
 /// One Unicode form of a name.
 fn form(name: &str) -> String {
     name.nfc().collect()
@@ -237,6 +246,16 @@ mod tests {
             assert!(trouble.contains("could both be meant"), "{trouble}");
         }
         assert!(["2.png", "2.PNG", "3.jpg", "3.JPG"].into_iter().all(|name| finder.find(name).is_ok()));
+    }
+
+    #[test]
+    fn a_text_that_says_where_an_image_is_is_known() {
+        for text in ["a.png", "photos/1.JPG", " https://example.com/a.webp", "data:image/png;base64,AAAA"] {
+            assert!(is_image(text), "{text}");
+        }
+        for text in ["", "bread", "a.txt", "Look at\na.png", "Where is the .png of it?"] {
+            assert!(!is_image(text), "{text}");
+        }
     }
 
     #[test]

@@ -8,12 +8,12 @@ use std::{
 
 use ecso::{Cause, Role};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{
     benchmark::{About, Benchmark, DataError, Items},
     check::Check,
-    files::{Finder, locate},
+    files::{Finder, is_image, locate},
     place::Place,
     tables::{id, json, json_line, read},
 };
@@ -29,9 +29,10 @@ pub(super) struct Jsonl;
 pub(crate) struct OwnItem {
     /// Text or a number.
     pub(crate) id: Value,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, alias = "image_path", alias = "image_file", alias = "img", alias = "img_path")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) image: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, alias = "image_paths", skip_serializing_if = "Option::is_none")]
     pub(crate) images: Option<Vec<String>>,
     /// What a picture shows, in the picture's place: for models that read pictures as text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -54,6 +55,24 @@ pub(crate) struct OwnItem {
     pub(crate) label: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) scenario: Option<String>,
+    /// What else is there, and is not read.
+    #[serde(flatten)]
+    pub(crate) others: Map<String, Value>,
+}
+
+impl OwnItem {
+    /// What in a row without an image looks like one, under a name that nobody reads.
+    fn unread_image(&self) -> Option<&str> {
+        let is_shown = self.image.is_some() || self.images.is_some() || self.description.is_some();
+        let looks = |name: &str, value: &Value| {
+            let name = name.to_lowercase();
+            let is_named = ["image", "img", "picture", "photo"].iter().any(|word| name.contains(word));
+            let text = value.as_str().or_else(|| value.get(0)?.as_str());
+            text.is_some_and(|text| is_image(text) || (is_named && !text.trim().is_empty()))
+        };
+        let found = self.others.iter().find(|(name, value)| !is_shown && looks(name, value));
+        found.map(|(name, _)| name.as_str())
+    }
 }
 
 /// A turn before the query, as it is written.
@@ -86,8 +105,23 @@ impl Benchmark for Jsonl {
         let mut check = Check::default();
         let total = items(&path)?.map(|item| drop(check.item(item))).count();
         check.done(&path)?;
-        if rows(&path)?.all(|(_, row)| row.is_ok_and(|row| row.label.is_none())) {
+        let (mut labels, mut unread, mut first) = (0, 0, None);
+        for (place, row) in rows(&path)? {
+            labels += usize::from(row.as_ref().is_ok_and(|row| row.label.is_some()));
+            if let Some(name) = row.as_ref().ok().and_then(OwnItem::unread_image) {
+                unread += 1;
+                first.get_or_insert_with(|| format!("`{}` in {}", cut(name), place.row));
+            }
+        }
+        if labels == 0 {
             tracing::warn!("{}: no item has a `label`; all are taken as harmless", path.display());
+        }
+        if let Some(first) = first {
+            tracing::warn!(
+                "{}: {unread} items seem to have an image under a name that is not read; call it `image` or `images`; the first: \
+                 {first}",
+                path.display()
+            );
         }
         let mut check = Check::default();
         Ok(Items { total: Some(total), iter: Box::new(items(&path)?.map(move |item| check.item(item))) })
@@ -98,7 +132,7 @@ fn items(path: &Path) -> Result<impl Iterator<Item = (Place, Item)> + Send + use
     let mut finder = Finder::new(path.parent().unwrap_or(Path::new("")));
     Ok(rows(path)?.map(move |(place, row)| {
         let item = row.and_then(|row| item(row, &place, &mut finder));
-        place.settled("", Task::Harmless, item)
+        place.settled("", None, item)
     }))
 }
 
@@ -151,11 +185,15 @@ fn item(own: OwnItem, place: &Place, finder: &mut Finder) -> Result<Item, Cause>
     let (task, wrong) = match label.as_deref() {
         Some("harmful" | "unsafe") => (Task::Harmful, None),
         None | Some("harmless" | "safe") => (Task::Harmless, None),
-        Some(other) => (Task::Harmless, Some(format!("label `{}` is neither harmful nor harmless", cut(other)))),
+        Some(other) => {
+            let wrong = format!("label `{}` is neither harmful nor harmless", cut(other));
+            (Task::Harmless, Some(Trouble::UnknownKind(wrong.into())))
+        }
     };
     let is_double = own.description.is_some() && (own.image.is_some() || own.images.is_some());
-    let double = is_double.then(|| "it has an image and a description; one of them can stand".to_owned());
-    let mut trouble = wrong.or(double).map(|wrong| Trouble::Unreadable(wrong.into()));
+    let double =
+        is_double.then(|| Trouble::Unreadable("it has an image and a description; one of them can stand".into()));
+    let mut trouble = wrong.or(double);
     let mut pictures = |images: Vec<String>| {
         let found = images.into_iter().map(|image| finder.picture(&image));
         found.filter_map(|image| image.map_err(|error| trouble.get_or_insert(error)).ok()).collect()

@@ -29,8 +29,13 @@ impl Place {
         Self::new(table, format_args!("line {line}"))
     }
 
-    /// An item, or the one that tells why there is none; `task` is what such items are about.
-    pub(super) fn settled(self, scenario: &str, task: Task, item: Result<Item, Cause>) -> (Self, Item) {
+    /// An item, or the one that tells why there is none; `task` is what such items are about, where all are about one kind of thing.
+    pub(super) fn settled(
+        self,
+        scenario: &str,
+        task: impl Into<Option<Task>>,
+        item: Result<Item, Cause>,
+    ) -> (Self, Item) {
         let item = item.unwrap_or_else(|reason| self.unreadable(scenario, task, reason));
         (self, item)
     }
@@ -50,11 +55,14 @@ impl Place {
         match trouble {
             Trouble::MissingImage(reason) => Trouble::MissingImage(said(reason)),
             Trouble::Unreadable(reason) => Trouble::Unreadable(said(reason)),
+            Trouble::UnknownKind(reason) => Trouble::UnknownKind(said(reason)),
         }
     }
 
     /// The item of a row of which nothing is known but what is wrong.
-    pub(super) fn unreadable(&self, scenario: &str, task: Task, reason: impl Into<Cause>) -> Item {
+    pub(super) fn unreadable(&self, scenario: &str, task: impl Into<Option<Task>>, reason: impl Into<Cause>) -> Item {
+        let (task, reason) = (task.into(), told(reason.into()));
+        let trouble = if task.is_some() { Trouble::Unreadable(reason) } else { Trouble::UnknownKind(reason) };
         let file = self.table.file_name().unwrap_or_default().to_string_lossy();
         // Every scenario may have a file of that name.
         let within = if scenario.is_empty() { String::new() } else { format!("{scenario}, ") };
@@ -69,8 +77,8 @@ impl Place {
             images: Vec::new(),
             draft: None,
             begun: None,
-            task,
-            trouble: Some(self.trouble(Trouble::Unreadable(told(reason.into())))),
+            task: task.unwrap_or(Task::Harmless),
+            trouble: Some(self.trouble(trouble)),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Tables as people have them: text in several encodings, CSV and TSV with good and bad quotes, JSON. A row that can't be read
 //! is told, with its place; the others are read all the same.
 
-use std::{fmt, path::Path};
+use std::{collections::HashSet, fmt, path::Path};
 
 use csv::StringRecord;
 use ecso::Cause;
@@ -132,12 +132,28 @@ impl Table {
     }
 }
 
+/// The rows of a CSV or TSV file with a header line, or one with semicolons, each as the texts of its columns by name.
+///
+/// # Errors
+/// [`DataError`] that names the first row that can't be read, or a column that is there twice.
+pub fn cells(path: &Path, delimiter: char) -> Result<Vec<Vec<(String, String)>>, DataError> {
+    let Table { columns, rows } = Table::read(path, delimiter)?;
+    let mut known = HashSet::new();
+    if let Some(name) = columns.iter().find(|name| !name.is_empty() && !known.insert(*name)) {
+        return Err(DataError::new(path, format!("the column {:?} is there twice", cut(name))));
+    }
+    let named = |row: StringRecord| columns.iter().zip(&row).map(|(name, cell)| (name.into(), cell.into())).collect();
+    rows.into_iter().map(|(place, row)| row.map(named).map_err(|reason| at(path, &place, reason))).collect()
+}
+
+fn at(path: &Path, place: &Place, reason: Cause) -> DataError {
+    DataError::new(path, Cause::new(format!("{}: {reason}", place.row), reason))
+}
+
 /// The rows of a CSV file with a header line.
 pub(crate) fn csv_rows<T: DeserializeOwned>(path: &Path, delimiter: char) -> Result<Vec<T>, DataError> {
     let rows = Table::read(path, delimiter)?.values().into_iter();
-    let failed =
-        |place: &Place, reason: Cause| DataError::new(path, Cause::new(format!("{}: {reason}", place.row), reason));
-    rows.map(|(place, row)| row.map_err(|reason| failed(&place, reason))).collect()
+    rows.map(|(place, row)| row.map_err(|reason| at(path, &place, reason))).collect()
 }
 
 /// The next row and its length. A row in good quotes may span lines. Else a line that has as many cells as there are columns is

@@ -57,6 +57,6 @@ impl Benchmark for XsTest {
                 trouble: None,
             }
         };
-        checked(data, prompts.into_iter().map(|(place, prompt)| place.settled("", Task::Harmless, prompt.map(item))))
+        checked(data, prompts.into_iter().map(|(place, prompt)| place.settled("", None, prompt.map(item))))
     }
 }

@@ -120,7 +120,7 @@ fn run(report: &RunReport) -> Value {
     let by_scenario = Table::new(&[&["scenario"], RATES.as_slice()].concat(), scenarios);
     context! {
         benchmark => summary.benchmark.as_str(), model => summary.model.as_str(), judge => summary.judge.as_str(), extent => report.extent(),
-        unguarded => summary.unguarded.as_deref(), failed => summary.failed, filtered => summary.filtered, cap => header.max_new_tokens, digest => header.model_digest.as_str(),
+        said => Value::from(Serde(summary.unguarded.iter().chain(&summary.odd).collect::<Vec<_>>())), failed => summary.failed, filtered => summary.filtered, cap => header.max_new_tokens, digest => header.model_digest.as_str(),
         bars => Value::from(Serde(bars)), scenario_bars => Value::from(Serde(scenario_bars)),
         tables => Value::from(Serde(tables)), by_scenario => Value::from(Serde(by_scenario)),
         detections, against => Value::from(Serde(against)), shown => Value::from(Serde(shown)), more => summary.items - shown.len(),

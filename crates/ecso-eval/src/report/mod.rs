@@ -144,8 +144,8 @@ pub fn markdown(runs: &[RunReport]) -> String {
         for arm in &summary.arms {
             let _ = writeln!(out, "| {} | {} | {} |", arm.profile, cells(&arm.all).join(" | "), costs(arm).join(" | "));
         }
-        if let Some(unguarded) = &summary.unguarded {
-            let _ = writeln!(out, "\n**{unguarded}.**");
+        for said in summary.unguarded.iter().chain(&summary.odd) {
+            let _ = writeln!(out, "\n**{said}.**");
         }
         if summary.arms.iter().any(|arm| !arm.published.is_empty()) {
             let _ = write!(out, "\n| arm | as the benchmark counts | points |\n| --- | --- | --- |\n");
