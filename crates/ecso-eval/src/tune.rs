@@ -217,8 +217,7 @@ fn costs(items: &[&Heard], ways: &[(Way, f64)]) -> (String, String) {
         for item in items.iter().filter(|item| !item.harmful) {
             draft += pick(item.draft);
             let asked = item.follow(ways).1;
-            questions +=
-                asked.iter().filter_map(|name| item.questions.get(*name)).map(|spent| pick(*spent)).sum::<u64>();
+            questions += asked.iter().filter_map(|name| item.questions.get(*name)).map(|spent| pick(*spent)).sum::<u64>();
         }
         if draft == 0 { "-".into() } else { format!("{:.2}", (draft + questions) as f64 / draft as f64) }
     };
