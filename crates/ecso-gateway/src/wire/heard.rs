@@ -67,16 +67,15 @@ fn response(events: &[Value]) -> Option<Value> {
         }
     }
     let mut known = HashSet::new();
-    output.iter().for_each(|item| texts_of(item, &mut known));
-    let unknown: Vec<Value> = pieces.into_values().filter(|text| !known.contains(text.as_str())).map(part).collect();
-    output.push(json!({"type": "message", "content": unknown}));
+    for item in &output {
+        texts_of(item, &mut known);
+    }
+    let unknown = pieces.values().filter(|text| !known.contains(text.as_str()));
+    let parts: Vec<Value> = unknown.map(|text| json!({"type": "output_text", "text": text})).collect();
+    output.push(json!({"type": "message", "content": parts}));
     whole.insert("output".to_owned(), output.into());
     whole.insert("status".to_owned(), "completed".into());
     Some(whole.into())
-}
-
-fn part(text: String) -> Value {
-    json!({"type": "output_text", "text": text})
 }
 
 /// All texts in a value.

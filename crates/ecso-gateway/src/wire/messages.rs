@@ -50,9 +50,6 @@ pub(super) fn read(body: Value) -> Result<(Value, Messages), ApiError> {
             None => tools.push(self::tool(Fields::of(tool, format!("tools.{place}"))?)?),
         }
     }
-    if let Some(choice) = fields.take("tool_choice") {
-        tool_choice(Fields::of(choice, "tool_choice")?, &tools, &mut chat)?;
-    }
     match left_out.first().filter(|_| tools.is_empty()) {
         // The request is about what can't be done here.
         Some(kind) => return Err(unsupported("tools", kind)),
@@ -60,6 +57,9 @@ pub(super) fn read(body: Value) -> Result<(Value, Messages), ApiError> {
         None => {
             chat.insert("tools".to_owned(), tools.into());
         }
+    }
+    if let Some(choice) = fields.take("tool_choice") {
+        tool_choice(Fields::of(choice, "tool_choice")?, &mut chat)?;
     }
     if let Some(config) = fields.take("output_config") {
         output(Fields::of(config, "output_config")?, &mut chat)?;
@@ -306,14 +306,15 @@ fn tool(mut tool: Fields) -> Result<Value, ApiError> {
     Ok(json!({"type": "function", "function": function}))
 }
 
-fn tool_choice(mut choice: Fields, tools: &[Value], chat: &mut Map<String, Value>) -> Result<(), ApiError> {
+fn tool_choice(mut choice: Fields, chat: &mut Map<String, Value>) -> Result<(), ApiError> {
     let wanted = match choice.needed("type")?.as_str() {
         "auto" => "auto".into(),
         "any" => "required".into(),
         "none" => "none".into(),
         "tool" => {
             let name = choice.needed("name")?;
-            if !tools.iter().any(|tool| tool["function"]["name"] == *name) {
+            let mut tools = chat.get("tools").and_then(Value::as_array).into_iter().flatten();
+            if !tools.any(|tool| tool["function"]["name"] == *name) {
                 return Err(invalid(&choice.at("name"), "`tools` has no such tool that the client runs"));
             }
             json!({"type": "function", "function": {"name": name}})

@@ -77,8 +77,9 @@ impl World {
         url: &str,
         key: Option<&str>,
     ) -> std::io::Result<Gateway> {
-        let options = ecso_openai::Options { retries: 0, ..ecso_openai::Options::default() };
-        let upstream = Upstream::server(url, key.map(Into::into), options, None).unwrap();
+        let key = || key.map(Into::into);
+        let options = ecso_openai::Options { retries: 0, api_key: key(), ..ecso_openai::Options::default() };
+        let upstream = Upstream::server(url, key(), options, None).unwrap();
         Gateway::new(upstream, profiles, settings, ecso::Limits::default())
     }
 
