@@ -56,8 +56,10 @@ fn response(events: &[Value]) -> Option<Value> {
     let is_last = |event: &&Value| event["type"] == "response.completed" || event["type"] == "response.incomplete";
     let mut whole = events.iter().rfind(is_last)?["response"].as_object()?.clone();
     let mut output = whole.get("output").and_then(Value::as_array).cloned().unwrap_or_default();
-    let done = events.iter().filter(|event| event["type"] == "response.output_item.done").map(|event| &event["item"]);
-    let others: Vec<Value> = done.filter(|item| !output.contains(item)).cloned().collect();
+    let done = events.iter().filter(|event| event["type"] == "response.output_item.done");
+    let at = |event: &Value| output.get(usize::try_from(event["output_index"].as_u64()?).ok()?);
+    let others: Vec<Value> =
+        done.filter(|event| at(event) != Some(&event["item"])).map(|event| event["item"].clone()).collect();
     output.extend(others);
     let mut pieces: BTreeMap<String, String> = BTreeMap::new();
     for event in events {
