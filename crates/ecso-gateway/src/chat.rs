@@ -168,10 +168,12 @@ impl Guarded {
         response
     }
 
-    /// Tells which tools were left out.
+    /// Tells which tools were left out, as many as a header has room for.
     fn tell_left_out(&self, headers: &mut HeaderMap) {
-        let left_out = self.wire.as_ref().map(|wire| wire.left_out().join(", ")).filter(|kinds| !kinds.is_empty());
-        if let Some(Ok(kinds)) = left_out.map(HeaderValue::try_from) {
+        const MOST: usize = 16;
+        let left_out = self.wire.iter().flat_map(|wire| wire.left_out()).map(String::as_str).take(MOST);
+        let left_out = left_out.collect::<Vec<_>>().join(", ");
+        if let Some(Ok(kinds)) = Some(left_out).filter(|kinds| !kinds.is_empty()).map(HeaderValue::try_from) {
             headers.insert("x-ecso-tools-left-out", kinds);
         }
     }

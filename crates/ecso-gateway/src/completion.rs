@@ -205,7 +205,13 @@ impl Choice {
             let twice = once.as_deref().and_then(unescaped);
             [Some(text), once, twice].into_iter().flatten()
         });
-        let all: Vec<String> = [content].into_iter().chain(rest).filter(|text| !text.trim().is_empty()).collect();
+        let mut all: Vec<String> = [content].into_iter().chain(rest).filter(|text| !text.trim().is_empty()).collect();
+        // Clients read the parts of a content as one text.
+        let lists = self.pieces.iter().filter_map(|piece| piece.message.get("content")?.as_array());
+        let parts: String = lists.flatten().filter_map(|part| part["text"].as_str()).collect();
+        if !all.iter().any(|text| text.contains(&parts)) {
+            all.push(parts);
+        }
         all.join("\n")
     }
 
@@ -473,6 +479,8 @@ mod tests {
         );
         let second = answer.choice(1);
         assert_eq!((&second["finish_reason"], &second["logprobs"]), (&json!("stop"), &Value::Null));
+        let parts = json!([{"type": "text", "text": "Bre"}, {"type": "text", "text": "ad"}]);
+        assert_eq!(whole(&json!({"choices": [{"message": {"content": parts}}]})).said()[&0], "Bre\nad\nBread");
         let all = [0, 1, 2].map(|index| answer.choice(index).to_string()).concat();
         assert!(!all.contains("unknown"), "{all}");
     }

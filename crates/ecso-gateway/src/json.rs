@@ -8,7 +8,7 @@ use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visi
 use serde_json::{Map, Value};
 
 /// Most values of a body; each takes about a hundred bytes.
-const MOST: usize = 100_000;
+pub(crate) const MOST: usize = 100_000;
 
 /// Reads a body. Halves of characters are joined, or U+FFFD where the other half is missing.
 ///
@@ -17,6 +17,15 @@ const MOST: usize = 100_000;
 pub(crate) fn read(body: &[u8]) -> Result<Value, String> {
     let text = std::str::from_utf8(body).map_err(|error| error.to_string())?;
     surrogates::parse_seed(text, Strict { left: &Cell::new(MOST) }).map_err(|error| error.to_string())
+}
+
+/// How many values a value has, itself among them.
+pub(crate) fn values(value: &Value) -> usize {
+    match value {
+        Value::Array(list) => 1 + list.iter().map(values).sum::<usize>(),
+        Value::Object(fields) => 1 + fields.values().map(values).sum::<usize>(),
+        _ => 1,
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -109,7 +118,7 @@ mod tests {
     fn all_values_are_read() {
         let text = r#" {"a": [1, -2, 0.5, true, null, "x\ud83d\ude00"], "b": {"a": {}}, "half": "\ud83d!"} "#;
         let value = json!({"a": [1, -2, 0.5, true, null, "x😀"], "b": {"a": {}}, "half": "\u{FFFD}!"});
-        assert_eq!(read(text.as_bytes()), Ok(value));
+        assert_eq!((values(&value), read(text.as_bytes())), (11, Ok(value)));
     }
 
     #[test]

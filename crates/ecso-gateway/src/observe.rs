@@ -44,7 +44,8 @@ impl Observed {
         let kind = head.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
         let streamed = kind.starts_with("text/event-stream");
         let span = Span::current();
-        let mut copy = Copy { seen: Vec::new(), length, ended: false, streamed, observed: Some(self), span };
+        let mut copy =
+            Copy { seen: Vec::new(), length, ended: false, is_cut: false, streamed, observed: Some(self), span };
         let mut pieces = body.into_data_stream();
         let copied = async_stream::stream! {
             while let Some(piece) = pieces.next().await {
@@ -59,13 +60,15 @@ impl Observed {
     }
 
     /// Judges an answer that the client has already.
-    async fn judge(self, answer: Result<Completion, ApiError>) {
+    async fn judge(self, answer: impl Future<Output = Result<Completion, ApiError>> + Send + 'static) {
         let Self { mut context, admission, read, .. } = self;
         // What the client's own request went with is not for questions about its answer.
         context.guarded();
         let judged = async {
-            let answer = answer?;
             let _turn = admission.enter().await?;
+            // It may be long.
+            let heard = tokio::task::spawn_blocking(|| tokio::runtime::Handle::current().block_on(answer));
+            let answer = heard.await.map_err(|_| ApiError::upstream("the upstream's answer can't be read"))??;
             let request = context.prepare(read?).await?;
             chat::observe(&context, &request, &answer).await
         };
@@ -82,6 +85,8 @@ struct Copy {
     seen: Vec<u8>,
     length: Option<usize>,
     ended: bool,
+    /// It is longer than what is read.
+    is_cut: bool,
     streamed: bool,
     observed: Option<Observed>,
     span: Span,
@@ -94,7 +99,11 @@ impl Copy {
 
     fn add(&mut self, piece: &[u8]) {
         let longest = self.observed.as_ref().map_or(0, |observed| observed.context.state.settings.limits.answer);
-        if self.seen.len() + piece.len() <= longest {
+        self.is_cut |= self.seen.len() + piece.len() > longest;
+        if self.is_cut {
+            // Of a part nothing could be said.
+            self.seen = Vec::new();
+        } else {
             self.seen.extend_from_slice(piece);
         }
     }
@@ -105,18 +114,22 @@ impl Drop for Copy {
         let whole = self.ended || self.length == Some(self.seen.len());
         let Some(observed) = self.observed.take() else { return };
         let (seen, streamed) = (std::mem::take(&mut self.seen), self.streamed);
-        let judged = async move {
+        let (is_cut, format) = (self.is_cut, observed.format);
+        let answer = async move {
             // Whoever leaves before the end has all of the answer where its last word was there.
-            let answer = match observed.format {
+            match format {
+                _ if is_cut => {
+                    let message = "the answer has more than `limits.answer` bytes";
+                    Err(ApiError { code: "answer_too_long", ..ApiError::upstream(message) })
+                }
                 _ if !streamed && !whole => Err(ApiError::upstream("the client left before the answer was whole")),
                 Some(format) => format.heard(seen, streamed).await,
                 None if streamed => {
                     Completion::chunks(futures::stream::iter([Ok::<_, std::io::Error>(Bytes::from(seen))])).await
                 }
                 None => Completion::whole(&seen),
-            };
-            observed.judge(answer).await;
+            }
         };
-        tokio::spawn(judged.instrument(self.span.clone()));
+        tokio::spawn(observed.judge(answer).instrument(self.span.clone()));
     }
 }

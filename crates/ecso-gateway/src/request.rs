@@ -15,7 +15,6 @@ use crate::{
     forms::{Form, Odd, Reader, fields_of},
     json,
     settings::Limits,
-    wire::SHOWN,
 };
 
 /// A body of which every field is known. Its images may still be elsewhere.
@@ -511,7 +510,8 @@ fn definitions(fields: &Map<String, Value>) -> impl Iterator<Item = String> {
     all.filter(|tool| !tool.is_null()).map(Value::to_string)
 }
 
-/// The turns of a conversation; `images` are those of all its parts, in order.
+/// The turns of a conversation, in their order; `images` are those of all its parts. What tools were asked, said and show belongs to the
+/// question that they serve.
 fn turns(messages: &[Map<String, Value>], images: Vec<Image>) -> Result<Vec<Turn>, ApiError> {
     let mut turns: Vec<Turn> = Vec::new();
     let mut images = images.into_iter();
@@ -519,14 +519,12 @@ fn turns(messages: &[Map<String, Value>], images: Vec<Image>) -> Result<Vec<Turn
     for message in messages {
         let (mut parts, called) = (parts(message.get("content"), &mut images)?, calls(message));
         let role = message.get("role").and_then(Value::as_str);
-        let is_first = matches!(parts.first(), Some(Part::Text(text)) if text == SHOWN);
-        let is_shown = std::mem::replace(&mut behind_tool, role == Some("tool")) && is_first;
+        // In a chat the images of a tool are the user's, right behind its result.
+        let has_image = parts.iter().any(|part| matches!(part, Part::Image(_)));
+        let is_shown = std::mem::replace(&mut behind_tool, role == Some("tool")) && has_image;
         let role = match role {
-            // What a tool shows belongs to the question that it serves, as what it says does: its result has made one.
             Some("user") if is_shown => {
-                if let Some(question) = turns.iter_mut().rev().find(|turn| turn.role == Role::User) {
-                    question.parts.extend(parts);
-                }
+                question(&mut turns).parts.extend(parts);
                 continue;
             }
             Some(role @ ("system" | "developer" | "user")) => {
@@ -535,16 +533,12 @@ fn turns(messages: &[Map<String, Value>], images: Vec<Image>) -> Result<Vec<Turn
                 if role == "user" { Role::User } else { Role::System }
             }
             Some("assistant") if called.is_empty() => Role::Assistant,
-            // What tools were asked and said belongs to the question that they serve.
             Some(role @ ("assistant" | "tool" | "function")) => {
                 parts.extend(called.into_iter().map(Part::Text));
                 if role != "assistant" {
                     parts.insert(0, Part::Text("[A tool's result:]".into()));
                 }
-                match turns.iter_mut().rev().find(|turn| turn.role == Role::User) {
-                    Some(question) => question.parts.extend(parts),
-                    None => turns.push(Turn { role: Role::User, parts }),
-                }
+                question(&mut turns).parts.extend(parts);
                 continue;
             }
             _ => return Err(ApiError::bad_request("invalid_request", "a message has no role that is known here")),
@@ -552,6 +546,17 @@ fn turns(messages: &[Map<String, Value>], images: Vec<Image>) -> Result<Vec<Turn
         turns.push(Turn { role, parts });
     }
     Ok(turns)
+}
+
+/// The question that is not answered yet, or a new one.
+fn question(turns: &mut Vec<Turn>) -> &mut Turn {
+    let behind_answer = turns.iter().rposition(|turn| turn.role == Role::Assistant).map_or(0, |answer| answer + 1);
+    let open = turns[behind_answer..].iter().rposition(|turn| turn.role == Role::User);
+    let place = open.map_or(turns.len(), |place| behind_answer + place);
+    if open.is_none() {
+        turns.push(Turn { role: Role::User, parts: Vec::new() });
+    }
+    &mut turns[place]
 }
 
 /// The tools that a message calls, in words.

@@ -38,7 +38,7 @@ use crate::{
     moderation::{__path_moderations, moderations},
     observe::Observed,
     openapi::{self, ChatAnswer, ChatRequest, Models},
-    passthrough::{others, pass},
+    passthrough::others,
     ready::Readiness,
     request,
     settings::{Mode, Settings},
@@ -352,11 +352,12 @@ async fn translation(
         let admission = Arc::clone(&gateway.admission);
         return Observed { context, admission, read, format: Some(format) }.forward(server, path, body).await;
     }
-    let longest = settings.limits.body.saturating_sub(body.len());
+    let value = value?;
+    let left = (settings.limits.body.saturating_sub(body.len()), strict::MOST.saturating_sub(strict::values(&value)));
     drop(body);
     let tenant = context.tenant();
-    let mut earlier = |id: &str| state.store.conversation((&tenant, id), longest, |bytes| context.hold_more(bytes));
-    let (chat, wire) = format.read(value?, &mut earlier)?;
+    let mut earlier = |id: &str| state.store.conversation((&tenant, id), left, |bytes| context.hold_more(bytes));
+    let (chat, wire) = format.read(value, &mut earlier)?;
     let chat = request::Body::of(chat, &settings.allow_fields)?;
     let turn = context.in_time(gateway.admission.enter()).await?;
     let request = context.prepare(chat).await?;
@@ -374,23 +375,29 @@ async fn count_tokens(State(gateway): State<Arc<Gateway>>, request: axum::extrac
     let (Parts { method, uri, headers, .. }, body) = request.into_parts();
     let span = telemetry::span("count_tokens", &id, &headers);
     let counted = async {
-        let told = |error| ApiError { format: Some(Format::Messages), ..error };
-        let mut context = gateway.begin(&state, &id, &method, &uri, headers).map_err(told)?;
-        if context.mode != Mode::Enforce && matches!(state.upstream, Upstream::Server(_)) {
-            return pass(context, &method, &uri, body).await;
-        }
-        let count = async {
-            is_plain(&context.headers)?;
-            let body = context.read(body).await?;
-            let unread = |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
-            let value = strict::read(&body).map_err(unread)?;
-            let (chat, _) = Format::Messages.read(value, &mut |_| Err(elsewhere(BEFORE)))?;
-            Ok(request::Body::of(chat, &state.settings.allow_fields)?.tokens())
-        };
-        let counted = json!({"input_tokens": count.await.map_err(told)?});
-        Ok(([(header::CONTENT_TYPE, "application/json")], counted.to_string()).into_response())
+        let context = gateway.begin(&state, &id, &method, &uri, headers)?;
+        let path = uri.path_and_query().map_or(uri.path(), |whole| whole.as_str());
+        counting(context, path, body).await
     };
+    let counted = async { counted.await.map_err(|error| ApiError { format: Some(Format::Messages), ..error }) };
     signed(&id, "count_tokens", &state.metrics, counted.instrument(span)).await
+}
+
+/// A request to count: the upstream's where its answer would not be guarded.
+async fn counting(mut context: RequestContext, path: &str, body: Body) -> Result<Response, ApiError> {
+    let state = Arc::clone(&context.state);
+    let body = context.read(body).await?;
+    let value = strict::read(&body);
+    context.mode = context.caller.mode(&state.settings, request::model(&value), &context.headers)?;
+    if let (Upstream::Server(server), Mode::Off | Mode::Observe) = (&state.upstream, context.mode) {
+        let sent = server.forward(Key::Own, Method::POST, path, &context.headers, body.into(), Bodies::AsSent);
+        return Ok(passed(sent.await?));
+    }
+    is_plain(&context.headers)?;
+    let unread = |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
+    let (chat, _) = Format::Messages.read(value.map_err(unread)?, &mut |_| Err(elsewhere(BEFORE)))?;
+    let counted = json!({"input_tokens": request::Body::of(chat, &state.settings.allow_fields)?.tokens()});
+    Ok(([(header::CONTENT_TYPE, "application/json")], counted.to_string()).into_response())
 }
 
 /// Whether this process lives.

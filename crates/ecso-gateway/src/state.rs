@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, io, sync::Arc};
 
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use ecso::{Guard, GuardError, Image, Memory, Mllm, Profile, Sampling, Step, profile::Gate};
 use ecso_openai::Fetcher;
@@ -179,7 +179,12 @@ impl AppState {
 
     /// By what the upstream tells whoever sends these headers from others, as a digest: keys of their own, and what else chooses models.
     pub(crate) fn account(&self, headers: &HeaderMap) -> String {
-        let account = access::token(headers).map(hash).unwrap_or_default();
+        let sent: Vec<&[u8]> = headers.get_all(header::AUTHORIZATION).iter().map(HeaderValue::as_bytes).collect();
+        let account = match access::token(headers) {
+            Some(token) if sent.len() < 2 => hash(token),
+            _ if sent.is_empty() => String::new(),
+            _ => hash(&format!("{sent:?}")),
+        };
         let choosing = self.upstream.choosing(headers);
         choosing.iter().fold(account, |account, (name, value)| hash(&format!("{account} {name} {value:?}")))
     }

@@ -3,11 +3,10 @@
 use std::{sync::Arc, time::Duration};
 
 use axum::http::StatusCode;
-use bytes::Bytes;
 use moka::{policy::EvictionPolicy, sync::Cache};
 use serde_json::{Map, Value};
 
-use crate::{error::ApiError, settings::Limits, wire};
+use crate::{error::ApiError, json, settings::Limits, wire};
 
 /// Turns of conversations, by whose they are and the answer's id. A turn points to the one before it, so that a conversation takes its own
 /// length and no more.
@@ -24,7 +23,9 @@ struct Turn {
     /// The id of the answer that it goes on from.
     before: Option<String>,
     /// Messages of a chat: those that were brought, and the answer; in JSON.
-    messages: Bytes,
+    messages: Box<[u8]>,
+    /// How many values these have.
+    values: usize,
 }
 
 /// What a turn takes beside its messages, at most.
@@ -63,7 +64,8 @@ impl Store {
     ) -> bool {
         let Some(turns) = &self.turns else { return false };
         let Ok(messages) = serde_json::to_vec(&(asked, said)) else { return false };
-        let turn = Turn { before: before.map(str::to_owned), messages: messages.into() };
+        let values = asked.iter().flat_map(Map::values).chain([said]).map(json::values).sum::<usize>() + asked.len();
+        let turn = Turn { before: before.map(str::to_owned), messages: messages.into_boxed_slice(), values };
         let fits = turn.bytes() <= self.most.min(u32::MAX as usize);
         if fits {
             turns.insert(key(tenant, id), Arc::new(turn));
@@ -77,20 +79,25 @@ impl Store {
     /// were new.
     ///
     /// # Errors
-    /// When nothing is kept here, when this answer or one before it is not (any more), and when they have more than `longest` bytes.
+    /// When nothing is kept here, when this answer or one before it is not (any more), and when they have more than `longest` bytes or
+    /// more than `most` values.
     pub(crate) fn conversation(
         &self,
         (tenant, id): (&str, &str),
-        longest: usize,
+        (longest, most): (usize, usize),
         hold: impl FnOnce(usize) -> Result<(), ApiError>,
     ) -> Result<Vec<Value>, ApiError> {
         let turns = self.turns.as_ref().ok_or_else(|| wire::elsewhere(wire::BEFORE))?;
-        let (mut found, mut bytes, mut next) = (Vec::new(), 0_usize, Some(id.to_owned()));
+        let (mut found, mut bytes, mut values, mut next) = (Vec::new(), 0_usize, 0_usize, Some(id.to_owned()));
         while let Some(id) = &next {
             let turn = turns.get(&key(tenant, id)).ok_or_else(not_found)?;
             bytes += turn.bytes();
-            if bytes > longest {
-                let message = "a conversation and what goes on from it have at most `limits.body` bytes together";
+            values += turn.values;
+            if bytes > longest || values > most {
+                let message = format!(
+                    "a conversation and what goes on from it have at most `limits.body` bytes and {} values together",
+                    json::MOST
+                );
                 return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message));
             }
             next.clone_from(&turn.before);
@@ -133,7 +140,7 @@ mod tests {
     }
 
     fn said(store: &Store, tenant: &str, id: &str) -> Result<Vec<Value>, &'static str> {
-        store.conversation((tenant, id), 1 << 20, |_| Ok(())).map_err(|error| error.code)
+        store.conversation((tenant, id), (1 << 20, 100), |_| Ok(())).map_err(|error| error.code)
     }
 
     #[test]
@@ -148,9 +155,13 @@ mod tests {
         for (tenant, id) in [("b", "2"), ("", "2"), ("a", "3"), ("a", "")] {
             assert_eq!(said(&store, tenant, id).unwrap_err(), "previous_response_not_found");
         }
-        let short = store.conversation(("a", "2"), 2 * FRAME, |_| Ok(())).unwrap_err();
+        let short = store.conversation(("a", "2"), (2 * FRAME, 100), |_| Ok(())).unwrap_err();
         assert_eq!(short.code, "body_too_large");
-        let full = store.conversation(("a", "2"), 1 << 20, |bytes| {
+        // Two messages of one field each, and two answers.
+        assert!(store.conversation(("a", "2"), (1 << 20, 6), |_| Ok(())).is_ok());
+        let many = store.conversation(("a", "2"), (1 << 20, 5), |_| Ok(())).unwrap_err();
+        assert_eq!(many.code, "body_too_large");
+        let full = store.conversation(("a", "2"), (1 << 20, 100), |bytes| {
             assert!(bytes > 2 * FRAME);
             Err(ApiError::full())
         });

@@ -173,7 +173,7 @@ impl Server {
             headers = headers
                 .into_iter()
                 .filter_map(|(name, value)| Some((name?, value)))
-                .filter(|(name, _)| goes_with_own_key(name))
+                .filter(|(name, _)| goes_with_own_key(name) || is_version(name))
                 .collect();
             headers.insert(header::AUTHORIZATION, own);
         }
@@ -339,16 +339,22 @@ pub(crate) fn passed(response: reqwest::Response) -> Response {
 /// The headers of an upstream's answer that hold for the answer that is made of it: figures of limits, what browsers need,
 /// and names of requests. What else stands there might be a text.
 pub(crate) fn answer_head(headers: &HeaderMap) -> HeaderMap {
-    const KNOWN: [&str; 6] = ["vary", "date", "retry-after", "x-request-id", "request-id", "openai-processing-ms"];
+    const KNOWN: [&str; 5] = ["vary", "retry-after", "x-request-id", "request-id", "openai-processing-ms"];
     const STARTS: [&str; 5] =
         ["access-control-", "x-ratelimit-", "ratelimit", "anthropic-ratelimit-", "x-envoy-ratelimit"];
     let is_known = |name: &HeaderName| {
         KNOWN.contains(&name.as_str()) || STARTS.iter().any(|start| name.as_str().starts_with(start))
     };
-    // A figure, a name or a list of names is one word or a few.
-    let is_short = |value: &HeaderValue| value.len() <= 512;
-    let head = headers.iter().filter(|(name, value)| is_known(name) && is_short(value));
+    // A figure, a name, or a list of these is no sentence.
+    let is_list = |value: &str| value.split(',').all(|entry| !entry.trim().contains(char::is_whitespace));
+    let says_little = |value: &HeaderValue| value.len() <= 512 && value.to_str().is_ok_and(is_list);
+    let head = headers.iter().filter(|(name, value)| is_known(name) && says_little(value));
     head.map(|(name, value)| (name.clone(), value.clone())).collect()
+}
+
+/// Whether a client's header says which edition of an API it speaks. Guarded requests have none: they become chats.
+fn is_version(name: &HeaderName) -> bool {
+    ["anthropic-version", "anthropic-beta", "openai-beta"].contains(&name.as_str())
 }
 
 /// Whether a client's header is known to say who asks, in which form, and nothing else.

@@ -9,7 +9,7 @@ use crate::{
     mllm::Seen,
     pipeline::{Halt, Pipeline},
     profile::{self, Gate, Hardened, Question, SafeStep, Way},
-    prompt::{Query, hints},
+    prompt::{Answer, Query, hints},
     template::Template,
     trace::Step,
     verdict::{CERTAIN, Detection},
@@ -31,7 +31,7 @@ pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Hardened, q: &Query<'_>) -> Re
         w.may_go_out(request).await?;
     } else {
         let y = w.draft(q).await?;
-        let reply = judge.weigh(w, Step::Detect, Some(&q.whole(&y))).await?;
+        let reply = judge.weigh(w, Step::Detect, Some(q.draft(&y))).await?;
         found = reply;
         if w.may_go_out(found).await? {
             return w.release(y).await;
@@ -41,7 +41,7 @@ pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Hardened, q: &Query<'_>) -> Re
     // 4. An answer with eyes closed, which is judged as the draft was.
     for template in tries(&w.profile.safe, q.has_hints(&c), found.is_harm() && found.score.is_some()) {
         let y = w.compose(q.safe(&c, template)).await?;
-        if !judge.weigh(w, Step::ReplyCheck, Some(&y)).await?.is_harm() {
+        if !judge.weigh(w, Step::ReplyCheck, Some(Answer::new(&y))).await?.is_harm() {
             return w.release(y).await;
         }
     }
@@ -60,11 +60,11 @@ struct Judge<'a, 'q> {
 impl Judge<'_, '_> {
     /// How harmful the request is, or the reply `y` to it: by the surest of the ways in which it can be. Under `gate = "always"` nobody asks
     /// about the draft.
-    async fn weigh(&mut self, w: &mut Pipeline<'_>, step: Step, y: Option<&str>) -> Result<Detection, Halt> {
+    async fn weigh(&mut self, w: &mut Pipeline<'_>, step: Step, y: Option<Answer<'_>>) -> Result<Detection, Halt> {
         if step == Step::Detect && w.profile.gate == Gate::Always {
             return Ok(Detection::UNCHECKED);
         }
-        if y.is_some_and(|y| y.trim().is_empty()) {
+        if y.is_some_and(Answer::is_empty) {
             return Ok(Detection::SAFE);
         }
         // What was found about an earlier reply is not about this one.
@@ -84,10 +84,11 @@ impl Judge<'_, '_> {
         w: &mut Pipeline<'_>,
         way: &Way,
         step: Step,
-        y: Option<&str>,
+        y: Option<Answer<'_>>,
     ) -> Result<Option<Detection>, Halt> {
+        let reply = y.unwrap_or(Answer::new(""));
         let mut questions = way.terms.iter().filter_map(|term| self.p.question(term));
-        if questions.any(|question| self.q.question(question, y.unwrap_or(""), self.seen).is_empty()) {
+        if questions.any(|question| self.q.question(question, reply, self.seen).is_empty()) {
             return Ok(None);
         }
         let (mut sum, mut are_told) = (way.bias, true);
@@ -100,7 +101,7 @@ impl Judge<'_, '_> {
                 *found
             } else {
                 let step = if question.is_about_reply() { step } else { Step::RequestCheck };
-                let found = self.ask(w, step, question, y.unwrap_or("")).await?;
+                let found = self.ask(w, step, question, reply).await?;
                 self.known.insert(&question.name, found);
                 found
             };
@@ -110,7 +111,13 @@ impl Judge<'_, '_> {
         Ok(Some(Detection::weighed(sum, self.p.threshold, are_told)))
     }
 
-    async fn ask(&self, w: &mut Pipeline<'_>, step: Step, question: &Question, y: &str) -> Result<Detection, Halt> {
+    async fn ask(
+        &self,
+        w: &mut Pipeline<'_>,
+        step: Step,
+        question: &Question,
+        y: Answer<'_>,
+    ) -> Result<Detection, Halt> {
         w.ask(step, question, self.q.question(question, y, self.seen), CERTAIN).await
     }
 }

@@ -21,7 +21,7 @@ pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Paper, q: &Query<'_>) -> Resul
     let y = w.draft(q).await?;
 
     // 2. Harm detection, by the same model: s = F(v, P_det(x, y~)).
-    let s = w.ask(Step::Detect, &p.detect, q.question(&p.detect, &q.whole(&y), &[]), ANY_HARM).await?;
+    let s = w.ask(Step::Detect, &p.detect, q.question(&p.detect, q.draft(&y), &[]), ANY_HARM).await?;
     if w.may_go_out(s).await? {
         return w.release(y).await;
     }

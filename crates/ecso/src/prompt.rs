@@ -28,8 +28,38 @@ pub(crate) struct Query<'a> {
     asked: String,
     /// What templates call {t}: all that the model is shown, but for what its author is trusted with.
     transcript: String,
-    /// Where the conversation ends with a turn of the assistant, the model goes on from that: the answer begins with it.
+    /// Where the conversation ends with turns of the assistant, the model goes on from these: the answer begins with them.
     prefill: String,
+    /// The first of these turns, or behind the last turn.
+    begun: usize,
+}
+
+/// An answer that is judged.
+#[derive(Clone, Copy)]
+pub(crate) struct Answer<'y> {
+    /// How the client began it.
+    begun: &'y str,
+    /// What the model made of it.
+    text: &'y str,
+}
+
+impl<'y> Answer<'y> {
+    /// An answer that nobody began.
+    pub(crate) fn new(text: &'y str) -> Self {
+        Self { begun: "", text }
+    }
+
+    /// Whether the model says nothing.
+    pub(crate) fn is_empty(self) -> bool {
+        self.text.trim().is_empty()
+    }
+
+    /// As the client will read it, up to `longest` characters of the model's own; 0 is no bound. A beginning takes nothing from that bound.
+    fn whole(self, longest: usize) -> Cow<'y, str> {
+        let Self { begun, text } = self;
+        let text = text.char_indices().nth(longest).filter(|_| longest > 0).map_or(text, |(end, _)| &text[..end]);
+        if begun.is_empty() { text.into() } else { format!("{begun}{text}").into() }
+    }
 }
 
 impl<'a> Query<'a> {
@@ -45,9 +75,10 @@ impl<'a> Query<'a> {
                 said.chain([text.clone()]).collect::<Vec<_>>().join("\n")
             }
         };
-        let after = chat.turns[index + 1..].iter().filter(|turn| turn.role == Role::Assistant);
-        let prefill = after.map(Turn::query).collect();
-        let mut query = Self { profile, chat, index, text, asked, transcript: String::new(), prefill };
+        // What another turn stands behind is an earlier answer.
+        let begun = chat.turns.iter().rposition(|turn| turn.role != Role::Assistant).map_or(0, |last| last + 1);
+        let prefill = chat.turns[begun..].iter().map(Turn::query).collect();
+        let mut query = Self { profile, chat, index, text, asked, transcript: String::new(), prefill, begun };
         query.transcript = query.transcript();
         Some(query)
     }
@@ -68,7 +99,7 @@ impl<'a> Query<'a> {
                 Role::System => continue,
                 _ if place == self.index => "",
                 Role::User => "[earlier, user] ",
-                Role::Assistant if place < self.index => "[earlier, assistant] ",
+                Role::Assistant if place < self.begun => "[earlier, assistant] ",
                 Role::Assistant => "[the answer begins] ",
             };
             said.push(format!("{who}{}", turn.query()));
@@ -88,18 +119,15 @@ impl<'a> Query<'a> {
         }
     }
 
-    /// A draft as the client will read it: behind the beginning that the client wrote, where it did.
-    pub(crate) fn whole<'y>(&self, y: &'y str) -> Cow<'y, str> {
-        if self.prefill.is_empty() { y.into() } else { format!("{}{y}", self.prefill).into() }
+    /// A draft, behind the beginning that the client wrote, where it did.
+    pub(crate) fn draft<'y>(&'y self, y: &'y str) -> Answer<'y> {
+        Answer { begun: &self.prefill, text: y }
     }
 
-    /// A question about the request, or about the answer `y` where its template has {y}: a fresh conversation of one turn for each
+    /// A question about the request, or about the reply `y` where its template has {y}: a fresh conversation of one turn for each
     /// wording, and each window, that says something of its own. None where it does not apply.
-    pub(crate) fn question<'q>(&self, question: &'q Question, y: &str, seen: &[Seen]) -> Vec<Asked<'q>> {
-        let judged = match question.cut {
-            0 => y,
-            cut => y.char_indices().nth(cut).map_or(y, |(end, _)| &y[..end]),
-        };
+    pub(crate) fn question<'q>(&self, question: &'q Question, y: Answer<'_>, seen: &[Seen]) -> Vec<Asked<'q>> {
+        let judged = y.whole(question.cut);
         let words = without_empty_entries(&joined(seen.iter().map(|seen| seen.words.clone())));
         let shows = joined(seen.iter().map(|seen| seen.shows.clone()));
         let both = joined(hints(seen));
@@ -107,7 +135,7 @@ impl<'a> Query<'a> {
         let shows_more = self.transcript != self.asked;
         let holes = [
             ("x", self.asked.as_str()),
-            ("y", judged),
+            ("y", &judged),
             ("t", &self.transcript),
             ("p", &sent),
             ("w", &words),
@@ -179,7 +207,7 @@ impl<'a> Query<'a> {
                     let hints = quoted(&seen.join("\n\n"), &self.profile.quote);
                     template.fill(&[("c", &hints), ("x", &self.text)])
                 }
-                false if index > self.index && turn.role == Role::Assistant => continue,
+                false if index >= self.begun => continue,
                 false => described(turn, &seen),
             };
             turns.push((turn.role, text));

@@ -1,6 +1,6 @@
 //! Answers that an upstream gives in another format than chat completions, for whoever observes it: the same as a chat's answer.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use bytes::Bytes;
 use ecso_openai::lenient;
@@ -26,9 +26,10 @@ impl Format {
             lenient::parse(&text).map_err(|error| broken(&error.to_string()))?
         };
         let said = match self {
-            Self::Messages => Said::of_blocks(&answer["content"]),
-            Self::Responses => Said::of_items(&answer["output"]),
+            Self::Messages => Said::of_message(&answer),
+            Self::Responses => Said::of_response(&answer),
         };
+        let said = said.ok_or_else(|| broken("it is no answer of this format, or none that is done"))?;
         Completion::whole(said.chat().to_string().as_bytes())
     }
 }
@@ -50,21 +51,51 @@ async fn events(seen: Vec<u8>) -> Result<Vec<Value>, ApiError> {
     Ok(events)
 }
 
-/// What a stream's response says: at its end, or where that says nothing, item by item.
+/// What a stream's response says: at its end, and on the way there, where that is something else.
 fn response(events: &[Value]) -> Option<Value> {
     let is_last = |event: &&Value| event["type"] == "response.completed" || event["type"] == "response.incomplete";
-    let output = &events.iter().rfind(is_last)?["response"]["output"];
-    if output.as_array().is_some_and(|items| !items.is_empty()) {
-        return Some(json!({"output": output}));
-    }
+    let mut whole = events.iter().rfind(is_last)?["response"].as_object()?.clone();
+    let mut output = whole.get("output").and_then(Value::as_array).cloned().unwrap_or_default();
     let done = events.iter().filter(|event| event["type"] == "response.output_item.done");
-    Some(json!({"output": done.map(|event| event["item"].clone()).collect::<Vec<_>>()}))
+    let at = |event: &Value| output.get(usize::try_from(event["output_index"].as_u64()?).ok()?);
+    let others: Vec<Value> =
+        done.filter(|event| at(event) != Some(&event["item"])).map(|event| event["item"].clone()).collect();
+    output.extend(others);
+    let mut pieces: BTreeMap<String, String> = BTreeMap::new();
+    for event in events {
+        if let Some(piece) = event["delta"].as_str() {
+            let place = [&event["type"], &event["item_id"], &event["output_index"], &event["content_index"]];
+            pieces.entry(json!(place).to_string()).or_default().push_str(piece);
+        }
+    }
+    let mut known = HashSet::new();
+    for item in &output {
+        texts_of(item, &mut known);
+    }
+    let unknown = pieces.values().filter(|text| !known.contains(text.as_str()));
+    let parts: Vec<Value> = unknown.map(|text| json!({"type": "output_text", "text": text})).collect();
+    output.push(json!({"type": "message", "content": parts}));
+    whole.insert("output".to_owned(), output.into());
+    whole.insert("status".to_owned(), "completed".into());
+    Some(whole.into())
+}
+
+/// All texts in a value.
+fn texts_of<'v>(value: &'v Value, texts: &mut HashSet<&'v str>) {
+    match value {
+        Value::String(text) => {
+            texts.insert(text);
+        }
+        Value::Array(list) => list.iter().for_each(|value| texts_of(value, texts)),
+        Value::Object(fields) => fields.values().for_each(|value| texts_of(value, texts)),
+        _ => {}
+    }
 }
 
 /// The message that the pieces of a stream make.
 fn message(events: &[Value]) -> Option<Value> {
     let mut blocks: BTreeMap<u64, Value> = BTreeMap::new();
-    let mut is_whole = false;
+    let (mut is_whole, mut details) = (false, Value::Null);
     for event in events {
         let index = event["index"].as_u64().unwrap_or_default();
         match event["type"].as_str() {
@@ -73,19 +104,28 @@ fn message(events: &[Value]) -> Option<Value> {
             }
             Some("content_block_delta") => {
                 let block = blocks.entry(index).or_insert_with(|| json!({}));
-                for (name, piece) in [("text", "text"), ("thinking", "thinking"), ("pieces", "partial_json")] {
-                    if let Some(piece) = event["delta"][piece].as_str() {
-                        let before = block[name].as_str().unwrap_or_default();
-                        block[name] = format!("{before}{piece}").into();
+                for (name, piece) in event["delta"].as_object().into_iter().flatten() {
+                    let name = if name == "partial_json" { "pieces" } else { name };
+                    match (name, block.get_mut(name), piece) {
+                        ("type" | "signature", _, _) => {}
+                        (_, Some(Value::String(text)), Value::String(piece)) => text.push_str(piece),
+                        // Of what comes whole there may be more than one.
+                        (_, Some(Value::Array(list)), piece) => list.push(piece.clone()),
+                        (_, _, Value::String(piece)) => block[name] = piece.as_str().into(),
+                        (_, _, piece) => block[name] = json!([piece]),
                     }
                 }
             }
-            Some("message_delta") => is_whole |= event["delta"]["stop_reason"].is_string(),
+            Some("message_delta") => {
+                is_whole |= event["delta"]["stop_reason"].is_string();
+                details = event["delta"]["stop_details"].clone();
+            }
             Some("message_stop") => is_whole = true,
             _ => {}
         }
     }
-    is_whole.then(|| json!({"content": blocks.into_values().collect::<Vec<_>>()}))
+    let content: Vec<Value> = blocks.into_values().collect();
+    is_whole.then(|| json!({"type": "message", "content": content, "stop_details": details}))
 }
 
 /// What an answer says.
@@ -97,36 +137,87 @@ struct Said {
 }
 
 impl Said {
-    fn of_blocks(blocks: &Value) -> Self {
+    /// Of Messages; none where it is no message.
+    fn of_message(message: &Value) -> Option<Self> {
         let mut said = Self::default();
-        for block in blocks.as_array().into_iter().flatten() {
-            match block["type"].as_str() {
-                Some("text") => said.texts.extend(text(&block["text"])),
-                Some("thinking") => said.thoughts.extend(text(&block["thinking"])),
-                Some("tool_use") => {
-                    let pieces = text(&block["pieces"]).unwrap_or_else(|| block["input"].to_string());
-                    said.call(&block["name"], &pieces);
+        let blocks = message["content"].as_array().filter(|_| message["type"] == "message")?;
+        for block in blocks {
+            match (block["type"].as_str(), &block["text"], &block["thinking"]) {
+                (Some("text"), Value::String(text), _) => {
+                    said.texts.push(text.clone());
+                    said.beside(block, &["type", "text"]);
+                }
+                (Some("thinking"), _, Value::String(thought)) => {
+                    said.thoughts.push(thought.clone());
+                    said.beside(block, &["type", "thinking", "signature"]);
+                }
+                (Some("tool_use"), ..) => {
+                    // Of a stream the input comes in pieces.
+                    let input = block["input"].to_string();
+                    let (name, arguments) = block["pieces"].as_str().map_or(("input", &*input), |all| ("pieces", all));
+                    said.call(&block["name"], arguments);
+                    said.beside(block, &["type", "id", "name", name]);
                 }
                 _ => said.other(block),
             }
         }
-        said
+        said.beside(&json!({"stop_details": message["stop_details"]}), &[]);
+        Some(said)
     }
 
-    fn of_items(items: &Value) -> Self {
+    /// Of Responses; none where it is no response, or none that is done.
+    fn of_response(response: &Value) -> Option<Self> {
         let mut said = Self::default();
-        for item in items.as_array().into_iter().flatten() {
-            let parts = || [&item["content"], &item["summary"]].into_iter().filter_map(Value::as_array).flatten();
-            let texts = || parts().flat_map(|part| [&part["text"], &part["refusal"]]).filter_map(text);
-            match item["type"].as_str() {
-                Some("message") => said.texts.extend(texts()),
-                Some("reasoning") => said.thoughts.extend(texts()),
-                Some("function_call") => said.call(&item["name"], item["arguments"].as_str().unwrap_or_default()),
-                Some("custom_tool_call") => said.call(&item["name"], &item["input"].to_string()),
+        let is_done = response["status"] == "completed" || response["status"] == "incomplete";
+        for item in response["output"].as_array().filter(|_| is_done)? {
+            match (item["type"].as_str(), &item["arguments"]) {
+                (Some("message"), _) => {
+                    let texts = said.parts(&item["content"]);
+                    said.texts.extend(texts);
+                    said.beside(item, &["type", "id", "role", "status", "phase", "content"]);
+                }
+                (Some("reasoning"), _) => {
+                    let thoughts = [&item["content"], &item["summary"]].map(|parts| said.parts(parts)).concat();
+                    said.thoughts.extend(thoughts);
+                    said.beside(item, &["type", "id", "status", "content", "summary", "encrypted_content"]);
+                }
+                (Some("function_call"), Value::String(arguments)) => said.call(&item["name"], arguments),
+                (Some("custom_tool_call"), _) => said.call(&item["name"], &item["input"].to_string()),
                 _ => said.other(item),
             }
         }
-        said
+        said.beside(&json!({"output_text": response["output_text"]}), &[]);
+        Some(said)
+    }
+
+    /// The texts of parts.
+    fn parts(&mut self, parts: &Value) -> Vec<String> {
+        let Value::Array(parts) = parts else {
+            self.beside(&json!({"content": parts}), &[]);
+            return Vec::new();
+        };
+        let mut texts = Vec::new();
+        for part in parts {
+            texts.extend(["text", "refusal"].into_iter().filter_map(|name| part[name].as_str()).map(str::to_owned));
+            self.beside(part, &["type", "text", "refusal", "logprobs"]);
+        }
+        texts
+    }
+
+    /// What a block, item or part says beside its `known` fields.
+    fn beside(&mut self, value: &Value, known: &[&str]) {
+        let Value::Object(fields) = value else { return self.other(value) };
+        let says_nothing = |value: &Value| match value {
+            Value::Null => true,
+            Value::Array(list) => list.is_empty(),
+            Value::Object(fields) => fields.is_empty(),
+            _ => false,
+        };
+        let mut rest = fields.clone();
+        rest.retain(|name, value| !known.contains(&name.as_str()) && !says_nothing(value));
+        if !rest.is_empty() {
+            self.other(&rest.into());
+        }
     }
 
     fn call(&mut self, name: &Value, arguments: &str) {
@@ -150,10 +241,6 @@ impl Said {
     }
 }
 
-fn text(value: &Value) -> Option<String> {
-    value.as_str().map(str::to_owned)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -168,11 +255,67 @@ mod tests {
         let stream =
             |events: &[Value]| events.iter().map(|event| format!("data: {event}\n\n")).collect::<Vec<_>>().concat();
         // What has no place in a chat is heard as it stands.
-        let odd = r#"{"content": [{"type": "text", "text": "Rye."}, {"type": "server_tool_use", "input": {"query": "flour"}}]}"#;
-        let heard = said(Format::Messages, false, odd).await.unwrap();
-        assert!(heard.contains("Rye.") && heard.contains("flour"), "{heard}");
-        let odd = r#"{"output": [{"type": "mcp_call", "output": "flour"}, "rye"]}"#;
-        assert!(said(Format::Responses, false, odd).await.unwrap().contains("flour"));
+        for content in [
+            json!([{"type": "server_tool_use", "input": {"query": "flour"}}]),
+            json!([{"type": "tool_use", "name": "bake", "input": {"query": "flour"}}]),
+            json!([{"type": "text", "text": "Rye.", "citations": [{"cited_text": "flour"}]}]),
+            json!(["flour"]),
+        ] {
+            let whole = json!({"type": "message", "content": content}).to_string();
+            assert!(said(Format::Messages, false, &whole).await.unwrap().contains("flour"), "{whole}");
+        }
+        let declined = json!({"type": "message", "content": [], "stop_details": {"explanation": "flour"}}).to_string();
+        assert!(said(Format::Messages, false, &declined).await.unwrap().contains("flour"));
+        for item in [
+            json!({"type": "mcp_call", "output": "flour"}),
+            json!({"type": "message", "content": "flour"}),
+            json!({"type": "message", "content": [{"type": "output_audio", "transcript": "flour"}]}),
+            json!({"type": "message", "content": [{"type": "output_text", "text": "Rye.", "annotations": [{"title": "flour"}]}]}),
+            json!({"type": "function_call", "name": "bake", "arguments": {"query": "flour"}}),
+            json!("flour"),
+        ] {
+            let whole = json!({"status": "completed", "output": [item]}).to_string();
+            assert!(said(Format::Responses, false, &whole).await.unwrap().contains("flour"), "{whole}");
+        }
+        let beside = json!({"status": "completed", "output": [], "output_text": "flour"}).to_string();
+        assert!(said(Format::Responses, false, &beside).await.unwrap().contains("flour"));
+        // What is no answer is none, whatever it says.
+        for whole in [
+            json!({"type": "error", "error": {"message": "flour"}}),
+            json!({"type": "message", "content": "flour"}),
+            json!({"status": "failed", "output": [], "error": {"message": "flour"}}),
+            json!({"status": "completed", "output": "flour"}),
+            json!([{"output_text": "flour"}]),
+            json!("flour"),
+        ] {
+            for format in [Format::Messages, Format::Responses] {
+                assert_eq!(said(format, false, &whole.to_string()).await, None, "{whole}");
+            }
+        }
+        // Clients show the pieces, whatever the end says.
+        let message = |text: &str| json!({"type": "message", "content": [{"type": "output_text", "text": text}]});
+        let piece = |text: &str| json!({"type": "response.output_text.delta", "item_id": "i", "delta": text});
+        let ended = |output: Value| json!({"type": "response.completed", "response": {"output": output}});
+        for (events, heard) in [
+            (vec![piece("flo"), piece("ur"), ended(json!([]))], "flour"),
+            (vec![piece("flo"), piece("ur"), ended(json!([message("rye")]))], "rye\nflour"),
+            (vec![piece("r"), piece("ye"), ended(json!([message("rye")]))], "rye"),
+            (
+                vec![
+                    json!({"type": "response.output_item.done", "item": message("flour")}),
+                    ended(json!([message("rye")])),
+                ],
+                "rye\nflour",
+            ),
+        ] {
+            assert_eq!(said(Format::Responses, true, &stream(&events)).await.as_deref(), Some(heard), "{events:?}");
+        }
+        let cited = stream(&[
+            json!({"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}),
+            json!({"type": "content_block_delta", "index": 0, "delta": {"type": "citations_delta", "citation": {"cited_text": "flour"}}}),
+            json!({"type": "message_stop"}),
+        ]);
+        assert!(said(Format::Messages, true, &cited).await.unwrap().contains("flour"));
         for format in [Format::Messages, Format::Responses] {
             for whole in ["", "rye", "{", "\u{0}"] {
                 assert_eq!(said(format, false, whole).await, None, "{whole:?}");
@@ -197,6 +340,6 @@ mod tests {
         ]);
         assert!(said(Format::Messages, true, &odd).await.is_some());
         let odd = stream(&[json!({"type": "response.completed", "response": "rye"})]);
-        assert_eq!(said(Format::Responses, true, &odd).await.as_deref(), Some(""));
+        assert_eq!(said(Format::Responses, true, &odd).await, None);
     }
 }

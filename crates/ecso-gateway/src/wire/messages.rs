@@ -1,5 +1,7 @@
 //! Anthropic's Messages: `POST /v1/messages`.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Map, Value, json};
 
 use super::{Answer, Call, Fields, SHOWN, Wire, invalid, unsupported};
@@ -9,11 +11,12 @@ use crate::error::ApiError;
 pub(super) struct Messages {
     /// Whether the client wants to see what the model thought.
     thinks: bool,
-    left_out: Vec<String>,
+    left_out: BTreeSet<String>,
 }
 
-/// Tools that a server would run, by how their kinds begin. They would bring in what nobody here sees.
-const OF_SERVERS: [&str; 5] = ["web_search_", "web_fetch_", "code_execution_", "tool_search_tool_", "mcp_toolset"];
+/// Tools that a server would run; most of their kinds end with a date. They would bring in what nobody here sees.
+const OF_SERVERS: [&str; 6] =
+    ["web_search", "web_fetch", "code_execution", "tool_search_tool_regex", "tool_search_tool_bm25", "mcp_toolset"];
 
 /// The chat that a request asks for.
 pub(super) fn read(body: Value) -> Result<(Value, Messages), ApiError> {
@@ -38,16 +41,18 @@ pub(super) fn read(body: Value) -> Result<(Value, Messages), ApiError> {
         turn(Fields::of(message, format!("messages.{place}"))?, &mut messages)?;
     }
     chat.insert("messages".to_owned(), messages.into());
-    let (mut tools, mut left_out) = (Vec::new(), Vec::new());
+    let (mut tools, mut left_out) = (Vec::new(), BTreeSet::new());
     for (place, tool) in fields.list("tools")?.into_iter().enumerate() {
         match of_server(&tool) {
-            Some(kind) => left_out.push(kind),
+            Some(kind) => {
+                left_out.insert(kind);
+            }
             None => tools.push(self::tool(Fields::of(tool, format!("tools.{place}"))?)?),
         }
     }
     match left_out.first().filter(|_| tools.is_empty()) {
         // The request is about what can't be done here.
-        Some(kind) => return Err(unsupported("tools.0", kind)),
+        Some(kind) => return Err(unsupported("tools", kind)),
         None if tools.is_empty() => {}
         None => {
             chat.insert("tools".to_owned(), tools.into());
@@ -280,7 +285,9 @@ fn call(mut block: Fields) -> Result<Value, ApiError> {
 /// The kind of a tool that a server would run.
 fn of_server(tool: &Value) -> Option<String> {
     let kind = tool["type"].as_str()?;
-    OF_SERVERS.iter().any(|start| kind.starts_with(start)).then(|| kind.to_owned())
+    let is_date = |end: &str| end.len() == 8 && end.bytes().all(|byte| byte.is_ascii_digit());
+    let undated = kind.rsplit_once('_').filter(|(_, end)| is_date(end)).map_or(kind, |(start, _)| start);
+    OF_SERVERS.contains(&undated).then(|| kind.to_owned())
 }
 
 /// A tool that the client runs.
@@ -304,7 +311,14 @@ fn tool_choice(mut choice: Fields, chat: &mut Map<String, Value>) -> Result<(), 
         "auto" => "auto".into(),
         "any" => "required".into(),
         "none" => "none".into(),
-        "tool" => json!({"type": "function", "function": {"name": choice.needed("name")?}}),
+        "tool" => {
+            let name = choice.needed("name")?;
+            let mut tools = chat.get("tools").and_then(Value::as_array).into_iter().flatten();
+            if !tools.any(|tool| tool["function"]["name"] == *name) {
+                return Err(invalid(&choice.at("name"), "`tools` has no such tool that the client runs"));
+            }
+            json!({"type": "function", "function": {"name": name}})
+        }
         other => return Err(unsupported(&choice.path, other)),
     };
     chat.insert("tool_choice".to_owned(), wanted);
@@ -372,8 +386,9 @@ impl Messages {
         let reason = match answer.finish {
             _ if answer.refused => "refusal",
             "length" => "max_tokens",
-            "tool_calls" | "function_call" if !answer.calls().is_empty() => "tool_use",
             "content_filter" => "refusal",
+            // Servers end a call that was asked for by name with `stop`.
+            _ if !answer.calls().is_empty() => "tool_use",
             _ => "end_turn",
         };
         let details = match reason {
@@ -395,7 +410,7 @@ impl Messages {
 }
 
 impl Wire for Messages {
-    fn left_out(&self) -> &[String] {
+    fn left_out(&self) -> &BTreeSet<String> {
         &self.left_out
     }
 

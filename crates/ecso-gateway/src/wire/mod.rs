@@ -7,12 +7,14 @@ mod messages;
 mod responses;
 mod tools;
 
+use std::collections::BTreeSet;
+
 use serde_json::{Map, Value, json};
 
 use crate::{error::ApiError, json as strict};
 
-/// What stands before images that a tool gave back: in a chat they are the user's, and belong to the question before them.
-pub(crate) const SHOWN: &str = "What the tool shows:";
+/// What stands before images that a tool gave back: in a chat they are the user's, right behind the tool's result.
+const SHOWN: &str = "What the tool shows:";
 
 /// A format of requests and answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,7 +70,7 @@ pub(crate) trait Wire: Send + Sync {
     }
 
     /// Kinds of tools of the request that are left out: a server would run them.
-    fn left_out(&self) -> &[String];
+    fn left_out(&self) -> &BTreeSet<String>;
 
     /// The whole answer.
     fn whole(&self, answer: &Answer<'_>) -> Value;

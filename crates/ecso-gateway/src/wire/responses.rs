@@ -1,5 +1,7 @@
 //! OpenAI's Responses: `POST /v1/responses`. A request brings its whole conversation, or goes on from an answer that is kept here.
 
+use std::collections::BTreeSet;
+
 use ecso::Verdict;
 use serde_json::{Map, Value, json};
 
@@ -84,7 +86,14 @@ pub(super) fn read(body: Value, earlier: Earlier<'_>) -> Result<(Value, Response
     }
     let from = messages.len();
     messages.extend(input(fields.take("input"))?);
-    let store = fields.take("store").is_none_or(|store| store != false);
+    if messages.len() == from {
+        return Err(invalid("input", "it brings no message, no call and no result of a tool"));
+    }
+    let store = match fields.take("store") {
+        None => true,
+        Some(Value::Bool(store)) => store,
+        Some(_) => return Err(invalid("store", "it is true or false")),
+    };
     chat.insert("messages".to_owned(), messages.into());
     let tools = Tools::read(fields.list("tools")?)?;
     tools.put(fields.take("tool_choice"), &mut chat)?;
@@ -341,7 +350,7 @@ impl Responses {
 }
 
 impl Wire for Responses {
-    fn left_out(&self) -> &[String] {
+    fn left_out(&self) -> &BTreeSet<String> {
         self.tools.left_out()
     }
 

@@ -1,7 +1,7 @@
 //! The tools of Responses. A chat has functions alone: other tools of the client become functions, and calls of these are written as
 //! calls of the tools.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value, json};
 
@@ -33,7 +33,7 @@ pub(super) struct Tools {
     /// The functions, as a chat has them.
     functions: Vec<Value>,
     /// Kinds of tools that are left out.
-    left_out: Vec<String>,
+    left_out: BTreeSet<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -105,7 +105,7 @@ impl Tools {
             }
             "namespace" if namespace.is_none() => return self.namespace(tool),
             of_server if OF_SERVERS.contains(&of_server) => {
-                self.left_out.push(of_server.to_owned());
+                self.left_out.insert(of_server.to_owned());
                 return Ok(());
             }
             other => return Err(unsupported(&tool.path, other)),
@@ -147,7 +147,8 @@ impl Tools {
                 let mut choice = Fields { path: "tool_choice".into(), left };
                 let chosen = if choice.left.get("type").is_some_and(|kind| kind == "allowed_tools") {
                     let (mode, allowed) = self.allowed(choice)?;
-                    functions.retain(|tool| allowed.iter().any(|name| tool["function"]["name"] == **name));
+                    functions
+                        .retain(|tool| tool["function"]["name"].as_str().is_some_and(|name| allowed.contains(name)));
                     mode.into()
                 } else {
                     let path = choice.path.clone();
@@ -169,16 +170,16 @@ impl Tools {
     }
 
     /// Which of the tools may be called, and whether one must be.
-    fn allowed(&self, mut choice: Fields) -> Result<(String, Vec<String>), ApiError> {
+    fn allowed(&self, mut choice: Fields) -> Result<(String, BTreeSet<String>), ApiError> {
         let (mode, path) = (choice.needed("mode")?, choice.at("tools"));
         if !matches!(mode.as_str(), "auto" | "required") {
             return Err(invalid(&choice.at("mode"), "it is auto or required"));
         }
-        let mut allowed = Vec::new();
+        let mut allowed = BTreeSet::new();
         for (place, tool) in choice.list("tools")?.into_iter().enumerate() {
             let mut tool = Fields::of(tool, format!("{path}.{place}"))?;
             if let Some(name) = self.named(&mut tool)? {
-                allowed.push(name);
+                allowed.insert(name);
                 tool.end()?;
             }
         }
@@ -202,7 +203,7 @@ impl Tools {
     }
 
     /// Kinds of tools that were left out.
-    pub(super) fn left_out(&self) -> &[String] {
+    pub(super) fn left_out(&self) -> &BTreeSet<String> {
         &self.left_out
     }
 

@@ -291,3 +291,28 @@ async fn errors_have_words_of_our_own() {
     assert_eq!((&error["code"], &error["param"]), (&json!("context_length_exceeded"), &json!("messages")));
     assert!(error["message"].as_str().unwrap().contains("maximum context length"));
 }
+
+#[tokio::test]
+async fn headers_of_an_upstream_have_no_sentences() {
+    let speaks = |_: &Value| {
+        let mut answer = said(&json!({"role": "assistant", "content": "Bread."}), &Value::Null);
+        let sentence = format!("{LEAK} words here");
+        for (name, value) in [
+            ("x-request-id", sentence.as_str()),
+            ("x-ratelimit-limit", &sentence),
+            ("retry-after", &sentence),
+            ("request-id", "req_1"),
+            ("x-ratelimit-policy", "100, 100;w=60"),
+        ] {
+            answer.headers_mut().insert(name, value.parse().unwrap());
+        }
+        answer
+    };
+    let world = World::new(Settings::default(), Arc::new(speaks)).await;
+    let got = world.chat(&question()).await;
+    assert!(got.status.is_success() && !got.leaks(), "{:?}", got.headers);
+    assert_eq!(
+        (&got.headers["request-id"], &got.headers["x-ratelimit-policy"]),
+        (&"req_1".parse().unwrap(), &"100, 100;w=60".parse().unwrap())
+    );
+}

@@ -164,6 +164,28 @@ async fn it_is_its_client_s_alone() {
     not_found(&own.send("POST", RESPONSES, &headers, go_on(&first).to_string()).await);
     assert!(own.taken().is_empty());
     assert_eq!(ask(&own, "one", go_on(&first)).await.status, 200);
+    // Whatever goes to the upstream tells clients apart.
+    let others = [
+        vec!["Basic YWxpY2U6eA=="],
+        vec!["Basic Ym9iOnk="],
+        vec!["raw"],
+        vec!["Bearer"],
+        vec![],
+        vec!["Bearer one", "Basic Ym9iOnk="],
+    ];
+    for (place, values) in others.iter().enumerate() {
+        let send = async |values: &[&str], body: Value| {
+            let headers: Vec<(&str, &str)> = values.iter().map(|value| ("authorization", *value)).collect();
+            own.send("POST", RESPONSES, &headers, body.to_string()).await
+        };
+        let first = id(&send(values, json!({"model": "m", "input": picture()})).await);
+        assert_eq!(send(values, go_on(&first)).await.status, 200);
+        own.taken();
+        for other in others.iter().enumerate().filter(|(other, _)| *other != place).map(|(_, other)| other) {
+            not_found(&send(other, go_on(&first)).await);
+        }
+        not_found(&ask(&own, "one", go_on(&first)).await);
+    }
     // Clients with keys of ours, before and after the settings are read again.
     let mut settings = Settings::default();
     let [(one, entry), (two, other)] = [Key::generate(), Key::generate()];
@@ -206,10 +228,40 @@ async fn bounds_hold_for_the_whole_conversation() {
             before = id(&got).into();
         }
     }
+    let many = json!([{"role": "user", "content": vec![json!({"type": "input_text", "text": ""}); 30_000]}]);
+    let first = ask(&world, "k", json!({"model": "m", "input": many})).await;
+    let got = ask(&world, "k", json!({"model": "m", "input": many, "previous_response_id": id(&first)})).await;
+    assert_eq!((got.status.as_u16(), &got.json()["error"]["code"]), (413, &json!("body_too_large")), "{}", got.body);
     let mut settings = Settings::default();
     settings.limits.body = 3000;
     let world = self::world(settings).await;
     let first = id(&ask(&world, "k", json!({"model": "m", "input": "f".repeat(2600)})).await);
     let got = ask(&world, "k", json!({"model": "m", "input": "And?", "previous_response_id": first})).await;
     assert_eq!((got.status.as_u16(), &got.json()["error"]["code"]), (413, &json!("body_too_large")), "{}", got.body);
+}
+
+/// An earlier answer is none of the new one, whatever is asked behind it; and something must be.
+#[tokio::test]
+async fn an_earlier_answer_does_not_hide_the_new_one() {
+    let long = "Bread is good. ".repeat(140);
+    let speaks = Arc::new(move |sent: &Value| {
+        let is_first = sent["messages"].as_array().unwrap().len() == 1;
+        said(&json!({"role": "assistant", "content": if is_first { &long } else { LEAK }}), &Value::Null)
+    });
+    let world = World::with(Settings::default(), Profile::paper(), speaks).await;
+    let first = id(&ask(&world, "k", json!({"model": "m", "input": picture()})).await);
+    let output = |output: Value| json!([{"type": "function_call_output", "call_id": "c", "output": output}]);
+    for (input, is_asked) in [
+        (json!([]), false),
+        (json!([{"type": "reasoning", "summary": []}]), false),
+        (json!([{"role": "developer", "content": "Go on."}]), true),
+        (output(json!("Go on.")), true),
+        (output(json!([{"type": "input_image", "image_url": PICTURE}])), true),
+    ] {
+        let got = ask(&world, "k", json!({"model": "m", "input": input, "previous_response_id": first})).await;
+        assert_eq!((got.status == 200, got.leaks()), (is_asked, false), "{input} {}", got.body);
+        if is_asked {
+            assert_eq!(got.headers["x-ecso-verdict"], "unsafe", "{input}");
+        }
+    }
 }

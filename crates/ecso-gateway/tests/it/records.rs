@@ -200,3 +200,27 @@ async fn other_formats_are_observed_as_they_are() {
         }
     }
 }
+
+/// Of an answer that is longer than what is read nothing is said, though its last pieces would fit.
+#[tokio::test]
+async fn a_part_of_an_answer_is_no_answer() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("audit.jsonl");
+    let audit = AuditSettings { path: path.clone(), ..AuditSettings::default() };
+    let mut settings = Settings { mode: Mode::Observe, audit, ..Settings::default() };
+    settings.limits.answer = 3000;
+    let long = |_: &Value| {
+        let piece = |text: &str| json!({"choices": [{"delta": {"content": text}, "finish_reason": null}]}).to_string();
+        let pieces = [piece("Hello "), piece(&format!("{LEAK} {}", "f".repeat(2900))), piece("world")];
+        let pieces =
+            pieces.map(|piece| format!("data: {piece}\n\n")).into_iter().chain(["data: [DONE]\n\n".to_owned()]);
+        let pieces = futures::stream::iter(pieces.map(Ok::<_, std::io::Error>));
+        ([("content-type", "text/event-stream")], Body::from_stream(pieces)).into_response()
+    };
+    let world = World::new(settings, Arc::new(long)).await;
+    let mut body = question();
+    body["stream"] = true.into();
+    assert!(world.chat(&body).await.leaks());
+    let line = written(&path, 1).await.pop().unwrap();
+    assert_eq!((&line["verdict"], &line["failure"]), (&json!("unchecked"), &json!("answer_too_long")), "{line}");
+}

@@ -622,3 +622,114 @@ async fn keys_and_other_routes_are_those_of_every_format() {
         assert_eq!(got.json()["error"]["code"], "route_not_guarded", "{method} {path}: {}", got.body);
     }
 }
+
+/// What was answered before stands where it stood: the judge of `paper` reads the new answer, whatever comes behind an earlier one.
+#[tokio::test]
+async fn an_earlier_answer_is_no_beginning_of_the_new_one() {
+    let world = world(Rewrite::Safe).await;
+    let data = PICTURE.split(',').nth(1).unwrap();
+    let long = "Bread is good. ".repeat(140);
+    let image = json!({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}});
+    let messages = |last: Value| {
+        let turns = json!([{"role": "user", "content": [image, {"type": "text", "text": "What is this?"}]},
+            {"role": "assistant", "content": long}, last]);
+        (MESSAGES, json!({"model": "m", "max_tokens": 50, "messages": turns}))
+    };
+    let result = |more: Value| json!({"type": "tool_result", "tool_use_id": "c", "content": more});
+    let chats = |behind: Value| {
+        let mut turns = json!([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": PICTURE}},
+            {"type": "text", "text": "What is this?"}]}, {"role": "assistant", "content": long}]);
+        turns.as_array_mut().unwrap().extend(behind.as_array().unwrap().clone());
+        ("/v1/chat/completions", json!({"model": "m", "messages": turns}))
+    };
+    let tool = json!({"role": "tool", "tool_call_id": "c", "content": "do harm"});
+    let shown = json!({"role": "user", "content": [{"type": "text", "text": "What the tool shows:"},
+        {"type": "image_url", "image_url": {"url": PICTURE}}, {"type": "text", "text": "do harm"}]});
+    for (path, mut body) in [
+        messages(json!({"role": "user", "content": [result(json!([image])), {"type": "text", "text": "do harm"}]})),
+        messages(json!({"role": "user", "content": [result(json!("do harm"))]})),
+        messages(json!({"role": "system", "content": "do harm"})),
+        chats(json!([tool])),
+        chats(json!([tool, shown])),
+        chats(json!([{"role": "system", "content": "do harm"}])),
+    ] {
+        for stream in [false, true] {
+            body["stream"] = stream.into();
+            let got = send(&world, path, body.to_string()).await;
+            assert!(got.status.is_success() && !got.leaks(), "{path} {}", got.body);
+            let judged = world.taken().into_iter().map(|reached| String::from_utf8_lossy(&reached.body).into_owned());
+            let detect = judged.filter(|body| body.contains("harmful, unsafe and unethical")).collect::<String>();
+            assert!(detect.contains(&format!("RESPONSE:\\n{LEAK}")), "{detect}");
+        }
+    }
+}
+
+/// A call is a call, however the server ends it; and what is left out is told briefly, and not chosen.
+#[tokio::test]
+async fn calls_and_tools_that_are_left_out() {
+    let call = json!({"id": "c", "type": "function", "function": {"name": "bake", "arguments": "{}"}});
+    let stops = Arc::new(move |_: &Value| {
+        said(&json!({"role": "assistant", "content": null, "tool_calls": [call]}), &Value::Null)
+    });
+    let world = World::with(Settings::default(), Profile::paper(), stops).await;
+    let bake = json!({"name": "bake", "input_schema": {"type": "object"}});
+    let search = json!({"type": "web_search_20250305", "name": "web_search"});
+    let ask = async |path: &str, tools: Value, choice: Value| {
+        send(&world, path, asked(path, "Bake it.", false, &json!({"tools": tools, "tool_choice": choice}))).await
+    };
+    let tool = |name: &str| json!({"type": "tool", "name": name});
+    let got = ask(MESSAGES, json!([bake, search, search]), tool("bake")).await;
+    assert_eq!(got.json()["stop_reason"], "tool_use", "{}", got.body);
+    assert_eq!(got.headers["x-ecso-tools-left-out"], "web_search_20250305");
+    world.taken();
+    let odd = json!({"type": format!("web_search_{}", "a".repeat(70_000)), "name": "web_search"});
+    for (tools, choice) in [(json!([bake, search]), tool("web_search")), (json!([bake, odd]), tool("bake"))] {
+        let got = ask(MESSAGES, tools, choice).await;
+        assert_eq!((got.status.as_u16(), world.taken().len()), (400, 0), "{}", got.body);
+    }
+    let mut tools = vec![json!({"type": "function", "name": "bake"})];
+    tools.extend((0..3000).map(|_| json!({"type": "mcp"})));
+    let got = ask(RESPONSES, tools.into(), Value::Null).await;
+    assert_eq!(got.headers["x-ecso-tools-left-out"], "mcp");
+    for store in [json!("false"), json!(0), json!([])] {
+        let got = send(&world, RESPONSES, asked(RESPONSES, "Bake it.", false, &json!({"store": store}))).await;
+        assert_eq!((got.status.as_u16(), &got.json()["error"]["param"]), (400, &json!("store")), "{}", got.body);
+    }
+}
+
+/// Where messages are the upstream's, so is their count.
+#[tokio::test]
+async fn tokens_are_counted_where_messages_are_answered() {
+    let counts = |_: &Value| said(&json!({}), &json!({"input_tokens": 7}));
+    let (key, entry) = ecso_gateway::settings::Key::generate();
+    let mut settings = Settings { mode_header: true, ..Settings::default() };
+    settings.keys.insert("app".into(), entry);
+    settings.modes.insert("watched".into(), ecso_gateway::settings::Mode::Observe);
+    let world = World::with_key(settings, Profile::paper(), Arc::new(counts), Some("operator")).await;
+    let body = asked(MESSAGES, "What is this?", false, &Value::Null);
+    let count = async |headers: &[(&str, &str)], body: &str| {
+        let key =
+            [("x-api-key", key.as_str()), ("anthropic-version", "2023-06-01"), ("anthropic-beta", "b"), ("x-odd", "o")];
+        let headers = [&key[..], headers].concat();
+        let got = world.send("POST", "/v1/messages/count_tokens", &headers, body.to_owned()).await;
+        (got.json(), world.taken().pop().map(|reached| reached.headers))
+    };
+    for mode in ["observe", "off"] {
+        let (counted, sent) = count(&[("x-ecso-mode", mode)], &body).await;
+        let sent = sent.unwrap();
+        assert_eq!(
+            (&counted["input_tokens"], &sent["authorization"]),
+            (&json!(7), &"Bearer operator".parse().unwrap())
+        );
+        assert_eq!(
+            (&sent["anthropic-version"], &sent["anthropic-beta"]),
+            (&"2023-06-01".parse().unwrap(), &"b".parse().unwrap())
+        );
+        assert!(!sent.contains_key("x-odd") && !sent.contains_key("x-api-key"));
+    }
+    for (mode, body, code) in [("enforce", body.as_str(), None), ("loud", &body, Some("invalid_mode"))] {
+        let (counted, sent) = count(&[("x-ecso-mode", mode)], body).await;
+        assert!(sent.is_none() && counted["error"]["code"].as_str() == code, "{counted}");
+        assert_eq!(counted["type"] == "error", code.is_some());
+    }
+}

@@ -68,18 +68,38 @@ impl World {
     }
 
     pub(crate) fn gateway(settings: Settings, profiles: impl Into<Profiles>, url: &str) -> std::io::Result<Gateway> {
-        let options = ecso_openai::Options { retries: 0, ..ecso_openai::Options::default() };
-        let upstream = Upstream::server(url, None, options, None).unwrap();
+        Self::gateway_with_key(settings, profiles, url, None)
+    }
+
+    fn gateway_with_key(
+        settings: Settings,
+        profiles: impl Into<Profiles>,
+        url: &str,
+        key: Option<&str>,
+    ) -> std::io::Result<Gateway> {
+        let key = || key.map(Into::into);
+        let options = ecso_openai::Options { retries: 0, api_key: key(), ..ecso_openai::Options::default() };
+        let upstream = Upstream::server(url, key(), options, None).unwrap();
         Gateway::new(upstream, profiles, settings, ecso::Limits::default())
     }
 
     pub(crate) async fn with(settings: Settings, profiles: impl Into<Profiles>, speaks: Speaks) -> Self {
+        Self::with_key(settings, profiles, speaks, None).await
+    }
+
+    /// With an operator's key.
+    pub(crate) async fn with_key(
+        settings: Settings,
+        profiles: impl Into<Profiles>,
+        speaks: Speaks,
+        key: Option<&str>,
+    ) -> Self {
         let reached = Arc::<Mutex<Vec<Reached>>>::default();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}/v1", listener.local_addr().unwrap());
         let behind = Router::new().fallback(answer).with_state(Behind { speaks, reached: Arc::clone(&reached) });
         tokio::spawn(async move { axum::serve(listener, behind).await });
-        let gateway = Self::gateway(settings, profiles, &url).unwrap();
+        let gateway = Self::gateway_with_key(settings, profiles, &url, key).unwrap();
         Self { router: Arc::new(gateway).router(), reached }
     }
 

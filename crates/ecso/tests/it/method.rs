@@ -198,3 +198,32 @@ proptest::proptest! {
         }
     }
 }
+
+/// Whatever stands before the last turn is no beginning of the answer, and a beginning takes nothing from the judge's cut.
+#[tokio::test]
+async fn only_the_last_turn_begins_an_answer() {
+    let answered = "Bread is good. ".repeat(140);
+    for (behind, judged) in [
+        (vec![], format!("{answered}A kettle.")),
+        (vec![Turn::text(Role::System, "Be brief.")], "A kettle.".to_owned()),
+        (
+            vec![Turn::text(Role::System, "Be brief."), Turn::text(Role::Assistant, "It is ")],
+            "It is A kettle.".to_owned(),
+        ),
+    ] {
+        let mut chat = Chat::ask([picture()], "What is this?");
+        chat.turns.push(Turn::text(Role::Assistant, answered.as_str()));
+        chat.turns.extend(behind);
+        let guard = guard(&["A kettle.", "Yes", "A hint.", "A mug."], &[]);
+        guard.answer(&chat).await.unwrap();
+        let detect = request(&guard, 1).concat();
+        assert!(detect.contains(&format!("RESPONSE:\n{judged}\n")), "{detect}");
+        // The safe answer is begun anew, behind all that was said before.
+        let safe = request(&guard, 3);
+        assert_eq!(
+            safe.len(),
+            chat.turns.iter().rposition(|turn| turn.role != Role::Assistant).unwrap() + 1,
+            "{safe:?}"
+        );
+    }
+}
