@@ -57,6 +57,12 @@ pub fn compare(a: &JudgedRun, b: &JudgedRun) -> Result<String, TogetherError> {
     if in_both == 0 {
         return Err(TogetherError::NothingInCommon { a: a.path.clone(), b: b.path.clone() });
     }
+    let left_out = |run, of: fn(&Pair<'_>) -> String| {
+        let is_out = |name: &&str| !pairs.iter().any(|pair| of(pair) == *name);
+        arms(run).filter(is_out).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+    };
+    let without =
+        [("A", left_out(a, |pair| pair.arms.0.to_owned())), ("B", left_out(b, |pair| pair.arms.1.to_owned()))];
     for Pair { arms: (name_a, name_b), both_good, paired } in pairs {
         let known = paired.known();
         let good = |only| {
@@ -76,6 +82,9 @@ pub fn compare(a: &JudgedRun, b: &JudgedRun) -> Result<String, TogetherError> {
     }
     if only_a + in_b.len() > 0 {
         let _ = writeln!(out, "\nNot compared: {only_a} items that are only in A, {} that are only in B.", in_b.len());
+    }
+    for (name, names) in without.iter().filter(|(_, names)| !names.is_empty()) {
+        let _ = writeln!(out, "\nNot compared: {names}, which only {name} has.");
     }
     for (name, run, met) in [("A", a, met[0]), ("B", b, met[1])] {
         for odd in run.verdicts.odd(Some(met)) {
@@ -126,9 +135,16 @@ fn pairs<'a>(a: &'a JudgedRun, b: &'a JudgedRun) -> Vec<Pair<'a>> {
     let (names_a, names_b): (Vec<&str>, Vec<&str>) = (arms(a).collect(), arms(b).collect());
     let arms = match (names_a.as_slice(), names_b.as_slice()) {
         ([bare_a, one_a], [bare_b, one_b]) => vec![(*bare_a, *bare_b), (*one_a, *one_b)],
-        _ => names_a.iter().filter(|name| names_b.contains(name)).map(|name| (*name, *name)).collect(),
+        _ => names_a.iter().filter_map(|name| Some((*name, same(&names_b, name)?))).collect(),
     };
     arms.into_iter().map(|arms| Pair { arms, both_good: 0, paired: Paired::default() }).collect()
+}
+
+/// The arm of that name; else the one of that profile with other fields changed, which has a `+` more or less.
+fn same<'a>(names: &[&'a str], wanted: &str) -> Option<&'a str> {
+    let plain = |name: &str| name.trim_end_matches('+').to_owned();
+    let exact = names.iter().find(|name| **name == wanted);
+    exact.or_else(|| names.iter().find(|name| plain(name) == plain(wanted))).copied()
 }
 
 /// The arms of a run, the unguarded one first.
@@ -503,6 +519,17 @@ mod tests {
         assert!(
             advised("fine", header("m", "x"), 0.5, 2).unwrap().contains("| items, unjudged answers | 3, 0 | 3, 0 |")
         );
+    }
+
+    #[test]
+    fn arms_meet_by_name_then_by_profile() {
+        for (names, met) in [
+            (&["unguarded", "hardened+", "hardened"][..], Some("hardened")),
+            (&["unguarded", "hardened+"], Some("hardened+")),
+            (&["unguarded", "paper"], None),
+        ] {
+            assert_eq!(same(names, "hardened"), met);
+        }
     }
 
     #[test]
