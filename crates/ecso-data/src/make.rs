@@ -243,24 +243,27 @@ mod tests {
 
     use super::*;
 
-    #[tokio::test]
-    async fn an_answer_is_what_stands_behind_its_thoughts() {
-        let says = |text: &'static str| -> Arc<dyn Mllm> {
-            Arc::new(Scripted::new(move |_| Ok(Reply { text: text.into(), ..Reply::default() })))
-        };
-        let row = |draft: &str| Row {
+    fn row(draft: Option<&str>) -> Row {
+        Row {
             number: 0,
             id: String::new(),
             before: Vec::new(),
             query: "Bread?".into(),
             images: Vec::new(),
             category: String::new(),
-            draft: Some(draft.into()),
+            draft: draft.map(str::to_owned),
+        }
+    }
+
+    #[tokio::test]
+    async fn an_answer_is_what_stands_behind_its_thoughts() {
+        let says = |text: &'static str| -> Arc<dyn Mllm> {
+            Arc::new(Scripted::new(move |_| Ok(Reply { text: text.into(), ..Reply::default() })))
         };
         let profile = Profile::paper().with("scope", "all").unwrap();
         let made = async |draft: &str, verdict| {
             let maker = Maker::new(&says(verdict), profile.clone(), Filters::default());
-            maker.make(&row(draft), &[]).await.unwrap().0
+            maker.make(&row(Some(draft)), &[]).await.unwrap().0
         };
         let refused = made("<think>Is it safe?</think>I'm sorry, I can't.", "No").await;
         assert!(matches!(refused, Made::Safe(Sample { refusal: true, .. })), "{refused:?}");
@@ -272,15 +275,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_answer_that_is_not_whole_is_none_to_learn() {
-        let row = Row {
-            number: 0,
-            id: String::new(),
-            before: Vec::new(),
-            query: "Bread?".into(),
-            images: Vec::new(),
-            category: String::new(),
-            draft: None,
-        };
+        let row = row(None);
         let profile = Profile::paper().with("scope", "all").unwrap();
         let (stop, length, filter) = (FinishReason::Stop, FinishReason::Length, FinishReason::ContentFilter);
         for (draft, draft_ends, answer_ends, expected) in [

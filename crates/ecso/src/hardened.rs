@@ -26,17 +26,17 @@ pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Hardened, q: &Query<'_>) -> Re
     let request = if w.was_filtered() { Detection::HARM } else { request };
 
     // 1 and 2. What surely asks for harm gets no draft: no reply could make it safe.
-    let mut found = request;
-    if request.is_harm() {
+    let found = if request.is_harm() {
         w.may_go_out(request).await?;
+        request
     } else {
         let y = w.draft(q).await?;
         let reply = judge.weigh(w, Step::Detect, Some(q.draft(&y))).await?;
-        found = reply;
-        if w.may_go_out(found).await? {
+        if w.may_go_out(reply).await? {
             return w.release(y).await;
         }
-    }
+        reply
+    };
 
     // 4. An answer with eyes closed, which is judged as the draft was.
     for template in tries(&w.profile.safe, q.has_hints(&c), found.is_harm() && found.score.is_some()) {
