@@ -10,5 +10,5 @@ mod pace;
 mod runner;
 
 pub use cache::{Cached, Work, check_cache};
-pub use pace::{Paced, Patience};
+pub use pace::{Paced, Patience, Stays};
 pub use runner::{Batch, Bounds, Sifted, run};

@@ -8,6 +8,7 @@ use std::{
 
 use async_trait::async_trait;
 use ecso::{Chat, Image, Mllm, ModelError, Reply, ReplyStream, Sampling, Seen};
+use futures::future::BoxFuture;
 use tokio::{
     sync::{Notify, Semaphore, SetOnce},
     time::Instant,
@@ -40,9 +41,11 @@ pub struct Patience {
 /// under way; so is one whose connection broke, which a neighbour may have brought about. Only what fails then has its error.
 ///
 /// Where the model does not come back as long as [`Patience`] goes, the failed call and all others end never: [`Paced::gone`]
-/// tells, and the work is dropped with nothing recorded of what could not be asked.
+/// tells, and the work is dropped with nothing recorded of what could not be asked. The same where another model came back in its
+/// place ([`Paced::that_stays`]).
 pub struct Paced<M> {
     model: M,
+    stays: Option<Stays>,
     /// The most calls at once.
     most: u32,
     patience: Patience,
@@ -52,6 +55,9 @@ pub struct Paced<M> {
     places: Semaphore,
     gone: SetOnce<ModelError>,
 }
+
+/// Says whether the model is still the one that was asked before: an error that tells what it is now.
+pub type Stays = Box<dyn Fn() -> BoxFuture<'static, Result<(), ModelError>> + Send + Sync>;
 
 struct Pace {
     under_way: u32,
@@ -85,6 +91,7 @@ impl<M: Mllm> Paced<M> {
         };
         Self {
             model,
+            stays: None,
             most,
             patience,
             pace: Mutex::new(pace),
@@ -92,6 +99,12 @@ impl<M: Mllm> Paced<M> {
             places: Semaphore::new(most as usize),
             gone: SetOnce::new(),
         }
+    }
+
+    /// The same model, asked by `stays` whether it is the same whenever a connection to it was lost.
+    #[must_use]
+    pub fn that_stays(self, stays: Stays) -> Self {
+        Self { stays: Some(stays), ..self }
     }
 
     /// Ends when the model went away and did not come back; gives the error that it went with.
@@ -179,6 +192,9 @@ impl<M: Mllm> Paced<M> {
     /// Waits until the model answers. Gives whether it did so all the time since `begun`, as far as is known.
     async fn was_there(&self, begun: Instant, lost: &ModelError) -> bool {
         let Err(error) = self.look().await else {
+            if matches!(lost, ModelError::Transport(_)) {
+                self.is_the_same().await;
+            }
             return self.pace().back.is_none_or(|back| back < begun);
         };
         let refuses_all =
@@ -198,9 +214,19 @@ impl<M: Mllm> Paced<M> {
         if tokio::time::timeout(self.patience.away, return_of).await.is_err() {
             return self.give_up(lost.clone()).await;
         }
+        self.is_the_same().await;
         tracing::warn!("the model is back");
         self.pace().back = Some(Instant::now());
         false
+    }
+
+    /// Goes on only while the model is the one that was asked before. Where nobody can say, it is.
+    async fn is_the_same(&self) {
+        if let Some(stays) = &self.stays
+            && let Err(error) = stays().await
+        {
+            self.give_up::<()>(error).await;
+        }
     }
 
     /// A call, made when its turn comes, and again while the model turns it away.
@@ -382,6 +408,27 @@ mod tests {
             let server = Played(move |_: &str, begun| if begun > until { Ok(()) } else { Err(error.clone()) });
             assert!(ask(&Paced::new(server, 4, SHORT), 12).await.iter().all(Result::is_ok));
         }
+    }
+
+    #[tokio::test]
+    async fn a_server_that_comes_back_as_another_model_is_asked_nothing_more() {
+        let until = Instant::now() + Duration::from_millis(200);
+        let asked = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&asked);
+        let server = Played(move |text: &str, begun| {
+            if begun <= until {
+                return Err(broken());
+            }
+            counted.fetch_add(usize::from(text == "q"), Ordering::SeqCst);
+            Ok(())
+        });
+        let other = || ModelError::Rejected("it came back as another".into());
+        let model = Paced::new(server, 4, SHORT).that_stays(Box::new(move || Box::pin(async move { Err(other()) })));
+        let gone = tokio::select! {
+            _ = ask(&model, 12) => panic!("another model answered"),
+            gone = model.gone() => gone,
+        };
+        assert_eq!((gone, asked.load(Ordering::SeqCst)), (other(), 0));
     }
 
     #[tokio::test]

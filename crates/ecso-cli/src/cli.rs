@@ -137,6 +137,10 @@ pub(crate) struct ReplayArgs {
     #[arg(long, value_name = "N")]
     pub(crate) limit: Option<usize>,
 
+    /// Exit with an error if a smaller share of the lines could be judged
+    #[arg(long, value_name = "SHARE", default_value_t = 1.0, value_parser = crate::eval::share)]
+    pub(crate) min_coverage: f64,
+
     /// Answers at once [default: 1 in this process, 8 for a server]
     #[arg(long, value_name = "N")]
     pub(crate) concurrency: Option<NonZero<usize>>,

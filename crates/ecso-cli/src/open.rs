@@ -114,6 +114,23 @@ pub(crate) async fn description(settings: &Settings) -> anyhow::Result<Option<St
     Ok(server.settled().await?.description().await?)
 }
 
+/// The flags by which another command asks the same model; empty where it is the usual one.
+pub(crate) fn flags(settings: &Settings) -> String {
+    let quoted = |text: &str| if text.contains(char::is_whitespace) { format!("'{text}'") } else { text.to_owned() };
+    let flag =
+        |name: &str, value: &str| if value.is_empty() { String::new() } else { format!(" {name} {}", quoted(value)) };
+    let model = if settings.model == "mini" { "" } else { settings.model.as_str() };
+    format!("{}{}", flag("--model", model), flag("--model-name", &settings.model_name))
+}
+
+/// What a server has now, in one text: the model's name, and its [`description`].
+pub(crate) async fn standing(settings: &Settings) -> anyhow::Result<String> {
+    let server = ecso_openai::OpenAi::new(&settings.model, server_options(settings)).map_err(|error| misuse(&error))?;
+    let server = server.settled().await?;
+    let described = server.description().await?;
+    Ok([Some(server.name().to_owned()), described].into_iter().flatten().collect::<Vec<_>>().join(" "))
+}
+
 /// Whether a model's name is a file's.
 pub(crate) fn is_file(name: &str) -> bool {
     let path = Path::new(name);

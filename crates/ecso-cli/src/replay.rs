@@ -91,7 +91,13 @@ pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> 
         let Some(failure) = first_failure else { return Ok(()) };
         eprintln!("{failed} lines could not be judged; the first: {failure}");
         match failure {
-            _ if total > 0 => Ok(()),
+            #[expect(clippy::cast_precision_loss, reason = "counts of lines")]
+            _ if total > 0 => {
+                let coverage = total as f64 / (total + failed) as f64;
+                let least = args.min_coverage;
+                anyhow::ensure!(coverage >= least, "coverage {coverage:.3} is below {least}");
+                Ok(())
+            }
             Failure::Model(_, error) => Err(error.into()),
             Failure::Unreadable(_) => Err(UsageError(format!("{shown}: no line of it could be judged")).into()),
         }

@@ -56,9 +56,11 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
         licence: args.license.clone(),
         limits: settings.images,
     };
-    if input.path.is_dir() && real(&args.out)?.starts_with(real(&input.path)?) {
+    if input.reads_from(&args.out).with_context(|| args.out.display().to_string())? {
         let out = args.out.display();
-        return Err(UsageError(format!("--out {out} lies in the folder that is read; name one beside it")).into());
+        return Err(
+            UsageError(format!("--out {out} lies where the input is read from; name a folder beside it")).into()
+        );
     }
     // What is wrong with the input as a whole is said before a model is loaded.
     drop(input.rows().map_err(UsageError::of)?);
@@ -148,13 +150,6 @@ fn make(
     Ok(ended)
 }
 
-/// A path without links, as far as it is there.
-fn real(path: &Path) -> std::io::Result<PathBuf> {
-    let path = std::path::absolute(path)?;
-    let known = |above: &Path| Some(above.canonicalize().ok()?.join(path.strip_prefix(above).ok()?));
-    Ok(path.ancestors().find_map(known).unwrap_or_else(|| path.clone()))
-}
-
 /// Tells of a dataset without samples; an error where too few rows were made for the run to be a success, or where rows of the input are
 /// missing though the run is `whole`.
 fn enough(args: &SynthArgs, input: &Input, manifest: &Manifest, whole: bool) -> anyhow::Result<()> {
@@ -178,6 +173,13 @@ fn enough(args: &SynthArgs, input: &Input, manifest: &Manifest, whole: bool) -> 
     if manifest.samples.is_empty() {
         eprintln!(
             "the dataset is empty: no row was kept for safety, and utility samples are taken in proportion to these"
+        );
+    }
+    if manifest.packing.validation > 0.0 && !manifest.samples.is_empty() && !manifest.samples.contains_key("validation")
+    {
+        eprintln!(
+            "no sample is for validation: no image was drawn for it at {}; --validation takes another share",
+            manifest.packing.validation
         );
     }
     #[expect(clippy::cast_precision_loss, reason = "counts of rows")]

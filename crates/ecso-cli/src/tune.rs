@@ -1,12 +1,15 @@
 //! `ecso tune`: should the guard be turned on for this model, and how?
 
-use std::{collections::BTreeMap, num::NonZero, path::Path};
+use std::{collections::BTreeMap, fmt, num::NonZero, path::Path};
 
 use anyhow::Context;
-use ecso::{Image, Mllm, Profile, profile::Method};
+use ecso::{
+    Image, Mllm, Profile,
+    profile::{Method, Question},
+};
 use ecso_batch::{
     Bounds,
-    journal::{Journal, Saved},
+    journal::{Journal, JournalError, Saved},
 };
 use ecso_eval::{
     benchmarks::{self, Items},
@@ -14,6 +17,7 @@ use ecso_eval::{
     run::{self, Options, Progress},
     tune::{self, Heard},
 };
+use serde::Serialize;
 
 use crate::{
     calibration::{self, Stored},
@@ -42,7 +46,15 @@ pub(crate) fn run(args: &TuneArgs, file: Option<&Path>) -> anyhow::Result<()> {
         let model = worker.model();
         let items = chosen(items, args.pairs.get(), reads_pictures(&*model).await?);
         let total = items.total.unwrap_or_default();
-        eprintln!("{}", extent(&profile, total, args.max_new_tokens.get()));
+        let extent = Extent::of(&profile, total, args.max_new_tokens.get());
+        if args.dry_run && args.json {
+            println!("{}", serde_json::to_string_pretty(&extent)?);
+            return Ok(());
+        }
+        eprintln!("{extent}");
+        if total < 2 * args.pairs.get() {
+            eprintln!("there are {} pairs for this model, of {} that were asked for", total / 2, args.pairs);
+        }
         if args.dry_run {
             return Ok(());
         }
@@ -59,7 +71,12 @@ pub(crate) fn run(args: &TuneArgs, file: Option<&Path>) -> anyhow::Result<()> {
             choice: Choice { limit: Some(2 * args.pairs.get()), ..Choice::default() },
             items: Some(total),
         };
-        let mut journal = Journal::open(&args.out, &header)?;
+        let mut journal = Journal::open(&args.out, &header).map_err(|error| match error {
+            JournalError::OtherSettings { path, what: "--limit" | "number of items in its data" } => {
+                JournalError::OtherSettings { path, what: "--pairs" }
+            }
+            error => error,
+        })?;
         let bar = Bar::new(Unit::Of("requests"), false);
         let show = |Progress { recorded, failed, .. }| {
             let note = if failed > 0 { format!("{failed} failed") } else { String::new() };
@@ -140,22 +157,45 @@ fn chosen(items: Items, pairs: usize, reads_pictures: bool) -> Items {
     Items::all(dealt)
 }
 
-/// What is ahead: calls, and tokens of prompts without a cache.
-fn extent(profile: &Profile, items: usize, max_new_tokens: u32) -> String {
-    let Method::Hardened(method) = &profile.method else { return String::new() };
-    let questions = method.questions.values();
-    // About four characters a token; 60 tokens for what is filled in.
-    let tokens: usize = questions
-        .map(|question| {
+/// What is ahead, before any of it is recorded.
+#[derive(Debug, Serialize)]
+struct Extent {
+    requests: usize,
+    /// Calls of the model, about.
+    calls: usize,
+    /// Tokens of prompts, at most; less with a prefix cache.
+    prompt_tokens: usize,
+    /// Tokens of answers, at most.
+    answer_tokens: usize,
+}
+
+impl Extent {
+    fn of(profile: &Profile, requests: usize, max_new_tokens: u32) -> Self {
+        let Method::Hardened(method) = &profile.method else {
+            return Self { requests, calls: 0, prompt_tokens: 0, answer_tokens: 0 };
+        };
+        // About four characters a token; 60 tokens for what is filled in.
+        let tokens = |question: &Question| {
             let examples = question.no.iter().chain(&question.yes).map(String::len).sum::<usize>();
             60 + (question.template.text().len() + question.system.len() + examples) / 4
-        })
-        .sum();
-    let calls = items * (method.questions.len() + 1);
-    let prompts = items * (tokens + 100);
-    let answers = items * usize::try_from(max_new_tokens).unwrap_or(usize::MAX);
-    format!(
-        "{items} requests, about {calls} calls; at most {prompts} tokens of prompts (less with a prefix cache) and {answers} of answers; \
-         what is recorded stays, and the same command goes on"
-    )
+        };
+        let asked: usize = method.questions.values().map(tokens).sum();
+        Self {
+            requests,
+            calls: requests * (method.questions.len() + 1),
+            prompt_tokens: requests * (asked + 100),
+            answer_tokens: requests * usize::try_from(max_new_tokens).unwrap_or(usize::MAX),
+        }
+    }
+}
+
+impl fmt::Display for Extent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { requests, calls, prompt_tokens, answer_tokens } = self;
+        write!(
+            f,
+            "{requests} requests, about {calls} calls; at most {prompt_tokens} tokens of prompts (less with a prefix cache) and \
+             {answer_tokens} of answers; what is recorded stays, and the same command goes on"
+        )
+    }
 }

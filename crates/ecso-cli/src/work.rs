@@ -2,8 +2,8 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use ecso::Mllm;
-use ecso_batch::{Cached, Paced, Patience, Work, check_cache};
+use ecso::{Mllm, ModelError};
+use ecso_batch::{Cached, Paced, Patience, Stays, Work, check_cache};
 
 use crate::{UsageError, config::Settings, open};
 
@@ -44,7 +44,8 @@ impl Worker {
             kept_as = format!("{kept_as} {description}");
         }
         let patience = Patience { busy: BUSY, away: Duration::from_secs(settings.server.away_timeout) };
-        let paced = Arc::new(Paced::new(model, at_once, patience));
+        let paced = Paced::new(model, at_once, patience);
+        let paced = Arc::new(if open::is_server(settings) { paced.that_stays(stays(settings).await?) } else { paced });
         let cached = Arc::new(Cached::new(Arc::clone(&paced), kept_as.as_str(), cache));
         Ok(Self { cached, paced, digest, server, kept_as })
     }
@@ -73,6 +74,24 @@ impl Worker {
             }
         }
     }
+}
+
+/// Holds that a server goes on to have the model which it has now.
+async fn stays(settings: &Settings) -> anyhow::Result<Stays> {
+    let settings = settings.clone();
+    let at_first = open::standing(&settings).await?;
+    Ok(Box::new(move || {
+        let (settings, at_first) = (settings.clone(), at_first.clone());
+        Box::pin(async move {
+            // What can't be asked is no other model; the calls themselves tell.
+            let Ok(now) = open::standing(&settings).await else { return Ok(()) };
+            if now == at_first {
+                return Ok(());
+            }
+            let told = format!("the server came back with another model: {now}, where it had {at_first}");
+            Err(ModelError::Rejected(told.into()))
+        })
+    }))
 }
 
 /// `work` to its end; an error where the user stops it.

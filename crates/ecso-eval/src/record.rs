@@ -135,8 +135,9 @@ impl Head for RunHeader {
             ("--data", !is_same(&begun.data, &self.data)),
             ("model", begun.model != self.model || begun.model_digest != self.model_digest),
             ("model under the same name on the server", begun.server != self.server),
-            ("profile", begun.profiles != self.profiles),
+            // Profiles are recorded with that bound in them.
             ("--max-new-tokens", begun.max_new_tokens != self.max_new_tokens),
+            ("profile", begun.profiles != self.profiles),
             ("--scenario", begun.choice.scenarios != self.choice.scenarios),
             ("--sample", begun.choice.sample != self.choice.sample),
             ("--seed", begun.choice.seed != self.choice.seed),

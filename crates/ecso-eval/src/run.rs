@@ -52,11 +52,9 @@ pub struct Progress {
     pub failed: usize,
 }
 
-/// What the data gave, and which items couldn't be run as it is.
+/// Which items of the data couldn't be run as it is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Unusable {
-    /// How many items there were; others than the run began with where the data changed under it.
-    pub read: usize,
     /// How many miss an image, and what is said of the first of them.
     pub missing: usize,
     /// See [`Unusable::missing`].
@@ -112,7 +110,6 @@ pub async fn run(
     let Items { total, iter } = items;
     let (total, unusable) = (Cell::new(total), RefCell::new(Unusable::default()));
     let usable = |item: &Item| {
-        unusable.borrow_mut().read += 1;
         let Some(trouble) = &item.trouble else { return true };
         unusable.borrow_mut().count(trouble);
         let is_left_out = options.skip_missing && matches!(trouble, Trouble::MissingImage(_));
@@ -148,6 +145,15 @@ pub fn missing(items: Items, out: &Path, journal: &mut Journal) -> Result<usize,
         mended.iter().try_for_each(|id| journal.forget(id))?;
     }
     Ok(missing)
+}
+
+/// How many of `items` the `journal` doesn't have as they are now: the data changed while it was read. What `skip_missing` leaves out is
+/// not counted.
+#[must_use]
+pub fn changed(items: Items, journal: &Journal, skip_missing: bool) -> usize {
+    let is_run = |item: &Item| !(skip_missing && matches!(item.trouble, Some(Trouble::MissingImage(_))));
+    let items = items.iter.filter(is_run);
+    items.filter(|item| !journal.has(Key::of(&item.id, "").made_of(&made_of(item)), false)).count()
 }
 
 /// Says that items of a run were not guarded, as they have no image; none where all were.

@@ -40,7 +40,7 @@ impl Rate {
         let scale = 1.0 + Z * Z / n;
         let middle = (p + Z * Z / (2.0 * n)) / scale;
         let half = Z * (p * (1.0 - p) / n + Z * Z / (4.0 * n * n)).sqrt() / scale;
-        Self { count, total, value: p, low: (middle - half).max(0.0), high: (middle + half).min(1.0) }
+        Self { count, total, value: p, low: (middle - half).clamp(0.0, p), high: (middle + half).clamp(p, 1.0) }
     }
 
     /// A share of which `unknown` more items could be judged by nobody: its interval reaches from none of them to all.

@@ -309,7 +309,11 @@ impl Mllm for OpenAi {
     async fn generate(&self, chat: &Chat, sampling: &Sampling) -> Result<Reply, ModelError> {
         let whole = async {
             let response = self.post(chat, sampling, false).await?;
-            reply::whole(&stream::read(self.body(response)).await?)
+            let (reply, answering) = reply::whole(&stream::read(self.body(response)).await?)?;
+            if let Some(answering) = answering {
+                self.memory.answers(&self.model, &answering);
+            }
+            Ok(reply)
         };
         tokio::time::timeout(self.options.reply_timeout, whole)
             .await

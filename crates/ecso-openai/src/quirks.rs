@@ -74,12 +74,14 @@ pub(crate) struct Memory {
     forget_after: Duration,
     /// By model: each quirk, and when it was last found.
     found: Mutex<HashMap<String, HashMap<Quirk, Instant>>>,
+    /// By model that is asked for: those that replies say they come from.
+    answering: Mutex<HashMap<String, BTreeSet<String>>>,
 }
 
 impl Memory {
     /// A memory that forgets refused wishes after a while. Other quirks stay.
     pub(crate) fn new(forget_after: Duration) -> Self {
-        Self { forget_after, found: Mutex::default() }
+        Self { forget_after, found: Mutex::default(), answering: Mutex::default() }
     }
 
     /// What to do for `model`.
@@ -88,6 +90,20 @@ impl Memory {
         let quirks = found.get(model).into_iter().flatten();
         let known = quirks.filter(|(quirk, at)| !quirk.is_about_a_wish() || at.elapsed() < self.forget_after);
         known.map(|(quirk, _)| *quirk).collect()
+    }
+
+    /// Tells, once for each, that a reply says it comes from another model than the one `asked` for, or than replies before. A longer
+    /// name of the same is none: a date, a path.
+    pub(crate) fn answers(&self, asked: &str, answering: &str) {
+        /// Whoever makes up a name for each reply is not kept count of.
+        const MOST: usize = 8;
+        let mut all = self.answering.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = all.entry(asked.to_owned()).or_default();
+        let is_same = answering.contains(asked) || asked.contains(answering);
+        if known.len() >= MOST || !known.insert(answering.to_owned()) || is_same && known.len() == 1 {
+            return;
+        }
+        tracing::warn!(%asked, %answering, "replies come from another model than the one that was asked for, or than before");
     }
 
     /// Keeps what has just brought an answer of `model`, and tells it the first time.

@@ -12,8 +12,8 @@ use crate::{
     surrogates::{Joiner, join},
 };
 
-/// Reads a whole reply.
-pub(crate) fn whole(body: &[u8]) -> Result<Reply, ModelError> {
+/// Reads a whole reply, and which model it says it comes from.
+pub(crate) fn whole(body: &[u8]) -> Result<(Reply, Option<String>), ModelError> {
     let text = String::from_utf8_lossy(body);
     let body: Value = lenient::parse(&text)
         .map_err(|error| ModelError::Protocol(Cause::new(format!("{error} in {}", start(&text)), error)))?;
@@ -23,14 +23,16 @@ pub(crate) fn whole(body: &[u8]) -> Result<Reply, ModelError> {
         return Err(ModelError::Protocol("there is no choice in it".into()));
     }
     let said = Said::of(choice);
-    Ok(Reply {
+    let model = body["model"].as_str().filter(|name| !name.is_empty()).map(|name| name.chars().take(200).collect());
+    let reply = Reply {
         first_token: said.first_token(choice, !said.reasoning.is_empty()),
         text: join(&said.text),
         reasoning: join(&said.reasoning),
         usage: lenient::usage(&body["usage"]),
         finish: finish(choice)?.unwrap_or_default(),
         took: None,
-    })
+    };
+    Ok((reply, model))
 }
 
 /// A streamed reply, while it is read.
@@ -238,7 +240,7 @@ mod tests {
     fn first(message: &Value, tokens: &[&str]) -> Option<String> {
         let tokens: Vec<Value> = tokens.iter().map(|token| position(token)).collect();
         let body = json!({"choices": [{"message": message, "logprobs": {"content": tokens}}]}).to_string();
-        whole(body.as_bytes()).unwrap().first_token.into_iter().next().map(|top| top.token)
+        whole(body.as_bytes()).unwrap().0.first_token.into_iter().next().map(|top| top.token)
     }
 
     fn streamed(events: &[Value]) -> Vec<Delta> {
@@ -316,7 +318,7 @@ mod tests {
                 let body = format!(
                     r#"{{"choices": [{{"message": {{"content": ["hi"]}}, "logprobs": {logprobs}}}], "usage": {usage}}}"#
                 );
-                let reply = whole(body.as_bytes()).unwrap();
+                let reply = whole(body.as_bytes()).unwrap().0;
                 assert_eq!(reply, Reply { text: "hi".into(), ..Reply::default() }, "{body}");
                 let event = body.replace("message", "delta");
                 let deltas = Progress::default().read(&event).unwrap();
@@ -357,7 +359,7 @@ mod tests {
             ("incomplete", length),
         ] {
             let body = json!({"choices": [{"message": {"content": "Mix"}, "finish_reason": reason}]}).to_string();
-            assert_eq!(whole(body.as_bytes()).unwrap().finish, expected, "{reason}");
+            assert_eq!(whole(body.as_bytes()).unwrap().0.finish, expected, "{reason}");
         }
     }
 
@@ -387,7 +389,7 @@ mod tests {
         deltas.extend(progress.end().unwrap());
         assert_eq!(told(&deltas), ["😀", "\u{FFFD}", "a", "😀b", "\u{FFFD}", "end"]);
         let body = r#"{"choices": [{"message": {"content": "a\ud83d\ude00\ud83d", "reasoning": "\ude00"}}]}"#;
-        let reply = whole(body.as_bytes()).unwrap();
+        let reply = whole(body.as_bytes()).unwrap().0;
         assert_eq!((reply.text.as_str(), reply.reasoning.as_str()), ("a😀\u{FFFD}", "\u{FFFD}"));
     }
 
@@ -404,7 +406,7 @@ mod tests {
             }
         }
         let fine = json!({"choices": [{"message": {"content": "a"}}], "error": null});
-        assert_eq!(whole(fine.to_string().as_bytes()).unwrap().text, "a");
+        assert_eq!(whole(fine.to_string().as_bytes()).unwrap().0.text, "a");
     }
 
     #[test]

@@ -46,8 +46,17 @@ const COLUMNS: [&str; 5] = ["id", "label", "query", "response", "harmless"];
 impl Label {
     /// The key of a verdict on the answer.
     fn key(&self) -> Option<Key> {
+        self.key_where(self.harmless)
+    }
+
+    /// The same where the request is taken as the label doesn't say.
+    fn other_key(&self) -> Option<Key> {
+        self.key_where(Some(self.harmless != Some(true)))
+    }
+
+    fn key_where(&self, harmless: Option<bool>) -> Option<Key> {
         let (query, response) = self.query.clone().zip(self.response.clone())?;
-        Some(answered(self.id.clone(), query, response, self.harmless).key())
+        Some(answered(self.id.clone(), query, response, harmless).key())
     }
 }
 
@@ -105,6 +114,8 @@ impl Current {
 pub(super) fn run(path: &Path, args: &AgreementArgs) -> anyhow::Result<()> {
     let rows: Vec<Label> = table::rows(&args.labels, &table::columns(&args.map)?, &COLUMNS)?;
     let current = Current::of(path, &rows).map_err(UsageError::of)?;
+    let others: HashMap<u64, Key> = rows.iter().filter_map(Label::other_key).map(|key| (key.place(), key)).collect();
+    let mut of_other_kind = 0;
     let mut labels = HashMap::new();
     let mut ties = 0;
     for Label { id, harmful, .. } in rows {
@@ -126,6 +137,8 @@ pub(super) fn run(path: &Path, args: &AgreementArgs) -> anyhow::Result<()> {
             continue;
         }
         if !current.has(judgement.key()) {
+            let key = judgement.key();
+            of_other_kind += usize::from(others.get(&key.place()).is_some_and(|other| key.is(*other)));
             outdated += 1;
             continue;
         }
@@ -137,6 +150,13 @@ pub(super) fn run(path: &Path, args: &AgreementArgs) -> anyhow::Result<()> {
         let said = (judgement.verdict != Ruling::Error).then_some(judgement.verdict == Ruling::Unsafe);
         pairs.push((said, *label));
         scores.extend(judgement.score.map(|score| (score, *label)));
+    }
+    if of_other_kind > 0 {
+        eprintln!(
+            "{}: {of_other_kind} requests are harmless by the labels and harmful by the verdicts, or the other way round; --map \
+             harmless=COLUMN says the same of both, as `eval judge --responses` was told",
+            args.labels.display()
+        );
     }
     let is_one = args.arm.as_ref().map_or(arms.len() <= 1, |arm| arms.contains(arm));
     if !is_one {

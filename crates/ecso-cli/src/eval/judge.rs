@@ -10,6 +10,7 @@ use std::{
 use anyhow::bail;
 use ecso_batch::journal::{Journal, Key, Saved};
 use ecso_eval::{
+    benchmarks::is_image,
     item::Task,
     judge::{self, Case, Judge, Judgement, Ruling},
     judged::verdicts_file,
@@ -64,6 +65,12 @@ fn lines<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error>
 
 pub(super) fn lines_or_none<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     let value = Value::deserialize(deserializer)?;
+    if let Some(path) = value.as_array().into_iter().flatten().filter_map(Value::as_str).find(|text| is_image(text)) {
+        let path = cut(path);
+        return Err(D::Error::custom(format_args!(
+            "{path} names an image, which no judge of answers sees: give the words alone"
+        )));
+    }
     let text = joined(&value, "\n");
     if text.is_none() && !value.is_null() {
         return Err(D::Error::custom(format_args!("{} is no text", cut(&value))));
@@ -121,13 +128,14 @@ pub(super) fn is_harm(said: &str) -> Option<bool> {
 pub(super) fn run(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
-        let Bench { judge, header, worker } = Bench::open(args, file).await?;
-        let out = out(args, &header.judge);
+        // What is to be judged is looked at before a model is loaded.
         let answers = match (&args.run, &args.responses) {
             (Some(run), _) => Answers::of_run(run)?,
             (None, Some(responses)) => Answers::from_elsewhere(responses, &table::columns(&args.map)?)?,
             (None, None) => bail!(UsageError("name a run or --responses".into())),
         };
+        let Bench { judge, header, worker } = Bench::open(args, file).await?;
+        let out = out(args, &header.judge);
         let mut journal = Journal::open_file(&out, &header)?;
         if journal.was_cut() {
             eprintln!("{}: its last line was cut off by a crash; that answer is judged again", out.display());

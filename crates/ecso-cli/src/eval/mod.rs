@@ -15,6 +15,7 @@ use ecso_eval::{
     judged::{JudgedError, JudgedRun},
     prepare,
     report::{self, RunReport},
+    summary::{Arm, Summary},
     typographic::Typesetter,
 };
 
@@ -140,6 +141,13 @@ fn write_report(runs: &[PathBuf], out: Option<&Path>, judge: Option<&str>) -> an
         write_whole(&path, &text).with_context(|| path.display().to_string())?;
     }
     println!("{markdown}\n{}", out.join("report.html").display());
+    let is_judged = |summary: &Summary, arm: &Arm| {
+        arm.all.unjudged + arm.all.missing + arm.all.failed < summary.items || summary.items == 0
+    };
+    anyhow::ensure!(
+        summaries.iter().any(|summary| summary.arms.iter().any(|arm| is_judged(summary, arm))),
+        "no answer is judged: the report has no rate; ecso eval judge tells of one run after the other"
+    );
     Ok(())
 }
 

@@ -1,12 +1,16 @@
 //! `ecso eval run`.
 
-use std::{num::NonZero, path::Path, time::Instant};
+use std::{
+    num::NonZero,
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use anyhow::Context;
 use ecso::Profile;
 use ecso_batch::{Bounds, journal::Journal};
 use ecso_eval::{
-    benchmarks::{self, Items},
+    benchmarks::{self, About, Benchmark, Items},
     record::{Choice, RunHeader},
     run::{self, Options, Progress, UNGUARDED, Unusable},
 };
@@ -21,42 +25,65 @@ use crate::{
     work::Worker,
 };
 
-pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
-    let benchmark = benchmarks::named(&args.benchmark).ok_or_else(|| {
-        let names: Vec<&str> = benchmarks::ALL.iter().map(|benchmark| benchmark.about().name).collect();
-        UsageError(format!("no benchmark is called {}; there are {}", args.benchmark, names.join(", ")))
-    })?;
-    let about = benchmark.about();
-    if let Some(variant) = args.variant.as_deref().filter(|variant| !about.variants.contains(variant)) {
-        let known = if about.variants.is_empty() { "none".to_owned() } else { about.variants.join(", ") };
-        return Err(UsageError(format!("--variant {variant}: of {} there are {known}", about.name)).into());
-    }
-    let variant = args.variant.clone().or_else(|| about.variants.first().map(|variant| (*variant).to_owned()));
-    let data = match &args.data {
-        Some(data) => data.clone(),
-        None if about.source == "ecso" => "-".into(),
-        None => {
-            return Err(UsageError(format!(
-                "{}: --data is missing: {} (from {})",
-                about.name, about.layout, about.source
-            ))
-            .into());
+/// What is run, as the command says.
+struct Wanted {
+    benchmark: &'static dyn Benchmark,
+    about: About,
+    variant: Option<String>,
+    data: PathBuf,
+    choice: Choice,
+}
+
+impl Wanted {
+    fn of(args: &RunArgs) -> anyhow::Result<Self> {
+        let benchmark = benchmarks::named(&args.benchmark).ok_or_else(|| {
+            let names: Vec<&str> = benchmarks::ALL.iter().map(|benchmark| benchmark.about().name).collect();
+            UsageError(format!("no benchmark is called {}; there are {}", args.benchmark, names.join(", ")))
+        })?;
+        let about = benchmark.about();
+        if let Some(variant) = args.variant.as_deref().filter(|variant| !about.variants.contains(variant)) {
+            let known = if about.variants.is_empty() { "none".to_owned() } else { about.variants.join(", ") };
+            return Err(UsageError(format!("--variant {variant}: of {} there are {known}", about.name)).into());
         }
-    };
-    let (settings, profiles) = profiles(args, file)?;
-    // Before the model is loaded, and before there is a folder.
-    let choice = Choice {
-        scenarios: scenarios(&args.scenario, about.scenarios),
-        sample: args.sample.map(NonZero::get),
-        seed: args.seed,
-        limit: args.limit.map(NonZero::get),
-    };
-    let all = || benchmark.items(&data, variant.as_deref()).map_err(|error| UsageError(error.to_string()));
-    let read = || -> anyhow::Result<Items> { Ok(run::chosen(all()?, &choice)) };
-    if !args.scenario.is_empty() {
-        run::fits(all()?, &choice.scenarios).map_err(|cause| UsageError(format!("--scenario: {cause}")))?;
+        let variant = args.variant.clone().or_else(|| about.variants.first().map(|variant| (*variant).to_owned()));
+        let data = match &args.data {
+            Some(data) => data.clone(),
+            None if about.source == "ecso" => "-".into(),
+            None => {
+                let told = format!("{}: --data is missing: {} (from {})", about.name, about.layout, about.source);
+                return Err(UsageError(told).into());
+            }
+        };
+        let choice = Choice {
+            scenarios: scenarios(&args.scenario, about.scenarios),
+            sample: args.sample.map(NonZero::get),
+            seed: args.seed,
+            limit: args.limit.map(NonZero::get),
+        };
+        let wanted = Self { benchmark, about, variant, data, choice };
+        if !args.scenario.is_empty() {
+            run::fits(wanted.all()?, &wanted.choice.scenarios)
+                .map_err(|cause| UsageError(format!("--scenario: {cause}")))?;
+        }
+        Ok(wanted)
     }
-    let items = read()?;
+
+    fn all(&self) -> anyhow::Result<Items> {
+        let items = self.benchmark.items(&self.data, self.variant.as_deref());
+        Ok(items.map_err(|error| UsageError(error.to_string()))?)
+    }
+
+    /// The items, read anew.
+    fn items(&self) -> anyhow::Result<Items> {
+        Ok(run::chosen(self.all()?, &self.choice))
+    }
+}
+
+pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
+    // Before the model is loaded, and before there is a folder.
+    let wanted = Wanted::of(args)?;
+    let (settings, profiles) = profiles(args, file)?;
+    let items = wanted.items()?;
     anyhow::ensure!(items.total != Some(0), UsageError("no item is chosen; --scenario all takes all".into()));
 
     let runtime = tokio::runtime::Runtime::new()?;
@@ -66,15 +93,15 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
         let model = worker.model();
         let header = RunHeader {
             ecso: env!("CARGO_PKG_VERSION").into(),
-            benchmark: about.name.into(),
-            variant: variant.clone(),
-            data: data.canonicalize().unwrap_or_else(|_| data.clone()),
+            benchmark: wanted.about.name.into(),
+            variant: wanted.variant.clone(),
+            data: wanted.data.canonicalize().unwrap_or_else(|_| wanted.data.clone()),
             model: model.name().to_owned(),
             model_digest: worker.digest.clone(),
             server: worker.server.clone(),
             profiles: profiles.iter().map(|profile| (profile.name.clone(), profile.to_toml())).collect(),
             max_new_tokens: args.max_new_tokens.map(NonZero::get),
-            choice: choice.clone(),
+            choice: wanted.choice.clone(),
             items: items.total,
         };
         let mut journal = Journal::open(&args.out, &header)?;
@@ -82,7 +109,7 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
             eprintln!("{}: its last line was cut off by a crash; that item is run again", args.out.display());
         }
         if !journal.is_empty() {
-            let missing = run::missing(read()?, &args.out, &mut journal)?;
+            let missing = run::missing(wanted.items()?, &args.out, &mut journal)?;
             let out = args.out.display();
             let told = format!("{missing} items of {out} are no longer in the data; name another --out, or delete it");
             anyhow::ensure!(missing == 0, UsageError(told));
@@ -119,10 +146,10 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
         if let Some(unguarded) = run::unguarded(&args.out)? {
             eprintln!("{unguarded}");
         }
-        is_unchanged(&unusable, header.items)?;
+        is_unchanged(&wanted, &header, run::changed(wanted.items()?, &journal, args.skip_missing))?;
         // Items that were left out count too.
         enough(args, &journal, header.items.unwrap_or(journal.len()))?;
-        eprintln!("next: ecso eval judge {}", args.out.display());
+        eprintln!("next: ecso eval judge {}{}", args.out.display(), open::flags(&settings));
         Ok(())
     })
 }
@@ -150,7 +177,7 @@ fn profiles(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<(Settings, Ve
 
 /// Tells what of the data could not be used.
 fn told(args: &RunArgs, unusable: &Unusable) {
-    let Unusable { read: _, missing, first_missing, unreadable, first_unreadable } = unusable;
+    let Unusable { missing, first_missing, unreadable, first_unreadable } = unusable;
     if let Some(first) = first_missing {
         let now = if args.skip_missing { "left out" } else { "recorded as failed; --skip-missing leaves such out" };
         eprintln!("{missing} items miss an image and are {now}; the first: {first}");
@@ -160,15 +187,17 @@ fn told(args: &RunArgs, unusable: &Unusable) {
     }
 }
 
-/// Holds that the data gave as many items as the run began with.
-fn is_unchanged(unusable: &Unusable, begun: Option<usize>) -> anyhow::Result<()> {
-    let (read, begun) = (unusable.read, begun.unwrap_or(unusable.read));
-    anyhow::ensure!(
-        read == begun,
-        "the data changed while it was read: {begun} items at first, then {read}; put it back and give the same command again, or run \
-         it as it is now into another --out"
+/// Holds that the data is what was run: as many items as at first, and none that is recorded otherwise than it is now.
+fn is_unchanged(wanted: &Wanted, header: &RunHeader, changed: usize) -> anyhow::Result<()> {
+    let what = match wanted.items()?.total == header.items {
+        false => "it has another number of items now".to_owned(),
+        true if changed > 0 => format!("{changed} items of it are not recorded as they are now"),
+        true => return Ok(()),
+    };
+    anyhow::bail!(
+        "the data changed while it was read: {what}; put it back and give the same command again, or run it as it is now into another \
+         --out"
     );
-    Ok(())
 }
 
 /// Tells of items that failed; an error where too few of `all` were answered for the run to be a success.

@@ -283,6 +283,11 @@ fn of_answers_from_elsewhere_nothing_is_lost_or_guessed() {
             "id,query,response\n1,Bread?,\"Knead it.\n2,Cake?,Sorry\n3,Soup?,Boil it.\n".into(),
             "p.csv: line 2: a quotation mark is not closed",
         ),
+        (
+            "q.jsonl",
+            row.replace("\"Bread?\"", "[\"shots/loaf.png\", \"What is this?\"]"),
+            "row 1: shots/loaf.png names an image, which no judge of answers sees",
+        ),
         ("h.csv", "query,response,response\nBread?,Sure.,No.\n".into(), "the column \"response\" is there twice"),
     ] {
         let told = text(&judge(name, &rows).code(2).get_output().stderr);

@@ -356,10 +356,95 @@ async fn data_that_changes_under_a_run_is_an_error() {
     .await;
     let output = run(home.path(), &server).assert().code(1);
     let told = told(&output);
-    assert!(told.contains("the data changed while it was read: 400 items at first, then "), "{told}");
+    assert!(told.contains("the data changed while it was read: it has another number of items"), "{told}");
     // With the data as it was, the same command goes on.
     fs::write(home.path().join("items.jsonl"), whole).unwrap();
     run(home.path(), &server).assert().success();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_was_swapped_under_a_run_is_missed() {
+    let home = tempfile::tempdir().unwrap();
+    items(home.path(), &numbered(6));
+    let file = home.path().join("items.jsonl");
+    let whole = fs::read_to_string(&file).unwrap();
+    let (server, _) = server({
+        let whole = whole.clone();
+        move |before, _| {
+            // The first rows are answered by now.
+            if before == 5 {
+                fs::write(&file, whole.replace("item 0", "another")).unwrap();
+            }
+            says("Bread.")
+        }
+    })
+    .await;
+    let output = run(home.path(), &server).args(["--concurrency", "1"]).assert().code(1);
+    assert!(told(&output).contains("1 items of it are not recorded as they are now"), "{}", told(&output));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_comes_back_with_another_model_answers_nothing_more() {
+    let home = tempfile::tempdir().unwrap();
+    items(home.path(), &numbered(20));
+    let is_back = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let model = Arc::clone(&is_back);
+    let answer = move |before, _: &str| match before {
+        0..=6 => says("Bread."),
+        7..=9 => fails(503, "Loading model"),
+        _ => {
+            is_back.store(true, Ordering::SeqCst);
+            says("Cake.")
+        }
+    };
+    let (server, _) = server(answer).await;
+    let listed = move |_: &Request| {
+        let root = if model.load(Ordering::SeqCst) { "cake" } else { "bread" };
+        ResponseTemplate::new(200).set_body_json(json!({"data": [{"id": "m", "root": root}]}))
+    };
+    Mock::given(path("/v1/models")).respond_with(listed).with_priority(1).mount(&server).await;
+    let output = run(home.path(), &server).args(["--concurrency", "2"]).assert().code(3);
+    assert!(
+        told(&output).contains("the server came back with another model: m {\"root\":\"cake\"}"),
+        "{}",
+        told(&output)
+    );
+    let journal = fs::read_to_string(home.path().join("run/journal.jsonl")).unwrap();
+    assert!(journal.contains("Bread.") && !journal.contains("Cake."), "{journal}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reply_of_another_model_is_told_once() {
+    let home = tempfile::tempdir().unwrap();
+    items(home.path(), &numbered(6));
+    let (server, _) = server(|before, _| {
+        let choice = json!({"message": {"role": "assistant", "content": "Bread."}, "finish_reason": "stop"});
+        let model = if before < 3 { "org/m-2026" } else { "quite-another" };
+        ResponseTemplate::new(200).set_body_json(json!({"model": model, "choices": [choice]}))
+    })
+    .await;
+    let output = run(home.path(), &server).args(["--concurrency", "1"]).assert().success();
+    assert_eq!(told(&output).matches("replies come from another model").count(), 1, "{}", told(&output));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_without_a_label_among_labelled_ones_are_told_and_the_way_on_is_whole() {
+    let home = tempfile::tempdir().unwrap();
+    let mut rows = numbered(3);
+    rows[1].as_object_mut().unwrap().remove("label");
+    items(home.path(), &rows);
+    let (server, _) = server(|_, _| says("Bread.")).await;
+    let output = run(home.path(), &server).assert().success();
+    let told = told(&output);
+    assert!(told.contains("1 of 3 items have no `label`, and are taken as harmless; the first: line 2"), "{told}");
+    assert!(told.contains(&format!("/run --model {}", server.uri())), "{told}");
+    // A run that isn't there is told before a model is looked for.
+    let judge = ecso(home.path()).args(["eval", "judge", "nowhere"]).assert().code(2);
+    assert!(text(&judge.get_output().stderr).contains("nowhere"), "{}", text(&judge.get_output().stderr));
+    // Nothing is judged, so there is nothing to report.
+    fs::write(home.path().join("run/people.jsonl"), r#"{"id": "9", "arm": "paper", "verdict": "safe"}"#).unwrap();
+    let report = ecso(home.path()).args(["eval", "report"]).arg(home.path().join("run")).assert().code(1);
+    assert!(text(&report.get_output().stderr).contains("no answer is judged"), "{}", text(&report.get_output().stderr));
 }
 
 #[tokio::test(flavor = "multi_thread")]

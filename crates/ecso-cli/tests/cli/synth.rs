@@ -92,7 +92,7 @@ async fn files_of_a_folder_that_are_not_read_are_told() {
     let refused = |input: &Path| {
         let output = synth(folder.path(), &model.url, input.to_str().unwrap(), "");
         let said = text(&output.stderr);
-        assert!(output.status.code() == Some(2) && said.contains("lies in the folder that is read"), "{said}");
+        assert!(output.status.code() == Some(2) && said.contains("lies where the input is read from"), "{said}");
     };
     refused(folder.path());
     #[cfg(unix)]
@@ -255,4 +255,53 @@ async fn nothing_made_is_told_as_what_it_is() {
     assert!(said.contains("`query` is named twice"), "{said}");
     let said = text(&go("broken", "{\n", &[]).code(1).get_output().stderr);
     assert!(said.contains("failed.jsonl says why"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_run_writes_is_no_input_of_it() {
+    let model = Model::start(Reply::usual).await;
+    let folder = tempfile::tempdir().unwrap();
+    let rows = folder.path().join("rows");
+    std::fs::create_dir(&rows).unwrap();
+    std::fs::write(rows.join("a.jsonl"), row("What is bread?")).unwrap();
+    let go = |input: &str, out: &str| {
+        let mut command = ecso(folder.path());
+        command.args(["synth", "--model", &model.url, "--model-name", "m", "--profile", "paper"]);
+        command.args(["--input", input, "--out", out]).current_dir(folder.path()).output().unwrap()
+    };
+    for (input, out) in [
+        ("rows", "rows/out"),
+        ("rows/*.jsonl", "rows"),
+        ("./rows/*.jsonl", "rows"),
+        ("rows/**/*.jsonl", "rows/new/out"),
+        ("r*/*/*.jsonl", "rows/out"),
+    ] {
+        let output = go(input, out);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{input} to {out}: {said}");
+        assert!(said.contains("lies where the input is read from"), "{said}");
+    }
+    let output = go("rows/*.jsonl", "rows/out");
+    let said = text(&output.stderr);
+    assert!(output.status.success(), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_columns_with_two_images_are_an_error_of_their_row() {
+    let model = Model::start(Reply::usual).await;
+    let folder = tempfile::tempdir().unwrap();
+    let image = |colour: u8| {
+        let mut png = std::io::Cursor::new(Vec::new());
+        image::RgbImage::from_pixel(8, 8, image::Rgb([colour, 0, 0]))
+            .write_to(&mut png, image::ImageFormat::Png)
+            .unwrap();
+        format!("data:image/png;base64,{}", base64::Engine::encode(&base64::prelude::BASE64_STANDARD, png.into_inner()))
+    };
+    let rows = [(1, 2), (1, 1)]
+        .map(|(a, b)| json!({"query": "What is it?", "image": image(a), "image_bytes": image(b)}).to_string() + "\n");
+    let input = folder.path().join("rows.jsonl");
+    std::fs::write(&input, rows.concat()).unwrap();
+    let output = synth(folder.path(), &model.url, input.to_str().unwrap(), "");
+    let manifest: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&manifest["rows"], &manifest["failed"]), (&json!(2), &json!(1)), "{}", text(&output.stderr));
 }

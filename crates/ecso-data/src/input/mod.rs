@@ -16,7 +16,7 @@ mod turns;
 use std::{
     collections::BTreeMap,
     error::Error,
-    fmt,
+    fmt, io,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -187,6 +187,26 @@ impl Input {
         }
     }
 
+    /// Whether it reads, or would read as soon as it is there, what is written into `folder`: rows must not be made of what is made of
+    /// them.
+    ///
+    /// # Errors
+    /// A path can't be looked at.
+    pub fn reads_from(&self, folder: &Path) -> io::Result<bool> {
+        let (read, folder) = (real(&self.path)?, real(folder)?);
+        if self.path.is_dir() {
+            return Ok(folder.starts_with(read));
+        }
+        let Some(pattern) = self.pattern().and_then(|_| glob::Pattern::new(read.to_str()?).ok()) else {
+            return Ok(false);
+        };
+        let options = glob::MatchOptions { require_literal_separator: true, ..PATTERNS };
+        let ending = read.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let ending = ending.split_once('.').map_or("jsonl", |(_, ending)| ending);
+        let written = ["journal", "input", "dataset/failed", "dataset/messages/train-00000"];
+        Ok(written.iter().any(|name| pattern.matches_path_with(&folder.join(format!("{name}.{ending}")), options)))
+    }
+
     /// What is beside the files that are read, in a folder or behind a pattern.
     ///
     /// # Errors
@@ -195,18 +215,21 @@ impl Input {
         Ok(self.files()?.unread)
     }
 
+    /// The pattern of several files, where the path is one.
+    fn pattern(&self) -> Option<&str> {
+        self.path.to_str().filter(|pattern| pattern.contains(['*', '?']) && !self.path.exists())
+    }
+
     /// The files that are read, in order, and those that aren't.
     fn files(&self) -> Result<Files, InputError> {
         let path = &self.path;
         if path.is_dir() {
             return folder::look(path, self.query.is_some());
         }
-        let pattern = path.to_str().filter(|pattern| pattern.contains(['*', '?']) && !path.exists());
-        let Some(pattern) = pattern else {
+        let Some(pattern) = self.pattern() else {
             return Ok(Files { read: Folder::Tables(vec![path.clone()]), unread: Unread::default() });
         };
-        let options = glob::MatchOptions { require_literal_leading_dot: true, ..glob::MatchOptions::new() };
-        let found = glob::glob_with(pattern, options).map_err(|error| InputError::of(path, error))?;
+        let found = glob::glob_with(pattern, PATTERNS).map_err(|error| InputError::of(path, error))?;
         let files: Result<Vec<PathBuf>, _> = found.collect();
         let files = files.map_err(|error| InputError::of(path, error))?;
         let (mut files, others): (Vec<PathBuf>, Vec<PathBuf>) = files.into_iter().partition(|file| file.is_file());
@@ -254,6 +277,17 @@ impl Input {
             Box::new(move |number| reader.row(number, record?)) as Made
         })))
     }
+}
+
+/// How patterns are read.
+const PATTERNS: glob::MatchOptions =
+    glob::MatchOptions { case_sensitive: true, require_literal_separator: false, require_literal_leading_dot: true };
+
+/// A path without links, as far as it is there.
+fn real(path: &Path) -> io::Result<PathBuf> {
+    let path = std::path::absolute(path)?;
+    let known = |above: &Path| Some(above.canonicalize().ok()?.join(path.strip_prefix(above).ok()?));
+    Ok(path.ancestors().find_map(known).unwrap_or_else(|| path.clone()))
 }
 
 /// Records of a file.

@@ -153,11 +153,12 @@ impl Reader {
     }
 }
 
-/// Whether an image is another than all of these that are named as it is: by a path, of which the last part counts, or by a URL.
+/// Whether an image is another than all of these that are given as it is: by a path, of which the last part counts, by a URL, or whole.
 fn is_missing(one: &Picture, others: &[Picture]) -> bool {
     let is_same = |other: &Picture| match (one, other) {
         (Picture::File(one), Picture::File(other)) => Some(one.file_name() == other.file_name()),
         (Picture::Url(one), Picture::Url(other)) => Some(one == other),
+        (Picture::Bytes(one), Picture::Bytes(other)) => Some(one == other),
         _ => None,
     };
     let told: Vec<bool> = others.iter().filter_map(is_same).collect();

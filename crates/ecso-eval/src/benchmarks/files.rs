@@ -169,7 +169,8 @@ fn stem(name: &str) -> &str {
 }
 
 /// Whether a text says where an image is, or is one.
-pub(super) fn is_image(text: &str) -> bool {
+#[must_use]
+pub fn is_image(text: &str) -> bool {
     let text = text.trim();
     let is_file = text.len() <= LONGEST_NAME && !text.contains('\n') && stem(text) != text;
     is_file || is_data_url(text) || base64(text).is_some()

@@ -106,8 +106,16 @@ impl Benchmark for Jsonl {
         let total = items(&path)?.map(|item| drop(check.item(item))).count();
         check.done(&path)?;
         let (mut labels, mut unread, mut first) = (0, 0, None);
+        let (mut unlabelled, mut first_unlabelled) = (0, None);
         for (place, row) in rows(&path)? {
-            labels += usize::from(row.as_ref().is_ok_and(|row| row.label.is_some()));
+            match &row {
+                Ok(OwnItem { label: Some(_), .. }) => labels += 1,
+                Ok(_) => {
+                    unlabelled += 1;
+                    first_unlabelled.get_or_insert_with(|| place.row.clone());
+                }
+                Err(_) => {}
+            }
             if let Some(name) = row.as_ref().ok().and_then(OwnItem::unread_image) {
                 unread += 1;
                 first.get_or_insert_with(|| format!("`{}` in {}", cut(name), place.row));
@@ -115,6 +123,12 @@ impl Benchmark for Jsonl {
         }
         if labels == 0 {
             tracing::warn!("{}: no item has a `label`; all are taken as harmless", path.display());
+        } else if let Some(first) = first_unlabelled {
+            tracing::warn!(
+                "{}: {unlabelled} of {} items have no `label`, and are taken as harmless; the first: {first}",
+                path.display(),
+                labels + unlabelled
+            );
         }
         if let Some(first) = first {
             tracing::warn!(

@@ -18,6 +18,7 @@ mod vlsafe;
 mod xstest;
 
 pub use benchmark::{About, Benchmark, DataError, Items};
+pub use files::is_image;
 pub use tables::cells;
 pub(crate) use tables::{csv_rows, json, read};
 

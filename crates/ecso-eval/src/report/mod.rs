@@ -13,7 +13,7 @@ use crate::{
     judged::JudgedRun,
     record::RunHeader,
     stats::{Mean, Paired, Rate},
-    summary::{Arm, Figures, Summary, Sums},
+    summary::{Arm, Detection, Figures, Summary, Sums},
 };
 
 /// Items that the HTML report shows one by one, each run; the journal has all.
@@ -242,16 +242,35 @@ fn metrics(figures: &Figures) -> Vec<(&str, Numbers)> {
         [("unjudged", figures.unjudged + figures.missing), ("failed", figures.failed), ("filtered", figures.filtered)];
     let rates = rates.into_iter().filter_map(|(metric, rate)| Some((metric, of_rate(rate?))));
     let counts = counts.map(|(metric, count)| (metric, of_count(count)));
-    rates.chain(counts).chain(figures.utility.map(|mean| ("utility", of_mean(mean)))).collect()
+    let beside = figures.against_unguarded.into_iter().flat_map(|paired| {
+        let (least, most) = paired.p();
+        let value = if paired.unknown == 0 { told(most) } else { String::new() };
+        [
+            ("better_than_unguarded", of_count(paired.only_first)),
+            ("worse_than_unguarded", of_count(paired.only_second)),
+            ("mcnemar_p", [value, told(least), told(most), String::new(), paired.known().to_string()]),
+        ]
+    });
+    rates.chain(counts).chain(figures.utility.map(|mean| ("utility", of_mean(mean)))).chain(beside).collect()
 }
 
 /// The metrics that only all items of an arm have.
 fn overall(arm: &Arm) -> Vec<(&str, Numbers)> {
     let costs = [("calls", arm.calls), ("ms", arm.ms), ("times", arm.times)];
-    let told = [("tokens", arm.tokens), ("token_times", arm.token_times)];
-    let told = told.into_iter().filter_map(|(metric, mean)| Some((metric, mean?)));
+    let tokens = [("tokens", arm.tokens), ("token_times", arm.token_times)];
+    let tokens = tokens.into_iter().filter_map(|(metric, mean)| Some((metric, mean?)));
     let published = arm.published.iter().map(|(metric, mean)| (metric.as_str(), *mean));
-    published.chain(costs).chain(told).map(|(metric, mean)| (metric, of_mean(mean))).collect()
+    let means = published.chain(costs).chain(tokens).map(|(metric, mean)| (metric, of_mean(mean)));
+    let detected = arm.detection.iter().flat_map(|Detection { precision, recall, flagged_refusals, auroc, .. }| {
+        let area = [auroc.map_or_else(String::new, told), String::new(), String::new(), String::new(), String::new()];
+        [
+            ("detection_precision", of_rate(*precision)),
+            ("detection_recall", of_rate(*recall)),
+            ("refusals_flagged", of_rate(*flagged_refusals)),
+            ("detection_auroc", area),
+        ]
+    });
+    means.chain([("changed", of_rate(arm.changed))]).chain(detected).collect()
 }
 
 #[cfg(test)]
