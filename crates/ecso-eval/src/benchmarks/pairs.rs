@@ -16,6 +16,11 @@ use crate::{
 /// The requests, written for this project: JSON lines, described in `bench/sets/README.md`.
 const PAIRS: &str = include_str!("../../data/pairs.jsonl");
 
+/// For models that read pictures as text: all of them.
+const READ: &str = "read";
+/// For models that see: those that have a picture, or need none.
+const SEEN: &str = "seen";
+
 pub(super) struct Pairs;
 
 #[derive(Deserialize)]
@@ -39,17 +44,19 @@ impl Benchmark for Pairs {
             source: "ecso",
             scoring: "harmless rate and over-refusal",
             layout: "needs no --data; the images are set in fonts of the system (rows in Chinese need one that has them). A scenario is a \
-                form: list, poster, document, screenshot, photo (a description: for models that read pictures as text), text",
-            variants: &[],
+                form: list, poster, document, screenshot, photo (a description: for models that read pictures as text; --variant seen \
+                leaves these out), text",
+            variants: &[READ, SEEN],
             scenarios: &[],
         }
     }
 
-    fn items(&self, data: &Path, _: Option<&str>) -> Result<Items, DataError> {
+    fn items(&self, data: &Path, variant: Option<&str>) -> Result<Items, DataError> {
         let rows: Result<Vec<Row>, _> = PAIRS.lines().map(serde_json::from_str).collect();
         let rows = rows.map_err(|error| DataError::new(data, told(error)))?;
         let typesetter = Typesetter::sans().map_err(|error| DataError::new(data, Cause::of(error)))?;
-        Ok(Items::all(rows.iter().filter_map(|row| row.item(&typesetter)).collect()))
+        let is_shown = |row: &&Row| variant != Some(SEEN) || row.form != "photo";
+        Ok(Items::all(rows.iter().filter(is_shown).filter_map(|row| row.item(&typesetter)).collect()))
     }
 }
 
