@@ -23,7 +23,7 @@ use crate::{
     request::Request,
     settings::{OnFailure, TraceLevel},
     telemetry,
-    upstream::{Answer, Upstream, answer_head, bounded},
+    upstream::{Answer, answer_head, bounded},
     wire::{self, Wire},
 };
 
@@ -46,14 +46,14 @@ struct Guarded {
 }
 
 impl Guarded {
-    fn guard(&self) -> Result<Guard<Arc<dyn Mllm>>, ApiError> {
+    fn guard(&self) -> Guard<Arc<dyn Mllm>> {
         let Self { context, request, .. } = self;
         context.state.guard(request, &context.caller, &context.headers, context.mode)
     }
 
     async fn whole(self) -> Result<Response, ApiError> {
         let Self { context, request, .. } = &self;
-        let guard = self.guard()?;
+        let guard = self.guard();
         let asked = self.answer().instrument(telemetry::direct(&request.model));
         let (answer, head) = match context.in_time(asked).await? {
             Answer::Whole(answer, head) => (answer, head),
@@ -181,38 +181,34 @@ impl Guarded {
     /// The model's answer to the client's question.
     async fn answer(&self) -> Result<Answer, ApiError> {
         let Self { context, request, .. } = self;
-        match &context.state.upstream {
-            Upstream::Server(server) => {
-                server.answer(&context.headers, request, context.state.settings.limits.answer).await
-            }
-            Upstream::Engine(model) => {
-                let sampling = request.own_sampling()?;
-                let asked = (0..request.choices).map(|choice| {
-                    let seed = sampling.seed.map_or(choice, |seed| seed.wrapping_add(choice));
-                    let sampling =
-                        ecso::Sampling { seed: (choice > 0).then_some(seed).or(sampling.seed), ..sampling.clone() };
-                    async move { model.generate(&request.chat, &sampling).await }
-                });
-                let replies = try_join_all(asked).await.map_err(|error| ApiError::asking("invalid_request", error))?;
-                let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-                let created = created.map_or(0, |since| since.as_secs());
-                Ok(Answer::Whole(Completion::replies(&replies, created), HeaderMap::new()))
-            }
+        if let Some(way) = context.way() {
+            return way.answer(&context.headers, request, context.state.settings.limits.answer).await;
         }
+        request.for_own_model()?;
+        let model = &context.state.upstream.answering(&request.model, &context.headers);
+        let sampling = request.own_sampling();
+        let asked = (0..request.choices).map(|choice| {
+            let seed = sampling.seed.map_or(choice, |seed| seed.wrapping_add(choice));
+            let sampling = ecso::Sampling { seed: (choice > 0).then_some(seed).or(sampling.seed), ..sampling.clone() };
+            async move { model.generate(&request.chat, &sampling).await }
+        });
+        let replies = try_join_all(asked).await.map_err(|error| ApiError::asking("invalid_request", error))?;
+        let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let created = created.map_or(0, |since| since.as_secs());
+        Ok(Answer::Whole(Completion::replies(&replies, created), HeaderMap::new()))
     }
 
     /// A stream that is held: signs of life until the verdict, then the draft as it came or the safe answer as it is
     /// written.
     async fn held(self, permit: OwnedSemaphorePermit) -> Result<Response, ApiError> {
-        let guard = self.guard()?;
+        let guard = self.guard();
         let (span, direct) = (Span::current(), telemetry::direct(&self.request.model));
         // What the upstream refuses still goes out with its status.
-        let begun = match &self.context.state.upstream {
-            Upstream::Server(_) => Some(self.context.in_time(self.answer().instrument(direct.clone())).await?),
-            Upstream::Engine(_) => {
-                self.request.own_sampling()?;
-                None
-            }
+        let begun = if self.context.way().is_some() {
+            Some(self.context.in_time(self.answer().instrument(direct.clone())).await?)
+        } else {
+            self.request.for_own_model()?;
+            None
         };
         let head = match &begun {
             Some(Answer::Stream(response)) => answer_head(response.headers()),
@@ -471,7 +467,7 @@ pub(crate) async fn judge(
 
 /// Judges an answer that the client has already, and writes down what is found.
 pub(crate) async fn observe(context: &RequestContext, request: &Request, answer: &Completion) -> Result<(), ApiError> {
-    let guard = context.state.guard(request, &context.caller, &context.headers, context.mode)?;
+    let guard = context.state.guard(request, &context.caller, &context.headers, context.mode);
     let record = context.record(request, answer.said());
     context.in_time(review(&guard, request, answer, &record)).await?;
     record.written();

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, request::Parts};
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -19,7 +19,7 @@ use crate::{
     request::{Body, Request},
     settings::{Mode, Settings, TraceLevel},
     state::AppState,
-    upstream::is_known_header,
+    upstream::{Carrier, Upstream, Way, is_known_header},
 };
 
 /// A request that was let in.
@@ -33,6 +33,8 @@ pub(crate) struct RequestContext {
     pub(crate) mode: Mode,
     /// For the upstream.
     pub(crate) headers: HeaderMap,
+    /// Who carries it to the upstream, where our own client does not.
+    carrier: Option<Arc<dyn Carrier>>,
     /// The room that its body takes.
     room: Option<OwnedSemaphorePermit>,
     rooms: Arc<Semaphore>,
@@ -65,19 +67,29 @@ impl RequestContext {
         state: &Arc<AppState>,
         rooms: &Arc<Semaphore>,
         id: &str,
-        method: &Method,
-        uri: &Uri,
-        headers: HeaderMap,
+        head: Parts,
     ) -> Result<Self, ApiError> {
         let begun = Instant::now();
+        let Parts { method, uri, headers, mut extensions, .. } = head;
+        let carrier = extensions.remove::<Arc<dyn Carrier>>();
         let caller = access::caller(&state.settings, &headers)?;
-        if state.settings.keys.is_empty() {
-            access::is_of_this_machine(method, uri, &headers)?;
+        // Who carries a request has come by a door of its own, and names the upstream's host.
+        if state.settings.keys.is_empty() && carrier.is_none() {
+            access::is_of_this_machine(&method, &uri, &headers)?;
         }
         state.rates.check(&caller)?;
         let headers = own_key_removed(&state.settings, headers);
         let (state, rooms, mode) = (Arc::clone(state), Arc::clone(rooms), caller.strictest(&state.settings));
-        Ok(Self { state, id: id.to_owned(), begun, caller, mode, headers, room: None, rooms })
+        Ok(Self { state, id: id.to_owned(), begun, caller, mode, headers, carrier, room: None, rooms })
+    }
+
+    /// The way of the client's own request to the model; none where the model in this process answers it.
+    pub(crate) fn way(&self) -> Option<Way> {
+        match (&self.carrier, &self.state.upstream) {
+            (Some(carrier), _) => Some(Way::Carried(Arc::clone(carrier))),
+            (None, Upstream::Server(server)) => Some(Way::Own(Arc::clone(server))),
+            (None, Upstream::Engine(_)) => None,
+        }
     }
 
     /// Takes room for `bytes` more, or as much as is there already.

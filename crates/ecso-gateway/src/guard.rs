@@ -43,10 +43,10 @@ async fn judged(context: &mut RequestContext, body: Bytes, admission: &Admission
         if request.model.is_empty() {
             request.model = state.upstream.model_name(headers).await?;
         }
-        let guard = state.guard(&request, &context.caller, headers, Mode::Enforce)?;
+        let guard = state.guard(&request, &context.caller, headers, Mode::Enforce);
         let draft = match &question.answer {
             Some(answer) => answer.clone(),
-            None => state.draft(&request, headers, &state.sampling(&request)?).await?,
+            None => state.draft(&request, headers, &state.sampling(&request)).await?,
         };
         let record = context.record(&request, BTreeMap::from([(0, draft.clone())]));
         let outcome = chat::judge(&guard, &request, 0, &draft, &record).await?;

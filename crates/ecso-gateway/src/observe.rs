@@ -16,7 +16,7 @@ use crate::{
     context::RequestContext,
     error::ApiError,
     request::Body as Read,
-    upstream::{Key, Server, passed},
+    upstream::{Key, Way, passed},
     wire::Format,
 };
 
@@ -32,9 +32,9 @@ pub(crate) struct Observed {
 
 impl Observed {
     /// Forwards the request; when the answer is complete it is judged.
-    pub(crate) async fn forward(self, server: &Server, path: &str, body: Bytes) -> Result<Response, ApiError> {
+    pub(crate) async fn forward(self, way: &Way, path: &str, body: Bytes) -> Result<Response, ApiError> {
         let headers = &self.context.headers;
-        let sent = server.forward(Key::Own, axum::http::Method::POST, path, headers, body.into(), Bodies::Unpacked);
+        let sent = way.forward(Key::Own, axum::http::Method::POST, path, headers, body.into(), Bodies::Unpacked);
         let response = passed(sent.await?);
         if !response.status().is_success() {
             return Ok(response);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::{
     body::Body,
     extract::State,
-    http::{StatusCode, header, request::Parts},
+    http::{StatusCode, header},
     response::Response,
 };
 use ecso_openai::Bodies;
@@ -20,7 +20,7 @@ use crate::{
     server::{Gateway, request_id, signed},
     settings::Mode,
     telemetry,
-    upstream::{Key, Upstream, passed},
+    upstream::{Key, passed},
 };
 
 /// Every path that has no handler of its own.
@@ -29,8 +29,8 @@ pub(crate) async fn others(State(gateway): State<Arc<Gateway>>, request: axum::e
     let (head, body) = request.into_parts();
     let span = telemetry::span("other", &id, &head.headers);
     let answered = async {
-        let Parts { method, uri, headers, .. } = head;
-        let context = gateway.begin(&state, &id, &method, &uri, headers)?;
+        let (method, uri) = (head.method.clone(), head.uri.clone());
+        let context = gateway.begin(&state, &id, head)?;
         pass(context, &method, &uri, body).await
     };
     signed(&id, "other", &state.metrics, answered.instrument(span)).await
@@ -44,7 +44,7 @@ pub(crate) async fn pass(
     body: Body,
 ) -> Result<Response, ApiError> {
     let (path, state) = (uri.path(), Arc::clone(&context.state));
-    let Upstream::Server(server) = &state.upstream else {
+    let Some(way) = context.way() else {
         return Err(ApiError::new(StatusCode::NOT_FOUND, "not_found", "there is no such route here"));
     };
     if context.mode == Mode::Enforce {
@@ -87,7 +87,7 @@ pub(crate) async fn pass(
         }
     };
     let path = uri.path_and_query().map_or(path, |whole| whole.as_str());
-    Ok(passed(server.forward(key, method.clone(), path, &context.headers, body, Bodies::AsSent).await?))
+    Ok(passed(way.forward(key, method.clone(), path, &context.headers, body, Bodies::AsSent).await?))
 }
 
 /// Texts become vectors; what else a server might take here (conversations, with images) is not known.

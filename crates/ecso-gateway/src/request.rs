@@ -306,8 +306,8 @@ impl Request {
             .is_some_and(|kind| kind.starts_with("json"))
     }
 
-    /// The client's own sampling, for a model in this process.
-    pub(crate) fn own_sampling(&self) -> Result<Sampling, ApiError> {
+    /// Whether a model in this process can answer it.
+    pub(crate) fn for_own_model(&self) -> Result<(), ApiError> {
         for field in ["tools", "functions"] {
             let is_asked = |value: &Value| value.as_array().map_or(!value.is_null(), |list| !list.is_empty());
             if self.fields.get(field).is_some_and(is_asked) {
@@ -317,17 +317,22 @@ impl Request {
         if self.fields.get("response_format").is_some_and(|format| !format.is_null() && format["type"] != "text") {
             return Err(ApiError::bad_request("unsupported", "this model answers in text only (`response_format`)"));
         }
+        Ok(())
+    }
+
+    /// The client's own sampling, for a model in this process.
+    pub(crate) fn own_sampling(&self) -> Sampling {
         #[expect(clippy::cast_possible_truncation, reason = "a temperature")]
         let float = |name: &str| self.fields.get(name).and_then(Value::as_f64).map(|value| value as f32);
         let whole =
             |name: &str| self.fields.get(name).and_then(Value::as_u64).and_then(|value| u32::try_from(value).ok());
-        Ok(Sampling {
+        Sampling {
             temperature: float("temperature"),
             top_p: float("top_p"),
             seed: whole("seed"),
             max_tokens: whole("max_completion_tokens").or_else(|| whole("max_tokens")),
             ..Sampling::default()
-        })
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use axum::{
     Router,
     body::Body,
     extract::State,
-    http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header, request::Parts},
+    http::{HeaderValue, Method, StatusCode, header, request::Parts},
     middleware,
     response::{IntoResponse, Response},
 };
@@ -45,7 +45,7 @@ use crate::{
     state::{AppState, Kept, Profiles},
     store::Store,
     telemetry,
-    upstream::{CHAT, Key, Upstream, passed},
+    upstream::{CHAT, Key, Upstream, is_carried, passed},
     wire::{BEFORE, Format, elsewhere},
 };
 
@@ -115,15 +115,8 @@ impl Gateway {
     }
 
     /// Lets a request in.
-    pub(crate) fn begin(
-        &self,
-        state: &Arc<AppState>,
-        id: &str,
-        method: &Method,
-        uri: &Uri,
-        headers: HeaderMap,
-    ) -> Result<RequestContext, ApiError> {
-        RequestContext::begin(state, &self.rooms, id, method, uri, headers)
+    pub(crate) fn begin(&self, state: &Arc<AppState>, id: &str, head: Parts) -> Result<RequestContext, ApiError> {
+        RequestContext::begin(state, &self.rooms, id, head)
     }
 
     /// A request that judges on demand: let in, read, and answered by `work`.
@@ -134,10 +127,10 @@ impl Gateway {
         work: impl AsyncFnOnce(&mut RequestContext, Bytes) -> Result<Response, ApiError>,
     ) -> Response {
         let (id, state) = (request_id(), self.state());
-        let (Parts { method, uri, headers, .. }, body) = request.into_parts();
-        let span = telemetry::span(route, &id, &headers);
+        let (head, body) = request.into_parts();
+        let span = telemetry::span(route, &id, &head.headers);
         let answered = async {
-            let mut context = self.begin(&state, &id, &method, &uri, headers)?;
+            let mut context = self.begin(&state, &id, head)?;
             context.guarded();
             let body = context.read(body).await?;
             Box::pin(work(&mut context, body)).await
@@ -183,7 +176,7 @@ async fn completions(State(gateway): State<Arc<Gateway>>, request: axum::extract
     let (head, body) = request.into_parts();
     let span = telemetry::span("chat", &id, &head.headers);
     let answered = async {
-        let context = gateway.begin(&state, &id, &head.method, &head.uri, head.headers)?;
+        let context = gateway.begin(&state, &id, head)?;
         Box::pin(completion(&gateway, context, body)).await
     };
     signed(&id, "chat", &state.metrics, answered.instrument(span)).await
@@ -217,11 +210,12 @@ pub(crate) async fn signed(
 async fn completion(gateway: &Gateway, mut context: RequestContext, body: Body) -> Result<Response, ApiError> {
     let state = Arc::clone(&context.state);
     let settings = &state.settings;
-    if let Upstream::Server(server) = &state.upstream
+    let way = context.way();
+    if let Some(way) = &way
         && context.caller.is_never_guarded(settings)
     {
         let body = reqwest::Body::wrap_stream(body.into_data_stream());
-        return Ok(passed(server.forward(Key::Own, Method::POST, CHAT, &context.headers, body, Bodies::AsSent).await?));
+        return Ok(passed(way.forward(Key::Own, Method::POST, CHAT, &context.headers, body, Bodies::AsSent).await?));
     }
     let body = context.read(body).await?;
     let value = strict::read(&body);
@@ -239,17 +233,13 @@ async fn completion(gateway: &Gateway, mut context: RequestContext, body: Body) 
     }
     // What can't be read is not out of scope.
     let is_out = read.as_ref().is_ok_and(|read| scope != Scope::All && !read.has_images());
-    match (&state.upstream, context.mode) {
-        (Upstream::Server(server), mode)
-            if mode == Mode::Off || is_out || (mode == Mode::Observe && !settings.draws()) =>
-        {
-            Ok(passed(
-                server.forward(Key::Own, Method::POST, CHAT, &context.headers, body.into(), Bodies::AsSent).await?,
-            ))
+    match (&way, context.mode) {
+        (Some(way), mode) if mode == Mode::Off || is_out || (mode == Mode::Observe && !settings.draws()) => {
+            Ok(passed(way.forward(Key::Own, Method::POST, CHAT, &context.headers, body.into(), Bodies::AsSent).await?))
         }
-        (Upstream::Server(server), Mode::Observe) => {
+        (Some(way), Mode::Observe) => {
             let admission = Arc::clone(&gateway.admission);
-            Observed { context, admission, read, format: None }.forward(server, CHAT, body).await
+            Observed { context, admission, read, format: None }.forward(way, CHAT, body).await
         }
         _ => {
             drop(body);
@@ -292,11 +282,11 @@ async fn translated(
     request: axum::extract::Request,
 ) -> Response {
     let (id, state) = (request_id(), gateway.state());
-    let (Parts { method, uri, headers, .. }, body) = request.into_parts();
-    let span = telemetry::span(route, &id, &headers);
+    let (head, body) = request.into_parts();
+    let (span, uri) = (telemetry::span(route, &id, &head.headers), head.uri.clone());
     let answered = async {
         let told = |error| ApiError { format: Some(format), ..error };
-        let context = gateway.begin(&state, &id, &method, &uri, headers).map_err(told)?;
+        let context = gateway.begin(&state, &id, head).map_err(told)?;
         let path = uri.path_and_query().map_or(uri.path(), |whole| whole.as_str());
         Box::pin(translation(gateway, context, format, path, body)).await.map_err(told)
     };
@@ -313,11 +303,12 @@ async fn translation(
 ) -> Result<Response, ApiError> {
     let state = Arc::clone(&context.state);
     let settings = &state.settings;
-    if let Upstream::Server(server) = &state.upstream
+    let way = context.way();
+    if let Some(way) = &way
         && context.caller.is_never_guarded(settings)
     {
         let body = reqwest::Body::wrap_stream(body.into_data_stream());
-        return Ok(passed(server.forward(Key::Own, Method::POST, path, &context.headers, body, Bodies::AsSent).await?));
+        return Ok(passed(way.forward(Key::Own, Method::POST, path, &context.headers, body, Bodies::AsSent).await?));
     }
     let body = context.read(body).await?;
     let value = strict::read(&body);
@@ -325,7 +316,7 @@ async fn translation(
     context.mode = context.caller.mode(settings, model, &context.headers)?;
     let scope = state.profile(&context.caller, model).scope;
     let is_plain = is_plain(&context.headers);
-    if context.mode == Mode::Enforce || matches!(state.upstream, Upstream::Engine(_)) {
+    if context.mode == Mode::Enforce || way.is_none() {
         context.guarded();
         context.as_json();
         // Where Messages have their key, chats have none.
@@ -339,18 +330,18 @@ async fn translation(
     let unread = |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
     let value = is_plain.and(value.map_err(unread));
     // Where it is not enforced, the upstream's own route answers.
-    if let (Upstream::Server(server), Mode::Off | Mode::Observe) = (&state.upstream, context.mode) {
+    if let (Some(way), Mode::Off | Mode::Observe) = (&way, context.mode) {
         // What is kept of earlier answers lies there.
         let chat = value.and_then(|value| format.read(value, &mut |_| Err(elsewhere(BEFORE))));
         let read = chat.and_then(|(chat, _)| request::Body::of(chat, &settings.allow_fields));
         let is_out = read.as_ref().is_ok_and(|read| scope != Scope::All && !read.has_images());
         if context.mode == Mode::Off || is_out || !settings.draws() {
             let headers = &context.headers;
-            let sent = server.forward(Key::Own, Method::POST, path, headers, body.into(), Bodies::AsSent);
+            let sent = way.forward(Key::Own, Method::POST, path, headers, body.into(), Bodies::AsSent);
             return Ok(passed(sent.await?));
         }
         let admission = Arc::clone(&gateway.admission);
-        return Observed { context, admission, read, format: Some(format) }.forward(server, path, body).await;
+        return Observed { context, admission, read, format: Some(format) }.forward(way, path, body).await;
     }
     let value = value?;
     let left = (settings.limits.body.saturating_sub(body.len()), strict::MOST.saturating_sub(strict::values(&value)));
@@ -372,10 +363,10 @@ async fn translation(
 ))]
 async fn count_tokens(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
     let (id, state) = (request_id(), gateway.state());
-    let (Parts { method, uri, headers, .. }, body) = request.into_parts();
-    let span = telemetry::span("count_tokens", &id, &headers);
+    let (head, body) = request.into_parts();
+    let (span, uri) = (telemetry::span("count_tokens", &id, &head.headers), head.uri.clone());
     let counted = async {
-        let context = gateway.begin(&state, &id, &method, &uri, headers)?;
+        let context = gateway.begin(&state, &id, head)?;
         let path = uri.path_and_query().map_or(uri.path(), |whole| whole.as_str());
         counting(context, path, body).await
     };
@@ -389,8 +380,8 @@ async fn counting(mut context: RequestContext, path: &str, body: Body) -> Result
     let body = context.read(body).await?;
     let value = strict::read(&body);
     context.mode = context.caller.mode(&state.settings, request::model(&value), &context.headers)?;
-    if let (Upstream::Server(server), Mode::Off | Mode::Observe) = (&state.upstream, context.mode) {
-        let sent = server.forward(Key::Own, Method::POST, path, &context.headers, body.into(), Bodies::AsSent);
+    if let (Some(way), Mode::Off | Mode::Observe) = (context.way(), context.mode) {
+        let sent = way.forward(Key::Own, Method::POST, path, &context.headers, body.into(), Bodies::AsSent);
         return Ok(passed(sent.await?));
     }
     is_plain(&context.headers)?;
@@ -448,10 +439,12 @@ async fn models(State(gateway): State<Arc<Gateway>>, request: axum::extract::Req
     let Upstream::Engine(model) = &state.upstream else {
         return others(State(gateway), request).await;
     };
+    if is_carried(request.extensions()) {
+        return others(State(gateway), request).await;
+    }
     let id = request_id();
     let answered = async {
-        let (head, _) = request.into_parts();
-        gateway.begin(&state, &id, &head.method, &head.uri, head.headers)?;
+        gateway.begin(&state, &id, request.into_parts().0)?;
         let list = json!({"object": "list", "data": [
             {"id": model.name(), "object": "model", "created": 0, "owned_by": "ecso"}]});
         Ok(([(header::CONTENT_TYPE, "application/json")], list.to_string()).into_response())

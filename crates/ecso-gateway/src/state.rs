@@ -160,13 +160,12 @@ impl AppState {
         caller: &Caller,
         headers: &HeaderMap,
         mode: Mode,
-    ) -> Result<Guard<Arc<dyn Mllm>>, ApiError> {
-        let sampling = self.sampling(request)?;
+    ) -> Guard<Arc<dyn Mllm>> {
         let mut profile = self.profile(caller, Some(&request.model)).clone();
         if mode == Mode::Off {
             profile.gate = Gate::Never;
         }
-        Ok(self.guarding(request, headers, profile).with_sampling(sampling))
+        self.guarding(request, headers, profile).with_sampling(self.sampling(request))
     }
 
     /// The guard for one request under another profile.
@@ -196,6 +195,9 @@ impl AppState {
         headers: &HeaderMap,
         sampling: &Sampling,
     ) -> Result<String, ApiError> {
+        if matches!(self.upstream, Upstream::Engine(_)) {
+            request.for_own_model()?;
+        }
         let model = self.upstream.answering(&request.model, headers);
         let asked = model.generate(&request.chat, sampling).instrument(telemetry::direct(&request.model));
         let reply = asked.await.map_err(|source| GuardError::Model { step: Step::Direct, source })?;
@@ -203,9 +205,9 @@ impl AppState {
     }
 
     /// How the client wants answers to be drawn.
-    pub(crate) fn sampling(&self, request: &Request) -> Result<Sampling, ApiError> {
+    pub(crate) fn sampling(&self, request: &Request) -> Sampling {
         match &self.upstream {
-            Upstream::Server(_) => Ok(request.sampling()),
+            Upstream::Server(_) => request.sampling(),
             Upstream::Engine(_) => request.own_sampling(),
         }
     }

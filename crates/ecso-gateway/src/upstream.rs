@@ -4,18 +4,19 @@ use std::sync::Arc;
 
 use axum::{
     body::Body,
-    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header},
-    response::Response,
+    http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header},
 };
 use bytes::Bytes;
 use ecso::{Mllm, ModelError};
 use ecso_openai::{Bodies, OpenAi, http_client, lenient};
-use futures::StreamExt;
+use futures::{StreamExt, future::BoxFuture};
 use reqwest::Url;
 use secrecy::SecretString;
 use serde_json::Value;
+use tower::{ServiceExt, service_fn};
+use tower_http::decompression::Decompression;
 
-use crate::{access, completion::Completion, error::ApiError, fields, request::Request, telemetry};
+use crate::{access, completion::Completion, error::ApiError, fields, request::Request as Chat, telemetry};
 
 /// The guarded route.
 pub(crate) const CHAT: &str = "/v1/chat/completions";
@@ -136,6 +137,83 @@ pub(crate) enum Answer {
     Stream(reqwest::Response),
 }
 
+/// Who carries a request to the upstream, and brings its answer, where our own client does not.
+pub(crate) trait Carrier: Send + Sync {
+    /// Carries a request of a path below `/v1`, and says what comes back. Bodies that come packed are unpacked behind it, where
+    /// they are read here.
+    fn carry(&self, request: Request<reqwest::Body>) -> BoxFuture<'_, Result<reqwest::Response, ApiError>>;
+}
+
+/// Whether somebody carries the request with these extensions.
+pub(crate) fn is_carried(extensions: &Extensions) -> bool {
+    extensions.get::<Arc<dyn Carrier>>().is_some()
+}
+
+/// The way of a client's own request to the model, and of its answer back.
+#[derive(Clone)]
+pub(crate) enum Way {
+    /// To the server behind the guard, by our own client.
+    Own(Arc<Server>),
+    /// Another carries it: the server behind the guard, or the model in this process, is for the guard's own calls.
+    Carried(Arc<dyn Carrier>),
+}
+
+impl Way {
+    /// Sends a request on, with the headers that concern the upstream. What is to be read here comes unpacked.
+    pub(crate) async fn forward(
+        &self,
+        key: Key,
+        method: Method,
+        path_and_query: &str,
+        headers: &HeaderMap,
+        body: reqwest::Body,
+        bodies: Bodies,
+    ) -> Result<reqwest::Response, ApiError> {
+        match self {
+            Self::Own(server) => server.forward(key, method, path_and_query, headers, body, bodies).await,
+            Self::Carried(carrier) => {
+                let mut headers = onward(headers, bodies);
+                telemetry::tell(&mut headers);
+                let mut request = Request::new(body);
+                *request.method_mut() = method;
+                *request.uri_mut() = path_and_query
+                    .parse()
+                    .map_err(|_| ApiError::bad_request("invalid_request", "the path can't be read"))?;
+                *request.headers_mut() = headers;
+                match bodies {
+                    Bodies::AsSent => carrier.carry(request).await,
+                    Bodies::Unpacked => unpacked(carrier.as_ref(), request).await,
+                }
+            }
+        }
+    }
+
+    /// Asks for the answer to a chat request: with bytes made of what was read of it.
+    pub(crate) async fn answer(&self, headers: &HeaderMap, chat: &Chat, longest: usize) -> Result<Answer, ApiError> {
+        let body = chat.body()?.into();
+        let response = self.forward(Key::Own, Method::POST, CHAT, headers, body, Bodies::Unpacked).await?;
+        if !response.status().is_success() {
+            return Err(refused(response).await);
+        }
+        let head = answer_head(response.headers());
+        if chat.stream {
+            let kind = response.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+            if kind.is_none_or(|kind| !kind.starts_with("text/event-stream")) {
+                let error = ApiError::upstream("the upstream was asked for a stream and sent none");
+                return Err(error.with_head(&head));
+            }
+            return Ok(Answer::Stream(response));
+        }
+        let mut body = bounded(response, longest);
+        let mut whole = Vec::new();
+        while let Some(piece) = body.next().await {
+            whole.extend_from_slice(&piece.map_err(|error| ApiError::upstream(error.to_string()))?);
+        }
+        let answer = Completion::whole(&whole).map_err(|error| error.with_head(&head))?;
+        Ok(Answer::Whole(answer, head))
+    }
+}
+
 impl Server {
     /// Sends a request on, with the headers that concern the upstream, and with the operator's key or the client's. What is to
     /// be read here comes unpacked.
@@ -148,17 +226,10 @@ impl Server {
         body: reqwest::Body,
         bodies: Bodies,
     ) -> Result<reqwest::Response, ApiError> {
-        let mut headers = kept(headers);
-        headers.remove(header::HOST);
+        let mut headers = onward(headers, bodies);
         let http = match bodies {
             Bodies::AsSent => &self.as_sent,
-            Bodies::Unpacked => {
-                // How replies are packed is between the upstream and us.
-                headers.remove(header::ACCEPT_ENCODING);
-                // The body may be another than the client's by now.
-                headers.remove(header::CONTENT_LENGTH);
-                &self.unpacked
-            }
+            Bodies::Unpacked => &self.unpacked,
         };
         let own = match (&self.key, headers.contains_key(header::AUTHORIZATION)) {
             _ if key == Key::Clients => None,
@@ -235,36 +306,6 @@ impl Server {
         let key = self.key.clone().or_else(|| access::token(headers).map(SecretString::from));
         self.model.with(name, key).with_headers(self.choosing(headers))
     }
-
-    /// Asks for the answer to a chat request: with bytes made of what was read of it.
-    pub(crate) async fn answer(
-        &self,
-        headers: &HeaderMap,
-        request: &Request,
-        longest: usize,
-    ) -> Result<Answer, ApiError> {
-        let body = request.body()?.into();
-        let response = self.forward(Key::Own, Method::POST, CHAT, headers, body, Bodies::Unpacked).await?;
-        if !response.status().is_success() {
-            return Err(refused(response).await);
-        }
-        let head = answer_head(response.headers());
-        if request.stream {
-            let kind = response.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
-            if kind.is_none_or(|kind| !kind.starts_with("text/event-stream")) {
-                let error = ApiError::upstream("the upstream was asked for a stream and sent none");
-                return Err(error.with_head(&head));
-            }
-            return Ok(Answer::Stream(response));
-        }
-        let mut body = bounded(response, longest);
-        let mut whole = Vec::new();
-        while let Some(piece) = body.next().await {
-            whole.extend_from_slice(&piece.map_err(|error| ApiError::upstream(error.to_string()))?);
-        }
-        let answer = Completion::whole(&whole).map_err(|error| error.with_head(&head))?;
-        Ok(Answer::Whole(answer, head))
-    }
 }
 
 /// What the client may know of an upstream's refusal: its status and, in our words, what it is about. Its own words may
@@ -328,7 +369,7 @@ pub(crate) fn bounded(
 }
 
 /// A response as the client gets it.
-pub(crate) fn passed(response: reqwest::Response) -> Response {
+pub(crate) fn passed(response: reqwest::Response) -> Response<Body> {
     let mut passed = Response::new(Body::empty());
     *passed.status_mut() = response.status();
     *passed.headers_mut() = kept(response.headers());
@@ -382,6 +423,27 @@ fn goes_with_own_key(name: &HeaderName) -> bool {
     ];
     KNOWN.contains(&name.as_str())
         || ["x-stainless-", "access-control-"].iter().any(|start| name.as_str().starts_with(start))
+}
+
+/// A request's headers as they go on.
+fn onward(headers: &HeaderMap, bodies: Bodies) -> HeaderMap {
+    let mut headers = kept(headers);
+    headers.remove(header::HOST);
+    if bodies == Bodies::Unpacked {
+        // How replies are packed is between the upstream and us.
+        headers.remove(header::ACCEPT_ENCODING);
+        // The body may be another than the client's by now.
+        headers.remove(header::CONTENT_LENGTH);
+    }
+    headers
+}
+
+/// What a carrier brings, its body unpacked; none that is packed is asked for.
+async fn unpacked(carrier: &dyn Carrier, mut request: Request<reqwest::Body>) -> Result<reqwest::Response, ApiError> {
+    request.headers_mut().insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+    let carry = service_fn(|request| async { carrier.carry(request).await.map(Response::<reqwest::Body>::from) });
+    let response = Decompression::new(carry).oneshot(request).await?;
+    Ok(response.map(reqwest::Body::wrap).into())
 }
 
 /// Headers that are not about one connection alone, and not ours.
