@@ -79,7 +79,8 @@ impl Audit {
     fn line(&self, case: &Case<'_>, profile: &str, choice: u64, finding: &Finding) -> Value {
         let outcome = finding.outcome();
         let digest = |text: &str| blake3::hash(text.as_bytes()).to_hex()[..32].to_owned();
-        let draft = case.drafts.get(&choice).map_or("", String::as_str);
+        // None where nobody waited for one: no answer could have made the request safe.
+        let draft = case.drafts.get(&choice).map(String::as_str);
         let turns = case.request.map(|request| request.chat.turns.as_slice()).unwrap_or_default();
         let query = turns.iter().rev().find(|turn| turn.role == ecso::Role::User);
         let steps = outcome.map(|outcome| outcome.steps.as_slice()).unwrap_or_default();
@@ -99,7 +100,7 @@ impl Audit {
             "ms": u64::try_from(case.begun.elapsed().as_millis()).unwrap_or(u64::MAX),
             "image_digests": images.collect::<Vec<_>>(),
             "query_digest": query.map(|turn| digest(&turn.query())),
-            "draft_digest": digest(draft),
+            "draft_digest": draft.map(digest),
             "steps": steps.iter().map(|step| json!({
                 "step": step.step, "ms": step.ms, "prompt_tokens": step.prompt_tokens,
                 "completion_tokens": step.completion_tokens, "verdict": step.verdict, "score": step.score,
@@ -110,7 +111,7 @@ impl Audit {
             line["messages"] = case.request.map(Request::messages).into();
             line["draft"] = draft.into();
             line["answer"] =
-                outcome.filter(|outcome| outcome.rewritten).map_or(draft, |outcome| &outcome.answer).into();
+                outcome.filter(|outcome| outcome.rewritten).map(|outcome| outcome.answer.as_str()).or(draft).into();
             let captions = steps.iter().filter(|step| step.step == Step::Caption);
             line["captions"] = captions.map(|step| step.reply.as_str()).collect();
         }

@@ -1,6 +1,12 @@
 //! A guarded chat: the draft, its verdict, and what goes to the client. Nothing of an answer leaves before its verdict.
 
-use std::{collections::BTreeMap, convert::Infallible, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    mem,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use async_stream::{stream as streamed, try_stream};
 use axum::{
@@ -9,8 +15,12 @@ use axum::{
     response::Response,
 };
 use bytes::Bytes;
-use ecso::{Event, FinishReason, Guard, Mllm, Outcome, Step};
-use futures::{FutureExt, Stream, StreamExt, TryStreamExt, future::try_join_all, stream};
+use ecso::{Considered, Event, FinishReason, Guard, Mllm, Outcome, Reply, Step};
+use futures::{
+    FutureExt, Stream, StreamExt, TryStreamExt,
+    future::{maybe_done, poll_fn, try_join_all},
+    pin_mut, stream,
+};
 use serde_json::{Map, Value, json};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tracing::{Instrument, Span};
@@ -52,22 +62,54 @@ impl Guarded {
     }
 
     async fn whole(self) -> Result<Response, ApiError> {
-        let Self { context, request, .. } = &self;
         let guard = self.guard();
-        let asked = self.answer().instrument(telemetry::direct(&request.model));
-        let (answer, head) = match context.in_time(asked).await? {
-            Answer::Whole(answer, head) => (answer, head),
-            Answer::Stream(_) => return Err(ApiError::upstream("the upstream sent a stream that nobody asked for")),
+        let asked = async {
+            let asked = self.answer().instrument(telemetry::direct(&self.request.model));
+            match self.context.in_time(asked).await? {
+                Answer::Whole(answer, head) => Ok((answer, head)),
+                Answer::Stream(_) => Err(ApiError::upstream("the upstream sent a stream that nobody asked for")),
+            }
         };
-        let report = self.judged(&guard, &answer).await.map_err(|error| error.with_head(&head))?;
-        Ok(self.finished(&report, &answer, head))
+        let drafted = self.beside(&guard, asked).await?;
+        let report = self.judged(&guard, &drafted).await.map_err(|error| error.with_head(&drafted.head))?;
+        Ok(self.finished(&report, &drafted.answer, drafted.head))
+    }
+
+    /// The answer that is `asked` for, and beside it what there is to find about the request. Where no answer could make that safe, none is
+    /// waited for; a model in this process, which does one thing after the other, isn't even asked.
+    async fn beside(
+        &self,
+        guard: &Guard<Arc<dyn Mllm>>,
+        asked: impl Future<Output = Result<(Completion, HeaderMap), ApiError>> + Send,
+    ) -> Result<Drafted, ApiError> {
+        let Self { context, request, .. } = self;
+        let considering = async { Ok(guard.consider(&request.chat).await?) };
+        let (considering, asked) = (context.in_time(considering), maybe_done(asked));
+        pin_mut!(considering, asked);
+        let side_by_side = context.way().is_some() || guard.model().takes_several();
+        let considered = poll_fn(|task| {
+            if side_by_side {
+                // What it comes to is looked at below.
+                let _ = asked.as_mut().poll(task);
+            }
+            considering.as_mut().poll(task)
+        });
+        let considered = considered.await;
+        if considered.as_ref().is_ok_and(Considered::is_harm) {
+            let nothing = vec![Reply::default(); usize::try_from(request.choices).unwrap_or(1)];
+            let answer = Completion::replies(&nothing, now());
+            return Ok(Drafted { answer, head: HeaderMap::new(), considered, is_spared: true });
+        }
+        asked.as_mut().await;
+        let (answer, head) = asked.take_output().ok_or_else(|| ApiError::upstream("there is no answer"))??;
+        Ok(Drafted { answer, head, considered, is_spared: false })
     }
 
     /// What is found about an answer, all choices of it; an error if nothing of it may go out.
-    async fn judged(&self, guard: &Guard<Arc<dyn Mllm>>, answer: &Completion) -> Result<Report, ApiError> {
+    async fn judged(&self, guard: &Guard<Arc<dyn Mllm>>, drafted: &Drafted) -> Result<Report, ApiError> {
         let Self { context, request, .. } = self;
-        let record = context.record(request, answer.said());
-        if let Err(error) = context.in_time(review(guard, request, answer, &record)).await {
+        let record = context.record(request, drafted.drafts());
+        if let Err(error) = context.in_time(review(guard, request, drafted, &record)).await {
             if !self.opens(&error, &record) {
                 return Err(error);
             }
@@ -193,9 +235,7 @@ impl Guarded {
             async move { model.generate(&request.chat, &sampling).await }
         });
         let replies = try_join_all(asked).await.map_err(|error| ApiError::asking("invalid_request", error))?;
-        let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        let created = created.map_or(0, |since| since.as_secs());
-        Ok(Answer::Whole(Completion::replies(&replies, created), HeaderMap::new()))
+        Ok(Answer::Whole(Completion::replies(&replies, now()), HeaderMap::new()))
     }
 
     /// A stream that is held: signs of life until the verdict, then the draft as it came or the safe answer as it is
@@ -286,20 +326,29 @@ impl Guarded {
         }
     }
 
-    /// The whole of an answer that has `begun`.
-    async fn drafted(&self, begun: Option<Answer>, direct: &Span) -> Result<Completion, ApiError> {
+    /// The whole of an answer that has `begun`, and what is found about the request meanwhile.
+    async fn drafted(
+        &self,
+        guard: &Guard<Arc<dyn Mllm>>,
+        begun: Option<Answer>,
+        direct: &Span,
+    ) -> Result<Drafted, ApiError> {
         let context = &self.context;
-        let answer = match begun {
-            Some(answer) => answer,
-            None => context.in_time(self.answer().instrument(direct.clone())).await?,
+        let asked = async {
+            let answer = match begun {
+                Some(answer) => answer,
+                None => context.in_time(self.answer().instrument(direct.clone())).await?,
+            };
+            let answer = match answer {
+                Answer::Stream(response) => {
+                    let chunks = Completion::chunks(bounded(response, context.state.settings.limits.answer));
+                    context.in_time(chunks.instrument(direct.clone())).await?
+                }
+                Answer::Whole(answer, _) => answer,
+            };
+            Ok((answer, HeaderMap::new()))
         };
-        match answer {
-            Answer::Stream(response) => {
-                let chunks = Completion::chunks(bounded(response, context.state.settings.limits.answer));
-                context.in_time(chunks.instrument(direct.clone())).await
-            }
-            Answer::Whole(answer, _) => Ok(answer),
-        }
+        self.beside(guard, asked).await
     }
 
     /// The client's stream in another format: when all of the answer is judged, all of its events.
@@ -311,9 +360,10 @@ impl Guarded {
         direct: Span,
     ) -> impl Stream<Item = Result<String, ApiError>> + Send + 'a {
         try_stream! {
-            let answer = self.drafted(begun, &direct).await?;
+            let drafted = self.drafted(guard, begun, &direct).await?;
             drop(direct);
-            let report = self.judged(guard, &answer).await?;
+            let report = self.judged(guard, &drafted).await?;
+            let answer = drafted.answer;
             let found = Some(report.object(&self.context.id, self.context.trace()));
             for written in self.translated(wire, &report, &answer, found, |answer| wire.events(answer)) {
                 yield event(&written);
@@ -330,12 +380,13 @@ impl Guarded {
     ) -> impl Stream<Item = Result<String, ApiError>> + Send + 'a {
         let Self { context, request, .. } = self;
         try_stream! {
-            let answer = self.drafted(begun, &direct).await?;
+            let drafted = self.drafted(guard, begun, &direct).await?;
             drop(direct);
-            let record = context.record(request, answer.said());
-            for (choice, said) in answer.said() {
-                let events = reviewed(guard, request, &said);
-                futures::pin_mut!(events);
+            let record = context.record(request, drafted.drafts());
+            let answer = &drafted.answer;
+            for (considered, choice, said) in drafted.choices() {
+                let events = considered_review(guard, request, considered, &said);
+                pin_mut!(events);
                 let (mut rewritten, mut begun) = (false, false);
                 let mut next = async || {
                     context.in_time(async { Ok(events.next().await) }).await.unwrap_or_else(|late| Some(Err(late)))
@@ -347,23 +398,23 @@ impl Guarded {
                             rewritten = another;
                             if !rewritten {
                                 for piece in answer.pieces(choice) {
-                                    yield self.chunk(&answer, &piece);
+                                    yield self.chunk(answer, &piece);
                                 }
                             }
                         }
                         // Whether it is the fixed refusal, the end tells; where that has another place, the answer waits
                         // for it.
                         Ok(Event::Answer(text)) if rewritten && !request.wants_json() => {
-                            yield self.delta(&answer, choice, !begun, Some(("content", &text)), None);
+                            yield self.delta(answer, choice, !begun, Some(("content", &text)), None);
                             begun = true;
                         }
                         Ok(Event::Done(outcome)) => {
                             if rewritten {
                                 if request.wants_json() {
                                     let place = if outcome.refused { "refusal" } else { "content" };
-                                    yield self.delta(&answer, choice, true, Some((place, &outcome.answer)), None);
+                                    yield self.delta(answer, choice, true, Some((place, &outcome.answer)), None);
                                 }
-                                yield self.delta(&answer, choice, false, None, Some(ended(&outcome)));
+                                yield self.delta(answer, choice, false, None, Some(ended(&outcome)));
                             }
                             record.add(choice, Finding::Done(outcome));
                         }
@@ -375,7 +426,7 @@ impl Guarded {
                             }
                             record.opened(Some(choice), error.code);
                             for piece in answer.pieces(choice) {
-                                yield self.chunk(&answer, &piece);
+                                yield self.chunk(answer, &piece);
                             }
                             break;
                         }
@@ -383,7 +434,7 @@ impl Guarded {
                 }
             }
             let report = record.written();
-            let mut last = self.head(&answer, "chat.completion.chunk");
+            let mut last = self.head(answer, "chat.completion.chunk");
             // Without usage clients expect a choice in each event.
             let nothing = json!([{"index": 0, "delta": {}, "finish_reason": null}]);
             last["choices"] = if request.wants_usage() { json!([]) } else { nothing };
@@ -427,6 +478,44 @@ fn event(written: &Value) -> String {
     format!("event: {}\ndata: {written}\n\n", written["type"].as_str().unwrap_or("message"))
 }
 
+/// A draft, and what was found about the request before it was judged.
+struct Drafted {
+    /// Says nothing where none was waited for.
+    answer: Completion,
+    head: HeaderMap,
+    /// An error is one of every choice: what goes out without a verdict, the settings say.
+    considered: Result<Considered, ApiError>,
+    /// Whether nobody waited for an answer.
+    is_spared: bool,
+}
+
+impl Drafted {
+    /// A draft of which nothing is known.
+    fn alone(answer: Completion) -> Self {
+        Self { answer, head: HeaderMap::new(), considered: Ok(Considered::default()), is_spared: false }
+    }
+
+    /// What was said, by choice.
+    fn drafts(&self) -> BTreeMap<u64, String> {
+        if self.is_spared { BTreeMap::new() } else { self.answer.said() }
+    }
+
+    /// What is to be judged: the choices, each with what is known of the request; the first with what that took.
+    fn choices(&self) -> Vec<(Result<Considered, ApiError>, u64, String)> {
+        let mut considered = self.considered.clone();
+        let each = self.answer.said().into_iter().map(|(choice, said)| {
+            let again = considered.as_ref().map(Considered::again).map_err(ApiError::clone);
+            (mem::replace(&mut considered, again), choice, said)
+        });
+        each.collect()
+    }
+}
+
+/// This second, since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
 /// Choices that are judged at one time: each holds what is asked about it.
 const AT_ONCE: usize = 2;
 
@@ -434,11 +523,13 @@ const AT_ONCE: usize = 2;
 async fn review(
     guard: &Guard<Arc<dyn Mllm>>,
     request: &Request,
-    answer: &Completion,
+    drafted: &Drafted,
     record: &Record<'_>,
 ) -> Result<(), ApiError> {
-    let said: BTreeMap<u64, String> = answer.said();
-    let all: Vec<_> = said.iter().map(|(index, said)| judge(guard, request, *index, said, record).boxed()).collect();
+    let all = drafted.choices().into_iter().map(|(considered, choice, said)| {
+        async move { found(considered_review(guard, request, considered, &said), choice, record).await }.boxed()
+    });
+    let all: Vec<_> = all.collect();
     stream::iter(all).buffer_unordered(AT_ONCE).try_for_each(|_| std::future::ready(Ok(()))).await
 }
 
@@ -450,8 +541,16 @@ pub(crate) async fn judge(
     said: &str,
     record: &Record<'_>,
 ) -> Result<Outcome, ApiError> {
-    let events = reviewed(guard, request, said);
-    futures::pin_mut!(events);
+    found(reviewed(guard, request, said), index, record).await
+}
+
+/// The outcome of the steps on one choice; the record is told what is found when it is.
+async fn found(
+    events: impl Stream<Item = Result<Event, ApiError>> + Send,
+    index: u64,
+    record: &Record<'_>,
+) -> Result<Outcome, ApiError> {
+    pin_mut!(events);
     while let Some(event) = events.next().await {
         match event? {
             Event::Decided { verdict, .. } => record.add(index, Finding::Decided(verdict)),
@@ -469,7 +568,7 @@ pub(crate) async fn judge(
 pub(crate) async fn observe(context: &RequestContext, request: &Request, answer: &Completion) -> Result<(), ApiError> {
     let guard = context.state.guard(request, &context.caller, &context.headers, context.mode);
     let record = context.record(request, answer.said());
-    context.in_time(review(&guard, request, answer, &record)).await?;
+    context.in_time(review(&guard, request, &Drafted::alone(answer.clone()), &record)).await?;
     record.written();
     Ok(())
 }
@@ -481,6 +580,22 @@ fn reviewed<'a>(
     said: &'a str,
 ) -> impl Stream<Item = Result<Event, ApiError>> + Send + 'a {
     guard.review_events(&request.chat, said).map(|event| event.map_err(ApiError::from))
+}
+
+/// The steps on one choice, of a request that was considered.
+fn considered_review<'a>(
+    guard: &'a Guard<Arc<dyn Mllm>>,
+    request: &'a Request,
+    considered: Result<Considered, ApiError>,
+    said: &'a str,
+) -> impl Stream<Item = Result<Event, ApiError>> + Send + 'a {
+    match considered {
+        Err(error) => stream::iter([Err(error)]).left_stream(),
+        Ok(considered) => {
+            let events = guard.review_considered(&request.chat, considered, said);
+            events.map(|event| event.map_err(ApiError::from)).right_stream()
+        }
+    }
 }
 
 /// What is said in a draft's place. The fixed refusal is no JSON: where the client wants that, it stands where the

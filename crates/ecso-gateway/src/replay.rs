@@ -18,7 +18,8 @@ pub struct Recorded {
     /// The model that was asked for.
     pub model: String,
     chat: Chat,
-    draft: String,
+    /// None where nobody waited for one.
+    draft: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -41,9 +42,9 @@ impl Recorded {
     /// What is wrong with it: no line of an audit log, or one without content.
     pub fn read(line: &str, images: ecso::Limits) -> Result<Self, String> {
         let line: Line = serde_json::from_str(line).map_err(|error| format!("not a line of an audit log: {error}"))?;
-        let Some(draft) = line.draft else {
+        if line.messages.is_null() {
             return Err("it has no content; record with gateway.audit.content = true".into());
-        };
+        }
         let body = json!({"model": line.model, "messages": line.messages});
         let body = Body::of(body, &[]).map_err(|error| error.message)?;
         let request = body.request(&Limits::default(), images, true).map_err(|error| error.message)?;
@@ -53,15 +54,18 @@ impl Recorded {
             verdict: line.verdict,
             model: request.model,
             chat: request.chat,
-            draft,
+            draft: line.draft,
         })
     }
 
-    /// Judges it again, from the draft that was recorded.
+    /// Judges it again, from the draft that was recorded; where there was none, the model is asked for one.
     ///
     /// # Errors
     /// [`GuardError`] when the model fails.
     pub async fn again(&self, guard: &Guard<impl Mllm>) -> Result<Outcome, GuardError> {
-        guard.review(&self.chat, &self.draft).await
+        match &self.draft {
+            Some(draft) => guard.review(&self.chat, draft).await,
+            None => guard.answer(&self.chat).await,
+        }
     }
 }

@@ -306,6 +306,10 @@ impl Mllm for OpenAi {
         Ok(())
     }
 
+    fn takes_several(&self) -> bool {
+        true
+    }
+
     async fn generate(&self, chat: &Chat, sampling: &Sampling) -> Result<Reply, ModelError> {
         let whole = async {
             let response = self.post(chat, sampling, false).await?;

@@ -97,6 +97,10 @@ impl<M: Mllm> Mllm for Composed<M> {
         Ok(Some(self.page(image).await?.as_ref().clone()))
     }
 
+    fn takes_several(&self) -> bool {
+        self.model.takes_several()
+    }
+
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {
         self.model.stream(&self.read(chat).await?, sampling).await
     }

@@ -7,11 +7,11 @@ use serde_json::{Map, Value};
 
 use crate::{
     chat::Chat,
-    hardened,
+    hardened::{self, Looked},
     memory::Memory,
     mllm::{Mllm, Sampling},
     paper,
-    pipeline::{self, Halt, Pipeline},
+    pipeline::{self, Considered, Given, Halt, Pipeline},
     profile::{Gate, Method, Profile, Scope},
     prompt::Query,
     trace::{Event, GuardError, Outcome},
@@ -107,7 +107,7 @@ impl<M: Mllm> Guard<M> {
 
     /// [`Guard::answer`], step by step. Dropping the stream cancels the work.
     pub fn answer_events<'a>(&'a self, chat: &'a Chat) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
-        self.events(chat, None)
+        self.events(chat, Given::default())
     }
 
     /// [`Guard::review`], step by step. Dropping the stream cancels the work.
@@ -116,23 +116,49 @@ impl<M: Mllm> Guard<M> {
         chat: &'a Chat,
         draft: &str,
     ) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
-        self.events(chat, Some(draft.to_owned()))
+        self.events(chat, Given { draft: Some(draft.to_owned()), considered: Considered::default() })
     }
 
-    fn events<'a>(
+    /// What can be found about the last user turn of `chat` without an answer to it, while somebody else gets that: under `hardened` its
+    /// images as text and whether it asks for harm, under `paper` nothing.
+    pub async fn consider(&self, chat: &Chat) -> Result<Considered, GuardError> {
+        pipeline::ahead(&self.model, &self.profile, &self.options, move |w| consider(w, chat).boxed()).await
+    }
+
+    /// [`Guard::review_events`], of a request that was [considered](Guard::consider) by this guard. A draft is not looked at where no answer
+    /// could make the request safe.
+    pub fn review_considered<'a>(
         &'a self,
         chat: &'a Chat,
-        draft: Option<String>,
+        considered: Considered,
+        draft: &str,
     ) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
-        pipeline::events(&self.model, &self.profile, &self.options, draft, move |w| run(w, chat).boxed())
+        self.events(chat, Given { draft: Some(draft.to_owned()), considered })
+    }
+
+    fn events<'a>(&'a self, chat: &'a Chat, given: Given) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
+        pipeline::events(&self.model, &self.profile, &self.options, given, move |w| run(w, chat).boxed())
+    }
+}
+
+/// Whether a conversation is guarded.
+fn is_guarded(profile: &Profile, chat: &Chat) -> bool {
+    profile.gate != Gate::Never && (profile.scope == Scope::All || chat.image_count() > 0)
+}
+
+async fn consider(w: &mut Pipeline<'_>, chat: &Chat) -> Result<Option<Looked>, Halt> {
+    let profile = w.profile;
+    let q = Query::of(chat, profile).ok_or(GuardError::NoQuery)?;
+    match &profile.method {
+        Method::Hardened(p) if is_guarded(profile, chat) => Ok(Some(hardened::look(w, p, &q).await?)),
+        _ => Ok(None),
     }
 }
 
 async fn run(w: &mut Pipeline<'_>, chat: &Chat) -> Result<(), Halt> {
     let profile = w.profile;
     let q = Query::of(chat, profile).ok_or(GuardError::NoQuery)?;
-    let in_scope = profile.scope == Scope::All || chat.image_count() > 0;
-    if !in_scope || profile.gate == Gate::Never {
+    if !is_guarded(profile, chat) {
         return w.pass(&q).await;
     }
     match &profile.method {

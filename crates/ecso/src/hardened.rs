@@ -3,7 +3,7 @@
 
 #![expect(clippy::many_single_char_names, reason = "the letters of paper.rs")]
 
-use std::collections::HashMap;
+use std::{collections::HashMap, mem};
 
 use crate::{
     mllm::Seen,
@@ -16,26 +16,22 @@ use crate::{
 };
 
 pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Hardened, q: &Query<'_>) -> Result<(), Halt> {
-    // 3 goes first: the images as text.
-    let seen = w.look(q).await?;
+    // 3 goes first, and whether harm is asked for; 1 beside it, where the model takes several calls at once. What surely asks for harm
+    // gets no draft: no reply could make it safe.
+    let (Looked { seen, known, request }, y) = beside(w, p, q).await?;
     let c: Vec<String> = hints(&seen).collect();
+    let mut judge = Judge { p, q, seen: &seen, known };
 
-    // Is harm asked for?
-    let mut judge = Judge { p, q, seen: &seen, known: HashMap::new() };
-    let request = judge.weigh(w, Step::RequestCheck, None).await?;
-    let request = if w.was_filtered() { Detection::HARM } else { request };
-
-    // 1 and 2. What surely asks for harm gets no draft: no reply could make it safe.
-    let found = if request.is_harm() {
-        w.may_go_out(request).await?;
-        request
-    } else {
-        let y = w.draft(q).await?;
+    // 2. Is the reply harmful, to this request?
+    let found = if let Some(y) = y {
         let reply = judge.weigh(w, Step::Detect, Some(q.draft(&y))).await?;
         if w.may_go_out(reply).await? {
             return w.release(y).await;
         }
         reply
+    } else {
+        w.may_go_out(request).await?;
+        request
     };
 
     // 4. An answer with eyes closed, which is judged as the draft was.
@@ -48,13 +44,51 @@ pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Hardened, q: &Query<'_>) -> Re
     Err(Halt::Refuse)
 }
 
+/// What there is to know of a request before there is an answer to it.
+#[derive(Debug, Clone)]
+pub(crate) struct Looked {
+    seen: Vec<Seen>,
+    /// What questions have found, by name.
+    known: HashMap<String, Detection>,
+    /// Whether harm is asked for.
+    request: Detection,
+}
+
+impl Looked {
+    /// Whether no reply could make the request safe.
+    pub(crate) fn is_harm(&self) -> bool {
+        self.request.is_harm()
+    }
+}
+
+/// Looks at a request: its images as text, and whether harm is asked for.
+pub(crate) async fn look(w: &mut Pipeline<'_>, p: &Hardened, q: &Query<'_>) -> Result<Looked, Halt> {
+    let seen = w.look(q).await?;
+    let mut judge = Judge { p, q, seen: &seen, known: HashMap::new() };
+    let request = judge.weigh(w, Step::RequestCheck, None).await?;
+    let (known, request) = (judge.known, if w.was_filtered() { Detection::HARM } else { request });
+    Ok(Looked { seen, known, request })
+}
+
+/// What is known of the request, and the draft, if one is of use.
+async fn beside(w: &mut Pipeline<'_>, p: &Hardened, q: &Query<'_>) -> Result<(Looked, Option<String>), Halt> {
+    if let Some(looked) = mem::take(&mut w.looked) {
+        let y = if looked.is_harm() { None } else { Some(w.draft(q).await?) };
+        return Ok((looked, y));
+    }
+    let mut ahead = w.beside();
+    let found = w.draft_beside(q, look(&mut ahead, p, q), Looked::is_harm).await?;
+    w.went_ahead(ahead);
+    Ok(found)
+}
+
 /// Asks a profile's questions about a request, and about replies to it.
 struct Judge<'a, 'q> {
     p: &'a Hardened,
     q: &'a Query<'q>,
     seen: &'a [Seen],
     /// What questions have found, by name.
-    known: HashMap<&'a str, Detection>,
+    known: HashMap<String, Detection>,
 }
 
 impl Judge<'_, '_> {
@@ -68,7 +102,7 @@ impl Judge<'_, '_> {
             return Ok(Detection::SAFE);
         }
         // What was found about an earlier reply is not about this one.
-        self.known.retain(|name, _| !self.p.questions.get(*name).is_some_and(Question::is_about_reply));
+        self.known.retain(|name, _| !self.p.questions.get(name).is_some_and(Question::is_about_reply));
         let mut surest = Detection::SAFE;
         for way in self.p.ways.iter().filter(|way| self.p.is_about_reply(way) == y.is_some()) {
             if let Some(found) = self.follow(w, way, step, y).await? {
@@ -102,7 +136,7 @@ impl Judge<'_, '_> {
             } else {
                 let step = if question.is_about_reply() { step } else { Step::RequestCheck };
                 let found = self.ask(w, step, question, reply).await?;
-                self.known.insert(&question.name, found);
+                self.known.insert(question.name.clone(), found);
                 found
             };
             sum += term.adds(profile::log_odds(found.score, found.is_harm()));

@@ -36,6 +36,7 @@ pub use memory::Memory;
 pub use mllm::{
     Cause, Delta, FinishReason, Mllm, ModelError, Reply, ReplyStream, Sampling, Seen, TopLogprob, Usage, chain, collect,
 };
+pub use pipeline::Considered;
 pub use profile::{Profile, ProfileError};
 pub use refusal::declines;
 pub use template::Template;

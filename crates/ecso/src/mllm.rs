@@ -277,6 +277,11 @@ pub trait Mllm: Send + Sync {
         Ok(None)
     }
 
+    /// Whether it answers several calls as fast as one, as servers do. What doesn't depend on the draft is then asked beside it.
+    fn takes_several(&self) -> bool {
+        false
+    }
+
     /// Starts a reply. Dropping the stream cancels the work.
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError>;
 
@@ -298,6 +303,10 @@ impl<M: Mllm + ?Sized> Mllm for Arc<M> {
 
     async fn reads(&self, image: &Image) -> Result<Option<Seen>, ModelError> {
         (**self).reads(image).await
+    }
+
+    fn takes_several(&self) -> bool {
+        (**self).takes_several()
     }
 
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {

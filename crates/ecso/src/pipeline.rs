@@ -6,13 +6,14 @@ use futures::{
     SinkExt, Stream, StreamExt,
     channel::mpsc,
     future::{self, BoxFuture},
-    stream,
+    pin_mut, stream,
 };
 use tracing::{Instrument, Span, field};
 
 use crate::{
     chat::{Chat, Role, Turn},
     guard::Options,
+    hardened::Looked,
     mllm::{Delta, FinishReason, Mllm, ModelError, Reply, Sampling, Seen, Usage},
     profile::{EmptyCaption, Filtered, Gate, Profile, Question, Rewrite},
     prompt::{Asked, Prompt, Query},
@@ -41,6 +42,36 @@ impl From<GuardError> for Halt {
     }
 }
 
+/// What a caller has already.
+#[derive(Debug, Default)]
+pub(crate) struct Given {
+    /// The direct answer.
+    pub(crate) draft: Option<String>,
+    pub(crate) considered: Considered,
+}
+
+/// What was found about a request before there was an answer to it: by [`Guard::consider`](crate::Guard::consider), for
+/// [`Guard::review_considered`](crate::Guard::review_considered).
+#[derive(Debug, Clone, Default)]
+pub struct Considered {
+    looked: Option<Looked>,
+    steps: Vec<Trace>,
+}
+
+impl Considered {
+    /// Whether no answer could make the request safe: none need be waited for.
+    #[must_use]
+    pub fn is_harm(&self) -> bool {
+        self.looked.as_ref().is_some_and(Looked::is_harm)
+    }
+
+    /// The same, for the second answer to a request and those behind it: what it took is counted with the first.
+    #[must_use]
+    pub fn again(&self) -> Self {
+        Self { looked: self.looked.clone(), steps: Vec::new() }
+    }
+}
+
 /// An answer under way.
 pub(crate) struct Pipeline<'a> {
     model: &'a dyn Mllm,
@@ -48,6 +79,8 @@ pub(crate) struct Pipeline<'a> {
     options: &'a Options,
     /// The direct answer, where the caller has it already.
     draft: Option<String>,
+    /// What is known of the request, where it was looked at before.
+    pub(crate) looked: Option<Looked>,
     is_filtered: bool,
     /// What happened so far.
     outcome: Outcome,
@@ -60,22 +93,12 @@ pub(crate) fn events<'a>(
     model: &'a dyn Mllm,
     profile: &'a Profile,
     options: &'a Options,
-    draft: Option<String>,
+    given: Given,
     work: impl for<'w> FnOnce(&'w mut Pipeline<'a>) -> BoxFuture<'w, Result<(), Halt>> + Send + 'a,
 ) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
     let (listener, told) = mpsc::channel(0);
-    let outcome = Outcome {
-        answer: String::new(),
-        verdict: Verdict::Unchecked,
-        score: None,
-        rewritten: false,
-        refused: false,
-        profile: profile.name.clone(),
-        model: model.name().to_owned(),
-        steps: Vec::new(),
-    };
     let worked = async move {
-        let mut under_way = Pipeline { model, profile, options, draft, is_filtered: false, outcome, listener };
+        let mut under_way = Pipeline::new(model, profile, options, given, listener);
         let ended = match work(&mut under_way).await {
             Err(Halt::Refuse) => under_way.refuse().await,
             ended => ended,
@@ -90,7 +113,83 @@ pub(crate) fn events<'a>(
     stream::select(told, stream::once(worked).filter_map(|()| future::ready(None)))
 }
 
+/// What is found about a request before there is an answer to it.
+pub(crate) async fn ahead<'a>(
+    model: &'a dyn Mllm,
+    profile: &'a Profile,
+    options: &'a Options,
+    work: impl for<'w> FnOnce(&'w mut Pipeline<'a>) -> BoxFuture<'w, Result<Option<Looked>, Halt>> + Send + 'a,
+) -> Result<Considered, GuardError> {
+    // Nobody listens.
+    let mut under_way = Pipeline::new(model, profile, options, Given::default(), mpsc::channel(0).0);
+    match work(&mut under_way).await {
+        Ok(looked) => Ok(Considered { looked, steps: under_way.outcome.steps }),
+        Err(Halt::Failed(error)) => Err(error),
+        // No method refuses before it has looked at all that it asks about.
+        Err(Halt::Refuse) => Ok(Considered::default()),
+    }
+}
+
+impl<'a> Pipeline<'a> {
+    fn new(
+        model: &'a dyn Mllm,
+        profile: &'a Profile,
+        options: &'a Options,
+        Given { draft, considered: Considered { looked, steps } }: Given,
+        listener: mpsc::Sender<Result<Event, GuardError>>,
+    ) -> Self {
+        let outcome = Outcome {
+            answer: String::new(),
+            verdict: Verdict::Unchecked,
+            score: None,
+            rewritten: false,
+            refused: false,
+            profile: profile.name.clone(),
+            model: model.name().to_owned(),
+            steps,
+        };
+        Self { model, profile, options, draft, looked, is_filtered: false, outcome, listener }
+    }
+
+    /// Work beside this one, told to the same listener.
+    pub(crate) fn beside(&self) -> Self {
+        Self::new(self.model, self.profile, self.options, Given::default(), self.listener.clone())
+    }
+
+    /// What was done beside this work was done before it.
+    pub(crate) fn went_ahead(&mut self, other: Self) {
+        self.outcome.steps.splice(0..0, other.outcome.steps);
+    }
+}
+
 impl Pipeline<'_> {
+    /// What `looked` finds, and the draft, unless that is `enough` without it. Where the model takes several calls at once, the two go side
+    /// by side, and the draft is given up as soon as nobody needs it.
+    pub(crate) async fn draft_beside<T>(
+        &mut self,
+        q: &Query<'_>,
+        looked: impl Future<Output = Result<T, Halt>> + Send,
+        enough: fn(&T) -> bool,
+    ) -> Result<(T, Option<String>), Halt> {
+        let side_by_side = self.draft.is_none() && self.model.takes_several();
+        let draft = future::maybe_done(self.draft(q));
+        pin_mut!(looked, draft);
+        let found = future::poll_fn(|context| {
+            if side_by_side {
+                // What it comes to is looked at below.
+                let _ = draft.as_mut().poll(context);
+            }
+            looked.as_mut().poll(context)
+        });
+        let found = found.await?;
+        if enough(&found) {
+            return Ok((found, None));
+        }
+        draft.as_mut().await;
+        let draft = draft.take_output().transpose()?;
+        Ok((found, draft))
+    }
+
     /// Step 1: the direct answer, with the images; the caller's, where it has one.
     pub(crate) async fn draft(&mut self, q: &Query<'_>) -> Result<String, Halt> {
         if let Some(draft) = self.draft.take() {

@@ -3,6 +3,7 @@
 use std::{
     path::PathBuf,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use reqwest::header::HeaderMap;
@@ -91,11 +92,12 @@ pub(crate) struct Reply {
     kind: &'static str,
     body: String,
     packed: bool,
+    delay: Duration,
 }
 
 impl Reply {
     fn new(status: u16, kind: &'static str, body: String) -> Self {
-        Self { status, headers: Vec::new(), kind, body, packed: false }
+        Self { status, headers: Vec::new(), kind, body, packed: false, delay: Duration::ZERO }
     }
 
     /// Any JSON, or what some servers take for it.
@@ -171,6 +173,11 @@ impl Reply {
         self
     }
 
+    /// The same, so much later.
+    pub(crate) fn after(self, delay: Duration) -> Self {
+        Self { delay, ..self }
+    }
+
     /// The same, compressed.
     pub(crate) fn packed(self) -> Self {
         Self { packed: true, ..self }.with("content-encoding", "gzip")
@@ -178,7 +185,7 @@ impl Reply {
 
     fn template(self) -> ResponseTemplate {
         let body = if self.packed { gzip(&self.body) } else { self.body.into_bytes() };
-        let template = ResponseTemplate::new(self.status).set_body_raw(body, self.kind);
+        let template = ResponseTemplate::new(self.status).set_body_raw(body, self.kind).set_delay(self.delay);
         self.headers
             .iter()
             .fold(template, |template, (name, value)| template.insert_header(name.as_str(), value.as_str()))

@@ -6,7 +6,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use base64::{Engine, prelude::BASE64_STANDARD};
@@ -1270,5 +1270,44 @@ async fn an_image_without_a_type_is_no_text() {
         let got = post(&served.chat(), &body).await;
         assert!(!got.body.contains(LEAK), "{names:?}: {}", got.body);
         assert!(got.status == 400 || got.headers.contains_key("x-ecso-verdict"), "{names:?}: {}", got.body);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_needs_no_draft_is_asked_beside_it_and_harm_waits_for_none() {
+    const SLOW: Duration = Duration::from_secs(5);
+    for harm in [0.02, 0.99] {
+        let model = Model::start(move |asked| match asked.step {
+            "direct" => Reply::says(asked, MILD).after(SLOW),
+            "request-check" => Reply::judges(asked, harm),
+            _ => Reply::usual(asked),
+        })
+        .await;
+        let served = Served::start(&model.url, &[NO_RETRIES, "gateway.trace=full"], HARDENED);
+        for streamed in [false, true] {
+            let body = ask("m", GOOD, streamed);
+            let begun = Instant::now();
+            let chat = served.chat();
+            let asking = post(&chat, &body);
+            let looking = async {
+                let mut asked = Vec::new();
+                while begun.elapsed() < SLOW {
+                    asked.extend(model.taken());
+                    if !of(&asked, "request-check").is_empty() && !of(&asked, "direct").is_empty() {
+                        return;
+                    }
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                panic!(
+                    "the request is looked at after the draft: {:?}",
+                    asked.iter().map(|asked| asked.step).collect::<Vec<_>>()
+                );
+            };
+            // A server may begin a stream at its first word; what is refused before has its status, so that is waited for.
+            let got = if streamed { asking.await } else { tokio::join!(asking, looking).0 };
+            let answer = Answer::of(got, streamed);
+            let (text, in_time) = if harm > 0.5 { (SAFE, streamed || begun.elapsed() < SLOW) } else { (MILD, true) };
+            assert!(answer.text == text && in_time, "{harm} {streamed} after {:?}: {answer:?}", begun.elapsed());
+        }
     }
 }

@@ -6,9 +6,10 @@ use std::sync::{
 };
 
 use ecso::{
-    Chat, Guard, GuardError, Memory, ModelError, Outcome, Profile, Reply, Role, Seen, Step, TopLogprob, Turn, Verdict,
-    profile::Method, testing::Scripted,
+    Chat, Event, Guard, GuardError, Memory, Mllm, ModelError, Outcome, Profile, Reply, ReplyStream, Role, Sampling,
+    Seen, Step, TopLogprob, Turn, Verdict, profile::Method, testing::Scripted,
 };
+use futures::StreamExt;
 
 use crate::method::picture;
 
@@ -497,5 +498,85 @@ fn ways_are_checked() {
     ] {
         let error = Profile::from_toml(&format!("extends = \"hardened\"\n{changes}")).unwrap_err().to_string();
         assert!(error.contains(says), "{changes}: {error}");
+    }
+}
+
+/// A model that takes several calls at once, and drafts only when it was asked about the request, or never.
+struct SideBySide {
+    model: Scripted,
+    asked: tokio::sync::Notify,
+    drafts: bool,
+}
+
+#[async_trait::async_trait]
+impl Mllm for SideBySide {
+    fn name(&self) -> &'static str {
+        "side by side"
+    }
+
+    fn takes_several(&self) -> bool {
+        true
+    }
+
+    async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {
+        self.model.stream(chat, sampling).await
+    }
+
+    async fn generate(&self, chat: &Chat, sampling: &Sampling) -> Result<Reply, ModelError> {
+        let said = chat.turns.last().map(Turn::query).unwrap_or_default();
+        if said.starts_with("WORDS") {
+            self.asked.notify_one();
+        }
+        if said == "Fill the list." {
+            self.asked.notified().await;
+            if !self.drafts {
+                std::future::pending::<()>().await;
+            }
+        }
+        self.model.generate(chat, sampling).await
+    }
+}
+
+#[tokio::test]
+async fn a_request_is_looked_at_beside_the_draft_and_harm_waits_for_none() {
+    let beside = |opinion, drafts| SideBySide {
+        model: model(opinion, "A list.", &["A better one."]),
+        asked: tokio::sync::Notify::new(),
+        drafts,
+    };
+    let chat = Chat::ask([picture()], "Fill the list.");
+    let guard = Guard::new(beside(MILD, true), hardened());
+    let outcome = guard.answer(&chat).await.unwrap();
+    assert_eq!((outcome.answer.as_str(), outcome.verdict), ("A list.", Verdict::Safe));
+    assert_eq!(steps(&outcome), [&REQUEST[..], &[Step::Direct, Step::Detect, Step::Detect]].concat());
+
+    let sure = Opinion { words: 0.99, handed: 0.99, ..MILD };
+    let outcome = Guard::new(beside(sure, false), hardened()).answer(&chat).await.unwrap();
+    assert_eq!((outcome.answer.as_str(), outcome.verdict), ("A better one.", Verdict::Unsafe));
+    assert!(!steps(&outcome).contains(&Step::Direct), "{:?}", steps(&outcome));
+}
+
+#[tokio::test]
+async fn a_request_that_was_considered_is_judged_as_one_that_was_not() {
+    let chat = Chat::ask([picture()], "Fill the list.");
+    for opinion in [MILD, Opinion { words: 0.99, handed: 0.99, ..MILD }, Opinion { helps: 0.99, words: 0.9, ..MILD }] {
+        let guard = Guard::new(model(opinion, "A list.", &["A better one."]), hardened());
+        let considered = guard.consider(&chat).await.unwrap();
+        let review = |considered| async {
+            let events: Vec<_> = guard.review_considered(&chat, considered, "A list.").collect().await;
+            match events.into_iter().last().unwrap().unwrap() {
+                Event::Done(outcome) => outcome,
+                other => panic!("{other:?}"),
+            }
+        };
+        let (again, first) = (review(considered.again()).await, review(considered.clone()).await);
+        let whole = guard.review(&chat, "A list.").await.unwrap();
+        assert_eq!(considered.is_harm(), opinion.handed > 0.5);
+        for outcome in [&again, &first] {
+            assert_eq!((&outcome.answer, outcome.verdict, outcome.score), (&whole.answer, whole.verdict, whole.score));
+        }
+        assert_eq!(steps(&first), steps(&whole));
+        // What the look took is counted once.
+        assert!(!steps(&again).contains(&Step::RequestCheck), "{:?}", steps(&again));
     }
 }
