@@ -56,7 +56,7 @@ pub struct Paced<M> {
     gone: SetOnce<ModelError>,
 }
 
-/// Says whether the model is still the one that was asked before: an error that tells what it is now.
+/// Says whether the model is still the one that was asked at first: an error that tells what it is now.
 pub type Stays = Box<dyn Fn() -> BoxFuture<'static, Result<(), ModelError>> + Send + Sync>;
 
 struct Pace {
@@ -73,6 +73,10 @@ struct Pace {
     answered: Option<(Duration, Chat, Sampling)>,
     /// When the model last came back.
     back: Option<Instant>,
+    /// From which model the first reply says it comes.
+    answering: Option<String>,
+    /// Whether calls were turned away since somebody looked which model is there.
+    was_busy: bool,
 }
 
 impl<M: Mllm> Paced<M> {
@@ -88,6 +92,8 @@ impl<M: Mllm> Paced<M> {
             warned: None,
             answered: None,
             back: None,
+            answering: None,
+            was_busy: false,
         };
         Self {
             model,
@@ -101,7 +107,8 @@ impl<M: Mllm> Paced<M> {
         }
     }
 
-    /// The same model, asked by `stays` whether it is the same whenever a connection to it was lost.
+    /// The same model, asked by `stays` whether it is the same where that is in doubt: when a connection to it was lost, when it turned calls
+    /// away, and when a reply says that it comes from another.
     #[must_use]
     pub fn that_stays(self, stays: Stays) -> Self {
         Self { stays: Some(stays), ..self }
@@ -147,6 +154,7 @@ impl<M: Mllm> Paced<M> {
     /// Half as many calls at once, and none for a while. Gives whether trying again is worth it.
     fn slow_down(&self, asked: Option<Duration>, begun: Instant) -> bool {
         let mut pace = self.pace();
+        pace.was_busy = true;
         let now = Instant::now();
         // Calls that were under way together are turned away together: they count once.
         if begun >= pace.not_before {
@@ -220,11 +228,20 @@ impl<M: Mllm> Paced<M> {
         false
     }
 
-    /// Goes on only while the model is the one that was asked before. Where nobody can say, it is.
+    /// Whether the model is the one that was asked at first; where nobody can say, it is.
+    ///
+    /// # Errors
+    /// Says what it is now.
+    pub async fn stays(&self) -> Result<(), ModelError> {
+        match &self.stays {
+            Some(stays) => stays().await,
+            None => Ok(()),
+        }
+    }
+
+    /// Goes on only while the model is the one that was asked at first.
     async fn is_the_same(&self) {
-        if let Some(stays) = &self.stays
-            && let Err(error) = stays().await
-        {
+        if let Err(error) = self.stays().await {
             self.give_up::<()>(error).await;
         }
     }
@@ -276,7 +293,25 @@ impl<M: Mllm> Paced<M> {
         }
         let (answer, took) = answer?;
         self.remember(chat, sampling, took);
+        if std::mem::take(&mut self.pace().was_busy) {
+            self.is_the_same().await;
+        }
         Ok(answer)
+    }
+
+    /// Looks which model is there where a reply says that it comes from another than the first did.
+    async fn is_from_the_same(&self, reply: &Reply) {
+        let is_other = match (&reply.model, &mut self.pace().answering) {
+            (Some(model), Some(first)) => model != first,
+            (Some(model), first) => {
+                *first = Some(model.clone());
+                false
+            }
+            (None, _) => false,
+        };
+        if is_other {
+            self.is_the_same().await;
+        }
     }
 }
 
@@ -316,7 +351,9 @@ impl<M: Mllm> Mllm for Paced<M> {
             reply.took.get_or_insert(begun.elapsed());
             Ok(reply)
         };
-        self.ask(chat, sampling, call).await
+        let reply = self.ask(chat, sampling, call).await?;
+        self.is_from_the_same(&reply).await;
+        Ok(reply)
     }
 }
 

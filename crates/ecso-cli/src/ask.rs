@@ -124,7 +124,7 @@ impl Screen<'_> {
         };
         let score = outcome.score.map_or_else(String::new, |score| format!(", P(harm) {score:.2}"));
         let why = self.why.map_or_else(String::new, |why| format!(" ({why})"));
-        eprintln!("[{verdict}{score}; profile {}{why}, model {}]", outcome.profile, outcome.model);
+        say!("[{verdict}{score}; profile {}{why}, model {}]", outcome.profile, outcome.model);
     }
 }
 

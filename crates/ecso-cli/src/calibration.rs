@@ -98,10 +98,11 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
             Ok((profile, FITTED))
         }
         Some(stored) => {
-            eprintln!(
+            say!(
                 "ecso: warning: the calibration of `{}` for {} is of another version of that profile, so it is not used; make a new \
                  one with `ecso tune`",
-                stored.profile, settings.model
+                stored.profile,
+                settings.model
             );
             Ok((profile, "fitted in another version, which is not used"))
         }

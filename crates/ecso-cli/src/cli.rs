@@ -135,7 +135,7 @@ pub(crate) struct ReplayArgs {
 
     /// At most so many lines
     #[arg(long, value_name = "N")]
-    pub(crate) limit: Option<usize>,
+    pub(crate) limit: Option<NonZero<usize>>,
 
     /// Exit with an error if a smaller share of the lines could be judged
     #[arg(long, value_name = "SHARE", default_value_t = 1.0, value_parser = crate::eval::share)]

@@ -342,12 +342,12 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<Profile> {
     Ok(chosen_profile(settings)?.0)
 }
 
-/// [`profile`], and why it is that one, where nobody named it.
+/// [`profile`], and why it is that one, where nobody named it, or where it is fitted to the model.
 pub(crate) fn chosen_profile(settings: &Settings) -> anyhow::Result<(Profile, Option<&'static str>)> {
     let (mut profile, why) = match settings.profile.as_str() {
         "auto" | "hardened" => {
             let (profile, why) = calibration::profile(settings)?;
-            (profile, (settings.profile == "auto").then_some(why))
+            (profile, (settings.profile == "auto" || why == calibration::FITTED).then_some(why))
         }
         named => (named_profile(named)?, None),
     };
@@ -355,6 +355,14 @@ pub(crate) fn chosen_profile(settings: &Settings) -> anyhow::Result<(Profile, Op
         profile = profile.with(key, value)?;
     }
     Ok((profile, why))
+}
+
+/// Tells of a profile that is fitted to the model: its name doesn't.
+pub(crate) fn tell_fit(settings: &Settings) -> anyhow::Result<()> {
+    if let (profile, Some(calibration::FITTED)) = chosen_profile(settings)? {
+        say!("profile {}: {}, as `ecso tune` or `ecso eval calibrate` kept it", profile.name, calibration::FITTED);
+    }
+    Ok(())
 }
 
 /// The profile that the settings name, and those of single models and clients.

@@ -1,5 +1,13 @@
 //! The program `ecso`, as a library so that its parts can be tested: `main.rs` only calls [`main`].
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is the program that speaks to people")]
+#![expect(clippy::print_stdout, reason = "this is the program that speaks to people")]
+
+/// Tells the user something, on standard error. Where nobody reads that any more, the work goes on.
+macro_rules! say {
+    ($($told:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($told)*);
+    }};
+}
 
 mod ask;
 mod calibration;
@@ -36,7 +44,7 @@ pub fn main() -> ExitCode {
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("ecso: {}", ecso::chain(error.as_ref()));
+            say!("ecso: {}", ecso::chain(error.as_ref()));
             exit_code(&error)
         }
     }

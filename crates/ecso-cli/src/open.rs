@@ -123,12 +123,13 @@ pub(crate) fn flags(settings: &Settings) -> String {
     format!("{}{}", flag("--model", model), flag("--model-name", &settings.model_name))
 }
 
-/// What a server has now, in one text: the model's name, and its [`description`].
+/// Which model a server has now, in one text: what its list says of the one that is named, or whatever it has where none is.
+///
+/// # Errors
+/// It can't be asked now.
 pub(crate) async fn standing(settings: &Settings) -> anyhow::Result<String> {
     let server = ecso_openai::OpenAi::new(&settings.model, server_options(settings)).map_err(|error| misuse(&error))?;
-    let server = server.settled().await?;
-    let described = server.description().await?;
-    Ok([Some(server.name().to_owned()), described].into_iter().flatten().collect::<Vec<_>>().join(" "))
+    Ok(server.standing().await?)
 }
 
 /// Whether a model's name is a file's.

@@ -51,7 +51,7 @@ impl Bar {
         self.drawn.set_message(note.to_owned());
         if !self.quiet && self.drawn.is_hidden() && self.last_line.get().elapsed() >= LINES {
             self.last_line.set(Instant::now());
-            eprintln!("{}", self.line(done, first, total, note));
+            say!("{}", self.line(done, first, total, note));
         }
     }
 
@@ -110,7 +110,7 @@ impl Steps {
 
     pub(crate) fn show(&self, what: &str) {
         if self.lines {
-            eprintln!("ecso: {what}");
+            say!("ecso: {what}");
         }
         self.spinner.enable_steady_tick(Duration::from_millis(100));
         self.spinner.set_message(what.to_owned());
@@ -118,7 +118,7 @@ impl Steps {
 
     /// Prints text that stays.
     pub(crate) fn print(&self, text: &str) {
-        self.spinner.suspend(|| eprintln!("{text}"));
+        self.spinner.suspend(|| say!("{text}"));
     }
 
     pub(crate) fn clear(&self) {

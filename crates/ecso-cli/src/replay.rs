@@ -5,13 +5,15 @@ use std::{
     fs::File,
     io::{BufRead, BufReader, BufWriter, Write},
     num::NonZero,
-    path::{Path, PathBuf},
+    path::Path,
 };
 
-use ecso::{Guard, GuardError};
+use anyhow::Context;
+use ecso::{Guard, GuardError, Verdict};
 use ecso_gateway::replay::Recorded;
 use futures::{StreamExt, stream};
-use serde_json::json;
+use serde_json::{Value, json};
+use tempfile::NamedTempFile;
 
 use crate::{UsageError, cli::ReplayArgs, config, open};
 
@@ -24,19 +26,53 @@ enum Failure {
     Model(usize, GuardError),
 }
 
+/// A file that is there when it is whole.
+struct Out<'a> {
+    path: &'a Path,
+    file: BufWriter<NamedTempFile>,
+}
+
+impl<'a> Out<'a> {
+    /// A file at `path`, which is not the `audit` log itself.
+    fn new(path: &'a Path, audit: &Path) -> anyhow::Result<Self> {
+        let wrong = |error: &dyn std::fmt::Display| UsageError(format!("--out {}: {error}", path.display()));
+        if same_file::is_same_file(path, audit).unwrap_or(false) {
+            return Err(wrong(&"that is the audit log; name another file").into());
+        }
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let file = BufWriter::new(NamedTempFile::new_in(folder).map_err(|error| wrong(&error))?);
+        Ok(Self { path, file })
+    }
+
+    fn write(&mut self, line: &Value) -> std::io::Result<()> {
+        writeln!(self.file, "{line}")
+    }
+
+    fn done(self) -> anyhow::Result<()> {
+        let file = self.file.into_inner().map_err(std::io::IntoInnerError::into_error)?;
+        file.persist(self.path).with_context(|| self.path.display().to_string())?;
+        Ok(())
+    }
+}
+
 pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let settings = config::load(file, &args.model, &args.profile)?;
     let profile = config::profile(&settings)?;
     let shown = args.audit.display();
     let log = File::open(&args.audit).map_err(|error| UsageError(format!("{shown}: {error}")))?;
-    let create =
-        |path: &PathBuf| File::create(path).map_err(|error| UsageError(format!("--out {}: {error}", path.display())));
-    let mut out = args.out.as_ref().map(create).transpose()?.map(BufWriter::new);
+    if log.metadata().is_ok_and(|log| log.is_dir()) {
+        return Err(UsageError(format!("{shown} is a folder; name the audit log in it")).into());
+    }
+    let mut out = args.out.as_deref().map(|path| Out::new(path, &args.audit)).transpose()?;
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
         let guard = Guard::new(open::model(&settings).await?, profile);
         let guard = &guard;
-        let lines = (1_usize..).zip(BufReader::new(log).lines()).take(args.limit.unwrap_or(usize::MAX));
+        let mut is_broken = false;
+        // Behind an error of the file there is nothing more to read.
+        let read = BufReader::new(log).lines().take_while(move |line| !std::mem::replace(&mut is_broken, line.is_err()));
+        let lines = (1_usize..).zip(read).filter(|(_, line)| !line.as_ref().is_ok_and(|line| line.trim().is_empty()));
+        let lines = lines.take(args.limit.map_or(usize::MAX, NonZero::get));
         let at_once = args.concurrency.map_or_else(|| open::at_once(&settings), NonZero::get);
         let mut judged = stream::iter(lines)
             .map(|(number, line)| async move {
@@ -49,7 +85,7 @@ pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> 
             .buffered(at_once.max(1));
         let mut counts: BTreeMap<(&str, &str), u64> = BTreeMap::new();
         let (mut failed, mut first_failure) = (0_u64, None::<Failure>);
-        let mut changed = Vec::new();
+        let (mut changed, mut unguarded) = (Vec::new(), 0_u64);
         while let Some(judged) = judged.next().await {
             let (recorded, outcome) = match judged {
                 Ok(judged) => judged,
@@ -59,6 +95,10 @@ pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> 
                     continue;
                 }
             };
+            if outcome.verdict == Verdict::Unchecked {
+                unguarded += 1;
+                continue;
+            }
             *counts.entry((recorded.verdict.as_str(), outcome.verdict.as_str())).or_default() += 1;
             if recorded.verdict != outcome.verdict {
                 changed.push(recorded.id.clone());
@@ -68,17 +108,14 @@ pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> 
                     "request_id": recorded.id, "model": recorded.model, "recorded": {"profile": recorded.profile, "verdict": recorded.verdict},
                     "now": {"profile": outcome.profile, "verdict": outcome.verdict, "score": outcome.score, "rewritten": outcome.rewritten},
                 });
-                writeln!(out, "{line}")?;
+                out.write(&line)?;
             }
-        }
-        if let Some(out) = &mut out {
-            out.flush()?;
         }
         let total: u64 = counts.values().sum();
         if args.json {
             let rows: Vec<_> =
                 counts.iter().map(|((then, now), count)| json!({"recorded": then, "now": now, "count": count})).collect();
-            println!("{}", json!({"profile": guard.profile().name, "judged": total, "failed": failed, "counts": rows, "changed": changed}));
+            println!("{}", json!({"profile": guard.profile().name, "judged": total, "failed": failed, "unguarded": unguarded, "counts": rows, "changed": changed}));
         } else {
             println!("{total} answers judged again under {}; {} verdicts change", guard.profile().name, changed.len());
             for ((then, now), count) in &counts {
@@ -87,9 +124,20 @@ pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> 
             for id in &changed {
                 println!("  changed: {id}");
             }
+            if unguarded > 0 {
+                println!("  {unguarded} more are not guarded under this profile: they have no image");
+            }
         }
-        let Some(failure) = first_failure else { return Ok(()) };
-        eprintln!("{failed} lines could not be judged; the first: {failure}");
+        if total > 0
+            && let Some(out) = out
+        {
+            out.done()?;
+        }
+        let Some(failure) = first_failure else {
+            anyhow::ensure!(total > 0, "nothing was judged again: {shown} has no line that this profile guards");
+            return Ok(());
+        };
+        say!("{failed} lines could not be judged; the first: {failure}");
         match failure {
             #[expect(clippy::cast_precision_loss, reason = "counts of lines")]
             _ if total > 0 => {

@@ -26,13 +26,13 @@ pub(crate) fn run(args: &ServeArgs, file: Option<&Path>) -> anyhow::Result<()> {
     runtime.block_on(async {
         let gateway = Arc::new(gateway(&settings).await?);
         let listener = listen(&settings).await?;
-        eprintln!("ecso: {}", greeting(&settings, listener.local_addr()?)?);
+        say!("ecso: {}", greeting(&settings, listener.local_addr()?)?);
         for warning in warnings(&settings)? {
-            eprintln!("ecso: warning: {warning}");
+            say!("ecso: warning: {warning}");
         }
         reload_on_signal(&gateway, &settings, args.clone(), file.map(Path::to_owned));
         ecso_gateway::serve(gateway, listener, stopped()).await?;
-        eprintln!("ecso: all requests are finished");
+        say!("ecso: all requests are finished");
         Ok(())
     })
 }
@@ -79,8 +79,8 @@ fn reload_on_signal(gateway: &Arc<Gateway>, settings: &Settings, args: ServeArgs
     tokio::spawn(async move {
         while hangups.recv().await.is_some() {
             match reload(&gateway, &begun, &args, file.as_deref()) {
-                Ok(profile) => eprintln!("ecso: the settings were read again; profile {profile}"),
-                Err(error) => eprintln!("ecso: the settings stay as they were: {error:#}"),
+                Ok(profile) => say!("ecso: the settings were read again; profile {profile}"),
+                Err(error) => say!("ecso: the settings stay as they were: {error:#}"),
             }
         }
     });
@@ -175,13 +175,13 @@ async fn stopped() {
         () = interrupted => {}
         () = terminated => {}
     }
-    eprintln!("ecso: no new requests; the running ones are finished first");
+    say!("ecso: no new requests; the running ones are finished first");
 }
 
 /// A fresh client key, and what to write into the settings for it.
 pub(crate) fn key(name: &str) {
     let key = ecso_gateway::settings::Key::generate();
     println!("{}", key.0);
-    eprintln!("This is shown once; give it to the client. In config.toml:\n");
-    eprintln!("[gateway.keys.{name:?}]\nsha256 = \"{}\"", key.1.sha256);
+    say!("This is shown once; give it to the client. In config.toml:\n");
+    say!("[gateway.keys.{name:?}]\nsha256 = \"{}\"", key.1.sha256);
 }

@@ -34,6 +34,7 @@ use crate::{
 pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let settings = config::load(file, &args.model, &args.profile)?;
     let mut profile = config::profile(&settings)?;
+    config::tell_fit(&settings)?;
     if let Some(most) = args.max_new_tokens {
         profile = ecso_eval::run::capped(vec![profile], Some(most.get())).remove(0);
     }
@@ -62,11 +63,19 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
             UsageError(format!("--out {out} lies where the input is read from; name a folder beside it")).into()
         );
     }
+    if pack::is_taken(&args.out).with_context(|| args.out.display().to_string())? {
+        let place = args.out.join("dataset");
+        return Err(UsageError(format!(
+            "{} is there and was not made by ecso synth, which puts its dataset in that place; name another --out",
+            place.display()
+        ))
+        .into());
+    }
     // What is wrong with the input as a whole is said before a model is loaded.
     drop(input.rows().map_err(UsageError::of)?);
     let unread = input.unread().map_err(UsageError::of)?;
     if !unread.is_empty() {
-        eprintln!("{}: not read: {unread}", input.path.display());
+        say!("{}: not read: {unread}", input.path.display());
     }
 
     let runtime = tokio::runtime::Runtime::new()?;
@@ -120,7 +129,7 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
         print!("{}", told(&manifest, &args.out.join("dataset")));
     }
     if !ended.whole {
-        eprintln!("the budget is spent; the same command with a larger one goes on from here");
+        say!("the budget is spent; the same command with a larger one goes on from here");
     }
     enough(args, &input, &manifest, ended.whole)
 }
@@ -141,7 +150,10 @@ fn make(
     let ended = Handle::current().block_on(worker.done(run::run(input, header, making, bounds, show)))??;
     drop(bar);
     let (work, wall) = (worker.work(), begun.elapsed().as_secs_f64());
-    eprintln!(
+    if quiet {
+        return Ok(ended);
+    }
+    say!(
         "{} calls in {wall:.1} s, {} from the cache; the model was busy {:.1}% of it",
         work.calls,
         work.replayed,
@@ -171,13 +183,11 @@ fn enough(args: &SynthArgs, input: &Input, manifest: &Manifest, whole: bool) -> 
         failures.display()
     );
     if manifest.samples.is_empty() {
-        eprintln!(
-            "the dataset is empty: no row was kept for safety, and utility samples are taken in proportion to these"
-        );
+        say!("the dataset is empty: no row was kept for safety, and utility samples are taken in proportion to these");
     }
     if manifest.packing.validation > 0.0 && !manifest.samples.is_empty() && !manifest.samples.contains_key("validation")
     {
-        eprintln!(
+        say!(
             "no sample is for validation: no image was drawn for it at {}; --validation takes another share",
             manifest.packing.validation
         );

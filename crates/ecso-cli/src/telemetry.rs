@@ -15,7 +15,11 @@ pub(crate) struct Telemetry {
 /// Begins to write logs, and to send spans where there is a collector.
 pub(crate) fn start() -> Telemetry {
     let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    let logs = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(colours).with_filter(filter());
+    let logs = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .log_internal_errors(false)
+        .with_ansi(colours)
+        .with_filter(filter());
     #[cfg(feature = "otel")]
     if let Some(spans) = otel::collector() {
         tracing_subscriber::registry().with(logs).with(otel::layer(&spans)).init();
@@ -32,7 +36,7 @@ pub(crate) fn start() -> Telemetry {
 fn filter() -> Targets {
     let wish = std::env::var("ECSO_LOG").unwrap_or_else(|_| USUAL.into());
     wish.parse().unwrap_or_else(|error| {
-        eprintln!("ecso: ECSO_LOG={wish}: {error}; write for instance info,ecso=debug");
+        say!("ecso: ECSO_LOG={wish}: {error}; write for instance info,ecso=debug");
         USUAL.parse().unwrap_or_default()
     })
 }
@@ -48,7 +52,7 @@ mod otel {
     impl Drop for super::Telemetry {
         fn drop(&mut self) {
             if let Some(Err(error)) = self.spans.as_ref().map(SdkTracerProvider::shutdown) {
-                eprintln!("ecso: the last spans could not be sent: {error}");
+                say!("ecso: the last spans could not be sent: {error}");
             }
         }
     }
@@ -63,7 +67,7 @@ mod otel {
         let exporter = match SpanExporter::builder().with_http().build() {
             Ok(exporter) => exporter,
             Err(error) => {
-                eprintln!("ecso: no spans are sent: {error}");
+                say!("ecso: no spans are sent: {error}");
                 return None;
             }
         };

@@ -15,14 +15,16 @@ use ecso_eval::{
     benchmarks::{self, Items},
     record::{Choice, ItemRecord, RunHeader},
     run::{self, Options, Progress},
-    tune::{self, Heard},
+    tune::{self, Heard, Lost},
 };
 use serde::Serialize;
 
 use crate::{
     calibration::{self, Stored},
     cli::{ProfileArgs, TuneArgs},
-    config, open,
+    config,
+    eval::write_whole,
+    open,
     progress::{Bar, Unit},
     work::Worker,
 };
@@ -51,9 +53,9 @@ pub(crate) fn run(args: &TuneArgs, file: Option<&Path>) -> anyhow::Result<()> {
             println!("{}", serde_json::to_string_pretty(&extent)?);
             return Ok(());
         }
-        eprintln!("{extent}");
+        say!("{extent}");
         if total < 2 * args.pairs.get() {
-            eprintln!("there are {} pairs for this model, of {} that were asked for", total / 2, args.pairs);
+            say!("there are {} pairs for this model, of {} that were asked for", total / 2, args.pairs);
         }
         if args.dry_run {
             return Ok(());
@@ -102,16 +104,25 @@ fn finish(
 ) -> anyhow::Result<()> {
     let records: Vec<ItemRecord> = Saved::folder(&args.out).latest()?.collect::<Result<_, _>>()?;
     let heard: Vec<Heard> = records.iter().filter_map(|record| Heard::of(record, "hardened")).collect();
+    if 2 * heard.len() < records.len() {
+        anyhow::bail!(
+            "{} of {} requests failed; the journal says why: {}; the same command tries them again",
+            records.len() - heard.len(),
+            records.len(),
+            args.out.display()
+        );
+    }
     if heard.len() < records.len() {
-        eprintln!(
-            "{} requests failed, and are left out; the same command tries them again",
+        say!(
+            "{} requests failed, and widen the figures; the same command tries them again",
             records.len() - heard.len()
         );
     }
     let fitted = tune::fit(method, &heard, args.false_alarms)?;
-    let page = tune::page(&header.model, method, &heard, &fitted);
+    let lost = Lost::of(&records, "hardened");
+    let page = tune::page(&header.model, method, &heard, lost, &fitted, args.false_alarms);
     let path = args.out.join("tune.md");
-    std::fs::write(&path, &page).with_context(|| path.display().to_string())?;
+    write_whole(&path, &page).with_context(|| path.display().to_string())?;
     let stored = Stored {
         ecso: header.ecso.clone(),
         model: header.model.clone(),
@@ -128,11 +139,11 @@ fn finish(
         println!("{page}");
     }
     if let Some(fault) = stored.fault() {
-        eprintln!("{}; {fault}", path.display());
+        say!("{}; {fault}", path.display());
         return Ok(());
     }
     let kept = calibration::store(settings, &stored)?;
-    eprintln!("{}; kept in {}: `hardened` takes it for {} from now on", path.display(), kept.display(), stored.model);
+    say!("{}; kept in {}: `hardened` takes it for {} from now on", path.display(), kept.display(), stored.model);
     Ok(())
 }
 

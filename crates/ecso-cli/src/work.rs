@@ -67,8 +67,16 @@ impl Worker {
 
     /// `work` to its end; an error where the user stops it, or the model goes away and does not come back.
     pub(crate) async fn done<T>(&self, work: impl Future<Output = T>) -> anyhow::Result<T> {
+        let checked = async {
+            let done = stoppable(work).await?;
+            self.paced.stays().await.map_err(|error| {
+                anyhow::Error::new(error)
+                    .context("some of what is recorded may be another model's; name another --out, and no --cache")
+            })?;
+            Ok(done)
+        };
         tokio::select! {
-            done = stoppable(work) => done,
+            done = checked => done,
             gone = self.paced.gone() => {
                 Err(anyhow::Error::new(gone).context("stopped; what is recorded stays, and the same command goes on from there"))
             }
@@ -83,7 +91,7 @@ async fn stays(settings: &Settings) -> anyhow::Result<Stays> {
     Ok(Box::new(move || {
         let (settings, at_first) = (settings.clone(), at_first.clone());
         Box::pin(async move {
-            // What can't be asked is no other model; the calls themselves tell.
+            // Where nobody can be asked, the calls themselves tell.
             let Ok(now) = open::standing(&settings).await else { return Ok(()) };
             if now == at_first {
                 return Ok(());

@@ -14,6 +14,15 @@ fn size(samples: u64) -> &'static str {
     }
 }
 
+/// A digest of a configuration's files.
+fn made_of(manifest: &Manifest, config: &str) -> String {
+    let mut hash = blake3::Hasher::new();
+    for (name, (bytes, sha256)) in manifest.files.iter().filter(|(name, _)| name.starts_with(config)) {
+        hash.update(format!("{name} {bytes} {sha256}\n").as_bytes());
+    }
+    hash.finalize().to_hex()[..16].to_owned()
+}
+
 fn count(manifest: &Manifest, split: &str, kind: &str) -> u64 {
     manifest.samples.get(split).and_then(|kinds| kinds.get(kind)).copied().unwrap_or(0)
 }
@@ -40,7 +49,11 @@ pub(crate) fn card(manifest: &Manifest) -> String {
     }
     for (name, splits) in configs.iter().filter(|(_, splits)| !splits.is_empty()) {
         let default = if *name == "sft" { "\n  default: true" } else { "" };
-        line(format_args!("- config_name: {name}{default}\n  data_files:"));
+        // By this loaders that keep what they loaded know another dataset, and this one when it is packed anew: they look at nothing else.
+        line(format_args!(
+            "- config_name: {name}{default}\n  description: made {}\n  data_files:",
+            made_of(manifest, name)
+        ));
         for split in splits {
             line(format_args!("  - split: {split}\n    path: {name}/{split}-*.parquet"));
         }

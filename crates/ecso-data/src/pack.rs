@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     error::Error,
     fs::{self, File},
+    io::BufReader,
     io::{Read, Seek, SeekFrom},
     path::{Path, PathBuf},
 };
@@ -41,6 +42,12 @@ pub enum PackError {
     /// A row, from 0, is not what it was when it was made.
     #[error("row {} of the input (from 1) has changed since it was made; put it back, or begin anew with another --out", .0 + 1)]
     Changed(u64),
+    /// The dataset's place holds something that is no dataset of ours.
+    #[error("{} is there and was not made here; move it away, or name another --out", path.display())]
+    Taken {
+        /// Which.
+        path: PathBuf,
+    },
     /// A file can't be written.
     #[error("{}", path.display())]
     File {
@@ -229,7 +236,7 @@ fn split(record: &RowRecord, groups: &Groups, packing: &Packing) -> &'static str
 
 fn record_at(journal: &mut File, place: u64) -> std::io::Result<RowRecord> {
     journal.seek(SeekFrom::Start(place))?;
-    let mut line = serde_json::Deserializer::from_reader(std::io::BufReader::new(journal));
+    let mut line = serde_json::Deserializer::from_reader(BufReader::new(journal));
     Ok(RowRecord::deserialize(&mut line)?)
 }
 
@@ -334,16 +341,43 @@ fn clear(out: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Whether the place of a run's dataset holds what is no dataset of ours, and so must not be replaced.
+///
+/// # Errors
+/// It can't be looked at.
+pub fn is_taken(out: &Path) -> std::io::Result<bool> {
+    let place = out.join("dataset");
+    match fs::read_dir(&place) {
+        Ok(mut entries) => Ok(entries.next().is_some() && !is_ours(&place)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => Ok(true),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether a folder was packed here.
+fn is_ours(place: &Path) -> bool {
+    let manifest = regular::open(&place.join("manifest.json"));
+    let read = manifest.ok().and_then(|file| serde_json::from_reader::<_, Value>(BufReader::new(file)).ok());
+    read.is_some_and(|manifest| manifest["run"]["ecso"].is_string() && manifest["packing"].is_object())
+}
+
 /// Puts the finished folder in its place.
 fn put(work: tempfile::TempDir, place: &Path) -> Result<(), PackError> {
-    let old = place.with_extension("old");
-    let _ = fs::remove_dir_all(&old);
-    if place.exists() {
-        fs::rename(place, &old).map_err(|error| failed(place, error))?;
+    let is_filled = fs::read_dir(place).is_ok_and(|mut entries| entries.next().is_some());
+    if is_filled && !is_ours(place) {
+        return Err(PackError::Taken { path: place.to_owned() });
     }
     let work = work.keep();
-    fs::rename(&work, place).map_err(|error| failed(place, error))?;
-    let _ = fs::remove_dir_all(&old);
+    if place.exists() {
+        // What was there goes with the temporary folder that it is put into.
+        let old =
+            tempfile::tempdir_in(place.parent().unwrap_or(Path::new("."))).map_err(|error| failed(place, error))?;
+        fs::rename(place, old.path().join("dataset")).map_err(|error| failed(place, error))?;
+        fs::rename(&work, place).map_err(|error| failed(place, error))?;
+    } else {
+        fs::rename(&work, place).map_err(|error| failed(place, error))?;
+    }
     // A temporary folder is its owner's alone; a dataset is like any other folder.
     #[cfg(unix)]
     {

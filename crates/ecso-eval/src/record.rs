@@ -137,7 +137,7 @@ impl Head for RunHeader {
             ("model under the same name on the server", begun.server != self.server),
             // Profiles are recorded with that bound in them.
             ("--max-new-tokens", begun.max_new_tokens != self.max_new_tokens),
-            ("profile", begun.profiles != self.profiles),
+            ("profile, or fit of it that `ecso tune` kept,", begun.profiles != self.profiles),
             ("--scenario", begun.choice.scenarios != self.choice.scenarios),
             ("--sample", begun.choice.sample != self.choice.sample),
             ("--seed", begun.choice.seed != self.choice.seed),

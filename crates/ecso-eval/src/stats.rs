@@ -353,9 +353,19 @@ impl Agreement {
         (self.accuracy().value - chance) / (1.0 - chance)
     }
 
-    /// Kappa with a 95% interval, by a bootstrap over the pairs of which both speak.
+    /// Kappa with a 95% interval, by a bootstrap over the pairs of which both speak. Where the judge has no word on some, it reaches from none
+    /// of them agreeing to all.
     #[must_use]
     pub fn kappa_interval(self) -> Mean {
+        if self.unknown() > 0 {
+            let Self { harmful_unknown: harmful, harmless_unknown: harmless, .. } = self;
+            let known = Self { harmful_unknown: 0, harmless_unknown: 0, ..self };
+            let worst = Self { only_label: self.only_label + harmful, only_judge: self.only_judge + harmless, ..known };
+            let best = Self { both: self.both + harmful, neither: self.neither + harmless, ..known };
+            let (low, high) = (worst.kappa_interval().low, best.kappa_interval().high);
+            let value = if self.is_known() { known.kappa() } else { f64::NAN };
+            return Mean { total: self.total(), value, low, high };
+        }
         let total = self.total();
         let ends = [self.both, self.both + self.only_judge, self.both + self.only_judge + self.only_label];
         let mut random = Random(0x5eed);

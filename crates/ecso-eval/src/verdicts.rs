@@ -102,6 +102,12 @@ impl Verdicts {
         self.header.as_ref().map(|header| header.judge.as_str()).or_else(first)
     }
 
+    /// Whether there is a ruling that is no error.
+    #[must_use]
+    pub fn rules(&self) -> bool {
+        self.rulings.values().any(|(_, ruled)| ruled.verdict != Ruling::Error)
+    }
+
     /// On how many answers of an item somebody has ruled.
     pub(crate) fn met(&self, record: &ItemRecord) -> usize {
         record.arms.iter().filter(|outcome| self.of(record, &outcome.profile).is_some()).count()

@@ -168,6 +168,31 @@ impl OpenAi {
         Ok(models.iter().find(|(name, _)| *name == self.model).and_then(|(_, model)| reply::tells(model)))
     }
 
+    /// Which model is there now, in one text: what the list of models says of the one that is named, also that it has none of that name;
+    /// where none is named, all that it has.
+    ///
+    /// # Errors
+    /// [`ModelError`] where the server could not be asked now.
+    pub async fn standing(&self) -> Result<String, ModelError> {
+        let models = match self.models().await {
+            Err(ModelError::Rejected(_) | ModelError::Filtered(_) | ModelError::Protocol(_)) => {
+                return Ok(format!("{} without a list of models", self.model));
+            }
+            models => models?,
+        };
+        let told = |(name, model): &(String, Value)| match reply::tells(model) {
+            Some(told) => format!("{name} {told}"),
+            None => name.clone(),
+        };
+        if self.model.is_empty() {
+            let mut all: Vec<String> = models.iter().map(told).collect();
+            all.sort_unstable();
+            return Ok(all.join(", "));
+        }
+        let named = models.iter().find(|(name, _)| *name == self.model);
+        Ok(named.map_or_else(|| format!("{} not among its models", self.model), told))
+    }
+
     /// Posts a chat, in the way in which the model takes it.
     async fn post(&self, chat: &Chat, sampling: &Sampling, stream: bool) -> Result<Response, ModelError> {
         if chat.images().any(|image| image.description().is_some()) {
@@ -313,9 +338,9 @@ impl Mllm for OpenAi {
     async fn generate(&self, chat: &Chat, sampling: &Sampling) -> Result<Reply, ModelError> {
         let whole = async {
             let response = self.post(chat, sampling, false).await?;
-            let (reply, answering) = reply::whole(&stream::read(self.body(response)).await?)?;
-            if let Some(answering) = answering {
-                self.memory.answers(&self.model, &answering);
+            let reply = reply::whole(&stream::read(self.body(response)).await?)?;
+            if let Some(answering) = &reply.model {
+                self.memory.answers(&self.model, answering);
             }
             Ok(reply)
         };

@@ -99,8 +99,7 @@ impl Memory {
         const MOST: usize = 8;
         let mut all = self.answering.lock().unwrap_or_else(PoisonError::into_inner);
         let known = all.entry(asked.to_owned()).or_default();
-        let is_same = answering.contains(asked) || asked.contains(answering);
-        if known.len() >= MOST || !known.insert(answering.to_owned()) || is_same && known.len() == 1 {
+        if known.len() >= MOST || !known.insert(answering.to_owned()) || is_same(asked, answering) && known.len() == 1 {
             return;
         }
         tracing::warn!(%asked, %answering, "replies come from another model than the one that was asked for, or than before");
@@ -115,9 +114,35 @@ impl Memory {
     }
 }
 
+/// Whether one name is the other with a date or a version behind it, or a path before it.
+fn is_same(asked: &str, answering: &str) -> bool {
+    let plain = |name: &str| name.rsplit('/').next().unwrap_or(name).to_lowercase();
+    let (asked, answering) = (plain(asked), plain(answering));
+    let (short, long) = if asked.len() <= answering.len() { (asked, answering) } else { (answering, asked) };
+    let Some(rest) = long.strip_prefix(&short) else { return false };
+    rest.is_empty()
+        || rest == ".gguf"
+        || rest.starts_with(['-', '@', ':', '.']) && rest.chars().all(|c| c.is_ascii_digit() || "-@:._v".contains(c))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_with_a_date_or_a_path_is_the_same_models() {
+        for (asked, answering, same) in [
+            ("gpt-4o", "gpt-4o-2024-08-06", true),
+            ("qwen2.5-7b", "org/Qwen2.5-7B", true),
+            ("m", "models/m.gguf", true),
+            ("m:latest", "m", false),
+            ("gpt-4", "gpt-4o-mini", false),
+            ("m", "gemma-uncensored", false),
+            ("qwen2.5-7b", "qwen2.5-7b-abliterated", false),
+        ] {
+            assert_eq!(is_same(asked, answering), same, "{asked} {answering}");
+        }
+    }
 
     #[test]
     fn a_memory_is_by_model_and_cause() {

@@ -12,8 +12,8 @@ use crate::{
     surrogates::{Joiner, join},
 };
 
-/// Reads a whole reply, and which model it says it comes from.
-pub(crate) fn whole(body: &[u8]) -> Result<(Reply, Option<String>), ModelError> {
+/// Reads a whole reply.
+pub(crate) fn whole(body: &[u8]) -> Result<Reply, ModelError> {
     let text = String::from_utf8_lossy(body);
     let body: Value = lenient::parse(&text)
         .map_err(|error| ModelError::Protocol(Cause::new(format!("{error} in {}", start(&text)), error)))?;
@@ -24,15 +24,15 @@ pub(crate) fn whole(body: &[u8]) -> Result<(Reply, Option<String>), ModelError> 
     }
     let said = Said::of(choice);
     let model = body["model"].as_str().filter(|name| !name.is_empty()).map(|name| name.chars().take(200).collect());
-    let reply = Reply {
+    Ok(Reply {
         first_token: said.first_token(choice, !said.reasoning.is_empty()),
         text: join(&said.text),
         reasoning: join(&said.reasoning),
         usage: lenient::usage(&body["usage"]),
         finish: finish(choice)?.unwrap_or_default(),
+        model,
         took: None,
-    };
-    Ok((reply, model))
+    })
 }
 
 /// A streamed reply, while it is read.
@@ -240,7 +240,7 @@ mod tests {
     fn first(message: &Value, tokens: &[&str]) -> Option<String> {
         let tokens: Vec<Value> = tokens.iter().map(|token| position(token)).collect();
         let body = json!({"choices": [{"message": message, "logprobs": {"content": tokens}}]}).to_string();
-        whole(body.as_bytes()).unwrap().0.first_token.into_iter().next().map(|top| top.token)
+        whole(body.as_bytes()).unwrap().first_token.into_iter().next().map(|top| top.token)
     }
 
     fn streamed(events: &[Value]) -> Vec<Delta> {
@@ -318,7 +318,7 @@ mod tests {
                 let body = format!(
                     r#"{{"choices": [{{"message": {{"content": ["hi"]}}, "logprobs": {logprobs}}}], "usage": {usage}}}"#
                 );
-                let reply = whole(body.as_bytes()).unwrap().0;
+                let reply = whole(body.as_bytes()).unwrap();
                 assert_eq!(reply, Reply { text: "hi".into(), ..Reply::default() }, "{body}");
                 let event = body.replace("message", "delta");
                 let deltas = Progress::default().read(&event).unwrap();
@@ -359,7 +359,7 @@ mod tests {
             ("incomplete", length),
         ] {
             let body = json!({"choices": [{"message": {"content": "Mix"}, "finish_reason": reason}]}).to_string();
-            assert_eq!(whole(body.as_bytes()).unwrap().0.finish, expected, "{reason}");
+            assert_eq!(whole(body.as_bytes()).unwrap().finish, expected, "{reason}");
         }
     }
 
@@ -389,7 +389,7 @@ mod tests {
         deltas.extend(progress.end().unwrap());
         assert_eq!(told(&deltas), ["😀", "\u{FFFD}", "a", "😀b", "\u{FFFD}", "end"]);
         let body = r#"{"choices": [{"message": {"content": "a\ud83d\ude00\ud83d", "reasoning": "\ude00"}}]}"#;
-        let reply = whole(body.as_bytes()).unwrap().0;
+        let reply = whole(body.as_bytes()).unwrap();
         assert_eq!((reply.text.as_str(), reply.reasoning.as_str()), ("a😀\u{FFFD}", "\u{FFFD}"));
     }
 
@@ -406,7 +406,7 @@ mod tests {
             }
         }
         let fine = json!({"choices": [{"message": {"content": "a"}}], "error": null});
-        assert_eq!(whole(fine.to_string().as_bytes()).unwrap().0.text, "a");
+        assert_eq!(whole(fine.to_string().as_bytes()).unwrap().text, "a");
     }
 
     #[test]

@@ -76,6 +76,9 @@ pub struct Reply {
     pub usage: Option<Usage>,
     /// Why it ended.
     pub finish: FinishReason,
+    /// The model that a server says it comes from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
     /// How long the model took, where that is not how long the caller waited: a replayed reply.
     #[serde(default)]
     pub took: Option<Duration>,

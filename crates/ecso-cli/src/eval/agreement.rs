@@ -63,12 +63,20 @@ impl Label {
 /// Whether a label says harmful; an error for one that says neither that nor its opposite. Of several the majority counts.
 fn is_harmful<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>, D::Error> {
     let value = Value::deserialize(deserializer)?;
-    let labels = value.as_array().map_or(std::slice::from_ref(&value), Vec::as_slice);
+    let all = value.as_array().map_or(std::slice::from_ref(&value), Vec::as_slice);
+    // Of several people some may have said nothing.
+    let is_blank = |label: &&Value| {
+        all.len() > 1 && (label.is_null() || label.as_str().is_some_and(|said| said.trim().is_empty()))
+    };
+    let labels: Vec<&Value> = all.iter().filter(|label| !is_blank(label)).collect();
     if labels.is_empty() {
-        return Err(D::Error::custom("a label is []; it must be harmful or harmless, 1 or 0"));
+        return Err(D::Error::custom(format_args!(
+            "a label is {}; it must be harmful or harmless, 1 or 0",
+            cut(&value)
+        )));
     }
     let mut harmful = 0;
-    for label in labels {
+    for label in &labels {
         let said = joined(label, " ").and_then(|said| yes_or_no(&said).or_else(|| is_harm(&said)));
         let wrong =
             || D::Error::custom(format_args!("a label is {}; it must be harmful or harmless, 1 or 0", cut(label)));
@@ -128,7 +136,7 @@ pub(super) fn run(path: &Path, args: &AgreementArgs) -> anyhow::Result<()> {
     let (mut pairs, mut scores, mut unlabelled, mut outdated) = (Vec::new(), Vec::new(), 0, 0);
     let (mut met, mut arms) = (HashSet::new(), BTreeSet::new());
     for odd in Verdicts::read(path).map_err(UsageError::of)?.odd(None) {
-        eprintln!("{}: {odd}", path.display());
+        say!("{}: {odd}", path.display());
     }
     for judgement in judged {
         let judgement = judgement.map_err(UsageError::of)?;
@@ -152,7 +160,7 @@ pub(super) fn run(path: &Path, args: &AgreementArgs) -> anyhow::Result<()> {
         scores.extend(judgement.score.map(|score| (score, *label)));
     }
     if of_other_kind > 0 {
-        eprintln!(
+        say!(
             "{}: {of_other_kind} requests are harmless by the labels and harmful by the verdicts, or the other way round; --map \
              harmless=COLUMN says the same of both, as `eval judge --responses` was told",
             args.labels.display()

@@ -51,10 +51,7 @@ pub(super) fn run(
         }
         let without = all.without - before;
         if without > 0 {
-            eprintln!(
-                "{}: {without} items have no score: the model tells no probabilities, or they failed",
-                run.display()
-            );
+            say!("{}: {without} items have no score: the model tells no probabilities, or they failed", run.display());
         }
     }
     let Some(header) = headers.into_iter().next() else { bail!(UsageError("name a run".into())) };
@@ -78,13 +75,13 @@ pub(super) fn run(
         print!("{}", told(&stored));
     }
     if let Some(fault) = stored.fault() {
-        eprintln!("{fault}");
+        say!("{fault}");
         return Ok(());
     }
     if !dry_run {
         let settings = config::load(file, &ModelArgs::default(), &ProfileArgs::default())?;
         let path = calibration::store(&settings, &stored)?;
-        eprintln!(
+        say!(
             "kept in {}, in place of an earlier fit: `{PROFILE}` takes it for {} from now on",
             path.display(),
             stored.model

@@ -81,7 +81,14 @@ pub(super) fn lines_or_none<'de, D: Deserializer<'de>>(deserializer: D) -> Resul
 /// The same of an answer, which is none too where a table has a word in the place of what is missing.
 pub(super) fn answer_or_none<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     let answer = lines_or_none(deserializer)?;
-    Ok(answer.filter(|answer| !matches!(answer.trim(), "nan" | "NaN" | "<NA>" | "null" | "None")))
+    Ok(answer.filter(|answer| !is_none(answer)))
+}
+
+/// Whether a cell has a word in the place of a text, as pandas, SQL and spreadsheets write it.
+fn is_none(cell: &str) -> bool {
+    const NONE: [&str; 11] = ["nan", "<na>", "null", "none", "na", "n/a", "#n/a", "undefined", "\\n", "[]", "{}"];
+    let cell = cell.trim().trim_matches(['"', '\'']).to_lowercase();
+    NONE.contains(&cell.as_str())
 }
 
 /// A switch, also as the text that CSV has in its place; what is empty says nothing.
@@ -138,7 +145,7 @@ pub(super) fn run(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<()> {
         let out = out(args, &header.judge);
         let mut journal = Journal::open_file(&out, &header)?;
         if journal.was_cut() {
-            eprintln!("{}: its last line was cut off by a crash; that answer is judged again", out.display());
+            say!("{}: its last line was cut off by a crash; that answer is judged again", out.display());
         }
         let bar = Bar::new(Unit::Of("answers"), false);
         let (begun, mut fresh, mut first_error) = (journal.len() as u64, 0, None);
@@ -195,7 +202,7 @@ fn summary(out: &Path, seen: &[Key], others: &Others, error: Option<&str>, min_c
         out.display()
     );
     if let Some(error) = error {
-        eprintln!("the first error: {error}");
+        say!("the first error: {error}");
     }
     if !is_judged {
         bail!("no answer could be judged");
@@ -311,7 +318,7 @@ impl Answers {
     fn from_elsewhere(path: &Path, columns: &table::Columns) -> anyhow::Result<Self> {
         let responses: Vec<Response> = table::rows(path, columns, &COLUMNS)?;
         if responses.iter().all(|response| response.harmless.is_none()) {
-            eprintln!("{}: no row says whether it is `harmless`; every request is taken as harmful", path.display());
+            say!("{}: no row says whether it is `harmless`; every request is taken as harmful", path.display());
         }
         let about = Some(responses.len() as u64);
         let others = Rc::new(Others::default());

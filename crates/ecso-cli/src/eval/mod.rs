@@ -37,12 +37,13 @@ pub(crate) fn run(command: &EvalCommand, file: Option<&Path>) -> anyhow::Result<
         EvalCommand::Compare { a, b, judge } => {
             let [a, b] = [judged(a, judge.as_deref())?, judged(b, judge.as_deref())?];
             print!("{}", advice::compare(&a, &b).map_err(UsageError::of)?);
-            Ok(())
+            hold_judged([&a, &b])
         }
         EvalCommand::Advise { runs, judge } => {
             let runs: anyhow::Result<Vec<JudgedRun>> = runs.iter().map(|run| judged(run, judge.as_deref())).collect();
-            print!("{}", advice::advise(&runs?).map_err(UsageError::of)?);
-            Ok(())
+            let runs = runs?;
+            print!("{}", advice::advise(&runs).map_err(UsageError::of)?);
+            hold_judged(&runs)
         }
         EvalCommand::Report { runs, out, judge } => write_report(runs, out.as_deref(), judge.as_deref()),
     }
@@ -121,6 +122,16 @@ fn judged(run: &Path, judge: Option<&str>) -> anyhow::Result<JudgedRun> {
     JudgedRun::open(run, judge).map_err(|error: JudgedError| UsageError::of(error).into())
 }
 
+/// Holds that somebody has ruled on something, or that a filter did in their place.
+fn hold_judged<'a>(runs: impl IntoIterator<Item = &'a JudgedRun>) -> anyhow::Result<()> {
+    for run in runs {
+        if run.verdicts.rules() || run.records()?.any(|record| record.is_ok_and(|record| record.filtered)) {
+            return Ok(());
+        }
+    }
+    anyhow::bail!("no answer is judged, so that there is no figure; ecso eval judge RUN rules on them")
+}
+
 fn write_report(runs: &[PathBuf], out: Option<&Path>, judge: Option<&str>) -> anyhow::Result<()> {
     let out = out.unwrap_or(&runs[0]);
     if out.is_file() {
@@ -141,9 +152,7 @@ fn write_report(runs: &[PathBuf], out: Option<&Path>, judge: Option<&str>) -> an
         write_whole(&path, &text).with_context(|| path.display().to_string())?;
     }
     println!("{markdown}\n{}", out.join("report.html").display());
-    let is_judged = |summary: &Summary, arm: &Arm| {
-        arm.all.unjudged + arm.all.missing + arm.all.failed < summary.items || summary.items == 0
-    };
+    let is_judged = |summary: &Summary, arm: &Arm| arm.all.unjudged + arm.all.missing + arm.all.failed < summary.items;
     anyhow::ensure!(
         summaries.iter().any(|summary| summary.arms.iter().any(|arm| is_judged(summary, arm))),
         "no answer is judged: the report has no rate; ecso eval judge tells of one run after the other"
@@ -152,7 +161,7 @@ fn write_report(runs: &[PathBuf], out: Option<&Path>, judge: Option<&str>) -> an
 }
 
 /// Writes a file in one move: who reads it sees the old text or the new one.
-fn write_whole(path: &Path, text: &str) -> std::io::Result<()> {
+pub(crate) fn write_whole(path: &Path, text: &str) -> std::io::Result<()> {
     // Others may write the same report.
     let new = path.with_extension(format!("{}.new", std::process::id()));
     std::fs::write(&new, text)

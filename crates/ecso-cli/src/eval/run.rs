@@ -106,7 +106,7 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
         };
         let mut journal = Journal::open(&args.out, &header)?;
         if journal.was_cut() {
-            eprintln!("{}: its last line was cut off by a crash; that item is run again", args.out.display());
+            say!("{}: its last line was cut off by a crash; that item is run again", args.out.display());
         }
         if !journal.is_empty() {
             let missing = run::missing(wanted.items()?, &args.out, &mut journal)?;
@@ -133,7 +133,7 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
         let unusable = worker.done(run).await??;
         drop(bar);
         let (work, wall) = (worker.work(), begun.elapsed());
-        eprintln!(
+        say!(
             "{} items recorded, {} failed; {} calls, {} from the cache; {:.1} s, the model was busy {:.1}% of it",
             journal.len(),
             journal.failed(),
@@ -144,12 +144,12 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
         );
         told(args, &unusable);
         if let Some(unguarded) = run::unguarded(&args.out)? {
-            eprintln!("{unguarded}");
+            say!("{unguarded}");
         }
-        is_unchanged(&wanted, &header, run::changed(wanted.items()?, &journal, args.skip_missing))?;
+        is_unchanged(wanted.items()?, &header, &journal, args.skip_missing)?;
         // Items that were left out count too.
         enough(args, &journal, header.items.unwrap_or(journal.len()))?;
-        eprintln!("next: ecso eval judge {}{}", args.out.display(), open::flags(&settings));
+        say!("next: ecso eval judge {}{}", args.out.display(), open::flags(&settings));
         Ok(())
     })
 }
@@ -163,6 +163,7 @@ fn profiles(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<(Settings, Ve
         let choice = ProfileArgs { profile: Some(name), set: args.set.clone() };
         let loaded = config::load(file, &args.model, &choice)?;
         profiles.push(config::profile(&loaded)?);
+        config::tell_fit(&loaded)?;
         settings = Some(loaded);
     }
     let mut names: Vec<&str> =
@@ -180,16 +181,18 @@ fn told(args: &RunArgs, unusable: &Unusable) {
     let Unusable { missing, first_missing, unreadable, first_unreadable } = unusable;
     if let Some(first) = first_missing {
         let now = if args.skip_missing { "left out" } else { "recorded as failed; --skip-missing leaves such out" };
-        eprintln!("{missing} items miss an image and are {now}; the first: {first}");
+        say!("{missing} items miss an image and are {now}; the first: {first}");
     }
     if let Some(first) = first_unreadable {
-        eprintln!("{unreadable} items can't be read and are recorded as failed; the first: {first}");
+        say!("{unreadable} items can't be read and are recorded as failed; the first: {first}");
     }
 }
 
 /// Holds that the data is what was run: as many items as at first, and none that is recorded otherwise than it is now.
-fn is_unchanged(wanted: &Wanted, header: &RunHeader, changed: usize) -> anyhow::Result<()> {
-    let what = match wanted.items()?.total == header.items {
+fn is_unchanged(items: Items, header: &RunHeader, journal: &Journal, skip_missing: bool) -> anyhow::Result<()> {
+    let total = items.total;
+    let changed = run::changed(items, journal, skip_missing);
+    let what = match total == header.items {
         false => "it has another number of items now".to_owned(),
         true if changed > 0 => format!("{changed} items of it are not recorded as they are now"),
         true => return Ok(()),
@@ -203,7 +206,7 @@ fn is_unchanged(wanted: &Wanted, header: &RunHeader, changed: usize) -> anyhow::
 /// Tells of items that failed; an error where too few of `all` were answered for the run to be a success.
 fn enough(args: &RunArgs, journal: &Journal, all: usize) -> anyhow::Result<()> {
     if journal.failed() > 0 {
-        eprintln!("{} items failed; the same command with --retry-failed tries them again", journal.failed());
+        say!("{} items failed; the same command with --retry-failed tries them again", journal.failed());
     }
     let answered = journal.len() - journal.failed();
     anyhow::ensure!(answered > 0, "no item was answered; the journal says why: {}", args.out.display());

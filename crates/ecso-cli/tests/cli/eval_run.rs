@@ -480,7 +480,7 @@ async fn an_image_under_an_unknown_name_is_told() {
     items(home.path(), &rows);
     let (server, _) = server(|_, _| says("Bread.")).await;
     let output = run(home.path(), &server).assert().success();
-    let says = "2 items seem to have an image under a name that is not read; call it `image` or `images`; the first: `foto` in line 2";
+    let says = "2 items seem to have an image under a name that is not read; call it `image`, or add it to `images`; the first: `foto` in line 2";
     assert!(told(&output).contains(says), "{}", told(&output));
 }
 
@@ -499,4 +499,61 @@ async fn verdicts_that_fit_no_answer_are_told() {
         let shown = text(&program.assert().success().get_output().stdout);
         assert!(shown.contains("1 of 4 verdicts are on no answer of this run"), "{command}: {shown}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_model_is_missed_however_it_came() {
+    // What the list says at first and later; which of them is named.
+    for (first, later, named) in [
+        (&["m"][..], &["n", "o"][..], false),
+        (&["m"], &["n"], true),
+        (&["m"], &["n"], false),
+        (&["m", "x"], &["x"], true),
+    ] {
+        let home = tempfile::tempdir().unwrap();
+        items(home.path(), &numbered(8));
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&asked);
+        // No call fails: only the end shows it.
+        let (server, _) = server(move |_, _| {
+            count.fetch_add(1, Ordering::SeqCst);
+            says("Bread.")
+        })
+        .await;
+        let listed = move |_: &Request| {
+            let names = if asked.load(Ordering::SeqCst) > 3 { later } else { first };
+            let names: Vec<Value> = names.iter().map(|name| json!({"id": name})).collect();
+            ResponseTemplate::new(200).set_body_json(json!({"data": names}))
+        };
+        Mock::given(path("/v1/models")).respond_with(listed).with_priority(1).mount(&server).await;
+        let mut command = run(home.path(), &server);
+        if named {
+            command.args(["--model-name", "m"]);
+        }
+        let output = command.args(["--concurrency", "1"]).assert().code(3);
+        assert!(told(&output).contains("may be another model's"), "{first:?} {later:?}: {}", told(&output));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replies_of_another_model_are_not_recorded_where_the_list_says_so_too() {
+    let home = tempfile::tempdir().unwrap();
+    items(home.path(), &numbered(12));
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&asked);
+    let (server, _) = server(move |before, _| {
+        count.fetch_add(1, Ordering::SeqCst);
+        let choice = |text: &str| json!({"message": {"role": "assistant", "content": text}, "finish_reason": "stop"});
+        let (model, text) = if before < 4 { ("m", "Bread.") } else { ("n", "Cake.") };
+        ResponseTemplate::new(200).set_body_json(json!({"model": model, "choices": [choice(text)]}))
+    })
+    .await;
+    let listed = move |_: &Request| {
+        let name = if asked.load(Ordering::SeqCst) > 4 { "n" } else { "m" };
+        ResponseTemplate::new(200).set_body_json(json!({"data": [{"id": name}]}))
+    };
+    Mock::given(path("/v1/models")).respond_with(listed).with_priority(1).mount(&server).await;
+    run(home.path(), &server).args(["--concurrency", "1"]).assert().code(3);
+    let recorded = recorded(home.path());
+    assert!(!recorded.is_empty() && recorded.iter().all(|item| !item.to_string().contains("Cake.")), "{recorded:?}");
 }

@@ -475,9 +475,35 @@ async fn the_audit_log_can_be_replayed_and_is_input_for_data() {
     let log = log.to_str().unwrap();
     let replayed: Value = serde_json::from_str(&program(&["replay", log, "--json", "--profile", "paper"])).unwrap();
     assert_eq!((&replayed["judged"], &replayed["changed"]), (&json!(2), &json!([])));
-    let silent = program(&["replay", log, "--json", "--profile", "paper", "--set", "gate=never"]);
-    let silent: Value = serde_json::from_str(&silent).unwrap();
-    assert_eq!(silent["changed"].as_array().unwrap().len(), 2);
+    // What nobody looks at is no verdict.
+    let unguarded = [
+        "replay",
+        log,
+        "--json",
+        "--profile",
+        "paper",
+        "--set",
+        "gate=never",
+        "--model",
+        &upstream.url,
+        "--model-name",
+        "m",
+    ];
+    let silent = crate::ecso(folder.path()).args(unguarded).assert().code(1);
+    let silent: Value = serde_json::from_slice(&silent.get_output().stdout).unwrap();
+    assert_eq!((&silent["judged"], &silent["unguarded"]), (&json!(0), &json!(2)));
+    // The log is not written over, by whatever name.
+    let before = std::fs::read(log).unwrap();
+    let link = folder.path().join("link");
+    std::fs::hard_link(log, &link).unwrap();
+    for out in [log, link.to_str().unwrap()] {
+        let over = ["replay", log, "--profile", "paper", "--model", &upstream.url, "--model-name", "m", "--out", out];
+        let output = crate::ecso(folder.path()).args(over).assert().code(2);
+        assert!(crate::text(&output.get_output().stderr).contains("that is the audit log"));
+        assert_eq!(std::fs::read(log).unwrap(), before);
+    }
+    let folded = ["replay", folder.path().to_str().unwrap(), "--model", &upstream.url, "--model-name", "m"];
+    crate::ecso(folder.path()).args(folded).assert().code(2);
 
     let nobody = ["replay", log, "--profile", "paper", "--model", "http://127.0.0.1:9/v1", "--model-name", "m"];
     let output = crate::ecso(folder.path()).args(nobody).assert().code(3);

@@ -275,6 +275,9 @@ async fn what_a_run_writes_is_no_input_of_it() {
         ("./rows/*.jsonl", "rows"),
         ("rows/**/*.jsonl", "rows/new/out"),
         ("r*/*/*.jsonl", "rows/out"),
+        ("r*/dataset/messages/train.jsonl", "rows"),
+        ("rows/dataset/a.jsonl", "rows"),
+        ("rows/journal.jsonl", "rows"),
     ] {
         let output = go(input, out);
         let said = text(&output.stderr);
@@ -304,4 +307,43 @@ async fn two_columns_with_two_images_are_an_error_of_their_row() {
     let output = synth(folder.path(), &model.url, input.to_str().unwrap(), "");
     let manifest: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((&manifest["rows"], &manifest["failed"]), (&json!(2), &json!(1)), "{}", text(&output.stderr));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_folder_that_is_not_ours_is_never_replaced() {
+    let model = Model::start(Reply::usual).await;
+    let folder = tempfile::tempdir().unwrap();
+    let theirs = folder.path().join("out/dataset/notes.txt");
+    std::fs::create_dir_all(theirs.parent().unwrap()).unwrap();
+    std::fs::write(&theirs, "mine").unwrap();
+    let rows = folder.path().join("rows.jsonl");
+    std::fs::write(&rows, row("What is bread?")).unwrap();
+    let output = synth(folder.path(), &model.url, rows.to_str().unwrap(), "");
+    let said = text(&output.stderr);
+    assert!(output.status.code() == Some(2) && said.contains("was not made by ecso synth"), "{said}");
+    assert_eq!(std::fs::read_to_string(&theirs).unwrap(), "mine");
+    assert!(model.taken().iter().all(|asked| asked.step == "other"), "nothing was asked");
+    // What was made here is made anew.
+    std::fs::remove_file(&theirs).unwrap();
+    for _ in 0..2 {
+        assert!(synth(folder.path(), &model.url, rows.to_str().unwrap(), "").status.success());
+    }
+    let left: Vec<_> =
+        std::fs::read_dir(folder.path().join("out")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 2, "{left:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_without_a_query_is_refused_before_anything_is_made() {
+    let model = Model::start(Reply::usual).await;
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("rows.csv");
+    std::fs::write(&input, "Nr,Frage\n1,What is bread?\n").unwrap();
+    let output = synth(folder.path(), &model.url, input.to_str().unwrap(), "");
+    let said = text(&output.stderr);
+    assert!(
+        output.status.code() == Some(2) && said.contains("--map query=COLUMN") && said.contains("Nr, Frage"),
+        "{said}"
+    );
+    assert!(!folder.path().join("out").exists());
 }

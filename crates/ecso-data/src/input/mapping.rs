@@ -121,12 +121,23 @@ impl Mapping {
         }
     }
 
-    /// Holds that every column that was named is in a table.
+    /// Holds that every column that was named is in a table, and that one can be the query, unless somebody gives that (`has_query`).
     ///
     /// # Errors
     /// Says which columns there are.
-    pub(super) fn fits_table(&self, columns: &[String]) -> Result<(), Cause> {
-        self.fits(columns.iter(), |_, named| columns.iter().any(|column| begins(named, column)))
+    pub(super) fn fits_table(&self, columns: &[String], has_query: bool) -> Result<(), Cause> {
+        self.fits(columns.iter(), |_, named| columns.iter().any(|column| begins(named, column)))?;
+        let can_be = |column: &String| {
+            QUERIES.iter().any(|what| match self.named(what) {
+                Some(named) => begins(named, column),
+                None => usual(what).iter().any(|usual| usual.eq_ignore_ascii_case(column)),
+            })
+        };
+        if has_query || columns.iter().any(can_be) {
+            return Ok(());
+        }
+        let there = cut(&columns.join(", ")).into_owned();
+        Err(format!("no column is known to be the query: name it by --map query=COLUMN, or give one by --query; there are {there}").into())
     }
 
     /// Holds that every column that was named is in a row, if only as null. A row of JSON need not have what only names it.

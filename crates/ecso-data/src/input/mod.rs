@@ -17,7 +17,7 @@ use std::{
     collections::BTreeMap,
     error::Error,
     fmt, io,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
     sync::Arc,
 };
 
@@ -194,17 +194,11 @@ impl Input {
     /// A path can't be looked at.
     pub fn reads_from(&self, folder: &Path) -> io::Result<bool> {
         let (read, folder) = (real(&self.path)?, real(folder)?);
-        if self.path.is_dir() {
-            return Ok(folder.starts_with(read));
+        if self.pattern().is_some() {
+            return Ok(may_match_below(&read, &folder));
         }
-        let Some(pattern) = self.pattern().and_then(|_| glob::Pattern::new(read.to_str()?).ok()) else {
-            return Ok(false);
-        };
-        let options = glob::MatchOptions { require_literal_separator: true, ..PATTERNS };
-        let ending = read.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let ending = ending.split_once('.').map_or("jsonl", |(_, ending)| ending);
-        let written = ["journal", "input", "dataset/failed", "dataset/messages/train-00000"];
-        Ok(written.iter().any(|name| pattern.matches_path_with(&folder.join(format!("{name}.{ending}")), options)))
+        let is_output = read.starts_with(folder.join("dataset")) || read == folder.join("journal.jsonl");
+        Ok(is_output || self.path.is_dir() && folder.starts_with(read))
     }
 
     /// What is beside the files that are read, in a folder or behind a pattern.
@@ -248,13 +242,13 @@ impl Input {
             // Datasets keep tables and images in folders beside each other, as what is packed here does.
             None => [folder.clone()].into_iter().chain(folder.parent().map(Path::to_owned)).collect(),
         };
-        let mut types = BTreeMap::new();
+        let (mut types, has_query) = (BTreeMap::new(), self.query.is_some());
         let records = match folder::format(file).as_str() {
             "jsonl" | "ndjson" | "json" => json::records(file)?,
-            "csv" => sheet::records(file, b',', &self.mapping)?,
-            "tsv" => sheet::records(file, b'\t', &self.mapping)?,
+            "csv" => sheet::records(file, b',', &self.mapping, has_query)?,
+            "tsv" => sheet::records(file, b'\t', &self.mapping, has_query)?,
             "parquet" => {
-                let (records, found) = parquet::records(file, &self.mapping)?;
+                let (records, found) = parquet::records(file, &self.mapping, has_query)?;
                 types = found;
                 records
             }
@@ -277,6 +271,20 @@ impl Input {
             Box::new(move |number| reader.row(number, record?)) as Made
         })))
     }
+}
+
+/// Whether a pattern can match something below a folder.
+fn may_match_below(pattern: &Path, folder: &Path) -> bool {
+    let text = |part: Component<'_>| part.as_os_str().to_string_lossy().into_owned();
+    let mut parts = pattern.components().map(text);
+    for name in folder.components().map(text) {
+        match parts.next() {
+            Some(part) if part == "**" => return true,
+            Some(part) if part == name || glob::Pattern::new(&part).is_ok_and(|part| part.matches(&name)) => {}
+            _ => return false,
+        }
+    }
+    parts.next().is_some()
 }
 
 /// How patterns are read.

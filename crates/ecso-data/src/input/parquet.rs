@@ -44,13 +44,13 @@ pub(super) fn count(path: &Path) -> Option<u64> {
 /// Columns' types by name.
 pub(super) type Types = BTreeMap<String, String>;
 
-pub(super) fn records(path: &Path, mapping: &Mapping) -> Result<(Records, Types), InputError> {
+pub(super) fn records(path: &Path, mapping: &Mapping, has_query: bool) -> Result<(Records, Types), InputError> {
     let file = regular::open(path).map_err(|error| InputError::of(path, error))?.into_inner();
     let builder =
         safely(|| ParquetRecordBatchReaderBuilder::try_new(file)).map_err(|error| InputError::new(path, error))?;
     let fields = builder.schema().fields().clone();
     let columns: Vec<String> = fields.iter().map(|field| field.name().clone()).collect();
-    mapping.fits_table(&columns).map_err(|cause| InputError::new(path, cause))?;
+    mapping.fits_table(&columns, has_query).map_err(|cause| InputError::new(path, cause))?;
     let types = fields.iter().map(|field| (field.name().clone(), field.data_type().to_string())).collect();
     // What no row is made of isn't read, but for what may be an image or its name, as such a row isn't one of mere text.
     let wanted = (0..fields.len()).filter(|index| {

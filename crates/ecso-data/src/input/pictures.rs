@@ -1,5 +1,7 @@
 //! The images of a record: where they stand, and in what form.
 
+use std::path::Path;
+
 use ecso::{Cause, decode_base64, decode_data_url, is_data_url};
 
 use super::{
@@ -10,7 +12,10 @@ use super::{
     text::LONGEST,
     turns::IMAGES,
 };
-use crate::row::{Picture, cut};
+use crate::{
+    regular,
+    row::{Picture, cut},
+};
 
 /// Characters of a URL.
 const LONGEST_URL: usize = 16 << 10;
@@ -153,16 +158,47 @@ impl Reader {
     }
 }
 
+impl Reader {
+    /// A row that has images, and one more in a column that is about an image, would lose that one.
+    pub(super) fn no_other_image(&self, fields: &Fields) -> Result<(), Cause> {
+        if self.mapping.named("image").is_some() {
+            return Ok(());
+        }
+        let other = fields.iter().find_map(|(name, cell)| {
+            let is_one = mapping::is_about_image(name) && !mapping::is_usual_image(name);
+            is_one.then(|| image_in(name, cell)).flatten()
+        });
+        match other {
+            None => Ok(()),
+            Some(other) => Err(format!(
+                "{} holds an image too, and nothing says that it is the row's: call such columns image_1, image_2, …, or name the one that counts by \
+                 --map image=COLUMN",
+                self.column(&other)
+            )
+            .into()),
+        }
+    }
+}
+
 /// Whether an image is another than all of these that are given as it is: by a path, of which the last part counts, by a URL, or whole.
 fn is_missing(one: &Picture, others: &[Picture]) -> bool {
     let is_same = |other: &Picture| match (one, other) {
-        (Picture::File(one), Picture::File(other)) => Some(one.file_name() == other.file_name()),
+        (Picture::File(one), Picture::File(other)) => Some(one == other || is_same_file(one, other)),
         (Picture::Url(one), Picture::Url(other)) => Some(one == other),
         (Picture::Bytes(one), Picture::Bytes(other)) => Some(one == other),
         _ => None,
     };
     let told: Vec<bool> = others.iter().filter_map(is_same).collect();
     !told.is_empty() && !told.contains(&true)
+}
+
+/// Whether two paths are of one name and, where both are there, of one content.
+fn is_same_file(one: &Path, other: &Path) -> bool {
+    let digest = |path: &Path| {
+        let mut hash = blake3::Hasher::new();
+        regular::open(path).ok().and_then(|file| hash.update_reader(file).ok().map(|hash| hash.finalize()))
+    };
+    one.file_name() == other.file_name() && digest(one).zip(digest(other)).is_none_or(|(one, other)| one == other)
 }
 
 /// How many images a cell holds.

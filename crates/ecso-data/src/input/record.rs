@@ -84,6 +84,8 @@ impl Reader {
         }
         if row.images.is_empty() {
             self.no_image_is_left(&fields)?;
+        } else {
+            self.no_other_image(&fields)?;
         }
         Ok(row)
     }

@@ -18,7 +18,7 @@ use super::{
 use crate::row::cut;
 
 /// Rows of a table of text.
-pub(super) fn records(path: &Path, usual: u8, mapping: &Mapping) -> Result<Records, InputError> {
+pub(super) fn records(path: &Path, usual: u8, mapping: &Mapping, has_query: bool) -> Result<Records, InputError> {
     let mut table = Table::open(path, usual)?;
     let mut header = ByteRecord::new();
     let text = table.read(&mut header).map_err(|error| InputError::of(path, error))?;
@@ -34,7 +34,7 @@ pub(super) fn records(path: &Path, usual: u8, mapping: &Mapping) -> Result<Recor
         }
         table.names.push(name);
     }
-    mapping.fits_table(&table.names).map_err(|cause| InputError::new(path, cause))?;
+    mapping.fits_table(&table.names, has_query).map_err(|cause| InputError::new(path, cause))?;
     Ok(Box::new(table))
 }
 
@@ -201,7 +201,7 @@ mod tests {
             }
             Err(cause) => cause.to_string(),
         };
-        records(&path, b',', &Mapping::default()).unwrap().map(one).collect()
+        records(&path, b',', &Mapping::default(), true).unwrap().map(one).collect()
     }
 
     #[test]
@@ -246,7 +246,7 @@ mod tests {
         ] {
             let path = folder.path().join("rows.csv");
             std::fs::write(&path, text).unwrap();
-            let error = records(&path, b',', &Mapping::default()).err().unwrap().to_string();
+            let error = records(&path, b',', &Mapping::default(), true).err().unwrap().to_string();
             assert!(error.contains(says), "{error}");
         }
     }

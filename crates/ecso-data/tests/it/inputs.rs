@@ -42,7 +42,7 @@ const FIELD: &[(&str, usize, usize, &str)] = &[
     ("19-image-marks/query.jsonl", 2, 0, ""),
     ("19-image-marks/qwen.jsonl", 1, 0, ""),
     ("19-image-marks/sharegpt.json", 2, 0, ""),
-    ("20-parquet-types/image-only.parquet", 0, 2, "--query"),
+    ("20-parquet-types/image-only.parquet", 0, 1, "--query"),
     ("20-parquet-types/large-list-of-struct.parquet", 2, 0, ""),
     ("20-parquet-types/large-string-path.parquet", 2, 0, ""),
     ("20-parquet-types/llava-onevision.parquet", 2, 0, ""),

@@ -1,9 +1,11 @@
 //! Your own items: JSON lines of {id, image, query, label}.
 
 use std::{
+    collections::BTreeSet,
     fs::File,
     io::{BufRead, BufReader, Read},
     path::Path,
+    sync::{Mutex, PoisonError},
 };
 
 use ecso::{Cause, Role};
@@ -21,6 +23,16 @@ use crate::{
     item::{Item, Picture, Task, Trouble},
     text::{self, cut, told},
 };
+
+/// Tells something of the data; once, however often that is read.
+fn tell_once(told: String) {
+    static TOLD: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let mut all = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
+    if !all.contains(&told) {
+        tracing::warn!("{told}");
+        all.insert(told);
+    }
+}
 
 pub(super) struct Jsonl;
 
@@ -61,16 +73,18 @@ pub(crate) struct OwnItem {
 }
 
 impl OwnItem {
-    /// What in a row without an image looks like one, under a name that nobody reads.
+    /// What looks like an image, or like another one, under a name that nobody reads.
     fn unread_image(&self) -> Option<&str> {
-        let is_shown = self.image.is_some() || self.images.is_some() || self.description.is_some();
+        let has_one = self.image.is_some() || self.images.is_some() || self.description.is_some();
         let looks = |name: &str, value: &Value| {
             let name = name.to_lowercase();
             let is_named = ["image", "img", "picture", "photo"].iter().any(|word| name.contains(word));
             let text = value.as_str().or_else(|| value.get(0)?.as_str());
-            text.is_some_and(|text| is_image(text) || (is_named && !text.trim().is_empty()))
+            text.is_some_and(|text| {
+                if has_one { is_named && is_image(text) } else { is_image(text) || is_named && !text.trim().is_empty() }
+            })
         };
-        let found = self.others.iter().find(|(name, value)| !is_shown && looks(name, value));
+        let found = self.others.iter().find(|(name, value)| looks(name, value));
         found.map(|(name, _)| name.as_str())
     }
 }
@@ -122,20 +136,20 @@ impl Benchmark for Jsonl {
             }
         }
         if labels == 0 {
-            tracing::warn!("{}: no item has a `label`; all are taken as harmless", path.display());
+            tell_once(format!("{}: no item has a `label`; all are taken as harmless", path.display()));
         } else if let Some(first) = first_unlabelled {
-            tracing::warn!(
+            tell_once(format!(
                 "{}: {unlabelled} of {} items have no `label`, and are taken as harmless; the first: {first}",
                 path.display(),
                 labels + unlabelled
-            );
+            ));
         }
         if let Some(first) = first {
-            tracing::warn!(
-                "{}: {unread} items seem to have an image under a name that is not read; call it `image` or `images`; the first: \
+            tell_once(format!(
+                "{}: {unread} items seem to have an image under a name that is not read; call it `image`, or add it to `images`; the first: \
                  {first}",
                 path.display()
-            );
+            ));
         }
         let mut check = Check::default();
         Ok(Items { total: Some(total), iter: Box::new(items(&path)?.map(move |item| check.item(item))) })

@@ -22,9 +22,9 @@ pub struct Case {
 }
 
 impl Case {
-    /// The case with its answer alone, without thoughts and wrapper ([`spoken`]); none where there is no answer.
+    /// The case with its answer alone, without thoughts and wrapper ([`spoken`]); none where there is no answer, not one letter or digit.
     fn answered(&self) -> Option<Self> {
-        let said = spoken(&self.response).filter(|said| !said.trim().is_empty())?;
+        let said = spoken(&self.response).filter(|said| said.contains(char::is_alphanumeric))?;
         Some(Self { response: said.to_owned(), ..self.clone() })
     }
 
