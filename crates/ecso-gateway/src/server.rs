@@ -33,6 +33,12 @@ use crate::{
     cors::{self, Cors},
     error::{ApiError, ApiErrors, ErrorBody},
     guard::{__path_guard, guard},
+    hooks::{
+        litellm::{__path_litellm, litellm},
+        pending::Pending,
+        portkey::{__path_portkey, portkey},
+        truefoundry::{__path_truefoundry, truefoundry},
+    },
     json as strict,
     metrics::Metrics,
     moderation::{__path_moderations, moderations},
@@ -76,6 +82,7 @@ impl Gateway {
             metrics: Arc::new(Metrics::new()),
             memory: Arc::new(Memory::new(settings.limits.remembered)),
             store: Arc::new(Store::new(&settings.limits)),
+            pending: Arc::new(Pending::new(&settings.limits)),
         };
         let audit = Audit::open(&settings.audit)?;
         let state = AppState::new(upstream, profiles.into(), settings, images, kept, audit)?;
@@ -84,7 +91,8 @@ impl Gateway {
     }
 
     /// Exchanges profile and settings; requests under way end under the old ones. The upstream stays, and so do the
-    /// limits `at_once`, `queue`, `bodies`, `connections`, `remembered`, `stored` and `stored_for`.
+    /// limits `at_once`, `queue`, `bodies`, `connections`, `remembered`, `stored`, `stored_for`, `pending` and
+    /// `pending_for`.
     ///
     /// # Errors
     /// When the audit log can't be opened; then all stays as it was.
@@ -95,8 +103,12 @@ impl Gateway {
             Some(audit) if old.settings.audit == settings.audit => Some(Arc::clone(audit)),
             _ => Audit::open(&settings.audit)?,
         };
-        let kept =
-            Kept { metrics: Arc::clone(&old.metrics), memory: Arc::clone(&old.memory), store: Arc::clone(&old.store) };
+        let kept = Kept {
+            metrics: Arc::clone(&old.metrics),
+            memory: Arc::clone(&old.memory),
+            store: Arc::clone(&old.store),
+            pending: Arc::clone(&old.pending),
+        };
         let state = AppState::new(old.upstream.clone(), profiles.into(), settings, images, kept, audit)?;
         self.state.store(Arc::new(state));
         Ok(())
@@ -148,6 +160,9 @@ fn routes() -> OpenApiRouter<Arc<Gateway>> {
         .routes(routes!(responses).map(|route| route.fallback(others)))
         .routes(routes!(guard))
         .routes(routes!(moderations))
+        .routes(routes!(litellm))
+        .routes(routes!(portkey))
+        .routes(routes!(truefoundry))
         .routes(routes!(models).map(|route| route.fallback(others)))
         .routes(routes!(alive))
         .routes(routes!(ready))
@@ -207,7 +222,11 @@ pub(crate) async fn signed(
 }
 
 /// A chat: let through, observed, or guarded.
-async fn completion(gateway: &Gateway, mut context: RequestContext, body: Body) -> Result<Response, ApiError> {
+pub(crate) async fn completion(
+    gateway: &Gateway,
+    mut context: RequestContext,
+    body: Body,
+) -> Result<Response, ApiError> {
     let state = Arc::clone(&context.state);
     let settings = &state.settings;
     let way = context.way();
@@ -221,7 +240,7 @@ async fn completion(gateway: &Gateway, mut context: RequestContext, body: Body) 
     let value = strict::read(&body);
     let model = request::model(&value);
     context.mode = context.caller.mode(settings, model, &context.headers)?;
-    let scope = state.profile(&context.caller, model).scope;
+    let scope = context.scope(model);
     let read = is_plain(&context.headers).and(
         value
             .map_err(|why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}")))
@@ -294,7 +313,7 @@ async fn translated(
 }
 
 /// A request of another format: let through, observed, or answered as the chat which it asks for.
-async fn translation(
+pub(crate) async fn translation(
     gateway: &Gateway,
     mut context: RequestContext,
     format: Format,
@@ -314,7 +333,7 @@ async fn translation(
     let value = strict::read(&body);
     let model = request::model(&value);
     context.mode = context.caller.mode(settings, model, &context.headers)?;
-    let scope = state.profile(&context.caller, model).scope;
+    let scope = context.scope(model);
     let is_plain = is_plain(&context.headers);
     if context.mode == Mode::Enforce || way.is_none() {
         context.guarded();

@@ -25,12 +25,20 @@ impl Format {
             let text = String::from_utf8(seen).map_err(|error| broken(&error.to_string()))?;
             lenient::parse(&text).map_err(|error| broken(&error.to_string()))?
         };
+        Completion::whole(self.said(&answer)?.to_string().as_bytes())
+    }
+
+    /// All that an answer of the format says, as the answer to a chat.
+    pub(crate) fn said(self, answer: &Value) -> Result<Value, ApiError> {
         let said = match self {
-            Self::Messages => Said::of_message(&answer),
-            Self::Responses => Said::of_response(&answer),
+            Self::Messages => Said::of_message(answer),
+            Self::Responses => Said::of_response(answer),
         };
-        let said = said.ok_or_else(|| broken("it is no answer of this format, or none that is done"))?;
-        Completion::whole(said.chat().to_string().as_bytes())
+        let unreadable = || {
+            ApiError::upstream("the upstream's answer can't be read")
+                .because("it is no answer of this format, or none that is done")
+        };
+        Ok(said.ok_or_else(unreadable)?.chat())
     }
 }
 

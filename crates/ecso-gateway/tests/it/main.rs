@@ -6,6 +6,7 @@ mod bypass;
 mod clients;
 mod goes_on;
 mod golden;
+mod hooks;
 mod records;
 mod tenants;
 mod wires;
