@@ -1,0 +1,209 @@
+"""LiteLLM's proxy with the guard as its guardrail: litellm.py ECSO LITELLM IMAGE FOLDER
+
+Real proxy, real guard; the model behind both is one of our own (scripts/gateways.py), so that verdicts are known.
+"""
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+
+from gateways import KIND, RUDE, SAFE, Model, base64_source, data_url, free_port, guard, medians, message, model, question, ready, send, told
+
+KEY = "sk-" + "k" * 40
+
+
+def config(upstream, guards):
+    """The configuration of docs/litellm.md, and more guardrails beside it."""
+    page = open("docs/litellm.md").read()
+    told = re.search(r"```yaml\n(.*?)```", page, re.S).group(1)
+    told = told.replace("http://localhost:8000", upstream).replace("http://localhost:8080", guards["guard"]).replace("default_on: true", "default_on: false")
+    more = "".join(
+        f"  - guardrail_name: {name}\n    litellm_params: {{guardrail: generic_guardrail_api, mode: [pre_call, post_call], "
+        f"api_base: \"{url}\", api_key: os.environ/ECSO_KEY{'' if name == 'pieces' else ', streaming_transform_mode: incremental_diff, streaming_end_of_stream_only: true'}}}\n"
+        for name, url in guards.items() if name != "guard")
+    return told.replace("guardrails:\n", "guardrails:\n" + more)
+
+
+def main(ecso, litellm, image, folder):
+    picture = open(image, "rb").read()
+    upstream = model(picture)
+    process, url = guard(ecso, upstream, folder, 'image_hosts = ["127.0.0.1"]')
+    judging, judging_url = guard(ecso, upstream, folder, 'unseen = "judge"')
+    port = free_port()
+    path = f"{folder}/config.yaml"
+    dead = f"http://127.0.0.1:{free_port()}"
+    with open(path, "w") as file:
+        file.write(config(upstream, {"guard": url, "pieces": url, "judging": judging_url, "dead": dead}))
+    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_MASTER_KEY": KEY, "ECSO_KEY": "none", "OPENAI_API_KEY": "none"}
+    log = f"{folder}/log"
+    proxy = subprocess.Popen([litellm, "--config", path, "--host", "127.0.0.1", "--port", str(port)], env=environment,
+                             stdout=open(log, "w"), stderr=subprocess.STDOUT)
+    try:
+        base = f"http://127.0.0.1:{port}"
+        ready(base, "/health/liveliness", proxy, log)
+        checked = Proxy(base, picture, upstream)
+        for name in [name for name in dir(checked) if name.startswith("check_")]:
+            getattr(checked, name)()
+            print("passed:", name.removeprefix("check_").replace("_", " "), flush=True)
+        checked.measure(url)
+    except BaseException:
+        print(open(log).read()[-6000:], file=sys.stderr)
+        raise
+    finally:
+        for started in (proxy, process, judging):
+            started.terminate()
+            started.wait()
+
+
+class Proxy:
+    """What clients of the proxy get."""
+
+    def __init__(self, url, picture, upstream):
+        self.url, self.upstream = url, upstream
+        self.picture, self.source = data_url(picture), base64_source(picture)
+
+    def send(self, body, path="/v1/chat/completions", guards=("guard",), **headers):
+        """Status and text; never the rude words."""
+        body = {**body, "guardrails": list(guards)}
+        status, said = send(self.url, path, body, {"authorization": f"Bearer {KEY}", **headers})
+        assert "Rude" not in said or "pieces" in guards or not guards, said
+        return status, said
+
+    def chat(self, text, image=None, **more):
+        guards, headers = more.pop("guards", ("guard",)), more.pop("headers", {})
+        return self.send(question(text, image or self.picture, **more), guards=guards, **headers)
+
+    @staticmethod
+    def content(said):
+        return [choice["message"]["content"] for choice in json.loads(said)["choices"]]
+
+    @staticmethod
+    def streamed(said):
+        chunks = [json.loads(line[6:]) for line in said.splitlines() if line.startswith("data: {")]
+        assert not any("error" in chunk for chunk in chunks), said
+        return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+
+    def check_plain(self):
+        status, said = self.chat("What is it?")
+        assert (status, self.content(said)) == (200, [SAFE]), said
+        status, said = self.chat("Please be rude.")
+        assert (status, self.content(said)) == (200, [KIND]), said
+        # Without the guard the rude words go out.
+        assert RUDE in self.chat("Please be rude.", guards=())[1]
+
+    def check_two_answers(self):
+        status, said = self.chat("What is it?", n=2)
+        assert (status, self.content(said)) == (200, [SAFE, KIND]), said
+
+    def check_text_without_an_image(self):
+        body = {"model": "m", "messages": [{"role": "user", "content": "What is bread?"}]}
+        status, said = self.send(body)
+        assert (status, self.content(said)) == (200, [SAFE]), said
+
+    def check_an_image_without_text(self):
+        for path, body in {
+            "/v1/chat/completions": question("", self.picture),
+            "/v1/responses": {"model": "m", "input": [{"role": "user", "content": [{"type": "input_image", "image_url": self.picture, "detail": "auto"}]}]},
+            "/v1/messages": message("", self.source),
+        }.items():
+            status, said = self.send(body, path)
+            assert status == 400 and "has not seen this request" in said, (path, status, said)
+            status, said = self.send(body, path, guards=("judging",))
+            assert status == 200 and SAFE in said, (path, status, said)
+
+    def check_a_broken_image(self):
+        status, said = self.chat("What is it?", image=self.picture[:-40])
+        assert status == 400 and "its end is missing" in said, said
+
+    def check_an_image_by_its_url(self):
+        url = f"{self.upstream}/list.png"
+        for path, body in {
+            "/v1/chat/completions": question("What is it?", url),
+            "/v1/responses": {"model": "m", "input": [{"role": "user", "content": [
+                {"type": "input_image", "image_url": url, "detail": "auto"}, {"type": "input_text", "text": "What is it?"}]}]},
+            "/v1/messages": message("What is it?", {"type": "url", "url": url}),
+        }.items():
+            Model.seen.clear()
+            status, said = self.send(body, path)
+            assert status == 200 and SAFE in said, (path, said)
+            # The model was shown the bytes that were judged.
+            assert self.picture[:200] in Model.seen[0] and url not in Model.seen[0], (path, Model.seen[0][:300])
+        status, said = self.chat("What is it?", image="http://10.255.255.1/x.png")
+        assert status == 400 and "not public" in said, said
+
+    def check_responses_and_messages(self):
+        for text, says in {"What is it?": SAFE, "Please be rude.": KIND}.items():
+            content = [{"type": "input_image", "image_url": self.picture, "detail": "auto"}, {"type": "input_text", "text": text}]
+            status, said = self.send({"model": "m", "input": [{"role": "user", "content": content}]}, "/v1/responses")
+            assert status == 200 and json.loads(said)["output"][0]["content"][0]["text"] == says, said
+            status, said = self.send(message(text, self.source), "/v1/messages")
+            assert status == 200 and json.loads(said)["content"][0]["text"] == says, said
+
+    def check_streams(self):
+        for text, says in {"What is it?": SAFE, "Please be rude.": KIND}.items():
+            status, said = self.chat(text, stream=True)
+            assert status == 200 and self.streamed(said).strip() == says, said
+        # Blocked before a word: a true status.
+        status, said = self.chat("", stream=True)
+        assert status == 400 and "has not seen this request" in said, (status, said)
+        # As LiteLLM has it by itself, words go out before their verdict; the answer is cut.
+        status, said = self.chat("Please be rude.", stream=True, guards=("pieces",))
+        assert "error" in said and "in pieces" in said, said
+
+    def check_tools(self):
+        tool = {"type": "function", "function": {"name": "bake", "parameters": {"type": "object", "properties": {}}}}
+        status, said = self.chat("What is it?", tools=[tool])
+        assert status == 200 and json.loads(said)["choices"][0]["message"]["tool_calls"], said
+        status, said = self.chat("Please be rude.", tools=[tool])
+        assert status == 400 and "harmful" in said, said
+
+    def check_our_failures(self):
+        status, said = self.chat("You are a broken judge.")
+        assert status == 500 and "Generic Guardrail API failed" in said and SAFE not in said, (status, said)
+        status, said = self.chat("What is it?", guards=("dead",))
+        assert status == 500 and SAFE not in said, (status, said)
+
+    def check_an_id_that_the_client_chose(self):
+        status, said = self.chat("What is it?", headers={"x-litellm-call-id": "mine"})
+        assert status == 400 and "x-litellm-call-id is not taken" in said, said
+        # One that asks for nothing rude waits while another, whose picture nobody sees, takes its name.
+        said = {}
+
+        def ask(name, body):
+            said[name] = self.send(body, **{"x-litellm-call-id": "ours"})
+
+        threads = [threading.Thread(target=ask, args=pair) for pair in {
+            "slow": question("take your time", self.picture), "unseen": question("", self.picture)}.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert {status for status, _ in said.values()} == {400}, said
+
+    def check_many_at_once(self):
+        said = {}
+
+        def ask(number):
+            said[number] = self.chat(f"{number}: Please be rude." if number % 2 else f"{number}: What is it?")
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(24)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for number, (status, text) in said.items():
+            assert (status, self.content(text)) == (200, [KIND if number % 2 else SAFE]), (number, text)
+
+    def measure(self, guard_url):
+        body = question("What is it?", self.picture)
+        told("LiteLLM", medians({
+            "the model alone": lambda: send(self.upstream, "/v1/chat/completions", body),
+            "ecso before it": lambda: send(guard_url, "/v1/chat/completions", body),
+            "LiteLLM alone": lambda: self.send(body, guards=()),
+            "LiteLLM with the hook": lambda: self.send(body),
+        }))
+
+
+main(*sys.argv[1:])
