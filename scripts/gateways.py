@@ -68,10 +68,12 @@ class Model(http.server.BaseHTTPRequestHandler):
         head = {"id": "c", "created": 1, "model": "m"}
         finish = "tool_calls" if calls else "stop"
         if not asked.get("stream"):
-            message = {"role": "assistant", **({"tool_calls": calls} if calls else {})}
+            thoughts = {"reasoning_content": RUDE} if "think rudely" in json.dumps(asked) else {}
+            message = {"role": "assistant", **thoughts, **({"tool_calls": calls} if calls else {})}
             choices = [{"index": place, "message": {**message, "content": text}, "finish_reason": finish} for place, text in enumerate(texts)]
             return "application/json", json.dumps({**head, "object": "chat.completion", "choices": choices, "usage": usage})
-        pieces = [(place, {"content": word + " "}) for place, text in enumerate(texts) for word in text.split()]
+        pieces = [(0, {"reasoning_content": RUDE})] if "think rudely" in json.dumps(asked) else []
+        pieces += [(place, {"content": word + " "}) for place, text in enumerate(texts) for word in text.split()]
         pieces += [(0, {"tool_calls": [{"index": 0, **call}]}) for call in calls]
         chunks = [{**head, "choices": [{"index": place, "delta": delta, "finish_reason": None}]} for place, delta in pieces]
         chunks += [{**head, "choices": [{"index": place, "delta": {}, "finish_reason": finish}]} for place in range(len(texts))]

@@ -23,7 +23,8 @@ def config(upstream, guards):
         f"  - guardrail_name: {name}\n    litellm_params: {{guardrail: generic_guardrail_api, mode: [pre_call, post_call], "
         f"api_base: \"{url}\", api_key: os.environ/ECSO_KEY{'' if name == 'pieces' else ', streaming_transform_mode: incremental_diff, streaming_end_of_stream_only: true'}}}\n"
         for name, url in guards.items() if name != "guard")
-    return told.replace("guardrails:\n", "guardrails:\n" + more)
+    between = f"  - model_name: between\n    litellm_params: {{model: openai/m, api_base: \"{guards['guard']}/v1\"}}\n"
+    return told.replace("guardrails:\n", between + "guardrails:\n" + more)
 
 
 def main(ecso, litellm, image, folder):
@@ -64,16 +65,16 @@ class Proxy:
         self.url, self.upstream = url, upstream
         self.picture, self.source = data_url(picture), base64_source(picture)
 
-    def send(self, body, path="/v1/chat/completions", guards=("guard",), **headers):
-        """Status and text; never the rude words."""
+    def send(self, body, path="/v1/chat/completions", guards=("guard",), leaks=False, **headers):
+        """Status and text; no rude words but where it `leaks`."""
         body = {**body, "guardrails": list(guards)}
         status, said = send(self.url, path, body, {"authorization": f"Bearer {KEY}", **headers})
-        assert "Rude" not in said or "pieces" in guards or not guards, said
+        assert ("Rude" in said) == leaks, (leaks, said)
         return status, said
 
     def chat(self, text, image=None, **more):
-        guards, headers = more.pop("guards", ("guard",)), more.pop("headers", {})
-        return self.send(question(text, image or self.picture, **more), guards=guards, **headers)
+        how = {name: more.pop(name) for name in ("guards", "leaks") if name in more} | more.pop("headers", {})
+        return self.send(question(text, image or self.picture, **more), **how)
 
     @staticmethod
     def content(said):
@@ -91,7 +92,7 @@ class Proxy:
         status, said = self.chat("Please be rude.")
         assert (status, self.content(said)) == (200, [KIND]), said
         # Without the guard the rude words go out.
-        assert RUDE in self.chat("Please be rude.", guards=())[1]
+        assert RUDE in self.chat("Please be rude.", guards=(), leaks=True)[1]
 
     def check_two_answers(self):
         status, said = self.chat("What is it?", n=2)
@@ -148,9 +149,21 @@ class Proxy:
         # Blocked before a word: a true status.
         status, said = self.chat("", stream=True)
         assert status == 400 and "has not seen this request" in said, (status, said)
-        # As LiteLLM has it by itself, words go out before their verdict; the answer is cut.
-        status, said = self.chat("Please be rude.", stream=True, guards=("pieces",))
+
+    def check_what_litellm_sends_before_it_asks(self):
+        """What docs/litellm.md says can't be held back by a guardrail there."""
+        # Streams without the two settings are cut, but too late.
+        status, said = self.chat("Please be rude.", stream=True, guards=("pieces",), leaks=True)
         assert "error" in said and "in pieces" in said, said
+        # Streams of other routes.
+        content = [{"type": "input_image", "image_url": self.picture, "detail": "auto"}, {"type": "input_text", "text": "Please be rude."}]
+        self.send({"model": "m", "stream": True, "input": [{"role": "user", "content": content}]}, "/v1/responses", leaks=True)
+        self.send({**message("Please be rude.", self.source), "stream": True}, "/v1/messages", leaks=True)
+        # Calls of tools in a stream.
+        tool = {"type": "function", "function": {"name": "bake", "parameters": {"type": "object", "properties": {}}}}
+        self.chat("Please be rude.", stream=True, tools=[tool], leaks=True)
+        # Thoughts.
+        self.chat("Please think rudely.", leaks=True)
 
     def check_tools(self):
         tool = {"type": "function", "function": {"name": "bake", "parameters": {"type": "object", "properties": {}}}}
@@ -181,6 +194,23 @@ class Proxy:
         for thread in threads:
             thread.join()
         assert {status for status, _ in said.values()} == {400}, said
+
+    def check_the_guard_between(self):
+        """The first way of docs/litellm.md: what the second can't hold back."""
+        content = [{"type": "input_image", "image_url": self.picture, "detail": "auto"}, {"type": "input_text", "text": "Please be rude."}]
+        tool = {"type": "function", "function": {"name": "bake", "parameters": {"type": "object", "properties": {}}}}
+        asked = question("Please be rude.", self.picture)
+        for path, body in [
+            ("/v1/chat/completions", {**asked, "tools": [tool]}),
+            ("/v1/chat/completions", question("Please think rudely.", self.picture)),
+            ("/v1/responses", {"input": [{"role": "user", "content": content}]}),
+            ("/v1/messages", message("Please be rude.", self.source)),
+        ]:
+            for stream in (False, True):
+                status, said = self.send({**body, "model": "between", "stream": stream}, path, guards=())
+                assert status == 200 and KIND.split()[-1] in said, (path, stream, said)
+        status, said = self.send({**question("", self.picture), "model": "between"}, guards=())
+        assert (status, self.content(said)) == (200, [SAFE]), said
 
     def check_many_at_once(self):
         said = {}

@@ -42,10 +42,10 @@ class Gateway:
         self.url, self.upstream, self.guard = url, upstream, guard_url
         self.picture, self.source = data_url(picture), base64_source(picture)
 
-    def config(self, hooks=("before", "after"), url=None):
+    def config(self, hooks=("before", "after"), url=None, upstream=None):
         """The configuration of docs/hooks.md."""
         told = re.search(r"```json\n(.*?)```", open("docs/hooks.md").read(), re.S).group(1)
-        config = json.loads(told.replace("http://localhost:8000", self.upstream).replace("http://localhost:8080", url or self.guard))
+        config = json.loads(told.replace("http://localhost:8000", upstream or self.upstream).replace("http://localhost:8080", url or self.guard))
         return {name: value for name, value in config.items() if not name.endswith("_hooks") or name.split("_")[0] in hooks}
 
     def send(self, body, path="/v1/chat/completions", **config):
@@ -94,6 +94,9 @@ class Gateway:
         Model.seen.clear()
         status, said = self.send(question("Please be rude.", self.picture, stream=True))
         assert status == 446 and "stream_not_guarded" in said and not Model.seen, said
+        # With the guard between, streams are as for every client.
+        status, said = self.send(question("Please be rude.", self.picture, stream=True), hooks=(), upstream=self.guard)
+        assert status == 200 and "kind" in said and RUDE.split()[0] not in said, said
 
     def check_tools(self):
         tool = {"type": "function", "function": {"name": "bake", "parameters": {"type": "object", "properties": {}}}}
