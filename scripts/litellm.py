@@ -194,6 +194,9 @@ class Proxy:
         for thread in threads:
             thread.join()
         assert {status for status, _ in said.values()} == {400}, said
+        # In the body it is no id.
+        status, text = self.send({**question("", self.picture), "litellm_call_id": "mine", "metadata": {"litellm_call_id": "mine"}})
+        assert status == 400 and "has not seen this request" in text, text
 
     def check_the_guard_between(self):
         """The first way of docs/litellm.md: what the second can't hold back."""

@@ -1,4 +1,4 @@
-//! `LiteLLM`'s generic guardrail API: a call with the request, and later one with the answer. The two have one name, which is the proxy's
+//! LiteLLM's generic guardrail API: a call with the request, and later one with the answer. The two have one name, which is the proxy's
 //! own: a name that a client chose could stand for two requests.
 
 use std::{
@@ -22,7 +22,7 @@ use crate::{
     settings::{Mode, Unseen},
 };
 
-/// What `LiteLLM` shows. Its parameters for one provider are not read: a client can set them.
+/// What LiteLLM shows. Its parameters for one provider are not read: a client can set them.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(crate) struct LiteLlmCall {
     input_type: LiteLlmKind,

@@ -26,7 +26,7 @@ use utoipa::ToSchema;
 use crate::{
     context::{RequestContext, is_plain},
     error::ApiError,
-    json as strict,
+    json::{self as strict, is_label, says_little},
     request::{self, is_remote},
     server::{self, Gateway, request_id, signed},
     settings::Mode,
@@ -219,13 +219,9 @@ fn told(headers: &HeaderMap, name: &str) -> Option<String> {
 /// Whether an answer holds more than what was judged of it, beside what the gateway calls it.
 fn has_more(came: &Value, judged: &Value) -> bool {
     const NAMES: [&str; 5] = ["id", "object", "created", "model", "system_fingerprint"];
-    let is_name = |value: &Value| match value {
-        Value::String(name) => name.len() <= 128 && !name.contains(char::is_whitespace),
-        value => value.is_number() || value.is_null(),
-    };
     let mut came = came.clone();
     if let Value::Object(fields) = &mut came {
-        fields.retain(|name, value| !(NAMES.contains(&name.as_str()) && is_name(value)));
+        fields.retain(|name, value| !(NAMES.contains(&name.as_str()) && says_little(value)));
     }
     !is_part(&came, judged)
 }
@@ -247,10 +243,6 @@ fn is_part(value: &Value, other: &Value) -> bool {
 
 fn is_empty(value: &Value) -> bool {
     value.is_null() || value.as_array().is_some_and(Vec::is_empty)
-}
-
-fn is_label(name: &str) -> bool {
-    name.len() <= 64 && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_')
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use super::{Found, Given, Outlook, chat, has_more, hooked, judged, outlook, show
 use crate::{
     context::RequestContext,
     error::{ApiError, ApiErrors},
+    json::{is_label, says_little},
     server::Gateway,
     wire::Format,
 };
@@ -204,10 +205,13 @@ fn prompted(request: &Value) -> Value {
 
 /// What an answer of the old completions says, as the answer to a chat.
 fn spoken(answer: &Value) -> Value {
+    let mut around = answer.as_object().cloned().unwrap_or_default();
+    around.retain(|name, value| name != "choices" && !(is_label(name) && says_little(value)));
     let choices = answer["choices"].as_array().into_iter().flatten().enumerate();
     let choices = choices.map(|(index, choice)| {
         let mut beside = choice.clone();
         if let Value::Object(fields) = &mut beside {
+            fields.extend(around.clone());
             fields.retain(|name, value| {
                 !(value.is_null() || ["text", "index", "finish_reason"].contains(&name.as_str()))
             });

@@ -37,7 +37,7 @@ async fn send(world: &World, path: &str, call: &Value) -> Got {
     world.send("POST", path, &[], call.to_string()).await
 }
 
-/// A call of `LiteLLM` about the call `id`.
+/// A call of LiteLLM about the call `id`.
 fn litellm(kind: &str, id: &str, more: &Value) -> Value {
     let mut call = json!({"input_type": kind, "litellm_call_id": id, "litellm_trace_id": "t", "structured_messages": null, "images": null,
         "tools": null, "texts": [], "tool_calls": null, "model": "m", "litellm_version": "1.106.12",
@@ -497,13 +497,21 @@ async fn portkey_shows_other_formats_too() {
         let got = send(&world, PORTKEY, &portkey("afterRequestHook", "messages", &request, &answer)).await;
         assert_eq!(verdict(PORTKEY, &got), (false, None));
     }
+    let mut noted = call("Bread.");
+    noted["response"]["json"]["note"] = format!("so {LEAK}").into();
+    let got = send(&world, PORTKEY, &noted).await;
+    assert!(verdict(PORTKEY, &got).1.is_some() && !got.leaks());
     // Old completions are texts: out of scope, or denied where they are harmful.
     let everything = profiled(Settings::default(), Profile { scope: Scope::All, ..Profile::paper() }).await;
-    for (says, more, may) in
-        [("Bread.", json!({}), true), (LEAK, json!({}), false), ("Bread.", json!({"note": LEAK}), false)]
-    {
-        let mut answer = json!({"choices": [{"index": 0, "text": says, "finish_reason": "stop", "logprobs": null}]});
-        merge(&mut answer, &json!({"choices": [more]}));
+    for (says, more, may) in [
+        ("Bread.", json!({}), true),
+        (LEAK, json!({}), false),
+        ("Bread.", json!({"choices": [{"note": LEAK}]}), false),
+        ("Bread.", json!({"note": [format!("so {LEAK}")]}), false),
+    ] {
+        let mut answer =
+            json!({"id": "c", "choices": [{"index": 0, "text": says, "finish_reason": "stop", "logprobs": null}]});
+        merge(&mut answer, &more);
         for prompt in [json!("What is bread?"), json!(["What is bread?"]), json!([[1, 2]])] {
             let request = json!({"model": "m", "prompt": prompt});
             let call = portkey("afterRequestHook", "complete", &request, &answer);
