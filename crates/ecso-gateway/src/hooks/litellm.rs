@@ -243,7 +243,9 @@ impl LiteLlmCall {
     fn chat(&self) -> Value {
         let messages = self.structured_messages.clone().unwrap_or_default();
         let (mut known, mut beside) = (HashSet::new(), Vec::new());
-        messages.iter().for_each(|message| texts_of(message, &mut known));
+        for message in &messages {
+            texts_of(message, &mut known);
+        }
         for image in self.images.iter().flatten().filter(|image| !known.contains(image.as_str())) {
             let is_url = is_data_url(image) || is_remote(image);
             let url = if is_url { image.clone() } else { format!("data:;base64,{image}") };
