@@ -158,6 +158,18 @@ pub(crate) fn hidden_answers() -> Vec<(&'static str, Value)> {
 }
 
 #[tokio::test]
+async fn the_guard_can_be_mounted_in_an_application() {
+    let speaks = Arc::new(|_: &Value| said(&json!({"role": "assistant", "content": LEAK}), &Value::Null));
+    let world = World::new(Settings::default(), speaks).await.mounted("/guarded");
+    let got = world.send("POST", "/guarded/v1/chat/completions", &[], question().to_string()).await;
+    assert!(got.status == 200 && !got.leaks() && got.headers["x-ecso-verdict"] == "unsafe", "{}", got.body);
+    for path in ["/guarded/v1/completions", "/guarded/v1/files", "/v1/chat/completions", "/guarded"] {
+        let got = world.send("POST", path, &[], question().to_string()).await;
+        assert_eq!(got.status, 404, "{path}: {}", got.body);
+    }
+}
+
+#[tokio::test]
 async fn an_answer_is_made_of_what_was_judged() {
     let rows = hidden_answers();
     assert!(rows.len() > 60);

@@ -189,19 +189,21 @@ async fn an_answer_without_its_request_is_blocked_or_judged_alone() {
 
 #[tokio::test]
 async fn what_is_kept_of_requests_is_bounded() {
-    let limits = Limits { pending: 4000, pending_for: 1, ..Limits::default() };
+    let limits = Limits { pending: 4000, ..Limits::default() };
     let world = world(Settings { limits, ..Settings::default() }).await;
     for id in 0..20 {
         litellm_says(&world, &asked(&id.to_string())).await;
     }
     assert_eq!(litellm_says(&world, &answered("0", &["Bread."])).await, blocked());
     assert_eq!(litellm_says(&world, &answered("19", &["Bread."])).await, passes());
-    litellm_says(&world, &asked("late")).await;
-    tokio::time::sleep(Duration::from_millis(1200)).await;
-    assert_eq!(litellm_says(&world, &answered("late", &["Bread."])).await, blocked());
     let mut long = asked("long");
     merge(&mut long, &json!({"structured_messages": [{"content": [null, {"text": "f".repeat(5000)}]}]}));
     assert_eq!(litellm_says(&world, &long).await, blocked());
+    let limits = Limits { pending_for: 1, ..Limits::default() };
+    let forgetting = self::world(Settings { limits, ..Settings::default() }).await;
+    litellm_says(&forgetting, &asked("late")).await;
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    assert_eq!(litellm_says(&forgetting, &answered("late", &["Bread."])).await, blocked());
 }
 
 #[tokio::test]

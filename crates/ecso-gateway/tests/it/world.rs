@@ -103,6 +103,11 @@ impl World {
         Self { router: Arc::new(gateway).router(), reached }
     }
 
+    /// The same below a path of an application.
+    pub(crate) fn mounted(self, path: &str) -> Self {
+        Self { router: Router::new().nest(path, self.router), ..self }
+    }
+
     pub(crate) async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: impl Into<Body>) -> Got {
         let mut request = Request::builder().method(method).uri(path);
         for usual in [("host", "127.0.0.1:8080"), ("content-type", "application/json")] {
