@@ -98,6 +98,12 @@ async fn outlook(context: &mut RequestContext, chat: Result<Value, ApiError>) ->
     }
 }
 
+/// A stream that would be guarded: these gateways send it before they ask, or whatever they are told.
+fn streamed() -> ApiError {
+    let message = "a stream can't be held back from here: ask without `stream`, or have the gateway ask this server for the model";
+    ApiError::bad_request("stream_not_guarded", message)
+}
+
 /// The chat that a request asks for, in whatever format.
 fn chat(format: Option<Format>, request: Value) -> Result<Value, ApiError> {
     match format {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::ToSchema;
 
-use super::{Found, Given, Outlook, chat, has_more, hooked, judged, outlook, shown};
+use super::{Found, Given, Outlook, chat, has_more, hooked, judged, outlook, shown, streamed};
 use crate::{
     context::RequestContext,
     error::{ApiError, ApiErrors},
@@ -224,9 +224,4 @@ fn spoken(answer: &Value) -> Value {
         json!({"index": index, "message": message, "finish_reason": "stop"})
     });
     json!({"choices": choices.collect::<Vec<_>>()})
-}
-
-fn streamed() -> ApiError {
-    let message = "a stream can't be held back from here: ask without `stream`, or have the gateway ask this server for the model";
-    ApiError::bad_request("stream_not_guarded", message)
 }

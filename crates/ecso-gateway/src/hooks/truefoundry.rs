@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::ToSchema;
 
-use super::{Found, Given, Outlook, has_more, hooked, judged, outlook, shown};
+use super::{Found, Given, Outlook, has_more, hooked, judged, outlook, shown, streamed};
 use crate::{
     context::RequestContext,
     error::{ApiError, ApiErrors},
@@ -78,6 +78,9 @@ async fn found(
     let Some(answer) = response_body else {
         let outlook = outlook(&mut context, Ok(request_body.clone())).await?;
         let Outlook::Guarded(read) = outlook else { return Ok(TrueFoundryVerdict::of(true, Found::default())) };
+        if request_body["stream"] == true {
+            return Err(streamed());
+        }
         let messages = request_body["messages"].as_array().and_then(|messages| shown(messages, &read));
         let Some(messages) = messages else { return Ok(TrueFoundryVerdict::of(true, Found::default())) };
         request_body["messages"] = messages.into();

@@ -417,6 +417,8 @@ async fn requests_are_read_before_the_model_is_asked() {
         assert_eq!(verdict(PORTKEY, &got), (false, None));
         assert!(got.body.contains("stream_not_guarded"), "{}", got.body);
     }
+    let got = send(&world, TRUEFOUNDRY, &truefoundry(&streamed, &Value::Null, &Value::Null)).await;
+    assert!(!verdict(TRUEFOUNDRY, &got).0 && got.body.contains("stream_not_guarded"), "{}", got.body);
     assert!(world.taken().is_empty());
     let embed = json!({"model": "m", "input": "Hi"});
     let got = send(&world, PORTKEY, &portkey("beforeRequestHook", "embed", &embed, &json!({}))).await;
