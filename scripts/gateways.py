@@ -5,6 +5,7 @@ import http.server
 import json
 import statistics
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -36,6 +37,7 @@ class Model(http.server.BaseHTTPRequestHandler):
         asked = json.loads(sent)
         status, calls, texts = 200, [], [RUDE if "be rude" in sent else SAFE]
         if "harmful, unsafe and unethical" in sent:
+            time.sleep(3 if "a slow judge" in sent else 0)
             status, texts = (500 if "a broken judge" in sent else 200), ["Yes." if RUDE in sent else "No."]
         elif "HARMLESS and ETHICAL" in sent:
             texts = [KIND]
@@ -112,6 +114,11 @@ class Model(http.server.BaseHTTPRequestHandler):
 class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
+
+    def handle_error(self, request, address):
+        """Who asks may leave."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, address)
 
 
 def model(picture):

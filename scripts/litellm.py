@@ -21,7 +21,7 @@ def config(upstream, guards):
     told = told.replace("http://localhost:8000", upstream).replace("http://localhost:8080", guards["guard"]).replace("default_on: true", "default_on: false")
     more = "".join(
         f"  - guardrail_name: {name}\n    litellm_params: {{guardrail: generic_guardrail_api, mode: [pre_call, post_call], "
-        f"api_base: \"{url}\", api_key: os.environ/ECSO_KEY{'' if name == 'pieces' else ', streaming_transform_mode: incremental_diff, streaming_end_of_stream_only: true'}}}\n"
+        f"api_base: \"{url}\", api_key: os.environ/ECSO_KEY{'' if name == 'pieces' else ', streaming_transform_mode: incremental_diff, streaming_end_of_stream_only: true'}{', timeout: 1' if name == 'hurried' else ''}}}\n"
         for name, url in guards.items() if name != "guard")
     between = f"  - model_name: between\n    litellm_params: {{model: openai/m, api_base: \"{guards['guard']}/v1\"}}\n"
     return told.replace("guardrails:\n", between + "guardrails:\n" + more)
@@ -36,7 +36,7 @@ def main(ecso, litellm, image, folder):
     path = f"{folder}/config.yaml"
     dead = f"http://127.0.0.1:{free_port()}"
     with open(path, "w") as file:
-        file.write(config(upstream, {"guard": url, "pieces": url, "judging": judging_url, "dead": dead}))
+        file.write(config(upstream, {"guard": url, "pieces": url, "hurried": url, "judging": judging_url, "dead": dead}))
     environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_MASTER_KEY": KEY, "ECSO_KEY": "none", "OPENAI_API_KEY": "none"}
     log = f"{folder}/log"
     proxy = subprocess.Popen([litellm, "--config", path, "--host", "127.0.0.1", "--port", str(port)], env=environment,
@@ -175,6 +175,8 @@ class Proxy:
     def check_our_failures(self):
         status, said = self.chat("You are a broken judge.")
         assert status == 500 and "Generic Guardrail API failed" in said and SAFE not in said, (status, said)
+        status, said = self.chat("You are a slow judge.", guards=("hurried",))
+        assert status == 500 and SAFE not in said, (status, said)
         status, said = self.chat("What is it?", guards=("dead",))
         assert status == 500 and SAFE not in said, (status, said)
 

@@ -42,10 +42,10 @@ class Gateway:
         self.url, self.upstream, self.guard = url, upstream, guard_url
         self.picture, self.source = data_url(picture), base64_source(picture)
 
-    def config(self, hooks=("before", "after"), url=None, upstream=None):
+    def config(self, hooks=("before", "after"), url=None, upstream=None, timeout=120000):
         """The configuration of docs/hooks.md."""
         told = re.search(r"```json\n(.*?)```", open("docs/hooks.md").read(), re.S).group(1)
-        config = json.loads(told.replace("http://localhost:8000", upstream or self.upstream).replace("http://localhost:8080", url or self.guard))
+        config = json.loads(told.replace("http://localhost:8000", upstream or self.upstream).replace("120000", str(timeout)).replace("http://localhost:8080", url or self.guard))
         return {name: value for name, value in config.items() if not name.endswith("_hooks") or name.split("_")[0] in hooks}
 
     def send(self, body, path="/v1/chat/completions", **config):
@@ -116,6 +116,8 @@ class Gateway:
     def check_our_failures(self):
         status, said = self.send(question("You are a broken judge.", self.picture))
         assert status == 446 and "guard_failed" in said and SAFE not in said, said
+        status, said = self.send(question("You are a slow judge.", self.picture), timeout=1000)
+        assert status == 446 and "timed out" in said and SAFE not in said, said
         # Nobody there: `failOnError` holds.
         status, said = self.send(question("What is it?", self.picture), url=f"http://127.0.0.1:{free_port()}")
         assert status == 446 and SAFE not in said, said
