@@ -519,7 +519,7 @@ async fn figures_health_rates_and_reload() {
     }
     let (_, figures) = get("/metrics").await;
     for line in [
-        "ecso_requests_total{route=\"chat\",status=\"200\"} 3",
+        "ecso_requests_total{door=\"http\",route=\"chat\",status=\"200\"} 3",
         "ecso_answers_total{verdict=\"unsafe\",mode=\"enforce\",rewritten=\"yes\"} 1",
         "ecso_failures_total{code=\"rate_limited\"} 1",
         "ecso_step_seconds_count{step=\"detect\"} 3",
