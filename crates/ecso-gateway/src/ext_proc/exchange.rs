@@ -1,22 +1,22 @@
 //! One exchange: a request that came to a gateway, how it goes on, its answer, and what the client gets.
 
 use std::{
+    convert::Infallible,
     io,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use async_stream::stream;
 use axum::{
     Router,
     body::{Body, to_bytes},
     http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, header},
     response::IntoResponse,
 };
-use bytes::Bytes;
-use futures::{FutureExt, Stream, future::BoxFuture};
-use http_body_util::BodyExt;
-use hyper::body::Body as _;
+use bytes::{Bytes, BytesMut};
+use futures::{FutureExt, Stream, StreamExt, TryStreamExt, future::BoxFuture, stream};
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::{Body as _, Frame};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinSet,
@@ -123,13 +123,13 @@ async fn carried(
     if is_empty {
         body.end(End::Whole);
     }
-    let request_end = body.ended.subscribe();
+    let progress = coming_body.progress.clone();
     let envoy = Arc::new(Envoy {
         out: out.clone(),
         path,
         headers: request.headers().clone(),
         is_empty,
-        ended: request_end,
+        progress,
         coming: Mutex::new(Some((coming_head, coming_answer))),
         original: Mutex::default(),
         sending: Mutex::default(),
@@ -178,35 +178,62 @@ impl End {
     }
 }
 
-/// How a body ends, when it does. Where it breaks off the gateway knows.
-async fn end(mut ended: watch::Receiver<Option<End>>) -> End {
-    let seen = ended.wait_for(Option::is_some).await.ok().and_then(|end| end.clone());
-    match seen {
-        Some(end) => end,
-        None => std::future::pending().await,
+/// What has come of a body. The gateway takes no piece of a body of ours before the first of the other's.
+#[derive(Debug, Clone, Default)]
+struct Come {
+    begun: bool,
+    end: Option<End>,
+}
+
+/// How far a body is.
+#[derive(Clone)]
+struct Progress(watch::Receiver<Come>);
+
+impl Progress {
+    /// Whether a piece has come, as soon as it or the end has. Where the body breaks off before, the gateway knows.
+    async fn begun(&mut self) -> bool {
+        let begun = self.0.wait_for(|come| come.begun || come.end.is_some()).await.map(|come| come.begun);
+        match begun {
+            Ok(begun) => begun,
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// How it ended, as soon as it has.
+    async fn ended(mut self) -> End {
+        let end = self.0.wait_for(|come| come.end.is_some()).await.ok().and_then(|come| come.end.clone());
+        match end {
+            Some(end) => end,
+            None => std::future::pending().await,
+        }
+    }
+
+    fn end(&self) -> Option<End> {
+        self.0.borrow().end.clone()
     }
 }
 
 /// A body, for those who tell it.
 struct Telling {
     pieces: Option<mpsc::Sender<Bytes>>,
-    ended: watch::Sender<Option<End>>,
+    come: watch::Sender<Come>,
 }
 
 /// A body, for those who hear it.
 struct Coming {
     pieces: mpsc::Receiver<Bytes>,
-    ended: watch::Receiver<Option<End>>,
+    progress: Progress,
 }
 
 fn flow() -> (Telling, Coming) {
     let (told, pieces) = mpsc::channel(HELD);
-    let (ended, seen) = watch::channel(None);
-    (Telling { pieces: Some(told), ended }, Coming { pieces, ended: seen })
+    let (come, seen) = watch::channel(Come::default());
+    (Telling { pieces: Some(told), come }, Coming { pieces, progress: Progress(seen) })
 }
 
 impl Telling {
     async fn piece(&mut self, piece: HttpBody) {
+        self.come.send_modify(|come| come.begun = true);
         if let Some(pieces) = self.pieces.as_ref().filter(|_| !piece.body.is_empty()) {
             // Whom it does not concern has left.
             let _ = pieces.send(piece.body).await;
@@ -217,11 +244,7 @@ impl Telling {
     }
 
     fn end(&mut self, end: End) {
-        self.ended.send_if_modified(|ended| {
-            let is_first = ended.is_none();
-            ended.get_or_insert(end);
-            is_first
-        });
+        self.come.send_modify(|come| _ = come.end.get_or_insert(end));
         self.pieces = None;
     }
 }
@@ -229,12 +252,12 @@ impl Telling {
 impl Coming {
     /// What breaks off has an error at its end.
     fn pieces(self) -> impl Stream<Item = io::Result<Bytes>> + Send + 'static {
-        let Self { mut pieces, ended } = self;
-        stream! {
+        let Self { mut pieces, progress } = self;
+        async_stream::stream! {
             while let Some(piece) = pieces.recv().await {
                 yield Ok(piece);
             }
-            if ended.borrow().is_none() {
+            if progress.end().is_none() {
                 yield Err(io::Error::other("the gateway broke off"));
             }
         }
@@ -250,7 +273,7 @@ struct Hearing {
 
 impl Hearing {
     /// Hears all; after that, or when it breaks off, nothing more comes.
-    async fn all(&mut self, mut heard: Streaming<ProcessingRequest>) -> std::convert::Infallible {
+    async fn all(&mut self, mut heard: Streaming<ProcessingRequest>) -> Infallible {
         while let Ok(Some(message)) = heard.message().await {
             match message.part {
                 Some(Part::RequestBody(piece)) => self.body.piece(piece).await,
@@ -322,7 +345,7 @@ struct Envoy {
     path: String,
     headers: HeaderMap,
     is_empty: bool,
-    ended: watch::Receiver<Option<End>>,
+    progress: Progress,
     /// Where its answer will be.
     coming: Mutex<Option<(oneshot::Receiver<HttpHeaders>, Coming)>>,
     original: Mutex<Option<Original>>,
@@ -335,7 +358,7 @@ struct Original {
     status: StatusCode,
     headers: HeaderMap,
     is_empty: bool,
-    ended: watch::Receiver<Option<End>>,
+    progress: Progress,
 }
 
 impl Carrier for Envoy {
@@ -356,8 +379,8 @@ impl Carrier for Envoy {
             let told = Told::read(told.headers).ok_or_else(unread)?;
             let status = told.special(":status").and_then(|status| StatusCode::from_bytes(status).ok());
             let status = status.ok_or_else(unread)?;
-            let (headers, ended) = (told.headers.clone(), answer.ended.clone());
-            *lock(&self.original) = Some(Original { status, headers, is_empty, ended });
+            let (headers, progress) = (told.headers.clone(), answer.progress.clone());
+            *lock(&self.original) = Some(Original { status, headers, is_empty, progress });
             let mut response = Response::new(reqwest::Body::wrap_stream(answer.pieces()));
             (*response.status_mut(), *response.headers_mut()) = (status, told.headers);
             Ok(response.into())
@@ -382,8 +405,10 @@ impl Envoy {
         }
         self.out.say(Reply::RequestHeaders(headed(change))).await?;
         if !self.is_empty {
-            let (out, ended) = (self.out.clone(), end(self.ended.clone()));
+            let (out, mut progress) = (self.out.clone(), self.progress.clone());
             lock(&self.sending).spawn(async move {
+                progress.begun().await;
+                let ended = progress.ended();
                 if let Err(Broken(why)) = out.body(body, Reply::RequestBody, Reply::RequestTrailers, ended).await {
                     tracing::debug!(why, "a request's body broke off");
                 }
@@ -394,31 +419,46 @@ impl Envoy {
 
     /// Says what the client gets.
     async fn answer(&self, response: Response<Body>) -> Result<(), Broken> {
-        let Some(Original { status, headers, is_empty, ended }) = lock(&self.original).take() else {
+        let Some(Original { status, headers, is_empty, mut progress }) = lock(&self.original).take() else {
             return at_once(response, &self.out).await;
         };
-        let (mut head, body) = response.into_parts();
-        if is_empty && !body.is_end_stream() {
-            let body = to_bytes(body, AT_ONCE).await.map_err(|_| Broken("an answer broke off"))?;
-            if !body.is_empty() {
-                return at_once(Response::from_parts(head, body.into()), &self.out).await;
+        let (mut head, mut body) = response.into_parts();
+        // What comes of ours before the gateway takes it: signs of life, or all of an error.
+        let mut early = BytesMut::new();
+        let has_begun = loop {
+            let frame = tokio::select! {
+                biased;
+                has_begun = progress.begun(), if !is_empty => break has_begun,
+                frame = body.frame() => frame,
+            };
+            match frame.transpose().map_err(|_| Broken("an answer broke off"))?.map(Frame::into_data) {
+                Some(Ok(piece)) if early.len() + piece.len() <= AT_ONCE => early.extend_from_slice(&piece),
+                Some(Ok(_)) => return Err(Broken("an answer is longer than what can be given at once")),
+                Some(Err(_)) => {}
+                None => break false,
             }
-            return self
-                .out
-                .say(Reply::ResponseHeaders(headed(answered(&headers, &head.headers, status, head.status))))
-                .await;
+        };
+        if !has_begun && !(is_empty && early.is_empty()) {
+            let rest = to_bytes(body, AT_ONCE).await.map_err(|_| Broken("an answer broke off"))?;
+            early.extend_from_slice(&rest);
+            return at_once(Response::from_parts(head, early.freeze().into()), &self.out).await;
         }
-        if let Some(length) = body.size_hint().exact().filter(|_| !is_empty) {
-            head.headers.insert(header::CONTENT_LENGTH, length.into());
+        if let Some(rest) = body.size_hint().exact().filter(|_| !is_empty) {
+            head.headers.insert(header::CONTENT_LENGTH, (early.len() as u64 + rest).into());
         }
-        let change = answered(&headers, &head.headers, status, head.status);
+        let mut change = headers::change(&headers, &head.headers);
+        if head.status != status {
+            change.set_headers.push(headers::status(head.status));
+        }
         self.out.say(Reply::ResponseHeaders(headed(change))).await?;
         if is_empty {
             return Ok(());
         }
+        let early = stream::iter([Ok(Frame::data(early.freeze()))]);
+        let whole = StreamBody::new(early.chain(body.into_data_stream().map_ok(Frame::data)));
         // Where the answer is whole before the other's is, it ends it.
-        let ended = async move { ended.borrow().clone().unwrap_or(End::Whole) };
-        self.out.body(body, Reply::ResponseBody, Reply::ResponseTrailers, ended).await
+        let ended = async { progress.end().unwrap_or(End::Whole) };
+        self.out.body(whole, Reply::ResponseBody, Reply::ResponseTrailers, ended).await
     }
 }
 
@@ -428,15 +468,6 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 fn headed(change: HeaderMutation) -> HeadersResponse {
     HeadersResponse { response: Some(CommonResponse { header_mutation: Some(change), body_mutation: None }) }
-}
-
-/// What makes the head of an answer of the one that came.
-fn answered(from: &HeaderMap, to: &HeaderMap, was: StatusCode, is: StatusCode) -> HeaderMutation {
-    let mut change = headers::change(from, to);
-    if was != is {
-        change.set_headers.push(headers::status(is));
-    }
-    change
 }
 
 /// An answer in the place of all else.
