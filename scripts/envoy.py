@@ -29,7 +29,7 @@ PIXEL = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK
 class Model(http.server.BaseHTTPRequestHandler):
     """A model behind chat completions, with two routes more that say nothing of anybody."""
 
-    protocol_version = "HTTP/1.1"
+    protocol_version, wbufsize, disable_nagle_algorithm = "HTTP/1.1", -1, True
     taken, lock = [], threading.Lock()
 
     def log_message(self, *_):
@@ -136,7 +136,8 @@ def wait_for(port):
 class Guarded:
     """Envoy and the guard, by the settings in deploy/envoy, with these changes."""
 
-    def __init__(self, model, *arguments, upstream=None, changes=()):
+    def __init__(self, model, *arguments, upstream=None, changes=(), environment=()):
+        self.environment = dict(environment)
         self.port, self.door, self.own = free_port(), free_port(), free_port()
         text = open("deploy/envoy/envoy.yaml", encoding="utf8").read()
         changes = [("port_value: 10000", f"port_value: {self.port}"), ("port_value: 8000", f"port_value: {model}"),
@@ -159,7 +160,7 @@ class Guarded:
 
     def begin(self):
         environment = {**os.environ, "ECSO__GATEWAY__METRICS": "true", "ECSO__GATEWAY__LIMITS__DEADLINE": "5",
-                       "ECSO__GATEWAY__KEEP_ALIVE": "1", "ECSO__SERVER__RETRIES": "0"}
+                       "ECSO__GATEWAY__KEEP_ALIVE": "1", "ECSO__SERVER__RETRIES": "0", **self.environment}
         self.log = open(os.path.join(FOLDER, f"{self.port}.ecso"), "a", encoding="utf8")
         self.ecso = subprocess.Popen(self.command, stderr=self.log, env=environment)
         wait_for(self.door)
@@ -259,8 +260,6 @@ def whole_answers(guarded):
     status, headers, body = guarded.chat("Please be rude.", picture)
     assert (status, headers["x-ecso-verdict"]) == (200, "unsafe"), (status, headers, body)
     assert json.loads(body)["choices"][0]["message"]["content"] == "Here is a kind answer.", body
-    print("   ", {name: headers.get(name) for name in ("content-length", "transfer-encoding", "server", "date")})
-    print("    upstream:", {name: sent.get(name) for name in ("content-length", "transfer-encoding", "host", "x-forwarded-proto")})
 
 
 @check
@@ -423,6 +422,111 @@ def killed(guarded):
     assert guarded.chat("Which kinds?")[0] == 200
 
 
+MODES = "FULL_DUPLEX_STREAMED"
+
+
+def other_settings(port, run):
+    """Guards and gateways that are set up in another way, each for itself."""
+
+    def observed(guarded):
+        """observe: nothing is held, the answer is judged beside it"""
+        connection, response = guarded.open("POST", CHAT, chat("slowly", stream=True))
+        times = []
+        while response.readline():
+            times.append(time.monotonic())
+        assert times[-1] - times[0] > 0.6, "it was held"
+        connection.close()
+        for _ in range(50):
+            if guarded.figure('ecso_answers_total{verdict="safe",mode="observe"') == 1:
+                return
+            time.sleep(0.1)
+        raise AssertionError("it was not judged")
+
+    def opened(guarded):
+        """fail-open: what the guard can't judge goes out where the operator wants that"""
+        for stream in (False, True):
+            status, _, body = guarded.chat("a broken judge", stream=stream)
+            assert status == 200 and "bread" in (streamed(body) if stream else body), (status, body)
+
+    def loop(guarded):
+        """calls of the guard that come back through Envoy are refused"""
+        before = len(Model.taken)
+        status, _, body = guarded.chat("Which kinds?")
+        assert status == 502 and json.loads(body)["error"]["code"] == "guard_failed", (status, body)
+        assert len(Model.taken) == before + 1, "a loop"
+        assert "the guard's own calls come back to it" in open(guarded.log.name, encoding="utf8").read()
+
+    def misled(guarded):
+        """a processing_mode that guards nothing is refused"""
+        status, _, body = guarded.chat("be rude")
+        assert status == 500 and "FULL_DUPLEX_STREAMED" in body, (status, body)
+
+    def model_is_late(guarded):
+        """the route's timeout is the model's: judging does not count"""
+        for stream in (False, True):
+            status, _, body = guarded.chat("a slow judge", stream=stream)
+            assert status == 200 and "bread" in (streamed(body) if stream else body), (status, body)
+            status, _, body = guarded.chat("say nothing", stream=stream)
+            assert status == 504 and json.loads(body)["error"]["code"] == "upstream_refused", (status, body)
+
+    def guard_is_late(guarded):
+        """the timeout of grpc_service ends no exchange: the guard's deadline does"""
+        status, _, body = guarded.chat("a slow judge")
+        assert status == 200, (status, body)
+        status, _, body = guarded.chat("say nothing")
+        assert status == 504 and json.loads(body)["error"]["code"] == "guard_deadline", (status, body)
+
+    def all_is_late(guarded):
+        """stream_idle_timeout ends an answer that is held, but no stream: that shows signs of life"""
+        status, _, body = guarded.chat("be rude to a slow judge")
+        assert (status, body) == (504, "stream timeout"), (status, body)
+        status, _, body = guarded.chat("be rude to a slow judge", stream=True)
+        assert status == 200 and streamed(body) == "Here is a kind answer.", (status, body)
+
+    settings = [
+        (observed, ["--mode", "observe"], {}),
+        (opened, [], {"environment": {"ECSO__GATEWAY__ON_FAILURE": "fail-open"}}),
+        (loop, [], {"upstream": "itself"}),
+        (misled, [], {"changes": [(f"request_body_mode: {MODES}", "request_body_mode: BUFFERED")]}),
+        (misled, [], {"changes": [(f"response_body_mode: {MODES}", "response_body_mode: NONE"),
+                                  ("response_trailer_mode: SEND", "response_trailer_mode: SKIP")]}),
+        (model_is_late, [], {"changes": [("timeout: 620s", "timeout: 1s")]}),
+        (guard_is_late, [], {"changes": [("timeout: 630s\n              # Without", "timeout: 1s\n              # Without")]}),
+        (all_is_late, [], {"changes": [("stream_idle_timeout: 630s", "stream_idle_timeout: 1.5s")]}),
+    ]
+    for function, arguments, more in settings:
+        guarded = Guarded(port, *arguments, **more)
+        run(function, guarded)
+        guarded.end()
+
+
+def latency(port, run):
+    """What the way through the guard costs, without the model's time: medians of 100, one after the other."""
+    text = open("deploy/envoy/envoy.yaml", encoding="utf8").read()
+    begin, end = text.index("          - name: envoy.filters.http.ext_proc"), text.index("          - name: envoy.filters.http.router")
+    plain = Guarded(port, changes=[(text[begin:end], "")])
+    guarded = Guarded(port)
+
+    def measured(_):
+        """latency"""
+        picture = large(100 << 10)
+        for name, query, image in [("text, not guarded", "Which kinds?", None), ("image of 100 KB, judged", "Which kinds?", picture)]:
+            body, medians = json.dumps(chat(query, image)), []
+            for which, address in [("Envoy alone", plain.port), ("ecso serve", guarded.own), ("Envoy and the guard", guarded.port)]:
+                connection, times = http.client.HTTPConnection("127.0.0.1", address), []
+                for _ in range(110):
+                    begun = time.monotonic()
+                    connection.request("POST", CHAT, body, {"content-type": "application/json"})
+                    assert connection.getresponse().read()
+                    times.append(time.monotonic() - begun)
+                medians.append(f"{which} {statistics.median(times[10:]) * 1000:.2f} ms")
+            print(f"    {name}: " + ", ".join(medians))
+
+    run(measured, guarded)
+    plain.end()
+    guarded.end()
+
+
 def main():
     model = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Model)
     model.handle_error = lambda *_: None  # whoever leaves does so on purpose
@@ -447,6 +551,10 @@ def main():
         if not only or function.__name__ in only:
             run(function, guarded)
     guarded.end()
+    if not only or "other" in only:
+        other_settings(port, run)
+    if not only or "latency" in only:
+        latency(port, run)
     raise SystemExit(failed)
 
 

@@ -113,7 +113,7 @@ async fn carried(
     if request.headers().contains_key(OWN_CALL) {
         let message =
             "the guard's own calls come back to it: give `--upstream` the model's own address, not the gateway's";
-        let error = ApiError::new(StatusCode::LOOP_DETECTED, "guard_loop", message);
+        let error = ApiError::new(StatusCode::MISDIRECTED_REQUEST, "guard_loop", message);
         error.log("-");
         return at_once(error.into_response(), out).await;
     }

@@ -10,7 +10,7 @@ use crate::world::{LEAK, PICTURE, World, merge, question, said, streamed};
 
 /// Answers in which the marker stands where nobody looks: what is merged into a completion.
 #[expect(clippy::too_many_lines, reason = "a table")]
-fn hidden_answers() -> Vec<(&'static str, Value)> {
+pub(crate) fn hidden_answers() -> Vec<(&'static str, Value)> {
     let message = |more: Value| json!({"choices": [{"message": more}]});
     let choice = |more: Value| json!({"choices": [more]});
     vec![

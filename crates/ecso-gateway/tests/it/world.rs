@@ -30,6 +30,7 @@ pub(crate) struct Reached {
 }
 
 pub(crate) struct World {
+    pub(crate) gateway: Arc<Gateway>,
     router: Router,
     reached: Arc<Mutex<Vec<Reached>>>,
 }
@@ -99,8 +100,8 @@ impl World {
         let url = format!("http://{}/v1", listener.local_addr().unwrap());
         let behind = Router::new().fallback(answer).with_state(Behind { speaks, reached: Arc::clone(&reached) });
         tokio::spawn(async move { axum::serve(listener, behind).await });
-        let gateway = Self::gateway_with_key(settings, profiles, &url, key).unwrap();
-        Self { router: Arc::new(gateway).router(), reached }
+        let gateway = Arc::new(Self::gateway_with_key(settings, profiles, &url, key).unwrap());
+        Self { router: Arc::clone(&gateway).router(), gateway, reached }
     }
 
     pub(crate) async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: impl Into<Body>) -> Got {
