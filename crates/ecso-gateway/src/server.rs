@@ -117,13 +117,13 @@ impl Gateway {
     /// clients.
     #[cfg(feature = "ext-proc")]
     pub(crate) fn carried(self: Arc<Self>) -> Router {
-        let routes = OpenApiRouter::<Arc<Self>>::new()
+        let model = OpenApiRouter::<Arc<Self>>::new()
             .routes(routes!(completions).map(|route| route.fallback(others)))
             .routes(routes!(messages).map(|route| route.fallback(others)))
             .routes(routes!(count_tokens).map(|route| route.fallback(others)))
             .routes(routes!(responses).map(|route| route.fallback(others)))
             .routes(routes!(moderations).map(|route| route.fallback(others)));
-        let (router, _) = routes.split_for_parts();
+        let (router, _) = model.split_for_parts();
         let cors = Arc::clone(&self.cors);
         router.fallback(others).with_state(self).layer(middleware::from_fn_with_state(cors, cors::same_on_all))
     }

@@ -49,22 +49,24 @@ pub(super) enum Said {
     Reply(Reply),
     /// It was the last word.
     Done,
+    /// The gateway is to fail the request.
+    Broken,
 }
 
 /// The exchange goes no further: the gateway has left, or it is to fail the request.
 #[derive(Debug)]
 struct Broken(&'static str);
 
-/// Says what is to be said; where that can't be done, ends without a last word, which fails the request.
+/// Says what is to be said; where that can't be done, the gateway is to fail the request.
 pub(super) async fn exchange(
     router: Router,
     patience: Duration,
-    mut heard: Streaming<ProcessingRequest>,
+    mut gateway: Streaming<ProcessingRequest>,
     said: mpsc::Sender<Said>,
 ) {
     let out = Out(said);
     let worked = async {
-        let first = tokio::time::timeout(patience, heard.message()).await;
+        let first = tokio::time::timeout(patience, gateway.message()).await;
         let Ok(Ok(Some(first))) = first else { return Err(Broken("no request came")) };
         if let Some(wrong) = misled(&first) {
             tracing::error!(wrong, "the gateway is set up in a way that guards nothing");
@@ -75,7 +77,7 @@ pub(super) async fn exchange(
             .await;
         }
         let Some(Part::RequestHeaders(head)) = first.part else { return Err(Broken("no request came first")) };
-        carried(router, head, heard, &out).await
+        carried(router, head, gateway, &out).await
     };
     let worked = tokio::select! {
         worked = worked => worked,
@@ -83,7 +85,10 @@ pub(super) async fn exchange(
     };
     match worked {
         Ok(()) => drop(out.0.send(Said::Done).await),
-        Err(Broken(why)) => tracing::debug!(why, "an exchange broke off"),
+        Err(Broken(why)) => {
+            tracing::debug!(why, "an exchange broke off");
+            let _ = out.0.send(Said::Broken).await;
+        }
     }
 }
 
@@ -103,7 +108,7 @@ fn misled(first: &ProcessingRequest) -> Option<&'static str> {
 async fn carried(
     router: Router,
     head: HttpHeaders,
-    heard: Streaming<ProcessingRequest>,
+    gateway: Streaming<ProcessingRequest>,
     out: &Out,
 ) -> Result<(), Broken> {
     let is_empty = head.end_of_stream;
@@ -145,7 +150,7 @@ async fn carried(
     };
     tokio::select! {
         answered = answered => answered,
-        never = hearing.all(heard) => match never {},
+        never = hearing.all(gateway) => match never {},
     }
 }
 
@@ -273,8 +278,8 @@ struct Hearing {
 
 impl Hearing {
     /// Hears all; after that, or when it breaks off, nothing more comes.
-    async fn all(&mut self, mut heard: Streaming<ProcessingRequest>) -> Infallible {
-        while let Ok(Some(message)) = heard.message().await {
+    async fn all(&mut self, mut gateway: Streaming<ProcessingRequest>) -> Infallible {
+        while let Ok(Some(message)) = gateway.message().await {
             match message.part {
                 Some(Part::RequestBody(piece)) => self.body.piece(piece).await,
                 Some(Part::RequestTrailers(trailers)) => self.body.end(End::with(trailers)),
@@ -438,7 +443,7 @@ impl Envoy {
                 None => break false,
             }
         };
-        if !has_begun && !(is_empty && early.is_empty()) {
+        if !has_begun && (!is_empty || !early.is_empty()) {
             let rest = to_bytes(body, AT_ONCE).await.map_err(|_| Broken("an answer broke off"))?;
             early.extend_from_slice(&rest);
             return at_once(Response::from_parts(head, early.freeze().into()), &self.out).await;

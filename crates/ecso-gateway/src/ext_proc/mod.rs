@@ -126,7 +126,7 @@ impl StreamingService<ProcessingRequest> for Process {
                 match heard.recv().await {
                     Some(exchange::Said::Reply(reply)) => yield Ok(ProcessingResponse { reply: Some(reply) }),
                     Some(exchange::Said::Done) => break,
-                    None => {
+                    Some(exchange::Said::Broken) | None => {
                         yield Err(Status::aborted("the guard broke off"));
                         break;
                     }

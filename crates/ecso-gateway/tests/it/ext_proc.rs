@@ -179,7 +179,8 @@ impl Exchange {
 
     async fn reply(&mut self) -> Result<Option<Reply>, Status> {
         let next = tokio::time::timeout(Duration::from_secs(10), self.replies.message());
-        Ok(next.await.expect("the guard says nothing")?.map(|message| message.reply.unwrap()))
+        let next = next.await.unwrap_or_else(|_| panic!("the guard says nothing"));
+        Ok(next?.map(|message| message.reply.unwrap()))
     }
 
     fn piece(&self, which: usize, piece: BodyResponse) -> (Bytes, bool) {
@@ -436,9 +437,9 @@ async fn what_fails_or_breaks_off_lets_nothing_out() {
         let mut exchange = envoy.chat(&with(with(question(), &broken), &json!({"stream": stream}))).await;
         exchange.sent().await;
         if stream {
-            exchange.streamed(&[LEAK])
+            exchange.streamed(&[LEAK]);
         } else {
-            exchange.answered("200", &completion(LEAK))
+            exchange.answered("200", &completion(LEAK));
         }
         let got = exchange.got().await.unwrap();
         assert!(got.body.contains("guard_failed") && got.status() == if stream { "200" } else { "502" }, "{got:?}");

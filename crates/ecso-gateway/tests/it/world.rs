@@ -30,6 +30,7 @@ pub(crate) struct Reached {
 }
 
 pub(crate) struct World {
+    #[cfg(feature = "ext-proc")]
     pub(crate) gateway: Arc<Gateway>,
     router: Router,
     reached: Arc<Mutex<Vec<Reached>>>,
@@ -101,7 +102,13 @@ impl World {
         let behind = Router::new().fallback(answer).with_state(Behind { speaks, reached: Arc::clone(&reached) });
         tokio::spawn(async move { axum::serve(listener, behind).await });
         let gateway = Arc::new(Self::gateway_with_key(settings, profiles, &url, key).unwrap());
-        Self { router: Arc::clone(&gateway).router(), gateway, reached }
+        let router = Arc::clone(&gateway).router();
+        Self {
+            #[cfg(feature = "ext-proc")]
+            gateway,
+            router,
+            reached,
+        }
     }
 
     pub(crate) async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: impl Into<Body>) -> Got {
