@@ -20,7 +20,7 @@ use crate::{
     request::{Body, Request, is_remote},
     settings::{ImageUrls, Mode, Settings, TraceLevel},
     state::AppState,
-    upstream::{Carrier, Upstream, Way, is_known_header},
+    upstream::{Carrier, HTTP, Upstream, Way, is_known_header},
 };
 
 /// A request that was let in.
@@ -234,7 +234,8 @@ impl RequestContext {
 
     fn write(&self, request: Option<&Request>, report: &Report, drafts: &BTreeMap<u64, String>) {
         let (id, key, mode, begun) = (&self.id, &self.caller.name, self.mode, self.begun);
-        self.state.record(&Case { id, key, mode, begun, request, report, drafts }, &self.caller);
+        let door = self.carrier.as_ref().map_or(HTTP, |carrier| carrier.door());
+        self.state.record(&Case { id, door, key, mode, begun, request, report, drafts }, &self.caller);
     }
 }
 

@@ -18,6 +18,8 @@ mod connections;
 mod context;
 mod cors;
 mod error;
+#[cfg(feature = "ext-proc")]
+pub mod ext_proc;
 mod fields;
 mod forms;
 #[cfg(feature = "fuzzing")]

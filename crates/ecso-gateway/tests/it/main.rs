@@ -4,6 +4,8 @@
 mod answers;
 mod bypass;
 mod clients;
+#[cfg(feature = "ext-proc")]
+mod ext_proc;
 mod goes_on;
 mod golden;
 mod hooks;

@@ -30,6 +30,8 @@ pub(crate) struct Reached {
 }
 
 pub(crate) struct World {
+    #[cfg(feature = "ext-proc")]
+    pub(crate) gateway: Arc<Gateway>,
     router: Router,
     reached: Arc<Mutex<Vec<Reached>>>,
 }
@@ -99,8 +101,14 @@ impl World {
         let url = format!("http://{}/v1", listener.local_addr().unwrap());
         let behind = Router::new().fallback(answer).with_state(Behind { speaks, reached: Arc::clone(&reached) });
         tokio::spawn(async move { axum::serve(listener, behind).await });
-        let gateway = Self::gateway_with_key(settings, profiles, &url, key).unwrap();
-        Self { router: Arc::new(gateway).router(), reached }
+        let gateway = Arc::new(Self::gateway_with_key(settings, profiles, &url, key).unwrap());
+        let router = Arc::clone(&gateway).router();
+        Self {
+            #[cfg(feature = "ext-proc")]
+            gateway,
+            router,
+            reached,
+        }
     }
 
     /// The same below a path of an application.
