@@ -209,7 +209,9 @@ async fn answered(
     // What waits was found to be in scope, or is not known.
     context.is_in_scope = true;
     let (given, places) = call.given(state.settings.limits.choices);
-    let judged = judged(gateway, context, None, &chat, Given { chat: Bytes::clone(&given), own: given }).await?;
+    let judged =
+        judged(gateway, context, None, &chat, Given { door: "litellm", chat: Bytes::clone(&given), own: given })
+            .await?;
     Ok(call.verdict(&judged, places))
 }
 

@@ -31,7 +31,7 @@ use crate::{
     server::{self, Gateway, request_id, signed},
     settings::Mode,
     telemetry,
-    upstream::{CHAT, Carrier},
+    upstream::{CHAT, Carrier, HTTP},
     wire::{BEFORE, Format, elsewhere},
 };
 
@@ -70,7 +70,7 @@ async fn hooked<Call: DeserializeOwned, Said: Serialize>(
         };
         Ok(([(header::CONTENT_TYPE, "application/json")], json!(said).to_string()).into_response())
     };
-    signed(&id, route, &state.metrics, answered.instrument(span)).await
+    signed(&id, (HTTP, route), &state.metrics, answered.instrument(span)).await
 }
 
 /// What is to be done about the answer to a request.
@@ -131,6 +131,8 @@ fn shown(messages: &[Value], read: &request::Request) -> Option<Vec<Value>> {
 
 /// An answer that came with its question.
 struct Given {
+    /// Whose hook it is.
+    door: &'static str,
     /// As the answer to a chat.
     chat: Bytes,
     /// As it came, for the route of its own format.
@@ -138,6 +140,10 @@ struct Given {
 }
 
 impl Carrier for Given {
+    fn door(&self) -> &'static str {
+        self.door
+    }
+
     fn carry(&self, request: Request<reqwest::Body>) -> BoxFuture<'_, Result<reqwest::Response, ApiError>> {
         let answer = if request.uri().path() == CHAT { &self.chat } else { &self.own };
         let mut response = Response::new(answer.clone());

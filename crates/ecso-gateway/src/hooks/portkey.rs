@@ -162,14 +162,14 @@ async fn after(gateway: &Gateway, mut context: RequestContext, call: PortkeyCall
     let judged = match request_type {
         PortkeyKind::Messages => {
             let chat = Format::Messages.said(&answer)?.to_string().into();
-            judged(gateway, context, Some(Format::Messages), &request, Given { chat, own }).await?
+            judged(gateway, context, Some(Format::Messages), &request, Given { door: "portkey", chat, own }).await?
         }
         PortkeyKind::Complete => {
             let chat = spoken(&answer).to_string().into();
-            judged(gateway, context, None, &prompted(&request), Given { chat, own }).await?
+            judged(gateway, context, None, &prompted(&request), Given { door: "portkey", chat, own }).await?
         }
         PortkeyKind::ChatComplete => {
-            judged(gateway, context, None, &request, Given { chat: Bytes::clone(&own), own }).await?
+            judged(gateway, context, None, &request, Given { door: "portkey", chat: Bytes::clone(&own), own }).await?
         }
         PortkeyKind::Embed => return Ok(PortkeyVerdict::of(true, Found::default())),
     };

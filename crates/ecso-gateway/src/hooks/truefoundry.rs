@@ -89,7 +89,7 @@ async fn found(
     // The answer is here, in one piece.
     request_body["stream"] = json!(false);
     let own: Bytes = answer.to_string().into();
-    let given = Given { chat: Bytes::clone(&own), own };
+    let given = Given { door: "truefoundry", chat: Bytes::clone(&own), own };
     let judged = judged(gateway, context, None, &request_body, given).await?;
     let rewrites = config.unwrap_or_default().rewrite;
     // What nobody judged is left out, or nothing goes out.
