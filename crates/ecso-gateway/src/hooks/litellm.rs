@@ -133,7 +133,8 @@ fn failed(error: ApiError) -> Result<LiteLlmVerdict, ApiError> {
 /// Reads a request, and keeps it until its answer comes.
 async fn asked(mut context: RequestContext, call: LiteLlmCall) -> Result<LiteLlmVerdict, ApiError> {
     let chat = call.chat();
-    let (known, seen) = match outlook(&mut context, Ok(chat.clone())).await? {
+    let whole = call.is_whole().map(|()| chat.clone());
+    let (known, seen) = match outlook(&mut context, whole).await? {
         Outlook::Free => (Known::Free, None),
         Outlook::Observed => (Known::Waits(chat.to_string().into_bytes().into()), None),
         Outlook::Guarded(read) => {
@@ -237,6 +238,26 @@ impl LiteLlmCall {
         }
         let key = self.request_data.as_ref().and_then(|caller| caller.user_api_key_hash.as_deref());
         Ok((format!("{} {}", context.tenant(), key.unwrap_or_default()), id))
+    }
+
+    /// Holds that nothing is seen to be left out of the messages, or to stand as text where the model gets an image.
+    fn is_whole(&self) -> Result<(), ApiError> {
+        for (place, message) in self.structured_messages.iter().flatten().enumerate() {
+            let mut texts = HashSet::new();
+            texts_of(message, &mut texts);
+            let is_image = |text: &&str| !is_data_url(text) && text.contains("data:image/");
+            let is_screenshot =
+                message["role"] == "tool" && texts.iter().any(|text| text.contains("computer_screenshot"));
+            if is_screenshot || texts.iter().any(is_image) {
+                let message = format!("`structured_messages.{place}` has an image in its text");
+                return Err(ApiError::bad_request("image_in_text", message));
+            }
+            if message["content"].as_array().is_some_and(Vec::is_empty) {
+                let message = format!("LiteLLM does not show what is in `structured_messages.{place}`");
+                return Err(ApiError::bad_request("unsupported_content", message));
+            }
+        }
+        Ok(())
     }
 
     /// The request as a chat: its messages, and what was shown beside them.

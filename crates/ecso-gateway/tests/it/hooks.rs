@@ -229,6 +229,17 @@ async fn requests_of_litellm_are_read_as_chats_are() {
         (json!([{"content": [{"image_url": {"url": remote}}]}]), "an image URL can't be fetched"),
         (json!([{"odd_field": "x"}]), "odd_field"),
         (json!([{"content": [{"type": "video_url"}]}]), "video_url"),
+        // As the proxy shows an image by its id, a screenshot, and a part that its types don't have.
+        (json!([{"content": [{"image_url": {"url": ""}}]}]), "image"),
+        (
+            json!([null, {"role": "tool", "content": format!("{{\"type\": \"x\", \"image_url\": \"{PICTURE}\"}}")}]),
+            "in its text",
+        ),
+        (
+            json!([null, {"role": "tool", "content": "{\"type\": \"computer_screenshot\", \"image_url\": \"https://x\"}"}]),
+            "in its text",
+        ),
+        (json!([null, {"role": "user", "content": []}]), "does not show"),
     ] {
         let mut call = asked("bad");
         merge(&mut call, &json!({"structured_messages": messages}));
