@@ -165,6 +165,25 @@ class Proxy:
         # Thoughts.
         self.chat("Please think rudely.", leaks=True)
 
+    def check_what_litellm_does_not_show(self):
+        """Images that reach the model without the guard: the guard is shown a text alone."""
+        asked = question("Please be rude.", self.picture)["messages"]
+        text = {"model": "m", "messages": [{"role": "user", "content": "Please be rude."}]}
+        self.send({**text, "extra_body": {"messages": asked}}, leaks=True)
+        self.send({"model": "m", "messages": [{**text["messages"][0], "image": self.picture}]}, leaks=True)
+        item = {"type": "image_generation_call", "id": "i", "status": "completed", "result": self.source["data"]}
+        for more in ({"input": [*text["messages"], item]}, {"input": "Please be rude.", "previous_response_id": "resp_1"}):
+            self.send({"model": "m", **more}, "/v1/responses", leaks=True)
+        # What can be seen to be hidden is blocked.
+        for part in ({"type": "input_file", "file_data": self.picture, "filename": "list.pdf"}, {"type": "input_image", "file_id": "file-1"}):
+            content = [part, {"type": "input_text", "text": "Please be rude."}]
+            status, said = self.send({"model": "m", "input": [{"role": "user", "content": content}]}, "/v1/responses")
+            assert status == 400, said
+        shot = {"type": "computer_call_output", "call_id": "c", "output": {"type": "computer_screenshot", "image_url": self.picture}}
+        call = {"type": "computer_call", "call_id": "c", "id": "x", "status": "completed", "action": {"type": "screenshot"}, "pending_safety_checks": []}
+        status, said = self.send({"model": "m", "input": [*text["messages"], call, shot]}, "/v1/responses")
+        assert status == 400 and "image in its text" in said, said
+
     def check_tools(self):
         tool = {"type": "function", "function": {"name": "bake", "parameters": {"type": "object", "properties": {}}}}
         status, said = self.chat("What is it?", tools=[tool])

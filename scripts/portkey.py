@@ -48,19 +48,19 @@ class Gateway:
         config = json.loads(told.replace("http://localhost:8000", upstream or self.upstream).replace("120000", str(timeout)).replace("http://localhost:8080", url or self.guard))
         return {name: value for name, value in config.items() if not name.endswith("_hooks") or name.split("_")[0] in hooks}
 
-    def send(self, body, path="/v1/chat/completions", **config):
+    def send(self, body, path="/v1/chat/completions", leaks=False, **config):
         config = self.config(**config)
         if path == "/v1/messages":
             config["provider"] = "anthropic"
         status, said = send(self.url, path, body, {"x-portkey-config": json.dumps(config), "authorization": "Bearer none"})
-        assert "Rude" not in said or config.keys().isdisjoint({"after_request_hooks"}), said
+        assert ("Rude" in said) == leaks, (leaks, status, said)
         return status, said
 
     def check_plain(self):
         for text, says in {"What is it?": SAFE, "Please be rude.": KIND}.items():
             status, said = self.send(question(text, self.picture))
             assert (status, json.loads(said)["choices"][0]["message"]["content"]) == (200, says), said
-        status, said = self.send(question("Please be rude.", self.picture), hooks=())
+        status, said = self.send(question("Please be rude.", self.picture), hooks=(), leaks=True)
         assert RUDE in said, (status, said)
 
     def check_two_answers(self):
@@ -97,6 +97,16 @@ class Gateway:
         # With the guard between, streams are as for every client.
         status, said = self.send(question("Please be rude.", self.picture, stream=True), hooks=(), upstream=self.guard)
         assert status == 200 and "kind" in said and RUDE.split()[0] not in said, said
+
+    def check_what_portkey_does_not_show(self):
+        """What docs/hooks.md says no hook is asked about."""
+        content = [{"type": "input_image", "image_url": self.picture, "detail": "auto"}, {"type": "input_text", "text": "Please be rude."}]
+        self.send({"model": "m", "input": [{"role": "user", "content": content}]}, "/v1/responses", leaks=True)
+        # A request in which something could hide is refused.
+        asked = question("Please be rude.", self.picture)["messages"]
+        for more in ({"extra_body": {"messages": asked}}, {"documents": [self.picture], "mm": self.picture}):
+            status, said = self.send({"model": "m", "messages": [{"role": "user", "content": "Please be rude."}], **more})
+            assert status == 446 and "unknown_field" in said, said
 
     def check_tools(self):
         tool = {"type": "function", "function": {"name": "bake", "parameters": {"type": "object", "properties": {}}}}

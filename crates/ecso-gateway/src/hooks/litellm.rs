@@ -133,7 +133,8 @@ fn failed(error: ApiError) -> Result<LiteLlmVerdict, ApiError> {
 /// Reads a request, and keeps it until its answer comes.
 async fn asked(mut context: RequestContext, call: LiteLlmCall) -> Result<LiteLlmVerdict, ApiError> {
     let chat = call.chat();
-    let (known, seen) = match outlook(&mut context, Ok(chat.clone())).await? {
+    let whole = call.is_whole().map(|()| chat.clone());
+    let (known, seen) = match outlook(&mut context, call.model.as_deref(), whole).await? {
         Outlook::Free => (Known::Free, None),
         Outlook::Observed => (Known::Waits(chat.to_string().into_bytes().into()), None),
         Outlook::Guarded(read) => {
@@ -147,12 +148,10 @@ async fn asked(mut context: RequestContext, call: LiteLlmCall) -> Result<LiteLlm
             (Known::Waits(read.body()?.into()), seen)
         }
     };
-    if context.mode != Mode::Off {
-        let (tenant, id) = call.name(&context)?;
-        if !context.state.pending.keep((&tenant, id), &known) {
-            let message = "the request is longer than what is kept until its answer comes (`gateway.limits.pending`)";
-            return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message));
-        }
+    match call.keep(&context, &known) {
+        Err(error) if context.mode == Mode::Enforce => return Err(error),
+        Err(error) => error.log(&context.id),
+        Ok(()) => {}
     }
     Ok(match seen {
         None => LiteLlmVerdict::pass(),
@@ -208,20 +207,12 @@ async fn answered(
     }
     // What waits was found to be in scope, or is not known.
     context.is_in_scope = true;
-    let (given, places) = call.given(state.settings.limits.choices);
+    let alone = call.alone(state.settings.limits.choices);
+    let given = call.given(alone);
     let judged =
         judged(gateway, context, None, &chat, Given { door: "litellm", chat: Bytes::clone(&given), own: given })
             .await?;
-    Ok(call.verdict(&judged, places))
-}
-
-/// Where the texts of an answer are judged.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Places {
-    /// Each is a choice of its own, from 0 on.
-    alone: usize,
-    /// The choice of all of it together, with the calls of tools.
-    together: Option<usize>,
+    Ok(call.verdict(&judged, alone))
 }
 
 impl LiteLlmCall {
@@ -239,6 +230,36 @@ impl LiteLlmCall {
         }
         let key = self.request_data.as_ref().and_then(|caller| caller.user_api_key_hash.as_deref());
         Ok((format!("{} {}", context.tenant(), key.unwrap_or_default()), id))
+    }
+
+    /// Keeps what is known of the request until its answer comes.
+    fn keep(&self, context: &RequestContext, known: &Known) -> Result<(), ApiError> {
+        let (tenant, id) = self.name(context)?;
+        if context.state.pending.keep((&tenant, id), known) {
+            return Ok(());
+        }
+        let message = "the request is longer than what is kept until its answer comes (`gateway.limits.pending`)";
+        Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message))
+    }
+
+    /// Holds that nothing is seen to be left out of the messages, or to stand as text where the model gets an image.
+    fn is_whole(&self) -> Result<(), ApiError> {
+        for (place, message) in self.structured_messages.iter().flatten().enumerate() {
+            let mut texts = HashSet::new();
+            texts_of(message, &mut texts);
+            let is_image = |text: &&str| !is_data_url(text) && text.contains("data:image/");
+            let is_screenshot =
+                message["role"] == "tool" && texts.iter().any(|text| text.contains("computer_screenshot"));
+            if is_screenshot || texts.iter().any(is_image) {
+                let message = format!("`structured_messages.{place}` has an image in its text");
+                return Err(ApiError::bad_request("image_in_text", message));
+            }
+            if message["content"].as_array().is_some_and(Vec::is_empty) {
+                let message = format!("LiteLLM does not show what is in `structured_messages.{place}`");
+                return Err(ApiError::bad_request("unsupported_content", message));
+            }
+        }
+        Ok(())
     }
 
     /// The request as a chat: its messages, and what was shown beside them.
@@ -272,30 +293,36 @@ impl LiteLlmCall {
         json!({"model": self.model, "messages": [{"role": "user", "content": "(a request that is not known)"}]})
     }
 
-    /// The answer, as the answer to a chat. Texts may be several answers, or parts of one: each is judged, and all together.
-    fn given(&self, most: u32) -> (Bytes, Places) {
+    /// How many texts of an answer are judged each by itself: all or none.
+    fn alone(&self, most: u32) -> usize {
+        let (texts, has_calls) = (self.texts.as_deref().unwrap_or_default().len(), self.has_calls());
+        if texts > most as usize || (texts == 1 && has_calls) { 0 } else { texts }
+    }
+
+    fn has_calls(&self) -> bool {
+        self.tool_calls.as_ref().is_some_and(|calls| !calls.is_empty())
+    }
+
+    /// The answer, as the answer to a chat. Texts may be several answers, or parts of one: each is a choice, if they are judged `alone`,
+    /// and behind them all is one, with the calls of tools.
+    fn given(&self, alone: usize) -> Bytes {
         let texts = self.texts.as_deref().unwrap_or_default();
-        let calls: Vec<Value> = self.tool_calls.iter().flatten().map(called).collect();
-        let is_one = texts.len() == 1;
-        let alone = if texts.len() > most as usize || (is_one && !calls.is_empty()) { 0 } else { texts.len() };
-        let together = (!is_one || !calls.is_empty()).then_some(alone);
-        let alone_said = texts.iter().take(alone).map(|text| json!({"content": text}));
-        let all = together.map(|_| {
+        let mut messages: Vec<Value> = texts.iter().take(alone).map(|text| json!({"content": text})).collect();
+        if alone != 1 {
             let mut all = json!({"content": texts.join("\n")});
-            if !calls.is_empty() {
-                all["tool_calls"] = calls.into();
+            if self.has_calls() {
+                all["tool_calls"] = self.tool_calls.iter().flatten().map(called).collect();
             }
-            all
-        });
-        let choices = alone_said.chain(all).enumerate();
+            messages.push(all);
+        }
+        let choices = messages.into_iter().enumerate();
         let choices =
             choices.map(|(index, message)| json!({"index": index, "message": message, "finish_reason": "stop"}));
-        let answer = json!({"model": self.model, "choices": choices.collect::<Vec<_>>()});
-        (answer.to_string().into(), Places { alone, together })
+        json!({"model": self.model, "choices": choices.collect::<Vec<_>>()}).to_string().into()
     }
 
     /// What the proxy is to do, by what was found.
-    fn verdict(&self, judged: &Judged, places: Places) -> LiteLlmVerdict {
+    fn verdict(&self, judged: &Judged, alone: usize) -> LiteLlmVerdict {
         if !judged.is_unsafe() {
             return LiteLlmVerdict::pass();
         }
@@ -304,10 +331,9 @@ impl LiteLlmCall {
             let message = &judged.answer["choices"][place]["message"];
             message["content"].as_str().or_else(|| message["refusal"].as_str())
         };
-        let others: Option<Vec<String>> = (0..places.alone).map(|place| said(place).map(str::to_owned)).collect();
+        let others: Option<Vec<String>> = (0..alone).map(|place| said(place).map(str::to_owned)).collect();
         // What a tool is asked can't be taken out of an answer there, nor a part of a whole.
-        let has_calls = self.tool_calls.as_ref().is_some_and(|calls| !calls.is_empty());
-        match others.filter(|others| !has_calls && !others.is_empty() && others != texts) {
+        match others.filter(|others| !self.has_calls() && !others.is_empty() && others != texts) {
             Some(others) => {
                 LiteLlmVerdict { texts: Some(others), ..LiteLlmVerdict::of(LiteLlmAction::GuardrailIntervened) }
             }

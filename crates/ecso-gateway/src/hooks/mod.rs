@@ -83,11 +83,14 @@ enum Outlook {
     Guarded(Box<request::Request>),
 }
 
-/// Reads a request whose answer is still to come, as the guard would.
-async fn outlook(context: &mut RequestContext, chat: Result<Value, ApiError>) -> Result<Outlook, ApiError> {
+/// Reads the chat that a model is to be asked for, as the guard would.
+async fn outlook(
+    context: &mut RequestContext,
+    model: Option<&str>,
+    chat: Result<Value, ApiError>,
+) -> Result<Outlook, ApiError> {
     let state = Arc::clone(&context.state);
-    let model = chat.as_ref().ok().and_then(|chat| chat["model"].as_str()).map(str::to_owned);
-    let model = model.as_deref().filter(|name| !name.is_empty());
+    let model = model.filter(|name| !name.is_empty());
     context.mode = context.caller.mode(&state.settings, model, &context.headers)?;
     let scope = context.scope(model);
     match (context.mode, chat.and_then(|chat| request::Body::of(chat, &state.settings.allow_fields))) {

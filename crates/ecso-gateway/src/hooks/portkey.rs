@@ -126,7 +126,7 @@ async fn before(mut context: RequestContext, call: PortkeyCall) -> Result<Portke
     let is_streamed = json["stream"] == true;
     let read = match asked {
         None => return Ok(PortkeyVerdict::of(true, Found::default())),
-        Some(asked) => match outlook(&mut context, asked).await? {
+        Some(asked) => match outlook(&mut context, json["model"].as_str(), asked).await? {
             Outlook::Guarded(read) => read,
             Outlook::Free | Outlook::Observed => return Ok(PortkeyVerdict::of(true, Found::default())),
         },
@@ -151,7 +151,7 @@ async fn after(gateway: &Gateway, mut context: RequestContext, call: PortkeyCall
     let answer = response.json;
     if !answer.is_object() {
         let Some(asked) = request_type.chat(&request) else { return Ok(PortkeyVerdict::of(true, Found::default())) };
-        return match outlook(&mut context, asked).await? {
+        return match outlook(&mut context, request["model"].as_str(), asked).await? {
             Outlook::Guarded(_) => Err(streamed()),
             Outlook::Free | Outlook::Observed => Ok(PortkeyVerdict::of(true, Found::default())),
         };

@@ -76,7 +76,7 @@ async fn found(
 ) -> Result<TrueFoundryVerdict, ApiError> {
     let TrueFoundryCall { mut request_body, response_body, config } = call;
     let Some(answer) = response_body else {
-        let outlook = outlook(&mut context, Ok(request_body.clone())).await?;
+        let outlook = outlook(&mut context, request_body["model"].as_str(), Ok(request_body.clone())).await?;
         let Outlook::Guarded(read) = outlook else { return Ok(TrueFoundryVerdict::of(true, Found::default())) };
         if request_body["stream"] == true {
             return Err(streamed());

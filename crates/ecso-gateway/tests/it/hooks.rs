@@ -229,6 +229,17 @@ async fn requests_of_litellm_are_read_as_chats_are() {
         (json!([{"content": [{"image_url": {"url": remote}}]}]), "an image URL can't be fetched"),
         (json!([{"odd_field": "x"}]), "odd_field"),
         (json!([{"content": [{"type": "video_url"}]}]), "video_url"),
+        // As the proxy shows an image by its id, a screenshot, and a part that its types don't have.
+        (json!([{"content": [{"image_url": {"url": ""}}]}]), "image"),
+        (
+            json!([null, {"role": "tool", "content": format!("{{\"type\": \"x\", \"image_url\": \"{PICTURE}\"}}")}]),
+            "in its text",
+        ),
+        (
+            json!([null, {"role": "tool", "content": "{\"type\": \"computer_screenshot\", \"image_url\": \"https://x\"}"}]),
+            "in its text",
+        ),
+        (json!([null, {"role": "user", "content": []}]), "does not show"),
     ] {
         let mut call = asked("bad");
         merge(&mut call, &json!({"structured_messages": messages}));
@@ -534,7 +545,8 @@ async fn hooks_take_our_keys_and_modes_and_are_written_down() {
     let (other, observed) = Key::generate();
     let keys =
         BTreeMap::from([("litellm".into(), own), ("portkey".into(), Key { mode: Some(Mode::Observe), ..observed })]);
-    let world = world(Settings { keys, audit: audit.clone(), ..Settings::default() }).await;
+    let modes = BTreeMap::from([("free".into(), Mode::Off)]);
+    let world = world(Settings { keys, modes, audit: audit.clone(), ..Settings::default() }).await;
     let [(path, call), _] = both(&completion(&json!({"content": LEAK})));
     // Without a key nothing passes.
     let got = send(&world, path, &call).await;
@@ -553,6 +565,15 @@ async fn hooks_take_our_keys_and_modes_and_are_written_down() {
     assert_eq!(send(&secret, answered("1", &[LEAK])).await, rewritten(&[SAFE]));
     assert_eq!(send(&other, asked("2")).await, passes());
     assert_eq!(send(&other, answered("2", &[LEAK])).await, passes());
+    // What is observed is held back by nothing.
+    let mut chosen = asked("3");
+    chosen["request_headers"]["x-litellm-call-id"] = "3".into();
+    assert_eq!(send(&other, chosen).await, passes());
+    // A model of its own mode.
+    let [mut question, mut answer] = [asked("4"), answered("4", &[LEAK])];
+    (question["model"], answer["model"]) = ("free".into(), "other-name".into());
+    assert_eq!(send(&secret, question).await, passes());
+    assert_eq!(send(&secret, answer).await, passes());
     for _ in 0..100 {
         let text = std::fs::read_to_string(&audit.path).unwrap_or_default();
         let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
