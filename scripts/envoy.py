@@ -203,9 +203,9 @@ class Guarded:
         return sum(float(line.rsplit(" ", 1)[1]) for line in read.splitlines() if line.startswith(name))
 
     def end(self):
-        for process in (self.envoy, self.ecso):
-            process.terminate()
+        self.ecso.terminate()
         assert self.ecso.wait(20) == 0, "the guard did not end well"
+        self.envoy.terminate()
         self.envoy.wait()
         self.log.close()
 

@@ -30,6 +30,11 @@ const CHAT: &str = "/v1/chat/completions";
 
 type Map = BTreeMap<String, String>;
 
+/// Drafts are the gateway's business.
+fn no_draft() -> Speaks {
+    Arc::new(|_| panic!("the guard asks the gateway's model itself"))
+}
+
 /// A gateway that has a guard.
 struct Envoy {
     world: World,
@@ -38,8 +43,10 @@ struct Envoy {
 
 impl Envoy {
     async fn new(settings: Settings) -> Self {
-        let speaks: Speaks = Arc::new(|_| panic!("the guard asks the gateway's model itself"));
-        let world = World::new(settings, speaks).await;
+        Self::before(World::new(settings, no_draft()).await).await
+    }
+
+    async fn before(world: World) -> Self {
         let door = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = door.local_addr().unwrap();
         tokio::spawn(ecso_gateway::ext_proc::serve(Arc::clone(&world.gateway), door, std::future::pending()));
@@ -315,6 +322,29 @@ async fn an_answer_is_judged_before_the_client_gets_it() {
     assert_eq!((got.status(), got.head["x-ecso-verdict"].as_str()), ("200", "unsafe"));
     assert!(got.body.contains("Here is a harmless answer."), "{got:?}");
     assert_eq!(got.head["content-length"], got.body.len().to_string());
+}
+
+/// What this model has not (tools), the gateway's may have.
+#[tokio::test]
+async fn a_model_in_this_process_judges_and_does_not_answer() {
+    let envoy = Envoy::before(World::with_engine(Settings::default(), no_draft()).await).await;
+    let tools = json!([{"type": "function", "function": {"name": "bake", "parameters": {"type": "object"}}}]);
+    for (body, stream) in [(question(), false), (with(question(), &json!({"stream": true, "tools": tools})), true)] {
+        for (draft, told) in [("Bread.", "Bread."), (LEAK, "Here is a harmless answer.")] {
+            let mut exchange = envoy.chat(&body).await;
+            assert_eq!(exchange.sent().await.0[":path"], CHAT);
+            if stream {
+                exchange.streamed(&[draft]);
+            } else {
+                exchange.answered("200", &completion(draft));
+            }
+            let got = exchange.got().await.unwrap();
+            assert!(got.status() == "200" && got.body.contains(told), "{got:?}");
+        }
+    }
+    let mut exchange = envoy.asked("GET", "/v1/models", &[], b"").await;
+    assert_eq!(exchange.sent().await.0[":path"], "/v1/models");
+    exchange.answered("200", "{}");
 }
 
 #[tokio::test]

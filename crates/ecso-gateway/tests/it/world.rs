@@ -96,12 +96,31 @@ impl World {
         speaks: Speaks,
         key: Option<&str>,
     ) -> Self {
+        let (url, reached) = Self::behind(speaks).await;
+        Self::of(Self::gateway_with_key(settings, profiles, &url, key).unwrap(), reached)
+    }
+
+    /// With a model that is the guard's alone.
+    #[cfg(feature = "ext-proc")]
+    pub(crate) async fn with_engine(settings: Settings, speaks: Speaks) -> Self {
+        let (url, reached) = Self::behind(speaks).await;
+        let model = ecso_openai::OpenAi::new(&url, ecso_openai::Options::default()).unwrap().with_model("m");
+        let upstream = Upstream::Engine(Arc::new(model));
+        Self::of(Gateway::new(upstream, Profile::paper(), settings, ecso::Limits::default()).unwrap(), reached)
+    }
+
+    /// What stands behind a gateway: its URL, and what reached it.
+    async fn behind(speaks: Speaks) -> (String, Arc<Mutex<Vec<Reached>>>) {
         let reached = Arc::<Mutex<Vec<Reached>>>::default();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}/v1", listener.local_addr().unwrap());
         let behind = Router::new().fallback(answer).with_state(Behind { speaks, reached: Arc::clone(&reached) });
         tokio::spawn(async move { axum::serve(listener, behind).await });
-        let gateway = Arc::new(Self::gateway_with_key(settings, profiles, &url, key).unwrap());
+        (url, reached)
+    }
+
+    fn of(gateway: Gateway, reached: Arc<Mutex<Vec<Reached>>>) -> Self {
+        let gateway = Arc::new(gateway);
         let router = Arc::clone(&gateway).router();
         Self {
             #[cfg(feature = "ext-proc")]
