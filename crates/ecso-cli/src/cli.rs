@@ -113,6 +113,10 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) listen: Option<String>,
 
+    /// Address where Envoy and its kin reach the guard by external processing (gRPC) [default: none]
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) ext_proc: Option<String>,
+
     /// What is done with requests in scope: enforce, observe or off [default: enforce]
     #[arg(long)]
     pub(crate) mode: Option<String>,

@@ -50,6 +50,8 @@ pub(crate) struct Settings {
     pub(crate) checks: Checks,
     /// Where `ecso serve` listens.
     pub(crate) listen: String,
+    /// Where `ecso serve` listens for gateways that speak Envoy's external processing; empty is nowhere.
+    pub(crate) ext_proc: String,
     pub(crate) gateway: ecso_gateway::Settings,
 }
 
@@ -168,6 +170,7 @@ fn defaults() -> anyhow::Result<Settings> {
         server: Server::default(),
         checks: Checks::default(),
         listen: "127.0.0.1:8080".into(),
+        ext_proc: String::new(),
         gateway: ecso_gateway::Settings::default(),
     })
 }
@@ -285,7 +288,12 @@ pub(crate) fn load_serve(file: Option<&Path>, args: &ServeArgs) -> anyhow::Resul
         .into());
     }
     let mut layers = layers(file, &args.model, &args.profile)?;
-    let own = [("model", &args.upstream), ("listen", &args.listen), ("gateway.mode", &args.mode)];
+    let own = [
+        ("model", &args.upstream),
+        ("listen", &args.listen),
+        ("ext_proc", &args.ext_proc),
+        ("gateway.mode", &args.mode),
+    ];
     let given = own.into_iter().filter_map(|(key, value)| Some((key.to_owned(), toml::Value::from(value.clone()?))));
     layers.push(Layer { origin: "flag".into(), values: given.collect() });
     with_key(merge(&layers)?, &args.model)

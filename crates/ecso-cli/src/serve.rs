@@ -1,6 +1,7 @@
 //! `ecso serve` and `ecso key`.
 
 use std::{
+    io,
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
@@ -11,6 +12,7 @@ use ecso_gateway::{
     Checks, Gateway, Upstream,
     settings::{ImageUrls, Mode},
 };
+use futures::FutureExt;
 use tokio::net::TcpListener;
 
 use crate::{
@@ -26,12 +28,18 @@ pub(crate) fn run(args: &ServeArgs, file: Option<&Path>) -> anyhow::Result<()> {
     runtime.block_on(async {
         let gateway = Arc::new(gateway(&settings).await?);
         let listener = listen(&settings).await?;
+        let door = listen_for_gateways(&settings).await?;
         say!("ecso: {}", greeting(&settings, listener.local_addr()?)?);
+        if let Some(door) = &door {
+            say!("ecso: external processing for gateways on {}", door.local_addr()?);
+        }
         for warning in warnings(&settings)? {
             say!("ecso: warning: {warning}");
         }
         reload_on_signal(&gateway, &settings, args.clone(), file.map(Path::to_owned));
-        ecso_gateway::serve(gateway, listener, stopped()).await?;
+        let stop = stopped().shared();
+        let http = ecso_gateway::serve(Arc::clone(&gateway), listener, stop.clone());
+        tokio::try_join!(http, carried(gateway, door, stop))?;
         say!("ecso: all requests are finished");
         Ok(())
     })
@@ -92,7 +100,10 @@ fn reload_on_signal(_: &Arc<Gateway>, _: &Settings, _: ServeArgs, _: Option<Path
 #[cfg(unix)]
 fn reload(gateway: &Gateway, begun: &Settings, args: &ServeArgs, file: Option<&Path>) -> anyhow::Result<String> {
     let settings = config::load_serve(file, args)?;
-    let fixed = |settings: &Settings| (settings.model.clone(), settings.model_name.clone(), settings.listen.clone());
+    let fixed = |settings: &Settings| {
+        let Settings { model, model_name, listen, ext_proc, .. } = settings;
+        [model, model_name, listen, ext_proc].map(Clone::clone)
+    };
     if fixed(&settings) != fixed(begun) {
         return Err(UsageError("another model or address takes a restart".into()).into());
     }
@@ -118,6 +129,42 @@ async fn listen(settings: &Settings) -> anyhow::Result<TcpListener> {
         .into());
     }
     TcpListener::bind(address).await.with_context(|| format!("listening on {address}"))
+}
+
+/// The door for gateways, if there is to be one. That only they reach it is their network's business.
+async fn listen_for_gateways(settings: &Settings) -> anyhow::Result<Option<TcpListener>> {
+    let named = &settings.ext_proc;
+    if named.is_empty() {
+        return Ok(None);
+    }
+    if cfg!(not(feature = "ext-proc")) {
+        return Err(
+            UsageError("this program was built without external processing (the feature ext-proc)".into()).into()
+        );
+    }
+    let address: SocketAddr = named.parse().map_err(|_| {
+        UsageError(format!("ext_proc: {named:?} is no address to listen on; write for instance 127.0.0.1:9090"))
+    })?;
+    TcpListener::bind(address).await.map(Some).with_context(|| format!("listening on {address}"))
+}
+
+/// Serves gateways, where there is a door for them.
+#[cfg(feature = "ext-proc")]
+async fn carried(
+    gateway: Arc<Gateway>,
+    door: Option<TcpListener>,
+    stop: impl Future<Output = ()> + Send,
+) -> io::Result<()> {
+    match door {
+        Some(door) => ecso_gateway::ext_proc::serve(gateway, door, stop).await,
+        None => Ok(()),
+    }
+}
+
+#[cfg(not(feature = "ext-proc"))]
+#[expect(clippy::unused_async, reason = "stands in for the real one")]
+async fn carried(_: Arc<Gateway>, _: Option<TcpListener>, _: impl Future<Output = ()> + Send) -> io::Result<()> {
+    Ok(())
 }
 
 fn greeting(settings: &Settings, address: SocketAddr) -> anyhow::Result<String> {
@@ -147,6 +194,13 @@ fn warnings(settings: &Settings) -> anyhow::Result<Vec<String>> {
     if let Some(why) = why.filter(|why| *why != calibration::FITTED && settings.gateway.mode == Mode::Enforce) {
         warnings.push(format!(
             "`hardened` runs with its defaults ({why}). They were fitted to mini: `ecso tune` fits it to your model, and says whether it pays"
+        ));
+    }
+    let beyond = settings.ext_proc.parse::<SocketAddr>().is_ok_and(|address| !address.ip().is_loopback());
+    if beyond && settings.gateway.keys.is_empty() {
+        warnings.push(format!(
+            "ext_proc = \"{}\": whoever reaches this address may use the guard and its model; let only the gateway do so",
+            settings.ext_proc
         ));
     }
     if settings.gateway.image_urls == ImageUrls::Pass {

@@ -25,6 +25,8 @@ use crate::{
 pub(crate) struct Case<'a> {
     /// The request's name.
     pub(crate) id: &'a str,
+    /// By which door it came in.
+    pub(crate) door: &'static str,
     /// The name of the client's key; empty where nobody needs one.
     pub(crate) key: &'a str,
     pub(crate) mode: Mode,
@@ -88,6 +90,7 @@ impl Audit {
         let mut line = json!({
             "at": OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default(),
             "request_id": case.id,
+            "door": case.door,
             "choice": choice,
             "key": case.key,
             "model": case.request.map(|request| shown(&request.model)),

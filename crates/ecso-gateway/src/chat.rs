@@ -58,7 +58,7 @@ struct Guarded {
 impl Guarded {
     fn guard(&self) -> Guard<Arc<dyn Mllm>> {
         let Self { context, request, .. } = self;
-        context.state.guard(request, &context.caller, &context.headers, context.mode)
+        context.state.guard(request, context, context.mode)
     }
 
     async fn whole(self) -> Result<Response, ApiError> {
@@ -575,7 +575,7 @@ async fn found(
 
 /// Judges an answer that the client has already, and writes down what is found.
 pub(crate) async fn observe(context: &RequestContext, request: &Request, answer: &Completion) -> Result<(), ApiError> {
-    let guard = context.state.guard(request, &context.caller, &context.headers, context.mode);
+    let guard = context.state.guard(request, context, context.mode);
     let record = context.record(request, answer.said());
     context.in_time(review(&guard, request, &Drafted::alone(answer.clone()), &record)).await?;
     record.written();

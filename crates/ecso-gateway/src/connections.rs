@@ -20,10 +20,7 @@ use hyper_util::{
     rt::{TokioIo, TokioTimer},
     server::graceful::GracefulShutdown,
 };
-use tokio::{
-    net::TcpListener,
-    sync::{Notify, Semaphore},
-};
+use tokio::{net::TcpListener, sync::Notify};
 use tokio_io_timeout::TimeoutStream;
 use tower::ServiceExt;
 
@@ -44,7 +41,7 @@ pub async fn serve(
     stop: impl Future<Output = ()> + Send,
 ) -> io::Result<()> {
     let limits = gateway.state().settings.limits;
-    let places = Arc::new(Semaphore::new(places(limits.connections)));
+    let places = Arc::clone(&gateway.places);
     let router = Arc::clone(&gateway).router();
     let (graceful, mut stop) = (GracefulShutdown::new(), pin!(stop));
     let mut seats = Seats::default();
@@ -171,7 +168,7 @@ impl Service<Request<Incoming>> for Seated {
 
 /// How many connections at one time: as many as are `wanted`, as far as there are descriptors for them and for the
 /// upstream's.
-fn places(wanted: usize) -> usize {
+pub(crate) fn places(wanted: usize) -> usize {
     let descriptors = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
     let most = descriptors.saturating_sub(KEPT) / 2;
     wanted.min(usize::try_from(most).unwrap_or(usize::MAX)).max(1)

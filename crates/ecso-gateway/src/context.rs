@@ -8,6 +8,7 @@ use std::{
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, request::Parts};
 use bytes::{Bytes, BytesMut};
+use ecso::profile::Scope;
 use futures::StreamExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -16,10 +17,10 @@ use crate::{
     audit::Case,
     error::ApiError,
     report::{Finding, Report},
-    request::{Body, Request},
-    settings::{Mode, Settings, TraceLevel},
+    request::{Body, Request, is_remote},
+    settings::{ImageUrls, Mode, Settings, TraceLevel},
     state::AppState,
-    upstream::{Carrier, Upstream, Way, is_known_header},
+    upstream::{Carrier, HTTP, Upstream, Way, is_known_header},
 };
 
 /// A request that was let in.
@@ -35,6 +36,10 @@ pub(crate) struct RequestContext {
     pub(crate) headers: HeaderMap,
     /// Who carries it to the upstream, where our own client does not.
     carrier: Option<Arc<dyn Carrier>>,
+    /// Its answer came with it: the model has seen what it was sent.
+    is_answered: bool,
+    /// It is judged whatever the profile's scope is.
+    pub(crate) is_in_scope: bool,
     /// The room that its body takes.
     room: Option<OwnedSemaphorePermit>,
     rooms: Arc<Semaphore>,
@@ -80,7 +85,19 @@ impl RequestContext {
         state.rates.check(&caller)?;
         let headers = own_key_removed(&state.settings, headers);
         let (state, rooms, mode) = (Arc::clone(state), Arc::clone(rooms), caller.strictest(&state.settings));
-        Ok(Self { state, id: id.to_owned(), begun, caller, mode, headers, carrier, room: None, rooms })
+        let id = id.to_owned();
+        let (is_answered, is_in_scope, room) = (false, false, None);
+        Ok(Self { state, id, begun, caller, mode, headers, carrier, is_answered, is_in_scope, room, rooms })
+    }
+
+    /// The same with the answer, which whoever asks the model is given.
+    pub(crate) fn answered(self, carrier: Arc<dyn Carrier>) -> Self {
+        Self { carrier: Some(carrier), is_answered: true, ..self }
+    }
+
+    /// Which requests are guarded, of those that go to this model.
+    pub(crate) fn scope(&self, model: Option<&str>) -> Scope {
+        if self.is_in_scope { Scope::All } else { self.state.profile(&self.caller, model).scope }
     }
 
     /// The way of the client's own request to the model; none where the model in this process answers it.
@@ -121,7 +138,14 @@ impl RequestContext {
     }
 
     /// The request of a body: its images got and read, as far as there is room for them, before the deadline.
-    pub(crate) async fn prepare(&mut self, body: Body) -> Result<Request, ApiError> {
+    pub(crate) async fn prepare(&mut self, mut body: Body) -> Result<Request, ApiError> {
+        let settings = &self.state.settings;
+        let is_fetched = self.mode == Mode::Enforce && settings.image_urls == ImageUrls::Fetch;
+        if self.is_answered && is_fetched && body.remote_images().iter().any(|url| is_remote(url)) {
+            let message = "an image is named by its URL: what the model saw there is not known here. Have the hook see the request \
+                           before the model does, send data URLs, or set gateway.image_urls = \"pass\"";
+            return Err(ApiError::bad_request("image_url_refused", message));
+        }
         let (state, begun, held) = (Arc::clone(&self.state), self.begun, self.held());
         let prepared = state.prepare(body, |fetched| self.hold(held + fetched));
         in_time(&state, begun, prepared).await
@@ -210,7 +234,8 @@ impl RequestContext {
 
     fn write(&self, request: Option<&Request>, report: &Report, drafts: &BTreeMap<u64, String>) {
         let (id, key, mode, begun) = (&self.id, &self.caller.name, self.mode, self.begun);
-        self.state.record(&Case { id, key, mode, begun, request, report, drafts }, &self.caller);
+        let door = self.carrier.as_ref().map_or(HTTP, |carrier| carrier.door());
+        self.state.record(&Case { id, door, key, mode, begun, request, report, drafts }, &self.caller);
     }
 }
 

@@ -43,7 +43,7 @@ async fn judged(context: &mut RequestContext, body: Bytes, admission: &Admission
         if request.model.is_empty() {
             request.model = state.upstream.model_name(headers).await?;
         }
-        let guard = state.guard(&request, &context.caller, headers, Mode::Enforce);
+        let guard = state.guard(&request, context, Mode::Enforce);
         let draft = match &question.answer {
             Some(answer) => answer.clone(),
             None => state.draft(&request, headers, &state.sampling(&request)).await?,

@@ -28,6 +28,21 @@ pub(crate) fn values(value: &Value) -> usize {
     }
 }
 
+/// Whether a value is made of numbers and names alone: it holds no sentence.
+pub(crate) fn says_little(value: &Value) -> bool {
+    match value {
+        Value::String(name) => name.len() <= 128 && !name.contains(char::is_whitespace),
+        Value::Array(list) => list.iter().all(says_little),
+        Value::Object(fields) => fields.iter().all(|(name, value)| is_label(name) && says_little(value)),
+        Value::Null | Value::Bool(_) | Value::Number(_) => true,
+    }
+}
+
+/// Whether a field's name is one that servers give.
+pub(crate) fn is_label(name: &str) -> bool {
+    name.len() <= 64 && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_')
+}
+
 #[derive(Clone, Copy)]
 struct Strict<'a> {
     /// How many values there may still be.

@@ -7,7 +7,8 @@
 //! The way of a request: [`server`] routes it; `context` lets it in; `json` and `request` read it against the tables of
 //! `fields`; `upstream` gets the draft; `completion` is what is known of that; `chat` judges it and writes the answer;
 //! `report` is what was found; `error` is everything that can go wrong, as the client sees it. `passthrough` sends on what
-//! the table of `routes` lets through; `observe` judges beside; `guard` and `moderation` judge on demand.
+//! the table of `routes` lets through; `observe` judges beside; `guard` and `moderation` judge on demand, and
+//! `hooks` for gateways that others run.
 
 mod access;
 mod audit;
@@ -17,12 +18,15 @@ mod connections;
 mod context;
 mod cors;
 mod error;
+#[cfg(feature = "ext-proc")]
+pub mod ext_proc;
 mod fields;
 mod forms;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
 mod guard;
+mod hooks;
 mod json;
 mod metrics;
 mod moderation;

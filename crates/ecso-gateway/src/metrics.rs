@@ -18,6 +18,7 @@ use crate::{audit::Case, settings::Mode};
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Answered {
+    door: &'static str,
     route: &'static str,
     status: u32,
 }
@@ -72,7 +73,7 @@ impl Metrics {
         let seconds: Family<Of, Histogram, fn() -> Histogram> = Family::new_with_constructor(times);
         let tokens = Family::<Tokens, Counter>::default();
         let (guarded, running, waiting) = (times(), Gauge::default(), Gauge::default());
-        registry.register("requests", "Requests, by route and status", requests.clone());
+        registry.register("requests", "Requests, by door, route and status", requests.clone());
         registry.register("answers", "Answers that were judged", answers.clone());
         registry.register("failures", "Requests that got no answer, by code", failures.clone());
         registry.register_with_unit("step", "Model time of one call, by step", Unit::Seconds, seconds.clone());
@@ -83,8 +84,8 @@ impl Metrics {
         Self { registry, requests, answers, failures, seconds, tokens, guarded, running, waiting }
     }
 
-    pub(crate) fn request(&self, route: &'static str, status: u16) {
-        self.requests.get_or_create(&Answered { route, status: status.into() }).inc();
+    pub(crate) fn request(&self, door: &'static str, route: &'static str, status: u16) {
+        self.requests.get_or_create(&Answered { door, route, status: status.into() }).inc();
     }
 
     pub(crate) fn failure(&self, code: &'static str) {

@@ -20,20 +20,20 @@ use crate::{
     server::{Gateway, request_id, signed},
     settings::Mode,
     telemetry,
-    upstream::{Key, passed},
+    upstream::{Key, door, passed},
 };
 
 /// Every path that has no handler of its own.
 pub(crate) async fn others(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
     let (id, state) = (request_id(), gateway.state());
     let (head, body) = request.into_parts();
-    let span = telemetry::span("other", &id, &head.headers);
+    let (span, door) = (telemetry::span("other", &id, &head.headers), door(&head.extensions));
     let answered = async {
         let (method, uri) = (head.method.clone(), head.uri.clone());
         let context = gateway.begin(&state, &id, head)?;
         pass(context, &method, &uri, body).await
     };
-    signed(&id, "other", &state.metrics, answered.instrument(span)).await
+    signed(&id, (door, "other"), &state.metrics, answered.instrument(span)).await
 }
 
 /// Sends a request on, by its route.

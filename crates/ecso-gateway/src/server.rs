@@ -29,10 +29,17 @@ use crate::{
     access::{API_KEY, Admission},
     audit::Audit,
     chat,
+    connections::places,
     context::{self, RequestContext, is_plain},
     cors::{self, Cors},
     error::{ApiError, ApiErrors, ErrorBody},
     guard::{__path_guard, guard},
+    hooks::{
+        litellm::{__path_litellm, litellm},
+        pending::Pending,
+        portkey::{__path_portkey, portkey},
+        truefoundry::{__path_truefoundry, truefoundry},
+    },
     json as strict,
     metrics::Metrics,
     moderation::{__path_moderations, moderations},
@@ -45,7 +52,7 @@ use crate::{
     state::{AppState, Kept, Profiles},
     store::Store,
     telemetry,
-    upstream::{CHAT, Key, Upstream, is_carried, passed},
+    upstream::{CHAT, HTTP, Key, Upstream, door, passed},
     wire::{BEFORE, Format, elsewhere},
 };
 
@@ -53,6 +60,8 @@ use crate::{
 pub struct Gateway {
     state: ArcSwap<AppState>,
     pub(crate) admission: Arc<Admission>,
+    /// Connections that may be open.
+    pub(crate) places: Arc<Semaphore>,
     /// Room for the bodies of requests.
     rooms: Arc<Semaphore>,
     cors: Arc<Cors>,
@@ -71,20 +80,23 @@ impl Gateway {
         images: ecso::Limits,
     ) -> io::Result<Self> {
         let admission = Arc::new(Admission::new(settings.limits.at_once, settings.limits.queue));
+        let places = Arc::new(Semaphore::new(places(settings.limits.connections)));
         let rooms = context::rooms(settings.limits.bodies.max(settings.limits.body));
         let kept = Kept {
             metrics: Arc::new(Metrics::new()),
             memory: Arc::new(Memory::new(settings.limits.remembered)),
             store: Arc::new(Store::new(&settings.limits)),
+            pending: Arc::new(Pending::new(&settings.limits)),
         };
         let audit = Audit::open(&settings.audit)?;
         let state = AppState::new(upstream, profiles.into(), settings, images, kept, audit)?;
         let state = ArcSwap::from_pointee(state);
-        Ok(Self { state, admission, rooms, cors: Arc::default(), readiness: Readiness::default() })
+        Ok(Self { state, admission, places, rooms, cors: Arc::default(), readiness: Readiness::default() })
     }
 
     /// Exchanges profile and settings; requests under way end under the old ones. The upstream stays, and so do the
-    /// limits `at_once`, `queue`, `bodies`, `connections`, `remembered`, `stored` and `stored_for`.
+    /// limits `at_once`, `queue`, `bodies`, `connections`, `remembered`, `stored`, `stored_for`, `pending` and
+    /// `pending_for`.
     ///
     /// # Errors
     /// When the audit log can't be opened; then all stays as it was.
@@ -95,8 +107,12 @@ impl Gateway {
             Some(audit) if old.settings.audit == settings.audit => Some(Arc::clone(audit)),
             _ => Audit::open(&settings.audit)?,
         };
-        let kept =
-            Kept { metrics: Arc::clone(&old.metrics), memory: Arc::clone(&old.memory), store: Arc::clone(&old.store) };
+        let kept = Kept {
+            metrics: Arc::clone(&old.metrics),
+            memory: Arc::clone(&old.memory),
+            store: Arc::clone(&old.store),
+            pending: Arc::clone(&old.pending),
+        };
         let state = AppState::new(old.upstream.clone(), profiles.into(), settings, images, kept, audit)?;
         self.state.store(Arc::new(state));
         Ok(())
@@ -105,6 +121,21 @@ impl Gateway {
     /// The routes.
     pub fn router(self: Arc<Self>) -> Router {
         let (router, _) = routes().split_for_parts();
+        let cors = Arc::clone(&self.cors);
+        router.fallback(others).with_state(self).layer(middleware::from_fn_with_state(cors, cors::same_on_all))
+    }
+
+    /// The routes for requests that somebody carries: those of the model's server. What we tell of ourselves is not for its
+    /// clients.
+    #[cfg(feature = "ext-proc")]
+    pub(crate) fn carried(self: Arc<Self>) -> Router {
+        let model = OpenApiRouter::<Arc<Self>>::new()
+            .routes(routes!(completions).map(|route| route.fallback(others)))
+            .routes(routes!(messages).map(|route| route.fallback(others)))
+            .routes(routes!(count_tokens).map(|route| route.fallback(others)))
+            .routes(routes!(responses).map(|route| route.fallback(others)))
+            .routes(routes!(moderations).map(|route| route.fallback(others)));
+        let (router, _) = model.split_for_parts();
         let cors = Arc::clone(&self.cors);
         router.fallback(others).with_state(self).layer(middleware::from_fn_with_state(cors, cors::same_on_all))
     }
@@ -128,14 +159,14 @@ impl Gateway {
     ) -> Response {
         let (id, state) = (request_id(), self.state());
         let (head, body) = request.into_parts();
-        let span = telemetry::span(route, &id, &head.headers);
+        let (span, door) = (telemetry::span(route, &id, &head.headers), door(&head.extensions));
         let answered = async {
             let mut context = self.begin(&state, &id, head)?;
             context.guarded();
             let body = context.read(body).await?;
             Box::pin(work(&mut context, body)).await
         };
-        signed(&id, route, &state.metrics, answered.instrument(span)).await
+        signed(&id, (door, route), &state.metrics, answered.instrument(span)).await
     }
 }
 
@@ -148,6 +179,9 @@ fn routes() -> OpenApiRouter<Arc<Gateway>> {
         .routes(routes!(responses).map(|route| route.fallback(others)))
         .routes(routes!(guard))
         .routes(routes!(moderations))
+        .routes(routes!(litellm))
+        .routes(routes!(portkey))
+        .routes(routes!(truefoundry))
         .routes(routes!(models).map(|route| route.fallback(others)))
         .routes(routes!(alive))
         .routes(routes!(ready))
@@ -174,18 +208,18 @@ pub(crate) fn request_id() -> String {
 async fn completions(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
     let (id, state) = (request_id(), gateway.state());
     let (head, body) = request.into_parts();
-    let span = telemetry::span("chat", &id, &head.headers);
+    let (span, door) = (telemetry::span("chat", &id, &head.headers), door(&head.extensions));
     let answered = async {
         let context = gateway.begin(&state, &id, head)?;
         Box::pin(completion(&gateway, context, body)).await
     };
-    signed(&id, "chat", &state.metrics, answered.instrument(span)).await
+    signed(&id, (door, "chat"), &state.metrics, answered.instrument(span)).await
 }
 
 /// The response, counted, with the request's name on it.
 pub(crate) async fn signed(
     id: &str,
-    route: &'static str,
+    (door, route): (&'static str, &'static str),
     metrics: &Metrics,
     answered: Instrumented<impl Future<Output = Result<Response, ApiError>>>,
 ) -> Response {
@@ -195,7 +229,7 @@ pub(crate) async fn signed(
         metrics.failure(failure.code);
         failure.into_response()
     });
-    metrics.request(route, response.status().as_u16());
+    metrics.request(door, route, response.status().as_u16());
     span.record("http.response.status_code", response.status().as_u16());
     if response.status().is_server_error() {
         span.record("otel.status_code", "error");
@@ -207,7 +241,11 @@ pub(crate) async fn signed(
 }
 
 /// A chat: let through, observed, or guarded.
-async fn completion(gateway: &Gateway, mut context: RequestContext, body: Body) -> Result<Response, ApiError> {
+pub(crate) async fn completion(
+    gateway: &Gateway,
+    mut context: RequestContext,
+    body: Body,
+) -> Result<Response, ApiError> {
     let state = Arc::clone(&context.state);
     let settings = &state.settings;
     let way = context.way();
@@ -221,7 +259,7 @@ async fn completion(gateway: &Gateway, mut context: RequestContext, body: Body) 
     let value = strict::read(&body);
     let model = request::model(&value);
     context.mode = context.caller.mode(settings, model, &context.headers)?;
-    let scope = state.profile(&context.caller, model).scope;
+    let scope = context.scope(model);
     let read = is_plain(&context.headers).and(
         value
             .map_err(|why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}")))
@@ -283,18 +321,19 @@ async fn translated(
 ) -> Response {
     let (id, state) = (request_id(), gateway.state());
     let (head, body) = request.into_parts();
-    let (span, uri) = (telemetry::span(route, &id, &head.headers), head.uri.clone());
+    let (span, door) = (telemetry::span(route, &id, &head.headers), door(&head.extensions));
+    let uri = head.uri.clone();
     let answered = async {
         let told = |error| ApiError { format: Some(format), ..error };
         let context = gateway.begin(&state, &id, head).map_err(told)?;
         let path = uri.path_and_query().map_or(uri.path(), |whole| whole.as_str());
         Box::pin(translation(gateway, context, format, path, body)).await.map_err(told)
     };
-    signed(&id, route, &state.metrics, answered.instrument(span)).await
+    signed(&id, (door, route), &state.metrics, answered.instrument(span)).await
 }
 
 /// A request of another format: let through, observed, or answered as the chat which it asks for.
-async fn translation(
+pub(crate) async fn translation(
     gateway: &Gateway,
     mut context: RequestContext,
     format: Format,
@@ -314,7 +353,7 @@ async fn translation(
     let value = strict::read(&body);
     let model = request::model(&value);
     context.mode = context.caller.mode(settings, model, &context.headers)?;
-    let scope = state.profile(&context.caller, model).scope;
+    let scope = context.scope(model);
     let is_plain = is_plain(&context.headers);
     if context.mode == Mode::Enforce || way.is_none() {
         context.guarded();
@@ -364,14 +403,15 @@ async fn translation(
 async fn count_tokens(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
     let (id, state) = (request_id(), gateway.state());
     let (head, body) = request.into_parts();
-    let (span, uri) = (telemetry::span("count_tokens", &id, &head.headers), head.uri.clone());
+    let (span, door) = (telemetry::span("count_tokens", &id, &head.headers), door(&head.extensions));
+    let uri = head.uri.clone();
     let counted = async {
         let context = gateway.begin(&state, &id, head)?;
         let path = uri.path_and_query().map_or(uri.path(), |whole| whole.as_str());
         counting(context, path, body).await
     };
     let counted = async { counted.await.map_err(|error| ApiError { format: Some(Format::Messages), ..error }) };
-    signed(&id, "count_tokens", &state.metrics, counted.instrument(span)).await
+    signed(&id, (door, "count_tokens"), &state.metrics, counted.instrument(span)).await
 }
 
 /// A request to count: the upstream's where its answer would not be guarded.
@@ -439,7 +479,7 @@ async fn models(State(gateway): State<Arc<Gateway>>, request: axum::extract::Req
     let Upstream::Engine(model) = &state.upstream else {
         return others(State(gateway), request).await;
     };
-    if is_carried(request.extensions()) {
+    if door(request.extensions()) != HTTP {
         return others(State(gateway), request).await;
     }
     let id = request_id();
@@ -449,5 +489,5 @@ async fn models(State(gateway): State<Arc<Gateway>>, request: axum::extract::Req
             {"id": model.name(), "object": "model", "created": 0, "owned_by": "ecso"}]});
         Ok(([(header::CONTENT_TYPE, "application/json")], list.to_string()).into_response())
     };
-    signed(&id, "models", &state.metrics, answered.instrument(tracing::Span::none())).await
+    signed(&id, (HTTP, "models"), &state.metrics, answered.instrument(tracing::Span::none())).await
 }

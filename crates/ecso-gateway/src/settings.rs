@@ -39,6 +39,9 @@ pub struct Settings {
     /// Routes that are passed on unguarded, beside those that are known to be harmless: `POST /v1/audio/transcriptions`,
     /// `GET /v1/files/*`.
     pub allow_routes: Vec<String>,
+    /// What is done about an answer that a gateway shows without having shown the request (LiteLLM does so where a request has
+    /// images and no text).
+    pub unseen: Unseen,
     /// Whether images are decoded whole before they are passed on; else their headers are looked at.
     pub decode_images: bool,
     /// Whether `POST /v1/moderations` is answered by the guard; else it is the upstream's.
@@ -68,6 +71,7 @@ impl Default for Settings {
             allow_fields: Vec::new(),
             pass_headers: Vec::new(),
             allow_routes: Vec::new(),
+            unseen: Unseen::Block,
             decode_images: false,
             moderations: true,
             audit: AuditSettings::default(),
@@ -114,6 +118,16 @@ pub enum ImageUrls {
     Refuse,
     /// The URLs are passed on: whoever owns the host can show the judge another picture than the model.
     Pass,
+}
+
+/// What is done about an answer whose request was not shown here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Unseen {
+    /// It is held back.
+    Block,
+    /// It is judged by its own words, without question and image.
+    Judge,
 }
 
 /// The audit log: what is written.
@@ -230,6 +244,11 @@ pub struct Limits {
     pub stored: usize,
     /// Seconds for which a conversation is kept after it was last used; 0 keeps none.
     pub stored_for: u64,
+    /// Bytes of requests that are kept until a gateway shows their answers (LiteLLM); beyond, the oldest are forgotten, and their
+    /// answers are as if nobody had seen the request. 0 keeps none.
+    pub pending: usize,
+    /// Seconds for which such a request is kept.
+    pub pending_for: u64,
 }
 
 impl Default for Limits {
@@ -251,6 +270,8 @@ impl Default for Limits {
             remembered: 16_384,
             stored: 128 << 20,
             stored_for: 3600,
+            pending: 128 << 20,
+            pending_for: 900,
         }
     }
 }

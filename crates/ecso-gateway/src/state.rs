@@ -11,7 +11,9 @@ use tracing::{Instrument, Span};
 use crate::{
     access::{self, Caller, Rates},
     audit::{Audit, Case},
+    context::RequestContext,
     error::ApiError,
+    hooks::pending::Pending,
     json::shown,
     metrics::Metrics,
     request::{Body, Request, is_remote, made},
@@ -51,6 +53,7 @@ pub(crate) struct Kept {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) memory: Arc<Memory>,
     pub(crate) store: Arc<Store>,
+    pub(crate) pending: Arc<Pending>,
 }
 
 /// All that a request needs to know.
@@ -69,6 +72,8 @@ pub(crate) struct AppState {
     pub(crate) memory: Arc<Memory>,
     /// Answers that requests may go on from.
     pub(crate) store: Arc<Store>,
+    /// Requests whose answers are still to come.
+    pub(crate) pending: Arc<Pending>,
 }
 
 impl AppState {
@@ -77,7 +82,7 @@ impl AppState {
         profiles: Profiles,
         settings: Settings,
         images: ecso::Limits,
-        Kept { metrics, memory, store }: Kept,
+        Kept { metrics, memory, store, pending }: Kept,
         audit: Option<Arc<Audit>>,
     ) -> io::Result<Self> {
         let is_wanted = settings.image_urls == ImageUrls::Fetch;
@@ -94,7 +99,20 @@ impl AppState {
                 "gateway.keys.{name}.sha256 is no SHA-256; make a key with `ecso key {name}`"
             )));
         }
-        Ok(Self { upstream, profiles, settings, images, fetcher, decoding, audit, rates, metrics, memory, store })
+        Ok(Self {
+            upstream,
+            profiles,
+            settings,
+            images,
+            fetcher,
+            decoding,
+            audit,
+            rates,
+            metrics,
+            memory,
+            store,
+            pending,
+        })
     }
 
     /// Gets what a request only points to, reads its images, and decodes them as far as the operator wants that.
@@ -154,18 +172,13 @@ impl AppState {
     }
 
     /// The guard for one request: its model, its caller's key, its sampling.
-    pub(crate) fn guard(
-        &self,
-        request: &Request,
-        caller: &Caller,
-        headers: &HeaderMap,
-        mode: Mode,
-    ) -> Guard<Arc<dyn Mllm>> {
-        let mut profile = self.profile(caller, Some(&request.model)).clone();
+    pub(crate) fn guard(&self, request: &Request, context: &RequestContext, mode: Mode) -> Guard<Arc<dyn Mllm>> {
+        let mut profile = self.profile(&context.caller, Some(&request.model)).clone();
+        profile.scope = context.scope(Some(&request.model));
         if mode == Mode::Off {
             profile.gate = Gate::Never;
         }
-        self.guarding(request, headers, profile).with_sampling(self.sampling(request))
+        self.guarding(request, &context.headers, profile).with_sampling(self.sampling(request))
     }
 
     /// The guard for one request under another profile.

@@ -139,14 +139,23 @@ pub(crate) enum Answer {
 
 /// Who carries a request to the upstream, and brings its answer, where our own client does not.
 pub(crate) trait Carrier: Send + Sync {
+    /// By which door such requests come in, as records and figures name it.
+    fn door(&self) -> &'static str;
+
     /// Carries a request of a path below `/v1`, and says what comes back. Bodies that come packed are unpacked behind it, where
     /// they are read here.
     fn carry(&self, request: Request<reqwest::Body>) -> BoxFuture<'_, Result<reqwest::Response, ApiError>>;
 }
 
-/// Whether somebody carries the request with these extensions.
-pub(crate) fn is_carried(extensions: &Extensions) -> bool {
-    extensions.get::<Arc<dyn Carrier>>().is_some()
+/// On calls of the guard itself, where somebody else carries its clients' requests: that one may bring them back to it.
+pub(crate) const OWN_CALL: HeaderName = HeaderName::from_static("x-ecso-own-call");
+
+/// The door of our own HTTP server.
+pub(crate) const HTTP: &str = "http";
+
+/// By which door a request with these extensions came in.
+pub(crate) fn door(extensions: &Extensions) -> &'static str {
+    extensions.get::<Arc<dyn Carrier>>().map_or(HTTP, |carrier| carrier.door())
 }
 
 /// The way of a client's own request to the model, and of its answer back.
@@ -279,7 +288,7 @@ impl Server {
     fn model(&self, name: &str, headers: &HeaderMap) -> OpenAi {
         if let Some(Checks { server, model }) = &self.checks {
             let name = if model.is_empty() { name } else { model };
-            return server.with_model(name);
+            return server.with_model(name).with_headers(own_call(headers).collect());
         }
         self.answering(name, headers)
     }
@@ -304,7 +313,9 @@ impl Server {
     /// The model `name` on the server that is guarded.
     fn answering(&self, name: &str, headers: &HeaderMap) -> OpenAi {
         let key = self.key.clone().or_else(|| access::token(headers).map(SecretString::from));
-        self.model.with(name, key).with_headers(self.choosing(headers))
+        let mut own = self.choosing(headers);
+        own.extend(own_call(headers));
+        self.model.with(name, key).with_headers(own)
     }
 }
 
@@ -391,6 +402,11 @@ pub(crate) fn answer_head(headers: &HeaderMap) -> HeaderMap {
     let says_little = |value: &HeaderValue| value.len() <= 512 && value.to_str().is_ok_and(is_list);
     let head = headers.iter().filter(|(name, value)| is_known(name) && says_little(value));
     head.map(|(name, value)| (name.clone(), value.clone())).collect()
+}
+
+/// What tells a call of the guard's own, on its way with these headers.
+fn own_call(headers: &HeaderMap) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
+    headers.get(OWN_CALL).map(|told| (OWN_CALL, told.clone())).into_iter()
 }
 
 /// Whether a client's header says which edition of an API it speaks. Guarded requests have none: they become chats.

@@ -545,7 +545,7 @@ async fn figures_health_rates_and_reload() {
     }
     let (_, figures) = get("/metrics").await;
     for line in [
-        "ecso_requests_total{route=\"chat\",status=\"200\"} 3",
+        "ecso_requests_total{door=\"http\",route=\"chat\",status=\"200\"} 3",
         "ecso_answers_total{verdict=\"unsafe\",mode=\"enforce\",rewritten=\"yes\"} 1",
         "ecso_failures_total{code=\"rate_limited\"} 1",
         "ecso_step_seconds_count{step=\"detect\"} 3",
@@ -580,4 +580,25 @@ async fn figures_health_rates_and_reload() {
         assert_eq!(post(&served.chat(), &ask("m", "once more", false)).await.status, 200);
     }
     drop(upstream);
+}
+
+/// Envoy's external processing has an address of its own; what goes on there, `ecso-gateway/tests/it/ext_proc.rs` tries.
+#[cfg(feature = "ext-proc")]
+#[test]
+fn gateways_have_a_door_of_their_own() {
+    let home = tempfile::tempdir().unwrap();
+    let mut process = Command::new(assert_cmd::cargo::cargo_bin("ecso"))
+        .args(["serve", "--upstream", "http://127.0.0.1:1/v1", "--listen", "127.0.0.1:0", "--ext-proc", "0.0.0.0:0"])
+        .env_clear()
+        .env("HOME", home.path())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let said: Vec<String> =
+        BufReader::new(process.stderr.take().unwrap()).lines().take(4).map(Result::unwrap).collect();
+    let address = said[1].strip_prefix("ecso: external processing for gateways on ").unwrap();
+    std::net::TcpStream::connect(address).unwrap();
+    assert!(said.iter().any(|line| line.contains("let only the gateway do so")), "{said:?}");
+    process.kill().unwrap();
+    process.wait().unwrap();
 }

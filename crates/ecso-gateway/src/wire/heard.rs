@@ -9,7 +9,11 @@ use serde_json::{Map, Value, json};
 use sse_stream::SseStream;
 
 use super::Format;
-use crate::{completion::Completion, error::ApiError};
+use crate::{
+    completion::Completion,
+    error::ApiError,
+    json::{is_label, says_little},
+};
 
 impl Format {
     /// Reads an answer of the format, whole or as its stream.
@@ -25,12 +29,20 @@ impl Format {
             let text = String::from_utf8(seen).map_err(|error| broken(&error.to_string()))?;
             lenient::parse(&text).map_err(|error| broken(&error.to_string()))?
         };
+        Completion::whole(self.said(&answer)?.to_string().as_bytes())
+    }
+
+    /// All that an answer of the format says, as the answer to a chat.
+    pub(crate) fn said(self, answer: &Value) -> Result<Value, ApiError> {
         let said = match self {
-            Self::Messages => Said::of_message(&answer),
-            Self::Responses => Said::of_response(&answer),
+            Self::Messages => Said::of_message(answer),
+            Self::Responses => Said::of_response(answer),
         };
-        let said = said.ok_or_else(|| broken("it is no answer of this format, or none that is done"))?;
-        Completion::whole(said.chat().to_string().as_bytes())
+        let unreadable = || {
+            ApiError::upstream("the upstream's answer can't be read")
+                .because("it is no answer of this format, or none that is done")
+        };
+        Ok(said.ok_or_else(unreadable)?.chat())
     }
 }
 
@@ -161,7 +173,9 @@ impl Said {
                 _ => said.other(block),
             }
         }
-        said.beside(&json!({"stop_details": message["stop_details"]}), &[]);
+        let mut rest = message.as_object().cloned().unwrap_or_default();
+        rest.retain(|name, value| name != "content" && !(is_label(name) && says_little(value)));
+        said.beside(&rest.into(), &[]);
         Some(said)
     }
 
@@ -264,8 +278,19 @@ mod tests {
             let whole = json!({"type": "message", "content": content}).to_string();
             assert!(said(Format::Messages, false, &whole).await.unwrap().contains("flour"), "{whole}");
         }
-        let declined = json!({"type": "message", "content": [], "stop_details": {"explanation": "flour"}}).to_string();
-        assert!(said(Format::Messages, false, &declined).await.unwrap().contains("flour"));
+        for beside in [
+            json!({"stop_details": {"explanation": "more flour"}}),
+            json!({"usage": {"note": "more flour"}}),
+            json!({"note": ["more flour"]}),
+            json!({"more flour": 1}),
+        ] {
+            let mut message = json!({"type": "message", "content": [], "id": "msg_1", "usage": {"input_tokens": 1}});
+            message.as_object_mut().unwrap().extend(beside.as_object().unwrap().clone());
+            let whole = message.to_string();
+            assert!(said(Format::Messages, false, &whole).await.unwrap().contains("flour"), "{whole}");
+        }
+        let plain = json!({"type": "message", "content": [{"type": "text", "text": "Rye."}], "id": "msg_1", "usage": {"input_tokens": 1}});
+        assert_eq!(said(Format::Messages, false, &plain.to_string()).await.as_deref(), Some("Rye."));
         for item in [
             json!({"type": "mcp_call", "output": "flour"}),
             json!({"type": "message", "content": "flour"}),

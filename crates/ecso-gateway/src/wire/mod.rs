@@ -26,6 +26,14 @@ pub(crate) enum Format {
 }
 
 impl Format {
+    /// The route of its requests.
+    pub(crate) fn path(self) -> &'static str {
+        match self {
+            Self::Messages => "/v1/messages",
+            Self::Responses => "/v1/responses",
+        }
+    }
+
     /// The chat that a request asks for, as the body of a chat request; and how its answer is written. `earlier` gives the messages of
     /// the conversation up to an answer of ours.
     pub(crate) fn read(self, body: Value, earlier: Earlier<'_>) -> Result<(Value, Box<dyn Wire>), ApiError> {

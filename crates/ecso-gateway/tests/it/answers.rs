@@ -10,7 +10,7 @@ use crate::world::{LEAK, PICTURE, World, merge, question, said, streamed};
 
 /// Answers in which the marker stands where nobody looks: what is merged into a completion.
 #[expect(clippy::too_many_lines, reason = "a table")]
-fn hidden_answers() -> Vec<(&'static str, Value)> {
+pub(crate) fn hidden_answers() -> Vec<(&'static str, Value)> {
     let message = |more: Value| json!({"choices": [{"message": more}]});
     let choice = |more: Value| json!({"choices": [more]});
     vec![
@@ -155,6 +155,18 @@ fn hidden_answers() -> Vec<(&'static str, Value)> {
         ("a key", json!({LEAK: {}})),
         ("moderation", json!({"moderation": {"output": LEAK}})),
     ]
+}
+
+#[tokio::test]
+async fn the_guard_can_be_mounted_in_an_application() {
+    let speaks = Arc::new(|_: &Value| said(&json!({"role": "assistant", "content": LEAK}), &Value::Null));
+    let world = World::new(Settings::default(), speaks).await.mounted("/guarded");
+    let got = world.send("POST", "/guarded/v1/chat/completions", &[], question().to_string()).await;
+    assert!(got.status == 200 && !got.leaks() && got.headers["x-ecso-verdict"] == "unsafe", "{}", got.body);
+    for path in ["/guarded/v1/completions", "/guarded/v1/files", "/v1/chat/completions", "/guarded"] {
+        let got = world.send("POST", path, &[], question().to_string()).await;
+        assert_eq!(got.status, 404, "{path}: {}", got.body);
+    }
 }
 
 #[tokio::test]

@@ -4,8 +4,11 @@
 mod answers;
 mod bypass;
 mod clients;
+#[cfg(feature = "ext-proc")]
+mod ext_proc;
 mod goes_on;
 mod golden;
+mod hooks;
 mod records;
 mod tenants;
 mod wires;

@@ -30,6 +30,8 @@ pub(crate) struct Reached {
 }
 
 pub(crate) struct World {
+    #[cfg(feature = "ext-proc")]
+    pub(crate) gateway: Arc<Gateway>,
     router: Router,
     reached: Arc<Mutex<Vec<Reached>>>,
 }
@@ -94,13 +96,43 @@ impl World {
         speaks: Speaks,
         key: Option<&str>,
     ) -> Self {
+        let (url, reached) = Self::behind(speaks).await;
+        Self::of(Self::gateway_with_key(settings, profiles, &url, key).unwrap(), reached)
+    }
+
+    /// With a model that is the guard's alone.
+    #[cfg(feature = "ext-proc")]
+    pub(crate) async fn with_engine(settings: Settings, speaks: Speaks) -> Self {
+        let (url, reached) = Self::behind(speaks).await;
+        let model = ecso_openai::OpenAi::new(&url, ecso_openai::Options::default()).unwrap().with_model("m");
+        let upstream = Upstream::Engine(Arc::new(model));
+        Self::of(Gateway::new(upstream, Profile::paper(), settings, ecso::Limits::default()).unwrap(), reached)
+    }
+
+    /// What stands behind a gateway: its URL, and what reached it.
+    async fn behind(speaks: Speaks) -> (String, Arc<Mutex<Vec<Reached>>>) {
         let reached = Arc::<Mutex<Vec<Reached>>>::default();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}/v1", listener.local_addr().unwrap());
         let behind = Router::new().fallback(answer).with_state(Behind { speaks, reached: Arc::clone(&reached) });
         tokio::spawn(async move { axum::serve(listener, behind).await });
-        let gateway = Self::gateway_with_key(settings, profiles, &url, key).unwrap();
-        Self { router: Arc::new(gateway).router(), reached }
+        (url, reached)
+    }
+
+    fn of(gateway: Gateway, reached: Arc<Mutex<Vec<Reached>>>) -> Self {
+        let gateway = Arc::new(gateway);
+        let router = Arc::clone(&gateway).router();
+        Self {
+            #[cfg(feature = "ext-proc")]
+            gateway,
+            router,
+            reached,
+        }
+    }
+
+    /// The same below a path of an application.
+    pub(crate) fn mounted(self, path: &str) -> Self {
+        Self { router: Router::new().nest(path, self.router), ..self }
     }
 
     pub(crate) async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: impl Into<Body>) -> Got {

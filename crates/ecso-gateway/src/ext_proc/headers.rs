@@ -1,0 +1,106 @@
+//! Headers, as Envoy tells them and as it is told to change them.
+
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use bytes::Bytes;
+
+use super::messages::{Header, HeaderMutation, HeaderValueOption, Headers};
+
+/// In the place of values that are there.
+const OVERWRITE: i32 = 2;
+/// Beside values that are there.
+const APPEND: i32 = 0;
+
+/// Headers as they were told: those of HTTP/2 that begin with a colon, and the others.
+pub(super) struct Told {
+    /// `:method`, `:path`, `:authority`, `:status`, …
+    special: Vec<(String, Bytes)>,
+    pub(super) headers: HeaderMap,
+}
+
+impl Told {
+    /// None where there is one that can't be a header.
+    pub(super) fn read(told: Option<Headers>) -> Option<Self> {
+        let (mut special, mut headers) = (Vec::new(), HeaderMap::new());
+        for Header { key, value, raw_value } in told.unwrap_or_default().headers {
+            let value = if raw_value.is_empty() { Bytes::from(value) } else { raw_value };
+            if key.starts_with(':') {
+                special.push((key, value));
+            } else {
+                let name = HeaderName::try_from(key).ok()?;
+                headers.append(name, HeaderValue::from_maybe_shared(value).ok()?);
+            }
+        }
+        Some(Self { special, headers })
+    }
+
+    /// One of those that begin with a colon.
+    pub(super) fn special(&self, name: &str) -> Option<&[u8]> {
+        let found = self.special.iter().find(|(known, _)| known == name);
+        found.map(|(_, value)| value.as_ref())
+    }
+}
+
+/// What makes the headers `to` of the headers `from`.
+pub(super) fn change(from: &HeaderMap, to: &HeaderMap) -> HeaderMutation {
+    let differs = |name: &&HeaderName| !from.get_all(*name).iter().eq(to.get_all(*name).iter());
+    let set = to.keys().filter(differs).flat_map(|name| {
+        let values = to.get_all(name).iter().enumerate();
+        values.map(move |(nth, value)| option(name.as_str(), value, if nth == 0 { OVERWRITE } else { APPEND }))
+    });
+    let gone = from.keys().filter(|name| !to.contains_key(*name) && !is_the_gateways(name));
+    HeaderMutation { set_headers: set.collect(), remove_headers: gone.map(ToString::to_string).collect() }
+}
+
+/// Sets the path of a request.
+pub(super) fn path(path: &str) -> Option<HeaderValueOption> {
+    Some(option(":path", &HeaderValue::try_from(path).ok()?, OVERWRITE))
+}
+
+/// Sets the status of an answer.
+pub(super) fn status(status: StatusCode) -> HeaderValueOption {
+    option(":status", &HeaderValue::from(status.as_u16()), OVERWRITE)
+}
+
+fn option(name: &str, value: &HeaderValue, append_action: i32) -> HeaderValueOption {
+    let raw_value = Bytes::copy_from_slice(value.as_bytes());
+    let header = Header { key: name.to_owned(), value: String::new(), raw_value };
+    HeaderValueOption { header: Some(header), append_action }
+}
+
+/// Whether a header is the gateway's own business: it sets these itself, and does not let others change some.
+fn is_the_gateways(name: &HeaderName) -> bool {
+    const KNOWN: [HeaderName; 4] = [
+        header::HOST,
+        header::TRANSFER_ENCODING,
+        HeaderName::from_static("x-forwarded-for"),
+        HeaderName::from_static("x-forwarded-proto"),
+    ];
+    KNOWN.contains(name) || name.as_str().starts_with("x-envoy-")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(entries: &[(&'static str, &'static str)]) -> HeaderMap {
+        let entry = |&(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value));
+        entries.iter().map(entry).collect()
+    }
+
+    #[test]
+    fn only_what_differs_is_changed() {
+        let from = map(&[("a", "1"), ("b", "1"), ("c", "1"), ("host", "x"), ("x-envoy-attempt-count", "1")]);
+        let mut to = map(&[("a", "1"), ("b", "2"), ("d", "3")]);
+        to.append("d", HeaderValue::from_static("4"));
+        let change = change(&from, &to);
+        let set = change.set_headers.iter().map(|option| {
+            let header = option.header.as_ref().unwrap();
+            (header.key.as_str(), header.raw_value.as_ref(), option.append_action)
+        });
+        assert_eq!(
+            set.collect::<Vec<_>>(),
+            [("b", b"2".as_ref(), OVERWRITE), ("d", b"3", OVERWRITE), ("d", b"4", APPEND)]
+        );
+        assert_eq!(change.remove_headers, ["c"]);
+    }
+}

@@ -1,0 +1,386 @@
+//! LiteLLM's generic guardrail API: a call with the request, and later one with the answer. The two have one name, which is the proxy's
+//! own: a name that a client chose could stand for two requests.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+};
+
+use axum::{extract::State, http::StatusCode, response::Response};
+use bytes::Bytes;
+use ecso::is_data_url;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use utoipa::ToSchema;
+
+use super::{Given, Judged, Outlook, hooked, judged, outlook, pending::Known, shown};
+use crate::{
+    context::RequestContext,
+    error::{ApiError, ApiErrors},
+    request::is_remote,
+    server::Gateway,
+    settings::{Mode, Unseen},
+};
+
+/// What LiteLLM shows. Its parameters for one provider are not read: a client can set them.
+#[derive(Debug, Deserialize, ToSchema)]
+pub(crate) struct LiteLlmCall {
+    input_type: LiteLlmKind,
+    /// The proxy's name for the call, the same with the request and with the answer.
+    #[serde(default)]
+    litellm_call_id: Option<String>,
+    /// The conversation; with the request alone.
+    #[serde(default)]
+    #[schema(value_type = Option<Vec<Object>>)]
+    structured_messages: Option<Vec<Value>>,
+    /// Texts of the conversation, or of the answer.
+    #[serde(default)]
+    texts: Option<Vec<String>>,
+    /// URLs, data URLs, or bare base64.
+    #[serde(default)]
+    images: Option<Vec<String>>,
+    #[serde(default)]
+    #[schema(value_type = Option<Vec<Object>>)]
+    tools: Option<Vec<Value>>,
+    #[serde(default)]
+    #[schema(value_type = Option<Vec<Object>>)]
+    tool_calls: Option<Vec<Value>>,
+    #[serde(default)]
+    model: Option<String>,
+    /// Whose request it is.
+    #[serde(default)]
+    request_data: Option<LiteLlmCaller>,
+    /// The client's headers, as far as the proxy tells them.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    request_headers: Option<BTreeMap<String, Value>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+enum LiteLlmKind {
+    Request,
+    Response,
+}
+
+#[derive(Debug, Default, Deserialize, ToSchema)]
+pub(crate) struct LiteLlmCaller {
+    #[serde(default)]
+    user_api_key_hash: Option<String>,
+}
+
+/// What it is to do.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct LiteLlmVerdict {
+    action: LiteLlmAction,
+    /// For the client.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    blocked_reason: Option<String>,
+    /// The answer's texts, as many as came.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    texts: Option<Vec<String>>,
+    /// The conversation, with the images in it that were only named.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Object>>)]
+    structured_messages: Option<Vec<Value>>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+enum LiteLlmAction {
+    None,
+    Blocked,
+    GuardrailIntervened,
+}
+
+impl LiteLlmVerdict {
+    fn of(action: LiteLlmAction) -> Self {
+        Self { action, blocked_reason: None, texts: None, structured_messages: None }
+    }
+
+    fn pass() -> Self {
+        Self::of(LiteLlmAction::None)
+    }
+
+    fn blocked(reason: String) -> Self {
+        Self { blocked_reason: Some(reason), ..Self::of(LiteLlmAction::Blocked) }
+    }
+}
+
+/// Keeps a request, or judges the answer to one.
+#[utoipa::path(post, path = "/beta/litellm_basic_guardrail_api", request_body = LiteLlmCall, responses(
+    (status = 200, body = LiteLlmVerdict), (status = 500, description = "The guard failed", body = crate::error::ErrorBody), ApiErrors
+))]
+pub(crate) async fn litellm(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
+    let work = async |context, call: LiteLlmCall| match call.input_type {
+        LiteLlmKind::Request => asked(context, call).await,
+        LiteLlmKind::Response => Box::pin(answered(&gateway, context, call)).await,
+    };
+    hooked(&gateway, "litellm", request, failed, work).await
+}
+
+/// What can't be guarded is blocked, so that the client is told why. What failed here is 500: other statuses the proxy may be told to pass.
+fn failed(error: ApiError) -> Result<LiteLlmVerdict, ApiError> {
+    match error.status {
+        StatusCode::BAD_REQUEST | StatusCode::PAYLOAD_TOO_LARGE | StatusCode::UNSUPPORTED_MEDIA_TYPE => {
+            Ok(LiteLlmVerdict::blocked(error.message))
+        }
+        status if status.is_server_error() => Err(ApiError { status: StatusCode::INTERNAL_SERVER_ERROR, ..error }),
+        _ => Err(error),
+    }
+}
+
+/// Reads a request, and keeps it until its answer comes.
+async fn asked(mut context: RequestContext, call: LiteLlmCall) -> Result<LiteLlmVerdict, ApiError> {
+    let chat = call.chat();
+    let whole = call.is_whole().map(|()| chat.clone());
+    let (known, seen) = match outlook(&mut context, call.model.as_deref(), whole).await? {
+        Outlook::Free => (Known::Free, None),
+        Outlook::Observed => (Known::Waits(chat.to_string().into_bytes().into()), None),
+        Outlook::Guarded(read) => {
+            let messages = chat["messages"].as_array().map(Vec::as_slice).unwrap_or_default();
+            let seen = shown(messages, &read);
+            if seen.is_some() && call.structured_messages.as_deref() != Some(messages) {
+                let message = "an image is named by its URL where it can't be put in its place: send it as a data URL";
+                return Err(ApiError::bad_request("image_url_refused", message));
+            }
+            // From here on every image is in it.
+            (Known::Waits(read.body()?.into()), seen)
+        }
+    };
+    match call.keep(&context, &known) {
+        Err(error) if context.mode == Mode::Enforce => return Err(error),
+        Err(error) => error.log(&context.id),
+        Ok(()) => {}
+    }
+    Ok(match seen {
+        None => LiteLlmVerdict::pass(),
+        seen => LiteLlmVerdict { structured_messages: seen, ..LiteLlmVerdict::of(LiteLlmAction::GuardrailIntervened) },
+    })
+}
+
+/// Judges an answer to a request that was kept.
+async fn answered(
+    gateway: &Gateway,
+    mut context: RequestContext,
+    call: LiteLlmCall,
+) -> Result<LiteLlmVerdict, ApiError> {
+    let state = Arc::clone(&context.state);
+    context.mode = context.caller.mode(&state.settings, None, &context.headers)?;
+    if context.mode == Mode::Off {
+        return Ok(LiteLlmVerdict::pass());
+    }
+    let found = call.name(&context).and_then(|(tenant, id)| {
+        let block = |code, message| Err(ApiError::bad_request(code, message));
+        match state.pending.answer((&tenant, id)) {
+            Some(Known::Free) => Ok(None),
+            Some(Known::Waits(chat)) => {
+                serde_json::from_slice(&chat).map(Some).map_err(|_| ApiError::upstream("a request that was kept is broken"))
+            }
+            Some(Known::Answered) => block(
+                "answered_twice",
+                "this answer comes in pieces, which can't be held back: set streaming_transform_mode: incremental_diff and \
+                 streaming_end_of_stream_only: true, and don't stream answers that call tools",
+            ),
+            Some(Known::Doubled) => block("call_id_taken", "two requests have the same litellm_call_id"),
+            None if state.settings.unseen == Unseen::Judge => Ok(Some(call.unseen())),
+            None => block(
+                "request_unseen",
+                "the guard has not seen this request: LiteLLM shows none that has an image and no text",
+            ),
+        }
+    });
+    let chat = match found {
+        Ok(Some(chat)) => chat,
+        Ok(None) => return Ok(LiteLlmVerdict::pass()),
+        Err(error) if context.mode == Mode::Observe => {
+            error.log(&context.id);
+            context.unjudged(&error);
+            return Ok(LiteLlmVerdict::pass());
+        }
+        Err(error) => return Err(error),
+    };
+    let model = chat["model"].as_str().filter(|name| !name.is_empty());
+    context.mode = context.caller.mode(&state.settings, model, &context.headers)?;
+    if call.images.as_ref().is_some_and(|images| !images.is_empty()) && context.mode == Mode::Enforce {
+        return Err(ApiError::bad_request("unsupported_content", "an answer that shows images can't be guarded"));
+    }
+    // What waits was found to be in scope, or is not known.
+    context.is_in_scope = true;
+    let alone = call.alone(state.settings.limits.choices);
+    let given = call.given(alone);
+    let judged =
+        judged(gateway, context, None, &chat, Given { door: "litellm", chat: Bytes::clone(&given), own: given })
+            .await?;
+    Ok(call.verdict(&judged, alone))
+}
+
+impl LiteLlmCall {
+    /// Whose call it is, and its name, which must be the proxy's own.
+    fn name(&self, context: &RequestContext) -> Result<(String, &str), ApiError> {
+        let id = self.litellm_call_id.as_deref().filter(|id| !id.is_empty());
+        let id = id.ok_or_else(|| ApiError::bad_request("call_id_missing", "there is no litellm_call_id"))?;
+        let headers = self.request_headers.as_ref().ok_or_else(|| {
+            let message = "there are no request_headers, which tell whether the client chose litellm_call_id";
+            ApiError::bad_request("call_id_unknown", message)
+        })?;
+        if headers.keys().any(|name| name.eq_ignore_ascii_case("x-litellm-call-id")) {
+            let message = "the header x-litellm-call-id is not taken: two requests could have the same id";
+            return Err(ApiError::bad_request("call_id_chosen", message));
+        }
+        let key = self.request_data.as_ref().and_then(|caller| caller.user_api_key_hash.as_deref());
+        Ok((format!("{} {}", context.tenant(), key.unwrap_or_default()), id))
+    }
+
+    /// Keeps what is known of the request until its answer comes.
+    fn keep(&self, context: &RequestContext, known: &Known) -> Result<(), ApiError> {
+        let (tenant, id) = self.name(context)?;
+        if context.state.pending.keep((&tenant, id), known) {
+            return Ok(());
+        }
+        let message = "the request is longer than what is kept until its answer comes (`gateway.limits.pending`)";
+        Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message))
+    }
+
+    /// Holds that nothing is seen to be left out of the messages, or to stand as text where the model gets an image.
+    fn is_whole(&self) -> Result<(), ApiError> {
+        for (place, message) in self.structured_messages.iter().flatten().enumerate() {
+            let mut texts = HashSet::new();
+            texts_of(message, &mut texts);
+            let is_image = |text: &&str| !is_data_url(text) && text.contains("data:image/");
+            let is_screenshot =
+                message["role"] == "tool" && texts.iter().any(|text| text.contains("computer_screenshot"));
+            if is_screenshot || texts.iter().any(is_image) {
+                let message = format!("`structured_messages.{place}` has an image in its text");
+                return Err(ApiError::bad_request("image_in_text", message));
+            }
+            if message["content"].as_array().is_some_and(Vec::is_empty) {
+                let message = format!("LiteLLM does not show what is in `structured_messages.{place}`");
+                return Err(ApiError::bad_request("unsupported_content", message));
+            }
+        }
+        Ok(())
+    }
+
+    /// The request as a chat: its messages, and what was shown beside them.
+    fn chat(&self) -> Value {
+        let messages = self.structured_messages.clone().unwrap_or_default();
+        let (mut known, mut beside) = (HashSet::new(), Vec::new());
+        for message in &messages {
+            texts_of(message, &mut known);
+        }
+        for image in self.images.iter().flatten().filter(|image| !known.contains(image.as_str())) {
+            let is_url = is_data_url(image) || is_remote(image);
+            let url = if is_url { image.clone() } else { format!("data:;base64,{image}") };
+            // The same image stands in the messages with its media type.
+            if !known.iter().any(|known| is_data_url(known) && known.ends_with(&format!("base64,{image}"))) {
+                beside.push(json!({"type": "image_url", "image_url": {"url": url}}));
+            }
+        }
+        let calls = self.tool_calls.iter().flatten().filter(|call| !is_known(call, &known));
+        let texts = self.texts.iter().flatten().filter(|text| !known.contains(text.as_str()));
+        let texts = texts.cloned().chain(calls.map(Value::to_string));
+        beside.extend(texts.map(|text| json!({"type": "text", "text": text})));
+        let mut chat = json!({"model": self.model, "messages": with(messages, beside)});
+        if let Some(tools) = self.tools.as_ref().filter(|tools| !tools.is_empty()) {
+            chat["tools"] = json!(tools);
+        }
+        chat
+    }
+
+    /// A chat in the place of one that nobody knows.
+    fn unseen(&self) -> Value {
+        json!({"model": self.model, "messages": [{"role": "user", "content": "(a request that is not known)"}]})
+    }
+
+    /// How many texts of an answer are judged each by itself: all or none.
+    fn alone(&self, most: u32) -> usize {
+        let (texts, has_calls) = (self.texts.as_deref().unwrap_or_default().len(), self.has_calls());
+        if texts > most as usize || (texts == 1 && has_calls) { 0 } else { texts }
+    }
+
+    fn has_calls(&self) -> bool {
+        self.tool_calls.as_ref().is_some_and(|calls| !calls.is_empty())
+    }
+
+    /// The answer, as the answer to a chat. Texts may be several answers, or parts of one: each is a choice, if they are judged `alone`,
+    /// and behind them all is one, with the calls of tools.
+    fn given(&self, alone: usize) -> Bytes {
+        let texts = self.texts.as_deref().unwrap_or_default();
+        let mut messages: Vec<Value> = texts.iter().take(alone).map(|text| json!({"content": text})).collect();
+        if alone != 1 {
+            let mut all = json!({"content": texts.join("\n")});
+            if self.has_calls() {
+                all["tool_calls"] = self.tool_calls.iter().flatten().map(called).collect();
+            }
+            messages.push(all);
+        }
+        let choices = messages.into_iter().enumerate();
+        let choices =
+            choices.map(|(index, message)| json!({"index": index, "message": message, "finish_reason": "stop"}));
+        json!({"model": self.model, "choices": choices.collect::<Vec<_>>()}).to_string().into()
+    }
+
+    /// What the proxy is to do, by what was found.
+    fn verdict(&self, judged: &Judged, alone: usize) -> LiteLlmVerdict {
+        if !judged.is_unsafe() {
+            return LiteLlmVerdict::pass();
+        }
+        let texts = self.texts.as_deref().unwrap_or_default();
+        let said = |place: usize| {
+            let message = &judged.answer["choices"][place]["message"];
+            message["content"].as_str().or_else(|| message["refusal"].as_str())
+        };
+        let others: Option<Vec<String>> = (0..alone).map(|place| said(place).map(str::to_owned)).collect();
+        // What a tool is asked can't be taken out of an answer there, nor a part of a whole.
+        match others.filter(|others| !self.has_calls() && !others.is_empty() && others != texts) {
+            Some(others) => {
+                LiteLlmVerdict { texts: Some(others), ..LiteLlmVerdict::of(LiteLlmAction::GuardrailIntervened) }
+            }
+            None => LiteLlmVerdict::blocked("the guard holds this answer back: it calls it harmful".to_owned()),
+        }
+    }
+}
+
+/// All texts in a value.
+fn texts_of<'v>(value: &'v Value, texts: &mut HashSet<&'v str>) {
+    match value {
+        Value::String(text) => {
+            texts.insert(text);
+        }
+        Value::Array(list) => list.iter().for_each(|value| texts_of(value, texts)),
+        Value::Object(fields) => fields.values().for_each(|value| texts_of(value, texts)),
+        _ => {}
+    }
+}
+
+/// Whether all texts of a value are known.
+fn is_known(value: &Value, known: &HashSet<&str>) -> bool {
+    let mut texts = HashSet::new();
+    texts_of(value, &mut texts);
+    texts.is_subset(known)
+}
+
+/// A call of a tool, every field of it.
+fn called(call: &Value) -> Value {
+    let name = call["function"]["name"].as_str().unwrap_or_default();
+    json!({"type": "function", "function": {"name": name, "arguments": call.to_string()}})
+}
+
+/// The messages with more parts in the last one of the user.
+fn with(mut messages: Vec<Value>, parts: Vec<Value>) -> Vec<Value> {
+    if parts.is_empty() && !messages.is_empty() {
+        return messages;
+    }
+    let Some(last) = messages.iter_mut().rfind(|message| message["role"] == "user") else {
+        messages.push(json!({"role": "user", "content": parts}));
+        return messages;
+    };
+    let before = match last["content"].take() {
+        Value::Array(before) => before,
+        Value::Null => Vec::new(),
+        text => vec![json!({"type": "text", "text": text})],
+    };
+    last["content"] = before.into_iter().chain(parts).collect();
+    messages
+}

@@ -1,0 +1,292 @@
+//! Hooks of gateways that others run: a gateway in front asks a model itself, and shows request and answer here.
+//!
+//! A hook is a chat whose answer came with it. It goes the way of every chat, and where that would ask the model it is [`Given`] the
+//! answer. What comes out, the hook says in its gateway's words. So there is one guard, whoever asks the model.
+
+pub(crate) mod litellm;
+pub(crate) mod pending;
+pub(crate) mod portkey;
+pub(crate) mod truefoundry;
+
+use std::{future::ready, sync::Arc};
+
+use axum::{
+    body::{Body, to_bytes},
+    http::{HeaderMap, Request, Response, header},
+    response::IntoResponse,
+};
+use bytes::Bytes;
+use ecso::profile::Scope;
+use futures::future::BoxFuture;
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::{Map, Value, json};
+use tracing::Instrument;
+use utoipa::ToSchema;
+
+use crate::{
+    context::{RequestContext, is_plain},
+    error::ApiError,
+    json::{self as strict, is_label, says_little},
+    request::{self, is_remote},
+    server::{self, Gateway, request_id, signed},
+    settings::Mode,
+    telemetry,
+    upstream::{CHAT, Carrier, HTTP},
+    wire::{BEFORE, Format, elsewhere},
+};
+
+/// A call of a hook: let in, read, and answered by `work`, or by `failed` where that can't be.
+async fn hooked<Call: DeserializeOwned, Said: Serialize>(
+    gateway: &Gateway,
+    route: &'static str,
+    request: axum::extract::Request,
+    failed: impl FnOnce(ApiError) -> Result<Said, ApiError>,
+    work: impl AsyncFnOnce(RequestContext, Call) -> Result<Said, ApiError>,
+) -> axum::response::Response {
+    let (id, state) = (request_id(), gateway.state());
+    let (head, body) = request.into_parts();
+    let span = telemetry::span(route, &id, &head.headers);
+    let answered = async {
+        let worked = async {
+            let mut context = gateway.begin(&state, &id, head)?;
+            is_plain(&context.headers)?;
+            context.guarded();
+            let body = context.read(body).await?;
+            let unreadable = |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
+            let call = strict::read(&body).map_err(unreadable)?;
+            let call = serde_json::from_value(call).map_err(|error| unreadable(error.to_string()))?;
+            drop(body);
+            Box::pin(work(context, call)).await
+        };
+        let said = match worked.await {
+            Ok(said) => said,
+            Err(error) => {
+                let (code, logged) = (error.code, error.clone());
+                let said = failed(error)?;
+                logged.log(&id);
+                state.metrics.failure(code);
+                said
+            }
+        };
+        Ok(([(header::CONTENT_TYPE, "application/json")], json!(said).to_string()).into_response())
+    };
+    signed(&id, (HTTP, route), &state.metrics, answered.instrument(span)).await
+}
+
+/// What is to be done about the answer to a request.
+enum Outlook {
+    /// Nobody judges it: by mode, or out of scope.
+    Free,
+    /// It is judged beside.
+    Observed,
+    /// It is judged before it goes out. The request as it was read.
+    Guarded(Box<request::Request>),
+}
+
+/// Reads the chat that a model is to be asked for, as the guard would.
+async fn outlook(
+    context: &mut RequestContext,
+    model: Option<&str>,
+    chat: Result<Value, ApiError>,
+) -> Result<Outlook, ApiError> {
+    let state = Arc::clone(&context.state);
+    let model = model.filter(|name| !name.is_empty());
+    context.mode = context.caller.mode(&state.settings, model, &context.headers)?;
+    let scope = context.scope(model);
+    match (context.mode, chat.and_then(|chat| request::Body::of(chat, &state.settings.allow_fields))) {
+        (Mode::Off, _) => Ok(Outlook::Free),
+        (_, Ok(read)) if scope != Scope::All && !read.has_images() => Ok(Outlook::Free),
+        (Mode::Observe, _) => Ok(Outlook::Observed),
+        (Mode::Enforce, read) => Ok(Outlook::Guarded(Box::new(context.prepare(read?).await?))),
+    }
+}
+
+/// A stream that would be guarded: these gateways send it before they ask, or whatever they are told.
+fn streamed() -> ApiError {
+    let message = "a stream can't be held back from here: ask without `stream`, or have the gateway ask this server for the model";
+    ApiError::bad_request("stream_not_guarded", message)
+}
+
+/// The chat that a request asks for, in whatever format.
+fn chat(format: Option<Format>, request: Value) -> Result<Value, ApiError> {
+    match format {
+        None => Ok(request),
+        Some(format) => format.read(request, &mut |_| Err(elsewhere(BEFORE))).map(|(chat, _)| chat),
+    }
+}
+
+/// The messages of a chat with the images in them that were only named, so that the model sees what is judged; none if all were there.
+fn shown(messages: &[Value], read: &request::Request) -> Option<Vec<Value>> {
+    let names_one = |message: &Value| {
+        let parts = message["content"].as_array().into_iter().flatten();
+        let mut urls =
+            parts.filter_map(|part| part["image_url"]["url"].as_str().or_else(|| part["image_url"].as_str()));
+        urls.any(is_remote)
+    };
+    let is_known = |read: &Map<String, Value>| !names_one(&Value::Object(read.clone()));
+    let seen = messages.iter().zip(read.messages()).map(|(message, read)| {
+        let is_changed = names_one(message) && is_known(read);
+        if is_changed { (true, Value::Object(read.clone())) } else { (false, message.clone()) }
+    });
+    let (changed, seen): (Vec<bool>, Vec<Value>) = seen.unzip();
+    changed.contains(&true).then_some(seen)
+}
+
+/// An answer that came with its question.
+struct Given {
+    /// Whose hook it is.
+    door: &'static str,
+    /// As the answer to a chat.
+    chat: Bytes,
+    /// As it came, for the route of its own format.
+    own: Bytes,
+}
+
+impl Carrier for Given {
+    fn door(&self) -> &'static str {
+        self.door
+    }
+
+    fn carry(&self, request: Request<reqwest::Body>) -> BoxFuture<'_, Result<reqwest::Response, ApiError>> {
+        let answer = if request.uri().path() == CHAT { &self.chat } else { &self.own };
+        let mut response = Response::new(answer.clone());
+        let json = header::HeaderValue::from_static("application/json");
+        response.headers_mut().insert(header::CONTENT_TYPE, json);
+        Box::pin(ready(Ok(response.into())))
+    }
+}
+
+/// What became of an answer.
+struct Judged {
+    /// `safe`, `unsafe`, `unchecked`; none where nobody looked.
+    verdict: Option<String>,
+    found: Found,
+    /// What may go out.
+    answer: Value,
+}
+
+/// What was found, for whoever reads the gateway's log.
+#[derive(Debug, Default, Serialize, ToSchema)]
+pub(crate) struct Found {
+    /// The name of this call in the guard's log.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    request_id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    verdict: Option<String>,
+    /// Probability of harm, where the model tells.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    score: Option<f64>,
+    /// A short name of the failure.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    message: Option<String>,
+}
+
+impl Found {
+    fn failed(error: ApiError) -> Self {
+        Self { error: Some(error.code), message: Some(error.message), ..Self::default() }
+    }
+}
+
+impl Judged {
+    fn is_unsafe(&self) -> bool {
+        self.verdict.as_deref() == Some("unsafe")
+    }
+
+    fn is_safe(&self) -> bool {
+        self.verdict.as_deref() == Some("safe")
+    }
+}
+
+/// Judges the answer to a request, and writes another where that is needed.
+async fn judged(
+    gateway: &Gateway,
+    context: RequestContext,
+    format: Option<Format>,
+    request: &Value,
+    given: Given,
+) -> Result<Judged, ApiError> {
+    let (id, longest) = (context.id.clone(), context.state.settings.limits.answer.saturating_mul(2));
+    let context = context.answered(Arc::new(given));
+    let body = Body::from(request.to_string());
+    let response = match format {
+        None => server::completion(gateway, context, body).await?,
+        Some(format) => server::translation(gateway, context, format, format.path(), body).await?,
+    };
+    let (head, body) = response.into_parts();
+    let unreadable = || ApiError::upstream("the judged answer can't be read");
+    // To its end: what is observed is judged when all of it went by.
+    let body = to_bytes(body, longest).await.map_err(|_| unreadable())?;
+    let answer = serde_json::from_slice(&body).map_err(|_| unreadable())?;
+    let said = |name| told(&head.headers, name);
+    let verdict = said("x-ecso-verdict");
+    let score = said("x-ecso-score").and_then(|score| score.parse().ok());
+    let error = None;
+    let found = Found { request_id: id, verdict: verdict.clone(), score, error, message: None };
+    Ok(Judged { verdict, found, answer })
+}
+
+fn told(headers: &HeaderMap, name: &str) -> Option<String> {
+    headers.get(name)?.to_str().ok().map(str::to_owned)
+}
+
+/// Whether an answer holds more than what was judged of it, beside what the gateway calls it.
+fn has_more(came: &Value, judged: &Value) -> bool {
+    const NAMES: [&str; 5] = ["id", "object", "created", "model", "system_fingerprint"];
+    let mut came = came.clone();
+    if let Value::Object(fields) = &mut came {
+        fields.retain(|name, value| !(NAMES.contains(&name.as_str()) && says_little(value)));
+    }
+    !is_part(&came, judged)
+}
+
+/// Whether all that a value says stands in the other too. A number in a known place says nothing, nor a field that is empty.
+fn is_part(value: &Value, other: &Value) -> bool {
+    match (value, other) {
+        (Value::Object(fields), other) => fields.iter().all(|(name, value)| match other.get(name) {
+            Some(other) => is_part(value, other),
+            None => is_empty(value) && is_label(name),
+        }),
+        (Value::Array(list), Value::Array(others)) => {
+            list.len() == others.len() && list.iter().zip(others).all(|(value, other)| is_part(value, other))
+        }
+        (Value::Null | Value::Bool(_) | Value::Number(_), _) => true,
+        (value, other) => value == other,
+    }
+}
+
+fn is_empty(value: &Value) -> bool {
+    value.is_null() || value.as_array().is_some_and(Vec::is_empty)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nobody_judged_is_more() {
+        let judged = json!({"id": "ours", "choices": [{"index": 0, "message": {"content": "rye"}, "logprobs": null}]});
+        for (came, more) in [
+            (json!({"choices": [{"index": 0, "message": {"content": "rye"}}]}), false),
+            (
+                json!({"id": "c1", "model": "m", "created": 3, "choices": [{"message": {"content": "rye", "refusal": null, "annotations": []}}]}),
+                false,
+            ),
+            (json!({"id": "two words", "choices": [{"message": {"content": "rye"}}]}), true),
+            (json!({"choices": [{"message": {"content": "rye", "notes": "flour"}}]}), true),
+            (json!({"choices": [{"message": {"content": "rye"}}], "notes": ["flour"]}), true),
+            (
+                json!({"choices": [{"message": {"content": "rye"}, "logprobs": {"content": [{"token": "flour"}]}}]}),
+                true,
+            ),
+            (json!({"choices": [{"message": {"content": "rye"}, "stop_reason": null}]}), false),
+            (json!({"choices": [{"message": {"content": "rye"}}, {"message": {"content": "flour"}}]}), true),
+            (json!({"choices": [{"message": {"content": "rye"}, "stop_reason": 7}]}), true),
+            (json!({"choices": [{"message": {"content": "rye"}, "Flour!": null}]}), true),
+            (json!("flour"), true),
+        ] {
+            assert_eq!(has_more(&came, &judged), more, "{came}");
+        }
+    }
+}

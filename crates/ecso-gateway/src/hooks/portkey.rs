@@ -1,0 +1,227 @@
+//! Portkey's webhook (`default.webhook`): one call before the model is asked, one with question and answer.
+
+use std::sync::Arc;
+
+use axum::{extract::State, response::Response};
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use utoipa::ToSchema;
+
+use super::{Found, Given, Outlook, chat, has_more, hooked, judged, outlook, shown, streamed};
+use crate::{
+    context::RequestContext,
+    error::{ApiError, ApiErrors},
+    json::{is_label, says_little},
+    server::Gateway,
+    wire::Format,
+};
+
+/// What Portkey shows. Its `text` fields say again what stands in `json`.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct PortkeyCall {
+    event_type: PortkeyEvent,
+    #[serde(default)]
+    request_type: PortkeyKind,
+    request: PortkeySide,
+    #[serde(default)]
+    response: PortkeySide,
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+enum PortkeyEvent {
+    BeforeRequestHook,
+    AfterRequestHook,
+}
+
+/// What is asked for.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+enum PortkeyKind {
+    #[default]
+    ChatComplete,
+    /// Anthropic's Messages.
+    Messages,
+    /// The old completions, of one text.
+    Complete,
+    /// Vectors, which answer nothing.
+    Embed,
+}
+
+/// A request, or an answer.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+pub(crate) struct PortkeySide {
+    /// The body; null is one that Portkey has not read: a stream.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    json: Value,
+}
+
+/// What it is to do.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct PortkeyVerdict {
+    /// Whether it may go on.
+    verdict: bool,
+    data: Found,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    transformed_data: Option<PortkeyTransformed>,
+}
+
+/// What takes the place of request or answer.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct PortkeyTransformed {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    request: Option<PortkeyBody>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    response: Option<PortkeyBody>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct PortkeyBody {
+    #[schema(value_type = Object)]
+    json: Value,
+}
+
+impl PortkeyVerdict {
+    fn of(verdict: bool, data: Found) -> Self {
+        Self { verdict, data, transformed_data: None }
+    }
+
+    /// It may go on with this request.
+    fn asking(json: Value) -> Self {
+        let request = Some(PortkeyBody { json });
+        let transformed_data = Some(PortkeyTransformed { request, response: None });
+        Self { transformed_data, ..Self::of(true, Found::default()) }
+    }
+
+    /// It may go on with this answer.
+    fn saying(json: Value, data: Found) -> Self {
+        let response = Some(PortkeyBody { json });
+        let transformed_data = Some(PortkeyTransformed { request: None, response });
+        Self { transformed_data, ..Self::of(true, data) }
+    }
+}
+
+/// Judges an answer that Portkey's gateway has got, or reads the request before it asks. Whatever goes wrong is a verdict too.
+#[utoipa::path(post, path = "/hooks/portkey", request_body = PortkeyCall, responses(
+    (status = 200, body = PortkeyVerdict), ApiErrors
+))]
+pub(crate) async fn portkey(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
+    // What is no 2xx passes there.
+    let failed = |error| Ok(PortkeyVerdict::of(false, Found::failed(error)));
+    let work = async |context, call: PortkeyCall| match call.event_type {
+        PortkeyEvent::BeforeRequestHook => before(context, call).await,
+        PortkeyEvent::AfterRequestHook => after(&gateway, context, call).await,
+    };
+    hooked(&gateway, "portkey", request, failed, work).await
+}
+
+/// Reads a request before the model is asked.
+async fn before(mut context: RequestContext, call: PortkeyCall) -> Result<PortkeyVerdict, ApiError> {
+    let PortkeyCall { request_type, request: PortkeySide { mut json }, .. } = call;
+    let asked = request_type.chat(&json);
+    let is_streamed = json["stream"] == true;
+    let read = match asked {
+        None => return Ok(PortkeyVerdict::of(true, Found::default())),
+        Some(asked) => match outlook(&mut context, json["model"].as_str(), asked).await? {
+            Outlook::Guarded(read) => read,
+            Outlook::Free | Outlook::Observed => return Ok(PortkeyVerdict::of(true, Found::default())),
+        },
+    };
+    if is_streamed {
+        return Err(streamed());
+    }
+    // What has another form is refused behind, where an image in it is only named.
+    let messages = json["messages"].as_array().filter(|_| request_type == PortkeyKind::ChatComplete);
+    match messages.and_then(|messages| shown(messages, &read)) {
+        Some(messages) => {
+            json["messages"] = messages.into();
+            Ok(PortkeyVerdict::asking(json))
+        }
+        None => Ok(PortkeyVerdict::of(true, Found::default())),
+    }
+}
+
+/// Judges an answer.
+async fn after(gateway: &Gateway, mut context: RequestContext, call: PortkeyCall) -> Result<PortkeyVerdict, ApiError> {
+    let PortkeyCall { request_type, request: PortkeySide { json: mut request }, response, .. } = call;
+    let answer = response.json;
+    if !answer.is_object() {
+        let Some(asked) = request_type.chat(&request) else { return Ok(PortkeyVerdict::of(true, Found::default())) };
+        return match outlook(&mut context, request["model"].as_str(), asked).await? {
+            Outlook::Guarded(_) => Err(streamed()),
+            Outlook::Free | Outlook::Observed => Ok(PortkeyVerdict::of(true, Found::default())),
+        };
+    }
+    // The answer is here, in one piece.
+    request["stream"] = false.into();
+    let own: Bytes = answer.to_string().into();
+    let judged = match request_type {
+        PortkeyKind::Messages => {
+            let chat = Format::Messages.said(&answer)?.to_string().into();
+            judged(gateway, context, Some(Format::Messages), &request, Given { door: "portkey", chat, own }).await?
+        }
+        PortkeyKind::Complete => {
+            let chat = spoken(&answer).to_string().into();
+            judged(gateway, context, None, &prompted(&request), Given { door: "portkey", chat, own }).await?
+        }
+        PortkeyKind::ChatComplete => {
+            judged(gateway, context, None, &request, Given { door: "portkey", chat: Bytes::clone(&own), own }).await?
+        }
+        PortkeyKind::Embed => return Ok(PortkeyVerdict::of(true, Found::default())),
+    };
+    let has_more = || request_type == PortkeyKind::ChatComplete && has_more(&answer, &judged.answer);
+    Ok(match request_type {
+        // It has no form for another answer.
+        PortkeyKind::Complete => PortkeyVerdict::of(!judged.is_unsafe(), judged.found),
+        _ if judged.is_unsafe() || (judged.is_safe() && has_more()) => {
+            PortkeyVerdict::saying(judged.answer, judged.found)
+        }
+        _ => PortkeyVerdict::of(true, judged.found),
+    })
+}
+
+impl PortkeyKind {
+    /// The chat that a request asks for; none where no answer comes of it.
+    fn chat(self, request: &Value) -> Option<Result<Value, ApiError>> {
+        match self {
+            Self::ChatComplete => Some(Ok(request.clone())),
+            Self::Messages => Some(chat(Some(Format::Messages), request.clone())),
+            Self::Complete => Some(Ok(prompted(request))),
+            Self::Embed => None,
+        }
+    }
+}
+
+/// What a request of the old completions asks, as a chat.
+fn prompted(request: &Value) -> Value {
+    let prompt = request["prompt"].as_str().map_or_else(|| request["prompt"].to_string(), str::to_owned);
+    let suffix = request["suffix"].as_str().unwrap_or_default();
+    json!({"model": request["model"], "messages": [{"role": "user", "content": prompt + suffix}]})
+}
+
+/// What an answer of the old completions says, as the answer to a chat.
+fn spoken(answer: &Value) -> Value {
+    let mut around = answer.as_object().cloned().unwrap_or_default();
+    around.retain(|name, value| name != "choices" && !(is_label(name) && says_little(value)));
+    let choices = answer["choices"].as_array().into_iter().flatten().enumerate();
+    let choices = choices.map(|(index, choice)| {
+        let mut beside = choice.clone();
+        if let Value::Object(fields) = &mut beside {
+            fields.extend(around.clone());
+            fields.retain(|name, value| {
+                !(value.is_null() || ["text", "index", "finish_reason"].contains(&name.as_str()))
+            });
+        }
+        let mut message = json!({"content": choice["text"]});
+        if !beside.as_object().is_some_and(serde_json::Map::is_empty) {
+            let called = json!({"name": "choice", "arguments": beside.to_string()});
+            message["tool_calls"] = json!([{"type": "function", "function": called}]);
+        }
+        json!({"index": index, "message": message, "finish_reason": "stop"})
+    });
+    json!({"choices": choices.collect::<Vec<_>>()})
+}

@@ -1,0 +1,638 @@
+//! Hooks of gateways that others run: what they are told, and that nothing goes out there that was not judged.
+
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
+
+use ecso::{
+    Profile,
+    profile::{Rewrite, Scope},
+};
+use ecso_gateway::{
+    Settings,
+    settings::{AuditSettings, ImageUrls, Key, Limits, Mode, OnFailure, Unseen},
+};
+use serde_json::{Value, json};
+
+use crate::{
+    answers::hidden_answers,
+    world::{Got, LEAK, PICTURE, World, merge, question, said},
+};
+
+const LITELLM: &str = "/beta/litellm_basic_guardrail_api";
+const PORTKEY: &str = "/hooks/portkey";
+const TRUEFOUNDRY: &str = "/hooks/truefoundry";
+const SAFE: &str = "Here is a harmless answer.";
+
+async fn world(settings: Settings) -> World {
+    profiled(settings, Profile::paper()).await
+}
+
+/// A gateway whose model is asked by others alone.
+async fn profiled(settings: Settings, profile: Profile) -> World {
+    let asked =
+        |sent: &Value| said(&json!({"content": format!("{LEAK}: a hook asked the model {sent}")}), &Value::Null);
+    World::with(settings, profile, Arc::new(asked)).await
+}
+
+async fn send(world: &World, path: &str, call: &Value) -> Got {
+    world.send("POST", path, &[], call.to_string()).await
+}
+
+/// A call of LiteLLM about the call `id`.
+fn litellm(kind: &str, id: &str, more: &Value) -> Value {
+    let mut call = json!({"input_type": kind, "litellm_call_id": id, "litellm_trace_id": "t", "structured_messages": null, "images": null,
+        "tools": null, "texts": [], "tool_calls": null, "model": "m", "litellm_version": "1.106.12",
+        "request_data": {"user_api_key_hash": "key-a"}, "request_headers": {"host": "127.0.0.1"},
+        "additional_provider_specific_params": {}});
+    merge(&mut call, more);
+    call
+}
+
+/// The call with a question about a picture.
+fn asked(id: &str) -> Value {
+    let messages = question()["messages"].clone();
+    litellm("request", id, &json!({"structured_messages": messages, "images": [PICTURE], "texts": ["What is this?"]}))
+}
+
+fn answered(id: &str, texts: &[&str]) -> Value {
+    litellm("response", id, &json!({"texts": texts}))
+}
+
+/// What the proxy is to do: pass, block, or put these texts in place.
+fn action(got: &Got) -> (String, Value) {
+    assert_eq!(got.status, 200, "{}", got.body);
+    let verdict = got.json();
+    (verdict["action"].as_str().unwrap().to_owned(), verdict["texts"].clone())
+}
+
+async fn litellm_says(world: &World, call: &Value) -> (String, Value) {
+    let got = send(world, LITELLM, call).await;
+    assert!(!got.leaks(), "{}", got.body);
+    action(&got)
+}
+
+fn passes() -> (String, Value) {
+    ("NONE".into(), Value::Null)
+}
+
+fn blocked() -> (String, Value) {
+    ("BLOCKED".into(), Value::Null)
+}
+
+fn rewritten(texts: &[&str]) -> (String, Value) {
+    ("GUARDRAIL_INTERVENED".into(), json!(texts))
+}
+
+#[tokio::test]
+async fn answers_of_litellm_pass_or_get_others_in_their_place() {
+    let world = world(Settings::default()).await;
+    for (number, (texts, says)) in [
+        (vec!["Bread."], passes()),
+        (vec![LEAK], rewritten(&[SAFE])),
+        (vec!["Bread.", "Rye."], passes()),
+        (vec!["Bread.", LEAK], rewritten(&["Bread.", SAFE])),
+        (vec![LEAK, LEAK], rewritten(&[SAFE, SAFE])),
+        (vec![], passes()),
+        // More texts than a chat may have answers: the whole is judged.
+        (vec!["Bread."; 9], passes()),
+        ([vec!["Bread."; 8], vec![LEAK]].concat(), blocked()),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let id = number.to_string();
+        assert_eq!(litellm_says(&world, &asked(&id)).await, passes());
+        assert_eq!(litellm_says(&world, &answered(&id, &texts)).await, says, "{texts:?}");
+    }
+    // A harmful whole of parts that are harmless alone.
+    let (start, end) = LEAK.split_at(4);
+    litellm_says(&world, &asked("parts")).await;
+    assert_eq!(litellm_says(&world, &answered("parts", &[start, end])).await, passes());
+    let refusing = profiled(Settings::default(), Profile { rewrite: Rewrite::Refuse, ..Profile::paper() }).await;
+    litellm_says(&refusing, &asked("1")).await;
+    let refusal = Profile::paper().refusal;
+    assert_eq!(litellm_says(&refusing, &answered("1", &[LEAK])).await, rewritten(&[&refusal]));
+    // Every question went with the picture, and none to the model itself.
+    let asked = world.taken();
+    assert!(
+        asked.len() > 10 && asked.iter().all(|asked| !String::from_utf8_lossy(&asked.body).contains("a hook asked"))
+    );
+}
+
+#[tokio::test]
+async fn calls_of_tools_are_judged_and_can_only_be_blocked() {
+    let world = world(Settings::default()).await;
+    let calls = |arguments: &str| json!({"tool_calls": [{"id": "c", "type": "function", "function": {"name": "bake", "arguments": arguments}}]});
+    for (id, texts, more, says) in [
+        ("1", json!([]), calls("{\"loaves\": 2}"), passes()),
+        ("2", json!([]), calls(&format!("{{\"loaves\": \"{LEAK}\"}}")), blocked()),
+        ("3", json!(["Bread."]), calls(&format!("{{\"loaves\": \"{LEAK}\"}}")), blocked()),
+        ("4", json!([LEAK]), calls("{}"), blocked()),
+        ("5", json!(["Bread.", LEAK]), calls("{}"), blocked()),
+        ("6", json!(["Bread.", "Rye."]), calls("{}"), passes()),
+        ("7", json!([]), json!({"tool_calls": [{"id": LEAK}]}), blocked()),
+        ("8", json!([]), json!({"tool_calls": [{"function": {"name": "bake", "note": LEAK}}]}), blocked()),
+        ("9", json!(["Bread."]), json!({"images": [PICTURE]}), blocked()),
+    ] {
+        litellm_says(&world, &asked(id)).await;
+        let mut call = litellm("response", id, &more);
+        call["texts"] = texts;
+        assert_eq!(litellm_says(&world, &call).await, says, "{id}");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_belongs_to_one_request_that_was_seen() {
+    let world = world(Settings::default()).await;
+    let reason = async |call: &Value| {
+        let got = send(&world, LITELLM, call).await;
+        assert_eq!(action(&got).0, "BLOCKED", "{}", got.body);
+        got.json()["blocked_reason"].as_str().unwrap().to_owned()
+    };
+    assert!(reason(&answered("nobody", &["Bread."])).await.contains("has not seen this request"));
+    // Once, and no second time.
+    litellm_says(&world, &asked("1")).await;
+    assert_eq!(litellm_says(&world, &answered("1", &["Bread."])).await, passes());
+    assert!(reason(&answered("1", &["Bread."])).await.contains("comes in pieces"));
+    // Two requests of one name.
+    let mut other = asked("2");
+    other["structured_messages"][0]["content"] = "What is a list?".into();
+    litellm_says(&world, &asked("2")).await;
+    litellm_says(&world, &other).await;
+    assert!(reason(&answered("2", &["Bread."])).await.contains("two requests"));
+    // Another's key.
+    litellm_says(&world, &asked("3")).await;
+    let mut call = answered("3", &["Bread."]);
+    call["request_data"]["user_api_key_hash"] = "key-b".into();
+    assert!(reason(&call).await.contains("has not seen"));
+    assert_eq!(litellm_says(&world, &answered("3", &["Bread."])).await, passes());
+    // A name that the client chose, with the request or the answer.
+    for mut call in [asked("4"), answered("4", &["Bread."])] {
+        call["request_headers"]["X-LiteLLM-Call-Id"] = "4".into();
+        assert!(reason(&call).await.contains("x-litellm-call-id is not taken"));
+        call["request_headers"] = Value::Null;
+        assert!(reason(&call).await.contains("no request_headers"));
+        call["litellm_call_id"] = Value::Null;
+        assert!(reason(&call).await.contains("no litellm_call_id"));
+    }
+}
+
+#[tokio::test]
+async fn an_answer_without_its_request_is_blocked_or_judged_alone() {
+    let judging = world(Settings { unseen: Unseen::Judge, ..Settings::default() }).await;
+    assert_eq!(litellm_says(&judging, &answered("1", &["Bread."])).await, passes());
+    assert_eq!(litellm_says(&judging, &answered("1", &[LEAK])).await, rewritten(&[SAFE]));
+    // What is known to be odd is blocked all the same.
+    litellm_says(&judging, &asked("2")).await;
+    litellm_says(&judging, &answered("2", &["Bread."])).await;
+    assert_eq!(litellm_says(&judging, &answered("2", &["Bread."])).await, blocked());
+}
+
+#[tokio::test]
+async fn what_is_kept_of_requests_is_bounded() {
+    let limits = Limits { pending: 4000, ..Limits::default() };
+    let world = world(Settings { limits, ..Settings::default() }).await;
+    for id in 0..20 {
+        litellm_says(&world, &asked(&id.to_string())).await;
+    }
+    assert_eq!(litellm_says(&world, &answered("0", &["Bread."])).await, blocked());
+    assert_eq!(litellm_says(&world, &answered("19", &["Bread."])).await, passes());
+    let mut long = asked("long");
+    merge(&mut long, &json!({"structured_messages": [{"content": [null, {"text": "f".repeat(5000)}]}]}));
+    assert_eq!(litellm_says(&world, &long).await, blocked());
+    let limits = Limits { pending_for: 1, ..Limits::default() };
+    let forgetting = self::world(Settings { limits, ..Settings::default() }).await;
+    litellm_says(&forgetting, &asked("late")).await;
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    assert_eq!(litellm_says(&forgetting, &answered("late", &["Bread."])).await, blocked());
+}
+
+#[tokio::test]
+async fn requests_of_litellm_are_read_as_chats_are() {
+    let world = world(Settings::default()).await;
+    // Out of scope, with any number of calls about its answer.
+    let text = litellm(
+        "request",
+        "text",
+        &json!({"structured_messages": [{"role": "user", "content": "Hi"}], "texts": ["Hi"]}),
+    );
+    assert_eq!(litellm_says(&world, &text).await, passes());
+    for _ in 0..2 {
+        let got = send(&world, LITELLM, &answered("text", &[LEAK])).await;
+        assert_eq!(action(&got), passes());
+    }
+    assert!(world.taken().is_empty());
+    // What can't be read, judged or found.
+    let broken = &PICTURE[..PICTURE.len() - 16];
+    let remote = "http://127.0.0.1:9/cat.png";
+    for (messages, why) in [
+        (json!([{"content": [{"image_url": {"url": broken}}]}]), "its end is missing"),
+        (json!([{"content": [{"image_url": {"url": remote}}]}]), "an image URL can't be fetched"),
+        (json!([{"odd_field": "x"}]), "odd_field"),
+        (json!([{"content": [{"type": "video_url"}]}]), "video_url"),
+        // As the proxy shows an image by its id, a screenshot, and a part that its types don't have.
+        (json!([{"content": [{"image_url": {"url": ""}}]}]), "image"),
+        (
+            json!([null, {"role": "tool", "content": format!("{{\"type\": \"x\", \"image_url\": \"{PICTURE}\"}}")}]),
+            "in its text",
+        ),
+        (
+            json!([null, {"role": "tool", "content": "{\"type\": \"computer_screenshot\", \"image_url\": \"https://x\"}"}]),
+            "in its text",
+        ),
+        (json!([null, {"role": "user", "content": []}]), "does not show"),
+    ] {
+        let mut call = asked("bad");
+        merge(&mut call, &json!({"structured_messages": messages}));
+        call["images"] = Value::Null;
+        let got = send(&world, LITELLM, &call).await;
+        assert_eq!(action(&got).0, "BLOCKED");
+        assert!(got.body.contains(why), "{}", got.body);
+    }
+    // A picture beside the messages is seen too, with its media type or bare; and so are other texts.
+    let bare = PICTURE.split(',').nth(1).unwrap();
+    for (id, image) in [("url", PICTURE), ("bare", bare)] {
+        let messages = json!([{"role": "user", "content": "What is this?"}]);
+        let call = litellm(
+            "request",
+            id,
+            &json!({"structured_messages": messages, "images": [image], "texts": ["What is this?", "Is it bread?"],
+                "tool_calls": [{"id": "call-9", "function": {"name": "bake"}}]}),
+        );
+        assert_eq!(litellm_says(&world, &call).await, passes());
+        assert_eq!(litellm_says(&world, &answered(id, &["Bread."])).await, passes());
+        let judged = String::from_utf8_lossy(&world.taken()[0].body).into_owned();
+        assert!(judged.matches("data:").count() == 1 && judged.contains(bare), "{judged}");
+        assert!(judged.contains("Is it bread?") && judged.contains("call-9"), "{judged}");
+    }
+}
+
+#[tokio::test]
+async fn our_failures_are_no_verdicts() {
+    let world = world(Settings::default()).await;
+    let mut call = asked("1");
+    call["model"] = "judge-500".into();
+    litellm_says(&world, &call).await;
+    let got = send(&world, LITELLM, &answered("1", &["Bread."])).await;
+    assert_eq!((got.status.as_u16(), &got.json()["error"]["code"]), (500, &json!("guard_failed")));
+    for (path, mut call) in both(&completion(&json!({"content": "Bread."}))) {
+        match path {
+            PORTKEY => call["request"]["json"]["model"] = "judge-500".into(),
+            _ => call["requestBody"]["model"] = "judge-500".into(),
+        }
+        let got = send(&world, path, &call).await;
+        assert_eq!((got.status.as_u16(), &got.json()["verdict"]), (200, &json!(false)), "{}", got.body);
+        assert!(got.body.contains("guard_failed"), "{}", got.body);
+    }
+    let opening = self::world(Settings { on_failure: OnFailure::Open, ..Settings::default() }).await;
+    let mut call = asked("1");
+    call["model"] = "judge-500".into();
+    litellm_says(&opening, &call).await;
+    assert_eq!(litellm_says(&opening, &answered("1", &["Bread."])).await, passes());
+}
+
+/// An answer to the question.
+fn completion(message: &Value) -> Value {
+    json!({"id": "c1", "object": "chat.completion", "created": 1, "model": "m", "usage": {"total_tokens": 3},
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
+}
+
+fn portkey(event: &str, kind: &str, request: &Value, response: &Value) -> Value {
+    json!({"request": {"json": request, "text": "", "isStreamingRequest": false, "isTransformed": false},
+        "response": {"json": response, "text": "", "statusCode": 200, "isTransformed": false},
+        "provider": "openai", "requestType": kind, "metadata": {}, "eventType": event})
+}
+
+fn truefoundry(request: &Value, response: &Value, config: &Value) -> Value {
+    json!({"requestBody": request, "responseBody": response, "config": config,
+        "context": {"user": {"subjectId": "u", "subjectType": "user"}, "metadata": {"team": "bakery"}}})
+}
+
+/// The calls of both hooks with question and answer.
+fn both(answer: &Value) -> [(&'static str, Value); 2] {
+    [
+        (PORTKEY, portkey("afterRequestHook", "chatComplete", &question(), answer)),
+        (TRUEFOUNDRY, truefoundry(&question(), answer, &json!({"rewrite": true}))),
+    ]
+}
+
+/// Whether a request or an answer may go on, and what takes its place.
+fn verdict(path: &str, got: &Got) -> (bool, Option<Value>) {
+    assert_eq!(got.status, 200, "{}", got.body);
+    let said = got.json();
+    let another = match path {
+        PORTKEY => ["request", "response"].iter().find_map(|side| said["transformedData"][side].get("json")).cloned(),
+        _ if said["transformed"] == true => Some(said["result"].clone()),
+        _ => {
+            assert_eq!(said["result"], said["verdict"]);
+            None
+        }
+    };
+    (said["verdict"].as_bool().unwrap(), another)
+}
+
+#[tokio::test]
+async fn answers_of_the_other_hooks_pass_or_get_others_in_their_place() {
+    let world = world(Settings::default()).await;
+    for (path, call) in both(&completion(&json!({"role": "assistant", "content": "Bread.", "refusal": null}))) {
+        let got = send(&world, path, &call).await;
+        assert_eq!(verdict(path, &got), (true, None), "{}", got.body);
+        assert!(got.body.contains("\"verdict\":\"safe\""), "{}", got.body);
+    }
+    for (path, call) in both(&completion(&json!({"role": "assistant", "content": LEAK}))) {
+        let got = send(&world, path, &call).await;
+        let (may, another) = verdict(path, &got);
+        let another = another.unwrap();
+        assert!(may && !got.leaks(), "{}", got.body);
+        assert_eq!(another["choices"][0]["message"]["content"], SAFE);
+        assert_eq!(another["usage"]["total_tokens"], 3);
+    }
+    let mut two = completion(&json!({"content": "Bread."}));
+    merge(&mut two, &json!({"choices": [null, {"index": 1, "message": {"content": LEAK}, "finish_reason": "stop"}]}));
+    for (path, call) in both(&two) {
+        let got = send(&world, path, &call).await;
+        let choices = verdict(path, &got).1.unwrap()["choices"].clone();
+        assert_eq!(
+            (&choices[0]["message"]["content"], &choices[1]["message"]["content"]),
+            (&"Bread.".into(), &SAFE.into())
+        );
+    }
+    // Where nothing can be put in its place, a harmful answer is denied.
+    let denied = truefoundry(&question(), &completion(&json!({"content": LEAK})), &Value::Null);
+    let got = send(&world, TRUEFOUNDRY, &denied).await;
+    assert_eq!(verdict(TRUEFOUNDRY, &got), (false, None));
+    assert!(!got.leaks());
+    // Out of scope.
+    let text = json!({"model": "m", "messages": [{"role": "user", "content": "Hi"}]});
+    for (path, mut call) in both(&completion(&json!({"content": LEAK}))) {
+        call[if path == PORTKEY { "request" } else { "requestBody" }] =
+            if path == PORTKEY { json!({"json": text}) } else { text.clone() };
+        assert_eq!(verdict(path, &send(&world, path, &call).await), (true, None));
+    }
+    let asked = world.taken();
+    assert!(asked.iter().all(|asked| !String::from_utf8_lossy(&asked.body).contains("a hook asked")));
+}
+
+#[tokio::test]
+async fn nothing_goes_on_that_was_not_judged() {
+    let world = world(Settings::default()).await;
+    for (name, more) in hidden_answers() {
+        let mut answer = completion(&json!({"role": "assistant", "content": "Bread."}));
+        merge(&mut answer, &more);
+        let calls = both(&answer).into_iter();
+        for (path, call) in calls.chain([(TRUEFOUNDRY, truefoundry(&question(), &answer, &Value::Null))]) {
+            let got = send(&world, path, &call).await;
+            let (may, another) = verdict(path, &got);
+            let mut goes_on = if may { another.unwrap_or(answer.clone()) } else { Value::Null };
+            // What the upstream calls it and itself, in one word.
+            if let Value::Object(fields) = &mut goes_on {
+                let is_name = |value: &Value| !value.to_string().contains(' ');
+                fields.retain(|name, value| {
+                    !(["id", "object", "created", "model", "system_fingerprint"].contains(&name.as_str())
+                        && is_name(value))
+                });
+            }
+            assert!(!got.leaks() && !goes_on.to_string().contains(LEAK), "{path} {name}: {goes_on}");
+        }
+    }
+    // What is no answer is no harmless one.
+    for answer in [json!("Bread."), json!([]), json!({}), json!({"error": {"message": "no"}}), json!({"choices": []})] {
+        for (path, call) in both(&answer) {
+            let got = send(&world, path, &call).await;
+            assert!(!verdict(path, &got).0, "{path} {answer}: {}", got.body);
+        }
+    }
+}
+
+#[tokio::test]
+async fn requests_are_read_before_the_model_is_asked() {
+    let world = world(Settings::default()).await;
+    let text = json!({"model": "m", "stream": true, "messages": [{"role": "user", "content": "Hi"}]});
+    let mut broken = question();
+    broken["messages"][0]["content"][0]["image_url"]["url"] = PICTURE[..PICTURE.len() - 16].into();
+    let mut odd = question();
+    odd["guided_choice"] = json!(["a"]);
+    for (request, may) in [(question(), true), (text, true), (broken, false), (odd, false), (json!("Hi"), false)] {
+        for (path, call) in [
+            (PORTKEY, portkey("beforeRequestHook", "chatComplete", &request, &json!({}))),
+            (TRUEFOUNDRY, truefoundry(&request, &Value::Null, &Value::Null)),
+        ] {
+            let got = send(&world, path, &call).await;
+            assert_eq!(verdict(path, &got), (may, None), "{path} {request}: {}", got.body);
+        }
+    }
+    // A stream can't be held back there: not before, and not when it has begun.
+    let mut streamed = question();
+    streamed["stream"] = true.into();
+    for (event, answer) in [("beforeRequestHook", json!({})), ("afterRequestHook", Value::Null)] {
+        let got = send(&world, PORTKEY, &portkey(event, "chatComplete", &streamed, &answer)).await;
+        assert_eq!(verdict(PORTKEY, &got), (false, None));
+        assert!(got.body.contains("stream_not_guarded"), "{}", got.body);
+    }
+    let got = send(&world, TRUEFOUNDRY, &truefoundry(&streamed, &Value::Null, &Value::Null)).await;
+    assert!(!verdict(TRUEFOUNDRY, &got).0 && got.body.contains("stream_not_guarded"), "{}", got.body);
+    assert!(world.taken().is_empty());
+    let embed = json!({"model": "m", "input": "Hi"});
+    let got = send(&world, PORTKEY, &portkey("beforeRequestHook", "embed", &embed, &json!({}))).await;
+    assert_eq!(verdict(PORTKEY, &got), (true, None));
+}
+
+/// A picture elsewhere, on this machine.
+async fn elsewhere() -> String {
+    use base64::{Engine, prelude::BASE64_STANDARD};
+    let png = BASE64_STANDARD.decode(PICTURE.split(',').nth(1).unwrap()).unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/bread.png", listener.local_addr().unwrap());
+    let serves = axum::Router::new().fallback(move || std::future::ready(png.clone()));
+    tokio::spawn(async move { axum::serve(listener, serves).await });
+    url
+}
+
+#[tokio::test]
+async fn the_model_sees_the_picture_that_is_judged() {
+    let url = elsewhere().await;
+    let mut request = question();
+    request["messages"][0]["content"][0]["image_url"]["url"] = url.as_str().into();
+    let settings = Settings { image_hosts: vec!["127.0.0.1".into()], ..Settings::default() };
+    let world = world(settings.clone()).await;
+    // Before the model is asked, the picture is put in its place.
+    let mut call = asked("1");
+    (call["structured_messages"], call["images"]) = (request["messages"].clone(), json!([url]));
+    let got = send(&world, LITELLM, &call).await.json();
+    assert_eq!(got["action"], "GUARDRAIL_INTERVENED");
+    assert_eq!(got["structured_messages"], question()["messages"]);
+    assert_eq!(litellm_says(&world, &answered("1", &["Bread."])).await, passes());
+    for (path, call) in [
+        (PORTKEY, portkey("beforeRequestHook", "chatComplete", &request, &json!({}))),
+        (TRUEFOUNDRY, truefoundry(&request, &Value::Null, &Value::Null)),
+    ] {
+        assert_eq!(verdict(path, &send(&world, path, &call).await), (true, Some(question())));
+    }
+    // Where the model has seen what lay there, nobody can tell what that was.
+    let after = |request: &Value| {
+        let answer = completion(&json!({"content": "Bread."}));
+        [
+            (PORTKEY, portkey("afterRequestHook", "chatComplete", request, &answer)),
+            (TRUEFOUNDRY, truefoundry(request, &answer, &Value::Null)),
+        ]
+    };
+    for (path, call) in after(&request) {
+        let got = send(&world, path, &call).await;
+        assert!(!verdict(path, &got).0 && got.body.contains("image_url_refused"), "{}", got.body);
+    }
+    // But where the operator wants that.
+    let passing = self::world(Settings { image_urls: ImageUrls::Pass, ..settings.clone() }).await;
+    for (path, call) in after(&request) {
+        assert_eq!(verdict(path, &send(&passing, path, &call).await), (true, None));
+    }
+    let refusing = self::world(Settings { image_urls: ImageUrls::Refuse, ..settings }).await;
+    let mut call = asked("1");
+    call["structured_messages"] = request["messages"].clone();
+    assert_eq!(litellm_says(&refusing, &call).await, blocked());
+}
+
+#[tokio::test]
+async fn portkey_shows_other_formats_too() {
+    let world = world(Settings::default()).await;
+    let data = PICTURE.split(',').nth(1).unwrap();
+    let request = json!({"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": [
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}, {"type": "text", "text": "What is it?"}]}]});
+    let message = |text: &str| {
+        json!({"id": "msg_1", "type": "message", "role": "assistant", "model": "m", "stop_reason": "end_turn",
+            "content": [{"type": "text", "text": text}], "usage": {"input_tokens": 1, "output_tokens": 1}})
+    };
+    let call = |text: &str| portkey("afterRequestHook", "messages", &request, &message(text));
+    assert_eq!(verdict(PORTKEY, &send(&world, PORTKEY, &call("Bread.")).await), (true, None));
+    let got = send(&world, PORTKEY, &call(LEAK)).await;
+    let (may, another) = verdict(PORTKEY, &got);
+    assert!(may && !got.leaks());
+    assert_eq!(another.unwrap()["content"][0]["text"], SAFE);
+    let before = portkey("beforeRequestHook", "messages", &request, &json!({}));
+    assert_eq!(verdict(PORTKEY, &send(&world, PORTKEY, &before).await), (true, None));
+    for answer in [json!({"type": "error"}), json!({"content": LEAK})] {
+        let got = send(&world, PORTKEY, &portkey("afterRequestHook", "messages", &request, &answer)).await;
+        assert_eq!(verdict(PORTKEY, &got), (false, None));
+    }
+    let mut noted = call("Bread.");
+    noted["response"]["json"]["note"] = format!("so {LEAK}").into();
+    let got = send(&world, PORTKEY, &noted).await;
+    assert!(verdict(PORTKEY, &got).1.is_some() && !got.leaks());
+    // Old completions are texts: out of scope, or denied where they are harmful.
+    let everything = profiled(Settings::default(), Profile { scope: Scope::All, ..Profile::paper() }).await;
+    for (says, more, may) in [
+        ("Bread.", json!({}), true),
+        (LEAK, json!({}), false),
+        ("Bread.", json!({"choices": [{"note": LEAK}]}), false),
+        ("Bread.", json!({"note": [format!("so {LEAK}")]}), false),
+    ] {
+        let mut answer =
+            json!({"id": "c", "choices": [{"index": 0, "text": says, "finish_reason": "stop", "logprobs": null}]});
+        merge(&mut answer, &more);
+        for prompt in [json!("What is bread?"), json!(["What is bread?"]), json!([[1, 2]])] {
+            let request = json!({"model": "m", "prompt": prompt});
+            let call = portkey("afterRequestHook", "complete", &request, &answer);
+            assert_eq!(verdict(PORTKEY, &send(&world, PORTKEY, &call).await), (true, None));
+            let got = send(&everything, PORTKEY, &call).await;
+            assert_eq!(verdict(PORTKEY, &got), (may, None), "{}", got.body);
+        }
+    }
+}
+
+#[tokio::test]
+async fn hooks_take_our_keys_and_modes_and_are_written_down() {
+    let folder = tempfile::tempdir().unwrap();
+    let audit = AuditSettings { path: folder.path().join("audit.jsonl"), ..AuditSettings::default() };
+    let (secret, own) = Key::generate();
+    let (other, observed) = Key::generate();
+    let keys =
+        BTreeMap::from([("litellm".into(), own), ("portkey".into(), Key { mode: Some(Mode::Observe), ..observed })]);
+    let modes = BTreeMap::from([("free".into(), Mode::Off)]);
+    let world = world(Settings { keys, modes, audit: audit.clone(), ..Settings::default() }).await;
+    let [(path, call), _] = both(&completion(&json!({"content": LEAK})));
+    // Without a key nothing passes.
+    let got = send(&world, path, &call).await;
+    assert_eq!(verdict(path, &got), (false, None));
+    assert!(got.body.contains("invalid_api_key"), "{}", got.body);
+    assert_eq!(send(&world, LITELLM, &asked("1")).await.status, 401);
+    let bearer = format!("Bearer {other}");
+    let got = world.send("POST", path, &[("authorization", &bearer)], call.to_string()).await;
+    assert_eq!(verdict(path, &got), (true, None));
+    // One caller's requests are no other's.
+    let send = async |key: &str, call: Value| {
+        action(&world.send("POST", LITELLM, &[("x-api-key", key)], call.to_string()).await)
+    };
+    assert_eq!(send(&secret, asked("1")).await, passes());
+    assert_eq!(send(&other, answered("1", &[LEAK])).await, passes());
+    assert_eq!(send(&secret, answered("1", &[LEAK])).await, rewritten(&[SAFE]));
+    assert_eq!(send(&other, asked("2")).await, passes());
+    assert_eq!(send(&other, answered("2", &[LEAK])).await, passes());
+    // What is observed is held back by nothing.
+    let mut chosen = asked("3");
+    chosen["request_headers"]["x-litellm-call-id"] = "3".into();
+    assert_eq!(send(&other, chosen).await, passes());
+    // A model of its own mode.
+    let [mut question, mut answer] = [asked("4"), answered("4", &[LEAK])];
+    (question["model"], answer["model"]) = ("free".into(), "other-name".into());
+    assert_eq!(send(&secret, question).await, passes());
+    assert_eq!(send(&secret, answer).await, passes());
+    for _ in 0..100 {
+        let text = std::fs::read_to_string(&audit.path).unwrap_or_default();
+        let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let found: Vec<_> = lines.iter().map(|line| (line["key"].clone(), line["verdict"].clone())).collect();
+        let is =
+            |key: &str, verdict: &str| found.iter().filter(|found| **found == (json!(key), json!(verdict))).count();
+        if (is("portkey", "unsafe"), is("portkey", "unchecked"), is("litellm", "unsafe")) == (2, 1, 1) {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("{}", std::fs::read_to_string(&audit.path).unwrap());
+}
+
+/// The calls that were recorded from a gateway, or why there are none.
+fn recorded(file: &str) -> Result<Vec<Value>, String> {
+    let data = std::env::var_os("ECSO_TEST_DATA").map(PathBuf::from);
+    let path = data.ok_or("ECSO_TEST_DATA names no folder with recorded calls")?.join("plugins").join(file);
+    let text = std::fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+    Ok(text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["body"].clone()).collect())
+}
+
+#[tokio::test]
+async fn calls_that_litellm_made_are_understood() {
+    let calls = match recorded("litellm-1.106.12-guard-calls.jsonl") {
+        Ok(calls) => calls,
+        Err(why) => return eprintln!("skipped: {why}"),
+    };
+    let settings = Settings { image_hosts: vec!["127.0.0.1".into()], ..Settings::default() };
+    let world = world(settings).await;
+    let (mut seen, mut said) = (BTreeMap::new(), BTreeMap::<String, usize>::new());
+    for call in &calls {
+        let got = send(&world, LITELLM, call).await;
+        assert!(!got.leaks(), "{}", got.body);
+        let (action, _) = action(&got);
+        let (kind, id) = (call["input_type"].as_str().unwrap(), call["litellm_call_id"].as_str().unwrap());
+        let reason = got.json()["blocked_reason"].as_str().unwrap_or_default().to_owned();
+        if kind == "request" {
+            // One of them names a picture where nobody is.
+            assert!(action == "NONE" || reason.contains("an image URL can't be fetched"), "{reason} {call}");
+            seen.insert(id, action.clone());
+        } else if !seen.contains_key(id) {
+            assert!(reason.contains("has not seen"), "{reason} {call}");
+        }
+        *said.entry(format!("{kind} {action}")).or_default() += 1;
+    }
+    assert!(said["response BLOCKED"] >= 2 && said["response NONE"] > 5, "{said:?}");
+}
+
+#[tokio::test]
+async fn calls_that_portkey_made_are_understood() {
+    let world = world(Settings::default()).await;
+    let calls = match recorded("portkey-1.15.2-hook-calls.jsonl") {
+        Ok(calls) => calls,
+        Err(why) => return eprintln!("skipped: {why}"),
+    };
+    for call in calls {
+        let got = send(&world, PORTKEY, &call).await;
+        let is_streamed = call["request"]["isStreamingRequest"] == true;
+        assert_eq!(verdict(PORTKEY, &got), (!is_streamed, None), "{call}: {}", got.body);
+    }
+}
