@@ -502,8 +502,8 @@ async fn the_audit_log_can_be_replayed_and_is_input_for_data() {
         assert!(crate::text(&output.get_output().stderr).contains("that is the audit log"));
         assert_eq!(std::fs::read(log).unwrap(), before);
     }
-    let folded = ["replay", folder.path().to_str().unwrap(), "--model", &upstream.url, "--model-name", "m"];
-    crate::ecso(folder.path()).args(folded).assert().code(2);
+    let whole = ["replay", folder.path().to_str().unwrap(), "--model", &upstream.url, "--model-name", "m"];
+    crate::ecso(folder.path()).args(whole).assert().code(2);
 
     let nobody = ["replay", log, "--profile", "paper", "--model", "http://127.0.0.1:9/v1", "--model-name", "m"];
     let output = crate::ecso(folder.path()).args(nobody).assert().code(3);
