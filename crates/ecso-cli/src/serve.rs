@@ -13,6 +13,8 @@ use ecso_gateway::{
     settings::{ImageUrls, Mode},
 };
 use futures::FutureExt;
+#[cfg(not(feature = "ext-proc"))]
+use futures::future::{Ready, ready};
 use tokio::net::TcpListener;
 
 use crate::{
@@ -162,8 +164,8 @@ async fn carried(
 }
 
 #[cfg(not(feature = "ext-proc"))]
-async fn carried(_: Arc<Gateway>, _: Option<TcpListener>, _: impl Future<Output = ()> + Send) -> io::Result<()> {
-    Ok(())
+fn carried(_: Arc<Gateway>, _: Option<TcpListener>, _: impl Future<Output = ()> + Send) -> Ready<io::Result<()>> {
+    ready(Ok(()))
 }
 
 fn greeting(settings: &Settings, address: SocketAddr) -> anyhow::Result<String> {
