@@ -95,16 +95,12 @@ impl Guarded {
             considering.as_mut().poll(task)
         });
         let considered = considered.await;
-        if let Err(error) = &considered
-            && !self.may_open(error)
-        {
-            return Err(error.clone());
-        }
         if considered.as_ref().is_ok_and(Considered::is_harm) {
             let nothing = vec![Reply::default(); usize::try_from(request.choices).unwrap_or(1)];
             let answer = Completion::replies(&nothing, now());
             return Ok(Drafted { answer, head: HeaderMap::new(), considered, is_spared: true });
         }
+        // What the upstream refuses is told before a failure of ours.
         asked.as_mut().await;
         let (answer, head) = asked.take_output().ok_or_else(|| ApiError::upstream("there is no answer"))??;
         Ok(Drafted { answer, head, considered, is_spared: false })
@@ -123,14 +119,10 @@ impl Guarded {
         Ok(record.written())
     }
 
-    /// Whether the operator wants answers out that nobody can judge for this reason.
-    fn may_open(&self, error: &ApiError) -> bool {
-        self.context.state.settings.on_failure == OnFailure::Open && error.may_open
-    }
-
     /// Whether an answer goes out that nobody judged, because the guard failed: never once a verdict holds one back.
     fn opens(&self, error: &ApiError, record: &Record<'_>) -> bool {
-        let opens = self.may_open(error) && !record.is_unsafe();
+        let is_wanted = self.context.state.settings.on_failure == OnFailure::Open;
+        let opens = is_wanted && error.may_open && !record.is_unsafe();
         if opens {
             error.log(&self.context.id);
             tracing::warn!(id = self.context.id, "the guard failed open");
