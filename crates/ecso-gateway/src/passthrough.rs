@@ -55,8 +55,9 @@ pub(crate) async fn pass(
         Route::Harmless if *method == axum::http::Method::POST => {
             (Key::Own, reqwest::Body::wrap_stream(body.into_data_stream()))
         }
-        // What has no body for us has none for the upstream.
+        // What has no body for us has none for the upstream. Who carries it must not wait for somebody to read it.
         Route::Harmless => {
+            drop(body);
             context.headers.remove(header::CONTENT_LENGTH);
             (Key::Own, reqwest::Body::default())
         }

@@ -324,6 +324,11 @@ impl Server {
 async fn refused(response: reqwest::Response) -> ApiError {
     const LONGEST: usize = 64 << 10;
     let (status, head) = (response.status(), answer_head(response.headers()));
+    // What is no refusal either leads elsewhere, or has no body by its status.
+    if status.as_u16() < 400 {
+        return ApiError::upstream(format!("the upstream's answer has the status {}", status.as_u16()))
+            .with_head(&head);
+    }
     let mut body = bounded(response, LONGEST);
     let mut said = Vec::new();
     while let Some(Ok(piece)) = body.next().await {
@@ -400,7 +405,21 @@ pub(crate) fn answer_head(headers: &HeaderMap) -> HeaderMap {
     // A figure, a name, or a list of these is no sentence.
     let is_list = |value: &str| value.split(',').all(|entry| !entry.trim().contains(char::is_whitespace));
     let says_little = |value: &HeaderValue| value.len() <= 512 && value.to_str().is_ok_and(is_list);
-    let head = headers.iter().filter(|(name, value)| is_known(name) && says_little(value));
+    // Seconds, or a date.
+    let is_time = |value: &HeaderValue| {
+        let is_part = |c: char| c.is_ascii_digit() || " ,:GMT".contains(c);
+        let is_day = |c: char| c.is_ascii_alphabetic();
+        value.to_str().is_ok_and(|value| {
+            value.len() <= 29
+                && value
+                    .split([' ', ','])
+                    .all(|word| word.chars().all(is_part) || (word.len() == 3 && word.chars().all(is_day)))
+        })
+    };
+    let fits = |name: &HeaderName, value: &HeaderValue| {
+        if *name == header::RETRY_AFTER { is_time(value) } else { says_little(value) }
+    };
+    let head = headers.iter().filter(|(name, value)| is_known(name) && fits(name, value));
     head.map(|(name, value)| (name.clone(), value.clone())).collect()
 }
 

@@ -76,7 +76,15 @@ pub(super) async fn exchange(
             )
             .await;
         }
-        let Some(Part::RequestHeaders(head)) = first.part else { return Err(Broken("no request came first")) };
+        let head = match first.part {
+            Some(Part::RequestHeaders(head)) => head,
+            // The gateway refuses a request before the filter, and shows what it says.
+            Some(Part::ResponseHeaders(head)) => return at_once(refused(head), &out).await,
+            _ => {
+                tracing::error!("the gateway does not show the heads of requests: request_header_mode must be SEND");
+                return Err(Broken("no request came first"));
+            }
+        };
         carried(router, head, gateway, &out).await
     };
     let worked = tokio::select! {
@@ -90,6 +98,14 @@ pub(super) async fn exchange(
             let _ = out.0.send(Said::Broken).await;
         }
     }
+}
+
+/// What the client gets of a gateway that answers a request itself.
+fn refused(head: HttpHeaders) -> axum::response::Response {
+    let told = Told::read(head.headers);
+    let status = told.and_then(|told| StatusCode::from_bytes(told.special(":status")?).ok());
+    let status = status.filter(|status| status.as_u16() >= 400).unwrap_or(StatusCode::BAD_GATEWAY);
+    ApiError::new(status, "gateway_refused", "the gateway refuses this request").into_response()
 }
 
 /// What a gateway's settings make impossible.
@@ -280,6 +296,11 @@ impl Hearing {
     /// Hears all; after that, or when it breaks off, nothing more comes.
     async fn all(&mut self, mut gateway: Streaming<ProcessingRequest>) -> Infallible {
         while let Ok(Some(message)) = gateway.message().await {
+            let is_of_an_answer = matches!(message.part, Some(Part::ResponseBody(_) | Part::ResponseTrailers(_)));
+            if is_of_an_answer && self.head.is_some() {
+                tracing::error!("the gateway does not show the heads of answers: response_header_mode must be SEND");
+                break;
+            }
             match message.part {
                 Some(Part::RequestBody(piece)) => self.body.piece(piece).await,
                 Some(Part::RequestTrailers(trailers)) => self.body.end(End::with(trailers)),
@@ -451,7 +472,7 @@ impl Envoy {
         if let Some(rest) = body.size_hint().exact().filter(|_| !is_empty) {
             head.headers.insert(header::CONTENT_LENGTH, (early.len() as u64 + rest).into());
         }
-        let mut change = headers::change(&headers, &head.headers);
+        let mut change = headers::change_answer(&headers, &head.headers);
         if head.status != status {
             change.set_headers.push(headers::status(head.status));
         }
@@ -481,7 +502,7 @@ async fn at_once(response: Response<Body>, out: &Out) -> Result<(), Broken> {
     let body = to_bytes(body, AT_ONCE).await.map_err(|_| Broken("an answer broke off"))?;
     let reply = ImmediateResponse {
         status: Some(HttpStatus { code: head.status.as_u16().into() }),
-        headers: Some(headers::change(&HeaderMap::new(), &head.headers)),
+        headers: Some(headers::change_answer(&HeaderMap::new(), &head.headers)),
         body,
         details: "ecso".into(),
     };

@@ -40,14 +40,28 @@ impl Told {
     }
 }
 
-/// What makes the headers `to` of the headers `from`.
+/// What makes the headers `to` of the headers `from`, of a request.
 pub(super) fn change(from: &HeaderMap, to: &HeaderMap) -> HeaderMutation {
+    changed(from, to, |name, _| is_the_gateways(name))
+}
+
+/// The same of an answer: of what the gateway sets in these itself, figures alone stay.
+pub(super) fn change_answer(from: &HeaderMap, to: &HeaderMap) -> HeaderMutation {
+    let is_figure = |value: &HeaderValue| value.as_bytes().iter().all(u8::is_ascii_digit);
+    changed(from, to, |name, value| {
+        *name == header::TRANSFER_ENCODING || (name.as_str().starts_with("x-envoy-") && is_figure(value))
+    })
+}
+
+fn changed(from: &HeaderMap, to: &HeaderMap, stays: impl Fn(&HeaderName, &HeaderValue) -> bool) -> HeaderMutation {
     let differs = |name: &&HeaderName| !from.get_all(*name).iter().eq(to.get_all(*name).iter());
     let set = to.keys().filter(differs).flat_map(|name| {
         let values = to.get_all(name).iter().enumerate();
         values.map(move |(nth, value)| option(name.as_str(), value, if nth == 0 { OVERWRITE } else { APPEND }))
     });
-    let gone = from.keys().filter(|name| !to.contains_key(*name) && !is_the_gateways(name));
+    let gone = from
+        .keys()
+        .filter(|name| !to.contains_key(*name) && !from.get_all(*name).iter().all(|value| stays(name, value)));
     HeaderMutation { set_headers: set.collect(), remove_headers: gone.map(ToString::to_string).collect() }
 }
 
@@ -102,5 +116,10 @@ mod tests {
             [("b", b"2".as_ref(), OVERWRITE), ("d", b"3", OVERWRITE), ("d", b"4", APPEND)]
         );
         assert_eq!(change.remove_headers, ["c"]);
+        // Of an answer a figure stays, and no word.
+        let from = map(&[("x-envoy-attempt-count", "1"), ("x-envoy-said", "rye bread"), ("x-forwarded-for", "rye")]);
+        let mut gone = change_answer(&from, &HeaderMap::new()).remove_headers;
+        gone.sort_unstable();
+        assert_eq!(gone, ["x-envoy-said", "x-forwarded-for"]);
     }
 }

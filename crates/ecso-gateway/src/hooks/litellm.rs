@@ -207,12 +207,15 @@ async fn answered(
     }
     // What waits was found to be in scope, or is not known.
     context.is_in_scope = true;
-    let alone = call.alone(state.settings.limits.choices);
-    let given = call.given(alone);
+    let most = state.settings.limits.choices as usize;
+    if call.texts.as_ref().is_some_and(|texts| texts.len() > most) && context.mode == Mode::Enforce {
+        return Err(ApiError::bad_request("too_many_answers", format!("at most {most} answers are judged at a time")));
+    }
+    let given = call.given();
     let judged =
         judged(gateway, context, None, &chat, Given { door: "litellm", chat: Bytes::clone(&given), own: given })
             .await?;
-    Ok(call.verdict(&judged, alone))
+    Ok(call.verdict(&judged))
 }
 
 impl LiteLlmCall {
@@ -269,11 +272,16 @@ impl LiteLlmCall {
         for message in &messages {
             texts_of(message, &mut known);
         }
+        let written: HashSet<&str> = known
+            .iter()
+            .filter(|text| is_data_url(text))
+            .filter_map(|url| url.split_once("base64,").map(|(_, written)| written))
+            .collect();
         for image in self.images.iter().flatten().filter(|image| !known.contains(image.as_str())) {
             let is_url = is_data_url(image) || is_remote(image);
             let url = if is_url { image.clone() } else { format!("data:;base64,{image}") };
             // The same image stands in the messages with its media type.
-            if !known.iter().any(|known| is_data_url(known) && known.ends_with(&format!("base64,{image}"))) {
+            if !written.contains(image.as_str()) {
                 beside.push(json!({"type": "image_url", "image_url": {"url": url}}));
             }
         }
@@ -293,27 +301,25 @@ impl LiteLlmCall {
         json!({"model": self.model, "messages": [{"role": "user", "content": "(a request that is not known)"}]})
     }
 
-    /// How many texts of an answer are judged each by itself: all or none.
-    fn alone(&self, most: u32) -> usize {
-        let (texts, has_calls) = (self.texts.as_deref().unwrap_or_default().len(), self.has_calls());
-        if texts > most as usize || (texts == 1 && has_calls) { 0 } else { texts }
-    }
-
     fn has_calls(&self) -> bool {
         self.tool_calls.as_ref().is_some_and(|calls| !calls.is_empty())
     }
 
-    /// The answer, as the answer to a chat. Texts may be several answers, or parts of one: each is a choice, if they are judged `alone`,
-    /// and behind them all is one, with the calls of tools.
-    fn given(&self, alone: usize) -> Bytes {
+    /// The answer, as the answer to a chat. Texts may be several answers, or parts of one: each is a choice, and so is all of it, with the calls
+    /// of tools; the calls are one by themselves too, as a profile may read the beginning of an answer alone.
+    fn given(&self) -> Bytes {
         let texts = self.texts.as_deref().unwrap_or_default();
-        let mut messages: Vec<Value> = texts.iter().take(alone).map(|text| json!({"content": text})).collect();
-        if alone != 1 {
+        let mut messages: Vec<Value> = texts.iter().map(|text| json!({"content": text})).collect();
+        let calls: Value = self.tool_calls.iter().flatten().map(called).collect();
+        if texts.len() != 1 || self.has_calls() {
             let mut all = json!({"content": texts.join("\n")});
             if self.has_calls() {
-                all["tool_calls"] = self.tool_calls.iter().flatten().map(called).collect();
+                all["tool_calls"] = calls.clone();
             }
             messages.push(all);
+        }
+        if self.has_calls() && !texts.is_empty() {
+            messages.push(json!({"content": null, "tool_calls": calls}));
         }
         let choices = messages.into_iter().enumerate();
         let choices =
@@ -322,7 +328,7 @@ impl LiteLlmCall {
     }
 
     /// What the proxy is to do, by what was found.
-    fn verdict(&self, judged: &Judged, alone: usize) -> LiteLlmVerdict {
+    fn verdict(&self, judged: &Judged) -> LiteLlmVerdict {
         if !judged.is_unsafe() {
             return LiteLlmVerdict::pass();
         }
@@ -331,7 +337,7 @@ impl LiteLlmCall {
             let message = &judged.answer["choices"][place]["message"];
             message["content"].as_str().or_else(|| message["refusal"].as_str())
         };
-        let others: Option<Vec<String>> = (0..alone).map(|place| said(place).map(str::to_owned)).collect();
+        let others: Option<Vec<String>> = (0..texts.len()).map(|place| said(place).map(str::to_owned)).collect();
         // What a tool is asked can't be taken out of an answer there, nor a part of a whole.
         match others.filter(|others| !self.has_calls() && !others.is_empty() && others != texts) {
             Some(others) => {

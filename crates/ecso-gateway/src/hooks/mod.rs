@@ -101,6 +101,16 @@ async fn outlook(
     }
 }
 
+/// A request, which is an object.
+fn object(request: &Value) -> Result<(), ApiError> {
+    if request.is_object() { Ok(()) } else { Err(ApiError::bad_request("invalid_request", "the request is no object")) }
+}
+
+/// Whether a request asks for a stream, to the server that is freest about how.
+fn asks_for_stream(request: &Value) -> bool {
+    !matches!(&request["stream"], Value::Null | Value::Bool(false)) && request["stream"] != 0
+}
+
 /// A stream that would be guarded: these gateways send it before they ask, or whatever they are told.
 fn streamed() -> ApiError {
     let message = "a stream can't be held back from here: ask without `stream`, or have the gateway ask this server for the model";
@@ -236,9 +246,23 @@ fn has_more(came: &Value, judged: &Value) -> bool {
     const NAMES: [&str; 5] = ["id", "object", "created", "model", "system_fingerprint"];
     let mut came = came.clone();
     if let Value::Object(fields) = &mut came {
-        fields.retain(|name, value| !(NAMES.contains(&name.as_str()) && says_little(value)));
+        let is_name = |value: &Value| value.is_string() || value.is_number() || value.is_null();
+        fields.retain(|name, value| !(NAMES.contains(&name.as_str()) && is_name(value) && says_little(value)));
     }
     !is_part(&came, judged)
+}
+
+/// Whether a name or a seal anywhere in an answer of Messages is more than one word, so that it could be a text.
+fn has_odd_names(answer: &Value) -> bool {
+    const NAMES: [&str; 5] = ["id", "tool_use_id", "signature", "model", "type"];
+    match answer {
+        Value::Object(fields) => fields.iter().any(|(name, value)| {
+            let is_odd = |text: &str| text.contains(char::is_whitespace);
+            NAMES.contains(&name.as_str()) && value.as_str().is_some_and(is_odd) || has_odd_names(value)
+        }),
+        Value::Array(list) => list.iter().any(has_odd_names),
+        _ => false,
+    }
 }
 
 /// Whether all that a value says stands in the other too. A number in a known place says nothing, nor a field that is empty.

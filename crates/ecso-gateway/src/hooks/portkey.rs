@@ -5,14 +5,17 @@ use std::sync::Arc;
 use axum::{extract::State, response::Response};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
 
-use super::{Found, Given, Outlook, chat, has_more, hooked, judged, outlook, shown, streamed};
+use super::{
+    Found, Given, Outlook, asks_for_stream, chat, has_more, has_odd_names, hooked, judged, object, outlook, shown,
+    streamed,
+};
 use crate::{
     context::RequestContext,
     error::{ApiError, ApiErrors},
-    json::{is_label, says_little},
+    json::{is_label, says_little, shown as shown_name},
     server::Gateway,
     wire::Format,
 };
@@ -52,11 +55,15 @@ enum PortkeyKind {
 
 /// A request, or an answer.
 #[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
 pub(crate) struct PortkeySide {
     /// The body; null is one that Portkey has not read: a stream.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     json: Value,
+    /// Whether a stream is asked for.
+    #[serde(default)]
+    is_streaming_request: bool,
 }
 
 /// What it is to do.
@@ -121,9 +128,10 @@ pub(crate) async fn portkey(State(gateway): State<Arc<Gateway>>, request: axum::
 
 /// Reads a request before the model is asked.
 async fn before(mut context: RequestContext, call: PortkeyCall) -> Result<PortkeyVerdict, ApiError> {
-    let PortkeyCall { request_type, request: PortkeySide { mut json }, .. } = call;
+    let PortkeyCall { request_type, request: PortkeySide { mut json, is_streaming_request }, .. } = call;
+    object(&json)?;
     let asked = request_type.chat(&json);
-    let is_streamed = json["stream"] == true;
+    let is_streamed = is_streaming_request || asks_for_stream(&json);
     let read = match asked {
         None => return Ok(PortkeyVerdict::of(true, Found::default())),
         Some(asked) => match outlook(&mut context, json["model"].as_str(), asked).await? {
@@ -147,7 +155,8 @@ async fn before(mut context: RequestContext, call: PortkeyCall) -> Result<Portke
 
 /// Judges an answer.
 async fn after(gateway: &Gateway, mut context: RequestContext, call: PortkeyCall) -> Result<PortkeyVerdict, ApiError> {
-    let PortkeyCall { request_type, request: PortkeySide { json: mut request }, response, .. } = call;
+    let PortkeyCall { request_type, request: PortkeySide { json: mut request, .. }, response, .. } = call;
+    object(&request)?;
     let answer = response.json;
     if !answer.is_object() {
         let Some(asked) = request_type.chat(&request) else { return Ok(PortkeyVerdict::of(true, Found::default())) };
@@ -166,14 +175,18 @@ async fn after(gateway: &Gateway, mut context: RequestContext, call: PortkeyCall
         }
         PortkeyKind::Complete => {
             let chat = spoken(&answer).to_string().into();
-            judged(gateway, context, None, &prompted(&request), Given { door: "portkey", chat, own }).await?
+            judged(gateway, context, None, &prompted(&request)?, Given { door: "portkey", chat, own }).await?
         }
         PortkeyKind::ChatComplete => {
             judged(gateway, context, None, &request, Given { door: "portkey", chat: Bytes::clone(&own), own }).await?
         }
         PortkeyKind::Embed => return Ok(PortkeyVerdict::of(true, Found::default())),
     };
-    let has_more = || request_type == PortkeyKind::ChatComplete && has_more(&answer, &judged.answer);
+    let has_more = || match request_type {
+        PortkeyKind::ChatComplete => has_more(&answer, &judged.answer),
+        PortkeyKind::Messages => has_odd_names(&answer),
+        PortkeyKind::Complete | PortkeyKind::Embed => false,
+    };
     Ok(match request_type {
         // It has no form for another answer.
         PortkeyKind::Complete => PortkeyVerdict::of(!judged.is_unsafe(), judged.found),
@@ -190,17 +203,53 @@ impl PortkeyKind {
         match self {
             Self::ChatComplete => Some(Ok(request.clone())),
             Self::Messages => Some(chat(Some(Format::Messages), request.clone())),
-            Self::Complete => Some(Ok(prompted(request))),
+            Self::Complete => Some(prompted(request)),
             Self::Embed => None,
         }
     }
 }
 
+/// Fields of the old completions. In others some servers take images.
+const KNOWN: [&str; 18] = [
+    "model",
+    "prompt",
+    "suffix",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "n",
+    "stream",
+    "stream_options",
+    "logprobs",
+    "echo",
+    "stop",
+    "presence_penalty",
+    "frequency_penalty",
+    "best_of",
+    "logit_bias",
+    "user",
+    "seed",
+];
+
 /// What a request of the old completions asks, as a chat.
-fn prompted(request: &Value) -> Value {
+fn prompted(request: &Value) -> Result<Value, ApiError> {
+    let is_plain = |prompt: &Value| prompt.is_string() || prompt.is_number() || prompt.is_null();
+    let is_list = |prompt: &Value| prompt.as_array().is_some_and(|list| list.iter().all(is_plain));
+    let prompt = &request["prompt"];
+    let is_text = is_plain(prompt) || is_list(prompt) || prompt.as_array().is_some_and(|list| list.iter().all(is_list));
+    if !is_text {
+        let message = "`prompt` is no text, and no list of texts or tokens";
+        return Err(ApiError::bad_request("unsupported_content", message));
+    }
+    if let Some(unknown) =
+        request.as_object().into_iter().flat_map(Map::keys).find(|name| !KNOWN.contains(&name.as_str()))
+    {
+        let message = format!("`{}` is not known to the guard, so that it can't be judged", shown_name(unknown));
+        return Err(ApiError::bad_request("unknown_field", message));
+    }
     let prompt = request["prompt"].as_str().map_or_else(|| request["prompt"].to_string(), str::to_owned);
     let suffix = request["suffix"].as_str().unwrap_or_default();
-    json!({"model": request["model"], "messages": [{"role": "user", "content": prompt + suffix}]})
+    Ok(json!({"model": request["model"], "messages": [{"role": "user", "content": prompt + suffix}]}))
 }
 
 /// What an answer of the old completions says, as the answer to a chat.

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use axum::{extract::State, response::Response};
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
 use utoipa::ToSchema;
 
-use super::{Found, Given, Outlook, has_more, hooked, judged, outlook, shown, streamed};
+use super::{Found, Given, Outlook, asks_for_stream, has_more, hooked, judged, object, outlook, shown, streamed};
 use crate::{
     context::RequestContext,
     error::{ApiError, ApiErrors},
@@ -21,11 +21,17 @@ use crate::{
 pub(crate) struct TrueFoundryCall {
     #[schema(value_type = crate::openapi::ChatRequest)]
     request_body: Value,
-    #[serde(default)]
+    /// Null is one that the gateway has not read: a stream.
+    #[serde(default, deserialize_with = "there")]
     #[schema(value_type = Option<crate::openapi::ChatAnswer>)]
     response_body: Option<Value>,
     #[serde(default)]
     config: Option<TrueFoundryConfig>,
+}
+
+/// A value that is there, be it null.
+fn there<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
+    Value::deserialize(deserializer).map(Some)
 }
 
 /// What the operator set there.
@@ -75,10 +81,11 @@ async fn found(
     call: TrueFoundryCall,
 ) -> Result<TrueFoundryVerdict, ApiError> {
     let TrueFoundryCall { mut request_body, response_body, config } = call;
+    object(&request_body)?;
     let Some(answer) = response_body else {
         let outlook = outlook(&mut context, request_body["model"].as_str(), Ok(request_body.clone())).await?;
         let Outlook::Guarded(read) = outlook else { return Ok(TrueFoundryVerdict::of(true, Found::default())) };
-        if request_body["stream"] == true {
+        if asks_for_stream(&request_body) {
             return Err(streamed());
         }
         let messages = request_body["messages"].as_array().and_then(|messages| shown(messages, &read));
@@ -86,6 +93,12 @@ async fn found(
         request_body["messages"] = messages.into();
         return Ok(TrueFoundryVerdict::another(request_body, Found::default()));
     };
+    if !answer.is_object() {
+        return match outlook(&mut context, request_body["model"].as_str(), Ok(request_body.clone())).await? {
+            Outlook::Guarded(_) => Err(streamed()),
+            Outlook::Free | Outlook::Observed => Ok(TrueFoundryVerdict::of(true, Found::default())),
+        };
+    }
     // The answer is here, in one piece.
     request_body["stream"] = json!(false);
     let own: Bytes = answer.to_string().into();

@@ -591,3 +591,36 @@ async fn keys_are_asked_for_where_there_are_some() {
     let mut exchange = envoy.asked("POST", CHAT, &[("authorization", &key)], question().to_string().as_bytes()).await;
     assert!(!exchange.sent().await.0.contains_key("authorization"));
 }
+
+#[tokio::test]
+async fn a_body_that_nobody_reads_stops_nothing() {
+    let envoy = Envoy::new(Settings::default()).await;
+    let mut exchange = envoy.exchange().await;
+    exchange.head("GET", "/v1/models", &[], false);
+    for _ in 0..20 {
+        exchange.body(b"0123456789", false);
+    }
+    exchange.body(b"", true);
+    let (_, body) = exchange.sent().await;
+    assert_eq!(body, "");
+    exchange.answer_head("200", &[], false);
+    exchange.answer_body("[]", true);
+    let got = exchange.got().await.unwrap();
+    assert_eq!((got.status(), got.body.as_str()), ("200", "[]"));
+}
+
+#[tokio::test]
+async fn a_gateway_that_hides_heads_or_refuses_by_itself_is_told() {
+    let envoy = Envoy::new(Settings::default()).await;
+    let mut exchange = envoy.chat(&question()).await;
+    exchange.sent().await;
+    exchange.answer_body(&completion(LEAK), true);
+    let got = exchange.got().await;
+    assert!(got.as_ref().is_err() || got.as_ref().unwrap().status() == "502", "{got:?}");
+    assert!(got.is_err() || !got.unwrap().body.contains(LEAK));
+
+    let mut exchange = envoy.exchange().await;
+    exchange.answer_head("403", &[], false);
+    let got = exchange.got().await.unwrap();
+    assert_eq!((got.status(), got.code()), ("403", json!("gateway_refused")));
+}

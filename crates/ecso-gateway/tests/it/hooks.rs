@@ -92,8 +92,9 @@ async fn answers_of_litellm_pass_or_get_others_in_their_place() {
         (vec!["Bread.", LEAK], rewritten(&["Bread.", SAFE])),
         (vec![LEAK, LEAK], rewritten(&[SAFE, SAFE])),
         (vec![], passes()),
-        // More texts than a chat may have answers: the whole is judged.
-        (vec!["Bread."; 9], passes()),
+        // More texts than a chat may have answers.
+        (vec!["Bread."; 8], passes()),
+        (vec!["Bread."; 9], blocked()),
         ([vec!["Bread."; 8], vec![LEAK]].concat(), blocked()),
     ]
     .into_iter()
@@ -303,8 +304,13 @@ fn portkey(event: &str, kind: &str, request: &Value, response: &Value) -> Value 
 }
 
 fn truefoundry(request: &Value, response: &Value, config: &Value) -> Value {
-    json!({"requestBody": request, "responseBody": response, "config": config,
-        "context": {"user": {"subjectId": "u", "subjectType": "user"}, "metadata": {"team": "bakery"}}})
+    let mut call = json!({"requestBody": request, "config": config,
+        "context": {"user": {"subjectId": "u", "subjectType": "user"}, "metadata": {"team": "bakery"}}});
+    // Its hook before the model has no such key.
+    if !response.is_null() {
+        call["responseBody"] = response.clone();
+    }
+    call
 }
 
 /// The calls of both hooks with question and answer.
@@ -635,4 +641,46 @@ async fn calls_that_portkey_made_are_understood() {
         let is_streamed = call["request"]["isStreamingRequest"] == true;
         assert_eq!(verdict(PORTKEY, &got), (!is_streamed, None), "{call}: {}", got.body);
     }
+}
+
+#[tokio::test]
+async fn what_is_no_request_or_no_answer_is_a_no() {
+    let world = world(Settings::default()).await;
+    let answer = json!({"choices": [{"index": 0, "message": {"content": LEAK}, "finish_reason": "stop"}]});
+    let mut unread = truefoundry(&question(), &Value::Null, &Value::Null);
+    unread["responseBody"] = Value::Null;
+    let mut streams = portkey("beforeRequestHook", "chatComplete", &question(), &json!({}));
+    streams["request"]["isStreamingRequest"] = true.into();
+    let mut coerced = question();
+    coerced["stream"] = 1.into();
+    let old = |prompt: &Value| json!({"model": "m", "prompt": prompt});
+    let pictured = old(&json!({"prompt_string": "What?", "multimodal_data": ["iVBORw0KGgo="]}));
+    let mut beside = old(&json!("What?"));
+    beside["multi_modal_data"] = json!({"image": PICTURE});
+    for (path, call) in [
+        (TRUEFOUNDRY, unread),
+        (TRUEFOUNDRY, truefoundry(&coerced, &Value::Null, &Value::Null)),
+        (TRUEFOUNDRY, truefoundry(&json!([1]), &answer, &Value::Null)),
+        (PORTKEY, streams),
+        (PORTKEY, portkey("beforeRequestHook", "chatComplete", &coerced, &json!({}))),
+        (PORTKEY, portkey("afterRequestHook", "chatComplete", &json!([{}]), &answer)),
+        (PORTKEY, portkey("afterRequestHook", "complete", &json!("x"), &answer)),
+        (PORTKEY, portkey("beforeRequestHook", "complete", &pictured, &json!({}))),
+        (PORTKEY, portkey("beforeRequestHook", "complete", &beside, &json!({}))),
+    ] {
+        let got = send(&world, path, &call).await;
+        assert_eq!((got.status.as_u16(), &got.json()["verdict"]), (200, &json!(false)), "{path} {call}: {}", got.body);
+    }
+}
+
+#[tokio::test]
+async fn many_images_beside_messages_take_no_long_time() {
+    let world = world(Settings::default()).await;
+    let mut call = asked("many");
+    let parts = (0..12_000).map(|n| json!({"type": "text", "text": format!("data:,x{n}")})).collect::<Vec<_>>();
+    call["structured_messages"] = json!([{"role": "user", "content": parts}]);
+    call["images"] = (0..12_000).map(|n| json!(format!("y{n}"))).collect();
+    let begun = std::time::Instant::now();
+    assert_eq!(litellm_says(&world, &call).await, blocked());
+    assert!(begun.elapsed() < std::time::Duration::from_secs(8), "{:?}", begun.elapsed());
 }
