@@ -96,6 +96,10 @@ impl Guarded {
         });
         let considered = considered.await;
         if considered.as_ref().is_ok_and(Considered::is_harm) {
+            // One that is there already is written down, and has its choices.
+            if let Some(Ok((answer, head))) = asked.as_mut().take_output() {
+                return Ok(Drafted { answer, head, considered, is_spared: false });
+            }
             let nothing = vec![Reply::default(); usize::try_from(request.choices).unwrap_or(1)];
             let answer = Completion::replies(&nothing, now());
             return Ok(Drafted { answer, head: HeaderMap::new(), considered, is_spared: true });
