@@ -118,9 +118,11 @@ pub fn pack(out: &Path, input: &Input, packing: &Packing) -> Result<Manifest, Pa
     }
     files.finish()?;
     failures(out, &present, work.path())?;
+    digests(work.path(), work.path(), &mut manifest.files)?;
+    // The card tells of the files by their digests.
     let path = work.path().join("README.md");
     fs::write(&path, card::card(&manifest)).map_err(|error| failed(&path, error))?;
-    digests(work.path(), work.path(), &mut manifest.files)?;
+    manifest.files.insert("README.md".into(), digest(&path)?);
     let path = work.path().join("manifest.json");
     let text = serde_json::to_string_pretty(&manifest).map_err(|error| failed(&path, error))?;
     fs::write(&path, text).map_err(|error| failed(&path, error))?;
@@ -310,21 +312,24 @@ fn digests(root: &Path, folder: &Path, files: &mut BTreeMap<String, (u64, String
             }
             continue;
         }
-        let mut file = File::open(&path).map_err(|error| failed(&path, error))?;
-        let (mut digest, mut bytes, mut buffer) = (Sha256::new(), 0, vec![0; 1 << 16]);
-        loop {
-            let read = file.read(&mut buffer).map_err(|error| failed(&path, error))?;
-            if read == 0 {
-                break;
-            }
-            digest.update(&buffer[..read]);
-            bytes += read as u64;
-        }
         let name = path.strip_prefix(root).unwrap_or(&path).display().to_string();
-        let digest = hex::encode(digest.finalize());
-        files.insert(name, (bytes, digest));
+        files.insert(name, digest(&path)?);
     }
     Ok(())
+}
+
+/// A file's bytes, and its SHA-256.
+fn digest(path: &Path) -> Result<(u64, String), PackError> {
+    let mut file = File::open(path).map_err(|error| failed(path, error))?;
+    let (mut digest, mut bytes, mut buffer) = (Sha256::new(), 0, vec![0; 1 << 16]);
+    loop {
+        let read = file.read(&mut buffer).map_err(|error| failed(path, error))?;
+        if read == 0 {
+            return Ok((bytes, hex::encode(digest.finalize())));
+        }
+        digest.update(&buffer[..read]);
+        bytes += read as u64;
+    }
 }
 
 /// How the name of a dataset begins that is not finished.

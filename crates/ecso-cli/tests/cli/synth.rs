@@ -347,3 +347,44 @@ async fn a_table_without_a_query_is_refused_before_anything_is_made() {
     );
     assert!(!folder.path().join("out").exists());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn loaders_that_keep_what_they_loaded_see_that_it_is_another() {
+    let model = Model::start(Reply::usual).await;
+    let folder = tempfile::tempdir().unwrap();
+    let rows = folder.path().join("rows.jsonl");
+    let made = |queries: &[&str]| {
+        let rows_of = queries.iter().map(|query| row(query)).collect::<String>();
+        std::fs::write(&rows, rows_of).unwrap();
+        let mut command = ecso(folder.path());
+        command.args([
+            "synth",
+            "--model",
+            &model.url,
+            "--model-name",
+            "m",
+            "--profile",
+            "paper",
+            "--set",
+            "scope=all",
+            "--validation",
+            "0",
+        ]);
+        assert!(
+            command
+                .arg("--input")
+                .arg(&rows)
+                .arg("--out")
+                .arg(folder.path().join("out"))
+                .output()
+                .unwrap()
+                .status
+                .success()
+        );
+        let card = std::fs::read_to_string(folder.path().join("out/dataset/README.md")).unwrap();
+        card.lines().filter(|line| line.contains("description: made ")).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let (one, two) = (made(&["A bad request"]), made(&["A bad request", "Another bad request"]));
+    assert!(one.len() == 2 && two.len() == 2, "{one:?} {two:?}");
+    assert!(one.iter().zip(&two).all(|(one, two)| one != two) && one[0] != one[1], "{one:?} {two:?}");
+}
