@@ -1,6 +1,7 @@
 //! A model that is asked no faster than it can answer.
 
 use std::{
+    collections::BTreeSet,
     future,
     sync::{Mutex, PoisonError},
     time::Duration,
@@ -73,8 +74,8 @@ struct Pace {
     answered: Option<(Duration, Chat, Sampling)>,
     /// When the model last came back.
     back: Option<Instant>,
-    /// From which model the first reply says it comes.
-    answering: Option<String>,
+    /// From which models replies say they come, of which somebody has looked whether that is well.
+    answering: BTreeSet<String>,
     /// Whether calls were turned away since somebody looked which model is there.
     was_busy: bool,
 }
@@ -92,7 +93,7 @@ impl<M: Mllm> Paced<M> {
             warned: None,
             answered: None,
             back: None,
-            answering: None,
+            answering: BTreeSet::new(),
             was_busy: false,
         };
         Self {
@@ -299,19 +300,20 @@ impl<M: Mllm> Paced<M> {
         Ok(answer)
     }
 
-    /// Looks which model is there where a reply says that it comes from another than the first did.
+    /// Looks which model is there where a reply says that it comes from another than those before.
     async fn is_from_the_same(&self, reply: &Reply) {
-        let is_other = match (&reply.model, &mut self.pace().answering) {
-            (Some(model), Some(first)) => model != first,
-            (Some(model), first) => {
-                *first = Some(model.clone());
-                false
+        let Some(model) = &reply.model else { return };
+        let is_first = {
+            let answering = &mut self.pace().answering;
+            if answering.contains(model) {
+                return;
             }
-            (None, _) => false,
+            answering.is_empty()
         };
-        if is_other {
+        if !is_first {
             self.is_the_same().await;
         }
+        self.pace().answering.insert(model.clone());
     }
 }
 

@@ -1,7 +1,7 @@
 //! JSON that every reader reads alike: of two keys with one name some servers take the first, some the last, so that a
 //! body with both is refused. What it costs to hold is bounded.
 
-use std::{cell::Cell, fmt};
+use std::{cell::Cell, collections::HashSet, fmt};
 
 use ecso_openai::surrogates;
 use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
@@ -121,6 +121,18 @@ impl<'de> Visitor<'de> for Strict<'_> {
 /// A name that a stranger chose, short and on one line.
 pub(crate) fn shown(name: &str) -> String {
     name.chars().take(64).map(|c| if c.is_control() { '\u{FFFD}' } else { c }).collect()
+}
+
+/// All texts in a value.
+pub(crate) fn texts_of<'v>(value: &'v Value, texts: &mut HashSet<&'v str>) {
+    match value {
+        Value::String(text) => {
+            texts.insert(text);
+        }
+        Value::Array(list) => list.iter().for_each(|value| texts_of(value, texts)),
+        Value::Object(fields) => fields.values().for_each(|value| texts_of(value, texts)),
+        _ => {}
+    }
 }
 
 #[cfg(test)]

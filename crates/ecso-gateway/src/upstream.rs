@@ -405,17 +405,8 @@ pub(crate) fn answer_head(headers: &HeaderMap) -> HeaderMap {
     // A figure, a name, or a list of these is no sentence.
     let is_list = |value: &str| value.split(',').all(|entry| !entry.trim().contains(char::is_whitespace));
     let says_little = |value: &HeaderValue| value.len() <= 512 && value.to_str().is_ok_and(is_list);
-    // Seconds, or a date.
-    let is_time = |value: &HeaderValue| {
-        let is_part = |c: char| c.is_ascii_digit() || " ,:GMT".contains(c);
-        let is_day = |c: char| c.is_ascii_alphabetic();
-        value.to_str().is_ok_and(|value| {
-            value.len() <= 29
-                && value
-                    .split([' ', ','])
-                    .all(|word| word.chars().all(is_part) || (word.len() == 3 && word.chars().all(is_day)))
-        })
-    };
+    // Seconds; a date is not passed on.
+    let is_time = |value: &HeaderValue| value.as_bytes().iter().all(u8::is_ascii_digit);
     let fits = |name: &HeaderName, value: &HeaderValue| {
         if *name == header::RETRY_AFTER { is_time(value) } else { says_little(value) }
     };

@@ -18,7 +18,7 @@ use crate::{
 pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Hardened, q: &Query<'_>) -> Result<(), Halt> {
     // 3 goes first, and whether harm is asked for; 1 beside it, where the model takes several calls at once. What surely asks for harm
     // gets no draft: no reply could make it safe.
-    let (Looked { seen, known, request }, y) = beside(w, p, q).await?;
+    let (Looked { seen, known, request }, y) = looked_and_drafted(w, p, q).await?;
     let c: Vec<String> = hints(&seen).collect();
     let mut judge = Judge { p, q, seen: &seen, known };
 
@@ -71,12 +71,16 @@ pub(crate) async fn look(w: &mut Pipeline<'_>, p: &Hardened, q: &Query<'_>) -> R
 }
 
 /// What is known of the request, and the draft, if one is of use.
-async fn beside(w: &mut Pipeline<'_>, p: &Hardened, q: &Query<'_>) -> Result<(Looked, Option<String>), Halt> {
+async fn looked_and_drafted(
+    w: &mut Pipeline<'_>,
+    p: &Hardened,
+    q: &Query<'_>,
+) -> Result<(Looked, Option<String>), Halt> {
     if let Some(looked) = mem::take(&mut w.looked) {
         let y = if looked.is_harm() { None } else { Some(w.draft(q).await?) };
         return Ok((looked, y));
     }
-    let mut ahead = w.beside();
+    let mut ahead = w.fork();
     let found = w.draft_beside(q, look(&mut ahead, p, q), Looked::is_harm).await?;
     w.went_ahead(ahead);
     Ok(found)

@@ -152,7 +152,7 @@ impl<'a> Pipeline<'a> {
     }
 
     /// Work beside this one, told to the same listener.
-    pub(crate) fn beside(&self) -> Self {
+    pub(crate) fn fork(&self) -> Self {
         Self::new(self.model, self.profile, self.options, Given::default(), self.listener.clone())
     }
 

@@ -17,6 +17,7 @@ use super::{Given, Judged, Outlook, hooked, judged, outlook, pending::Known, sho
 use crate::{
     context::RequestContext,
     error::{ApiError, ApiErrors},
+    json::texts_of,
     request::is_remote,
     server::Gateway,
     settings::{Mode, Unseen},
@@ -345,18 +346,6 @@ impl LiteLlmCall {
             }
             None => LiteLlmVerdict::blocked("the guard holds this answer back: it calls it harmful".to_owned()),
         }
-    }
-}
-
-/// All texts in a value.
-fn texts_of<'v>(value: &'v Value, texts: &mut HashSet<&'v str>) {
-    match value {
-        Value::String(text) => {
-            texts.insert(text);
-        }
-        Value::Array(list) => list.iter().for_each(|value| texts_of(value, texts)),
-        Value::Object(fields) => fields.values().for_each(|value| texts_of(value, texts)),
-        _ => {}
     }
 }
 

@@ -12,7 +12,7 @@ use super::Format;
 use crate::{
     completion::Completion,
     error::ApiError,
-    json::{is_label, says_little},
+    json::{is_label, says_little, texts_of},
 };
 
 impl Format {
@@ -90,18 +90,6 @@ fn response(events: &[Value]) -> Option<Value> {
     whole.insert("output".to_owned(), output.into());
     whole.insert("status".to_owned(), "completed".into());
     Some(whole.into())
-}
-
-/// All texts in a value.
-fn texts_of<'v>(value: &'v Value, texts: &mut HashSet<&'v str>) {
-    match value {
-        Value::String(text) => {
-            texts.insert(text);
-        }
-        Value::Array(list) => list.iter().for_each(|value| texts_of(value, texts)),
-        Value::Object(fields) => fields.values().for_each(|value| texts_of(value, texts)),
-        _ => {}
-    }
 }
 
 /// The message that the pieces of a stream make.
