@@ -255,13 +255,14 @@ def check(function):
 def whole_answers(guarded):
     """a safe answer to 3 MB, and a rewritten one"""
     picture = large(3 << 20)
-    status, headers, body = guarded.chat("Which kinds?", picture, {"x-inject": "1", "accept-encoding": "gzip"}.items())
+    sent = {"x-inject": "1", "x-envoy-original-path": "/v1/rye", "accept-encoding": "gzip"}
+    status, headers, body = guarded.chat("Which kinds?", picture, sent.items())
     assert (status, headers["x-ecso-verdict"]) == (200, "safe"), (status, headers, body)
     assert json.loads(body)["choices"][0]["message"]["content"] == "A list of kinds of bread.", body
     assert "x-own" not in headers and headers["content-type"] == "application/json", headers
     path, sent, asked = last()
     assert path == CHAT and asked["messages"][0]["content"][0]["image_url"]["url"].endswith(picture)
-    assert "x-inject" not in sent and sent["accept-encoding"] == "identity", sent
+    assert not {"x-inject", "x-envoy-original-path"} & set(sent) and sent["accept-encoding"] == "identity", sent
     assert not any(name.startswith("x-ecso") for name in sent), sent
     assert last(True)[1].get("x-ecso-own-call") == "true"
     status, headers, body = guarded.chat("Please be rude.", picture)

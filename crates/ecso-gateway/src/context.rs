@@ -6,9 +6,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, request::Parts};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header, request::Parts};
 use bytes::{Bytes, BytesMut};
 use ecso::profile::Scope;
+use ecso_openai::Bodies;
 use futures::StreamExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -20,7 +21,7 @@ use crate::{
     request::{Body, Request, is_remote},
     settings::{ImageUrls, Mode, Settings, TraceLevel},
     state::AppState,
-    upstream::{Carrier, HTTP, Upstream, Way, is_known_header},
+    upstream::{Carrier, HTTP, Key, Upstream, Way, is_known_header, passed, unbroken},
 };
 
 /// A request that was let in.
@@ -202,6 +203,25 @@ impl RequestContext {
             whole.extend_from_slice(&piece);
         }
         Ok(whole.freeze())
+    }
+
+    /// The request's body for the upstream, piece by piece: nobody reads it here.
+    pub(crate) fn flowing(&self, body: axum::body::Body) -> reqwest::Body {
+        reqwest::Body::wrap_stream(unbroken(body.into_data_stream(), self.state.settings.limits.patience()))
+    }
+
+    /// Sends the request on with this body, and its answer back, unguarded. The answer begins before the deadline, and is never silent
+    /// for as long as that.
+    pub(crate) async fn pass(
+        &self,
+        way: &Way,
+        key: Key,
+        method: &Method,
+        path: &str,
+        body: impl Into<reqwest::Body>,
+    ) -> Result<Response<axum::body::Body>, ApiError> {
+        let sent = way.forward(key, method.clone(), path, &self.headers, body.into(), Bodies::AsSent);
+        Ok(passed(self.in_time(sent).await?, self.state.settings.limits.deadline()))
     }
 
     /// What takes until the request's deadline, and no longer.

@@ -8,7 +8,7 @@
 //! `fields`; `upstream` gets the draft; `completion` is what is known of that; `chat` judges it and writes the answer;
 //! `report` is what was found; `error` is everything that can go wrong, as the client sees it. `passthrough` sends on what
 //! the table of `routes` lets through; `observe` judges beside; `guard` and `moderation` judge on demand, and
-//! `hooks` for gateways that others run.
+//! `hooks` for gateways that others run; `layer` guards a service of the same program.
 
 mod access;
 mod audit;
@@ -28,6 +28,7 @@ pub mod fuzzing;
 mod guard;
 mod hooks;
 mod json;
+mod layer;
 mod metrics;
 mod moderation;
 mod observe;
@@ -47,6 +48,7 @@ mod upstream;
 mod wire;
 
 pub use connections::serve;
+pub use layer::{GuardLayer, Guarded};
 pub use server::Gateway;
 pub use settings::Settings;
 pub use state::Profiles;

@@ -35,7 +35,8 @@ impl Observed {
     pub(crate) async fn forward(self, way: &Way, path: &str, body: Bytes) -> Result<Response, ApiError> {
         let headers = &self.context.headers;
         let sent = way.forward(Key::Own, axum::http::Method::POST, path, headers, body.into(), Bodies::Unpacked);
-        let response = passed(sent.await?);
+        let silence = self.context.state.settings.limits.deadline();
+        let response = passed(self.context.in_time(sent).await?, silence);
         if !response.status().is_success() {
             return Ok(response);
         }

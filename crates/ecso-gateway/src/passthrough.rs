@@ -8,7 +8,6 @@ use axum::{
     http::{StatusCode, header},
     response::Response,
 };
-use ecso_openai::Bodies;
 use serde_json::Value;
 use tracing::Instrument;
 
@@ -20,7 +19,7 @@ use crate::{
     server::{Gateway, request_id, signed},
     settings::Mode,
     telemetry,
-    upstream::{Key, door, passed},
+    upstream::{Key, door},
 };
 
 /// Every path that has no handler of its own.
@@ -51,10 +50,8 @@ pub(crate) async fn pass(
         context.guarded();
     }
     let (key, body) = match Route::of(method, path, &state.settings.allow_routes) {
-        Route::Allowed => (Key::Own, reqwest::Body::wrap_stream(body.into_data_stream())),
-        Route::Harmless if *method == axum::http::Method::POST => {
-            (Key::Own, reqwest::Body::wrap_stream(body.into_data_stream()))
-        }
+        Route::Allowed => (Key::Own, context.flowing(body)),
+        Route::Harmless if *method == axum::http::Method::POST => (Key::Own, context.flowing(body)),
         // What has no body for us has none for the upstream. Who carries it must not wait for somebody to read it.
         Route::Harmless => {
             drop(body);
@@ -84,11 +81,11 @@ pub(crate) async fn pass(
                 return Err(ApiError::new(StatusCode::NOT_FOUND, "route_not_guarded", message));
             }
             // Nobody looks at it, so that nobody vouches for it: the operator's key stays here.
-            (Key::Clients, reqwest::Body::wrap_stream(body.into_data_stream()))
+            (Key::Clients, context.flowing(body))
         }
     };
     let path = uri.path_and_query().map_or(path, |whole| whole.as_str());
-    Ok(passed(way.forward(key, method.clone(), path, &context.headers, body, Bodies::AsSent).await?))
+    context.pass(&way, key, method, path, body).await
 }
 
 /// Texts become vectors; what else a server might take here (conversations, with images) is not known.

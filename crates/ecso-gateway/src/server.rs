@@ -16,7 +16,6 @@ use axum::{
 };
 use bytes::Bytes;
 use ecso::{Memory, profile::Scope};
-use ecso_openai::Bodies;
 use serde_json::json;
 use tokio::sync::Semaphore;
 use tracing::{Instrument, instrument::Instrumented};
@@ -52,7 +51,7 @@ use crate::{
     state::{AppState, Kept, Profiles},
     store::Store,
     telemetry,
-    upstream::{CHAT, HTTP, Key, Upstream, door, passed},
+    upstream::{CHAT, HTTP, Key, Upstream, door},
     wire::{BEFORE, Format, elsewhere},
 };
 
@@ -127,7 +126,6 @@ impl Gateway {
 
     /// The routes for requests that somebody carries: those of the model's server. What we tell of ourselves is not for its
     /// clients.
-    #[cfg(feature = "ext-proc")]
     pub(crate) fn carried(self: Arc<Self>) -> Router {
         let model = OpenApiRouter::<Arc<Self>>::new()
             .routes(routes!(completions).map(|route| route.fallback(others)))
@@ -252,8 +250,7 @@ pub(crate) async fn completion(
     if let Some(way) = &way
         && context.caller.is_never_guarded(settings)
     {
-        let body = reqwest::Body::wrap_stream(body.into_data_stream());
-        return Ok(passed(way.forward(Key::Own, Method::POST, CHAT, &context.headers, body, Bodies::AsSent).await?));
+        return context.pass(way, Key::Own, &Method::POST, CHAT, context.flowing(body)).await;
     }
     let body = context.read(body).await?;
     let value = strict::read(&body);
@@ -273,7 +270,7 @@ pub(crate) async fn completion(
     let is_out = read.as_ref().is_ok_and(|read| scope != Scope::All && !read.has_images());
     match (&way, context.mode) {
         (Some(way), mode) if mode == Mode::Off || is_out || (mode == Mode::Observe && !settings.draws()) => {
-            Ok(passed(way.forward(Key::Own, Method::POST, CHAT, &context.headers, body.into(), Bodies::AsSent).await?))
+            context.pass(way, Key::Own, &Method::POST, CHAT, body).await
         }
         (Some(way), Mode::Observe) => {
             let admission = Arc::clone(&gateway.admission);
@@ -346,8 +343,7 @@ pub(crate) async fn translation(
     if let Some(way) = &way
         && context.caller.is_never_guarded(settings)
     {
-        let body = reqwest::Body::wrap_stream(body.into_data_stream());
-        return Ok(passed(way.forward(Key::Own, Method::POST, path, &context.headers, body, Bodies::AsSent).await?));
+        return context.pass(way, Key::Own, &Method::POST, path, context.flowing(body)).await;
     }
     let body = context.read(body).await?;
     let value = strict::read(&body);
@@ -375,9 +371,7 @@ pub(crate) async fn translation(
         let read = chat.and_then(|(chat, _)| request::Body::of(chat, &settings.allow_fields));
         let is_out = read.as_ref().is_ok_and(|read| scope != Scope::All && !read.has_images());
         if context.mode == Mode::Off || is_out || !settings.draws() {
-            let headers = &context.headers;
-            let sent = way.forward(Key::Own, Method::POST, path, headers, body.into(), Bodies::AsSent);
-            return Ok(passed(sent.await?));
+            return context.pass(way, Key::Own, &Method::POST, path, body).await;
         }
         let admission = Arc::clone(&gateway.admission);
         return Observed { context, admission, read, format: Some(format) }.forward(way, path, body).await;
@@ -408,7 +402,7 @@ async fn count_tokens(State(gateway): State<Arc<Gateway>>, request: axum::extrac
     let counted = async {
         let context = gateway.begin(&state, &id, head)?;
         let path = uri.path_and_query().map_or(uri.path(), |whole| whole.as_str());
-        counting(context, path, body).await
+        Box::pin(counting(context, path, body)).await
     };
     let counted = async { counted.await.map_err(|error| ApiError { format: Some(Format::Messages), ..error }) };
     signed(&id, (door, "count_tokens"), &state.metrics, counted.instrument(span)).await
@@ -421,8 +415,7 @@ async fn counting(mut context: RequestContext, path: &str, body: Body) -> Result
     let value = strict::read(&body);
     context.mode = context.caller.mode(&state.settings, request::model(&value), &context.headers)?;
     if let (Some(way), Mode::Off | Mode::Observe) = (context.way(), context.mode) {
-        let sent = way.forward(Key::Own, Method::POST, path, &context.headers, body.into(), Bodies::AsSent);
-        return Ok(passed(sent.await?));
+        return context.pass(&way, Key::Own, &Method::POST, path, body).await;
     }
     is_plain(&context.headers)?;
     let unread = |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));

@@ -1,15 +1,16 @@
 //! What stands behind the guard: another server, or a model in this process.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
+    BoxError,
     body::Body,
     http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header},
 };
 use bytes::Bytes;
 use ecso::{Mllm, ModelError};
 use ecso_openai::{Bodies, OpenAi, http_client, lenient};
-use futures::{StreamExt, future::BoxFuture};
+use futures::{Stream, StreamExt, future::BoxFuture, stream};
 use reqwest::Url;
 use secrecy::SecretString;
 use serde_json::Value;
@@ -149,6 +150,19 @@ pub(crate) trait Carrier: Send + Sync {
 
 /// On calls of the guard itself, where somebody else carries its clients' requests: that one may bring them back to it.
 pub(crate) const OWN_CALL: HeaderName = HeaderName::from_static("x-ecso-own-call");
+
+/// The request, carried by `carrier`; the guard's own calls are marked for it. One that comes back to the guard is refused.
+pub(crate) fn carried_by(carrier: Arc<dyn Carrier>, mut request: Request<Body>) -> Result<Request<Body>, ApiError> {
+    if request.headers().contains_key(OWN_CALL) {
+        let message = "the guard's own calls come back to it: give it the model's own address, not one that leads through the guard";
+        let error = ApiError::new(StatusCode::MISDIRECTED_REQUEST, "guard_loop", message);
+        error.log("-");
+        return Err(error);
+    }
+    request.headers_mut().insert(OWN_CALL, HeaderValue::from_static("true"));
+    request.extensions_mut().insert(carrier);
+    Ok(request)
+}
 
 /// The door of our own HTTP server.
 pub(crate) const HTTP: &str = "http";
@@ -384,12 +398,26 @@ pub(crate) fn bounded(
     body.boxed()
 }
 
-/// A response as the client gets it.
-pub(crate) fn passed(response: reqwest::Response) -> Response<Body> {
+/// A body whose next piece comes within `silence`, or never.
+pub(crate) fn unbroken<E: Into<BoxError>>(
+    pieces: impl Stream<Item = Result<Bytes, E>> + Send + Unpin + 'static,
+    silence: Duration,
+) -> impl Stream<Item = Result<Bytes, BoxError>> + Send + 'static {
+    stream::unfold(Some(pieces), move |pieces| async move {
+        let mut pieces = pieces?;
+        match tokio::time::timeout(silence, pieces.next()).await {
+            Ok(next) => Some((next?.map_err(Into::into), Some(pieces))),
+            Err(_) => Some((Err("nothing came for too long".into()), None)),
+        }
+    })
+}
+
+/// A response as the client gets it; it breaks off where nothing of it comes for as long as `silence`.
+pub(crate) fn passed(response: reqwest::Response, silence: Duration) -> Response<Body> {
     let mut passed = Response::new(Body::empty());
     *passed.status_mut() = response.status();
     *passed.headers_mut() = kept(response.headers());
-    *passed.body_mut() = Body::from_stream(response.bytes_stream());
+    *passed.body_mut() = Body::from_stream(unbroken(response.bytes_stream(), silence));
     passed
 }
 

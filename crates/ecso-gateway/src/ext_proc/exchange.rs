@@ -34,7 +34,7 @@ use super::{
 };
 use crate::{
     error::ApiError,
-    upstream::{Carrier, OWN_CALL},
+    upstream::{Carrier, carried_by},
 };
 
 /// Most bytes of one piece of a body, as Envoy's documentation advises.
@@ -128,16 +128,9 @@ async fn carried(
     out: &Out,
 ) -> Result<(), Broken> {
     let is_empty = head.end_of_stream;
-    let Some((mut request, path)) = Told::read(head.headers).and_then(request) else {
+    let Some((request, path)) = Told::read(head.headers).and_then(request) else {
         return at_once(ApiError::bad_request("invalid_request", "the head can't be read").into_response(), out).await;
     };
-    if request.headers().contains_key(OWN_CALL) {
-        let message =
-            "the guard's own calls come back to it: give `--upstream` the model's own address, not the gateway's";
-        let error = ApiError::new(StatusCode::MISDIRECTED_REQUEST, "guard_loop", message);
-        error.log("-");
-        return at_once(error.into_response(), out).await;
-    }
     let (mut body, coming_body) = flow();
     let (answer, coming_answer) = flow();
     let (told_head, coming_head) = oneshot::channel();
@@ -155,10 +148,10 @@ async fn carried(
         original: Mutex::default(),
         sending: Mutex::default(),
     });
-    let carrier: Arc<dyn Carrier> = envoy.clone();
-    request.headers_mut().insert(OWN_CALL, HeaderValue::from_static("true"));
-    request.extensions_mut().insert(carrier);
-    let request = request.map(|()| Body::from_stream(coming_body.pieces()));
+    let request = match carried_by(envoy.clone(), request.map(|()| Body::from_stream(coming_body.pieces()))) {
+        Ok(request) => request,
+        Err(error) => return at_once(error.into_response(), out).await,
+    };
     let mut hearing = Hearing { body, head: Some(told_head), answer };
     let answered = async {
         let Ok(response) = router.oneshot(request).await;

@@ -30,7 +30,6 @@ pub(crate) struct Reached {
 }
 
 pub(crate) struct World {
-    #[cfg(feature = "ext-proc")]
     pub(crate) gateway: Arc<Gateway>,
     router: Router,
     reached: Arc<Mutex<Vec<Reached>>>,
@@ -122,12 +121,19 @@ impl World {
     fn of(gateway: Gateway, reached: Arc<Mutex<Vec<Reached>>>) -> Self {
         let gateway = Arc::new(gateway);
         let router = Arc::clone(&gateway).router();
-        Self {
-            #[cfg(feature = "ext-proc")]
-            gateway,
-            router,
-            reached,
-        }
+        Self { gateway, router, reached }
+    }
+
+    /// The guard as a layer around this service; what stands behind the guard is for its own questions.
+    pub(crate) async fn around(settings: Settings, service: Router) -> Self {
+        let world = Self::new(settings, Arc::new(|_| panic!("the guard asks nothing else"))).await;
+        let layer = Arc::clone(&world.gateway).layer();
+        Self { router: service.layer(layer), ..world }
+    }
+
+    /// The same beneath a layer of an application.
+    pub(crate) fn beneath<L: Clone + Send + Sync + 'static>(self, layer: axum::Extension<L>) -> Self {
+        Self { router: self.router.layer(layer), ..self }
     }
 
     /// The same below a path of an application.

@@ -1,0 +1,159 @@
+//! The guard as a layer around a service of the same program.
+
+use std::{
+    convert::Infallible,
+    future::ready,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::{
+    Extension, Router,
+    body::{Body, to_bytes},
+    extract::Request,
+    http::{Response, StatusCode},
+    response::IntoResponse,
+};
+use ecso::Profile;
+use ecso_gateway::{Settings, settings::Limits};
+use futures::{StreamExt, stream};
+use serde_json::{Value, json};
+use tower::{Layer, ServiceExt, service_fn, util::MapRequestLayer};
+
+use crate::world::{LEAK, PICTURE, World, question, said, streamed};
+
+const CHAT: &str = "/v1/chat/completions";
+
+/// A model that says `text` to whatever comes, and tells what it got in a header of its answer.
+fn model(text: &'static str) -> Router {
+    Router::new().fallback(async move |request: Request| {
+        let (head, body) = request.into_parts();
+        let body = to_bytes(body, usize::MAX).await.unwrap();
+        let host = head.headers.get("host").map_or("", |host| host.to_str().unwrap());
+        let user = head.extensions.get::<&str>().unwrap_or(&"");
+        let got = format!("{},{host},{user},{}", head.uri.path(), head.headers.contains_key("x-other"));
+        let message = json!({"role": "assistant", "content": text});
+        let asked: Value = serde_json::from_slice(&body).unwrap_or_default();
+        let mut response = if asked["stream"] == true {
+            streamed(&[
+                json!({"id": "c", "choices": [{"index": 0, "delta": message, "finish_reason": "stop"}]}).to_string()
+            ])
+        } else {
+            said(&message, &Value::Null)
+        };
+        response.headers_mut().insert("x-request-id", got.parse().unwrap());
+        response
+    })
+}
+
+#[tokio::test]
+async fn a_harmful_answer_is_rewritten_and_a_safe_one_goes_out() {
+    let (harmful, safe) = (World::around(Settings::default(), model(LEAK)).await, model("Rye."));
+    let got = harmful.chat(&question()).await;
+    assert_eq!((got.status, got.leaks()), (StatusCode::OK, false));
+    assert_eq!(got.json()["choices"][0]["message"]["content"], "Here is a harmless answer.");
+    let mut streams = question();
+    streams["stream"] = true.into();
+    let got = harmful.chat(&streams).await;
+    assert!(!got.leaks() && got.body.contains("Here is a harmless answer.") && got.body.ends_with("[DONE]\n\n"));
+    let safe = World::around(Settings::default(), safe).await;
+    let got = safe.chat(&question()).await;
+    assert_eq!((got.json()["choices"][0]["message"]["content"].as_str()), Some("Rye."));
+    assert_eq!(got.headers["x-ecso-verdict"], "safe");
+    // Of the answer's head the service's own words stay.
+    assert_eq!(got.headers["x-request-id"], "/v1/chat/completions,127.0.0.1:8080,,false");
+}
+
+#[tokio::test]
+async fn other_formats_reach_the_service_as_chats() {
+    let harmful = World::around(Settings::default(), model(LEAK)).await;
+    let asked = json!({"model": "m", "input": [{"role": "user", "content": [
+        {"type": "input_image", "image_url": PICTURE}, {"type": "input_text", "text": "What is this?"}]}]});
+    let got = harmful.send("POST", "/v1/responses", &[], asked.to_string()).await;
+    assert_eq!((got.status, got.leaks()), (StatusCode::OK, false));
+    assert_eq!(got.json()["output"][0]["content"][0]["text"], "Here is a harmless answer.");
+    assert!(got.headers["x-request-id"].to_str().unwrap().starts_with(CHAT));
+}
+
+#[tokio::test]
+async fn what_an_application_knows_of_a_request_reaches_the_service() {
+    let service = model("Rye.");
+    let world = World::around(Settings::default(), service).await.beneath(Extension("ada"));
+    let got = world.send("POST", CHAT, &[("x-other", "1")], question().to_string()).await;
+    // A header that nobody knows does not.
+    assert_eq!(got.headers["x-request-id"], "/v1/chat/completions,127.0.0.1:8080,ada,false");
+}
+
+#[tokio::test]
+async fn what_is_not_known_does_not_reach_the_service() {
+    let world = World::around(Settings::default(), model(LEAK)).await;
+    for path in ["/", "/v1/images/generations", "/v1/chat/completions/", "/metrics", "/v1/guard", "/healthz"] {
+        let got = world.send("POST", path, &[], question().to_string()).await;
+        assert_eq!((got.status, got.leaks()), (StatusCode::NOT_FOUND, false), "{path}");
+    }
+    let got = world.send("POST", CHAT, &[("x-ecso-own-call", "true")], question().to_string()).await;
+    assert_eq!(
+        (got.status, got.json()["error"]["code"].as_str()),
+        (StatusCode::MISDIRECTED_REQUEST, Some("guard_loop"))
+    );
+}
+
+/// The guard asks the service that it stands around, which asks the guard.
+#[tokio::test]
+async fn a_guard_that_asks_itself_breaks_off() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/v1", listener.local_addr().unwrap());
+    let gateway = Arc::new(World::gateway(Settings::default(), Profile::paper(), &url).unwrap());
+    let asked = Arc::<AtomicUsize>::default();
+    let counted = Arc::clone(&asked);
+    let service = model("Rye.").layer(MapRequestLayer::new(move |request: Request| {
+        counted.fetch_add(1, Ordering::Relaxed);
+        request
+    }));
+    let service = service.layer(gateway.layer());
+    tokio::spawn(async move { axum::serve(listener, service).await });
+    let got = reqwest::Client::new().post(format!("{url}/chat/completions")).json(&question()).send().await.unwrap();
+    assert_eq!((got.status().as_u16(), asked.load(Ordering::Relaxed)), (502, 1));
+}
+
+#[tokio::test]
+async fn what_is_passed_on_is_not_silent_for_ever() {
+    let limits = Limits { deadline: 1, patience: 1, ..Limits::default() };
+    let silent = || Body::from_stream(stream::once(ready(Ok::<_, Infallible>("rye"))).chain(stream::pending()));
+    let service = Router::new().fallback(async move |request: Request| {
+        let sent = to_bytes(request.into_body(), usize::MAX).await;
+        if sent.is_ok() { silent().into_response() } else { StatusCode::BAD_REQUEST.into_response() }
+    });
+    let world = World::around(Settings { limits, ..Settings::default() }, service).await;
+    let within = async |body: Body| {
+        tokio::time::timeout(Duration::from_secs(4), world.send("POST", "/v1/tokenize", &[], body)).await.unwrap()
+    };
+    let got = within(Body::from("{}")).await;
+    assert_eq!((got.status, got.body.as_str()), (StatusCode::OK, ""), "it breaks off");
+    let got = within(silent()).await;
+    assert!(!got.status.is_success(), "{got:?}");
+}
+
+#[tokio::test]
+async fn a_service_that_fails_is_a_failed_upstream() {
+    let world = World::new(Settings::default(), Arc::new(|_| panic!("nobody asks"))).await;
+    let layer = Arc::clone(&world.gateway).layer();
+    let refused =
+        service_fn(async |_: Request<Body>| Err::<Response<Body>, _>(format!("{LEAK} in the service's words")));
+    let asked =
+        || Request::post(CHAT).header("content-type", "application/json").body(Body::from(question().to_string()));
+    let Ok(got) = layer.layer(refused).oneshot(asked().unwrap()).await;
+    assert_eq!(got.status(), StatusCode::BAD_GATEWAY);
+    let told = to_bytes(got.into_body(), usize::MAX).await.unwrap();
+    assert!(!String::from_utf8_lossy(&told).contains(LEAK), "{told:?}");
+    let status = service_fn(async |_: Request<Body>| {
+        Ok::<_, Infallible>((StatusCode::TOO_MANY_REQUESTS, [("retry-after", "7")], LEAK).into_response())
+    });
+    let Ok(got) = layer.layer(status).oneshot(asked().unwrap()).await;
+    assert_eq!((got.status(), got.headers()["retry-after"].as_bytes()), (StatusCode::TOO_MANY_REQUESTS, b"7".as_ref()));
+    let told = to_bytes(got.into_body(), usize::MAX).await.unwrap();
+    assert!(!String::from_utf8_lossy(&told).contains(LEAK), "{told:?}");
+}
