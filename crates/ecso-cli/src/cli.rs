@@ -44,6 +44,8 @@ pub(crate) enum Command {
     Serve(ServeArgs),
     /// Judge recorded traffic again under another profile, and show what would change
     Replay(ReplayArgs),
+    /// Measure what protection costs here, with your model: time, first word and tokens of unguarded and guarded answers
+    Bench(BenchArgs),
     /// Make a client key for `ecso serve`
     Key {
         /// Whose it is
@@ -152,6 +154,39 @@ pub(crate) struct ReplayArgs {
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
+
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+
+    #[command(flatten)]
+    pub(crate) profile: ProfileArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// An image of yours to ask about, in place of lists with harmless entries
+    #[arg(long, value_name = "FILE")]
+    pub(crate) image: Option<PathBuf>,
+
+    /// What to ask about it [default: What does this picture show?]
+    #[arg(long, value_name = "TEXT", requires = "image")]
+    pub(crate) query: Option<String>,
+
+    /// Answers of each kind, of which medians are told
+    #[arg(long, value_name = "N", default_value = "5")]
+    pub(crate) runs: NonZero<usize>,
+
+    /// Cap of new tokens of every answer
+    #[arg(long, value_name = "N", default_value = "64")]
+    pub(crate) max_new_tokens: NonZero<u32>,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// No progress on standard error
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
 
     #[command(flatten)]
     pub(crate) model: ModelArgs,

@@ -10,6 +10,7 @@ macro_rules! say {
 }
 
 mod ask;
+mod bench;
 mod calibration;
 mod cli;
 mod config;
@@ -57,6 +58,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Eval(command) => eval::run(&command, file),
         Command::Models(command) => models::run(command, file),
         Command::Synth(args) => synth::run(&args, file),
+        Command::Bench(args) => bench::run(&args, file),
         Command::Tune(args) => tune::run(&args, file),
         Command::Serve(args) => serve::run(&args, file),
         Command::Replay(args) => replay::run(&args, file),

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test may")]
 
 mod ask;
+mod bench;
 mod eval;
 mod eval_run;
 #[cfg(feature = "pdf")]
