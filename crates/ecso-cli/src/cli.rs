@@ -404,7 +404,7 @@ pub(crate) enum ModelsCommand {
     },
     /// Delete a model's files, but for those that another model here needs
     Remove {
-        /// Its name
+        /// Its name, or `heads` for what the engine keeps of prompts
         name: String,
     },
 }

@@ -66,6 +66,8 @@ pub(crate) struct Engine {
     pub(crate) slots: u32,
     /// Compute every prompt from its start.
     pub(crate) no_reuse: bool,
+    /// Don't keep on disk what many prompts begin with.
+    pub(crate) no_heads: bool,
     /// Layers on the GPU; -1 leaves it to the engine.
     pub(crate) gpu_layers: i64,
     /// A Jinja file in place of the model's own chat template; empty is none.

@@ -218,7 +218,7 @@ mod engine {
 
     pub(super) async fn model(settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> {
         let name = settings.model.as_str();
-        let mut options = options(&settings.engine)?;
+        let mut options = options(&settings.engine, super::Store::new(&settings.models_dir).heads_folder())?;
         options.mmproj = Some(settings.mmproj.clone()).filter(|path| !path.as_os_str().is_empty());
         if super::is_file(name) {
             return Ok(Arc::new(Llama::load(name, options).await?));
@@ -233,7 +233,7 @@ mod engine {
         if model.reader.is_some() { super::composed(settings, &model, llama, name) } else { Ok(llama) }
     }
 
-    fn options(engine: &Engine) -> anyhow::Result<Options> {
+    fn options(engine: &Engine, heads: PathBuf) -> anyhow::Result<Options> {
         let own_template = !engine.chat_template.as_os_str().is_empty();
         let chat_template = own_template.then(|| read(&engine.chat_template)).transpose()?;
         Ok(Options {
@@ -243,6 +243,7 @@ mod engine {
             slots: NonZeroU32::new(engine.slots),
             threads: NonZeroU32::new(engine.threads),
             no_reuse: engine.no_reuse,
+            heads: (!engine.no_heads).then_some(heads),
             gpu_layers: u32::try_from(engine.gpu_layers).ok(),
             chat_template,
         })

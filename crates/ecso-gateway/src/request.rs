@@ -230,7 +230,7 @@ impl Body {
             return Err(invalid("`messages` has no message of the user".into()));
         }
         let definitions = definitions(&self.fields).chain(self.beside).collect();
-        let chat = Chat { turns, definitions };
+        let chat = Chat { turns, definitions, ..Chat::default() };
         let texts = chat.turns.iter().map(|turn| turn.query().len()).chain(chat.definitions.iter().map(String::len));
         if texts.sum::<usize>() > limits.text {
             let message = format!("the texts of a guarded chat have at most {} bytes", limits.text);

@@ -1,6 +1,7 @@
 //! The engine: a thread that owns model and context, and the handle that sends it work.
 
 use std::{
+    io,
     num::NonZeroU32,
     path::{Path, PathBuf},
     sync::{LazyLock, mpsc},
@@ -24,6 +25,7 @@ use tokio::sync::{mpsc as pieces, oneshot};
 
 use crate::{
     cache::Cache,
+    heads::Heads,
     layout::{BLOCK, Segment, lay_out},
     template::{ChatTemplate, Vocabulary},
 };
@@ -45,6 +47,9 @@ pub struct Options {
     pub slots: Option<NonZeroU32>,
     /// Compute every prompt from its start, even where an earlier one began alike. Replies are the same, only later.
     pub no_reuse: bool,
+    /// A folder for what many prompts begin with ([`Chat::head`]), so that another process has it computed already; `None` keeps nothing. At
+    /// most 512 MiB.
+    pub heads: Option<PathBuf>,
     /// Threads; `None` is one a core.
     pub threads: Option<NonZeroU32>,
     /// Layers on the GPU, where one is compiled in; `None` is all.
@@ -131,7 +136,7 @@ fn serve(path: &Path, options: Options, ready: oneshot::Sender<Result<(), ModelE
         Ok(model) => model,
         Err(error) => return drop(ready.send(Err(error))),
     };
-    let mut engine = match Engine::new(&model, options) {
+    let mut engine = match Engine::new(&model, path, options) {
         Ok(engine) => engine,
         Err(error) => return drop(ready.send(Err(error))),
     };
@@ -166,12 +171,13 @@ struct Engine<'m> {
     template: ChatTemplate,
     cache: Cache,
     no_reuse: bool,
+    heads: Option<Heads>,
     /// Tokens of one conversation.
     room: i32,
 }
 
 impl<'m> Engine<'m> {
-    fn new(model: &'m LlamaModel, options: Options) -> Result<Self, ModelError> {
+    fn new(model: &'m LlamaModel, path: &Path, options: Options) -> Result<Self, ModelError> {
         let cores = || std::thread::available_parallelism().ok().and_then(|cores| NonZeroU32::try_from(cores).ok());
         let threads = options.threads.or_else(cores).map_or(1, |n| i32::try_from(n.get()).unwrap_or(i32::MAX));
         let room = options.context.map_or_else(|| model.n_ctx_train().clamp(512, 8192), NonZeroU32::get);
@@ -196,6 +202,12 @@ impl<'m> Engine<'m> {
             mtmd_default_marker(),
         )?;
         let room = i32::try_from(room).unwrap_or(i32::MAX);
+        let how = format!("{room} {slots} {batch} {:?}", options.gpu_layers);
+        let folder = options.heads.filter(|_| !options.no_reuse);
+        let heads = folder.and_then(|folder| {
+            let heads = Heads::new(folder, path, &how);
+            heads.inspect_err(|error| tracing::debug!(%error, "no heads of prompts are kept")).ok()
+        });
         Ok(Self {
             model,
             context,
@@ -203,6 +215,7 @@ impl<'m> Engine<'m> {
             template,
             cache: Cache::new(slots as usize),
             no_reuse: options.no_reuse,
+            heads,
             room,
         })
     }
@@ -217,16 +230,33 @@ impl<'m> Engine<'m> {
         }
         let digests: Vec<blake3::Hash> = images.iter().map(|image| image.digest()).collect();
         let vocab = self.model.vocab();
-        let rendered = self.template.render(&job.chat)?;
-        let segments = lay_out(&rendered, marker, &digests, |text, first| vocab.tokenize(text.as_bytes(), first, true));
-        let Some(prompt) = self.read(&segments, &images, job)? else {
+        let tokens = |text: &str, first| vocab.tokenize(text.as_bytes(), first, true);
+        let segments = lay_out(&self.template.render(&job.chat)?, marker, &digests, tokens);
+        let head = self.head(&job.chat).map(|head| lay_out(&head, marker, &[], tokens)).unwrap_or_default();
+        let alike = segments.iter().zip(&head).take_while(|(segment, head)| segment.same_as(head)).count();
+        let head = alike.min(segments.len().saturating_sub(1));
+        let Some(prompt) = self.read(&segments, head, &images, job)? else {
             return Ok(()); // Nobody waits for the reply any more.
         };
         self.write(prompt, job)
     }
 
-    /// Computes the prompt, from where a held prefix ends. `None` if the caller went away.
-    fn read(&mut self, segments: &[Segment], images: &[&Image], job: &Job) -> Result<Option<Prompt>, ModelError> {
+    /// What a chat's head is rendered to, where it has one that may be kept.
+    fn head(&self, chat: &Chat) -> Option<String> {
+        let turns = chat.turns.get(..chat.head).filter(|turns| !turns.is_empty() && self.heads.is_some())?;
+        let head = Chat { turns: turns.to_vec(), ..Chat::default() };
+        self.template.render(&head).ok().filter(|_| head.image_count() == 0)
+    }
+
+    /// Computes the prompt, from where a held prefix ends. Its first segments, `head` of them, are read from disk, or kept there. `None` if
+    /// the caller went away.
+    fn read(
+        &mut self,
+        segments: &[Segment],
+        head: usize,
+        images: &[&Image],
+        job: &Job,
+    ) -> Result<Option<Prompt>, ModelError> {
         let place = self.cache.place(segments, self.no_reuse);
         let sequence = i32::try_from(place.sequence).unwrap_or_default();
         let mut prompt = Prompt { sequence, position: place.position, logits: 0, tokens: 0 };
@@ -236,6 +266,17 @@ impl<'m> Engine<'m> {
         if !matches!(self.context.clear_kv_cache_seq(Some(sequence.unsigned_abs()), from, None), Ok(true)) {
             self.forget(place.sequence)?;
             (shared, prompt.position) = (0, 0);
+        }
+        let mut to_keep = None;
+        if let Some((heads, tokens)) =
+            self.heads.as_ref().zip(Heads::tokens(&segments[..head])).filter(|_| shared < head)
+        {
+            match heads.find(&tokens) {
+                Some(file) => {
+                    (shared, prompt.position) = self.recall(&file, &segments[..head], &tokens, place.sequence)?;
+                }
+                None => to_keep = Some(tokens),
+            }
         }
         for (number, segment) in segments.iter().enumerate() {
             let done = match segment {
@@ -253,9 +294,47 @@ impl<'m> Engine<'m> {
             if number >= shared {
                 self.cache.sequence(place.sequence).push(segment.clone(), prompt.position);
             }
+            if let Some(tokens) = to_keep.take_if(|_| number + 1 == head) {
+                self.keep(&tokens, sequence);
+            }
         }
         prompt.tokens = u32::try_from(prompt.position).unwrap_or_default();
         Ok(Some(prompt))
+    }
+
+    /// Reads a head from its file into a sequence, in the place of what that holds: how many segments it holds then, and where they end.
+    fn recall(
+        &mut self,
+        file: &Path,
+        head: &[Segment],
+        tokens: &[LlamaToken],
+        sequence: usize,
+    ) -> Result<(usize, i32), ModelError> {
+        self.forget(sequence)?;
+        let id = i32::try_from(sequence).unwrap_or_default();
+        let read = self.context.state_seq_load_file(file, id, tokens.len());
+        if !read.is_ok_and(|(read, _)| read == tokens) {
+            tracing::debug!(?file, "a head can't be read");
+            self.forget(sequence)?;
+            return Ok((0, 0));
+        }
+        let mut end = 0;
+        for segment in head {
+            end += segment.tokens();
+            self.cache.sequence(sequence).push(segment.clone(), end);
+        }
+        Ok((head.len(), end))
+    }
+
+    /// Keeps a head that a sequence holds, and nothing else, on disk; where that can't be, it is computed again another time.
+    fn keep(&self, tokens: &[LlamaToken], sequence: i32) {
+        let Some(heads) = &self.heads else { return };
+        let kept = heads.keep(tokens, |file| {
+            self.context.state_seq_save_file(file, sequence, tokens).map(drop).map_err(io::Error::other)
+        });
+        if let Err(error) = kept {
+            tracing::debug!(%error, "a head of prompts can't be kept");
+        }
     }
 
     fn forget(&mut self, sequence: usize) -> Result<(), ModelError> {

@@ -21,6 +21,14 @@ pub(crate) enum Segment {
 }
 
 impl Segment {
+    /// How many tokens of text it has.
+    pub(crate) fn tokens(&self) -> i32 {
+        match self {
+            Self::Text(tokens) => i32::try_from(tokens.len()).unwrap_or(i32::MAX),
+            Self::Image { .. } => 0,
+        }
+    }
+
     /// Whether computing the one gives what computing the other gives.
     pub(crate) fn same_as(&self, other: &Self) -> bool {
         match (self, other) {

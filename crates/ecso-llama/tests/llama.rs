@@ -76,6 +76,48 @@ async fn a_shared_prefix_gives_the_same_logits_to_the_last_bit() {
     assert!(differ, "the image makes no difference to the reply");
 }
 
+/// A question behind the same examples as others.
+fn question(about: &str) -> Chat {
+    let example = |n: usize| {
+        [Turn::text(Role::User, format!("Is number {n} a kind of bread?")), Turn::text(Role::Assistant, "no")]
+    };
+    let mut turns: Vec<Turn> = (0..12).flat_map(example).collect();
+    let head = turns.len();
+    turns.push(Turn::text(Role::User, about));
+    Chat { turns, head, ..Chat::default() }
+}
+
+#[tokio::test]
+async fn a_head_from_disk_gives_the_same_logits_to_the_last_bit() {
+    let mut files = Files::new();
+    let folder = files.folder.path().join("heads");
+    files.options.heads = Some(folder.clone());
+    let afresh = files.load(true).await;
+    let kept = || std::fs::read_dir(&folder).map(|files| files.map(|file| file.unwrap().path()).collect::<Vec<_>>());
+    for (number, about) in ["Is rye?", "Is a rye loaf of three pounds?"].into_iter().enumerate() {
+        let whole = ask(&afresh, &question(about)).await;
+        assert_eq!(kept().is_ok(), number > 0, "who shares nothing keeps nothing");
+        // Each a process of its own; another conversation comes between.
+        let first = files.load(false).await;
+        assert_eq!(ask(&first, &question(about)).await, whole, "{about}");
+        ask(&first, &Chat::ask([picture(1)], "What is this?")).await;
+        assert_eq!(ask(&first, &question(about)).await, whole, "{about}");
+    }
+    let files_kept = kept().unwrap();
+    let [file] = files_kept.as_slice() else { panic!("one head: {files_kept:?}") };
+    // A conversation without a head leaves nothing behind.
+    ask(&files.load(false).await, &Chat { head: 0, ..question("Is it?") }).await;
+    assert_eq!(kept().unwrap().len(), 1);
+    // A damaged one is computed again.
+    let mut bytes = std::fs::read(file).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(file, bytes).unwrap();
+    let whole = ask(&afresh, &question("Is rye?")).await;
+    assert_eq!(ask(&files.load(false).await, &question("Is rye?")).await, whole);
+    assert_eq!(kept().unwrap(), files_kept);
+}
+
 #[tokio::test]
 async fn a_reply_that_nobody_reads_is_stopped() {
     let files = Files::new();

@@ -55,7 +55,7 @@ impl<M: Mllm> Composed<M> {
             }
             turns.push(Turn { role: turn.role, parts });
         }
-        Ok(Chat { turns, definitions: chat.definitions.clone() })
+        Ok(Chat { turns, definitions: chat.definitions.clone(), head: chat.head })
     }
 
     /// What an image says and shows: by its description, where it has one.

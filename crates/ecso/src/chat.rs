@@ -80,6 +80,9 @@ pub struct Chat {
     pub turns: Vec<Turn>,
     /// What else the model is shown, as text: tool descriptions, JSON schemas. Backends don't send it; judges read it.
     pub definitions: Vec<String>,
+    /// How many of the first turns every chat of this kind begins with: a question's examples. A backend may keep what it makes of them;
+    /// nothing of anybody's conversation is in them.
+    pub head: usize,
 }
 
 impl Chat {
@@ -113,7 +116,7 @@ impl Chat {
         if !pending.is_empty() {
             turns.push(Turn::text(Role::User, pending.join("\n\n")));
         }
-        Self { turns, definitions: self.definitions.clone() }
+        Self { turns, definitions: self.definitions.clone(), head: 0 }
     }
 
     /// The images of all turns, in order.

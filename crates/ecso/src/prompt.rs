@@ -157,7 +157,9 @@ impl<'a> Query<'a> {
                 if said.insert(text.clone()) {
                     let images = self.shown().filter(|_| question.image == Images::Include);
                     let mut chat = one_turn(self.profile, images.cloned(), text);
-                    chat.turns.splice(0..0, examples(question));
+                    let examples = examples(question);
+                    chat.head = examples.len();
+                    chat.turns.splice(0..0, examples);
                     prompts.push(((chat, template), prior));
                 }
             }

@@ -51,6 +51,13 @@ impl Models {
             println!("{:<14} {size:>8}  {state:<9} {:<19} {}{tried}", model.name, licences(&files), model.about);
         }
         println!("\n`ecso models pull NAME` gets one.");
+        match self.store.heads()? {
+            0 => {}
+            bytes => println!(
+                "heads: {} MB of prompts' beginnings, computed once; `ecso models remove heads`",
+                bytes / 1_000_000
+            ),
+        }
         Ok(())
     }
 
@@ -124,6 +131,10 @@ impl Models {
     }
 
     fn remove(&self, name: &str) -> anyhow::Result<()> {
+        if name == "heads" {
+            println!("heads: removed, {} MB freed", self.store.remove_heads()? / 1_000_000);
+            return Ok(());
+        }
         let model = self.catalogue.model(name)?;
         let _lock = self.store.lock()?;
         let mut needed = BTreeSet::new();

@@ -25,6 +25,34 @@ impl Store {
         self.folder.join(file)
     }
 
+    /// Where the engine keeps what many prompts begin with.
+    pub(crate) fn heads_folder(&self) -> PathBuf {
+        self.path("heads")
+    }
+
+    /// Bytes of what is kept there.
+    pub(super) fn heads(&self) -> anyhow::Result<u64> {
+        let folder = self.heads_folder();
+        let sizes = match fs::read_dir(&folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+            entries => {
+                entries.and_then(|entries| entries.map(|entry| Ok(entry?.metadata()?.len())).sum::<io::Result<u64>>())
+            }
+        };
+        sizes.with_context(|| folder.display().to_string())
+    }
+
+    /// Removes them, and tells how many bytes that were.
+    pub(super) fn remove_heads(&self) -> anyhow::Result<u64> {
+        let (bytes, folder) = (self.heads()?, self.heads_folder());
+        match fs::remove_dir_all(&folder) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(error).with_context(|| folder.display().to_string())
+            }
+            _ => Ok(bytes),
+        }
+    }
+
     /// Where what belongs to an unfinished download lies.
     pub(super) fn beside(&self, file: &ModelFile, what: &str) -> PathBuf {
         self.folder.join(format!("{}.{what}", file.name))

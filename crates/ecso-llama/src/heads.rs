@@ -1,0 +1,160 @@
+//! Heads of prompts on disk. What many prompts begin with is computed once for a model, and not once for every process.
+
+use std::{
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
+
+use llama_cpp_2::token::LlamaToken;
+
+use crate::layout::{BLOCK, Segment};
+
+/// Most bytes of all heads; those that were used last stay.
+const MOST: u64 = 512 << 20;
+/// Fewer tokens are computed sooner than read.
+const FEWEST: usize = 64;
+/// What the files end with.
+const ENDING: &str = "head";
+
+/// A folder of heads, for one model.
+pub(crate) struct Heads {
+    folder: PathBuf,
+    /// What a head's bytes depend on beside its tokens.
+    model: blake3::Hash,
+}
+
+impl Heads {
+    /// The heads of the model in this file, in `folder`; `how` says what else changes what is computed.
+    pub(crate) fn new(folder: PathBuf, model: &Path, how: &str) -> io::Result<Self> {
+        // Another build may compute otherwise.
+        let build = (env!("CARGO_PKG_VERSION"), version(&std::env::current_exe()?)?, BLOCK);
+        let about = format!("{build:?} {} {how}", version(&model.canonicalize()?)?);
+        Ok(Self { folder, model: blake3::hash(about.as_bytes()) })
+    }
+
+    /// The tokens of a head, where it is one that is worth keeping.
+    pub(crate) fn tokens(segments: &[Segment]) -> Option<Vec<LlamaToken>> {
+        let mut tokens = Vec::new();
+        for segment in segments {
+            let Segment::Text(text) = segment else { return None };
+            tokens.extend_from_slice(text);
+        }
+        (tokens.len() >= FEWEST).then_some(tokens)
+    }
+
+    /// The file of a head, if it is here and whole.
+    pub(crate) fn find(&self, tokens: &[LlamaToken]) -> Option<PathBuf> {
+        let name = self.name(tokens);
+        let found = files(&self.folder).ok()?.into_iter().find(|(path, _)| {
+            path.file_name().and_then(|file| file.to_str()).is_some_and(|file| file.starts_with(&name))
+        });
+        let (path, _) = found?;
+        let digest = digest(&path).ok()?;
+        if path.to_str().is_some_and(|path| path.ends_with(&format!("-{digest}.{ENDING}"))) {
+            // It was used.
+            let _ = File::open(&path).and_then(|file| file.set_modified(SystemTime::now()));
+            return Some(path);
+        }
+        tracing::debug!(?path, "a damaged head is removed");
+        let _ = fs::remove_file(&path);
+        None
+    }
+
+    /// Keeps a head, which `write` puts into a file.
+    pub(crate) fn keep(&self, tokens: &[LlamaToken], write: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
+        fs::create_dir_all(&self.folder)?;
+        let file = tempfile::Builder::new().prefix(".").tempfile_in(&self.folder)?.into_temp_path();
+        write(&file)?;
+        let name = format!("{}-{}.{ENDING}", self.name(tokens), digest(&file)?);
+        file.persist(self.folder.join(name))?;
+        self.hold_the_bound()
+    }
+
+    fn hold_the_bound(&self) -> io::Result<()> {
+        let mut all = files(&self.folder)?;
+        all.sort_by_key(|(_, file)| file.modified().ok());
+        let mut bytes: u64 = all.iter().map(|(_, file)| file.len()).sum();
+        for (path, file) in all {
+            if bytes <= MOST {
+                break;
+            }
+            fs::remove_file(path)?;
+            bytes -= file.len();
+        }
+        Ok(())
+    }
+
+    fn name(&self, tokens: &[LlamaToken]) -> String {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(self.model.as_bytes());
+        for token in tokens {
+            hasher.update(&token.0.to_le_bytes());
+        }
+        hasher.finalize().to_hex().to_string()
+    }
+}
+
+/// What tells a file from its next version.
+fn version(path: &Path) -> io::Result<String> {
+    let file = path.metadata()?;
+    Ok(format!("{} {} {:?}", path.display(), file.len(), file.modified()?))
+}
+
+/// The heads of a folder.
+fn files(folder: &Path) -> io::Result<Vec<(PathBuf, fs::Metadata)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let path = entry.path();
+        if path.extension().is_some_and(|ending| ending == ENDING) {
+            found.push((path, entry.metadata()?));
+        }
+    }
+    Ok(found)
+}
+
+fn digest(path: &Path) -> io::Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(File::open(path)?)?;
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn heads(folder: &Path, how: &str) -> Heads {
+        let model = folder.join("model.gguf");
+        if !model.exists() {
+            fs::write(&model, "GGUF").unwrap();
+        }
+        Heads::new(folder.join("heads"), &model, how).unwrap()
+    }
+
+    #[test]
+    fn a_head_is_found_by_its_model_and_its_tokens() {
+        let folder = tempfile::tempdir().unwrap();
+        let tokens = [LlamaToken(1), LlamaToken(2)];
+        let kept = heads(folder.path(), "");
+        kept.keep(&tokens, |path| fs::write(path, "rye")).unwrap();
+        assert_eq!(fs::read(kept.find(&tokens).unwrap()).unwrap(), b"rye");
+        assert_eq!(kept.find(&tokens[..1]), None);
+        assert_eq!(heads(folder.path(), "on another processor").find(&tokens), None);
+        fs::write(folder.path().join("model.gguf"), "GGUF and more").unwrap();
+        assert_eq!(heads(folder.path(), "").find(&tokens), None);
+    }
+
+    #[test]
+    fn a_damaged_head_is_removed_and_none_is_left_half() {
+        let folder = tempfile::tempdir().unwrap();
+        let tokens = [LlamaToken(1)];
+        let kept = heads(folder.path(), "");
+        kept.keep(&tokens, |path| fs::write(path, "rye")).unwrap();
+        fs::write(kept.find(&tokens).unwrap(), "flour").unwrap();
+        assert_eq!(kept.find(&tokens), None);
+        kept.keep(&tokens, |_| Err(io::Error::other("full"))).unwrap_err();
+        assert_eq!(fs::read_dir(folder.path().join("heads")).unwrap().count(), 0);
+    }
+}
