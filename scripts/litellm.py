@@ -23,7 +23,7 @@ def config(upstream, guards):
         f"  - guardrail_name: {name}\n    litellm_params: {{guardrail: generic_guardrail_api, mode: [pre_call, post_call], "
         f"api_base: \"{url}\", api_key: os.environ/ECSO_KEY{'' if name == 'pieces' else ', streaming_transform_mode: incremental_diff, streaming_end_of_stream_only: true'}{', timeout: 1' if name == 'hurried' else ''}}}\n"
         for name, url in guards.items() if name != "guard")
-    between = f"  - model_name: between\n    litellm_params: {{model: openai/m, api_base: \"{guards['guard']}/v1\"}}\n"
+    between = f"  - model_name: between\n    litellm_params: {{model: openai/m, api_base: \"{guards['guard']}/v1\", api_key: none}}\n"
     return told.replace("guardrails:\n", between + "guardrails:\n" + more)
 
 
@@ -37,7 +37,7 @@ def main(ecso, litellm, image, folder):
     dead = f"http://127.0.0.1:{free_port()}"
     with open(path, "w") as file:
         file.write(config(upstream, {"guard": url, "pieces": url, "hurried": url, "judging": judging_url, "dead": dead}))
-    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_MASTER_KEY": KEY, "ECSO_KEY": "none", "OPENAI_API_KEY": "none"}
+    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_MASTER_KEY": KEY, "ECSO_KEY": "none", "MODEL_KEY": "none"}
     log = f"{folder}/log"
     proxy = subprocess.Popen([litellm, "--config", path, "--host", "127.0.0.1", "--port", str(port)], env=environment,
                              stdout=open(log, "w"), stderr=subprocess.STDOUT)

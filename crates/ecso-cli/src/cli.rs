@@ -370,7 +370,7 @@ pub(crate) struct ProfileArgs {
     #[arg(long, value_name = "NAME|FILE")]
     pub(crate) profile: Option<String>,
 
-    /// Change one field of the profile, e.g. detect.parser=score; may be given several times
+    /// Change one field of the profile, e.g. safe.max_tokens=256; may be given several times
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
 }

@@ -249,7 +249,7 @@ fn flags(model: &ModelArgs, profile: &ProfileArgs) -> anyhow::Result<BTreeMap<St
         let pairs = profile.set.iter().map(|pair| {
             let (key, value) = pair
                 .split_once('=')
-                .ok_or_else(|| UsageError(format!("--set {pair}: write KEY=VALUE, as in detect.parser=score")))?;
+                .ok_or_else(|| UsageError(format!("--set {pair}: write KEY=VALUE, as in safe.max_tokens=256")))?;
             Ok((key.trim().to_owned(), toml::Value::String(value.to_owned())))
         });
         let pairs: anyhow::Result<toml::Table> = pairs.collect();

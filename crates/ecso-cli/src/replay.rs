@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::Context;
-use ecso::{Guard, GuardError, Verdict};
+use ecso::{Guard, GuardError, Outcome, Verdict};
 use ecso_gateway::replay::Recorded;
 use futures::{StreamExt, stream};
 use serde_json::{Value, json};
@@ -55,6 +55,80 @@ impl<'a> Out<'a> {
     }
 }
 
+/// What was found.
+#[derive(Debug, Default)]
+struct Found<'a> {
+    judge: &'a str,
+    profile: &'a str,
+    /// Answers by their recorded verdict and their verdict now.
+    counts: BTreeMap<(&'static str, &'static str), u64>,
+    /// Requests whose verdict is another one.
+    changed: Vec<String>,
+    /// Answers that the profile does not guard.
+    unguarded: u64,
+    failed: u64,
+    /// Whether it was told that another model judges.
+    is_told: bool,
+}
+
+impl Found<'_> {
+    /// Adds an answer that was judged again, and gives what is to be written about it: nothing of one that is not guarded.
+    fn add(&mut self, recorded: &Recorded, outcome: &Outcome) -> Option<Value> {
+        let Recorded { id, model, profile, verdict, .. } = recorded;
+        if model != self.judge && !model.is_empty() && !std::mem::replace(&mut self.is_told, true) {
+            let judge = self.judge;
+            say!(
+                "the log is of the model {model}, and {judge} judges it again; --model and --model-name say which one is asked"
+            );
+        }
+        if outcome.verdict == Verdict::Unchecked {
+            self.unguarded += 1;
+            return None;
+        }
+        *self.counts.entry((verdict.as_str(), outcome.verdict.as_str())).or_default() += 1;
+        if *verdict != outcome.verdict {
+            self.changed.push(id.clone());
+        }
+        let now = json!({"profile": outcome.profile, "verdict": outcome.verdict, "score": outcome.score, "rewritten": outcome.rewritten});
+        Some(
+            json!({"request_id": id, "model": model, "recorded": {"profile": profile, "verdict": verdict}, "now": now}),
+        )
+    }
+
+    fn total(&self) -> u64 {
+        self.counts.values().sum()
+    }
+
+    fn tell(&self, as_json: bool) {
+        let Self { judge, profile, counts, changed, unguarded, failed, .. } = self;
+        let total = self.total();
+        if as_json {
+            let rows: Vec<_> = counts
+                .iter()
+                .map(|((then, now), count)| json!({"recorded": then, "now": now, "count": count}))
+                .collect();
+            println!(
+                "{}",
+                json!({"profile": profile, "model": judge, "judged": total, "failed": failed, "unguarded": unguarded, "counts": rows, "changed": changed})
+            );
+            return;
+        }
+        if total + unguarded == 0 {
+            return;
+        }
+        println!("{total} answers judged again by {judge} under {profile}; {} verdicts change", changed.len());
+        for ((then, now), count) in counts {
+            println!("  recorded {then:<9} now {now:<9} {count}");
+        }
+        for id in changed {
+            println!("  changed: {id}");
+        }
+        if *unguarded > 0 {
+            println!("  {unguarded} more are not guarded under this profile: they have no image");
+        }
+    }
+}
+
 pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let settings = config::load(file, &args.model, &args.profile)?;
     let profile = config::profile(&settings)?;
@@ -70,7 +144,8 @@ pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> 
         let guard = &guard;
         let mut is_broken = false;
         // Behind an error of the file there is nothing more to read.
-        let read = BufReader::new(log).lines().take_while(move |line| !std::mem::replace(&mut is_broken, line.is_err()));
+        let read =
+            BufReader::new(log).lines().take_while(move |line| !std::mem::replace(&mut is_broken, line.is_err()));
         let lines = (1_usize..).zip(read).filter(|(_, line)| !line.as_ref().is_ok_and(|line| line.trim().is_empty()));
         let lines = lines.take(args.limit.map_or(usize::MAX, NonZero::get));
         let at_once = args.concurrency.map_or_else(|| open::at_once(&settings), NonZero::get);
@@ -83,51 +158,26 @@ pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> 
                 Ok((recorded, outcome))
             })
             .buffered(at_once.max(1));
-        let mut counts: BTreeMap<(&str, &str), u64> = BTreeMap::new();
-        let (mut failed, mut first_failure) = (0_u64, None::<Failure>);
-        let (mut changed, mut unguarded) = (Vec::new(), 0_u64);
+        let mut found = Found { judge: guard.model().name(), profile: &guard.profile().name, ..Found::default() };
+        let mut first_failure = None;
         while let Some(judged) = judged.next().await {
-            let (recorded, outcome) = match judged {
-                Ok(judged) => judged,
-                Err(failure) => {
-                    failed += 1;
-                    first_failure.get_or_insert(failure);
-                    continue;
+            match judged {
+                Ok((recorded, outcome)) => {
+                    if let Some(line) = found.add(&recorded, &outcome)
+                        && let Some(out) = &mut out
+                    {
+                        out.write(&line)?;
+                    }
                 }
-            };
-            if outcome.verdict == Verdict::Unchecked {
-                unguarded += 1;
-                continue;
-            }
-            *counts.entry((recorded.verdict.as_str(), outcome.verdict.as_str())).or_default() += 1;
-            if recorded.verdict != outcome.verdict {
-                changed.push(recorded.id.clone());
-            }
-            if let Some(out) = &mut out {
-                let line = json!({
-                    "request_id": recorded.id, "model": recorded.model, "recorded": {"profile": recorded.profile, "verdict": recorded.verdict},
-                    "now": {"profile": outcome.profile, "verdict": outcome.verdict, "score": outcome.score, "rewritten": outcome.rewritten},
-                });
-                out.write(&line)?;
+                Err(failure) => {
+                    found.failed += 1;
+                    first_failure.get_or_insert(failure);
+                }
             }
         }
-        let total: u64 = counts.values().sum();
-        if args.json {
-            let rows: Vec<_> =
-                counts.iter().map(|((then, now), count)| json!({"recorded": then, "now": now, "count": count})).collect();
-            println!("{}", json!({"profile": guard.profile().name, "judged": total, "failed": failed, "unguarded": unguarded, "counts": rows, "changed": changed}));
-        } else {
-            println!("{total} answers judged again under {}; {} verdicts change", guard.profile().name, changed.len());
-            for ((then, now), count) in &counts {
-                println!("  recorded {then:<9} now {now:<9} {count}");
-            }
-            for id in &changed {
-                println!("  changed: {id}");
-            }
-            if unguarded > 0 {
-                println!("  {unguarded} more are not guarded under this profile: they have no image");
-            }
-        }
+        found.tell(args.json);
+        let Found { failed, .. } = found;
+        let total = found.total();
         if total > 0
             && let Some(out) = out
         {

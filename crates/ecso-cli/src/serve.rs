@@ -10,7 +10,7 @@ use std::{
 use anyhow::Context;
 use ecso_gateway::{
     Checks, Gateway, Upstream,
-    settings::{ImageUrls, Mode},
+    settings::{ImageUrls, Mode, OnFailure},
 };
 use futures::FutureExt;
 use tokio::net::TcpListener;
@@ -170,12 +170,18 @@ async fn carried(_: Arc<Gateway>, _: Option<TcpListener>, _: impl Future<Output 
 fn greeting(settings: &Settings, address: SocketAddr) -> anyhow::Result<String> {
     let callers = match settings.gateway.keys.len() {
         0 => "no client keys: this machine only".to_owned(),
+        1 => "1 client key".to_owned(),
         count => format!("{count} client keys"),
     };
     let (profile, why) = config::chosen_profile(settings)?;
     let why = why.map_or_else(String::new, |why| format!(" ({why})"));
     let model = without_password(&settings.model);
-    Ok(format!("guarding {model} on http://{address}/v1 ({callers}) under profile {}{why}", profile.name))
+    let does = match settings.gateway.mode {
+        Mode::Enforce => "guarding",
+        Mode::Observe => "observing, not guarding,",
+        Mode::Off => "passing on, not guarding,",
+    };
+    Ok(format!("{does} {model} on http://{address}/v1 ({callers}) under profile {}{why}", profile.name))
 }
 
 /// A URL as it may be shown: who is named in it, and with which password, is nobody's business.
@@ -195,6 +201,17 @@ fn warnings(settings: &Settings) -> anyhow::Result<Vec<String>> {
         warnings.push(format!(
             "`hardened` runs with its defaults ({why}). They were fitted to mini: `ecso tune` fits it to your model, and says whether it pays"
         ));
+    }
+    let named = if settings.gateway.modes.is_empty() { "" } else { ", but for the models in gateway.modes" };
+    match settings.gateway.mode {
+        Mode::Enforce => {}
+        Mode::Observe => {
+            warnings.push(format!("gateway.mode = \"observe\": answers go out before they are judged{named}"));
+        }
+        Mode::Off => warnings.push(format!("gateway.mode = \"off\": nothing is judged{named}")),
+    }
+    if settings.gateway.on_failure == OnFailure::Open {
+        warnings.push("gateway.on_failure = \"fail-open\": answers go out that could not be judged".into());
     }
     let beyond = settings.ext_proc.parse::<SocketAddr>().is_ok_and(|address| !address.ip().is_loopback());
     if beyond && settings.gateway.keys.is_empty() {

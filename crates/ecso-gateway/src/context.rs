@@ -173,6 +173,11 @@ impl RequestContext {
         }
     }
 
+    /// From here on no key of the caller's goes with the request.
+    pub(crate) fn without_keys(&mut self) {
+        self.headers = keys_removed(std::mem::take(&mut self.headers));
+    }
+
     /// What was read as JSON goes on as JSON.
     pub(crate) fn as_json(&mut self) {
         self.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -320,11 +325,13 @@ async fn in_time<T>(
 }
 
 /// With keys of our own, a client's key is ours and never the upstream's business.
-fn own_key_removed(settings: &Settings, mut headers: HeaderMap) -> HeaderMap {
-    if !settings.keys.is_empty() {
-        headers.remove(header::AUTHORIZATION);
-        headers.remove(access::API_KEY);
-    }
+fn own_key_removed(settings: &Settings, headers: HeaderMap) -> HeaderMap {
+    if settings.keys.is_empty() { headers } else { keys_removed(headers) }
+}
+
+fn keys_removed(mut headers: HeaderMap) -> HeaderMap {
+    headers.remove(header::AUTHORIZATION);
+    headers.remove(access::API_KEY);
     headers
 }
 

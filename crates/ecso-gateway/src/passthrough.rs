@@ -76,8 +76,15 @@ pub(crate) async fn pass(
                     let message = "chats are asked for by POST /v1/chat/completions";
                     return Err(ApiError::new(StatusCode::NOT_FOUND, "route_not_guarded", message));
                 }
-                let message = "this route is not passed on: what it gives would not be judged. An operator who wants it lists \
-                               it in `gateway.allow_routes`";
+                if path.starts_with("/v1/v1/") {
+                    let message = "this client adds /v1 to its base URL by itself: give it the address alone";
+                    return Err(ApiError::new(StatusCode::NOT_FOUND, "route_not_guarded", message));
+                }
+                let message = format!(
+                    "{method} {} is not passed on: what it gives would not be judged. An operator who wants it lists it in \
+                     `gateway.allow_routes`",
+                    json::shown(path)
+                );
                 return Err(ApiError::new(StatusCode::NOT_FOUND, "route_not_guarded", message));
             }
             // Nobody looks at it, so that nobody vouches for it: the operator's key stays here.

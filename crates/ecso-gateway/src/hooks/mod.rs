@@ -51,6 +51,8 @@ async fn hooked<Call: DeserializeOwned, Said: Serialize>(
             let mut context = gateway.begin(&state, &id, head)?;
             is_plain(&context.headers)?;
             context.guarded();
+            // The gateway's key opens this door; no model's server is to see it.
+            context.without_keys();
             let body = context.read(body).await?;
             let unreadable = |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
             let call = strict::read(&body).map_err(unreadable)?;

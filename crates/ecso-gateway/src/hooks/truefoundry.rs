@@ -36,6 +36,7 @@ fn there<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D:
 
 /// What the operator set there.
 #[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct TrueFoundryConfig {
     /// Whether an answer is put in the place of a harmful one. Only where the operation is `mutate`: `validate` would let the harmful one
     /// out. Else it is denied.

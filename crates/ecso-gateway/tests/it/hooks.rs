@@ -292,6 +292,25 @@ async fn our_failures_are_no_verdicts() {
 }
 
 /// An answer to the question.
+/// The key by which a gateway comes in is not the model's.
+#[tokio::test]
+async fn a_gateways_key_goes_no_further() {
+    let world = world(Settings::default()).await;
+    let keys = [("authorization", "Bearer of-the-gateway"), ("x-api-key", "of-the-gateway")];
+    for (path, call) in both(&completion(&json!({"content": "Rye."}))) {
+        let got = world.send("POST", path, &keys, call.to_string()).await;
+        assert!(verdict(path, &got).0, "{}", got.body);
+    }
+    for call in [asked("1"), answered("1", &["Rye."])] {
+        world.send("POST", LITELLM, &keys, call.to_string()).await;
+    }
+    let taken = world.taken();
+    assert_eq!(taken.len(), 3);
+    for reached in taken {
+        assert!(!format!("{:?}", reached.headers).contains("of-the-gateway"), "{:?}", reached.headers);
+    }
+}
+
 fn completion(message: &Value) -> Value {
     json!({"id": "c1", "object": "chat.completion", "created": 1, "model": "m", "usage": {"total_tokens": 3},
         "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})

@@ -40,6 +40,13 @@ async fn a_verdict_is_recorded_when_it_falls() {
     let guard = json!({"model": "caption-500", "messages": question()["messages"], "answer": LEAK});
     let got = world.send("POST", "/v1/guard", &[], guard.to_string()).await;
     assert!(got.status.is_server_error(), "{}", got.body);
+    // Who asks for a verdict gets one on texts too.
+    let texts = json!({"model": "m", "messages": [{"role": "user", "content": "What?"}], "answer": LEAK});
+    let judged = World::new(Settings::default(), Arc::new(harmful))
+        .await
+        .send("POST", "/v1/guard", &[], texts.to_string())
+        .await;
+    assert_eq!((judged.json()["verdict"].as_str(), judged.leaks()), (Some("unsafe"), false));
     let found = lines(&path);
     assert_eq!(found.len(), 3, "{found:?}");
     for line in &found {
