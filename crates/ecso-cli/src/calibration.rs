@@ -8,7 +8,10 @@ use ecso::{Profile, profile::Method};
 use ecso_eval::calibrate::Calibration;
 use serde::{Deserialize, Serialize};
 
-use crate::{config::Settings, open};
+use crate::{
+    config::{self, Settings},
+    open,
+};
 
 /// Said of a profile that takes a calibration of its model.
 pub(crate) const FITTED: &str = "fitted to this model";
@@ -67,6 +70,18 @@ pub(crate) fn store(settings: &Settings, stored: &Stored) -> anyhow::Result<Path
     std::io::Write::write_all(&mut file, toml::to_string(stored)?.as_bytes())?;
     file.persist(&path).with_context(|| path.display().to_string())?;
     Ok(path)
+}
+
+/// What the threshold does that the settings' profile takes, where it is fitted to the model and nothing else of it is changed.
+pub(crate) fn curve(settings: &Settings) -> anyhow::Result<Option<ecso_gateway::Calibration>> {
+    let (_, why) = config::chosen_profile(settings)?;
+    if why != Some(FITTED) || settings.set.keys().any(|key| key != "threshold") {
+        return Ok(None);
+    }
+    let text = std::fs::read_to_string(path(settings, &open::identity(settings)?))?;
+    let Calibration { threshold, reported, curve, .. } = toml::from_str::<Stored>(&text)?.found;
+    let requests = reported.recall.total + reported.false_alarms.total;
+    Ok(Some(ecso_gateway::Calibration { threshold, requests, curve }))
 }
 
 /// The profile for a model that nobody chose one for: `hardened`, with the threshold of a calibration of its present text where there is

@@ -8,7 +8,7 @@
 //! `fields`; `upstream` gets the draft; `completion` is what is known of that; `chat` judges it and writes the answer;
 //! `report` is what was found; `error` is everything that can go wrong, as the client sees it. `passthrough` sends on what
 //! the table of `routes` lets through; `observe` judges beside; `guard` and `moderation` judge on demand, and
-//! `hooks` for gateways that others run.
+//! `hooks` for gateways that others run. `playground` is a page for people.
 
 mod access;
 mod audit;
@@ -33,6 +33,7 @@ mod moderation;
 mod observe;
 mod openapi;
 mod passthrough;
+mod playground;
 mod ready;
 pub mod replay;
 mod report;
@@ -47,6 +48,7 @@ mod upstream;
 mod wire;
 
 pub use connections::serve;
+pub use playground::{Calibration, Playground};
 pub use server::Gateway;
 pub use settings::Settings;
 pub use state::Profiles;
