@@ -90,7 +90,7 @@ function bar(score, threshold) {
 export class Arm {
   /** `calibration` is that of the profile, where there is one; `announce` tells those who can't see. */
   constructor(name, { calibration, announce }) {
-    Object.assign(this, { calibration, announce });
+    Object.assign(this, { name, calibration, announce });
     this.named = () => word(`arm-${name}`) ?? name;
     this.title = word(`arm-${name}`) ? said(`arm-${name}`, {}, "h3") : make("h3", {}, name);
     this.badge = make("span", { class: "badge", hidden: true });
@@ -193,8 +193,10 @@ export class Arm {
       first.note("given-up");
     } else if (first.state === "idle") first.note("given-up");
     else if (!rewritten) first.note(verdict === "unchecked" ? "not-guarded" : "let-out");
-    else if (this.draft !== undefined) first.body.replaceChildren(cover(this.draft, "covered"));
-    if (judge.state === "idle" && verdict === "unchecked") judge.note(rewritten ? "not-asked" : "out-of-scope");
+    else if (this.draft !== undefined) first.body.replaceChildren(cover(this.draft, verdict === "unsafe" ? "covered" : "covered-unjudged"));
+    if (judge.state === "idle" && verdict === "unchecked") {
+      judge.note(rewritten ? "anew-anyhow" : this.name === "unguarded" ? "not-asked" : "out-of-scope");
+    }
     judge.element.dataset.verdict = verdict;
     const others = rewritten ? [] : this.cards.slice(2).filter(card => card.state === "idle");
     for (const card of others) {
@@ -207,14 +209,16 @@ export class Arm {
     this.outcome.hidden = false;
     this.answer.append(text);
     if (this.rewritten && this.cards[3].state !== "idle") this.cards[3].body.querySelector(".note")
-      ?? this.cards[3].body.append(said("see-below", {}, "p", { class: "note" }));
+      ?? this.cards[3].body.prepend(said("see-below", {}, "p", { class: "note" }));
   }
 
   done({ verdict, score, rewritten, refused }) {
     this.end("done");
     const [, judge, third, last] = this.cards;
     if (typeof score === "number") judge.body.prepend(this.sum(score, verdict));
-    else if (judge.state === "done") judge.body.prepend(said("no-score", {}, "p", { class: "note" }));
+    else if (judge.state === "done") {
+      judge.body.prepend(said(verdict === "unchecked" ? "anew-anyhow" : "no-score", {}, "p", { class: "note" }));
+    }
     if (rewritten && third.state === "idle") third.note("not-asked");
     if (refused) {
       last.state = "done";
