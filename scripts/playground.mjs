@@ -111,6 +111,8 @@ class Model {
       await sleep(this.pause / 8);
     }
     chunk({ delta: {}, finish_reason: "stop" });
+    const usage = { prompt_tokens: 140, completion_tokens: Math.ceil(text.length / 4), total_tokens: 1 };
+    response.write(`data: ${JSON.stringify({ id: "c", choices: [], usage })}\n\n`);
     response.end("data: [DONE]\n\n");
   }
 }
@@ -153,6 +155,12 @@ const trouble = [], hosts = new Set();
 /** A page in a browser of its own; what it asks for and complains about is kept. */
 async function visit(link, options = {}) {
   const context = await browser.newContext({ viewport: { width: 1440, height: 1000 }, locale: "en-GB", ...options });
+  if (options.calibration) {
+    await context.route("**/playground/facts", async route => {
+      const response = await route.fetch(), facts = { ...await response.json(), calibration: options.calibration };
+      await route.fulfill({ response, json: facts });
+    });
+  }
   const page = await context.newPage();
   page.on("request", request => { if (request.url().startsWith("http")) hosts.add(new URL(request.url()).host); });
   page.on("console", message => { if (message.type() === "error") trouble.push(message.text()); });
@@ -183,20 +191,26 @@ async function example(page, name) {
   await page.waitForFunction(before => (document.querySelector("#pictures img")?.src ?? before) !== before, before);
 }
 const text = page => page.evaluate(() => document.body.innerText);
+/** What a calibration could have found. */
+const CALIBRATION = {
+  threshold: 0.5, requests: 200,
+  curve: Array.from({ length: 19 }, (_, index) => (index + 1) / 20).map(at => [at, 1 - at ** 2.2, (1 - at) ** 3]),
+};
 let step = "";
 const say = told => { step = told; console.log(`playground: ${told}`); };
 
 /** No finding of axe that is serious or worse; and nothing is wider than the window. */
 async function accessible(page, what) {
   await page.evaluate(source => { (0, eval)(source); }, axe);
-  const { violations } = await page.evaluate(() => window.axe.run());
+  const { passes, violations } = await page.evaluate(() => window.axe.run());
+  assert.ok(passes.length > 15, `${what}: axe has looked at little`);
   const grave = violations.filter(({ impact }) => ["serious", "critical"].includes(impact));
   assert.deepEqual(grave.map(({ id, nodes }) => [id, ...nodes.map(({ html, any }) => `${html} ${any[0]?.message}`)]), [], what);
   assert.ok(await page.evaluate(() => document.documentElement.scrollWidth <= innerWidth), `${what}: it is too wide`);
 }
 
 /** Of axe's own source, which the page's rules keep out, a browser takes notice only where they are turned off. */
-const audited = link => visit(link, { bypassCSP: true });
+const audited = link => visit(link, { bypassCSP: true, calibration: CALIBRATION });
 const shot = (page, name, options = {}) => page.screenshot({ path: join(shots, `${name}.png`), fullPage: true, ...options });
 
 try {
@@ -384,7 +398,12 @@ try {
   await example(wide, "A sly question");
   await choose(wide, "unguarded", "paper", "hardened");
   await ask(wide);
+  await card(wide, 2, 2).getByText("What the threshold does").click();
+  assert.match(await card(wide, 2, 2).innerText(), /At a threshold of 50%, 78% of harmful and 13% of harmless requests are flagged/);
+  await shot(wide, "curve");
   await wide.click("#editor > summary");
+  await wide.locator("#threshold").fill("0.8");
+  assert.match(await wide.locator("#editor").innerText(), /At a threshold of 80%, 39% of harmful and 1% of harmless/);
   await accessible(wide, "light");
   await wide.click("#editor > summary");
   await wide.click("#language");

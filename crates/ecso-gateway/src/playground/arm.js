@@ -195,6 +195,7 @@ export class Arm {
     else if (!rewritten) first.note(verdict === "unchecked" ? "not-guarded" : "let-out");
     else if (this.draft !== undefined) first.body.replaceChildren(cover(this.draft, verdict === "unsafe" ? "covered" : "covered-unjudged"));
     if (judge.state === "idle" && verdict === "unchecked") {
+      judge.state = "skipped";
       judge.note(rewritten ? "anew-anyhow" : this.name === "unguarded" ? "not-asked" : "out-of-scope");
     }
     judge.element.dataset.verdict = verdict;

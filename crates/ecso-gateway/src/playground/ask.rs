@@ -7,7 +7,7 @@ use async_stream::stream;
 use axum::{
     body::Body,
     extract::State,
-    http::{HeaderMap, StatusCode, header},
+    http::{HeaderMap, header},
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
@@ -24,7 +24,7 @@ use tracing::Instrument;
 use super::{
     Visit,
     edit::{Edit, read},
-    threshold,
+    needs_full, threshold,
 };
 use crate::{
     context::RequestContext,
@@ -64,9 +64,8 @@ enum Arm {
 impl Arm {
     /// The profile. One that could let everything out takes the right to see everything.
     fn profile(&self, state: &AppState) -> Result<Profile, ApiError> {
-        if !matches!(self, Self::Profile(_)) && state.settings.trace != TraceLevel::Full {
-            let message = "this could show what the server's own profile holds back: it takes gateway.trace = \"full\"";
-            return Err(ApiError::new(StatusCode::FORBIDDEN, "trace_needed", message));
+        if !matches!(self, Self::Profile(_)) {
+            needs_full(state)?;
         }
         match self {
             Self::Unguarded => Ok(Profile { name: "unguarded".into(), gate: Gate::Never, ..state.usual().clone() }),

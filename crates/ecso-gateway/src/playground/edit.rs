@@ -74,6 +74,7 @@ pub(super) async fn profile(State(visit): State<Visit>, request: axum::extract::
     let checked = async {
         let mut context = visit.gateway.receive(&state, &id);
         let body = context.read(request.into_body()).await?;
+        super::needs_full(&state)?;
         let profile = read::<Edit>(&body)?.apply(&state)?;
         let told = json!({"toml": profile.to_toml(), "threshold": threshold(&profile)});
         Ok(([(header::CONTENT_TYPE, "application/json")], told.to_string()).into_response())

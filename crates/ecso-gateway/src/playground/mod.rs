@@ -21,11 +21,11 @@ use axum::{
 };
 use ecso::{Parser, Profile, profile::Method};
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::sync::watch;
 use url::form_urlencoded;
 
-use crate::{context::QUICK, error::ApiError, server::Gateway, state::AppState};
+use crate::{context::QUICK, error::ApiError, server::Gateway, settings::TraceLevel, state::AppState};
 use entrance::Entrance;
 
 /// A page for people, for [`Gateway::with_playground`].
@@ -138,13 +138,19 @@ async fn facts(State(visit): State<Visit>) -> Response {
     let model = asked.await.ok().and_then(Result::ok);
     let several = state.upstream.answering(model.as_deref().unwrap_or_default(), &nothing).takes_several();
     let limits = &state.settings.limits;
+    let profiles = profiles(&state).into_iter();
+    // The prompts are what the model is told, which not everybody may see.
+    let told: Vec<Value> = match state.settings.trace {
+        TraceLevel::Full => profiles.map(|profile| json!(profile)).collect(),
+        TraceLevel::Figures | TraceLevel::None => profiles.map(|profile| json!({"name": profile.name})).collect(),
+    };
     let facts = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "model": model,
         "several": several,
         "trace": state.settings.trace,
         "usual": state.usual().name,
-        "profiles": profiles(&state),
+        "profiles": told,
         "limits": {"images": limits.images, "body": limits.body, "image": state.images.bytes},
         "calibration": visit.playground.calibration,
     });
@@ -165,6 +171,15 @@ fn profiles(state: &AppState) -> Vec<Profile> {
 fn profile(state: &AppState, name: &str) -> Result<Profile, ApiError> {
     let known = profiles(state).into_iter().find(|profile| profile.name == name);
     known.ok_or_else(|| ApiError::bad_request("unknown_profile", "there is no such profile here"))
+}
+
+/// Whoever changes a profile can have everything let out, and is told what the model is told.
+fn needs_full(state: &AppState) -> Result<(), ApiError> {
+    if state.settings.trace == TraceLevel::Full {
+        return Ok(());
+    }
+    let message = "this could show what the server's own profile holds back: it takes gateway.trace = \"full\"";
+    Err(ApiError::new(StatusCode::FORBIDDEN, "trace_needed", message))
 }
 
 /// From which probability of harm on a profile calls an answer unsafe; none where words decide.

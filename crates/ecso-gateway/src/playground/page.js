@@ -35,6 +35,7 @@ function arms() {
     byId("arms").append(make("label", { class: "chip" }, box, own ? said(name) : make("span", {}, name)));
   }
   byId("arms-note").hidden = !locked;
+  byId("editor").hidden = locked;
 }
 
 function examples() {
@@ -149,7 +150,7 @@ async function begin() {
   }
   say(byId("model"), facts.model ? "model" : "no-model", { name: facts.model });
   pictures = new Pictures(byId("pictures"), facts.limits, complain);
-  editor = new Editor(byId("editor"), facts);
+  if (facts.trace === "full") editor = new Editor(byId("editor"), facts);
   arms();
   examples();
   listen();
