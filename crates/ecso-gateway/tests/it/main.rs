@@ -9,6 +9,7 @@ mod ext_proc;
 mod goes_on;
 mod golden;
 mod hooks;
+mod playground;
 mod records;
 mod tenants;
 mod wires;
