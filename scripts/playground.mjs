@@ -425,6 +425,11 @@ try {
   await sleep(300);
   await accessible(wide, "phone");
   await shot(wide, "phone");
+  await wide.setViewportSize({ width: 1200, height: 800 });
+  await choose(wide, "unguarded", "paper");
+  await ask(wide);
+  await sleep(300);
+  await shot(wide, "playground");
   await wide.context().close();
   const words = await visit(await served.link(), { locale: "zh-CN" });
   assert.equal(await words.locator("html").getAttribute("lang"), "zh-Hans", "the browser's language is the page's");
