@@ -94,7 +94,7 @@ impl Question {
 pub(super) async fn ask(State(visit): State<Visit>, request: axum::extract::Request) -> Response {
     let (id, state) = (request_id(), visit.gateway.state());
     let span = telemetry::span("playground", &id, request.headers());
-    let begun = begin(&visit.gateway, &state, &id, request.into_body());
+    let begun = Box::pin(begin(&visit.gateway, &state, &id, request.into_body()));
     signed(&id, (HTTP, "playground"), &state.metrics, begun.instrument(span)).await
 }
 
