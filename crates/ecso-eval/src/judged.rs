@@ -191,6 +191,9 @@ mod tests {
         ] {
             assert_eq!(called(Some(wanted)).unwrap(), judge, "{wanted}");
         }
+        let run = JudgedRun::open(folder.path(), Some("mine")).unwrap();
+        let others: Vec<String> = run.others().unwrap().iter().filter_map(Verdicts::judge).map(str::to_owned).collect();
+        assert_eq!(others, ["people", "xstest"]);
         assert!(matches!(called(None), Err(JudgedError::SeveralJudges { judges, .. }) if judges.len() == 3));
         assert!(matches!(called(Some("items")), Err(JudgedError::NotJudged { .. })));
     }

@@ -68,11 +68,11 @@ struct Answer<'a> {
     /// Of every judge, in the report's order; none where it has not judged this answer.
     rulings: Vec<Option<Ruling>>,
     text: &'a str,
-    steps: Vec<Step<'a>>,
+    steps: Vec<Call<'a>>,
 }
 
 #[derive(Debug, Clone, Serialize)]
-struct Step<'a> {
+struct Call<'a> {
     step: ecso::Step,
     question: Option<&'a str>,
     ms: u64,
@@ -181,7 +181,7 @@ impl<'a> ShownItem<'a> {
             let ruling = |verdicts: &&Verdicts| verdicts.of(record, arm).map(|ruled| ruled.verdict);
             verdicts.iter().map(ruling).collect()
         };
-        let step = |trace: &'a Trace| Step {
+        let call = |trace: &'a Trace| Call {
             step: trace.step,
             question: trace.question.as_deref(),
             ms: trace.ms,
@@ -197,7 +197,7 @@ impl<'a> ShownItem<'a> {
             score: arm.score,
             rulings: rulings(&arm.profile),
             text: &arm.answer,
-            steps: arm.steps.iter().map(step).collect(),
+            steps: arm.steps.iter().map(call).collect(),
         };
         Self {
             id: &record.id,

@@ -86,6 +86,7 @@ class Browser {
 
   show() {
     const pages = Math.max(1, Math.ceil(this.found.length / PAGE));
+    this.page = Math.min(this.page, pages - 1);
     const from = this.page * PAGE, shown = this.found.slice(from, from + PAGE);
     [this.back.disabled, this.on.disabled] = [this.page === 0, this.page + 1 >= pages];
     const number = value => value.toLocaleString("en");
@@ -101,13 +102,15 @@ class Browser {
       const ruling = rulings[0] ?? "not judged";
       summary.append(` · ${profile}: `, make("span", { class: ruling }, ruling));
     }
+    if (item.arms.some(Browser.differ)) summary.append(" · judges disagree");
     if (item.error !== null) summary.append(" · failed");
     const name = this.prefix + item.id;
     const details = make("details", { id: name, ontoggle: () => {
       if (!details.open || details.childElementCount > 1) return;
       history.replaceState(null, "", `#${encodeURIComponent(name)}`);
       details.append(make("p", { class: "facts" }, make("a", { href: `#${encodeURIComponent(name)}` }, "link to this item")),
-        item.error === null ? null : make("pre", null, item.error), this.text("the question", item.query), ...item.arms.map(arm => this.arm(arm)));
+        ...(item.error === null ? [] : [make("pre", null, item.error)]),
+        this.text("the question", item.query), ...item.arms.map(arm => this.arm(arm)));
     } }, summary);
     return details;
   }
