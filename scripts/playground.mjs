@@ -434,6 +434,11 @@ try {
   const words = await visit(await served.link(), { locale: "zh-CN" });
   assert.equal(await words.locator("html").getAttribute("lang"), "zh-Hans", "the browser's language is the page's");
 
+  await example(words, "清单");
+  await ask(words);
+  assert.match(await words.locator(".outcome").innerText(), /模型自己的回答[\s\S]*面包/);
+  await shot(words, "chinese-list");
+
   say("a server that went away is told");
   served.stop();
   await words.fill("#question", "在吗？");

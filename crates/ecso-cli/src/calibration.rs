@@ -123,3 +123,48 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ecso_eval::{calibrate::Half, stats::Rate};
+
+    use super::*;
+    use crate::cli::{ModelArgs, ProfileArgs};
+
+    #[test]
+    fn the_curve_is_that_of_the_profile_in_use() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut settings = config::load(None, &ModelArgs::default(), &ProfileArgs::default()).unwrap();
+        (settings.model, settings.calibrations_dir) = ("mini".into(), folder.path().to_owned());
+        assert_eq!(curve(&settings).unwrap(), None);
+        let half = Half { recall: Rate::wilson(40, 50), false_alarms: Rate::wilson(2, 50), auroc: None };
+        let found = Calibration {
+            threshold: 0.625,
+            false_alarms: 0.03,
+            chosen: half.clone(),
+            reported: half,
+            curve: vec![(0.5, 0.9, 0.1), (0.625, 0.8, 0.04)],
+        };
+        let profile = Profile::named("hardened").unwrap();
+        let stored = Stored {
+            ecso: String::new(),
+            model: "mini".into(),
+            model_digest: open::identity(&settings).unwrap(),
+            profile: profile.name.clone(),
+            profile_hash: hash(&profile),
+            items: 200,
+            biases: BTreeMap::new(),
+            found: found.clone(),
+        };
+        store(&settings, &stored).unwrap();
+        let shown = ecso_gateway::Calibration { threshold: 0.625, requests: 100, curve: found.curve };
+        assert_eq!(curve(&settings).unwrap(), Some(shown.clone()));
+        settings.set.insert("threshold".into(), "0.7".into());
+        assert_eq!(curve(&settings).unwrap(), Some(shown));
+        settings.set.insert("spare".into(), "false".into());
+        assert_eq!(curve(&settings).unwrap(), None, "scores may be others");
+        settings.set.clear();
+        settings.profile = "paper".into();
+        assert_eq!(curve(&settings).unwrap(), None);
+    }
+}

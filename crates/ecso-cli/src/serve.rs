@@ -87,7 +87,7 @@ async fn tell_links(mut address: SocketAddr, mut tokens: watch::Receiver<String>
     }
     loop {
         let link = format!("http://{address}/?token={}", *tokens.borrow_and_update());
-        say!("ecso: the playground opens, once, by {link}");
+        say!("ecso: the playground, by a link that works once: {link}");
         if std::mem::take(&mut opens)
             && let Err(error) = ::open::that_detached(&link)
         {

@@ -10,7 +10,7 @@ const CARD = { "direct": 1, "request-check": 2, "detect": 2, "caption": 3, "safe
 const said = (name, values, tag = "span", properties = {}) => say(make(tag, properties), name, values);
 
 /** A text of the model's, as it is. */
-const quote = text => make("p", { class: "quote" }, text);
+const quote = text => make("p", { class: "quote", dir: "auto" }, text);
 
 /** What is covered until somebody asks for it: until then it isn't in the page at all. */
 function cover(text, why) {
@@ -46,7 +46,7 @@ class Card {
     this.since ??= performance.now();
     clearInterval(this.clock);
     this.clock = setInterval(() => {
-      this.figures.textContent = duration(performance.now() - this.since);
+      this.figures.textContent = duration(this.calls.ms + performance.now() - this.since);
     }, 200);
   }
 
@@ -96,7 +96,7 @@ export class Arm {
     this.badge = make("span", { class: "badge", hidden: true });
     this.total = make("p", { class: "figures" });
     this.cards = [1, 2, 3, 4].map(step => new Card(step));
-    this.answer = make("p", { class: "answer-text" });
+    this.answer = make("p", { class: "answer-text", dir: "auto" });
     this.origin = make("span", { class: "origin" });
     this.outcome = make("div", { class: "outcome", hidden: true },
       make("div", { class: "head" }, said("answer", {}, "h4"), this.origin), this.answer);
@@ -125,7 +125,9 @@ export class Arm {
   started({ step }) {
     const card = this.card(step);
     if (!card) return;
-    if (card.state !== "running") this.announce("say-runs", { arm: this.named, step: () => word(`step-${CARD[step]}`) });
+    // Of many questions in a row the first is told.
+    if (this.told !== card) this.announce("say-runs", { arm: this.named, step: () => word(`step-${CARD[step]}`) });
+    this.told = card;
     card.begin();
   }
 
