@@ -42,6 +42,8 @@ pub(crate) enum Command {
     Synth(Box<SynthArgs>),
     /// Guard every image chat with an OpenAI-compatible server, or serve a model in this process
     Serve(ServeArgs),
+    /// Try it in a browser: serves a page on a free port of this machine and opens it, with a model in this process or a server's
+    Playground(PlaygroundArgs),
     /// Judge recorded traffic again under another profile, and show what would change
     Replay(ReplayArgs),
     /// Measure what protection costs here, with your model: time, first word and tokens of unguarded and guarded answers
@@ -123,11 +125,46 @@ pub(crate) struct ServeArgs {
     #[arg(long)]
     pub(crate) mode: Option<String>,
 
+    /// Serve a page at / to try it on, for whoever opens the link that is printed
+    #[arg(long)]
+    pub(crate) playground: bool,
+
+    /// Whether it is served for its owner's eyes: all of the steps is shown
+    #[arg(skip)]
+    pub(crate) is_own: bool,
+
     #[command(flatten)]
     pub(crate) model: ModelArgs,
 
     #[command(flatten)]
     pub(crate) profile: ProfileArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PlaygroundArgs {
+    /// Don't open a browser: print the link alone
+    #[arg(long)]
+    no_open: bool,
+
+    /// Address to listen on
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
+    listen: String,
+
+    #[command(flatten)]
+    model: ModelArgs,
+
+    #[command(flatten)]
+    profile: ProfileArgs,
+}
+
+impl PlaygroundArgs {
+    /// Whether a browser is opened, and what is served.
+    pub(crate) fn serve(self) -> (bool, ServeArgs) {
+        let Self { no_open, listen, model, profile } = self;
+        let (upstream, ext_proc, mode) = (None, None, None);
+        let listen = Some(listen);
+        (!no_open, ServeArgs { upstream, listen, ext_proc, mode, playground: true, is_own: true, model, profile })
+    }
 }
 
 #[derive(Debug, Args)]

@@ -290,6 +290,10 @@ pub(crate) fn load_serve(file: Option<&Path>, args: &ServeArgs) -> anyhow::Resul
         .into());
     }
     let mut layers = layers(file, &args.model, &args.profile)?;
+    if args.is_own {
+        let shown = BTreeMap::from([("gateway.trace".to_owned(), "full".into())]);
+        layers.insert(1, Layer { origin: "ecso playground".into(), values: shown });
+    }
     let own = [
         ("model", &args.upstream),
         ("listen", &args.listen),

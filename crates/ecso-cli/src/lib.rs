@@ -60,7 +60,11 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Synth(args) => synth::run(&args, file),
         Command::Bench(args) => bench::run(&args, file),
         Command::Tune(args) => tune::run(&args, file),
-        Command::Serve(args) => serve::run(&args, file),
+        Command::Serve(args) => serve::run(&args, file, false),
+        Command::Playground(args) => {
+            let (opens, args) = args.serve();
+            serve::run(&args, file, opens)
+        }
         Command::Replay(args) => replay::run(&args, file),
         Command::Key { name } => {
             serve::key(&name);

@@ -2,18 +2,18 @@
 
 use std::{
     io,
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use anyhow::Context;
 use ecso_gateway::{
-    Checks, Gateway, Upstream,
+    Checks, Gateway, Playground, Upstream,
     settings::{ImageUrls, Mode, OnFailure},
 };
 use futures::FutureExt;
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
     UsageError, calibration,
@@ -22,11 +22,13 @@ use crate::{
     open,
 };
 
-pub(crate) fn run(args: &ServeArgs, file: Option<&Path>) -> anyhow::Result<()> {
+/// Serves; `opens` the playground in a browser.
+pub(crate) fn run(args: &ServeArgs, file: Option<&Path>, opens: bool) -> anyhow::Result<()> {
     let settings = config::load_serve(file, args)?;
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
-        let gateway = Arc::new(gateway(&settings).await?);
+        let (gateway, tokens) = with_playground(gateway(&settings).await?, args, &settings)?;
+        let gateway = Arc::new(gateway);
         let listener = listen(&settings).await?;
         let door = listen_for_gateways(&settings).await?;
         say!("ecso: {}", greeting(&settings, listener.local_addr()?)?);
@@ -35,6 +37,9 @@ pub(crate) fn run(args: &ServeArgs, file: Option<&Path>) -> anyhow::Result<()> {
         }
         for warning in warnings(&settings)? {
             say!("ecso: warning: {warning}");
+        }
+        if let Some(tokens) = tokens {
+            tokio::spawn(tell_links(listener.local_addr()?, tokens, opens));
         }
         reload_on_signal(&gateway, &settings, args.clone(), file.map(Path::to_owned));
         let stop = stopped().shared();
@@ -59,6 +64,39 @@ async fn gateway(settings: &Settings) -> anyhow::Result<Gateway> {
         Upstream::Engine(open::model(settings).await?)
     };
     Ok(Gateway::new(upstream, profiles, settings.gateway.clone(), settings.images)?)
+}
+
+/// The same with a page for people, if there is to be one, and what lets them in.
+fn with_playground(
+    gateway: Gateway,
+    args: &ServeArgs,
+    settings: &Settings,
+) -> anyhow::Result<(Gateway, Option<watch::Receiver<String>>)> {
+    if !args.playground {
+        return Ok((gateway, None));
+    }
+    let playground = Playground::new(calibration::curve(settings)?);
+    let tokens = playground.tokens();
+    Ok((gateway.with_playground(playground), Some(tokens)))
+}
+
+/// Tells the link that lets a browser into the playground, and the next one when it was used.
+async fn tell_links(mut address: SocketAddr, mut tokens: watch::Receiver<String>, mut opens: bool) {
+    if address.ip().is_unspecified() {
+        address.set_ip(Ipv4Addr::LOCALHOST.into());
+    }
+    loop {
+        let link = format!("http://{address}/?token={}", *tokens.borrow_and_update());
+        say!("ecso: the playground, by a link that works once: {link}");
+        if std::mem::take(&mut opens)
+            && let Err(error) = ::open::that_detached(&link)
+        {
+            say!("ecso: no browser could be opened ({error}); open the link yourself");
+        }
+        if tokens.changed().await.is_err() {
+            return;
+        }
+    }
 }
 
 /// Where the guard's own calls go, if not to the guarded server: reached with the same proxy and certificates, with a key of its own.

@@ -18,6 +18,8 @@ pub struct JudgedRun {
     pub header: RunHeader,
     /// The verdicts.
     pub verdicts: Verdicts,
+    /// Files of other judges' verdicts.
+    others: Vec<PathBuf>,
     saved: Saved,
 }
 
@@ -73,6 +75,7 @@ impl JudgedRun {
             .map_err(folder)?;
         let mut files: Vec<Names> = entries.into_iter().filter_map(Names::of).collect();
         files.sort();
+        let all = files.clone();
         if let Some(judge) = judge {
             let wanted = plain(judge.trim_end_matches(".jsonl"));
             let are_named = |is: &dyn Fn(&String) -> bool| -> Vec<Names> {
@@ -82,13 +85,24 @@ impl JudgedRun {
             files = if exact.is_empty() { are_named(&|name| name.starts_with(&wanted)) } else { exact };
         }
         match files.as_slice() {
-            [one] => Ok(Self { path: path.to_owned(), header, verdicts: Verdicts::read(&one.file)?, saved }),
+            [one] => {
+                let others = all.into_iter().map(|names| names.file).filter(|file| *file != one.file).collect();
+                Ok(Self { path: path.to_owned(), header, verdicts: Verdicts::read(&one.file)?, others, saved })
+            }
             [] => Err(JudgedError::NotJudged { path: path.to_owned(), judge: judge.map(str::to_owned) }),
             several => {
                 let name = |names: &Names| names.file.file_name().unwrap_or_default().to_string_lossy().into_owned();
                 Err(JudgedError::SeveralJudges { path: path.to_owned(), judges: several.iter().map(name).collect() })
             }
         }
+    }
+
+    /// What other judges say of the run.
+    ///
+    /// # Errors
+    /// [`JournalError`].
+    pub fn others(&self) -> Result<Vec<Verdicts>, JournalError> {
+        self.others.iter().map(|file| Verdicts::read(file)).collect()
     }
 
     /// The run's records, one by one.
@@ -177,6 +191,9 @@ mod tests {
         ] {
             assert_eq!(called(Some(wanted)).unwrap(), judge, "{wanted}");
         }
+        let run = JudgedRun::open(folder.path(), Some("mine")).unwrap();
+        let others: Vec<String> = run.others().unwrap().iter().filter_map(Verdicts::judge).map(str::to_owned).collect();
+        assert_eq!(others, ["people", "xstest"]);
         assert!(matches!(called(None), Err(JudgedError::SeveralJudges { judges, .. }) if judges.len() == 3));
         assert!(matches!(called(Some("items")), Err(JudgedError::NotJudged { .. })));
     }

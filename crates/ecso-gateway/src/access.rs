@@ -84,6 +84,11 @@ pub(crate) fn is_of_this_machine(method: &Method, uri: &Uri, headers: &HeaderMap
 }
 
 impl Caller {
+    /// Whoever came in by the page for people.
+    pub(crate) fn playground() -> Self {
+        Self { name: "playground".into(), mode: None, profile: None }
+    }
+
     /// What is done with a request: by its header if that is allowed, by key, by model, in general. A model that
     /// `modes` does not name may be one of its by another spelling (`vlm:latest`): then the strictest mode holds, and so
     /// it does where no model can be read.

@@ -30,6 +30,8 @@ pub(crate) struct Case<'a> {
     /// The name of the client's key; empty where nobody needs one.
     pub(crate) key: &'a str,
     pub(crate) mode: Mode,
+    /// The name of the profile that the request brought.
+    pub(crate) profile: Option<&'a str>,
     pub(crate) begun: Instant,
     /// The request, where it could be read.
     pub(crate) request: Option<&'a Request>,

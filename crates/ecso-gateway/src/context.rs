@@ -41,6 +41,8 @@ pub(crate) struct RequestContext {
     is_answered: bool,
     /// It is judged whatever the profile's scope is.
     pub(crate) is_in_scope: bool,
+    /// The name of the profile that it is judged under, where it brings one.
+    pub(crate) profile: Option<String>,
     /// The room that its body takes.
     room: Option<OwnedSemaphorePermit>,
     rooms: Arc<Semaphore>,
@@ -85,10 +87,26 @@ impl RequestContext {
         }
         state.rates.check(&caller)?;
         let headers = own_key_removed(&state.settings, headers);
-        let (state, rooms, mode) = (Arc::clone(state), Arc::clone(rooms), caller.strictest(&state.settings));
-        let id = id.to_owned();
-        let (is_answered, is_in_scope, room) = (false, false, None);
-        Ok(Self { state, id, begun, caller, mode, headers, carrier, is_answered, is_in_scope, room, rooms })
+        let mode = caller.strictest(&state.settings);
+        Ok(Self { begun, caller, mode, headers, carrier, ..Self::of_page(state, rooms, id) })
+    }
+
+    /// A request of the page for people: nothing of its head goes on, and it is always guarded.
+    pub(crate) fn of_page(state: &Arc<AppState>, rooms: &Arc<Semaphore>, id: &str) -> Self {
+        Self {
+            state: Arc::clone(state),
+            id: id.to_owned(),
+            begun: Instant::now(),
+            caller: Caller::playground(),
+            mode: Mode::Enforce,
+            headers: HeaderMap::new(),
+            carrier: None,
+            is_answered: false,
+            is_in_scope: false,
+            profile: None,
+            room: None,
+            rooms: Arc::clone(rooms),
+        }
     }
 
     /// The same with the answer, which whoever asks the model is given.
@@ -260,7 +278,8 @@ impl RequestContext {
     fn write(&self, request: Option<&Request>, report: &Report, drafts: &BTreeMap<u64, String>) {
         let (id, key, mode, begun) = (&self.id, &self.caller.name, self.mode, self.begun);
         let door = self.carrier.as_ref().map_or(HTTP, |carrier| carrier.door());
-        self.state.record(&Case { id, door, key, mode, begun, request, report, drafts }, &self.caller);
+        let profile = self.profile.as_deref();
+        self.state.record(&Case { id, door, key, mode, profile, begun, request, report, drafts }, &self.caller);
     }
 }
 
@@ -277,6 +296,11 @@ impl Record<'_> {
     /// Adds what is known of a choice.
     pub(crate) fn add(&self, choice: u64, finding: Finding) {
         self.report.lock().unwrap_or_else(PoisonError::into_inner).add(choice, finding);
+    }
+
+    /// Adds what the model said, where that comes while it is judged.
+    pub(crate) fn drafted(&mut self, choice: u64, draft: String) {
+        self.drafts.insert(choice, draft);
     }
 
     /// That the guard failed, on all choices or on one, and the answer goes out all the same.

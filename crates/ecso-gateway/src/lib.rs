@@ -8,7 +8,7 @@
 //! `fields`; `upstream` gets the draft; `completion` is what is known of that; `chat` judges it and writes the answer;
 //! `report` is what was found; `error` is everything that can go wrong, as the client sees it. `passthrough` sends on what
 //! the table of `routes` lets through; `observe` judges beside; `guard` and `moderation` judge on demand, and
-//! `hooks` for gateways that others run; `layer` guards a service of the same program.
+//! `hooks` for gateways that others run; `layer` guards a service of the same program. `playground` is a page for people.
 
 mod access;
 mod audit;
@@ -34,6 +34,7 @@ mod moderation;
 mod observe;
 mod openapi;
 mod passthrough;
+mod playground;
 mod ready;
 pub mod replay;
 mod report;
@@ -49,6 +50,7 @@ mod wire;
 
 pub use connections::serve;
 pub use layer::{GuardLayer, Guarded};
+pub use playground::{Calibration, Playground};
 pub use server::Gateway;
 pub use settings::Settings;
 pub use state::Profiles;

@@ -45,6 +45,7 @@ use crate::{
     observe::Observed,
     openapi::{self, ChatAnswer, ChatRequest, Models},
     passthrough::others,
+    playground::{self, Playground},
     ready::Readiness,
     request,
     settings::{Mode, Settings},
@@ -65,6 +66,7 @@ pub struct Gateway {
     rooms: Arc<Semaphore>,
     cors: Arc<Cors>,
     readiness: Readiness,
+    playground: Option<Arc<Playground>>,
 }
 
 impl Gateway {
@@ -90,7 +92,14 @@ impl Gateway {
         let audit = Audit::open(&settings.audit)?;
         let state = AppState::new(upstream, profiles.into(), settings, images, kept, audit)?;
         let state = ArcSwap::from_pointee(state);
-        Ok(Self { state, admission, places, rooms, cors: Arc::default(), readiness: Readiness::default() })
+        let (cors, readiness) = (Arc::default(), Readiness::default());
+        Ok(Self { state, admission, places, rooms, cors, readiness, playground: None })
+    }
+
+    /// The same with a page for people at `/`.
+    #[must_use]
+    pub fn with_playground(self, playground: Playground) -> Self {
+        Self { playground: Some(Arc::new(playground)), ..self }
     }
 
     /// Exchanges profile and settings; requests under way end under the old ones. The upstream stays, and so do the
@@ -121,7 +130,10 @@ impl Gateway {
     pub fn router(self: Arc<Self>) -> Router {
         let (router, _) = routes().split_for_parts();
         let cors = Arc::clone(&self.cors);
-        router.fallback(others).with_state(self).layer(middleware::from_fn_with_state(cors, cors::same_on_all))
+        let page = self.playground.clone().map(|playground| playground::routes(Arc::clone(&self), playground));
+        let router =
+            router.fallback(others).with_state(self).layer(middleware::from_fn_with_state(cors, cors::same_on_all));
+        page.into_iter().fold(router, Router::merge)
     }
 
     /// The routes for requests that somebody carries: those of the model's server. What we tell of ourselves is not for its
@@ -146,6 +158,11 @@ impl Gateway {
     /// Lets a request in.
     pub(crate) fn begin(&self, state: &Arc<AppState>, id: &str, head: Parts) -> Result<RequestContext, ApiError> {
         RequestContext::begin(state, &self.rooms, id, head)
+    }
+
+    /// A request of the page for people, which lets in whom it wants to.
+    pub(crate) fn receive(&self, state: &Arc<AppState>, id: &str) -> RequestContext {
+        RequestContext::of_page(state, &self.rooms, id)
     }
 
     /// A request that judges on demand: let in, read, and answered by `work`.

@@ -164,6 +164,11 @@ impl AppState {
         Ok(request)
     }
 
+    /// The profile that the program runs under.
+    pub(crate) fn usual(&self) -> &Profile {
+        &self.profiles.usual
+    }
+
     /// The profile that a request is judged under: its client's, its model's, or the usual one.
     pub(crate) fn profile(&self, caller: &Caller, model: Option<&str>) -> &Profile {
         let of_model = || self.settings.profiles.get(model?);
@@ -227,7 +232,8 @@ impl AppState {
 
     /// Tells what became of a request; in the log no word of the conversation.
     pub(crate) fn record(&self, case: &Case<'_>, caller: &Caller) {
-        let profile = &self.profile(caller, case.request.map(|request| request.model.as_str())).name;
+        let usual = self.profile(caller, case.request.map(|request| request.model.as_str()));
+        let profile = case.profile.unwrap_or(&usual.name);
         tracing::info!(
             id = case.id,
             model = case.request.map(|request| shown(&request.model)),

@@ -154,7 +154,15 @@ async fn from_items_to_advice() {
         insta::assert_snapshot!("report", fs::read_to_string(run.join("report.md")).unwrap());
     });
     let html = fs::read_to_string(run.join("report.html")).unwrap();
-    assert!(html.contains("<details>") && !html.contains("<details open"), "items are to be closed");
+    // Items are data of the page, which shows them when somebody asks.
+    let items = html.split_once("class=\"items\">").unwrap().1.split_once("</script>").unwrap().0;
+    let items: Value = serde_json::from_str(items).unwrap();
+    assert_eq!(items.as_array().unwrap().len(), 60);
+    assert!(
+        items[0]["arms"][0]["rulings"][0].is_string() && items[0]["arms"][1]["steps"][0]["prompt"].is_string(),
+        "{}",
+        items[0]
+    );
     let figures: Value = serde_json::from_str(&fs::read_to_string(run.join("report.json")).unwrap()).unwrap();
     assert_eq!(figures[0]["arms"][1]["all"]["harmless"]["count"], 10);
     assert!(fs::read_to_string(run.join("report.csv")).unwrap().lines().count() > 4);

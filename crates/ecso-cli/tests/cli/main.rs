@@ -10,6 +10,7 @@ mod foreign;
 mod mock;
 mod models;
 mod operations;
+mod playground;
 mod serve;
 mod servers;
 mod settings;

@@ -1,10 +1,12 @@
 //! The HTML report. Text of items is hidden until somebody asks for it.
 
+use ecso::{Outcome, Trace, Verdict};
 use minijinja::{AutoEscape, Environment, Value, context, value::Serde};
 use serde::Serialize;
 
 use super::{RunReport, against, cells, costs, percent, points};
 use crate::{
+    judge::Ruling,
     record::ItemRecord,
     stats::Rate,
     summary::{Arm, Detection, Figures},
@@ -12,6 +14,7 @@ use crate::{
 };
 
 const TEMPLATE: &str = include_str!("report.html");
+const SCRIPT: &str = include_str!("report.js");
 /// Columns of rates.
 const RATES: [&str; 8] =
     ["arm", "harmless rate", "attack success", "over-refusal", "utility", "unjudged", "failed", "filtered"];
@@ -47,24 +50,43 @@ struct Bar {
     at: [f64; 3],
 }
 
-/// An item with its answers, as the report shows it.
+/// An item with its answers, as the page reads it.
 #[derive(Debug, Clone, Serialize)]
-pub(super) struct ShownItem {
-    id: String,
-    scenario: String,
-    query: String,
-    error: Option<String>,
-    arms: Vec<Answer>,
+pub(super) struct ShownItem<'a> {
+    id: &'a str,
+    scenario: &'a str,
+    query: &'a str,
+    error: Option<&'a str>,
+    arms: Vec<Answer<'a>>,
 }
 
 #[derive(Debug, Clone, Serialize)]
-struct Answer {
-    profile: String,
-    verdict: String,
-    score: Option<String>,
-    ruling: String,
-    text: String,
-    steps: Vec<(String, u64, String, String)>,
+struct Answer<'a> {
+    profile: &'a str,
+    verdict: Verdict,
+    score: Option<f64>,
+    /// Of every judge, in the report's order; none where it has not judged this answer.
+    rulings: Vec<Option<Ruling>>,
+    text: &'a str,
+    steps: Vec<Call<'a>>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+struct Call<'a> {
+    step: ecso::Step,
+    question: Option<&'a str>,
+    ms: u64,
+    tokens: [Option<u32>; 2],
+    verdict: Option<Verdict>,
+    score: Option<f64>,
+    prompt: &'a str,
+    reply: &'a str,
+}
+
+/// What the judges of a run are called.
+pub(super) fn judges(verdicts: &[&Verdicts]) -> Vec<String> {
+    let name = |verdicts: &&Verdicts| verdicts.judge().unwrap_or("unnamed").to_owned();
+    verdicts.iter().map(name).collect()
 }
 
 /// The report as one HTML file.
@@ -76,11 +98,13 @@ pub fn html(runs: &[RunReport]) -> Result<String, minijinja::Error> {
     environment.set_auto_escape_callback(|_| AutoEscape::Html);
     environment.add_template("report", TEMPLATE)?;
     let runs: Vec<Value> = runs.iter().map(run).collect();
-    environment.get_template("report")?.render(context! { runs, version => env!("CARGO_PKG_VERSION") })
+    environment.get_template("report")?.render(context! {
+        runs, version => env!("CARGO_PKG_VERSION"), script => Value::from_safe_string(SCRIPT.to_owned()),
+    })
 }
 
 fn run(report: &RunReport) -> Value {
-    let RunReport { header, summary, shown, .. } = report;
+    let RunReport { header, summary, shown, judges, .. } = report;
     let named = |arm: &Arm, cells: Vec<String>| [arm.profile.clone()].into_iter().chain(cells).collect::<Vec<_>>();
     let rates = summary.arms.iter().map(|arm| named(arm, cells(&arm.all).into())).collect();
     let cost = summary.arms.iter().map(|arm| named(arm, costs(arm).into())).collect();
@@ -123,7 +147,7 @@ fn run(report: &RunReport) -> Value {
         said => Value::from(Serde(summary.unguarded.iter().chain(&summary.odd).collect::<Vec<_>>())), failed => summary.failed, filtered => summary.filtered, cap => header.max_new_tokens, digest => header.model_digest.as_str(),
         bars => Value::from(Serde(bars)), scenario_bars => Value::from(Serde(scenario_bars)),
         tables => Value::from(Serde(tables)), by_scenario => Value::from(Serde(by_scenario)),
-        detections, against => Value::from(Serde(against)), shown => Value::from(Serde(shown)), more => summary.items - shown.len(),
+        detections, against => Value::from(Serde(against)), items => Value::from_safe_string(format!("[{}]", shown.join(",\n"))), judges => Value::from(Serde(judges)), more => summary.items - shown.len(),
         metric => if summary.arms.first().is_some_and(|arm| arm.all.harmless.is_some()) { "harmless rate" } else { "answered" },
     }
 }
@@ -150,30 +174,57 @@ fn detected(profile: &str, detection: &Detection) -> Value {
     }
 }
 
-impl ShownItem {
-    pub(super) fn of(record: &ItemRecord, verdicts: &Verdicts) -> Self {
-        let ruling = |arm: &str| {
-            let found = verdicts.of(record, arm);
-            found.map_or_else(|| "not judged".into(), |ruled| format!("{:?}", ruled.verdict).to_lowercase())
+impl<'a> ShownItem<'a> {
+    /// An item with what each judge says of its answers.
+    pub(super) fn of(record: &'a ItemRecord, verdicts: &[&Verdicts]) -> Self {
+        let rulings = |arm: &str| {
+            let ruling = |verdicts: &&Verdicts| verdicts.of(record, arm).map(|ruled| ruled.verdict);
+            verdicts.iter().map(ruling).collect()
         };
-        let answer = |arm: &ecso::Outcome| Answer {
-            profile: arm.profile.clone(),
-            verdict: format!("{:?}", arm.verdict).to_lowercase(),
-            score: arm.score.map(|score| format!("{score:.2}")),
-            ruling: ruling(&arm.profile),
-            text: arm.answer.clone(),
-            steps: arm
-                .steps
-                .iter()
-                .map(|step| (step.step.to_string(), step.ms, step.prompt.clone(), step.reply.clone()))
-                .collect(),
+        let call = |trace: &'a Trace| Call {
+            step: trace.step,
+            question: trace.question.as_deref(),
+            ms: trace.ms,
+            tokens: [trace.prompt_tokens, trace.completion_tokens],
+            verdict: trace.verdict,
+            score: trace.score,
+            prompt: &trace.prompt,
+            reply: &trace.reply,
+        };
+        let answer = |arm: &'a Outcome| Answer {
+            profile: &arm.profile,
+            verdict: arm.verdict,
+            score: arm.score,
+            rulings: rulings(&arm.profile),
+            text: &arm.answer,
+            steps: arm.steps.iter().map(call).collect(),
         };
         Self {
-            id: record.id.clone(),
-            scenario: record.scenario.clone(),
-            query: record.query.clone(),
-            error: record.error.clone(),
+            id: &record.id,
+            scenario: &record.scenario,
+            query: &record.query,
+            error: record.error.as_deref(),
             arms: record.arms.iter().map(answer).collect(),
         }
+    }
+
+    /// As JSON that may stand in a page: no text in it ends or begins anything there.
+    pub(super) fn json(&self) -> String {
+        serde_json::to_string(self).unwrap_or_default().replace('<', "\\u003c")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_text_of_an_item_is_a_tag() {
+        let text = "</script><!-- <script>alert(1)</script> \u{2028} \"'";
+        let item = ShownItem { id: text, scenario: text, query: text, error: Some(text), arms: Vec::new() };
+        let json = item.json();
+        assert!(!json.contains('<'), "{json}");
+        let read: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!((read["id"].as_str(), read["error"].as_str()), (Some(text), Some(text)));
     }
 }

@@ -6,18 +6,21 @@ use std::fmt::Write as _;
 
 use ecso_batch::journal::JournalError;
 
-use html::ShownItem;
 pub use html::html;
+use html::{ShownItem, judges};
 
 use crate::{
     judged::JudgedRun,
     record::RunHeader,
     stats::{Mean, Paired, Rate},
     summary::{Arm, Detection, Figures, Summary, Sums},
+    verdicts::Verdicts,
 };
 
 /// Items that the HTML report shows one by one, each run; the journal has all.
-const SHOWN: usize = 500;
+const SHOWN: usize = 10_000;
+/// Bytes of what it shows of them, each run.
+const SHOWN_BYTES: usize = 48 << 20;
 
 /// All that is reported of a run.
 pub struct RunReport {
@@ -25,8 +28,10 @@ pub struct RunReport {
     pub header: RunHeader,
     /// The figures.
     pub summary: Summary,
-    /// Its first items.
-    shown: Vec<ShownItem>,
+    /// Its first items, each as JSON.
+    shown: Vec<String>,
+    /// Who judged: first the judge whose figures these are.
+    judges: Vec<String>,
     /// Whether a crash had cut off the last line of its journal.
     was_cut: bool,
 }
@@ -37,18 +42,23 @@ impl RunReport {
     /// # Errors
     /// [`JournalError`].
     pub fn of(run: JudgedRun) -> Result<Self, JournalError> {
-        let (mut sums, mut shown) = (Sums::new(&run.header), Vec::new());
+        let (mut sums, mut shown, mut bytes) = (Sums::new(&run.header), Vec::new(), 0);
+        let others = run.others()?;
+        let verdicts: Vec<&Verdicts> = std::iter::once(&run.verdicts).chain(&others).collect();
         let records = run.records()?;
         let was_cut = records.was_cut();
         for record in records {
             let record = record?;
             sums.add(&record, &run.verdicts);
-            if shown.len() < SHOWN {
-                shown.push(ShownItem::of(&record, &run.verdicts));
+            if shown.len() < SHOWN && bytes < SHOWN_BYTES {
+                let item = ShownItem::of(&record, &verdicts).json();
+                bytes += item.len();
+                shown.push(item);
             }
         }
         let summary = sums.summary(&run.header, &run.verdicts);
-        Ok(Self { header: run.header, summary, shown, was_cut })
+        let judges = judges(&verdicts);
+        Ok(Self { header: run.header, summary, shown, judges, was_cut })
     }
 
     /// How much of the run is there, as people read it.

@@ -121,7 +121,7 @@ pub(crate) async fn portkey(State(gateway): State<Arc<Gateway>>, request: axum::
     let failed = |error| Ok(PortkeyVerdict::of(false, Found::failed(error)));
     let work = async |context, call: PortkeyCall| match call.event_type {
         PortkeyEvent::BeforeRequestHook => before(context, call).await,
-        PortkeyEvent::AfterRequestHook => after(&gateway, context, call).await,
+        PortkeyEvent::AfterRequestHook => Box::pin(after(&gateway, context, call)).await,
     };
     hooked(&gateway, "portkey", request, failed, work).await
 }

@@ -73,7 +73,10 @@ impl TrueFoundryVerdict {
 pub(crate) async fn truefoundry(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
     // What is no 2xx may pass there.
     let failed = |error| Ok(TrueFoundryVerdict::of(false, Found::failed(error)));
-    hooked(&gateway, "truefoundry", request, failed, async |context, call| found(&gateway, context, call).await).await
+    hooked(&gateway, "truefoundry", request, failed, async |context, call| {
+        Box::pin(found(&gateway, context, call)).await
+    })
+    .await
 }
 
 async fn found(

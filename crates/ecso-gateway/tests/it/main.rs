@@ -10,6 +10,7 @@ mod goes_on;
 mod golden;
 mod hooks;
 mod layer;
+mod playground;
 mod records;
 mod tenants;
 mod wires;

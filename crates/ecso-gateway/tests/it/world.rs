@@ -10,8 +10,9 @@ use axum::{
     response::IntoResponse,
 };
 use ecso::Profile;
-use ecso_gateway::{Gateway, Profiles, Settings, Upstream};
+use ecso_gateway::{Gateway, Playground, Profiles, Settings, Upstream};
 use serde_json::{Value, json};
+use tokio::sync::watch;
 use tower::ServiceExt;
 
 /// What no client may ever see.
@@ -86,6 +87,21 @@ impl World {
 
     pub(crate) async fn with(settings: Settings, profiles: impl Into<Profiles>, speaks: Speaks) -> Self {
         Self::with_key(settings, profiles, speaks, None).await
+    }
+
+    /// With a page for people, and what opens it.
+    pub(crate) async fn with_page(
+        settings: Settings,
+        profiles: impl Into<Profiles>,
+        speaks: Speaks,
+    ) -> (Self, watch::Receiver<String>) {
+        let (url, reached) = Self::behind(speaks).await;
+        let playground = Playground::new(None);
+        let tokens = playground.tokens();
+        let options = ecso_openai::Options { retries: 0, model: Some("m".into()), ..ecso_openai::Options::default() };
+        let upstream = Upstream::server(&url, None, options, None).unwrap();
+        let gateway = Gateway::new(upstream, profiles, settings, ecso::Limits::default()).unwrap();
+        (Self::of(gateway.with_playground(playground), reached), tokens)
     }
 
     /// With an operator's key.

@@ -1,0 +1,176 @@
+// Tables that are sorted by a click, and the items: filtered, a page at a time, their texts covered until somebody asks.
+
+for (const table of document.querySelectorAll("table.sortable")) {
+  table.querySelectorAll("th").forEach((head, column) => head.addEventListener("click", () => {
+    const body = table.tBodies[0], down = head.dataset.down = head.dataset.down === "1" ? "" : "1";
+    const key = row => { const text = row.cells[column].textContent, number = parseFloat(text); return isNaN(number) ? text : number };
+    const rows = [...body.rows].sort((a, b) => { const x = key(a), y = key(b); return (x > y) - (x < y) });
+    body.append(...(down ? rows : rows.reverse()));
+  }));
+}
+
+/** An element with attributes, listeners and children. Text is set as text. */
+function make(tag, properties, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties ?? {})) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value !== false) element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.filter(child => child !== null));
+  return element;
+}
+
+/** Items that are on one page. */
+const PAGE = 50;
+
+class Browser {
+  constructor(place, items, number) {
+    Object.assign(this, { place, items, page: 0, shows: false });
+    this.judges = place.dataset.judges.split("\n");
+    // Links to the items of the first run are the plain ones.
+    this.prefix = number === 1 ? "item-" : `item${number}-`;
+    this.status = make("span", { role: "status" });
+    this.list = make("div");
+    this.build();
+    this.filter();
+  }
+
+  build() {
+    const values = pick => [...new Set(this.items.flatMap(pick))].sort();
+    const arms = [...new Set(this.items.flatMap(item => item.arms.map(arm => arm.profile)))];
+    const change = () => { this.page = 0; this.filter(); };
+    const choice = (name, told, options) => {
+      this[name] = make("select", { onchange: change }, make("option", { value: "" }, "any"),
+        ...options.map(option => make("option", { value: option }, option || "none")));
+      return make("label", null, told, this[name]);
+    };
+    const check = (name, told, changed = change) => {
+      this[name] = make("input", { type: "checkbox", onchange: changed });
+      return make("label", { class: "check" }, this[name], told);
+    };
+    this.search = make("input", { type: "search", oninput: change });
+    const several = this.judges.length > 1;
+    this.place.append(make("div", { class: "filters" },
+      make("label", null, "id begins with", this.search),
+      choice("scenario", "scenario", values(item => item.scenario)),
+      choice("profile", "arm", arms),
+      choice("ruling", `ruling of ${this.judges[0]}`, ["safe", "unsafe", "refusal", "error", "not judged"]),
+      choice("verdict", "verdict of the guard", ["safe", "unsafe", "unchecked"]),
+      several ? check("disagree", "judges disagree on harm") : null,
+      check("failed", "failed"),
+      check("open", "show all texts", () => { this.shows = this.open.checked; this.show(); })));
+    const step = (told, by) => make("button", { type: "button", onclick: () => { this.page += by; this.show(); } }, told);
+    [this.back, this.on] = [step("Earlier", -1), step("Later", 1)];
+    this.place.append(make("div", { class: "pages" }, this.back, this.on, this.status), this.list);
+  }
+
+  /** Whether one judge says that an answer does harm, and another that it doesn't. */
+  static differ({ rulings }) {
+    const told = rulings.filter(ruling => ruling !== null && ruling !== "error");
+    return told.includes("unsafe") && told.some(ruling => ruling !== "unsafe");
+  }
+
+  filter() {
+    const { scenario, profile, ruling, verdict } = this;
+    const fits = answer => (!profile.value || answer.profile === profile.value)
+      && (!ruling.value || (answer.rulings[0] ?? "not judged") === ruling.value)
+      && (!verdict.value || answer.verdict === verdict.value)
+      && (!this.disagree?.checked || Browser.differ(answer));
+    const asksOfAnswers = profile.value || ruling.value || verdict.value || this.disagree?.checked;
+    this.found = this.items.filter(item => (!scenario.value || item.scenario === scenario.value)
+      && item.id.startsWith(this.search.value)
+      && (!this.failed.checked || item.error !== null)
+      && (!asksOfAnswers || item.arms.some(fits)));
+    this.show();
+  }
+
+  show() {
+    const pages = Math.max(1, Math.ceil(this.found.length / PAGE));
+    this.page = Math.min(this.page, pages - 1);
+    const from = this.page * PAGE, shown = this.found.slice(from, from + PAGE);
+    [this.back.disabled, this.on.disabled] = [this.page === 0, this.page + 1 >= pages];
+    const number = value => value.toLocaleString("en");
+    this.status.textContent = shown.length === 0 ? "no item" :
+      `items ${number(from + 1)} to ${number(from + shown.length)} of ${number(this.found.length)}`
+      + (this.found.length < this.items.length ? `, out of ${number(this.items.length)}` : "");
+    this.list.replaceChildren(...shown.map(item => this.item(item)));
+  }
+
+  item(item) {
+    const summary = make("summary", null, `${item.id} · ${item.scenario}`);
+    for (const { profile, rulings } of item.arms) {
+      const ruling = rulings[0] ?? "not judged";
+      summary.append(` · ${profile}: `, make("span", { class: ruling }, ruling));
+    }
+    if (item.arms.some(Browser.differ)) summary.append(" · judges disagree");
+    if (item.error !== null) summary.append(" · failed");
+    const name = this.prefix + item.id;
+    const details = make("details", { id: name, ontoggle: () => {
+      if (!details.open || details.childElementCount > 1) return;
+      history.replaceState(null, "", `#${encodeURIComponent(name)}`);
+      details.append(make("p", { class: "facts" }, make("a", { href: `#${encodeURIComponent(name)}` }, "link to this item")),
+        ...(item.error === null ? [] : [make("pre", null, item.error)]),
+        this.text("the question", item.query), ...item.arms.map(arm => this.arm(arm)));
+    } }, summary);
+    return details;
+  }
+
+  arm({ profile, verdict, score, rulings, text, steps }) {
+    const told = rulings.map((ruling, judge) => [`${this.judges[judge]}: `, make("span", { class: ruling ?? "" }, ruling ?? "not judged")]);
+    const share = score => (score === null ? "" : `, P(harm) ${score.toFixed(2)}`);
+    return make("details", null,
+      make("summary", null, `${profile}: verdict ${verdict}${share(score)}`),
+      make("p", { class: "facts" }, ...told.flatMap((one, place) => (place === 0 ? one : ["; ", ...one]))),
+      this.text("the answer", text),
+      ...steps.map(step => {
+        const found = step.verdict === null ? "" : `: ${step.verdict}${share(step.score)}`;
+        const tokens = step.tokens[0] === null ? "" : `, ${step.tokens[0]} → ${step.tokens[1]} tokens`;
+        return make("details", null,
+          make("summary", null, `step ${step.step}${step.question === null ? "" : ` (${step.question})`}${found}, ${step.ms} ms${tokens}`),
+          this.text("what was sent", step.prompt), this.text("what was said", step.reply));
+      }));
+  }
+
+  /** A text, covered until somebody asks for it: until then it isn't in the page. */
+  text(name, text) {
+    const place = make("div"), shown = make("pre", null, text);
+    const button = make("button", { type: "button", "aria-expanded": this.shows, onclick: () => {
+      const open = button.getAttribute("aria-expanded") !== "true";
+      button.setAttribute("aria-expanded", open);
+      button.textContent = open ? "cover" : "show";
+      place.replaceChildren(...(open ? [shown] : []));
+    } }, this.shows ? "cover" : "show");
+    if (this.shows) place.append(shown);
+    return make("div", null, make("div", { class: "text" }, name, button), place);
+  }
+
+  /** Opens the item that a link names; whether it is here. */
+  reach(name) {
+    const item = name.startsWith(this.prefix) && this.items.find(item => item.id === name.slice(this.prefix.length));
+    if (!item) return false;
+    for (const field of [this.search, this.scenario, this.profile, this.ruling, this.verdict]) field.value = "";
+    for (const box of [this.disagree, this.failed]) if (box) box.checked = false;
+    this.page = Math.floor(this.items.indexOf(item) / PAGE);
+    this.filter();
+    const details = document.getElementById(name);
+    details.open = true;
+    details.scrollIntoView({ block: "start" });
+    details.querySelector("summary").focus({ preventScroll: true });
+    return true;
+  }
+}
+
+const texts = document.querySelectorAll("script.items");
+const browsers = [...document.querySelectorAll(".browser")].map((place, index) =>
+  new Browser(place, JSON.parse(texts[index].textContent), index + 1));
+const reach = () => {
+  let name = "";
+  try {
+    name = decodeURIComponent(location.hash.slice(1));
+  } catch {
+    // It is no link of ours.
+  }
+  if (name) browsers.some(browser => browser.reach(name));
+};
+addEventListener("hashchange", reach);
+reach();

@@ -1,0 +1,277 @@
+// One way to guard the answer, as a column of four steps. It hears the events of the server and shows them.
+
+import { curve } from "./curve.js";
+import { make } from "./dom.js";
+import { duration, number, percent, say, word } from "./words.js";
+
+/** Which card a call belongs to. */
+const CARD = { "direct": 1, "request-check": 2, "detect": 2, "caption": 3, "safe": 4, "reply-check": 4 };
+
+const said = (name, values, tag = "span", properties = {}) => say(make(tag, properties), name, values);
+
+/** A text of the model's, as it is. */
+const quote = text => make("p", { class: "quote", dir: "auto" }, text);
+
+/** What is covered until somebody asks for it: until then it isn't in the page at all. */
+function cover(text, why) {
+  const shown = make("div");
+  const button = said("show", {}, "button", { type: "button", class: "small", "aria-expanded": "false" });
+  button.addEventListener("click", () => {
+    const open = button.getAttribute("aria-expanded") !== "true";
+    button.setAttribute("aria-expanded", open);
+    say(button, open ? "hide" : "show");
+    shown.replaceChildren(...(open ? [quote(text)] : []));
+  });
+  return make("div", { class: "cover" }, said(why, {}, "p"), button, shown);
+}
+
+/** A step: its number, what it is, how it stands, what it took. */
+class Card {
+  constructor(step) {
+    this.calls = { ms: 0, in: 0, out: 0, told: false };
+    this.figures = make("p", { class: "figures" });
+    this.body = make("div", { class: "body" });
+    this.element = make("li", { class: "card", "data-state": "idle" },
+      make("div", { class: "head" },
+        make("span", { class: "number", "aria-hidden": "true" }, String(step)),
+        said(`step-${step}`, {}, "h4"), this.figures),
+      this.body);
+  }
+
+  set state(state) { this.element.dataset.state = state; }
+  get state() { return this.element.dataset.state; }
+
+  begin() {
+    this.state = "running";
+    this.since ??= performance.now();
+    clearInterval(this.clock);
+    this.clock = setInterval(() => {
+      this.figures.textContent = duration(this.calls.ms + performance.now() - this.since);
+    }, 200);
+  }
+
+  /** Stops the clock, and shows what the calls took. */
+  rest(state) {
+    clearInterval(this.clock);
+    this.state = state;
+    const { ms, in: read, out: written, told } = this.calls;
+    this.figures.replaceChildren();
+    if (state === "idle" || ms + read + written === 0 && !told) return;
+    this.figures.append(said("took", { time: () => duration(ms) }));
+    if (told) this.figures.append(" · ", said("tokens", { in: () => number(read), out: () => number(written) }));
+  }
+
+  count(call) {
+    this.calls.ms += call.ms;
+    this.calls.in += call.prompt_tokens ?? 0;
+    this.calls.out += call.completion_tokens ?? 0;
+    this.calls.told ||= call.prompt_tokens !== null;
+    this.since = undefined;
+  }
+
+  note(name, values) {
+    this.body.replaceChildren(said(name, values, "p", { class: "note" }));
+  }
+}
+
+/** A probability of harm as a bar, with the threshold on it. */
+function bar(score, threshold) {
+  const fill = make("span", { class: "fill" });
+  fill.style.width = `${100 * score}%`;
+  const track = make("span", { class: "track", "aria-hidden": "true" }, fill);
+  if (typeof threshold === "number") {
+    const mark = make("span", { class: "mark" });
+    mark.style.left = `${100 * threshold}%`;
+    track.append(mark);
+  }
+  return track;
+}
+
+export class Arm {
+  /** `calibration` is that of the profile, where there is one; `announce` tells those who can't see. */
+  constructor(name, { calibration, announce }) {
+    Object.assign(this, { name, calibration, announce });
+    this.named = () => word(`arm-${name}`) ?? name;
+    this.title = word(`arm-${name}`) ? said(`arm-${name}`, {}, "h3") : make("h3", {}, name);
+    this.badge = make("span", { class: "badge", hidden: true });
+    this.total = make("p", { class: "figures" });
+    this.cards = [1, 2, 3, 4].map(step => new Card(step));
+    this.answer = make("p", { class: "answer-text", dir: "auto" });
+    this.origin = make("span", { class: "origin" });
+    this.outcome = make("div", { class: "outcome", hidden: true },
+      make("div", { class: "head" }, said("answer", {}, "h4"), this.origin), this.answer);
+    this.element = make("article", { class: "arm" },
+      make("header", {}, this.title, this.badge, this.total),
+      make("ol", { class: "cards" }, ...this.cards.map(card => card.element)), this.outcome);
+    this.groups = {};
+    this.attempts = [];
+    this.withheld = false;
+    this.since = performance.now();
+  }
+
+  card(step) { return this.cards[CARD[step] - 1]; }
+
+  /** An event of the server's. */
+  hear(event, data) {
+    ({ begun: this.begun, started: this.started, finished: this.finished, decided: this.decided, answer: this.answered,
+      done: this.done })[event]?.call(this, data);
+  }
+
+  begun({ profile, threshold }) {
+    this.threshold = threshold;
+    if (this.title.dataset.word === undefined) this.title.textContent = profile;
+  }
+
+  started({ step }) {
+    const card = this.card(step);
+    if (!card) return;
+    // Of many questions in a row the first is told.
+    if (this.told !== card) this.announce("say-runs", { arm: this.named, step: () => word(`step-${CARD[step]}`) });
+    this.told = card;
+    card.begin();
+  }
+
+  finished(call) {
+    const card = this.card(call.step);
+    if (!card) return;
+    card.count(call);
+    card.rest("done");
+    this.withheld ||= call.reply === undefined;
+    if (call.step === "direct") this.drafted(call);
+    if (call.step === "caption") this.seen(call);
+    if (call.step === "safe") this.composed(call);
+    if (["request-check", "detect", "reply-check"].includes(call.step)) this.judged(call);
+  }
+
+  drafted({ reply }) {
+    this.draft = reply;
+    if (reply === undefined) this.cards[0].note("withheld");
+    else this.cards[0].body.replaceChildren(cover(reply, "covered-until"));
+  }
+
+  seen({ reply }) {
+    const { body } = this.cards[2];
+    if (reply === undefined) this.cards[2].note("withheld");
+    else if (reply.trim() === "") this.cards[2].note("nothing-seen");
+    else {
+      body.querySelector(".note")?.remove();
+      body.append(quote(reply));
+    }
+  }
+
+  composed({ reply }) {
+    this.attempts.push(reply);
+  }
+
+  /** A question to the judge, and what came of it. */
+  judged(call) {
+    const isAttempt = call.step === "reply-check";
+    const { body } = this.cards[isAttempt ? 3 : 1];
+    const kind = call.step === "request-check" ? "about-request" : "about-reply";
+    const place = isAttempt ? "attempt" : kind;
+    if (!this.groups[place]) {
+      this.groups[place] = make("div", { class: "group" }, said(kind, {}, "h5"));
+      body.append(this.groups[place]);
+    }
+    const key = `q-${call.question ?? ""}`;
+    const name = word(key) ? said(key, {}, "span", { class: "q" }) : make("span", { class: "q" }, call.question);
+    const value = typeof call.score === "number"
+      ? make("span", { class: "value" }, bar(call.score), say(make("span"), "score", { score: () => percent(call.score) }))
+      : said(call.verdict === "unsafe" ? "yes" : "no", {}, "span", { class: "value" });
+    const row = [name, value];
+    this.groups[place].append(call.prompt === undefined ? make("div", { class: "row" }, ...row)
+      : make("details", {}, make("summary", { class: "row" }, ...row),
+        said("sent", {}, "h6"), quote(call.prompt), said("said", {}, "h6"), quote(call.reply)));
+  }
+
+  decided({ verdict, rewritten }) {
+    Object.assign(this, { verdict, rewritten });
+    const [first, judge] = this.cards;
+    this.badge.hidden = false;
+    this.badge.dataset.verdict = verdict;
+    say(this.badge, `verdict-${verdict}`);
+    if (first.state === "running") {
+      first.rest("skipped");
+      first.note("given-up");
+    } else if (first.state === "idle") first.note("given-up");
+    else if (!rewritten) first.note(verdict === "unchecked" ? "not-guarded" : "let-out");
+    else if (this.draft !== undefined) first.body.replaceChildren(cover(this.draft, verdict === "unsafe" ? "covered" : "covered-unjudged"));
+    if (judge.state === "idle" && verdict === "unchecked") {
+      judge.state = "skipped";
+      judge.note(rewritten ? "anew-anyhow" : this.name === "unguarded" ? "not-asked" : "out-of-scope");
+    }
+    judge.element.dataset.verdict = verdict;
+    const others = rewritten ? [] : this.cards.slice(2).filter(card => card.state === "idle");
+    for (const card of others) {
+      card.state = "skipped";
+      card.note(verdict === "unchecked" ? "not-asked" : "not-needed");
+    }
+  }
+
+  answered({ text }) {
+    this.outcome.hidden = false;
+    this.answer.append(text);
+    if (this.rewritten && this.cards[3].state !== "idle") this.cards[3].body.querySelector(".note")
+      ?? this.cards[3].body.prepend(said("see-below", {}, "p", { class: "note" }));
+  }
+
+  done({ verdict, score, rewritten, refused }) {
+    this.end("done");
+    const [, judge, third, last] = this.cards;
+    if (typeof score === "number") judge.body.prepend(this.sum(score, verdict));
+    else if (judge.state === "done") {
+      judge.body.prepend(said(verdict === "unchecked" ? "anew-anyhow" : "no-score", {}, "p", { class: "note" }));
+    }
+    if (rewritten && third.state === "idle") third.note("not-asked");
+    if (refused) {
+      last.state = "done";
+      last.body.prepend(said("fixed", {}, "p", { class: "note" }));
+    }
+    const failed = this.attempts.filter(reply => reply !== undefined).slice(0, refused ? undefined : -1);
+    last.body.append(...failed.map(reply => cover(reply, "covered-attempt")));
+    if (this.withheld && rewritten && !refused && last.body.childElementCount === 0) last.note("see-below");
+    say(this.origin, refused ? "refusal" : rewritten ? "closed" : verdict === "unchecked" ? "unjudged" : "own");
+    this.announce("say-done", { arm: this.named, verdict: () => word(`verdict-${verdict}`) });
+  }
+
+  /** The score against the threshold, and where that lies on the calibration's curve. */
+  sum(score, verdict) {
+    const against = this.threshold !== null && this.threshold !== undefined;
+    const told = said(against ? "harm-against" : "harm",
+      { score: () => percent(score), threshold: () => percent(this.threshold) }, "p");
+    const sum = make("div", { class: "sum", "data-verdict": verdict }, bar(score, this.threshold), told);
+    if (this.calibration && against) {
+      sum.append(make("details", {}, said("curve", {}, "summary"),
+        curve(this.calibration, this.threshold, score).element));
+    }
+    return sum;
+  }
+
+  /** Nothing more comes. */
+  end(state) {
+    for (const card of this.cards) if (card.state === "running") card.rest(state);
+    const sum = key => this.cards.reduce((sum, card) => sum + card.calls[key], 0);
+    const [took, read, written] = [performance.now() - this.since, sum("in"), sum("out")];
+    this.total.replaceChildren(said("total", { time: () => duration(took) }));
+    if (read + written > 0) {
+      this.total.append(" · ", said("tokens", { in: () => number(read), out: () => number(written) }));
+    }
+  }
+
+  /** It was given up, or went wrong. */
+  stop(failure) {
+    this.end("stopped");
+    if (!failure) {
+      this.element.append(said("stopped", {}, "p", { class: "note stopped" }));
+      return;
+    }
+    const own = word(`e-${failure.code}`);
+    this.element.append(make("div", { class: "failure", role: "alert" },
+      said("failed", {}, "h4"),
+      own ? said(`e-${failure.code}`, {}, "p") : null,
+      said("told", { message: failure.message }, "p", { class: "note" })));
+    this.announce("say-failed", { arm: this.named });
+  }
+}
+
+export { said };

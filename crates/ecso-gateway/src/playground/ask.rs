@@ -1,0 +1,203 @@
+//! A question from the page, answered as a stream of what happens: the events of [`Guard::answer_events`], as far as the operator lets
+//! clients see them.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use async_stream::stream;
+use axum::{
+    body::Body,
+    extract::State,
+    http::{HeaderMap, header},
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use ecso::{Event, Guard, Profile, Step, Trace, profile::Gate};
+use futures::{Stream, StreamExt, pin_mut};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::{
+    sync::OwnedSemaphorePermit,
+    time::{Duration, timeout},
+};
+use tracing::Instrument;
+
+use super::{
+    Visit,
+    edit::{Edit, read},
+    needs_full, threshold,
+};
+use crate::{
+    context::RequestContext,
+    error::ApiError,
+    report::Finding,
+    request::{Body as Chat, Request},
+    server::{Gateway, request_id, signed},
+    settings::{Mode, TraceLevel},
+    state::AppState,
+    telemetry,
+    upstream::HTTP,
+};
+
+/// What is asked.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Question {
+    text: String,
+    /// Data URLs.
+    #[serde(default)]
+    images: Vec<String>,
+    arm: Arm,
+}
+
+/// How the answer is guarded.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Arm {
+    /// Not at all.
+    Unguarded,
+    /// Under one of the profiles that are there, by name.
+    Profile(String),
+    /// Under one that is changed in the page.
+    Edited(Edit),
+}
+
+impl Arm {
+    /// The profile. One that could let everything out takes the right to see everything.
+    fn profile(&self, state: &AppState) -> Result<Profile, ApiError> {
+        if !matches!(self, Self::Profile(_)) {
+            needs_full(state)?;
+        }
+        match self {
+            Self::Unguarded => Ok(Profile { name: "unguarded".into(), gate: Gate::Never, ..state.usual().clone() }),
+            Self::Profile(name) => super::profile(state, name),
+            Self::Edited(edit) => edit.apply(state),
+        }
+    }
+}
+
+impl Question {
+    /// The question as a chat.
+    fn chat(&self) -> Result<Value, ApiError> {
+        if self.images.iter().any(|image| !image.starts_with("data:")) {
+            return Err(ApiError::bad_request(
+                "invalid_image",
+                "the page sends images themselves, not their addresses",
+            ));
+        }
+        let images = self.images.iter().map(|url| json!({"type": "image_url", "image_url": {"url": url}}));
+        let parts: Vec<Value> = images.chain([json!({"type": "text", "text": self.text})]).collect();
+        Ok(json!({"messages": [{"role": "user", "content": parts}]}))
+    }
+}
+
+/// Answers a question, and tells all that happens on the way.
+pub(super) async fn ask(State(visit): State<Visit>, request: axum::extract::Request) -> Response {
+    let (id, state) = (request_id(), visit.gateway.state());
+    let span = telemetry::span("playground", &id, request.headers());
+    let begun = Box::pin(begin(&visit.gateway, &state, &id, request.into_body()));
+    signed(&id, (HTTP, "playground"), &state.metrics, begun.instrument(span)).await
+}
+
+async fn begin(gateway: &Gateway, state: &Arc<AppState>, id: &str, body: Body) -> Result<Response, ApiError> {
+    let mut context = gateway.receive(state, id);
+    let body = context.read(body).await?;
+    let question: Question = read(&body)?;
+    drop(body);
+    let profile = question.arm.profile(state)?;
+    if profile.gate == Gate::Never {
+        context.mode = Mode::Off;
+    }
+    context.profile = Some(profile.name.clone());
+    let chat = Chat::of(question.chat()?, &[])?;
+    let turn = context.in_time(gateway.admission.enter()).await?;
+    let mut request = context.prepare(chat).await?;
+    request.model = context.in_time(state.upstream.model_name(&context.headers)).await?;
+    let head =
+        [(header::CONTENT_TYPE, "text/event-stream"), (header::HeaderName::from_static("x-accel-buffering"), "no")];
+    let told = told(context, request, profile, turn).map(Ok::<_, std::convert::Infallible>);
+    Ok((head, Body::from_stream(told)).into_response())
+}
+
+/// The events of an answer as they happen. `turn` is kept until their end; dropping them gives up the work.
+fn told(
+    context: RequestContext,
+    request: Request,
+    profile: Profile,
+    turn: OwnedSemaphorePermit,
+) -> impl Stream<Item = Bytes> + Send {
+    stream! {
+        let _turn = turn;
+        let settings = &context.state.settings;
+        let signs = Duration::from_secs(settings.keep_alive.max(1));
+        yield written("begun", &json!({
+            "profile": profile.name, "model": request.model, "threshold": threshold(&profile),
+            "images": request.chat.image_count(),
+        }));
+        // All calls go to the guarded model itself, and nothing is remembered: what is seen is what it takes.
+        let guard = Guard::new(context.state.upstream.answering(&request.model, &HeaderMap::new()), profile);
+        let mut record = context.record(&request, BTreeMap::new());
+        let events = guard.answer_events(&request.chat);
+        pin_mut!(events);
+        loop {
+            let event = match timeout(signs.min(context.left()), events.next()).await {
+                Ok(Some(event)) => event.map_err(ApiError::from),
+                Ok(None) => break,
+                Err(_) if context.left().is_zero() => Err(ApiError::deadline(settings.limits.deadline)),
+                Err(_) => {
+                    yield Bytes::from_static(b":\n\n");
+                    continue;
+                }
+            };
+            match event {
+                Ok(event) => {
+                    if let Some((name, shown)) = shown(&event, settings.trace) {
+                        yield written(name, &shown);
+                    }
+                    match event {
+                        Event::Finished(Trace { step: Step::Direct, reply, .. }) => record.drafted(0, reply),
+                        Event::Decided { verdict, .. } => record.add(0, Finding::Decided(verdict)),
+                        Event::Done(outcome) => record.add(0, Finding::Done(outcome)),
+                        _ => {}
+                    }
+                }
+                Err(failure) => {
+                    failure.log(&context.id);
+                    context.state.metrics.failure(failure.code);
+                    yield written("error", &failure.object());
+                    return;
+                }
+            }
+        }
+        record.written();
+    }
+}
+
+fn written(name: &str, data: &Value) -> Bytes {
+    format!("event: {name}\ndata: {data}\n\n").into()
+}
+
+/// What the page is told of an event. No word of what the model said, or was asked, but under [`TraceLevel::Full`]; the answer comes
+/// when it may go out.
+fn shown(event: &Event, trace: TraceLevel) -> Option<(&'static str, Value)> {
+    Some(match event {
+        Event::Started { .. } | Event::Finished(_) if trace == TraceLevel::None => return None,
+        Event::Started { step, images } => ("started", json!({"step": step, "images": images})),
+        Event::Finished(call) => {
+            let mut call = json!(call);
+            if let Some(fields) = call.as_object_mut().filter(|_| trace != TraceLevel::Full) {
+                fields.retain(|name, _| !matches!(name.as_str(), "prompt" | "reply"));
+            }
+            ("finished", call)
+        }
+        Event::Decided { verdict, rewritten } => ("decided", json!({"verdict": verdict, "rewritten": rewritten})),
+        Event::Answer(text) => ("answer", json!({"text": text})),
+        Event::Done(outcome) => (
+            "done",
+            json!({
+                "verdict": outcome.verdict, "score": outcome.score, "rewritten": outcome.rewritten,
+                "refused": outcome.refused,
+            }),
+        ),
+        _ => return None,
+    })
+}

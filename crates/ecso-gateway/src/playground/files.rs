@@ -1,0 +1,59 @@
+//! The files of the page. They stand in the program.
+
+use axum::{
+    http::{HeaderValue, header},
+    response::{IntoResponse, Response},
+};
+
+/// A file and what kind it is.
+#[derive(Clone, Copy)]
+pub(super) struct File {
+    kind: &'static str,
+    text: &'static str,
+}
+
+impl File {
+    const fn html(text: &'static str) -> Self {
+        Self { kind: "text/html; charset=utf-8", text }
+    }
+
+    const fn script(text: &'static str) -> Self {
+        Self { kind: "text/javascript; charset=utf-8", text }
+    }
+}
+
+impl IntoResponse for File {
+    fn into_response(self) -> Response {
+        ([(header::CONTENT_TYPE, HeaderValue::from_static(self.kind))], self.text).into_response()
+    }
+}
+
+/// The page itself.
+pub(super) const PAGE: File = File::html(include_str!("page.html"));
+
+/// For a browser that has brought a link.
+pub(super) const ENTERED: File = File::html(
+    "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta http-equiv=\"refresh\" content=\"0; url=/\"><title>ecso</title>\
+     <p><a href=\"/\">Go on</a></p></html>",
+);
+
+/// For a browser that has brought none, or one that was used.
+pub(super) const CLOSED: File = File::html(include_str!("closed.html"));
+
+const FILES: &[(&str, File)] = &[
+    ("page.css", File { kind: "text/css; charset=utf-8", text: include_str!("page.css") }),
+    ("page.js", File::script(include_str!("page.js"))),
+    ("arm.js", File::script(include_str!("arm.js"))),
+    ("curve.js", File::script(include_str!("curve.js"))),
+    ("dom.js", File::script(include_str!("dom.js"))),
+    ("editor.js", File::script(include_str!("editor.js"))),
+    ("events.js", File::script(include_str!("events.js"))),
+    ("examples.js", File::script(include_str!("examples.js"))),
+    ("pictures.js", File::script(include_str!("pictures.js"))),
+    ("words.js", File::script(include_str!("words.js"))),
+];
+
+/// What the page loads by this name.
+pub(super) fn named(name: &str) -> Option<File> {
+    FILES.iter().find(|(known, _)| *known == name).map(|(_, file)| *file)
+}

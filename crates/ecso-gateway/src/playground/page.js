@@ -1,0 +1,159 @@
+// The page: who is asked what, and where the answers are shown.
+
+import { Arm, said } from "./arm.js";
+import { byId, make } from "./dom.js";
+import { Editor } from "./editor.js";
+import { events, object } from "./events.js";
+import { NAMES, example } from "./examples.js";
+import { Pictures } from "./pictures.js";
+import { current, say, speak, turn, word } from "./words.js";
+
+let facts, pictures, editor, running;
+
+/** Tells those who can't see. */
+const announce = (name, values) => say(byId("status"), name, values);
+
+/** What is wrong with the question; nothing is. */
+function complain(name, values) {
+  byId("problem").hidden = !name;
+  if (name) say(byId("problem"), name, values);
+}
+
+function nameLanguage() {
+  const button = byId("language");
+  say(button, "language");
+  button.lang = current() === "en" ? "zh-Hans" : "en";
+}
+
+/** The ways to guard the answer that can be chosen; those that are `locked` take more rights. */
+function arms() {
+  const locked = facts.trace !== "full";
+  const chips = [["unguarded", locked], ...facts.profiles.map(({ name }) => [name, false]), ["edited", locked]];
+  for (const [name, disabled] of chips) {
+    const box = make("input", { type: "checkbox", name: "arm", value: name, checked: name === facts.usual, disabled });
+    const own = name === "unguarded" || name === "edited";
+    byId("arms").append(make("label", { class: "chip" }, box, own ? said(name) : make("span", {}, name)));
+  }
+  byId("arms-note").hidden = !locked;
+  byId("editor").hidden = locked;
+}
+
+function examples() {
+  for (const name of NAMES) {
+    byId("examples").append(said(`example-${name}`, {}, "button", { type: "button", onclick: async () => {
+      pictures.clear();
+      byId("question").value = word(`ask-${name}`);
+      await pictures.add([await example(name)]);
+      byId("question").focus();
+    } }));
+  }
+}
+
+/** What the server is asked for an arm. */
+function arm(name) {
+  if (name === "unguarded") return "unguarded";
+  return name === "edited" ? { edited: editor.profile } : { profile: name };
+}
+
+async function watch(name, column, question, signal) {
+  if (signal.aborted) return column.stop();
+  column.since = performance.now();
+  try {
+    for await (const [event, data] of events("ask", { ...question, arm: arm(name) }, signal)) column.hear(event, data);
+  } catch (failure) {
+    if (failure.name === "AbortError") return column.stop();
+    if (failure.code === "invalid_profile") {
+      byId("editor").open = true;
+      editor.complain(failure);
+    }
+    column.stop(failure);
+  }
+}
+
+async function ask() {
+  const chosen = [...document.querySelectorAll("[name=arm]:checked")].map(box => box.value);
+  const text = byId("question").value.trim();
+  complain(chosen.length === 0 ? "no-arm" : undefined);
+  if (text === "") {
+    complain("no-question");
+    byId("question").focus();
+  }
+  if (text === "" || chosen.length === 0 || running) return;
+  running = new AbortController();
+  const question = { text, images: pictures.urls };
+  const columns = chosen.map(name => {
+    const isFitted = name === facts.usual || name === "edited" && editor.isCalibrated;
+    const calibration = isFitted ? facts.calibration : null;
+    return [name, new Arm(name === "edited" ? editor.profile.name : name, { calibration, announce })];
+  });
+  byId("empty").hidden = true;
+  byId("columns").replaceChildren(...columns.map(([, column]) => column.element));
+  byId("go").disabled = true;
+  byId("cancel").hidden = false;
+  byId("results").setAttribute("aria-busy", "true");
+  if (matchMedia("(max-width: 900px)").matches) byId("results").scrollIntoView({ block: "start" });
+  const { signal } = running;
+  if (facts.several) await Promise.all(columns.map(([name, column]) => watch(name, column, question, signal)));
+  // A model that does one thing after the other is asked so: the times are those of one answer.
+  else for (const [name, column] of columns) await watch(name, column, question, signal);
+  running = undefined;
+  byId("go").disabled = false;
+  byId("cancel").hidden = true;
+  byId("results").removeAttribute("aria-busy");
+}
+
+function listen() {
+  byId("language").addEventListener("click", () => {
+    turn();
+    nameLanguage();
+  });
+  byId("ask").addEventListener("submit", event => {
+    event.preventDefault();
+    ask();
+  });
+  byId("question").addEventListener("keydown", event => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) ask();
+  });
+  byId("cancel").addEventListener("click", () => {
+    running?.abort();
+    byId("go").focus();
+  });
+  byId("file").addEventListener("change", async () => {
+    await pictures.add([...byId("file").files]);
+    byId("file").value = "";
+  });
+  document.addEventListener("paste", event => {
+    const files = [...event.clipboardData.files];
+    if (files.length === 0) return;
+    event.preventDefault();
+    pictures.add(files);
+  });
+  const drop = byId("drop");
+  for (const kind of ["dragover", "dragleave", "drop"]) {
+    document.addEventListener(kind, event => {
+      event.preventDefault();
+      drop.classList.toggle("over", kind === "dragover");
+      if (kind === "drop") pictures.add([...event.dataTransfer.files]);
+    });
+  }
+}
+
+async function begin() {
+  speak(current());
+  nameLanguage();
+  try {
+    facts = await object("facts");
+  } catch (failure) {
+    complain(word(`e-${failure.code}`) ? `e-${failure.code}` : "failed");
+    byId("go").disabled = true;
+    return;
+  }
+  say(byId("model"), facts.model ? "model" : "no-model", { name: facts.model });
+  pictures = new Pictures(byId("pictures"), facts.limits, complain);
+  if (facts.trace === "full") editor = new Editor(byId("editor"), facts);
+  arms();
+  examples();
+  listen();
+}
+
+begin();
