@@ -44,6 +44,7 @@ mod state;
 mod store;
 mod telemetry;
 mod upstream;
+mod windowed;
 mod wire;
 
 pub use connections::serve;

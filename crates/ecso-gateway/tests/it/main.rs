@@ -11,5 +11,6 @@ mod golden;
 mod hooks;
 mod records;
 mod tenants;
+mod windowed;
 mod wires;
 mod world;
