@@ -48,7 +48,7 @@ pub(crate) async fn enforce(
     let guarded = Guarded { context, request, wire };
     // A wish that can't be read is told before anything is asked.
     guarded.context.streams()?;
-    if guarded.request.stream { guarded.held(permit).await } else { guarded.whole().await }
+    if guarded.request.stream { guarded.held(permit).boxed().await } else { guarded.whole().boxed().await }
 }
 
 /// A chat that is to be guarded.
@@ -335,28 +335,31 @@ impl Guarded {
         }
     }
 
-    /// A stream that has `begun`, to be judged while it is written: where text of it may go out early, or the settings want the model
-    /// stopped at the first harm. Else what has begun.
+    /// A stream that has `begun`, taken to be judged while it is written: where text of it may go out early, or the settings want the
+    /// model stopped at the first harm.
     fn judged_early<'a>(
         &'a self,
         guard: &'a Guard<Arc<dyn Mllm>>,
-        begun: Option<Answer>,
+        begun: &mut Option<Answer>,
         direct: &Span,
-    ) -> Result<Writing<'a>, Option<Answer>> {
+    ) -> Option<Writing<'a>> {
         let Self { context, request, wire } = self;
         let settings = &context.state.settings;
         let is_wanted = context.streams().is_ok_and(|streams| streams == Streams::Windowed);
         let releases = is_wanted && wire.is_none() && request.wants_plain_text();
         let is_own = matches!(context.way(), Some(Way::Own(_))) && guard.model().takes_several();
         let is_judged = is_own && request.choices == 1 && (releases || settings.early_stop);
-        match begun {
+        match begun.take() {
             Some(Answer::Stream(response)) if is_judged => {
                 let how = How { sizes: settings.windows, releases, opens: settings.on_failure == OnFailure::Open };
                 let events = Events::of(bounded(response, settings.limits.answer));
                 let considering = context.in_time(async { Ok(guard.consider(&request.chat).await?) }).boxed();
-                Ok(Writing::new(guard, &request.chat, how, (events, direct.clone()), considering))
+                Some(Writing::new(guard, &request.chat, how, (events, direct.clone()), considering))
             }
-            begun => Err(begun),
+            other => {
+                *begun = other;
+                None
+            }
         }
     }
 
@@ -364,18 +367,15 @@ impl Guarded {
     async fn drafted(
         &self,
         guard: &Guard<Arc<dyn Mllm>>,
-        begun: Option<Answer>,
+        mut begun: Option<Answer>,
         direct: &Span,
     ) -> Result<Drafted, ApiError> {
         let context = &self.context;
-        let begun = match self.judged_early(guard, begun, direct) {
-            Ok(mut writing) => {
-                // Nothing of it goes out.
-                while context.in_time(writing.next()).await?.is_some() {}
-                return writing.end();
-            }
-            Err(begun) => begun,
-        };
+        if let Some(mut writing) = self.judged_early(guard, &mut begun, direct) {
+            // Nothing of it goes out.
+            while context.in_time(writing.next()).await?.is_some() {}
+            return writing.end();
+        }
         let asked = async {
             let answer = match begun {
                 Some(answer) => answer,
@@ -423,8 +423,9 @@ impl Guarded {
         let Self { context, request, .. } = self;
         try_stream! {
             let mut record = context.record(request, BTreeMap::new());
-            let drafted = match self.judged_early(guard, begun, &direct) {
-                Ok(mut writing) => {
+            let mut begun = begun;
+            let drafted = match self.judged_early(guard, &mut begun, &direct) {
+                Some(mut writing) => {
                     while let Some(pieces) = context.in_time(writing.next()).await? {
                         let (said, early, answer) = writing.so_far();
                         record.drafted(BTreeMap::from([(windowed::CHOICE, said)]), Some(early));
@@ -434,7 +435,7 @@ impl Guarded {
                     }
                     writing.end()?
                 }
-                Err(begun) => self.drafted(guard, begun, &direct).await?,
+                None => self.drafted(guard, begun, &direct).await?,
             };
             drop(direct);
             record.drafted(drafted.drafts(), drafted.early());

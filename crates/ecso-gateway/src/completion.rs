@@ -502,7 +502,7 @@ pub(crate) fn finish(finish: FinishReason) -> &'static str {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
@@ -625,7 +625,7 @@ mod tests {
     }
 
     /// JSON in which every text is a marker of its own, under names that answers have and others.
-    fn answers() -> impl Strategy<Value = Value> {
+    pub(crate) fn answers() -> impl Strategy<Value = Value> {
         let marker = "[A-Z]{9}";
         let name = prop_oneof![
             Just("content".to_owned()),
@@ -668,7 +668,7 @@ mod tests {
         })
     }
 
-    fn markers(text: &str) -> impl Iterator<Item = &str> {
+    pub(crate) fn markers(text: &str) -> impl Iterator<Item = &str> {
         text.split(|c: char| !c.is_ascii_uppercase()).filter(|run| run.len() >= 9)
     }
 

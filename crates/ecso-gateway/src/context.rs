@@ -272,13 +272,9 @@ impl Record<'_> {
     /// That the guard failed, on all choices or on one, and the answer goes out all the same.
     pub(crate) fn opened(&self, choice: Option<u64>, why: &'static str) {
         let mut report = self.report.lock().unwrap_or_else(PoisonError::into_inner);
-        match choice {
-            Some(choice) => report.add(choice, Finding::Failed),
-            None => {
-                let early = report.early;
-                *report = Report::failed(self.drafts.keys().copied(), why);
-                report.early = early;
-            }
+        let failed = choice.map_or_else(|| self.drafts.keys().copied().collect(), |choice| vec![choice]);
+        for choice in failed {
+            report.add(choice, Finding::Failed);
         }
         report.failure = Some(why);
     }

@@ -369,6 +369,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::completion::tests::{answers, markers};
 
     const SIZES: settings::Windows = settings::Windows { first: 4, most: 16, held: 2 };
 
@@ -455,6 +456,26 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn no_text_goes_out_of_windows_that_is_not_judged(odd in prop::collection::vec(answers(), 0..6)) {
+            let mut windows = Windows::new(SIZES, false);
+            let mut judged = String::new();
+            let words = (0..30).map(|place| piece("content", ["MILDBREADS ", "MILDFLOURS. "][place % 2]));
+            let mut events: Vec<Value> = words.collect();
+            for (place, event) in odd.into_iter().enumerate() {
+                events.insert(4 * place + 3, event);
+            }
+            for event in events {
+                windows.add(event);
+                let Some(due) = windows.due() else { continue };
+                let sent = Value::from(windows.release(&checked(&due, "No."))).to_string();
+                judged.push_str(&due);
+                for marker in markers(&sent) {
+                    prop_assert!(judged.contains(marker), "{marker} in {sent} is not in {judged}");
+                }
+            }
+        }
+
         #[test]
         fn what_goes_out_is_judged_and_in_the_end_all_does(events in events(), held in 0..9_usize) {
             let mut windows = Windows::new(settings::Windows { held, ..SIZES }, false);
