@@ -134,7 +134,7 @@ pub enum Streams {
 pub struct Windows {
     /// New tokens before the first judgement.
     pub first: usize,
-    /// Each window has twice the tokens of the one before it, up to this many.
+    /// Each window has twice the tokens of the one before it, up to this many; or an eighth of what was judged, where that is more.
     pub most: usize,
     /// The last tokens of what was judged, which wait for the next judgement.
     pub held: usize,

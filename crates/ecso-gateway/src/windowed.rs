@@ -91,7 +91,9 @@ impl Windows {
     /// What there is to be judged, if a window is full and nothing is being judged.
     fn due(&mut self) -> Option<String> {
         let length = self.draft.length(CHOICE);
-        if self.asked.is_some() || length < self.judged.saturating_add(self.size.saturating_mul(4)) {
+        // Of what is long already an eighth more: all of it is judged again, and that is to stay in proportion.
+        let full = self.size.saturating_mul(4).max(self.judged / 8);
+        if self.asked.is_some() || length < self.judged.saturating_add(full) {
             return None;
         }
         let said = self.said();

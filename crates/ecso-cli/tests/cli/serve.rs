@@ -228,7 +228,7 @@ async fn a_failing_upstream_is_an_error_and_leaks_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failing_upstream_leaks_nothing_out_of_windows() {
     let upstream = Upstream::start().await;
-    let common = ["server.retries=0", "server.reply_timeout=2", "gateway.limits.deadline=20", "gateway.windows.held=0"];
+    let common = ["server.retries=0", "server.reply_timeout=2", "gateway.limits.deadline=6", "gateway.windows.held=0"];
     for more in ["gateway.stream=windowed", "gateway.early_stop=true"] {
         let settings = [&common[..], &["gateway.windows.first=1", more]].concat();
         let served = Served::start(&upstream.url, &settings, &[]);
@@ -243,7 +243,7 @@ async fn a_failing_upstream_leaks_nothing_out_of_windows() {
         let all: Vec<_> = all.buffer_unordered(16).collect().await;
         let mut early = 0;
         for (fault, step, got) in all {
-            let case = format!("{more} {fault}@{step}: {} {}", got.status, got.body);
+            let case = format!("{more} {fault}@{step}: {} {:.2000}", got.status, got.body);
             assert!(!got.body.contains(LEAK), "{case}");
             if got.status != 200 {
                 continue;
@@ -251,7 +251,8 @@ async fn a_failing_upstream_leaks_nothing_out_of_windows() {
             let (text, ecso, error) = read_stream(&got.body);
             let is_stopped = got.body.contains("\"content_filter\"");
             early += usize::from(is_stopped);
-            assert!(text == SAFE || "Sure: ".starts_with(&text), "{case}");
+            let is_endless = fault == "endless" && error.is_some();
+            assert!(SAFE.starts_with(&text) || "Sure: ".starts_with(&text) || is_endless, "{case}");
             assert_eq!(error.is_none(), got.body.contains("[DONE]"), "{case}");
             assert!(error.is_some() || (ecso["verdict"] == "unsafe" && (text == SAFE || is_stopped)), "{case}");
             assert!(fault != "none" || error.is_none(), "{case}");
