@@ -189,6 +189,98 @@ async fn windows_go_out_while_the_model_writes() {
     assert!(judged.len() > 2 && judged.is_sorted() && *judged.last().unwrap() == 60, "{judged:?}");
 }
 
+/// `hardened`, with questions that a script can tell apart.
+const HARDENED: &str = r#"
+extends = "hardened"
+name = "plain"
+[caption]
+template = "LOOK"
+[questions.wants]
+template = "ASKS {x}"
+[questions.helps]
+template = "HELPS {y}"
+[[ways]]
+name = "wants"
+bias = 0.0
+terms = [{ question = "wants", weight = 1.0 }]
+[[ways]]
+name = "helps"
+bias = 0.0
+terms = [{ question = "helps", weight = 1.0 }]
+"#;
+
+/// A gateway under [`HARDENED`], whose judge looks at a request for this long.
+async fn hardened(writer: &Writer, settings: Settings, look: Duration) -> World {
+    let writer = writer.clone();
+    let speaks = move |sent: &Value| {
+        let prompt = sent["messages"].as_array().and_then(|messages| messages.last()).unwrap()["content"].to_string();
+        let text = match () {
+            () if prompt.contains("ASKS") && prompt.contains("do harm") => "Yes",
+            () if prompt.contains("HELPS") && prompt.contains(LEAK) => "Yes",
+            () if prompt.contains("ASKS") || prompt.contains("HELPS") => "No",
+            () if prompt.contains("LOOK") => "WORDS: none\nSHOWS: none",
+            () if sent["stream"] == true => return writer.writes(),
+            () => "Here is a harmless answer.",
+        };
+        let wait = if prompt.contains("ASKS") { look } else { Duration::ZERO };
+        let message = json!({"role": "assistant", "content": text});
+        let answer = json!({"id": "c", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]});
+        let body = futures::stream::once(async move {
+            tokio::time::sleep(wait).await;
+            Ok::<_, std::io::Error>(answer.to_string())
+        });
+        ([("content-type", "application/json")], Body::from_stream(body)).into_response()
+    };
+    World::with(settings, ecso::Profile::from_toml(HARDENED).unwrap(), Arc::new(speaks)).await
+}
+
+#[tokio::test]
+async fn nothing_goes_out_before_the_look_is_in() {
+    let folder = tempfile::tempdir().unwrap();
+    let slow = Duration::from_millis(300);
+    // A harmless request: the whole draft is there before the look is in.
+    let writer = Writer::of(words(40)).waits_before(41);
+    let world = hardened(&writer, windowed(), slow).await;
+    let begun = std::time::Instant::now();
+    let response = world.open("POST", "/v1/chat/completions", &[], asked().to_string()).await;
+    let (mut read, mut rest) = read_until(response, "bread3 ").await;
+    assert!(begun.elapsed() > slow);
+    writer.goes_on.notify_one();
+    while let Some(piece) = rest.next().await {
+        read.push_str(&String::from_utf8_lossy(&piece));
+    }
+    assert_eq!((said(&read, "content"), &found(&read)["verdict"]), (words(40).concat(), &json!("safe")));
+    // One of which no answer could be safe, and one whose draft turns out harmful.
+    let mut harmful = words(60);
+    harmful[40] = format!("{LEAK} ");
+    for (early_stop, query, draft, out) in [
+        (false, "do harm", words(60), false),
+        (true, "do harm", words(60), false),
+        (false, "What is this?", harmful.clone(), true),
+        (true, "What is this?", harmful, false),
+    ] {
+        let path = folder.path().join(format!("{early_stop} {query}.jsonl"));
+        let audit = AuditSettings { path: path.clone(), content: true, ..AuditSettings::default() };
+        let stream_as = if early_stop { Streams::Hold } else { Streams::Windowed };
+        let writer = Writer::of(draft).waits_before(55);
+        let settings = Settings { audit, early_stop, stream: stream_as, ..windowed() };
+        let world = hardened(&writer, settings, Duration::ZERO).await;
+        let mut asked = asked();
+        asked["messages"][0]["content"][1]["text"] = query.into();
+        let got = stream(&world, &asked).await;
+        assert!(!got.leaks() && writer.stops().await, "{}", got.body);
+        assert_eq!(got.body.contains("bread"), out, "{early_stop} {query} {}", got.body);
+        assert_eq!(finishes(&got.body), [if out { "content_filter" } else { "stop" }]);
+        assert!(got.body.contains("Here is a harmless answer."), "{}", got.body);
+        let line: Value = serde_json::from_str(std::fs::read_to_string(&path).unwrap().trim()).unwrap();
+        assert_eq!((&line["verdict"], &line["early"]["stopped"]), (&json!("unsafe"), &json!(true)), "{line}");
+        assert_eq!(line["draft"].is_null(), query == "do harm", "{line}");
+        // The request was looked at once, whatever was asked about the draft.
+        let looks = world.taken().into_iter().filter(|reached| String::from_utf8_lossy(&reached.body).contains("ASKS"));
+        assert_eq!(looks.count(), 1);
+    }
+}
+
 #[tokio::test]
 async fn harm_in_the_first_window_is_answered_anew() {
     let mut draft = words(60);
