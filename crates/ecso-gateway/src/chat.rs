@@ -351,7 +351,8 @@ impl Guarded {
         let is_judged = is_own && request.choices == 1 && (releases || settings.early_stop);
         match begun.take() {
             Some(Answer::Stream(response)) if is_judged => {
-                let how = How { sizes: settings.windows, releases, opens: settings.on_failure == OnFailure::Open };
+                let gives_up = releases && settings.on_failure == OnFailure::Closed;
+                let how = How { sizes: settings.windows, releases, gives_up };
                 let events = Events::of(bounded(response, settings.limits.answer));
                 let considering = context.in_time(async { Ok(guard.consider(&request.chat).await?) }).boxed();
                 Some(Writing::new(guard, &request.chat, how, (events, direct.clone()), considering))

@@ -257,11 +257,11 @@ impl Completion {
         self.checked()
     }
 
-    /// What is left of an answer that was stopped: the text that was judged. What it took nobody has told.
-    pub(crate) fn stopped(mut self, said: &str) -> Self {
+    /// What is left of an answer that was stopped: a text to be judged, and not one piece that could go out. What it took nobody has told.
+    pub(crate) fn stopped(mut self, index: u64, said: &str) -> Self {
         self.frame.retain(|name, _| name == "created");
-        self.choices.clear();
-        self.add(json!({"choices": [{"message": {"role": "assistant", "content": said}, "finish_reason": "stop"}]}));
+        let heard = Heard { texts: BTreeMap::from([("content".to_owned(), said.to_owned())]), ..Heard::default() };
+        self.choices = BTreeMap::from([(index, Choice { pieces: Vec::new(), heard })]);
         self
     }
 
@@ -289,7 +289,11 @@ impl Completion {
         let choices = fields.remove("choices");
         // Texts have no place here, so that nobody is told of any.
         if let Ok(frame) = fields_of(FRAME, fields, "", &mut Heard::default()) {
-            self.frame.extend(frame.into_iter().filter(|(_, value)| !value.is_null()));
+            // A stream has one beginning.
+            let is_new = |name: &str, known: &Map<String, Value>| name != "created" || !known.contains_key(name);
+            let frame = frame.into_iter().filter(|(name, value)| !value.is_null() && is_new(name, &self.frame));
+            let frame: Vec<_> = frame.collect();
+            self.frame.extend(frame);
         }
         for choice in choices.as_ref().and_then(Value::as_array).into_iter().flatten() {
             let Value::Object(choice) = choice else { continue };

@@ -116,7 +116,7 @@ impl Windows {
     fn release(&mut self, found: &Checked) -> Vec<Value> {
         let asked = self.asked.take().filter(|asked| asked.said == found.draft());
         let Some(asked) = asked.filter(|_| found.verdict() == Verdict::Safe) else {
-            (self.is_closed, self.size) = (true, usize::MAX);
+            self.close();
             return Vec::new();
         };
         self.judged = asked.length;
@@ -124,6 +124,11 @@ impl Windows {
         let text: String = self.held.iter().map(|(_, text)| text.as_str()).collect();
         let judged = text.get(..asked.came - self.gone).unwrap_or_default();
         self.pieces(bound(judged, self.sizes.held))
+    }
+
+    /// From here on nothing is asked, and all waits for the last verdict.
+    fn close(&mut self) {
+        (self.is_closed, self.size, self.asked) = (true, usize::MAX, None);
     }
 
     /// So many bytes of the text that is held, as pieces of the client's stream.
@@ -230,8 +235,8 @@ pub(crate) struct How {
     pub(crate) sizes: settings::Windows,
     /// Whether text goes out before the end.
     pub(crate) releases: bool,
-    /// Whether a draft that can't be judged is waited for all the same.
-    pub(crate) opens: bool,
+    /// Whether a judgement that fails on the way is the end.
+    pub(crate) gives_up: bool,
 }
 
 /// Why there is no more to wait for.
@@ -295,16 +300,20 @@ impl<'a> Writing<'a> {
         match checked {
             Ok((considered, checked)) => {
                 self.considered = Ok(considered);
-                if checked.verdict() == Verdict::Unsafe {
+                let pieces = self.windows.release(&checked);
+                // What is whole already need not be stopped.
+                if checked.verdict() == Verdict::Unsafe && !self.is_read {
                     self.end = Some(End::Stopped(checked));
-                    return Vec::new();
                 }
-                self.windows.release(&checked)
+                pieces
+            }
+            Err(error) if self.how.gives_up => {
+                (self.considered, self.end) = (Err(error), Some(End::Failed));
+                Vec::new()
             }
             Err(error) => {
-                let opens = self.how.opens && error.may_open;
-                self.considered = Err(error);
-                self.end = Some(End::Failed).filter(|_| !opens);
+                tracing::warn!(code = error.code, "a judgement on the way failed: what is left waits for the last one");
+                self.windows.close();
                 Vec::new()
             }
         }
@@ -340,11 +349,10 @@ impl<'a> Writing<'a> {
         let (answer, rest) = match end {
             Some(End::Whole) => windows.end(&events)?,
             Some(End::Spared) => (Completion::replies(&[Reply::default()], now()), Vec::new()),
-            // Nothing of what is judged again goes out.
-            Some(End::Stopped(checked)) => (windows.draft.stopped(checked.draft()), Vec::new()),
+            Some(End::Stopped(checked)) => (windows.draft.stopped(CHOICE, checked.draft()), Vec::new()),
             Some(End::Failed) | None => {
                 let said = windows.said();
-                (windows.draft.stopped(&said), Vec::new())
+                (windows.draft.stopped(CHOICE, &said), Vec::new())
             }
         };
         Ok(Drafted { answer, head: HeaderMap::new(), considered, is_spared, early: Some((early, rest)) })

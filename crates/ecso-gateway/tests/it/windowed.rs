@@ -383,6 +383,24 @@ async fn a_judge_that_fails_ends_the_stream() {
 }
 
 #[tokio::test]
+async fn a_judge_that_fails_on_the_way_leaves_it_to_the_end() {
+    // The only judgement of it that is asked on the way fails.
+    let text = words(20).concat() + "judge-500";
+    for (settings, opens) in [
+        (Settings { on_failure: OnFailure::Open, ..windowed() }, true),
+        (Settings { early_stop: true, stream: Streams::Hold, ..windowed() }, false),
+        (Settings { early_stop: true, stream: Streams::Hold, on_failure: OnFailure::Open, ..windowed() }, true),
+    ] {
+        let got = stream(&Writer::of([text.clone()]).world(settings).await, &asked()).await;
+        if opens {
+            assert_eq!((said(&got.body, "content"), &found(&got.body)["verdict"]), (text.clone(), &json!("unchecked")));
+        } else {
+            assert!(!got.body.contains("bread") && got.body.contains("\"error\""), "{}", got.body);
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_client_that_leaves_stops_the_model() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("audit.jsonl");
