@@ -131,10 +131,8 @@ def served(upstream, way):
     settings = {f"ECSO__GATEWAY__{name.upper()}": value for name, value in way.items() if name in ("stream", "early_stop")}
     settings |= {f"ECSO__GATEWAY__WINDOWS__{name.upper()}": value for name, value in way.items() if name in ("first", "most")}
     settings |= dict(pair.split("=", 1) for pair in given.set)
-    if given.model and given.model.startswith("http"):
-        settings["ECSO__CHECKS__URL"] = given.model
-    elif given.model:
-        settings["ECSO__CHECKS__URL"] = judge
+    if given.model:
+        settings |= {"ECSO__CHECKS__URL": judge, "ECSO__CHECKS__MODEL_NAME": judge_name}
     settings = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in settings.items()}
     command = [given.ecso, "serve", "--upstream", upstream, "--listen", "127.0.0.1:0", "--profile", given.profile]
     return started(command, settings)
@@ -248,10 +246,14 @@ class Server(ThreadingHTTPServer):
 server = Server(("127.0.0.1", 0), Model)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 upstream, running = f"http://127.0.0.1:{server.server_port}/v1", []
-if given.model and not given.model.startswith("http"):
-    # The judge is a server of its own, which guards nothing.
-    process, judge = started([given.ecso, "serve", "--model", given.model, "--listen", "127.0.0.1:0", "--mode", "off"])
-    running.append(process)
+if given.model:
+    judge = given.model
+    if not judge.startswith("http"):
+        # The judge is a server of its own, which guards nothing.
+        process, judge = started([given.ecso, "serve", "--model", given.model, "--listen", "127.0.0.1:0", "--mode", "off"])
+        running.append(process)
+    with urllib.request.urlopen(judge + "/models") as known:
+        judge_name = json.load(known)["data"][0]["id"]
 print(f"{len(items)} drafts, {given.token_ms:g} ms a token, {given.at_once} at once")
 print("| | first word, harmless | whole, harmless | calls | tokens | harm found | words out by then: median, p95, most | of the marker, most | whole, harmful | as held |")
 print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
