@@ -10,7 +10,7 @@ use std::{
 use anyhow::Context;
 use ecso_gateway::{
     Checks, Gateway, Playground, Upstream,
-    settings::{ImageUrls, Mode, OnFailure},
+    settings::{ImageUrls, Mode, OnFailure, Streams},
 };
 use futures::FutureExt;
 use tokio::{net::TcpListener, sync::watch};
@@ -261,6 +261,11 @@ fn warnings(settings: &Settings) -> anyhow::Result<Vec<String>> {
     if settings.gateway.image_urls == ImageUrls::Pass {
         warnings.push(
             "gateway.image_urls = \"pass\": whoever owns an image's host can show the model another picture than the judge".into(),
+        );
+    }
+    if settings.gateway.stream == Streams::Windowed {
+        warnings.push(
+            "gateway.stream = \"windowed\": what an answer says before it turns to harm goes out, and stays out".into(),
         );
     }
     Ok(warnings)

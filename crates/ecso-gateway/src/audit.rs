@@ -102,6 +102,7 @@ impl Audit {
             "score": outcome.and_then(|outcome| outcome.score),
             "rewritten": outcome.is_some_and(|outcome| outcome.rewritten),
             "failure": case.report.failure,
+            "early": case.report.early,
             "ms": u64::try_from(case.begun.elapsed().as_millis()).unwrap_or(u64::MAX),
             "image_digests": images.collect::<Vec<_>>(),
             "query_digest": query.map(|turn| digest(&turn.query())),

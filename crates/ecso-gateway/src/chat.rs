@@ -26,14 +26,15 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tracing::{Instrument, Span};
 
 use crate::{
-    completion::{Completion, finish},
+    completion::{Completion, Events, finish},
     context::{Record, RequestContext},
     error::ApiError,
-    report::{Finding, Report},
+    report::{Early, Finding, Report},
     request::Request,
-    settings::{OnFailure, TraceLevel},
+    settings::{OnFailure, Streams, TraceLevel},
     telemetry,
-    upstream::{Answer, answer_head, bounded},
+    upstream::{Answer, Way, answer_head, bounded},
+    windowed::{self, How, Writing},
     wire::{self, Wire},
 };
 
@@ -45,7 +46,9 @@ pub(crate) async fn enforce(
     wire: Option<Box<dyn Wire>>,
 ) -> Result<Response, ApiError> {
     let guarded = Guarded { context, request, wire };
-    if guarded.request.stream { guarded.held(permit).await } else { guarded.whole().await }
+    // A wish that can't be read is told before anything is asked.
+    guarded.context.streams()?;
+    if guarded.request.stream { guarded.held(permit).boxed().await } else { guarded.whole().boxed().await }
 }
 
 /// A chat that is to be guarded.
@@ -98,22 +101,23 @@ impl Guarded {
         if considered.as_ref().is_ok_and(Considered::is_harm) {
             // One that is there already is written down, and has its choices.
             if let Some(Ok((answer, head))) = asked.as_mut().take_output() {
-                return Ok(Drafted { answer, head, considered, is_spared: false });
+                return Ok(Drafted { answer, head, considered, is_spared: false, early: None });
             }
             let nothing = vec![Reply::default(); usize::try_from(request.choices).unwrap_or(1)];
             let answer = Completion::replies(&nothing, now());
-            return Ok(Drafted { answer, head: HeaderMap::new(), considered, is_spared: true });
+            return Ok(Drafted { answer, head: HeaderMap::new(), considered, is_spared: true, early: None });
         }
         // What the upstream refuses is told before a failure of ours.
         asked.as_mut().await;
         let (answer, head) = asked.take_output().ok_or_else(|| ApiError::upstream("there is no answer"))??;
-        Ok(Drafted { answer, head, considered, is_spared: false })
+        Ok(Drafted { answer, head, considered, is_spared: false, early: None })
     }
 
     /// What is found about an answer, all choices of it; an error if nothing of it may go out.
     async fn judged(&self, guard: &Guard<Arc<dyn Mllm>>, drafted: &Drafted) -> Result<Report, ApiError> {
         let Self { context, request, .. } = self;
-        let record = context.record(request, drafted.drafts());
+        let mut record = context.record(request, drafted.drafts());
+        record.drafted(drafted.drafts(), drafted.early());
         if let Err(error) = context.in_time(review(guard, request, drafted, &record)).await {
             if !self.opens(&error, &record) {
                 return Err(error);
@@ -331,14 +335,48 @@ impl Guarded {
         }
     }
 
+    /// A stream that has `begun`, taken to be judged while it is written: where text of it may go out early, or the settings want the
+    /// model stopped at the first harm.
+    fn judged_early<'a>(
+        &'a self,
+        guard: &'a Guard<Arc<dyn Mllm>>,
+        begun: &mut Option<Answer>,
+        direct: &Span,
+    ) -> Option<Writing<'a>> {
+        let Self { context, request, wire } = self;
+        let settings = &context.state.settings;
+        let is_wanted = context.streams().is_ok_and(|streams| streams == Streams::Windowed);
+        let releases = is_wanted && wire.is_none() && request.wants_plain_text();
+        let is_own = matches!(context.way(), Some(Way::Own(_))) && guard.model().takes_several();
+        let is_judged = is_own && request.choices == 1 && (releases || settings.early_stop);
+        match begun.take() {
+            Some(Answer::Stream(response)) if is_judged => {
+                let gives_up = releases && settings.on_failure == OnFailure::Closed;
+                let how = How { sizes: settings.windows, releases, gives_up };
+                let events = Events::of(bounded(response, settings.limits.answer));
+                let considering = context.in_time(async { Ok(guard.consider(&request.chat).await?) }).boxed();
+                Some(Writing::new(guard, &request.chat, how, (events, direct.clone()), considering))
+            }
+            other => {
+                *begun = other;
+                None
+            }
+        }
+    }
+
     /// The whole of an answer that has `begun`, and what is found about the request meanwhile.
     async fn drafted(
         &self,
         guard: &Guard<Arc<dyn Mllm>>,
-        begun: Option<Answer>,
+        mut begun: Option<Answer>,
         direct: &Span,
     ) -> Result<Drafted, ApiError> {
         let context = &self.context;
+        if let Some(mut writing) = self.judged_early(guard, &mut begun, direct) {
+            // Nothing of it goes out.
+            while context.in_time(writing.next()).await?.is_some() {}
+            return writing.end();
+        }
         let asked = async {
             let answer = match begun {
                 Some(answer) => answer,
@@ -385,13 +423,29 @@ impl Guarded {
     ) -> impl Stream<Item = Result<String, ApiError>> + Send + 'a {
         let Self { context, request, .. } = self;
         try_stream! {
-            let drafted = self.drafted(guard, begun, &direct).await?;
+            let mut record = context.record(request, BTreeMap::new());
+            let mut begun = begun;
+            let drafted = match self.judged_early(guard, &mut begun, &direct) {
+                Some(mut writing) => {
+                    while let Some(pieces) = context.in_time(writing.next()).await? {
+                        let (said, early, answer) = writing.so_far();
+                        record.drafted(BTreeMap::from([(windowed::CHOICE, said)]), Some(early));
+                        for piece in pieces {
+                            yield self.chunk(answer, &piece);
+                        }
+                    }
+                    writing.end()?
+                }
+                None => self.drafted(guard, begun, &direct).await?,
+            };
             drop(direct);
-            let record = context.record(request, drafted.drafts());
-            let answer = &drafted.answer;
+            record.drafted(drafted.drafts(), drafted.early());
+            let (answer, mut safe_answer) = (&drafted.answer, None);
             for (considered, choice, said) in drafted.choices() {
                 let events = considered_review(guard, request, considered, &said);
                 pin_mut!(events);
+                // What is out stays out: harm behind it ends the stream, and the safe answer has a place of its own.
+                let is_late = choice == windowed::CHOICE && drafted.early().is_some_and(|early| early.characters > 0);
                 let (mut rewritten, mut begun) = (false, false);
                 let mut next = async || {
                     context.in_time(async { Ok(events.next().await) }).await.unwrap_or_else(|late| Some(Err(late)))
@@ -402,19 +456,25 @@ impl Guarded {
                             record.add(choice, Finding::Decided(verdict));
                             rewritten = another;
                             if !rewritten {
-                                for piece in answer.pieces(choice) {
+                                for piece in drafted.pieces(choice) {
                                     yield self.chunk(answer, &piece);
                                 }
+                            } else if is_late {
+                                let refusal = Some(("refusal", guard.profile().refusal.as_str()));
+                                yield self.delta(answer, choice, false, refusal, None);
+                                yield self.delta(answer, choice, false, None, Some("content_filter"));
                             }
                         }
                         // Whether it is the fixed refusal, the end tells; where that has another place, the answer waits
                         // for it.
-                        Ok(Event::Answer(text)) if rewritten && !request.wants_json() => {
+                        Ok(Event::Answer(text)) if rewritten && !is_late && !request.wants_json() => {
                             yield self.delta(answer, choice, !begun, Some(("content", &text)), None);
                             begun = true;
                         }
                         Ok(Event::Done(outcome)) => {
-                            if rewritten {
+                            if rewritten && is_late {
+                                safe_answer = Some(outcome.answer.clone()).filter(|_| !outcome.refused);
+                            } else if rewritten {
                                 if request.wants_json() {
                                     let place = if outcome.refused { "refusal" } else { "content" };
                                     yield self.delta(answer, choice, true, Some((place, &outcome.answer)), None);
@@ -424,13 +484,18 @@ impl Guarded {
                             record.add(choice, Finding::Done(outcome));
                         }
                         Ok(_) => {}
+                        Err(error) if rewritten && is_late => {
+                            error.log(&context.id);
+                            record.failed(error.code);
+                            break;
+                        }
                         Err(error) => {
                             // What has begun can't be taken back.
                             if begun || !self.opens(&error, &record) {
                                 Err(error.clone())?;
                             }
                             record.opened(Some(choice), error.code);
-                            for piece in answer.pieces(choice) {
+                            for piece in drafted.pieces(choice) {
                                 yield self.chunk(answer, &piece);
                             }
                             break;
@@ -450,6 +515,9 @@ impl Guarded {
                 last["usage"] = answer.usage().cloned().unwrap_or(Value::Null);
             }
             last["ecso"] = report.object(&context.id, context.trace());
+            if let Some(answer) = safe_answer {
+                last["ecso"]["safe_answer"] = answer.into();
+            }
             yield format!("data: {last}\n\n");
             yield "data: [DONE]\n\n".to_owned();
         }
@@ -484,20 +552,36 @@ fn event(written: &Value) -> String {
 }
 
 /// A draft, and what was found about the request before it was judged.
-struct Drafted {
+pub(crate) struct Drafted {
     /// Says nothing where none was waited for.
-    answer: Completion,
-    head: HeaderMap,
+    pub(crate) answer: Completion,
+    pub(crate) head: HeaderMap,
     /// An error is one of every choice: what goes out without a verdict, the settings say.
-    considered: Result<Considered, ApiError>,
+    pub(crate) considered: Result<Considered, ApiError>,
     /// Whether nobody waited for an answer.
-    is_spared: bool,
+    pub(crate) is_spared: bool,
+    /// Of one that was judged while it was written, what went out then, and the pieces that did not.
+    pub(crate) early: Option<(Early, Vec<Value>)>,
 }
 
 impl Drafted {
     /// A draft of which nothing is known.
     fn alone(answer: Completion) -> Self {
-        Self { answer, head: HeaderMap::new(), considered: Ok(Considered::default()), is_spared: false }
+        let considered = Ok(Considered::default());
+        Self { answer, head: HeaderMap::new(), considered, is_spared: false, early: None }
+    }
+
+    /// What went out before it was whole.
+    fn early(&self) -> Option<Early> {
+        self.early.as_ref().map(|(early, _)| *early)
+    }
+
+    /// The pieces of a choice that are not out.
+    fn pieces(&self, choice: u64) -> Vec<Value> {
+        match &self.early {
+            Some((_, rest)) if choice == windowed::CHOICE => rest.clone(),
+            _ => self.answer.pieces(choice).collect(),
+        }
     }
 
     /// What was said, by choice.
@@ -517,7 +601,7 @@ impl Drafted {
 }
 
 /// This second, since 1970.
-fn now() -> u64 {
+pub(crate) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 

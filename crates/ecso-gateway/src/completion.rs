@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use ecso::{FinishReason, Reply};
 use ecso_openai::{lenient, surrogates};
-use futures::{Stream, StreamExt};
+use futures::{Stream, StreamExt, stream::BoxStream};
 use serde_json::{Map, Value, json};
 use sse_stream::SseStream;
 
@@ -142,12 +142,15 @@ struct Heard {
     texts: BTreeMap<String, String>,
     names: BTreeMap<String, String>,
     joiners: BTreeMap<String, surrogates::Joiner>,
+    /// How long all of it is, in quarters of a token.
+    length: usize,
 }
 
 impl Reader for Heard {
     fn text(&mut self, path: &str, text: String) -> String {
         // Half a character waits for its other half, in the same place of a later piece.
         let text = self.joiners.entry(path.to_owned()).or_default().push(&text);
+        self.length += text.chars().map(quarters).sum::<usize>();
         self.texts.entry(path.to_owned()).or_default().push_str(&text);
         text
     }
@@ -233,30 +236,33 @@ impl Completion {
     }
 
     /// Reads a stream to its end.
-    pub(crate) async fn chunks<E>(body: impl Stream<Item = Result<Bytes, E>> + Send + Unpin) -> Result<Self, ApiError>
+    pub(crate) async fn chunks<E>(
+        body: impl Stream<Item = Result<Bytes, E>> + Send + Unpin + 'static,
+    ) -> Result<Self, ApiError>
     where
         E: std::error::Error + Send + Sync + 'static,
     {
-        let broken = |why: String| ApiError::upstream("the upstream's stream broke").because(why);
-        let mut events = SseStream::from_bytes_stream(body);
-        let (mut completion, mut ended) = (Self::default(), false);
-        while let Some(event) = events.next().await {
-            let event = event.map_err(|error| broken(error.to_string()))?;
-            let Some(data) = event.data else { continue };
-            if data.trim() == "[DONE]" {
-                ended = true;
-                break;
-            }
-            let value: Value = lenient::parse(&data).map_err(|error| broken(error.to_string()))?;
-            if let Some(error) = value.get("error").filter(|error| !error.is_null()) {
-                return Err(broken(error["message"].as_str().unwrap_or("it says no reason").to_owned()));
-            }
-            completion.add(value);
+        let (mut events, mut completion) = (Events::of(body), Self::default());
+        while let Some(event) = events.next().await? {
+            completion.add(event);
         }
-        if !ended && !completion.choices.values().all(Choice::is_finished) {
+        completion.ended(&events)
+    }
+
+    /// The end of a stream: an answer that breaks off before its own is none.
+    pub(crate) fn ended(self, events: &Events) -> Result<Self, ApiError> {
+        if !events.is_told && !self.choices.values().all(Choice::is_finished) {
             return Err(broken("it ended before the answer did".into()));
         }
-        completion.checked()
+        self.checked()
+    }
+
+    /// What is left of an answer that was stopped: a text to be judged, and not one piece that could go out. What it took nobody has told.
+    pub(crate) fn stopped(mut self, index: u64, said: &str) -> Self {
+        self.frame.retain(|name, _| name == "created");
+        let heard = Heard { texts: BTreeMap::from([("content".to_owned(), said.to_owned())]), ..Heard::default() };
+        self.choices = BTreeMap::from([(index, Choice { pieces: Vec::new(), heard })]);
+        self
     }
 
     /// The answers of a model in this process, in pieces as a stream has them.
@@ -278,12 +284,16 @@ impl Completion {
     }
 
     /// Takes what is known of an answer, or of one event.
-    fn add(&mut self, value: Value) {
+    pub(crate) fn add(&mut self, value: Value) {
         let Value::Object(mut fields) = value else { return };
         let choices = fields.remove("choices");
         // Texts have no place here, so that nobody is told of any.
         if let Ok(frame) = fields_of(FRAME, fields, "", &mut Heard::default()) {
-            self.frame.extend(frame.into_iter().filter(|(_, value)| !value.is_null()));
+            // A stream has one beginning.
+            let is_new = |name: &str, known: &Map<String, Value>| name != "created" || !known.contains_key(name);
+            let frame = frame.into_iter().filter(|(name, value)| !value.is_null() && is_new(name, &self.frame));
+            let frame: Vec<_> = frame.collect();
+            self.frame.extend(frame);
         }
         for choice in choices.as_ref().and_then(Value::as_array).into_iter().flatten() {
             let Value::Object(choice) = choice else { continue };
@@ -301,6 +311,11 @@ impl Completion {
     /// All that each choice says, its content first: what is judged.
     pub(crate) fn said(&self) -> BTreeMap<u64, String> {
         self.choices.iter().map(|(index, choice)| (*index, choice.said())).collect()
+    }
+
+    /// About how long what a choice says is, in quarters of a token.
+    pub(crate) fn length(&self, index: u64) -> usize {
+        self.choices.get(&index).map_or(0, |choice| choice.heard.length)
     }
 
     /// The usage that the upstream tells.
@@ -328,7 +343,13 @@ impl Completion {
 
     /// The pieces of a choice as they came, for a stream.
     pub(crate) fn pieces(&self, index: u64) -> impl Iterator<Item = Value> {
-        self.choices.get(&index).into_iter().flat_map(|choice| &choice.pieces).map(move |piece| {
+        self.pieces_behind(index, 0)
+    }
+
+    /// The same without the first `taken`.
+    pub(crate) fn pieces_behind(&self, index: u64, taken: usize) -> impl Iterator<Item = Value> {
+        let pieces = self.choices.get(&index).and_then(|choice| choice.pieces.get(taken..)).unwrap_or_default();
+        pieces.iter().map(move |piece| {
             let mut choice = json!({"index": index, "delta": piece.message, "finish_reason": piece.finish});
             if !piece.logprobs.is_null() {
                 choice["logprobs"] = piece.logprobs.clone();
@@ -348,6 +369,50 @@ impl Completion {
     pub(crate) fn figures(&self) -> impl Iterator<Item = (&String, &Value)> {
         self.frame.iter().filter(|(name, _)| *name != "created")
     }
+}
+
+/// About how much a letter takes, in quarters of a token.
+pub(crate) fn quarters(letter: char) -> usize {
+    if letter.is_ascii() { 1 } else { 4 }
+}
+
+/// The events of an upstream's stream, as they come.
+pub(crate) struct Events {
+    events: BoxStream<'static, Result<sse_stream::Sse, sse_stream::Error>>,
+    /// Whether the upstream has told the end.
+    is_told: bool,
+}
+
+impl Events {
+    pub(crate) fn of<E>(body: impl Stream<Item = Result<Bytes, E>> + Send + Unpin + 'static) -> Self
+    where
+        E: std::error::Error + Send + Sync + 'static,
+    {
+        Self { events: SseStream::from_bytes_stream(body).boxed(), is_told: false }
+    }
+
+    /// The next event; none behind the last. Dropping the future loses nothing.
+    pub(crate) async fn next(&mut self) -> Result<Option<Value>, ApiError> {
+        while !self.is_told {
+            let Some(event) = self.events.next().await else { return Ok(None) };
+            let Some(data) = event.map_err(|error| broken(error.to_string()))?.data else { continue };
+            if data.trim() == "[DONE]" {
+                self.is_told = true;
+                break;
+            }
+            let value: Value = lenient::parse(&data).map_err(|error| broken(error.to_string()))?;
+            if let Some(error) = value.get("error").filter(|error| !error.is_null()) {
+                return Err(broken(error["message"].as_str().unwrap_or("it says no reason").to_owned()));
+            }
+            return Ok(Some(value));
+        }
+        Ok(None)
+    }
+}
+
+/// A stream of which nothing more can be read.
+fn broken(why: String) -> ApiError {
+    ApiError::upstream("the upstream's stream broke").because(why)
 }
 
 /// Puts a piece of a message behind what came before it: texts and lists go on, and so does each tool call, by its index.
@@ -441,7 +506,7 @@ pub(crate) fn finish(finish: FinishReason) -> &'static str {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
@@ -564,7 +629,7 @@ mod tests {
     }
 
     /// JSON in which every text is a marker of its own, under names that answers have and others.
-    fn answers() -> impl Strategy<Value = Value> {
+    pub(crate) fn answers() -> impl Strategy<Value = Value> {
         let marker = "[A-Z]{9}";
         let name = prop_oneof![
             Just("content".to_owned()),
@@ -607,7 +672,7 @@ mod tests {
         })
     }
 
-    fn markers(text: &str) -> impl Iterator<Item = &str> {
+    pub(crate) fn markers(text: &str) -> impl Iterator<Item = &str> {
         text.split(|c: char| !c.is_ascii_uppercase()).filter(|run| run.len() >= 9)
     }
 

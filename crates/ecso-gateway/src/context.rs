@@ -17,9 +17,9 @@ use crate::{
     access::{self, Caller},
     audit::Case,
     error::ApiError,
-    report::{Finding, Report},
+    report::{Early, Finding, Report},
     request::{Body, Request, is_remote},
-    settings::{ImageUrls, Mode, Settings, TraceLevel},
+    settings::{ImageUrls, Mode, Settings, Streams, TraceLevel},
     state::AppState,
     upstream::{Carrier, HTTP, Key, Upstream, Way, is_known_header, passed, unbroken},
 };
@@ -257,6 +257,21 @@ impl RequestContext {
         self.state.settings.limits.deadline().saturating_sub(self.begun.elapsed())
     }
 
+    /// How the stream of this request goes out. A client may always have it held, and have less only where its wishes are obeyed.
+    pub(crate) fn streams(&self) -> Result<Streams, ApiError> {
+        let settings = &self.state.settings;
+        let mut streams = settings.stream;
+        for wish in self.headers.get_all("x-ecso-stream") {
+            match wish.as_bytes() {
+                b"hold" => return Ok(Streams::Hold),
+                b"windowed" if settings.mode_header => streams = Streams::Windowed,
+                b"windowed" => {}
+                _ => return Err(ApiError::bad_request("invalid_mode", "x-ecso-stream is hold or windowed")),
+            }
+        }
+        Ok(streams)
+    }
+
     /// How much of the steps this client sees.
     pub(crate) fn trace(&self) -> TraceLevel {
         let asked = self.headers.get("x-ecso-trace").is_some_and(|value| value == "true" || value == "1");
@@ -298,19 +313,25 @@ impl Record<'_> {
         self.report.lock().unwrap_or_else(PoisonError::into_inner).add(choice, finding);
     }
 
-    /// Adds what the model said, where that comes while it is judged.
-    pub(crate) fn drafted(&mut self, choice: u64, draft: String) {
-        self.drafts.insert(choice, draft);
-    }
-
     /// That the guard failed, on all choices or on one, and the answer goes out all the same.
     pub(crate) fn opened(&self, choice: Option<u64>, why: &'static str) {
         let mut report = self.report.lock().unwrap_or_else(PoisonError::into_inner);
-        match choice {
-            Some(choice) => report.add(choice, Finding::Failed),
-            None => *report = Report::failed(self.drafts.keys().copied(), why),
+        let failed = choice.map_or_else(|| self.drafts.keys().copied().collect(), |choice| vec![choice]);
+        for choice in failed {
+            report.add(choice, Finding::Failed);
         }
         report.failure = Some(why);
+    }
+
+    /// The drafts, as far as they are known, and what of them went out before they were whole.
+    pub(crate) fn drafted(&mut self, drafts: BTreeMap<u64, String>, early: Option<Early>) {
+        self.drafts = drafts;
+        self.report.lock().unwrap_or_else(PoisonError::into_inner).early = early;
+    }
+
+    /// That the guard failed behind a verdict.
+    pub(crate) fn failed(&self, why: &'static str) {
+        self.report.lock().unwrap_or_else(PoisonError::into_inner).failure = Some(why);
     }
 
     /// Whether a verdict has fallen that holds an answer back.
@@ -330,6 +351,10 @@ impl Record<'_> {
 impl Drop for Record<'_> {
     fn drop(&mut self) {
         let mut report = self.report.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if report.early.is_some_and(|early| early.characters > 0) && report.findings().next().is_none() {
+            // What is out was judged; the whole was not.
+            report.add(0, Finding::Failed);
+        }
         if !self.is_written && report.findings().next().is_some() {
             report.failure = Some("unfinished");
             self.context.write(Some(self.request), &report, &self.drafts);

@@ -148,6 +148,47 @@ pub(crate) const STEERING: &[&str] = &[
     "thinking_config",
 ];
 
+/// Fields of requests for one plain text, with which a stream may be windowed. With any other it is held.
+pub(crate) const PLAIN: &[&str] = &[
+    "model",
+    "messages",
+    "stream",
+    "stream_options",
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "max_tokens",
+    "max_completion_tokens",
+    "min_tokens",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+    "repeat_penalty",
+    "stop",
+    "verbosity",
+    "reasoning_effort",
+    "reasoning",
+    "thinking",
+    "enable_thinking",
+    "thinking_budget",
+    "include_reasoning",
+    "reasoning_format",
+    "chat_template_kwargs",
+    "mm_processor_kwargs",
+    "modalities",
+    "service_tier",
+    "user",
+    "metadata",
+    "safety_identifier",
+    "prompt_cache_key",
+    "cache_prompt",
+    "num_ctx",
+    "keep_alive",
+];
+
 /// Keys of `chat_template_kwargs` that would take the place of what the server itself gives its template.
 pub(crate) const OF_THE_TEMPLATE: &[&str] = &[
     "chat_template",

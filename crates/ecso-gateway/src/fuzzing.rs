@@ -49,6 +49,7 @@ fn names_an_image(value: &serde_json::Value) -> bool {
 pub fn stream(stream: &[u8]) {
     let read = |size: usize| {
         let pieces = stream.chunks(size).map(|piece| Ok::<_, std::io::Error>(Bytes::copy_from_slice(piece)));
+        let pieces: Vec<_> = pieces.collect();
         // Every piece is there, so the reading never waits.
         Completion::chunks(futures::stream::iter(pieces)).now_or_never()
     };

@@ -2,11 +2,11 @@
 //!
 //! It stands in front of an OpenAI-compatible server (or of a model in this process) and speaks the same language. A
 //! chat with an image is answered by the model, judged, and answered anew with eyes closed if need be; **no text of an
-//! answer reaches the client before its verdict**. What is not guarded is passed on if it is known to be harmless.
+//! answer reaches the client before a verdict on it**. What is not guarded is passed on if it is known to be harmless.
 //!
 //! The way of a request: [`server`] routes it; `context` lets it in; `json` and `request` read it against the tables of
 //! `fields`; `upstream` gets the draft; `completion` is what is known of that; `chat` judges it and writes the answer;
-//! `report` is what was found; `error` is everything that can go wrong, as the client sees it. `passthrough` sends on what
+//! `windowed` has a draft judged while it is written; `report` is what was found; `error` is everything that can go wrong, as the client sees it. `passthrough` sends on what
 //! the table of `routes` lets through; `observe` judges beside; `guard` and `moderation` judge on demand, and
 //! `hooks` for gateways that others run; `layer` guards a service of the same program. `playground` is a page for people.
 
@@ -46,6 +46,7 @@ mod state;
 mod store;
 mod telemetry;
 mod upstream;
+mod windowed;
 mod wire;
 
 pub use connections::serve;

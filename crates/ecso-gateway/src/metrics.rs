@@ -55,6 +55,7 @@ pub(crate) struct Metrics {
     seconds: Family<Of, Histogram, fn() -> Histogram>,
     tokens: Family<Tokens, Counter>,
     guarded: Histogram,
+    harm_out: Histogram,
     running: Gauge,
     waiting: Gauge,
 }
@@ -79,9 +80,13 @@ impl Metrics {
         registry.register_with_unit("step", "Model time of one call, by step", Unit::Seconds, seconds.clone());
         registry.register("step_tokens", "Tokens of the steps, where the model tells", tokens.clone());
         registry.register_with_unit("guarded", "Time of a guarded request", Unit::Seconds, guarded.clone());
+        // Words, from none to 1,024.
+        let harm_out = Histogram::new([0.0].into_iter().chain(exponential_buckets(4.0, 2.0, 9)));
+        let words = "Words that were out when an answer that was judged while it was written turned out unsafe";
+        registry.register("harm_out_words", words, harm_out.clone());
         registry.register("running", "Guarded requests under way", running.clone());
         registry.register("waiting", "Guarded requests that wait for their turn", waiting.clone());
-        Self { registry, requests, answers, failures, seconds, tokens, guarded, running, waiting }
+        Self { registry, requests, answers, failures, seconds, tokens, guarded, harm_out, running, waiting }
     }
 
     pub(crate) fn request(&self, door: &'static str, route: &'static str, status: u16) {
@@ -99,6 +104,9 @@ impl Metrics {
             Mode::Off => "off",
         };
         self.guarded.observe(case.begun.elapsed().as_secs_f64());
+        if let Some(early) = case.report.early.filter(|_| case.report.is_unsafe()) {
+            self.harm_out.observe(f64::from(u32::try_from(early.words).unwrap_or(u32::MAX)));
+        }
         for (_, finding) in case.report.findings() {
             let (verdict, outcome) = (finding.verdict().as_str(), finding.outcome());
             let rewritten = if outcome.is_some_and(|outcome| outcome.rewritten) { "yes" } else { "no" };

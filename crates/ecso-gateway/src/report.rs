@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use axum::http::{HeaderMap, HeaderValue};
 use ecso::{Outcome, Verdict};
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::settings::TraceLevel;
@@ -14,6 +15,17 @@ pub(crate) struct Report {
     findings: BTreeMap<u64, Finding>,
     /// Why the guard failed, or did not come to its end.
     pub(crate) failure: Option<&'static str>,
+    /// What went out before there was a verdict on the whole, where the answer was judged while it was written.
+    pub(crate) early: Option<Early>,
+}
+
+/// What went out of an answer that was judged while it was written, before there was a verdict on the whole of it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct Early {
+    pub(crate) words: usize,
+    pub(crate) characters: usize,
+    /// Whether the model was stopped before its end.
+    pub(crate) stopped: bool,
 }
 
 /// What is known of one choice.
@@ -47,7 +59,7 @@ impl Report {
     /// That the guard failed, on all of these choices.
     pub(crate) fn failed(choices: impl IntoIterator<Item = u64>, why: &'static str) -> Self {
         let findings = choices.into_iter().map(|choice| (choice, Finding::Failed)).collect();
-        Self { findings, failure: Some(why) }
+        Self { findings, failure: Some(why), early: None }
     }
 
     /// Adds what is known of a choice.
@@ -92,6 +104,9 @@ impl Report {
             json!({"request_id": id, "verdict": self.verdict(), "score": self.score(), "usage": self.usage()});
         if let Some(failure) = self.failure {
             object["failure"] = failure.into();
+        }
+        if let Some(early) = self.early {
+            object["early"] = json!(early);
         }
         let choices: Vec<Value> = self.findings().map(|(index, finding)| choice(index, finding, trace)).collect();
         if trace != TraceLevel::None || choices.len() > 1 {

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use crate::{
     error::ApiError,
     fields::{
-        AUDIO_PART, IMAGE_PART, MESSAGE, OF_THE_TEMPLATE, ONCE, REFUSAL_PART, SAMPLING, STEERING, TEXT_PART,
+        AUDIO_PART, IMAGE_PART, MESSAGE, OF_THE_TEMPLATE, ONCE, PLAIN, REFUSAL_PART, SAMPLING, STEERING, TEXT_PART,
         THOUGHT_PART,
     },
     forms::{Form, Odd, Reader, fields_of},
@@ -304,6 +304,13 @@ impl Request {
             .get("response_format")
             .and_then(|format| format["type"].as_str())
             .is_some_and(|kind| kind.starts_with("json"))
+    }
+
+    /// Whether it asks for one plain text, and nothing else.
+    pub(crate) fn wants_plain_text(&self) -> bool {
+        let is_known = |name: &str| PLAIN.contains(&name) || (name == "response_format" && !self.wants_json());
+        let is_none = |value: &Value| matches!(value, Value::Null | Value::Bool(false));
+        self.choices == 1 && self.fields.iter().all(|(name, value)| is_none(value) || is_known(name))
     }
 
     /// Whether a model in this process can answer it.

@@ -18,7 +18,7 @@ pub struct Settings {
     pub profiles: BTreeMap<String, String>,
     /// The share of observed requests that are judged, 0 to 1; the others are forwarded alone.
     pub observe_share: f64,
-    /// Whether a client may choose by the header `x-ecso-mode`.
+    /// Whether a client may choose by the headers `x-ecso-mode` and `x-ecso-stream`; a held stream it may always choose.
     pub mode_header: bool,
     /// What happens when the guard itself fails.
     pub on_failure: OnFailure,
@@ -28,6 +28,12 @@ pub struct Settings {
     pub trace: TraceLevel,
     /// Seconds between signs of life on a stream that is held.
     pub keep_alive: u64,
+    /// How the streams of guarded chats go out.
+    pub stream: Streams,
+    /// The windows of streams that are `windowed`, and those by which a draft is judged for `early_stop`.
+    pub windows: Windows,
+    /// Whether a held stream is judged while the model writes it, so that the model is stopped as soon as there is harm in it.
+    pub early_stop: bool,
     /// What is done about images that a request only names by their URL.
     pub image_urls: ImageUrls,
     /// Hosts, by name or address, from which images are fetched though they are not of the open internet.
@@ -66,6 +72,9 @@ impl Default for Settings {
             keys: BTreeMap::new(),
             trace: TraceLevel::Figures,
             keep_alive: 10,
+            stream: Streams::Hold,
+            windows: Windows::default(),
+            early_stop: false,
             image_urls: ImageUrls::Fetch,
             image_hosts: Vec::new(),
             allow_fields: Vec::new(),
@@ -106,6 +115,35 @@ pub enum Mode {
     Observe,
     /// Its answer is judged, and answered anew if it is unsafe.
     Enforce,
+}
+
+/// How the stream of a guarded chat goes out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Streams {
+    /// When all of the answer is judged.
+    Hold,
+    /// Window by window, each when it was judged with all that came before it: harm that only later words show finds the earlier words
+    /// gone out. What can't be judged so is held.
+    Windowed,
+}
+
+/// The windows in which an answer is judged while it is written. Tokens are counted roughly: four letters of ASCII, or one other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Windows {
+    /// New tokens before the first judgement.
+    pub first: usize,
+    /// Each window has twice the tokens of the one before it, up to this many; or an eighth of what was judged, where that is more.
+    pub most: usize,
+    /// The last tokens of what was judged, which wait for the next judgement.
+    pub held: usize,
+}
+
+impl Default for Windows {
+    fn default() -> Self {
+        Self { first: 32, most: 256, held: 8 }
+    }
 }
 
 /// What is done about images that a request only names by their URL.

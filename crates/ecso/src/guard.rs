@@ -15,6 +15,7 @@ use crate::{
     profile::{Gate, Method, Profile, Scope},
     prompt::Query,
     trace::{Event, GuardError, Outcome},
+    verdict::{Detection, Verdict},
 };
 
 /// Protects the answers of one [`Mllm`] under one [`Profile`].
@@ -39,6 +40,33 @@ pub struct Guard<M> {
     model: M,
     profile: Profile,
     options: Options,
+}
+
+/// What [`Guard::check`] found about a text. Nobody else makes one: who has it knows that the text was judged.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Checked {
+    draft: String,
+    found: Detection,
+}
+
+impl Checked {
+    /// The text that was judged.
+    #[must_use]
+    pub fn draft(&self) -> &str {
+        &self.draft
+    }
+
+    /// What was found about it.
+    #[must_use]
+    pub fn verdict(&self) -> Verdict {
+        self.found.verdict
+    }
+
+    /// Probability of harm in 0..=1; `None` where the model doesn't tell.
+    #[must_use]
+    pub fn score(&self) -> Option<f64> {
+        self.found.score
+    }
 }
 
 /// What a caller may say beside the profile.
@@ -122,7 +150,23 @@ impl<M: Mllm> Guard<M> {
     /// What can be found about the last user turn of `chat` without an answer to it, while somebody else gets that: under `hardened` its
     /// images as text and whether it asks for harm, under `paper` nothing.
     pub async fn consider(&self, chat: &Chat) -> Result<Considered, GuardError> {
-        pipeline::ahead(&self.model, &self.profile, &self.options, move |w| consider(w, chat).boxed()).await
+        let Self { model, profile, options } = self;
+        let looked = pipeline::ahead(model, profile, options, Given::default(), move |w| consider(w, chat).boxed());
+        let (looked, steps) = looked.await?;
+        Ok(Considered::of(looked, steps))
+    }
+
+    /// Step 2 alone, on the beginning of an answer that somebody is still getting: is there harm in it already? What is found and what it
+    /// took is kept in `considered`, for the review of the whole behind it, which does not ask about the same draft again. Where step 2 is
+    /// not asked (nothing is guarded, or all is answered anew), the verdict is [`Verdict::Unchecked`].
+    pub async fn check(&self, chat: &Chat, considered: &mut Considered, draft: &str) -> Result<Checked, GuardError> {
+        let Self { model, profile, options } = self;
+        let given = Given { draft: None, considered: considered.again() };
+        let found = pipeline::ahead(model, profile, options, given, move |w| check(w, chat, draft).boxed());
+        let (found, steps) = found.await?;
+        let found = found.unwrap_or(Detection::UNCHECKED);
+        considered.checked(draft, found, steps);
+        Ok(Checked { draft: draft.to_owned(), found })
     }
 
     /// [`Guard::review_events`], of a request that was [considered](Guard::consider) by this guard. A draft is not looked at where no answer
@@ -152,6 +196,19 @@ async fn consider(w: &mut Pipeline<'_>, chat: &Chat) -> Result<Option<Looked>, H
     match &profile.method {
         Method::Hardened(p) if is_guarded(profile, chat) => Ok(Some(hardened::look(w, p, &q).await?)),
         _ => Ok(None),
+    }
+}
+
+async fn check(w: &mut Pipeline<'_>, chat: &Chat, draft: &str) -> Result<Option<Detection>, Halt> {
+    let profile = w.profile;
+    let q = Query::of(chat, profile).ok_or(GuardError::NoQuery)?;
+    if !is_guarded(profile, chat) {
+        return Ok(None);
+    }
+    let y = profile.stripped(draft);
+    match &profile.method {
+        Method::Paper(p) => paper::detect(w, p, &q, y).await.map(Some),
+        Method::Hardened(p) => hardened::detect(w, p, &q, y).await.map(Some),
     }
 }
 

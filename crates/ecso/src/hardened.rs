@@ -8,7 +8,7 @@ use std::{collections::HashMap, mem};
 use crate::{
     mllm::Seen,
     pipeline::{Halt, Pipeline},
-    profile::{self, Gate, Hardened, Question, SafeStep, Way},
+    profile::{self, Hardened, Question, SafeStep, Way},
     prompt::{Answer, Query, hints},
     template::Template,
     trace::Step,
@@ -70,6 +70,16 @@ pub(crate) async fn look(w: &mut Pipeline<'_>, p: &Hardened, q: &Query<'_>) -> R
     Ok(Looked { seen, known, request })
 }
 
+/// Step 2 alone, for the beginning of a draft. Where no reply could be safe it is harm, whatever it says.
+pub(crate) async fn detect(w: &mut Pipeline<'_>, p: &Hardened, q: &Query<'_>, y: &str) -> Result<Detection, Halt> {
+    let looked = mem::take(&mut w.looked);
+    let Looked { seen, known, request } = if let Some(looked) = looked { looked } else { look(w, p, q).await? };
+    if request.is_harm() {
+        return Ok(request);
+    }
+    Judge { p, q, seen: &seen, known }.weigh(w, Step::Detect, Some(q.draft(y))).await
+}
+
 /// What is known of the request, and the draft, if one is of use.
 async fn looked_and_drafted(
     w: &mut Pipeline<'_>,
@@ -96,11 +106,10 @@ struct Judge<'a, 'q> {
 }
 
 impl Judge<'_, '_> {
-    /// How harmful the request is, or the reply `y` to it: by the surest of the ways in which it can be. Under `gate = "always"` nobody asks
-    /// about the draft.
+    /// How harmful the request is, or the reply `y` to it: by the surest of the ways in which it can be.
     async fn weigh(&mut self, w: &mut Pipeline<'_>, step: Step, y: Option<Answer<'_>>) -> Result<Detection, Halt> {
-        if step == Step::Detect && w.profile.gate == Gate::Always {
-            return Ok(Detection::UNCHECKED);
+        if let Some(found) = w.found_already(step) {
+            return Ok(found);
         }
         if y.is_some_and(Answer::is_empty) {
             return Ok(Detection::SAFE);

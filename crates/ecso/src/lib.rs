@@ -30,7 +30,7 @@ mod verdict;
 
 pub use chat::{BlindChat, Chat, Part, Role, Turn};
 pub use data_url::{decode_base64, decode_data_url, is_data_url};
-pub use guard::Guard;
+pub use guard::{Checked, Guard};
 pub use image::{Image, ImageError, Limits, Truncated, apart};
 pub use memory::Memory;
 pub use mllm::{

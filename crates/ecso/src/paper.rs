@@ -14,6 +14,7 @@ use crate::{
     profile::Paper,
     prompt::Query,
     trace::Step,
+    verdict::Detection,
 };
 
 pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Paper, q: &Query<'_>) -> Result<(), Halt> {
@@ -21,7 +22,7 @@ pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Paper, q: &Query<'_>) -> Resul
     let y = w.draft(q).await?;
 
     // 2. Harm detection, by the same model: s = F(v, P_det(x, y~)).
-    let s = w.ask(Step::Detect, &p.detect, q.question(&p.detect, q.draft(&y), &[]), ANY_HARM).await?;
+    let s = detect(w, p, q, &y).await?;
     if w.may_go_out(s).await? {
         return w.release(y).await;
     }
@@ -31,4 +32,9 @@ pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Paper, q: &Query<'_>) -> Resul
 
     // 4. Safe answer, eyes closed: y = F(-, P_gen(c, x)).
     w.write(q, &c).await
+}
+
+/// Step 2, for a draft or its beginning.
+pub(crate) async fn detect(w: &mut Pipeline<'_>, p: &Paper, q: &Query<'_>, y: &str) -> Result<Detection, Halt> {
+    w.ask(Step::Detect, &p.detect, q.question(&p.detect, q.draft(y), &[]), ANY_HARM).await
 }

@@ -55,6 +55,8 @@ pub(crate) struct Given {
 #[derive(Debug, Clone, Default)]
 pub struct Considered {
     looked: Option<Looked>,
+    /// What step 2 found, and about which draft.
+    found: Option<(String, Detection)>,
     steps: Vec<Trace>,
 }
 
@@ -68,7 +70,17 @@ impl Considered {
     /// The same, for the second answer to a request and those behind it: what it took is counted with the first.
     #[must_use]
     pub fn again(&self) -> Self {
-        Self { looked: self.looked.clone(), steps: Vec::new() }
+        Self { looked: self.looked.clone(), ..Self::default() }
+    }
+
+    pub(crate) fn of(looked: Option<Looked>, steps: Vec<Trace>) -> Self {
+        Self { looked, found: None, steps }
+    }
+
+    /// Keeps what a check of a draft found, and what it took.
+    pub(crate) fn checked(&mut self, draft: &str, found: Detection, steps: Vec<Trace>) {
+        self.found = Some((draft.to_owned(), found));
+        self.steps.extend(steps);
     }
 }
 
@@ -81,6 +93,8 @@ pub(crate) struct Pipeline<'a> {
     draft: Option<String>,
     /// What is known of the request, where it was looked at before.
     pub(crate) looked: Option<Looked>,
+    /// What was found about the draft before.
+    found: Option<Detection>,
     is_filtered: bool,
     /// What happened so far.
     outcome: Outcome,
@@ -113,20 +127,21 @@ pub(crate) fn events<'a>(
     stream::select(told, stream::once(worked).filter_map(|()| future::ready(None)))
 }
 
-/// What is found about a request before there is an answer to it.
-pub(crate) async fn ahead<'a>(
+/// What is found before there is a whole answer, and the calls that it took; of the request, or of a beginning of the answer.
+pub(crate) async fn ahead<'a, T>(
     model: &'a dyn Mllm,
     profile: &'a Profile,
     options: &'a Options,
-    work: impl for<'w> FnOnce(&'w mut Pipeline<'a>) -> BoxFuture<'w, Result<Option<Looked>, Halt>> + Send + 'a,
-) -> Result<Considered, GuardError> {
+    given: Given,
+    work: impl for<'w> FnOnce(&'w mut Pipeline<'a>) -> BoxFuture<'w, Result<Option<T>, Halt>> + Send + 'a,
+) -> Result<(Option<T>, Vec<Trace>), GuardError> {
     // Nobody listens.
-    let mut under_way = Pipeline::new(model, profile, options, Given::default(), mpsc::channel(0).0);
+    let mut under_way = Pipeline::new(model, profile, options, given, mpsc::channel(0).0);
     match work(&mut under_way).await {
-        Ok(looked) => Ok(Considered { looked, steps: under_way.outcome.steps }),
+        Ok(found) => Ok((found, under_way.outcome.steps)),
         Err(Halt::Failed(error)) => Err(error),
         // No method refuses before it has looked at all that it asks about.
-        Err(Halt::Refuse) => Ok(Considered::default()),
+        Err(Halt::Refuse) => Ok((None, under_way.outcome.steps)),
     }
 }
 
@@ -135,7 +150,7 @@ impl<'a> Pipeline<'a> {
         model: &'a dyn Mllm,
         profile: &'a Profile,
         options: &'a Options,
-        Given { draft, considered: Considered { looked, steps } }: Given,
+        Given { draft, considered: Considered { looked, found, steps } }: Given,
         listener: mpsc::Sender<Result<Event, GuardError>>,
     ) -> Self {
         let outcome = Outcome {
@@ -148,7 +163,8 @@ impl<'a> Pipeline<'a> {
             model: model.name().to_owned(),
             steps,
         };
-        Self { model, profile, options, draft, looked, is_filtered: false, outcome, listener }
+        let found = found.filter(|(about, _)| draft.as_ref() == Some(about)).map(|(_, found)| found);
+        Self { model, profile, options, draft, looked, found, is_filtered: false, outcome, listener }
     }
 
     /// Work beside this one, told to the same listener.
@@ -200,8 +216,17 @@ impl Pipeline<'_> {
         Ok(self.profile.stripped(&reply.text).to_owned())
     }
 
+    /// What is known about the draft without asking: what was found about this very draft before; under `gate = "always"` nobody asks.
+    pub(crate) fn found_already(&mut self, step: Step) -> Option<Detection> {
+        match step {
+            Step::Detect if self.profile.gate == Gate::Always => Some(Detection::UNCHECKED),
+            Step::Detect => self.found.take(),
+            _ => None,
+        }
+    }
+
     /// What a question finds in any of its wordings and windows: the likeliest harm. One that weighs `enough` is not outdone, and ends the
-    /// asking. Under `gate = "always"` nobody asks about the draft.
+    /// asking.
     pub(crate) async fn ask(
         &mut self,
         step: Step,
@@ -209,8 +234,8 @@ impl Pipeline<'_> {
         prompts: Vec<Asked<'_>>,
         enough: f64,
     ) -> Result<Detection, Halt> {
-        if step == Step::Detect && self.profile.gate == Gate::Always {
-            return Ok(Detection::UNCHECKED);
+        if let Some(found) = self.found_already(step) {
+            return Ok(found);
         }
         let mut worst: Option<Detection> = None;
         for ((chat, template), prior) in prompts {

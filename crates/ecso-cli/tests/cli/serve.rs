@@ -224,6 +224,43 @@ async fn a_failing_upstream_is_an_error_and_leaks_nothing() {
     }
 }
 
+/// The same for streams that are judged while they are written, by windows of a token: nothing goes out but what a verdict covers.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failing_upstream_leaks_nothing_out_of_windows() {
+    let upstream = Upstream::start().await;
+    let common = ["server.retries=0", "server.reply_timeout=2", "gateway.limits.deadline=6", "gateway.windows.held=0"];
+    for more in ["gateway.stream=windowed", "gateway.early_stop=true"] {
+        let settings = [&common[..], &["gateway.windows.first=1", more]].concat();
+        let served = Served::start(&upstream.url, &settings, &[]);
+        let faults =
+            ["none", "refuse", "hang", "reset", "sse", "cut", "utf8", "429", "500", "json", "endless", "slow", "stall"];
+        let cases =
+            faults.into_iter().flat_map(|fault| ["direct", "detect", "caption", "safe"].map(|step| (fault, step)));
+        let all = stream::iter(cases).map(|(fault, step)| {
+            let url = served.chat();
+            async move { (fault, step, post(&url, &ask(&format!("{fault}@{step}"), "A bad request", true)).await) }
+        });
+        let all: Vec<_> = all.buffer_unordered(16).collect().await;
+        let mut early = 0;
+        for (fault, step, got) in all {
+            let case = format!("{more} {fault}@{step}: {} {:.2000}", got.status, got.body);
+            assert!(!got.body.contains(LEAK), "{case}");
+            if got.status != 200 {
+                continue;
+            }
+            let (text, ecso, error) = read_stream(&got.body);
+            let is_stopped = got.body.contains("\"content_filter\"");
+            early += usize::from(is_stopped);
+            let is_endless = fault == "endless" && error.is_some();
+            assert!(SAFE.starts_with(&text) || "Sure: ".starts_with(&text) || is_endless, "{case}");
+            assert_eq!(error.is_none(), got.body.contains("[DONE]"), "{case}");
+            assert!(error.is_some() || (ecso["verdict"] == "unsafe" && (text == SAFE || is_stopped)), "{case}");
+            assert!(fault != "none" || error.is_none(), "{case}");
+        }
+        assert_eq!(early > 0, more.ends_with("windowed"), "{more}");
+    }
+}
+
 /// The same in Responses and Messages, each with its own errors.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failing_upstream_is_an_error_in_every_format() {

@@ -154,7 +154,7 @@ fn told(
                         yield written(name, &shown);
                     }
                     match event {
-                        Event::Finished(Trace { step: Step::Direct, reply, .. }) => record.drafted(0, reply),
+                        Event::Finished(Trace { step: Step::Direct, reply, .. }) => record.drafted(BTreeMap::from([(0, reply)]), None),
                         Event::Decided { verdict, .. } => record.add(0, Finding::Decided(verdict)),
                         Event::Done(outcome) => record.add(0, Finding::Done(outcome)),
                         _ => {}

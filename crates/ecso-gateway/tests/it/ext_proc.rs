@@ -12,7 +12,7 @@ use ecso_gateway::{
             Part, ProcessingRequest, ProcessingResponse, ProtocolConfiguration, Reply,
         },
     },
-    settings::{Key, Mode},
+    settings::{Key, Mode, Streams, Windows},
 };
 use futures::channel::mpsc;
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -361,6 +361,19 @@ async fn streams_are_held() {
             "{got:?}"
         );
     }
+}
+
+/// What windows let out while a model writes they don't where another carries it.
+#[tokio::test]
+async fn windowed_streams_are_held_too() {
+    let windows = Windows { first: 1, most: 1, held: 0 };
+    let envoy =
+        Envoy::new(Settings { stream: Streams::Windowed, early_stop: true, windows, ..Settings::default() }).await;
+    let mut exchange = envoy.chat(&with(question(), &json!({"stream": true}))).await;
+    exchange.sent().await;
+    exchange.streamed(&["Bread needs flour. ", "And water. ", LEAK]);
+    let got = exchange.got().await.unwrap();
+    assert!(!got.body.contains("flour") && got.body.contains("Here is a harmless answer."), "{got:?}");
 }
 
 #[tokio::test]

@@ -13,5 +13,6 @@ mod layer;
 mod playground;
 mod records;
 mod tenants;
+mod windowed;
 mod wires;
 mod world;

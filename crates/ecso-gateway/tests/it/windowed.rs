@@ -1,0 +1,666 @@
+//! Streams that are judged while they are written: what goes out, when, and when the model is stopped.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::{body::Body, http::Response, response::IntoResponse};
+use bytes::Bytes;
+use ecso_gateway::{
+    Settings,
+    settings::{AuditSettings, Limits, OnFailure, Streams, Windows},
+};
+use futures::StreamExt;
+use serde_json::{Value, json};
+use tokio::sync::Notify;
+
+use crate::{
+    answers::hidden_answers,
+    world::{Got, LEAK, PICTURE, World, merge, question},
+};
+
+/// A model that writes piece by piece.
+#[derive(Clone, Default)]
+struct Writer {
+    pieces: Vec<Value>,
+    /// The piece before which it waits until it is told to go on.
+    waits_before: Option<usize>,
+    goes_on: Arc<Notify>,
+    /// Whether it was stopped before its end.
+    is_stopped: Arc<AtomicBool>,
+}
+
+/// Tells that the stream that holds it was dropped before its end.
+struct Stopped(Option<Arc<AtomicBool>>);
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        if let Some(told) = &self.0 {
+            told.store(true, Ordering::SeqCst);
+        }
+    }
+}
+
+impl Writer {
+    /// These words, and an end.
+    fn of<T: Into<String>>(words: impl IntoIterator<Item = T>) -> Self {
+        let role = json!({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]});
+        let words = words.into_iter().map(|word| content(&word.into()));
+        let end = json!({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]});
+        let usage = json!({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 99, "total_tokens": 108}});
+        Self { pieces: [role].into_iter().chain(words).chain([end, usage]).collect(), ..Self::default() }
+    }
+
+    /// The same, that never comes behind this piece by itself.
+    fn waits_before(self, piece: usize) -> Self {
+        Self { waits_before: Some(piece), ..self }
+    }
+
+    fn writes(&self) -> Response<Body> {
+        let Self { pieces, waits_before, goes_on, is_stopped } = self.clone();
+        let body = async_stream::stream! {
+            let mut guard = Stopped(Some(is_stopped));
+            for (place, piece) in pieces.iter().enumerate() {
+                if waits_before == Some(place) {
+                    goes_on.notified().await;
+                }
+                // So that the judge keeps up.
+                tokio::time::sleep(Duration::from_millis(2)).await;
+                yield Ok::<_, std::io::Error>(format!("data: {piece}\n\n"));
+            }
+            yield Ok("data: [DONE]\n\n".to_owned());
+            guard.0 = None;
+        };
+        ([("content-type", "text/event-stream")], Body::from_stream(body)).into_response()
+    }
+
+    async fn world(&self, settings: Settings) -> World {
+        let writer = self.clone();
+        World::new(settings, Arc::new(move |_: &Value| writer.writes())).await
+    }
+
+    /// Whether the model is stopped, a little later.
+    async fn stops(&self) -> bool {
+        for _ in 0..100 {
+            if self.is_stopped.load(Ordering::SeqCst) {
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        false
+    }
+}
+
+fn content(text: &str) -> Value {
+    json!({"choices": [{"index": 0, "delta": {"content": text}}]})
+}
+
+/// So many harmless words.
+fn words(count: usize) -> Vec<String> {
+    (0..count).map(|place| format!("bread{place}{}", if place % 7 == 6 { ". " } else { " " })).collect()
+}
+
+fn windowed() -> Settings {
+    let windows = Windows { first: 8, most: 32, held: 3 };
+    let limits = Limits { deadline: 20, ..Limits::default() };
+    Settings { stream: Streams::Windowed, windows, limits, ..Settings::default() }
+}
+
+fn asked() -> Value {
+    let mut asked = question();
+    merge(&mut asked, &json!({"stream": true, "stream_options": {"include_usage": true}}));
+    asked
+}
+
+/// The events of a stream.
+fn events(body: &str) -> Vec<Value> {
+    let data = body.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|data| *data != "[DONE]");
+    data.map(|data| serde_json::from_str(data).unwrap()).collect()
+}
+
+/// What a client puts together of a field.
+fn said(body: &str, field: &str) -> String {
+    events(body).iter().filter_map(|event| event["choices"][0]["delta"][field].as_str().map(str::to_owned)).collect()
+}
+
+fn finishes(body: &str) -> Vec<String> {
+    let events = events(body);
+    events.iter().filter_map(|event| Some(event["choices"][0]["finish_reason"].as_str()?.to_owned())).collect()
+}
+
+fn found(body: &str) -> Value {
+    events(body).pop().unwrap()["ecso"].clone()
+}
+
+async fn stream(world: &World, asked: &Value) -> Got {
+    let got = tokio::time::timeout(Duration::from_secs(20), world.chat(asked)).await;
+    got.unwrap()
+}
+
+/// Reads a stream until a text is in it.
+async fn read_until(response: Response<Body>, text: &str) -> (String, impl StreamExt<Item = Bytes> + Unpin) {
+    let mut body = response.into_body().into_data_stream().map(Result::unwrap);
+    let mut read = String::new();
+    while !read.contains(text) {
+        let piece = tokio::time::timeout(Duration::from_secs(20), body.next()).await.unwrap().unwrap();
+        read.push_str(&String::from_utf8_lossy(&piece));
+    }
+    (read, body)
+}
+
+#[tokio::test]
+async fn windows_go_out_while_the_model_writes() {
+    let writer = Writer::of(words(60)).waits_before(40);
+    let world = writer.world(windowed()).await;
+    let response = world.open("POST", "/v1/chat/completions", &[], asked().to_string()).await;
+    // The model goes on only because the client has words already.
+    let (mut read, mut rest) = read_until(response, "bread3 ").await;
+    assert!(!read.contains("bread39"), "{read}");
+    writer.goes_on.notify_one();
+    while let Some(piece) = rest.next().await {
+        read.push_str(&String::from_utf8_lossy(&piece));
+    }
+    assert_eq!(said(&read, "content"), words(60).concat());
+    let all = events(&read);
+    // It is the stream that clients know: one role, first; one end; the usage last.
+    assert_eq!(said(&read, "role"), "assistant");
+    assert_eq!(all[0]["choices"][0]["delta"]["role"], "assistant");
+    assert_eq!(finishes(&read), ["stop"]);
+    assert_eq!(all.last().unwrap()["usage"]["total_tokens"], 108);
+    assert!(read.ends_with("data: [DONE]\n\n"));
+    assert!(all.iter().all(|event| event["id"] == all[0]["id"] && event["object"] == "chat.completion.chunk"));
+    let found = found(&read);
+    assert_eq!((&found["verdict"], &found["early"]["stopped"]), (&json!("safe"), &json!(false)));
+    assert!(found["early"]["words"].as_u64().unwrap() > 20, "{found}");
+    assert!(found["usage"].is_object() && found.get("safe_answer").is_none());
+    assert!(!writer.is_stopped.load(Ordering::SeqCst));
+    // Each time all that was said is judged, and the windows grow.
+    let judged: Vec<usize> = world
+        .taken()
+        .iter()
+        .map(|reached| String::from_utf8_lossy(&reached.body).into_owned())
+        .filter(|sent| sent.contains("harmful, unsafe and unethical"))
+        .map(|sent| sent.matches("bread").count())
+        .collect();
+    assert!(judged.len() > 2 && judged.is_sorted() && *judged.last().unwrap() == 60, "{judged:?}");
+}
+
+/// `hardened`, with questions that a script can tell apart.
+const HARDENED: &str = r#"
+extends = "hardened"
+name = "plain"
+[caption]
+template = "LOOK"
+[questions.wants]
+template = "ASKS {x}"
+[questions.helps]
+template = "HELPS {y}"
+[[ways]]
+name = "wants"
+bias = 0.0
+terms = [{ question = "wants", weight = 1.0 }]
+[[ways]]
+name = "helps"
+bias = 0.0
+terms = [{ question = "helps", weight = 1.0 }]
+"#;
+
+/// A gateway under [`HARDENED`], whose judge looks at a request for this long.
+async fn hardened(writer: &Writer, settings: Settings, look: Duration) -> World {
+    let writer = writer.clone();
+    let speaks = move |sent: &Value| {
+        let prompt = sent["messages"].as_array().and_then(|messages| messages.last()).unwrap()["content"].to_string();
+        let text = match () {
+            () if prompt.contains("ASKS") && prompt.contains("do harm") => "Yes",
+            () if prompt.contains("HELPS") && prompt.contains(LEAK) => "Yes",
+            () if prompt.contains("ASKS") || prompt.contains("HELPS") => "No",
+            () if prompt.contains("LOOK") => "WORDS: none\nSHOWS: none",
+            () if sent["stream"] == true => return writer.writes(),
+            () => "Here is a harmless answer.",
+        };
+        let wait = if prompt.contains("ASKS") { look } else { Duration::ZERO };
+        let message = json!({"role": "assistant", "content": text});
+        let answer = json!({"id": "c", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]});
+        let body = futures::stream::once(async move {
+            tokio::time::sleep(wait).await;
+            Ok::<_, std::io::Error>(answer.to_string())
+        });
+        ([("content-type", "application/json")], Body::from_stream(body)).into_response()
+    };
+    World::with(settings, ecso::Profile::from_toml(HARDENED).unwrap(), Arc::new(speaks)).await
+}
+
+#[tokio::test]
+async fn nothing_goes_out_before_the_look_is_in() {
+    let folder = tempfile::tempdir().unwrap();
+    let slow = Duration::from_millis(300);
+    // A harmless request: the whole draft is there before the look is in.
+    let writer = Writer::of(words(40)).waits_before(41);
+    let world = hardened(&writer, windowed(), slow).await;
+    let begun = std::time::Instant::now();
+    let response = world.open("POST", "/v1/chat/completions", &[], asked().to_string()).await;
+    let (mut read, mut rest) = read_until(response, "bread3 ").await;
+    assert!(begun.elapsed() > slow);
+    writer.goes_on.notify_one();
+    while let Some(piece) = rest.next().await {
+        read.push_str(&String::from_utf8_lossy(&piece));
+    }
+    assert_eq!((said(&read, "content"), &found(&read)["verdict"]), (words(40).concat(), &json!("safe")));
+    // One of which no answer could be safe, and one whose draft turns out harmful.
+    let mut harmful = words(60);
+    harmful[40] = format!("{LEAK} ");
+    for (early_stop, query, draft, out) in [
+        (false, "do harm", words(60), false),
+        (true, "do harm", words(60), false),
+        (false, "What is this?", harmful.clone(), true),
+        (true, "What is this?", harmful, false),
+    ] {
+        let path = folder.path().join(format!("{early_stop} {query}.jsonl"));
+        let audit = AuditSettings { path: path.clone(), content: true, ..AuditSettings::default() };
+        let stream_as = if early_stop { Streams::Hold } else { Streams::Windowed };
+        let writer = Writer::of(draft).waits_before(55);
+        let settings = Settings { audit, early_stop, stream: stream_as, ..windowed() };
+        let world = hardened(&writer, settings, Duration::ZERO).await;
+        let mut asked = asked();
+        asked["messages"][0]["content"][1]["text"] = query.into();
+        let got = stream(&world, &asked).await;
+        assert!(!got.leaks() && writer.stops().await, "{}", got.body);
+        assert_eq!(got.body.contains("bread"), out, "{early_stop} {query} {}", got.body);
+        assert_eq!(finishes(&got.body), [if out { "content_filter" } else { "stop" }]);
+        assert!(got.body.contains("Here is a harmless answer."), "{}", got.body);
+        let line: Value = serde_json::from_str(std::fs::read_to_string(&path).unwrap().trim()).unwrap();
+        assert_eq!((&line["verdict"], &line["early"]["stopped"]), (&json!("unsafe"), &json!(true)), "{line}");
+        assert_eq!(line["draft"].is_null(), query == "do harm", "{line}");
+        // The request was looked at once, whatever was asked about the draft.
+        let looks = world.taken().into_iter().filter(|reached| String::from_utf8_lossy(&reached.body).contains("ASKS"));
+        assert_eq!(looks.count(), 1);
+    }
+}
+
+#[tokio::test]
+async fn harm_in_the_first_window_is_answered_anew() {
+    let mut draft = words(60);
+    draft[2] = format!("{LEAK} ");
+    let writer = Writer::of(draft).waits_before(50);
+    let world = writer.world(windowed()).await;
+    let got = stream(&world, &asked()).await;
+    assert!(!got.leaks() && !got.body.contains("bread"), "{}", got.body);
+    assert_eq!(said(&got.body, "content"), "Here is a harmless answer.");
+    assert_eq!((said(&got.body, "role"), finishes(&got.body)), ("assistant".into(), vec!["stop".to_owned()]));
+    let found = found(&got.body);
+    assert_eq!(
+        (&found["verdict"], &found["early"]),
+        (&json!("unsafe"), &json!({"words": 0, "characters": 0, "stopped": true}))
+    );
+    assert!(writer.stops().await);
+}
+
+#[tokio::test]
+async fn harm_in_a_later_window_stops_the_model_and_the_stream() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("audit.jsonl");
+    let audit = AuditSettings { path: path.clone(), content: true, ..AuditSettings::default() };
+    let mut draft = words(90);
+    draft[45] = format!("{LEAK} ");
+    let writer = Writer::of(draft).waits_before(80);
+    let world = writer.world(Settings { audit, metrics: true, ..windowed() }).await;
+    let got = stream(&world, &asked()).await;
+    assert!(!got.leaks(), "{}", got.body);
+    assert!(writer.stops().await);
+    let out = said(&got.body, "content");
+    assert!(words(45).concat().starts_with(&out) && out.contains("bread9 "), "{out}");
+    // In the protocol's own words: a refusal, and the end.
+    assert_eq!(finishes(&got.body), ["content_filter"]);
+    assert!(!said(&got.body, "refusal").is_empty());
+    let all = events(&got.body);
+    let refused = all.iter().position(|event| event["choices"][0]["delta"]["refusal"].is_string()).unwrap();
+    assert!(all[refused..].iter().all(|event| event["choices"][0]["delta"]["content"].is_null()));
+    assert!(got.body.ends_with("data: [DONE]\n\n"));
+    let found = found(&got.body);
+    let early = json!({"words": out.split_whitespace().count(), "characters": out.len(), "stopped": true});
+    assert_eq!((&found["verdict"], &found["early"]), (&json!("unsafe"), &early));
+    assert_eq!(found["safe_answer"], "Here is a harmless answer.");
+    let line: Value = serde_json::from_str(std::fs::read_to_string(&path).unwrap().trim()).unwrap();
+    assert_eq!((&line["verdict"], &line["early"], &line["failure"]), (&json!("unsafe"), &early, &Value::Null));
+    // What was judged harmful is written down, and no more.
+    assert!(line["draft"].as_str().unwrap().contains(LEAK) && !line["draft"].as_str().unwrap().contains("bread80"));
+    let metrics = world.send("GET", "/metrics", &[], "").await.body;
+    assert!(metrics.contains("ecso_harm_out_words_count 1"), "{metrics}");
+}
+
+#[tokio::test]
+async fn harm_that_only_the_end_shows_ends_the_stream() {
+    let mut draft = words(60);
+    draft[59] = LEAK.to_owned();
+    for step in ["", "caption-500"] {
+        let writer = Writer::of(draft.clone());
+        let mut asked = asked();
+        if !step.is_empty() {
+            asked["model"] = step.into();
+        }
+        let got = stream(&writer.world(windowed()).await, &asked).await;
+        assert!(!got.leaks(), "{}", got.body);
+        assert!(said(&got.body, "content").contains("bread20"));
+        assert_eq!(finishes(&got.body), ["content_filter"]);
+        let found = found(&got.body);
+        assert_eq!((&found["verdict"], &found["early"]["stopped"]), (&json!("unsafe"), &json!(false)), "{found}");
+        // Steps that fail behind the verdict take only the safe answer.
+        assert_eq!(found["safe_answer"].is_string(), step.is_empty());
+        assert_eq!(found["failure"].is_string(), !step.is_empty());
+    }
+}
+
+#[tokio::test]
+async fn a_judge_that_fails_ends_the_stream() {
+    let folder = tempfile::tempdir().unwrap();
+    for (place, on_failure) in [(40, OnFailure::Closed), (2, OnFailure::Closed), (40, OnFailure::Open)] {
+        let path = folder.path().join(format!("{place}-{on_failure:?}.jsonl"));
+        let audit = AuditSettings { path: path.clone(), ..AuditSettings::default() };
+        let mut draft = words(90);
+        draft[place] = "judge-500 ".to_owned();
+        let opens = on_failure == OnFailure::Open;
+        let writer = if opens { Writer::of(draft.clone()) } else { Writer::of(draft.clone()).waits_before(80) };
+        let got = stream(&writer.world(Settings { on_failure, audit, ..windowed() }).await, &asked()).await;
+        let out = said(&got.body, "content");
+        if opens {
+            // As the operator wants it, and it is told.
+            assert_eq!(out, draft.concat());
+            assert_eq!(found(&got.body)["verdict"], "unchecked");
+            continue;
+        }
+        assert!(!out.contains("judge-500") && !out.contains("bread50"), "{out}");
+        assert!(got.body.contains("\"error\"") && finishes(&got.body).is_empty(), "{}", got.body);
+        assert!(!got.body.contains("\"safe\"") && writer.stops().await);
+        let lines = std::fs::read_to_string(&path).unwrap_or_default();
+        // What is out is written down.
+        assert_eq!(lines.lines().count(), usize::from(place == 40), "{lines}");
+        assert!(place < 40 || (lines.contains("\"unchecked\"") && lines.contains("unfinished")), "{lines}");
+    }
+}
+
+#[tokio::test]
+async fn a_judge_that_fails_on_the_way_leaves_it_to_the_end() {
+    // The only judgement of it that is asked on the way fails.
+    let text = words(20).concat() + "judge-500";
+    for (settings, opens) in [
+        (Settings { on_failure: OnFailure::Open, ..windowed() }, true),
+        (Settings { early_stop: true, stream: Streams::Hold, ..windowed() }, false),
+        (Settings { early_stop: true, stream: Streams::Hold, on_failure: OnFailure::Open, ..windowed() }, true),
+    ] {
+        let got = stream(&Writer::of([text.clone()]).world(settings).await, &asked()).await;
+        if opens {
+            assert_eq!((said(&got.body, "content"), &found(&got.body)["verdict"]), (text.clone(), &json!("unchecked")));
+        } else {
+            assert!(!got.body.contains("bread") && got.body.contains("\"error\""), "{}", got.body);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_stops_the_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("audit.jsonl");
+    let audit = AuditSettings { path: path.clone(), ..AuditSettings::default() };
+    let writer = Writer::of(words(60)).waits_before(50);
+    let world = writer.world(Settings { audit, ..windowed() }).await;
+    let response = world.open("POST", "/v1/chat/completions", &[], asked().to_string()).await;
+    let (_, rest) = read_until(response, "bread9 ").await;
+    drop(rest);
+    assert!(writer.stops().await);
+    let line: Value = serde_json::from_str(std::fs::read_to_string(&path).unwrap().trim()).unwrap();
+    assert_eq!((&line["verdict"], &line["failure"]), (&json!("unchecked"), &json!("unfinished")));
+    assert!(line["early"]["words"].as_u64().unwrap() > 5, "{line}");
+}
+
+#[tokio::test]
+async fn an_upstream_that_breaks_off_ends_the_stream() {
+    let mut writer = Writer::of(words(60));
+    // Neither an end nor a usage, and an error in their place.
+    writer.pieces.truncate(50);
+    writer.pieces.push(json!({"error": {"message": LEAK}}));
+    let got = stream(&writer.world(windowed()).await, &asked()).await;
+    assert!(!got.leaks() && got.body.contains("upstream_failed"), "{}", got.body);
+    assert!(said(&got.body, "content").contains("bread9 ") && finishes(&got.body).is_empty());
+}
+
+#[tokio::test]
+async fn a_slow_judge_is_waited_for() {
+    let mut draft = words(60);
+    draft[0] = "judge-slow ".to_owned();
+    let writer = Writer::of(draft.clone()).waits_before(62);
+    let world = writer.world(windowed()).await;
+    let response = world.open("POST", "/v1/chat/completions", &[], asked().to_string()).await;
+    // The model has written all but its end; the judge has said nothing.
+    tokio::time::sleep(Duration::from_millis(190)).await;
+    let (mut read, mut rest) = read_until(response, "judge-slow").await;
+    writer.goes_on.notify_one();
+    while let Some(piece) = rest.next().await {
+        read.push_str(&String::from_utf8_lossy(&piece));
+    }
+    assert_eq!(said(&read, "content"), draft.concat());
+    // What came meanwhile was judged at once.
+    let judged = world
+        .taken()
+        .into_iter()
+        .filter(|reached| String::from_utf8_lossy(&reached.body).contains("harmful, unsafe and unethical"));
+    assert!(judged.count() <= 4);
+}
+
+#[tokio::test]
+async fn what_is_not_plain_text_is_held() {
+    let mut draft = words(60);
+    draft[59] = LEAK.to_owned();
+    let tool = json!({"type": "function", "function": {"name": "f", "parameters": {}}});
+    let settings = Settings { mode_header: true, ..windowed() };
+    for (more, headers) in [
+        (json!({"n": 2}), vec![]),
+        (json!({"tools": [tool]}), vec![]),
+        (json!({"functions": [{"name": "f"}]}), vec![]),
+        (json!({"response_format": {"type": "json_object"}}), vec![]),
+        (json!({"logprobs": true}), vec![]),
+        (json!({"prediction": {"type": "content", "content": "x"}}), vec![]),
+        (json!({}), vec![("x-ecso-stream", "hold")]),
+        (json!({}), vec![("x-ecso-stream", "windowed"), ("x-ecso-stream", "hold")]),
+    ] {
+        let mut asked = asked();
+        merge(&mut asked, &more);
+        let world = Writer::of(draft.clone()).world(settings.clone()).await;
+        let got = world.send("POST", "/v1/chat/completions", &headers, asked.to_string()).await;
+        assert!(!got.body.contains("bread") && got.body.contains("harmless answer"), "{more} {}", got.body);
+    }
+    // Of what only says that it wants nothing of this, windows go out.
+    for more in [json!({"logprobs": false, "n": 1, "tools": null}), json!({"response_format": {"type": "text"}})] {
+        let mut asked = asked();
+        merge(&mut asked, &more);
+        let got = stream(&Writer::of(draft.clone()).world(settings.clone()).await, &asked).await;
+        assert!(got.body.contains("bread") && !got.leaks(), "{more} {}", got.body);
+    }
+    // Other formats are held.
+    for (path, body) in formats() {
+        let world = Writer::of(draft.clone()).world(settings.clone()).await;
+        let got = world.send("POST", path, &[], body.to_string()).await;
+        assert!(!got.body.contains("bread") && got.body.contains("harmless answer"), "{path} {}", got.body);
+    }
+}
+
+/// The same question in other formats.
+fn formats() -> [(&'static str, Value); 2] {
+    let data = PICTURE.split(',').nth(1).unwrap();
+    let image = json!({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}});
+    [
+        (
+            "/v1/responses",
+            json!({"model": "m", "stream": true, "input": [{"role": "user", "content": [
+                {"type": "input_image", "image_url": PICTURE}, {"type": "input_text", "text": "What is this?"}]}]}),
+        ),
+        (
+            "/v1/messages",
+            json!({"model": "m", "max_tokens": 9, "stream": true, "messages": [
+                {"role": "user", "content": [image, {"type": "text", "text": "What is this?"}]}]}),
+        ),
+    ]
+}
+
+#[tokio::test]
+async fn less_than_the_settings_say_is_obeyed_only_where_wishes_are() {
+    let mut draft = words(60);
+    draft[59] = LEAK.to_owned();
+    for (mode_header, wish, goes_out) in [(false, "windowed", false), (true, "windowed", true), (true, "hold", false)] {
+        let settings = Settings { mode_header, stream: Streams::Hold, ..windowed() };
+        let world = Writer::of(draft.clone()).world(settings).await;
+        let headers = [("x-ecso-stream", wish)];
+        let got = world.send("POST", "/v1/chat/completions", &headers, asked().to_string()).await;
+        assert_eq!(got.body.contains("bread"), goes_out, "{mode_header} {wish}");
+    }
+    let world = Writer::of(draft).world(windowed()).await;
+    let got = world.send("POST", "/v1/chat/completions", &[("x-ecso-stream", "fast")], asked().to_string()).await;
+    assert_eq!((got.status.as_u16(), &got.json()["error"]["code"]), (400, &json!("invalid_mode")));
+}
+
+/// What an upstream says where nobody looks, in the middle of a draft of which windows go out.
+#[tokio::test]
+async fn nothing_hides_between_windows() {
+    for (name, more) in hidden_answers() {
+        let mut odd = json!({"choices": [{"index": 0, "delta": {}}]});
+        let mut choice = more["choices"][0].clone();
+        if let Some(message) = choice.as_object_mut().and_then(|choice| choice.remove("message")) {
+            choice["delta"] = message;
+        }
+        merge(&mut odd["choices"][0], &choice);
+        for (name_of_frame, value) in more.as_object().into_iter().flatten().filter(|(name, _)| *name != "choices") {
+            odd[name_of_frame] = value.clone();
+        }
+        let mut writer = Writer::of(words(24));
+        writer.pieces.insert(16, odd);
+        let got = stream(&writer.world(windowed()).await, &asked()).await;
+        assert!(!got.leaks(), "{name}: {}", got.body);
+        assert!(got.body.contains("bread3 "), "{name}: {}", got.body);
+    }
+}
+
+#[tokio::test]
+async fn thoughts_go_out_in_windows_too() {
+    let thought = |text: &str| json!({"choices": [{"index": 0, "delta": {"reasoning_content": text}}]});
+    for harm in [None, Some(55)] {
+        let mut writer = Writer::of(words(30));
+        let thoughts = words(60).into_iter().enumerate();
+        let thoughts = thoughts.map(|(place, word)| thought(if harm == Some(place) { LEAK } else { &word }));
+        writer.pieces.splice(1..1, thoughts);
+        let got = stream(&writer.world(windowed()).await, &asked()).await;
+        assert!(!got.leaks(), "{}", got.body);
+        assert!(said(&got.body, "reasoning_content").contains("bread20"), "{}", got.body);
+        match harm {
+            None => {
+                assert_eq!(said(&got.body, "reasoning_content"), words(60).concat());
+                assert_eq!(said(&got.body, "content"), words(30).concat());
+                // In their order.
+                let all = events(&got.body);
+                let field = |event: &Value, name: &str| event["choices"][0]["delta"][name].is_string();
+                let last = all.iter().rposition(|event| field(event, "reasoning_content")).unwrap();
+                let first = all.iter().position(|event| field(event, "content")).unwrap();
+                assert!(last < first);
+            }
+            Some(_) => assert_eq!(
+                (said(&got.body, "content"), finishes(&got.body)),
+                (String::new(), vec!["content_filter".to_owned()])
+            ),
+        }
+    }
+}
+
+#[tokio::test]
+async fn calls_that_nobody_asked_for_wait_for_the_end() {
+    let call = |arguments: &str| {
+        json!({"choices": [{"index": 0, "delta": {"tool_calls": [
+            {"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}]}}]})
+    };
+    for (arguments, goes_out) in [("{\"a\": 1}", true), (LEAK, false)] {
+        let mut writer = Writer::of(words(60));
+        writer.pieces.insert(30, call(arguments));
+        let got = stream(&writer.world(windowed()).await, &asked()).await;
+        assert!(!got.leaks() && got.body.contains("bread3 "), "{}", got.body);
+        assert_eq!(got.body.contains("tool_calls"), goes_out, "{}", got.body);
+        if goes_out {
+            assert_eq!(said(&got.body, "content"), words(60).concat());
+        }
+    }
+}
+
+#[tokio::test]
+async fn other_choices_wait_for_the_end() {
+    let mut writer = Writer::of(words(60));
+    let other = json!({"choices": [{"index": 1, "delta": {"content": LEAK}, "finish_reason": "stop"}]});
+    writer.pieces.insert(30, other);
+    let got = stream(&writer.world(windowed()).await, &asked()).await;
+    assert!(!got.leaks() && said(&got.body, "content").contains("bread3 "), "{}", got.body);
+}
+
+#[tokio::test]
+async fn characters_that_come_in_two_halves_are_whole() {
+    let mut writer = Writer::of(words(0));
+    let half =
+        |half: &str| format!("data: {{\"choices\": [{{\"index\": 0, \"delta\": {{\"content\": \"{half}\"}}}}]}}\n\n");
+    let mut text = String::new();
+    for place in 0..40 {
+        text += &(half(&format!("Brot{place} \\ud83d")) + &half("\\ude00 面包。"));
+    }
+    text += &half("\\ud83d");
+    let last: Vec<String> = writer.pieces.drain(1..).map(|piece| format!("data: {piece}\n\n")).collect();
+    let text = text + &last.concat() + "data: [DONE]\n\n";
+    let speaks = move |_: &Value| {
+        // Cut anywhere, in the middle of letters too.
+        let bytes: Vec<Bytes> = text.as_bytes().chunks(11).map(Bytes::copy_from_slice).collect();
+        let body = futures::stream::iter(bytes).then(|piece| async {
+            tokio::time::sleep(Duration::from_micros(200)).await;
+            Ok::<_, std::io::Error>(piece)
+        });
+        ([("content-type", "text/event-stream")], Body::from_stream(body)).into_response()
+    };
+    let world = World::new(windowed(), Arc::new(speaks)).await;
+    let got = stream(&world, &asked()).await;
+    let whole: Vec<String> = (0..40).map(|place| format!("Brot{place} 😀 面包。")).collect();
+    assert_eq!(said(&got.body, "content"), whole.concat() + "\u{FFFD}");
+    assert!(found(&got.body)["early"]["characters"].as_u64().unwrap() > 100, "{}", got.body);
+    assert_eq!(finishes(&got.body), ["stop"]);
+}
+
+#[tokio::test]
+async fn a_held_draft_is_stopped_at_the_first_harm() {
+    let mut draft = words(90);
+    draft[20] = format!("{LEAK} ");
+    let settings = Settings { stream: Streams::Hold, early_stop: true, ..windowed() };
+    let mut doors = vec![("/v1/chat/completions", asked())];
+    doors.extend(formats());
+    for (path, body) in doors {
+        let writer = Writer::of(draft.clone()).waits_before(80);
+        let world = writer.world(settings.clone()).await;
+        let got = world.send("POST", path, &[], body.to_string());
+        let got = tokio::time::timeout(Duration::from_secs(20), got).await.unwrap();
+        assert!(!got.leaks() && !got.body.contains("bread"), "{path} {}", got.body);
+        assert!(got.body.contains("Here is a harmless answer.") && writer.stops().await);
+        assert!(got.body.contains("\"stopped\":true"), "{}", got.body);
+        // What was found while it was written is not asked again.
+        let judged = world.taken().into_iter().filter(|reached| {
+            let sent = String::from_utf8_lossy(&reached.body).into_owned();
+            sent.contains("harmful, unsafe and unethical") && sent.contains(LEAK)
+        });
+        assert_eq!(judged.count(), 1, "{path}");
+        // What is harmless goes out as ever.
+        let got = Writer::of(words(60)).world(settings.clone()).await.send("POST", path, &[], body.to_string()).await;
+        assert!(got.body.contains("bread0 ") && got.body.contains("bread59"), "{path} {}", got.body);
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_ends_behind_its_judgement_is_not_judged_twice() {
+    let text = words(20).concat();
+    let world = Writer::of([text.clone()]).world(windowed()).await;
+    let got = stream(&world, &asked()).await;
+    assert_eq!(said(&got.body, "content"), text);
+    // The answer, and one judgement.
+    assert_eq!((world.taken().len(), found(&got.body)["choices"].is_null()), (2, true));
+}

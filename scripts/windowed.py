@@ -1,0 +1,128 @@
+"""Streams that are windowed, by OpenAI's official client, unmodified, through `ecso serve`: windowed.py ECSO IMAGE
+
+The server behind the guard is one of ours: 60 sentences, a few milliseconds each, in which whoever asks for it finds rude words late or early.
+"""
+import base64
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import openai
+
+RUDE = "Rude words, which no client may ever read. "
+stopped = threading.Semaphore(0)
+
+
+class Model(http.server.BaseHTTPRequestHandler):
+    """A model behind chat completions."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        sent = self.rfile.read(int(self.headers["content-length"])).decode()
+        if "harmful, unsafe and unethical" in sent:
+            return self.say("Yes." if RUDE.strip() in sent else "No.")
+        if "HARMLESS and ETHICAL" in sent:
+            return self.write(["Here is a kind answer."])
+        if "describe the image" in sent:
+            return self.say("A list.")
+        sentences = [f"Bread number {place} is a good bread. " for place in range(60)]
+        if "be rude" in sent:
+            sentences[1 if "early" in sent else 40] = RUDE
+        return self.write(sentences)
+
+    def say(self, text):
+        message = {"role": "assistant", "content": text}
+        body = json.dumps({"id": "c", "created": 1, "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def write(self, pieces):
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        deltas = [{"delta": {"content": piece}, "finish_reason": None} for piece in pieces] + [{"delta": {}, "finish_reason": "stop"}]
+        try:
+            for delta in deltas:
+                time.sleep(0.01)
+                self.event({"choices": [{"index": 0, **delta}]})
+            self.event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}})
+            self.wfile.write(b"data: [DONE]\n\n")
+        except OSError:
+            stopped.release()
+
+    def event(self, value):
+        self.wfile.write(b"data: " + json.dumps({"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", **value}).encode() + b"\n\n")
+
+
+ecso, picture = sys.argv[1:]
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Model)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+command = [ecso, "serve", "--upstream", f"http://127.0.0.1:{server.server_port}/v1", "--listen", "127.0.0.1:0", "--profile", "paper"]
+environment = os.environ | {"ECSO__GATEWAY__STREAM": "windowed", "ECSO__GATEWAY__WINDOWS__FIRST": "16", "ECSO__GATEWAY__WINDOWS__MOST": "32"}
+process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+url = next(line.split(" on ")[1].split()[0] for line in process.stderr if " on http" in line)
+threading.Thread(target=process.stderr.read, daemon=True).start()
+client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+image = "data:image/png;base64," + base64.b64encode(open(picture, "rb").read()).decode()
+
+
+def asked(text):
+    content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": text}]
+    return dict(model="m", messages=[{"role": "user", "content": content}], stream_options={"include_usage": True})
+
+
+def chunks(text, **more):
+    begun, first, all_chunks = time.monotonic(), None, []
+    for chunk in client.chat.completions.create(**asked(text), stream=True, **more):
+        if first is None and chunk.choices and chunk.choices[0].delta.content:
+            first = time.monotonic() - begun
+        all_chunks.append(chunk)
+    choices = [choice for chunk in all_chunks for choice in chunk.choices]
+    said = "".join(choice.delta.content or "" for choice in choices)
+    refused = "".join(choice.delta.refusal or "" for choice in choices)
+    ends = [choice.finish_reason for choice in choices if choice.finish_reason]
+    assert RUDE not in said and choices[0].delta.role == "assistant" and len({chunk.id for chunk in all_chunks}) == 1
+    return said, refused, ends, all_chunks[-1], first, time.monotonic() - begun
+
+
+try:
+    said, refused, ends, last, first, whole = chunks("What is on the list?")
+    assert said.count("Bread") == 60 and not refused and ends == ["stop"] and last.usage.total_tokens == 10, (said, last)
+    assert last.ecso["verdict"] == "safe" and first < whole / 2, (first, whole)
+
+    said, refused, ends, last, first, whole = chunks("What is on the list? be rude")
+    assert 0 < said.count("Bread") <= 40 and refused and ends == ["content_filter"], (said, ends)
+    assert last.ecso["verdict"] == "unsafe" and last.ecso["early"]["stopped"], last
+    assert last.ecso["safe_answer"] == "Here is a kind answer." and stopped.acquire(timeout=5)
+
+    for text, more in [("be rude, early", {}), ("be rude", {"extra_headers": {"x-ecso-stream": "hold"}})]:
+        said, refused, ends, last, first, whole = chunks(f"What is on the list? {text}", **more)
+        assert (said, refused, ends) == ("Here is a kind answer.", "", ["stop"]), (said, refused, ends)
+
+    # The client's own way of putting a stream together.
+    with client.chat.completions.stream(**asked("What is on the list?")) as events:
+        whole = events.get_final_completion()
+    assert whole.choices[0].message.content.count("Bread") == 60 and whole.choices[0].finish_reason == "stop"
+    with client.chat.completions.stream(**asked("What is on the list? be rude")) as events:
+        try:
+            whole = events.get_final_completion()
+            assert whole.choices[0].message.refusal and whole.choices[0].finish_reason == "content_filter", whole
+            told = "a refusal"
+        except openai.ContentFilterFinishReasonError:
+            told = "its own error for filtered answers"
+    print(f"openai {openai.__version__}: windowed, stopped ({told} from .stream()), answered anew, held: all as they should be")
+finally:
+    process.terminate()
