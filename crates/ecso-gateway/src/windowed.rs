@@ -499,8 +499,8 @@ mod tests {
                 for place in TEXTS {
                     let texts = out.iter().chain(&pieces).filter_map(|piece: &Value| piece["delta"][place].as_str());
                     let text: String = texts.collect();
-                    // All of it stands in what was judged.
-                    prop_assert!(due.contains(&text), "{text:?} in {due:?}");
+                    // All of it stands in what was judged; white space alone says nothing.
+                    prop_assert!(due.contains(&text) || text.trim().is_empty(), "{text:?} in {due:?}");
                 }
                 out.extend(pieces);
             }
