@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Optional, cast
+from typing import TYPE_CHECKING, Any, Optional
 
 from .errors import InputError
 from .guard import AsyncGuard, Guard
@@ -129,7 +129,7 @@ def _judged(completion: ChatCompletion, outcomes: list[Outcome]) -> ChatCompleti
         choices=choices,
         usage=completion.usage,
     )
-    return cast("ChatCompletion", judged.model_copy(update={"ecso": told}))
+    return judged.model_copy(update={"ecso": told})
 
 
 def _chunks(judged: ChatCompletion) -> Iterator[ChatCompletionChunk]:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import Any, Optional, Protocol, Union
+from typing import Any, Optional, Protocol, TypeVar, Union
 
 from . import results
 from ._ecso import Call, Core, Table
@@ -27,6 +27,7 @@ class ArrowStream(Protocol):
     def __arrow_c_stream__(self, requested_schema: Optional[object] = None, /) -> object: ...
 
 
+T = TypeVar("T")
 Path = Union[str, "os.PathLike[str]"]
 
 
@@ -238,10 +239,12 @@ def _made(kind: type[_Guard], arguments: dict[str, Any]) -> _Guard:
 
 def _texts(fields: Optional[Mapping[str, Any]]) -> Optional[dict[str, str]]:
     """Fields of a profile, as `--set` takes them."""
-    return fields and {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
+    if fields is None:
+        return None
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
 
 
-def _there(item: Any, kind: type[Any]) -> Any:
+def _there(item: object, kind: type[T]) -> T:
     """What work gave; an error where it ended without it."""
     if not isinstance(item, kind):
         raise EcsoError("the work ended before its end")

@@ -46,14 +46,14 @@ impl Call {
     where
         F: Future<Output = Result<(), Failure>> + Send + 'static,
     {
-        let (giver, given) = mpsc::channel(8);
+        let (giver, items) = mpsc::channel(8);
         let work = work(giver.clone());
         let task = runtime()?.spawn(async move {
             if let Err(failure) = work.await {
                 let _ = giver.send(Err(failure)).await;
             }
         });
-        Ok(Self { given: Arc::new(Mutex::new(given)), task: task.abort_handle() })
+        Ok(Self { given: Arc::new(Mutex::new(items)), task: task.abort_handle() })
     }
 }
 

@@ -21,7 +21,7 @@ fn main(py: Python<'_>, program: Option<PathBuf>, arguments: Vec<OsString>) -> u
 /// Whether models run in this process: whether the wheel has the engine.
 #[pyfunction]
 fn has_engine() -> bool {
-    cfg!(feature = "engine")
+    ecso_cli::library::HAS_ENGINE
 }
 
 #[pymodule(name = "_ecso")]

@@ -1,4 +1,4 @@
-//! Tables of Arrow, in and out by the PyCapsule interface.
+//! Tables of Arrow, in and out by the `PyCapsule` interface.
 
 use std::{ffi::CStr, sync::Arc};
 
@@ -46,7 +46,7 @@ fn raised(error: ArrowError) -> PyErr {
     PyValueError::new_err(error.to_string())
 }
 
-/// A table with its answers. It speaks Arrow's PyCapsule interface, so `pyarrow.table(it)`, `polars.DataFrame(it)` and their like take it
+/// A table with its answers. It speaks Arrow's `PyCapsule` interface, so `pyarrow.table(it)`, `polars.DataFrame(it)` and their like take it
 /// without a copy.
 #[pyclass(frozen, sequence, module = "ecso._ecso")]
 pub(crate) struct Table {
@@ -57,11 +57,12 @@ pub(crate) struct Table {
 impl Table {
     /// Of the batches that `columns` and the answers make.
     pub(crate) fn of(columns: &Schema, batches: Vec<RecordBatch>, prefix: &str) -> Self {
-        let schema = batches.first().map(RecordBatch::schema).unwrap_or_else(|| {
+        let none = || {
             let fields = columns.fields().iter().cloned();
             let new = ecso_data::answers::schema(prefix).into_iter().map(Arc::new);
             Arc::new(Schema::new_with_metadata(fields.chain(new).collect::<Vec<_>>(), columns.metadata().clone()))
-        });
+        };
+        let schema = batches.first().map_or_else(none, RecordBatch::schema);
         Self { schema, batches }
     }
 }

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -13,11 +14,12 @@ from pathlib import Path
 import ecso
 from conftest import PICTURE, Mock
 
-ECSO = Path(sysconfig.get_path("scripts")) / "ecso"
+SCRIPT = Path(sysconfig.get_path("scripts")) / "ecso"
+ECSO = [str(SCRIPT)] if SCRIPT.exists() else [sys.executable, "-m", "ecso"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(ECSO), *arguments], capture_output=True, text=True, timeout=60)
+    return subprocess.run([*ECSO, *arguments], capture_output=True, text=True, timeout=60)
 
 
 def test_it_is_the_program(mock: Mock) -> None:
@@ -41,7 +43,7 @@ def test_its_exit_codes(mock: Mock) -> None:
 
 def test_ctrl_c(mock: Mock) -> None:
     mock.wait = 20.0
-    command = [str(ECSO), "ask", "What?", "--image", str(PICTURE), "--model", mock.url]
+    command = [*ECSO, "ask", "What?", "--image", str(PICTURE), "--model", mock.url]
     waiting = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while not mock.asked:
         time.sleep(0.02)
@@ -52,6 +54,6 @@ def test_ctrl_c(mock: Mock) -> None:
 def test_who_reads_no_further(mock: Mock) -> None:
     read, write = os.pipe()
     os.close(read)
-    listed = subprocess.run([str(ECSO), "models", "list"], stdout=write, stderr=subprocess.PIPE, timeout=60)
+    listed = subprocess.run([*ECSO, "models", "list"], stdout=write, stderr=subprocess.PIPE, timeout=60)
     os.close(write)
     assert listed.returncode == 0 and b"Traceback" not in listed.stderr

@@ -21,6 +21,9 @@ pub fn is_misuse(error: &anyhow::Error) -> bool {
     error.is::<UsageError>() || error.is::<ecso::ProfileError>()
 }
 
+/// Whether models run in this process.
+pub const HAS_ENGINE: bool = cfg!(feature = "engine");
+
 /// What a guard is made of. Nothing is opened yet.
 #[derive(Debug, Clone)]
 pub struct Setup {

@@ -76,7 +76,7 @@ impl Worker {
 
     /// `work` to its end; an error where the user stops it, or the model goes away and does not come back.
     pub(crate) async fn done<T>(&self, work: impl Future<Output = T>) -> anyhow::Result<T> {
-        stoppable(self.asked(work)).await?
+        stoppable(self.asked(Box::pin(work))).await?
     }
 
     /// `work` to its end; an error where the model goes away and does not come back.

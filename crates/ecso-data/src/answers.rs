@@ -305,7 +305,8 @@ impl Answering {
             }
         }
         for (place, first) in repeats {
-            answers[place] = answers[first].clone();
+            let same = answers[first].clone();
+            answers[place] = same;
         }
         columns::joined(&whole, &tables, &answers)
     }

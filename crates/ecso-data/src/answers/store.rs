@@ -62,7 +62,7 @@ impl Store {
                 continue;
             }
             let mut entries = Saved::file(path).entries_from::<Answer>(*end)?;
-            while let Some(entry) = entries.next() {
+            for entry in entries.by_ref() {
                 let (begin, answer) = entry?;
                 if !answer.failed() {
                     self.known.insert(answer.id, (number, begin));
