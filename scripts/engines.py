@@ -152,7 +152,7 @@ def cluster(count: int = 10_000) -> None:
         begun = time.monotonic()
         dataset = ray.data.from_items(rows(count), override_num_blocks=40)
         answered = ecso.ray.map_batches(
-            dataset, url, "paper", settings=SETTINGS, options={"journal": journal}, batch_size=250, concurrency=(2, 2), num_cpus=1
+            dataset, url, "paper", settings=SETTINGS, options={"journal": journal}, batch_size=250, actors=2, num_cpus=1
         )
         found = answered.select_columns(["number", "answer", "error", "error_kind"]).take_all()
         took = time.monotonic() - begun
@@ -197,7 +197,7 @@ def beside(count: int = 400) -> None:
         settings = {**SETTINGS, "set": {"gate": "never"}}
         begun = time.monotonic()
         dataset = ray.data.from_items(table, override_num_blocks=8)
-        found = ecso.ray.map_batches(dataset, url, "paper", settings=settings, batch_size=64, concurrency=2).take_all()
+        found = ecso.ray.map_batches(dataset, url, "paper", settings=settings, batch_size=64, actors=2).take_all()
         answered = sum(row["answer"] is not None for row in found)
         print(f"  the guard's actors: {count / (time.monotonic() - begun):.0f} rows/s, {len(found)} rows, {answered} answered")
         server.terminate()

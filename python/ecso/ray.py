@@ -32,20 +32,22 @@ def map_batches(
     settings: Optional[Mapping[str, Any]] = None,
     options: Optional[Mapping[str, Any]] = None,
     batch_size: int = 256,
-    concurrency: Any = 1,
-    **ray: Any,
+    actors: int = 1,
+    **more: Any,
 ) -> Dataset:
     """`dataset` with the columns of `Guard.process_batch`, whose keywords are `options`; `settings` are those of `Guard`.
 
-    Each of `concurrency` actors has so many rows under way as its guard's `concurrency` says; what the server gets at once is the product.
+    Each of `actors` has so many rows under way as its guard's `concurrency` says; what the server gets at once is the product.
     With `options={"journal": FOLDER}` on a disk that all nodes share, a batch that Ray does again costs only the rows that are not there.
     Other keywords go to `Dataset.map_batches`.
     """
+    from ray.data import ActorPoolStrategy
+
     return dataset.map_batches(
         Answers,
         fn_constructor_args=(model, profile, dict(settings or {}), dict(options or {})),
         batch_format="pyarrow",
         batch_size=batch_size,
-        concurrency=concurrency,
-        **ray,
+        compute=ActorPoolStrategy(size=actors),
+        **more,
     )
