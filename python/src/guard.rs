@@ -2,21 +2,21 @@
 
 use std::{
     collections::HashMap,
-    path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    path::PathBuf,
+    sync::{Arc, PoisonError},
 };
 
 use ecso::{Event, Guard, Mllm};
 use ecso_cli::library::{Patient, Setup};
 use ecso_data::{
-    answers::{Answering, Reading},
+    answers::{Answering, AnswersError, Reading},
     input::Mapping,
 };
 use ecso_gateway::settings::ImageUrls;
 use futures::{StreamExt, pin_mut};
 use pyo3::prelude::*;
 use serde_json::json;
-use tokio::sync::OnceCell;
+use tokio::sync::{Mutex, OnceCell};
 
 use crate::{
     call::{Call, Giver, Item},
@@ -42,8 +42,14 @@ struct Opened {
     cache: Option<PathBuf>,
     sight: Sight,
     guard: OnceCell<Guard<Arc<dyn Mllm>>>,
-    patient: OnceCell<Patient>,
-    answering: Mutex<HashMap<Option<PathBuf>, Arc<Answering>>>,
+    work: Mutex<Option<Arc<Work>>>,
+}
+
+/// What answers tables.
+struct Work {
+    patient: Patient,
+    /// One for each journal, as each writes a file of its own there.
+    answering: std::sync::Mutex<HashMap<Option<PathBuf>, Arc<Answering>>>,
 }
 
 impl Opened {
@@ -52,41 +58,49 @@ impl Opened {
         self.guard.get_or_try_init(open).await
     }
 
-    async fn patient(&self) -> Result<&Patient, Failure> {
-        let open = async || {
-            let model = Arc::clone(self.guard().await?.model());
-            Ok(self.setup.patient(model, self.at_once, self.cache.clone()).await?)
-        };
-        self.patient.get_or_try_init(open).await
+    async fn work(&self) -> Result<Arc<Work>, Failure> {
+        let mut open = self.work.lock().await;
+        if let Some(work) = &*open {
+            return Ok(Arc::clone(work));
+        }
+        let model = Arc::clone(self.guard().await?.model());
+        let patient = self.setup.patient(model, self.at_once, self.cache.clone()).await?;
+        let work = Arc::new(Work { patient, answering: std::sync::Mutex::default() });
+        *open = Some(Arc::clone(&work));
+        Ok(work)
     }
 
-    /// One for each journal, as each writes a file of its own there.
-    fn answering(&self, patient: &Patient, journal: Option<&Path>) -> Result<Arc<Answering>, Failure> {
-        let mut open = self.answering.lock().unwrap_or_else(PoisonError::into_inner);
-        let journal = journal.map(Path::to_owned);
+    fn answering(&self, work: &Work, journal: Option<PathBuf>) -> Result<Arc<Answering>, Failure> {
+        let mut open = work.answering.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(answering) = open.get(&journal) {
             return Ok(Arc::clone(answering));
         }
         let fetcher = (self.setup.image_urls() == ImageUrls::Fetch).then(|| self.sight.fetcher.clone());
         let answering = Answering::new(
-            patient.model(),
-            patient.identity(),
+            work.patient.model(),
+            work.patient.identity(),
             self.setup.profile().clone(),
             fetcher,
             self.setup.limits(),
             journal.as_deref(),
         );
-        let answering =
-            Arc::new(answering.map_err(|error| Failure::from(ecso_data::answers::AnswersError::from(error)))?);
+        let answering = Arc::new(answering.map_err(AnswersError::from)?);
         open.insert(journal, Arc::clone(&answering));
         Ok(answering)
     }
 
     async fn table(&self, tables: Tables, journal: Option<PathBuf>, reading: Reading) -> Result<Table, Failure> {
-        let patient = self.patient().await?;
-        let answering = self.answering(patient, journal.as_deref())?;
-        let answered = patient.asked(answering.answer(&tables.schema, tables.batches, &reading)).await??;
-        Ok(Table::of(&tables.schema, answered, &reading.prefix))
+        let work = self.work().await?;
+        let answering = self.answering(&work, journal)?;
+        let answered = work.patient.asked(answering.answer(&tables.schema, tables.batches, &reading)).await;
+        if answered.is_err() {
+            // The model stayed away. Whoever asks again looks for it anew.
+            let mut open = self.work.lock().await;
+            if open.as_ref().is_some_and(|open| Arc::ptr_eq(open, &work)) {
+                *open = None;
+            }
+        }
+        Ok(Table::of(&tables.schema, answered??, &reading.prefix))
     }
 }
 
@@ -101,8 +115,7 @@ impl Core {
                 cache: self.cache.clone(),
                 sight,
                 guard: OnceCell::new(),
-                patient: OnceCell::new(),
-                answering: Mutex::default(),
+                work: Mutex::default(),
             }))
         })
     }

@@ -41,7 +41,7 @@ def test_as_many_rows_in_the_same_order(mock: Mock) -> None:
         is_rude = row["number"] % 7 == 0
         assert row["verdict"] == ("unsafe" if is_rude else "safe")
         assert row["answer"] == ("A kind word." if is_rude else f"A list of things: What is {row['number']}?")
-        assert row["caption"] == ("Rude words." if False else row["caption"]) and (row["caption"] is not None) == is_rude
+        assert (row["caption"] is not None) == is_rude
         assert row["tokens"] == (48 if is_rude else 24) and row["milliseconds"] >= 0
         assert row["error"] is None and row["error_kind"] is None
 
@@ -157,6 +157,16 @@ def test_a_model_that_stays_away_ends_a_table(mock: Mock) -> None:
     away = ecso.Guard("http://127.0.0.1:9/v1", "paper", model_name="toy", server=PATIENT)
     with pytest.raises(ecso.Unreachable):
         away.process_batch(rows(3))
+
+
+def test_a_model_that_is_back_is_asked_again(mock: Mock) -> None:
+    one = guard(mock, server=PATIENT)
+    one.process_batch(rows(1))
+    mock.fails = {"": 500}
+    with pytest.raises(ecso.ModelError):
+        one.process_batch(rows(3))
+    mock.fails = {}
+    assert pa.table(one.process_batch(rows(3)))["error"].null_count == 3
 
 
 def test_what_a_journal_has_is_not_asked_again(mock: Mock, tmp_path: Path) -> None:
