@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Optional
 
+from .chats import turns
 from .errors import InputError
 from .guard import AsyncGuard, Guard
 from .results import Outcome
@@ -76,8 +77,9 @@ class _Completions(_Only):
         model = asked.get("model")
         if not isinstance(model, str) or not isinstance(asked.get("messages"), (list, tuple)):
             raise InputError("a model and a list of messages are needed")
+        turns(asked["messages"], None, None)  # What can't be judged is not asked.
         if model not in self._guards:
-            settings = {"model_name": model, "api_key": self._client.api_key, **self._settings}
+            settings = {"model_name": model, "api_key": self._client.api_key or None, **self._settings}
             self._guards[model] = self.kind(str(self._client.base_url), self._profile, **settings)
         return self._guards[model], {name: value for name, value in asked.items() if name != "stream"}
 

@@ -42,6 +42,8 @@ def test_what_nobody_judges_is_refused(mock: Mock, picture: bytes) -> None:
     for more in [{"tools": [{}]}, {"logprobs": True}, {"extra_body": {"x": 1}}, {"modalities": ["audio"]}]:
         with pytest.raises(ecso.InputError, match=next(iter(more))):
             one.chat.completions.create(**asked, **more)
+    with pytest.raises(ecso.InputError, match="tool"):
+        one.chat.completions.create(model="toy", messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}])
     assert mock.asked == []
     for reach in [lambda: one.responses, lambda: one.chat.completions.with_raw_response, lambda: one.with_options()]:
         with pytest.raises(AttributeError, match="not guarded"):
