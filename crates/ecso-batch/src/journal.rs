@@ -494,6 +494,21 @@ impl Saved {
         Ok(Entries { lines: self.body()?, of: PhantomData })
     }
 
+    /// The entries from the byte `begin` on, at which one begins: what was written since somebody came so far, or one that is looked up.
+    /// 0 is the first entry.
+    ///
+    /// # Errors
+    /// As [`Saved::entries`].
+    pub fn entries_from<E: Entry>(&self, begin: u64) -> Result<Entries<E>, JournalError> {
+        if begin == 0 {
+            return self.entries();
+        }
+        let mut lines = self.lines()?;
+        lines.reader.seek(SeekFrom::Start(begin)).map_err(|source| failed(&self.path, source))?;
+        lines.end = begin;
+        Ok(Entries { lines, of: PhantomData })
+    }
+
     /// Each entry once, the later one of those at the same place, one by one in the order in which they lie.
     ///
     /// # Errors
@@ -529,6 +544,12 @@ impl<E> Entries<E> {
     #[must_use]
     pub fn was_cut(&self) -> bool {
         self.lines.was_cut
+    }
+
+    /// The byte behind the last entry that was read.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        self.lines.end
     }
 }
 

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures::{FutureExt, StreamExt, future, stream};
+use futures::{FutureExt, Stream, StreamExt, future, stream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -104,7 +104,7 @@ pub async fn run<B: Batch>(
     batch: &Arc<B>,
     journal: &mut Journal,
     bounds: Bounds,
-    mut sift: impl FnMut(B::Ready) -> Sifted<B>,
+    sift: impl FnMut(B::Ready) -> Sifted<B>,
     mut told: impl FnMut(B::Entry, &Journal),
 ) -> Result<bool, B::Error> {
     let (begun, tokens, unread) = (Instant::now(), Cell::new(0_u64), Cell::new(false));
@@ -122,27 +122,7 @@ pub async fn run<B: Batch>(
         !unread.get()
     });
     let open = open.map(|row| (journal.borrow().has_failed(batch.place(&row)), row));
-    let (room, rows) = (Room::of(bounds.bytes), bounds.rows.max(1));
-    let mut made = pin!(
-        stream::iter(open)
-            .map(|(again, row)| on_its_own(read(Arc::clone(batch), row)).map(move |ready| (again, ready)))
-            .buffered(rows.min(READ_AHEAD))
-            .filter_map(|(again, ready)| future::ready(match sift(ready) {
-                Sifted::Make(ready) => Some(Ok((again, ready))),
-                Sifted::Known(entry) => Some(Err(entry)),
-                Sifted::Skip => None,
-            }))
-            .then(|sifted| room
-                .enter(sifted.as_ref().map_or(0, |(_, ready)| batch.bytes(ready)))
-                .map(|place| (sifted, place)))
-            .map(|(sifted, place)| match sifted {
-                Ok((again, ready)) => {
-                    future::Either::Left(on_its_own(make(Arc::clone(batch), ready, again, place)))
-                }
-                Err(entry) => future::Either::Right(future::ready(written(entry))),
-            })
-            .buffer_unordered(rows)
-    );
+    let mut made = pin!(through(open, batch, bounds, sift, written));
     while let Some(made) = made.next().await {
         let (entry, line) = made?;
         journal.borrow_mut().write(&line)?;
@@ -152,6 +132,49 @@ pub async fn run<B: Batch>(
     Ok(!unread.get())
 }
 
+/// Takes rows through `batch` and gives their entries as they come, with no journal: only the bounds on what is done at once count.
+/// Dropping the stream ends the rows under way.
+pub fn entries<B: Batch>(
+    rows: impl Iterator<Item = B::Row>,
+    batch: &Arc<B>,
+    bounds: Bounds,
+    sift: impl FnMut(B::Ready) -> Sifted<B>,
+) -> impl Stream<Item = Result<B::Entry, B::Error>> {
+    through(rows.map(|row| (false, row)), batch, bounds, sift, Ok)
+}
+
+/// Rows, each with whether it is tried again, to what `finish` makes of their entries on the thread that made them.
+fn through<B: Batch, T: Send + 'static>(
+    rows: impl Iterator<Item = (bool, B::Row)>,
+    batch: &Arc<B>,
+    bounds: Bounds,
+    mut sift: impl FnMut(B::Ready) -> Sifted<B>,
+    finish: fn(B::Entry) -> Result<T, B::Error>,
+) -> impl Stream<Item = Result<T, B::Error>> {
+    let (room, rows_at_once) = (Room::of(bounds.bytes), bounds.rows.max(1));
+    stream::iter(rows)
+        .map(|(again, row)| on_its_own(read(Arc::clone(batch), row)).map(move |ready| (again, ready)))
+        .buffered(rows_at_once.min(READ_AHEAD))
+        .filter_map(move |(again, ready)| {
+            future::ready(match sift(ready) {
+                Sifted::Make(ready) => Some(Ok((again, ready))),
+                Sifted::Known(entry) => Some(Err(entry)),
+                Sifted::Skip => None,
+            })
+        })
+        .then(move |sifted| {
+            let bytes = sifted.as_ref().map_or(0, |(_, ready)| batch.bytes(ready));
+            room.enter(bytes).map(|place| (sifted, place))
+        })
+        .map(move |(sifted, place)| match sifted {
+            Ok((again, ready)) => {
+                future::Either::Left(on_its_own(make(Arc::clone(batch), ready, again, place, finish)))
+            }
+            Err(entry) => future::Either::Right(future::ready(finish(entry))),
+        })
+        .buffer_unordered(rows_at_once)
+}
+
 async fn read<B: Batch>(batch: Arc<B>, row: B::Row) -> B::Ready {
     batch.read(row).await
 }
@@ -159,16 +182,17 @@ async fn read<B: Batch>(batch: Arc<B>, row: B::Row) -> B::Ready {
 /// An entry, and how it is written.
 type Written<E> = (E, Line);
 
-async fn make<B: Batch>(
+async fn make<B: Batch, T>(
     batch: Arc<B>,
     ready: B::Ready,
     again: bool,
     place: Place,
-) -> Result<Written<B::Entry>, B::Error> {
+    finish: fn(B::Entry) -> Result<T, B::Error>,
+) -> Result<T, B::Error> {
     let made = batch.make(ready);
     let entry = if again { afresh(made).await } else { made.await }?;
     drop(place);
-    written(entry)
+    finish(entry)
 }
 
 fn written<E: Entry, X: From<JournalError>>(entry: E) -> Result<Written<E>, X> {
@@ -204,8 +228,8 @@ impl Room {
     }
 
     /// Waits until there is room for so many bytes; for more than all of it, until all is free.
-    async fn enter(&self, bytes: usize) -> Place {
-        Arc::clone(&self.free).acquire_many_owned(kibibytes(bytes).min(self.all)).await.ok()
+    fn enter(&self, bytes: usize) -> impl Future<Output = Place> + use<> {
+        Arc::clone(&self.free).acquire_many_owned(kibibytes(bytes).min(self.all)).map(Result::ok)
     }
 }
 

@@ -9,6 +9,7 @@ use anyhow::Context;
 use ecso::{Limits, Profile};
 use ecso_openai::MaxTokensField;
 use etcetera::{AppStrategy, AppStrategyArgs, app_strategy::Xdg};
+use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -29,6 +30,9 @@ pub(crate) struct Settings {
     pub(crate) model_name: String,
     /// Name of the environment variable with the API key.
     pub(crate) api_key_env: String,
+    /// The key itself, where a caller has it; it is in no file.
+    #[serde(skip)]
+    pub(crate) api_key: Option<SecretString>,
     /// Projector of a .gguf model; empty is none.
     pub(crate) mmproj: PathBuf,
     /// Whether the text reader stands in front.
@@ -160,6 +164,7 @@ fn defaults() -> anyhow::Result<Settings> {
         model: "mini".into(),
         model_name: String::new(),
         api_key_env: API_KEY_ENV.into(),
+        api_key: None,
         mmproj: PathBuf::new(),
         reader: false,
         tagger: true,
@@ -206,6 +211,12 @@ fn flatten(prefix: &str, table: toml::Table, values: &mut BTreeMap<String, toml:
 }
 
 fn layers(file: Option<&Path>, model: &ModelArgs, profile: &ProfileArgs) -> anyhow::Result<Vec<Layer>> {
+    let mut layers = below_flags(file)?;
+    layers.push(Layer { origin: "flag".into(), values: flags(model, profile)? });
+    Ok(layers)
+}
+
+fn below_flags(file: Option<&Path>) -> anyhow::Result<Vec<Layer>> {
     let mut layers = vec![Layer::new("default", toml::Table::try_from(defaults()?)?)];
     let own = folders()?.in_config_dir("config.toml");
     let path = match file {
@@ -219,7 +230,6 @@ fn layers(file: Option<&Path>, model: &ModelArgs, profile: &ProfileArgs) -> anyh
         layers.push(Layer::new(shown, table));
     }
     layers.push(Layer { origin: "environment".into(), values: environment() });
-    layers.push(Layer { origin: "flag".into(), values: flags(model, profile)? });
     Ok(layers)
 }
 
@@ -308,6 +318,18 @@ pub(crate) fn load_serve(file: Option<&Path>, args: &ServeArgs) -> anyhow::Resul
 /// The settings that result.
 pub(crate) fn load(file: Option<&Path>, model: &ModelArgs, profile: &ProfileArgs) -> anyhow::Result<Settings> {
     with_key(merge(&layers(file, model, profile)?)?, model)
+}
+
+/// The settings that result where a program gives its own, as they stand in a file of settings.
+pub(crate) fn load_given(given: toml::Table, api_key: Option<SecretString>) -> anyhow::Result<Settings> {
+    let flags = ModelArgs {
+        api_key_env: given.get("api_key_env").and_then(|name| name.as_str()).map(str::to_owned),
+        ..ModelArgs::default()
+    };
+    let mut layers = below_flags(None)?;
+    layers.push(Layer::new("argument", given));
+    let settings = Settings { api_key, ..merge(&layers)? };
+    if settings.api_key.is_some() { Ok(settings) } else { with_key(settings, &flags) }
 }
 
 /// The settings, if the variable with the API key is there, where somebody named one and a server is asked.

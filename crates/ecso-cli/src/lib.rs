@@ -16,6 +16,7 @@ mod cli;
 mod config;
 mod doctor;
 mod eval;
+pub mod library;
 mod models;
 mod open;
 mod progress;
@@ -26,7 +27,7 @@ mod telemetry;
 mod tune;
 mod work;
 
-use std::process::ExitCode;
+use std::{ffi::OsString, io::Write as _, path::PathBuf, process::ExitCode};
 
 use clap::{CommandFactory, Parser};
 use cli::{Cli, Command, ConfigCommand};
@@ -36,14 +37,53 @@ use ecso_data::run::RunError;
 /// Runs the program; its exit code is documented in `ecso --help`.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
-    if let Ok(program) = std::env::current_exe() {
+    main_as(std::env::current_exe().ok(), std::env::args_os()).into()
+}
+
+/// The same for `program`, the file that is called for it, and its arguments, of which the first is its name. Gives the exit code.
+pub fn main_as(program: Option<PathBuf>, arguments: impl IntoIterator<Item = OsString>) -> u8 {
+    ends_with_its_reader();
+    let code = run_as(program, arguments);
+    match std::io::stdout().flush() {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            say!("ecso: standard output: {error}");
+            1
+        }
+        _ => code,
+    }
+}
+
+/// Who reads no further (`ecso eval list | head`) has what they want: no panic, and no error. A full disk is an error.
+fn ends_with_its_reader() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let said = panic.payload().downcast_ref::<String>().map_or("", String::as_str);
+        match said.strip_prefix("failed printing to stdout: ") {
+            Some(cause) if cause.starts_with("Broken pipe") => std::process::exit(0),
+            Some(cause) => {
+                say!("ecso: standard output: {cause}");
+                std::process::exit(1);
+            }
+            None => usual(panic),
+        }
+    }));
+}
+
+fn run_as(program: Option<PathBuf>, arguments: impl IntoIterator<Item = OsString>) -> u8 {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(told) => {
+            let _ = told.print();
+            return u8::try_from(told.exit_code()).unwrap_or(2);
+        }
+    };
+    if let Some(program) = program {
         ecso::apart::decode_in(program, "decode-image");
     }
     let is_helper = matches!(cli.command, Command::DecodeImage { .. });
     let _telemetry = (!is_helper).then(telemetry::start);
     match run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => 0,
         Err(error) => {
             say!("ecso: {}", ecso::chain(error.as_ref()));
             exit_code(&error)
@@ -94,7 +134,7 @@ impl UsageError {
     }
 }
 
-fn exit_code(error: &anyhow::Error) -> ExitCode {
+fn exit_code(error: &anyhow::Error) -> u8 {
     let of_a_journal = match error.downcast_ref() {
         Some(RunError::Journal(error)) => Some(error),
         _ => error.downcast_ref::<JournalError>(),
@@ -103,10 +143,10 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
         || error.is::<ecso::ProfileError>()
         || error.is::<ecso::ImageError>()
         || of_a_journal.is_some_and(JournalError::is_misuse);
-    ExitCode::from(match () {
+    match () {
         () if error.is::<ecso::GuardError>() || error.is::<ecso::ModelError>() => 3,
         () if error.is::<work::Stopped>() => 130,
         () if is_misuse => 2,
         () => 1,
-    })
+    }
 }

@@ -153,10 +153,10 @@ pub(crate) fn misuse(error: &ecso::ModelError) -> UsageError {
 
 /// How a server is talked to.
 pub(crate) fn server_options(settings: &Settings) -> ecso_openai::Options {
-    let key = std::env::var(&settings.api_key_env).ok().filter(|key| !key.is_empty());
+    let key = || std::env::var(&settings.api_key_env).ok().filter(|key| !key.is_empty()).map(Into::into);
     ecso_openai::Options {
         model: Some(settings.model_name.clone()).filter(|name| !name.is_empty()),
-        api_key: key.map(Into::into),
+        api_key: settings.api_key.clone().or_else(key),
         connect_timeout: Duration::from_secs(settings.server.connect_timeout),
         reply_timeout: Duration::from_secs(settings.server.reply_timeout),
         retries: settings.server.retries,

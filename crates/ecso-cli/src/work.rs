@@ -32,10 +32,19 @@ pub(crate) struct Worker {
 impl Worker {
     /// Opens the model that the settings name; its replies are kept in `cache`, where that is a folder.
     pub(crate) async fn open(settings: &Settings, at_once: usize, cache: Option<PathBuf>) -> anyhow::Result<Self> {
+        Self::of(open::model(settings).await?, settings, at_once, cache).await
+    }
+
+    /// The same of a model that is open.
+    pub(crate) async fn of(
+        model: Arc<dyn Mllm>,
+        settings: &Settings,
+        at_once: usize,
+        cache: Option<PathBuf>,
+    ) -> anyhow::Result<Self> {
         if let Some(folder) = &cache {
             check_cache(folder).map_err(|error| UsageError(format!("--cache {}: {error}", folder.display())))?;
         }
-        let model = open::model(settings).await?;
         // One that is away from the start is not waited for.
         model.health().await?;
         let (digest, server) = (open::identity(settings)?, open::description(settings).await?);
@@ -67,8 +76,13 @@ impl Worker {
 
     /// `work` to its end; an error where the user stops it, or the model goes away and does not come back.
     pub(crate) async fn done<T>(&self, work: impl Future<Output = T>) -> anyhow::Result<T> {
+        stoppable(self.asked(Box::pin(work))).await?
+    }
+
+    /// `work` to its end; an error where the model goes away and does not come back.
+    pub(crate) async fn asked<T>(&self, work: impl Future<Output = T>) -> anyhow::Result<T> {
         let checked = async {
-            let done = stoppable(work).await?;
+            let done = work.await;
             self.paced.stays().await.map_err(|error| {
                 anyhow::Error::new(error)
                     .context("some of what is recorded may be another model's; name another --out, and no --cache")

@@ -6,7 +6,10 @@
 //!    passes a second check.
 //! 3. [`run::run`] does it for all rows and keeps a journal; duplicates are dropped before the model sees them ([`dedupe`]).
 //! 4. [`pack::pack`] makes a dataset of the journal: files for `datasets`, TRL, LLaMA-Factory, ms-swift and LLaVA, a card, a manifest.
+//!
+//! [`answers`] takes the rows of tables in memory through the guard, for engines that others run.
 
+pub mod answers;
 mod card;
 pub mod dedupe;
 mod files;

@@ -71,12 +71,23 @@ impl Picture {
     /// [`PictureError`].
     pub async fn read(&self, fetcher: &Fetcher, limits: Limits) -> Result<Vec<Image>, PictureError> {
         match self {
-            Self::Bytes(bytes) => Ok(Image::several(bytes.clone(), limits)?),
             Self::Url(url) => Ok(vec![fetcher.image(url, limits).await?]),
+            picture => Ok(picture.here(limits)?),
+        }
+    }
+
+    /// The same of one that needs no network.
+    ///
+    /// # Errors
+    /// [`ImageError`]; behind a URL there is none.
+    pub fn here(&self, limits: Limits) -> Result<Vec<Image>, ImageError> {
+        match self {
+            Self::Url(_) => Err(ImageError::NotFetched),
+            Self::Bytes(bytes) => Image::several(bytes.clone(), limits),
             Self::File(path) => {
                 let failed = |reason| ImageError::File { path: PathBuf::from(&*cut(&path.to_string_lossy())), reason };
                 let bytes = regular::read(path, limits.bytes).map_err(|error| failed(error.to_string()))?;
-                Ok(Image::several(bytes, limits).map_err(|error| failed(error.to_string()))?)
+                Image::several(bytes, limits).map_err(|error| failed(error.to_string()))
             }
         }
     }
@@ -197,15 +208,15 @@ fn file(path: &Path) -> std::io::Result<blake3::Hash> {
 
 /// A hash of parts, each with its length, so that other parts have another hash.
 #[derive(Default)]
-struct Parts(blake3::Hasher);
+pub(crate) struct Parts(blake3::Hasher);
 
 impl Parts {
-    fn add(&mut self, part: impl AsRef<[u8]>) {
+    pub(crate) fn add(&mut self, part: impl AsRef<[u8]>) {
         let part = part.as_ref();
         self.0.update(&(part.len() as u64).to_le_bytes()).update(part);
     }
 
-    fn hex(&self) -> String {
+    pub(crate) fn hex(&self) -> String {
         self.0.finalize().to_hex()[..32].to_owned()
     }
 }

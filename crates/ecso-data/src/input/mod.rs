@@ -1,5 +1,6 @@
 //! Reading rows, one by one: JSON lines, JSON, CSV, Parquet, or a folder of images. Nothing is held but the row at hand.
 
+mod arrow;
 mod cell;
 mod folder;
 mod json;
@@ -21,6 +22,7 @@ use std::{
     sync::Arc,
 };
 
+pub use arrow::Columns;
 use cell::Cell;
 use ecso::Cause;
 pub use folder::Unread;

@@ -1,0 +1,89 @@
+//! From what Python says to a conversation.
+
+use std::path::PathBuf;
+
+use ecso::{Chat, Image, Limits, Part, Role, Turn, is_data_url};
+use ecso_gateway::settings::ImageUrls;
+use ecso_openai::Fetcher;
+use pyo3::{prelude::*, types::PyBytes};
+
+use crate::failure::Failure;
+
+/// A part of a turn: what it is (`text`, `bytes`, `path`, `url`) and its value.
+#[derive(Debug)]
+enum Piece {
+    Text(String),
+    Bytes(Vec<u8>),
+    Path(PathBuf),
+    Url(String),
+}
+
+impl<'a, 'py> FromPyObject<'a, 'py> for Piece {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        let (kind, value): (String, Bound<'py, PyAny>) = object.extract()?;
+        Ok(match kind.as_str() {
+            "text" => Self::Text(value.extract()?),
+            "bytes" => Self::Bytes(value.cast::<PyBytes>()?.as_bytes().to_vec()),
+            "path" => Self::Path(value.extract()?),
+            _ => Self::Url(value.extract()?),
+        })
+    }
+}
+
+/// A conversation as Python gives it: roles, each with what it says.
+#[derive(Debug, FromPyObject)]
+#[pyo3(transparent)]
+pub(crate) struct Told(Vec<(String, Vec<Piece>)>);
+
+/// How images are had.
+pub(crate) struct Sight {
+    pub(crate) limits: Limits,
+    pub(crate) urls: ImageUrls,
+    pub(crate) fetcher: Fetcher,
+}
+
+impl Sight {
+    async fn images(&self, piece: Piece) -> Result<Vec<Image>, Failure> {
+        Ok(match piece {
+            Piece::Bytes(bytes) => Image::several(bytes, self.limits)?,
+            Piece::Path(path) => Image::open_several(path, self.limits)?,
+            Piece::Url(url) if is_data_url(&url) => vec![Image::from_data_url(&url, self.limits)?],
+            Piece::Url(url) => match self.urls {
+                ImageUrls::Pass => vec![Image::from_url(url)],
+                ImageUrls::Refuse => {
+                    let told = "images behind URLs are refused (gateway.image_urls); give their bytes";
+                    return Err(Failure::image(told));
+                }
+                ImageUrls::Fetch => {
+                    let fetched = self.fetcher.image(&url, self.limits).await;
+                    vec![fetched.map_err(|error| Failure::image(error.to_string()))?]
+                }
+            },
+            Piece::Text(_) => Vec::new(),
+        })
+    }
+
+    /// The conversation, with its images read.
+    pub(crate) async fn chat(&self, told: Told) -> Result<Chat, Failure> {
+        let mut turns = Vec::with_capacity(told.0.len());
+        for (role, pieces) in told.0 {
+            let role = match role.as_str() {
+                "system" | "developer" => Role::System,
+                "user" => Role::User,
+                "assistant" => Role::Assistant,
+                other => return Err(Failure::input(format!("no turn can be of the role `{other}`"))),
+            };
+            let mut parts = Vec::with_capacity(pieces.len());
+            for piece in pieces {
+                match piece {
+                    Piece::Text(text) => parts.push(Part::Text(text)),
+                    image => parts.extend(self.images(image).await?.into_iter().map(Part::Image)),
+                }
+            }
+            turns.push(Turn { role, parts });
+        }
+        Ok(Chat { turns, ..Chat::default() })
+    }
+}

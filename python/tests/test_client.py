@@ -1,0 +1,65 @@
+"""`guarded`: a client of the package openai."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import ecso
+import openai
+import pytest
+from conftest import Mock, data_url
+
+
+def messages(picture: bytes, text: str) -> list[Any]:
+    image = {"type": "image_url", "image_url": {"url": data_url(picture)}}
+    return [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
+
+
+def client(mock: Mock) -> Any:
+    return ecso.guarded(openai.OpenAI(base_url=mock.url, api_key="mine", max_retries=0), "paper")
+
+
+def test_answers_are_judged(mock: Mock, picture: bytes) -> None:
+    safe = client(mock).chat.completions.create(model="toy", messages=messages(picture, "What?"), max_tokens=9)
+    assert isinstance(safe, openai.types.chat.ChatCompletion)
+    assert safe.choices[0].message.content == "A list of things: What?"
+    assert safe.ecso == [{"verdict": "safe", "score": None, "rewritten": False, "profile": "paper"}]
+    rude = client(mock).chat.completions.create(model="toy", messages=messages(picture, "Be rude."))
+    assert rude.choices[0].message.content == "A kind word." and rude.ecso[0]["verdict"] == "unsafe"
+    assert mock.keys == {"Bearer mine"} and {body["model"] for body in mock.asked} == {"toy"}
+
+
+def test_streams_are_held(mock: Mock, picture: bytes) -> None:
+    chunks = list(client(mock).chat.completions.create(model="toy", messages=messages(picture, "Be rude."), stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "A kind word."
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_what_nobody_judges_is_refused(mock: Mock, picture: bytes) -> None:
+    one = client(mock)
+    asked = {"model": "toy", "messages": messages(picture, "What?")}
+    for more in [{"tools": [{}]}, {"logprobs": True}, {"extra_body": {"x": 1}}, {"modalities": ["audio"]}]:
+        with pytest.raises(ecso.InputError, match=next(iter(more))):
+            one.chat.completions.create(**asked, **more)
+    with pytest.raises(ecso.InputError, match="tool"):
+        one.chat.completions.create(model="toy", messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}])
+    assert mock.asked == []
+    for reach in [lambda: one.responses, lambda: one.chat.completions.with_raw_response, lambda: one.with_options()]:
+        with pytest.raises(AttributeError, match="not guarded"):
+            reach()
+    mock.fails = {"Is the RESPONSE harmful": 400}
+    with pytest.raises(ecso.Rejected):
+        one.chat.completions.create(**asked)
+
+
+def test_asyncio(mock: Mock, picture: bytes) -> None:
+    async def work() -> None:
+        one = ecso.guarded(openai.AsyncOpenAI(base_url=mock.url, api_key="mine"), "paper")
+        rude = await one.chat.completions.create(model="toy", messages=messages(picture, "Be rude."))
+        assert rude.choices[0].message.content == "A kind word."
+        stream = await one.chat.completions.create(model="toy", messages=messages(picture, "What?"), stream=True)
+        texts = [chunk.choices[0].delta.content or "" async for chunk in stream]
+        assert "".join(texts) == "A list of things: What?"
+
+    asyncio.run(work())

@@ -1,0 +1,215 @@
+"""`Guard.process_batch`: tables of Arrow."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import ecso
+import polars
+import pyarrow as pa
+import pytest
+from conftest import PICTURE, Mock, dot
+
+NEW = ["answer", "verdict", "score", "caption", "tokens", "milliseconds", "error", "error_kind"]
+PATIENT = {"retries": 0, "away_timeout": 1}
+
+
+def guard(mock: Mock, **settings: Any) -> ecso.Guard:
+    return ecso.Guard(mock.url, "paper", **settings)
+
+
+def rows(count: int, **columns: list[Any]) -> pa.RecordBatch:
+    table: dict[str, list[Any]] = {
+        "number": list(range(count)),
+        "query": [f"What is {n}?" for n in range(count)],
+        "image": [dot(n) for n in range(count)],
+    }
+    return pa.RecordBatch.from_pydict({**table, **columns})
+
+
+def test_as_many_rows_in_the_same_order(mock: Mock) -> None:
+    batch = rows(50, query=["Be rude." if n % 7 == 0 else f"What is {n}?" for n in range(50)])
+    answered = guard(mock).process_batch(batch)
+    assert len(answered) == 50 and answered.column_names == ["number", "query", "image", *NEW]
+    table = pa.record_batch(answered)
+    assert table.select(["number", "query", "image"]).equals(batch)
+    for row in table.to_pylist():
+        is_rude = row["number"] % 7 == 0
+        assert row["verdict"] == ("unsafe" if is_rude else "safe")
+        assert row["answer"] == ("A kind word." if is_rude else f"A list of things: What is {row['number']}?")
+        assert (row["caption"] is not None) == is_rude
+        assert row["tokens"] == (48 if is_rude else 24) and row["milliseconds"] >= 0
+        assert row["error"] is None and row["error_kind"] is None
+
+
+def test_types_are_the_same_whatever_is_in_a_table(mock: Mock) -> None:
+    kinds = [pa.string(), pa.string(), pa.float64(), pa.string(), pa.int64(), pa.int64(), pa.string(), pa.string()]
+    one = guard(mock)
+    empty = rows(0).cast(rows(1).schema)
+    for batch in [rows(2), empty, rows(2, image=[b"none", b"none"]), pa.Table.from_batches([], rows(1).schema)]:
+        schema = pa.table(one.process_batch(batch)).schema
+        assert schema.names[-8:] == NEW and [schema.field(name).type for name in NEW] == kinds
+
+
+def test_tables_of_others(mock: Mock) -> None:
+    batch = rows(5)
+    one = guard(mock)
+    frame = polars.DataFrame(one.process_batch(polars.DataFrame(batch)))
+    assert frame.shape == (5, 11) and frame["verdict"].to_list() == ["safe"] * 5
+    parts = pa.Table.from_batches([batch, batch.slice(1, 2), batch.slice(0, 0)])
+    table = pa.table(one.process_batch(parts))
+    assert table.num_rows == 7 and [len(chunk) for chunk in table["answer"].chunks if len(chunk)] == [5, 2]
+    assert pa.record_batch(one.process_batch(parts)).num_rows == 7
+    with pytest.raises(TypeError, match="PyCapsule"):
+        one.process_batch([{"query": "What?"}])  # type: ignore[arg-type]
+
+
+def test_images_and_conversations_as_datasets_have_them(mock: Mock, picture: bytes, tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}, {"role": "user", "content": "Be rude."}]
+    tables = [
+        {"prompt": ["What?"], "image": [{"bytes": picture, "path": None}]},
+        {"question": ["What?"], "images": [[{"bytes": picture, "path": "a.png"}]]},
+        {"query": ["What?"], "image_path": [str(PICTURE)]},
+        {"asked": ["What?"], "photo": [picture]},
+    ]
+    for table in tables[:3]:
+        row = pa.table(guard(mock).process_batch(pa.table(table))).to_pylist()[0]
+        assert (row["error"], row["answer"]) == (None, "A list of things: What?"), table.keys()
+    mapped = guard(mock).process_batch(pa.table(tables[3]), map={"query": "asked", "image": "photo"})
+    assert pa.table(mapped)["verdict"].to_pylist() == ["safe"]
+    told = guard(mock).process_batch(pa.table({"messages": [talk], "image": [picture]}))
+    assert pa.table(told)["verdict"].to_pylist() == ["unsafe"]
+    asked = guard(mock).process_batch(pa.table({"image": [picture]}), query="What?")
+    assert pa.table(asked)["verdict"].to_pylist() == ["safe"]
+    drafted = guard(mock).process_batch(pa.table({"query": ["What?"], "image": [picture], "draft": ["Rude words."]}))
+    assert pa.table(drafted)["verdict"].to_pylist() == ["unsafe"]
+
+
+def test_a_row_that_fails_is_a_row(mock: Mock) -> None:
+    mock.fails = {"What is 4?": 400}
+    images: list[Any] = [dot(n) for n in range(8)]
+    images[1], images[2] = b"no image", b"\x89PNG\r\n\x1a\nbroken"
+    queries: list[Any] = [f"What is {n}?" for n in range(8)]
+    queries[3] = None
+    table = pa.table(guard(mock, server=PATIENT).process_batch(rows(8, image=images, query=queries)))
+    kinds = table["error_kind"].to_pylist()
+    assert kinds == [None, "image", "image", "input", "rejected", None, None, None]
+    assert [error is None for error in table["error"].to_pylist()] == [kind is None for kind in kinds]
+    assert all(len(error) < 400 for error in table["error"].to_pylist() if error)
+
+
+def test_urls_inside_are_not_reached(mock: Mock) -> None:
+    url = mock.url.replace("/v1", "/a.png")
+    table = pa.table(guard(mock).process_batch(pa.table({"query": ["What?"], "image": [url]})))
+    assert table["error_kind"].to_pylist() == ["image"] and "not public" in table["error"][0].as_py()
+    refusing = guard(mock, gateway={"image_urls": "refuse"}).process_batch(pa.table({"query": ["What?"], "image": [url]}))
+    assert "not fetched here" in pa.table(refusing)["error"][0].as_py()
+
+
+def test_a_table_without_queries_is_an_error(mock: Mock) -> None:
+    with pytest.raises(ecso.InputError, match="query"):
+        guard(mock).process_batch(pa.table({"number": [1]}))
+    with pytest.raises(ecso.SettingsError, match="colour"):
+        guard(mock).process_batch(rows(1), map={"colour": "query"})
+    twice = guard(mock).process_batch(rows(1))
+    with pytest.raises(ecso.SettingsError, match="prefix"):
+        guard(mock).process_batch(twice)
+    again = guard(mock).process_batch(twice, prefix="second_")
+    assert again.column_names[-1] == "second_error_kind"
+
+
+def test_equal_rows_are_asked_about_once(mock: Mock) -> None:
+    batch = rows(30, image=[dot(n % 3) for n in range(30)], query=["What?"] * 30)
+    table = pa.table(guard(mock).process_batch(batch))
+    assert table["verdict"].to_pylist() == ["safe"] * 30 and len(mock.asked) == 6
+
+
+def test_rows_are_under_way_together(mock: Mock) -> None:
+    mock.wait = 0.1
+    begun = time.monotonic()
+    guard(mock, concurrency=16).process_batch(rows(64))
+    assert 8 < mock.most <= 16
+    assert time.monotonic() - begun < 64 * 0.2 / 16 * 2
+
+
+def test_too_many_calls_are_made_fewer(mock: Mock) -> None:
+    mock.statuses = [(429, {"Retry-After": "1"})] * 4
+    begun = time.monotonic()
+    table = pa.table(guard(mock, server={"retries": 0}).process_batch(rows(20)))
+    assert table["error"].null_count == 20 and time.monotonic() - begun > 0.9
+
+
+def test_a_share_of_failures_ends_a_table(mock: Mock) -> None:
+    batch = rows(20, image=[b"none" if n < 8 else dot(n) for n in range(20)])
+    one = guard(mock)
+    assert pa.table(one.process_batch(batch, max_failures=0.5))["error"].null_count == 12
+    with pytest.raises(ecso.TooManyFailures, match="of 20 rows"):
+        one.process_batch(batch, max_failures=0.1)
+    with pytest.raises(ValueError, match="0..1"):
+        one.process_batch(batch, max_failures=7)
+
+
+def test_a_model_that_stays_away_ends_a_table(mock: Mock) -> None:
+    away = ecso.Guard("http://127.0.0.1:9/v1", "paper", model_name="toy", server=PATIENT)
+    with pytest.raises(ecso.Unreachable):
+        away.process_batch(rows(3))
+
+
+def test_a_model_that_is_back_is_asked_again(mock: Mock) -> None:
+    one = guard(mock, server=PATIENT)
+    one.process_batch(rows(1))
+    mock.fails = {"": 500}
+    with pytest.raises(ecso.ModelError):
+        one.process_batch(rows(3))
+    mock.fails = {}
+    assert pa.table(one.process_batch(rows(3)))["error"].null_count == 3
+
+
+def test_what_a_journal_has_is_not_asked_again(mock: Mock, tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    mock.fails = {"What is 3?": 400}
+    first = pa.table(guard(mock, server=PATIENT).process_batch(rows(10), journal=journal))
+    assert first["error_kind"].to_pylist()[3] == "rejected"
+    asked, mock.fails = len(mock.asked), {}
+    # Another process would open a guard of its own; so does this one.
+    second = pa.table(guard(mock).process_batch(rows(12), journal=journal))
+    assert len(mock.asked) - asked == 3 * 2, "the one that failed, and two that are new"
+    assert second["error"].null_count == 12
+    assert second["answer"].to_pylist()[:3] == first["answer"].to_pylist()[:3]
+    assert second["tokens"].to_pylist()[:3] == first["tokens"].to_pylist()[:3]
+    # Under another profile answers are others.
+    asked = len(mock.asked)
+    guard(mock, set={"direct.max_tokens": 9}).process_batch(rows(2), journal=journal)
+    assert len(mock.asked) - asked == 4
+    files = list(journal.glob("answers-*.jsonl"))
+    assert len(files) == 3
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert sum("id" in line for line in lines) == 10 + 3 + 2
+
+
+def test_a_journal_that_was_cut_off_is_read(mock: Mock, tmp_path: Path) -> None:
+    guard(mock).process_batch(rows(5), journal=tmp_path / "journal")
+    [file] = (tmp_path / "journal").iterdir()
+    file.write_bytes(file.read_bytes()[:-20])
+    asked = len(mock.asked)
+    table = pa.table(guard(mock).process_batch(rows(5), journal=tmp_path / "journal"))
+    assert table["error"].null_count == 5 and len(mock.asked) - asked == 2
+
+
+def test_replies_are_kept_for_others(mock: Mock, tmp_path: Path) -> None:
+    guard(mock, cache=tmp_path / "cache").process_batch(rows(5))
+    asked = len(mock.asked)
+    guard(mock, cache=tmp_path / "cache").process_batch(rows(5))
+    assert len(mock.asked) == asked
+
+
+def test_asyncio(mock: Mock) -> None:
+    async def work() -> None:
+        table = await ecso.AsyncGuard(mock.url, "paper").process_batch(rows(4))
+        assert pa.table(table)["verdict"].to_pylist() == ["safe"] * 4
+
+    asyncio.run(work())
