@@ -10,13 +10,13 @@ use std::{
     time::Instant,
 };
 
-use ecso::Step;
+use ecso::{Step, Verdict};
 use serde_json::{Value, json};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{
     json::shown,
-    report::{Finding, Report},
+    report::{Finding, Report, UNFINISHED},
     request::Request,
     settings::{AuditSettings, Mode},
 };
@@ -102,7 +102,7 @@ impl Audit {
             "score": outcome.and_then(|outcome| outcome.score),
             "rewritten": outcome.is_some_and(|outcome| outcome.rewritten),
             "failure": case.report.failure,
-            "early": case.report.early,
+            "early": case.report.early_of(choice),
             "ms": u64::try_from(case.begun.elapsed().as_millis()).unwrap_or(u64::MAX),
             "image_digests": images.collect::<Vec<_>>(),
             "query_digest": query.map(|turn| digest(&turn.query())),
@@ -116,8 +116,21 @@ impl Audit {
         if self.settings.content {
             line["messages"] = case.request.map(Request::messages).into();
             line["draft"] = draft.into();
-            line["answer"] =
-                outcome.filter(|outcome| outcome.rewritten).map(|outcome| outcome.answer.as_str()).or(draft).into();
+            let safe = outcome.filter(|outcome| outcome.rewritten).map(|outcome| outcome.answer.as_str());
+            let out = case.report.early_of(choice).map(|early| early.characters).filter(|out| *out > 0);
+            let is_unsafe = finding.verdict() == Verdict::Unsafe;
+            let is_cut = is_unsafe || case.report.failure == Some(UNFINISHED);
+            line["answer"] = match (out.filter(|_| is_cut), safe) {
+                // What was out stays out, and the safe answer has a place of its own.
+                (Some(out), _) => {
+                    line["safe_answer"] = safe.into();
+                    draft.map(|draft| draft.chars().take(out).collect::<String>()).into()
+                }
+                (None, Some(safe)) => safe.into(),
+                // Another answer was to take its place, and there is none.
+                (None, None) if is_unsafe && case.mode == Mode::Enforce => Value::Null,
+                (None, None) => draft.into(),
+            };
             let captions = steps.iter().filter(|step| step.step == Step::Caption);
             line["captions"] = captions.map(|step| step.reply.as_str()).collect();
         }

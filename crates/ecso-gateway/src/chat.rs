@@ -486,6 +486,7 @@ impl Guarded {
                         Ok(_) => {}
                         Err(error) if rewritten && is_late => {
                             error.log(&context.id);
+                            context.state.metrics.failure(error.code);
                             record.failed(error.code);
                             break;
                         }

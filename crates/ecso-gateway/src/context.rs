@@ -17,11 +17,11 @@ use crate::{
     access::{self, Caller},
     audit::Case,
     error::ApiError,
-    report::{Early, Finding, Report},
+    report::{Early, Finding, Report, UNFINISHED},
     request::{Body, Request, is_remote},
     settings::{ImageUrls, Mode, Settings, Streams, TraceLevel},
     state::AppState,
-    upstream::{Carrier, HTTP, Key, Upstream, Way, is_known_header, passed, unbroken},
+    upstream::{ACCOUNT, Carrier, HTTP, Key, Upstream, Way, is_known_header, passed, unbroken},
 };
 
 /// A request that was let in.
@@ -30,6 +30,8 @@ pub(crate) struct RequestContext {
     /// The request's name in answers and logs.
     pub(crate) id: String,
     pub(crate) begun: Instant,
+    /// From when on its deadline counts.
+    since: Instant,
     pub(crate) caller: Caller,
     /// What is done with it; known once its model is.
     pub(crate) mode: Mode,
@@ -88,7 +90,7 @@ impl RequestContext {
         state.rates.check(&caller)?;
         let headers = own_key_removed(&state.settings, headers);
         let mode = caller.strictest(&state.settings);
-        Ok(Self { begun, caller, mode, headers, carrier, ..Self::of_page(state, rooms, id) })
+        Ok(Self { begun, since: begun, caller, mode, headers, carrier, ..Self::of_page(state, rooms, id) })
     }
 
     /// A request of the page for people: nothing of its head goes on, and it is always guarded.
@@ -97,6 +99,7 @@ impl RequestContext {
             state: Arc::clone(state),
             id: id.to_owned(),
             begun: Instant::now(),
+            since: Instant::now(),
             caller: Caller::playground(),
             mode: Mode::Enforce,
             headers: HeaderMap::new(),
@@ -165,7 +168,7 @@ impl RequestContext {
                            before the model does, send data URLs, or set gateway.image_urls = \"pass\"";
             return Err(ApiError::bad_request("image_url_refused", message));
         }
-        let (state, begun, held) = (Arc::clone(&self.state), self.begun, self.held());
+        let (state, begun, held) = (Arc::clone(&self.state), self.since, self.held());
         let prepared = state.prepare(body, |fetched| self.hold(held + fetched));
         in_time(&state, begun, prepared).await
     }
@@ -191,9 +194,11 @@ impl RequestContext {
         }
     }
 
-    /// From here on no key of the caller's goes with the request.
+    /// From here on nothing goes with the request that says who asks, or by which account.
     pub(crate) fn without_keys(&mut self) {
-        self.headers = keys_removed(std::mem::take(&mut self.headers));
+        for name in ACCOUNT {
+            self.headers.remove(name);
+        }
     }
 
     /// What was read as JSON goes on as JSON.
@@ -208,14 +213,13 @@ impl RequestContext {
             let message = format!("the body has more than {} bytes", limits.body);
             ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
         };
-        let late = || ApiError::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", "the body did not come in time");
         let told = self.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
         if told.is_some_and(|told: usize| told > limits.body) {
             return Err(too_long());
         }
         let (mut whole, mut pieces) = (BytesMut::new(), body.into_data_stream());
         loop {
-            let left = limits.deadline().saturating_sub(self.begun.elapsed());
+            let left = limits.deadline().saturating_sub(self.since.elapsed());
             let next = tokio::time::timeout(limits.patience().min(left), pieces.next()).await.map_err(|_| late())?;
             let Some(piece) = next else { break };
             let piece = piece.map_err(|_| ApiError::bad_request("invalid_request", "the body broke off"))?;
@@ -249,12 +253,17 @@ impl RequestContext {
 
     /// What takes until the request's deadline, and no longer.
     pub(crate) async fn in_time<T>(&self, work: impl Future<Output = Result<T, ApiError>>) -> Result<T, ApiError> {
-        in_time(&self.state, self.begun, work).await
+        in_time(&self.state, self.since, work).await
+    }
+
+    /// Its deadline counts anew: nobody waits for what is done from here on.
+    pub(crate) fn unhurried(&mut self) {
+        self.since = Instant::now();
     }
 
     /// How long the request has until its deadline.
     pub(crate) fn left(&self) -> Duration {
-        self.state.settings.limits.deadline().saturating_sub(self.begun.elapsed())
+        self.state.settings.limits.deadline().saturating_sub(self.since.elapsed())
     }
 
     /// How the stream of this request goes out. A client may always have it held, and have less only where its wishes are obeyed.
@@ -356,10 +365,15 @@ impl Drop for Record<'_> {
             report.add(0, Finding::Failed);
         }
         if !self.is_written && report.findings().next().is_some() {
-            report.failure = Some("unfinished");
+            report.failure = Some(UNFINISHED);
             self.context.write(Some(self.request), &report, &self.drafts);
         }
     }
+}
+
+/// A body whose next piece did not come.
+pub(crate) fn late() -> ApiError {
+    ApiError::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", "the body did not come in time")
 }
 
 /// What takes until the deadline of a request that has `begun`, and no longer.
@@ -374,13 +388,11 @@ async fn in_time<T>(
 }
 
 /// With keys of our own, a client's key is ours and never the upstream's business.
-fn own_key_removed(settings: &Settings, headers: HeaderMap) -> HeaderMap {
-    if settings.keys.is_empty() { headers } else { keys_removed(headers) }
-}
-
-fn keys_removed(mut headers: HeaderMap) -> HeaderMap {
-    headers.remove(header::AUTHORIZATION);
-    headers.remove(access::API_KEY);
+fn own_key_removed(settings: &Settings, mut headers: HeaderMap) -> HeaderMap {
+    if !settings.keys.is_empty() {
+        headers.remove(header::AUTHORIZATION);
+        headers.remove(access::API_KEY);
+    }
     headers
 }
 

@@ -37,8 +37,8 @@ async fn judged(context: &mut RequestContext, body: Bytes, admission: &Admission
     let _turn = context.in_time(admission.enter()).await?;
     let body = Body::of(question.chat()?, &context.state.settings.allow_fields)?;
     let mut request = context.prepare(body).await?;
-    // Who asks wants a verdict, on texts too.
-    context.is_in_scope = true;
+    // Who asks wants a verdict, on texts too, and gets what may go out.
+    (context.is_in_scope, context.mode) = (true, Mode::Enforce);
     let context = &*context;
     let RequestContext { state, headers, .. } = context;
     let work = async {

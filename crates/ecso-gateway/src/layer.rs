@@ -42,8 +42,9 @@ impl Gateway {
     /// The guard as a layer over any service: what `ecso serve` does to a server, it does to that.
     ///
     /// The guard's own questions go to the [`Upstream`](crate::Upstream) of this gateway, which must not be the guarded service itself: such
-    /// requests are refused. Responses and Messages reach the service as chats. Routes that are not known are refused in enforce mode, so
-    /// that the layer belongs around the model's routes alone; paths begin with `/v1`, as `Router::nest` leaves them. Without client keys
+    /// requests are refused. Responses and Messages reach the service as chats. In enforce mode nothing
+    /// else reaches it but requests without a body, as for `GET /v1/models`, and what `gateway.allow_routes` lists: so
+    /// the layer belongs around the model's routes alone; paths begin with `/v1`, as `Router::nest` leaves them. Without client keys
     /// everybody is let in that the application lets in. Errors of the service become a 502.
     ///
     /// ```no_run
@@ -115,6 +116,11 @@ where
 {
     fn door(&self) -> &'static str {
         "layer"
+    }
+
+    /// It may answer every path as it answers chats.
+    fn knows_routes(&self) -> bool {
+        false
     }
 
     fn carry(&self, request: Request<reqwest::Body>) -> BoxFuture<'_, Result<reqwest::Response, ApiError>> {

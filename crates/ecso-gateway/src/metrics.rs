@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ecso::Step;
+use ecso::{Step, Verdict};
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
     metrics::{
@@ -104,10 +104,10 @@ impl Metrics {
             Mode::Off => "off",
         };
         self.guarded.observe(case.begun.elapsed().as_secs_f64());
-        if let Some(early) = case.report.early.filter(|_| case.report.is_unsafe()) {
-            self.harm_out.observe(f64::from(u32::try_from(early.words).unwrap_or(u32::MAX)));
-        }
-        for (_, finding) in case.report.findings() {
+        for (choice, finding) in case.report.findings() {
+            if let Some(early) = case.report.early_of(choice).filter(|_| finding.verdict() == Verdict::Unsafe) {
+                self.harm_out.observe(f64::from(u32::try_from(early.words).unwrap_or(u32::MAX)));
+            }
             let (verdict, outcome) = (finding.verdict().as_str(), finding.outcome());
             let rewritten = if outcome.is_some_and(|outcome| outcome.rewritten) { "yes" } else { "no" };
             self.answers.get_or_create(&Answer { verdict, mode, rewritten }).inc();

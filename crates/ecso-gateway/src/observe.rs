@@ -65,6 +65,7 @@ impl Observed {
         let Self { mut context, admission, read, .. } = self;
         // What the client's own request went with is not for questions about its answer.
         context.guarded();
+        context.unhurried();
         let judged = async {
             let _turn = admission.enter().await?;
             // It may be long.

@@ -7,7 +7,10 @@ use ecso::{Outcome, Verdict};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::settings::TraceLevel;
+use crate::{settings::TraceLevel, windowed::CHOICE};
+
+/// Why there is no more to tell of an answer that broke off.
+pub(crate) const UNFINISHED: &str = "unfinished";
 
 /// What the guard says of all choices of an answer.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -70,6 +73,11 @@ impl Report {
     /// What was found, by choice.
     pub(crate) fn findings(&self) -> impl Iterator<Item = (u64, &Finding)> {
         self.findings.iter().map(|(choice, finding)| (*choice, finding))
+    }
+
+    /// What went out early of a choice.
+    pub(crate) fn early_of(&self, choice: u64) -> Option<Early> {
+        self.early.filter(|_| choice == CHOICE)
     }
 
     /// Whether a verdict has fallen that holds an answer back.

@@ -164,9 +164,9 @@ impl AppState {
         Ok(request)
     }
 
-    /// The profile that the program runs under.
-    pub(crate) fn usual(&self) -> &Profile {
-        &self.profiles.usual
+    /// The operator's profiles, the usual one first.
+    pub(crate) fn all_profiles(&self) -> impl Iterator<Item = &Profile> {
+        [&self.profiles.usual].into_iter().chain(self.profiles.named.values())
     }
 
     /// The profile that a request is judged under: its client's, its model's, or the usual one.

@@ -1,6 +1,6 @@
 //! What stands behind the guard: another server, or a model in this process.
 
-use std::{sync::Arc, time::Duration};
+use std::{error::Error, fmt, sync::Arc, time::Duration};
 
 use axum::{
     BoxError,
@@ -17,7 +17,7 @@ use serde_json::Value;
 use tower::{ServiceExt, service_fn};
 use tower_http::decompression::Decompression;
 
-use crate::{access, completion::Completion, error::ApiError, fields, request::Request as Chat, telemetry};
+use crate::{access, completion::Completion, context, error::ApiError, fields, request::Request as Chat, telemetry};
 
 /// The guarded route.
 pub(crate) const CHAT: &str = "/v1/chat/completions";
@@ -143,6 +143,11 @@ pub(crate) trait Carrier: Send + Sync {
     /// By which door such requests come in, as records and figures name it.
     fn door(&self) -> &'static str;
 
+    /// Whether it carries to a model's server, whose routes are what the table of routes takes them for.
+    fn knows_routes(&self) -> bool {
+        true
+    }
+
     /// Carries a request of a path below `/v1`, and says what comes back. Bodies that come packed are unpacked behind it, where
     /// they are read here.
     fn carry(&self, request: Request<reqwest::Body>) -> BoxFuture<'_, Result<reqwest::Response, ApiError>>;
@@ -182,6 +187,14 @@ pub(crate) enum Way {
 }
 
 impl Way {
+    /// See [`Carrier::knows_routes`].
+    pub(crate) fn knows_routes(&self) -> bool {
+        match self {
+            Self::Own(_) => true,
+            Self::Carried(carrier) => carrier.knows_routes(),
+        }
+    }
+
     /// Sends a request on, with the headers that concern the upstream. What is to be read here comes unpacked.
     pub(crate) async fn forward(
         &self,
@@ -275,6 +288,9 @@ impl Server {
         let url = self.url(path_and_query, key);
         let sent = http.request(method, url).headers(headers).body(body).send().await;
         sent.map_err(|error| {
+            if is_silent(&error) {
+                return context::late();
+            }
             let why = if error.is_timeout() { "it does not answer" } else { "it can't be reached" };
             let error = error.without_url();
             tracing::debug!(error = ecso::chain(&error), "upstream");
@@ -398,6 +414,23 @@ pub(crate) fn bounded(
     body.boxed()
 }
 
+/// Why a body broke off: nothing of it came.
+#[derive(Debug)]
+struct Silent;
+
+impl fmt::Display for Silent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("nothing came for too long")
+    }
+}
+
+impl Error for Silent {}
+
+/// Whether that is behind an error.
+fn is_silent(error: &(dyn Error + 'static)) -> bool {
+    error.is::<Silent>() || error.source().is_some_and(is_silent)
+}
+
 /// A body whose next piece comes within `silence`, or never.
 pub(crate) fn unbroken<E: Into<BoxError>>(
     pieces: impl Stream<Item = Result<Bytes, E>> + Send + Unpin + 'static,
@@ -407,7 +440,7 @@ pub(crate) fn unbroken<E: Into<BoxError>>(
         let mut pieces = pieces?;
         match tokio::time::timeout(silence, pieces.next()).await {
             Ok(next) => Some((next?.map_err(Into::into), Some(pieces))),
-            Err(_) => Some((Err("nothing came for too long".into()), None)),
+            Err(_) => Some((Err(Silent.into()), None)),
         }
     })
 }
@@ -454,10 +487,12 @@ fn is_version(name: &HeaderName) -> bool {
 
 /// Whether a client's header is known to say who asks, in which form, and nothing else.
 pub(crate) fn is_known_header(name: &HeaderName) -> bool {
-    const KEYS: [&str; 7] =
-        ["authorization", "api-key", "x-api-key", "openai-organization", "openai-project", "host", "connection"];
-    goes_with_own_key(name) || KEYS.contains(&name.as_str())
+    goes_with_own_key(name) || ACCOUNT.contains(&name.as_str()) || [header::HOST, header::CONNECTION].contains(name)
 }
+
+/// Headers that say who asks, and by which account.
+pub(crate) const ACCOUNT: [&str; 5] =
+    ["authorization", "api-key", "x-api-key", "openai-organization", "openai-project"];
 
 /// Whether a client's header goes along where the operator's key speaks for it: nothing that names an account.
 fn goes_with_own_key(name: &HeaderName) -> bool {

@@ -96,7 +96,8 @@ impl Windows {
         if self.asked.is_some() || length < self.judged.saturating_add(full) {
             return None;
         }
-        let said = self.said();
+        // White space alone says nothing.
+        let said = Some(self.said()).filter(|said| !said.trim().is_empty())?;
         self.asked = Some(Asked { said: said.clone(), came: self.came, length });
         Some(said)
     }
@@ -123,7 +124,8 @@ impl Windows {
         self.size = self.size.saturating_mul(2).min(self.sizes.most.max(self.sizes.first.max(1)));
         let text: String = self.held.iter().map(|(_, text)| text.as_str()).collect();
         let judged = text.get(..asked.came - self.gone).unwrap_or_default();
-        self.pieces(bound(judged, self.sizes.held))
+        let end = bound(judged, self.sizes.held);
+        self.pieces(if judged[..end].trim().is_empty() { 0 } else { end })
     }
 
     /// From here on nothing is asked, and all waits for the last verdict.
@@ -280,6 +282,7 @@ impl<'a> Writing<'a> {
         while self.end.is_none() {
             let mut pieces = Vec::new();
             tokio::select! {
+                biased;
                 considered = done(&mut self.considering) => self.considered = considered,
                 checked = done(&mut self.checking) => pieces = self.checked(checked),
                 event = self.events.next().instrument(self.direct.clone()), if !self.is_read => match event? {
@@ -324,8 +327,8 @@ impl<'a> Writing<'a> {
         if self.end.is_some() || self.considering.is_some() {
             return;
         }
-        if self.is_read && !self.windows.is_all_asked() {
-            // The last verdict is about all of it.
+        if self.is_read && !self.windows.is_all_asked() && (self.how.gives_up || self.checking.is_none()) {
+            // The last verdict is about all of it. Where answers go out that nobody could judge, harm that is being found is waited for.
             self.end = Some(End::Whole);
         } else if let Ok(considered) = &self.considered {
             if considered.is_harm() {

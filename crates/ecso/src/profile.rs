@@ -499,6 +499,9 @@ impl Profile {
     /// The same profile with one field changed: `key` is dotted (`detect.parser`), `value` is TOML or bare text.
     /// The name gets a `+`, so that no result passes for the original's.
     pub fn with(&self, key: &str, value: &str) -> Result<Self, ProfileError> {
+        if key.matches('.').count() > DEEPEST {
+            return Err(ProfileError::Invalid(format!("a key has at most {DEEPEST} dots")));
+        }
         let value = format!("v = {value}")
             .parse::<toml::Table>()
             .ok()
@@ -529,6 +532,9 @@ impl Profile {
         if self.strip { text.trim() } else { text }
     }
 }
+
+/// Most dots of a profile's key.
+const DEEPEST: usize = 16;
 
 impl DirectStep {
     /// The step's sampling.

@@ -24,7 +24,7 @@ use tracing::Instrument;
 use super::{
     Visit,
     edit::{Edit, read},
-    needs_full, threshold,
+    needs_full, page_profile, threshold,
 };
 use crate::{
     context::RequestContext,
@@ -62,13 +62,15 @@ enum Arm {
 }
 
 impl Arm {
-    /// The profile. One that could let everything out takes the right to see everything.
-    fn profile(&self, state: &AppState) -> Result<Profile, ApiError> {
-        if !matches!(self, Self::Profile(_)) {
-            needs_full(state)?;
+    /// The profile, for this model. Any but the operator's own could let out what that holds back, and takes the right to see everything.
+    fn profile(&self, state: &AppState, model: &str) -> Result<Profile, ApiError> {
+        let usual = page_profile(state, Some(model));
+        match self {
+            Self::Profile(name) if *name == usual.name => return Ok(usual.clone()),
+            _ => needs_full(state)?,
         }
         match self {
-            Self::Unguarded => Ok(Profile { name: "unguarded".into(), gate: Gate::Never, ..state.usual().clone() }),
+            Self::Unguarded => Ok(Profile { name: "unguarded".into(), gate: Gate::Never, ..usual.clone() }),
             Self::Profile(name) => super::profile(state, name),
             Self::Edited(edit) => edit.apply(state),
         }
@@ -103,7 +105,8 @@ async fn begin(gateway: &Gateway, state: &Arc<AppState>, id: &str, body: Body) -
     let body = context.read(body).await?;
     let question: Question = read(&body)?;
     drop(body);
-    let profile = question.arm.profile(state)?;
+    let model = context.in_time(state.upstream.model_name(&context.headers)).await?;
+    let profile = question.arm.profile(state, &model)?;
     if profile.gate == Gate::Never {
         context.mode = Mode::Off;
     }
@@ -111,7 +114,7 @@ async fn begin(gateway: &Gateway, state: &Arc<AppState>, id: &str, body: Body) -
     let chat = Chat::of(question.chat()?, &[])?;
     let turn = context.in_time(gateway.admission.enter()).await?;
     let mut request = context.prepare(chat).await?;
-    request.model = context.in_time(state.upstream.model_name(&context.headers)).await?;
+    request.model = model;
     let head =
         [(header::CONTENT_TYPE, "text/event-stream"), (header::HeaderName::from_static("x-accel-buffering"), "no")];
     let told = told(context, request, profile, turn).map(Ok::<_, std::convert::Infallible>);
@@ -129,8 +132,9 @@ fn told(
         let _turn = turn;
         let settings = &context.state.settings;
         let signs = Duration::from_secs(settings.keep_alive.max(1));
+        let threshold = threshold(&profile).filter(|_| settings.trace != TraceLevel::None);
         yield written("begun", &json!({
-            "profile": profile.name, "model": request.model, "threshold": threshold(&profile),
+            "profile": profile.name, "model": request.model, "threshold": threshold,
             "images": request.chat.image_count(),
         }));
         // All calls go to the guarded model itself, and nothing is remembered: what is seen is what it takes.
@@ -194,7 +198,8 @@ fn shown(event: &Event, trace: TraceLevel) -> Option<(&'static str, Value)> {
         Event::Done(outcome) => (
             "done",
             json!({
-                "verdict": outcome.verdict, "score": outcome.score, "rewritten": outcome.rewritten,
+                "verdict": outcome.verdict, "rewritten": outcome.rewritten,
+                "score": outcome.score.filter(|_| trace != TraceLevel::None),
                 "refused": outcome.refused,
             }),
         ),

@@ -23,6 +23,13 @@ use crate::{
 
 /// Longest name of a profile.
 const NAME: usize = 60;
+/// Most keys that are changed, and how long and how deep one is.
+const KEYS: usize = 200;
+const KEY: usize = 100;
+const DEPTH: usize = 8;
+/// Longest new value, and how many holes a prompt may have: each is filled with all that is asked.
+const VALUE: usize = 8000;
+const HOLES: usize = 40;
 
 /// What is changed.
 #[derive(Debug, Deserialize)]
@@ -46,12 +53,22 @@ impl Edit {
         if name.is_empty() || name.chars().count() > NAME || name.chars().any(char::is_control) {
             return refused("name", format!("a profile has a name of 1 to {NAME} characters"));
         }
-        if name == "unguarded" || Profile::NAMES.contains(&name) {
+        if name == "unguarded" || super::profiles(state).iter().any(|profile| profile.name == name) {
             return refused("name", format!("{name:?} is another profile's name"));
+        }
+        if self.changes.len() > KEYS {
+            return refused("changes", format!("at most {KEYS} keys can be changed"));
         }
         let mut profile = super::profile(state, &self.base)?;
         for (key, value) in &self.changes {
-            match profile.with(key, &written(value)) {
+            let written = written(value);
+            if key.len() > KEY || key.matches('.').count() >= DEPTH {
+                return refused("changes", format!("a key has at most {KEY} letters and {DEPTH} parts"));
+            }
+            if written.chars().count() > VALUE || written.matches('{').count() > HOLES {
+                return refused(key, format!("a value has at most {VALUE} characters, and {HOLES} holes"));
+            }
+            match profile.with(key, &written) {
                 Ok(changed) => profile = changed,
                 Err(error) => return refused(key, error.to_string()),
             }

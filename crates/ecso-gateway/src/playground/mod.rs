@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use url::form_urlencoded;
 
-use crate::{context::QUICK, error::ApiError, server::Gateway, settings::TraceLevel, state::AppState};
+use crate::{access::Caller, context::QUICK, error::ApiError, server::Gateway, settings::TraceLevel, state::AppState};
 use entrance::Entrance;
 
 /// A page for people, for [`Gateway::with_playground`].
@@ -76,6 +76,7 @@ pub(crate) fn routes(gateway: Arc<Gateway>, playground: Arc<Playground>) -> Rout
         .route("/playground/ask", post(ask::ask))
         .route_layer(middleware::from_fn_with_state(visit.clone(), let_in))
         .route("/", get(page))
+        .route("/favicon.ico", get(StatusCode::NO_CONTENT))
         .layer(middleware::map_response(locked))
         .with_state(visit)
 }
@@ -139,17 +140,18 @@ async fn facts(State(visit): State<Visit>) -> Response {
     let several = state.upstream.answering(model.as_deref().unwrap_or_default(), &nothing).takes_several();
     let limits = &state.settings.limits;
     let profiles = profiles(&state).into_iter();
-    // The prompts are what the model is told, which not everybody may see.
+    // The prompts are what the model is told, which not everybody may see; and the choice is the operator's.
+    let usual = page_profile(&state, model.as_deref());
     let told: Vec<Value> = match state.settings.trace {
         TraceLevel::Full => profiles.map(|profile| json!(profile)).collect(),
-        TraceLevel::Figures | TraceLevel::None => profiles.map(|profile| json!({"name": profile.name})).collect(),
+        TraceLevel::Figures | TraceLevel::None => vec![json!({"name": usual.name})],
     };
     let facts = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "model": model,
         "several": several,
         "trace": state.settings.trace,
-        "usual": state.usual().name,
+        "usual": usual.name,
         "profiles": told,
         "limits": {"images": limits.images, "body": limits.body, "image": state.images.bytes},
         "calibration": visit.playground.calibration,
@@ -157,14 +159,22 @@ async fn facts(State(visit): State<Visit>) -> Response {
     ([(header::CONTENT_TYPE, "application/json")], facts.to_string()).into_response()
 }
 
-/// The profiles to choose from: the usual one, and those built in, without one that the usual one goes by.
+/// The profiles to choose from: the operator's, and those built in, without one whose name an operator's has.
 fn profiles(state: &AppState) -> Vec<Profile> {
-    let usual = state.usual();
-    let others = Profile::NAMES.into_iter().filter(|name| *name != usual.name);
-    let mut profiles: Vec<Profile> = others.filter_map(|name| Profile::named(name).ok()).collect();
-    profiles.push(usual.clone());
+    let built_in = Profile::NAMES.into_iter().filter_map(|name| Profile::named(name).ok());
+    let mut profiles: Vec<Profile> = Vec::new();
+    for profile in state.all_profiles().cloned().chain(built_in) {
+        if profiles.iter().all(|known| known.name != profile.name) {
+            profiles.push(profile);
+        }
+    }
     profiles.sort_by_key(|profile| Profile::NAMES.iter().position(|name| *name == profile.name).unwrap_or(usize::MAX));
     profiles
+}
+
+/// The profile that requests to this model run under, where nobody chooses.
+fn page_profile<'a>(state: &'a AppState, model: Option<&str>) -> &'a Profile {
+    state.profile(&Caller::playground(), model)
 }
 
 /// A profile of [`profiles`].

@@ -211,17 +211,32 @@ async fn what_is_held_back_takes_the_right_to_see_everything() {
         }
         assert_eq!(last(&got, "answer")["text"], "Here is a harmless answer.");
         let edit = json!({"base": "paper", "name": "mine", "changes": {"gate": "never"}});
-        for arm in [json!("unguarded"), json!({"edited": edit})] {
+        // Another profile than the operator's could let out what that holds back.
+        for arm in [json!("unguarded"), json!({"profile": "hardened"}), json!({"edited": edit})] {
             let refused = visitor.ask(&arm).await;
             assert_eq!(refused.status, StatusCode::FORBIDDEN);
             assert_eq!(refused.json()["error"]["code"], "trace_needed");
         }
         assert_eq!(visitor.send("POST", "/playground/profile", &edit).await.status, StatusCode::FORBIDDEN);
         let facts = visitor.send("GET", "/playground/facts", &Value::Null).await.json();
+        assert_eq!(facts["profiles"], json!([{"name": "paper"}]), "prompts are not for everybody");
+        assert_eq!(last(&got, "done")["score"], Value::Null);
+    }
+}
+
+#[tokio::test]
+async fn a_profile_is_changed_in_bounds() {
+    let visitor = Visitor::new(traced(TraceLevel::Full), Profile::paper(), mild()).await;
+    let deep = vec!["a"; 10_001].join(".");
+    let many: Value = (0..201).map(|n| (format!("safe.{n}"), Value::from(1))).collect::<serde_json::Map<_, _>>().into();
+    for changes in
+        [json!({deep: 1}), many, json!({"safe.plain": "{x}".repeat(300)}), json!({"safe.plain": "a".repeat(9000)})]
+    {
+        let edit = json!({"base": "paper", "name": "mine", "changes": changes});
+        let got = visitor.send("POST", "/playground/profile", &edit).await;
         assert_eq!(
-            facts["profiles"],
-            json!([{"name": "paper"}, {"name": "hardened"}]),
-            "prompts are not for everybody"
+            (got.status, got.json()["error"]["code"].as_str()),
+            (StatusCode::BAD_REQUEST, Some("invalid_profile"))
         );
     }
 }
