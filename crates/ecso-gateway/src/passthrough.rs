@@ -49,13 +49,7 @@ pub(crate) async fn pass(
     if context.mode == Mode::Enforce {
         context.guarded();
     }
-    let route = match Route::of(method, path, &state.settings.allow_routes) {
-        Route::Harmless | Route::Vectors if *method == axum::http::Method::POST && !way.knows_routes() => {
-            Route::Unknown
-        }
-        route => route,
-    };
-    let (key, body) = match route {
+    let (key, body) = match Route::of(method, path, &state.settings.allow_routes, way.knows_routes()) {
         Route::Allowed => (Key::Own, context.flowing(body)),
         Route::Harmless if *method == axum::http::Method::POST => (Key::Own, context.flowing(body)),
         // What has no body for us has none for the upstream. Who carries it must not wait for somebody to read it.

@@ -36,14 +36,16 @@ const HARMLESS: &[(&str, &str)] = &[
 const VECTORS: &[&str] = &["/v1/embeddings", "/v1/rerank", "/v1/score"];
 
 impl Route {
-    /// The route of a request; `allowed` are those that the operator lists, `[METHOD ]PATH`.
-    pub(crate) fn of(method: &Method, path: &str, allowed: &[String]) -> Self {
+    /// The route of a request to a model's server, or to a service that may answer every path as it answers chats; `allowed` are those
+    /// that the operator lists, `[METHOD ]PATH`.
+    pub(crate) fn of(method: &Method, path: &str, allowed: &[String], is_server: bool) -> Self {
         if !has_one_spelling(path) {
             return Self::Unknown;
         }
-        if HARMLESS.iter().any(|(known, pattern)| *known == method && matches(pattern, path)) {
+        let is_known = is_server || *method != Method::POST;
+        if is_known && HARMLESS.iter().any(|(known, pattern)| *known == method && matches(pattern, path)) {
             Self::Harmless
-        } else if *method == Method::POST && VECTORS.contains(&path) {
+        } else if is_server && *method == Method::POST && VECTORS.contains(&path) {
             Self::Vectors
         } else if allowed.iter().any(|entry| is_listed(entry, method, path)) {
             Self::Allowed
@@ -88,9 +90,9 @@ mod tests {
             ("POST", "/v1/tokenize"),
             ("OPTIONS", "/v1/chat/completions"),
         ] {
-            assert_eq!(Route::of(&method.parse().unwrap(), path, &[]), Route::Harmless, "{method} {path}");
+            assert_eq!(Route::of(&method.parse().unwrap(), path, &[], true), Route::Harmless, "{method} {path}");
         }
-        assert_eq!(Route::of(&Method::POST, "/v1/embeddings", &[]), Route::Vectors);
+        assert_eq!(Route::of(&Method::POST, "/v1/embeddings", &[], true), Route::Vectors);
         for method in ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "TRACE", "PROPFIND"] {
             for path in [
                 "/v1/chat/completions",
@@ -126,18 +128,18 @@ mod tests {
                 "/",
                 "",
             ] {
-                assert_eq!(Route::of(&method.parse().unwrap(), path, &[]), Route::Unknown, "{method} {path}");
+                assert_eq!(Route::of(&method.parse().unwrap(), path, &[], true), Route::Unknown, "{method} {path}");
             }
         }
         for method in ["POST", "PUT", "PATCH", "DELETE"] {
-            assert_eq!(Route::of(&method.parse().unwrap(), "/v1/models", &[]), Route::Unknown);
+            assert_eq!(Route::of(&method.parse().unwrap(), "/v1/models", &[], true), Route::Unknown);
         }
     }
 
     #[test]
     fn an_operator_lists_more() {
         let allowed = ["POST /v1/audio/transcriptions".to_owned(), "/v1/files/*".to_owned()];
-        let route = |method: &str, path| Route::of(&method.parse().unwrap(), path, &allowed);
+        let route = |method: &str, path| Route::of(&method.parse().unwrap(), path, &allowed, true);
         assert_eq!(route("POST", "/v1/audio/transcriptions"), Route::Allowed);
         assert_eq!(route("DELETE", "/v1/files/x"), Route::Allowed);
         for (method, path) in [("GET", "/v1/audio/transcriptions"), ("GET", "/v1/files"), ("GET", "/v1/files/../x")] {
