@@ -34,13 +34,17 @@ pub(crate) fn run(args: &BenchArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let settings = config::load(file, &args.model, &args.profile)?;
     let bench = Bench::new(args, &settings)?;
     let runtime = tokio::runtime::Runtime::new().context("no runtime")?;
-    let report = runtime.block_on(bench.measured(&settings))?;
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
-    } else {
-        print!("{report}");
+    let mut report = bench.report();
+    let measured = runtime.block_on(bench.measure(&settings, &mut report));
+    // What was measured before a call failed stays.
+    if measured.is_ok() || !report.blocks.is_empty() {
+        if args.json {
+            println!("{}", serde_json::to_string_pretty(&report)?);
+        } else {
+            print!("{report}");
+        }
     }
-    Ok(())
+    measured
 }
 
 /// What is measured.
@@ -66,8 +70,8 @@ struct Timed {
     took: Duration,
     /// Until its first word could be read.
     first: Duration,
-    prompt_tokens: u32,
-    answer_tokens: u32,
+    /// Prompt and answer of all calls; none where the model does not tell.
+    tokens: Option<(u32, u32)>,
     calls: usize,
     is_unsafe: bool,
 }
@@ -79,14 +83,10 @@ impl Bench {
         profiles.dedup_by(|one, other| one.name == other.name);
         let tokens = args.max_new_tokens.get();
         let profiles = capped(profiles, Some(tokens));
+        let own =
+            args.image.as_deref().map(|path| own_request(path, args.query.as_deref(), settings.images)).transpose()?;
         let (harmless, harmful) = lists(settings.images)?;
-        let harmless = match &args.image {
-            Some(path) => {
-                let images = Image::open_several(path, settings.images)?;
-                vec![Chat::ask(images, args.query.as_deref().unwrap_or("What does this picture show?"))]
-            }
-            None => harmless,
-        };
+        let harmless = own.map_or(harmless, |own| vec![own]);
         if harmless.is_empty() || harmful.is_empty() {
             return Err(UsageError("no font of this system can set the lists that are asked about".into()).into());
         }
@@ -94,32 +94,48 @@ impl Bench {
         Ok(Self { runs: args.runs.get(), tokens, profiles, harmless, harmful, bar })
     }
 
-    async fn measured(&self, settings: &Settings) -> anyhow::Result<Report> {
+    /// A report of nothing.
+    fn report(&self) -> Report {
+        Report {
+            ecso: env!("CARGO_PKG_VERSION"),
+            model: String::new(),
+            cores: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            runs: self.runs,
+            max_new_tokens: self.tokens,
+            load_ms: None,
+            first_answer_ms: None,
+            prompt_tokens_per_second: None,
+            answer_tokens_per_second: None,
+            blocks: Vec::new(),
+            at_once: None,
+            peak_mib: None,
+        }
+    }
+
+    /// Measures, as far as no call fails.
+    async fn measure(&self, settings: &Settings, report: &mut Report) -> anyhow::Result<()> {
         let begun = Instant::now();
         let model = open::model(settings).await?;
         model.health().await?;
         let is_here = !open::is_server(settings);
-        let load_ms = is_here.then(|| milliseconds(begun.elapsed()));
-        let name = model.name().to_owned();
+        report.load_ms = is_here.then(|| milliseconds(begun.elapsed()));
+        model.name().clone_into(&mut report.model);
         let total = self.total(settings);
         let mut asked = Asked { bench: self, model, answers: 0, total };
         // What a process asks first takes longer: heads of prompts are read that later ones share.
         let first = asked.answer(Way::Guarded(self.usual()), &self.harmless[0]).await?;
-        let (prompt_tokens_per_second, answer_tokens_per_second) = asked.rates().await?;
+        report.first_answer_ms = Some(milliseconds(first.took));
+        (report.prompt_tokens_per_second, report.answer_tokens_per_second) = asked.rates().await?;
         let all: Vec<Way<'_>> = [Way::Unguarded].into_iter().chain(self.profiles.iter().map(Way::Guarded)).collect();
-        let mut blocks = vec![
-            asked.block("harmless requests", &self.harmless, &all).await?,
-            asked.block("harmful requests", &self.harmful, &all).await?,
-        ];
+        report.blocks.push(asked.block("harmless requests", &self.harmless, &all).await?);
+        report.blocks.push(asked.block("harmful requests", &self.harmful, &all).await?);
         let always: Vec<Profile> =
             self.profiles.iter().map(|profile| Profile { gate: Gate::Always, ..profile.clone() }).collect();
         let forced: Vec<Way<'_>> = [Way::Unguarded].into_iter().chain(always.iter().map(Way::Guarded)).collect();
-        blocks.push(
-            asked
-                .block("harmless requests, every answer written anew (gate = always)", &self.harmless, &forced)
-                .await?,
-        );
-        let at_once = asked.at_once(self.usual()).await?;
+        let name = "harmless requests, every answer written anew (gate = always)";
+        report.blocks.push(asked.block(name, &self.harmless, &forced).await?);
+        report.peak_mib = peak_mib();
+        report.at_once = Some(asked.at_once(self.usual()).await?);
         if is_here && !settings.engine.no_reuse {
             let mut apart = settings.clone();
             apart.engine.no_reuse = true;
@@ -128,22 +144,11 @@ impl Bench {
             drop(asked);
             let model = open::model(&apart).await?;
             let mut asked = Asked { bench: self, model, answers, total };
-            blocks.push(asked.block("harmless requests, nothing shared between prompts", &self.harmless, &all).await?);
+            let name = "harmless requests, nothing shared between prompts";
+            report.blocks.push(asked.block(name, &self.harmless, &all).await?);
         }
-        Ok(Report {
-            ecso: env!("CARGO_PKG_VERSION"),
-            model: name,
-            cores: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
-            runs: self.runs,
-            max_new_tokens: self.tokens,
-            load_ms,
-            first_answer_ms: milliseconds(first.took),
-            prompt_tokens_per_second,
-            answer_tokens_per_second,
-            blocks,
-            at_once,
-            peak_mib: peak_mib(),
-        })
+        report.peak_mib = peak_mib();
+        Ok(())
     }
 
     /// The profile that the settings name.
@@ -156,6 +161,15 @@ impl Bench {
         let blocks = if open::is_server(settings) || settings.engine.no_reuse { 3 } else { 4 };
         1 + self.runs * (2 + blocks * (self.profiles.len() + 1)) + 2 * AT_ONCE
     }
+}
+
+/// A question about an image of the user's.
+fn own_request(path: &Path, query: Option<&str>, limits: Limits) -> anyhow::Result<Chat> {
+    let images = Image::open_several(path, limits)?;
+    for image in &images {
+        image.pixels().map_err(|error| UsageError(format!("{}: {error}", path.display())))?;
+    }
+    Ok(Chat::ask(images, query.unwrap_or("What does this picture show?")))
 }
 
 /// Lists of the set that `ecso tune` asks: harmless ones, and harmful ones.
@@ -209,12 +223,12 @@ impl Asked<'_> {
         for _ in 0..self.bench.runs {
             let long = self.next(&Chat::ask([], "bread and butter ".repeat(LONG / 3)));
             let answer = answered(&self.model, Way::Unguarded, &long, 1).await?;
-            read.push(f64::from(answer.prompt_tokens) / answer.first.as_secs_f64());
+            read.extend(answer.tokens.map(|(prompt, _)| f64::from(prompt) / answer.first.as_secs_f64()));
             let answer = self.answer(Way::Unguarded, &Chat::ask([], "Tell a long story about a baker.")).await?;
             let writing = answer.took.saturating_sub(answer.first).as_secs_f64();
-            write.push(f64::from(answer.answer_tokens.saturating_sub(1)) / writing);
+            write.extend(answer.tokens.map(|(_, written)| f64::from(written.saturating_sub(1)) / writing));
         }
-        let told = |rates| Some(median(rates)).filter(|rate: &f64| rate.is_finite() && *rate > 0.0);
+        let told = |rates| median(rates).filter(|rate| rate.is_finite() && *rate > 0.0);
         Ok((told(read), told(write)))
     }
 
@@ -252,8 +266,7 @@ async fn answered(model: &Arc<dyn Mllm>, way: Way<'_>, chat: &Chat, tokens: u32)
                 match delta {
                     Delta::Text(_) => _ = first.get_or_insert_with(|| begun.elapsed()),
                     Delta::End { usage, .. } => {
-                        let usage = usage.unwrap_or_default();
-                        (answer.prompt_tokens, answer.answer_tokens) = (usage.prompt_tokens, usage.completion_tokens);
+                        answer.tokens = usage.map(|usage| (usage.prompt_tokens, usage.completion_tokens));
                     }
                     _ => {}
                 }
@@ -269,8 +282,10 @@ async fn answered(model: &Arc<dyn Mllm>, way: Way<'_>, chat: &Chat, tokens: u32)
                     Event::Answer(_) => _ = first.get_or_insert_with(|| begun.elapsed()),
                     Event::Done(outcome) => {
                         answer.calls = outcome.steps.len();
-                        answer.prompt_tokens = outcome.steps.iter().filter_map(|step| step.prompt_tokens).sum();
-                        answer.answer_tokens = outcome.steps.iter().filter_map(|step| step.completion_tokens).sum();
+                        let told: Option<Vec<(u32, u32)>> =
+                            outcome.steps.iter().map(|step| step.prompt_tokens.zip(step.completion_tokens)).collect();
+                        let sum = |(prompt, answer), (more, written)| (prompt + more, answer + written);
+                        answer.tokens = told.map(|told| told.into_iter().fold((0, 0), sum));
                         answer.is_unsafe = outcome.verdict == Verdict::Unsafe;
                     }
                     _ => {}
@@ -294,11 +309,11 @@ struct Report {
     /// None of a server's.
     load_ms: Option<f64>,
     /// Of this process, under the profile that the settings name.
-    first_answer_ms: f64,
+    first_answer_ms: Option<f64>,
     prompt_tokens_per_second: Option<f64>,
     answer_tokens_per_second: Option<f64>,
     blocks: Vec<Block>,
-    at_once: AtOnce,
+    at_once: Option<AtOnce>,
     /// Most memory that this process held, where the system tells.
     peak_mib: Option<u64>,
 }
@@ -317,10 +332,11 @@ struct Row {
     ms: f64,
     first_word_ms: f64,
     calls: f64,
-    prompt_tokens: f64,
-    answer_tokens: f64,
-    /// How many answers were judged unsafe.
-    judged_unsafe: usize,
+    /// None where the model does not tell.
+    prompt_tokens: Option<f64>,
+    answer_tokens: Option<f64>,
+    /// How many answers were judged unsafe; none where nobody judges.
+    judged_unsafe: Option<usize>,
 }
 
 #[derive(Debug, Serialize)]
@@ -334,7 +350,11 @@ struct AtOnce {
 
 impl Row {
     fn of(way: Way<'_>, answers: &[Timed]) -> Self {
-        let of = |figure: fn(&Timed) -> f64| median(answers.iter().map(figure).collect());
+        let of = |figure: fn(&Timed) -> f64| median(answers.iter().map(figure).collect()).unwrap_or(f64::NAN);
+        let tokens = |figure: fn((u32, u32)) -> u32| {
+            let told: Option<Vec<f64>> = answers.iter().map(|answer| Some(figure(answer.tokens?).into())).collect();
+            told.and_then(median)
+        };
         Self {
             way: match way {
                 Way::Unguarded => "unguarded".to_owned(),
@@ -344,71 +364,88 @@ impl Row {
             first_word_ms: of(|answer| milliseconds(answer.first)),
             #[expect(clippy::cast_precision_loss, reason = "a few calls")]
             calls: of(|answer| answer.calls as f64),
-            prompt_tokens: of(|answer| answer.prompt_tokens.into()),
-            answer_tokens: of(|answer| answer.answer_tokens.into()),
-            judged_unsafe: answers.iter().filter(|answer| answer.is_unsafe).count(),
+            prompt_tokens: tokens(|(prompt, _)| prompt),
+            answer_tokens: tokens(|(_, answer)| answer),
+            judged_unsafe: match way {
+                Way::Unguarded => None,
+                Way::Guarded(_) => Some(answers.iter().filter(|answer| answer.is_unsafe).count()),
+            },
         }
     }
 
-    fn tokens(&self) -> f64 {
-        self.prompt_tokens + self.answer_tokens
+    fn tokens(&self) -> Option<f64> {
+        Some(self.prompt_tokens? + self.answer_tokens?)
     }
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seconds = |ms: f64| format!("{:.2} s", ms / 1e3);
+        let known = |figure: Option<f64>| figure.map_or_else(|| "-".to_owned(), |figure| format!("{figure:.0}"));
         writeln!(f, "ecso {}, {}, {} cores", self.ecso, self.model, self.cores)?;
         writeln!(
             f,
-            "medians of {}, at most {} new tokens each; no two requests begin alike\n",
+            "medians of {}, at most {} new tokens each; no two requests begin alike",
             self.runs, self.max_new_tokens
         )?;
-        if let Some(load) = self.load_ms {
-            writeln!(f, "load                 {:>8.2} s", load / 1e3)?;
-        }
-        writeln!(f, "first guarded answer {:>8.2} s", self.first_answer_ms / 1e3)?;
-        let rates = [("reads", self.prompt_tokens_per_second), ("writes", self.answer_tokens_per_second)];
-        for (what, rate) in rates {
-            match rate {
-                Some(rate) => writeln!(f, "{what:<20} {rate:>8.1} tokens a second")?,
-                None => writeln!(f, "{what:<20} {:>8} (the model does not tell how many tokens)", "-")?,
+        writeln!(f, "x: times the unguarded answer; - : the model does not tell\n")?;
+        for (what, ms) in [("load", self.load_ms), ("first guarded answer", self.first_answer_ms)] {
+            if let Some(ms) = ms {
+                writeln!(f, "{what:<22} {:>9}", seconds(ms))?;
             }
         }
+        for (what, rate) in [("reads", self.prompt_tokens_per_second), ("writes", self.answer_tokens_per_second)] {
+            writeln!(f, "{what:<22} {:>9} tokens a second", known(rate))?;
+        }
         if let Some(peak) = self.peak_mib {
-            writeln!(f, "memory of ecso       {peak:>8} MiB at most")?;
+            writeln!(f, "memory of ecso         {peak:>9} MiB at most")?;
         }
         for Block { name, rows } in &self.blocks {
             writeln!(f, "\n{name}")?;
-            let head = ["time", "x", "first word", "calls", "prompt", "answer", "tokens x", "unsafe"];
-            writeln!(
-                f,
-                "  {:<12} {:>9} {:>6} {:>10} {:>6} {:>7} {:>7} {:>9} {:>7}",
-                "", head[0], head[1], head[2], head[3], head[4], head[5], head[6], head[7]
-            )?;
+            let head = [
+                ("", 12),
+                ("time", 9),
+                ("x", 6),
+                ("first word", 10),
+                ("calls", 5),
+                ("prompt tokens", 13),
+                ("answer tokens", 13),
+                ("x", 6),
+                ("unsafe", 6),
+            ];
+            let line = |cells: [String; 9]| {
+                let cells = cells.into_iter().zip(head).enumerate();
+                let cells = cells.map(
+                    |(place, (cell, (_, width)))| {
+                        if place == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
+                    },
+                );
+                format!("  {}", cells.collect::<Vec<_>>().join("  "))
+            };
+            writeln!(f, "{}", line(head.map(|(name, _)| name.to_owned())))?;
             let Some(plain) = rows.first() else { continue };
             for row in rows {
-                let tokens = Some(row.tokens() / plain.tokens()).filter(|ratio| ratio.is_finite());
-                let tokens = tokens.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"));
-                writeln!(
-                    f,
-                    "  {:<12} {:>7.2} s {:>6.2} {:>8.2} s {:>6.0} {:>7.0} {:>7.0} {tokens:>9} {:>7}",
-                    row.way,
-                    row.ms / 1e3,
-                    row.ms / plain.ms,
-                    row.first_word_ms / 1e3,
-                    row.calls,
-                    row.prompt_tokens,
-                    row.answer_tokens,
-                    if row.way == plain.way { "-".to_owned() } else { format!("{}/{}", row.judged_unsafe, self.runs) },
-                )?;
+                let tokens = row.tokens().zip(plain.tokens()).map(|(tokens, plain)| tokens / plain);
+                let judged = row.judged_unsafe.map(|judged| format!("{judged}/{}", self.runs));
+                let cells = [
+                    row.way.clone(),
+                    seconds(row.ms),
+                    format!("{:.2}", row.ms / plain.ms),
+                    seconds(row.first_word_ms),
+                    format!("{:.0}", row.calls),
+                    known(row.prompt_tokens),
+                    known(row.answer_tokens),
+                    tokens.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}")),
+                    judged.unwrap_or_default(),
+                ];
+                writeln!(f, "{}", line(cells))?;
             }
         }
-        let AtOnce { answers, one_by_one_ms, together_ms, ratio } = &self.at_once;
+        let Some(AtOnce { answers, one_by_one_ms, together_ms, ratio }) = &self.at_once else { return Ok(()) };
+        let (one_by_one, together) = (seconds(*one_by_one_ms), seconds(*together_ms));
         writeln!(
             f,
-            "\n{answers} guarded answers: {:.2} s one by one, {:.2} s at once: {ratio:.2} times as fast",
-            one_by_one_ms / 1e3,
-            together_ms / 1e3
+            "\n{answers} guarded answers: {one_by_one} one by one, {together} at once, {ratio:.2} times as fast"
         )
     }
 }
@@ -417,11 +454,12 @@ fn milliseconds(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e6).round() / 1e3
 }
 
-/// Of at least one figure.
-fn median(mut figures: Vec<f64>) -> f64 {
+/// None of nothing.
+fn median(mut figures: Vec<f64>) -> Option<f64> {
     figures.sort_by(f64::total_cmp);
     let middle = figures.len() / 2;
-    if figures.len().is_multiple_of(2) { f64::midpoint(figures[middle - 1], figures[middle]) } else { figures[middle] }
+    let upper = *figures.get(middle)?;
+    Some(if figures.len().is_multiple_of(2) { f64::midpoint(figures[middle - 1], upper) } else { upper })
 }
 
 /// Most memory that this process held; Linux tells.

@@ -1,6 +1,9 @@
 //! `ecso bench`, on a server whose times are known.
 
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
 
 use serde_json::Value;
 
@@ -57,4 +60,22 @@ async fn a_model_that_fails_is_no_figure() {
     command.args(["bench", "--model", &server.url, "--runs", "1"]).env("ECSO__SERVER__RETRIES", "0");
     let output = command.assert().code(3).get_output().clone();
     assert_eq!(text(&output.stdout), "");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_measured_before_a_failure_is_told() {
+    let calls = AtomicUsize::new(0);
+    let server = Model::start(move |asked| match calls.fetch_add(1, Ordering::Relaxed) {
+        0..40 => Reply::usual(asked),
+        _ => Reply::refused(500, "broken", None, "server_error"),
+    });
+    let (server, home) = (server.await, tempfile::tempdir().unwrap());
+    let mut command = ecso(home.path());
+    command.args(["bench", "--model", &server.url, "--runs", "1", "--json", "--profile", "paper"]);
+    let output = command.env("ECSO__SERVER__RETRIES", "0").assert().code(3).get_output().clone();
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((report["blocks"].as_array().unwrap().len(), &report["at_once"]), (3, &Value::Null), "{report}");
+    // The model does not tell how many tokens: that is no 0.
+    let row = &report["blocks"][0]["rows"][0];
+    assert_eq!((&row["prompt_tokens"], &row["judged_unsafe"]), (&Value::Null, &Value::Null), "{row}");
 }
