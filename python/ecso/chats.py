@@ -90,6 +90,8 @@ def pillow(array: Any) -> PIL.Image.Image:
 def png(picture: Any) -> bytes:
     """An image of Pillow, without loss. One that still has the file it was read from is shown as it is on screen."""
     modes = ("L", "LA", "RGB", "RGBA", "1", "P", "I;16")
+    if picture.mode in ("I", "I;16B", "F"):
+        raise ImageError(f"an image of mode {picture.mode} has no known range of brightness: convert it to L or RGB")
     file = io.BytesIO()
     (picture if picture.mode in modes else picture.convert("RGB")).save(file, format="PNG")
     return file.getvalue()

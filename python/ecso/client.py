@@ -77,11 +77,26 @@ class _Completions(_Only):
         model = asked.get("model")
         if not isinstance(model, str) or not isinstance(asked.get("messages"), (list, tuple)):
             raise InputError("a model and a list of messages are needed")
-        turns(asked["messages"], None, None)  # What can't be judged is not asked.
+        _check(asked["messages"])  # What can't be judged is not asked.
         if model not in self._guards:
             settings = {"model_name": model, "api_key": self._client.api_key or None, **self._settings}
             self._guards[model] = self.kind(str(self._client.base_url), self._profile, **settings)
         return self._guards[model], {name: value for name, value in asked.items() if name != "stream"}
+
+
+def _check(messages: Any) -> None:
+    """Refuses what the model would be shown and the judge would not, or would see otherwise."""
+    for _, pieces in turns(messages, None, None):
+        for kind, value in pieces:
+            if kind == "url" and not str(value).startswith("data:"):
+                raise InputError("an image behind a URL would be fetched by the model and by the judge, and may differ: send a data URL")
+    for message in messages:
+        parts = message["content"] if isinstance(message["content"], (list, tuple)) else ()
+        other = set(message) - {"role", "content"}
+        for part in parts:
+            other |= set(part) - {"type", "text" if part["type"] in ("text", "input_text") else "image_url"}
+        if other:
+            raise InputError(f"a message has what can't be judged here: {', '.join(sorted(map(str, other)))}")
 
 
 class _AsyncCompletions(_Completions):

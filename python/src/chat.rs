@@ -48,7 +48,15 @@ impl Sight {
     async fn images(&self, piece: Piece) -> Result<Vec<Image>, Failure> {
         Ok(match piece {
             Piece::Bytes(bytes) => Image::several(bytes, self.limits)?,
-            Piece::Path(path) => Image::open_several(path, self.limits)?,
+            Piece::Path(path) => {
+                if path.metadata().is_ok_and(|about| !about.is_file()) {
+                    return Err(Failure::image(format!(
+                        "{} is no regular file; others are not opened",
+                        path.display()
+                    )));
+                }
+                Image::open_several(path, self.limits)?
+            }
             Piece::Url(url) if is_data_url(&url) => vec![Image::from_data_url(&url, self.limits)?],
             Piece::Url(url) => match self.urls {
                 ImageUrls::Pass => vec![Image::from_url(url)],

@@ -26,19 +26,29 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Tables {
 
     fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
         if object.hasattr("__arrow_c_array__")? {
-            let batch = RecordBatch::from_pyarrow_bound(&object)?;
+            let batch = valid(RecordBatch::from_pyarrow_bound(&object)?)?;
             return Ok(Self { schema: batch.schema(), batches: vec![batch] });
         }
         if object.hasattr("__arrow_c_stream__")? {
             let reader = RecordBatchStreamReader::from_pyarrow_bound(&object)?;
             let schema = reader.schema();
-            let batches: Result<Vec<_>, _> = reader.collect();
-            return Ok(Self { schema, batches: batches.map_err(raised)? });
+            let batches: PyResult<Vec<_>> = reader.map(|batch| batch.map_err(raised).and_then(valid)).collect();
+            return Ok(Self { schema, batches: batches? });
         }
         let told = "a table is needed that speaks Arrow's PyCapsule interface (__arrow_c_array__ or __arrow_c_stream__): of pyarrow, \
                     polars, pandas, DuckDB, Daft";
         Err(PyTypeError::new_err(told))
     }
+}
+
+/// A batch whose offsets and texts are what they should be: who made it may not have looked.
+fn valid(batch: RecordBatch) -> PyResult<RecordBatch> {
+    for (field, column) in batch.schema_ref().fields().iter().zip(batch.columns()) {
+        let told =
+            |error: ArrowError| PyValueError::new_err(format!("the column {:?} is broken: {error}", field.name()));
+        column.to_data().validate_full().map_err(told)?;
+    }
+    Ok(batch)
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]

@@ -63,3 +63,12 @@ def test_asyncio(mock: Mock, picture: bytes) -> None:
         assert "".join(texts) == "A list of things: What?"
 
     asyncio.run(work())
+
+
+def test_model_and_judge_are_shown_the_same(mock: Mock, picture: bytes) -> None:
+    url = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/a.png"}}
+    hidden = {"type": "text", "text": "What?", "image_url": {"url": data_url(picture)}}
+    for content in ([url], [hidden]):
+        with pytest.raises(ecso.InputError):
+            client(mock).chat.completions.create(model="toy", messages=[{"role": "user", "content": content}])
+    assert not mock.asked

@@ -213,3 +213,36 @@ def test_asyncio(mock: Mock) -> None:
         assert pa.table(table)["verdict"].to_pylist() == ["safe"] * 4
 
     asyncio.run(work())
+
+
+def test_texts_and_conversations_name_no_files(mock: Mock, picture: bytes, tmp_path: Path) -> None:
+    (tmp_path / "mine.png").write_bytes(picture)
+    path = str(tmp_path / "mine.png")
+    told = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": path}}, {"type": "text", "text": "What?"}]}]
+    for table in (
+        pa.table({"query": [f"<img>{path}</img> What?", f"<img>{path}x</img> What?"]}),
+        pa.table({"messages": [json.dumps(told)]}),
+    ):
+        answers = pa.table(guard(mock).process_batch(table)).to_pylist()
+        assert {row["error_kind"] for row in answers} == {"input"}, answers
+        assert all("only columns of images may" in row["error"] for row in answers), answers
+    assert not mock.asked
+    # A column of images is the data team's own.
+    named = pa.table({"query": ["What?"], "image": [path]})
+    assert pa.table(guard(mock).process_batch(named)).to_pylist()[0]["verdict"] == "safe"
+
+
+def test_tables_that_are_broken_are_errors(mock: Mock) -> None:
+    twice = pa.Table.from_arrays([pa.array(["What?"])] * 2, names=["query", "query"])
+    with pytest.raises(ecso.EcsoError, match="two columns"):
+        guard(mock).process_batch(twice)
+    broken = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
+    with pytest.raises(ValueError, match="broken"):
+        guard(mock).process_batch(pa.table({"query": broken}))
+
+
+def test_equal_rows_that_fail_are_all_counted(mock: Mock) -> None:
+    mock.fails = {"What?": 400}
+    table = pa.table({"query": ["What?"] * 9 + ["Why?"], "image": [dot(1)] * 10})
+    with pytest.raises(ecso.TooManyFailures):
+        guard(mock, server=PATIENT).process_batch(table, max_failures=0.5)

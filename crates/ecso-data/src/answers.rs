@@ -306,7 +306,13 @@ impl Answering {
         }
         for (place, first) in repeats {
             let same = answers[first].clone();
+            failed += usize::from(same.as_ref().is_some_and(Answer::failed));
             answers[place] = same;
+        }
+        if let Some(first) = answers.iter().flatten().find_map(|answer| answer.error.clone())
+            && is_more(failed, reading.may_fail, count)
+        {
+            return Err(AnswersError::TooMany { failed, rows: count, first });
         }
         columns::joined(&whole, &tables, &answers)
     }

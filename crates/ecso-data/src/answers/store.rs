@@ -64,7 +64,8 @@ impl Store {
             let mut entries = Saved::file(path).entries_from::<Answer>(*end)?;
             for entry in entries.by_ref() {
                 let (begin, answer) = entry?;
-                if !answer.failed() {
+                // A line that says nothing of an answer is none.
+                if !answer.failed() && answer.answer.is_some() && answer.verdict.is_some() {
                     self.known.insert(answer.id, (number, begin));
                 }
             }

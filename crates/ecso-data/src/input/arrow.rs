@@ -40,11 +40,15 @@ impl Columns {
     /// No column can be the query, or one that `mapping` names is missing.
     pub fn new(schema: &Schema, mapping: Mapping, query: Option<String>) -> Result<Self, Cause> {
         let columns: Vec<String> = schema.fields().iter().map(|field| field.name().clone()).collect();
+        if let Some(twice) = columns.iter().enumerate().find(|(place, name)| columns[..*place].contains(name)) {
+            return Err(format!("two columns are called `{}`: which one is meant can't be told", twice.1).into());
+        }
         mapping.fits_table(&columns, query.is_some())?;
         let wanted = schema.fields().iter().map(|field| is_wanted(field, &mapping)).collect();
         let types: BTreeMap<_, _> =
             schema.fields().iter().map(|field| (field.name().clone(), field.data_type().to_string())).collect();
-        Ok(Self { reader: Reader { mapping, query, paths: Paths::new(vec!["".into()]), types }, wanted })
+        let paths = Paths::new(vec!["".into()]);
+        Ok(Self { reader: Reader { mapping, query, paths, types, is_careful: true }, wanted })
     }
 
     /// The row at `index` of a table with these columns; it is called `number`, from 0.

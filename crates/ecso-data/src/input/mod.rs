@@ -267,7 +267,7 @@ impl Input {
             }
         };
         let (mapping, query, paths) = (self.mapping.clone(), self.query.clone(), Paths::new(roots));
-        let reader = Arc::new(Reader { mapping, query, paths, types });
+        let reader = Arc::new(Reader { mapping, query, paths, types, is_careful: false });
         Ok(Box::new(records.map(move |record| {
             let reader = Arc::clone(&reader);
             Box::new(move |number| reader.row(number, record?)) as Made

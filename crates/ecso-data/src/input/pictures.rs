@@ -85,9 +85,14 @@ impl Reader {
 
     /// An image: bytes, `{bytes, path}`, or a text that is a path, a URL, a data URL or base64.
     pub(super) fn one(&self, cell: &Cell) -> Result<Picture, Cause> {
+        self.one_of(cell, true)
+    }
+
+    /// The same; a text that is a path is an error where none may be.
+    fn one_of(&self, cell: &Cell, paths: bool) -> Result<Picture, Cause> {
         match cell {
             Cell::Bytes(bytes) => Ok(Picture::Bytes(bytes.clone())),
-            Cell::Text(text) if !cell.is_python() => self.picture(text),
+            Cell::Text(text) if !cell.is_python() => self.picture(text, paths),
             Cell::List(list) if is_bytes(list) => {
                 Ok(Picture::Bytes(list.iter().filter_map(byte).collect::<Vec<u8>>().into()))
             }
@@ -95,7 +100,7 @@ impl Reader {
                 let held = ["bytes"].into_iter().chain(IMAGES).find_map(|name| cell.get(name).map(|held| (name, held)));
                 match held {
                     Some(("bytes" | "base64" | "data", Cell::Text(text))) if !is_data_url(text) => base64(text),
-                    Some((_, held)) => self.one(held),
+                    Some((_, held)) => self.one_of(held, paths),
                     None => {
                         let names: Vec<&str> = fields.keys().map(String::as_str).collect();
                         Err(format!("an image has neither bytes, url nor path, but {}", cut(&names.join(", "))).into())
@@ -110,7 +115,12 @@ impl Reader {
         }
     }
 
-    pub(super) fn picture(&self, text: &str) -> Result<Picture, Cause> {
+    /// An image that a text or a conversation names.
+    pub(super) fn told(&self, cell: &Cell) -> Result<Picture, Cause> {
+        self.one_of(cell, !self.is_careful)
+    }
+
+    fn picture(&self, text: &str, paths: bool) -> Result<Picture, Cause> {
         let trimmed = text.trim();
         if trimmed.is_empty() {
             return Err("an image is an empty text".into());
@@ -128,6 +138,9 @@ impl Reader {
         }
         if is_base64(trimmed) {
             return base64(trimmed);
+        }
+        if !paths {
+            return Err("a text or a conversation names a file; here only columns of images may".into());
         }
         self.paths.find(trimmed).map(Picture::File)
     }

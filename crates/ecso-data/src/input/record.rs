@@ -25,6 +25,8 @@ pub(super) struct Reader {
     pub(super) paths: Paths,
     /// The types of columns, where a format has such.
     pub(super) types: BTreeMap<String, String>,
+    /// Whether files are named by columns of images alone, and by no text or conversation: strangers may have written these.
+    pub(super) is_careful: bool,
 }
 
 impl Reader {
@@ -155,7 +157,7 @@ impl Reader {
 
     /// What was said up to the query, which is the last turn; and what the model said to it, if the mapping calls that the draft.
     fn said(&self, fields: &mut Fields) -> Result<(Vec<Turn>, Option<String>), Cause> {
-        let picture = |cell: &Cell| self.one(cell);
+        let picture = |cell: &Cell| self.told(cell);
         let mut found = None;
         for what in self.mapping.queries() {
             if let Some((name, cell)) = self.take(what, fields, |cell| !cell.is_empty())? {
@@ -197,7 +199,7 @@ impl Reader {
         let Cell::List(mut pairs) = history else { return Err(format!("{column} is no list of turns").into()) };
         // A question at the end, for `talk` to read up to.
         pairs.push(Cell::List(vec![Cell::Null, Cell::Null]));
-        let talk = turns::talk(&Cell::List(pairs), &|cell| self.one(cell)).map_err(|cause| at(&column, cause))?;
+        let talk = turns::talk(&Cell::List(pairs), &|cell| self.told(cell)).map_err(|cause| at(&column, cause))?;
         let mut turns = talk.turns;
         turns.pop();
         Ok(turns)
@@ -208,7 +210,7 @@ impl Reader {
         let Some(system) = fields.get("system").filter(|system| !system.is_empty()) else { return Ok(None) };
         let pieces = match system {
             Cell::List(_) => {
-                turns::content(system, &|cell| self.one(cell)).map_err(|cause| at(&self.column("system"), cause))?
+                turns::content(system, &|cell| self.told(cell)).map_err(|cause| at(&self.column("system"), cause))?
             }
             system => vec![Piece::Text(self.words("system", system.clone())?)],
         };
@@ -240,7 +242,7 @@ impl Reader {
 
     fn turn(&self, role: Role, text: &str) -> Result<Turn, Cause> {
         let mut pieces = Vec::new();
-        marks::pieces(text, &|path| self.picture(path), &mut pieces)?;
+        marks::pieces(text, &|path| self.told(&Cell::Text(path.to_owned())), &mut pieces)?;
         Ok(Turn { role, pieces })
     }
 
