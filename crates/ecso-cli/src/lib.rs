@@ -37,7 +37,24 @@ use ecso_data::run::RunError;
 /// Runs the program; its exit code is documented in `ecso --help`.
 #[must_use]
 pub fn main() -> ExitCode {
+    #[cfg(all(unix, feature = "engine"))]
+    share_processors();
     main_as(std::env::current_exe().ok(), std::env::args_os()).into()
+}
+
+/// Lets the engine share its processors. OpenMP's threads spin while they wait for each other, by default for so long that two processes with
+/// the engine on one machine are ten times slower each (measured in bench/README.md). The limit is read from the environment when a program is
+/// loaded, so the program starts itself once more, as the same process. Whoever sets one of these variables decides.
+#[cfg(all(unix, feature = "engine"))]
+fn share_processors() {
+    use std::{env, os::unix::process::CommandExt as _, process::Command};
+
+    let is_decided = ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"].iter().any(|name| env::var_os(name).is_some());
+    let mut arguments = env::args_os();
+    if let (false, Ok(program), Some(name)) = (is_decided, env::current_exe(), arguments.next()) {
+        // This returns only if it fails. Then everything works as well, but for the sharing.
+        let _ = Command::new(program).arg0(name).args(arguments).env("GOMP_SPINCOUNT", "2000").exec();
+    }
 }
 
 /// The same for `program`, the file that is called for it, and its arguments, of which the first is its name. Gives the exit code.
