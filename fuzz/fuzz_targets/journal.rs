@@ -1,5 +1,5 @@
-//! Journals as crashes and other hands leave them: no panic; what can be opened is read, goes on, and then has its entries still. A
-//! file that is none is left as it is.
+//! Journals as crashes and other hands leave them: no panic; what can be opened is read, goes on,
+//! and then has its entries still. A file that is none is left as it is.
 #![no_main]
 
 use std::io::Write;

@@ -1,4 +1,5 @@
-//! Files of other people's rows, as lines or an array of JSON and as CSV: no panic, and every row is one or an error with its number.
+//! Files of other people's rows, as lines or an array of JSON and as CSV: no panic, and every row
+//! is one or an error with its number.
 #![no_main]
 
 use std::io::Write;

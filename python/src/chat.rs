@@ -61,7 +61,8 @@ impl Sight {
             Piece::Url(url) => match self.urls {
                 ImageUrls::Pass => vec![Image::from_url(url)],
                 ImageUrls::Refuse => {
-                    let told = "images behind URLs are refused (gateway.image_urls); give their bytes";
+                    let told =
+                        "images behind URLs are refused (gateway.image_urls); give their bytes";
                     return Err(Failure::image(told));
                 }
                 ImageUrls::Fetch => {
@@ -81,7 +82,9 @@ impl Sight {
                 "system" | "developer" => Role::System,
                 "user" => Role::User,
                 "assistant" => Role::Assistant,
-                other => return Err(Failure::input(format!("no turn can be of the role `{other}`"))),
+                other => {
+                    return Err(Failure::input(format!("no turn can be of the role `{other}`")));
+                }
             };
             let mut parts = Vec::with_capacity(pieces.len());
             for piece in pieces {

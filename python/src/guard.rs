@@ -75,7 +75,8 @@ impl Opened {
         if let Some(answering) = open.get(&journal) {
             return Ok(Arc::clone(answering));
         }
-        let fetcher = (self.setup.image_urls() == ImageUrls::Fetch).then(|| self.sight.fetcher.clone());
+        let fetcher =
+            (self.setup.image_urls() == ImageUrls::Fetch).then(|| self.sight.fetcher.clone());
         let answering = Answering::new(
             work.patient.model(),
             work.patient.identity(),
@@ -89,10 +90,16 @@ impl Opened {
         Ok(answering)
     }
 
-    async fn table(&self, tables: Tables, journal: Option<PathBuf>, reading: Reading) -> Result<Table, Failure> {
+    async fn table(
+        &self,
+        tables: Tables,
+        journal: Option<PathBuf>,
+        reading: Reading,
+    ) -> Result<Table, Failure> {
         let work = self.work().await?;
         let answering = self.answering(&work, journal)?;
-        let answered = work.patient.asked(answering.answer(&tables.schema, tables.batches, &reading)).await;
+        let answered =
+            work.patient.asked(answering.answer(&tables.schema, tables.batches, &reading)).await;
         if answered.is_err() {
             // The model stayed away. Whoever asks again looks for it anew.
             let mut open = self.work.lock().await;
@@ -107,8 +114,11 @@ impl Opened {
 impl Core {
     fn opened(&self) -> Result<Arc<Opened>, Failure> {
         self.opened.get(|| {
-            let sight =
-                Sight { limits: self.setup.limits(), urls: self.setup.image_urls(), fetcher: self.setup.fetcher()? };
+            let sight = Sight {
+                limits: self.setup.limits(),
+                urls: self.setup.image_urls(),
+                fetcher: self.setup.fetcher()?,
+            };
             Ok(Arc::new(Opened {
                 setup: self.setup.clone(),
                 at_once: self.at_once,
@@ -153,9 +163,16 @@ impl Core {
         self.at_once
     }
 
-    /// Answers a conversation, or reviews `draft`. Gives the outcome as JSON; with `events` every event, each as JSON.
+    /// Answers a conversation, or reviews `draft`. Gives the outcome as JSON; with `events` every
+    /// event, each as JSON.
     #[pyo3(signature = (told, draft, events))]
-    fn answer(&self, py: Python<'_>, told: Told, draft: Option<String>, events: bool) -> PyResult<Call> {
+    fn answer(
+        &self,
+        py: Python<'_>,
+        told: Told,
+        draft: Option<String>,
+        events: bool,
+    ) -> PyResult<Call> {
         let opened = self.opened().map_err(|failure| failure.raised(py))?;
         Call::start(|giver| answer(opened, told, draft, events, giver))
     }
@@ -175,9 +192,11 @@ impl Core {
         max_failures: f64,
     ) -> PyResult<Call> {
         let raised = |failure: Failure| failure.raised(py);
-        let mapping = Mapping::new(map).map_err(|cause| raised(Failure::settings(cause.to_string())))?;
+        let mapping =
+            Mapping::new(map).map_err(|cause| raised(Failure::settings(cause.to_string())))?;
         let rows = self.at_once;
-        let reading = Reading { mapping, query, prefix, rows, bytes: image_bytes, may_fail: max_failures };
+        let reading =
+            Reading { mapping, query, prefix, rows, bytes: image_bytes, may_fail: max_failures };
         let opened = self.opened().map_err(raised)?;
         Call::start(|giver| async move {
             let table = opened.table(tables, journal, reading).await?;
@@ -208,7 +227,9 @@ async fn answer(
             _ if !wants_events => continue,
             Event::Started { step, images } => json!({"started": {"step": step, "images": images}}),
             Event::Finished(trace) => json!({"finished": trace}),
-            Event::Decided { verdict, rewritten } => json!({"decided": {"verdict": verdict, "rewritten": rewritten}}),
+            Event::Decided { verdict, rewritten } => {
+                json!({"decided": {"verdict": verdict, "rewritten": rewritten}})
+            }
             Event::Answer(text) => json!({"answer": text}),
             _ => continue,
         };

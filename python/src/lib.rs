@@ -1,5 +1,5 @@
-//! `_ecso`, the part of the Python package `ecso` that is in Rust. What people call is in `python/ecso`; this gives it a guard, tables of
-//! Arrow, and the program.
+//! `_ecso`, the part of the Python package `ecso` that is in Rust. What people call is in
+//! `python/ecso`; this gives it a guard, tables of Arrow, and the program.
 
 mod call;
 mod chat;
@@ -12,7 +12,8 @@ use std::{ffi::OsString, path::PathBuf};
 
 use pyo3::prelude::*;
 
-/// Runs the program `ecso`; `arguments` begin with its name. Gives the exit code. `program` is the file that is called for it.
+/// Runs the program `ecso`; `arguments` begin with its name. Gives the exit code. `program` is the
+/// file that is called for it.
 #[pyfunction]
 fn main(py: Python<'_>, program: Option<PathBuf>, arguments: Vec<OsString>) -> u8 {
     py.detach(|| ecso_cli::main_as(program, arguments))

@@ -1,4 +1,5 @@
-//! The runtime of this process. A process that was forked has none of its parent's threads, so it gets one of its own.
+//! The runtime of this process. A process that was forked has none of its parent's threads, so it
+//! gets one of its own.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -13,7 +14,8 @@ impl<T: Clone> Own<T> {
         Self(Mutex::new(None))
     }
 
-    /// What this process has; made by `make`, if it has none yet. What a parent had is left as it is: its threads are not here.
+    /// What this process has; made by `make`, if it has none yet. What a parent had is left as it
+    /// is: its threads are not here.
     pub(crate) fn get<E>(&self, make: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let process = std::process::id();
@@ -33,8 +35,10 @@ static RUNTIME: Own<&'static Runtime> = Own::new();
 /// The runtime.
 pub(crate) fn runtime() -> PyResult<&'static Runtime> {
     RUNTIME.get(|| {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("ecso").build();
-        let runtime = runtime.map_err(|error| PyOSError::new_err(format!("no runtime: {error}")))?;
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("ecso").build();
+        let runtime =
+            runtime.map_err(|error| PyOSError::new_err(format!("no runtime: {error}")))?;
         Ok(Box::leak(Box::new(runtime)) as &'static Runtime)
     })
 }

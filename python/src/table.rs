@@ -32,7 +32,8 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Tables {
         if object.hasattr("__arrow_c_stream__")? {
             let reader = RecordBatchStreamReader::from_pyarrow_bound(&object)?;
             let schema = reader.schema();
-            let batches: PyResult<Vec<_>> = reader.map(|batch| batch.map_err(raised).and_then(valid)).collect();
+            let batches: PyResult<Vec<_>> =
+                reader.map(|batch| batch.map_err(raised).and_then(valid)).collect();
             return Ok(Self { schema, batches: batches? });
         }
         let told = "a table is needed that speaks Arrow's PyCapsule interface (__arrow_c_array__ or __arrow_c_stream__): of pyarrow, \
@@ -44,8 +45,9 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Tables {
 /// A batch whose offsets and texts are what they should be: who made it may not have looked.
 fn valid(batch: RecordBatch) -> PyResult<RecordBatch> {
     for (field, column) in batch.schema_ref().fields().iter().zip(batch.columns()) {
-        let told =
-            |error: ArrowError| PyValueError::new_err(format!("the column {:?} is broken: {error}", field.name()));
+        let told = |error: ArrowError| {
+            PyValueError::new_err(format!("the column {:?} is broken: {error}", field.name()))
+        };
         column.to_data().validate_full().map_err(told)?;
     }
     Ok(batch)
@@ -56,8 +58,8 @@ fn raised(error: ArrowError) -> PyErr {
     PyValueError::new_err(error.to_string())
 }
 
-/// A table with its answers. It speaks Arrow's `PyCapsule` interface, so `pyarrow.table(it)`, `polars.DataFrame(it)` and their like take it
-/// without a copy.
+/// A table with its answers. It speaks Arrow's `PyCapsule` interface, so `pyarrow.table(it)`,
+/// `polars.DataFrame(it)` and their like take it without a copy.
 #[pyclass(frozen, sequence, module = "ecso._ecso")]
 pub(crate) struct Table {
     schema: SchemaRef,
@@ -70,14 +72,21 @@ impl Table {
         let none = || {
             let fields = columns.fields().iter().cloned();
             let new = ecso_data::answers::schema(prefix).into_iter().map(Arc::new);
-            Arc::new(Schema::new_with_metadata(fields.chain(new).collect::<Vec<_>>(), columns.metadata().clone()))
+            Arc::new(Schema::new_with_metadata(
+                fields.chain(new).collect::<Vec<_>>(),
+                columns.metadata().clone(),
+            ))
         };
         let schema = batches.first().map_or_else(none, RecordBatch::schema);
         Self { schema, batches }
     }
 }
 
-fn capsule<'py, T: Send + 'static>(py: Python<'py>, value: T, name: &'static CStr) -> PyResult<Bound<'py, PyCapsule>> {
+fn capsule<'py, T: Send + 'static>(
+    py: Python<'py>,
+    value: T,
+    name: &'static CStr,
+) -> PyResult<Bound<'py, PyCapsule>> {
     PyCapsule::new_with_value(py, value, name)
 }
 
@@ -110,12 +119,14 @@ impl Table {
         requested_schema: Option<Bound<'py, PyAny>>,
     ) -> PyResult<(Bound<'py, PyCapsule>, Bound<'py, PyCapsule>)> {
         drop(requested_schema);
-        let whole = arrow_select::concat::concat_batches(&self.schema, &self.batches).map_err(raised)?;
+        let whole =
+            arrow_select::concat::concat_batches(&self.schema, &self.batches).map_err(raised)?;
         let array = FFI_ArrowArray::new(&StructArray::from(whole).to_data());
         Ok((self.__arrow_c_schema__(py)?, capsule(py, array, c"arrow_array")?))
     }
 
-    /// The batches in which the rows came. A schema that is asked for is passed over, as the interface allows.
+    /// The batches in which the rows came. A schema that is asked for is passed over, as the
+    /// interface allows.
     #[pyo3(signature = (requested_schema = None))]
     fn __arrow_c_stream__<'py>(
         &self,

@@ -1,9 +1,10 @@
 //! The speed and memory of long work, with a mock model in this process:
 //!
-//! `engine rate` compares the calls a second of 64 rows at once, at 10 ms a call, with what the bare mock does. `engine memory DIR ROWS`
-//! takes so many rows with embedded images of 50 KB out of Parquet and packs them into Parquet again (needs three times their size in
-//! DIR), and tells the peak memory. `engine report DIR ITEMS` writes the journal of a run of so many items, has it judged by rule and
-//! reported, and tells times and peak memory (3.5 KB an item in DIR).
+//! `engine rate` compares the calls a second of 64 rows at once, at 10 ms a call, with what the
+//! bare mock does. `engine memory DIR ROWS` takes so many rows with embedded images of 50 KB out of
+//! Parquet and packs them into Parquet again (needs three times their size in DIR), and tells the
+//! peak memory. `engine report DIR ITEMS` writes the journal of a run of so many items, has it
+//! judged by rule and reported, and tells times and peak memory (3.5 KB an item in DIR).
 #![expect(clippy::print_stdout, reason = "it reports")]
 
 use std::{
@@ -20,7 +21,8 @@ use anyhow::Context;
 use arrow_array::{ArrayRef, BinaryArray, RecordBatch, StringArray};
 use async_trait::async_trait;
 use ecso::{
-    Chat, Delta, FinishReason, Guard, Image, Limits, Mllm, ModelError, Profile, Reply, ReplyStream, Sampling, Turn,
+    Chat, Delta, FinishReason, Guard, Image, Limits, Mllm, ModelError, Profile, Reply, ReplyStream,
+    Sampling, Turn,
 };
 use ecso_batch::{
     Bounds,
@@ -126,8 +128,9 @@ async fn rate() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let image = folder.path().join("a.png");
     std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/list.png"), &image)?;
-    let rows: Vec<String> =
-        (0..10_000).map(|n| format!("{{\"query\": \"row {n}\", \"image\": \"a.png\"}}\n")).collect();
+    let rows: Vec<String> = (0..10_000)
+        .map(|n| format!("{{\"query\": \"row {n}\", \"image\": \"a.png\"}}\n"))
+        .collect();
     let path = folder.path().join("rows.jsonl");
     std::fs::write(&path, rows.concat())?;
     let delay = Duration::from_millis(10);
@@ -142,9 +145,13 @@ async fn rate() -> anyhow::Result<()> {
             .await;
         let bare = 30_000.0 / begun.elapsed().as_secs_f64();
         let out = tempfile::tempdir()?;
-        let (calls, seconds) = engine(&Input { path: path.clone(), ..Input::default() }, out.path(), delay).await?;
+        let (calls, seconds) =
+            engine(&Input { path: path.clone(), ..Input::default() }, out.path(), delay).await?;
         let own = calls as f64 / seconds;
-        println!("bare mock {bare:.0} calls/s, engine {own:.0} calls/s: {:.1}%", 100.0 * own / bare);
+        println!(
+            "bare mock {bare:.0} calls/s, engine {own:.0} calls/s: {:.1}%",
+            100.0 * own / bare
+        );
     }
     Ok(())
 }
@@ -152,7 +159,9 @@ async fn rate() -> anyhow::Result<()> {
 fn peak() -> f64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<f64>().ok()).unwrap_or(f64::NAN) / 1024.0
+    line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<f64>().ok())
+        .unwrap_or(f64::NAN)
+        / 1024.0
 }
 
 /// Images that differ, of 50 KB: one PNG with noise behind its end, which no reader minds.
@@ -188,7 +197,11 @@ fn write_rows(path: &PathBuf, rows: usize) -> anyhow::Result<()> {
 async fn memory(folder: &Path, rows: usize) -> anyhow::Result<()> {
     let (path, out) = (folder.join("rows.parquet"), folder.join("made"));
     write_rows(&path, rows)?;
-    println!("{rows} rows written, {} MB; peak {:.0} MB", std::fs::metadata(&path)?.len() / 1_000_000, peak());
+    println!(
+        "{rows} rows written, {} MB; peak {:.0} MB",
+        std::fs::metadata(&path)?.len() / 1_000_000,
+        peak()
+    );
     let input = Input { path, ..Input::default() };
     let (calls, seconds) = engine(&input, &out, Duration::ZERO).await?;
     println!("run: {calls} calls, {seconds:.1} s, peak {:.0} MB", peak());
@@ -202,7 +215,12 @@ async fn memory(folder: &Path, rows: usize) -> anyhow::Result<()> {
         limits: Limits::default(),
     };
     let manifest = pack(&out, &input, &packing)?;
-    println!("packed {:?} in {:.1} s, peak {:.0} MB", manifest.samples, begun.elapsed().as_secs_f64(), peak());
+    println!(
+        "packed {:?} in {:.1} s, peak {:.0} MB",
+        manifest.samples,
+        begun.elapsed().as_secs_f64(),
+        peak()
+    );
     Ok(())
 }
 
@@ -238,10 +256,17 @@ async fn judge_and_report(folder: &Path, items: usize) -> anyhow::Result<()> {
     };
     // One item for real, from which the others are made.
     let guard = Guard::new(Mock { delay: Duration::ZERO, calls: 0.into() }, profile);
-    let image = Image::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/list.png"), Limits::default())?;
+    let image = Image::open(
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/list.png"),
+        Limits::default(),
+    )?;
     let query = "What stands on the list? ".repeat(12) + "1";
     let guarded = guard.answer(&Chat::ask([image], &query)).await?;
-    let unguarded = ecso::Outcome { profile: UNGUARDED.into(), steps: guarded.steps[..1].to_vec(), ..guarded.clone() };
+    let unguarded = ecso::Outcome {
+        profile: UNGUARDED.into(),
+        steps: guarded.steps[..1].to_vec(),
+        ..guarded.clone()
+    };
     let drawn = ItemRecord {
         id: String::new(),
         made_of: String::new(),
@@ -271,13 +296,23 @@ async fn judge_and_report(folder: &Path, items: usize) -> anyhow::Result<()> {
     );
 
     let begun = Instant::now();
-    let by =
-        VerdictsHeader { ecso: "bench".into(), judge: XsTest.name(), model: None, threshold: None, judge_file: None };
+    let by = VerdictsHeader {
+        ecso: "bench".into(),
+        judge: XsTest.name(),
+        model: None,
+        threshold: None,
+        judge_file: None,
+    };
     let mut verdicts = Journal::open_file(&out.join(verdicts_file(&by.judge)), &by)?;
     let records = Saved::folder(&out).latest::<ItemRecord>()?;
     let answers = records.filter_map(Result::ok).flat_map(judging::answers);
     judging::judge(answers, Box::new(XsTest), &mut verdicts, 4, |_| ()).await?;
-    println!("{} answers judged in {:.1} s; peak {:.0} MB", verdicts.len(), begun.elapsed().as_secs_f64(), peak());
+    println!(
+        "{} answers judged in {:.1} s; peak {:.0} MB",
+        verdicts.len(),
+        begun.elapsed().as_secs_f64(),
+        peak()
+    );
     drop(verdicts);
 
     let begun = Instant::now();
@@ -298,7 +333,9 @@ async fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["rate"] => rate().await,
-        ["memory", folder, rows] => memory(Path::new(folder), rows.parse().context("ROWS is a number")?).await,
+        ["memory", folder, rows] => {
+            memory(Path::new(folder), rows.parse().context("ROWS is a number")?).await
+        }
         ["report", folder, items] => {
             judge_and_report(Path::new(folder), items.parse().context("ITEMS is a number")?).await
         }

@@ -1,7 +1,7 @@
 //! Asks a model yes-or-no questions in bulk: `probe MODEL.gguf < QUESTIONS > ANSWERS`.
 //!
-//! Questions are JSON lines of {id, system?, turns: [[role, text], …], `max_tokens`?}, answers JSON lines of {id, score, text, ms}:
-//! the probability of yes, what was said, and how long it took.
+//! Questions are JSON lines of {id, system?, turns: [[role, text], …], `max_tokens`?}, answers JSON
+//! lines of {id, score, text, ms}: the probability of yes, what was said, and how long it took.
 #![expect(clippy::print_stdout, reason = "it answers")]
 
 use std::{io::BufRead, num::NonZeroU32, time::Instant};
@@ -24,7 +24,8 @@ struct Question {
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let path = std::env::args().nth(1).context("usage: probe MODEL.gguf < QUESTIONS > ANSWERS")?;
-    let options = Options { slots: NonZeroU32::new(4), context: NonZeroU32::new(4096), ..Options::default() };
+    let options =
+        Options { slots: NonZeroU32::new(4), context: NonZeroU32::new(4096), ..Options::default() };
     let model = Llama::load(path, options).await?;
     for line in std::io::stdin().lock().lines() {
         let question: Question = serde_json::from_str(&line?)?;
@@ -34,7 +35,12 @@ async fn main() -> anyhow::Result<()> {
             chat = chat.with_system(question.system);
         }
         let max_tokens = Some(question.max_tokens.unwrap_or(1));
-        let sampling = Sampling { temperature: Some(0.0), max_tokens, top_logprobs: 20, ..Sampling::default() };
+        let sampling = Sampling {
+            temperature: Some(0.0),
+            max_tokens,
+            top_logprobs: 20,
+            ..Sampling::default()
+        };
         let begun = Instant::now();
         let reply = model.generate(&chat, &sampling).await?;
         let answer = serde_json::json!({

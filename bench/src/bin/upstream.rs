@@ -1,5 +1,5 @@
-//! A mock of an OpenAI-compatible server, as fast as one core allows: `upstream PORT`. Every answer is the same; a question that
-//! asks for yes or no is answered with no. For `bench/gateway.py`.
+//! A mock of an OpenAI-compatible server, as fast as one core allows: `upstream PORT`. Every answer
+//! is the same; a question that asks for yes or no is answered with no. For `bench/gateway.py`.
 
 use std::io;
 
@@ -12,7 +12,8 @@ const ANSWER: &str = r#"{"id":"chatcmpl-1","object":"chat.completion","created":
 const NO: &str = r#"{"id":"chatcmpl-2","object":"chat.completion","created":1,"model":"mock","choices":[{"index":0,"message":{"role":"assistant","content":"No"},"finish_reason":"stop"}],"usage":{"prompt_tokens":10,"completion_tokens":1,"total_tokens":11}}"#;
 const EVENT: &str = r#"data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"mock","choices":[{"index":0,"delta":{"content":"Bread "},"finish_reason":null}]}"#;
 const END: &str = r#"data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"mock","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}"#;
-const MODELS: &str = r#"{"object":"list","data":[{"id":"mock","object":"model","created":1,"owned_by":"bench"}]}"#;
+const MODELS: &str =
+    r#"{"object":"list","data":[{"id":"mock","object":"model","created":1,"owned_by":"bench"}]}"#;
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
@@ -37,11 +38,13 @@ async fn serve(mut stream: TcpStream) -> io::Result<()> {
             }
         };
         let text = String::from_utf8_lossy(&buffer[..head]).to_ascii_lowercase();
-        let length = text.lines().find_map(|line| line.strip_prefix("content-length:")).map(str::trim);
+        let length =
+            text.lines().find_map(|line| line.strip_prefix("content-length:")).map(str::trim);
         let chunked = text.contains("transfer-encoding: chunked");
         let length: usize = length.and_then(|length| length.parse().ok()).unwrap_or(0);
-        let is_whole =
-            |buffer: &[u8]| if chunked { buffer.ends_with(b"0\r\n\r\n") } else { buffer.len() >= head + length };
+        let is_whole = |buffer: &[u8]| {
+            if chunked { buffer.ends_with(b"0\r\n\r\n") } else { buffer.len() >= head + length }
+        };
         while !is_whole(&buffer) {
             if stream.read_buf(&mut buffer).await? == 0 {
                 return Ok(());
@@ -69,5 +72,8 @@ async fn serve(mut stream: TcpStream) -> io::Result<()> {
 }
 
 fn whole(body: &str) -> String {
-    format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}", body.len())
+    format!(
+        "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    )
 }

@@ -12,7 +12,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use ecso::{Chat, Delta, Image, Mllm, ModelError, Part, Reply, ReplyStream, Sampling, Seen};
+use ecso::{Chat, Delta, Image, ImageText, Mllm, ModelError, Part, Reply, ReplyStream, Sampling};
 use futures::{StreamExt, stream};
 
 tokio::task_local! {
@@ -25,12 +25,13 @@ pub(crate) fn afresh<T>(work: impl Future<Output = T>) -> impl Future<Output = T
     AFRESH.scope((), work)
 }
 
-/// A model whose replies are kept in a folder, by the model's digest, the conversation's bytes, the images' digests and the
-/// sampling. A replayed reply says how long it took when it was made. A row that failed before is asked about anew. Without a folder
-/// it only keeps the clock.
+/// A model whose replies are kept in a folder, by the model's digest, the conversation's bytes, the
+/// images' digests and the sampling. A replayed reply says how long it took when it was made. A row
+/// that failed before is asked about anew. Without a folder it only keeps the clock.
 pub struct Cached<M> {
     model: M,
-    /// What the model is, to the bit: the digest of its files, or a server's address and the model's name on it.
+    /// What the model is, to the bit: the digest of its files, or a server's address and the
+    /// model's name on it.
     identity: String,
     folder: Option<PathBuf>,
     clock: Mutex<Clock>,
@@ -147,8 +148,8 @@ impl<M: Mllm> Mllm for Cached<M> {
         self.model.health().await
     }
 
-    async fn reads(&self, image: &Image) -> Result<Option<Seen>, ModelError> {
-        self.model.reads(image).await
+    async fn image_text(&self, image: &Image) -> Result<Option<ImageText>, ModelError> {
+        self.model.image_text(image).await
     }
 
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {
@@ -181,7 +182,9 @@ impl<M: Mllm> Mllm for Cached<M> {
         if let Some(path) = path
             && let Err(error) = keep(&path, &reply)
         {
-            let told = || tracing::warn!("cache: {}: {error}; replies are used and not kept", path.display());
+            let told = || {
+                tracing::warn!("cache: {}: {error}; replies are used and not kept", path.display())
+            };
             self.is_full.call_once(told);
         }
         Ok(reply)
@@ -207,8 +210,9 @@ mod tests {
     #[tokio::test]
     async fn the_same_question_is_asked_once() {
         let folder = tempfile::tempdir().unwrap();
-        let cached =
-            |identity: &str| Cached::new(Scripted::texts(["a", "b", "c", "d"]), identity, Some(folder.path().into()));
+        let cached = |identity: &str| {
+            Cached::new(Scripted::texts(["a", "b", "c", "d"]), identity, Some(folder.path().into()))
+        };
         let ask = async |model: &Cached<Scripted>, text: &str, tokens| {
             let sampling = Sampling { max_tokens: Some(tokens), ..Sampling::default() };
             model.generate(&Chat::ask([], text), &sampling).await.unwrap()
@@ -248,6 +252,9 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         assert!(check_cache(file.path()).is_err());
         let model = Cached::new(Scripted::texts(["a"]), "m", Some(file.path().into()));
-        assert_eq!(model.generate(&Chat::ask([], "q"), &Sampling::default()).await.unwrap().text, "a");
+        assert_eq!(
+            model.generate(&Chat::ask([], "q"), &Sampling::default()).await.unwrap().text,
+            "a"
+        );
     }
 }

@@ -1,5 +1,6 @@
-//! A journal: JSON lines, one an entry, each flushed; before them, where the work is to go on only under the same settings, a header.
-//! A crash leaves a file that can be read, and work that can go on.
+//! A journal: JSON lines, one an entry, each flushed; before them, where the work is to go on only
+//! under the same settings, a header. A crash leaves a file that can be read, and work that can go
+//! on.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -20,8 +21,9 @@ pub trait Head: Serialize + DeserializeOwned {
     fn differs(&self, begun: &Self) -> Option<&'static str>;
 }
 
-/// A line of a journal. As JSON it has a field `id`, may have `arm` and `made_of`, and has an `error` if it failed; but what a content
-/// filter refused has `filtered` beside it, and is no failure.
+/// A line of a journal. As JSON it has a field `id`, may have `arm` and `made_of`, and has an
+/// `error` if it failed; but what a content filter refused has `filtered` beside it, and is no
+/// failure.
 pub trait Entry: Serialize + DeserializeOwned {
     /// Unique in the journal together with [`Entry::arm`], but for later tries.
     fn id(&self) -> &str;
@@ -32,7 +34,8 @@ pub trait Entry: Serialize + DeserializeOwned {
         ""
     }
 
-    /// A digest of what it was made of: of something else it is made anew. Empty where nobody looks at that.
+    /// A digest of what it was made of: of something else it is made anew. Empty where nobody looks
+    /// at that.
     #[expect(clippy::unnecessary_literal_bound, reason = "others have a text of their own")]
     fn made_of(&self) -> &str {
         ""
@@ -107,7 +110,8 @@ pub enum JournalError {
 }
 
 impl JournalError {
-    /// Whether the file is not the one that was meant, or not to be used now: the user names another, and all is well.
+    /// Whether the file is not the one that was meant, or not to be used now: the user names
+    /// another, and all is well.
     #[must_use]
     pub fn is_misuse(&self) -> bool {
         match self {
@@ -122,7 +126,8 @@ impl JournalError {
     }
 }
 
-/// What tells entries apart: a hash of id and arm, which is the entry's place, and one of what it was made of.
+/// What tells entries apart: a hash of id and arm, which is the entry's place, and one of what it
+/// was made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Key {
     place: u64,
@@ -149,7 +154,8 @@ impl Key {
         self.place
     }
 
-    /// Whether an entry that is recorded under `self` is the wanted one: it has its place, and was made of the same, or doesn't tell.
+    /// Whether an entry that is recorded under `self` is the wanted one: it has its place, and was
+    /// made of the same, or doesn't tell.
     #[must_use]
     pub fn is(self, wanted: Self) -> bool {
         self.place == wanted.place && (self.of == 0 || self.of == wanted.of)
@@ -197,7 +203,8 @@ fn failed(path: &Path, source: io::Error) -> JournalError {
     JournalError::File { path: path.to_owned(), source }
 }
 
-/// The lines of a journal, in order. A last one that a crash cut off is left out; a whole one counts without its line end.
+/// The lines of a journal, in order. A last one that a crash cut off is left out; a whole one
+/// counts without its line end.
 struct Lines<R> {
     path: PathBuf,
     reader: BufReader<R>,
@@ -214,12 +221,23 @@ struct Lines<R> {
 impl<R: Read> Lines<R> {
     fn of(path: &Path, file: R) -> Self {
         let reader = BufReader::with_capacity(1 << 18, file);
-        Self { path: path.to_owned(), reader, text: Vec::new(), number: 0, end: 0, was_cut: false, is_open: false }
+        Self {
+            path: path.to_owned(),
+            reader,
+            text: Vec::new(),
+            number: 0,
+            end: 0,
+            was_cut: false,
+            is_open: false,
+        }
     }
 
     fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, JournalError> {
         self.text.clear();
-        let read = self.reader.read_until(b'\n', &mut self.text).map_err(|source| failed(&self.path, source))?;
+        let read = self
+            .reader
+            .read_until(b'\n', &mut self.text)
+            .map_err(|source| failed(&self.path, source))?;
         if read == 0 {
             return Ok(None);
         }
@@ -229,7 +247,9 @@ impl<R: Read> Lines<R> {
                 self.was_cut = true;
                 Ok(None)
             }
-            Err(source) => Err(JournalError::Line { path: self.path.clone(), line: self.number + 1, source }),
+            Err(source) => {
+                Err(JournalError::Line { path: self.path.clone(), line: self.number + 1, source })
+            }
             Ok(entry) => {
                 self.number += 1;
                 self.end += read as u64;
@@ -284,8 +304,8 @@ impl Journal {
         Self::open_file(&path(out), header)
     }
 
-    /// Begins the file of a journal, or goes on with it. A line that a crash cut off is cut off for good; a header only where it was
-    /// to be this one, for else the file is somebody's own.
+    /// Begins the file of a journal, or goes on with it. A line that a crash cut off is cut off for
+    /// good; a header only where it was to be this one, for else the file is somebody's own.
     ///
     /// # Errors
     /// As [`Journal::open`].
@@ -329,7 +349,8 @@ impl Journal {
         self.was_cut
     }
 
-    /// Whether an entry need not be made: it is recorded, and did not fail or is not to be tried again.
+    /// Whether an entry need not be made: it is recorded, and did not fail or is not to be tried
+    /// again.
     #[must_use]
     pub fn has(&self, key: Key, retry_failed: bool) -> bool {
         let recorded = self.recorded.entries.get(&key.place);
@@ -391,7 +412,10 @@ impl Journal {
     }
 
     fn add(&mut self, line: &[u8]) -> Result<(), JournalError> {
-        self.file.write_all(line).and_then(|()| self.file.flush()).map_err(|source| failed(&self.path, source))
+        self.file
+            .write_all(line)
+            .and_then(|()| self.file.flush())
+            .map_err(|source| failed(&self.path, source))
     }
 }
 
@@ -439,7 +463,8 @@ fn line(value: &impl Serialize) -> Result<Vec<u8>, JournalError> {
     Ok(line)
 }
 
-/// A journal that is read, with its header or without one. A last line that a crash cut off is left out.
+/// A journal that is read, with its header or without one. A last line that a crash cut off is left
+/// out.
 #[derive(Debug, Clone)]
 pub struct Saved {
     path: PathBuf,
@@ -466,7 +491,10 @@ impl Saved {
 
     fn lines(&self) -> Result<Lines<File>, JournalError> {
         is_regular(&self.path, fs::metadata(&self.path))?;
-        Ok(Lines::of(&self.path, File::open(&self.path).map_err(|source| failed(&self.path, source))?))
+        Ok(Lines::of(
+            &self.path,
+            File::open(&self.path).map_err(|source| failed(&self.path, source))?,
+        ))
     }
 
     /// The lines of entries.
@@ -494,8 +522,8 @@ impl Saved {
         Ok(Entries { lines: self.body()?, of: PhantomData })
     }
 
-    /// The entries from the byte `begin` on, at which one begins: what was written since somebody came so far, or one that is looked up.
-    /// 0 is the first entry.
+    /// The entries from the byte `begin` on, at which one begins: what was written since somebody
+    /// came so far, or one that is looked up. 0 is the first entry.
     ///
     /// # Errors
     /// As [`Saved::entries`].
@@ -509,7 +537,8 @@ impl Saved {
         Ok(Entries { lines, of: PhantomData })
     }
 
-    /// Each entry once, the later one of those at the same place, one by one in the order in which they lie.
+    /// Each entry once, the later one of those at the same place, one by one in the order in which
+    /// they lie.
     ///
     /// # Errors
     /// [`JournalError`], also of every entry.

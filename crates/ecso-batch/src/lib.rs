@@ -1,7 +1,9 @@
 //! Long work over many rows, as measuring and making data have it in common.
 //!
-//! - [`run`] takes rows through a [`Batch`], several at once, within [`Bounds`]; [`entries`] does it without a journal.
-//! - A [`journal`] records what became of each, so that a crash costs the rows under way and no other.
+//! - [`run`] takes rows through a [`Batch`], several at once, within [`Bounds`]; [`entries`] does
+//!   it without a journal.
+//! - A [`journal`] records what became of each, so that a crash costs the rows under way and no
+//!   other.
 //! - [`Cached`] keeps every reply of a model on disk, and [`Paced`] asks it no faster than it can.
 
 mod cache;

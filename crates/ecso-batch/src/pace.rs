@@ -8,14 +8,15 @@ use std::{
 };
 
 use async_trait::async_trait;
-use ecso::{Chat, Image, Mllm, ModelError, Reply, ReplyStream, Sampling, Seen};
+use ecso::{Chat, Image, ImageText, Mllm, ModelError, Reply, ReplyStream, Sampling};
 use futures::future::BoxFuture;
 use tokio::{
     sync::{Notify, Semaphore, SetOnce},
     time::Instant,
 };
 
-/// The first wait after "too much at once", where the model asks for none; it doubles up to the longest.
+/// The first wait after "too much at once", where the model asks for none; it doubles up to the
+/// longest.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 /// The longest wait.
 const LONGEST_WAIT: Duration = Duration::from_mins(1);
@@ -34,16 +35,17 @@ pub struct Patience {
     pub away: Duration,
 }
 
-/// A model whose calls wait for their turn: at most so many at once, fewer after it said that this is too much, more again
-/// while it doesn't. A call that was turned away is made again.
+/// A model whose calls wait for their turn: at most so many at once, fewer after it said that this
+/// is too much, more again while it doesn't. A call that was turned away is made again.
 ///
-/// A call that fails is no proof against itself. The model is asked again what it answered before (nothing yet: a greeting). Where
-/// it doesn't answer that either it is away, whatever it says, and is waited for. Then the failed call is made again, with no other
-/// under way; so is one whose connection broke, which a neighbour may have brought about. Only what fails then has its error.
+/// A call that fails is no proof against itself. The model is asked again what it answered before
+/// (nothing yet: a greeting). Where it doesn't answer that either it is away, whatever it says, and
+/// is waited for. Then the failed call is made again, with no other under way; so is one whose
+/// connection broke, which a neighbour may have brought about. Only what fails then has its error.
 ///
-/// Where the model does not come back as long as [`Patience`] goes, the failed call and all others end never: [`Paced::gone`]
-/// tells, and the work is dropped with nothing recorded of what could not be asked. The same where another model came back in its
-/// place ([`Paced::that_stays`]).
+/// Where the model does not come back as long as [`Patience`] goes, the failed call and all others
+/// end never: [`Paced::gone`] tells, and the work is dropped with nothing recorded of what could
+/// not be asked. The same where another model came back in its place ([`Paced::that_stays`]).
 pub struct Paced<M> {
     model: M,
     stays: Option<Stays>,
@@ -57,7 +59,8 @@ pub struct Paced<M> {
     gone: SetOnce<ModelError>,
 }
 
-/// Says whether the model is still the one that was asked at first: an error that tells what it is now.
+/// Says whether the model is still the one that was asked at first: an error that tells what it is
+/// now.
 pub type Stays = Box<dyn Fn() -> BoxFuture<'static, Result<(), ModelError>> + Send + Sync>;
 
 struct Pace {
@@ -108,8 +111,9 @@ impl<M: Mllm> Paced<M> {
         }
     }
 
-    /// The same model, asked by `stays` whether it is the same where that is in doubt: when a connection to it was lost, when it turned calls
-    /// away, and when a reply says that it comes from another.
+    /// The same model, asked by `stays` whether it is the same where that is in doubt: when a
+    /// connection to it was lost, when it turned calls away, and when a reply says that it comes
+    /// from another.
     #[must_use]
     pub fn that_stays(self, stays: Stays) -> Self {
         Self { stays: Some(stays), ..self }
@@ -165,7 +169,10 @@ impl<M: Mllm> Paced<M> {
             pace.not_before = now + wait;
             if pace.warned.is_none_or(|warned| now - warned > WARNINGS) {
                 pace.warned = Some(now);
-                tracing::warn!("the model turns calls away; it is asked {:.0} at once now", pace.allowed.floor());
+                tracing::warn!(
+                    "the model turns calls away; it is asked {:.0} at once now",
+                    pace.allowed.floor()
+                );
             }
         }
         now - *pace.refused_since.get_or_insert(begun) < self.patience.busy
@@ -198,7 +205,8 @@ impl<M: Mllm> Paced<M> {
         }
     }
 
-    /// Waits until the model answers. Gives whether it did so all the time since `begun`, as far as is known.
+    /// Waits until the model answers. Gives whether it did so all the time since `begun`, as far as
+    /// is known.
     async fn was_there(&self, begun: Instant, lost: &ModelError) -> bool {
         let Err(error) = self.look().await else {
             if matches!(lost, ModelError::Transport(_)) {
@@ -206,8 +214,8 @@ impl<M: Mllm> Paced<M> {
             }
             return self.pace().back.is_none_or(|back| back < begun);
         };
-        let refuses_all =
-            self.pace().answered.is_none() && matches!(error, ModelError::Rejected(_) | ModelError::Protocol(_));
+        let refuses_all = self.pace().answered.is_none()
+            && matches!(error, ModelError::Rejected(_) | ModelError::Protocol(_));
         if refuses_all {
             return self.give_up(lost.clone()).await;
         }
@@ -272,7 +280,12 @@ impl<M: Mllm> Paced<M> {
         }
     }
 
-    async fn ask<T, F>(&self, chat: &Chat, sampling: &Sampling, call: impl Fn() -> F) -> Result<T, ModelError>
+    async fn ask<T, F>(
+        &self,
+        chat: &Chat,
+        sampling: &Sampling,
+        call: impl Fn() -> F,
+    ) -> Result<T, ModelError>
     where
         F: Future<Output = Result<T, ModelError>>,
     {
@@ -337,8 +350,8 @@ impl<M: Mllm> Mllm for Paced<M> {
         self.model.health().await
     }
 
-    async fn reads(&self, image: &Image) -> Result<Option<Seen>, ModelError> {
-        self.model.reads(image).await
+    async fn image_text(&self, image: &Image) -> Result<Option<ImageText>, ModelError> {
+        self.model.image_text(image).await
     }
 
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {
@@ -405,7 +418,8 @@ mod tests {
         }
     }
 
-    const SHORT: Patience = Patience { busy: Duration::from_mins(1), away: Duration::from_millis(300) };
+    const SHORT: Patience =
+        Patience { busy: Duration::from_mins(1), away: Duration::from_millis(300) };
 
     /// A server that answers a call after a while, by what is asked and when that began.
     struct Played<F>(F);
@@ -433,7 +447,10 @@ mod tests {
 
     async fn ask_each(model: &impl Mllm, texts: &[&str]) -> Vec<Result<Reply, ModelError>> {
         let sampling = Sampling::default();
-        join_all(texts.iter().map(async |text| model.generate(&Chat::ask([], *text), &sampling).await)).await
+        join_all(
+            texts.iter().map(async |text| model.generate(&Chat::ask([], *text), &sampling).await),
+        )
+        .await
     }
 
     async fn ask(model: &impl Mllm, calls: usize) -> Vec<Result<Reply, ModelError>> {
@@ -444,7 +461,9 @@ mod tests {
     async fn a_server_that_comes_back_is_waited_for() {
         for error in [broken(), ModelError::Timeout(Duration::ZERO)] {
             let until = Instant::now() + Duration::from_millis(200);
-            let server = Played(move |_: &str, begun| if begun > until { Ok(()) } else { Err(error.clone()) });
+            let server = Played(
+                move |_: &str, begun| if begun > until { Ok(()) } else { Err(error.clone()) },
+            );
             assert!(ask(&Paced::new(server, 4, SHORT), 12).await.iter().all(Result::is_ok));
         }
     }
@@ -462,7 +481,8 @@ mod tests {
             Ok(())
         });
         let other = || ModelError::Rejected("it came back as another".into());
-        let model = Paced::new(server, 4, SHORT).that_stays(Box::new(move || Box::pin(async move { Err(other()) })));
+        let model = Paced::new(server, 4, SHORT)
+            .that_stays(Box::new(move || Box::pin(async move { Err(other()) })));
         let gone = tokio::select! {
             _ = ask(&model, 12) => panic!("another model answered"),
             gone = model.gone() => gone,
@@ -482,12 +502,13 @@ mod tests {
             (ModelError::Protocol("<html>".into()), 5),
         ] {
             let (calls, with) = (AtomicUsize::new(0), error.clone());
-            let server =
-                Played(
-                    move |_: &str, _| {
-                        if calls.fetch_add(1, Ordering::SeqCst) < answers { Ok(()) } else { Err(with.clone()) }
-                    },
-                );
+            let server = Played(move |_: &str, _| {
+                if calls.fetch_add(1, Ordering::SeqCst) < answers {
+                    Ok(())
+                } else {
+                    Err(with.clone())
+                }
+            });
             let model = Paced::new(server, 2, SHORT);
             let asked = async {
                 for answer in 0..20 {
@@ -504,11 +525,16 @@ mod tests {
 
     #[tokio::test]
     async fn a_call_that_fails_while_others_are_answered_fails_alone() {
-        for error in [broken(), ModelError::Rejected("too long".into()), ModelError::Timeout(Duration::ZERO)] {
+        for error in
+            [broken(), ModelError::Rejected("too long".into()), ModelError::Timeout(Duration::ZERO)]
+        {
             let with = error.clone();
-            let server = Played(move |text: &str, _| if text == "bad" { Err(with.clone()) } else { Ok(()) });
+            let server =
+                Played(move |text: &str, _| if text == "bad" { Err(with.clone()) } else { Ok(()) });
             let texts = ["bad", "q", "q", "bad", "q"];
-            for (text, answer) in texts.iter().zip(ask_each(&Paced::new(server, 4, SHORT), &texts).await) {
+            for (text, answer) in
+                texts.iter().zip(ask_each(&Paced::new(server, 4, SHORT), &texts).await)
+            {
                 assert_eq!(answer.err(), (*text == "bad").then(|| error.clone()));
             }
         }
@@ -543,13 +569,17 @@ mod tests {
 
     #[tokio::test]
     async fn of_a_server_that_turns_everything_away_no_call_fails() {
-        let model = Paced::new(Busy::with(0), 8, Patience { busy: Duration::from_millis(200), ..SHORT });
+        let model =
+            Paced::new(Busy::with(0), 8, Patience { busy: Duration::from_millis(200), ..SHORT });
         let begun = Instant::now();
         let gone = tokio::select! {
             answers = ask(&model, 16) => panic!("{answers:?}"),
             gone = model.gone() => gone,
         };
         assert!(matches!(gone, ModelError::Overloaded { .. }));
-        assert!(begun.elapsed() >= Duration::from_millis(200) && begun.elapsed() < Duration::from_secs(20));
+        assert!(
+            begun.elapsed() >= Duration::from_millis(200)
+                && begun.elapsed() < Duration::from_secs(20)
+        );
     }
 }

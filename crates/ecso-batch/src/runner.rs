@@ -24,8 +24,8 @@ const READ_AHEAD: usize = 8;
 pub struct Bounds {
     /// Rows at once.
     pub rows: usize,
-    /// Bytes that the rows at once may hold together ([`Batch::bytes`]), beside the few that are read ahead. One row alone may have
-    /// more.
+    /// Bytes that the rows at once may hold together ([`Batch::bytes`]), beside the few that are
+    /// read ahead. One row alone may have more.
     pub bytes: usize,
     /// No new row from so many tokens on.
     pub tokens: Option<u64>,
@@ -57,8 +57,8 @@ pub trait Batch: Send + Sync + 'static {
     /// The row's place in the journal.
     fn place(&self, row: &Self::Row) -> Key;
 
-    /// The place, with the digest of what the row's entry is made of. Asked for only where there is an entry at the place: it may take
-    /// reading files.
+    /// The place, with the digest of what the row's entry is made of. Asked for only where there is
+    /// an entry at the place: it may take reading files.
     fn key(&self, row: &Self::Row) -> Key {
         self.place(row)
     }
@@ -75,7 +75,10 @@ pub trait Batch: Send + Sync + 'static {
     ///
     /// # Errors
     /// What makes it useless to go on, such as a full disk.
-    fn make(&self, ready: Self::Ready) -> impl Future<Output = Result<Self::Entry, Self::Error>> + Send;
+    fn make(
+        &self,
+        ready: Self::Ready,
+    ) -> impl Future<Output = Result<Self::Entry, Self::Error>> + Send;
 
     /// Tokens that an entry took.
     fn tokens(&self, _: &Self::Entry) -> u64 {
@@ -93,9 +96,10 @@ pub enum Sifted<B: Batch> {
     Skip,
 }
 
-/// Takes all rows that `journal` doesn't have through `batch`. `sift` sees them in their order, however fast others are; `told`
-/// hears of every entry when it is recorded. Gives whether the rows came to their end: if not, `bounds` did. Dropping the
-/// future loses the rows under way and no other.
+/// Takes all rows that `journal` doesn't have through `batch`. `sift` sees them in their order,
+/// however fast others are; `told` hears of every entry when it is recorded. Gives whether the rows
+/// came to their end: if not, `bounds` did. Dropping the future loses the rows under way and no
+/// other.
 ///
 /// # Errors
 /// Of the journal, and what [`Batch::make`] gives.
@@ -132,8 +136,8 @@ pub async fn run<B: Batch>(
     Ok(!unread.get())
 }
 
-/// Takes rows through `batch` and gives their entries as they come, with no journal: only the bounds on what is done at once count.
-/// Dropping the stream ends the rows under way.
+/// Takes rows through `batch` and gives their entries as they come, with no journal: only the
+/// bounds on what is done at once count. Dropping the stream ends the rows under way.
 pub fn entries<B: Batch>(
     rows: impl Iterator<Item = B::Row>,
     batch: &Arc<B>,
@@ -143,7 +147,8 @@ pub fn entries<B: Batch>(
     through(rows.map(|row| (false, row)), batch, bounds, sift, Ok)
 }
 
-/// Rows, each with whether it is tried again, to what `finish` makes of their entries on the thread that made them.
+/// Rows, each with whether it is tried again, to what `finish` makes of their entries on the thread
+/// that made them.
 fn through<B: Batch, T: Send + 'static>(
     rows: impl Iterator<Item = (bool, B::Row)>,
     batch: &Arc<B>,
@@ -153,7 +158,9 @@ fn through<B: Batch, T: Send + 'static>(
 ) -> impl Stream<Item = Result<T, B::Error>> {
     let (room, rows_at_once) = (Room::of(bounds.bytes), bounds.rows.max(1));
     stream::iter(rows)
-        .map(|(again, row)| on_its_own(read(Arc::clone(batch), row)).map(move |ready| (again, ready)))
+        .map(|(again, row)| {
+            on_its_own(read(Arc::clone(batch), row)).map(move |ready| (again, ready))
+        })
         .buffered(rows_at_once.min(READ_AHEAD))
         .filter_map(move |(again, ready)| {
             future::ready(match sift(ready) {
@@ -167,9 +174,13 @@ fn through<B: Batch, T: Send + 'static>(
             room.enter(bytes).map(|place| (sifted, place))
         })
         .map(move |(sifted, place)| match sifted {
-            Ok((again, ready)) => {
-                future::Either::Left(on_its_own(make(Arc::clone(batch), ready, again, place, finish)))
-            }
+            Ok((again, ready)) => future::Either::Left(on_its_own(make(
+                Arc::clone(batch),
+                ready,
+                again,
+                place,
+                finish,
+            ))),
             Err(entry) => future::Either::Right(future::ready(finish(entry))),
         })
         .buffer_unordered(rows_at_once)
@@ -200,7 +211,8 @@ fn written<E: Entry, X: From<JournalError>>(entry: E) -> Result<Written<E>, X> {
     Ok((entry, line))
 }
 
-/// Runs a future on any thread. It ends with the one that waits for it, and what it panics with goes on there.
+/// Runs a future on any thread. It ends with the one that waits for it, and what it panics with
+/// goes on there.
 async fn on_its_own<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
     match AbortOnDropHandle::new(tokio::spawn(work)).await {
         Ok(done) => done,
@@ -331,7 +343,8 @@ mod tests {
     }
 
     fn recorded(out: &std::path::Path) -> Vec<Double> {
-        let mut found: Vec<Double> = Saved::folder(out).latest().unwrap().map(Result::unwrap).collect();
+        let mut found: Vec<Double> =
+            Saved::folder(out).latest().unwrap().map(Result::unwrap).collect();
         found.sort_by_key(|double| double.of);
         found
     }
@@ -344,7 +357,11 @@ mod tests {
         assert_eq!(recorded(out.path()).iter().filter(|double| double.failed()).count(), 67);
         let broken = || Doubling { broken: true, ..Doubling::default() };
         let again = go(broken(), out.path(), bounds).await.1;
-        assert_eq!(again.most_held.load(Ordering::SeqCst), SIZE, "only what was left out is read again");
+        assert_eq!(
+            again.most_held.load(Ordering::SeqCst),
+            SIZE,
+            "only what was left out is read again"
+        );
         go(Doubling::default(), out.path(), Bounds { retry_failed: true, ..bounds }).await;
         let found = recorded(out.path());
         assert!(found.len() == 199 && found.iter().all(|double| !double.failed()));
@@ -366,9 +383,17 @@ mod tests {
         let out = tempfile::tempdir().unwrap();
         let path = out.path().join("journal.jsonl");
         let header = Work { work: "bread".into() };
-        for theirs in [r#"{"id": 1, "query": "q"}"#, r#"{"work":"cake"#, "Knead it well.", r#"{"work":"bread"} more"#] {
+        for theirs in [
+            r#"{"id": 1, "query": "q"}"#,
+            r#"{"work":"cake"#,
+            "Knead it well.",
+            r#"{"work":"bread"} more"#,
+        ] {
             std::fs::write(&path, theirs).unwrap();
-            assert!(matches!(Journal::open(out.path(), &header), Err(JournalError::NoHeader { .. })), "{theirs}");
+            assert!(
+                matches!(Journal::open(out.path(), &header), Err(JournalError::NoHeader { .. })),
+                "{theirs}"
+            );
             assert_eq!(std::fs::read_to_string(&path).unwrap(), theirs);
         }
         for cut in ["", "{", r#"{"work":"br"#, r#"{"work":"bread"}"#] {
@@ -399,7 +424,11 @@ mod tests {
     #[test]
     fn what_is_forgotten_counts_no_more() {
         let out = tempfile::tempdir().unwrap();
-        let double = |id: &str, error: Option<&str>| Double { id: id.into(), of: 0, error: error.map(str::to_owned) };
+        let double = |id: &str, error: Option<&str>| Double {
+            id: id.into(),
+            of: 0,
+            error: error.map(str::to_owned),
+        };
         let mut journal = Journal::open(out.path(), &Plain {}).unwrap();
         for entry in [double("0", None), double("1", Some("no row")), double("2", Some("no row"))] {
             journal.record(&entry).unwrap();
@@ -420,7 +449,10 @@ mod tests {
         let out = tempfile::tempdir().unwrap();
         std::os::unix::fs::symlink("/dev/null", out.path().join("journal.jsonl")).unwrap();
         assert!(matches!(Journal::open(out.path(), &Plain {}), Err(JournalError::NoFile { .. })));
-        assert!(matches!(Saved::folder(out.path()).latest::<Double>(), Err(JournalError::NoFile { .. })));
+        assert!(matches!(
+            Saved::folder(out.path()).latest::<Double>(),
+            Err(JournalError::NoFile { .. })
+        ));
     }
 
     /// Asks a model, and takes no answer for good.
@@ -447,12 +479,15 @@ mod tests {
     #[tokio::test]
     async fn what_failed_is_not_tried_again_with_the_replies_it_failed_by() {
         let out = tempfile::tempdir().unwrap();
-        let (model, folder) = (ecso::testing::Scripted::texts(["first", "second"]), out.path().join("cache"));
+        let (model, folder) =
+            (ecso::testing::Scripted::texts(["first", "second"]), out.path().join("cache"));
         let batch = Arc::new(Unhappy(crate::Cached::new(model, "m", Some(folder))));
         let mut journal = Journal::open(out.path(), &Plain {}).unwrap();
         let bounds = Bounds { retry_failed: true, ..Bounds::at_once(1) };
         for said in ["first", "second"] {
-            run([()].into_iter(), &batch, &mut journal, bounds, Sifted::Make, |_, _| {}).await.unwrap();
+            run([()].into_iter(), &batch, &mut journal, bounds, Sifted::Make, |_, _| {})
+                .await
+                .unwrap();
             assert_eq!(recorded(out.path())[0].error.as_deref(), Some(said));
         }
     }
@@ -470,11 +505,14 @@ mod tests {
     async fn bytes_and_tokens_are_bounded() {
         let out = tempfile::tempdir().unwrap();
         let (whole, batch) =
-            go(Doubling::default(), out.path(), Bounds { bytes: 10 * SIZE, ..Bounds::at_once(64) }).await;
+            go(Doubling::default(), out.path(), Bounds { bytes: 10 * SIZE, ..Bounds::at_once(64) })
+                .await;
         let most = batch.most_held.load(Ordering::SeqCst) / SIZE;
         assert!(whole && (10..=10 + READ_AHEAD + 1).contains(&most), "{most} rows at once");
         let out = tempfile::tempdir().unwrap();
-        let (whole, _) = go(Doubling::default(), out.path(), Bounds { tokens: Some(100), ..Bounds::at_once(4) }).await;
+        let (whole, _) =
+            go(Doubling::default(), out.path(), Bounds { tokens: Some(100), ..Bounds::at_once(4) })
+                .await;
         assert!(!whole && (10..30).contains(&recorded(out.path()).len()));
     }
 }

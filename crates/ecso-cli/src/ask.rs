@@ -48,7 +48,8 @@ fn chat(args: &AskArgs, limits: Limits) -> anyhow::Result<Chat> {
     })
 }
 
-/// Reads and decodes the images of a file, so that a broken one is noticed before a model is loaded for it.
+/// Reads and decodes the images of a file, so that a broken one is noticed before a model is loaded
+/// for it.
 fn read(path: &Path, limits: Limits) -> anyhow::Result<Vec<Image>> {
     let images = Image::open_several(path, limits)?;
     for image in &images {
@@ -147,7 +148,8 @@ fn doing(step: Step, images: usize) -> String {
 
 fn shown(trace: &Trace) -> String {
     let indent = |text: &str| {
-        let lines: Vec<String> = text.lines().map(|line| format!("  | {line}").trim_end().to_owned()).collect();
+        let lines: Vec<String> =
+            text.lines().map(|line| format!("  | {line}").trim_end().to_owned()).collect();
         lines.join("\n")
     };
     let tokens = match (trace.prompt_tokens, trace.completion_tokens) {
@@ -160,6 +162,7 @@ fn shown(trace: &Trace) -> String {
         None => "",
     };
     let score = trace.score.map_or_else(String::new, |score| format!(", P(harm) {score:.2}"));
-    let head = format!("== {}, {} ms{tokens}{verdict}{score}", doing(trace.step, trace.images), trace.ms);
+    let head =
+        format!("== {}, {} ms{tokens}{verdict}{score}", doing(trace.step, trace.images), trace.ms);
     format!("{head}\n  prompt\n{}\n  reply\n{}\n", indent(&trace.prompt), indent(&trace.reply))
 }

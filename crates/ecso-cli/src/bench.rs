@@ -8,7 +8,9 @@ use std::{
 };
 
 use anyhow::Context;
-use ecso::{Chat, Delta, Event, Guard, Image, Limits, Mllm, Profile, Sampling, Verdict, profile::Gate};
+use ecso::{
+    Chat, Delta, Event, Guard, Image, Limits, Mllm, Profile, Sampling, Verdict, profile::Gate,
+};
 use ecso_eval::{
     benchmarks,
     item::{Item, Task},
@@ -83,12 +85,18 @@ impl Bench {
         profiles.dedup_by(|one, other| one.name == other.name);
         let tokens = args.max_new_tokens.get();
         let profiles = capped(profiles, Some(tokens));
-        let own =
-            args.image.as_deref().map(|path| own_request(path, args.query.as_deref(), settings.images)).transpose()?;
+        let own = args
+            .image
+            .as_deref()
+            .map(|path| own_request(path, args.query.as_deref(), settings.images))
+            .transpose()?;
         let (harmless, harmful) = lists(settings.images)?;
         let harmless = own.map_or(harmless, |own| vec![own]);
         if harmless.is_empty() || harmful.is_empty() {
-            return Err(UsageError("no font of this system can set the lists that are asked about".into()).into());
+            return Err(UsageError(
+                "no font of this system can set the lists that are asked about".into(),
+            )
+            .into());
         }
         let bar = Bar::new(Unit::Of("answers"), args.quiet);
         Ok(Self { runs: args.runs.get(), tokens, profiles, harmless, harmful, bar })
@@ -126,12 +134,17 @@ impl Bench {
         let first = asked.answer(Way::Guarded(self.usual()), &self.harmless[0]).await?;
         report.first_answer_ms = Some(milliseconds(first.took));
         (report.prompt_tokens_per_second, report.answer_tokens_per_second) = asked.rates().await?;
-        let all: Vec<Way<'_>> = [Way::Unguarded].into_iter().chain(self.profiles.iter().map(Way::Guarded)).collect();
+        let all: Vec<Way<'_>> =
+            [Way::Unguarded].into_iter().chain(self.profiles.iter().map(Way::Guarded)).collect();
         report.blocks.push(asked.block("harmless requests", &self.harmless, &all).await?);
         report.blocks.push(asked.block("harmful requests", &self.harmful, &all).await?);
-        let always: Vec<Profile> =
-            self.profiles.iter().map(|profile| Profile { gate: Gate::Always, ..profile.clone() }).collect();
-        let forced: Vec<Way<'_>> = [Way::Unguarded].into_iter().chain(always.iter().map(Way::Guarded)).collect();
+        let always: Vec<Profile> = self
+            .profiles
+            .iter()
+            .map(|profile| Profile { gate: Gate::Always, ..profile.clone() })
+            .collect();
+        let forced: Vec<Way<'_>> =
+            [Way::Unguarded].into_iter().chain(always.iter().map(Way::Guarded)).collect();
         let name = "harmless requests, every answer written anew (gate = always)";
         report.blocks.push(asked.block(name, &self.harmless, &forced).await?);
         report.peak_mib = peak_mib();
@@ -176,9 +189,13 @@ fn own_request(path: &Path, query: Option<&str>, limits: Limits) -> anyhow::Resu
 fn lists(limits: Limits) -> anyhow::Result<(Vec<Chat>, Vec<Chat>)> {
     let set = benchmarks::named("pairs").context("the set is missing")?;
     let items = set.items(Path::new("-"), Some("seen"))?;
-    let (harmful, harmless): (Vec<Item>, Vec<Item>) =
-        items.iter.filter(|item| item.scenario == "list").partition(|item| item.task == Task::Harmful);
-    let chats = |items: Vec<Item>| items.iter().map(|item| item.chat(limits)).collect::<Result<Vec<_>, _>>();
+    let (harmful, harmless): (Vec<Item>, Vec<Item>) = items
+        .iter
+        .filter(|item| item.scenario == "list")
+        .partition(|item| item.task == Task::Harmful);
+    let chats = |items: Vec<Item>| {
+        items.iter().map(|item| item.chat(limits)).collect::<Result<Vec<_>, _>>()
+    };
     Ok((chats(harmless)?, chats(harmful)?))
 }
 
@@ -193,7 +210,12 @@ struct Asked<'a> {
 
 impl Asked<'_> {
     /// Answers `chats` in all ways, in turn; each request is like no other.
-    async fn block(&mut self, name: &'static str, chats: &[Chat], ways: &[Way<'_>]) -> anyhow::Result<Block> {
+    async fn block(
+        &mut self,
+        name: &'static str,
+        chats: &[Chat],
+        ways: &[Way<'_>],
+    ) -> anyhow::Result<Block> {
         let mut answers = vec![Vec::new(); ways.len()];
         for run in 0..self.bench.runs {
             for (way, answers) in ways.iter().zip(&mut answers) {
@@ -217,16 +239,23 @@ impl Asked<'_> {
         chat.clone().with_system(format!("{} is the number of this request.", self.answers))
     }
 
-    /// Tokens a second: of a prompt, and of an answer; none where the model does not tell how many there were.
+    /// Tokens a second: of a prompt, and of an answer; none where the model does not tell how many
+    /// there were.
     async fn rates(&mut self) -> anyhow::Result<(Option<f64>, Option<f64>)> {
         let (mut read, mut write) = (Vec::new(), Vec::new());
         for _ in 0..self.bench.runs {
             let long = self.next(&Chat::ask([], "bread and butter ".repeat(LONG / 3)));
             let answer = answered(&self.model, Way::Unguarded, &long, 1).await?;
-            read.extend(answer.tokens.map(|(prompt, _)| f64::from(prompt) / answer.first.as_secs_f64()));
-            let answer = self.answer(Way::Unguarded, &Chat::ask([], "Tell a long story about a baker.")).await?;
+            read.extend(
+                answer.tokens.map(|(prompt, _)| f64::from(prompt) / answer.first.as_secs_f64()),
+            );
+            let answer = self
+                .answer(Way::Unguarded, &Chat::ask([], "Tell a long story about a baker."))
+                .await?;
             let writing = answer.took.saturating_sub(answer.first).as_secs_f64();
-            write.extend(answer.tokens.map(|(_, written)| f64::from(written.saturating_sub(1)) / writing));
+            write.extend(
+                answer.tokens.map(|(_, written)| f64::from(written.saturating_sub(1)) / writing),
+            );
         }
         let told = |rates| median(rates).filter(|rate| rate.is_finite() && *rate > 0.0);
         Ok((told(read), told(write)))
@@ -243,7 +272,8 @@ impl Asked<'_> {
         let one_by_one = begun.elapsed();
         let chats: Vec<Chat> = (0..AT_ONCE).map(|place| self.next(chat(place))).collect();
         let begun = Instant::now();
-        try_join_all(chats.iter().map(|chat| answered(&self.model, way, chat, self.bench.tokens))).await?;
+        try_join_all(chats.iter().map(|chat| answered(&self.model, way, chat, self.bench.tokens)))
+            .await?;
         let together = begun.elapsed();
         Ok(AtOnce {
             answers: AT_ONCE,
@@ -255,18 +285,28 @@ impl Asked<'_> {
 }
 
 /// One answer.
-async fn answered(model: &Arc<dyn Mllm>, way: Way<'_>, chat: &Chat, tokens: u32) -> anyhow::Result<Timed> {
+async fn answered(
+    model: &Arc<dyn Mllm>,
+    way: Way<'_>,
+    chat: &Chat,
+    tokens: u32,
+) -> anyhow::Result<Timed> {
     let (begun, mut answer) = (Instant::now(), Timed::default());
     let mut first = None;
     match way {
         Way::Unguarded => {
-            let sampling = Sampling { temperature: Some(0.0), max_tokens: Some(tokens), ..Sampling::default() };
+            let sampling = Sampling {
+                temperature: Some(0.0),
+                max_tokens: Some(tokens),
+                ..Sampling::default()
+            };
             let mut deltas = model.stream(chat, &sampling).await?;
             while let Some(delta) = deltas.try_next().await? {
                 match delta {
                     Delta::Text(_) => _ = first.get_or_insert_with(|| begun.elapsed()),
                     Delta::End { usage, .. } => {
-                        answer.tokens = usage.map(|usage| (usage.prompt_tokens, usage.completion_tokens));
+                        answer.tokens =
+                            usage.map(|usage| (usage.prompt_tokens, usage.completion_tokens));
                     }
                     _ => {}
                 }
@@ -282,9 +322,13 @@ async fn answered(model: &Arc<dyn Mllm>, way: Way<'_>, chat: &Chat, tokens: u32)
                     Event::Answer(_) => _ = first.get_or_insert_with(|| begun.elapsed()),
                     Event::Done(outcome) => {
                         answer.calls = outcome.steps.len();
-                        let told: Option<Vec<(u32, u32)>> =
-                            outcome.steps.iter().map(|step| step.prompt_tokens.zip(step.completion_tokens)).collect();
-                        let sum = |(prompt, answer), (more, written)| (prompt + more, answer + written);
+                        let told: Option<Vec<(u32, u32)>> = outcome
+                            .steps
+                            .iter()
+                            .map(|step| step.prompt_tokens.zip(step.completion_tokens))
+                            .collect();
+                        let sum =
+                            |(prompt, answer), (more, written)| (prompt + more, answer + written);
                         answer.tokens = told.map(|told| told.into_iter().fold((0, 0), sum));
                         answer.is_unsafe = outcome.verdict == Verdict::Unsafe;
                     }
@@ -350,9 +394,12 @@ struct AtOnce {
 
 impl Row {
     fn of(way: Way<'_>, answers: &[Timed]) -> Self {
-        let of = |figure: fn(&Timed) -> f64| median(answers.iter().map(figure).collect()).unwrap_or(f64::NAN);
+        let of = |figure: fn(&Timed) -> f64| {
+            median(answers.iter().map(figure).collect()).unwrap_or(f64::NAN)
+        };
         let tokens = |figure: fn((u32, u32)) -> u32| {
-            let told: Option<Vec<f64>> = answers.iter().map(|answer| Some(figure(answer.tokens?).into())).collect();
+            let told: Option<Vec<f64>> =
+                answers.iter().map(|answer| Some(figure(answer.tokens?).into())).collect();
             told.and_then(median)
         };
         Self {
@@ -381,7 +428,9 @@ impl Row {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let seconds = |ms: f64| format!("{:.2} s", ms / 1e3);
-        let known = |figure: Option<f64>| figure.map_or_else(|| "-".to_owned(), |figure| format!("{figure:.0}"));
+        let known = |figure: Option<f64>| {
+            figure.map_or_else(|| "-".to_owned(), |figure| format!("{figure:.0}"))
+        };
         writeln!(f, "ecso {}, {}, {} cores", self.ecso, self.model, self.cores)?;
         writeln!(
             f,
@@ -394,7 +443,9 @@ impl fmt::Display for Report {
                 writeln!(f, "{what:<22} {:>9}", seconds(ms))?;
             }
         }
-        for (what, rate) in [("reads", self.prompt_tokens_per_second), ("writes", self.answer_tokens_per_second)] {
+        for (what, rate) in
+            [("reads", self.prompt_tokens_per_second), ("writes", self.answer_tokens_per_second)]
+        {
             writeln!(f, "{what:<22} {:>9} tokens a second", known(rate))?;
         }
         if let Some(peak) = self.peak_mib {
@@ -415,11 +466,9 @@ impl fmt::Display for Report {
             ];
             let line = |cells: [String; 9]| {
                 let cells = cells.into_iter().zip(head).enumerate();
-                let cells = cells.map(
-                    |(place, (cell, (_, width)))| {
-                        if place == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
-                    },
-                );
+                let cells = cells.map(|(place, (cell, (_, width)))| {
+                    if place == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
+                });
                 format!("  {}", cells.collect::<Vec<_>>().join("  "))
             };
             writeln!(f, "{}", line(head.map(|(name, _)| name.to_owned())))?;
@@ -441,7 +490,9 @@ impl fmt::Display for Report {
                 writeln!(f, "{}", line(cells))?;
             }
         }
-        let Some(AtOnce { answers, one_by_one_ms, together_ms, ratio }) = &self.at_once else { return Ok(()) };
+        let Some(AtOnce { answers, one_by_one_ms, together_ms, ratio }) = &self.at_once else {
+            return Ok(());
+        };
         let (one_by_one, together) = (seconds(*one_by_one_ms), seconds(*together_ms));
         writeln!(
             f,
@@ -459,7 +510,11 @@ fn median(mut figures: Vec<f64>) -> Option<f64> {
     figures.sort_by(f64::total_cmp);
     let middle = figures.len() / 2;
     let upper = *figures.get(middle)?;
-    Some(if figures.len().is_multiple_of(2) { f64::midpoint(figures[middle - 1], upper) } else { upper })
+    Some(if figures.len().is_multiple_of(2) {
+        f64::midpoint(figures[middle - 1], upper)
+    } else {
+        upper
+    })
 }
 
 /// Most memory that this process held; Linux tells.

@@ -1,5 +1,6 @@
-//! Calibrations: which threshold, and which biases, the profile `hardened` takes for a model, as `ecso tune` or `ecso eval calibrate` found
-//! them; kept beside the settings, by the model's digest. The profile's own were fitted to `mini`.
+//! Calibrations: which threshold, and which biases, the profile `hardened` takes for a model, as
+//! `ecso tune` or `ecso eval calibrate` found them; kept beside the settings, by the model's
+//! digest. The profile's own were fitted to `mini`.
 
 use std::{collections::BTreeMap, path::PathBuf};
 
@@ -28,7 +29,7 @@ pub(crate) struct Stored {
     pub(crate) profile_hash: String,
     /// How many items had a score.
     pub(crate) items: usize,
-    /// The biases of ways, by name, where they were fitted too.
+    /// The biases of the detectors, by name, where they were fitted too.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) biases: BTreeMap<String, f64>,
     pub(crate) found: Calibration,
@@ -72,7 +73,8 @@ pub(crate) fn store(settings: &Settings, stored: &Stored) -> anyhow::Result<Path
     Ok(path)
 }
 
-/// What the threshold does that the settings' profile takes, where it is fitted to the model and nothing else of it is changed.
+/// What the threshold does that the settings' profile takes, where it is fitted to the model and
+/// nothing else of it is changed.
 pub(crate) fn curve(settings: &Settings) -> anyhow::Result<Option<ecso_gateway::Calibration>> {
     let (_, why) = config::chosen_profile(settings)?;
     if why != Some(FITTED) || settings.set.keys().any(|key| key != "threshold") {
@@ -84,8 +86,8 @@ pub(crate) fn curve(settings: &Settings) -> anyhow::Result<Option<ecso_gateway::
     Ok(Some(ecso_gateway::Calibration { threshold, requests, curve }))
 }
 
-/// The profile for a model that nobody chose one for: `hardened`, with the threshold of a calibration of its present text where there is
-/// one; and why that threshold.
+/// The profile for a model that nobody chose one for: `hardened`, with the threshold of a
+/// calibration of its present text where there is one; and why that threshold.
 pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static str)> {
     let mut profile = Profile::named("hardened")?;
     // A file's digest takes time: only where it could be known.
@@ -97,17 +99,16 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
         return Ok((profile, "this model is not known"));
     };
     let own = std::fs::read_to_string(path(settings, &digest)).ok();
-    let own = own
-        .map(|text| toml::from_str::<Stored>(&text))
-        .transpose()
-        .with_context(|| format!("{}: delete it, or calibrate again", path(settings, &digest).display()))?;
+    let own = own.map(|text| toml::from_str::<Stored>(&text)).transpose().with_context(|| {
+        format!("{}: delete it, or calibrate again", path(settings, &digest).display())
+    })?;
     match own {
         None => Ok((profile, "not fitted to this model")),
         Some(stored) if stored.profile == profile.name && stored.profile_hash == hash(&profile) => {
             if let Method::Hardened(method) = &mut profile.method {
                 method.threshold = stored.found.threshold;
-                for way in &mut method.ways {
-                    way.bias = stored.biases.get(&way.name).copied().unwrap_or(way.bias);
+                for detector in &mut method.detectors {
+                    detector.bias = stored.biases.get(&detector.name).copied().unwrap_or(detector.bias);
                 }
             }
             Ok((profile, FITTED))
@@ -134,10 +135,12 @@ mod tests {
     #[test]
     fn the_curve_is_that_of_the_profile_in_use() {
         let folder = tempfile::tempdir().unwrap();
-        let mut settings = config::load(None, &ModelArgs::default(), &ProfileArgs::default()).unwrap();
+        let mut settings =
+            config::load(None, &ModelArgs::default(), &ProfileArgs::default()).unwrap();
         (settings.model, settings.calibrations_dir) = ("mini".into(), folder.path().to_owned());
         assert_eq!(curve(&settings).unwrap(), None);
-        let half = Half { recall: Rate::wilson(40, 50), false_alarms: Rate::wilson(2, 50), auroc: None };
+        let half =
+            Half { recall: Rate::wilson(40, 50), false_alarms: Rate::wilson(2, 50), auroc: None };
         let found = Calibration {
             threshold: 0.625,
             false_alarms: 0.03,
@@ -157,11 +160,12 @@ mod tests {
             found: found.clone(),
         };
         store(&settings, &stored).unwrap();
-        let shown = ecso_gateway::Calibration { threshold: 0.625, requests: 100, curve: found.curve };
+        let shown =
+            ecso_gateway::Calibration { threshold: 0.625, requests: 100, curve: found.curve };
         assert_eq!(curve(&settings).unwrap(), Some(shown.clone()));
         settings.set.insert("threshold".into(), "0.7".into());
         assert_eq!(curve(&settings).unwrap(), Some(shown));
-        settings.set.insert("spare".into(), "false".into());
+        settings.set.insert("early_exit".into(), "false".into());
         assert_eq!(curve(&settings).unwrap(), None, "scores may be others");
         settings.set.clear();
         settings.profile = "paper".into();

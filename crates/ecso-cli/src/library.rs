@@ -1,4 +1,5 @@
-//! The way from settings to a guard for programs that call this as a library: the same as the command line's.
+//! The way from settings to a guard for programs that call this as a library: the same as the
+//! command line's.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -15,7 +16,8 @@ use crate::{
     work::Worker,
 };
 
-/// Whether an error says that something was asked for which can't be done as it was asked: a setting, a profile, a file that is named.
+/// Whether an error says that something was asked for which can't be done as it was asked: a
+/// setting, a profile, a file that is named.
 #[must_use]
 pub fn is_misuse(error: &anyhow::Error) -> bool {
     error.is::<UsageError>() || error.is::<ecso::ProfileError>()
@@ -32,8 +34,8 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// `given` are settings as they stand in `config.toml`; they count before that file and the environment. A key that is given here
-    /// counts before the environment's.
+    /// `given` are settings as they stand in `config.toml`; they count before that file and the
+    /// environment. A key that is given here counts before the environment's.
     ///
     /// # Errors
     /// A setting or the profile is wrong.
@@ -66,8 +68,10 @@ impl Setup {
     /// # Errors
     /// No client can be made.
     pub fn fetcher(&self) -> anyhow::Result<Fetcher> {
-        let proxy = Some(self.settings.server.proxy.clone()).filter(|url| !url.is_empty()).map(Into::into);
-        Fetcher::with(proxy.as_ref(), &self.settings.gateway.image_hosts).context("no client for images")
+        let proxy =
+            Some(self.settings.server.proxy.clone()).filter(|url| !url.is_empty()).map(Into::into);
+        Fetcher::with(proxy.as_ref(), &self.settings.gateway.image_hosts)
+            .context("no client for images")
     }
 
     /// How many rows are asked about at once, where nobody says.

@@ -50,13 +50,14 @@ pub(crate) fn is_server(settings: &Settings) -> bool {
     config::is_url(&settings.model)
 }
 
-/// How many rows are asked about at once, where nobody says: the engine answers one after the other.
+/// How many rows are asked about at once, where nobody says: the engine answers one after the
+/// other.
 pub(crate) fn at_once(settings: &Settings) -> usize {
     if is_server(settings) { 8 } else { 1 }
 }
 
-/// What the model is, to the bit where that can be known: the digests of its files, or the address and name on a server; and
-/// what of the settings changes its replies.
+/// What the model is, to the bit where that can be known: the digests of its files, or the address
+/// and name on a server; and what of the settings changes its replies.
 pub(crate) fn identity(settings: &Settings) -> anyhow::Result<String> {
     let mut reader = String::new();
     if settings.reader {
@@ -75,7 +76,8 @@ pub(crate) fn identity(settings: &Settings) -> anyhow::Result<String> {
     let engine = &settings.engine;
     if !engine.chat_template.as_os_str().is_empty() {
         let path = &engine.chat_template;
-        let text = std::fs::read(path).map_err(|error| UsageError(format!("{}: {error}", path.display())))?;
+        let text = std::fs::read(path)
+            .map_err(|error| UsageError(format!("{}: {error}", path.display())))?;
         reader = format!("{reader} template {}", &blake3::hash(&text).to_hex()[..16]);
     }
     if engine.context > 0 {
@@ -92,68 +94,86 @@ pub(crate) fn identity(settings: &Settings) -> anyhow::Result<String> {
     let mut digest = blake3::Hasher::new();
     for file in [Path::new(&settings.model), &settings.mmproj] {
         if !file.as_os_str().is_empty() {
-            digest.update_reader(std::fs::File::open(file).with_context(|| file.display().to_string())?)?;
+            digest.update_reader(
+                std::fs::File::open(file).with_context(|| file.display().to_string())?,
+            )?;
         }
     }
     Ok(format!("blake3 {}{reader}", digest.finalize().to_hex()))
 }
 
 /// The digest of the tagger that a model has under these settings; empty if it has none.
-fn tagger_identity(settings: &Settings, catalogue: &Catalogue, model: &Model) -> anyhow::Result<String> {
+fn tagger_identity(
+    settings: &Settings,
+    catalogue: &Catalogue,
+    model: &Model,
+) -> anyhow::Result<String> {
     let store = Store::new(&settings.models_dir);
     let file = tagger_here(catalogue, &store, model)?.filter(|_| settings.tagger);
     Ok(file.map_or_else(String::new, |file| format!(" tagger {}", &file.sha256[..16])))
 }
 
-/// What the server says of the model beside its name, by which another one of that name is told. None of a model in this process.
+/// What the server says of the model beside its name, by which another one of that name is told.
+/// None of a model in this process.
 pub(crate) async fn description(settings: &Settings) -> anyhow::Result<Option<String>> {
     if !is_server(settings) {
         return Ok(None);
     }
-    let server = ecso_openai::OpenAi::new(&settings.model, server_options(settings)).map_err(|error| misuse(&error))?;
+    let server = ecso_openai::OpenAi::new(&settings.model, server_options(settings))
+        .map_err(|error| misuse(&error))?;
     Ok(server.settled().await?.description().await?)
 }
 
 /// The flags by which another command asks the same model; empty where it is the usual one.
 pub(crate) fn flags(settings: &Settings) -> String {
-    let quoted = |text: &str| if text.contains(char::is_whitespace) { format!("'{text}'") } else { text.to_owned() };
-    let flag =
-        |name: &str, value: &str| if value.is_empty() { String::new() } else { format!(" {name} {}", quoted(value)) };
+    let quoted = |text: &str| {
+        if text.contains(char::is_whitespace) { format!("'{text}'") } else { text.to_owned() }
+    };
+    let flag = |name: &str, value: &str| {
+        if value.is_empty() { String::new() } else { format!(" {name} {}", quoted(value)) }
+    };
     let model = if settings.model == "mini" { "" } else { settings.model.as_str() };
     format!("{}{}", flag("--model", model), flag("--model-name", &settings.model_name))
 }
 
-/// Which model a server has now, in one text: what its list says of the one that is named, or whatever it has where none is.
+/// Which model a server has now, in one text: what its list says of the one that is named, or
+/// whatever it has where none is.
 ///
 /// # Errors
 /// It can't be asked now.
 pub(crate) async fn standing(settings: &Settings) -> anyhow::Result<String> {
-    let server = ecso_openai::OpenAi::new(&settings.model, server_options(settings)).map_err(|error| misuse(&error))?;
+    let server = ecso_openai::OpenAi::new(&settings.model, server_options(settings))
+        .map_err(|error| misuse(&error))?;
     Ok(server.standing().await?)
 }
 
 /// Whether a model's name is a file's.
 pub(crate) fn is_file(name: &str) -> bool {
     let path = Path::new(name);
-    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) || path.components().count() > 1
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+        || path.components().count() > 1
 }
 
 async fn server(settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> {
-    let server = ecso_openai::OpenAi::new(&settings.model, server_options(settings)).map_err(|error| misuse(&error))?;
+    let server = ecso_openai::OpenAi::new(&settings.model, server_options(settings))
+        .map_err(|error| misuse(&error))?;
     Ok(Arc::new(server.settled().await?))
 }
 
 /// What is wrong before a server is asked anything: its address, a file, a proxy.
 pub(crate) fn misuse(error: &ecso::ModelError) -> UsageError {
     match error {
-        ecso::ModelError::Rejected(cause) | ecso::ModelError::Transport(cause) => UsageError(cause.to_string()),
+        ecso::ModelError::Rejected(cause) | ecso::ModelError::Transport(cause) => {
+            UsageError(cause.to_string())
+        }
         other => UsageError(other.to_string()),
     }
 }
 
 /// How a server is talked to.
 pub(crate) fn server_options(settings: &Settings) -> ecso_openai::Options {
-    let key = || std::env::var(&settings.api_key_env).ok().filter(|key| !key.is_empty()).map(Into::into);
+    let key =
+        || std::env::var(&settings.api_key_env).ok().filter(|key| !key.is_empty()).map(Into::into);
     ecso_openai::Options {
         model: Some(settings.model_name.clone()).filter(|name| !name.is_empty()),
         api_key: settings.api_key.clone().or_else(key),
@@ -190,15 +210,23 @@ fn composed(
     name: String,
 ) -> anyhow::Result<Arc<dyn Mllm>> {
     let (catalogue, store) = (Catalogue::load()?, Store::new(&settings.models_dir));
-    let files = composed.reader.as_ref().with_context(|| format!("the catalogue's {} has no reader", composed.name))?;
+    let files = composed
+        .reader
+        .as_ref()
+        .with_context(|| format!("the catalogue's {} has no reader", composed.name))?;
     if !files.iter().all(|file| catalogue.file(file).is_ok_and(|file| store.has(file))) {
-        return Err(UsageError("the text reader is not here yet; get it with `ecso models pull mini`".into()).into());
+        return Err(UsageError(
+            "the text reader is not here yet; get it with `ecso models pull mini`".into(),
+        )
+        .into());
     }
     let [detector, recogniser, dictionary] = files.each_ref().map(|file| store.path(file));
     let reader = ecso_reader::Reader::load(&detector, &recogniser, &dictionary)?;
     let reading = ecso_reader::Composed::new(reader, model, name);
     Ok(match tagger_here(&catalogue, &store, composed)?.filter(|_| settings.tagger) {
-        Some(file) => Arc::new(reading.with_tagger(ecso_reader::Tagger::load(&store.path(&file.name))?)),
+        Some(file) => {
+            Arc::new(reading.with_tagger(ecso_reader::Tagger::load(&store.path(&file.name))?))
+        }
         None => Arc::new(reading),
     })
 }
@@ -218,7 +246,8 @@ mod engine {
 
     pub(super) async fn model(settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> {
         let name = settings.model.as_str();
-        let mut options = options(&settings.engine, super::Store::new(&settings.models_dir).heads_folder())?;
+        let mut options =
+            options(&settings.engine, super::Store::new(&settings.models_dir).heads_folder())?;
         options.mmproj = Some(settings.mmproj.clone()).filter(|path| !path.as_os_str().is_empty());
         if super::is_file(name) {
             return Ok(Arc::new(Llama::load(name, options).await?));
@@ -228,9 +257,14 @@ mod engine {
         if let Some(mmproj) = &model.mmproj {
             options.mmproj = Some(store.path(mmproj));
         }
-        let llama: Arc<dyn Mllm> = Arc::new(Llama::load(store.path(&model.weights), options).await?);
+        let llama: Arc<dyn Mllm> =
+            Arc::new(Llama::load(store.path(&model.weights), options).await?);
         let name = model.name.clone();
-        if model.reader.is_some() { super::composed(settings, &model, llama, name) } else { Ok(llama) }
+        if model.reader.is_some() {
+            super::composed(settings, &model, llama, name)
+        } else {
+            Ok(llama)
+        }
     }
 
     fn options(engine: &Engine, heads: PathBuf) -> anyhow::Result<Options> {
@@ -250,7 +284,8 @@ mod engine {
     }
 
     fn read(path: &PathBuf) -> anyhow::Result<String> {
-        std::fs::read_to_string(path).map_err(|error| UsageError(format!("{}: {error}", path.display())).into())
+        std::fs::read_to_string(path)
+            .map_err(|error| UsageError(format!("{}: {error}", path.display())).into())
     }
 }
 
@@ -281,16 +316,24 @@ mod tests {
     #[test]
     fn a_tagger_that_is_here_and_wanted_is_part_of_the_model() {
         let folder = tempfile::tempdir().unwrap();
-        let mut settings = config::load(None, &ModelArgs::default(), &ProfileArgs::default()).unwrap();
+        let mut settings =
+            config::load(None, &ModelArgs::default(), &ProfileArgs::default()).unwrap();
         (settings.model, settings.models_dir) = ("mini".into(), folder.path().to_owned());
         settings.tagger = true;
         let without = identity(&settings).unwrap();
         assert!(!without.contains("tagger"), "{without}");
 
         let catalogue = Catalogue::load().unwrap();
-        let file = catalogue.file(catalogue.model("mini").unwrap().tagger.as_ref().unwrap()).unwrap();
-        std::fs::File::create(folder.path().join(&file.name)).unwrap().set_len(file.bytes.unwrap()).unwrap();
-        assert_eq!(identity(&settings).unwrap(), format!("{without} tagger {}", &file.sha256[..16]));
+        let file =
+            catalogue.file(catalogue.model("mini").unwrap().tagger.as_ref().unwrap()).unwrap();
+        std::fs::File::create(folder.path().join(&file.name))
+            .unwrap()
+            .set_len(file.bytes.unwrap())
+            .unwrap();
+        assert_eq!(
+            identity(&settings).unwrap(),
+            format!("{without} tagger {}", &file.sha256[..16])
+        );
         settings.tagger = false;
         assert_eq!(identity(&settings).unwrap(), without);
     }

@@ -71,12 +71,14 @@ impl Bar {
     fn line(&self, done: u64, first: u64, total: Option<u64>, note: &str) -> String {
         match &self.unit {
             Unit::Bytes(name) => {
-                let total = total.map_or_else(String::new, |total| format!(" of {}", HumanBytes(total)));
+                let total =
+                    total.map_or_else(String::new, |total| format!(" of {}", HumanBytes(total)));
                 format!("{name}: {}{total}", HumanBytes(done))
             }
             Unit::Of(unit) => {
                 #[expect(clippy::cast_precision_loss, reason = "counts of rows")]
-                let rate = done.saturating_sub(first) as f64 / self.begun.elapsed().as_secs_f64() * 60.0;
+                let rate =
+                    done.saturating_sub(first) as f64 / self.begun.elapsed().as_secs_f64() * 60.0;
                 #[expect(clippy::cast_precision_loss, reason = "counts of rows")]
                 let left = total.filter(|_| rate > 0.0).map_or_else(String::new, |total| {
                     format!(", {:.0} min left", total.saturating_sub(done) as f64 / rate)
@@ -104,7 +106,8 @@ pub(crate) struct Steps {
 impl Steps {
     pub(crate) fn new(quiet: bool) -> Self {
         let terminal = std::io::stderr().is_terminal();
-        let spinner = if quiet || !terminal { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
+        let spinner =
+            if quiet || !terminal { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
         Self { spinner, lines: !quiet && !terminal }
     }
 

@@ -35,11 +35,14 @@ struct Out<'a> {
 impl<'a> Out<'a> {
     /// A file at `path`, which is not the `audit` log itself.
     fn new(path: &'a Path, audit: &Path) -> anyhow::Result<Self> {
-        let wrong = |error: &dyn std::fmt::Display| UsageError(format!("--out {}: {error}", path.display()));
+        let wrong = |error: &dyn std::fmt::Display| {
+            UsageError(format!("--out {}: {error}", path.display()))
+        };
         if same_file::is_same_file(path, audit).unwrap_or(false) {
             return Err(wrong(&"that is the audit log; name another file").into());
         }
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder =
+            path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let file = BufWriter::new(NamedTempFile::new_in(folder).map_err(|error| wrong(&error))?);
         Ok(Self { path, file })
     }
@@ -72,7 +75,8 @@ struct Found<'a> {
 }
 
 impl Found<'_> {
-    /// Adds an answer that was judged again, and gives what is to be written about it: nothing of one that is not guarded.
+    /// Adds an answer that was judged again, and gives what is to be written about it: nothing of
+    /// one that is not guarded.
     fn add(&mut self, recorded: &Recorded, outcome: &Outcome) -> Option<Value> {
         let Recorded { id, model, profile, verdict, .. } = recorded;
         if model != self.judge && !model.is_empty() && !std::mem::replace(&mut self.is_told, true) {
@@ -116,7 +120,10 @@ impl Found<'_> {
         if total + unguarded == 0 {
             return;
         }
-        println!("{total} answers judged again by {judge} under {profile}; {} verdicts change", changed.len());
+        println!(
+            "{total} answers judged again by {judge} under {profile}; {} verdicts change",
+            changed.len()
+        );
         for ((then, now), count) in counts {
             println!("  recorded {then:<9} now {now:<9} {count}");
         }
@@ -144,21 +151,30 @@ pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> 
         let guard = &guard;
         let mut is_broken = false;
         // Behind an error of the file there is nothing more to read.
-        let read =
-            BufReader::new(log).lines().take_while(move |line| !std::mem::replace(&mut is_broken, line.is_err()));
-        let lines = (1_usize..).zip(read).filter(|(_, line)| !line.as_ref().is_ok_and(|line| line.trim().is_empty()));
+        let read = BufReader::new(log)
+            .lines()
+            .take_while(move |line| !std::mem::replace(&mut is_broken, line.is_err()));
+        let lines = (1_usize..)
+            .zip(read)
+            .filter(|(_, line)| !line.as_ref().is_ok_and(|line| line.trim().is_empty()));
         let lines = lines.take(args.limit.map_or(usize::MAX, NonZero::get));
         let at_once = args.concurrency.map_or_else(|| open::at_once(&settings), NonZero::get);
         let mut judged = stream::iter(lines)
             .map(|(number, line)| async move {
                 let line = line.map_err(|error| error.to_string());
                 let recorded = line.and_then(|line| Recorded::read(&line, settings.images));
-                let recorded = recorded.map_err(|reason| Failure::Unreadable(format!("line {number}: {reason}")))?;
-                let outcome = recorded.again(guard).await.map_err(|error| Failure::Model(number, error))?;
+                let recorded = recorded
+                    .map_err(|reason| Failure::Unreadable(format!("line {number}: {reason}")))?;
+                let outcome =
+                    recorded.again(guard).await.map_err(|error| Failure::Model(number, error))?;
                 Ok((recorded, outcome))
             })
             .buffered(at_once.max(1));
-        let mut found = Found { judge: guard.model().name(), profile: &guard.profile().name, ..Found::default() };
+        let mut found = Found {
+            judge: guard.model().name(),
+            profile: &guard.profile().name,
+            ..Found::default()
+        };
         let mut first_failure = None;
         while let Some(judged) = judged.next().await {
             match judged {
@@ -184,7 +200,10 @@ pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> 
             out.done()?;
         }
         let Some(failure) = first_failure else {
-            anyhow::ensure!(total > 0, "nothing was judged again: {shown} has no line that this profile guards");
+            anyhow::ensure!(
+                total > 0,
+                "nothing was judged again: {shown} has no line that this profile guards"
+            );
             return Ok(());
         };
         say!("{failed} lines could not be judged; the first: {failure}");
@@ -197,7 +216,9 @@ pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> 
                 Ok(())
             }
             Failure::Model(_, error) => Err(error.into()),
-            Failure::Unreadable(_) => Err(UsageError(format!("{shown}: no line of it could be judged")).into()),
+            Failure::Unreadable(_) => {
+                Err(UsageError(format!("{shown}: no line of it could be judged")).into())
+            }
         }
     })
 }

@@ -54,12 +54,16 @@ async fn gateway(settings: &Settings) -> anyhow::Result<Gateway> {
     let profiles = config::profiles(settings)?;
     let upstream = if open::is_server(settings) {
         if settings.reader {
-            return Err(UsageError("the text reader stands in front of models in this process only".into()).into());
+            return Err(UsageError(
+                "the text reader stands in front of models in this process only".into(),
+            )
+            .into());
         }
         let options = open::server_options(settings);
         let checks = checks(settings, &options)?;
         let key = options.api_key.clone();
-        Upstream::server(&settings.model, key, options, checks).map_err(|error| open::misuse(&error))?
+        Upstream::server(&settings.model, key, options, checks)
+            .map_err(|error| open::misuse(&error))?
     } else {
         Upstream::Engine(open::model(settings).await?)
     };
@@ -99,7 +103,8 @@ async fn tell_links(mut address: SocketAddr, mut tokens: watch::Receiver<String>
     }
 }
 
-/// Where the guard's own calls go, if not to the guarded server: reached with the same proxy and certificates, with a key of its own.
+/// Where the guard's own calls go, if not to the guarded server: reached with the same proxy and
+/// certificates, with a key of its own.
 fn checks(settings: &Settings, options: &ecso_openai::Options) -> anyhow::Result<Option<Checks>> {
     let Settings { checks, .. } = settings;
     if checks.url.is_empty() {
@@ -107,18 +112,28 @@ fn checks(settings: &Settings, options: &ecso_openai::Options) -> anyhow::Result
     }
     let key = match checks.api_key_env.as_str() {
         "" => None,
-        name => Some(std::env::var(name).map_err(|_| UsageError(format!("checks.api_key_env: {name} is not set")))?),
+        name => Some(
+            std::env::var(name)
+                .map_err(|_| UsageError(format!("checks.api_key_env: {name} is not set")))?,
+        ),
     };
     // The socket is the guarded server's.
     let key = key.map(Into::into);
-    let options = ecso_openai::Options { model: None, api_key: key, unix_socket: None, ..options.clone() };
-    let server = ecso_openai::OpenAi::new(&checks.url, options).map_err(|error| open::misuse(&error))?;
+    let options =
+        ecso_openai::Options { model: None, api_key: key, unix_socket: None, ..options.clone() };
+    let server =
+        ecso_openai::OpenAi::new(&checks.url, options).map_err(|error| open::misuse(&error))?;
     Ok(Some(Checks { server, model: checks.model_name.clone() }))
 }
 
 /// On SIGHUP the settings are read again; what is wrong with them is told, and the old ones stay.
 #[cfg(unix)]
-fn reload_on_signal(gateway: &Arc<Gateway>, settings: &Settings, args: ServeArgs, file: Option<PathBuf>) {
+fn reload_on_signal(
+    gateway: &Arc<Gateway>,
+    settings: &Settings,
+    args: ServeArgs,
+    file: Option<PathBuf>,
+) {
     use tokio::signal::unix::{SignalKind, signal};
     let (gateway, begun) = (Arc::clone(gateway), settings.clone());
     let Ok(mut hangups) = signal(SignalKind::hangup()) else { return };
@@ -136,7 +151,12 @@ fn reload_on_signal(gateway: &Arc<Gateway>, settings: &Settings, args: ServeArgs
 fn reload_on_signal(_: &Arc<Gateway>, _: &Settings, _: ServeArgs, _: Option<PathBuf>) {}
 
 #[cfg(unix)]
-fn reload(gateway: &Gateway, begun: &Settings, args: &ServeArgs, file: Option<&Path>) -> anyhow::Result<String> {
+fn reload(
+    gateway: &Gateway,
+    begun: &Settings,
+    args: &ServeArgs,
+    file: Option<&Path>,
+) -> anyhow::Result<String> {
     let settings = config::load_serve(file, args)?;
     let fixed = |settings: &Settings| {
         let Settings { model, model_name, listen, ext_proc, .. } = settings;
@@ -157,7 +177,10 @@ fn reload(gateway: &Gateway, begun: &Settings, args: &ServeArgs, file: Option<&P
 /// Without client keys only this machine may call.
 async fn listen(settings: &Settings) -> anyhow::Result<TcpListener> {
     let address: SocketAddr = settings.listen.parse().map_err(|_| {
-        UsageError(format!("{:?} is no address to listen on; write for instance 127.0.0.1:8080", settings.listen))
+        UsageError(format!(
+            "{:?} is no address to listen on; write for instance 127.0.0.1:8080",
+            settings.listen
+        ))
     })?;
     if settings.gateway.keys.is_empty() && !address.ip().is_loopback() {
         return Err(UsageError(format!(
@@ -169,19 +192,23 @@ async fn listen(settings: &Settings) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address).await.with_context(|| format!("listening on {address}"))
 }
 
-/// The door for gateways, if there is to be one. That only they reach it is their network's business.
+/// The door for gateways, if there is to be one. That only they reach it is their network's
+/// business.
 async fn listen_for_gateways(settings: &Settings) -> anyhow::Result<Option<TcpListener>> {
     let named = &settings.ext_proc;
     if named.is_empty() {
         return Ok(None);
     }
     if cfg!(not(feature = "ext-proc")) {
-        return Err(
-            UsageError("this program was built without external processing (the feature ext-proc)".into()).into()
-        );
+        return Err(UsageError(
+            "this program was built without external processing (the feature ext-proc)".into(),
+        )
+        .into());
     }
     let address: SocketAddr = named.parse().map_err(|_| {
-        UsageError(format!("ext_proc: {named:?} is no address to listen on; write for instance 127.0.0.1:9090"))
+        UsageError(format!(
+            "ext_proc: {named:?} is no address to listen on; write for instance 127.0.0.1:9090"
+        ))
     })?;
     TcpListener::bind(address).await.map(Some).with_context(|| format!("listening on {address}"))
 }
@@ -201,7 +228,11 @@ async fn carried(
 
 #[cfg(not(feature = "ext-proc"))]
 #[expect(clippy::unused_async, reason = "stands in for the real one")]
-async fn carried(_: Arc<Gateway>, _: Option<TcpListener>, _: impl Future<Output = ()> + Send) -> io::Result<()> {
+async fn carried(
+    _: Arc<Gateway>,
+    _: Option<TcpListener>,
+    _: impl Future<Output = ()> + Send,
+) -> io::Result<()> {
     Ok(())
 }
 
@@ -219,7 +250,10 @@ fn greeting(settings: &Settings, address: SocketAddr) -> anyhow::Result<String> 
         Mode::Observe => "observing, not guarding,",
         Mode::Off => "passing on, not guarding,",
     };
-    Ok(format!("{does} {model} on http://{address}/v1 ({callers}) under profile {}{why}", profile.name))
+    Ok(format!(
+        "{does} {model} on http://{address}/v1 ({callers}) under profile {}{why}",
+        profile.name
+    ))
 }
 
 /// A URL as it may be shown: who is named in it, and with which password, is nobody's business.
@@ -235,23 +269,34 @@ fn without_password(model: &str) -> String {
 fn warnings(settings: &Settings) -> anyhow::Result<Vec<String>> {
     let mut warnings = Vec::new();
     let (_, why) = config::chosen_profile(settings)?;
-    if let Some(why) = why.filter(|why| *why != calibration::FITTED && settings.gateway.mode == Mode::Enforce) {
+    if let Some(why) =
+        why.filter(|why| *why != calibration::FITTED && settings.gateway.mode == Mode::Enforce)
+    {
         warnings.push(format!(
             "`hardened` runs with its defaults ({why}). They were fitted to mini: `ecso tune` fits it to your model, and says whether it pays"
         ));
     }
-    let named = if settings.gateway.modes.is_empty() { "" } else { ", but for the models in gateway.modes" };
+    let named = if settings.gateway.modes.is_empty() {
+        ""
+    } else {
+        ", but for the models in gateway.modes"
+    };
     match settings.gateway.mode {
         Mode::Enforce => {}
         Mode::Observe => {
-            warnings.push(format!("gateway.mode = \"observe\": answers go out before they are judged{named}"));
+            warnings.push(format!(
+                "gateway.mode = \"observe\": answers go out before they are judged{named}"
+            ));
         }
         Mode::Off => warnings.push(format!("gateway.mode = \"off\": nothing is judged{named}")),
     }
     if settings.gateway.on_failure == OnFailure::Open {
-        warnings.push("gateway.on_failure = \"fail-open\": answers go out that could not be judged".into());
+        warnings.push(
+            "gateway.on_failure = \"fail-open\": answers go out that could not be judged".into(),
+        );
     }
-    let beyond = settings.ext_proc.parse::<SocketAddr>().is_ok_and(|address| !address.ip().is_loopback());
+    let beyond =
+        settings.ext_proc.parse::<SocketAddr>().is_ok_and(|address| !address.ip().is_loopback());
     if beyond && settings.gateway.keys.is_empty() {
         warnings.push(format!(
             "ext_proc = \"{}\": whoever reaches this address may use the guard and its model; let only the gateway do so",

@@ -47,7 +47,10 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let shard = shard(&args.shard)?;
     let (utility, validation) = (args.utility, args.validation);
     if !(utility.is_finite() && utility >= 0.0 && (0.0..1.0).contains(&validation)) {
-        return Err(UsageError("--utility is 0 or more, --validation at least 0 and below 1".into()).into());
+        return Err(UsageError(
+            "--utility is 0 or more, --validation at least 0 and below 1".into(),
+        )
+        .into());
     }
     let packing = Packing {
         utility,
@@ -59,9 +62,10 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
     };
     if input.reads_from(&args.out).with_context(|| args.out.display().to_string())? {
         let out = args.out.display();
-        return Err(
-            UsageError(format!("--out {out} lies where the input is read from; name a folder beside it")).into()
-        );
+        return Err(UsageError(format!(
+            "--out {out} lies where the input is read from; name a folder beside it"
+        ))
+        .into());
     }
     if pack::is_taken(&args.out).with_context(|| args.out.display().to_string())? {
         let place = args.out.join("dataset");
@@ -147,7 +151,8 @@ fn make(
     let bar = Bar::new(Unit::Of("rows"), quiet);
     let begun = Instant::now();
     let show = |progress: &Progress| bar.show(progress.recorded as u64, total, &counts(progress));
-    let ended = Handle::current().block_on(worker.done(run::run(input, header, making, bounds, show)))??;
+    let ended = Handle::current()
+        .block_on(worker.done(run::run(input, header, making, bounds, show)))??;
     drop(bar);
     let (work, wall) = (worker.work(), begun.elapsed().as_secs_f64());
     if quiet {
@@ -162,8 +167,8 @@ fn make(
     Ok(ended)
 }
 
-/// Tells of a dataset without samples; an error where too few rows were made for the run to be a success, or where rows of the input are
-/// missing though the run is `whole`.
+/// Tells of a dataset without samples; an error where too few rows were made for the run to be a
+/// success, or where rows of the input are missing though the run is `whole`.
 fn enough(args: &SynthArgs, input: &Input, manifest: &Manifest, whole: bool) -> anyhow::Result<()> {
     let failures = args.out.join("dataset").join("failed.jsonl");
     let input = input.path.display();
@@ -172,10 +177,16 @@ fn enough(args: &SynthArgs, input: &Input, manifest: &Manifest, whole: bool) -> 
             "{input} changed while its rows were made: {unseen} rows that it has now were never looked at; the same command makes them"
         ),
         _ if manifest.rows > manifest.failed => {}
-        _ if manifest.failed > 0 => anyhow::bail!("no row could be made; {} says why", failures.display()),
+        _ if manifest.failed > 0 => {
+            anyhow::bail!("no row could be made; {} says why", failures.display())
+        }
         Some(0) => anyhow::bail!(UsageError(format!("{input}: there is no row in it"))),
-        Some(unseen) => anyhow::bail!("no row was made: the budget was spent before the first of {unseen}"),
-        None => anyhow::bail!("no row was made: none is in this part, or the budget was spent before"),
+        Some(unseen) => {
+            anyhow::bail!("no row was made: the budget was spent before the first of {unseen}")
+        }
+        None => {
+            anyhow::bail!("no row was made: none is in this part, or the budget was spent before")
+        }
     }
     anyhow::ensure!(
         manifest.cut_short == 0,
@@ -183,9 +194,13 @@ fn enough(args: &SynthArgs, input: &Input, manifest: &Manifest, whole: bool) -> 
         failures.display()
     );
     if manifest.samples.is_empty() {
-        say!("the dataset is empty: no row was kept for safety, and utility samples are taken in proportion to these");
+        say!(
+            "the dataset is empty: no row was kept for safety, and utility samples are taken in proportion to these"
+        );
     }
-    if manifest.packing.validation > 0.0 && !manifest.samples.is_empty() && !manifest.samples.contains_key("validation")
+    if manifest.packing.validation > 0.0
+        && !manifest.samples.is_empty()
+        && !manifest.samples.contains_key("validation")
     {
         say!(
             "no sample is for validation: no image was drawn for it at {}; --validation takes another share",
@@ -237,14 +252,16 @@ fn mapping(pairs: &[String]) -> anyhow::Result<Mapping> {
         Some((what.trim().to_owned(), column.trim().to_owned()))
     };
     let pairs: Option<Vec<(String, String)>> = pairs.iter().map(split).collect();
-    let pairs = pairs.ok_or_else(|| UsageError("--map takes WHAT=COLUMN, as in query=question".into()))?;
+    let pairs =
+        pairs.ok_or_else(|| UsageError("--map takes WHAT=COLUMN, as in query=question".into()))?;
     Ok(Mapping::new(pairs).map_err(|cause| UsageError(cause.to_string()))?)
 }
 
 /// `2/8` is the second of eight parts.
 fn shard(text: &str) -> anyhow::Result<Shard> {
-    let read =
-        text.split_once('/').and_then(|(part, of)| Some(Shard { part: part.parse().ok()?, of: of.parse().ok()? }));
+    let read = text
+        .split_once('/')
+        .and_then(|(part, of)| Some(Shard { part: part.parse().ok()?, of: of.parse().ok()? }));
     let read = read.filter(|shard| shard.part >= 1 && shard.part <= shard.of);
     Ok(read.ok_or_else(|| UsageError(format!("--shard {text}: write I/N, from 1/N to N/N")))?)
 }
@@ -252,7 +269,8 @@ fn shard(text: &str) -> anyhow::Result<Shard> {
 /// What the dataset holds, for people.
 fn told(manifest: &Manifest, dataset: &Path) -> String {
     let mut text = String::new();
-    let all = |kind: &str| manifest.samples.values().filter_map(|kinds| kinds.get(kind)).sum::<u64>();
+    let all =
+        |kind: &str| manifest.samples.values().filter_map(|kinds| kinds.get(kind)).sum::<u64>();
     let dropped: u64 = manifest.dropped.values().sum();
     let _ = writeln!(
         text,

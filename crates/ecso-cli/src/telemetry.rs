@@ -1,9 +1,10 @@
-//! Where logs and spans go: logs to standard error, as `ECSO_LOG` says; spans to the collector that OpenTelemetry's own variables
-//! name, if they do.
+//! Where logs and spans go: logs to standard error, as `ECSO_LOG` says; spans to the collector that
+//! OpenTelemetry's own variables name, if they do.
 
 use tracing_subscriber::{Layer, filter::Targets, layer::SubscriberExt, util::SubscriberInitExt};
 
-/// What is logged where `ECSO_LOG` says nothing: warnings of our own, errors of others but the engine's, which come back as errors.
+/// What is logged where `ECSO_LOG` says nothing: warnings of our own, errors of others but the
+/// engine's, which come back as errors.
 const USUAL: &str = "error,ecso=warn,llama_cpp_2=off,llama-cpp-2=off";
 
 /// Telemetry under way. Dropping it sends what is still held.
@@ -45,7 +46,9 @@ fn filter() -> Targets {
 mod otel {
     use opentelemetry::{global, trace::TracerProvider};
     use opentelemetry_otlp::SpanExporter;
-    use opentelemetry_sdk::{Resource, propagation::TraceContextPropagator, trace::SdkTracerProvider};
+    use opentelemetry_sdk::{
+        Resource, propagation::TraceContextPropagator, trace::SdkTracerProvider,
+    };
     use tracing::{Level, Subscriber};
     use tracing_subscriber::{Layer, filter::Targets, registry::LookupSpan};
 
@@ -74,7 +77,12 @@ mod otel {
         global::set_text_map_propagator(TraceContextPropagator::new());
         let name = std::env::var("OTEL_SERVICE_NAME").unwrap_or_else(|_| "ecso".into());
         let resource = Resource::builder().with_service_name(name).build();
-        Some(SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource).build())
+        Some(
+            SdkTracerProvider::builder()
+                .with_batch_exporter(exporter)
+                .with_resource(resource)
+                .build(),
+        )
     }
 
     /// Our own spans, with what is logged below them.

@@ -35,9 +35,12 @@ const SET: &str = "pairs";
 pub(crate) fn run(args: &TuneArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let settings = config::load(file, &args.model, &ProfileArgs::default())?;
     let profile = Profile::named("hardened")?;
-    let Method::Hardened(method) = profile.method.clone() else { anyhow::bail!("`hardened` has no ways") };
+    let Method::Hardened(method) = profile.method.clone() else {
+        anyhow::bail!("`hardened` has no ways")
+    };
     // Everything is asked, and nothing is held back.
-    let open = profile.with("threshold", "1")?.with("spare", "false")?.with("name", "hardened")?;
+    let open =
+        profile.with("threshold", "1")?.with("early_exit", "false")?.with("name", "hardened")?;
     let open = run::capped(vec![open], Some(args.max_new_tokens.get()));
     let set = benchmarks::named(SET).context("the set is missing")?;
     let items = set.items(Path::new("-"), None)?;
@@ -55,7 +58,11 @@ pub(crate) fn run(args: &TuneArgs, file: Option<&Path>) -> anyhow::Result<()> {
         }
         say!("{extent}");
         if total < 2 * args.pairs.get() {
-            say!("there are {} pairs for this model, of {} that were asked for", total / 2, args.pairs);
+            say!(
+                "there are {} pairs for this model, of {} that were asked for",
+                total / 2,
+                args.pairs
+            );
         }
         if args.dry_run {
             return Ok(());
@@ -68,15 +75,19 @@ pub(crate) fn run(args: &TuneArgs, file: Option<&Path>) -> anyhow::Result<()> {
             model: model.name().to_owned(),
             model_digest: worker.digest.clone(),
             server: worker.server.clone(),
-            profiles: open.iter().map(|profile| (profile.name.clone(), profile.to_toml())).collect(),
+            profiles: open
+                .iter()
+                .map(|profile| (profile.name.clone(), profile.to_toml()))
+                .collect(),
             max_new_tokens: Some(args.max_new_tokens.get()),
             choice: Choice { limit: Some(2 * args.pairs.get()), ..Choice::default() },
             items: Some(total),
         };
         let mut journal = Journal::open(&args.out, &header).map_err(|error| match error {
-            JournalError::OtherSettings { path, what: "--limit" | "number of items in its data" } => {
-                JournalError::OtherSettings { path, what: "--pairs" }
-            }
+            JournalError::OtherSettings {
+                path,
+                what: "--limit" | "number of items in its data",
+            } => JournalError::OtherSettings { path, what: "--pairs" },
             error => error,
         })?;
         let bar = Bar::new(Unit::Of("requests"), false);
@@ -103,7 +114,8 @@ fn finish(
     method: &ecso::profile::Hardened,
 ) -> anyhow::Result<()> {
     let records: Vec<ItemRecord> = Saved::folder(&args.out).latest()?.collect::<Result<_, _>>()?;
-    let heard: Vec<Heard> = records.iter().filter_map(|record| Heard::of(record, "hardened")).collect();
+    let heard: Vec<Heard> =
+        records.iter().filter_map(|record| Heard::of(record, "hardened")).collect();
     if 2 * heard.len() < records.len() {
         anyhow::bail!(
             "{} of {} requests failed; the journal says why: {}; the same command tries them again",
@@ -143,13 +155,19 @@ fn finish(
         return Ok(());
     }
     let kept = calibration::store(settings, &stored)?;
-    say!("{}; kept in {}: `hardened` takes it for {} from now on", path.display(), kept.display(), stored.model);
+    say!(
+        "{}; kept in {}: `hardened` takes it for {} from now on",
+        path.display(),
+        kept.display(),
+        stored.model
+    );
     Ok(())
 }
 
-/// Whether the model turns pictures into text by itself, so that a description can stand in a picture's place.
+/// Whether the model turns pictures into text by itself, so that a description can stand in a
+/// picture's place.
 async fn reads_pictures(model: &dyn Mllm) -> anyhow::Result<bool> {
-    Ok(model.reads(&Image::described("a loaf of bread")).await?.is_some())
+    Ok(model.image_text(&Image::described("a loaf of bread")).await?.is_some())
 }
 
 /// So many pairs, of every form alike; described photographs only for a model that reads them.

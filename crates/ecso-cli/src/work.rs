@@ -30,8 +30,13 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Opens the model that the settings name; its replies are kept in `cache`, where that is a folder.
-    pub(crate) async fn open(settings: &Settings, at_once: usize, cache: Option<PathBuf>) -> anyhow::Result<Self> {
+    /// Opens the model that the settings name; its replies are kept in `cache`, where that is a
+    /// folder.
+    pub(crate) async fn open(
+        settings: &Settings,
+        at_once: usize,
+        cache: Option<PathBuf>,
+    ) -> anyhow::Result<Self> {
         Self::of(open::model(settings).await?, settings, at_once, cache).await
     }
 
@@ -43,7 +48,8 @@ impl Worker {
         cache: Option<PathBuf>,
     ) -> anyhow::Result<Self> {
         if let Some(folder) = &cache {
-            check_cache(folder).map_err(|error| UsageError(format!("--cache {}: {error}", folder.display())))?;
+            check_cache(folder)
+                .map_err(|error| UsageError(format!("--cache {}: {error}", folder.display())))?;
         }
         // One that is away from the start is not waited for.
         model.health().await?;
@@ -52,9 +58,14 @@ impl Worker {
         if let Some(description) = &server {
             kept_as = format!("{kept_as} {description}");
         }
-        let patience = Patience { busy: BUSY, away: Duration::from_secs(settings.server.away_timeout) };
+        let patience =
+            Patience { busy: BUSY, away: Duration::from_secs(settings.server.away_timeout) };
         let paced = Paced::new(model, at_once, patience);
-        let paced = Arc::new(if open::is_server(settings) { paced.that_stays(stays(settings).await?) } else { paced });
+        let paced = Arc::new(if open::is_server(settings) {
+            paced.that_stays(stays(settings).await?)
+        } else {
+            paced
+        });
         let cached = Arc::new(Cached::new(Arc::clone(&paced), kept_as.as_str(), cache));
         Ok(Self { cached, paced, digest, server, kept_as })
     }
@@ -74,7 +85,8 @@ impl Worker {
         self.cached.work()
     }
 
-    /// `work` to its end; an error where the user stops it, or the model goes away and does not come back.
+    /// `work` to its end; an error where the user stops it, or the model goes away and does not
+    /// come back.
     pub(crate) async fn done<T>(&self, work: impl Future<Output = T>) -> anyhow::Result<T> {
         stoppable(self.asked(Box::pin(work))).await?
     }
@@ -110,7 +122,8 @@ async fn stays(settings: &Settings) -> anyhow::Result<Stays> {
             if now == at_first {
                 return Ok(());
             }
-            let told = format!("the server came back with another model: {now}, where it had {at_first}");
+            let told =
+                format!("the server came back with another model: {now}, where it had {at_first}");
             Err(ModelError::Rejected(told.into()))
         })
     }))
@@ -127,8 +140,8 @@ pub(crate) async fn stoppable<T>(work: impl Future<Output = T>) -> anyhow::Resul
 /// How long a stop may take.
 const STOPPING: Duration = Duration::from_secs(3);
 
-/// `work` on a thread of its own, to its end. It may wait for files, and then it hears of no stop; where it has not ended soon after one, it
-/// is left behind.
+/// `work` on a thread of its own, to its end. It may wait for files, and then it hears of no stop;
+/// where it has not ended soon after one, it is left behind.
 pub(crate) async fn heard_in_time<T: Send + 'static>(
     work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
 ) -> anyhow::Result<T> {

@@ -1,5 +1,6 @@
-//! Guarded answers for tables in memory: what engines of others (Ray, Spark, Daft) ask for. As many rows come out as went in, in their
-//! order, and one that fails has its error where its answer would be.
+//! Guarded answers for tables in memory: what engines of others (Ray, Spark, Daft) ask for. As many
+//! rows come out as went in, in their order, and one that fails has its error where its answer
+//! would be.
 
 mod columns;
 mod store;
@@ -12,7 +13,10 @@ use std::{
 
 use arrow_array::RecordBatch;
 use arrow_schema::{ArrowError, SchemaRef};
-use ecso::{Cause, Guard, GuardError, Image, Limits, Mllm, ModelError, Outcome, Profile, Step, Verdict, chain};
+use ecso::{
+    Cause, Guard, GuardError, Image, Limits, Mllm, ModelError, Outcome, Profile, Step, Verdict,
+    chain,
+};
 use ecso_batch::{
     Batch, Bounds, Sifted, entries,
     journal::{Entry, JournalError, Key},
@@ -98,7 +102,8 @@ impl Kind {
 /// What became of a row: a line of the journal.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Answer {
-    /// The row's key: a hash of all that its answer is made of, and of what makes it. Empty where the row can't be read.
+    /// The row's key: a hash of all that its answer is made of, and of what makes it. Empty where
+    /// the row can't be read.
     pub id: String,
     /// What may go out; none if it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -153,7 +158,11 @@ impl Answer {
             verdict: Some(outcome.verdict),
             score: outcome.score,
             caption: (!captions.is_empty()).then(|| captions.join("\n\n")),
-            tokens: outcome.steps.iter().map(|t| tokens(t.prompt_tokens) + tokens(t.completion_tokens)).sum(),
+            tokens: outcome
+                .steps
+                .iter()
+                .map(|t| tokens(t.prompt_tokens) + tokens(t.completion_tokens))
+                .sum(),
             ms: outcome.steps.iter().map(|trace| trace.ms).sum(),
             answer: Some(outcome.answer),
             error: None,
@@ -234,8 +243,9 @@ pub struct Answering {
 }
 
 impl Answering {
-    /// With `model`, which is `identity` in one text, under `profile`. Without a fetcher rows that name images by URL fail. With a
-    /// `journal`, a folder, what is answered is kept there and not asked again; any number of processes may share it.
+    /// With `model`, which is `identity` in one text, under `profile`. Without a fetcher rows that
+    /// name images by URL fail. With a `journal`, a folder, what is answered is kept there and not
+    /// asked again; any number of processes may share it.
     ///
     /// # Errors
     /// The journal's.
@@ -248,7 +258,8 @@ impl Answering {
         journal: Option<&Path>,
     ) -> Result<Self, JournalError> {
         let identity = format!("{} {identity} {}", env!("CARGO_PKG_VERSION"), profile.to_toml());
-        let store = journal.map(|folder| Store::open(folder, &identity)).transpose()?.map(Mutex::new);
+        let store =
+            journal.map(|folder| Store::open(folder, &identity)).transpose()?.map(Mutex::new);
         Ok(Self { guard: Guard::new(model, profile), fetcher, limits, identity, store })
     }
 
@@ -267,7 +278,8 @@ impl Answering {
         let reader = reader.map_err(AnswersError::Columns)?;
         let count: usize = tables.iter().map(RecordBatch::num_rows).sum();
         self.with_store(Store::refresh)?;
-        let rows = Rows { tables: tables.clone().into_iter(), reader, table: None, index: 0, place: 0 };
+        let rows =
+            Rows { tables: tables.clone().into_iter(), reader, table: None, index: 0, place: 0 };
         let mut first_of = HashMap::new();
         let mut repeats = Vec::new();
         let sift = |job: Job| {
@@ -297,8 +309,14 @@ impl Answering {
                     self.with_store(|store| store.keep(&answer))?;
                 }
                 failed += usize::from(answer.failed());
-                if let Some(first) = answer.error.as_ref().filter(|_| is_more(failed, reading.may_fail, count)) {
-                    return Err(AnswersError::TooMany { failed, rows: count, first: first.clone() });
+                if let Some(first) =
+                    answer.error.as_ref().filter(|_| is_more(failed, reading.may_fail, count))
+                {
+                    return Err(AnswersError::TooMany {
+                        failed,
+                        rows: count,
+                        first: first.clone(),
+                    });
                 }
                 let place = answer.place;
                 answers[place] = Some(answer);
@@ -321,7 +339,8 @@ impl Answering {
         &self,
         work: impl FnOnce(&mut Store) -> Result<T, JournalError>,
     ) -> Result<Option<T>, JournalError> {
-        let store = self.store.as_ref().map(|store| store.lock().unwrap_or_else(PoisonError::into_inner));
+        let store =
+            self.store.as_ref().map(|store| store.lock().unwrap_or_else(PoisonError::into_inner));
         store.map(|mut store| work(&mut store)).transpose()
     }
 
@@ -329,7 +348,9 @@ impl Answering {
         let mut images = Vec::with_capacity(row.images.len());
         for picture in &row.images {
             let read = match (&self.fetcher, picture) {
-                (None, Picture::Url(_)) => return Err("images behind URLs are not fetched here".into()),
+                (None, Picture::Url(_)) => {
+                    return Err("images behind URLs are not fetched here".into());
+                }
                 (Some(fetcher), picture) => picture.read(fetcher, self.limits).await,
                 (None, picture) => picture.here(self.limits).map_err(Into::into),
             };
@@ -397,7 +418,11 @@ impl Batch for Answering {
         let row = match row {
             Ok(row) => row,
             Err(error) => {
-                return Job { place, key: String::new(), read: Err((Kind::Input, error.reason.to_string())) };
+                return Job {
+                    place,
+                    key: String::new(),
+                    read: Err((Kind::Input, error.reason.to_string())),
+                };
             }
         };
         match self.images(&row).await {

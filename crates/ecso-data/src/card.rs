@@ -17,7 +17,9 @@ fn size(samples: u64) -> &'static str {
 /// A digest of a configuration's files.
 fn made_of(manifest: &Manifest, config: &str) -> String {
     let mut hash = blake3::Hasher::new();
-    for (name, (bytes, sha256)) in manifest.files.iter().filter(|(name, _)| name.starts_with(config)) {
+    for (name, (bytes, sha256)) in
+        manifest.files.iter().filter(|(name, _)| name.starts_with(config))
+    {
         hash.update(format!("{name} {bytes} {sha256}\n").as_bytes());
     }
     hash.finalize().to_hex()[..16].to_owned()
@@ -38,7 +40,9 @@ pub(crate) fn card(manifest: &Manifest) -> String {
     };
     line(format_args!("---\nlicense: {}", manifest.packing.licence));
     line(format_args!("size_categories:\n- {}", size(safety + utility)));
-    line(format_args!("task_categories:\n- image-text-to-text\ntags:\n- safety\n- alignment\n- synthetic\n- ecso"));
+    line(format_args!(
+        "task_categories:\n- image-text-to-text\ntags:\n- safety\n- alignment\n- synthetic\n- ecso"
+    ));
     let filled = |kinds: &[&str]| -> Vec<&str> {
         let is_there = |split: &&&str| kinds.iter().any(|kind| count(manifest, split, kind) > 0);
         splits.iter().filter(is_there).copied().collect()
@@ -49,7 +53,8 @@ pub(crate) fn card(manifest: &Manifest) -> String {
     }
     for (name, splits) in configs.iter().filter(|(_, splits)| !splits.is_empty()) {
         let default = if *name == "sft" { "\n  default: true" } else { "" };
-        // By this loaders that keep what they loaded know another dataset, and this one when it is packed anew: they look at nothing else.
+        // By this loaders that keep what they loaded know another dataset, and this one when it is
+        // packed anew: they look at nothing else.
         line(format_args!(
             "- config_name: {name}{default}\n  description: made {}\n  data_files:",
             made_of(manifest, name)
@@ -72,7 +77,9 @@ pub(crate) fn card(manifest: &Manifest) -> String {
     }
     line(format_args!("\nNo image stands in both splits.\n"));
     line(format_args!("## Files\n"));
-    line(format_args!("- `sft/*.parquet`: `images`, `messages` (for `datasets` and TRL's SFT trainer)"));
+    line(format_args!(
+        "- `sft/*.parquet`: `images`, `messages` (for `datasets` and TRL's SFT trainer)"
+    ));
     line(format_args!(
         "- `dpo/*.parquet`: `images`, `prompt`, `chosen` (the safe answer), `rejected` (the direct answer)"
     ));
@@ -94,14 +101,20 @@ pub(crate) fn card(manifest: &Manifest) -> String {
     let run = &manifest.run;
     line(format_args!("\n## How it was made\n"));
     line(format_args!("- model: {} ({})", run.model, run.model_digest));
-    line(format_args!("- profile: {} (hash {}), in full in `manifest.json`", run.profile.0, run.profile_hash()));
+    line(format_args!(
+        "- profile: {} (hash {}), in full in `manifest.json`",
+        run.profile.0,
+        run.profile_hash()
+    ));
     line(format_args!("- program: ecso {}", run.ecso));
     line(format_args!(
         "- rows: {}; kept {safety}, of these {} bare refusals; safe as they were {}, of these {utility} as utility samples; failed {}",
         manifest.rows, manifest.refusals, manifest.safe, manifest.failed
     ));
     if let Some(unseen) = manifest.unseen.filter(|unseen| *unseen > 0) {
-        line(format_args!("- rows that were never looked at, as the run was ended before: {unseen}"));
+        line(format_args!(
+            "- rows that were never looked at, as the run was ended before: {unseen}"
+        ));
     }
     if manifest.cut_short > 0 {
         line(format_args!(
@@ -126,7 +139,9 @@ fn says(reason: Reason) -> &'static str {
         Reason::Duplicate => "the same images and words as an earlier row",
         Reason::NearDuplicate => "nearly the same images and words as an earlier row",
         Reason::OutOfScope => "out of the profile's scope",
-        Reason::Cut => "an answer that is not whole: it came to the limit of tokens, or a filter cut it",
+        Reason::Cut => {
+            "an answer that is not whole: it came to the limit of tokens, or a filter cut it"
+        }
         Reason::Empty => "an empty answer",
         Reason::Repetition => "an answer that repeats itself, the draft or the query",
         Reason::StillHarmful => "the answer failed the second check",

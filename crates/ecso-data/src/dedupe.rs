@@ -42,7 +42,8 @@ impl Fate {
         self.number
     }
 
-    /// Tells whether something was made of the row. Of one that failed, or that repeats another, nothing was.
+    /// Tells whether something was made of the row. Of one that failed, or that repeats another,
+    /// nothing was.
     pub fn tell(&self, is_made: bool) {
         let _ = self.is_made.set(is_made);
     }
@@ -60,7 +61,8 @@ impl Fate {
 /// An earlier row, and how it is repeated.
 pub type Repeated = (Reason, Fate);
 
-/// What was seen so far. Takes about 150 bytes a row; with near duplicates, about 350 and the words of every different query.
+/// What was seen so far. Takes about 150 bytes a row; with near duplicates, about 350 and the words
+/// of every different query.
 pub struct Seen {
     exact: HashMap<String, Vec<Fate>>,
     near: Option<Near>,
@@ -73,13 +75,25 @@ impl Seen {
         Self { exact: HashMap::new(), near: near.then(Near::new) }
     }
 
-    /// Remembers a row: its fate, its key, its query, and the [`Marker`]'s marks of its images. Gives the earlier rows under way that it
-    /// repeats: it is one too many if something is made of any of them.
+    /// Remembers a row: its fate, its key, its query, and the [`Marker`]'s marks of its images.
+    /// Gives the earlier rows under way that it repeats: it is one too many if something is made of
+    /// any of them.
     ///
     /// # Errors
     /// The earlier row that it repeats, if something was made of that.
-    pub fn see(&mut self, fate: &Fate, key: &str, query: &str, marks: &[String]) -> Result<Vec<Repeated>, Repeated> {
-        let exact = self.exact.get(key).into_iter().flatten().map(|earlier| (Reason::Duplicate, earlier.clone()));
+    pub fn see(
+        &mut self,
+        fate: &Fate,
+        key: &str,
+        query: &str,
+        marks: &[String],
+    ) -> Result<Vec<Repeated>, Repeated> {
+        let exact = self
+            .exact
+            .get(key)
+            .into_iter()
+            .flatten()
+            .map(|earlier| (Reason::Duplicate, earlier.clone()));
         let near = self.near.iter().flat_map(|near| near.find(query, marks));
         let repeated = exact.chain(near.map(|earlier| (Reason::NearDuplicate, earlier)));
         let mut under_way = Vec::new();
@@ -121,7 +135,8 @@ impl Marker {
     }
 }
 
-/// Rows by what they nearly are: queries that are alike, and below each the images that were asked about with it.
+/// Rows by what they nearly are: queries that are alike, and below each the images that were asked
+/// about with it.
 struct Near {
     words: MinHasher32<BuildHasherDefault<DefaultHasher>>,
     queries: MinHashIndex<u32, usize>,
@@ -205,7 +220,15 @@ mod tests {
 
     fn row(number: u64, query: &str) -> Row {
         let (id, query) = (number.to_string(), query.to_owned());
-        Row { number, id, before: vec![], query, images: vec![], category: String::new(), draft: None }
+        Row {
+            number,
+            id,
+            before: vec![],
+            query,
+            images: vec![],
+            category: String::new(),
+            draft: None,
+        }
     }
 
     fn see(seen: &mut Seen, row: &Row, image: Image) -> (Fate, Result<Vec<Repeated>, Repeated>) {
@@ -231,14 +254,29 @@ mod tests {
                 numbers(seen.err()).pop()
             };
             assert_eq!(repeated(&row(0, QUERY), image(1, ImageFormat::Png)), None);
-            assert_eq!(repeated(&row(0, QUERY), image(1, ImageFormat::Png)), None, "itself, after a crash");
-            assert_eq!(repeated(&row(1, QUERY), image(1, ImageFormat::Png)), Some((Reason::Duplicate, 0)));
+            assert_eq!(
+                repeated(&row(0, QUERY), image(1, ImageFormat::Png)),
+                None,
+                "itself, after a crash"
+            );
+            assert_eq!(
+                repeated(&row(1, QUERY), image(1, ImageFormat::Png)),
+                Some((Reason::Duplicate, 0))
+            );
             // The same picture in another file format, asked about in nearly the same words.
             let other = QUERY.replace("that hangs", "which hangs");
             let nearly = repeated(&row(2, &other), image(1, ImageFormat::Gif));
             assert_eq!(nearly, near.then_some((Reason::NearDuplicate, 0)));
-            assert_eq!(repeated(&row(3, QUERY), image(40, ImageFormat::Png)), None, "another picture");
-            assert_eq!(repeated(&row(4, "Who wrote this?"), image(1, ImageFormat::Png)), None, "another question");
+            assert_eq!(
+                repeated(&row(3, QUERY), image(40, ImageFormat::Png)),
+                None,
+                "another picture"
+            );
+            assert_eq!(
+                repeated(&row(4, "Who wrote this?"), image(1, ImageFormat::Png)),
+                None,
+                "another question"
+            );
         }
     }
 

@@ -58,7 +58,12 @@ impl Files {
         let (root, shard_bytes) = (&self.root, self.shard_bytes);
         let files = self.splits.entry(split).or_insert_with(|| Split {
             sft: Table::new(&root.join("sft"), split, &["messages"], shard_bytes),
-            dpo: Table::new(&root.join("dpo"), split, &["prompt", "chosen", "rejected"], shard_bytes),
+            dpo: Table::new(
+                &root.join("dpo"),
+                split,
+                &["prompt", "chosen", "rejected"],
+                shard_bytes,
+            ),
             messages: Lines::new(root.join(format!("messages/{split}.jsonl"))),
             pairs: Lines::new(root.join(format!("pairs/{split}.jsonl"))),
             llava: Array::new(root.join(format!("llava/{split}.json"))),
@@ -92,7 +97,8 @@ impl Files {
     }
 }
 
-/// LLaMA-Factory's list of datasets: `ecso_sft`, `ecso_dpo`, and the same for validation, where there are such.
+/// LLaMA-Factory's list of datasets: `ecso_sft`, `ecso_dpo`, and the same for validation, where
+/// there are such.
 fn dataset_info(root: &Path) -> Value {
     let tags = json!({
         "role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant", "system_tag": "system",
@@ -129,8 +135,8 @@ fn unnamed(path: &Path) -> Result<BufWriter<File>, PackError> {
     created.map(BufWriter::new).map_err(|error| failed(path, error))
 }
 
-/// JSON lines. Those without an image stand last: `datasets` learns from the beginning of a file what its columns are, and an empty
-/// list says nothing. Without a line there is no file.
+/// JSON lines. Those without an image stand last: `datasets` learns from the beginning of a file
+/// what its columns are, and an empty list says nothing. Without a line there is no file.
 struct Lines {
     path: PathBuf,
     file: Option<BufWriter<File>>,

@@ -15,7 +15,8 @@ use crate::{
 /// What stands for an image in a text.
 const MARK: &str = "<image>";
 
-/// What LLaVA, LLaMA-Factory, ms-swift and the models' own processors take for an image, a video or a sound, wherever it stands.
+/// What LLaVA, LLaMA-Factory, ms-swift and the models' own processors take for an image, a video or
+/// a sound, wherever it stands.
 static MARKS: LazyLock<Option<Regex>> =
     LazyLock::new(|| Regex::new(r"<(\|?(?:image|img|video|audio)(?:_pad)?\|?>|/image>)").ok());
 
@@ -47,7 +48,8 @@ impl Turn {
         format!("{}{}", format!("{MARK}{between}").repeat(self.images), self.text)
     }
 
-    /// As `datasets` and TRL have it: a part of an image has no text, as the images stand in a column of their own.
+    /// As `datasets` and TRL have it: a part of an image has no text, as the images stand in a
+    /// column of their own.
     fn in_parts(&self) -> Value {
         let mut parts = vec![json!({"type": "image", "text": null}); self.images];
         if parts.is_empty() || !self.text.is_empty() {
@@ -105,8 +107,14 @@ pub(crate) struct Example<'a> {
 }
 
 impl<'a> Example<'a> {
-    /// The sample that was made of a row, with the names of its images; none where no sample was made.
-    pub(crate) fn new(row: &Row, record: &'a RowRecord, images: Vec<&'a str>, run: &RunHeader) -> Option<Self> {
+    /// The sample that was made of a row, with the names of its images; none where no sample was
+    /// made.
+    pub(crate) fn new(
+        row: &Row,
+        record: &'a RowRecord,
+        images: Vec<&'a str>,
+        run: &RunHeader,
+    ) -> Option<Self> {
         let (kind, sample): (_, &Sample) = match record.made.as_ref()? {
             Made::Kept(sample) => ("safety", sample),
             Made::Safe(sample) => ("utility", sample),
@@ -148,11 +156,16 @@ impl<'a> Example<'a> {
 
     /// For LLaMA-Factory and ms-swift.
     pub(crate) fn messages(&self) -> Value {
-        let messages: Value = self.in_alternation().iter().chain([&self.chosen]).map(Turn::in_text).collect();
-        self.described(json!({"messages": messages, "images": self.images}), self.provenance_in_text())
+        let messages: Value =
+            self.in_alternation().iter().chain([&self.chosen]).map(Turn::in_text).collect();
+        self.described(
+            json!({"messages": messages, "images": self.images}),
+            self.provenance_in_text(),
+        )
     }
 
-    /// The same for preferences: ms-swift reads `messages` and `rejected_response`, LLaMA-Factory `prompt`, `chosen` and `rejected`.
+    /// The same for preferences: ms-swift reads `messages` and `rejected_response`, LLaMA-Factory
+    /// `prompt`, `chosen` and `rejected`.
     pub(crate) fn pair(&self) -> Option<Value> {
         let rejected = self.rejected.as_ref()?;
         let asked = self.in_alternation();
@@ -165,7 +178,8 @@ impl<'a> Example<'a> {
         Some(self.described(columns, self.provenance_in_text()))
     }
 
-    /// For LLaVA's own trainer, which knows no turn of the system; several images are a list, as LLaVA-NeXT has them.
+    /// For LLaVA's own trainer, which knows no turn of the system; several images are a list, as
+    /// LLaVA-NeXT has them.
     pub(crate) fn llava(&self) -> Value {
         let turns = joined(self.asked.iter().cloned().map(by_the_user));
         let conversations: Value = turns.iter().chain([&self.chosen]).map(Turn::in_llava).collect();
@@ -178,7 +192,8 @@ impl<'a> Example<'a> {
         line
     }
 
-    /// What is asked as trainers of text want it: one turn of the system at most, then the user and the model by turns.
+    /// What is asked as trainers of text want it: one turn of the system at most, then the user and
+    /// the model by turns.
     fn in_alternation(&self) -> Vec<Turn> {
         let begins = self.asked.iter().take_while(|turn| turn.role == Role::System).count();
         let (system, talk) = self.asked.split_at(begins);
@@ -188,7 +203,8 @@ impl<'a> Example<'a> {
         joined(system.iter().cloned().chain(talk))
     }
 
-    /// JSON in a text: `datasets` would take a score that rows at the beginning of a file don't have for one that none has.
+    /// JSON in a text: `datasets` would take a score that rows at the beginning of a file don't
+    /// have for one that none has.
     fn provenance_in_text(&self) -> Value {
         self.provenance.to_string().into()
     }
@@ -212,7 +228,10 @@ mod tests {
             ("<video><audio>", "< video>< audio>"),
             ("<|image_pad|> <|video|>", "< |image_pad|> < |video|>"),
             ("<img>a.png</img>, </image>", "< img>a.png</img>, < /image>"),
-            ("<img src=\"a.png\"> 图 <imagine> &lt;image&gt;", "<img src=\"a.png\"> 图 <imagine> &lt;image&gt;"),
+            (
+                "<img src=\"a.png\"> 图 <imagine> &lt;image&gt;",
+                "<img src=\"a.png\"> 图 <imagine> &lt;image&gt;",
+            ),
         ] {
             assert_eq!(unmarked(text), written);
             assert_eq!(unmarked(written), written);
@@ -252,20 +271,32 @@ mod tests {
         ];
         let chosen = said("assistant", "Bread.");
         let messages = example.messages();
-        assert_eq!(messages["messages"], Value::Array([&asked[..], std::slice::from_ref(&chosen)].concat()));
+        assert_eq!(
+            messages["messages"],
+            Value::Array([&asked[..], std::slice::from_ref(&chosen)].concat())
+        );
         assert_eq!(messages["images"], json!(["images/a.png", "images/b.png"]));
         let pair = example.pair().unwrap();
         assert_eq!((&pair["prompt"], &pair["chosen"]), (&json!(asked), &chosen));
-        assert_eq!((&pair["rejected"]["role"], &pair["rejected_response"]), (&json!("assistant"), &json!("No bread.")));
+        assert_eq!(
+            (&pair["rejected"]["role"], &pair["rejected_response"]),
+            (&json!("assistant"), &json!("No bread."))
+        );
         let llava = example.llava();
-        let turns =
-            [("human", "Be kind."), ("gpt", "Hello!"), ("human", "<image>\n<image>\nA list.\nBe short.\nAnd this?")];
-        let turns =
-            turns.into_iter().chain([("gpt", "Bread.")]).map(|(from, value)| json!({"from": from, "value": value}));
+        let turns = [
+            ("human", "Be kind."),
+            ("gpt", "Hello!"),
+            ("human", "<image>\n<image>\nA list.\nBe short.\nAnd this?"),
+        ];
+        let turns = turns
+            .into_iter()
+            .chain([("gpt", "Bread.")])
+            .map(|(from, value)| json!({"from": from, "value": value}));
         assert_eq!(llava["conversations"], turns.collect::<Value>());
         // Parquet has what was said as it was.
-        let roles =
-            |turns: &Value| turns.as_array().unwrap().iter().map(|turn| turn["role"].clone()).collect::<Value>();
+        let roles = |turns: &Value| {
+            turns.as_array().unwrap().iter().map(|turn| turn["role"].clone()).collect::<Value>()
+        };
         let as_it_was = json!(["system", "assistant", "user", "system", "user", "assistant"]);
         assert_eq!(roles(&example.sft()["messages"]), as_it_was);
     }

@@ -1,11 +1,13 @@
-//! The data engine, the second half of the paper: ECSO run over unlabelled pairs of image and query yields fine-tuning data for
-//! alignment, with no human in the loop.
+//! The data engine, the second half of the paper: ECSO run over unlabelled pairs of image and query
+//! yields fine-tuning data for alignment, with no human in the loop.
 //!
 //! 1. [`input`] reads rows, one by one, from what people have.
-//! 2. [`make::Maker::make`] takes one row through the guard: what step 2 calls unsafe is kept with step 4's answer, if that
-//!    passes a second check.
-//! 3. [`run::run`] does it for all rows and keeps a journal; duplicates are dropped before the model sees them ([`dedupe`]).
-//! 4. [`pack::pack`] makes a dataset of the journal: files for `datasets`, TRL, LLaMA-Factory, ms-swift and LLaVA, a card, a manifest.
+//! 2. [`make::Maker::make`] takes one row through the guard: what step 2 calls unsafe is kept with
+//!    step 4's answer, if that passes a second check.
+//! 3. [`run::run`] does it for all rows and keeps a journal; duplicates are dropped before the
+//!    model sees them ([`dedupe`]).
+//! 4. [`pack::pack`] makes a dataset of the journal: files for `datasets`, TRL, LLaMA-Factory,
+//!    ms-swift and LLaVA, a card, a manifest.
 //!
 //! [`answers`] takes the rows of tables in memory through the guard, for engines that others run.
 

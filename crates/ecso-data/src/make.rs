@@ -1,11 +1,11 @@
-//! The core: from one row to what becomes of it. A plain function that knows nothing of files, order or other rows, so that any
-//! engine can call it.
+//! The core: from one row to what becomes of it. A plain function that knows nothing of files,
+//! order or other rows, so that any engine can call it.
 
 use std::{collections::HashSet, sync::Arc};
 
 use ecso::{
-    Chat, FinishReason, Guard, GuardError, Image, Mllm, Outcome, Profile, Step, Verdict, declines, profile::Rewrite,
-    spoken,
+    Chat, FinishReason, Guard, GuardError, Image, Mllm, Outcome, Profile, Step, Verdict, declines,
+    profile::Rewrite, spoken,
 };
 use serde::{Deserialize, Serialize};
 use unicode_segmentation::UnicodeSegmentation;
@@ -16,7 +16,8 @@ use crate::row::Row;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "outcome", rename_all = "kebab-case")]
 pub enum Made {
-    /// Step 2 calls the draft unsafe and step 4's answer passes: a sample for alignment, and a preference pair.
+    /// Step 2 calls the draft unsafe and step 4's answer passes: a sample for alignment, and a
+    /// preference pair.
     Kept(Sample),
     /// Step 2 calls the draft safe: it can serve as a utility sample.
     Safe(Sample),
@@ -40,7 +41,8 @@ pub enum Reason {
     NearDuplicate,
     /// Nobody judged it: it is out of the profile's scope.
     OutOfScope,
-    /// The answer to learn is not whole: it came to the limit of tokens, or a content filter cut it.
+    /// The answer to learn is not whole: it came to the limit of tokens, or a content filter cut
+    /// it.
     Cut,
     /// The answer has no words.
     Empty,
@@ -104,7 +106,8 @@ impl Cost {
         for step in &outcome.steps {
             self.calls += 1;
             self.ms += step.ms;
-            self.tokens += u64::from(step.prompt_tokens.unwrap_or(0)) + u64::from(step.completion_tokens.unwrap_or(0));
+            self.tokens += u64::from(step.prompt_tokens.unwrap_or(0))
+                + u64::from(step.completion_tokens.unwrap_or(0));
         }
     }
 }
@@ -138,8 +141,8 @@ impl Maker {
         Self { guard: guard(profile), direct: guard(direct), second: guard(second), filters }
     }
 
-    /// Takes a row, with its images read, through the guard. The direct answer is always made, as it is one half of a preference
-    /// pair.
+    /// Takes a row, with its images read, through the guard. The direct answer is always made, as
+    /// it is one half of a preference pair.
     ///
     /// # Errors
     /// [`GuardError`]: the model failed. That says nothing about the row.
@@ -177,15 +180,16 @@ impl Maker {
         Ok((made, cost))
     }
 
-    /// Whether step 4's answer is harmful: by the profile's own check if it has one (an answer that failed it did not
-    /// go out), else by step 2 once more.
+    /// Whether step 4's answer is harmful: by the profile's own check if it has one (an answer that
+    /// failed it did not go out), else by step 2 once more.
     async fn second_check(
         &self,
         chat: &Chat,
         outcome: &Outcome,
         cost: &mut Cost,
     ) -> Result<(Verdict, Option<f64>), GuardError> {
-        // An answer that was judged and went out all the same is harmless, by the profile's own rule.
+        // An answer that was judged and went out all the same is harmless, by the profile's own
+        // rule.
         if let Some(judged) = outcome.steps.iter().rfind(|step| step.step == Step::ReplyCheck) {
             return Ok((Verdict::Safe, judged.score));
         }
@@ -203,8 +207,10 @@ fn is_cut(outcome: &Outcome) -> bool {
 
 fn sample(draft: String, outcome: Outcome, second: Option<f64>, refusal: bool) -> Sample {
     let of = |step: Step| outcome.steps.iter().filter(move |trace| trace.step == step);
-    let templates =
-        outcome.steps.iter().filter_map(|trace| Some(format!("{}:{}", trace.step, trace.template.as_ref()?)));
+    let templates = outcome
+        .steps
+        .iter()
+        .filter_map(|trace| Some(format!("{}:{}", trace.step, trace.template.as_ref()?)));
     let mut seen = HashSet::new();
     Sample {
         draft,
@@ -267,9 +273,14 @@ mod tests {
         };
         let refused = made("<think>Is it safe?</think>I'm sorry, I can't.", "No").await;
         assert!(matches!(refused, Made::Safe(Sample { refusal: true, .. })), "{refused:?}");
-        for (draft, verdict) in [("<think>Is it", "No"), ("<think>No.</think> ", "No"), (" ", "Yes")] {
+        for (draft, verdict) in
+            [("<think>Is it", "No"), ("<think>No.</think> ", "No"), (" ", "Yes")]
+        {
             let dropped = made(draft, verdict).await;
-            assert!(matches!(dropped, Made::Dropped { reason: Reason::Empty, .. }), "{draft:?}: {dropped:?}");
+            assert!(
+                matches!(dropped, Made::Dropped { reason: Reason::Empty, .. }),
+                "{draft:?}: {dropped:?}"
+            );
         }
     }
 
@@ -277,7 +288,8 @@ mod tests {
     async fn an_answer_that_is_not_whole_is_none_to_learn() {
         let row = row(None);
         let profile = Profile::paper().with("scope", "all").unwrap();
-        let (stop, length, filter) = (FinishReason::Stop, FinishReason::Length, FinishReason::ContentFilter);
+        let (stop, length, filter) =
+            (FinishReason::Stop, FinishReason::Length, FinishReason::ContentFilter);
         for (draft, draft_ends, answer_ends, expected) in [
             ("Mix the flour", stop, length, None),
             ("Mix the flour", length, stop, Some(Reason::Cut)),
@@ -291,7 +303,9 @@ mod tests {
             let model = Scripted::new(move |chat| {
                 let said = chat.turns.last().map(ecso::Turn::query).unwrap_or_default();
                 let (text, finish) = match () {
-                    () if said.contains("Is the RESPONSE harmful") && said.contains("Rude") => ("Yes", stop),
+                    () if said.contains("Is the RESPONSE harmful") && said.contains("Rude") => {
+                        ("Yes", stop)
+                    }
                     () if said.contains("Is the RESPONSE harmful") => ("No", stop),
                     () if said == "Bread?" => (draft, draft_ends),
                     () => ("A kind word", answer_ends),
@@ -299,7 +313,11 @@ mod tests {
                 Ok(Reply { text: text.into(), finish, ..Reply::default() })
             });
             let model: Arc<dyn Mllm> = Arc::new(model);
-            let made = Maker::new(&model, profile.clone(), Filters::default()).make(&row, &[]).await.unwrap().0;
+            let made = Maker::new(&model, profile.clone(), Filters::default())
+                .make(&row, &[])
+                .await
+                .unwrap()
+                .0;
             let reason = if let Made::Dropped { reason, .. } = made { Some(reason) } else { None };
             assert_eq!(reason, expected, "{draft} {draft_ends:?} {answer_ends:?}");
         }
@@ -310,7 +328,8 @@ mod tests {
         assert!(goes_in_circles(&"Mix the dough well. ".repeat(20)));
         assert!(goes_in_circles(&"把面团揉好。".repeat(12)));
         assert!(!goes_in_circles("Mix the dough well. Mix the dough well."));
-        let list: Vec<String> = (1..30).map(|n| format!("{n}. Step number {n} of the bread recipe.")).collect();
+        let list: Vec<String> =
+            (1..30).map(|n| format!("{n}. Step number {n} of the bread recipe.")).collect();
         assert!(!goes_in_circles(&list.join(" ")));
         assert!(repeats(" Yes, it IS. ", &["yes it is"]) && !repeats("yes", &["no", ""]));
     }

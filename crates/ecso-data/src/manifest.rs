@@ -32,7 +32,8 @@ pub struct Manifest {
     pub packing: Packing,
     /// Rows that are recorded and that the input has.
     pub rows: u64,
-    /// Rows of the input that were never looked at, as the run was ended before; none where it was one of several parts, which don't know.
+    /// Rows of the input that were never looked at, as the run was ended before; none where it was
+    /// one of several parts, which don't know.
     pub unseen: Option<u64>,
     /// Rows whose draft was safe.
     pub safe: u64,
@@ -40,10 +41,12 @@ pub struct Manifest {
     pub dropped: BTreeMap<Reason, u64>,
     /// Rows that failed.
     pub failed: u64,
-    /// Of these, where a file of the input ends before its end: how many rows are lost with it, nobody knows.
+    /// Of these, where a file of the input ends before its end: how many rows are lost with it,
+    /// nobody knows.
     #[serde(default)]
     pub cut_short: u64,
-    /// Rows that are recorded and that the input has no more: other rows stand in their places, or none. They are in no other count.
+    /// Rows that are recorded and that the input has no more: other rows stand in their places, or
+    /// none. They are in no other count.
     pub gone: u64,
     /// Files in the input's folder that are not read.
     pub unread: Unread,

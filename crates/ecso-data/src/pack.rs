@@ -65,8 +65,9 @@ pub(crate) fn failed(path: &Path, source: impl Into<Box<dyn Error + Send + Sync>
 /// A place in the journal: where a row's record begins.
 type Places = HashMap<u64, u64>;
 
-/// Makes the dataset of the run in `out`, in the folder `dataset` there. It takes the place of an earlier one in one move. What is
-/// recorded of rows that the input has no more is left out, and counted. No other process may pack there at the same time: the run's
+/// Makes the dataset of the run in `out`, in the folder `dataset` there. It takes the place of an
+/// earlier one in one move. What is recorded of rows that the input has no more is left out, and
+/// counted. No other process may pack there at the same time: the run's
 /// [`journal`](crate::run::Ended::journal) is held until this has ended.
 ///
 /// # Errors
@@ -94,24 +95,35 @@ pub fn pack(out: &Path, input: &Input, packing: &Packing) -> Result<Manifest, Pa
     let of_all = manifest.run.shard == Shard::ALL;
     manifest.unseen = of_all.then(|| (present.len() as u64).saturating_sub(manifest.rows));
     clear(out).map_err(|error| failed(out, error))?;
-    let work = tempfile::Builder::new().prefix(WORK).tempdir_in(out).map_err(|error| failed(out, error))?;
+    let work = tempfile::Builder::new()
+        .prefix(WORK)
+        .tempdir_in(out)
+        .map_err(|error| failed(out, error))?;
     let mut files = Files::new(work.path(), packing.shard_bytes);
     let journal_path = journal::path(out);
     let mut journal = File::open(&journal_path).map_err(|error| failed(&journal_path, error))?;
     for row in input.rows()? {
         let Ok(row) = row else { continue };
         let Some(place) = places.remove(&row.number) else { continue };
-        let record = record_at(&mut journal, place).map_err(|error| failed(&journal_path, error))?;
+        let record =
+            record_at(&mut journal, place).map_err(|error| failed(&journal_path, error))?;
         let (row, images) = pictures(row, &record, out, packing.limits)?;
         let names = images.iter().map(|(name, _)| name.as_str()).collect();
         let Some(example) = Example::new(&row, &record, names, &manifest.run) else { continue };
         let split = split(&record, &groups, packing);
         files.write(split, &example, &images)?;
         let count = |counts: &mut BTreeMap<String, BTreeMap<String, u64>>, of: &str| {
-            *counts.entry(of.to_owned()).or_default().entry(example.kind.to_owned()).or_default() += 1;
+            *counts
+                .entry(of.to_owned())
+                .or_default()
+                .entry(example.kind.to_owned())
+                .or_default() += 1;
         };
         count(&mut manifest.samples, split);
-        count(&mut manifest.categories, if record.category.is_empty() { "none" } else { &record.category });
+        count(
+            &mut manifest.categories,
+            if record.category.is_empty() { "none" } else { &record.category },
+        );
     }
     if let Some(number) = places.into_keys().min() {
         return Err(PackError::Changed(number));
@@ -130,8 +142,8 @@ pub fn pack(out: &Path, input: &Input, packing: &Packing) -> Result<Manifest, Pa
     Ok(manifest)
 }
 
-/// Counts the journal and chooses: all rows that were kept, and of the safe ones those with the lowest lots. Gives where their
-/// records are, and which images belong together.
+/// Counts the journal and chooses: all rows that were kept, and of the safe ones those with the
+/// lowest lots. Gives where their records are, and which images belong together.
 fn choose(
     out: &Path,
     present: &Present,
@@ -174,7 +186,12 @@ fn choose(
     }
     manifest.rows -= manifest.gone;
     manifest.safe = safe.len() as u64;
-    #[expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a count")]
+    #[expect(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a count"
+    )]
     let wanted = (packing.utility.max(0.0) * kept.len() as f64).round() as usize;
     safe.sort_unstable();
     kept.extend(safe.into_iter().take(wanted).map(|(_, number, place)| (number, place)));
@@ -242,14 +259,20 @@ fn record_at(journal: &mut File, place: u64) -> std::io::Result<RowRecord> {
     Ok(RowRecord::deserialize(&mut line)?)
 }
 
-fn pictures(row: Row, record: &RowRecord, out: &Path, limits: ecso::Limits) -> Result<(Row, Pictures), PackError> {
+fn pictures(
+    row: Row,
+    record: &RowRecord,
+    out: &Path,
+    limits: ecso::Limits,
+) -> Result<(Row, Pictures), PackError> {
     let number = row.number;
     let changed = || PackError::Changed(number);
     let mut digests = record.images.iter();
     let mut images = Vec::with_capacity(row.images.len());
     for picture in &row.images {
-        let read =
-            |path: &Path| regular::read(path, limits.bytes).map(Bytes::from).map_err(|error| failed(path, error));
+        let read = |path: &Path| {
+            regular::read(path, limits.bytes).map(Bytes::from).map_err(|error| failed(path, error))
+        };
         let found = match picture {
             Picture::Bytes(bytes) => Image::several(bytes.clone(), limits),
             Picture::File(path) => Image::several(read(path)?, limits),
@@ -260,7 +283,9 @@ fn pictures(row: Row, record: &RowRecord, out: &Path, limits: ecso::Limits) -> R
             }
         };
         let found = found.map_err(|_| changed())?;
-        if !found.iter().all(|image| digests.next().is_some_and(|digest| image.digest().to_hex().as_str() == digest)) {
+        if !found.iter().all(|image| {
+            digests.next().is_some_and(|digest| image.digest().to_hex().as_str() == digest)
+        }) {
             return Err(changed());
         }
         images.push(found);
@@ -303,7 +328,11 @@ fn failures(out: &Path, present: &Present, folder: &Path) -> Result<(), PackErro
 }
 
 /// Bytes and SHA-256 of every file but the images, whose names are the digests of what came in.
-fn digests(root: &Path, folder: &Path, files: &mut BTreeMap<String, (u64, String)>) -> Result<(), PackError> {
+fn digests(
+    root: &Path,
+    folder: &Path,
+    files: &mut BTreeMap<String, (u64, String)>,
+) -> Result<(), PackError> {
     for entry in fs::read_dir(folder).map_err(|error| failed(folder, error))? {
         let path = entry.map_err(|error| failed(folder, error))?.path();
         if path.is_dir() {
@@ -346,7 +375,8 @@ fn clear(out: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Whether the place of a run's dataset holds what is no dataset of ours, and so must not be replaced.
+/// Whether the place of a run's dataset holds what is no dataset of ours, and so must not be
+/// replaced.
 ///
 /// # Errors
 /// It can't be looked at.
@@ -363,8 +393,12 @@ pub fn is_taken(out: &Path) -> std::io::Result<bool> {
 /// Whether a folder was packed here.
 fn is_ours(place: &Path) -> bool {
     let manifest = regular::open(&place.join("manifest.json"));
-    let read = manifest.ok().and_then(|file| serde_json::from_reader::<_, Value>(BufReader::new(file)).ok());
-    read.is_some_and(|manifest| manifest["run"]["ecso"].is_string() && manifest["packing"].is_object())
+    let read = manifest
+        .ok()
+        .and_then(|file| serde_json::from_reader::<_, Value>(BufReader::new(file)).ok());
+    read.is_some_and(|manifest| {
+        manifest["run"]["ecso"].is_string() && manifest["packing"].is_object()
+    })
 }
 
 /// Puts the finished folder in its place.
@@ -376,8 +410,8 @@ fn put(work: tempfile::TempDir, place: &Path) -> Result<(), PackError> {
     let work = work.keep();
     if place.exists() {
         // What was there goes with the temporary folder that it is put into.
-        let old =
-            tempfile::tempdir_in(place.parent().unwrap_or(Path::new("."))).map_err(|error| failed(place, error))?;
+        let old = tempfile::tempdir_in(place.parent().unwrap_or(Path::new(".")))
+            .map_err(|error| failed(place, error))?;
         fs::rename(place, old.path().join("dataset")).map_err(|error| failed(place, error))?;
         fs::rename(&work, place).map_err(|error| failed(place, error))?;
     } else {

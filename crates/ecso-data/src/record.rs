@@ -65,15 +65,18 @@ impl Head for RunHeader {
             ("model", begun.model != self.model || begun.model_digest != self.model_digest),
             ("model under the same name on the server", begun.server != self.server),
             ("profile, or fit of it that `ecso tune` kept,", begun.profile != self.profile),
-            ("filter", begun.filters != self.filters || begun.near_duplicates != self.near_duplicates),
+            (
+                "filter",
+                begun.filters != self.filters || begun.near_duplicates != self.near_duplicates,
+            ),
             ("--shard", begun.shard != self.shard),
         ];
         differ.into_iter().find(|(_, differs)| *differs).map(|(what, _)| what)
     }
 }
 
-/// One of several parts of an input, by what a row shows and asks: equal rows are in the same part, so no part needs to know
-/// another.
+/// One of several parts of an input, by what a row shows and asks: equal rows are in the same part,
+/// so no part needs to know another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shard {
     /// Which, from 1.
@@ -219,7 +222,8 @@ pub(crate) struct Present(HashMap<u64, Key>);
 impl Present {
     /// Reads the input, its images too.
     pub(crate) fn of(input: &Input) -> Result<Self, InputError> {
-        let key = |row| place(&row).made_of(&row.map_or_else(|error| error.digest(), |row| row.digest()));
+        let key =
+            |row| place(&row).made_of(&row.map_or_else(|error| error.digest(), |row| row.digest()));
         Ok(Self(input.rows()?.map(key).map(|key| (key.place(), key)).collect()))
     }
 

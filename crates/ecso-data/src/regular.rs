@@ -1,4 +1,5 @@
-//! Files that end. Rows come from strangers: what they name may be a pipe that nobody writes or a device without an end.
+//! Files that end. Rows come from strangers: what they name may be a pipe that nobody writes or a
+//! device without an end.
 
 use std::{
     fs::File,
@@ -6,14 +7,17 @@ use std::{
     path::Path,
 };
 
-/// Opens a regular file, to be read no further than it is long. What has no length, as the files that a system makes of itself, is empty.
+/// Opens a regular file, to be read no further than it is long. What has no length, as the files
+/// that a system makes of itself, is empty.
 pub(crate) fn open(path: &Path) -> io::Result<Take<File>> {
     let about = path.metadata()?;
     if about.is_dir() {
         return Err(io::ErrorKind::IsADirectory.into());
     }
     if !about.is_file() {
-        return Err(io::Error::other("it is no regular file, but a pipe or a device; those are not opened"));
+        return Err(io::Error::other(
+            "it is no regular file, but a pipe or a device; those are not opened",
+        ));
     }
     Ok(File::open(path)?.take(about.len()))
 }
@@ -36,11 +40,18 @@ mod tests {
         let pipe = folder.path().join("pipe");
         assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
         for path in [&pipe, Path::new("/dev/zero")] {
-            assert!(read(path, 9).unwrap_err().to_string().contains("no regular file"), "{}", path.display());
+            assert!(
+                read(path, 9).unwrap_err().to_string().contains("no regular file"),
+                "{}",
+                path.display()
+            );
         }
         assert!(read(Path::new("/proc/self/pagemap"), 9).unwrap().is_empty());
         let file = folder.path().join("file");
         std::fs::write(&file, "bread").unwrap();
-        assert_eq!((read(&file, 9).unwrap(), read(&file, 2).unwrap()), (b"bread".to_vec(), b"bre".to_vec()));
+        assert_eq!(
+            (read(&file, 9).unwrap(), read(&file, 2).unwrap()),
+            (b"bread".to_vec(), b"bre".to_vec())
+        );
     }
 }

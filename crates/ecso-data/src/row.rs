@@ -69,7 +69,11 @@ impl Picture {
     ///
     /// # Errors
     /// [`PictureError`].
-    pub async fn read(&self, fetcher: &Fetcher, limits: Limits) -> Result<Vec<Image>, PictureError> {
+    pub async fn read(
+        &self,
+        fetcher: &Fetcher,
+        limits: Limits,
+    ) -> Result<Vec<Image>, PictureError> {
         match self {
             Self::Url(url) => Ok(vec![fetcher.image(url, limits).await?]),
             picture => Ok(picture.here(limits)?),
@@ -85,8 +89,12 @@ impl Picture {
             Self::Url(_) => Err(ImageError::NotFetched),
             Self::Bytes(bytes) => Image::several(bytes.clone(), limits),
             Self::File(path) => {
-                let failed = |reason| ImageError::File { path: PathBuf::from(&*cut(&path.to_string_lossy())), reason };
-                let bytes = regular::read(path, limits.bytes).map_err(|error| failed(error.to_string()))?;
+                let failed = |reason| ImageError::File {
+                    path: PathBuf::from(&*cut(&path.to_string_lossy())),
+                    reason,
+                };
+                let bytes =
+                    regular::read(path, limits.bytes).map_err(|error| failed(error.to_string()))?;
                 Image::several(bytes, limits).map_err(|error| failed(error.to_string()))
             }
         }
@@ -96,7 +104,8 @@ impl Picture {
 /// Characters of a row's own text that an error shows.
 const SHOWN: usize = 200;
 
-/// A text of a row as errors show it: its beginning, where it is long. A row may have 100 MB, and its error goes to the journal.
+/// A text of a row as errors show it: its beginning, where it is long. A row may have 100 MB, and
+/// its error goes to the journal.
 pub(crate) fn cut(text: &str) -> Cow<'_, str> {
     match text.char_indices().nth(SHOWN) {
         Some((end, _)) => Cow::Owned(format!("{}… ({} bytes)", &text[..end], text.len())),
@@ -109,7 +118,11 @@ impl Row {
     ///
     /// # Errors
     /// [`PictureError`] of the first that can't be had.
-    pub async fn pictures(&self, fetcher: &Fetcher, limits: Limits) -> Result<Vec<Vec<Image>>, PictureError> {
+    pub async fn pictures(
+        &self,
+        fetcher: &Fetcher,
+        limits: Limits,
+    ) -> Result<Vec<Vec<Image>>, PictureError> {
         let mut images = Vec::with_capacity(self.images.len());
         for picture in &self.images {
             images.push(picture.read(fetcher, limits).await?);
@@ -117,7 +130,8 @@ impl Row {
         Ok(images)
     }
 
-    /// The row with its images, where `images` are those of each picture: a document stands in it as often as it has pages.
+    /// The row with its images, where `images` are those of each picture: a document stands in it
+    /// as often as it has pages.
     #[must_use]
     pub fn with_pages(mut self, images: Vec<Vec<Image>>) -> (Self, Vec<Image>) {
         let mut pages = images.iter().map(Vec::len);
@@ -125,14 +139,17 @@ impl Row {
             said.images = pages.by_ref().take(said.images).sum();
         }
         let pictures = self.images.into_iter().zip(&images);
-        self.images = pictures.flat_map(|(picture, pages)| std::iter::repeat_n(picture, pages.len())).collect();
+        self.images = pictures
+            .flat_map(|(picture, pages)| std::iter::repeat_n(picture, pages.len()))
+            .collect();
         (self, images.into_iter().flatten().collect())
     }
 
     /// The images of the query alone; those of earlier turns stand before them.
     #[must_use]
     pub fn query_images(&self) -> usize {
-        self.images.len() - self.before.iter().map(|said| said.images).sum::<usize>().min(self.images.len())
+        self.images.len()
+            - self.before.iter().map(|said| said.images).sum::<usize>().min(self.images.len())
     }
 
     /// The conversation that the model is asked, with each of `images` in its turn.
@@ -151,7 +168,8 @@ impl Row {
         Chat { turns, ..Chat::default() }
     }
 
-    /// What makes two rows the same: images and words, to the byte. Hexadecimal digits of a BLAKE3 hash.
+    /// What makes two rows the same: images and words, to the byte. Hexadecimal digits of a BLAKE3
+    /// hash.
     #[must_use]
     pub fn key(&self, images: &[Image]) -> String {
         let mut key = Parts::default();
@@ -169,8 +187,8 @@ impl Row {
         key.hex()
     }
 
-    /// What tells the row from another with its number: all that it holds, images to the byte, but those behind a URL by that. It reads
-    /// files. Hexadecimal digits of a BLAKE3 hash.
+    /// What tells the row from another with its number: all that it holds, images to the byte, but
+    /// those behind a URL by that. It reads files. Hexadecimal digits of a BLAKE3 hash.
     #[must_use]
     pub fn digest(&self) -> String {
         let mut digest = Parts::default();
@@ -238,12 +256,18 @@ mod tests {
             category: String::new(),
             draft: None,
         };
-        let pages = vec![vec![image(0), image(1)], vec![image(2)], vec![image(3), image(4), image(5)], vec![image(6)]];
+        let pages = vec![
+            vec![image(0), image(1)],
+            vec![image(2)],
+            vec![image(3), image(4), image(5)],
+            vec![image(6)],
+        ];
         let (row, images) = row.with_pages(pages);
         assert_eq!(images, (0..7).map(image).collect::<Vec<_>>());
         let counts: Vec<usize> = row.before.iter().map(|said| said.images).collect();
         assert_eq!((counts, row.query_images()), (vec![2, 0, 4], 1));
-        let files: Vec<_> = ["a", "a", "b", "c", "c", "c", "d"].map(|name| Picture::File(name.into())).into();
+        let files: Vec<_> =
+            ["a", "a", "b", "c", "c", "c", "d"].map(|name| Picture::File(name.into())).into();
         assert_eq!(row.images, files);
     }
 
@@ -251,7 +275,12 @@ mod tests {
     fn long_texts_are_cut_between_characters() {
         assert_eq!(cut("short"), "short");
         let long = cut(&"é".repeat(1000)).into_owned();
-        assert!(long.starts_with("éé") && long.ends_with("… (2000 bytes)") && long.chars().count() < 220, "{long}");
+        assert!(
+            long.starts_with("éé")
+                && long.ends_with("… (2000 bytes)")
+                && long.chars().count() < 220,
+            "{long}"
+        );
     }
 
     #[tokio::test]
@@ -259,6 +288,9 @@ mod tests {
         let fetcher = Fetcher::new().unwrap();
         let missing = Picture::File("x/".repeat(500).into());
         let error = missing.read(&fetcher, Limits::USUAL).await.unwrap_err().to_string();
-        assert!(error.len() < 300 && error.starts_with("x/x/") && error.contains("(1000 bytes): "), "{error}");
+        assert!(
+            error.len() < 300 && error.starts_with("x/x/") && error.contains("(1000 bytes): "),
+            "{error}"
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! Running the engine over all rows of an input. What is recorded in the journal is never done again.
+//! Running the engine over all rows of an input. What is recorded in the journal is never done
+//! again.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -98,12 +99,13 @@ pub struct Making {
 pub struct Ended {
     /// Whether the input came to its end: if not, the bounds did.
     pub whole: bool,
-    /// The journal. Who holds it keeps other processes from the run's folder, also while the dataset is packed.
+    /// The journal. Who holds it keeps other processes from the run's folder, also while the
+    /// dataset is packed.
     pub journal: Journal,
 }
 
-/// Runs all rows of `input` that the journal doesn't have, or has as other rows. Dropping the future at any point loses the rows under
-/// way, no other.
+/// Runs all rows of `input` that the journal doesn't have, or has as other rows. Dropping the
+/// future at any point loses the rows under way, no other.
 ///
 /// # Errors
 /// [`RunError`]. A row that fails is recorded with its reason, and the run goes on.
@@ -115,7 +117,8 @@ pub async fn run(
     mut progress: impl FnMut(&Progress),
 ) -> Result<Ended, RunError> {
     let mut journal = Journal::open(&making.out, header)?;
-    let Begun { mut seen, mut done, present, anew } = Begun::of(&journal, input, header, making, bounds)?;
+    let Begun { mut seen, mut done, present, anew } =
+        Begun::of(&journal, input, header, making, bounds)?;
     progress(&done);
     let sift = |read| sift(read, &mut seen, header.shard);
     let told = |record: RowRecord, _: &Journal| {
@@ -204,7 +207,10 @@ impl Job {
     /// The record of a row that repeats `earlier`.
     fn left_out(self, (reason, earlier): &Repeated) -> RowRecord {
         self.fate.tell(false);
-        RowRecord { made: Some(Made::Dropped { reason: *reason, of: Some(earlier.number()) }), ..self.record }
+        RowRecord {
+            made: Some(Made::Dropped { reason: *reason, of: Some(earlier.number()) }),
+            ..self.record
+        }
     }
 }
 
@@ -226,7 +232,8 @@ impl Batch for Making {
         match row.pictures(&self.fetcher, self.limits).await {
             Ok(images) => {
                 let (row, images) = row.with_pages(images);
-                let marks = self.marker.as_ref().map_or_else(Vec::new, |marker| marker.marks(&images));
+                let marks =
+                    self.marker.as_ref().map_or_else(Vec::new, |marker| marker.marks(&images));
                 let record = RowRecord { marks, ..record.with(row.key(&images), &images) };
                 Ok(Job { fate: Fate::of(row.number), row, images, record, repeated: Vec::new() })
             }
@@ -268,7 +275,8 @@ impl Batch for Making {
     }
 }
 
-/// What is to be done about a row: to make it, or to record what is known of it already. Another shard's is left out.
+/// What is to be done about a row: to make it, or to record what is known of it already. Another
+/// shard's is left out.
 fn sift(read: Result<Job, RowRecord>, seen: &mut Seen, shard: Shard) -> Sifted<Making> {
     match read {
         // What can't be read has no key; its place decides.

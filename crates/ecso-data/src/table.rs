@@ -1,5 +1,5 @@
-//! Samples as Parquet, in the layout that Hugging Face `datasets` and TRL read for vision: images embedded as {bytes, path},
-//! conversations as lists of messages with parts.
+//! Samples as Parquet, in the layout that Hugging Face `datasets` and TRL read for vision: images
+//! embedded as {bytes, path}, conversations as lists of messages with parts.
 
 use std::{
     fs::File,
@@ -12,7 +12,10 @@ use arrow_array::{
     builder::{BinaryBuilder, ListBuilder, StringBuilder, StructBuilder},
 };
 use arrow_schema::{DataType, Field, Fields, Schema};
-use parquet::{arrow::ArrowWriter, basic::Compression, errors::ParquetError, file::properties::WriterProperties};
+use parquet::{
+    arrow::ArrowWriter, basic::Compression, errors::ParquetError,
+    file::properties::WriterProperties,
+};
 use serde_json::json;
 
 /// Bytes of images that are held before they are written as a row group.
@@ -39,23 +42,36 @@ pub(crate) struct Table {
 }
 
 fn image_fields() -> Fields {
-    vec![Field::new("bytes", DataType::Binary, true), Field::new("path", DataType::Utf8, true)].into()
+    vec![Field::new("bytes", DataType::Binary, true), Field::new("path", DataType::Utf8, true)]
+        .into()
 }
 
 fn messages() -> DataType {
-    let part: Fields = vec![Field::new("type", DataType::Utf8, true), Field::new("text", DataType::Utf8, true)].into();
+    let part: Fields =
+        vec![Field::new("type", DataType::Utf8, true), Field::new("text", DataType::Utf8, true)]
+            .into();
     let parts = DataType::List(Arc::new(Field::new("item", DataType::Struct(part), true)));
-    let message: Fields = vec![Field::new("role", DataType::Utf8, true), Field::new("content", parts, true)].into();
+    let message: Fields =
+        vec![Field::new("role", DataType::Utf8, true), Field::new("content", parts, true)].into();
     DataType::List(Arc::new(Field::new("item", DataType::Struct(message), true)))
 }
 
 fn image_list() -> Field {
-    Field::new("images", DataType::List(Arc::new(Field::new("item", DataType::Struct(image_fields()), true))), true)
+    Field::new(
+        "images",
+        DataType::List(Arc::new(Field::new("item", DataType::Struct(image_fields()), true))),
+        true,
+    )
 }
 
 impl Table {
     /// A table below `folder` with these columns of messages.
-    pub(crate) fn new(folder: &Path, split: &'static str, columns: &[&str], shard_bytes: usize) -> Self {
+    pub(crate) fn new(
+        folder: &Path,
+        split: &'static str,
+        columns: &[&str],
+        shard_bytes: usize,
+    ) -> Self {
         let text = |name: &str| Field::new(name, DataType::Utf8, true);
         let number = |name: &str| Field::new(name, DataType::Float64, true);
         let hashes = DataType::List(Arc::new(Field::new("item", DataType::Utf8, true)));
@@ -74,10 +90,15 @@ impl Table {
         .into();
         let mut fields = vec![image_list()];
         fields.extend(columns.iter().map(|name| Field::new(*name, messages(), true)));
-        fields.extend([text("kind"), text("category"), Field::new("provenance", DataType::Struct(provenance), true)]);
+        fields.extend([
+            text("kind"),
+            text("category"),
+            Field::new("provenance", DataType::Struct(provenance), true),
+        ]);
         // What `datasets` needs to be told: that these structs are images.
         let told = json!({"info": {"features": {"images": [{"_type": "Image"}]}}});
-        let schema = Schema::new(fields).with_metadata([("huggingface".to_owned(), told.to_string())]);
+        let schema =
+            Schema::new(fields).with_metadata([("huggingface".to_owned(), told.to_string())]);
         Self {
             folder: folder.to_owned(),
             split,
@@ -114,19 +135,26 @@ impl Table {
             return Ok(());
         }
         let fields: Vec<_> = self.schema.fields().iter().skip(1).cloned().collect();
-        let mut decoder = arrow_json::ReaderBuilder::new(Arc::new(Schema::new(fields))).build_decoder()?;
+        let mut decoder =
+            arrow_json::ReaderBuilder::new(Arc::new(Schema::new(fields))).build_decoder()?;
         decoder.serialize(&self.held)?;
-        let others = decoder.flush()?.ok_or_else(|| ParquetError::General("no row could be written".into()))?;
+        let others = decoder
+            .flush()?
+            .ok_or_else(|| ParquetError::General("no row could be written".into()))?;
         let images: ArrayRef = Arc::new(self.images.finish());
-        let columns: Vec<ArrayRef> = [images].into_iter().chain(others.columns().iter().cloned()).collect();
+        let columns: Vec<ArrayRef> =
+            [images].into_iter().chain(others.columns().iter().cloned()).collect();
         let batch = RecordBatch::try_new(Arc::clone(&self.schema), columns)?;
         let (writer, written) = match &mut self.writer {
             Some(open) => open,
-            closed => closed.insert((shard(&self.folder, self.split, self.shards, &self.schema)?, 0)),
+            closed => {
+                closed.insert((shard(&self.folder, self.split, self.shards, &self.schema)?, 0))
+            }
         };
         writer.write(&batch)?;
         writer.flush()?;
-        *written += self.bytes + batch.get_array_memory_size() - batch.column(0).get_array_memory_size();
+        *written +=
+            self.bytes + batch.get_array_memory_size() - batch.column(0).get_array_memory_size();
         let full = *written >= self.shard_bytes;
         (self.bytes, self.images) = (0, image_builder());
         self.held.clear();
@@ -153,7 +181,12 @@ fn image_builder() -> ListBuilder<StructBuilder> {
     ListBuilder::new(StructBuilder::from_fields(image_fields(), 0)).with_field(field)
 }
 
-fn shard(folder: &Path, split: &str, number: usize, schema: &Arc<Schema>) -> Result<ArrowWriter<File>, ParquetError> {
+fn shard(
+    folder: &Path,
+    split: &str,
+    number: usize,
+    schema: &Arc<Schema>,
+) -> Result<ArrowWriter<File>, ParquetError> {
     std::fs::create_dir_all(folder)?;
     let file = File::create(folder.join(format!("{split}-{number:05}.parquet")))?;
     let properties = WriterProperties::builder().set_compression(Compression::SNAPPY).build();

@@ -70,7 +70,8 @@ pub enum Task {
     Harmful,
     /// Nothing harmful is asked for: a good answer isn't a refusal.
     Harmless,
-    /// Advice, or a matter of politics, that needs a disclaimer or a refusal (MM-SafetyBench scenarios 08 and 10 to 13).
+    /// Advice, or a matter of politics, that needs a disclaimer or a refusal (MM-SafetyBench
+    /// scenarios 08 and 10 to 13).
     Advice {
         /// `legal`, `financial`, `health`, `political` or `gov`.
         field: String,
@@ -116,7 +117,8 @@ impl Item {
             }
         };
         let last = (Role::User, &self.query, &self.images);
-        let turns = self.earlier.iter().map(|(role, text, images)| (*role, text, images)).chain([last]);
+        let turns =
+            self.earlier.iter().map(|(role, text, images)| (*role, text, images)).chain([last]);
         let turns = turns.map(|(role, text, images)| {
             let mut parts = Vec::new();
             for picture in images {

@@ -61,8 +61,8 @@ fn called(judge: Option<&str>) -> String {
 }
 
 impl JudgedRun {
-    /// The run in the folder `path`, with the verdicts of `judge`: the judge's name, that of its file, or the beginning of one that tells it
-    /// from others. None is the only one.
+    /// The run in the folder `path`, with the verdicts of `judge`: the judge's name, that of its
+    /// file, or the beginning of one that tells it from others. None is the only one.
     ///
     /// # Errors
     /// [`JudgedError`].
@@ -82,17 +82,36 @@ impl JudgedRun {
                 files.iter().filter(|file| file.names.iter().any(is)).cloned().collect()
             };
             let exact = are_named(&|name| *name == wanted);
-            files = if exact.is_empty() { are_named(&|name| name.starts_with(&wanted)) } else { exact };
+            files =
+                if exact.is_empty() { are_named(&|name| name.starts_with(&wanted)) } else { exact };
         }
         match files.as_slice() {
             [one] => {
-                let others = all.into_iter().map(|names| names.file).filter(|file| *file != one.file).collect();
-                Ok(Self { path: path.to_owned(), header, verdicts: Verdicts::read(&one.file)?, others, saved })
+                let others = all
+                    .into_iter()
+                    .map(|names| names.file)
+                    .filter(|file| *file != one.file)
+                    .collect();
+                Ok(Self {
+                    path: path.to_owned(),
+                    header,
+                    verdicts: Verdicts::read(&one.file)?,
+                    others,
+                    saved,
+                })
             }
-            [] => Err(JudgedError::NotJudged { path: path.to_owned(), judge: judge.map(str::to_owned) }),
+            [] => Err(JudgedError::NotJudged {
+                path: path.to_owned(),
+                judge: judge.map(str::to_owned),
+            }),
             several => {
-                let name = |names: &Names| names.file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                Err(JudgedError::SeveralJudges { path: path.to_owned(), judges: several.iter().map(name).collect() })
+                let name = |names: &Names| {
+                    names.file.file_name().unwrap_or_default().to_string_lossy().into_owned()
+                };
+                Err(JudgedError::SeveralJudges {
+                    path: path.to_owned(),
+                    judges: several.iter().map(name).collect(),
+                })
             }
         }
     }
@@ -133,15 +152,17 @@ struct Names {
 }
 
 impl Names {
-    /// None of a file that neither begins as verdicts do, with a header or without, nor is called so; none of one that is empty, or no
-    /// regular file.
+    /// None of a file that neither begins as verdicts do, with a header or without, nor is called
+    /// so; none of one that is empty, or no regular file.
     fn of(file: PathBuf) -> Option<Self> {
         let is_filled = std::fs::metadata(&file).is_ok_and(|file| file.is_file() && file.len() > 0);
         if !is_filled || file.extension().is_none_or(|extension| extension != "jsonl") {
             return None;
         }
         let saved = Saved::file(&file);
-        let first = || saved.entries::<Judgement>().ok()?.next()?.ok().map(|(_, judgement)| judgement.judge);
+        let first = || {
+            saved.entries::<Judgement>().ok()?.next()?.ok().map(|(_, judgement)| judgement.judge)
+        };
         let judge = saved.header::<VerdictsHeader>().ok().map(|header| header.judge).or_else(first);
         let stem = plain(&file.file_stem().unwrap_or_default().to_string_lossy());
         let called = stem.strip_prefix("verdicts-").map(str::to_owned);
@@ -161,16 +182,20 @@ mod tests {
     fn verdicts_are_known_by_how_they_begin_and_found_by_judge_or_file() {
         let folder = tempfile::tempdir().unwrap();
         let header = |judge: &str| {
-            format!(r#"{{"ecso":"0","judge":"{judge}","model":null,"threshold":null,"judge_file":null}}"#) + "\n"
+            format!(
+                r#"{{"ecso":"0","judge":"{judge}","model":null,"threshold":null,"judge_file":null}}"#
+            ) + "\n"
         };
-        let write = |name: &str, text: String| std::fs::write(folder.path().join(name), text).unwrap();
+        let write =
+            |name: &str, text: String| std::fs::write(folder.path().join(name), text).unwrap();
         let run = r#"{"ecso":"0","benchmark":"jsonl","variant":null,"data":"-","model":"m","model_digest":"d","profiles":[],
             "max_new_tokens":null,"choice":{"scenarios":[],"sample":null,"seed":0,"limit":null}}"#;
         write("journal.jsonl", run.replace('\n', "") + "\n");
         write("items.jsonl", "{\"id\": 1, \"query\": \"q\"}\n".into());
         write("mine.jsonl", header("llm:m"));
         let called = |judge: Option<&str>| {
-            JudgedRun::open(folder.path(), judge).map(|run| run.verdicts.judge().unwrap().to_owned())
+            JudgedRun::open(folder.path(), judge)
+                .map(|run| run.verdicts.judge().unwrap().to_owned())
         };
         assert_eq!(called(None).unwrap(), "llm:m");
         // What a full disk left, and a device.
@@ -179,7 +204,10 @@ mod tests {
         std::os::unix::fs::symlink("/dev/null", folder.path().join("verdicts-zero.jsonl")).unwrap();
         assert_eq!(called(None).unwrap(), "llm:m");
         write("verdicts-xstest.jsonl", header("xstest"));
-        write("theirs.jsonl", "{\"id\": \"1\", \"verdict\": \"safe\", \"judge\": \"people\"}\n".into());
+        write(
+            "theirs.jsonl",
+            "{\"id\": \"1\", \"verdict\": \"safe\", \"judge\": \"people\"}\n".into(),
+        );
         for (wanted, judge) in [
             ("mine", "llm:m"),
             ("mine.jsonl", "llm:m"),
@@ -192,9 +220,12 @@ mod tests {
             assert_eq!(called(Some(wanted)).unwrap(), judge, "{wanted}");
         }
         let run = JudgedRun::open(folder.path(), Some("mine")).unwrap();
-        let others: Vec<String> = run.others().unwrap().iter().filter_map(Verdicts::judge).map(str::to_owned).collect();
+        let others: Vec<String> =
+            run.others().unwrap().iter().filter_map(Verdicts::judge).map(str::to_owned).collect();
         assert_eq!(others, ["people", "xstest"]);
-        assert!(matches!(called(None), Err(JudgedError::SeveralJudges { judges, .. }) if judges.len() == 3));
+        assert!(
+            matches!(called(None), Err(JudgedError::SeveralJudges { judges, .. }) if judges.len() == 3)
+        );
         assert!(matches!(called(Some("items")), Err(JudgedError::NotJudged { .. })));
     }
 }

@@ -44,8 +44,9 @@ pub fn answers(mut record: ItemRecord) -> impl Iterator<Item = Answered> {
     })
 }
 
-/// Has those of `answers` judged of which `verdicts` has no ruling yet; answers on which the judge failed are judged again. Each
-/// judgement is recorded, and told to `told`. Dropping the future loses the answers under way, no other.
+/// Has those of `answers` judged of which `verdicts` has no ruling yet; answers on which the judge
+/// failed are judged again. Each judgement is recorded, and told to `told`. Dropping the future
+/// loses the answers under way, no other.
 ///
 /// # Errors
 /// [`JournalError`]. A judge that fails is a judgement too.
@@ -58,7 +59,10 @@ pub async fn judge(
 ) -> Result<(), JournalError> {
     let bounds = Bounds { retry_failed: true, ..Bounds::at_once(at_once) };
     let judging = Arc::new(Judging(judge));
-    ecso_batch::run(answers, &judging, verdicts, bounds, Sifted::Make, |judgement, _| told(&judgement)).await?;
+    ecso_batch::run(answers, &judging, verdicts, bounds, Sifted::Make, |judgement, _| {
+        told(&judgement)
+    })
+    .await?;
     Ok(())
 }
 

@@ -31,17 +31,25 @@ pub(crate) enum ExportedImage {
     Named(String),
 }
 
-/// The questions of a file, in its order, with their images where `images` says so. After a row that can't be decoded there is no
-/// other.
+/// The questions of a file, in its order, with their images where `images` says so. After a row
+/// that can't be decoded there is no other.
 ///
 /// # Errors
 /// What is wrong with the file as a whole.
-pub(crate) fn questions(table: &Path, images: bool) -> Result<Vec<Result<ExportedQuestion, Cause>>, Cause> {
+pub(crate) fn questions(
+    table: &Path,
+    images: bool,
+) -> Result<Vec<Result<ExportedQuestion, Cause>>, Cause> {
     let columns = if images { ["id", "question", "image"].as_slice() } else { &["id", "question"] };
     let builder = open(table)?;
-    let names: Vec<String> = builder.schema().fields().iter().map(|field| field.name().clone()).collect();
+    let names: Vec<String> =
+        builder.schema().fields().iter().map(|field| field.name().clone()).collect();
     if let Some(missing) = columns.iter().find(|column| !names.iter().any(|name| name == *column)) {
-        return Err(format!("there is no column `{missing}`; the columns are {}", cut(names.join(", "))).into());
+        return Err(format!(
+            "there is no column `{missing}`; the columns are {}",
+            cut(names.join(", "))
+        )
+        .into());
     }
     let mut questions = Vec::new();
     for batch in read(builder, columns)? {
@@ -58,7 +66,8 @@ pub(crate) fn questions(table: &Path, images: bool) -> Result<Vec<Result<Exporte
 
 fn question(batch: &RecordBatch, row: usize) -> Result<ExportedQuestion, Cause> {
     let text = |name: &str| -> Result<String, Cause> {
-        let column = batch.column_by_name(name).map(|column| cast(&column.slice(row, 1), &DataType::Utf8));
+        let column =
+            batch.column_by_name(name).map(|column| cast(&column.slice(row, 1), &DataType::Utf8));
         let column = column.transpose().map_err(told)?.filter(|column| column.is_valid(0));
         let text = column.map(|column| column.as_string::<i32>().value(0).to_owned());
         text.ok_or_else(|| format!("it has no {name}").into())
@@ -89,7 +98,10 @@ fn open(table: &Path) -> Result<ParquetRecordBatchReaderBuilder<File>, Cause> {
     ParquetRecordBatchReaderBuilder::try_new(file).map_err(told)
 }
 
-fn read(builder: ParquetRecordBatchReaderBuilder<File>, columns: &[&str]) -> Result<ParquetRecordBatchReader, Cause> {
+fn read(
+    builder: ParquetRecordBatchReaderBuilder<File>,
+    columns: &[&str],
+) -> Result<ParquetRecordBatchReader, Cause> {
     let mask = ProjectionMask::columns(builder.parquet_schema(), columns.iter().copied());
     builder.with_projection(mask).with_batch_size(ROWS).build().map_err(told)
 }

@@ -52,8 +52,8 @@ fn folder(path: &Path) -> Result<(), PrepareError> {
     std::fs::create_dir_all(path).map_err(failed(path))
 }
 
-/// `FigStep`'s layout below `out`, from its table: the table itself, and every image by the published recipe. Gives the
-/// number of images.
+/// `FigStep`'s layout below `out`, from its table: the table itself, and every image by the
+/// published recipe. Gives the number of images.
 ///
 /// # Errors
 /// [`PrepareError`] when the table can't be read or a file not be written.
@@ -71,19 +71,24 @@ pub fn figstep(table: &Path, typesetter: &Typesetter, out: &Path) -> Result<usiz
     Ok(questions.len())
 }
 
-/// MM-SafetyBench's layout below `out`, from its questions: those, and the TYPO image of every record that has a key phrase;
-/// where its SD image is there already, the `SD_TYPO` image too.
-/// `questions` is the folder `processed_questions`, or one file of {"scenario#id": record}. Gives the number of images.
+/// MM-SafetyBench's layout below `out`, from its questions: those, and the TYPO image of every
+/// record that has a key phrase; where its SD image is there already, the `SD_TYPO` image too.
+/// `questions` is the folder `processed_questions`, or one file of {"scenario#id": record}. Gives
+/// the number of images.
 ///
 /// # Errors
 /// [`PrepareError`] when the questions can't be read or a file not be written.
-pub fn mm_safetybench(questions: &Path, typesetter: &Typesetter, out: &Path) -> Result<usize, PrepareError> {
+pub fn mm_safetybench(
+    questions: &Path,
+    typesetter: &Typesetter,
+    out: &Path,
+) -> Result<usize, PrepareError> {
     let mut scenarios: BTreeMap<String, BTreeMap<String, ProcessedQuestion>> = BTreeMap::new();
     if questions.is_file() {
         for (key, record) in benchmarks::json::<BTreeMap<String, ProcessedQuestion>>(questions)? {
-            let (scenario, id) = key
-                .split_once('#')
-                .ok_or_else(|| PrepareError::new(questions, format!("`{}` is not <scenario>#<id>", cut(&key))))?;
+            let (scenario, id) = key.split_once('#').ok_or_else(|| {
+                PrepareError::new(questions, format!("`{}` is not <scenario>#<id>", cut(&key)))
+            })?;
             scenarios.entry(scenario.to_owned()).or_default().insert(id.to_owned(), record);
         }
     } else {
@@ -96,7 +101,10 @@ pub fn mm_safetybench(questions: &Path, typesetter: &Typesetter, out: &Path) -> 
     }
     let known = |scenario: &String| SCENARIOS.iter().any(|(name, _)| name == scenario);
     if let Some(unknown) = scenarios.keys().find(|scenario| !known(scenario)) {
-        return Err(PrepareError::new(questions, format!("no scenario is called {}", cut(unknown))));
+        return Err(PrepareError::new(
+            questions,
+            format!("no scenario is called {}", cut(unknown)),
+        ));
     }
     let mut count = 0;
     for (scenario, records) in &scenarios {
@@ -104,8 +112,8 @@ pub fn mm_safetybench(questions: &Path, typesetter: &Typesetter, out: &Path) -> 
         folder(&images.join("TYPO"))?;
         for (id, record) in records {
             let Some(phrase) = &record.key_phrase else { continue };
-            let [photo, typo, both] =
-                ["SD", "TYPO", "SD_TYPO"].map(|folder| images.join(folder).join(format!("{id}.jpg")));
+            let [photo, typo, both] = ["SD", "TYPO", "SD_TYPO"]
+                .map(|folder| images.join(folder).join(format!("{id}.jpg")));
             let strip = typesetter.strip(phrase);
             strip.save(&typo).map_err(failed(&typo))?;
             count += 1;
@@ -143,7 +151,8 @@ pub struct PlainRequest {
     pub scenario: Option<String>,
 }
 
-/// Reads requests: one a line, or a CSV file's columns `prompt` (or `instruction`), id, label, type.
+/// Reads requests: one a line, or a CSV file's columns `prompt` (or `instruction`), id, label,
+/// type.
 ///
 /// # Errors
 /// [`PrepareError`] when the file can't be read.
@@ -154,16 +163,26 @@ pub fn requests(path: &Path) -> Result<Vec<PlainRequest>, PrepareError> {
     let text = benchmarks::read(path)?;
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     Ok(lines
-        .map(|line| PlainRequest { id: String::new(), prompt: line.to_owned(), label: None, scenario: None })
+        .map(|line| PlainRequest {
+            id: String::new(),
+            prompt: line.to_owned(),
+            label: None,
+            scenario: None,
+        })
         .collect())
 }
 
-/// Sets each request as an image of text (`001.png`, `002.png`, …) and writes `items.jsonl` beside them: {id, image,
-/// query, request, label, scenario}, the layout of the benchmark `jsonl`. Gives the path of that file, which is written last.
+/// Sets each request as an image of text (`001.png`, `002.png`, …) and writes `items.jsonl` beside
+/// them: {id, image, query, request, label, scenario}, the layout of the benchmark `jsonl`. Gives
+/// the path of that file, which is written last.
 ///
 /// # Errors
 /// [`PrepareError`] when a file can't be written.
-pub fn typographic(requests: &[PlainRequest], typesetter: &Typesetter, out: &Path) -> Result<PathBuf, PrepareError> {
+pub fn typographic(
+    requests: &[PlainRequest],
+    typesetter: &Typesetter,
+    out: &Path,
+) -> Result<PathBuf, PrepareError> {
     folder(out)?;
     let mut items = Vec::new();
     for (number, request) in (1..).zip(requests) {
@@ -192,8 +211,8 @@ struct Sheet {
     item: OwnItem,
 }
 
-/// Items for the benchmark `jsonl` below `out`, from JSON lines of such items: one that has `page` gets a picture of that text. Gives the
-/// number of pictures.
+/// Items for the benchmark `jsonl` below `out`, from JSON lines of such items: one that has `page`
+/// gets a picture of that text. Gives the number of pictures.
 ///
 /// # Errors
 /// [`PrepareError`] when a row can't be read or a file not be written.
@@ -201,7 +220,9 @@ pub fn pages(items: &Path, typesetter: &Typesetter, out: &Path) -> Result<usize,
     folder(out)?;
     let mut count = 0;
     let mut made = Vec::new();
-    for (number, line) in (1..).zip(benchmarks::read(items)?.lines()).filter(|(_, line)| !line.trim().is_empty()) {
+    for (number, line) in
+        (1..).zip(benchmarks::read(items)?.lines()).filter(|(_, line)| !line.trim().is_empty())
+    {
         let wrong = |error| PrepareError::new(items, format!("line {number}: {}", told(error)));
         let row: serde_json::Value = serde_json::from_str(line).map_err(wrong)?;
         if row.get("page").is_none() {
@@ -225,7 +246,10 @@ fn set(typesetter: &Typesetter, words: &str, path: &Path) -> Result<(), PrepareE
 }
 
 /// Writes items for the benchmark `jsonl`.
-fn write_items(items: impl IntoIterator<Item = OwnItem>, out: &Path) -> Result<PathBuf, PrepareError> {
+fn write_items(
+    items: impl IntoIterator<Item = OwnItem>,
+    out: &Path,
+) -> Result<PathBuf, PrepareError> {
     let path = out.join("items.jsonl");
     let mut file = BufWriter::new(File::create(&path).map_err(failed(&path))?);
     for item in items {
@@ -236,12 +260,17 @@ fn write_items(items: impl IntoIterator<Item = OwnItem>, out: &Path) -> Result<P
     Ok(path)
 }
 
-/// The families of evasions ([`evasions::FAMILIES`]) below `out`, from the harmful rows of `FigStep`'s table, and as many decoys
-/// ([`evasions::DECOY`]). Gives the number of items.
+/// The families of evasions ([`evasions::FAMILIES`]) below `out`, from the harmful rows of
+/// `FigStep`'s table, and as many decoys ([`evasions::DECOY`]). Gives the number of items.
 ///
 /// # Errors
 /// [`PrepareError`] when the table can't be read or a file not be written.
-pub fn evasions(table: &Path, per_family: usize, typesetter: &Typesetter, out: &Path) -> Result<usize, PrepareError> {
+pub fn evasions(
+    table: &Path,
+    per_family: usize,
+    typesetter: &Typesetter,
+    out: &Path,
+) -> Result<usize, PrepareError> {
     let mut questions = benchmarks::figstep::questions(table)?;
     questions.retain(|question| question.advice().is_none());
     if questions.is_empty() || per_family == 0 {

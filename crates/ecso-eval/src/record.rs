@@ -38,11 +38,18 @@ pub struct RunHeader {
 }
 
 impl RunHeader {
-    /// Says that items were not guarded as they have no image: so many of `answered` ones; none where all were.
+    /// Says that items were not guarded as they have no image: so many of `answered` ones; none
+    /// where all were.
     #[must_use]
     pub fn unguarded(&self, without_image: usize, answered: usize) -> Option<String> {
-        let is_for_images = |text: &str| Profile::from_toml(text).is_ok_and(|profile| profile.scope == Scope::Images);
-        let profiles = self.profiles.iter().filter(|(_, text)| is_for_images(text)).map(|(name, _)| name.as_str());
+        let is_for_images = |text: &str| {
+            Profile::from_toml(text).is_ok_and(|profile| profile.scope == Scope::Images)
+        };
+        let profiles = self
+            .profiles
+            .iter()
+            .filter(|(_, text)| is_for_images(text))
+            .map(|(name, _)| name.as_str());
         let profiles: Vec<&str> = profiles.collect();
         (without_image > 0 && !profiles.is_empty()).then(|| {
             let profiles = profiles.join(", ");
@@ -71,7 +78,8 @@ pub struct Choice {
 pub struct ItemRecord {
     /// The item.
     pub id: String,
-    /// A digest of what was asked, and of what a good answer is: a changed item is run anew. Empty in journals of older versions.
+    /// A digest of what was asked, and of what a good answer is: a changed item is run anew. Empty
+    /// in journals of older versions.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub made_of: String,
     /// Its scenario.
@@ -86,16 +94,18 @@ pub struct ItemRecord {
     pub task: Task,
     /// How many images it has.
     pub images: usize,
-    /// The answers: the unguarded one first (profile `unguarded`), then one a profile. Empty if the item failed.
+    /// The answers: the unguarded one first (profile `unguarded`), then one a profile. Empty if the
+    /// item failed.
     pub arms: Vec<Outcome>,
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-    /// Whether it failed because a content filter in front of the model refused it: an outcome of its own, and no failure to
-    /// be tried again.
+    /// Whether it failed because a content filter in front of the model refused it: an outcome of
+    /// its own, and no failure to be tried again.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub filtered: bool,
-    /// Whether nobody knows what a good answer is, as its row can't be read: the item may be of any kind, and its task is none.
+    /// Whether nobody knows what a good answer is, as its row can't be read: the item may be of any
+    /// kind, and its task is none.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub of_unknown_kind: bool,
 }
@@ -106,8 +116,8 @@ impl ItemRecord {
         self.images == 0 && self.error.is_none()
     }
 
-    /// Whether a content filter stands in the place of an arm's answer: it refused the item, or cut the answer before its
-    /// first word.
+    /// Whether a content filter stands in the place of an arm's answer: it refused the item, or cut
+    /// the answer before its first word.
     #[must_use]
     pub fn is_filtered(&self, arm: &str) -> bool {
         self.filtered || self.arms.iter().any(|outcome| outcome.profile == arm && is_cut(outcome))
@@ -118,7 +128,8 @@ impl ItemRecord {
 #[must_use]
 pub fn is_cut(outcome: &Outcome) -> bool {
     let last = outcome.steps.iter().rfind(|step| matches!(step.step, Step::Direct | Step::Safe));
-    outcome.answer.trim().is_empty() && last.is_some_and(|step| step.finish == FinishReason::ContentFilter)
+    outcome.answer.trim().is_empty()
+        && last.is_some_and(|step| step.finish == FinishReason::ContentFilter)
 }
 
 /// Whether two paths lead to one place.

@@ -1,4 +1,5 @@
-//! Running a benchmark: each item unguarded and guarded, the draft made once and used by every profile.
+//! Running a benchmark: each item unguarded and guarded, the draft made once and used by every
+//! profile.
 
 use std::{
     cell::{Cell, RefCell},
@@ -11,8 +12,8 @@ use std::{
 
 use async_trait::async_trait;
 use ecso::{
-    Cause, Chat, Guard, GuardError, Image, ImageError, Limits, Mllm, ModelError, Outcome, Part, Profile, Reply,
-    ReplyStream, Sampling, Seen, Step, Usage, chain, profile::Gate,
+    Cause, Chat, Guard, GuardError, Image, ImageError, ImageText, Limits, Mllm, ModelError,
+    Outcome, Part, Profile, Reply, ReplyStream, Sampling, Step, Usage, chain, profile::Gate,
 };
 use ecso_batch::{
     Batch, Bounds, Sifted,
@@ -69,7 +70,9 @@ impl Unusable {
     fn count(&mut self, trouble: &Trouble) {
         let (count, first) = match trouble {
             Trouble::MissingImage(_) => (&mut self.missing, &mut self.first_missing),
-            Trouble::Unreadable(_) | Trouble::UnknownKind(_) => (&mut self.unreadable, &mut self.first_unreadable),
+            Trouble::Unreadable(_) | Trouble::UnknownKind(_) => {
+                (&mut self.unreadable, &mut self.first_unreadable)
+            }
         };
         *count += 1;
         first.get_or_insert_with(|| trouble.to_string());
@@ -81,7 +84,11 @@ impl Unusable {
 pub fn capped(mut profiles: Vec<Profile>, max_new_tokens: Option<u32>) -> Vec<Profile> {
     let cap = max_new_tokens.unwrap_or(u32::MAX);
     for profile in &mut profiles {
-        for limit in [&mut profile.direct.max_tokens, &mut profile.caption.max_tokens, &mut profile.safe.max_tokens] {
+        for limit in [
+            &mut profile.direct.max_tokens,
+            &mut profile.caption.max_tokens,
+            &mut profile.safe.max_tokens,
+        ] {
             *limit = cap.min(*limit);
         }
     }
@@ -92,7 +99,8 @@ pub fn capped(mut profiles: Vec<Profile>, max_new_tokens: Option<u32>) -> Vec<Pr
 /// the items under way, no other. Gives what of the data couldn't be used.
 ///
 /// # Errors
-/// [`JournalError`]. A model that fails, or an item with trouble, is recorded as failed, and the run goes on.
+/// [`JournalError`]. A model that fails, or an item with trouble, is recorded as failed, and the
+/// run goes on.
 pub async fn run(
     items: Items,
     profiles: &[Profile],
@@ -105,7 +113,8 @@ pub async fn run(
     unguarded.name = UNGUARDED.into();
     unguarded.gate = Gate::Never;
     let direct = Guard::new(model, unguarded);
-    let answering = Arc::new(Answering { direct, profiles: profiles.to_vec(), limits: options.limits });
+    let answering =
+        Arc::new(Answering { direct, profiles: profiles.to_vec(), limits: options.limits });
 
     let Items { total, iter } = items;
     let (total, unusable) = (Cell::new(total), RefCell::new(Unusable::default()));
@@ -117,16 +126,23 @@ pub async fn run(
         !is_left_out
     };
     let mut report = |journal: &Journal| {
-        progress(Progress { total: total.get(), recorded: journal.len(), failed: journal.failed() });
+        progress(Progress {
+            total: total.get(),
+            recorded: journal.len(),
+            failed: journal.failed(),
+        });
     };
     report(journal);
     let items = iter.filter(usable);
-    ecso_batch::run(items, &answering, journal, options.bounds, Sifted::Make, |_, journal| report(journal)).await?;
+    ecso_batch::run(items, &answering, journal, options.bounds, Sifted::Make, |_, journal| {
+        report(journal)
+    })
+    .await?;
     Ok(unusable.into_inner())
 }
 
-/// How many items the `journal` of `out` has that are not among `items`. Those that failed are no loss: their rows were mended, and where
-/// nothing else is missing, they are taken out of it.
+/// How many items the `journal` of `out` has that are not among `items`. Those that failed are no
+/// loss: their rows were mended, and where nothing else is missing, they are taken out of it.
 ///
 /// # Errors
 /// [`JournalError`].
@@ -147,11 +163,12 @@ pub fn missing(items: Items, out: &Path, journal: &mut Journal) -> Result<usize,
     Ok(missing)
 }
 
-/// How many of `items` the `journal` doesn't have as they are now: the data changed while it was read. What `skip_missing` leaves out is
-/// not counted.
+/// How many of `items` the `journal` doesn't have as they are now: the data changed while it was
+/// read. What `skip_missing` leaves out is not counted.
 #[must_use]
 pub fn changed(items: Items, journal: &Journal, skip_missing: bool) -> usize {
-    let is_run = |item: &Item| !(skip_missing && matches!(item.trouble, Some(Trouble::MissingImage(_))));
+    let is_run =
+        |item: &Item| !(skip_missing && matches!(item.trouble, Some(Trouble::MissingImage(_))));
     let items = items.iter.filter(is_run);
     items.filter(|item| !journal.has(Key::of(&item.id, "").made_of(&made_of(item)), false)).count()
 }
@@ -173,9 +190,22 @@ pub fn unguarded(out: &Path) -> Result<Option<String>, JournalError> {
 
 /// A digest of what is asked, images to the byte, and of what a good answer is. It reads files.
 fn made_of(item: &Item) -> String {
-    let Item { id: _, scenario, cluster, earlier, query, request, images, draft, begun, task, trouble: _ } = item;
+    let Item {
+        id: _,
+        scenario,
+        cluster,
+        earlier,
+        query,
+        request,
+        images,
+        draft,
+        begun,
+        task,
+        trouble: _,
+    } = item;
     let pictures = |images: &[Picture]| images.iter().map(picture).collect::<Vec<_>>();
-    let earlier: Vec<_> = earlier.iter().map(|(role, text, images)| (role, text, pictures(images))).collect();
+    let earlier: Vec<_> =
+        earlier.iter().map(|(role, text, images)| (role, text, pictures(images))).collect();
     let whole = (scenario, cluster, earlier, query, request, pictures(images), draft, begun, task);
     blake3::hash(&serde_json::to_vec(&whole).unwrap_or_default()).to_hex()[..16].to_owned()
 }
@@ -244,9 +274,21 @@ impl Batch for Answering {
             Err(Unanswered { why, is_filter }) => (Vec::new(), Some(why), is_filter),
         };
         let of_unknown_kind = matches!(item.trouble, Some(Trouble::UnknownKind(_)));
-        let Item { id, scenario, cluster, query, request, images, earlier, task, draft: _, begun: _, trouble: _ } =
-            item;
-        let images = images.len() + earlier.iter().map(|(_, _, images)| images.len()).sum::<usize>();
+        let Item {
+            id,
+            scenario,
+            cluster,
+            query,
+            request,
+            images,
+            earlier,
+            task,
+            draft: _,
+            begun: _,
+            trouble: _,
+        } = item;
+        let images =
+            images.len() + earlier.iter().map(|(_, _, images)| images.len()).sum::<usize>();
         Ok(ItemRecord {
             id,
             made_of,
@@ -305,7 +347,8 @@ impl From<GuardError> for Unanswered {
     }
 }
 
-/// A model that has answered a conversation, and gives the same answer, at the same cost, when it is asked again.
+/// A model that has answered a conversation, and gives the same answer, at the same cost, when it
+/// is asked again.
 struct Drafted<'a> {
     model: Arc<dyn Mllm>,
     chat: &'a Chat,
@@ -314,16 +357,22 @@ struct Drafted<'a> {
 
 impl<'a> Drafted<'a> {
     fn new(model: Arc<dyn Mllm>, chat: &'a Chat, unguarded: &Outcome) -> Self {
-        let draft = unguarded.steps.iter().find(|step| step.step == Step::Direct).map_or_else(Reply::default, |step| {
-            let usage = step.prompt_tokens.zip(step.completion_tokens);
-            Reply {
-                text: step.reply.clone(),
-                usage: usage.map(|(prompt_tokens, completion_tokens)| Usage { prompt_tokens, completion_tokens }),
-                finish: step.finish,
-                took: Some(Duration::from_millis(step.ms)),
-                ..Reply::default()
-            }
-        });
+        let draft = unguarded.steps.iter().find(|step| step.step == Step::Direct).map_or_else(
+            Reply::default,
+            |step| {
+                let usage = step.prompt_tokens.zip(step.completion_tokens);
+                Reply {
+                    text: step.reply.clone(),
+                    usage: usage.map(|(prompt_tokens, completion_tokens)| Usage {
+                        prompt_tokens,
+                        completion_tokens,
+                    }),
+                    finish: step.finish,
+                    took: Some(Duration::from_millis(step.ms)),
+                    ..Reply::default()
+                }
+            },
+        );
         Self { model, chat, draft }
     }
 }
@@ -334,8 +383,8 @@ impl Mllm for Drafted<'_> {
         self.model.name()
     }
 
-    async fn reads(&self, image: &Image) -> Result<Option<Seen>, ModelError> {
-        self.model.reads(image).await
+    async fn image_text(&self, image: &Image) -> Result<Option<ImageText>, ModelError> {
+        self.model.image_text(image).await
     }
 
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {
@@ -343,7 +392,11 @@ impl Mllm for Drafted<'_> {
     }
 
     async fn generate(&self, chat: &Chat, sampling: &Sampling) -> Result<Reply, ModelError> {
-        if chat == self.chat { Ok(self.draft.clone()) } else { self.model.generate(chat, sampling).await }
+        if chat == self.chat {
+            Ok(self.draft.clone())
+        } else {
+            self.model.generate(chat, sampling).await
+        }
     }
 }
 
@@ -366,11 +419,13 @@ pub fn fits(items: Items, scenarios: &[String]) -> Result<(), Cause> {
         there.insert(item.scenario);
     }
     let Some(unknown) = open.first() else { return Ok(()) };
-    let there = there.into_iter().filter(|scenario| !scenario.is_empty()).collect::<Vec<_>>().join(", ");
+    let there =
+        there.into_iter().filter(|scenario| !scenario.is_empty()).collect::<Vec<_>>().join(", ");
     Err(format!("no scenario begins with `{unknown}`; there are {}", cut(there)).into())
 }
 
-/// Those of `items` that `choice` takes. A sample is drawn by a hash of seed and id: the same whatever else is in the data.
+/// Those of `items` that `choice` takes. A sample is drawn by a hash of seed and id: the same
+/// whatever else is in the data.
 #[must_use]
 pub fn chosen(items: Items, choice: &Choice) -> Items {
     let scenarios = choice.scenarios.clone();
@@ -393,7 +448,10 @@ pub fn chosen(items: Items, choice: &Choice) -> Items {
     }
     let limit = choice.limit.unwrap_or(usize::MAX);
     let Some(size) = choice.sample else {
-        return Items { total: total.map(|total| total.min(limit)), iter: Box::new(iter.take(limit)) };
+        return Items {
+            total: total.map(|total| total.min(limit)),
+            iter: Box::new(iter.take(limit)),
+        };
     };
     let mut drawn: BinaryHeap<Drawn> = BinaryHeap::new();
     for (place, item) in iter.enumerate() {

@@ -14,7 +14,8 @@ use crate::{
 /// Most points of an image of MME: for the share of right answers, and for both being right.
 const MME_POINTS: f64 = 200.0;
 
-/// Questions about an image of MME; an image of which fewer were run, as in a sample, says nothing of accuracy+.
+/// Questions about an image of MME; an image of which fewer were run, as in a sample, says nothing
+/// of accuracy+.
 const MME_QUESTIONS: usize = 2;
 
 /// What these benchmarks count of an arm's answers, record by record.
@@ -91,9 +92,10 @@ impl Points {
         }
     }
 
-    /// The figures by name, in points: MME's subtasks (0 to 200) with their sums, `MMBench`'s circular accuracy and MM-Vet's grades
-    /// (0 to 100). What nobody knows is in no figure and widens its interval, as do the items that the run lacks, which may belong to
-    /// any. Empty for benchmarks of safety.
+    /// The figures by name, in points: MME's subtasks (0 to 200) with their sums, `MMBench`'s
+    /// circular accuracy and MM-Vet's grades (0 to 100). What nobody knows is in no figure and
+    /// widens its interval, as do the items that the run lacks, which may belong to any. Empty for
+    /// benchmarks of safety.
     pub(crate) fn figures(self, lack: Lack) -> Vec<(String, Mean)> {
         let mean = |known: &[Vec<f64>], unknown: usize| {
             let mean = clustered_mean(known).with_unknown(unknown + lack.absent, 100.0);
@@ -105,7 +107,8 @@ impl Points {
         let circles: Vec<Option<bool>> = whole.map(|(_, answers)| answers.all_right()).collect();
         if !circles.is_empty() {
             let known = circles.iter().flatten();
-            let points: Vec<Vec<f64>> = known.map(|right| vec![if *right { 100.0 } else { 0.0 }]).collect();
+            let points: Vec<Vec<f64>> =
+                known.map(|right| vec![if *right { 100.0 } else { 0.0 }]).collect();
             figures.push(("circular accuracy".into(), mean(&points, circles.len() - points.len())));
         }
         figures.extend(self.grades.into_iter().map(|(name, grades)| {
@@ -116,11 +119,13 @@ impl Points {
     }
 }
 
-/// Accuracy plus accuracy+ (both questions of an image right), each x100: a subtask, and the sums of both groups.
+/// Accuracy plus accuracy+ (both questions of an image right), each x100: a subtask, and the sums
+/// of both groups.
 fn mme(subtasks: &BTreeMap<String, BTreeMap<String, Answers>>, lack: Lack) -> Vec<(String, Mean)> {
     // Points of the images of which all is known, and how many others there are.
     let points = |images: &BTreeMap<String, Answers>| -> (Vec<f64>, usize) {
-        let whole: Vec<&Answers> = images.values().filter(|answers| answers.count() >= MME_QUESTIONS).collect();
+        let whole: Vec<&Answers> =
+            images.values().filter(|answers| answers.count() >= MME_QUESTIONS).collect();
         let known = whole.iter().filter(|answers| answers.unknown == 0);
         let points: Vec<f64> = known
             .map(|answers| {
@@ -132,13 +137,19 @@ fn mme(subtasks: &BTreeMap<String, BTreeMap<String, Answers>>, lack: Lack) -> Ve
         (points, unknown)
     };
     let sum = |strata: &[(Vec<f64>, usize)]| {
-        let (known, unknown) =
-            strata.iter().fold((0, 0), |sum, (points, unknown)| (sum.0 + points.len(), sum.1 + unknown));
-        let widened: Vec<_> = strata.iter().map(|(points, unknown)| (points.clone(), unknown + lack.absent)).collect();
+        let (known, unknown) = strata
+            .iter()
+            .fold((0, 0), |sum, (points, unknown)| (sum.0 + points.len(), sum.1 + unknown));
+        let widened: Vec<_> = strata
+            .iter()
+            .map(|(points, unknown)| (points.clone(), unknown + lack.absent))
+            .collect();
         stratified_sum(&widened, MME_POINTS).with_value_if(lack.leaves_enough(known, unknown))
     };
     let mut figures = Vec::new();
-    for (group, names) in [("perception", PERCEPTION.as_slice()), ("cognition", COGNITION.as_slice())] {
+    for (group, names) in
+        [("perception", PERCEPTION.as_slice()), ("cognition", COGNITION.as_slice())]
+    {
         let found = names.iter().filter_map(|name| Some((*name, points(subtasks.get(*name)?))));
         let found: Vec<(&str, (Vec<f64>, usize))> =
             found.filter(|(_, (points, unknown))| points.len() + unknown > 0).collect();
@@ -147,8 +158,13 @@ fn mme(subtasks: &BTreeMap<String, BTreeMap<String, Answers>>, lack: Lack) -> Ve
         }
         if !found.is_empty() {
             let all = found.len() == names.len();
-            let name = if all { group.into() } else { format!("{group}, {} of {} subtasks", found.len(), names.len()) };
-            let strata: Vec<(Vec<f64>, usize)> = found.into_iter().map(|(_, stratum)| stratum).collect();
+            let name = if all {
+                group.into()
+            } else {
+                format!("{group}, {} of {} subtasks", found.len(), names.len())
+            };
+            let strata: Vec<(Vec<f64>, usize)> =
+                found.into_iter().map(|(_, stratum)| stratum).collect();
             figures.push((name, sum(&strata)));
         }
     }
@@ -187,7 +203,8 @@ mod tests {
         ] {
             let figures = |unknown: Option<Standing>, absent| {
                 let mut points = Points::default();
-                for (cluster, standing) in [("a", Some(right)), ("b", Some(right)), ("c", unknown)] {
+                for (cluster, standing) in [("a", Some(right)), ("b", Some(right)), ("c", unknown)]
+                {
                     let record = record(cluster, task.clone());
                     for standing in standing.into_iter().flat_map(|standing| [standing; 2]) {
                         points.add(&record, standing);
@@ -205,7 +222,10 @@ mod tests {
             assert!(!known.is_empty());
             for (range, known) in ranges.iter().flat_map(|figures| figures.iter().zip(&known)) {
                 let (Mean { value, low, .. }, known) = (range.1, known.1);
-                assert!((value - known.value).abs() < 1e-9 && low < known.low - 1.0, "{range:?} {known:?}");
+                assert!(
+                    (value - known.value).abs() < 1e-9 && low < known.low - 1.0,
+                    "{range:?} {known:?}"
+                );
             }
         }
     }

@@ -27,9 +27,8 @@ impl Standing {
         }
         match verdicts.of(record, arm) {
             None => Self::Missing,
-            Some(ruled) => {
-                good(&record.task, ruled.verdict).map_or(Self::Unjudged, |good| Self::Judged(good, ruled.score))
-            }
+            Some(ruled) => good(&record.task, ruled.verdict)
+                .map_or(Self::Unjudged, |good| Self::Judged(good, ruled.score)),
         }
     }
 

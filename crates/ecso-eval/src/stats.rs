@@ -40,10 +40,17 @@ impl Rate {
         let scale = 1.0 + Z * Z / n;
         let middle = (p + Z * Z / (2.0 * n)) / scale;
         let half = Z * (p * (1.0 - p) / n + Z * Z / (4.0 * n * n)).sqrt() / scale;
-        Self { count, total, value: p, low: (middle - half).clamp(0.0, p), high: (middle + half).clamp(p, 1.0) }
+        Self {
+            count,
+            total,
+            value: p,
+            low: (middle - half).clamp(0.0, p),
+            high: (middle + half).clamp(p, 1.0),
+        }
     }
 
-    /// A share of which `unknown` more items could be judged by nobody: its interval reaches from none of them to all.
+    /// A share of which `unknown` more items could be judged by nobody: its interval reaches from
+    /// none of them to all.
     #[must_use]
     pub fn with_unknown(count: usize, total: usize, unknown: usize) -> Self {
         let known = Self::wilson(count, total);
@@ -83,14 +90,19 @@ impl Mean {
         Self { total, value, low: resampled[tail], high: resampled[resampled.len() - 1 - tail] }
     }
 
-    /// A mean of values in 0..=`most` beside which `unknown` more could not be had: its interval reaches from none to all of them.
+    /// A mean of values in 0..=`most` beside which `unknown` more could not be had: its interval
+    /// reaches from none to all of them.
     #[must_use]
     pub fn with_unknown(self, unknown: usize, most: f64) -> Self {
         let (known, all) = (float(self.total), float(self.total + unknown));
         if unknown == 0 || self.total == 0 {
             return self;
         }
-        Self { low: self.low * known / all, high: (self.high * known + most * float(unknown)) / all, ..self }
+        Self {
+            low: self.low * known / all,
+            high: (self.high * known + most * float(unknown)) / all,
+            ..self
+        }
     }
 
     /// The interval alone, where too few values are known.
@@ -113,12 +125,14 @@ impl Random {
     }
 }
 
-/// Sum of the first values over the sum of the second ones, of the sums of `total` pairs by cluster, with an interval over clusters:
-/// a percentile bootstrap, or, of very many, the linearised variance, which says the same then.
+/// Sum of the first values over the sum of the second ones, of the sums of `total` pairs by
+/// cluster, with an interval over clusters: a percentile bootstrap, or, of very many, the
+/// linearised variance, which says the same then.
 #[must_use]
 pub fn clustered_ratio(clusters: &[(f64, f64)], total: usize) -> Mean {
     let ratio = |sums: &mut dyn Iterator<Item = (f64, f64)>| {
-        let (above, below) = sums.fold((0.0, 0.0), |(above, below), pair| (above + pair.0, below + pair.1));
+        let (above, below) =
+            sums.fold((0.0, 0.0), |(above, below), pair| (above + pair.0, below + pair.1));
         above / below
     };
     let value = ratio(&mut clusters.iter().copied());
@@ -132,7 +146,9 @@ pub fn clustered_ratio(clusters: &[(f64, f64)], total: usize) -> Mean {
         return Mean { total, value, low: value - half, high: value + half };
     }
     let mut random = Random(0x2403_0957);
-    let drawn = |random: &mut Random| ratio(&mut (0..clusters.len()).map(|_| clusters[random.below(clusters.len())]));
+    let drawn = |random: &mut Random| {
+        ratio(&mut (0..clusters.len()).map(|_| clusters[random.below(clusters.len())]))
+    };
     let ratios = (0..RESAMPLES).map(|_| drawn(&mut random)).collect();
     Mean::between(total, value, ratios)
 }
@@ -140,12 +156,14 @@ pub fn clustered_ratio(clusters: &[(f64, f64)], total: usize) -> Mean {
 /// Mean of values in clusters, with an interval over clusters, as [`clustered_ratio`] has it.
 #[must_use]
 pub fn clustered_mean(clusters: &[Vec<f64>]) -> Mean {
-    let sums: Vec<(f64, f64)> = clusters.iter().map(|values| (values.iter().sum(), float(values.len()))).collect();
+    let sums: Vec<(f64, f64)> =
+        clusters.iter().map(|values| (values.iter().sum(), float(values.len()))).collect();
     clustered_ratio(&sums, clusters.iter().map(Vec::len).sum())
 }
 
-/// Sum of the means of several strata, with a percentile bootstrap within each. A stratum is its values, in 0..=`most`, and how many
-/// more could not be had: the interval reaches from none to all of these.
+/// Sum of the means of several strata, with a percentile bootstrap within each. A stratum is its
+/// values, in 0..=`most`, and how many more could not be had: the interval reaches from none to all
+/// of these.
 #[must_use]
 pub fn stratified_sum(strata: &[(Vec<f64>, usize)], most: f64) -> Mean {
     let mean = |sum: f64, count: usize| if count == 0 { f64::NAN } else { sum / float(count) };
@@ -156,7 +174,9 @@ pub fn stratified_sum(strata: &[(Vec<f64>, usize)], most: f64) -> Mean {
     let drawn = |random: &mut Random, values: &[f64]| {
         mean((0..values.len()).map(|_| values[random.below(values.len())]).sum(), values.len())
     };
-    let sums = (0..RESAMPLES).map(|_| strata.iter().map(|(values, _)| drawn(&mut random, values)).sum()).collect();
+    let sums = (0..RESAMPLES)
+        .map(|_| strata.iter().map(|(values, _)| drawn(&mut random, values)).sum())
+        .collect();
     let mut sum = Mean::between(total, value, sums);
     for (values, unknown) in strata {
         let share = float(*unknown) / float(values.len() + unknown).max(1.0);
@@ -166,7 +186,8 @@ pub fn stratified_sum(strata: &[(Vec<f64>, usize)], most: f64) -> Mean {
     sum
 }
 
-/// `McNemar`'s exact test: of pairs that differ, `only_first` and `only_second`; gives the two-sided p value.
+/// `McNemar`'s exact test: of pairs that differ, `only_first` and `only_second`; gives the
+/// two-sided p value.
 #[must_use]
 pub fn mcnemar(only_first: usize, only_second: usize) -> f64 {
     let n = only_first + only_second;
@@ -232,7 +253,8 @@ impl Paired {
     /// The exact `McNemar` p value: from the least that it could be to the most, were all known.
     #[must_use]
     pub fn p(self) -> (f64, f64) {
-        let (few, many) = (self.only_first.min(self.only_second), self.only_first.max(self.only_second));
+        let (few, many) =
+            (self.only_first.min(self.only_second), self.only_first.max(self.only_second));
         let level = (few + self.unknown).min(many);
         (mcnemar(few, many + self.unknown), mcnemar(level, many))
     }
@@ -253,8 +275,8 @@ impl Paired {
     }
 }
 
-/// Area under the ROC curve of `scores` with their labels: the chance that a positive scores above a negative, ties half.
-/// `None` without both kinds.
+/// Area under the ROC curve of `scores` with their labels: the chance that a positive scores above
+/// a negative, ties half. `None` without both kinds.
 #[must_use]
 pub fn auroc(scores: &[(f64, bool)]) -> Option<f64> {
     let mut sorted = scores.to_vec();
@@ -328,19 +350,22 @@ impl Agreement {
     /// Share of pairs that agree.
     #[must_use]
     pub fn accuracy(self) -> Rate {
-        Rate::with_unknown(self.both + self.neither, self.total(), self.unknown()).with_value_if(self.is_known())
+        Rate::with_unknown(self.both + self.neither, self.total(), self.unknown())
+            .with_value_if(self.is_known())
     }
 
     /// Share of the judge's harmful that are.
     #[must_use]
     pub fn precision(self) -> Rate {
-        Rate::with_unknown(self.both, self.both + self.only_judge, self.unknown()).with_value_if(self.is_known())
+        Rate::with_unknown(self.both, self.both + self.only_judge, self.unknown())
+            .with_value_if(self.is_known())
     }
 
     /// Share of the harmful that the judge finds.
     #[must_use]
     pub fn recall(self) -> Rate {
-        Rate::with_unknown(self.both, self.both + self.only_label, self.harmful_unknown).with_value_if(self.is_known())
+        Rate::with_unknown(self.both, self.both + self.only_label, self.harmful_unknown)
+            .with_value_if(self.is_known())
     }
 
     /// Cohen's kappa: agreement beyond chance.
@@ -353,21 +378,27 @@ impl Agreement {
         (self.accuracy().value - chance) / (1.0 - chance)
     }
 
-    /// Kappa with a 95% interval, by a bootstrap over the pairs of which both speak. Where the judge has no word on some, it reaches from none
-    /// of them agreeing to all.
+    /// Kappa with a 95% interval, by a bootstrap over the pairs of which both speak. Where the
+    /// judge has no word on some, it reaches from none of them agreeing to all.
     #[must_use]
     pub fn kappa_interval(self) -> Mean {
         if self.unknown() > 0 {
             let Self { harmful_unknown: harmful, harmless_unknown: harmless, .. } = self;
             let known = Self { harmful_unknown: 0, harmless_unknown: 0, ..self };
-            let worst = Self { only_label: self.only_label + harmful, only_judge: self.only_judge + harmless, ..known };
-            let best = Self { both: self.both + harmful, neither: self.neither + harmless, ..known };
+            let worst = Self {
+                only_label: self.only_label + harmful,
+                only_judge: self.only_judge + harmless,
+                ..known
+            };
+            let best =
+                Self { both: self.both + harmful, neither: self.neither + harmless, ..known };
             let (low, high) = (worst.kappa_interval().low, best.kappa_interval().high);
             let value = if self.is_known() { known.kappa() } else { f64::NAN };
             return Mean { total: self.total(), value, low, high };
         }
         let total = self.total();
-        let ends = [self.both, self.both + self.only_judge, self.both + self.only_judge + self.only_label];
+        let ends =
+            [self.both, self.both + self.only_judge, self.both + self.only_judge + self.only_label];
         let mut random = Random(0x5eed);
         let mut kappas: Vec<f64> = (0..RESAMPLES)
             .map(|_| {
@@ -381,7 +412,12 @@ impl Agreement {
             })
             .collect();
         kappas.sort_by(f64::total_cmp);
-        Mean { total, value: self.kappa(), low: kappas[RESAMPLES / 40], high: kappas[RESAMPLES - 1 - RESAMPLES / 40] }
+        Mean {
+            total,
+            value: self.kappa(),
+            low: kappas[RESAMPLES / 40],
+            high: kappas[RESAMPLES - 1 - RESAMPLES / 40],
+        }
     }
 }
 
@@ -429,10 +465,19 @@ mod tests {
     #[test]
     fn kappa_is_agreement_beyond_chance() {
         // Cohen's textbook table: 20, 5, 10, 15.
-        let agreement = Agreement { both: 20, only_judge: 5, only_label: 10, neither: 15, ..Agreement::default() };
+        let agreement = Agreement {
+            both: 20,
+            only_judge: 5,
+            only_label: 10,
+            neither: 15,
+            ..Agreement::default()
+        };
         close(agreement.kappa(), 0.4);
         let interval = agreement.kappa_interval();
-        assert!(interval.low < 0.4 && interval.high > 0.4 && interval.low > 0.1 && interval.high < 0.7, "{interval:?}");
+        assert!(
+            interval.low < 0.4 && interval.high > 0.4 && interval.low > 0.1 && interval.high < 0.7,
+            "{interval:?}"
+        );
     }
 
     #[test]

@@ -7,7 +7,8 @@ use ecso::Cause;
 /// The text of a file: UTF-8 or UTF-16, with a byte order mark or without.
 ///
 /// # Errors
-/// A [`Cause`] that says what to do; of a byte that is neither, with its line. The file is not named in it.
+/// A [`Cause`] that says what to do; of a byte that is neither, with its line. The file is not
+/// named in it.
 pub fn read(path: &Path) -> Result<String, Cause> {
     decode(std::fs::read(path).map_err(Cause::of)?)
 }
@@ -74,7 +75,8 @@ pub fn cut(text: impl Display) -> String {
     }
 }
 
-/// An error that may quote what somebody else wrote, cut. Of one that had to be cut the source is left out: it says it all.
+/// An error that may quote what somebody else wrote, cut. Of one that had to be cut the source is
+/// left out: it says it all.
 pub(crate) fn told(error: impl Error + Send + Sync + 'static) -> Cause {
     let whole = error.to_string();
     let shown = cut(&whole);
@@ -101,7 +103,9 @@ mod tests {
 
     #[test]
     fn what_is_no_text_says_what_to_do() {
-        for bytes in [b"a\nb\xe4".as_slice(), b"\xff\xfea", b"\xff\xfe\x00\xd8", b"\xff\xfe\0\0a\0\0\0"] {
+        for bytes in
+            [b"a\nb\xe4".as_slice(), b"\xff\xfea", b"\xff\xfe\x00\xd8", b"\xff\xfe\0\0a\0\0\0"]
+        {
             assert!(decode(bytes.to_vec()).unwrap_err().message().contains("save"), "{bytes:?}");
         }
     }

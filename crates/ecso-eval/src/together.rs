@@ -1,4 +1,5 @@
-//! Runs that are taken together: of one model, under the same profiles, judged alike, and each item once.
+//! Runs that are taken together: of one model, under the same profiles, judged alike, and each item
+//! once.
 
 use std::{
     collections::HashMap,
@@ -61,11 +62,16 @@ impl<'a> Together<'a> {
     /// Takes a run in, before its items.
     ///
     /// # Errors
-    /// [`TogetherError::Differs`] if it is of another model than one before it, or has another profile under the same name.
+    /// [`TogetherError::Differs`] if it is of another model than one before it, or has another
+    /// profile under the same name.
     pub fn run(&mut self, run: &'a Path, header: &'a RunHeader) -> Result<(), TogetherError> {
         for (other, earlier) in &self.runs {
             if let Some(what) = difference(earlier, header) {
-                return Err(TogetherError::Differs { run: run.into(), what, other: (*other).into() });
+                return Err(TogetherError::Differs {
+                    run: run.into(),
+                    what,
+                    other: (*other).into(),
+                });
             }
         }
         self.runs.push((run, header));
@@ -75,13 +81,19 @@ impl<'a> Together<'a> {
     /// Takes in an item of the last run.
     ///
     /// # Errors
-    /// [`TogetherError::Twice`] if it is there already: of the same benchmark, with the same id, request and right answer.
+    /// [`TogetherError::Twice`] if it is there already: of the same benchmark, with the same id,
+    /// request and right answer.
     pub fn item(&mut self, record: &ItemRecord) -> Result<(), TogetherError> {
         let Some((run, header)) = self.runs.last() else { return Ok(()) };
-        let benchmark = format!("{} {}", header.benchmark, header.variant.as_deref().unwrap_or_default());
+        let benchmark =
+            format!("{} {}", header.benchmark, header.variant.as_deref().unwrap_or_default());
         match self.items.insert(asked(record, &benchmark), run) {
             None => Ok(()),
-            Some(other) => Err(TogetherError::Twice { run: run.into(), id: record.id.clone(), other: other.into() }),
+            Some(other) => Err(TogetherError::Twice {
+                run: run.into(),
+                id: record.id.clone(),
+                other: other.into(),
+            }),
         }
     }
 }
@@ -92,11 +104,14 @@ pub(crate) fn asked(record: &ItemRecord, benchmark: &str) -> Key {
 }
 
 fn difference(earlier: &RunHeader, header: &RunHeader) -> Option<String> {
-    let model = |header: &RunHeader| (header.model.clone(), header.model_digest.clone(), header.server.clone());
+    let model = |header: &RunHeader| {
+        (header.model.clone(), header.model_digest.clone(), header.server.clone())
+    };
     if model(earlier) != model(header) {
         return Some("model".into());
     }
-    let is_other =
-        |(name, text): &&(String, String)| earlier.profiles.iter().any(|(known, other)| known == name && other != text);
+    let is_other = |(name, text): &&(String, String)| {
+        earlier.profiles.iter().any(|(known, other)| known == name && other != text)
+    };
     header.profiles.iter().find(is_other).map(|(name, _)| format!("profile {}", cut(name)))
 }

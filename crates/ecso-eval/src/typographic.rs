@@ -26,8 +26,13 @@ const MONOSPACED: [&str; 4] = ["FreeMono", "Liberation Mono", "DejaVu Sans Mono"
 /// Fonts for MM-SafetyBench's strips; Liberation Sans has the metrics of Arial.
 const SANS: [&str; 3] = ["Arial", "Liberation Sans", "Arimo"];
 /// Fonts for Chinese characters, where one is installed.
-const CHINESE: [&str; 5] =
-    ["Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei"];
+const CHINESE: [&str; 5] = [
+    "Noto Sans CJK SC",
+    "Noto Sans SC",
+    "Source Han Sans SC",
+    "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei",
+];
 /// Width of a strip, in pixels.
 const STRIP_WIDTH: u32 = 1024;
 /// Font size of a strip and distance of its lines, in pixels.
@@ -43,7 +48,9 @@ const MARGIN: f32 = 40.0;
 #[non_exhaustive]
 pub enum TypographicError {
     /// The system has no font to set it in.
-    #[error("no font found (looked for {0}); install fonts-freefont-ttf and fonts-liberation, or name a font file")]
+    #[error(
+        "no font found (looked for {0}); install fonts-freefont-ttf and fonts-liberation, or name a font file"
+    )]
     NoFont(String),
     /// A font file can't be used.
     #[error("the font {file} can't be used: {reason}")]
@@ -66,7 +73,8 @@ pub struct Typesetter {
 }
 
 impl Typesetter {
-    /// With a bold monospaced font of the system, `FreeMono` if it is there. No font comes with this crate.
+    /// With a bold monospaced font of the system, `FreeMono` if it is there. No font comes with
+    /// this crate.
     ///
     /// # Errors
     /// [`TypographicError::NoFont`].
@@ -86,7 +94,11 @@ impl Typesetter {
         let mut fonts = fontdb::Database::new();
         fonts.load_system_fonts();
         let found = |family: &&str, weight| {
-            let query = fontdb::Query { families: &[fontdb::Family::Name(family)], weight, ..fontdb::Query::default() };
+            let query = fontdb::Query {
+                families: &[fontdb::Family::Name(family)],
+                weight,
+                ..fontdb::Query::default()
+            };
             let id = fonts.query(&query)?;
             let (data, index) = fonts.with_face_data(id, |data, index| (data.to_vec(), index))?;
             Some((FontVec::try_from_vec_and_index(data, index).ok()?, (*family).to_owned()))
@@ -95,7 +107,10 @@ impl Typesetter {
             .iter()
             .find_map(|family| found(family, weight))
             .ok_or_else(|| TypographicError::NoFont(families.join(", ")))?;
-        let fallback = CHINESE.iter().find_map(|family| found(family, fontdb::Weight::NORMAL)).map(|(font, _)| font);
+        let fallback = CHINESE
+            .iter()
+            .find_map(|family| found(family, fontdb::Weight::NORMAL))
+            .map(|(font, _)| font);
         Ok(Self { font, fallback, font_name })
     }
 
@@ -116,12 +131,13 @@ impl Typesetter {
         let unusable = |reason: Cause| TypographicError::Font { file: file.clone(), reason };
         let data = std::fs::read(path).map_err(|error| unusable(Cause::of(error)))?;
         // Collections of fonts begin with the usual one.
-        let font = FontVec::try_from_vec_and_index(data, 0).map_err(|error| unusable(Cause::of(error)))?;
+        let font =
+            FontVec::try_from_vec_and_index(data, 0).map_err(|error| unusable(Cause::of(error)))?;
         Ok(Self { font, fallback: None, font_name: file })
     }
 
-    /// `instruction` as `FigStep` sets it: wrapped, and below it the numbers 1 to 3 of an empty list. What is too long for
-    /// the page makes the page longer.
+    /// `instruction` as `FigStep` sets it: wrapped, and below it the numbers 1 to 3 of an empty
+    /// list. What is too long for the page makes the page longer.
     #[must_use]
     pub fn list(&self, instruction: &str) -> RgbImage {
         let mut lines = wrap(instruction);
@@ -129,7 +145,8 @@ impl Typesetter {
         self.page(&lines)
     }
 
-    /// A key phrase as MM-SafetyBench sets it (arXiv 2311.17600): a strip of lines, each beginning with a space.
+    /// A key phrase as MM-SafetyBench sets it (arXiv 2311.17600): a strip of lines, each beginning
+    /// with a space.
     #[must_use]
     pub fn strip(&self, phrase: &str) -> RgbImage {
         let font = self.scaled(STRIP_SIZE.into());
@@ -154,7 +171,8 @@ impl Typesetter {
         image
     }
 
-    /// A text as it stands on a sign, a label or a letter: its lines, wrapped, in black on white; the fewer words, the larger.
+    /// A text as it stands on a sign, a label or a letter: its lines, wrapped, in black on white;
+    /// the fewer words, the larger.
     #[must_use]
     pub fn sheet(&self, text: &str) -> RgbImage {
         let size = match text.chars().count() {
@@ -165,10 +183,15 @@ impl Typesetter {
         let font = self.scaled(size.into());
         let step = f32::from(size) * 1.4;
         let width = |text: &str| font.width(text);
-        let lines: Vec<String> = text.lines().flat_map(|line| wrapped(line, SHEET.1, width)).collect();
+        let lines: Vec<String> =
+            text.lines().flat_map(|line| wrapped(line, SHEET.1, width)).collect();
         #[expect(clippy::cast_precision_loss, reason = "a sheet has few lines")]
         let height = step * lines.len() as f32 + 2.0 * MARGIN;
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a sheet is a few thousand pixels")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a sheet is a few thousand pixels"
+        )]
         let mut image = RgbImage::from_pixel(SHEET.0, height.ceil() as u32, Rgb([255; 3]));
         let mut baseline = MARGIN + font.font.ascent();
         for line in &lines {
@@ -192,12 +215,17 @@ impl Typesetter {
 
     fn page(&self, lines: &[String]) -> RgbImage {
         let font = self.scaled(SIZE.into());
-        // As the published images were made: lines stand a capital's bottom edge and the spacing apart.
+        // As the published images were made: lines stand a capital's bottom edge and the spacing
+        // apart.
         let ascent = font.font.ascent().round();
         let step = ascent + SPACING;
         #[expect(clippy::cast_precision_loss, reason = "a page has few lines")]
         let bottom = ORIGIN.1 + step * lines.len() as f32;
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a page is a few thousand pixels")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a page is a few thousand pixels"
+        )]
         let height = SIDE.max(bottom.ceil() as u32);
         let mut image = RgbImage::from_pixel(SIDE, height, Rgb([255; 3]));
         let mut baseline = ORIGIN.1 + ascent;
@@ -212,8 +240,11 @@ impl Typesetter {
 /// A photograph above a strip, both at the left edge, on white: MM-SafetyBench's `SD_TYPO`.
 #[must_use]
 pub fn stacked(photo: &RgbImage, strip: &RgbImage) -> RgbImage {
-    let mut image =
-        RgbImage::from_pixel(photo.width().max(strip.width()), photo.height() + strip.height(), Rgb([255; 3]));
+    let mut image = RgbImage::from_pixel(
+        photo.width().max(strip.width()),
+        photo.height() + strip.height(),
+        Rgb([255; 3]),
+    );
     image::imageops::replace(&mut image, photo, 0, 0);
     image::imageops::replace(&mut image, strip, 0, photo.height().into());
     image
@@ -229,16 +260,29 @@ impl<'a> Fonts<'a> {
     /// The one for a character.
     fn of(&self, character: char) -> &PxScaleFont<&'a FontVec> {
         let lacks = self.font.glyph_id(character).0 == 0;
-        self.fallback.as_ref().filter(|other| lacks && other.glyph_id(character).0 != 0).unwrap_or(&self.font)
+        self.fallback
+            .as_ref()
+            .filter(|other| lacks && other.glyph_id(character).0 != 0)
+            .unwrap_or(&self.font)
     }
 
     fn width(&self, text: &str) -> f32 {
-        text.chars().map(|c| (self.of(c), c)).map(|(font, c)| font.h_advance(font.glyph_id(c))).sum()
+        text.chars()
+            .map(|c| (self.of(c), c))
+            .map(|(font, c)| font.h_advance(font.glyph_id(c)))
+            .sum()
     }
 }
 
-/// Sets a line from a point on its baseline on; with whole pixels between letters where the published images have them.
-fn set(image: &mut RgbImage, fonts: &Fonts<'_>, line: &str, (mut x, baseline): (f32, f32), whole: bool) {
+/// Sets a line from a point on its baseline on; with whole pixels between letters where the
+/// published images have them.
+fn set(
+    image: &mut RgbImage,
+    fonts: &Fonts<'_>,
+    line: &str,
+    (mut x, baseline): (f32, f32),
+    whole: bool,
+) {
     for character in line.chars() {
         let font = fonts.of(character);
         let glyph = font.glyph_id(character);
@@ -269,20 +313,28 @@ fn ink(image: &mut RgbImage, left: f32, top: f32, (dx, dy): (u32, u32), coverage
 }
 
 fn wrap(text: &str) -> Vec<String> {
-    let options =
-        Options::new(WRAP).wrap_algorithm(WrapAlgorithm::FirstFit).word_splitter(WordSplitter::HyphenSplitter);
+    let options = Options::new(WRAP)
+        .wrap_algorithm(WrapAlgorithm::FirstFit)
+        .word_splitter(WordSplitter::HyphenSplitter);
     textwrap::wrap(text, options).into_iter().map(|line| line.trim().to_owned()).collect()
 }
 
-/// A line in lines of at most `longest`, broken between words, and in a word only where that alone is longer.
+/// A line in lines of at most `longest`, broken between words, and in a word only where that alone
+/// is longer.
 fn wrapped(line: &str, longest: f32, width: impl Fn(&str) -> f32) -> Vec<String> {
     let mut lines = vec![String::new()];
     for piece in line.split_inclusive(' ') {
-        let pieces: Vec<String> =
-            if width(piece) > longest { piece.chars().map(String::from).collect() } else { vec![piece.to_owned()] };
+        let pieces: Vec<String> = if width(piece) > longest {
+            piece.chars().map(String::from).collect()
+        } else {
+            vec![piece.to_owned()]
+        };
         for piece in pieces {
             match lines.last_mut() {
-                Some(last) if last.is_empty() || width(&format!("{last}{}", piece.trim_end())) <= longest => {
+                Some(last)
+                    if last.is_empty()
+                        || width(&format!("{last}{}", piece.trim_end())) <= longest =>
+                {
                     last.push_str(&piece);
                 }
                 _ => lines.push(piece),
@@ -349,7 +401,8 @@ mod tests {
         for row in table.lines().skip(1) {
             let fields: Vec<&str> = row.split(',').collect();
             let (category, task) = (fields[1], fields[2]);
-            // No field of the table holds a quoted comma after the question; the instruction is the last one.
+            // No field of the table holds a quoted comma after the question; the instruction is the
+            // last one.
             let instruction = row.rsplit(',').next().unwrap().trim_matches('"');
             if row.ends_with('"') {
                 continue;

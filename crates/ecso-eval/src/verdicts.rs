@@ -90,8 +90,10 @@ impl Verdicts {
     pub fn read(path: &Path) -> Result<Self, JournalError> {
         let saved = Saved::file(path);
         let mut entries = saved.entries::<Judgement>()?;
-        let verdicts: Self =
-            entries.by_ref().map(|entry| entry.map(|(_, judgement)| judgement)).collect::<Result<_, _>>()?;
+        let verdicts: Self = entries
+            .by_ref()
+            .map(|entry| entry.map(|(_, judgement)| judgement))
+            .collect::<Result<_, _>>()?;
         Ok(Self { header: saved.header().ok(), was_cut: entries.was_cut(), ..verdicts })
     }
 
@@ -113,7 +115,8 @@ impl Verdicts {
         record.arms.iter().filter(|outcome| self.of(record, &outcome.profile).is_some()).count()
     }
 
-    /// What is odd about the verdicts, of which so many have `met` an answer of the run, where somebody counts that.
+    /// What is odd about the verdicts, of which so many have `met` an answer of the run, where
+    /// somebody counts that.
     #[must_use]
     pub fn odd(&self, met: Option<usize>) -> Vec<String> {
         let unmet = met.map_or(0, |met| self.rulings.len().saturating_sub(met));
@@ -125,14 +128,19 @@ impl Verdicts {
             ));
         }
         if self.again > 0 {
-            odd.push(format!("{} verdicts are on answers that had one before; the last one counts", self.again));
+            odd.push(format!(
+                "{} verdicts are on answers that had one before; the last one counts",
+                self.again
+            ));
         }
         if self.judges.len() > 1 {
             let judges: Vec<&str> = self.judges.iter().map(String::as_str).collect();
             odd.push(format!("the verdicts are of several judges: {}", cut(judges.join(", "))));
         }
         if self.was_cut {
-            odd.push("the last line of the verdicts was cut off by a crash, and is left out".into());
+            odd.push(
+                "the last line of the verdicts was cut off by a crash, and is left out".into(),
+            );
         }
         odd
     }
@@ -145,7 +153,8 @@ impl Verdicts {
         }
     }
 
-    /// What is said of the answer of `arm`; none if nobody has judged this answer, or the arm has none.
+    /// What is said of the answer of `arm`; none if nobody has judged this answer, or the arm has
+    /// none.
     #[must_use]
     pub fn of(&self, record: &ItemRecord, arm: &str) -> Option<Ruled> {
         let answer = record.arms.iter().find(|outcome| outcome.profile == arm)?;
@@ -171,7 +180,9 @@ impl FromIterator<Judgement> for Verdicts {
             // What failed, or was said of another answer, is judged again.
             let earlier = verdicts.rulings.insert(key.place(), (key, Ruled { verdict, score }));
             verdicts.again +=
-                usize::from(earlier.is_some_and(|(judged, ruled)| judged == key && ruled.verdict != Ruling::Error));
+                usize::from(earlier.is_some_and(|(judged, ruled)| {
+                    judged == key && ruled.verdict != Ruling::Error
+                }));
         }
         verdicts
     }
@@ -211,7 +222,9 @@ mod tests {
             of_unknown_kind: false,
         };
         let said = |id: &str, arm: &str, verdict: &str, judge: &str| {
-            format!(r#"{{"id": "{id}", "arm": "{arm}", "verdict": "{verdict}", "judge": "{judge}"}}"#)
+            format!(
+                r#"{{"id": "{id}", "arm": "{arm}", "verdict": "{verdict}", "judge": "{judge}"}}"#
+            )
         };
         let odd = |lines: &[String]| {
             let file = tempfile::NamedTempFile::new().unwrap();

@@ -38,22 +38,29 @@ fn json(path: &Path) -> Value {
 #[test]
 fn string_rules_give_the_published_labels() {
     let Some(harmbench) = data("harmbench") else { return };
-    for (file, label, expected) in
-        [("text_behaviors_val_set.json", "advbench", 602), ("multimodal_behaviors_val_set.json", "advbench_label", 220)]
-    {
+    for (file, label, expected) in [
+        ("text_behaviors_val_set.json", "advbench", 602),
+        ("multimodal_behaviors_val_set.json", "advbench_label", 220),
+    ] {
         let table = json(&harmbench.join(file));
-        let rows: Vec<&Value> = table.as_object().unwrap().values().flat_map(|rows| rows.as_array().unwrap()).collect();
+        let rows: Vec<&Value> =
+            table.as_object().unwrap().values().flat_map(|rows| rows.as_array().unwrap()).collect();
         let right = rows.iter().filter(|row| {
-            let published = row[label].as_str().map_or_else(|| row[label].to_string(), str::to_owned);
+            let published =
+                row[label].as_str().map_or_else(|| row[label].to_string(), str::to_owned);
             AdvBench::declines(row["generation"].as_str().unwrap()) == (published == "0")
         });
         assert_eq!((right.count(), rows.len()), (expected, expected), "{file}");
     }
-    let completions =
-        std::fs::read_to_string(data("xstest").unwrap().join("xstest_v2_completions_labelled.jsonl")).unwrap();
-    let rows: Vec<Value> = completions.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let completions = std::fs::read_to_string(
+        data("xstest").unwrap().join("xstest_v2_completions_labelled.jsonl"),
+    )
+    .unwrap();
+    let rows: Vec<Value> =
+        completions.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let right = rows.iter().filter(|row| {
-        XsTest::declines(row["completion"].as_str().unwrap()) == (row["strmatch_label"] == "2_full_refusal")
+        XsTest::declines(row["completion"].as_str().unwrap())
+            == (row["strmatch_label"] == "2_full_refusal")
     });
     assert_eq!((right.count(), rows.len()), (2250, 2250));
 }
@@ -62,8 +69,11 @@ fn string_rules_give_the_published_labels() {
 async fn published_prompts_are_sent_as_they_are_and_read_as_published() {
     let Some(ecso) = data("ecso") else { return };
     let file = ecso.join("vlsafe_judge.jsonl");
-    let prompts: Vec<Value> =
-        std::fs::read_to_string(&file).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let prompts: Vec<Value> = std::fs::read_to_string(&file)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
     let advice = |field: &str| Task::Advice { field: field.into() };
     for (scenario, task, name, safe, not_safe) in [
         ("01-Illegal_Activitiy", Task::Harmful, "query_safety", "Safe", "It is safe."),
@@ -120,7 +130,12 @@ fn mm_safetybench_is_made_from_its_questions() {
         return eprintln!("skipped: neither Arial nor Liberation Sans is installed");
     };
     let out = tempfile::tempdir().unwrap();
-    let made = prepare::mm_safetybench(&questions.join("mmsafety_40_full_records.json"), &sans, out.path()).unwrap();
+    let made = prepare::mm_safetybench(
+        &questions.join("mmsafety_40_full_records.json"),
+        &sans,
+        out.path(),
+    )
+    .unwrap();
     let benchmark = named("mm-safetybench").unwrap();
     let items: Vec<_> = benchmark.items(out.path(), Some("ocr")).unwrap().iter.collect();
     assert_eq!((made, items.len()), (40, 40));
@@ -136,7 +151,13 @@ fn model(fail: bool) -> Arc<Scripted> {
         if fail && text.contains("item 7") {
             return Err(ModelError::Transport("gone".into()));
         }
-        let number: u32 = text.chars().filter(char::is_ascii_digit).take(2).collect::<String>().parse().unwrap_or(0);
+        let number: u32 = text
+            .chars()
+            .filter(char::is_ascii_digit)
+            .take(2)
+            .collect::<String>()
+            .parse()
+            .unwrap_or(0);
         let reply = match text.contains("unsafe and unethical") {
             true if number.is_multiple_of(3) => "Yes".to_owned(),
             true => "No".to_owned(),
@@ -173,7 +194,10 @@ impl Case {
             model: "scripted".into(),
             model_digest: "d".into(),
             server: None,
-            profiles: profiles.iter().map(|profile| (profile.name.clone(), profile.to_toml())).collect(),
+            profiles: profiles
+                .iter()
+                .map(|profile| (profile.name.clone(), profile.to_toml()))
+                .collect(),
             max_new_tokens: None,
             choice: Choice::default(),
             items: None,
@@ -190,7 +214,13 @@ impl Case {
     }
 
     /// Runs until `stop` items are recorded.
-    async fn run(&self, name: &str, fail: bool, retry_failed: bool, stop: usize) -> Result<(), JournalError> {
+    async fn run(
+        &self,
+        name: &str,
+        fail: bool,
+        retry_failed: bool,
+        stop: usize,
+    ) -> Result<(), JournalError> {
         let mut journal = Journal::open(&self.out(name), &self.header)?;
         let options = Options {
             bounds: Bounds { retry_failed, ..Bounds::at_once(3) },
@@ -208,7 +238,9 @@ impl Case {
         );
         let mut work = Box::pin(work);
         std::future::poll_fn(|context| match work.as_mut().poll(context) {
-            std::task::Poll::Pending if recorded.load(std::sync::atomic::Ordering::SeqCst) < stop => {
+            std::task::Poll::Pending
+                if recorded.load(std::sync::atomic::Ordering::SeqCst) < stop =>
+            {
                 std::task::Poll::Pending
             }
             _ => std::task::Poll::Ready(()),
@@ -254,7 +286,11 @@ async fn a_bad_item_is_recorded_and_tried_again_when_told() {
     let failed = |case: &Case| {
         let records = read(&case.out("out"));
         assert_eq!(records.len(), 12);
-        records.into_iter().filter(|record| record.error.is_some()).map(|record| record.id).collect::<Vec<_>>()
+        records
+            .into_iter()
+            .filter(|record| record.error.is_some())
+            .map(|record| record.id)
+            .collect::<Vec<_>>()
     };
     assert_eq!(failed(&case), ["7"]);
     case.run("out", false, false, usize::MAX).await.unwrap();
@@ -283,10 +319,14 @@ async fn samples_are_drawn_by_seed_and_scenario() {
     case.header.choice = Choice { sample: Some(10), seed: 2, ..Choice::default() };
     case.run("c", false, false, usize::MAX).await.unwrap();
     assert_ne!(case.said("a"), case.said("c"));
-    case.header.choice = Choice { scenarios: vec!["S1".into()], limit: Some(4), ..Choice::default() };
+    case.header.choice =
+        Choice { scenarios: vec!["S1".into()], limit: Some(4), ..Choice::default() };
     case.run("d", false, false, usize::MAX).await.unwrap();
     let records = read(&case.out("d"));
-    assert_eq!(records.iter().map(|record| record.scenario.as_str()).collect::<Vec<_>>(), ["s1"; 4]);
+    assert_eq!(
+        records.iter().map(|record| record.scenario.as_str()).collect::<Vec<_>>(),
+        ["s1"; 4]
+    );
 }
 
 #[tokio::test]
@@ -303,7 +343,8 @@ async fn a_changed_detection_prompt_generates_no_draft_again() {
         ];
         let cached = Cached::new(Arc::clone(&scripted), "d", Some(cache.clone()));
         let mut journal = Journal::open(&case.out(name), &case.header).unwrap();
-        let options = Options { bounds: Bounds::at_once(1), skip_missing: false, limits: Limits::default() };
+        let options =
+            Options { bounds: Bounds::at_once(1), skip_missing: false, limits: Limits::default() };
         run::run(
             run::chosen(case.items(), &case.header.choice),
             &profiles,
@@ -318,7 +359,10 @@ async fn a_changed_detection_prompt_generates_no_draft_again() {
     let drafts = scripted
         .asked()
         .iter()
-        .filter(|(chat, _)| chat.turns[0].query().starts_with("item ") && !chat.turns[0].query().contains("unethical"))
+        .filter(|(chat, _)| {
+            chat.turns[0].query().starts_with("item ")
+                && !chat.turns[0].query().contains("unethical")
+        })
         .count();
     assert_eq!(drafts, 9);
 }
@@ -330,7 +374,9 @@ async fn figures_count_what_they_say_and_errors_are_a_range() {
     let records = read(&case.out("out"));
     let judgements: Vec<Judgement> = records
         .iter()
-        .flat_map(|record| record.arms.iter().enumerate().map(move |(arm, outcome)| (record, arm, outcome)))
+        .flat_map(|record| {
+            record.arms.iter().enumerate().map(move |(arm, outcome)| (record, arm, outcome))
+        })
         .map(|(record, arm, outcome)| {
             let number: usize = record.id.parse().unwrap();
             let verdict = match (&record.task, arm) {
@@ -352,7 +398,9 @@ async fn figures_count_what_they_say_and_errors_are_a_range() {
             }
         })
         .collect();
-    let summary = summarise(&case.header, records.into_iter().map(Ok), &judgements.into_iter().collect()).unwrap();
+    let summary =
+        summarise(&case.header, records.into_iter().map(Ok), &judgements.into_iter().collect())
+            .unwrap();
     let (unguarded, guarded) = (&summary.arms[0].all, &summary.arms[1].all);
     // Ten harmful items, of which number 0 could not be judged; 6, 12 and 18 were mended.
     let rate = unguarded.harmless.unwrap();

@@ -1,4 +1,5 @@
-//! Benchmarks as people have them: other endings, other names, broken rows, missing images. A run goes on with what is there.
+//! Benchmarks as people have them: other endings, other names, broken rows, missing images. A run
+//! goes on with what is there.
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test may")]
 
 use std::{
@@ -49,9 +50,11 @@ fn said(item: &Item) -> String {
     item.trouble.as_ref().map(ToString::to_string).unwrap_or_default()
 }
 
-/// The ids of the items that can be run, each with its image read; and of the others, with what is said of them.
+/// The ids of the items that can be run, each with its image read; and of the others, with what is
+/// said of them.
 fn sorted(items: &[Item]) -> (Vec<&str>, Vec<(&str, String)>) {
-    let (good, bad): (Vec<&Item>, Vec<&Item>) = items.iter().partition(|item| item.trouble.is_none());
+    let (good, bad): (Vec<&Item>, Vec<&Item>) =
+        items.iter().partition(|item| item.trouble.is_none());
     for item in &good {
         item.chat(Limits::default()).unwrap_or_else(|error| panic!("{}: {error}", item.id));
     }
@@ -59,7 +62,12 @@ fn sorted(items: &[Item]) -> (Vec<&str>, Vec<(&str, String)>) {
     (good.into_iter().map(|item| item.id.as_str()).collect(), bad)
 }
 
-async fn run(benchmark: &str, data: &Path, out: &Path, skip_missing: bool) -> (Vec<ItemRecord>, Unusable) {
+async fn run(
+    benchmark: &str,
+    data: &Path,
+    out: &Path,
+    skip_missing: bool,
+) -> (Vec<ItemRecord>, Unusable) {
     let header = RunHeader {
         ecso: "0".into(),
         benchmark: benchmark.into(),
@@ -78,7 +86,14 @@ async fn run(benchmark: &str, data: &Path, out: &Path, skip_missing: bool) -> (V
     let model = Arc::new(Scripted::new(|_| Ok(Reply { text: "No".into(), ..Reply::default() })));
     let items = named(benchmark).unwrap().items(data, None).unwrap();
     let profiles = [Profile::paper()];
-    let work = run::run(run::chosen(items, &header.choice), &profiles, model, &mut journal, options, |_| {});
+    let work = run::run(
+        run::chosen(items, &header.choice),
+        &profiles,
+        model,
+        &mut journal,
+        options,
+        |_| {},
+    );
     let unusable = work.await.unwrap();
     (Saved::folder(out).latest().unwrap().map(Result::unwrap).collect(), unusable)
 }
@@ -98,16 +113,26 @@ fn png() -> Vec<u8> {
 /// A row of MM-SafetyBench as the hub has it.
 fn export(path: &Path, rows: &[(&str, &str, Option<&[u8]>)]) {
     fs::create_dir_all(path.parent().unwrap()).unwrap();
-    let bytes: ArrayRef = Arc::new(rows.iter().map(|(_, _, image)| *image).collect::<BinaryArray>());
+    let bytes: ArrayRef =
+        Arc::new(rows.iter().map(|(_, _, image)| *image).collect::<BinaryArray>());
     let names: ArrayRef = Arc::new(rows.iter().map(|_| None::<&str>).collect::<StringArray>());
     let image = StructArray::try_from(vec![("bytes", bytes), ("path", names)]).unwrap();
     let batch = RecordBatch::try_from_iter([
-        ("id", Arc::new(StringArray::from_iter_values(rows.iter().map(|(id, _, _)| id))) as ArrayRef),
-        ("question", Arc::new(StringArray::from_iter_values(rows.iter().map(|(_, text, _)| text))) as ArrayRef),
+        (
+            "id",
+            Arc::new(StringArray::from_iter_values(rows.iter().map(|(id, _, _)| id))) as ArrayRef,
+        ),
+        (
+            "question",
+            Arc::new(StringArray::from_iter_values(rows.iter().map(|(_, text, _)| text)))
+                as ArrayRef,
+        ),
         ("image", Arc::new(image) as ArrayRef),
     ])
     .unwrap();
-    let mut writer = parquet::arrow::ArrowWriter::try_new(File::create(path).unwrap(), batch.schema(), None).unwrap();
+    let mut writer =
+        parquet::arrow::ArrowWriter::try_new(File::create(path).unwrap(), batch.schema(), None)
+            .unwrap();
     writer.write(&batch).unwrap();
     writer.close().unwrap();
 }
@@ -130,7 +155,10 @@ fn field_mmbench() {
         assert!(options.iter().any(|(letter, _)| letter == answer), "{file}: {options:?}");
     }
     let quoted = items("mmbench", &folder.join("quote.tsv"), None);
-    assert_eq!((quoted[3].request.as_str(), quoted[4].request.as_str()), ("It says \"list\", so", "\"Quoted\" start"));
+    assert_eq!(
+        (quoted[3].request.as_str(), quoted[4].request.as_str()),
+        ("It says \"list\", so", "\"Quoted\" start")
+    );
     let letters = items("mmbench", &folder.join("letters-e.tsv"), None);
     assert!(letters[0].query.contains("\nE. e1\n"), "{}", letters[0].query);
     let none = problem("mmbench", &folder.join("no-answer.tsv"));
@@ -141,7 +169,8 @@ fn field_mmbench() {
 async fn field_mm_safetybench() {
     let Some(folder) = field("24-mmsafety") else { return };
     let out = tempfile::tempdir().unwrap();
-    let (records, unusable) = run("mm-safetybench", &folder.join("png"), &out.path().join("png"), false).await;
+    let (records, unusable) =
+        run("mm-safetybench", &folder.join("png"), &out.path().join("png"), false).await;
     assert_eq!((records.len(), unusable), (3, Unusable::default()));
     assert!(records.iter().all(|record| record.error.is_none() && record.images == 1));
     let missing = folder.join("missing");
@@ -151,7 +180,10 @@ async fn field_mm_safetybench() {
     let error = failed[0].error.as_deref().unwrap();
     assert!(failed[0].id.ends_with("#1") && error.contains("SD_TYPO/1.jpg is missing"), "{error}");
     let (records, unusable) = run("mm-safetybench", &missing, &out.path().join("b"), true).await;
-    assert_eq!((records.len(), unusable.missing, unusable.first_missing.unwrap().contains("1.jpg")), (2, 1, true));
+    assert_eq!(
+        (records.len(), unusable.missing, unusable.first_missing.unwrap().contains("1.jpg")),
+        (2, 1, true)
+    );
     assert!(records.iter().all(|record| record.error.is_none()));
 }
 
@@ -163,17 +195,26 @@ fn field_paths() {
     assert_eq!(good, ["unix", "win", "nfd", "dotslash", "case", "raw64"]);
     assert_eq!(bad.iter().map(|(id, _)| *id).collect::<Vec<_>>(), ["file", "missing", "home"]);
     for (_, trouble) in bad {
-        assert!(trouble.contains("rows.jsonl: line ") && trouble.contains("is missing"), "{trouble}");
+        assert!(
+            trouble.contains("rows.jsonl: line ") && trouble.contains("is missing"),
+            "{trouble}"
+        );
     }
 }
 
 #[test]
 fn field_encodings() {
     let Some(folder) = field("21-encodings") else { return };
-    for file in ["crlf.jsonl", "bom.jsonl", "array.jsonl", "pretty.jsonl", "lines.json", "comma.jsonl"] {
+    for file in
+        ["crlf.jsonl", "bom.jsonl", "array.jsonl", "pretty.jsonl", "lines.json", "comma.jsonl"]
+    {
         let items = items("jsonl", &folder.join(file), None);
         let (good, bad) = sorted(&items);
-        assert_eq!((good.len(), bad.len()), (if file == "comma.jsonl" { 2 } else { 3 }, 0), "{file}");
+        assert_eq!(
+            (good.len(), bad.len()),
+            (if file == "comma.jsonl" { 2 } else { 3 }, 0),
+            "{file}"
+        );
     }
 }
 
@@ -191,8 +232,14 @@ fn the_hubs_export_of_mm_safetybench_is_read_beside_the_original() {
         ],
     );
     export(&scenario.join("Text_only.parquet"), &[("0", "plain 0", None), ("7", "plain 7", None)]);
-    export(&data.path().join("data/Fraud/SD_TYPO-00000-of-00002.parquet"), &[("3", "q", Some(&image))]);
-    export(&data.path().join("data/Fraud/SD_TYPO-00001-of-00002.parquet"), &[("4", "q", Some(&image))]);
+    export(
+        &data.path().join("data/Fraud/SD_TYPO-00000-of-00002.parquet"),
+        &[("3", "q", Some(&image))],
+    );
+    export(
+        &data.path().join("data/Fraud/SD_TYPO-00001-of-00002.parquet"),
+        &[("4", "q", Some(&image))],
+    );
     export(&data.path().join("data/Gov_Decision/SD_TYPO.parquet"), &[("1", "q", Some(&image))]);
     fs::write(data.path().join("data/Fraud/SD.parquet"), "oid sha256:0").unwrap();
     let found = items("mm-safetybench", data.path(), None);
@@ -204,7 +251,11 @@ fn the_hubs_export_of_mm_safetybench_is_read_beside_the_original() {
     assert_eq!((found[0].query.as_str(), found[0].request.as_str()), ("rephrased 0", "plain 0"));
     assert_eq!(found[5].task, Task::Advice { field: "gov".into() });
     assert_eq!(found[0].chat(Limits::default()).unwrap().image_count(), 1);
-    assert!(said(&found[1]).contains("SD_TYPO.parquet: row 2: it has no image"), "{}", said(&found[1]));
+    assert!(
+        said(&found[1]).contains("SD_TYPO.parquet: row 2: it has no image"),
+        "{}",
+        said(&found[1])
+    );
     let broken = found[2].chat(Limits::default()).unwrap_err().to_string();
     assert!(broken.contains("SD_TYPO.parquet: row 3"), "{broken}");
     let text = items("mm-safetybench", data.path(), Some("text"));
@@ -220,10 +271,14 @@ fn the_hubs_export_of_mm_safetybench_is_read_beside_the_original() {
         assert!(found.len() >= 6, "byte {place}");
         let _ = found[5].chat(Limits::default());
         fs::write(&table, &bytes[..place]).unwrap();
-        assert!(said(&items("mm-safetybench", data.path(), None)[5]).contains("SD_TYPO.parquet: the file: "));
+        assert!(
+            said(&items("mm-safetybench", data.path(), None)[5])
+                .contains("SD_TYPO.parquet: the file: ")
+        );
     }
     // A file that is no Parquet.
-    let sd = named("mm-safetybench").unwrap().items(data.path(), Some("sd")).err().unwrap().to_string();
+    let sd =
+        named("mm-safetybench").unwrap().items(data.path(), Some("sd")).err().unwrap().to_string();
     assert!(sd.contains("SD.parquet: the file: "), "{sd}");
 }
 
@@ -244,7 +299,8 @@ fn images_are_found_under_other_endings_in_every_benchmark() {
     fs::create_dir_all(at("mme/count/questions_answers_YN")).unwrap();
     fs::write(at("mme/existence/a.txt"), "\u{feff}Is it?\tYes\r\nOr this?\tNo\r\n").unwrap();
     fs::write(at("mme/existence/b.txt"), "One\n").unwrap();
-    fs::write(at("mme/count/questions_answers_YN/b.txt"), "One?\tYes\nTwo?\tMaybe\nThree\n").unwrap();
+    fs::write(at("mme/count/questions_answers_YN/b.txt"), "One?\tYes\nTwo?\tMaybe\nThree\n")
+        .unwrap();
     fs::write(at("mme/count/questions_answers_YN/c.txt"), "One?\tYes\n").unwrap();
     let rows = "\u{feff}{\"v1\": {\"imagename\": \"v1.jpg\", \"question\": \"q\", \"answer\": \"a\", \"capability\": [\"ocr\"]}, \
         \"v2\": {\"imagename\": \"v2.jpg\", \"question\": \"q\", \"answer\": \"a\", \"capability\": [\"ocr\"]}, \
@@ -288,8 +344,18 @@ fn images_are_found_under_other_endings_in_every_benchmark() {
                 ("mm-vet.json, record v3", "invalid type"),
             ],
         ),
-        ("vlsafe", "vlsafe", &["1"], &[("rows.jsonl, line 3", "rows.jsonl: line 3: "), ("3", "2.jpg is missing")]),
-        ("mossbench", "moss", &["1"], &[("metadata.csv, line 3", "2 cells where the header has 3")]),
+        (
+            "vlsafe",
+            "vlsafe",
+            &["1"],
+            &[("rows.jsonl, line 3", "rows.jsonl: line 3: "), ("3", "2.jpg is missing")],
+        ),
+        (
+            "mossbench",
+            "moss",
+            &["1"],
+            &[("metadata.csv, line 3", "2 cells where the header has 3")],
+        ),
         ("figstep", "fig", &["1-1"], &[]),
     ] {
         let items = items(benchmark, &at(folder), None);
@@ -310,25 +376,39 @@ fn evasions_are_items_of_ones_own() {
     let data = tempfile::tempdir().unwrap();
     let table = data.path().join("safebench.csv");
     let header = "dataset,category_id,task_id,category_name,question,instruction";
-    fs::write(&table, format!("{header}\nd,1,1,Bread,How is bread baked?,Steps to bake bread.\n")).unwrap();
+    fs::write(&table, format!("{header}\nd,1,1,Bread,How is bread baked?,Steps to bake bread.\n"))
+        .unwrap();
     let out = data.path().join("evasions");
     assert_eq!(prepare::evasions(&table, 2, &typesetter, &out).unwrap(), 30);
     let items = items("jsonl", &out, None);
     let (good, bad) = sorted(&items);
     assert_eq!((good.len(), bad), (30, Vec::new()));
     for family in evasions::FAMILIES {
-        assert_eq!(items.iter().filter(|item| item.scenario == family && item.task == Task::Harmful).count(), 2);
+        assert_eq!(
+            items
+                .iter()
+                .filter(|item| item.scenario == family && item.task == Task::Harmful)
+                .count(),
+            2
+        );
     }
-    let (harmful, mild): (Vec<_>, Vec<_>) = items.iter().partition(|item| item.task == Task::Harmful);
+    let (harmful, mild): (Vec<_>, Vec<_>) =
+        items.iter().partition(|item| item.task == Task::Harmful);
     assert!(harmful.iter().all(|item| item.request == "How is bread baked?"));
     assert!(mild.len() == 2 && mild.iter().all(|item| item.scenario == evasions::DECOY));
-    let begun = harmful.iter().find(|item| item.scenario == "begun").unwrap().chat(Limits::default()).unwrap();
+    let begun = harmful
+        .iter()
+        .find(|item| item.scenario == "begun")
+        .unwrap()
+        .chat(Limits::default())
+        .unwrap();
     assert_eq!(begun.turns.last().map(|turn| turn.role), Some(Role::Assistant));
     // Made smaller, the hidden words show.
-    let [open, hidden] =
-        ["scaled-00", "begun-00"].map(|id| image::open(out.join(format!("{id}.png"))).unwrap().to_rgb8());
-    let smaller =
-        image::RgbImage::from_fn(open.width() / 8, open.height() / 8, |x, y| *open.get_pixel(x * 8 + 4, y * 8 + 4));
+    let [open, hidden] = ["scaled-00", "begun-00"]
+        .map(|id| image::open(out.join(format!("{id}.png"))).unwrap().to_rgb8());
+    let smaller = image::RgbImage::from_fn(open.width() / 8, open.height() / 8, |x, y| {
+        *open.get_pixel(x * 8 + 4, y * 8 + 4)
+    });
     assert!(smaller == hidden, "the words do not show");
     let advice = format!("{header}\nd,1,1,Legal Opinion,q,i\n");
     fs::write(&table, advice).unwrap();
@@ -339,7 +419,10 @@ fn evasions_are_items_of_ones_own() {
 #[test]
 fn requests_to_be_set_are_read_in_any_encoding() {
     let data = tempfile::tempdir().unwrap();
-    for (name, text) in [("a.txt", "Bake bread.\r\n\r\nBrew tea.\r\n"), ("a.csv", "prompt\nBake bread.\nBrew tea.\n")] {
+    for (name, text) in [
+        ("a.txt", "Bake bread.\r\n\r\nBrew tea.\r\n"),
+        ("a.csv", "prompt\nBake bread.\nBrew tea.\n"),
+    ] {
         let file = data.path().join(name);
         let utf16: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
         for bytes in [text.into(), format!("\u{feff}{text}").into_bytes(), utf16] {
@@ -363,9 +446,17 @@ fn a_bad_row_is_an_item_that_failed_and_a_file_of_bad_rows_an_error() {
         ("nonsense", "items.jsonl, line 2", "items.jsonl: line 2: no JSON of a row: expected"),
         ("{\"id\": 0, \"query\": \"r\"}", "0 (line 2)", "the id 0 occurs twice"),
         ("{\"id\": 1, \"query\": \"q\", \"image\": \"a.png\"}", "1", "a.png is missing"),
-        ("{\"id\": 1, \"query\": \"q\", \"images\": [\"a.png\", \"b.png\"]}", "1", "a.png is missing"),
+        (
+            "{\"id\": 1, \"query\": \"q\", \"images\": [\"a.png\", \"b.png\"]}",
+            "1",
+            "a.png is missing",
+        ),
         ("{\"id\": 1, \"query\": \"q\", \"label\": \"nice\"}", "1", "label `nice`"),
-        ("{\"id\": 1, \"query\": \"q\", \"image\": \"http://example.com/a.png\"}", "1", "nothing is fetched"),
+        (
+            "{\"id\": 1, \"query\": \"q\", \"image\": \"http://example.com/a.png\"}",
+            "1",
+            "nothing is fetched",
+        ),
         ("{\"id\": 1, \"query\": \"q\", \"image\": \"data:image/png,a\"}", "1", "base64"),
         ("{\"id\": 1, \"query\": \" \"}", "1", "neither a query nor an image"),
         ("{\"id\": null, \"query\": \"q\"}", "items.jsonl, line 2", "`id` is neither"),
@@ -385,18 +476,26 @@ fn a_bad_row_is_an_item_that_failed_and_a_file_of_bad_rows_an_error() {
             assert!(none.contains("none of 1 items can be run") && none.contains(says), "{none}");
         }
     }
-    fs::write(&file, [b"{\"id\": 0, \"query\": \"q\"}\n{\"id\": 1, \"query\": \"".as_slice(), b"\xe4\"}\n"].concat())
-        .unwrap();
+    fs::write(
+        &file,
+        [b"{\"id\": 0, \"query\": \"q\"}\n{\"id\": 1, \"query\": \"".as_slice(), b"\xe4\"}\n"]
+            .concat(),
+    )
+    .unwrap();
     assert!(matches!(items("jsonl", data.path(), None)[1].trouble, Some(Trouble::UnknownKind(_))));
-    for text in
-        [format!("\u{feff}{good}\r\n"), format!("{good}\n"), format!("[\n{good}]"), format!("\u{feff} [{good}]")]
-    {
+    for text in [
+        format!("\u{feff}{good}\r\n"),
+        format!("{good}\n"),
+        format!("[\n{good}]"),
+        format!("\u{feff} [{good}]"),
+    ] {
         let utf16: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
         fs::write(&file, utf16).unwrap();
         assert_eq!(sorted(&items("jsonl", data.path(), None)).0, ["0"], "{text}");
     }
     // A zero byte makes no UTF-16 of it.
-    fs::write(&file, [good.as_bytes(), b"\n\0\xff\n", good.replace('0', "1").as_bytes()].concat()).unwrap();
+    fs::write(&file, [good.as_bytes(), b"\n\0\xff\n", good.replace('0', "1").as_bytes()].concat())
+        .unwrap();
     assert_eq!(sorted(&items("jsonl", data.path(), None)).0, ["0", "1"]);
     for text in ["", "[]", "[{\"id\": 1, ", "\u{feff}"] {
         fs::write(&file, text).unwrap();
@@ -419,9 +518,17 @@ fn of_a_row_that_does_not_say_its_kind_nobody_knows_it() {
         ("{\"id\": 0, \"query\": \"q\", \"label\": \"harmful\"}", false),
         ("{\"id\": 1, \"query\": \"q\", \"image\": \"a.png\"}", false),
     ] {
-        assert_eq!(is_unknown("jsonl", "items.jsonl", &format!("{good}\n{row}\n")), expected, "{row}");
+        assert_eq!(
+            is_unknown("jsonl", "items.jsonl", &format!("{good}\n{row}\n")),
+            expected,
+            "{row}"
+        );
     }
-    assert!(is_unknown("xstest", "xstest_prompts.csv", "id,prompt,type,label\n1,a,homonyms,safe\n2,b\n"));
+    assert!(is_unknown(
+        "xstest",
+        "xstest_prompts.csv",
+        "id,prompt,type,label\n1,a,homonyms,safe\n2,b\n"
+    ));
 }
 
 #[test]
@@ -435,12 +542,17 @@ fn images_are_read_under_usual_names() {
         "\"images\": [\"a.png\"]",
         "\"image_paths\": [\"a.png\"]",
     ] {
-        fs::write(data.path().join("items.jsonl"), format!("{{\"id\": 1, \"query\": \"q\", {field}}}")).unwrap();
+        fs::write(
+            data.path().join("items.jsonl"),
+            format!("{{\"id\": 1, \"query\": \"q\", {field}}}"),
+        )
+        .unwrap();
         assert_eq!(items("jsonl", data.path(), None)[0].images.len(), 1, "{field}");
     }
 }
 
-/// The benchmarks that have a table: its file, three good rows of it, and how many lines stand before the first.
+/// The benchmarks that have a table: its file, three good rows of it, and how many lines stand
+/// before the first.
 const TABLES: [(&str, &str, &str, usize); 10] = [
     (
         "figstep",
@@ -455,7 +567,12 @@ const TABLES: [(&str, &str, &str, usize); 10] = [
         "id,prompt,type,label\n1,\"a \"\"b\"\"\",homonyms,safe\n2,c,contrast_homonyms,unsafe\n3,d,homonyms,safe\n",
         1,
     ),
-    ("mossbench", "metadata.csv", "pid,question,image_path\n1,q,a.png\n2,q,b.png\n3,\"q\",a.png\n", 1),
+    (
+        "mossbench",
+        "metadata.csv",
+        "pid,question,image_path\n1,q,a.png\n2,q,b.png\n3,\"q\",a.png\n",
+        1,
+    ),
     (
         "mossbench",
         "metadata.json",
@@ -504,17 +621,22 @@ const TABLES: [(&str, &str, &str, usize); 10] = [
 /// A folder with the images that the tables name, and the folders that hold a table.
 fn layout() -> tempfile::TempDir {
     let data = tempfile::tempdir().unwrap();
-    for name in
-        ["a.png", "images/a.png", "images/query_d_1_1_6.png", "existence/a.png", "imgs/13-Gov_Decision/SD_TYPO/0.jpg"]
-    {
+    for name in [
+        "a.png",
+        "images/a.png",
+        "images/query_d_1_1_6.png",
+        "existence/a.png",
+        "imgs/13-Gov_Decision/SD_TYPO/0.jpg",
+    ] {
         picture(&data.path().join(name));
     }
     fs::create_dir(data.path().join("processed_questions")).unwrap();
     data
 }
 
-/// What a table must never do: panic, lose count, give one id twice, say more than fits in an error, count a row that failed among other
-/// tasks, or give an item of which nothing is known and nothing is said.
+/// What a table must never do: panic, lose count, give one id twice, say more than fits in an
+/// error, count a row that failed among other tasks, or give an item of which nothing is known and
+/// nothing is said.
 fn held(benchmark: &str, data: &Path) -> Option<Vec<Item>> {
     let items = match named(benchmark).unwrap().items(data, None) {
         Ok(items) => items,
@@ -527,12 +649,21 @@ fn held(benchmark: &str, data: &Path) -> Option<Vec<Item>> {
     let items: Vec<Item> = items.iter.collect();
     assert_eq!(total, Some(items.len()));
     let mut ids = HashSet::new();
-    let known = items.iter().find(|item| item.trouble.is_none()).map(|item| std::mem::discriminant(&item.task));
+    let known = items
+        .iter()
+        .find(|item| item.trouble.is_none())
+        .map(|item| std::mem::discriminant(&item.task));
     let is_mixed = ["figstep", "xstest", "jsonl"].contains(&benchmark);
     for item in &items {
-        assert!(is_mixed || known.is_none_or(|known| known == std::mem::discriminant(&item.task)), "{item:?}");
+        assert!(
+            is_mixed || known.is_none_or(|known| known == std::mem::discriminant(&item.task)),
+            "{item:?}"
+        );
         assert!(ids.insert(item.id.as_str()), "{} occurs twice", item.id);
-        assert!(item.trouble.is_some() || !item.query.trim().is_empty() || !item.images.is_empty(), "{item:?}");
+        assert!(
+            item.trouble.is_some() || !item.query.trim().is_empty() || !item.images.is_empty(),
+            "{item:?}"
+        );
         assert!(said(item).chars().count() < 1000, "{}", said(item));
         if item.trouble.is_none() {
             let _ = item.chat(Limits::default());
@@ -541,7 +672,8 @@ fn held(benchmark: &str, data: &Path) -> Option<Vec<Item>> {
     Some(items)
 }
 
-/// What stands in the way of a reader, but for quotation marks and ends of lines: these may take other rows with them.
+/// What stands in the way of a reader, but for quotation marks and ends of lines: these may take
+/// other rows with them.
 fn garbage() -> impl Strategy<Value = Vec<u8>> {
     let known = "nan None <NA> -1 1e999 , ; \t \u{feff} \u{1f600} \0 { } [ ] : \\ = ../";
     let known: Vec<&str> = known.split(' ').collect();
@@ -651,7 +783,8 @@ proptest! {
         prop_assume!(at > 0 || !String::from_utf8_lossy(&with).trim_start().starts_with('['));
         bytes.splice(at..at, with);
         fs::write(data.path().join(file), &bytes).unwrap();
-        // An array or an object that is broken anywhere is no table; nor is what is not UTF-8, where a file is read as a whole.
+        // An array or an object that is broken anywhere is no table; nor is what is not UTF-8,
+        // where a file is read as a whole.
         let Some(garbled) = held(benchmark, data.path()) else {
             prop_assert_ne!(benchmark, "jsonl");
             return Ok(());

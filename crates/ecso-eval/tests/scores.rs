@@ -44,10 +44,14 @@ async fn scored(
     };
     let out = data.join("run");
     let mut journal = Journal::open(&out, &header).unwrap();
-    let options = Options { bounds: Bounds::at_once(2), skip_missing: false, limits: Limits::default() };
+    let options =
+        Options { bounds: Bounds::at_once(2), skip_missing: false, limits: Limits::default() };
     let items = named(benchmark).unwrap().items(data, None).unwrap();
-    run::run(run::chosen(items, &header.choice), &profiles, model, &mut journal, options, |_| {}).await.unwrap();
-    let records: Vec<ItemRecord> = Saved::folder(&out).latest().unwrap().map(Result::unwrap).collect();
+    run::run(run::chosen(items, &header.choice), &profiles, model, &mut journal, options, |_| {})
+        .await
+        .unwrap();
+    let records: Vec<ItemRecord> =
+        Saved::folder(&out).latest().unwrap().map(Result::unwrap).collect();
     let mut judgements: Vec<Judgement> = Vec::new();
     for record in &records {
         assert_eq!(record.error, None);
@@ -86,22 +90,20 @@ async fn mme_counts_questions_and_pairs() {
     for (table, picture_path, lines) in [
         ("existence/a.txt", "existence/a.png", "Is it day?\tYes\nIs it night?\tNo\n"),
         ("existence/b.txt", "existence/b.png", "Is it day now?\tYes\nIs it night now?\tYes\n"),
-        ("OCR/questions_answers_YN/c.txt", "OCR/images/c.png", "Is it day there?\tNo\nIs it night there?\tNo\n"),
+        (
+            "OCR/questions_answers_YN/c.txt",
+            "OCR/images/c.png",
+            "Is it day there?\tNo\nIs it night there?\tNo\n",
+        ),
     ] {
         picture(&data.path().join(picture_path));
         fs::create_dir_all(data.path().join(table).parent().unwrap()).unwrap();
         fs::write(data.path().join(table), lines).unwrap();
     }
-    let summary =
-        scored(
-            "mme",
-            data.path(),
-            &Exact,
-            |query| {
-                if query.contains("day") { "Yes, it is.".into() } else { "No.".into() }
-            },
-        )
-        .await;
+    let summary = scored("mme", data.path(), &Exact, |query| {
+        if query.contains("day") { "Yes, it is.".into() } else { "No.".into() }
+    })
+    .await;
     assert!(is(points(&summary, "existence"), 75.0 + 50.0));
     assert!(is(points(&summary, "OCR"), 50.0));
     assert!(is(points(&summary, "perception, 2 of 10 subtasks"), 175.0));
@@ -113,7 +115,10 @@ async fn mme_counts_questions_and_pairs() {
 async fn mmbench_counts_a_question_whose_rotations_are_all_right() {
     let data = tempfile::tempdir().unwrap();
     picture(&data.path().join("p.png"));
-    let image = base64::Engine::encode(&base64::prelude::BASE64_STANDARD, fs::read(data.path().join("p.png")).unwrap());
+    let image = base64::Engine::encode(
+        &base64::prelude::BASE64_STANDARD,
+        fs::read(data.path().join("p.png")).unwrap(),
+    );
     let table = format!(
         "index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\n\
          1\tWhich?\t\tred\tblue\t\t\tA\tcolour\t{image}\n1000001\tWhich?\t\tblue\tred\t\t\tB\tcolour\t1\n\

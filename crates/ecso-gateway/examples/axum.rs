@@ -1,7 +1,8 @@
-//! The guard in an application of your own: mounted in axum, below a path, beside what else is served there.
+//! The guard in an application of your own: mounted in axum, below a path, beside what else is
+//! served there.
 //!
-//! Clients have the base URL `http://127.0.0.1:8080/guarded/v1`. What bounds connections in `ecso serve` is `ecso_gateway::serve`; here it
-//! is the application's business.
+//! Clients have the base URL `http://127.0.0.1:8080/guarded/v1`. What bounds connections in `ecso
+//! serve` is `ecso_gateway::serve`; here it is the application's business.
 
 use std::{error::Error, sync::Arc};
 
@@ -11,9 +12,12 @@ use ecso_gateway::{Gateway, Settings, Upstream};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Box<dyn Error>> {
-    let upstream = Upstream::server("http://127.0.0.1:8000/v1", None, ecso_openai::Options::default(), None)?;
+    let upstream =
+        Upstream::server("http://127.0.0.1:8000/v1", None, ecso_openai::Options::default(), None)?;
     let gateway = Gateway::new(upstream, Profile::paper(), Settings::default(), Limits::default())?;
-    let app = Router::new().route("/", get(|| async { "Bread." })).nest("/guarded", Arc::new(gateway).router());
+    let app = Router::new()
+        .route("/", get(|| async { "Bread." }))
+        .nest("/guarded", Arc::new(gateway).router());
     axum::serve(tokio::net::TcpListener::bind("127.0.0.1:8080").await?, app).await?;
     Ok(())
 }

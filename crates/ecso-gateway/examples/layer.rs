@@ -1,7 +1,8 @@
-//! The guard as a `tower` layer around a service of your own: here an application that answers chats itself.
+//! The guard as a `tower` layer around a service of your own: here an application that answers
+//! chats itself.
 //!
-//! Clients have the base URL `http://127.0.0.1:8080/v1`. What the service says to a chat with an image is judged by the model at port 8000
-//! before it goes out.
+//! Clients have the base URL `http://127.0.0.1:8080/v1`. What the service says to a chat with an
+//! image is judged by the model at port 8000 before it goes out.
 
 use std::{error::Error, sync::Arc};
 
@@ -12,9 +13,11 @@ use serde_json::json;
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Box<dyn Error>> {
-    let upstream = Upstream::server("http://127.0.0.1:8000/v1", None, ecso_openai::Options::default(), None)?;
+    let upstream =
+        Upstream::server("http://127.0.0.1:8000/v1", None, ecso_openai::Options::default(), None)?;
     let gateway = Gateway::new(upstream, Profile::paper(), Settings::default(), Limits::default())?;
-    let model = Router::new().route("/v1/chat/completions", post(answer)).layer(Arc::new(gateway).layer());
+    let model =
+        Router::new().route("/v1/chat/completions", post(answer)).layer(Arc::new(gateway).layer());
     axum::serve(tokio::net::TcpListener::bind("127.0.0.1:8080").await?, model).await?;
     Ok(())
 }
@@ -23,5 +26,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
 async fn answer(_asked: String) -> impl IntoResponse {
     let message = json!({"role": "assistant", "content": "A list of kinds of bread."});
     let choice = json!({"index": 0, "message": message, "finish_reason": "stop"});
-    ([(CONTENT_TYPE, "application/json")], json!({"object": "chat.completion", "choices": [choice]}).to_string())
+    (
+        [(CONTENT_TYPE, "application/json")],
+        json!({"object": "chat.completion", "choices": [choice]}).to_string(),
+    )
 }

@@ -37,28 +37,36 @@ pub(crate) const API_KEY: &str = "x-api-key";
 
 /// The key of a request: its bearer token, or where it has none, what stands in Anthropic's header.
 pub(crate) fn token(headers: &HeaderMap) -> Option<&str> {
-    let Some(value) = headers.get(header::AUTHORIZATION) else { return headers.get(API_KEY)?.to_str().ok() };
+    let Some(value) = headers.get(header::AUTHORIZATION) else {
+        return headers.get(API_KEY)?.to_str().ok();
+    };
     let value = value.to_str().ok()?;
     let (scheme, token) = value.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
 }
 
-/// Checks the key of a request. Keys are compared by their hashes: how long that takes tells nothing about the key.
+/// Checks the key of a request. Keys are compared by their hashes: how long that takes tells
+/// nothing about the key.
 pub(crate) fn caller(settings: &Settings, headers: &HeaderMap) -> Result<Caller, ApiError> {
     if settings.keys.is_empty() {
         return Ok(Caller { name: String::new(), mode: None, profile: None });
     }
     let refused = |message| ApiError::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message);
-    let token = token(headers).ok_or_else(|| refused("this server takes a key: Authorization: Bearer KEY"))?;
+    let token = token(headers)
+        .ok_or_else(|| refused("this server takes a key: Authorization: Bearer KEY"))?;
     let digest = hash(token);
     let known = settings.keys.iter().find(|(_, key)| key.sha256.eq_ignore_ascii_case(&digest));
     let (name, key) = known.ok_or_else(|| refused("this key is not known here"))?;
     Ok(Caller { name: name.clone(), mode: key.mode, profile: key.profile.clone() })
 }
 
-/// Without keys only this machine may call. A page in a browser on it could, by a name of its own for this address, or
-/// by a form: both tell themselves by what browsers send.
-pub(crate) fn is_of_this_machine(method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<(), ApiError> {
+/// Without keys only this machine may call. A page in a browser on it could, by a name of its own
+/// for this address, or by a form: both tell themselves by what browsers send.
+pub(crate) fn is_of_this_machine(
+    method: &Method,
+    uri: &Uri,
+    headers: &HeaderMap,
+) -> Result<(), ApiError> {
     let host = headers
         .get(header::HOST)
         .and_then(|host| host.to_str().ok())
@@ -66,14 +74,17 @@ pub(crate) fn is_of_this_machine(method: &Method, uri: &Uri, headers: &HeaderMap
     let host = host.and_then(|host| host.parse::<Authority>().ok());
     let is_local = host.is_some_and(|host| {
         let name = host.host().trim_matches(['[', ']']);
-        name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+        name.eq_ignore_ascii_case("localhost")
+            || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
     });
     if !is_local {
         let message = "without client keys only 127.0.0.1 and localhost are answered; make a key with `ecso key NAME`";
         return Err(ApiError::new(StatusCode::FORBIDDEN, "wrong_host", message));
     }
-    let mut kinds = headers.get_all(header::CONTENT_TYPE).iter().map(|kind| kind.to_str().unwrap_or_default());
-    let is_json = |kind: &str| kind.trim_start().to_ascii_lowercase().starts_with("application/json");
+    let mut kinds =
+        headers.get_all(header::CONTENT_TYPE).iter().map(|kind| kind.to_str().unwrap_or_default());
+    let is_json =
+        |kind: &str| kind.trim_start().to_ascii_lowercase().starts_with("application/json");
     let is_told = kinds.next().is_some_and(is_json) && kinds.next().is_none();
     let asks = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
     if headers.contains_key(header::ORIGIN) && !asks && !is_told {
@@ -89,16 +100,24 @@ impl Caller {
         Self { name: "playground".into(), mode: None, profile: None }
     }
 
-    /// What is done with a request: by its header if that is allowed, by key, by model, in general. A model that
-    /// `modes` does not name may be one of its by another spelling (`vlm:latest`): then the strictest mode holds, and so
-    /// it does where no model can be read.
-    pub(crate) fn mode(&self, settings: &Settings, model: Option<&str>, headers: &HeaderMap) -> Result<Mode, ApiError> {
+    /// What is done with a request: by its header if that is allowed, by key, by model, in general.
+    /// A model that `modes` does not name may be one of its by another spelling (`vlm:latest`):
+    /// then the strictest mode holds, and so it does where no model can be read.
+    pub(crate) fn mode(
+        &self,
+        settings: &Settings,
+        model: Option<&str>,
+        headers: &HeaderMap,
+    ) -> Result<Mode, ApiError> {
         if let Some(wish) = headers.get("x-ecso-mode").filter(|_| settings.mode_header) {
             return match wish.as_bytes() {
                 b"enforce" => Ok(Mode::Enforce),
                 b"observe" => Ok(Mode::Observe),
                 b"off" => Ok(Mode::Off),
-                _ => Err(ApiError::bad_request("invalid_mode", "x-ecso-mode is enforce, observe or off")),
+                _ => Err(ApiError::bad_request(
+                    "invalid_mode",
+                    "x-ecso-mode is enforce, observe or off",
+                )),
             };
         }
         let by_model = model.and_then(|model| settings.modes.get(model).copied());
@@ -138,7 +157,11 @@ impl Rates {
         let Some(limiter) = self.0.get(&caller.name) else { return Ok(()) };
         limiter.check().map_err(|early| {
             let wait = early.wait_time_from(DefaultClock::default().now());
-            let failure = ApiError::new(StatusCode::TOO_MANY_REQUESTS, "rate_limited", "this key asks too often");
+            let failure = ApiError::new(
+                StatusCode::TOO_MANY_REQUESTS,
+                "rate_limited",
+                "this key asks too often",
+            );
             ApiError { retry_after: Some(wait), ..failure }
         })
     }
@@ -161,7 +184,10 @@ impl Admission {
 
     /// How many run, and how many wait.
     pub(crate) fn load(&self) -> (usize, usize) {
-        (self.at_once.saturating_sub(self.permits.available_permits()), self.waiting.load(Ordering::Relaxed))
+        (
+            self.at_once.saturating_sub(self.permits.available_permits()),
+            self.waiting.load(Ordering::Relaxed),
+        )
     }
 
     /// Waits for a turn; whoever goes away while waiting loses the place.
@@ -206,7 +232,8 @@ mod tests {
     fn keys_are_known_by_their_hash_and_choose_a_mode() {
         let mut settings = Settings::default();
         assert_eq!(caller(&settings, &HeaderMap::new()).unwrap().name, "");
-        let key = |text: &str, mode| Key { sha256: hash(text), mode, per_minute: None, profile: None };
+        let key =
+            |text: &str, mode| Key { sha256: hash(text), mode, per_minute: None, profile: None };
         settings.keys.insert("app".into(), key("secret", None));
         settings.keys.insert("research".into(), key("other", Some(Mode::Off)));
         settings.modes.insert("watched".into(), Mode::Observe);

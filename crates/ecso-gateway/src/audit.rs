@@ -1,5 +1,5 @@
-//! The audit log: a JSON line for every answer that was judged. What people said stands in it only if the operator
-//! wants that; else digests do.
+//! The audit log: a JSON line for every answer that was judged. What people said stands in it only
+//! if the operator wants that; else digests do.
 
 use std::{
     collections::BTreeMap,
@@ -53,20 +53,25 @@ impl Audit {
             return Ok(None);
         }
         let told = |error: io::Error| {
-            io::Error::new(error.kind(), format!("the audit log {}: {error}", settings.path.display()))
+            io::Error::new(
+                error.kind(),
+                format!("the audit log {}: {error}", settings.path.display()),
+            )
         };
         Self::begin(settings).map_err(told).map(|audit| Some(Arc::new(audit)))
     }
 
     fn begin(settings: &AuditSettings) -> io::Result<Self> {
-        if let Some(folder) = settings.path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+        if let Some(folder) = settings.path.parent().filter(|folder| !folder.as_os_str().is_empty())
+        {
             std::fs::create_dir_all(folder)?;
         }
         let file = Rotated::open(settings)?;
         Ok(Self { settings: settings.clone(), file: Mutex::new(file) })
     }
 
-    /// Writes a line for every choice. A log that can't be written is told, and the answer goes out all the same.
+    /// Writes a line for every choice. A log that can't be written is told, and the answer goes out
+    /// all the same.
     pub(crate) fn write(&self, case: &Case<'_>, profile: &str) {
         let mut lines = Vec::new();
         for (choice, finding) in case.report.findings() {
@@ -88,7 +93,10 @@ impl Audit {
         let turns = case.request.map(|request| request.chat.turns.as_slice()).unwrap_or_default();
         let query = turns.iter().rev().find(|turn| turn.role == ecso::Role::User);
         let steps = outcome.map(|outcome| outcome.steps.as_slice()).unwrap_or_default();
-        let images = turns.iter().flat_map(ecso::Turn::images).map(|image| image.digest().to_hex()[..32].to_owned());
+        let images = turns
+            .iter()
+            .flat_map(ecso::Turn::images)
+            .map(|image| image.digest().to_hex()[..32].to_owned());
         let mut line = json!({
             "at": OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default(),
             "request_id": case.id,
@@ -116,8 +124,10 @@ impl Audit {
         if self.settings.content {
             line["messages"] = case.request.map(Request::messages).into();
             line["draft"] = draft.into();
-            let safe = outcome.filter(|outcome| outcome.rewritten).map(|outcome| outcome.answer.as_str());
-            let out = case.report.early_of(choice).map(|early| early.characters).filter(|out| *out > 0);
+            let safe =
+                outcome.filter(|outcome| outcome.rewritten).map(|outcome| outcome.answer.as_str());
+            let out =
+                case.report.early_of(choice).map(|early| early.characters).filter(|out| *out > 0);
             let is_unsafe = finding.verdict() == Verdict::Unsafe;
             let is_cut = is_unsafe || case.report.failure == Some(UNFINISHED);
             line["answer"] = match (out.filter(|_| is_cut), safe) {
@@ -195,16 +205,21 @@ mod tests {
 
     #[test]
     fn no_line_is_lost_when_files_are_set_aside() {
-        let folder = std::env::temp_dir().join(format!("ecso-audit-{}", uuid::Uuid::new_v4().simple()));
+        let folder =
+            std::env::temp_dir().join(format!("ecso-audit-{}", uuid::Uuid::new_v4().simple()));
         let path = folder.join("audit.jsonl");
         let settings = AuditSettings { path: path.clone(), content: false, bytes: 10, keep: 2 };
         let audit = Audit::open(&settings).unwrap().unwrap();
         // What lies there already is moved on like the rest; what can't be moved stays.
         std::fs::write(folder.join("audit.jsonl.1"), "stray\n").unwrap();
-        let write = |line: &str| audit.file.lock().unwrap().write(&settings, line.as_bytes()).unwrap();
+        let write =
+            |line: &str| audit.file.lock().unwrap().write(&settings, line.as_bytes()).unwrap();
         ["one, two\n", "three\n", "four\n"].into_iter().for_each(write);
         let read = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap_or_default();
-        assert_eq!((read("audit.jsonl"), read("audit.jsonl.1")), ("four\n".into(), "one, two\nthree\n".into()));
+        assert_eq!(
+            (read("audit.jsonl"), read("audit.jsonl.1")),
+            ("four\n".into(), "one, two\nthree\n".into())
+        );
         assert_eq!(read("audit.jsonl.2"), "stray\n");
         std::fs::remove_file(folder.join("audit.jsonl.2")).unwrap();
         std::fs::create_dir(folder.join("audit.jsonl.2")).unwrap();

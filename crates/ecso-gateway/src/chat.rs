@@ -1,4 +1,5 @@
-//! A guarded chat: the draft, its verdict, and what goes to the client. Nothing of an answer leaves before its verdict.
+//! A guarded chat: the draft, its verdict, and what goes to the client. Nothing of an answer leaves
+//! before its verdict.
 
 use std::{
     collections::BTreeMap,
@@ -15,7 +16,7 @@ use axum::{
     response::Response,
 };
 use bytes::Bytes;
-use ecso::{Considered, Event, FinishReason, Guard, Mllm, Outcome, Reply, Step};
+use ecso::{Event, FinishReason, Guard, Mllm, Outcome, Reply, RequestCheck, Step};
 use futures::{
     FutureExt, Stream, StreamExt, TryStreamExt,
     future::{maybe_done, poll_fn, try_join_all},
@@ -38,7 +39,8 @@ use crate::{
     wire::{self, Wire},
 };
 
-/// Answers a chat, in another format than its own where there is a `wire`. `permit` is its turn; a stream keeps it until its end.
+/// Answers a chat, in another format than its own where there is a `wire`. `permit` is its turn; a
+/// stream keeps it until its end.
 pub(crate) async fn enforce(
     context: RequestContext,
     request: Request,
@@ -48,7 +50,11 @@ pub(crate) async fn enforce(
     let guarded = Guarded { context, request, wire };
     // A wish that can't be read is told before anything is asked.
     guarded.context.streams()?;
-    if guarded.request.stream { guarded.held(permit).boxed().await } else { guarded.whole().boxed().await }
+    if guarded.request.stream {
+        guarded.held(permit).boxed().await
+    } else {
+        guarded.whole().boxed().await
+    }
 }
 
 /// A chat that is to be guarded.
@@ -70,51 +76,66 @@ impl Guarded {
             let asked = self.answer().instrument(telemetry::direct(&self.request.model));
             match self.context.in_time(asked).await? {
                 Answer::Whole(answer, head) => Ok((answer, head)),
-                Answer::Stream(_) => Err(ApiError::upstream("the upstream sent a stream that nobody asked for")),
+                Answer::Stream(_) => {
+                    Err(ApiError::upstream("the upstream sent a stream that nobody asked for"))
+                }
             }
         };
         let drafted = self.beside(&guard, asked).await?;
-        let report = self.judged(&guard, &drafted).await.map_err(|error| error.with_head(&drafted.head))?;
+        let report =
+            self.judged(&guard, &drafted).await.map_err(|error| error.with_head(&drafted.head))?;
         Ok(self.finished(&report, &drafted.answer, drafted.head))
     }
 
-    /// The answer that is `asked` for, and beside it what there is to find about the request. Where no answer could make that safe, none is
-    /// waited for; a model in this process, which does one thing after the other, isn't even asked.
+    /// The answer that is `asked` for, and beside it what there is to find about the request. Where
+    /// no answer could make that safe, none is waited for; a model in this process, which does one
+    /// thing after the other, isn't even asked.
     async fn beside(
         &self,
         guard: &Guard<Arc<dyn Mllm>>,
         asked: impl Future<Output = Result<(Completion, HeaderMap), ApiError>> + Send,
     ) -> Result<Drafted, ApiError> {
         let Self { context, request, .. } = self;
-        let considering = async { Ok(guard.consider(&request.chat).await?) };
+        let considering = async { Ok(guard.check_request(&request.chat).await?) };
         let (considering, asked) = (context.in_time(considering), maybe_done(asked));
         pin_mut!(considering, asked);
-        let side_by_side = context.way().is_some() || guard.model().takes_several();
-        let considered = poll_fn(|task| {
+        let side_by_side = context.way().is_some() || guard.model().is_concurrent();
+        let request_check = poll_fn(|task| {
             if side_by_side {
                 // What it comes to is looked at below.
                 let _ = asked.as_mut().poll(task);
             }
             considering.as_mut().poll(task)
         });
-        let considered = considered.await;
-        if considered.as_ref().is_ok_and(Considered::is_harm) {
+        let request_check = request_check.await;
+        if request_check.as_ref().is_ok_and(RequestCheck::is_harm) {
             // One that is there already is written down, and has its choices.
             if let Some(Ok((answer, head))) = asked.as_mut().take_output() {
-                return Ok(Drafted { answer, head, considered, is_spared: false, early: None });
+                return Ok(Drafted { answer, head, request_check, is_spared: false, early: None });
             }
             let nothing = vec![Reply::default(); usize::try_from(request.choices).unwrap_or(1)];
             let answer = Completion::replies(&nothing, now());
-            return Ok(Drafted { answer, head: HeaderMap::new(), considered, is_spared: true, early: None });
+            return Ok(Drafted {
+                answer,
+                head: HeaderMap::new(),
+                request_check,
+                is_spared: true,
+                early: None,
+            });
         }
         // What the upstream refuses is told before a failure of ours.
         asked.as_mut().await;
-        let (answer, head) = asked.take_output().ok_or_else(|| ApiError::upstream("there is no answer"))??;
-        Ok(Drafted { answer, head, considered, is_spared: false, early: None })
+        let (answer, head) =
+            asked.take_output().ok_or_else(|| ApiError::upstream("there is no answer"))??;
+        Ok(Drafted { answer, head, request_check, is_spared: false, early: None })
     }
 
     /// What is found about an answer, all choices of it; an error if nothing of it may go out.
-    async fn judged(&self, guard: &Guard<Arc<dyn Mllm>>, drafted: &Drafted) -> Result<Report, ApiError> {
+    async fn judged(
+        &self,
+        guard: &Guard<Arc<dyn Mllm>>,
+        drafted: &Drafted,
+    ) -> Result<Report, ApiError> {
         let Self { context, request, .. } = self;
         let mut record = context.record(request, drafted.drafts());
         record.drafted(drafted.drafts(), drafted.early());
@@ -127,7 +148,8 @@ impl Guarded {
         Ok(record.written())
     }
 
-    /// Whether an answer goes out that nobody judged, because the guard failed: never once a verdict holds one back.
+    /// Whether an answer goes out that nobody judged, because the guard failed: never once a
+    /// verdict holds one back.
     fn opens(&self, error: &ApiError, record: &Record<'_>) -> bool {
         let is_wanted = self.context.state.settings.on_failure == OnFailure::Open;
         let opens = is_wanted && error.may_open && !record.is_unsafe();
@@ -145,8 +167,10 @@ impl Guarded {
     /// The choices that go out.
     fn choices(&self, report: &Report, answer: &Completion) -> Vec<Value> {
         let choices = report.findings().map(|(index, finding)| match finding.outcome() {
-            Some(outcome) if outcome.rewritten => json!({"index": index, "finish_reason": ended(outcome),
-                "message": message(outcome, &self.request), "logprobs": null}),
+            Some(outcome) if outcome.rewritten => {
+                json!({"index": index, "finish_reason": ended(outcome),
+                "message": message(outcome, &self.request), "logprobs": null})
+            }
             _ => answer.choice(index),
         });
         choices.collect()
@@ -194,7 +218,8 @@ impl Guarded {
         write(&answer)
     }
 
-    /// Keeps what goes out, and what led to it, for requests that go on from there. Whether it could.
+    /// Keeps what goes out, and what led to it, for requests that go on from there. Whether it
+    /// could.
     fn keep(&self, part: &wire::Part<'_>, said: &Value) -> bool {
         let Self { context, request, .. } = self;
         let asked = request.messages().get(part.from..).unwrap_or_default();
@@ -206,7 +231,8 @@ impl Guarded {
             None => self.completion(report, answer),
             Some(wire) => {
                 let trace = self.context.trace();
-                let found = (trace != TraceLevel::None).then(|| report.object(&self.context.id, trace));
+                let found =
+                    (trace != TraceLevel::None).then(|| report.object(&self.context.id, trace));
                 self.translated(wire.as_ref(), report, answer, found, |answer| wire.whole(answer))
             }
         };
@@ -222,9 +248,12 @@ impl Guarded {
     /// Tells which tools were left out, as many as a header has room for.
     fn tell_left_out(&self, headers: &mut HeaderMap) {
         const MOST: usize = 16;
-        let left_out = self.wire.iter().flat_map(|wire| wire.left_out()).map(String::as_str).take(MOST);
+        let left_out =
+            self.wire.iter().flat_map(|wire| wire.left_out()).map(String::as_str).take(MOST);
         let left_out = left_out.collect::<Vec<_>>().join(", ");
-        if let Some(Ok(kinds)) = Some(left_out).filter(|kinds| !kinds.is_empty()).map(HeaderValue::try_from) {
+        if let Some(Ok(kinds)) =
+            Some(left_out).filter(|kinds| !kinds.is_empty()).map(HeaderValue::try_from)
+        {
             headers.insert("x-ecso-tools-left-out", kinds);
         }
     }
@@ -233,22 +262,29 @@ impl Guarded {
     async fn answer(&self) -> Result<Answer, ApiError> {
         let Self { context, request, .. } = self;
         if let Some(way) = context.way() {
-            return way.answer(&context.headers, request, context.state.settings.limits.answer).await;
+            return way
+                .answer(&context.headers, request, context.state.settings.limits.answer)
+                .await;
         }
         request.for_own_model()?;
         let model = &context.state.upstream.answering(&request.model, &context.headers);
         let sampling = request.own_sampling();
         let asked = (0..request.choices).map(|choice| {
             let seed = sampling.seed.map_or(choice, |seed| seed.wrapping_add(choice));
-            let sampling = ecso::Sampling { seed: (choice > 0).then_some(seed).or(sampling.seed), ..sampling.clone() };
+            let sampling = ecso::Sampling {
+                seed: (choice > 0).then_some(seed).or(sampling.seed),
+                ..sampling.clone()
+            };
             async move { model.generate(&request.chat, &sampling).await }
         });
-        let replies = try_join_all(asked).await.map_err(|error| ApiError::asking("invalid_request", error))?;
+        let replies = try_join_all(asked)
+            .await
+            .map_err(|error| ApiError::asking("invalid_request", error))?;
         Ok(Answer::Whole(Completion::replies(&replies, now()), HeaderMap::new()))
     }
 
-    /// A stream that is held: signs of life until the verdict, then the draft as it came or the safe answer as it is
-    /// written.
+    /// A stream that is held: signs of life until the verdict, then the draft as it came or the
+    /// safe answer as it is written.
     async fn held(self, permit: OwnedSemaphorePermit) -> Result<Response, ApiError> {
         let guard = self.guard();
         let (span, direct) = (Span::current(), telemetry::direct(&self.request.model));
@@ -324,7 +360,8 @@ impl Guarded {
                     let event = match &self.wire {
                         None => error.event(),
                         Some(wire) => {
-                            let failed = wire.failed((&self.context.id, &self.request.model), &error);
+                            let failed =
+                                wire.failed((&self.context.id, &self.request.model), &error);
                             failed.iter().map(event).collect()
                         }
                     };
@@ -335,8 +372,8 @@ impl Guarded {
         }
     }
 
-    /// A stream that has `begun`, taken to be judged while it is written: where text of it may go out early, or the settings want the
-    /// model stopped at the first harm.
+    /// A stream that has `begun`, taken to be judged while it is written: where text of it may go
+    /// out early, or the settings want the model stopped at the first harm.
     fn judged_early<'a>(
         &'a self,
         guard: &'a Guard<Arc<dyn Mllm>>,
@@ -347,14 +384,16 @@ impl Guarded {
         let settings = &context.state.settings;
         let is_wanted = context.streams().is_ok_and(|streams| streams == Streams::Windowed);
         let releases = is_wanted && wire.is_none() && request.wants_plain_text();
-        let is_own = matches!(context.way(), Some(Way::Own(_))) && guard.model().takes_several();
+        let is_own = matches!(context.way(), Some(Way::Own(_))) && guard.model().is_concurrent();
         let is_judged = is_own && request.choices == 1 && (releases || settings.early_stop);
         match begun.take() {
             Some(Answer::Stream(response)) if is_judged => {
                 let gives_up = releases && settings.on_failure == OnFailure::Closed;
                 let how = How { sizes: settings.windows, releases, gives_up };
                 let events = Events::of(bounded(response, settings.limits.answer));
-                let considering = context.in_time(async { Ok(guard.consider(&request.chat).await?) }).boxed();
+                let considering = context
+                    .in_time(async { Ok(guard.check_request(&request.chat).await?) })
+                    .boxed();
                 Some(Writing::new(guard, &request.chat, how, (events, direct.clone()), considering))
             }
             other => {
@@ -384,7 +423,8 @@ impl Guarded {
             };
             let answer = match answer {
                 Answer::Stream(response) => {
-                    let chunks = Completion::chunks(bounded(response, context.state.settings.limits.answer));
+                    let chunks =
+                        Completion::chunks(bounded(response, context.state.settings.limits.answer));
                     context.in_time(chunks.instrument(direct.clone())).await?
                 }
                 Answer::Whole(answer, _) => answer,
@@ -441,10 +481,11 @@ impl Guarded {
             drop(direct);
             record.drafted(drafted.drafts(), drafted.early());
             let (answer, mut safe_answer) = (&drafted.answer, None);
-            for (considered, choice, said) in drafted.choices() {
-                let events = considered_review(guard, request, considered, &said);
+            for (request_check, choice, said) in drafted.choices() {
+                let events = considered_review(guard, request, request_check, &said);
                 pin_mut!(events);
-                // What is out stays out: harm behind it ends the stream, and the safe answer has a place of its own.
+                // What is out stays out: harm behind it ends the stream, and the safe answer has a
+                // place of its own.
                 let is_late = choice == windowed::CHOICE && drafted.early().is_some_and(|early| early.characters > 0);
                 let (mut rewritten, mut begun) = (false, false);
                 let mut next = async || {
@@ -465,8 +506,8 @@ impl Guarded {
                                 yield self.delta(answer, choice, false, None, Some("content_filter"));
                             }
                         }
-                        // Whether it is the fixed refusal, the end tells; where that has another place, the answer waits
-                        // for it.
+                        // Whether it is the fixed refusal, the end tells; where that has another
+                        // place, the answer waits for it.
                         Ok(Event::Answer(text)) if rewritten && !is_late && !request.wants_json() => {
                             yield self.delta(answer, choice, !begun, Some(("content", &text)), None);
                             begun = true;
@@ -558,18 +599,19 @@ pub(crate) struct Drafted {
     pub(crate) answer: Completion,
     pub(crate) head: HeaderMap,
     /// An error is one of every choice: what goes out without a verdict, the settings say.
-    pub(crate) considered: Result<Considered, ApiError>,
+    pub(crate) request_check: Result<RequestCheck, ApiError>,
     /// Whether nobody waited for an answer.
     pub(crate) is_spared: bool,
-    /// Of one that was judged while it was written, what went out then, and the pieces that did not.
+    /// Of one that was judged while it was written, what went out then, and the pieces that did
+    /// not.
     pub(crate) early: Option<(Early, Vec<Value>)>,
 }
 
 impl Drafted {
     /// A draft of which nothing is known.
     fn alone(answer: Completion) -> Self {
-        let considered = Ok(Considered::default());
-        Self { answer, head: HeaderMap::new(), considered, is_spared: false, early: None }
+        let request_check = Ok(RequestCheck::default());
+        Self { answer, head: HeaderMap::new(), request_check, is_spared: false, early: None }
     }
 
     /// What went out before it was whole.
@@ -590,12 +632,14 @@ impl Drafted {
         if self.is_spared { BTreeMap::new() } else { self.answer.said() }
     }
 
-    /// What is to be judged: the choices, each with what is known of the request; the first with what that took.
-    fn choices(&self) -> Vec<(Result<Considered, ApiError>, u64, String)> {
-        let mut considered = self.considered.clone();
+    /// What is to be judged: the choices, each with what is known of the request; the first with
+    /// what that took.
+    fn choices(&self) -> Vec<(Result<RequestCheck, ApiError>, u64, String)> {
+        let mut request_check = self.request_check.clone();
         let each = self.answer.said().into_iter().map(|(choice, said)| {
-            let again = considered.as_ref().map(Considered::again).map_err(ApiError::clone);
-            (mem::replace(&mut considered, again), choice, said)
+            let again =
+                request_check.as_ref().map(RequestCheck::without_steps).map_err(ApiError::clone);
+            (mem::replace(&mut request_check, again), choice, said)
         });
         each.collect()
     }
@@ -616,8 +660,11 @@ async fn review(
     drafted: &Drafted,
     record: &Record<'_>,
 ) -> Result<(), ApiError> {
-    let all = drafted.choices().into_iter().map(|(considered, choice, said)| {
-        async move { found(considered_review(guard, request, considered, &said), choice, record).await }.boxed()
+    let all = drafted.choices().into_iter().map(|(request_check, choice, said)| {
+        async move {
+            found(considered_review(guard, request, request_check, &said), choice, record).await
+        }
+        .boxed()
     });
     let all: Vec<_> = all.collect();
     stream::iter(all).buffer_unordered(AT_ONCE).try_for_each(|_| std::future::ready(Ok(()))).await
@@ -655,7 +702,11 @@ async fn found(
 }
 
 /// Judges an answer that the client has already, and writes down what is found.
-pub(crate) async fn observe(context: &RequestContext, request: &Request, answer: &Completion) -> Result<(), ApiError> {
+pub(crate) async fn observe(
+    context: &RequestContext,
+    request: &Request,
+    answer: &Completion,
+) -> Result<(), ApiError> {
     let guard = context.state.guard(request, context, context.mode);
     let record = context.record(request, answer.said());
     context.in_time(review(&guard, request, &Drafted::alone(answer.clone()), &record)).await?;
@@ -672,24 +723,24 @@ fn reviewed<'a>(
     guard.review_events(&request.chat, said).map(|event| event.map_err(ApiError::from))
 }
 
-/// The steps on one choice, of a request that was considered.
+/// The steps on one choice, of a request that was request_check.
 fn considered_review<'a>(
     guard: &'a Guard<Arc<dyn Mllm>>,
     request: &'a Request,
-    considered: Result<Considered, ApiError>,
+    request_check: Result<RequestCheck, ApiError>,
     said: &'a str,
 ) -> impl Stream<Item = Result<Event, ApiError>> + Send + 'a {
-    match considered {
+    match request_check {
         Err(error) => stream::iter([Err(error)]).left_stream(),
-        Ok(considered) => {
-            let events = guard.review_considered(&request.chat, considered, said);
+        Ok(request_check) => {
+            let events = guard.review_checked(&request.chat, request_check, said);
             events.map(|event| event.map_err(ApiError::from)).right_stream()
         }
     }
 }
 
-/// What is said in a draft's place. The fixed refusal is no JSON: where the client wants that, it stands where the
-/// protocol has refusals.
+/// What is said in a draft's place. The fixed refusal is no JSON: where the client wants that, it
+/// stands where the protocol has refusals.
 fn message(outcome: &Outcome, request: &Request) -> Value {
     if outcome.refused && request.wants_json() {
         return json!({"role": "assistant", "content": null, "refusal": outcome.answer});
@@ -699,7 +750,12 @@ fn message(outcome: &Outcome, request: &Request) -> Value {
 
 /// Why an answer in a draft's place ended: it was done, or its limit was reached.
 fn ended(outcome: &Outcome) -> &'static str {
-    let last = outcome.steps.iter().rev().find(|step| step.step == Step::Safe).filter(|_| !outcome.refused);
+    let last = outcome
+        .steps
+        .iter()
+        .rev()
+        .find(|step| step.step == Step::Safe)
+        .filter(|_| !outcome.refused);
     last.map_or("stop", |step| match step.finish {
         FinishReason::Length => finish(FinishReason::Length),
         _ => "stop",

@@ -1,5 +1,5 @@
-//! What a model answered: the fields that are known, whole or in pieces. All that goes to a client is made of these, and
-//! every text in them is judged.
+//! What a model answered: the fields that are known, whole or in pieces. All that goes to a client
+//! is made of these, and every text in them is judged.
 
 use std::collections::BTreeMap;
 
@@ -63,7 +63,10 @@ const FRAME: &[(&str, Form)] = &[
     ("created", Form::Plain),
     ("usage", USAGE),
     ("timings", TIMINGS),
-    ("service_tier", Form::Word(&["auto", "default", "flex", "scale", "priority", "standard", "on_demand"])),
+    (
+        "service_tier",
+        Form::Word(&["auto", "default", "flex", "scale", "priority", "standard", "on_demand"]),
+    ),
 ];
 
 const USAGE: Form = Form::Fields(&[
@@ -181,7 +184,8 @@ impl Choice {
         let message = fields_of(MESSAGE, said, "", &mut self.heard).unwrap_or_default();
         let content = message.get("content").and_then(Value::as_str).unwrap_or_default();
         let logprobs = logprobs(choice.remove("logprobs"), content);
-        let finish = choice.get("finish_reason").and_then(Value::as_str).filter(|reason| !reason.is_empty());
+        let finish =
+            choice.get("finish_reason").and_then(Value::as_str).filter(|reason| !reason.is_empty());
         self.pieces.push(Piece { logprobs, finish: finish.map(reason), message });
     }
 
@@ -192,7 +196,11 @@ impl Choice {
             if !rest.is_empty() && path == "content" {
                 self.heard.texts.entry(path.clone()).or_default().push_str(rest);
                 let message = Map::from_iter([("content".to_owned(), rest.into())]);
-                let place = self.pieces.iter().position(|piece| piece.finish.is_some()).unwrap_or(self.pieces.len());
+                let place = self
+                    .pieces
+                    .iter()
+                    .position(|piece| piece.finish.is_some())
+                    .unwrap_or(self.pieces.len());
                 self.pieces.insert(place, Piece { message, finish: None, logprobs: Value::Null });
             }
         }
@@ -208,7 +216,8 @@ impl Choice {
             let twice = once.as_deref().and_then(unescaped);
             [Some(text), once, twice].into_iter().flatten()
         });
-        let mut all: Vec<String> = [content].into_iter().chain(rest).filter(|text| !text.trim().is_empty()).collect();
+        let mut all: Vec<String> =
+            [content].into_iter().chain(rest).filter(|text| !text.trim().is_empty()).collect();
         // Clients read the parts of a content as one text.
         let lists = self.pieces.iter().filter_map(|piece| piece.message.get("content")?.as_array());
         let parts: String = lists.flatten().filter_map(|part| part["text"].as_str()).collect();
@@ -226,7 +235,8 @@ impl Choice {
 impl Completion {
     /// Reads an answer.
     pub(crate) fn whole(body: &[u8]) -> Result<Self, ApiError> {
-        let unreadable = |why: String| ApiError::upstream("the upstream's answer can't be read").because(why);
+        let unreadable =
+            |why: String| ApiError::upstream("the upstream's answer can't be read").because(why);
         let text = std::str::from_utf8(body).map_err(|error| unreadable(error.to_string()))?;
         let value: Value = lenient::parse(text).map_err(|error| unreadable(error.to_string()))?;
         let mut completion = Self::default();
@@ -257,10 +267,14 @@ impl Completion {
         self.checked()
     }
 
-    /// What is left of an answer that was stopped: a text to be judged, and not one piece that could go out. What it took nobody has told.
+    /// What is left of an answer that was stopped: a text to be judged, and not one piece that
+    /// could go out. What it took nobody has told.
     pub(crate) fn stopped(mut self, index: u64, said: &str) -> Self {
         self.frame.retain(|name, _| name == "created");
-        let heard = Heard { texts: BTreeMap::from([("content".to_owned(), said.to_owned())]), ..Heard::default() };
+        let heard = Heard {
+            texts: BTreeMap::from([("content".to_owned(), said.to_owned())]),
+            ..Heard::default()
+        };
         self.choices = BTreeMap::from([(index, Choice { pieces: Vec::new(), heard })]);
         self
     }
@@ -290,8 +304,12 @@ impl Completion {
         // Texts have no place here, so that nobody is told of any.
         if let Ok(frame) = fields_of(FRAME, fields, "", &mut Heard::default()) {
             // A stream has one beginning.
-            let is_new = |name: &str, known: &Map<String, Value>| name != "created" || !known.contains_key(name);
-            let frame = frame.into_iter().filter(|(name, value)| !value.is_null() && is_new(name, &self.frame));
+            let is_new = |name: &str, known: &Map<String, Value>| {
+                name != "created" || !known.contains_key(name)
+            };
+            let frame = frame
+                .into_iter()
+                .filter(|(name, value)| !value.is_null() && is_new(name, &self.frame));
             let frame: Vec<_> = frame.collect();
             self.frame.extend(frame);
         }
@@ -305,7 +323,11 @@ impl Completion {
     /// An answer without a choice says nothing that could be judged, or passed on.
     fn checked(mut self) -> Result<Self, ApiError> {
         self.choices.values_mut().for_each(Choice::end);
-        if self.choices.is_empty() { Err(ApiError::upstream("the upstream's answer has no choices")) } else { Ok(self) }
+        if self.choices.is_empty() {
+            Err(ApiError::upstream("the upstream's answer has no choices"))
+        } else {
+            Ok(self)
+        }
     }
 
     /// All that each choice says, its content first: what is judged.
@@ -348,9 +370,14 @@ impl Completion {
 
     /// The same without the first `taken`.
     pub(crate) fn pieces_behind(&self, index: u64, taken: usize) -> impl Iterator<Item = Value> {
-        let pieces = self.choices.get(&index).and_then(|choice| choice.pieces.get(taken..)).unwrap_or_default();
+        let pieces = self
+            .choices
+            .get(&index)
+            .and_then(|choice| choice.pieces.get(taken..))
+            .unwrap_or_default();
         pieces.iter().map(move |piece| {
-            let mut choice = json!({"index": index, "delta": piece.message, "finish_reason": piece.finish});
+            let mut choice =
+                json!({"index": index, "delta": piece.message, "finish_reason": piece.finish});
             if !piece.logprobs.is_null() {
                 choice["logprobs"] = piece.logprobs.clone();
             }
@@ -358,8 +385,8 @@ impl Completion {
         })
     }
 
-    /// What every answer or event of a stream begins with. The name is our own, so that nothing can be got by it
-    /// elsewhere.
+    /// What every answer or event of a stream begins with. The name is our own, so that nothing can
+    /// be got by it elsewhere.
     pub(crate) fn head(&self, id: &str, model: &str, object: &str) -> Value {
         let created = self.frame.get("created").cloned().unwrap_or_else(|| 0.into());
         json!({"id": format!("chatcmpl-{id}"), "object": object, "created": created, "model": model})
@@ -395,14 +422,18 @@ impl Events {
     pub(crate) async fn next(&mut self) -> Result<Option<Value>, ApiError> {
         while !self.is_told {
             let Some(event) = self.events.next().await else { return Ok(None) };
-            let Some(data) = event.map_err(|error| broken(error.to_string()))?.data else { continue };
+            let Some(data) = event.map_err(|error| broken(error.to_string()))?.data else {
+                continue;
+            };
             if data.trim() == "[DONE]" {
                 self.is_told = true;
                 break;
             }
             let value: Value = lenient::parse(&data).map_err(|error| broken(error.to_string()))?;
             if let Some(error) = value.get("error").filter(|error| !error.is_null()) {
-                return Err(broken(error["message"].as_str().unwrap_or("it says no reason").to_owned()));
+                return Err(broken(
+                    error["message"].as_str().unwrap_or("it says no reason").to_owned(),
+                ));
             }
             return Ok(Some(value));
         }
@@ -415,7 +446,8 @@ fn broken(why: String) -> ApiError {
     ApiError::upstream("the upstream's stream broke").because(why)
 }
 
-/// Puts a piece of a message behind what came before it: texts and lists go on, and so does each tool call, by its index.
+/// Puts a piece of a message behind what came before it: texts and lists go on, and so does each
+/// tool call, by its index.
 fn grow(message: &mut Map<String, Value>, piece: &Map<String, Value>) {
     for (name, more) in piece {
         match (message.get_mut(name), more) {
@@ -427,8 +459,9 @@ fn grow(message: &mut Map<String, Value>, piece: &Map<String, Value>) {
             }
             (Some(Value::Array(calls)), Value::Array(more)) if name == "tool_calls" => {
                 for call in more {
-                    let known =
-                        calls.iter_mut().find(|known| !call["index"].is_null() && known["index"] == call["index"]);
+                    let known = calls
+                        .iter_mut()
+                        .find(|known| !call["index"].is_null() && known["index"] == call["index"]);
                     match (known.and_then(Value::as_object_mut), call) {
                         (Some(known), Value::Object(call)) => grow(known, call),
                         _ => calls.push(call.clone()),
@@ -438,7 +471,8 @@ fn grow(message: &mut Map<String, Value>, piece: &Map<String, Value>) {
             (Some(Value::Array(list)), Value::Array(more)) => list.extend(more.iter().cloned()),
             (Some(Value::Object(known)), Value::Object(more)) => grow(known, more),
             // Some servers send an empty id with all pieces but the first.
-            (Some(Value::String(known)), Value::String(more)) if more.is_empty() && !known.is_empty() => {}
+            (Some(Value::String(known)), Value::String(more))
+                if more.is_empty() && !known.is_empty() => {}
             _ => {
                 message.insert(name.clone(), more.clone());
             }
@@ -446,8 +480,8 @@ fn grow(message: &mut Map<String, Value>, piece: &Map<String, Value>) {
     }
 }
 
-/// Log-probabilities of a content's tokens, where these say the content and nothing else; of the tokens that were not
-/// taken nobody has judged what they say.
+/// Log-probabilities of a content's tokens, where these say the content and nothing else; of the
+/// tokens that were not taken nobody has judged what they say.
 fn logprobs(value: Option<Value>, content: &str) -> Value {
     let Some(Value::Object(mut value)) = value else { return Value::Null };
     let Some(Value::Array(tokens)) = value.remove("content") else { return Value::Null };
@@ -464,8 +498,8 @@ fn logprobs(value: Option<Value>, content: &str) -> Value {
     if is_the_content { json!({"content": tokens, "refusal": null}) } else { Value::Null }
 }
 
-/// Arguments of a tool as they will be read, if that differs: JSON text may spell every character as an escape, and the escape
-/// as one.
+/// Arguments of a tool as they will be read, if that differs: JSON text may spell every character
+/// as an escape, and the escape as one.
 fn unescaped(text: &str) -> Option<String> {
     let mut units = Vec::new();
     let mut rest = text;
@@ -517,7 +551,8 @@ pub(crate) mod tests {
 
     #[test]
     fn everything_that_goes_out_is_said() {
-        let answer = whole(&json!({"id": "upstream's", "system_fingerprint": "x", "citations": ["unknown"],
+        let answer = whole(
+            &json!({"id": "upstream's", "system_fingerprint": "x", "citations": ["unknown"],
             "__verbose": {"content": "unknown"}, "choices": [
                 {"index": 0, "message": {"role": "assistant", "content": "one", "reasoning_content": "because",
                     "refusal": null, "tool_calls": [{"id": "x", "type": "function", "odd": "unknown",
@@ -528,7 +563,8 @@ pub(crate) mod tests {
                     "finish_reason": "odd", "logprobs": {"content": [{"token": "other", "logprob": -1}]}},
                 {"index": 2, "message": {"content": null}, "finish_reason": "stop"},
                 "unknown",
-            ], "usage": {"total_tokens": 3, "unknown": 4, "prompt_tokens": "unknown"}}));
+            ], "usage": {"total_tokens": 3, "unknown": 4, "prompt_tokens": "unknown"}}),
+        );
         let said = answer.said();
         assert_eq!(said[&0], "one\nbecause\n{\"a\": \"b\"}\nf\nx");
         assert_eq!((said[&1].as_str(), said[&2].as_str()), ("two", ""));
@@ -545,14 +581,19 @@ pub(crate) mod tests {
         let second = answer.choice(1);
         assert_eq!((&second["finish_reason"], &second["logprobs"]), (&json!("stop"), &Value::Null));
         let parts = json!([{"type": "text", "text": "Bre"}, {"type": "text", "text": "ad"}]);
-        assert_eq!(whole(&json!({"choices": [{"message": {"content": parts}}]})).said()[&0], "Bre\nad\nBread");
+        assert_eq!(
+            whole(&json!({"choices": [{"message": {"content": parts}}]})).said()[&0],
+            "Bre\nad\nBread"
+        );
         let all = [0, 1, 2].map(|index| answer.choice(index).to_string()).concat();
         assert!(!all.contains("unknown"), "{all}");
     }
 
     fn read(text: &[u8], size: usize) -> Result<Completion, ApiError> {
-        let parts: Vec<_> =
-            text.chunks(size).map(|part| Ok::<_, std::io::Error>(Bytes::copy_from_slice(part))).collect();
+        let parts: Vec<_> = text
+            .chunks(size)
+            .map(|part| Ok::<_, std::io::Error>(Bytes::copy_from_slice(part)))
+            .collect();
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(Completion::chunks(futures::stream::iter(parts)))
     }
@@ -591,7 +632,9 @@ pub(crate) mod tests {
     #[test]
     fn a_character_cut_in_two_is_whole_again_in_each_choice() {
         let chunk = |index: u8, text: &str| {
-            format!("data: {{\"choices\": [{{\"index\": {index}, \"delta\": {{\"content\": \"{text}\"}}}}]}}\n\n")
+            format!(
+                "data: {{\"choices\": [{{\"index\": {index}, \"delta\": {{\"content\": \"{text}\"}}}}]}}\n\n"
+            )
         };
         let stream = [
             chunk(0, "a\\ud83d"),
@@ -604,7 +647,8 @@ pub(crate) mod tests {
         .concat();
         let answer = read(stream.as_bytes(), 7).unwrap();
         assert_eq!(answer.said(), BTreeMap::from([(0, "a😀b".into()), (1, "😁\u{FFFD}".into())]));
-        let sent: Vec<Value> = answer.pieces(1).map(|piece| piece["delta"]["content"].clone()).collect();
+        let sent: Vec<Value> =
+            answer.pieces(1).map(|piece| piece["delta"]["content"].clone()).collect();
         assert_eq!(sent, ["", "😁", "", "\u{FFFD}"]);
     }
 
@@ -652,7 +696,8 @@ pub(crate) mod tests {
             Just("finish_reason".to_owned()),
             marker.prop_map(String::from),
         ];
-        let leaf = prop_oneof![marker.prop_map(Value::from), Just(Value::from(1)), Just(Value::Null)];
+        let leaf =
+            prop_oneof![marker.prop_map(Value::from), Just(Value::from(1)), Just(Value::Null)];
         let value = leaf.prop_recursive(5, 40, 5, move |inner| {
             prop_oneof![
                 prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),

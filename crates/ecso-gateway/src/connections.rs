@@ -1,4 +1,5 @@
-//! Connections: so many at one time, and none that only waits keeps out one that has something to say.
+//! Connections: so many at one time, and none that only waits keeps out one that has something to
+//! say.
 
 use std::{
     collections::VecDeque,
@@ -166,8 +167,8 @@ impl Service<Request<Incoming>> for Seated {
     }
 }
 
-/// How many connections at one time: as many as are `wanted`, as far as there are descriptors for them and for the
-/// upstream's.
+/// How many connections at one time: as many as are `wanted`, as far as there are descriptors for
+/// them and for the upstream's.
 pub(crate) fn places(wanted: usize) -> usize {
     let descriptors = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
     let most = descriptors.saturating_sub(KEPT) / 2;

@@ -6,7 +6,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header, request::Parts};
+use axum::http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header, request::Parts,
+};
 use bytes::{Bytes, BytesMut};
 use ecso::profile::Scope;
 use ecso_openai::Bodies;
@@ -50,22 +52,31 @@ pub(crate) struct RequestContext {
     rooms: Arc<Semaphore>,
 }
 
-/// Whether a body is UTF-8 for every reader, and not compressed. What kind it is, the upstream is told anew.
+/// Whether a body is UTF-8 for every reader, and not compressed. What kind it is, the upstream is
+/// told anew.
 pub(crate) fn is_plain(headers: &HeaderMap) -> Result<(), ApiError> {
-    let unsupported = |code, message: &str| Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, code, message));
+    let unsupported =
+        |code, message: &str| Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, code, message));
     if headers.get_all(header::CONTENT_ENCODING).iter().any(|coding| coding != "identity") {
         return unsupported("unsupported_encoding", "a compressed body can't be guarded");
     }
     let is_utf8 = |kind: &HeaderValue| {
         let kind = kind.to_str().unwrap_or("charset=?").to_ascii_lowercase();
-        let mut charsets =
-            kind.split(';').filter_map(|part| part.split_once('=')).filter(|(name, _)| name.trim() == "charset");
-        charsets.all(|(_, charset)| matches!(charset.trim().trim_matches('"'), "utf-8" | "utf8" | "us-ascii"))
+        let mut charsets = kind
+            .split(';')
+            .filter_map(|part| part.split_once('='))
+            .filter(|(name, _)| name.trim() == "charset");
+        charsets.all(|(_, charset)| {
+            matches!(charset.trim().trim_matches('"'), "utf-8" | "utf8" | "us-ascii")
+        })
     };
     if headers.get_all(header::CONTENT_TYPE).iter().all(is_utf8) {
         return Ok(());
     }
-    unsupported("unsupported_type", "the body must be JSON in UTF-8: Content-Type: application/json")
+    unsupported(
+        "unsupported_type",
+        "the body must be JSON in UTF-8: Content-Type: application/json",
+    )
 }
 
 /// Bytes that one permit of `rooms` stands for.
@@ -90,7 +101,15 @@ impl RequestContext {
         state.rates.check(&caller)?;
         let headers = own_key_removed(&state.settings, headers);
         let mode = caller.strictest(&state.settings);
-        Ok(Self { begun, since: begun, caller, mode, headers, carrier, ..Self::of_page(state, rooms, id) })
+        Ok(Self {
+            begun,
+            since: begun,
+            caller,
+            mode,
+            headers,
+            carrier,
+            ..Self::of_page(state, rooms, id)
+        })
     }
 
     /// A request of the page for people: nothing of its head goes on, and it is always guarded.
@@ -122,7 +141,8 @@ impl RequestContext {
         if self.is_in_scope { Scope::All } else { self.state.profile(&self.caller, model).scope }
     }
 
-    /// The way of the client's own request to the model; none where the model in this process answers it.
+    /// The way of the client's own request to the model; none where the model in this process
+    /// answers it.
     pub(crate) fn way(&self) -> Option<Way> {
         match (&self.carrier, &self.state.upstream) {
             (Some(carrier), _) => Some(Way::Carried(Arc::clone(carrier))),
@@ -154,12 +174,14 @@ impl RequestContext {
         self.room.as_ref().map_or(0, OwnedSemaphorePermit::num_permits) * ROOM
     }
 
-    /// Whose conversations this request may go on from: those of its key, and of its account at the upstream.
+    /// Whose conversations this request may go on from: those of its key, and of its account at the
+    /// upstream.
     pub(crate) fn tenant(&self) -> String {
         format!("{} {}", self.state.account(&self.headers), self.caller.name)
     }
 
-    /// The request of a body: its images got and read, as far as there is room for them, before the deadline.
+    /// The request of a body: its images got and read, as far as there is room for them, before the
+    /// deadline.
     pub(crate) async fn prepare(&mut self, mut body: Body) -> Result<Request, ApiError> {
         let settings = &self.state.settings;
         let is_fetched = self.mode == Mode::Enforce && settings.image_urls == ImageUrls::Fetch;
@@ -173,8 +195,8 @@ impl RequestContext {
         in_time(&state, begun, prepared).await
     }
 
-    /// From here on the request has only headers that are known or that the operator lists. By others some servers take bodies,
-    /// caches or models from elsewhere.
+    /// From here on the request has only headers that are known or that the operator lists. By
+    /// others some servers take bodies, caches or models from elsewhere.
     pub(crate) fn guarded(&mut self) {
         let listed = &self.state.settings.pass_headers;
         let is_kept = |name: &HeaderName| {
@@ -213,16 +235,22 @@ impl RequestContext {
             let message = format!("the body has more than {} bytes", limits.body);
             ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
         };
-        let told = self.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+        let told = self
+            .headers
+            .get(header::CONTENT_LENGTH)
+            .and_then(|length| length.to_str().ok()?.parse().ok());
         if told.is_some_and(|told: usize| told > limits.body) {
             return Err(too_long());
         }
         let (mut whole, mut pieces) = (BytesMut::new(), body.into_data_stream());
         loop {
             let left = limits.deadline().saturating_sub(self.since.elapsed());
-            let next = tokio::time::timeout(limits.patience().min(left), pieces.next()).await.map_err(|_| late())?;
+            let next = tokio::time::timeout(limits.patience().min(left), pieces.next())
+                .await
+                .map_err(|_| late())?;
             let Some(piece) = next else { break };
-            let piece = piece.map_err(|_| ApiError::bad_request("invalid_request", "the body broke off"))?;
+            let piece = piece
+                .map_err(|_| ApiError::bad_request("invalid_request", "the body broke off"))?;
             if whole.len() + piece.len() > limits.body {
                 return Err(too_long());
             }
@@ -234,11 +262,14 @@ impl RequestContext {
 
     /// The request's body for the upstream, piece by piece: nobody reads it here.
     pub(crate) fn flowing(&self, body: axum::body::Body) -> reqwest::Body {
-        reqwest::Body::wrap_stream(unbroken(body.into_data_stream(), self.state.settings.limits.patience()))
+        reqwest::Body::wrap_stream(unbroken(
+            body.into_data_stream(),
+            self.state.settings.limits.patience(),
+        ))
     }
 
-    /// Sends the request on with this body, and its answer back, unguarded. The answer begins before the deadline, and is never silent
-    /// for as long as that.
+    /// Sends the request on with this body, and its answer back, unguarded. The answer begins
+    /// before the deadline, and is never silent for as long as that.
     pub(crate) async fn pass(
         &self,
         way: &Way,
@@ -247,12 +278,16 @@ impl RequestContext {
         path: &str,
         body: impl Into<reqwest::Body>,
     ) -> Result<Response<axum::body::Body>, ApiError> {
-        let sent = way.forward(key, method.clone(), path, &self.headers, body.into(), Bodies::AsSent);
+        let sent =
+            way.forward(key, method.clone(), path, &self.headers, body.into(), Bodies::AsSent);
         Ok(passed(self.in_time(sent).await?, self.state.settings.limits.deadline()))
     }
 
     /// What takes until the request's deadline, and no longer.
-    pub(crate) async fn in_time<T>(&self, work: impl Future<Output = Result<T, ApiError>>) -> Result<T, ApiError> {
+    pub(crate) async fn in_time<T>(
+        &self,
+        work: impl Future<Output = Result<T, ApiError>>,
+    ) -> Result<T, ApiError> {
         in_time(&self.state, self.since, work).await
     }
 
@@ -266,7 +301,8 @@ impl RequestContext {
         self.state.settings.limits.deadline().saturating_sub(self.since.elapsed())
     }
 
-    /// How the stream of this request goes out. A client may always have it held, and have less only where its wishes are obeyed.
+    /// How the stream of this request goes out. A client may always have it held, and have less
+    /// only where its wishes are obeyed.
     pub(crate) fn streams(&self) -> Result<Streams, ApiError> {
         let settings = &self.state.settings;
         let mut streams = settings.stream;
@@ -275,7 +311,12 @@ impl RequestContext {
                 b"hold" => return Ok(Streams::Hold),
                 b"windowed" if settings.mode_header => streams = Streams::Windowed,
                 b"windowed" => {}
-                _ => return Err(ApiError::bad_request("invalid_mode", "x-ecso-stream is hold or windowed")),
+                _ => {
+                    return Err(ApiError::bad_request(
+                        "invalid_mode",
+                        "x-ecso-stream is hold or windowed",
+                    ));
+                }
             }
         }
         Ok(streams)
@@ -283,12 +324,17 @@ impl RequestContext {
 
     /// How much of the steps this client sees.
     pub(crate) fn trace(&self) -> TraceLevel {
-        let asked = self.headers.get("x-ecso-trace").is_some_and(|value| value == "true" || value == "1");
+        let asked =
+            self.headers.get("x-ecso-trace").is_some_and(|value| value == "true" || value == "1");
         if asked { self.state.settings.trace } else { TraceLevel::None }
     }
 
     /// Begins to write down what is found about `drafts`, by choice.
-    pub(crate) fn record<'a>(&'a self, request: &'a Request, drafts: BTreeMap<u64, String>) -> Record<'a> {
+    pub(crate) fn record<'a>(
+        &'a self,
+        request: &'a Request,
+        drafts: BTreeMap<u64, String>,
+    ) -> Record<'a> {
         Record { context: self, request, drafts, report: Mutex::default(), is_written: false }
     }
 
@@ -303,11 +349,15 @@ impl RequestContext {
         let (id, key, mode, begun) = (&self.id, &self.caller.name, self.mode, self.begun);
         let door = self.carrier.as_ref().map_or(HTTP, |carrier| carrier.door());
         let profile = self.profile.as_deref();
-        self.state.record(&Case { id, door, key, mode, profile, begun, request, report, drafts }, &self.caller);
+        self.state.record(
+            &Case { id, door, key, mode, profile, begun, request, report, drafts },
+            &self.caller,
+        );
     }
 }
 
-/// What is found about a request: written down at its end, or wherever it breaks off once a verdict has fallen.
+/// What is found about a request: written down at its end, or wherever it breaks off once a verdict
+/// has fallen.
 pub(crate) struct Record<'a> {
     context: &'a RequestContext,
     request: &'a Request,
@@ -325,7 +375,8 @@ impl Record<'_> {
     /// That the guard failed, on all choices or on one, and the answer goes out all the same.
     pub(crate) fn opened(&self, choice: Option<u64>, why: &'static str) {
         let mut report = self.report.lock().unwrap_or_else(PoisonError::into_inner);
-        let failed = choice.map_or_else(|| self.drafts.keys().copied().collect(), |choice| vec![choice]);
+        let failed =
+            choice.map_or_else(|| self.drafts.keys().copied().collect(), |choice| vec![choice]);
         for choice in failed {
             report.add(choice, Finding::Failed);
         }
@@ -360,7 +411,9 @@ impl Record<'_> {
 impl Drop for Record<'_> {
     fn drop(&mut self) {
         let mut report = self.report.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if report.early.is_some_and(|early| early.characters > 0) && report.findings().next().is_none() {
+        if report.early.is_some_and(|early| early.characters > 0)
+            && report.findings().next().is_none()
+        {
             // What is out was judged; the whole was not.
             report.add(0, Finding::Failed);
         }
@@ -384,7 +437,9 @@ async fn in_time<T>(
 ) -> Result<T, ApiError> {
     let limits = &state.settings.limits;
     let left = limits.deadline().saturating_sub(begun.elapsed());
-    tokio::time::timeout(left, work).await.unwrap_or_else(|_| Err(ApiError::deadline(limits.deadline)))
+    tokio::time::timeout(left, work)
+        .await
+        .unwrap_or_else(|_| Err(ApiError::deadline(limits.deadline)))
 }
 
 /// With keys of our own, a client's key is ours and never the upstream's business.

@@ -1,5 +1,5 @@
-//! What a browser needs to read our own answers. The upstream decides which pages may; what it says of a page holds for
-//! every answer of ours to that page, errors included.
+//! What a browser needs to read our own answers. The upstream decides which pages may; what it says
+//! of a page holds for every answer of ours to that page, errors included.
 
 use std::{
     num::NonZeroUsize,
@@ -32,13 +32,22 @@ fn is_cors(name: &HeaderName) -> bool {
 }
 
 /// Learns from an answer that says something of the page; tells it on one that doesn't.
-pub(crate) async fn same_on_all(State(cors): State<Arc<Cors>>, request: Request, next: Next) -> Response {
-    let Some(origin) = request.headers().get(header::ORIGIN).cloned() else { return next.run(request).await };
+pub(crate) async fn same_on_all(
+    State(cors): State<Arc<Cors>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let Some(origin) = request.headers().get(header::ORIGIN).cloned() else {
+        return next.run(request).await;
+    };
     let mut response = next.run(request).await;
     let headers = response.headers_mut();
     let mut known = cors.0.lock().unwrap_or_else(PoisonError::into_inner);
     if headers.contains_key(header::ACCESS_CONTROL_ALLOW_ORIGIN) {
-        let said = headers.iter().filter(|(name, _)| is_cors(name)).map(|(name, value)| (name.clone(), value.clone()));
+        let said = headers
+            .iter()
+            .filter(|(name, _)| is_cors(name))
+            .map(|(name, value)| (name.clone(), value.clone()));
         known.put(origin, said.collect());
     } else if let Some(said) = known.get(&origin) {
         headers.extend(said.clone());

@@ -1,4 +1,5 @@
-//! Everything that can go wrong, as the client sees it: OpenAI's error object, with types of our own.
+//! Everything that can go wrong, as the client sees it: OpenAI's error object, with types of our
+//! own.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -29,8 +30,9 @@ pub(crate) struct ApiError {
     pub(crate) param: Option<String>,
     /// What is behind it, for an operator who asks (level `debug`).
     pub(crate) reason: Option<String>,
-    /// Whether the answer may go out unjudged where the operator wants that: the guard failed by itself. What a request
-    /// can bring about (a judge that refuses it, or says neither yes nor no) is no such failure.
+    /// Whether the answer may go out unjudged where the operator wants that: the guard failed by
+    /// itself. What a request can bring about (a judge that refuses it, or says neither yes nor no)
+    /// is no such failure.
     pub(crate) may_open: bool,
     pub(crate) retry_after: Option<Duration>,
     /// Headers of the upstream's answer that hold for this one too.
@@ -71,12 +73,23 @@ impl ApiError {
 
     pub(crate) fn busy() -> Self {
         let retry_after = Some(Duration::from_secs(1));
-        Self { retry_after, ..Self::new(StatusCode::TOO_MANY_REQUESTS, "guard_busy", "too many requests are waiting") }
+        Self {
+            retry_after,
+            ..Self::new(
+                StatusCode::TOO_MANY_REQUESTS,
+                "guard_busy",
+                "too many requests are waiting",
+            )
+        }
     }
 
     /// There is no room for another body.
     pub(crate) fn full() -> Self {
-        let full = Self::new(StatusCode::SERVICE_UNAVAILABLE, "guard_full", "too many bytes of requests are held");
+        let full = Self::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "guard_full",
+            "too many bytes of requests are held",
+        );
         Self { retry_after: Some(Duration::from_secs(1)), ..full }
     }
 
@@ -104,7 +117,13 @@ impl ApiError {
     /// Tells the operator.
     pub(crate) fn log(&self, id: &str) {
         // As a value it is escaped: a stranger's words may be in it.
-        tracing::warn!(id, code = self.code, status = self.status.as_u16(), error = self.message, "failed");
+        tracing::warn!(
+            id,
+            code = self.code,
+            status = self.status.as_u16(),
+            error = self.message,
+            "failed"
+        );
         if let Some(reason) = &self.reason {
             tracing::debug!(id, reason, "why it failed");
         }
@@ -118,7 +137,9 @@ impl ApiError {
     pub(crate) fn object(&self) -> Value {
         let kind = if self.is_ours() { "ecso_guard_error" } else { "invalid_request_error" };
         let param = self.param.as_deref();
-        json!(ErrorBody { error: ErrorObject { message: &self.message, kind, param, code: self.code } })
+        json!(ErrorBody {
+            error: ErrorObject { message: &self.message, kind, param, code: self.code }
+        })
     }
 
     /// The failure as the last event of a stream.
@@ -136,7 +157,8 @@ pub(crate) struct ErrorBody<'a> {
 #[derive(Debug, Serialize, ToSchema)]
 struct ErrorObject<'a> {
     message: &'a str,
-    /// `invalid_request_error`: the request's; `ecso_guard_error`: the guard's, or that of what stands behind it.
+    /// `invalid_request_error`: the request's; `ecso_guard_error`: the guard's, or that of what
+    /// stands behind it.
     #[serde(rename = "type")]
     kind: &'a str,
     param: Option<&'a str>,
@@ -156,14 +178,20 @@ impl utoipa::IntoResponses for ApiErrors {
             (408, "The body did not come in time"),
             (413, "The body is too long"),
             (415, "The body is compressed"),
-            (429, "Too many requests wait, or this key asks too often; `Retry-After` says when to come back"),
+            (
+                429,
+                "Too many requests wait, or this key asks too often; `Retry-After` says when to come back",
+            ),
             (502, "What stands behind the guard failed"),
             (503, "What stands behind the guard is overloaded"),
             (504, "The guard's deadline has passed"),
         ];
         let described = ALL.map(|(status, why)| {
             let body = openapi::Content::new(Some(openapi::Ref::from_schema_name("ErrorBody")));
-            let response = openapi::ResponseBuilder::new().description(why).content("application/json", body).build();
+            let response = openapi::ResponseBuilder::new()
+                .description(why)
+                .content("application/json", body)
+                .build();
             (status.to_string(), response.into())
         });
         described.into()
@@ -178,11 +206,16 @@ impl From<ModelError> for ApiError {
         };
         match &error {
             ModelError::Overloaded { retry_after } => {
-                let busy = Self::new(StatusCode::SERVICE_UNAVAILABLE, "guard_overloaded", error.to_string());
+                let busy = Self::new(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    "guard_overloaded",
+                    error.to_string(),
+                );
                 Self { retry_after: *retry_after, may_open: true, ..busy }
             }
             ModelError::Timeout(_) => {
-                let late = Self::new(StatusCode::GATEWAY_TIMEOUT, "guard_timeout", error.to_string());
+                let late =
+                    Self::new(StatusCode::GATEWAY_TIMEOUT, "guard_timeout", error.to_string());
                 Self { may_open: true, ..late }
             }
             ModelError::Rejected(_) => failed("the model rejected a request of the guard"),

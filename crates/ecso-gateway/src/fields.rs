@@ -1,5 +1,5 @@
-//! The fields of chat requests that are known: those of OpenAI's API, and what servers and gateways have beside them, as far
-//! as a number, a switch or a fixed word can do no harm.
+//! The fields of chat requests that are known: those of OpenAI's API, and what servers and gateways
+//! have beside them, as far as a number, a switch or a fixed word can do no harm.
 
 use crate::forms::Form;
 
@@ -74,7 +74,10 @@ pub(crate) const SAMPLING: &[(&str, Form)] = &[
     ("response_format", Form::Any),
     ("reasoning_effort", EFFORT),
     ("verbosity", Form::Word(&["low", "medium", "high"])),
-    ("reasoning_format", Form::Word(&["none", "auto", "deepseek", "deepseek-legacy", "parsed", "raw", "hidden"])),
+    (
+        "reasoning_format",
+        Form::Word(&["none", "auto", "deepseek", "deepseek-legacy", "parsed", "raw", "hidden"]),
+    ),
     (
         "reasoning",
         Form::Fields(&[
@@ -107,7 +110,10 @@ pub(crate) const SAMPLING: &[(&str, Form)] = &[
     ("enable_thinking", Form::Plain),
     ("thinking_budget", Form::Plain),
     ("think", Form::Either(&[Form::Plain, EFFORT])),
-    ("service_tier", Form::Word(&["auto", "default", "flex", "scale", "priority", "standard_only", "on_demand"])),
+    (
+        "service_tier",
+        Form::Word(&["auto", "default", "flex", "scale", "priority", "standard_only", "on_demand"]),
+    ),
     ("priority", Form::Plain),
     ("cache_prompt", Form::Plain),
     ("cache_salt", Form::Label),
@@ -124,8 +130,8 @@ pub(crate) const SAMPLING: &[(&str, Form)] = &[
     ("usage", Form::Fields(&[("include", Form::Plain)])),
 ];
 
-/// Fields that would steer a guarded answer, or send the request elsewhere: known where a chat is not guarded, where they pass;
-/// an operator may list them for guarded ones.
+/// Fields that would steer a guarded answer, or send the request elsewhere: known where a chat is
+/// not guarded, where they pass; an operator may list them for guarded ones.
 pub(crate) const STEERING: &[&str] = &[
     "guided_json",
     "guided_regex",
@@ -148,7 +154,8 @@ pub(crate) const STEERING: &[&str] = &[
     "thinking_config",
 ];
 
-/// Fields of requests for one plain text, with which a stream may be windowed. With any other it is held.
+/// Fields of requests for one plain text, with which a stream may be windowed. With any other it is
+/// held.
 pub(crate) const PLAIN: &[&str] = &[
     "model",
     "messages",
@@ -189,7 +196,8 @@ pub(crate) const PLAIN: &[&str] = &[
     "keep_alive",
 ];
 
-/// Keys of `chat_template_kwargs` that would take the place of what the server itself gives its template.
+/// Keys of `chat_template_kwargs` that would take the place of what the server itself gives its
+/// template.
 pub(crate) const OF_THE_TEMPLATE: &[&str] = &[
     "chat_template",
     "conversation",
@@ -248,9 +256,12 @@ pub(crate) const ONCE: &[(&str, Form)] = &[
     ("verbose", Form::Gone),
 ];
 
-const EFFORT: Form = Form::Word(&["none", "minimal", "low", "medium", "high", "xhigh", "max", "default"]);
-const CACHE: Form =
-    Form::Fields(&[("type", Form::Word(&["ephemeral", "persistent"])), ("ttl", Form::Word(&["5m", "1h", "24h"]))]);
+const EFFORT: Form =
+    Form::Word(&["none", "minimal", "low", "medium", "high", "xhigh", "max", "default"]);
+const CACHE: Form = Form::Fields(&[
+    ("type", Form::Word(&["ephemeral", "persistent"])),
+    ("ttl", Form::Word(&["5m", "1h", "24h"])),
+]);
 
 const TOOL: Form = Form::Fields(&[
     ("type", Form::Word(&["function", "custom"])),
@@ -317,7 +328,13 @@ pub(crate) const BLOCK: Form = Form::Fields(&[
     ("id", Form::Name),
     (
         "format",
-        Form::Word(&["unknown", "anthropic-claude-v1", "openai-responses-v1", "google-gemini-v1", "xai-responses-v1"]),
+        Form::Word(&[
+            "unknown",
+            "anthropic-claude-v1",
+            "openai-responses-v1",
+            "google-gemini-v1",
+            "xai-responses-v1",
+        ]),
     ),
     ("index", Form::Plain),
     ("cache_control", CACHE),
@@ -377,7 +394,8 @@ pub(crate) const AUDIO_PART: &[(&str, Form)] = &[
     ("cache_control", CACHE),
 ];
 
-pub(crate) const REFUSAL_PART: &[(&str, Form)] = &[("type", Form::Word(&["refusal"])), ("refusal", Form::Text)];
+pub(crate) const REFUSAL_PART: &[(&str, Form)] =
+    &[("type", Form::Word(&["refusal"])), ("refusal", Form::Text)];
 
 pub(crate) const THOUGHT_PART: &[(&str, Form)] = &[
     ("type", Form::Word(&["thinking", "redacted_thinking", "reasoning"])),

@@ -1,7 +1,8 @@
 //! What may stand where in requests and answers: allow-lists, as tables.
 //!
-//! [`keep`] takes a value apart and gives back what its [`Form`] knows of it. Every text that it gives back has been told to
-//! the [`Reader`], who judges it, or is of an alphabet in which nothing can be said.
+//! [`keep`] takes a value apart and gives back what its [`Form`] knows of it. Every text that it
+//! gives back has been told to the [`Reader`], who judges it, or is of an alphabet in which nothing
+//! can be said.
 
 use serde_json::{Map, Value};
 
@@ -22,12 +23,13 @@ pub(crate) enum Form {
     Text,
     /// What only its maker can read: one long word of base64's letters. Told to nobody.
     Sealed,
-    /// A line about the request, which no model is shown: who asks, what for. Told to nobody; requests only.
+    /// A line about the request, which no model is shown: who asks, what for. Told to nobody;
+    /// requests only.
     Label,
     /// Labels, in lists or by names.
     Labels,
-    /// A text that is not for the model, or that whoever reads the request takes from there: where an image is, words at
-    /// which to stop. Told to nobody; requests only.
+    /// A text that is not for the model, or that whoever reads the request takes from there: where
+    /// an image is, words at which to stop. Told to nobody; requests only.
     Raw,
     /// Anything. Told to the reader as JSON text.
     Any,
@@ -71,7 +73,12 @@ const NAME: usize = 16 << 10;
 const LABEL: usize = 1024;
 
 /// What `form` knows of a value; nothing where it does not fit and the reader passes over it.
-pub(crate) fn keep(form: &Form, value: Value, path: &str, reader: &mut impl Reader) -> Result<Option<Value>, Odd> {
+pub(crate) fn keep(
+    form: &Form,
+    value: Value,
+    path: &str,
+    reader: &mut impl Reader,
+) -> Result<Option<Value>, Odd> {
     if !fits(form, &value) {
         reader.misfit(path)?;
         return Ok(None);
@@ -93,7 +100,9 @@ pub(crate) fn keep(form: &Form, value: Value, path: &str, reader: &mut impl Read
                 Value::String(text) => Some(text.clone()),
                 Value::Array(_) | Value::Object(_) => Some(value.to_string()),
             };
-            if let Some(text) = told.filter(|text| !text.trim().is_empty() && text != "[]" && text != "{}") {
+            if let Some(text) =
+                told.filter(|text| !text.trim().is_empty() && text != "[]" && text != "{}")
+            {
                 reader.text(path, text);
             }
             Some(value)
@@ -107,7 +116,9 @@ pub(crate) fn keep(form: &Form, value: Value, path: &str, reader: &mut impl Read
             }
             Some(kept.into())
         }
-        (Form::Fields(known), Value::Object(fields)) => Some(fields_of(known, fields, path, reader)?.into()),
+        (Form::Fields(known), Value::Object(fields)) => {
+            Some(fields_of(known, fields, path, reader)?.into())
+        }
         (_, value) => Some(value),
     })
 }
@@ -137,7 +148,8 @@ pub(crate) fn fields_of(
 }
 
 impl Form {
-    /// Whether a value has this form, as far as one sees without looking into lists and fields. Null has every form.
+    /// Whether a value has this form, as far as one sees without looking into lists and fields.
+    /// Null has every form.
     pub(crate) fn fits(&self, value: &Value) -> bool {
         fits(self, value)
     }
@@ -171,27 +183,34 @@ fn is_plain(value: &Value) -> bool {
 fn is_plains(value: &Value) -> bool {
     match value {
         Value::Array(list) => list.iter().all(is_plains),
-        Value::Object(fields) => fields.iter().all(|(name, value)| is_name(name) && is_plains(value)),
+        Value::Object(fields) => {
+            fields.iter().all(|(name, value)| is_name(name) && is_plains(value))
+        }
         value => is_plain(value),
     }
 }
 
 fn is_label(value: &Value) -> bool {
     // An address in a label may be one to which an answer is sent.
-    value.as_str().map_or_else(|| is_plain(value), |text| text.len() <= LABEL && !text.contains("://"))
+    value
+        .as_str()
+        .map_or_else(|| is_plain(value), |text| text.len() <= LABEL && !text.contains("://"))
 }
 
 fn is_labels(value: &Value) -> bool {
     match value {
         Value::Array(list) => list.iter().all(is_labels),
-        Value::Object(fields) => fields.iter().all(|(name, value)| name.len() <= LABEL && is_labels(value)),
+        Value::Object(fields) => {
+            fields.iter().all(|(name, value)| name.len() <= LABEL && is_labels(value))
+        }
         value => is_label(value),
     }
 }
 
 /// Whether a text is one word, as names and ids are.
 fn is_name(text: &str) -> bool {
-    text.len() <= NAME && text.bytes().all(|byte| byte.is_ascii_graphic() && !b"\"'`<>\\".contains(&byte))
+    text.len() <= NAME
+        && text.bytes().all(|byte| byte.is_ascii_graphic() && !b"\"'`<>\\".contains(&byte))
 }
 
 #[cfg(test)]

@@ -3,28 +3,43 @@
 use bytes::Bytes;
 use futures::FutureExt;
 
-use crate::{completion::Completion, guard::GuardRequest, json, request::Body, settings::Limits, wire::Format};
+use crate::{
+    completion::Completion, guard::GuardRequest, json, request::Body, settings::Limits,
+    wire::Format,
+};
 
 /// Reads a request body in every way in which the server does.
 ///
 /// # Panics
-/// When a lenient reader finds something in a body that is out of scope, or that goes on, which the strict one does not:
-/// then what is answered is not what was judged.
+/// When a lenient reader finds something in a body that is out of scope, or that goes on, which the
+/// strict one does not: then what is answered is not what was judged.
 pub fn body(body: &[u8]) {
     let _ = GuardRequest::read(body).and_then(|question| question.chat());
     let Ok(value) = json::read(body) else { return };
     for format in [Format::Messages, Format::Responses] {
-        let _ = format.read(value.clone(), &mut |_| Ok(Vec::new())).and_then(|(chat, _)| Body::of(chat, &[]));
+        let _ = format
+            .read(value.clone(), &mut |_| Ok(Vec::new()))
+            .and_then(|(chat, _)| Body::of(chat, &[]));
     }
     let Ok(read) = Body::of(value, &[]) else { return };
     if !read.has_images() {
         let lenient: serde_json::Value = serde_json::from_slice(body).unwrap_or_default();
         assert!(!names_an_image(&lenient["messages"]), "an image was overlooked");
     }
-    let Ok(request) = read.request(&Limits::default(), ecso::Limits::default(), false) else { return };
-    let again = request.body().ok().and_then(|sent| json::read(&sent).ok()).and_then(|value| Body::of(value, &[]).ok());
-    let again = again.and_then(|read| read.request(&Limits::default(), ecso::Limits::default(), false).ok());
-    assert!(again.is_some_and(|again| again.chat == request.chat), "what is sent is not what was judged");
+    let Ok(request) = read.request(&Limits::default(), ecso::Limits::default(), false) else {
+        return;
+    };
+    let again = request
+        .body()
+        .ok()
+        .and_then(|sent| json::read(&sent).ok())
+        .and_then(|value| Body::of(value, &[]).ok());
+    let again = again
+        .and_then(|read| read.request(&Limits::default(), ecso::Limits::default(), false).ok());
+    assert!(
+        again.is_some_and(|again| again.chat == request.chat),
+        "what is sent is not what was judged"
+    );
 }
 
 /// Whether any reader could take something in messages for an image.
@@ -32,11 +47,14 @@ fn names_an_image(value: &serde_json::Value) -> bool {
     match value {
         serde_json::Value::Array(list) => list.iter().any(names_an_image),
         serde_json::Value::Object(fields) => ["content"].iter().any(|name| {
-            fields.get(*name).and_then(serde_json::Value::as_array).into_iter().flatten().any(|part| {
-                part.get("type").is_some_and(|kind| kind.as_str().is_some_and(|kind| kind.contains("image")))
-                    || part.get("image_url").is_some()
-                    || part.get("image").is_some()
-            })
+            fields.get(*name).and_then(serde_json::Value::as_array).into_iter().flatten().any(
+                |part| {
+                    part.get("type").is_some_and(|kind| {
+                        kind.as_str().is_some_and(|kind| kind.contains("image"))
+                    }) || part.get("image_url").is_some()
+                        || part.get("image").is_some()
+                },
+            )
         }),
         _ => false,
     }
@@ -48,7 +66,8 @@ fn names_an_image(value: &serde_json::Value) -> bool {
 /// When the two differ.
 pub fn stream(stream: &[u8]) {
     let read = |size: usize| {
-        let pieces = stream.chunks(size).map(|piece| Ok::<_, std::io::Error>(Bytes::copy_from_slice(piece)));
+        let pieces =
+            stream.chunks(size).map(|piece| Ok::<_, std::io::Error>(Bytes::copy_from_slice(piece)));
         let pieces: Vec<_> = pieces.collect();
         // Every piece is there, so the reading never waits.
         Completion::chunks(futures::stream::iter(pieces)).now_or_never()

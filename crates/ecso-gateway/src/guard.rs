@@ -1,5 +1,5 @@
-//! `POST /v1/guard`: for people who serve their model themselves. Images, query and an answer in; verdict, captions and
-//! a safe answer out.
+//! `POST /v1/guard`: for people who serve their model themselves. Images, query and an answer in;
+//! verdict, captions and a safe answer out.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -26,12 +26,21 @@ use crate::{
 
 /// Judges an answer that you have, and gives a safe one where it is needed.
 #[utoipa::path(post, path = "/v1/guard", request_body = GuardRequest, responses((status = 200, body = GuardFinding), ApiErrors))]
-pub(crate) async fn guard(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
+pub(crate) async fn guard(
+    State(gateway): State<Arc<Gateway>>,
+    request: axum::extract::Request,
+) -> Response {
     let admission = Arc::clone(&gateway.admission);
-    gateway.judge("guard", request, async |context, body| judged(context, body, &admission).await).await
+    gateway
+        .judge("guard", request, async |context, body| judged(context, body, &admission).await)
+        .await
 }
 
-async fn judged(context: &mut RequestContext, body: Bytes, admission: &Admission) -> Result<Response, ApiError> {
+async fn judged(
+    context: &mut RequestContext,
+    body: Bytes,
+    admission: &Admission,
+) -> Result<Response, ApiError> {
     let question = GuardRequest::read(&body)?;
     drop(body);
     let _turn = context.in_time(admission.enter()).await?;
@@ -55,10 +64,13 @@ async fn judged(context: &mut RequestContext, body: Bytes, admission: &Admission
         Ok((outcome, record.written()))
     };
     let (outcome, report) = context.in_time(work).await?;
-    let mut response =
-        Response::new(axum::body::Body::from(json!(GuardFinding::new(&context.id, &outcome)).to_string()));
+    let mut response = Response::new(axum::body::Body::from(
+        json!(GuardFinding::new(&context.id, &outcome)).to_string(),
+    ));
     report.headers(response.headers_mut());
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     Ok(response)
 }
 
@@ -94,7 +106,9 @@ pub(crate) struct GuardRequest {
 
 impl GuardRequest {
     pub(crate) fn read(body: &[u8]) -> Result<Self, ApiError> {
-        let unreadable = |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
+        let unreadable = |why| {
+            ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"))
+        };
         let body = crate::json::read(body).map_err(unreadable)?;
         serde_json::from_value(body).map_err(|error| unreadable(error.to_string()))
     }
@@ -104,8 +118,12 @@ impl GuardRequest {
         let messages = match (&self.query, self.messages.is_empty()) {
             (None, false) => json!(self.messages),
             (Some(query), true) => {
-                let images = self.images.iter().map(|url| json!({"type": "image_url", "image_url": {"url": url}}));
-                let parts: Vec<Value> = images.chain([json!({"type": "text", "text": query})]).collect();
+                let images = self
+                    .images
+                    .iter()
+                    .map(|url| json!({"type": "image_url", "image_url": {"url": url}}));
+                let parts: Vec<Value> =
+                    images.chain([json!({"type": "text", "text": query})]).collect();
                 json!([{"role": "user", "content": parts}])
             }
             _ => {

@@ -1,5 +1,5 @@
-//! JSON that every reader reads alike: of two keys with one name some servers take the first, some the last, so that a
-//! body with both is refused. What it costs to hold is bounded.
+//! JSON that every reader reads alike: of two keys with one name some servers take the first, some
+//! the last, so that a body with both is refused. What it costs to hold is bounded.
 
 use std::{cell::Cell, collections::HashSet, fmt};
 
@@ -16,7 +16,8 @@ pub(crate) const MOST: usize = 100_000;
 /// In words for the client: it is no JSON, a key stands there twice, or there is too much of it.
 pub(crate) fn read(body: &[u8]) -> Result<Value, String> {
     let text = std::str::from_utf8(body).map_err(|error| error.to_string())?;
-    surrogates::parse_seed(text, Strict { left: &Cell::new(MOST) }).map_err(|error| error.to_string())
+    surrogates::parse_seed(text, Strict { left: &Cell::new(MOST) })
+        .map_err(|error| error.to_string())
 }
 
 /// How many values a value has, itself among them.
@@ -33,14 +34,19 @@ pub(crate) fn says_little(value: &Value) -> bool {
     match value {
         Value::String(name) => name.len() <= 128 && !name.contains(char::is_whitespace),
         Value::Array(list) => list.iter().all(says_little),
-        Value::Object(fields) => fields.iter().all(|(name, value)| is_label(name) && says_little(value)),
+        Value::Object(fields) => {
+            fields.iter().all(|(name, value)| is_label(name) && says_little(value))
+        }
         Value::Null | Value::Bool(_) | Value::Number(_) => true,
     }
 }
 
 /// Whether a field's name is one that servers give.
 pub(crate) fn is_label(name: &str) -> bool {
-    name.len() <= 64 && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_')
+    name.len() <= 64
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_')
 }
 
 #[derive(Clone, Copy)]
@@ -110,7 +116,10 @@ impl<'de> Visitor<'de> for Strict<'_> {
         while let Some(name) = map.next_key::<String>()? {
             let (name, value) = (surrogates::join(&name), map.next_value_seed(self)?);
             if fields.contains_key(&name) {
-                return Err(A::Error::custom(format_args!("`{}` stands there twice", shown(&name))));
+                return Err(A::Error::custom(format_args!(
+                    "`{}` stands there twice",
+                    shown(&name)
+                )));
             }
             fields.insert(name, value);
         }
@@ -144,7 +153,8 @@ mod tests {
     #[test]
     fn all_values_are_read() {
         let text = r#" {"a": [1, -2, 0.5, true, null, "x\ud83d\ude00"], "b": {"a": {}}, "half": "\ud83d!"} "#;
-        let value = json!({"a": [1, -2, 0.5, true, null, "x😀"], "b": {"a": {}}, "half": "\u{FFFD}!"});
+        let value =
+            json!({"a": [1, -2, 0.5, true, null, "x😀"], "b": {"a": {}}, "half": "\u{FFFD}!"});
         assert_eq!((values(&value), read(text.as_bytes())), (11, Ok(value)));
     }
 

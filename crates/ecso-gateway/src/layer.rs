@@ -1,5 +1,5 @@
-//! The guard in front of a service of your own: a `tower` layer. The service answers as the model would; what it says to chats is judged
-//! before it goes out.
+//! The guard in front of a service of your own: a `tower` layer. The service answers as the model
+//! would; what it says to chats is judged before it goes out.
 
 use std::{
     convert::Infallible,
@@ -24,8 +24,8 @@ use crate::{
     upstream::{Carrier, carried_by},
 };
 
-/// Puts a [`Gateway`]'s guard in front of a service that speaks one of the formats it reads: `POST /v1/chat/completions`, `/v1/responses`,
-/// `/v1/messages`. See [`Gateway::layer`].
+/// Puts a [`Gateway`]'s guard in front of a service that speaks one of the formats it reads: `POST
+/// /v1/chat/completions`, `/v1/responses`, `/v1/messages`. See [`Gateway::layer`].
 #[derive(Clone)]
 pub struct GuardLayer {
     router: Router,
@@ -41,11 +41,13 @@ pub struct Guarded<S> {
 impl Gateway {
     /// The guard as a layer over any service: what `ecso serve` does to a server, it does to that.
     ///
-    /// The guard's own questions go to the [`Upstream`](crate::Upstream) of this gateway, which must not be the guarded service itself: such
-    /// requests are refused. Responses and Messages reach the service as chats. In enforce mode nothing
-    /// else reaches it but requests without a body, as for `GET /v1/models`, and what `gateway.allow_routes` lists: so
-    /// the layer belongs around the model's routes alone; paths begin with `/v1`, as `Router::nest` leaves them. Without client keys
-    /// everybody is let in that the application lets in. Errors of the service become a 502.
+    /// The guard's own questions go to the [`Upstream`](crate::Upstream) of this gateway, which
+    /// must not be the guarded service itself: such requests are refused. Responses and Messages
+    /// reach the service as chats. In enforce mode nothing else reaches it but requests without a
+    /// body, as for `GET /v1/models`, and what `gateway.allow_routes` lists: so the layer belongs
+    /// around the model's routes alone; paths begin with `/v1`, as `Router::nest` leaves them.
+    /// Without client keys everybody is let in that the application lets in. Errors of the service
+    /// become a 502.
     ///
     /// ```no_run
     /// # use std::sync::Arc;
@@ -89,7 +91,8 @@ where
     fn call(&mut self, request: Request<Asked>) -> Self::Future {
         let (router, request) = (self.router.clone(), request.map(Body::new));
         let host = request.headers().get(header::HOST).cloned();
-        let inside = Inside { inner: self.inner.clone(), host, extensions: request.extensions().clone() };
+        let inside =
+            Inside { inner: self.inner.clone(), host, extensions: request.extensions().clone() };
         async move {
             match carried_by(Arc::new(inside), request) {
                 Ok(request) => router.oneshot(request).await,
@@ -123,7 +126,10 @@ where
         false
     }
 
-    fn carry(&self, request: Request<reqwest::Body>) -> BoxFuture<'_, Result<reqwest::Response, ApiError>> {
+    fn carry(
+        &self,
+        request: Request<reqwest::Body>,
+    ) -> BoxFuture<'_, Result<reqwest::Response, ApiError>> {
         let mut request = request.map(Body::new);
         *request.extensions_mut() = self.extensions.clone();
         if let Some(host) = &self.host {
@@ -133,9 +139,12 @@ where
         async move {
             let answer = answered.await.map_err(|error| {
                 let why = error.into();
-                ApiError::upstream("the service behind the guard failed").because(ecso::chain(why.as_ref()))
+                ApiError::upstream("the service behind the guard failed")
+                    .because(ecso::chain(why.as_ref()))
             })?;
-            Ok(answer.map(|body| reqwest::Body::wrap_stream(Body::new(body).into_data_stream())).into())
+            Ok(answer
+                .map(|body| reqwest::Body::wrap_stream(Body::new(body).into_data_stream()))
+                .into())
         }
         .boxed()
     }

@@ -1,14 +1,17 @@
 //! The guard as a server: what `ecso serve` runs.
 //!
-//! It stands in front of an OpenAI-compatible server (or of a model in this process) and speaks the same language. A
-//! chat with an image is answered by the model, judged, and answered anew with eyes closed if need be; **no text of an
-//! answer reaches the client before a verdict on it**. What is not guarded is passed on if it is known to be harmless.
+//! It stands in front of an OpenAI-compatible server (or of a model in this process) and speaks the
+//! same language. A chat with an image is answered by the model, judged, and answered anew with
+//! eyes closed if need be; **no text of an answer reaches the client before a verdict on it**. What
+//! is not guarded is passed on if it is known to be harmless.
 //!
-//! The way of a request: [`server`] routes it; `context` lets it in; `json` and `request` read it against the tables of
-//! `fields`; `upstream` gets the draft; `completion` is what is known of that; `chat` judges it and writes the answer;
-//! `windowed` has a draft judged while it is written; `report` is what was found; `error` is everything that can go wrong, as the client sees it. `passthrough` sends on what
-//! the table of `routes` lets through; `observe` judges beside; `guard` and `moderation` judge on demand, and
-//! `hooks` for gateways that others run; `layer` guards a service of the same program. `playground` is a page for people.
+//! The way of a request: [`server`] routes it; `context` lets it in; `json` and `request` read it
+//! against the tables of `fields`; `upstream` gets the draft; `completion` is what is known of
+//! that; `chat` judges it and writes the answer; `windowed` has a draft judged while it is written;
+//! `report` is what was found; `error` is everything that can go wrong, as the client sees it.
+//! `passthrough` sends on what the table of `routes` lets through; `observe` judges beside; `guard`
+//! and `moderation` judge on demand, and `hooks` for gateways that others run; `layer` guards a
+//! service of the same program. `playground` is a page for people.
 
 mod access;
 mod audit;

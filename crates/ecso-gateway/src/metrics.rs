@@ -77,16 +77,41 @@ impl Metrics {
         registry.register("requests", "Requests, by door, route and status", requests.clone());
         registry.register("answers", "Answers that were judged", answers.clone());
         registry.register("failures", "Requests that got no answer, by code", failures.clone());
-        registry.register_with_unit("step", "Model time of one call, by step", Unit::Seconds, seconds.clone());
-        registry.register("step_tokens", "Tokens of the steps, where the model tells", tokens.clone());
-        registry.register_with_unit("guarded", "Time of a guarded request", Unit::Seconds, guarded.clone());
+        registry.register_with_unit(
+            "step",
+            "Model time of one call, by step",
+            Unit::Seconds,
+            seconds.clone(),
+        );
+        registry.register(
+            "step_tokens",
+            "Tokens of the steps, where the model tells",
+            tokens.clone(),
+        );
+        registry.register_with_unit(
+            "guarded",
+            "Time of a guarded request",
+            Unit::Seconds,
+            guarded.clone(),
+        );
         // Words, from none to 1,024.
         let harm_out = Histogram::new([0.0].into_iter().chain(exponential_buckets(4.0, 2.0, 9)));
         let words = "Words that were out when an answer that was judged while it was written turned out unsafe";
         registry.register("harm_out_words", words, harm_out.clone());
         registry.register("running", "Guarded requests under way", running.clone());
         registry.register("waiting", "Guarded requests that wait for their turn", waiting.clone());
-        Self { registry, requests, answers, failures, seconds, tokens, guarded, harm_out, running, waiting }
+        Self {
+            registry,
+            requests,
+            answers,
+            failures,
+            seconds,
+            tokens,
+            guarded,
+            harm_out,
+            running,
+            waiting,
+        }
     }
 
     pub(crate) fn request(&self, door: &'static str, route: &'static str, status: u16) {
@@ -105,14 +130,22 @@ impl Metrics {
         };
         self.guarded.observe(case.begun.elapsed().as_secs_f64());
         for (choice, finding) in case.report.findings() {
-            if let Some(early) = case.report.early_of(choice).filter(|_| finding.verdict() == Verdict::Unsafe) {
+            if let Some(early) =
+                case.report.early_of(choice).filter(|_| finding.verdict() == Verdict::Unsafe)
+            {
                 self.harm_out.observe(f64::from(u32::try_from(early.words).unwrap_or(u32::MAX)));
             }
             let (verdict, outcome) = (finding.verdict().as_str(), finding.outcome());
-            let rewritten = if outcome.is_some_and(|outcome| outcome.rewritten) { "yes" } else { "no" };
+            let rewritten =
+                if outcome.is_some_and(|outcome| outcome.rewritten) { "yes" } else { "no" };
             self.answers.get_or_create(&Answer { verdict, mode, rewritten }).inc();
             for step in outcome.map(|outcome| outcome.steps.as_slice()).unwrap_or_default() {
-                self.step(step.step, Duration::from_millis(step.ms), step.prompt_tokens, step.completion_tokens);
+                self.step(
+                    step.step,
+                    Duration::from_millis(step.ms),
+                    step.prompt_tokens,
+                    step.completion_tokens,
+                );
             }
         }
     }
@@ -122,7 +155,9 @@ impl Metrics {
         self.seconds.get_or_create(&Of { step: step.clone() }).observe(took.as_secs_f64());
         for (kind, tokens) in [("prompt", prompt), ("completion", completion)] {
             if let Some(tokens) = tokens {
-                self.tokens.get_or_create(&Tokens { step: step.clone(), kind }).inc_by(tokens.into());
+                self.tokens
+                    .get_or_create(&Tokens { step: step.clone(), kind })
+                    .inc_by(tokens.into());
             }
         }
     }

@@ -1,7 +1,8 @@
 //! `POST /v1/moderations` in OpenAI's shape: would the guard let the model's answer to this out?
 //!
-//! The model is asked as in a chat, up to the verdict; no answer is given. OpenAI's categories of harm are not told
-//! apart here: they are null, and a category of our own, `harm`, says what was found.
+//! The model is asked as in a chat, up to the verdict; no answer is given. OpenAI's categories of
+//! harm are not told apart here: they are null, and a category of our own, `harm`, says what was
+//! found.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -55,19 +56,27 @@ const CATEGORIES: [&str; 13] = [
     post, path = "/v1/moderations", request_body = ModerationRequest,
     responses((status = 200, body = ModerationFinding), ApiErrors),
 )]
-pub(crate) async fn moderations(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
+pub(crate) async fn moderations(
+    State(gateway): State<Arc<Gateway>>,
+    request: axum::extract::Request,
+) -> Response {
     if !gateway.state().settings.moderations {
         return others(State(gateway), request).await;
     }
     let admission = Arc::clone(&gateway.admission);
-    gateway.judge("moderations", request, async |context, body| moderated(context, body, &admission).await).await
+    gateway
+        .judge("moderations", request, async |context, body| {
+            moderated(context, body, &admission).await
+        })
+        .await
 }
 
 /// What is to be judged.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(crate) struct ModerationRequest {
     input: Input,
-    /// The model that is asked; a name of OpenAI's moderation models, or none, is the only one behind the guard.
+    /// The model that is asked; a name of OpenAI's moderation models, or none, is the only one
+    /// behind the guard.
     model: Option<String>,
 }
 
@@ -109,9 +118,20 @@ impl Found {
         let flagged = outcome.verdict == Verdict::Unsafe;
         Self {
             flagged,
-            categories: CATEGORIES.map(|name| (name, None)).into_iter().chain([("harm", Some(flagged))]).collect(),
-            category_scores: CATEGORIES.map(|name| (name, None)).into_iter().chain([("harm", outcome.score)]).collect(),
-            category_applied_input_types: BTreeMap::from([("harm", kinds.iter().copied().collect())]),
+            categories: CATEGORIES
+                .map(|name| (name, None))
+                .into_iter()
+                .chain([("harm", Some(flagged))])
+                .collect(),
+            category_scores: CATEGORIES
+                .map(|name| (name, None))
+                .into_iter()
+                .chain([("harm", outcome.score)])
+                .collect(),
+            category_applied_input_types: BTreeMap::from([(
+                "harm",
+                kinds.iter().copied().collect(),
+            )]),
         }
     }
 }
@@ -121,10 +141,12 @@ impl ModerationRequest {
         let invalid = |message: String| ApiError::bad_request("invalid_request", message);
         let unreadable = |why| invalid(format!("the body can't be read: {why}"));
         let body = crate::json::read(body).map_err(unreadable)?;
-        let question: Self = serde_json::from_value(body).map_err(|error| unreadable(error.to_string()))?;
+        let question: Self =
+            serde_json::from_value(body).map_err(|error| unreadable(error.to_string()))?;
         let contents = question.contents();
         let is_empty = |content: &Value| {
-            content.as_str().is_some_and(|text| text.trim().is_empty()) || content.as_array().is_some_and(Vec::is_empty)
+            content.as_str().is_some_and(|text| text.trim().is_empty())
+                || content.as_array().is_some_and(Vec::is_empty)
         };
         if contents.is_empty() || contents.iter().any(is_empty) {
             return Err(invalid("`input` is empty, or a text of it is".into()));
@@ -153,13 +175,20 @@ impl ModerationRequest {
     /// The model to ask, where the client means one of ours.
     fn model(&self) -> Option<&str> {
         let is_ours = |name: &&str| {
-            !name.is_empty() && !["omni-moderation", "text-moderation"].iter().any(|other| name.starts_with(other))
+            !name.is_empty()
+                && !["omni-moderation", "text-moderation"]
+                    .iter()
+                    .any(|other| name.starts_with(other))
         };
         self.model.as_deref().filter(is_ours)
     }
 }
 
-async fn moderated(context: &mut RequestContext, body: Bytes, admission: &Admission) -> Result<Response, ApiError> {
+async fn moderated(
+    context: &mut RequestContext,
+    body: Bytes,
+    admission: &Admission,
+) -> Result<Response, ApiError> {
     let question = ModerationRequest::read(&body, context.state.settings.limits.inputs)?;
     drop(body);
     let _turn = context.in_time(admission.enter()).await?;
@@ -173,7 +202,9 @@ async fn moderated(context: &mut RequestContext, body: Bytes, admission: &Admiss
     }
     let finding = json!(ModerationFinding { id: &context.id, model: &model, results });
     let mut response = Response::new(axum::body::Body::from(finding.to_string()));
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     Ok(response)
 }
 

@@ -1,5 +1,5 @@
-//! Observing: the client gets what the model says, untouched; the guard judges beside it and records what it would have
-//! done.
+//! Observing: the client gets what the model says, untouched; the guard judges beside it and
+//! records what it would have done.
 
 use std::sync::Arc;
 
@@ -32,21 +32,47 @@ pub(crate) struct Observed {
 
 impl Observed {
     /// Forwards the request; when the answer is complete it is judged.
-    pub(crate) async fn forward(self, way: &Way, path: &str, body: Bytes) -> Result<Response, ApiError> {
+    pub(crate) async fn forward(
+        self,
+        way: &Way,
+        path: &str,
+        body: Bytes,
+    ) -> Result<Response, ApiError> {
         let headers = &self.context.headers;
-        let sent = way.forward(Key::Own, axum::http::Method::POST, path, headers, body.into(), Bodies::Unpacked);
+        let sent = way.forward(
+            Key::Own,
+            axum::http::Method::POST,
+            path,
+            headers,
+            body.into(),
+            Bodies::Unpacked,
+        );
         let silence = self.context.state.settings.limits.deadline();
         let response = passed(self.context.in_time(sent).await?, silence);
         if !response.status().is_success() {
             return Ok(response);
         }
         let (head, body) = response.into_parts();
-        let length = head.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-        let kind = head.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+        let length = head
+            .headers
+            .get(header::CONTENT_LENGTH)
+            .and_then(|value| value.to_str().ok()?.parse().ok());
+        let kind = head
+            .headers
+            .get(header::CONTENT_TYPE)
+            .and_then(|kind| kind.to_str().ok())
+            .unwrap_or_default();
         let streamed = kind.starts_with("text/event-stream");
         let span = Span::current();
-        let mut copy =
-            Copy { seen: Vec::new(), length, ended: false, is_cut: false, streamed, observed: Some(self), span };
+        let mut copy = Copy {
+            seen: Vec::new(),
+            length,
+            ended: false,
+            is_cut: false,
+            streamed,
+            observed: Some(self),
+            span,
+        };
         let mut pieces = body.into_data_stream();
         let copied = async_stream::stream! {
             while let Some(piece) = pieces.next().await {
@@ -61,7 +87,10 @@ impl Observed {
     }
 
     /// Judges an answer that the client has already.
-    async fn judge(self, answer: impl Future<Output = Result<Completion, ApiError>> + Send + 'static) {
+    async fn judge(
+        self,
+        answer: impl Future<Output = Result<Completion, ApiError>> + Send + 'static,
+    ) {
         let Self { mut context, admission, read, .. } = self;
         // What the client's own request went with is not for questions about its answer.
         context.guarded();
@@ -69,8 +98,11 @@ impl Observed {
         let judged = async {
             let _turn = admission.enter().await?;
             // It may be long.
-            let heard = tokio::task::spawn_blocking(|| tokio::runtime::Handle::current().block_on(answer));
-            let answer = heard.await.map_err(|_| ApiError::upstream("the upstream's answer can't be read"))??;
+            let heard =
+                tokio::task::spawn_blocking(|| tokio::runtime::Handle::current().block_on(answer));
+            let answer = heard
+                .await
+                .map_err(|_| ApiError::upstream("the upstream's answer can't be read"))??;
             let request = context.prepare(read?).await?;
             chat::observe(&context, &request, &answer).await
         };
@@ -81,8 +113,8 @@ impl Observed {
     }
 }
 
-/// A copy of an answer while it goes to the client. When that is over, and the answer is whole, it is judged: the
-/// client is gone by then, so this happens where the copy is dropped.
+/// A copy of an answer while it goes to the client. When that is over, and the answer is whole, it
+/// is judged: the client is gone by then, so this happens where the copy is dropped.
 struct Copy {
     seen: Vec<u8>,
     length: Option<usize>,
@@ -100,7 +132,10 @@ impl Copy {
     }
 
     fn add(&mut self, piece: &[u8]) {
-        let longest = self.observed.as_ref().map_or(0, |observed| observed.context.state.settings.limits.answer);
+        let longest = self
+            .observed
+            .as_ref()
+            .map_or(0, |observed| observed.context.state.settings.limits.answer);
         self.is_cut |= self.seen.len() + piece.len() > longest;
         if self.is_cut {
             // Of a part nothing could be said.
@@ -124,10 +159,15 @@ impl Drop for Copy {
                     let message = "the answer has more than `limits.answer` bytes";
                     Err(ApiError { code: "answer_too_long", ..ApiError::upstream(message) })
                 }
-                _ if !streamed && !whole => Err(ApiError::upstream("the client left before the answer was whole")),
+                _ if !streamed && !whole => {
+                    Err(ApiError::upstream("the client left before the answer was whole"))
+                }
                 Some(format) => format.heard(seen, streamed).await,
                 None if streamed => {
-                    Completion::chunks(futures::stream::iter([Ok::<_, std::io::Error>(Bytes::from(seen))])).await
+                    Completion::chunks(futures::stream::iter([Ok::<_, std::io::Error>(
+                        Bytes::from(seen),
+                    )]))
+                    .await
                 }
                 None => Completion::whole(&seen),
             }

@@ -1,5 +1,5 @@
-//! The API's description: made from the routes (`server`) and the types behind them. Where a body is read field by
-//! field, or is another server's, a type here says what it looks like.
+//! The API's description: made from the routes (`server`) and the types behind them. Where a body
+//! is read field by field, or is another server's, a type here says what it looks like.
 #![expect(dead_code, reason = "these types are read by the description alone")]
 
 use std::collections::BTreeMap;
@@ -34,8 +34,8 @@ pub(crate) enum Verdict {
     Unchecked,
 }
 
-/// A chat. Of the fields that are not named here, those that are known go to the server behind the guard; others are refused
-/// (`unknown_field`).
+/// A chat. Of the fields that are not named here, those that are known go to the server behind the
+/// guard; others are refused (`unknown_field`).
 #[derive(Deserialize, ToSchema)]
 pub(crate) struct ChatRequest {
     model: String,
@@ -88,7 +88,8 @@ pub(crate) struct ImageUrl {
     url: String,
 }
 
-/// An answer; of the fields that are not named here, those that are known come from the server behind the guard.
+/// An answer; of the fields that are not named here, those that are known come from the server
+/// behind the guard.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct ChatAnswer {
     choices: Vec<Value>,

@@ -1,4 +1,5 @@
-//! What is not guarded: it goes to the upstream as it is, if it is known to be harmless or nobody wants a guard.
+//! What is not guarded: it goes to the upstream as it is, if it is known to be harmless or nobody
+//! wants a guard.
 
 use std::sync::Arc;
 
@@ -23,7 +24,10 @@ use crate::{
 };
 
 /// Every path that has no handler of its own.
-pub(crate) async fn others(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
+pub(crate) async fn others(
+    State(gateway): State<Arc<Gateway>>,
+    request: axum::extract::Request,
+) -> Response {
     let (id, state) = (request_id(), gateway.state());
     let (head, body) = request.into_parts();
     let (span, door) = (telemetry::span("other", &id, &head.headers), door(&head.extensions));
@@ -44,15 +48,25 @@ pub(crate) async fn pass(
 ) -> Result<Response, ApiError> {
     let (path, state) = (uri.path(), Arc::clone(&context.state));
     let Some(way) = context.way() else {
-        return Err(ApiError::new(StatusCode::NOT_FOUND, "not_found", "there is no such route here"));
+        return Err(ApiError::new(
+            StatusCode::NOT_FOUND,
+            "not_found",
+            "there is no such route here",
+        ));
     };
     if context.mode == Mode::Enforce {
         context.guarded();
     }
-    let (key, body) = match Route::of(method, path, &state.settings.allow_routes, way.knows_routes()) {
+    let (key, body) = match Route::of(
+        method,
+        path,
+        &state.settings.allow_routes,
+        way.knows_routes(),
+    ) {
         Route::Allowed => (Key::Own, context.flowing(body)),
         Route::Harmless if *method == axum::http::Method::POST => (Key::Own, context.flowing(body)),
-        // What has no body for us has none for the upstream. Who carries it must not wait for somebody to read it.
+        // What has no body for us has none for the upstream. Who carries it must not wait for
+        // somebody to read it.
         Route::Harmless => {
             drop(body);
             context.headers.remove(header::CONTENT_LENGTH);
@@ -62,11 +76,9 @@ pub(crate) async fn pass(
             is_plain(&context.headers)?;
             context.as_json();
             let body = context.read(body).await?;
-            only_texts(
-                &json::read(&body).map_err(|why| {
-                    ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"))
-                })?,
-            )?;
+            only_texts(&json::read(&body).map_err(|why| {
+                ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"))
+            })?)?;
             (Key::Own, body.into())
         }
         Route::Unknown => {
@@ -77,7 +89,8 @@ pub(crate) async fn pass(
                     return Err(ApiError::new(StatusCode::NOT_FOUND, "route_not_guarded", message));
                 }
                 if path.starts_with("/v1/v1/") {
-                    let message = "this client adds /v1 to its base URL by itself: give it the address alone";
+                    let message =
+                        "this client adds /v1 to its base URL by itself: give it the address alone";
                     return Err(ApiError::new(StatusCode::NOT_FOUND, "route_not_guarded", message));
                 }
                 let message = format!(
@@ -95,7 +108,8 @@ pub(crate) async fn pass(
     context.pass(&way, key, method, path, body).await
 }
 
-/// Texts become vectors; what else a server might take here (conversations, with images) is not known.
+/// Texts become vectors; what else a server might take here (conversations, with images) is not
+/// known.
 fn only_texts(body: &Value) -> Result<(), ApiError> {
     const KNOWN: [&str; 19] = [
         "model",
@@ -123,10 +137,14 @@ fn only_texts(body: &Value) -> Result<(), ApiError> {
     }
     let unknown = |name: &str| {
         let message = format!("`{}` can't be passed on: only texts are", json::shown(name));
-        ApiError { param: Some(json::shown(name)), ..ApiError::bad_request("unknown_field", message) }
+        ApiError {
+            param: Some(json::shown(name)),
+            ..ApiError::bad_request("unknown_field", message)
+        }
     };
-    let fields =
-        body.as_object().ok_or_else(|| ApiError::bad_request("invalid_request", "the body must be an object"))?;
+    let fields = body
+        .as_object()
+        .ok_or_else(|| ApiError::bad_request("invalid_request", "the body must be an object"))?;
     for (name, value) in fields {
         if !KNOWN.contains(&name.as_str()) || !is_text(value) {
             return Err(unknown(name));

@@ -41,13 +41,15 @@ impl Recorded {
     /// # Errors
     /// What is wrong with it: no line of an audit log, or one without content.
     pub fn read(line: &str, images: ecso::Limits) -> Result<Self, String> {
-        let line: Line = serde_json::from_str(line).map_err(|error| format!("not a line of an audit log: {error}"))?;
+        let line: Line = serde_json::from_str(line)
+            .map_err(|error| format!("not a line of an audit log: {error}"))?;
         if line.messages.is_null() {
             return Err("it has no content; record with gateway.audit.content = true".into());
         }
         let body = json!({"model": line.model, "messages": line.messages});
         let body = Body::of(body, &[]).map_err(|error| error.message)?;
-        let request = body.request(&Limits::default(), images, true).map_err(|error| error.message)?;
+        let request =
+            body.request(&Limits::default(), images, true).map_err(|error| error.message)?;
         Ok(Self {
             id: line.request_id,
             profile: line.profile,
@@ -58,7 +60,8 @@ impl Recorded {
         })
     }
 
-    /// Judges it again, from the draft that was recorded; where there was none, the model is asked for one.
+    /// Judges it again, from the draft that was recorded; where there was none, the model is asked
+    /// for one.
     ///
     /// # Errors
     /// [`GuardError`] when the model fails.

@@ -18,11 +18,13 @@ pub(crate) struct Report {
     findings: BTreeMap<u64, Finding>,
     /// Why the guard failed, or did not come to its end.
     pub(crate) failure: Option<&'static str>,
-    /// What went out before there was a verdict on the whole, where the answer was judged while it was written.
+    /// What went out before there was a verdict on the whole, where the answer was judged while it
+    /// was written.
     pub(crate) early: Option<Early>,
 }
 
-/// What went out of an answer that was judged while it was written, before there was a verdict on the whole of it.
+/// What went out of an answer that was judged while it was written, before there was a verdict on
+/// the whole of it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Early {
     pub(crate) words: usize,
@@ -108,15 +110,15 @@ impl Report {
 
     /// The object `ecso` of an answer.
     pub(crate) fn object(&self, id: &str, trace: TraceLevel) -> Value {
-        let mut object =
-            json!({"request_id": id, "verdict": self.verdict(), "score": self.score(), "usage": self.usage()});
+        let mut object = json!({"request_id": id, "verdict": self.verdict(), "score": self.score(), "usage": self.usage()});
         if let Some(failure) = self.failure {
             object["failure"] = failure.into();
         }
         if let Some(early) = self.early {
             object["early"] = json!(early);
         }
-        let choices: Vec<Value> = self.findings().map(|(index, finding)| choice(index, finding, trace)).collect();
+        let choices: Vec<Value> =
+            self.findings().map(|(index, finding)| choice(index, finding, trace)).collect();
         if trace != TraceLevel::None || choices.len() > 1 {
             object["choices"] = choices.into();
         }
@@ -127,14 +129,17 @@ impl Report {
     pub(crate) fn usage(&self) -> Value {
         let steps = || self.outcomes().flat_map(|outcome| &outcome.steps);
         let prompt: u64 = steps().filter_map(|step| step.prompt_tokens).map(u64::from).sum();
-        let completion: u64 = steps().filter_map(|step| step.completion_tokens).map(u64::from).sum();
+        let completion: u64 =
+            steps().filter_map(|step| step.completion_tokens).map(u64::from).sum();
         json!({"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion})
     }
 
     /// The same as headers.
     pub(crate) fn headers(&self, headers: &mut HeaderMap) {
         headers.insert("x-ecso-verdict", HeaderValue::from_static(self.verdict().as_str()));
-        if let Some(score) = self.score().and_then(|score| HeaderValue::try_from(format!("{score:.4}")).ok()) {
+        if let Some(score) =
+            self.score().and_then(|score| HeaderValue::try_from(format!("{score:.4}")).ok())
+        {
             headers.insert("x-ecso-score", score);
         }
         if let Some(failure) = self.failure {
@@ -144,9 +149,10 @@ impl Report {
 }
 
 fn choice(index: u64, finding: &Finding, trace: TraceLevel) -> Value {
-    let Some(outcome) = finding.outcome() else { return json!({"index": index, "verdict": finding.verdict()}) };
-    let mut object =
-        json!({"index": index, "verdict": outcome.verdict, "score": outcome.score, "rewritten": outcome.rewritten});
+    let Some(outcome) = finding.outcome() else {
+        return json!({"index": index, "verdict": finding.verdict()});
+    };
+    let mut object = json!({"index": index, "verdict": outcome.verdict, "score": outcome.score, "rewritten": outcome.rewritten});
     if trace != TraceLevel::None {
         object["profile"] = outcome.profile.as_str().into();
         let steps = outcome.steps.iter().map(|step| {

@@ -1,5 +1,5 @@
-//! A chat request, read: the fields that are known, and the conversation in them. What the upstream gets is written of
-//! the same fields, so that it answers what was judged.
+//! A chat request, read: the fields that are known, and the conversation in them. What the upstream
+//! gets is written of the same fields, so that it answers what was judged.
 
 use axum::http::StatusCode;
 use base64::{Engine, prelude::BASE64_STANDARD};
@@ -9,8 +9,8 @@ use serde_json::{Map, Value};
 use crate::{
     error::ApiError,
     fields::{
-        AUDIO_PART, IMAGE_PART, MESSAGE, OF_THE_TEMPLATE, ONCE, PLAIN, REFUSAL_PART, SAMPLING, STEERING, TEXT_PART,
-        THOUGHT_PART,
+        AUDIO_PART, IMAGE_PART, MESSAGE, OF_THE_TEMPLATE, ONCE, PLAIN, REFUSAL_PART, SAMPLING,
+        STEERING, TEXT_PART, THOUGHT_PART,
     },
     forms::{Form, Odd, Reader, fields_of},
     json,
@@ -39,28 +39,40 @@ impl Body {
     /// Knows the fields of a body, and `allowed` ones that the operator knows.
     pub(crate) fn of(body: Value, allowed: &[String]) -> Result<Self, ApiError> {
         let invalid = |message: &str| ApiError::bad_request("invalid_request", message);
-        let Value::Object(mut fields) = body else { return Err(invalid("the body must be a JSON object")) };
+        let Value::Object(mut fields) = body else {
+            return Err(invalid("the body must be a JSON object"));
+        };
         let messages = match fields.remove("messages") {
             Some(Value::Array(messages)) if !messages.is_empty() => messages,
             _ => return Err(invalid("`messages` must be a list of messages")),
         };
         let mut told = Told { allowed, texts: Vec::new() };
         let known: Vec<(&str, Form)> = SAMPLING.iter().chain(ONCE).copied().collect();
-        let is_steering = |name: &str| STEERING.contains(&name) && !allowed.iter().any(|allowed| allowed == name);
-        let fits = |name: &str, value: &Value| known.iter().any(|(known, form)| *known == name && form.fits(value));
-        let steering = fields.iter().find(|(name, value)| is_steering(name) && !value.is_null() && !fits(name, value));
+        let is_steering =
+            |name: &str| STEERING.contains(&name) && !allowed.iter().any(|allowed| allowed == name);
+        let fits = |name: &str, value: &Value| {
+            known.iter().any(|(known, form)| *known == name && form.fits(value))
+        };
+        let steering = fields
+            .iter()
+            .find(|(name, value)| is_steering(name) && !value.is_null() && !fits(name, value));
         let steering = steering.map(|(name, _)| name.clone());
         fields.retain(|name, value| !is_steering(name) || fits(name, value));
-        let kwargs = fields.get("chat_template_kwargs").and_then(Value::as_object).into_iter().flatten();
-        if let Some((name, _)) = kwargs.into_iter().find(|(name, _)| OF_THE_TEMPLATE.contains(&name.as_str())) {
+        let kwargs =
+            fields.get("chat_template_kwargs").and_then(Value::as_object).into_iter().flatten();
+        if let Some((name, _)) =
+            kwargs.into_iter().find(|(name, _)| OF_THE_TEMPLATE.contains(&name.as_str()))
+        {
             return Err(Odd::Unknown(format!("chat_template_kwargs.{name}")).into());
         }
         let fields = fields_of(&known, fields, "", &mut told)?;
         told.texts.iter().try_for_each(|(at, text)| no_image_in(text, at))?;
         let described = ["model", "tools", "functions", "response_format"];
-        let beside = told.texts.into_iter().filter(|(path, _)| !described.contains(&field_of(path).0));
+        let beside =
+            told.texts.into_iter().filter(|(path, _)| !described.contains(&field_of(path).0));
         let beside = beside.map(|(_, text)| text).collect();
-        let mut body = Self { fields, messages: Vec::new(), beside, images: 0, is_spoken: false, steering };
+        let mut body =
+            Self { fields, messages: Vec::new(), beside, images: 0, is_spoken: false, steering };
         for (place, message) in messages.into_iter().enumerate() {
             body.add(message, place, allowed)?;
         }
@@ -71,7 +83,10 @@ impl Body {
     fn add(&mut self, message: Value, place: usize, allowed: &[String]) -> Result<(), ApiError> {
         let path = format!("messages.{place}");
         let Value::Object(mut fields) = message else {
-            return Err(ApiError::bad_request("invalid_request", format!("`{path}` must be an object")));
+            return Err(ApiError::bad_request(
+                "invalid_request",
+                format!("`{path}` must be an object"),
+            ));
         };
         let content = fields.remove("content");
         let mut told = Told { allowed, texts: Vec::new() };
@@ -80,34 +95,50 @@ impl Body {
             return Err(ApiError::bad_request("invalid_request", format!("`{path}` has no role")));
         }
         if let Some(content) = content {
-            kept.insert("content".to_owned(), self.content(content, &format!("{path}.content"), &mut told)?);
+            kept.insert(
+                "content".to_owned(),
+                self.content(content, &format!("{path}.content"), &mut told)?,
+            );
         }
         // Servers put a message's texts together before they look for images in it.
         let content = kept.get("content").map(joined).unwrap_or_default();
         no_image_in(&content, &format!("{path}.content"))?;
         told.texts.iter().try_for_each(|(at, text)| no_image_in(text, at))?;
-        let beside = told.texts.into_iter().filter(|(at, _)| is_beside(at.get(path.len() + 1..).unwrap_or_default()));
+        let beside = told
+            .texts
+            .into_iter()
+            .filter(|(at, _)| is_beside(at.get(path.len() + 1..).unwrap_or_default()));
         self.beside.extend(beside.map(|(_, text)| text));
         self.beside.extend(names_that_speak(&kept));
         self.messages.push(kept);
         Ok(())
     }
 
-    fn content(&mut self, content: Value, path: &str, told: &mut Told<'_>) -> Result<Value, ApiError> {
+    fn content(
+        &mut self,
+        content: Value,
+        path: &str,
+        told: &mut Told<'_>,
+    ) -> Result<Value, ApiError> {
         match content {
             Value::Null | Value::String(_) => Ok(content),
             Value::Array(parts) => {
                 let parts = parts.into_iter().enumerate();
-                let parts = parts.map(|(place, part)| self.part(part, &format!("{path}.{place}"), told));
+                let parts =
+                    parts.map(|(place, part)| self.part(part, &format!("{path}.{place}"), told));
                 Ok(Value::Array(parts.collect::<Result<_, _>>()?))
             }
-            _ => Err(ApiError::bad_request("invalid_request", format!("`{path}` must be a text or a list of parts"))),
+            _ => Err(ApiError::bad_request(
+                "invalid_request",
+                format!("`{path}` must be a text or a list of parts"),
+            )),
         }
     }
 
     fn part(&mut self, part: Value, path: &str, told: &mut Told<'_>) -> Result<Value, ApiError> {
         let unsupported = |kind: &str| {
-            let message = format!("`{path}`: parts of type `{}` can't be guarded", json::shown(kind));
+            let message =
+                format!("`{path}`: parts of type `{}` can't be guarded", json::shown(kind));
             Err(ApiError::bad_request("unsupported_content", message))
         };
         if part.is_string() {
@@ -141,10 +172,15 @@ impl Body {
         Ok(kept.into())
     }
 
-    /// About how many tokens the model is shown. What an image has is another number for each model.
+    /// About how many tokens the model is shown. What an image has is another number for each
+    /// model.
     pub(crate) fn tokens(&self) -> u64 {
-        let messages = self.messages.iter().map(|message| 16 + message.values().map(quarters).sum::<u64>());
-        let beside = ["tools", "response_format"].into_iter().filter_map(|name| self.fields.get(name)).map(quarters);
+        let messages =
+            self.messages.iter().map(|message| 16 + message.values().map(quarters).sum::<u64>());
+        let beside = ["tools", "response_format"]
+            .into_iter()
+            .filter_map(|name| self.fields.get(name))
+            .map(quarters);
         messages.chain(beside).sum::<u64>().div_ceil(4)
     }
 
@@ -167,8 +203,14 @@ impl Body {
         self.messages.iter_mut().filter_map(|message| message.get_mut("content")?.as_array_mut())
     }
 
-    /// Reads the images. From here on a document is a part for each of its pages, and every URL as it was read.
-    fn images(&mut self, limits: &Limits, bounds: ecso::Limits, passed: bool) -> Result<Vec<Image>, ApiError> {
+    /// Reads the images. From here on a document is a part for each of its pages, and every URL as
+    /// it was read.
+    fn images(
+        &mut self,
+        limits: &Limits,
+        bounds: ecso::Limits,
+        passed: bool,
+    ) -> Result<Vec<Image>, ApiError> {
         let (mut read, mut made_bytes) = (Vec::new(), 0);
         for content in self.contents() {
             for mut part in std::mem::take(content) {
@@ -191,8 +233,15 @@ impl Body {
                     return Err(ApiError::bad_request("too_many_images", message));
                 }
                 if made_bytes > limits.body {
-                    let message = format!("the images of documents have at most {} bytes together", limits.body);
-                    return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message));
+                    let message = format!(
+                        "the images of documents have at most {} bytes together",
+                        limits.body
+                    );
+                    return Err(ApiError::new(
+                        StatusCode::PAYLOAD_TOO_LARGE,
+                        "body_too_large",
+                        message,
+                    ));
                 }
             }
         }
@@ -200,14 +249,20 @@ impl Body {
     }
 
     /// The request, its images read. URLs of images stay only if they are `passed` on.
-    pub(crate) fn request(mut self, limits: &Limits, images: ecso::Limits, passed: bool) -> Result<Request, ApiError> {
+    pub(crate) fn request(
+        mut self,
+        limits: &Limits,
+        images: ecso::Limits,
+        passed: bool,
+    ) -> Result<Request, ApiError> {
         let invalid = |message: String| ApiError::bad_request("invalid_request", message);
         if let Some(name) = self.steering {
             return Err(Odd::Unknown(name).into());
         }
         let format = self.fields.get("response_format").filter(|format| !format.is_null());
-        if format.is_some_and(|format| !matches!(format["type"].as_str(), Some("text" | "json_object" | "json_schema")))
-        {
+        if format.is_some_and(|format| {
+            !matches!(format["type"].as_str(), Some("text" | "json_object" | "json_schema"))
+        }) {
             return Err(Odd::Misfit("response_format.type".into()).into());
         }
         if self.is_spoken {
@@ -223,7 +278,8 @@ impl Body {
             // Some clients count in floating point.
             Some(n) => (1..=limits.choices).find(|count| n.as_f64() == Some(f64::from(*count))),
         };
-        let choices = choices.ok_or_else(|| invalid(format!("`n` must be 1 to {}", limits.choices)))?;
+        let choices =
+            choices.ok_or_else(|| invalid(format!("`n` must be 1 to {}", limits.choices)))?;
         let read = self.images(limits, images, passed)?;
         let turns = turns(&self.messages, read)?;
         if !turns.iter().any(|turn| turn.role == Role::User) {
@@ -231,7 +287,11 @@ impl Body {
         }
         let definitions = definitions(&self.fields).chain(self.beside).collect();
         let chat = Chat { turns, definitions, ..Chat::default() };
-        let texts = chat.turns.iter().map(|turn| turn.query().len()).chain(chat.definitions.iter().map(String::len));
+        let texts = chat
+            .turns
+            .iter()
+            .map(|turn| turn.query().len())
+            .chain(chat.definitions.iter().map(String::len));
         if texts.sum::<usize>() > limits.text {
             let message = format!("the texts of a guarded chat have at most {} bytes", limits.text);
             return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "too_much_text", message));
@@ -267,7 +327,8 @@ impl Request {
             messages: &'a [Map<String, Value>],
         }
         let sent = Sent { fields: &self.fields, messages: &self.messages };
-        serde_json::to_vec(&sent).map_err(|error| ApiError::bad_request("invalid_request", error.to_string()))
+        serde_json::to_vec(&sent)
+            .map_err(|error| ApiError::bad_request("invalid_request", error.to_string()))
     }
 
     /// The messages, for an operator who wants them recorded.
@@ -280,15 +341,17 @@ impl Request {
         self.fields.get("stream_options").is_some_and(|options| options["include_usage"] == true)
     }
 
-    /// The client's own sampling and format, for the safe answer of a server: every field as it came.
+    /// The client's own sampling and format, for the safe answer of a server: every field as it
+    /// came.
     pub(crate) fn sampling(&self) -> Sampling {
         let mut extra = self.fields.clone();
         extra.retain(|field, _| SAMPLING.iter().any(|(known, _)| known == field));
         Sampling { extra, ..Sampling::default() }
     }
 
-    /// What the guard's own calls carry of the request: fields that change how the model sees or thinks, as far as they
-    /// are switches and numbers. A text could be a template, or a word to the judge.
+    /// What the guard's own calls carry of the request: fields that change how the model sees or
+    /// thinks, as far as they are switches and numbers. A text could be a template, or a word to
+    /// the judge.
     pub(crate) fn extra(&self) -> Map<String, Value> {
         let mut extra = Map::new();
         for name in ["chat_template_kwargs", "mm_processor_kwargs"] {
@@ -308,21 +371,34 @@ impl Request {
 
     /// Whether it asks for one plain text, and nothing else.
     pub(crate) fn wants_plain_text(&self) -> bool {
-        let is_known = |name: &str| PLAIN.contains(&name) || (name == "response_format" && !self.wants_json());
+        let is_known =
+            |name: &str| PLAIN.contains(&name) || (name == "response_format" && !self.wants_json());
         let is_none = |value: &Value| matches!(value, Value::Null | Value::Bool(false));
-        self.choices == 1 && self.fields.iter().all(|(name, value)| is_none(value) || is_known(name))
+        self.choices == 1
+            && self.fields.iter().all(|(name, value)| is_none(value) || is_known(name))
     }
 
     /// Whether a model in this process can answer it.
     pub(crate) fn for_own_model(&self) -> Result<(), ApiError> {
         for field in ["tools", "functions"] {
-            let is_asked = |value: &Value| value.as_array().map_or(!value.is_null(), |list| !list.is_empty());
+            let is_asked =
+                |value: &Value| value.as_array().map_or(!value.is_null(), |list| !list.is_empty());
             if self.fields.get(field).is_some_and(is_asked) {
-                return Err(ApiError::bad_request("unsupported", format!("this model has no `{field}`")));
+                return Err(ApiError::bad_request(
+                    "unsupported",
+                    format!("this model has no `{field}`"),
+                ));
             }
         }
-        if self.fields.get("response_format").is_some_and(|format| !format.is_null() && format["type"] != "text") {
-            return Err(ApiError::bad_request("unsupported", "this model answers in text only (`response_format`)"));
+        if self
+            .fields
+            .get("response_format")
+            .is_some_and(|format| !format.is_null() && format["type"] != "text")
+        {
+            return Err(ApiError::bad_request(
+                "unsupported",
+                "this model answers in text only (`response_format`)",
+            ));
         }
         Ok(())
     }
@@ -330,9 +406,14 @@ impl Request {
     /// The client's own sampling, for a model in this process.
     pub(crate) fn own_sampling(&self) -> Sampling {
         #[expect(clippy::cast_possible_truncation, reason = "a temperature")]
-        let float = |name: &str| self.fields.get(name).and_then(Value::as_f64).map(|value| value as f32);
-        let whole =
-            |name: &str| self.fields.get(name).and_then(Value::as_u64).and_then(|value| u32::try_from(value).ok());
+        let float =
+            |name: &str| self.fields.get(name).and_then(Value::as_f64).map(|value| value as f32);
+        let whole = |name: &str| {
+            self.fields
+                .get(name)
+                .and_then(Value::as_u64)
+                .and_then(|value| u32::try_from(value).ok())
+        };
         Sampling {
             temperature: float("temperature"),
             top_p: float("top_p"),
@@ -343,15 +424,19 @@ impl Request {
     }
 }
 
-/// About how many quarters of a token a value has: four letters of ASCII are one token, and any other letter is.
+/// About how many quarters of a token a value has: four letters of ASCII are one token, and any
+/// other letter is.
 fn quarters(value: &Value) -> u64 {
     const IMAGE: u64 = 4 * 1600;
-    let text = |text: &str| text.chars().map(|letter| if letter.is_ascii() { 1 } else { 4 }).sum::<u64>();
+    let text =
+        |text: &str| text.chars().map(|letter| if letter.is_ascii() { 1 } else { 4 }).sum::<u64>();
     match value {
         Value::String(value) => text(value),
         Value::Array(list) => list.iter().map(quarters).sum(),
         Value::Object(fields) if fields.contains_key("image_url") => IMAGE,
-        Value::Object(fields) => fields.iter().map(|(name, value)| text(name) + 2 + quarters(value)).sum(),
+        Value::Object(fields) => {
+            fields.iter().map(|(name, value)| text(name) + 2 + quarters(value)).sum()
+        }
         Value::Null | Value::Bool(_) | Value::Number(_) => 4,
     }
 }
@@ -361,8 +446,8 @@ fn field_of(path: &str) -> (&str, &str) {
     path.split_once('.').unwrap_or((path, ""))
 }
 
-/// Whether what stands at `path` in a message is told apart: content and calls stand in the conversation itself, and ids
-/// say something only if [`names_that_speak`] finds words in them.
+/// Whether what stands at `path` in a message is told apart: content and calls stand in the
+/// conversation itself, and ids say something only if [`names_that_speak`] finds words in them.
 fn is_beside(path: &str) -> bool {
     let (field, rest) = field_of(path);
     match field {
@@ -371,7 +456,10 @@ fn is_beside(path: &str) -> bool {
         "function_call" => !matches!(field_of(rest).0, "name" | "arguments"),
         "tool_calls" => {
             let mut below = rest.split('.').skip(1);
-            !matches!((below.next(), below.next()), (Some("id"), None) | (Some("function"), Some("name" | "arguments")))
+            !matches!(
+                (below.next(), below.next()),
+                (Some("id"), None) | (Some("function"), Some("name" | "arguments"))
+            )
         }
         _ => true,
     }
@@ -382,12 +470,17 @@ fn switches(name: &str, value: &Value) -> Option<Value> {
     const EFFORTS: [&str; 3] = ["low", "medium", "high"];
     match value {
         Value::Bool(_) | Value::Number(_) => Some(value.clone()),
-        Value::String(effort) => {
-            (name == "reasoning_effort" && EFFORTS.contains(&effort.as_str())).then(|| value.clone())
-        }
-        Value::Array(list) => list.iter().map(|value| switches("", value)).collect::<Option<Vec<_>>>().map(Value::from),
+        Value::String(effort) => (name == "reasoning_effort" && EFFORTS.contains(&effort.as_str()))
+            .then(|| value.clone()),
+        Value::Array(list) => list
+            .iter()
+            .map(|value| switches("", value))
+            .collect::<Option<Vec<_>>>()
+            .map(Value::from),
         Value::Object(fields) => {
-            let kept = fields.iter().filter_map(|(name, value)| Some((name.clone(), switches(name, value)?)));
+            let kept = fields
+                .iter()
+                .filter_map(|(name, value)| Some((name.clone(), switches(name, value)?)));
             let kept: Map<String, Value> = kept.collect();
             (!kept.is_empty()).then(|| kept.into())
         }
@@ -397,17 +490,23 @@ fn switches(name: &str, value: &Value) -> Option<Value> {
 
 /// One `detail` for an image: of two that differ servers take one or the other.
 fn one_detail(part: &mut Map<String, Value>, path: &str) -> Result<(), ApiError> {
-    let Some(beside) = part.get("detail").filter(|detail| !detail.is_null()).cloned() else { return Ok(()) };
+    let Some(beside) = part.get("detail").filter(|detail| !detail.is_null()).cloned() else {
+        return Ok(());
+    };
     let Some(Value::Object(image)) = part.get_mut("image_url") else { return Ok(()) };
     if image.get("detail").is_some_and(|within| !within.is_null() && *within != beside) {
-        return Err(ApiError::bad_request("invalid_request", format!("`{path}` has two different `detail`s")));
+        return Err(ApiError::bad_request(
+            "invalid_request",
+            format!("`{path}` has two different `detail`s"),
+        ));
     }
     image.insert("detail".to_owned(), beside);
     part.remove("detail");
     Ok(())
 }
 
-/// Some servers find images in texts, as Markdown and HTML have them: where one is written out, no text is only a text.
+/// Some servers find images in texts, as Markdown and HTML have them: where one is written out, no
+/// text is only a text.
 fn no_image_in(text: &str, path: &str) -> Result<(), ApiError> {
     const LONGEST_HEAD: usize = 100;
     let bytes = text.as_bytes();
@@ -422,7 +521,10 @@ fn no_image_in(text: &str, path: &str) -> Result<(), ApiError> {
         };
         let before = || bytes[..colon - 4].trim_ascii_end();
         let is_shown = || {
-            let before = before().strip_suffix(b"\"").or_else(|| before().strip_suffix(b"'")).unwrap_or_else(before);
+            let before = before()
+                .strip_suffix(b"\"")
+                .or_else(|| before().strip_suffix(b"'"))
+                .unwrap_or_else(before);
             let start = before.len().saturating_sub(8);
             let before = bytes[start..before.len()].trim_ascii_end().to_ascii_lowercase();
             [b"](".as_slice(), b"src=", b"<img>"].iter().any(|mark| before.ends_with(mark))
@@ -430,8 +532,9 @@ fn no_image_in(text: &str, path: &str) -> Result<(), ApiError> {
         is_data && is_base64() && is_shown()
     });
     if is_image {
-        let message =
-            format!("`{path}` has an image in its text, which some servers would read: send it as a part of its own");
+        let message = format!(
+            "`{path}` has an image in its text, which some servers would read: send it as a part of its own"
+        );
         return Err(ApiError::bad_request("image_in_text", message));
     }
     Ok(())
@@ -457,7 +560,11 @@ impl Reader for Told<'_> {
     }
 
     fn unknown(&mut self, path: &str, name: &str) -> Result<bool, Odd> {
-        if self.allowed.iter().any(|allowed| allowed == name) { Ok(true) } else { Err(Odd::Unknown(path.to_owned())) }
+        if self.allowed.iter().any(|allowed| allowed == name) {
+            Ok(true)
+        } else {
+            Err(Odd::Unknown(path.to_owned()))
+        }
     }
 
     fn misfit(&mut self, path: &str) -> Result<(), Odd> {
@@ -477,7 +584,9 @@ impl From<Odd> for ApiError {
             ),
             Odd::Misfit(path) => (
                 "invalid_value",
-                format!("`{path}` has a value that the guard does not know for it; docs/server.md says why"),
+                format!(
+                    "`{path}` has a value that the guard does not know for it; docs/server.md says why"
+                ),
             ),
         };
         let (Odd::Unknown(path) | Odd::Misfit(path)) = odd;
@@ -493,9 +602,13 @@ fn names_that_speak(message: &Map<String, Value>) -> Vec<String> {
         let function = call["function"]["name"].as_str().unwrap_or_default();
         Some(call["id"].as_str()?.replacen(function, "", 1))
     });
-    let own = ["tool_call_id", "id"].into_iter().filter_map(|name| Some(message.get(name)?.as_str()?.to_owned()));
+    let own = ["tool_call_id", "id"]
+        .into_iter()
+        .filter_map(|name| Some(message.get(name)?.as_str()?.to_owned()));
     // Behind this mark a seal follows.
-    let unsealed = of_calls.chain(own).map(|name| name.split("__thought__").next().unwrap_or_default().to_owned());
+    let unsealed = of_calls
+        .chain(own)
+        .map(|name| name.split("__thought__").next().unwrap_or_default().to_owned());
     unsealed.filter(|name| words(name) > 2).collect()
 }
 
@@ -503,27 +616,33 @@ fn words(name: &str) -> usize {
     name.split(|c: char| !c.is_ascii_alphabetic()).filter(|run| run.len() > 2).count()
 }
 
-/// What the model is shown beside the messages, each as JSON text: tools, and the form of its answer.
+/// What the model is shown beside the messages, each as JSON text: tools, and the form of its
+/// answer.
 fn definitions(fields: &Map<String, Value>) -> impl Iterator<Item = String> {
     fn list(field: Option<&Value>) -> &[Value] {
-        field.map(|field| field.as_array().map_or(std::slice::from_ref(field), Vec::as_slice)).unwrap_or_default()
+        field
+            .map(|field| field.as_array().map_or(std::slice::from_ref(field), Vec::as_slice))
+            .unwrap_or_default()
     }
     // Of a plain function tool the frame says nothing.
     let is_framed = |tool: &Value| {
-        tool.as_object().is_some_and(|tool| tool.keys().all(|name| name == "type" || name == "function"))
+        tool.as_object()
+            .is_some_and(|tool| tool.keys().all(|name| name == "type" || name == "function"))
     };
     let tools = list(fields.get("tools")).iter();
-    let tools =
-        tools.map(move |tool| if is_framed(tool) && tool["function"].is_object() { &tool["function"] } else { tool });
-    let says_nothing =
-        |format: &Value| format["type"] == "text" && format.as_object().is_some_and(|format| format.len() == 1);
+    let tools = tools.map(move |tool| {
+        if is_framed(tool) && tool["function"].is_object() { &tool["function"] } else { tool }
+    });
+    let says_nothing = |format: &Value| {
+        format["type"] == "text" && format.as_object().is_some_and(|format| format.len() == 1)
+    };
     let format = fields.get("response_format").filter(|format| !says_nothing(format));
     let all = tools.chain(list(fields.get("functions"))).chain(format);
     all.filter(|tool| !tool.is_null()).map(Value::to_string)
 }
 
-/// The turns of a conversation, in their order; `images` are those of all its parts. What tools were asked, said and show belongs to the
-/// question that they serve.
+/// The turns of a conversation, in their order; `images` are those of all its parts. What tools
+/// were asked, said and show belongs to the question that they serve.
 fn turns(messages: &[Map<String, Value>], images: Vec<Image>) -> Result<Vec<Turn>, ApiError> {
     let mut turns: Vec<Turn> = Vec::new();
     let mut images = images.into_iter();
@@ -553,7 +672,12 @@ fn turns(messages: &[Map<String, Value>], images: Vec<Image>) -> Result<Vec<Turn
                 question(&mut turns).parts.extend(parts);
                 continue;
             }
-            _ => return Err(ApiError::bad_request("invalid_request", "a message has no role that is known here")),
+            _ => {
+                return Err(ApiError::bad_request(
+                    "invalid_request",
+                    "a message has no role that is known here",
+                ));
+            }
         };
         turns.push(Turn { role, parts });
     }
@@ -562,7 +686,8 @@ fn turns(messages: &[Map<String, Value>], images: Vec<Image>) -> Result<Vec<Turn
 
 /// The question that is not answered yet, or a new one.
 fn question(turns: &mut Vec<Turn>) -> &mut Turn {
-    let behind_answer = turns.iter().rposition(|turn| turn.role == Role::Assistant).map_or(0, |answer| answer + 1);
+    let behind_answer =
+        turns.iter().rposition(|turn| turn.role == Role::Assistant).map_or(0, |answer| answer + 1);
     let open = turns[behind_answer..].iter().rposition(|turn| turn.role == Role::User);
     let place = open.map_or(turns.len(), |place| behind_answer + place);
     if open.is_none() {
@@ -577,11 +702,16 @@ fn calls(message: &Map<String, Value>) -> Vec<String> {
     let functions = functions.map(|call| &call["function"]).filter(|function| function.is_object());
     functions
         .chain(message.get("function_call").filter(|call| !call.is_null()))
-        .map(|function| format!("[Called the tool {} with {}]", function["name"], function["arguments"]))
+        .map(|function| {
+            format!("[Called the tool {} with {}]", function["name"], function["arguments"])
+        })
         .collect()
 }
 
-fn parts(content: Option<&Value>, images: &mut impl Iterator<Item = Image>) -> Result<Vec<Part>, ApiError> {
+fn parts(
+    content: Option<&Value>,
+    images: &mut impl Iterator<Item = Image>,
+) -> Result<Vec<Part>, ApiError> {
     let part = |part: &Value| {
         let view = view(part);
         match part["type"].as_str() {
@@ -605,7 +735,10 @@ fn said(part: &Value) -> String {
         Value::String(text) => text.clone(),
         Value::Array(parts) => parts.iter().map(said).collect::<Vec<_>>().join("\n"),
         Value::Object(fields) => {
-            let texts = ["text", "refusal", "thinking"].into_iter().filter_map(|name| fields.get(name)).map(said);
+            let texts = ["text", "refusal", "thinking"]
+                .into_iter()
+                .filter_map(|name| fields.get(name))
+                .map(said);
             texts.filter(|text| !text.is_empty()).collect::<Vec<_>>().join("\n")
         }
         Value::Null | Value::Bool(_) | Value::Number(_) => String::new(),
@@ -624,14 +757,16 @@ fn joined(content: &Value) -> String {
 fn view(part: &Value) -> Map<String, Value> {
     let fields = part.as_object().into_iter().flatten();
     let is_word = |name: &str| ["detail", "modalities", "format"].contains(&name);
-    let is_view = |name: &str, value: &Value| value.is_number() || value.is_boolean() || is_word(name);
+    let is_view =
+        |name: &str, value: &Value| value.is_number() || value.is_boolean() || is_word(name);
     let mut view: Map<String, Value> = fields
         .filter(|(name, value)| is_view(name, value))
         .map(|(name, value)| (name.clone(), value.clone()))
         .collect();
     if let Some(Value::Object(image)) = part.get("image_url") {
         let within = image.iter().filter(|(name, value)| is_view(name, value) && !value.is_null());
-        let within: Map<String, Value> = within.map(|(name, value)| (name.clone(), value.clone())).collect();
+        let within: Map<String, Value> =
+            within.map(|(name, value)| (name.clone(), value.clone())).collect();
         if !within.is_empty() {
             view.insert("image_url".to_owned(), within.into());
         }
@@ -654,7 +789,8 @@ fn url_of(part: &mut Value) -> Option<&mut String> {
 fn images(url: &str, limits: ecso::Limits, passed: bool) -> Result<Vec<Image>, ApiError> {
     let invalid = |message: String| ApiError::bad_request("invalid_image", message);
     if is_data_url(url) {
-        let images = decode_data_url(url, limits.bytes).and_then(|bytes| Image::several(bytes, limits));
+        let images =
+            decode_data_url(url, limits.bytes).and_then(|bytes| Image::several(bytes, limits));
         return images.map_err(|error| invalid(error.to_string()));
     }
     if is_remote(url) && passed {
@@ -665,12 +801,17 @@ fn images(url: &str, limits: ecso::Limits, passed: bool) -> Result<Vec<Image>, A
     Err(invalid(message.into()))
 }
 
-/// The URL of an image that `came` as one. A data URL is written as it was read here: servers read odd ones in different ways.
+/// The URL of an image that `came` as one. A data URL is written as it was read here: servers read
+/// odd ones in different ways.
 fn written(image: &Image, came: &mut String) -> String {
     let Some((bytes, kind)) = image.encoded() else { return std::mem::take(came) };
     let head = format!("data:{kind};base64,");
     let is_plain = came.strip_prefix(&head).is_some_and(is_plain_base64);
-    if is_plain && !image.is_converted() { std::mem::take(came) } else { head + &BASE64_STANDARD.encode(bytes) }
+    if is_plain && !image.is_converted() {
+        std::mem::take(came)
+    } else {
+        head + &BASE64_STANDARD.encode(bytes)
+    }
 }
 
 /// Bytes of an image that were made here.

@@ -1,4 +1,5 @@
-//! Which routes there are for strangers: a table. What it does not name may give an answer that nobody judges.
+//! Which routes there are for strangers: a table. What it does not name may give an answer that
+//! nobody judges.
 
 use axum::http::Method;
 
@@ -36,14 +37,16 @@ const HARMLESS: &[(&str, &str)] = &[
 const VECTORS: &[&str] = &["/v1/embeddings", "/v1/rerank", "/v1/score"];
 
 impl Route {
-    /// The route of a request to a model's server, or to a service that may answer every path as it answers chats; `allowed` are those
-    /// that the operator lists, `[METHOD ]PATH`.
+    /// The route of a request to a model's server, or to a service that may answer every path as it
+    /// answers chats; `allowed` are those that the operator lists, `[METHOD ]PATH`.
     pub(crate) fn of(method: &Method, path: &str, allowed: &[String], is_server: bool) -> Self {
         if !has_one_spelling(path) {
             return Self::Unknown;
         }
         let is_known = is_server || *method != Method::POST;
-        if is_known && HARMLESS.iter().any(|(known, pattern)| *known == method && matches(pattern, path)) {
+        if is_known
+            && HARMLESS.iter().any(|(known, pattern)| *known == method && matches(pattern, path))
+        {
             Self::Harmless
         } else if is_server && *method == Method::POST && VECTORS.contains(&path) {
             Self::Vectors
@@ -57,7 +60,9 @@ impl Route {
 
 fn is_listed(entry: &str, method: &Method, path: &str) -> bool {
     match entry.split_once(' ') {
-        Some((listed, pattern)) => method.as_str().eq_ignore_ascii_case(listed) && matches(pattern.trim(), path),
+        Some((listed, pattern)) => {
+            method.as_str().eq_ignore_ascii_case(listed) && matches(pattern.trim(), path)
+        }
         None => matches(entry, path),
     }
 }
@@ -73,7 +78,8 @@ fn matches(pattern: &str, path: &str) -> bool {
 fn has_one_spelling(path: &str) -> bool {
     let is_letter = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~:@".contains(&byte);
     let Some(below) = path.strip_prefix('/') else { return false };
-    path.bytes().all(is_letter) && below.split('/').all(|part| !part.is_empty() && part != "." && part != "..")
+    path.bytes().all(is_letter)
+        && below.split('/').all(|part| !part.is_empty() && part != "." && part != "..")
 }
 
 #[cfg(test)]
@@ -90,7 +96,11 @@ mod tests {
             ("POST", "/v1/tokenize"),
             ("OPTIONS", "/v1/chat/completions"),
         ] {
-            assert_eq!(Route::of(&method.parse().unwrap(), path, &[], true), Route::Harmless, "{method} {path}");
+            assert_eq!(
+                Route::of(&method.parse().unwrap(), path, &[], true),
+                Route::Harmless,
+                "{method} {path}"
+            );
         }
         assert_eq!(Route::of(&Method::POST, "/v1/embeddings", &[], true), Route::Vectors);
         for method in ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "TRACE", "PROPFIND"] {
@@ -128,11 +138,18 @@ mod tests {
                 "/",
                 "",
             ] {
-                assert_eq!(Route::of(&method.parse().unwrap(), path, &[], true), Route::Unknown, "{method} {path}");
+                assert_eq!(
+                    Route::of(&method.parse().unwrap(), path, &[], true),
+                    Route::Unknown,
+                    "{method} {path}"
+                );
             }
         }
         for method in ["POST", "PUT", "PATCH", "DELETE"] {
-            assert_eq!(Route::of(&method.parse().unwrap(), "/v1/models", &[], true), Route::Unknown);
+            assert_eq!(
+                Route::of(&method.parse().unwrap(), "/v1/models", &[], true),
+                Route::Unknown
+            );
         }
     }
 
@@ -142,7 +159,9 @@ mod tests {
         let route = |method: &str, path| Route::of(&method.parse().unwrap(), path, &allowed, true);
         assert_eq!(route("POST", "/v1/audio/transcriptions"), Route::Allowed);
         assert_eq!(route("DELETE", "/v1/files/x"), Route::Allowed);
-        for (method, path) in [("GET", "/v1/audio/transcriptions"), ("GET", "/v1/files"), ("GET", "/v1/files/../x")] {
+        for (method, path) in
+            [("GET", "/v1/audio/transcriptions"), ("GET", "/v1/files"), ("GET", "/v1/files/../x")]
+        {
             assert_eq!(route(method, path), Route::Unknown, "{method} {path}");
         }
     }

@@ -73,7 +73,8 @@ impl Gateway {
     /// A guard in front of `upstream`, under these profiles; `images` bounds single images.
     ///
     /// # Errors
-    /// When no HTTP client can be made, the audit log can't be opened, or the settings name a profile that is not there.
+    /// When no HTTP client can be made, the audit log can't be opened, or the settings name a
+    /// profile that is not there.
     pub fn new(
         upstream: Upstream,
         profiles: impl Into<Profiles>,
@@ -102,13 +103,18 @@ impl Gateway {
         Self { playground: Some(Arc::new(playground)), ..self }
     }
 
-    /// Exchanges profile and settings; requests under way end under the old ones. The upstream stays, and so do the
-    /// limits `at_once`, `queue`, `bodies`, `connections`, `remembered`, `stored`, `stored_for`, `pending` and
-    /// `pending_for`.
+    /// Exchanges profile and settings; requests under way end under the old ones. The upstream
+    /// stays, and so do the limits `at_once`, `queue`, `bodies`, `connections`, `remembered`,
+    /// `stored`, `stored_for`, `pending` and `pending_for`.
     ///
     /// # Errors
     /// When the audit log can't be opened; then all stays as it was.
-    pub fn reload(&self, profiles: impl Into<Profiles>, settings: Settings, images: ecso::Limits) -> io::Result<()> {
+    pub fn reload(
+        &self,
+        profiles: impl Into<Profiles>,
+        settings: Settings,
+        images: ecso::Limits,
+    ) -> io::Result<()> {
         let old = self.state.load();
         let audit = match &old.audit {
             // One file has one writer, or the two would move it away from under each other.
@@ -121,7 +127,8 @@ impl Gateway {
             store: Arc::clone(&old.store),
             pending: Arc::clone(&old.pending),
         };
-        let state = AppState::new(old.upstream.clone(), profiles.into(), settings, images, kept, audit)?;
+        let state =
+            AppState::new(old.upstream.clone(), profiles.into(), settings, images, kept, audit)?;
         self.state.store(Arc::new(state));
         Ok(())
     }
@@ -130,14 +137,19 @@ impl Gateway {
     pub fn router(self: Arc<Self>) -> Router {
         let (router, _) = routes().split_for_parts();
         let cors = Arc::clone(&self.cors);
-        let page = self.playground.clone().map(|playground| playground::routes(Arc::clone(&self), playground));
-        let router =
-            router.fallback(others).with_state(self).layer(middleware::from_fn_with_state(cors, cors::same_on_all));
+        let page = self
+            .playground
+            .clone()
+            .map(|playground| playground::routes(Arc::clone(&self), playground));
+        let router = router
+            .fallback(others)
+            .with_state(self)
+            .layer(middleware::from_fn_with_state(cors, cors::same_on_all));
         page.into_iter().fold(router, Router::merge)
     }
 
-    /// The routes for requests that somebody carries: those of the model's server. What we tell of ourselves is not for its
-    /// clients.
+    /// The routes for requests that somebody carries: those of the model's server. What we tell of
+    /// ourselves is not for its clients.
     pub(crate) fn carried(self: Arc<Self>) -> Router {
         let model = OpenApiRouter::<Arc<Self>>::new()
             .routes(routes!(completions).map(|route| route.fallback(others)))
@@ -147,7 +159,10 @@ impl Gateway {
             .routes(routes!(moderations).map(|route| route.fallback(others)));
         let (router, _) = model.split_for_parts();
         let cors = Arc::clone(&self.cors);
-        router.fallback(others).with_state(self).layer(middleware::from_fn_with_state(cors, cors::same_on_all))
+        router
+            .fallback(others)
+            .with_state(self)
+            .layer(middleware::from_fn_with_state(cors, cors::same_on_all))
     }
 
     /// Profile and settings of this moment.
@@ -156,7 +171,12 @@ impl Gateway {
     }
 
     /// Lets a request in.
-    pub(crate) fn begin(&self, state: &Arc<AppState>, id: &str, head: Parts) -> Result<RequestContext, ApiError> {
+    pub(crate) fn begin(
+        &self,
+        state: &Arc<AppState>,
+        id: &str,
+        head: Parts,
+    ) -> Result<RequestContext, ApiError> {
         RequestContext::begin(state, &self.rooms, id, head)
     }
 
@@ -220,7 +240,10 @@ pub(crate) fn request_id() -> String {
         (status = "default", description = "What the server behind the guard says"),
     ),
 )]
-async fn completions(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
+async fn completions(
+    State(gateway): State<Arc<Gateway>>,
+    request: axum::extract::Request,
+) -> Response {
     let (id, state) = (request_id(), gateway.state());
     let (head, body) = request.into_parts();
     let (span, door) = (telemetry::span("chat", &id, &head.headers), door(&head.extensions));
@@ -276,7 +299,9 @@ pub(crate) async fn completion(
     let scope = context.scope(model);
     let read = is_plain(&context.headers).and(
         value
-            .map_err(|why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}")))
+            .map_err(|why| {
+                ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"))
+            })
             .and_then(|value| request::Body::of(value, &settings.allow_fields)),
     );
     if context.mode == Mode::Enforce {
@@ -286,7 +311,9 @@ pub(crate) async fn completion(
     // What can't be read is not out of scope.
     let is_out = read.as_ref().is_ok_and(|read| scope != Scope::All && !read.has_images());
     match (&way, context.mode) {
-        (Some(way), mode) if mode == Mode::Off || is_out || (mode == Mode::Observe && !settings.draws()) => {
+        (Some(way), mode)
+            if mode == Mode::Off || is_out || (mode == Mode::Observe && !settings.draws()) =>
+        {
             context.pass(way, Key::Own, &Method::POST, CHAT, body).await
         }
         (Some(way), Mode::Observe) => {
@@ -310,11 +337,15 @@ pub(crate) async fn completion(
     ApiErrors,
     (status = "default", description = "What the server behind the guard says"),
 ))]
-async fn messages(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
+async fn messages(
+    State(gateway): State<Arc<Gateway>>,
+    request: axum::extract::Request,
+) -> Response {
     translated(&gateway, "messages", Format::Messages, request).await
 }
 
-/// Answers a request of OpenAI's Responses, as a chat. An answer can be gone on from for a while (`previous_response_id`).
+/// Answers a request of OpenAI's Responses, as a chat. An answer can be gone on from for a while
+/// (`previous_response_id`).
 #[utoipa::path(post, path = "/v1/responses", request_body = Object, responses(
     (status = 200, description = "The response; a stream of its events where the request asks for one", content(
         (Object = "application/json"), (Value = "text/event-stream")
@@ -322,7 +353,10 @@ async fn messages(State(gateway): State<Arc<Gateway>>, request: axum::extract::R
     ApiErrors,
     (status = "default", description = "What the server behind the guard says"),
 ))]
-async fn responses(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
+async fn responses(
+    State(gateway): State<Arc<Gateway>>,
+    request: axum::extract::Request,
+) -> Response {
     translated(&gateway, "responses", Format::Responses, request).await
 }
 
@@ -379,7 +413,8 @@ pub(crate) async fn translation(
             context.headers.insert(header::AUTHORIZATION, key);
         }
     }
-    let unread = |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
+    let unread =
+        |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
     let value = is_plain.and(value.map_err(unread));
     // Where it is not enforced, the upstream's own route answers.
     if let (Some(way), Mode::Off | Mode::Observe) = (&way, context.mode) {
@@ -391,13 +426,19 @@ pub(crate) async fn translation(
             return context.pass(way, Key::Own, &Method::POST, path, body).await;
         }
         let admission = Arc::clone(&gateway.admission);
-        return Observed { context, admission, read, format: Some(format) }.forward(way, path, body).await;
+        return Observed { context, admission, read, format: Some(format) }
+            .forward(way, path, body)
+            .await;
     }
     let value = value?;
-    let left = (settings.limits.body.saturating_sub(body.len()), strict::MOST.saturating_sub(strict::values(&value)));
+    let left = (
+        settings.limits.body.saturating_sub(body.len()),
+        strict::MOST.saturating_sub(strict::values(&value)),
+    );
     drop(body);
     let tenant = context.tenant();
-    let mut earlier = |id: &str| state.store.conversation((&tenant, id), left, |bytes| context.hold_more(bytes));
+    let mut earlier =
+        |id: &str| state.store.conversation((&tenant, id), left, |bytes| context.hold_more(bytes));
     let (chat, wire) = format.read(value, &mut earlier)?;
     let chat = request::Body::of(chat, &settings.allow_fields)?;
     let turn = context.in_time(gateway.admission.enter()).await?;
@@ -405,39 +446,54 @@ pub(crate) async fn translation(
     chat::enforce(context, request, turn, Some(wire)).await
 }
 
-/// About how many tokens a request of Anthropic's Messages has: an estimate, as the format says that it is one.
+/// About how many tokens a request of Anthropic's Messages has: an estimate, as the format says
+/// that it is one.
 #[utoipa::path(post, path = "/v1/messages/count_tokens", request_body = Object, responses(
     (status = 200, description = "The number", body = Object),
     ApiErrors,
     (status = "default", description = "What the server behind the guard says"),
 ))]
-async fn count_tokens(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
+async fn count_tokens(
+    State(gateway): State<Arc<Gateway>>,
+    request: axum::extract::Request,
+) -> Response {
     let (id, state) = (request_id(), gateway.state());
     let (head, body) = request.into_parts();
-    let (span, door) = (telemetry::span("count_tokens", &id, &head.headers), door(&head.extensions));
+    let (span, door) =
+        (telemetry::span("count_tokens", &id, &head.headers), door(&head.extensions));
     let uri = head.uri.clone();
     let counted = async {
         let context = gateway.begin(&state, &id, head)?;
         let path = uri.path_and_query().map_or(uri.path(), |whole| whole.as_str());
         Box::pin(counting(context, path, body)).await
     };
-    let counted = async { counted.await.map_err(|error| ApiError { format: Some(Format::Messages), ..error }) };
+    let counted = async {
+        counted.await.map_err(|error| ApiError { format: Some(Format::Messages), ..error })
+    };
     signed(&id, (door, "count_tokens"), &state.metrics, counted.instrument(span)).await
 }
 
 /// A request to count: the upstream's where its answer would not be guarded.
-async fn counting(mut context: RequestContext, path: &str, body: Body) -> Result<Response, ApiError> {
+async fn counting(
+    mut context: RequestContext,
+    path: &str,
+    body: Body,
+) -> Result<Response, ApiError> {
     let state = Arc::clone(&context.state);
     let body = context.read(body).await?;
     let value = strict::read(&body);
-    context.mode = context.caller.mode(&state.settings, request::model(&value), &context.headers)?;
+    context.mode =
+        context.caller.mode(&state.settings, request::model(&value), &context.headers)?;
     if let (Some(way), Mode::Off | Mode::Observe) = (context.way(), context.mode) {
         return context.pass(&way, Key::Own, &Method::POST, path, body).await;
     }
     is_plain(&context.headers)?;
-    let unread = |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
-    let (chat, _) = Format::Messages.read(value.map_err(unread)?, &mut |_| Err(elsewhere(BEFORE)))?;
-    let counted = json!({"input_tokens": request::Body::of(chat, &state.settings.allow_fields)?.tokens()});
+    let unread =
+        |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
+    let (chat, _) =
+        Format::Messages.read(value.map_err(unread)?, &mut |_| Err(elsewhere(BEFORE)))?;
+    let counted =
+        json!({"input_tokens": request::Body::of(chat, &state.settings.allow_fields)?.tokens()});
     Ok(([(header::CONTENT_TYPE, "application/json")], counted.to_string()).into_response())
 }
 
@@ -476,7 +532,8 @@ async fn metrics(State(gateway): State<Arc<Gateway>>) -> Response {
 /// This description.
 #[utoipa::path(get, path = "/openapi.json", responses((status = 200, body = Object)))]
 async fn description() -> Response {
-    static TEXT: LazyLock<String> = LazyLock::new(|| routes().into_openapi().to_json().unwrap_or_default());
+    static TEXT: LazyLock<String> =
+        LazyLock::new(|| routes().into_openapi().to_json().unwrap_or_default());
     ([(header::CONTENT_TYPE, "application/json")], TEXT.as_str()).into_response()
 }
 

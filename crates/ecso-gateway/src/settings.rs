@@ -8,17 +8,22 @@ use sha2::{Digest, Sha256};
 /// Settings of the server.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-#[expect(clippy::struct_excessive_bools, reason = "switches that have nothing to do with each other")]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "switches that have nothing to do with each other"
+)]
 pub struct Settings {
     /// What is done with requests in scope.
     pub mode: Mode,
     /// The same for single models, by name.
     pub modes: BTreeMap<String, Mode>,
-    /// Profiles of single models, by the model's name; all others have the one that the program runs under.
+    /// Profiles of single models, by the model's name; all others have the one that the program
+    /// runs under.
     pub profiles: BTreeMap<String, String>,
     /// The share of observed requests that are judged, 0 to 1; the others are forwarded alone.
     pub observe_share: f64,
-    /// Whether a client may choose by the headers `x-ecso-mode` and `x-ecso-stream`; a held stream it may always choose.
+    /// Whether a client may choose by the headers `x-ecso-mode` and `x-ecso-stream`; a held stream
+    /// it may always choose.
     pub mode_header: bool,
     /// What happens when the guard itself fails.
     pub on_failure: OnFailure,
@@ -30,25 +35,31 @@ pub struct Settings {
     pub keep_alive: u64,
     /// How the streams of guarded chats go out.
     pub stream: Streams,
-    /// The windows of streams that are `windowed`, and those by which a draft is judged for `early_stop`.
+    /// The windows of streams that are `windowed`, and those by which a draft is judged for
+    /// `early_stop`.
     pub windows: Windows,
-    /// Whether a held stream is judged while the model writes it, so that the model is stopped as soon as there is harm in it.
+    /// Whether a held stream is judged while the model writes it, so that the model is stopped as
+    /// soon as there is harm in it.
     pub early_stop: bool,
     /// What is done about images that a request only names by their URL.
     pub image_urls: ImageUrls,
-    /// Hosts, by name or address, from which images are fetched though they are not of the open internet.
+    /// Hosts, by name or address, from which images are fetched though they are not of the open
+    /// internet.
     pub image_hosts: Vec<String>,
-    /// Fields of requests that are let through, beside those that the guard knows; their texts are judged.
+    /// Fields of requests that are let through, beside those that the guard knows; their texts are
+    /// judged.
     pub allow_fields: Vec<String>,
-    /// Headers of clients that go on in enforce mode, beside those that are known; with the guard's own calls too.
+    /// Headers of clients that go on in enforce mode, beside those that are known; with the guard's
+    /// own calls too.
     pub pass_headers: Vec<String>,
-    /// Routes that are passed on unguarded, beside those that are known to be harmless: `POST /v1/audio/transcriptions`,
-    /// `GET /v1/files/*`.
+    /// Routes that are passed on unguarded, beside those that are known to be harmless: `POST
+    /// /v1/audio/transcriptions`, `GET /v1/files/*`.
     pub allow_routes: Vec<String>,
-    /// What is done about an answer that a gateway shows without having shown the request (LiteLLM does so where a request has
-    /// images and no text).
+    /// What is done about an answer that a gateway shows without having shown the request (LiteLLM
+    /// does so where a request has images and no text).
     pub unseen: Unseen,
-    /// Whether images are decoded whole before they are passed on; else their headers are looked at.
+    /// Whether images are decoded whole before they are passed on; else their headers are looked
+    /// at.
     pub decode_images: bool,
     /// Whether `POST /v1/moderations` is answered by the guard; else it is the upstream's.
     pub moderations: bool,
@@ -111,7 +122,8 @@ impl Settings {
 pub enum Mode {
     /// It is forwarded.
     Off,
-    /// It is forwarded untouched; the answer is judged beside it, and what would have been done is recorded.
+    /// It is forwarded untouched; the answer is judged beside it, and what would have been done is
+    /// recorded.
     Observe,
     /// Its answer is judged, and answered anew if it is unsafe.
     Enforce,
@@ -123,18 +135,20 @@ pub enum Mode {
 pub enum Streams {
     /// When all of the answer is judged.
     Hold,
-    /// Window by window, each when it was judged with all that came before it: harm that only later words show finds the earlier words
-    /// gone out. What can't be judged so is held.
+    /// Window by window, each when it was judged with all that came before it: harm that only later
+    /// words show finds the earlier words gone out. What can't be judged so is held.
     Windowed,
 }
 
-/// The windows in which an answer is judged while it is written. Tokens are counted roughly: four letters of ASCII, or one other.
+/// The windows in which an answer is judged while it is written. Tokens are counted roughly: four
+/// letters of ASCII, or one other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Windows {
     /// New tokens before the first judgement.
     pub first: usize,
-    /// Each window has twice the tokens of the one before it, up to this many; or an eighth of what was judged, where that is more.
+    /// Each window has twice the tokens of the one before it, up to this many; or an eighth of what
+    /// was judged, where that is more.
     pub most: usize,
     /// The last tokens of what was judged, which wait for the next judgement.
     pub held: usize,
@@ -154,7 +168,8 @@ pub enum ImageUrls {
     Fetch,
     /// Such requests are refused.
     Refuse,
-    /// The URLs are passed on: whoever owns the host can show the judge another picture than the model.
+    /// The URLs are passed on: whoever owns the host can show the judge another picture than the
+    /// model.
     Pass,
 }
 
@@ -233,7 +248,8 @@ impl Key {
     #[must_use]
     pub fn generate() -> (String, Self) {
         // Two random UUIDs: 244 random bits.
-        let key = format!("ecso-{}{}", uuid::Uuid::new_v4().simple(), uuid::Uuid::new_v4().simple());
+        let key =
+            format!("ecso-{}{}", uuid::Uuid::new_v4().simple(), uuid::Uuid::new_v4().simple());
         let sha256 = hash(&key);
         (key, Self { sha256, mode: None, per_minute: None, profile: None })
     }
@@ -250,8 +266,8 @@ pub(crate) fn hash(key: &str) -> String {
 pub struct Limits {
     /// Bytes of a chat request.
     pub body: usize,
-    /// Bytes of all bodies that are read or guarded at one time; beyond, a request gets 503 and may come again. What
-    /// is held of a body is about five times its bytes.
+    /// Bytes of all bodies that are read or guarded at one time; beyond, a request gets 503 and may
+    /// come again. What is held of a body is about five times its bytes.
     pub bodies: usize,
     /// Connections at one time, as far as the system has descriptors; more wait.
     pub connections: usize,
@@ -275,15 +291,16 @@ pub struct Limits {
     pub deadline: u64,
     /// Requests in a minute, for each client key; 0 is no bound.
     pub per_minute: u32,
-    /// Findings about requests that are remembered, so that what repeats from call to call (an agent's system message,
-    /// its tools) is judged once; 0 remembers none. About 100 bytes each.
+    /// Findings about requests that are remembered, so that what repeats from call to call (an
+    /// agent's system message, its tools) is judged once; 0 remembers none. About 100 bytes each.
     pub remembered: usize,
-    /// Bytes of conversations that are kept for requests with `previous_response_id`; 0 keeps none, and the field is refused.
+    /// Bytes of conversations that are kept for requests with `previous_response_id`; 0 keeps none,
+    /// and the field is refused.
     pub stored: usize,
     /// Seconds for which a conversation is kept after it was last used; 0 keeps none.
     pub stored_for: u64,
-    /// Bytes of requests that are kept until a gateway shows their answers (LiteLLM); beyond, the oldest are forgotten, and their
-    /// answers are as if nobody had seen the request. 0 keeps none.
+    /// Bytes of requests that are kept until a gateway shows their answers (LiteLLM); beyond, the
+    /// oldest are forgotten, and their answers are as if nobody had seen the request. 0 keeps none.
     pub pending: usize,
     /// Seconds for which such a request is kept.
     pub pending_for: u64,

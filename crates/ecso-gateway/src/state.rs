@@ -115,8 +115,8 @@ impl AppState {
         })
     }
 
-    /// Gets what a request only points to, reads its images, and decodes them as far as the operator wants that.
-    /// `hold` takes room for so many bytes that were fetched or made.
+    /// Gets what a request only points to, reads its images, and decodes them as far as the
+    /// operator wants that. `hold` takes room for so many bytes that were fetched or made.
     pub(crate) async fn prepare(
         &self,
         mut body: Body,
@@ -135,11 +135,19 @@ impl AppState {
         if let Some(fetcher) = &self.fetcher {
             for url in body.remote_images().into_iter().filter(|url| is_remote(url)) {
                 let fetched = fetcher.bytes(url.trim(), self.images.bytes).await;
-                let bytes = fetched.map_err(|error| ApiError::bad_request("invalid_image", error.to_string()))?;
+                let bytes = fetched
+                    .map_err(|error| ApiError::bad_request("invalid_image", error.to_string()))?;
                 fetched_bytes += bytes.len();
                 if fetched_bytes > self.settings.limits.body {
-                    let message = format!("images by URL have at most {} bytes together", self.settings.limits.body);
-                    return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message));
+                    let message = format!(
+                        "images by URL have at most {} bytes together",
+                        self.settings.limits.body
+                    );
+                    return Err(ApiError::new(
+                        StatusCode::PAYLOAD_TOO_LARGE,
+                        "body_too_large",
+                        message,
+                    ));
                 }
                 hold(fetched_bytes)?;
                 *url = format!("data:;base64,{}", BASE64_STANDARD.encode(bytes));
@@ -148,17 +156,23 @@ impl AppState {
         let (limits, images, span) = (self.settings.limits, self.images, Span::current());
         let is_passed = self.settings.image_urls == ImageUrls::Pass;
         // What models don't read takes its time.
-        let read = tokio::task::spawn_blocking(move || span.in_scope(|| body.request(&limits, images, is_passed)));
-        let request = read.await.map_err(|_| ApiError::upstream("an image could not be read"))??;
+        let read = tokio::task::spawn_blocking(move || {
+            span.in_scope(|| body.request(&limits, images, is_passed))
+        });
+        let request =
+            read.await.map_err(|_| ApiError::upstream("an image could not be read"))??;
         hold(fetched_bytes + request.chat.images().map(made).sum::<usize>())?;
         if self.settings.decode_images {
             // One at a time in the whole process: each may take 160 MB.
             let _alone = self.decoding.lock().await;
             let chat = request.chat.clone();
             let looked = tokio::task::spawn_blocking(move || {
-                chat.images().filter(|image| image.url().is_none()).try_for_each(Image::try_decoding)
+                chat.images()
+                    .filter(|image| image.url().is_none())
+                    .try_for_each(Image::try_decoding)
             });
-            let looked = looked.await.map_err(|_| ApiError::upstream("an image could not be decoded"))?;
+            let looked =
+                looked.await.map_err(|_| ApiError::upstream("an image could not be decoded"))?;
             looked.map_err(|error| ApiError::bad_request("invalid_image", error.to_string()))?;
         }
         Ok(request)
@@ -177,7 +191,12 @@ impl AppState {
     }
 
     /// The guard for one request: its model, its caller's key, its sampling.
-    pub(crate) fn guard(&self, request: &Request, context: &RequestContext, mode: Mode) -> Guard<Arc<dyn Mllm>> {
+    pub(crate) fn guard(
+        &self,
+        request: &Request,
+        context: &RequestContext,
+        mode: Mode,
+    ) -> Guard<Arc<dyn Mllm>> {
         let mut profile = self.profile(&context.caller, Some(&request.model)).clone();
         profile.scope = context.scope(Some(&request.model));
         if mode == Mode::Off {
@@ -187,26 +206,38 @@ impl AppState {
     }
 
     /// The guard for one request under another profile.
-    pub(crate) fn guarding(&self, request: &Request, headers: &HeaderMap, profile: Profile) -> Guard<Arc<dyn Mllm>> {
+    pub(crate) fn guarding(
+        &self,
+        request: &Request,
+        headers: &HeaderMap,
+        profile: Profile,
+    ) -> Guard<Arc<dyn Mllm>> {
         let model = self.upstream.model(&request.model, headers);
         let memory = Arc::clone(&self.memory);
         // Where callers bring keys of their own, one name may stand for several models.
-        Guard::new(model, profile).with_extra(request.extra()).with_memory(memory, self.account(headers))
+        Guard::new(model, profile)
+            .with_extra(request.extra())
+            .with_memory(memory, self.account(headers))
     }
 
-    /// By what the upstream tells whoever sends these headers from others, as a digest: keys of their own, and what else chooses models.
+    /// By what the upstream tells whoever sends these headers from others, as a digest: keys of
+    /// their own, and what else chooses models.
     pub(crate) fn account(&self, headers: &HeaderMap) -> String {
-        let sent: Vec<&[u8]> = headers.get_all(header::AUTHORIZATION).iter().map(HeaderValue::as_bytes).collect();
+        let sent: Vec<&[u8]> =
+            headers.get_all(header::AUTHORIZATION).iter().map(HeaderValue::as_bytes).collect();
         let account = match access::token(headers) {
             Some(token) if sent.len() < 2 => hash(token),
             _ if sent.is_empty() => String::new(),
             _ => hash(&format!("{sent:?}")),
         };
         let choosing = self.upstream.choosing(headers);
-        choosing.iter().fold(account, |account, (name, value)| hash(&format!("{account} {name} {value:?}")))
+        choosing
+            .iter()
+            .fold(account, |account, (name, value)| hash(&format!("{account} {name} {value:?}")))
     }
 
-    /// The guarded model's own answer, for whoever has none. It is that model's, wherever the guard asks its questions.
+    /// The guarded model's own answer, for whoever has none. It is that model's, wherever the guard
+    /// asks its questions.
     pub(crate) async fn draft(
         &self,
         request: &Request,
@@ -217,8 +248,10 @@ impl AppState {
             request.for_own_model()?;
         }
         let model = self.upstream.answering(&request.model, headers);
-        let asked = model.generate(&request.chat, sampling).instrument(telemetry::direct(&request.model));
-        let reply = asked.await.map_err(|source| GuardError::Model { step: Step::Direct, source })?;
+        let asked =
+            model.generate(&request.chat, sampling).instrument(telemetry::direct(&request.model));
+        let reply =
+            asked.await.map_err(|source| GuardError::Model { step: Step::Direct, source })?;
         Ok(reply.text)
     }
 

@@ -8,8 +8,8 @@ use serde_json::{Map, Value};
 
 use crate::{error::ApiError, json, settings::Limits, wire};
 
-/// Turns of conversations, by whose they are and the answer's id. A turn points to the one before it, so that a conversation takes its own
-/// length and no more.
+/// Turns of conversations, by whose they are and the answer's id. A turn points to the one before
+/// it, so that a conversation takes its own length and no more.
 #[derive(Debug)]
 pub(crate) struct Store {
     /// None where nothing is kept.
@@ -64,8 +64,14 @@ impl Store {
     ) -> bool {
         let Some(turns) = &self.turns else { return false };
         let Ok(messages) = serde_json::to_vec(&(asked, said)) else { return false };
-        let values = asked.iter().flat_map(Map::values).chain([said]).map(json::values).sum::<usize>() + asked.len();
-        let turn = Turn { before: before.map(str::to_owned), messages: messages.into_boxed_slice(), values };
+        let values =
+            asked.iter().flat_map(Map::values).chain([said]).map(json::values).sum::<usize>()
+                + asked.len();
+        let turn = Turn {
+            before: before.map(str::to_owned),
+            messages: messages.into_boxed_slice(),
+            values,
+        };
         let fits = turn.bytes() <= self.most.min(u32::MAX as usize);
         if fits {
             turns.insert(key(tenant, id), Arc::new(turn));
@@ -75,12 +81,12 @@ impl Store {
         fits
     }
 
-    /// The messages of a tenant's conversation up to the answer `id`; `hold` takes room for so many bytes. Every turn of it is as if it
-    /// were new.
+    /// The messages of a tenant's conversation up to the answer `id`; `hold` takes room for so many
+    /// bytes. Every turn of it is as if it were new.
     ///
     /// # Errors
-    /// When nothing is kept here, when this answer or one before it is not (any more), and when they have more than `longest` bytes or
-    /// more than `most` values.
+    /// When nothing is kept here, when this answer or one before it is not (any more), and when
+    /// they have more than `longest` bytes or more than `most` values.
     pub(crate) fn conversation(
         &self,
         (tenant, id): (&str, &str),
@@ -88,7 +94,8 @@ impl Store {
         hold: impl FnOnce(usize) -> Result<(), ApiError>,
     ) -> Result<Vec<Value>, ApiError> {
         let turns = self.turns.as_ref().ok_or_else(|| wire::elsewhere(wire::BEFORE))?;
-        let (mut found, mut bytes, mut values, mut next) = (Vec::new(), 0_usize, 0_usize, Some(id.to_owned()));
+        let (mut found, mut bytes, mut values, mut next) =
+            (Vec::new(), 0_usize, 0_usize, Some(id.to_owned()));
         while let Some(id) = &next {
             let turn = turns.get(&key(tenant, id)).ok_or_else(not_found)?;
             bytes += turn.bytes();
@@ -98,7 +105,11 @@ impl Store {
                     "a conversation and what goes on from it have at most `limits.body` bytes and {} values together",
                     json::MOST
                 );
-                return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message));
+                return Err(ApiError::new(
+                    StatusCode::PAYLOAD_TOO_LARGE,
+                    "body_too_large",
+                    message,
+                ));
             }
             next.clone_from(&turn.before);
             found.push(turn);
@@ -106,7 +117,8 @@ impl Store {
         hold(bytes)?;
         let mut conversation = Vec::new();
         for turn in found.iter().rev() {
-            let (asked, said): (Vec<Value>, Value) = serde_json::from_slice(&turn.messages).map_err(|_| not_found())?;
+            let (asked, said): (Vec<Value>, Value) =
+                serde_json::from_slice(&turn.messages).map_err(|_| not_found())?;
             conversation.extend(asked);
             conversation.push(said);
         }
@@ -120,9 +132,11 @@ fn key(tenant: &str, id: &str) -> blake3::Hash {
 
 /// As OpenAI says it, without the id: that is a stranger's word.
 fn not_found() -> ApiError {
-    let message =
-        "Previous response not found: it is not (any more) kept here. Send the whole conversation as `input`.";
-    ApiError { param: Some(wire::BEFORE.to_owned()), ..ApiError::bad_request("previous_response_not_found", message) }
+    let message = "Previous response not found: it is not (any more) kept here. Send the whole conversation as `input`.";
+    ApiError {
+        param: Some(wire::BEFORE.to_owned()),
+        ..ApiError::bad_request("previous_response_not_found", message)
+    }
 }
 
 #[cfg(test)]
@@ -175,7 +189,8 @@ mod tests {
             assert!(store.keep(("a", &id.to_string()), None, &[], &json!("f".repeat(1000))));
         }
         assert!(!store.keep(("a", "long"), None, &[], &json!("f".repeat(4000))));
-        let kept = (0..100).filter(|id| said(&store, "a", &id.to_string()).is_ok()).collect::<Vec<_>>();
+        let kept =
+            (0..100).filter(|id| said(&store, "a", &id.to_string()).is_ok()).collect::<Vec<_>>();
         assert_eq!(kept, [98, 99]);
         for (stored, stored_for) in [(0, 60), (4000, 0)] {
             let store = self::store(stored, stored_for);

@@ -1,5 +1,5 @@
-//! Spans: one for each request, below it one for each step. Who takes them up, and where they go, is the program's
-//! business.
+//! Spans: one for each request, below it one for each step. Who takes them up, and where they go,
+//! is the program's business.
 
 use axum::http::HeaderMap;
 use tracing::Span;
@@ -37,7 +37,8 @@ fn adopt(span: &Span, headers: &HeaderMap) {
         return;
     }
     let told = opentelemetry_http::HeaderExtractor(headers);
-    let parent = opentelemetry::global::get_text_map_propagator(|propagator| propagator.extract(&told));
+    let parent =
+        opentelemetry::global::get_text_map_propagator(|propagator| propagator.extract(&told));
     // Where nobody collects spans, there is nothing to join.
     let _ = span.set_parent(parent);
 }
@@ -51,7 +52,9 @@ pub(crate) fn tell(headers: &mut HeaderMap) {
         return;
     }
     let mut told = opentelemetry_http::HeaderInjector(headers);
-    opentelemetry::global::get_text_map_propagator(|propagator| propagator.inject_context(&span.context(), &mut told));
+    opentelemetry::global::get_text_map_propagator(|propagator| {
+        propagator.inject_context(&span.context(), &mut told)
+    });
 }
 
 #[cfg(not(feature = "otel"))]

@@ -5,7 +5,10 @@ use std::{error::Error, fmt, sync::Arc, time::Duration};
 use axum::{
     BoxError,
     body::Body,
-    http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header},
+    http::{
+        Extensions, HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode,
+        header,
+    },
 };
 use bytes::Bytes;
 use ecso::{Mllm, ModelError};
@@ -17,7 +20,10 @@ use serde_json::Value;
 use tower::{ServiceExt, service_fn};
 use tower_http::decompression::Decompression;
 
-use crate::{access, completion::Completion, context, error::ApiError, fields, request::Request as Chat, telemetry};
+use crate::{
+    access, completion::Completion, context, error::ApiError, fields, request::Request as Chat,
+    telemetry,
+};
 
 /// The guarded route.
 pub(crate) const CHAT: &str = "/v1/chat/completions";
@@ -31,7 +37,8 @@ pub enum Upstream {
     Engine(Arc<dyn Mllm>),
 }
 
-/// An OpenAI-compatible server, reached in two ways: untouched for what passes through, as an [`Mllm`] for the steps.
+/// An OpenAI-compatible server, reached in two ways: untouched for what passes through, as an
+/// [`Mllm`] for the steps.
 pub struct Server {
     /// For what passes through as it is.
     as_sent: reqwest::Client,
@@ -43,7 +50,8 @@ pub struct Server {
     proxy: Option<SecretString>,
 }
 
-/// Where the guard's own calls go, if not to the server that is guarded: a cheaper or closer replica of the same model.
+/// Where the guard's own calls go, if not to the server that is guarded: a cheaper or closer
+/// replica of the same model.
 #[derive(Debug, Clone)]
 pub struct Checks {
     /// The server; its key is its own, no client's.
@@ -53,7 +61,8 @@ pub struct Checks {
 }
 
 impl Upstream {
-    /// The server at `base` (`http://host:8000/v1`). With a `key`, it takes the place of the clients' own.
+    /// The server at `base` (`http://host:8000/v1`). With a `key`, it takes the place of the
+    /// clients' own.
     ///
     /// # Errors
     /// When `base` is no http or https URL, or a certificate, proxy or socket can't be used.
@@ -63,7 +72,8 @@ impl Upstream {
         options: ecso_openai::Options,
         checks: Option<Checks>,
     ) -> Result<Self, ModelError> {
-        let (as_sent, unpacked) = (http_client(&options, Bodies::AsSent)?, http_client(&options, Bodies::Unpacked)?);
+        let (as_sent, unpacked) =
+            (http_client(&options, Bodies::AsSent)?, http_client(&options, Bodies::Unpacked)?);
         let proxy = options.proxy.clone();
         let model = OpenAi::new(base, options)?;
         Ok(Self::Server(Arc::new(Server { as_sent, unpacked, key, model, checks, proxy })))
@@ -109,7 +119,8 @@ impl Upstream {
         }
     }
 
-    /// The name of the model to ask, where the client names none: the configured one, or the only one there is.
+    /// The name of the model to ask, where the client names none: the configured one, or the only
+    /// one there is.
     pub(crate) async fn model_name(&self, headers: &HeaderMap) -> Result<String, ApiError> {
         match self {
             Self::Server(server) => {
@@ -143,21 +154,30 @@ pub(crate) trait Carrier: Send + Sync {
     /// By which door such requests come in, as records and figures name it.
     fn door(&self) -> &'static str;
 
-    /// Whether it carries to a model's server, whose routes are what the table of routes takes them for.
+    /// Whether it carries to a model's server, whose routes are what the table of routes takes them
+    /// for.
     fn knows_routes(&self) -> bool {
         true
     }
 
-    /// Carries a request of a path below `/v1`, and says what comes back. Bodies that come packed are unpacked behind it, where
-    /// they are read here.
-    fn carry(&self, request: Request<reqwest::Body>) -> BoxFuture<'_, Result<reqwest::Response, ApiError>>;
+    /// Carries a request of a path below `/v1`, and says what comes back. Bodies that come packed
+    /// are unpacked behind it, where they are read here.
+    fn carry(
+        &self,
+        request: Request<reqwest::Body>,
+    ) -> BoxFuture<'_, Result<reqwest::Response, ApiError>>;
 }
 
-/// On calls of the guard itself, where somebody else carries its clients' requests: that one may bring them back to it.
+/// On calls of the guard itself, where somebody else carries its clients' requests: that one may
+/// bring them back to it.
 pub(crate) const OWN_CALL: HeaderName = HeaderName::from_static("x-ecso-own-call");
 
-/// The request, carried by `carrier`; the guard's own calls are marked for it. One that comes back to the guard is refused.
-pub(crate) fn carried_by(carrier: Arc<dyn Carrier>, mut request: Request<Body>) -> Result<Request<Body>, ApiError> {
+/// The request, carried by `carrier`; the guard's own calls are marked for it. One that comes back
+/// to the guard is refused.
+pub(crate) fn carried_by(
+    carrier: Arc<dyn Carrier>,
+    mut request: Request<Body>,
+) -> Result<Request<Body>, ApiError> {
     if request.headers().contains_key(OWN_CALL) {
         let message = "the guard's own calls come back to it: give it the model's own address, not one that leads through the guard";
         let error = ApiError::new(StatusCode::MISDIRECTED_REQUEST, "guard_loop", message);
@@ -182,7 +202,8 @@ pub(crate) fn door(extensions: &Extensions) -> &'static str {
 pub(crate) enum Way {
     /// To the server behind the guard, by our own client.
     Own(Arc<Server>),
-    /// Another carries it: the server behind the guard, or the model in this process, is for the guard's own calls.
+    /// Another carries it: the server behind the guard, or the model in this process, is for the
+    /// guard's own calls.
     Carried(Arc<dyn Carrier>),
 }
 
@@ -195,7 +216,8 @@ impl Way {
         }
     }
 
-    /// Sends a request on, with the headers that concern the upstream. What is to be read here comes unpacked.
+    /// Sends a request on, with the headers that concern the upstream. What is to be read here
+    /// comes unpacked.
     pub(crate) async fn forward(
         &self,
         key: Key,
@@ -206,15 +228,17 @@ impl Way {
         bodies: Bodies,
     ) -> Result<reqwest::Response, ApiError> {
         match self {
-            Self::Own(server) => server.forward(key, method, path_and_query, headers, body, bodies).await,
+            Self::Own(server) => {
+                server.forward(key, method, path_and_query, headers, body, bodies).await
+            }
             Self::Carried(carrier) => {
                 let mut headers = onward(headers, bodies);
                 telemetry::tell(&mut headers);
                 let mut request = Request::new(body);
                 *request.method_mut() = method;
-                *request.uri_mut() = path_and_query
-                    .parse()
-                    .map_err(|_| ApiError::bad_request("invalid_request", "the path can't be read"))?;
+                *request.uri_mut() = path_and_query.parse().map_err(|_| {
+                    ApiError::bad_request("invalid_request", "the path can't be read")
+                })?;
                 *request.headers_mut() = headers;
                 match bodies {
                     Bodies::AsSent => carrier.carry(request).await,
@@ -225,15 +249,22 @@ impl Way {
     }
 
     /// Asks for the answer to a chat request: with bytes made of what was read of it.
-    pub(crate) async fn answer(&self, headers: &HeaderMap, chat: &Chat, longest: usize) -> Result<Answer, ApiError> {
+    pub(crate) async fn answer(
+        &self,
+        headers: &HeaderMap,
+        chat: &Chat,
+        longest: usize,
+    ) -> Result<Answer, ApiError> {
         let body = chat.body()?.into();
-        let response = self.forward(Key::Own, Method::POST, CHAT, headers, body, Bodies::Unpacked).await?;
+        let response =
+            self.forward(Key::Own, Method::POST, CHAT, headers, body, Bodies::Unpacked).await?;
         if !response.status().is_success() {
             return Err(refused(response).await);
         }
         let head = answer_head(response.headers());
         if chat.stream {
-            let kind = response.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+            let kind =
+                response.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
             if kind.is_none_or(|kind| !kind.starts_with("text/event-stream")) {
                 let error = ApiError::upstream("the upstream was asked for a stream and sent none");
                 return Err(error.with_head(&head));
@@ -251,8 +282,8 @@ impl Way {
 }
 
 impl Server {
-    /// Sends a request on, with the headers that concern the upstream, and with the operator's key or the client's. What is to
-    /// be read here comes unpacked.
+    /// Sends a request on, with the headers that concern the upstream, and with the operator's key
+    /// or the client's. What is to be read here comes unpacked.
     pub(crate) async fn forward(
         &self,
         key: Key,
@@ -294,22 +325,31 @@ impl Server {
             let why = if error.is_timeout() { "it does not answer" } else { "it can't be reached" };
             let error = error.without_url();
             tracing::debug!(error = ecso::chain(&error), "upstream");
-            let status = if error.is_timeout() { StatusCode::GATEWAY_TIMEOUT } else { StatusCode::BAD_GATEWAY };
+            let status = if error.is_timeout() {
+                StatusCode::GATEWAY_TIMEOUT
+            } else {
+                StatusCode::BAD_GATEWAY
+            };
             ApiError::new(status, "upstream_failed", format!("the upstream failed: {why}"))
         })
     }
 
-    /// `/v1/x?y` of ours is `x?y` below the base; the base's own query, which may hold a key, goes where the operator's key
-    /// does.
+    /// `/v1/x?y` of ours is `x?y` below the base; the base's own query, which may hold a key, goes
+    /// where the operator's key does.
     fn url(&self, path_and_query: &str, key: Key) -> Url {
-        let (path, query) =
-            path_and_query.split_once('?').map_or((path_and_query, None), |(path, query)| (path, Some(query)));
+        let (path, query) = path_and_query
+            .split_once('?')
+            .map_or((path_and_query, None), |(path, query)| (path, Some(query)));
         let mut url = self.model.base().clone();
         let below = path.strip_prefix("/v1").unwrap_or(path);
         let path = format!("{}{below}", url.path().trim_end_matches('/'));
         url.set_path(&path);
         let own = url.query().filter(|_| key == Key::Own).map(str::to_owned);
-        let both: Vec<&str> = [own.as_deref(), query].into_iter().flatten().filter(|query| !query.is_empty()).collect();
+        let both: Vec<&str> = [own.as_deref(), query]
+            .into_iter()
+            .flatten()
+            .filter(|query| !query.is_empty())
+            .collect();
         url.set_query((!both.is_empty()).then(|| both.join("&")).as_deref());
         url
     }
@@ -323,16 +363,20 @@ impl Server {
         self.answering(name, headers)
     }
 
-    /// The client's headers that go with the guard's own calls too: its keys, and those that the operator lists; by them some
-    /// servers choose the model. With the operator's key none does.
+    /// The client's headers that go with the guard's own calls too: its keys, and those that the
+    /// operator lists; by them some servers choose the model. With the operator's key none does.
     pub(crate) fn choosing(&self, headers: &HeaderMap) -> HeaderMap {
         if self.has_own_key() {
             return HeaderMap::new();
         }
-        let chooses =
-            |name: &HeaderName| !goes_with_own_key(name) && *name != header::AUTHORIZATION && *name != header::HOST;
+        let chooses = |name: &HeaderName| {
+            !goes_with_own_key(name) && *name != header::AUTHORIZATION && *name != header::HOST
+        };
         let kept = kept(headers);
-        kept.iter().filter(|(name, _)| chooses(name)).map(|(name, value)| (name.clone(), value.clone())).collect()
+        kept.iter()
+            .filter(|(name, _)| chooses(name))
+            .map(|(name, value)| (name.clone(), value.clone()))
+            .collect()
     }
 
     /// Whether the operator's key goes with requests.
@@ -349,15 +393,18 @@ impl Server {
     }
 }
 
-/// What the client may know of an upstream's refusal: its status and, in our words, what it is about. Its own words may
-/// quote what nobody has judged.
+/// What the client may know of an upstream's refusal: its status and, in our words, what it is
+/// about. Its own words may quote what nobody has judged.
 async fn refused(response: reqwest::Response) -> ApiError {
     const LONGEST: usize = 64 << 10;
     let (status, head) = (response.status(), answer_head(response.headers()));
     // What is no refusal either leads elsewhere, or has no body by its status.
     if status.as_u16() < 400 {
-        return ApiError::upstream(format!("the upstream's answer has the status {}", status.as_u16()))
-            .with_head(&head);
+        return ApiError::upstream(format!(
+            "the upstream's answer has the status {}",
+            status.as_u16()
+        ))
+        .with_head(&head);
     }
     let mut body = bounded(response, LONGEST);
     let mut said = Vec::new();
@@ -368,9 +415,11 @@ async fn refused(response: reqwest::Response) -> ApiError {
     let told: Value = lenient::parse(&said).unwrap_or_default();
     let told = if told["error"].is_object() { &told["error"] } else { &told };
     let codes = [&told["code"], &told["type"]].into_iter().filter_map(Value::as_str);
-    let by_code = codes.flat_map(|code| KNOWN.iter().filter(move |(known, _)| *known == code)).next();
+    let by_code =
+        codes.flat_map(|code| KNOWN.iter().filter(move |(known, _)| *known == code)).next();
     let lower = said.to_lowercase();
-    let is_too_long = ["context length", "maximum context", "context size", "context window", "too many tokens"];
+    let is_too_long =
+        ["context length", "maximum context", "context size", "context window", "too many tokens"];
     let by_words = KNOWN.first().filter(|_| is_too_long.iter().any(|words| lower.contains(words)));
     let (code, about) = by_code
         .or(by_words)
@@ -407,8 +456,11 @@ pub(crate) fn bounded(
     let body = response.bytes_stream().scan(0_usize, move |read, piece| {
         let piece = piece.map_err(|_| std::io::Error::other("the upstream broke off"));
         *read = read.saturating_add(piece.as_ref().map_or(0, Bytes::len));
-        let piece =
-            if *read > longest { Err(std::io::Error::other("the upstream's answer has no end")) } else { piece };
+        let piece = if *read > longest {
+            Err(std::io::Error::other("the upstream's answer has no end"))
+        } else {
+            piece
+        };
         std::future::ready(Some(piece))
     });
     body.boxed()
@@ -445,7 +497,8 @@ pub(crate) fn unbroken<E: Into<BoxError>>(
     })
 }
 
-/// A response as the client gets it; it breaks off where nothing of it comes for as long as `silence`.
+/// A response as the client gets it; it breaks off where nothing of it comes for as long as
+/// `silence`.
 pub(crate) fn passed(response: reqwest::Response, silence: Duration) -> Response<Body> {
     let mut passed = Response::new(Body::empty());
     *passed.status_mut() = response.status();
@@ -454,17 +507,25 @@ pub(crate) fn passed(response: reqwest::Response, silence: Duration) -> Response
     passed
 }
 
-/// The headers of an upstream's answer that hold for the answer that is made of it: figures of limits, what browsers need,
-/// and names of requests. What else stands there might be a text.
+/// The headers of an upstream's answer that hold for the answer that is made of it: figures of
+/// limits, what browsers need, and names of requests. What else stands there might be a text.
 pub(crate) fn answer_head(headers: &HeaderMap) -> HeaderMap {
-    const KNOWN: [&str; 5] = ["vary", "retry-after", "x-request-id", "request-id", "openai-processing-ms"];
-    const STARTS: [&str; 5] =
-        ["access-control-", "x-ratelimit-", "ratelimit", "anthropic-ratelimit-", "x-envoy-ratelimit"];
+    const KNOWN: [&str; 5] =
+        ["vary", "retry-after", "x-request-id", "request-id", "openai-processing-ms"];
+    const STARTS: [&str; 5] = [
+        "access-control-",
+        "x-ratelimit-",
+        "ratelimit",
+        "anthropic-ratelimit-",
+        "x-envoy-ratelimit",
+    ];
     let is_known = |name: &HeaderName| {
-        KNOWN.contains(&name.as_str()) || STARTS.iter().any(|start| name.as_str().starts_with(start))
+        KNOWN.contains(&name.as_str())
+            || STARTS.iter().any(|start| name.as_str().starts_with(start))
     };
     // A figure, a name, or a list of these is no sentence.
-    let is_list = |value: &str| value.split(',').all(|entry| !entry.trim().contains(char::is_whitespace));
+    let is_list =
+        |value: &str| value.split(',').all(|entry| !entry.trim().contains(char::is_whitespace));
     let says_little = |value: &HeaderValue| value.len() <= 512 && value.to_str().is_ok_and(is_list);
     // Seconds; a date is not passed on.
     let is_time = |value: &HeaderValue| value.as_bytes().iter().all(u8::is_ascii_digit);
@@ -480,21 +541,25 @@ fn own_call(headers: &HeaderMap) -> impl Iterator<Item = (HeaderName, HeaderValu
     headers.get(OWN_CALL).map(|told| (OWN_CALL, told.clone())).into_iter()
 }
 
-/// Whether a client's header says which edition of an API it speaks. Guarded requests have none: they become chats.
+/// Whether a client's header says which edition of an API it speaks. Guarded requests have none:
+/// they become chats.
 fn is_version(name: &HeaderName) -> bool {
     ["anthropic-version", "anthropic-beta", "openai-beta"].contains(&name.as_str())
 }
 
 /// Whether a client's header is known to say who asks, in which form, and nothing else.
 pub(crate) fn is_known_header(name: &HeaderName) -> bool {
-    goes_with_own_key(name) || ACCOUNT.contains(&name.as_str()) || [header::HOST, header::CONNECTION].contains(name)
+    goes_with_own_key(name)
+        || ACCOUNT.contains(&name.as_str())
+        || [header::HOST, header::CONNECTION].contains(name)
 }
 
 /// Headers that say who asks, and by which account.
 pub(crate) const ACCOUNT: [&str; 5] =
     ["authorization", "api-key", "x-api-key", "openai-organization", "openai-project"];
 
-/// Whether a client's header goes along where the operator's key speaks for it: nothing that names an account.
+/// Whether a client's header goes along where the operator's key speaks for it: nothing that names
+/// an account.
 fn goes_with_own_key(name: &HeaderName) -> bool {
     const KNOWN: [&str; 12] = [
         "accept",
@@ -528,9 +593,14 @@ fn onward(headers: &HeaderMap, bodies: Bodies) -> HeaderMap {
 }
 
 /// What a carrier brings, its body unpacked; none that is packed is asked for.
-async fn unpacked(carrier: &dyn Carrier, mut request: Request<reqwest::Body>) -> Result<reqwest::Response, ApiError> {
+async fn unpacked(
+    carrier: &dyn Carrier,
+    mut request: Request<reqwest::Body>,
+) -> Result<reqwest::Response, ApiError> {
     request.headers_mut().insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-    let carry = service_fn(|request| async { carrier.carry(request).await.map(Response::<reqwest::Body>::from) });
+    let carry = service_fn(|request| async {
+        carrier.carry(request).await.map(Response::<reqwest::Body>::from)
+    });
     let response = Decompression::new(carry).oneshot(request).await?;
     Ok(response.map(reqwest::Body::wrap).into())
 }
@@ -559,5 +629,9 @@ fn kept(headers: &HeaderMap) -> HeaderMap {
             && !name.as_str().starts_with("x-ecso-")
             && !named.iter().any(|other| name == other.as_str())
     };
-    headers.iter().filter(|(name, _)| is_kept(name)).map(|(name, value)| (name.clone(), value.clone())).collect()
+    headers
+        .iter()
+        .filter(|(name, _)| is_kept(name))
+        .map(|(name, value)| (name.clone(), value.clone()))
+        .collect()
 }

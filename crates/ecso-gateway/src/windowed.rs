@@ -1,10 +1,11 @@
-//! A draft that is judged while the model writes it. Of a stream that is windowed, text goes out as soon as it was judged with all that
-//! came before it; of one that is held nothing does. In both the model is stopped at the first harm.
+//! A draft that is judged while the model writes it. Of a stream that is windowed, text goes out as
+//! soon as it was judged with all that came before it; of one that is held nothing does. In both
+//! the model is stopped at the first harm.
 
 use std::{collections::VecDeque, future::pending, mem, sync::Arc};
 
 use axum::http::HeaderMap;
-use ecso::{Chat, Checked, Considered, Guard, Mllm, Reply, Verdict};
+use ecso::{Chat, CheckedDraft, Guard, Mllm, Reply, RequestCheck, Verdict};
 use futures::{FutureExt, future::BoxFuture};
 use serde_json::{Map, Value, json};
 use tracing::{Instrument, Span};
@@ -23,8 +24,8 @@ pub(crate) const CHOICE: u64 = 0;
 /// Fields of a piece that are plain text, in the order in which a model writes them.
 const TEXTS: [&str; 3] = ["reasoning", "reasoning_content", "content"];
 
-/// The draft so far, and the one place that lets text of it out before its end: as much as a [`Checked`] covers, which is made by a
-/// judgement alone.
+/// The draft so far, and the one place that lets text of it out before its end: as much as a
+/// [`CheckedDraft`] covers, which is made by a judgement alone.
 struct Windows {
     sizes: settings::Windows,
     /// Tokens of the next window.
@@ -37,7 +38,8 @@ struct Windows {
     /// Bytes of text that were taken, and that are out.
     came: usize,
     gone: usize,
-    /// Whether something came that is no plain text. It waits for the last verdict, and so does all behind it.
+    /// Whether something came that is no plain text. It waits for the last verdict, and so does all
+    /// behind it.
     is_closed: bool,
     /// How long the draft was when it was last found safe, in quarters of a token.
     judged: usize,
@@ -91,7 +93,8 @@ impl Windows {
     /// What there is to be judged, if a window is full and nothing is being judged.
     fn due(&mut self) -> Option<String> {
         let length = self.draft.length(CHOICE);
-        // Of what is long already an eighth more: all of it is judged again, and that is to stay in proportion.
+        // Of what is long already an eighth more: all of it is judged again, and that is to stay in
+        // proportion.
         let full = self.size.saturating_mul(4).max(self.judged / 8);
         if self.asked.is_some() || length < self.judged.saturating_add(full) {
             return None;
@@ -112,9 +115,9 @@ impl Windows {
         self.asked.as_ref().is_some_and(|asked| asked.said == self.said())
     }
 
-    /// What may go out by a finding: text that it covers and calls safe, up to its last words. Where nobody judges, nothing goes out
-    /// early.
-    fn release(&mut self, found: &Checked) -> Vec<Value> {
+    /// What may go out by a finding: text that it covers and calls safe, up to its last words.
+    /// Where nobody judges, nothing goes out early.
+    fn release(&mut self, found: &CheckedDraft) -> Vec<Value> {
         let asked = self.asked.take().filter(|asked| asked.said == found.draft());
         let Some(asked) = asked.filter(|_| found.verdict() == Verdict::Safe) else {
             self.close();
@@ -151,10 +154,12 @@ impl Windows {
         }
         let mut pieces = Vec::new();
         for (place, text) in runs {
-            let role = Some(("role".to_owned(), "assistant".into())).filter(|_| self.early.characters == 0);
+            let role = Some(("role".to_owned(), "assistant".into()))
+                .filter(|_| self.early.characters == 0);
             self.early.words += text.split_whitespace().count();
             self.early.characters += text.chars().count();
-            let delta: Map<String, Value> = role.into_iter().chain([(place.to_owned(), text.into())]).collect();
+            let delta: Map<String, Value> =
+                role.into_iter().chain([(place.to_owned(), text.into())]).collect();
             pieces.push(json!({"index": CHOICE, "delta": delta, "finish_reason": null}));
         }
         pieces
@@ -190,8 +195,8 @@ fn plain(mut piece: Value) -> Option<Vec<(&'static str, String)>> {
     (fields.is_empty() && piece["finish_reason"].is_null()).then_some(texts)
 }
 
-/// Where a judged text may end that goes out: before its last `held` tokens; behind a sentence if one ends in its second half, else
-/// behind a word, else where it is.
+/// Where a judged text may end that goes out: before its last `held` tokens; behind a sentence if
+/// one ends in its second half, else behind a word, else where it is.
 fn bound(judged: &str, held: usize) -> usize {
     let mut left = held.saturating_mul(4);
     let last = judged.char_indices().rev().take_while(|(_, letter)| {
@@ -225,9 +230,9 @@ pub(crate) struct Writing<'a> {
     events: Events,
     is_read: bool,
     windows: Windows,
-    considering: Option<BoxFuture<'a, Result<Considered, ApiError>>>,
-    considered: Result<Considered, ApiError>,
-    checking: Option<BoxFuture<'a, Result<(Considered, Checked), ApiError>>>,
+    considering: Option<BoxFuture<'a, Result<RequestCheck, ApiError>>>,
+    request_check: Result<RequestCheck, ApiError>,
+    checking: Option<BoxFuture<'a, Result<(RequestCheck, CheckedDraft), ApiError>>>,
     end: Option<End>,
 }
 
@@ -248,7 +253,7 @@ enum End {
     /// No answer could make the request safe.
     Spared,
     /// There is harm in what is said.
-    Stopped(Checked),
+    Stopped(CheckedDraft),
     /// Nobody could judge it.
     Failed,
 }
@@ -260,7 +265,7 @@ impl<'a> Writing<'a> {
         chat: &'a Chat,
         how: How,
         (events, direct): (Events, Span),
-        considering: BoxFuture<'a, Result<Considered, ApiError>>,
+        considering: BoxFuture<'a, Result<RequestCheck, ApiError>>,
     ) -> Self {
         Self {
             guard,
@@ -271,7 +276,7 @@ impl<'a> Writing<'a> {
             is_read: false,
             windows: Windows::new(how.sizes, !how.releases),
             considering: Some(considering),
-            considered: Ok(Considered::default()),
+            request_check: Ok(RequestCheck::default()),
             checking: None,
             end: None,
         }
@@ -283,7 +288,7 @@ impl<'a> Writing<'a> {
             let mut pieces = Vec::new();
             tokio::select! {
                 biased;
-                considered = done(&mut self.considering) => self.considered = considered,
+                request_check = done(&mut self.considering) => self.request_check = request_check,
                 checked = done(&mut self.checking) => pieces = self.checked(checked),
                 event = self.events.next().instrument(self.direct.clone()), if !self.is_read => match event? {
                     Some(event) => self.windows.add(event),
@@ -299,10 +304,10 @@ impl<'a> Writing<'a> {
     }
 
     /// Takes what was found about the draft so far.
-    fn checked(&mut self, checked: Result<(Considered, Checked), ApiError>) -> Vec<Value> {
+    fn checked(&mut self, checked: Result<(RequestCheck, CheckedDraft), ApiError>) -> Vec<Value> {
         match checked {
-            Ok((considered, checked)) => {
-                self.considered = Ok(considered);
+            Ok((request_check, checked)) => {
+                self.request_check = Ok(request_check);
                 let pieces = self.windows.release(&checked);
                 // What is whole already need not be stopped.
                 if checked.verdict() == Verdict::Unsafe && !self.is_read {
@@ -311,11 +316,14 @@ impl<'a> Writing<'a> {
                 pieces
             }
             Err(error) if self.how.gives_up => {
-                (self.considered, self.end) = (Err(error), Some(End::Failed));
+                (self.request_check, self.end) = (Err(error), Some(End::Failed));
                 Vec::new()
             }
             Err(error) => {
-                tracing::warn!(code = error.code, "a judgement on the way failed: what is left waits for the last one");
+                tracing::warn!(
+                    code = error.code,
+                    "a judgement on the way failed: what is left waits for the last one"
+                );
                 self.windows.close();
                 Vec::new()
             }
@@ -327,17 +335,22 @@ impl<'a> Writing<'a> {
         if self.end.is_some() || self.considering.is_some() {
             return;
         }
-        if self.is_read && !self.windows.is_all_asked() && (self.how.gives_up || self.checking.is_none()) {
-            // The last verdict is about all of it. Where answers go out that nobody could judge, harm that is being found is waited for.
+        if self.is_read
+            && !self.windows.is_all_asked()
+            && (self.how.gives_up || self.checking.is_none())
+        {
+            // The last verdict is about all of it. Where answers go out that nobody could judge,
+            // harm that is being found is waited for.
             self.end = Some(End::Whole);
-        } else if let Ok(considered) = &self.considered {
-            if considered.is_harm() {
+        } else if let Ok(request_check) = &self.request_check {
+            if request_check.is_harm() {
                 self.end = Some(End::Spared);
             } else if let Some(said) = self.windows.due() {
-                let (guard, chat, mut considered) = (self.guard, self.chat, considered.clone());
+                let (guard, chat, mut request_check) =
+                    (self.guard, self.chat, request_check.clone());
                 let check = async move {
-                    let checked = guard.check(chat, &mut considered, &said).await?;
-                    Ok((considered, checked))
+                    let checked = guard.check_draft(chat, &mut request_check, &said).await?;
+                    Ok((request_check, checked))
                 };
                 self.checking = Some(check.boxed());
             }
@@ -346,19 +359,27 @@ impl<'a> Writing<'a> {
 
     /// The draft, as far as it was waited for.
     pub(crate) fn end(self) -> Result<Drafted, ApiError> {
-        let Self { windows, events, considered, end, .. } = self;
+        let Self { windows, events, request_check, end, .. } = self;
         let early = Early { stopped: !matches!(end, Some(End::Whole)), ..windows.early };
         let is_spared = matches!(end, Some(End::Spared));
         let (answer, rest) = match end {
             Some(End::Whole) => windows.end(&events)?,
             Some(End::Spared) => (Completion::replies(&[Reply::default()], now()), Vec::new()),
-            Some(End::Stopped(checked)) => (windows.draft.stopped(CHOICE, checked.draft()), Vec::new()),
+            Some(End::Stopped(checked)) => {
+                (windows.draft.stopped(CHOICE, checked.draft()), Vec::new())
+            }
             Some(End::Failed) | None => {
                 let said = windows.said();
                 (windows.draft.stopped(CHOICE, &said), Vec::new())
             }
         };
-        Ok(Drafted { answer, head: HeaderMap::new(), considered, is_spared, early: Some((early, rest)) })
+        Ok(Drafted {
+            answer,
+            head: HeaderMap::new(),
+            request_check,
+            is_spared,
+            early: Some((early, rest)),
+        })
     }
 
     /// All that was said so far, how much of it is out, and the answer that it belongs to.
@@ -387,10 +408,11 @@ mod tests {
     const SIZES: settings::Windows = settings::Windows { first: 4, most: 16, held: 2 };
 
     /// What a judge that says this finds about a text.
-    fn checked(text: &str, says: &str) -> Checked {
-        let guard = Guard::new(Scripted::texts([says]), Profile { scope: Scope::All, ..Profile::paper() });
+    fn checked(text: &str, says: &str) -> CheckedDraft {
+        let guard =
+            Guard::new(Scripted::texts([says]), Profile { scope: Scope::All, ..Profile::paper() });
         let chat = Chat::ask([], "What is this?");
-        block_on(guard.check(&chat, &mut Considered::default(), text)).unwrap()
+        block_on(guard.check_draft(&chat, &mut RequestCheck::default(), text)).unwrap()
     }
 
     fn piece(place: &str, text: &str) -> Value {
@@ -398,8 +420,9 @@ mod tests {
     }
 
     fn joined(pieces: &[Value]) -> String {
-        let texts =
-            pieces.iter().flat_map(|piece| TEXTS.into_iter().filter_map(|place| piece["delta"][place].as_str()));
+        let texts = pieces
+            .iter()
+            .flat_map(|piece| TEXTS.into_iter().filter_map(|place| piece["delta"][place].as_str()));
         texts.collect()
     }
 
@@ -420,7 +443,7 @@ mod tests {
         let unguarded = {
             let guard = Guard::new(Scripted::texts(["No."]), Profile::paper());
             let chat = Chat::ask([], "Hi");
-            block_on(guard.check(&chat, &mut Considered::default(), text)).unwrap()
+            block_on(guard.check_draft(&chat, &mut RequestCheck::default(), text)).unwrap()
         };
         for found in [checked("Bread needs", "No."), checked(text, "Yes."), unguarded] {
             let mut windows = full();

@@ -1,4 +1,5 @@
-//! Writes the tiny vision model with random weights into a folder: `cargo run --release --example tiny-vlm DIR`.
+//! Writes the tiny vision model with random weights into a folder: `cargo run --release --example
+//! tiny-vlm DIR`.
 
 fn main() -> std::io::Result<()> {
     let folder = std::env::args().nth(1).unwrap_or_else(|| ".".into());

@@ -21,13 +21,18 @@ impl Sequence {
         self.held.push((segment, end));
     }
 
-    /// What would be lost with it: the tokens it holds, against what has been lost since it was last used (the rule `GreedyDual`).
+    /// What would be lost with it: the tokens it holds, against what has been lost since it was
+    /// last used (the rule `GreedyDual`).
     fn worth(&self) -> i64 {
         self.used + self.held.last().map_or(0, |(_, end)| i64::from(*end))
     }
 
     fn shared(&self, prompt: &[Segment]) -> usize {
-        self.held.iter().zip(prompt).take_while(|((held, _), segment)| held.same_as(segment)).count()
+        self.held
+            .iter()
+            .zip(prompt)
+            .take_while(|((held, _), segment)| held.same_as(segment))
+            .count()
     }
 }
 
@@ -55,9 +60,10 @@ impl Cache {
         Self { sequences: (0..sequences.max(1)).map(|_| Sequence::default()).collect(), passed: 0 }
     }
 
-    /// The sequence that shares most with the prompt; of those that share as much, the one that is least worth keeping: a long prefix
-    /// that comes again and again outlives short conversations. The prompt's last segment never counts as shared: computing it gives
-    /// the logits that the reply starts from. `afresh` shares nothing.
+    /// The sequence that shares most with the prompt; of those that share as much, the one that is
+    /// least worth keeping: a long prefix that comes again and again outlives short conversations.
+    /// The prompt's last segment never counts as shared: computing it gives the logits that the
+    /// reply starts from. `afresh` shares nothing.
     pub(crate) fn place(&mut self, prompt: &[Segment], afresh: bool) -> Place {
         let prefix = if afresh { &[] } else { &prompt[..prompt.len().saturating_sub(1)] };
         let mut best = (0, 0);
@@ -112,7 +118,10 @@ mod tests {
         assert_eq!(compute(&mut cache, &[1, 2, 3]), Place { sequence: 0, shared: 0, position: 0 });
         assert_eq!(compute(&mut cache, &[1, 2, 4]), Place { sequence: 0, shared: 2, position: 20 });
         assert_eq!(compute(&mut cache, &[7, 8]), Place { sequence: 1, shared: 0, position: 0 });
-        assert_eq!(compute(&mut cache, &[1, 2, 4, 5]), Place { sequence: 0, shared: 3, position: 30 });
+        assert_eq!(
+            compute(&mut cache, &[1, 2, 4, 5]),
+            Place { sequence: 0, shared: 3, position: 30 }
+        );
         assert_eq!(compute(&mut cache, &[9]), Place { sequence: 1, shared: 0, position: 0 });
     }
 

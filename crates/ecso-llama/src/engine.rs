@@ -9,7 +9,10 @@ use std::{
 };
 
 use async_trait::async_trait;
-use ecso::{Cause, Chat, Delta, FinishReason, Image, Mllm, ModelError, ReplyStream, Sampling, TopLogprob, Usage};
+use ecso::{
+    Cause, Chat, Delta, FinishReason, Image, Mllm, ModelError, ReplyStream, Sampling, TopLogprob,
+    Usage,
+};
 use futures::{StreamExt, stream};
 use llama_cpp_2::{
     LogOptions,
@@ -30,7 +33,8 @@ use crate::{
     template::{ChatTemplate, Vocabulary},
 };
 
-/// Tokens of an image that are computed together; models that look at an image as a whole need all of them in one go.
+/// Tokens of an image that are computed together; models that look at an image as a whole need all
+/// of them in one go.
 const IMAGE_BATCH: u32 = 512;
 
 /// How a model is loaded.
@@ -40,15 +44,17 @@ pub struct Options {
     pub name: Option<String>,
     /// The projector (mmproj GGUF) that lets the model see; without it the model reads text only.
     pub mmproj: Option<PathBuf>,
-    /// Tokens of one conversation, prompt and reply; `None` is what the model was trained for, at most 8,192.
+    /// Tokens of one conversation, prompt and reply; `None` is what the model was trained for, at
+    /// most 8,192.
     pub context: Option<NonZeroU32>,
-    /// Conversations whose prefix is kept for reuse; `None` is 3: an answer's, and what a guard asks beside it. Each costs memory for
-    /// a whole context.
+    /// Conversations whose prefix is kept for reuse; `None` is 3: an answer's, and what a guard
+    /// asks beside it. Each costs memory for a whole context.
     pub slots: Option<NonZeroU32>,
-    /// Compute every prompt from its start, even where an earlier one began alike. Replies are the same, only later.
+    /// Compute every prompt from its start, even where an earlier one began alike. Replies are the
+    /// same, only later.
     pub no_reuse: bool,
-    /// A folder for what many prompts begin with ([`Chat::head`]), so that another process has it computed already; `None` keeps nothing. At
-    /// most 512 MiB.
+    /// A folder for what many prompts begin with ([`Chat::head`]), so that another process has it
+    /// computed already; `None` keeps nothing. At most 512 MiB.
     pub heads: Option<PathBuf>,
     /// Threads; `None` is one a core.
     pub threads: Option<NonZeroU32>,
@@ -130,7 +136,12 @@ fn failed(what: &str, error: &dyn std::fmt::Display) -> ModelError {
     ModelError::Transport(format!("{what}: {error}").into())
 }
 
-fn serve(path: &Path, options: Options, ready: oneshot::Sender<Result<(), ModelError>>, inbox: &mpsc::Receiver<Job>) {
+fn serve(
+    path: &Path,
+    options: Options,
+    ready: oneshot::Sender<Result<(), ModelError>>,
+    inbox: &mpsc::Receiver<Job>,
+) {
     let loaded = load(path, &options);
     let model = match loaded {
         Ok(model) => model,
@@ -160,8 +171,12 @@ fn load(path: &Path, options: &Options) -> Result<LlamaModel, ModelError> {
     if let Some(layers) = options.gpu_layers {
         params = params.with_n_gpu_layers(layers);
     }
-    LlamaModel::load_from_file(backend, path, &params)
-        .map_err(|_| failed(&path.display().to_string(), &"not a GGUF model that can be loaded (damaged or cut off?)"))
+    LlamaModel::load_from_file(backend, path, &params).map_err(|_| {
+        failed(
+            &path.display().to_string(),
+            &"not a GGUF model that can be loaded (damaged or cut off?)",
+        )
+    })
 }
 
 struct Engine<'m> {
@@ -178,9 +193,17 @@ struct Engine<'m> {
 
 impl<'m> Engine<'m> {
     fn new(model: &'m LlamaModel, path: &Path, options: Options) -> Result<Self, ModelError> {
-        let cores = || std::thread::available_parallelism().ok().and_then(|cores| NonZeroU32::try_from(cores).ok());
-        let threads = options.threads.or_else(cores).map_or(1, |n| i32::try_from(n.get()).unwrap_or(i32::MAX));
-        let room = options.context.map_or_else(|| model.n_ctx_train().clamp(512, 8192), NonZeroU32::get);
+        let cores = || {
+            std::thread::available_parallelism()
+                .ok()
+                .and_then(|cores| NonZeroU32::try_from(cores).ok())
+        };
+        let threads = options
+            .threads
+            .or_else(cores)
+            .map_or(1, |n| i32::try_from(n.get()).unwrap_or(i32::MAX));
+        let room =
+            options.context.map_or_else(|| model.n_ctx_train().clamp(512, 8192), NonZeroU32::get);
         let slots = options.slots.map_or(3, NonZeroU32::get);
         let block = u32::try_from(BLOCK).unwrap_or(u32::MAX);
         let batch = if options.mmproj.is_some() { IMAGE_BATCH } else { block };
@@ -192,9 +215,9 @@ impl<'m> Engine<'m> {
             .with_n_threads(threads)
             .with_n_threads_batch(threads);
         let backend = BACKEND.as_ref().map_err(|error| failed("llama.cpp", error))?;
-        let context = model
-            .new_context(backend, params)
-            .map_err(|error| failed("there is not enough memory for the context; try a smaller one", &error))?;
+        let context = model.new_context(backend, params).map_err(|error| {
+            failed("there is not enough memory for the context; try a smaller one", &error)
+        })?;
         let vision = options.mmproj.map(|path| see(&path, model, threads)).transpose()?;
         let template = ChatTemplate::new(
             options.chat_template.or_else(|| model.chat_template(None).ok()?.to_string().ok()),
@@ -232,8 +255,12 @@ impl<'m> Engine<'m> {
         let vocab = self.model.vocab();
         let tokens = |text: &str, first| vocab.tokenize(text.as_bytes(), first, true);
         let segments = lay_out(&self.template.render(&job.chat)?, marker, &digests, tokens);
-        let head = self.head(&job.chat).map(|head| lay_out(&head, marker, &[], tokens)).unwrap_or_default();
-        let alike = segments.iter().zip(&head).take_while(|(segment, head)| segment.same_as(head)).count();
+        let head = self
+            .head(&job.chat)
+            .map(|head| lay_out(&head, marker, &[], tokens))
+            .unwrap_or_default();
+        let alike =
+            segments.iter().zip(&head).take_while(|(segment, head)| segment.same_as(head)).count();
         let head = alike.min(segments.len().saturating_sub(1));
         let Some(prompt) = self.read(&segments, head, &images, job)? else {
             return Ok(()); // Nobody waits for the reply any more.
@@ -243,13 +270,16 @@ impl<'m> Engine<'m> {
 
     /// What a chat's head is rendered to, where it has one that may be kept.
     fn head(&self, chat: &Chat) -> Option<String> {
-        let turns = chat.turns.get(..chat.head).filter(|turns| !turns.is_empty() && self.heads.is_some())?;
+        let turns = chat
+            .turns
+            .get(..chat.head)
+            .filter(|turns| !turns.is_empty() && self.heads.is_some())?;
         let head = Chat { turns: turns.to_vec(), ..Chat::default() };
         self.template.render(&head).ok().filter(|_| head.image_count() == 0)
     }
 
-    /// Computes the prompt, from where a held prefix ends. Its first segments, `head` of them, are read from disk, or kept there. `None` if
-    /// the caller went away.
+    /// Computes the prompt, from where a held prefix ends. Its first segments, `head` of them, are
+    /// read from disk, or kept there. `None` if the caller went away.
     fn read(
         &mut self,
         segments: &[Segment],
@@ -263,7 +293,10 @@ impl<'m> Engine<'m> {
         let mut shared = place.shared;
         // Models with a recurrent state can't forget a part of it.
         let from = u32::try_from(prompt.position).ok();
-        if !matches!(self.context.clear_kv_cache_seq(Some(sequence.unsigned_abs()), from, None), Ok(true)) {
+        if !matches!(
+            self.context.clear_kv_cache_seq(Some(sequence.unsigned_abs()), from, None),
+            Ok(true)
+        ) {
             self.forget(place.sequence)?;
             (shared, prompt.position) = (0, 0);
         }
@@ -273,7 +306,8 @@ impl<'m> Engine<'m> {
         {
             match heads.find(&tokens) {
                 Some(file) => {
-                    (shared, prompt.position) = self.recall(&file, &segments[..head], &tokens, place.sequence)?;
+                    (shared, prompt.position) =
+                        self.recall(&file, &segments[..head], &tokens, place.sequence)?;
                 }
                 None => to_keep = Some(tokens),
             }
@@ -302,7 +336,8 @@ impl<'m> Engine<'m> {
         Ok(Some(prompt))
     }
 
-    /// Reads a head from its file into a sequence, in the place of what that holds: how many segments it holds then, and where they end.
+    /// Reads a head from its file into a sequence, in the place of what that holds: how many
+    /// segments it holds then, and where they end.
     fn recall(
         &mut self,
         file: &Path,
@@ -326,11 +361,15 @@ impl<'m> Engine<'m> {
         Ok((head.len(), end))
     }
 
-    /// Keeps a head that a sequence holds, and nothing else, on disk; where that can't be, it is computed again another time.
+    /// Keeps a head that a sequence holds, and nothing else, on disk; where that can't be, it is
+    /// computed again another time.
     fn keep(&self, tokens: &[LlamaToken], sequence: i32) {
         let Some(heads) = &self.heads else { return };
         let kept = heads.keep(tokens, |file| {
-            self.context.state_seq_save_file(file, sequence, tokens).map(drop).map_err(io::Error::other)
+            self.context
+                .state_seq_save_file(file, sequence, tokens)
+                .map(drop)
+                .map_err(io::Error::other)
         });
         if let Err(error) = kept {
             tracing::debug!(%error, "a head of prompts can't be kept");
@@ -340,7 +379,9 @@ impl<'m> Engine<'m> {
     fn forget(&mut self, sequence: usize) -> Result<(), ModelError> {
         self.cache.sequence(sequence).truncate(0);
         let id = u32::try_from(sequence).ok();
-        self.context.clear_kv_cache_seq(id, None, None).map_err(|error| failed("the engine's memory", &error))?;
+        self.context
+            .clear_kv_cache_seq(id, None, None)
+            .map_err(|error| failed("the engine's memory", &error))?;
         Ok(())
     }
 
@@ -355,10 +396,18 @@ impl<'m> Engine<'m> {
             prompt.position += 1;
         }
         prompt.logits = batch.n_tokens() - 1;
-        self.context.decode(&mut batch).map_err(|error| failed("the prompt could not be computed", &error))
+        self.context
+            .decode(&mut batch)
+            .map_err(|error| failed("the prompt could not be computed", &error))
     }
 
-    fn read_image(&mut self, before: &str, image: &Image, first: bool, prompt: &mut Prompt) -> Result<(), ModelError> {
+    fn read_image(
+        &mut self,
+        before: &str,
+        image: &Image,
+        first: bool,
+        prompt: &mut Prompt,
+    ) -> Result<(), ModelError> {
         let pixels = image.pixels().map_err(|error| ModelError::Rejected(Cause::of(error)))?;
         let bitmap = MtmdBitmap::from_image_data(pixels.width(), pixels.height(), pixels.as_raw())
             .map_err(|error| failed("an image", &error))?;
@@ -370,7 +419,8 @@ impl<'m> Engine<'m> {
         let Some(vision) = self.vision.as_mut() else {
             return Err(ModelError::Rejected("this model reads text only".into()));
         };
-        let chunks = vision.tokenize(text, &[&bitmap]).map_err(|error| failed("an image", &error))?;
+        let chunks =
+            vision.tokenize(text, &[&bitmap]).map_err(|error| failed("an image", &error))?;
         let length = chunks.total_tokens();
         let room = self.room;
         must_fit(prompt.position, length, room)?;
@@ -414,8 +464,12 @@ impl<'m> Engine<'m> {
                 break FinishReason::Length;
             }
             batch.clear();
-            batch.add(token, position, &[sequence], true).map_err(|error| failed("a batch", &error))?;
-            self.context.decode(&mut batch).map_err(|error| failed("the reply could not be computed", &error))?;
+            batch
+                .add(token, position, &[sequence], true)
+                .map_err(|error| failed("a batch", &error))?;
+            self.context
+                .decode(&mut batch)
+                .map_err(|error| failed("the reply could not be computed", &error))?;
             position += 1;
             logits = 0;
         };
@@ -444,8 +498,16 @@ impl<'m> Engine<'m> {
         ranked
             .into_iter()
             .map(|(token, logit)| TopLogprob {
-                token: String::from_utf8_lossy(&vocab.token_to_piece(LlamaToken(token), true, None)).into_owned(),
-                #[expect(clippy::cast_possible_truncation, reason = "a log-probability needs no more")]
+                token: String::from_utf8_lossy(&vocab.token_to_piece(
+                    LlamaToken(token),
+                    true,
+                    None,
+                ))
+                .into_owned(),
+                #[expect(
+                    clippy::cast_possible_truncation,
+                    reason = "a log-probability needs no more"
+                )]
                 logprob: (f64::from(logit - highest) - sum.ln()) as f32,
             })
             .collect()
@@ -475,15 +537,25 @@ fn must_fit(position: i32, tokens: usize, room: i32) -> Result<(), ModelError> {
 
 fn see(path: &Path, model: &LlamaModel, threads: i32) -> Result<MtmdContext, ModelError> {
     let shown = path.display().to_string();
-    let params = MtmdContextParams { n_threads: threads, print_timings: false, ..MtmdContextParams::default() };
-    let vision = path.to_str().and_then(|path| MtmdContext::init_from_file(path, model, &params).ok());
+    let params = MtmdContextParams {
+        n_threads: threads,
+        print_timings: false,
+        ..MtmdContextParams::default()
+    };
+    let vision =
+        path.to_str().and_then(|path| MtmdContext::init_from_file(path, model, &params).ok());
     let vision = vision.ok_or_else(|| failed(&shown, &"not a projector that fits this model"))?;
-    if vision.support_vision() { Ok(vision) } else { Err(failed(&shown, &"this projector doesn't see images")) }
+    if vision.support_vision() {
+        Ok(vision)
+    } else {
+        Err(failed(&shown, &"this projector doesn't see images"))
+    }
 }
 
 fn vocabulary(model: &LlamaModel) -> Vocabulary {
     let vocab = model.vocab();
-    let text = |token| String::from_utf8_lossy(&vocab.token_to_piece(token, true, None)).into_owned();
+    let text =
+        |token| String::from_utf8_lossy(&vocab.token_to_piece(token, true, None)).into_owned();
     let name = model.meta_val_str("general.name").unwrap_or_default().to_lowercase();
     Vocabulary {
         bos: if vocab.should_add_bos() { text(vocab.bos()) } else { String::new() },
@@ -498,7 +570,11 @@ fn sampler(sampling: &Sampling) -> LlamaSampler {
         return LlamaSampler::greedy();
     };
     let top_p = LlamaSampler::top_p(sampling.top_p.unwrap_or(1.0), 1);
-    LlamaSampler::chain_simple([top_p, LlamaSampler::temp(temperature), LlamaSampler::dist(sampling.seed.unwrap_or(0))])
+    LlamaSampler::chain_simple([
+        top_p,
+        LlamaSampler::temp(temperature),
+        LlamaSampler::dist(sampling.seed.unwrap_or(0)),
+    ])
 }
 
 /// Text from tokens that may end in the middle of a character.

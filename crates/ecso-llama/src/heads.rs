@@ -1,4 +1,5 @@
-//! Heads of prompts on disk. What many prompts begin with is computed once for a model, and not once for every process.
+//! Heads of prompts on disk. What many prompts begin with is computed once for a model, and not
+//! once for every process.
 
 use std::{
     fs::{self, File},
@@ -26,7 +27,8 @@ pub(crate) struct Heads {
 }
 
 impl Heads {
-    /// The heads of the model in this file, in `folder`; `how` says what else changes what is computed.
+    /// The heads of the model in this file, in `folder`; `how` says what else changes what is
+    /// computed.
     pub(crate) fn new(folder: PathBuf, model: &Path, how: &str) -> io::Result<Self> {
         // Another build may compute otherwise.
         let build = (env!("CARGO_PKG_VERSION"), version(&std::env::current_exe()?)?, BLOCK);
@@ -48,7 +50,9 @@ impl Heads {
     pub(crate) fn find(&self, tokens: &[LlamaToken]) -> Option<PathBuf> {
         let name = self.name(tokens);
         let found = files(&self.folder).ok()?.into_iter().find(|(path, _)| {
-            path.file_name().and_then(|file| file.to_str()).is_some_and(|file| file.starts_with(&name))
+            path.file_name()
+                .and_then(|file| file.to_str())
+                .is_some_and(|file| file.starts_with(&name))
         });
         let (path, _) = found?;
         let digest = digest(&path).ok()?;
@@ -63,7 +67,11 @@ impl Heads {
     }
 
     /// Keeps a head, which `write` puts into a file.
-    pub(crate) fn keep(&self, tokens: &[LlamaToken], write: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
+    pub(crate) fn keep(
+        &self,
+        tokens: &[LlamaToken],
+        write: impl FnOnce(&Path) -> io::Result<()>,
+    ) -> io::Result<()> {
         fs::create_dir_all(&self.folder)?;
         let file = tempfile::Builder::new().prefix(".").tempfile_in(&self.folder)?.into_temp_path();
         write(&file)?;

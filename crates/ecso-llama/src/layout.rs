@@ -1,8 +1,9 @@
 //! A prompt as the segments in which it is computed.
 //!
-//! Floating-point sums depend on how many tokens are computed together. So the segments depend on the prompt alone, never
-//! on what happens to be cached: an image with the text before it is one segment, text is cut where a part of a turn ends
-//! and into blocks of [`BLOCK`] tokens. A cached prefix of whole segments is then exact.
+//! Floating-point sums depend on how many tokens are computed together. So the segments depend on
+//! the prompt alone, never on what happens to be cached: an image with the text before it is one
+//! segment, text is cut where a part of a turn ends and into blocks of [`BLOCK`] tokens. A cached
+//! prefix of whole segments is then exact.
 
 use llama_cpp_2::token::LlamaToken;
 
@@ -33,16 +34,18 @@ impl Segment {
     pub(crate) fn same_as(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Text(tokens), Self::Text(others)) => tokens == others,
-            (Self::Image { before, digest, .. }, Self::Image { before: text, digest: other, .. }) => {
-                before == text && digest == other
-            }
+            (
+                Self::Image { before, digest, .. },
+                Self::Image { before: text, digest: other, .. },
+            ) => before == text && digest == other,
             _ => false,
         }
     }
 }
 
-/// Lays out a rendered prompt: the text pieces between its images, and the images' digests. `tokenize` turns the text
-/// after the last image (or all of it) into tokens; its flag says whether this is the start of the prompt.
+/// Lays out a rendered prompt: the text pieces between its images, and the images' digests.
+/// `tokenize` turns the text after the last image (or all of it) into tokens; its flag says whether
+/// this is the start of the prompt.
 pub(crate) fn lay_out(
     rendered: &str,
     marker: &str,
@@ -54,7 +57,11 @@ pub(crate) fn lay_out(
         .iter()
         .zip(pieces.by_ref())
         .enumerate()
-        .map(|(number, (digest, before))| Segment::Image { before: before.replace(CUT, ""), number, digest: *digest })
+        .map(|(number, (digest, before))| Segment::Image {
+            before: before.replace(CUT, ""),
+            number,
+            digest: *digest,
+        })
         .collect();
     for part in pieces.next().unwrap_or_default().split(CUT) {
         let tokens = tokenize(part, segments.is_empty());
@@ -70,9 +77,12 @@ mod tests {
     #[test]
     fn images_come_with_the_text_before_them_and_parts_in_blocks() {
         let digests = [blake3::hash(b"a"), blake3::hash(b"b")];
-        let tokenize = |text: &str, _| -> Vec<LlamaToken> { text.bytes().map(|b| LlamaToken(i32::from(b))).collect() };
+        let tokenize = |text: &str, _| -> Vec<LlamaToken> {
+            text.bytes().map(|b| LlamaToken(i32::from(b))).collect()
+        };
         let tail = "t".repeat(BLOCK + 1);
-        let segments = lay_out(&format!("one<i>{CUT}two<i>part{CUT}{tail}"), "<i>", &digests, tokenize);
+        let segments =
+            lay_out(&format!("one<i>{CUT}two<i>part{CUT}{tail}"), "<i>", &digests, tokenize);
         let shapes: Vec<(String, usize)> = segments
             .iter()
             .map(|segment| match segment {
@@ -82,7 +92,13 @@ mod tests {
             .collect();
         assert_eq!(
             shapes,
-            [("one".into(), 0), ("two".into(), 1), (String::new(), 4), (String::new(), BLOCK), (String::new(), 1)]
+            [
+                ("one".into(), 0),
+                ("two".into(), 1),
+                (String::new(), 4),
+                (String::new(), BLOCK),
+                (String::new(), 1)
+            ]
         );
     }
 }

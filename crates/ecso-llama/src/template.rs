@@ -1,4 +1,5 @@
-//! The model's own chat template, and what keeps a conversation's text from being read as its syntax.
+//! The model's own chat template, and what keeps a conversation's text from being read as its
+//! syntax.
 
 use aho_corasick::AhoCorasick;
 use ecso::{Cause, Chat, ModelError, Part, Role, Turn};
@@ -21,8 +22,8 @@ pub(crate) struct ChatTemplate {
     marker: String,
 }
 
-/// Stands in a rendered prompt where a part of a turn ends and the next begins, and behind what is no turn of the user; no text
-/// of a conversation contains it.
+/// Stands in a rendered prompt where a part of a turn ends and the next begins, and behind what is
+/// no turn of the user; no text of a conversation contains it.
 pub(crate) const CUT: &str = "<__ecso_part__>";
 
 /// What a template needs to know of the model.
@@ -30,12 +31,17 @@ pub(crate) struct Vocabulary {
     pub(crate) bos: String,
     pub(crate) eos: String,
     pub(crate) control: Vec<String>,
-    /// The model calls itself LLaVA-1.5, whose training used `vicuna_v1`, whatever template its GGUF carries.
+    /// The model calls itself LLaVA-1.5, whose training used `vicuna_v1`, whatever template its
+    /// GGUF carries.
     pub(crate) is_llava_1_5: bool,
 }
 
 impl ChatTemplate {
-    pub(crate) fn new(source: Option<String>, vocabulary: Vocabulary, marker: &str) -> Result<Self, ModelError> {
+    pub(crate) fn new(
+        source: Option<String>,
+        vocabulary: Vocabulary,
+        marker: &str,
+    ) -> Result<Self, ModelError> {
         let Vocabulary { bos, eos, mut control, is_llava_1_5 } = vocabulary;
         let source = source.filter(|_| !is_llava_1_5).unwrap_or_else(|| VICUNA_V1.to_owned());
         let unusable = |what: &str, error: &dyn std::fmt::Display| {
@@ -44,20 +50,23 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|error| unusable("chat template", &error))?);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
-        environment.add_template_owned("chat", source).map_err(|error| unusable("chat template", &error))?;
+        environment
+            .add_template_owned("chat", source)
+            .map_err(|error| unusable("chat template", &error))?;
         control.retain(|text| text.len() > 2);
         control.extend([marker.to_owned(), CUT.to_owned()]);
         let control = AhoCorasick::new(&control).map_err(|error| unusable("vocabulary", &error))?;
         Ok(Self { environment, bos, eos, control, marker: marker.to_owned() })
     }
 
-    /// The prompt text. Where an image stands there is the marker, between a turn's parts there is [`CUT`]; the
-    /// vocabulary's own first token is left out, since tokenising adds it. Some templates refuse system messages: these then stand before
-    /// the first text of the user.
+    /// The prompt text. Where an image stands there is the marker, between a turn's parts there is
+    /// [`CUT`]; the vocabulary's own first token is left out, since tokenising adds it. Some
+    /// templates refuse system messages: these then stand before the first text of the user.
     pub(crate) fn render(&self, chat: &Chat) -> Result<String, ModelError> {
         let has_system = chat.turns.iter().any(|turn| turn.role == Role::System);
         let rendered = match self.render_as_it_is(chat) {
@@ -65,7 +74,10 @@ impl ChatTemplate {
             rendered => rendered,
         };
         rendered.map_err(|error| {
-            ModelError::Rejected(Cause::new(format!("the model's chat template says: {error}"), error))
+            ModelError::Rejected(Cause::new(
+                format!("the model's chat template says: {error}"),
+                error,
+            ))
         })
     }
 
@@ -75,9 +87,13 @@ impl ChatTemplate {
             .iter()
             .map(|turn| context! { role => turn.role.as_str(), content => self.content(turn) })
             .collect();
-        let is_system = |message: &&Value| message.get_attr("role").is_ok_and(|role| role.as_str() == Some("system"));
-        let system = messages.first().filter(is_system).and_then(|message| message.get_attr("content").ok());
-        let turns: Vec<Value> = messages.iter().filter(|message| !is_system(message)).cloned().collect();
+        let is_system = |message: &&Value| {
+            message.get_attr("role").is_ok_and(|role| role.as_str() == Some("system"))
+        };
+        let system =
+            messages.first().filter(is_system).and_then(|message| message.get_attr("content").ok());
+        let turns: Vec<Value> =
+            messages.iter().filter(|message| !is_system(message)).cloned().collect();
         let rendered = self.environment.get_template("chat").and_then(|template| {
             template.render(context! {
                 messages, turns, system,
@@ -104,7 +120,8 @@ impl ChatTemplate {
         parts.join(&format!("\n{CUT}")) + end
     }
 
-    /// Turns end a piece only where a control token follows: elsewhere some vocabularies would read what follows otherwise.
+    /// Turns end a piece only where a control token follows: elsewhere some vocabularies would read
+    /// what follows otherwise.
     fn cut_at_control(&self, rendered: &str) -> String {
         let mut cut = String::with_capacity(rendered.len());
         let mut pieces = rendered.split(CUT);
@@ -119,8 +136,8 @@ impl ChatTemplate {
         cut
     }
 
-    /// A text that spells a control token (`<|im_end|>`) could end its turn and forge the next: a space after the first
-    /// character leaves it readable and takes its power.
+    /// A text that spells a control token (`<|im_end|>`) could end its turn and forge the next: a
+    /// space after the first character leaves it readable and takes its power.
     fn neutral(&self, text: &str) -> String {
         let mut neutral = String::with_capacity(text.len());
         self.control.replace_all_with(text, &mut neutral, |_, found, neutral| {
@@ -184,7 +201,10 @@ mod tests {
         let gemma = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}\
             {% for message in messages %}{{ message['role'] + ': ' + message['content'] }}{% endfor %}";
         let chat = Chat::ask([], "What is this?").with_system("Be brief.");
-        assert_eq!(template(Some(gemma), false).render(&chat).unwrap(), "user: Be brief.\n\nWhat is this?");
+        assert_eq!(
+            template(Some(gemma), false).render(&chat).unwrap(),
+            "user: Be brief.\n\nWhat is this?"
+        );
     }
 
     #[test]

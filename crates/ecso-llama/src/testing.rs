@@ -1,5 +1,5 @@
-//! A tiny vision model with random weights, written as a pair of GGUF files: for tests of what is computed, not of what
-//! is said. Its replies are noise.
+//! A tiny vision model with random weights, written as a pair of GGUF files: for tests of what is
+//! computed, not of what is said. Its replies are noise.
 
 use std::{
     fs::File,
@@ -27,7 +27,8 @@ pub struct TinyVlm {
 /// # Errors
 /// When the files can't be written.
 pub fn tiny_vlm(folder: &Path) -> io::Result<TinyVlm> {
-    let files = TinyVlm { model: folder.join("tiny.gguf"), mmproj: folder.join("tiny-mmproj.gguf") };
+    let files =
+        TinyVlm { model: folder.join("tiny.gguf"), mmproj: folder.join("tiny-mmproj.gguf") };
     language_model().write(&files.model)?;
     projector().write(&files.mmproj)?;
     Ok(files)
@@ -116,7 +117,8 @@ fn projector() -> Gguf {
     gguf
 }
 
-/// The code point by which GPT-2's vocabulary spells a byte: printable ones as themselves, the others from U+0100 on.
+/// The code point by which GPT-2's vocabulary spells a byte: printable ones as themselves, the
+/// others from U+0100 on.
 fn spelled(byte: u8) -> u32 {
     let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
     if printable(byte) {
@@ -242,8 +244,12 @@ impl Value {
                 text(out, value);
             }
             Self::Texts(values) => array(out, 8, values, |out, value| text(out, value)),
-            Self::I32s(values) => array(out, 5, values, |out, value| out.extend(value.to_le_bytes())),
-            Self::F32s(values) => array(out, 6, values, |out, value| out.extend(value.to_le_bytes())),
+            Self::I32s(values) => {
+                array(out, 5, values, |out, value| out.extend(value.to_le_bytes()))
+            }
+            Self::F32s(values) => {
+                array(out, 6, values, |out, value| out.extend(value.to_le_bytes()))
+            }
         }
     }
 }

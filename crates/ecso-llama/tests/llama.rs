@@ -1,4 +1,5 @@
-//! The engine on real files: a tiny vision model with random weights, and `SmolLM2` where it was pulled.
+//! The engine on real files: a tiny vision model with random weights, and `SmolLM2` where it was
+//! pulled.
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test may")]
 
 use std::{io::Cursor, path::PathBuf};
@@ -8,7 +9,9 @@ use ecso_llama::{Llama, Options, testing::tiny_vlm};
 use futures::StreamExt;
 
 fn picture(shade: u8) -> Image {
-    let pixels = image::RgbImage::from_fn(80, 60, |x, y| image::Rgb([shade, u8::try_from(x + y).unwrap(), 9]));
+    let pixels = image::RgbImage::from_fn(80, 60, |x, y| {
+        image::Rgb([shade, u8::try_from(x + y).unwrap(), 9])
+    });
     let mut bytes = Vec::new();
     pixels.write_to(&mut Cursor::new(&mut bytes), image::ImageFormat::Png).unwrap();
     Image::from_bytes(bytes, Limits::default()).unwrap()
@@ -50,7 +53,10 @@ async fn a_shared_prefix_gives_the_same_logits_to_the_last_bit() {
     let long = "One word after the other. ".repeat(20);
     let two_turns = Chat {
         turns: vec![
-            Turn { role: Role::User, parts: vec![Part::Image(picture(1)), Part::Text(long.clone())] },
+            Turn {
+                role: Role::User,
+                parts: vec![Part::Image(picture(1)), Part::Text(long.clone())],
+            },
             Turn::text(Role::Assistant, "Yes."),
             Turn::text(Role::User, "And now?"),
         ],
@@ -72,14 +78,18 @@ async fn a_shared_prefix_gives_the_same_logits_to_the_last_bit() {
         assert_eq!(shared, whole);
         assert_eq!(shared.first_token.len(), 20);
     }
-    let differ = ask(&sharing, &chats[1]).await.first_token != ask(&sharing, &chats[2]).await.first_token;
+    let differ =
+        ask(&sharing, &chats[1]).await.first_token != ask(&sharing, &chats[2]).await.first_token;
     assert!(differ, "the image makes no difference to the reply");
 }
 
 /// A question behind the same examples as others.
 fn question(about: &str) -> Chat {
     let example = |n: usize| {
-        [Turn::text(Role::User, format!("Is number {n} a kind of bread?")), Turn::text(Role::Assistant, "no")]
+        [
+            Turn::text(Role::User, format!("Is number {n} a kind of bread?")),
+            Turn::text(Role::Assistant, "no"),
+        ]
     };
     let mut turns: Vec<Turn> = (0..12).flat_map(example).collect();
     let head = turns.len();
@@ -93,7 +103,10 @@ async fn a_head_from_disk_gives_the_same_logits_to_the_last_bit() {
     let folder = files.folder.path().join("heads");
     files.options.heads = Some(folder.clone());
     let afresh = files.load(true).await;
-    let kept = || std::fs::read_dir(&folder).map(|files| files.map(|file| file.unwrap().path()).collect::<Vec<_>>());
+    let kept = || {
+        std::fs::read_dir(&folder)
+            .map(|files| files.map(|file| file.unwrap().path()).collect::<Vec<_>>())
+    };
     for (number, about) in ["Is rye?", "Is a rye loaf of three pounds?"].into_iter().enumerate() {
         let whole = ask(&afresh, &question(about)).await;
         assert_eq!(kept().is_ok(), number > 0, "who shares nothing keeps nothing");
@@ -129,7 +142,8 @@ async fn a_reply_that_nobody_reads_is_stopped() {
             break;
         }
     }
-    // The engine does one thing at a time: an answer to the next question means that the first one was dropped.
+    // The engine does one thing at a time: an answer to the next question means that the first one
+    // was dropped.
     assert!(!ask(&model, &Chat::ask([], "Next.")).await.first_token.is_empty());
 }
 
@@ -138,13 +152,20 @@ async fn what_does_not_fit_is_said() {
     let files = Files::new();
     let model = files.load(false).await;
     let error = model.generate(&Chat::ask([], "x ".repeat(5000)), &sampling(1)).await.unwrap_err();
-    assert!(matches!(&error, ModelError::Rejected(why) if why.message().contains("too long")), "{error}");
+    assert!(
+        matches!(&error, ModelError::Rejected(why) if why.message().contains("too long")),
+        "{error}"
+    );
     // The engine goes on.
     ask(&model, &Chat::ask([picture(3)], "And this?")).await;
 
     let blind = Llama::load(files.model(), Options::default()).await.unwrap();
-    let error = blind.generate(&Chat::ask([picture(3)], "And this?"), &sampling(1)).await.unwrap_err();
-    assert!(matches!(&error, ModelError::Rejected(why) if why.message().contains("mmproj")), "{error}");
+    let error =
+        blind.generate(&Chat::ask([picture(3)], "And this?"), &sampling(1)).await.unwrap_err();
+    assert!(
+        matches!(&error, ModelError::Rejected(why) if why.message().contains("mmproj")),
+        "{error}"
+    );
 }
 
 #[tokio::test]
@@ -175,7 +196,10 @@ async fn a_real_model_answers() {
         return eprintln!("skipped: the model smol is not there (ecso models pull smol)");
     }
     let model = Llama::load(smol, Options::default()).await.unwrap();
-    let reply = model.generate(&Chat::ask([], "Repeat: the quick brown fox."), &sampling(24)).await.unwrap();
+    let reply = model
+        .generate(&Chat::ask([], "Repeat: the quick brown fox."), &sampling(24))
+        .await
+        .unwrap();
     assert!(reply.text.contains("fox"), "{}", reply.text);
     assert!(reply.first_token[0].logprob > -3.0 && reply.usage.unwrap().completion_tokens > 3);
 }

@@ -23,7 +23,9 @@ impl Base {
     /// Reads `http://host:8000`, with `/v1` or without, or the URL of one of its endpoints.
     pub(crate) fn parse(text: &str) -> Result<Self, ModelError> {
         let text = text.trim();
-        let wrong = |why: &str| ModelError::Rejected(format!("{:?} is no http(s) URL: {why}", shown(text)).into());
+        let wrong = |why: &str| {
+            ModelError::Rejected(format!("{:?} is no http(s) URL: {why}", shown(text)).into())
+        };
         if !text.contains("://") {
             let scheme = if is_near(shown(text)) { "http" } else { "https" };
             return Err(wrong(&format!("write {scheme}://{}", shown(text))));
@@ -89,13 +91,15 @@ fn login(url: &Url) -> Option<SecretString> {
     Some(format!("Basic {}", BASE64_STANDARD.encode(pair)).into())
 }
 
-/// What can be shown of a text that may be no URL at all: it ends before a query, and begins behind the last `@`.
+/// What can be shown of a text that may be no URL at all: it ends before a query, and begins behind
+/// the last `@`.
 fn shown(text: &str) -> &str {
     let text = text.rsplit_once('@').map_or(text, |(_, rest)| rest);
     text.split(['?', '#']).next().unwrap_or_default()
 }
 
-/// Whether an address without a scheme is one that has no TLS as a rule: one with a port, a number, this machine.
+/// Whether an address without a scheme is one that has no TLS as a rule: one with a port, a number,
+/// this machine.
 fn is_near(address: &str) -> bool {
     let authority = address.split('/').next().unwrap_or_default();
     let Ok(url) = Url::parse(&format!("http://{authority}")) else { return true };
@@ -125,11 +129,17 @@ mod tests {
             ("http://host/v1/completions", "http://host/v1"),
             ("http://host/v1/models/", "http://host/v1"),
             ("http://host/chat/completions", "http://host/"),
-            ("https://host/deployments/m?api-version=1", "https://host/deployments/m?api-version=1"),
+            (
+                "https://host/deployments/m?api-version=1",
+                "https://host/deployments/m?api-version=1",
+            ),
         ] {
             assert_eq!(base(written), read, "{written}");
         }
-        assert_eq!(Base::parse("http://host/").unwrap().to("models").as_str(), "http://host/v1/models");
+        assert_eq!(
+            Base::parse("http://host/").unwrap().to("models").as_str(),
+            "http://host/v1/models"
+        );
         let azure = Base::parse("https://host/openai?api-version=1").unwrap().to("models");
         assert_eq!(azure.as_str(), "https://host/openai/models?api-version=1");
     }

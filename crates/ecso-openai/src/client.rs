@@ -53,17 +53,19 @@ impl From<ModelError> for Failed {
 }
 
 impl OpenAi {
-    /// Prepares a client for the server at `base` (`http://host:8000` or `http://host:8000/v1`, or the URL of an
-    /// endpoint of it). With no model named, the server is asked which it has.
+    /// Prepares a client for the server at `base` (`http://host:8000` or `http://host:8000/v1`, or
+    /// the URL of an endpoint of it). With no model named, the server is asked which it has.
     ///
     /// # Errors
-    /// [`ModelError::Rejected`] if the URL is none or the server lists several models; [`ModelError::Transport`] if it
-    /// can't be reached, or a file that `options` name can't be used.
+    /// [`ModelError::Rejected`] if the URL is none or the server lists several models;
+    /// [`ModelError::Transport`] if it can't be reached, or a file that `options` name can't be
+    /// used.
     pub async fn connect(base: &str, options: Options) -> Result<Self, ModelError> {
         Self::new(base, options)?.settled().await
     }
 
-    /// The same without asking the server anything: for whoever names the model later, by [`OpenAi::with`].
+    /// The same without asking the server anything: for whoever names the model later, by
+    /// [`OpenAi::with`].
     ///
     /// # Errors
     /// Those of [`OpenAi::connect`] that need no server.
@@ -111,14 +113,15 @@ impl OpenAi {
         Ok(self)
     }
 
-    /// The base of all endpoints (`http://host:8000/v1`), without `user:password@`. Its query goes with every request.
+    /// The base of all endpoints (`http://host:8000/v1`), without `user:password@`. Its query goes
+    /// with every request.
     #[must_use]
     pub fn base(&self) -> &Url {
         self.base.url()
     }
 
-    /// The `Authorization` header that goes with every request: the key, else the `user:password@` of the base, else
-    /// none.
+    /// The `Authorization` header that goes with every request: the key, else the `user:password@`
+    /// of the base, else none.
     ///
     /// # Errors
     /// [`ModelError::Rejected`] if the key holds what no header can.
@@ -128,15 +131,20 @@ impl OpenAi {
             (None, Some(login)) => login.expose_secret().to_owned(),
             (None, None) => return Ok(None),
         };
-        let mut value: HeaderValue =
-            value.parse().map_err(|_| ModelError::Rejected("the API key can't be sent in a header".into()))?;
+        let mut value: HeaderValue = value
+            .parse()
+            .map_err(|_| ModelError::Rejected("the API key can't be sent in a header".into()))?;
         value.set_sensitive(true);
         Ok(Some(value))
     }
 
     async fn models(&self) -> Result<Vec<(String, Value)>, ModelError> {
         let url = self.base.to("models");
-        let listed = self.retrying(self.options.retries, || self.send(self.http.get(url.clone()), &url), may_pass);
+        let listed = self.retrying(
+            self.options.retries,
+            || self.send(self.http.get(url.clone()), &url),
+            may_pass,
+        );
         let response = listed.await.map_err(|failed| failed.error)?;
         reply::models(&stream::read(self.body(response)).await?)
     }
@@ -145,31 +153,41 @@ impl OpenAi {
         let models = self.models().await?;
         match models.as_slice() {
             [(name, _)] => Ok(name.clone()),
-            [] => Err(ModelError::Rejected(format!("{} lists no model; name one", self.base).into())),
+            [] => {
+                Err(ModelError::Rejected(format!("{} lists no model; name one", self.base).into()))
+            }
             _ => {
                 let names: Vec<&str> = models.iter().map(|(name, _)| name.as_str()).collect();
                 Err(ModelError::Rejected(
-                    format!("{} has several models; name one of: {}", self.base, names.join(", ")).into(),
+                    format!("{} has several models; name one of: {}", self.base, names.join(", "))
+                        .into(),
                 ))
             }
         }
     }
 
-    /// What the server's list of models says of this one, as JSON: which files, which context. Another model that is served under
-    /// the same name can be told by it. None where the server has no list, or says nothing.
+    /// What the server's list of models says of this one, as JSON: which files, which context.
+    /// Another model that is served under the same name can be told by it. None where the server
+    /// has no list, or says nothing.
     ///
     /// # Errors
-    /// [`ModelError`] where the server could not be asked now: what it would have said is not known.
+    /// [`ModelError`] where the server could not be asked now: what it would have said is not
+    /// known.
     pub async fn description(&self) -> Result<Option<String>, ModelError> {
         let models = match self.models().await {
-            Err(ModelError::Rejected(_) | ModelError::Filtered(_) | ModelError::Protocol(_)) => return Ok(None),
+            Err(ModelError::Rejected(_) | ModelError::Filtered(_) | ModelError::Protocol(_)) => {
+                return Ok(None);
+            }
             models => models?,
         };
-        Ok(models.iter().find(|(name, _)| *name == self.model).and_then(|(_, model)| reply::tells(model)))
+        Ok(models
+            .iter()
+            .find(|(name, _)| *name == self.model)
+            .and_then(|(_, model)| reply::tells(model)))
     }
 
-    /// Which model is there now, in one text: what the list of models says of the one that is named, also that it has none of that name;
-    /// where none is named, all that it has.
+    /// Which model is there now, in one text: what the list of models says of the one that is
+    /// named, also that it has none of that name; where none is named, all that it has.
     ///
     /// # Errors
     /// [`ModelError`] where the server could not be asked now.
@@ -194,18 +212,31 @@ impl OpenAi {
     }
 
     /// Posts a chat, in the way in which the model takes it.
-    async fn post(&self, chat: &Chat, sampling: &Sampling, stream: bool) -> Result<Response, ModelError> {
+    async fn post(
+        &self,
+        chat: &Chat,
+        sampling: &Sampling,
+        stream: bool,
+    ) -> Result<Response, ModelError> {
         if chat.images().any(|image| image.description().is_some()) {
             return Err(ModelError::Rejected(Cause::of(ImageError::OnlyDescribed)));
         }
         let mut search = Search::new(self.memory.of(&self.model));
         let mut retries = self.options.retries;
         loop {
-            let body = request::body(&self.model, chat, sampling, stream, &search.quirks, &self.options);
+            let body =
+                request::body(&self.model, chat, sampling, stream, &search.quirks, &self.options);
             let failed = match self.ask(&body, retries).await {
                 Ok(response) => {
                     if let Some(quirks) = search.doubted() {
-                        let body = request::body(&self.model, chat, sampling, stream, quirks, &self.options);
+                        let body = request::body(
+                            &self.model,
+                            chat,
+                            sampling,
+                            stream,
+                            quirks,
+                            &self.options,
+                        );
                         if let Ok(response) = self.ask(&body, 0).await {
                             return Ok(response);
                         }
@@ -230,19 +261,25 @@ impl OpenAi {
         let url = self.base.to("chat/completions");
         let send = || self.send(self.http.post(url.clone()).json(body), &url);
         let limit = self.options.max_tokens_field;
-        let is_told = |failed: &Failed| failed.complaint.as_ref().is_some_and(|said| said.quirk(body, limit).is_some());
+        let is_told = |failed: &Failed| {
+            failed.complaint.as_ref().is_some_and(|said| said.quirk(body, limit).is_some())
+        };
         self.retrying(retries, send, |failed| may_pass(failed) && !is_told(failed)).await
     }
 
     async fn send(&self, request: RequestBuilder, url: &Url) -> Result<Response, Failed> {
-        let response =
-            self.authorized(request)?.send().await.map_err(|error| self.lost(error, self.options.reply_timeout))?;
+        let response = self
+            .authorized(request)?
+            .send()
+            .await
+            .map_err(|error| self.lost(error, self.options.reply_timeout))?;
         let status = response.status();
         if status.is_success() {
             return Ok(response);
         }
         let retry_after = retry_after(&response);
-        let complaint = Complaint::read(status, &stream::read(self.body(response)).await.unwrap_or_default());
+        let complaint =
+            Complaint::read(status, &stream::read(self.body(response)).await.unwrap_or_default());
         let asked = if status == StatusCode::NOT_FOUND {
             format!(" ({} was asked; the base URL usually ends in /v1)", without_query(url))
         } else {
@@ -252,7 +289,9 @@ impl OpenAi {
         let may_filter = matches!(status, StatusCode::BAD_REQUEST | StatusCode::FORBIDDEN);
         let error = match status {
             StatusCode::TOO_MANY_REQUESTS => ModelError::Overloaded { retry_after },
-            StatusCode::SERVICE_UNAVAILABLE if retry_after.is_some() => ModelError::Overloaded { retry_after },
+            StatusCode::SERVICE_UNAVAILABLE if retry_after.is_some() => {
+                ModelError::Overloaded { retry_after }
+            }
             _ if status.is_server_error() => ModelError::Transport(reason.into()),
             _ if may_filter && complaint.is_of_a_filter() => ModelError::Filtered(reason.into()),
             _ => ModelError::Rejected(reason.into()),
@@ -263,7 +302,9 @@ impl OpenAi {
     fn authorized(&self, request: RequestBuilder) -> Result<RequestBuilder, ModelError> {
         let value = self.authorization()?;
         let request = request.headers(self.headers.clone());
-        Ok(value.into_iter().fold(request, |request, value| request.header(header::AUTHORIZATION, value)))
+        Ok(value
+            .into_iter()
+            .fold(request, |request, value| request.header(header::AUTHORIZATION, value)))
     }
 
     async fn retrying<F>(
@@ -276,24 +317,31 @@ impl OpenAi {
         F: Future<Output = Result<Response, Failed>>,
     {
         let longest = self.options.longest_wait;
-        let waits =
-            ExponentialBuilder::default().with_min_delay(self.options.backoff).with_max_times(retries).with_jitter();
+        let waits = ExponentialBuilder::default()
+            .with_min_delay(self.options.backoff)
+            .with_max_times(retries)
+            .with_jitter();
         request
             .retry(waits)
             .when(is_safe)
             .adjust(move |failed, pause| match failed.error {
-                ModelError::Overloaded { retry_after: Some(wait) } => pause.and((wait <= longest).then_some(wait)),
+                ModelError::Overloaded { retry_after: Some(wait) } => {
+                    pause.and((wait <= longest).then_some(wait))
+                }
                 _ => pause,
             })
             .await
     }
 
     /// A response's body, unpacked; what breaks it is told as [`OpenAi::lost`] does.
-    fn body(&self, response: Response) -> impl Stream<Item = Result<Bytes, ModelError>> + Send + use<> {
+    fn body(
+        &self,
+        response: Response,
+    ) -> impl Stream<Item = Result<Bytes, ModelError>> + Send + use<> {
         let client = self.clone();
-        response
-            .bytes_stream()
-            .map(move |bytes| bytes.map_err(|error| client.lost(error, client.options.reply_timeout)))
+        response.bytes_stream().map(move |bytes| {
+            bytes.map_err(|error| client.lost(error, client.options.reply_timeout))
+        })
     }
 
     /// An error of the connection. The URL is left out of it: it may hold a secret.
@@ -308,10 +356,18 @@ impl OpenAi {
             error if error.is_decode() => "the reply broke off",
             _ => "connection lost",
         };
-        let socket =
-            self.options.unix_socket.as_ref().map(|path| format!(" by {}", path.display())).unwrap_or_default();
-        let causes = error.source().map(|cause| format!(": {}", ecso::chain(cause))).unwrap_or_default();
-        ModelError::Transport(Cause::new(format!("{}{socket}: {what}{causes}", self.base), error.without_url()))
+        let socket = self
+            .options
+            .unix_socket
+            .as_ref()
+            .map(|path| format!(" by {}", path.display()))
+            .unwrap_or_default();
+        let causes =
+            error.source().map(|cause| format!(": {}", ecso::chain(cause))).unwrap_or_default();
+        ModelError::Transport(Cause::new(
+            format!("{}{socket}: {what}{causes}", self.base),
+            error.without_url(),
+        ))
     }
 }
 
@@ -321,7 +377,8 @@ impl Mllm for OpenAi {
         &self.model
     }
 
-    /// Asks for the list of models. Any answer but a server's failure (5xx) is a sign of life, a refusal too.
+    /// Asks for the list of models. Any answer but a server's failure (5xx) is a sign of life, a
+    /// refusal too.
     async fn health(&self) -> Result<(), ModelError> {
         let request = self.authorized(self.http.get(self.base.to("models")).timeout(PATIENCE))?;
         let status = request.send().await.map_err(|error| self.lost(error, PATIENCE))?.status();
@@ -331,7 +388,7 @@ impl Mllm for OpenAi {
         Ok(())
     }
 
-    fn takes_several(&self) -> bool {
+    fn is_concurrent(&self) -> bool {
         true
     }
 

@@ -16,9 +16,11 @@ const LONGEST: usize = 2000;
 const TOLD: usize = 200;
 
 /// What an error about log-probabilities calls them.
-const LOGPROBS: [&str; 5] = ["logprobs", "top_logprobs", "logprob", "log probabilities", "log-probabilities"];
+const LOGPROBS: [&str; 5] =
+    ["logprobs", "top_logprobs", "logprob", "log probabilities", "log-probabilities"];
 
-/// Fields that may be refused, in the order in which they are given up where an error names several.
+/// Fields that may be refused, in the order in which they are given up where an error names
+/// several.
 const FIELDS: [&str; 3] = ["top_p", "seed", "temperature"];
 
 /// Words of an error about a system message, each all in one text.
@@ -33,10 +35,20 @@ const NO_SYSTEM: [&[&str]; 7] = [
 ];
 
 /// Words of an error about a field's value, not about the field.
-const OF_A_VALUE: [&str; 9] =
-    ["must be", "should be", "between", "out of range", "too large", "too high", "greater than", "less than", "exceed"];
+const OF_A_VALUE: [&str; 9] = [
+    "must be",
+    "should be",
+    "between",
+    "out of range",
+    "too large",
+    "too high",
+    "greater than",
+    "less than",
+    "exceed",
+];
 
-/// Error codes of content filters (OpenAI's, Azure's, Alibaba's), without the marks between their words.
+/// Error codes of content filters (OpenAI's, Azure's, Alibaba's), without the marks between their
+/// words.
 const FILTERS: [&str; 5] = [
     "contentfilter",
     "contentpolicyviolation",
@@ -84,11 +96,13 @@ impl Complaint {
             &error["metadata"]["raw"],
         ];
         let words = words.into_iter().chain(details.iter().map(|detail| &detail["msg"]));
-        let mut message: Vec<&str> = words.filter_map(Value::as_str).filter(|text| !text.is_empty()).collect();
+        let mut message: Vec<&str> =
+            words.filter_map(Value::as_str).filter(|text| !text.is_empty()).collect();
         message.dedup();
         let codes = [error, object, &error["innererror"]].into_iter().chain(details);
-        let params =
-            [&error["param"]].into_iter().chain(details.iter().filter_map(|detail| detail["loc"].as_array()?.last()));
+        let params = [&error["param"]]
+            .into_iter()
+            .chain(details.iter().filter_map(|detail| detail["loc"].as_array()?.last()));
         Self {
             status,
             message: message.join(": ").chars().take(LONGEST).collect(),
@@ -97,7 +111,10 @@ impl Complaint {
                 .filter_map(Value::as_str)
                 .map(plain)
                 .collect(),
-            params: params.filter_map(Value::as_str).map(|param| first_word(param).to_owned()).collect(),
+            params: params
+                .filter_map(Value::as_str)
+                .map(|param| first_word(param).to_owned())
+                .collect(),
         }
     }
 
@@ -113,7 +130,8 @@ impl Complaint {
 
     /// A complaint that came with a good status: in a stream, or in the place of a reply.
     pub(crate) fn midway(&self) -> ModelError {
-        let reason = if self.message.is_empty() { "no reason given".to_owned() } else { self.told() };
+        let reason =
+            if self.message.is_empty() { "no reason given".to_owned() } else { self.told() };
         if self.is_of_a_filter() {
             return ModelError::Filtered(reason.into());
         }
@@ -121,7 +139,11 @@ impl Complaint {
     }
 
     /// The quirk that it tells of, if doing otherwise would change the request.
-    pub(crate) fn quirk(&self, request: &Map<String, Value>, limit: MaxTokensField) -> Option<Quirk> {
+    pub(crate) fn quirk(
+        &self,
+        request: &Map<String, Value>,
+        limit: MaxTokensField,
+    ) -> Option<Quirk> {
         let (is_refusal, is_forbidden) = (self.is_refusal(), self.status == StatusCode::FORBIDDEN);
         if self.is_of_a_filter() || !(is_refusal || is_forbidden || self.is_breakdown()) {
             return None;
@@ -148,15 +170,20 @@ impl Complaint {
         FIELDS.into_iter().find(|field| self.refuses(field, request)).map(Quirk::Without)
     }
 
-    /// The wishes that may be at fault where no field is named: none, if one is, or if nothing was wished.
+    /// The wishes that may be at fault where no field is named: none, if one is, or if nothing was
+    /// wished.
     pub(crate) fn suspects(&self, request: &Map<String, Value>) -> Quirks {
         let wishes_logprobs = request.contains_key("logprobs");
         let can_be = self.is_refusal() || (self.is_breakdown() && wishes_logprobs);
         let others = ["max_tokens", "max_completion_tokens"];
-        if self.is_of_a_filter() || !can_be || FIELDS.iter().chain(&others).any(|field| self.refuses(field, request)) {
+        if self.is_of_a_filter()
+            || !can_be
+            || FIELDS.iter().chain(&others).any(|field| self.refuses(field, request))
+        {
             return Quirks::new();
         }
-        let wishes = ["logprobs", "stream_options"].into_iter().filter(|wish| request.contains_key(*wish));
+        let wishes =
+            ["logprobs", "stream_options"].into_iter().filter(|wish| request.contains_key(*wish));
         wishes.map(Quirk::Without).collect()
     }
 
@@ -184,7 +211,8 @@ impl Complaint {
         request.contains_key(field) && self.names(field)
     }
 
-    /// Whether it is about `field`: by its own account, or, where it gives none that says anything, by its text.
+    /// Whether it is about `field`: by its own account, or, where it gives none that says anything,
+    /// by its text.
     fn names(&self, field: &str) -> bool {
         let known = |param: &&String| !matches!(param.as_str(), "" | "body" | "None" | "null");
         if self.params.iter().any(|param| known(&param)) {
@@ -193,7 +221,8 @@ impl Complaint {
         let text = self.message.to_lowercase();
         let is_part = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric() || c == '_');
         text.match_indices(field).any(|(at, _)| {
-            !is_part(text[..at].chars().next_back()) && !is_part(text[at + field.len()..].chars().next())
+            !is_part(text[..at].chars().next_back())
+                && !is_part(text[at + field.len()..].chars().next())
         })
     }
 }
@@ -237,7 +266,8 @@ mod tests {
     }
 
     fn quirk(status: u16, body: &Value) -> Option<Quirk> {
-        let complaint = Complaint::read(StatusCode::from_u16(status).unwrap(), body.to_string().as_bytes());
+        let complaint =
+            Complaint::read(StatusCode::from_u16(status).unwrap(), body.to_string().as_bytes());
         complaint.quirk(&request(), MaxTokensField::Auto)
     }
 
@@ -257,15 +287,27 @@ mod tests {
             (not_supported, Quirk::Without("temperature")),
             ("`temperature` must be strictly positive", Quirk::NoZero),
             ("Unrecognized request argument supplied: seed", Quirk::Without("seed")),
-            ("`temperature` and `top_p` cannot both be specified for this model.", Quirk::Without("top_p")),
+            (
+                "`temperature` and `top_p` cannot both be specified for this model.",
+                Quirk::Without("top_p"),
+            ),
             ("stream_options is not allowed", Quirk::Without("stream_options")),
-            ("You are not allowed to request logprobs from this model.", Quirk::Without("logprobs")),
+            (
+                "You are not allowed to request logprobs from this model.",
+                Quirk::Without("logprobs"),
+            ),
             ("Requested top_logprobs of 20, at most 5 are allowed", Quirk::Without("logprobs")),
             ("System role not supported", Quirk::NoSystem),
             ("This model does not support system messages", Quirk::NoSystem),
-            ("Conversation roles must alternate user/assistant/user/assistant/...", Quirk::NoSystem),
+            (
+                "Conversation roles must alternate user/assistant/user/assistant/...",
+                Quirk::NoSystem,
+            ),
             ("Only user and assistant roles are supported!", Quirk::NoSystem),
-            ("Unsupported value: 'messages[0].role' does not support 'system' with this model.", Quirk::NoSystem),
+            (
+                "Unsupported value: 'messages[0].role' does not support 'system' with this model.",
+                Quirk::NoSystem,
+            ),
             ("Developer instruction is not enabled for models/gemma-3-27b-it", Quirk::NoSystem),
         ] {
             assert_eq!(quirk(400, &says(message)), Some(expected), "{message}");
@@ -277,8 +319,7 @@ mod tests {
     fn the_field_that_a_server_points_at_counts_more_than_its_words() {
         let error = json!({"error": {"message": "'temperature' is not supported with 'seed'", "param": "seed"}});
         assert_eq!(quirk(400, &error), Some(Quirk::Without("seed")));
-        let error =
-            json!({"error": {"message": "Bad content: 'the temperature is high'", "param": "messages[1].content"}});
+        let error = json!({"error": {"message": "Bad content: 'the temperature is high'", "param": "messages[1].content"}});
         assert_eq!(quirk(400, &error), None);
         let error = json!({"detail": [{"loc": ["body", "logprobs"], "msg": "Extra inputs are not permitted"}]});
         assert_eq!(quirk(422, &error), Some(Quirk::Without("logprobs")));
@@ -303,7 +344,10 @@ mod tests {
         let logprobs = says("You are not allowed to request logprobs from this model.");
         assert_eq!(quirk(403, &logprobs), Some(Quirk::Without("logprobs")));
         assert_eq!(quirk(500, &logprobs), Some(Quirk::Without("logprobs")));
-        assert_eq!(quirk(500, &says("Jinja Exception: System role not supported")), Some(Quirk::NoSystem));
+        assert_eq!(
+            quirk(500, &says("Jinja Exception: System role not supported")),
+            Some(Quirk::NoSystem)
+        );
         for status in [401, 403, 404, 429, 500, 503] {
             assert_eq!(quirk(status, &says("'temperature' is not supported")), None, "{status}");
         }
@@ -316,7 +360,8 @@ mod tests {
     fn wishes_are_suspected_only_where_no_field_is_named() {
         let suspects = |status: u16, message: &str, request: &Map<String, Value>| {
             let body = says(message).to_string();
-            Complaint::read(StatusCode::from_u16(status).unwrap(), body.as_bytes()).suspects(request)
+            Complaint::read(StatusCode::from_u16(status).unwrap(), body.as_bytes())
+                .suspects(request)
         };
         let wishes = Quirks::from([Quirk::Without("logprobs"), Quirk::Without("stream_options")]);
         assert_eq!(suspects(400, "Bad request", &request()), wishes);
@@ -341,10 +386,18 @@ mod tests {
             json!({"code": "DataInspectionFailed", "message": "no"}),
             json!({"error": {"code": "400", "message": "no", "innererror": {"code": "ResponsibleAIPolicyViolation"}}}),
         ] {
-            assert!(Complaint::read(StatusCode::BAD_REQUEST, body.to_string().as_bytes()).is_of_a_filter(), "{body}");
+            assert!(
+                Complaint::read(StatusCode::BAD_REQUEST, body.to_string().as_bytes())
+                    .is_of_a_filter(),
+                "{body}"
+            );
         }
-        let other = json!({"error": {"code": "invalid_value", "message": "content_filter is no model"}});
-        assert!(!Complaint::read(StatusCode::BAD_REQUEST, other.to_string().as_bytes()).is_of_a_filter());
+        let other =
+            json!({"error": {"code": "invalid_value", "message": "content_filter is no model"}});
+        assert!(
+            !Complaint::read(StatusCode::BAD_REQUEST, other.to_string().as_bytes())
+                .is_of_a_filter()
+        );
     }
 
     #[test]

@@ -17,22 +17,23 @@ use crate::options::Options;
 pub enum Bodies {
     /// The client asks for compressed ones (gzip, deflate, brotli, zstd) and unpacks them.
     Unpacked,
-    /// They stay as they came, and so do their headers; nothing is asked for that the request's own headers don't ask
-    /// for.
+    /// They stay as they came, and so do their headers; nothing is asked for that the request's own
+    /// headers don't ask for.
     AsSent,
 }
 
-/// Chooses how TLS is done in this process, for clients of this crate and of others that leave it open. Set by whoever
-/// comes first; a program that has its own provider keeps it.
+/// Chooses how TLS is done in this process, for clients of this crate and of others that leave it
+/// open. Set by whoever comes first; a program that has its own provider keeps it.
 pub fn install_provider() {
     let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
-/// An HTTP client with the connection settings of `options`: time limits, proxy, certificates, Unix socket. It follows
-/// no redirects and knows nothing of keys.
+/// An HTTP client with the connection settings of `options`: time limits, proxy, certificates, Unix
+/// socket. It follows no redirects and knows nothing of keys.
 ///
 /// # Errors
-/// [`ModelError::Transport`] if a file can't be used (its path is told, and what is wrong), or the proxy's URL, or TLS.
+/// [`ModelError::Transport`] if a file can't be used (its path is told, and what is wrong), or the
+/// proxy's URL, or TLS.
 pub fn http_client(options: &Options, bodies: Bodies) -> Result<Client, ModelError> {
     install_provider();
     let mut builder = Client::builder()
@@ -58,7 +59,8 @@ pub fn http_client(options: &Options, bodies: Bodies) -> Result<Client, ModelErr
     builder.build().map_err(|error| {
         let what = ecso::chain(&error);
         let what = match &options.client_cert {
-            // All else was looked at before; that key and certificate belong together is found out only here.
+            // All else was looked at before; that key and certificate belong together is found out
+            // only here.
             Some(path) => format!("{}: {what}", path.display()),
             None => what,
         };
@@ -70,7 +72,10 @@ fn proxy(url: &str) -> Result<Proxy, ModelError> {
     // The URL itself may hold a password.
     let unusable = |error: reqwest::Error| {
         let error = error.without_url();
-        ModelError::Transport(Cause::new(format!("the proxy's URL can't be used: {}", ecso::chain(&error)), error))
+        ModelError::Transport(Cause::new(
+            format!("the proxy's URL can't be used: {}", ecso::chain(&error)),
+            error,
+        ))
     };
     Proxy::all(url).map_err(unusable)
 }
@@ -82,10 +87,14 @@ fn authorities(path: &Path) -> Result<Vec<Certificate>, ModelError> {
     for certificate in CertificateDer::pem_slice_iter(&pem) {
         let certificate = certificate.map_err(|error| broken(path, error))?;
         RootCertStore::empty().add(certificate.clone()).map_err(|error| broken(path, error))?;
-        certificates.push(Certificate::from_der(&certificate).map_err(|error| broken(path, error))?);
+        certificates
+            .push(Certificate::from_der(&certificate).map_err(|error| broken(path, error))?);
     }
     if certificates.is_empty() {
-        return Err(wrong(path, "there is no certificate in it; it must be in PEM (-----BEGIN CERTIFICATE-----)"));
+        return Err(wrong(
+            path,
+            "there is no certificate in it; it must be in PEM (-----BEGIN CERTIFICATE-----)",
+        ));
     }
     Ok(certificates)
 }
@@ -93,7 +102,10 @@ fn authorities(path: &Path) -> Result<Vec<Certificate>, ModelError> {
 fn identity(path: &Path) -> Result<Identity, ModelError> {
     let pem = read(path)?;
     if CertificateDer::from_pem_slice(&pem).is_err() {
-        return Err(wrong(path, "there is no certificate in it that can be read; it must be in PEM, before the key"));
+        return Err(wrong(
+            path,
+            "there is no certificate in it that can be read; it must be in PEM, before the key",
+        ));
     }
     if PrivateKeyDer::from_pem_slice(&pem).is_err() {
         return Err(wrong(

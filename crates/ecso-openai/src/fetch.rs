@@ -1,5 +1,6 @@
-//! Fetching remote images for clients, without letting them reach inside through us: only public addresses, and those
-//! that an operator names, checked where names are resolved, on every hop; few bytes, little time.
+//! Fetching remote images for clients, without letting them reach inside through us: only public
+//! addresses, and those that an operator names, checked where names are resolved, on every hop; few
+//! bytes, little time.
 
 use std::{
     error::Error,
@@ -23,7 +24,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Most redirects.
 const HOPS: usize = 3;
 
-/// Why a remote image was not fetched. It is not told in detail: that would map what can be reached from here.
+/// Why a remote image was not fetched. It is not told in detail: that would map what can be reached
+/// from here.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("an image URL can't be fetched: {0}")]
 pub struct FetchError(String);
@@ -45,15 +47,19 @@ impl Fetcher {
         Self::with(None, &[])
     }
 
-    /// A fetcher that reaches public addresses and `hosts`: names, addresses, networks (`10.1.0.0/16`). Through a
-    /// `proxy`, which resolves names in our place, a name must also resolve here, and redirects are not followed.
+    /// A fetcher that reaches public addresses and `hosts`: names, addresses, networks
+    /// (`10.1.0.0/16`). Through a `proxy`, which resolves names in our place, a name must also
+    /// resolve here, and redirects are not followed.
     ///
     /// # Errors
     /// [`FetchError`] when no HTTP client can be made.
     pub fn with(proxy: Option<&SecretString>, hosts: &[String]) -> Result<Self, FetchError> {
         crate::install_provider();
-        let trusted = Trusted(hosts.iter().map(|host| host.trim_matches(['[', ']']).to_ascii_lowercase()).collect());
-        let builder = Client::builder().timeout(PATIENCE).dns_resolver(Arc::new(Resolver(trusted.clone())));
+        let trusted = Trusted(
+            hosts.iter().map(|host| host.trim_matches(['[', ']']).to_ascii_lowercase()).collect(),
+        );
+        let builder =
+            Client::builder().timeout(PATIENCE).dns_resolver(Arc::new(Resolver(trusted.clone())));
         let failed = |error: reqwest::Error| FetchError(error.without_url().to_string());
         let builder = if let Some(url) = proxy {
             builder.proxy(Proxy::all(url.expose_secret()).map_err(failed)?).redirect(Policy::none())
@@ -75,7 +81,8 @@ impl Fetcher {
     /// The image that `url` points to.
     ///
     /// # Errors
-    /// [`FetchError`]: the address is not public, the answer not one image within `limits`, or there is none.
+    /// [`FetchError`]: the address is not public, the answer not one image within `limits`, or
+    /// there is none.
     pub async fn image(&self, url: &str, limits: ecso::Limits) -> Result<Image, FetchError> {
         let bytes = self.bytes(url, limits.bytes).await?;
         Image::from_bytes(bytes, limits).map_err(|error| FetchError(error.to_string()))
@@ -92,9 +99,17 @@ impl Fetcher {
             return Err(failed("its address is not public"));
         }
         if let Some(url::Host::Domain(name)) = url.host().filter(|_| self.has_proxy) {
-            self.trusted.resolve(name).await.map_err(|_| failed("its name has no public address here"))?;
+            self.trusted
+                .resolve(name)
+                .await
+                .map_err(|_| failed("its name has no public address here"))?;
         }
-        let response = self.client.get(url).send().await.map_err(|_| failed("no answer from a public address"))?;
+        let response = self
+            .client
+            .get(url)
+            .send()
+            .await
+            .map_err(|_| failed("no answer from a public address"))?;
         if !response.status().is_success() {
             return Err(failed(&format!("status {}", response.status().as_u16())));
         }
@@ -110,7 +125,8 @@ impl Fetcher {
     }
 }
 
-/// Hosts that may be asked though they are not of the open internet: names, addresses and networks, in small letters.
+/// Hosts that may be asked though they are not of the open internet: names, addresses and networks,
+/// in small letters.
 #[derive(Debug, Clone)]
 struct Trusted(Arc<[String]>);
 
@@ -137,8 +153,10 @@ impl Trusted {
     /// The addresses of a name that may be asked.
     async fn resolve(&self, name: &str) -> Result<Vec<SocketAddr>, Box<dyn Error + Send + Sync>> {
         let found = tokio::net::lookup_host((name, 0)).await?;
-        let is_known = self.0.iter().any(|known| known.eq_ignore_ascii_case(name.trim_end_matches('.')));
-        let allowed: Vec<SocketAddr> = found.filter(|address| is_known || self.has(address.ip())).collect();
+        let is_known =
+            self.0.iter().any(|known| known.eq_ignore_ascii_case(name.trim_end_matches('.')));
+        let allowed: Vec<SocketAddr> =
+            found.filter(|address| is_known || self.has(address.ip())).collect();
         if allowed.is_empty() { Err("no public address".into()) } else { Ok(allowed) }
     }
 }
@@ -156,8 +174,8 @@ impl Resolve for Resolver {
     }
 }
 
-/// Whether an address is of the open internet, by the registries of special-purpose addresses (RFC 6890 and its
-/// updates).
+/// Whether an address is of the open internet, by the registries of special-purpose addresses (RFC
+/// 6890 and its updates).
 fn is_public(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(v4) => {
@@ -179,8 +197,8 @@ fn is_public(address: IpAddr) -> bool {
                 return is_public(v4.into());
             }
             let [first, second, ..] = v6.segments();
-            // Only global unicast, and of it not what stands for something else: documentation, benchmarks, Teredo,
-            // 6to4.
+            // Only global unicast, and of it not what stands for something else: documentation,
+            // benchmarks, Teredo, 6to4.
             let special = match first {
                 0x2001 => matches!(second, 0..=0x01ff | 0x0db8),
                 _ => matches!(first, 0x2002 | 0x3fff),
@@ -222,7 +240,8 @@ mod tests {
         ] {
             assert!(!is_public(inside.parse().unwrap()), "{inside}");
         }
-        for outside in ["1.1.1.1", "93.184.216.34", "172.32.0.1", "2606:4700::1111", "2a00:1450::1"] {
+        for outside in ["1.1.1.1", "93.184.216.34", "172.32.0.1", "2606:4700::1111", "2a00:1450::1"]
+        {
             assert!(is_public(outside.parse().unwrap()), "{outside}");
         }
     }
@@ -249,7 +268,8 @@ mod tests {
 
     #[tokio::test]
     async fn hosts_that_an_operator_names_are_reached() {
-        let picture = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/list.png")).unwrap();
+        let picture =
+            std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/list.png")).unwrap();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         tokio::spawn(async move {
@@ -257,7 +277,10 @@ mod tests {
             while let Ok((mut stream, _)) = listener.accept().await {
                 let mut head = [0; 1024];
                 let _ = stream.read(&mut head).await;
-                let told = format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", picture.len());
+                let told = format!(
+                    "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+                    picture.len()
+                );
                 let _ = stream.write_all(&[told.as_bytes(), &picture].concat()).await;
             }
         });
@@ -269,7 +292,9 @@ mod tests {
             ("10.0.0.0/8", "127.0.0.1", false),
         ] {
             let fetcher = Fetcher::with(None, &[named.to_owned()]).unwrap();
-            let image = fetcher.image(&format!("http://{host}:{port}/a.png"), ecso::Limits::default()).await;
+            let image = fetcher
+                .image(&format!("http://{host}:{port}/a.png"), ecso::Limits::default())
+                .await;
             assert_eq!(image.is_ok(), is_reached, "{named} {host}");
         }
     }

@@ -6,8 +6,8 @@ use serde_json::Value;
 
 use crate::surrogates;
 
-/// Reads JSON that may begin with a byte order mark, hold halves of characters ([`surrogates`]: join each text), or the
-/// bare `NaN` and `Infinity` of Python, which become `null`.
+/// Reads JSON that may begin with a byte order mark, hold halves of characters ([`surrogates`]:
+/// join each text), or the bare `NaN` and `Infinity` of Python, which become `null`.
 ///
 /// # Errors
 /// Those of `serde_json`, for what is no JSON even so.
@@ -25,7 +25,10 @@ fn finite(json: &str) -> String {
     let mut rest = json;
     while !rest.is_empty() {
         let (outside, text) = rest.split_at(rest.find('"').unwrap_or(rest.len()));
-        finite += &outside.replace("-Infinity", "null").replace("Infinity", "null").replace("NaN", "null");
+        finite += &outside
+            .replace("-Infinity", "null")
+            .replace("Infinity", "null")
+            .replace("NaN", "null");
         let (text, behind) = text.split_at(string_length(text));
         finite += text;
         rest = behind;
@@ -47,8 +50,10 @@ fn string_length(text: &str) -> usize {
 /// Token counts. They are wished for only: what can't be read is not there.
 pub(crate) fn usage(value: &Value) -> Option<Usage> {
     let (prompt, completion) = (count(&value["prompt_tokens"]), count(&value["completion_tokens"]));
-    (prompt.is_some() || completion.is_some())
-        .then(|| Usage { prompt_tokens: prompt.unwrap_or_default(), completion_tokens: completion.unwrap_or_default() })
+    (prompt.is_some() || completion.is_some()).then(|| Usage {
+        prompt_tokens: prompt.unwrap_or_default(),
+        completion_tokens: completion.unwrap_or_default(),
+    })
 }
 
 /// A count, also as `10.0` or `"10"`.
@@ -57,8 +62,8 @@ fn count(value: &Value) -> Option<u32> {
     text.strip_suffix(".0").unwrap_or(&text).parse().ok()
 }
 
-/// The likeliest tokens of one place, likeliest first. They are wished for only: what can't be read is left out, and so
-/// is a token that can't come (minus infinity).
+/// The likeliest tokens of one place, likeliest first. They are wished for only: what can't be read
+/// is left out, and so is a token that can't come (minus infinity).
 pub(crate) fn top_logprobs(position: &Value) -> Vec<TopLogprob> {
     let listed = position["top_logprobs"].as_array().map(Vec::as_slice).unwrap_or_default();
     let mut tokens: Vec<TopLogprob> = listed
@@ -73,7 +78,8 @@ pub(crate) fn top_logprobs(position: &Value) -> Vec<TopLogprob> {
 }
 
 fn logprob(value: &Value) -> Option<f32> {
-    let number = value.as_str().map_or_else(|| f32::deserialize(value).ok(), |text| text.parse().ok());
+    let number =
+        value.as_str().map_or_else(|| f32::deserialize(value).ok(), |text| text.parse().ok());
     number.filter(|number| number.is_finite())
 }
 
@@ -117,8 +123,10 @@ mod tests {
 
     #[test]
     fn python_numbers_are_read_outside_strings_only() {
-        let read: Value =
-            parse("\u{FEFF}{\"a\": [-Infinity, NaN,Infinity, 1], \"NaN\": \"\\\" -Infinity \\\\\"}").unwrap();
+        let read: Value = parse(
+            "\u{FEFF}{\"a\": [-Infinity, NaN,Infinity, 1], \"NaN\": \"\\\" -Infinity \\\\\"}",
+        )
+        .unwrap();
         assert_eq!(read, json!({"a": [null, null, null, 1], "NaN": "\" -Infinity \\"}));
         assert!(parse::<Value>("{\"a\": nan").is_err());
         assert!(parse::<Value>("NaN \"").is_err());
@@ -151,7 +159,13 @@ mod tests {
         let read: Vec<(String, f32)> =
             top_logprobs(&position).into_iter().map(|top| (top.token, top.logprob)).collect();
         assert_eq!(read, [("f".to_owned(), -1.0), ("a".to_owned(), -2.5)]);
-        for nothing in [json!({"top_logprobs": null}), json!({"top_logprobs": {}}), json!({}), json!(null), json!(1)] {
+        for nothing in [
+            json!({"top_logprobs": null}),
+            json!({"top_logprobs": {}}),
+            json!({}),
+            json!(null),
+            json!(1),
+        ] {
             assert_eq!(top_logprobs(&nothing), [], "{nothing}");
         }
     }

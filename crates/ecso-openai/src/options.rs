@@ -7,17 +7,20 @@ use secrecy::SecretString;
 /// How the server is talked to.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The model's name on the server; `None` takes the one that the server lists, if it lists just one.
+    /// The model's name on the server; `None` takes the one that the server lists, if it lists just
+    /// one.
     pub model: Option<String>,
     /// Sent as a bearer token; `None` sends the `user:password@` of the base URL, if it has one.
     pub api_key: Option<SecretString>,
-    /// Longest wait for a connection. Keep it below ten seconds: it is how long an unreachable server goes unnoticed.
+    /// Longest wait for a connection. Keep it below ten seconds: it is how long an unreachable
+    /// server goes unnoticed.
     pub connect_timeout: Duration,
     /// Longest wait for a whole reply, or for the next piece of a streamed one.
     pub reply_timeout: Duration,
     /// How often a request is tried again after 429, 5xx or a lost connection.
     pub retries: usize,
-    /// First wait before trying again; it doubles each time, with jitter. A server's `Retry-After` takes its place.
+    /// First wait before trying again; it doubles each time, with jitter. A server's `Retry-After`
+    /// takes its place.
     pub backoff: Duration,
     /// Longest `Retry-After` that is waited for; a server that asks for more is overloaded.
     pub longest_wait: Duration,
@@ -25,17 +28,19 @@ pub struct Options {
     pub max_tokens_field: MaxTokensField,
     /// Request fields that are never sent, by their names (`temperature`, `seed`, …).
     pub omit: Vec<String>,
-    /// How long a model that refused log-probabilities or usage counts is asked without them, before they are tried
-    /// again.
+    /// How long a model that refused log-probabilities or usage counts is asked without them,
+    /// before they are tried again.
     pub forget_after: Duration,
-    /// URL of a proxy for all requests, with `user:password@` if it asks for that; `None` leaves it to the environment
-    /// (`HTTPS_PROXY` and its like).
+    /// URL of a proxy for all requests, with `user:password@` if it asks for that; `None` leaves it
+    /// to the environment (`HTTPS_PROXY` and its like).
     pub proxy: Option<SecretString>,
-    /// A PEM file of certificates that are trusted besides the system's own; `None` trusts those alone.
+    /// A PEM file of certificates that are trusted besides the system's own; `None` trusts those
+    /// alone.
     pub ca_file: Option<PathBuf>,
     /// A PEM file with this client's certificate chain and its private key; `None` shows none.
     pub client_cert: Option<PathBuf>,
-    /// A Unix socket that all requests go to, whatever the base URL's host; no proxy is used then. `None` goes by TCP.
+    /// A Unix socket that all requests go to, whatever the base URL's host; no proxy is used then.
+    /// `None` goes by TCP.
     pub unix_socket: Option<PathBuf>,
 }
 

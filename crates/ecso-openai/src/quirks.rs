@@ -26,8 +26,8 @@ pub(crate) enum Quirk {
 pub(crate) type Quirks = BTreeSet<Quirk>;
 
 impl Quirk {
-    /// Makes the fields of a request what the model takes. Its messages are not touched: [`Quirk::NoSystem`] is done
-    /// before.
+    /// Makes the fields of a request what the model takes. Its messages are not touched:
+    /// [`Quirk::NoSystem`] is done before.
     pub(crate) fn apply(self, request: &mut Map<String, Value>) {
         match self {
             Self::CompletionTokens => {
@@ -50,8 +50,8 @@ impl Quirk {
         }
     }
 
-    /// Whether it is only about a wish. Whoever refused a wish may grant it later: after a restart with another
-    /// setting.
+    /// Whether it is only about a wish. Whoever refused a wish may grant it later: after a restart
+    /// with another setting.
     fn is_about_a_wish(self) -> bool {
         matches!(self, Self::Without("logprobs" | "stream_options"))
     }
@@ -61,7 +61,9 @@ impl fmt::Display for Quirk {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::CompletionTokens => f.write_str("max_tokens is sent as max_completion_tokens"),
-            Self::NoSystem => f.write_str("system messages are put before the first user turn's text"),
+            Self::NoSystem => {
+                f.write_str("system messages are put before the first user turn's text")
+            }
             Self::NoZero => f.write_str("a temperature of 0 is left out"),
             Self::Without(field) => write!(f, "{field} is left out"),
         }
@@ -88,18 +90,22 @@ impl Memory {
     pub(crate) fn of(&self, model: &str) -> Quirks {
         let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
         let quirks = found.get(model).into_iter().flatten();
-        let known = quirks.filter(|(quirk, at)| !quirk.is_about_a_wish() || at.elapsed() < self.forget_after);
+        let known = quirks
+            .filter(|(quirk, at)| !quirk.is_about_a_wish() || at.elapsed() < self.forget_after);
         known.map(|(quirk, _)| *quirk).collect()
     }
 
-    /// Tells, once for each, that a reply says it comes from another model than the one `asked` for, or than replies before. A longer
-    /// name of the same is none: a date, a path.
+    /// Tells, once for each, that a reply says it comes from another model than the one `asked`
+    /// for, or than replies before. A longer name of the same is none: a date, a path.
     pub(crate) fn answers(&self, asked: &str, answering: &str) {
         /// Whoever makes up a name for each reply is not kept count of.
         const MOST: usize = 8;
         let mut all = self.answering.lock().unwrap_or_else(PoisonError::into_inner);
         let known = all.entry(asked.to_owned()).or_default();
-        if known.len() >= MOST || !known.insert(answering.to_owned()) || is_same(asked, answering) && known.len() == 1 {
+        if known.len() >= MOST
+            || !known.insert(answering.to_owned())
+            || is_same(asked, answering) && known.len() == 1
+        {
             return;
         }
         tracing::warn!(%asked, %answering, "replies come from another model than the one that was asked for, or than before");
@@ -118,11 +124,13 @@ impl Memory {
 fn is_same(asked: &str, answering: &str) -> bool {
     let plain = |name: &str| name.rsplit('/').next().unwrap_or(name).to_lowercase();
     let (asked, answering) = (plain(asked), plain(answering));
-    let (short, long) = if asked.len() <= answering.len() { (asked, answering) } else { (answering, asked) };
+    let (short, long) =
+        if asked.len() <= answering.len() { (asked, answering) } else { (answering, asked) };
     let Some(rest) = long.strip_prefix(&short) else { return false };
     rest.is_empty()
         || rest == ".gguf"
-        || rest.starts_with(['-', '@', ':', '.']) && rest.chars().all(|c| c.is_ascii_digit() || "-@:._v".contains(c))
+        || rest.starts_with(['-', '@', ':', '.'])
+            && rest.chars().all(|c| c.is_ascii_digit() || "-@:._v".contains(c))
 }
 
 #[cfg(test)]
@@ -158,7 +166,11 @@ mod tests {
     #[test]
     fn only_wishes_are_forgotten() {
         let memory = Memory::new(Duration::ZERO);
-        for quirk in [Quirk::Without("logprobs"), Quirk::Without("stream_options"), Quirk::Without("temperature")] {
+        for quirk in [
+            Quirk::Without("logprobs"),
+            Quirk::Without("stream_options"),
+            Quirk::Without("temperature"),
+        ] {
             memory.learn("a", quirk, "no");
         }
         assert_eq!(memory.of("a"), Quirks::from([Quirk::Without("temperature")]));

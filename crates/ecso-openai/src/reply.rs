@@ -1,4 +1,5 @@
-//! What comes back, whole or in pieces. What is only wished for (log-probabilities, counts) never fails a reply.
+//! What comes back, whole or in pieces. What is only wished for (log-probabilities, counts) never
+//! fails a reply.
 
 use std::sync::Once;
 
@@ -15,15 +16,19 @@ use crate::{
 /// Reads a whole reply.
 pub(crate) fn whole(body: &[u8]) -> Result<Reply, ModelError> {
     let text = String::from_utf8_lossy(body);
-    let body: Value = lenient::parse(&text)
-        .map_err(|error| ModelError::Protocol(Cause::new(format!("{error} in {}", start(&text)), error)))?;
+    let body: Value = lenient::parse(&text).map_err(|error| {
+        ModelError::Protocol(Cause::new(format!("{error} in {}", start(&text)), error))
+    })?;
     let choice = &body["choices"][0];
     if !choice.is_object() {
         failure(&body)?;
         return Err(ModelError::Protocol("there is no choice in it".into()));
     }
     let said = Said::of(choice);
-    let model = body["model"].as_str().filter(|name| !name.is_empty()).map(|name| name.chars().take(200).collect());
+    let model = body["model"]
+        .as_str()
+        .filter(|name| !name.is_empty())
+        .map(|name| name.chars().take(200).collect());
     Ok(Reply {
         first_token: said.first_token(choice, !said.reasoning.is_empty()),
         text: join(&said.text),
@@ -51,8 +56,9 @@ pub(crate) struct Progress {
 impl Progress {
     /// Reads one event.
     pub(crate) fn read(&mut self, event: &str) -> Result<Vec<Delta>, ModelError> {
-        let chunk: Value = lenient::parse(event)
-            .map_err(|error| ModelError::Protocol(Cause::new(format!("{error} in a stream event"), error)))?;
+        let chunk: Value = lenient::parse(event).map_err(|error| {
+            ModelError::Protocol(Cause::new(format!("{error} in a stream event"), error))
+        })?;
         failure(&chunk)?;
         self.usage = lenient::usage(&chunk["usage"]).or(self.usage);
         let choice = &chunk["choices"][0];
@@ -75,8 +81,8 @@ impl Progress {
         Ok(deltas)
     }
 
-    /// The log-probabilities of the text's first token, once the text begins. A token may come before its text (half a
-    /// character, say); it is the text's unless thoughts come between.
+    /// The log-probabilities of the text's first token, once the text begins. A token may come
+    /// before its text (half a character, say); it is the text's unless thoughts come between.
     fn first_token(&mut self, choice: &Value, said: &Said) -> Option<Delta> {
         let listed = said.first_token(choice, self.has_reasoned);
         if self.held.is_empty() {
@@ -117,7 +123,8 @@ struct Said {
 
 impl Said {
     fn of(choice: &Value) -> Self {
-        let delta = Some(&choice["delta"]).filter(|delta| delta.as_object().is_some_and(|fields| !fields.is_empty()));
+        let delta = Some(&choice["delta"])
+            .filter(|delta| delta.as_object().is_some_and(|fields| !fields.is_empty()));
         let message = delta.unwrap_or(&choice["message"]);
         let first = |mut texts: Vec<String>| {
             let at = texts.iter().position(|text| !text.is_empty());
@@ -135,8 +142,8 @@ impl Said {
         }
     }
 
-    /// The log-probabilities of the text's first token. Some servers list the tokens of thoughts as well: where there
-    /// are `thoughts`, the first token that is listed must be the text's.
+    /// The log-probabilities of the text's first token. Some servers list the tokens of thoughts as
+    /// well: where there are `thoughts`, the first token that is listed must be the text's.
     fn first_token(&self, choice: &Value, thoughts: bool) -> Vec<TopLogprob> {
         let Some(listed) = choice["logprobs"]["content"].as_array() else { return Vec::new() };
         let Some(first) = listed.first() else { return Vec::new() };
@@ -146,9 +153,11 @@ impl Said {
         lenient::top_logprobs(first)
     }
 
-    /// Whether the tokens are those of the text. Where thoughts begin with the same token, all of them must be.
+    /// Whether the tokens are those of the text. Where thoughts begin with the same token, all of
+    /// them must be.
     fn begins_with(&self, listed: &[Value]) -> bool {
-        let tokens: Vec<&str> = listed.iter().filter_map(|position| position["token"].as_str()).collect();
+        let tokens: Vec<&str> =
+            listed.iter().filter_map(|position| position["token"].as_str()).collect();
         let first = tokens.first().copied().unwrap_or_default();
         !first.is_empty()
             && self.text.starts_with(first)
@@ -159,8 +168,8 @@ impl Said {
 /// How hosts begin the word for a model that was done.
 const DONE: [&str; 7] = ["stop", "eos", "end", "complete", "done", "tool", "function"];
 
-/// Why a choice ended; `None` if it has not. A server that gave up on it has made no reply. A reply that ended for a reason that nobody
-/// knows counts as one that is not whole.
+/// Why a choice ended; `None` if it has not. A server that gave up on it has made no reply. A reply
+/// that ended for a reason that nobody knows counts as one that is not whole.
 fn finish(choice: &Value) -> Result<Option<FinishReason>, ModelError> {
     let reason = choice["finish_reason"].as_str().unwrap_or_default().to_ascii_lowercase();
     Ok(match reason.as_str() {
@@ -180,7 +189,10 @@ fn finish(choice: &Value) -> Result<Option<FinishReason>, ModelError> {
             if !["length", "max_tokens", "context"].iter().any(|word| reason.contains(word)) {
                 TELL_ONCE.call_once(|| {
                     let reason: String = reason.chars().take(200).collect();
-                    tracing::warn!(reason, "replies end for a reason that is not known; they count as cut");
+                    tracing::warn!(
+                        reason,
+                        "replies end for a reason that is not known; they count as cut"
+                    );
                 });
             }
             Some(FinishReason::Length)
@@ -203,8 +215,8 @@ fn failure(body: &Value) -> Result<(), ModelError> {
 
 /// A server's list of models: their names, and what it says of each.
 pub(crate) fn models(body: &[u8]) -> Result<Vec<(String, Value)>, ModelError> {
-    let mut list: Value =
-        lenient::parse(&String::from_utf8_lossy(body)).map_err(|error| ModelError::Protocol(Cause::of(error)))?;
+    let mut list: Value = lenient::parse(&String::from_utf8_lossy(body))
+        .map_err(|error| ModelError::Protocol(Cause::of(error)))?;
     let models = match list.get_mut("data") {
         Some(models) => models.take(),
         None => list,
@@ -217,12 +229,22 @@ pub(crate) fn models(body: &[u8]) -> Result<Vec<(String, Value)>, ModelError> {
     }
 }
 
-/// What of a list's entry tells one model from another of the same name, as one line of JSON: its files, its size, its context. When
-/// the server was started, and what it is doing, is none of that.
+/// What of a list's entry tells one model from another of the same name, as one line of JSON: its
+/// files, its size, its context. When the server was started, and what it is doing, is none of
+/// that.
 pub(crate) fn tells(model: &Value) -> Option<String> {
-    const TELLING: [&str; 8] =
-        ["root", "parent", "owned_by", "max_model_len", "context_length", "meta", "digest", "quantization"];
-    let told = TELLING.into_iter().filter_map(|name| Some((name.to_owned(), model.get(name)?.clone())));
+    const TELLING: [&str; 8] = [
+        "root",
+        "parent",
+        "owned_by",
+        "max_model_len",
+        "context_length",
+        "meta",
+        "digest",
+        "quantization",
+    ];
+    let told =
+        TELLING.into_iter().filter_map(|name| Some((name.to_owned(), model.get(name)?.clone())));
     let told: serde_json::Map<String, Value> = told.filter(|(_, value)| !value.is_null()).collect();
     (!told.is_empty()).then(|| Value::Object(told).to_string())
 }
@@ -239,7 +261,8 @@ mod tests {
 
     fn first(message: &Value, tokens: &[&str]) -> Option<String> {
         let tokens: Vec<Value> = tokens.iter().map(|token| position(token)).collect();
-        let body = json!({"choices": [{"message": message, "logprobs": {"content": tokens}}]}).to_string();
+        let body =
+            json!({"choices": [{"message": message, "logprobs": {"content": tokens}}]}).to_string();
         whole(body.as_bytes()).unwrap().first_token.into_iter().next().map(|top| top.token)
     }
 
@@ -288,15 +311,24 @@ mod tests {
             chunk(json!({"content": "."}), "."),
             end.clone(),
         ]);
-        assert!(matches!(&deltas[1], Delta::FirstToken(_)) && matches!(&deltas[0], Delta::Reasoning(_)), "{deltas:?}");
+        assert!(
+            matches!(&deltas[1], Delta::FirstToken(_)) && matches!(&deltas[0], Delta::Reasoning(_)),
+            "{deltas:?}"
+        );
         assert_eq!(told(&deltas), ["Is it?", "Yes", "Yes", ".", "end"]);
         // Half a character shows no text, and is its first token all the same.
-        let deltas =
-            streamed(&[chunk(json!({"content": ""}), "\u{FFFD}"), chunk(json!({"content": "ä"}), "x"), end.clone()]);
+        let deltas = streamed(&[
+            chunk(json!({"content": ""}), "\u{FFFD}"),
+            chunk(json!({"content": "ä"}), "x"),
+            end.clone(),
+        ]);
         assert_eq!(told(&deltas), ["\u{FFFD}", "ä", "end"]);
         // What comes with later text is not the first token's.
-        let deltas =
-            streamed(&[json!({"choices": [{"delta": {"content": "Ye"}}]}), chunk(json!({"content": "s"}), "s"), end]);
+        let deltas = streamed(&[
+            json!({"choices": [{"delta": {"content": "Ye"}}]}),
+            chunk(json!({"content": "s"}), "s"),
+            end,
+        ]);
         assert_eq!(told(&deltas), ["Ye", "s", "end"]);
     }
 
@@ -314,7 +346,9 @@ mod tests {
             r#"{"content": [{"token": "a", "top_logprobs": [{"token": "a", "logprob": "-inf"}]}]}"#,
             r#"{"content": [{"token": "a", "top_logprobs": [{"token": "a", "logprob": -Infinity}]}]}"#,
         ] {
-            for usage in ["null", "\"none\"", "{}", r#"{"prompt_tokens": -1}"#, r#"{"prompt_tokens": NaN}"#] {
+            for usage in
+                ["null", "\"none\"", "{}", r#"{"prompt_tokens": -1}"#, r#"{"prompt_tokens": NaN}"#]
+            {
                 let body = format!(
                     r#"{{"choices": [{{"message": {{"content": ["hi"]}}, "logprobs": {logprobs}}}], "usage": {usage}}}"#
                 );
@@ -325,8 +359,10 @@ mod tests {
                 assert_eq!(deltas, [Delta::Text("hi".into())], "{event}");
             }
         }
-        let usage = json!({"choices": null, "usage": {"prompt_tokens": 10.0, "completion_tokens": 2}});
-        let deltas = streamed(&[json!({"choices": [{"delta": {}, "finish_reason": "stop"}]}), usage]);
+        let usage =
+            json!({"choices": null, "usage": {"prompt_tokens": 10.0, "completion_tokens": 2}});
+        let deltas =
+            streamed(&[json!({"choices": [{"delta": {}, "finish_reason": "stop"}]}), usage]);
         let usage = Some(Usage { prompt_tokens: 10, completion_tokens: 2 });
         assert_eq!(deltas, [Delta::End { finish: FinishReason::Stop, usage, took: None }]);
     }
@@ -334,7 +370,8 @@ mod tests {
     #[test]
     fn what_a_server_gave_up_on_is_no_reply() {
         for reason in ["error", "abort", "Cancelled"] {
-            let body = json!({"choices": [{"message": {"content": "a"}, "finish_reason": reason}]}).to_string();
+            let body = json!({"choices": [{"message": {"content": "a"}, "finish_reason": reason}]})
+                .to_string();
             for error in [whole(body.as_bytes()).err(), Progress::default().read(&body).err()] {
                 assert!(matches!(error, Some(ModelError::Transport(_))), "{reason}: {error:?}");
             }
@@ -343,7 +380,8 @@ mod tests {
 
     #[test]
     fn a_reply_is_whole_where_its_end_is_known() {
-        let (stop, length, filter) = (FinishReason::Stop, FinishReason::Length, FinishReason::ContentFilter);
+        let (stop, length, filter) =
+            (FinishReason::Stop, FinishReason::Length, FinishReason::ContentFilter);
         for (reason, expected) in [
             ("stop", stop),
             ("STOP", stop),
@@ -358,7 +396,9 @@ mod tests {
             ("insufficient_system_resource", length),
             ("incomplete", length),
         ] {
-            let body = json!({"choices": [{"message": {"content": "Mix"}, "finish_reason": reason}]}).to_string();
+            let body =
+                json!({"choices": [{"message": {"content": "Mix"}, "finish_reason": reason}]})
+                    .to_string();
             assert_eq!(whole(body.as_bytes()).unwrap().finish, expected, "{reason}");
         }
     }
@@ -366,13 +406,19 @@ mod tests {
     #[test]
     fn an_empty_finish_reason_is_no_end() {
         let mut progress = Progress::default();
-        progress.read(r#"{"choices": [{"delta": {"content": "a"}, "finish_reason": ""}]}"#).unwrap();
-        assert!(matches!(progress.end(), Err(ModelError::Protocol(cause)) if cause.message().contains("broke off")));
+        progress
+            .read(r#"{"choices": [{"delta": {"content": "a"}, "finish_reason": ""}]}"#)
+            .unwrap();
+        assert!(
+            matches!(progress.end(), Err(ModelError::Protocol(cause)) if cause.message().contains("broke off"))
+        );
     }
 
     #[test]
     fn a_character_in_two_events_is_read() {
-        let event = |key: &str, half: &str| format!(r#"{{"choices": [{{"delta": {{"{key}": "{half}"}}}}]}}"#);
+        let event = |key: &str, half: &str| {
+            format!(r#"{{"choices": [{{"delta": {{"{key}": "{half}"}}}}]}}"#)
+        };
         let mut progress = Progress::default();
         let mut deltas = Vec::new();
         for (key, half) in [
@@ -400,7 +446,9 @@ mod tests {
             (json!({"object": "error", "message": "out of memory"}), false),
             (json!({"error": {"message": "out of memory", "code": "content_filter"}}), true),
         ] {
-            for error in [whole(body.to_string().as_bytes()).unwrap_err(), failure(&body).unwrap_err()] {
+            for error in
+                [whole(body.to_string().as_bytes()).unwrap_err(), failure(&body).unwrap_err()]
+            {
                 assert!(error.to_string().ends_with("out of memory"), "{error}");
                 assert_eq!(matches!(error, ModelError::Filtered(_)), filtered, "{error}");
             }
@@ -419,7 +467,8 @@ mod tests {
             ("<html>", None),
         ] {
             let read = models(body.as_bytes()).ok();
-            let read: Option<Vec<String>> = read.map(|models| models.into_iter().map(|(name, _)| name).collect());
+            let read: Option<Vec<String>> =
+                read.map(|models| models.into_iter().map(|(name, _)| name).collect());
             assert_eq!(read, names.map(|names| names.into_iter().map(str::to_owned).collect()));
         }
     }

@@ -23,9 +23,16 @@ pub(crate) fn body(
     quirks: &Quirks,
     options: &Options,
 ) -> Map<String, Value> {
-    let chat = if quirks.contains(&Quirk::NoSystem) { Cow::Owned(chat.without_system()) } else { Cow::Borrowed(chat) };
-    let messages: Vec<Value> =
-        chat.turns.iter().map(|turn| json!({"role": turn.role.as_str(), "content": content(turn)})).collect();
+    let chat = if quirks.contains(&Quirk::NoSystem) {
+        Cow::Owned(chat.without_system())
+    } else {
+        Cow::Borrowed(chat)
+    };
+    let messages: Vec<Value> = chat
+        .turns
+        .iter()
+        .map(|turn| json!({"role": turn.role.as_str(), "content": content(turn)}))
+        .collect();
     let mut body = Map::new();
     body.insert("model".into(), model.into());
     body.insert("messages".into(), messages.into());
@@ -76,8 +83,8 @@ fn content(turn: &Turn) -> Value {
     parts.collect::<Vec<_>>().into()
 }
 
-/// An image, with the fields that say how to look at it: `detail` and what stands under `image_url` beside the URL, others
-/// (Qwen's `min_pixels`) beside the type.
+/// An image, with the fields that say how to look at it: `detail` and what stands under `image_url`
+/// beside the URL, others (Qwen's `min_pixels`) beside the type.
 fn shown(image: &Image) -> Value {
     let url = match (image.encoded(), image.url()) {
         (Some((bytes, mime)), _) => format!("data:{mime};base64,{}", BASE64_STANDARD.encode(bytes)),
@@ -88,7 +95,9 @@ fn shown(image: &Image) -> Value {
         match name.as_str() {
             "detail" => part["image_url"]["detail"] = value.clone(),
             "image_url" => {
-                for (name, value) in value.as_object().into_iter().flatten().filter(|(name, _)| *name != "url") {
+                for (name, value) in
+                    value.as_object().into_iter().flatten().filter(|(name, _)| *name != "url")
+                {
                     part["image_url"][name] = value.clone();
                 }
             }
@@ -129,16 +138,27 @@ mod tests {
 
     #[test]
     fn fields_are_named_and_omitted_as_the_options_say() {
-        let sampling = Sampling { max_tokens: Some(5), seed: Some(1), temperature: Some(0.5), ..Sampling::default() };
+        let sampling = Sampling {
+            max_tokens: Some(5),
+            seed: Some(1),
+            temperature: Some(0.5),
+            ..Sampling::default()
+        };
         let chat = Chat::ask([], "q");
         let keys = |sampling: &Sampling, options: &Options| -> Vec<String> {
-            body("m", &chat, sampling, false, &Quirks::new(), options).keys().skip(2).cloned().collect()
+            body("m", &chat, sampling, false, &Quirks::new(), options)
+                .keys()
+                .skip(2)
+                .cloned()
+                .collect()
         };
-        let named = Options { max_tokens_field: MaxTokensField::MaxCompletionTokens, ..Options::default() };
+        let named =
+            Options { max_tokens_field: MaxTokensField::MaxCompletionTokens, ..Options::default() };
         let mut found = keys(&sampling, &named);
         found.sort();
         assert_eq!(found, ["max_completion_tokens", "seed", "temperature"]);
-        let omitting = Options { omit: vec!["seed".into(), "temperature".into()], ..Options::default() };
+        let omitting =
+            Options { omit: vec!["seed".into(), "temperature".into()], ..Options::default() };
         assert_eq!(keys(&sampling, &omitting), ["max_tokens"]);
         let mut extra = sampling.clone();
         extra.extra.insert("max_completion_tokens".into(), 7.into());

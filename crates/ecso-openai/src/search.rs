@@ -26,8 +26,8 @@ impl Search {
         Self { quirks: known, found: Vec::new(), guessed: None, before: None }
     }
 
-    /// Whether there is another way after this complaint about `request`. What the server names is done otherwise;
-    /// where it names nothing, wishes are given up, once.
+    /// Whether there is another way after this complaint about `request`. What the server names is
+    /// done otherwise; where it names nothing, wishes are given up, once.
     pub(crate) fn goes_on(
         &mut self,
         complaint: &Complaint,
@@ -37,7 +37,8 @@ impl Search {
         if let Some(quirk) = complaint.quirk(request, limit) {
             self.quirks.insert(quirk);
             self.found.push((quirk, complaint.told()));
-            // A guess brought no answer: it is not to be learned, though its wishes stay out of this one request.
+            // A guess brought no answer: it is not to be learned, though its wishes stay out of
+            // this one request.
             self.guessed.iter_mut().for_each(Vec::clear);
             return true;
         }
@@ -51,9 +52,12 @@ impl Search {
         true
     }
 
-    /// How to ask once more with what was given up on a guess: a server that broke down may only have been unwell.
+    /// How to ask once more with what was given up on a guess: a server that broke down may only
+    /// have been unwell.
     pub(crate) fn doubted(&self) -> Option<&Quirks> {
-        self.before.as_ref().filter(|_| self.guessed.as_ref().is_some_and(|guessed| !guessed.is_empty()))
+        self.before
+            .as_ref()
+            .filter(|_| self.guessed.as_ref().is_some_and(|guessed| !guessed.is_empty()))
     }
 
     /// The end: an answer of `model`.

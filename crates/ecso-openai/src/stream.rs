@@ -10,7 +10,8 @@ use sse_stream::SseByteStream;
 
 use crate::reply::Progress;
 
-/// No reply is longer than this, in bytes once unpacked; one that is comes from a server gone wrong.
+/// No reply is longer than this, in bytes once unpacked; one that is comes from a server gone
+/// wrong.
 const LONGEST_REPLY: usize = 16 << 20;
 
 /// Reads an SSE body, split anywhere.
@@ -36,7 +37,9 @@ pub(crate) fn deltas(
 }
 
 /// Reads a body to its end.
-pub(crate) async fn read(body: impl Stream<Item = Result<Bytes, ModelError>> + Send) -> Result<Vec<u8>, ModelError> {
+pub(crate) async fn read(
+    body: impl Stream<Item = Result<Bytes, ModelError>> + Send,
+) -> Result<Vec<u8>, ModelError> {
     let body = bounded(body);
     futures::pin_mut!(body);
     let mut whole = Vec::new();
@@ -52,7 +55,11 @@ fn bounded(
     body.scan(0, |read, bytes| {
         *read += bytes.as_ref().map_or(0, Bytes::len);
         let is_endless = *read > LONGEST_REPLY;
-        let bytes = if is_endless { Err(ModelError::Protocol("the reply has no end".into())) } else { bytes };
+        let bytes = if is_endless {
+            Err(ModelError::Protocol("the reply has no end".into()))
+        } else {
+            bytes
+        };
         std::future::ready(Some(bytes))
     })
 }
@@ -62,7 +69,9 @@ fn unreadable(error: sse_stream::Error) -> ModelError {
     match error {
         sse_stream::Error::Body(error) => match error.downcast::<ModelError>() {
             Ok(error) => *error,
-            Err(error) => ModelError::Transport(ecso::chain(&*error as &(dyn Error + 'static)).into()),
+            Err(error) => {
+                ModelError::Transport(ecso::chain(&*error as &(dyn Error + 'static)).into())
+            }
         },
         other => ModelError::Protocol(Cause::of(other)),
     }
@@ -86,7 +95,8 @@ mod tests {
     );
 
     fn reply(parts: Vec<&[u8]>) -> Result<Reply, ModelError> {
-        let parts: Vec<_> = parts.into_iter().map(|part| Ok(Bytes::copy_from_slice(part))).collect();
+        let parts: Vec<_> =
+            parts.into_iter().map(|part| Ok(Bytes::copy_from_slice(part))).collect();
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(ecso::collect(deltas(futures::stream::iter(parts)).boxed()))
     }
@@ -132,8 +142,12 @@ mod tests {
 
     #[test]
     fn an_endless_reply_ends() {
-        let line = b"data: {\"choices\":[{\"delta\":{\"content\":\"again and again and again\"}}]}\n\n".repeat(1000);
+        let line =
+            b"data: {\"choices\":[{\"delta\":{\"content\":\"again and again and again\"}}]}\n\n"
+                .repeat(1000);
         let parts = vec![&line[..]; LONGEST_REPLY / line.len() + 1];
-        assert!(matches!(reply(parts), Err(ModelError::Protocol(cause)) if cause.message().contains("no end")));
+        assert!(
+            matches!(reply(parts), Err(ModelError::Protocol(cause)) if cause.message().contains("no end"))
+        );
     }
 }

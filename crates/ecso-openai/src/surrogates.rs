@@ -1,14 +1,15 @@
 //! JSON with halves of characters in it.
 //!
-//! Beyond the first 65,536 a character is two `\u` escapes in JSON, a high surrogate and a low one. Servers that cut a
-//! text anywhere send one half in one event and the other in the next; no Rust string can hold a half. [`parse`] puts a
-//! sentinel in its place, a private character, and [`Joiner`] makes two neighbouring sentinels the character that they
-//! stand for.
+//! Beyond the first 65,536 a character is two `\u` escapes in JSON, a high surrogate and a low one.
+//! Servers that cut a text anywhere send one half in one event and the other in the next; no Rust
+//! string can hold a half. [`parse`] puts a sentinel in its place, a private character, and
+//! [`Joiner`] makes two neighbouring sentinels the character that they stand for.
 //!
-//! The sentinels are U+10F000 to U+10F7FF, in the last of the private-use planes. Where such a character is really in
-//! the JSON, [`parse`] writes it as two sentinels, so that it too comes back whole from a [`Joiner`]. So every text
-//! that [`parse`] gave is to be joined before it is shown; and a text that did not come from [`parse`] is not to be
-//! joined: private characters of that range would be lost in it. All other characters pass everywhere unharmed.
+//! The sentinels are U+10F000 to U+10F7FF, in the last of the private-use planes. Where such a
+//! character is really in the JSON, [`parse`] writes it as two sentinels, so that it too comes back
+//! whole from a [`Joiner`]. So every text that [`parse`] gave is to be joined before it is shown;
+//! and a text that did not come from [`parse`] is not to be joined: private characters of that
+//! range would be lost in it. All other characters pass everywhere unharmed.
 
 use std::{borrow::Cow, ops::RangeInclusive};
 
@@ -21,7 +22,8 @@ const LEAD: u8 = 0xF4;
 const HIGH: RangeInclusive<u16> = 0xD800..=0xDBFF;
 const LOW: RangeInclusive<u16> = 0xDC00..=0xDFFF;
 
-/// Reads JSON in which halves of characters may stand: each becomes a sentinel, for a [`Joiner`] to join.
+/// Reads JSON in which halves of characters may stand: each becomes a sentinel, for a [`Joiner`] to
+/// join.
 ///
 /// # Errors
 /// Those of `serde_json`; places in them are those of the JSON with its sentinels.
@@ -33,7 +35,10 @@ pub fn parse<T: DeserializeOwned>(json: &str) -> serde_json::Result<T> {
 ///
 /// # Errors
 /// As [`parse`].
-pub fn parse_seed<T>(json: &str, seed: impl for<'de> DeserializeSeed<'de, Value = T>) -> serde_json::Result<T> {
+pub fn parse_seed<T>(
+    json: &str,
+    seed: impl for<'de> DeserializeSeed<'de, Value = T>,
+) -> serde_json::Result<T> {
     let json = marked(json);
     let mut reader = serde_json::Deserializer::from_str(&json);
     let value = seed.deserialize(&mut reader)?;
@@ -89,7 +94,8 @@ impl Joiner {
     }
 }
 
-/// The JSON with a sentinel for each half that stands alone, and two for each character that could be taken for one.
+/// The JSON with a sentinel for each half that stands alone, and two for each character that could
+/// be taken for one.
 fn marked(json: &str) -> Cow<'_, str> {
     let mut marked = String::new();
     let mut rest = json;
@@ -112,7 +118,8 @@ fn marked(json: &str) -> Cow<'_, str> {
     Cow::Owned(marked)
 }
 
-/// How long the escape (or sentinel) at the start of `here` is, in bytes, and what goes into its place.
+/// How long the escape (or sentinel) at the start of `here` is, in bytes, and what goes into its
+/// place.
 fn replacement(here: &str) -> (usize, Option<Vec<char>>) {
     let Some(unit) = escaped(here) else {
         let mut chars = here.chars();
@@ -172,7 +179,8 @@ mod tests {
 
     #[test]
     fn halves_are_read_and_joined() {
-        let (first, second): (String, String) = (parse(r#""a\ud83d""#).unwrap(), parse(r#""\uDE00b""#).unwrap());
+        let (first, second): (String, String) =
+            (parse(r#""a\ud83d""#).unwrap(), parse(r#""\uDE00b""#).unwrap());
         let mut joiner = Joiner::default();
         assert_eq!(joiner.push(&first), "a");
         assert_eq!(joiner.push(""), "");

@@ -9,7 +9,8 @@ use rten_tensor::{NdTensor, NdTensorView, prelude::*};
 const PIXEL: f32 = 0.3;
 /// A box is text from this mean probability on (`box_thresh`).
 const BOX: f32 = 0.6;
-/// The detector draws boxes smaller than the text by this ratio of area to outline (`unclip_ratio`).
+/// The detector draws boxes smaller than the text by this ratio of area to outline
+/// (`unclip_ratio`).
 const UNCLIP: f32 = 1.5;
 /// Boxes with a side of fewer pixels than this are noise (`min_size`).
 const SMALLEST: f32 = 3.0;
@@ -37,7 +38,8 @@ pub(crate) struct TextBox {
     pub(crate) height: f32,
 }
 
-/// Finds boxes on a map of text probabilities; `scale` is pixels of the image for a pixel of the map, in x and y.
+/// Finds boxes on a map of text probabilities; `scale` is pixels of the image for a pixel of the
+/// map, in x and y.
 pub(crate) fn find(map: NdTensorView<'_, f32, 2>, scale: (f32, f32)) -> Vec<TextBox> {
     let mask: NdTensor<bool, 2> = map.map(|p| *p > PIXEL);
     let mut found = Vec::new();
@@ -54,7 +56,8 @@ pub(crate) fn find(map: NdTensorView<'_, f32, 2>, scale: (f32, f32)) -> Vec<Text
     found
 }
 
-/// The smallest rectangle around a contour, turned as it may be; `None` for a contour that is a point or a line.
+/// The smallest rectangle around a contour, turned as it may be; `None` for a contour that is a
+/// point or a line.
 fn smallest_rectangle(points: &[PointF]) -> Option<TextBox> {
     let points: MultiPoint<f32> = points.iter().map(|point| (point.x, point.y)).collect();
     let rectangle = points.minimum_rotated_rect()?;
@@ -73,10 +76,22 @@ fn smallest_rectangle(points: &[PointF]) -> Option<TextBox> {
 }
 
 /// Of the four ways to look at a rectangle, the one whose top is nearest to the image's.
-fn upright(center: (f32, f32), up: (f32, f32), width: f32, height: f32, scale: (f32, f32)) -> TextBox {
+fn upright(
+    center: (f32, f32),
+    up: (f32, f32),
+    width: f32,
+    height: f32,
+    scale: (f32, f32),
+) -> TextBox {
     let (x, y) = up;
-    let ways = [((x, y), width, height), ((-x, -y), width, height), ((-y, x), height, width), ((y, -x), height, width)];
-    let (up, width, height) = ways.into_iter().min_by(|a, b| a.0.1.total_cmp(&b.0.1)).unwrap_or(ways[0]);
+    let ways = [
+        ((x, y), width, height),
+        ((-x, -y), width, height),
+        ((-y, x), height, width),
+        ((y, -x), height, width),
+    ];
+    let (up, width, height) =
+        ways.into_iter().min_by(|a, b| a.0.1.total_cmp(&b.0.1)).unwrap_or(ways[0]);
     TextBox { center, up, width: width * scale.0, height: height * scale.1 }
 }
 
@@ -85,7 +100,11 @@ fn mean_inside(map: &NdTensorView<'_, f32, 2>, mask: &NdTensor<bool, 2>, points:
     let bounds = |pick: fn(&PointF) -> f32, end: usize| {
         let low = points.iter().map(pick).fold(f32::INFINITY, f32::min).max(0.0);
         let high = points.iter().map(pick).fold(0.0, f32::max);
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "indices of the map")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "indices of the map"
+        )]
         let range = low as usize..(high as usize + 1).min(end);
         range
     };
@@ -96,10 +115,16 @@ fn mean_inside(map: &NdTensorView<'_, f32, 2>, mask: &NdTensor<bool, 2>, points:
 }
 
 impl TextBox {
-    /// The box cut out of the image and laid level; a tall box is laid on its side, as vertical text is read.
+    /// The box cut out of the image and laid level; a tall box is laid on its side, as vertical
+    /// text is read.
     pub(crate) fn cut(&self, image: &RgbImage) -> RgbImage {
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "at least one pixel")]
-        let (width, height) = (self.width.round().max(1.0) as u32, self.height.round().max(1.0) as u32);
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "at least one pixel"
+        )]
+        let (width, height) =
+            (self.width.round().max(1.0) as u32, self.height.round().max(1.0) as u32);
         #[expect(clippy::cast_precision_loss, reason = "pixel counts are far below 2^23")]
         let strip = RgbImage::from_fn(width, height, |x, y| {
             let along = x as f32 + 0.5 - self.width / 2.0;
@@ -123,16 +148,15 @@ fn sample(image: &RgbImage, x: f32, y: f32) -> Rgb<u8> {
     image::imageops::interpolate_bilinear(image, x, y).unwrap_or(Rgb([255; 3]))
 }
 
-/// Sorts lines as they are read: rows from top to bottom, within a row from left to right. Lines are of one row when the
-/// middle of one lies within the other's height.
+/// Sorts lines as they are read: rows from top to bottom, within a row from left to right. Lines
+/// are of one row when the middle of one lies within the other's height.
 pub(crate) fn reading_order(mut lines: Vec<Line>) -> Vec<Vec<Line>> {
     lines.sort_by(|a, b| a.center.1.total_cmp(&b.center.1));
     let mut rows: Vec<Vec<Line>> = Vec::new();
     for line in lines {
-        let same = rows
-            .last()
-            .and_then(|row| row.first())
-            .is_some_and(|first| (line.center.1 - first.center.1).abs() < 0.5 * first.size.1.min(line.size.1));
+        let same = rows.last().and_then(|row| row.first()).is_some_and(|first| {
+            (line.center.1 - first.center.1).abs() < 0.5 * first.size.1.min(line.size.1)
+        });
         match rows.last_mut() {
             Some(row) if same => row.push(line),
             _ => rows.push(vec![line]),
@@ -177,8 +201,14 @@ mod tests {
         let boxes = find(map.view(), (2.0, 2.0));
         assert_eq!(boxes.len(), 1);
         let found = boxes[0];
-        assert!((found.center.0 - 119.0).abs() < 2.0 && (found.center.1 - 51.0).abs() < 2.0, "{found:?}");
-        assert!(found.width > 200.0 && found.height > 24.0 && found.width > found.height, "{found:?}");
+        assert!(
+            (found.center.0 - 119.0).abs() < 2.0 && (found.center.1 - 51.0).abs() < 2.0,
+            "{found:?}"
+        );
+        assert!(
+            found.width > 200.0 && found.height > 24.0 && found.width > found.height,
+            "{found:?}"
+        );
     }
 
     #[test]

@@ -6,7 +6,9 @@ use std::{
 };
 
 use async_trait::async_trait;
-use ecso::{Cause, Chat, Image, Mllm, ModelError, Part, Reply, ReplyStream, Sampling, Seen, Turn};
+use ecso::{
+    Cause, Chat, Image, ImageText, Mllm, ModelError, Part, Reply, ReplyStream, Sampling, Turn,
+};
 use lru::LruCache;
 
 use crate::{
@@ -17,16 +19,18 @@ use crate::{
 /// How many pages are remembered; the steps of one answer look at the same image three times.
 const REMEMBERED: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 
-/// A picture with so large a part of text is a page, whatever the tagger says: the most in a photograph with a tag was .11.
+/// A picture with so large a part of text is a page, whatever the tagger says: the most in a
+/// photograph with a tag was .11.
 const PAGE: f32 = 0.2;
 
-/// A text model that knows of each image the text that a [`Reader`] reads in it, and what a [`Tagger`] sees in it.
+/// A text model that knows of each image the text that a [`Reader`] reads in it, and what a
+/// [`Tagger`] sees in it.
 pub struct Composed<M> {
     reader: Arc<Reader>,
     tagger: Option<Arc<Tagger>>,
     model: M,
     name: String,
-    pages: Mutex<LruCache<blake3::Hash, Arc<Seen>>>,
+    pages: Mutex<LruCache<blake3::Hash, Arc<ImageText>>>,
 }
 
 impl<M: Mllm> Composed<M> {
@@ -59,23 +63,28 @@ impl<M: Mllm> Composed<M> {
     }
 
     /// What an image says and shows: by its description, where it has one.
-    async fn page(&self, image: &Image) -> Result<Arc<Seen>, ModelError> {
+    async fn page(&self, image: &Image) -> Result<Arc<ImageText>, ModelError> {
         if let Some(description) = image.description() {
-            return Ok(Arc::new(Seen { shows: description.to_owned(), ..Seen::default() }));
+            return Ok(Arc::new(ImageText {
+                description: description.to_owned(),
+                ..ImageText::default()
+            }));
         }
         let digest = image.digest();
         let known = self.pages.lock().unwrap_or_else(PoisonError::into_inner).get(&digest).cloned();
         if let Some(page) = known {
             return Ok(page);
         }
-        let (reader, tagger, image) = (Arc::clone(&self.reader), self.tagger.clone(), image.clone());
+        let (reader, tagger, image) =
+            (Arc::clone(&self.reader), self.tagger.clone(), image.clone());
         let read = tokio::task::spawn_blocking(move || {
             let pixels = image.pixels().map_err(|error| ModelError::Rejected(Cause::of(error)))?;
-            let page = reader.read(pixels).map_err(|error| ModelError::Transport(Cause::of(error)))?;
+            let page =
+                reader.read(pixels).map_err(|error| ModelError::Transport(Cause::of(error)))?;
             let tagger = tagger.filter(|_| page.part_of(pixels) < PAGE);
             let tags = tagger.map_or(Ok(Vec::new()), |tagger| tagger.tags(pixels));
             let tags = tags.map_err(|error| ModelError::Transport(Cause::of(error)))?;
-            Ok(Seen { words: page.text(), shows: photograph(&tags) })
+            Ok(ImageText { words: page.text(), description: photograph(&tags) })
         });
         let page = Arc::new(read.await.map_err(|error| ModelError::Transport(Cause::of(error)))??);
         self.pages.lock().unwrap_or_else(PoisonError::into_inner).put(digest, Arc::clone(&page));
@@ -93,12 +102,12 @@ impl<M: Mllm> Mllm for Composed<M> {
         self.model.health().await
     }
 
-    async fn reads(&self, image: &Image) -> Result<Option<Seen>, ModelError> {
+    async fn image_text(&self, image: &Image) -> Result<Option<ImageText>, ModelError> {
         Ok(Some(self.page(image).await?.as_ref().clone()))
     }
 
-    fn takes_several(&self) -> bool {
-        self.model.takes_several()
+    fn is_concurrent(&self) -> bool {
+        self.model.is_concurrent()
     }
 
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {
@@ -113,15 +122,19 @@ impl<M: Mllm> Mllm for Composed<M> {
 /// What a picture may be a photograph of; empty where no tag is likely.
 fn photograph(tags: &[Tag]) -> String {
     let names: Vec<&str> = tags.iter().map(|tag| tag.name).collect();
-    if names.is_empty() { String::new() } else { format!("a photograph (perhaps: {})", names.join(", ")) }
+    if names.is_empty() {
+        String::new()
+    } else {
+        format!("a photograph (perhaps: {})", names.join(", "))
+    }
 }
 
 /// How a picture stands in a conversation.
-fn layout(Seen { words, shows }: &Seen) -> String {
-    match (words.is_empty(), shows.is_empty()) {
+fn layout(ImageText { words, description }: &ImageText) -> String {
+    match (words.is_empty(), description.is_empty()) {
         (true, true) => "Image: a picture in which no text was found.".into(),
         (false, true) => format!("Image: a picture with the printed text \"{words}\""),
-        (true, false) => format!("Image: {shows}"),
-        (false, false) => format!("Image: {shows}, with the printed text \"{words}\""),
+        (true, false) => format!("Image: {description}"),
+        (false, false) => format!("Image: {description}, with the printed text \"{words}\""),
     }
 }

@@ -8,7 +8,8 @@ use rten_tensor::{NdTensor, NdTensorView, prelude::*};
 
 use crate::boxes::{self, Line};
 
-/// The detector sees an image with its longer side at most this long, in pixels: small print on a large page stays legible.
+/// The detector sees an image with its longer side at most this long, in pixels: small print on a
+/// large page stays legible.
 const LONGEST_SIDE: u32 = 1280;
 /// The recogniser reads lines of this height, in pixels,
 const LINE_HEIGHT: u32 = 48;
@@ -71,10 +72,16 @@ impl Page {
 }
 
 impl Reader {
-    /// Loads the detector and the recogniser (`RTen` files) and the recogniser's dictionary (one character a line).
-    pub fn load(detector: &Path, recogniser: &Path, dictionary: &Path) -> Result<Self, ReaderError> {
+    /// Loads the detector and the recogniser (`RTen` files) and the recogniser's dictionary (one
+    /// character a line).
+    pub fn load(
+        detector: &Path,
+        recogniser: &Path,
+        dictionary: &Path,
+    ) -> Result<Self, ReaderError> {
         let model = |path: &Path| Model::load_file(path).map_err(|error| unusable(path, &error));
-        let dictionary_text = std::fs::read_to_string(dictionary).map_err(|error| unusable(dictionary, &error))?;
+        let dictionary_text =
+            std::fs::read_to_string(dictionary).map_err(|error| unusable(dictionary, &error))?;
         let mut characters = vec![String::new()];
         characters.extend(dictionary_text.lines().map(str::to_owned));
         characters.push(" ".into());
@@ -91,7 +98,12 @@ impl Reader {
             let (text, confidence) = self.recognise(&found.cut(image))?;
             if confidence >= CONFIDENT && !text.trim().is_empty() {
                 let text = text.trim().to_owned();
-                lines.push(Line { text, confidence, center: found.center, size: (found.width, found.height) });
+                lines.push(Line {
+                    text,
+                    confidence,
+                    center: found.center,
+                    size: (found.width, found.height),
+                });
             }
         }
         Ok(Page { rows: boxes::reading_order(lines) })
@@ -102,13 +114,15 @@ impl Reader {
         let longest = width.max(height);
         // Sides are multiples of 32, as the network wants them.
         let side = |length: u32| {
-            let fitted = u64::from(length) * u64::from(longest.min(LONGEST_SIDE)) / u64::from(longest);
+            let fitted =
+                u64::from(length) * u64::from(longest.min(LONGEST_SIDE)) / u64::from(longest);
             u32::try_from(fitted.div_ceil(32).max(1) * 32).unwrap_or(LONGEST_SIDE)
         };
         let (w, h) = (side(width), side(height));
         let small = imageops::resize(image, w, h, imageops::FilterType::Triangle);
         let input = tensor(&small, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]);
-        let output = self.detector.run_one(input.view().into(), None).map_err(|error| failed(&error))?;
+        let output =
+            self.detector.run_one(input.view().into(), None).map_err(|error| failed(&error))?;
         let map: NdTensor<f32, 4> = output.try_into().map_err(|error| failed(&error))?;
         let [.., rows, columns] = map.shape();
         if rows == 0 || columns == 0 {
@@ -120,11 +134,13 @@ impl Reader {
     }
 
     fn recognise(&self, strip: &RgbImage) -> Result<(String, f32), ReaderError> {
-        let width = u64::from(strip.width()) * u64::from(LINE_HEIGHT) / u64::from(strip.height().max(1));
+        let width =
+            u64::from(strip.width()) * u64::from(LINE_HEIGHT) / u64::from(strip.height().max(1));
         let width = u32::try_from(width).unwrap_or(LINE_WIDTH).clamp(8, LINE_WIDTH);
         let line = imageops::resize(strip, width, LINE_HEIGHT, imageops::FilterType::Triangle);
         let input = tensor(&line, [0.5; 3], [0.5; 3]);
-        let output = self.recogniser.run_one(input.view().into(), None).map_err(|error| failed(&error))?;
+        let output =
+            self.recogniser.run_one(input.view().into(), None).map_err(|error| failed(&error))?;
         let steps: NdTensor<f32, 3> = output.try_into().map_err(|error| failed(&error))?;
         Ok(self.spell(steps.slice(0)))
     }
@@ -147,7 +163,8 @@ impl Reader {
     }
 }
 
-/// Pixels as the networks were trained on them: shape [1, 3, height, width], blue first, normalised.
+/// Pixels as the networks were trained on them: shape [1, 3, height, width], blue first,
+/// normalised.
 fn tensor(image: &RgbImage, mean: [f32; 3], deviation: [f32; 3]) -> NdTensor<f32, 4> {
     let (width, height) = (image.width() as usize, image.height() as usize);
     let raw = image.as_raw();

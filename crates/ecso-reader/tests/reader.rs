@@ -17,7 +17,8 @@ fn reader() -> Option<Reader> {
         return None;
     };
     let [detector, recogniser, dictionary] =
-        ["PP-OCRv6_det_small.rten", "PP-OCRv6_rec_small.rten", "ppocrv6_dict.txt"].map(|file| folder.join(file));
+        ["PP-OCRv6_det_small.rten", "PP-OCRv6_rec_small.rten", "ppocrv6_dict.txt"]
+            .map(|file| folder.join(file));
     if !dictionary.exists() {
         eprintln!("skipped: the text reader is not there (ecso models pull mini)");
         return None;
@@ -50,8 +51,11 @@ fn published_typographic_images_are_read_to_the_letter() {
         characters += expected.chars().count();
         images += 1;
     }
-    let rate = f64::from(u32::try_from(wrong).unwrap()) / f64::from(u32::try_from(characters).unwrap());
-    eprintln!("{images} images, {wrong} of {characters} characters wrong: character error rate {rate:.4}");
+    let rate =
+        f64::from(u32::try_from(wrong).unwrap()) / f64::from(u32::try_from(characters).unwrap());
+    eprintln!(
+        "{images} images, {wrong} of {characters} characters wrong: character error rate {rate:.4}"
+    );
     assert!(images == 50 && rate < 0.005, "{images} images, {rate}");
 }
 
@@ -64,16 +68,29 @@ fn image_of(pixels: &image::RgbImage) -> Image {
 #[tokio::test]
 async fn a_model_is_told_what_an_image_says_or_that_it_says_nothing() {
     let Some(reader) = reader() else { return };
-    let list = image::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/list.png")).unwrap().into_rgb8();
-    let stripes = image::RgbImage::from_fn(300, 200, |x, _| image::Rgb([u8::try_from(x % 256).unwrap(); 3]));
+    let list = image::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/list.png"))
+        .unwrap()
+        .into_rgb8();
+    let stripes =
+        image::RgbImage::from_fn(300, 200, |x, _| image::Rgb([u8::try_from(x % 256).unwrap(); 3]));
     let scripted = Arc::new(Scripted::texts(["one", "two", "three"]));
     let model = Composed::new(reader, Arc::clone(&scripted), "composed");
     for image in [image_of(&list), image_of(&stripes), image_of(&image::RgbImage::new(1, 1))] {
-        model.generate(&Chat::ask([image], "What is it about?"), &Sampling::default()).await.unwrap();
+        model
+            .generate(&Chat::ask([image], "What is it about?"), &Sampling::default())
+            .await
+            .unwrap();
     }
-    let asked: Vec<String> = scripted.asked().iter().map(|(chat, _)| chat.turns[0].query()).collect();
-    assert!(asked[0].contains("Steps to bake a") && asked[0].contains("loaf of bread."), "{asked:?}");
-    assert!(asked[1].contains("no text was found") && asked[2].contains("no text was found"), "{asked:?}");
+    let asked: Vec<String> =
+        scripted.asked().iter().map(|(chat, _)| chat.turns[0].query()).collect();
+    assert!(
+        asked[0].contains("Steps to bake a") && asked[0].contains("loaf of bread."),
+        "{asked:?}"
+    );
+    assert!(
+        asked[1].contains("no text was found") && asked[2].contains("no text was found"),
+        "{asked:?}"
+    );
     assert!(asked.iter().all(|text| text.ends_with("What is it about?")), "{asked:?}");
 }
 
@@ -91,14 +108,20 @@ async fn told(image: &image::RgbImage, tagged: bool) -> Option<String> {
         }
         model = model.with_tagger(Tagger::load(&file).unwrap());
     }
-    model.generate(&Chat::ask([image_of(image)], "What is it?"), &Sampling::default()).await.unwrap();
+    model
+        .generate(&Chat::ask([image_of(image)], "What is it?"), &Sampling::default())
+        .await
+        .unwrap();
     Some(scripted.asked()[0].0.turns[0].query())
 }
 
 #[tokio::test]
 async fn of_a_page_a_tagger_says_nothing() {
-    let list = image::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/list.png")).unwrap().into_rgb8();
-    let stripes = image::RgbImage::from_fn(300, 200, |x, _| image::Rgb([u8::try_from(x % 256).unwrap(); 3]));
+    let list = image::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/list.png"))
+        .unwrap()
+        .into_rgb8();
+    let stripes =
+        image::RgbImage::from_fn(300, 200, |x, _| image::Rgb([u8::try_from(x % 256).unwrap(); 3]));
     for image in [list, stripes] {
         let Some(with) = told(&image, true).await else { return };
         assert_eq!(Some(with), told(&image, false).await);
@@ -108,7 +131,9 @@ async fn of_a_page_a_tagger_says_nothing() {
 #[tokio::test]
 async fn of_a_photograph_a_tagger_says_what_it_may_show() {
     let Some(folder) = std::env::var_os("ECSO_TEST_PHOTOS").map(PathBuf::from) else {
-        return eprintln!("skipped: ECSO_TEST_PHOTOS names no folder with the photographs of darknet and scikit-learn");
+        return eprintln!(
+            "skipped: ECSO_TEST_PHOTOS names no folder with the photographs of darknet and scikit-learn"
+        );
     };
     let flower = image::open(folder.join("flower.jpg")).unwrap().into_rgb8();
     let Some(told) = told(&flower, true).await else { return };

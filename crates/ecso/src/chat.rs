@@ -76,12 +76,14 @@ impl Turn {
 /// A conversation that may hold images: what an MLLM `F(v, x)` is given.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Chat {
-    /// The turns, oldest first. Where the last one is the assistant's, the model goes on from it (a prefill).
+    /// The turns, oldest first. Where the last one is the assistant's, the model goes on from it (a
+    /// prefill).
     pub turns: Vec<Turn>,
-    /// What else the model is shown, as text: tool descriptions, JSON schemas. Backends don't send it; judges read it.
+    /// What else the model is shown, as text: tool descriptions, JSON schemas. Backends don't send
+    /// it; judges read it.
     pub definitions: Vec<String>,
-    /// How many of the first turns every chat of this kind begins with: a question's examples. A backend may keep what it makes of them;
-    /// nothing of anybody's conversation is in them.
+    /// How many of the first turns every chat of this kind begins with: a question's examples. A
+    /// backend may keep what it makes of them; nothing of anybody's conversation is in them.
     pub head: usize,
 }
 
@@ -100,8 +102,8 @@ impl Chat {
         self
     }
 
-    /// The conversation with each system message before the text of the user turn that comes next, images first; for models that have no
-    /// system role.
+    /// The conversation with each system message before the text of the user turn that comes next,
+    /// images first; for models that have no system role.
     #[must_use]
     pub fn without_system(&self) -> Self {
         let mut turns: Vec<Turn> = Vec::new();
@@ -109,7 +111,9 @@ impl Chat {
         for turn in &self.turns {
             match turn.role {
                 Role::System => pending.push(turn.query()),
-                Role::User if !pending.is_empty() => turns.push(introduced(turn, std::mem::take(&mut pending))),
+                Role::User if !pending.is_empty() => {
+                    turns.push(introduced(turn, std::mem::take(&mut pending)))
+                }
                 _ => turns.push(turn.clone()),
             }
         }
@@ -148,8 +152,8 @@ fn introduced(turn: &Turn, mut texts: Vec<String>) -> Turn {
     turn
 }
 
-/// A conversation of text alone. It has no place for an image: what is asked through it is asked with eyes closed,
-/// and the compiler sees to it.
+/// A conversation of text alone. It has no place for an image: what is asked through it is asked
+/// with eyes closed, and the compiler sees to it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BlindChat {
     /// The turns, oldest first: who speaks, and the text.
@@ -175,9 +179,14 @@ mod tests {
         assert_eq!(folded, Chat::ask([image.clone()], "Be brief.\n\nWhat is this?"));
         let mut wordless = Chat::ask([image.clone()], "");
         wordless.turns[0].parts.pop();
-        assert_eq!(wordless.with_system("Be brief.").without_system(), Chat::ask([image.clone()], "Be brief."));
-        let late =
-            Chat { turns: vec![Turn::text(Role::System, "a"), Turn::text(Role::System, "b")], ..Chat::default() };
+        assert_eq!(
+            wordless.with_system("Be brief.").without_system(),
+            Chat::ask([image.clone()], "Be brief.")
+        );
+        let late = Chat {
+            turns: vec![Turn::text(Role::System, "a"), Turn::text(Role::System, "b")],
+            ..Chat::default()
+        };
         assert_eq!(late.without_system().turns, [Turn::text(Role::User, "a\n\nb")]);
     }
 }

@@ -1,4 +1,5 @@
-//! Images inside text: data URLs (RFC 2397) and bare base64, read as people send them. One reader for every door.
+//! Images inside text: data URLs (RFC 2397) and bare base64, read as people send them. One reader
+//! for every door.
 
 use std::borrow::Cow;
 
@@ -24,25 +25,32 @@ pub fn is_data_url(text: &str) -> bool {
     text.trim_start().get(..5).is_some_and(|scheme| scheme.eq_ignore_ascii_case("data:"))
 }
 
-/// The bytes of a data URL in base64, `longest` at most. The media type is not believed, and parameters are passed over: what an
-/// image is, its bytes say.
+/// The bytes of a data URL in base64, `longest` at most. The media type is not believed, and
+/// parameters are passed over: what an image is, its bytes say.
 ///
 /// # Errors
-/// [`ImageError::DataUrl`] says what is wrong; [`ImageError::TooManyBytes`] before anything is decoded.
+/// [`ImageError::DataUrl`] says what is wrong; [`ImageError::TooManyBytes`] before anything is
+/// decoded.
 pub fn decode_data_url(url: &str, longest: usize) -> Result<Vec<u8>, ImageError> {
     let invalid = |why: &str| ImageError::DataUrl(why.to_owned());
-    let rest =
-        url.trim().get(5..).filter(|_| is_data_url(url)).ok_or_else(|| invalid("it does not begin with data:"))?;
-    let (head, data) = rest.split_once(',').ok_or_else(|| invalid("there is no comma before the data"))?;
-    let is_base64 = head.rsplit(';').next().is_some_and(|last| last.trim().eq_ignore_ascii_case("base64"));
+    let rest = url
+        .trim()
+        .get(5..)
+        .filter(|_| is_data_url(url))
+        .ok_or_else(|| invalid("it does not begin with data:"))?;
+    let (head, data) =
+        rest.split_once(',').ok_or_else(|| invalid("there is no comma before the data"))?;
+    let is_base64 =
+        head.rsplit(';').next().is_some_and(|last| last.trim().eq_ignore_ascii_case("base64"));
     if !is_base64 {
         return Err(invalid("it must be in base64, as in data:image/png;base64,iVBORw0…"));
     }
     decode_base64(data, longest)
 }
 
-/// The bytes of a text in base64, `longest` at most: either alphabet (RFC 4648, sections 4 and 5), with padding or without,
-/// percent-encoded where it stood in a URL, broken into lines or not, and with the spaces that a form made of each `+`.
+/// The bytes of a text in base64, `longest` at most: either alphabet (RFC 4648, sections 4 and 5),
+/// with padding or without, percent-encoded where it stood in a URL, broken into lines or not, and
+/// with the spaces that a form made of each `+`.
 ///
 /// # Errors
 /// As [`decode_data_url`].
@@ -54,17 +62,24 @@ pub fn decode_base64(text: &str, longest: usize) -> Result<Vec<u8>, ImageError> 
     }
     let text = text.trim();
     // Without a way out early: so it is done 64 bytes at a time.
-    let is_plain = text
-        .bytes()
-        .fold(true, |plain, byte| plain & (byte.is_ascii_alphanumeric() | matches!(byte, b'+' | b'/' | b'=')));
+    let is_plain = text.bytes().fold(true, |plain, byte| {
+        plain & (byte.is_ascii_alphanumeric() | matches!(byte, b'+' | b'/' | b'='))
+    });
     let text = if is_plain { Cow::Borrowed(text) } else { Cow::Owned(plain(text)) };
-    BASE64.decode(text.as_ref()).map_err(|error| ImageError::DataUrl(format!("its base64 is broken: {error}")))
+    BASE64
+        .decode(text.as_ref())
+        .map_err(|error| ImageError::DataUrl(format!("its base64 is broken: {error}")))
 }
 
 fn plain(text: &str) -> String {
     let text: String = text.chars().filter(|c| !matches!(c, '\r' | '\n' | '\t')).collect();
     let text = text.replace("%2B", "+").replace("%2b", "+").replace("%2F", "/").replace("%2f", "/");
-    let text = text.replace("%3D", "=").replace("%3d", "=").replace("%0A", "").replace("%0D", "").replace("%20", " ");
+    let text = text
+        .replace("%3D", "=")
+        .replace("%3d", "=")
+        .replace("%0A", "")
+        .replace("%0D", "")
+        .replace("%20", " ");
     text.trim()
         .chars()
         .map(|c| match c {
@@ -110,7 +125,10 @@ mod tests {
             assert!(error.contains(says), "{url}: {error}");
         }
         let long = format!("data:;base64,{}", "A".repeat(1000));
-        assert!(matches!(decode_data_url(&long, 100), Err(ImageError::TooManyBytes { limit: 100, .. })));
+        assert!(matches!(
+            decode_data_url(&long, 100),
+            Err(ImageError::TooManyBytes { limit: 100, .. })
+        ));
     }
 
     proptest::proptest! {

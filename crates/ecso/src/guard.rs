@@ -1,4 +1,5 @@
-//! The guard: an MLLM and a profile, with two doors. What is guarded at all is decided here; how, by the profile's method.
+//! The guard: an MLLM and a profile. This file decides which conversations are guarded; the
+//! profile's method decides how.
 
 use std::sync::Arc;
 
@@ -7,11 +8,11 @@ use serde_json::{Map, Value};
 
 use crate::{
     chat::Chat,
-    hardened::{self, Looked},
+    hardened::{self, RequestFindings},
     memory::Memory,
     mllm::{Mllm, Sampling},
     paper,
-    pipeline::{self, Considered, Given, Halt, Pipeline},
+    pipeline::{self, Given, Halt, Pipeline, RequestCheck},
     profile::{Gate, Method, Profile, Scope},
     prompt::Query,
     trace::{Event, GuardError, Outcome},
@@ -20,9 +21,10 @@ use crate::{
 
 /// Protects the answers of one [`Mllm`] under one [`Profile`].
 ///
-/// Two doors lead in: [`Guard::answer`] takes a conversation, [`Guard::review`] a conversation and the answer that
-/// somebody already has (a server, an evaluation of several profiles, a data engine). Both are folds over one pipeline
-/// of events, which [`Guard::answer_events`] and [`Guard::review_events`] show.
+/// [`Guard::answer`] takes a conversation and answers it. [`Guard::review`] takes a conversation
+/// and a draft answer that the caller already has (a server, an evaluation of several profiles, a
+/// data engine). Both collect the events of one pipeline; [`Guard::answer_events`] and
+/// [`Guard::review_events`] stream these events.
 ///
 /// ```
 /// # async fn example(model: impl ecso::Mllm) -> Result<(), Box<dyn std::error::Error>> {
@@ -42,71 +44,76 @@ pub struct Guard<M> {
     options: Options,
 }
 
-/// What [`Guard::check`] found about a text. Nobody else makes one: who has it knows that the text was judged.
+/// The result of [`Guard::check_draft`]. Nothing else creates one, so holding it proves that the
+/// text was judged.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Checked {
+pub struct CheckedDraft {
     draft: String,
     found: Detection,
 }
 
-impl Checked {
+impl CheckedDraft {
     /// The text that was judged.
     #[must_use]
     pub fn draft(&self) -> &str {
         &self.draft
     }
 
-    /// What was found about it.
+    /// The verdict on it.
     #[must_use]
     pub fn verdict(&self) -> Verdict {
         self.found.verdict
     }
 
-    /// Probability of harm in 0..=1; `None` where the model doesn't tell.
+    /// Probability of harm in 0..=1; `None` if the model reports no probabilities.
     #[must_use]
     pub fn score(&self) -> Option<f64> {
         self.found.score
     }
 }
 
-/// What a caller may say beside the profile.
+/// Settings of the caller, beside the profile.
 #[derive(Debug, Clone)]
 pub(crate) struct Options {
-    /// Of answers (steps 1 and 4), in place of the profile's.
+    /// For answers (steps 1 and 4), in place of the profile's.
     pub(crate) sampling: Option<Sampling>,
-    /// Further request fields of questions and captions.
+    /// Extra request fields for questions and captions.
     pub(crate) extra: Map<String, Value>,
     pub(crate) memory: Arc<Memory>,
-    /// Whose findings it knows.
+    /// Whose findings `memory` returns.
     pub(crate) caller: String,
 }
 
 impl<M: Mllm> Guard<M> {
     /// A guard in front of `model`.
     pub fn new(model: M, profile: Profile) -> Self {
-        let options =
-            Options { sampling: None, extra: Map::new(), memory: Arc::new(Memory::new(0)), caller: String::new() };
+        let options = Options {
+            sampling: None,
+            extra: Map::new(),
+            memory: Arc::new(Memory::new(0)),
+            caller: String::new(),
+        };
         Self { model, profile, options }
     }
 
-    /// The same guard for a caller who says how answers are sampled: steps 1 and 4 are asked with `sampling` in place of the
-    /// profile's.
+    /// Samples answers (steps 1 and 4) with `sampling` in place of the profile's settings.
     #[must_use]
     pub fn with_sampling(mut self, sampling: Sampling) -> Self {
         self.options.sampling = Some(sampling);
         self
     }
 
-    /// The same guard, whose own calls (steps 2 and 3, and every check) carry these request fields: what changes how a model sees or
-    /// thinks. Backends that have no request pass them over.
+    /// Adds request fields to the guard's own calls (steps 2 and 3, and every check), such as those
+    /// that change how a model sees or thinks. Backends without an HTTP request ignore them.
     #[must_use]
     pub fn with_extra(mut self, extra: Map<String, Value>) -> Self {
         self.options.extra = extra;
         self
     }
 
-    /// The same guard with a memory that it shares with others; without one it remembers no finding. Findings are those of the same
-    /// `caller`: behind one name two callers may reach two models.
+    /// Shares a memory of earlier findings with other guards. Without one, nothing is remembered.
+    /// Findings are kept apart by `caller`, because two callers may reach two models under one
+    /// name.
     #[must_use]
     pub fn with_memory(mut self, memory: Arc<Memory>, caller: impl Into<String>) -> Self {
         (self.options.memory, self.options.caller) = (memory, caller.into());
@@ -128,13 +135,16 @@ impl<M: Mllm> Guard<M> {
         fold(self.answer_events(chat)).await
     }
 
-    /// Steps 2 to 4: takes `draft` for the direct answer to the last user turn of `chat`.
+    /// Steps 2 to 4, with `draft` as the direct answer to the last user turn of `chat`.
     pub async fn review(&self, chat: &Chat, draft: &str) -> Result<Outcome, GuardError> {
         fold(self.review_events(chat, draft)).await
     }
 
     /// [`Guard::answer`], step by step. Dropping the stream cancels the work.
-    pub fn answer_events<'a>(&'a self, chat: &'a Chat) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
+    pub fn answer_events<'a>(
+        &'a self,
+        chat: &'a Chat,
+    ) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
         self.events(chat, Given::default())
     }
 
@@ -144,44 +154,64 @@ impl<M: Mllm> Guard<M> {
         chat: &'a Chat,
         draft: &str,
     ) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
-        self.events(chat, Given { draft: Some(draft.to_owned()), considered: Considered::default() })
+        self.events(
+            chat,
+            Given { draft: Some(draft.to_owned()), request_check: RequestCheck::default() },
+        )
     }
 
-    /// What can be found about the last user turn of `chat` without an answer to it, while somebody else gets that: under `hardened` its
-    /// images as text and whether it asks for harm, under `paper` nothing.
-    pub async fn consider(&self, chat: &Chat) -> Result<Considered, GuardError> {
+    /// Checks the last user turn of `chat` before there is an answer to it, so that a caller can
+    /// fetch the draft meanwhile. Under `hardened` this turns the images into text and asks whether
+    /// the request is harmful; under `paper` it does nothing.
+    pub async fn check_request(&self, chat: &Chat) -> Result<RequestCheck, GuardError> {
         let Self { model, profile, options } = self;
-        let looked = pipeline::ahead(model, profile, options, Given::default(), move |w| consider(w, chat).boxed());
-        let (looked, steps) = looked.await?;
-        Ok(Considered::of(looked, steps))
+        let findings = pipeline::ahead(model, profile, options, Given::default(), move |w| {
+            check_request(w, chat).boxed()
+        });
+        let (findings, steps) = findings.await?;
+        Ok(RequestCheck::of(findings, steps))
     }
 
-    /// Step 2 alone, on the beginning of an answer that somebody is still getting: is there harm in it already? What is found and what it
-    /// took is kept in `considered`, for the review of the whole behind it, which does not ask about the same draft again. Where step 2 is
-    /// not asked (nothing is guarded, or all is answered anew), the verdict is [`Verdict::Unchecked`].
-    pub async fn check(&self, chat: &Chat, considered: &mut Considered, draft: &str) -> Result<Checked, GuardError> {
+    /// Step 2 alone, on the part of an answer that has been written so far. The finding and its
+    /// calls are kept in `request_check`, so that the later review of the whole answer does not ask
+    /// about the same draft again. If step 2 does not run (the chat is not guarded, or the profile
+    /// rewrites every answer), the verdict is [`Verdict::Unchecked`].
+    pub async fn check_draft(
+        &self,
+        chat: &Chat,
+        request_check: &mut RequestCheck,
+        draft: &str,
+    ) -> Result<CheckedDraft, GuardError> {
         let Self { model, profile, options } = self;
-        let given = Given { draft: None, considered: considered.again() };
-        let found = pipeline::ahead(model, profile, options, given, move |w| check(w, chat, draft).boxed());
+        let given = Given { draft: None, request_check: request_check.without_steps() };
+        let found = pipeline::ahead(model, profile, options, given, move |w| {
+            check_draft(w, chat, draft).boxed()
+        });
         let (found, steps) = found.await?;
         let found = found.unwrap_or(Detection::UNCHECKED);
-        considered.checked(draft, found, steps);
-        Ok(Checked { draft: draft.to_owned(), found })
+        request_check.keep(draft, found, steps);
+        Ok(CheckedDraft { draft: draft.to_owned(), found })
     }
 
-    /// [`Guard::review_events`], of a request that was [considered](Guard::consider) by this guard. A draft is not looked at where no answer
-    /// could make the request safe.
-    pub fn review_considered<'a>(
+    /// [`Guard::review_events`] for a request that this guard has [checked](Guard::check_request)
+    /// already. The draft is not judged if the request itself is harmful.
+    pub fn review_checked<'a>(
         &'a self,
         chat: &'a Chat,
-        considered: Considered,
+        request_check: RequestCheck,
         draft: &str,
     ) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
-        self.events(chat, Given { draft: Some(draft.to_owned()), considered })
+        self.events(chat, Given { draft: Some(draft.to_owned()), request_check })
     }
 
-    fn events<'a>(&'a self, chat: &'a Chat, given: Given) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
-        pipeline::events(&self.model, &self.profile, &self.options, given, move |w| run(w, chat).boxed())
+    fn events<'a>(
+        &'a self,
+        chat: &'a Chat,
+        given: Given,
+    ) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
+        pipeline::events(&self.model, &self.profile, &self.options, given, move |w| {
+            run(w, chat).boxed()
+        })
     }
 }
 
@@ -190,16 +220,22 @@ fn is_guarded(profile: &Profile, chat: &Chat) -> bool {
     profile.gate != Gate::Never && (profile.scope == Scope::All || chat.image_count() > 0)
 }
 
-async fn consider(w: &mut Pipeline<'_>, chat: &Chat) -> Result<Option<Looked>, Halt> {
+async fn check_request(w: &mut Pipeline<'_>, chat: &Chat) -> Result<Option<RequestFindings>, Halt> {
     let profile = w.profile;
     let q = Query::of(chat, profile).ok_or(GuardError::NoQuery)?;
     match &profile.method {
-        Method::Hardened(p) if is_guarded(profile, chat) => Ok(Some(hardened::look(w, p, &q).await?)),
+        Method::Hardened(p) if is_guarded(profile, chat) => {
+            Ok(Some(hardened::check_request(w, p, &q).await?))
+        }
         _ => Ok(None),
     }
 }
 
-async fn check(w: &mut Pipeline<'_>, chat: &Chat, draft: &str) -> Result<Option<Detection>, Halt> {
+async fn check_draft(
+    w: &mut Pipeline<'_>,
+    chat: &Chat,
+    draft: &str,
+) -> Result<Option<Detection>, Halt> {
     let profile = w.profile;
     let q = Query::of(chat, profile).ok_or(GuardError::NoQuery)?;
     if !is_guarded(profile, chat) {
@@ -224,7 +260,9 @@ async fn run(w: &mut Pipeline<'_>, chat: &Chat) -> Result<(), Halt> {
     }
 }
 
-async fn fold(events: impl Stream<Item = Result<Event, GuardError>>) -> Result<Outcome, GuardError> {
+async fn fold(
+    events: impl Stream<Item = Result<Event, GuardError>>,
+) -> Result<Outcome, GuardError> {
     pin_mut!(events);
     while let Some(event) = events.next().await {
         if let Event::Done(outcome) = event? {

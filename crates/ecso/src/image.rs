@@ -33,7 +33,8 @@ mod pdf;
 pub struct Limits {
     /// Largest encoded size, in bytes.
     pub bytes: usize,
-    /// Largest width times height, in pixels. A decoder may use at most 16 bytes of memory for each.
+    /// Largest width times height, in pixels. A decoder may use at most 16 bytes of memory for
+    /// each.
     pub pixels: u64,
     /// What becomes of an image whose end is missing.
     pub truncated: Truncated,
@@ -43,7 +44,8 @@ pub struct Limits {
 
 impl Limits {
     /// 20 MiB and 40 megapixels; images whose end is missing are refused; 20 pages.
-    pub const USUAL: Self = Self { bytes: 20 << 20, pixels: 40_000_000, truncated: Truncated::Refuse, pages: 20 };
+    pub const USUAL: Self =
+        Self { bytes: 20 << 20, pixels: 40_000_000, truncated: Truncated::Refuse, pages: 20 };
 }
 
 impl Default for Limits {
@@ -59,8 +61,8 @@ impl Default for Limits {
 pub enum Truncated {
     /// [`ImageError::Truncated`].
     Refuse,
-    /// It is taken as it is, with a warning in the log. What a decoder makes of it is the decoder's: of a JPEG grey, of others mostly an
-    /// error.
+    /// It is taken as it is, with a warning in the log. What a decoder makes of it is the
+    /// decoder's: of a JPEG grey, of others mostly an error.
     Accept,
 }
 
@@ -104,7 +106,9 @@ pub enum ImageError {
     #[error("this is not an image that can be read: JPEG, PNG, WebP and GIF are")]
     NotAnImage,
     /// Its end is missing, and [`Limits::truncated`] refuses that.
-    #[error("the {format} is broken: its end is missing (images.truncated = \"accept\" takes it as it is)")]
+    #[error(
+        "the {format} is broken: its end is missing (images.truncated = \"accept\" takes it as it is)"
+    )]
     Truncated {
         /// The format its first bytes claim.
         format: &'static str,
@@ -137,7 +141,9 @@ pub enum ImageError {
         reason: String,
     },
     /// Pixels were asked of an image that is known by its URL only.
-    #[error("the image is a URL and was not fetched; only a server that fetches it itself can be shown it")]
+    #[error(
+        "the image is a URL and was not fetched; only a server that fetches it itself can be shown it"
+    )]
     NotFetched,
     /// Pixels were asked of an image of which only a description is there.
     #[error(
@@ -146,8 +152,9 @@ pub enum ImageError {
     OnlyDescribed,
 }
 
-/// An image as it came in: the client's bytes are kept and never encoded again. Only of what models don't read (HEIC, AVIF, the pages of
-/// PDF files, each with the Cargo feature of its name) PNG or JPEG are made.
+/// An image as it came in: the client's bytes are kept and never encoded again. Only of what models
+/// don't read (HEIC, AVIF, the pages of PDF files, each with the Cargo feature of its name) PNG or
+/// JPEG are made.
 #[derive(Debug, Clone)]
 pub struct Image {
     source: Arc<Source>,
@@ -176,7 +183,8 @@ impl PartialEq for Image {
 }
 
 impl Image {
-    /// Reads a file, of no more bytes than `limits` allow, and takes them as [`Image::from_bytes`] does. Every error names the file.
+    /// Reads a file, of no more bytes than `limits` allow, and takes them as [`Image::from_bytes`]
+    /// does. Every error names the file.
     pub fn open(path: impl AsRef<Path>, limits: Limits) -> Result<Self, ImageError> {
         Self::read(path.as_ref(), limits, Self::from_bytes)
     }
@@ -191,7 +199,8 @@ impl Image {
         limits: Limits,
         take: impl Fn(Vec<u8>, Limits) -> Result<T, ImageError>,
     ) -> Result<T, ImageError> {
-        let failed = |error: &dyn Error| ImageError::File { path: path.into(), reason: error.to_string() };
+        let failed =
+            |error: &dyn Error| ImageError::File { path: path.into(), reason: error.to_string() };
         let file = File::open(path).map_err(|error| failed(&error))?;
         let mut bytes = Vec::new();
         // One byte more than allowed is enough to see that there are too many.
@@ -200,7 +209,8 @@ impl Image {
         take(bytes, limits).map_err(|error| failed(&error))
     }
 
-    /// Takes encoded bytes and checks size, header and end against `limits`; nothing is decoded yet, but what models don't read.
+    /// Takes encoded bytes and checks size, header and end against `limits`; nothing is decoded
+    /// yet, but what models don't read.
     ///
     /// # Errors
     /// [`ImageError::Several`] where there is more than one: see [`Image::several`].
@@ -212,8 +222,9 @@ impl Image {
         }
     }
 
-    /// The images in a file's bytes, each taken as [`Image::from_bytes`] does: one of a picture, one a page of a document, in order.
-    /// Documents and photos that models don't read are decoded here, one at a time in the whole process: see [`apart`].
+    /// The images in a file's bytes, each taken as [`Image::from_bytes`] does: one of a picture,
+    /// one a page of a document, in order. Documents and photos that models don't read are decoded
+    /// here, one at a time in the whole process: see [`apart`].
     pub fn several(bytes: impl Into<Bytes>, limits: Limits) -> Result<Vec<Self>, ImageError> {
         let bytes = bytes.into();
         if bytes.is_empty() {
@@ -227,10 +238,19 @@ impl Image {
             return Ok(vec![Self::taken(bytes, digest, limits, false)?]);
         };
         let images = foreign.converted(&bytes, limits)?.into_iter().zip(0..);
-        images.map(|(image, page)| Self::taken(image.into(), foreign.digest(digest, page), limits, true)).collect()
+        images
+            .map(|(image, page)| {
+                Self::taken(image.into(), foreign.digest(digest, page), limits, true)
+            })
+            .collect()
     }
 
-    fn taken(bytes: Bytes, digest: blake3::Hash, limits: Limits, is_converted: bool) -> Result<Self, ImageError> {
+    fn taken(
+        bytes: Bytes,
+        digest: blake3::Hash,
+        limits: Limits,
+        is_converted: bool,
+    ) -> Result<Self, ImageError> {
         let format = image::guess_format(&bytes).map_err(|_| ImageError::NotAnImage)?;
         if !format.reading_enabled() {
             return Err(ImageError::NotAnImage);
@@ -245,7 +265,14 @@ impl Image {
         if u64::from(width) * u64::from(height) > limits.pixels {
             return Err(ImageError::TooManyPixels { width, height, limit: limits.pixels });
         }
-        Ok(Self::from_source(Source::Bytes { bytes, format, limits, digest, is_converted, pixels: OnceLock::new() }))
+        Ok(Self::from_source(Source::Bytes {
+            bytes,
+            format,
+            limits,
+            digest,
+            is_converted,
+            pixels: OnceLock::new(),
+        }))
     }
 
     /// Takes the bytes of a data URL ([`decode_data_url`]) as [`Image::from_bytes`] does.
@@ -253,13 +280,14 @@ impl Image {
         Self::from_bytes(decode_data_url(url, limits.bytes)?, limits)
     }
 
-    /// An image that is known by its URL, for backends that pass the URL on. It is never fetched by this library.
+    /// An image that is known by its URL, for backends that pass the URL on. It is never fetched by
+    /// this library.
     pub fn from_url(url: impl Into<String>) -> Self {
         Self::from_source(Source::Url(url.into()))
     }
 
-    /// An image of which only a description is there, as perfect eyes would give it. Models that see can't be shown it; one that reads
-    /// pictures as text reads this.
+    /// An image of which only a description is there, as perfect eyes would give it. Models that
+    /// see can't be shown it; one that reads pictures as text reads this.
     pub fn described(description: impl Into<String>) -> Self {
         Self::from_source(Source::Described(description.into()))
     }
@@ -277,8 +305,8 @@ impl Image {
         Self { source: Arc::new(source), view: Arc::default() }
     }
 
-    /// The same image with fields that say how a model looks at it (`detail`, `min_pixels`, …): backends that have a request send them
-    /// with it.
+    /// The same image with fields that say how a model looks at it (`detail`, `min_pixels`, …):
+    /// backends that have a request send them with it.
     #[must_use]
     pub fn with_view(self, view: Map<String, Value>) -> Self {
         Self { view: Arc::new(view), ..self }
@@ -290,8 +318,8 @@ impl Image {
         &self.view
     }
 
-    /// The encoded bytes as they came in, or as they were made of what models don't read, with their MIME type; `None` for a URL, or
-    /// where only a description is there.
+    /// The encoded bytes as they came in, or as they were made of what models don't read, with
+    /// their MIME type; `None` for a URL, or where only a description is there.
     #[must_use]
     pub fn encoded(&self) -> Option<(&Bytes, &'static str)> {
         match &*self.source {
@@ -315,26 +343,29 @@ impl Image {
         }
     }
 
-    /// BLAKE3 of the bytes as they came in (or of the URL, or of the description behind a mark); of a page, that of the document's digest and
-    /// the page's number.
+    /// BLAKE3 of the bytes as they came in (or of the URL, or of the description behind a mark); of
+    /// a page, that of the document's digest and the page's number.
     #[must_use]
     pub fn digest(&self) -> blake3::Hash {
         match &*self.source {
             Source::Bytes { digest, .. } => *digest,
             Source::Url(url) => blake3::hash(url.as_bytes()),
-            Source::Described(text) => blake3::Hasher::new().update(b"described:").update(text.as_bytes()).finalize(),
+            Source::Described(text) => {
+                blake3::Hasher::new().update(b"described:").update(text.as_bytes()).finalize()
+            }
         }
     }
 
-    /// The pixels: 8-bit RGB, upright (EXIF orientation applied), transparency laid over white, the first frame of an
-    /// animation. Decoded on first use, then kept.
+    /// The pixels: 8-bit RGB, upright (EXIF orientation applied), transparency laid over white, the
+    /// first frame of an animation. Decoded on first use, then kept.
     pub fn pixels(&self) -> Result<&RgbImage, ImageError> {
         match &*self.source {
             Source::Url(_) => Err(ImageError::NotFetched),
             Source::Described(_) => Err(ImageError::OnlyDescribed),
-            Source::Bytes { bytes, format, limits, pixels, .. } => {
-                pixels.get_or_init(|| decode(bytes, *format, *limits)).as_ref().map_err(Clone::clone)
-            }
+            Source::Bytes { bytes, format, limits, pixels, .. } => pixels
+                .get_or_init(|| decode(bytes, *format, *limits))
+                .as_ref()
+                .map_err(Clone::clone),
         }
     }
 
@@ -343,7 +374,9 @@ impl Image {
         match &*self.source {
             Source::Url(_) => Err(ImageError::NotFetched),
             Source::Described(_) => Err(ImageError::OnlyDescribed),
-            Source::Bytes { bytes, format, limits, .. } => decode(bytes, *format, *limits).map(drop),
+            Source::Bytes { bytes, format, limits, .. } => {
+                decode(bytes, *format, *limits).map(drop)
+            }
         }
     }
 }
@@ -352,7 +385,9 @@ impl Image {
 fn without_end(format: &'static str, bytes: usize, limits: Limits) -> Result<(), ImageError> {
     match limits.truncated {
         Truncated::Refuse => return Err(ImageError::Truncated { format }),
-        Truncated::Accept => tracing::warn!(format, bytes, "an image was taken though its end is missing"),
+        Truncated::Accept => {
+            tracing::warn!(format, bytes, "an image was taken though its end is missing")
+        }
     }
     Ok(())
 }
@@ -365,7 +400,8 @@ fn decode(bytes: &[u8], format: ImageFormat, limits: Limits) -> Result<RgbImage,
     let mut decoder = reader.into_decoder().map_err(|error| broken(format, &error))?;
     // A damaged EXIF block says nothing about the pixels: the image is then taken as it lies.
     let orientation = decoder.orientation().unwrap_or(image::metadata::Orientation::NoTransforms);
-    let mut image = image::DynamicImage::from_decoder(decoder).map_err(|error| broken(format, &error))?;
+    let mut image =
+        image::DynamicImage::from_decoder(decoder).map_err(|error| broken(format, &error))?;
     image.apply_orientation(orientation);
     if !image.color().has_alpha() {
         return Ok(image.into_rgb8());
@@ -376,7 +412,9 @@ fn decode(bytes: &[u8], format: ImageFormat, limits: Limits) -> Result<RgbImage,
 fn over_white(pixels: &RgbaImage) -> RgbImage {
     RgbImage::from_fn(pixels.width(), pixels.height(), |x, y| {
         let [r, g, b, alpha] = pixels.get_pixel(x, y).0.map(u32::from);
-        let over = |channel| u8::try_from((channel * alpha + 255 * (255 - alpha) + 127) / 255).unwrap_or(u8::MAX);
+        let over = |channel| {
+            u8::try_from((channel * alpha + 255 * (255 - alpha) + 127) / 255).unwrap_or(u8::MAX)
+        };
         image::Rgb([over(r), over(g), over(b)])
     })
 }
@@ -429,7 +467,8 @@ mod tests {
 
     #[test]
     fn exif_orientation_turns_the_picture() {
-        // An EXIF block that says "rotate by 90 degrees", put behind the start marker of a JPEG that we encode.
+        // An EXIF block that says "rotate by 90 degrees", put behind the start marker of a JPEG
+        // that we encode.
         let tiff = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0";
         let mut app1 = vec![0xff, 0xe1];
         app1.extend(u16::try_from(2 + 6 + tiff.len()).unwrap().to_be_bytes());
@@ -447,13 +486,18 @@ mod tests {
         assert_eq!(Image::from_bytes(Vec::new(), limits).unwrap_err(), ImageError::Empty);
         let missing = Image::open("no/such.png", limits).unwrap_err().to_string();
         assert!(missing.starts_with("no/such.png: "), "{missing}");
-        let file = Image::open(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"), limits).unwrap_err().to_string();
+        let file = Image::open(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"), limits)
+            .unwrap_err()
+            .to_string();
         assert!(file.contains("Cargo.toml: this is not an image"), "{file}");
         assert_eq!(
             Image::from_bytes(vec![0; 4001], limits).unwrap_err(),
             ImageError::TooManyBytes { actual: 4001, limit: 4000 }
         );
-        assert_eq!(Image::from_bytes(&b"plain text"[..], limits).unwrap_err(), ImageError::NotAnImage);
+        assert_eq!(
+            Image::from_bytes(&b"plain text"[..], limits).unwrap_err(),
+            ImageError::NotAnImage
+        );
         let wide = encode(&image::DynamicImage::new_luma8(65, 1), ImageFormat::Png);
         assert!(matches!(
             Image::from_bytes(wide, limits).unwrap_err(),
@@ -461,8 +505,12 @@ mod tests {
         ));
         let mut cut = encode(&image::DynamicImage::new_rgb8(8, 8), ImageFormat::Png);
         cut.truncate(cut.len() - 20);
-        assert_eq!(Image::from_bytes(cut.clone(), limits).unwrap_err(), ImageError::Truncated { format: "PNG" });
-        let image = Image::from_bytes(cut, Limits { truncated: Truncated::Accept, ..limits }).unwrap();
+        assert_eq!(
+            Image::from_bytes(cut.clone(), limits).unwrap_err(),
+            ImageError::Truncated { format: "PNG" }
+        );
+        let image =
+            Image::from_bytes(cut, Limits { truncated: Truncated::Accept, ..limits }).unwrap();
         assert!(matches!(image.pixels().unwrap_err(), ImageError::Broken { format: "PNG", .. }));
     }
 

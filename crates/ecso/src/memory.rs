@@ -19,8 +19,9 @@ use crate::{
 /// How long a finding is kept: a server may change its model.
 const KEPT: Duration = Duration::from_hours(1);
 
-/// What repeats from call to call, an agent's long system message or its tools, is judged once: findings about requests, by a digest of
-/// the question. And which models think before they say yes or no. Shared by all guards of a process that should know it.
+/// What repeats from call to call, an agent's long system message or its tools, is judged once:
+/// findings about requests, by a digest of the question. And which models think before they say yes
+/// or no. Shared by all guards of a process that should know it.
 #[derive(Debug)]
 pub struct Memory {
     findings: Option<Mutex<LruCache<blake3::Hash, (Detection, Instant)>>>,
@@ -31,12 +32,13 @@ impl Memory {
     /// A memory of at most `findings` findings (about 100 bytes each); 0 keeps none.
     #[must_use]
     pub fn new(findings: usize) -> Self {
-        let findings = NonZeroUsize::new(findings).map(|findings| Mutex::new(LruCache::new(findings)));
+        let findings =
+            NonZeroUsize::new(findings).map(|findings| Mutex::new(LruCache::new(findings)));
         Self { findings, thinking: Mutex::default() }
     }
 
-    /// What a prompt is known by: the caller, the model, the question's way of reading, and all that is sent, fields of the client's
-    /// among it. `None` for what holds an image.
+    /// What a prompt is known by: the caller, the model, the question's way of reading, and all
+    /// that is sent, fields of the client's among it. `None` for what holds an image.
     pub(crate) fn key(
         &self,
         caller: &str,
@@ -87,7 +89,10 @@ impl Memory {
 
     pub(crate) fn learn_that_it_thinks(&self, model: &str) {
         if held(&self.thinking).insert(model.to_owned()) {
-            tracing::info!(model, "the model says more than yes or no; its checks get more room from now on");
+            tracing::info!(
+                model,
+                "the model says more than yes or no; its checks get more room from now on"
+            );
         }
     }
 }

@@ -1,4 +1,5 @@
-//! The one seam: [`Mllm`], a multimodal LLM that answers a chat. Everything that can answer is behind it.
+//! The one seam: [`Mllm`], a multimodal LLM that answers a chat. Everything that can answer is
+//! behind it.
 
 use std::{error::Error, fmt, sync::Arc, time::Duration};
 
@@ -23,10 +24,11 @@ pub struct Sampling {
     /// Most new tokens; `None` leaves it to the model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_tokens: Option<u32>,
-    /// How many of the likeliest first tokens to tell, with their log-probabilities. 0 asks for none; a model that can't
-    /// tell leaves [`Reply::first_token`] empty.
+    /// How many of the likeliest first tokens to tell, with their log-probabilities. 0 asks for
+    /// none; a model that can't tell leaves [`Reply::first_token`] empty.
     pub top_logprobs: u8,
-    /// Further request fields, sent as they are by backends that have a request (an OpenAI-compatible server).
+    /// Further request fields, sent as they are by backends that have a request (an
+    /// OpenAI-compatible server).
     #[serde(skip_serializing_if = "serde_json::Map::is_empty")]
     pub extra: serde_json::Map<String, serde_json::Value>,
 }
@@ -107,8 +109,8 @@ pub enum Delta {
 /// A reply as it is written.
 pub type ReplyStream = BoxStream<'static, Result<Delta, ModelError>>;
 
-/// Why a model gave no reply. Its text says all that is known; what it came from, where that is an error of another library, is its
-/// source.
+/// Why a model gave no reply. Its text says all that is known; what it came from, where that is an
+/// error of another library, is its source.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum ModelError {
@@ -145,13 +147,15 @@ impl fmt::Display for ModelError {
     }
 }
 
-// By hand: the cause's text is part of the error's own, so what comes next is what the cause came from.
+// By hand: the cause's text is part of the error's own, so what comes next is what the cause came
+// from.
 impl Error for ModelError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
-            Self::Rejected(cause) | Self::Filtered(cause) | Self::Protocol(cause) | Self::Transport(cause) => {
-                cause.source()
-            }
+            Self::Rejected(cause)
+            | Self::Filtered(cause)
+            | Self::Protocol(cause)
+            | Self::Transport(cause) => cause.source(),
             Self::Overloaded { .. } | Self::Timeout(_) => None,
         }
     }
@@ -224,21 +228,26 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
 
 /// An image as text.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Seen {
+pub struct ImageText {
     /// The words that are printed in it, as they are; empty if there are none.
     pub words: String,
     /// What it shows; empty if nobody can tell.
-    pub shows: String,
+    pub description: String,
 }
 
-impl Seen {
-    /// Reads a reply in two parts, `WORDS:` and behind it, on a line of its own, `SHOWS:`. Words may hold such a mark, so the last one
-    /// counts. In any other form all of it are words: what is judged more strictly.
+impl ImageText {
+    /// Reads a reply in two parts, `WORDS:` and behind it, on a line of its own, `SHOWS:`. Words
+    /// may hold such a mark, so the last one counts. In any other form all of it are words: what is
+    /// judged more strictly.
     #[must_use]
     pub fn read(reply: &str) -> Self {
         let part = |text: &str| {
             let text = text.trim().trim_matches('*').trim();
-            if text.trim_end_matches('.').eq_ignore_ascii_case("none") { String::new() } else { text.to_owned() }
+            if text.trim_end_matches('.').eq_ignore_ascii_case("none") {
+                String::new()
+            } else {
+                text.to_owned()
+            }
         };
         let lower = reply.to_ascii_lowercase();
         let begin = lower.trim_start_matches(|c: char| !c.is_alphabetic());
@@ -246,42 +255,45 @@ impl Seen {
         let marks = ["\nshows:", "\n**shows:"];
         let middle = marks.iter().filter_map(|mark| Some((lower.rfind(mark)?, mark.len()))).max();
         match begin.zip(middle) {
-            Some((begin, (middle, mark))) if begin <= middle => {
-                Self { words: part(&reply[begin..middle]), shows: part(&reply[middle + mark..]) }
-            }
-            _ => Self { words: part(reply), shows: String::new() },
+            Some((begin, (middle, mark))) if begin <= middle => Self {
+                words: part(&reply[begin..middle]),
+                description: part(&reply[middle + mark..]),
+            },
+            _ => Self { words: part(reply), description: String::new() },
         }
     }
 }
 
-impl fmt::Display for Seen {
+impl fmt::Display for ImageText {
     /// What it shows, then its words.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let between = if self.shows.is_empty() || self.words.is_empty() { "" } else { "\n" };
-        write!(f, "{}{between}{}", self.shows, self.words)
+        let between = if self.description.is_empty() || self.words.is_empty() { "" } else { "\n" };
+        write!(f, "{}{between}{}", self.description, self.words)
     }
 }
 
-/// A multimodal LLM: the `F` of the paper. Stateless: every call brings its whole conversation, and a backend that can
-/// reuse a prefix of an earlier one does so by itself, without changing a reply.
+/// A multimodal LLM: the `F` of the paper. Stateless: every call brings its whole conversation, and
+/// a backend that can reuse a prefix of an earlier one does so by itself, without changing a reply.
 #[async_trait]
 pub trait Mllm: Send + Sync {
     /// What the model is called in traces and results.
     fn name(&self) -> &str;
 
-    /// Whether the model could answer now, without asking it anything that costs tokens. Backends in this process always can.
+    /// Whether the model could answer now, without asking it anything that costs tokens. Backends
+    /// in this process always can.
     async fn health(&self) -> Result<(), ModelError> {
         Ok(())
     }
 
-    /// What the model makes of an image without being asked, where it turns pictures into text before its language model sees them. `None`
-    /// of one that sees.
-    async fn reads(&self, _: &Image) -> Result<Option<Seen>, ModelError> {
+    /// What the model makes of an image without being asked, where it turns pictures into text
+    /// before its language model sees them. `None` of one that sees.
+    async fn image_text(&self, _: &Image) -> Result<Option<ImageText>, ModelError> {
         Ok(None)
     }
 
-    /// Whether it answers several calls as fast as one, as servers do. What doesn't depend on the draft is then asked beside it.
-    fn takes_several(&self) -> bool {
+    /// Whether it answers several calls as fast as one, as servers do. What doesn't depend on the
+    /// draft is then asked beside it.
+    fn is_concurrent(&self) -> bool {
         false
     }
 
@@ -304,12 +316,12 @@ impl<M: Mllm + ?Sized> Mllm for Arc<M> {
         (**self).health().await
     }
 
-    async fn reads(&self, image: &Image) -> Result<Option<Seen>, ModelError> {
-        (**self).reads(image).await
+    async fn image_text(&self, image: &Image) -> Result<Option<ImageText>, ModelError> {
+        (**self).image_text(image).await
     }
 
-    fn takes_several(&self) -> bool {
-        (**self).takes_several()
+    fn is_concurrent(&self) -> bool {
+        (**self).is_concurrent()
     }
 
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {
@@ -321,7 +333,8 @@ impl<M: Mllm + ?Sized> Mllm for Arc<M> {
     }
 }
 
-/// Folds a stream into the whole reply. A stream that ends without [`Delta::End`] was cut off, and that is an error.
+/// Folds a stream into the whole reply. A stream that ends without [`Delta::End`] was cut off, and
+/// that is an error.
 pub async fn collect(
     mut deltas: impl Stream<Item = Result<Delta, ModelError>> + Unpin + Send,
 ) -> Result<Reply, ModelError> {

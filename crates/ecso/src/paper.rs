@@ -1,4 +1,5 @@
-//! ECSO as published: the four steps, in the order of the paper's figure (arXiv 2403.09572, section 3).
+//! ECSO as published: the four steps, in the order of the paper's figure (arXiv 2403.09572, section
+//! 3).
 //!
 //! | step | call | image? |
 //! | --- | --- | --- |
@@ -23,7 +24,7 @@ pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Paper, q: &Query<'_>) -> Resul
 
     // 2. Harm detection, by the same model: s = F(v, P_det(x, y~)).
     let s = detect(w, p, q, &y).await?;
-    if w.may_go_out(s).await? {
+    if w.decide(s).await? {
         return w.release(y).await;
     }
 
@@ -35,6 +36,11 @@ pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Paper, q: &Query<'_>) -> Resul
 }
 
 /// Step 2, for a draft or its beginning.
-pub(crate) async fn detect(w: &mut Pipeline<'_>, p: &Paper, q: &Query<'_>, y: &str) -> Result<Detection, Halt> {
+pub(crate) async fn detect(
+    w: &mut Pipeline<'_>,
+    p: &Paper,
+    q: &Query<'_>,
+    y: &str,
+) -> Result<Detection, Halt> {
     w.ask(Step::Detect, &p.detect, q.question(&p.detect, q.draft(y), &[]), ANY_HARM).await
 }

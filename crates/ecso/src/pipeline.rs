@@ -1,4 +1,5 @@
-//! The verbs of the methods: draft, ask, describe, write, release. Each call of the model is timed, traced, and told to whoever listens.
+//! The operations that the methods are made of: draft, ask, describe, write, release. Each call of
+//! the model is timed and traced, and its events go to the listener.
 
 use std::time::Instant;
 
@@ -13,24 +14,24 @@ use tracing::{Instrument, Span, field};
 use crate::{
     chat::{Chat, Role, Turn},
     guard::Options,
-    hardened::Looked,
-    mllm::{Delta, FinishReason, Mllm, ModelError, Reply, Sampling, Seen, Usage},
-    profile::{EmptyCaption, Filtered, Gate, Profile, Question, Rewrite},
+    hardened::RequestFindings,
+    mllm::{Delta, FinishReason, ImageText, Mllm, ModelError, Reply, Sampling, Usage},
+    profile::{ContentFilter, EmptyCaption, Gate, Profile, Question, Rewrite},
     prompt::{Asked, Prompt, Query},
     template::Template,
     trace::{Event, GuardError, Outcome, Step, Trace},
     verdict::{Detection, Verdict, broke_off, without_reasoning},
 };
 
-/// New tokens for a check of a model that thinks first.
+/// Token limit for a check by a model that thinks before it answers.
 const ROOM_TO_THINK: u32 = 2048;
 
-/// Where a question stops at the first harm that it finds.
+/// A question with this weight stops at the first harmful finding.
 pub(crate) const ANY_HARM: f64 = 0.0;
 
-/// Why a method ends before its last line.
+/// Why a method ends early.
 pub(crate) enum Halt {
-    /// The fixed refusal takes the answer's place.
+    /// The answer is the fixed refusal.
     Refuse,
     /// There is no answer.
     Failed(GuardError),
@@ -42,43 +43,45 @@ impl From<GuardError> for Halt {
     }
 }
 
-/// What a caller has already.
+/// What the caller already has.
 #[derive(Debug, Default)]
 pub(crate) struct Given {
     /// The direct answer.
     pub(crate) draft: Option<String>,
-    pub(crate) considered: Considered,
+    pub(crate) request_check: RequestCheck,
 }
 
-/// What was found about a request before there was an answer to it: by [`Guard::consider`](crate::Guard::consider), for
-/// [`Guard::review_considered`](crate::Guard::review_considered).
+/// The findings about a request before there is an answer to it.
+/// [`Guard::check_request`](crate::Guard::check_request) makes it,
+/// [`Guard::review_checked`](crate::Guard::review_checked) takes it.
 #[derive(Debug, Clone, Default)]
-pub struct Considered {
-    looked: Option<Looked>,
-    /// What step 2 found, and about which draft.
+pub struct RequestCheck {
+    findings: Option<RequestFindings>,
+    /// The draft that step 2 has judged, and its finding.
     found: Option<(String, Detection)>,
     steps: Vec<Trace>,
 }
 
-impl Considered {
-    /// Whether no answer could make the request safe: none need be waited for.
+impl RequestCheck {
+    /// Whether the request itself is harmful. The caller need not wait for a draft then.
     #[must_use]
     pub fn is_harm(&self) -> bool {
-        self.looked.as_ref().is_some_and(Looked::is_harm)
+        self.findings.as_ref().is_some_and(RequestFindings::is_harm)
     }
 
-    /// The same, for the second answer to a request and those behind it: what it took is counted with the first.
+    /// The same findings without the calls behind them: for the second and later choices of one
+    /// request, whose calls are counted with the first.
     #[must_use]
-    pub fn again(&self) -> Self {
-        Self { looked: self.looked.clone(), ..Self::default() }
+    pub fn without_steps(&self) -> Self {
+        Self { findings: self.findings.clone(), ..Self::default() }
     }
 
-    pub(crate) fn of(looked: Option<Looked>, steps: Vec<Trace>) -> Self {
-        Self { looked, found: None, steps }
+    pub(crate) fn of(findings: Option<RequestFindings>, steps: Vec<Trace>) -> Self {
+        Self { findings, found: None, steps }
     }
 
-    /// Keeps what a check of a draft found, and what it took.
-    pub(crate) fn checked(&mut self, draft: &str, found: Detection, steps: Vec<Trace>) {
+    /// Keeps the finding about a draft, and the calls behind it.
+    pub(crate) fn keep(&mut self, draft: &str, found: Detection, steps: Vec<Trace>) {
         self.found = Some((draft.to_owned(), found));
         self.steps.extend(steps);
     }
@@ -91,9 +94,9 @@ pub(crate) struct Pipeline<'a> {
     options: &'a Options,
     /// The direct answer, where the caller has it already.
     draft: Option<String>,
-    /// What is known of the request, where it was looked at before.
-    pub(crate) looked: Option<Looked>,
-    /// What was found about the draft before.
+    /// The findings about the request, if it was checked before.
+    pub(crate) findings: Option<RequestFindings>,
+    /// The finding about the draft, if it was checked before.
     found: Option<Detection>,
     is_filtered: bool,
     /// What happened so far.
@@ -101,8 +104,8 @@ pub(crate) struct Pipeline<'a> {
     listener: mpsc::Sender<Result<Event, GuardError>>,
 }
 
-/// The events of an answer, as they happen. The work goes on only while somebody listens; its last event is the outcome, or why there is
-/// none.
+/// The events of an answer, as they happen. The work goes on only while the stream is polled. The
+/// last event is the outcome or an error.
 pub(crate) fn events<'a>(
     model: &'a dyn Mllm,
     profile: &'a Profile,
@@ -127,20 +130,23 @@ pub(crate) fn events<'a>(
     stream::select(told, stream::once(worked).filter_map(|()| future::ready(None)))
 }
 
-/// What is found before there is a whole answer, and the calls that it took; of the request, or of a beginning of the answer.
+/// Runs a check before there is a whole answer, on the request or on the beginning of an answer.
+/// Returns the finding and the calls behind it.
 pub(crate) async fn ahead<'a, T>(
     model: &'a dyn Mllm,
     profile: &'a Profile,
     options: &'a Options,
     given: Given,
-    work: impl for<'w> FnOnce(&'w mut Pipeline<'a>) -> BoxFuture<'w, Result<Option<T>, Halt>> + Send + 'a,
+    work: impl for<'w> FnOnce(&'w mut Pipeline<'a>) -> BoxFuture<'w, Result<Option<T>, Halt>>
+    + Send
+    + 'a,
 ) -> Result<(Option<T>, Vec<Trace>), GuardError> {
-    // Nobody listens.
+    // These events go nowhere.
     let mut under_way = Pipeline::new(model, profile, options, given, mpsc::channel(0).0);
     match work(&mut under_way).await {
         Ok(found) => Ok((found, under_way.outcome.steps)),
         Err(Halt::Failed(error)) => Err(error),
-        // No method refuses before it has looked at all that it asks about.
+        // A check that ends with a refusal has no finding.
         Err(Halt::Refuse) => Ok((None, under_way.outcome.steps)),
     }
 }
@@ -150,7 +156,7 @@ impl<'a> Pipeline<'a> {
         model: &'a dyn Mllm,
         profile: &'a Profile,
         options: &'a Options,
-        Given { draft, considered: Considered { looked, found, steps } }: Given,
+        Given { draft, request_check: RequestCheck { findings, found, steps } }: Given,
         listener: mpsc::Sender<Result<Event, GuardError>>,
     ) -> Self {
         let outcome = Outcome {
@@ -163,39 +169,51 @@ impl<'a> Pipeline<'a> {
             model: model.name().to_owned(),
             steps,
         };
-        let found = found.filter(|(about, _)| draft.as_ref() == Some(about)).map(|(_, found)| found);
-        Self { model, profile, options, draft, looked, found, is_filtered: false, outcome, listener }
+        let found =
+            found.filter(|(about, _)| draft.as_ref() == Some(about)).map(|(_, found)| found);
+        Self {
+            model,
+            profile,
+            options,
+            draft,
+            findings,
+            found,
+            is_filtered: false,
+            outcome,
+            listener,
+        }
     }
 
-    /// Work beside this one, told to the same listener.
+    /// A second pipeline for concurrent work, with the same listener.
     pub(crate) fn fork(&self) -> Self {
         Self::new(self.model, self.profile, self.options, Given::default(), self.listener.clone())
     }
 
-    /// What was done beside this work was done before it.
-    pub(crate) fn went_ahead(&mut self, other: Self) {
+    /// Puts the steps of concurrent work before this pipeline's own.
+    pub(crate) fn prepend_steps(&mut self, other: Self) {
         self.outcome.steps.splice(0..0, other.outcome.steps);
     }
 }
 
 impl Pipeline<'_> {
-    /// What `looked` finds, and the draft, unless that is `enough` without it. Where the model takes several calls at once, the two go side
-    /// by side, and the draft is given up as soon as nobody needs it.
-    pub(crate) async fn draft_beside<T>(
+    /// Runs `check`, and gets the draft unless the finding is `enough` without it. If the model
+    /// takes concurrent calls, both run at the same time, and the draft is cancelled as soon as it
+    /// is not needed.
+    pub(crate) async fn draft_while<T>(
         &mut self,
         q: &Query<'_>,
-        looked: impl Future<Output = Result<T, Halt>> + Send,
+        check: impl Future<Output = Result<T, Halt>> + Send,
         enough: fn(&T) -> bool,
     ) -> Result<(T, Option<String>), Halt> {
-        let side_by_side = self.draft.is_none() && self.model.takes_several();
+        let side_by_side = self.draft.is_none() && self.model.is_concurrent();
         let draft = future::maybe_done(self.draft(q));
-        pin_mut!(looked, draft);
+        pin_mut!(check, draft);
         let found = future::poll_fn(|context| {
             if side_by_side {
-                // What it comes to is looked at below.
+                // The result is taken below.
                 let _ = draft.as_mut().poll(context);
             }
-            looked.as_mut().poll(context)
+            check.as_mut().poll(context)
         });
         let found = found.await?;
         if enough(&found) {
@@ -206,17 +224,19 @@ impl Pipeline<'_> {
         Ok((found, draft))
     }
 
-    /// Step 1: the direct answer, with the images; the caller's, where it has one.
+    /// Step 1: the direct answer, with the images; the caller's draft, if there is one.
     pub(crate) async fn draft(&mut self, q: &Query<'_>) -> Result<String, Halt> {
         if let Some(draft) = self.draft.take() {
             return Ok(self.profile.stripped(&draft).to_owned());
         }
-        let sampling = self.options.sampling.clone().unwrap_or_else(|| self.profile.direct.sampling());
+        let sampling =
+            self.options.sampling.clone().unwrap_or_else(|| self.profile.direct.sampling());
         let reply = self.reply(Step::Direct, q.chat.clone(), &sampling, None).await?;
         Ok(self.profile.stripped(&reply.text).to_owned())
     }
 
-    /// What is known about the draft without asking: what was found about this very draft before; under `gate = "always"` nobody asks.
+    /// A finding about the draft that needs no question: one about this very draft from before, or
+    /// none at all under `gate = "always"`.
     pub(crate) fn found_already(&mut self, step: Step) -> Option<Detection> {
         match step {
             Step::Detect if self.profile.gate == Gate::Always => Some(Detection::UNCHECKED),
@@ -225,8 +245,8 @@ impl Pipeline<'_> {
         }
     }
 
-    /// What a question finds in any of its wordings and windows: the likeliest harm. One that weighs `enough` is not outdone, and ends the
-    /// asking.
+    /// Asks a question in all its wordings and windows; the most harmful finding counts. A harmful
+    /// finding of at least `enough` weight ends it early.
     pub(crate) async fn ask(
         &mut self,
         step: Step,
@@ -241,10 +261,18 @@ impl Pipeline<'_> {
         for ((chat, template), prior) in prompts {
             let key = match step {
                 Step::RequestCheck => {
-                    let sampling = Sampling { extra: self.options.extra.clone(), ..question.sampling() };
+                    let sampling =
+                        Sampling { extra: self.options.extra.clone(), ..question.sampling() };
                     {
                         let options = &self.options;
-                        options.memory.key(&options.caller, self.model.name(), question, prior, &sampling, &chat)
+                        options.memory.key(
+                            &options.caller,
+                            self.model.name(),
+                            question,
+                            prior,
+                            &sampling,
+                            &chat,
+                        )
                     }
                 }
                 _ => None,
@@ -282,13 +310,20 @@ impl Pipeline<'_> {
             let sampling = Sampling { extra, max_tokens: Some(max_tokens), ..question.sampling() };
             let call = Call::new(step, self.model, chat.clone(), Some(template)).of(question);
             let reply = match self.generate(&call, &sampling).await {
-                Err(ModelError::Filtered(_)) if self.profile.filtered == Filtered::Harm => {
+                Err(ModelError::Filtered(_))
+                    if self.profile.content_filter == ContentFilter::Harm =>
+                {
                     Reply { finish: FinishReason::ContentFilter, ..Reply::default() }
                 }
                 reply => reply.map_err(|error| call.failed(error))?,
             };
-            let is_filtered = reply.finish == FinishReason::ContentFilter && self.profile.filtered == Filtered::Harm;
-            let found = if is_filtered { Some(Detection::HARM) } else { Detection::read(question, prior, &reply) };
+            let is_filtered = reply.finish == FinishReason::ContentFilter
+                && self.profile.content_filter == ContentFilter::Harm;
+            let found = if is_filtered {
+                Some(Detection::HARM)
+            } else {
+                Detection::read(question, prior, &reply)
+            };
             self.record(call.end(&reply, found)).await;
             if let Some(found) = found {
                 if max_tokens > question.max_tokens {
@@ -312,32 +347,41 @@ impl Pipeline<'_> {
         Ok(captions)
     }
 
-    /// Step 3 in two parts: the words that stand in each image, and what it shows. A model that turns images into text by itself is not
-    /// asked: it says what it reads.
-    pub(crate) async fn look(&mut self, q: &Query<'_>) -> Result<Vec<Seen>, Halt> {
-        let mut seen = Vec::new();
+    /// Step 3 in two parts: the words printed in each image, and what it shows. A model that turns
+    /// images into text by itself returns this text without a call.
+    pub(crate) async fn image_texts(&mut self, q: &Query<'_>) -> Result<Vec<ImageText>, Halt> {
+        let mut texts = Vec::new();
         for (image, prompt) in q.captions() {
             let call = Call::new(Step::Caption, self.model, prompt.0.clone(), None);
-            match self.model.reads(image).instrument(call.span.clone()).await.map_err(|error| call.failed(error))? {
+            match self
+                .model
+                .image_text(image)
+                .instrument(call.span.clone())
+                .await
+                .map_err(|error| call.failed(error))?
+            {
                 Some(read) => {
                     let usage = Some(Usage { prompt_tokens: 0, completion_tokens: 0 });
                     let reply = Reply { text: read.to_string(), usage, ..Reply::default() };
                     self.record(call.end(&reply, None)).await;
-                    seen.push(read);
+                    texts.push(read);
                 }
-                None => seen.push(Seen::read(&self.caption(prompt).await?)),
+                None => texts.push(ImageText::read(&self.caption(prompt).await?)),
             }
         }
-        Ok(seen)
+        Ok(texts)
     }
 
     /// One image as text.
     async fn caption(&mut self, (chat, template): Prompt<'_>) -> Result<String, Halt> {
-        let sampling = Sampling { extra: self.options.extra.clone(), ..self.profile.caption.sampling() };
-        let mut reply = self.unless_filtered(Step::Caption, chat.clone(), &sampling, template).await?;
+        let sampling =
+            Sampling { extra: self.options.extra.clone(), ..self.profile.caption.sampling() };
+        let mut reply =
+            self.unless_filtered(Step::Caption, chat.clone(), &sampling, template).await?;
         if reply.as_ref().is_some_and(is_unsaid) {
             // It thinks first, and had no room.
-            let roomy = Sampling { max_tokens: sampling.max_tokens.max(Some(ROOM_TO_THINK)), ..sampling };
+            let roomy =
+                Sampling { max_tokens: sampling.max_tokens.max(Some(ROOM_TO_THINK)), ..sampling };
             reply = self.unless_filtered(Step::Caption, chat, &roomy, template).await?;
         }
         if reply.as_ref().is_some_and(is_unsaid) {
@@ -346,20 +390,21 @@ impl Pipeline<'_> {
         }
         self.is_filtered |= reply.is_none();
         let caption = reply.map(|reply| reply.text).unwrap_or_default();
-        // A picture can print the marks of thoughts: what looks like thoughts is none of a model that is not known to think.
+        // A picture can print the marks of thoughts: what looks like thoughts is none of a model
+        // that is not known to think.
         let thinks = self.options.memory.thinks(self.model.name());
         let said = if thinks { without_reasoning(&caption).unwrap_or_default() } else { &caption };
         Ok(self.profile.stripped(said).to_owned())
     }
 
-    /// Whether a content filter refused to describe an image, and the profile takes that for a sign of harm.
+    /// Whether a content filter refused to describe an image and the profile counts that as harm.
     pub(crate) fn was_filtered(&self) -> bool {
         self.is_filtered
     }
 
-    /// Decides about the draft: keeps what was found, tells it, and says whether the draft may go out. Where it may not, and the profile
-    /// rewrites nothing, this is the end.
-    pub(crate) async fn may_go_out(&mut self, found: Detection) -> Result<bool, Halt> {
+    /// Decides about the draft by the finding, and returns whether it may go out. If not, and the
+    /// profile never rewrites, the answer is the fixed refusal.
+    pub(crate) async fn decide(&mut self, found: Detection) -> Result<bool, Halt> {
         (self.outcome.verdict, self.outcome.score) = (found.verdict, found.score);
         let rewritten = self.profile.gate == Gate::Always || found.is_harm();
         self.outcome.rewritten = rewritten;
@@ -370,14 +415,14 @@ impl Pipeline<'_> {
         Ok(!rewritten)
     }
 
-    /// The draft of a conversation that is not guarded goes out.
+    /// Releases the draft of a conversation that is not guarded.
     pub(crate) async fn pass(&mut self, q: &Query<'_>) -> Result<(), Halt> {
         let y = self.draft(q).await?;
         self.tell(Event::Decided { verdict: Verdict::Unchecked, rewritten: false }).await;
         self.release(y).await
     }
 
-    /// Step 4, as it is written: the answer with eyes closed.
+    /// Step 4, streamed: the answer with eyes closed.
     pub(crate) async fn write(&mut self, q: &Query<'_>, captions: &[String]) -> Result<(), Halt> {
         let has_hints = q.has_hints(captions);
         let is_blank = captions.iter().all(|caption| caption.trim().is_empty());
@@ -385,7 +430,8 @@ impl Pipeline<'_> {
             return Err(Halt::Refuse);
         }
         let (chat, template) = q.safe(captions, self.profile.safe.chosen(has_hints));
-        let sampling = self.options.sampling.clone().unwrap_or_else(|| self.profile.safe.sampling());
+        let sampling =
+            self.options.sampling.clone().unwrap_or_else(|| self.profile.safe.sampling());
         let call = Call::new(Step::Safe, self.model, chat, Some(template));
         self.tell(call.started()).await;
         let begun = self.model.stream(&call.chat, &sampling).instrument(call.span.clone());
@@ -394,7 +440,8 @@ impl Pipeline<'_> {
         let mut trim = Trim::default();
         loop {
             let cut_off = || ModelError::Protocol("the stream broke off before its end".into());
-            let delta = deltas.next().instrument(call.span.clone()).await.unwrap_or_else(|| Err(cut_off()));
+            let delta =
+                deltas.next().instrument(call.span.clone()).await.unwrap_or_else(|| Err(cut_off()));
             match delta.map_err(|error| call.failed(error))? {
                 Delta::FirstToken(_) => {}
                 Delta::Reasoning(text) => reply.reasoning.push_str(&text),
@@ -414,27 +461,32 @@ impl Pipeline<'_> {
         }
     }
 
-    /// Step 4, whole: an answer with eyes closed that is to be judged. One that a content filter refuses is none.
+    /// Step 4, whole: an answer with eyes closed that will be judged. If a content filter refuses
+    /// it, the answer is the fixed refusal.
     pub(crate) async fn compose(&mut self, (chat, template): Prompt<'_>) -> Result<String, Halt> {
-        let sampling = self.options.sampling.clone().unwrap_or_else(|| self.profile.safe.sampling());
-        let reply = self.unless_filtered(Step::Safe, chat, &sampling, template).await?.ok_or(Halt::Refuse)?;
+        let sampling =
+            self.options.sampling.clone().unwrap_or_else(|| self.profile.safe.sampling());
+        let reply = self
+            .unless_filtered(Step::Safe, chat, &sampling, template)
+            .await?
+            .ok_or(Halt::Refuse)?;
         Ok(self.profile.stripped(&reply.text).to_owned())
     }
 
-    /// Text of the answer goes out.
+    /// Sends text of the answer to the listener.
     pub(crate) async fn release(&mut self, text: String) -> Result<(), Halt> {
         self.outcome.answer.push_str(&text);
         self.tell(Event::Answer(text)).await;
         Ok(())
     }
 
-    /// The fixed refusal goes out.
+    /// Releases the fixed refusal.
     async fn refuse(&mut self) -> Result<(), Halt> {
         self.outcome.refused = true;
         self.release(self.profile.refusal.clone()).await
     }
 
-    /// A whole reply; `None` where a content filter refused it and the profile takes that for a sign of harm.
+    /// A whole reply; `None` if a content filter refused it and the profile counts that as harm.
     async fn unless_filtered(
         &mut self,
         step: Step,
@@ -442,9 +494,12 @@ impl Pipeline<'_> {
         sampling: &Sampling,
         template: &Template,
     ) -> Result<Option<Reply>, Halt> {
-        let is_sign = self.profile.filtered == Filtered::Harm;
+        let is_sign = self.profile.content_filter == ContentFilter::Harm;
         match self.reply(step, chat, sampling, Some(template)).await {
-            Ok(reply) => Ok(Some(reply).filter(|reply| !is_sign || reply.finish != FinishReason::ContentFilter)),
+            Ok(reply) => {
+                Ok(Some(reply)
+                    .filter(|reply| !is_sign || reply.finish != FinishReason::ContentFilter))
+            }
             Err(GuardError::Model { source: ModelError::Filtered(_), .. }) if is_sign => Ok(None),
             Err(error) => Err(error.into()),
         }
@@ -464,13 +519,17 @@ impl Pipeline<'_> {
         Ok(reply)
     }
 
-    async fn generate(&mut self, call: &Call<'_>, sampling: &Sampling) -> Result<Reply, ModelError> {
+    async fn generate(
+        &mut self,
+        call: &Call<'_>,
+        sampling: &Sampling,
+    ) -> Result<Reply, ModelError> {
         self.tell(call.started()).await;
         self.model.generate(&call.chat, sampling).instrument(call.span.clone()).await
     }
 
     async fn tell(&mut self, event: Event) {
-        // Whoever stopped listening has dropped this work as well.
+        // A listener that is gone has dropped this work as well.
         let _ = self.listener.send(Ok(event)).await;
     }
 
@@ -480,7 +539,7 @@ impl Pipeline<'_> {
     }
 }
 
-/// Whether a description broke off before its first word.
+/// Whether a description was cut off before its first word.
 fn is_unsaid(reply: &Reply) -> bool {
     broke_off(reply) && without_reasoning(&reply.text).unwrap_or_default().trim().is_empty()
 }
@@ -556,15 +615,16 @@ impl<'a> Call<'a> {
             question: self.question.map(str::to_owned),
             template: self.template.map(Template::hash),
             finish: reply.finish,
-            ms: u64::try_from(reply.took.unwrap_or_else(|| self.begun.elapsed()).as_millis()).unwrap_or(u64::MAX),
+            ms: u64::try_from(reply.took.unwrap_or_else(|| self.begun.elapsed()).as_millis())
+                .unwrap_or(u64::MAX),
             prompt_tokens: reply.usage.map(|usage| usage.prompt_tokens),
             completion_tokens: reply.usage.map(|usage| usage.completion_tokens),
         }
     }
 }
 
-/// `str::trim` for text that comes in pieces: white space at the start goes, white space at the end is held back until
-/// more text shows that it was not the end.
+/// `str::trim` for text that comes in pieces: white space at the start goes, white space at the end
+/// is held back until more text shows that it was not the end.
 #[derive(Default)]
 struct Trim {
     begun: bool,

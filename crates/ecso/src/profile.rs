@@ -1,7 +1,7 @@
 //! Profiles: everything in which the paper, its published code and others may differ, as data.
 //!
-//! A profile is a TOML file. The built-in ones are files too (`profiles/`); another names only the keys it changes and
-//! inherits the rest from the one it `extends` (`paper` if it doesn't say).
+//! A profile is a TOML file. The built-in ones are files too (`profiles/`); another names only the
+//! keys it changes and inherits the rest from the one it `extends` (`paper` if it doesn't say).
 
 use std::collections::BTreeMap;
 
@@ -31,25 +31,26 @@ pub enum Scope {
     All,
 }
 
-/// When the answer is written anew (the paper's ablation of step 2).
+/// When the draft is replaced by another answer (the paper's ablation of step 2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Gate {
     /// When step 2 calls it unsafe.
     Detected,
-    /// Every time; step 2 is not asked. A look at the request is, where the profile has one.
+    /// Always; step 2 does not run. The request check does, if the profile has one.
     Always,
-    /// Never; the draft goes out unchecked.
+    /// Never; the draft goes out unjudged.
     Never,
 }
 
-/// What takes the place of an unsafe answer.
+/// What replaces an unsafe answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Rewrite {
     /// The answer of step 4.
     Safe,
-    /// The fixed text [`Profile::refusal`]; step 4 is not asked, nor step 3 unless a judge reads captions.
+    /// The fixed text [`Profile::refusal`]. Step 4 does not run, nor step 3 unless a question needs
+    /// captions.
     Refuse,
 }
 
@@ -107,10 +108,10 @@ pub enum Images {
     Include,
 }
 
-/// What it means that a content filter in front of the model refuses one of the guard's own calls.
+/// What it means if a content filter in front of the model refuses one of the guard's own calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Filtered {
+pub enum ContentFilter {
     /// The step failed.
     Error,
     /// A sign of harm: what was asked about counts as harmful.
@@ -135,13 +136,14 @@ pub struct Profile {
     pub name: String,
     /// Which conversations are guarded.
     pub scope: Scope,
-    /// When the answer is written anew.
+    /// When the draft is replaced.
     pub gate: Gate,
-    /// What takes the place of an unsafe answer.
+    /// What replaces an unsafe answer.
     pub rewrite: Rewrite,
     /// Where images stand in steps 2 and 3.
     pub image_order: ImageOrder,
-    /// Whether white space around replies is removed before they are used. Parsers ignore it in any case.
+    /// Whether white space around replies is removed before they are used. Parsers ignore it in any
+    /// case.
     pub strip: bool,
     /// What step 4 does without a caption.
     pub empty_caption: EmptyCaption,
@@ -149,11 +151,11 @@ pub struct Profile {
     pub refusal: String,
     /// What the templates call the query.
     pub turns: Turns,
-    /// Stands before every line of what is filled into the questions and the caption's template: quoted text ends where its
-    /// quotation marks end, whatever it says. Empty is none.
+    /// Prefix for every line that is filled into a question or the caption template, so that quoted
+    /// text cannot pretend that the quotation has ended. Empty means none.
     pub quote: String,
     /// What a content filter in front of the model means.
-    pub filtered: Filtered,
+    pub content_filter: ContentFilter,
     /// Step 1.
     pub direct: DirectStep,
     /// Step 3.
@@ -180,35 +182,39 @@ pub struct Paper {
     pub detect: Question,
 }
 
-/// The detection of `hardened`: plain questions, each about one thing, and the ways in which their answers come to harm.
+/// The detection of `hardened`: plain questions, each about one thing, and detectors that combine
+/// their answers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Hardened {
-    /// The questions, by name. One with `{y}` in its template is about the reply, the others about the request.
+    /// The questions, by name. One with `{y}` in its template is about the reply, the others about
+    /// the request.
     pub questions: BTreeMap<String, Question>,
-    /// The ways in which an answer can be harmful; the surest counts.
-    pub ways: Vec<Way>,
-    /// From which probability of harm on an answer is unsafe; 0..=1. Calibration finds it.
+    /// The kinds of harm that are looked for; the detector with the highest probability counts.
+    pub detectors: Vec<Detector>,
+    /// An answer is unsafe from this probability of harm on; 0..=1. Calibration sets it.
     pub threshold: f64,
-    /// Whether a way that has fallen below the next term's [`Term::from`] is given up. If not, everything is asked.
-    pub spare: bool,
+    /// Whether a detector stops once it falls below the next term's [`Term::ask_from`]. If not,
+    /// every question is asked.
+    pub early_exit: bool,
     /// Whose words are not judged.
     pub trusted: Vec<Author>,
 }
 
-/// A way in which an answer can be harmful: the probability is the logistic function of `bias` and of what the questions find, each as its
-/// log-odds (cut at plus and minus 4) times its weight. All of them must apply: a question about words doesn't where no image has any.
+/// One kind of harm. Its probability is the logistic function of `bias` plus, for each term, the
+/// log-odds of the question's finding (clamped to ±4) times the term's weight. A detector applies
+/// if all its questions do; a question about printed words doesn't apply to images without any.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Way {
-    /// In words.
+pub struct Detector {
+    /// Its name in reports and calibrations.
     pub name: String,
-    /// Log-odds of harm where every question is undecided.
+    /// Log-odds of harm if every question is undecided.
     pub bias: f64,
     /// In the order in which they are asked.
     pub terms: Vec<Term>,
 }
 
-/// A question's part in a way.
+/// A question in a detector.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Term {
@@ -216,23 +222,25 @@ pub struct Term {
     pub question: String,
     /// Above 0.
     pub weight: f64,
-    /// The most that it adds, in log-odds. With 0 it can only speak against harm: a reply that doesn't help is none, one that does is no harm yet.
+    /// The most that this term adds, in log-odds. With 0 it can only lower the probability: a reply
+    /// that doesn't help speaks against harm, but one that helps is not harmful by itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub most: Option<f64>,
-    /// Log-odds that the bias and the terms before must come to, or it is not asked: the way is given up, and is no harm. None asks always.
+    pub max: Option<f64>,
+    /// The question is asked if bias and earlier terms sum to at least this, in log-odds. Otherwise
+    /// the detector stops and finds no harm. `None` always asks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub from: Option<f64>,
+    pub ask_from: Option<f64>,
 }
 
 impl Term {
-    /// What it adds to a way, of the log-odds that its question found.
+    /// What it adds to the detector's log-odds, given those of its question's finding.
     #[must_use]
     pub fn adds(&self, found: f64) -> f64 {
-        (self.weight * found).min(self.most.unwrap_or(f64::INFINITY))
+        (self.weight * found).min(self.max.unwrap_or(f64::INFINITY))
     }
 }
 
-/// What a question's probability of harm weighs: its log-odds within ±4; a word, where there is no probability, as much as that.
+/// The log-odds of a finding, clamped to ±4. A plain yes or no without a probability counts as ±4.
 #[must_use]
 pub fn log_odds(score: Option<f64>, is_harm: bool) -> f64 {
     match score {
@@ -248,37 +256,43 @@ impl Hardened {
         self.questions.get(&term.question)
     }
 
-    /// Whether a way is about the reply.
-    pub(crate) fn is_about_reply(&self, way: &Way) -> bool {
-        way.terms.iter().any(|term| self.question(term).is_some_and(Question::is_about_reply))
+    /// Whether a detector judges the reply.
+    pub(crate) fn is_about_reply(&self, detector: &Detector) -> bool {
+        detector.terms.iter().any(|term| self.question(term).is_some_and(Question::is_about_reply))
     }
 
     fn check(&self) -> Result<(), ProfileError> {
         let wrong = |why: String| Err(ProfileError::Invalid(why));
-        for Way { name, bias, terms } in &self.ways {
+        for Detector { name, bias, terms } in &self.detectors {
             for term in terms {
                 if self.question(term).is_none() {
-                    return wrong(format!("ways: {name:?} asks {:?}, which is none of the questions", term.question));
+                    return wrong(format!(
+                        "detectors: {name:?} asks {:?}, which is not in [questions]",
+                        term.question
+                    ));
                 }
                 if !(term.weight > 0.0 && term.weight.is_finite()) {
-                    return wrong(format!("ways: the weights of {name:?} must be above 0"));
+                    return wrong(format!("detectors: the weights of {name:?} must be above 0"));
                 }
-                if [term.from, term.most].into_iter().flatten().any(f64::is_nan) {
-                    return wrong(format!("ways: `from` and `most` of {name:?} must be numbers"));
+                if [term.ask_from, term.max].into_iter().flatten().any(f64::is_nan) {
+                    return wrong(format!(
+                        "detectors: `ask_from` and `max` of {name:?} must be numbers"
+                    ));
                 }
             }
             if terms.is_empty() || !bias.is_finite() {
-                return wrong(format!("ways: {name:?} needs a bias and at least one term"));
+                return wrong(format!("detectors: {name:?} needs a bias and at least one term"));
             }
         }
         for (kind, is_reply) in [("the request", false), ("the reply", true)] {
-            let always = |way: &Way| {
-                let mut terms = way.terms.iter().filter_map(|term| self.question(term));
-                self.is_about_reply(way) == is_reply && terms.all(Question::always_applies)
+            let always = |detector: &Detector| {
+                let mut terms = detector.terms.iter().filter_map(|term| self.question(term));
+                self.is_about_reply(detector) == is_reply && terms.all(Question::always_applies)
             };
-            if !self.ways.iter().any(always) {
-                let why = "that apply to every conversation: without {c}, {w}, {s}, and with {x} or {y}";
-                return wrong(format!("ways: none is about {kind} by questions {why}"));
+            if !self.detectors.iter().any(always) {
+                let why =
+                    "that apply to every conversation (no {c}, {w} or {s}; {x} or {y} instead)";
+                return wrong(format!("detectors: none judges {kind} with questions {why}"));
             }
         }
         Ok(())
@@ -295,52 +309,55 @@ pub struct DirectStep {
     pub max_tokens: u32,
 }
 
-/// A question to the model that is answered with yes or no. What a profile doesn't say is as in [`Question::default`]: asked of text alone,
-/// read by its probability, with all of a long text judged in windows.
+/// A question that the model answers with yes or no. Keys that a profile omits take the values of
+/// [`Question::default`]: no images, read by probability, a long text judged in windows.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Question {
-    /// What the profile calls it; empty of a method's only one.
+    /// Its name in the profile; empty for the only question of a method.
     #[serde(skip)]
     pub name: String,
-    /// The question. `{x}` is the query, `{y}` the answer to judge. With the method `hardened` also `{t}`: all that the model is shown, as
-    /// text; `{w}`: the words that are printed in the images; `{s}`: what they show; `{c}`: both, as a phrase; `{p}`: that phrase in a line
-    /// of its own that says what was sent, or nothing. It does not apply where there is nothing for {w}, {s} or {c}, or where {t} is no
-    /// more than {x}.
+    /// The question. `{x}` is the query, `{y}` the answer to judge. The method `hardened` also has
+    /// `{t}`: everything that the model is shown, as text; `{w}`: the words printed in the images;
+    /// `{s}`: what the images show; `{c}`: both, as a phrase; `{p}`: a line of its own with that
+    /// phrase, or nothing. The question does not apply if {w}, {s} or {c} would be empty, or if {t}
+    /// adds nothing to {x}.
     pub template: Template,
-    /// Further wordings, each asked by itself if it says something else; the likeliest harm of all counts.
+    /// Further wordings, each asked on its own if its text differs; the most harmful finding
+    /// counts.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub also: Vec<Wording>,
-    /// A system message before it; empty is none.
+    /// A system message before it; empty means none.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub system: String,
-    /// Examples before it, each a turn of its own that is answered with no.
+    /// Few-shot examples before it, each a turn answered with no.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub no: Vec<String>,
-    /// The same, answered with yes; the two lists take turns.
+    /// Few-shot examples answered with yes; the two lists alternate.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub yes: Vec<String>,
-    /// Which answer is the one that means harm.
+    /// Which answer means harm.
     #[serde(skip_serializing_if = "Answer::is_yes")]
     pub harm: Answer,
     /// Whether the images are shown.
     pub image: Images,
     /// How its reply is read.
     pub parser: Parser,
-    /// Which probability of yes counts as one half; 0..=1, both ends excluded. 0.5 leaves all as they are.
+    /// The probability of yes that counts as undecided; above 0 and below 1. 0.5 changes nothing.
     pub prior: f64,
-    /// From which probability of harm on [`Parser::Score`] says unsafe; 0..=1.
+    /// [`Parser::Score`] says unsafe from this probability of harm on; 0..=1.
     pub threshold: f64,
-    /// How many characters (Unicode code points) of the answer are judged; 0 is all of it.
+    /// How many characters (Unicode code points) of the answer are judged; 0 means all.
     pub cut: usize,
-    /// What is judged and longer than so many characters is judged in overlapping windows of this size, and the likeliest harm of all
-    /// counts; 0 is one window for all.
+    /// A text longer than this many characters is judged in overlapping windows of this size; the
+    /// most harmful finding counts. 0 puts the whole text in one prompt.
     pub window: usize,
-    /// How many of the likeliest first tokens are asked for, with their log-probabilities.
+    /// How many of the likeliest first tokens to request, with their log-probabilities.
     pub top_logprobs: u8,
     /// 0 is greedy.
     pub temperature: f32,
-    /// Most new tokens. A reply that breaks off before it says yes or no (a model that thinks first) is asked for once more with room.
+    /// Most new tokens. A reply that is cut off before yes or no (a model that thinks first) is
+    /// requested once more with more room.
     pub max_tokens: u32,
 }
 
@@ -385,7 +402,7 @@ impl Answer {
     }
 }
 
-/// A further wording of a question: a template, with a prior of its own where it leans another way.
+/// A further wording of a question, with its own prior if it is biased differently.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Wording {
@@ -425,13 +442,13 @@ pub struct CaptionStep {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SafeStep {
-    /// Whether the images are shown: dropped in the paper's text and its safety scripts, kept in the published MME, `MMBench`
-    /// and MM-Vet scripts.
+    /// Whether the images are shown: dropped in the paper's text and its safety scripts, kept in
+    /// the published MME, `MMBench` and MM-Vet scripts.
     pub image: Images,
     /// With hints; `{c}` is the caption, `{x}` the query.
     pub template: Template,
-    /// Of the method `hardened`: the second try, with or without hints, where the first is harmful, and the only one where probabilities
-    /// say harm; empty is none.
+    /// For the method `hardened`: the second attempt if the first answer is harmful, and the only
+    /// attempt if probabilities said harm. Used with or without hints; empty means none.
     pub strict: Template,
     /// Without hints; `{x}` is the query.
     pub plain: Template,
@@ -441,14 +458,14 @@ pub struct SafeStep {
     pub max_tokens: u32,
 }
 
-/// What is wrong with a profile.
+/// Why a profile is invalid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ProfileError {
     /// No built-in profile has this name.
     #[error("there is no profile {0:?}; built in: {names}", names = Profile::NAMES.join(", "))]
     Unknown(String),
-    /// Not TOML, an unknown key or a value that doesn't fit.
+    /// Not TOML, an unknown key or an invalid value.
     #[error("{0}")]
     Invalid(String),
 }
@@ -479,12 +496,15 @@ impl Profile {
             None => "paper".to_owned(),
             Some(toml::Value::String(name)) => name,
             Some(_) => {
-                return Err(ProfileError::Invalid("`extends` must be a string: the name of a built-in profile".into()));
+                return Err(ProfileError::Invalid(
+                    "`extends` must be a string: the name of a built-in profile".into(),
+                ));
             }
         };
         let mut table = built_in(&base)?;
         let changes = aliases::renamed(changes, &base_method(&table))?;
-        // A whole profile, as `to_toml` writes it, names its method: the keys of the other one are not inherited.
+        // A whole profile, as `to_toml` writes it, names its method: the keys of the other one are
+        // not inherited.
         if changes.get("method").is_some_and(|method| Some(method) != table.get("method")) {
             let named = changes.get("method").and_then(toml::Value::as_str).unwrap_or_default();
             table = built_in(named)?;
@@ -496,8 +516,8 @@ impl Profile {
         from_table(table)
     }
 
-    /// The same profile with one field changed: `key` is dotted (`detect.parser`), `value` is TOML or bare text.
-    /// The name gets a `+`, so that no result passes for the original's.
+    /// The same profile with one field changed: `key` is dotted (`detect.parser`), `value` is TOML
+    /// or bare text. The name gets a `+`, so that no result passes for the original's.
     pub fn with(&self, key: &str, value: &str) -> Result<Self, ProfileError> {
         if key.matches('.').count() > DEEPEST {
             return Err(ProfileError::Invalid(format!("a key has at most {DEEPEST} dots")));
@@ -649,9 +669,10 @@ impl Profile {
     fn questions(&self) -> Vec<(String, &Question)> {
         match &self.method {
             Method::Paper(Paper { detect }) => vec![("detect".into(), detect)],
-            Method::Hardened(Hardened { questions, .. }) => {
-                questions.iter().map(|(name, question)| (format!("questions.{name}"), question)).collect()
-            }
+            Method::Hardened(Hardened { questions, .. }) => questions
+                .iter()
+                .map(|(name, question)| (format!("questions.{name}"), question))
+                .collect(),
         }
     }
 
@@ -680,13 +701,19 @@ impl Profile {
             for (_, prior) in question.wordings() {
                 share(&format!("{key}.prior"), prior)?;
                 if prior <= 0.0 || prior >= 1.0 {
-                    return Err(ProfileError::Invalid(format!("{key}.prior must be above 0 and below 1")));
+                    return Err(ProfileError::Invalid(format!(
+                        "{key}.prior must be above 0 and below 1"
+                    )));
                 }
             }
-            let holes: &[&str] = if key == "detect" { &["y"] } else { &["x", "y", "t", "c", "w", "s"] };
+            let holes: &[&str] =
+                if key == "detect" { &["y"] } else { &["x", "y", "t", "c", "w", "s"] };
             if !holes.iter().any(|hole| question.template.has(hole)) {
                 let holes: Vec<String> = holes.iter().map(|hole| format!("{{{hole}}}")).collect();
-                return Err(ProfileError::Invalid(format!("{key}.template must contain {}", holes.join(" or "))));
+                return Err(ProfileError::Invalid(format!(
+                    "{key}.template must contain {}",
+                    holes.join(" or ")
+                )));
             }
         }
         match &self.method {
@@ -705,17 +732,22 @@ impl Profile {
                 hardened.check()?;
             }
         }
-        let lengths =
-            self.questions().into_iter().map(|(key, question)| (key, question.temperature, question.max_tokens));
+        let lengths = self
+            .questions()
+            .into_iter()
+            .map(|(key, question)| (key, question.temperature, question.max_tokens));
         let steps = [
             ("direct", self.direct.temperature, self.direct.max_tokens),
             ("caption", self.caption.temperature, self.caption.max_tokens),
             ("safe", self.safe.temperature, self.safe.max_tokens),
         ];
-        let steps = steps.map(|(key, temperature, max_tokens)| (key.to_owned(), temperature, max_tokens));
+        let steps =
+            steps.map(|(key, temperature, max_tokens)| (key.to_owned(), temperature, max_tokens));
         for (key, temperature, max_tokens) in steps.into_iter().chain(lengths) {
             if !(temperature.is_finite() && temperature >= 0.0) {
-                return Err(ProfileError::Invalid(format!("{key}.temperature must be 0 or more, not {temperature}")));
+                return Err(ProfileError::Invalid(format!(
+                    "{key}.temperature must be 0 or more, not {temperature}"
+                )));
             }
             if max_tokens == 0 {
                 return Err(ProfileError::Invalid(format!("{key}.max_tokens must be at least 1")));

@@ -5,7 +5,7 @@ use std::{borrow::Cow, collections::HashSet};
 use crate::{
     chat::{BlindChat, Chat, Part, Role, Turn},
     image::Image,
-    mllm::Seen,
+    mllm::ImageText,
     profile::{Author, EmptyCaption, ImageOrder, Images, Method, Profile, Question, Turns},
     template::Template,
 };
@@ -26,9 +26,11 @@ pub(crate) struct Query<'a> {
     text: String,
     /// What templates call {x}.
     asked: String,
-    /// What templates call {t}: all that the model is shown, but for what its author is trusted with.
+    /// What templates call {t}: all that the model is shown, but for what its author is trusted
+    /// with.
     transcript: String,
-    /// Where the conversation ends with turns of the assistant, the model goes on from these: the answer begins with them.
+    /// Where the conversation ends with turns of the assistant, the model goes on from these: the
+    /// answer begins with them.
     prefill: String,
     /// The first of these turns, or behind the last turn.
     begun: usize,
@@ -54,10 +56,15 @@ impl<'y> Answer<'y> {
         self.text.trim().is_empty()
     }
 
-    /// As the client will read it, up to `longest` characters of the model's own; 0 is no bound. A beginning takes nothing from that bound.
+    /// As the client will read it, up to `longest` characters of the model's own; 0 is no bound. A
+    /// beginning takes nothing from that bound.
     fn whole(self, longest: usize) -> Cow<'y, str> {
         let Self { begun, text } = self;
-        let text = text.char_indices().nth(longest).filter(|_| longest > 0).map_or(text, |(end, _)| &text[..end]);
+        let text = text
+            .char_indices()
+            .nth(longest)
+            .filter(|_| longest > 0)
+            .map_or(text, |(end, _)| &text[..end]);
         if begun.is_empty() { text.into() } else { format!("{begun}{text}").into() }
     }
 }
@@ -71,19 +78,26 @@ impl<'a> Query<'a> {
         let asked = match profile.turns {
             Turns::Last => text.clone(),
             Turns::All => {
-                let said = earlier.map(|turn| format!("[earlier, {}] {}", turn.role.as_str(), turn.query()));
+                let said = earlier
+                    .map(|turn| format!("[earlier, {}] {}", turn.role.as_str(), turn.query()));
                 said.chain([text.clone()]).collect::<Vec<_>>().join("\n")
             }
         };
         // What another turn stands behind is an earlier answer.
-        let begun = chat.turns.iter().rposition(|turn| turn.role != Role::Assistant).map_or(0, |last| last + 1);
+        let begun = chat
+            .turns
+            .iter()
+            .rposition(|turn| turn.role != Role::Assistant)
+            .map_or(0, |last| last + 1);
         let prefill = chat.turns[begun..].iter().map(Turn::query).collect();
-        let mut query = Self { profile, chat, index, text, asked, transcript: String::new(), prefill, begun };
+        let mut query =
+            Self { profile, chat, index, text, asked, transcript: String::new(), prefill, begun };
         query.transcript = query.transcript();
         Some(query)
     }
 
-    /// The conversation as text. What stays the same from call to call stands first, so that its windows do too.
+    /// The conversation as text. What stays the same from call to call stands first, so that its
+    /// windows do too.
     fn transcript(&self) -> String {
         let is_judged = |author: Author| match &self.profile.method {
             Method::Paper(_) => true,
@@ -124,14 +138,24 @@ impl<'a> Query<'a> {
         Answer { begun: &self.prefill, text: y }
     }
 
-    /// A question about the request, or about the reply `y` where its template has {y}: a fresh conversation of one turn for each
-    /// wording, and each window, that says something of its own. None where it does not apply.
-    pub(crate) fn question<'q>(&self, question: &'q Question, y: Answer<'_>, seen: &[Seen]) -> Vec<Asked<'q>> {
+    /// A question about the request, or about the reply `y` where its template has {y}: a fresh
+    /// conversation of one turn for each wording, and each window, that says something of its own.
+    /// None where it does not apply.
+    pub(crate) fn question<'q>(
+        &self,
+        question: &'q Question,
+        y: Answer<'_>,
+        seen: &[ImageText],
+    ) -> Vec<Asked<'q>> {
         let judged = y.whole(question.cut);
         let words = without_empty_entries(&joined(seen.iter().map(|seen| seen.words.clone())));
-        let shows = joined(seen.iter().map(|seen| seen.shows.clone()));
+        let description = joined(seen.iter().map(|seen| seen.description.clone()));
         let both = joined(hints(seen));
-        let sent = if both.is_empty() { String::new() } else { format!("The user sent a picture of: {both}\n") };
+        let sent = if both.is_empty() {
+            String::new()
+        } else {
+            format!("The user sent a picture of: {both}\n")
+        };
         let shows_more = self.transcript != self.asked;
         let holes = [
             ("x", self.asked.as_str()),
@@ -139,20 +163,25 @@ impl<'a> Query<'a> {
             ("t", &self.transcript),
             ("p", &sent),
             ("w", &words),
-            ("s", &shows),
+            ("s", &description),
             ("c", &both),
         ];
         let mut said = HashSet::new();
         let mut prompts = Vec::new();
         for (template, prior) in question.wordings() {
             let adds_nothing = template.has("t") && !shows_more && !template.has("y");
-            if adds_nothing || holes[4..].iter().any(|(hole, text)| template.has(hole) && text.is_empty()) {
+            if adds_nothing
+                || holes[4..].iter().any(|(hole, text)| template.has(hole) && text.is_empty())
+            {
                 continue;
             }
             for holes in windows(&holes, template, question.window) {
-                let filled: Vec<(&str, String)> =
-                    holes.iter().map(|(name, text)| (*name, quoted(text, &self.profile.quote))).collect();
-                let filled: Vec<(&str, &str)> = filled.iter().map(|(name, text)| (*name, text.as_str())).collect();
+                let filled: Vec<(&str, String)> = holes
+                    .iter()
+                    .map(|(name, text)| (*name, quoted(text, &self.profile.quote)))
+                    .collect();
+                let filled: Vec<(&str, &str)> =
+                    filled.iter().map(|(name, text)| (*name, text.as_str())).collect();
                 let text = template.fill(&filled);
                 if said.insert(text.clone()) {
                     let images = self.shown().filter(|_| question.image == Images::Include);
@@ -176,19 +205,21 @@ impl<'a> Query<'a> {
         })
     }
 
-    /// Whether the captions, one for each image of the conversation, leave a hint about the guarded turn: it has an image, and not all of
-    /// its captions are blank.
+    /// Whether the captions, one for each image of the conversation, leave a hint about the guarded
+    /// turn: it has an image, and not all of its captions are blank.
     pub(crate) fn has_hints(&self, captions: &[String]) -> bool {
-        let earlier: usize = self.chat.turns[..self.index].iter().map(|turn| turn.images().count()).sum();
+        let earlier: usize =
+            self.chat.turns[..self.index].iter().map(|turn| turn.images().count()).sum();
         let mut own = captions.iter().skip(earlier).take(self.turn().images().count()).peekable();
         let is_plain = self.profile.empty_caption == EmptyCaption::Plain;
         own.peek().is_some() && !(is_plain && own.all(|caption| caption.trim().is_empty()))
     }
 
-    /// Step 4: the whole conversation, as text. `captions` holds one for each image, in order: those of the guarded turn become its
-    /// hints {c}; an image of another turn becomes `[Image: caption]` where it stood. The answer begins anew: a beginning that the
-    /// client wrote is left out. Where the profile keeps the eyes open, as the published utility scripts do, the images of the guarded
-    /// turn stand in it again.
+    /// Step 4: the whole conversation, as text. `captions` holds one for each image, in order:
+    /// those of the guarded turn become its hints {c}; an image of another turn becomes `[Image:
+    /// caption]` where it stood. The answer begins anew: a beginning that the client wrote is left
+    /// out. Where the profile keeps the eyes open, as the published utility scripts do, the images
+    /// of the guarded turn stand in it again.
     pub(crate) fn safe<'t>(&self, captions: &[String], template: &'t Template) -> Prompt<'t> {
         let blind = self.blind(captions, template);
         let mut chat = Chat::from(blind);
@@ -203,7 +234,8 @@ impl<'a> Query<'a> {
         let mut turns = Vec::with_capacity(self.chat.turns.len());
         let mut captions = captions.iter();
         for (index, turn) in self.chat.turns.iter().enumerate() {
-            let seen: Vec<&str> = captions.by_ref().take(turn.images().count()).map(String::as_str).collect();
+            let seen: Vec<&str> =
+                captions.by_ref().take(turn.images().count()).map(String::as_str).collect();
             let text = match index == self.index {
                 true => {
                     let hints = quoted(&seen.join("\n\n"), &self.profile.quote);
@@ -219,12 +251,14 @@ impl<'a> Query<'a> {
 }
 
 /// Each image as a phrase; empty of one of which nothing is known.
-pub(crate) fn hints(seen: &[Seen]) -> impl Iterator<Item = String> + '_ {
-    seen.iter().map(|Seen { words, shows }| match (shows.is_empty(), words.is_empty()) {
-        (true, true) => String::new(),
-        (true, false) => format!("a page with the printed text \"{words}\""),
-        (false, true) => shows.clone(),
-        (false, false) => format!("{shows}, with the printed text \"{words}\""),
+pub(crate) fn hints(seen: &[ImageText]) -> impl Iterator<Item = String> + '_ {
+    seen.iter().map(|ImageText { words, description }| {
+        match (description.is_empty(), words.is_empty()) {
+            (true, true) => String::new(),
+            (true, false) => format!("a page with the printed text \"{words}\""),
+            (false, true) => description.clone(),
+            (false, false) => format!("{description}, with the printed text \"{words}\""),
+        }
     })
 }
 
@@ -233,24 +267,37 @@ fn joined(texts: impl Iterator<Item = String>) -> String {
     texts.filter(|text| !text.is_empty()).collect::<Vec<_>>().join("\n\n")
 }
 
-/// What is filled in where the judged text is longer than a window: the judged text in windows that overlap by a fifth, everything else
-/// cut to one window, its middle left out. Judged is {y}, where the template has it, else the longest text that it has.
-fn windows<'h>(holes: &[(&'h str, &'h str)], template: &Template, window: usize) -> Vec<Vec<(&'h str, Cow<'h, str>)>> {
-    let used: Vec<(&str, &str)> = holes.iter().copied().filter(|(name, _)| template.has(name)).collect();
-    let judged = used.iter().find(|(name, _)| *name == "y").or_else(|| used.iter().max_by_key(|(_, text)| text.len()));
+/// What is filled in where the judged text is longer than a window: the judged text in windows that
+/// overlap by a fifth, everything else cut to one window, its middle left out. Judged is {y}, where
+/// the template has it, else the longest text that it has.
+fn windows<'h>(
+    holes: &[(&'h str, &'h str)],
+    template: &Template,
+    window: usize,
+) -> Vec<Vec<(&'h str, Cow<'h, str>)>> {
+    let used: Vec<(&str, &str)> =
+        holes.iter().copied().filter(|(name, _)| template.has(name)).collect();
+    let judged = used
+        .iter()
+        .find(|(name, _)| *name == "y")
+        .or_else(|| used.iter().max_by_key(|(_, text)| text.len()));
     let Some((judged, text)) = judged.filter(|_| window > 0).copied() else {
         return vec![used.into_iter().map(|(name, text)| (name, Cow::Borrowed(text))).collect()];
     };
     let with = |part: &'h str| {
         let rest = used.iter().filter(|(name, _)| *name != judged);
-        rest.map(|(name, text)| (*name, middle_left_out(text, window))).chain([(judged, Cow::Borrowed(part))]).collect()
+        rest.map(|(name, text)| (*name, middle_left_out(text, window)))
+            .chain([(judged, Cow::Borrowed(part))])
+            .collect()
     };
     slices(text, window).into_iter().map(with).collect()
 }
 
-/// A text in slices of `window` characters, each a fifth of that further back than the end of the last.
+/// A text in slices of `window` characters, each a fifth of that further back than the end of the
+/// last.
 fn slices(text: &str, window: usize) -> Vec<&str> {
-    let starts: Vec<usize> = text.char_indices().map(|(place, _)| place).chain([text.len()]).collect();
+    let starts: Vec<usize> =
+        text.char_indices().map(|(place, _)| place).chain([text.len()]).collect();
     let count = starts.len() - 1;
     let step = (window - window / 5).max(1);
     let mut slices = Vec::new();
@@ -276,7 +323,8 @@ fn middle_left_out(text: &str, longest: usize) -> Cow<'_, str> {
     format!("{start} … {end}").into()
 }
 
-/// The numbers and bullets of a list's empty entries ask for nothing, and a small model takes them for harmless text.
+/// The numbers and bullets of a list's empty entries ask for nothing, and a small model takes them
+/// for harmless text.
 fn without_empty_entries(text: &str) -> String {
     let is_mark = |word: &str| match word.strip_suffix(['.', ')']) {
         Some(number) => !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()),
@@ -284,16 +332,19 @@ fn without_empty_entries(text: &str) -> String {
     };
     let lines = text.lines().map(|line| {
         let words: Vec<&str> = line.split_whitespace().collect();
-        let says_something =
-            |place: &usize| !is_mark(words[*place]) || words.get(place + 1).is_some_and(|next| !is_mark(next));
-        let kept: Vec<&str> = (0..words.len()).filter(says_something).map(|place| words[place]).collect();
+        let says_something = |place: &usize| {
+            !is_mark(words[*place]) || words.get(place + 1).is_some_and(|next| !is_mark(next))
+        };
+        let kept: Vec<&str> =
+            (0..words.len()).filter(says_something).map(|place| words[place]).collect();
         kept.join(" ")
     });
     let lines: Vec<String> = lines.filter(|line| !line.is_empty()).collect();
     lines.join("\n")
 }
 
-/// What stands before a question: its system message, and its examples with their answers, no and yes in turn.
+/// What stands before a question: its system message, and its examples with their answers, no and
+/// yes in turn.
 fn examples(question: &Question) -> Vec<Turn> {
     let mut turns = Vec::new();
     if !question.system.is_empty() {
@@ -302,7 +353,10 @@ fn examples(question: &Question) -> Vec<Turn> {
     for place in 0..question.no.len().max(question.yes.len()) {
         for (examples, answer) in [(&question.no, "no"), (&question.yes, "yes")] {
             if let Some(example) = examples.get(place) {
-                turns.extend([Turn::text(Role::User, example.clone()), Turn::text(Role::Assistant, answer)]);
+                turns.extend([
+                    Turn::text(Role::User, example.clone()),
+                    Turn::text(Role::Assistant, answer),
+                ]);
             }
         }
     }

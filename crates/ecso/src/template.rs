@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-/// A prompt template. A hole is a name in braces; what is filled in is never looked at again, so braces inside a query
-/// or an answer stay as they are.
+/// A prompt template. A hole is a name in braces; what is filled in is never looked at again, so
+/// braces inside a query or an answer stay as they are.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Template(String);
@@ -20,7 +20,8 @@ impl Template {
         &self.0
     }
 
-    /// The template's name in traces and results: the first 16 hexadecimal digits of the BLAKE3 of its text.
+    /// The template's name in traces and results: the first 16 hexadecimal digits of the BLAKE3 of
+    /// its text.
     #[must_use]
     pub fn hash(&self) -> String {
         blake3::hash(self.0.as_bytes()).to_hex()[..16].to_owned()

@@ -1,4 +1,5 @@
-//! For tests: a scripted [`Mllm`], which replies by rule and remembers what it was asked, and a document.
+//! For tests: a scripted [`Mllm`], which replies by rule and remembers what it was asked, and a
+//! document.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -20,7 +21,9 @@ pub struct Scripted {
 
 impl Scripted {
     /// A model that replies what `script` makes of the conversation.
-    pub fn new(script: impl Fn(&Chat) -> Result<Reply, ModelError> + Send + Sync + 'static) -> Self {
+    pub fn new(
+        script: impl Fn(&Chat) -> Result<Reply, ModelError> + Send + Sync + 'static,
+    ) -> Self {
         Self { script: Box::new(script), asked: Mutex::default() }
     }
 
@@ -30,7 +33,9 @@ impl Scripted {
         let texts = Mutex::new(texts.into_iter());
         Self::new(move |_| {
             let mut texts = texts.lock().unwrap_or_else(PoisonError::into_inner);
-            let text = texts.next().ok_or_else(|| ModelError::Rejected("the script is at its end".into()))?;
+            let text = texts
+                .next()
+                .ok_or_else(|| ModelError::Rejected("the script is at its end".into()))?;
             Ok(Reply { text, ..Reply::default() })
         })
     }
@@ -48,7 +53,10 @@ impl Mllm for Scripted {
     }
 
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {
-        self.asked.lock().unwrap_or_else(PoisonError::into_inner).push((chat.clone(), sampling.clone()));
+        self.asked
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push((chat.clone(), sampling.clone()));
         let reply = (self.script)(chat)?;
         // A piece a character, so that whoever reads the stream must put it together.
         let text: Vec<Delta> = reply.text.chars().map(|c| Delta::Text(c.to_string())).collect();
@@ -58,14 +66,18 @@ impl Mllm for Scripted {
     }
 }
 
-/// A PDF of small pages, each with what its content stream draws: `BT /F 12 Tf 10 20 Td (Bread) Tj ET` writes a word.
+/// A PDF of small pages, each with what its content stream draws: `BT /F 12 Tf 10 20 Td (Bread) Tj
+/// ET` writes a word.
 #[must_use]
 pub fn pdf(pages: &[&str]) -> Vec<u8> {
-    let numbers: Vec<String> = (0..pages.len()).map(|page| format!("{} 0 R", 4 + 2 * page)).collect();
+    let numbers: Vec<String> =
+        (0..pages.len()).map(|page| format!("{} 0 R", 4 + 2 * page)).collect();
     let (count, kids) = (pages.len(), numbers.join(" "));
     let mut objects = vec![
         "<</Type/Catalog/Pages 2 0 R>>".to_owned(),
-        format!("<</Type/Pages/Count {count}/Kids[{kids}]/MediaBox[0 0 72 36]/Resources<</Font<</F 3 0 R>>>>>>"),
+        format!(
+            "<</Type/Pages/Count {count}/Kids[{kids}]/MediaBox[0 0 72 36]/Resources<</Font<</F 3 0 R>>>>>>"
+        ),
         "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>".to_owned(),
     ];
     for content in pages {

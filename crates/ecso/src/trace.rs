@@ -1,4 +1,5 @@
-//! What happened: [`Event`]s while the pipeline runs, a [`Trace`] of every call, and the [`Outcome`].
+//! What happened: [`Event`]s while the pipeline runs, a [`Trace`] of every call, and the
+//! [`Outcome`].
 
 use serde::{Deserialize, Serialize};
 
@@ -81,7 +82,8 @@ pub struct Outcome {
     pub answer: String,
     /// What was found about the direct answer, or the request for it.
     pub verdict: Verdict,
-    /// Probability that the direct answer is harmful, in 0..=1; `None` where the model doesn't tell.
+    /// Probability that the direct answer is harmful, in 0..=1; `None` where the model doesn't
+    /// tell.
     pub score: Option<f64>,
     /// Whether the answer is another than the direct one.
     #[serde(default)]
@@ -110,14 +112,16 @@ pub enum Event {
     },
     /// A call is over.
     Finished(Trace),
-    /// It is decided whether the draft goes out (the next events bring it) or another answer takes its place.
+    /// It is decided whether the draft goes out (the next events bring it) or another answer takes
+    /// its place.
     Decided {
         /// What step 2 said.
         verdict: Verdict,
         /// Whether another answer takes its place.
         rewritten: bool,
     },
-    /// Text of the final answer; after the verdict, never before. The pieces joined are [`Outcome::answer`].
+    /// Text of the final answer; after the verdict, never before. The pieces joined are
+    /// [`Outcome::answer`].
     Answer(String),
     /// The end; comes exactly once, last.
     Done(Outcome),
@@ -138,7 +142,8 @@ pub enum GuardError {
         /// What went wrong.
         source: ModelError,
     },
-    /// A question got neither yes nor no: a refusal to judge, nothing at all, a thought without an end.
+    /// A question got neither yes nor no: a refusal to judge, nothing at all, a thought without an
+    /// end.
     #[error("step `{step}` failed: this model does not answer yes or no")]
     NoVerdict {
         /// Which step.

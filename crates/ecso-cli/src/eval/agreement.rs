@@ -60,13 +60,15 @@ impl Label {
     }
 }
 
-/// Whether a label says harmful; an error for one that says neither that nor its opposite. Of several the majority counts.
+/// Whether a label says harmful; an error for one that says neither that nor its opposite. Of
+/// several the majority counts.
 fn is_harmful<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>, D::Error> {
     let value = Value::deserialize(deserializer)?;
     let all = value.as_array().map_or(std::slice::from_ref(&value), Vec::as_slice);
     // Of several people some may have said nothing.
     let is_blank = |label: &&Value| {
-        all.len() > 1 && (label.is_null() || label.as_str().is_some_and(|said| said.trim().is_empty()))
+        all.len() > 1
+            && (label.is_null() || label.as_str().is_some_and(|said| said.trim().is_empty()))
     };
     let labels: Vec<&Value> = all.iter().filter(|label| !is_blank(label)).collect();
     if labels.is_empty() {
@@ -78,15 +80,20 @@ fn is_harmful<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>
     let mut harmful = 0;
     for label in &labels {
         let said = joined(label, " ").and_then(|said| yes_or_no(&said).or_else(|| is_harm(&said)));
-        let wrong =
-            || D::Error::custom(format_args!("a label is {}; it must be harmful or harmless, 1 or 0", cut(label)));
+        let wrong = || {
+            D::Error::custom(format_args!(
+                "a label is {}; it must be harmful or harmless, 1 or 0",
+                cut(label)
+            ))
+        };
         harmful += usize::from(said.ok_or_else(wrong)?);
     }
     let harmless = labels.len() - harmful;
     Ok((harmful != harmless).then_some(harmful > harmless))
 }
 
-/// The keys of verdicts on the answers of the run that a file of verdicts lies in, if it lies in one.
+/// The keys of verdicts on the answers of the run that a file of verdicts lies in, if it lies in
+/// one.
 fn of_run(verdicts: &Path) -> Result<Option<Vec<Key>>, JournalError> {
     let run = Saved::folder(verdicts.parent().unwrap_or(Path::new("")));
     if run.header::<RunHeader>().is_err() {
@@ -122,7 +129,8 @@ impl Current {
 pub(super) fn run(path: &Path, args: &AgreementArgs) -> anyhow::Result<()> {
     let rows: Vec<Label> = table::rows(&args.labels, &table::columns(&args.map)?, &COLUMNS)?;
     let current = Current::of(path, &rows).map_err(UsageError::of)?;
-    let others: HashMap<u64, Key> = rows.iter().filter_map(Label::other_key).map(|key| (key.place(), key)).collect();
+    let others: HashMap<u64, Key> =
+        rows.iter().filter_map(Label::other_key).map(|key| (key.place(), key)).collect();
     let mut of_other_kind = 0;
     let mut labels = HashMap::new();
     let mut ties = 0;
@@ -146,7 +154,8 @@ pub(super) fn run(path: &Path, args: &AgreementArgs) -> anyhow::Result<()> {
         }
         if !current.has(judgement.key()) {
             let key = judgement.key();
-            of_other_kind += usize::from(others.get(&key.place()).is_some_and(|other| key.is(*other)));
+            of_other_kind +=
+                usize::from(others.get(&key.place()).is_some_and(|other| key.is(*other)));
             outdated += 1;
             continue;
         }
@@ -155,7 +164,8 @@ pub(super) fn run(path: &Path, args: &AgreementArgs) -> anyhow::Result<()> {
             continue;
         };
         met.insert(id);
-        let said = (judgement.verdict != Ruling::Error).then_some(judgement.verdict == Ruling::Unsafe);
+        let said =
+            (judgement.verdict != Ruling::Error).then_some(judgement.verdict == Ruling::Unsafe);
         pairs.push((said, *label));
         scores.extend(judgement.score.map(|score| (score, *label)));
     }
@@ -169,7 +179,11 @@ pub(super) fn run(path: &Path, args: &AgreementArgs) -> anyhow::Result<()> {
     let is_one = args.arm.as_ref().map_or(arms.len() <= 1, |arm| arms.contains(arm));
     if !is_one {
         let arms: Vec<String> = arms.into_iter().collect();
-        bail!(UsageError(format!("{}: name one arm with --arm: {}", path.display(), arms.join(", "))));
+        bail!(UsageError(format!(
+            "{}: name one arm with --arm: {}",
+            path.display(),
+            arms.join(", ")
+        )));
     }
     if pairs.is_empty() && outdated > 0 {
         bail!(UsageError(format!(
@@ -181,10 +195,15 @@ pub(super) fn run(path: &Path, args: &AgreementArgs) -> anyhow::Result<()> {
     }
     let errors = pairs.iter().filter(|(said, _)| said.is_none()).count();
     let unjudged = labels.len() - met.len();
-    pairs.extend(labels.iter().filter(|(id, _)| !met.contains(id)).map(|(_, label)| (None, *label)));
+    pairs
+        .extend(labels.iter().filter(|(id, _)| !met.contains(id)).map(|(_, label)| (None, *label)));
     let agreement = Agreement::of(pairs);
-    anyhow::ensure!(agreement.total() > 0, "the judge failed on all {errors} answers that have a label");
-    let (accuracy, precision, recall) = (agreement.accuracy(), agreement.precision(), agreement.recall());
+    anyhow::ensure!(
+        agreement.total() > 0,
+        "the judge failed on all {errors} answers that have a label"
+    );
+    let (accuracy, precision, recall) =
+        (agreement.accuracy(), agreement.precision(), agreement.recall());
     let (kappa, area) = (agreement.kappa_interval(), auroc(&scores));
     if args.json {
         let object = serde_json::json!({
@@ -196,9 +215,18 @@ pub(super) fn run(path: &Path, args: &AgreementArgs) -> anyhow::Result<()> {
     }
     for (name, rate) in [("accuracy", accuracy), ("precision", precision), ("recall", recall)] {
         let value = three(rate.value);
-        println!("{name:<10} {value} ({:.3} to {:.3}), {} of {}", rate.low, rate.high, rate.count, rate.total);
+        println!(
+            "{name:<10} {value} ({:.3} to {:.3}), {} of {}",
+            rate.low, rate.high, rate.count, rate.total
+        );
     }
-    println!("{:<10} {} ({} to {})", "kappa", three(kappa.value), three(kappa.low), three(kappa.high));
+    println!(
+        "{:<10} {} ({} to {})",
+        "kappa",
+        three(kappa.value),
+        three(kappa.low),
+        three(kappa.high)
+    );
     if let Some(area) = area {
         println!("{:<10} {area:.3}", "AUROC");
     }

@@ -18,12 +18,13 @@ pub(crate) enum EvalCommand {
     /// Make benchmark images from questions alone
     #[command(subcommand)]
     Prepare(PrepareCommand),
-    /// Answer a benchmark's items, unguarded and under each profile; goes on where an earlier run ended
+    /// Answer a benchmark's items, unguarded and under each profile; goes on where an earlier run
+    /// ended
     Run(Box<RunArgs>),
     /// Rule on the answers of a run, or on answers from elsewhere
     Judge(Box<JudgeArgs>),
-    /// Find and keep the threshold of the profile `hardened` for a model, from runs of harmful and of harmless items under it: chosen on
-    /// one half of the items, reported on the other
+    /// Find and keep the threshold of the profile `hardened` for a model, from runs of harmful and
+    /// of harmless items under it: chosen on one half of the items, reported on the other
     Calibrate {
         /// Folders of runs; their verdicts are not needed
         #[arg(required = true)]
@@ -55,7 +56,8 @@ pub(crate) enum EvalCommand {
         #[arg(long, value_name = "NAME")]
         judge: Option<String>,
     },
-    /// One page: should the guard be turned on for this model? Gain, over-refusal, time, tokens, and a recommendation
+    /// One page: should the guard be turned on for this model? Gain, over-refusal, time, tokens,
+    /// and a recommendation
     Advise {
         /// Folders of judged runs, of harmful and of harmless items
         #[arg(required = true)]
@@ -80,12 +82,14 @@ pub(crate) enum EvalCommand {
 
 #[derive(Debug, Args)]
 pub(crate) struct AgreementArgs {
-    /// Labels: JSON lines or CSV of {id, label}; harmful, unsafe, 1 and true are harmful, their opposites harmless. With {query, response,
-    /// harmless?} beside them only verdicts on these answers count
+    /// Labels: JSON lines or CSV of {id, label}; harmful, unsafe, 1 and true are harmful, their
+    /// opposites harmless. With {query, response, harmless?} beside them only verdicts on these
+    /// answers count
     #[arg(long, value_name = "FILE")]
     pub(crate) labels: PathBuf,
 
-    /// Which column of the labels is what (id, label, query, response, harmless), as in label=human_majority; may be given several times
+    /// Which column of the labels is what (id, label, query, response, harmless), as in
+    /// label=human_majority; may be given several times
     #[arg(long, value_name = "WHAT=COLUMN")]
     pub(crate) map: Vec<String>,
 
@@ -114,7 +118,8 @@ pub(crate) enum PrepareCommand {
     },
     /// Set the texts of items as pictures of sheets: signs, labels, letters
     Pages {
-        /// Items for the benchmark `jsonl`, as JSON lines; one with a field `page` gets a picture of that text
+        /// Items for the benchmark `jsonl`, as JSON lines; one with a field `page` gets a picture
+        /// of that text
         #[arg(long, value_name = "FILE")]
         items: PathBuf,
         /// Folder for the images and their items.jsonl
@@ -136,7 +141,8 @@ pub(crate) enum PrepareCommand {
         #[arg(long, value_name = "FILE")]
         font: Option<PathBuf>,
     },
-    /// Fourteen ways to hide a request from a guard, made of FigStep's harmful rows, and mild requests that look caught, for `jsonl`
+    /// Fourteen ways to hide a request from a guard, made of FigStep's harmful rows, and mild
+    /// requests that look caught, for `jsonl`
     Evasions {
         /// safebench.csv or a part of it
         #[arg(long, value_name = "FILE")]
@@ -156,7 +162,8 @@ pub(crate) enum PrepareCommand {
         /// Folder with <scenario>.json, or one JSON file of {"<scenario>#<id>": record}
         #[arg(long, value_name = "PATH")]
         questions: PathBuf,
-        /// Folder for the benchmark. Where it holds imgs/<scenario>/SD/<id>.jpg, SD_TYPO is made as well
+        /// Folder for the benchmark. Where it holds imgs/<scenario>/SD/<id>.jpg, SD_TYPO is made as
+        /// well
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
         /// Font file [default: Arial, or Liberation Sans, which has its metrics]
@@ -190,8 +197,8 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
 
-    /// Only scenarios that begin so; may be given several times [default: all; mm-safetybench: the eight that the paper
-    /// judges. `all` is all]
+    /// Only scenarios that begin so; may be given several times [default: all; mm-safetybench: the
+    /// eight that the paper judges. `all` is all]
     #[arg(long)]
     pub(crate) scenario: Vec<String>,
 
@@ -215,7 +222,8 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "N")]
     pub(crate) concurrency: Option<NonZero<usize>>,
 
-    /// Megabytes of images that the items at once may hold together, as they came; a request to a server holds each some times over
+    /// Megabytes of images that the items at once may hold together, as they came; a request to a
+    /// server holds each some times over
     #[arg(long, value_name = "MB", default_value_t = 1024)]
     pub(crate) image_mb: usize,
 
@@ -231,7 +239,8 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
     pub(crate) min_coverage: f64,
 
-    /// Leave items out whose image is missing; they are counted. Without it each is an item that failed
+    /// Leave items out whose image is missing; they are counted. Without it each is an item that
+    /// failed
     #[arg(long)]
     pub(crate) skip_missing: bool,
 
@@ -249,7 +258,8 @@ pub(crate) struct JudgeArgs {
     #[arg(long, value_name = "FILE", requires = "out")]
     pub(crate) responses: Option<PathBuf>,
 
-    /// Which column of the answers is what (id, query, response, harmless), as in response=generation; may be given several times
+    /// Which column of the answers is what (id, query, response, harmless), as in
+    /// response=generation; may be given several times
     #[arg(long, value_name = "WHAT=COLUMN", conflicts_with = "run")]
     pub(crate) map: Vec<String>,
 
@@ -257,7 +267,8 @@ pub(crate) struct JudgeArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) out: Option<PathBuf>,
 
-    /// Who judges: advbench and xstest are string rules, exact compares with the key, llm asks the model below
+    /// Who judges: advbench and xstest are string rules, exact compares with the key, llm asks the
+    /// model below
     #[arg(long, value_enum, default_value_t)]
     pub(crate) judge: JudgeKind,
 
@@ -269,8 +280,8 @@ pub(crate) struct JudgeArgs {
     #[arg(long, value_name = "P", value_parser = share, conflicts_with = "judge_file")]
     pub(crate) threshold: Option<f64>,
 
-    /// Exit with an error if a smaller share of the answers could be judged; answers count that are missing because their items
-    /// failed, were left out, or are not run yet
+    /// Exit with an error if a smaller share of the answers could be judged; answers count that are
+    /// missing because their items failed, were left out, or are not run yet
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
     pub(crate) min_coverage: f64,
 
@@ -301,5 +312,8 @@ pub(crate) enum JudgeKind {
 
 /// A share or a probability.
 pub(crate) fn share(text: &str) -> Result<f64, String> {
-    text.parse().ok().filter(|share| (0.0..=1.0).contains(share)).ok_or_else(|| "it is a number from 0 to 1".to_owned())
+    text.parse()
+        .ok()
+        .filter(|share| (0.0..=1.0).contains(share))
+        .ok_or_else(|| "it is a number from 0 to 1".to_owned())
 }

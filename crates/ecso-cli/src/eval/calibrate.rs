@@ -35,12 +35,16 @@ pub(super) fn run(
     if !(0.0..1.0).contains(&false_alarms) {
         bail!(UsageError("--false-alarms is a share, at least 0 and below 1".into()));
     }
-    let headers = runs.iter().map(|run| Saved::folder(run).header()).collect::<Result<Vec<RunHeader>, _>>();
+    let headers =
+        runs.iter().map(|run| Saved::folder(run).header()).collect::<Result<Vec<RunHeader>, _>>();
     let headers = headers.map_err(UsageError::of)?;
     let (mut all, mut together) = (Scores::default(), Together::default());
     for (run, header) in runs.iter().zip(&headers) {
         if !header.profiles.iter().any(|(name, _)| name == PROFILE) {
-            bail!(UsageError(format!("{}: it has no arm {PROFILE}; run it with --profile {PROFILE}", run.display())));
+            bail!(UsageError(format!(
+                "{}: it has no arm {PROFILE}; run it with --profile {PROFILE}",
+                run.display()
+            )));
         }
         together.run(run, header).map_err(UsageError::of)?;
         let before = all.without;
@@ -51,12 +55,17 @@ pub(super) fn run(
         }
         let without = all.without - before;
         if without > 0 {
-            say!("{}: {without} items have no score: the model tells no probabilities, or they failed", run.display());
+            say!(
+                "{}: {without} items have no score: the model tells no probabilities, or they failed",
+                run.display()
+            );
         }
     }
     let Some(header) = headers.into_iter().next() else { bail!(UsageError("name a run".into())) };
     if all.scored.is_empty() && all.without > 0 {
-        bail!(UsageError("the model tells no probabilities: there is no threshold to be found".into()));
+        bail!(UsageError(
+            "the model tells no probabilities: there is no threshold to be found".into()
+        ));
     }
     let found = calibrate(&all.scored, false_alarms).map_err(UsageError::of)?;
     let stored = Stored {
@@ -90,10 +99,13 @@ pub(super) fn run(
     Ok(())
 }
 
-/// The biases of the profile that was run, where they are not the built-in ones: the threshold was found with them.
+/// The biases of the profile that was run, where they are not the built-in ones: the threshold was
+/// found with them.
 fn biases(profiles: &[(String, String)]) -> anyhow::Result<BTreeMap<String, f64>> {
     let ways = |profile: Profile| match profile.method {
-        Method::Hardened(method) => method.ways.into_iter().map(|way| (way.name, way.bias)).collect(),
+        Method::Hardened(method) => {
+            method.detectors.into_iter().map(|way| (way.name, way.bias)).collect()
+        }
         Method::Paper(_) => BTreeMap::new(),
     };
     let built_in = ways(Profile::named(PROFILE)?);
@@ -122,12 +134,14 @@ fn told(stored: &Stored) -> String {
             share(&half.false_alarms)
         )
     };
-    let mut text = format!("threshold {:.4} for {} ({} items)\n", found.threshold, stored.model, stored.items);
+    let mut text =
+        format!("threshold {:.4} for {} ({} items)\n", found.threshold, stored.model, stored.items);
     text += &half("chosen on", &found.chosen);
     text += &half("reported on", &found.reported);
     text += "threshold  harmful flagged  harmless flagged\n";
     for (at, recall, false_alarms) in &found.curve {
-        let _ = writeln!(text, "{at:>9.2}  {:>14.1}%  {:>15.1}%", 100.0 * recall, 100.0 * false_alarms);
+        let _ =
+            writeln!(text, "{at:>9.2}  {:>14.1}%  {:>15.1}%", 100.0 * recall, 100.0 * false_alarms);
     }
     text
 }

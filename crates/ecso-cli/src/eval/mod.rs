@@ -40,17 +40,21 @@ pub(crate) fn run(command: &EvalCommand, file: Option<&Path>) -> anyhow::Result<
             hold_judged([&a, &b])
         }
         EvalCommand::Advise { runs, judge } => {
-            let runs: anyhow::Result<Vec<JudgedRun>> = runs.iter().map(|run| judged(run, judge.as_deref())).collect();
+            let runs: anyhow::Result<Vec<JudgedRun>> =
+                runs.iter().map(|run| judged(run, judge.as_deref())).collect();
             let runs = runs?;
             print!("{}", advice::advise(&runs).map_err(UsageError::of)?);
             hold_judged(&runs)
         }
-        EvalCommand::Report { runs, out, judge } => write_report(runs, out.as_deref(), judge.as_deref()),
+        EvalCommand::Report { runs, out, judge } => {
+            write_report(runs, out.as_deref(), judge.as_deref())
+        }
     }
 }
 
 fn list(json: bool) -> anyhow::Result<()> {
-    let all: Vec<benchmarks::About> = benchmarks::ALL.iter().map(|benchmark| benchmark.about()).collect();
+    let all: Vec<benchmarks::About> =
+        benchmarks::ALL.iter().map(|benchmark| benchmark.about()).collect();
     if json {
         println!("{}", serde_json::to_string_pretty(&all)?);
         return Ok(());
@@ -97,7 +101,11 @@ fn prepare_images(command: &PrepareCommand) -> anyhow::Result<()> {
         }
         PrepareCommand::Evasions { questions, per_family, out, font } => {
             let typesetter = typesetter(font.as_deref(), false)?;
-            (prepare::evasions(questions, *per_family, &typesetter, out)?, typesetter.font_name, out)
+            (
+                prepare::evasions(questions, *per_family, &typesetter, out)?,
+                typesetter.font_name,
+                out,
+            )
         }
         PrepareCommand::MmSafetybench { questions, out, font } => {
             let typesetter = typesetter(font.as_deref(), true)?;
@@ -125,11 +133,15 @@ fn judged(run: &Path, judge: Option<&str>) -> anyhow::Result<JudgedRun> {
 /// Holds that somebody has ruled on something, or that a filter did in their place.
 fn hold_judged<'a>(runs: impl IntoIterator<Item = &'a JudgedRun>) -> anyhow::Result<()> {
     for run in runs {
-        if run.verdicts.rules() || run.records()?.any(|record| record.is_ok_and(|record| record.filtered)) {
+        if run.verdicts.rules()
+            || run.records()?.any(|record| record.is_ok_and(|record| record.filtered))
+        {
             return Ok(());
         }
     }
-    anyhow::bail!("no answer is judged, so that there is no figure; ecso eval judge RUN rules on them")
+    anyhow::bail!(
+        "no answer is judged, so that there is no figure; ecso eval judge RUN rules on them"
+    )
 }
 
 fn write_report(runs: &[PathBuf], out: Option<&Path>, judge: Option<&str>) -> anyhow::Result<()> {
@@ -152,7 +164,9 @@ fn write_report(runs: &[PathBuf], out: Option<&Path>, judge: Option<&str>) -> an
         write_whole(&path, &text).with_context(|| path.display().to_string())?;
     }
     println!("{markdown}\n{}", out.join("report.html").display());
-    let is_judged = |summary: &Summary, arm: &Arm| arm.all.unjudged + arm.all.missing + arm.all.failed < summary.items;
+    let is_judged = |summary: &Summary, arm: &Arm| {
+        arm.all.unjudged + arm.all.missing + arm.all.failed < summary.items
+    };
     anyhow::ensure!(
         summaries.iter().any(|summary| summary.arms.iter().any(|arm| is_judged(summary, arm))),
         "no answer is judged: the report has no rate; ecso eval judge tells of one run after the other"

@@ -37,20 +37,41 @@ struct Wanted {
 impl Wanted {
     fn of(args: &RunArgs) -> anyhow::Result<Self> {
         let benchmark = benchmarks::named(&args.benchmark).ok_or_else(|| {
-            let names: Vec<&str> = benchmarks::ALL.iter().map(|benchmark| benchmark.about().name).collect();
-            UsageError(format!("no benchmark is called {}; there are {}", args.benchmark, names.join(", ")))
+            let names: Vec<&str> =
+                benchmarks::ALL.iter().map(|benchmark| benchmark.about().name).collect();
+            UsageError(format!(
+                "no benchmark is called {}; there are {}",
+                args.benchmark,
+                names.join(", ")
+            ))
         })?;
         let about = benchmark.about();
-        if let Some(variant) = args.variant.as_deref().filter(|variant| !about.variants.contains(variant)) {
-            let known = if about.variants.is_empty() { "none".to_owned() } else { about.variants.join(", ") };
-            return Err(UsageError(format!("--variant {variant}: of {} there are {known}", about.name)).into());
+        if let Some(variant) =
+            args.variant.as_deref().filter(|variant| !about.variants.contains(variant))
+        {
+            let known = if about.variants.is_empty() {
+                "none".to_owned()
+            } else {
+                about.variants.join(", ")
+            };
+            return Err(UsageError(format!(
+                "--variant {variant}: of {} there are {known}",
+                about.name
+            ))
+            .into());
         }
-        let variant = args.variant.clone().or_else(|| about.variants.first().map(|variant| (*variant).to_owned()));
+        let variant = args
+            .variant
+            .clone()
+            .or_else(|| about.variants.first().map(|variant| (*variant).to_owned()));
         let data = match &args.data {
             Some(data) => data.clone(),
             None if about.source == "ecso" => "-".into(),
             None => {
-                let told = format!("{}: --data is missing: {} (from {})", about.name, about.layout, about.source);
+                let told = format!(
+                    "{}: --data is missing: {} (from {})",
+                    about.name, about.layout, about.source
+                );
                 return Err(UsageError(told).into());
             }
         };
@@ -84,7 +105,10 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let wanted = Wanted::of(args)?;
     let (settings, profiles) = profiles(args, file)?;
     let items = wanted.items()?;
-    anyhow::ensure!(items.total != Some(0), UsageError("no item is chosen; --scenario all takes all".into()));
+    anyhow::ensure!(
+        items.total != Some(0),
+        UsageError("no item is chosen; --scenario all takes all".into())
+    );
 
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
@@ -156,7 +180,8 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
 
 /// The profiles that are run, and the settings of the model.
 fn profiles(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<(Settings, Vec<Profile>)> {
-    let wanted = if args.profile.is_empty() { vec!["paper".to_owned()] } else { args.profile.clone() };
+    let wanted =
+        if args.profile.is_empty() { vec!["paper".to_owned()] } else { args.profile.clone() };
     let mut settings = None;
     let mut profiles = Vec::new();
     for name in wanted {
@@ -166,21 +191,33 @@ fn profiles(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<(Settings, Ve
         config::tell_fit(&loaded)?;
         settings = Some(loaded);
     }
-    let mut names: Vec<&str> =
-        [UNGUARDED].into_iter().chain(profiles.iter().map(|profile| profile.name.as_str())).collect();
+    let mut names: Vec<&str> = [UNGUARDED]
+        .into_iter()
+        .chain(profiles.iter().map(|profile| profile.name.as_str()))
+        .collect();
     names.sort_unstable();
     let twice = names.windows(2).find(|pair| pair[0] == pair[1]).and_then(|pair| pair.first());
     if let Some(name) = twice {
-        return Err(UsageError(format!("two arms would be called {name:?}; give the profile another name")).into());
+        return Err(UsageError(format!(
+            "two arms would be called {name:?}; give the profile another name"
+        ))
+        .into());
     }
-    Ok((settings.context("no profile")?, run::capped(profiles, args.max_new_tokens.map(NonZero::get))))
+    Ok((
+        settings.context("no profile")?,
+        run::capped(profiles, args.max_new_tokens.map(NonZero::get)),
+    ))
 }
 
 /// Tells what of the data could not be used.
 fn told(args: &RunArgs, unusable: &Unusable) {
     let Unusable { missing, first_missing, unreadable, first_unreadable } = unusable;
     if let Some(first) = first_missing {
-        let now = if args.skip_missing { "left out" } else { "recorded as failed; --skip-missing leaves such out" };
+        let now = if args.skip_missing {
+            "left out"
+        } else {
+            "recorded as failed; --skip-missing leaves such out"
+        };
         say!("{missing} items miss an image and are {now}; the first: {first}");
     }
     if let Some(first) = first_unreadable {
@@ -188,8 +225,14 @@ fn told(args: &RunArgs, unusable: &Unusable) {
     }
 }
 
-/// Holds that the data is what was run: as many items as at first, and none that is recorded otherwise than it is now.
-fn is_unchanged(items: Items, header: &RunHeader, journal: &Journal, skip_missing: bool) -> anyhow::Result<()> {
+/// Holds that the data is what was run: as many items as at first, and none that is recorded
+/// otherwise than it is now.
+fn is_unchanged(
+    items: Items,
+    header: &RunHeader,
+    journal: &Journal,
+    skip_missing: bool,
+) -> anyhow::Result<()> {
     let total = items.total;
     let changed = run::changed(items, journal, skip_missing);
     let what = match total == header.items {
@@ -203,13 +246,21 @@ fn is_unchanged(items: Items, header: &RunHeader, journal: &Journal, skip_missin
     );
 }
 
-/// Tells of items that failed; an error where too few of `all` were answered for the run to be a success.
+/// Tells of items that failed; an error where too few of `all` were answered for the run to be a
+/// success.
 fn enough(args: &RunArgs, journal: &Journal, all: usize) -> anyhow::Result<()> {
     if journal.failed() > 0 {
-        say!("{} items failed; the same command with --retry-failed tries them again", journal.failed());
+        say!(
+            "{} items failed; the same command with --retry-failed tries them again",
+            journal.failed()
+        );
     }
     let answered = journal.len() - journal.failed();
-    anyhow::ensure!(answered > 0, "no item was answered; the journal says why: {}", args.out.display());
+    anyhow::ensure!(
+        answered > 0,
+        "no item was answered; the journal says why: {}",
+        args.out.display()
+    );
     #[expect(clippy::cast_precision_loss, reason = "counts of items")]
     let coverage = answered as f64 / all as f64;
     anyhow::ensure!(

@@ -25,15 +25,23 @@ pub(super) type Columns = HashMap<String, Vec<String>>;
 pub(super) fn columns(pairs: &[String]) -> anyhow::Result<Columns> {
     let split = |pair: &String| {
         let (what, columns) = pair.split_once('=')?;
-        Some((what.trim().to_owned(), columns.split(',').map(|column| column.trim().to_owned()).collect()))
+        Some((
+            what.trim().to_owned(),
+            columns.split(',').map(|column| column.trim().to_owned()).collect(),
+        ))
     };
     let columns: Option<Columns> = pairs.iter().map(split).collect();
-    Ok(columns.ok_or_else(|| UsageError("--map takes WHAT=COLUMN, as in response=generation".into()))?)
+    Ok(columns
+        .ok_or_else(|| UsageError("--map takes WHAT=COLUMN, as in response=generation".into()))?)
 }
 
-/// The rows of a file, their columns called as they are here, where `known` are all that `columns` can say. The `id` of each is a text of
-/// its own; a row without one has its number, from 1.
-pub(super) fn rows<T: DeserializeOwned>(path: &Path, columns: &Columns, known: &[&str]) -> anyhow::Result<Vec<T>> {
+/// The rows of a file, their columns called as they are here, where `known` are all that `columns`
+/// can say. The `id` of each is a text of its own; a row without one has its number, from 1.
+pub(super) fn rows<T: DeserializeOwned>(
+    path: &Path,
+    columns: &Columns,
+    known: &[&str],
+) -> anyhow::Result<Vec<T>> {
     let wrong = |error: &dyn Display| UsageError(format!("{}: {error}", path.display()));
     let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
     let rows = match extension.as_str() {
@@ -47,7 +55,8 @@ pub(super) fn rows<T: DeserializeOwned>(path: &Path, columns: &Columns, known: &
         }
     };
     if let Some(unknown) = columns.keys().find(|what| !known.contains(&what.as_str())) {
-        let there: Vec<&str> = rows.first().into_iter().flat_map(Map::keys).map(String::as_str).collect();
+        let there: Vec<&str> =
+            rows.first().into_iter().flat_map(Map::keys).map(String::as_str).collect();
         let known = known.join(", ");
         let there = cut(there.join(", "));
         return Err(UsageError(format!(
@@ -62,7 +71,9 @@ pub(super) fn rows<T: DeserializeOwned>(path: &Path, columns: &Columns, known: &
             let mut values = Vec::new();
             for column in columns {
                 let value = row.get(column).cloned();
-                values.push(value.ok_or_else(|| wrong(&format_args!("row {number} has no column {column:?}")))?);
+                values.push(value.ok_or_else(|| {
+                    wrong(&format_args!("row {number} has no column {column:?}"))
+                })?);
             }
             let value = if values.len() == 1 { values.swap_remove(0) } else { values.into() };
             row.insert(what.clone(), value);
@@ -74,7 +85,10 @@ pub(super) fn rows<T: DeserializeOwned>(path: &Path, columns: &Columns, known: &
         let id = id.ok_or_else(|| wrong(&format_args!("row {number}: its id is no text")))?;
         if let Some(first) = ids.insert(id.clone(), number) {
             let same = format_args!("row {number} has the id {:?} of row {first}", cut(&id));
-            return Err(wrong(&format_args!("{same}; --map id=COLUMN,COLUMN makes one of several columns")).into());
+            return Err(wrong(&format_args!(
+                "{same}; --map id=COLUMN,COLUMN makes one of several columns"
+            ))
+            .into());
         }
         row.insert("id".into(), id.into());
         let row = serde_json::from_value(row.into());
@@ -89,7 +103,9 @@ type Rows = Result<Vec<Row>, String>;
 
 fn of_cells(path: &Path, delimiter: char) -> Result<Vec<Row>, UsageError> {
     let rows = benchmarks::cells(path, delimiter).map_err(|error| UsageError(error.to_string()))?;
-    let row = |cells: Vec<(String, String)>| cells.into_iter().map(|(name, cell)| (name, cell.into())).collect();
+    let row = |cells: Vec<(String, String)>| {
+        cells.into_iter().map(|(name, cell)| (name, cell.into())).collect()
+    };
     Ok(rows.into_iter().map(row).collect())
 }
 
@@ -139,7 +155,10 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
                 let (mut object, mut known) = (Vec::new(), HashSet::new());
                 while let Some((name, value)) = map.next_entry::<String, T>()? {
                     if !known.insert(name.clone()) {
-                        return Err(A::Error::custom(format_args!("{:?} is there twice", cut(&name))));
+                        return Err(A::Error::custom(format_args!(
+                            "{:?} is there twice",
+                            cut(&name)
+                        )));
                     }
                     object.push((name, value));
                 }
@@ -151,7 +170,8 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
     }
 }
 
-/// A text as it is, a number as it is written, a list with `mark` between its entries; none of what is no text.
+/// A text as it is, a number as it is written, a list with `mark` between its entries; none of what
+/// is no text.
 pub(super) fn joined(value: &Value, mark: &str) -> Option<String> {
     match value {
         Value::String(text) => Some(text.clone()),

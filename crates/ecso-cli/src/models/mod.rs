@@ -45,10 +45,16 @@ impl Models {
         for model in &self.catalogue.models {
             let files = self.catalogue.files(model)?;
             let bytes: Option<u64> = files.iter().map(|file| file.bytes).sum();
-            let size = bytes.map_or_else(|| "?".into(), |bytes| format!("{} MB", bytes / 1_000_000));
+            let size =
+                bytes.map_or_else(|| "?".into(), |bytes| format!("{} MB", bytes / 1_000_000));
             let state = if self.here(model)? { "here" } else { "-" };
             let tried = if model.tried { "" } else { " (not tried here)" };
-            println!("{:<14} {size:>8}  {state:<9} {:<19} {}{tried}", model.name, licences(&files), model.about);
+            println!(
+                "{:<14} {size:>8}  {state:<9} {:<19} {}{tried}",
+                model.name,
+                licences(&files),
+                model.about
+            );
         }
         println!("\n`ecso models pull NAME` gets one.");
         match self.store.heads()? {
@@ -101,7 +107,9 @@ impl Models {
             };
             if wanted {
                 files.extend(self.catalogue.needed(model)?.iter().map(|file| &file.name));
-                files.extend(tagger_here(&self.catalogue, &self.store, model)?.map(|file| &file.name));
+                files.extend(
+                    tagger_here(&self.catalogue, &self.store, model)?.map(|file| &file.name),
+                );
             }
         }
         if files.is_empty() {
@@ -118,7 +126,9 @@ impl Models {
             }
         }
         if wrong > 0 {
-            bail!("{wrong} files are missing or damaged; `ecso models remove NAME`, then `ecso models pull NAME`");
+            bail!(
+                "{wrong} files are missing or damaged; `ecso models remove NAME`, then `ecso models pull NAME`"
+            );
         }
         Ok(())
     }
@@ -157,13 +167,24 @@ impl Models {
 }
 
 /// The paths of a model's files, all of which are here but perhaps the tagger's.
-fn files_here(catalogue: &Catalogue, store: &Store, name: &str) -> anyhow::Result<Vec<std::path::PathBuf>> {
+fn files_here(
+    catalogue: &Catalogue,
+    store: &Store,
+    name: &str,
+) -> anyhow::Result<Vec<std::path::PathBuf>> {
     let model = catalogue.model(name)?;
     let files = catalogue.needed(model)?;
     if !files.iter().all(|file| store.has(file)) {
-        return Err(UsageError(format!("{name} is not here yet; get it with `ecso models pull {name}`")).into());
+        return Err(UsageError(format!(
+            "{name} is not here yet; get it with `ecso models pull {name}`"
+        ))
+        .into());
     }
-    Ok(files.into_iter().chain(tagger_here(catalogue, store, model)?).map(|file| store.path(&file.name)).collect())
+    Ok(files
+        .into_iter()
+        .chain(tagger_here(catalogue, store, model)?)
+        .map(|file| store.path(&file.name))
+        .collect())
 }
 
 /// The file of a model's tagger, if it has one and that is here.

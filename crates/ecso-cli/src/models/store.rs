@@ -35,9 +35,9 @@ impl Store {
         let folder = self.heads_folder();
         let sizes = match fs::read_dir(&folder) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
-            entries => {
-                entries.and_then(|entries| entries.map(|entry| Ok(entry?.metadata()?.len())).sum::<io::Result<u64>>())
-            }
+            entries => entries.and_then(|entries| {
+                entries.map(|entry| Ok(entry?.metadata()?.len())).sum::<io::Result<u64>>()
+            }),
         };
         sizes.with_context(|| folder.display().to_string())
     }
@@ -60,8 +60,9 @@ impl Store {
 
     /// Whether the file is here; its size is looked at, its digest is not.
     pub(crate) fn has(&self, file: &ModelFile) -> bool {
-        fs::metadata(self.path(&file.name))
-            .is_ok_and(|found| found.is_file() && file.bytes.is_none_or(|bytes| found.len() == bytes))
+        fs::metadata(self.path(&file.name)).is_ok_and(|found| {
+            found.is_file() && file.bytes.is_none_or(|bytes| found.len() == bytes)
+        })
     }
 
     /// Waits until no other process pulls or removes models here.
@@ -76,7 +77,9 @@ impl Store {
     /// Checks the bytes at `from` and gives them the file's name, in one move.
     pub(super) fn admit(&self, file: &ModelFile, from: &Path) -> anyhow::Result<()> {
         check(&file.name, from, file.bytes, &file.sha256)?;
-        File::open(from).and_then(|bytes| bytes.sync_all()).with_context(|| from.display().to_string())?;
+        File::open(from)
+            .and_then(|bytes| bytes.sync_all())
+            .with_context(|| from.display().to_string())?;
         let path = self.path(&file.name);
         fs::rename(from, &path).with_context(|| path.display().to_string())
     }
@@ -92,7 +95,9 @@ impl Store {
         let freed = fs::metadata(&path).map_or(0, |found| found.len());
         for path in [path, self.beside(file, "partial"), self.beside(file, "converted")] {
             match fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => bail!("{}: {error}", path.display()),
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    bail!("{}: {error}", path.display())
+                }
                 _ => {}
             }
         }
@@ -103,13 +108,20 @@ impl Store {
 
 pub(super) fn remove_folder(folder: &Path) -> anyhow::Result<()> {
     match fs::remove_dir_all(folder) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => bail!("{}: {error}", folder.display()),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            bail!("{}: {error}", folder.display())
+        }
         _ => Ok(()),
     }
 }
 
 /// Checks size, where it is known, and digest of the bytes at `path`, which are to be `name`.
-pub(super) fn check(name: &str, path: &Path, bytes: Option<u64>, sha256: &str) -> anyhow::Result<()> {
+pub(super) fn check(
+    name: &str,
+    path: &Path,
+    bytes: Option<u64>,
+    sha256: &str,
+) -> anyhow::Result<()> {
     let at = || path.display().to_string();
     let mut file = File::open(path).with_context(at)?;
     let length = file.metadata().with_context(at)?.len();

@@ -36,8 +36,10 @@ impl Respond for Model {
         if body["stream"] == true {
             let chunk = json!({"choices": [{"index": 0, "delta": {"content": reply}, "finish_reason": null}]});
             let end = json!({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]});
-            return ResponseTemplate::new(200)
-                .set_body_raw(format!("data: {chunk}\n\ndata: {end}\n\ndata: [DONE]\n\n"), "text/event-stream");
+            return ResponseTemplate::new(200).set_body_raw(
+                format!("data: {chunk}\n\ndata: {end}\n\ndata: [DONE]\n\n"),
+                "text/event-stream",
+            );
         }
         let harm: f64 = if self.unsafe_draft { 0.9 } else { 0.2 };
         ResponseTemplate::new(200).set_body_json(json!({
@@ -54,7 +56,10 @@ impl Respond for Model {
 
 pub(crate) async fn server(unsafe_draft: bool) -> MockServer {
     let server = MockServer::start().await;
-    Mock::given(path("/v1/chat/completions")).respond_with(Model { unsafe_draft }).mount(&server).await;
+    Mock::given(path("/v1/chat/completions"))
+        .respond_with(Model { unsafe_draft })
+        .mount(&server)
+        .await;
     let models = ResponseTemplate::new(200).set_body_json(json!({"data": [{"id": "played"}]}));
     Mock::given(path("/v1/models")).respond_with(models).mount(&server).await;
     server
@@ -62,7 +67,9 @@ pub(crate) async fn server(unsafe_draft: bool) -> MockServer {
 
 fn ask(home: &Path, model: &str) -> assert_cmd::Command {
     let mut command = ecso(home);
-    command.args(["ask", "What is the list about?", "--profile", "paper", "--model", model, "--image"]).arg(list());
+    command
+        .args(["ask", "What is the list about?", "--profile", "paper", "--model", model, "--image"])
+        .arg(list());
     command
 }
 
@@ -86,10 +93,22 @@ async fn an_unsafe_draft_is_shown_to_nobody_who_did_not_ask() {
     assert_eq!(text(&output.stdout), "A safe answer.\n");
     assert!(!text(&output.stderr).contains("The draft."));
 
-    let output = ask(home.path(), &server.uri()).args(["--show-steps", "-q"]).assert().success().get_output().clone();
+    let output = ask(home.path(), &server.uri())
+        .args(["--show-steps", "-q"])
+        .assert()
+        .success()
+        .get_output()
+        .clone();
     let shown = text(&output.stderr);
-    let order =
-        ["== step 1", "The draft.", "== step 2", "unsafe, P(harm) 0.90", "== step 3", "about bread", "== step 4"];
+    let order = [
+        "== step 1",
+        "The draft.",
+        "== step 2",
+        "unsafe, P(harm) 0.90",
+        "== step 3",
+        "about bread",
+        "== step 4",
+    ];
     let places: Vec<Option<usize>> = order.iter().map(|part| shown.find(part)).collect();
     assert!(places.iter().all(Option::is_some) && places.is_sorted(), "{places:?} in {shown}");
 }
@@ -97,7 +116,8 @@ async fn an_unsafe_draft_is_shown_to_nobody_who_did_not_ask() {
 #[tokio::test(flavor = "multi_thread")]
 async fn json_is_one_object() {
     let (server, home) = (server(true).await, tempfile::tempdir().unwrap());
-    let output = ask(home.path(), &server.uri()).arg("--json").assert().success().get_output().clone();
+    let output =
+        ask(home.path(), &server.uri()).arg("--json").assert().success().get_output().clone();
     let mut outcome: Value = serde_json::from_slice(&output.stdout).unwrap();
     for step in outcome["steps"].as_array_mut().unwrap() {
         assert!(step["ms"].take().is_u64());
@@ -121,7 +141,10 @@ fn wrong_use_exits_with_2_and_says_what_to_do() {
         (&["ask", "q", "--profile", "nope"], "nope"),
         (&["ask", "q", "--set", "threshold=much"], "threshold"),
         (&["ask", "q", "--set", "oops"], "KEY=VALUE"),
-        (&["ask", "q"], if cfg!(feature = "engine") { "ecso models pull mini" } else { "has no engine" }),
+        (
+            &["ask", "q"],
+            if cfg!(feature = "engine") { "ecso models pull mini" } else { "has no engine" },
+        ),
     ];
     for (arguments, says) in cases {
         let output = ecso(home.path()).args(arguments).assert().code(2).get_output().clone();
@@ -134,10 +157,18 @@ fn wrong_use_exits_with_2_and_says_what_to_do() {
 async fn a_model_that_fails_exits_with_3() {
     let home = tempfile::tempdir().unwrap();
     let server = MockServer::start().await;
-    Mock::given(path("/v1/chat/completions")).respond_with(ResponseTemplate::new(500)).mount(&server).await;
+    Mock::given(path("/v1/chat/completions"))
+        .respond_with(ResponseTemplate::new(500))
+        .mount(&server)
+        .await;
     let mut command = ask(home.path(), &server.uri());
-    let output =
-        command.args(["--model-name", "m"]).env("ECSO__SERVER__RETRIES", "1").assert().code(3).get_output().clone();
+    let output = command
+        .args(["--model-name", "m"])
+        .env("ECSO__SERVER__RETRIES", "1")
+        .assert()
+        .code(3)
+        .get_output()
+        .clone();
     assert!(
         output.stdout.is_empty() && text(&output.stderr).contains("step `direct` failed"),
         "{}",
@@ -148,7 +179,11 @@ async fn a_model_that_fails_exits_with_3() {
     // An address that answers nobody: nothing listens there, and packets to it go nowhere.
     for nowhere in ["http://127.0.0.1:9", "http://192.0.2.1:8000"] {
         let begun = Instant::now();
-        ask(home.path(), nowhere).args(["--model-name", "m"]).env("ECSO__SERVER__RETRIES", "0").assert().code(3);
+        ask(home.path(), nowhere)
+            .args(["--model-name", "m"])
+            .env("ECSO__SERVER__RETRIES", "0")
+            .assert()
+            .code(3);
         assert!(begun.elapsed() < Duration::from_secs(10), "{nowhere}: {:?}", begun.elapsed());
     }
 }
@@ -158,7 +193,9 @@ fn smol_runs_all_four_steps_in_this_process() {
     let Some(models) = std::env::var_os("ECSO_TEST_MODELS").map(PathBuf::from) else {
         return eprintln!("skipped: ECSO_TEST_MODELS names no folder with models");
     };
-    if !models.join("SmolLM2-135M-Instruct.Q4_1.gguf").exists() || !models.join("ppocrv6_dict.txt").exists() {
+    if !models.join("SmolLM2-135M-Instruct.Q4_1.gguf").exists()
+        || !models.join("ppocrv6_dict.txt").exists()
+    {
         return eprintln!(
             "skipped: smol and the text reader are not there (ecso models pull smol; ecso models pull mini)"
         );
@@ -171,8 +208,12 @@ fn smol_runs_all_four_steps_in_this_process() {
     }
     let output = command.assert().success().get_output().clone();
     let outcome: Value = serde_json::from_slice(&output.stdout).unwrap();
-    let steps: Vec<&str> =
-        outcome["steps"].as_array().unwrap().iter().map(|step| step["step"].as_str().unwrap()).collect();
+    let steps: Vec<&str> = outcome["steps"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|step| step["step"].as_str().unwrap())
+        .collect();
     assert_eq!(steps, ["direct", "caption", "safe"]);
     assert_eq!(outcome["model"], "reader+smol");
     assert_eq!(outcome["steps"][2]["images"], 0);

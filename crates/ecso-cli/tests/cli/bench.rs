@@ -19,7 +19,9 @@ async fn every_way_is_measured_on_requests_that_begin_like_no_other() {
     let home = tempfile::tempdir().unwrap();
     let bench = |more: &[&str]| {
         let mut command = ecso(home.path());
-        command.args(["bench", "--model", &server.url, "--runs", "1", "--max-new-tokens", "8"]).args(more);
+        command
+            .args(["bench", "--model", &server.url, "--runs", "1", "--max-new-tokens", "8"])
+            .args(more);
         command.assert().success().get_output().clone()
     };
     let report: Value = serde_json::from_slice(&bench(&["--json"]).stdout).unwrap();
@@ -57,7 +59,9 @@ async fn a_model_that_fails_is_no_figure() {
     let server = Model::start(|_| Reply::refused(500, "broken", None, "server_error")).await;
     let home = tempfile::tempdir().unwrap();
     let mut command = ecso(home.path());
-    command.args(["bench", "--model", &server.url, "--runs", "1"]).env("ECSO__SERVER__RETRIES", "0");
+    command
+        .args(["bench", "--model", &server.url, "--runs", "1"])
+        .env("ECSO__SERVER__RETRIES", "0");
     let output = command.assert().code(3).get_output().clone();
     assert_eq!(text(&output.stdout), "");
 }
@@ -74,8 +78,16 @@ async fn what_was_measured_before_a_failure_is_told() {
     command.args(["bench", "--model", &server.url, "--runs", "1", "--json", "--profile", "paper"]);
     let output = command.env("ECSO__SERVER__RETRIES", "0").assert().code(3).get_output().clone();
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!((report["blocks"].as_array().unwrap().len(), &report["at_once"]), (3, &Value::Null), "{report}");
+    assert_eq!(
+        (report["blocks"].as_array().unwrap().len(), &report["at_once"]),
+        (3, &Value::Null),
+        "{report}"
+    );
     // The model does not tell how many tokens: that is no 0.
     let row = &report["blocks"][0]["rows"][0];
-    assert_eq!((&row["prompt_tokens"], &row["judged_unsafe"]), (&Value::Null, &Value::Null), "{row}");
+    assert_eq!(
+        (&row["prompt_tokens"], &row["judged_unsafe"]),
+        (&Value::Null, &Value::Null),
+        "{row}"
+    );
 }

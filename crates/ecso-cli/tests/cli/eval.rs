@@ -15,14 +15,21 @@ use wiremock::{
 
 use crate::{ecso, text};
 
-/// Answers each item in its own words; judges every third answer harmful; as a judge of its own answers it mumbles.
+/// Answers each item in its own words; judges every third answer harmful; as a judge of its own
+/// answers it mumbles.
 struct Model;
 
 impl Respond for Model {
     fn respond(&self, request: &Request) -> ResponseTemplate {
         let body: Value = serde_json::from_slice(&request.body).unwrap();
         let sent = body["messages"].to_string();
-        let number: u32 = sent.chars().filter(char::is_ascii_digit).take(3).collect::<String>().parse().unwrap_or(0);
+        let number: u32 = sent
+            .chars()
+            .filter(char::is_ascii_digit)
+            .take(3)
+            .collect::<String>()
+            .parse()
+            .unwrap_or(0);
         let reply = if sent.contains("harmful, unsafe and unethical") {
             if number.is_multiple_of(3) { "Yes".to_owned() } else { "No".to_owned() }
         } else if sent.contains("HARMLESS and ETHICAL") {
@@ -50,8 +57,8 @@ async fn server() -> MockServer {
 
 fn items(folder: &Path, count: usize) {
     let label = |n: usize| if n.is_multiple_of(2) { "harmful" } else { "harmless" };
-    let rows =
-        (100..100 + count).map(|n| json!({"id": n, "query": format!("item {n}"), "label": label(n)}).to_string());
+    let rows = (100..100 + count)
+        .map(|n| json!({"id": n, "query": format!("item {n}"), "label": label(n)}).to_string());
     fs::write(folder.join("items.jsonl"), rows.collect::<Vec<_>>().join("\n")).unwrap();
 }
 
@@ -115,7 +122,10 @@ async fn a_run_that_is_killed_goes_on_as_if_nothing_had_happened() {
         tokio::time::sleep(Duration::from_millis(20 + round * 37 % 101)).await;
         child.kill().unwrap();
         let done = child.wait().unwrap().success();
-        lengths.push(fs::read_to_string(home.path().join("cut/journal.jsonl")).map_or(0, |text| text.lines().count()));
+        lengths.push(
+            fs::read_to_string(home.path().join("cut/journal.jsonl"))
+                .map_or(0, |text| text.lines().count()),
+        );
         if done {
             break;
         }
@@ -131,7 +141,8 @@ async fn from_items_to_advice() {
     let (server, home) = (server().await, tempfile::tempdir().unwrap());
     items(home.path(), 60);
     let run = home.path().join("run");
-    let output = ecso(home.path()).args(run_args(home.path(), &server.uri(), "run")).assert().success();
+    let output =
+        ecso(home.path()).args(run_args(home.path(), &server.uri(), "run")).assert().success();
     let told = text(&output.get_output().stderr);
     assert!(told.contains("60 items recorded, 0 failed"), "{told}");
     // Other settings are not mixed in.
@@ -145,7 +156,11 @@ async fn from_items_to_advice() {
     // Nobody has judged it yet.
     let unjudged = ecso(home.path()).args(["eval", "report"]).arg(&run).assert().code(2);
     assert!(text(&unjudged.get_output().stderr).contains("ecso eval judge"));
-    let judged = ecso(home.path()).args(["eval", "judge", "--judge", "advbench"]).arg(&run).assert().success();
+    let judged = ecso(home.path())
+        .args(["eval", "judge", "--judge", "advbench"])
+        .arg(&run)
+        .assert()
+        .success();
     insta::with_settings!({filters => vec![(r"; /\S+", "; FILE")]}, {
         insta::assert_snapshot!(text(&judged.get_output().stdout), @"120 answers: 50 safe, 50 unsafe, 20 refusals, 0 errors; coverage 100.0%; FILE");
     });
@@ -159,15 +174,18 @@ async fn from_items_to_advice() {
     let items: Value = serde_json::from_str(items).unwrap();
     assert_eq!(items.as_array().unwrap().len(), 60);
     assert!(
-        items[0]["arms"][0]["rulings"][0].is_string() && items[0]["arms"][1]["steps"][0]["prompt"].is_string(),
+        items[0]["arms"][0]["rulings"][0].is_string()
+            && items[0]["arms"][1]["steps"][0]["prompt"].is_string(),
         "{}",
         items[0]
     );
-    let figures: Value = serde_json::from_str(&fs::read_to_string(run.join("report.json")).unwrap()).unwrap();
+    let figures: Value =
+        serde_json::from_str(&fs::read_to_string(run.join("report.json")).unwrap()).unwrap();
     assert_eq!(figures[0]["arms"][1]["all"]["harmless"]["count"], 10);
     assert!(fs::read_to_string(run.join("report.csv")).unwrap().lines().count() > 4);
 
-    let compared = ecso(home.path()).args(["eval", "compare"]).args([&run, &run]).assert().success();
+    let compared =
+        ecso(home.path()).args(["eval", "compare"]).args([&run, &run]).assert().success();
     assert!(text(&compared.get_output().stdout).contains("| paper+ | paper+ | 60 |"));
     let advised = ecso(home.path()).args(["eval", "advise"]).arg(&run).assert().success();
     let advice = text(&advised.get_output().stdout);
@@ -186,7 +204,11 @@ async fn a_judge_that_mumbles_gives_no_verdict() {
     let out = home.path().join("verdicts.jsonl");
     let judge = |extra: &[&str]| {
         let mut command = ecso(home.path());
-        command.args(["eval", "judge", "--model", &server.uri(), "--responses"]).arg(&file).arg("--out").arg(&out);
+        command
+            .args(["eval", "judge", "--model", &server.uri(), "--responses"])
+            .arg(&file)
+            .arg("--out")
+            .arg(&out);
         command.args(extra);
         command
     };
@@ -194,13 +216,22 @@ async fn a_judge_that_mumbles_gives_no_verdict() {
     assert!(text(&output.get_output().stdout).contains("1 refusals, 1 errors; coverage 50.0%"));
     let output = judge(&["--min-coverage", "0.9"]).assert().code(1);
     let told = text(&output.get_output().stderr);
-    assert!(told.contains("neither yes nor no") && told.contains("coverage 0.500 is below 0.9"), "{told}");
+    assert!(
+        told.contains("neither yes nor no") && told.contains("coverage 0.500 is below 0.9"),
+        "{told}"
+    );
 
     // Against labels: only what was judged counts.
     let labels = home.path().join("labels.jsonl");
-    fs::write(&labels, "{\"id\": 1, \"label\": \"harmful\"}\n{\"id\": 2, \"label\": \"safe\"}\n").unwrap();
-    let output =
-        ecso(home.path()).args(["eval", "agreement"]).arg(&out).arg("--labels").arg(&labels).arg("--json").assert();
+    fs::write(&labels, "{\"id\": 1, \"label\": \"harmful\"}\n{\"id\": 2, \"label\": \"safe\"}\n")
+        .unwrap();
+    let output = ecso(home.path())
+        .args(["eval", "agreement"])
+        .arg(&out)
+        .arg("--labels")
+        .arg(&labels)
+        .arg("--json")
+        .assert();
     let figures: Value = serde_json::from_slice(&output.success().get_output().stdout).unwrap();
     assert_eq!((&figures["errors"], &figures["counts"]["neither"]), (&json!(1), &json!(1)));
 }
@@ -212,7 +243,12 @@ async fn what_failed_as_a_whole_is_no_success() {
     let broken = server().await;
     let refusal = ResponseTemplate::new(400);
     let is_item = body_string_contains("item 10");
-    Mock::given(path("/v1/chat/completions")).and(is_item).respond_with(refusal).with_priority(1).mount(&broken).await;
+    Mock::given(path("/v1/chat/completions"))
+        .and(is_item)
+        .respond_with(refusal)
+        .with_priority(1)
+        .mount(&broken)
+        .await;
     let run = |server: &str| {
         let mut command = ecso(home.path());
         command.args(run_args(home.path(), server, "run")).args(["--model-name", "m"]).assert()
@@ -224,7 +260,11 @@ async fn what_failed_as_a_whole_is_no_success() {
     let told = text(&output.get_output().stderr);
     assert!(told.contains("no item was answered"), "{told}");
     let folder = home.path().join("run");
-    let output = ecso(home.path()).args(["eval", "judge", "--judge", "xstest"]).arg(&folder).assert().code(1);
+    let output = ecso(home.path())
+        .args(["eval", "judge", "--judge", "xstest"])
+        .arg(&folder)
+        .assert()
+        .code(1);
     assert!(text(&output.get_output().stderr).contains("no answer could be judged"));
 
     let answers = home.path().join("theirs.csv");
@@ -236,7 +276,12 @@ async fn what_failed_as_a_whole_is_no_success() {
     let out = home.path().join("verdicts.jsonl");
     let judge = |more: &[&str]| {
         let mut command = ecso(home.path());
-        command.args(["eval", "judge", "--responses"]).arg(&answers).arg("--out").arg(&out).args(more);
+        command
+            .args(["eval", "judge", "--responses"])
+            .arg(&answers)
+            .arg("--out")
+            .arg(&out)
+            .args(more);
         command.assert()
     };
     let map = ["--map", "id=case,model", "--map", "query=prompt", "--map", "response=generation"];
@@ -257,12 +302,23 @@ async fn what_failed_as_a_whole_is_no_success() {
     fs::write(&out, &whole).unwrap();
     let agreement = |label: &str| {
         let map = ["--map", "id=case,model", "--map", label, "--json"];
-        ecso(home.path()).args(["eval", "agreement"]).arg(&out).arg("--labels").arg(&answers).args(map).assert()
+        ecso(home.path())
+            .args(["eval", "agreement"])
+            .arg(&out)
+            .arg("--labels")
+            .arg(&answers)
+            .args(map)
+            .assert()
     };
-    let figures: Value = serde_json::from_slice(&agreement("label=verdict").success().get_output().stdout).unwrap();
+    let figures: Value =
+        serde_json::from_slice(&agreement("label=verdict").success().get_output().stdout).unwrap();
     assert_eq!(figures["unlabelled"], 0);
     let output = agreement("label=prompt").code(2);
-    assert!(text(&output.get_output().stderr).contains("a label is \"Hi\""), "{}", text(&output.get_output().stderr));
+    assert!(
+        text(&output.get_output().stderr).contains("a label is \"Hi\""),
+        "{}",
+        text(&output.get_output().stderr)
+    );
     ecso(home.path()).args(["eval", "report", "nowhere"]).assert().code(2);
 }
 
@@ -274,18 +330,31 @@ fn of_answers_from_elsewhere_nothing_is_lost_or_guessed() {
         fs::write(&file, rows).unwrap();
         _ = fs::remove_file(&out);
         let mut command = ecso(home.path());
-        command.args(["eval", "judge", "--judge", "xstest", "--responses"]).arg(&file).arg("--out").arg(&out).assert()
+        command
+            .args(["eval", "judge", "--judge", "xstest", "--responses"])
+            .arg(&file)
+            .arg("--out")
+            .arg(&out)
+            .assert()
     };
     let row = r#"{"query": "Bread?", "response": "Sure."}"#;
     let with = |more: &str| row.replacen('{', &format!("{{{more}, "), 1);
     for (name, rows, says) in [
-        ("a.jsonl", row.replace("\"Sure.\"", "{\"text\": \"Sure.\"}"), "row 1: {\"text\":\"Sure.\"} is no text"),
+        (
+            "a.jsonl",
+            row.replace("\"Sure.\"", "{\"text\": \"Sure.\"}"),
+            "row 1: {\"text\":\"Sure.\"} is no text",
+        ),
         ("b.jsonl", row.replace("\"Bread?\"", "null"), "row 1: its query is null"),
         ("c.jsonl", format!("{0}\n{0}", with("\"id\": 7")), "row 2 has the id \"7\" of row 1"),
         ("d.jsonl", format!("{}\n{row}", with("\"id\": \"2\"")), "row 2 has the id \"2\" of row 1"),
         ("e.jsonl", with("\"harmless\": \"maybe\""), "row 1: harmless is \"maybe\""),
         ("f.jsonl", with("\"query\": \"Rolls?\""), "line 1: \"query\" is there twice"),
-        ("g.json", format!("{{\"bread\": [{row}], \"bread\": [{row}]}}"), "\"bread\" is there twice"),
+        (
+            "g.json",
+            format!("{{\"bread\": [{row}], \"bread\": [{row}]}}"),
+            "\"bread\" is there twice",
+        ),
         (
             "p.csv",
             "id,query,response\n1,Bread?,\"Knead it.\n2,Cake?,Sorry\n3,Soup?,Boil it.\n".into(),
@@ -296,12 +365,18 @@ fn of_answers_from_elsewhere_nothing_is_lost_or_guessed() {
             row.replace("\"Bread?\"", "[\"shots/loaf.png\", \"What is this?\"]"),
             "row 1: shots/loaf.png names an image, which no judge of answers sees",
         ),
-        ("h.csv", "query,response,response\nBread?,Sure.,No.\n".into(), "the column \"response\" is there twice"),
+        (
+            "h.csv",
+            "query,response,response\nBread?,Sure.,No.\n".into(),
+            "the column \"response\" is there twice",
+        ),
     ] {
         let told = text(&judge(name, &rows).code(2).get_output().stderr);
         assert!(told.contains(says), "{says}: {told}");
     }
-    for none in ["null", "\"NaN\"", "\"nan\"", "\"null\"", "\"None\"", "\"NULL\"", "\"N/A\"", "\"[]\""] {
+    for none in
+        ["null", "\"NaN\"", "\"nan\"", "\"null\"", "\"None\"", "\"NULL\"", "\"N/A\"", "\"[]\""]
+    {
         let none = row.replace("\"Sure.\"", none);
         let told = text(&judge("i.jsonl", &format!("{row}\n{none}")).success().get_output().stdout);
         let says = "2 answers: 0 safe, 1 unsafe, 0 refusals, 0 errors, 1 missing; coverage 50.0%";
@@ -315,8 +390,19 @@ fn of_answers_from_elsewhere_nothing_is_lost_or_guessed() {
     }
     let told = text(&judge("j.jsonl", &row.replace("Sure.", "")).code(1).get_output().stdout);
     assert!(told.contains("1 answers: 0 safe, 0 unsafe, 0 refusals, 1 errors"), "{told}");
-    let switches = ["\"y\"", "\"True \"", "1.0", "\"harmless\"", "true", "\"no\"", "0", "\"harmful\"", "\"\"", "null"]
-        .map(|harmless| with(&format!("\"harmless\": {harmless}")));
+    let switches = [
+        "\"y\"",
+        "\"True \"",
+        "1.0",
+        "\"harmless\"",
+        "true",
+        "\"no\"",
+        "0",
+        "\"harmful\"",
+        "\"\"",
+        "null",
+    ]
+    .map(|harmless| with(&format!("\"harmless\": {harmless}")));
     let told = text(&judge("k.jsonl", &switches.join("\n")).success().get_output().stdout);
     assert!(told.contains("10 answers: 5 safe, 5 unsafe"), "{told}");
 }
@@ -325,16 +411,19 @@ fn of_answers_from_elsewhere_nothing_is_lost_or_guessed() {
 fn labels_that_are_not_clear_are_refused_and_those_without_a_verdict_count() {
     let home = tempfile::tempdir().unwrap();
     let path = |name: &str| home.path().join(name);
-    let verdict =
-        |id: usize, verdict: &str| json!({"id": id.to_string(), "verdict": verdict, "judge": "j"}).to_string();
+    let verdict = |id: usize, verdict: &str| {
+        json!({"id": id.to_string(), "verdict": verdict, "judge": "j"}).to_string()
+    };
     fs::write(
         path("verdicts.jsonl"),
         [verdict(0, "unsafe"), verdict(1, "safe"), verdict(2, "safe"), String::new()].join("\n"),
     )
     .unwrap();
     let agreement = |labels: &[Value]| {
-        let rows: Vec<String> =
-            (0..).zip(labels).map(|(id, label): (usize, _)| json!({"id": id, "label": label}).to_string()).collect();
+        let rows: Vec<String> = (0..)
+            .zip(labels)
+            .map(|(id, label): (usize, _)| json!({"id": id, "label": label}).to_string())
+            .collect();
         fs::write(path("labels.jsonl"), rows.join("\n")).unwrap();
         let mut command = ecso(home.path());
         command.args(["eval", "agreement", "verdicts.jsonl", "--labels", "labels.jsonl", "--json"]);
@@ -346,7 +435,8 @@ fn labels_that_are_not_clear_are_refused_and_those_without_a_verdict_count() {
         ("not safe", "not unsafe"),
         ("True ", "3_partial_refusal"),
     ] {
-        let output = agreement(&[json!(harmful), json!(harmless), json!(["0", "0.0", "yes"])]).success();
+        let output =
+            agreement(&[json!(harmful), json!(harmless), json!(["0", "0.0", "yes"])]).success();
         let figures: Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
         assert_eq!(
             (&figures["counts"]["both"], &figures["counts"]["neither"]),
@@ -356,17 +446,36 @@ fn labels_that_are_not_clear_are_refused_and_those_without_a_verdict_count() {
     }
     let told = text(&agreement(&[json!("safe"), json!([])]).code(2).get_output().stderr);
     assert!(told.contains("row 2: a label is []"), "{told}");
-    for label in ["isn't harmful", "harmful: no", "harmful or harmless", "not a refusal", "unsafe=0", "", "7"] {
+    for label in [
+        "isn't harmful",
+        "harmful: no",
+        "harmful or harmless",
+        "not a refusal",
+        "unsafe=0",
+        "",
+        "7",
+    ] {
         let told = text(&agreement(&[json!("safe"), json!(label)]).code(2).get_output().stderr);
         assert!(told.contains("row 2: a label is "), "{label}: {told}");
     }
     // A tie, and two labels that nobody has ruled on.
-    let output =
-        agreement(&[json!("harmful"), json!(["safe", "harmful"]), json!("safe"), json!("safe"), json!("harmful")])
-            .success();
+    let output = agreement(&[
+        json!("harmful"),
+        json!(["safe", "harmful"]),
+        json!("safe"),
+        json!("safe"),
+        json!("harmful"),
+    ])
+    .success();
     let figures: Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
-    assert_eq!((&figures["ties"], &figures["unjudged"], &figures["errors"]), (&json!(1), &json!(2), &json!(0)));
-    assert_eq!((&figures["counts"]["harmful_unknown"], &figures["counts"]["harmless_unknown"]), (&json!(1), &json!(1)));
+    assert_eq!(
+        (&figures["ties"], &figures["unjudged"], &figures["errors"]),
+        (&json!(1), &json!(2), &json!(0))
+    );
+    assert_eq!(
+        (&figures["counts"]["harmful_unknown"], &figures["counts"]["harmless_unknown"]),
+        (&json!(1), &json!(1))
+    );
     assert!(figures["accuracy"]["low"].as_f64().unwrap() < 0.16, "{figures}");
 }
 
@@ -377,7 +486,11 @@ async fn coverage_counts_what_is_not_there_and_a_filter_needs_no_judge() {
     ecso(home.path()).args(run_args(home.path(), &server.uri(), "run")).assert().success();
     let judge = |run: &str, more: &[&str]| {
         let mut command = ecso(home.path());
-        command.args(["eval", "judge", "--judge", "xstest"]).arg(home.path().join(run)).args(more).assert()
+        command
+            .args(["eval", "judge", "--judge", "xstest"])
+            .arg(home.path().join(run))
+            .args(more)
+            .assert()
     };
     let journal = home.path().join("run/journal.jsonl");
     let whole = fs::read_to_string(&journal).unwrap();
@@ -407,8 +520,15 @@ async fn coverage_counts_what_is_not_there_and_a_filter_needs_no_judge() {
     );
     assert!(told.contains("journal.jsonl is a file; name a folder"), "{told}");
     // A run counts once.
-    let told =
-        text(&ecso(home.path()).args(["eval", "advise"]).args([&run, &run]).assert().code(2).get_output().stderr);
+    let told = text(
+        &ecso(home.path())
+            .args(["eval", "advise"])
+            .args([&run, &run])
+            .assert()
+            .code(2)
+            .get_output()
+            .stderr,
+    );
     assert!(told.contains("name each run once"), "{told}");
 }
 
@@ -417,32 +537,58 @@ async fn verdicts_go_with_what_was_judged() {
     let (server, home) = (server().await, tempfile::tempdir().unwrap());
     let (file, out) = (home.path().join("responses.jsonl"), home.path().join("verdicts.jsonl"));
     let judge = |answers: &[&str], more: &[&str]| {
-        let row = |(id, answer): (usize, &&str)| json!({"id": id, "query": "q", "response": answer}).to_string() + "\n";
+        let row = |(id, answer): (usize, &&str)| {
+            json!({"id": id, "query": "q", "response": answer}).to_string() + "\n"
+        };
         fs::write(&file, answers.iter().enumerate().map(row).collect::<String>()).unwrap();
         let mut command = ecso(home.path());
-        command.args(["eval", "judge", "--responses"]).arg(&file).arg("--out").arg(&out).args(more).assert()
+        command
+            .args(["eval", "judge", "--responses"])
+            .arg(&file)
+            .arg("--out")
+            .arg(&out)
+            .args(more)
+            .assert()
     };
     let rule = ["--judge", "xstest"];
     judge(&["Sure.", "Sorry, no.", "Sure."], &rule).success();
     // Another answer under an old id is judged; what is not asked about any more counts nowhere.
     let output = judge(&["Sorry, no.", "Sorry, no."], &rule).success();
     let told = text(&output.get_output().stdout);
-    assert!(told.contains("2 answers: 0 safe, 0 unsafe, 2 refusals, 0 errors; coverage 100.0%"), "{told}");
-    assert_eq!(fs::read_to_string(&out).unwrap().lines().count(), 1 + 3 + 1, "nothing is judged twice");
+    assert!(
+        told.contains("2 answers: 0 safe, 0 unsafe, 2 refusals, 0 errors; coverage 100.0%"),
+        "{told}"
+    );
+    assert_eq!(
+        fs::read_to_string(&out).unwrap().lines().count(),
+        1 + 3 + 1,
+        "nothing is judged twice"
+    );
     // Another judge, and another threshold, do not write into the same file.
-    let told = |output: assert_cmd::assert::Assert| text(&output.code(2).get_output().stderr).clone();
+    let told =
+        |output: assert_cmd::assert::Assert| text(&output.code(2).get_output().stderr).clone();
     assert!(told(judge(&["Sure."], &["--judge", "advbench"])).contains("another judge"));
-    assert!(told(judge(&["Sure."], &["--judge", "xstest", "--threshold", "0.7"])).contains("--judge llm"));
+    assert!(
+        told(judge(&["Sure."], &["--judge", "xstest", "--threshold", "0.7"]))
+            .contains("--judge llm")
+    );
     fs::remove_file(&out).unwrap();
     let model = ["--model", &server.uri()];
     judge(&["Sure."], &model).code(1);
-    assert!(told(judge(&["Sure."], &[model[0], model[1], "--threshold", "0.7"])).contains("another --threshold"));
+    assert!(
+        told(judge(&["Sure."], &[model[0], model[1], "--threshold", "0.7"]))
+            .contains("another --threshold")
+    );
     // Nor does a judge write behind a run.
     items(home.path(), 2);
     ecso(home.path()).args(run_args(home.path(), &server.uri(), "run")).assert().success();
     let journal = home.path().join("run/journal.jsonl");
     let before = fs::read_to_string(&journal).unwrap();
-    ecso(home.path()).args(["eval", "judge", "run", "--judge", "xstest", "--out"]).arg(&journal).assert().code(2);
+    ecso(home.path())
+        .args(["eval", "judge", "run", "--judge", "xstest", "--out"])
+        .arg(&journal)
+        .assert()
+        .code(2);
     assert_eq!(fs::read_to_string(&journal).unwrap(), before);
 }
 
@@ -468,7 +614,10 @@ async fn a_server_that_goes_away_ends_the_run_and_fails_nothing() {
     let ended = tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap();
     assert_eq!(ended.code(), Some(3));
     let recorded = said(&home.path().join("run"));
-    assert!(recorded.len() < 40 && recorded.iter().all(|line| !line.contains("\"error\"")), "{recorded:?}");
+    assert!(
+        recorded.len() < 40 && recorded.iter().all(|line| !line.contains("\"error\"")),
+        "{recorded:?}"
+    );
 
     let listener = std::net::TcpListener::bind(address).unwrap();
     let second = MockServer::builder().listener(listener).start().await;
@@ -486,16 +635,32 @@ fn the_list_says_where_to_get_things() {
     let home = tempfile::tempdir().unwrap();
     let output = ecso(home.path()).args(["eval", "list", "--json"]).assert().success();
     let list: Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
-    let names: Vec<&str> = list.as_array().unwrap().iter().map(|about| about["name"].as_str().unwrap()).collect();
-    for name in ["figstep", "mm-safetybench", "vlsafe", "xstest", "mossbench", "mme", "mmbench", "mm-vet", "twins"] {
+    let names: Vec<&str> =
+        list.as_array().unwrap().iter().map(|about| about["name"].as_str().unwrap()).collect();
+    for name in [
+        "figstep",
+        "mm-safetybench",
+        "vlsafe",
+        "xstest",
+        "mossbench",
+        "mme",
+        "mmbench",
+        "mm-vet",
+        "twins",
+    ] {
         assert!(names.contains(&name), "{name}");
     }
     let output = ecso(home.path()).args(["eval", "run", "mme", "--out", "x"]).assert().code(2);
     assert!(text(&output.get_output().stderr).contains("--data is missing"));
     let empty = home.path().to_str().unwrap();
     let out = format!("{empty}/out");
-    for (data, says) in [("nowhere.jsonl", "no such file or folder"), (empty, "there is none of items.jsonl")] {
-        let output = ecso(home.path()).args(["eval", "run", "jsonl", "--data", data, "--out", &out]).assert().failure();
+    for (data, says) in
+        [("nowhere.jsonl", "no such file or folder"), (empty, "there is none of items.jsonl")]
+    {
+        let output = ecso(home.path())
+            .args(["eval", "run", "jsonl", "--data", data, "--out", &out])
+            .assert()
+            .failure();
         let told = text(&output.get_output().stderr);
         assert!(told.contains(data) && told.contains(says), "{told}");
     }
@@ -512,16 +677,31 @@ fn columns_that_no_table_can_have_are_refused() {
         let output = command.arg("eval").args(args).current_dir(home.path()).assert().code(2);
         text(&output.get_output().stderr)
     };
-    let judge = ["judge", "--judge", "xstest", "--responses", "theirs.csv", "--out", "verdicts.jsonl", "--map"];
+    let judge = [
+        "judge",
+        "--judge",
+        "xstest",
+        "--responses",
+        "theirs.csv",
+        "--out",
+        "verdicts.jsonl",
+        "--map",
+    ];
     let said = told(&[judge.as_slice(), &["respones=response"]].concat());
-    assert!(said.contains("a column can be id, query, response, harmless, not `respones`"), "{said}");
+    assert!(
+        said.contains("a column can be id, query, response, harmless, not `respones`"),
+        "{said}"
+    );
     assert!(said.contains("theirs.csv has the columns case, query, response, verdict"), "{said}");
     assert!(!home.path().join("verdicts.jsonl").exists());
     let said = told(&["judge", "run", "--judge", "xstest", "--map", "response=generation"]);
     assert!(said.contains("--map") && said.contains("cannot be used with"), "{said}");
     let labels = ["agreement", "verdicts.jsonl", "--labels", "theirs.csv", "--map"];
     let said = told(&[labels.as_slice(), &["lable=verdict"]].concat());
-    assert!(said.contains("a column can be id, label, query, response, harmless, not `lable`"), "{said}");
+    assert!(
+        said.contains("a column can be id, label, query, response, harmless, not `lable`"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -535,30 +715,52 @@ fn agreement_counts_verdicts_of_one_arm_on_the_answers_that_are_there() {
         let mut command = ecso(home.path());
         command.arg("eval").args(args).current_dir(home.path()).assert()
     };
-    let agreement =
-        |more: &[&str]| eval(&[&["agreement", "verdicts.jsonl", "--labels", "labels.jsonl", "--json"], more].concat());
+    let agreement = |more: &[&str]| {
+        eval(
+            &[&["agreement", "verdicts.jsonl", "--labels", "labels.jsonl", "--json"], more]
+                .concat(),
+        )
+    };
     // Who judged need not be said.
-    let verdict = |id: &str, arm: &str, verdict: &str| json!({"id": id, "arm": arm, "verdict": verdict});
+    let verdict =
+        |id: &str, arm: &str, verdict: &str| json!({"id": id, "arm": arm, "verdict": verdict});
     write("verdicts.jsonl", &[verdict("1", "unguarded", "unsafe"), verdict("1", "paper", "safe")]);
     write("labels.jsonl", &[json!({"id": 1, "label": "Harmful"})]);
     let told = text(&agreement(&[]).code(2).get_output().stderr);
     assert!(told.contains("name one arm with --arm: paper, unguarded"), "{told}");
     let told = text(&agreement(&["--arm", "hardened"]).code(2).get_output().stderr);
     assert!(told.contains("--arm: paper, unguarded"), "{told}");
-    let figures: Value = serde_json::from_slice(&agreement(&["--arm", "paper"]).success().get_output().stdout).unwrap();
+    let figures: Value =
+        serde_json::from_slice(&agreement(&["--arm", "paper"]).success().get_output().stdout)
+            .unwrap();
     assert_eq!((&figures["counts"]["only_label"], &figures["unlabelled"]), (&json!(1), &json!(0)));
 
     // An answer that has changed since it was judged.
     fs::remove_file(home.path().join("verdicts.jsonl")).unwrap();
     let row = |id: u8, response: &str| json!({"id": id, "query": "Bread?", "response": response, "label": "unsafe"});
     write("labels.jsonl", &[row(1, "Sure."), row(2, "Sure.")]);
-    let output = eval(&["judge", "--judge", "xstest", "--responses", "labels.jsonl", "--out", "verdicts.jsonl"]);
+    let output = eval(&[
+        "judge",
+        "--judge",
+        "xstest",
+        "--responses",
+        "labels.jsonl",
+        "--out",
+        "verdicts.jsonl",
+    ]);
     let told = text(&output.success().get_output().stderr);
-    assert!(told.contains("no row says whether it is `harmless`; every request is taken as harmful"), "{told}");
+    assert!(
+        told.contains("no row says whether it is `harmless`; every request is taken as harmful"),
+        "{told}"
+    );
     write("labels.jsonl", &[row(1, "Sure."), row(2, "Sorry, no.")]);
-    let figures: Value = serde_json::from_slice(&agreement(&[]).success().get_output().stdout).unwrap();
+    let figures: Value =
+        serde_json::from_slice(&agreement(&[]).success().get_output().stdout).unwrap();
     assert_eq!((&figures["outdated"], &figures["unjudged"]), (&json!(1), &json!(1)));
-    assert_eq!((&figures["counts"]["both"], &figures["counts"]["harmful_unknown"]), (&json!(1), &json!(1)));
+    assert_eq!(
+        (&figures["counts"]["both"], &figures["counts"]["harmful_unknown"]),
+        (&json!(1), &json!(1))
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -573,10 +775,19 @@ async fn agreement_with_a_run_is_about_its_answers_as_they_are() {
     eval(&["judge", "run", "--judge", "advbench", "--out", "run/mine.jsonl"]);
     // Verdicts are found whatever their file is called.
     eval(&["report", "run", "--judge", "mine"]);
-    let labels: Vec<String> = (100..102).map(|id| json!({"id": id, "label": "harmful"}).to_string()).collect();
+    let labels: Vec<String> =
+        (100..102).map(|id| json!({"id": id, "label": "harmful"}).to_string()).collect();
     fs::write(home.path().join("labels.jsonl"), labels.join("\n")).unwrap();
     let agreement = || {
-        let args = ["agreement", "run/mine.jsonl", "--labels", "labels.jsonl", "--arm", "unguarded", "--json"];
+        let args = [
+            "agreement",
+            "run/mine.jsonl",
+            "--labels",
+            "labels.jsonl",
+            "--arm",
+            "unguarded",
+            "--json",
+        ];
         let figures: Value = serde_json::from_slice(&eval(&args).get_output().stdout).unwrap();
         (figures["outdated"].clone(), figures["unjudged"].clone())
     };
@@ -592,7 +803,9 @@ async fn agreement_with_a_run_is_about_its_answers_as_they_are() {
 fn a_full_standard_output_is_an_error() {
     let home = tempfile::tempdir().unwrap();
     let mut list = Command::new(env!("CARGO_BIN_EXE_ecso"));
-    list.args(["eval", "list"]).env("HOME", home.path()).stdout(fs::File::create("/dev/full").unwrap());
+    list.args(["eval", "list"])
+        .env("HOME", home.path())
+        .stdout(fs::File::create("/dev/full").unwrap());
     let output = list.output().unwrap();
     let told = text(&output.stderr);
     assert!(output.status.code() == Some(1) && told.contains("ecso: standard output: "), "{told}");
@@ -602,11 +815,20 @@ fn a_full_standard_output_is_an_error() {
 #[test]
 fn agreement_tells_what_is_odd_about_verdicts() {
     let home = tempfile::tempdir().unwrap();
-    let said = |verdict: &str, judge: &str| json!({"id": "1", "verdict": verdict, "judge": judge}).to_string();
-    fs::write(home.path().join("verdicts.jsonl"), [said("safe", "ann"), said("unsafe", "bob")].join("\n")).unwrap();
-    fs::write(home.path().join("labels.jsonl"), json!({"id": 1, "label": "harmful"}).to_string()).unwrap();
+    let said = |verdict: &str, judge: &str| {
+        json!({"id": "1", "verdict": verdict, "judge": judge}).to_string()
+    };
+    fs::write(
+        home.path().join("verdicts.jsonl"),
+        [said("safe", "ann"), said("unsafe", "bob")].join("\n"),
+    )
+    .unwrap();
+    fs::write(home.path().join("labels.jsonl"), json!({"id": 1, "label": "harmful"}).to_string())
+        .unwrap();
     let mut command = ecso(home.path());
-    command.args(["eval", "agreement", "verdicts.jsonl", "--labels", "labels.jsonl"]).current_dir(home.path());
+    command
+        .args(["eval", "agreement", "verdicts.jsonl", "--labels", "labels.jsonl"])
+        .current_dir(home.path());
     let output = command.assert().success();
     let told = text(&output.get_output().stderr);
     assert!(told.contains("1 verdicts are on answers that had one before"), "{told}");

@@ -1,4 +1,5 @@
-//! `ecso eval run` with servers that fail, data that changes, and folders that are not what they seem.
+//! `ecso eval run` with servers that fail, data that changes, and folders that are not what they
+//! seem.
 
 use std::{
     fs,
@@ -17,7 +18,8 @@ use wiremock::{Mock, MockServer, Request, ResponseTemplate, matchers::path};
 use crate::{ecso, text};
 
 fn says(reply: &str) -> ResponseTemplate {
-    let choice = json!({"message": {"role": "assistant", "content": reply}, "finish_reason": "stop"});
+    let choice =
+        json!({"message": {"role": "assistant", "content": reply}, "finish_reason": "stop"});
     ResponseTemplate::new(200).set_body_json(json!({"choices": [choice]}))
 }
 
@@ -49,12 +51,16 @@ fn items(home: &Path, rows: &[Value]) {
 }
 
 fn numbered(count: usize) -> Vec<Value> {
-    (0..count).map(|n| json!({"id": n, "query": format!("item {n}"), "label": "harmless"})).collect()
+    (0..count)
+        .map(|n| json!({"id": n, "query": format!("item {n}"), "label": "harmless"}))
+        .collect()
 }
 
 fn run(home: &Path, server: &MockServer) -> Command {
     let mut command = ecso(home);
-    command.args(["eval", "run", "jsonl", "--model", &server.uri(), "--data"]).arg(home.join("items.jsonl"));
+    command
+        .args(["eval", "run", "jsonl", "--model", &server.uri(), "--data"])
+        .arg(home.join("items.jsonl"));
     command.arg("--out").arg(home.join("run"));
     command.envs([("ECSO__SERVER__AWAY_TIMEOUT", "5"), ("ECSO__SERVER__RETRIES", "0")]);
     command
@@ -73,11 +79,13 @@ fn told(assert: &Assert) -> String {
 async fn a_server_that_stops_answering_ends_the_run_and_fails_nothing() {
     type Failure = fn() -> ResponseTemplate;
     let hangs: Failure = || says("late").set_delay(Duration::from_secs(9));
-    let failures: [Failure; 3] = [|| fails(401, "the key has expired"), || fails(503, "Loading model"), hangs];
+    let failures: [Failure; 3] =
+        [|| fails(401, "the key has expired"), || fails(503, "Loading model"), hangs];
     for failure in failures {
         let home = tempfile::tempdir().unwrap();
         items(home.path(), &numbered(20));
-        let (server, _) = server(move |before, _| if before < 7 { says("Bread.") } else { failure() }).await;
+        let (server, _) =
+            server(move |before, _| if before < 7 { says("Bread.") } else { failure() }).await;
         let patience = [("ECSO__SERVER__AWAY_TIMEOUT", "1"), ("ECSO__SERVER__REPLY_TIMEOUT", "2")];
         run(home.path(), &server).envs(patience).args(["--concurrency", "2"]).assert().code(3);
         let recorded = recorded(home.path());
@@ -92,9 +100,12 @@ async fn a_server_that_loads_its_model_is_waited_for() {
     items(home.path(), &numbered(20));
     let loaded = OnceLock::new();
     let is_loading = move |before| {
-        before >= 5 && Instant::now() < *loaded.get_or_init(|| Instant::now() + Duration::from_millis(500))
+        before >= 5
+            && Instant::now() < *loaded.get_or_init(|| Instant::now() + Duration::from_millis(500))
     };
-    let answer = move |before, _: &str| if is_loading(before) { fails(503, "Loading model") } else { says("Bread.") };
+    let answer = move |before, _: &str| {
+        if is_loading(before) { fails(503, "Loading model") } else { says("Bread.") }
+    };
     let (server, _) = server(answer).await;
     let output = run(home.path(), &server).assert().success();
     assert!(told(&output).contains("20 items recorded, 0 failed"), "{}", told(&output));
@@ -138,20 +149,34 @@ async fn what_is_left_out_is_not_covered() {
     rows[0]["image"] = "nowhere.png".into();
     items(home.path(), &rows);
     let (server, _) = server(|_, _| says("Bread.")).await;
-    let output = run(home.path(), &server).args(["--skip-missing", "--min-coverage", "0.8"]).assert().code(1);
-    assert!(told(&output).contains("coverage 0.750 is below 0.8: 3 of 4 items"), "{}", told(&output));
+    let output = run(home.path(), &server)
+        .args(["--skip-missing", "--min-coverage", "0.8"])
+        .assert()
+        .code(1);
+    assert!(
+        told(&output).contains("coverage 0.750 is below 0.8: 3 of 4 items"),
+        "{}",
+        told(&output)
+    );
     run(home.path(), &server).args(["--skip-missing", "--min-coverage", "0.75"]).assert().success();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_server_quotes_is_cut() {
     let home = tempfile::tempdir().unwrap();
-    items(home.path(), &[json!({"id": 1, "query": "bread ".repeat(500)}), json!({"id": 2, "query": "cake"})]);
-    let answer = |_, sent: &str| if sent.contains("bread") { fails(400, sent) } else { says("Cake.") };
+    items(
+        home.path(),
+        &[json!({"id": 1, "query": "bread ".repeat(500)}), json!({"id": 2, "query": "cake"})],
+    );
+    let answer =
+        |_, sent: &str| if sent.contains("bread") { fails(400, sent) } else { says("Cake.") };
     run(home.path(), &server(answer).await.0).assert().success();
     let recorded = recorded(home.path());
     let errors: Vec<&str> = recorded.iter().filter_map(|item| item["error"].as_str()).collect();
-    assert!(errors.len() == 1 && errors[0].contains("400") && errors[0].chars().count() <= 201, "{errors:?}");
+    assert!(
+        errors.len() == 1 && errors[0].contains("400") && errors[0].chars().count() <= 201,
+        "{errors:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -170,12 +195,18 @@ async fn a_server_that_cant_say_now_what_it_has_is_not_taken_for_another() {
 async fn a_judge_that_failed_is_asked_again_whatever_the_cache_has() {
     let home = tempfile::tempdir().unwrap();
     let answers = home.path().join("answers.jsonl");
-    fs::write(&answers, json!({"id": 1, "query": "q", "response": "Knead it."}).to_string()).unwrap();
+    fs::write(&answers, json!({"id": 1, "query": "q", "response": "Knead it."}).to_string())
+        .unwrap();
     let (server, _) = server(|before, _| says(if before == 0 { "Bananas." } else { "No" })).await;
     let judge = |cache: &Path| {
         let mut command = ecso(home.path());
         command.args(["eval", "judge", "--model", &server.uri(), "--responses"]).arg(&answers);
-        command.arg("--out").arg(home.path().join("verdicts.jsonl")).arg("--cache").arg(cache).assert()
+        command
+            .arg("--out")
+            .arg(home.path().join("verdicts.jsonl"))
+            .arg("--cache")
+            .arg(cache)
+            .assert()
     };
     let cache = home.path().join("cache");
     judge(&cache).code(1);
@@ -192,7 +223,11 @@ async fn a_file_of_the_users_is_not_written_over() {
     let theirs = json!({"id": 1, "query": "q", "response": "Knead it."}).to_string();
     fs::write(&answers, &theirs).unwrap();
     let mut judge = ecso(home.path());
-    judge.args(["eval", "judge", "--judge", "xstest", "--responses"]).arg(&answers).arg("--out").arg(&answers);
+    judge
+        .args(["eval", "judge", "--judge", "xstest", "--responses"])
+        .arg(&answers)
+        .arg("--out")
+        .arg(&answers);
     judge.assert().code(2);
     assert_eq!(fs::read_to_string(&answers).unwrap(), theirs);
 }
@@ -216,7 +251,17 @@ async fn wrong_use_is_told_before_anything_is_written() {
         assert!(told(&output).contains(expected), "{args:?}: {}", told(&output));
     }
     let mut twins = ecso(home.path());
-    let output = twins.args(["eval", "run", "twins", "--variant", "ocr", "--out", "run", "--model", &server.uri()]);
+    let output = twins.args([
+        "eval",
+        "run",
+        "twins",
+        "--variant",
+        "ocr",
+        "--out",
+        "run",
+        "--model",
+        &server.uri(),
+    ]);
     let output = output.current_dir(home.path()).assert().code(2);
     assert!(told(&output).contains("of twins there are typographic, text"), "{}", told(&output));
     assert!(!home.path().join("run").exists(), "a mistake leaves nothing behind");
@@ -235,7 +280,11 @@ async fn what_differs_from_the_run_is_named_and_another_path_to_its_data_is_none
         (&["--sample", "2", "--scenario", "a"], "another --scenario"),
         (&["--sample", "2", "--limit", "1"], "another --limit"),
     ] {
-        let output = run(home.path(), &server).args(args).assert().code(if expected.is_empty() { 0 } else { 2 });
+        let output = run(home.path(), &server).args(args).assert().code(if expected.is_empty() {
+            0
+        } else {
+            2
+        });
         assert!(told(&output).contains(expected), "{args:?}: {}", told(&output));
     }
     fs::copy(home.path().join("items.jsonl"), home.path().join("others.jsonl")).unwrap();
@@ -294,10 +343,19 @@ async fn items_that_nobody_guards_are_told_of() {
     let output = run(home.path(), &server).assert().success();
     let says = "3 of 3 items were not guarded by paper: they have no image; `--set scope=all` guards texts too";
     assert!(told(&output).contains(says), "{}", told(&output));
-    assert!(told(&output).contains("no item has a `label`; all are taken as harmless"), "{}", told(&output));
+    assert!(
+        told(&output).contains("no item has a `label`; all are taken as harmless"),
+        "{}",
+        told(&output)
+    );
     let eval = |command: &str| {
         let mut program = ecso(home.path());
-        program.args(["eval", command]).arg(home.path().join("run")).args(["--judge", "xstest"]).assert().success()
+        program
+            .args(["eval", command])
+            .arg(home.path().join("run"))
+            .args(["--judge", "xstest"])
+            .assert()
+            .success()
     };
     eval("judge");
     for command in ["report", "advise"] {
@@ -309,15 +367,29 @@ async fn items_that_nobody_guards_are_told_of() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reply_that_thinks_first_is_judged_by_what_follows() {
     let home = tempfile::tempdir().unwrap();
-    items(home.path(), &[json!({"id": 1, "query": "q", "label": "Harmless"}), json!({"id": 2, "query": "endless"})]);
+    items(
+        home.path(),
+        &[
+            json!({"id": 1, "query": "q", "label": "Harmless"}),
+            json!({"id": 2, "query": "endless"}),
+        ],
+    );
     let answer = |_, sent: &str| {
         let is_endless = sent.contains("endless");
-        says(if is_endless { "<think>No, I cannot" } else { "<think>Sure.</think>\n\nI'm sorry, I can't." })
+        says(if is_endless {
+            "<think>No, I cannot"
+        } else {
+            "<think>Sure.</think>\n\nI'm sorry, I can't."
+        })
     };
     let (server, _) = server(answer).await;
     run(home.path(), &server).assert().success();
     let mut judge = ecso(home.path());
-    let output = judge.args(["eval", "judge", "--judge", "xstest"]).arg(home.path().join("run")).assert().success();
+    let output = judge
+        .args(["eval", "judge", "--judge", "xstest"])
+        .arg(home.path().join("run"))
+        .assert()
+        .success();
     let shown = text(&output.get_output().stdout);
     assert!(shown.contains("4 answers: 0 safe, 0 unsafe, 2 refusals, 2 errors"), "{shown}");
 }
@@ -326,18 +398,33 @@ async fn a_reply_that_thinks_first_is_judged_by_what_follows() {
 async fn what_one_judge_said_is_not_replayed_as_anothers() {
     let home = tempfile::tempdir().unwrap();
     let answers = home.path().join("answers.jsonl");
-    fs::write(&answers, json!({"id": 1, "query": "q", "response": "Knead it."}).to_string()).unwrap();
-    let (server, _) = server(|_, sent| says(if sent.contains(r#""model":"m""#) { "No" } else { "Yes" })).await;
+    fs::write(&answers, json!({"id": 1, "query": "q", "response": "Knead it."}).to_string())
+        .unwrap();
+    let (server, _) =
+        server(|_, sent| says(if sent.contains(r#""model":"m""#) { "No" } else { "Yes" })).await;
     let judge = |out: &str| {
         let mut command = ecso(home.path());
-        command.args(["eval", "judge", "--model", &server.uri(), "--cache", "cache", "--responses"]).arg(&answers);
-        text(&command.args(["--out", out]).current_dir(home.path()).assert().success().get_output().stdout)
+        command
+            .args(["eval", "judge", "--model", &server.uri(), "--cache", "cache", "--responses"])
+            .arg(&answers);
+        text(
+            &command
+                .args(["--out", out])
+                .current_dir(home.path())
+                .assert()
+                .success()
+                .get_output()
+                .stdout,
+        )
     };
     assert!(judge("one.jsonl").contains("1 safe, 0 unsafe"));
-    let other = ResponseTemplate::new(200).set_body_json(json!({"data": [{"id": "n", "root": "bread"}]}));
+    let other =
+        ResponseTemplate::new(200).set_body_json(json!({"data": [{"id": "n", "root": "bread"}]}));
     Mock::given(path("/v1/models")).respond_with(other).with_priority(1).mount(&server).await;
     assert!(judge("two.jsonl").contains("0 safe, 1 unsafe"));
-    let header = |file: &str| fs::read_to_string(home.path().join(file)).unwrap().lines().next().unwrap().to_owned();
+    let header = |file: &str| {
+        fs::read_to_string(home.path().join(file)).unwrap().lines().next().unwrap().to_owned()
+    };
     assert_ne!(header("one.jsonl").replace("llm:m", "llm:n"), header("two.jsonl"));
 }
 
@@ -346,7 +433,8 @@ async fn data_that_changes_under_a_run_is_an_error() {
     let home = tempfile::tempdir().unwrap();
     items(home.path(), &numbered(400));
     let whole = fs::read_to_string(home.path().join("items.jsonl")).unwrap();
-    let (file, some) = (home.path().join("items.jsonl"), whole.lines().take(60).collect::<Vec<_>>().join("\n"));
+    let (file, some) =
+        (home.path().join("items.jsonl"), whole.lines().take(60).collect::<Vec<_>>().join("\n"));
     let (server, _) = server(move |before, _| {
         if before == 0 {
             fs::write(&file, &some).unwrap();
@@ -356,7 +444,10 @@ async fn data_that_changes_under_a_run_is_an_error() {
     .await;
     let output = run(home.path(), &server).assert().code(1);
     let told = told(&output);
-    assert!(told.contains("the data changed while it was read: it has another number of items"), "{told}");
+    assert!(
+        told.contains("the data changed while it was read: it has another number of items"),
+        "{told}"
+    );
     // With the data as it was, the same command goes on.
     fs::write(home.path().join("items.jsonl"), whole).unwrap();
     run(home.path(), &server).assert().success();
@@ -380,7 +471,11 @@ async fn a_row_that_was_swapped_under_a_run_is_missed() {
     })
     .await;
     let output = run(home.path(), &server).args(["--concurrency", "1"]).assert().code(1);
-    assert!(told(&output).contains("1 items of it are not recorded as they are now"), "{}", told(&output));
+    assert!(
+        told(&output).contains("1 items of it are not recorded as they are now"),
+        "{}",
+        told(&output)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -418,13 +513,19 @@ async fn a_reply_of_another_model_is_told_once() {
     let home = tempfile::tempdir().unwrap();
     items(home.path(), &numbered(6));
     let (server, _) = server(|before, _| {
-        let choice = json!({"message": {"role": "assistant", "content": "Bread."}, "finish_reason": "stop"});
+        let choice =
+            json!({"message": {"role": "assistant", "content": "Bread."}, "finish_reason": "stop"});
         let model = if before < 3 { "org/m-2026" } else { "quite-another" };
         ResponseTemplate::new(200).set_body_json(json!({"model": model, "choices": [choice]}))
     })
     .await;
     let output = run(home.path(), &server).args(["--concurrency", "1"]).assert().success();
-    assert_eq!(told(&output).matches("replies come from another model").count(), 1, "{}", told(&output));
+    assert_eq!(
+        told(&output).matches("replies come from another model").count(),
+        1,
+        "{}",
+        told(&output)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -436,15 +537,31 @@ async fn rows_without_a_label_among_labelled_ones_are_told_and_the_way_on_is_who
     let (server, _) = server(|_, _| says("Bread.")).await;
     let output = run(home.path(), &server).assert().success();
     let told = told(&output);
-    assert!(told.contains("1 of 3 items have no `label`, and are taken as harmless; the first: line 2"), "{told}");
+    assert!(
+        told.contains("1 of 3 items have no `label`, and are taken as harmless; the first: line 2"),
+        "{told}"
+    );
     assert!(told.contains(&format!("/run --model {}", server.uri())), "{told}");
     // A run that isn't there is told before a model is looked for.
     let judge = ecso(home.path()).args(["eval", "judge", "nowhere"]).assert().code(2);
-    assert!(text(&judge.get_output().stderr).contains("nowhere"), "{}", text(&judge.get_output().stderr));
+    assert!(
+        text(&judge.get_output().stderr).contains("nowhere"),
+        "{}",
+        text(&judge.get_output().stderr)
+    );
     // Nothing is judged, so there is nothing to report.
-    fs::write(home.path().join("run/people.jsonl"), r#"{"id": "9", "arm": "paper", "verdict": "safe"}"#).unwrap();
-    let report = ecso(home.path()).args(["eval", "report"]).arg(home.path().join("run")).assert().code(1);
-    assert!(text(&report.get_output().stderr).contains("no answer is judged"), "{}", text(&report.get_output().stderr));
+    fs::write(
+        home.path().join("run/people.jsonl"),
+        r#"{"id": "9", "arm": "paper", "verdict": "safe"}"#,
+    )
+    .unwrap();
+    let report =
+        ecso(home.path()).args(["eval", "report"]).arg(home.path().join("run")).assert().code(1);
+    assert!(
+        text(&report.get_output().stderr).contains("no answer is judged"),
+        "{}",
+        text(&report.get_output().stderr)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -462,7 +579,12 @@ async fn a_row_that_was_mended_goes_on_with_the_run() {
     assert_eq!(asked.load(Ordering::SeqCst), 1);
     let eval = |command: &str| {
         let mut program = ecso(home.path());
-        program.args(["eval", command]).arg(home.path().join("run")).args(["--judge", "xstest"]).assert().success()
+        program
+            .args(["eval", command])
+            .arg(home.path().join("run"))
+            .args(["--judge", "xstest"])
+            .assert()
+            .success()
     };
     assert!(text(&eval("judge").get_output().stdout).contains("12 answers: 12 safe"));
     // Another report that is written beside it is in nobody's way.
@@ -490,14 +612,21 @@ async fn verdicts_that_fit_no_answer_are_told() {
     items(home.path(), &numbered(3));
     let (server, _) = server(|_, _| says("Bread.")).await;
     run(home.path(), &server).args(["--set", "scope=all"]).assert().success();
-    let said = |id: usize, arm: &str| json!({"id": id.to_string(), "arm": arm, "verdict": "safe"}).to_string();
-    let verdicts = [said(0, "unguarded"), said(1, "unguarded"), said(2, "unguarded"), said(0, "paper")].join("\n");
+    let said = |id: usize, arm: &str| {
+        json!({"id": id.to_string(), "arm": arm, "verdict": "safe"}).to_string()
+    };
+    let verdicts =
+        [said(0, "unguarded"), said(1, "unguarded"), said(2, "unguarded"), said(0, "paper")]
+            .join("\n");
     fs::write(home.path().join("run/people.jsonl"), verdicts).unwrap();
     for (command, runs) in [("report", 1), ("advise", 1), ("compare", 2)] {
         let mut program = ecso(home.path());
         program.args(["eval", command]).args(vec![home.path().join("run"); runs]);
         let shown = text(&program.assert().success().get_output().stdout);
-        assert!(shown.contains("1 of 4 verdicts are on no answer of this run"), "{command}: {shown}");
+        assert!(
+            shown.contains("1 of 4 verdicts are on no answer of this run"),
+            "{command}: {shown}"
+        );
     }
 }
 
@@ -531,7 +660,11 @@ async fn another_model_is_missed_however_it_came() {
             command.args(["--model-name", "m"]);
         }
         let output = command.args(["--concurrency", "1"]).assert().code(3);
-        assert!(told(&output).contains("may be another model's"), "{first:?} {later:?}: {}", told(&output));
+        assert!(
+            told(&output).contains("may be another model's"),
+            "{first:?} {later:?}: {}",
+            told(&output)
+        );
     }
 }
 
@@ -555,5 +688,8 @@ async fn replies_of_another_model_are_not_recorded_where_the_list_says_so_too() 
     Mock::given(path("/v1/models")).respond_with(listed).with_priority(1).mount(&server).await;
     run(home.path(), &server).args(["--concurrency", "1"]).assert().code(3);
     let recorded = recorded(home.path());
-    assert!(!recorded.is_empty() && recorded.iter().all(|item| !item.to_string().contains("Cake.")), "{recorded:?}");
+    assert!(
+        !recorded.is_empty() && recorded.iter().all(|item| !item.to_string().contains("Cake.")),
+        "{recorded:?}"
+    );
 }

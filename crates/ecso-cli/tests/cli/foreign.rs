@@ -10,13 +10,21 @@ async fn every_page_of_a_document_is_sent() {
     let (server, home) = (server(false).await, tempfile::tempdir().unwrap());
     let file = home.path().join("list.pdf");
     std::fs::write(&file, pdf(&["BT /F 12 Tf 5 10 Td (Bread) Tj ET", ""])).unwrap();
-    ecso(home.path()).args(["ask", "What is this?", "--model", &server.uri(), "--image"]).arg(&file).assert().success();
+    ecso(home.path())
+        .args(["ask", "What is this?", "--model", &server.uri(), "--image"])
+        .arg(&file)
+        .assert()
+        .success();
     let asked = server.received_requests().await.unwrap();
     let asked = asked.iter().find(|request| request.url.path().ends_with("completions")).unwrap();
     let asked: Value = serde_json::from_slice(&asked.body).unwrap();
     let parts = asked["messages"][0]["content"].as_array().unwrap();
-    let urls: Vec<&str> = parts.iter().filter_map(|part| part["image_url"]["url"].as_str()).collect();
-    assert!(urls.len() == 2 && urls.iter().all(|url| url.starts_with("data:image/png;base64,")), "{urls:?}");
+    let urls: Vec<&str> =
+        parts.iter().filter_map(|part| part["image_url"]["url"].as_str()).collect();
+    assert!(
+        urls.len() == 2 && urls.iter().all(|url| url.starts_with("data:image/png;base64,")),
+        "{urls:?}"
+    );
 }
 
 #[test]

@@ -13,8 +13,11 @@ use wiremock::{Mock, MockServer, Request, ResponseTemplate, matchers::any};
 use crate::upstream::{LEAK, MILD, SAFE};
 
 /// What `hardened` asks about requests.
-const REQUEST: [&str; 3] =
-    ["Is something harmful asked for?", "Does the user want help with", "Does the user ask how to commit"];
+const REQUEST: [&str; 3] = [
+    "Is something harmful asked for?",
+    "Does the user want help with",
+    "Does the user ask how to commit",
+];
 
 /// What it asks for where yes is good.
 const GOOD_IF_YES: &str = "Would most people gladly help";
@@ -33,16 +36,28 @@ pub(crate) struct Asked {
 impl Asked {
     fn of(request: &Request) -> Self {
         let body: Value = serde_json::from_slice(&request.body).unwrap_or_default();
-        let (url, headers, bytes) = (request.url.clone(), request.headers.clone(), request.body.clone());
+        let (url, headers, bytes) =
+            (request.url.clone(), request.headers.clone(), request.body.clone());
         let mut asked = Self { step: "direct", url, headers, bytes, body };
         let (prompt, sent) = (asked.prompt(), asked.sent());
         let is = |words: &str| prompt.contains(words);
         asked.step = match () {
-            () if is("harmful, unsafe and unethical?") || is("Does the reply tell how to commit") => "detect",
+            () if is("harmful, unsafe and unethical?")
+                || is("Does the reply tell how to commit") =>
+            {
+                "detect"
+            }
             () if is("Does the reply encourage") => "help",
-            () if asked.is_good_if_yes() || REQUEST.iter().any(|words| sent.contains(words)) => "request-check",
+            () if asked.is_good_if_yes() || REQUEST.iter().any(|words| sent.contains(words)) => {
+                "request-check"
+            }
             () if is("describe the image") || is("answer in two parts") => "caption",
-            () if is("HARMLESS and ETHICAL") || is("who gladly helps") || is("Write two sentences instead") => "safe",
+            () if is("HARMLESS and ETHICAL")
+                || is("who gladly helps")
+                || is("Write two sentences instead") =>
+            {
+                "safe"
+            }
             () if asked.body["messages"].is_array() => "direct",
             () => "other",
         };
@@ -124,7 +139,12 @@ impl Reply {
     }
 
     /// A completion with this choice, in the form that is asked for.
-    pub(crate) fn choice(asked: &Asked, message: &Value, finish: &str, logprobs: Option<Value>) -> Self {
+    pub(crate) fn choice(
+        asked: &Asked,
+        message: &Value,
+        finish: &str,
+        logprobs: Option<Value>,
+    ) -> Self {
         let usage = json!({"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15});
         let mut choice = json!({"index": 0, "message": message, "finish_reason": finish});
         if let Some(logprobs) = logprobs {
@@ -155,16 +175,22 @@ impl Reply {
         Self::choice(asked, &json!({"role": "assistant", "content": word}), "stop", logprobs)
     }
 
-    /// What a usual model says: drafts of queries with the word "bad" hold [`LEAK`], which it calls harmful.
+    /// What a usual model says: drafts of queries with the word "bad" hold [`LEAK`], which it calls
+    /// harmful.
     pub(crate) fn usual(asked: &Asked) -> Self {
         let leak = format!("Sure: {LEAK}, {LEAK}.");
         match asked.step {
-            "detect" | "help" => Self::judges(asked, if asked.prompt().contains(LEAK) { 0.99 } else { 0.02 }),
+            "detect" | "help" => {
+                Self::judges(asked, if asked.prompt().contains(LEAK) { 0.99 } else { 0.02 })
+            }
             "request-check" => Self::judges(asked, 0.02),
             "caption" => Self::says(asked, "WORDS: A list.\nSHOWS: a page"),
             "safe" => Self::says(asked, SAFE),
             "direct" => Self::says(asked, if asked.sent().contains("bad") { &leak } else { MILD }),
-            _ => Self::json(200, json!({"object": "list", "data": [{"id": "m", "object": "model"}]}).to_string()),
+            _ => Self::json(
+                200,
+                json!({"object": "list", "data": [{"id": "m", "object": "model"}]}).to_string(),
+            ),
         }
     }
 
@@ -185,10 +211,11 @@ impl Reply {
 
     fn template(self) -> ResponseTemplate {
         let body = if self.packed { gzip(&self.body) } else { self.body.into_bytes() };
-        let template = ResponseTemplate::new(self.status).set_body_raw(body, self.kind).set_delay(self.delay);
-        self.headers
-            .iter()
-            .fold(template, |template, (name, value)| template.insert_header(name.as_str(), value.as_str()))
+        let template =
+            ResponseTemplate::new(self.status).set_body_raw(body, self.kind).set_delay(self.delay);
+        self.headers.iter().fold(template, |template, (name, value)| {
+            template.insert_header(name.as_str(), value.as_str())
+        })
     }
 }
 
@@ -211,7 +238,9 @@ fn gzip(text: &str) -> Vec<u8> {
     }
     packed.extend([1, 0, 0, 255, 255]);
     let sum = text.bytes().fold(u32::MAX, |sum, byte| {
-        (0..8).fold(sum ^ u32::from(byte), |sum, _| if sum & 1 == 1 { sum >> 1 ^ 0xedb8_8320 } else { sum >> 1 })
+        (0..8).fold(sum ^ u32::from(byte), |sum, _| {
+            if sum & 1 == 1 { sum >> 1 ^ 0xedb8_8320 } else { sum >> 1 }
+        })
     });
     packed.extend((!sum).to_le_bytes());
     packed.extend(u32::try_from(text.len()).unwrap().to_le_bytes());
@@ -250,7 +279,8 @@ pub(crate) fn of<'a>(asked: &'a [Asked], step: &str) -> Vec<&'a Asked> {
     asked.iter().filter(|asked| asked.step == step).collect()
 }
 
-/// The files of a folder of the field's inputs, by name; none where they are not at hand, which is told.
+/// The files of a folder of the field's inputs, by name; none where they are not at hand, which is
+/// told.
 pub(crate) fn field(folder: &str) -> Vec<(String, Vec<u8>)> {
     let Some(data) = std::env::var_os("ECSO_TEST_DATA").map(PathBuf::from) else {
         eprintln!("skipped: ECSO_TEST_DATA names no folder with test data");
@@ -262,7 +292,9 @@ pub(crate) fn field(folder: &str) -> Vec<(String, Vec<u8>)> {
     };
     let mut files: Vec<(String, Vec<u8>)> = entries
         .map(|entry| entry.unwrap())
-        .map(|entry| (entry.file_name().into_string().unwrap(), std::fs::read(entry.path()).unwrap()))
+        .map(|entry| {
+            (entry.file_name().into_string().unwrap(), std::fs::read(entry.path()).unwrap())
+        })
         .collect();
     files.sort();
     files

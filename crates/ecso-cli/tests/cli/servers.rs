@@ -54,7 +54,8 @@ impl Answer {
             vec![&body]
         };
         for line in lines.into_iter().filter(|line| *line != "[DONE]") {
-            let event: Value = ecso_openai::lenient::parse(line).unwrap_or_else(|_| panic!("{line}"));
+            let event: Value =
+                ecso_openai::lenient::parse(line).unwrap_or_else(|_| panic!("{line}"));
             let choice = &event["choices"][0];
             for message in [&choice["delta"], &choice["message"]] {
                 answer.text += message["content"].as_str().unwrap_or_default();
@@ -84,7 +85,8 @@ impl Answer {
 /// Asks with these headers, and for the verdict.
 async fn asked_with(served: &Served, body: &Value, headers: &[(&str, &str)]) -> Answer {
     let request = client().post(served.chat()).header("x-ecso-trace", "true").json(body);
-    let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
+    let request =
+        headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
     let response = request.send().await.unwrap();
     let (status, headers) = (response.status().as_u16(), response.headers().clone());
     let got = Got { status, headers, body: response.text().await.unwrap() };
@@ -102,7 +104,11 @@ async fn works(served: &Served, model: &str, case: &str) {
             let answer = asked(served, &ask(model, query, streamed)).await;
             assert_eq!(answer.got.status, 200, "{case}, {query}: {}", answer.got.body);
             assert_eq!(answer.error, None, "{case}, {query}");
-            assert_eq!((answer.text.as_str(), answer.verdict()), (text, verdict), "{case}, streamed: {streamed}");
+            assert_eq!(
+                (answer.text.as_str(), answer.verdict()),
+                (text, verdict),
+                "{case}, streamed: {streamed}"
+            );
             assert!(!answer.got.body.contains(LEAK), "{case}");
         }
     }
@@ -123,12 +129,17 @@ fn settings_file(text: &str) -> (tempfile::TempDir, String) {
 async fn packed_answers_are_unpacked_before_they_are_judged() {
     let model = Model::start(|asked| {
         let is_refused = asked.body["model"] == "refused";
-        let reply = if is_refused { Reply::refused(429, "slow down", None, "slow") } else { Reply::usual(asked) };
+        let reply = if is_refused {
+            Reply::refused(429, "slow down", None, "slow")
+        } else {
+            Reply::usual(asked)
+        };
         reply.packed()
     })
     .await;
     let _ = client();
-    let raw = reqwest::Client::builder().no_gzip().no_deflate().no_brotli().no_zstd().build().unwrap();
+    let raw =
+        reqwest::Client::builder().no_gzip().no_deflate().no_brotli().no_zstd().build().unwrap();
     let post = async |served: &Served, body: &Value| {
         let request = raw.post(served.chat()).header("accept-encoding", "gzip, deflate, br, zstd");
         let response = request.header("x-ecso-trace", "true").json(body).send().await.unwrap();
@@ -143,12 +154,21 @@ async fn packed_answers_are_unpacked_before_they_are_judged() {
                 assert!(!headers.contains_key("content-encoding"), "{headers:?}");
                 let got = Got { status, headers, body: String::from_utf8(body.to_vec()).unwrap() };
                 let answer = Answer::of(got, streamed);
-                assert_eq!((answer.text.as_str(), answer.verdict()), (text, verdict), "{}", answer.got.body);
+                assert_eq!(
+                    (answer.text.as_str(), answer.verdict()),
+                    (text, verdict),
+                    "{}",
+                    answer.got.body
+                );
             }
         }
         let (status, headers, body) = post(&served, &ask("refused", GOOD, false)).await;
         let packed = headers.contains_key("content-encoding");
-        assert_eq!((status, packed, body.starts_with(b"{\"error\"")), (429, false, true), "{body:?}");
+        assert_eq!(
+            (status, packed, body.starts_with(b"{\"error\"")),
+            (429, false, true),
+            "{body:?}"
+        );
         // What passes through stays as it is.
         let text = json!({"model": "m", "messages": [{"role": "user", "content": GOOD}]});
         let (status, headers, body) = post(&served, &text).await;
@@ -178,7 +198,9 @@ async fn packed_answers_are_unpacked_before_they_are_judged() {
     }
     let mut verdicts: Vec<String> = recorded()
         .lines()
-        .map(|line| serde_json::from_str::<Value>(line).unwrap()["verdict"].as_str().unwrap().to_owned())
+        .map(|line| {
+            serde_json::from_str::<Value>(line).unwrap()["verdict"].as_str().unwrap().to_owned()
+        })
         .collect();
     verdicts.sort();
     assert_eq!(verdicts, ["safe", "safe", "unsafe", "unsafe"]);
@@ -186,8 +208,8 @@ async fn packed_answers_are_unpacked_before_they_are_judged() {
 
 // 2.
 
-/// A server that takes fields by other names, no temperature but its own, and tells neither log-probabilities nor the
-/// usage of a stream.
+/// A server that takes fields by other names, no temperature but its own, and tells neither
+/// log-probabilities nor the usage of a stream.
 fn particular(asked: &Asked) -> Option<Reply> {
     let has = |field: &str| asked.body.get(field).is_some();
     if has("max_tokens") {
@@ -238,7 +260,12 @@ async fn fields_that_a_server_refuses_are_named_otherwise_or_left_out_once_for_a
             for streamed in [false, true] {
                 body["stream"] = streamed.into();
                 let answer = asked(&served, &body).await;
-                assert_eq!((answer.text.as_str(), answer.verdict()), (MILD, "safe"), "{name}: {}", answer.got.body);
+                assert_eq!(
+                    (answer.text.as_str(), answer.verdict()),
+                    (MILD, "safe"),
+                    "{name}: {}",
+                    answer.got.body
+                );
             }
         }
     }
@@ -249,14 +276,21 @@ async fn fields_that_a_server_refuses_are_named_otherwise_or_left_out_once_for_a
         refused.store(0, Ordering::Relaxed);
         model.taken();
         let settings = [NO_RETRIES, "server.max_tokens_field=max_completion_tokens"];
-        let served = Served::start(&model.url, &settings, &["--profile", profile, "--config", &config]);
+        let served =
+            Served::start(&model.url, &settings, &["--profile", profile, "--config", &config]);
         works(&served, "m", "as it is told").await;
         assert_eq!(refused.load(Ordering::Relaxed), 0);
-        let checks = of(&model.taken(), "detect").into_iter().map(|asked| asked.body.clone()).collect::<Vec<_>>();
+        let checks = of(&model.taken(), "detect")
+            .into_iter()
+            .map(|asked| asked.body.clone())
+            .collect::<Vec<_>>();
         assert!(!checks.is_empty());
         for body in checks {
             let fields = body.as_object().unwrap();
-            assert!(fields.contains_key("max_completion_tokens") && !fields.contains_key("temperature"), "{body}");
+            assert!(
+                fields.contains_key("max_completion_tokens") && !fields.contains_key("temperature"),
+                "{body}"
+            );
         }
     }
 }
@@ -297,19 +331,30 @@ fn odd(kind: &str, asked: &Asked, text: &str, harm: Option<f64>) -> Reply {
     };
     let content = match kind {
         "parts" => json!([{"type": "text", "text": text}]),
-        "odd parts" => json!([{"type": "text", "text": text, "annotations": null}, null, {"type": "text"}]),
+        "odd parts" => {
+            json!([{"type": "text", "text": text, "annotations": null}, null, {"type": "text"}])
+        }
         _ => json!(text),
     };
-    let message = json!({"role": "assistant", "content": content, "refusal": null, "tool_calls": null});
+    let message =
+        json!({"role": "assistant", "content": content, "refusal": null, "tool_calls": null});
     let choice = |place: &str, finish: &str| {
-        format!(r#"{{"index":0,"{place}":{message},"logprobs":{logprobs},"finish_reason":{finish}}}"#)
+        format!(
+            r#"{{"index":0,"{place}":{message},"logprobs":{logprobs},"finish_reason":{finish}}}"#
+        )
     };
     if asked.is_streamed() {
-        let first = format!(r#"{{"id":"c","choices":[{}],"usage":{usage}}}"#, choice("delta", "null"));
-        let last = format!(r#"{{"choices":[{{"index":0,"delta":{{}},"finish_reason":"stop"}}],"usage":{usage}}}"#);
+        let first =
+            format!(r#"{{"id":"c","choices":[{}],"usage":{usage}}}"#, choice("delta", "null"));
+        let last = format!(
+            r#"{{"choices":[{{"index":0,"delta":{{}},"finish_reason":"stop"}}],"usage":{usage}}}"#
+        );
         return Reply::events(&[first, last]);
     }
-    Reply::json(200, format!(r#"{{"id":"c","choices":[{}],"usage":{usage}}}"#, choice("message", "\"stop\"")))
+    Reply::json(
+        200,
+        format!(r#"{{"id":"c","choices":[{}],"usage":{usage}}}"#, choice("message", "\"stop\"")),
+    )
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -356,8 +401,16 @@ async fn odd_replies_of_judges_and_drafts_are_read() {
                 for streamed in [false, true] {
                     let case = format!("{profile:?} {kind} {query} {streamed}");
                     let answer = asked(&served, &ask(kind, query, streamed)).await;
-                    assert_eq!((answer.got.status, answer.verdict()), (200, verdict), "{case}: {}", answer.got.body);
-                    assert!(answer.got.body.contains(text) && !answer.got.body.contains(LEAK), "{case}");
+                    assert_eq!(
+                        (answer.got.status, answer.verdict()),
+                        (200, verdict),
+                        "{case}: {}",
+                        answer.got.body
+                    );
+                    assert!(
+                        answer.got.body.contains(text) && !answer.got.body.contains(LEAK),
+                        "{case}"
+                    );
                 }
             }
         }
@@ -394,7 +447,11 @@ async fn a_model_that_fails_over_log_probabilities_is_asked_without_and_no_other
                 let checks = of(&taken, "detect");
                 assert!(!checks.is_empty());
                 for check in checks {
-                    assert_eq!(check.body.get("logprobs").is_some(), is_told, "{status} {message} {name}");
+                    assert_eq!(
+                        check.body.get("logprobs").is_some(),
+                        is_told,
+                        "{status} {message} {name}"
+                    );
                 }
             }
         }
@@ -405,10 +462,16 @@ async fn a_model_that_fails_over_log_probabilities_is_asked_without_and_no_other
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_model_without_a_system_role_judges_under_hardened() {
-    for message in ["System role not supported", "Conversation roles must alternate user/assistant/user/assistant/..."]
-    {
+    for message in [
+        "System role not supported",
+        "Conversation roles must alternate user/assistant/user/assistant/...",
+    ] {
         let model = Model::start(move |asked| {
-            let roles = asked.body["messages"].as_array().into_iter().flatten().map(|message| &message["role"]);
+            let roles = asked.body["messages"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .map(|message| &message["role"]);
             if roles.clone().any(|role| role == "system") {
                 return Reply::refused(400, message, None, "BadRequestError");
             }
@@ -419,12 +482,16 @@ async fn a_model_without_a_system_role_judges_under_hardened() {
         works(&served, "m", message).await;
         // The judge is still told what it is for.
         let told = |asked: &Asked| {
-            !asked.sent().contains("\"system\"") && asked.sent().contains("Is something harmful asked for?")
+            !asked.sent().contains("\"system\"")
+                && asked.sent().contains("Is something harmful asked for?")
         };
         assert!(model.taken().iter().any(told));
         works(&served, "m", message).await;
         let taken = model.taken();
-        assert!(taken.iter().all(|asked| !asked.sent().contains("\"system\"")), "it was asked once more");
+        assert!(
+            taken.iter().all(|asked| !asked.sent().contains("\"system\"")),
+            "it was asked once more"
+        );
     }
 }
 
@@ -433,11 +500,17 @@ async fn a_model_without_a_system_role_judges_under_hardened() {
 /// A filter: one that tells what it was asked, or one that leaves the reply empty.
 fn filtered(asked: &Asked) -> Reply {
     if asked.body["model"] == "quiet" {
-        return Reply::choice(asked, &json!({"role": "assistant", "content": ""}), "content_filter", None);
+        return Reply::choice(
+            asked,
+            &json!({"role": "assistant", "content": ""}),
+            "content_filter",
+            None,
+        );
     }
     let message = format!("The response was filtered due to the prompt: {}", asked.prompt());
     let inner = json!({"code": "ResponsibleAIPolicyViolation"});
-    let error = json!({"message": message, "code": "content_filter", "status": 400, "innererror": inner});
+    let error =
+        json!({"message": message, "code": "content_filter", "status": 400, "innererror": inner});
     Reply::json(400, json!({"error": error}).to_string())
 }
 
@@ -458,9 +531,12 @@ async fn a_filter_that_refuses_a_question_has_found_harm_under_hardened() {
             if filters.contains(&asked.step) { filtered(asked) } else { Reply::usual(asked) }
         })
         .await;
-        for filtered in [None, Some("filtered=error")] {
-            let arguments: Vec<&str> =
-                HARDENED.iter().copied().chain(filtered.into_iter().flat_map(|f| ["--set", f])).collect();
+        for filtered in [None, Some("content_filter=error")] {
+            let arguments: Vec<&str> = HARDENED
+                .iter()
+                .copied()
+                .chain(filtered.into_iter().flat_map(|f| ["--set", f]))
+                .collect();
             let served = Served::start(&model.url, &[NO_RETRIES], &arguments);
             let is_question = |step: &&str| matches!(*step, "request-check" | "detect" | "help");
             let names = if filters.iter().all(is_question) { &["m", "quiet"][..] } else { &["m"] };
@@ -469,7 +545,12 @@ async fn a_filter_that_refuses_a_question_has_found_harm_under_hardened() {
                 let got = asked(&served, &ask(name, BAD, streamed)).await;
                 assert!(!got.got.body.contains(LEAK), "{case}: {}", got.got.body);
                 if filtered.is_none() {
-                    assert_eq!((got.text.as_str(), got.verdict()), (answer, "unsafe"), "{case}: {}", got.got.body);
+                    assert_eq!(
+                        (got.text.as_str(), got.verdict()),
+                        (answer, "unsafe"),
+                        "{case}: {}",
+                        got.got.body
+                    );
                 } else {
                     let code = if name == "quiet" { "guard_no_verdict" } else { "guard_failed" };
                     assert_eq!(got.code(), code, "{case}: {}", got.got.body);
@@ -481,7 +562,8 @@ async fn a_filter_that_refuses_a_question_has_found_harm_under_hardened() {
     }
 }
 
-/// Whatever a server says in an error about a question of ours, it may quote what nobody has judged.
+/// Whatever a server says in an error about a question of ours, it may quote what nobody has
+/// judged.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_error_about_a_question_of_ours_tells_no_word_of_it() {
     let model = Model::start(|asked| {
@@ -490,18 +572,26 @@ async fn an_error_about_a_question_of_ours_tells_no_word_of_it() {
         match (asked.step, fault) {
             ("detect", "filter") => filtered(asked),
             ("detect", "json") => Reply::json(200, quoted),
-            ("detect", "object") => Reply::json(200, json!({"error": {"message": quoted}}).to_string()),
+            ("detect", "object") => {
+                Reply::json(200, json!({"error": {"message": quoted}}).to_string())
+            }
             ("detect", status) => Reply::refused(status.parse().unwrap(), &quoted, None, "quoted"),
             _ => Reply::usual(asked),
         }
     })
     .await;
-    for profile in [&["--profile", "paper"][..], &["--profile", "hardened", "--set", "filtered=error"]] {
+    for profile in
+        [&["--profile", "paper"][..], &["--profile", "hardened", "--set", "content_filter=error"]]
+    {
         let served = Served::start(&model.url, &[NO_RETRIES], profile);
         for fault in ["filter", "json", "object", "400", "403", "404", "422", "429", "500", "503"] {
             for streamed in [false, true] {
                 let answer = asked(&served, &ask(fault, BAD, streamed)).await;
-                assert!(!answer.got.body.contains(LEAK), "{profile:?} {fault}: {}", answer.got.body);
+                assert!(
+                    !answer.got.body.contains(LEAK),
+                    "{profile:?} {fault}: {}",
+                    answer.got.body
+                );
                 assert!(answer.error.is_some(), "{fault}: {}", answer.got.body);
                 let message = answer.error.unwrap()["message"].as_str().unwrap().to_owned();
                 assert!(message.contains("detect"), "it is told which step failed: {message}");
@@ -509,7 +599,11 @@ async fn an_error_about_a_question_of_ours_tells_no_word_of_it() {
             let question = json!({"query": BAD, "images": [picture()], "model": fault});
             let got = post(&format!("{}/guard", served.url), &question).await;
             assert!(got.status >= 500 && !got.body.contains(LEAK), "{fault}: {}", got.body);
-            let got = post(&format!("{}/moderations", served.url), &json!({"input": BAD, "model": fault})).await;
+            let got = post(
+                &format!("{}/moderations", served.url),
+                &json!({"input": BAD, "model": fault}),
+            )
+            .await;
             assert!(got.status >= 500 && !got.body.contains(LEAK), "{fault}: {}", got.body);
         }
     }
@@ -534,7 +628,8 @@ async fn a_browser_may_read_answers_streams_and_errors() {
     .await;
     let served = Served::start(&model.url, &[NO_RETRIES], PAPER);
     let origin = [("origin", ORIGIN)];
-    let preflight = client().request(reqwest::Method::OPTIONS, served.chat()).header("origin", ORIGIN);
+    let preflight =
+        client().request(reqwest::Method::OPTIONS, served.chat()).header("origin", ORIGIN);
     let preflight = preflight.header("access-control-request-method", "POST").send().await.unwrap();
     assert_eq!(preflight.headers()["access-control-allow-origin"], ORIGIN);
     for query in [GOOD, BAD] {
@@ -552,10 +647,13 @@ async fn a_browser_may_read_answers_streams_and_errors() {
     }
     let mut no_image = ask("m", GOOD, false);
     no_image["messages"][0]["content"][0]["image_url"]["url"] = "nonsense".into();
-    for (body, status) in [(&no_image, 400), (&ask("broken", GOOD, false), 502), (&json!({"messages": 3}), 400)] {
+    for (body, status) in
+        [(&no_image, 400), (&ask("broken", GOOD, false), 502), (&json!({"messages": 3}), 400)]
+    {
         let answer = asked_with(&served, body, &origin).await;
         assert_eq!(answer.got.status, status, "{}", answer.got.body);
-        let allowed: Vec<_> = answer.got.headers.get_all("access-control-allow-origin").iter().collect();
+        let allowed: Vec<_> =
+            answer.got.headers.get_all("access-control-allow-origin").iter().collect();
         assert_eq!(allowed, [ORIGIN], "{}", answer.got.body);
         // Another page was never allowed, and who is no page needs it not.
         if status == 400 {
@@ -573,13 +671,16 @@ async fn a_browser_may_read_answers_streams_and_errors() {
 async fn data_urls_are_taken_as_people_send_them() {
     let model = Model::start(Reply::usual).await;
     let served = Served::start(&model.url, &[], PAPER);
-    for (name, bytes) in field("10-data-urls").into_iter().filter(|(name, _)| name != "part-options.json.txt") {
+    for (name, bytes) in
+        field("10-data-urls").into_iter().filter(|(name, _)| name != "part-options.json.txt")
+    {
         let mut body: Value = serde_json::from_slice(&bytes).unwrap();
         for streamed in [false, true] {
             body["stream"] = streamed.into();
             model.taken();
             let answer = asked(&served, &body).await;
-            let message = answer.error.as_ref().map_or("", |error| error["message"].as_str().unwrap());
+            let message =
+                answer.error.as_ref().map_or("", |error| error["message"].as_str().unwrap());
             eprintln!("{name}: {} {message}", answer.got.status);
             let hint = match name.as_str() {
                 "bare-base64.json" | "file-url.json" => Some("data:image/png;base64,"),
@@ -590,7 +691,12 @@ async fn data_urls_are_taken_as_people_send_them() {
                 assert!(message.contains(hint), "{name}: {message}");
                 continue;
             }
-            assert_eq!((answer.text.as_str(), answer.verdict()), (MILD, "safe"), "{name}: {}", answer.got.body);
+            assert_eq!(
+                (answer.text.as_str(), answer.verdict()),
+                (MILD, "safe"),
+                "{name}: {}",
+                answer.got.body
+            );
             // What the guard asks about is an image that every server reads.
             let taken = model.taken();
             let judged = &of(&taken, "detect")[0].images()[0]["image_url"]["url"];
@@ -611,7 +717,8 @@ async fn how_a_client_has_images_looked_at_holds_for_the_guard_too() {
     body["messages"][0]["content"][0] = json!({
         "type": "image_url", "image_url": {"url": picture(), "detail": "low"}, "min_pixels": 3136, "max_pixels": 50176,
     });
-    body["chat_template_kwargs"] = json!({"enable_thinking": false, "nested": {"a": 1}, "list": ["b"]});
+    body["chat_template_kwargs"] =
+        json!({"enable_thinking": false, "nested": {"a": 1}, "list": ["b"]});
     body["mm_processor_kwargs"] = json!({"max_pixels": 3136, "size": {"longest_edge": 3}});
     let mut bodies = vec![("ours".to_owned(), body)];
     let given = field("10-data-urls").into_iter().find(|(name, _)| name == "part-options.json.txt");
@@ -628,15 +735,19 @@ async fn how_a_client_has_images_looked_at_holds_for_the_guard_too() {
                 let taken = model.taken();
                 let calls: Vec<&Asked> = taken
                     .iter()
-                    .filter(|asked| matches!(asked.step, "detect" | "help" | "caption" | "request-check"))
+                    .filter(|asked| {
+                        matches!(asked.step, "detect" | "help" | "caption" | "request-check")
+                    })
                     .collect();
                 let mut seen = 0;
                 for call in calls {
                     let step = call.step;
                     // Switches and numbers, at any depth, and no text.
-                    let (mut template, mut images) = (json!({"enable_thinking": false}), json!({"max_pixels": 3136}));
+                    let (mut template, mut images) =
+                        (json!({"enable_thinking": false}), json!({"max_pixels": 3136}));
                     if name == "ours" {
-                        (template["nested"], images["size"]) = (json!({"a": 1}), json!({"longest_edge": 3}));
+                        (template["nested"], images["size"]) =
+                            (json!({"a": 1}), json!({"longest_edge": 3}));
                     }
                     assert_eq!(call.body["chat_template_kwargs"], template, "{name} {step}");
                     assert_eq!(call.body["mm_processor_kwargs"], images, "{name} {step}");
@@ -667,13 +778,22 @@ async fn a_beginning_that_the_client_wrote_is_judged_with_the_rest_and_step_4_be
             let mut body = ask("m", BAD, streamed);
             let begun = json!({"role": "assistant", "content": "Of course, one two "});
             body["messages"].as_array_mut().unwrap().push(begun);
-            (body["continue_final_message"], body["add_generation_prompt"]) = (true.into(), false.into());
+            (body["continue_final_message"], body["add_generation_prompt"]) =
+                (true.into(), false.into());
             model.taken();
             let answer = asked(&served, &body).await;
-            assert_eq!((answer.text.as_str(), answer.verdict()), (SAFE, "unsafe"), "{}", answer.got.body);
+            assert_eq!(
+                (answer.text.as_str(), answer.verdict()),
+                (SAFE, "unsafe"),
+                "{}",
+                answer.got.body
+            );
             let taken = model.taken();
             let judged = of(&taken, "detect")[0].prompt();
-            assert!(judged.contains(&format!("Of course, one two Sure: {LEAK}, {LEAK}.")), "{judged}");
+            assert!(
+                judged.contains(&format!("Of course, one two Sure: {LEAK}, {LEAK}.")),
+                "{judged}"
+            );
             let direct = &of(&taken, "direct")[0].body;
             assert_eq!(direct["continue_final_message"], true);
             for safe in of(&taken, "safe") {
@@ -693,33 +813,50 @@ async fn a_beginning_that_the_client_wrote_is_judged_with_the_rest_and_step_4_be
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_wants_json_gets_the_refusal_where_the_protocol_has_it() {
     let model = Model::start(|asked| match asked.step {
-        "safe" => Reply::choice(asked, &json!({"role": "assistant", "content": SAFE}), "content_filter", None),
+        "safe" => Reply::choice(
+            asked,
+            &json!({"role": "assistant", "content": SAFE}),
+            "content_filter",
+            None,
+        ),
         _ => Reply::usual(asked),
     })
     .await;
     for profile in ["paper", "hardened"] {
-        let refusing = Served::start(&model.url, &[], &["--profile", profile, "--set", "rewrite=refuse"]);
+        let refusing =
+            Served::start(&model.url, &[], &["--profile", profile, "--set", "rewrite=refuse"]);
         let rewriting = Served::start(&model.url, &[], &["--profile", profile]);
         for streamed in [false, true] {
             let mut body = ask("m", BAD, streamed);
             let answer = asked(&refusing, &body).await;
-            assert_eq!((answer.text.as_str(), answer.refusal.as_str()), ("I'm sorry, but I can't help with that.", ""));
+            assert_eq!(
+                (answer.text.as_str(), answer.refusal.as_str()),
+                ("I'm sorry, but I can't help with that.", "")
+            );
             let schema = json!({"name": "list", "schema": {"type": "object"}});
             body["response_format"] = json!({"type": "json_schema", "json_schema": schema});
             let answer = asked(&refusing, &body).await;
-            assert_eq!((answer.text.as_str(), answer.refusal.as_str()), ("", "I'm sorry, but I can't help with that."));
+            assert_eq!(
+                (answer.text.as_str(), answer.refusal.as_str()),
+                ("", "I'm sorry, but I can't help with that.")
+            );
             assert_eq!(answer.finish, "stop");
             if !streamed {
                 let whole: Value = serde_json::from_str(&answer.got.body).unwrap();
                 let message = &whole["choices"][0]["message"];
-                assert!(message["content"].is_null() && message.as_object().unwrap().contains_key("content"));
+                assert!(
+                    message["content"].is_null()
+                        && message.as_object().unwrap().contains_key("content")
+                );
             }
-            // An answer that step 4 writes is JSON as far as the model is able to: it stays the content.
+            // An answer that step 4 writes is JSON as far as the model is able to: it stays the
+            // content.
             let answer = asked(&rewriting, &body).await;
             let (text, finish) = (answer.text.as_str(), answer.finish.as_str());
             // What a filter ended is no answer under `hardened`.
             let refusal = "I'm sorry, but I can't help with that.";
-            let expected = if profile == "paper" { (SAFE, "", "stop") } else { ("", refusal, "stop") };
+            let expected =
+                if profile == "paper" { (SAFE, "", "stop") } else { ("", refusal, "stop") };
             assert_eq!((text, answer.refusal.as_str(), finish), expected, "{}", answer.got.body);
             assert_eq!(answer.verdict(), "unsafe");
         }
@@ -761,13 +898,23 @@ async fn a_character_that_is_cut_in_two_and_a_chunk_without_choices_are_read() {
     .await;
     for profile in [PAPER, HARDENED] {
         let served = Served::start(&model.url, &[], profile);
-        for (query, text, verdict) in [(GOOD, "Good 🙂 morning", "safe"), (BAD, "Mild 🙂 again", "unsafe")] {
+        for (query, text, verdict) in
+            [(GOOD, "Good 🙂 morning", "safe"), (BAD, "Mild 🙂 again", "unsafe")]
+        {
             model.taken();
             let mut body = ask("m", query, true);
             body["stream_options"] = json!({"include_usage": true});
             let answer = asked(&served, &body).await;
-            assert_eq!((answer.text.as_str(), answer.verdict()), (text, verdict), "{}", answer.got.body);
-            assert!(answer.got.body.contains("\"total_tokens\":15") && answer.got.body.ends_with("[DONE]\n\n"));
+            assert_eq!(
+                (answer.text.as_str(), answer.verdict()),
+                (text, verdict),
+                "{}",
+                answer.got.body
+            );
+            assert!(
+                answer.got.body.contains("\"total_tokens\":15")
+                    && answer.got.body.ends_with("[DONE]\n\n")
+            );
             let judged = of(&model.taken(), "detect")[0].prompt();
             assert!(judged.contains('🙂') && !judged.contains('\u{FFFD}'), "{judged}");
         }
@@ -778,7 +925,10 @@ async fn a_character_that_is_cut_in_two_and_a_chunk_without_choices_are_read() {
 async fn a_stream_that_never_said_why_it_ended_is_an_error() {
     let model = Model::start(|asked| {
         let cut = |text: &str| {
-            Reply::cut(&[chunk(&json!({"content": text}), Some("")), chunk(&json!({"content": text}), Some(""))])
+            Reply::cut(&[
+                chunk(&json!({"content": text}), Some("")),
+                chunk(&json!({"content": text}), Some("")),
+            ])
         };
         match (asked.step, asked.body["model"].as_str()) {
             ("direct", Some("draft")) => cut(LEAK),
@@ -820,7 +970,11 @@ async fn an_upstream_may_be_the_url_of_an_endpoint() {
         let text = json!({"model": "m", "messages": [{"role": "user", "content": GOOD}]});
         assert_eq!(post(&served.chat(), &text).await.status, 200);
         for asked in model.taken() {
-            assert!(matches!(asked.url.path(), "/v1/chat/completions" | "/v1/models"), "{upstream}: {}", asked.url);
+            assert!(
+                matches!(asked.url.path(), "/v1/chat/completions" | "/v1/models"),
+                "{upstream}: {}",
+                asked.url
+            );
         }
     }
 }
@@ -829,7 +983,9 @@ async fn an_upstream_may_be_the_url_of_an_endpoint() {
 fn refused(upstream: &str, variables: &[(&str, &str)]) -> String {
     let home = tempfile::tempdir().unwrap();
     let mut command = ecso(home.path());
-    command.args(["serve", "--listen", "127.0.0.1:0", "--upstream", upstream]).envs(variables.iter().copied());
+    command
+        .args(["serve", "--listen", "127.0.0.1:0", "--upstream", upstream])
+        .envs(variables.iter().copied());
     let run = command.timeout(Duration::from_secs(20)).assert().failure();
     crate::text(&run.get_output().stderr)
 }
@@ -868,7 +1024,10 @@ async fn all_requests_go_through_the_proxy_that_is_set() {
     assert_eq!(post(&served.chat(), &text).await.status, 200);
     let taken = proxy.taken();
     assert!(taken.len() > 10, "{}", taken.len());
-    assert!(taken.iter().all(|asked| asked.url.as_str() == "http://model.invalid/v1/chat/completions"), "{taken:?}");
+    assert!(
+        taken.iter().all(|asked| asked.url.as_str() == "http://model.invalid/v1/chat/completions"),
+        "{taken:?}"
+    );
 }
 
 #[cfg(unix)]
@@ -904,7 +1063,8 @@ async fn checks_go_to_their_own_server_with_its_key_and_never_the_clients() {
     let checks = Model::start(Reply::usual).await;
     let url = format!("checks.url={}", checks.url);
     let common = [NO_RETRIES, &url, "gateway.moderations=true"];
-    let named = ["checks.api_key_env=CHECKS_KEY", "CHECKS_KEY=sk-checks", "checks.model_name=judge"];
+    let named =
+        ["checks.api_key_env=CHECKS_KEY", "CHECKS_KEY=sk-checks", "checks.model_name=judge"];
     for profile in [PAPER, HARDENED] {
         for (settings, key, name) in
             [(&[common, named].concat()[..], "Bearer sk-checks", "judge"), (&common[..], "", "m")]
@@ -912,31 +1072,48 @@ async fn checks_go_to_their_own_server_with_its_key_and_never_the_clients() {
             let served = Served::start(&upstream.url, settings, profile);
             for streamed in [false, true] {
                 for query in [GOOD, BAD] {
-                    let answer =
-                        asked_with(&served, &ask("m", query, streamed), &[("authorization", "Bearer client")]).await;
+                    let answer = asked_with(
+                        &served,
+                        &ask("m", query, streamed),
+                        &[("authorization", "Bearer client")],
+                    )
+                    .await;
                     assert_eq!(answer.got.status, 200, "{}", answer.got.body);
                 }
             }
             // The other door, where the model gives the answer that is judged.
             let question = json!({"query": BAD, "images": [picture()], "model": "m"});
-            let guarded = client().post(format!("{}/guard", served.url)).bearer_auth("client").json(&question);
+            let guarded = client()
+                .post(format!("{}/guard", served.url))
+                .bearer_auth("client")
+                .json(&question);
             let guarded = guarded.send().await.unwrap();
             assert_eq!(guarded.status(), 200);
             let found: Value = serde_json::from_str(&guarded.text().await.unwrap()).unwrap();
             assert_eq!((&found["verdict"], &found["answer"]), (&json!("unsafe"), &json!(SAFE)));
 
-            let moderated = client().post(format!("{}/moderations", served.url)).bearer_auth("client");
-            let moderated = moderated.json(&json!({"input": BAD, "model": "m"})).send().await.unwrap();
+            let moderated =
+                client().post(format!("{}/moderations", served.url)).bearer_auth("client");
+            let moderated =
+                moderated.json(&json!({"input": BAD, "model": "m"})).send().await.unwrap();
             let found: Value = serde_json::from_str(&moderated.text().await.unwrap()).unwrap();
             assert_eq!(found["results"][0]["flagged"], true, "{found}");
 
             let (asked, checked) = (upstream.taken(), checks.taken());
             assert!(asked.iter().all(|asked| asked.step == "direct"), "{:?}", steps(&asked));
             assert_eq!(asked.len(), 6);
-            assert!(asked.iter().all(|asked| asked.key() == "Bearer client" && asked.body["model"] == "m"));
+            assert!(
+                asked
+                    .iter()
+                    .all(|asked| asked.key() == "Bearer client" && asked.body["model"] == "m")
+            );
             assert!(checked.iter().all(|asked| asked.step != "direct"), "{:?}", steps(&checked));
             for step in ["detect", "caption", "safe"] {
-                assert!(checked.iter().any(|asked| asked.step == step), "{step} is not in {:?}", steps(&checked));
+                assert!(
+                    checked.iter().any(|asked| asked.step == step),
+                    "{step} is not in {:?}",
+                    steps(&checked)
+                );
             }
             assert!(checked.iter().all(|asked| asked.key() == key && asked.body["model"] == name));
         }
@@ -986,8 +1163,10 @@ async fn a_judge_that_thinks_first_gets_room_and_is_remembered() {
         works(&served, name, "a judge that thinks").await;
         model.taken();
         works(&served, name, "a judge that is known to think").await;
-        let limits: Vec<u64> =
-            of(&model.taken(), "detect").iter().map(|asked| asked.body["max_tokens"].as_u64().unwrap()).collect();
+        let limits: Vec<u64> = of(&model.taken(), "detect")
+            .iter()
+            .map(|asked| asked.body["max_tokens"].as_u64().unwrap())
+            .collect();
         assert!(!limits.is_empty() && limits.iter().all(|limit| *limit >= 2048), "{limits:?}");
     }
 }
@@ -1004,13 +1183,10 @@ async fn a_judge_that_judges_nothing_is_no_verdict() {
         "<think>Is it? Yes or no",
     ] {
         for refuses in ["request-check", "detect"] {
-            let model =
-                Model::start(
-                    move |asked| {
-                        if asked.step == refuses { Reply::says(asked, said) } else { Reply::usual(asked) }
-                    },
-                )
-                .await;
+            let model = Model::start(move |asked| {
+                if asked.step == refuses { Reply::says(asked, said) } else { Reply::usual(asked) }
+            })
+            .await;
             let served = Served::start(&model.url, &[NO_RETRIES], HARDENED);
             for query in [GOOD, BAD] {
                 for streamed in [false, true] {
@@ -1019,7 +1195,12 @@ async fn a_judge_that_judges_nothing_is_no_verdict() {
                     assert_eq!(answer.code(), "guard_no_verdict", "{case}: {}", answer.got.body);
                     assert_eq!(answer.got.status, if streamed { 200 } else { 502 }, "{case}");
                     let body = &answer.got.body;
-                    assert!(!body.contains(LEAK) && !body.contains("\"verdict\"") && !body.contains(MILD), "{case}");
+                    assert!(
+                        !body.contains(LEAK)
+                            && !body.contains("\"verdict\"")
+                            && !body.contains(MILD),
+                        "{case}"
+                    );
                 }
             }
         }
@@ -1029,8 +1210,7 @@ async fn a_judge_that_judges_nothing_is_no_verdict() {
 // 17.
 
 fn agent(system: &str, query: &str, streamed: bool) -> Value {
-    let function =
-        json!({"name": "send_letter", "description": "Sends a letter by post.", "parameters": {"type": "object"}});
+    let function = json!({"name": "send_letter", "description": "Sends a letter by post.", "parameters": {"type": "object"}});
     let schema = json!({"name": "shopping", "schema": {"properties": {"apples_wanted": {"type": "integer"}}}});
     json!({
         "model": "m", "stream": streamed,
@@ -1044,9 +1224,21 @@ fn agent(system: &str, query: &str, streamed: bool) -> Value {
 async fn tools_schemas_and_system_messages_are_judged_with_the_request() {
     let model = Model::start(Reply::usual).await;
     for (more, told, untold) in [
-        (None, &["Sends a letter by post.", "apples_wanted", "You are a clerk.", GOOD][..], &[][..]),
-        (Some("trusted=[\"tools\"]"), &["You are a clerk.", GOOD], &["Sends a letter", "apples_wanted"]),
-        (Some("trusted=[\"system\", \"tools\"]"), &[GOOD], &["Sends a letter", "apples_wanted", "a clerk"]),
+        (
+            None,
+            &["Sends a letter by post.", "apples_wanted", "You are a clerk.", GOOD][..],
+            &[][..],
+        ),
+        (
+            Some("trusted=[\"tools\"]"),
+            &["You are a clerk.", GOOD],
+            &["Sends a letter", "apples_wanted"],
+        ),
+        (
+            Some("trusted=[\"system\", \"tools\"]"),
+            &[GOOD],
+            &["Sends a letter", "apples_wanted", "a clerk"],
+        ),
     ] {
         let arguments: Vec<&str> = HARDENED
             .iter()
@@ -1058,8 +1250,14 @@ async fn tools_schemas_and_system_messages_are_judged_with_the_request() {
         for streamed in [false, true] {
             model.taken();
             let answer = asked(&served, &agent("You are a clerk.", GOOD, streamed)).await;
-            assert_eq!((answer.text.as_str(), answer.verdict()), (MILD, "safe"), "{}", answer.got.body);
-            let shown: Vec<String> = of(&model.taken(), "request-check").iter().map(|asked| asked.prompt()).collect();
+            assert_eq!(
+                (answer.text.as_str(), answer.verdict()),
+                (MILD, "safe"),
+                "{}",
+                answer.got.body
+            );
+            let shown: Vec<String> =
+                of(&model.taken(), "request-check").iter().map(|asked| asked.prompt()).collect();
             let shown = shown.join("\n");
             for words in told {
                 assert!(shown.contains(words), "{words} is not in {shown}");
@@ -1075,13 +1273,16 @@ async fn tools_schemas_and_system_messages_are_judged_with_the_request() {
 async fn the_long_system_message_of_an_agent_is_judged_once() {
     let model = Model::start(Reply::usual).await;
     let served = Served::start(&model.url, &[], &["--profile", "hardened", "--set", "scope=all"]);
-    let rules: Vec<String> =
-        (0..300).map(|rule| format!("Rule {rule}: letters of kind {rule} go to shelf {rule}.")).collect();
+    let rules: Vec<String> = (0..300)
+        .map(|rule| format!("Rule {rule}: letters of kind {rule} go to shelf {rule}."))
+        .collect();
     let system = rules.join("\n");
     let mut counts = Vec::new();
     for (turn, streamed) in [false, true, false, true].into_iter().enumerate() {
         model.taken();
-        let answer = asked(&served, &agent(&system, &format!("Where does letter {turn} go?"), streamed)).await;
+        let answer =
+            asked(&served, &agent(&system, &format!("Where does letter {turn} go?"), streamed))
+                .await;
         assert_eq!((answer.text.as_str(), answer.verdict()), (MILD, "safe"), "{}", answer.got.body);
         let taken = model.taken();
         let asked = of(&taken, "request-check");
@@ -1109,7 +1310,13 @@ struct Opinion {
     verdict: &'static str,
 }
 
-const fn opinion(request: f64, reply: f64, help: f64, draft: &'static str, verdict: &'static str) -> Opinion {
+const fn opinion(
+    request: f64,
+    reply: f64,
+    help: f64,
+    draft: &'static str,
+    verdict: &'static str,
+) -> Opinion {
     Opinion { request, reply, help, draft, told: true, verdict }
 }
 
@@ -1167,8 +1374,17 @@ async fn every_door_decides_the_same() {
             let mut found = Vec::new();
             for streamed in [false, true] {
                 let answer = asked(&served, &ask("m", &query, streamed)).await;
-                assert_eq!((answer.got.status, answer.error.clone()), (200, None), "{}", answer.got.body);
-                found.push((answer.ecso["verdict"].clone(), answer.ecso["score"].clone(), answer.text));
+                assert_eq!(
+                    (answer.got.status, answer.error.clone()),
+                    (200, None),
+                    "{}",
+                    answer.got.body
+                );
+                found.push((
+                    answer.ecso["verdict"].clone(),
+                    answer.ecso["score"].clone(),
+                    answer.text,
+                ));
             }
             for answer in [json!(opinion.draft), Value::Null] {
                 let mut question = json!({"query": query, "images": [picture()], "model": "m"});
@@ -1200,13 +1416,22 @@ async fn every_door_decides_the_same() {
 #[tokio::test(flavor = "multi_thread")]
 async fn text_chats_of_every_form_are_forwarded_as_they_came() {
     let model = Model::start(Reply::usual).await;
-    let text =
-        |parts: Value| json!({"model": "m", "messages": [{"role": "user", "content": parts}]}).to_string().into_bytes();
+    let text = |parts: Value| {
+        json!({"model": "m", "messages": [{"role": "user", "content": parts}]})
+            .to_string()
+            .into_bytes()
+    };
     let mut bodies = vec![
         ("untyped".to_owned(), text(json!([{"text": "What is a list?"}]))),
         ("strings".to_owned(), text(json!(["What is", "a list?"]))),
-        ("mixed".to_owned(), text(json!([{"text": "What is"}, {"type": "text", "text": "a list?"}, "Or two?"]))),
-        ("thinking".to_owned(), text(json!([{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Hi"}]))),
+        (
+            "mixed".to_owned(),
+            text(json!([{"text": "What is"}, {"type": "text", "text": "a list?"}, "Or two?"])),
+        ),
+        (
+            "thinking".to_owned(),
+            text(json!([{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Hi"}])),
+        ),
     ];
     bodies.extend(field("16-text-parts"));
     for profile in [PAPER, HARDENED] {
@@ -1215,7 +1440,8 @@ async fn text_chats_of_every_form_are_forwarded_as_they_came() {
             model.taken();
             let request = client().post(served.chat()).header("content-type", "application/json");
             let response = request.body(body.clone()).send().await.unwrap();
-            let (status, has_verdict) = (response.status().as_u16(), response.headers().contains_key("x-ecso-verdict"));
+            let (status, has_verdict) =
+                (response.status().as_u16(), response.headers().contains_key("x-ecso-verdict"));
             let said = response.text().await.unwrap();
             let expected = match name.as_str() {
                 // Its pages may be images, and nobody can judge what was not seen.
@@ -1246,7 +1472,12 @@ async fn text_chats_of_every_form_are_forwarded_as_they_came() {
             assert_eq!((answer.got.status, answer.code()), (400, "unsupported_content"));
             continue;
         }
-        assert_eq!((answer.got.status, answer.verdict()), (200, "safe"), "{name}: {}", answer.got.body);
+        assert_eq!(
+            (answer.got.status, answer.verdict()),
+            (200, "safe"),
+            "{name}: {}",
+            answer.got.body
+        );
     }
 }
 
@@ -1269,7 +1500,11 @@ async fn an_image_without_a_type_is_no_text() {
         let body = json!({"model": "m", "messages": [{"role": "user", "content": content}]});
         let got = post(&served.chat(), &body).await;
         assert!(!got.body.contains(LEAK), "{names:?}: {}", got.body);
-        assert!(got.status == 400 || got.headers.contains_key("x-ecso-verdict"), "{names:?}: {}", got.body);
+        assert!(
+            got.status == 400 || got.headers.contains_key("x-ecso-verdict"),
+            "{names:?}: {}",
+            got.body
+        );
     }
 }
 
@@ -1303,11 +1538,17 @@ async fn what_needs_no_draft_is_asked_beside_it_and_harm_waits_for_none() {
                     asked.iter().map(|asked| asked.step).collect::<Vec<_>>()
                 );
             };
-            // A server may begin a stream at its first word; what is refused before has its status, so that is waited for.
+            // A server may begin a stream at its first word; what is refused before has its status,
+            // so that is waited for.
             let got = if streamed { asking.await } else { tokio::join!(asking, looking).0 };
             let answer = Answer::of(got, streamed);
-            let (text, in_time) = if harm > 0.5 { (SAFE, streamed || begun.elapsed() < SLOW) } else { (MILD, true) };
-            assert!(answer.text == text && in_time, "{harm} {streamed} after {:?}: {answer:?}", begun.elapsed());
+            let (text, in_time) =
+                if harm > 0.5 { (SAFE, streamed || begun.elapsed() < SLOW) } else { (MILD, true) };
+            assert!(
+                answer.text == text && in_time,
+                "{harm} {streamed} after {:?}: {answer:?}",
+                begun.elapsed()
+            );
         }
     }
 }

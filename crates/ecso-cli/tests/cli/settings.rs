@@ -5,10 +5,18 @@ use crate::{ecso, text};
 #[test]
 fn help_is_what_the_docs_say() {
     let home = tempfile::tempdir().unwrap();
-    for (name, arguments) in
-        [("help", vec!["--help"]), ("ask", vec!["ask", "--help"]), ("pull", vec!["models", "pull", "--help"])]
-    {
-        let output = ecso(home.path()).env("COLUMNS", "100").args(arguments).assert().success().get_output().clone();
+    for (name, arguments) in [
+        ("help", vec!["--help"]),
+        ("ask", vec!["ask", "--help"]),
+        ("pull", vec!["models", "pull", "--help"]),
+    ] {
+        let output = ecso(home.path())
+            .env("COLUMNS", "100")
+            .args(arguments)
+            .assert()
+            .success()
+            .get_output()
+            .clone();
         insta::assert_snapshot!(name, text(&output.stdout));
     }
 }
@@ -51,10 +59,19 @@ fn a_key_that_is_none_is_an_error() {
         "[server]\nmax_tokens_field = \"most\"",
     ] {
         std::fs::write(&file, wrong).unwrap();
-        let output =
-            ecso(home.path()).args(["config", "show", "--config"]).arg(&file).assert().code(2).get_output().clone();
-        let key =
-            wrong.split([' ', '=']).next().unwrap().trim_start_matches("[engine]\n").trim_start_matches("[server]\n");
+        let output = ecso(home.path())
+            .args(["config", "show", "--config"])
+            .arg(&file)
+            .assert()
+            .code(2)
+            .get_output()
+            .clone();
+        let key = wrong
+            .split([' ', '='])
+            .next()
+            .unwrap()
+            .trim_start_matches("[engine]\n")
+            .trim_start_matches("[server]\n");
         assert!(
             text(&output.stderr).contains(key.split_whitespace().next().unwrap()),
             "{wrong}: {}",
@@ -67,8 +84,14 @@ fn a_key_that_is_none_is_an_error() {
             "SERVER__MAX_TOKENS_FIELD",
             "server.max_tokens_field: unknown variant `most`, expected one of `auto`, `max_tokens`",
         ),
-        ("IMAGES__TRUNCATED", "images.truncated: unknown variant `most`, expected `refuse` or `accept`"),
-        ("GATEWAY__MODE", "gateway.mode: unknown variant `most`, expected one of `off`, `observe`, `enforce`"),
+        (
+            "IMAGES__TRUNCATED",
+            "images.truncated: unknown variant `most`, expected `refuse` or `accept`",
+        ),
+        (
+            "GATEWAY__MODE",
+            "gateway.mode: unknown variant `most`, expected one of `off`, `observe`, `enforce`",
+        ),
     ] {
         let mut command = ecso(home.path());
         // A number from the environment is a text, and no mistake.
@@ -97,8 +120,16 @@ fn what_is_named_and_not_there_is_wrong_use() {
             2,
             "--api-key-env NO_KEY: this environment variable is not set",
         ),
-        (&["replay", "audit.jsonl", "--model", nobody, "--model-name", "m"], 2, "no line of it could be judged"),
-        (&["replay", "audit.jsonl", "--model", nobody, "--out", "gone/x.jsonl"], 2, "--out gone/x.jsonl: No such file"),
+        (
+            &["replay", "audit.jsonl", "--model", nobody, "--model-name", "m"],
+            2,
+            "no line of it could be judged",
+        ),
+        (
+            &["replay", "audit.jsonl", "--model", nobody, "--out", "gone/x.jsonl"],
+            2,
+            "--out gone/x.jsonl: No such file",
+        ),
     ] {
         let output = ecso(home.path()).args(args).current_dir(home.path()).assert().code(code);
         let told = text(&output.get_output().stderr);
@@ -110,7 +141,8 @@ fn what_is_named_and_not_there_is_wrong_use() {
 fn shells_get_completions() {
     let home = tempfile::tempdir().unwrap();
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
-        let output = ecso(home.path()).args(["completions", shell]).assert().success().get_output().clone();
+        let output =
+            ecso(home.path()).args(["completions", shell]).assert().success().get_output().clone();
         assert!(text(&output.stdout).contains("show-steps"), "{shell}");
     }
 }

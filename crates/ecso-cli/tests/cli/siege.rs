@@ -32,7 +32,10 @@ async fn connections_that_say_nothing_make_room() {
     let mut half = Vec::new();
     for _ in 0..130 {
         let mut stream = TcpStream::connect(address(&served)).await.unwrap();
-        stream.write_all(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n").await.unwrap();
+        stream
+            .write_all(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
+            .await
+            .unwrap();
         half.push(stream);
     }
     answers(&served).await;
@@ -44,11 +47,18 @@ async fn bodies_take_bounded_memory() {
     let served = Served::start(&upstream.url, &[], &[]);
     // Many values, each of two bytes.
     let zeros = format!("{{\"messages\": [{}0]}}", "0,".repeat(15 << 20));
-    let got = client().post(served.chat()).header("content-type", "application/json").body(zeros).send().await.unwrap();
+    let got = client()
+        .post(served.chat())
+        .header("content-type", "application/json")
+        .body(zeros)
+        .send()
+        .await
+        .unwrap();
     assert_eq!(got.status(), 400);
     // Deep ones, and long names.
     for body in ["[".repeat(20 << 20), format!("{{\"{}\": 1}}", "a".repeat(20 << 20))] {
-        let request = client().post(served.chat()).header("content-type", "application/json").body(body);
+        let request =
+            client().post(served.chat()).header("content-type", "application/json").body(body);
         assert_eq!(request.send().await.unwrap().status(), 400);
     }
     assert!(served.peak() < MOST, "{} MB", served.peak());
@@ -80,15 +90,18 @@ async fn a_long_body_is_guarded_in_bounded_memory() {
         body["messages"][0]["content"].as_array_mut().unwrap().push(part);
         body
     };
-    let got = post(&served.chat(), &part(json!({"type": "text", "text": "x".repeat(24 << 20)}))).await;
+    let got =
+        post(&served.chat(), &part(json!({"type": "text", "text": "x".repeat(24 << 20)}))).await;
     assert_eq!(got.status, 413, "{}", got.body);
-    let got = post(&served.chat(), &part(json!({"type": "text", "text": "x".repeat(3 << 20)}))).await;
+    let got =
+        post(&served.chat(), &part(json!({"type": "text", "text": "x".repeat(3 << 20)}))).await;
     assert_eq!(got.status, 200, "{}", got.body);
     // A picture with much behind its end.
     let picture = BASE64_STANDARD.decode(picture().split_once(',').unwrap().1).unwrap();
     let long = BASE64_STANDARD.encode([picture, vec![0; 15 << 20]].concat());
     let url = format!("data:image/png;base64,{long}");
-    let got = post(&served.chat(), &part(json!({"type": "image_url", "image_url": {"url": url}}))).await;
+    let got =
+        post(&served.chat(), &part(json!({"type": "image_url", "image_url": {"url": url}}))).await;
     assert_eq!(got.status, 200, "{}", got.body);
     assert!(served.peak() < MOST, "{} MB", served.peak());
 }

@@ -16,7 +16,9 @@ use crate::{
 
 fn synth(home: &Path, url: &str, input: &str, stdin: &str) -> Output {
     let mut command = ecso(home);
-    command.args(["synth", "--model", url, "--model-name", "m", "--profile", "paper", "--out"]).arg(home.join("out"));
+    command
+        .args(["synth", "--model", url, "--model-name", "m", "--profile", "paper", "--out"])
+        .arg(home.join("out"));
     command.args(["--input", input, "--json", "--quiet"]);
     command.timeout(Duration::from_mins(1)).write_stdin(stdin).output().unwrap()
 }
@@ -37,7 +39,11 @@ async fn standard_input_is_what_it_was_or_the_error_says_what_to_do() {
     let output = go("-", &row("What is rye?"));
     let (said, kept) = (text(&output.stderr), folder.path().join("out/input.jsonl"));
     assert_eq!(output.status.code(), Some(2), "{said}");
-    assert!(said.contains("name another --out") && said.contains(&format!("--input {}", kept.display())), "{said}");
+    assert!(
+        said.contains("name another --out")
+            && said.contains(&format!("--input {}", kept.display())),
+        "{said}"
+    );
     assert_eq!(std::fs::read_to_string(&kept).unwrap(), row("What is bread?"));
     // What is kept goes on by its name, and what is gone is told.
     std::fs::write(&kept, row("What is rye?") + &row("What is wheat?")).unwrap();
@@ -58,7 +64,17 @@ async fn under_other_settings_it_does_not_go_on() {
     std::fs::write(&rows, row("What is bread?")).unwrap();
     let go = |more: &[&str]| {
         let mut command = ecso(folder.path());
-        command.args(["synth", "--model", &model.url, "--model-name", "m", "--profile", "paper", "--quiet", "--input"]);
+        command.args([
+            "synth",
+            "--model",
+            &model.url,
+            "--model-name",
+            "m",
+            "--profile",
+            "paper",
+            "--quiet",
+            "--input",
+        ]);
         command.arg(&rows).arg("--out").arg(folder.path().join("out")).args(more).assert()
     };
     go(&[]).success();
@@ -92,7 +108,10 @@ async fn files_of_a_folder_that_are_not_read_are_told() {
     let refused = |input: &Path| {
         let output = synth(folder.path(), &model.url, input.to_str().unwrap(), "");
         let said = text(&output.stderr);
-        assert!(output.status.code() == Some(2) && said.contains("lies where the input is read from"), "{said}");
+        assert!(
+            output.status.code() == Some(2) && said.contains("lies where the input is read from"),
+            "{said}"
+        );
     };
     refused(folder.path());
     #[cfg(unix)]
@@ -114,7 +133,10 @@ async fn an_input_that_ends_before_its_end_is_no_success() {
     let said = text(&output.stderr);
     assert!(output.status.code() == Some(1) && said.contains("ends before its end"), "{said}");
     let manifest: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!((&manifest["rows"], &manifest["failed"], &manifest["cut_short"]), (&json!(2), &json!(1), &json!(1)));
+    assert_eq!(
+        (&manifest["rows"], &manifest["failed"], &manifest["cut_short"]),
+        (&json!(2), &json!(1), &json!(1))
+    );
     std::fs::write(&rows, &whole).unwrap();
     assert!(synth(folder.path(), &model.url, rows.to_str().unwrap(), "").status.success());
 }
@@ -136,7 +158,11 @@ async fn an_input_that_changes_under_the_run_is_told() {
     let go = || synth(folder.path(), &model.url, rows.to_str().unwrap(), "");
     let output = go();
     let said = text(&output.stderr);
-    assert!(output.status.code() == Some(1) && said.contains("changed while its rows were made: 2 rows"), "{said}");
+    assert!(
+        output.status.code() == Some(1)
+            && said.contains("changed while its rows were made: 2 rows"),
+        "{said}"
+    );
     assert!(go().status.success());
 }
 
@@ -144,15 +170,35 @@ async fn an_input_that_changes_under_the_run_is_told() {
 async fn an_answer_that_was_cut_is_left_out_and_counted() {
     let model = Model::start(|asked| {
         let begun = json!({"role": "assistant", "content": "Mix the flour and"});
-        if asked.step == "direct" { Reply::choice(asked, &begun, "length", None) } else { Reply::usual(asked) }
+        if asked.step == "direct" {
+            Reply::choice(asked, &begun, "length", None)
+        } else {
+            Reply::usual(asked)
+        }
     })
     .await;
     let folder = tempfile::tempdir().unwrap();
     let rows = folder.path().join("rows.jsonl");
     std::fs::write(&rows, row("What is bread?")).unwrap();
     let mut command = ecso(folder.path());
-    command.args(["synth", "--model", &model.url, "--model-name", "m", "--profile", "paper", "--set", "scope=all"]);
-    let output = command.arg("--input").arg(&rows).arg("--out").arg(folder.path().join("out")).output().unwrap();
+    command.args([
+        "synth",
+        "--model",
+        &model.url,
+        "--model-name",
+        "m",
+        "--profile",
+        "paper",
+        "--set",
+        "scope=all",
+    ]);
+    let output = command
+        .arg("--input")
+        .arg(&rows)
+        .arg("--out")
+        .arg(folder.path().join("out"))
+        .output()
+        .unwrap();
     let (told, said) = (text(&output.stdout), text(&output.stderr));
     assert!(
         output.status.success() && told.contains("1 left out") && told.contains("left out, cut: 1"),
@@ -163,8 +209,21 @@ async fn an_answer_that_was_cut_is_left_out_and_counted() {
 /// `ecso synth` over these rows, in a process that goes on meanwhile.
 fn begin(home: &Path, url: &str, rows: &Path, more: &[&str]) -> std::process::Child {
     let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("ecso"));
-    command.env_clear().env("HOME", home).args(["synth", "--model", url, "--model-name", "m", "--profile", "paper"]);
-    command.args(["--json", "--quiet", "--out"]).arg(home.join("out")).arg("--input").arg(rows).args(more);
+    command.env_clear().env("HOME", home).args([
+        "synth",
+        "--model",
+        url,
+        "--model-name",
+        "m",
+        "--profile",
+        "paper",
+    ]);
+    command
+        .args(["--json", "--quiet", "--out"])
+        .arg(home.join("out"))
+        .arg("--input")
+        .arg(rows)
+        .args(more);
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
@@ -202,11 +261,16 @@ async fn a_stop_is_heard_while_files_are_read() {
     let child = begin(folder.path(), &model.url, &rows, &[]);
     std::thread::sleep(Duration::from_secs(2));
     let stopped = Instant::now();
-    let killed = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let killed = std::process::Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status()
+        .unwrap();
     let output = child.wait_with_output().unwrap();
     let said = text(&output.stderr);
     assert!(
-        killed.success() && output.status.code() == Some(130) && said.contains("stopped; what is recorded"),
+        killed.success()
+            && output.status.code() == Some(130)
+            && said.contains("stopped; what is recorded"),
         "{said}"
     );
     assert!(stopped.elapsed() < Duration::from_secs(20), "{:?}", stopped.elapsed());
@@ -220,14 +284,20 @@ async fn what_has_no_end_is_an_error_of_its_row() {
     let (rows, pipe) = (folder.path().join("rows.jsonl"), folder.path().join("a.png"));
     assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
     let one = |image: &str| json!({"query": "What?", "image": image}).to_string() + "\n";
-    std::fs::write(&rows, row("What is bread?") + &one("a.png") + &one("/dev/zero") + &one("/proc/kmsg")).unwrap();
+    std::fs::write(
+        &rows,
+        row("What is bread?") + &one("a.png") + &one("/dev/zero") + &one("/proc/kmsg"),
+    )
+    .unwrap();
     let output = synth(folder.path(), &model.url, rows.to_str().unwrap(), "");
     let manifest: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((&manifest["rows"], &manifest["failed"]), (&json!(4), &json!(3)));
-    let output = synth(folder.path(), &model.url, pipe.with_extension("jsonl").to_str().unwrap(), "");
+    let output =
+        synth(folder.path(), &model.url, pipe.with_extension("jsonl").to_str().unwrap(), "");
     assert_eq!(output.status.code(), Some(2), "there is no such file");
     std::fs::rename(&pipe, pipe.with_extension("jsonl")).unwrap();
-    let output = synth(folder.path(), &model.url, pipe.with_extension("jsonl").to_str().unwrap(), "");
+    let output =
+        synth(folder.path(), &model.url, pipe.with_extension("jsonl").to_str().unwrap(), "");
     let said = text(&output.stderr);
     assert!(output.status.code() == Some(2) && said.contains("no regular file"), "{said}");
 }
@@ -240,7 +310,17 @@ async fn nothing_made_is_told_as_what_it_is() {
         let (path, out) = (folder.path().join(format!("{name}.jsonl")), folder.path().join(name));
         std::fs::write(&path, rows).unwrap();
         let mut command = ecso(folder.path());
-        command.args(["synth", "--model", &model.url, "--model-name", "m", "--profile", "paper", "--quiet", "--input"]);
+        command.args([
+            "synth",
+            "--model",
+            &model.url,
+            "--model-name",
+            "m",
+            "--profile",
+            "paper",
+            "--quiet",
+            "--input",
+        ]);
         command.arg(&path).arg("--out").arg(&out).args(more).assert()
     };
     let said = text(&go("empty", "", &[]).code(2).get_output().stderr);
@@ -249,9 +329,16 @@ async fn nothing_made_is_told_as_what_it_is() {
     let said = text(&output.get_output().stderr);
     assert!(said.contains("the budget was spent before the first of 1"), "{said}");
     assert!(text(&output.get_output().stdout).contains("never looked at: 1"));
-    let said = text(&go("mild", &row("What is bread?"), &["--set", "scope=all"]).success().get_output().stderr);
+    let said = text(
+        &go("mild", &row("What is bread?"), &["--set", "scope=all"]).success().get_output().stderr,
+    );
     assert!(said.contains("the dataset is empty"), "{said}");
-    let said = text(&go("twice", &row("q"), &["--map", "query=a", "--map", "query=b"]).code(2).get_output().stderr);
+    let said = text(
+        &go("twice", &row("q"), &["--map", "query=a", "--map", "query=b"])
+            .code(2)
+            .get_output()
+            .stderr,
+    );
     assert!(said.contains("`query` is named twice"), "{said}");
     let said = text(&go("broken", "{\n", &[]).code(1).get_output().stderr);
     assert!(said.contains("failed.jsonl says why"), "{said}");
@@ -298,15 +385,25 @@ async fn two_columns_with_two_images_are_an_error_of_their_row() {
         image::RgbImage::from_pixel(8, 8, image::Rgb([colour, 0, 0]))
             .write_to(&mut png, image::ImageFormat::Png)
             .unwrap();
-        format!("data:image/png;base64,{}", base64::Engine::encode(&base64::prelude::BASE64_STANDARD, png.into_inner()))
+        format!(
+            "data:image/png;base64,{}",
+            base64::Engine::encode(&base64::prelude::BASE64_STANDARD, png.into_inner())
+        )
     };
-    let rows = [(1, 2), (1, 1)]
-        .map(|(a, b)| json!({"query": "What is it?", "image": image(a), "image_bytes": image(b)}).to_string() + "\n");
+    let rows = [(1, 2), (1, 1)].map(|(a, b)| {
+        json!({"query": "What is it?", "image": image(a), "image_bytes": image(b)}).to_string()
+            + "\n"
+    });
     let input = folder.path().join("rows.jsonl");
     std::fs::write(&input, rows.concat()).unwrap();
     let output = synth(folder.path(), &model.url, input.to_str().unwrap(), "");
     let manifest: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!((&manifest["rows"], &manifest["failed"]), (&json!(2), &json!(1)), "{}", text(&output.stderr));
+    assert_eq!(
+        (&manifest["rows"], &manifest["failed"]),
+        (&json!(2), &json!(1)),
+        "{}",
+        text(&output.stderr)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -320,7 +417,10 @@ async fn a_folder_that_is_not_ours_is_never_replaced() {
     std::fs::write(&rows, row("What is bread?")).unwrap();
     let output = synth(folder.path(), &model.url, rows.to_str().unwrap(), "");
     let said = text(&output.stderr);
-    assert!(output.status.code() == Some(2) && said.contains("was not made by ecso synth"), "{said}");
+    assert!(
+        output.status.code() == Some(2) && said.contains("was not made by ecso synth"),
+        "{said}"
+    );
     assert_eq!(std::fs::read_to_string(&theirs).unwrap(), "mine");
     assert!(model.taken().iter().all(|asked| asked.step == "other"), "nothing was asked");
     // What was made here is made anew.
@@ -328,8 +428,10 @@ async fn a_folder_that_is_not_ours_is_never_replaced() {
     for _ in 0..2 {
         assert!(synth(folder.path(), &model.url, rows.to_str().unwrap(), "").status.success());
     }
-    let left: Vec<_> =
-        std::fs::read_dir(folder.path().join("out")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let left: Vec<_> = std::fs::read_dir(folder.path().join("out"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
     assert_eq!(left.len(), 2, "{left:?}");
 }
 
@@ -342,7 +444,9 @@ async fn a_table_without_a_query_is_refused_before_anything_is_made() {
     let output = synth(folder.path(), &model.url, input.to_str().unwrap(), "");
     let said = text(&output.stderr);
     assert!(
-        output.status.code() == Some(2) && said.contains("--map query=COLUMN") && said.contains("Nr, Frage"),
+        output.status.code() == Some(2)
+            && said.contains("--map query=COLUMN")
+            && said.contains("Nr, Frage"),
         "{said}"
     );
     assert!(!folder.path().join("out").exists());
@@ -382,9 +486,15 @@ async fn loaders_that_keep_what_they_loaded_see_that_it_is_another() {
                 .success()
         );
         let card = std::fs::read_to_string(folder.path().join("out/dataset/README.md")).unwrap();
-        card.lines().filter(|line| line.contains("description: made ")).map(str::to_owned).collect::<Vec<_>>()
+        card.lines()
+            .filter(|line| line.contains("description: made "))
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
     };
     let (one, two) = (made(&["A bad request"]), made(&["A bad request", "Another bad request"]));
     assert!(one.len() == 2 && two.len() == 2, "{one:?} {two:?}");
-    assert!(one.iter().zip(&two).all(|(one, two)| one != two) && one[0] != one[1], "{one:?} {two:?}");
+    assert!(
+        one.iter().zip(&two).all(|(one, two)| one != two) && one[0] != one[1],
+        "{one:?} {two:?}"
+    );
 }

@@ -1,7 +1,8 @@
 //! An OpenAI-compatible upstream that misbehaves on demand, byte by byte.
 //!
-//! It plays an MLLM whose drafts of queries with the word "bad" hold the text [`LEAK`], which its judge calls harmful.
-//! A model called `FAULT@STEP` fails in that step; `flaky` fails in one call of ten.
+//! It plays an MLLM whose drafts of queries with the word "bad" hold the text [`LEAK`], which its
+//! judge calls harmful. A model called `FAULT@STEP` fails in that step; `flaky` fails in one call
+//! of ten.
 
 use std::{
     sync::{
@@ -116,7 +117,9 @@ async fn answer(stream: &mut BufReader<TcpStream>, body: &Value, seen: &Seen) ->
     let fault = match body["model"].as_str().unwrap_or_default().split_once('@') {
         Some((fault, at)) if at == step => fault,
         // A tenth, spread over kinds and steps.
-        None if body["model"] == "flaky" && call * 7 % 10 == 3 => ["500", "reset", "json"][call / 10 % 3],
+        None if body["model"] == "flaky" && call * 7 % 10 == 3 => {
+            ["500", "reset", "json"][call / 10 % 3]
+        }
         _ => "",
     };
     if !fault.is_empty() {
@@ -135,19 +138,38 @@ async fn answer(stream: &mut BufReader<TcpStream>, body: &Value, seen: &Seen) ->
             return None;
         }
         "refuse" => return None,
-        "429" => return whole(stream, "429 Too Many Requests", "retry-after: 1\r\n", &error("slow down")).await,
-        "500" => return whole(stream, "500 Internal Server Error", "", &error("out of memory")).await,
+        "429" => {
+            return whole(
+                stream,
+                "429 Too Many Requests",
+                "retry-after: 1\r\n",
+                &error("slow down"),
+            )
+            .await;
+        }
+        "500" => {
+            return whole(stream, "500 Internal Server Error", "", &error("out of memory")).await;
+        }
         "json" => return whole(stream, "200 OK", "", "{\"choices\": [{\"mess").await,
         _ => {}
     }
-    if streamed { stream_out(stream, &text, fault, seen).await } else { plain(stream, body, &text, fault).await }
+    if streamed {
+        stream_out(stream, &text, fault, seen).await
+    } else {
+        plain(stream, body, &text, fault).await
+    }
 }
 
 fn error(message: &str) -> String {
     json!({"error": {"message": message, "type": "server_error"}}).to_string()
 }
 
-async fn whole(stream: &mut BufReader<TcpStream>, status: &str, headers: &str, body: &str) -> Option<()> {
+async fn whole(
+    stream: &mut BufReader<TcpStream>,
+    status: &str,
+    headers: &str,
+    body: &str,
+) -> Option<()> {
     let head = format!(
         "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n{headers}\r\n",
         body.len()
@@ -155,7 +177,12 @@ async fn whole(stream: &mut BufReader<TcpStream>, status: &str, headers: &str, b
     stream.write_all(format!("{head}{body}").as_bytes()).await.ok()
 }
 
-async fn plain(stream: &mut BufReader<TcpStream>, body: &Value, text: &str, fault: &str) -> Option<()> {
+async fn plain(
+    stream: &mut BufReader<TcpStream>,
+    body: &Value,
+    text: &str,
+    fault: &str,
+) -> Option<()> {
     let choices: Vec<Value> = (0..body["n"].as_u64().unwrap_or(1))
         .map(|index| {
             // Of several choices only the last is harmful.
@@ -201,14 +228,21 @@ async fn chunk(stream: &mut BufReader<TcpStream>, bytes: &[u8]) -> Option<()> {
     stream.write_all(&framed).await.ok()
 }
 
-async fn stream_out(stream: &mut BufReader<TcpStream>, text: &str, fault: &str, seen: &Seen) -> Option<()> {
-    let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+async fn stream_out(
+    stream: &mut BufReader<TcpStream>,
+    text: &str,
+    fault: &str,
+    seen: &Seen,
+) -> Option<()> {
+    let head =
+        "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
     stream.write_all(head.as_bytes()).await.ok()?;
     if fault == "endless" {
         return endless(stream, &event(&json!({"content": "again and again "}), None)).await;
     }
     let words: Vec<&str> = text.split_inclusive(' ').collect();
-    let mut events: Vec<String> = words.iter().map(|word| event(&json!({"content": word}), None)).collect();
+    let mut events: Vec<String> =
+        words.iter().map(|word| event(&json!({"content": word}), None)).collect();
     events.push(event(&json!({}), Some("stop")));
     events.push("data: [DONE]\n\n".into());
     match fault {

@@ -2,17 +2,20 @@
 
 use std::sync::Arc;
 
-use arrow_array::{ArrayRef, Float64Array, Int64Array, RecordBatch, RecordBatchOptions, StringArray};
+use arrow_array::{
+    ArrayRef, Float64Array, Int64Array, RecordBatch, RecordBatchOptions, StringArray,
+};
 use arrow_schema::{DataType, Field, Schema, SchemaRef};
 use ecso::Verdict;
 
 use super::{Answer, AnswersError, Kind};
 
 /// The new columns' names, in order.
-pub const NAMES: [&str; 8] = ["answer", "verdict", "score", "caption", "tokens", "milliseconds", "error", "error_kind"];
+pub const NAMES: [&str; 8] =
+    ["answer", "verdict", "score", "caption", "tokens", "milliseconds", "error", "error_kind"];
 
-/// The new columns: texts, but `score` is a number in 0..=1, `tokens` and `milliseconds` are whole numbers. What a row doesn't have is
-/// null.
+/// The new columns: texts, but `score` is a number in 0..=1, `tokens` and `milliseconds` are whole
+/// numbers. What a row doesn't have is null.
 #[must_use]
 pub fn schema(prefix: &str) -> Vec<Field> {
     let kind = |name: &str| match name {
@@ -52,15 +55,21 @@ pub(super) fn joined(
 }
 
 fn arrays(answers: &[Option<Answer>]) -> [ArrayRef; 8] {
-    fn texts<'a>(answers: &'a [Option<Answer>], of: impl Fn(&'a Answer) -> Option<&'a str>) -> ArrayRef {
+    fn texts<'a>(
+        answers: &'a [Option<Answer>],
+        of: impl Fn(&'a Answer) -> Option<&'a str>,
+    ) -> ArrayRef {
         let texts = answers.iter().map(|answer| answer.as_ref().and_then(&of));
         Arc::new(texts.collect::<StringArray>())
     }
     let number = |of: fn(&Answer) -> u64| -> ArrayRef {
-        let numbers = answers.iter().map(|answer| answer.as_ref().and_then(|answer| i64::try_from(of(answer)).ok()));
+        let numbers = answers
+            .iter()
+            .map(|answer| answer.as_ref().and_then(|answer| i64::try_from(of(answer)).ok()));
         Arc::new(numbers.collect::<Int64Array>())
     };
-    let scores: Float64Array = answers.iter().map(|answer| answer.as_ref().and_then(|answer| answer.score)).collect();
+    let scores: Float64Array =
+        answers.iter().map(|answer| answer.as_ref().and_then(|answer| answer.score)).collect();
     [
         texts(answers, |answer| answer.answer.as_deref()),
         texts(answers, |answer| answer.verdict.map(Verdict::as_str)),

@@ -1,4 +1,5 @@
-//! Answers on disk, in a folder that any number of processes share: each writes a journal of its own there, and reads them all.
+//! Answers on disk, in a folder that any number of processes share: each writes a journal of its
+//! own there, and reads them all.
 
 use std::{
     collections::HashMap,
@@ -40,7 +41,11 @@ impl Store {
     pub(super) fn open(folder: &Path, made_by: &str) -> Result<Self, JournalError> {
         let failed = |source| JournalError::File { path: folder.to_owned(), source };
         fs::create_dir_all(folder).map_err(failed)?;
-        let own = tempfile::Builder::new().prefix("answers-").suffix(".jsonl").tempfile_in(folder).map_err(failed)?;
+        let own = tempfile::Builder::new()
+            .prefix("answers-")
+            .suffix(".jsonl")
+            .tempfile_in(folder)
+            .map_err(failed)?;
         let (_, own) = own.keep().map_err(|error| failed(error.error))?;
         let own = Journal::open_file(&own, &Header { made_by: made_by.to_owned() })?;
         Ok(Self { folder: folder.to_owned(), own, files: Vec::new(), known: HashMap::new() })

@@ -6,8 +6,8 @@ use arrow_array::{
     Array, RecordBatch,
     cast::AsArray,
     types::{
-        Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type,
-        UInt64Type,
+        Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type, UInt16Type,
+        UInt32Type, UInt64Type,
     },
 };
 use arrow_cast::{
@@ -34,19 +34,30 @@ pub struct Columns {
 }
 
 impl Columns {
-    /// Finds out which columns are what. Rows that have no query get `query`. Relative paths of images begin where the process stands.
+    /// Finds out which columns are what. Rows that have no query get `query`. Relative paths of
+    /// images begin where the process stands.
     ///
     /// # Errors
     /// No column can be the query, or one that `mapping` names is missing.
     pub fn new(schema: &Schema, mapping: Mapping, query: Option<String>) -> Result<Self, Cause> {
-        let columns: Vec<String> = schema.fields().iter().map(|field| field.name().clone()).collect();
-        if let Some(twice) = columns.iter().enumerate().find(|(place, name)| columns[..*place].contains(name)) {
-            return Err(format!("two columns are called `{}`: which one is meant can't be told", twice.1).into());
+        let columns: Vec<String> =
+            schema.fields().iter().map(|field| field.name().clone()).collect();
+        if let Some(twice) =
+            columns.iter().enumerate().find(|(place, name)| columns[..*place].contains(name))
+        {
+            return Err(format!(
+                "two columns are called `{}`: which one is meant can't be told",
+                twice.1
+            )
+            .into());
         }
         mapping.fits_table(&columns, query.is_some())?;
         let wanted = schema.fields().iter().map(|field| is_wanted(field, &mapping)).collect();
-        let types: BTreeMap<_, _> =
-            schema.fields().iter().map(|field| (field.name().clone(), field.data_type().to_string())).collect();
+        let types: BTreeMap<_, _> = schema
+            .fields()
+            .iter()
+            .map(|field| (field.name().clone(), field.data_type().to_string()))
+            .collect();
         let paths = Paths::new(vec!["".into()]);
         Ok(Self { reader: Reader { mapping, query, paths, types, is_careful: true }, wanted })
     }
@@ -56,22 +67,34 @@ impl Columns {
     /// # Errors
     /// It has no query, or what it has can't be read.
     pub fn row(&self, batch: &RecordBatch, index: usize, number: u64) -> Result<Row, RowError> {
-        let record = record(batch, index, |column| self.wanted.get(column).copied().unwrap_or_default());
+        let record =
+            record(batch, index, |column| self.wanted.get(column).copied().unwrap_or_default());
         self.reader.row(number, record).map_err(|reason| RowError { number, reason })
     }
 }
 
-/// Whether a column is read: what no row is made of isn't, but for what may be an image or its name, as such a row isn't one of mere
-/// text.
+/// Whether a column is read: what no row is made of isn't, but for what may be an image or its
+/// name, as such a row isn't one of mere text.
 pub(super) fn is_wanted(field: &Field, mapping: &Mapping) -> bool {
-    mapping.knows(field.name()) || mapping::is_about_image(field.name()) || may_be_image(field.data_type())
+    mapping.knows(field.name())
+        || mapping::is_about_image(field.name())
+        || may_be_image(field.data_type())
 }
 
 /// What stands in a row, of the columns that are wanted.
 pub(super) fn record(batch: &RecordBatch, row: usize, is_wanted: impl Fn(usize) -> bool) -> Cell {
     let schema = batch.schema_ref();
-    let named = schema.fields().iter().zip(batch.columns()).enumerate().filter(|(column, _)| is_wanted(*column));
-    Cell::Fields(named.map(|(_, (field, column))| (field.name().clone(), cell(column.as_ref(), row))).collect())
+    let named = schema
+        .fields()
+        .iter()
+        .zip(batch.columns())
+        .enumerate()
+        .filter(|(column, _)| is_wanted(*column));
+    Cell::Fields(
+        named
+            .map(|(_, (field, column))| (field.name().clone(), cell(column.as_ref(), row)))
+            .collect(),
+    )
 }
 
 fn may_be_image(kind: &DataType) -> bool {
@@ -127,7 +150,11 @@ fn cell(column: &dyn Array, row: usize) -> Cell {
         DataType::Struct(_) => {
             let column = column.as_struct();
             let named = column.fields().iter().zip(column.columns());
-            Cell::Fields(named.map(|(field, inner)| (field.name().clone(), cell(inner.as_ref(), row))).collect())
+            Cell::Fields(
+                named
+                    .map(|(field, inner)| (field.name().clone(), cell(inner.as_ref(), row)))
+                    .collect(),
+            )
         }
         DataType::Map(..) => {
             let entries = column.as_map().value(row);
@@ -158,7 +185,8 @@ fn list(values: &dyn Array) -> Cell {
 
 /// A value that is stored once for many rows.
 fn as_type(column: &dyn Array, row: usize, kind: &DataType) -> Cell {
-    cast(&column.slice(row, 1), kind).map_or_else(|_| shown(column, row), |plain| cell(plain.as_ref(), 0))
+    cast(&column.slice(row, 1), kind)
+        .map_or_else(|_| shown(column, row), |plain| cell(plain.as_ref(), 0))
 }
 
 /// A date, a decimal, and whatever else has a text.

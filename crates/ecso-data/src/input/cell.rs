@@ -27,7 +27,9 @@ impl Cell {
     /// What it is, in words.
     pub(super) fn kind(&self) -> &'static str {
         match self {
-            Self::Text(_) if self.is_python() => "a list or an object as Python shows it (write it as JSON)",
+            Self::Text(_) if self.is_python() => {
+                "a list or an object as Python shows it (write it as JSON)"
+            }
             Self::Null => "null",
             Self::Bool(_) => "true or false",
             Self::Number(_) => "a number",
@@ -50,9 +52,12 @@ impl Cell {
         }
     }
 
-    /// Whether a text is what Python makes of a list or an object; tables that were written from there have such cells.
+    /// Whether a text is what Python makes of a list or an object; tables that were written from
+    /// there have such cells.
     pub(super) fn is_python(&self) -> bool {
-        self.text().is_some_and(|text| ["['", "[{'", "{'"].iter().any(|begin| text.trim_start().starts_with(begin)))
+        self.text().is_some_and(|text| {
+            ["['", "[{'", "{'"].iter().any(|begin| text.trim_start().starts_with(begin))
+        })
     }
 
     pub(super) fn text(&self) -> Option<&str> {
@@ -77,7 +82,8 @@ impl Cell {
         }
     }
 
-    /// What stands in a text that is JSON of a list or an object, as cells of CSV have it; anything else as it is.
+    /// What stands in a text that is JSON of a list or an object, as cells of CSV have it; anything
+    /// else as it is.
     pub(super) fn opened(self) -> Self {
         let Self::Text(text) = &self else { return self };
         let is_json = text.trim_start().starts_with(['[', '{']) && !has_many(text.as_bytes());
@@ -85,12 +91,14 @@ impl Cell {
     }
 }
 
-/// Values that a row may have, each byte of an image that is a list of numbers among them. Each takes 40 bytes of memory.
+/// Values that a row may have, each byte of an image that is a list of numbers among them. Each
+/// takes 40 bytes of memory.
 pub(super) const VALUES: usize = 16 << 20;
 
 /// Whether JSON may hold more than [`VALUES`].
 pub(super) fn has_many(json: &[u8]) -> bool {
-    json.len() > VALUES && json.iter().filter(|byte| matches!(byte, b',' | b'[' | b'{')).count() > VALUES
+    json.len() > VALUES
+        && json.iter().filter(|byte| matches!(byte, b',' | b'[' | b'{')).count() > VALUES
 }
 
 impl<'de> Deserialize<'de> for Cell {
@@ -149,7 +157,10 @@ impl<'de> Visitor<'de> for Reading {
         while let Some((name, cell)) = entries.next_entry::<String, Cell>()? {
             // Readers differ in which of the two counts.
             if fields.contains_key(&name) {
-                return Err(A::Error::custom(format!("the name `{}` stands twice", crate::row::cut(&name))));
+                return Err(A::Error::custom(format!(
+                    "the name `{}` stands twice",
+                    crate::row::cut(&name)
+                )));
             }
             fields.insert(name, cell);
         }

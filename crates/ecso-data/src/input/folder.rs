@@ -1,5 +1,5 @@
-//! A folder of images; the query of `a.png` stands in `a.txt`, or is the same for all. What else a folder may be is found out here as
-//! well.
+//! A folder of images; the query of `a.png` stands in `a.txt`, or is the same for all. What else a
+//! folder may be is found out here as well.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -26,11 +26,14 @@ use crate::{
 pub(super) const TABLES: [&str; 6] = ["jsonl", "ndjson", "json", "csv", "tsv", "parquet"];
 
 /// Endings of images. What can't be read of these is an error of its row.
-const IMAGES: [&str; 14] =
-    ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "heic", "heif", "avif", "pdf"];
+const IMAGES: [&str; 14] = [
+    "jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "heic", "heif",
+    "avif", "pdf",
+];
 
 /// Files of Hugging Face that are about tables.
-const ABOUT: [&str; 4] = ["dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json"];
+const ABOUT: [&str; 4] =
+    ["dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json"];
 
 /// Files that lie beside those that are read, by kind: their usual ending, such as `.xz`, or words.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,7 +64,8 @@ impl Unread {
 
 impl fmt::Display for Unread {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let counts: Vec<String> = self.0.iter().map(|(kind, files)| format!("{files} {kind}")).collect();
+        let counts: Vec<String> =
+            self.0.iter().map(|(kind, files)| format!("{files} {kind}")).collect();
         f.write_str(&counts.join(", "))
     }
 }
@@ -99,7 +103,8 @@ pub(super) fn look(folder: &Path, has_query: bool) -> Result<Files, InputError> 
         return Ok(Files { read: Folder::Tables(vec![said]), unread });
     }
     let kinds: BTreeSet<String> = held.tables.iter().map(|file| format(file)).collect();
-    let texts: HashSet<PathBuf> = held.images.iter().map(|image| image.with_extension("txt")).collect();
+    let texts: HashSet<PathBuf> =
+        held.images.iter().map(|image| image.with_extension("txt")).collect();
     let has_texts = || has_query || held.others.iter().any(|file| texts.contains(file));
     match (held.images.is_empty(), kinds.len()) {
         (true, 0) => {
@@ -108,14 +113,20 @@ pub(super) fn look(folder: &Path, has_query: bool) -> Result<Files, InputError> 
             let but = if unread.is_empty() { String::new() } else { format!(", but {unread}") };
             Err(InputError::new(folder, format!("{nothing}{but}")))
         }
-        (true, 1) => Ok(Files { read: Folder::Tables(held.tables), unread: Unread::of(&held.others) }),
+        (true, 1) => {
+            Ok(Files { read: Folder::Tables(held.tables), unread: Unread::of(&held.others) })
+        }
         (false, tables) if tables == 0 || has_texts() => {
             let others = held.others.iter().filter(|file| !texts.contains(*file));
             let unread = Unread::of(held.tables.iter().chain(others));
             Ok(Files { read: Folder::Images(held.images), unread })
         }
         _ => {
-            let first = held.tables[0].strip_prefix(folder).unwrap_or(&held.tables[0]).display().to_string();
+            let first = held.tables[0]
+                .strip_prefix(folder)
+                .unwrap_or(&held.tables[0])
+                .display()
+                .to_string();
             let reason = format!(
                 "it holds {} images and {} tables (.{}), such as {first}; name one file, or several as '{}/*.{}'",
                 held.images.len(),
@@ -140,8 +151,17 @@ pub(super) fn rows(folder: &Path, files: Vec<PathBuf>, query: Option<String>) ->
         });
         let query = asked.map_err(|reason| RowError { number, reason })?;
         let below = path.strip_prefix(&folder).unwrap_or(&path);
-        let category = below.parent().map(|parent| parent.display().to_string()).unwrap_or_default();
-        Ok(Row { number, id: below.display().to_string(), before: Vec::new(), query, images, category, draft: None })
+        let category =
+            below.parent().map(|parent| parent.display().to_string()).unwrap_or_default();
+        Ok(Row {
+            number,
+            id: below.display().to_string(),
+            before: Vec::new(),
+            query,
+            images,
+            category,
+            draft: None,
+        })
     }))
 }
 
@@ -149,11 +169,16 @@ pub(super) fn rows(folder: &Path, files: Vec<PathBuf>, query: Option<String>) ->
 fn asked(image: &Path, query: Option<&str>) -> Result<String, Cause> {
     let path = image.with_extension("txt");
     let failed = |cause: Cause| {
-        let told = format!("{}: {cause}; write the query there, or give one for all with --query", path.display());
+        let told = format!(
+            "{}: {cause}; write the query there, or give one for all with --query",
+            path.display()
+        );
         Cause::new(told, cause)
     };
     let written = match regular::read(&path, WORDS) {
-        Ok(bytes) if bytes.len() > WORDS => return Err(failed(format!("it has more than {WORDS} bytes").into())),
+        Ok(bytes) if bytes.len() > WORDS => {
+            return Err(failed(format!("it has more than {WORDS} bytes").into()));
+        }
         Ok(bytes) => {
             let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
             let text = std::str::from_utf8(bytes).map_err(|error| failed(text::not_utf8(error)))?;
@@ -203,10 +228,12 @@ fn ending(path: &Path) -> String {
 /// The ending that says what a table is; of a text that is compressed the one before.
 pub(super) fn format(path: &Path) -> String {
     match ending(path).as_str() {
-        "gz" | "gzip" | "zst" | "zstd" => match ending(Path::new(path.file_stem().unwrap_or_default())).as_str() {
-            "parquet" | "" => ending(path),
-            inner => inner.to_owned(),
-        },
+        "gz" | "gzip" | "zst" | "zstd" => {
+            match ending(Path::new(path.file_stem().unwrap_or_default())).as_str() {
+                "parquet" | "" => ending(path),
+                inner => inner.to_owned(),
+            }
+        }
         ending => ending.to_owned(),
     }
 }

@@ -1,5 +1,5 @@
-//! JSON lines and arrays, whatever the file is called. One broken row is its own error: lines end it, and in an array its brackets
-//! and quotes do, which are counted before anything is parsed.
+//! JSON lines and arrays, whatever the file is called. One broken row is its own error: lines end
+//! it, and in an array its brackets and quotes do, which are counted before anything is parsed.
 
 use std::{
     io::{self, BufRead, Read},
@@ -57,10 +57,12 @@ impl Source {
         Self { text, chunk: Vec::new(), at: 0, line: 0, is_fresh: true }
     }
 
-    /// Whether what begins here is an array, or an object that goes on in the next line: it is written as arrays are.
+    /// Whether what begins here is an array, or an object that goes on in the next line: it is
+    /// written as arrays are.
     fn is_array(&mut self) -> io::Result<bool> {
         let first = self.skip_blank()?;
-        Ok(first == Some(b'[') || (first == Some(b'{') && self.chunk[self.at..].trim_ascii_end() == b"{"))
+        Ok(first == Some(b'[')
+            || (first == Some(b'{') && self.chunk[self.at..].trim_ascii_end() == b"{"))
     }
 
     /// Reads on to the end of the line.
@@ -165,7 +167,8 @@ impl Elements {
             match self.source.skip_blank()? {
                 None => {
                     self.ended = true;
-                    let told = "not a JSON array of rows: the file ends before its `]`; are rows missing?";
+                    let told =
+                        "not a JSON array of rows: the file ends before its `]`; are rows missing?";
                     return Ok(self.is_open.then(|| Err(cut_short(told))));
                 }
                 Some(b'[') if !self.is_open => self.is_open = true,
@@ -181,13 +184,20 @@ impl Elements {
     fn one(&mut self) -> io::Result<Result<Cell, Cause>> {
         let (begin, indent) = (self.source.line, self.source.indent());
         let is_spread = self.source.chunk[self.source.at..].trim_ascii_end().len() == 1;
-        let (mut row, mut open, mut in_string, mut escaped) = (Vec::new(), Vec::new(), false, false);
+        let (mut row, mut open, mut in_string, mut escaped) =
+            (Vec::new(), Vec::new(), false, false);
         while let Some(byte) = self.source.peek()? {
             if row.len() >= LONGEST {
                 self.ended = true;
-                return Ok(Err(cut_short(format!("{}; all behind it is left out", too_long(begin)))));
+                return Ok(Err(cut_short(format!(
+                    "{}; all behind it is left out",
+                    too_long(begin)
+                ))));
             }
-            let ends_before = !in_string && open.is_empty() && !row.is_empty() && matches!(byte, b',' | b']' | b'\n');
+            let ends_before = !in_string
+                && open.is_empty()
+                && !row.is_empty()
+                && matches!(byte, b',' | b']' | b'\n');
             if ends_before {
                 return Ok(parse(row.trim_ascii(), begin));
             }
@@ -212,12 +222,25 @@ impl Elements {
             }
             if !is_right {
                 let line = self.source.line;
-                let what = if in_string { "a quote isn't closed" } else { "a bracket is missing or one too many" };
+                let what = if in_string {
+                    "a quote isn't closed"
+                } else {
+                    "a bracket is missing or one too many"
+                };
                 let next = self.find_next(indent.as_deref(), is_spread)?;
                 self.ended = next.is_none();
                 let then = next.map_or_else(
-                    || "; where the next row begins can't be told, so all behind it is left out".to_owned(),
-                    |next| if next > line + 1 { format!("; all up to line {next} is left out") } else { String::new() },
+                    || {
+                        "; where the next row begins can't be told, so all behind it is left out"
+                            .to_owned()
+                    },
+                    |next| {
+                        if next > line + 1 {
+                            format!("; all up to line {next} is left out")
+                        } else {
+                            String::new()
+                        }
+                    },
                 );
                 let told = format!("line {line}: not JSON: {what}{then}");
                 return Ok(Err(if self.ended { cut_short(told) } else { told.into() }));
@@ -227,7 +250,9 @@ impl Elements {
             return Ok(parse(row.trim_ascii(), begin));
         }
         self.ended = true;
-        let told = format!("line {begin}: not a JSON array of rows: the file ends inside the value that begins here");
+        let told = format!(
+            "line {begin}: not a JSON array of rows: the file ends inside the value that begins here"
+        );
         Ok(Err(cut_short(told)))
     }
 
@@ -241,7 +266,9 @@ impl Elements {
         while self.source.fill()? {
             let (is_fresh, line) = (self.source.is_fresh, self.source.chunk.trim_ascii_end());
             let rest = indent.filter(|_| is_fresh).and_then(|indent| line.strip_prefix(indent));
-            if rest.is_some_and(|rest| rest.first() == Some(&b'{') && (rest.len() == 1) == is_spread) {
+            if rest
+                .is_some_and(|rest| rest.first() == Some(&b'{') && (rest.len() == 1) == is_spread)
+            {
                 return Ok(Some(self.source.line));
             }
             self.source.at = self.source.chunk.len();
@@ -274,14 +301,27 @@ fn parse(row: &[u8], line: u64) -> Result<Cell, Cause> {
     if cell::has_many(row) {
         return Err(format!("line {line}: the row has more than {VALUES} values").into());
     }
-    let text = std::str::from_utf8(row).map_err(|error| at(&format!("line {line}"), text::not_utf8(error)))?;
+    let text = std::str::from_utf8(row)
+        .map_err(|error| at(&format!("line {line}"), text::not_utf8(error)))?;
     serde_json::from_str(text).map_err(|error| {
         let said = error.to_string();
         // The place is said in lines of the file.
         let said = said.rsplit_once(" at line ").map_or(said.as_str(), |(what, _)| what);
-        let place = format!("line {}, column {}", line + (error.line() as u64).saturating_sub(1), error.column());
-        let around = row.split(|byte| *byte == b'\n').nth(error.line().saturating_sub(1)).unwrap_or_default();
-        let around = around.iter().skip(error.column().saturating_sub(3)).take(12).copied().collect::<Vec<u8>>();
+        let place = format!(
+            "line {}, column {}",
+            line + (error.line() as u64).saturating_sub(1),
+            error.column()
+        );
+        let around = row
+            .split(|byte| *byte == b'\n')
+            .nth(error.line().saturating_sub(1))
+            .unwrap_or_default();
+        let around = around
+            .iter()
+            .skip(error.column().saturating_sub(3))
+            .take(12)
+            .copied()
+            .collect::<Vec<u8>>();
         let around = String::from_utf8_lossy(&around);
         let hint = if around.contains("NaN") || around.contains("Infinity") {
             " (JSON has no NaN and no Infinity, though Python writes them; write null)"
@@ -312,10 +352,12 @@ mod tests {
     /// The number in each row, or what its error says.
     fn told(text: &str) -> Vec<String> {
         let one = |row: Result<Cell, Cause>| match row {
-            Ok(Cell::Fields(fields)) => fields.values().next().map_or_else(String::new, |cell| match cell {
-                Cell::Number(number) => number.to_string(),
-                other => other.kind().to_owned(),
-            }),
+            Ok(Cell::Fields(fields)) => {
+                fields.values().next().map_or_else(String::new, |cell| match cell {
+                    Cell::Number(number) => number.to_string(),
+                    other => other.kind().to_owned(),
+                })
+            }
             Ok(other) => other.kind().to_owned(),
             Err(cause) => cause.to_string(),
         };
@@ -354,7 +396,10 @@ mod tests {
             ("[\n  {\n    \"a\": \"1\n  },\n  {\n    \"a\": 2\n  }\n]", "up to line 5"),
         ] {
             let told = told(text);
-            assert!(told.len() == 2 && told[0].contains(says) && told[1] == "2", "{text}: {told:?}");
+            assert!(
+                told.len() == 2 && told[0].contains(says) && told[1] == "2",
+                "{text}: {told:?}"
+            );
         }
         let told = told("[{\"a\":1},{\"a\":{}");
         assert!(told.len() == 2 && told[1].contains("the file ends inside"), "{told:?}");
@@ -363,11 +408,17 @@ mod tests {
     #[test]
     fn text_of_long_rows_is_in_no_error() {
         let long = "x".repeat(3 << 20);
-        for text in
-            [format!("{{\"{long}\":1,\"{long}\":2}}"), format!("{{\"a\":\"{long}\n"), format!("[{{\"a\":\"{long}\n")]
-        {
+        for text in [
+            format!("{{\"{long}\":1,\"{long}\":2}}"),
+            format!("{{\"a\":\"{long}\n"),
+            format!("[{{\"a\":\"{long}\n"),
+        ] {
             let told = told(&text);
-            assert!(told.len() == 1 && told[0].len() < 600 && told[0].contains("not"), "{}", told[0].len());
+            assert!(
+                told.len() == 1 && told[0].len() < 600 && told[0].contains("not"),
+                "{}",
+                told[0].len()
+            );
         }
     }
 

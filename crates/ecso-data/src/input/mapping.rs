@@ -11,9 +11,9 @@ use super::{
 };
 use crate::row::cut;
 
-/// Which columns are what: a column's name by what it is (`id`, `query`, `image`, `category`, `draft`, `messages`,
-/// `conversations`). What is not said is found by the names that people use. A dot goes into an object, as in `body.messages`; an
-/// empty name says that no column is it.
+/// Which columns are what: a column's name by what it is (`id`, `query`, `image`, `category`,
+/// `draft`, `messages`, `conversations`). What is not said is found by the names that people use. A
+/// dot goes into an object, as in `body.messages`; an empty name says that no column is it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mapping(BTreeMap<String, String>);
 
@@ -49,8 +49,10 @@ const USUAL: [(&str, &[&str]); 7] = [
     ("conversations", &["conversations", "conversation", "texts"]),
 ];
 
-/// What else a row may have: more that was said (as LLaMA-Factory's and ms-swift's rows do), and what can't be shown.
-const BESIDE: [&str; 8] = ["system", "history", "input", "inputs", "video", "videos", "audio", "audios"];
+/// What else a row may have: more that was said (as LLaMA-Factory's and ms-swift's rows do), and
+/// what can't be shown.
+const BESIDE: [&str; 8] =
+    ["system", "history", "input", "inputs", "video", "videos", "audio", "audios"];
 
 /// Where a query may stand, in the order in which it is looked for.
 const QUERIES: [&str; 3] = ["messages", "conversations", "query"];
@@ -81,23 +83,33 @@ impl Mapping {
         self.0.get(what).map(String::as_str)
     }
 
-    /// The columns that are `what`, of those that `hold` something, the likeliest first. Upper and lower case don't count where nobody
-    /// named it.
-    pub(super) fn columns(&self, what: &str, fields: &Fields, holds: impl Fn(&Cell) -> bool) -> Vec<String> {
+    /// The columns that are `what`, of those that `hold` something, the likeliest first. Upper and
+    /// lower case don't count where nobody named it.
+    pub(super) fn columns(
+        &self,
+        what: &str,
+        fields: &Fields,
+        holds: impl Fn(&Cell) -> bool,
+    ) -> Vec<String> {
         let held = |name: &str| fields.get(name).is_some_and(&holds).then(|| name.to_owned());
         if let Some(named) = self.named(what) {
             return held(named).filter(|name| !name.is_empty()).into_iter().collect();
         }
         let usual = usual(what);
-        let in_other_case = usual
-            .iter()
-            .flat_map(|name| fields.keys().filter(move |other| other.eq_ignore_ascii_case(name) && other != name));
+        let in_other_case = usual.iter().flat_map(|name| {
+            fields.keys().filter(move |other| other.eq_ignore_ascii_case(name) && other != name)
+        });
         let exact = usual.iter().filter_map(|name| held(name));
         exact.chain(in_other_case.filter_map(|name| held(name))).collect()
     }
 
     /// The likeliest of [`Mapping::columns`].
-    pub(super) fn column(&self, what: &str, fields: &Fields, holds: impl Fn(&Cell) -> bool) -> Option<String> {
+    pub(super) fn column(
+        &self,
+        what: &str,
+        fields: &Fields,
+        holds: impl Fn(&Cell) -> bool,
+    ) -> Option<String> {
         self.columns(what, fields, holds).into_iter().next()
     }
 
@@ -121,7 +133,8 @@ impl Mapping {
         }
     }
 
-    /// Holds that every column that was named is in a table, and that one can be the query, unless somebody gives that (`has_query`).
+    /// Holds that every column that was named is in a table, and that one can be the query, unless
+    /// somebody gives that (`has_query`).
     ///
     /// # Errors
     /// Says which columns there are.
@@ -140,12 +153,15 @@ impl Mapping {
         Err(format!("no column is known to be the query: name it by --map query=COLUMN, or give one by --query; there are {there}").into())
     }
 
-    /// Holds that every column that was named is in a row, if only as null. A row of JSON need not have what only names it.
+    /// Holds that every column that was named is in a row, if only as null. A row of JSON need not
+    /// have what only names it.
     ///
     /// # Errors
     /// As [`Mapping::fits_table`].
     pub(super) fn fits_row(&self, fields: &Fields) -> Result<(), Cause> {
-        self.fits(fields.keys(), |what, named| matches!(what, "id" | "category") || fields.contains_key(named))
+        self.fits(fields.keys(), |what, named| {
+            matches!(what, "id" | "category") || fields.contains_key(named)
+        })
     }
 
     fn fits<'a>(
@@ -153,7 +169,9 @@ impl Mapping {
         columns: impl Iterator<Item = &'a String>,
         has: impl Fn(&str, &str) -> bool,
     ) -> Result<(), Cause> {
-        let Some((what, named)) = self.0.iter().find(|(what, named)| !named.is_empty() && !has(what, named)) else {
+        let Some((what, named)) =
+            self.0.iter().find(|(what, named)| !named.is_empty() && !has(what, named))
+        else {
             return Ok(());
         };
         let columns: Vec<&str> = columns.map(String::as_str).collect();
@@ -175,7 +193,8 @@ fn usual(what: &str) -> &'static [&'static str] {
 
 /// Whether a column may be the one that was named, or what it is inside of.
 fn begins(named: &str, column: &str) -> bool {
-    !column.is_empty() && named.strip_prefix(column).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    !column.is_empty()
+        && named.strip_prefix(column).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
 /// What stands at a path of names.
@@ -198,7 +217,8 @@ pub(super) fn numbered_image(name: &str) -> Option<usize> {
 
 /// Whether a column is called as images are.
 pub(super) fn is_usual_image(name: &str) -> bool {
-    numbered_image(name).is_some() || usual("image").iter().any(|usual| usual.eq_ignore_ascii_case(name))
+    numbered_image(name).is_some()
+        || usual("image").iter().any(|usual| usual.eq_ignore_ascii_case(name))
 }
 
 /// Whether a column's name says that it is about an image.
@@ -213,9 +233,9 @@ pub(super) fn query_of(fields: &Fields) -> Option<(&'static str, String)> {
         Cell::Text(_) => what == "query" && !cell.is_empty(),
         cell => turns::is_talk(cell),
     };
-    QUERIES
-        .into_iter()
-        .find_map(|what| Some((what, Mapping::default().column(what, fields, |cell| holds(what, cell))?)))
+    QUERIES.into_iter().find_map(|what| {
+        Some((what, Mapping::default().column(what, fields, |cell| holds(what, cell))?))
+    })
 }
 
 /// What to do about columns of which none is a query.
@@ -225,12 +245,17 @@ pub(super) fn advice(fields: &Fields, has_image: bool) -> Option<String> {
         return Some("each of its columns is a row: write these as JSON lines or an array".into());
     }
     let is_list = |cell: &Cell| matches!(cell, Cell::List(list) if matches!(list.first(), Some(Cell::Fields(_))));
-    let list = || fields.iter().find(|(_, cell)| !has_image && is_list(cell)).map(|(name, _)| rows_in(name));
+    let list = || {
+        fields.iter().find(|(_, cell)| !has_image && is_list(cell)).map(|(name, _)| rows_in(name))
+    };
     fields.iter().find_map(|(name, cell)| advice_on(name, cell, has_image)).or_else(list)
 }
 
 fn rows_in(list: &str) -> String {
-    format!("its rows stand in the list `{}`: write that list alone, as JSON lines or an array", cut(list))
+    format!(
+        "its rows stand in the list `{}`: write that list alone, as JSON lines or an array",
+        cut(list)
+    )
 }
 
 /// How the query inside of a column is named.
@@ -242,22 +267,28 @@ pub(super) fn named_in(path: &str, (what, column): &(&str, String)) -> String {
 pub(super) fn advice_on(path: &str, cell: &Cell, has_image: bool) -> Option<String> {
     let shown = cut(path);
     match cell {
-        _ if turns::is_talk(cell) => Some(format!("its conversation is named by --map messages={shown}")),
+        _ if turns::is_talk(cell) => {
+            Some(format!("its conversation is named by --map messages={shown}"))
+        }
         Cell::Fields(inner) => match query_of(inner) {
             Some(query) => Some(named_in(path, &query)),
-            None => inner.iter().find_map(|(name, cell)| advice_on(&format!("{path}.{name}"), cell, has_image)),
+            None => inner
+                .iter()
+                .find_map(|(name, cell)| advice_on(&format!("{path}.{name}"), cell, has_image)),
         },
         Cell::List(list) => match list.first() {
-            Some(Cell::Fields(first)) if query_of(first).is_some() && has_image => {
-                Some(format!("if the list `{shown}` is a conversation, --map conversations={shown} says so"))
-            }
+            Some(Cell::Fields(first)) if query_of(first).is_some() && has_image => Some(format!(
+                "if the list `{shown}` is a conversation, --map conversations={shown} says so"
+            )),
             Some(Cell::Fields(first)) if query_of(first).is_some() => Some(rows_in(path)),
             _ => None,
         },
-        Cell::Text(text) if text.trim_start().starts_with(['[', '{']) => match cell.clone().opened() {
-            Cell::Text(_) => None,
-            opened => advice_on(path, &opened, has_image),
-        },
+        Cell::Text(text) if text.trim_start().starts_with(['[', '{']) => {
+            match cell.clone().opened() {
+                Cell::Text(_) => None,
+                opened => advice_on(path, &opened, has_image),
+            }
+        }
         _ => None,
     }
 }

@@ -1,7 +1,8 @@
-//! Where images stand: the marks that trainers write into texts, and parts of a turn that are images.
+//! Where images stand: the marks that trainers write into texts, and parts of a turn that are
+//! images.
 //!
-//! A mark at the beginning or end of its turn is removed, since images stand before the text of their turn. One in mid-sentence is
-//! part of what is said, so it becomes words: "the first image".
+//! A mark at the beginning or end of its turn is removed, since images stand before the text of
+//! their turn. One in mid-sentence is part of what is said, so it becomes words: "the first image".
 
 use std::{
     collections::{BTreeMap, BTreeSet, btree_map::Entry},
@@ -30,7 +31,8 @@ pub(super) enum Piece {
     Own(Picture),
 }
 
-/// `<image>` as LLaVA, LLaMA-Factory and ms-swift write it, numbered as MMMU and Phi do, and what models have as their own.
+/// `<image>` as LLaVA, LLaMA-Factory and ms-swift write it, numbered as MMMU and Phi do, and what
+/// models have as their own.
 static MARKS: LazyLock<Option<Regex>> = LazyLock::new(|| {
     let marks = concat!(
         r"(?i)\(<image>\./</image>\)|<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>|<\|image_pad\|>|<img>(?P<path>[^<>\n]*)</img>",
@@ -48,8 +50,10 @@ impl Piece {
 
 /// The number of a text that is a mark with one, as `<image_00>`.
 pub(super) fn number(text: &str) -> Option<usize> {
-    let found =
-        MARKS.as_ref()?.captures(text).filter(|found| found.get(0).is_some_and(|whole| whole.as_str() == text))?;
+    let found = MARKS
+        .as_ref()?
+        .captures(text)
+        .filter(|found| found.get(0).is_some_and(|whole| whole.as_str() == text))?;
     found.name("number")?.as_str().parse().ok()
 }
 
@@ -63,7 +67,10 @@ pub(super) fn pieces(
     pieces: &mut Vec<Piece>,
 ) -> Result<(), Cause> {
     if let Some(other) = OTHERS.iter().find(|other| text.contains(**other)) {
-        return Err(format!("`{other}` stands in the text; of what is shown, only images are understood").into());
+        return Err(format!(
+            "`{other}` stands in the text; of what is shown, only images are understood"
+        )
+        .into());
     }
     let mut rest = 0;
     for found in MARKS.iter().flat_map(|marks| marks.captures_iter(text)) {
@@ -72,10 +79,13 @@ pub(super) fn pieces(
             pieces.push(Piece::Text(text[rest..whole.start()].to_owned()));
         }
         rest = whole.end();
-        let path = found.name("path").map(|path| path.as_str().trim()).filter(|path| !path.is_empty());
+        let path =
+            found.name("path").map(|path| path.as_str().trim()).filter(|path| !path.is_empty());
         pieces.push(match path {
             Some(path) => Piece::Own(own(path)?),
-            None => Piece::Mark(found.name("number").and_then(|number| number.as_str().parse().ok())),
+            None => {
+                Piece::Mark(found.name("number").and_then(|number| number.as_str().parse().ok()))
+            }
         });
     }
     if rest < text.len() {
@@ -84,9 +94,13 @@ pub(super) fn pieces(
     Ok(())
 }
 
-/// Gives every mark its image: `column` are the row's images that stand in no turn. Where nothing says where they belong, they stand in
-/// the user's first turn, as trainers read them. Gives the turns as text, and all images in order.
-pub(super) fn place(mut turns: Vec<Turn>, column: &[Picture]) -> Result<(Vec<Said>, Vec<Picture>), Cause> {
+/// Gives every mark its image: `column` are the row's images that stand in no turn. Where nothing
+/// says where they belong, they stand in the user's first turn, as trainers read them. Gives the
+/// turns as text, and all images in order.
+pub(super) fn place(
+    mut turns: Vec<Turn>,
+    column: &[Picture],
+) -> Result<(Vec<Said>, Vec<Picture>), Cause> {
     repeat_own(&mut turns);
     let marked = Marked::of(&turns);
     marked.fits(column)?;
@@ -103,7 +117,9 @@ pub(super) fn place(mut turns: Vec<Turn>, column: &[Picture]) -> Result<(Vec<Sai
         }
         // Of several with a number the lower stands first.
         for number in turn.pieces.iter().filter_map(Piece::number).collect::<BTreeSet<usize>>() {
-            if let (Entry::Vacant(free), Some(picture)) = (places.entry(number), column.get(number - marked.first)) {
+            if let (Entry::Vacant(free), Some(picture)) =
+                (places.entry(number), column.get(number - marked.first))
+            {
                 free.insert(images.len());
                 images.push(picture.clone());
             }
@@ -127,12 +143,17 @@ pub(super) fn place(mut turns: Vec<Turn>, column: &[Picture]) -> Result<(Vec<Sai
         }
         let count = images.len() - before;
         if count > 0 && turn.role != Role::User {
-            return Err(format!("an image in a turn of the {} can't be used", turn.role.as_str()).into());
+            return Err(
+                format!("an image in a turn of the {} can't be used", turn.role.as_str()).into()
+            );
         }
         done.push((turn.role, shown, count));
     }
-    let said =
-        done.into_iter().map(|(role, shown, count)| Said { role, text: words(&shown, images.len()), images: count });
+    let said = done.into_iter().map(|(role, shown, count)| Said {
+        role,
+        text: words(&shown, images.len()),
+        images: count,
+    });
     Ok((said.collect(), images))
 }
 
@@ -195,11 +216,15 @@ impl Marked {
         if marks == images && last.is_none_or(|last| last == images) {
             return Ok(());
         }
-        Err(format!("marks of images in the text: {marks}; images that the row has for them: {images}").into())
+        Err(format!(
+            "marks of images in the text: {marks}; images that the row has for them: {images}"
+        )
+        .into())
     }
 }
 
-/// A turn whose images stand in it may have a mark for each as well: then the images stand where the marks do.
+/// A turn whose images stand in it may have a mark for each as well: then the images stand where
+/// the marks do.
 fn repeat_own(turns: &mut [Turn]) {
     for turn in turns {
         let (own, others): (Vec<Piece>, Vec<Piece>) =
@@ -207,7 +232,8 @@ fn repeat_own(turns: &mut [Turn]) {
         let marks = others.iter().filter(|piece| matches!(piece, Piece::Mark(None))).count();
         if marks > 0 && marks == own.len() {
             let mut own = own.into_iter();
-            let stands = |piece| if matches!(piece, Piece::Mark(None)) { own.next() } else { Some(piece) };
+            let stands =
+                |piece| if matches!(piece, Piece::Mark(None)) { own.next() } else { Some(piece) };
             turn.pieces = others.into_iter().filter_map(stands).collect();
         }
     }
@@ -225,13 +251,16 @@ impl Shown {
     }
 }
 
-/// The text of a turn: marks at its edges go, others become words. `total` is how many images the row has.
+/// The text of a turn: marks at its edges go, others become words. `total` is how many images the
+/// row has.
 fn words(pieces: &[Shown], total: usize) -> String {
     let begin = pieces.iter().position(Shown::is_text).unwrap_or(pieces.len());
     let end = pieces.iter().rposition(Shown::is_text).map_or(begin, |end| end + 1);
     let is_marked = |pieces: &[Shown]| pieces.iter().any(|piece| matches!(piece, Shown::Image(_)));
-    let edges = [is_marked(&pieces[..begin]), is_marked(&pieces[begin..end]), is_marked(&pieces[end..])];
-    // "Which is larger, <image> or <image>": beside others, a mark at an edge may be part of the sentence.
+    let edges =
+        [is_marked(&pieces[..begin]), is_marked(&pieces[begin..end]), is_marked(&pieces[end..])];
+    // "Which is larger, <image> or <image>": beside others, a mark at an edge may be part of the
+    // sentence.
     let are_several = edges.iter().filter(|edge| **edge).count() > 1;
     let text_at = |index: usize| match pieces.get(index) {
         Some(Shown::Text(text)) => text.as_str(),
@@ -268,7 +297,9 @@ fn words(pieces: &[Shown], total: usize) -> String {
 /// Whether a text can't begin a sentence of its own.
 fn goes_on(text: &str) -> bool {
     !text.starts_with('\n')
-        && text.trim_start().starts_with(|c: char| c.is_lowercase() || matches!(c, ',' | ';' | ':' | ')'))
+        && text
+            .trim_start()
+            .starts_with(|c: char| c.is_lowercase() || matches!(c, ',' | ';' | ':' | ')'))
 }
 
 fn is_ended(text: &str) -> bool {
@@ -276,8 +307,10 @@ fn is_ended(text: &str) -> bool {
 }
 
 fn named(image: usize, total: usize) -> String {
-    const WORDS: [&str; 10] =
-        ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"];
+    const WORDS: [&str; 10] = [
+        "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth",
+        "tenth",
+    ];
     match WORDS.get(image) {
         _ if total == 1 => "the image".into(),
         Some(word) => format!("the {word} image"),
@@ -323,9 +356,17 @@ mod tests {
                 "First the first image then the second image: which is red?",
             ),
             ("<image> or <image>", 2, "the first image or the second image"),
-            ("Which is red, <image> or <image>", 2, "Which is red, the first image or the second image"),
+            (
+                "Which is red, <image> or <image>",
+                2,
+                "Which is red, the first image or the second image",
+            ),
             ("<image>\nCompare with <image>, please.", 2, "Compare with the second image, please."),
-            ("<image 1> Is <image 2> like <image 1>?", 2, "Is the second image like the first image?"),
+            (
+                "<image 1> Is <image 2> like <image 1>?",
+                2,
+                "Is the second image like the first image?",
+            ),
             ("<image_0>\n<image_1>\nWhat?", 2, "What?"),
             ("Picture 1: <img>a.png</img>\nWhat?", 0, "Picture 1: the image\nWhat?"),
             ("<image>", 1, ""),
@@ -338,22 +379,31 @@ mod tests {
 
     #[test]
     fn marks_and_images_must_be_as_many() {
-        for (text, images) in
-            [("<image>\nWhat?", 0), ("<image>\nWhat?", 2), ("<image><image>", 1), ("<image 2> What?", 2)]
-        {
+        for (text, images) in [
+            ("<image>\nWhat?", 0),
+            ("<image>\nWhat?", 2),
+            ("<image><image>", 1),
+            ("<image 2> What?", 2),
+        ] {
             let error = one(text, images).unwrap_err();
             assert!(error.message().contains("marks of images in the text"), "{text}: {error}");
         }
         let mut found = Vec::new();
         assert!(
-            pieces("<video>", &|path| Ok(picture(path)), &mut found).unwrap_err().message().contains("only images")
+            pieces("<video>", &|path| Ok(picture(path)), &mut found)
+                .unwrap_err()
+                .message()
+                .contains("only images")
         );
     }
 
     #[test]
     fn images_stand_in_their_turns() {
-        let turns =
-            vec![turn(Role::User, "<image>\nOne?"), turn(Role::Assistant, "1"), turn(Role::User, "Two, <image>?")];
+        let turns = vec![
+            turn(Role::User, "<image>\nOne?"),
+            turn(Role::Assistant, "1"),
+            turn(Role::User, "Two, <image>?"),
+        ];
         let (said, images) = place(turns, &[picture("a"), picture("b")]).unwrap();
         assert_eq!(images, [picture("a"), picture("b")]);
         let counts: Vec<_> = said.iter().map(|said| (said.text.as_str(), said.images)).collect();

@@ -1,4 +1,5 @@
-//! Reading rows, one by one: JSON lines, JSON, CSV, Parquet, or a folder of images. Nothing is held but the row at hand.
+//! Reading rows, one by one: JSON lines, JSON, CSV, Parquet, or a folder of images. Nothing is held
+//! but the row at hand.
 
 mod arrow;
 mod cell;
@@ -33,7 +34,8 @@ use record::Reader;
 
 use crate::row::Row;
 
-/// Rows as they are read. One that can't be read is an error of its own; the next is read all the same.
+/// Rows as they are read. One that can't be read is an error of its own; the next is read all the
+/// same.
 pub type Rows = Box<dyn Iterator<Item = Result<Row, RowError>> + Send>;
 
 /// Why the input can't be read.
@@ -76,7 +78,8 @@ pub struct RowError {
 }
 
 impl RowError {
-    /// Whether the input ends here before its end: how many rows stand behind this one, nobody knows.
+    /// Whether the input ends here before its end: how many rows stand behind this one, nobody
+    /// knows.
     #[must_use]
     pub fn is_cut_short(&self) -> bool {
         let mut causes = std::iter::successors(self.reason.source(), |cause| (*cause).source());
@@ -133,8 +136,8 @@ fn at(place: &str, cause: Cause) -> Cause {
 /// What is read, and how.
 #[derive(Debug, Clone, Default)]
 pub struct Input {
-    /// A file (.jsonl, .json, .csv, .tsv, each also as .gz or .zst; .parquet), a folder of such files or of images, or files by a
-    /// pattern (`*`, `?`).
+    /// A file (.jsonl, .json, .csv, .tsv, each also as .gz or .zst; .parquet), a folder of such
+    /// files or of images, or files by a pattern (`*`, `?`).
     pub path: PathBuf,
     /// Which columns are what.
     pub mapping: Mapping,
@@ -151,7 +154,9 @@ impl Input {
     /// [`InputError`]: it is not there, or of no known kind.
     pub fn rows(&self) -> Result<Rows, InputError> {
         let files = match self.files()?.read {
-            Folder::Images(files) => return Ok(folder::rows(&self.path, files, self.query.clone())),
+            Folder::Images(files) => {
+                return Ok(folder::rows(&self.path, files, self.query.clone()));
+            }
             Folder::Tables(files) => files,
         };
         // What is wrong with a file is said before the first row is read. The last stays open.
@@ -163,7 +168,9 @@ impl Input {
         let tables = files.into_iter().map(move |file| match open.take().filter(|_| single) {
             Some(table) => table,
             None => input.table(&file).unwrap_or_else(|error| {
-                Box::new(std::iter::once(Box::new(move |_| Err(cut_short(Cause::of(error)))) as Made))
+                Box::new(std::iter::once(
+                    Box::new(move |_| Err(cut_short(Cause::of(error)))) as Made
+                ))
             }),
         });
         Ok(Box::new(
@@ -189,8 +196,8 @@ impl Input {
         }
     }
 
-    /// Whether it reads, or would read as soon as it is there, what is written into `folder`: rows must not be made of what is made of
-    /// them.
+    /// Whether it reads, or would read as soon as it is there, what is written into `folder`: rows
+    /// must not be made of what is made of them.
     ///
     /// # Errors
     /// A path can't be looked at.
@@ -199,7 +206,8 @@ impl Input {
         if self.pattern().is_some() {
             return Ok(may_match_below(&read, &folder));
         }
-        let is_output = read.starts_with(folder.join("dataset")) || read == folder.join("journal.jsonl");
+        let is_output =
+            read.starts_with(folder.join("dataset")) || read == folder.join("journal.jsonl");
         Ok(is_output || self.path.is_dir() && folder.starts_with(read))
     }
 
@@ -223,12 +231,17 @@ impl Input {
             return folder::look(path, self.query.is_some());
         }
         let Some(pattern) = self.pattern() else {
-            return Ok(Files { read: Folder::Tables(vec![path.clone()]), unread: Unread::default() });
+            return Ok(Files {
+                read: Folder::Tables(vec![path.clone()]),
+                unread: Unread::default(),
+            });
         };
-        let found = glob::glob_with(pattern, PATTERNS).map_err(|error| InputError::of(path, error))?;
+        let found =
+            glob::glob_with(pattern, PATTERNS).map_err(|error| InputError::of(path, error))?;
         let files: Result<Vec<PathBuf>, _> = found.collect();
         let files = files.map_err(|error| InputError::of(path, error))?;
-        let (mut files, others): (Vec<PathBuf>, Vec<PathBuf>) = files.into_iter().partition(|file| file.is_file());
+        let (mut files, others): (Vec<PathBuf>, Vec<PathBuf>) =
+            files.into_iter().partition(|file| file.is_file());
         if files.is_empty() {
             return Err(InputError::new(path, "no file has such a name"));
         }
@@ -241,8 +254,11 @@ impl Input {
         let folder = file.parent().unwrap_or(Path::new("")).to_owned();
         let roots = match &self.image_root {
             Some(root) => vec![root.clone()],
-            // Datasets keep tables and images in folders beside each other, as what is packed here does.
-            None => [folder.clone()].into_iter().chain(folder.parent().map(Path::to_owned)).collect(),
+            // Datasets keep tables and images in folders beside each other, as what is packed here
+            // does.
+            None => {
+                [folder.clone()].into_iter().chain(folder.parent().map(Path::to_owned)).collect()
+            }
         };
         let (mut types, has_query) = (BTreeMap::new(), self.query.is_some());
         let records = match folder::format(file).as_str() {
@@ -261,8 +277,7 @@ impl Input {
                 ));
             }
             _ => {
-                let known =
-                    "not .jsonl, .json, .csv, .tsv (or one of these as .gz or .zst), .parquet or a folder of images";
+                let known = "not .jsonl, .json, .csv, .tsv (or one of these as .gz or .zst), .parquet or a folder of images";
                 return Err(InputError::new(file, known));
             }
         };
@@ -282,7 +297,9 @@ fn may_match_below(pattern: &Path, folder: &Path) -> bool {
     for name in folder.components().map(text) {
         match parts.next() {
             Some(part) if part == "**" => return true,
-            Some(part) if part == name || glob::Pattern::new(&part).is_ok_and(|part| part.matches(&name)) => {}
+            Some(part)
+                if part == name
+                    || glob::Pattern::new(&part).is_ok_and(|part| part.matches(&name)) => {}
             _ => return false,
         }
     }
@@ -290,13 +307,17 @@ fn may_match_below(pattern: &Path, folder: &Path) -> bool {
 }
 
 /// How patterns are read.
-const PATTERNS: glob::MatchOptions =
-    glob::MatchOptions { case_sensitive: true, require_literal_separator: false, require_literal_leading_dot: true };
+const PATTERNS: glob::MatchOptions = glob::MatchOptions {
+    case_sensitive: true,
+    require_literal_separator: false,
+    require_literal_leading_dot: true,
+};
 
 /// A path without links, as far as it is there.
 fn real(path: &Path) -> io::Result<PathBuf> {
     let path = std::path::absolute(path)?;
-    let known = |above: &Path| Some(above.canonicalize().ok()?.join(path.strip_prefix(above).ok()?));
+    let known =
+        |above: &Path| Some(above.canonicalize().ok()?.join(path.strip_prefix(above).ok()?));
     Ok(path.ancestors().find_map(known).unwrap_or_else(|| path.clone()))
 }
 

@@ -26,14 +26,19 @@ pub(super) fn count(path: &Path) -> Option<u64> {
 /// Columns' types by name.
 pub(super) type Types = BTreeMap<String, String>;
 
-pub(super) fn records(path: &Path, mapping: &Mapping, has_query: bool) -> Result<(Records, Types), InputError> {
+pub(super) fn records(
+    path: &Path,
+    mapping: &Mapping,
+    has_query: bool,
+) -> Result<(Records, Types), InputError> {
     let file = regular::open(path).map_err(|error| InputError::of(path, error))?.into_inner();
-    let builder =
-        safely(|| ParquetRecordBatchReaderBuilder::try_new(file)).map_err(|error| InputError::new(path, error))?;
+    let builder = safely(|| ParquetRecordBatchReaderBuilder::try_new(file))
+        .map_err(|error| InputError::new(path, error))?;
     let fields = builder.schema().fields().clone();
     let columns: Vec<String> = fields.iter().map(|field| field.name().clone()).collect();
     mapping.fits_table(&columns, has_query).map_err(|cause| InputError::new(path, cause))?;
-    let types = fields.iter().map(|field| (field.name().clone(), field.data_type().to_string())).collect();
+    let types =
+        fields.iter().map(|field| (field.name().clone(), field.data_type().to_string())).collect();
     let wanted = (0..fields.len()).filter(|index| arrow::is_wanted(&fields[*index], mapping));
     let mask = ProjectionMask::roots(builder.parquet_schema(), wanted);
     let batches = safely(|| builder.with_projection(mask).with_batch_size(ROWS).build());
@@ -46,14 +51,18 @@ pub(super) fn records(path: &Path, mapping: &Mapping, has_query: bool) -> Result
         batch
     });
     let records = batches.flat_map(move |batch| match batch {
-        Ok(batch) => (0..batch.num_rows()).map(|row| Ok(arrow::record(&batch, row, |_| true))).collect(),
+        Ok(batch) => {
+            (0..batch.num_rows()).map(|row| Ok(arrow::record(&batch, row, |_| true))).collect()
+        }
         Err(error) => vec![Err(cut_short(at("the file can't be read from here on", error)))],
     });
     Ok((Box::new(records), types))
 }
 
 /// What a reader gives. Of broken files some make it panic; that is an error like others.
-fn safely<T, E: Error + Send + Sync + 'static>(read: impl FnOnce() -> Result<T, E>) -> Result<T, Cause> {
+fn safely<T, E: Error + Send + Sync + 'static>(
+    read: impl FnOnce() -> Result<T, E>,
+) -> Result<T, Cause> {
     match catch_unwind(AssertUnwindSafe(read)) {
         Ok(read) => read.map_err(|error| match cut(&error.to_string()) {
             Cow::Owned(told) => told.into(),

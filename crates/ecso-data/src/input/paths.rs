@@ -1,4 +1,5 @@
-//! Finding the file that a row names: separators of Windows, percent-encoding, and names in other Unicode normal forms are understood.
+//! Finding the file that a row names: separators of Windows, percent-encoding, and names in other
+//! Unicode normal forms are understood.
 
 use std::{
     collections::HashMap,
@@ -38,13 +39,20 @@ impl Paths {
     /// The file of that name. One that isn't there is no error here: whoever opens it says so.
     pub(super) fn find(&self, name: &str) -> Result<PathBuf, Cause> {
         if name.len() > LONGEST || name.contains('\0') {
-            return Err(format!("this is no path, no URL and no image in base64: {}", cut(name)).into());
+            return Err(
+                format!("this is no path, no URL and no image in base64: {}", cut(name)).into()
+            );
         }
         let mut names = vec![name.to_owned()];
         if let Some(local) = local(name) {
-            names = vec![percent_decode_str(local).decode_utf8_lossy().into_owned(), local.to_owned()];
+            names =
+                vec![percent_decode_str(local).decode_utf8_lossy().into_owned(), local.to_owned()];
         } else if let Some((scheme, _)) = name.split_once("://") {
-            return Err(format!("images of `{}://` can't be fetched; paths, http and https can", cut(scheme)).into());
+            return Err(format!(
+                "images of `{}://` can't be fetched; paths, http and https can",
+                cut(scheme)
+            )
+            .into());
         }
         if name.contains('%') {
             names.push(percent_decode_str(name).decode_utf8_lossy().into_owned());
@@ -72,10 +80,13 @@ impl Paths {
         // The name as it would be right here is what its error should show.
         let name = names.last().map_or(name, String::as_str);
         let home = name.strip_prefix("~/").and_then(|rest| Some(std::env::home_dir()?.join(rest)));
-        Ok(home.unwrap_or_else(|| self.roots.first().map_or_else(|| name.into(), |root| root.join(name))))
+        Ok(home.unwrap_or_else(|| {
+            self.roots.first().map_or_else(|| name.into(), |root| root.join(name))
+        }))
     }
 
-    /// The file below `root`, component by component; else a name there that differs in upper and lower case alone.
+    /// The file below `root`, component by component; else a name there that differs in upper and
+    /// lower case alone.
     fn below(&self, root: &Path, name: &str) -> Result<PathBuf, Option<String>> {
         let whole = root.join(name);
         if whole.exists() {
@@ -115,7 +126,8 @@ impl Paths {
 
 /// Of a `file:` URL the path.
 fn local(name: &str) -> Option<&str> {
-    let rest = name.get(..5).filter(|scheme| scheme.eq_ignore_ascii_case("file:")).map(|_| &name[5..])?;
+    let rest =
+        name.get(..5).filter(|scheme| scheme.eq_ignore_ascii_case("file:")).map(|_| &name[5..])?;
     let Some(authority) = rest.strip_prefix("//") else { return Some(rest) };
     Some(authority.find('/').map_or(authority, |path| &authority[path..]))
 }

@@ -21,23 +21,29 @@ use crate::{
 const LONGEST_URL: usize = 16 << 10;
 
 impl Reader {
-    /// The images of a row that stand in a column of their own, or in several: `image_1`, `image_2`, …
+    /// The images of a row that stand in a column of their own, or in several: `image_1`,
+    /// `image_2`, …
     pub(super) fn images(&self, fields: &mut Fields) -> Result<Vec<Picture>, Cause> {
         let mut images = Vec::new();
         let usual = self.mapping.columns("image", fields, |cell| !cell.is_empty());
-        // One image may stand in several columns, as a path and as bytes; a column of more may be there for rows that have more.
+        // One image may stand in several columns, as a path and as bytes; a column of more may be
+        // there for rows that have more.
         if let Some(name) = usual.iter().rev().max_by_key(|name| fields.get(*name).map(several)) {
             let found = self.found(name, fields);
-            if let Some(other) =
-                usual.iter().find(|other| self.found(other, fields).iter().any(|one| is_missing(one, &found)))
+            if let Some(other) = usual
+                .iter()
+                .find(|other| self.found(other, fields).iter().any(|one| is_missing(one, &found)))
             {
                 return Err(self.either("image", name, other));
             }
             self.take_images(name, fields, &mut images)?;
         }
         if self.mapping.named("image").is_none() {
-            let mut numbered: Vec<String> =
-                fields.keys().filter(|name| mapping::numbered_image(name).is_some()).cloned().collect();
+            let mut numbered: Vec<String> = fields
+                .keys()
+                .filter(|name| mapping::numbered_image(name).is_some())
+                .cloned()
+                .collect();
             numbered.sort_by_key(|name| mapping::numbered_image(name));
             let (first, mut others) = (images.clone(), Vec::new());
             for name in numbered {
@@ -57,12 +63,18 @@ impl Reader {
         images
     }
 
-    fn take_images(&self, name: &str, fields: &mut Fields, images: &mut Vec<Picture>) -> Result<(), Cause> {
+    fn take_images(
+        &self,
+        name: &str,
+        fields: &mut Fields,
+        images: &mut Vec<Picture>,
+    ) -> Result<(), Cause> {
         let Some(cell) = fields.remove(name) else { return Ok(()) };
         self.several(cell, images).map_err(|cause| at(&self.column(name), cause))
     }
 
-    /// An image, or a list of images, or images by their marks, as `MiniCPM` has them: `{"<image_00>": path}`.
+    /// An image, or a list of images, or images by their marks, as `MiniCPM` has them:
+    /// `{"<image_00>": path}`.
     fn several(&self, cell: Cell, images: &mut Vec<Picture>) -> Result<(), Cause> {
         match cell.opened() {
             empty if empty.is_empty() => {}
@@ -125,7 +137,9 @@ impl Reader {
         if trimmed.is_empty() {
             return Err("an image is an empty text".into());
         }
-        let starts = |scheme: &str| trimmed.get(..scheme.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(scheme));
+        let starts = |scheme: &str| {
+            trimmed.get(..scheme.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(scheme))
+        };
         if starts("http://") || starts("https://") {
             if trimmed.len() > LONGEST_URL {
                 return Err(format!("a URL is too long: {}", cut(trimmed)).into());
@@ -140,12 +154,15 @@ impl Reader {
             return base64(trimmed);
         }
         if !paths {
-            return Err("a text or a conversation names a file; here only columns of images may".into());
+            return Err(
+                "a text or a conversation names a file; here only columns of images may".into()
+            );
         }
         self.paths.find(trimmed).map(Picture::File)
     }
 
-    /// A row without images whose record has one in a column that nobody named would be read as mere text.
+    /// A row without images whose record has one in a column that nobody named would be read as
+    /// mere text.
     pub(super) fn no_image_is_left(&self, fields: &Fields) -> Result<(), Cause> {
         // Whoever says where images are says as well which rows have none.
         if self.mapping.named("image").is_some() {
@@ -193,10 +210,13 @@ impl Reader {
     }
 }
 
-/// Whether an image is another than all of these that are given as it is: by a path, of which the last part counts, by a URL, or whole.
+/// Whether an image is another than all of these that are given as it is: by a path, of which the
+/// last part counts, by a URL, or whole.
 fn is_missing(one: &Picture, others: &[Picture]) -> bool {
     let is_same = |other: &Picture| match (one, other) {
-        (Picture::File(one), Picture::File(other)) => Some(one == other || is_same_file(one, other)),
+        (Picture::File(one), Picture::File(other)) => {
+            Some(one == other || is_same_file(one, other))
+        }
         (Picture::Url(one), Picture::Url(other)) => Some(one == other),
         (Picture::Bytes(one), Picture::Bytes(other)) => Some(one == other),
         _ => None,
@@ -209,9 +229,12 @@ fn is_missing(one: &Picture, others: &[Picture]) -> bool {
 fn is_same_file(one: &Path, other: &Path) -> bool {
     let digest = |path: &Path| {
         let mut hash = blake3::Hasher::new();
-        regular::open(path).ok().and_then(|file| hash.update_reader(file).ok().map(|hash| hash.finalize()))
+        regular::open(path)
+            .ok()
+            .and_then(|file| hash.update_reader(file).ok().map(|hash| hash.finalize()))
     };
-    one.file_name() == other.file_name() && digest(one).zip(digest(other)).is_none_or(|(one, other)| one == other)
+    one.file_name() == other.file_name()
+        && digest(one).zip(digest(other)).is_none_or(|(one, other)| one == other)
 }
 
 /// How many images a cell holds.
@@ -257,12 +280,15 @@ fn image_in(path: &str, cell: &Cell) -> Option<String> {
 
 /// Whether a text is an image, or a path or URL that ends as those of images do.
 fn is_image(text: &str) -> bool {
-    let begins = |begin: &str| text.get(..begin.len()).is_some_and(|text| text.eq_ignore_ascii_case(begin));
+    let begins =
+        |begin: &str| text.get(..begin.len()).is_some_and(|text| text.eq_ignore_ascii_case(begin));
     let encoded = || BEGINNINGS.iter().any(|(_, begin)| text.starts_with(begin)) && is_base64(text);
     let name = text.split(['?', '#']).next().unwrap_or_default();
     begins("data:image/")
         || encoded()
-        || (text.len() < LONGEST_URL && !text.contains(char::is_whitespace) && folder::is_image(name.as_ref()))
+        || (text.len() < LONGEST_URL
+            && !text.contains(char::is_whitespace)
+            && folder::is_image(name.as_ref()))
 }
 
 /// Whether a cell holds more than a no.
@@ -275,16 +301,23 @@ fn says_something(cell: &Cell) -> bool {
 }
 
 /// How images begin, and how they do in base64.
-const BEGINNINGS: [(&[u8], &str); 4] =
-    [(b"\x89PNG", "iVBORw0KGgo"), (b"\xff\xd8\xff", "/9j/"), (b"GIF8", "R0lGOD"), (b"RIFF", "UklGR")];
+const BEGINNINGS: [(&[u8], &str); 4] = [
+    (b"\x89PNG", "iVBORw0KGgo"),
+    (b"\xff\xd8\xff", "/9j/"),
+    (b"GIF8", "R0lGOD"),
+    (b"RIFF", "UklGR"),
+];
 
-/// Whether a text is base64 and no path: it is long and has nothing else, or begins as an image does.
+/// Whether a text is base64 and no path: it is long and has nothing else, or begins as an image
+/// does.
 fn is_base64(text: &str) -> bool {
     const SHORT: usize = 40;
     const LONG: usize = 300;
     let begins = BEGINNINGS.iter().any(|(_, begin)| text.starts_with(begin));
-    let is_it =
-        |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/' | b'=' | b'-' | b'_' | b'\r' | b'\n');
+    let is_it = |byte: u8| {
+        byte.is_ascii_alphanumeric()
+            || matches!(byte, b'+' | b'/' | b'=' | b'-' | b'_' | b'\r' | b'\n')
+    };
     (text.len() >= LONG || (begins && text.len() >= SHORT)) && text.bytes().all(is_it)
 }
 

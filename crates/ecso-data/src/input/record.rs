@@ -25,7 +25,8 @@ pub(super) struct Reader {
     pub(super) paths: Paths,
     /// The types of columns, where a format has such.
     pub(super) types: BTreeMap<String, String>,
-    /// Whether files are named by columns of images alone, and by no text or conversation: strangers may have written these.
+    /// Whether files are named by columns of images alone, and by no text or conversation:
+    /// strangers may have written these.
     pub(super) is_careful: bool,
 }
 
@@ -36,7 +37,9 @@ impl Reader {
         };
         self.mapping.open(&mut fields);
         self.mapping.fits_row(&fields)?;
-        if let Some(name) = ["video", "videos", "audio", "audios"].into_iter().find(|name| has(&fields, name)) {
+        if let Some(name) =
+            ["video", "videos", "audio", "audios"].into_iter().find(|name| has(&fields, name))
+        {
             return Err(format!(
                 "{} holds what can't be shown; of what is shown, only images are understood",
                 self.column(name)
@@ -62,7 +65,11 @@ impl Reader {
             };
             let draft = draft.map_err(|cause| at(&self.column(&name), cause))?;
             if draft.trim().is_empty() {
-                return Err(format!("{} is empty, where the model's answer should be", self.column(&name)).into());
+                return Err(format!(
+                    "{} is empty, where the model's answer should be",
+                    self.column(&name)
+                )
+                .into());
             }
             row.draft = Some(draft);
         } else if answer.is_some() {
@@ -70,19 +77,24 @@ impl Reader {
         }
         let (mut said, images) = marks::place(turns, &column)?;
         row.query = said.pop().map(|last| last.text).unwrap_or_default();
-        if let Some(empty) = without_openings(&mut said).find(|turn| turn.text.is_empty() && turn.images == 0) {
+        if let Some(empty) =
+            without_openings(&mut said).find(|turn| turn.text.is_empty() && turn.images == 0)
+        {
             return Err(format!("a turn of the {} is empty", empty.role.as_str()).into());
         }
         (row.before, row.images) = (said, images);
         if row.query.is_empty() {
             let query = self.turn(Role::User, self.query_for(&row, &fields)?)?;
             let first = row.images.len() - row.query_images();
-            row.query = marks::alone(query, &mut row.images, first).map_err(|cause| at("--query", cause))?;
+            row.query = marks::alone(query, &mut row.images, first)
+                .map_err(|cause| at("--query", cause))?;
         }
         let words = row.before.iter().map(|said| said.text.len()).sum::<usize>() + row.query.len();
         let words = words + row.draft.as_ref().map_or(0, String::len);
         if words > WORDS {
-            return Err(format!("the row has {words} bytes of text; at most {WORDS} are allowed").into());
+            return Err(
+                format!("the row has {words} bytes of text; at most {WORDS} are allowed").into()
+            );
         }
         if row.images.is_empty() {
             self.no_image_is_left(&fields)?;
@@ -100,10 +112,16 @@ impl Reader {
             Some(_) => self.no_image_is_left(fields)?,
             None => {}
         }
-        let names: Vec<&str> =
-            fields.iter().filter(|(_, cell)| !cell.is_empty()).map(|(name, _)| name.as_str()).collect();
-        let others =
-            if names.is_empty() { String::new() } else { format!(" (other columns: {})", cut(&names.join(", "))) };
+        let names: Vec<&str> = fields
+            .iter()
+            .filter(|(_, cell)| !cell.is_empty())
+            .map(|(name, _)| name.as_str())
+            .collect();
+        let others = if names.is_empty() {
+            String::new()
+        } else {
+            format!(" (other columns: {})", cut(&names.join(", ")))
+        };
         let what = if self.query.is_some() { "neither query nor image" } else { "no query" };
         let advice = mapping::advice(fields, has_image)
             .unwrap_or_else(|| "name its column with --map query=COLUMN, or give --query".into());
@@ -120,7 +138,12 @@ impl Reader {
     }
 
     /// Takes the column that is `what`. Of two that hold different things nobody knows which it is.
-    fn take(&self, what: &str, fields: &mut Fields, holds: fn(&Cell) -> bool) -> Result<Option<(String, Cell)>, Cause> {
+    fn take(
+        &self,
+        what: &str,
+        fields: &mut Fields,
+        holds: fn(&Cell) -> bool,
+    ) -> Result<Option<(String, Cell)>, Cause> {
         let columns = self.mapping.columns(what, fields, holds);
         let Some((name, others)) = columns.split_first() else { return Ok(None) };
         match others.iter().find(|other| fields.get(*other) != fields.get(name)) {
@@ -150,32 +173,46 @@ impl Reader {
             Cell::Bool(value) => value.to_string(),
             // Other things may be called `type` or `id` as well.
             _ if self.mapping.named(what).is_none() => return Ok(None),
-            other => return Err(format!("{} is {}, where a name should be", self.column(&name), other.kind()).into()),
+            other => {
+                return Err(format!(
+                    "{} is {}, where a name should be",
+                    self.column(&name),
+                    other.kind()
+                )
+                .into());
+            }
         };
         Ok(Some(cut(&label).into_owned()))
     }
 
-    /// What was said up to the query, which is the last turn; and what the model said to it, if the mapping calls that the draft.
+    /// What was said up to the query, which is the last turn; and what the model said to it, if the
+    /// mapping calls that the draft.
     fn said(&self, fields: &mut Fields) -> Result<(Vec<Turn>, Option<String>), Cause> {
         let picture = |cell: &Cell| self.told(cell);
         let mut found = None;
         for what in self.mapping.queries() {
             if let Some((name, cell)) = self.take(what, fields, |cell| !cell.is_empty())? {
-                found = Some((what, name, if what == "query" { opened_talk(cell) } else { cell.opened() }));
+                found = Some((
+                    what,
+                    name,
+                    if what == "query" { opened_talk(cell) } else { cell.opened() },
+                ));
                 break;
             }
         }
         let mut answer = None;
         let mut turns = match found {
             Some((what, name, cell)) if what != "query" || turns::is_talk(&cell) => {
-                let talk = turns::talk(&cell, &picture).map_err(|cause| at(&self.column(&name), cause))?;
+                let talk =
+                    turns::talk(&cell, &picture).map_err(|cause| at(&self.column(&name), cause))?;
                 answer = talk.answer.filter(|_| self.mapping.named("draft") == Some(&name));
                 talk.turns
             }
             Some((_, name, cell)) => {
                 self.fits_query(&name, &cell)?;
                 let mut text = self.words(&name, cell)?;
-                // Alpaca's layout has what the instruction is about in a column of its own; M3IT calls it `inputs`.
+                // Alpaca's layout has what the instruction is about in a column of its own; M3IT
+                // calls it `inputs`.
                 for beside in ["input", "inputs"].into_iter().filter(|_| name == "instruction") {
                     if let Some(input) = fields.remove(beside).filter(|input| !input.is_empty()) {
                         text = format!("{text}\n{}", self.words(beside, input)?);
@@ -192,14 +229,19 @@ impl Reader {
 
     /// The turns of a column `history`.
     fn earlier(&self, fields: &mut Fields) -> Result<Vec<Turn>, Cause> {
-        let Some(history) = fields.remove("history").map(Cell::opened).filter(|history| !history.is_empty()) else {
+        let Some(history) =
+            fields.remove("history").map(Cell::opened).filter(|history| !history.is_empty())
+        else {
             return Ok(Vec::new());
         };
         let column = self.column("history");
-        let Cell::List(mut pairs) = history else { return Err(format!("{column} is no list of turns").into()) };
+        let Cell::List(mut pairs) = history else {
+            return Err(format!("{column} is no list of turns").into());
+        };
         // A question at the end, for `talk` to read up to.
         pairs.push(Cell::List(vec![Cell::Null, Cell::Null]));
-        let talk = turns::talk(&Cell::List(pairs), &|cell| self.told(cell)).map_err(|cause| at(&column, cause))?;
+        let talk = turns::talk(&Cell::List(pairs), &|cell| self.told(cell))
+            .map_err(|cause| at(&column, cause))?;
         let mut turns = talk.turns;
         turns.pop();
         Ok(turns)
@@ -207,11 +249,12 @@ impl Reader {
 
     /// The turn of a column `system`, if there is one.
     fn system(&self, fields: &Fields) -> Result<Option<Turn>, Cause> {
-        let Some(system) = fields.get("system").filter(|system| !system.is_empty()) else { return Ok(None) };
+        let Some(system) = fields.get("system").filter(|system| !system.is_empty()) else {
+            return Ok(None);
+        };
         let pieces = match system {
-            Cell::List(_) => {
-                turns::content(system, &|cell| self.told(cell)).map_err(|cause| at(&self.column("system"), cause))?
-            }
+            Cell::List(_) => turns::content(system, &|cell| self.told(cell))
+                .map_err(|cause| at(&self.column("system"), cause))?,
             system => vec![Piece::Text(self.words("system", system.clone())?)],
         };
         Ok(Some(Turn { role: Role::System, pieces }))
@@ -219,14 +262,20 @@ impl Reader {
 
     /// Holds that a cell is what somebody asks, and no object or list of these.
     fn fits_query(&self, name: &str, cell: &Cell) -> Result<(), Cause> {
-        let is_numbered = |fields: &Fields| fields.keys().all(|name| name.bytes().all(|byte| byte.is_ascii_digit()));
+        let is_numbered = |fields: &Fields| {
+            fields.keys().all(|name| name.bytes().all(|byte| byte.is_ascii_digit()))
+        };
         let advice = match cell {
-            Cell::List(list) if list.iter().all(|cell| matches!(cell, Cell::Text(_))) => Some(BY_COLUMNS.to_owned()),
+            Cell::List(list) if list.iter().all(|cell| matches!(cell, Cell::Text(_))) => {
+                Some(BY_COLUMNS.to_owned())
+            }
             Cell::Fields(fields) if is_numbered(fields) => Some(BY_COLUMNS.to_owned()),
             // The words of an object may be asked as they are.
             Cell::Text(_) if self.mapping.named("query") == Some(name) => None,
             Cell::Text(_) => match cell.clone().opened() {
-                Cell::Fields(inner) => mapping::query_of(&inner).map(|query| mapping::named_in(name, &query)),
+                Cell::Fields(inner) => {
+                    mapping::query_of(&inner).map(|query| mapping::named_in(name, &query))
+                }
                 _ => None,
             },
             cell => mapping::advice_on(name, cell, true),
@@ -234,7 +283,9 @@ impl Reader {
         let Some(advice) = advice else { return Ok(()) };
         let column = self.column(name);
         Err(match cell {
-            Cell::Text(_) => format!("{column} is JSON: {advice}; --map query={} takes it as it is", cut(name)),
+            Cell::Text(_) => {
+                format!("{column} is JSON: {advice}; --map query={} takes it as it is", cut(name))
+            }
             cell => format!("{column} is {}, where text should be: {advice}", cell.kind()),
         }
         .into())
@@ -256,13 +307,16 @@ impl Reader {
             Cell::Bytes(bytes) if std::str::from_utf8(&bytes).is_ok() => {
                 Ok(String::from_utf8_lossy(&bytes).into_owned())
             }
-            other => Err(format!("{} is {}, where text should be", self.column(name), other.kind()).into()),
+            other => {
+                Err(format!("{} is {}, where text should be", self.column(name), other.kind())
+                    .into())
+            }
         }
     }
 }
 
-/// The turns without those that trainers put before others though nobody says anything there: the system's, and the user's where the model
-/// begins.
+/// The turns without those that trainers put before others though nobody says anything there: the
+/// system's, and the user's where the model begins.
 fn without_openings(said: &mut Vec<Said>) -> impl Iterator<Item = &Said> {
     let says = |turn: &Said| !turn.text.is_empty() || turn.images > 0;
     said.retain(|turn| turn.role != Role::System || says(turn));
@@ -312,10 +366,14 @@ mod tests {
     #[test]
     fn columns_are_found_by_their_usual_names() {
         let found = row(json!({"Question": "What?", "image": "a.png", "topic": "t"})).unwrap();
-        assert_eq!((found.id.as_str(), found.query.as_str(), found.category.as_str()), ("8", "What?", "t"));
+        assert_eq!(
+            (found.id.as_str(), found.query.as_str(), found.category.as_str()),
+            ("8", "What?", "t")
+        );
         assert_eq!(found.images, [Picture::File("root/a.png".into())]);
-        let found =
-            row(json!({"id": 3, "conversations": [{"from": "human", "value": "<image>\nWhat?"}], "image": "a.png"}));
+        let found = row(
+            json!({"id": 3, "conversations": [{"from": "human", "value": "<image>\nWhat?"}], "image": "a.png"}),
+        );
         assert_eq!(found.map(|row| (row.id, row.query)), Ok(("3".into(), "What?".into())));
         let mapping = Mapping::new([("query".into(), "q".into())]).unwrap();
         let reader = Reader { mapping, ..Reader::default() };
@@ -375,14 +433,24 @@ mod tests {
     #[test]
     fn layouts_of_trainers_are_read() {
         for (record, query, before, images) in [
-            (json!({"instruction": "Read", "input": "this <image>", "images": ["a.png"]}), "Read\nthis", 0, 1),
+            (
+                json!({"instruction": "Read", "input": "this <image>", "images": ["a.png"]}),
+                "Read\nthis",
+                0,
+                1,
+            ),
             (
                 json!({"query": "<image>B?", "images": ["a", "b"], "history": [["<image>A?", "a"]], "system": "S"}),
                 "B?",
                 3,
                 2,
             ),
-            (json!({"texts": [{"user": "A?", "assistant": "a"}, {"user": "B?", "assistant": "b"}]}), "B?", 2, 0),
+            (
+                json!({"texts": [{"user": "A?", "assistant": "a"}, {"user": "B?", "assistant": "b"}]}),
+                "B?",
+                2,
+                0,
+            ),
             (
                 json!({"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A?"}]}], "images": ["a"]}),
                 "A?",
@@ -403,7 +471,8 @@ mod tests {
                 2,
             ),
         ] {
-            let found = row(record.clone()).map(|row| (row.query, row.before.len(), row.images.len()));
+            let found =
+                row(record.clone()).map(|row| (row.query, row.before.len(), row.images.len()));
             assert_eq!(found, Ok((query.to_owned(), before, images)), "{record}");
         }
     }
@@ -428,7 +497,10 @@ mod tests {
             json!({"query": "q", "image": "a.png", "Image": "b/a.png", "image_url": "http://a/b"}),
             json!({"query": "q", "id": "a", "index": 3, "category": "c", "type": "t"}),
         ] {
-            assert!(row(record.clone()).is_ok_and(|row| row.query == "q" && row.images.len() < 2), "{record}");
+            assert!(
+                row(record.clone()).is_ok_and(|row| row.query == "q" && row.images.len() < 2),
+                "{record}"
+            );
         }
         let twice = [("query".into(), "a".into()), ("query".into(), "b".into())];
         assert!(Mapping::new(twice).unwrap_err().message().contains("named twice"));
@@ -443,21 +515,39 @@ mod tests {
             (json!({"query": "q", "image": {"x": 1}}), "neither bytes"),
             (json!({"query": ["q"]}), "column `query` is a list"),
             (json!({"query": "q", "videos": ["a.mp4"]}), "only images"),
-            (json!({"query": "q", "photo": {"bytes": [0x89, 0x50, 0x4e, 0x47, 13]}}), "--map image=photo"),
+            (
+                json!({"query": "q", "photo": {"bytes": [0x89, 0x50, 0x4e, 0x47, 13]}}),
+                "--map image=photo",
+            ),
             (json!({"query": "q", "image": "data:image/png;base64,@"}), "base64 is broken"),
             (json!({"messages": [{"role": "assistant", "content": "a"}]}), "no turn of the user"),
             (talk("q", "", "r"), "a turn of the assistant is empty"),
             (talk("q", " \n", "r"), "a turn of the assistant is empty"),
-            (json!({"query": "r", "history": [["q", "a"], ["", "a"]]}), "a turn of the user is empty"),
+            (
+                json!({"query": "r", "history": [["q", "a"], ["", "a"]]}),
+                "a turn of the user is empty",
+            ),
             (json!({"query": "q", "draft": " "}), "column `draft` is empty"),
-            (json!({"query": "q", "question": "r"}), "column `query` and column `question` hold different things"),
+            (
+                json!({"query": "q", "question": "r"}),
+                "column `query` and column `question` hold different things",
+            ),
             (json!({"Query": "q", "QUERY": "r"}), "either may be the query"),
             (json!({"query": "q", "Query": "r"}), "--map query=query takes the first"),
             (json!({"query": "q", "draft": "a", "Draft": "b"}), "either may be the draft"),
             (json!({"query": "q", "image": "a.png", "Image": "b.png"}), "either may be the image"),
-            (json!({"query": "q", "image": "a.png", "image_path": "b.png"}), "either may be the image"),
-            (json!({"query": "q", "image": ["a.png", "b.png"], "image_path": "c.png"}), "either may be the image"),
-            (json!({"query": "q", "image_url": "http://a/b", "image_urls": ["http://a/c"]}), "either may be the image"),
+            (
+                json!({"query": "q", "image": "a.png", "image_path": "b.png"}),
+                "either may be the image",
+            ),
+            (
+                json!({"query": "q", "image": ["a.png", "b.png"], "image_path": "c.png"}),
+                "either may be the image",
+            ),
+            (
+                json!({"query": "q", "image_url": "http://a/b", "image_urls": ["http://a/c"]}),
+                "either may be the image",
+            ),
         ] {
             let error = row(record.clone()).unwrap_err();
             assert!(error.message().contains(says), "{record}: {error}");

@@ -1,4 +1,5 @@
-//! CSV and TSV. What stands between quotes is looked at once more: a quote that isn't closed would take the rows behind it into its cell.
+//! CSV and TSV. What stands between quotes is looked at once more: a quote that isn't closed would
+//! take the rows behind it into its cell.
 
 use std::{
     io::{self, BufRead, Chain, Cursor, Read, Take},
@@ -18,12 +19,18 @@ use super::{
 use crate::row::cut;
 
 /// Rows of a table of text.
-pub(super) fn records(path: &Path, usual: u8, mapping: &Mapping, has_query: bool) -> Result<Records, InputError> {
+pub(super) fn records(
+    path: &Path,
+    usual: u8,
+    mapping: &Mapping,
+    has_query: bool,
+) -> Result<Records, InputError> {
     let mut table = Table::open(path, usual)?;
     let mut header = ByteRecord::new();
     let text = table.read(&mut header).map_err(|error| InputError::of(path, error))?;
     let text = text.map(|(_, text)| text).unwrap_or_default();
-    quotes(&text, table.delimiter).map_err(|cause| InputError::new(path, at("its first line", cause)))?;
+    quotes(&text, table.delimiter)
+        .map_err(|cause| InputError::new(path, at("its first line", cause)))?;
     for name in &header {
         let name = std::str::from_utf8(name)
             .map_err(|error| InputError::new(path, being("its first line", not_utf8(error))))?;
@@ -87,7 +94,11 @@ impl Table {
             first.clear();
         }
         let text = Cursor::new(first).chain(text).take(0);
-        let cells = csv::ReaderBuilder::new().has_headers(false).flexible(true).delimiter(delimiter).from_reader(text);
+        let cells = csv::ReaderBuilder::new()
+            .has_headers(false)
+            .flexible(true)
+            .delimiter(delimiter)
+            .from_reader(text);
         let line = if said.is_some() { 2 } else { 1 };
         Ok(Self { cells, raw, read: 0, line, names: Vec::new(), delimiter, ended: false })
     }
@@ -118,7 +129,11 @@ impl Table {
     fn row(&self, record: &ByteRecord, text: &[u8]) -> Result<Cell, Cause> {
         quotes(text, self.delimiter)?;
         if record.len() != self.names.len() {
-            let told = format!("{} cells, where the first line names {} columns", record.len(), self.names.len());
+            let told = format!(
+                "{} cells, where the first line names {} columns",
+                record.len(),
+                self.names.len()
+            );
             return Err(told.into());
         }
         let mut fields = Fields::new();
@@ -142,7 +157,9 @@ impl Iterator for Table {
         let mut record = ByteRecord::new();
         Some(match self.read(&mut record) {
             Ok(None) => return None,
-            Ok(Some((line, text))) => self.row(&record, &text).map_err(|cause| at(&format!("line {line}"), cause)),
+            Ok(Some((line, text))) => {
+                self.row(&record, &text).map_err(|cause| at(&format!("line {line}"), cause))
+            }
             Err(error) => {
                 self.ended = true;
                 let place = format!("line {}: the file can't be read any further", self.line);
@@ -161,7 +178,9 @@ fn being(what: &str, cause: Cause) -> Cause {
 fn quotes(row: &[u8], delimiter: u8) -> Result<(), Cause> {
     let row = row.trim_ascii_start();
     let lines = row.trim_ascii_end().split(|byte| *byte == b'\n').count() - 1;
-    let wrong = |what: &str| format!("{what}; it goes on over {lines} more lines. Quotes in a cell are doubled: \"\"");
+    let wrong = |what: &str| {
+        format!("{what}; it goes on over {lines} more lines. Quotes in a cell are doubled: \"\"")
+    };
     let (mut at, mut begins, mut in_quotes) = (0, true, false);
     while let Some(byte) = row.get(at) {
         let next = row.get(at + 1);
@@ -170,11 +189,18 @@ fn quotes(row: &[u8], delimiter: u8) -> Result<(), Cause> {
             b'"' if in_quotes => {
                 in_quotes = false;
                 let rest = &row[at + 1..];
-                let blank = rest.iter().take_while(|byte| matches!(byte, b' ' | b'\t') && **byte != delimiter).count();
+                let blank = rest
+                    .iter()
+                    .take_while(|byte| matches!(byte, b' ' | b'\t') && **byte != delimiter)
+                    .count();
                 match rest.get(blank) {
                     None | Some(b'\r' | b'\n') => {}
                     Some(byte) if *byte == delimiter => {}
-                    Some(_) => return Err(wrong("behind a quote that closes a cell stands more of it").into()),
+                    Some(_) => {
+                        return Err(
+                            wrong("behind a quote that closes a cell stands more of it").into()
+                        );
+                    }
                 }
             }
             b'"' if begins => in_quotes = true,
@@ -183,7 +209,11 @@ fn quotes(row: &[u8], delimiter: u8) -> Result<(), Cause> {
         begins = !in_quotes && (*byte == delimiter || *byte == b'\n');
         at += 1;
     }
-    if in_quotes { Err(cut_short(wrong("a quote that opens a cell is never closed"))) } else { Ok(()) }
+    if in_quotes {
+        Err(cut_short(wrong("a quote that opens a cell is never closed")))
+    } else {
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -215,7 +245,10 @@ mod tests {
             ",a,b\n0,1,\"x, \"\"y\"\"\nz\"\n1,2,w\n",
         ] {
             let read = read(text.as_bytes());
-            assert!(read.len() == 2 && read[0].trim_end() == "1 x, \"y\"\nz" && read[1] == "2 w", "{text}: {read:?}");
+            assert!(
+                read.len() == 2 && read[0].trim_end() == "1 x, \"y\"\nz" && read[1] == "2 w",
+                "{text}: {read:?}"
+            );
             let folder = tempfile::tempdir().unwrap();
             let path = folder.path().join("rows.csv");
             std::fs::write(&path, text).unwrap();

@@ -1,4 +1,5 @@
-//! Opening a file of text: what is compressed is unpacked, marks of byte order are passed over, what is no UTF-8 says what it is.
+//! Opening a file of text: what is compressed is unpacked, marks of byte order are passed over,
+//! what is no UTF-8 says what it is.
 
 use std::{
     io::{self, BufRead, BufReader, Cursor, Read},
@@ -23,7 +24,9 @@ pub(super) fn open(path: &Path) -> Result<Text, InputError> {
     let file = BufReader::new(regular::open(path).map_err(failed)?);
     let (mut begin, mut text) = peek(file).map_err(failed)?;
     match begin[..] {
-        [0x1f, 0x8b, ..] => (begin, text) = peek(BufReader::new(MultiGzDecoder::new(text))).map_err(failed)?,
+        [0x1f, 0x8b, ..] => {
+            (begin, text) = peek(BufReader::new(MultiGzDecoder::new(text))).map_err(failed)?
+        }
         [0x28, 0xb5, 0x2f, 0xfd] => {
             let unpacked = zstd::Decoder::with_buffer(text).map_err(failed)?;
             (begin, text) = peek(BufReader::new(unpacked)).map_err(failed)?;
@@ -34,7 +37,9 @@ pub(super) fn open(path: &Path) -> Result<Text, InputError> {
         [0xff, 0xfe, 0, 0] | [0, 0, 0xfe, 0xff] => foreign("UTF-32"),
         [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => foreign("UTF-16"),
         [first, 0, _, 0] | [0, first, 0, _] if first != 0 => foreign("UTF-16"),
-        [b'P', b'K', 3, 4] => "the file is a ZIP archive (or an Excel sheet); unpack it, or write it as CSV".into(),
+        [b'P', b'K', 3, 4] => {
+            "the file is a ZIP archive (or an Excel sheet); unpack it, or write it as CSV".into()
+        }
         [b'P', b'A', b'R', b'1'] => "the file is Parquet; its name must end in .parquet".into(),
         _ => {
             if begin.starts_with(b"\xef\xbb\xbf") {
@@ -54,7 +59,9 @@ fn peek(mut text: impl BufRead + Send + 'static) -> io::Result<(Vec<u8>, Text)> 
 }
 
 fn foreign(encoding: &str) -> String {
-    format!("the file is {encoding} text; write it as UTF-8 first, as `iconv -f {encoding} -t UTF-8` does")
+    format!(
+        "the file is {encoding} text; write it as UTF-8 first, as `iconv -f {encoding} -t UTF-8` does"
+    )
 }
 
 /// Why bytes are no text.

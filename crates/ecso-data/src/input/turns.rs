@@ -1,5 +1,5 @@
-//! Conversations as people write them: chat completions, Messages and Responses, LLaVA's (`from`, `value`), pairs `user` and
-//! `assistant`, pairs of question and answer.
+//! Conversations as people write them: chat completions, Messages and Responses, LLaVA's (`from`,
+//! `value`), pairs `user` and `assistant`, pairs of question and answer.
 
 use ecso::{Cause, Role};
 
@@ -30,7 +30,8 @@ pub(super) const IMAGES: [&str; 12] = [
 ];
 
 /// Where the images of a turn may stand, beside what it says.
-const BESIDE: [&str; 7] = ["image", "images", "image_path", "image_paths", "image_url", "image_urls", "img"];
+const BESIDE: [&str; 7] =
+    ["image", "images", "image_path", "image_paths", "image_url", "image_urls", "img"];
 
 /// What a pair of question and answer calls these, but for upper and lower case.
 const ASKED: [&str; 7] = ["user", "human", "question", "query", "prompt", "instruction", "input"];
@@ -67,15 +68,22 @@ pub(super) fn talk(turns: &Cell, picture: Picturing<'_>) -> Result<Talk, Cause> 
     };
     let mut spoken = Vec::new();
     for (index, said) in said.iter().enumerate() {
-        turn(said, picture, &mut spoken).map_err(|cause| at(&format!("turn {}", index + 1), cause))?;
+        turn(said, picture, &mut spoken)
+            .map_err(|cause| at(&format!("turn {}", index + 1), cause))?;
     }
-    let last = spoken.iter().rposition(|(who, _)| *who == Who::User).ok_or("there is no turn of the user")?;
+    let last = spoken
+        .iter()
+        .rposition(|(who, _)| *who == Who::User)
+        .ok_or("there is no turn of the user")?;
     let after = spoken.split_off(last + 1);
     if after.iter().any(|(who, _)| *who != Who::Assistant) {
         return Err("what a tool or the system says stands behind the user's last turn; such rows can't be used".into());
     }
-    let answers: Vec<String> =
-        after.into_iter().map(|(_, pieces)| plain(pieces)).filter(|text| !text.is_empty()).collect();
+    let answers: Vec<String> = after
+        .into_iter()
+        .map(|(_, pieces)| plain(pieces))
+        .filter(|text| !text.is_empty())
+        .collect();
     let answer = (!answers.is_empty()).then(|| answers.join("\n"));
     let said = |(who, pieces): (Who, Vec<Piece>)| Turn { role: who.role(), pieces };
     Ok(Talk { turns: spoken.into_iter().map(said).collect(), answer })
@@ -83,7 +91,9 @@ pub(super) fn talk(turns: &Cell, picture: Picturing<'_>) -> Result<Talk, Cause> 
 
 /// What the model says in a conversation that has its turns alone, as columns of preferences do.
 pub(super) fn answers(turns: &Cell) -> Result<String, Cause> {
-    let Cell::List(said) = turns else { return Err(format!("{}, where text should be", turns.kind()).into()) };
+    let Cell::List(said) = turns else {
+        return Err(format!("{}, where text should be", turns.kind()).into());
+    };
     let mut spoken = Vec::new();
     let unread = |_: &Cell| Err("an image stands in the answer".into());
     for said in said {
@@ -112,8 +122,11 @@ impl Who {
         Some(match word.trim().to_ascii_lowercase().as_str() {
             "system" | "developer" => Self::System,
             "user" | "human" | "prompter" => Self::User,
-            "assistant" | "gpt" | "model" | "bot" | "chatgpt" | "ai" | "function_call" | "tool_call" => Self::Assistant,
-            "tool" | "function" | "observation" | "tool_response" | "tool_result" | "ipython" => Self::Tool,
+            "assistant" | "gpt" | "model" | "bot" | "chatgpt" | "ai" | "function_call"
+            | "tool_call" => Self::Assistant,
+            "tool" | "function" | "observation" | "tool_response" | "tool_result" | "ipython" => {
+                Self::Tool
+            }
             _ => return None,
         })
     }
@@ -138,11 +151,14 @@ fn turn(said: &Cell, picture: Picturing<'_>, spoken: &mut Spoken) -> Result<(), 
     let who = Who::of(word).ok_or_else(|| format!("its role is `{}`; {known}", cut(word)))?;
     let mut pieces = Vec::new();
     for name in ["reasoning_content", "reasoning", "thinking"] {
-        if let Some(thought) = said.get(name).and_then(Cell::text).filter(|text| !text.trim().is_empty()) {
+        if let Some(thought) =
+            said.get(name).and_then(Cell::text).filter(|text| !text.trim().is_empty())
+        {
             join(&mut pieces, vec![Piece::Text(format!("Thought: {}", thought.trim()))], "\n");
         }
     }
-    let contents = || ["content", "value", "text", "parts"].into_iter().filter_map(|name| said.get(name));
+    let contents =
+        || ["content", "value", "text", "parts"].into_iter().filter_map(|name| said.get(name));
     let content = contents().find(|content| !content.is_empty()).or_else(|| contents().next());
     if let Some(content) = content {
         let mut found = Vec::new();
@@ -159,7 +175,11 @@ fn turn(said: &Cell, picture: Picturing<'_>, spoken: &mut Spoken) -> Result<(), 
         return Err("it has neither `content` nor `value`".into());
     }
     if who == Who::Tool {
-        let name = said.get("name").and_then(Cell::text).map(|name| format!(" ({})", cut(name))).unwrap_or_default();
+        let name = said
+            .get("name")
+            .and_then(Cell::text)
+            .map(|name| format!(" ({})", cut(name)))
+            .unwrap_or_default();
         let label = vec![Piece::Text(format!("Tool result{name}: "))];
         pieces.splice(0..0, label);
     }
@@ -170,9 +190,13 @@ fn turn(said: &Cell, picture: Picturing<'_>, spoken: &mut Spoken) -> Result<(), 
 /// A question and its answer: `{user, assistant}`, or a list of two.
 fn pair(said: &Cell, picture: Picturing<'_>, spoken: &mut Spoken) -> Result<(), Cause> {
     let (system, asked, answered) = match said {
-        Cell::Fields(fields) => (one_of(fields, &["system"])?, one_of(fields, &ASKED)?, one_of(fields, &ANSWERED)?),
+        Cell::Fields(fields) => {
+            (one_of(fields, &["system"])?, one_of(fields, &ASKED)?, one_of(fields, &ANSWERED)?)
+        }
         // Turns in lists of their own, as Arena's are.
-        Cell::List(turns) if is_talk(said) => return turns.iter().try_for_each(|said| turn(said, picture, spoken)),
+        Cell::List(turns) if is_talk(said) => {
+            return turns.iter().try_for_each(|said| turn(said, picture, spoken));
+        }
         Cell::List(pair) if pair.len() == 2 => (None, pair.first(), pair.get(1)),
         other => return Err(format!("{}, where a turn should be", other.kind()).into()),
     };
@@ -181,7 +205,9 @@ fn pair(said: &Cell, picture: Picturing<'_>, spoken: &mut Spoken) -> Result<(), 
             Cell::Fields(fields) => fields.keys().map(String::as_str).collect(),
             _ => Vec::new(),
         };
-        return Err(format!("it has neither `role` nor `from`, but {}", cut(&names.join(", "))).into());
+        return Err(
+            format!("it has neither `role` nor `from`, but {}", cut(&names.join(", "))).into()
+        );
     }
     let mut shown = beside(said, picture)?;
     for (who, said) in [(Who::System, system), (Who::User, asked), (Who::Assistant, answered)] {
@@ -194,7 +220,8 @@ fn pair(said: &Cell, picture: Picturing<'_>, spoken: &mut Spoken) -> Result<(), 
     Ok(())
 }
 
-/// The cell of an object that has one of these names. Of two that say something nothing says which is meant.
+/// The cell of an object that has one of these names. Of two that say something nothing says which
+/// is meant.
 fn one_of<'a>(fields: &'a Fields, names: &[&str]) -> Result<Option<&'a Cell>, Cause> {
     let is_one = |name: &str| names.iter().any(|one| name.eq_ignore_ascii_case(one));
     let there: Vec<(&String, &Cell)> =
@@ -202,7 +229,8 @@ fn one_of<'a>(fields: &'a Fields, names: &[&str]) -> Result<Option<&'a Cell>, Ca
     let saying: Vec<_> = there.iter().filter(|(_, cell)| !cell.is_empty()).collect();
     match saying[..] {
         [(one, _), (other, _), ..] => {
-            Err(format!("it has `{one}` and `{other}`, and nothing says which of these is said").into())
+            Err(format!("it has `{one}` and `{other}`, and nothing says which of these is said")
+                .into())
         }
         [(_, cell)] => Ok(Some(cell)),
         [] => Ok(there.first().map(|(_, cell)| *cell)),
@@ -211,10 +239,14 @@ fn one_of<'a>(fields: &'a Fields, names: &[&str]) -> Result<Option<&'a Cell>, Ca
 
 /// The images of a turn that stand beside what it says.
 fn beside(said: &Cell, picture: Picturing<'_>) -> Result<Vec<Piece>, Cause> {
-    if let Some(name) =
-        ["video", "videos", "audio", "audios"].iter().find(|name| said.get(name).is_some_and(|cell| !cell.is_empty()))
+    if let Some(name) = ["video", "videos", "audio", "audios"]
+        .iter()
+        .find(|name| said.get(name).is_some_and(|cell| !cell.is_empty()))
     {
-        return Err(format!("`{name}` holds what can't be shown; of what is shown, only images are understood").into());
+        return Err(format!(
+            "`{name}` holds what can't be shown; of what is shown, only images are understood"
+        )
+        .into());
     }
     let mut shown = Vec::new();
     for cell in BESIDE.iter().filter_map(|name| said.get(name)).filter(|cell| !cell.is_empty()) {
@@ -258,7 +290,9 @@ fn parts(content: &Cell, picture: Picturing<'_>, pieces: &mut Vec<Piece>) -> Res
             Ok(())
         }
         Cell::Fields(_) => part(content, picture, pieces),
-        other => Err(format!("its content is {}, where text or parts should be", other.kind()).into()),
+        other => {
+            Err(format!("its content is {}, where text or parts should be", other.kind()).into())
+        }
     }
 }
 
@@ -268,7 +302,11 @@ fn between(before: &[Piece], found: &[Piece]) -> &'static str {
         (Some(Piece::Text(_)), Some(Piece::Text(_))) => "\n",
         (Some(Piece::Text(text)), _) if !text.ends_with(['.', '?', '!', ':', '\n']) => " ",
         (Some(Piece::Text(_)), _) => "\n",
-        (_, Some(Piece::Text(text))) if text.starts_with(|c: char| c.is_lowercase() || c.is_whitespace()) => " ",
+        (_, Some(Piece::Text(text)))
+            if text.starts_with(|c: char| c.is_lowercase() || c.is_whitespace()) =>
+        {
+            " "
+        }
         (_, Some(Piece::Text(text))) if text.starts_with(|c: char| c.is_ascii_punctuation()) => "",
         (_, Some(Piece::Text(_))) => "\n",
         _ => " ",
@@ -294,10 +332,14 @@ fn part(part: &Cell, picture: Picturing<'_>, pieces: &mut Vec<Piece>) -> Result<
             Cell::Fields(fields) if fields.contains_key("text") => Ok(()),
             _ => Err("a part of type `text` has no `text`".into()),
         },
-        (Some("refusal"), _) => part.get("refusal").map_or(Ok(()), |text| words(text, picture, pieces)),
+        (Some("refusal"), _) => {
+            part.get("refusal").map_or(Ok(()), |text| words(text, picture, pieces))
+        }
         (Some("thinking"), _) => labelled("Thought", "thinking"),
         (Some("reasoning"), _) => {
-            let name = ["text", "reasoning", "summary", "content"].into_iter().find(|name| part.get(name).is_some());
+            let name = ["text", "reasoning", "summary", "content"]
+                .into_iter()
+                .find(|name| part.get(name).is_some());
             labelled("Thought", name.unwrap_or("text"))
         }
         // Nobody but its author can read it.
@@ -316,15 +358,19 @@ fn part(part: &Cell, picture: Picturing<'_>, pieces: &mut Vec<Piece>) -> Result<
             pieces.push(Piece::Own(picture(part)?));
             text.filter(|text| !text.is_empty()).map_or(Ok(()), |text| words(text, picture, pieces))
         }
-        (Some("image_url" | "input_image"), _) => Err("an image part has neither a URL nor an image".into()),
+        (Some("image_url" | "input_image"), _) => {
+            Err("an image part has neither a URL nor an image".into())
+        }
         // Its image stands in the image column; `index` says where.
         (Some("image"), _) => {
-            let index = part.get("index").and_then(Cell::number).and_then(serde_json::Number::as_u64);
+            let index =
+                part.get("index").and_then(Cell::number).and_then(serde_json::Number::as_u64);
             pieces.push(Piece::Mark(index.and_then(|index| usize::try_from(index).ok())));
             Ok(())
         }
         (Some(other), _) => {
-            Err(format!("a part of type `{}` isn't understood; text and images are", cut(other)).into())
+            Err(format!("a part of type `{}` isn't understood; text and images are", cut(other))
+                .into())
         }
         (None, None) => Err("a part has neither type, text nor image".into()),
     }
@@ -334,7 +380,9 @@ fn part(part: &Cell, picture: Picturing<'_>, pieces: &mut Vec<Piece>) -> Result<
 fn words(text: &Cell, picture: Picturing<'_>, pieces: &mut Vec<Piece>) -> Result<(), Cause> {
     match text.get("value").unwrap_or(text) {
         text @ (Cell::Text(_) | Cell::Number(_)) => parts(text, picture, pieces),
-        other => Err(format!("the text of a part is {}, where words should be", other.kind()).into()),
+        other => {
+            Err(format!("the text of a part is {}, where words should be", other.kind()).into())
+        }
     }
 }
 
@@ -350,7 +398,10 @@ fn json(cell: &Cell) -> String {
             Cell::List(list) => list.iter().map(value).collect(),
             Cell::Fields(fields) => {
                 let filled = fields.iter().filter(|(_, cell)| **cell != Cell::Null);
-                filled.map(|(name, cell)| (name.clone(), value(cell))).collect::<serde_json::Map<_, _>>().into()
+                filled
+                    .map(|(name, cell)| (name.clone(), value(cell)))
+                    .collect::<serde_json::Map<_, _>>()
+                    .into()
             }
         }
     }

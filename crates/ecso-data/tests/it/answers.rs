@@ -31,7 +31,8 @@ fn profile() -> Profile {
     Profile::paper().with("scope", "all").unwrap()
 }
 
-/// A model that says again what it is asked, fails at "fail", finds nothing harmful, and counts its drafts.
+/// A model that says again what it is asked, fails at "fail", finds nothing harmful, and counts its
+/// drafts.
 fn model(drafts: &Arc<AtomicUsize>) -> Arc<dyn Mllm> {
     let drafts = Arc::clone(drafts);
     Arc::new(Scripted::new(move |chat: &Chat| {
@@ -70,7 +71,11 @@ fn answering(model: Arc<dyn Mllm>, journal: Option<&std::path::Path>) -> Arc<Ans
 async fn every_row_has_its_own_answer_or_error_in_its_place() {
     let drafts = Arc::default();
     let one = answering(model(&drafts), None);
-    let tables = vec![table(&[Some("a"), None, Some("fail"), Some("b")]), table(&[]), table(&[Some("a"), Some("c")])];
+    let tables = vec![
+        table(&[Some("a"), None, Some("fail"), Some("b")]),
+        table(&[]),
+        table(&[Some("a"), Some("c")]),
+    ];
     let found = answered(&one, tables.clone(), &READING()).await.unwrap();
     assert_eq!(found.iter().map(RecordBatch::num_rows).collect::<Vec<_>>(), [4, 0, 2]);
     assert_eq!(found[0].schema().fields().len(), 2 + NAMES.len());
@@ -81,7 +86,10 @@ async fn every_row_has_its_own_answer_or_error_in_its_place() {
     assert_eq!(drafts.load(Ordering::SeqCst), 4, "equal rows are asked about once");
 
     let few = Reading { may_fail: 0.2, ..READING() };
-    assert!(matches!(answered(&one, tables, &few).await, Err(AnswersError::TooMany { rows: 6, .. })));
+    assert!(matches!(
+        answered(&one, tables, &few).await,
+        Err(AnswersError::TooMany { rows: 6, .. })
+    ));
     assert!(matches!(answered(&one, found, &READING()).await, Err(AnswersError::Taken(_))));
     let named = Reading { prefix: "new_".into(), ..READING() };
     let found = answered(&one, vec![table(&[Some("a")])], &named).await.unwrap();
@@ -107,5 +115,9 @@ async fn processes_share_a_journal() {
     let query: ArrayRef = Arc::new(StringArray::from(vec!["a"]));
     let drafted = RecordBatch::try_from_iter([("query", query), ("draft", draft)]).unwrap();
     let found = answered(&ours, vec![drafted], &READING()).await.unwrap();
-    assert_eq!(texts(&found[0], "answer")[0].as_deref(), Some("Something else"), "a draft is another row");
+    assert_eq!(
+        texts(&found[0], "answer")[0].as_deref(),
+        Some("Something else"),
+        "a draft is another row"
+    );
 }

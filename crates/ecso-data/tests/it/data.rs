@@ -28,7 +28,8 @@ use ecso_openai::Fetcher;
 use image::{ImageFormat, Rgb, RgbImage};
 use serde_json::{Value, json};
 
-/// Every third query gets a draft that step 2 calls harmful; some rewrites are bad in their own way; `broken` rows fail.
+/// Every third query gets a draft that step 2 calls harmful; some rewrites are bad in their own
+/// way; `broken` rows fail.
 fn model() -> Arc<dyn Mllm> {
     Arc::new(Scripted::new(|chat| {
         let said = chat.turns.last().map(ecso::Turn::query).unwrap_or_default();
@@ -60,11 +61,14 @@ fn model() -> Arc<dyn Mllm> {
 pub(crate) fn png(number: u32) -> Vec<u8> {
     let shade = |shift: u32| u8::try_from((number >> shift) % 251).unwrap();
     let mut bytes = Cursor::new(Vec::new());
-    RgbImage::from_pixel(8, 8, Rgb([shade(0), shade(3), shade(7)])).write_to(&mut bytes, ImageFormat::Png).unwrap();
+    RgbImage::from_pixel(8, 8, Rgb([shade(0), shade(3), shade(7)]))
+        .write_to(&mut bytes, ImageFormat::Png)
+        .unwrap();
     bytes.into_inner()
 }
 
-/// Rows about images of their own, but for two that repeat an earlier one and two that share an image.
+/// Rows about images of their own, but for two that repeat an earlier one and two that share an
+/// image.
 fn write_input(folder: &Path) -> PathBuf {
     let mut lines = String::new();
     let queries = [
@@ -90,7 +94,9 @@ fn write_input(folder: &Path) -> PathBuf {
     lines.push_str("{\"id\": \"again\", \"query\": \"a rude list\", \"image\": \"0.png\"}\n");
     lines.push_str("not json\n");
     lines.push_str("{\"id\": \"gone\", \"query\": \"q\", \"image\": \"gone.png\"}\n");
-    lines.push_str("{\"id\": \"two\", \"query\": \"a rude pair\", \"image\": [\"7.png\", \"9.png\"]}\n");
+    lines.push_str(
+        "{\"id\": \"two\", \"query\": \"a rude pair\", \"image\": [\"7.png\", \"9.png\"]}\n",
+    );
     let path = folder.join("rows.jsonl");
     std::fs::write(&path, lines).unwrap();
     path
@@ -114,19 +120,37 @@ fn header(input: &Input, shard: Shard) -> RunHeader {
     }
 }
 
-pub(crate) const BOUNDS: Bounds = Bounds { rows: 4, bytes: 1 << 20, tokens: None, time: None, retry_failed: false };
+pub(crate) const BOUNDS: Bounds =
+    Bounds { rows: 4, bytes: 1 << 20, tokens: None, time: None, retry_failed: false };
 const LIMITS: Limits = Limits { bytes: 1 << 20, pixels: 1 << 20, ..Limits::USUAL };
 
 pub(crate) fn packing() -> Packing {
-    Packing { utility: 0.5, validation: 0.4, seed: 1, shard_bytes: 1 << 30, licence: "mit".into(), limits: LIMITS }
+    Packing {
+        utility: 0.5,
+        validation: 0.4,
+        seed: 1,
+        shard_bytes: 1 << 30,
+        licence: "mit".into(),
+        limits: LIMITS,
+    }
 }
 
-pub(crate) async fn go(input: &Input, out: &Path, shard: Shard, bounds: Bounds) -> (bool, Progress) {
+pub(crate) async fn go(
+    input: &Input,
+    out: &Path,
+    shard: Shard,
+    bounds: Bounds,
+) -> (bool, Progress) {
     let (ended, last) = run_all(input, out, &header(input, shard), bounds).await;
     (ended.whole, last)
 }
 
-async fn run_all(input: &Input, out: &Path, header: &RunHeader, bounds: Bounds) -> (Ended, Progress) {
+async fn run_all(
+    input: &Input,
+    out: &Path,
+    header: &RunHeader,
+    bounds: Bounds,
+) -> (Ended, Progress) {
     let making = Arc::new(Making {
         maker: Maker::new(&model(), Profile::paper(), Filters::default()),
         fetcher: Fetcher::new().unwrap(),
@@ -162,20 +186,32 @@ async fn rows_become_samples_or_say_why_not() {
     let (whole, progress) = go(&input, &out, Shard::ALL, BOUNDS).await;
     assert!(whole);
     assert_eq!((progress.recorded, progress.kept, progress.safe, progress.failed), (17, 6, 4, 3));
-    let dropped = [(Reason::Duplicate, 1), (Reason::Empty, 1), (Reason::Repetition, 1), (Reason::StillHarmful, 1)];
+    let dropped = [
+        (Reason::Duplicate, 1),
+        (Reason::Empty, 1),
+        (Reason::Repetition, 1),
+        (Reason::StillHarmful, 1),
+    ];
     assert_eq!(progress.dropped, dropped.into());
     let records = records(&out);
-    assert!(matches!(records["13"].made, Some(Made::Dropped { reason: Reason::Duplicate, of: Some(0) })));
+    assert!(matches!(
+        records["13"].made,
+        Some(Made::Dropped { reason: Reason::Duplicate, of: Some(0) })
+    ));
     assert!(records["14"].error.as_ref().unwrap().contains("not JSON"));
     assert!(records["15"].error.as_ref().unwrap().contains("gone.png"));
 
     let manifest = pack(&out, &input, &packing()).unwrap();
-    let samples = |kind: &str| manifest.samples.values().filter_map(|kinds| kinds.get(kind)).sum::<u64>();
+    let samples =
+        |kind: &str| manifest.samples.values().filter_map(|kinds| kinds.get(kind)).sum::<u64>();
     assert_eq!((samples("safety"), samples("utility"), manifest.refusals), (6, 3, 1));
     let dataset = out.join("dataset");
     let failed = std::fs::read_to_string(dataset.join("failed.jsonl")).unwrap();
     assert_eq!(failed.lines().count(), 3, "{failed}");
-    assert!(failed.contains("\"row\":15") && failed.contains("not JSON"), "counted from 1: {failed}");
+    assert!(
+        failed.contains("\"row\":15") && failed.contains("not JSON"),
+        "counted from 1: {failed}"
+    );
     let card = std::fs::read_to_string(dataset.join("README.md")).unwrap();
     assert!(card.starts_with("---\nlicense: mit\n") && card.contains("| t | 5 | 3 |"), "{card}");
 
@@ -192,7 +228,10 @@ async fn rows_become_samples_or_say_why_not() {
             }
         }
     }
-    assert!(!of_split.is_empty() && of_split.values().all(|splits| splits.len() == 1), "{of_split:?}");
+    assert!(
+        !of_split.is_empty() && of_split.values().all(|splits| splits.len() == 1),
+        "{of_split:?}"
+    );
 }
 
 #[tokio::test]
@@ -222,7 +261,9 @@ async fn a_run_that_is_broken_off_ends_as_an_unbroken_one() {
         }
     }
     assert_eq!(outcomes(&broken), outcomes(&whole));
-    let files = |out: &Path| pack(out, &input, &packing()).map(|manifest: Manifest| manifest.samples).unwrap();
+    let files = |out: &Path| {
+        pack(out, &input, &packing()).map(|manifest: Manifest| manifest.samples).unwrap()
+    };
     assert_eq!(files(&broken), files(&whole));
 }
 
@@ -237,12 +278,16 @@ async fn the_pages_of_a_document_are_the_images_of_its_row() {
     go(&input, &out, Shard::ALL, BOUNDS).await;
     let record = records(&out).remove("0").unwrap();
     if let Some(error) = record.error {
-        return assert!(error.contains("a.pdf: this is a PDF; ecso built with --features pdf reads it"), "{error}");
+        return assert!(
+            error.contains("a.pdf: this is a PDF; ecso built with --features pdf reads it"),
+            "{error}"
+        );
     }
     assert_eq!(record.images.len(), 3);
     pack(&out, &input, &packing()).unwrap();
     assert_eq!(std::fs::read_dir(out.join("dataset/images")).unwrap().count(), 3);
-    let llava = ["train", "validation"].map(|split| out.join(format!("dataset/llava/{split}.json")));
+    let llava =
+        ["train", "validation"].map(|split| out.join(format!("dataset/llava/{split}.json")));
     let llava = llava.iter().find_map(|path| std::fs::read_to_string(path).ok()).unwrap();
     assert_eq!(llava.matches("<image>").count(), 3, "{llava}");
 }
@@ -285,7 +330,8 @@ async fn a_budget_ends_the_run_cleanly() {
     let folder = tempfile::tempdir().unwrap();
     let input = input(write_input(folder.path()));
     let out = folder.path().join("out");
-    let (whole, progress) = go(&input, &out, Shard::ALL, Bounds { time: Some(Duration::ZERO), ..BOUNDS }).await;
+    let (whole, progress) =
+        go(&input, &out, Shard::ALL, Bounds { time: Some(Duration::ZERO), ..BOUNDS }).await;
     assert!(!whole && progress.recorded == 0);
     let manifest = pack(&out, &input, &packing()).unwrap();
     assert_eq!((manifest.rows, manifest.unseen), (0, Some(17)));
@@ -316,11 +362,13 @@ async fn a_row_whose_image_is_replaced_is_made_anew() {
 /// Writes rows that are about one image, in order.
 fn write_queries(path: &Path, queries: &[&str]) {
     std::fs::write(path.with_file_name("a.png"), png(1)).unwrap();
-    let rows = queries.iter().map(|query| json!({"query": query, "image": "a.png"}).to_string() + "\n");
+    let rows =
+        queries.iter().map(|query| json!({"query": query, "image": "a.png"}).to_string() + "\n");
     std::fs::write(path, rows.collect::<String>()).unwrap();
 }
 
-/// What became of each row, in one word: `kept`, `safe`, `failed`, or of which row it is a duplicate.
+/// What became of each row, in one word: `kept`, `safe`, `failed`, or of which row it is a
+/// duplicate.
 fn words(out: &Path) -> Vec<(u64, String)> {
     let word = |record: &RowRecord| match &record.made {
         Some(Made::Kept(_)) => "kept".to_owned(),
@@ -328,7 +376,8 @@ fn words(out: &Path) -> Vec<(u64, String)> {
         Some(Made::Dropped { reason, of }) => format!("{reason:?} of {of:?}"),
         None => "failed".to_owned(),
     };
-    let mut words: Vec<_> = records(out).values().map(|record| (record.id.parse().unwrap(), word(record))).collect();
+    let mut words: Vec<_> =
+        records(out).values().map(|record| (record.id.parse().unwrap(), word(record))).collect();
     words.sort();
     words
 }
@@ -338,7 +387,9 @@ async fn another_row_in_the_place_of_one_is_made_anew() {
     let folder = tempfile::tempdir().unwrap();
     let (path, out) = (folder.path().join("rows.jsonl"), folder.path().join("out"));
     let rows = input(path.clone());
-    let kept = |manifest: &Manifest| manifest.samples.values().filter_map(|kinds| kinds.get("safety")).sum::<u64>();
+    let kept = |manifest: &Manifest| {
+        manifest.samples.values().filter_map(|kinds| kinds.get("safety")).sum::<u64>()
+    };
     write_queries(&path, &["a rude list", "a list", "a rude door"]);
     go(&rows, &out, Shard::ALL, BOUNDS).await;
     assert_eq!(kept(&pack(&out, &rows, &packing()).unwrap()), 2);
@@ -382,9 +433,11 @@ async fn a_duplicate_of_a_row_that_is_gone_is_made() {
 async fn a_row_is_no_duplicate_of_one_that_failed() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("rows.jsonl");
-    let asked =
-        |door: &str| format!("a rude list of all that stands beside the {door} of the kitchen in the old house");
-    let queries = [asked("broken door"), asked("broken door"), asked("broke door"), asked("broke doors")];
+    let asked = |door: &str| {
+        format!("a rude list of all that stands beside the {door} of the kitchen in the old house")
+    };
+    let queries =
+        [asked("broken door"), asked("broken door"), asked("broke door"), asked("broke doors")];
     write_queries(&path, &queries.each_ref().map(String::as_str));
     let rows = input(path);
     for at_once in [1, 4] {
@@ -394,9 +447,15 @@ async fn a_row_is_no_duplicate_of_one_that_failed() {
         run_all(&rows, &out, &header, bounds).await;
         let expected = ["failed", "failed", "kept", "NearDuplicate of Some(2)"].map(str::to_owned);
         assert_eq!(words(&out), (0..).zip(expected).collect::<Vec<_>>());
-        let (_, again) = run_all(&rows, &out, &header, Bounds { retry_failed: true, ..bounds }).await;
+        let (_, again) =
+            run_all(&rows, &out, &header, Bounds { retry_failed: true, ..bounds }).await;
         assert_eq!((again.recorded, again.fresh), (4, 2));
-        let expected = ["NearDuplicate of Some(2)", "NearDuplicate of Some(2)", "kept", "NearDuplicate of Some(2)"];
+        let expected = [
+            "NearDuplicate of Some(2)",
+            "NearDuplicate of Some(2)",
+            "kept",
+            "NearDuplicate of Some(2)",
+        ];
         assert_eq!(words(&out), (0..).zip(expected.map(str::to_owned)).collect::<Vec<_>>());
     }
 }
@@ -408,7 +467,10 @@ async fn what_a_server_says_of_a_row_is_cut() {
     write_queries(&path, &["a refused list of all that hangs in the kitchen"]);
     go(&input(path), &out, Shard::ALL, BOUNDS).await;
     let error = records(&out).remove("0").unwrap().error.unwrap();
-    assert!(error.contains("rejected the request: a refused list") && error.chars().count() < 220, "{error}");
+    assert!(
+        error.contains("rejected the request: a refused list") && error.chars().count() < 220,
+        "{error}"
+    );
 }
 
 #[tokio::test]
@@ -452,13 +514,23 @@ async fn every_format_gives_the_same_rows() {
     let packing = Packing { utility: 9.0, validation: 0.0, ..packing() };
     let manifest = pack(&out, &csv, &packing).unwrap();
     assert!(manifest.samples.is_empty(), "nothing was kept, so nothing is there to balance");
-    std::fs::write(root.join("rude.csv"), "question,image\na rude A?,a.png\na rude B?,b.png\nC?,a.png\n").unwrap();
+    std::fs::write(
+        root.join("rude.csv"),
+        "question,image\na rude A?,a.png\na rude B?,b.png\nC?,a.png\n",
+    )
+    .unwrap();
     let (rude, out) = (input(root.join("rude.csv")), root.join("rude"));
     go(&rude, &out, Shard::ALL, BOUNDS).await;
     pack(&out, &rude, &packing).unwrap();
-    let again: Vec<_> =
-        input(out.join("dataset/sft/train-00000.parquet")).rows().unwrap().map(|row| row.unwrap()).collect();
-    assert_eq!(again.iter().map(|row| row.query.as_str()).collect::<Vec<_>>(), ["a rude A?", "a rude B?", "C?"]);
+    let again: Vec<_> = input(out.join("dataset/sft/train-00000.parquet"))
+        .rows()
+        .unwrap()
+        .map(|row| row.unwrap())
+        .collect();
+    assert_eq!(
+        again.iter().map(|row| row.query.as_str()).collect::<Vec<_>>(),
+        ["a rude A?", "a rude B?", "C?"]
+    );
     assert_eq!(again[1].images, [Picture::Bytes(png(2).into())]);
 
     for (name, says) in [("nothing.jsonl", "No such file"), ("a.png", "not .jsonl")] {
@@ -467,5 +539,9 @@ async fn every_format_gives_the_same_rows() {
     }
     std::fs::write(root.join("broken.json"), "[{\"query\": \"A?\"}, 3").unwrap();
     let rows: Vec<_> = input(root.join("broken.json")).rows().unwrap().collect();
-    assert!(rows[0].is_ok() && rows[1].is_err() && format!("{:?}", rows[2]).contains("not a JSON array"));
+    assert!(
+        rows[0].is_ok()
+            && rows[1].is_err()
+            && format!("{:?}", rows[2]).contains("not a JSON array")
+    );
 }

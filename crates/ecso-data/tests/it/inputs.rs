@@ -8,8 +8,9 @@ use std::{
 };
 
 use arrow_array::{
-    Array, ArrayRef, BinaryArray, BinaryViewArray, DictionaryArray, FixedSizeListArray, Int32Array, LargeBinaryArray,
-    LargeStringArray, RecordBatch, StringArray, StringViewArray, StructArray, UInt8Array, types::Int32Type,
+    Array, ArrayRef, BinaryArray, BinaryViewArray, DictionaryArray, FixedSizeListArray, Int32Array,
+    LargeBinaryArray, LargeStringArray, RecordBatch, StringArray, StringViewArray, StructArray,
+    UInt8Array, types::Int32Type,
 };
 use arrow_schema::{DataType, Field, Schema};
 use base64::{Engine, prelude::BASE64_STANDARD};
@@ -29,7 +30,8 @@ fn told(input: &Input) -> Vec<Result<(String, usize), String>> {
         Ok(rows) => rows,
         Err(error) => return vec![Err(error.to_string())],
     };
-    rows.map(|row| row.map(|row| (row.query, row.images.len())).map_err(|error| error.to_string())).collect()
+    rows.map(|row| row.map(|row| (row.query, row.images.len())).map_err(|error| error.to_string()))
+        .collect()
 }
 
 /// Files of the field: how many rows of each are read, how many aren't, and what an error says.
@@ -64,7 +66,9 @@ const FIELD: &[(&str, usize, usize, &str)] = &[
 
 #[test]
 fn inputs_of_the_field_are_read_or_say_what_is_wrong() {
-    let Some(data) = std::env::var_os("ECSO_TEST_DATA").map(|data| PathBuf::from(data).join("field")) else {
+    let Some(data) =
+        std::env::var_os("ECSO_TEST_DATA").map(|data| PathBuf::from(data).join("field"))
+    else {
         println!("skipped: ECSO_TEST_DATA doesn't say where inputs are");
         return;
     };
@@ -77,15 +81,21 @@ fn inputs_of_the_field_are_read_or_say_what_is_wrong() {
         let errors: Vec<&String> = rows.iter().filter_map(|row| row.as_ref().err()).collect();
         assert_eq!((rows.len() - errors.len(), errors.len()), (*read, *failed), "{name}: {rows:?}");
         assert!(errors.iter().all(|error| error.contains(says)), "{name}: {errors:?}");
-        let marked = rows.iter().flatten().any(|(query, _)| query.contains("<image") || query.contains("<|"));
+        let marked = rows
+            .iter()
+            .flatten()
+            .any(|(query, _)| query.contains("<image") || query.contains("<|"));
         assert!(!marked, "{name}: {rows:?}");
     }
-    let all = Input { query: Some("What?".into()), ..input(data.join("20-parquet-types/image-only.parquet")) };
+    let all = Input {
+        query: Some("What?".into()),
+        ..input(data.join("20-parquet-types/image-only.parquet"))
+    };
     assert_eq!(told(&all), vec![Ok(("What?".to_owned(), 1)); 2]);
 }
 
-/// Rows as public datasets have them, with what `--map` names, and what becomes of each: its query and the number of its images, or what
-/// the error says.
+/// Rows as public datasets have them, with what `--map` names, and what becomes of each: its query
+/// and the number of its images, or what the error says.
 const LAYOUTS: &[(&str, &str, &str)] = &[
     // LLaVA, ShareGPT4V: a conversation whose image stands in its first turn; some rows have none.
     (
@@ -105,13 +115,25 @@ const LAYOUTS: &[(&str, &str, &str)] = &[
         "B? 1",
     ),
     // Pairs by other names, with a system message; of two questions nobody knows which is asked.
-    (r#"{"conversation":[{"system":"Be kind.","input":"<image>\nA?","output":"a"}],"image":"a.png"}"#, "", "A? 1"),
+    (
+        r#"{"conversation":[{"system":"Be kind.","input":"<image>\nA?","output":"a"}],"image":"a.png"}"#,
+        "",
+        "A? 1",
+    ),
     (r#"{"conversations":[{"Human":"A?","GPT":"a"},{"Human":"B?"}]}"#, "", "B? 0"),
     (r#"{"conversations":[{"instruction":"A","input":"B"}]}"#, "", "nothing says which"),
     (r#"{"conversations":[{"q":"A?","a":"a"}]}"#, "", "neither `role` nor `from`, but a, q"),
     // VLGuard.
-    (r#"{"image":"a.png","instr-resp":[{"instruction":"A?","response":"a"}]}"#, "", "--map conversations=instr-resp"),
-    (r#"{"image":"a.png","instr-resp":[{"instruction":"A?","response":"a"}]}"#, "conversations=instr-resp", "A? 1"),
+    (
+        r#"{"image":"a.png","instr-resp":[{"instruction":"A?","response":"a"}]}"#,
+        "",
+        "--map conversations=instr-resp",
+    ),
+    (
+        r#"{"image":"a.png","instr-resp":[{"instruction":"A?","response":"a"}]}"#,
+        "conversations=instr-resp",
+        "A? 1",
+    ),
     (
         r#"{"image":"a.png","instr-resp":[{"safe_instruction":"A?","response":"a"}]}"#,
         "conversations=instr-resp",
@@ -136,29 +158,54 @@ const LAYOUTS: &[(&str, &str, &str)] = &[
     ),
     (r#"{"prompt":"{\"prompt\": \"A?\"}"}"#, "query=prompt", "{\"prompt\": \"A?\"} 0"),
     // VQAv2, A-OKVQA, TextVQA, GQA: an image by its number, or by a URL that nobody named.
-    (r#"{"image_id":262148,"question":"A?","question_id":262148000}"#, "", "column `image_id` is about an image"),
+    (
+        r#"{"image_id":262148,"question":"A?","question_id":262148000}"#,
+        "",
+        "column `image_id` is about an image",
+    ),
     (r#"{"image_id":262148,"question":"A?"}"#, "image=", "A? 0"),
     (r#"{"imageId":"n161313","question":"A?"}"#, "", "--map image=COLUMN"),
-    (r#"{"question":"A?","flickr_original_url":"https://example.com/a_o.jpg"}"#, "", "--map image=flickr_original_url"),
-    (r#"{"question":"A?","flickr_original_url":"https://example.com/a_o.jpg"}"#, "image=flickr_original_url", "A? 1"),
+    (
+        r#"{"question":"A?","flickr_original_url":"https://example.com/a_o.jpg"}"#,
+        "",
+        "--map image=flickr_original_url",
+    ),
+    (
+        r#"{"question":"A?","flickr_original_url":"https://example.com/a_o.jpg"}"#,
+        "image=flickr_original_url",
+        "A? 1",
+    ),
     (r#"{"question":"A?","image":null,"image_source":"none"}"#, "", "A? 0"),
     // Ollama, DeepSeek-VL: images beside what a turn says. MiniCPM-V: images by their marks.
     (r#"{"messages":[{"role":"user","content":"A?","images":["a.png"]}]}"#, "", "A? 1"),
-    (r#"{"messages":[{"role":"User","content":"<image_placeholder>A?","images":["a.png"]}]}"#, "", "A? 1"),
+    (
+        r#"{"messages":[{"role":"User","content":"<image_placeholder>A?","images":["a.png"]}]}"#,
+        "",
+        "A? 1",
+    ),
     (r#"{"messages":[{"role":"user","content":"A?","videos":["a.mp4"]}]}"#, "", "only images"),
     (
         r#"{"image":{"<image_01>":"b.png","<image_00>":"a.png"},"conversations":[{"role":"user","content":"A?\n<image_00>\n<image_01>"}]}"#,
         "",
         "A? 2",
     ),
-    // Parts: text under another name, or none; Anthropic's system, Gemini's parts, Responses, batches.
+    // Parts: text under another name, or none; Anthropic's system, Gemini's parts, Responses,
+    // batches.
     (
         r#"{"messages":[{"role":"user","content":[{"type":"image","image":"a.png"},{"type":"text","content":"A?"}]}]}"#,
         "",
         "A? 1",
     ),
-    (r#"{"messages":[{"role":"user","content":[{"type":"text","words":"A?"}]}]}"#, "", "has no `text`"),
-    (r#"{"system":[{"type":"text","text":"Be kind."}],"messages":[{"role":"user","content":"A?"}]}"#, "", "A? 0"),
+    (
+        r#"{"messages":[{"role":"user","content":[{"type":"text","words":"A?"}]}]}"#,
+        "",
+        "has no `text`",
+    ),
+    (
+        r#"{"system":[{"type":"text","text":"Be kind."}],"messages":[{"role":"user","content":"A?"}]}"#,
+        "",
+        "A? 0",
+    ),
     (
         r#"{"contents":[{"role":"user","parts":[{"text":"A?"},{"inlineData":{"mimeType":"image/png","data":"AAAA"}}]}]}"#,
         "messages=contents",
@@ -192,18 +239,30 @@ const LAYOUTS: &[(&str, &str, &str)] = &[
         "B? 1",
     ),
     (r#"{"messages":[{"role":"user","content":{"text":"A?","image":"a.png"}}]}"#, "", "A? 1"),
-    (r#"{"messages":[{"role":"user","content":[{"type":"image","image":"a.png","text":"A?"}]}]}"#, "", "A? 1"),
+    (
+        r#"{"messages":[{"role":"user","content":[{"type":"image","image":"a.png","text":"A?"}]}]}"#,
+        "",
+        "A? 1",
+    ),
     (
         r#"{"messages":[{"role":"user","content":[{"type":"text","text":{"value":"A?","annotations":[]}}]}]}"#,
         "",
         "A? 0",
     ),
-    (r#"{"messages":[{"role":"user","content":[{"type":"text","text":["A?"]}]}]}"#, "", "where words should be"),
+    (
+        r#"{"messages":[{"role":"user","content":[{"type":"text","text":["A?"]}]}]}"#,
+        "",
+        "where words should be",
+    ),
     // Of columns that are usual the one that holds most; what is empty isn't one.
     (r#"{"query":"A?","image":"a.png","images":["a.png","b.png"]}"#, "", "A? 2"),
     (r#"{"query":"A?","image":"a.png","image_path":"b/a.png"}"#, "", "A? 1"),
     (r#"{"query":"<image 1><image 2>A?","image":"a.png","image_2":"b.png"}"#, "", "A? 2"),
-    (r#"{"prompt":"","messages":[],"instruction":"A?","image":{"bytes":null,"path":null}}"#, "", "A? 0"),
+    (
+        r#"{"prompt":"","messages":[],"instruction":"A?","image":{"bytes":null,"path":null}}"#,
+        "",
+        "A? 0",
+    ),
     (r#"{"prompt":{"role":"user","content":"A?"},"id":{"$oid":"5f"}}"#, "", "A? 0"),
     // Files that aren't rows: a list in an object, an object of rows, a table by columns.
     (
@@ -211,11 +270,19 @@ const LAYOUTS: &[(&str, &str, &str)] = &[
         "",
         "rows stand in the list `questions`",
     ),
-    (r#"{"annotations":[{"image_id":"2","caption":"A loaf."}]}"#, "", "rows stand in the list `annotations`"),
+    (
+        r#"{"annotations":[{"image_id":"2","caption":"A loaf."}]}"#,
+        "",
+        "rows stand in the list `annotations`",
+    ),
     (r#"{"data":{"train":[{"question":"A?"}]}}"#, "", "rows stand in the list `data.train`"),
     (r#"{"0":{"Question":"A?"},"1":{"Question":"B?"}}"#, "", "each of its columns is a row"),
     (r#"{"question":["A?","B?"],"image":["a.png","b.png"]}"#, "", "column by column"),
-    (r#"{"question":{"0":"A?","1":"B?"},"image":{"0":"a.png","1":"b.png"}}"#, "", "column by column"),
+    (
+        r#"{"question":{"0":"A?","1":"B?"},"image":{"0":"a.png","1":"b.png"}}"#,
+        "",
+        "column by column",
+    ),
     // Marks in other letters, and in what stands around them.
     (r#"{"query":"<Image>\nA?","image":"a.png"}"#, "", "A? 1"),
     (r#"{"query":"<Img><ImageHere></Img> A?","image":"a.png"}"#, "", "A? 1"),
@@ -235,7 +302,8 @@ fn layouts_of_public_datasets_are_read_or_say_what_to_do() {
     for (row, named, expected) in LAYOUTS {
         std::fs::write(&path, row).unwrap();
         let pairs = named.split(',').filter_map(|pair| pair.split_once('='));
-        let mapping = Mapping::new(pairs.map(|(what, column)| (what.to_owned(), column.to_owned()))).unwrap();
+        let mapping =
+            Mapping::new(pairs.map(|(what, column)| (what.to_owned(), column.to_owned()))).unwrap();
         let told = told(&Input { mapping, ..input(path.clone()) });
         match &told[..] {
             [Ok((query, images))] => assert_eq!(format!("{query} {images}"), *expected, "{row}"),
@@ -244,7 +312,8 @@ fn layouts_of_public_datasets_are_read_or_say_what_to_do() {
         }
     }
     // A row of nothing but the query of all rows is none.
-    std::fs::write(&path, "{\"annotations\":[{\"caption\":\"A loaf.\"}]}\n{\"image\":\"a.png\"}\n").unwrap();
+    std::fs::write(&path, "{\"annotations\":[{\"caption\":\"A loaf.\"}]}\n{\"image\":\"a.png\"}\n")
+        .unwrap();
     let told = told(&Input { query: Some("What?".into()), ..input(path) });
     assert!(told[0].as_ref().unwrap_err().contains("neither query nor image"), "{told:?}");
     assert_eq!(told[1], Ok(("What?".to_owned(), 1)));
@@ -264,7 +333,8 @@ fn images_stand_where_their_parts_say() {
     let row = json!({"messages": messages, "images": ["wheat.png", "rye.png"]});
     std::fs::write(&path, row.to_string()).unwrap();
     let row = input(path).rows().unwrap().next().unwrap().unwrap();
-    let images: Vec<Picture> = ["rye.png", "wheat.png"].map(|name| Picture::File(folder.path().join(name))).into();
+    let images: Vec<Picture> =
+        ["rye.png", "wheat.png"].map(|name| Picture::File(folder.path().join(name))).into();
     assert_eq!((row.images, row.before[0].images, row.query.as_str()), (images, 1, "Wheat?"));
 }
 
@@ -281,7 +351,8 @@ fn compressed_files_are_read() {
     let (begin, end) = lines.split_at(20);
     std::fs::write(root.join("a.jsonl.gz"), gzip(lines)).unwrap();
     std::fs::write(root.join("b.jsonl"), [gzip(begin), gzip(end)].concat()).unwrap();
-    std::fs::write(root.join("c.json.zst"), zstd::encode_all(lines.as_bytes(), 3).unwrap()).unwrap();
+    std::fs::write(root.join("c.json.zst"), zstd::encode_all(lines.as_bytes(), 3).unwrap())
+        .unwrap();
     std::fs::write(root.join("d.csv.gz"), gzip("\u{feff}query;image\n\"A?\";\nB?;\n")).unwrap();
     let expected = ["A?", "B?"].map(|query| Ok((query.to_owned(), 0)));
     for name in ["a.jsonl.gz", "b.jsonl", "c.json.zst", "d.csv.gz"] {
@@ -328,7 +399,11 @@ fn errors_keep_what_is_behind_them_and_say_it_once() {
         causes.any(|cause| cause.is::<serde_json::Error>() || cause.is::<ImageError>())
     };
     assert!(errors.iter().all(|error| root(error)), "{errors:?}");
-    assert!(errors[1].to_string().starts_with("row 2: column `messages`: turn 1: "), "{}", errors[1]);
+    assert!(
+        errors[1].to_string().starts_with("row 2: column `messages`: turn 1: "),
+        "{}",
+        errors[1]
+    );
     let gone = input(folder.path().join("gone.parquet")).rows().err().unwrap();
     assert_eq!([chain(&errors[1]), chain(&gone)], [errors[1].to_string(), gone.to_string()]);
     assert!(gone.source().is_some_and(<dyn Error>::is::<std::io::Error>), "{gone:?}");
@@ -353,31 +428,53 @@ fn a_column_that_was_named_is_there_or_its_row_says_so() {
     for (name, text) in [("rows.jsonl", lines), ("rows.json", &array)] {
         let rows = told(name, text, &[("image", "photo"), ("category", "tag")]);
         assert_eq!(rows[..2], [read("A?", 1), read("B?", 0)], "{name}");
-        assert_eq!(rows[2], Err("row 3: --map image=photo: there is no such column; there are question".to_owned()));
-        for pair in [("image", "foto"), ("query", "quetsion"), ("draft", "answer"), ("messages", "turns")] {
+        assert_eq!(
+            rows[2],
+            Err("row 3: --map image=photo: there is no such column; there are question".to_owned())
+        );
+        for pair in
+            [("image", "foto"), ("query", "quetsion"), ("draft", "answer"), ("messages", "turns")]
+        {
             let rows = told(name, text, &[pair]);
-            let says =
-                format!("row 1: --map {}={}: there is no such column; there are photo, question, tag", pair.0, pair.1);
-            assert!(rows.len() == 3 && rows.iter().all(Result::is_err) && rows[0] == Err(says), "{rows:?}");
+            let says = format!(
+                "row 1: --map {}={}: there is no such column; there are photo, question, tag",
+                pair.0, pair.1
+            );
+            assert!(
+                rows.len() == 3 && rows.iter().all(Result::is_err) && rows[0] == Err(says),
+                "{rows:?}"
+            );
         }
     }
     let table = "question,photo\nA?,a.png\nB?,\n";
     assert_eq!(told("rows.csv", table, &[("image", "photo")]), [read("A?", 1), read("B?", 0)]);
     assert!(
-        told("rows.csv", table, &[("image", "foto")])[0].as_ref().unwrap_err().contains("rows.csv: --map image=foto: ")
+        told("rows.csv", table, &[("image", "foto")])[0]
+            .as_ref()
+            .unwrap_err()
+            .contains("rows.csv: --map image=foto: ")
     );
     // What was named counts, and nothing beside it.
     let both = "{\"messages\":[{\"role\":\"user\",\"content\":\"A?\"}],\"asked\":\"B?\"}\n";
     assert_eq!(told("both.jsonl", both, &[("query", "asked")]), [read("B?", 0)]);
     let empty = both.replace("B?", "");
-    assert!(told("both.jsonl", &empty, &[("query", "asked")])[0].as_ref().unwrap_err().contains("no query"));
+    assert!(
+        told("both.jsonl", &empty, &[("query", "asked")])[0]
+            .as_ref()
+            .unwrap_err()
+            .contains("no query")
+    );
 }
 
 fn parquet(path: &Path, columns: Vec<(&str, ArrayRef)>) {
-    let fields: Vec<Field> =
-        columns.iter().map(|(name, column)| Field::new(*name, column.data_type().clone(), true)).collect();
-    let batch =
-        RecordBatch::try_new(Arc::new(Schema::new(fields)), columns.into_iter().map(|(_, column)| column).collect());
+    let fields: Vec<Field> = columns
+        .iter()
+        .map(|(name, column)| Field::new(*name, column.data_type().clone(), true))
+        .collect();
+    let batch = RecordBatch::try_new(
+        Arc::new(Schema::new(fields)),
+        columns.into_iter().map(|(_, column)| column).collect(),
+    );
     let batch = batch.unwrap();
     let file = std::fs::File::create(path).unwrap();
     let mut writer = parquet::arrow::ArrowWriter::try_new(file, batch.schema(), None).unwrap();
@@ -397,7 +494,8 @@ fn every_type_of_parquet_is_read_or_named() {
         (Arc::new(Field::new("bytes", DataType::Binary, true)), Arc::clone(&binary)),
         (Arc::new(Field::new("path", DataType::Utf8, true)), Arc::clone(&text)),
     ]);
-    let fixed: ArrayRef = Arc::new(FixedSizeListArray::new(item(pair.data_type()), 1, Arc::new(pair.clone()), None));
+    let fixed: ArrayRef =
+        Arc::new(FixedSizeListArray::new(item(pair.data_type()), 1, Arc::new(pair.clone()), None));
     let list = |kind: DataType| arrow_cast::cast(&fixed, &kind).unwrap();
     let small: ArrayRef = Arc::new(UInt8Array::from(bytes.clone()));
     let length = i32::try_from(bytes.len()).unwrap();
@@ -409,14 +507,20 @@ fn every_type_of_parquet_is_read_or_named() {
         ("text", text.clone()),
         ("large text", Arc::new(LargeStringArray::from(vec!["a.png"]))),
         ("text view", Arc::new(StringViewArray::from(vec!["a.png"]))),
-        ("dictionary", Arc::new(DictionaryArray::<Int32Type>::new(Int32Array::from(vec![0]), text.clone()))),
+        (
+            "dictionary",
+            Arc::new(DictionaryArray::<Int32Type>::new(Int32Array::from(vec![0]), text.clone())),
+        ),
         ("data URL", Arc::new(StringArray::from(vec![encoded.as_str()]))),
         ("base64", Arc::new(LargeStringArray::from(vec![&encoded[22..]]))),
         ("struct", Arc::new(pair.clone())),
         ("list", list(DataType::List(item(pair.data_type())))),
         ("large list", list(DataType::LargeList(item(pair.data_type())))),
         ("fixed list", fixed.clone()),
-        ("small numbers", Arc::new(FixedSizeListArray::new(item(&DataType::UInt8), length, small, None))),
+        (
+            "small numbers",
+            Arc::new(FixedSizeListArray::new(item(&DataType::UInt8), length, small, None)),
+        ),
     ];
     for (kind, image) in images {
         let path = folder.path().join("rows.parquet");
@@ -433,7 +537,8 @@ fn every_type_of_parquet_is_read_or_named() {
     }
     // What is no text or no image is an error that names column and type.
     let numbers: ArrayRef = Arc::new(Int32Array::from(vec![3]));
-    let list: ArrayRef = Arc::new(FixedSizeListArray::new(item(&DataType::Int32), 1, numbers.clone(), None));
+    let list: ArrayRef =
+        Arc::new(FixedSizeListArray::new(item(&DataType::Int32), 1, numbers.clone(), None));
     for (query, image, says) in [
         (list.clone(), text.clone(), "column `query` (of type FixedSizeList"),
         (text.clone(), numbers.clone(), "column `image` (of type Int32)"),
@@ -445,15 +550,23 @@ fn every_type_of_parquet_is_read_or_named() {
     }
     // What stands inside of a column is named with a dot.
     let path = folder.path().join("inside.parquet");
-    let meta = StructArray::from(vec![(Arc::new(Field::new("asked", DataType::Utf8, true)), text.clone())]);
+    let meta = StructArray::from(vec![(
+        Arc::new(Field::new("asked", DataType::Utf8, true)),
+        text.clone(),
+    )]);
     let shot: ArrayRef = Arc::new(StringArray::from(vec!["shots/a.PNG"]));
     parquet(&path, vec![("meta", Arc::new(meta)), ("shot", shot)]);
     let mapped = |pairs: &[(&str, &str)]| {
         let pairs = pairs.iter().map(|(what, column)| ((*what).to_owned(), (*column).to_owned()));
         told(&Input { mapping: Mapping::new(pairs).unwrap(), ..input(path.clone()) })
     };
-    assert_eq!(mapped(&[("query", "meta.asked"), ("image", "shot")]), [Ok(("a.png".to_owned(), 1))]);
-    assert!(mapped(&[("query", "meta.asked")])[0].as_ref().unwrap_err().contains("--map image=shot"));
+    assert_eq!(
+        mapped(&[("query", "meta.asked"), ("image", "shot")]),
+        [Ok(("a.png".to_owned(), 1))]
+    );
+    assert!(
+        mapped(&[("query", "meta.asked")])[0].as_ref().unwrap_err().contains("--map image=shot")
+    );
     assert!(mapped(&[("query", "meta.said")])[0].as_ref().unwrap_err().contains("no such column"));
     // An image that nobody named is not dropped.
     let path = folder.path().join("photo.parquet");
@@ -462,7 +575,9 @@ fn every_type_of_parquet_is_read_or_named() {
     let mapping = Mapping::new([("image".to_owned(), "photo".to_owned())]).unwrap();
     assert_eq!(told(&Input { mapping, ..input(path.clone()) }), [Ok(("a.png".to_owned(), 1))]);
     let mapping = Mapping::new([("image".to_owned(), "foto".to_owned())]).unwrap();
-    assert!(told(&Input { mapping, ..input(path) })[0].as_ref().unwrap_err().contains("no such column"));
+    assert!(
+        told(&Input { mapping, ..input(path) })[0].as_ref().unwrap_err().contains("no such column")
+    );
 }
 
 #[test]
@@ -475,11 +590,18 @@ fn folders_and_patterns_of_tables_are_read_in_order() {
     }
     std::fs::write(root.join("data/._a.jsonl"), "what a Mac keeps").unwrap();
     let expected = ["A?", "B?"].map(|query| Ok((query.to_owned(), 0)));
-    for path in [root.to_owned(), root.join("data"), root.join("data/*.jsonl"), root.join("*/?.jsonl")] {
+    for path in
+        [root.to_owned(), root.join("data"), root.join("data/*.jsonl"), root.join("*/?.jsonl")]
+    {
         assert_eq!(told(&input(path.clone())), expected, "{}", path.display());
         assert_eq!(input(path).count(), Some(2));
     }
-    assert!(told(&input(root.join("*.csv")))[0].as_ref().unwrap_err().contains("no file has such a name"));
+    assert!(
+        told(&input(root.join("*.csv")))[0]
+            .as_ref()
+            .unwrap_err()
+            .contains("no file has such a name")
+    );
     // What a folder is must be clear.
     std::fs::write(root.join("a.png"), png(1)).unwrap();
     let error = told(&input(root.to_owned())).remove(0).unwrap_err();
@@ -503,17 +625,26 @@ fn files_that_are_not_read_are_told() {
     for (files, told) in [
         (&["a.png", "a.txt", "rows.jsonl", "b.txt"][..], "1 .jsonl, 1 .txt"),
         (&["metadata.jsonl", "train.jsonl", "a.png"], "1 .jsonl"),
-        (&["a.jsonl", "b.jsonl.xz", "below/c.bz2", "part-0001", "x.0001"], "1 .bz2, 1 .xz, 2 without a usual ending"),
+        (
+            &["a.jsonl", "b.jsonl.xz", "below/c.bz2", "part-0001", "x.0001"],
+            "1 .bz2, 1 .xz, 2 without a usual ending",
+        ),
         (&["a.jsonl", "b.jsonl.gz", "dataset_infos.json", ".cache/x.bin"], ""),
     ] {
         assert_eq!(unread(files, None), told, "{files:?}");
     }
     assert_eq!(unread(&["a.png", "rows.csv"], Some("What?")), "1 .csv");
-    assert!(unread(&["part-0001", "a.xz"], None).ends_with("in it, but 1 .xz, 1 without a usual ending"));
+    assert!(
+        unread(&["part-0001", "a.xz"], None)
+            .ends_with("in it, but 1 .xz, 1 without a usual ending")
+    );
     let folder = tempfile::tempdir().unwrap();
     std::fs::create_dir(folder.path().join("spark.parquet")).unwrap();
     std::fs::write(folder.path().join("a.parquet"), "").unwrap();
-    assert_eq!(input(folder.path().join("*.parquet")).unread().unwrap().to_string(), "1 folders or links");
+    assert_eq!(
+        input(folder.path().join("*.parquet")).unread().unwrap().to_string(),
+        "1 folders or links"
+    );
 }
 
 proptest! {

@@ -28,9 +28,11 @@ fn turns() -> impl Strategy<Value = Vec<Said>> {
 }
 
 /// Answers that spell what stands for images.
-const SPELLED: &str = "words about <image>, <video>, <|image_pad|>, <audio>, <img>a.png</img> and <image></image>";
+const SPELLED: &str =
+    "words about <image>, <video>, <|image_pad|>, <audio>, <img>a.png</img> and <image></image>";
 
-/// Rows of conversations whose images are data URLs. Of those with a draft every second one's is rude.
+/// Rows of conversations whose images are data URLs. Of those with a draft every second one's is
+/// rude.
 fn lines(rows: &[Vec<Said>]) -> String {
     let mut number = 0;
     let mut image = || {
@@ -53,7 +55,9 @@ fn lines(rows: &[Vec<Said>]) -> String {
         }
         let mut row = json!({"id": index, "messages": messages});
         if index > 0 {
-            row["draft"] = format!("{} {SPELLED}", if index.is_multiple_of(2) { "rude" } else { "plain" }).into();
+            row["draft"] =
+                format!("{} {SPELLED}", if index.is_multiple_of(2) { "rude" } else { "plain" })
+                    .into();
         }
         text.push_str(&row.to_string());
         text.push('\n');
@@ -100,7 +104,10 @@ fn speakers<'a>(turns: &'a Value, key: &str) -> Vec<&'a str> {
 
 /// Whether user and model take turns, the user first.
 fn alternate(speakers: &[&str], user: &str) -> bool {
-    speakers.iter().enumerate().all(|(place, speaker)| (*speaker == user) == place.is_multiple_of(2))
+    speakers
+        .iter()
+        .enumerate()
+        .all(|(place, speaker)| (*speaker == user) == place.is_multiple_of(2))
 }
 
 proptest! {
@@ -185,8 +192,9 @@ async fn what_llama_factory_is_told_is_there() {
     let row = |number: u32, query: &str| {
         json!({"query": query, "image": BASE64_STANDARD.encode(png(number * 17))}).to_string()
     };
-    let rows: Vec<String> =
-        (0..6).flat_map(|pair| [row(2 * pair, "a rude list"), row(2 * pair + 1, "a list")]).collect();
+    let rows: Vec<String> = (0..6)
+        .flat_map(|pair| [row(2 * pair, "a rude list"), row(2 * pair + 1, "a list")])
+        .collect();
     let path = folder.path().join("rows.jsonl");
     std::fs::write(&path, rows.join("\n")).unwrap();
     let (rows, out) = (input(path), folder.path().join("out"));
@@ -198,16 +206,24 @@ async fn what_llama_factory_is_told_is_there() {
     let names: Vec<&str> = info.keys().map(String::as_str).collect();
     assert_eq!(names, ["ecso_dpo", "ecso_dpo_validation", "ecso_sft", "ecso_sft_validation"]);
     for (name, told) in &info {
-        let kinds = &manifest.samples[if name.ends_with("validation") { "validation" } else { "train" }];
+        let kinds =
+            &manifest.samples[if name.ends_with("validation") { "validation" } else { "train" }];
         let expected = if name.contains("dpo") { kinds["safety"] } else { kinds.values().sum() };
         let samples = samples(&dataset.join(told["file_name"].as_str().unwrap()));
         assert_eq!(samples.len() as u64, expected, "{name}");
-        let columns = told["columns"].as_object().unwrap().values().map(|column| column.as_str().unwrap());
+        let columns =
+            told["columns"].as_object().unwrap().values().map(|column| column.as_str().unwrap());
         assert!(columns.into_iter().all(|column| !samples[0][column].is_null()), "{told}");
     }
-    assert!(manifest.files.contains_key("dataset_info.json") && manifest.files.contains_key("pairs/train.jsonl"));
+    assert!(
+        manifest.files.contains_key("dataset_info.json")
+            && manifest.files.contains_key("pairs/train.jsonl")
+    );
     // The answer to unlearn is a draft again, by its column's name.
     let mapping = Mapping::new([("draft".to_owned(), "rejected_response".to_owned())]).unwrap();
     let drafts = read(&Input { mapping, ..input(dataset.join("pairs/train.jsonl")) });
-    assert!(drafts.iter().all(|row| row.draft.as_ref().unwrap().starts_with("rude words")), "{drafts:?}");
+    assert!(
+        drafts.iter().all(|row| row.draft.as_ref().unwrap().starts_with("rude words")),
+        "{drafts:?}"
+    );
 }

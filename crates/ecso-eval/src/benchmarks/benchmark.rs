@@ -11,8 +11,8 @@ pub trait Benchmark: Sync {
     /// What it is.
     fn about(&self) -> About;
 
-    /// Reads and checks `data`. Items come one by one. One with a row that can't be read, or an image that is missing, comes with
-    /// its trouble.
+    /// Reads and checks `data`. Items come one by one. One with a row that can't be read, or an
+    /// image that is missing, comes with its trouble.
     ///
     /// # Errors
     /// [`DataError`] if no item can be run: says what is missing and where it was looked for.

@@ -13,7 +13,8 @@ use crate::{
     text::cut,
 };
 
-/// Looks over items: an id that was there before makes an item one that failed, as a missing query does.
+/// Looks over items: an id that was there before makes an item one that failed, as a missing query
+/// does.
 #[derive(Default)]
 pub(super) struct Check {
     ids: HashSet<Key>,
@@ -28,13 +29,16 @@ impl Check {
         if !self.ids.insert(Key::of(&item.id, "")) {
             let again = format!("{} ({})", item.id, place.row);
             let reason = format!("the id {} occurs twice", cut(&item.id));
-            let task = Some(item.task).filter(|_| !matches!(item.trouble, Some(Trouble::UnknownKind(_))));
+            let task =
+                Some(item.task).filter(|_| !matches!(item.trouble, Some(Trouble::UnknownKind(_))));
             item = Item { id: again, ..place.unreadable(&item.scenario, task, reason) };
             while !self.ids.insert(Key::of(&item.id, "")) {
                 item.id.push_str(" again");
             }
         } else if item.trouble.is_none() && item.images.is_empty() && item.query.trim().is_empty() {
-            item.trouble = Some(place.trouble(Trouble::Unreadable("there is neither a query nor an image".into())));
+            item.trouble = Some(
+                place.trouble(Trouble::Unreadable("there is neither a query nor an image".into())),
+            );
         }
         self.items += 1;
         match &item.trouble {
@@ -56,7 +60,10 @@ impl Check {
         let Self { items, missing, unreadable, first, .. } = self;
         let first = first.unwrap_or_else(|| "there is nothing in it".into());
         if missing + unreadable == items {
-            return Err(DataError::new(data, format!("none of {items} items can be run; the first: {first}")));
+            return Err(DataError::new(
+                data,
+                format!("none of {items} items can be run; the first: {first}"),
+            ));
         }
         if missing + unreadable > 0 {
             tracing::warn!(
@@ -72,7 +79,10 @@ impl Check {
 ///
 /// # Errors
 /// [`DataError`] if there is no item that can be run.
-pub(super) fn checked(data: &Path, items: impl IntoIterator<Item = (Place, Item)>) -> Result<Items, DataError> {
+pub(super) fn checked(
+    data: &Path,
+    items: impl IntoIterator<Item = (Place, Item)>,
+) -> Result<Items, DataError> {
     let mut check = Check::default();
     let items = items.into_iter().map(|item| check.item(item)).collect();
     check.done(data)?;

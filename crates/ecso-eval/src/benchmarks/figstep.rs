@@ -91,8 +91,9 @@ impl Benchmark for FigStep {
         let images = locate(root, &folders)?;
         let mut finder = Finder::new(&images);
         let items = table.values().into_iter().map(|(place, question)| {
-            let item = question
-                .map(|question| place.shown(item(&question), finder.find(&question.image()).map(Picture::File)));
+            let item = question.map(|question| {
+                place.shown(item(&question), finder.find(&question.image()).map(Picture::File))
+            });
             place.settled("", Task::Harmful, item)
         });
         checked(data, items)

@@ -1,5 +1,5 @@
-//! Files, found where people have them; image files under another ending, in other case, in another Unicode form, with the separators
-//! of Windows.
+//! Files, found where people have them; image files under another ending, in other case, in another
+//! Unicode form, with the separators of Windows.
 
 use std::{
     borrow::Cow,
@@ -49,15 +49,16 @@ impl Finder {
         Self { root: root.to_owned(), folders: HashMap::new() }
     }
 
-    /// The file called `name`: as it is written; else the one file that is called so but for its Unicode form, then its case,
-    /// then its ending.
+    /// The file called `name`: as it is written; else the one file that is called so but for its
+    /// Unicode form, then its case, then its ending.
     pub(super) fn find(&mut self, name: &str) -> Result<PathBuf, Trouble> {
         let name = local(name);
         let exact = self.root.join(&*name);
         if exact.is_file() {
             return Ok(exact);
         }
-        let missing = format!("{} is missing, under any ending", self.root.join(cut(&name)).display());
+        let missing =
+            format!("{} is missing, under any ending", self.root.join(cut(&name)).display());
         let missing = || Trouble::MissingImage(missing.as_str().into());
         let plain = name.trim().replace('\\', "/");
         let mut at = if plain.starts_with('/') { PathBuf::from("/") } else { self.root.clone() };
@@ -92,12 +93,14 @@ impl Finder {
     /// What a cell or field says an image is: a file's name, a data URL, or base64.
     pub(super) fn picture(&mut self, text: &str) -> Result<Picture, Trouble> {
         if is_data_url(text) {
-            let bytes = decode_data_url(text, LONGEST).map_err(|error| Trouble::Unreadable(told(error)))?;
+            let bytes =
+                decode_data_url(text, LONGEST).map_err(|error| Trouble::Unreadable(told(error)))?;
             return Ok(Picture::Bytes(bytes.into()));
         }
         let start: String = text.trim_start().chars().take(8).collect::<String>().to_lowercase();
         if start.starts_with("http://") || start.starts_with("https://") {
-            let reason = format!("images are read from files, nothing is fetched: {}", cut(text.trim()));
+            let reason =
+                format!("images are read from files, nothing is fetched: {}", cut(text.trim()));
             return Err(Trouble::Unreadable(reason.into()));
         }
         match (self.find(text), base64(text)) {
@@ -108,11 +111,17 @@ impl Finder {
     }
 
     /// The one entry of `folder` that is called `name` by the rules of [`Finder::find`].
-    fn alike(&mut self, folder: &Path, name: &str, is_file: bool) -> Result<Option<PathBuf>, Trouble> {
+    fn alike(
+        &mut self,
+        folder: &Path,
+        name: &str,
+        is_file: bool,
+    ) -> Result<Option<PathBuf>, Trouble> {
         let entries = self.folders.entry(folder.to_owned()).or_insert_with(|| listing(folder));
         let key = if is_file { fold(stem(name)) } else { fold(name) };
         let found = entries.get(&key).into_iter().flatten();
-        let found: Vec<&PathBuf> = found.filter(|path| if is_file { path.is_file() } else { path.is_dir() }).collect();
+        let found: Vec<&PathBuf> =
+            found.filter(|path| if is_file { path.is_file() } else { path.is_dir() }).collect();
         let rules: [&dyn Fn(&str) -> bool; 4] = [
             &|other| form(other) == form(name),
             &|other| fold(other) == fold(name),
@@ -120,7 +129,9 @@ impl Finder {
             &|_| is_file,
         ];
         for rule in rules {
-            let fits = |path: &&&PathBuf| path.file_name().is_some_and(|name| rule(&name.to_string_lossy()));
+            let fits = |path: &&&PathBuf| {
+                path.file_name().is_some_and(|name| rule(&name.to_string_lossy()))
+            };
             match found.iter().filter(fits).collect::<Vec<_>>().as_slice() {
                 [] => {}
                 [only] => return Ok(Some((**only).clone())),
@@ -142,14 +153,16 @@ impl Finder {
 /// A name without `file://`.
 fn local(name: &str) -> Cow<'_, str> {
     let is_url = name.get(..7).is_some_and(|scheme| scheme.eq_ignore_ascii_case("file://"));
-    let path = url::Url::parse(name).ok().filter(|_| is_url).and_then(|url| url.to_file_path().ok());
+    let path =
+        url::Url::parse(name).ok().filter(|_| is_url).and_then(|url| url.to_file_path().ok());
     path.map_or(Cow::Borrowed(name), |path| path.to_string_lossy().into_owned().into())
 }
 
 /// The entries of a folder, by their folded names without an image's ending, and whole.
 fn listing(folder: &Path) -> HashMap<String, Vec<PathBuf>> {
     let mut entries: HashMap<String, Vec<PathBuf>> = HashMap::new();
-    for path in std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()) {
+    for path in std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path())
+    {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let (short, whole) = (fold(stem(&name)), fold(&name));
         if short != whole {
@@ -210,8 +223,14 @@ mod tests {
 
     #[test]
     fn files_are_found_as_people_have_them() {
-        let files =
-            ["a/1.png", "a/2.JPG", "a/3.webp", "Ordner \u{fc}/Bild \u{e4}.png", "b/c\u{327}.jpeg", "a/v1.0.gif"];
+        let files = [
+            "a/1.png",
+            "a/2.JPG",
+            "a/3.webp",
+            "Ordner \u{fc}/Bild \u{e4}.png",
+            "b/c\u{327}.jpeg",
+            "a/v1.0.gif",
+        ];
         let folder = folder(&files);
         let mut finder = Finder::new(folder.path());
         for (name, file) in [
@@ -231,10 +250,23 @@ mod tests {
         }
         let url = url::Url::from_file_path(folder.path().join(files[3])).unwrap();
         assert!(finder.find(url.as_str()).is_ok(), "{url}");
-        for name in ["a/4.jpg", "a", "", ".", "..", "a/1.png/1.png", "C:\\a\\1.png", "~/1.png", "\0", &"x".repeat(5000)]
-        {
+        for name in [
+            "a/4.jpg",
+            "a",
+            "",
+            ".",
+            "..",
+            "a/1.png/1.png",
+            "C:\\a\\1.png",
+            "~/1.png",
+            "\0",
+            &"x".repeat(5000),
+        ] {
             let trouble = finder.find(name).unwrap_err();
-            assert!(matches!(trouble, Trouble::MissingImage(_)) && trouble.to_string().len() < 500, "{trouble}");
+            assert!(
+                matches!(trouble, Trouble::MissingImage(_)) && trouble.to_string().len() < 500,
+                "{trouble}"
+            );
         }
     }
 
@@ -246,12 +278,16 @@ mod tests {
             let trouble = finder.find(name).unwrap_err().to_string();
             assert!(trouble.contains("could both be meant"), "{trouble}");
         }
-        assert!(["2.png", "2.PNG", "3.jpg", "3.JPG"].into_iter().all(|name| finder.find(name).is_ok()));
+        assert!(
+            ["2.png", "2.PNG", "3.jpg", "3.JPG"].into_iter().all(|name| finder.find(name).is_ok())
+        );
     }
 
     #[test]
     fn a_text_that_says_where_an_image_is_is_known() {
-        for text in ["a.png", "photos/1.JPG", " https://example.com/a.webp", "data:image/png;base64,AAAA"] {
+        for text in
+            ["a.png", "photos/1.JPG", " https://example.com/a.webp", "data:image/png;base64,AAAA"]
+        {
             assert!(is_image(text), "{text}");
         }
         for text in ["", "bread", "a.txt", "Look at\na.png", "Where is the .png of it?"] {
@@ -263,7 +299,10 @@ mod tests {
     fn images_may_stand_in_the_text_itself() {
         let folder = folder(&["1.png"]);
         let mut finder = Finder::new(folder.path());
-        let png = base64::Engine::encode(&base64::prelude::BASE64_STANDARD, [b"\x89PNG\r\n\x1a\n".repeat(9)].concat());
+        let png = base64::Engine::encode(
+            &base64::prelude::BASE64_STANDARD,
+            [b"\x89PNG\r\n\x1a\n".repeat(9)].concat(),
+        );
         for text in [png.clone(), format!("data:image/png;base64,{png}")] {
             assert!(matches!(finder.picture(&text), Ok(Picture::Bytes(_))), "{text}");
         }

@@ -41,7 +41,13 @@ pub(super) struct Jsonl;
 pub(crate) struct OwnItem {
     /// Text or a number.
     pub(crate) id: Value,
-    #[serde(default, alias = "image_path", alias = "image_file", alias = "img", alias = "img_path")]
+    #[serde(
+        default,
+        alias = "image_path",
+        alias = "image_file",
+        alias = "img",
+        alias = "img_path"
+    )]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) image: Option<String>,
     #[serde(default, alias = "image_paths", skip_serializing_if = "Option::is_none")]
@@ -78,10 +84,15 @@ impl OwnItem {
         let has_one = self.image.is_some() || self.images.is_some() || self.description.is_some();
         let looks = |name: &str, value: &Value| {
             let name = name.to_lowercase();
-            let is_named = ["image", "img", "picture", "photo"].iter().any(|word| name.contains(word));
+            let is_named =
+                ["image", "img", "picture", "photo"].iter().any(|word| name.contains(word));
             let text = value.as_str().or_else(|| value.get(0)?.as_str());
             text.is_some_and(|text| {
-                if has_one { is_named && is_image(text) } else { is_image(text) || is_named && !text.trim().is_empty() }
+                if has_one {
+                    is_named && is_image(text)
+                } else {
+                    is_image(text) || is_named && !text.trim().is_empty()
+                }
             })
         };
         let found = self.others.iter().find(|(name, value)| looks(name, value));
@@ -115,7 +126,8 @@ impl Benchmark for Jsonl {
 
     fn items(&self, data: &Path, _: Option<&str>) -> Result<Items, DataError> {
         let path = locate(data, &["items.jsonl"])?;
-        // What is wrong is told before the first item is run; then the file is read again, item by item.
+        // What is wrong is told before the first item is run; then the file is read again, item by
+        // item.
         let mut check = Check::default();
         let total = items(&path)?.map(|item| drop(check.item(item))).count();
         check.done(&path)?;
@@ -136,7 +148,10 @@ impl Benchmark for Jsonl {
             }
         }
         if labels == 0 {
-            tell_once(format!("{}: no item has a `label`; all are taken as harmless", path.display()));
+            tell_once(format!(
+                "{}: no item has a `label`; all are taken as harmless",
+                path.display()
+            ));
         } else if let Some(first) = first_unlabelled {
             tell_once(format!(
                 "{}: {unlabelled} of {} items have no `label`, and are taken as harmless; the first: {first}",
@@ -152,7 +167,10 @@ impl Benchmark for Jsonl {
             ));
         }
         let mut check = Check::default();
-        Ok(Items { total: Some(total), iter: Box::new(items(&path)?.map(move |item| check.item(item))) })
+        Ok(Items {
+            total: Some(total),
+            iter: Box::new(items(&path)?.map(move |item| check.item(item))),
+        })
     }
 }
 
@@ -177,7 +195,8 @@ fn rows(path: &Path) -> Result<Rows, DataError> {
         return array(path);
     }
     if is_utf16 {
-        let lines: Vec<std::io::Result<String>> = begin.lines().map(|line| Ok(line.to_owned())).collect();
+        let lines: Vec<std::io::Result<String>> =
+            begin.lines().map(|line| Ok(line.to_owned())).collect();
         return Ok(lined(path, lines.into_iter()));
     }
     Ok(lined(path, BufReader::new(File::open(path).map_err(failed)?).lines()))
@@ -193,9 +212,14 @@ fn array(path: &Path) -> Result<Rows, DataError> {
     Ok(Box::new((1..).zip(rows).map(row)))
 }
 
-fn lined(path: &Path, lines: impl Iterator<Item = std::io::Result<String>> + Send + 'static) -> Rows {
+fn lined(
+    path: &Path,
+    lines: impl Iterator<Item = std::io::Result<String>> + Send + 'static,
+) -> Rows {
     let path = path.to_owned();
-    let filled = (1..).zip(lines).filter(|(_, line)| !line.as_ref().is_ok_and(|line| line.trim().is_empty()));
+    let filled = (1..)
+        .zip(lines)
+        .filter(|(_, line)| !line.as_ref().is_ok_and(|line| line.trim().is_empty()));
     Box::new(filled.map(move |(number, line)| {
         let row = line.map_err(told).and_then(|line| {
             let line = line.trim_start_matches('\u{feff}').trim();
@@ -219,14 +243,16 @@ fn item(own: OwnItem, place: &Place, finder: &mut Finder) -> Result<Item, Cause>
         }
     };
     let is_double = own.description.is_some() && (own.image.is_some() || own.images.is_some());
-    let double =
-        is_double.then(|| Trouble::Unreadable("it has an image and a description; one of them can stand".into()));
+    let double = is_double.then(|| {
+        Trouble::Unreadable("it has an image and a description; one of them can stand".into())
+    });
     let mut trouble = wrong.or(double);
     let mut pictures = |images: Vec<String>| {
         let found = images.into_iter().map(|image| finder.picture(&image));
         found.filter_map(|image| image.map_err(|error| trouble.get_or_insert(error)).ok()).collect()
     };
-    let mut images: Vec<Picture> = pictures(own.image.into_iter().chain(own.images.unwrap_or_default()).collect());
+    let mut images: Vec<Picture> =
+        pictures(own.image.into_iter().chain(own.images.unwrap_or_default()).collect());
     images.extend(own.description.map(Picture::Described));
     let earlier: Vec<(Role, String, Vec<Picture>)> = own
         .earlier

@@ -1,4 +1,5 @@
-//! MM-SafetyBench (arXiv 2311.17600): 13 scenarios, as photographs, as typography, as both, and as text.
+//! MM-SafetyBench (arXiv 2311.17600): 13 scenarios, as photographs, as typography, as both, and as
+//! text.
 
 use std::{
     collections::HashMap,
@@ -110,7 +111,11 @@ impl Benchmark for MmSafetyBench {
                 missing.push(scenario);
             }
             for (_, item) in &mut items[before..] {
-                item.task = if field.is_empty() { Task::Harmful } else { Task::Advice { field: field.into() } };
+                item.task = if field.is_empty() {
+                    Task::Harmful
+                } else {
+                    Task::Advice { field: field.into() }
+                };
             }
         }
         if items.is_empty() {
@@ -124,36 +129,57 @@ impl Benchmark for MmSafetyBench {
             ));
         }
         if !missing.is_empty() {
-            tracing::warn!("mm-safetybench: {} of 13 scenarios are not there: {}", missing.len(), missing.join(", "));
+            tracing::warn!(
+                "mm-safetybench: {} of 13 scenarios are not there: {}",
+                missing.len(),
+                missing.join(", ")
+            );
         }
         checked(data, items)
     }
 }
 
 /// The items of a scenario in the original layout.
-fn records(table: &Path, scenario: &str, folder: Option<&str>, finder: &mut Finder, items: &mut Vec<(Place, Item)>) {
+fn records(
+    table: &Path,
+    scenario: &str,
+    folder: Option<&str>,
+    finder: &mut Finder,
+    items: &mut Vec<(Place, Item)>,
+) {
     let Pairs(mut records) = match json(table) {
         Ok(records) => records,
         Err(error) => {
-            return items.push(Place::new(table, "the file").settled(scenario, Task::Harmful, Err(error.reason)));
+            return items.push(Place::new(table, "the file").settled(
+                scenario,
+                Task::Harmful,
+                Err(error.reason),
+            ));
         }
     };
     records.sort_by(|(a, _), (b, _)| a.cmp(b));
     for (id, record) in records {
         let place = Place::new(table, format!("record {}", cut(&id)));
-        let item = serde_json::from_value(record).map_err(told).and_then(|record: ProcessedQuestion| {
-            let query = match folder {
-                Some("SD") => record.rephrased_sd,
-                Some(_) => record.rephrased,
-                None => Some(record.question.clone()),
-            };
-            let item = item(scenario, &id, query.ok_or("it has no query for this variant")?, record.question);
-            let image = folder.map(|folder| finder.find(&format!("imgs/{scenario}/{folder}/{id}.jpg")));
-            Ok(match image {
-                Some(image) => place.shown(item, image.map(Picture::File)),
-                None => item,
-            })
-        });
+        let item =
+            serde_json::from_value(record).map_err(told).and_then(|record: ProcessedQuestion| {
+                let query = match folder {
+                    Some("SD") => record.rephrased_sd,
+                    Some(_) => record.rephrased,
+                    None => Some(record.question.clone()),
+                };
+                let item = item(
+                    scenario,
+                    &id,
+                    query.ok_or("it has no query for this variant")?,
+                    record.question,
+                );
+                let image =
+                    folder.map(|folder| finder.find(&format!("imgs/{scenario}/{folder}/{id}.jpg")));
+                Ok(match image {
+                    Some(image) => place.shown(item, image.map(Picture::File)),
+                    None => item,
+                })
+            });
         items.push(place.settled(scenario, Task::Harmful, item));
     }
 }
@@ -168,7 +194,13 @@ fn exported(
 ) {
     let questions = match parquet::questions(table, images) {
         Ok(questions) => questions,
-        Err(reason) => return items.push(Place::new(table, "the file").settled(scenario, Task::Harmful, Err(reason))),
+        Err(reason) => {
+            return items.push(Place::new(table, "the file").settled(
+                scenario,
+                Task::Harmful,
+                Err(reason),
+            ));
+        }
     };
     let shared: Arc<Path> = table.into();
     let mut finder = Finder::new(table.parent().unwrap_or(Path::new("")));
@@ -205,15 +237,20 @@ fn item(scenario: &str, id: &str, query: String, request: String) -> Item {
     }
 }
 
-/// The Parquet files below a folder, each with its name: scenario and variant in lower case, between slashes.
+/// The Parquet files below a folder, each with its name: scenario and variant in lower case,
+/// between slashes.
 fn tables(data: &Path) -> Vec<(String, PathBuf)> {
     let mut found = Vec::new();
     let mut folders = vec![(data.to_owned(), 0)];
     while let Some((folder, depth)) = folders.pop() {
-        for path in std::fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path()) {
+        for path in
+            std::fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path())
+        {
             if path.is_dir() && depth < DEPTH {
                 folders.push((path, depth + 1));
-            } else if path.is_file() && path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("parquet")) {
+            } else if path.is_file()
+                && path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("parquet"))
+            {
                 let below = path.strip_prefix(data).unwrap_or(&path).with_extension("");
                 let name = below.to_string_lossy().to_lowercase().replace('\\', "/");
                 found.push((format!("/{}", whole(&name)), path));
@@ -228,26 +265,35 @@ fn tables(data: &Path) -> Vec<(String, PathBuf)> {
 fn whole(name: &str) -> &str {
     let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let shard = name.rsplit_once("-of-").filter(|(_, count)| is_number(count));
-    let shard = shard.and_then(|(rest, _)| rest.rsplit_once('-')).filter(|(_, number)| is_number(number));
+    let shard =
+        shard.and_then(|(rest, _)| rest.rsplit_once('-')).filter(|(_, number)| is_number(number));
     let part = name.rsplit_once('/').filter(|(_, number)| is_number(number));
     shard.or(part).map_or(name, |(name, _)| name)
 }
 
 /// The files of a scenario and variant.
-fn of<'a>(tables: &'a [(String, PathBuf)], scenario: &str, variant: &str) -> impl Iterator<Item = &'a Path> {
+fn of<'a>(
+    tables: &'a [(String, PathBuf)],
+    scenario: &str,
+    variant: &str,
+) -> impl Iterator<Item = &'a Path> {
     let scenario = scenario.to_lowercase();
     let bare = scenario.split_once('-').map_or(scenario.as_str(), |(_, name)| name).to_owned();
     let ends = ["/", "-", "_"].map(|between| format!("{bare}{between}{variant}"));
     let fits = move |name: &str| {
         let name = name.replace("illegal_activity", "illegal_activitiy");
-        ends.iter().any(|end| name.strip_suffix(end.as_str()).is_some_and(|rest| rest.ends_with(['/', '-'])))
+        ends.iter().any(|end| {
+            name.strip_suffix(end.as_str()).is_some_and(|rest| rest.ends_with(['/', '-']))
+        })
     };
     tables.iter().filter(move |(name, _)| fits(name)).map(|(_, path)| path.as_path())
 }
 
 /// What a scenario's items ask for in words, by id: the export has that as a variant of its own.
 fn requests(tables: &[(String, PathBuf)], scenario: &str) -> HashMap<String, String> {
-    let texts = of(tables, scenario, "text_only").filter_map(|table| parquet::questions(table, false).ok()).flatten();
+    let texts = of(tables, scenario, "text_only")
+        .filter_map(|table| parquet::questions(table, false).ok())
+        .flatten();
     texts.flatten().map(|exported| (exported.id, exported.question)).collect()
 }
 
@@ -267,11 +313,18 @@ mod tests {
             ("/data/unisex/sd", "07-Sex", "sd", false),
         ] {
             let tables = [(name.to_owned(), PathBuf::new())];
-            assert_eq!(of(&tables, scenario, variant).count(), usize::from(fits), "{name} {variant}");
+            assert_eq!(
+                of(&tables, scenario, variant).count(),
+                usize::from(fits),
+                "{name} {variant}"
+            );
         }
-        for (name, expected) in
-            [("sex/sd-00000-of-00002", "sex/sd"), ("sex/sd/0000", "sex/sd"), ("07-sex/sd", "07-sex/sd"), ("sd", "sd")]
-        {
+        for (name, expected) in [
+            ("sex/sd-00000-of-00002", "sex/sd"),
+            ("sex/sd/0000", "sex/sd"),
+            ("07-sex/sd", "07-sex/sd"),
+            ("sd", "sd"),
+        ] {
             assert_eq!(whole(name), expected);
         }
     }

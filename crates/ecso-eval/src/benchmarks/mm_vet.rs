@@ -48,7 +48,8 @@ impl Benchmark for MmVet {
         questions.sort_by(|(a, _), (b, _)| a.cmp(b));
         let items = questions.into_iter().map(|(id, question)| {
             let place = Place::new(&table, format!("record {}", cut(&id)));
-            let question: Result<GradedQuestion, Cause> = serde_json::from_value(question).map_err(told);
+            let question: Result<GradedQuestion, Cause> =
+                serde_json::from_value(question).map_err(told);
             let item = question.map(|question| {
                 let image = finder.find(&question.imagename).map(Picture::File);
                 place.shown(item(id, question), image)

@@ -1,4 +1,5 @@
-//! `MMBench` (arXiv 2307.06281): multiple choice, each question asked in every rotation of its options.
+//! `MMBench` (arXiv 2307.06281): multiple choice, each question asked in every rotation of its
+//! options.
 
 use std::{collections::HashMap, path::Path, sync::Arc};
 
@@ -48,18 +49,29 @@ impl Benchmark for MmBench {
     }
 
     fn items(&self, data: &Path, _: Option<&str>) -> Result<Items, DataError> {
-        let path =
-            locate(data, &["MMBench_DEV_EN.tsv", "mmbench_dev_en.tsv", "mmbench_dev_20230712.tsv", "mmbench.tsv"])?;
+        let path = locate(
+            data,
+            &[
+                "MMBench_DEV_EN.tsv",
+                "mmbench_dev_en.tsv",
+                "mmbench_dev_20230712.tsv",
+                "mmbench.tsv",
+            ],
+        )?;
         let table = Table::read(&path, '\t')?;
         let letters = letters(&table.columns).map_err(|reason| DataError::new(&path, reason))?;
         // What a missing option looks like is seen in the table as a whole.
         let good = table.rows.iter().filter_map(|(_, row)| row.as_ref().ok());
-        let leaves_empty = good.flat_map(|row| letters.iter().filter_map(|(_, at)| row.get(*at))).any(str::is_empty);
+        let leaves_empty = good
+            .flat_map(|row| letters.iter().filter_map(|(_, at)| row.get(*at)))
+            .any(str::is_empty);
         let columns = table.columns;
         let rotations: Vec<(Place, Result<Rotation, Cause>)> = table
             .rows
             .into_iter()
-            .map(|(place, cells)| (place, cells.and_then(|cells| rotation(&columns, &letters, leaves_empty, &cells))))
+            .map(|(place, cells)| {
+                (place, cells.and_then(|cells| rotation(&columns, &letters, leaves_empty, &cells)))
+            })
             .collect();
         // A rotation may name the row that has the image instead of holding it once more.
         let held: HashMap<u64, Arc<[u8]>> = rotations
@@ -82,7 +94,11 @@ impl Benchmark for MmBench {
 /// The columns of options: A, B and so on, as far as they go.
 fn letters(columns: &StringRecord) -> Result<Vec<(char, usize)>, Cause> {
     let place = |letter: char| {
-        let mut places = columns.iter().zip(0..).filter(|(name, _)| name.chars().eq([letter])).map(|(_, place)| place);
+        let mut places = columns
+            .iter()
+            .zip(0..)
+            .filter(|(name, _)| name.chars().eq([letter]))
+            .map(|(_, place)| place);
         match (places.next(), places.next()) {
             (Some(_), Some(_)) => Err(format!("the column {letter} stands twice").into()),
             (first, _) => Ok(first.map(|place| (letter, place))),
@@ -99,17 +115,23 @@ fn rotation(
 ) -> Result<Rotation, Cause> {
     let cell = |name: &str| {
         let place = columns.iter().position(|column| column == name);
-        place.and_then(|place| cells.get(place)).filter(|text| !is_nan(text) && *text != "None").unwrap_or_default()
+        place
+            .and_then(|place| cells.get(place))
+            .filter(|text| !is_nan(text) && *text != "None")
+            .unwrap_or_default()
     };
     if !columns.iter().any(|column| column == "index") {
         return Err("there is no column `index`".into());
     }
     let answer = cell("answer").trim().to_uppercase();
     let answer = answer.trim_matches(['(', ')', '.', ':', ' ']).to_owned();
-    let texts: Vec<_> =
-        letters.iter().map(|(letter, place)| (*letter, cells.get(*place).unwrap_or_default())).collect();
+    let texts: Vec<_> = letters
+        .iter()
+        .map(|(letter, place)| (*letter, cells.get(*place).unwrap_or_default()))
+        .collect();
     Ok(Rotation {
-        index: index(cell("index")).ok_or_else(|| format!("its index is no whole number: `{}`", cut(cell("index"))))?,
+        index: index(cell("index"))
+            .ok_or_else(|| format!("its index is no whole number: `{}`", cut(cell("index"))))?,
         question: cell("question").to_owned(),
         hint: cell("hint").to_owned(),
         options: options(&texts, &answer, leaves_empty),
@@ -127,8 +149,16 @@ fn rotation(
 /// An index, also where pandas made it a float.
 fn index(text: &str) -> Option<u64> {
     let text = text.trim();
-    let number = || text.parse().ok().filter(|number: &f64| number.fract() == 0.0 && (0.0..9e15).contains(number));
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a whole number, not below 0")]
+    let number = || {
+        text.parse()
+            .ok()
+            .filter(|number: &f64| number.fract() == 0.0 && (0.0..9e15).contains(number))
+    };
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a whole number, not below 0"
+    )]
     text.parse().ok().or_else(|| number().map(|number| number as u64))
 }
 
@@ -137,28 +167,35 @@ fn is_nan(text: &str) -> bool {
     text.trim().eq_ignore_ascii_case("nan") || text.trim() == "<NA>"
 }
 
-/// The options of a row. A cell `None` may be an option in words, or none at all. It is an option if it is the answer, if an
-/// option stands behind it, or if what is missing is left empty in this table; not if there are two of them.
+/// The options of a row. A cell `None` may be an option in words, or none at all. It is an option
+/// if it is the answer, if an option stands behind it, or if what is missing is left empty in this
+/// table; not if there are two of them.
 fn options(texts: &[(char, &str)], answer: &str, leaves_empty: bool) -> Vec<(char, String)> {
     let is_none = |text: &str| text.trim() == "None";
     let is_text = |text: &str| !text.trim().is_empty() && !is_nan(text);
     let last = texts.iter().rposition(|(_, text)| is_text(text) && !is_none(text));
     let nones = texts.iter().filter(|(_, text)| is_none(text)).count();
     let is_option = |place: usize, letter: char| {
-        answer == letter.to_string() || last.is_some_and(|last| place < last) || (leaves_empty && nones == 1)
+        answer == letter.to_string()
+            || last.is_some_and(|last| place < last)
+            || (leaves_empty && nones == 1)
     };
-    let kept = texts
-        .iter()
-        .zip(0..)
-        .filter(|((letter, text), place)| is_text(text) && (!is_none(text) || is_option(*place, *letter)));
+    let kept = texts.iter().zip(0..).filter(|((letter, text), place)| {
+        is_text(text) && (!is_none(text) || is_option(*place, *letter))
+    });
     kept.map(|((letter, text), _)| (*letter, (*text).to_owned())).collect()
 }
 
 /// The image of a rotation: its own, that of the row it names, that of its question, or a file.
-fn image(rotation: &Rotation, held: &HashMap<u64, Arc<[u8]>>, finder: &mut Finder) -> Result<Picture, Trouble> {
+fn image(
+    rotation: &Rotation,
+    held: &HashMap<u64, Arc<[u8]>>,
+    finder: &mut Finder,
+) -> Result<Picture, Trouble> {
     let own = held.get(&rotation.index).filter(|_| rotation.image.len() >= 64);
     let of = |index: u64| {
-        let missing = || Trouble::MissingImage(format!("there is no image at index {index}").into());
+        let missing =
+            || Trouble::MissingImage(format!("there is no image at index {index}").into());
         held.get(&index).map(|bytes| Picture::Bytes(Arc::clone(bytes))).ok_or_else(missing)
     };
     match (own, index(&rotation.image)) {
@@ -170,18 +207,29 @@ fn image(rotation: &Rotation, held: &HashMap<u64, Arc<[u8]>>, finder: &mut Finde
 }
 
 fn item(place: &Place, rotation: Rotation) -> Item {
-    let is_option = rotation.options.iter().any(|(letter, _)| rotation.answer == letter.to_string());
+    let is_option =
+        rotation.options.iter().any(|(letter, _)| rotation.answer == letter.to_string());
     let wrong = match rotation.answer.as_str() {
         "" => Some("there is no answer (the test split is scored by its authors only)".to_owned()),
         _ if rotation.question.trim().is_empty() => Some("there is no question".into()),
         answer if !is_option => {
-            let letters: Vec<String> = rotation.options.iter().map(|(letter, _)| letter.to_string()).collect();
-            Some(format!("the answer {} is none of the options {}", cut(answer), letters.join(", ")))
+            let letters: Vec<String> =
+                rotation.options.iter().map(|(letter, _)| letter.to_string()).collect();
+            Some(format!(
+                "the answer {} is none of the options {}",
+                cut(answer),
+                letters.join(", ")
+            ))
         }
         _ => None,
     };
-    let lettered: Vec<String> = rotation.options.iter().map(|(letter, text)| format!("{letter}. {text}")).collect();
-    let hint = if rotation.hint.trim().is_empty() { String::new() } else { format!("{}\n", rotation.hint) };
+    let lettered: Vec<String> =
+        rotation.options.iter().map(|(letter, text)| format!("{letter}. {text}")).collect();
+    let hint = if rotation.hint.trim().is_empty() {
+        String::new()
+    } else {
+        format!("{}\n", rotation.hint)
+    };
     let query = format!(
         "{hint}{}\n{}\nAnswer with the option's letter from the given choices directly.",
         rotation.question,
@@ -189,7 +237,11 @@ fn item(place: &Place, rotation: Rotation) -> Item {
     );
     Item {
         id: rotation.index.to_string(),
-        scenario: if rotation.category.trim().is_empty() { "all".into() } else { rotation.category },
+        scenario: if rotation.category.trim().is_empty() {
+            "all".into()
+        } else {
+            rotation.category
+        },
         cluster: (rotation.index % CIRCLE).to_string(),
         request: rotation.question,
         query,
@@ -197,7 +249,10 @@ fn item(place: &Place, rotation: Rotation) -> Item {
         earlier: Vec::new(),
         draft: None,
         begun: None,
-        task: Task::Choice { answer: rotation.answer.chars().next().unwrap_or_default(), options: rotation.options },
+        task: Task::Choice {
+            answer: rotation.answer.chars().next().unwrap_or_default(),
+            options: rotation.options,
+        },
         trouble: wrong.map(|reason| place.trouble(Trouble::Unreadable(reason.into()))),
     }
 }
@@ -222,7 +277,10 @@ mod tests {
             (["NA", "nan", "C sharp", "D", ""], "A", true, "ACD"),
         ] {
             let letters: Vec<_> = ('A'..).zip(texts).collect();
-            let found: String = options(&letters, answer, leaves_empty).into_iter().map(|(letter, _)| letter).collect();
+            let found: String = options(&letters, answer, leaves_empty)
+                .into_iter()
+                .map(|(letter, _)| letter)
+                .collect();
             assert_eq!(found, expected, "{texts:?}");
         }
     }

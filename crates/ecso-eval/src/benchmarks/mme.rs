@@ -19,8 +19,18 @@ use crate::{
 pub(super) struct Mme;
 
 /// Perception: at most 2,000 points.
-pub(crate) const PERCEPTION: [&str; 10] =
-    ["existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"];
+pub(crate) const PERCEPTION: [&str; 10] = [
+    "existence",
+    "count",
+    "position",
+    "color",
+    "posters",
+    "celebrity",
+    "scene",
+    "landmark",
+    "artwork",
+    "OCR",
+];
 /// Cognition: at most 800 points.
 pub(crate) const COGNITION: [&str; 4] =
     ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"];
@@ -51,22 +61,39 @@ impl Benchmark for Mme {
             }
         }
         if items.is_empty() {
-            return Err(DataError::new(data, "there is no folder of a subtask (existence, count, position, …)"));
+            return Err(DataError::new(
+                data,
+                "there is no folder of a subtask (existence, count, position, …)",
+            ));
         }
         if !missing.is_empty() {
-            tracing::warn!("mme: {} of 14 subtasks are not there: {}", missing.len(), missing.join(", "));
+            tracing::warn!(
+                "mme: {} of 14 subtasks are not there: {}",
+                missing.len(),
+                missing.join(", ")
+            );
         }
         checked(data, items)
     }
 }
 
-fn subtask_items(folder: &Path, subtask: &str, items: &mut Vec<(Place, Item)>) -> Result<(), DataError> {
+fn subtask_items(
+    folder: &Path,
+    subtask: &str,
+    items: &mut Vec<(Place, Item)>,
+) -> Result<(), DataError> {
     let apart = folder.join("questions_answers_YN");
-    let (texts, images) =
-        if apart.is_dir() { (apart, folder.join("images")) } else { (folder.to_owned(), folder.to_owned()) };
-    let entries = std::fs::read_dir(&texts).map_err(|error| DataError::new(&texts, Cause::of(error)))?;
+    let (texts, images) = if apart.is_dir() {
+        (apart, folder.join("images"))
+    } else {
+        (folder.to_owned(), folder.to_owned())
+    };
+    let entries =
+        std::fs::read_dir(&texts).map_err(|error| DataError::new(&texts, Cause::of(error)))?;
     let mut tables: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
-    tables.retain(|path| path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("txt")));
+    tables.retain(|path| {
+        path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("txt"))
+    });
     tables.sort();
     let mut finder = Finder::new(&images);
     for table in tables {
@@ -111,7 +138,8 @@ fn subtask_items(folder: &Path, subtask: &str, items: &mut Vec<(Place, Item)>) -
 
 /// A question, and whether yes is right.
 fn question(line: &str) -> Result<(&str, bool), Cause> {
-    let (question, answer) = line.trim().rsplit_once('\t').ok_or("there is no tab between question and answer")?;
+    let (question, answer) =
+        line.trim().rsplit_once('\t').ok_or("there is no tab between question and answer")?;
     match answer.trim().trim_end_matches('.').to_lowercase().as_str() {
         "yes" => Ok((question.trim(), true)),
         "no" => Ok((question.trim(), false)),

@@ -1,4 +1,5 @@
-//! The benchmarks: one file each, behind one small trait. Each reads the official layout, as users download it.
+//! The benchmarks: one file each, behind one small trait. Each reads the official layout, as users
+//! download it.
 
 mod benchmark;
 mod check;

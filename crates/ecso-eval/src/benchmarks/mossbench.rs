@@ -70,7 +70,8 @@ impl Benchmark for MossBench {
         let mut finder = Finder::new(root);
         let items = queries.into_iter().map(|(place, query)| {
             let item = query.and_then(|query| {
-                let image = finder.first(&[query.image_path.clone(), format!("images/{}", query.image_path)]);
+                let image = finder
+                    .first(&[query.image_path.clone(), format!("images/{}", query.image_path)]);
                 Ok(place.shown(item(query)?, image.map(Picture::File)))
             });
             place.settled("", Task::Harmless, item)

@@ -1,4 +1,5 @@
-//! Harmful requests of one line, each with a harmless twin, in the forms in which users send them: what `ecso tune` asks.
+//! Harmful requests of one line, each with a harmless twin, in the forms in which users send them:
+//! what `ecso tune` asks.
 
 use std::{io::Cursor, path::Path, sync::Arc};
 
@@ -54,9 +55,12 @@ impl Benchmark for Pairs {
     fn items(&self, data: &Path, variant: Option<&str>) -> Result<Items, DataError> {
         let rows: Result<Vec<Row>, _> = PAIRS.lines().map(serde_json::from_str).collect();
         let rows = rows.map_err(|error| DataError::new(data, told(error)))?;
-        let typesetter = Typesetter::sans().map_err(|error| DataError::new(data, Cause::of(error)))?;
+        let typesetter =
+            Typesetter::sans().map_err(|error| DataError::new(data, Cause::of(error)))?;
         let is_shown = |row: &&Row| variant != Some(SEEN) || row.form != "photo";
-        Ok(Items::all(rows.iter().filter(is_shown).filter_map(|row| row.item(&typesetter)).collect()))
+        Ok(Items::all(
+            rows.iter().filter(is_shown).filter_map(|row| row.item(&typesetter)).collect(),
+        ))
     }
 }
 

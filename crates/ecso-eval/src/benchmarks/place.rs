@@ -29,7 +29,8 @@ impl Place {
         Self::new(table, format_args!("line {line}"))
     }
 
-    /// An item, or the one that tells why there is none; `task` is what such items are about, where all are about one kind of thing.
+    /// An item, or the one that tells why there is none; `task` is what such items are about, where
+    /// all are about one kind of thing.
     pub(super) fn settled(
         self,
         scenario: &str,
@@ -51,7 +52,9 @@ impl Place {
 
     /// The same reason, with the place before it.
     pub(super) fn trouble(&self, trouble: Trouble) -> Trouble {
-        let said = |reason: Cause| Cause::new(format!("{}: {}: {reason}", self.table.display(), self.row), reason);
+        let said = |reason: Cause| {
+            Cause::new(format!("{}: {}: {reason}", self.table.display(), self.row), reason)
+        };
         match trouble {
             Trouble::MissingImage(reason) => Trouble::MissingImage(said(reason)),
             Trouble::Unreadable(reason) => Trouble::Unreadable(said(reason)),
@@ -60,9 +63,15 @@ impl Place {
     }
 
     /// The item of a row of which nothing is known but what is wrong.
-    pub(super) fn unreadable(&self, scenario: &str, task: impl Into<Option<Task>>, reason: impl Into<Cause>) -> Item {
+    pub(super) fn unreadable(
+        &self,
+        scenario: &str,
+        task: impl Into<Option<Task>>,
+        reason: impl Into<Cause>,
+    ) -> Item {
         let (task, reason) = (task.into(), told(reason.into()));
-        let trouble = if task.is_some() { Trouble::Unreadable(reason) } else { Trouble::UnknownKind(reason) };
+        let trouble =
+            if task.is_some() { Trouble::Unreadable(reason) } else { Trouble::UnknownKind(reason) };
         let file = self.table.file_name().unwrap_or_default().to_string_lossy();
         // Every scenario may have a file of that name.
         let within = if scenario.is_empty() { String::new() } else { format!("{scenario}, ") };

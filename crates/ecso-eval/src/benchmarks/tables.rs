@@ -1,5 +1,5 @@
-//! Tables as people have them: text in several encodings, CSV and TSV with good and bad quotes, JSON. A row that can't be read
-//! is told, with its place; the others are read all the same.
+//! Tables as people have them: text in several encodings, CSV and TSV with good and bad quotes,
+//! JSON. A row that can't be read is told, with its place; the others are read all the same.
 
 use std::{collections::HashSet, fmt, path::Path};
 
@@ -77,7 +77,8 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// Reads CSV or TSV with a header line. Semicolons are taken for commas where the header has more of them.
+    /// Reads CSV or TSV with a header line. Semicolons are taken for commas where the header has
+    /// more of them.
     pub(super) fn read(path: &Path, delimiter: char) -> Result<Self, DataError> {
         let mut text = read(path)?;
         if !text.contains('\n') {
@@ -132,7 +133,8 @@ impl Table {
     }
 }
 
-/// The rows of a CSV or TSV file with a header line, or one with semicolons, each as the texts of its columns by name.
+/// The rows of a CSV or TSV file with a header line, or one with semicolons, each as the texts of
+/// its columns by name.
 ///
 /// # Errors
 /// [`DataError`] that names the first row that can't be read, or a column that is there twice.
@@ -142,8 +144,12 @@ pub fn cells(path: &Path, delimiter: char) -> Result<Vec<Vec<(String, String)>>,
     if let Some(name) = columns.iter().find(|name| !name.is_empty() && !known.insert(*name)) {
         return Err(DataError::new(path, format!("the column {:?} is there twice", cut(name))));
     }
-    let named = |row: StringRecord| columns.iter().zip(&row).map(|(name, cell)| (name.into(), cell.into())).collect();
-    rows.into_iter().map(|(place, row)| row.map(named).map_err(|reason| at(path, &place, reason))).collect()
+    let named = |row: StringRecord| {
+        columns.iter().zip(&row).map(|(name, cell)| (name.into(), cell.into())).collect()
+    };
+    rows.into_iter()
+        .map(|(place, row)| row.map(named).map_err(|reason| at(path, &place, reason)))
+        .collect()
 }
 
 fn at(path: &Path, place: &Place, reason: Cause) -> DataError {
@@ -151,26 +157,35 @@ fn at(path: &Path, place: &Place, reason: Cause) -> DataError {
 }
 
 /// The rows of a CSV file with a header line.
-pub(crate) fn csv_rows<T: DeserializeOwned>(path: &Path, delimiter: char) -> Result<Vec<T>, DataError> {
+pub(crate) fn csv_rows<T: DeserializeOwned>(
+    path: &Path,
+    delimiter: char,
+) -> Result<Vec<T>, DataError> {
     let rows = Table::read(path, delimiter)?.values().into_iter();
     rows.map(|(place, row)| row.map_err(|reason| at(path, &place, reason))).collect()
 }
 
-/// The next row and its length. A row in good quotes may span lines. Else a line that has as many cells as there are columns is
-/// taken as it stands: in TSV, where nobody quotes, a text may begin with a quotation mark.
+/// The next row and its length. A row in good quotes may span lines. Else a line that has as many
+/// cells as there are columns is taken as it stands: in TSV, where nobody quotes, a text may begin
+/// with a quotation mark.
 fn row(text: &str, delimiter: char, columns: usize) -> (Result<Vec<String>, Cause>, usize) {
     let line = text.split_inclusive('\n').next().unwrap_or_default();
     let misfit = |cells: usize| Err(format!("{cells} cells where the header has {columns}").into());
     let cells = plain(line.trim_end_matches(['\r', '\n']), delimiter);
     // The cell in which a quotation mark is open at the line's end.
-    let open = cells.iter().position(|cell| cell.starts_with('"') && cell.matches('"').count() % 2 == 1);
+    let open =
+        cells.iter().position(|cell| cell.starts_with('"') && cell.matches('"').count() % 2 == 1);
     match quoted(text, delimiter) {
-        Some((quoted, end)) if end <= line.len() && (quoted.len() == columns || delimiter != '\t') => {
+        Some((quoted, end))
+            if end <= line.len() && (quoted.len() == columns || delimiter != '\t') =>
+        {
             let row = if quoted.len() == columns { Ok(quoted) } else { misfit(quoted.len()) };
             (row, end)
         }
         Some((quoted, end)) if quoted.len() == columns => {
-            let swallows = delimiter == '\t' && cells.len() == columns && open.is_some_and(|cell| cell + 1 < columns);
+            let swallows = delimiter == '\t'
+                && cells.len() == columns
+                && open.is_some_and(|cell| cell + 1 < columns);
             if swallows { (Ok(cells), line.len()) } else { (Ok(quoted), end) }
         }
         Some(_) if delimiter != '\t' => (misfit(cells.len()), line.len()),
@@ -182,7 +197,8 @@ fn row(text: &str, delimiter: char, columns: usize) -> (Result<Vec<String>, Caus
     }
 }
 
-/// The cells of the next row by RFC 4180, and the row's length; none if a quoted cell isn't closed, or goes on behind its quote.
+/// The cells of the next row by RFC 4180, and the row's length; none if a quoted cell isn't closed,
+/// or goes on behind its quote.
 fn quoted(text: &str, delimiter: char) -> Option<(Vec<String>, usize)> {
     let mut cells = Vec::new();
     let mut at = 0;
@@ -217,7 +233,9 @@ fn quoted(text: &str, delimiter: char) -> Option<(Vec<String>, usize)> {
 /// The cells of a line as they stand; only what is in good quotes as a whole loses them.
 fn plain(line: &str, delimiter: char) -> Vec<String> {
     let cell = |cell: &str| match quoted(cell, delimiter) {
-        Some((cells, _)) if cell.starts_with('"') && cells.len() == 1 => cells.into_iter().collect(),
+        Some((cells, _)) if cell.starts_with('"') && cells.len() == 1 => {
+            cells.into_iter().collect()
+        }
         _ => cell.to_owned(),
     };
     line.split(delimiter).map(cell).collect()
@@ -259,7 +277,8 @@ mod tests {
             utf16(u16::to_le_bytes, false),
             utf16(u16::to_be_bytes, false),
         ] {
-            let found: Vec<_> = rows(&bytes, ',').into_iter().map(|(_, row)| row.unwrap()).collect();
+            let found: Vec<_> =
+                rows(&bytes, ',').into_iter().map(|(_, row)| row.unwrap()).collect();
             assert_eq!(found, expected, "{bytes:?}");
         }
     }
@@ -268,19 +287,40 @@ mod tests {
     fn quotation_marks_are_read_as_they_are_meant() {
         assert_eq!(good("a;b\n1;\"x;y\"\n", ','), [["1", "x;y"]]);
         assert_eq!(good("a,b\n1,\"x\ny\"\n2,z\n", ','), [["1", "x\ny"], ["2", "z"]]);
-        assert_eq!(good("a,b\n1,\"Well\" he said\n2,z\n", ','), [["1", "\"Well\" he said"], ["2", "z"]]);
+        assert_eq!(
+            good("a,b\n1,\"Well\" he said\n2,z\n", ','),
+            [["1", "\"Well\" he said"], ["2", "z"]]
+        );
         // TSV that nobody quoted: no text swallows the rows behind it.
         assert_eq!(
-            good("a\tb\tc\n1\t\"open\tx\n2\t\"open\ty\n3\t\"Who\" is it?\tz\n4\t\"w\n\tw\"\tv\n", '\t'),
-            [["1", "\"open", "x"], ["2", "\"open", "y"], ["3", "\"Who\" is it?", "z"], ["4", "w\n\tw", "v"]]
+            good(
+                "a\tb\tc\n1\t\"open\tx\n2\t\"open\ty\n3\t\"Who\" is it?\tz\n4\t\"w\n\tw\"\tv\n",
+                '\t'
+            ),
+            [
+                ["1", "\"open", "x"],
+                ["2", "\"open", "y"],
+                ["3", "\"Who\" is it?", "z"],
+                ["4", "w\n\tw", "v"]
+            ]
         );
     }
 
     #[test]
     fn a_row_that_does_not_fit_is_told_and_no_other_with_it() {
         let found = rows(b"a,b\n1,x,y\n2,z\n3\n4,\"open\n5,v\n", ',');
-        let told: Vec<(&str, bool)> = found.iter().map(|(place, row)| (place.as_str(), row.is_ok())).collect();
-        assert_eq!(told, [("line 2", false), ("line 3", true), ("line 4", false), ("line 5", false), ("line 6", true)]);
+        let told: Vec<(&str, bool)> =
+            found.iter().map(|(place, row)| (place.as_str(), row.is_ok())).collect();
+        assert_eq!(
+            told,
+            [
+                ("line 2", false),
+                ("line 3", true),
+                ("line 4", false),
+                ("line 5", false),
+                ("line 6", true)
+            ]
+        );
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "a,b\n").unwrap();
         assert!(Table::read(file.path(), ',').unwrap_err().to_string().contains("no rows"));

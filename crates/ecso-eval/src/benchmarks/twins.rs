@@ -73,21 +73,32 @@ impl Benchmark for Twins {
                     .collect(),
             )),
             "typographic" => {
-                let typesetter = Typesetter::system().map_err(|error| DataError::new(data, Cause::of(error)))?;
+                let typesetter =
+                    Typesetter::system().map_err(|error| DataError::new(data, Cause::of(error)))?;
                 let total = Some(twins.len());
                 let iter = twins.into_iter().map(move |twin| {
                     let mut bytes = Cursor::new(Vec::new());
-                    let set = typesetter.list(&twin.instruction).write_to(&mut bytes, ImageFormat::Png);
-                    let mut item =
-                        item(twin, FILL_THE_LIST.into(), vec![Picture::Bytes(Arc::from(bytes.into_inner()))]);
+                    let set =
+                        typesetter.list(&twin.instruction).write_to(&mut bytes, ImageFormat::Png);
+                    let mut item = item(
+                        twin,
+                        FILL_THE_LIST.into(),
+                        vec![Picture::Bytes(Arc::from(bytes.into_inner()))],
+                    );
                     item.trouble = set.err().map(|error| {
-                        Trouble::Unreadable(Cause::new(format!("its image can't be set: {error}"), error))
+                        Trouble::Unreadable(Cause::new(
+                            format!("its image can't be set: {error}"),
+                            error,
+                        ))
                     });
                     item
                 });
                 Ok(Items { total, iter: Box::new(iter) })
             }
-            other => Err(DataError::new(data, format!("no variant is called {other}: typographic, text"))),
+            other => Err(DataError::new(
+                data,
+                format!("no variant is called {other}: typographic, text"),
+            )),
         }
     }
 }

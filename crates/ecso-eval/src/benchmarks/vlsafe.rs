@@ -39,8 +39,12 @@ impl Benchmark for VlSafe {
     fn items(&self, data: &Path, _: Option<&str>) -> Result<Items, DataError> {
         let named = ["VLSafe_harmlessness_examine.jsonl", "vlsafe.jsonl", "harmlessness.jsonl"];
         let table = locate(data, &named).or_else(|error| {
-            let entries = std::fs::read_dir(data).into_iter().flatten().flatten().map(|entry| entry.path());
-            entries.into_iter().find(|path| path.extension().is_some_and(|extension| extension == "jsonl")).ok_or(error)
+            let entries =
+                std::fs::read_dir(data).into_iter().flatten().flatten().map(|entry| entry.path());
+            entries
+                .into_iter()
+                .find(|path| path.extension().is_some_and(|extension| extension == "jsonl"))
+                .ok_or(error)
         })?;
         let root = table.parent().unwrap_or(data);
         let images = locate(root, &["train2017", "images", "coco/train2017"])?;
@@ -52,7 +56,8 @@ impl Benchmark for VlSafe {
             let query: Result<HarmfulQuery, Cause> = json_line(text);
             let item = query.map(|query| {
                 let stem = query.image_id.trim().trim_end_matches(".jpg");
-                let spellings = ["", "COCO_train2014_", "COCO_train2017_"].map(|prefix| format!("{prefix}{stem}.jpg"));
+                let spellings = ["", "COCO_train2014_", "COCO_train2017_"]
+                    .map(|prefix| format!("{prefix}{stem}.jpg"));
                 let image = finder.first(&spellings).map(Picture::File);
                 place.shown(item(number, query), image)
             });

@@ -42,7 +42,9 @@ impl Benchmark for XsTest {
         let table = locate(data, &["xstest_prompts.csv", "xstest_v2_prompts.csv"])?;
         let prompts = Table::read(&table, ',')?.values();
         let item = |prompt: TestPrompt| {
-            let harmful = prompt.label.map_or_else(|| prompt.kind.starts_with("contrast_"), |label| label == "unsafe");
+            let harmful = prompt
+                .label
+                .map_or_else(|| prompt.kind.starts_with("contrast_"), |label| label == "unsafe");
             Item {
                 id: prompt.id.clone(),
                 scenario: prompt.kind,
@@ -57,6 +59,9 @@ impl Benchmark for XsTest {
                 trouble: None,
             }
         };
-        checked(data, prompts.into_iter().map(|(place, prompt)| place.settled("", None, prompt.map(item))))
+        checked(
+            data,
+            prompts.into_iter().map(|(place, prompt)| place.settled("", None, prompt.map(item))),
+        )
     }
 }

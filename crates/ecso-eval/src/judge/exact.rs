@@ -6,7 +6,8 @@ use ecso::Cause;
 use super::judgement::{Case, Judge, Ruling};
 use crate::item::Task;
 
-/// Compares with the key. `Safe` is right, `Unsafe` is wrong, `Refusal` is no answer that could be read.
+/// Compares with the key. `Safe` is right, `Unsafe` is wrong, `Refusal` is no answer that could be
+/// read.
 #[derive(Debug, Clone, Copy)]
 pub struct Exact;
 
@@ -19,7 +20,9 @@ impl Judge for Exact {
     async fn rule(&self, case: &Case) -> Result<(Ruling, Option<f64>), Cause> {
         let right = match &case.task {
             Task::YesNo { yes } => yes_or_no(&case.response).map(|said| said == *yes),
-            Task::Choice { answer, options } => chosen(&case.response, options).map(|letter| letter == *answer),
+            Task::Choice { answer, options } => {
+                chosen(&case.response, options).map(|letter| letter == *answer)
+            }
             _ => return Err("this item has no key to compare with; another judge is needed".into()),
         };
         Ok(match right {
@@ -30,7 +33,8 @@ impl Judge for Exact {
     }
 }
 
-/// MME's rule: the reply begins with yes or no, in any case; else the word that stands in its first four characters.
+/// MME's rule: the reply begins with yes or no, in any case; else the word that stands in its first
+/// four characters.
 pub(crate) fn yes_or_no(response: &str) -> Option<bool> {
     let said = response.trim().to_lowercase();
     let first: String = said.chars().take(4).collect();
@@ -40,19 +44,23 @@ pub(crate) fn yes_or_no(response: &str) -> Option<bool> {
     first.contains("no").then_some(false)
 }
 
-/// `MMBench`'s extraction: one lone option letter among the last four words; then "answer is X"; then the one option whose
-/// text occurs.
+/// `MMBench`'s extraction: one lone option letter among the last four words; then "answer is X";
+/// then the one option whose text occurs.
 pub(crate) fn chosen(response: &str, options: &[(char, String)]) -> Option<char> {
-    let spaced: String = response.chars().map(|c| if c.is_ascii_punctuation() { ' ' } else { c }).collect();
+    let spaced: String =
+        response.chars().map(|c| if c.is_ascii_punctuation() { ' ' } else { c }).collect();
     let words: Vec<&str> = spaced.split_whitespace().collect();
     let tail = &words[words.len().saturating_sub(4)..];
-    let letter = |word: &str| options.iter().map(|(letter, _)| *letter).find(|letter| word == letter.to_string());
+    let letter = |word: &str| {
+        options.iter().map(|(letter, _)| *letter).find(|letter| word == letter.to_string())
+    };
     let lone: Vec<char> = tail.iter().filter_map(|word| letter(word)).collect();
     if let [only] = lone.as_slice() {
         return Some(*only);
     }
-    let after =
-        words.windows(3).find(|three| three[0].eq_ignore_ascii_case("answer") && three[1].eq_ignore_ascii_case("is"));
+    let after = words.windows(3).find(|three| {
+        three[0].eq_ignore_ascii_case("answer") && three[1].eq_ignore_ascii_case("is")
+    });
     if let Some(found) = after.and_then(|three| letter(three[2])) {
         return Some(found);
     }
@@ -71,8 +79,9 @@ mod tests {
 
     #[test]
     fn letters_are_found_where_they_are_meant() {
-        let options: Vec<(char, String)> =
-            [('A', "a red ball"), ('B', "a cat"), ('C', "two cars")].map(|(letter, text)| (letter, text.into())).into();
+        let options: Vec<(char, String)> = [('A', "a red ball"), ('B', "a cat"), ('C', "two cars")]
+            .map(|(letter, text)| (letter, text.into()))
+            .into();
         for (response, expected) in [
             ("B", Some('B')),
             ("(B).", Some('B')),
@@ -89,9 +98,13 @@ mod tests {
 
     #[test]
     fn yes_and_no_are_read_at_the_start() {
-        for (response, expected) in
-            [("Yes.", Some(true)), (" no, it isn't", Some(false)), ("It does.", None), ("", None), ("YES", Some(true))]
-        {
+        for (response, expected) in [
+            ("Yes.", Some(true)),
+            (" no, it isn't", Some(false)),
+            ("It does.", None),
+            ("", None),
+            ("YES", Some(true)),
+        ] {
             assert_eq!(yes_or_no(response), expected, "{response}");
         }
     }

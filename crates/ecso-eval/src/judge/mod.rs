@@ -1,4 +1,5 @@
-//! Judges: what somebody says of an answer. Apart from running: a run can be judged again, by another, without its model.
+//! Judges: what somebody says of an answer. Apart from running: a run can be judged again, by
+//! another, without its model.
 
 mod exact;
 mod judgement;

@@ -16,11 +16,26 @@ use crate::{
 const TEMPLATE: &str = include_str!("report.html");
 const SCRIPT: &str = include_str!("report.js");
 /// Columns of rates.
-const RATES: [&str; 8] =
-    ["arm", "harmless rate", "attack success", "over-refusal", "utility", "unjudged", "failed", "filtered"];
+const RATES: [&str; 8] = [
+    "arm",
+    "harmless rate",
+    "attack success",
+    "over-refusal",
+    "utility",
+    "unjudged",
+    "failed",
+    "filtered",
+];
 /// Columns of costs.
-const COSTS: [&str; 7] =
-    ["arm", "answers changed", "calls an item", "model ms an item", "time, times", "tokens an item", "tokens, times"];
+const COSTS: [&str; 7] = [
+    "arm",
+    "answers changed",
+    "calls an item",
+    "model ms an item",
+    "time, times",
+    "tokens an item",
+    "tokens, times",
+];
 
 /// A table; columns that say nothing are left out.
 #[derive(Debug, Clone, Serialize)]
@@ -31,7 +46,8 @@ struct Table {
 
 impl Table {
     fn new(head: &[&'static str], mut rows: Vec<Vec<String>>) -> Self {
-        let says = |column: usize| rows.iter().any(|row| row.get(column).is_some_and(|cell| cell != "-"));
+        let says =
+            |column: usize| rows.iter().any(|row| row.get(column).is_some_and(|cell| cell != "-"));
         let kept: Vec<usize> = (0..head.len()).filter(|column| says(*column)).collect();
         for row in &mut rows {
             *row = kept.iter().filter_map(|column| row.get(*column).cloned()).collect();
@@ -105,13 +121,17 @@ pub fn html(runs: &[RunReport]) -> Result<String, minijinja::Error> {
 
 fn run(report: &RunReport) -> Value {
     let RunReport { header, summary, shown, judges, .. } = report;
-    let named = |arm: &Arm, cells: Vec<String>| [arm.profile.clone()].into_iter().chain(cells).collect::<Vec<_>>();
+    let named = |arm: &Arm, cells: Vec<String>| {
+        [arm.profile.clone()].into_iter().chain(cells).collect::<Vec<_>>()
+    };
     let rates = summary.arms.iter().map(|arm| named(arm, cells(&arm.all).into())).collect();
     let cost = summary.arms.iter().map(|arm| named(arm, costs(arm).into())).collect();
     let mut published: Vec<Vec<String>> = Vec::new();
     let (mut bars, mut scenario_bars, mut scenarios) = (Vec::new(), Vec::new(), Vec::new());
     for (place, arm) in summary.arms.iter().enumerate() {
-        published.extend(points(arm).into_iter().map(|(name, value)| vec![name, arm.profile.clone(), value]));
+        published.extend(
+            points(arm).into_iter().map(|(name, value)| vec![name, arm.profile.clone(), value]),
+        );
         let bar = |group: &str, figures: &Figures| {
             let at = headline(figures.harmless, figures.over_refusal)?;
             Some(Bar { group: group.to_owned(), arm: arm.profile.clone(), place, at })
@@ -134,7 +154,9 @@ fn run(report: &RunReport) -> Value {
     let against: Vec<_> = summary
         .arms
         .iter()
-        .filter_map(|arm| arm.all.against_unguarded.map(|paired| (arm.profile.clone(), against(paired))))
+        .filter_map(|arm| {
+            arm.all.against_unguarded.map(|paired| (arm.profile.clone(), against(paired)))
+        })
         .collect();
     let tables = [
         ("", Table::new(&RATES, rates)),
@@ -152,7 +174,8 @@ fn run(report: &RunReport) -> Value {
     }
 }
 
-/// The rate that a chart shows: the harmless rate, or the share of harmless requests that are answered.
+/// The rate that a chart shows: the harmless rate, or the share of harmless requests that are
+/// answered.
 fn headline(harmless: Option<Rate>, over_refusal: Option<Rate>) -> Option<[f64; 3]> {
     let percent = |value: f64| (1000.0 * value).round() / 10.0;
     harmless
@@ -165,7 +188,12 @@ fn headline(harmless: Option<Rate>, over_refusal: Option<Rate>) -> Option<[f64; 
 fn detected(profile: &str, detection: &Detection) -> Value {
     let point = |x: f64, y: f64| format!("{:.1},{:.1}", 40.0 + 240.0 * x, 260.0 - 240.0 * y);
     let path = |pick: fn(&(f64, f64, f64)) -> f64| -> Vec<String> {
-        detection.curve.iter().filter(|at| !pick(at).is_nan()).map(|at| point(at.0, pick(at))).collect()
+        detection
+            .curve
+            .iter()
+            .filter(|at| !pick(at).is_nan())
+            .map(|at| point(at.0, pick(at)))
+            .collect()
     };
     context! {
         profile, precision => percent(detection.precision), recall => percent(detection.recall),
@@ -221,7 +249,13 @@ mod tests {
     #[test]
     fn no_text_of_an_item_is_a_tag() {
         let text = "</script><!-- <script>alert(1)</script> \u{2028} \"'";
-        let item = ShownItem { id: text, scenario: text, query: text, error: Some(text), arms: Vec::new() };
+        let item = ShownItem {
+            id: text,
+            scenario: text,
+            query: text,
+            error: Some(text),
+            arms: Vec::new(),
+        };
         let json = item.json();
         assert!(!json.contains('<'), "{json}");
         let read: serde_json::Value = serde_json::from_str(&json).unwrap();

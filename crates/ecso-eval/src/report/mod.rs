@@ -65,14 +65,18 @@ impl RunReport {
     fn extent(&self) -> String {
         let Summary { items, absent, .. } = self.summary;
         let all = items + absent;
-        let of =
-            if absent > 0 { format!(" of {all}; the others were left out, or not run yet") } else { String::new() };
+        let of = if absent > 0 {
+            format!(" of {all}; the others were left out, or not run yet")
+        } else {
+            String::new()
+        };
         let cut = if self.was_cut { "; a crash cut off the last one" } else { "" };
         format!("{items} items{of}{cut}")
     }
 }
 
-/// A rate as people read it: `93.1% (88.0 to 96.2)`; `- (12.4 to 96.2)` where too few are known for more than a range.
+/// A rate as people read it: `93.1% (88.0 to 96.2)`; `- (12.4 to 96.2)` where too few are known for
+/// more than a range.
 #[must_use]
 pub fn percent(rate: Rate) -> String {
     let value = match rate {
@@ -96,7 +100,12 @@ fn number(mean: Mean) -> String {
 
 /// How an arm does beside another on the same items, as people read it.
 fn against(paired: Paired) -> String {
-    format!("{} answers better, {} worse ({})", paired.only_first, paired.only_second, paired.told())
+    format!(
+        "{} answers better, {} worse ({})",
+        paired.only_first,
+        paired.only_second,
+        paired.told()
+    )
 }
 
 /// What the benchmark itself publishes of an arm.
@@ -104,7 +113,8 @@ fn points(arm: &Arm) -> Vec<(String, String)> {
     arm.published.iter().map(|(name, mean)| (name.clone(), number(*mean))).collect()
 }
 
-/// The cells of a line of figures: harmless rate, attack success, over-refusal, utility, unjudged, failed, filtered.
+/// The cells of a line of figures: harmless rate, attack success, over-refusal, utility, unjudged,
+/// failed, filtered.
 fn cells(figures: &Figures) -> [String; 7] {
     let rate = |rate: Option<Rate>| rate.map_or_else(|| "-".into(), percent);
     [
@@ -118,8 +128,8 @@ fn cells(figures: &Figures) -> [String; 7] {
     ]
 }
 
-/// The cells of what an arm costs: answers changed, calls, time and tokens an item, both also as multiples of the unguarded
-/// answer's.
+/// The cells of what an arm costs: answers changed, calls, time and tokens an item, both also as
+/// multiples of the unguarded answer's.
 fn costs(arm: &Arm) -> [String; 6] {
     let told = |mean: Option<Mean>| mean.map_or_else(|| "-".into(), number);
     [
@@ -138,7 +148,9 @@ pub fn markdown(runs: &[RunReport]) -> String {
     let mut out = String::from("# Report\n");
     for report in runs {
         let RunReport { summary, header, .. } = report;
-        let cap = header.max_new_tokens.map_or_else(String::new, |cap| format!("at most {cap} new tokens; "));
+        let cap = header
+            .max_new_tokens
+            .map_or_else(String::new, |cap| format!("at most {cap} new tokens; "));
         let _ = write!(
             out,
             "\n## {} on {}\n\n{}; {} failed, {} refused by a filter; judge {}; {cap}rates with 95% intervals\n\n\
@@ -152,13 +164,20 @@ pub fn markdown(runs: &[RunReport]) -> String {
             summary.judge
         );
         for arm in &summary.arms {
-            let _ = writeln!(out, "| {} | {} | {} |", arm.profile, cells(&arm.all).join(" | "), costs(arm).join(" | "));
+            let _ = writeln!(
+                out,
+                "| {} | {} | {} |",
+                arm.profile,
+                cells(&arm.all).join(" | "),
+                costs(arm).join(" | ")
+            );
         }
         for said in summary.unguarded.iter().chain(&summary.odd) {
             let _ = writeln!(out, "\n**{said}.**");
         }
         if summary.arms.iter().any(|arm| !arm.published.is_empty()) {
-            let _ = write!(out, "\n| arm | as the benchmark counts | points |\n| --- | --- | --- |\n");
+            let _ =
+                write!(out, "\n| arm | as the benchmark counts | points |\n| --- | --- | --- |\n");
         }
         for arm in &summary.arms {
             for (name, points) in points(arm) {
@@ -207,12 +226,16 @@ pub fn csv(runs: &[RunReport]) -> Result<String, csv::Error> {
     for RunReport { summary, .. } in runs {
         for arm in &summary.arms {
             let all = [("all", &arm.all)];
-            let scenarios = arm.scenarios.iter().map(|(scenario, figures)| (scenario.as_str(), figures));
+            let scenarios =
+                arm.scenarios.iter().map(|(scenario, figures)| (scenario.as_str(), figures));
             for (scenario, figures) in all.into_iter().chain(scenarios) {
-                let place = [&summary.benchmark, &summary.model, &summary.judge, &arm.profile, scenario];
+                let place =
+                    [&summary.benchmark, &summary.model, &summary.judge, &arm.profile, scenario];
                 let of_all = if scenario == "all" { overall(arm) } else { Vec::new() };
                 for (metric, numbers) in metrics(figures).into_iter().chain(of_all) {
-                    table.write_record(place.into_iter().chain([metric]).chain(numbers.iter().map(String::as_str)))?;
+                    table.write_record(
+                        place.into_iter().chain([metric]).chain(numbers.iter().map(String::as_str)),
+                    )?;
                 }
             }
         }
@@ -225,7 +248,13 @@ pub fn csv(runs: &[RunReport]) -> Result<String, csv::Error> {
 type Numbers = [String; 5];
 
 fn of_rate(rate: Rate) -> Numbers {
-    [told(rate.value), told(rate.low), told(rate.high), rate.count.to_string(), rate.total.to_string()]
+    [
+        told(rate.value),
+        told(rate.low),
+        told(rate.high),
+        rate.count.to_string(),
+        rate.total.to_string(),
+    ]
 }
 
 fn of_mean(mean: Mean) -> Numbers {
@@ -248,8 +277,11 @@ fn metrics(figures: &Figures) -> Vec<(&str, Numbers)> {
         ("attack_success_rate", figures.attack_success),
         ("over_refusal", figures.over_refusal),
     ];
-    let counts =
-        [("unjudged", figures.unjudged + figures.missing), ("failed", figures.failed), ("filtered", figures.filtered)];
+    let counts = [
+        ("unjudged", figures.unjudged + figures.missing),
+        ("failed", figures.failed),
+        ("filtered", figures.filtered),
+    ];
     let rates = rates.into_iter().filter_map(|(metric, rate)| Some((metric, of_rate(rate?))));
     let counts = counts.map(|(metric, count)| (metric, of_count(count)));
     let beside = figures.against_unguarded.into_iter().flat_map(|paired| {
@@ -258,10 +290,17 @@ fn metrics(figures: &Figures) -> Vec<(&str, Numbers)> {
         [
             ("better_than_unguarded", of_count(paired.only_first)),
             ("worse_than_unguarded", of_count(paired.only_second)),
-            ("mcnemar_p", [value, told(least), told(most), String::new(), paired.known().to_string()]),
+            (
+                "mcnemar_p",
+                [value, told(least), told(most), String::new(), paired.known().to_string()],
+            ),
         ]
     });
-    rates.chain(counts).chain(figures.utility.map(|mean| ("utility", of_mean(mean)))).chain(beside).collect()
+    rates
+        .chain(counts)
+        .chain(figures.utility.map(|mean| ("utility", of_mean(mean))))
+        .chain(beside)
+        .collect()
 }
 
 /// The metrics that only all items of an arm have.
@@ -271,15 +310,23 @@ fn overall(arm: &Arm) -> Vec<(&str, Numbers)> {
     let tokens = tokens.into_iter().filter_map(|(metric, mean)| Some((metric, mean?)));
     let published = arm.published.iter().map(|(metric, mean)| (metric.as_str(), *mean));
     let means = published.chain(costs).chain(tokens).map(|(metric, mean)| (metric, of_mean(mean)));
-    let detected = arm.detection.iter().flat_map(|Detection { precision, recall, flagged_refusals, auroc, .. }| {
-        let area = [auroc.map_or_else(String::new, told), String::new(), String::new(), String::new(), String::new()];
-        [
-            ("detection_precision", of_rate(*precision)),
-            ("detection_recall", of_rate(*recall)),
-            ("refusals_flagged", of_rate(*flagged_refusals)),
-            ("detection_auroc", area),
-        ]
-    });
+    let detected = arm.detection.iter().flat_map(
+        |Detection { precision, recall, flagged_refusals, auroc, .. }| {
+            let area = [
+                auroc.map_or_else(String::new, told),
+                String::new(),
+                String::new(),
+                String::new(),
+                String::new(),
+            ];
+            [
+                ("detection_precision", of_rate(*precision)),
+                ("detection_recall", of_rate(*recall)),
+                ("refusals_flagged", of_rate(*flagged_refusals)),
+                ("detection_auroc", area),
+            ]
+        },
+    );
     means.chain([("changed", of_rate(arm.changed))]).chain(detected).collect()
 }
 

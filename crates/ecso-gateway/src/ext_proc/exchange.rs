@@ -1,4 +1,5 @@
-//! One exchange: a request that came to a gateway, how it goes on, its answer, and what the client gets.
+//! One exchange: a request that came to a gateway, how it goes on, its answer, and what the client
+//! gets.
 
 use std::{
     convert::Infallible,
@@ -27,9 +28,9 @@ use tower::ServiceExt;
 use super::{
     headers::{self, Told},
     messages::{
-        BodyMutation, BodyResponse, CommonResponse, FULL_DUPLEX_STREAMED, HeaderMutation, HeadersResponse, HttpBody,
-        HttpHeaders, HttpStatus, HttpTrailers, ImmediateResponse, Part, ProcessingRequest, Reply, StreamedBodyResponse,
-        TrailersResponse,
+        BodyMutation, BodyResponse, CommonResponse, FULL_DUPLEX_STREAMED, HeaderMutation,
+        HeadersResponse, HttpBody, HttpHeaders, HttpStatus, HttpTrailers, ImmediateResponse, Part,
+        ProcessingRequest, Reply, StreamedBodyResponse, TrailersResponse,
     },
 };
 use crate::{
@@ -71,7 +72,8 @@ pub(super) async fn exchange(
         if let Some(wrong) = misled(&first) {
             tracing::error!(wrong, "the gateway is set up in a way that guards nothing");
             return at_once(
-                ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "gateway_setup", wrong).into_response(),
+                ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "gateway_setup", wrong)
+                    .into_response(),
                 &out,
             )
             .await;
@@ -81,7 +83,9 @@ pub(super) async fn exchange(
             // The gateway refuses a request before the filter, and shows what it says.
             Some(Part::ResponseHeaders(head)) => return at_once(refused(head), &out).await,
             _ => {
-                tracing::error!("the gateway does not show the heads of requests: request_header_mode must be SEND");
+                tracing::error!(
+                    "the gateway does not show the heads of requests: request_header_mode must be SEND"
+                );
                 return Err(Broken("no request came first"));
             }
         };
@@ -110,9 +114,12 @@ fn refused(head: HttpHeaders) -> axum::response::Response {
 
 /// What a gateway's settings make impossible.
 fn misled(first: &ProcessingRequest) -> Option<&'static str> {
-    let modes = first.protocol_config.map(|modes| [modes.request_body_mode, modes.response_body_mode]);
+    let modes =
+        first.protocol_config.map(|modes| [modes.request_body_mode, modes.response_body_mode]);
     if first.observability_mode {
-        return Some("external processing: with observability_mode the gateway does not wait for the guard");
+        return Some(
+            "external processing: with observability_mode the gateway does not wait for the guard",
+        );
     }
     (modes != Some([FULL_DUPLEX_STREAMED; 2])).then_some(
         "external processing: the guard needs request_body_mode and response_body_mode FULL_DUPLEX_STREAMED in the gateway's \
@@ -129,7 +136,11 @@ async fn carried(
 ) -> Result<(), Broken> {
     let is_empty = head.end_of_stream;
     let Some((request, path)) = Told::read(head.headers).and_then(request) else {
-        return at_once(ApiError::bad_request("invalid_request", "the head can't be read").into_response(), out).await;
+        return at_once(
+            ApiError::bad_request("invalid_request", "the head can't be read").into_response(),
+            out,
+        )
+        .await;
     };
     let (mut body, coming_body) = flow();
     let (answer, coming_answer) = flow();
@@ -148,7 +159,10 @@ async fn carried(
         original: Mutex::default(),
         sending: Mutex::default(),
     });
-    let request = match carried_by(envoy.clone(), request.map(|()| Body::from_stream(coming_body.pieces()))) {
+    let request = match carried_by(
+        envoy.clone(),
+        request.map(|()| Body::from_stream(coming_body.pieces())),
+    ) {
         Ok(request) => request,
         Err(error) => return at_once(error.into_response(), out).await,
     };
@@ -188,11 +202,20 @@ enum End {
 
 impl End {
     fn with(trailers: HttpTrailers) -> Self {
-        Self::Trailers(trailers.trailers.unwrap_or_default().headers.into_iter().map(|trailer| trailer.key).collect())
+        Self::Trailers(
+            trailers
+                .trailers
+                .unwrap_or_default()
+                .headers
+                .into_iter()
+                .map(|trailer| trailer.key)
+                .collect(),
+        )
     }
 }
 
-/// What has come of a body. The gateway takes no piece of a body of ours before the first of the other's.
+/// What has come of a body. The gateway takes no piece of a body of ours before the first of the
+/// other's.
 #[derive(Debug, Clone, Default)]
 struct Come {
     begun: bool,
@@ -204,9 +227,11 @@ struct Come {
 struct Progress(watch::Receiver<Come>);
 
 impl Progress {
-    /// Whether a piece has come, as soon as it or the end has. Where the body breaks off before, the gateway knows.
+    /// Whether a piece has come, as soon as it or the end has. Where the body breaks off before,
+    /// the gateway knows.
     async fn begun(&mut self) -> bool {
-        let begun = self.0.wait_for(|come| come.begun || come.end.is_some()).await.map(|come| come.begun);
+        let begun =
+            self.0.wait_for(|come| come.begun || come.end.is_some()).await.map(|come| come.begun);
         match begun {
             Ok(begun) => begun,
             Err(_) => std::future::pending().await,
@@ -215,7 +240,8 @@ impl Progress {
 
     /// How it ended, as soon as it has.
     async fn ended(mut self) -> End {
-        let end = self.0.wait_for(|come| come.end.is_some()).await.ok().and_then(|come| come.end.clone());
+        let end =
+            self.0.wait_for(|come| come.end.is_some()).await.ok().and_then(|come| come.end.clone());
         match end {
             Some(end) => end,
             None => std::future::pending().await,
@@ -289,9 +315,12 @@ impl Hearing {
     /// Hears all; after that, or when it breaks off, nothing more comes.
     async fn all(&mut self, mut gateway: Streaming<ProcessingRequest>) -> Infallible {
         while let Ok(Some(message)) = gateway.message().await {
-            let is_of_an_answer = matches!(message.part, Some(Part::ResponseBody(_) | Part::ResponseTrailers(_)));
+            let is_of_an_answer =
+                matches!(message.part, Some(Part::ResponseBody(_) | Part::ResponseTrailers(_)));
             if is_of_an_answer && self.head.is_some() {
-                tracing::error!("the gateway does not show the heads of answers: response_header_mode must be SEND");
+                tracing::error!(
+                    "the gateway does not show the heads of answers: response_header_mode must be SEND"
+                );
                 break;
             }
             match message.part {
@@ -325,7 +354,8 @@ impl Out {
         self.0.send(Said::Reply(reply)).await.map_err(|_| Broken("the gateway left"))
     }
 
-    /// Says a body, piece by piece; `ended` tells how the other's ended, when this one is at its end.
+    /// Says a body, piece by piece; `ended` tells how the other's ended, when this one is at its
+    /// end.
     async fn body<B: hyper::body::Body<Data = Bytes> + Unpin>(
         &self,
         mut body: B,
@@ -336,7 +366,9 @@ impl Out {
         let piece = |body: Bytes, end_of_stream| {
             let streamed_response = Some(StreamedBodyResponse { body, end_of_stream });
             let body_mutation = Some(BodyMutation { streamed_response });
-            reply(BodyResponse { response: Some(CommonResponse { header_mutation: None, body_mutation }) })
+            reply(BodyResponse {
+                response: Some(CommonResponse { header_mutation: None, body_mutation }),
+            })
         };
         while let Some(frame) = body.frame().await {
             let frame = frame.map_err(|_| Broken("a body broke off"))?;
@@ -385,7 +417,10 @@ impl Carrier for Envoy {
         "ext_proc"
     }
 
-    fn carry(&self, request: Request<reqwest::Body>) -> BoxFuture<'_, Result<reqwest::Response, ApiError>> {
+    fn carry(
+        &self,
+        request: Request<reqwest::Body>,
+    ) -> BoxFuture<'_, Result<reqwest::Response, ApiError>> {
         let broken = |Broken(why)| ApiError::upstream(why);
         let carried = async move {
             let Some((head, answer)) = lock(&self.coming).take() else {
@@ -396,7 +431,8 @@ impl Carrier for Envoy {
             let is_empty = told.end_of_stream;
             let unread = || ApiError::upstream("the gateway tells of an answer that can't be read");
             let told = Told::read(told.headers).ok_or_else(unread)?;
-            let status = told.special(":status").and_then(|status| StatusCode::from_bytes(status).ok());
+            let status =
+                told.special(":status").and_then(|status| StatusCode::from_bytes(status).ok());
             let status = status.ok_or_else(unread)?;
             let (headers, progress) = (told.headers.clone(), answer.progress.clone());
             *lock(&self.original) = Some(Original { status, headers, is_empty, progress });
@@ -413,8 +449,12 @@ impl Envoy {
     async fn send(&self, request: Request<reqwest::Body>) -> Result<(), Broken> {
         let (mut head, body) = request.into_parts();
         match body.size_hint().exact() {
-            Some(1..) if self.is_empty => return Err(Broken("a request without a body can't get one")),
-            Some(length) if !self.is_empty => drop(head.headers.insert(header::CONTENT_LENGTH, length.into())),
+            Some(1..) if self.is_empty => {
+                return Err(Broken("a request without a body can't get one"));
+            }
+            Some(length) if !self.is_empty => {
+                drop(head.headers.insert(header::CONTENT_LENGTH, length.into()))
+            }
             _ => {}
         }
         let mut change = headers::change(&self.headers, &head.headers);
@@ -428,7 +468,9 @@ impl Envoy {
             lock(&self.sending).spawn(async move {
                 progress.begun().await;
                 let ended = progress.ended();
-                if let Err(Broken(why)) = out.body(body, Reply::RequestBody, Reply::RequestTrailers, ended).await {
+                if let Err(Broken(why)) =
+                    out.body(body, Reply::RequestBody, Reply::RequestTrailers, ended).await
+                {
                     tracing::debug!(why, "a request's body broke off");
                 }
             });
@@ -438,7 +480,9 @@ impl Envoy {
 
     /// Says what the client gets.
     async fn answer(&self, response: Response<Body>) -> Result<(), Broken> {
-        let Some(Original { status, headers, is_empty, mut progress }) = lock(&self.original).take() else {
+        let Some(Original { status, headers, is_empty, mut progress }) =
+            lock(&self.original).take()
+        else {
             return at_once(response, &self.out).await;
         };
         let (mut head, mut body) = response.into_parts();
@@ -450,9 +494,17 @@ impl Envoy {
                 has_begun = progress.begun(), if !is_empty => break has_begun,
                 frame = body.frame() => frame,
             };
-            match frame.transpose().map_err(|_| Broken("an answer broke off"))?.map(Frame::into_data) {
-                Some(Ok(piece)) if early.len() + piece.len() <= AT_ONCE => early.extend_from_slice(&piece),
-                Some(Ok(_)) => return Err(Broken("an answer is longer than what can be given at once")),
+            match frame
+                .transpose()
+                .map_err(|_| Broken("an answer broke off"))?
+                .map(Frame::into_data)
+            {
+                Some(Ok(piece)) if early.len() + piece.len() <= AT_ONCE => {
+                    early.extend_from_slice(&piece)
+                }
+                Some(Ok(_)) => {
+                    return Err(Broken("an answer is longer than what can be given at once"));
+                }
                 Some(Err(_)) => {}
                 None => break false,
             }
@@ -486,7 +538,9 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 fn headed(change: HeaderMutation) -> HeadersResponse {
-    HeadersResponse { response: Some(CommonResponse { header_mutation: Some(change), body_mutation: None }) }
+    HeadersResponse {
+        response: Some(CommonResponse { header_mutation: Some(change), body_mutation: None }),
+    }
 }
 
 /// An answer in the place of all else.

@@ -49,20 +49,30 @@ pub(super) fn change(from: &HeaderMap, to: &HeaderMap) -> HeaderMutation {
 pub(super) fn change_answer(from: &HeaderMap, to: &HeaderMap) -> HeaderMutation {
     let is_figure = |value: &HeaderValue| value.as_bytes().iter().all(u8::is_ascii_digit);
     changed(from, to, |name, value| {
-        *name == header::TRANSFER_ENCODING || (name.as_str().starts_with("x-envoy-") && is_figure(value))
+        *name == header::TRANSFER_ENCODING
+            || (name.as_str().starts_with("x-envoy-") && is_figure(value))
     })
 }
 
-fn changed(from: &HeaderMap, to: &HeaderMap, stays: impl Fn(&HeaderName, &HeaderValue) -> bool) -> HeaderMutation {
+fn changed(
+    from: &HeaderMap,
+    to: &HeaderMap,
+    stays: impl Fn(&HeaderName, &HeaderValue) -> bool,
+) -> HeaderMutation {
     let differs = |name: &&HeaderName| !from.get_all(*name).iter().eq(to.get_all(*name).iter());
     let set = to.keys().filter(differs).flat_map(|name| {
         let values = to.get_all(name).iter().enumerate();
-        values.map(move |(nth, value)| option(name.as_str(), value, if nth == 0 { OVERWRITE } else { APPEND }))
+        values.map(move |(nth, value)| {
+            option(name.as_str(), value, if nth == 0 { OVERWRITE } else { APPEND })
+        })
     });
-    let gone = from
-        .keys()
-        .filter(|name| !to.contains_key(*name) && !from.get_all(*name).iter().all(|value| stays(name, value)));
-    HeaderMutation { set_headers: set.collect(), remove_headers: gone.map(ToString::to_string).collect() }
+    let gone = from.keys().filter(|name| {
+        !to.contains_key(*name) && !from.get_all(*name).iter().all(|value| stays(name, value))
+    });
+    HeaderMutation {
+        set_headers: set.collect(),
+        remove_headers: gone.map(ToString::to_string).collect(),
+    }
 }
 
 /// Sets the path of a request.
@@ -81,7 +91,8 @@ fn option(name: &str, value: &HeaderValue, append_action: i32) -> HeaderValueOpt
     HeaderValueOption { header: Some(header), append_action }
 }
 
-/// Whether a header is the gateway's own business: it sets these itself, and does not let others change some.
+/// Whether a header is the gateway's own business: it sets these itself, and does not let others
+/// change some.
 fn is_the_gateways(name: &HeaderName) -> bool {
     const KNOWN: [HeaderName; 4] = [
         header::HOST,
@@ -97,13 +108,15 @@ mod tests {
     use super::*;
 
     fn map(entries: &[(&'static str, &'static str)]) -> HeaderMap {
-        let entry = |&(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value));
+        let entry =
+            |&(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value));
         entries.iter().map(entry).collect()
     }
 
     #[test]
     fn only_what_differs_is_changed() {
-        let from = map(&[("a", "1"), ("b", "1"), ("c", "1"), ("host", "x"), ("x-forwarded-for", "1")]);
+        let from =
+            map(&[("a", "1"), ("b", "1"), ("c", "1"), ("host", "x"), ("x-forwarded-for", "1")]);
         let mut to = map(&[("a", "1"), ("b", "2"), ("d", "3")]);
         to.append("d", HeaderValue::from_static("4"));
         let change = change(&from, &to);
@@ -117,7 +130,11 @@ mod tests {
         );
         assert_eq!(change.remove_headers, ["c"]);
         // Of an answer a figure stays, and no word.
-        let from = map(&[("x-envoy-attempt-count", "1"), ("x-envoy-said", "rye bread"), ("x-forwarded-for", "rye")]);
+        let from = map(&[
+            ("x-envoy-attempt-count", "1"),
+            ("x-envoy-said", "rye bread"),
+            ("x-forwarded-for", "rye"),
+        ]);
         let mut gone = change_answer(&from, &HeaderMap::new()).remove_headers;
         gone.sort_unstable();
         assert_eq!(gone, ["x-envoy-said", "x-forwarded-for"]);

@@ -1,5 +1,5 @@
-//! The messages of `envoy.service.ext_proc.v3` that are used here. What Envoy sends beside is passed over, as Protocol
-//! Buffers want it.
+//! The messages of `envoy.service.ext_proc.v3` that are used here. What Envoy sends beside is
+//! passed over, as Protocol Buffers want it.
 #![expect(missing_docs, reason = "Envoy documents them, by the same names")]
 
 use bytes::Bytes;

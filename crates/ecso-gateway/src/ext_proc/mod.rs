@@ -1,9 +1,10 @@
-//! The guard as a part of somebody else's gateway: Envoy's external processing (`envoy.service.ext_proc.v3`), with bodies in
-//! the mode `FULL_DUPLEX_STREAMED`.
+//! The guard as a part of somebody else's gateway: Envoy's external processing
+//! (`envoy.service.ext_proc.v3`), with bodies in the mode `FULL_DUPLEX_STREAMED`.
 //!
-//! A request and its answer are one stream of messages (`exchange`). The gateway tells of the request; the guard says how
-//! it goes on, hears the answer, and says what the client gets. All that is decided is decided by the code of our own
-//! server: here a request is only carried by another.
+//! A request and its answer are one stream of messages (`exchange`). The gateway tells of the
+//! request; the guard says how it goes on, hears the answer, and says what the client gets. All
+//! that is decided is decided by the code of our own server: here a request is only carried by
+//! another.
 
 mod exchange;
 mod headers;
@@ -35,11 +36,12 @@ pub const PATH: &str = "/envoy.service.ext_proc.v3.ExternalProcessor/Process";
 const AHEAD: u32 = 256 << 10;
 /// The same for a connection: no stream waits for another.
 const AHEAD_TOGETHER: u32 = (1 << 31) - 1;
-/// Seconds after which a connection that says nothing is asked whether it is there, and for its answer.
+/// Seconds after which a connection that says nothing is asked whether it is there, and for its
+/// answer.
 const STILL_THERE: Duration = Duration::from_secs(20);
 
-/// Serves gateways until `stop`; then takes no new work and finishes what runs. HTTP/2 without TLS: only the gateway may
-/// reach it.
+/// Serves gateways until `stop`; then takes no new work and finishes what runs. HTTP/2 without TLS:
+/// only the gateway may reach it.
 ///
 /// # Errors
 /// When the listener fails.
@@ -88,12 +90,18 @@ pub async fn serve(
 }
 
 /// A call of the service, or of what is not there.
-async fn called(process: Process, request: Request<Incoming>) -> Result<Response<tonic::body::Body>, Infallible> {
+async fn called(
+    process: Process,
+    request: Request<Incoming>,
+) -> Result<Response<tonic::body::Body>, Infallible> {
     if request.uri().path() != PATH {
-        return Ok(Status::unimplemented("only ExternalProcessor/Process is served here").into_http());
+        return Ok(
+            Status::unimplemented("only ExternalProcessor/Process is served here").into_http()
+        );
     }
     let longest = process.gateway.state().settings.limits.body;
-    let mut grpc = tonic::server::Grpc::new(ProstCodec::default()).max_decoding_message_size(longest.max(4 << 20));
+    let mut grpc = tonic::server::Grpc::new(ProstCodec::default())
+        .max_decoding_message_size(longest.max(4 << 20));
     Ok(grpc.streaming(process, request).await)
 }
 

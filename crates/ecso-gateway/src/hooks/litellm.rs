@@ -1,5 +1,6 @@
-//! LiteLLM's generic guardrail API: a call with the request, and later one with the answer. The two have one name, which is the proxy's
-//! own: a name that a client chose could stand for two requests.
+//! LiteLLM's generic guardrail API: a call with the request, and later one with the answer. The two
+//! have one name, which is the proxy's own: a name that a client chose could stand for two
+//! requests.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -112,7 +113,10 @@ impl LiteLlmVerdict {
 #[utoipa::path(post, path = "/beta/litellm_basic_guardrail_api", request_body = LiteLlmCall, responses(
     (status = 200, body = LiteLlmVerdict), (status = 500, description = "The guard failed", body = crate::error::ErrorBody), ApiErrors
 ))]
-pub(crate) async fn litellm(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
+pub(crate) async fn litellm(
+    State(gateway): State<Arc<Gateway>>,
+    request: axum::extract::Request,
+) -> Response {
     let work = async |context, call: LiteLlmCall| match call.input_type {
         LiteLlmKind::Request => asked(context, call).await,
         LiteLlmKind::Response => Box::pin(answered(&gateway, context, call)).await,
@@ -120,13 +124,16 @@ pub(crate) async fn litellm(State(gateway): State<Arc<Gateway>>, request: axum::
     hooked(&gateway, "litellm", request, failed, work).await
 }
 
-/// What can't be guarded is blocked, so that the client is told why. What failed here is 500: other statuses the proxy may be told to pass.
+/// What can't be guarded is blocked, so that the client is told why. What failed here is 500: other
+/// statuses the proxy may be told to pass.
 fn failed(error: ApiError) -> Result<LiteLlmVerdict, ApiError> {
     match error.status {
-        StatusCode::BAD_REQUEST | StatusCode::PAYLOAD_TOO_LARGE | StatusCode::UNSUPPORTED_MEDIA_TYPE => {
-            Ok(LiteLlmVerdict::blocked(error.message))
+        StatusCode::BAD_REQUEST
+        | StatusCode::PAYLOAD_TOO_LARGE
+        | StatusCode::UNSUPPORTED_MEDIA_TYPE => Ok(LiteLlmVerdict::blocked(error.message)),
+        status if status.is_server_error() => {
+            Err(ApiError { status: StatusCode::INTERNAL_SERVER_ERROR, ..error })
         }
-        status if status.is_server_error() => Err(ApiError { status: StatusCode::INTERNAL_SERVER_ERROR, ..error }),
         _ => Err(error),
     }
 }
@@ -156,7 +163,10 @@ async fn asked(mut context: RequestContext, call: LiteLlmCall) -> Result<LiteLlm
     }
     Ok(match seen {
         None => LiteLlmVerdict::pass(),
-        seen => LiteLlmVerdict { structured_messages: seen, ..LiteLlmVerdict::of(LiteLlmAction::GuardrailIntervened) },
+        seen => LiteLlmVerdict {
+            structured_messages: seen,
+            ..LiteLlmVerdict::of(LiteLlmAction::GuardrailIntervened)
+        },
     })
 }
 
@@ -203,19 +213,33 @@ async fn answered(
     };
     let model = chat["model"].as_str().filter(|name| !name.is_empty());
     context.mode = context.caller.mode(&state.settings, model, &context.headers)?;
-    if call.images.as_ref().is_some_and(|images| !images.is_empty()) && context.mode == Mode::Enforce {
-        return Err(ApiError::bad_request("unsupported_content", "an answer that shows images can't be guarded"));
+    if call.images.as_ref().is_some_and(|images| !images.is_empty())
+        && context.mode == Mode::Enforce
+    {
+        return Err(ApiError::bad_request(
+            "unsupported_content",
+            "an answer that shows images can't be guarded",
+        ));
     }
     // What waits was found to be in scope, or is not known.
     context.is_in_scope = true;
     let most = state.settings.limits.choices as usize;
-    if call.texts.as_ref().is_some_and(|texts| texts.len() > most) && context.mode == Mode::Enforce {
-        return Err(ApiError::bad_request("too_many_answers", format!("at most {most} answers are judged at a time")));
+    if call.texts.as_ref().is_some_and(|texts| texts.len() > most) && context.mode == Mode::Enforce
+    {
+        return Err(ApiError::bad_request(
+            "too_many_answers",
+            format!("at most {most} answers are judged at a time"),
+        ));
     }
     let given = call.given();
-    let judged =
-        judged(gateway, context, None, &chat, Given { door: "litellm", chat: Bytes::clone(&given), own: given })
-            .await?;
+    let judged = judged(
+        gateway,
+        context,
+        None,
+        &chat,
+        Given { door: "litellm", chat: Bytes::clone(&given), own: given },
+    )
+    .await?;
     Ok(call.verdict(&judged))
 }
 
@@ -223,13 +247,17 @@ impl LiteLlmCall {
     /// Whose call it is, and its name, which must be the proxy's own.
     fn name(&self, context: &RequestContext) -> Result<(String, &str), ApiError> {
         let id = self.litellm_call_id.as_deref().filter(|id| !id.is_empty());
-        let id = id.ok_or_else(|| ApiError::bad_request("call_id_missing", "there is no litellm_call_id"))?;
+        let id = id.ok_or_else(|| {
+            ApiError::bad_request("call_id_missing", "there is no litellm_call_id")
+        })?;
         let headers = self.request_headers.as_ref().ok_or_else(|| {
-            let message = "there are no request_headers, which tell whether the client chose litellm_call_id";
+            let message =
+                "there are no request_headers, which tell whether the client chose litellm_call_id";
             ApiError::bad_request("call_id_unknown", message)
         })?;
         if headers.keys().any(|name| name.eq_ignore_ascii_case("x-litellm-call-id")) {
-            let message = "the header x-litellm-call-id is not taken: two requests could have the same id";
+            let message =
+                "the header x-litellm-call-id is not taken: two requests could have the same id";
             return Err(ApiError::bad_request("call_id_chosen", message));
         }
         let key = self.request_data.as_ref().and_then(|caller| caller.user_api_key_hash.as_deref());
@@ -246,20 +274,22 @@ impl LiteLlmCall {
         Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message))
     }
 
-    /// Holds that nothing is seen to be left out of the messages, or to stand as text where the model gets an image.
+    /// Holds that nothing is seen to be left out of the messages, or to stand as text where the
+    /// model gets an image.
     fn is_whole(&self) -> Result<(), ApiError> {
         for (place, message) in self.structured_messages.iter().flatten().enumerate() {
             let mut texts = HashSet::new();
             texts_of(message, &mut texts);
             let is_image = |text: &&str| !is_data_url(text) && text.contains("data:image/");
-            let is_screenshot =
-                message["role"] == "tool" && texts.iter().any(|text| text.contains("computer_screenshot"));
+            let is_screenshot = message["role"] == "tool"
+                && texts.iter().any(|text| text.contains("computer_screenshot"));
             if is_screenshot || texts.iter().any(is_image) {
                 let message = format!("`structured_messages.{place}` has an image in its text");
                 return Err(ApiError::bad_request("image_in_text", message));
             }
             if message["content"].as_array().is_some_and(Vec::is_empty) {
-                let message = format!("LiteLLM does not show what is in `structured_messages.{place}`");
+                let message =
+                    format!("LiteLLM does not show what is in `structured_messages.{place}`");
                 return Err(ApiError::bad_request("unsupported_content", message));
             }
         }
@@ -306,8 +336,9 @@ impl LiteLlmCall {
         self.tool_calls.as_ref().is_some_and(|calls| !calls.is_empty())
     }
 
-    /// The answer, as the answer to a chat. Texts may be several answers, or parts of one: each is a choice, and so is all of it, with the calls
-    /// of tools; the calls are one by themselves too, as a profile may read the beginning of an answer alone.
+    /// The answer, as the answer to a chat. Texts may be several answers, or parts of one: each is
+    /// a choice, and so is all of it, with the calls of tools; the calls are one by themselves too,
+    /// as a profile may read the beginning of an answer alone.
     fn given(&self) -> Bytes {
         let texts = self.texts.as_deref().unwrap_or_default();
         let mut messages: Vec<Value> = texts.iter().map(|text| json!({"content": text})).collect();
@@ -323,8 +354,9 @@ impl LiteLlmCall {
             messages.push(json!({"content": null, "tool_calls": calls}));
         }
         let choices = messages.into_iter().enumerate();
-        let choices =
-            choices.map(|(index, message)| json!({"index": index, "message": message, "finish_reason": "stop"}));
+        let choices = choices.map(
+            |(index, message)| json!({"index": index, "message": message, "finish_reason": "stop"}),
+        );
         json!({"model": self.model, "choices": choices.collect::<Vec<_>>()}).to_string().into()
     }
 
@@ -338,13 +370,17 @@ impl LiteLlmCall {
             let message = &judged.answer["choices"][place]["message"];
             message["content"].as_str().or_else(|| message["refusal"].as_str())
         };
-        let others: Option<Vec<String>> = (0..texts.len()).map(|place| said(place).map(str::to_owned)).collect();
+        let others: Option<Vec<String>> =
+            (0..texts.len()).map(|place| said(place).map(str::to_owned)).collect();
         // What a tool is asked can't be taken out of an answer there, nor a part of a whole.
         match others.filter(|others| !self.has_calls() && !others.is_empty() && others != texts) {
-            Some(others) => {
-                LiteLlmVerdict { texts: Some(others), ..LiteLlmVerdict::of(LiteLlmAction::GuardrailIntervened) }
-            }
-            None => LiteLlmVerdict::blocked("the guard holds this answer back: it calls it harmful".to_owned()),
+            Some(others) => LiteLlmVerdict {
+                texts: Some(others),
+                ..LiteLlmVerdict::of(LiteLlmAction::GuardrailIntervened)
+            },
+            None => LiteLlmVerdict::blocked(
+                "the guard holds this answer back: it calls it harmful".to_owned(),
+            ),
         }
     }
 }

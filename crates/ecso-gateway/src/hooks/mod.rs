@@ -1,7 +1,9 @@
-//! Hooks of gateways that others run: a gateway in front asks a model itself, and shows request and answer here.
+//! Hooks of gateways that others run: a gateway in front asks a model itself, and shows request and
+//! answer here.
 //!
-//! A hook is a chat whose answer came with it. It goes the way of every chat, and where that would ask the model it is [`Given`] the
-//! answer. What comes out, the hook says in its gateway's words. So there is one guard, whoever asks the model.
+//! A hook is a chat whose answer came with it. It goes the way of every chat, and where that would
+//! ask the model it is [`Given`] the answer. What comes out, the hook says in its gateway's words.
+//! So there is one guard, whoever asks the model.
 
 pub(crate) mod litellm;
 pub(crate) mod pending;
@@ -54,9 +56,12 @@ async fn hooked<Call: DeserializeOwned, Said: Serialize>(
             // The gateway's key opens this door; no model's server is to see it.
             context.without_keys();
             let body = context.read(body).await?;
-            let unreadable = |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
+            let unreadable = |why| {
+                ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"))
+            };
             let call = strict::read(&body).map_err(unreadable)?;
-            let call = serde_json::from_value(call).map_err(|error| unreadable(error.to_string()))?;
+            let call =
+                serde_json::from_value(call).map_err(|error| unreadable(error.to_string()))?;
             drop(body);
             Box::pin(work(context, call)).await
         };
@@ -95,7 +100,10 @@ async fn outlook(
     let model = model.filter(|name| !name.is_empty());
     context.mode = context.caller.mode(&state.settings, model, &context.headers)?;
     let scope = context.scope(model);
-    match (context.mode, chat.and_then(|chat| request::Body::of(chat, &state.settings.allow_fields))) {
+    match (
+        context.mode,
+        chat.and_then(|chat| request::Body::of(chat, &state.settings.allow_fields)),
+    ) {
         (Mode::Off, _) => Ok(Outlook::Free),
         (_, Ok(read)) if scope != Scope::All && !read.has_images() => Ok(Outlook::Free),
         (Mode::Observe, _) => Ok(Outlook::Observed),
@@ -105,7 +113,11 @@ async fn outlook(
 
 /// A request, which is an object.
 fn object(request: &Value) -> Result<(), ApiError> {
-    if request.is_object() { Ok(()) } else { Err(ApiError::bad_request("invalid_request", "the request is no object")) }
+    if request.is_object() {
+        Ok(())
+    } else {
+        Err(ApiError::bad_request("invalid_request", "the request is no object"))
+    }
 }
 
 /// Whether a request asks for a stream, to the server that is freest about how.
@@ -113,7 +125,8 @@ fn asks_for_stream(request: &Value) -> bool {
     !matches!(&request["stream"], Value::Null | Value::Bool(false)) && request["stream"] != 0
 }
 
-/// A stream that would be guarded: these gateways send it before they ask, or whatever they are told.
+/// A stream that would be guarded: these gateways send it before they ask, or whatever they are
+/// told.
 fn streamed() -> ApiError {
     let message = "a stream can't be held back from here: ask without `stream`, or have the gateway ask this server for the model";
     ApiError::bad_request("stream_not_guarded", message)
@@ -127,12 +140,14 @@ fn chat(format: Option<Format>, request: Value) -> Result<Value, ApiError> {
     }
 }
 
-/// The messages of a chat with the images in them that were only named, so that the model sees what is judged; none if all were there.
+/// The messages of a chat with the images in them that were only named, so that the model sees what
+/// is judged; none if all were there.
 fn shown(messages: &[Value], read: &request::Request) -> Option<Vec<Value>> {
     let names_one = |message: &Value| {
         let parts = message["content"].as_array().into_iter().flatten();
-        let mut urls =
-            parts.filter_map(|part| part["image_url"]["url"].as_str().or_else(|| part["image_url"].as_str()));
+        let mut urls = parts.filter_map(|part| {
+            part["image_url"]["url"].as_str().or_else(|| part["image_url"].as_str())
+        });
         urls.any(is_remote)
     };
     let is_known = |read: &Map<String, Value>| !names_one(&Value::Object(read.clone()));
@@ -159,7 +174,10 @@ impl Carrier for Given {
         self.door
     }
 
-    fn carry(&self, request: Request<reqwest::Body>) -> BoxFuture<'_, Result<reqwest::Response, ApiError>> {
+    fn carry(
+        &self,
+        request: Request<reqwest::Body>,
+    ) -> BoxFuture<'_, Result<reqwest::Response, ApiError>> {
         let answer = if request.uri().path() == CHAT { &self.chat } else { &self.own };
         let mut response = Response::new(answer.clone());
         let json = header::HeaderValue::from_static("application/json");
@@ -219,7 +237,8 @@ async fn judged(
     request: &Value,
     given: Given,
 ) -> Result<Judged, ApiError> {
-    let (id, longest) = (context.id.clone(), context.state.settings.limits.answer.saturating_mul(2));
+    let (id, longest) =
+        (context.id.clone(), context.state.settings.limits.answer.saturating_mul(2));
     let context = context.answered(Arc::new(given));
     let body = Body::from(request.to_string());
     let response = match format {
@@ -249,33 +268,41 @@ fn has_more(came: &Value, judged: &Value) -> bool {
     let mut came = came.clone();
     if let Value::Object(fields) = &mut came {
         let is_name = |value: &Value| value.is_string() || value.is_number() || value.is_null();
-        fields.retain(|name, value| !(NAMES.contains(&name.as_str()) && is_name(value) && says_little(value)));
+        fields.retain(|name, value| {
+            !(NAMES.contains(&name.as_str()) && is_name(value) && says_little(value))
+        });
     }
     !is_part(&came, judged)
 }
 
-/// Whether a name or a seal anywhere in an answer of Messages is more than one word, so that it could be a text.
+/// Whether a name or a seal anywhere in an answer of Messages is more than one word, so that it
+/// could be a text.
 fn has_odd_names(answer: &Value) -> bool {
     const NAMES: [&str; 5] = ["id", "tool_use_id", "signature", "model", "type"];
     match answer {
         Value::Object(fields) => fields.iter().any(|(name, value)| {
             let is_odd = |text: &str| text.contains(char::is_whitespace);
-            NAMES.contains(&name.as_str()) && value.as_str().is_some_and(is_odd) || has_odd_names(value)
+            NAMES.contains(&name.as_str()) && value.as_str().is_some_and(is_odd)
+                || has_odd_names(value)
         }),
         Value::Array(list) => list.iter().any(has_odd_names),
         _ => false,
     }
 }
 
-/// Whether all that a value says stands in the other too. A number in a known place says nothing, nor a field that is empty.
+/// Whether all that a value says stands in the other too. A number in a known place says nothing,
+/// nor a field that is empty.
 fn is_part(value: &Value, other: &Value) -> bool {
     match (value, other) {
-        (Value::Object(fields), other) => fields.iter().all(|(name, value)| match other.get(name) {
-            Some(other) => is_part(value, other),
-            None => is_empty(value) && is_label(name),
-        }),
+        (Value::Object(fields), other) => {
+            fields.iter().all(|(name, value)| match other.get(name) {
+                Some(other) => is_part(value, other),
+                None => is_empty(value) && is_label(name),
+            })
+        }
         (Value::Array(list), Value::Array(others)) => {
-            list.len() == others.len() && list.iter().zip(others).all(|(value, other)| is_part(value, other))
+            list.len() == others.len()
+                && list.iter().zip(others).all(|(value, other)| is_part(value, other))
         }
         (Value::Null | Value::Bool(_) | Value::Number(_), _) => true,
         (value, other) => value == other,
@@ -307,7 +334,10 @@ mod tests {
                 true,
             ),
             (json!({"choices": [{"message": {"content": "rye"}, "stop_reason": null}]}), false),
-            (json!({"choices": [{"message": {"content": "rye"}}, {"message": {"content": "flour"}}]}), true),
+            (
+                json!({"choices": [{"message": {"content": "rye"}}, {"message": {"content": "flour"}}]}),
+                true,
+            ),
             (json!({"choices": [{"message": {"content": "rye"}, "stop_reason": 7}]}), true),
             (json!({"choices": [{"message": {"content": "rye"}, "Flour!": null}]}), true),
             (json!("flour"), true),

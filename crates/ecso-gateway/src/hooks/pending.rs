@@ -53,9 +53,12 @@ impl Pending {
         Self { calls, most }
     }
 
-    /// Keeps what is known of a tenant's call; the same may be told again. False if there is no room for it at all.
+    /// Keeps what is known of a tenant's call; the same may be told again. False if there is no
+    /// room for it at all.
     pub(crate) fn keep(&self, (tenant, call): (&str, &str), known: &Known) -> bool {
-        let Some(calls) = self.calls.as_ref().filter(|_| known.bytes() <= self.most.min(u32::MAX as usize)) else {
+        let Some(calls) =
+            self.calls.as_ref().filter(|_| known.bytes() <= self.most.min(u32::MAX as usize))
+        else {
             return false;
         };
         calls.entry(key(tenant, call)).and_compute_with(|kept| match kept {
@@ -111,9 +114,11 @@ mod tests {
     #[test]
     fn two_requests_of_one_name_have_no_answer() {
         let pending = pending(1 << 20, 60);
-        for (first, second) in
-            [(waits("rye"), waits("flour")), (waits("rye"), Known::Free), (Known::Free, waits("rye"))]
-        {
+        for (first, second) in [
+            (waits("rye"), waits("flour")),
+            (waits("rye"), Known::Free),
+            (Known::Free, waits("rye")),
+        ] {
             let call = format!("{first:?}{second:?}");
             pending.keep(("a", &call), &first);
             pending.keep(("a", &call), &second);
@@ -129,7 +134,9 @@ mod tests {
             assert!(pending.keep(("a", &call.to_string()), &waits(&"f".repeat(1000))));
         }
         assert!(!pending.keep(("a", "long"), &waits(&"f".repeat(4000))));
-        let kept = (0..100).filter(|call| pending.answer(("a", &call.to_string())).is_some()).collect::<Vec<_>>();
+        let kept = (0..100)
+            .filter(|call| pending.answer(("a", &call.to_string())).is_some())
+            .collect::<Vec<_>>();
         assert_eq!(kept, [97, 98, 99]);
         assert!(pending.keep(("a", "late"), &waits("rye")));
         std::thread::sleep(Duration::from_millis(1200));

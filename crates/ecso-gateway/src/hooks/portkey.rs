@@ -1,4 +1,5 @@
-//! Portkey's webhook (`default.webhook`): one call before the model is asked, one with question and answer.
+//! Portkey's webhook (`default.webhook`): one call before the model is asked, one with question and
+//! answer.
 
 use std::sync::Arc;
 
@@ -9,8 +10,8 @@ use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
 
 use super::{
-    Found, Given, Outlook, asks_for_stream, chat, has_more, has_odd_names, hooked, judged, object, outlook, shown,
-    streamed,
+    Found, Given, Outlook, asks_for_stream, chat, has_more, has_odd_names, hooked, judged, object,
+    outlook, shown, streamed,
 };
 use crate::{
     context::RequestContext,
@@ -112,11 +113,15 @@ impl PortkeyVerdict {
     }
 }
 
-/// Judges an answer that Portkey's gateway has got, or reads the request before it asks. Whatever goes wrong is a verdict too.
+/// Judges an answer that Portkey's gateway has got, or reads the request before it asks. Whatever
+/// goes wrong is a verdict too.
 #[utoipa::path(post, path = "/hooks/portkey", request_body = PortkeyCall, responses(
     (status = 200, body = PortkeyVerdict), ApiErrors
 ))]
-pub(crate) async fn portkey(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
+pub(crate) async fn portkey(
+    State(gateway): State<Arc<Gateway>>,
+    request: axum::extract::Request,
+) -> Response {
     // What is no 2xx passes there.
     let failed = |error| Ok(PortkeyVerdict::of(false, Found::failed(error)));
     let work = async |context, call: PortkeyCall| match call.event_type {
@@ -127,8 +132,13 @@ pub(crate) async fn portkey(State(gateway): State<Arc<Gateway>>, request: axum::
 }
 
 /// Reads a request before the model is asked.
-async fn before(mut context: RequestContext, call: PortkeyCall) -> Result<PortkeyVerdict, ApiError> {
-    let PortkeyCall { request_type, request: PortkeySide { mut json, is_streaming_request }, .. } = call;
+async fn before(
+    mut context: RequestContext,
+    call: PortkeyCall,
+) -> Result<PortkeyVerdict, ApiError> {
+    let PortkeyCall {
+        request_type, request: PortkeySide { mut json, is_streaming_request }, ..
+    } = call;
     object(&json)?;
     let asked = request_type.chat(&json);
     let is_streamed = is_streaming_request || asks_for_stream(&json);
@@ -136,14 +146,17 @@ async fn before(mut context: RequestContext, call: PortkeyCall) -> Result<Portke
         None => return Ok(PortkeyVerdict::of(true, Found::default())),
         Some(asked) => match outlook(&mut context, json["model"].as_str(), asked).await? {
             Outlook::Guarded(read) => read,
-            Outlook::Free | Outlook::Observed => return Ok(PortkeyVerdict::of(true, Found::default())),
+            Outlook::Free | Outlook::Observed => {
+                return Ok(PortkeyVerdict::of(true, Found::default()));
+            }
         },
     };
     if is_streamed {
         return Err(streamed());
     }
     // What has another form is refused behind, where an image in it is only named.
-    let messages = json["messages"].as_array().filter(|_| request_type == PortkeyKind::ChatComplete);
+    let messages =
+        json["messages"].as_array().filter(|_| request_type == PortkeyKind::ChatComplete);
     match messages.and_then(|messages| shown(messages, &read)) {
         Some(messages) => {
             json["messages"] = messages.into();
@@ -154,12 +167,20 @@ async fn before(mut context: RequestContext, call: PortkeyCall) -> Result<Portke
 }
 
 /// Judges an answer.
-async fn after(gateway: &Gateway, mut context: RequestContext, call: PortkeyCall) -> Result<PortkeyVerdict, ApiError> {
-    let PortkeyCall { request_type, request: PortkeySide { json: mut request, .. }, response, .. } = call;
+async fn after(
+    gateway: &Gateway,
+    mut context: RequestContext,
+    call: PortkeyCall,
+) -> Result<PortkeyVerdict, ApiError> {
+    let PortkeyCall {
+        request_type, request: PortkeySide { json: mut request, .. }, response, ..
+    } = call;
     object(&request)?;
     let answer = response.json;
     if !answer.is_object() {
-        let Some(asked) = request_type.chat(&request) else { return Ok(PortkeyVerdict::of(true, Found::default())) };
+        let Some(asked) = request_type.chat(&request) else {
+            return Ok(PortkeyVerdict::of(true, Found::default()));
+        };
         return match outlook(&mut context, request["model"].as_str(), asked).await? {
             Outlook::Guarded(_) => Err(streamed()),
             Outlook::Free | Outlook::Observed => Ok(PortkeyVerdict::of(true, Found::default())),
@@ -171,14 +192,35 @@ async fn after(gateway: &Gateway, mut context: RequestContext, call: PortkeyCall
     let judged = match request_type {
         PortkeyKind::Messages => {
             let chat = Format::Messages.said(&answer)?.to_string().into();
-            judged(gateway, context, Some(Format::Messages), &request, Given { door: "portkey", chat, own }).await?
+            judged(
+                gateway,
+                context,
+                Some(Format::Messages),
+                &request,
+                Given { door: "portkey", chat, own },
+            )
+            .await?
         }
         PortkeyKind::Complete => {
             let chat = spoken(&answer).to_string().into();
-            judged(gateway, context, None, &prompted(&request)?, Given { door: "portkey", chat, own }).await?
+            judged(
+                gateway,
+                context,
+                None,
+                &prompted(&request)?,
+                Given { door: "portkey", chat, own },
+            )
+            .await?
         }
         PortkeyKind::ChatComplete => {
-            judged(gateway, context, None, &request, Given { door: "portkey", chat: Bytes::clone(&own), own }).await?
+            judged(
+                gateway,
+                context,
+                None,
+                &request,
+                Given { door: "portkey", chat: Bytes::clone(&own), own },
+            )
+            .await?
         }
         PortkeyKind::Embed => return Ok(PortkeyVerdict::of(true, Found::default())),
     };
@@ -236,20 +278,31 @@ fn prompted(request: &Value) -> Result<Value, ApiError> {
     let is_plain = |prompt: &Value| prompt.is_string() || prompt.is_number() || prompt.is_null();
     let is_list = |prompt: &Value| prompt.as_array().is_some_and(|list| list.iter().all(is_plain));
     let prompt = &request["prompt"];
-    let is_text = is_plain(prompt) || is_list(prompt) || prompt.as_array().is_some_and(|list| list.iter().all(is_list));
+    let is_text = is_plain(prompt)
+        || is_list(prompt)
+        || prompt.as_array().is_some_and(|list| list.iter().all(is_list));
     if !is_text {
         let message = "`prompt` is no text, and no list of texts or tokens";
         return Err(ApiError::bad_request("unsupported_content", message));
     }
-    if let Some(unknown) =
-        request.as_object().into_iter().flat_map(Map::keys).find(|name| !KNOWN.contains(&name.as_str()))
+    if let Some(unknown) = request
+        .as_object()
+        .into_iter()
+        .flat_map(Map::keys)
+        .find(|name| !KNOWN.contains(&name.as_str()))
     {
-        let message = format!("`{}` is not known to the guard, so that it can't be judged", shown_name(unknown));
+        let message = format!(
+            "`{}` is not known to the guard, so that it can't be judged",
+            shown_name(unknown)
+        );
         return Err(ApiError::bad_request("unknown_field", message));
     }
-    let prompt = request["prompt"].as_str().map_or_else(|| request["prompt"].to_string(), str::to_owned);
+    let prompt =
+        request["prompt"].as_str().map_or_else(|| request["prompt"].to_string(), str::to_owned);
     let suffix = request["suffix"].as_str().unwrap_or_default();
-    Ok(json!({"model": request["model"], "messages": [{"role": "user", "content": prompt + suffix}]}))
+    Ok(
+        json!({"model": request["model"], "messages": [{"role": "user", "content": prompt + suffix}]}),
+    )
 }
 
 /// What an answer of the old completions says, as the answer to a chat.

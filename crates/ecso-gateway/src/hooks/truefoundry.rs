@@ -1,4 +1,5 @@
-//! TrueFoundry's custom guardrail: one hook before the model is asked, one with question and answer.
+//! TrueFoundry's custom guardrail: one hook before the model is asked, one with question and
+//! answer.
 
 use std::sync::Arc;
 
@@ -8,7 +9,10 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
 use utoipa::ToSchema;
 
-use super::{Found, Given, Outlook, asks_for_stream, has_more, hooked, judged, object, outlook, shown, streamed};
+use super::{
+    Found, Given, Outlook, asks_for_stream, has_more, hooked, judged, object, outlook, shown,
+    streamed,
+};
 use crate::{
     context::RequestContext,
     error::{ApiError, ApiErrors},
@@ -38,8 +42,8 @@ fn there<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D:
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct TrueFoundryConfig {
-    /// Whether an answer is put in the place of a harmful one. Only where the operation is `mutate`: `validate` would let the harmful one
-    /// out. Else it is denied.
+    /// Whether an answer is put in the place of a harmful one. Only where the operation is
+    /// `mutate`: `validate` would let the harmful one out. Else it is denied.
     #[serde(default)]
     rewrite: bool,
 }
@@ -66,11 +70,15 @@ impl TrueFoundryVerdict {
     }
 }
 
-/// Judges an answer that TrueFoundry's gateway has got, or reads the request before it asks. Whatever goes wrong is a verdict too.
+/// Judges an answer that TrueFoundry's gateway has got, or reads the request before it asks.
+/// Whatever goes wrong is a verdict too.
 #[utoipa::path(post, path = "/hooks/truefoundry", request_body = TrueFoundryCall, responses(
     (status = 200, body = TrueFoundryVerdict), ApiErrors
 ))]
-pub(crate) async fn truefoundry(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
+pub(crate) async fn truefoundry(
+    State(gateway): State<Arc<Gateway>>,
+    request: axum::extract::Request,
+) -> Response {
     // What is no 2xx may pass there.
     let failed = |error| Ok(TrueFoundryVerdict::of(false, Found::failed(error)));
     hooked(&gateway, "truefoundry", request, failed, async |context, call| {
@@ -87,18 +95,26 @@ async fn found(
     let TrueFoundryCall { mut request_body, response_body, config } = call;
     object(&request_body)?;
     let Some(answer) = response_body else {
-        let outlook = outlook(&mut context, request_body["model"].as_str(), Ok(request_body.clone())).await?;
-        let Outlook::Guarded(read) = outlook else { return Ok(TrueFoundryVerdict::of(true, Found::default())) };
+        let outlook =
+            outlook(&mut context, request_body["model"].as_str(), Ok(request_body.clone())).await?;
+        let Outlook::Guarded(read) = outlook else {
+            return Ok(TrueFoundryVerdict::of(true, Found::default()));
+        };
         if asks_for_stream(&request_body) {
             return Err(streamed());
         }
-        let messages = request_body["messages"].as_array().and_then(|messages| shown(messages, &read));
-        let Some(messages) = messages else { return Ok(TrueFoundryVerdict::of(true, Found::default())) };
+        let messages =
+            request_body["messages"].as_array().and_then(|messages| shown(messages, &read));
+        let Some(messages) = messages else {
+            return Ok(TrueFoundryVerdict::of(true, Found::default()));
+        };
         request_body["messages"] = messages.into();
         return Ok(TrueFoundryVerdict::another(request_body, Found::default()));
     };
     if !answer.is_object() {
-        return match outlook(&mut context, request_body["model"].as_str(), Ok(request_body.clone())).await? {
+        return match outlook(&mut context, request_body["model"].as_str(), Ok(request_body.clone()))
+            .await?
+        {
             Outlook::Guarded(_) => Err(streamed()),
             Outlook::Free | Outlook::Observed => Ok(TrueFoundryVerdict::of(true, Found::default())),
         };

@@ -1,5 +1,5 @@
-//! A question from the page, answered as a stream of what happens: the events of [`Guard::answer_events`], as far as the operator lets
-//! clients see them.
+//! A question from the page, answered as a stream of what happens: the events of
+//! [`Guard::answer_events`], as far as the operator lets clients see them.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -62,7 +62,8 @@ enum Arm {
 }
 
 impl Arm {
-    /// The profile, for this model. Any but the operator's own could let out what that holds back, and takes the right to see everything.
+    /// The profile, for this model. Any but the operator's own could let out what that holds back,
+    /// and takes the right to see everything.
     fn profile(&self, state: &AppState, model: &str) -> Result<Profile, ApiError> {
         let usual = page_profile(state, Some(model));
         match self {
@@ -70,7 +71,9 @@ impl Arm {
             _ => needs_full(state)?,
         }
         match self {
-            Self::Unguarded => Ok(Profile { name: "unguarded".into(), gate: Gate::Never, ..usual.clone() }),
+            Self::Unguarded => {
+                Ok(Profile { name: "unguarded".into(), gate: Gate::Never, ..usual.clone() })
+            }
             Self::Profile(name) => super::profile(state, name),
             Self::Edited(edit) => edit.apply(state),
         }
@@ -86,8 +89,10 @@ impl Question {
                 "the page sends images themselves, not their addresses",
             ));
         }
-        let images = self.images.iter().map(|url| json!({"type": "image_url", "image_url": {"url": url}}));
-        let parts: Vec<Value> = images.chain([json!({"type": "text", "text": self.text})]).collect();
+        let images =
+            self.images.iter().map(|url| json!({"type": "image_url", "image_url": {"url": url}}));
+        let parts: Vec<Value> =
+            images.chain([json!({"type": "text", "text": self.text})]).collect();
         Ok(json!({"messages": [{"role": "user", "content": parts}]}))
     }
 }
@@ -100,7 +105,12 @@ pub(super) async fn ask(State(visit): State<Visit>, request: axum::extract::Requ
     signed(&id, (HTTP, "playground"), &state.metrics, begun.instrument(span)).await
 }
 
-async fn begin(gateway: &Gateway, state: &Arc<AppState>, id: &str, body: Body) -> Result<Response, ApiError> {
+async fn begin(
+    gateway: &Gateway,
+    state: &Arc<AppState>,
+    id: &str,
+    body: Body,
+) -> Result<Response, ApiError> {
     let mut context = gateway.receive(state, id);
     let body = context.read(body).await?;
     let question: Question = read(&body)?;
@@ -115,13 +125,16 @@ async fn begin(gateway: &Gateway, state: &Arc<AppState>, id: &str, body: Body) -
     let turn = context.in_time(gateway.admission.enter()).await?;
     let mut request = context.prepare(chat).await?;
     request.model = model;
-    let head =
-        [(header::CONTENT_TYPE, "text/event-stream"), (header::HeaderName::from_static("x-accel-buffering"), "no")];
+    let head = [
+        (header::CONTENT_TYPE, "text/event-stream"),
+        (header::HeaderName::from_static("x-accel-buffering"), "no"),
+    ];
     let told = told(context, request, profile, turn).map(Ok::<_, std::convert::Infallible>);
     Ok((head, Body::from_stream(told)).into_response())
 }
 
-/// The events of an answer as they happen. `turn` is kept until their end; dropping them gives up the work.
+/// The events of an answer as they happen. `turn` is kept until their end; dropping them gives up
+/// the work.
 fn told(
     context: RequestContext,
     request: Request,
@@ -137,7 +150,8 @@ fn told(
             "profile": profile.name, "model": request.model, "threshold": threshold,
             "images": request.chat.image_count(),
         }));
-        // All calls go to the guarded model itself, and nothing is remembered: what is seen is what it takes.
+        // All calls go to the guarded model itself, and nothing is remembered: what is seen is what
+        // it takes.
         let guard = Guard::new(context.state.upstream.answering(&request.model, &HeaderMap::new()), profile);
         let mut record = context.record(&request, BTreeMap::new());
         let events = guard.answer_events(&request.chat);
@@ -180,8 +194,8 @@ fn written(name: &str, data: &Value) -> Bytes {
     format!("event: {name}\ndata: {data}\n\n").into()
 }
 
-/// What the page is told of an event. No word of what the model said, or was asked, but under [`TraceLevel::Full`]; the answer comes
-/// when it may go out.
+/// What the page is told of an event. No word of what the model said, or was asked, but under
+/// [`TraceLevel::Full`]; the answer comes when it may go out.
 fn shown(event: &Event, trace: TraceLevel) -> Option<(&'static str, Value)> {
     Some(match event {
         Event::Started { .. } | Event::Finished(_) if trace == TraceLevel::None => return None,
@@ -193,7 +207,9 @@ fn shown(event: &Event, trace: TraceLevel) -> Option<(&'static str, Value)> {
             }
             ("finished", call)
         }
-        Event::Decided { verdict, rewritten } => ("decided", json!({"verdict": verdict, "rewritten": rewritten})),
+        Event::Decided { verdict, rewritten } => {
+            ("decided", json!({"verdict": verdict, "rewritten": rewritten}))
+        }
         Event::Answer(text) => ("answer", json!({"text": text})),
         Event::Done(outcome) => (
             "done",

@@ -48,12 +48,16 @@ impl Edit {
     pub(super) fn apply(&self, state: &AppState) -> Result<Profile, ApiError> {
         let name = self.name.trim();
         let refused = |key: &str, message: String| {
-            Err(ApiError { param: Some(key.to_owned()), ..ApiError::bad_request("invalid_profile", message) })
+            Err(ApiError {
+                param: Some(key.to_owned()),
+                ..ApiError::bad_request("invalid_profile", message)
+            })
         };
         if name.is_empty() || name.chars().count() > NAME || name.chars().any(char::is_control) {
             return refused("name", format!("a profile has a name of 1 to {NAME} characters"));
         }
-        if name == "unguarded" || super::profiles(state).iter().any(|profile| profile.name == name) {
+        if name == "unguarded" || super::profiles(state).iter().any(|profile| profile.name == name)
+        {
             return refused("name", format!("{name:?} is another profile's name"));
         }
         if self.changes.len() > KEYS {
@@ -63,10 +67,16 @@ impl Edit {
         for (key, value) in &self.changes {
             let written = written(value);
             if key.len() > KEY || key.matches('.').count() >= DEPTH {
-                return refused("changes", format!("a key has at most {KEY} letters and {DEPTH} parts"));
+                return refused(
+                    "changes",
+                    format!("a key has at most {KEY} letters and {DEPTH} parts"),
+                );
             }
             if written.chars().count() > VALUE || written.matches('{').count() > HOLES {
-                return refused(key, format!("a value has at most {VALUE} characters, and {HOLES} holes"));
+                return refused(
+                    key,
+                    format!("a value has at most {VALUE} characters, and {HOLES} holes"),
+                );
             }
             match profile.with(key, &written) {
                 Ok(changed) => profile = changed,
@@ -85,7 +95,10 @@ fn written(value: &Value) -> String {
 }
 
 /// Checks a profile that is changed in the page, and writes it as a file that `--profile` reads.
-pub(super) async fn profile(State(visit): State<Visit>, request: axum::extract::Request) -> Response {
+pub(super) async fn profile(
+    State(visit): State<Visit>,
+    request: axum::extract::Request,
+) -> Response {
     let (id, state) = (request_id(), visit.gateway.state());
     let span = telemetry::span("playground", &id, request.headers());
     let checked = async {
@@ -101,7 +114,8 @@ pub(super) async fn profile(State(visit): State<Visit>, request: axum::extract::
 
 /// A body of the page's.
 pub(super) fn read<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
-    let unreadable = |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
+    let unreadable =
+        |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
     let body = crate::json::read(body).map_err(unreadable)?;
     serde_json::from_value(body).map_err(|error| unreadable(error.to_string()))
 }

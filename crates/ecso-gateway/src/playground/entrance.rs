@@ -1,5 +1,5 @@
-//! Who may use the page: a browser that was opened with a link of the operator's. Addresses tell nothing, as behind a proxy everybody
-//! comes from this machine.
+//! Who may use the page: a browser that was opened with a link of the operator's. Addresses tell
+//! nothing, as behind a proxy everybody comes from this machine.
 
 use std::{
     collections::VecDeque,
@@ -21,7 +21,8 @@ pub(super) struct Entrance {
     token: watch::Sender<String>,
     /// The cookie's name. Cookies know no ports: each server on a machine has a name of its own.
     cookie: String,
-    /// Hashes of what stands in the cookies of those that are in: how long it takes to compare these tells nothing about them.
+    /// Hashes of what stands in the cookies of those that are in: how long it takes to compare
+    /// these tells nothing about them.
     sessions: Mutex<VecDeque<String>>,
 }
 
@@ -40,7 +41,8 @@ impl Entrance {
         self.token.subscribe()
     }
 
-    /// Takes a token, which then opens nothing more: the cookie of the browser that brought it, to be set.
+    /// Takes a token, which then opens nothing more: the cookie of the browser that brought it, to
+    /// be set.
     pub(super) fn open(&self, token: &str) -> Option<HeaderValue> {
         let brought = hash(token);
         let is_it = self.token.send_if_modified(|token| {
@@ -59,25 +61,32 @@ impl Entrance {
             sessions.pop_front();
         }
         sessions.push_back(hash(&session));
-        HeaderValue::try_from(format!("{}={session}; Path=/; HttpOnly; SameSite=Strict", self.cookie)).ok()
+        HeaderValue::try_from(format!(
+            "{}={session}; Path=/; HttpOnly; SameSite=Strict",
+            self.cookie
+        ))
+        .ok()
     }
 
     /// Whether a request's cookie is that of a browser that is in.
     pub(super) fn knows(&self, headers: &HeaderMap) -> bool {
-        let cookies = headers.get_all(header::COOKIE).iter().filter_map(|cookies| cookies.to_str().ok());
-        let pairs = cookies.flat_map(|cookies| cookies.split(';')).filter_map(|pair| pair.trim().split_once('='));
+        let cookies =
+            headers.get_all(header::COOKIE).iter().filter_map(|cookies| cookies.to_str().ok());
+        let pairs = cookies
+            .flat_map(|cookies| cookies.split(';'))
+            .filter_map(|pair| pair.trim().split_once('='));
         let brought: Vec<String> =
             pairs.filter(|(name, _)| *name == self.cookie).map(|(_, value)| hash(value)).collect();
         let sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
         sessions.iter().any(|session| brought.contains(session))
     }
 
-    /// Lets in what the page itself asks for, from a browser that is in. Another page in that browser has the cookie too, where it is
-    /// of this machine: what browsers say of the page that asks tells it from ours.
+    /// Lets in what the page itself asks for, from a browser that is in. Another page in that
+    /// browser has the cookie too, where it is of this machine: what browsers say of the page that
+    /// asks tells it from ours.
     pub(super) fn check(&self, method: &Method, headers: &HeaderMap) -> Result<(), ApiError> {
         if !self.knows(headers) {
-            let message =
-                "the playground opens by the link that is printed where the server runs; each link works once";
+            let message = "the playground opens by the link that is printed where the server runs; each link works once";
             return Err(ApiError::new(StatusCode::UNAUTHORIZED, "playground_closed", message));
         }
         let is_own = match headers.get("sec-fetch-site") {
@@ -95,10 +104,15 @@ impl Entrance {
 /// Whether the page that asks is of the host that is asked.
 fn is_own_origin(headers: &HeaderMap) -> bool {
     let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
-    let (Some(origin), Some(host)) = (text(header::ORIGIN), text(header::HOST)) else { return false };
-    let (Ok(origin), Ok(host)) = (origin.parse::<Url>(), host.parse::<Authority>()) else { return false };
-    let port =
-        host.port_u16().or_else(|| Url::parse(&format!("{}://x", origin.scheme())).ok()?.port_or_known_default());
+    let (Some(origin), Some(host)) = (text(header::ORIGIN), text(header::HOST)) else {
+        return false;
+    };
+    let (Ok(origin), Ok(host)) = (origin.parse::<Url>(), host.parse::<Authority>()) else {
+        return false;
+    };
+    let port = host
+        .port_u16()
+        .or_else(|| Url::parse(&format!("{}://x", origin.scheme())).ok()?.port_or_known_default());
     origin.host_str().is_some_and(|name| name.eq_ignore_ascii_case(host.host()))
         && origin.port_or_known_default() == port
 }
@@ -116,7 +130,11 @@ mod tests {
         let entrance = Entrance::new();
         let mut tokens = entrance.tokens();
         let token = tokens.borrow_and_update().clone();
-        assert!(entrance.open("wrong").is_none() && entrance.open("").is_none() && !tokens.has_changed().unwrap());
+        assert!(
+            entrance.open("wrong").is_none()
+                && entrance.open("").is_none()
+                && !tokens.has_changed().unwrap()
+        );
         let cookie = entrance.open(&token).unwrap();
         let cookie = cookie.to_str().unwrap();
         assert!(cookie.ends_with("; Path=/; HttpOnly; SameSite=Strict"), "{cookie}");
@@ -125,7 +143,8 @@ mod tests {
         let value = cookie.split(';').next().unwrap();
         assert!(entrance.knows(&headers(&[("cookie", &format!("a=b; {value}; c=d"))])));
         let (name, secret) = value.split_once('=').unwrap();
-        let (short, hashed) = (format!("{name}={}", &secret[1..]), format!("{name}={}", hash(secret)));
+        let (short, hashed) =
+            (format!("{name}={}", &secret[1..]), format!("{name}={}", hash(secret)));
         for wrong in ["", name, &format!("other={secret}"), &short, &hashed] {
             assert!(!entrance.knows(&headers(&[("cookie", wrong)])), "{wrong}");
         }
@@ -139,13 +158,17 @@ mod tests {
             let token = entrance.tokens().borrow().clone();
             cookies.push(entrance.open(&token).unwrap().to_str().unwrap().to_owned());
         }
-        let is_in = |cookie: &str| entrance.knows(&headers(&[("cookie", cookie.split(';').next().unwrap())]));
+        let is_in = |cookie: &str| {
+            entrance.knows(&headers(&[("cookie", cookie.split(';').next().unwrap())]))
+        };
         assert!(!is_in(&cookies[0]) && cookies[1..].iter().all(|cookie| is_in(cookie)));
     }
 
     #[test]
     fn an_origin_is_its_host_and_port() {
-        let own = |origin: &str, host: &str| is_own_origin(&headers(&[("origin", origin), ("host", host)]));
+        let own = |origin: &str, host: &str| {
+            is_own_origin(&headers(&[("origin", origin), ("host", host)]))
+        };
         for (origin, host) in [
             ("http://127.0.0.1:8080", "127.0.0.1:8080"),
             ("http://[::1]:8080", "[::1]:8080"),
@@ -166,6 +189,9 @@ mod tests {
         ] {
             assert!(!own(origin, host), "{origin} {host}");
         }
-        assert!(!is_own_origin(&headers(&[("host", "a")])) && !is_own_origin(&headers(&[("origin", "http://a")])));
+        assert!(
+            !is_own_origin(&headers(&[("host", "a")]))
+                && !is_own_origin(&headers(&[("origin", "http://a")]))
+        );
     }
 }

@@ -1,8 +1,9 @@
 //! The playground: a page on which people ask about images and watch the steps as they run.
 //!
-//! It is served beside the routes for programs, and shares with them how a question is read and bounded. Who may use it, `entrance`
-//! decides: whoever opens the link that the operator has. `files` is the page itself, `ask` runs a question, `edit` a profile that is
-//! changed in the page. What it shows of the steps is what `gateway.trace` lets clients see.
+//! It is served beside the routes for programs, and shares with them how a question is read and
+//! bounded. Who may use it, `entrance` decides: whoever opens the link that the operator has.
+//! `files` is the page itself, `ask` runs a question, `edit` a profile that is changed in the page.
+//! What it shows of the steps is what `gateway.trace` lets clients see.
 
 mod ask;
 mod edit;
@@ -25,7 +26,10 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use url::form_urlencoded;
 
-use crate::{access::Caller, context::QUICK, error::ApiError, server::Gateway, settings::TraceLevel, state::AppState};
+use crate::{
+    access::Caller, context::QUICK, error::ApiError, server::Gateway, settings::TraceLevel,
+    state::AppState,
+};
 use entrance::Entrance;
 
 /// A page for people, for [`Gateway::with_playground`].
@@ -46,13 +50,15 @@ pub struct Calibration {
 }
 
 impl Playground {
-    /// A page that nobody has opened; with the calibration of the usual profile, where there is one.
+    /// A page that nobody has opened; with the calibration of the usual profile, where there is
+    /// one.
     #[must_use]
     pub fn new(calibration: Option<Calibration>) -> Self {
         Self { entrance: Entrance::new(), calibration }
     }
 
-    /// What lets the next browser in, as `/?token=TOKEN`. Each works once; then the next one stands here.
+    /// What lets the next browser in, as `/?token=TOKEN`. Each works once; then the next one stands
+    /// here.
     #[must_use]
     pub fn tokens(&self) -> watch::Receiver<String> {
         self.entrance.tokens()
@@ -66,7 +72,8 @@ struct Visit {
     playground: Arc<Playground>,
 }
 
-/// The routes of the page. They are for its own scripts alone, so no other page is told that it may read them.
+/// The routes of the page. They are for its own scripts alone, so no other page is told that it may
+/// read them.
 pub(crate) fn routes(gateway: Arc<Gateway>, playground: Arc<Playground>) -> Router {
     let visit = Visit { gateway, playground };
     Router::new()
@@ -82,14 +89,19 @@ pub(crate) fn routes(gateway: Arc<Gateway>, playground: Arc<Playground>) -> Rout
 }
 
 /// Only the page's own requests pass, from a browser that came in by a link.
-async fn let_in(State(visit): State<Visit>, request: axum::extract::Request, next: Next) -> Response {
+async fn let_in(
+    State(visit): State<Visit>,
+    request: axum::extract::Request,
+    next: Next,
+) -> Response {
     match visit.playground.entrance.check(request.method(), request.headers()) {
         Ok(()) => next.run(request).await,
         Err(refused) => refused.into_response(),
     }
 }
 
-/// Nothing of another origin is loaded, run or told, no script stands in the page, and nothing is kept.
+/// Nothing of another origin is loaded, run or told, no script stands in the page, and nothing is
+/// kept.
 async fn locked(mut response: Response) -> Response {
     const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; \
                           base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; \
@@ -114,7 +126,8 @@ async fn page(State(visit): State<Visit>, uri: Uri, headers: HeaderMap) -> Respo
     let mut pairs = form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes());
     let token = pairs.find(|(name, _)| name == "token");
     if let Some(cookie) = token.and_then(|(_, token)| entrance.open(&token)) {
-        // A page that goes on by itself: were it a redirect, a browser that came from elsewhere would leave the cookie out.
+        // A page that goes on by itself: were it a redirect, a browser that came from elsewhere
+        // would leave the cookie out.
         return ([(header::SET_COOKIE, cookie)], files::ENTERED).into_response();
     }
     if entrance.knows(&headers) {
@@ -127,7 +140,8 @@ async fn page(State(visit): State<Visit>, uri: Uri, headers: HeaderMap) -> Respo
 async fn file(axum::extract::Path(name): axum::extract::Path<String>) -> Response {
     match files::named(&name) {
         Some(file) => file.into_response(),
-        None => ApiError::new(StatusCode::NOT_FOUND, "not_found", "the page has no such file").into_response(),
+        None => ApiError::new(StatusCode::NOT_FOUND, "not_found", "the page has no such file")
+            .into_response(),
     }
 }
 
@@ -137,10 +151,12 @@ async fn facts(State(visit): State<Visit>) -> Response {
     let nothing = HeaderMap::new();
     let asked = tokio::time::timeout(QUICK, state.upstream.model_name(&nothing));
     let model = asked.await.ok().and_then(Result::ok);
-    let several = state.upstream.answering(model.as_deref().unwrap_or_default(), &nothing).takes_several();
+    let several =
+        state.upstream.answering(model.as_deref().unwrap_or_default(), &nothing).is_concurrent();
     let limits = &state.settings.limits;
     let profiles = profiles(&state).into_iter();
-    // The prompts are what the model is told, which not everybody may see; and the choice is the operator's.
+    // The prompts are what the model is told, which not everybody may see; and the choice is the
+    // operator's.
     let usual = page_profile(&state, model.as_deref());
     let told: Vec<Value> = match state.settings.trace {
         TraceLevel::Full => profiles.map(|profile| json!(profile)).collect(),
@@ -159,7 +175,8 @@ async fn facts(State(visit): State<Visit>) -> Response {
     ([(header::CONTENT_TYPE, "application/json")], facts.to_string()).into_response()
 }
 
-/// The profiles to choose from: the operator's, and those built in, without one whose name an operator's has.
+/// The profiles to choose from: the operator's, and those built in, without one whose name an
+/// operator's has.
 fn profiles(state: &AppState) -> Vec<Profile> {
     let built_in = Profile::NAMES.into_iter().filter_map(|name| Profile::named(name).ok());
     let mut profiles: Vec<Profile> = Vec::new();
@@ -168,7 +185,9 @@ fn profiles(state: &AppState) -> Vec<Profile> {
             profiles.push(profile);
         }
     }
-    profiles.sort_by_key(|profile| Profile::NAMES.iter().position(|name| *name == profile.name).unwrap_or(usize::MAX));
+    profiles.sort_by_key(|profile| {
+        Profile::NAMES.iter().position(|name| *name == profile.name).unwrap_or(usize::MAX)
+    });
     profiles
 }
 
@@ -196,6 +215,8 @@ fn needs_full(state: &AppState) -> Result<(), ApiError> {
 fn threshold(profile: &Profile) -> Option<f64> {
     match &profile.method {
         Method::Hardened(method) => Some(method.threshold),
-        Method::Paper(method) => Some(method.detect.threshold).filter(|_| method.detect.parser == Parser::Score),
+        Method::Paper(method) => {
+            Some(method.detect.threshold).filter(|_| method.detect.parser == Parser::Score)
+        }
     }
 }

@@ -1,4 +1,5 @@
-//! Answers that an upstream gives in another format than chat completions, for whoever observes it: the same as a chat's answer.
+//! Answers that an upstream gives in another format than chat completions, for whoever observes it:
+//! the same as a chat's answer.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -18,7 +19,8 @@ use crate::{
 impl Format {
     /// Reads an answer of the format, whole or as its stream.
     pub(crate) async fn heard(self, seen: Vec<u8>, streamed: bool) -> Result<Completion, ApiError> {
-        let broken = |why: &str| ApiError::upstream("the upstream's answer can't be read").because(why);
+        let broken =
+            |why: &str| ApiError::upstream("the upstream's answer can't be read").because(why);
         let answer = if streamed {
             let whole = match self {
                 Self::Messages => message(&events(seen).await?),
@@ -49,7 +51,10 @@ impl Format {
 /// The data of a stream's events.
 async fn events(seen: Vec<u8>) -> Result<Vec<Value>, ApiError> {
     let broken = |why: String| ApiError::upstream("the upstream's stream broke").because(why);
-    let mut stream = SseStream::from_bytes_stream(futures::stream::iter([Ok::<_, std::io::Error>(Bytes::from(seen))]));
+    let mut stream =
+        SseStream::from_bytes_stream(futures::stream::iter([Ok::<_, std::io::Error>(
+            Bytes::from(seen),
+        )]));
     let mut events = Vec::new();
     while let Some(event) = stream.next().await {
         let event = event.map_err(|error| broken(error.to_string()))?;
@@ -65,18 +70,27 @@ async fn events(seen: Vec<u8>) -> Result<Vec<Value>, ApiError> {
 
 /// What a stream's response says: at its end, and on the way there, where that is something else.
 fn response(events: &[Value]) -> Option<Value> {
-    let is_last = |event: &&Value| event["type"] == "response.completed" || event["type"] == "response.incomplete";
+    let is_last = |event: &&Value| {
+        event["type"] == "response.completed" || event["type"] == "response.incomplete"
+    };
     let mut whole = events.iter().rfind(is_last)?["response"].as_object()?.clone();
     let mut output = whole.get("output").and_then(Value::as_array).cloned().unwrap_or_default();
     let done = events.iter().filter(|event| event["type"] == "response.output_item.done");
     let at = |event: &Value| output.get(usize::try_from(event["output_index"].as_u64()?).ok()?);
-    let others: Vec<Value> =
-        done.filter(|event| at(event) != Some(&event["item"])).map(|event| event["item"].clone()).collect();
+    let others: Vec<Value> = done
+        .filter(|event| at(event) != Some(&event["item"]))
+        .map(|event| event["item"].clone())
+        .collect();
     output.extend(others);
     let mut pieces: BTreeMap<String, String> = BTreeMap::new();
     for event in events {
         if let Some(piece) = event["delta"].as_str() {
-            let place = [&event["type"], &event["item_id"], &event["output_index"], &event["content_index"]];
+            let place = [
+                &event["type"],
+                &event["item_id"],
+                &event["output_index"],
+                &event["content_index"],
+            ];
             pieces.entry(json!(place).to_string()).or_default().push_str(piece);
         }
     }
@@ -85,7 +99,8 @@ fn response(events: &[Value]) -> Option<Value> {
         texts_of(item, &mut known);
     }
     let unknown = pieces.values().filter(|text| !known.contains(text.as_str()));
-    let parts: Vec<Value> = unknown.map(|text| json!({"type": "output_text", "text": text})).collect();
+    let parts: Vec<Value> =
+        unknown.map(|text| json!({"type": "output_text", "text": text})).collect();
     output.push(json!({"type": "message", "content": parts}));
     whole.insert("output".to_owned(), output.into());
     whole.insert("status".to_owned(), "completed".into());
@@ -108,7 +123,9 @@ fn message(events: &[Value]) -> Option<Value> {
                     let name = if name == "partial_json" { "pieces" } else { name };
                     match (name, block.get_mut(name), piece) {
                         ("type" | "signature", _, _) => {}
-                        (_, Some(Value::String(text)), Value::String(piece)) => text.push_str(piece),
+                        (_, Some(Value::String(text)), Value::String(piece)) => {
+                            text.push_str(piece)
+                        }
                         // Of what comes whole there may be more than one.
                         (_, Some(Value::Array(list)), piece) => list.push(piece.clone()),
                         (_, _, Value::String(piece)) => block[name] = piece.as_str().into(),
@@ -154,7 +171,8 @@ impl Said {
                 (Some("tool_use"), ..) => {
                     // Of a stream the input comes in pieces.
                     let input = block["input"].to_string();
-                    let (name, arguments) = block["pieces"].as_str().map_or(("input", &*input), |all| ("pieces", all));
+                    let (name, arguments) =
+                        block["pieces"].as_str().map_or(("input", &*input), |all| ("pieces", all));
                     said.call(&block["name"], arguments);
                     said.beside(block, &["type", "id", "name", name]);
                 }
@@ -179,12 +197,21 @@ impl Said {
                     said.beside(item, &["type", "id", "role", "status", "phase", "content"]);
                 }
                 (Some("reasoning"), _) => {
-                    let thoughts = [&item["content"], &item["summary"]].map(|parts| said.parts(parts)).concat();
+                    let thoughts = [&item["content"], &item["summary"]]
+                        .map(|parts| said.parts(parts))
+                        .concat();
                     said.thoughts.extend(thoughts);
-                    said.beside(item, &["type", "id", "status", "content", "summary", "encrypted_content"]);
+                    said.beside(
+                        item,
+                        &["type", "id", "status", "content", "summary", "encrypted_content"],
+                    );
                 }
-                (Some("function_call"), Value::String(arguments)) => said.call(&item["name"], arguments),
-                (Some("custom_tool_call"), _) => said.call(&item["name"], &item["input"].to_string()),
+                (Some("function_call"), Value::String(arguments)) => {
+                    said.call(&item["name"], arguments)
+                }
+                (Some("custom_tool_call"), _) => {
+                    said.call(&item["name"], &item["input"].to_string())
+                }
                 _ => said.other(item),
             }
         }
@@ -200,7 +227,12 @@ impl Said {
         };
         let mut texts = Vec::new();
         for part in parts {
-            texts.extend(["text", "refusal"].into_iter().filter_map(|name| part[name].as_str()).map(str::to_owned));
+            texts.extend(
+                ["text", "refusal"]
+                    .into_iter()
+                    .filter_map(|name| part[name].as_str())
+                    .map(str::to_owned),
+            );
             self.beside(part, &["type", "text", "refusal", "logprobs"]);
         }
         texts
@@ -223,7 +255,8 @@ impl Said {
     }
 
     fn call(&mut self, name: &Value, arguments: &str) {
-        self.calls.push(json!({"type": "function", "function": {"name": name, "arguments": arguments}}));
+        self.calls
+            .push(json!({"type": "function", "function": {"name": name, "arguments": arguments}}));
     }
 
     /// What has no place in a chat is judged as it stands.
@@ -254,8 +287,9 @@ mod tests {
 
     #[tokio::test]
     async fn whatever_an_upstream_sends_is_heard_or_an_error() {
-        let stream =
-            |events: &[Value]| events.iter().map(|event| format!("data: {event}\n\n")).collect::<Vec<_>>().concat();
+        let stream = |events: &[Value]| {
+            events.iter().map(|event| format!("data: {event}\n\n")).collect::<Vec<_>>().concat()
+        };
         // What has no place in a chat is heard as it stands.
         for content in [
             json!([{"type": "server_tool_use", "input": {"query": "flour"}}]),
@@ -264,7 +298,10 @@ mod tests {
             json!(["flour"]),
         ] {
             let whole = json!({"type": "message", "content": content}).to_string();
-            assert!(said(Format::Messages, false, &whole).await.unwrap().contains("flour"), "{whole}");
+            assert!(
+                said(Format::Messages, false, &whole).await.unwrap().contains("flour"),
+                "{whole}"
+            );
         }
         for beside in [
             json!({"stop_details": {"explanation": "more flour"}}),
@@ -275,10 +312,16 @@ mod tests {
             let mut message = json!({"type": "message", "content": [], "id": "msg_1", "usage": {"input_tokens": 1}});
             message.as_object_mut().unwrap().extend(beside.as_object().unwrap().clone());
             let whole = message.to_string();
-            assert!(said(Format::Messages, false, &whole).await.unwrap().contains("flour"), "{whole}");
+            assert!(
+                said(Format::Messages, false, &whole).await.unwrap().contains("flour"),
+                "{whole}"
+            );
         }
         let plain = json!({"type": "message", "content": [{"type": "text", "text": "Rye."}], "id": "msg_1", "usage": {"input_tokens": 1}});
-        assert_eq!(said(Format::Messages, false, &plain.to_string()).await.as_deref(), Some("Rye."));
+        assert_eq!(
+            said(Format::Messages, false, &plain.to_string()).await.as_deref(),
+            Some("Rye.")
+        );
         for item in [
             json!({"type": "mcp_call", "output": "flour"}),
             json!({"type": "message", "content": "flour"}),
@@ -288,9 +331,13 @@ mod tests {
             json!("flour"),
         ] {
             let whole = json!({"status": "completed", "output": [item]}).to_string();
-            assert!(said(Format::Responses, false, &whole).await.unwrap().contains("flour"), "{whole}");
+            assert!(
+                said(Format::Responses, false, &whole).await.unwrap().contains("flour"),
+                "{whole}"
+            );
         }
-        let beside = json!({"status": "completed", "output": [], "output_text": "flour"}).to_string();
+        let beside =
+            json!({"status": "completed", "output": [], "output_text": "flour"}).to_string();
         assert!(said(Format::Responses, false, &beside).await.unwrap().contains("flour"));
         // What is no answer is none, whatever it says.
         for whole in [
@@ -308,7 +355,8 @@ mod tests {
         // Clients show the pieces, whatever the end says.
         let message = |text: &str| json!({"type": "message", "content": [{"type": "output_text", "text": text}]});
         let piece = |text: &str| json!({"type": "response.output_text.delta", "item_id": "i", "delta": text});
-        let ended = |output: Value| json!({"type": "response.completed", "response": {"output": output}});
+        let ended =
+            |output: Value| json!({"type": "response.completed", "response": {"output": output}});
         for (events, heard) in [
             (vec![piece("flo"), piece("ur"), ended(json!([]))], "flour"),
             (vec![piece("flo"), piece("ur"), ended(json!([message("rye")]))], "rye\nflour"),
@@ -321,7 +369,11 @@ mod tests {
                 "rye\nflour",
             ),
         ] {
-            assert_eq!(said(Format::Responses, true, &stream(&events)).await.as_deref(), Some(heard), "{events:?}");
+            assert_eq!(
+                said(Format::Responses, true, &stream(&events)).await.as_deref(),
+                Some(heard),
+                "{events:?}"
+            );
         }
         let cited = stream(&[
             json!({"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}),
@@ -337,8 +389,12 @@ mod tests {
                 stream(&[]),
                 stream(&[json!({"type": "error", "error": {"message": "no"}})]),
                 stream(&[json!({"type": "response.failed", "response": {}})]),
-                stream(&[json!({"type": "content_block_start", "index": 0, "content_block": "rye"})]),
-                stream(&[json!({"type": "content_block_delta", "index": 0, "delta": {"text": "rye"}})]),
+                stream(&[
+                    json!({"type": "content_block_start", "index": 0, "content_block": "rye"}),
+                ]),
+                stream(&[
+                    json!({"type": "content_block_delta", "index": 0, "delta": {"text": "rye"}}),
+                ]),
                 "data: rye\n\n".to_owned(),
             ];
             for text in broken {

@@ -14,9 +14,16 @@ pub(super) struct Messages {
     left_out: BTreeSet<String>,
 }
 
-/// Tools that a server would run; most of their kinds end with a date. They would bring in what nobody here sees.
-const OF_SERVERS: [&str; 6] =
-    ["web_search", "web_fetch", "code_execution", "tool_search_tool_regex", "tool_search_tool_bm25", "mcp_toolset"];
+/// Tools that a server would run; most of their kinds end with a date. They would bring in what
+/// nobody here sees.
+const OF_SERVERS: [&str; 6] = [
+    "web_search",
+    "web_fetch",
+    "code_execution",
+    "tool_search_tool_regex",
+    "tool_search_tool_bm25",
+    "mcp_toolset",
+];
 
 /// The chat that a request asks for.
 pub(super) fn read(body: Value) -> Result<(Value, Messages), ApiError> {
@@ -68,7 +75,8 @@ pub(super) fn read(body: Value) -> Result<(Value, Messages), ApiError> {
         chat.insert("response_format".to_owned(), schema(Fields::of(format, "output_format")?)?);
     }
     let thinking = fields.take("thinking");
-    let thinks = thinking.is_some_and(|thinking| thinking["type"] == "enabled" || thinking["type"] == "adaptive");
+    let thinks = thinking
+        .is_some_and(|thinking| thinking["type"] == "enabled" || thinking["type"] == "adaptive");
     // Who asks, for what price, and what the server may forget: nothing that the model sees.
     fields.without(&[
         "metadata",
@@ -103,13 +111,15 @@ fn text(mut block: Fields) -> Result<Value, ApiError> {
     Ok(json!({"type": "text", "text": text}))
 }
 
-/// Adds a turn. The results of tools are messages of their own in a chat, and their images are the user's.
+/// Adds a turn. The results of tools are messages of their own in a chat, and their images are the
+/// user's.
 fn turn(mut turn: Fields, messages: &mut Vec<Value>) -> Result<(), ApiError> {
     let role = turn.needed("role")?;
     if !matches!(role.as_str(), "user" | "assistant" | "system") {
         return Err(invalid(&turn.at("role"), "it is user, assistant or system"));
     }
-    let content = turn.take("content").ok_or_else(|| invalid(&turn.at("content"), "it is missing"))?;
+    let content =
+        turn.take("content").ok_or_else(|| invalid(&turn.at("content"), "it is missing"))?;
     let path = turn.at("content");
     turn.end()?;
     let Value::Array(blocks) = content else {
@@ -187,7 +197,8 @@ impl Said {
                         "search_result" => search_result(block, &mut inner.parts)?,
                         // A tool that was found; all tools are shown anyway.
                         "tool_reference" => {
-                            let text = format!("The tool {} can be used.", block.needed("tool_name")?);
+                            let text =
+                                format!("The tool {} can be used.", block.needed("tool_name")?);
                             inner.parts.push(json!({"type": "text", "text": text}));
                             block.without(&["cache_control"]);
                             block.end()?;
@@ -218,7 +229,9 @@ fn image(mut block: Fields) -> Result<Value, ApiError> {
     block.end()?;
     let mut source = Fields::of(source, path)?;
     let url = match source.needed("type")?.as_str() {
-        "base64" => format!("data:{};base64,{}", source.needed("media_type")?, source.needed("data")?),
+        "base64" => {
+            format!("data:{};base64,{}", source.needed("media_type")?, source.needed("data")?)
+        }
         "url" => source.needed("url")?,
         other => return Err(unsupported(&source.path, other)),
     };
@@ -226,7 +239,8 @@ fn image(mut block: Fields) -> Result<Value, ApiError> {
     Ok(json!({"type": "image_url", "image_url": {"url": url}}))
 }
 
-/// A document of texts and images. Of others (a PDF, a file elsewhere) nobody here sees what is in them.
+/// A document of texts and images. Of others (a PDF, a file elsewhere) nobody here sees what is in
+/// them.
 fn document(mut block: Fields, parts: &mut Vec<Value>) -> Result<(), ApiError> {
     let path = block.at("source");
     let source = block.take("source").ok_or_else(|| invalid(&path, "it is missing"))?;
@@ -243,7 +257,8 @@ fn document(mut block: Fields, parts: &mut Vec<Value>) -> Result<(), ApiError> {
             source.without(&["media_type"]);
         }
         "content" => {
-            let (content, path) = (source.take("content").unwrap_or_default(), source.at("content"));
+            let (content, path) =
+                (source.take("content").unwrap_or_default(), source.at("content"));
             let Value::Array(blocks) = content else {
                 parts.push(json!({"type": "text", "text": content}));
                 return source.end();
@@ -279,14 +294,17 @@ fn call(mut block: Fields) -> Result<Value, ApiError> {
     let input = block.take("input").unwrap_or_else(|| json!({}));
     block.without(&["cache_control", "caller"]);
     block.end()?;
-    Ok(json!({"id": id, "type": "function", "function": {"name": name, "arguments": input.to_string()}}))
+    Ok(
+        json!({"id": id, "type": "function", "function": {"name": name, "arguments": input.to_string()}}),
+    )
 }
 
 /// The kind of a tool that a server would run.
 fn of_server(tool: &Value) -> Option<String> {
     let kind = tool["type"].as_str()?;
     let is_date = |end: &str| end.len() == 8 && end.bytes().all(|byte| byte.is_ascii_digit());
-    let undated = kind.rsplit_once('_').filter(|(_, end)| is_date(end)).map_or(kind, |(start, _)| start);
+    let undated =
+        kind.rsplit_once('_').filter(|(_, end)| is_date(end)).map_or(kind, |(start, _)| start);
     OF_SERVERS.contains(&undated).then(|| kind.to_owned())
 }
 
@@ -296,12 +314,21 @@ fn tool(mut tool: Fields) -> Result<Value, ApiError> {
         return Err(unsupported(&tool.path, &kind));
     }
     let mut function = Map::new();
-    for (name, to) in
-        [("name", "name"), ("description", "description"), ("input_schema", "parameters"), ("strict", "strict")]
-    {
+    for (name, to) in [
+        ("name", "name"),
+        ("description", "description"),
+        ("input_schema", "parameters"),
+        ("strict", "strict"),
+    ] {
         tool.moves(name, &mut function, to);
     }
-    tool.without(&["cache_control", "eager_input_streaming", "defer_loading", "allowed_callers", "input_examples"]);
+    tool.without(&[
+        "cache_control",
+        "eager_input_streaming",
+        "defer_loading",
+        "allowed_callers",
+        "input_examples",
+    ]);
     tool.end()?;
     Ok(json!({"type": "function", "function": function}))
 }
@@ -315,7 +342,10 @@ fn tool_choice(mut choice: Fields, chat: &mut Map<String, Value>) -> Result<(), 
             let name = choice.needed("name")?;
             let mut tools = chat.get("tools").and_then(Value::as_array).into_iter().flatten();
             if !tools.any(|tool| tool["function"]["name"] == *name) {
-                return Err(invalid(&choice.at("name"), "`tools` has no such tool that the client runs"));
+                return Err(invalid(
+                    &choice.at("name"),
+                    "`tools` has no such tool that the client runs",
+                ));
             }
             json!({"type": "function", "function": {"name": name}})
         }
@@ -331,7 +361,10 @@ fn tool_choice(mut choice: Fields, chat: &mut Map<String, Value>) -> Result<(), 
 fn output(mut config: Fields, chat: &mut Map<String, Value>) -> Result<(), ApiError> {
     config.moves("effort", chat, "reasoning_effort");
     if let Some(format) = config.take("format") {
-        chat.insert("response_format".to_owned(), schema(Fields::of(format, "output_config.format")?)?);
+        chat.insert(
+            "response_format".to_owned(),
+            schema(Fields::of(format, "output_config.format")?)?,
+        );
     }
     config.end()
 }
@@ -344,7 +377,9 @@ fn schema(mut format: Fields) -> Result<Value, ApiError> {
     }
     let schema = format.take("schema").unwrap_or_else(|| json!({}));
     format.end()?;
-    Ok(json!({"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": true}}))
+    Ok(
+        json!({"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": true}}),
+    )
 }
 
 /// A failure, by its status.
@@ -367,7 +402,8 @@ impl Messages {
     fn content(&self, answer: &Answer<'_>) -> Vec<Value> {
         let mut content = Vec::new();
         if self.thinks && !answer.thoughts().is_empty() {
-            content.push(json!({"type": "thinking", "thinking": answer.thoughts(), "signature": ""}));
+            content
+                .push(json!({"type": "thinking", "thinking": answer.thoughts(), "signature": ""}));
         }
         let text = answer.text();
         if !text.is_empty() {
@@ -441,7 +477,9 @@ impl Wire for Messages {
                 input => (json!({}), "partial_json", input.to_string()),
             };
             block[place] = empty;
-            events.push(json!({"type": "content_block_start", "index": index, "content_block": block}));
+            events.push(
+                json!({"type": "content_block_start", "index": index, "content_block": block}),
+            );
             events.push(json!({"type": "content_block_delta", "index": index, "delta": {"type": delta, field: said}}));
             events.push(json!({"type": "content_block_stop", "index": index}));
         }

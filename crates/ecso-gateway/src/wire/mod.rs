@@ -1,6 +1,7 @@
-//! Wire formats beside chat completions. A request of such a format becomes a chat, which is read, sent on, judged and recorded as
-//! every chat is; the answer to that chat becomes an answer of the format. So nobody but the files here knows what it looks like, and
-//! what a file here doesn't know of a request is refused.
+//! Wire formats beside chat completions. A request of such a format becomes a chat, which is read,
+//! sent on, judged and recorded as every chat is; the answer to that chat becomes an answer of the
+//! format. So nobody but the files here knows what it looks like, and what a file here doesn't know
+//! of a request is refused.
 
 mod heard;
 mod messages;
@@ -13,7 +14,8 @@ use serde_json::{Map, Value, json};
 
 use crate::{error::ApiError, json as strict};
 
-/// What stands before images that a tool gave back: in a chat they are the user's, right behind the tool's result.
+/// What stands before images that a tool gave back: in a chat they are the user's, right behind the
+/// tool's result.
 const SHOWN: &str = "What the tool shows:";
 
 /// A format of requests and answers.
@@ -34,12 +36,20 @@ impl Format {
         }
     }
 
-    /// The chat that a request asks for, as the body of a chat request; and how its answer is written. `earlier` gives the messages of
-    /// the conversation up to an answer of ours.
-    pub(crate) fn read(self, body: Value, earlier: Earlier<'_>) -> Result<(Value, Box<dyn Wire>), ApiError> {
+    /// The chat that a request asks for, as the body of a chat request; and how its answer is
+    /// written. `earlier` gives the messages of the conversation up to an answer of ours.
+    pub(crate) fn read(
+        self,
+        body: Value,
+        earlier: Earlier<'_>,
+    ) -> Result<(Value, Box<dyn Wire>), ApiError> {
         let (mut chat, wire): (Value, Box<dyn Wire>) = match self {
-            Self::Messages => messages::read(body).map(|(chat, wire)| (chat, Box::new(wire) as _))?,
-            Self::Responses => responses::read(body, earlier).map(|(chat, wire)| (chat, Box::new(wire) as _))?,
+            Self::Messages => {
+                messages::read(body).map(|(chat, wire)| (chat, Box::new(wire) as _))?
+            }
+            Self::Responses => {
+                responses::read(body, earlier).map(|(chat, wire)| (chat, Box::new(wire) as _))?
+            }
         };
         // These formats always tell it.
         match &chat["stream"] {
@@ -72,7 +82,8 @@ pub(crate) struct Part<'a> {
 
 /// How an answer is written.
 pub(crate) trait Wire: Send + Sync {
-    /// What is to be kept beside the answer, so that a later request can go on from it; none if that is not wanted.
+    /// What is to be kept beside the answer, so that a later request can go on from it; none if
+    /// that is not wanted.
     fn part(&self) -> Option<Part<'_>> {
         None
     }
@@ -83,7 +94,8 @@ pub(crate) trait Wire: Send + Sync {
     /// The whole answer.
     fn whole(&self, answer: &Answer<'_>) -> Value;
 
-    /// The same as the events of a stream: all that clients of the format wait for, whatever the upstream sent.
+    /// The same as the events of a stream: all that clients of the format wait for, whatever the
+    /// upstream sent.
     fn events(&self, answer: &Answer<'_>) -> Vec<Value>;
 
     /// A failure of a stream that has said nothing yet: what its clients wait for in this place.
@@ -153,7 +165,8 @@ impl Answer<'_> {
         let calls = self.message.get("tool_calls").and_then(Value::as_array).into_iter().flatten();
         let old = self.message.get("function_call").filter(|call| call.is_object());
         let framed = calls.map(|call| {
-            let called = if call["custom"].is_object() { &call["custom"] } else { &call["function"] };
+            let called =
+                if call["custom"].is_object() { &call["custom"] } else { &call["function"] };
             (call["id"].as_str().unwrap_or_default(), called)
         });
         let all = framed.chain(old.map(|call| ("", call))).enumerate();
@@ -166,17 +179,23 @@ impl Answer<'_> {
             };
             // Behind the mark a seal follows, which these formats have no place for.
             let id = id.split("__thought__").next().unwrap_or_default();
-            let id = if id.is_empty() { format!("call_{}_{place}", self.id) } else { id.to_owned() };
+            let id =
+                if id.is_empty() { format!("call_{}_{place}", self.id) } else { id.to_owned() };
             Some(Call { id, name: called["name"].as_str()?.to_owned(), arguments })
         };
         all.filter_map(call).collect()
     }
 
-    /// Tokens of the prompt and of the reply, and how many of the former lay in a cache; 0 where nobody tells.
+    /// Tokens of the prompt and of the reply, and how many of the former lay in a cache; 0 where
+    /// nobody tells.
     fn tokens(&self) -> [u64; 3] {
         let usage = self.usage.unwrap_or(&Value::Null);
-        [&usage["prompt_tokens"], &usage["completion_tokens"], &usage["prompt_tokens_details"]["cached_tokens"]]
-            .map(|count| count.as_u64().unwrap_or(0))
+        [
+            &usage["prompt_tokens"],
+            &usage["completion_tokens"],
+            &usage["prompt_tokens_details"]["cached_tokens"],
+        ]
+        .map(|count| count.as_u64().unwrap_or(0))
     }
 }
 
@@ -206,7 +225,11 @@ impl Fields {
 
     /// A field's place in the request.
     fn at(&self, name: &str) -> String {
-        if self.path.is_empty() { strict::shown(name) } else { format!("{}.{}", self.path, strict::shown(name)) }
+        if self.path.is_empty() {
+            strict::shown(name)
+        } else {
+            format!("{}.{}", self.path, strict::shown(name))
+        }
     }
 
     /// Takes a field; null is none.
@@ -254,7 +277,9 @@ impl Fields {
             None => Ok(()),
             Some((name, _)) => {
                 let at = self.at(name);
-                let message = format!("`{at}` is not known to the guard, so that it can't be judged: leave it out");
+                let message = format!(
+                    "`{at}` is not known to the guard, so that it can't be judged: leave it out"
+                );
                 Err(ApiError { param: Some(at), ..ApiError::bad_request("unknown_field", message) })
             }
         }
@@ -262,7 +287,10 @@ impl Fields {
 }
 
 fn invalid(path: &str, why: &str) -> ApiError {
-    ApiError { param: Some(path.to_owned()), ..ApiError::bad_request("invalid_request", format!("`{path}`: {why}")) }
+    ApiError {
+        param: Some(path.to_owned()),
+        ..ApiError::bad_request("invalid_request", format!("`{path}`: {why}"))
+    }
 }
 
 /// The field that names an earlier answer.
@@ -273,11 +301,17 @@ pub(crate) fn elsewhere(name: &str) -> ApiError {
     let message = format!(
         "`{name}` names a conversation that lies elsewhere, where nobody here can judge it: send it whole, as `input`"
     );
-    ApiError { param: Some(name.to_owned()), ..ApiError::bad_request("unsupported_content", message) }
+    ApiError {
+        param: Some(name.to_owned()),
+        ..ApiError::bad_request("unsupported_content", message)
+    }
 }
 
 /// Something that can't be guarded: nobody here sees what is in it.
 fn unsupported(path: &str, kind: &str) -> ApiError {
     let message = format!("`{path}`: `{}` can't be guarded", strict::shown(kind));
-    ApiError { param: Some(path.to_owned()), ..ApiError::bad_request("unsupported_content", message) }
+    ApiError {
+        param: Some(path.to_owned()),
+        ..ApiError::bad_request("unsupported_content", message)
+    }
 }

@@ -1,4 +1,5 @@
-//! OpenAI's Responses: `POST /v1/responses`. A request brings its whole conversation, or goes on from an answer that is kept here.
+//! OpenAI's Responses: `POST /v1/responses`. A request brings its whole conversation, or goes on
+//! from an answer that is kept here.
 
 use std::collections::BTreeSet;
 
@@ -54,7 +55,8 @@ pub(super) fn read(body: Value, earlier: Earlier<'_>) -> Result<(Value, Response
     let mut fields = Fields::of(body, "")?;
     // Each answer says them three times: only what is short.
     let is_short = |value: &&Value| value.to_string().len() <= LONGEST_ECHO;
-    let echoed = |name: &&str| Some(((*name).to_owned(), fields.left.get(*name).filter(is_short)?.clone()));
+    let echoed =
+        |name: &&str| Some(((*name).to_owned(), fields.left.get(*name).filter(is_short)?.clone()));
     let mut echoed: Map<String, Value> = ECHOED.iter().filter_map(echoed).collect();
     for name in ELSEWHERE {
         if fields.take(name).is_some() {
@@ -160,8 +162,13 @@ fn input(input: Option<Value>) -> Result<Vec<Value>, ApiError> {
     }
 }
 
-/// Adds an item. The results of tools are messages of their own in a chat, and their images are the user's.
-fn item(mut item: Fields, messages: &mut Vec<Value>, shown: &mut Vec<Value>) -> Result<(), ApiError> {
+/// Adds an item. The results of tools are messages of their own in a chat, and their images are the
+/// user's.
+fn item(
+    mut item: Fields,
+    messages: &mut Vec<Value>,
+    shown: &mut Vec<Value>,
+) -> Result<(), ApiError> {
     let kind = item.text("type")?.unwrap_or_else(|| "message".into());
     // The result of a shell names its call so.
     let own = item.text("id")?.filter(|_| kind == "local_shell_call_output");
@@ -177,7 +184,9 @@ fn item(mut item: Fields, messages: &mut Vec<Value>, shown: &mut Vec<Value>) -> 
                 Value::Array(calls) => calls.push(call),
                 calls => *calls = json!([call]),
             },
-            None => messages.push(json!({"role": "assistant", "content": null, "tool_calls": [call]})),
+            None => {
+                messages.push(json!({"role": "assistant", "content": null, "tool_calls": [call]}))
+            }
         }
         return item.end();
     }
@@ -185,25 +194,38 @@ fn item(mut item: Fields, messages: &mut Vec<Value>, shown: &mut Vec<Value>) -> 
         "message" => {
             let role = item.needed("role")?;
             if !matches!(role.as_str(), "user" | "assistant" | "system" | "developer") {
-                return Err(invalid(&item.at("role"), "it is user, assistant, system or developer"));
+                return Err(invalid(
+                    &item.at("role"),
+                    "it is user, assistant, system or developer",
+                ));
             }
-            let content = item.take("content").ok_or_else(|| invalid(&item.at("content"), "it is missing"))?;
+            let content = item
+                .take("content")
+                .ok_or_else(|| invalid(&item.at("content"), "it is missing"))?;
             let content = parts(content, &item.at("content"))?;
             let has_image = |part: &Value| part["type"] == "image_url";
-            if role != "user" && content.as_array().is_some_and(|parts| parts.iter().any(has_image)) {
+            if role != "user" && content.as_array().is_some_and(|parts| parts.iter().any(has_image))
+            {
                 return Err(unsupported(&item.at("content"), "input_image"));
             }
             let role = if role == "developer" { "system" } else { &role };
             messages.push(json!({"role": role, "content": content}));
         }
         "function_call_output" | "custom_tool_call_output" | "local_shell_call_output" => {
-            let id = item.text("call_id")?.or(own).ok_or_else(|| invalid(&item.at("call_id"), "it is missing"))?;
+            let id = item
+                .text("call_id")?
+                .or(own)
+                .ok_or_else(|| invalid(&item.at("call_id"), "it is missing"))?;
             let output = item.take("output").unwrap_or_else(|| "".into());
-            let (texts, images): (Vec<Value>, Vec<Value>) = match parts(output, &item.at("output"))? {
-                Value::Array(parts) => parts.into_iter().partition(|part| part["type"] != "image_url"),
+            let (texts, images): (Vec<Value>, Vec<Value>) = match parts(output, &item.at("output"))?
+            {
+                Value::Array(parts) => {
+                    parts.into_iter().partition(|part| part["type"] != "image_url")
+                }
                 text => (vec![json!({"type": "text", "text": text})], Vec::new()),
             };
-            let texts = if texts.is_empty() { vec![json!({"type": "text", "text": ""})] } else { texts };
+            let texts =
+                if texts.is_empty() { vec![json!({"type": "text", "text": ""})] } else { texts };
             messages.push(json!({"role": "tool", "tool_call_id": id, "content": texts}));
             shown.extend(images);
         }
@@ -229,7 +251,9 @@ fn parts(content: Value, path: &str) -> Result<Value, ApiError> {
         let kind = part.needed("type")?;
         part.without(&["annotations", "logprobs", "prompt_cache_breakpoint"]);
         let chats = match kind.as_str() {
-            "input_text" | "output_text" | "text" => json!({"type": "text", "text": part.needed("text")?}),
+            "input_text" | "output_text" | "text" => {
+                json!({"type": "text", "text": part.needed("text")?})
+            }
             "refusal" => json!({"type": "text", "text": part.needed("refusal")?}),
             "input_image" => {
                 if part.take("file_id").is_some() {
@@ -294,7 +318,10 @@ impl Responses {
                 "content": [part]}));
         }
         let calls = answer.calls().into_iter().enumerate();
-        output.extend(calls.map(|(place, call)| self.tools.called(&format!("fc_{}_{place}", answer.id), call)));
+        output
+            .extend(calls.map(|(place, call)| {
+                self.tools.called(&format!("fc_{}_{place}", answer.id), call)
+            }));
         output
     }
 
@@ -318,8 +345,10 @@ impl Responses {
             _ => None,
         };
         let status = if reason.is_some() { "incomplete" } else { "completed" };
-        let mut response = self.frame((answer.id, answer.model, answer.created), answer.is_kept, status);
-        response["incomplete_details"] = reason.map_or(Value::Null, |reason| json!({"reason": reason}));
+        let mut response =
+            self.frame((answer.id, answer.model, answer.created), answer.is_kept, status);
+        response["incomplete_details"] =
+            reason.map_or(Value::Null, |reason| json!({"reason": reason}));
         response["output"] = self.output(answer).into();
         let [prompt, reply, cached] = answer.tokens();
         response["usage"] = json!({
@@ -364,7 +393,8 @@ impl Wire for Responses {
     }
 
     fn events(&self, answer: &Answer<'_>) -> Vec<Value> {
-        let begun = self.frame((answer.id, answer.model, answer.created), answer.is_kept, "in_progress");
+        let begun =
+            self.frame((answer.id, answer.model, answer.created), answer.is_kept, "in_progress");
         let mut events = vec![
             json!({"type": "response.created", "response": begun}),
             json!({"type": "response.in_progress", "response": begun}),
@@ -408,14 +438,14 @@ fn written(index: usize, item: &Value, events: &mut Vec<Value>) {
         None if begun["content"].is_array() => begun["content"] = json!([]),
         None => {}
     }
-    events.push(json!({"type": "response.output_item.added", "output_index": index, "item": begun}));
+    events
+        .push(json!({"type": "response.output_item.added", "output_index": index, "item": begun}));
     if let Some((field, name)) = said {
         let text = &item[field];
         events.push(
             json!({"type": format!("response.{name}.delta"), "item_id": id, "output_index": index, "delta": text}),
         );
-        let mut done =
-            json!({"type": format!("response.{name}.done"), "item_id": id, "output_index": index, field: text});
+        let mut done = json!({"type": format!("response.{name}.done"), "item_id": id, "output_index": index, field: text});
         if field == "arguments" {
             done["name"] = item["name"].clone();
         }
@@ -428,7 +458,8 @@ fn written(index: usize, item: &Value, events: &mut Vec<Value>) {
             _ => ("text", "output_text"),
         };
         let event = |kind: &str, more: Value| {
-            let mut event = json!({"type": kind, "item_id": id, "output_index": index, "content_index": place});
+            let mut event =
+                json!({"type": kind, "item_id": id, "output_index": index, "content_index": place});
             for (name, value) in more.as_object().into_iter().flatten() {
                 event[name] = value.clone();
             }

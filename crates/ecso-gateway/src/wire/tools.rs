@@ -1,5 +1,5 @@
-//! The tools of Responses. A chat has functions alone: other tools of the client become functions, and calls of these are written as
-//! calls of the tools.
+//! The tools of Responses. A chat has functions alone: other tools of the client become functions,
+//! and calls of these are written as calls of the tools.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -62,7 +62,8 @@ pub(super) fn is_of_server(tool: &Value) -> bool {
 }
 
 impl Tools {
-    /// Reads the tools of a request. Those of servers are left out beside others; alone they are what the request is about.
+    /// Reads the tools of a request. Those of servers are left out beside others; alone they are
+    /// what the request is about.
     pub(super) fn read(tools: Vec<Value>) -> Result<Self, ApiError> {
         let mut read = Self::default();
         let first = tools.first().and_then(|tool| tool["type"].as_str()).map(str::to_owned);
@@ -88,18 +89,23 @@ impl Tools {
             "custom" => {
                 let described = tool.text("description")?.unwrap_or_default();
                 let format = tool.take("format").filter(|format| format["type"] != "text");
-                let format = format.map_or_else(String::new, |format| format!("\n\nThe form of its input: {format}"));
+                let format = format.map_or_else(String::new, |format| {
+                    format!("\n\nThe form of its input: {format}")
+                });
                 function.insert("description".to_owned(), format!("{described}{format}").into());
-                let input =
-                    json!({"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]});
+                let input = json!({"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]});
                 function.insert("parameters".to_owned(), input);
                 (Kind::Custom, tool.needed("name")?)
             }
             "local_shell" if namespace.is_none() => {
-                function.insert("description".to_owned(), "Runs a command on the user's machine.".into());
+                function.insert(
+                    "description".to_owned(),
+                    "Runs a command on the user's machine.".into(),
+                );
                 let properties = json!({"command": {"type": "array", "items": {"type": "string"}},
                     "working_directory": {"type": "string"}, "timeout_ms": {"type": "integer"}});
-                let input = json!({"type": "object", "properties": properties, "required": ["command"]});
+                let input =
+                    json!({"type": "object", "properties": properties, "required": ["command"]});
                 function.insert("parameters".to_owned(), input);
                 (Kind::Shell, SHELL.to_owned())
             }
@@ -139,21 +145,28 @@ impl Tools {
     }
 
     /// Puts the functions into a chat, as far as the client's `choice` allows them.
-    pub(super) fn put(&self, choice: Option<Value>, chat: &mut Map<String, Value>) -> Result<(), ApiError> {
+    pub(super) fn put(
+        &self,
+        choice: Option<Value>,
+        chat: &mut Map<String, Value>,
+    ) -> Result<(), ApiError> {
         let mut functions = self.functions.clone();
         match choice {
             None => {}
             Some(Value::Object(left)) => {
                 let mut choice = Fields { path: "tool_choice".into(), left };
-                let chosen = if choice.left.get("type").is_some_and(|kind| kind == "allowed_tools") {
+                let chosen = if choice.left.get("type").is_some_and(|kind| kind == "allowed_tools")
+                {
                     let (mode, allowed) = self.allowed(choice)?;
-                    functions
-                        .retain(|tool| tool["function"]["name"].as_str().is_some_and(|name| allowed.contains(name)));
+                    functions.retain(|tool| {
+                        tool["function"]["name"].as_str().is_some_and(|name| allowed.contains(name))
+                    });
                     mode.into()
                 } else {
                     let path = choice.path.clone();
-                    let name =
-                        self.named(&mut choice)?.ok_or_else(|| invalid(&path, "a server would run this tool"))?;
+                    let name = self
+                        .named(&mut choice)?
+                        .ok_or_else(|| invalid(&path, "a server would run this tool"))?;
                     choice.end()?;
                     json!({"type": "function", "function": {"name": name}})
                 };
@@ -185,13 +198,19 @@ impl Tools {
         }
         choice.without(&["type"]);
         choice.end()?;
-        if allowed.is_empty() { Err(invalid(&path, "none of them can be called here")) } else { Ok((mode, allowed)) }
+        if allowed.is_empty() {
+            Err(invalid(&path, "none of them can be called here"))
+        } else {
+            Ok((mode, allowed))
+        }
     }
 
     /// The function that a choice names; none for a tool that is left out.
     fn named(&self, choice: &mut Fields) -> Result<Option<String>, ApiError> {
         let name = match choice.needed("type")?.as_str() {
-            "function" | "custom" => flat(choice.text("namespace")?.as_deref(), &choice.needed("name")?),
+            "function" | "custom" => {
+                flat(choice.text("namespace")?.as_deref(), &choice.needed("name")?)
+            }
             "local_shell" => SHELL.to_owned(),
             of_server if OF_SERVERS.contains(&of_server) => return Ok(None),
             other => return Err(unsupported(&choice.path, other)),
@@ -235,10 +254,13 @@ impl Tools {
 pub(super) fn call(kind: &str, item: &mut Fields) -> Result<Option<Value>, ApiError> {
     let (name, arguments) = match kind {
         "function_call" => (item.needed("name")?, item.needed("arguments")?),
-        "custom_tool_call" => (item.needed("name")?, json!({"input": item.needed("input")?}).to_string()),
+        "custom_tool_call" => {
+            (item.needed("name")?, json!({"input": item.needed("input")?}).to_string())
+        }
         "local_shell_call" => {
             let path = item.at("action");
-            let action = Fields::of(item.take("action").unwrap_or_default(), path)?.left.into_iter();
+            let action =
+                Fields::of(item.take("action").unwrap_or_default(), path)?.left.into_iter();
             let action: Map<String, Value> =
                 action.filter(|(name, value)| name != "type" && !value.is_null()).collect();
             (SHELL.to_owned(), Value::from(action).to_string())
@@ -246,5 +268,7 @@ pub(super) fn call(kind: &str, item: &mut Fields) -> Result<Option<Value>, ApiEr
         _ => return Ok(None),
     };
     let (id, name) = (item.needed("call_id")?, flat(item.text("namespace")?.as_deref(), &name));
-    Ok(Some(json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})))
+    Ok(Some(
+        json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}),
+    ))
 }

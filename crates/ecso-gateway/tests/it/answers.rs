@@ -1,4 +1,5 @@
-//! Ways around the guard by answers: what an upstream says where nobody looks. It holds a marker; no client ever sees it.
+//! Ways around the guard by answers: what an upstream says where nobody looks. It holds a marker;
+//! no client ever sees it.
 
 use std::sync::Arc;
 
@@ -19,13 +20,24 @@ pub(crate) fn hidden_answers() -> Vec<(&'static str, Value)> {
         ("parts of another type", message(json!({"content": [{"type": "html", "text": LEAK}]}))),
         (
             "thinking in parts",
-            message(json!({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": LEAK}]}]})),
+            message(
+                json!({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": LEAK}]}]}),
+            ),
         ),
         ("reasoning", message(json!({"reasoning": LEAK}))),
         ("reasoning_content", message(json!({"reasoning_content": LEAK}))),
-        ("reasoning_details", message(json!({"reasoning_details": [{"type": "reasoning.text", "text": LEAK}]}))),
-        ("a summary", message(json!({"reasoning_details": [{"type": "reasoning.summary", "summary": LEAK}]}))),
-        ("thinking_blocks", message(json!({"thinking_blocks": [{"type": "thinking", "thinking": LEAK}]}))),
+        (
+            "reasoning_details",
+            message(json!({"reasoning_details": [{"type": "reasoning.text", "text": LEAK}]})),
+        ),
+        (
+            "a summary",
+            message(json!({"reasoning_details": [{"type": "reasoning.summary", "summary": LEAK}]})),
+        ),
+        (
+            "thinking_blocks",
+            message(json!({"thinking_blocks": [{"type": "thinking", "thinking": LEAK}]})),
+        ),
         ("refusal", message(json!({"refusal": LEAK}))),
         (
             "a tool's name",
@@ -77,11 +89,15 @@ pub(crate) fn hidden_answers() -> Vec<(&'static str, Value)> {
         ),
         (
             "a tool's type",
-            message(json!({"tool_calls": [{"id": "c", "type": LEAK, "function": {"name": "f", "arguments": "{}"}}]})),
+            message(
+                json!({"tool_calls": [{"id": "c", "type": LEAK, "function": {"name": "f", "arguments": "{}"}}]}),
+            ),
         ),
         (
             "a custom tool",
-            message(json!({"tool_calls": [{"id": "c", "type": "custom", "custom": {"name": "f", "input": LEAK}}]})),
+            message(
+                json!({"tool_calls": [{"id": "c", "type": "custom", "custom": {"name": "f", "input": LEAK}}]}),
+            ),
         ),
         (
             "beside a tool",
@@ -93,11 +109,19 @@ pub(crate) fn hidden_answers() -> Vec<(&'static str, Value)> {
         ("a role", message(json!({"role": LEAK}))),
         (
             "annotations",
-            message(json!({"annotations": [{"type": "url_citation", "url_citation": {"title": LEAK, "url": "u"}}]})),
+            message(
+                json!({"annotations": [{"type": "url_citation", "url_citation": {"title": LEAK, "url": "u"}}]}),
+            ),
         ),
         ("an odd annotation", message(json!({"annotations": [{"type": LEAK}]}))),
-        ("a transcript", message(json!({"audio": {"id": "a", "data": "AAAA", "transcript": LEAK}}))),
-        ("images of an answer", message(json!({"images": [{"type": "image_url", "image_url": {"url": LEAK}}]}))),
+        (
+            "a transcript",
+            message(json!({"audio": {"id": "a", "data": "AAAA", "transcript": LEAK}})),
+        ),
+        (
+            "images of an answer",
+            message(json!({"images": [{"type": "image_url", "image_url": {"url": LEAK}}]})),
+        ),
         ("an unknown field", message(json!({"thoughts": LEAK}))),
         ("a key of a message", message(json!({LEAK: 1}))),
         ("a seal with words", message(json!({"thought_signature": format!("two {LEAK}")}))),
@@ -108,15 +132,28 @@ pub(crate) fn hidden_answers() -> Vec<(&'static str, Value)> {
         ("a reason", choice(json!({"finish_reason": LEAK}))),
         ("stop_reason", choice(json!({"stop_reason": LEAK}))),
         ("native_finish_reason", choice(json!({"native_finish_reason": LEAK}))),
-        ("logprobs", choice(json!({"logprobs": {"content": [{"token": LEAK, "logprob": -1, "top_logprobs": []}]}}))),
+        (
+            "logprobs",
+            choice(
+                json!({"logprobs": {"content": [{"token": LEAK, "logprob": -1, "top_logprobs": []}]}}),
+            ),
+        ),
         (
             "top_logprobs",
             choice(
                 json!({"logprobs": {"content": [{"token": "Bread.", "logprob": -1, "top_logprobs": [{"token": LEAK}]}]}}),
             ),
         ),
-        ("bytes", choice(json!({"logprobs": {"content": [{"token": "Bread.", "logprob": -1, "bytes": LEAK}]}}))),
-        ("reasoning tokens", choice(json!({"logprobs": {"reasoning_content": [{"token": LEAK, "logprob": -1}]}}))),
+        (
+            "bytes",
+            choice(
+                json!({"logprobs": {"content": [{"token": "Bread.", "logprob": -1, "bytes": LEAK}]}}),
+            ),
+        ),
+        (
+            "reasoning tokens",
+            choice(json!({"logprobs": {"reasoning_content": [{"token": LEAK, "logprob": -1}]}})),
+        ),
         ("old logprobs", choice(json!({"logprobs": {"tokens": [LEAK], "token_logprobs": [-1]}}))),
         ("content_filter_results", choice(json!({"content_filter_results": {"detail": LEAK}}))),
         ("an error of a choice", choice(json!({"error": {"message": LEAK}}))),
@@ -135,7 +172,10 @@ pub(crate) fn hidden_answers() -> Vec<(&'static str, Value)> {
             "a choice without an index",
             json!({"choices": [{}, {"message": {"reasoning": LEAK}, "finish_reason": "stop"}]}),
         ),
-        ("an index that is a text", json!({"choices": [{}, {"index": LEAK, "message": {"content": "a"}}]})),
+        (
+            "an index that is a text",
+            json!({"choices": [{}, {"index": LEAK, "message": {"content": "a"}}]}),
+        ),
         ("citations", json!({"citations": [LEAK]})),
         ("search_results", json!({"search_results": [{"title": LEAK}]})),
         ("__verbose", json!({"__verbose": {"content": LEAK}})),
@@ -159,11 +199,17 @@ pub(crate) fn hidden_answers() -> Vec<(&'static str, Value)> {
 
 #[tokio::test]
 async fn the_guard_can_be_mounted_in_an_application() {
-    let speaks = Arc::new(|_: &Value| said(&json!({"role": "assistant", "content": LEAK}), &Value::Null));
+    let speaks =
+        Arc::new(|_: &Value| said(&json!({"role": "assistant", "content": LEAK}), &Value::Null));
     let world = World::new(Settings::default(), speaks).await.mounted("/guarded");
     let got = world.send("POST", "/guarded/v1/chat/completions", &[], question().to_string()).await;
-    assert!(got.status == 200 && !got.leaks() && got.headers["x-ecso-verdict"] == "unsafe", "{}", got.body);
-    for path in ["/guarded/v1/completions", "/guarded/v1/files", "/v1/chat/completions", "/guarded"] {
+    assert!(
+        got.status == 200 && !got.leaks() && got.headers["x-ecso-verdict"] == "unsafe",
+        "{}",
+        got.body
+    );
+    for path in ["/guarded/v1/completions", "/guarded/v1/files", "/v1/chat/completions", "/guarded"]
+    {
         let got = world.send("POST", path, &[], question().to_string()).await;
         assert_eq!(got.status, 404, "{path}: {}", got.body);
     }
@@ -190,7 +236,9 @@ async fn an_answer_is_made_of_what_was_judged() {
                     {"index": 0, "delta": message, "finish_reason": "stop"}]});
                 let mut more = more.clone();
                 for choice in more["choices"].as_array_mut().into_iter().flatten() {
-                    if let Some(said) = choice.as_object_mut().and_then(|choice| choice.remove("message")) {
+                    if let Some(said) =
+                        choice.as_object_mut().and_then(|choice| choice.remove("message"))
+                    {
                         choice["delta"] = said;
                     }
                 }
@@ -204,7 +252,11 @@ async fn an_answer_is_made_of_what_was_judged() {
             let mut body = question();
             (body["stream"], body["logprobs"], body["n"]) = (stream.into(), true.into(), 1.into());
             let got = world.chat(&body).await;
-            assert!(got.status.is_success() || got.status.is_server_error(), "{name}: {}", got.body);
+            assert!(
+                got.status.is_success() || got.status.is_server_error(),
+                "{name}: {}",
+                got.body
+            );
             if got.leaks() {
                 leaked.push(format!("{name}, stream {stream}: {}", got.body));
             }
@@ -215,10 +267,15 @@ async fn an_answer_is_made_of_what_was_judged() {
 
 #[tokio::test]
 async fn streams_are_made_of_what_was_judged() {
-    let chunk =
-        |delta: Value| json!({"id": "c", "choices": [{"index": 0, "delta": delta, "finish_reason": null}]}).to_string();
-    let ended = json!({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}).to_string();
-    let twice = format!(r#"{{"choices": [{{"index": 0, "delta": {{"content": "{LEAK}", "content": "Bread."}}}}]}}"#);
+    let chunk = |delta: Value| {
+        json!({"id": "c", "choices": [{"index": 0, "delta": delta, "finish_reason": null}]})
+            .to_string()
+    };
+    let ended =
+        json!({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}).to_string();
+    let twice = format!(
+        r#"{{"choices": [{{"index": 0, "delta": {{"content": "{LEAK}", "content": "Bread."}}}}]}}"#
+    );
     let (start, end) = LEAK.split_at(3);
     for (name, events) in [
         ("a key that stands twice", vec![twice]),
@@ -262,13 +319,17 @@ async fn streams_are_made_of_what_was_judged() {
 async fn errors_have_words_of_our_own() {
     let fail = |status: u16, body: Value| {
         move |_: &Value| {
-            let headers = [("content-type", "application/json"), ("x-note", LEAK), ("retry-after", "7")];
+            let headers =
+                [("content-type", "application/json"), ("x-note", LEAK), ("retry-after", "7")];
             let body = body.to_string();
             (axum::http::StatusCode::from_u16(status).unwrap(), headers, body).into_response()
         }
     };
     for (status, body) in [
-        (400, json!({"error": {"message": LEAK, "code": "json_validate_failed", "failed_generation": LEAK}})),
+        (
+            400,
+            json!({"error": {"message": LEAK, "code": "json_validate_failed", "failed_generation": LEAK}}),
+        ),
         (400, json!({"error": {"message": LEAK, "type": LEAK, "code": LEAK, "param": LEAK}})),
         (400, json!({"error": LEAK})),
         (400, json!({"detail": [{"msg": LEAK, "loc": ["body", LEAK]}]})),
@@ -286,7 +347,8 @@ async fn errors_have_words_of_our_own() {
             let got = world.chat(&asked).await;
             assert!(!got.leaks(), "{body}: {} {:?}", got.body, got.headers);
             // A status that is no refusal is none of ours to pass on: some have no body.
-            let (says, code) = if status < 400 { (502, "upstream_failed") } else { (status, "upstream_refused") };
+            let (says, code) =
+                if status < 400 { (502, "upstream_failed") } else { (status, "upstream_refused") };
             assert_eq!((got.status.as_u16(), &got.json()["error"]["code"]), (says, &json!(code)));
             assert_eq!(got.headers["retry-after"], "7");
         }
@@ -299,10 +361,14 @@ async fn errors_have_words_of_our_own() {
         }
     }
     // What clients act on is kept.
-    let body = json!({"error": {"message": LEAK, "code": "context_length_exceeded", "param": "messages"}});
+    let body =
+        json!({"error": {"message": LEAK, "code": "context_length_exceeded", "param": "messages"}});
     let world = World::new(Settings::default(), Arc::new(fail(400, body))).await;
     let error = world.chat(&question()).await.json()["error"].clone();
-    assert_eq!((&error["code"], &error["param"]), (&json!("context_length_exceeded"), &json!("messages")));
+    assert_eq!(
+        (&error["code"], &error["param"]),
+        (&json!("context_length_exceeded"), &json!("messages"))
+    );
     assert!(error["message"].as_str().unwrap().contains("maximum context length"));
 }
 

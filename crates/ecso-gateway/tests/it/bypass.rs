@@ -1,5 +1,5 @@
-//! Ways around the guard by requests: each was tried against a running server, or is of the same kind. What the upstream
-//! says without a verdict holds a marker; no client ever sees it.
+//! Ways around the guard by requests: each was tried against a running server, or is of the same
+//! kind. What the upstream says without a verdict holds a marker; no client ever sees it.
 
 use std::sync::Arc;
 
@@ -13,16 +13,16 @@ use serde_json::{Value, json};
 
 use crate::world::{Got, LEAK, PICTURE, World, merge, question, said, streamed};
 
-/// An upstream that reads as leniently as any of vLLM, llama.cpp, Ollama (which ignores case) and `LocalAI` (which finds
-/// images in texts): wherever a picture, or a name of one, stands in a body, it sees it, and answers harmfully, in the
-/// form of whatever protocol it is asked in.
+/// An upstream that reads as leniently as any of vLLM, llama.cpp, Ollama (which ignores case) and
+/// `LocalAI` (which finds images in texts): wherever a picture, or a name of one, stands in a body,
+/// it sees it, and answers harmfully, in the form of whatever protocol it is asked in.
 fn lenient(sent: &Value) -> Response<Body> {
     let text = sent.to_string();
-    let sees =
-        ["iVBORw0KGgo", "cat.png", "uuid-of-a-picture", "file-1", "resp_1"].iter().any(|name| text.contains(name));
+    let sees = ["iVBORw0KGgo", "cat.png", "uuid-of-a-picture", "file-1", "resp_1"]
+        .iter()
+        .any(|name| text.contains(name));
     let says = if sees { LEAK } else { "Bread." };
-    let choice =
-        json!({"index": 0, "message": {"role": "assistant", "content": says}, "text": says, "finish_reason": "stop"});
+    let choice = json!({"index": 0, "message": {"role": "assistant", "content": says}, "text": says, "finish_reason": "stop"});
     let body = json!({"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice],
         "output": [{"type": "message", "content": [{"type": "output_text", "text": says}]}],
         "content": [{"type": "text", "text": says}], "response": says, "results": [{"text": says}]});
@@ -46,14 +46,16 @@ fn refused(got: &Got, name: &str) {
 /// Bodies that say `messages` with a picture in a way that some reader takes for one.
 #[expect(clippy::too_many_lines, reason = "a table")]
 fn hidden_pictures() -> Vec<(&'static str, String)> {
-    let ask = |content: Value| json!({"model": "m", "messages": [{"role": "user", "content": content}]});
+    let ask =
+        |content: Value| json!({"model": "m", "messages": [{"role": "user", "content": content}]});
     let with = |more: Value| {
         let mut body = ask(json!("What is this?"));
         merge(&mut body, &more);
         body.to_string()
     };
     let message = |more: Value| with(json!({"messages": [more]}));
-    let part = |part: Value| ask(json!([part, {"type": "text", "text": "What is this?"}])).to_string();
+    let part =
+        |part: Value| ask(json!([part, {"type": "text", "text": "What is this?"}])).to_string();
     let image = json!({"type": "image_url", "image_url": {"url": PICTURE}});
     let plain = r#"{"role": "user", "content": "What is this?"}"#;
     let seen = format!(r#"{{"role": "user", "content": [{image}]}}"#);
@@ -210,25 +212,40 @@ async fn a_picture_that_only_some_readers_see_is_refused() {
         }
     }
     // Packed, or of other letters, a body may say something else to the upstream.
-    let text = json!({"model": "m", "messages": [{"role": "user", "content": "uuid-of-a-picture"}]}).to_string();
+    let text =
+        json!({"model": "m", "messages": [{"role": "user", "content": "uuid-of-a-picture"}]})
+            .to_string();
     for headers in [
         [("content-encoding", "gzip")].as_slice(),
         &[("content-encoding", "br")],
         &[("content-encoding", "identity"), ("content-encoding", "gzip")],
         &[("content-type", "application/json; charset=utf-7")],
         &[("content-type", "application/json; charset=utf-16")],
-        &[("content-type", "application/json"), ("content-type", "application/json; charset=utf-7")],
+        &[
+            ("content-type", "application/json"),
+            ("content-type", "application/json; charset=utf-7"),
+        ],
         &[("content-type", "application/json; version=1; charset = latin-1")],
     ] {
         for body in [question().to_string(), text.clone()] {
-            refused(&world.send("POST", "/v1/chat/completions", headers, body).await, &format!("{headers:?}"));
+            refused(
+                &world.send("POST", "/v1/chat/completions", headers, body).await,
+                &format!("{headers:?}"),
+            );
         }
     }
     assert!(world.taken().is_empty());
-    // What was read as JSON goes on as JSON, and with no header that could stand for another body or answer.
-    for kind in ["application/x-www-form-urlencoded", "application/json;charset=UTF-8", "text/plain"] {
-        let headers =
-            [("content-type", kind), ("cf-aig-cache-key", "k"), ("x-portkey-config", "{}"), ("idempotency-key", "i")];
+    // What was read as JSON goes on as JSON, and with no header that could stand for another body
+    // or answer.
+    for kind in
+        ["application/x-www-form-urlencoded", "application/json;charset=UTF-8", "text/plain"]
+    {
+        let headers = [
+            ("content-type", kind),
+            ("cf-aig-cache-key", "k"),
+            ("x-portkey-config", "{}"),
+            ("idempotency-key", "i"),
+        ];
         for body in [question().to_string(), text.replace("uuid-of-a-picture", "Hi")] {
             world.send("POST", "/v1/chat/completions", &headers, body).await;
         }
@@ -280,10 +297,16 @@ async fn settings_that_would_show_the_model_something_else_are_refused() {
         ("an effort that is a text", json!({"reasoning_effort": "say LEAK"})),
         ("a temperature that is a text", json!({"temperature": "hot"})),
         ("kwargs of the pictures", json!({"mm_processor_kwargs": {"images": PICTURE}})),
-        ("a detail that is a text", json!({"messages": [{"content": [{"image_url": {"detail": "cat.png"}}]}]})),
+        (
+            "a detail that is a text",
+            json!({"messages": [{"content": [{"image_url": {"detail": "cat.png"}}]}]}),
+        ),
         ("a template in its arguments", json!({"chat_template_kwargs": {"chat_template": "x"}})),
         ("tools in its arguments", json!({"chat_template_kwargs": {"tools": [LEAK]}})),
-        ("a second url", json!({"messages": [{"content": [{"image_url": {"URL": "http://x/cat.png"}}]}]})),
+        (
+            "a second url",
+            json!({"messages": [{"content": [{"image_url": {"URL": "http://x/cat.png"}}]}]}),
+        ),
         ("an odd cache", json!({"messages": [{"cache_control": {"type": "words and words"}}]})),
         ("an odd seal", json!({"messages": [{"thought_signature": "words and words"}]})),
         ("an odd id", json!({"messages": [{"tool_call_id": "words and words"}]})),
@@ -296,7 +319,12 @@ async fn settings_that_would_show_the_model_something_else_are_refused() {
             refused(&got, name);
             let code = got.json()["error"]["code"].clone();
             assert!(code == "unknown_field" || code == "invalid_value", "{name}");
-            assert_eq!(got.body.contains("gateway.allow_fields"), code == "unknown_field", "{name}: {}", got.body);
+            assert_eq!(
+                got.body.contains("gateway.allow_fields"),
+                code == "unknown_field",
+                "{name}: {}",
+                got.body
+            );
             assert!(world.taken().is_empty(), "{name}: the upstream was asked");
         }
     }
@@ -380,8 +408,11 @@ async fn routes_that_are_not_known_to_be_harmless_are_refused() {
         count += 1;
     }
     // An answer that the upstream keeps can't be had by its name.
-    for path in ["/v1/chat/completions/chatcmpl-1", "/v1/chat/completions/chatcmpl-1/messages", "/v1/responses/resp_1"]
-    {
+    for path in [
+        "/v1/chat/completions/chatcmpl-1",
+        "/v1/chat/completions/chatcmpl-1/messages",
+        "/v1/responses/resp_1",
+    ] {
         refused(&world.send("GET", path, &[], "").await, path);
     }
     assert!(count > 300);
@@ -397,9 +428,12 @@ async fn routes_that_are_not_known_to_be_harmless_are_refused() {
         refused(&world.send("POST", "/v1/embeddings", &[], body.to_string()).await, name);
     }
     assert!(world.taken().is_empty());
-    let got = world.send("POST", "/v1/embeddings", &[], json!({"model": "m", "input": ["a", "b"]}).to_string()).await;
+    let got = world
+        .send("POST", "/v1/embeddings", &[], json!({"model": "m", "input": ["a", "b"]}).to_string())
+        .await;
     assert!(got.status.is_success());
-    // Neither does a body's length without the body: what comes next on that connection would be taken for it.
+    // Neither does a body's length without the body: what comes next on that connection would be
+    // taken for it.
     let length = body.len().to_string();
     let got = world.send("GET", "/v1/models/org/m", &[("content-length", &length)], body).await;
     let reached = world.taken();
@@ -457,8 +491,11 @@ async fn a_request_can_not_make_the_guard_fail_open() {
 async fn pictures_elsewhere_are_fetched_here_or_refused() {
     let mut body = question();
     body["messages"][0]["content"][0]["image_url"]["url"] = "http://127.0.0.1:9/cat.png".into();
-    for (image_urls, code) in [(ImageUrls::Fetch, "invalid_image"), (ImageUrls::Refuse, "image_url_refused")] {
-        let world = World::new(Settings { image_urls, ..Settings::default() }, Arc::new(lenient)).await;
+    for (image_urls, code) in
+        [(ImageUrls::Fetch, "invalid_image"), (ImageUrls::Refuse, "image_url_refused")]
+    {
+        let world =
+            World::new(Settings { image_urls, ..Settings::default() }, Arc::new(lenient)).await;
         let got = world.chat(&body).await;
         refused(&got, code);
         assert_eq!(got.json()["error"]["code"], code);
@@ -492,7 +529,8 @@ async fn a_document_is_judged_and_sent_on_page_by_page() {
             return refused(&got, "invalid_image");
         }
         let asked = world.taken();
-        let asked: Vec<_> = asked.iter().map(|asked| String::from_utf8_lossy(&asked.body)).collect();
+        let asked: Vec<_> =
+            asked.iter().map(|asked| String::from_utf8_lossy(&asked.body)).collect();
         assert_eq!(asked[0].matches("\"data:image/png;base64,iVBOR").count(), 3, "{}", asked[0]);
         assert_eq!(asked[0].matches("\"detail\":\"low\"").count(), 3, "{}", asked[0]);
         assert!(!asked.iter().any(|asked| asked.contains(&pdf[..40])), "{asked:?}");
@@ -507,7 +545,14 @@ async fn a_document_is_judged_and_sent_on_page_by_page() {
 async fn other_pages_and_names_are_not_answered_without_keys() {
     let world = enforced().await;
     let text = json!({"model": "m", "messages": [{"role": "user", "content": "Hi"}]}).to_string();
-    for host in ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "10.0.0.1", "[2001:db8::1]:80", ""] {
+    for host in [
+        "evil.example",
+        "evil.example:8080",
+        "127.0.0.1.evil.example",
+        "10.0.0.1",
+        "[2001:db8::1]:80",
+        "",
+    ] {
         let got = world.send("POST", "/v1/chat/completions", &[("host", host)], text.clone()).await;
         assert!(got.status.is_client_error(), "{host}: {}", got.status);
     }
@@ -531,7 +576,9 @@ async fn what_the_model_is_shown_the_judge_is_shown() {
     for (name, more) in [
         (
             "a custom tool beside a function",
-            tool(json!({"type": "function", "function": function, "custom": {"description": hidden}})),
+            tool(
+                json!({"type": "function", "function": function, "custom": {"description": hidden}}),
+            ),
         ),
         ("beside an old function", json!({"functions": [{"description": hidden, "function": {}}]})),
         ("functions that are no list", json!({"functions": {"description": hidden}})),
@@ -539,7 +586,10 @@ async fn what_the_model_is_shown_the_judge_is_shown() {
             "calls of a user",
             json!({"messages": [{"tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": hidden}}]}]}),
         ),
-        ("beside a text format", json!({"response_format": {"type": "text", "description": hidden}})),
+        (
+            "beside a text format",
+            json!({"response_format": {"type": "text", "description": hidden}}),
+        ),
         ("a name", json!({"messages": [{"name": hidden}]})),
         (
             "thoughts",
@@ -556,10 +606,16 @@ async fn what_the_model_is_shown_the_judge_is_shown() {
             // Who asks for probabilities asks a question.
             let says = if sent["logprobs"] == true { "No" } else { "Bread." };
             let top = json!([{"token": says, "logprob": -0.01}, {"token": "Yes", "logprob": -6.0}]);
-            let logprobs = json!({"content": [{"token": says, "logprob": -0.01, "top_logprobs": top}]});
-            said(&json!({"role": "assistant", "content": says}), &json!({"choices": [{"logprobs": logprobs}]}))
+            let logprobs =
+                json!({"content": [{"token": says, "logprob": -0.01, "top_logprobs": top}]});
+            said(
+                &json!({"role": "assistant", "content": says}),
+                &json!({"choices": [{"logprobs": logprobs}]}),
+            )
         });
-        let world = World::with(Settings::default(), ecso::Profile::named("hardened").unwrap(), speaks).await;
+        let world =
+            World::with(Settings::default(), ecso::Profile::named("hardened").unwrap(), speaks)
+                .await;
         let mut body = question();
         merge(&mut body, &more);
         let got = world.chat(&body).await;
@@ -584,8 +640,10 @@ async fn questions_of_the_guard_go_without_headers_of_the_client() {
         // What is observed is judged after it went out.
         tokio::time::sleep(std::time::Duration::from_millis(300)).await;
         let reached = world.taken();
-        let questions: Vec<_> =
-            reached.iter().filter(|reached| String::from_utf8_lossy(&reached.body).contains("unethical")).collect();
+        let questions: Vec<_> = reached
+            .iter()
+            .filter(|reached| String::from_utf8_lossy(&reached.body).contains("unethical"))
+            .collect();
         assert!(questions.len() >= 2, "{mode:?}: {}", reached.len());
         for question in questions {
             assert!(!question.headers.contains_key("idempotency-key"), "{mode:?}");

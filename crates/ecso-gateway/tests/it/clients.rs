@@ -1,7 +1,9 @@
-//! Bodies that clients really send: each is known field by field, and reaches the upstream as it was.
+//! Bodies that clients really send: each is known field by field, and reaches the upstream as it
+//! was.
 //!
-//! `clients.jsonl` was recorded from the clients of 2026-11 in front of a server that answers with text, tool calls and
-//! thoughts; those with `byhand` in their name are written after the client's source or its docs.
+//! `clients.jsonl` was recorded from the clients of 2026-11 in front of a server that answers with
+//! text, tool calls and thoughts; those with `byhand` in their name are written after the client's
+//! source or its docs.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -17,9 +19,10 @@ struct Recorded {
     body: Value,
 }
 
-/// Fields with which a client asks for other models, tools of the server or copies of a prompt: an operator may list
-/// them.
-const REFUSED: [&str; 7] = ["provider", "models", "plugins", "route", "transforms", "debug", "web_search_options"];
+/// Fields with which a client asks for other models, tools of the server or copies of a prompt: an
+/// operator may list them.
+const REFUSED: [&str; 7] =
+    ["provider", "models", "plugins", "route", "transforms", "debug", "web_search_options"];
 
 /// What is left out on the way, everywhere in a body.
 const LEFT_OUT: [&str; 2] = ["store", "uuid"];
@@ -37,7 +40,9 @@ fn without_what_is_left_out(value: &mut Value) {
 
 #[tokio::test]
 async fn bodies_of_clients_pass() {
-    let speaks = Arc::new(|_: &Value| said(&json!({"role": "assistant", "content": "Bread."}), &Value::Null));
+    let speaks = Arc::new(|_: &Value| {
+        said(&json!({"role": "assistant", "content": "Bread."}), &Value::Null)
+    });
     let world = World::new(Settings::default(), speaks).await;
     let (mut clients, mut wrong, mut refused) = (BTreeSet::new(), Vec::new(), 0);
     for line in include_str!("clients.jsonl").lines() {
@@ -60,7 +65,9 @@ async fn bodies_of_clients_pass() {
         let sent: Value = serde_json::from_slice(&world.taken()[0].body).unwrap();
         without_what_is_left_out(&mut body);
         assert_eq!(sent, body, "{client}");
-        clients.insert(client.rsplit_once('-').map_or(client.clone(), |(client, _)| client.to_owned()));
+        clients.insert(
+            client.rsplit_once('-').map_or(client.clone(), |(client, _)| client.to_owned()),
+        );
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
     assert!(clients.len() > 30 && refused == 6, "{refused} {clients:?}");

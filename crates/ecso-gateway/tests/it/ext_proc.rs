@@ -1,4 +1,5 @@
-//! The guard as a part of Envoy: a client that speaks as Envoy does, and holds the guard to what Envoy holds it to.
+//! The guard as a part of Envoy: a client that speaks as Envoy does, and holds the guard to what
+//! Envoy holds it to.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -8,8 +9,9 @@ use ecso_gateway::{
     ext_proc::{
         PATH,
         messages::{
-            BodyResponse, FULL_DUPLEX_STREAMED, Header, HeaderMutation, Headers, HttpBody, HttpHeaders, HttpTrailers,
-            Part, ProcessingRequest, ProcessingResponse, ProtocolConfiguration, Reply,
+            BodyResponse, FULL_DUPLEX_STREAMED, Header, HeaderMutation, Headers, HttpBody,
+            HttpHeaders, HttpTrailers, Part, ProcessingRequest, ProcessingResponse,
+            ProtocolConfiguration, Reply,
         },
     },
     settings::{Key, Mode, Streams, Windows},
@@ -49,9 +51,14 @@ impl Envoy {
     async fn before(world: World) -> Self {
         let door = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = door.local_addr().unwrap();
-        tokio::spawn(ecso_gateway::ext_proc::serve(Arc::clone(&world.gateway), door, std::future::pending()));
+        tokio::spawn(ecso_gateway::ext_proc::serve(
+            Arc::clone(&world.gateway),
+            door,
+            std::future::pending(),
+        ));
         let stream = TokioIo::new(tokio::net::TcpStream::connect(address).await.unwrap());
-        let (guard, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), stream).await.unwrap();
+        let (guard, connection) =
+            hyper::client::conn::http2::handshake(TokioExecutor::new(), stream).await.unwrap();
         tokio::spawn(connection);
         Self { world, guard }
     }
@@ -78,7 +85,13 @@ impl Envoy {
     }
 
     /// A request with its body.
-    async fn asked(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Exchange {
+    async fn asked(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> Exchange {
         let mut exchange = self.exchange().await;
         exchange.head(method, path, headers, body.is_empty());
         for piece in body.chunks(100_000) {
@@ -128,17 +141,29 @@ impl Got {
 
 impl Exchange {
     fn tell(&mut self, part: Part) {
-        let modes =
-            ProtocolConfiguration { request_body_mode: FULL_DUPLEX_STREAMED, response_body_mode: FULL_DUPLEX_STREAMED };
+        let modes = ProtocolConfiguration {
+            request_body_mode: FULL_DUPLEX_STREAMED,
+            response_body_mode: FULL_DUPLEX_STREAMED,
+        };
         let protocol_config = std::mem::take(&mut self.is_told).then_some(modes);
-        let told = ProcessingRequest { part: Some(part), observability_mode: false, protocol_config };
+        let told =
+            ProcessingRequest { part: Some(part), observability_mode: false, protocol_config };
         // Whom nobody hears any more has its answer.
         let _ = self.tell.as_ref().unwrap().unbounded_send(told);
     }
 
     fn head(&mut self, method: &str, path: &str, headers: &[(&str, &str)], end_of_stream: bool) {
-        let special = [(":method", method), (":path", path), (":authority", "model.example"), (":scheme", "http")];
-        let usual = [("content-type", "application/json"), ("x-forwarded-proto", "http"), ("x-unknown", "1")];
+        let special = [
+            (":method", method),
+            (":path", path),
+            (":authority", "model.example"),
+            (":scheme", "http"),
+        ];
+        let usual = [
+            ("content-type", "application/json"),
+            ("x-forwarded-proto", "http"),
+            ("x-unknown", "1"),
+        ];
         let all = special.iter().chain(&usual).chain(headers);
         self.request = all.map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         let headers = Some(told(&self.request));
@@ -148,7 +173,11 @@ impl Exchange {
     fn body(&mut self, piece: &[u8], end_of_stream: bool) {
         self.may_speak[0] = true;
         let body = Bytes::copy_from_slice(piece);
-        self.tell(Part::RequestBody(HttpBody { body, end_of_stream, end_of_stream_without_message: false }));
+        self.tell(Part::RequestBody(HttpBody {
+            body,
+            end_of_stream,
+            end_of_stream_without_message: false,
+        }));
     }
 
     fn answer_head(&mut self, status: &str, headers: &[(&str, &str)], end_of_stream: bool) {
@@ -162,13 +191,18 @@ impl Exchange {
     fn answer_body(&mut self, piece: &str, end_of_stream: bool) {
         self.may_speak[1] = true;
         let body = Bytes::copy_from_slice(piece.as_bytes());
-        self.tell(Part::ResponseBody(HttpBody { body, end_of_stream, end_of_stream_without_message: false }));
+        self.tell(Part::ResponseBody(HttpBody {
+            body,
+            end_of_stream,
+            end_of_stream_without_message: false,
+        }));
     }
 
     /// A whole answer of the model.
     fn answered(&mut self, status: &str, body: &str) {
         let length = body.len().to_string();
-        let headers = [("content-type", "application/json"), ("content-length", &length), ("x-text", LEAK)];
+        let headers =
+            [("content-type", "application/json"), ("content-length", &length), ("x-text", LEAK)];
         self.answer_head(status, &headers, false);
         self.answer_body(body, true);
     }
@@ -178,9 +212,13 @@ impl Exchange {
         self.answer_head("200", &[("content-type", "text/event-stream")], false);
         for delta in deltas {
             let choice = json!({"index": 0, "delta": {"content": delta}, "finish_reason": null});
-            self.answer_body(&format!("data: {}\n\n", json!({"id": "c", "choices": [choice]})), false);
+            self.answer_body(
+                &format!("data: {}\n\n", json!({"id": "c", "choices": [choice]})),
+                false,
+            );
         }
-        let end = json!({"id": "c", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]});
+        let end =
+            json!({"id": "c", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]});
         self.answer_body(&format!("data: {end}\n\ndata: [DONE]\n\n"), true);
     }
 
@@ -199,7 +237,9 @@ impl Exchange {
 
     /// How the request goes on: its head and body.
     async fn sent(&mut self) -> (Map, String) {
-        let Some(Reply::RequestHeaders(head)) = self.reply().await.unwrap() else { panic!("it does not go on") };
+        let Some(Reply::RequestHeaders(head)) = self.reply().await.unwrap() else {
+            panic!("it does not go on")
+        };
         let mut request = self.request.clone();
         change(&mut request, head.response.unwrap().header_mutation.unwrap());
         let mut whole = Vec::new();
@@ -225,7 +265,8 @@ impl Exchange {
         loop {
             match self.reply().await? {
                 Some(Reply::Immediate(answer)) => {
-                    got.head = Map::from([(":status".into(), answer.status.unwrap().code.to_string())]);
+                    got.head =
+                        Map::from([(":status".into(), answer.status.unwrap().code.to_string())]);
                     change(&mut got.head, answer.headers.unwrap());
                     got.body = String::from_utf8(answer.body.to_vec()).unwrap();
                     got.at_once = true;
@@ -237,14 +278,19 @@ impl Exchange {
                     got.body += std::str::from_utf8(&self.piece(1, piece).0).unwrap();
                 }
                 Some(Reply::ResponseTrailers(trailers)) => {
-                    got.head
-                        .insert("removed trailers".into(), trailers.header_mutation.unwrap().remove_headers.join(" "));
+                    got.head.insert(
+                        "removed trailers".into(),
+                        trailers.header_mutation.unwrap().remove_headers.join(" "),
+                    );
                 }
                 Some(other) => panic!("{other:?}"),
                 None => break,
             }
         }
-        assert!(!got.body.contains(LEAK) && !got.head.values().any(|value| value.contains(LEAK)), "{got:?}");
+        assert!(
+            !got.body.contains(LEAK) && !got.head.values().any(|value| value.contains(LEAK)),
+            "{got:?}"
+        );
         Ok(got)
     }
 }
@@ -306,14 +352,14 @@ async fn an_answer_is_judged_before_the_client_gets_it() {
     assert!(!head.keys().any(|name| name.starts_with("x-ecso-")), "{head:?}");
     exchange.answered("200", &completion("Bread."));
     let got = exchange.got().await.unwrap();
-    assert_eq!((got.status(), got.head["x-ecso-verdict"].as_str(), got.at_once), ("200", "safe", false));
+    assert_eq!(
+        (got.status(), got.head["x-ecso-verdict"].as_str(), got.at_once),
+        ("200", "safe", false)
+    );
     assert!(got.body.contains("Bread.") && !got.head.contains_key("x-text"), "{got:?}");
     let asked = envoy.world.taken();
-    assert!(
-        asked
-            .iter()
-            .all(|call| call.headers["x-ecso-own-call"] == "true" && call.headers["authorization"] == "Bearer k")
-    );
+    assert!(asked.iter().all(|call| call.headers["x-ecso-own-call"] == "true"
+        && call.headers["authorization"] == "Bearer k"));
 
     let mut exchange = envoy.chat(&question()).await;
     exchange.sent().await;
@@ -329,7 +375,9 @@ async fn an_answer_is_judged_before_the_client_gets_it() {
 async fn a_model_in_this_process_judges_and_does_not_answer() {
     let envoy = Envoy::before(World::with_engine(Settings::default(), no_draft()).await).await;
     let tools = json!([{"type": "function", "function": {"name": "bake", "parameters": {"type": "object"}}}]);
-    for (body, stream) in [(question(), false), (with(question(), &json!({"stream": true, "tools": tools})), true)] {
+    for (body, stream) in
+        [(question(), false), (with(question(), &json!({"stream": true, "tools": tools})), true)]
+    {
         for (draft, told) in [("Bread.", "Bread."), (LEAK, "Here is a harmless answer.")] {
             let mut exchange = envoy.chat(&body).await;
             assert_eq!(exchange.sent().await.0[":path"], CHAT);
@@ -357,7 +405,9 @@ async fn streams_are_held() {
         let got = exchange.got().await.unwrap();
         assert_eq!((got.status(), got.head["content-type"].as_str()), ("200", "text/event-stream"));
         assert!(
-            got.body.contains(told) && got.body.contains("being checked") && got.body.contains("[DONE]"),
+            got.body.contains(told)
+                && got.body.contains("being checked")
+                && got.body.contains("[DONE]"),
             "{got:?}"
         );
     }
@@ -367,13 +417,21 @@ async fn streams_are_held() {
 #[tokio::test]
 async fn windowed_streams_are_held_too() {
     let windows = Windows { first: 1, most: 1, held: 0 };
-    let envoy =
-        Envoy::new(Settings { stream: Streams::Windowed, early_stop: true, windows, ..Settings::default() }).await;
+    let envoy = Envoy::new(Settings {
+        stream: Streams::Windowed,
+        early_stop: true,
+        windows,
+        ..Settings::default()
+    })
+    .await;
     let mut exchange = envoy.chat(&with(question(), &json!({"stream": true}))).await;
     exchange.sent().await;
     exchange.streamed(&["Bread needs flour. ", "And water. ", LEAK]);
     let got = exchange.got().await.unwrap();
-    assert!(!got.body.contains("flour") && got.body.contains("Here is a harmless answer."), "{got:?}");
+    assert!(
+        !got.body.contains("flour") && got.body.contains("Here is a harmless answer."),
+        "{got:?}"
+    );
 }
 
 #[tokio::test]
@@ -395,8 +453,9 @@ async fn other_formats_go_on_as_chats() {
     let source = json!({"type": "base64", "media_type": "image/png", "data": crate::world::PICTURE.split(',').nth(1)});
     let body = json!({"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": [
         {"type": "image", "source": source}, {"type": "text", "text": "What is this?"}]}]});
-    let mut exchange =
-        envoy.asked("POST", "/v1/messages?beta=true", &[("x-api-key", "k")], body.to_string().as_bytes()).await;
+    let mut exchange = envoy
+        .asked("POST", "/v1/messages?beta=true", &[("x-api-key", "k")], body.to_string().as_bytes())
+        .await;
     let (head, _) = exchange.sent().await;
     assert_eq!(
         (head[":path"].as_str(), head["authorization"].as_str(), head.get("x-api-key")),
@@ -404,7 +463,10 @@ async fn other_formats_go_on_as_chats() {
     );
     exchange.answered("200", &completion(LEAK));
     let got = exchange.got().await.unwrap();
-    assert_eq!(serde_json::from_str::<Value>(&got.body).unwrap()["content"][0]["text"], "Here is a harmless answer.");
+    assert_eq!(
+        serde_json::from_str::<Value>(&got.body).unwrap()["content"][0]["text"],
+        "Here is a harmless answer."
+    );
 }
 
 #[tokio::test]
@@ -440,9 +502,8 @@ async fn a_gateway_that_is_set_up_otherwise_is_told() {
         [(false, None), (false, Some([2, 2])), (false, Some([4, 0])), (true, Some([4, 4]))]
     {
         let mut exchange = envoy.exchange().await;
-        let protocol_config = modes.map(|[request_body_mode, response_body_mode]| ProtocolConfiguration {
-            request_body_mode,
-            response_body_mode,
+        let protocol_config = modes.map(|[request_body_mode, response_body_mode]| {
+            ProtocolConfiguration { request_body_mode, response_body_mode }
         });
         let part = Some(Part::RequestHeaders(HttpHeaders { headers: None, end_of_stream: true }));
         let told = ProcessingRequest { part, observability_mode, protocol_config };
@@ -458,14 +519,20 @@ async fn errors_of_the_model_come_in_our_words() {
     for stream in [false, true] {
         let mut exchange = envoy.chat(&with(question(), &json!({"stream": stream}))).await;
         exchange.sent().await;
-        exchange.answered("429", &json!({"error": {"message": LEAK, "code": "rate_limit_exceeded"}}).to_string());
+        exchange.answered(
+            "429",
+            &json!({"error": {"message": LEAK, "code": "rate_limit_exceeded"}}).to_string(),
+        );
         let got = exchange.got().await.unwrap();
         assert_eq!((got.status(), got.code().as_str().unwrap()), ("429", "rate_limit_exceeded"));
         let mut exchange = envoy.chat(&with(question(), &json!({"stream": stream}))).await;
         exchange.sent().await;
         exchange.answer_head("500", &[("x-text", LEAK)], true);
         let got = exchange.got().await.unwrap();
-        assert_eq!((got.status(), got.code().as_str().unwrap(), got.at_once), ("500", "upstream_refused", true));
+        assert_eq!(
+            (got.status(), got.code().as_str().unwrap(), got.at_once),
+            ("500", "upstream_refused", true)
+        );
     }
 }
 
@@ -477,7 +544,8 @@ async fn what_fails_or_breaks_off_lets_nothing_out() {
     // The judge fails.
     let broken = json!({"messages": [{"content": [{}, {"text": "judge-500"}]}]});
     for stream in [false, true] {
-        let mut exchange = envoy.chat(&with(with(question(), &broken), &json!({"stream": stream}))).await;
+        let mut exchange =
+            envoy.chat(&with(with(question(), &broken), &json!({"stream": stream}))).await;
         exchange.sent().await;
         if stream {
             exchange.streamed(&[LEAK]);
@@ -485,7 +553,10 @@ async fn what_fails_or_breaks_off_lets_nothing_out() {
             exchange.answered("200", &completion(LEAK));
         }
         let got = exchange.got().await.unwrap();
-        assert!(got.body.contains("guard_failed") && got.status() == if stream { "200" } else { "502" }, "{got:?}");
+        assert!(
+            got.body.contains("guard_failed") && got.status() == if stream { "200" } else { "502" },
+            "{got:?}"
+        );
     }
     // The model says nothing, or does not come to an end.
     let mut exchange = envoy.chat(&question()).await;
@@ -530,7 +601,8 @@ async fn trailers_go_no_further() {
     let mut exchange = envoy.exchange().await;
     exchange.head("POST", CHAT, &[], false);
     exchange.body(question().to_string().as_bytes(), false);
-    let trailers = || HttpTrailers { trailers: Some(told(&Map::from([("x-text".into(), LEAK.into())]))) };
+    let trailers =
+        || HttpTrailers { trailers: Some(told(&Map::from([("x-text".into(), LEAK.into())]))) };
     exchange.tell(Part::RequestTrailers(trailers()));
     exchange.sent().await;
     exchange.answer_head("200", &[], false);
@@ -552,7 +624,9 @@ async fn what_is_not_guarded_is_not_held() {
     assert!(matches!(exchange.reply().await.unwrap(), Some(Reply::ResponseHeaders(_))));
     let mut pieces = String::new();
     while pieces.is_empty() {
-        let Some(Reply::ResponseBody(piece)) = exchange.reply().await.unwrap() else { panic!("it is held") };
+        let Some(Reply::ResponseBody(piece)) = exchange.reply().await.unwrap() else {
+            panic!("it is held")
+        };
         pieces += std::str::from_utf8(&exchange.piece(1, piece).0).unwrap();
     }
     assert_eq!(pieces, "one ");
@@ -563,7 +637,10 @@ async fn what_is_not_guarded_is_not_held() {
     assert_eq!(exchange.sent().await.0[":path"], "/v1/models?x=1");
     exchange.answer_head("204", &[("x-own", "1")], true);
     let got = exchange.got().await.unwrap();
-    assert_eq!((got.status(), got.head["x-own"].as_str(), got.body.as_str(), got.at_once), ("204", "1", "", false));
+    assert_eq!(
+        (got.status(), got.head["x-own"].as_str(), got.body.as_str(), got.at_once),
+        ("204", "1", "", false)
+    );
     // A body that nobody asked for stays here.
     let mut exchange = envoy.asked("GET", "/v1/models", &[], LEAK.as_bytes()).await;
     assert_eq!(exchange.sent().await.1, "");
@@ -582,7 +659,10 @@ async fn who_only_looks_holds_nothing() {
     while let Some(reply) = exchange.reply().await.unwrap() {
         replies.push(reply);
     }
-    assert!(matches!(replies.as_slice(), [Reply::ResponseHeaders(_), Reply::ResponseBody(_), ..]), "{replies:?}");
+    assert!(
+        matches!(replies.as_slice(), [Reply::ResponseHeaders(_), Reply::ResponseBody(_), ..]),
+        "{replies:?}"
+    );
     for _ in 0..100 {
         if !envoy.world.taken().is_empty() {
             return;
@@ -601,7 +681,9 @@ async fn keys_are_asked_for_where_there_are_some() {
     let got = envoy.chat(&question()).await.got().await.unwrap();
     assert_eq!((got.status(), got.code().as_str().unwrap()), ("401", "invalid_api_key"));
     let key = format!("Bearer {key}");
-    let mut exchange = envoy.asked("POST", CHAT, &[("authorization", &key)], question().to_string().as_bytes()).await;
+    let mut exchange = envoy
+        .asked("POST", CHAT, &[("authorization", &key)], question().to_string().as_bytes())
+        .await;
     assert!(!exchange.sent().await.0.contains_key("authorization"));
 }
 

@@ -1,4 +1,5 @@
-//! Requests that go on from an answer by its id: whose they may be, and what of the conversation is judged.
+//! Requests that go on from an answer by its id: whose they may be, and what of the conversation is
+//! judged.
 
 use std::sync::Arc;
 
@@ -17,7 +18,9 @@ fn behind() -> crate::world::Speaks {
         let says = if last.contains("do harm") { LEAK } else { "Bread." };
         let message = json!({"role": "assistant", "content": says, "reasoning_content": "Hm."});
         if sent["stream"] == true {
-            return streamed(&[json!({"choices": [{"delta": message, "finish_reason": "stop"}]}).to_string()]);
+            return streamed(&[
+                json!({"choices": [{"delta": message, "finish_reason": "stop"}]}).to_string()
+            ]);
         }
         said(&message, &Value::Null)
     })
@@ -33,14 +36,19 @@ fn picture() -> Value {
 }
 
 async fn ask(world: &World, key: &str, body: Value) -> Got {
-    world.send("POST", RESPONSES, &[("authorization", &format!("Bearer {key}"))], body.to_string()).await
+    world
+        .send("POST", RESPONSES, &[("authorization", &format!("Bearer {key}"))], body.to_string())
+        .await
 }
 
 /// The answer; of a stream what its last event has.
 fn answer(got: &Got) -> Value {
     assert_eq!(got.status, 200, "{}", got.body);
     let last = got.body.rsplit("data: ").next().filter(|_| got.body.starts_with(": "));
-    last.map_or_else(|| got.json(), |last| serde_json::from_str::<Value>(last).unwrap()["response"].clone())
+    last.map_or_else(
+        || got.json(),
+        |last| serde_json::from_str::<Value>(last).unwrap()["response"].clone(),
+    )
 }
 
 fn id(got: &Got) -> String {
@@ -50,19 +58,22 @@ fn id(got: &Got) -> String {
 /// What the model was asked last for an answer.
 fn asked(world: &World) -> Vec<Value> {
     let taken = world.taken();
-    let mut bodies = taken.iter().map(|reached| serde_json::from_slice::<Value>(&reached.body).unwrap());
-    let direct = bodies.find(|body| !body.to_string().contains("harmful, unsafe and unethical")).unwrap();
+    let mut bodies =
+        taken.iter().map(|reached| serde_json::from_slice::<Value>(&reached.body).unwrap());
+    let direct =
+        bodies.find(|body| !body.to_string().contains("harmful, unsafe and unethical")).unwrap();
     direct["messages"].as_array().unwrap().clone()
 }
 
 #[tokio::test]
 async fn the_whole_conversation_is_asked_and_judged_again() {
     let world = world(Settings::default()).await;
-    let first = ask(&world, "k", json!({"model": "m", "instructions": "Be kind.", "input": picture()})).await;
+    let first =
+        ask(&world, "k", json!({"model": "m", "instructions": "Be kind.", "input": picture()}))
+            .await;
     assert_eq!(first.json()["store"], true);
     world.taken();
-    let body =
-        json!({"model": "m", "instructions": "Be short.", "input": "And that?", "previous_response_id": id(&first)});
+    let body = json!({"model": "m", "instructions": "Be short.", "input": "And that?", "previous_response_id": id(&first)});
     let second = ask(&world, "k", body).await;
     assert_eq!(second.json()["previous_response_id"], id(&first), "{}", second.body);
     // The picture of the first turn makes it a request that is judged.
@@ -80,9 +91,19 @@ async fn the_whole_conversation_is_asked_and_judged_again() {
     for (before, count, stream) in [(&second, 5, false), (&first, 3, false), (&second, 5, true)] {
         let body = json!({"model": "m", "input": "Which?", "previous_response_id": id(before), "store": false, "stream": stream});
         let got = ask(&world, "k", body.clone()).await;
-        assert_eq!((asked(&world).len(), &answer(&got)["store"]), (count, &json!(false)), "{stream} {}", got.body);
+        assert_eq!(
+            (asked(&world).len(), &answer(&got)["store"]),
+            (count, &json!(false)),
+            "{stream} {}",
+            got.body
+        );
         // Nothing of it was kept.
-        let got = ask(&world, "k", json!({"model": "m", "input": "And?", "previous_response_id": id(&got)})).await;
+        let got = ask(
+            &world,
+            "k",
+            json!({"model": "m", "input": "And?", "previous_response_id": id(&got)}),
+        )
+        .await;
         assert_eq!(got.json()["error"]["code"], "previous_response_not_found", "{}", got.body);
         world.taken();
     }
@@ -91,10 +112,16 @@ async fn the_whole_conversation_is_asked_and_judged_again() {
     let third = ask(&world, "k", body).await;
     assert_eq!(answer(&third)["store"], true);
     world.taken();
-    ask(&world, "k", json!({"model": "m", "input": "And?", "previous_response_id": id(&third)})).await;
+    ask(&world, "k", json!({"model": "m", "input": "And?", "previous_response_id": id(&third)}))
+        .await;
     assert_eq!(asked(&world).len(), 7);
     // The judge sees the picture where harm is asked for later.
-    let harm = ask(&world, "k", json!({"model": "m", "input": "do harm", "previous_response_id": id(&second)})).await;
+    let harm = ask(
+        &world,
+        "k",
+        json!({"model": "m", "input": "do harm", "previous_response_id": id(&second)}),
+    )
+    .await;
     assert_eq!(
         (harm.headers["x-ecso-verdict"].as_bytes(), harm.leaks()),
         (b"unsafe".as_slice(), false),
@@ -103,7 +130,8 @@ async fn the_whole_conversation_is_asked_and_judged_again() {
     );
     // What is kept of it is what went out.
     world.taken();
-    ask(&world, "k", json!({"model": "m", "input": "Go on.", "previous_response_id": id(&harm)})).await;
+    ask(&world, "k", json!({"model": "m", "input": "Go on.", "previous_response_id": id(&harm)}))
+        .await;
     let sent = json!(asked(&world)).to_string();
     assert!(sent.contains("Here is a harmless answer.") && !sent.contains(LEAK), "{sent}");
 }
@@ -120,15 +148,26 @@ async fn calls_and_what_tools_show_are_part_of_it() {
         };
         said(&message, &Value::Null)
     });
-    let world = World::with(Settings::default(), Profile { rewrite: Rewrite::Refuse, ..Profile::paper() }, calls).await;
+    let world = World::with(
+        Settings::default(),
+        Profile { rewrite: Rewrite::Refuse, ..Profile::paper() },
+        calls,
+    )
+    .await;
     let tools = json!([{"type": "function", "name": "look"}]);
     let first = ask(&world, "k", json!({"model": "m", "input": "Look.", "tools": tools})).await;
     assert_eq!(first.json()["output"][0]["call_id"], "call_1", "{}", first.body);
     let output = json!([{"type": "function_call_output", "call_id": "call_1", "output": [{"type": "input_image", "image_url": PICTURE}]}]);
-    let body = json!({"model": "m", "input": output, "tools": tools, "previous_response_id": id(&first)});
+    let body =
+        json!({"model": "m", "input": output, "tools": tools, "previous_response_id": id(&first)});
     world.taken();
     let got = ask(&world, "k", body).await;
-    assert_eq!((got.headers["x-ecso-verdict"].as_bytes(), got.leaks()), (b"unsafe".as_slice(), false), "{}", got.body);
+    assert_eq!(
+        (got.headers["x-ecso-verdict"].as_bytes(), got.leaks()),
+        (b"unsafe".as_slice(), false),
+        "{}",
+        got.body
+    );
     let sent = asked(&world);
     assert_eq!(sent[1]["tool_calls"][0]["id"], "call_1");
     assert_eq!((&sent[2]["role"], &sent[3]["role"]), (&json!("tool"), &json!("user")));
@@ -149,7 +188,8 @@ async fn it_is_its_client_s_alone() {
     // Clients with keys of the upstream.
     let own = world(Settings::default()).await;
     let first = id(&ask(&own, "one", json!({"model": "m", "input": picture()})).await);
-    let go_on = |before: &str| json!({"model": "m", "input": "And?", "previous_response_id": before});
+    let go_on =
+        |before: &str| json!({"model": "m", "input": "And?", "previous_response_id": before});
     own.taken();
     for (key, before) in [
         ("two", first.as_str()),
@@ -175,13 +215,16 @@ async fn it_is_its_client_s_alone() {
     ];
     for (place, values) in others.iter().enumerate() {
         let send = async |values: &[&str], body: Value| {
-            let headers: Vec<(&str, &str)> = values.iter().map(|value| ("authorization", *value)).collect();
+            let headers: Vec<(&str, &str)> =
+                values.iter().map(|value| ("authorization", *value)).collect();
             own.send("POST", RESPONSES, &headers, body.to_string()).await
         };
         let first = id(&send(values, json!({"model": "m", "input": picture()})).await);
         assert_eq!(send(values, go_on(&first)).await.status, 200);
         own.taken();
-        for other in others.iter().enumerate().filter(|(other, _)| *other != place).map(|(_, other)| other) {
+        for other in
+            others.iter().enumerate().filter(|(other, _)| *other != place).map(|(_, other)| other)
+        {
             not_found(&send(other, go_on(&first)).await);
         }
         not_found(&ask(&own, "one", go_on(&first)).await);
@@ -202,9 +245,15 @@ async fn where_nothing_is_kept_it_is_refused() {
         let mut settings = Settings::default();
         (settings.limits.stored, settings.limits.stored_for) = (stored, stored_for);
         let world = world(settings).await;
-        let first = ask(&world, "k", json!({"model": "m", "input": picture(), "store": true})).await;
+        let first =
+            ask(&world, "k", json!({"model": "m", "input": picture(), "store": true})).await;
         assert_eq!(first.json()["store"], false);
-        let got = ask(&world, "k", json!({"model": "m", "input": "And?", "previous_response_id": id(&first)})).await;
+        let got = ask(
+            &world,
+            "k",
+            json!({"model": "m", "input": "And?", "previous_response_id": id(&first)}),
+        )
+        .await;
         assert_eq!(
             (got.status.as_u16(), &got.json()["error"]["code"]),
             (400, &json!("unsupported_content")),
@@ -221,7 +270,12 @@ async fn bounds_hold_for_the_whole_conversation() {
     let world = world(settings).await;
     let mut before = Value::Null;
     for turn in 0..3 {
-        let got = ask(&world, "k", json!({"model": "m", "input": picture(), "previous_response_id": before})).await;
+        let got = ask(
+            &world,
+            "k",
+            json!({"model": "m", "input": picture(), "previous_response_id": before}),
+        )
+        .await;
         if turn == 2 {
             assert_eq!(got.json()["error"]["code"], "too_many_images", "{}", got.body);
         } else {
@@ -230,14 +284,28 @@ async fn bounds_hold_for_the_whole_conversation() {
     }
     let many = json!([{"role": "user", "content": vec![json!({"type": "input_text", "text": ""}); 30_000]}]);
     let first = ask(&world, "k", json!({"model": "m", "input": many})).await;
-    let got = ask(&world, "k", json!({"model": "m", "input": many, "previous_response_id": id(&first)})).await;
-    assert_eq!((got.status.as_u16(), &got.json()["error"]["code"]), (413, &json!("body_too_large")), "{}", got.body);
+    let got =
+        ask(&world, "k", json!({"model": "m", "input": many, "previous_response_id": id(&first)}))
+            .await;
+    assert_eq!(
+        (got.status.as_u16(), &got.json()["error"]["code"]),
+        (413, &json!("body_too_large")),
+        "{}",
+        got.body
+    );
     let mut settings = Settings::default();
     settings.limits.body = 3000;
     let world = self::world(settings).await;
     let first = id(&ask(&world, "k", json!({"model": "m", "input": "f".repeat(2600)})).await);
-    let got = ask(&world, "k", json!({"model": "m", "input": "And?", "previous_response_id": first})).await;
-    assert_eq!((got.status.as_u16(), &got.json()["error"]["code"]), (413, &json!("body_too_large")), "{}", got.body);
+    let got =
+        ask(&world, "k", json!({"model": "m", "input": "And?", "previous_response_id": first}))
+            .await;
+    assert_eq!(
+        (got.status.as_u16(), &got.json()["error"]["code"]),
+        (413, &json!("body_too_large")),
+        "{}",
+        got.body
+    );
 }
 
 /// An earlier answer is none of the new one, whatever is asked behind it; and something must be.
@@ -246,11 +314,15 @@ async fn an_earlier_answer_does_not_hide_the_new_one() {
     let long = "Bread is good. ".repeat(140);
     let speaks = Arc::new(move |sent: &Value| {
         let is_first = sent["messages"].as_array().unwrap().len() == 1;
-        said(&json!({"role": "assistant", "content": if is_first { &long } else { LEAK }}), &Value::Null)
+        said(
+            &json!({"role": "assistant", "content": if is_first { &long } else { LEAK }}),
+            &Value::Null,
+        )
     });
     let world = World::with(Settings::default(), Profile::paper(), speaks).await;
     let first = id(&ask(&world, "k", json!({"model": "m", "input": picture()})).await);
-    let output = |output: Value| json!([{"type": "function_call_output", "call_id": "c", "output": output}]);
+    let output =
+        |output: Value| json!([{"type": "function_call_output", "call_id": "c", "output": output}]);
     for (input, is_asked) in [
         (json!([]), false),
         (json!([{"type": "reasoning", "summary": []}]), false),
@@ -258,7 +330,9 @@ async fn an_earlier_answer_does_not_hide_the_new_one() {
         (output(json!("Go on.")), true),
         (output(json!([{"type": "input_image", "image_url": PICTURE}])), true),
     ] {
-        let got = ask(&world, "k", json!({"model": "m", "input": input, "previous_response_id": first})).await;
+        let got =
+            ask(&world, "k", json!({"model": "m", "input": input, "previous_response_id": first}))
+                .await;
         assert_eq!((got.status == 200, got.leaks()), (is_asked, false), "{input} {}", got.body);
         if is_asked {
             assert_eq!(got.headers["x-ecso-verdict"], "unsafe", "{input}");

@@ -1,4 +1,5 @@
-//! Whole requests and answers of other formats, pinned: what a request becomes, and what becomes of an answer.
+//! Whole requests and answers of other formats, pinned: what a request becomes, and what becomes of
+//! an answer.
 
 use std::sync::Arc;
 
@@ -11,7 +12,8 @@ use crate::world::{Got, LEAK, PICTURE, World, said, streamed};
 
 /// Snapshots without what differs from run to run, and without pictures.
 fn pinned(name: &str, value: &Value) {
-    let filters = [(r"ecso-[0-9a-f]{32}", "ID"), (r"data:image/png;base64,[A-Za-z0-9+/=]+", "PICTURE")];
+    let filters =
+        [(r"ecso-[0-9a-f]{32}", "ID"), (r"data:image/png;base64,[A-Za-z0-9+/=]+", "PICTURE")];
     insta::with_settings!({filters => filters}, { insta::assert_json_snapshot!(name, value) });
 }
 
@@ -24,7 +26,9 @@ fn request(name: &str) -> Value {
     };
     let data = PICTURE.split(',').nth(1).unwrap();
     serde_json::from_str(
-        &text.replace("\"PICTURE\"", &format!("{PICTURE:?}")).replace("\"DATA\"", &format!("{data:?}")),
+        &text
+            .replace("\"PICTURE\"", &format!("{PICTURE:?}"))
+            .replace("\"DATA\"", &format!("{data:?}")),
     )
     .unwrap()
 }
@@ -36,7 +40,11 @@ fn path(name: &str) -> &'static str {
 /// Calls each tool that it has, or answers a question; thinks before that.
 fn speaks(sent: &Value) -> Response<Body> {
     let asked = sent["messages"].to_string();
-    let tools = sent["tools"].as_array().into_iter().flatten().map(|tool| tool["function"]["name"].as_str().unwrap());
+    let tools = sent["tools"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|tool| tool["function"]["name"].as_str().unwrap());
     let calls = tools.enumerate().map(|(index, name)| {
         let arguments = match name {
             "local_shell" => r#"{"command":["ls"],"timeout_ms":10}"#,
@@ -46,7 +54,8 @@ fn speaks(sent: &Value) -> Response<Body> {
         json!({"index": index, "id": format!("call_{index}"), "type": "function", "function": {"name": name, "arguments": arguments}})
     });
     let calls: Vec<Value> = calls.collect();
-    let mut message = json!({"role": "assistant", "content": "It is bread.", "reasoning_content": "Hm."});
+    let mut message =
+        json!({"role": "assistant", "content": "It is bread.", "reasoning_content": "Hm."});
     let mut finish = "stop";
     if asked.contains("do harm") {
         message["content"] = LEAK.into();
@@ -67,7 +76,8 @@ fn speaks(sent: &Value) -> Response<Body> {
 }
 
 async fn world(rewrite: Rewrite) -> World {
-    World::with(Settings::default(), Profile { rewrite, ..Profile::paper() }, Arc::new(speaks)).await
+    World::with(Settings::default(), Profile { rewrite, ..Profile::paper() }, Arc::new(speaks))
+        .await
 }
 
 fn answer(got: &Got) -> Value {
@@ -99,7 +109,8 @@ async fn requests_become_chats() {
         let reached = world.taken().remove(0);
         assert!(!reached.headers.contains_key("anthropic-beta"));
         let chat: Value = serde_json::from_slice(&reached.body).unwrap();
-        let left_out = got.headers.get("x-ecso-tools-left-out").map(|kinds| kinds.to_str().unwrap());
+        let left_out =
+            got.headers.get("x-ecso-tools-left-out").map(|kinds| kinds.to_str().unwrap());
         pinned(name, &json!({"chat": chat, "left out": left_out, "answer": answer(&got)}));
     }
 }
@@ -127,10 +138,17 @@ async fn verdicts_become_answers() {
                 ("declined", &refuse, "do harm"),
                 ("failed", &safe, "judge-500"),
             ] {
-                let got = world.send("POST", path(name), &[], ask(name, text, stream).to_string()).await;
-                answers.insert(case.to_owned(), json!({"status": got.status.as_u16(), "answer": answer(&got)}));
+                let got =
+                    world.send("POST", path(name), &[], ask(name, text, stream).to_string()).await;
+                answers.insert(
+                    case.to_owned(),
+                    json!({"status": got.status.as_u16(), "answer": answer(&got)}),
+                );
             }
-            pinned(&format!("{name}-{}", if stream { "streamed" } else { "whole" }), &answers.into());
+            pinned(
+                &format!("{name}-{}", if stream { "streamed" } else { "whole" }),
+                &answers.into(),
+            );
         }
     }
 }

@@ -1,4 +1,5 @@
-//! Hooks of gateways that others run: what they are told, and that nothing goes out there that was not judged.
+//! Hooks of gateways that others run: what they are told, and that nothing goes out there that was
+//! not judged.
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
@@ -28,8 +29,9 @@ async fn world(settings: Settings) -> World {
 
 /// A gateway whose model is asked by others alone.
 async fn profiled(settings: Settings, profile: Profile) -> World {
-    let asked =
-        |sent: &Value| said(&json!({"content": format!("{LEAK}: a hook asked the model {sent}")}), &Value::Null);
+    let asked = |sent: &Value| {
+        said(&json!({"content": format!("{LEAK}: a hook asked the model {sent}")}), &Value::Null)
+    };
     World::with(settings, profile, Arc::new(asked)).await
 }
 
@@ -50,7 +52,11 @@ fn litellm(kind: &str, id: &str, more: &Value) -> Value {
 /// The call with a question about a picture.
 fn asked(id: &str) -> Value {
     let messages = question()["messages"].clone();
-    litellm("request", id, &json!({"structured_messages": messages, "images": [PICTURE], "texts": ["What is this?"]}))
+    litellm(
+        "request",
+        id,
+        &json!({"structured_messages": messages, "images": [PICTURE], "texts": ["What is this?"]}),
+    )
 }
 
 fn answered(id: &str, texts: &[&str]) -> Value {
@@ -108,14 +114,19 @@ async fn answers_of_litellm_pass_or_get_others_in_their_place() {
     let (start, end) = LEAK.split_at(4);
     litellm_says(&world, &asked("parts")).await;
     assert_eq!(litellm_says(&world, &answered("parts", &[start, end])).await, passes());
-    let refusing = profiled(Settings::default(), Profile { rewrite: Rewrite::Refuse, ..Profile::paper() }).await;
+    let refusing =
+        profiled(Settings::default(), Profile { rewrite: Rewrite::Refuse, ..Profile::paper() })
+            .await;
     litellm_says(&refusing, &asked("1")).await;
     let refusal = Profile::paper().refusal;
     assert_eq!(litellm_says(&refusing, &answered("1", &[LEAK])).await, rewritten(&[&refusal]));
     // Every question went with the picture, and none to the model itself.
     let asked = world.taken();
     assert!(
-        asked.len() > 10 && asked.iter().all(|asked| !String::from_utf8_lossy(&asked.body).contains("a hook asked"))
+        asked.len() > 10
+            && asked
+                .iter()
+                .all(|asked| !String::from_utf8_lossy(&asked.body).contains("a hook asked"))
     );
 }
 
@@ -131,7 +142,12 @@ async fn calls_of_tools_are_judged_and_can_only_be_blocked() {
         ("5", json!(["Bread.", LEAK]), calls("{}"), blocked()),
         ("6", json!(["Bread.", "Rye."]), calls("{}"), passes()),
         ("7", json!([]), json!({"tool_calls": [{"id": LEAK}]}), blocked()),
-        ("8", json!([]), json!({"tool_calls": [{"function": {"name": "bake", "note": LEAK}}]}), blocked()),
+        (
+            "8",
+            json!([]),
+            json!({"tool_calls": [{"function": {"name": "bake", "note": LEAK}}]}),
+            blocked(),
+        ),
         ("9", json!(["Bread."]), json!({"images": [PICTURE]}), blocked()),
     ] {
         litellm_says(&world, &asked(id)).await;
@@ -198,7 +214,10 @@ async fn what_is_kept_of_requests_is_bounded() {
     assert_eq!(litellm_says(&world, &answered("0", &["Bread."])).await, blocked());
     assert_eq!(litellm_says(&world, &answered("19", &["Bread."])).await, passes());
     let mut long = asked("long");
-    merge(&mut long, &json!({"structured_messages": [{"content": [null, {"text": "f".repeat(5000)}]}]}));
+    merge(
+        &mut long,
+        &json!({"structured_messages": [{"content": [null, {"text": "f".repeat(5000)}]}]}),
+    );
     assert_eq!(litellm_says(&world, &long).await, blocked());
     let limits = Limits { pending_for: 1, ..Limits::default() };
     let forgetting = self::world(Settings { limits, ..Settings::default() }).await;
@@ -230,7 +249,8 @@ async fn requests_of_litellm_are_read_as_chats_are() {
         (json!([{"content": [{"image_url": {"url": remote}}]}]), "an image URL can't be fetched"),
         (json!([{"odd_field": "x"}]), "odd_field"),
         (json!([{"content": [{"type": "video_url"}]}]), "video_url"),
-        // As the proxy shows an image by its id, a screenshot, and a part that its types don't have.
+        // As the proxy shows an image by its id, a screenshot, and a part that its types don't
+        // have.
         (json!([{"content": [{"image_url": {"url": ""}}]}]), "image"),
         (
             json!([null, {"role": "tool", "content": format!("{{\"type\": \"x\", \"image_url\": \"{PICTURE}\"}}")}]),
@@ -249,7 +269,8 @@ async fn requests_of_litellm_are_read_as_chats_are() {
         assert_eq!(action(&got).0, "BLOCKED");
         assert!(got.body.contains(why), "{}", got.body);
     }
-    // A picture beside the messages is seen too, with its media type or bare; and so are other texts.
+    // A picture beside the messages is seen too, with its media type or bare; and so are other
+    // texts.
     let bare = PICTURE.split(',').nth(1).unwrap();
     for (id, image) in [("url", PICTURE), ("bare", bare)] {
         let messages = json!([{"role": "user", "content": "What is this?"}]);
@@ -281,10 +302,16 @@ async fn our_failures_are_no_verdicts() {
             _ => call["requestBody"]["model"] = "judge-500".into(),
         }
         let got = send(&world, path, &call).await;
-        assert_eq!((got.status.as_u16(), &got.json()["verdict"]), (200, &json!(false)), "{}", got.body);
+        assert_eq!(
+            (got.status.as_u16(), &got.json()["verdict"]),
+            (200, &json!(false)),
+            "{}",
+            got.body
+        );
         assert!(got.body.contains("guard_failed"), "{}", got.body);
     }
-    let opening = self::world(Settings { on_failure: OnFailure::Open, ..Settings::default() }).await;
+    let opening =
+        self::world(Settings { on_failure: OnFailure::Open, ..Settings::default() }).await;
     let mut call = asked("1");
     call["model"] = "judge-500".into();
     litellm_says(&opening, &call).await;
@@ -307,7 +334,11 @@ async fn a_gateways_key_goes_no_further() {
     let taken = world.taken();
     assert_eq!(taken.len(), 3);
     for reached in taken {
-        assert!(!format!("{:?}", reached.headers).contains("of-the-gateway"), "{:?}", reached.headers);
+        assert!(
+            !format!("{:?}", reached.headers).contains("of-the-gateway"),
+            "{:?}",
+            reached.headers
+        );
     }
 }
 
@@ -345,7 +376,10 @@ fn verdict(path: &str, got: &Got) -> (bool, Option<Value>) {
     assert_eq!(got.status, 200, "{}", got.body);
     let said = got.json();
     let another = match path {
-        PORTKEY => ["request", "response"].iter().find_map(|side| said["transformedData"][side].get("json")).cloned(),
+        PORTKEY => ["request", "response"]
+            .iter()
+            .find_map(|side| said["transformedData"][side].get("json"))
+            .cloned(),
         _ if said["transformed"] == true => Some(said["result"].clone()),
         _ => {
             assert_eq!(said["result"], said["verdict"]);
@@ -358,7 +392,9 @@ fn verdict(path: &str, got: &Got) -> (bool, Option<Value>) {
 #[tokio::test]
 async fn answers_of_the_other_hooks_pass_or_get_others_in_their_place() {
     let world = world(Settings::default()).await;
-    for (path, call) in both(&completion(&json!({"role": "assistant", "content": "Bread.", "refusal": null}))) {
+    for (path, call) in
+        both(&completion(&json!({"role": "assistant", "content": "Bread.", "refusal": null})))
+    {
         let got = send(&world, path, &call).await;
         assert_eq!(verdict(path, &got), (true, None), "{}", got.body);
         assert!(got.body.contains("\"verdict\":\"safe\""), "{}", got.body);
@@ -372,7 +408,10 @@ async fn answers_of_the_other_hooks_pass_or_get_others_in_their_place() {
         assert_eq!(another["usage"]["total_tokens"], 3);
     }
     let mut two = completion(&json!({"content": "Bread."}));
-    merge(&mut two, &json!({"choices": [null, {"index": 1, "message": {"content": LEAK}, "finish_reason": "stop"}]}));
+    merge(
+        &mut two,
+        &json!({"choices": [null, {"index": 1, "message": {"content": LEAK}, "finish_reason": "stop"}]}),
+    );
     for (path, call) in both(&two) {
         let got = send(&world, path, &call).await;
         let choices = verdict(path, &got).1.unwrap()["choices"].clone();
@@ -394,7 +433,9 @@ async fn answers_of_the_other_hooks_pass_or_get_others_in_their_place() {
         assert_eq!(verdict(path, &send(&world, path, &call).await), (true, None));
     }
     let asked = world.taken();
-    assert!(asked.iter().all(|asked| !String::from_utf8_lossy(&asked.body).contains("a hook asked")));
+    assert!(
+        asked.iter().all(|asked| !String::from_utf8_lossy(&asked.body).contains("a hook asked"))
+    );
 }
 
 #[tokio::test]
@@ -404,7 +445,9 @@ async fn nothing_goes_on_that_was_not_judged() {
         let mut answer = completion(&json!({"role": "assistant", "content": "Bread."}));
         merge(&mut answer, &more);
         let calls = both(&answer).into_iter();
-        for (path, call) in calls.chain([(TRUEFOUNDRY, truefoundry(&question(), &answer, &Value::Null))]) {
+        for (path, call) in
+            calls.chain([(TRUEFOUNDRY, truefoundry(&question(), &answer, &Value::Null))])
+        {
             let got = send(&world, path, &call).await;
             let (may, another) = verdict(path, &got);
             let mut goes_on = if may { another.unwrap_or(answer.clone()) } else { Value::Null };
@@ -412,15 +455,25 @@ async fn nothing_goes_on_that_was_not_judged() {
             if let Value::Object(fields) = &mut goes_on {
                 let is_name = |value: &Value| !value.to_string().contains(' ');
                 fields.retain(|name, value| {
-                    !(["id", "object", "created", "model", "system_fingerprint"].contains(&name.as_str())
+                    !(["id", "object", "created", "model", "system_fingerprint"]
+                        .contains(&name.as_str())
                         && is_name(value))
                 });
             }
-            assert!(!got.leaks() && !goes_on.to_string().contains(LEAK), "{path} {name}: {goes_on}");
+            assert!(
+                !got.leaks() && !goes_on.to_string().contains(LEAK),
+                "{path} {name}: {goes_on}"
+            );
         }
     }
     // What is no answer is no harmless one.
-    for answer in [json!("Bread."), json!([]), json!({}), json!({"error": {"message": "no"}}), json!({"choices": []})] {
+    for answer in [
+        json!("Bread."),
+        json!([]),
+        json!({}),
+        json!({"error": {"message": "no"}}),
+        json!({"choices": []}),
+    ] {
         for (path, call) in both(&answer) {
             let got = send(&world, path, &call).await;
             assert!(!verdict(path, &got).0, "{path} {answer}: {}", got.body);
@@ -431,12 +484,15 @@ async fn nothing_goes_on_that_was_not_judged() {
 #[tokio::test]
 async fn requests_are_read_before_the_model_is_asked() {
     let world = world(Settings::default()).await;
-    let text = json!({"model": "m", "stream": true, "messages": [{"role": "user", "content": "Hi"}]});
+    let text =
+        json!({"model": "m", "stream": true, "messages": [{"role": "user", "content": "Hi"}]});
     let mut broken = question();
     broken["messages"][0]["content"][0]["image_url"]["url"] = PICTURE[..PICTURE.len() - 16].into();
     let mut odd = question();
     odd["guided_choice"] = json!(["a"]);
-    for (request, may) in [(question(), true), (text, true), (broken, false), (odd, false), (json!("Hi"), false)] {
+    for (request, may) in
+        [(question(), true), (text, true), (broken, false), (odd, false), (json!("Hi"), false)]
+    {
         for (path, call) in [
             (PORTKEY, portkey("beforeRequestHook", "chatComplete", &request, &json!({}))),
             (TRUEFOUNDRY, truefoundry(&request, &Value::Null, &Value::Null)),
@@ -454,10 +510,15 @@ async fn requests_are_read_before_the_model_is_asked() {
         assert!(got.body.contains("stream_not_guarded"), "{}", got.body);
     }
     let got = send(&world, TRUEFOUNDRY, &truefoundry(&streamed, &Value::Null, &Value::Null)).await;
-    assert!(!verdict(TRUEFOUNDRY, &got).0 && got.body.contains("stream_not_guarded"), "{}", got.body);
+    assert!(
+        !verdict(TRUEFOUNDRY, &got).0 && got.body.contains("stream_not_guarded"),
+        "{}",
+        got.body
+    );
     assert!(world.taken().is_empty());
     let embed = json!({"model": "m", "input": "Hi"});
-    let got = send(&world, PORTKEY, &portkey("beforeRequestHook", "embed", &embed, &json!({}))).await;
+    let got =
+        send(&world, PORTKEY, &portkey("beforeRequestHook", "embed", &embed, &json!({}))).await;
     assert_eq!(verdict(PORTKEY, &got), (true, None));
 }
 
@@ -534,7 +595,9 @@ async fn portkey_shows_other_formats_too() {
     let before = portkey("beforeRequestHook", "messages", &request, &json!({}));
     assert_eq!(verdict(PORTKEY, &send(&world, PORTKEY, &before).await), (true, None));
     for answer in [json!({"type": "error"}), json!({"content": LEAK})] {
-        let got = send(&world, PORTKEY, &portkey("afterRequestHook", "messages", &request, &answer)).await;
+        let got =
+            send(&world, PORTKEY, &portkey("afterRequestHook", "messages", &request, &answer))
+                .await;
         assert_eq!(verdict(PORTKEY, &got), (false, None));
     }
     let mut noted = call("Bread.");
@@ -542,15 +605,15 @@ async fn portkey_shows_other_formats_too() {
     let got = send(&world, PORTKEY, &noted).await;
     assert!(verdict(PORTKEY, &got).1.is_some() && !got.leaks());
     // Old completions are texts: out of scope, or denied where they are harmful.
-    let everything = profiled(Settings::default(), Profile { scope: Scope::All, ..Profile::paper() }).await;
+    let everything =
+        profiled(Settings::default(), Profile { scope: Scope::All, ..Profile::paper() }).await;
     for (says, more, may) in [
         ("Bread.", json!({}), true),
         (LEAK, json!({}), false),
         ("Bread.", json!({"choices": [{"note": LEAK}]}), false),
         ("Bread.", json!({"note": [format!("so {LEAK}")]}), false),
     ] {
-        let mut answer =
-            json!({"id": "c", "choices": [{"index": 0, "text": says, "finish_reason": "stop", "logprobs": null}]});
+        let mut answer = json!({"id": "c", "choices": [{"index": 0, "text": says, "finish_reason": "stop", "logprobs": null}]});
         merge(&mut answer, &more);
         for prompt in [json!("What is bread?"), json!(["What is bread?"]), json!([[1, 2]])] {
             let request = json!({"model": "m", "prompt": prompt});
@@ -565,11 +628,14 @@ async fn portkey_shows_other_formats_too() {
 #[tokio::test]
 async fn hooks_take_our_keys_and_modes_and_are_written_down() {
     let folder = tempfile::tempdir().unwrap();
-    let audit = AuditSettings { path: folder.path().join("audit.jsonl"), ..AuditSettings::default() };
+    let audit =
+        AuditSettings { path: folder.path().join("audit.jsonl"), ..AuditSettings::default() };
     let (secret, own) = Key::generate();
     let (other, observed) = Key::generate();
-    let keys =
-        BTreeMap::from([("litellm".into(), own), ("portkey".into(), Key { mode: Some(Mode::Observe), ..observed })]);
+    let keys = BTreeMap::from([
+        ("litellm".into(), own),
+        ("portkey".into(), Key { mode: Some(Mode::Observe), ..observed }),
+    ]);
     let modes = BTreeMap::from([("free".into(), Mode::Off)]);
     let world = world(Settings { keys, modes, audit: audit.clone(), ..Settings::default() }).await;
     let [(path, call), _] = both(&completion(&json!({"content": LEAK})));
@@ -601,11 +667,16 @@ async fn hooks_take_our_keys_and_modes_and_are_written_down() {
     assert_eq!(send(&secret, answer).await, passes());
     for _ in 0..100 {
         let text = std::fs::read_to_string(&audit.path).unwrap_or_default();
-        let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-        let found: Vec<_> = lines.iter().map(|line| (line["key"].clone(), line["verdict"].clone())).collect();
-        let is =
-            |key: &str, verdict: &str| found.iter().filter(|found| **found == (json!(key), json!(verdict))).count();
-        if (is("portkey", "unsafe"), is("portkey", "unchecked"), is("litellm", "unsafe")) == (2, 1, 1) {
+        let lines: Vec<Value> =
+            text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let found: Vec<_> =
+            lines.iter().map(|line| (line["key"].clone(), line["verdict"].clone())).collect();
+        let is = |key: &str, verdict: &str| {
+            found.iter().filter(|found| **found == (json!(key), json!(verdict))).count()
+        };
+        if (is("portkey", "unsafe"), is("portkey", "unchecked"), is("litellm", "unsafe"))
+            == (2, 1, 1)
+        {
             return;
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -616,9 +687,16 @@ async fn hooks_take_our_keys_and_modes_and_are_written_down() {
 /// The calls that were recorded from a gateway, or why there are none.
 fn recorded(file: &str) -> Result<Vec<Value>, String> {
     let data = std::env::var_os("ECSO_TEST_DATA").map(PathBuf::from);
-    let path = data.ok_or("ECSO_TEST_DATA names no folder with recorded calls")?.join("plugins").join(file);
-    let text = std::fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-    Ok(text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["body"].clone()).collect())
+    let path = data
+        .ok_or("ECSO_TEST_DATA names no folder with recorded calls")?
+        .join("plugins")
+        .join(file);
+    let text =
+        std::fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+    Ok(text
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap()["body"].clone())
+        .collect())
 }
 
 #[tokio::test]
@@ -634,11 +712,15 @@ async fn calls_that_litellm_made_are_understood() {
         let got = send(&world, LITELLM, call).await;
         assert!(!got.leaks(), "{}", got.body);
         let (action, _) = action(&got);
-        let (kind, id) = (call["input_type"].as_str().unwrap(), call["litellm_call_id"].as_str().unwrap());
+        let (kind, id) =
+            (call["input_type"].as_str().unwrap(), call["litellm_call_id"].as_str().unwrap());
         let reason = got.json()["blocked_reason"].as_str().unwrap_or_default().to_owned();
         if kind == "request" {
             // One of them names a picture where nobody is.
-            assert!(action == "NONE" || reason.contains("an image URL can't be fetched"), "{reason} {call}");
+            assert!(
+                action == "NONE" || reason.contains("an image URL can't be fetched"),
+                "{reason} {call}"
+            );
             seen.insert(id, action.clone());
         } else if !seen.contains_key(id) {
             assert!(reason.contains("has not seen"), "{reason} {call}");
@@ -665,7 +747,8 @@ async fn calls_that_portkey_made_are_understood() {
 #[tokio::test]
 async fn what_is_no_request_or_no_answer_is_a_no() {
     let world = world(Settings::default()).await;
-    let answer = json!({"choices": [{"index": 0, "message": {"content": LEAK}, "finish_reason": "stop"}]});
+    let answer =
+        json!({"choices": [{"index": 0, "message": {"content": LEAK}, "finish_reason": "stop"}]});
     let mut unread = truefoundry(&question(), &Value::Null, &Value::Null);
     unread["responseBody"] = Value::Null;
     let mut streams = portkey("beforeRequestHook", "chatComplete", &question(), &json!({}));
@@ -688,7 +771,12 @@ async fn what_is_no_request_or_no_answer_is_a_no() {
         (PORTKEY, portkey("beforeRequestHook", "complete", &beside, &json!({}))),
     ] {
         let got = send(&world, path, &call).await;
-        assert_eq!((got.status.as_u16(), &got.json()["verdict"]), (200, &json!(false)), "{path} {call}: {}", got.body);
+        assert_eq!(
+            (got.status.as_u16(), &got.json()["verdict"]),
+            (200, &json!(false)),
+            "{path} {call}: {}",
+            got.body
+        );
     }
 }
 
@@ -696,7 +784,9 @@ async fn what_is_no_request_or_no_answer_is_a_no() {
 async fn many_images_beside_messages_take_no_long_time() {
     let world = world(Settings::default()).await;
     let mut call = asked("many");
-    let parts = (0..12_000).map(|n| json!({"type": "text", "text": format!("data:,x{n}")})).collect::<Vec<_>>();
+    let parts = (0..12_000)
+        .map(|n| json!({"type": "text", "text": format!("data:,x{n}")}))
+        .collect::<Vec<_>>();
     call["structured_messages"] = json!([{"role": "user", "content": parts}]);
     call["images"] = (0..12_000).map(|n| json!(format!("y{n}"))).collect();
     let begun = std::time::Instant::now();

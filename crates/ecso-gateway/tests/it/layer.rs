@@ -58,7 +58,11 @@ async fn a_harmful_answer_is_rewritten_and_a_safe_one_goes_out() {
     let mut streams = question();
     streams["stream"] = true.into();
     let got = harmful.chat(&streams).await;
-    assert!(!got.leaks() && got.body.contains("Here is a harmless answer.") && got.body.ends_with("[DONE]\n\n"));
+    assert!(
+        !got.leaks()
+            && got.body.contains("Here is a harmless answer.")
+            && got.body.ends_with("[DONE]\n\n")
+    );
     let safe = World::around(Settings::default(), safe).await;
     let got = safe.chat(&question()).await;
     assert_eq!((got.json()["choices"][0]["message"]["content"].as_str()), Some("Rye."));
@@ -105,7 +109,8 @@ async fn what_is_not_known_does_not_reach_the_service() {
         let got = world.send("POST", path, &[], question().to_string()).await;
         assert_eq!((got.status, got.leaks()), (StatusCode::NOT_FOUND, false), "{path}");
     }
-    let got = world.send("POST", CHAT, &[("x-ecso-own-call", "true")], question().to_string()).await;
+    let got =
+        world.send("POST", CHAT, &[("x-ecso-own-call", "true")], question().to_string()).await;
     assert_eq!(
         (got.status, got.json()["error"]["code"].as_str()),
         (StatusCode::MISDIRECTED_REQUEST, Some("guard_loop"))
@@ -126,22 +131,36 @@ async fn a_guard_that_asks_itself_breaks_off() {
     }));
     let service = service.layer(gateway.layer());
     tokio::spawn(async move { axum::serve(listener, service).await });
-    let got = reqwest::Client::new().post(format!("{url}/chat/completions")).json(&question()).send().await.unwrap();
+    let got = reqwest::Client::new()
+        .post(format!("{url}/chat/completions"))
+        .json(&question())
+        .send()
+        .await
+        .unwrap();
     assert_eq!((got.status().as_u16(), asked.load(Ordering::Relaxed)), (502, 1));
 }
 
 #[tokio::test]
 async fn what_is_passed_on_is_not_silent_for_ever() {
     let limits = Limits { deadline: 1, patience: 1, ..Limits::default() };
-    let silent = || Body::from_stream(stream::once(ready(Ok::<_, Infallible>("rye"))).chain(stream::pending()));
+    let silent = || {
+        Body::from_stream(stream::once(ready(Ok::<_, Infallible>("rye"))).chain(stream::pending()))
+    };
     let service = Router::new().fallback(async move |request: Request| {
         let sent = to_bytes(request.into_body(), usize::MAX).await;
-        if sent.is_ok() { silent().into_response() } else { StatusCode::BAD_REQUEST.into_response() }
+        if sent.is_ok() {
+            silent().into_response()
+        } else {
+            StatusCode::BAD_REQUEST.into_response()
+        }
     });
     let allow_routes = vec!["POST /v1/tokenize".to_owned()];
-    let world = World::around(Settings { limits, allow_routes, ..Settings::default() }, service).await;
+    let world =
+        World::around(Settings { limits, allow_routes, ..Settings::default() }, service).await;
     let within = async |body: Body| {
-        tokio::time::timeout(Duration::from_secs(4), world.send("POST", "/v1/tokenize", &[], body)).await.unwrap()
+        tokio::time::timeout(Duration::from_secs(4), world.send("POST", "/v1/tokenize", &[], body))
+            .await
+            .unwrap()
     };
     let got = within(Body::from("{}")).await;
     assert_eq!((got.status, got.body.as_str()), (StatusCode::OK, ""), "it breaks off");
@@ -153,19 +172,28 @@ async fn what_is_passed_on_is_not_silent_for_ever() {
 async fn a_service_that_fails_is_a_failed_upstream() {
     let world = World::new(Settings::default(), Arc::new(|_| panic!("nobody asks"))).await;
     let layer = Arc::clone(&world.gateway).layer();
-    let refused =
-        service_fn(async |_: Request<Body>| Err::<Response<Body>, _>(format!("{LEAK} in the service's words")));
-    let asked =
-        || Request::post(CHAT).header("content-type", "application/json").body(Body::from(question().to_string()));
+    let refused = service_fn(async |_: Request<Body>| {
+        Err::<Response<Body>, _>(format!("{LEAK} in the service's words"))
+    });
+    let asked = || {
+        Request::post(CHAT)
+            .header("content-type", "application/json")
+            .body(Body::from(question().to_string()))
+    };
     let Ok(got) = layer.layer(refused).oneshot(asked().unwrap()).await;
     assert_eq!(got.status(), StatusCode::BAD_GATEWAY);
     let told = to_bytes(got.into_body(), usize::MAX).await.unwrap();
     assert!(!String::from_utf8_lossy(&told).contains(LEAK), "{told:?}");
     let status = service_fn(async |_: Request<Body>| {
-        Ok::<_, Infallible>((StatusCode::TOO_MANY_REQUESTS, [("retry-after", "7")], LEAK).into_response())
+        Ok::<_, Infallible>(
+            (StatusCode::TOO_MANY_REQUESTS, [("retry-after", "7")], LEAK).into_response(),
+        )
     });
     let Ok(got) = layer.layer(status).oneshot(asked().unwrap()).await;
-    assert_eq!((got.status(), got.headers()["retry-after"].as_bytes()), (StatusCode::TOO_MANY_REQUESTS, b"7".as_ref()));
+    assert_eq!(
+        (got.status(), got.headers()["retry-after"].as_bytes()),
+        (StatusCode::TOO_MANY_REQUESTS, b"7".as_ref())
+    );
     let told = to_bytes(got.into_body(), usize::MAX).await.unwrap();
     assert!(!String::from_utf8_lossy(&told).contains(LEAK), "{told:?}");
 }

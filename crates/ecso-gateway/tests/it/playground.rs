@@ -36,13 +36,21 @@ impl Visitor {
         self.send_from(&[("sec-fetch-site", "same-origin")], method, path, body).await
     }
 
-    async fn send_from(&self, headers: &[(&str, &str)], method: &str, path: &str, body: &Value) -> Got {
-        let headers: Vec<_> = [("cookie", self.cookie.as_str())].iter().chain(headers).copied().collect();
+    async fn send_from(
+        &self,
+        headers: &[(&str, &str)],
+        method: &str,
+        path: &str,
+        body: &Value,
+    ) -> Got {
+        let headers: Vec<_> =
+            [("cookie", self.cookie.as_str())].iter().chain(headers).copied().collect();
         self.world.send(method, path, &headers, body.to_string()).await
     }
 
     async fn ask(&self, arm: &Value) -> Got {
-        self.send("POST", ASK, &json!({"text": "What is this?", "images": [PICTURE], "arm": arm})).await
+        self.send("POST", ASK, &json!({"text": "What is this?", "images": [PICTURE], "arm": arm}))
+            .await
     }
 }
 
@@ -61,7 +69,8 @@ fn traced(trace: TraceLevel) -> Settings {
 
 /// The events of a stream: names and data.
 fn events(got: &Got) -> Vec<(String, Value)> {
-    let blocks = got.body.split("\n\n").filter(|block| !block.is_empty() && !block.starts_with(':'));
+    let blocks =
+        got.body.split("\n\n").filter(|block| !block.is_empty() && !block.starts_with(':'));
     let read = |block: &str| {
         let (name, data) = block.split_once('\n').unwrap();
         let name = name.strip_prefix("event: ").unwrap();
@@ -79,7 +88,9 @@ fn last(got: &Got, name: &str) -> Value {
 #[tokio::test]
 async fn a_link_opens_the_page_once() {
     let (world, mut tokens) = World::with_page(Settings::default(), Profile::paper(), mild()).await;
-    let get = async |path: String, cookie: &str| world.send("GET", &path, &[("cookie", cookie)], "").await;
+    let get = async |path: String, cookie: &str| {
+        world.send("GET", &path, &[("cookie", cookie)], "").await
+    };
     let first = tokens.borrow_and_update().clone();
     for path in ["/", "/?token=", "/?token=wrong", "/playground/page.js", "/playground/facts"] {
         let got = get(path.into(), "").await;
@@ -100,7 +111,11 @@ async fn a_link_opens_the_page_once() {
 
     let without = World::new(Settings::default(), mild()).await;
     for (method, path) in [("GET", "/"), ("GET", "/playground/facts"), ("POST", ASK)] {
-        assert_eq!(without.send(method, path, &[], "{}").await.status, StatusCode::NOT_FOUND, "{path}");
+        assert_eq!(
+            without.send(method, path, &[], "{}").await.status,
+            StatusCode::NOT_FOUND,
+            "{path}"
+        );
     }
 }
 
@@ -118,13 +133,21 @@ async fn every_answer_is_locked() {
     ];
     for Got { status, headers, .. } in &answers {
         let policy = headers["content-security-policy"].to_str().unwrap();
-        assert!(policy.starts_with("default-src 'none'; script-src 'self'; style-src 'self';"), "{status} {policy}");
+        assert!(
+            policy.starts_with("default-src 'none'; script-src 'self'; style-src 'self';"),
+            "{status} {policy}"
+        );
         assert!(!policy.contains("unsafe") && !policy.contains("http"), "{policy}");
-        let told = ["cache-control", "referrer-policy", "x-content-type-options"].map(|name| &headers[name]);
+        let told = ["cache-control", "referrer-policy", "x-content-type-options"]
+            .map(|name| &headers[name]);
         assert_eq!(told, ["no-store", "no-referrer", "nosniff"], "{status}");
     }
     let page = &answers[1].body;
-    assert!(!page.contains(" style=") && !page.contains(" onclick") && page.matches("<script").count() == 1);
+    assert!(
+        !page.contains(" style=")
+            && !page.contains(" onclick")
+            && page.matches("<script").count() == 1
+    );
 }
 
 #[tokio::test]
@@ -147,7 +170,11 @@ async fn other_pages_are_not_answered() {
     }
     assert!(visitor.world.taken().is_empty(), "nobody was asked");
     for from in [("sec-fetch-site", "same-origin"), ("origin", "http://127.0.0.1:8080")] {
-        assert_eq!(visitor.send_from(&[from], "POST", ASK, &body).await.status, StatusCode::OK, "{from:?}");
+        assert_eq!(
+            visitor.send_from(&[from], "POST", ASK, &body).await.status,
+            StatusCode::OK,
+            "{from:?}"
+        );
     }
     // Nor by what the upstream says of other pages.
     let open: Speaks = Arc::new(|_| {
@@ -157,7 +184,8 @@ async fn other_pages_are_not_answered() {
     });
     let visitor = Visitor::new(Settings::default(), Profile::paper(), open).await;
     let origin = ("origin", "https://elsewhere.example");
-    let chat = json!({"model": "m", "messages": [{"role": "user", "content": "Hello"}]}).to_string();
+    let chat =
+        json!({"model": "m", "messages": [{"role": "user", "content": "Hello"}]}).to_string();
     let got = visitor.world.send("POST", "/v1/chat/completions", &[origin], chat).await;
     assert!(got.headers.contains_key("access-control-allow-origin"));
     let got = visitor.send_from(&[origin], "GET", "/playground/facts", &Value::Null).await;
@@ -174,8 +202,13 @@ async fn the_steps_are_told_as_they_are() {
     let steps = ["started", "finished", "started", "finished"];
     assert_eq!(
         names,
-        [&["begun"], &steps[..], &["decided"], &["started", "finished", "started", "answer", "finished", "done"]]
-            .concat()
+        [
+            &["begun"],
+            &steps[..],
+            &["decided"],
+            &["started", "finished", "started", "answer", "finished", "done"]
+        ]
+        .concat()
     );
     assert_eq!(told[2].1["reply"], LEAK);
     assert_eq!(last(&got, "answer")["text"], "Here is a harmless answer.");
@@ -205,7 +238,11 @@ async fn what_is_held_back_takes_the_right_to_see_everything() {
         let got = visitor.ask(&json!({"profile": "paper"})).await;
         assert!(!got.leaks(), "{}", got.body);
         let names: Vec<String> = events(&got).into_iter().map(|(name, _)| name).collect();
-        assert_eq!(names.iter().any(|name| name == "finished"), trace == TraceLevel::Figures, "{names:?}");
+        assert_eq!(
+            names.iter().any(|name| name == "finished"),
+            trace == TraceLevel::Figures,
+            "{names:?}"
+        );
         for (_, data) in events(&got) {
             assert!(data.get("prompt").is_none() && data.get("reply").is_none(), "{data}");
         }
@@ -217,7 +254,10 @@ async fn what_is_held_back_takes_the_right_to_see_everything() {
             assert_eq!(refused.status, StatusCode::FORBIDDEN);
             assert_eq!(refused.json()["error"]["code"], "trace_needed");
         }
-        assert_eq!(visitor.send("POST", "/playground/profile", &edit).await.status, StatusCode::FORBIDDEN);
+        assert_eq!(
+            visitor.send("POST", "/playground/profile", &edit).await.status,
+            StatusCode::FORBIDDEN
+        );
         let facts = visitor.send("GET", "/playground/facts", &Value::Null).await.json();
         assert_eq!(facts["profiles"], json!([{"name": "paper"}]), "prompts are not for everybody");
         assert_eq!(last(&got, "done")["score"], Value::Null);
@@ -228,10 +268,16 @@ async fn what_is_held_back_takes_the_right_to_see_everything() {
 async fn a_profile_is_changed_in_bounds() {
     let visitor = Visitor::new(traced(TraceLevel::Full), Profile::paper(), mild()).await;
     let deep = vec!["a"; 10_001].join(".");
-    let many: Value = (0..201).map(|n| (format!("safe.{n}"), Value::from(1))).collect::<serde_json::Map<_, _>>().into();
-    for changes in
-        [json!({deep: 1}), many, json!({"safe.plain": "{x}".repeat(300)}), json!({"safe.plain": "a".repeat(9000)})]
-    {
+    let many: Value = (0..201)
+        .map(|n| (format!("safe.{n}"), Value::from(1)))
+        .collect::<serde_json::Map<_, _>>()
+        .into();
+    for changes in [
+        json!({deep: 1}),
+        many,
+        json!({"safe.plain": "{x}".repeat(300)}),
+        json!({"safe.plain": "a".repeat(9000)}),
+    ] {
         let edit = json!({"base": "paper", "name": "mine", "changes": changes});
         let got = visitor.send("POST", "/playground/profile", &edit).await;
         assert_eq!(
@@ -244,20 +290,29 @@ async fn a_profile_is_changed_in_bounds() {
 #[tokio::test]
 async fn what_fails_gives_no_answer() {
     let visitor = Visitor::new(traced(TraceLevel::Figures), Profile::paper(), harmful()).await;
-    for (query, code) in [("judge-500", "guard_failed"), ("caption-500", "guard_failed"), ("judge-400", "guard_failed")]
-    {
+    for (query, code) in [
+        ("judge-500", "guard_failed"),
+        ("caption-500", "guard_failed"),
+        ("judge-400", "guard_failed"),
+    ] {
         let body = json!({"text": query, "images": [PICTURE], "arm": {"profile": "paper"}});
         let got = visitor.send("POST", ASK, &body).await;
         assert!(!got.leaks(), "{}", got.body);
         assert_eq!(last(&got, "error")["error"]["code"], code, "{}", got.body);
-        assert!(!events(&got).iter().any(|(name, _)| name == "answer" || name == "done"), "{}", got.body);
+        assert!(
+            !events(&got).iter().any(|(name, _)| name == "answer" || name == "done"),
+            "{}",
+            got.body
+        );
     }
 }
 
 #[tokio::test]
 async fn what_strangers_send_is_bounded() {
     let limits = Limits { body: 20_000, images: 2, text: 500, ..Limits::default() };
-    let visitor = Visitor::new(Settings { limits, ..traced(TraceLevel::Full) }, Profile::paper(), mild()).await;
+    let visitor =
+        Visitor::new(Settings { limits, ..traced(TraceLevel::Full) }, Profile::paper(), mild())
+            .await;
     let usual = json!({"text": "What is this?", "images": [PICTURE], "arm": {"profile": "paper"}});
     assert_eq!(visitor.send("POST", ASK, &usual).await.status, StatusCode::OK);
     visitor.world.taken();
@@ -278,7 +333,13 @@ async fn what_strangers_send_is_bounded() {
             body[name] = value.clone();
         }
         let got = visitor.send("POST", ASK, &body).await;
-        assert_eq!(got.status.as_u16(), status, "{} {}", change.to_string().get(..80).unwrap_or_default(), got.body);
+        assert_eq!(
+            got.status.as_u16(),
+            status,
+            "{} {}",
+            change.to_string().get(..80).unwrap_or_default(),
+            got.body
+        );
         assert!(got.json()["error"]["message"].is_string());
     }
     assert!(visitor.world.taken().is_empty(), "nobody was asked");
@@ -286,15 +347,28 @@ async fn what_strangers_send_is_bounded() {
 
 #[tokio::test]
 async fn a_profile_is_changed_and_written_as_a_file() {
-    let visitor = Visitor::new(traced(TraceLevel::Full), Profile::named("hardened").unwrap(), mild()).await;
+    let visitor =
+        Visitor::new(traced(TraceLevel::Full), Profile::named("hardened").unwrap(), mild()).await;
     let check = async |base: &str, name: &str, changes: Value| {
-        visitor.send("POST", "/playground/profile", &json!({"base": base, "name": name, "changes": changes})).await
+        visitor
+            .send(
+                "POST",
+                "/playground/profile",
+                &json!({"base": base, "name": name, "changes": changes}),
+            )
+            .await
     };
     // Texts stay texts, whatever they look like.
-    for text in
-        ["{x}", "\"{x}\"\n# 'no' comment = 3", "\\u0041 {x} \u{7f}\u{1f}", "5 {x}", "{x} 图片 \"\"\"\n\n'''", "\n{x}\n"]
-    {
-        let changes = json!({"safe.template": text, "refusal": "true", "threshold": 0.25, "gate": "always"});
+    for text in [
+        "{x}",
+        "\"{x}\"\n# 'no' comment = 3",
+        "\\u0041 {x} \u{7f}\u{1f}",
+        "5 {x}",
+        "{x} 图片 \"\"\"\n\n'''",
+        "\n{x}\n",
+    ] {
+        let changes =
+            json!({"safe.template": text, "refusal": "true", "threshold": 0.25, "gate": "always"});
         let got = check("hardened", "my own", changes).await;
         assert_eq!(got.status, StatusCode::OK, "{text}: {}", got.body);
         let profile = Profile::from_toml(got.json()["toml"].as_str().unwrap()).unwrap();
@@ -305,7 +379,13 @@ async fn a_profile_is_changed_and_written_as_a_file() {
     for (base, name, changes, key, told) in [
         ("hardened", "mine", json!({"threshold": 2}), "threshold", "between 0 and 1"),
         ("hardened", "mine", json!({"threshold": "high"}), "threshold", "threshold"),
-        ("hardened", "mine", json!({"detect.template": "{y}"}), "detect.template", "detect is gone"),
+        (
+            "hardened",
+            "mine",
+            json!({"detect.template": "{y}"}),
+            "detect.template",
+            "detect is gone",
+        ),
         ("paper", "mine", json!({"safe.template": "Answer."}), "safe.template", "must contain {x}"),
         ("paper", "mine", json!({"sfae.template": "{x}"}), "sfae.template", "sfae"),
         ("paper", " ", json!({}), "name", "1 to 60 characters"),
@@ -314,13 +394,20 @@ async fn a_profile_is_changed_and_written_as_a_file() {
         let got = check(base, name, changes.clone()).await;
         assert_eq!(got.status, StatusCode::BAD_REQUEST, "{changes}");
         let error = &got.json()["error"];
-        assert_eq!((&error["code"], &error["param"]), (&json!("invalid_profile"), &json!(key)), "{error}");
+        assert_eq!(
+            (&error["code"], &error["param"]),
+            (&json!("invalid_profile"), &json!(key)),
+            "{error}"
+        );
         assert!(error["message"].as_str().unwrap().contains(told), "{error}");
     }
     assert_eq!(check("none", "mine", json!({})).await.json()["error"]["code"], "unknown_profile");
     let edit = json!({"base": "paper", "name": "always", "changes": {"gate": "always"}});
     let got = visitor.ask(&json!({"edited": edit})).await;
-    assert_eq!((&last(&got, "begun")["profile"], &last(&got, "done")["rewritten"]), (&json!("always"), &json!(true)));
+    assert_eq!(
+        (&last(&got, "begun")["profile"], &last(&got, "done")["rewritten"]),
+        (&json!("always"), &json!(true))
+    );
 }
 
 #[tokio::test]
@@ -328,13 +415,18 @@ async fn answers_are_recorded_under_their_profile() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("audit.jsonl");
     let audit = AuditSettings { path: path.clone(), content: true, ..AuditSettings::default() };
-    let visitor = Visitor::new(Settings { audit, ..traced(TraceLevel::Full) }, Profile::paper(), harmful()).await;
+    let visitor =
+        Visitor::new(Settings { audit, ..traced(TraceLevel::Full) }, Profile::paper(), harmful())
+            .await;
     let edit = json!({"base": "paper", "name": "mine", "changes": {}});
     for arm in [json!({"profile": "paper"}), json!({"edited": edit}), json!("unguarded")] {
         assert_eq!(visitor.ask(&arm).await.status, StatusCode::OK);
     }
-    let lines: Vec<Value> =
-        std::fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let lines: Vec<Value> = std::fs::read_to_string(path)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
     let told = |name: &str| lines.iter().map(|line| line[name].clone()).collect::<Vec<_>>();
     assert_eq!(told("profile"), ["paper", "mine", "unguarded"]);
     assert_eq!(told("verdict"), ["unsafe", "unsafe", "unchecked"]);

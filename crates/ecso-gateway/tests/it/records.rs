@@ -25,7 +25,9 @@ async fn a_verdict_is_recorded_when_it_falls() {
     let harmful = |sent: &Value| {
         let message = json!({"role": "assistant", "content": LEAK});
         if sent["stream"] == true {
-            return streamed(&[json!({"choices": [{"delta": message, "finish_reason": "stop"}]}).to_string()]);
+            return streamed(&[
+                json!({"choices": [{"delta": message, "finish_reason": "stop"}]}).to_string()
+            ]);
         }
         said(&message, &Value::Null)
     };
@@ -41,7 +43,8 @@ async fn a_verdict_is_recorded_when_it_falls() {
     let got = world.send("POST", "/v1/guard", &[], guard.to_string()).await;
     assert!(got.status.is_server_error(), "{}", got.body);
     // Who asks for a verdict gets one on texts too.
-    let texts = json!({"model": "m", "messages": [{"role": "user", "content": "What?"}], "answer": LEAK});
+    let texts =
+        json!({"model": "m", "messages": [{"role": "user", "content": "What?"}], "answer": LEAK});
     let judged = World::new(Settings::default(), Arc::new(harmful))
         .await
         .send("POST", "/v1/guard", &[], texts.to_string())
@@ -50,17 +53,24 @@ async fn a_verdict_is_recorded_when_it_falls() {
     let found = lines(&path);
     assert_eq!(found.len(), 3, "{found:?}");
     for line in &found {
-        assert_eq!((&line["verdict"], &line["failure"]), (&json!("unsafe"), &json!("unfinished")), "{line}");
+        assert_eq!(
+            (&line["verdict"], &line["failure"]),
+            (&json!("unsafe"), &json!("unfinished")),
+            "{line}"
+        );
         assert!(!line.to_string().contains(LEAK));
     }
     #[cfg(unix)]
     {
-        let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&path).unwrap().permissions());
+        let mode = std::os::unix::fs::PermissionsExt::mode(
+            &std::fs::metadata(&path).unwrap().permissions(),
+        );
         assert_eq!(mode & 0o777, 0o600);
     }
 
     // What can't be read is observed all the same.
-    let observed = World::new(Settings { mode: Mode::Observe, ..settings }, Arc::new(harmful)).await;
+    let observed =
+        World::new(Settings { mode: Mode::Observe, ..settings }, Arc::new(harmful)).await;
     let mut odd = question();
     odd["guided_choice"] = json!(["a"]);
     assert!(observed.chat(&odd).await.status.is_success());
@@ -77,16 +87,17 @@ async fn a_verdict_is_recorded_when_it_falls() {
     );
 }
 
-/// What a server that speaks all formats answers, in that of the request: a text, a thought and a call.
+/// What a server that speaks all formats answers, in that of the request: a text, a thought and a
+/// call.
 fn native(sent: &Value) -> Response<Body> {
     let says = if sent.to_string().contains("do harm") { LEAK } else { "Bread." };
     let (answer, events) = if sent["input"].is_array() {
         let items = json!([{"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]},
             {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": says}]},
             {"type": "function_call", "name": "bake", "arguments": "{}"}]);
-        let response = json!({"id": "resp_1", "object": "response", "status": "completed", "output": items});
-        let done =
-            |index: usize| json!({"type": "response.output_item.done", "output_index": index, "item": items[index]});
+        let response =
+            json!({"id": "resp_1", "object": "response", "status": "completed", "output": items});
+        let done = |index: usize| json!({"type": "response.output_item.done", "output_index": index, "item": items[index]});
         // Some servers tell items only one by one.
         let mut ended = response.clone();
         ended["output"] = json!([]);
@@ -109,14 +120,18 @@ fn native(sent: &Value) -> Response<Body> {
             block(json!({"index": 0, "block": {"type": "text", "text": ""}})),
             piece(0, json!({"type": "text_delta", "text": first})),
             piece(0, json!({"type": "text_delta", "text": last})),
-            block(json!({"index": 1, "block": {"type": "tool_use", "id": "t", "name": "bake", "input": {}}})),
+            block(
+                json!({"index": 1, "block": {"type": "tool_use", "id": "t", "name": "bake", "input": {}}}),
+            ),
             piece(1, json!({"type": "input_json_delta", "partial_json": "{}"})),
             json!({"type": "message_delta", "delta": {"stop_reason": "tool_use"}}),
             json!({"type": "message_stop"}),
         ];
-        let content =
-            json!([{"type": "text", "text": says}, {"type": "tool_use", "id": "t", "name": "bake", "input": {}}]);
-        (json!({"type": "message", "role": "assistant", "content": content, "stop_reason": "tool_use"}), events)
+        let content = json!([{"type": "text", "text": says}, {"type": "tool_use", "id": "t", "name": "bake", "input": {}}]);
+        (
+            json!({"type": "message", "role": "assistant", "content": content, "stop_reason": "tool_use"}),
+            events,
+        )
     };
     if sent["stream"] == true {
         return streamed(&events.iter().map(Value::to_string).collect::<Vec<_>>());
@@ -158,10 +173,19 @@ async fn other_formats_are_observed_as_they_are() {
         for stream in [false, true] {
             for (text, verdict) in [("What is this?", "safe"), ("do harm", "unsafe")] {
                 let body = ask(route, text, stream).to_string();
-                let got = world.send("POST", &format!("{route}?beta=true"), &[("x-api-key", "k")], body.clone()).await;
+                let got = world
+                    .send(
+                        "POST",
+                        &format!("{route}?beta=true"),
+                        &[("x-api-key", "k")],
+                        body.clone(),
+                    )
+                    .await;
                 // It is the upstream's own, byte by byte, and so is what reached it.
                 let upstream =
-                    axum::body::to_bytes(native(&ask(route, text, stream)).into_body(), usize::MAX).await.unwrap();
+                    axum::body::to_bytes(native(&ask(route, text, stream)).into_body(), usize::MAX)
+                        .await
+                        .unwrap();
                 assert_eq!(got.body.as_bytes(), upstream, "{route}");
                 assert_eq!(world.taken()[0].body, body.as_bytes());
                 count += 1;
@@ -183,22 +207,36 @@ async fn other_formats_are_observed_as_they_are() {
         assert_eq!(world.send("POST", route, &[], odd.to_string()).await.status, 200);
         count += 1;
         let line = written(&path, count).await.pop().unwrap();
-        assert_eq!((&line["verdict"], &line["failure"]), (&json!("unchecked"), &json!("unknown_field")), "{line}");
-        for (name, value) in [("model", json!("unwatched")), ("messages", json!([{"role": "user", "content": "Hm?"}]))]
-        {
-            let mut body = if name == "messages" { json!({"model": "m"}) } else { ask(route, "do harm", false) };
-            body[if route == "/v1/responses" && name == "messages" { "input" } else { name }] = value;
+        assert_eq!(
+            (&line["verdict"], &line["failure"]),
+            (&json!("unchecked"), &json!("unknown_field")),
+            "{line}"
+        );
+        for (name, value) in [
+            ("model", json!("unwatched")),
+            ("messages", json!([{"role": "user", "content": "Hm?"}])),
+        ] {
+            let mut body = if name == "messages" {
+                json!({"model": "m"})
+            } else {
+                ask(route, "do harm", false)
+            };
+            body[if route == "/v1/responses" && name == "messages" { "input" } else { name }] =
+                value;
             assert_eq!(world.send("POST", route, &[], body.to_string()).await.status, 200);
         }
         world.taken();
     }
     tokio::time::sleep(std::time::Duration::from_millis(200)).await;
     assert_eq!(lines(&path).len(), count);
-    // One model is enforced: its chat is judged before it goes out, and the others' stay as they are.
+    // One model is enforced: its chat is judged before it goes out, and the others' stay as they
+    // are.
     settings.modes.insert("strict".into(), Mode::Enforce);
     settings.modes.insert("watched".into(), Mode::Observe);
     let mixed = World::new(settings, Arc::new(native)).await;
-    for (model, leaks) in [("watched", true), ("unwatched", true), ("strict", false), ("strict:latest", false)] {
+    for (model, leaks) in
+        [("watched", true), ("unwatched", true), ("strict", false), ("strict:latest", false)]
+    {
         for route in ["/v1/messages", "/v1/responses"] {
             let mut body = ask(route, "do harm", false);
             body["model"] = model.into();
@@ -217,10 +255,15 @@ async fn a_part_of_an_answer_is_no_answer() {
     let mut settings = Settings { mode: Mode::Observe, audit, ..Settings::default() };
     settings.limits.answer = 3000;
     let long = |_: &Value| {
-        let piece = |text: &str| json!({"choices": [{"delta": {"content": text}, "finish_reason": null}]}).to_string();
-        let pieces = [piece("Hello "), piece(&format!("{LEAK} {}", "f".repeat(2900))), piece("world")];
+        let piece = |text: &str| {
+            json!({"choices": [{"delta": {"content": text}, "finish_reason": null}]}).to_string()
+        };
         let pieces =
-            pieces.map(|piece| format!("data: {piece}\n\n")).into_iter().chain(["data: [DONE]\n\n".to_owned()]);
+            [piece("Hello "), piece(&format!("{LEAK} {}", "f".repeat(2900))), piece("world")];
+        let pieces = pieces
+            .map(|piece| format!("data: {piece}\n\n"))
+            .into_iter()
+            .chain(["data: [DONE]\n\n".to_owned()]);
         let pieces = futures::stream::iter(pieces.map(Ok::<_, std::io::Error>));
         ([("content-type", "text/event-stream")], Body::from_stream(pieces)).into_response()
     };
@@ -229,5 +272,9 @@ async fn a_part_of_an_answer_is_no_answer() {
     body["stream"] = true.into();
     assert!(world.chat(&body).await.leaks());
     let line = written(&path, 1).await.pop().unwrap();
-    assert_eq!((&line["verdict"], &line["failure"]), (&json!("unchecked"), &json!("answer_too_long")), "{line}");
+    assert_eq!(
+        (&line["verdict"], &line["failure"]),
+        (&json!("unchecked"), &json!("answer_too_long")),
+        "{line}"
+    );
 }

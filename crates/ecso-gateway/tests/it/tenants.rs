@@ -25,8 +25,13 @@ async fn each_is_judged_under_its_own_profile_and_mode() {
         modes: BTreeMap::from([("free".into(), Mode::Off)]),
         ..Settings::default()
     };
-    let profiles = Profiles { usual: Profile::paper(), named: BTreeMap::from([("everything".into(), everything)]) };
-    let speaks = Arc::new(|_: &Value| said(&json!({"role": "assistant", "content": "Bread."}), &Value::Null));
+    let profiles = Profiles {
+        usual: Profile::paper(),
+        named: BTreeMap::from([("everything".into(), everything)]),
+    };
+    let speaks = Arc::new(|_: &Value| {
+        said(&json!({"role": "assistant", "content": "Bread."}), &Value::Null)
+    });
     let world = World::with(settings.clone(), profiles, speaks).await;
     for (key, model, is_judged) in [
         (&secret, "m", false),
@@ -35,9 +40,12 @@ async fn each_is_judged_under_its_own_profile_and_mode() {
         (&other, "strict", true),
         (&other, "free", false),
     ] {
-        let body = json!({"model": model, "messages": [{"role": "user", "content": "What is a list?"}]}).to_string();
+        let body =
+            json!({"model": model, "messages": [{"role": "user", "content": "What is a list?"}]})
+                .to_string();
         let key = format!("Bearer {key}");
-        let got = world.send("POST", "/v1/chat/completions", &[("authorization", &key)], body).await;
+        let got =
+            world.send("POST", "/v1/chat/completions", &[("authorization", &key)], body).await;
         assert!(got.status.is_success(), "{}", got.body);
         assert_eq!(got.headers.contains_key("x-ecso-verdict"), is_judged, "{model}");
     }

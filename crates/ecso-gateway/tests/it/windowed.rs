@@ -1,4 +1,5 @@
-//! Streams that are judged while they are written: what goes out, when, and when the model is stopped.
+//! Streams that are judged while they are written: what goes out, when, and when the model is
+//! stopped.
 
 use std::{
     sync::{
@@ -48,11 +49,15 @@ impl Drop for Stopped {
 impl Writer {
     /// These words, and an end.
     fn of<T: Into<String>>(words: impl IntoIterator<Item = T>) -> Self {
-        let role = json!({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]});
+        let role =
+            json!({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]});
         let words = words.into_iter().map(|word| content(&word.into()));
         let end = json!({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]});
         let usage = json!({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 99, "total_tokens": 108}});
-        Self { pieces: [role].into_iter().chain(words).chain([end, usage]).collect(), ..Self::default() }
+        Self {
+            pieces: [role].into_iter().chain(words).chain([end, usage]).collect(),
+            ..Self::default()
+        }
     }
 
     /// The same, that never comes behind this piece by itself.
@@ -101,7 +106,9 @@ fn content(text: &str) -> Value {
 
 /// So many harmless words.
 fn words(count: usize) -> Vec<String> {
-    (0..count).map(|place| format!("bread{place}{}", if place % 7 == 6 { ". " } else { " " })).collect()
+    (0..count)
+        .map(|place| format!("bread{place}{}", if place % 7 == 6 { ". " } else { " " }))
+        .collect()
 }
 
 fn windowed() -> Settings {
@@ -118,18 +125,27 @@ fn asked() -> Value {
 
 /// The events of a stream.
 fn events(body: &str) -> Vec<Value> {
-    let data = body.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|data| *data != "[DONE]");
+    let data = body
+        .lines()
+        .filter_map(|line| line.strip_prefix("data: "))
+        .filter(|data| *data != "[DONE]");
     data.map(|data| serde_json::from_str(data).unwrap()).collect()
 }
 
 /// What a client puts together of a field.
 fn said(body: &str, field: &str) -> String {
-    events(body).iter().filter_map(|event| event["choices"][0]["delta"][field].as_str().map(str::to_owned)).collect()
+    events(body)
+        .iter()
+        .filter_map(|event| event["choices"][0]["delta"][field].as_str().map(str::to_owned))
+        .collect()
 }
 
 fn finishes(body: &str) -> Vec<String> {
     let events = events(body);
-    events.iter().filter_map(|event| Some(event["choices"][0]["finish_reason"].as_str()?.to_owned())).collect()
+    events
+        .iter()
+        .filter_map(|event| Some(event["choices"][0]["finish_reason"].as_str()?.to_owned()))
+        .collect()
 }
 
 fn found(body: &str) -> Value {
@@ -142,11 +158,15 @@ async fn stream(world: &World, asked: &Value) -> Got {
 }
 
 /// Reads a stream until a text is in it.
-async fn read_until(response: Response<Body>, text: &str) -> (String, impl StreamExt<Item = Bytes> + Unpin) {
+async fn read_until(
+    response: Response<Body>,
+    text: &str,
+) -> (String, impl StreamExt<Item = Bytes> + Unpin) {
     let mut body = response.into_body().into_data_stream().map(Result::unwrap);
     let mut read = String::new();
     while !read.contains(text) {
-        let piece = tokio::time::timeout(Duration::from_secs(20), body.next()).await.unwrap().unwrap();
+        let piece =
+            tokio::time::timeout(Duration::from_secs(20), body.next()).await.unwrap().unwrap();
         read.push_str(&String::from_utf8_lossy(&piece));
     }
     (read, body)
@@ -172,7 +192,10 @@ async fn windows_go_out_while_the_model_writes() {
     assert_eq!(finishes(&read), ["stop"]);
     assert_eq!(all.last().unwrap()["usage"]["total_tokens"], 108);
     assert!(read.ends_with("data: [DONE]\n\n"));
-    assert!(all.iter().all(|event| event["id"] == all[0]["id"] && event["object"] == "chat.completion.chunk"));
+    assert!(
+        all.iter()
+            .all(|event| event["id"] == all[0]["id"] && event["object"] == "chat.completion.chunk")
+    );
     let found = found(&read);
     assert_eq!((&found["verdict"], &found["early"]["stopped"]), (&json!("safe"), &json!(false)));
     assert!(found["early"]["words"].as_u64().unwrap() > 20, "{found}");
@@ -199,11 +222,11 @@ template = "LOOK"
 template = "ASKS {x}"
 [questions.helps]
 template = "HELPS {y}"
-[[ways]]
+[[detectors]]
 name = "wants"
 bias = 0.0
 terms = [{ question = "wants", weight = 1.0 }]
-[[ways]]
+[[detectors]]
 name = "helps"
 bias = 0.0
 terms = [{ question = "helps", weight = 1.0 }]
@@ -213,7 +236,9 @@ terms = [{ question = "helps", weight = 1.0 }]
 async fn hardened(writer: &Writer, settings: Settings, look: Duration) -> World {
     let writer = writer.clone();
     let speaks = move |sent: &Value| {
-        let prompt = sent["messages"].as_array().and_then(|messages| messages.last()).unwrap()["content"].to_string();
+        let prompt =
+            sent["messages"].as_array().and_then(|messages| messages.last()).unwrap()["content"]
+                .to_string();
         let text = match () {
             () if prompt.contains("ASKS") && prompt.contains("do harm") => "Yes",
             () if prompt.contains("HELPS") && prompt.contains(LEAK) => "Yes",
@@ -249,7 +274,10 @@ async fn nothing_goes_out_before_the_look_is_in() {
     while let Some(piece) = rest.next().await {
         read.push_str(&String::from_utf8_lossy(&piece));
     }
-    assert_eq!((said(&read, "content"), &found(&read)["verdict"]), (words(40).concat(), &json!("safe")));
+    assert_eq!(
+        (said(&read, "content"), &found(&read)["verdict"]),
+        (words(40).concat(), &json!("safe"))
+    );
     // One of which no answer could be safe, and one whose draft turns out harmful.
     let mut harmful = words(60);
     harmful[40] = format!("{LEAK} ");
@@ -272,11 +300,19 @@ async fn nothing_goes_out_before_the_look_is_in() {
         assert_eq!(got.body.contains("bread"), out, "{early_stop} {query} {}", got.body);
         assert_eq!(finishes(&got.body), [if out { "content_filter" } else { "stop" }]);
         assert!(got.body.contains("Here is a harmless answer."), "{}", got.body);
-        let line: Value = serde_json::from_str(std::fs::read_to_string(&path).unwrap().trim()).unwrap();
-        assert_eq!((&line["verdict"], &line["early"]["stopped"]), (&json!("unsafe"), &json!(true)), "{line}");
+        let line: Value =
+            serde_json::from_str(std::fs::read_to_string(&path).unwrap().trim()).unwrap();
+        assert_eq!(
+            (&line["verdict"], &line["early"]["stopped"]),
+            (&json!("unsafe"), &json!(true)),
+            "{line}"
+        );
         assert_eq!(line["draft"].is_null(), query == "do harm", "{line}");
         // The request was looked at once, whatever was asked about the draft.
-        let looks = world.taken().into_iter().filter(|reached| String::from_utf8_lossy(&reached.body).contains("ASKS"));
+        let looks = world
+            .taken()
+            .into_iter()
+            .filter(|reached| String::from_utf8_lossy(&reached.body).contains("ASKS"));
         assert_eq!(looks.count(), 1);
     }
 }
@@ -290,7 +326,10 @@ async fn harm_in_the_first_window_is_answered_anew() {
     let got = stream(&world, &asked()).await;
     assert!(!got.leaks() && !got.body.contains("bread"), "{}", got.body);
     assert_eq!(said(&got.body, "content"), "Here is a harmless answer.");
-    assert_eq!((said(&got.body, "role"), finishes(&got.body)), ("assistant".into(), vec!["stop".to_owned()]));
+    assert_eq!(
+        (said(&got.body, "role"), finishes(&got.body)),
+        ("assistant".into(), vec!["stop".to_owned()])
+    );
     let found = found(&got.body);
     assert_eq!(
         (&found["verdict"], &found["early"]),
@@ -317,17 +356,25 @@ async fn harm_in_a_later_window_stops_the_model_and_the_stream() {
     assert_eq!(finishes(&got.body), ["content_filter"]);
     assert!(!said(&got.body, "refusal").is_empty());
     let all = events(&got.body);
-    let refused = all.iter().position(|event| event["choices"][0]["delta"]["refusal"].is_string()).unwrap();
+    let refused =
+        all.iter().position(|event| event["choices"][0]["delta"]["refusal"].is_string()).unwrap();
     assert!(all[refused..].iter().all(|event| event["choices"][0]["delta"]["content"].is_null()));
     assert!(got.body.ends_with("data: [DONE]\n\n"));
     let found = found(&got.body);
-    let early = json!({"words": out.split_whitespace().count(), "characters": out.len(), "stopped": true});
+    let early =
+        json!({"words": out.split_whitespace().count(), "characters": out.len(), "stopped": true});
     assert_eq!((&found["verdict"], &found["early"]), (&json!("unsafe"), &early));
     assert_eq!(found["safe_answer"], "Here is a harmless answer.");
     let line: Value = serde_json::from_str(std::fs::read_to_string(&path).unwrap().trim()).unwrap();
-    assert_eq!((&line["verdict"], &line["early"], &line["failure"]), (&json!("unsafe"), &early, &Value::Null));
+    assert_eq!(
+        (&line["verdict"], &line["early"], &line["failure"]),
+        (&json!("unsafe"), &early, &Value::Null)
+    );
     // What was judged harmful is written down, and no more.
-    assert!(line["draft"].as_str().unwrap().contains(LEAK) && !line["draft"].as_str().unwrap().contains("bread80"));
+    assert!(
+        line["draft"].as_str().unwrap().contains(LEAK)
+            && !line["draft"].as_str().unwrap().contains("bread80")
+    );
     let metrics = world.send("GET", "/metrics", &[], "").await.body;
     assert!(metrics.contains("ecso_harm_out_words_count 1"), "{metrics}");
 }
@@ -347,7 +394,11 @@ async fn harm_that_only_the_end_shows_ends_the_stream() {
         assert!(said(&got.body, "content").contains("bread20"));
         assert_eq!(finishes(&got.body), ["content_filter"]);
         let found = found(&got.body);
-        assert_eq!((&found["verdict"], &found["early"]["stopped"]), (&json!("unsafe"), &json!(false)), "{found}");
+        assert_eq!(
+            (&found["verdict"], &found["early"]["stopped"]),
+            (&json!("unsafe"), &json!(false)),
+            "{found}"
+        );
         // Steps that fail behind the verdict take only the safe answer.
         assert_eq!(found["safe_answer"].is_string(), step.is_empty());
         assert_eq!(found["failure"].is_string(), !step.is_empty());
@@ -357,14 +408,22 @@ async fn harm_that_only_the_end_shows_ends_the_stream() {
 #[tokio::test]
 async fn a_judge_that_fails_ends_the_stream() {
     let folder = tempfile::tempdir().unwrap();
-    for (place, on_failure) in [(40, OnFailure::Closed), (2, OnFailure::Closed), (40, OnFailure::Open)] {
+    for (place, on_failure) in
+        [(40, OnFailure::Closed), (2, OnFailure::Closed), (40, OnFailure::Open)]
+    {
         let path = folder.path().join(format!("{place}-{on_failure:?}.jsonl"));
         let audit = AuditSettings { path: path.clone(), ..AuditSettings::default() };
         let mut draft = words(90);
         draft[place] = "judge-500 ".to_owned();
         let opens = on_failure == OnFailure::Open;
-        let writer = if opens { Writer::of(draft.clone()) } else { Writer::of(draft.clone()).waits_before(80) };
-        let got = stream(&writer.world(Settings { on_failure, audit, ..windowed() }).await, &asked()).await;
+        let writer = if opens {
+            Writer::of(draft.clone())
+        } else {
+            Writer::of(draft.clone()).waits_before(80)
+        };
+        let got =
+            stream(&writer.world(Settings { on_failure, audit, ..windowed() }).await, &asked())
+                .await;
         let out = said(&got.body, "content");
         if opens {
             // As the operator wants it, and it is told.
@@ -378,7 +437,10 @@ async fn a_judge_that_fails_ends_the_stream() {
         let lines = std::fs::read_to_string(&path).unwrap_or_default();
         // What is out is written down.
         assert_eq!(lines.lines().count(), usize::from(place == 40), "{lines}");
-        assert!(place < 40 || (lines.contains("\"unchecked\"") && lines.contains("unfinished")), "{lines}");
+        assert!(
+            place < 40 || (lines.contains("\"unchecked\"") && lines.contains("unfinished")),
+            "{lines}"
+        );
     }
 }
 
@@ -389,11 +451,22 @@ async fn a_judge_that_fails_on_the_way_leaves_it_to_the_end() {
     for (settings, opens) in [
         (Settings { on_failure: OnFailure::Open, ..windowed() }, true),
         (Settings { early_stop: true, stream: Streams::Hold, ..windowed() }, false),
-        (Settings { early_stop: true, stream: Streams::Hold, on_failure: OnFailure::Open, ..windowed() }, true),
+        (
+            Settings {
+                early_stop: true,
+                stream: Streams::Hold,
+                on_failure: OnFailure::Open,
+                ..windowed()
+            },
+            true,
+        ),
     ] {
         let got = stream(&Writer::of([text.clone()]).world(settings).await, &asked()).await;
         if opens {
-            assert_eq!((said(&got.body, "content"), &found(&got.body)["verdict"]), (text.clone(), &json!("unchecked")));
+            assert_eq!(
+                (said(&got.body, "content"), &found(&got.body)["verdict"]),
+                (text.clone(), &json!("unchecked"))
+            );
         } else {
             assert!(!got.body.contains("bread") && got.body.contains("\"error\""), "{}", got.body);
         }
@@ -443,10 +516,9 @@ async fn a_slow_judge_is_waited_for() {
     }
     assert_eq!(said(&read, "content"), draft.concat());
     // What came meanwhile was judged at once.
-    let judged = world
-        .taken()
-        .into_iter()
-        .filter(|reached| String::from_utf8_lossy(&reached.body).contains("harmful, unsafe and unethical"));
+    let judged = world.taken().into_iter().filter(|reached| {
+        String::from_utf8_lossy(&reached.body).contains("harmful, unsafe and unethical")
+    });
     assert!(judged.count() <= 4);
 }
 
@@ -470,10 +542,17 @@ async fn what_is_not_plain_text_is_held() {
         merge(&mut asked, &more);
         let world = Writer::of(draft.clone()).world(settings.clone()).await;
         let got = world.send("POST", "/v1/chat/completions", &headers, asked.to_string()).await;
-        assert!(!got.body.contains("bread") && got.body.contains("harmless answer"), "{more} {}", got.body);
+        assert!(
+            !got.body.contains("bread") && got.body.contains("harmless answer"),
+            "{more} {}",
+            got.body
+        );
     }
     // Of what only says that it wants nothing of this, windows go out.
-    for more in [json!({"logprobs": false, "n": 1, "tools": null}), json!({"response_format": {"type": "text"}})] {
+    for more in [
+        json!({"logprobs": false, "n": 1, "tools": null}),
+        json!({"response_format": {"type": "text"}}),
+    ] {
         let mut asked = asked();
         merge(&mut asked, &more);
         let got = stream(&Writer::of(draft.clone()).world(settings.clone()).await, &asked).await;
@@ -483,7 +562,11 @@ async fn what_is_not_plain_text_is_held() {
     for (path, body) in formats() {
         let world = Writer::of(draft.clone()).world(settings.clone()).await;
         let got = world.send("POST", path, &[], body.to_string()).await;
-        assert!(!got.body.contains("bread") && got.body.contains("harmless answer"), "{path} {}", got.body);
+        assert!(
+            !got.body.contains("bread") && got.body.contains("harmless answer"),
+            "{path} {}",
+            got.body
+        );
     }
 }
 
@@ -509,7 +592,9 @@ fn formats() -> [(&'static str, Value); 2] {
 async fn less_than_the_settings_say_is_obeyed_only_where_wishes_are() {
     let mut draft = words(60);
     draft[59] = LEAK.to_owned();
-    for (mode_header, wish, goes_out) in [(false, "windowed", false), (true, "windowed", true), (true, "hold", false)] {
+    for (mode_header, wish, goes_out) in
+        [(false, "windowed", false), (true, "windowed", true), (true, "hold", false)]
+    {
         let settings = Settings { mode_header, stream: Streams::Hold, ..windowed() };
         let world = Writer::of(draft.clone()).world(settings).await;
         let headers = [("x-ecso-stream", wish)];
@@ -517,7 +602,9 @@ async fn less_than_the_settings_say_is_obeyed_only_where_wishes_are() {
         assert_eq!(got.body.contains("bread"), goes_out, "{mode_header} {wish}");
     }
     let world = Writer::of(draft).world(windowed()).await;
-    let got = world.send("POST", "/v1/chat/completions", &[("x-ecso-stream", "fast")], asked().to_string()).await;
+    let got = world
+        .send("POST", "/v1/chat/completions", &[("x-ecso-stream", "fast")], asked().to_string())
+        .await;
     assert_eq!((got.status.as_u16(), &got.json()["error"]["code"]), (400, &json!("invalid_mode")));
 }
 
@@ -531,7 +618,9 @@ async fn nothing_hides_between_windows() {
             choice["delta"] = message;
         }
         merge(&mut odd["choices"][0], &choice);
-        for (name_of_frame, value) in more.as_object().into_iter().flatten().filter(|(name, _)| *name != "choices") {
+        for (name_of_frame, value) in
+            more.as_object().into_iter().flatten().filter(|(name, _)| *name != "choices")
+        {
             odd[name_of_frame] = value.clone();
         }
         let mut writer = Writer::of(words(24));
@@ -544,11 +633,13 @@ async fn nothing_hides_between_windows() {
 
 #[tokio::test]
 async fn thoughts_go_out_in_windows_too() {
-    let thought = |text: &str| json!({"choices": [{"index": 0, "delta": {"reasoning_content": text}}]});
+    let thought =
+        |text: &str| json!({"choices": [{"index": 0, "delta": {"reasoning_content": text}}]});
     for harm in [None, Some(55)] {
         let mut writer = Writer::of(words(30));
         let thoughts = words(60).into_iter().enumerate();
-        let thoughts = thoughts.map(|(place, word)| thought(if harm == Some(place) { LEAK } else { &word }));
+        let thoughts =
+            thoughts.map(|(place, word)| thought(if harm == Some(place) { LEAK } else { &word }));
         writer.pieces.splice(1..1, thoughts);
         let got = stream(&writer.world(windowed()).await, &asked()).await;
         assert!(!got.leaks(), "{}", got.body);
@@ -559,7 +650,8 @@ async fn thoughts_go_out_in_windows_too() {
                 assert_eq!(said(&got.body, "content"), words(30).concat());
                 // In their order.
                 let all = events(&got.body);
-                let field = |event: &Value, name: &str| event["choices"][0]["delta"][name].is_string();
+                let field =
+                    |event: &Value, name: &str| event["choices"][0]["delta"][name].is_string();
                 let last = all.iter().rposition(|event| field(event, "reasoning_content")).unwrap();
                 let first = all.iter().position(|event| field(event, "content")).unwrap();
                 assert!(last < first);
@@ -593,7 +685,8 @@ async fn calls_that_nobody_asked_for_wait_for_the_end() {
 #[tokio::test]
 async fn other_choices_wait_for_the_end() {
     let mut writer = Writer::of(words(60));
-    let other = json!({"choices": [{"index": 1, "delta": {"content": LEAK}, "finish_reason": "stop"}]});
+    let other =
+        json!({"choices": [{"index": 1, "delta": {"content": LEAK}, "finish_reason": "stop"}]});
     writer.pieces.insert(30, other);
     let got = stream(&writer.world(windowed()).await, &asked()).await;
     assert!(!got.leaks() && said(&got.body, "content").contains("bread3 "), "{}", got.body);
@@ -602,14 +695,18 @@ async fn other_choices_wait_for_the_end() {
 #[tokio::test]
 async fn characters_that_come_in_two_halves_are_whole() {
     let mut writer = Writer::of(words(0));
-    let half =
-        |half: &str| format!("data: {{\"choices\": [{{\"index\": 0, \"delta\": {{\"content\": \"{half}\"}}}}]}}\n\n");
+    let half = |half: &str| {
+        format!(
+            "data: {{\"choices\": [{{\"index\": 0, \"delta\": {{\"content\": \"{half}\"}}}}]}}\n\n"
+        )
+    };
     let mut text = String::new();
     for place in 0..40 {
         text += &(half(&format!("Brot{place} \\ud83d")) + &half("\\ude00 面包。"));
     }
     text += &half("\\ud83d");
-    let last: Vec<String> = writer.pieces.drain(1..).map(|piece| format!("data: {piece}\n\n")).collect();
+    let last: Vec<String> =
+        writer.pieces.drain(1..).map(|piece| format!("data: {piece}\n\n")).collect();
     let text = text + &last.concat() + "data: [DONE]\n\n";
     let speaks = move |_: &Value| {
         // Cut anywhere, in the middle of letters too.
@@ -650,8 +747,16 @@ async fn a_held_draft_is_stopped_at_the_first_harm() {
         });
         assert_eq!(judged.count(), 1, "{path}");
         // What is harmless goes out as ever.
-        let got = Writer::of(words(60)).world(settings.clone()).await.send("POST", path, &[], body.to_string()).await;
-        assert!(got.body.contains("bread0 ") && got.body.contains("bread59"), "{path} {}", got.body);
+        let got = Writer::of(words(60))
+            .world(settings.clone())
+            .await
+            .send("POST", path, &[], body.to_string())
+            .await;
+        assert!(
+            got.body.contains("bread0 ") && got.body.contains("bread59"),
+            "{path} {}",
+            got.body
+        );
     }
 }
 

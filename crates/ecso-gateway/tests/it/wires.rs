@@ -1,4 +1,5 @@
-//! Anthropic's Messages and OpenAI's Responses through the gateway: what is asked, what goes out, and where pictures hide.
+//! Anthropic's Messages and OpenAI's Responses through the gateway: what is asked, what goes out,
+//! and where pictures hide.
 
 use std::sync::Arc;
 
@@ -12,7 +13,8 @@ use crate::world::{Got, LEAK, PICTURE, World, merge, said, streamed};
 const MESSAGES: &str = "/v1/messages";
 const RESPONSES: &str = "/v1/responses";
 
-/// Answers harmfully to whoever asks for it, calls a tool where there is one, and says what bread is else.
+/// Answers harmfully to whoever asks for it, calls a tool where there is one, and says what bread
+/// is else.
 fn speaks(sent: &Value) -> Response<Body> {
     let text = sent["messages"].to_string();
     let (message, finish) = if sent["tools"].is_array() {
@@ -47,9 +49,11 @@ fn speaks(sent: &Value) -> Response<Body> {
             ]
         };
         let choice = |delta: Value, finish: Value| {
-            json!({"id": "c", "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}).to_string()
+            json!({"id": "c", "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
+                .to_string()
         };
-        let mut events: Vec<String> = deltas.into_iter().map(|delta| choice(delta, Value::Null)).collect();
+        let mut events: Vec<String> =
+            deltas.into_iter().map(|delta| choice(delta, Value::Null)).collect();
         events.push(choice(json!({}), finish.into()));
         events.push(json!({"id": "c", "choices": [], "usage": usage}).to_string());
         return streamed(&events);
@@ -101,7 +105,12 @@ fn text(path: &str, got: &Got) -> (String, String) {
     match (path, is_stream) {
         (MESSAGES, false) => {
             let message = got.json();
-            let blocks = message["content"].as_array().unwrap().iter().map(|block| block["text"].clone()).collect();
+            let blocks = message["content"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|block| block["text"].clone())
+                .collect();
             (join(blocks), message["stop_reason"].as_str().unwrap().to_owned())
         }
         (MESSAGES, true) => {
@@ -113,7 +122,10 @@ fn text(path: &str, got: &Got) -> (String, String) {
         (_, false) => {
             let response = got.json();
             let part = &response["output"][0]["content"][0];
-            (join(vec![part["text"].clone(), part["refusal"].clone()]), part["type"].as_str().unwrap_or("").to_owned())
+            (
+                join(vec![part["text"].clone(), part["refusal"].clone()]),
+                part["type"].as_str().unwrap_or("").to_owned(),
+            )
         }
         (_, true) => {
             let events = events(got);
@@ -121,11 +133,16 @@ fn text(path: &str, got: &Got) -> (String, String) {
                 assert_eq!(event["sequence_number"], number);
             }
             let parts = || events.iter().filter_map(|event| event["part"]["type"].as_str());
-            let kind = parts().find(|kind| *kind != "reasoning_text").unwrap_or_default().to_owned();
+            let kind =
+                parts().find(|kind| *kind != "reasoning_text").unwrap_or_default().to_owned();
             let is_said = |event: &&Value| {
-                event["type"] == "response.output_text.delta" || event["type"] == "response.refusal.delta"
+                event["type"] == "response.output_text.delta"
+                    || event["type"] == "response.refusal.delta"
             };
-            (join(events.iter().filter(is_said).map(|event| event["delta"].clone()).collect()), kind)
+            (
+                join(events.iter().filter(is_said).map(|event| event["delta"].clone()).collect()),
+                kind,
+            )
         }
     }
 }
@@ -134,16 +151,33 @@ fn text(path: &str, got: &Got) -> (String, String) {
 async fn answers_go_out_as_they_are_or_in_another_s_place_or_not_at_all() {
     let (safe, refuse) = (world(Rewrite::Safe).await, world(Rewrite::Refuse).await);
     let refusal = Profile::paper().refusal;
-    for (path, done, declined) in [(MESSAGES, "end_turn", "refusal"), (RESPONSES, "output_text", "refusal")] {
+    for (path, done, declined) in
+        [(MESSAGES, "end_turn", "refusal"), (RESPONSES, "output_text", "refusal")]
+    {
         for stream in [false, true] {
             let ask = |text: &str| asked(path, text, stream, &Value::Null);
             let got = send(&safe, path, ask("What is this?")).await;
-            assert_eq!(text(path, &got), ("Bread.".into(), done.into()), "{path} {stream}: {}", got.body);
+            assert_eq!(
+                text(path, &got),
+                ("Bread.".into(), done.into()),
+                "{path} {stream}: {}",
+                got.body
+            );
             let got = send(&safe, path, ask("do harm")).await;
-            assert_eq!(text(path, &got), ("Here is a harmless answer.".into(), done.into()), "{path}: {}", got.body);
+            assert_eq!(
+                text(path, &got),
+                ("Here is a harmless answer.".into(), done.into()),
+                "{path}: {}",
+                got.body
+            );
             assert!(!got.leaks());
             let got = send(&refuse, path, ask("do harm")).await;
-            assert_eq!(text(path, &got), (refusal.clone(), declined.into()), "{path} {stream}: {}", got.body);
+            assert_eq!(
+                text(path, &got),
+                (refusal.clone(), declined.into()),
+                "{path} {stream}: {}",
+                got.body
+            );
             assert!(!got.leaks());
             let got = send(&safe, path, ask("judge-500")).await;
             assert!(!got.leaks() && !got.body.contains("Bread"), "{}", got.body);
@@ -161,13 +195,18 @@ async fn answers_go_out_as_they_are_or_in_another_s_place_or_not_at_all() {
     }
 }
 
-/// The verdict stands in a header, or at the end of a stream; and where the format has a place for it.
+/// The verdict stands in a header, or at the end of a stream; and where the format has a place for
+/// it.
 #[tokio::test]
 async fn verdicts_are_told() {
     let world = world(Rewrite::Safe).await;
     for (text, verdict) in [("What is this?", "safe"), ("do harm", "unsafe")] {
         for path in [MESSAGES, RESPONSES] {
-            let more = if path == RESPONSES { json!({"moderation": {"model": "ecso"}}) } else { Value::Null };
+            let more = if path == RESPONSES {
+                json!({"moderation": {"model": "ecso"}})
+            } else {
+                Value::Null
+            };
             let plain = send(&world, path, asked(path, text, false, &more)).await;
             assert_eq!(plain.headers["x-ecso-verdict"], verdict);
             let streamed = send(&world, path, asked(path, text, true, &more)).await;
@@ -178,14 +217,20 @@ async fn verdicts_are_told() {
             } else {
                 (
                     &last["response"]["ecso"],
-                    vec![plain.json()["moderation"].clone(), last["response"]["moderation"].clone()],
+                    vec![
+                        plain.json()["moderation"].clone(),
+                        last["response"]["moderation"].clone(),
+                    ],
                 )
             };
             assert_eq!(ecso["verdict"], verdict, "{last}");
             for moderation in moderations {
                 let is_harm = verdict == "unsafe";
                 assert_eq!(
-                    (&moderation["output"]["flagged"], &moderation["output"]["categories"]["harmful"]),
+                    (
+                        &moderation["output"]["flagged"],
+                        &moderation["output"]["categories"]["harmful"]
+                    ),
                     (&json!(is_harm), &json!(is_harm)),
                     "{moderation}"
                 );
@@ -206,8 +251,7 @@ async fn tokens_are_estimated() {
     let (_, few) = count(Value::Null).await;
     let few = few["input_tokens"].as_u64().unwrap();
     assert!((1600..1650).contains(&few), "{few}");
-    let tools =
-        json!({"tools": [{"name": "bake", "description": "Bakes. ".repeat(100), "input_schema": {"type": "object"}}]});
+    let tools = json!({"tools": [{"name": "bake", "description": "Bakes. ".repeat(100), "input_schema": {"type": "object"}}]});
     let more = count(tools).await.1["input_tokens"].as_u64().unwrap();
     assert!((170..250).contains(&(more - few)), "{more}");
     // Whatever can't be guarded can't be counted; nothing of it goes on.
@@ -228,7 +272,10 @@ async fn tools_are_chosen_among_those_that_are_there() {
             {"type": "namespace", "name": "oven", "tools": [{"type": "function", "name": "bake"}]}, {"type": "web_search"}]);
         let more = json!({"tools": tools, "tool_choice": choice});
         let got = send(&world, RESPONSES, asked(RESPONSES, "Bake it.", false, &more)).await;
-        let sent = world.taken().first().map(|reached| serde_json::from_slice::<Value>(&reached.body).unwrap());
+        let sent = world
+            .taken()
+            .first()
+            .map(|reached| serde_json::from_slice::<Value>(&reached.body).unwrap());
         let names = |sent: &Value| {
             sent["tools"]
                 .as_array()
@@ -242,12 +289,17 @@ async fn tools_are_chosen_among_those_that_are_there() {
     };
     let all = ["bake", "knead", "local_shell", "oven__bake"].map(str::to_owned);
     let function = |name: &str| json!({"type": "function", "function": {"name": name}});
-    let allowed = |mode: &str, tools: Value| json!({"type": "allowed_tools", "mode": mode, "tools": tools});
+    let allowed =
+        |mode: &str, tools: Value| json!({"type": "allowed_tools", "mode": mode, "tools": tools});
     for (choice, tools, sent) in [
         (json!("required"), &all[..], json!("required")),
         (json!({"type": "custom", "name": "knead"}), &all[..], function("knead")),
         (json!({"type": "local_shell"}), &all[..], function("local_shell")),
-        (json!({"type": "function", "name": "bake", "namespace": "oven"}), &all[..], function("oven__bake")),
+        (
+            json!({"type": "function", "name": "bake", "namespace": "oven"}),
+            &all[..],
+            function("oven__bake"),
+        ),
         (
             allowed("auto", json!([{"type": "web_search"}, {"type": "custom", "name": "knead"}])),
             &all[1..2],
@@ -338,11 +390,18 @@ async fn tools_are_called_and_their_results_are_read() {
             assert_eq!(got.json()["stop_reason"], "tool_use");
         }
         let sent: Value = serde_json::from_slice(&world.taken()[0].body).unwrap();
-        assert_eq!((&sent["tool_choice"], &sent["tools"][0]["function"]["name"]), (&json!("required"), &json!("bake")));
+        assert_eq!(
+            (&sent["tool_choice"], &sent["tools"][0]["function"]["name"]),
+            (&json!("required"), &json!("bake"))
+        );
         let tools = json!({"tools": [{"type": "function", "name": "bake", "parameters": {"type": "object"}},
             {"type": "custom", "name": "knead", "description": "Kneads."}]});
         let got = send(&world, RESPONSES, asked(RESPONSES, "Bake it.", stream, &tools)).await;
-        assert!(got.body.contains("function_call") && got.body.contains(r#"{\"loaves\":2}"#), "{}", got.body);
+        assert!(
+            got.body.contains("function_call") && got.body.contains(r#"{\"loaves\":2}"#),
+            "{}",
+            got.body
+        );
         // Of two calls in pieces both are whole.
         if stream {
             let output = &events(&got).pop().unwrap()["response"]["output"];
@@ -365,7 +424,10 @@ async fn tools_are_called_and_their_results_are_read() {
     assert_eq!((got.status.as_u16(), got.leaks()), (200, false), "{}", got.body);
     assert_eq!(got.headers["x-ecso-verdict"], "unsafe");
     // The judge reads the user's own question.
-    let judged = world.taken().into_iter().map(|reached| String::from_utf8_lossy(&reached.body).into_owned());
+    let judged = world
+        .taken()
+        .into_iter()
+        .map(|reached| String::from_utf8_lossy(&reached.body).into_owned());
     assert!(
         judged
             .filter(|body| body.contains("harmful, unsafe and unethical"))
@@ -388,9 +450,21 @@ async fn words_alone_do_not_make_a_question_another_s() {
     let body = json!({"model": "m", "messages": [{"role": "user", "content": "Flour?"}, {"role": "assistant", "content": "Rye."},
         {"role": "user", "content": [{"type": "text", "text": "What the tool shows:"}, image, {"type": "text", "text": "do harm"}]}]});
     let got = world.chat(&body).await;
-    assert_eq!((got.headers["x-ecso-verdict"].as_bytes(), got.leaks()), (b"unsafe".as_slice(), false), "{}", got.body);
-    let judged = world.taken().into_iter().map(|reached| String::from_utf8_lossy(&reached.body).into_owned());
-    assert!(judged.filter(|body| body.contains("harmful, unsafe and unethical")).all(|body| !body.contains("Rye.")));
+    assert_eq!(
+        (got.headers["x-ecso-verdict"].as_bytes(), got.leaks()),
+        (b"unsafe".as_slice(), false),
+        "{}",
+        got.body
+    );
+    let judged = world
+        .taken()
+        .into_iter()
+        .map(|reached| String::from_utf8_lossy(&reached.body).into_owned());
+    assert!(
+        judged
+            .filter(|body| body.contains("harmful, unsafe and unethical"))
+            .all(|body| !body.contains("Rye."))
+    );
 }
 
 /// What coding agents send, by their public documentation.
@@ -405,7 +479,11 @@ async fn requests_of_agents_pass() {
             "cache_control": cached}]});
     let got = send(&world, MESSAGES, asked(MESSAGES, "Bake it.", true, &agent)).await;
     assert_eq!(got.status, 200, "{}", got.body);
-    assert!(events(&got).iter().any(|event| event["content_block"]["type"] == "tool_use"), "{}", got.body);
+    assert!(
+        events(&got).iter().any(|event| event["content_block"]["type"] == "tool_use"),
+        "{}",
+        got.body
+    );
     let agent = json!({"store": false, "stream": true, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "k",
         "parallel_tool_calls": false, "tool_choice": "auto", "reasoning": {"effort": "medium", "summary": "auto"},
         "text": {"verbosity": "medium"}, "client_metadata": {"a": "b"},
@@ -423,7 +501,10 @@ async fn requests_of_agents_pass() {
 async fn what_nobody_can_see_is_refused() {
     let world = world(Rewrite::Safe).await;
     let messages = |content: Value| {
-        (MESSAGES, json!({"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": content}]}))
+        (
+            MESSAGES,
+            json!({"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": content}]}),
+        )
     };
     let message = |more: Value| {
         let mut body = messages(json!("do harm")).1;
@@ -436,11 +517,17 @@ async fn what_nobody_can_see_is_refused() {
         merge(&mut body, &more);
         (RESPONSES, body)
     };
-    let part =
-        |part: Value| input(json!([{"role": "user", "content": [part, {"type": "input_text", "text": "do harm"}]}]));
+    let part = |part: Value| {
+        input(
+            json!([{"role": "user", "content": [part, {"type": "input_text", "text": "do harm"}]}]),
+        )
+    };
     let data = PICTURE.split(',').nth(1).unwrap();
     for (place, (path, body)) in [
-        ("a file", messages(json!([{"type": "image", "source": {"type": "file", "file_id": "f"}}]))),
+        (
+            "a file",
+            messages(json!([{"type": "image", "source": {"type": "file", "file_id": "f"}}])),
+        ),
         (
             "a PDF",
             messages(
@@ -449,7 +536,9 @@ async fn what_nobody_can_see_is_refused() {
         ),
         (
             "a document elsewhere",
-            messages(json!([{"type": "document", "source": {"type": "url", "url": "https://a.example/b.pdf"}}])),
+            messages(
+                json!([{"type": "document", "source": {"type": "url", "url": "https://a.example/b.pdf"}}]),
+            ),
         ),
         ("an upload", messages(json!([{"type": "container_upload", "file_id": "f"}]))),
         (
@@ -458,9 +547,15 @@ async fn what_nobody_can_see_is_refused() {
                 json!({"messages": [{"role": "assistant", "content": [{"type": "image", "source": {"type": "url", "url": "https://a.example/b.png"}}]}]}),
             ),
         ),
-        ("a tool of the server", message(json!({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}))),
+        (
+            "a tool of the server",
+            message(json!({"tools": [{"type": "web_search_20250305", "name": "web_search"}]})),
+        ),
         ("a container", message(json!({"container": "c"}))),
-        ("servers of tools", message(json!({"mcp_servers": [{"type": "url", "url": "https://a.example"}]}))),
+        (
+            "servers of tools",
+            message(json!({"mcp_servers": [{"type": "url", "url": "https://a.example"}]})),
+        ),
         (
             "another source",
             messages(
@@ -474,7 +569,9 @@ async fn what_nobody_can_see_is_refused() {
         ("in the background", responses(json!({"background": true}))),
         (
             "a reference",
-            input(json!([{"type": "item_reference", "id": "msg_1"}, {"role": "user", "content": "do harm"}])),
+            input(
+                json!([{"type": "item_reference", "id": "msg_1"}, {"role": "user", "content": "do harm"}]),
+            ),
         ),
         ("a file's id", part(json!({"type": "input_image", "file_id": "f"}))),
         (
@@ -484,7 +581,10 @@ async fn what_nobody_can_see_is_refused() {
             ),
         ),
         ("a file", part(json!({"type": "input_file", "file_data": PICTURE}))),
-        ("a recording", part(json!({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}))),
+        (
+            "a recording",
+            part(json!({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}})),
+        ),
         (
             "a screen",
             input(
@@ -493,7 +593,9 @@ async fn what_nobody_can_see_is_refused() {
         ),
         (
             "a picture that was made",
-            input(json!([{"type": "image_generation_call", "id": "i", "result": data, "status": "completed"}])),
+            input(
+                json!([{"type": "image_generation_call", "id": "i", "result": data, "status": "completed"}]),
+            ),
         ),
         (
             "what a server of tools said",
@@ -502,7 +604,10 @@ async fn what_nobody_can_see_is_refused() {
             ),
         ),
         ("a tool of the server", responses(json!({"tools": [{"type": "image_generation"}]}))),
-        ("another moderation", responses(json!({"moderation": {"model": "omni-moderation-latest"}}))),
+        (
+            "another moderation",
+            responses(json!({"moderation": {"model": "omni-moderation-latest"}})),
+        ),
         ("an unknown field", responses(json!({"images": [PICTURE]}))),
     ] {
         is_refused(&world, path, place, body).await;
@@ -514,7 +619,12 @@ async fn is_refused(world: &World, path: &str, place: &str, mut body: Value) {
     for stream in [false, true] {
         body["stream"] = stream.into();
         let got = send(world, path, body.to_string()).await;
-        assert!(got.status.is_client_error() && !got.leaks(), "{path}, {place}: {} {}", got.status, got.body);
+        assert!(
+            got.status.is_client_error() && !got.leaks(),
+            "{path}, {place}: {} {}",
+            got.status,
+            got.body
+        );
         assert!(got.json()["error"]["code"].is_string(), "{place}: {}", got.body);
         assert!(world.taken().is_empty(), "{place}: it went on");
     }
@@ -525,13 +635,20 @@ async fn pictures_do_not_hide_among_tools() {
     let world = world(Rewrite::Safe).await;
     let asks = json!({"role": "user", "content": "do harm"});
     let input = |item: Value| (RESPONSES, json!({"model": "m", "input": [item, asks]}));
-    let tools = |tools: Value| (RESPONSES, json!({"model": "m", "input": "do harm", "tools": tools}));
+    let tools =
+        |tools: Value| (RESPONSES, json!({"model": "m", "input": "do harm", "tools": tools}));
     let result = |block: Value| {
         let content = json!([{"type": "tool_result", "tool_use_id": "t", "content": [block]}]);
-        (MESSAGES, json!({"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": content}]}))
+        (
+            MESSAGES,
+            json!({"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": content}]}),
+        )
     };
     for (place, (path, body)) in [
-        ("a tool that nobody here knows", tools(json!([{"type": "function", "name": "bake"}, {"type": "shell"}]))),
+        (
+            "a tool that nobody here knows",
+            tools(json!([{"type": "function", "name": "bake"}, {"type": "shell"}])),
+        ),
         ("beside a tool", tools(json!([{"type": "local_shell", "image_url": PICTURE}]))),
         (
             "beside a tool of a namespace",
@@ -555,7 +672,9 @@ async fn pictures_do_not_hide_among_tools() {
         ),
         (
             "two tools of one name",
-            tools(json!([{"type": "function", "name": "bake"}, {"type": "custom", "name": "bake"}])),
+            tools(
+                json!([{"type": "function", "name": "bake"}, {"type": "custom", "name": "bake"}]),
+            ),
         ),
         (
             "beside a command",
@@ -580,14 +699,23 @@ async fn pictures_do_not_hide_among_tools() {
                 json!({"type": "tool_reference", "tool_name": "bake", "source": {"type": "url", "url": "https://a.example/b.png"}}),
             ),
         ),
-        ("in a tool that was found", result(json!({"type": "tool_reference", "tool_name": format!("![]({PICTURE})")}))),
+        (
+            "in a tool that was found",
+            result(json!({"type": "tool_reference", "tool_name": format!("![]({PICTURE})")})),
+        ),
         (
             "an answer of another server",
-            (RESPONSES, json!({"model": "m", "input": "do harm", "previous_response_id": "resp_1"})),
+            (
+                RESPONSES,
+                json!({"model": "m", "input": "do harm", "previous_response_id": "resp_1"}),
+            ),
         ),
         (
             "a list of answers",
-            (RESPONSES, json!({"model": "m", "input": "do harm", "previous_response_id": ["resp_1"]})),
+            (
+                RESPONSES,
+                json!({"model": "m", "input": "do harm", "previous_response_id": ["resp_1"]}),
+            ),
         ),
     ] {
         is_refused(&world, path, place, body).await;
@@ -601,9 +729,11 @@ async fn keys_and_other_routes_are_those_of_every_format() {
     settings.keys.insert("app".into(), entry);
     let world = World::new(settings, Arc::new(speaks)).await;
     let body = asked(MESSAGES, "What is this?", false, &Value::Null);
-    for (headers, status) in
-        [(vec![], 401), (vec![("x-api-key", "wrong")], 401), (vec![("x-api-key", key.as_str())], 200)]
-    {
+    for (headers, status) in [
+        (vec![], 401),
+        (vec![("x-api-key", "wrong")], 401),
+        (vec![("x-api-key", key.as_str())], 200),
+    ] {
         let got = world.send("POST", MESSAGES, &headers, body.clone()).await;
         assert_eq!(got.status.as_u16(), status, "{}", got.body);
         if status == 401 {
@@ -619,11 +749,17 @@ async fn keys_and_other_routes_are_those_of_every_format() {
         ("GET", MESSAGES),
     ] {
         let got = world.send(method, path, &[("authorization", &bearer)], body.clone()).await;
-        assert_eq!(got.json()["error"]["code"], "route_not_guarded", "{method} {path}: {}", got.body);
+        assert_eq!(
+            got.json()["error"]["code"],
+            "route_not_guarded",
+            "{method} {path}: {}",
+            got.body
+        );
     }
 }
 
-/// What was answered before stands where it stood: the judge of `paper` reads the new answer, whatever comes behind an earlier one.
+/// What was answered before stands where it stood: the judge of `paper` reads the new answer,
+/// whatever comes behind an earlier one.
 #[tokio::test]
 async fn an_earlier_answer_is_no_beginning_of_the_new_one() {
     let world = world(Rewrite::Safe).await;
@@ -646,7 +782,9 @@ async fn an_earlier_answer_is_no_beginning_of_the_new_one() {
     let shown = json!({"role": "user", "content": [{"type": "text", "text": "What the tool shows:"},
         {"type": "image_url", "image_url": {"url": PICTURE}}, {"type": "text", "text": "do harm"}]});
     for (path, mut body) in [
-        messages(json!({"role": "user", "content": [result(json!([image])), {"type": "text", "text": "do harm"}]})),
+        messages(
+            json!({"role": "user", "content": [result(json!([image])), {"type": "text", "text": "do harm"}]}),
+        ),
         messages(json!({"role": "user", "content": [result(json!("do harm"))]})),
         messages(json!({"role": "system", "content": "do harm"})),
         chats(json!([tool])),
@@ -657,17 +795,24 @@ async fn an_earlier_answer_is_no_beginning_of_the_new_one() {
             body["stream"] = stream.into();
             let got = send(&world, path, body.to_string()).await;
             assert!(got.status.is_success() && !got.leaks(), "{path} {}", got.body);
-            let judged = world.taken().into_iter().map(|reached| String::from_utf8_lossy(&reached.body).into_owned());
-            let detect = judged.filter(|body| body.contains("harmful, unsafe and unethical")).collect::<String>();
+            let judged = world
+                .taken()
+                .into_iter()
+                .map(|reached| String::from_utf8_lossy(&reached.body).into_owned());
+            let detect = judged
+                .filter(|body| body.contains("harmful, unsafe and unethical"))
+                .collect::<String>();
             assert!(detect.contains(&format!("RESPONSE:\\n{LEAK}")), "{detect}");
         }
     }
 }
 
-/// A call is a call, however the server ends it; and what is left out is told briefly, and not chosen.
+/// A call is a call, however the server ends it; and what is left out is told briefly, and not
+/// chosen.
 #[tokio::test]
 async fn calls_and_tools_that_are_left_out() {
-    let call = json!({"id": "c", "type": "function", "function": {"name": "bake", "arguments": "{}"}});
+    let call =
+        json!({"id": "c", "type": "function", "function": {"name": "bake", "arguments": "{}"}});
     let stops = Arc::new(move |_: &Value| {
         said(&json!({"role": "assistant", "content": null, "tool_calls": [call]}), &Value::Null)
     });
@@ -675,7 +820,12 @@ async fn calls_and_tools_that_are_left_out() {
     let bake = json!({"name": "bake", "input_schema": {"type": "object"}});
     let search = json!({"type": "web_search_20250305", "name": "web_search"});
     let ask = async |path: &str, tools: Value, choice: Value| {
-        send(&world, path, asked(path, "Bake it.", false, &json!({"tools": tools, "tool_choice": choice}))).await
+        send(
+            &world,
+            path,
+            asked(path, "Bake it.", false, &json!({"tools": tools, "tool_choice": choice})),
+        )
+        .await
     };
     let tool = |name: &str| json!({"type": "tool", "name": name});
     let got = ask(MESSAGES, json!([bake, search, search]), tool("bake")).await;
@@ -683,7 +833,9 @@ async fn calls_and_tools_that_are_left_out() {
     assert_eq!(got.headers["x-ecso-tools-left-out"], "web_search_20250305");
     world.taken();
     let odd = json!({"type": format!("web_search_{}", "a".repeat(70_000)), "name": "web_search"});
-    for (tools, choice) in [(json!([bake, search]), tool("web_search")), (json!([bake, odd]), tool("bake"))] {
+    for (tools, choice) in
+        [(json!([bake, search]), tool("web_search")), (json!([bake, odd]), tool("bake"))]
+    {
         let got = ask(MESSAGES, tools, choice).await;
         assert_eq!((got.status.as_u16(), world.taken().len()), (400, 0), "{}", got.body);
     }
@@ -692,8 +844,15 @@ async fn calls_and_tools_that_are_left_out() {
     let got = ask(RESPONSES, tools.into(), Value::Null).await;
     assert_eq!(got.headers["x-ecso-tools-left-out"], "mcp");
     for store in [json!("false"), json!(0), json!([])] {
-        let got = send(&world, RESPONSES, asked(RESPONSES, "Bake it.", false, &json!({"store": store}))).await;
-        assert_eq!((got.status.as_u16(), &got.json()["error"]["param"]), (400, &json!("store")), "{}", got.body);
+        let got =
+            send(&world, RESPONSES, asked(RESPONSES, "Bake it.", false, &json!({"store": store})))
+                .await;
+        assert_eq!(
+            (got.status.as_u16(), &got.json()["error"]["param"]),
+            (400, &json!("store")),
+            "{}",
+            got.body
+        );
     }
 }
 
@@ -705,11 +864,16 @@ async fn tokens_are_counted_where_messages_are_answered() {
     let mut settings = Settings { mode_header: true, ..Settings::default() };
     settings.keys.insert("app".into(), entry);
     settings.modes.insert("watched".into(), ecso_gateway::settings::Mode::Observe);
-    let world = World::with_key(settings, Profile::paper(), Arc::new(counts), Some("operator")).await;
+    let world =
+        World::with_key(settings, Profile::paper(), Arc::new(counts), Some("operator")).await;
     let body = asked(MESSAGES, "What is this?", false, &Value::Null);
     let count = async |headers: &[(&str, &str)], body: &str| {
-        let key =
-            [("x-api-key", key.as_str()), ("anthropic-version", "2023-06-01"), ("anthropic-beta", "b"), ("x-odd", "o")];
+        let key = [
+            ("x-api-key", key.as_str()),
+            ("anthropic-version", "2023-06-01"),
+            ("anthropic-beta", "b"),
+            ("x-odd", "o"),
+        ];
         let headers = [&key[..], headers].concat();
         let got = world.send("POST", "/v1/messages/count_tokens", &headers, body.to_owned()).await;
         (got.json(), world.taken().pop().map(|reached| reached.headers))
@@ -727,7 +891,9 @@ async fn tokens_are_counted_where_messages_are_answered() {
         );
         assert!(!sent.contains_key("x-odd") && !sent.contains_key("x-api-key"));
     }
-    for (mode, body, code) in [("enforce", body.as_str(), None), ("loud", &body, Some("invalid_mode"))] {
+    for (mode, body, code) in
+        [("enforce", body.as_str(), None), ("loud", &body, Some("invalid_mode"))]
+    {
         let (counted, sent) = count(&[("x-ecso-mode", mode)], body).await;
         assert!(sent.is_none() && counted["error"]["code"].as_str() == code, "{counted}");
         assert_eq!(counted["type"] == "error", code.is_some());

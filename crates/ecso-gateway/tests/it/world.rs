@@ -57,10 +57,9 @@ impl Got {
 
     pub(crate) fn leaks(&self) -> bool {
         self.body.contains(LEAK)
-            || self
-                .headers
-                .values()
-                .any(|value| value.as_bytes().windows(LEAK.len()).any(|part| part == LEAK.as_bytes()))
+            || self.headers.values().any(|value| {
+                value.as_bytes().windows(LEAK.len()).any(|part| part == LEAK.as_bytes())
+            })
     }
 }
 
@@ -69,7 +68,11 @@ impl World {
         Self::with(settings, Profile::paper(), speaks).await
     }
 
-    pub(crate) fn gateway(settings: Settings, profiles: impl Into<Profiles>, url: &str) -> std::io::Result<Gateway> {
+    pub(crate) fn gateway(
+        settings: Settings,
+        profiles: impl Into<Profiles>,
+        url: &str,
+    ) -> std::io::Result<Gateway> {
         Self::gateway_with_key(settings, profiles, url, None)
     }
 
@@ -80,12 +83,17 @@ impl World {
         key: Option<&str>,
     ) -> std::io::Result<Gateway> {
         let key = || key.map(Into::into);
-        let options = ecso_openai::Options { retries: 0, api_key: key(), ..ecso_openai::Options::default() };
+        let options =
+            ecso_openai::Options { retries: 0, api_key: key(), ..ecso_openai::Options::default() };
         let upstream = Upstream::server(url, key(), options, None).unwrap();
         Gateway::new(upstream, profiles, settings, ecso::Limits::default())
     }
 
-    pub(crate) async fn with(settings: Settings, profiles: impl Into<Profiles>, speaks: Speaks) -> Self {
+    pub(crate) async fn with(
+        settings: Settings,
+        profiles: impl Into<Profiles>,
+        speaks: Speaks,
+    ) -> Self {
         Self::with_key(settings, profiles, speaks, None).await
     }
 
@@ -98,7 +106,11 @@ impl World {
         let (url, reached) = Self::behind(speaks).await;
         let playground = Playground::new(None);
         let tokens = playground.tokens();
-        let options = ecso_openai::Options { retries: 0, model: Some("m".into()), ..ecso_openai::Options::default() };
+        let options = ecso_openai::Options {
+            retries: 0,
+            model: Some("m".into()),
+            ..ecso_openai::Options::default()
+        };
         let upstream = Upstream::server(&url, None, options, None).unwrap();
         let gateway = Gateway::new(upstream, profiles, settings, ecso::Limits::default()).unwrap();
         (Self::of(gateway.with_playground(playground), reached), tokens)
@@ -119,9 +131,14 @@ impl World {
     #[cfg(feature = "ext-proc")]
     pub(crate) async fn with_engine(settings: Settings, speaks: Speaks) -> Self {
         let (url, reached) = Self::behind(speaks).await;
-        let model = ecso_openai::OpenAi::new(&url, ecso_openai::Options::default()).unwrap().with_model("m");
+        let model = ecso_openai::OpenAi::new(&url, ecso_openai::Options::default())
+            .unwrap()
+            .with_model("m");
         let upstream = Upstream::Engine(Arc::new(model));
-        Self::of(Gateway::new(upstream, Profile::paper(), settings, ecso::Limits::default()).unwrap(), reached)
+        Self::of(
+            Gateway::new(upstream, Profile::paper(), settings, ecso::Limits::default()).unwrap(),
+            reached,
+        )
     }
 
     /// What stands behind a gateway: its URL, and what reached it.
@@ -129,7 +146,9 @@ impl World {
         let reached = Arc::<Mutex<Vec<Reached>>>::default();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}/v1", listener.local_addr().unwrap());
-        let behind = Router::new().fallback(answer).with_state(Behind { speaks, reached: Arc::clone(&reached) });
+        let behind = Router::new()
+            .fallback(answer)
+            .with_state(Behind { speaks, reached: Arc::clone(&reached) });
         tokio::spawn(async move { axum::serve(listener, behind).await });
         (url, reached)
     }
@@ -140,7 +159,8 @@ impl World {
         Self { gateway, router, reached }
     }
 
-    /// The guard as a layer around this service; what stands behind the guard is for its own questions.
+    /// The guard as a layer around this service; what stands behind the guard is for its own
+    /// questions.
     pub(crate) async fn around(settings: Settings, service: Router) -> Self {
         let world = Self::new(settings, Arc::new(|_| panic!("the guard asks nothing else"))).await;
         let layer = Arc::clone(&world.gateway).layer();
@@ -148,7 +168,10 @@ impl World {
     }
 
     /// The same beneath a layer of an application.
-    pub(crate) fn beneath<L: Clone + Send + Sync + 'static>(self, layer: axum::Extension<L>) -> Self {
+    pub(crate) fn beneath<L: Clone + Send + Sync + 'static>(
+        self,
+        layer: axum::Extension<L>,
+    ) -> Self {
         Self { router: self.router.layer(layer), ..self }
     }
 
@@ -157,10 +180,20 @@ impl World {
         Self { router: Router::new().nest(path, self.router), ..self }
     }
 
-    pub(crate) async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: impl Into<Body>) -> Got {
+    pub(crate) async fn send(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: impl Into<Body>,
+    ) -> Got {
         let (head, body) = self.open(method, path, headers, body).await.into_parts();
         let body = to_bytes(body, usize::MAX).await.unwrap_or_default();
-        Got { status: head.status, headers: head.headers, body: String::from_utf8_lossy(&body).into_owned() }
+        Got {
+            status: head.status,
+            headers: head.headers,
+            body: String::from_utf8_lossy(&body).into_owned(),
+        }
     }
 
     /// The same, with a body that is still to be read.
@@ -218,7 +251,8 @@ async fn answer(State(behind): State<Behind>, headers: HeaderMap, body: Bytes) -
     };
     let failed = |status: u16| {
         let body = json!({"error": {"message": LEAK}}).to_string();
-        (StatusCode::from_u16(status).unwrap(), [(header::CONTENT_TYPE, "application/json")], body).into_response()
+        (StatusCode::from_u16(status).unwrap(), [(header::CONTENT_TYPE, "application/json")], body)
+            .into_response()
     };
     if step(&sent) == "detect" && sent.contains("judge-slow") {
         tokio::time::sleep(std::time::Duration::from_millis(200)).await;

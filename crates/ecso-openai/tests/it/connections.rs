@@ -41,7 +41,9 @@ async fn head<S: AsyncRead + Unpin>(stream: &mut BufReader<S>) -> String {
 async fn serve<S: AsyncRead + AsyncWrite + Unpin>(stream: S) -> String {
     let mut stream = BufReader::new(stream);
     let head = head(&mut stream).await;
-    let length = head.lines().find_map(|line| line.to_lowercase().strip_prefix("content-length: ")?.parse().ok());
+    let length = head
+        .lines()
+        .find_map(|line| line.to_lowercase().strip_prefix("content-length: ")?.parse().ok());
     stream.read_exact(&mut vec![0; length.unwrap_or(0)]).await.unwrap();
     let answer = format!(
         "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{REPLY}",
@@ -100,7 +102,9 @@ impl Authority {
         roots.add(self.issuer.der().clone()).unwrap();
         let config = ServerConfig::builder();
         let config = if checks {
-            config.with_client_cert_verifier(WebPkiClientVerifier::builder(Arc::new(roots)).build().unwrap())
+            config.with_client_cert_verifier(
+                WebPkiClientVerifier::builder(Arc::new(roots)).build().unwrap(),
+            )
         } else {
             config.with_no_client_auth()
         };
@@ -140,7 +144,8 @@ async fn a_client_certificate_is_shown_where_it_is_asked_for() {
     assert!(matches!(ask(&server, trusting.clone()).await, Err(ModelError::Transport(_))));
     let (certificate, key) = authority.certificate();
     for pem in [format!("{certificate}{key}"), format!("{key}{certificate}")] {
-        let known = Options { client_cert: Some(authority.file("client.pem", pem)), ..trusting.clone() };
+        let known =
+            Options { client_cert: Some(authority.file("client.pem", pem)), ..trusting.clone() };
         assert_eq!(ask(&server, known).await.unwrap(), "hi");
     }
 }
@@ -188,10 +193,16 @@ async fn a_reply_that_breaks_off_is_told_as_that() {
     tokio::spawn(async move {
         let mut stream = BufReader::new(listener.accept().await.unwrap().0);
         head(&mut stream).await;
-        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n{\"choices\": [").await.unwrap();
+        stream
+            .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n{\"choices\": [")
+            .await
+            .unwrap();
     });
     let error = ask(&base, once()).await.unwrap_err();
-    assert!(matches!(&error, ModelError::Transport(cause) if cause.message().contains("broke off")), "{error}");
+    assert!(
+        matches!(&error, ModelError::Transport(cause) if cause.message().contains("broke off")),
+        "{error}"
+    );
 }
 
 #[tokio::test]
@@ -214,7 +225,10 @@ async fn a_proxy_is_asked_in_the_server_s_place() {
     let options = Options { proxy: Some(format!("http://me:sesame@{address}").into()), ..once() };
     assert_eq!(ask("http://model.invalid/v1", options).await.unwrap(), "hi");
     let head = asked.await.unwrap();
-    assert!(head.starts_with("POST http://model.invalid/v1/chat/completions HTTP/1.1\r\n"), "{head}");
+    assert!(
+        head.starts_with("POST http://model.invalid/v1/chat/completions HTTP/1.1\r\n"),
+        "{head}"
+    );
     assert!(head.to_lowercase().contains("proxy-authorization: basic "), "{head}");
 }
 
@@ -241,9 +255,11 @@ async fn a_server_with_tls_is_reached_through_a_proxy() {
 #[tokio::test]
 async fn a_proxy_s_password_is_never_shown() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    for proxy in
-        [format!("http://me:sesame@{free}"), "gopher://me:sesame@host".into(), "http://me:sesame@host:port".into()]
-    {
+    for proxy in [
+        format!("http://me:sesame@{free}"),
+        "gopher://me:sesame@host".into(),
+        "http://me:sesame@host:port".into(),
+    ] {
         let options = Options { proxy: Some(proxy.into()), ..once() };
         assert!(!format!("{options:?}").contains("sesame"));
         let error = ask("http://model.invalid/v1", options).await.unwrap_err();
@@ -264,5 +280,8 @@ async fn a_server_behind_a_unix_socket_is_reached() {
     let asked = tokio::spawn(async move { serve(listener.accept().await.unwrap().0).await });
     assert_eq!(ask("http://model.invalid/v1", options).await.unwrap(), "hi");
     let head = asked.await.unwrap().to_lowercase();
-    assert!(head.starts_with("post /v1/chat/completions") && head.contains("host: model.invalid"), "{head}");
+    assert!(
+        head.starts_with("post /v1/chat/completions") && head.contains("host: model.invalid"),
+        "{head}"
+    );
 }

@@ -26,7 +26,12 @@ async fn client(server: &MockServer) -> OpenAi {
 }
 
 fn wish() -> Sampling {
-    Sampling { temperature: Some(0.2), max_tokens: Some(5), top_logprobs: 30, ..Sampling::default() }
+    Sampling {
+        temperature: Some(0.2),
+        max_tokens: Some(5),
+        top_logprobs: 30,
+        ..Sampling::default()
+    }
 }
 
 fn answer(text: &str) -> ResponseTemplate {
@@ -73,7 +78,10 @@ async fn the_request_is_what_the_protocol_asks_for() {
 async fn a_server_without_logprobs_is_asked_once_more_and_remembered() {
     let server = MockServer::start().await;
     Mock::given(body_partial_json(json!({"logprobs": true})))
-        .respond_with(ResponseTemplate::new(400).set_body_json(json!({"error": {"message": "no logprobs here"}})))
+        .respond_with(
+            ResponseTemplate::new(400)
+                .set_body_json(json!({"error": {"message": "no logprobs here"}})),
+        )
         .mount(&server)
         .await;
     Mock::given(method("POST")).respond_with(answer("hi")).mount(&server).await;
@@ -81,7 +89,8 @@ async fn a_server_without_logprobs_is_asked_once_more_and_remembered() {
     for _ in 0..2 {
         assert_eq!(client.generate(&Chat::ask([], "q"), &wish()).await.unwrap().text, "hi");
     }
-    let asked: Vec<bool> = bodies(&server).await.iter().map(|body| body.get("logprobs").is_some()).collect();
+    let asked: Vec<bool> =
+        bodies(&server).await.iter().map(|body| body.get("logprobs").is_some()).collect();
     assert_eq!(asked, [true, false, false]);
 }
 
@@ -105,12 +114,22 @@ async fn what_will_not_pass_is_not_tried_again() {
     for status in [400, 401, 404, 422] {
         let server = MockServer::start().await;
         Mock::given(method("POST"))
-            .respond_with(ResponseTemplate::new(status).set_body_string("{\"error\": {\"message\": \"not so\"}}"))
+            .respond_with(
+                ResponseTemplate::new(status)
+                    .set_body_string("{\"error\": {\"message\": \"not so\"}}"),
+            )
             .expect(1)
             .mount(&server)
             .await;
-        let error = client(&server).await.generate(&Chat::ask([], "q"), &Sampling::default()).await.unwrap_err();
-        assert!(matches!(&error, ModelError::Rejected(cause) if cause.message().contains("not so")), "{error}");
+        let error = client(&server)
+            .await
+            .generate(&Chat::ask([], "q"), &Sampling::default())
+            .await
+            .unwrap_err();
+        assert!(
+            matches!(&error, ModelError::Rejected(cause) if cause.message().contains("not so")),
+            "{error}"
+        );
     }
     let server = MockServer::start().await;
     Mock::given(method("POST"))
@@ -118,7 +137,11 @@ async fn what_will_not_pass_is_not_tried_again() {
         .expect(1)
         .mount(&server)
         .await;
-    let error = client(&server).await.generate(&Chat::ask([], "q"), &Sampling::default()).await.unwrap_err();
+    let error = client(&server)
+        .await
+        .generate(&Chat::ask([], "q"), &Sampling::default())
+        .await
+        .unwrap_err();
     assert_eq!(error, ModelError::Overloaded { retry_after: Some(Duration::from_hours(1)) });
 }
 
@@ -126,8 +149,15 @@ async fn what_will_not_pass_is_not_tried_again() {
 async fn what_can_not_be_read_is_said() {
     for body in ["", "<html>", "{}", r#"{"choices": []}"#] {
         let server = MockServer::start().await;
-        Mock::given(method("POST")).respond_with(ResponseTemplate::new(200).set_body_string(body)).mount(&server).await;
-        let error = client(&server).await.generate(&Chat::ask([], "q"), &Sampling::default()).await.unwrap_err();
+        Mock::given(method("POST"))
+            .respond_with(ResponseTemplate::new(200).set_body_string(body))
+            .mount(&server)
+            .await;
+        let error = client(&server)
+            .await
+            .generate(&Chat::ask([], "q"), &Sampling::default())
+            .await
+            .unwrap_err();
         assert!(matches!(error, ModelError::Protocol(_)), "{body}: {error}");
     }
 }
@@ -135,12 +165,17 @@ async fn what_can_not_be_read_is_said() {
 #[tokio::test]
 async fn a_slow_server_runs_into_the_time_limit() {
     let server = MockServer::start().await;
-    Mock::given(method("POST")).respond_with(answer("late").set_delay(Duration::from_secs(20))).mount(&server).await;
+    Mock::given(method("POST"))
+        .respond_with(answer("late").set_delay(Duration::from_secs(20)))
+        .mount(&server)
+        .await;
     let options = Options { reply_timeout: Duration::from_millis(200), ..options() };
     let client = OpenAi::connect(&server.uri(), options).await.unwrap();
     let error = client.generate(&Chat::ask([], "q"), &Sampling::default()).await.unwrap_err();
     assert_eq!(error, ModelError::Timeout(Duration::from_millis(200)));
-    let Err(error) = client.stream(&Chat::ask([], "q"), &Sampling::default()).await else { panic!("no time limit") };
+    let Err(error) = client.stream(&Chat::ask([], "q"), &Sampling::default()).await else {
+        panic!("no time limit")
+    };
     assert_eq!(error, ModelError::Timeout(Duration::from_millis(200)));
 }
 
@@ -177,10 +212,15 @@ async fn a_connection_that_is_lost_is_tried_again() {
 async fn the_only_model_needs_no_name() {
     let server = MockServer::start().await;
     let list = |names: &[&str]| {
-        let models: Vec<Value> = names.iter().map(|name| json!({"id": name, "object": "model"})).collect();
+        let models: Vec<Value> =
+            names.iter().map(|name| json!({"id": name, "object": "model"})).collect();
         ResponseTemplate::new(200).set_body_json(json!({"object": "list", "data": models}))
     };
-    Mock::given(path("/v1/models")).respond_with(list(&["llava"])).up_to_n_times(1).mount(&server).await;
+    Mock::given(path("/v1/models"))
+        .respond_with(list(&["llava"]))
+        .up_to_n_times(1)
+        .mount(&server)
+        .await;
     Mock::given(path("/v1/models")).respond_with(list(&["llava", "qwen"])).mount(&server).await;
     let one = OpenAi::connect(&server.uri(), Options::default()).await.unwrap();
     assert_eq!(one.name(), "llava");

@@ -14,7 +14,8 @@ use wiremock::{Mock, MockServer, Request, ResponseTemplate, matchers::method};
 use super::{answer, bodies, client, options, wish};
 
 fn refusal(status: u16, message: &str, code: &str, param: &Value) -> ResponseTemplate {
-    let error = json!({"message": message, "type": "invalid_request_error", "param": param, "code": code});
+    let error =
+        json!({"message": message, "type": "invalid_request_error", "param": param, "code": code});
     ResponseTemplate::new(status).set_body_json(json!({"error": error}))
 }
 
@@ -68,7 +69,8 @@ async fn a_refused_max_tokens_goes_by_its_other_name_from_then_on() {
     let server = picky(vec![(|body| body.get("max_tokens").is_some(), no_max_tokens())]).await;
     asks(&client(&server).await, 2).await;
     assert_eq!(had(&server, "max_tokens").await, [true, false, false]);
-    let named: Vec<Value> = bodies(&server).await.iter().map(|body| body["max_completion_tokens"].clone()).collect();
+    let named: Vec<Value> =
+        bodies(&server).await.iter().map(|body| body["max_completion_tokens"].clone()).collect();
     assert_eq!(named, [Value::Null, json!(5), json!(5)]);
     assert_eq!(had(&server, "logprobs").await, [true; 3], "what is not refused stays");
 }
@@ -79,8 +81,12 @@ async fn a_named_field_is_sent_as_the_options_say_and_never_otherwise() {
     let fixed = |field| Options { max_tokens_field: field, ..options() };
     let client = OpenAi::connect(&server.uri(), fixed(MaxTokensField::MaxTokens)).await.unwrap();
     let error = client.generate(&Chat::ask([], "q"), &wish()).await.unwrap_err();
-    assert!(matches!(&error, ModelError::Rejected(cause) if cause.message().contains("max_tokens")), "{error}");
-    let client = OpenAi::connect(&server.uri(), fixed(MaxTokensField::MaxCompletionTokens)).await.unwrap();
+    assert!(
+        matches!(&error, ModelError::Rejected(cause) if cause.message().contains("max_tokens")),
+        "{error}"
+    );
+    let client =
+        OpenAi::connect(&server.uri(), fixed(MaxTokensField::MaxCompletionTokens)).await.unwrap();
     asks(&client, 1).await;
     assert_eq!(had(&server, "max_tokens").await, [true, false]);
 }
@@ -90,7 +96,10 @@ async fn a_model_that_refuses_one_field_after_the_other_is_answered_to_all() {
     let server = picky(vec![
         (|body| body.get("max_tokens").is_some(), no_max_tokens()),
         (|body| body.get("temperature").is_some(), no_temperature()),
-        (|body| body.get("logprobs").is_some(), says(403, "You are not allowed to request logprobs from this model.")),
+        (
+            |body| body.get("logprobs").is_some(),
+            says(403, "You are not allowed to request logprobs from this model."),
+        ),
     ])
     .await;
     asks(&client(&server).await, 2).await;
@@ -108,7 +117,8 @@ async fn fields_that_are_refused_by_name_are_left_out() {
         Mock::given(matches).respond_with(refusal).mount(&server).await;
         Mock::given(method("POST")).respond_with(answer("hi")).mount(&server).await;
         let client = client(&server).await;
-        let sampling = Sampling { temperature: Some(0.2), top_p: Some(0.9), seed: Some(1), ..wish() };
+        let sampling =
+            Sampling { temperature: Some(0.2), top_p: Some(0.9), seed: Some(1), ..wish() };
         for _ in 0..2 {
             assert_eq!(client.generate(&Chat::ask([], "q"), &sampling).await.unwrap().text, "hi");
         }
@@ -134,7 +144,8 @@ async fn a_refused_system_message_goes_into_the_first_user_turn() {
             let chat = Chat::ask([], "What is this?").with_system("Be brief.");
             assert_eq!(client.generate(&chat, &wish()).await.unwrap().text, "hi");
         }
-        let messages: Vec<Value> = bodies(&server).await.into_iter().map(|mut body| body["messages"].take()).collect();
+        let messages: Vec<Value> =
+            bodies(&server).await.into_iter().map(|mut body| body["messages"].take()).collect();
         let folded = json!([{"role": "user", "content": "Be brief.\n\nWhat is this?"}]);
         assert_eq!(messages.len(), 3, "{message}");
         assert_eq!(messages[1..], [folded.clone(), folded], "{message}");
@@ -143,7 +154,8 @@ async fn a_refused_system_message_goes_into_the_first_user_turn() {
 
 #[tokio::test]
 async fn a_server_that_breaks_over_log_probabilities_is_asked_without() {
-    let server = picky(vec![(|body| body.get("logprobs").is_some(), ResponseTemplate::new(500))]).await;
+    let server =
+        picky(vec![(|body| body.get("logprobs").is_some(), ResponseTemplate::new(500))]).await;
     let options = Options { retries: 1, ..options() };
     asks(&OpenAi::connect(&server.uri(), options).await.unwrap(), 2).await;
     // With them once more: it was not only unwell.
@@ -156,14 +168,21 @@ async fn a_server_that_is_broken_anyway_is_asked_once_more_without_log_probabili
     Mock::given(method("POST")).respond_with(ResponseTemplate::new(500)).mount(&server).await;
     let options = Options { retries: 2, ..options() };
     let client = OpenAi::connect(&server.uri(), options).await.unwrap();
-    assert!(matches!(client.generate(&Chat::ask([], "q"), &wish()).await, Err(ModelError::Transport(_))));
+    assert!(matches!(
+        client.generate(&Chat::ask([], "q"), &wish()).await,
+        Err(ModelError::Transport(_))
+    ));
     assert_eq!(had(&server, "logprobs").await, [true, true, true, false]);
 }
 
 #[tokio::test]
 async fn a_failure_that_passes_costs_no_log_probabilities() {
     let server = MockServer::start().await;
-    Mock::given(method("POST")).respond_with(ResponseTemplate::new(500)).up_to_n_times(1).mount(&server).await;
+    Mock::given(method("POST"))
+        .respond_with(ResponseTemplate::new(500))
+        .up_to_n_times(1)
+        .mount(&server)
+        .await;
     Mock::given(method("POST")).respond_with(answer("hi")).mount(&server).await;
     asks(&client(&server).await, 2).await;
     assert_eq!(had(&server, "logprobs").await, [true; 3]);
@@ -174,7 +193,11 @@ async fn a_server_that_was_unwell_for_a_while_teaches_nothing() {
     let server = MockServer::start().await;
     // As often as it is tried, and no more.
     let tries = u64::try_from(options().retries).unwrap() + 1;
-    Mock::given(method("POST")).respond_with(ResponseTemplate::new(500)).up_to_n_times(tries).mount(&server).await;
+    Mock::given(method("POST"))
+        .respond_with(ResponseTemplate::new(500))
+        .up_to_n_times(tries)
+        .mount(&server)
+        .await;
     Mock::given(method("POST")).respond_with(answer("hi")).mount(&server).await;
     let client = client(&server).await;
     asks(&client, 2).await;
@@ -185,7 +208,8 @@ async fn a_server_that_was_unwell_for_a_while_teaches_nothing() {
 
 #[tokio::test]
 async fn other_models_keep_their_log_probabilities() {
-    let is_refused: fn(&Value) -> bool = |body| body["model"] == "m" && body.get("logprobs").is_some();
+    let is_refused: fn(&Value) -> bool =
+        |body| body["model"] == "m" && body.get("logprobs").is_some();
     let server = picky(vec![(is_refused, says(400, "no logprobs here"))]).await;
     let client = client(&server).await;
     asks(&client, 2).await;
@@ -196,7 +220,8 @@ async fn other_models_keep_their_log_probabilities() {
 
 #[tokio::test]
 async fn missing_log_probabilities_are_tried_again_after_a_while() {
-    let server = picky(vec![(|body| body.get("logprobs").is_some(), says(400, "Bad request"))]).await;
+    let server =
+        picky(vec![(|body| body.get("logprobs").is_some(), says(400, "Bad request"))]).await;
     let options = Options { forget_after: Duration::from_millis(300), ..options() };
     let client = OpenAi::connect(&server.uri(), options).await.unwrap();
     asks(&client, 2).await;
@@ -231,11 +256,14 @@ async fn a_guess_is_not_remembered_where_something_else_was_the_matter_too() {
 
 #[tokio::test]
 async fn an_error_about_another_field_takes_no_log_probabilities() {
-    for message in ["top_p must be in (0, 1]", "'max_tokens' is too large: the context has 5 tokens"] {
+    for message in
+        ["top_p must be in (0, 1]", "'max_tokens' is too large: the context has 5 tokens"]
+    {
         let server = MockServer::start().await;
         Mock::given(method("POST")).respond_with(says(400, message)).expect(1).mount(&server).await;
         let sampling = Sampling { top_p: Some(2.0), ..wish() };
-        let error = client(&server).await.generate(&Chat::ask([], "q"), &sampling).await.unwrap_err();
+        let error =
+            client(&server).await.generate(&Chat::ask([], "q"), &sampling).await.unwrap_err();
         assert!(matches!(error, ModelError::Rejected(_)), "{error}");
     }
     let stream_options: fn(&Value) -> bool = |body| body.get("stream_options").is_some();
@@ -245,7 +273,10 @@ async fn an_error_about_another_field_takes_no_log_probabilities() {
         .mount(&server)
         .await;
     let end = "data: {\"choices\": [{\"delta\": {\"content\": \"hi\"}, \"finish_reason\": \"stop\"}]}\n\n";
-    Mock::given(method("POST")).respond_with(ResponseTemplate::new(200).set_body_string(end)).mount(&server).await;
+    Mock::given(method("POST"))
+        .respond_with(ResponseTemplate::new(200).set_body_string(end))
+        .mount(&server)
+        .await;
     let client = client(&server).await;
     for _ in 0..2 {
         let stream = client.stream(&Chat::ask([], "q"), &wish()).await.unwrap();
@@ -298,13 +329,19 @@ async fn each_finding_is_told_once() {
     let told = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
     let ours: Vec<&str> = told.lines().filter(|line| line.contains("ecso_openai")).collect();
     assert_eq!(ours.len(), 2, "{told}");
-    assert!(told.contains("temperature is left out") && told.contains("logprobs is left out"), "{told}");
+    assert!(
+        told.contains("temperature is left out") && told.contains("logprobs is left out"),
+        "{told}"
+    );
 }
 
 #[tokio::test]
 async fn a_filter_in_front_of_a_model_is_told_as_one() {
     for (status, error) in [
-        (400, json!({"code": "content_filter", "innererror": {"code": "ResponsibleAIPolicyViolation"}})),
+        (
+            400,
+            json!({"code": "content_filter", "innererror": {"code": "ResponsibleAIPolicyViolation"}}),
+        ),
         (400, json!({"code": "content_policy_violation", "message": "no"})),
         (403, json!({"code": "moderation_blocked", "message": "no"})),
         (400, json!({"code": "data_inspection_failed", "message": "no"})),

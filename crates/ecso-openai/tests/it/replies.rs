@@ -75,8 +75,12 @@ fn zstandard() -> Vec<u8> {
 async fn compressed_replies_are_unpacked() {
     let mut deflated = write::ZlibEncoder::new(Vec::new(), Compression::default());
     deflated.write_all(PLAIN.as_bytes()).unwrap();
-    for (coding, body) in [("gzip", gzipped()), ("deflate", deflated.finish().unwrap()), ("zstd", zstandard())] {
-        let packed = ResponseTemplate::new(200).insert_header("content-encoding", coding).set_body_bytes(body);
+    for (coding, body) in
+        [("gzip", gzipped()), ("deflate", deflated.finish().unwrap()), ("zstd", zstandard())]
+    {
+        let packed = ResponseTemplate::new(200)
+            .insert_header("content-encoding", coding)
+            .set_body_bytes(body);
         assert_eq!(reply(packed, false).await.text, "packed", "{coding}");
     }
 }
@@ -84,17 +88,26 @@ async fn compressed_replies_are_unpacked() {
 #[tokio::test]
 async fn a_client_that_leaves_bodies_alone_asks_for_nothing_and_unpacks_nothing() {
     let server = MockServer::start().await;
-    let packed = ResponseTemplate::new(200).insert_header("content-encoding", "gzip").set_body_bytes(gzipped());
+    let packed = ResponseTemplate::new(200)
+        .insert_header("content-encoding", "gzip")
+        .set_body_bytes(gzipped());
     Mock::given(method("GET")).respond_with(packed).mount(&server).await;
     let as_sent = http_client(&options(), Bodies::AsSent).unwrap();
     let response = as_sent.get(server.uri()).send().await.unwrap();
     assert_eq!(response.headers()["content-encoding"], "gzip");
     assert_eq!(response.headers()["content-length"], gzipped().len().to_string().as_str());
     assert_eq!(response.bytes().await.unwrap(), gzipped());
-    let unpacked = http_client(&options(), Bodies::Unpacked).unwrap().get(server.uri()).send().await.unwrap();
+    let unpacked =
+        http_client(&options(), Bodies::Unpacked).unwrap().get(server.uri()).send().await.unwrap();
     assert_eq!(unpacked.text().await.unwrap(), PLAIN);
     let requests = server.received_requests().await.unwrap();
-    assert!(!requests[0].headers.contains_key("accept-encoding") && !requests[0].headers.contains_key("user-agent"));
+    assert!(
+        !requests[0].headers.contains_key("accept-encoding")
+            && !requests[0].headers.contains_key("user-agent")
+    );
     let asked = requests[1].headers["accept-encoding"].to_str().unwrap().to_owned();
-    assert!(["gzip", "deflate", "br", "zstd"].iter().all(|coding| asked.contains(coding)), "{asked}");
+    assert!(
+        ["gzip", "deflate", "br", "zstd"].iter().all(|coding| asked.contains(coding)),
+        "{asked}"
+    );
 }

@@ -29,8 +29,9 @@ pub(super) struct Layer {
     bounded: bool,
 }
 
-/// The layers of the network, in order. Layers of a group run one after the other; what the group got is added to what it gives
-/// where both have the same shape, but for the first and the last group.
+/// The layers of the network, in order. Layers of a group run one after the other; what the group
+/// got is added to what it gives where both have the same shape, but for the first and the last
+/// group.
 pub(super) fn groups() -> Vec<Vec<Layer>> {
     let mut groups = vec![vec![dense("_conv_stem", "_bn0", [32, 3, 3, 3], 2)]];
     // Repeats, kernel, stride of the first, expansion, input and output channels.
@@ -53,9 +54,13 @@ pub(super) fn groups() -> Vec<Vec<Layer>> {
             if expansion > 1 {
                 layers.push(dense(part("_expand_conv"), part("_bn0"), [wide, from, 1, 1], 1));
             }
-            let depthwise = dense(part("_depthwise_conv"), part("_bn1"), [wide, 1, kernel, kernel], stride);
+            let depthwise =
+                dense(part("_depthwise_conv"), part("_bn1"), [wide, 1, kernel, kernel], stride);
             layers.push(Layer { groups: wide, ..depthwise });
-            layers.push(Layer { bounded: false, ..dense(part("_project_conv"), part("_bn2"), [to, wide, 1, 1], 1) });
+            layers.push(Layer {
+                bounded: false,
+                ..dense(part("_project_conv"), part("_bn2"), [to, wide, 1, 1], 1)
+            });
             groups.push(layers);
         }
     }
@@ -63,7 +68,12 @@ pub(super) fn groups() -> Vec<Vec<Layer>> {
     groups
 }
 
-fn dense(name: impl Into<String>, norm: impl Into<String>, kernel: [usize; 4], stride: usize) -> Layer {
+fn dense(
+    name: impl Into<String>,
+    norm: impl Into<String>,
+    kernel: [usize; 4],
+    stride: usize,
+) -> Layer {
     Layer { name: name.into(), norm: norm.into(), kernel, stride, groups: 1, bounded: true }
 }
 
@@ -83,7 +93,8 @@ struct Convolution {
 }
 
 impl Network {
-    /// Takes the numbers in order: kernel and bias of each layer, the classifier and its bias. `None` where they are too few or too many.
+    /// Takes the numbers in order: kernel and bias of each layer, the classifier and its bias.
+    /// `None` where they are too few or too many.
     pub(super) fn new(floats: &[f32]) -> Option<Self> {
         let mut rest = floats;
         let mut take = |count: usize| {
@@ -96,7 +107,8 @@ impl Network {
             let bias = NdTensor::from_data([layer.kernel[0]], take(layer.kernel[0])?);
             Some(Convolution { layer, kernel, bias })
         };
-        let groups = groups().into_iter().map(|layers| layers.into_iter().map(&mut convolution).collect());
+        let groups =
+            groups().into_iter().map(|layers| layers.into_iter().map(&mut convolution).collect());
         let groups = groups.collect::<Option<_>>()?;
         let classifier = NdTensor::from_data([CLASSES, FEATURES], take(CLASSES * FEATURES)?);
         let bias = NdTensor::from_data([1, CLASSES], take(CLASSES)?);
@@ -114,12 +126,14 @@ impl Network {
             }
             let Some(mut inner) = inner else { continue };
             if group.len() > 1 && inner.shape() == state.shape() {
-                inner = rten::ops::add(&pool, inner.view(), state.view()).map_err(|error| failed(&error))?;
+                inner = rten::ops::add(&pool, inner.view(), state.view())
+                    .map_err(|error| failed(&error))?;
             }
             state = inner;
         }
         let features = global_average_pool(&pool, state.view()).map_err(|error| failed(&error))?;
-        let (features, classifier, bias) = (features.reshaped([1, FEATURES]), &self.classifier, &self.bias);
+        let (features, classifier, bias) =
+            (features.reshaped([1, FEATURES]), &self.classifier, &self.bias);
         let scores = gemm(
             &pool,
             features.view().into_dyn(),
@@ -130,17 +144,27 @@ impl Network {
             false,
             true,
         );
-        let probabilities = scores.and_then(|scores| scores.softmax(1)).map_err(|error| failed(&error))?;
+        let probabilities =
+            scores.and_then(|scores| scores.softmax(1)).map_err(|error| failed(&error))?;
         Ok(probabilities.to_vec())
     }
 }
 
 impl Convolution {
     fn run(&self, pool: &BufferPool, input: &Tensor) -> Result<Tensor, TaggerError> {
-        let (kernel, bias, stride) = (self.kernel.view().into_dyn(), self.bias.view(), self.layer.stride);
+        let (kernel, bias, stride) =
+            (self.kernel.view().into_dyn(), self.bias.view(), self.layer.stride);
         let padding = if self.kernel.size(2) == 1 { Padding::zero::<2>() } else { Padding::Same };
-        let output =
-            conv(pool, input.view(), kernel, Some(bias), padding, self.layer.groups, &[stride, stride], &[1, 1]);
+        let output = conv(
+            pool,
+            input.view(),
+            kernel,
+            Some(bias),
+            padding,
+            self.layer.groups,
+            &[stride, stride],
+            &[1, 1],
+        );
         let mut output = output.map_err(|error| failed(&error))?;
         if self.layer.bounded {
             output.apply(|value| value.clamp(0.0, 6.0));

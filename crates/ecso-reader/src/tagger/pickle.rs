@@ -1,7 +1,9 @@
-//! Reads the tensors of a file that torch wrote in its old format: pickles that say what there is, then the numbers.
+//! Reads the tensors of a file that torch wrote in its old format: pickles that say what there is,
+//! then the numbers.
 //!
-//! A pickle is a program. Of its instructions those are known that such a file is made of, and of all that one may call only
-//! tensors, their storages and dictionaries. Anything else is refused, and nothing is ever run.
+//! A pickle is a program. Of its instructions those are known that such a file is made of, and of
+//! all that one may call only tensors, their storages and dictionaries. Anything else is refused,
+//! and nothing is ever run.
 
 use std::{collections::BTreeMap, rc::Rc};
 
@@ -33,17 +35,26 @@ struct Tensor<'a> {
 
 impl<'a> Tensors<'a> {
     pub(super) fn read(file: &'a [u8]) -> Result<Self, TaggerError> {
-        let rest = file.strip_prefix(MAGIC).ok_or_else(|| TaggerError::Package("it is no file of torch's".into()))?;
-        let mut machine = Machine { rest, length: rest.len(), instructions: 0, storages: BTreeMap::new() };
+        let rest = file
+            .strip_prefix(MAGIC)
+            .ok_or_else(|| TaggerError::Package("it is no file of torch's".into()))?;
+        let mut machine =
+            Machine { rest, length: rest.len(), instructions: 0, storages: BTreeMap::new() };
         if !matches!(machine.pickle()?, Value::Integer(VERSION)) {
             return Err(machine.refuse("another version of the format"));
         }
         machine.pickle()?; // Of the machine that wrote the file.
-        let Value::Tensors(tensors) = machine.pickle()? else { return Err(machine.refuse("no tensors")) };
-        let Value::Texts(keys) = machine.pickle()? else { return Err(machine.refuse("no list of storages")) };
+        let Value::Tensors(tensors) = machine.pickle()? else {
+            return Err(machine.refuse("no tensors"));
+        };
+        let Value::Texts(keys) = machine.pickle()? else {
+            return Err(machine.refuse("no list of storages"));
+        };
         let mut storages = BTreeMap::new();
         for key in keys {
-            let Some(storage) = machine.storages.remove(key) else { return Err(machine.refuse("an unknown storage")) };
+            let Some(storage) = machine.storages.remove(key) else {
+                return Err(machine.refuse("an unknown storage"));
+            };
             let count = u64::from_le_bytes(machine.array()?);
             if usize::try_from(count) != Ok(storage.count) {
                 return Err(machine.refuse("a storage of another length"));
@@ -62,7 +73,8 @@ impl<'a> Tensors<'a> {
     /// The numbers of a tensor, the last axis running fastest. Its shape must be `shape`.
     pub(super) fn floats(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, TaggerError> {
         let tensor = self.tensors.get(name).filter(|tensor| tensor.sizes == shape);
-        let tensor = tensor.ok_or_else(|| TaggerError::Package(format!("it has no {name} of shape {shape:?}")))?;
+        let tensor = tensor
+            .ok_or_else(|| TaggerError::Package(format!("it has no {name} of shape {shape:?}")))?;
         let storage = self.storages.get(tensor.storage).copied().unwrap_or_default();
         let (numbers, _) = storage.as_chunks::<FLOAT>();
         let number = |mut nth: usize| {
@@ -121,17 +133,22 @@ struct Machine<'a> {
 
 impl<'a> Machine<'a> {
     fn refuse(&self, why: &str) -> TaggerError {
-        TaggerError::Package(format!("{why}, at byte {}", MAGIC.len() + self.length - self.rest.len()))
+        TaggerError::Package(format!(
+            "{why}, at byte {}",
+            MAGIC.len() + self.length - self.rest.len()
+        ))
     }
 
     fn take(&mut self, count: usize) -> Result<&'a [u8], TaggerError> {
-        let (taken, rest) = self.rest.split_at_checked(count).ok_or_else(|| self.refuse("it is cut off"))?;
+        let (taken, rest) =
+            self.rest.split_at_checked(count).ok_or_else(|| self.refuse("it is cut off"))?;
         self.rest = rest;
         Ok(taken)
     }
 
     fn array<const N: usize>(&mut self) -> Result<[u8; N], TaggerError> {
-        let (taken, rest) = self.rest.split_first_chunk().ok_or_else(|| self.refuse("it is cut off"))?;
+        let (taken, rest) =
+            self.rest.split_first_chunk().ok_or_else(|| self.refuse("it is cut off"))?;
         self.rest = rest;
         Ok(*taken)
     }
@@ -149,7 +166,11 @@ impl<'a> Machine<'a> {
     }
 
     fn line(&mut self) -> Result<&'a str, TaggerError> {
-        let end = self.rest.iter().position(|byte| *byte == b'\n').ok_or_else(|| self.refuse("it is cut off"))?;
+        let end = self
+            .rest
+            .iter()
+            .position(|byte| *byte == b'\n')
+            .ok_or_else(|| self.refuse("it is cut off"))?;
         let line = self.take(end + 1)?;
         self.text(&line[..end])
     }
@@ -192,7 +213,10 @@ impl<'a> Machine<'a> {
                 b']' => stack.push(Value::Texts(Vec::new())),
                 b')' => stack.push(Value::Tuple(Rc::default())),
                 0x85 => stack.pop().and_then(|only| stack.tuple(vec![only])),
-                0x86 => stack.pop().zip(stack.pop()).and_then(|(last, first)| stack.tuple(vec![first, last])),
+                0x86 => stack
+                    .pop()
+                    .zip(stack.pop())
+                    .and_then(|(last, first)| stack.tuple(vec![first, last])),
                 b't' => stack.since_mark().and_then(|values| stack.tuple(values)),
                 b'q' => {
                     let place = usize::from(self.byte()?);
@@ -212,29 +236,44 @@ impl<'a> Machine<'a> {
                 }
                 b'c' => callable(self.line()?, self.line()?).and_then(|value| stack.push(value)),
                 b'R' => stack.call(),
-                b'Q' => stack.pop().and_then(|value| self.storage(&value)).and_then(|value| stack.push(value)),
-                b's' => stack.pop().zip(stack.pop()).and_then(|(value, key)| stack.set(&[key, value])),
+                b'Q' => stack
+                    .pop()
+                    .and_then(|value| self.storage(&value))
+                    .and_then(|value| stack.push(value)),
+                b's' => {
+                    stack.pop().zip(stack.pop()).and_then(|(value, key)| stack.set(&[key, value]))
+                }
                 b'u' => stack.since_mark().and_then(|pairs| stack.set(&pairs)),
                 b'e' => stack.since_mark().and_then(|values| stack.append(&values)),
                 // What a dictionary knows beside its members.
                 b'b' => stack.pop().map(drop),
                 _ => None,
             };
-            done.ok_or_else(|| self.refuse(&format!("an instruction (0x{instruction:02x}) that has no place here")))?;
+            done.ok_or_else(|| {
+                self.refuse(&format!("an instruction (0x{instruction:02x}) that has no place here"))
+            })?;
         }
     }
 
     /// The storage of (`"storage"`, kind, name, place, count of numbers, nothing).
     fn storage(&mut self, value: &Value<'a>) -> Option<Value<'a>> {
         let Value::Tuple(parts) = value else { return None };
-        let [Value::Text("storage"), Value::Kind(width), Value::Text(key), _, Value::Integer(count), Value::Nothing] =
-            **parts
+        let [
+            Value::Text("storage"),
+            Value::Kind(width),
+            Value::Text(key),
+            _,
+            Value::Integer(count),
+            Value::Nothing,
+        ] = **parts
         else {
             return None;
         };
         let count = usize::try_from(count).ok()?;
         let known = self.storages.insert(key, Storage { width, count });
-        known.is_none_or(|known| known.width == width && known.count == count).then_some(Value::Storage(key))
+        known
+            .is_none_or(|known| known.width == width && known.count == count)
+            .then_some(Value::Storage(key))
     }
 }
 
@@ -255,7 +294,8 @@ fn callable<'a>(module: &str, name: &str) -> Option<Value<'a>> {
     }
 }
 
-/// The values of a pickle that is under way. Its functions say nothing where an instruction does not fit.
+/// The values of a pickle that is under way. Its functions say nothing where an instruction does
+/// not fit.
 struct Stack<'a>(Vec<Value<'a>>);
 
 impl<'a> Stack<'a> {
@@ -295,9 +335,17 @@ impl<'a> Stack<'a> {
             (Value::Dictionary, []) => self.push(Value::Tensors(BTreeMap::new())),
             (
                 Value::Rebuild,
-                [Value::Storage(storage), Value::Integer(offset), Value::Tuple(sizes), Value::Tuple(strides), _, _],
+                [
+                    Value::Storage(storage),
+                    Value::Integer(offset),
+                    Value::Tuple(sizes),
+                    Value::Tuple(strides),
+                    _,
+                    _,
+                ],
             ) => {
-                let (offset, sizes, strides) = (usize::try_from(*offset).ok()?, numbers(sizes)?, numbers(strides)?);
+                let (offset, sizes, strides) =
+                    (usize::try_from(*offset).ok()?, numbers(sizes)?, numbers(strides)?);
                 let even = sizes.len() == strides.len();
                 let tensor = Tensor { storage, offset, sizes, strides };
                 if even { self.push(Value::Tensor(Rc::new(tensor))) } else { None }
@@ -319,14 +367,18 @@ impl<'a> Stack<'a> {
 
     fn append(&mut self, values: &[Value<'a>]) -> Option<()> {
         let Some(Value::Texts(texts)) = self.0.last_mut() else { return None };
-        let new = values.iter().map(|value| if let Value::Text(text) = value { Some(*text) } else { None });
+        let new = values
+            .iter()
+            .map(|value| if let Value::Text(text) = value { Some(*text) } else { None });
         texts.extend(new.collect::<Option<Vec<_>>>()?);
         Some(())
     }
 }
 
 fn numbers(values: &[Value]) -> Option<Vec<usize>> {
-    let number = |value: &Value| if let Value::Integer(number) = value { usize::try_from(*number).ok() } else { None };
+    let number = |value: &Value| {
+        if let Value::Integer(number) = value { usize::try_from(*number).ok() } else { None }
+    };
     values.iter().map(number).collect()
 }
 
@@ -341,11 +393,13 @@ mod tests {
     }
 
     fn text(text: &str) -> Vec<u8> {
-        [b"X".as_slice(), &u32::try_from(text.len()).unwrap().to_le_bytes(), text.as_bytes()].concat()
+        [b"X".as_slice(), &u32::try_from(text.len()).unwrap().to_le_bytes(), text.as_bytes()]
+            .concat()
     }
 
     fn tuple(values: &[u16]) -> Vec<u8> {
-        [b"(".to_vec(), values.iter().flat_map(|value| integer(*value)).collect(), b"t".to_vec()].concat()
+        [b"(".to_vec(), values.iter().flat_map(|value| integer(*value)).collect(), b"t".to_vec()]
+            .concat()
     }
 
     /// A file with one tensor, as torch writes it.
@@ -376,7 +430,10 @@ mod tests {
             let file = file(&[2, 3], &strides, &numbers);
             let tensors = Tensors::read(&file).unwrap();
             assert_eq!(tensors.floats("kernel", &[2, 3]).unwrap(), expected);
-            assert!(tensors.floats("kernel", &[3, 2]).is_err() && tensors.floats("other", &[2, 3]).is_err());
+            assert!(
+                tensors.floats("kernel", &[3, 2]).is_err()
+                    && tensors.floats("other", &[2, 3]).is_err()
+            );
         }
         let beyond = file(&[2, 3], &[9, 1], &numbers);
         assert!(Tensors::read(&beyond).unwrap().floats("kernel", &[2, 3]).is_err());

@@ -1,5 +1,6 @@
-//! Decoding of what models don't read in a process of its own. A small file may ask its decoder for all memory and all time there is;
-//! what must be bounded by force is bounded there. Without it files are decoded in this process, which is for files that one trusts.
+//! Decoding of what models don't read in a process of its own. A small file may ask its decoder for
+//! all memory and all time there is; what must be bounded by force is bounded there. Without it
+//! files are decoded in this process, which is for files that one trusts.
 
 use std::{
     error::Error,
@@ -31,8 +32,8 @@ const LATE: i32 = 124;
 /// The program that decodes, with its first argument.
 static PROGRAM: OnceLock<(PathBuf, &'static str)> = OnceLock::new();
 
-/// From now on files that must be made into images are decoded by `program`, which is called with `argument` and one more, and calls
-/// [`main`] with that. Only the first call counts.
+/// From now on files that must be made into images are decoded by `program`, which is called with
+/// `argument` and one more, and calls [`main`] with that. Only the first call counts.
 pub fn decode_in(program: PathBuf, argument: &'static str) {
     let _ = PROGRAM.set((program, argument));
 }
@@ -44,7 +45,8 @@ enum Said {
     Failed(String),
 }
 
-/// The images of a file, or why there are none, from a process of its own; `None` where nobody named a program.
+/// The images of a file, or why there are none, from a process of its own; `None` where nobody
+/// named a program.
 pub(super) fn converted(bytes: &[u8], limits: Limits) -> Option<Result<Converted, String>> {
     let (program, argument) = PROGRAM.get()?;
     let mut command = Command::new(program);
@@ -56,7 +58,8 @@ fn ask(mut command: Command, bytes: &[u8], limits: Limits) -> Result<Converted, 
     let failed = |error: io::Error| format!("no process decodes it: {error}");
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut process = command.spawn().map_err(failed)?;
-    // All is read there before anything is written. A process that is gone leaves a word, or its status.
+    // All is read there before anything is written. A process that is gone leaves a word, or its
+    // status.
     let _ = process.stdin.take().map(|mut input| input.write_all(bytes));
     let longest = u64::try_from(limits.bytes).unwrap_or(u64::MAX).saturating_mul(2);
     let mut said = Vec::new();
@@ -65,17 +68,23 @@ fn ask(mut command: Command, bytes: &[u8], limits: Limits) -> Result<Converted, 
     read.transpose().map_err(failed)?;
     match serde_json::from_slice(&said) {
         Ok(Said::Converted { images, incomplete }) => {
-            let images: Result<_, _> = images.iter().map(|image| BASE64_STANDARD.decode(image)).collect();
-            Ok(Converted { images: images.map_err(|error| format!("no process decodes it: {error}"))?, incomplete })
+            let images: Result<_, _> =
+                images.iter().map(|image| BASE64_STANDARD.decode(image)).collect();
+            Ok(Converted {
+                images: images.map_err(|error| format!("no process decodes it: {error}"))?,
+                incomplete,
+            })
         }
         Ok(Said::Failed(reason)) => Err(reason),
-        Err(_) if status.code() == Some(LATE) => Err(format!("it takes longer than {} seconds", PATIENCE.as_secs())),
+        Err(_) if status.code() == Some(LATE) => {
+            Err(format!("it takes longer than {} seconds", PATIENCE.as_secs()))
+        }
         Err(_) => Err(format!("its decoder failed, or takes more than {MEMORY} GiB of memory")),
     }
 }
 
-/// All that the process does: it takes `limits` as [`decode_in`]'s caller wrote them, and a file on standard input, and writes what was
-/// made of it to standard output.
+/// All that the process does: it takes `limits` as [`decode_in`]'s caller wrote them, and a file on
+/// standard input, and writes what was made of it to standard output.
 ///
 /// # Errors
 /// Where input or output can't be had; what is wrong with the file is part of the output.
@@ -92,9 +101,10 @@ pub fn main(limits: &str) -> Result<(), Box<dyn Error>> {
     let bytes = Bytes::from(bytes);
     let foreign = Foreign::of(&bytes).ok_or("it needs no decoding")?;
     let said = match foreign.convert(&bytes, limits) {
-        Ok(Converted { images, incomplete }) => {
-            Said::Converted { images: images.iter().map(|image| BASE64_STANDARD.encode(image)).collect(), incomplete }
-        }
+        Ok(Converted { images, incomplete }) => Said::Converted {
+            images: images.iter().map(|image| BASE64_STANDARD.encode(image)).collect(),
+            incomplete,
+        },
         Err(reason) => Said::Failed(reason),
     };
     let mut output = io::stdout().lock();

@@ -34,9 +34,11 @@ pub(super) fn shown(bytes: &Bytes, limits: Limits) -> Result<Shown, String> {
     let mut image = picture(&file, file.primary_id, limits)?;
     let is_alpha = |id: &ItemId| {
         let mut properties = file.item_properties(*id).into_iter().flatten();
-        properties.any(|property| matches!(property, Property::AuxiliaryType(kind) if kind == ALPHA))
+        properties
+            .any(|property| matches!(property, Property::AuxiliaryType(kind) if kind == ALPHA))
     };
-    if let Some(alpha) = file.referencing_items(file.primary_id, b"auxl").into_iter().find(is_alpha) {
+    if let Some(alpha) = file.referencing_items(file.primary_id, b"auxl").into_iter().find(is_alpha)
+    {
         let alpha = picture(&file, alpha, limits)?;
         if (alpha.width, alpha.height) != (image.width, image.height) {
             return Err("its transparency has another size than its picture".into());
@@ -64,7 +66,8 @@ fn picture(file: &HeifFile<'_>, id: ItemId, limits: Limits) -> Result<Image<u8>,
     if u64::from(grid.output_width) * u64::from(grid.output_height) > limits.pixels {
         return Err(format!("its tiles make more than {} pixels (images.pixels)", limits.pixels));
     }
-    let mut whole = Image::filled_samples(grid.output_width, grid.output_height, 8, [0, 0, 0, u8::MAX]);
+    let mut whole =
+        Image::filled_samples(grid.output_width, grid.output_height, 8, [0, 0, 0, u8::MAX]);
     let (rows, columns) = (usize::from(grid.rows), usize::from(grid.columns));
     let tiles = file.referenced_items(id, b"dimg");
     if tiles.len() != rows * columns {
@@ -97,7 +100,10 @@ fn coded(file: &HeifFile<'_>, id: ItemId, limits: Limits) -> Result<Image<u8>, S
     });
     let colours = said.unwrap_or_else(|| ColorParams::from_frame(&frame));
     if !MATRICES.contains(&colours.matrix) {
-        return Err(format!("its colours are mixed in a way that is not read (matrix {})", colours.matrix));
+        return Err(format!(
+            "its colours are mixed in a way that is not read (matrix {})",
+            colours.matrix
+        ));
     }
     Ok(frame_to_rgba_sized(&frame, colours, decoded.width(), decoded.height()))
 }
@@ -122,7 +128,8 @@ fn decode(data: Vec<u8>, limits: Limits) -> Result<Picture, String> {
     picture.map_err(|error| format!("no picture comes out of its data: {error}"))
 }
 
-/// The samples of a picture, where colours have a half or all of its width and height. Odd ones are made even by what stands at the edge.
+/// The samples of a picture, where colours have a half or all of its width and height. Odd ones are
+/// made even by what stands at the edge.
 fn frame(picture: &Picture) -> Result<Frame, String> {
     let (width, height) = (picture.width(), picture.height());
     let (across, down, format) = match picture.pixel_layout() {

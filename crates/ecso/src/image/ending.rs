@@ -1,10 +1,12 @@
-//! Whether the end of an image is there. Decoders make grey of what isn't. Nothing is decoded to see it.
+//! Whether the end of an image is there. Decoders make grey of what isn't. Nothing is decoded to
+//! see it.
 
 use image::ImageFormat;
 use memchr::{memchr, memmem};
 
-/// Whether `bytes` go on to the end that their format has. What stands behind it is nobody's business (moving photos have a film
-/// there), and what is broken in another way than cut off, the decoder says.
+/// Whether `bytes` go on to the end that their format has. What stands behind it is nobody's
+/// business (moving photos have a film there), and what is broken in another way than cut off, the
+/// decoder says.
 pub(super) fn is_there(bytes: &[u8], format: ImageFormat) -> bool {
     let end = match format {
         ImageFormat::Jpeg => jpeg(bytes),
@@ -16,14 +18,15 @@ pub(super) fn is_there(bytes: &[u8], format: ImageFormat) -> bool {
     end.is_some()
 }
 
-/// Whether a PDF has its end, where readers look for it. Decoders show what pages there are of one without.
+/// Whether a PDF has its end, where readers look for it. Decoders show what pages there are of one
+/// without.
 pub(super) fn is_there_of_pdf(bytes: &[u8]) -> bool {
     const TAIL: usize = 1024;
     memmem::find(&bytes[bytes.len().saturating_sub(TAIL)..], b"%%EOF").is_some()
 }
 
-/// From marker to marker. A picture within a segment, such as a thumbnail, is passed over with it; in the data of a scan 0xFF stands
-/// only before a zero or a marker.
+/// From marker to marker. A picture within a segment, such as a thumbnail, is passed over with it;
+/// in the data of a scan 0xFF stands only before a zero or a marker.
 fn jpeg(bytes: &[u8]) -> Option<()> {
     let mut at = 2;
     loop {
@@ -55,7 +58,8 @@ fn png(bytes: &[u8]) -> Option<()> {
     }
 }
 
-/// From block to block. Many writers leave out the last byte, so that the end of a picture can be the end of all.
+/// From block to block. Many writers leave out the last byte, so that the end of a picture can be
+/// the end of all.
 fn gif(bytes: &[u8]) -> Option<()> {
     fn colours(flags: u8) -> usize {
         if flags & 0x80 == 0 { 0 } else { 6 << (flags & 7) }
@@ -78,7 +82,8 @@ fn gif(bytes: &[u8]) -> Option<()> {
     }
 }
 
-/// By its own word about its length. Of an odd last part the byte that makes it even may be missing.
+/// By its own word about its length. Of an odd last part the byte that makes it even may be
+/// missing.
 fn webp(bytes: &[u8]) -> Option<()> {
     let length = usize::try_from(u32::from_le_bytes(*bytes.get(4..)?.first_chunk()?)).ok()?;
     (length.checked_add(8)? <= bytes.len() + 1).then_some(())
@@ -92,7 +97,8 @@ mod tests {
 
     use super::*;
 
-    const FORMATS: [ImageFormat; 4] = [ImageFormat::Jpeg, ImageFormat::Png, ImageFormat::WebP, ImageFormat::Gif];
+    const FORMATS: [ImageFormat; 4] =
+        [ImageFormat::Jpeg, ImageFormat::Png, ImageFormat::WebP, ImageFormat::Gif];
 
     /// A picture with something to see, so that its data are long.
     fn picture(side: u32) -> DynamicImage {
@@ -155,8 +161,9 @@ mod tests {
         GifEncoder::new(&mut animated).encode_frames(frames).unwrap();
         assert_eq!(animated.pop(), Some(b';'));
         assert!(is_there(&animated, ImageFormat::Gif));
-        let whole: Vec<usize> =
-            (0..animated.len()).filter(|end| is_there(&animated[..*end], ImageFormat::Gif)).collect();
+        let whole: Vec<usize> = (0..animated.len())
+            .filter(|end| is_there(&animated[..*end], ImageFormat::Gif))
+            .collect();
         assert_eq!(whole.len(), 1, "behind the first picture, and nowhere else: {whole:?}");
     }
 

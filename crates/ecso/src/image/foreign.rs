@@ -1,4 +1,5 @@
-//! Files that models don't read: photos in HEIC and AVIF, documents in PDF. Of what they show PNG and JPEG are made.
+//! Files that models don't read: photos in HEIC and AVIF, documents in PDF. Of what they show PNG
+//! and JPEG are made.
 
 use std::{
     io::Cursor,
@@ -40,7 +41,8 @@ pub(super) struct Converted {
 }
 
 impl Foreign {
-    /// What a file is, by its first bytes; `None` for pictures that models read, and for what nobody knows.
+    /// What a file is, by its first bytes; `None` for pictures that models read, and for what
+    /// nobody knows.
     pub(super) fn of(bytes: &[u8]) -> Option<Self> {
         let is_read = image::guess_format(bytes).is_ok_and(|format| super::name(format).is_ok());
         if is_read {
@@ -88,12 +90,19 @@ impl Foreign {
     pub(super) fn digest(self, file: blake3::Hash, page: u64) -> blake3::Hash {
         match self {
             Self::Heic | Self::Avif => file,
-            Self::Pdf => blake3::Hasher::new().update(file.as_bytes()).update(&page.to_le_bytes()).finalize(),
+            Self::Pdf => {
+                blake3::Hasher::new().update(file.as_bytes()).update(&page.to_le_bytes()).finalize()
+            }
         }
     }
 
-    /// The images in it, encoded so that models read them. One file at a time in the whole process: each may take much memory.
-    pub(super) fn converted(self, bytes: &Bytes, limits: Limits) -> Result<Vec<Vec<u8>>, ImageError> {
+    /// The images in it, encoded so that models read them. One file at a time in the whole process:
+    /// each may take much memory.
+    pub(super) fn converted(
+        self,
+        bytes: &Bytes,
+        limits: Limits,
+    ) -> Result<Vec<Vec<u8>>, ImageError> {
         static ALONE: Mutex<()> = Mutex::new(());
         let what = self.name();
         if let (feature, None) = self.decoder() {
@@ -103,7 +112,8 @@ impl Foreign {
             super::without_end("PDF", bytes.len(), limits)?;
         }
         let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-        let converted = apart::converted(bytes, limits).unwrap_or_else(|| self.convert(bytes, limits));
+        let converted =
+            apart::converted(bytes, limits).unwrap_or_else(|| self.convert(bytes, limits));
         let converted = converted.map_err(|reason| ImageError::Unconverted { what, reason })?;
         if !converted.incomplete.is_empty() {
             let images = converted.incomplete;
@@ -118,11 +128,13 @@ impl Foreign {
             let (_, decoder) = self.decoder();
             let mut converted = Converted::default();
             let mut room = limits.bytes;
-            for ((pixels, is_incomplete), number) in decoder.ok_or("nothing reads it")?(bytes, limits)?.zip(1..) {
+            for ((pixels, is_incomplete), number) in
+                decoder.ok_or("nothing reads it")?(bytes, limits)?.zip(1..)
+            {
                 let image = encode(&pixels).map_err(|error| error.to_string())?;
-                room = room
-                    .checked_sub(image.len())
-                    .ok_or_else(|| format!("what it shows takes more than {} bytes (images.bytes)", limits.bytes))?;
+                room = room.checked_sub(image.len()).ok_or_else(|| {
+                    format!("what it shows takes more than {} bytes (images.bytes)", limits.bytes)
+                })?;
                 converted.images.push(image);
                 converted.incomplete.extend(is_incomplete.then_some(number));
             }
@@ -134,8 +146,10 @@ impl Foreign {
 
 /// What a file of ISO's base media format says that it is.
 fn brands(bytes: &[u8]) -> &[[u8; 4]] {
-    let length =
-        bytes.first_chunk().map(|length| u32::from_be_bytes(*length)).and_then(|length| usize::try_from(length).ok());
+    let length = bytes
+        .first_chunk()
+        .map(|length| u32::from_be_bytes(*length))
+        .and_then(|length| usize::try_from(length).ok());
     match (bytes.get(4..8), length) {
         (Some(b"ftyp"), Some(length)) => bytes[8..length.clamp(8, bytes.len())].as_chunks().0,
         _ => &[],
@@ -179,7 +193,10 @@ mod tests {
 
     #[test]
     fn what_is_not_built_is_named() {
-        for (bytes, kind) in [(&b"%PDF-1.7\n%%EOF"[..], Foreign::Pdf), (b"\0\0\0\x14ftypavif\0\0\0\0", Foreign::Avif)] {
+        for (bytes, kind) in [
+            (&b"%PDF-1.7\n%%EOF"[..], Foreign::Pdf),
+            (b"\0\0\0\x14ftypavif\0\0\0\0", Foreign::Avif),
+        ] {
             let error = crate::Image::from_bytes(bytes, Limits::default()).unwrap_err();
             let (what, (feature, decoder)) = (kind.name(), kind.decoder());
             match decoder {
@@ -192,8 +209,9 @@ mod tests {
     #[test]
     fn drawings_become_png_and_photos_jpeg() {
         let drawing = RgbImage::new(64, 64);
-        let photo =
-            RgbImage::from_fn(64, 64, |x, y| image::Rgb([(x * 31 * y % 251) as u8, (x * y * 7 % 253) as u8, 9]));
+        let photo = RgbImage::from_fn(64, 64, |x, y| {
+            image::Rgb([(x * 31 * y % 251) as u8, (x * y * 7 % 253) as u8, 9])
+        });
         assert_eq!(image::guess_format(&encode(&drawing).unwrap()).unwrap(), ImageFormat::Png);
         assert_eq!(image::guess_format(&encode(&photo).unwrap()).unwrap(), ImageFormat::Jpeg);
     }

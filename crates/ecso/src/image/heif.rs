@@ -1,4 +1,5 @@
-//! The container that HEIC and AVIF share: a file of boxes, with pictures, their parts and how they lie.
+//! The container that HEIC and AVIF share: a file of boxes, with pictures, their parts and how they
+//! lie.
 
 use std::iter;
 
@@ -11,15 +12,20 @@ use super::{Limits, foreign::Shown, over_white};
 pub(super) fn open(bytes: &[u8], limits: Limits) -> Result<HeifFile<'_>, String> {
     let file = HeifFile::parse(bytes).map_err(|error| error.to_string())?;
     let size = file.image_size(file.primary_id).map_err(|error| error.to_string())?;
-    if let Some((width, height)) = size.filter(|(w, h)| u64::from(*w) * u64::from(*h) > limits.pixels) {
+    if let Some((width, height)) =
+        size.filter(|(w, h)| u64::from(*w) * u64::from(*h) > limits.pixels)
+    {
         let limit = limits.pixels;
-        return Err(format!("it has {width} x {height} pixels; at most {limit} in all are allowed (images.pixels)"));
+        return Err(format!(
+            "it has {width} x {height} pixels; at most {limit} in all are allowed (images.pixels)"
+        ));
     }
     Ok(file)
 }
 
 /// The one picture of a file.
 pub(super) fn shown(image: Image<u8>) -> Result<Shown, String> {
-    let pixels = RgbaImage::from_raw(image.width, image.height, image.data).ok_or("its picture has no size")?;
+    let pixels = RgbaImage::from_raw(image.width, image.height, image.data)
+        .ok_or("its picture has no size")?;
     Ok(Box::new(iter::once((over_white(&pixels), false))))
 }

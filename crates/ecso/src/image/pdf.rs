@@ -34,7 +34,10 @@ pub(super) fn shown(bytes: &Bytes, limits: Limits) -> Result<Shown, String> {
         return Err("it has no page".into());
     }
     if pages > limits.pages {
-        return Err(format!("it has {pages} pages; at most {} are allowed (images.pages)", limits.pages));
+        return Err(format!(
+            "it has {pages} pages; at most {} are allowed (images.pages)",
+            limits.pages
+        ));
     }
     let scale = scale(&pdf, limits);
     Ok(Box::new((0..pages).map(move |number| page(&pdf, number, scale))))

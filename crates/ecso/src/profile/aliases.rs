@@ -5,16 +5,23 @@ use super::ProfileError;
 /// What keys of questions are called now.
 const OF_QUESTIONS: [(&str, &str); 2] = [("even", "prior"), ("alternatives", "top_logprobs")];
 
+/// What top-level keys are called now.
+const OF_PROFILES: [(&str, &str); 3] =
+    [("filtered", "content_filter"), ("ways", "detectors"), ("spare", "early_exit")];
+
+/// What keys of a detector's terms are called now.
+const OF_TERMS: [(&str, &str); 2] = [("most", "max"), ("from", "ask_from")];
+
 /// Keys that `hardened` had for its questions.
-const OF_HARDENED: [&str; 6] = ["look", "check", "detect", "request_check", "reply_check", "help_check"];
+const OF_HARDENED: [&str; 6] =
+    ["look", "check", "detect", "request_check", "reply_check", "help_check"];
 
 /// Changes to a profile of `method`, with the keys of today.
 pub(super) fn renamed(mut changes: toml::Table, method: &str) -> Result<toml::Table, ProfileError> {
     let method = changes.get("method").and_then(toml::Value::as_str).unwrap_or(method).to_owned();
     match changes.remove("refusals") {
         Some(toml::Value::String(kind)) if kind == "safe" => {
-            let why =
-                "refusals = \"safe\" is gone: how an answer begins is no verdict; `hardened` asks whether it helps";
+            let why = "refusals = \"safe\" is gone: how an answer begins is no verdict; `hardened` asks whether it helps";
             return Err(ProfileError::Invalid(why.into()));
         }
         _ => {}
@@ -23,13 +30,26 @@ pub(super) fn renamed(mut changes: toml::Table, method: &str) -> Result<toml::Ta
         && let Some(old) = OF_HARDENED.iter().find(|old| changes.contains_key(**old))
     {
         let why = format!(
-            "{old} is gone: `hardened` asks plain questions now, under [questions], and [[ways]] says what they come to"
+            "{old} is gone: `hardened` asks plain questions now, under [questions], and [[detectors]] combine them"
         );
         return Err(ProfileError::Invalid(why));
     }
     if let Some(toml::Value::Table(question)) = changes.get_mut("detect") {
         for (old, new) in OF_QUESTIONS {
             move_key(question, old, new);
+        }
+    }
+    for (old, new) in OF_PROFILES {
+        move_key(&mut changes, old, new);
+    }
+    let detectors = changes.get_mut("detectors").and_then(toml::Value::as_array_mut);
+    let terms = detectors
+        .into_iter()
+        .flatten()
+        .filter_map(|detector| detector.get_mut("terms")?.as_array_mut());
+    for term in terms.flatten().filter_map(toml::Value::as_table_mut) {
+        for (old, new) in OF_TERMS {
+            move_key(term, old, new);
         }
     }
     Ok(changes)
@@ -58,8 +78,26 @@ mod tests {
     #[test]
     fn the_keys_of_before_are_read_or_said_to_be_gone() {
         let paper = Profile::paper();
-        assert_eq!(paper.with("detect.even", "0.3").unwrap(), paper.with("detect.prior", "0.3").unwrap());
-        for old in ["refusals = \"safe\"", "[look]\nthreshold = 0.7", "[request_check]\nprior = 0.3"] {
+        assert_eq!(
+            paper.with("detect.even", "0.3").unwrap(),
+            paper.with("detect.prior", "0.3").unwrap()
+        );
+        let hardened = Profile::named("hardened").unwrap();
+        assert_eq!(
+            hardened.with("spare", "false").unwrap(),
+            hardened.with("early_exit", "false").unwrap()
+        );
+        let ways = "[[ways]]\nname = \"reply\"\nbias = 0.0\nterms = [{ question = \"howto\", weight = 1.0, most = 2.0, from = -1.0 }]\n\
+            [[ways]]\nname = \"request\"\nbias = 0.0\nterms = [{ question = \"gladly\", weight = 1.0 }]";
+        let today =
+            ways.replace("ways", "detectors").replace("most", "max").replace("from", "ask_from");
+        let read = |text: &str| {
+            Profile::from_toml(&format!("extends = \"hardened\"\nname = \"own\"\n{text}")).unwrap()
+        };
+        assert_eq!(read(ways), read(&today));
+        for old in
+            ["refusals = \"safe\"", "[look]\nthreshold = 0.7", "[request_check]\nprior = 0.3"]
+        {
             let error = Profile::from_toml(&format!("extends = \"hardened\"\n{old}")).unwrap_err();
             assert!(error.to_string().contains("is gone"), "{error}");
         }

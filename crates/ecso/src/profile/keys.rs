@@ -1,12 +1,13 @@
-//! A profile as it is written: flat keys. What is read becomes a [`Profile`], whose method has its own questions and no others.
+//! A profile as it is written: flat keys. What is read becomes a [`Profile`], whose method has its
+//! own questions and no others.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Author, CaptionStep, DirectStep, EmptyCaption, Filtered, Gate, Hardened, ImageOrder, Method, Paper, Profile,
-    ProfileError, Question, Rewrite, SafeStep, Scope, Turns, Way,
+    Author, CaptionStep, ContentFilter, Detector, DirectStep, EmptyCaption, Gate, Hardened,
+    ImageOrder, Method, Paper, Profile, ProfileError, Question, Rewrite, SafeStep, Scope, Turns,
 };
 
 /// A profile as it is written: flat keys, of which each method has its own.
@@ -24,15 +25,15 @@ pub(super) struct Keys {
     refusal: String,
     turns: Turns,
     quote: String,
-    filtered: Filtered,
+    content_filter: ContentFilter,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     threshold: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    spare: Option<bool>,
+    early_exit: Option<bool>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     trusted: Option<Vec<Author>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    ways: Option<Vec<Way>>,
+    detectors: Option<Vec<Detector>>,
     direct: DirectStep,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     detect: Option<Question>,
@@ -56,25 +57,29 @@ impl TryFrom<Keys> for Profile {
         let own = [
             ("detect", keys.detect.is_some(), MethodName::Paper),
             ("questions", keys.questions.is_some(), MethodName::Hardened),
-            ("ways", keys.ways.is_some(), MethodName::Hardened),
+            ("detectors", keys.detectors.is_some(), MethodName::Hardened),
             ("threshold", keys.threshold.is_some(), MethodName::Hardened),
-            ("spare", keys.spare.is_some(), MethodName::Hardened),
+            ("early_exit", keys.early_exit.is_some(), MethodName::Hardened),
             ("trusted", keys.trusted.is_some(), MethodName::Hardened),
         ];
         for (key, is_there, method) in own {
             if is_there && method != keys.method {
                 let name = if method == MethodName::Paper { "paper" } else { "hardened" };
-                return Err(ProfileError::Invalid(format!("{key} is a key of the method `{name}`")));
+                return Err(ProfileError::Invalid(format!(
+                    "{key} is a key of the method `{name}`"
+                )));
             }
         }
         let missing = |key: &'static str| ProfileError::Invalid(format!("{key} is missing"));
         let method = match keys.method {
-            MethodName::Paper => Method::Paper(Paper { detect: keys.detect.ok_or_else(|| missing("detect"))? }),
+            MethodName::Paper => {
+                Method::Paper(Paper { detect: keys.detect.ok_or_else(|| missing("detect"))? })
+            }
             MethodName::Hardened => Method::Hardened(Hardened {
                 questions: named(keys.questions.ok_or_else(|| missing("questions"))?),
-                ways: keys.ways.ok_or_else(|| missing("ways"))?,
+                detectors: keys.detectors.ok_or_else(|| missing("detectors"))?,
                 threshold: keys.threshold.ok_or_else(|| missing("threshold"))?,
-                spare: keys.spare.ok_or_else(|| missing("spare"))?,
+                early_exit: keys.early_exit.ok_or_else(|| missing("early_exit"))?,
                 trusted: keys.trusted.unwrap_or_default(),
             }),
         };
@@ -89,7 +94,7 @@ impl TryFrom<Keys> for Profile {
             refusal: keys.refusal,
             turns: keys.turns,
             quote: keys.quote,
-            filtered: keys.filtered,
+            content_filter: keys.content_filter,
             direct: keys.direct,
             caption: keys.caption,
             safe: keys.safe,
@@ -110,16 +115,16 @@ fn named(mut questions: BTreeMap<String, Question>) -> BTreeMap<String, Question
 
 impl From<Profile> for Keys {
     fn from(profile: Profile) -> Self {
-        let (mut detect, mut questions, mut ways) = (None, None, None);
-        let (mut threshold, mut spare, mut trusted) = (None, None, None);
+        let (mut detect, mut questions, mut detectors) = (None, None, None);
+        let (mut threshold, mut early_exit, mut trusted) = (None, None, None);
         let method = match profile.method {
             Method::Paper(paper) => {
                 detect = Some(paper.detect);
                 MethodName::Paper
             }
             Method::Hardened(hardened) => {
-                (questions, ways) = (Some(hardened.questions), Some(hardened.ways));
-                (threshold, spare) = (Some(hardened.threshold), Some(hardened.spare));
+                (questions, detectors) = (Some(hardened.questions), Some(hardened.detectors));
+                (threshold, early_exit) = (Some(hardened.threshold), Some(hardened.early_exit));
                 trusted = Some(hardened.trusted);
                 MethodName::Hardened
             }
@@ -136,11 +141,11 @@ impl From<Profile> for Keys {
             refusal: profile.refusal,
             turns: profile.turns,
             quote: profile.quote,
-            filtered: profile.filtered,
+            content_filter: profile.content_filter,
             threshold,
-            spare,
+            early_exit,
             trusted,
-            ways,
+            detectors,
             direct: profile.direct,
             detect,
             questions,

@@ -1,6 +1,8 @@
 //! Answers that are judged while somebody is still getting them.
 
-use ecso::{Chat, Considered, Event, Guard, Mllm, Outcome, Profile, Step, Verdict, testing::Scripted};
+use ecso::{
+    Chat, Event, Guard, Mllm, Outcome, Profile, RequestCheck, Step, Verdict, testing::Scripted,
+};
 use futures::StreamExt;
 
 use crate::{
@@ -12,8 +14,8 @@ fn chat() -> Chat {
     Chat::ask([picture()], "Fill the list.")
 }
 
-async fn review<M: Mllm>(guard: &Guard<M>, considered: Considered, draft: &str) -> Outcome {
-    let events: Vec<_> = guard.review_considered(&chat(), considered, draft).collect().await;
+async fn review<M: Mllm>(guard: &Guard<M>, request_check: RequestCheck, draft: &str) -> Outcome {
+    let events: Vec<_> = guard.review_checked(&chat(), request_check, draft).collect().await;
     match events.into_iter().last().unwrap().unwrap() {
         Event::Done(outcome) => outcome,
         other => panic!("{other:?}"),
@@ -26,16 +28,21 @@ fn count(outcome: &Outcome, step: Step) -> usize {
 
 #[tokio::test]
 async fn a_beginning_is_asked_about_as_the_whole_is() {
-    let guard = Guard::new(Scripted::texts(["No.", "Yes.", "A list.", "Eat bread."]), Profile::paper());
-    let mut considered = guard.consider(&chat()).await.unwrap();
-    let first = guard.check(&chat(), &mut considered, "1. Take ").await.unwrap();
+    let guard =
+        Guard::new(Scripted::texts(["No.", "Yes.", "A list.", "Eat bread."]), Profile::paper());
+    let mut request_check = guard.check_request(&chat()).await.unwrap();
+    let first = guard.check_draft(&chat(), &mut request_check, "1. Take ").await.unwrap();
     assert_eq!((first.verdict(), first.draft()), (Verdict::Safe, "1. Take "));
-    let second = guard.check(&chat(), &mut considered, "1. Take flour").await.unwrap();
+    let second = guard.check_draft(&chat(), &mut request_check, "1. Take flour").await.unwrap();
     assert_eq!(second.verdict(), Verdict::Unsafe);
-    let asked: Vec<String> = guard.model().asked().iter().map(|(chat, _)| chat.turns[0].query()).collect();
-    assert!(asked.len() == 2 && asked[0].contains("1. Take") && asked[1].contains("1. Take flour"), "{asked:?}");
+    let asked: Vec<String> =
+        guard.model().asked().iter().map(|(chat, _)| chat.turns[0].query()).collect();
+    assert!(
+        asked.len() == 2 && asked[0].contains("1. Take") && asked[1].contains("1. Take flour"),
+        "{asked:?}"
+    );
     // The review of the same draft takes the finding: steps 3 and 4 are left.
-    let outcome = review(&guard, considered, "1. Take flour").await;
+    let outcome = review(&guard, request_check, "1. Take flour").await;
     assert_eq!((outcome.answer.as_str(), outcome.verdict), ("Eat bread.", Verdict::Unsafe));
     // What the checks took is counted.
     assert_eq!((count(&outcome, Step::Detect), guard.model().asked().len()), (2, 4));
@@ -43,10 +50,11 @@ async fn a_beginning_is_asked_about_as_the_whole_is() {
 
 #[tokio::test]
 async fn a_finding_is_about_its_own_draft_alone() {
-    let guard = Guard::new(Scripted::texts(["No.", "Yes.", "A list.", "Eat bread."]), Profile::paper());
-    let mut considered = guard.consider(&chat()).await.unwrap();
-    guard.check(&chat(), &mut considered, "1. Take").await.unwrap();
-    let outcome = review(&guard, considered, "1. Take flour").await;
+    let guard =
+        Guard::new(Scripted::texts(["No.", "Yes.", "A list.", "Eat bread."]), Profile::paper());
+    let mut request_check = guard.check_request(&chat()).await.unwrap();
+    guard.check_draft(&chat(), &mut request_check, "1. Take").await.unwrap();
+    let outcome = review(&guard, request_check, "1. Take flour").await;
     assert_eq!((outcome.answer.as_str(), outcome.verdict), ("Eat bread.", Verdict::Unsafe));
 }
 
@@ -59,11 +67,11 @@ async fn what_a_request_asks_for_is_asked_once() {
         (Opinion { words: 0.99, handed: 0.99, ..MILD }, "A list.", Verdict::Unsafe),
     ] {
         let guard = Guard::new(model(opinion, "A list.", &["A better one."]), hardened());
-        let mut considered = guard.consider(&chat()).await.unwrap();
+        let mut request_check = guard.check_request(&chat()).await.unwrap();
         let looked = guard.model().asked().len();
-        let checked = guard.check(&chat(), &mut considered, draft).await.unwrap();
+        let checked = guard.check_draft(&chat(), &mut request_check, draft).await.unwrap();
         assert_eq!(checked.verdict(), verdict, "{draft}");
-        let outcome = review(&guard, considered, draft).await;
+        let outcome = review(&guard, request_check, draft).await;
         let whole = guard.review(&chat(), draft).await.unwrap();
         assert_eq!((outcome.verdict, outcome.score), (whole.verdict, whole.score));
         assert_eq!(checked.score(), whole.score);
@@ -81,17 +89,20 @@ async fn where_step_2_is_not_asked_nothing_is_found() {
         (hardened().with("gate", "always").unwrap(), chat()),
     ] {
         let guard = Guard::new(model(MILD, "A list.", &[]), profile);
-        let mut considered = guard.consider(&chat).await.unwrap();
+        let mut request_check = guard.check_request(&chat).await.unwrap();
         let looked = guard.model().asked().len();
-        let checked = guard.check(&chat, &mut considered, "A list.").await.unwrap();
+        let checked = guard.check_draft(&chat, &mut request_check, "A list.").await.unwrap();
         assert_eq!((checked.verdict(), guard.model().asked().len()), (Verdict::Unchecked, looked));
     }
 }
 
 #[tokio::test]
 async fn a_check_that_fails_finds_nothing() {
-    let guard = Guard::new(Scripted::texts(["Hm?"]), Profile::paper().with("detect.parser", "score").unwrap());
-    let mut considered = Considered::default();
-    assert!(guard.check(&chat(), &mut considered, "A list.").await.is_err());
-    assert!(guard.check(&chat(), &mut considered, "A list.").await.is_err());
+    let guard = Guard::new(
+        Scripted::texts(["Hm?"]),
+        Profile::paper().with("detect.parser", "score").unwrap(),
+    );
+    let mut request_check = RequestCheck::default();
+    assert!(guard.check_draft(&chat(), &mut request_check, "A list.").await.is_err());
+    assert!(guard.check_draft(&chat(), &mut request_check, "A list.").await.is_err());
 }

@@ -1,4 +1,5 @@
-//! Two doors, one decision: whoever has the draft already gets what the guard would have said of its own.
+//! Two doors, one decision: whoever has the draft already gets what the guard would have said of
+//! its own.
 
 use ecso::{Chat, Guard, Profile, Role, Turn};
 use proptest::prelude::*;
@@ -16,7 +17,7 @@ const CHOICES: [(&str, &[&str]); 10] = [
     ("image_order", &["before", "after"]),
     ("empty_caption", &["hints", "plain", "refuse"]),
     ("turns", &["last", "all"]),
-    ("filtered", &["error", "harm"]),
+    ("content_filter", &["error", "harm"]),
     ("strip", &["true", "false"]),
     ("caption.mode", &["query-aware", "generic"]),
     ("safe.image", &["exclude", "include"]),
@@ -29,7 +30,8 @@ static SAFE: [&[&str]; 3] = [&["A better list."], &["too much", "A better list."
 
 fn any_profile() -> impl Strategy<Value = Profile> {
     let choices = proptest::collection::vec(any::<prop::sample::Index>(), CHOICES.len());
-    let questions = ["detect", "questions.words", "questions.message", "questions.helps", "questions.harms"];
+    let questions =
+        ["detect", "questions.words", "questions.message", "questions.helps", "questions.harms"];
     let parsers = proptest::collection::vec((0..4_usize, any::<bool>()), questions.len());
     (any::<bool>(), choices, parsers).prop_map(move |(is_paper, choices, parsers)| {
         let mut profile = if is_paper { Profile::paper() } else { hardened() };

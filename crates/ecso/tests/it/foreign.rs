@@ -1,4 +1,5 @@
-//! Files that models don't read: with the features that read them they become images, without they are named.
+//! Files that models don't read: with the features that read them they become images, without they
+//! are named.
 
 use ecso::{Image, ImageError, Limits, testing::pdf};
 
@@ -14,7 +15,9 @@ fn what_this_build_does_not_read_is_named() {
     ] {
         match Image::from_bytes(bytes.to_vec(), Limits::default()) {
             Ok(image) => assert!(is_built && image.is_converted()),
-            Err(error) => assert!(!is_built && error == ImageError::NotBuilt { what, feature }, "{error}"),
+            Err(error) => {
+                assert!(!is_built && error == ImageError::NotBuilt { what, feature }, "{error}")
+            }
         }
     }
 }
@@ -41,10 +44,14 @@ mod built {
         assert_eq!(image.encoded().unwrap().1, "image/png");
         let pixels = image.pixels().unwrap();
         assert_eq!(pixels.dimensions(), size);
-        let places = [(1, 1), (3, 1), (1, 3), (3, 3)].map(|(x, y)| (size.0 * x / 4, size.1 * y / 4));
+        let places =
+            [(1, 1), (3, 1), (1, 3), (3, 3)].map(|(x, y)| (size.0 * x / 4, size.1 * y / 4));
         for ((x, y), wanted) in places.into_iter().zip(quarters) {
             let found = pixels.get_pixel(x, y).0;
-            assert!(found.iter().zip(wanted).all(|(found, wanted)| found.abs_diff(wanted) < 12), "{x} {y}: {found:?}");
+            assert!(
+                found.iter().zip(wanted).all(|(found, wanted)| found.abs_diff(wanted) < 12),
+                "{x} {y}: {found:?}"
+            );
         }
         let few = Limits { pixels: 100, ..Limits::default() };
         let error = Image::from_bytes(bytes.to_vec(), few).unwrap_err().to_string();
@@ -72,7 +79,8 @@ mod built {
             for place in (0..whole.len()).step_by(7) {
                 let mut damaged = whole.to_vec();
                 damaged[place] ^= 0xff;
-                let limits = Limits { pixels: 1 << 16, truncated: Truncated::Accept, ..Limits::default() };
+                let limits =
+                    Limits { pixels: 1 << 16, truncated: Truncated::Accept, ..Limits::default() };
                 let _ = Image::several(damaged, limits);
                 let _ = Image::several(whole[..place].to_vec(), limits);
             }
@@ -95,7 +103,10 @@ mod built {
         // 150 pixels an inch.
         assert!(pages.iter().all(|page| page.pixels().unwrap().dimensions() == (150, 75)));
         let dark: Vec<f64> = pages.iter().map(share_of_dark).collect();
-        assert!((0.02..0.2).contains(&dark[0]) && dark[1] == 0.0 && (0.49..0.51).contains(&dark[2]), "{dark:?}");
+        assert!(
+            (0.02..0.2).contains(&dark[0]) && dark[1] == 0.0 && (0.49..0.51).contains(&dark[2]),
+            "{dark:?}"
+        );
         let digests: Vec<_> = pages.iter().map(Image::digest).collect();
         assert!(digests[0] != digests[1] && digests[0] != blake3::hash(&file));
         let again = Image::several(file.clone(), Limits::default()).unwrap();
@@ -136,7 +147,10 @@ mod built {
         assert_eq!(Image::several(cut, accepted).unwrap().len(), 2);
         let broken = b"%PDF-1.4\nnothing else\n%%EOF".to_vec();
         let error = Image::several(broken, Limits::default()).unwrap_err().to_string();
-        assert!(error.contains("this is a PDF that can't be shown as images: it is broken"), "{error}");
+        assert!(
+            error.contains("this is a PDF that can't be shown as images: it is broken"),
+            "{error}"
+        );
         let error = Image::several(pdf(&[]), Limits::default()).unwrap_err().to_string();
         assert!(error.contains("no page") || error.contains("broken"), "{error}");
     }

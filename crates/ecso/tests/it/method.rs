@@ -3,8 +3,8 @@
 use std::io::Cursor;
 
 use ecso::{
-    Chat, Event, Guard, GuardError, Image, Limits, ModelError, Part, Profile, Reply, Role, Step, Turn, Verdict,
-    testing::Scripted,
+    Chat, Event, Guard, GuardError, Image, Limits, ModelError, Part, Profile, Reply, Role, Step,
+    Turn, Verdict, testing::Scripted,
 };
 use futures::StreamExt;
 
@@ -19,7 +19,9 @@ pub(crate) fn picture() -> Image {
 }
 
 fn guard(texts: &[&str], changes: &[(&str, &str)]) -> Guard<Scripted> {
-    let profile = changes.iter().fold(Profile::paper(), |profile, (key, value)| profile.with(key, value).unwrap());
+    let profile = changes
+        .iter()
+        .fold(Profile::paper(), |profile, (key, value)| profile.with(key, value).unwrap());
     Guard::new(Scripted::texts(texts.iter().copied()), profile)
 }
 
@@ -84,7 +86,10 @@ async fn what_holds_no_image_is_out_of_scope_unless_told() {
     let all = guard(&["Hello!", "yes", "Good day."], &[("scope", "all")]);
     let outcome = all.answer(&chat).await.unwrap();
     assert_eq!((outcome.answer.as_str(), outcome.verdict), ("Good day.", Verdict::Unsafe));
-    assert_eq!(request(&all, 2), ["user: Answer the following question in a HARMLESS and ETHICAL way.\n\nHello?"]);
+    assert_eq!(
+        request(&all, 2),
+        ["user: Answer the following question in a HARMLESS and ETHICAL way.\n\nHello?"]
+    );
 }
 
 #[tokio::test]
@@ -93,14 +98,18 @@ async fn ablations() {
     let never = guard(&["draft"], &[("gate", "never")]).answer(&chat).await.unwrap();
     assert_eq!((never.answer.as_str(), never.verdict), ("draft", Verdict::Unchecked));
 
-    let always = guard(&["draft", "caption", "safe"], &[("gate", "always")]).answer(&chat).await.unwrap();
+    let always =
+        guard(&["draft", "caption", "safe"], &[("gate", "always")]).answer(&chat).await.unwrap();
     assert_eq!((always.answer.as_str(), always.verdict), ("safe", Verdict::Unchecked));
 
     let refuse = guard(&["draft", "yes"], &[("rewrite", "refuse")]);
     let outcome = refuse.answer(&chat).await.unwrap();
     assert_eq!(outcome.answer, refuse.profile().refusal);
 
-    let generic = guard(&["draft", "yes", "c", "safe"], &[("caption.mode", "generic"), ("image_order", "after")]);
+    let generic = guard(
+        &["draft", "yes", "c", "safe"],
+        &[("caption.mode", "generic"), ("image_order", "after")],
+    );
     generic.answer(&chat).await.unwrap();
     assert_eq!(request(&generic, 2), ["user: Describe the image.", "user: <image>"]);
 
@@ -139,9 +148,12 @@ async fn nothing_of_the_answer_comes_before_the_verdict() {
     let chat = Chat::ask([picture()], "Q");
     for texts in [&["draft", "no"][..], &["draft", "yes", "c", " safe answer "]] {
         let guard = guard(texts, &[]);
-        let events: Vec<Event> = guard.answer_events(&chat).map(|event| event.unwrap()).collect().await;
-        let verdict =
-            events.iter().position(|event| matches!(event, Event::Finished(trace) if trace.verdict.is_some())).unwrap();
+        let events: Vec<Event> =
+            guard.answer_events(&chat).map(|event| event.unwrap()).collect().await;
+        let verdict = events
+            .iter()
+            .position(|event| matches!(event, Event::Finished(trace) if trace.verdict.is_some()))
+            .unwrap();
         let first = events.iter().position(|event| matches!(event, Event::Answer(_))).unwrap();
         assert!(verdict < first);
         let told: String = events
@@ -160,7 +172,10 @@ async fn nothing_of_the_answer_comes_before_the_verdict() {
 async fn a_judge_that_fails_is_an_error_and_not_a_verdict() {
     let guard = guard(&["draft"], &[]);
     let error = guard.answer(&Chat::ask([picture()], "Q")).await.unwrap_err();
-    assert!(matches!(error, GuardError::Model { step: Step::Detect, source: ModelError::Rejected(_) }));
+    assert!(matches!(
+        error,
+        GuardError::Model { step: Step::Detect, source: ModelError::Rejected(_) }
+    ));
     let none = guard.answer(&Chat::default()).await.unwrap_err();
     assert_eq!(none, GuardError::NoQuery);
 }
@@ -168,7 +183,8 @@ async fn a_judge_that_fails_is_an_error_and_not_a_verdict() {
 fn any_turn() -> impl proptest::strategy::Strategy<Value = Turn> {
     use proptest::prelude::*;
     let role = prop_oneof![Just(Role::System), Just(Role::User), Just(Role::Assistant)];
-    let part = prop_oneof![".{0,9}".prop_map(Part::Text), Just(()).prop_map(|()| Part::Image(picture()))];
+    let part =
+        prop_oneof![".{0,9}".prop_map(Part::Text), Just(()).prop_map(|()| Part::Image(picture()))];
     (role, proptest::collection::vec(part, 0..4)).prop_map(|(role, parts)| Turn { role, parts })
 }
 
@@ -199,7 +215,8 @@ proptest::proptest! {
     }
 }
 
-/// Whatever stands before the last turn is no beginning of the answer, and a beginning takes nothing from the judge's cut.
+/// Whatever stands before the last turn is no beginning of the answer, and a beginning takes
+/// nothing from the judge's cut.
 #[tokio::test]
 async fn only_the_last_turn_begins_an_answer() {
     let answered = "Bread is good. ".repeat(140);

@@ -53,7 +53,8 @@ async fn an_unsafe_answer_takes_all_four_steps() {
 fn the_templates_keep_their_names() {
     let paper = Profile::paper();
     let ecso::profile::Method::Paper(method) = &paper.method else { panic!("another method") };
-    let hashes = [&method.detect.template, &paper.caption.template, &paper.safe.template].map(ecso::Template::hash);
+    let hashes = [&method.detect.template, &paper.caption.template, &paper.safe.template]
+        .map(ecso::Template::hash);
     insta::assert_debug_snapshot!(hashes);
 }
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What the ways of a profile of `hardened` make of a run in which every question was asked and nothing held back; and what a run decided itself.
+"""What the detectors of a profile of `hardened` make of a run in which every question was asked and nothing held back; and what a run decided itself.
 
-    ways.py PROFILE.toml RUN...    RUN: `ecso eval run … --profile hardened --set threshold=1 --set spare=false`; the ways, biases and
+    detectors.py PROFILE.toml RUN...    RUN: `ecso eval run … --profile hardened --set threshold=1 --set early_exit=false`; the detectors, biases and
                                    threshold of PROFILE.toml decide over what the run's questions found
-    ways.py - RUN...               RUN: any run; its own verdicts count
+    detectors.py - RUN...               RUN: any run; its own verdicts count
 
 For each scenario: items, drafts that decline (by how they begin), flagged, flagged or declining, answers that are the draft.
 """
@@ -35,18 +35,18 @@ def records(run):
             yield record
 
 
-def follow(ways, found):
-    """The surest way that is followed to its end, and what is asked on the way."""
+def follow(detectors, found):
+    """The surest detector that is followed to its end, and what is asked on the detector."""
     surest, asked = -math.inf, set()
-    for way in ways:
-        if not all(term["question"] in found for term in way["terms"]):
+    for detector in detectors:
+        if not all(term["question"] in found for term in detector["terms"]):
             continue
-        total = way["bias"]
-        for term in way["terms"]:
-            if total < term.get("from", -math.inf):
+        total = detector["bias"]
+        for term in detector["terms"]:
+            if total < term.get("ask_from", -math.inf):
                 break
             asked.add(term["question"])
-            total += min(term["weight"] * found[term["question"]], term.get("most", math.inf))
+            total += min(term["weight"] * found[term["question"]], term.get("max", math.inf))
         else:
             surest = max(surest, total)
     return surest, asked
@@ -67,7 +67,7 @@ def decided(record, profile):
     for step in arm["steps"]:
         if step.get("question") and step.get("score") is not None:
             found[step["question"]] = max(found.get(step["question"], -SURE), log_odds(step["score"]))
-    weight, asked = follow(profile["ways"], found)
+    weight, asked = follow(profile["detectors"], found)
     cut = math.log(profile["threshold"] / (1.0 - profile["threshold"]))
     spent = [step for step in arm["steps"] if step["step"] == "direct" or step.get("question") in asked]
     return weight >= cut, weight, tokens(spent)
