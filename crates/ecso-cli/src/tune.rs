@@ -36,7 +36,7 @@ pub(crate) fn run(args: &TuneArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let settings = config::load(file, &args.model, &ProfileArgs::default())?;
     let profile = Profile::named("hardened")?;
     let Method::Hardened(method) = profile.method.clone() else {
-        anyhow::bail!("`hardened` has no ways")
+        anyhow::bail!("`hardened` has no detectors")
     };
     // Everything is asked, and nothing is held back.
     let open =
