@@ -113,7 +113,7 @@ impl Item {
                     ImageError::File { path: table.to_path_buf(), reason }
                 };
                 let bytes = parquet::image(table, *row).map_err(failed)?;
-                Image::several(bytes, limits).map_err(|error| failed(Cause::of(error)))
+                Image::several(bytes, limits).map_err(|error| failed(Cause::from_error(error)))
             }
         };
         let last = (Role::User, &self.query, &self.images);

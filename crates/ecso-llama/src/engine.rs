@@ -96,7 +96,7 @@ impl Llama {
         let thread = std::thread::Builder::new()
             .name("llama".into())
             .spawn(move || serve(&path, options, ready, &inbox))
-            .map_err(|error| ModelError::Transport(Cause::of(error)))?;
+            .map_err(|error| ModelError::Transport(Cause::from_error(error)))?;
         // From here on the handle owns the thread: if this future is dropped, the thread ends.
         let llama = Self { name, jobs: Some(jobs), thread: Some(thread) };
         loaded.await.unwrap_or_else(|_| Err(gone()))?;
@@ -408,7 +408,8 @@ impl<'m> Engine<'m> {
         first: bool,
         prompt: &mut Prompt,
     ) -> Result<(), ModelError> {
-        let pixels = image.pixels().map_err(|error| ModelError::Rejected(Cause::of(error)))?;
+        let pixels =
+            image.pixels().map_err(|error| ModelError::Rejected(Cause::from_error(error)))?;
         let bitmap = MtmdBitmap::from_image_data(pixels.width(), pixels.height(), pixels.as_raw())
             .map_err(|error| failed("an image", &error))?;
         let text = MtmdInputText {

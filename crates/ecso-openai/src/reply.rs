@@ -216,7 +216,7 @@ fn failure(body: &Value) -> Result<(), ModelError> {
 /// A server's list of models: their names, and what it says of each.
 pub(crate) fn models(body: &[u8]) -> Result<Vec<(String, Value)>, ModelError> {
     let mut list: Value = lenient::parse(&String::from_utf8_lossy(body))
-        .map_err(|error| ModelError::Protocol(Cause::of(error)))?;
+        .map_err(|error| ModelError::Protocol(Cause::from_error(error)))?;
     let models = match list.get_mut("data") {
         Some(models) => models.take(),
         None => list,

@@ -78,15 +78,18 @@ impl<M: Mllm> Composed<M> {
         let (reader, tagger, image) =
             (Arc::clone(&self.reader), self.tagger.clone(), image.clone());
         let read = tokio::task::spawn_blocking(move || {
-            let pixels = image.pixels().map_err(|error| ModelError::Rejected(Cause::of(error)))?;
-            let page =
-                reader.read(pixels).map_err(|error| ModelError::Transport(Cause::of(error)))?;
+            let pixels =
+                image.pixels().map_err(|error| ModelError::Rejected(Cause::from_error(error)))?;
+            let page = reader
+                .read(pixels)
+                .map_err(|error| ModelError::Transport(Cause::from_error(error)))?;
             let tagger = tagger.filter(|_| page.part_of(pixels) < PAGE);
             let tags = tagger.map_or(Ok(Vec::new()), |tagger| tagger.tags(pixels));
-            let tags = tags.map_err(|error| ModelError::Transport(Cause::of(error)))?;
+            let tags = tags.map_err(|error| ModelError::Transport(Cause::from_error(error)))?;
             Ok(ImageText { words: page.text(), description: photograph(&tags) })
         });
-        let page = Arc::new(read.await.map_err(|error| ModelError::Transport(Cause::of(error)))??);
+        let page =
+            Arc::new(read.await.map_err(|error| ModelError::Transport(Cause::from_error(error)))??);
         self.pages.lock().unwrap_or_else(PoisonError::into_inner).put(digest, Arc::clone(&page));
         Ok(page)
     }

@@ -13,6 +13,7 @@
 //!
 //! Nothing here speaks HTTP or runs a model.
 
+pub mod calibration;
 mod chat;
 mod data_url;
 mod guard;
@@ -30,14 +31,15 @@ pub mod testing;
 mod trace;
 mod verdict;
 
+pub use calibration::{Calibration, CalibrationError};
 pub use chat::{BlindChat, Chat, Part, Role, Turn};
 pub use data_url::{decode_base64, decode_data_url, is_data_url};
-pub use guard::{CheckedDraft, Guard};
+pub use guard::{CheckedDraft, Guard, GuardBuilder};
 pub use image::{Image, ImageError, Limits, Truncated, apart};
 pub use memory::Memory;
 pub use mllm::{
     Cause, Delta, FinishReason, ImageText, Mllm, ModelError, Reply, ReplyStream, Sampling,
-    TopLogprob, Usage, chain, collect,
+    TopLogprob, Usage, collect, error_chain,
 };
 pub use pipeline::RequestCheck;
 pub use profile::{Profile, ProfileError};

@@ -484,6 +484,18 @@ impl Profile {
         Self::named("paper").expect("the built-in profile is valid")
     }
 
+    /// The default of the program `ecso`: request and reply are judged, and the answer of step 4
+    /// too. Its threshold and biases were fitted to the model `mini`; [`Profile::calibrated`] takes
+    /// those of another.
+    ///
+    /// # Panics
+    /// Never: the file is compiled in, and a test reads it.
+    #[must_use]
+    pub fn hardened() -> Self {
+        #[expect(clippy::expect_used, reason = "compiled in and tested")]
+        Self::named("hardened").expect("the built-in profile is valid")
+    }
+
     /// A built-in profile.
     pub fn named(name: &str) -> Result<Self, ProfileError> {
         from_table(built_in(name)?)
@@ -546,6 +558,13 @@ impl Profile {
     #[must_use]
     pub fn to_toml(&self) -> String {
         toml::to_string(self).unwrap_or_default()
+    }
+
+    /// What tells its text from those of others, in results and calibrations: the first 16
+    /// hexadecimal digits of the BLAKE3 of [`Profile::to_toml`].
+    #[must_use]
+    pub fn hash(&self) -> String {
+        blake3::hash(self.to_toml().as_bytes()).to_hex()[..16].to_owned()
     }
 
     pub(crate) fn stripped<'t>(&self, text: &'t str) -> &'t str {

@@ -142,7 +142,7 @@ const ROOM_TO_THINK: u32 = 4096;
 /// room for these. What a filter cut, or what is empty, is none.
 async fn asked(model: &dyn Mllm, chat: &Chat, sampling: Sampling) -> Result<Reply, Cause> {
     let ask = async |sampling: &Sampling| {
-        model.generate(chat, sampling).await.map_err(|error| told(Cause::of(error)))
+        model.generate(chat, sampling).await.map_err(|error| told(Cause::from_error(error)))
     };
     let mut reply = ask(&sampling).await?;
     if broke_off(&reply) {
