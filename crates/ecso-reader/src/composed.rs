@@ -7,7 +7,8 @@ use std::{
 
 use async_trait::async_trait;
 use ecso::{
-    Cause, Chat, Image, ImageText, Mllm, ModelError, Part, Reply, ReplyStream, Sampling, Turn,
+    Cause, Chat, Digest, Image, ImageText, Mllm, ModelError, Part, Reply, ReplyStream, Sampling,
+    Turn,
 };
 use lru::LruCache;
 
@@ -30,7 +31,7 @@ pub struct Composed<M> {
     tagger: Option<Arc<Tagger>>,
     model: M,
     name: String,
-    pages: Mutex<LruCache<blake3::Hash, Arc<ImageText>>>,
+    pages: Mutex<LruCache<Digest, Arc<ImageText>>>,
 }
 
 impl<M: Mllm> Composed<M> {

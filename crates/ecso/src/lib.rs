@@ -35,7 +35,7 @@ pub use calibration::{Calibration, CalibrationError};
 pub use chat::{BlindChat, Chat, Part, Role, Turn};
 pub use data_url::{decode_base64, decode_data_url, is_data_url};
 pub use guard::{CheckedDraft, Guard, GuardBuilder};
-pub use image::{Image, ImageError, Limits, Truncated, apart};
+pub use image::{Digest, Image, ImageError, Limits, Pixels, Truncated, apart};
 pub use memory::Memory;
 pub use mllm::{
     Cause, Delta, FinishReason, ImageText, Mllm, ModelError, Reply, ReplyStream, Sampling,
@@ -43,9 +43,10 @@ pub use mllm::{
 };
 pub use pipeline::RequestCheck;
 pub use profile::{Profile, ProfileError};
-pub use refusal::declines;
+pub use refusal::is_refusal;
 pub use template::Template;
 pub use trace::{Event, GuardError, Outcome, Step, Trace};
 pub use verdict::{
-    Asks, Parser, Verdict, bare, broke_off, harm_score, spoken, without_reasoning, yes_or_no,
+    Parser, Subject, Verdict, ended_before_answer, final_answer, harm_score, verdict_text,
+    without_reasoning, yes_or_no,
 };

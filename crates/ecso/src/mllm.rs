@@ -45,6 +45,7 @@ pub struct TopLogprob {
 /// Why a reply ended.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum FinishReason {
     /// The model was done.
     #[default]
@@ -88,6 +89,7 @@ pub struct Reply {
 
 /// What a reply under way brings next.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub enum Delta {
     /// The likeliest first tokens; comes at most once.
     FirstToken(Vec<TopLogprob>),

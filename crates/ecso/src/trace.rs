@@ -44,6 +44,7 @@ impl std::fmt::Display for Step {
 
 /// One call of the model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Trace {
     /// Which step it was.
     pub step: Step,
@@ -77,6 +78,7 @@ pub struct Trace {
 
 /// The end of a guarded answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Outcome {
     /// What may go out.
     pub answer: String,
