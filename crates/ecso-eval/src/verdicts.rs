@@ -197,16 +197,7 @@ mod tests {
 
     #[test]
     fn verdicts_that_miss_answers_repeat_or_come_from_several_are_told() {
-        let answered = Outcome {
-            answer: "a".into(),
-            verdict: Verdict::Unchecked,
-            score: None,
-            rewritten: false,
-            refused: false,
-            profile: UNGUARDED.into(),
-            model: "m".into(),
-            steps: Vec::new(),
-        };
+        let answered = Outcome::unchecked("a", UNGUARDED, "m");
         let record = ItemRecord {
             id: "1".into(),
             made_of: String::new(),

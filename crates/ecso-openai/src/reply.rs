@@ -111,7 +111,7 @@ fn says_something(delta: &Delta) -> bool {
     match delta {
         Delta::FirstToken(tokens) => !tokens.is_empty(),
         Delta::Reasoning(text) | Delta::Text(text) => !text.is_empty(),
-        Delta::End { .. } => true,
+        _ => true,
     }
 }
 
@@ -278,7 +278,7 @@ mod tests {
         let told = deltas.iter().map(|delta| match delta {
             Delta::FirstToken(tokens) => tokens[0].token.as_str(),
             Delta::Reasoning(text) | Delta::Text(text) => text,
-            Delta::End { .. } => "end",
+            _ => "end",
         });
         told.collect()
     }

@@ -42,10 +42,9 @@ pub struct TopLogprob {
     pub logprob: f32,
 }
 
-/// Why a reply ended.
+/// Why a reply ended. Exhaustive, so that a server translates every reason.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
-#[non_exhaustive]
 pub enum FinishReason {
     /// The model was done.
     #[default]

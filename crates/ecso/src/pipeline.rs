@@ -159,16 +159,8 @@ impl<'a> Pipeline<'a> {
         Given { draft, request_check: RequestCheck { findings, found, steps } }: Given,
         listener: mpsc::Sender<Result<Event, GuardError>>,
     ) -> Self {
-        let outcome = Outcome {
-            answer: String::new(),
-            verdict: Verdict::Unchecked,
-            score: None,
-            rewritten: false,
-            refused: false,
-            profile: profile.name.clone(),
-            model: model.name().to_owned(),
-            steps,
-        };
+        let mut outcome = Outcome::unchecked("", &profile.name, model.name());
+        outcome.steps = steps;
         let found =
             found.filter(|(about, _)| draft.as_ref() == Some(about)).map(|(_, found)| found);
         Self {

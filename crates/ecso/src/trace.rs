@@ -101,6 +101,26 @@ pub struct Outcome {
     pub steps: Vec<Trace>,
 }
 
+impl Outcome {
+    /// The outcome for an answer that was not judged.
+    pub fn unchecked(
+        answer: impl Into<String>,
+        profile: impl Into<String>,
+        model: impl Into<String>,
+    ) -> Self {
+        Self {
+            answer: answer.into(),
+            verdict: Verdict::Unchecked,
+            score: None,
+            rewritten: false,
+            refused: false,
+            profile: profile.into(),
+            model: model.into(),
+            steps: Vec::new(),
+        }
+    }
+}
+
 /// What a caller sees of the pipeline while it runs.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]

@@ -10,7 +10,7 @@ use crate::{
     refusal::is_refusal,
 };
 
-/// What was found about an answer.
+/// What was found about an answer. Exhaustive: these three are all there is to decide on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
