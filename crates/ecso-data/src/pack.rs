@@ -285,7 +285,7 @@ fn pictures(
         let found = found.map_err(|_| changed())?;
         if !found
             .iter()
-            .all(|image| digests.next().is_some_and(|digest| image.digest().to_hex() == digest))
+            .all(|image| digests.next().is_some_and(|digest| image.digest().to_hex() == *digest))
         {
             return Err(changed());
         }

@@ -190,7 +190,7 @@ impl FromIterator<Judgement> for Verdicts {
 
 #[cfg(test)]
 mod tests {
-    use ecso::{Outcome, Verdict};
+    use ecso::Outcome;
 
     use super::*;
     use crate::{item::Task, run::UNGUARDED};

@@ -19,6 +19,7 @@ const SMALLEST: f32 = 3.0;
 
 /// One line of text.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Line {
     /// What is written.
     pub text: String,

@@ -71,6 +71,7 @@ pub struct Reader {
 
 /// The text of one image.
 #[derive(Debug, Clone, Default, PartialEq)]
+#[non_exhaustive]
 pub struct Page {
     /// Its lines, row by row; a row holds the lines that stand beside each other.
     pub rows: Vec<Vec<Line>>,

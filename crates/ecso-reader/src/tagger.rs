@@ -94,6 +94,7 @@ pub struct Tagger {
 
 /// A class that a picture may be of.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Tag {
     /// Its name, in plain words.
     pub name: &'static str,

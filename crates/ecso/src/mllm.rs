@@ -219,8 +219,12 @@ impl<T: Into<String>> From<T> for Cause {
 /// left out.
 ///
 /// ```
-/// let error = ecso::Profile::from_toml("gate = 3").unwrap_err();
-/// assert!(ecso::error_chain(&error).contains("gate = 3"));
+/// use ecso::{Cause, ModelError, error_chain};
+///
+/// let cause = Cause::new("connection failed", std::io::Error::other("no route to host"));
+/// let error = ModelError::Transport(cause);
+/// let line = "the model can't be reached: connection failed: no route to host";
+/// assert_eq!(error_chain(&error), line);
 /// ```
 #[must_use]
 pub fn error_chain(error: &(dyn Error + 'static)) -> String {
