@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ecso::{GuardError, ImageError, ModelError, chain};
+use ecso::{GuardError, ImageError, ModelError, error_chain};
 use ecso_data::answers::{AnswersError, Kind};
 use pyo3::{prelude::*, types::PyDict};
 
@@ -65,7 +65,7 @@ impl Failure {
 
 impl From<ImageError> for Failure {
     fn from(error: ImageError) -> Self {
-        Self::image(chain(&error))
+        Self::image(error_chain(&error))
     }
 }
 
@@ -75,7 +75,7 @@ impl From<GuardError> for Failure {
             GuardError::Model { source, .. } => Some(source),
             _ => None,
         };
-        Self::of_kind(Kind::of(&error), chain(&error), source)
+        Self::of_kind(Kind::of(&error), error_chain(&error), source)
     }
 }
 
@@ -88,13 +88,13 @@ impl From<AnswersError> for Failure {
             AnswersError::Journal(error) if error.is_misuse() => "SettingsError",
             _ => "EcsoError",
         };
-        Self::new(exception, chain(&error))
+        Self::new(exception, error_chain(&error))
     }
 }
 
 impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Self {
-        let message = chain(error.as_ref());
+        let message = error_chain(error.as_ref());
         match error.downcast_ref::<ModelError>() {
             Some(source) => Self::of_kind(Kind::of_model(source), message, Some(source)),
             None if ecso_cli::library::is_misuse(&error) => Self::settings(message),

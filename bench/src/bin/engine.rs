@@ -262,11 +262,8 @@ async fn judge_and_report(folder: &Path, items: usize) -> anyhow::Result<()> {
     )?;
     let query = "What stands on the list? ".repeat(12) + "1";
     let guarded = guard.answer(&Chat::ask([image], &query)).await?;
-    let unguarded = ecso::Outcome {
-        profile: UNGUARDED.into(),
-        steps: guarded.steps[..1].to_vec(),
-        ..guarded.clone()
-    };
+    let mut unguarded = guarded.clone();
+    (unguarded.profile, unguarded.steps) = (UNGUARDED.into(), guarded.steps[..1].to_vec());
     let drawn = ItemRecord {
         id: String::new(),
         made_of: String::new(),

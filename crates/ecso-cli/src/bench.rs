@@ -141,7 +141,11 @@ impl Bench {
         let always: Vec<Profile> = self
             .profiles
             .iter()
-            .map(|profile| Profile { gate: Gate::Always, ..profile.clone() })
+            .map(|profile| {
+                let mut profile = profile.clone();
+                profile.gate = Gate::Always;
+                profile
+            })
             .collect();
         let forced: Vec<Way<'_>> =
             [Way::Unguarded].into_iter().chain(always.iter().map(Way::Guarded)).collect();

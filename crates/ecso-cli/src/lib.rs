@@ -108,7 +108,7 @@ fn run_as(program: Option<PathBuf>, arguments: impl IntoIterator<Item = OsString
     match run(cli) {
         Ok(()) => 0,
         Err(error) => {
-            say!("ecso: {}", ecso::chain(error.as_ref()));
+            say!("ecso: {}", ecso::error_chain(error.as_ref()));
             exit_code(&error)
         }
     }
@@ -155,7 +155,7 @@ struct UsageError(String);
 impl UsageError {
     /// That of an error, told with its causes.
     fn of(error: impl std::error::Error + 'static) -> Self {
-        Self(ecso::chain(&error))
+        Self(ecso::error_chain(&error))
     }
 }
 

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt, num::NonZero, path::Path};
 
 use anyhow::Context;
 use ecso::{
-    Image, Mllm, Profile,
+    Calibration, Image, Mllm, Profile,
     profile::{Method, Question},
 };
 use ecso_batch::{
@@ -20,7 +20,7 @@ use ecso_eval::{
 use serde::Serialize;
 
 use crate::{
-    calibration::{self, Stored},
+    calibration,
     cli::{ProfileArgs, TuneArgs},
     config,
     eval::write_whole,
@@ -34,7 +34,7 @@ const SET: &str = "pairs";
 
 pub(crate) fn run(args: &TuneArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let settings = config::load(file, &args.model, &ProfileArgs::default())?;
-    let profile = Profile::named("hardened")?;
+    let profile = Profile::hardened();
     let Method::Hardened(method) = profile.method.clone() else {
         anyhow::bail!("`hardened` has no detectors")
     };
@@ -135,31 +135,30 @@ fn finish(
     let page = tune::page(&header.model, method, &heard, lost, &fitted, args.false_alarms);
     let path = args.out.join("tune.md");
     write_whole(&path, &page).with_context(|| path.display().to_string())?;
-    let stored = Stored {
-        ecso: header.ecso.clone(),
-        model: header.model.clone(),
-        model_digest: header.model_digest.clone(),
-        profile: "hardened".into(),
-        profile_hash: calibration::hash(&Profile::named("hardened")?),
-        items: heard.len(),
-        biases: fitted.biases,
-        found: fitted.calibration,
-    };
+    let mut calibration = Calibration::new(
+        &Profile::hardened(),
+        &header.model,
+        &header.model_digest,
+        heard.len(),
+        fitted.biases,
+        fitted.fit,
+    );
+    calibration.ecso.clone_from(&header.ecso);
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&stored)?);
+        println!("{}", serde_json::to_string_pretty(&calibration)?);
     } else {
         println!("{page}");
     }
-    if let Some(fault) = stored.fault() {
+    if let Some(fault) = calibration::fault(&calibration) {
         say!("{}; {fault}", path.display());
         return Ok(());
     }
-    let kept = calibration::store(settings, &stored)?;
+    let kept = calibration::store(settings, &calibration)?;
     say!(
         "{}; kept in {}: `hardened` takes it for {} from now on",
         path.display(),
         kept.display(),
-        stored.model
+        calibration.model
     );
     Ok(())
 }

@@ -15,7 +15,7 @@ use arrow_array::RecordBatch;
 use arrow_schema::{ArrowError, SchemaRef};
 use ecso::{
     Cause, Guard, GuardError, Image, Limits, Mllm, ModelError, Outcome, Profile, Step, Verdict,
-    chain,
+    error_chain,
 };
 use ecso_batch::{
     Batch, Bounds, Sifted, entries,
@@ -354,7 +354,7 @@ impl Answering {
                 (Some(fetcher), picture) => picture.read(fetcher, self.limits).await,
                 (None, picture) => picture.here(self.limits).map_err(Into::into),
             };
-            images.push(read.map_err(|error| chain(&error))?);
+            images.push(read.map_err(|error| error_chain(&error))?);
         }
         Ok(images)
     }
@@ -451,7 +451,7 @@ impl Batch for Answering {
         };
         Ok(match outcome {
             Ok(outcome) => Answer::of(key, outcome, place),
-            Err(error) => Answer::failure(key, Kind::of(&error), &chain(&error), place),
+            Err(error) => Answer::failure(key, Kind::of(&error), &error_chain(&error), place),
         })
     }
 }

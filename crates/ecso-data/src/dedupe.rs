@@ -6,8 +6,10 @@ use std::{
     sync::Arc,
 };
 
+use bytes::Bytes;
 use ecso::Image;
 use gaoya::minhash::{MinHashIndex, MinHasher, MinHasher32};
+use image::{ImageBuffer, Rgb};
 use image_hasher::{HashAlg, Hasher, HasherConfig, ImageHash};
 use tokio::sync::SetOnce;
 
@@ -131,7 +133,11 @@ impl Marker {
     #[must_use]
     pub fn marks(&self, images: &[Image]) -> Vec<String> {
         let pixels = images.iter().filter_map(|image| image.pixels().ok());
-        pixels.map(|pixels| self.0.hash_image(pixels).to_base64()).collect()
+        let pixels = pixels.filter_map(|pixels| {
+            let (width, height) = pixels.dimensions();
+            ImageBuffer::<Rgb<u8>, Bytes>::from_raw(width, height, pixels.as_bytes().clone())
+        });
+        pixels.map(|pixels| self.0.hash_image(&pixels).to_base64()).collect()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, sync::LazyLock};
 
-use ecso::{Role, spoken};
+use ecso::{Role, final_answer};
 use regex_lite::Regex;
 use serde_json::{Value, json};
 
@@ -40,7 +40,7 @@ impl Turn {
 
     /// An answer, without the thoughts before it.
     fn answer(text: &str) -> Self {
-        Self::new(Role::Assistant, 0, spoken(text).unwrap_or_default())
+        Self::new(Role::Assistant, 0, final_answer(text).unwrap_or_default())
     }
 
     /// With a mark for each image, and `between` behind it.

@@ -4,8 +4,8 @@
 use std::{collections::HashSet, sync::Arc};
 
 use ecso::{
-    Chat, FinishReason, Guard, GuardError, Image, Mllm, Outcome, Profile, Step, Verdict, declines,
-    profile::Rewrite, spoken,
+    Chat, FinishReason, Guard, GuardError, Image, Mllm, Outcome, Profile, Step, Verdict,
+    final_answer, is_refusal, profile::Rewrite,
 };
 use serde::{Deserialize, Serialize};
 use unicode_segmentation::UnicodeSegmentation;
@@ -159,9 +159,9 @@ impl Maker {
         let outcome = self.guard.review(&chat, &draft).await?;
         cost.add(&outcome);
         let dropped = |reason| Made::Dropped { reason, of: None };
-        let said = spoken(&outcome.answer).unwrap_or_default();
-        let drafted = spoken(&draft).unwrap_or_default();
-        let refusal = declines(said);
+        let said = final_answer(&outcome.answer).unwrap_or_default();
+        let drafted = final_answer(&draft).unwrap_or_default();
+        let refusal = is_refusal(said);
         let made = match outcome.verdict {
             Verdict::Unchecked => dropped(Reason::OutOfScope),
             Verdict::Safe if draft_is_cut => dropped(Reason::Cut),

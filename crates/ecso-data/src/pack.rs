@@ -283,9 +283,10 @@ fn pictures(
             }
         };
         let found = found.map_err(|_| changed())?;
-        if !found.iter().all(|image| {
-            digests.next().is_some_and(|digest| image.digest().to_hex().as_str() == digest)
-        }) {
+        if !found
+            .iter()
+            .all(|image| digests.next().is_some_and(|digest| image.digest().to_hex() == *digest))
+        {
             return Err(changed());
         }
         images.push(found);

@@ -194,7 +194,7 @@ impl RowRecord {
 
     /// With the row's images, and its key.
     pub(crate) fn with(self, key: String, images: &[Image]) -> Self {
-        let images = images.iter().map(|image| image.digest().to_hex().to_string()).collect();
+        let images = images.iter().map(|image| image.digest().to_hex()).collect();
         Self { key, images, ..self }
     }
 

@@ -7,7 +7,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use ecso::{Chat, Image, ImageError, Limits, Part, Role, Turn};
+use ecso::{Cause, Chat, Image, ImageError, Limits, Part, Role, Turn};
 use ecso_openai::{FetchError, Fetcher};
 
 use crate::regular;
@@ -89,13 +89,14 @@ impl Picture {
             Self::Url(_) => Err(ImageError::NotFetched),
             Self::Bytes(bytes) => Image::several(bytes.clone(), limits),
             Self::File(path) => {
-                let failed = |reason| ImageError::File {
+                let failed = |cause| ImageError::File {
                     path: PathBuf::from(&*cut(&path.to_string_lossy())),
-                    reason,
+                    cause,
                 };
-                let bytes =
-                    regular::read(path, limits.bytes).map_err(|error| failed(error.to_string()))?;
-                Image::several(bytes, limits).map_err(|error| failed(error.to_string()))
+                let bytes = regular::read(path, limits.bytes)
+                    .map_err(|error| failed(Cause::new(error.to_string(), error)))?;
+                Image::several(bytes, limits)
+                    .map_err(|error| failed(Cause::new(error.to_string(), error)))
             }
         }
     }

@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use ecso::{Image, Limits, chain};
+use ecso::{Image, Limits, error_chain};
 use ecso_batch::{
     Batch, Bounds, Sifted,
     journal::{Entry, Journal, JournalError, Key, Saved},
@@ -237,7 +237,7 @@ impl Batch for Making {
                 let record = RowRecord { marks, ..record.with(row.key(&images), &images) };
                 Ok(Job { fate: Fate::of(row.number), row, images, record, repeated: Vec::new() })
             }
-            Err(error) => Err(RowRecord { error: Some(chain(&error)), ..record }),
+            Err(error) => Err(RowRecord { error: Some(error_chain(&error)), ..record }),
         }
     }
 
@@ -266,7 +266,9 @@ impl Batch for Making {
                 }
                 RowRecord { made: Some(made), cost, ..record }
             }
-            Err(error) => RowRecord { error: Some(cut(&chain(&error)).into_owned()), ..record },
+            Err(error) => {
+                RowRecord { error: Some(cut(&error_chain(&error)).into_owned()), ..record }
+            }
         })
     }
 

@@ -466,16 +466,7 @@ mod tests {
         task: Task,
         rulings: [Ruling; 2],
     ) -> (ItemRecord, [Ruling; 2]) {
-        let answered = |profile: &str| Outcome {
-            answer: "a".into(),
-            verdict: ecso::Verdict::Unchecked,
-            score: None,
-            rewritten: false,
-            refused: false,
-            profile: profile.into(),
-            model: "m".into(),
-            steps: Vec::new(),
-        };
+        let answered = |profile: &str| Outcome::unchecked("a", profile, "m");
         let record = ItemRecord {
             id: id.to_string(),
             scenario: "s".into(),

@@ -108,12 +108,12 @@ impl Item {
             Picture::File(path) => Image::open_several(path, limits),
             Picture::Described(text) => Ok(vec![Image::described(text.as_str())]),
             Picture::InParquet(table, row) => {
-                let failed = |reason: Cause| {
-                    let reason = format!("row {}: {reason}", row + 1);
-                    ImageError::File { path: table.to_path_buf(), reason }
+                let failed = |cause: Cause| {
+                    let cause = Cause::new(format!("row {}: {cause}", row + 1), cause);
+                    ImageError::File { path: table.to_path_buf(), cause }
                 };
                 let bytes = parquet::image(table, *row).map_err(failed)?;
-                Image::several(bytes, limits).map_err(|error| failed(Cause::of(error)))
+                Image::several(bytes, limits).map_err(|error| failed(Cause::from_error(error)))
             }
         };
         let last = (Role::User, &self.query, &self.images);

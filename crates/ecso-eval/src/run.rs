@@ -13,7 +13,7 @@ use std::{
 use async_trait::async_trait;
 use ecso::{
     Cause, Chat, Guard, GuardError, Image, ImageError, ImageText, Limits, Mllm, ModelError,
-    Outcome, Part, Profile, Reply, ReplyStream, Sampling, Step, Usage, chain, profile::Gate,
+    Outcome, Part, Profile, Reply, ReplyStream, Sampling, Step, Usage, error_chain, profile::Gate,
 };
 use ecso_batch::{
     Batch, Bounds, Sifted,
@@ -335,7 +335,7 @@ struct Unanswered {
 
 impl Unanswered {
     fn because(error: &(dyn std::error::Error + 'static)) -> Self {
-        Self { why: chain(error), is_filter: false }
+        Self { why: error_chain(error), is_filter: false }
     }
 }
 
@@ -343,7 +343,7 @@ impl From<GuardError> for Unanswered {
     fn from(error: GuardError) -> Self {
         let is_filter = matches!(&error, GuardError::Model { source: ModelError::Filtered(_), .. });
         // The model's words may quote the item.
-        Self { is_filter, why: cut(chain(&error)) }
+        Self { is_filter, why: cut(error_chain(&error)) }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Rates with intervals, paired tests, rankings.
 
+use ecso::calibration::Share;
 use serde::{Deserialize, Serialize};
 
 /// 97.5% quantile of the normal distribution.
@@ -66,6 +67,12 @@ impl Rate {
     #[must_use]
     pub fn with_value_if(self, are_enough: bool) -> Self {
         Self { value: if are_enough { self.value } else { f64::NAN }, ..self }
+    }
+}
+
+impl From<Rate> for Share {
+    fn from(Rate { count, total, value, low, high }: Rate) -> Self {
+        Self { count, total, value, low, high }
     }
 }
 

@@ -543,16 +543,7 @@ mod tests {
     use crate::judge::Judgement;
 
     fn record(id: &str, task: Task, error: Option<&str>, filtered: bool) -> ItemRecord {
-        let answered = ecso::Outcome {
-            answer: "a".into(),
-            verdict: Verdict::Unchecked,
-            score: None,
-            rewritten: false,
-            refused: false,
-            profile: UNGUARDED.into(),
-            model: "m".into(),
-            steps: Vec::new(),
-        };
+        let answered = ecso::Outcome::unchecked("a", UNGUARDED, "m");
         ItemRecord {
             id: id.into(),
             made_of: String::new(),

@@ -10,7 +10,7 @@ use ecso::Cause;
 /// A [`Cause`] that says what to do; of a byte that is neither, with its line. The file is not
 /// named in it.
 pub fn read(path: &Path) -> Result<String, Cause> {
-    decode(std::fs::read(path).map_err(Cause::of)?)
+    decode(std::fs::read(path).map_err(Cause::from_error)?)
 }
 
 /// Text from its bytes, as [`read`] reads it.
@@ -98,7 +98,7 @@ mod tests {
         let told = |text: String| told(std::io::Error::other(text));
         assert!(told("short".into()).source().is_some());
         let long = told("x".repeat(5000));
-        assert!(long.source().is_none() && ecso::chain(&long).chars().count() == 201);
+        assert!(long.source().is_none() && ecso::error_chain(&long).chars().count() == 201);
     }
 
     #[test]

@@ -9,11 +9,12 @@ use std::{
 
 use ecso::{
     Step, Verdict,
+    calibration::Fit,
     profile::{Detector, Hardened, log_odds},
 };
 
 use crate::{
-    calibrate::{Calibration, Scored, TooFew, calibrate, is_chosen},
+    calibrate::{Scored, TooFew, calibrate, is_chosen},
     item::Task,
     judge::XsTest,
     record::ItemRecord,
@@ -141,7 +142,7 @@ pub struct Fitted {
     /// The bias of each detector, by name.
     pub biases: BTreeMap<String, f64>,
     /// The threshold, and what it does on both halves.
-    pub calibration: Calibration,
+    pub fit: Fit,
 }
 
 /// Fits the biases so that every detector has the same share of false alarms on one half of the
@@ -172,7 +173,7 @@ pub fn fit(method: &Hardened, items: &[Heard], false_alarms: f64) -> Result<Fitt
         })
         .collect();
     let biases = detectors.into_iter().map(|(detector, bias)| (detector.name, bias)).collect();
-    Ok(Fitted { biases, calibration: calibrate(&scores, false_alarms)? })
+    Ok(Fitted { biases, fit: calibrate(&scores, false_alarms)? })
 }
 
 #[expect(
@@ -248,7 +249,7 @@ pub fn page(
             (detector.clone(), fitted.biases.get(&detector.name).copied().unwrap_or(detector.bias))
         })
         .collect();
-    let cut = (fitted.calibration.threshold / (1.0 - fitted.calibration.threshold)).ln();
+    let cut = (fitted.fit.threshold / (1.0 - fitted.fit.threshold)).ln();
     let is_flagged = |item: &Heard| item.weight(&detectors) >= cut;
     let reported: Vec<&Heard> = items.iter().filter(|item| !is_chosen(&item.pair)).collect();
     let rate = |unknown: usize,
@@ -332,7 +333,7 @@ pub fn page(
         "\nFigures are of {} items that nothing was fitted on; \"declined\" is XSTest's rule about how an answer begins. Threshold {:.3}; \
          biases {}.",
         reported.len(),
-        fitted.calibration.threshold,
+        fitted.fit.threshold,
         fitted
             .biases
             .iter()
@@ -428,8 +429,8 @@ mod tests {
             })
             .collect();
         let fitted = fit(&method, &items, 0.03).unwrap();
-        assert!(fitted.calibration.reported.false_alarms.value < 0.1, "{fitted:?}");
-        assert!(fitted.calibration.reported.recall.value > 0.9, "{fitted:?}");
+        assert!(fitted.fit.reported.false_alarms.value < 0.1, "{fitted:?}");
+        assert!(fitted.fit.reported.recall.value > 0.9, "{fitted:?}");
         // A detector that applied to too few of them is left as it is.
         let rare = |item: &Heard| {
             let found = item.found.iter().filter(|(name, _)| *name != "context");

@@ -129,10 +129,10 @@ impl Typesetter {
     pub fn from_file(path: &Path) -> Result<Self, TypographicError> {
         let file = path.display().to_string();
         let unusable = |reason: Cause| TypographicError::Font { file: file.clone(), reason };
-        let data = std::fs::read(path).map_err(|error| unusable(Cause::of(error)))?;
+        let data = std::fs::read(path).map_err(|error| unusable(Cause::from_error(error)))?;
         // Collections of fonts begin with the usual one.
-        let font =
-            FontVec::try_from_vec_and_index(data, 0).map_err(|error| unusable(Cause::of(error)))?;
+        let font = FontVec::try_from_vec_and_index(data, 0)
+            .map_err(|error| unusable(Cause::from_error(error)))?;
         Ok(Self { font, fallback: None, font_name: file })
     }
 

@@ -190,23 +190,14 @@ impl FromIterator<Judgement> for Verdicts {
 
 #[cfg(test)]
 mod tests {
-    use ecso::{Outcome, Verdict};
+    use ecso::Outcome;
 
     use super::*;
     use crate::{item::Task, run::UNGUARDED};
 
     #[test]
     fn verdicts_that_miss_answers_repeat_or_come_from_several_are_told() {
-        let answered = Outcome {
-            answer: "a".into(),
-            verdict: Verdict::Unchecked,
-            score: None,
-            rewritten: false,
-            refused: false,
-            profile: UNGUARDED.into(),
-            model: "m".into(),
-            steps: Vec::new(),
-        };
+        let answered = Outcome::unchecked("a", UNGUARDED, "m");
         let record = ItemRecord {
             id: "1".into(),
             made_of: String::new(),

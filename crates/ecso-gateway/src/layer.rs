@@ -140,7 +140,7 @@ where
             let answer = answered.await.map_err(|error| {
                 let why = error.into();
                 ApiError::upstream("the service behind the guard failed")
-                    .because(ecso::chain(why.as_ref()))
+                    .because(ecso::error_chain(why.as_ref()))
             })?;
             Ok(answer
                 .map(|body| reqwest::Body::wrap_stream(Body::new(body).into_data_stream()))

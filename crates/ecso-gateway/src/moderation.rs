@@ -219,7 +219,7 @@ async fn found(context: &mut RequestContext, model: &str, input: Value) -> Resul
     // Whatever is sent here is to be judged, and no answer to it is wanted.
     (profile.scope, profile.gate, profile.rewrite) = (Scope::All, Gate::Detected, Rewrite::Refuse);
     let sampling = profile.direct.sampling();
-    let guard = state.guarding(&request, headers, profile);
+    let guard = state.guarding(&request, headers, profile).build();
     let work = async {
         let draft = state.draft(&request, headers, &sampling).await?;
         let record = context.record(&request, BTreeMap::from([(0, draft.clone())]));

@@ -4,7 +4,9 @@ use std::{collections::BTreeMap, io, sync::Arc};
 
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use base64::{Engine, prelude::BASE64_STANDARD};
-use ecso::{Guard, GuardError, Image, Memory, Mllm, Profile, Sampling, Step, profile::Gate};
+use ecso::{
+    Guard, GuardBuilder, GuardError, Image, Memory, Mllm, Profile, Sampling, Step, profile::Gate,
+};
 use ecso_openai::Fetcher;
 use tracing::{Instrument, Span};
 
@@ -202,22 +204,24 @@ impl AppState {
         if mode == Mode::Off {
             profile.gate = Gate::Never;
         }
-        self.guarding(request, &context.headers, profile).with_sampling(self.sampling(request))
+        let guard = self.guarding(request, &context.headers, profile);
+        guard.sampling(self.sampling(request)).build()
     }
 
-    /// The guard for one request under another profile.
+    /// A guard for one request under another profile, to be built.
     pub(crate) fn guarding(
         &self,
         request: &Request,
         headers: &HeaderMap,
         profile: Profile,
-    ) -> Guard<Arc<dyn Mllm>> {
+    ) -> GuardBuilder<Arc<dyn Mllm>> {
         let model = self.upstream.model(&request.model, headers);
         let memory = Arc::clone(&self.memory);
         // Where callers bring keys of their own, one name may stand for several models.
-        Guard::new(model, profile)
-            .with_extra(request.extra())
-            .with_memory(memory, self.account(headers))
+        Guard::builder(model)
+            .profile(profile)
+            .extra(request.extra())
+            .memory(memory, self.account(headers))
     }
 
     /// By what the upstream tells whoever sends these headers from others, as a digest: keys of

@@ -324,7 +324,7 @@ impl Server {
             }
             let why = if error.is_timeout() { "it does not answer" } else { "it can't be reached" };
             let error = error.without_url();
-            tracing::debug!(error = ecso::chain(&error), "upstream");
+            tracing::debug!(error = ecso::error_chain(&error), "upstream");
             let status = if error.is_timeout() {
                 StatusCode::GATEWAY_TIMEOUT
             } else {

@@ -409,8 +409,9 @@ mod tests {
 
     /// What a judge that says this finds about a text.
     fn checked(text: &str, says: &str) -> CheckedDraft {
-        let guard =
-            Guard::new(Scripted::texts([says]), Profile { scope: Scope::All, ..Profile::paper() });
+        let mut profile = Profile::paper();
+        profile.scope = Scope::All;
+        let guard = Guard::new(Scripted::texts([says]), profile);
         let chat = Chat::ask([], "What is this?");
         block_on(guard.check_draft(&chat, &mut RequestCheck::default(), text)).unwrap()
     }

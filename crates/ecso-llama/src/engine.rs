@@ -1,6 +1,7 @@
 //! The engine: a thread that owns model and context, and the handle that sends it work.
 
 use std::{
+    error::Error,
     io,
     num::NonZeroU32,
     path::{Path, PathBuf},
@@ -10,8 +11,8 @@ use std::{
 
 use async_trait::async_trait;
 use ecso::{
-    Cause, Chat, Delta, FinishReason, Image, Mllm, ModelError, ReplyStream, Sampling, TopLogprob,
-    Usage,
+    Cause, Chat, Delta, Digest, FinishReason, Image, Mllm, ModelError, ReplyStream, Sampling,
+    TopLogprob, Usage,
 };
 use futures::{StreamExt, stream};
 use llama_cpp_2::{
@@ -77,9 +78,9 @@ struct Job {
     reply: pieces::UnboundedSender<Result<Delta, ModelError>>,
 }
 
-static BACKEND: LazyLock<Result<LlamaBackend, String>> = LazyLock::new(|| {
+static BACKEND: LazyLock<Result<LlamaBackend, Cause>> = LazyLock::new(|| {
     llama_cpp_2::send_logs_to_tracing(LogOptions::default());
-    LlamaBackend::init().map_err(|error| error.to_string())
+    LlamaBackend::init().map_err(Cause::from_error)
 });
 
 impl Llama {
@@ -96,7 +97,7 @@ impl Llama {
         let thread = std::thread::Builder::new()
             .name("llama".into())
             .spawn(move || serve(&path, options, ready, &inbox))
-            .map_err(|error| ModelError::Transport(Cause::of(error)))?;
+            .map_err(|error| ModelError::Transport(Cause::from_error(error)))?;
         // From here on the handle owns the thread: if this future is dropped, the thread ends.
         let llama = Self { name, jobs: Some(jobs), thread: Some(thread) };
         loaded.await.unwrap_or_else(|_| Err(gone()))?;
@@ -132,8 +133,13 @@ fn gone() -> ModelError {
     ModelError::Transport("the engine's thread is gone; the log says why".into())
 }
 
-fn failed(what: &str, error: &dyn std::fmt::Display) -> ModelError {
-    ModelError::Transport(format!("{what}: {error}").into())
+fn failed(what: &str, error: impl Error + Send + Sync + 'static) -> ModelError {
+    ModelError::Transport(Cause::new(format!("{what}: {error}"), error))
+}
+
+/// The backend, which is set up once in a process.
+fn backend() -> Result<&'static LlamaBackend, ModelError> {
+    BACKEND.as_ref().map_err(|cause| failed("llama.cpp", cause.clone()))
 }
 
 fn serve(
@@ -164,18 +170,16 @@ fn serve(
 
 fn load(path: &Path, options: &Options) -> Result<LlamaModel, ModelError> {
     for file in [Some(path), options.mmproj.as_deref()].into_iter().flatten() {
-        std::fs::File::open(file).map_err(|error| failed(&file.display().to_string(), &error))?;
+        std::fs::File::open(file).map_err(|error| failed(&file.display().to_string(), error))?;
     }
-    let backend = BACKEND.as_ref().map_err(|error| failed("llama.cpp", error))?;
     let mut params = LlamaModelParams::default();
     if let Some(layers) = options.gpu_layers {
         params = params.with_n_gpu_layers(layers);
     }
-    LlamaModel::load_from_file(backend, path, &params).map_err(|_| {
-        failed(
-            &path.display().to_string(),
-            &"not a GGUF model that can be loaded (damaged or cut off?)",
-        )
+    LlamaModel::load_from_file(backend()?, path, &params).map_err(|error| {
+        let path = path.display();
+        let message = format!("{path}: not a GGUF model that can be loaded (damaged or cut off?)");
+        ModelError::Transport(Cause::new(message, error))
     })
 }
 
@@ -214,9 +218,8 @@ impl<'m> Engine<'m> {
             .with_n_ubatch(batch)
             .with_n_threads(threads)
             .with_n_threads_batch(threads);
-        let backend = BACKEND.as_ref().map_err(|error| failed("llama.cpp", error))?;
-        let context = model.new_context(backend, params).map_err(|error| {
-            failed("there is not enough memory for the context; try a smaller one", &error)
+        let context = model.new_context(backend()?, params).map_err(|error| {
+            failed("there is not enough memory for the context; try a smaller one", error)
         })?;
         let vision = options.mmproj.map(|path| see(&path, model, threads)).transpose()?;
         let template = ChatTemplate::new(
@@ -251,7 +254,7 @@ impl<'m> Engine<'m> {
                 "this model reads text only; give it its projector (mmproj), or put a text reader in front".into(),
             ));
         }
-        let digests: Vec<blake3::Hash> = images.iter().map(|image| image.digest()).collect();
+        let digests: Vec<Digest> = images.iter().map(|image| image.digest()).collect();
         let vocab = self.model.vocab();
         let tokens = |text: &str, first| vocab.tokenize(text.as_bytes(), first, true);
         let segments = lay_out(&self.template.render(&job.chat)?, marker, &digests, tokens);
@@ -381,7 +384,7 @@ impl<'m> Engine<'m> {
         let id = u32::try_from(sequence).ok();
         self.context
             .clear_kv_cache_seq(id, None, None)
-            .map_err(|error| failed("the engine's memory", &error))?;
+            .map_err(|error| failed("the engine's memory", error))?;
         Ok(())
     }
 
@@ -392,13 +395,13 @@ impl<'m> Engine<'m> {
             let wants_logits = index == tokens.len();
             batch
                 .add(*token, prompt.position, &[prompt.sequence], wants_logits)
-                .map_err(|error| failed("a batch", &error))?;
+                .map_err(|error| failed("a batch", error))?;
             prompt.position += 1;
         }
         prompt.logits = batch.n_tokens() - 1;
         self.context
             .decode(&mut batch)
-            .map_err(|error| failed("the prompt could not be computed", &error))
+            .map_err(|error| failed("the prompt could not be computed", error))
     }
 
     fn read_image(
@@ -408,9 +411,11 @@ impl<'m> Engine<'m> {
         first: bool,
         prompt: &mut Prompt,
     ) -> Result<(), ModelError> {
-        let pixels = image.pixels().map_err(|error| ModelError::Rejected(Cause::of(error)))?;
-        let bitmap = MtmdBitmap::from_image_data(pixels.width(), pixels.height(), pixels.as_raw())
-            .map_err(|error| failed("an image", &error))?;
+        let pixels =
+            image.pixels().map_err(|error| ModelError::Rejected(Cause::from_error(error)))?;
+        let bitmap =
+            MtmdBitmap::from_image_data(pixels.width(), pixels.height(), pixels.as_bytes())
+                .map_err(|error| failed("an image", error))?;
         let text = MtmdInputText {
             text: format!("{before}{}", mtmd_default_marker()),
             add_special: first,
@@ -420,14 +425,14 @@ impl<'m> Engine<'m> {
             return Err(ModelError::Rejected("this model reads text only".into()));
         };
         let chunks =
-            vision.tokenize(text, &[&bitmap]).map_err(|error| failed("an image", &error))?;
+            vision.tokenize(text, &[&bitmap]).map_err(|error| failed("an image", error))?;
         let length = chunks.total_tokens();
         let room = self.room;
         must_fit(prompt.position, length, room)?;
         let batch = i32::try_from(IMAGE_BATCH).unwrap_or(i32::MAX);
         prompt.position = chunks
             .eval_chunks(vision, &mut self.context, prompt.position, prompt.sequence, batch, false)
-            .map_err(|error| failed("an image could not be computed", &error))?;
+            .map_err(|error| failed("an image could not be computed", error))?;
         Ok(())
     }
 
@@ -466,10 +471,10 @@ impl<'m> Engine<'m> {
             batch.clear();
             batch
                 .add(token, position, &[sequence], true)
-                .map_err(|error| failed("a batch", &error))?;
+                .map_err(|error| failed("a batch", error))?;
             self.context
                 .decode(&mut batch)
-                .map_err(|error| failed("the reply could not be computed", &error))?;
+                .map_err(|error| failed("the reply could not be computed", error))?;
             position += 1;
             logits = 0;
         };
@@ -536,7 +541,7 @@ fn must_fit(position: i32, tokens: usize, room: i32) -> Result<(), ModelError> {
 }
 
 fn see(path: &Path, model: &LlamaModel, threads: i32) -> Result<MtmdContext, ModelError> {
-    let shown = path.display().to_string();
+    let wrong = |why: &str| ModelError::Transport(format!("{}: {why}", path.display()).into());
     let params = MtmdContextParams {
         n_threads: threads,
         print_timings: false,
@@ -544,11 +549,11 @@ fn see(path: &Path, model: &LlamaModel, threads: i32) -> Result<MtmdContext, Mod
     };
     let vision =
         path.to_str().and_then(|path| MtmdContext::init_from_file(path, model, &params).ok());
-    let vision = vision.ok_or_else(|| failed(&shown, &"not a projector that fits this model"))?;
+    let vision = vision.ok_or_else(|| wrong("not a projector that fits this model"))?;
     if vision.support_vision() {
         Ok(vision)
     } else {
-        Err(failed(&shown, &"this projector doesn't see images"))
+        Err(wrong("this projector doesn't see images"))
     }
 }
 

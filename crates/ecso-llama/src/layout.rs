@@ -5,6 +5,7 @@
 //! segment, text is cut where a part of a turn ends and into blocks of [`BLOCK`] tokens. A cached
 //! prefix of whole segments is then exact.
 
+use ecso::Digest;
 use llama_cpp_2::token::LlamaToken;
 
 use crate::template::CUT;
@@ -18,7 +19,7 @@ pub(crate) enum Segment {
     /// Text: at most [`BLOCK`] tokens.
     Text(Vec<LlamaToken>),
     /// An image, by its number in the conversation and its digest, with the text before it.
-    Image { before: String, number: usize, digest: blake3::Hash },
+    Image { before: String, number: usize, digest: Digest },
 }
 
 impl Segment {
@@ -49,7 +50,7 @@ impl Segment {
 pub(crate) fn lay_out(
     rendered: &str,
     marker: &str,
-    digests: &[blake3::Hash],
+    digests: &[Digest],
     tokenize: impl Fn(&str, bool) -> Vec<LlamaToken>,
 ) -> Vec<Segment> {
     let mut pieces = rendered.split(marker);
@@ -76,7 +77,7 @@ mod tests {
 
     #[test]
     fn images_come_with_the_text_before_them_and_parts_in_blocks() {
-        let digests = [blake3::hash(b"a"), blake3::hash(b"b")];
+        let digests = ["a", "b"].map(|url| ecso::Image::from_url(url).digest());
         let tokenize = |text: &str, _| -> Vec<LlamaToken> {
             text.bytes().map(|b| LlamaToken(i32::from(b))).collect()
         };

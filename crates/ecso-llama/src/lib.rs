@@ -7,6 +7,11 @@
 //! always computed in the same blocks (see `layout.rs`), so a shared prefix gives the same logits
 //! to the last bit. The heads of prompts that a guard always sends are kept on disk too, where a
 //! folder is given for them.
+//!
+//! # Features
+//!
+//! None is on by default: the engine runs on the CPU. `cuda` runs it on NVIDIA GPUs (needs the CUDA
+//! toolkit), `metal` on Apple GPUs, `vulkan` on any GPU with Vulkan (needs its SDK).
 
 mod cache;
 mod engine;

@@ -44,12 +44,9 @@ impl ChatTemplate {
     ) -> Result<Self, ModelError> {
         let Vocabulary { bos, eos, mut control, is_llava_1_5 } = vocabulary;
         let source = source.filter(|_| !is_llava_1_5).unwrap_or_else(|| VICUNA_V1.to_owned());
-        let unusable = |what: &str, error: &dyn std::fmt::Display| {
-            ModelError::Rejected(format!("the model's {what} can't be used: {error}").into())
-        };
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(syntax.map_err(|error| unusable("chat template", &error))?);
+        environment.set_syntax(syntax.map_err(|error| unusable("chat template", error))?);
         environment
             .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
@@ -57,10 +54,10 @@ impl ChatTemplate {
         });
         environment
             .add_template_owned("chat", source)
-            .map_err(|error| unusable("chat template", &error))?;
+            .map_err(|error| unusable("chat template", error))?;
         control.retain(|text| text.len() > 2);
         control.extend([marker.to_owned(), CUT.to_owned()]);
-        let control = AhoCorasick::new(&control).map_err(|error| unusable("vocabulary", &error))?;
+        let control = AhoCorasick::new(&control).map_err(|error| unusable("vocabulary", error))?;
         Ok(Self { environment, bos, eos, control, marker: marker.to_owned() })
     }
 
@@ -149,6 +146,10 @@ impl ChatTemplate {
         });
         neutral
     }
+}
+
+fn unusable(what: &str, error: impl std::error::Error + Send + Sync + 'static) -> ModelError {
+    ModelError::Rejected(Cause::new(format!("the model's {what} can't be used: {error}"), error))
 }
 
 #[cfg(test)]

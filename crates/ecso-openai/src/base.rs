@@ -3,7 +3,7 @@
 use std::fmt;
 
 use base64::{Engine, prelude::BASE64_STANDARD};
-use ecso::ModelError;
+use ecso::{Cause, ModelError};
 use percent_encoding::percent_decode_str;
 use secrecy::SecretString;
 use url::{Host, Url};
@@ -23,14 +23,15 @@ impl Base {
     /// Reads `http://host:8000`, with `/v1` or without, or the URL of one of its endpoints.
     pub(crate) fn parse(text: &str) -> Result<Self, ModelError> {
         let text = text.trim();
-        let wrong = |why: &str| {
-            ModelError::Rejected(format!("{:?} is no http(s) URL: {why}", shown(text)).into())
-        };
+        let message = |why: &str| format!("{:?} is no http(s) URL: {why}", shown(text));
+        let wrong = |why: &str| ModelError::Rejected(message(why).into());
         if !text.contains("://") {
             let scheme = if is_near(shown(text)) { "http" } else { "https" };
             return Err(wrong(&format!("write {scheme}://{}", shown(text))));
         }
-        let mut url = Url::parse(text).map_err(|error| wrong(&error.to_string()))?;
+        let mut url = Url::parse(text).map_err(|error| {
+            ModelError::Rejected(Cause::new(message(&error.to_string()), error))
+        })?;
         if !matches!(url.scheme(), "http" | "https") {
             return Err(wrong("it must begin with http:// or https://"));
         }

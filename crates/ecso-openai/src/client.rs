@@ -219,7 +219,7 @@ impl OpenAi {
         stream: bool,
     ) -> Result<Response, ModelError> {
         if chat.images().any(|image| image.description().is_some()) {
-            return Err(ModelError::Rejected(Cause::of(ImageError::OnlyDescribed)));
+            return Err(ModelError::Rejected(Cause::from_error(ImageError::OnlyDescribed)));
         }
         let mut search = Search::new(self.memory.of(&self.model));
         let mut retries = self.options.retries;
@@ -362,8 +362,10 @@ impl OpenAi {
             .as_ref()
             .map(|path| format!(" by {}", path.display()))
             .unwrap_or_default();
-        let causes =
-            error.source().map(|cause| format!(": {}", ecso::chain(cause))).unwrap_or_default();
+        let causes = error
+            .source()
+            .map(|cause| format!(": {}", ecso::error_chain(cause)))
+            .unwrap_or_default();
         ModelError::Transport(Cause::new(
             format!("{}{socket}: {what}{causes}", self.base),
             error.without_url(),

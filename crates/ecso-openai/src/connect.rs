@@ -57,7 +57,7 @@ pub fn http_client(options: &Options, bodies: Bodies) -> Result<Client, ModelErr
         builder = on_socket(builder, path)?;
     }
     builder.build().map_err(|error| {
-        let what = ecso::chain(&error);
+        let what = ecso::error_chain(&error);
         let what = match &options.client_cert {
             // All else was looked at before; that key and certificate belong together is found out
             // only here.
@@ -73,7 +73,7 @@ fn proxy(url: &str) -> Result<Proxy, ModelError> {
     let unusable = |error: reqwest::Error| {
         let error = error.without_url();
         ModelError::Transport(Cause::new(
-            format!("the proxy's URL can't be used: {}", ecso::chain(&error)),
+            format!("the proxy's URL can't be used: {}", ecso::error_chain(&error)),
             error,
         ))
     };
@@ -132,7 +132,10 @@ fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
 }
 
 fn broken(path: &Path, error: impl std::error::Error + Send + Sync + 'static) -> ModelError {
-    ModelError::Transport(Cause::new(format!("{}: {}", path.display(), ecso::chain(&error)), error))
+    ModelError::Transport(Cause::new(
+        format!("{}: {}", path.display(), ecso::error_chain(&error)),
+        error,
+    ))
 }
 
 fn wrong(path: &Path, why: &str) -> ModelError {

@@ -1,12 +1,39 @@
 //! An OpenAI-compatible server (vLLM, SGLang, Ollama, llama.cpp's server, hosted APIs) as an
 //! [`ecso::Mllm`].
 //!
-//! Images go out as data URLs of the bytes that came in, never encoded again. Log-probabilities of
-//! the first token are asked for where a caller wants them.
+//! ```no_run
+//! use ecso::{Chat, Guard, Profile};
+//! use ecso_openai::{OpenAi, Options};
 //!
-//! Servers differ. What one refuses (a field, a system message, log-probabilities) is done
-//! otherwise in the same step, and remembered for that model; what it sends amiss in a reply is
-//! passed over where it was only wished for.
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! let options = Options { model: Some("qwen2.5-vl-7b".into()), ..Options::default() };
+//! let model = OpenAi::connect("http://localhost:8000/v1", options).await?;
+//! let guard = Guard::new(model, Profile::paper());
+//! let outcome = guard.answer(&Chat::ask([], "How do I bake bread?")).await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Images are sent as data URLs of their original bytes; they are never encoded again.
+//! Log-probabilities of the first token are requested if the caller asks for them.
+//!
+//! Servers differ. If a server refuses a part of a request (a field, a system message,
+//! log-probabilities), the request is sent again without it or in another form, and the form that
+//! worked is remembered for that model. Malformed optional parts of a reply are ignored.
+//!
+//! # Features
+//!
+//! None. TLS is `rustls` with `ring`; a program that installs another `rustls` provider before the
+//! first client is made keeps its own.
+//!
+//! # Compatibility
+//!
+//! Types of three other crates are part of this API: [`SecretString`] of `secrecy`, which keeps
+//! keys out of logs; [`Url`], [`HeaderMap`](reqwest::header::HeaderMap) and
+//! [`HeaderValue`](reqwest::header::HeaderValue), which `reqwest` shares with `url` and `http`; and
+//! [`reqwest::Client`], which only [`http_client`] returns, for programs that forward requests
+//! themselves. A new incompatible version of one of them is a new incompatible version of this
+//! crate.
 
 mod base;
 mod client;
@@ -26,3 +53,10 @@ pub use client::OpenAi;
 pub use connect::{Bodies, http_client, install_provider};
 pub use fetch::{FetchError, Fetcher};
 pub use options::{MaxTokensField, Options};
+pub use reqwest::Url;
+pub use secrecy::SecretString;
+
+/// The README's example compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -68,6 +68,7 @@ impl Default for Options {
 /// What the limit on new tokens is called in a request.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum MaxTokensField {
     /// `max_tokens`, and `max_completion_tokens` for a model that refuses it.
     #[default]

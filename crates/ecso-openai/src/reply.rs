@@ -111,7 +111,7 @@ fn says_something(delta: &Delta) -> bool {
     match delta {
         Delta::FirstToken(tokens) => !tokens.is_empty(),
         Delta::Reasoning(text) | Delta::Text(text) => !text.is_empty(),
-        Delta::End { .. } => true,
+        _ => true,
     }
 }
 
@@ -216,7 +216,7 @@ fn failure(body: &Value) -> Result<(), ModelError> {
 /// A server's list of models: their names, and what it says of each.
 pub(crate) fn models(body: &[u8]) -> Result<Vec<(String, Value)>, ModelError> {
     let mut list: Value = lenient::parse(&String::from_utf8_lossy(body))
-        .map_err(|error| ModelError::Protocol(Cause::of(error)))?;
+        .map_err(|error| ModelError::Protocol(Cause::from_error(error)))?;
     let models = match list.get_mut("data") {
         Some(models) => models.take(),
         None => list,
@@ -278,7 +278,7 @@ mod tests {
         let told = deltas.iter().map(|delta| match delta {
             Delta::FirstToken(tokens) => tokens[0].token.as_str(),
             Delta::Reasoning(text) | Delta::Text(text) => text,
-            Delta::End { .. } => "end",
+            _ => "end",
         });
         told.collect()
     }

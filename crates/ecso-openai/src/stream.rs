@@ -70,10 +70,10 @@ fn unreadable(error: sse_stream::Error) -> ModelError {
         sse_stream::Error::Body(error) => match error.downcast::<ModelError>() {
             Ok(error) => *error,
             Err(error) => {
-                ModelError::Transport(ecso::chain(&*error as &(dyn Error + 'static)).into())
+                ModelError::Transport(ecso::error_chain(&*error as &(dyn Error + 'static)).into())
             }
         },
-        other => ModelError::Protocol(Cause::of(other)),
+        other => ModelError::Protocol(Cause::from_error(other)),
     }
 }
 

@@ -5,6 +5,8 @@ use image::{Rgb, RgbImage};
 use rten_imageproc::{PointF, RetrievalMode, find_contours};
 use rten_tensor::{NdTensor, NdTensorView, prelude::*};
 
+use crate::picture::Picture;
+
 /// A pixel is text from this probability on (PaddleOCR's `thresh`).
 const PIXEL: f32 = 0.3;
 /// A box is text from this mean probability on (`box_thresh`).
@@ -17,6 +19,7 @@ const SMALLEST: f32 = 3.0;
 
 /// One line of text.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Line {
     /// What is written.
     pub text: String,
@@ -117,7 +120,7 @@ fn mean_inside(map: &NdTensorView<'_, f32, 2>, mask: &NdTensor<bool, 2>, points:
 impl TextBox {
     /// The box cut out of the image and laid level; a tall box is laid on its side, as vertical
     /// text is read.
-    pub(crate) fn cut(&self, image: &RgbImage) -> RgbImage {
+    pub(crate) fn cut(&self, image: &Picture) -> RgbImage {
         #[expect(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,
@@ -141,7 +144,7 @@ impl TextBox {
 }
 
 /// Bilinear; outside the image its border goes on.
-fn sample(image: &RgbImage, x: f32, y: f32) -> Rgb<u8> {
+fn sample(image: &Picture, x: f32, y: f32) -> Rgb<u8> {
     #[expect(clippy::cast_precision_loss, reason = "pixel counts are far below 2^23")]
     let last = ((image.width() - 1) as f32, (image.height() - 1) as f32);
     let (x, y) = ((x - 0.5).clamp(0.0, last.0), (y - 0.5).clamp(0.0, last.1));
@@ -171,6 +174,7 @@ pub(crate) fn reading_order(mut lines: Vec<Line>) -> Vec<Vec<Line>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::picture::{picture, pixels};
 
     fn line(text: &str, x: f32, y: f32) -> Line {
         Line { text: text.into(), confidence: 1.0, center: (x, y), size: (50.0, 20.0) }
@@ -222,7 +226,7 @@ mod tests {
             if across.abs() < 10.0 && along > 0.0 { Rgb([0; 3]) } else { Rgb([255; 3]) }
         });
         let turned = TextBox { center: (50.0, 50.0), up: (sin, -cos), width: 60.0, height: 16.0 };
-        let strip = turned.cut(&image);
+        let strip = turned.cut(&picture(&pixels(image)));
         assert_eq!(strip.dimensions(), (60, 16));
         assert_eq!(strip.get_pixel(10, 8).0, [255; 3]);
         assert_eq!(strip.get_pixel(50, 8).0, [0; 3]);

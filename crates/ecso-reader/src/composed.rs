@@ -7,7 +7,8 @@ use std::{
 
 use async_trait::async_trait;
 use ecso::{
-    Cause, Chat, Image, ImageText, Mllm, ModelError, Part, Reply, ReplyStream, Sampling, Turn,
+    Cause, Chat, Digest, Image, ImageText, Mllm, ModelError, Part, Reply, ReplyStream, Sampling,
+    Turn,
 };
 use lru::LruCache;
 
@@ -30,7 +31,7 @@ pub struct Composed<M> {
     tagger: Option<Arc<Tagger>>,
     model: M,
     name: String,
-    pages: Mutex<LruCache<blake3::Hash, Arc<ImageText>>>,
+    pages: Mutex<LruCache<Digest, Arc<ImageText>>>,
 }
 
 impl<M: Mllm> Composed<M> {
@@ -78,15 +79,18 @@ impl<M: Mllm> Composed<M> {
         let (reader, tagger, image) =
             (Arc::clone(&self.reader), self.tagger.clone(), image.clone());
         let read = tokio::task::spawn_blocking(move || {
-            let pixels = image.pixels().map_err(|error| ModelError::Rejected(Cause::of(error)))?;
-            let page =
-                reader.read(pixels).map_err(|error| ModelError::Transport(Cause::of(error)))?;
+            let pixels =
+                image.pixels().map_err(|error| ModelError::Rejected(Cause::from_error(error)))?;
+            let page = reader
+                .read(pixels)
+                .map_err(|error| ModelError::Transport(Cause::from_error(error)))?;
             let tagger = tagger.filter(|_| page.part_of(pixels) < PAGE);
             let tags = tagger.map_or(Ok(Vec::new()), |tagger| tagger.tags(pixels));
-            let tags = tags.map_err(|error| ModelError::Transport(Cause::of(error)))?;
+            let tags = tags.map_err(|error| ModelError::Transport(Cause::from_error(error)))?;
             Ok(ImageText { words: page.text(), description: photograph(&tags) })
         });
-        let page = Arc::new(read.await.map_err(|error| ModelError::Transport(Cause::of(error)))??);
+        let page =
+            Arc::new(read.await.map_err(|error| ModelError::Transport(Cause::from_error(error)))??);
         self.pages.lock().unwrap_or_else(PoisonError::into_inner).put(digest, Arc::clone(&page));
         Ok(page)
     }

@@ -7,6 +7,7 @@
 
 mod boxes;
 mod composed;
+mod picture;
 mod reader;
 mod tagger;
 

@@ -1,12 +1,20 @@
 //! Detection and recognition: `PP-OCRv6`'s two networks, run by `RTen`.
 
-use std::path::Path;
+use std::{
+    error::Error,
+    fmt,
+    path::{Path, PathBuf},
+};
 
+use ecso::{Cause, Pixels};
 use image::{RgbImage, imageops};
 use rten::Model;
 use rten_tensor::{NdTensor, NdTensorView, prelude::*};
 
-use crate::boxes::{self, Line};
+use crate::{
+    boxes::{self, Line},
+    picture::{Picture, picture},
+};
 
 /// The detector sees an image with its longer side at most this long, in pixels: small print on a
 /// large page stays legible.
@@ -19,20 +27,38 @@ const LINE_WIDTH: u32 = 3200;
 const CONFIDENT: f32 = 0.5;
 
 /// What can go wrong with a reader.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ReaderError {
     /// A file of the reader is missing or damaged.
-    #[error("the text reader's {file} can't be used: {reason}")]
     Load {
         /// Which file.
-        file: String,
+        file: PathBuf,
         /// Why.
-        reason: String,
+        cause: Cause,
     },
     /// A network failed on this image.
-    #[error("the text reader failed: {0}")]
-    Run(String),
+    Run(Cause),
+}
+
+impl fmt::Display for ReaderError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Load { file, cause } => {
+                write!(f, "the text reader's {} can't be used: {cause}", file.display())
+            }
+            Self::Run(cause) => write!(f, "the text reader failed: {cause}"),
+        }
+    }
+}
+
+// By hand: the cause's text is part of the error's own, so the source is what the cause came from.
+impl Error for ReaderError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            Self::Load { cause, .. } | Self::Run(cause) => cause.source(),
+        }
+    }
 }
 
 /// Reads text in images.
@@ -45,6 +71,7 @@ pub struct Reader {
 
 /// The text of one image.
 #[derive(Debug, Clone, Default, PartialEq)]
+#[non_exhaustive]
 pub struct Page {
     /// Its lines, row by row; a row holds the lines that stand beside each other.
     pub rows: Vec<Vec<Line>>,
@@ -63,10 +90,10 @@ impl Page {
     }
 
     /// How much of its image the lines cover, 0 to about 1.
-    pub(crate) fn part_of(&self, image: &RgbImage) -> f32 {
+    pub(crate) fn part_of(&self, pixels: &Pixels) -> f32 {
         let covered: f32 = self.rows.iter().flatten().map(|line| line.size.0 * line.size.1).sum();
         #[expect(clippy::cast_precision_loss, reason = "a share")]
-        let area = image.pixels().len() as f32;
+        let area = pixels.width() as f32 * pixels.height() as f32;
         covered / area
     }
 }
@@ -79,9 +106,9 @@ impl Reader {
         recogniser: &Path,
         dictionary: &Path,
     ) -> Result<Self, ReaderError> {
-        let model = |path: &Path| Model::load_file(path).map_err(|error| unusable(path, &error));
+        let model = |path: &Path| Model::load_file(path).map_err(|error| unusable(path, error));
         let dictionary_text =
-            std::fs::read_to_string(dictionary).map_err(|error| unusable(dictionary, &error))?;
+            std::fs::read_to_string(dictionary).map_err(|error| unusable(dictionary, error))?;
         let mut characters = vec![String::new()];
         characters.extend(dictionary_text.lines().map(str::to_owned));
         characters.push(" ".into());
@@ -89,10 +116,11 @@ impl Reader {
     }
 
     /// Reads an image. No text is an empty page, not an error.
-    pub fn read(&self, image: &RgbImage) -> Result<Page, ReaderError> {
-        if image.width() == 0 || image.height() == 0 {
+    pub fn read(&self, pixels: &Pixels) -> Result<Page, ReaderError> {
+        if pixels.width() == 0 || pixels.height() == 0 {
             return Ok(Page::default());
         }
+        let image = &picture(pixels);
         let mut lines = Vec::new();
         for found in self.detect(image)? {
             let (text, confidence) = self.recognise(&found.cut(image))?;
@@ -109,7 +137,7 @@ impl Reader {
         Ok(Page { rows: boxes::reading_order(lines) })
     }
 
-    fn detect(&self, image: &RgbImage) -> Result<Vec<boxes::TextBox>, ReaderError> {
+    fn detect(&self, image: &Picture) -> Result<Vec<boxes::TextBox>, ReaderError> {
         let (width, height) = image.dimensions();
         let longest = width.max(height);
         // Sides are multiples of 32, as the network wants them.
@@ -121,9 +149,8 @@ impl Reader {
         let (w, h) = (side(width), side(height));
         let small = imageops::resize(image, w, h, imageops::FilterType::Triangle);
         let input = tensor(&small, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]);
-        let output =
-            self.detector.run_one(input.view().into(), None).map_err(|error| failed(&error))?;
-        let map: NdTensor<f32, 4> = output.try_into().map_err(|error| failed(&error))?;
+        let output = self.detector.run_one(input.view().into(), None).map_err(failed)?;
+        let map: NdTensor<f32, 4> = output.try_into().map_err(failed)?;
         let [.., rows, columns] = map.shape();
         if rows == 0 || columns == 0 {
             return Err(ReaderError::Run("the detector gave an empty map".into()));
@@ -139,9 +166,8 @@ impl Reader {
         let width = u32::try_from(width).unwrap_or(LINE_WIDTH).clamp(8, LINE_WIDTH);
         let line = imageops::resize(strip, width, LINE_HEIGHT, imageops::FilterType::Triangle);
         let input = tensor(&line, [0.5; 3], [0.5; 3]);
-        let output =
-            self.recogniser.run_one(input.view().into(), None).map_err(|error| failed(&error))?;
-        let steps: NdTensor<f32, 3> = output.try_into().map_err(|error| failed(&error))?;
+        let output = self.recogniser.run_one(input.view().into(), None).map_err(failed)?;
+        let steps: NdTensor<f32, 3> = output.try_into().map_err(failed)?;
         Ok(self.spell(steps.slice(0)))
     }
 
@@ -174,10 +200,10 @@ fn tensor(image: &RgbImage, mean: [f32; 3], deviation: [f32; 3]) -> NdTensor<f32
     })
 }
 
-fn unusable(path: &Path, error: &dyn std::fmt::Display) -> ReaderError {
-    ReaderError::Load { file: path.display().to_string(), reason: error.to_string() }
+fn unusable(path: &Path, error: impl Error + Send + Sync + 'static) -> ReaderError {
+    ReaderError::Load { file: path.to_owned(), cause: Cause::new(error.to_string(), error) }
 }
 
-fn failed(error: &dyn std::fmt::Display) -> ReaderError {
-    ReaderError::Run(error.to_string())
+fn failed(error: impl Error + Send + Sync + 'static) -> ReaderError {
+    ReaderError::Run(Cause::new(error.to_string(), error))
 }

@@ -4,13 +4,20 @@
 mod network;
 mod pickle;
 
-use std::path::Path;
+use std::{
+    error::Error,
+    fmt,
+    path::{Path, PathBuf},
+};
 
-use image::{RgbImage, imageops};
+use ecso::{Cause, Pixels};
+use image::imageops;
 use rten_tensor::{NdTensor, prelude::*};
 
 use network::{CLASSES, FEATURES, Network, SIDE};
 use pickle::Tensors;
+
+use crate::picture::{Picture, picture};
 
 /// The names of the classes; lines with `#` are about the list.
 const NAMES: &str = include_str!("tagger/names.txt");
@@ -40,23 +47,43 @@ const PAGES: [&str; 16] = [
 const EPSILON: f32 = 0.001;
 
 /// What can go wrong with a tagger.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum TaggerError {
     /// Its file is missing or damaged.
-    #[error("the tagger's {file} can't be used: {reason}")]
     Load {
         /// Which file.
-        file: String,
+        file: PathBuf,
         /// Why.
-        reason: String,
+        cause: Cause,
     },
-    /// What [`Tagger::convert`] got is not the package's file.
-    #[error("the tagger's package can't be converted: {0}")]
-    Package(String),
+    /// The input of [`Tagger::convert`] is not the package's file.
+    Package(Cause),
     /// The network failed on this picture.
-    #[error("the tagger failed: {0}")]
-    Run(String),
+    Run(Cause),
+}
+
+impl fmt::Display for TaggerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Load { file, cause } => {
+                write!(f, "the tagger's {} can't be used: {cause}", file.display())
+            }
+            Self::Package(cause) => {
+                write!(f, "the tagger's package can't be converted: {cause}")
+            }
+            Self::Run(cause) => write!(f, "the tagger failed: {cause}"),
+        }
+    }
+}
+
+// By hand: the cause's text is part of the error's own, so the source is what the cause came from.
+impl Error for TaggerError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            Self::Load { cause, .. } | Self::Package(cause) | Self::Run(cause) => cause.source(),
+        }
+    }
 }
 
 /// Says what photographs show.
@@ -67,6 +94,7 @@ pub struct Tagger {
 
 /// A class that a picture may be of.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Tag {
     /// Its name, in plain words.
     pub name: &'static str,
@@ -77,9 +105,9 @@ pub struct Tag {
 impl Tagger {
     /// Loads the file that [`Tagger::convert`] makes.
     pub fn load(path: &Path) -> Result<Self, TaggerError> {
-        let unusable =
-            |reason: String| TaggerError::Load { file: path.display().to_string(), reason };
-        let bytes = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
+        let unusable = |cause| TaggerError::Load { file: path.to_owned(), cause };
+        let bytes =
+            std::fs::read(path).map_err(|error| unusable(Cause::new(error.to_string(), error)))?;
         let (numbers, odd) = bytes.as_chunks();
         let numbers: Vec<f32> = numbers.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
         let network = Network::new(&numbers).filter(|_| odd.is_empty());
@@ -90,11 +118,12 @@ impl Tagger {
 
     /// What a picture shows: at most three classes, the likeliest first. None where no class is
     /// likely, and none of pages, screens and drawings.
-    pub fn tags(&self, image: &RgbImage) -> Result<Vec<Tag>, TaggerError> {
+    pub fn tags(&self, pixels: &Pixels) -> Result<Vec<Tag>, TaggerError> {
+        let image = &picture(pixels);
         if is_drawn(image) {
             return Ok(Vec::new());
         }
-        let probabilities = self.network.run(picture(image).view())?;
+        let probabilities = self.network.run(tensor(image).view())?;
         let tags = self
             .names
             .iter()
@@ -144,7 +173,7 @@ impl Tagger {
 }
 
 /// Whether half of a picture is one colour, as of pages, screens and drawings.
-fn is_drawn(image: &RgbImage) -> bool {
+fn is_drawn(image: &Picture) -> bool {
     let mut counts = vec![0_usize; 1 << 15];
     for pixel in image.pixels() {
         counts[pixel.0.iter().fold(0, |colour, value| colour << 5 | usize::from(value >> 3))] += 1;
@@ -154,7 +183,7 @@ fn is_drawn(image: &RgbImage) -> bool {
 
 /// The middle of a picture as the network was trained on it: shape [1, 3, `SIDE`, `SIDE`], red
 /// first, about -1 to 1.
-fn picture(image: &RgbImage) -> NdTensor<f32, 4> {
+fn tensor(image: &Picture) -> NdTensor<f32, 4> {
     let (width, height) = image.dimensions();
     let side = width.min(height) - width.min(height) / 8;
     let middle = imageops::crop_imm(image, (width - side) / 2, (height - side) / 2, side, side);
@@ -167,11 +196,12 @@ fn picture(image: &RgbImage) -> NdTensor<f32, 4> {
 
 #[cfg(test)]
 mod tests {
-    use std::{path::PathBuf, time::Instant};
+    use std::time::Instant;
 
     use proptest::prelude::*;
 
     use super::*;
+    use crate::picture::pixels;
 
     /// What a variable of the environment names; `None` says loudly that it names nothing.
     fn named(variable: &str, what: &str) -> Option<PathBuf> {
@@ -191,8 +221,9 @@ mod tests {
         Some(Tagger::load(&file).unwrap())
     }
 
-    fn opened(path: &Path) -> RgbImage {
-        image::open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display())).into_rgb8()
+    fn opened(path: &Path) -> Pixels {
+        let image = image::open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        pixels(image.into_rgb8())
     }
 
     #[test]
@@ -248,17 +279,21 @@ mod tests {
         }
         for page in &pages {
             // Whatever it is drawn on: the network alone is not sure either.
-            let image = opened(page);
-            let likeliest =
-                tagger.network.run(picture(&image).view()).unwrap().into_iter().fold(0.0, f32::max);
+            let image = &opened(page);
+            let likeliest = tagger
+                .network
+                .run(tensor(&picture(image)).view())
+                .unwrap()
+                .into_iter()
+                .fold(0.0, f32::max);
             assert!(
-                likeliest < FLOOR && tagger.tags(&image).unwrap().is_empty(),
+                likeliest < FLOOR && tagger.tags(image).unwrap().is_empty(),
                 "{}: {likeliest}",
                 page.display()
             );
         }
-        assert!(tagger.tags(&RgbImage::new(0, 0)).unwrap().is_empty());
-        assert!(tagger.tags(&RgbImage::new(1, 1)).unwrap().is_empty());
+        assert!(tagger.tags(&Pixels::new(0, 0, vec![]).unwrap()).unwrap().is_empty());
+        assert!(tagger.tags(&Pixels::new(1, 1, vec![0; 3]).unwrap()).unwrap().is_empty());
         eprintln!("{} pages, no tags", pages.len());
     }
 

@@ -2,7 +2,7 @@
 
 use crate::image::Image;
 
-/// Who speaks in a turn.
+/// Who speaks in a turn. Exhaustive, so that a backend sends every turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
@@ -26,7 +26,7 @@ impl Role {
     }
 }
 
-/// One piece of a turn.
+/// One piece of a turn. Exhaustive, so that a backend leaves out no kind of content in silence.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Part {
     /// Text, sent as it is.

@@ -9,7 +9,7 @@ use base64::{
     engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
 };
 
-use crate::image::ImageError;
+use crate::{image::ImageError, mllm::Cause};
 
 /// With padding or without; what the bits behind the last byte say is nobody's business.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
@@ -32,7 +32,7 @@ pub fn is_data_url(text: &str) -> bool {
 /// [`ImageError::DataUrl`] says what is wrong; [`ImageError::TooManyBytes`] before anything is
 /// decoded.
 pub fn decode_data_url(url: &str, longest: usize) -> Result<Vec<u8>, ImageError> {
-    let invalid = |why: &str| ImageError::DataUrl(why.to_owned());
+    let invalid = |why: &str| ImageError::DataUrl(why.into());
     let rest = url
         .trim()
         .get(5..)
@@ -66,9 +66,9 @@ pub fn decode_base64(text: &str, longest: usize) -> Result<Vec<u8>, ImageError> 
         plain & (byte.is_ascii_alphanumeric() | matches!(byte, b'+' | b'/' | b'='))
     });
     let text = if is_plain { Cow::Borrowed(text) } else { Cow::Owned(plain(text)) };
-    BASE64
-        .decode(text.as_ref())
-        .map_err(|error| ImageError::DataUrl(format!("its base64 is broken: {error}")))
+    BASE64.decode(text.as_ref()).map_err(|error| {
+        ImageError::DataUrl(Cause::new(format!("its base64 is broken: {error}"), error))
+    })
 }
 
 fn plain(text: &str) -> String {

@@ -72,6 +72,50 @@ impl CheckedDraft {
     }
 }
 
+/// Sets up a [`Guard`]; made by [`Guard::builder`].
+#[derive(Debug, Clone)]
+#[must_use = "call `build` to get the guard"]
+pub struct GuardBuilder<M> {
+    model: M,
+    profile: Option<Profile>,
+    options: Options,
+}
+
+impl<M: Mllm> GuardBuilder<M> {
+    /// How answers are judged and rewritten. The default is [`Profile::hardened`].
+    pub fn profile(self, profile: Profile) -> Self {
+        Self { profile: Some(profile), ..self }
+    }
+
+    /// Samples answers (steps 1 and 4) with `sampling`. The default is the profile's sampling.
+    pub fn sampling(mut self, sampling: Sampling) -> Self {
+        self.options.sampling = Some(sampling);
+        self
+    }
+
+    /// Adds request fields to the guard's own calls (steps 2 and 3, and every check), such as those
+    /// that change how a model sees or thinks. Backends without an HTTP request ignore them. The
+    /// default is none.
+    pub fn extra(mut self, extra: Map<String, Value>) -> Self {
+        self.options.extra = extra;
+        self
+    }
+
+    /// Shares a memory of earlier findings with other guards. Findings are kept apart by `caller`,
+    /// because two callers may reach two models under one name. By default, findings are not
+    /// remembered.
+    pub fn memory(mut self, memory: Arc<Memory>, caller: impl Into<String>) -> Self {
+        (self.options.memory, self.options.caller) = (memory, caller.into());
+        self
+    }
+
+    /// The guard.
+    pub fn build(self) -> Guard<M> {
+        let Self { model, profile, options } = self;
+        Guard { model, profile: profile.unwrap_or_else(Profile::hardened), options }
+    }
+}
+
 /// Settings of the caller, beside the profile.
 #[derive(Debug, Clone)]
 pub(crate) struct Options {
@@ -85,39 +129,37 @@ pub(crate) struct Options {
 }
 
 impl<M: Mllm> Guard<M> {
-    /// A guard in front of `model`.
+    /// A guard in front of `model` with no settings beside the profile: short for
+    /// [`Guard::builder`] with [`GuardBuilder::profile`].
     pub fn new(model: M, profile: Profile) -> Self {
+        Self::builder(model).profile(profile).build()
+    }
+
+    /// Starts a guard in front of `model`.
+    ///
+    /// ```
+    /// # fn example(model: impl ecso::Mllm) -> Result<(), ecso::ProfileError> {
+    /// use std::sync::Arc;
+    ///
+    /// use ecso::{Guard, Memory, Profile, Sampling};
+    ///
+    /// let memory = Arc::new(Memory::new(10_000));
+    /// let guard = Guard::builder(model)
+    ///     .profile(Profile::paper().with("scope", "all")?)
+    ///     .sampling(Sampling { temperature: Some(0.7), ..Sampling::default() })
+    ///     .memory(memory, "tenant-1")
+    ///     .build();
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn builder(model: M) -> GuardBuilder<M> {
         let options = Options {
             sampling: None,
             extra: Map::new(),
             memory: Arc::new(Memory::new(0)),
             caller: String::new(),
         };
-        Self { model, profile, options }
-    }
-
-    /// Samples answers (steps 1 and 4) with `sampling` in place of the profile's settings.
-    #[must_use]
-    pub fn with_sampling(mut self, sampling: Sampling) -> Self {
-        self.options.sampling = Some(sampling);
-        self
-    }
-
-    /// Adds request fields to the guard's own calls (steps 2 and 3, and every check), such as those
-    /// that change how a model sees or thinks. Backends without an HTTP request ignore them.
-    #[must_use]
-    pub fn with_extra(mut self, extra: Map<String, Value>) -> Self {
-        self.options.extra = extra;
-        self
-    }
-
-    /// Shares a memory of earlier findings with other guards. Without one, nothing is remembered.
-    /// Findings are kept apart by `caller`, because two callers may reach two models under one
-    /// name.
-    #[must_use]
-    pub fn with_memory(mut self, memory: Arc<Memory>, caller: impl Into<String>) -> Self {
-        (self.options.memory, self.options.caller) = (memory, caller.into());
-        self
+        GuardBuilder { model, profile: None, options }
     }
 
     /// The model behind the guard.

@@ -2,8 +2,9 @@
 
 use std::{
     error::Error,
+    fmt,
     fs::File,
-    io::{Cursor, Read as _},
+    io::{self, Cursor, Read as _},
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
 };
@@ -12,7 +13,7 @@ use bytes::Bytes;
 use image::{ImageDecoder, ImageFormat, ImageReader, RgbImage, RgbaImage};
 use serde_json::{Map, Value};
 
-use crate::data_url::decode_data_url;
+use crate::{data_url::decode_data_url, mllm::Cause};
 use foreign::Foreign;
 
 pub mod apart;
@@ -58,6 +59,7 @@ impl Default for Limits {
 /// What becomes of an image whose end is missing, as a download that broke off leaves it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Truncated {
     /// [`ImageError::Truncated`].
     Refuse,
@@ -67,33 +69,28 @@ pub enum Truncated {
 }
 
 /// What is wrong with an image.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ImageError {
-    /// Its file can't be read, or is no image that can be used.
-    #[error("{}: {reason}", path.display())]
+    /// The file can't be read, or is not an image that can be used.
     File {
         /// Which.
         path: PathBuf,
         /// Why.
-        reason: String,
+        cause: Cause,
     },
     /// A data URL, or base64, that can't be read.
-    #[error("the image's data URL can't be read: {0}")]
-    DataUrl(String),
+    DataUrl(Cause),
     /// No bytes at all.
-    #[error("the image is empty (0 bytes)")]
     Empty,
     /// More encoded bytes than [`Limits::bytes`].
-    #[error("the image has {actual} bytes; at most {limit} are allowed")]
     TooManyBytes {
-        /// Bytes it has.
+        /// The image's bytes.
         actual: usize,
         /// Bytes allowed.
         limit: usize,
     },
     /// More pixels than [`Limits::pixels`].
-    #[error("the image has {width} x {height} pixels; at most {limit} in all are allowed")]
     TooManyPixels {
         /// Width in pixels.
         width: u32,
@@ -102,54 +99,95 @@ pub enum ImageError {
         /// Pixels allowed.
         limit: u64,
     },
-    /// The bytes are none of the formats that are read.
-    #[error("this is not an image that can be read: JPEG, PNG, WebP and GIF are")]
+    /// The bytes are in none of the formats that are read.
     NotAnImage,
-    /// Its end is missing, and [`Limits::truncated`] refuses that.
-    #[error(
-        "the {format} is broken: its end is missing (images.truncated = \"accept\" takes it as it is)"
-    )]
+    /// The end is missing, and [`Limits::truncated`] refuses that.
     Truncated {
-        /// The format its first bytes claim.
+        /// The format that the first bytes claim.
         format: &'static str,
     },
-    /// It is known what this is, and this build doesn't read it.
-    #[error("this is {what}; ecso built with --features {feature} reads it")]
+    /// A known format that this build does not read.
     NotBuilt {
-        /// With its article.
+        /// The format, with its article.
         what: &'static str,
-        /// The Cargo feature of this crate, and of the program.
+        /// The Cargo feature of this crate, and of the program, that reads it.
         feature: &'static str,
     },
-    /// It must be made into images for models to read it, and that can't be done.
-    #[error("this is {what} that can't be shown as images: {reason}")]
+    /// Models don't read the format, and it could not be converted.
     Unconverted {
-        /// With its article.
+        /// The format, with its article.
         what: &'static str,
-        /// Why.
+        /// Why. A text alone: it comes from another process (see [`apart`]).
         reason: String,
     },
-    /// A document, where one image is asked for.
-    #[error("it has {0} pages, and one image is asked for")]
+    /// A document of so many pages, where one image is expected.
     Several(usize),
-    /// The format is known, the content is damaged.
-    #[error("the {format} image is broken: {reason}")]
+    /// The format is known, but the content is damaged.
     Broken {
-        /// The format its first bytes claim.
+        /// The format that the first bytes claim.
         format: &'static str,
-        /// What the decoder said.
-        reason: String,
+        /// The decoder's error.
+        cause: Cause,
     },
-    /// Pixels were asked of an image that is known by its URL only.
-    #[error(
-        "the image is a URL and was not fetched; only a server that fetches it itself can be shown it"
-    )]
+    /// The image is known by its URL only, so it has no pixels.
     NotFetched,
-    /// Pixels were asked of an image of which only a description is there.
-    #[error(
-        "of this image only a description is there; only a model that reads pictures as text, as mini does, can be shown it"
-    )]
+    /// The image is known by a description only, so it has no pixels.
     OnlyDescribed,
+}
+
+impl fmt::Display for ImageError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File { path, cause } => write!(f, "{}: {cause}", path.display()),
+            Self::DataUrl(cause) => write!(f, "the image's data URL can't be read: {cause}"),
+            Self::Empty => f.write_str("the image is empty (0 bytes)"),
+            Self::TooManyBytes { actual, limit } => {
+                write!(f, "the image has {actual} bytes; at most {limit} are allowed")
+            }
+            Self::TooManyPixels { width, height, limit } => write!(
+                f,
+                "the image has {width} x {height} pixels; at most {limit} in all are allowed"
+            ),
+            Self::NotAnImage => {
+                f.write_str("this is not an image that can be read: JPEG, PNG, WebP and GIF are")
+            }
+            Self::Truncated { format } => write!(
+                f,
+                "the {format} is broken: its end is missing (images.truncated = \"accept\" \
+                 takes it as it is)"
+            ),
+            Self::NotBuilt { what, feature } => {
+                write!(f, "this is {what}; ecso built with --features {feature} reads it")
+            }
+            Self::Unconverted { what, reason } => {
+                write!(f, "this is {what} that can't be shown as images: {reason}")
+            }
+            Self::Several(pages) => {
+                write!(f, "it has {pages} pages, and one image is asked for")
+            }
+            Self::Broken { format, cause } => write!(f, "the {format} image is broken: {cause}"),
+            Self::NotFetched => f.write_str(
+                "the image is a URL and was not fetched; only a server that fetches it itself can \
+                 be shown it",
+            ),
+            Self::OnlyDescribed => f.write_str(
+                "of this image only a description is there; only a model that reads pictures as \
+                 text, as mini does, can be shown it",
+            ),
+        }
+    }
+}
+
+// By hand: the cause's text is part of the error's own, so the source is what the cause came from.
+impl Error for ImageError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            Self::File { cause, .. } | Self::DataUrl(cause) | Self::Broken { cause, .. } => {
+                cause.source()
+            }
+            _ => None,
+        }
+    }
 }
 
 /// An image as it came in: the client's bytes are kept and never encoded again. Only of what models
@@ -169,7 +207,7 @@ enum Source {
         limits: Limits,
         digest: blake3::Hash,
         is_converted: bool,
-        pixels: OnceLock<Result<RgbImage, ImageError>>,
+        pixels: OnceLock<Result<Pixels, ImageError>>,
     },
     Url(String),
     Described(String),
@@ -199,14 +237,14 @@ impl Image {
         limits: Limits,
         take: impl Fn(Vec<u8>, Limits) -> Result<T, ImageError>,
     ) -> Result<T, ImageError> {
-        let failed =
-            |error: &dyn Error| ImageError::File { path: path.into(), reason: error.to_string() };
-        let file = File::open(path).map_err(|error| failed(&error))?;
+        let failed = |cause| ImageError::File { path: path.into(), cause };
+        let io_failed = |error: io::Error| failed(Cause::new(error.to_string(), error));
+        let file = File::open(path).map_err(io_failed)?;
         let mut bytes = Vec::new();
         // One byte more than allowed is enough to see that there are too many.
         let most = u64::try_from(limits.bytes).unwrap_or(u64::MAX).saturating_add(1);
-        file.take(most).read_to_end(&mut bytes).map_err(|error| failed(&error))?;
-        take(bytes, limits).map_err(|error| failed(&error))
+        file.take(most).read_to_end(&mut bytes).map_err(io_failed)?;
+        take(bytes, limits).map_err(|error| failed(Cause::new(error.to_string(), error)))
     }
 
     /// Takes encoded bytes and checks size, header and end against `limits`; nothing is decoded
@@ -261,7 +299,7 @@ impl Image {
         let (width, height) = ImageReader::with_format(Cursor::new(&bytes), format)
             .into_decoder()
             .map(|decoder| decoder.dimensions())
-            .map_err(|error| broken(format, &error))?;
+            .map_err(|error| broken(format, error))?;
         if u64::from(width) * u64::from(height) > limits.pixels {
             return Err(ImageError::TooManyPixels { width, height, limit: limits.pixels });
         }
@@ -343,27 +381,28 @@ impl Image {
         }
     }
 
-    /// BLAKE3 of the bytes as they came in (or of the URL, or of the description behind a mark); of
-    /// a page, that of the document's digest and the page's number.
+    /// The BLAKE3 of the bytes as they came in, of the URL, or of `described:` and the description.
+    /// For a page of a document, that of the document's digest and the page's number.
     #[must_use]
-    pub fn digest(&self) -> blake3::Hash {
-        match &*self.source {
+    pub fn digest(&self) -> Digest {
+        let hash = match &*self.source {
             Source::Bytes { digest, .. } => *digest,
             Source::Url(url) => blake3::hash(url.as_bytes()),
             Source::Described(text) => {
                 blake3::Hasher::new().update(b"described:").update(text.as_bytes()).finalize()
             }
-        }
+        };
+        Digest(*hash.as_bytes())
     }
 
     /// The pixels: 8-bit RGB, upright (EXIF orientation applied), transparency laid over white, the
     /// first frame of an animation. Decoded on first use, then kept.
-    pub fn pixels(&self) -> Result<&RgbImage, ImageError> {
+    pub fn pixels(&self) -> Result<&Pixels, ImageError> {
         match &*self.source {
             Source::Url(_) => Err(ImageError::NotFetched),
             Source::Described(_) => Err(ImageError::OnlyDescribed),
             Source::Bytes { bytes, format, limits, pixels, .. } => pixels
-                .get_or_init(|| decode(bytes, *format, *limits))
+                .get_or_init(|| decode(bytes, *format, *limits).map(Pixels::of))
                 .as_ref()
                 .map_err(Clone::clone),
         }
@@ -378,6 +417,99 @@ impl Image {
                 decode(bytes, *format, *limits).map(drop)
             }
         }
+    }
+}
+
+/// A BLAKE3 digest of 32 bytes. [`Image::digest`] makes it; equal images have equal digests.
+///
+/// ```
+/// let digest = ecso::Image::from_url("https://example.org/bread.png").digest();
+/// assert_eq!(digest.to_hex().len(), 64);
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Digest([u8; 32]);
+
+impl Digest {
+    /// The 32 bytes.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
+    /// 64 lower-case hexadecimal digits.
+    #[must_use]
+    pub fn to_hex(&self) -> String {
+        blake3::Hash::from(self.0).to_hex().to_string()
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.to_hex())
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Digest({self})")
+    }
+}
+
+/// Decoded pixels: 8-bit RGB, row by row from the top left, without padding.
+///
+/// ```
+/// let pixels = ecso::Pixels::new(2, 1, vec![255, 0, 0, 0, 0, 255]).unwrap();
+/// assert_eq!((pixels.width(), pixels.height()), (2, 1));
+/// assert!(ecso::Pixels::new(2, 2, vec![0; 6]).is_none());
+/// ```
+#[derive(Clone, PartialEq, Eq)]
+pub struct Pixels {
+    width: u32,
+    height: u32,
+    rgb: Bytes,
+}
+
+impl Pixels {
+    /// Pixels from their bytes; `None` if there are not `3 * width * height` of them.
+    #[must_use]
+    pub fn new(width: u32, height: u32, rgb: impl Into<Bytes>) -> Option<Self> {
+        let rgb = rgb.into();
+        let expected = 3 * u64::from(width) * u64::from(height);
+        (u64::try_from(rgb.len()) == Ok(expected)).then_some(Self { width, height, rgb })
+    }
+
+    fn of(image: RgbImage) -> Self {
+        Self { width: image.width(), height: image.height(), rgb: image.into_raw().into() }
+    }
+
+    /// Width in pixels.
+    #[must_use]
+    pub fn width(&self) -> u32 {
+        self.width
+    }
+
+    /// Height in pixels.
+    #[must_use]
+    pub fn height(&self) -> u32 {
+        self.height
+    }
+
+    /// Width and height in pixels.
+    #[must_use]
+    pub fn dimensions(&self) -> (u32, u32) {
+        (self.width, self.height)
+    }
+
+    /// The bytes: red, green, blue of each pixel. A clone shares them.
+    #[must_use]
+    pub fn as_bytes(&self) -> &Bytes {
+        &self.rgb
+    }
+}
+
+impl fmt::Debug for Pixels {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Pixels({} x {})", self.width, self.height)
     }
 }
 
@@ -397,11 +529,11 @@ fn decode(bytes: &[u8], format: ImageFormat, limits: Limits) -> Result<RgbImage,
     let mut bounds = image::Limits::default();
     bounds.max_alloc = Some(limits.pixels.saturating_mul(16));
     reader.limits(bounds);
-    let mut decoder = reader.into_decoder().map_err(|error| broken(format, &error))?;
+    let mut decoder = reader.into_decoder().map_err(|error| broken(format, error))?;
     // A damaged EXIF block says nothing about the pixels: the image is then taken as it lies.
     let orientation = decoder.orientation().unwrap_or(image::metadata::Orientation::NoTransforms);
     let mut image =
-        image::DynamicImage::from_decoder(decoder).map_err(|error| broken(format, &error))?;
+        image::DynamicImage::from_decoder(decoder).map_err(|error| broken(format, error))?;
     image.apply_orientation(orientation);
     if !image.color().has_alpha() {
         return Ok(image.into_rgb8());
@@ -419,9 +551,9 @@ fn over_white(pixels: &RgbaImage) -> RgbImage {
     })
 }
 
-fn broken(format: ImageFormat, error: &image::ImageError) -> ImageError {
+fn broken(format: ImageFormat, error: image::ImageError) -> ImageError {
     match name(format) {
-        Ok(format) => ImageError::Broken { format, reason: error.to_string() },
+        Ok(format) => ImageError::Broken { format, cause: Cause::new(error.to_string(), error) },
         Err(error) => error,
     }
 }
@@ -462,7 +594,7 @@ mod tests {
     fn transparent_pixels_become_white() {
         let clear = image::DynamicImage::new_rgba8(1, 1);
         let image = Image::from_bytes(encode(&clear, ImageFormat::Png), Limits::default()).unwrap();
-        assert_eq!(image.pixels().unwrap().get_pixel(0, 0).0, [255; 3]);
+        assert_eq!(image.pixels().unwrap().as_bytes()[..], [255; 3]);
     }
 
     #[test]

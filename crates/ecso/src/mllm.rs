@@ -42,7 +42,7 @@ pub struct TopLogprob {
     pub logprob: f32,
 }
 
-/// Why a reply ended.
+/// Why a reply ended. Exhaustive, so that a server translates every reason.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {
@@ -88,6 +88,7 @@ pub struct Reply {
 
 /// What a reply under way brings next.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub enum Delta {
     /// The likeliest first tokens; comes at most once.
     FirstToken(Vec<TopLogprob>),
@@ -161,7 +162,8 @@ impl Error for ModelError {
     }
 }
 
-/// What went wrong, in words, and the error behind it.
+/// A message that says what went wrong, and the error that it came from, if there is one. Errors of
+/// this crate and its backends hold one, so that no type of another library is part of them.
 #[derive(Debug, Clone)]
 pub struct Cause {
     message: String,
@@ -169,17 +171,17 @@ pub struct Cause {
 }
 
 impl Cause {
-    /// `error`, told with its own causes.
-    pub fn of(error: impl Error + Send + Sync + 'static) -> Self {
-        Self::new(chain(&error), error)
+    /// A cause whose message is the [`error_chain`] of `error`.
+    pub fn from_error(error: impl Error + Send + Sync + 'static) -> Self {
+        Self::new(error_chain(&error), error)
     }
 
-    /// `message`, behind which stands `error`.
+    /// A cause with a message of its own, and `error` as its source.
     pub fn new(message: impl Into<String>, error: impl Error + Send + Sync + 'static) -> Self {
         Self { message: message.into(), source: Some(Arc::new(error)) }
     }
 
-    /// The words.
+    /// The message.
     #[must_use]
     pub fn message(&self) -> &str {
         &self.message
@@ -199,11 +201,13 @@ impl Error for Cause {
 }
 
 impl PartialEq for Cause {
-    /// Equal when the words are.
+    /// Causes with the same message are equal.
     fn eq(&self, other: &Self) -> bool {
         self.message == other.message
     }
 }
+
+impl Eq for Cause {}
 
 impl<T: Into<String>> From<T> for Cause {
     fn from(message: T) -> Self {
@@ -211,19 +215,29 @@ impl<T: Into<String>> From<T> for Cause {
     }
 }
 
-/// An error with its causes, each said once.
+/// An error and its sources as one line, joined by `: `. A text that an earlier one contains is
+/// left out.
+///
+/// ```
+/// use ecso::{Cause, ModelError, error_chain};
+///
+/// let cause = Cause::new("connection failed", std::io::Error::other("no route to host"));
+/// let error = ModelError::Transport(cause);
+/// let line = "the model can't be reached: connection failed: no route to host";
+/// assert_eq!(error_chain(&error), line);
+/// ```
 #[must_use]
-pub fn chain(error: &(dyn Error + 'static)) -> String {
-    let mut said: Vec<String> = Vec::new();
+pub fn error_chain(error: &(dyn Error + 'static)) -> String {
+    let mut texts: Vec<String> = Vec::new();
     let mut next = Some(error);
     while let Some(error) = next {
         let text = error.to_string();
-        if !said.iter().any(|earlier| earlier.contains(&text)) {
-            said.push(text);
+        if !texts.iter().any(|earlier| earlier.contains(&text)) {
+            texts.push(text);
         }
         next = error.source();
     }
-    said.join(": ")
+    texts.join(": ")
 }
 
 /// An image as text.

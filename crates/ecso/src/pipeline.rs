@@ -20,7 +20,7 @@ use crate::{
     prompt::{Asked, Prompt, Query},
     template::Template,
     trace::{Event, GuardError, Outcome, Step, Trace},
-    verdict::{Detection, Verdict, broke_off, without_reasoning},
+    verdict::{Detection, Verdict, ended_before_answer, without_reasoning},
 };
 
 /// Token limit for a check by a model that thinks before it answers.
@@ -159,16 +159,8 @@ impl<'a> Pipeline<'a> {
         Given { draft, request_check: RequestCheck { findings, found, steps } }: Given,
         listener: mpsc::Sender<Result<Event, GuardError>>,
     ) -> Self {
-        let outcome = Outcome {
-            answer: String::new(),
-            verdict: Verdict::Unchecked,
-            score: None,
-            rewritten: false,
-            refused: false,
-            profile: profile.name.clone(),
-            model: model.name().to_owned(),
-            steps,
-        };
+        let mut outcome = Outcome::unchecked("", &profile.name, model.name());
+        outcome.steps = steps;
         let found =
             found.filter(|(about, _)| draft.as_ref() == Some(about)).map(|(_, found)| found);
         Self {
@@ -245,7 +237,7 @@ impl Pipeline<'_> {
         }
     }
 
-    /// Asks a question in all its wordings and windows; the most harmful finding counts. A harmful
+    /// Subject a question in all its wordings and windows; the most harmful finding counts. A harmful
     /// finding of at least `enough` weight ends it early.
     pub(crate) async fn ask(
         &mut self,
@@ -331,7 +323,7 @@ impl Pipeline<'_> {
                 }
                 return Ok(found);
             }
-            if !broke_off(&reply) {
+            if !ended_before_answer(&reply) {
                 break;
             }
         }
@@ -541,7 +533,8 @@ impl Pipeline<'_> {
 
 /// Whether a description was cut off before its first word.
 fn is_unsaid(reply: &Reply) -> bool {
-    broke_off(reply) && without_reasoning(&reply.text).unwrap_or_default().trim().is_empty()
+    ended_before_answer(reply)
+        && without_reasoning(&reply.text).unwrap_or_default().trim().is_empty()
 }
 
 /// One call of the model, with a span of its own; no text of the conversation stands in it.

@@ -3,12 +3,12 @@
 //! A profile is a TOML file. The built-in ones are files too (`profiles/`); another names only the
 //! keys it changes and inherits the rest from the one it `extends` (`paper` if it doesn't say).
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, error::Error, fmt};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    mllm::Sampling,
+    mllm::{Cause, Sampling},
     template::Template,
     verdict::{self, Parser},
 };
@@ -24,6 +24,7 @@ const HARDENED: &str = include_str!("../profiles/hardened.toml");
 /// Which conversations are guarded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Scope {
     /// Those that hold an image, in any turn (the paper's setting).
     Images,
@@ -34,6 +35,7 @@ pub enum Scope {
 /// When the draft is replaced by another answer (the paper's ablation of step 2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Gate {
     /// When step 2 calls it unsafe.
     Detected,
@@ -46,6 +48,7 @@ pub enum Gate {
 /// What replaces an unsafe answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Rewrite {
     /// The answer of step 4.
     Safe,
@@ -57,6 +60,7 @@ pub enum Rewrite {
 /// Where the images of a turn stand in steps 2 and 3. (Step 1 is the caller's own conversation.)
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum ImageOrder {
     /// Before the text: the published evaluation scripts.
     Before,
@@ -67,6 +71,7 @@ pub enum ImageOrder {
 /// What step 4 does when every caption is empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum EmptyCaption {
     /// Sends the hints with nothing in them, as the published code does.
     Hints,
@@ -79,6 +84,7 @@ pub enum EmptyCaption {
 /// What the caption is told of the query (the paper's ablation of step 3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum CaptionMode {
     /// [`CaptionStep::template`], which holds the query.
     QueryAware,
@@ -89,6 +95,7 @@ pub enum CaptionMode {
 /// What the templates call the query {x}.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Turns {
     /// The last user turn and its images: the paper, which has one turn.
     Last,
@@ -111,6 +118,7 @@ pub enum Images {
 /// What it means if a content filter in front of the model refuses one of the guard's own calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum ContentFilter {
     /// The step failed.
     Error,
@@ -121,6 +129,7 @@ pub enum ContentFilter {
 /// Who wrote a part of the conversation that is neither the user's nor the model's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Author {
     /// System and developer messages.
     System,
@@ -131,6 +140,7 @@ pub enum Author {
 /// One way of running ECSO.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Keys", into = "Keys")]
+#[non_exhaustive]
 pub struct Profile {
     /// What traces and results call it.
     pub name: String,
@@ -168,6 +178,7 @@ pub struct Profile {
 
 /// How harm is detected, and what follows: one file each.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub enum Method {
     /// `paper.rs`: the paper's figure.
     Paper(Paper),
@@ -177,6 +188,7 @@ pub enum Method {
 
 /// The paper's detection.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Paper {
     /// Step 2, harm detection (equation 2).
     pub detect: Question,
@@ -185,6 +197,7 @@ pub struct Paper {
 /// The detection of `hardened`: plain questions, each about one thing, and detectors that combine
 /// their answers.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Hardened {
     /// The questions, by name. One with `{y}` in its template is about the reply, the others about
     /// the request.
@@ -205,6 +218,7 @@ pub struct Hardened {
 /// if all its questions do; a question about printed words doesn't apply to images without any.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Detector {
     /// Its name in reports and calibrations.
     pub name: String,
@@ -217,6 +231,7 @@ pub struct Detector {
 /// A question in a detector.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Term {
     /// Its name.
     pub question: String,
@@ -262,7 +277,7 @@ impl Hardened {
     }
 
     fn check(&self) -> Result<(), ProfileError> {
-        let wrong = |why: String| Err(ProfileError::Invalid(why));
+        let wrong = |why: String| Err(ProfileError::invalid(why));
         for Detector { name, bias, terms } in &self.detectors {
             for term in terms {
                 if self.question(term).is_none() {
@@ -302,6 +317,7 @@ impl Hardened {
 /// Step 1, the direct answer (equation 1).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct DirectStep {
     /// 0 is greedy.
     pub temperature: f32,
@@ -313,6 +329,7 @@ pub struct DirectStep {
 /// [`Question::default`]: no images, read by probability, a long text judged in windows.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
+#[non_exhaustive]
 pub struct Question {
     /// Its name in the profile; empty for the only question of a method.
     #[serde(skip)]
@@ -405,6 +422,7 @@ impl Answer {
 /// A further wording of a question, with its own prior if it is biased differently.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
+#[non_exhaustive]
 pub enum Wording {
     /// A template with the question's prior.
     Plain(Template),
@@ -415,6 +433,7 @@ pub enum Wording {
 /// A template and its prior.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Weighed {
     /// As [`Question::template`].
     pub template: Template,
@@ -425,6 +444,7 @@ pub struct Weighed {
 /// Step 3, image to text (equation 3).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct CaptionStep {
     /// Which of the two templates is sent.
     pub mode: CaptionMode,
@@ -441,6 +461,7 @@ pub struct CaptionStep {
 /// Step 4, the safe answer (equation 4).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct SafeStep {
     /// Whether the images are shown: dropped in the paper's text and its safety scripts, kept in
     /// the published MME, `MMBench` and MM-Vet scripts.
@@ -459,15 +480,41 @@ pub struct SafeStep {
 }
 
 /// Why a profile is invalid.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ProfileError {
     /// No built-in profile has this name.
-    #[error("there is no profile {0:?}; built in: {names}", names = Profile::NAMES.join(", "))]
     Unknown(String),
     /// Not TOML, an unknown key or an invalid value.
-    #[error("{0}")]
-    Invalid(String),
+    Invalid(Cause),
+}
+
+impl fmt::Display for ProfileError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unknown(name) => {
+                let names = Profile::NAMES.join(", ");
+                write!(f, "there is no profile {name:?}; built in: {names}")
+            }
+            Self::Invalid(cause) => cause.fmt(f),
+        }
+    }
+}
+
+// By hand: the cause's text is the error's own, so the source is what the cause came from.
+impl Error for ProfileError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            Self::Unknown(_) => None,
+            Self::Invalid(cause) => cause.source(),
+        }
+    }
+}
+
+impl ProfileError {
+    fn invalid(message: impl Into<String>) -> Self {
+        Self::Invalid(message.into().into())
+    }
 }
 
 impl Profile {
@@ -484,6 +531,18 @@ impl Profile {
         Self::named("paper").expect("the built-in profile is valid")
     }
 
+    /// The default of the program `ecso`: request and reply are judged, and the answer of step 4
+    /// too. Its threshold and biases were fitted to the model `mini`; [`Profile::calibrated`] takes
+    /// those of another.
+    ///
+    /// # Panics
+    /// Never: the file is compiled in, and a test reads it.
+    #[must_use]
+    pub fn hardened() -> Self {
+        #[expect(clippy::expect_used, reason = "compiled in and tested")]
+        Self::named("hardened").expect("the built-in profile is valid")
+    }
+
     /// A built-in profile.
     pub fn named(name: &str) -> Result<Self, ProfileError> {
         from_table(built_in(name)?)
@@ -496,8 +555,8 @@ impl Profile {
             None => "paper".to_owned(),
             Some(toml::Value::String(name)) => name,
             Some(_) => {
-                return Err(ProfileError::Invalid(
-                    "`extends` must be a string: the name of a built-in profile".into(),
+                return Err(ProfileError::invalid(
+                    "`extends` must be a string: the name of a built-in profile",
                 ));
             }
         };
@@ -520,7 +579,7 @@ impl Profile {
     /// or bare text. The name gets a `+`, so that no result passes for the original's.
     pub fn with(&self, key: &str, value: &str) -> Result<Self, ProfileError> {
         if key.matches('.').count() > DEEPEST {
-            return Err(ProfileError::Invalid(format!("a key has at most {DEEPEST} dots")));
+            return Err(ProfileError::invalid(format!("a key has at most {DEEPEST} dots")));
         }
         let value = format!("v = {value}")
             .parse::<toml::Table>()
@@ -539,13 +598,21 @@ impl Profile {
         if key != "name" && !self.name.ends_with('+') {
             table.insert("name".into(), format!("{}+", self.name).into());
         }
-        from_table(table).map_err(|error| ProfileError::Invalid(format!("{key}: {error}")))
+        from_table(table)
+            .map_err(|error| ProfileError::Invalid(Cause::new(format!("{key}: {error}"), error)))
     }
 
     /// The profile as TOML, every key named.
     #[must_use]
     pub fn to_toml(&self) -> String {
         toml::to_string(self).unwrap_or_default()
+    }
+
+    /// What tells its text from those of others, in results and calibrations: the first 16
+    /// hexadecimal digits of the BLAKE3 of [`Profile::to_toml`].
+    #[must_use]
+    pub fn hash(&self) -> String {
+        blake3::hash(self.to_toml().as_bytes()).to_hex()[..16].to_owned()
     }
 
     pub(crate) fn stripped<'t>(&self, text: &'t str) -> &'t str {
@@ -681,7 +748,7 @@ impl Profile {
             if template.has(hole) {
                 Ok(())
             } else {
-                Err(ProfileError::Invalid(format!("{key} must contain {{{hole}}}")))
+                Err(ProfileError::invalid(format!("{key} must contain {{{hole}}}")))
             }
         };
         must_hold("safe.template", &self.safe.template, "x")?;
@@ -693,7 +760,7 @@ impl Profile {
             if (0.0..=1.0).contains(&value) {
                 Ok(())
             } else {
-                Err(ProfileError::Invalid(format!("{key} must be between 0 and 1, not {value}")))
+                Err(ProfileError::invalid(format!("{key} must be between 0 and 1, not {value}")))
             }
         };
         for (key, question) in self.questions() {
@@ -701,7 +768,7 @@ impl Profile {
             for (_, prior) in question.wordings() {
                 share(&format!("{key}.prior"), prior)?;
                 if prior <= 0.0 || prior >= 1.0 {
-                    return Err(ProfileError::Invalid(format!(
+                    return Err(ProfileError::invalid(format!(
                         "{key}.prior must be above 0 and below 1"
                     )));
                 }
@@ -710,7 +777,7 @@ impl Profile {
                 if key == "detect" { &["y"] } else { &["x", "y", "t", "c", "w", "s"] };
             if !holes.iter().any(|hole| question.template.has(hole)) {
                 let holes: Vec<String> = holes.iter().map(|hole| format!("{{{hole}}}")).collect();
-                return Err(ProfileError::Invalid(format!(
+                return Err(ProfileError::invalid(format!(
                     "{key}.template must contain {}",
                     holes.join(" or ")
                 )));
@@ -723,7 +790,7 @@ impl Profile {
                         let why = format!(
                             "detect.template: {{{hole}}} is of the method `hardened`; step 2 comes before step 3"
                         );
-                        return Err(ProfileError::Invalid(why));
+                        return Err(ProfileError::invalid(why));
                     }
                 }
             }
@@ -745,20 +812,20 @@ impl Profile {
             steps.map(|(key, temperature, max_tokens)| (key.to_owned(), temperature, max_tokens));
         for (key, temperature, max_tokens) in steps.into_iter().chain(lengths) {
             if !(temperature.is_finite() && temperature >= 0.0) {
-                return Err(ProfileError::Invalid(format!(
+                return Err(ProfileError::invalid(format!(
                     "{key}.temperature must be 0 or more, not {temperature}"
                 )));
             }
             if max_tokens == 0 {
-                return Err(ProfileError::Invalid(format!("{key}.max_tokens must be at least 1")));
+                return Err(ProfileError::invalid(format!("{key}.max_tokens must be at least 1")));
             }
         }
         Ok(())
     }
 }
 
-fn invalid(error: impl std::fmt::Display) -> ProfileError {
-    ProfileError::Invalid(error.to_string().trim_end().to_owned())
+fn invalid(error: impl Error + Send + Sync + 'static) -> ProfileError {
+    ProfileError::Invalid(Cause::new(error.to_string().trim_end(), error))
 }
 
 #[cfg(test)]

@@ -44,6 +44,7 @@ impl std::fmt::Display for Step {
 
 /// One call of the model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Trace {
     /// Which step it was.
     pub step: Step,
@@ -77,6 +78,7 @@ pub struct Trace {
 
 /// The end of a guarded answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Outcome {
     /// What may go out.
     pub answer: String,
@@ -97,6 +99,26 @@ pub struct Outcome {
     pub model: String,
     /// Every call, in order.
     pub steps: Vec<Trace>,
+}
+
+impl Outcome {
+    /// The outcome for an answer that was not judged.
+    pub fn unchecked(
+        answer: impl Into<String>,
+        profile: impl Into<String>,
+        model: impl Into<String>,
+    ) -> Self {
+        Self {
+            answer: answer.into(),
+            verdict: Verdict::Unchecked,
+            score: None,
+            rewritten: false,
+            refused: false,
+            profile: profile.into(),
+            model: model.into(),
+            steps: Vec::new(),
+        }
+    }
 }
 
 /// What a caller sees of the pipeline while it runs.

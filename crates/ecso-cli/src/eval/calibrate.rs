@@ -7,17 +7,20 @@ use std::{
 };
 
 use anyhow::bail;
-use ecso::{Profile, profile::Method};
+use ecso::{
+    Calibration, Profile,
+    calibration::{Half, Share},
+    profile::Method,
+};
 use ecso_batch::journal::Saved;
 use ecso_eval::{
-    calibrate::{Half, Scores, calibrate},
+    calibrate::{Scores, calibrate},
     record::{ItemRecord, RunHeader},
     together::Together,
 };
 
 use crate::{
-    UsageError,
-    calibration::{self, Stored},
+    UsageError, calibration,
     cli::{ModelArgs, ProfileArgs},
     config,
 };
@@ -68,32 +71,30 @@ pub(super) fn run(
         ));
     }
     let found = calibrate(&all.scored, false_alarms).map_err(UsageError::of)?;
-    let stored = Stored {
-        ecso: env!("CARGO_PKG_VERSION").into(),
-        model: header.model,
-        model_digest: header.model_digest,
-        profile: PROFILE.into(),
-        profile_hash: calibration::hash(&Profile::named(PROFILE)?),
-        items: all.scored.len(),
-        biases: biases(&header.profiles)?,
+    let calibration = Calibration::new(
+        &Profile::named(PROFILE)?,
+        header.model,
+        header.model_digest,
+        all.scored.len(),
+        biases(&header.profiles)?,
         found,
-    };
+    );
     if json {
-        println!("{}", serde_json::to_string_pretty(&stored)?);
+        println!("{}", serde_json::to_string_pretty(&calibration)?);
     } else {
-        print!("{}", told(&stored));
+        print!("{}", told(&calibration));
     }
-    if let Some(fault) = stored.fault() {
+    if let Some(fault) = calibration::fault(&calibration) {
         say!("{fault}");
         return Ok(());
     }
     if !dry_run {
         let settings = config::load(file, &ModelArgs::default(), &ProfileArgs::default())?;
-        let path = calibration::store(&settings, &stored)?;
+        let path = calibration::store(&settings, &calibration)?;
         say!(
             "kept in {}, in place of an earlier fit: `{PROFILE}` takes it for {} from now on",
             path.display(),
-            stored.model
+            calibration.model
         );
     }
     Ok(())
@@ -106,7 +107,7 @@ fn biases(profiles: &[(String, String)]) -> anyhow::Result<BTreeMap<String, f64>
         Method::Hardened(method) => {
             method.detectors.into_iter().map(|way| (way.name, way.bias)).collect()
         }
-        Method::Paper(_) => BTreeMap::new(),
+        _ => BTreeMap::new(),
     };
     let built_in = ways(Profile::named(PROFILE)?);
     let text = profiles.iter().find(|(name, _)| name == PROFILE).map_or("", |(_, text)| text);
@@ -114,10 +115,10 @@ fn biases(profiles: &[(String, String)]) -> anyhow::Result<BTreeMap<String, f64>
     Ok(if run == built_in { BTreeMap::new() } else { run })
 }
 
-fn told(stored: &Stored) -> String {
-    let found = &stored.found;
+fn told(calibration: &Calibration) -> String {
+    let found = &calibration.found;
     let half = |name: &str, half: &Half| {
-        let share = |rate: &ecso_eval::stats::Rate| {
+        let share = |rate: &Share| {
             format!(
                 "{:>5.1}% ({:.1} to {:.1}), {} of {}",
                 100.0 * rate.value,
@@ -134,8 +135,10 @@ fn told(stored: &Stored) -> String {
             share(&half.false_alarms)
         )
     };
-    let mut text =
-        format!("threshold {:.4} for {} ({} items)\n", found.threshold, stored.model, stored.items);
+    let mut text = format!(
+        "threshold {:.4} for {} ({} items)\n",
+        found.threshold, calibration.model, calibration.items
+    );
     text += &half("chosen on", &found.chosen);
     text += &half("reported on", &found.reported);
     text += "threshold  harmful flagged  harmless flagged\n";

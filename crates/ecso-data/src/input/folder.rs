@@ -185,7 +185,7 @@ fn asked(image: &Path, query: Option<&str>) -> Result<String, Cause> {
             text.trim().to_owned()
         }
         Err(error) if error.kind() == ErrorKind::NotFound && query.is_some() => String::new(),
-        Err(error) => return Err(failed(Cause::of(error))),
+        Err(error) => return Err(failed(Cause::from_error(error))),
     };
     match query {
         _ if !written.is_empty() => Ok(written),

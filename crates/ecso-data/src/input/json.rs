@@ -148,7 +148,7 @@ impl Iterator for Lines {
         }
         self.line().unwrap_or_else(|error| {
             self.ended = true;
-            Some(Err(cut_short(at("the file can't be read any further", Cause::of(error)))))
+            Some(Err(cut_short(at("the file can't be read any further", Cause::from_error(error)))))
         })
     }
 }
@@ -286,7 +286,7 @@ impl Iterator for Elements {
         }
         self.element().unwrap_or_else(|error| {
             self.ended = true;
-            Some(Err(cut_short(at("the file can't be read any further", Cause::of(error)))))
+            Some(Err(cut_short(at("the file can't be read any further", Cause::from_error(error)))))
         })
     }
 }

@@ -51,7 +51,7 @@ impl InputError {
     }
 
     fn of(path: &Path, error: impl Error + Send + Sync + 'static) -> Self {
-        Self::new(path, Cause::of(error))
+        Self::new(path, Cause::from_error(error))
     }
 }
 
@@ -169,7 +169,7 @@ impl Input {
             Some(table) => table,
             None => input.table(&file).unwrap_or_else(|error| {
                 Box::new(std::iter::once(
-                    Box::new(move |_| Err(cut_short(Cause::of(error)))) as Made
+                    Box::new(move |_| Err(cut_short(Cause::from_error(error)))) as Made,
                 ))
             }),
         });

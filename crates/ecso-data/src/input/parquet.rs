@@ -66,7 +66,7 @@ fn safely<T, E: Error + Send + Sync + 'static>(
     match catch_unwind(AssertUnwindSafe(read)) {
         Ok(read) => read.map_err(|error| match cut(&error.to_string()) {
             Cow::Owned(told) => told.into(),
-            Cow::Borrowed(_) => Cause::of(error),
+            Cow::Borrowed(_) => Cause::from_error(error),
         }),
         Err(_) => Err("the Parquet file is broken".into()),
     }

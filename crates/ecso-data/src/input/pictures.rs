@@ -147,7 +147,7 @@ impl Reader {
             return Ok(Picture::Url(trimmed.to_owned()));
         }
         if is_data_url(trimmed) {
-            let bytes = decode_data_url(trimmed, LONGEST).map_err(Cause::of)?;
+            let bytes = decode_data_url(trimmed, LONGEST).map_err(Cause::from_error)?;
             return Ok(Picture::Bytes(bytes.into()));
         }
         if is_base64(trimmed) {
@@ -332,6 +332,6 @@ fn byte(cell: &Cell) -> Option<u8> {
 }
 
 fn base64(text: &str) -> Result<Picture, Cause> {
-    let bytes = decode_base64(text, LONGEST).map_err(Cause::of)?;
+    let bytes = decode_base64(text, LONGEST).map_err(Cause::from_error)?;
     Ok(Picture::Bytes(bytes.into()))
 }

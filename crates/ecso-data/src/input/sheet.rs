@@ -163,7 +163,7 @@ impl Iterator for Table {
             Err(error) => {
                 self.ended = true;
                 let place = format!("line {}: the file can't be read any further", self.line);
-                Err(cut_short(at(&place, Cause::of(error))))
+                Err(cut_short(at(&place, Cause::from_error(error))))
             }
         })
     }

@@ -14,7 +14,7 @@ use arrow_array::{
 };
 use arrow_schema::{DataType, Field, Schema};
 use base64::{Engine, prelude::BASE64_STANDARD};
-use ecso::{ImageError, chain};
+use ecso::{ImageError, error_chain};
 use ecso_data::{
     input::{Input, Mapping},
     row::{Picture, Row},
@@ -405,7 +405,10 @@ fn errors_keep_what_is_behind_them_and_say_it_once() {
         errors[1]
     );
     let gone = input(folder.path().join("gone.parquet")).rows().err().unwrap();
-    assert_eq!([chain(&errors[1]), chain(&gone)], [errors[1].to_string(), gone.to_string()]);
+    assert_eq!(
+        [error_chain(&errors[1]), error_chain(&gone)],
+        [errors[1].to_string(), gone.to_string()]
+    );
     assert!(gone.source().is_some_and(<dyn Error>::is::<std::io::Error>), "{gone:?}");
 }
 

@@ -186,7 +186,7 @@ type Rows = Box<dyn Iterator<Item = (Place, Result<OwnItem, Cause>)> + Send>;
 
 /// The rows: lines are read one by one; an array, and text in UTF-16, as a whole.
 fn rows(path: &Path) -> Result<Rows, DataError> {
-    let failed = |error: std::io::Error| DataError::new(path, Cause::of(error));
+    let failed = |error: std::io::Error| DataError::new(path, Cause::from_error(error));
     let mut start = Vec::new();
     File::open(path).and_then(|file| file.take(4096).read_to_end(&mut start)).map_err(failed)?;
     let is_utf16 = text::is_utf16(&start);

@@ -88,8 +88,8 @@ fn subtask_items(
     } else {
         (folder.to_owned(), folder.to_owned())
     };
-    let entries =
-        std::fs::read_dir(&texts).map_err(|error| DataError::new(&texts, Cause::of(error)))?;
+    let entries = std::fs::read_dir(&texts)
+        .map_err(|error| DataError::new(&texts, Cause::from_error(error)))?;
     let mut tables: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
     tables.retain(|path| {
         path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("txt"))

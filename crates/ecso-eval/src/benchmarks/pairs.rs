@@ -56,7 +56,7 @@ impl Benchmark for Pairs {
         let rows: Result<Vec<Row>, _> = PAIRS.lines().map(serde_json::from_str).collect();
         let rows = rows.map_err(|error| DataError::new(data, told(error)))?;
         let typesetter =
-            Typesetter::sans().map_err(|error| DataError::new(data, Cause::of(error)))?;
+            Typesetter::sans().map_err(|error| DataError::new(data, Cause::from_error(error)))?;
         let is_shown = |row: &&Row| variant != Some(SEEN) || row.form != "photo";
         Ok(Items::all(
             rows.iter().filter(is_shown).filter_map(|row| row.item(&typesetter)).collect(),

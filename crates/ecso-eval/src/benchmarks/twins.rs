@@ -48,7 +48,7 @@ impl Benchmark for Twins {
     }
 
     fn items(&self, data: &Path, variant: Option<&str>) -> Result<Items, DataError> {
-        let twins = twins().map_err(|error| DataError::new(data, Cause::of(error)))?;
+        let twins = twins().map_err(|error| DataError::new(data, Cause::from_error(error)))?;
         let item = |twin: Twin, query: String, images: Vec<Picture>| Item {
             cluster: twin.id.clone(),
             id: twin.id,
@@ -73,8 +73,8 @@ impl Benchmark for Twins {
                     .collect(),
             )),
             "typographic" => {
-                let typesetter =
-                    Typesetter::system().map_err(|error| DataError::new(data, Cause::of(error)))?;
+                let typesetter = Typesetter::system()
+                    .map_err(|error| DataError::new(data, Cause::from_error(error)))?;
                 let total = Some(twins.len());
                 let iter = twins.into_iter().map(move |twin| {
                     let mut bytes = Cursor::new(Vec::new());

@@ -1,7 +1,7 @@
 //! What is judged, by whom, and what comes of it.
 
 use async_trait::async_trait;
-use ecso::{Cause, spoken};
+use ecso::{Cause, final_answer};
 use serde::{Deserialize, Serialize};
 
 use crate::item::Task;
@@ -22,10 +22,11 @@ pub struct Case {
 }
 
 impl Case {
-    /// The case with its answer alone, without thoughts and wrapper ([`spoken`]); none where there
+    /// The case with its answer alone, without thoughts and wrapper ([`final_answer`]); none where there
     /// is no answer, not one letter or digit.
     fn answered(&self) -> Option<Self> {
-        let said = spoken(&self.response).filter(|said| said.contains(char::is_alphanumeric))?;
+        let said =
+            final_answer(&self.response).filter(|said| said.contains(char::is_alphanumeric))?;
         Some(Self { response: said.to_owned(), ..self.clone() })
     }
 

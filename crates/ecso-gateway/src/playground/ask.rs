@@ -72,7 +72,9 @@ impl Arm {
         }
         match self {
             Self::Unguarded => {
-                Ok(Profile { name: "unguarded".into(), gate: Gate::Never, ..usual.clone() })
+                let mut profile = usual.clone();
+                (profile.name, profile.gate) = ("unguarded".into(), Gate::Never);
+                Ok(profile)
             }
             Self::Profile(name) => super::profile(state, name),
             Self::Edited(edit) => edit.apply(state),

@@ -218,5 +218,6 @@ fn threshold(profile: &Profile) -> Option<f64> {
         Method::Paper(method) => {
             Some(method.detect.threshold).filter(|_| method.detect.parser == Parser::Score)
         }
+        _ => None,
     }
 }

@@ -148,12 +148,9 @@ async fn calls_and_what_tools_show_are_part_of_it() {
         };
         said(&message, &Value::Null)
     });
-    let world = World::with(
-        Settings::default(),
-        Profile { rewrite: Rewrite::Refuse, ..Profile::paper() },
-        calls,
-    )
-    .await;
+    let mut refusing = Profile::paper();
+    refusing.rewrite = Rewrite::Refuse;
+    let world = World::with(Settings::default(), refusing, calls).await;
     let tools = json!([{"type": "function", "name": "look"}]);
     let first = ask(&world, "k", json!({"model": "m", "input": "Look.", "tools": tools})).await;
     assert_eq!(first.json()["output"][0]["call_id"], "call_1", "{}", first.body);

@@ -76,8 +76,9 @@ fn speaks(sent: &Value) -> Response<Body> {
 }
 
 async fn world(rewrite: Rewrite) -> World {
-    World::with(Settings::default(), Profile { rewrite, ..Profile::paper() }, Arc::new(speaks))
-        .await
+    let mut profile = Profile::paper();
+    profile.rewrite = rewrite;
+    World::with(Settings::default(), profile, Arc::new(speaks)).await
 }
 
 fn answer(got: &Got) -> Value {

@@ -114,9 +114,9 @@ async fn answers_of_litellm_pass_or_get_others_in_their_place() {
     let (start, end) = LEAK.split_at(4);
     litellm_says(&world, &asked("parts")).await;
     assert_eq!(litellm_says(&world, &answered("parts", &[start, end])).await, passes());
-    let refusing =
-        profiled(Settings::default(), Profile { rewrite: Rewrite::Refuse, ..Profile::paper() })
-            .await;
+    let mut profile = Profile::paper();
+    profile.rewrite = Rewrite::Refuse;
+    let refusing = profiled(Settings::default(), profile).await;
     litellm_says(&refusing, &asked("1")).await;
     let refusal = Profile::paper().refusal;
     assert_eq!(litellm_says(&refusing, &answered("1", &[LEAK])).await, rewritten(&[&refusal]));
@@ -605,8 +605,9 @@ async fn portkey_shows_other_formats_too() {
     let got = send(&world, PORTKEY, &noted).await;
     assert!(verdict(PORTKEY, &got).1.is_some() && !got.leaks());
     // Old completions are texts: out of scope, or denied where they are harmful.
-    let everything =
-        profiled(Settings::default(), Profile { scope: Scope::All, ..Profile::paper() }).await;
+    let mut profile = Profile::paper();
+    profile.scope = Scope::All;
+    let everything = profiled(Settings::default(), profile).await;
     for (says, more, may) in [
         ("Bread.", json!({}), true),
         (LEAK, json!({}), false),

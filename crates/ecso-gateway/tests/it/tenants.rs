@@ -13,7 +13,8 @@ use crate::world::{World, said};
 
 #[tokio::test]
 async fn each_is_judged_under_its_own_profile_and_mode() {
-    let everything = Profile { scope: Scope::All, ..Profile::paper() };
+    let mut everything = Profile::paper();
+    everything.scope = Scope::All;
     let (secret, own) = Key::generate();
     let (other, observed) = Key::generate();
     let settings = Settings {

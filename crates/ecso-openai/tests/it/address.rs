@@ -88,7 +88,7 @@ async fn a_password_in_the_base_is_sent_as_basic_auth_and_never_shown() {
         format!("{client:?}"),
         error.to_string(),
         format!("{error:?}"),
-        ecso::chain(&error),
+        ecso::error_chain(&error),
         format!("{gone:?}"),
     ] {
         assert!(!shown.contains("sesame") && !shown.contains("hidden"), "{shown}");

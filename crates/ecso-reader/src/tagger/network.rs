@@ -1,5 +1,6 @@
 //! `EfficientNet-Lite0` (arXiv 1905.11946): which convolutions it has, and how they are run.
 
+use ecso::Cause;
 use rten::{
     BufferPool, FloatOperators,
     ops::{Padding, conv, gemm, global_average_pool},
@@ -126,12 +127,11 @@ impl Network {
             }
             let Some(mut inner) = inner else { continue };
             if group.len() > 1 && inner.shape() == state.shape() {
-                inner = rten::ops::add(&pool, inner.view(), state.view())
-                    .map_err(|error| failed(&error))?;
+                inner = rten::ops::add(&pool, inner.view(), state.view()).map_err(failed)?;
             }
             state = inner;
         }
-        let features = global_average_pool(&pool, state.view()).map_err(|error| failed(&error))?;
+        let features = global_average_pool(&pool, state.view()).map_err(failed)?;
         let (features, classifier, bias) =
             (features.reshaped([1, FEATURES]), &self.classifier, &self.bias);
         let scores = gemm(
@@ -144,8 +144,7 @@ impl Network {
             false,
             true,
         );
-        let probabilities =
-            scores.and_then(|scores| scores.softmax(1)).map_err(|error| failed(&error))?;
+        let probabilities = scores.and_then(|scores| scores.softmax(1)).map_err(failed)?;
         Ok(probabilities.to_vec())
     }
 }
@@ -165,7 +164,7 @@ impl Convolution {
             &[stride, stride],
             &[1, 1],
         );
-        let mut output = output.map_err(|error| failed(&error))?;
+        let mut output = output.map_err(failed)?;
         if self.layer.bounded {
             output.apply(|value| value.clamp(0.0, 6.0));
         }
@@ -173,6 +172,6 @@ impl Convolution {
     }
 }
 
-fn failed(error: &dyn std::fmt::Display) -> TaggerError {
-    TaggerError::Run(error.to_string())
+fn failed(error: impl std::error::Error + Send + Sync + 'static) -> TaggerError {
+    TaggerError::Run(Cause::new(error.to_string(), error))
 }

@@ -73,8 +73,9 @@ impl<'a> Tensors<'a> {
     /// The numbers of a tensor, the last axis running fastest. Its shape must be `shape`.
     pub(super) fn floats(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, TaggerError> {
         let tensor = self.tensors.get(name).filter(|tensor| tensor.sizes == shape);
-        let tensor = tensor
-            .ok_or_else(|| TaggerError::Package(format!("it has no {name} of shape {shape:?}")))?;
+        let tensor = tensor.ok_or_else(|| {
+            TaggerError::Package(format!("it has no {name} of shape {shape:?}").into())
+        })?;
         let storage = self.storages.get(tensor.storage).copied().unwrap_or_default();
         let (numbers, _) = storage.as_chunks::<FLOAT>();
         let number = |mut nth: usize| {
@@ -86,7 +87,8 @@ impl<'a> Tensors<'a> {
             numbers.get(at).map(|bytes| f32::from_le_bytes(*bytes))
         };
         let floats: Option<Vec<f32>> = (0..shape.iter().product()).map(number).collect();
-        floats.ok_or_else(|| TaggerError::Package(format!("{name} is not within its storage")))
+        floats
+            .ok_or_else(|| TaggerError::Package(format!("{name} is not within its storage").into()))
     }
 }
 
@@ -133,10 +135,8 @@ struct Machine<'a> {
 
 impl<'a> Machine<'a> {
     fn refuse(&self, why: &str) -> TaggerError {
-        TaggerError::Package(format!(
-            "{why}, at byte {}",
-            MAGIC.len() + self.length - self.rest.len()
-        ))
+        let place = MAGIC.len() + self.length - self.rest.len();
+        TaggerError::Package(format!("{why}, at byte {place}").into())
     }
 
     fn take(&mut self, count: usize) -> Result<&'a [u8], TaggerError> {

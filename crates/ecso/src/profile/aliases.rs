@@ -22,7 +22,7 @@ pub(super) fn renamed(mut changes: toml::Table, method: &str) -> Result<toml::Ta
     match changes.remove("refusals") {
         Some(toml::Value::String(kind)) if kind == "safe" => {
             let why = "refusals = \"safe\" is gone: how an answer begins is no verdict; `hardened` asks whether it helps";
-            return Err(ProfileError::Invalid(why.into()));
+            return Err(ProfileError::invalid(why));
         }
         _ => {}
     }
@@ -32,7 +32,7 @@ pub(super) fn renamed(mut changes: toml::Table, method: &str) -> Result<toml::Ta
         let why = format!(
             "{old} is gone: `hardened` asks plain questions now, under [questions], and [[detectors]] combine them"
         );
-        return Err(ProfileError::Invalid(why));
+        return Err(ProfileError::invalid(why));
     }
     if let Some(toml::Value::Table(question)) = changes.get_mut("detect") {
         for (old, new) in OF_QUESTIONS {

@@ -65,12 +65,12 @@ impl TryFrom<Keys> for Profile {
         for (key, is_there, method) in own {
             if is_there && method != keys.method {
                 let name = if method == MethodName::Paper { "paper" } else { "hardened" };
-                return Err(ProfileError::Invalid(format!(
+                return Err(ProfileError::invalid(format!(
                     "{key} is a key of the method `{name}`"
                 )));
             }
         }
-        let missing = |key: &'static str| ProfileError::Invalid(format!("{key} is missing"));
+        let missing = |key: &'static str| ProfileError::invalid(format!("{key} is missing"));
         let method = match keys.method {
             MethodName::Paper => {
                 Method::Paper(Paper { detect: keys.detect.ok_or_else(|| missing("detect"))? })

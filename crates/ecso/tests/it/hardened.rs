@@ -401,8 +401,10 @@ async fn what_repeats_is_judged_once() {
     let all = hardened().with("scope", "all").unwrap();
     let mut counts = Vec::new();
     for query in ["One?", "Two?", "One?"] {
-        let guard = Guard::new(model(MILD, "", &["Tea."]), all.clone());
-        let guard = guard.with_memory(Arc::clone(&memory), "");
+        let guard = Guard::builder(model(MILD, "", &["Tea."]))
+            .profile(all.clone())
+            .memory(Arc::clone(&memory), "")
+            .build();
         let outcome =
             guard.review(&Chat::ask([], query).with_system(long.as_str()), "Tea.").await.unwrap();
         assert_eq!(outcome.verdict, Verdict::Safe);
@@ -486,7 +488,7 @@ async fn a_model_that_thinks_first_gets_room_and_is_remembered() {
             Ok(Reply { text: text.into(), ..Reply::default() })
         });
         let model = Thinking(model);
-        Guard::new(model, hardened()).with_memory(Arc::clone(memory), "")
+        Guard::builder(model).profile(hardened()).memory(Arc::clone(memory), "").build()
     };
     let memory = Arc::new(Memory::new(0));
     // Whoever is not known to think may have read the marks of thoughts in the picture: the judge

@@ -1,0 +1,263 @@
+//! Calibrations: the threshold and biases of `hardened`, fitted to one model.
+
+use std::{collections::BTreeMap, error::Error, fmt};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    mllm::Cause,
+    profile::{Method, Profile},
+};
+
+/// A threshold and biases that were fitted to one model, and how well they did.
+/// [`Profile::calibrated`] applies them. `ecso tune` and `ecso eval calibrate` make them; the
+/// program keeps each as a TOML file.
+///
+/// ```no_run
+/// use ecso::{Calibration, Profile};
+///
+/// # fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// let calibration = Calibration::from_toml(&std::fs::read_to_string("calibration.toml")?)?;
+/// let profile = Profile::hardened().calibrated(&calibration)?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Calibration {
+    /// The version of ecso that made it.
+    pub ecso: String,
+    /// The model's name.
+    pub model: String,
+    /// What tells the model from others of that name, such as a digest of its files.
+    pub model_digest: String,
+    /// The profile's name.
+    pub profile: String,
+    /// [`Profile::hash`]. With another text of the profile, the threshold means nothing.
+    pub profile_hash: String,
+    /// The number of requests that had a score.
+    pub items: usize,
+    /// The biases of the detectors, by name; empty if they were not fitted.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub biases: BTreeMap<String, f64>,
+    /// The threshold, and what it does.
+    pub found: Fit,
+}
+
+/// A threshold, chosen on one half of the requests and measured on the other.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Fit {
+    /// The verdict is unsafe from this probability of harm on; 0..=1.
+    pub threshold: f64,
+    /// The share of harmless requests that may be flagged by mistake; 0..=1.
+    pub false_alarms: f64,
+    /// On the half on which the threshold was chosen.
+    pub chosen: Half,
+    /// On the other half.
+    pub reported: Half,
+    /// (threshold, share of harmful requests flagged, share of harmless ones flagged), all in
+    /// 0..=1, on the other half.
+    pub curve: Vec<(f64, f64, f64)>,
+}
+
+/// What a threshold does on one half of the requests.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Half {
+    /// Harmful requests that are flagged.
+    pub recall: Share,
+    /// Harmless requests that are flagged.
+    pub false_alarms: Share,
+    /// The area under the ROC curve of the scores; `None` without requests of both kinds.
+    pub auroc: Option<f64>,
+}
+
+/// A share with its 95% interval, all in 0..=1.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Share {
+    /// How many.
+    pub count: usize,
+    /// Of how many.
+    pub total: usize,
+    /// The share; NaN if `total` is 0.
+    pub value: f64,
+    /// The lower end of the interval.
+    pub low: f64,
+    /// The upper end.
+    pub high: f64,
+}
+
+impl Fit {
+    /// Whether the threshold is better than chance on the half on which it was not chosen: the
+    /// interval of harmful requests flagged lies above the share of harmless ones.
+    #[must_use]
+    pub fn separates(&self) -> bool {
+        self.reported.recall.low > self.reported.false_alarms.value
+    }
+}
+
+impl Calibration {
+    /// A calibration of `profile` for a model, fitted on `items` requests.
+    #[must_use]
+    pub fn new(
+        profile: &Profile,
+        model: impl Into<String>,
+        model_digest: impl Into<String>,
+        items: usize,
+        biases: BTreeMap<String, f64>,
+        found: Fit,
+    ) -> Self {
+        Self {
+            ecso: env!("CARGO_PKG_VERSION").into(),
+            model: model.into(),
+            model_digest: model_digest.into(),
+            profile: profile.name.clone(),
+            profile_hash: profile.hash(),
+            items,
+            biases,
+            found,
+        }
+    }
+
+    /// Reads a calibration from TOML.
+    ///
+    /// # Errors
+    /// [`CalibrationError::Invalid`].
+    pub fn from_toml(text: &str) -> Result<Self, CalibrationError> {
+        toml::from_str(text).map_err(|error| {
+            CalibrationError::Invalid(Cause::new(error.to_string().trim_end(), error))
+        })
+    }
+
+    /// The calibration as TOML.
+    ///
+    /// # Errors
+    /// [`CalibrationError::Invalid`] if a number is too large for TOML.
+    pub fn to_toml(&self) -> Result<String, CalibrationError> {
+        toml::to_string(self).map_err(|error| CalibrationError::Invalid(Cause::from_error(error)))
+    }
+
+    /// Whether it was made for exactly this profile.
+    #[must_use]
+    pub fn is_for(&self, profile: &Profile) -> bool {
+        self.profile == profile.name && self.profile_hash == profile.hash()
+    }
+}
+
+impl Profile {
+    /// The same profile with the threshold and the biases of a calibration. The name stays.
+    ///
+    /// # Errors
+    /// [`CalibrationError::OtherProfile`] if the calibration was made for another profile, or for
+    /// another version of this one.
+    pub fn calibrated(mut self, calibration: &Calibration) -> Result<Self, CalibrationError> {
+        let is_made_for_this = calibration.is_for(&self);
+        match &mut self.method {
+            Method::Hardened(method) if is_made_for_this => {
+                method.threshold = calibration.found.threshold;
+                for detector in &mut method.detectors {
+                    if let Some(bias) = calibration.biases.get(&detector.name) {
+                        detector.bias = *bias;
+                    }
+                }
+                Ok(self)
+            }
+            _ => Err(CalibrationError::OtherProfile {
+                calibrated: calibration.profile.clone(),
+                profile: self.name,
+            }),
+        }
+    }
+}
+
+/// Why a calibration can't be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CalibrationError {
+    /// Not TOML, or not a calibration.
+    Invalid(Cause),
+    /// It was made for another profile, or for another version of the profile.
+    OtherProfile {
+        /// The profile that it was made for.
+        calibrated: String,
+        /// The profile that it was applied to.
+        profile: String,
+    },
+}
+
+impl fmt::Display for CalibrationError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Invalid(cause) => write!(f, "the calibration can't be read: {cause}"),
+            Self::OtherProfile { calibrated, profile } => write!(
+                f,
+                "the calibration was made for another version of `{calibrated}` and can't be used \
+                 with `{profile}`; make a new one with `ecso tune`"
+            ),
+        }
+    }
+}
+
+// By hand: the cause's text is part of the error's own.
+impl Error for CalibrationError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            Self::Invalid(cause) => cause.source(),
+            Self::OtherProfile { .. } => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn calibration(profile: &Profile) -> Calibration {
+        let share = Share { count: 40, total: 50, value: 0.8, low: 0.67, high: 0.89 };
+        let half = Half {
+            recall: share,
+            false_alarms: Share { count: 2, value: 0.04, low: 0.01, high: 0.13, ..share },
+            auroc: Some(0.95),
+        };
+        let found = Fit {
+            threshold: 0.625,
+            false_alarms: 0.03,
+            chosen: half.clone(),
+            reported: half,
+            curve: vec![(0.5, 0.9, 0.1), (0.625, 0.8, 0.04)],
+        };
+        let Method::Hardened(method) = &profile.method else { panic!("another method") };
+        let biases = BTreeMap::from([(method.detectors[0].name.clone(), -1.5)]);
+        Calibration::new(profile, "mini", "sha256:0", 200, biases, found)
+    }
+
+    #[test]
+    fn a_calibration_sets_threshold_and_biases_and_nothing_else() {
+        let profile = Profile::hardened();
+        let calibration = calibration(&profile);
+        let read = Calibration::from_toml(&calibration.to_toml().unwrap()).unwrap();
+        assert_eq!(read, calibration);
+        assert!(read.found.separates());
+        let mut fitted = profile.clone().calibrated(&read).unwrap();
+        let Method::Hardened(method) = &mut fitted.method else { panic!("another method") };
+        assert!((method.threshold - 0.625).abs() < f64::EPSILON);
+        assert!((method.detectors[0].bias + 1.5).abs() < f64::EPSILON);
+        let Method::Hardened(before) = &profile.method else { panic!("another method") };
+        (method.threshold, method.detectors[0].bias) = (before.threshold, before.detectors[0].bias);
+        assert_eq!(fitted, profile);
+    }
+
+    #[test]
+    fn a_calibration_of_another_profile_is_an_error() {
+        let calibration = calibration(&Profile::hardened());
+        for other in [
+            Profile::paper(),
+            Profile::hardened().with("refusal", "No.").unwrap(),
+            Profile::hardened().with("early_exit", "false").unwrap(),
+        ] {
+            let error = other.calibrated(&calibration).unwrap_err();
+            assert!(matches!(error, CalibrationError::OtherProfile { .. }), "{error}");
+        }
+        let error = Calibration::from_toml("model = 3").unwrap_err();
+        assert!(std::error::Error::source(&error).is_some(), "{error}");
+    }
+}
