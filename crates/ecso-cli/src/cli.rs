@@ -77,6 +77,11 @@ pub(crate) enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+    /// Write the manual pages, one a command, into a folder
+    Manual {
+        /// The folder; made if it is not there
+        folder: PathBuf,
+    },
 }
 
 #[derive(Debug, Args)]

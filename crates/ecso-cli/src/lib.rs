@@ -29,6 +29,7 @@ mod work;
 
 use std::{ffi::OsString, io::Write as _, path::PathBuf, process::ExitCode};
 
+use anyhow::Context as _;
 use clap::{CommandFactory, Parser};
 use cli::{Cli, Command, ConfigCommand};
 use ecso_batch::journal::JournalError;
@@ -143,6 +144,11 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "ecso", &mut std::io::stdout());
             Ok(())
+        }
+        Command::Manual { folder } => {
+            std::fs::create_dir_all(&folder)
+                .and_then(|()| clap_mangen::generate_to(Cli::command(), &folder))
+                .with_context(|| format!("{}: the manual can't be written", folder.display()))
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Settings, help and completions.
+//! Settings, help, completions and the manual.
 
 use crate::{ecso, text};
 
@@ -145,6 +145,22 @@ fn shells_get_completions() {
             ecso(home.path()).args(["completions", shell]).assert().success().get_output().clone();
         assert!(text(&output.stdout).contains("show-steps"), "{shell}");
     }
+}
+
+#[test]
+fn the_manual_has_a_page_for_each_command() {
+    let home = tempfile::tempdir().unwrap();
+    let folder = home.path().join("share/man1");
+    ecso(home.path()).arg("manual").arg(&folder).assert().success();
+    for (page, says) in [("ecso.1", "Exit codes"), ("ecso-ask.1", "show\\-steps"), ("ecso-models-pull.1", "mini")] {
+        let written = std::fs::read_to_string(folder.join(page)).unwrap();
+        assert!(written.contains(says), "{page}: {written}");
+    }
+    assert!(!folder.join("ecso-decode-image.1").exists());
+    let file = home.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let output = ecso(home.path()).arg("manual").arg(&file).assert().code(1).get_output().clone();
+    assert!(text(&output.stderr).contains("manual can't be written"), "{}", text(&output.stderr));
 }
 
 /// Deep keys too, every time: layers are applied in their order, not in that of a hash map.
