@@ -9,10 +9,7 @@ use ecso::{Profile, profile::Method};
 use ecso_eval::calibrate::Calibration;
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    config::{self, Settings},
-    open,
-};
+use crate::{backend, settings::Settings};
 
 /// Said of a profile that takes a calibration of its model.
 pub(crate) const FITTED: &str = "fitted to this model";
@@ -73,17 +70,13 @@ pub(crate) fn store(settings: &Settings, stored: &Stored) -> anyhow::Result<Path
     Ok(path)
 }
 
-/// What the threshold does that the settings' profile takes, where it is fitted to the model and
-/// nothing else of it is changed.
-pub(crate) fn curve(settings: &Settings) -> anyhow::Result<Option<ecso_gateway::Calibration>> {
-    let (_, why) = config::chosen_profile(settings)?;
-    if why != Some(FITTED) || settings.set.keys().any(|key| key != "threshold") {
-        return Ok(None);
-    }
-    let text = std::fs::read_to_string(path(settings, &open::identity(settings)?))?;
+/// The curve of the calibration that is stored for the settings' model.
+pub(crate) fn curve(settings: &Settings) -> anyhow::Result<ecso_gateway::Calibration> {
+    let path = path(settings, &backend::identity(settings)?);
+    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     let Calibration { threshold, reported, curve, .. } = toml::from_str::<Stored>(&text)?.found;
     let requests = reported.recall.total + reported.false_alarms.total;
-    Ok(Some(ecso_gateway::Calibration { threshold, requests, curve }))
+    Ok(ecso_gateway::Calibration { threshold, requests, curve })
 }
 
 /// The profile for a model that nobody chose one for: `hardened`, with the threshold of a
@@ -95,7 +88,7 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
     if !any_own {
         return Ok((profile, "not fitted to this model"));
     }
-    let Ok(digest) = open::identity(settings) else {
+    let Ok(digest) = backend::identity(settings) else {
         return Ok((profile, "this model is not known"));
     };
     let own = std::fs::read_to_string(path(settings, &digest)).ok();
@@ -108,7 +101,8 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
             if let Method::Hardened(method) = &mut profile.method {
                 method.threshold = stored.found.threshold;
                 for detector in &mut method.detectors {
-                    detector.bias = stored.biases.get(&detector.name).copied().unwrap_or(detector.bias);
+                    detector.bias =
+                        stored.biases.get(&detector.name).copied().unwrap_or(detector.bias);
                 }
             }
             Ok((profile, FITTED))
@@ -122,53 +116,5 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
             );
             Ok((profile, "fitted in another version, which is not used"))
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use ecso_eval::{calibrate::Half, stats::Rate};
-
-    use super::*;
-    use crate::cli::{ModelArgs, ProfileArgs};
-
-    #[test]
-    fn the_curve_is_that_of_the_profile_in_use() {
-        let folder = tempfile::tempdir().unwrap();
-        let mut settings =
-            config::load(None, &ModelArgs::default(), &ProfileArgs::default()).unwrap();
-        (settings.model, settings.calibrations_dir) = ("mini".into(), folder.path().to_owned());
-        assert_eq!(curve(&settings).unwrap(), None);
-        let half =
-            Half { recall: Rate::wilson(40, 50), false_alarms: Rate::wilson(2, 50), auroc: None };
-        let found = Calibration {
-            threshold: 0.625,
-            false_alarms: 0.03,
-            chosen: half.clone(),
-            reported: half,
-            curve: vec![(0.5, 0.9, 0.1), (0.625, 0.8, 0.04)],
-        };
-        let profile = Profile::named("hardened").unwrap();
-        let stored = Stored {
-            ecso: String::new(),
-            model: "mini".into(),
-            model_digest: open::identity(&settings).unwrap(),
-            profile: profile.name.clone(),
-            profile_hash: hash(&profile),
-            items: 200,
-            biases: BTreeMap::new(),
-            found: found.clone(),
-        };
-        store(&settings, &stored).unwrap();
-        let shown =
-            ecso_gateway::Calibration { threshold: 0.625, requests: 100, curve: found.curve };
-        assert_eq!(curve(&settings).unwrap(), Some(shown.clone()));
-        settings.set.insert("threshold".into(), "0.7".into());
-        assert_eq!(curve(&settings).unwrap(), Some(shown));
-        settings.set.insert("early_exit".into(), "false".into());
-        assert_eq!(curve(&settings).unwrap(), None, "scores may be others");
-        settings.set.clear();
-        settings.profile = "paper".into();
-        assert_eq!(curve(&settings).unwrap(), None);
     }
 }
