@@ -6,26 +6,28 @@ use std::{
 };
 
 use anyhow::Context;
-use ecso::{Chat, Event, Guard, Image, Limits, Outcome, Step, Trace, Verdict};
+use ecso::{Chat, Event, Guard, Limits, Outcome, Step, Trace, Verdict};
 use futures::{StreamExt, pin_mut};
 
-use crate::{UsageError, cli::AskArgs, config, open, progress::Steps};
+use crate::{
+    backend, cli::AskArgs, error::UsageError, images, profiles, progress::Steps, settings,
+};
 
 pub(crate) fn run(args: &AskArgs, file: Option<&Path>) -> anyhow::Result<()> {
-    let settings = config::load(file, &args.model, &args.profile)?;
-    let (profile, why) = config::chosen_profile(&settings)?;
+    let settings = settings::load(file, &args.model, &args.profile)?;
+    let (profile, profile_reason) = profiles::load_with_reason(&settings)?;
     let chat = chat(args, settings.images)?;
-    let runtime = tokio::runtime::Runtime::new().context("no runtime")?;
+    let runtime = tokio::runtime::Runtime::new().context("can't start the async runtime")?;
     runtime.block_on(async {
-        let progress = Steps::new(args.quiet);
+        let progress = Steps::new(args.output.quiet);
         progress.show("loading the model");
-        let model = open::model(&settings).await?;
+        let model = backend::open(&settings).await?;
         let guard = Guard::new(model, profile);
         let events = guard.answer_events(&chat);
         pin_mut!(events);
-        let mut screen = Screen { args, why, progress, held: Some(Vec::new()) };
+        let mut printer = Printer { args, profile_reason, progress, held: Some(Vec::new()) };
         while let Some(event) = events.next().await {
-            screen.event(event?)?;
+            printer.print(event?)?;
         }
         Ok(())
     })
@@ -40,7 +42,8 @@ fn chat(args: &AskArgs, limits: Limits) -> anyhow::Result<Chat> {
     if query.trim().is_empty() {
         return Err(UsageError("the query is empty".into()).into());
     }
-    let images: anyhow::Result<Vec<_>> = args.image.iter().map(|path| read(path, limits)).collect();
+    let images: anyhow::Result<Vec<_>> =
+        args.image.iter().map(|path| images::open(path, limits)).collect();
     let chat = Chat::ask(images?.into_iter().flatten(), query);
     Ok(match &args.system {
         Some(system) => chat.with_system(system),
@@ -48,47 +51,38 @@ fn chat(args: &AskArgs, limits: Limits) -> anyhow::Result<Chat> {
     })
 }
 
-/// Reads and decodes the images of a file, so that a broken one is noticed before a model is loaded
-/// for it.
-fn read(path: &Path, limits: Limits) -> anyhow::Result<Vec<Image>> {
-    let images = Image::open_several(path, limits)?;
-    for image in &images {
-        image.pixels().map_err(|error| UsageError(format!("{}: {error}", path.display())))?;
-    }
-    Ok(images)
-}
-
-/// What a person sees while the pipeline runs.
-struct Screen<'a> {
+/// Prints the events of the pipeline.
+struct Printer<'a> {
     args: &'a AskArgs,
-    /// Why this profile runs, if nobody named it.
-    why: Option<&'static str>,
+    /// Why this profile is used, if the user named none.
+    profile_reason: Option<&'static str>,
     progress: Steps,
-    /// Steps that are shown once the verdict is there.
+    /// Steps to show after the verdict; none once that is known.
     held: Option<Vec<Trace>>,
 }
 
-impl Screen<'_> {
-    fn event(&mut self, event: Event) -> anyhow::Result<()> {
+impl Printer<'_> {
+    fn print(&mut self, event: Event) -> anyhow::Result<()> {
+        let is_json = self.args.output.json;
         match event {
-            Event::Started { step, images } => self.progress.show(&doing(step, images)),
-            Event::Finished(trace) if self.args.show_steps && !self.args.json => self.step(trace),
+            Event::Started { step, images } => self.progress.show(&describe_step(step, images)),
+            Event::Finished(trace) if self.args.show_steps && !is_json => self.print_step(trace),
             Event::Answer(text) => {
                 self.progress.clear();
-                self.release();
-                // With the steps shown, the answer comes whole, after them.
-                if !self.args.json && !self.args.show_steps {
+                self.release_held();
+                // With --show-steps, the whole answer is printed after the steps.
+                if !is_json && !self.args.show_steps {
                     print!("{text}");
                     std::io::stdout().flush()?;
                 }
             }
             Event::Done(outcome) => {
                 self.progress.clear();
-                if self.args.json {
+                if is_json {
                     println!("{}", serde_json::to_string_pretty(&outcome)?);
                 } else {
                     println!("{}", if self.args.show_steps { outcome.answer.as_str() } else { "" });
-                    self.summary(&outcome);
+                    self.print_summary(&outcome);
                 }
             }
             _ => {}
@@ -96,57 +90,57 @@ impl Screen<'_> {
         Ok(())
     }
 
-    /// Steps 1 and 2 wait for the verdict.
-    fn step(&mut self, trace: Trace) {
-        let judged = trace.verdict.is_some();
+    /// Prints a step. Steps before the verdict are held until it is known.
+    fn print_step(&mut self, trace: Trace) {
+        let has_verdict = trace.verdict.is_some();
         match &mut self.held {
             Some(held) => held.push(trace),
-            None => self.progress.print(&shown(&trace)),
+            None => self.progress.print(&format_step(&trace)),
         }
-        if judged {
-            self.release();
+        if has_verdict {
+            self.release_held();
         }
     }
 
-    fn release(&mut self) {
+    fn release_held(&mut self) {
         for trace in self.held.take().unwrap_or_default() {
-            self.progress.print(&shown(&trace));
+            self.progress.print(&format_step(&trace));
         }
     }
 
-    fn summary(&self, outcome: &Outcome) {
-        if self.args.quiet {
+    fn print_summary(&self, outcome: &Outcome) {
+        if self.args.output.quiet {
             return;
         }
         let verdict = match outcome.verdict {
             Verdict::Safe => "the direct answer was judged safe",
-            Verdict::Unsafe => "the direct answer was judged unsafe and written anew",
-            Verdict::Unchecked => "not checked: the profile doesn't ask for it here",
+            Verdict::Unsafe => "the direct answer was judged unsafe and was replaced",
+            Verdict::Unchecked => "not checked: the profile requires no check here",
         };
         let score = outcome.score.map_or_else(String::new, |score| format!(", P(harm) {score:.2}"));
-        let why = self.why.map_or_else(String::new, |why| format!(" ({why})"));
-        say!("[{verdict}{score}; profile {}{why}, model {}]", outcome.profile, outcome.model);
+        let reason = self.profile_reason.map_or_else(String::new, |reason| format!(" ({reason})"));
+        say!("[{verdict}{score}; profile {}{reason}, model {}]", outcome.profile, outcome.model);
     }
 }
 
-fn doing(step: Step, images: usize) -> String {
-    let what = match step {
-        Step::RequestCheck => "is harm asked for?",
+fn describe_step(step: Step, images: usize) -> String {
+    let description = match step {
+        Step::RequestCheck => "request check",
         Step::Direct => "step 1, direct answer",
         Step::Detect => "step 2, is it harmful?",
         Step::Caption => "step 3, image to text",
         Step::Safe => "step 4, answer with eyes closed",
-        Step::ReplyCheck => "is that answer harmful?",
+        Step::ReplyCheck => "reply check",
         _ => "another step",
     };
     match images {
-        0 => format!("{what} (no image)"),
-        1 => format!("{what} (1 image)"),
-        n => format!("{what} ({n} images)"),
+        0 => format!("{description} (no image)"),
+        1 => format!("{description} (1 image)"),
+        count => format!("{description} ({count} images)"),
     }
 }
 
-fn shown(trace: &Trace) -> String {
+fn format_step(trace: &Trace) -> String {
     let indent = |text: &str| {
         let lines: Vec<String> =
             text.lines().map(|line| format!("  | {line}").trim_end().to_owned()).collect();
@@ -162,7 +156,11 @@ fn shown(trace: &Trace) -> String {
         None => "",
     };
     let score = trace.score.map_or_else(String::new, |score| format!(", P(harm) {score:.2}"));
-    let head =
-        format!("== {}, {} ms{tokens}{verdict}{score}", doing(trace.step, trace.images), trace.ms);
-    format!("{head}\n  prompt\n{}\n  reply\n{}\n", indent(&trace.prompt), indent(&trace.reply))
+    format!(
+        "== {}, {} ms{tokens}{verdict}{score}\n  prompt\n{}\n  reply\n{}\n",
+        describe_step(trace.step, trace.images),
+        trace.ms,
+        indent(&trace.prompt),
+        indent(&trace.reply)
+    )
 }

@@ -1,143 +1,122 @@
-//! `ecso bench`: what protection costs on this machine and with this model, in time and tokens.
+//! `ecso bench`: measures what the guard costs on this machine and with this model, in time and
+//! tokens.
 
-use std::{
-    fmt,
-    path::Path,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+mod report;
+mod timing;
+
+use std::{path::Path, sync::Arc, time::Instant};
 
 use anyhow::Context;
-use ecso::{
-    Chat, Delta, Event, Guard, Image, Limits, Mllm, Profile, Sampling, Verdict, profile::Gate,
-};
+use ecso::{Chat, Limits, Mllm, Profile, profile::Gate};
 use ecso_eval::{
     benchmarks,
     item::{Item, Task},
     run::capped,
 };
-use futures::{TryStreamExt, future::try_join_all, pin_mut};
-use serde::Serialize;
+use futures::future::try_join_all;
 
 use crate::{
-    UsageError,
+    backend,
     cli::BenchArgs,
-    config::{self, Settings},
-    open,
-    progress::{Bar, Unit},
+    error::{Interrupted, UsageError},
+    images, profiles,
+    progress::{ProgressLine, Unit},
+    settings::{self, Settings},
+    worker::interruptible,
 };
+use report::{Block, Concurrent, Report, Row, median, milliseconds};
+use timing::{Arm, Timing, time_answer};
 
-/// Answers that run at one time, where that is measured.
-const AT_ONCE: usize = 8;
-/// Words of the prompt by which the rate of reading is measured.
-const LONG: usize = 400;
+/// Number of concurrent answers, where these are measured.
+const CONCURRENCY: usize = 8;
+/// Words of the prompt that measures the prompt rate.
+const LONG_PROMPT: usize = 400;
 
 pub(crate) fn run(args: &BenchArgs, file: Option<&Path>) -> anyhow::Result<()> {
-    let settings = config::load(file, &args.model, &args.profile)?;
+    let settings = settings::load(file, &args.model, &args.profile)?;
     let bench = Bench::new(args, &settings)?;
-    let runtime = tokio::runtime::Runtime::new().context("no runtime")?;
-    let mut report = bench.report();
-    let measured = runtime.block_on(bench.measure(&settings, &mut report));
-    // What was measured before a call failed stays.
-    if measured.is_ok() || !report.blocks.is_empty() {
-        if args.json {
+    let runtime = tokio::runtime::Runtime::new().context("can't start the async runtime")?;
+    let mut report = bench.empty_report();
+    let interrupted = Interrupted("the report has what was measured so far");
+    let result =
+        runtime.block_on(interruptible(bench.measure(&settings, &mut report), interrupted));
+    let result = result.flatten();
+    // Removes the progress bar.
+    drop(bench);
+    // What was measured before a failure or Ctrl-C is shown too.
+    if result.is_ok() || report.has_figures() {
+        if args.output.json {
             println!("{}", serde_json::to_string_pretty(&report)?);
         } else {
             print!("{report}");
         }
     }
-    measured
+    result
 }
 
-/// What is measured.
+/// What to measure.
 struct Bench {
     runs: usize,
-    tokens: u32,
+    max_new_tokens: u32,
+    /// The last one is the profile that the settings name.
     profiles: Vec<Profile>,
     harmless: Vec<Chat>,
     harmful: Vec<Chat>,
-    bar: Bar,
+    progress: ProgressLine,
 }
 
-/// A way to answer.
-#[derive(Clone, Copy)]
-enum Way<'a> {
-    Unguarded,
-    Guarded(&'a Profile),
-}
-
-/// One answer.
-#[derive(Debug, Clone, Default)]
-struct Timed {
-    took: Duration,
-    /// Until its first word could be read.
-    first: Duration,
-    /// Prompt and answer of all calls; none where the model does not tell.
-    tokens: Option<(u32, u32)>,
-    calls: usize,
-    is_unsafe: bool,
+/// The unguarded arm, and one for each profile.
+fn arms(profiles: &[Profile]) -> Vec<Arm<'_>> {
+    [Arm::Unguarded].into_iter().chain(profiles.iter().map(Arm::Guarded)).collect()
 }
 
 impl Bench {
     fn new(args: &BenchArgs, settings: &Settings) -> anyhow::Result<Self> {
-        let own = config::profile(settings)?;
-        let mut profiles = vec![Profile::paper(), own];
-        profiles.dedup_by(|one, other| one.name == other.name);
-        let tokens = args.max_new_tokens.get();
-        let profiles = capped(profiles, Some(tokens));
-        let own = args
-            .image
-            .as_deref()
-            .map(|path| own_request(path, args.query.as_deref(), settings.images))
-            .transpose()?;
-        let (harmless, harmful) = lists(settings.images)?;
-        let harmless = own.map_or(harmless, |own| vec![own]);
+        let mut profiles = vec![Profile::paper(), profiles::load(settings)?];
+        profiles.dedup_by(|a, b| a.name == b.name);
+        let max_new_tokens = args.answers.max_new_tokens();
+        let profiles = capped(profiles, Some(max_new_tokens));
+        let (mut harmless, harmful) = lists(settings.images)?;
+        if let Some(path) = &args.image {
+            let images = images::open(path, settings.images)?;
+            let query = args.query.as_deref().unwrap_or("What does this picture show?");
+            harmless = vec![Chat::ask(images, query)];
+        }
         if harmless.is_empty() || harmful.is_empty() {
             return Err(UsageError(
-                "no font of this system can set the lists that are asked about".into(),
+                "no installed font can typeset the built-in requests; install Liberation or \
+                 FreeMono fonts"
+                    .into(),
             )
             .into());
         }
-        let bar = Bar::new(Unit::Of("answers"), args.quiet);
-        Ok(Self { runs: args.runs.get(), tokens, profiles, harmless, harmful, bar })
+        let progress = ProgressLine::new(Unit::Items("answers"), args.output.quiet);
+        Ok(Self { runs: args.runs.get(), max_new_tokens, profiles, harmless, harmful, progress })
     }
 
-    /// A report of nothing.
-    fn report(&self) -> Report {
-        Report {
-            ecso: env!("CARGO_PKG_VERSION"),
-            model: String::new(),
-            cores: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
-            runs: self.runs,
-            max_new_tokens: self.tokens,
-            load_ms: None,
-            first_answer_ms: None,
-            prompt_tokens_per_second: None,
-            answer_tokens_per_second: None,
-            blocks: Vec::new(),
-            at_once: None,
-            peak_mib: None,
-        }
+    fn empty_report(&self) -> Report {
+        Report::new(self.runs, self.max_new_tokens)
     }
 
-    /// Measures, as far as no call fails.
+    /// Measures everything, until a call fails.
     async fn measure(&self, settings: &Settings, report: &mut Report) -> anyhow::Result<()> {
-        let begun = Instant::now();
-        let model = open::model(settings).await?;
+        let start = Instant::now();
+        let model = backend::open(settings).await?;
         model.health().await?;
-        let is_here = !open::is_server(settings);
-        report.load_ms = is_here.then(|| milliseconds(begun.elapsed()));
+        let is_local = !settings.is_server();
+        report.load_ms = is_local.then(|| milliseconds(start.elapsed()));
         model.name().clone_into(&mut report.model);
-        let total = self.total(settings);
-        let mut asked = Asked { bench: self, model, answers: 0, total };
-        // What a process asks first takes longer: heads of prompts are read that later ones share.
-        let first = asked.answer(Way::Guarded(self.usual()), &self.harmless[0]).await?;
-        report.first_answer_ms = Some(milliseconds(first.took));
-        (report.prompt_tokens_per_second, report.answer_tokens_per_second) = asked.rates().await?;
-        let all: Vec<Way<'_>> =
-            [Way::Unguarded].into_iter().chain(self.profiles.iter().map(Way::Guarded)).collect();
-        report.blocks.push(asked.block("harmless requests", &self.harmless, &all).await?);
-        report.blocks.push(asked.block("harmful requests", &self.harmful, &all).await?);
+        let total = self.total_answers(settings);
+        let mut session = Session { bench: self, model, answers: 0, total };
+        // The first answer of a process takes longer: it loads prompt prefixes that later ones
+        // share.
+        let first = session.answer(Arm::Guarded(self.usual()), &self.harmless[0]).await?;
+        report.first_answer_ms = Some(milliseconds(first.total));
+        (report.prompt_tokens_per_second, report.answer_tokens_per_second) =
+            session.token_rates().await?;
+        let all = arms(&self.profiles);
+        session.block("harmless requests", &self.harmless, &all, report).await?;
+        session.block("harmful requests", &self.harmful, &all, report).await?;
         let always: Vec<Profile> = self
             .profiles
             .iter()
@@ -147,24 +126,22 @@ impl Bench {
                 profile
             })
             .collect();
-        let forced: Vec<Way<'_>> =
-            [Way::Unguarded].into_iter().chain(always.iter().map(Way::Guarded)).collect();
-        let name = "harmless requests, every answer written anew (gate = always)";
-        report.blocks.push(asked.block(name, &self.harmless, &forced).await?);
-        report.peak_mib = peak_mib();
-        report.at_once = Some(asked.at_once(self.usual()).await?);
-        if is_here && !settings.engine.no_reuse {
-            let mut apart = settings.clone();
-            apart.engine.no_reuse = true;
-            // One model at a time.
-            let answers = asked.answers;
-            drop(asked);
-            let model = open::model(&apart).await?;
-            let mut asked = Asked { bench: self, model, answers, total };
-            let name = "harmless requests, nothing shared between prompts";
-            report.blocks.push(asked.block(name, &self.harmless, &all).await?);
+        let name = "harmless requests, every answer rewritten (gate = always)";
+        session.block(name, &self.harmless, &arms(&always), report).await?;
+        report.record_peak_memory();
+        report.at_once = Some(session.concurrent(self.usual()).await?);
+        if is_local && !settings.engine.no_reuse {
+            let mut without_reuse = settings.clone();
+            without_reuse.engine.no_reuse = true;
+            // Only one model fits in memory at a time.
+            let answers = session.answers;
+            drop(session);
+            let model = backend::open(&without_reuse).await?;
+            let mut session = Session { bench: self, model, answers, total };
+            let name = "harmless requests, no prefix reuse between prompts";
+            session.block(name, &self.harmless, &all, report).await?;
         }
-        report.peak_mib = peak_mib();
+        report.record_peak_memory();
         Ok(())
     }
 
@@ -173,23 +150,14 @@ impl Bench {
         &self.profiles[self.profiles.len() - 1]
     }
 
-    /// How many answers are ahead.
-    fn total(&self, settings: &Settings) -> usize {
-        let blocks = if open::is_server(settings) || settings.engine.no_reuse { 3 } else { 4 };
-        1 + self.runs * (2 + blocks * (self.profiles.len() + 1)) + 2 * AT_ONCE
+    /// The number of answers to measure.
+    fn total_answers(&self, settings: &Settings) -> usize {
+        let blocks = if settings.is_server() || settings.engine.no_reuse { 3 } else { 4 };
+        1 + self.runs * (2 + blocks * (self.profiles.len() + 1)) + 2 * CONCURRENCY
     }
 }
 
-/// A question about an image of the user's.
-fn own_request(path: &Path, query: Option<&str>, limits: Limits) -> anyhow::Result<Chat> {
-    let images = Image::open_several(path, limits)?;
-    for image in &images {
-        image.pixels().map_err(|error| UsageError(format!("{}: {error}", path.display())))?;
-    }
-    Ok(Chat::ask(images, query.unwrap_or("What does this picture show?")))
-}
-
-/// Lists of the set that `ecso tune` asks: harmless ones, and harmful ones.
+/// Images of lists from the requests of `ecso tune`: harmless ones and harmful ones.
 fn lists(limits: Limits) -> anyhow::Result<(Vec<Chat>, Vec<Chat>)> {
     let set = benchmarks::named("pairs").context("the set is missing")?;
     let items = set.items(Path::new("-"), Some("seen"))?;
@@ -203,327 +171,85 @@ fn lists(limits: Limits) -> anyhow::Result<(Vec<Chat>, Vec<Chat>)> {
     Ok((chats(harmless)?, chats(harmful)?))
 }
 
-/// A model that is measured.
-struct Asked<'a> {
+/// A model that is being measured.
+struct Session<'a> {
     bench: &'a Bench,
     model: Arc<dyn Mllm>,
-    /// Answers so far, and in all.
+    /// Number of answers so far, and of all.
     answers: usize,
     total: usize,
 }
 
-impl Asked<'_> {
-    /// Answers `chats` in all ways, in turn; each request is like no other.
+impl Session<'_> {
+    /// Measures the answers of all arms, in turn, and adds each to the report at once.
     async fn block(
         &mut self,
         name: &'static str,
         chats: &[Chat],
-        ways: &[Way<'_>],
-    ) -> anyhow::Result<Block> {
-        let mut answers = vec![Vec::new(); ways.len()];
+        arms: &[Arm<'_>],
+        report: &mut Report,
+    ) -> anyhow::Result<()> {
+        let mut timings = vec![Vec::new(); arms.len()];
         for run in 0..self.bench.runs {
-            for (way, answers) in ways.iter().zip(&mut answers) {
-                answers.push(self.answer(*way, &chats[run % chats.len()]).await?);
+            for (place, arm) in arms.iter().enumerate() {
+                timings[place].push(self.answer(*arm, &chats[run % chats.len()]).await?);
+                let measured = arms.iter().zip(&timings).filter(|(_, timings)| !timings.is_empty());
+                let rows = measured.map(|(arm, timings)| Row::new(*arm, timings)).collect();
+                let is_complete = (run + 1, place + 1) == (self.bench.runs, arms.len());
+                report.set_block(Block { name, rows, is_complete });
             }
         }
-        let rows = ways.iter().zip(answers).map(|(way, answers)| Row::of(*way, &answers));
-        Ok(Block { name, rows: rows.collect() })
+        Ok(())
     }
 
-    /// One answer to a request that begins as none did before.
-    async fn answer(&mut self, way: Way<'_>, chat: &Chat) -> anyhow::Result<Timed> {
-        let chat = self.next(chat);
-        answered(&self.model, way, &chat, self.bench.tokens).await
+    /// Measures one answer, to a request that shares no prefix with earlier ones.
+    async fn answer(&mut self, arm: Arm<'_>, chat: &Chat) -> anyhow::Result<Timing> {
+        let chat = self.with_new_prefix(chat);
+        time_answer(&self.model, arm, &chat, self.bench.max_new_tokens).await
     }
 
-    /// The chat, so that its prompt shares nothing with earlier ones.
-    fn next(&mut self, chat: &Chat) -> Chat {
-        self.bench.bar.show(self.answers as u64, Some(self.total as u64), "");
+    /// The chat with a prompt that shares no prefix with earlier ones.
+    fn with_new_prefix(&mut self, chat: &Chat) -> Chat {
+        self.bench.progress.show(self.answers as u64, Some(self.total as u64), "");
         self.answers += 1;
         chat.clone().with_system(format!("{} is the number of this request.", self.answers))
     }
 
-    /// Tokens a second: of a prompt, and of an answer; none where the model does not tell how many
-    /// there were.
-    async fn rates(&mut self) -> anyhow::Result<(Option<f64>, Option<f64>)> {
-        let (mut read, mut write) = (Vec::new(), Vec::new());
+    /// Measures tokens per second, of prompts and of answers; none if the model reports no usage.
+    async fn token_rates(&mut self) -> anyhow::Result<(Option<f64>, Option<f64>)> {
+        let (mut prompt_rates, mut answer_rates) = (Vec::new(), Vec::new());
         for _ in 0..self.bench.runs {
-            let long = self.next(&Chat::ask([], "bread and butter ".repeat(LONG / 3)));
-            let answer = answered(&self.model, Way::Unguarded, &long, 1).await?;
-            read.extend(
-                answer.tokens.map(|(prompt, _)| f64::from(prompt) / answer.first.as_secs_f64()),
-            );
-            let answer = self
-                .answer(Way::Unguarded, &Chat::ask([], "Tell a long story about a baker."))
-                .await?;
-            let writing = answer.took.saturating_sub(answer.first).as_secs_f64();
-            write.extend(
-                answer.tokens.map(|(_, written)| f64::from(written.saturating_sub(1)) / writing),
+            let long = Chat::ask([], "bread and butter ".repeat(LONG_PROMPT / 3));
+            let long = self.with_new_prefix(&long);
+            let timing = time_answer(&self.model, Arm::Unguarded, &long, 1).await?;
+            let seconds = timing.first_word.as_secs_f64();
+            prompt_rates.extend(timing.tokens.map(|(prompt, _)| f64::from(prompt) / seconds));
+            let story = Chat::ask([], "Tell a long story about a baker.");
+            let timing = self.answer(Arm::Unguarded, &story).await?;
+            let seconds = timing.total.saturating_sub(timing.first_word).as_secs_f64();
+            answer_rates.extend(
+                timing.tokens.map(|(_, answer)| f64::from(answer.saturating_sub(1)) / seconds),
             );
         }
-        let told = |rates| median(rates).filter(|rate| rate.is_finite() && *rate > 0.0);
-        Ok((told(read), told(write)))
+        let rate = |rates| median(rates).filter(|rate| rate.is_finite() && *rate > 0.0);
+        Ok((rate(prompt_rates), rate(answer_rates)))
     }
 
-    /// How much sooner several answers are there when they are asked for at once.
-    async fn at_once(&mut self, profile: &Profile) -> anyhow::Result<AtOnce> {
-        let way = Way::Guarded(profile);
+    /// Measures how much faster several answers are when they are requested concurrently.
+    async fn concurrent(&mut self, profile: &Profile) -> anyhow::Result<Concurrent> {
+        let arm = Arm::Guarded(profile);
         let chat = |place: usize| &self.bench.harmless[place % self.bench.harmless.len()];
-        let begun = Instant::now();
-        for place in 0..AT_ONCE {
-            self.answer(way, chat(place)).await?;
+        let start = Instant::now();
+        for place in 0..CONCURRENCY {
+            self.answer(arm, chat(place)).await?;
         }
-        let one_by_one = begun.elapsed();
-        let chats: Vec<Chat> = (0..AT_ONCE).map(|place| self.next(chat(place))).collect();
-        let begun = Instant::now();
-        try_join_all(chats.iter().map(|chat| answered(&self.model, way, chat, self.bench.tokens)))
+        let one_by_one = start.elapsed();
+        let chats: Vec<Chat> =
+            (0..CONCURRENCY).map(|place| self.with_new_prefix(chat(place))).collect();
+        let start = Instant::now();
+        let max_new_tokens = self.bench.max_new_tokens;
+        try_join_all(chats.iter().map(|chat| time_answer(&self.model, arm, chat, max_new_tokens)))
             .await?;
-        let together = begun.elapsed();
-        Ok(AtOnce {
-            answers: AT_ONCE,
-            one_by_one_ms: milliseconds(one_by_one),
-            together_ms: milliseconds(together),
-            ratio: one_by_one.as_secs_f64() / together.as_secs_f64(),
-        })
+        Ok(Concurrent::new(CONCURRENCY, one_by_one, start.elapsed()))
     }
-}
-
-/// One answer.
-async fn answered(
-    model: &Arc<dyn Mllm>,
-    way: Way<'_>,
-    chat: &Chat,
-    tokens: u32,
-) -> anyhow::Result<Timed> {
-    let (begun, mut answer) = (Instant::now(), Timed::default());
-    let mut first = None;
-    match way {
-        Way::Unguarded => {
-            let sampling = Sampling {
-                temperature: Some(0.0),
-                max_tokens: Some(tokens),
-                ..Sampling::default()
-            };
-            let mut deltas = model.stream(chat, &sampling).await?;
-            while let Some(delta) = deltas.try_next().await? {
-                match delta {
-                    Delta::Text(_) => _ = first.get_or_insert_with(|| begun.elapsed()),
-                    Delta::End { usage, .. } => {
-                        answer.tokens =
-                            usage.map(|usage| (usage.prompt_tokens, usage.completion_tokens));
-                    }
-                    _ => {}
-                }
-            }
-            answer.calls = 1;
-        }
-        Way::Guarded(profile) => {
-            let guard = Guard::new(Arc::clone(model), profile.clone());
-            let events = guard.answer_events(chat);
-            pin_mut!(events);
-            while let Some(event) = events.try_next().await? {
-                match event {
-                    Event::Answer(_) => _ = first.get_or_insert_with(|| begun.elapsed()),
-                    Event::Done(outcome) => {
-                        answer.calls = outcome.steps.len();
-                        let told: Option<Vec<(u32, u32)>> = outcome
-                            .steps
-                            .iter()
-                            .map(|step| step.prompt_tokens.zip(step.completion_tokens))
-                            .collect();
-                        let sum =
-                            |(prompt, answer), (more, written)| (prompt + more, answer + written);
-                        answer.tokens = told.map(|told| told.into_iter().fold((0, 0), sum));
-                        answer.is_unsafe = outcome.verdict == Verdict::Unsafe;
-                    }
-                    _ => {}
-                }
-            }
-        }
-    }
-    answer.took = begun.elapsed();
-    answer.first = first.unwrap_or(answer.took);
-    Ok(answer)
-}
-
-/// What was measured. Times are medians.
-#[derive(Debug, Serialize)]
-struct Report {
-    ecso: &'static str,
-    model: String,
-    cores: usize,
-    runs: usize,
-    max_new_tokens: u32,
-    /// None of a server's.
-    load_ms: Option<f64>,
-    /// Of this process, under the profile that the settings name.
-    first_answer_ms: Option<f64>,
-    prompt_tokens_per_second: Option<f64>,
-    answer_tokens_per_second: Option<f64>,
-    blocks: Vec<Block>,
-    at_once: Option<AtOnce>,
-    /// Most memory that this process held, where the system tells.
-    peak_mib: Option<u64>,
-}
-
-/// The same requests, answered in several ways.
-#[derive(Debug, Serialize)]
-struct Block {
-    name: &'static str,
-    rows: Vec<Row>,
-}
-
-#[derive(Debug, Serialize)]
-struct Row {
-    /// `unguarded`, or the profile.
-    way: String,
-    ms: f64,
-    first_word_ms: f64,
-    calls: f64,
-    /// None where the model does not tell.
-    prompt_tokens: Option<f64>,
-    answer_tokens: Option<f64>,
-    /// How many answers were judged unsafe; none where nobody judges.
-    judged_unsafe: Option<usize>,
-}
-
-#[derive(Debug, Serialize)]
-struct AtOnce {
-    answers: usize,
-    one_by_one_ms: f64,
-    together_ms: f64,
-    /// How many times as fast.
-    ratio: f64,
-}
-
-impl Row {
-    fn of(way: Way<'_>, answers: &[Timed]) -> Self {
-        let of = |figure: fn(&Timed) -> f64| {
-            median(answers.iter().map(figure).collect()).unwrap_or(f64::NAN)
-        };
-        let tokens = |figure: fn((u32, u32)) -> u32| {
-            let told: Option<Vec<f64>> =
-                answers.iter().map(|answer| Some(figure(answer.tokens?).into())).collect();
-            told.and_then(median)
-        };
-        Self {
-            way: match way {
-                Way::Unguarded => "unguarded".to_owned(),
-                Way::Guarded(profile) => profile.name.clone(),
-            },
-            ms: of(|answer| milliseconds(answer.took)),
-            first_word_ms: of(|answer| milliseconds(answer.first)),
-            #[expect(clippy::cast_precision_loss, reason = "a few calls")]
-            calls: of(|answer| answer.calls as f64),
-            prompt_tokens: tokens(|(prompt, _)| prompt),
-            answer_tokens: tokens(|(_, answer)| answer),
-            judged_unsafe: match way {
-                Way::Unguarded => None,
-                Way::Guarded(_) => Some(answers.iter().filter(|answer| answer.is_unsafe).count()),
-            },
-        }
-    }
-
-    fn tokens(&self) -> Option<f64> {
-        Some(self.prompt_tokens? + self.answer_tokens?)
-    }
-}
-
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let seconds = |ms: f64| format!("{:.2} s", ms / 1e3);
-        let known = |figure: Option<f64>| {
-            figure.map_or_else(|| "-".to_owned(), |figure| format!("{figure:.0}"))
-        };
-        writeln!(f, "ecso {}, {}, {} cores", self.ecso, self.model, self.cores)?;
-        writeln!(
-            f,
-            "medians of {}, at most {} new tokens each; no two requests begin alike",
-            self.runs, self.max_new_tokens
-        )?;
-        writeln!(f, "x: times the unguarded answer; - : the model does not tell\n")?;
-        for (what, ms) in [("load", self.load_ms), ("first guarded answer", self.first_answer_ms)] {
-            if let Some(ms) = ms {
-                writeln!(f, "{what:<22} {:>9}", seconds(ms))?;
-            }
-        }
-        for (what, rate) in
-            [("reads", self.prompt_tokens_per_second), ("writes", self.answer_tokens_per_second)]
-        {
-            writeln!(f, "{what:<22} {:>9} tokens a second", known(rate))?;
-        }
-        if let Some(peak) = self.peak_mib {
-            writeln!(f, "memory of ecso         {peak:>9} MiB at most")?;
-        }
-        for Block { name, rows } in &self.blocks {
-            writeln!(f, "\n{name}")?;
-            let head = [
-                ("", 12),
-                ("time", 9),
-                ("x", 6),
-                ("first word", 10),
-                ("calls", 5),
-                ("prompt tokens", 13),
-                ("answer tokens", 13),
-                ("x", 6),
-                ("unsafe", 6),
-            ];
-            let line = |cells: [String; 9]| {
-                let cells = cells.into_iter().zip(head).enumerate();
-                let cells = cells.map(|(place, (cell, (_, width)))| {
-                    if place == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
-                });
-                format!("  {}", cells.collect::<Vec<_>>().join("  "))
-            };
-            writeln!(f, "{}", line(head.map(|(name, _)| name.to_owned())))?;
-            let Some(plain) = rows.first() else { continue };
-            for row in rows {
-                let tokens = row.tokens().zip(plain.tokens()).map(|(tokens, plain)| tokens / plain);
-                let judged = row.judged_unsafe.map(|judged| format!("{judged}/{}", self.runs));
-                let cells = [
-                    row.way.clone(),
-                    seconds(row.ms),
-                    format!("{:.2}", row.ms / plain.ms),
-                    seconds(row.first_word_ms),
-                    format!("{:.0}", row.calls),
-                    known(row.prompt_tokens),
-                    known(row.answer_tokens),
-                    tokens.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}")),
-                    judged.unwrap_or_default(),
-                ];
-                writeln!(f, "{}", line(cells))?;
-            }
-        }
-        let Some(AtOnce { answers, one_by_one_ms, together_ms, ratio }) = &self.at_once else {
-            return Ok(());
-        };
-        let (one_by_one, together) = (seconds(*one_by_one_ms), seconds(*together_ms));
-        writeln!(
-            f,
-            "\n{answers} guarded answers: {one_by_one} one by one, {together} at once, {ratio:.2} times as fast"
-        )
-    }
-}
-
-fn milliseconds(time: Duration) -> f64 {
-    (time.as_secs_f64() * 1e6).round() / 1e3
-}
-
-/// None of nothing.
-fn median(mut figures: Vec<f64>) -> Option<f64> {
-    figures.sort_by(f64::total_cmp);
-    let middle = figures.len() / 2;
-    let upper = *figures.get(middle)?;
-    Some(if figures.len().is_multiple_of(2) {
-        f64::midpoint(figures[middle - 1], upper)
-    } else {
-        upper
-    })
-}
-
-/// Most memory that this process held; Linux tells.
-fn peak_mib() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    line.trim().trim_end_matches(" kB").parse::<u64>().ok().map(|kib| kib / 1024)
 }

@@ -7,10 +7,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use ecso::{Calibration, Profile, calibration::Fit};
 
-use crate::{
-    config::{self, Settings},
-    open,
-};
+use crate::{backend, settings::Settings};
 
 /// Said of a profile that takes a calibration of its model.
 pub(crate) const FITTED: &str = "fitted to this model";
@@ -49,17 +46,13 @@ pub(crate) fn store(settings: &Settings, calibration: &Calibration) -> anyhow::R
     Ok(path)
 }
 
-/// What the threshold does that the settings' profile takes, where it is fitted to the model and
-/// nothing else of it is changed.
-pub(crate) fn curve(settings: &Settings) -> anyhow::Result<Option<ecso_gateway::Calibration>> {
-    let (_, why) = config::chosen_profile(settings)?;
-    if why != Some(FITTED) || settings.set.keys().any(|key| key != "threshold") {
-        return Ok(None);
-    }
-    let text = std::fs::read_to_string(path(settings, &open::identity(settings)?))?;
+/// The curve of the calibration that is stored for the settings' model.
+pub(crate) fn curve(settings: &Settings) -> anyhow::Result<ecso_gateway::Calibration> {
+    let path = path(settings, &backend::identity(settings)?);
+    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     let Fit { threshold, reported, curve, .. } = Calibration::from_toml(&text)?.found;
     let requests = reported.recall.total + reported.false_alarms.total;
-    Ok(Some(ecso_gateway::Calibration { threshold, requests, curve }))
+    Ok(ecso_gateway::Calibration { threshold, requests, curve })
 }
 
 /// The profile for a model that nobody chose one for: `hardened`, with the threshold of a
@@ -71,7 +64,7 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
     if !any_own {
         return Ok((profile, "not fitted to this model"));
     }
-    let Ok(digest) = open::identity(settings) else {
+    let Ok(digest) = backend::identity(settings) else {
         return Ok((profile, "this model is not known"));
     };
     let own = std::fs::read_to_string(path(settings, &digest)).ok();
@@ -90,51 +83,5 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
             );
             Ok((profile, "fitted in another version, which is not used"))
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-
-    use ecso::calibration::Half;
-    use ecso_eval::stats::Rate;
-
-    use super::*;
-    use crate::cli::{ModelArgs, ProfileArgs};
-
-    #[test]
-    fn the_curve_is_that_of_the_profile_in_use() {
-        let folder = tempfile::tempdir().unwrap();
-        let mut settings =
-            config::load(None, &ModelArgs::default(), &ProfileArgs::default()).unwrap();
-        (settings.model, settings.calibrations_dir) = ("mini".into(), folder.path().to_owned());
-        assert_eq!(curve(&settings).unwrap(), None);
-        let half = Half {
-            recall: Rate::wilson(40, 50).into(),
-            false_alarms: Rate::wilson(2, 50).into(),
-            auroc: None,
-        };
-        let found = Fit {
-            threshold: 0.625,
-            false_alarms: 0.03,
-            chosen: half.clone(),
-            reported: half,
-            curve: vec![(0.5, 0.9, 0.1), (0.625, 0.8, 0.04)],
-        };
-        let digest = open::identity(&settings).unwrap();
-        let (profile, biases) = (Profile::hardened(), BTreeMap::new());
-        let calibration = Calibration::new(&profile, "mini", digest, 200, biases, found.clone());
-        store(&settings, &calibration).unwrap();
-        let shown =
-            ecso_gateway::Calibration { threshold: 0.625, requests: 100, curve: found.curve };
-        assert_eq!(curve(&settings).unwrap(), Some(shown.clone()));
-        settings.set.insert("threshold".into(), "0.7".into());
-        assert_eq!(curve(&settings).unwrap(), Some(shown));
-        settings.set.insert("early_exit".into(), "false".into());
-        assert_eq!(curve(&settings).unwrap(), None, "scores may be others");
-        settings.set.clear();
-        settings.profile = "paper".into();
-        assert_eq!(curve(&settings).unwrap(), None);
     }
 }

@@ -1,4 +1,4 @@
-//! `ecso doctor`: whether this machine has what ecso needs.
+//! `ecso doctor`: checks whether this machine can run ecso.
 
 use std::{path::Path, process::Command};
 
@@ -6,141 +6,138 @@ use anyhow::bail;
 use serde_json::json;
 
 use crate::{
-    cli::{ModelArgs, ProfileArgs},
-    config::{self, Settings},
-    open,
+    backend, profiles,
+    settings::{self, Settings},
 };
 
-/// One thing that was looked at.
+/// The result of one check.
 struct Check {
     name: &'static str,
     state: State,
-    says: String,
+    message: String,
 }
 
 #[derive(Clone, Copy, PartialEq)]
 enum State {
     Good,
-    /// Works without it.
+    /// Limited, but ecso runs.
     Note,
     Bad,
 }
 
+impl State {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Good => "good",
+            Self::Note => "note",
+            Self::Bad => "BAD",
+        }
+    }
+}
+
 pub(crate) fn run(as_json: bool, file: Option<&Path>) -> anyhow::Result<()> {
-    let settings = config::load(file, &ModelArgs::default(), &ProfileArgs::default())?;
+    let settings = settings::load_file(file)?;
     let checks = [
-        processor(),
-        memory(),
-        engine(),
-        folder(&settings),
-        profile(&settings),
-        python(),
-        model(&settings)?,
+        check_processor(),
+        check_memory(),
+        check_engine(),
+        check_models_folder(&settings),
+        check_profile(&settings),
+        check_pip(),
+        check_model(&settings)?,
     ];
     if as_json {
-        let rows: Vec<_> = checks
-            .iter()
-            .map(|check| json!({ "check": check.name, "state": word(check.state), "says": check.says }))
-            .collect();
-        println!(
-            "{}",
-            serde_json::to_string_pretty(
-                &json!({ "version": env!("CARGO_PKG_VERSION"), "checks": rows })
-            )?
-        );
+        print_json(&checks)?;
     } else {
         println!("ecso {}", env!("CARGO_PKG_VERSION"));
         for check in &checks {
-            println!("{:<4} {:<10} {}", word(check.state), check.name, check.says);
+            println!("{:<4} {:<10} {}", check.state.word(), check.name, check.message);
         }
     }
-    let bad = checks.iter().filter(|check| check.state == State::Bad).count();
-    if bad > 0 {
-        bail!("{bad} of {} checks failed", checks.len());
+    let failed = checks.iter().filter(|check| check.state == State::Bad).count();
+    if failed > 0 {
+        bail!("{failed} of {} checks failed", checks.len());
     }
     Ok(())
 }
 
-fn word(state: State) -> &'static str {
-    match state {
-        State::Good => "good",
-        State::Note => "note",
-        State::Bad => "BAD",
-    }
+fn print_json(checks: &[Check]) -> anyhow::Result<()> {
+    let row = |Check { name, state, message }: &Check| json!({ "check": name, "state": state.word(), "says": message });
+    let rows: Vec<_> = checks.iter().map(row).collect();
+    let report = json!({ "version": env!("CARGO_PKG_VERSION"), "checks": rows });
+    println!("{}", serde_json::to_string_pretty(&report)?);
+    Ok(())
 }
 
-fn processor() -> Check {
+fn check_processor() -> Check {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let says = format!("{}, {cores} cores", std::env::consts::ARCH);
-    Check { name: "processor", state: State::Good, says }
+    let message = format!("{}, {cores} cores", std::env::consts::ARCH);
+    Check { name: "processor", state: State::Good, message }
 }
 
-/// Linux tells; elsewhere it is not looked at.
-fn memory() -> Check {
+/// Checks the free memory, on Linux only.
+fn check_memory() -> Check {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let kib: Option<u64> = line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok());
-    let (state, says) = match kib.map(|kib| kib / 1024) {
-        Some(mib) if mib < 2560 => (State::Note, format!("{mib} MiB free; mini wants 2,560")),
+    let (state, message) = match kib.map(|kib| kib / 1024) {
+        Some(mib) if mib < 2560 => (State::Note, format!("{mib} MiB free; mini needs 2,560")),
         Some(mib) => (State::Good, format!("{mib} MiB free")),
-        None => (State::Note, "not known on this system".into()),
+        None => (State::Note, "unknown on this system".into()),
     };
-    Check { name: "memory", state, says }
+    Check { name: "memory", state, message }
 }
 
-fn engine() -> Check {
-    let (state, says) = if cfg!(feature = "engine") {
+fn check_engine() -> Check {
+    let (state, message) = if cfg!(feature = "engine") {
         (State::Good, "llama.cpp in this process")
     } else {
-        (State::Note, "built without; models are reached by URL only")
+        (State::Note, "not in this build; models are reached by URL only")
     };
-    Check { name: "engine", state, says: says.into() }
+    Check { name: "engine", state, message: message.into() }
 }
 
-fn folder(settings: &Settings) -> Check {
+fn check_models_folder(settings: &Settings) -> Check {
     let folder = &settings.models_dir;
     let shown = folder.display();
     let probe = std::fs::create_dir_all(folder).and_then(|()| tempfile::tempfile_in(folder));
-    let (state, says) = match probe {
-        Ok(_) => (State::Good, format!("{shown} can be written")),
+    let (state, message) = match probe {
+        Ok(_) => (State::Good, format!("{shown} is writable")),
         Err(error) => (State::Bad, format!("{shown}: {error}; set models_dir in the settings")),
     };
-    Check { name: "models", state, says }
+    Check { name: "models", state, message }
 }
 
-fn profile(settings: &Settings) -> Check {
-    let (state, says) = match config::profile(settings) {
+fn check_profile(settings: &Settings) -> Check {
+    let (state, message) = match profiles::load(settings) {
         Ok(profile) => (State::Good, profile.name),
         Err(error) => (State::Bad, format!("{error:#}")),
     };
-    Check { name: "profile", state, says }
+    Check { name: "profile", state, message }
 }
 
-fn python() -> Check {
+fn check_pip() -> Check {
     let pip = Command::new("python3").args(["-m", "pip", "--version"]).output();
-    let (state, says) = match pip {
-        Ok(output) if output.status.success() => (
-            State::Good,
-            String::from_utf8_lossy(&output.stdout)
-                .split(" from")
-                .next()
-                .unwrap_or("pip")
-                .to_owned(),
-        ),
-        _ => (State::Note, "no pip; models come from the hub only".into()),
+    let (state, message) = match pip {
+        Ok(output) if output.status.success() => {
+            let version = String::from_utf8_lossy(&output.stdout);
+            (State::Good, version.split(" from").next().unwrap_or("pip").to_owned())
+        }
+        _ => (State::Note, "no pip; models can be downloaded from the hub only".into()),
     };
-    Check { name: "pip", state, says }
+    Check { name: "pip", state, message }
 }
 
 /// Opens the model and closes it again.
-fn model(settings: &Settings) -> anyhow::Result<Check> {
+fn check_model(settings: &Settings) -> anyhow::Result<Check> {
     let runtime = tokio::runtime::Runtime::new()?;
-    let begun = std::time::Instant::now();
-    let (state, says) = match runtime.block_on(open::model(settings)) {
+    let start = std::time::Instant::now();
+    let (state, message) = match runtime.block_on(backend::open(settings)) {
         Ok(model) => {
-            (State::Good, format!("{} opens in {} ms", model.name(), begun.elapsed().as_millis()))
+            let ms = start.elapsed().as_millis();
+            (State::Good, format!("{} opens in {ms} ms", model.name()))
         }
         Err(error) => (State::Bad, format!("{}: {error:#}", settings.model)),
     };
-    Ok(Check { name: "model", state, says })
+    Ok(Check { name: "model", state, message })
 }

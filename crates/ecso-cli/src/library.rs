@@ -1,5 +1,5 @@
-//! The way from settings to a guard for programs that call this as a library: the same as the
-//! command line's.
+//! From settings to a guard, for programs that use this crate as a library. Everything works as it
+//! does on the command line.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -10,23 +10,23 @@ use ecso_openai::Fetcher;
 use secrecy::SecretString;
 
 use crate::{
-    UsageError,
-    config::{self, Settings},
-    open,
-    work::Worker,
+    backend,
+    error::UsageError,
+    profiles,
+    settings::{self, Settings},
+    worker::Worker,
 };
 
-/// Whether an error says that something was asked for which can't be done as it was asked: a
-/// setting, a profile, a file that is named.
+/// Whether an error means that the request itself was wrong: a setting, a profile or a file.
 #[must_use]
-pub fn is_misuse(error: &anyhow::Error) -> bool {
+pub fn is_usage_error(error: &anyhow::Error) -> bool {
     error.is::<UsageError>() || error.is::<ecso::ProfileError>()
 }
 
-/// Whether models run in this process.
+/// Whether this build can run models in this process.
 pub const HAS_ENGINE: bool = cfg!(feature = "engine");
 
-/// What a guard is made of. Nothing is opened yet.
+/// Settings and profile of a guard whose model is not open yet.
 #[derive(Debug, Clone)]
 pub struct Setup {
     settings: Settings,
@@ -34,14 +34,14 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// `given` are settings as they stand in `config.toml`; they count before that file and the
-    /// environment. A key that is given here counts before the environment's.
+    /// Loads the settings. `arguments` are settings as in `config.toml`; they override that file
+    /// and the environment. `api_key` overrides the one in the environment.
     ///
     /// # Errors
     /// A setting or the profile is wrong.
-    pub fn new(given: toml::Table, api_key: Option<SecretString>) -> anyhow::Result<Self> {
-        let settings = config::load_given(given, api_key)?;
-        let profile = config::profile(&settings)?;
+    pub fn new(arguments: toml::Table, api_key: Option<SecretString>) -> anyhow::Result<Self> {
+        let settings = settings::load_library(arguments, api_key)?;
+        let profile = profiles::load(&settings)?;
         Ok(Self { settings, profile })
     }
 
@@ -51,78 +51,78 @@ impl Setup {
         &self.profile
     }
 
-    /// Which images are taken.
+    /// The limits on images.
     #[must_use]
     pub fn limits(&self) -> Limits {
         self.settings.images
     }
 
-    /// What is done about images behind URLs.
+    /// How images behind URLs are handled.
     #[must_use]
     pub fn image_urls(&self) -> ImageUrls {
         self.settings.gateway.image_urls
     }
 
-    /// Fetches images, as the settings allow it.
+    /// Returns a fetcher for images, as the settings allow.
     ///
     /// # Errors
-    /// No client can be made.
+    /// The HTTP client can't be built.
     pub fn fetcher(&self) -> anyhow::Result<Fetcher> {
-        let proxy =
-            Some(self.settings.server.proxy.clone()).filter(|url| !url.is_empty()).map(Into::into);
-        Fetcher::with(proxy.as_ref(), &self.settings.gateway.image_hosts)
-            .context("no client for images")
+        Fetcher::with(self.settings.proxy().as_ref(), &self.settings.gateway.image_hosts)
+            .context("can't fetch images")
     }
 
-    /// How many rows are asked about at once, where nobody says.
+    /// Number of rows in flight, if the caller names none.
     #[must_use]
-    pub fn at_once(&self) -> usize {
-        open::at_once(&self.settings)
+    pub fn default_concurrency(&self) -> usize {
+        self.settings.default_concurrency()
     }
 
     /// Opens the model.
     ///
     /// # Errors
-    /// It can't be opened.
-    pub async fn model(&self) -> anyhow::Result<Arc<dyn Mllm>> {
-        open::model(&self.settings).await
+    /// The model can't be opened.
+    pub async fn open_model(&self) -> anyhow::Result<Arc<dyn Mllm>> {
+        backend::open(&self.settings).await
     }
 
-    /// That model, as long work asks it. Its replies are kept in `cache`, if that is a folder.
+    /// Prepares an open model for long-running work. Replies are cached in the folder `cache`, if
+    /// given.
     ///
     /// # Errors
-    /// It does not answer.
-    pub async fn patient(
+    /// The model does not answer.
+    pub async fn batch_model(
         &self,
         model: Arc<dyn Mllm>,
-        at_once: usize,
+        concurrency: usize,
         cache: Option<PathBuf>,
-    ) -> anyhow::Result<Patient> {
-        Ok(Patient(Worker::of(model, &self.settings, at_once, cache).await?))
+    ) -> anyhow::Result<BatchModel> {
+        Ok(BatchModel(Worker::with_model(model, &self.settings, concurrency, cache).await?))
     }
 }
 
-/// A model that is asked no faster than it can answer, and waited for.
-pub struct Patient(Worker);
+/// A model for long-running work: asked no faster than it can answer, and waited for if it becomes
+/// unreachable.
+pub struct BatchModel(Worker);
 
-impl Patient {
+impl BatchModel {
     /// The model.
     #[must_use]
     pub fn model(&self) -> Arc<dyn Mllm> {
         self.0.model()
     }
 
-    /// What it is, in one text.
+    /// Identifies the model.
     #[must_use]
     pub fn identity(&self) -> &str {
         self.0.identity()
     }
 
-    /// `work` to its end.
+    /// Runs `work` to its end.
     ///
     /// # Errors
-    /// The model went away and did not come back, or another came in its place.
-    pub async fn asked<T>(&self, work: impl Future<Output = T>) -> anyhow::Result<T> {
-        self.0.asked(work).await
+    /// The model stayed unreachable, or the server came back with another model.
+    pub async fn run<T>(&self, work: impl Future<Output = T>) -> anyhow::Result<T> {
+        self.0.run(work).await
     }
 }

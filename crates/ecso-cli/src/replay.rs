@@ -1,4 +1,4 @@
-//! `ecso replay`: what would another profile have done with recorded traffic?
+//! `ecso replay`: judges recorded traffic again under another profile.
 
 use std::{
     collections::BTreeMap,
@@ -15,35 +15,35 @@ use futures::{StreamExt, stream};
 use serde_json::{Value, json};
 use tempfile::NamedTempFile;
 
-use crate::{UsageError, cli::ReplayArgs, config, open};
+use crate::{backend, cli::ReplayArgs, error::UsageError, files, profiles, settings};
 
 /// Why a line could not be judged.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
-    #[error("{0}")]
-    Unreadable(String),
+    #[error("line {0}: {1}")]
+    Unreadable(usize, String),
     #[error("line {0}: {1}")]
     Model(usize, GuardError),
 }
 
-/// A file that is there when it is whole.
-struct Out<'a> {
+/// The file of `--out`, which appears once it is complete.
+struct OutputFile<'a> {
     path: &'a Path,
     file: BufWriter<NamedTempFile>,
 }
 
-impl<'a> Out<'a> {
-    /// A file at `path`, which is not the `audit` log itself.
+impl<'a> OutputFile<'a> {
+    /// Creates a file for `path`, which must not be the audit log itself.
     fn new(path: &'a Path, audit: &Path) -> anyhow::Result<Self> {
-        let wrong = |error: &dyn std::fmt::Display| {
-            UsageError(format!("--out {}: {error}", path.display()))
-        };
         if same_file::is_same_file(path, audit).unwrap_or(false) {
-            return Err(wrong(&"that is the audit log; name another file").into());
+            return Err(UsageError(format!(
+                "--out {}: this is the audit log; name another file",
+                path.display()
+            ))
+            .into());
         }
-        let folder =
-            path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let file = BufWriter::new(NamedTempFile::new_in(folder).map_err(|error| wrong(&error))?);
+        let file = files::create_for(path)
+            .map_err(|error| UsageError(format!("--out {}: {error}", path.display())))?;
         Ok(Self { path, file })
     }
 
@@ -51,38 +51,40 @@ impl<'a> Out<'a> {
         writeln!(self.file, "{line}")
     }
 
-    fn done(self) -> anyhow::Result<()> {
-        let file = self.file.into_inner().map_err(std::io::IntoInnerError::into_error)?;
-        file.persist(self.path).with_context(|| self.path.display().to_string())?;
-        Ok(())
+    fn finish(self) -> anyhow::Result<()> {
+        files::persist(self.file, self.path).with_context(|| self.path.display().to_string())
     }
 }
 
-/// What was found.
+/// Recorded verdicts compared with new ones.
 #[derive(Debug, Default)]
-struct Found<'a> {
+struct Comparison<'a> {
     judge: &'a str,
     profile: &'a str,
-    /// Answers by their recorded verdict and their verdict now.
+    /// Number of answers by recorded and new verdict.
     counts: BTreeMap<(&'static str, &'static str), u64>,
-    /// Requests whose verdict is another one.
+    /// Requests whose verdict changes.
     changed: Vec<String>,
     /// Answers that the profile does not guard.
     unguarded: u64,
     failed: u64,
-    /// Whether it was told that another model judges.
-    is_told: bool,
+    /// Whether the user was warned that another model judges.
+    has_warned: bool,
 }
 
-impl Found<'_> {
-    /// Adds an answer that was judged again, and gives what is to be written about it: nothing of
-    /// one that is not guarded.
+impl Comparison<'_> {
+    /// Adds an answer that was judged again. Returns the line of `--out`, or none if the profile
+    /// does not guard the answer.
     fn add(&mut self, recorded: &Recorded, outcome: &Outcome) -> Option<Value> {
         let Recorded { id, model, profile, verdict, .. } = recorded;
-        if model != self.judge && !model.is_empty() && !std::mem::replace(&mut self.is_told, true) {
-            let judge = self.judge;
+        if model != self.judge
+            && !model.is_empty()
+            && !std::mem::replace(&mut self.has_warned, true)
+        {
             say!(
-                "the log is of the model {model}, and {judge} judges it again; --model and --model-name say which one is asked"
+                "warning: the log is of the model {model}, and {} judges it; choose a model with \
+                 --model and --model-name",
+                self.judge
             );
         }
         if outcome.verdict == Verdict::Unchecked {
@@ -93,30 +95,26 @@ impl Found<'_> {
         if *verdict != outcome.verdict {
             self.changed.push(id.clone());
         }
-        let now = json!({"profile": outcome.profile, "verdict": outcome.verdict, "score": outcome.score, "rewritten": outcome.rewritten});
-        Some(
-            json!({"request_id": id, "model": model, "recorded": {"profile": profile, "verdict": verdict}, "now": now}),
-        )
+        Some(json!({
+            "request_id": id,
+            "model": model,
+            "recorded": {"profile": profile, "verdict": verdict},
+            "now": {
+                "profile": outcome.profile,
+                "verdict": outcome.verdict,
+                "score": outcome.score,
+                "rewritten": outcome.rewritten,
+            },
+        }))
     }
 
     fn total(&self) -> u64 {
         self.counts.values().sum()
     }
 
-    fn tell(&self, as_json: bool) {
-        let Self { judge, profile, counts, changed, unguarded, failed, .. } = self;
+    fn print(&self) {
+        let Self { judge, profile, counts, changed, unguarded, .. } = self;
         let total = self.total();
-        if as_json {
-            let rows: Vec<_> = counts
-                .iter()
-                .map(|((then, now), count)| json!({"recorded": then, "now": now, "count": count}))
-                .collect();
-            println!(
-                "{}",
-                json!({"profile": profile, "model": judge, "judged": total, "failed": failed, "unguarded": unguarded, "counts": rows, "changed": changed})
-            );
-            return;
-        }
         if total + unguarded == 0 {
             return;
         }
@@ -131,94 +129,125 @@ impl Found<'_> {
             println!("  changed: {id}");
         }
         if *unguarded > 0 {
-            println!("  {unguarded} more are not guarded under this profile: they have no image");
+            println!("  {unguarded} more are not guarded by this profile: they have no image");
         }
+    }
+
+    fn print_json(&self) {
+        let row = |(&(then, now), count): (&(&str, &str), &u64)| json!({"recorded": then, "now": now, "count": count});
+        let object = json!({
+            "profile": self.profile,
+            "model": self.judge,
+            "judged": self.total(),
+            "failed": self.failed,
+            "unguarded": self.unguarded,
+            "counts": self.counts.iter().map(row).collect::<Vec<_>>(),
+            "changed": self.changed,
+        });
+        println!("{object}");
     }
 }
 
 pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> {
-    let settings = config::load(file, &args.model, &args.profile)?;
-    let profile = config::profile(&settings)?;
-    let shown = args.audit.display();
-    let log = File::open(&args.audit).map_err(|error| UsageError(format!("{shown}: {error}")))?;
+    let settings = settings::load(file, &args.model, &args.profile)?;
+    let profile = profiles::load(&settings)?;
+    let log = File::open(&args.audit).map_err(|error| UsageError::at(&args.audit, error))?;
     if log.metadata().is_ok_and(|log| log.is_dir()) {
-        return Err(UsageError(format!("{shown} is a folder; name the audit log in it")).into());
+        let problem = "this is a folder; name the audit log in it";
+        return Err(UsageError::at(&args.audit, problem).into());
     }
-    let mut out = args.out.as_deref().map(|path| Out::new(path, &args.audit)).transpose()?;
+    let mut out = args.out.as_deref().map(|path| OutputFile::new(path, &args.audit)).transpose()?;
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
-        let guard = Guard::new(open::model(&settings).await?, profile);
+        let guard = Guard::new(backend::open(&settings).await?, profile);
         let guard = &guard;
-        let mut is_broken = false;
-        // Behind an error of the file there is nothing more to read.
-        let read = BufReader::new(log)
-            .lines()
-            .take_while(move |line| !std::mem::replace(&mut is_broken, line.is_err()));
-        let lines = (1_usize..)
-            .zip(read)
-            .filter(|(_, line)| !line.as_ref().is_ok_and(|line| line.trim().is_empty()));
-        let lines = lines.take(args.limit.map_or(usize::MAX, NonZero::get));
-        let at_once = args.concurrency.map_or_else(|| open::at_once(&settings), NonZero::get);
-        let mut judged = stream::iter(lines)
+        let mut judged = stream::iter(lines(log, args.limit))
             .map(|(number, line)| async move {
-                let line = line.map_err(|error| error.to_string());
-                let recorded = line.and_then(|line| Recorded::read(&line, settings.images));
-                let recorded = recorded
-                    .map_err(|reason| Failure::Unreadable(format!("line {number}: {reason}")))?;
+                let recorded = line
+                    .map_err(|error| error.to_string())
+                    .and_then(|line| Recorded::read(&line, settings.images))
+                    .map_err(|reason| Failure::Unreadable(number, reason))?;
                 let outcome =
                     recorded.again(guard).await.map_err(|error| Failure::Model(number, error))?;
                 Ok((recorded, outcome))
             })
-            .buffered(at_once.max(1));
-        let mut found = Found {
+            .buffered(args.concurrency.or(settings.default_concurrency()));
+        let mut comparison = Comparison {
             judge: guard.model().name(),
             profile: &guard.profile().name,
-            ..Found::default()
+            ..Comparison::default()
         };
         let mut first_failure = None;
         while let Some(judged) = judged.next().await {
             match judged {
                 Ok((recorded, outcome)) => {
-                    if let Some(line) = found.add(&recorded, &outcome)
-                        && let Some(out) = &mut out
-                    {
+                    let line = comparison.add(&recorded, &outcome);
+                    if let (Some(line), Some(out)) = (line, &mut out) {
                         out.write(&line)?;
                     }
                 }
                 Err(failure) => {
-                    found.failed += 1;
+                    comparison.failed += 1;
                     first_failure.get_or_insert(failure);
                 }
             }
         }
-        found.tell(args.json);
-        let Found { failed, .. } = found;
-        let total = found.total();
-        if total > 0
+        if args.json {
+            comparison.print_json();
+        } else {
+            comparison.print();
+        }
+        if comparison.total() > 0
             && let Some(out) = out
         {
-            out.done()?;
+            out.finish()?;
         }
-        let Some(failure) = first_failure else {
-            anyhow::ensure!(
-                total > 0,
-                "nothing was judged again: {shown} has no line that this profile guards"
-            );
-            return Ok(());
-        };
-        say!("{failed} lines could not be judged; the first: {failure}");
-        match failure {
-            #[expect(clippy::cast_precision_loss, reason = "counts of lines")]
-            _ if total > 0 => {
-                let coverage = total as f64 / (total + failed) as f64;
-                let least = args.min_coverage;
-                anyhow::ensure!(coverage >= least, "coverage {coverage:.3} is below {least}");
-                Ok(())
-            }
-            Failure::Model(_, error) => Err(error.into()),
-            Failure::Unreadable(_) => {
-                Err(UsageError(format!("{shown}: no line of it could be judged")).into())
-            }
-        }
+        check_coverage(args, &comparison, first_failure)
     })
+}
+
+/// The lines of a log that are not blank, with their numbers from 1. Ends after a read error.
+fn lines(
+    log: File,
+    limit: Option<NonZero<usize>>,
+) -> impl Iterator<Item = (usize, std::io::Result<String>)> {
+    let mut has_failed = false;
+    let lines = BufReader::new(log)
+        .lines()
+        .take_while(move |line| !std::mem::replace(&mut has_failed, line.is_err()));
+    (1..)
+        .zip(lines)
+        .filter(|(_, line)| !line.as_ref().is_ok_and(|line| line.trim().is_empty()))
+        .take(limit.map_or(usize::MAX, NonZero::get))
+}
+
+/// Reports failed lines; an error if too few lines could be judged.
+fn check_coverage(
+    args: &ReplayArgs,
+    comparison: &Comparison<'_>,
+    first_failure: Option<Failure>,
+) -> anyhow::Result<()> {
+    let (total, failed) = (comparison.total(), comparison.failed);
+    let Some(failure) = first_failure else {
+        anyhow::ensure!(
+            total > 0,
+            "nothing to judge: {} has no line that this profile guards",
+            args.audit.display()
+        );
+        return Ok(());
+    };
+    say!("{failed} lines could not be judged; the first: {failure}");
+    match failure {
+        #[expect(clippy::cast_precision_loss, reason = "counts of lines")]
+        _ if total > 0 => {
+            let coverage = total as f64 / (total + failed) as f64;
+            let minimum = args.min_coverage;
+            anyhow::ensure!(coverage >= minimum, "coverage {coverage:.3} is below {minimum}");
+            Ok(())
+        }
+        Failure::Model(_, error) => Err(error.into()),
+        Failure::Unreadable(..) => {
+            Err(UsageError::at(&args.audit, "no line could be judged").into())
+        }
+    }
 }

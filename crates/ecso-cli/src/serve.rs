@@ -16,61 +16,67 @@ use futures::FutureExt;
 use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
-    UsageError, calibration,
+    backend,
+    calibration::FITTED,
     cli::ServeArgs,
-    config::{self, Settings},
-    open,
+    error::UsageError,
+    profiles,
+    settings::{self, Settings},
 };
 
-/// Serves; `opens` the playground in a browser.
-pub(crate) fn run(args: &ServeArgs, file: Option<&Path>, opens: bool) -> anyhow::Result<()> {
-    let settings = config::load_serve(file, args)?;
+/// Serves until the process is asked to stop.
+pub(crate) fn run(
+    args: &ServeArgs,
+    file: Option<&Path>,
+    opens_browser: bool,
+) -> anyhow::Result<()> {
+    let settings = settings::load_serve(file, args)?;
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
         let (gateway, tokens) = with_playground(gateway(&settings).await?, args, &settings)?;
         let gateway = Arc::new(gateway);
         let listener = listen(&settings).await?;
-        let door = listen_for_gateways(&settings).await?;
+        let ext_proc_listener = listen_ext_proc(&settings).await?;
         say!("ecso: {}", greeting(&settings, listener.local_addr()?)?);
-        if let Some(door) = &door {
-            say!("ecso: external processing for gateways on {}", door.local_addr()?);
+        if let Some(listener) = &ext_proc_listener {
+            say!("ecso: external processing for gateways on {}", listener.local_addr()?);
         }
         for warning in warnings(&settings)? {
             say!("ecso: warning: {warning}");
         }
         if let Some(tokens) = tokens {
-            tokio::spawn(tell_links(listener.local_addr()?, tokens, opens));
+            tokio::spawn(print_links(listener.local_addr()?, tokens, opens_browser));
         }
         reload_on_signal(&gateway, &settings, args.clone(), file.map(Path::to_owned));
-        let stop = stopped().shared();
+        let stop = stop_signal().shared();
         let http = ecso_gateway::serve(Arc::clone(&gateway), listener, stop.clone());
-        tokio::try_join!(http, carried(gateway, door, stop))?;
+        tokio::try_join!(http, serve_ext_proc(gateway, ext_proc_listener, stop))?;
         say!("ecso: all requests are finished");
         Ok(())
     })
 }
 
 async fn gateway(settings: &Settings) -> anyhow::Result<Gateway> {
-    let profiles = config::profiles(settings)?;
-    let upstream = if open::is_server(settings) {
+    let profiles = profiles::load_all(settings)?;
+    let upstream = if settings.is_server() {
         if settings.reader {
             return Err(UsageError(
-                "the text reader stands in front of models in this process only".into(),
+                "`ecso serve` supports --reader only for models in this process".into(),
             )
             .into());
         }
-        let options = open::server_options(settings);
+        let options = backend::server_options(settings);
         let checks = checks(settings, &options)?;
         let key = options.api_key.clone();
         Upstream::server(&settings.model, key, options, checks)
-            .map_err(|error| open::misuse(&error))?
+            .map_err(|error| backend::connection_error(&error))?
     } else {
-        Upstream::Engine(open::model(settings).await?)
+        Upstream::Engine(backend::open(settings).await?)
     };
     Ok(Gateway::new(upstream, profiles, settings.gateway.clone(), settings.images)?)
 }
 
-/// The same with a page for people, if there is to be one, and what lets them in.
+/// Adds the playground, if it is to be served; returns the tokens that let a browser in.
 fn with_playground(
     gateway: Gateway,
     args: &ServeArgs,
@@ -79,23 +85,27 @@ fn with_playground(
     if !args.playground {
         return Ok((gateway, None));
     }
-    let playground = Playground::new(calibration::curve(settings)?);
+    let playground = Playground::new(profiles::calibration_curve(settings)?);
     let tokens = playground.tokens();
     Ok((gateway.with_playground(playground), Some(tokens)))
 }
 
-/// Tells the link that lets a browser into the playground, and the next one when it was used.
-async fn tell_links(mut address: SocketAddr, mut tokens: watch::Receiver<String>, mut opens: bool) {
+/// Prints a link that lets a browser into the playground, and the next one once it is used.
+async fn print_links(
+    mut address: SocketAddr,
+    mut tokens: watch::Receiver<String>,
+    mut opens_browser: bool,
+) {
     if address.ip().is_unspecified() {
         address.set_ip(Ipv4Addr::LOCALHOST.into());
     }
     loop {
         let link = format!("http://{address}/?token={}", *tokens.borrow_and_update());
-        say!("ecso: the playground, by a link that works once: {link}");
-        if std::mem::take(&mut opens)
-            && let Err(error) = ::open::that_detached(&link)
+        say!("ecso: playground, by a link that works once: {link}");
+        if std::mem::take(&mut opens_browser)
+            && let Err(error) = open::that_detached(&link)
         {
-            say!("ecso: no browser could be opened ({error}); open the link yourself");
+            say!("ecso: can't open a browser ({error}); open the link yourself");
         }
         if tokens.changed().await.is_err() {
             return;
@@ -103,8 +113,8 @@ async fn tell_links(mut address: SocketAddr, mut tokens: watch::Receiver<String>
     }
 }
 
-/// Where the guard's own calls go, if not to the guarded server: reached with the same proxy and
-/// certificates, with a key of its own.
+/// The server for the guard's own calls, if that is not the guarded one. It has the same proxy and
+/// certificates, and its own key.
 fn checks(settings: &Settings, options: &ecso_openai::Options) -> anyhow::Result<Option<Checks>> {
     let Settings { checks, .. } = settings;
     if checks.url.is_empty() {
@@ -117,16 +127,18 @@ fn checks(settings: &Settings, options: &ecso_openai::Options) -> anyhow::Result
                 .map_err(|_| UsageError(format!("checks.api_key_env: {name} is not set")))?,
         ),
     };
-    // The socket is the guarded server's.
-    let key = key.map(Into::into);
-    let options =
-        ecso_openai::Options { model: None, api_key: key, unix_socket: None, ..options.clone() };
-    let server =
-        ecso_openai::OpenAi::new(&checks.url, options).map_err(|error| open::misuse(&error))?;
+    let options = ecso_openai::Options {
+        model: None,
+        api_key: key.map(Into::into),
+        unix_socket: None, // It leads to the guarded server.
+        ..options.clone()
+    };
+    let server = ecso_openai::OpenAi::new(&checks.url, options)
+        .map_err(|error| backend::connection_error(&error))?;
     Ok(Some(Checks { server, model: checks.model_name.clone() }))
 }
 
-/// On SIGHUP the settings are read again; what is wrong with them is told, and the old ones stay.
+/// Reloads the settings on SIGHUP. If they are wrong, that is reported and the old ones stay.
 #[cfg(unix)]
 fn reload_on_signal(
     gateway: &Arc<Gateway>,
@@ -135,13 +147,13 @@ fn reload_on_signal(
     file: Option<PathBuf>,
 ) {
     use tokio::signal::unix::{SignalKind, signal};
-    let (gateway, begun) = (Arc::clone(gateway), settings.clone());
+    let (gateway, initial) = (Arc::clone(gateway), settings.clone());
     let Ok(mut hangups) = signal(SignalKind::hangup()) else { return };
     tokio::spawn(async move {
         while hangups.recv().await.is_some() {
-            match reload(&gateway, &begun, &args, file.as_deref()) {
-                Ok(profile) => say!("ecso: the settings were read again; profile {profile}"),
-                Err(error) => say!("ecso: the settings stay as they were: {error:#}"),
+            match reload(&gateway, &initial, &args, file.as_deref()) {
+                Ok(profile) => say!("ecso: settings reloaded; profile {profile}"),
+                Err(error) => say!("ecso: settings not reloaded: {error:#}"),
             }
         }
     });
@@ -150,85 +162,87 @@ fn reload_on_signal(
 #[cfg(not(unix))]
 fn reload_on_signal(_: &Arc<Gateway>, _: &Settings, _: ServeArgs, _: Option<PathBuf>) {}
 
+/// Reloads the settings and returns the name of the profile.
 #[cfg(unix)]
 fn reload(
     gateway: &Gateway,
-    begun: &Settings,
+    initial: &Settings,
     args: &ServeArgs,
     file: Option<&Path>,
 ) -> anyhow::Result<String> {
-    let settings = config::load_serve(file, args)?;
+    let settings = settings::load_serve(file, args)?;
     let fixed = |settings: &Settings| {
         let Settings { model, model_name, listen, ext_proc, .. } = settings;
         [model, model_name, listen, ext_proc].map(Clone::clone)
     };
-    if fixed(&settings) != fixed(begun) {
-        return Err(UsageError("another model or address takes a restart".into()).into());
+    if fixed(&settings) != fixed(initial) {
+        return Err(UsageError("restart ecso to change the model or an address".into()).into());
     }
-    if settings.gateway.keys.is_empty() != begun.gateway.keys.is_empty() {
-        return Err(UsageError("the first or last client key takes a restart".into()).into());
+    if settings.gateway.keys.is_empty() != initial.gateway.keys.is_empty() {
+        return Err(UsageError(
+            "restart ecso to add the first client key or remove the last one".into(),
+        )
+        .into());
     }
-    let profiles = config::profiles(&settings)?;
+    let profiles = profiles::load_all(&settings)?;
     let name = profiles.usual.name.clone();
     gateway.reload(profiles, settings.gateway, settings.images)?;
     Ok(name)
 }
 
-/// Without client keys only this machine may call.
+/// Listens for clients. Without client keys, only on a loopback address.
 async fn listen(settings: &Settings) -> anyhow::Result<TcpListener> {
     let address: SocketAddr = settings.listen.parse().map_err(|_| {
         UsageError(format!(
-            "{:?} is no address to listen on; write for instance 127.0.0.1:8080",
+            "listen: {:?} is not an address; write for instance 127.0.0.1:8080",
             settings.listen
         ))
     })?;
     if settings.gateway.keys.is_empty() && !address.ip().is_loopback() {
         return Err(UsageError(format!(
-            "{address} can be reached from elsewhere, and no client key is configured, so anybody could call; make one \
-             with `ecso key NAME`, or listen on 127.0.0.1"
+            "{address} is reachable from other machines, and without client keys anyone could call; \
+             create one with `ecso key NAME`, or listen on 127.0.0.1"
         ))
         .into());
     }
     TcpListener::bind(address).await.with_context(|| format!("listening on {address}"))
 }
 
-/// The door for gateways, if there is to be one. That only they reach it is their network's
-/// business.
-async fn listen_for_gateways(settings: &Settings) -> anyhow::Result<Option<TcpListener>> {
-    let named = &settings.ext_proc;
-    if named.is_empty() {
+/// Listens for gateways, if external processing is on. Access is up to the network.
+async fn listen_ext_proc(settings: &Settings) -> anyhow::Result<Option<TcpListener>> {
+    let address = &settings.ext_proc;
+    if address.is_empty() {
         return Ok(None);
     }
     if cfg!(not(feature = "ext-proc")) {
         return Err(UsageError(
-            "this program was built without external processing (the feature ext-proc)".into(),
+            "this build has no external processing; build with the feature `ext-proc`".into(),
         )
         .into());
     }
-    let address: SocketAddr = named.parse().map_err(|_| {
+    let address: SocketAddr = address.parse().map_err(|_| {
         UsageError(format!(
-            "ext_proc: {named:?} is no address to listen on; write for instance 127.0.0.1:9090"
+            "ext_proc: {address:?} is not an address; write for instance 127.0.0.1:9090"
         ))
     })?;
     TcpListener::bind(address).await.map(Some).with_context(|| format!("listening on {address}"))
 }
 
-/// Serves gateways, where there is a door for them.
 #[cfg(feature = "ext-proc")]
-async fn carried(
+async fn serve_ext_proc(
     gateway: Arc<Gateway>,
-    door: Option<TcpListener>,
+    listener: Option<TcpListener>,
     stop: impl Future<Output = ()> + Send,
 ) -> io::Result<()> {
-    match door {
-        Some(door) => ecso_gateway::ext_proc::serve(gateway, door, stop).await,
+    match listener {
+        Some(listener) => ecso_gateway::ext_proc::serve(gateway, listener, stop).await,
         None => Ok(()),
     }
 }
 
 #[cfg(not(feature = "ext-proc"))]
-#[expect(clippy::unused_async, reason = "stands in for the real one")]
-async fn carried(
+#[expect(clippy::unused_async, reason = "has the signature of the real function")]
+async fn serve_ext_proc(
     _: Arc<Gateway>,
     _: Option<TcpListener>,
     _: impl Future<Output = ()> + Send,
@@ -238,86 +252,85 @@ async fn carried(
 
 fn greeting(settings: &Settings, address: SocketAddr) -> anyhow::Result<String> {
     let callers = match settings.gateway.keys.len() {
-        0 => "no client keys: this machine only".to_owned(),
+        0 => "no client keys: local clients only".to_owned(),
         1 => "1 client key".to_owned(),
         count => format!("{count} client keys"),
     };
-    let (profile, why) = config::chosen_profile(settings)?;
-    let why = why.map_or_else(String::new, |why| format!(" ({why})"));
-    let model = without_password(&settings.model);
-    let does = match settings.gateway.mode {
+    let (profile, reason) = profiles::load_with_reason(settings)?;
+    let reason = reason.map_or_else(String::new, |reason| format!(" ({reason})"));
+    let model = redact_url(&settings.model);
+    let activity = match settings.gateway.mode {
         Mode::Enforce => "guarding",
         Mode::Observe => "observing, not guarding,",
         Mode::Off => "passing on, not guarding,",
     };
     Ok(format!(
-        "{does} {model} on http://{address}/v1 ({callers}) under profile {}{why}",
+        "{activity} {model} on http://{address}/v1 ({callers}) under profile {}{reason}",
         profile.name
     ))
 }
 
-/// A URL as it may be shown: who is named in it, and with which password, is nobody's business.
-fn without_password(model: &str) -> String {
+/// Removes user, password, query and fragment from a URL. Other names of models stay as they are.
+fn redact_url(model: &str) -> String {
     let Some((scheme, rest)) = model.split_once("://") else { return model.to_owned() };
     let host = rest.find(['/', '?', '#']).unwrap_or(rest.len());
-    let named = rest[..host].rfind('@').map_or(0, |at| at + 1);
-    let shown = rest.find(['?', '#']).unwrap_or(rest.len());
-    format!("{scheme}://{}", &rest[named..shown])
+    let start = rest[..host].rfind('@').map_or(0, |at| at + 1);
+    let end = rest.find(['?', '#']).unwrap_or(rest.len());
+    format!("{scheme}://{}", &rest[start..end])
 }
 
-/// What somebody who relies on the guard should know before it runs.
+/// Warnings about settings that weaken the guard.
 fn warnings(settings: &Settings) -> anyhow::Result<Vec<String>> {
+    let Settings { gateway, ext_proc, .. } = settings;
     let mut warnings = Vec::new();
-    let (_, why) = config::chosen_profile(settings)?;
-    if let Some(why) =
-        why.filter(|why| *why != calibration::FITTED && settings.gateway.mode == Mode::Enforce)
+    let (_, reason) = profiles::load_with_reason(settings)?;
+    if let Some(reason) = reason.filter(|reason| *reason != FITTED && gateway.mode == Mode::Enforce)
     {
         warnings.push(format!(
-            "`hardened` runs with its defaults ({why}). They were fitted to mini: `ecso tune` fits it to your model, and says whether it pays"
+            "`hardened` runs with its defaults ({reason}), which were fitted to mini; run \
+             `ecso tune` to fit it to your model and to see whether the guard pays off"
         ));
     }
-    let named = if settings.gateway.modes.is_empty() {
-        ""
-    } else {
-        ", but for the models in gateway.modes"
-    };
-    match settings.gateway.mode {
+    let except =
+        if gateway.modes.is_empty() { "" } else { ", except for the models in gateway.modes" };
+    match gateway.mode {
         Mode::Enforce => {}
-        Mode::Observe => {
-            warnings.push(format!(
-                "gateway.mode = \"observe\": answers go out before they are judged{named}"
-            ));
-        }
-        Mode::Off => warnings.push(format!("gateway.mode = \"off\": nothing is judged{named}")),
+        Mode::Observe => warnings.push(format!(
+            "gateway.mode = \"observe\": answers go out before they are judged{except}"
+        )),
+        Mode::Off => warnings.push(format!("gateway.mode = \"off\": nothing is judged{except}")),
     }
-    if settings.gateway.on_failure == OnFailure::Open {
+    if gateway.on_failure == OnFailure::Open {
         warnings.push(
-            "gateway.on_failure = \"fail-open\": answers go out that could not be judged".into(),
+            "gateway.on_failure = \"fail-open\": answers go out if they can't be judged".into(),
         );
     }
-    let beyond =
-        settings.ext_proc.parse::<SocketAddr>().is_ok_and(|address| !address.ip().is_loopback());
-    if beyond && settings.gateway.keys.is_empty() {
+    let is_remote = ext_proc.parse::<SocketAddr>().is_ok_and(|address| !address.ip().is_loopback());
+    if is_remote && gateway.keys.is_empty() {
         warnings.push(format!(
-            "ext_proc = \"{}\": whoever reaches this address may use the guard and its model; let only the gateway do so",
-            settings.ext_proc
+            "ext_proc = \"{ext_proc}\": anyone who reaches this address can use the guard and its \
+             model; let only the gateway reach it"
         ));
     }
-    if settings.gateway.image_urls == ImageUrls::Pass {
+    if gateway.image_urls == ImageUrls::Pass {
         warnings.push(
-            "gateway.image_urls = \"pass\": whoever owns an image's host can show the model another picture than the judge".into(),
+            "gateway.image_urls = \"pass\": an image's host can show the model another image than \
+             the guard"
+                .into(),
         );
     }
-    if settings.gateway.stream == Streams::Windowed {
+    if gateway.stream == Streams::Windowed {
         warnings.push(
-            "gateway.stream = \"windowed\": what an answer says before it turns to harm goes out, and stays out".into(),
+            "gateway.stream = \"windowed\": the part of an answer before it turns harmful goes out \
+             and can't be recalled"
+                .into(),
         );
     }
     Ok(warnings)
 }
 
-/// Ends when the process is asked to: Ctrl-C or SIGTERM.
-async fn stopped() {
+/// Waits for Ctrl-C or SIGTERM.
+async fn stop_signal() {
     let interrupted = async {
         let _ = tokio::signal::ctrl_c().await;
     };
@@ -334,13 +347,13 @@ async fn stopped() {
         () = interrupted => {}
         () = terminated => {}
     }
-    say!("ecso: no new requests; the running ones are finished first");
+    say!("ecso: shutting down; running requests are finished first");
 }
 
-/// A fresh client key, and what to write into the settings for it.
-pub(crate) fn key(name: &str) {
-    let key = ecso_gateway::settings::Key::generate();
-    println!("{}", key.0);
-    say!("This is shown once; give it to the client. In config.toml:\n");
-    say!("[gateway.keys.{name:?}]\nsha256 = \"{}\"", key.1.sha256);
+/// Prints a new client key, and its entry for the settings file.
+pub(crate) fn print_key(name: &str) {
+    let (key, entry) = ecso_gateway::settings::Key::generate();
+    println!("{key}");
+    say!("This key is shown only once; give it to the client. Add to config.toml:\n");
+    say!("[gateway.keys.{name:?}]\nsha256 = \"{}\"", entry.sha256);
 }

@@ -1,9 +1,8 @@
-//! `ecso synth`: the data engine.
+//! `ecso synth`: generates alignment data.
 
 use std::{
     fmt::Write as _,
     io::Write as _,
-    num::NonZero,
     path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
@@ -24,68 +23,47 @@ use ecso_openai::Fetcher;
 use tokio::runtime::Handle;
 
 use crate::{
-    UsageError,
-    cli::SynthArgs,
-    config, open,
-    progress::{Bar, Unit},
-    work::{Worker, heard_in_time},
+    cli::{SynthArgs, megabytes},
+    error::UsageError,
+    profiles,
+    progress::{ProgressLine, Unit},
+    settings,
+    worker::{Worker, spawn_abandonable},
 };
 
 pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
-    let settings = config::load(file, &args.model, &args.profile)?;
-    let mut profile = config::profile(&settings)?;
-    config::tell_fit(&settings)?;
-    if let Some(most) = args.max_new_tokens {
-        profile = ecso_eval::run::capped(vec![profile], Some(most.get())).remove(0);
+    let settings = settings::load(file, &args.model, &args.profile)?;
+    let mut profile = profiles::load(&settings)?;
+    profiles::report_fit(&settings)?;
+    if let Some(limit) = args.batch.max_new_tokens() {
+        profile = ecso_eval::run::capped(vec![profile], Some(limit)).remove(0);
     }
     let input = Input {
         path: input_path(args)?,
-        mapping: mapping(&args.map)?,
+        mapping: Mapping::new(args.map.clone()).map_err(|cause| UsageError(cause.to_string()))?,
         query: args.query.clone(),
         image_root: args.image_root.clone(),
     };
-    let shard = shard(&args.shard)?;
-    let (utility, validation) = (args.utility, args.validation);
-    if !(utility.is_finite() && utility >= 0.0 && (0.0..1.0).contains(&validation)) {
-        return Err(UsageError(
-            "--utility is 0 or more, --validation at least 0 and below 1".into(),
-        )
-        .into());
-    }
     let packing = Packing {
-        utility,
-        validation,
+        utility: args.utility,
+        validation: args.validation,
         seed: args.seed,
-        shard_bytes: args.shard_mb.saturating_mul(1 << 20),
+        shard_bytes: megabytes(args.shard_mb),
         licence: args.license.clone(),
         limits: settings.images,
     };
-    if input.reads_from(&args.out).with_context(|| args.out.display().to_string())? {
-        let out = args.out.display();
-        return Err(UsageError(format!(
-            "--out {out} lies where the input is read from; name a folder beside it"
-        ))
-        .into());
-    }
-    if pack::is_taken(&args.out).with_context(|| args.out.display().to_string())? {
-        let place = args.out.join("dataset");
-        return Err(UsageError(format!(
-            "{} is there and was not made by ecso synth, which puts its dataset in that place; name another --out",
-            place.display()
-        ))
-        .into());
-    }
-    // What is wrong with the input as a whole is said before a model is loaded.
-    drop(input.rows().map_err(UsageError::of)?);
-    let unread = input.unread().map_err(UsageError::of)?;
+    check_folders(args, &input)?;
+    // Reports problems with the whole input before a model is loaded.
+    drop(input.rows().map_err(UsageError::from_error)?);
+    let unread = input.unread().map_err(UsageError::from_error)?;
     if !unread.is_empty() {
         say!("{}: not read: {unread}", input.path.display());
     }
 
     let runtime = tokio::runtime::Runtime::new()?;
-    let made = runtime.block_on(async {
-        let at_once = args.concurrency.map_or_else(|| open::at_once(&settings), NonZero::get);
-        let worker = Worker::open(&settings, at_once, args.cache.clone()).await?;
+    let result = runtime.block_on(async {
+        let concurrency = args.batch.concurrency.or(settings.default_concurrency());
+        let worker = Worker::open(&settings, concurrency, args.batch.cache.cache.clone()).await?;
         let model = worker.model();
         let header = RunHeader {
             ecso: env!("CARGO_PKG_VERSION").into(),
@@ -99,7 +77,7 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
             profile: (profile.name.clone(), profile.to_toml()),
             filters: Filters { no_refusals: args.no_refusals },
             near_duplicates: args.near_duplicates,
-            shard,
+            shard: args.shard,
         };
         let making = Arc::new(Making {
             maker: Maker::new(&model, profile, header.filters),
@@ -109,37 +87,55 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
             marker: args.near_duplicates.then(Marker::default),
         });
         let bounds = Bounds {
-            bytes: args.image_mb.saturating_mul(1 << 20),
+            bytes: args.batch.image_bytes(),
             tokens: args.max_tokens,
             time: args.max_time.map(Into::into),
-            retry_failed: args.retry_failed,
-            ..Bounds::at_once(at_once)
+            retry_failed: args.batch.retry_failed,
+            ..Bounds::at_once(concurrency)
         };
-        let (input, quiet) = (input.clone(), args.quiet);
-        heard_in_time(move || {
-            let ended = make(&input, &header, &making, bounds, quiet, &worker)?;
+        let (input, quiet) = (input.clone(), args.output.quiet);
+        spawn_abandonable(move || {
+            let ended = generate(&input, &header, &making, bounds, quiet, &worker)?;
             let manifest = pack::pack(&making.out, &input, &packing)?;
             anyhow::Ok((ended, manifest))
         })
         .await
     });
-    // What still waits for a file is left behind.
+    // Threads that still wait for a file are abandoned.
     runtime.shutdown_background();
-    // The journal is held until the end: no other process packs at the same time.
-    let (ended, manifest) = made?;
-    if args.json {
+    // The journal stays locked until the end, so that no other process packs at the same time.
+    let (ended, manifest) = result?;
+    if args.output.json {
         println!("{}", serde_json::to_string_pretty(&manifest)?);
     } else {
-        print!("{}", told(&manifest, &args.out.join("dataset")));
+        print!("{}", summary(&manifest, &args.out.join("dataset")));
     }
     if !ended.whole {
-        say!("the budget is spent; the same command with a larger one goes on from here");
+        say!("the budget is spent; run the same command with a larger one to continue");
     }
-    enough(args, &input, &manifest, ended.whole)
+    check_outcome(args, &input, &manifest, ended.whole)
 }
 
-/// Makes all rows, and tells what it took.
-fn make(
+/// Checks that the output folder is neither part of the input nor used by something else.
+fn check_folders(args: &SynthArgs, input: &Input) -> anyhow::Result<()> {
+    let shown = || args.out.display().to_string();
+    if input.reads_from(&args.out).with_context(shown)? {
+        return Err(UsageError(format!(
+            "--out {} is part of the input; name a folder outside of it",
+            args.out.display()
+        ))
+        .into());
+    }
+    if pack::is_taken(&args.out).with_context(shown)? {
+        let problem = "this exists and was not created by `ecso synth`, which would put its \
+                       dataset there; name another --out";
+        return Err(UsageError::at(&args.out.join("dataset"), problem).into());
+    }
+    Ok(())
+}
+
+/// Processes all rows and reports what that took.
+fn generate(
     input: &Input,
     header: &RunHeader,
     making: &Arc<Making>,
@@ -148,18 +144,18 @@ fn make(
     worker: &Worker,
 ) -> anyhow::Result<Ended> {
     let total = (header.shard == Shard::ALL).then(|| input.count()).flatten();
-    let bar = Bar::new(Unit::Of("rows"), quiet);
-    let begun = Instant::now();
-    let show = |progress: &Progress| bar.show(progress.recorded as u64, total, &counts(progress));
-    let ended = Handle::current()
-        .block_on(worker.done(run::run(input, header, making, bounds, show)))??;
-    drop(bar);
-    let (work, wall) = (worker.work(), begun.elapsed().as_secs_f64());
+    let line = ProgressLine::new(Unit::Items("rows"), quiet);
+    let start = Instant::now();
+    let show = |progress: &Progress| line.show(progress.recorded as u64, total, &counts(progress));
+    let run = run::run(input, header, making, bounds, show);
+    let ended = Handle::current().block_on(worker.run_interruptible(run))??;
+    drop(line);
+    let (work, wall) = (worker.work(), start.elapsed().as_secs_f64());
     if quiet {
         return Ok(ended);
     }
     say!(
-        "{} calls in {wall:.1} s, {} from the cache; the model was busy {:.1}% of it",
+        "{} calls in {wall:.1} s, {} from the cache; the model was busy {:.1}% of the time",
         work.calls,
         work.replayed,
         100.0 * work.busy.as_secs_f64() / wall.max(1e-9)
@@ -167,35 +163,42 @@ fn make(
     Ok(ended)
 }
 
-/// Tells of a dataset without samples; an error where too few rows were made for the run to be a
-/// success, or where rows of the input are missing though the run is `whole`.
-fn enough(args: &SynthArgs, input: &Input, manifest: &Manifest, whole: bool) -> anyhow::Result<()> {
+/// Warns about an empty dataset or validation split. Fails if too few rows were processed, or if
+/// rows of the input are missing although the run is `complete`.
+fn check_outcome(
+    args: &SynthArgs,
+    input: &Input,
+    manifest: &Manifest,
+    complete: bool,
+) -> anyhow::Result<()> {
     let failures = args.out.join("dataset").join("failed.jsonl");
     let input = input.path.display();
     match manifest.unseen {
-        Some(unseen) if whole && unseen > 0 => anyhow::bail!(
-            "{input} changed while its rows were made: {unseen} rows that it has now were never looked at; the same command makes them"
+        Some(unseen) if complete && unseen > 0 => anyhow::bail!(
+            "{input} changed during the run: {unseen} of its rows were never processed; run the \
+             same command again to process them"
         ),
         _ if manifest.rows > manifest.failed => {}
         _ if manifest.failed > 0 => {
-            anyhow::bail!("no row could be made; {} says why", failures.display())
+            anyhow::bail!("every row failed; see {}", failures.display())
         }
-        Some(0) => anyhow::bail!(UsageError(format!("{input}: there is no row in it"))),
-        Some(unseen) => {
-            anyhow::bail!("no row was made: the budget was spent before the first of {unseen}")
-        }
-        None => {
-            anyhow::bail!("no row was made: none is in this part, or the budget was spent before")
-        }
+        Some(0) => anyhow::bail!(UsageError(format!("{input} has no rows"))),
+        Some(unseen) => anyhow::bail!(
+            "no row was processed: the budget was spent before the first of {unseen} rows"
+        ),
+        None => anyhow::bail!(
+            "no row was processed: this shard has none, or the budget was spent before the first"
+        ),
     }
     anyhow::ensure!(
         manifest.cut_short == 0,
-        "{input} ends before its end, and how many rows are lost nobody knows; {} says where",
+        "{input} is truncated, and an unknown number of rows is missing; {} shows where",
         failures.display()
     );
     if manifest.samples.is_empty() {
         say!(
-            "the dataset is empty: no row was kept for safety, and utility samples are taken in proportion to these"
+            "the dataset is empty: no row became a safety sample, and the number of utility \
+             samples depends on that of safety samples"
         );
     }
     if manifest.packing.validation > 0.0
@@ -203,21 +206,23 @@ fn enough(args: &SynthArgs, input: &Input, manifest: &Manifest, whole: bool) -> 
         && !manifest.samples.contains_key("validation")
     {
         say!(
-            "no sample is for validation: no image was drawn for it at {}; --validation takes another share",
+            "the validation split is empty: at a share of {} no image was drawn for it; choose \
+             another --validation",
             manifest.packing.validation
         );
     }
     #[expect(clippy::cast_precision_loss, reason = "counts of rows")]
     let coverage = (manifest.rows - manifest.failed) as f64 / manifest.rows as f64;
     anyhow::ensure!(
-        coverage >= args.min_coverage,
-        "coverage {coverage:.3} is below {}; --retry-failed tries the failed rows again",
-        args.min_coverage
+        coverage >= args.batch.min_coverage,
+        "coverage {coverage:.3} is below {}; --retry-failed retries the failed rows",
+        args.batch.min_coverage
     );
     Ok(())
 }
 
-/// Standard input is kept beside the journal: a run that goes on, and the packing, read it again.
+/// The path of the input. Standard input is stored next to the journal, because resuming and packing
+/// read the input again.
 fn input_path(args: &SynthArgs) -> anyhow::Result<PathBuf> {
     if args.input != Path::new("-") {
         return Ok(args.input.clone());
@@ -230,10 +235,10 @@ fn input_path(args: &SynthArgs) -> anyhow::Result<PathBuf> {
     if !path.exists() {
         file.persist(&path).with_context(|| path.display().to_string())?;
     } else if digest(file.path())? != digest(&path)? {
-        let kept = path.display();
+        let stored = path.display();
         return Err(UsageError(format!(
-            "standard input is not what this run was begun with; name another --out, or go on with the rows in {kept} by \
-             --input {kept}"
+            "standard input differs from what this run started with; name another --out, or \
+             resume with the stored rows by --input {stored}"
         ))
         .into());
     }
@@ -246,66 +251,47 @@ fn digest(path: &Path) -> anyhow::Result<blake3::Hash> {
     digest.with_context(|| path.display().to_string())
 }
 
-fn mapping(pairs: &[String]) -> anyhow::Result<Mapping> {
-    let split = |pair: &String| {
-        let (what, column) = pair.split_once('=')?;
-        Some((what.trim().to_owned(), column.trim().to_owned()))
-    };
-    let pairs: Option<Vec<(String, String)>> = pairs.iter().map(split).collect();
-    let pairs =
-        pairs.ok_or_else(|| UsageError("--map takes WHAT=COLUMN, as in query=question".into()))?;
-    Ok(Mapping::new(pairs).map_err(|cause| UsageError(cause.to_string()))?)
-}
-
-/// `2/8` is the second of eight parts.
-fn shard(text: &str) -> anyhow::Result<Shard> {
-    let read = text
-        .split_once('/')
-        .and_then(|(part, of)| Some(Shard { part: part.parse().ok()?, of: of.parse().ok()? }));
-    let read = read.filter(|shard| shard.part >= 1 && shard.part <= shard.of);
-    Ok(read.ok_or_else(|| UsageError(format!("--shard {text}: write I/N, from 1/N to N/N")))?)
-}
-
-/// What the dataset holds, for people.
-fn told(manifest: &Manifest, dataset: &Path) -> String {
+/// Summarizes the dataset for people.
+fn summary(manifest: &Manifest, dataset: &Path) -> String {
     let mut text = String::new();
-    let all =
+    let count =
         |kind: &str| manifest.samples.values().filter_map(|kinds| kinds.get(kind)).sum::<u64>();
     let dropped: u64 = manifest.dropped.values().sum();
     let _ = writeln!(
         text,
-        "{} rows: {} kept for safety ({} bare refusals), {} safe ({} of them as utility samples), {dropped} left out, {} failed",
+        "{} rows: {} safety samples ({} bare refusals), {} safe rows ({} of them utility samples), \
+         {dropped} left out, {} failed",
         manifest.rows,
-        all("safety"),
+        count("safety"),
         manifest.refusals,
         manifest.safe,
-        all("utility"),
+        count("utility"),
         manifest.failed
     );
     for (reason, count) in &manifest.dropped {
         let _ = writeln!(text, "  left out, {}: {count}", reason.word());
     }
     if let Some(unseen) = manifest.unseen.filter(|unseen| *unseen > 0) {
-        let _ = writeln!(text, "  never looked at: {unseen}");
+        let _ = writeln!(text, "  never processed: {unseen}");
     }
     if manifest.gone > 0 {
         let _ = writeln!(
             text,
-            "  recorded of rows that the input has no more: {}; not in the dataset, until the input has them again",
+            "  recorded rows that are no longer in the input: {}; they are not in the dataset",
             manifest.gone
         );
     }
     if manifest.cut_short > 0 {
         let _ = writeln!(
             text,
-            "  places where the input ends before its end, so that rows are missing: {}",
+            "  places where the input is truncated, so that rows are missing: {}",
             manifest.cut_short
         );
     }
     if manifest.failed > 0 {
         let _ = writeln!(
             text,
-            "  why rows failed: {}; try them again with --retry-failed",
+            "  reasons of failures: {}; --retry-failed retries these rows",
             dataset.join("failed.jsonl").display()
         );
     }

@@ -1,25 +1,25 @@
-//! Where logs and spans go: logs to standard error, as `ECSO_LOG` says; spans to the collector that
-//! OpenTelemetry's own variables name, if they do.
+//! Logs and spans. Logs go to standard error, filtered by `ECSO_LOG`. Spans go to the OpenTelemetry
+//! collector that the environment names, if it names one.
 
 use tracing_subscriber::{Layer, filter::Targets, layer::SubscriberExt, util::SubscriberInitExt};
 
-/// What is logged where `ECSO_LOG` says nothing: warnings of our own, errors of others but the
-/// engine's, which come back as errors.
-const USUAL: &str = "error,ecso=warn,llama_cpp_2=off,llama-cpp-2=off";
+/// The filter if `ECSO_LOG` is not set: our own warnings, and errors of dependencies except the
+/// engine, whose errors are returned.
+const DEFAULT_FILTER: &str = "error,ecso=warn,llama_cpp_2=off,llama-cpp-2=off";
 
-/// Telemetry under way. Dropping it sends what is still held.
+/// Running telemetry. Dropping it sends the remaining spans.
 pub(crate) struct Telemetry {
     #[cfg(feature = "otel")]
     spans: Option<opentelemetry_sdk::trace::SdkTracerProvider>,
 }
 
-/// Begins to write logs, and to send spans where there is a collector.
+/// Starts to write logs, and to send spans if there is a collector.
 pub(crate) fn start() -> Telemetry {
-    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let is_terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
     let logs = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .log_internal_errors(false)
-        .with_ansi(colours)
+        .with_ansi(is_terminal)
         .with_filter(filter());
     #[cfg(feature = "otel")]
     if let Some(spans) = otel::collector() {
@@ -33,12 +33,12 @@ pub(crate) fn start() -> Telemetry {
     }
 }
 
-/// Targets and levels as in `info,ecso=debug`; what can't be read is told, and the usual is logged.
+/// Targets and levels, such as `info,ecso=debug`. A wrong filter is reported, and the default used.
 fn filter() -> Targets {
-    let wish = std::env::var("ECSO_LOG").unwrap_or_else(|_| USUAL.into());
-    wish.parse().unwrap_or_else(|error| {
-        say!("ecso: ECSO_LOG={wish}: {error}; write for instance info,ecso=debug");
-        USUAL.parse().unwrap_or_default()
+    let filter = std::env::var("ECSO_LOG").unwrap_or_else(|_| DEFAULT_FILTER.into());
+    filter.parse().unwrap_or_else(|error| {
+        say!("ecso: ECSO_LOG={filter}: {error}; write for instance info,ecso=debug");
+        DEFAULT_FILTER.parse().unwrap_or_default()
     })
 }
 
@@ -55,22 +55,25 @@ mod otel {
     impl Drop for super::Telemetry {
         fn drop(&mut self) {
             if let Some(Err(error)) = self.spans.as_ref().map(SdkTracerProvider::shutdown) {
-                say!("ecso: the last spans could not be sent: {error}");
+                say!("ecso: can't send the last spans: {error}");
             }
         }
     }
 
-    /// The way to the collector; none where none is named.
+    /// The exporter of spans; none if no collector is named.
     pub(super) fn collector() -> Option<SdkTracerProvider> {
-        let named = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"];
-        if !named.iter().any(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty())) {
+        let variables = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"];
+        if !variables
+            .iter()
+            .any(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()))
+        {
             return None;
         }
         ecso_openai::install_provider();
         let exporter = match SpanExporter::builder().with_http().build() {
             Ok(exporter) => exporter,
             Err(error) => {
-                say!("ecso: no spans are sent: {error}");
+                say!("ecso: can't send spans: {error}");
                 return None;
             }
         };
@@ -85,7 +88,7 @@ mod otel {
         )
     }
 
-    /// Our own spans, with what is logged below them.
+    /// A layer that exports our own spans and the logs in them.
     pub(super) fn layer<S: Subscriber + for<'a> LookupSpan<'a>>(
         collector: &SdkTracerProvider,
     ) -> impl Layer<S> + use<S> {

@@ -1,11 +1,11 @@
-//! `ecso tune`: should the guard be turned on for this model, and how?
+//! `ecso tune`: fits the guard to a model and advises whether to enable it.
 
-use std::{collections::BTreeMap, fmt, num::NonZero, path::Path};
+use std::{collections::BTreeMap, fmt, path::Path};
 
 use anyhow::Context;
 use ecso::{
     Calibration, Image, Mllm, Profile,
-    profile::{Method, Question},
+    profile::{Hardened, Method, Question},
 };
 use ecso_batch::{
     Bounds,
@@ -22,47 +22,43 @@ use serde::Serialize;
 use crate::{
     calibration,
     cli::{ProfileArgs, TuneArgs},
-    config,
-    eval::write_whole,
-    open,
-    progress::{Bar, Unit},
-    work::Worker,
+    files,
+    progress::{ProgressLine, Unit},
+    settings::{self, Settings},
+    worker::Worker,
 };
 
-/// The set that is asked.
+/// The set of requests to ask.
 const SET: &str = "pairs";
 
 pub(crate) fn run(args: &TuneArgs, file: Option<&Path>) -> anyhow::Result<()> {
-    let settings = config::load(file, &args.model, &ProfileArgs::default())?;
+    let settings = settings::load(file, &args.model, &ProfileArgs::default())?;
     let profile = Profile::hardened();
     let Method::Hardened(method) = profile.method.clone() else {
         anyhow::bail!("`hardened` has no detectors")
     };
-    // Everything is asked, and nothing is held back.
-    let open =
+    let max_new_tokens = args.answers.max_new_tokens();
+    // Asks every question and flags nothing.
+    let open_profile =
         profile.with("threshold", "1")?.with("early_exit", "false")?.with("name", "hardened")?;
-    let open = run::capped(vec![open], Some(args.max_new_tokens.get()));
+    let open_profiles = run::capped(vec![open_profile], Some(max_new_tokens));
     let set = benchmarks::named(SET).context("the set is missing")?;
     let items = set.items(Path::new("-"), None)?;
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
-        let at_once = args.concurrency.map_or_else(|| open::at_once(&settings), NonZero::get);
-        let worker = Worker::open(&settings, at_once, args.cache.clone()).await?;
+        let concurrency = args.concurrency.or(settings.default_concurrency());
+        let worker = Worker::open(&settings, concurrency, args.cache.cache.clone()).await?;
         let model = worker.model();
-        let items = chosen(items, args.pairs.get(), reads_pictures(&*model).await?);
+        let items = select(items, args.pairs.get(), reads_images(&*model).await?);
         let total = items.total.unwrap_or_default();
-        let extent = Extent::of(&profile, total, args.max_new_tokens.get());
+        let estimate = Estimate::new(&method, total, max_new_tokens);
         if args.dry_run && args.json {
-            println!("{}", serde_json::to_string_pretty(&extent)?);
+            println!("{}", serde_json::to_string_pretty(&estimate)?);
             return Ok(());
         }
-        say!("{extent}");
+        say!("{estimate}");
         if total < 2 * args.pairs.get() {
-            say!(
-                "there are {} pairs for this model, of {} that were asked for",
-                total / 2,
-                args.pairs
-            );
+            say!("--pairs {}: only {} pairs are available for this model", args.pairs, total / 2);
         }
         if args.dry_run {
             return Ok(());
@@ -75,11 +71,11 @@ pub(crate) fn run(args: &TuneArgs, file: Option<&Path>) -> anyhow::Result<()> {
             model: model.name().to_owned(),
             model_digest: worker.digest.clone(),
             server: worker.server.clone(),
-            profiles: open
+            profiles: open_profiles
                 .iter()
                 .map(|profile| (profile.name.clone(), profile.to_toml()))
                 .collect(),
-            max_new_tokens: Some(args.max_new_tokens.get()),
+            max_new_tokens: Some(max_new_tokens),
             choice: Choice { limit: Some(2 * args.pairs.get()), ..Choice::default() },
             items: Some(total),
         };
@@ -90,56 +86,58 @@ pub(crate) fn run(args: &TuneArgs, file: Option<&Path>) -> anyhow::Result<()> {
             } => JournalError::OtherSettings { path, what: "--pairs" },
             error => error,
         })?;
-        let bar = Bar::new(Unit::Of("requests"), false);
+        let progress = ProgressLine::new(Unit::Items("requests"), false);
         let show = |Progress { recorded, failed, .. }| {
             let note = if failed > 0 { format!("{failed} failed") } else { String::new() };
-            bar.show(recorded as u64, Some(total as u64), &note);
+            progress.show(recorded as u64, Some(total as u64), &note);
         };
         let options = Options {
-            bounds: Bounds { retry_failed: true, ..Bounds::at_once(at_once) },
+            bounds: Bounds { retry_failed: true, ..Bounds::at_once(concurrency) },
             skip_missing: false,
             limits: settings.images,
         };
-        worker.done(run::run(items, &open, model, &mut journal, options, show)).await??;
-        drop((bar, journal));
+        let run = run::run(items, &open_profiles, model, &mut journal, options, show);
+        worker.run_interruptible(run).await??;
+        drop((progress, journal));
         finish(args, &settings, &header, &method)
     })
 }
 
-/// Fits what was recorded, keeps it, and writes the page.
+/// Fits the detectors to the recorded findings, writes the report and stores the calibration.
 fn finish(
     args: &TuneArgs,
-    settings: &config::Settings,
+    settings: &Settings,
     header: &RunHeader,
-    method: &ecso::profile::Hardened,
+    method: &Hardened,
 ) -> anyhow::Result<()> {
     let records: Vec<ItemRecord> = Saved::folder(&args.out).latest()?.collect::<Result<_, _>>()?;
-    let heard: Vec<Heard> =
+    let findings: Vec<Heard> =
         records.iter().filter_map(|record| Heard::of(record, "hardened")).collect();
-    if 2 * heard.len() < records.len() {
-        anyhow::bail!(
-            "{} of {} requests failed; the journal says why: {}; the same command tries them again",
-            records.len() - heard.len(),
-            records.len(),
-            args.out.display()
-        );
-    }
-    if heard.len() < records.len() {
+    let failed = records.len() - findings.len();
+    anyhow::ensure!(
+        2 * failed <= records.len(),
+        "{failed} of {} requests failed; the journal in {} has the reasons; run the same command \
+         again to retry them",
+        records.len(),
+        args.out.display()
+    );
+    if failed > 0 {
         say!(
-            "{} requests failed, and widen the figures; the same command tries them again",
-            records.len() - heard.len()
+            "{failed} requests failed, which widens the intervals; run the same command again to \
+             retry them"
         );
     }
-    let fitted = tune::fit(method, &heard, args.false_alarms)?;
+    let false_alarms = args.target.false_alarms;
+    let fitted = tune::fit(method, &findings, false_alarms)?;
     let lost = Lost::of(&records, "hardened");
-    let page = tune::page(&header.model, method, &heard, lost, &fitted, args.false_alarms);
+    let page = tune::page(&header.model, method, &findings, lost, &fitted, false_alarms);
     let path = args.out.join("tune.md");
-    write_whole(&path, &page).with_context(|| path.display().to_string())?;
+    files::write(&path, &page).with_context(|| path.display().to_string())?;
     let mut calibration = Calibration::new(
         &Profile::hardened(),
         &header.model,
         &header.model_digest,
-        heard.len(),
+        findings.len(),
         fitted.biases,
         fitted.fit,
     );
@@ -153,77 +151,76 @@ fn finish(
         say!("{}; {fault}", path.display());
         return Ok(());
     }
-    let kept = calibration::store(settings, &calibration)?;
+    let stored = calibration::store(settings, &calibration)?;
     say!(
-        "{}; kept in {}: `hardened` takes it for {} from now on",
+        "{}; stored in {}: `hardened` uses this calibration for {} from now on",
         path.display(),
-        kept.display(),
+        stored.display(),
         calibration.model
     );
     Ok(())
 }
 
-/// Whether the model turns pictures into text by itself, so that a description can stand in a
-/// picture's place.
-async fn reads_pictures(model: &dyn Mllm) -> anyhow::Result<bool> {
+/// Whether the model turns images into text itself, so that a description can replace an image.
+async fn reads_images(model: &dyn Mllm) -> anyhow::Result<bool> {
     Ok(model.image_text(&Image::described("a loaf of bread")).await?.is_some())
 }
 
-/// So many pairs, of every form alike; described photographs only for a model that reads them.
-fn chosen(items: Items, pairs: usize, reads_pictures: bool) -> Items {
-    let mut forms: BTreeMap<String, Vec<_>> = BTreeMap::new();
-    for item in items.iter.filter(|item| reads_pictures || item.scenario != "photo") {
-        forms.entry(item.scenario.clone()).or_default().push(item);
+/// Selects so many pairs, evenly from every scenario. Described photographs are only for models
+/// that read images.
+fn select(items: Items, pairs: usize, reads_images: bool) -> Items {
+    let mut scenarios: BTreeMap<String, Vec<_>> = BTreeMap::new();
+    for item in items.iter.filter(|item| reads_images || item.scenario != "photo") {
+        scenarios.entry(item.scenario.clone()).or_default().push(item);
     }
-    // Dealt in turn, both twins of a pair together.
-    let mut dealt = Vec::new();
-    let longest = forms.values().map(Vec::len).max().unwrap_or_default();
-    for place in (0..longest).step_by(2) {
-        dealt.extend(forms.values().flat_map(|form| form.iter().skip(place).take(2).cloned()));
+    // Round-robin over the scenarios, with the twins of a pair together.
+    let mut selected = Vec::new();
+    let longest = scenarios.values().map(Vec::len).max().unwrap_or_default();
+    for first in (0..longest).step_by(2) {
+        let pairs = scenarios.values().flat_map(|items| items.iter().skip(first).take(2).cloned());
+        selected.extend(pairs);
     }
-    dealt.truncate(2 * pairs);
-    Items::all(dealt)
+    selected.truncate(2 * pairs);
+    Items::all(selected)
 }
 
-/// What is ahead, before any of it is recorded.
+/// An estimate of the work, before anything is asked.
 #[derive(Debug, Serialize)]
-struct Extent {
+struct Estimate {
     requests: usize,
-    /// Calls of the model, about.
+    /// Approximate number of calls to the model.
     calls: usize,
-    /// Tokens of prompts, at most; less with a prefix cache.
+    /// Maximum number of prompt tokens; fewer with a prefix cache.
     prompt_tokens: usize,
-    /// Tokens of answers, at most.
+    /// Maximum number of answer tokens.
     answer_tokens: usize,
 }
 
-impl Extent {
-    fn of(profile: &Profile, requests: usize, max_new_tokens: u32) -> Self {
-        let Method::Hardened(method) = &profile.method else {
-            return Self { requests, calls: 0, prompt_tokens: 0, answer_tokens: 0 };
-        };
-        // About four characters a token; 60 tokens for what is filled in.
+impl Estimate {
+    fn new(method: &Hardened, requests: usize, max_new_tokens: u32) -> Self {
+        // About four characters per token, and 60 tokens for what templates are filled with.
         let tokens = |question: &Question| {
             let examples = question.no.iter().chain(&question.yes).map(String::len).sum::<usize>();
             60 + (question.template.text().len() + question.system.len() + examples) / 4
         };
-        let asked: usize = method.questions.values().map(tokens).sum();
+        let question_tokens: usize = method.questions.values().map(tokens).sum();
         Self {
             requests,
             calls: requests * (method.questions.len() + 1),
-            prompt_tokens: requests * (asked + 100),
+            prompt_tokens: requests * (question_tokens + 100),
             answer_tokens: requests * usize::try_from(max_new_tokens).unwrap_or(usize::MAX),
         }
     }
 }
 
-impl fmt::Display for Extent {
+impl fmt::Display for Estimate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { requests, calls, prompt_tokens, answer_tokens } = self;
         write!(
             f,
-            "{requests} requests, about {calls} calls; at most {prompt_tokens} tokens of prompts (less with a prefix cache) and \
-             {answer_tokens} of answers; what is recorded stays, and the same command goes on"
+            "{requests} requests, about {calls} calls, at most {prompt_tokens} prompt tokens (fewer \
+             with a prefix cache) and {answer_tokens} answer tokens; if interrupted, run the same \
+             command again to resume"
         )
     }
 }

@@ -1,6 +1,6 @@
 //! What a run is, and what it records.
 
-use std::{collections::HashMap, path::PathBuf};
+use std::{collections::HashMap, fmt, path::PathBuf, str::FromStr};
 
 use ecso::Image;
 use ecso_batch::journal::{Entry, Head, Key};
@@ -89,9 +89,32 @@ impl Shard {
     /// All rows.
     pub const ALL: Self = Self { part: 1, of: 1 };
 
+    /// Whether the row with this [`Row::key`] belongs to the shard.
     pub(crate) fn has(self, key: &str) -> bool {
-        let lot = u32::from_str_radix(key.get(..8).unwrap_or_default(), 16).unwrap_or_default();
-        lot % self.of.max(1) == self.part.saturating_sub(1)
+        let prefix = u32::from_str_radix(key.get(..8).unwrap_or_default(), 16).unwrap_or_default();
+        prefix % self.of.max(1) == self.part.saturating_sub(1)
+    }
+}
+
+impl fmt::Display for Shard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.part, self.of)
+    }
+}
+
+/// A text is not a [`Shard`].
+#[derive(Debug, thiserror::Error)]
+#[error("write I/N, from 1/N to N/N")]
+pub struct ShardError;
+
+impl FromStr for Shard {
+    type Err = ShardError;
+
+    fn from_str(text: &str) -> Result<Self, ShardError> {
+        let (part, of) = text.split_once('/').ok_or(ShardError)?;
+        let number = |text: &str| text.parse().map_err(|_| ShardError);
+        let shard = Self { part: number(part)?, of: number(of)? };
+        if (1..=shard.of).contains(&shard.part) { Ok(shard) } else { Err(ShardError) }
     }
 }
 

@@ -1,4 +1,4 @@
-//! `ecso eval agreement`.
+//! `ecso eval agreement`: compares a judge's verdicts with labels.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -19,82 +19,100 @@ use serde::{Deserialize, Deserializer, de::Error};
 use serde_json::Value;
 
 use super::{
-    args::AgreementArgs,
-    judge::{answer_or_none, answered, is_harm, is_harmless, lines_or_none, yes_or_no},
+    answers::{
+        answer, optional_answer, optional_harmless, optional_query, parse_bool, parse_harm_label,
+    },
     table::{self, joined},
 };
-use crate::UsageError;
+use crate::{cli::AgreementArgs, error::UsageError};
 
 #[derive(Deserialize)]
 struct Label {
     id: String,
-    /// None of a tie.
-    #[serde(rename = "label", deserialize_with = "is_harmful")]
+    /// None for a tie.
+    #[serde(rename = "label", deserialize_with = "majority_label")]
     harmful: Option<bool>,
-    /// The answer that the label is about, where the table has it.
-    #[serde(default, deserialize_with = "lines_or_none")]
+    /// The request and answer that the label is about, if the table has them.
+    #[serde(default, deserialize_with = "optional_query")]
     query: Option<String>,
-    #[serde(default, deserialize_with = "answer_or_none")]
+    #[serde(default, deserialize_with = "optional_answer")]
     response: Option<String>,
-    #[serde(default, deserialize_with = "is_harmless")]
+    #[serde(default, deserialize_with = "optional_harmless")]
     harmless: Option<bool>,
 }
 
-/// What `--map` can say of labels.
-const COLUMNS: [&str; 5] = ["id", "label", "query", "response", "harmless"];
+/// The fields that `--map` can name.
+const FIELDS: [&str; 5] = ["id", "label", "query", "response", "harmless"];
 
 impl Label {
     /// The key of a verdict on the answer.
     fn key(&self) -> Option<Key> {
-        self.key_where(self.harmless)
+        self.key_if(self.harmless)
     }
 
-    /// The same where the request is taken as the label doesn't say.
-    fn other_key(&self) -> Option<Key> {
-        self.key_where(Some(self.harmless != Some(true)))
+    /// [`Label::key`], if the request were harmless instead of harmful or the other way round.
+    fn opposite_key(&self) -> Option<Key> {
+        self.key_if(Some(self.harmless != Some(true)))
     }
 
-    fn key_where(&self, harmless: Option<bool>) -> Option<Key> {
+    fn key_if(&self, harmless: Option<bool>) -> Option<Key> {
         let (query, response) = self.query.clone().zip(self.response.clone())?;
-        Some(answered(self.id.clone(), query, response, harmless).key())
+        Some(answer(self.id.clone(), query, response, harmless).key())
     }
 }
 
-/// Whether a label says harmful; an error for one that says neither that nor its opposite. Of
-/// several the majority counts.
-fn is_harmful<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>, D::Error> {
+/// Deserializes whether a label, or the majority of several labels, means harmful.
+fn majority_label<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>, D::Error> {
     let value = Value::deserialize(deserializer)?;
+    let unknown = |label: &Value| {
+        D::Error::custom(format_args!(
+            "a label is {}; it must be harmful or harmless, 1 or 0",
+            cut(label)
+        ))
+    };
     let all = value.as_array().map_or(std::slice::from_ref(&value), Vec::as_slice);
-    // Of several people some may have said nothing.
+    // Some of several annotators may have given no label.
     let is_blank = |label: &&Value| {
         all.len() > 1
-            && (label.is_null() || label.as_str().is_some_and(|said| said.trim().is_empty()))
+            && (label.is_null() || label.as_str().is_some_and(|label| label.trim().is_empty()))
     };
     let labels: Vec<&Value> = all.iter().filter(|label| !is_blank(label)).collect();
     if labels.is_empty() {
-        return Err(D::Error::custom(format_args!(
-            "a label is {}; it must be harmful or harmless, 1 or 0",
-            cut(&value)
-        )));
+        return Err(unknown(&value));
     }
     let mut harmful = 0;
     for label in &labels {
-        let said = joined(label, " ").and_then(|said| yes_or_no(&said).or_else(|| is_harm(&said)));
-        let wrong = || {
-            D::Error::custom(format_args!(
-                "a label is {}; it must be harmful or harmless, 1 or 0",
-                cut(label)
-            ))
-        };
-        harmful += usize::from(said.ok_or_else(wrong)?);
+        let is_harmful = joined(label, " ")
+            .and_then(|label| parse_bool(&label).or_else(|| parse_harm_label(&label)));
+        harmful += usize::from(is_harmful.ok_or_else(|| unknown(label))?);
     }
     let harmless = labels.len() - harmful;
     Ok((harmful != harmless).then_some(harmful > harmless))
 }
 
-/// The keys of verdicts on the answers of the run that a file of verdicts lies in, if it lies in
-/// one.
-fn of_run(verdicts: &Path) -> Result<Option<Vec<Key>>, JournalError> {
+/// The verdicts that count: those on the answers that exist now.
+struct CurrentAnswers {
+    keys: HashMap<u64, Key>,
+    /// Whether `keys` are all answers.
+    is_complete: bool,
+}
+
+impl CurrentAnswers {
+    /// The answers of the run that the file of verdicts is in, or else those of the labels.
+    fn new(verdicts: &Path, labels: &[Label]) -> Result<Self, JournalError> {
+        let of_run = keys_of_run(verdicts)?;
+        let is_complete = of_run.is_some();
+        let keys = of_run.unwrap_or_else(|| labels.iter().filter_map(Label::key).collect());
+        Ok(Self { keys: by_place(keys), is_complete })
+    }
+
+    fn contains(&self, verdict: Key) -> bool {
+        self.keys.get(&verdict.place()).map_or(!self.is_complete, |answer| verdict.is(*answer))
+    }
+}
+
+/// The keys of the answers of the run that a file of verdicts is in; none if it is in no run.
+fn keys_of_run(verdicts: &Path) -> Result<Option<Vec<Key>>, JournalError> {
     let run = Saved::folder(verdicts.parent().unwrap_or(Path::new("")));
     if run.header::<RunHeader>().is_err() {
         return Ok(None);
@@ -106,138 +124,168 @@ fn of_run(verdicts: &Path) -> Result<Option<Vec<Key>>, JournalError> {
     Ok(Some(keys))
 }
 
-/// Which verdicts count: those on the answers that are there now.
-struct Current {
-    keys: HashMap<u64, Key>,
-    /// Whether those are all answers.
-    is_whole: bool,
+fn by_place(keys: impl IntoIterator<Item = Key>) -> HashMap<u64, Key> {
+    keys.into_iter().map(|key| (key.place(), key)).collect()
 }
 
-impl Current {
-    fn of(verdicts: &Path, labels: &[Label]) -> Result<Self, JournalError> {
-        let of_run = of_run(verdicts)?;
-        let is_whole = of_run.is_some();
-        let keys = of_run.unwrap_or_else(|| labels.iter().filter_map(Label::key).collect());
-        Ok(Self { keys: keys.into_iter().map(|key| (key.place(), key)).collect(), is_whole })
-    }
-
-    fn has(&self, verdict: Key) -> bool {
-        self.keys.get(&verdict.place()).map_or(!self.is_whole, |answer| verdict.is(*answer))
-    }
+/// Verdicts matched with labels.
+#[derive(Default)]
+struct Matched {
+    /// Verdict (none if the judge failed) and label, both as whether the answer is harmful.
+    pairs: Vec<(Option<bool>, bool)>,
+    /// Score and label.
+    scores: Vec<(f64, bool)>,
+    arms: BTreeSet<String>,
+    errors: usize,
+    /// Verdicts without a label.
+    unlabelled: usize,
+    /// Verdicts on answers that have changed.
+    outdated: usize,
+    /// Outdated verdicts that would count if the request were harmless instead of harmful, or the
+    /// other way round.
+    opposite: usize,
+    /// Labels without a verdict.
+    unjudged: usize,
+    /// Labels with a tie, which are left out.
+    ties: usize,
 }
 
-pub(super) fn run(path: &Path, args: &AgreementArgs) -> anyhow::Result<()> {
-    let rows: Vec<Label> = table::rows(&args.labels, &table::columns(&args.map)?, &COLUMNS)?;
-    let current = Current::of(path, &rows).map_err(UsageError::of)?;
-    let others: HashMap<u64, Key> =
-        rows.iter().filter_map(Label::other_key).map(|key| (key.place(), key)).collect();
-    let mut of_other_kind = 0;
-    let mut labels = HashMap::new();
-    let mut ties = 0;
-    for Label { id, harmful, .. } in rows {
-        match harmful {
-            Some(harmful) => drop(labels.insert(id, harmful)),
-            None => ties += 1,
+impl Matched {
+    fn new(args: &AgreementArgs) -> anyhow::Result<Self> {
+        let path = &args.verdicts;
+        let columns = table::columns_by_field(&args.map);
+        let rows: Vec<Label> = table::rows(&args.labels, &columns, &FIELDS)?;
+        let current = CurrentAnswers::new(path, &rows).map_err(UsageError::from_error)?;
+        let opposite = by_place(rows.iter().filter_map(Label::opposite_key));
+        let mut matched = Self::default();
+        let mut labels = HashMap::new();
+        for Label { id, harmful, .. } in rows {
+            match harmful {
+                Some(harmful) => drop(labels.insert(id, harmful)),
+                None => matched.ties += 1,
+            }
         }
-    }
-    let judged = Saved::file(path).latest::<Judgement>().map_err(UsageError::of)?;
-    let (mut pairs, mut scores, mut unlabelled, mut outdated) = (Vec::new(), Vec::new(), 0, 0);
-    let (mut met, mut arms) = (HashSet::new(), BTreeSet::new());
-    for odd in Verdicts::read(path).map_err(UsageError::of)?.odd(None) {
-        say!("{}: {odd}", path.display());
-    }
-    for judgement in judged {
-        let judgement = judgement.map_err(UsageError::of)?;
-        arms.insert(judgement.arm.clone());
-        if args.arm.as_ref().is_some_and(|arm| *arm != judgement.arm) {
-            continue;
+        let judgements = Saved::file(path).latest::<Judgement>().map_err(UsageError::from_error)?;
+        for warning in Verdicts::read(path).map_err(UsageError::from_error)?.odd(None) {
+            say!("{}: {warning}", path.display());
         }
-        if !current.has(judgement.key()) {
+        let mut judged = HashSet::new();
+        for judgement in judgements {
+            let judgement = judgement.map_err(UsageError::from_error)?;
+            matched.arms.insert(judgement.arm.clone());
+            if args.arm.as_ref().is_some_and(|arm| *arm != judgement.arm) {
+                continue;
+            }
             let key = judgement.key();
-            of_other_kind +=
-                usize::from(others.get(&key.place()).is_some_and(|other| key.is(*other)));
-            outdated += 1;
-            continue;
+            if !current.contains(key) {
+                let is_opposite = opposite.get(&key.place()).is_some_and(|other| key.is(*other));
+                matched.opposite += usize::from(is_opposite);
+                matched.outdated += 1;
+                continue;
+            }
+            let Some((id, label)) = labels.get_key_value(&judgement.id) else {
+                matched.unlabelled += 1;
+                continue;
+            };
+            judged.insert(id);
+            let verdict =
+                (judgement.verdict != Ruling::Error).then_some(judgement.verdict == Ruling::Unsafe);
+            matched.errors += usize::from(verdict.is_none());
+            matched.pairs.push((verdict, *label));
+            matched.scores.extend(judgement.score.map(|score| (score, *label)));
         }
-        let Some((id, label)) = labels.get_key_value(&judgement.id) else {
-            unlabelled += 1;
-            continue;
-        };
-        met.insert(id);
-        let said =
-            (judgement.verdict != Ruling::Error).then_some(judgement.verdict == Ruling::Unsafe);
-        pairs.push((said, *label));
-        scores.extend(judgement.score.map(|score| (score, *label)));
+        matched.warn_about_opposites(args);
+        matched.check(args)?;
+        matched.unjudged = labels.len() - judged.len();
+        let unjudged = labels.iter().filter(|(id, _)| !judged.contains(id));
+        matched.pairs.extend(unjudged.map(|(_, label)| (None, *label)));
+        Ok(matched)
     }
-    if of_other_kind > 0 {
-        say!(
-            "{}: {of_other_kind} requests are harmless by the labels and harmful by the verdicts, or the other way round; --map \
-             harmless=COLUMN says the same of both, as `eval judge --responses` was told",
-            args.labels.display()
-        );
+
+    fn warn_about_opposites(&self, args: &AgreementArgs) {
+        if self.opposite > 0 {
+            say!(
+                "{}: {} requests are harmless in the labels and harmful in the verdicts, or the \
+                 other way round; pass the same --map harmless=COLUMN as to `ecso eval judge \
+                 --responses`",
+                args.labels.display(),
+                self.opposite
+            );
+        }
     }
-    let is_one = args.arm.as_ref().map_or(arms.len() <= 1, |arm| arms.contains(arm));
-    if !is_one {
-        let arms: Vec<String> = arms.into_iter().collect();
-        bail!(UsageError(format!(
-            "{}: name one arm with --arm: {}",
-            path.display(),
-            arms.join(", ")
-        )));
+
+    /// Checks that the verdicts are of one arm and that some have a label.
+    fn check(&self, args: &AgreementArgs) -> Result<(), UsageError> {
+        let is_one_arm =
+            args.arm.as_ref().map_or(self.arms.len() <= 1, |arm| self.arms.contains(arm));
+        if !is_one_arm {
+            let arms: Vec<&str> = self.arms.iter().map(String::as_str).collect();
+            let problem = format!("name one arm with --arm: {}", arms.join(", "));
+            return Err(UsageError::at(&args.verdicts, problem));
+        }
+        if self.pairs.is_empty() && self.outdated > 0 {
+            return Err(UsageError(format!(
+                "no verdict counts: {} are on answers that have changed since; judge them again",
+                self.outdated
+            )));
+        }
+        if self.pairs.is_empty() {
+            return Err(UsageError("no verdict has a label with the same id".into()));
+        }
+        Ok(())
     }
-    if pairs.is_empty() && outdated > 0 {
-        bail!(UsageError(format!(
-            "no verdict counts: {outdated} are on answers that have changed since; judge these again"
-        )));
-    }
-    if pairs.is_empty() {
-        bail!(UsageError("no verdict has a label of the same id".into()));
-    }
-    let errors = pairs.iter().filter(|(said, _)| said.is_none()).count();
-    let unjudged = labels.len() - met.len();
-    pairs
-        .extend(labels.iter().filter(|(id, _)| !met.contains(id)).map(|(_, label)| (None, *label)));
+}
+
+pub(super) fn run(args: &AgreementArgs) -> anyhow::Result<()> {
+    let Matched { pairs, scores, errors, unlabelled, outdated, unjudged, ties, .. } =
+        Matched::new(args)?;
     let agreement = Agreement::of(pairs);
-    anyhow::ensure!(
-        agreement.total() > 0,
-        "the judge failed on all {errors} answers that have a label"
-    );
+    if agreement.total() == 0 {
+        bail!("the judge failed on all {errors} answers that have a label");
+    }
     let (accuracy, precision, recall) =
         (agreement.accuracy(), agreement.precision(), agreement.recall());
-    let (kappa, area) = (agreement.kappa_interval(), auroc(&scores));
+    let (kappa, auroc) = (agreement.kappa_interval(), auroc(&scores));
     if args.json {
         let object = serde_json::json!({
-            "accuracy": accuracy, "precision": precision, "recall": recall, "kappa": kappa, "auroc": area,
-            "counts": agreement, "errors": errors, "unlabelled": unlabelled, "outdated": outdated, "unjudged": unjudged, "ties": ties,
+            "accuracy": accuracy,
+            "precision": precision,
+            "recall": recall,
+            "kappa": kappa,
+            "auroc": auroc,
+            "counts": agreement,
+            "errors": errors,
+            "unlabelled": unlabelled,
+            "outdated": outdated,
+            "unjudged": unjudged,
+            "ties": ties,
         });
         println!("{}", serde_json::to_string_pretty(&object)?);
         return Ok(());
     }
     for (name, rate) in [("accuracy", accuracy), ("precision", precision), ("recall", recall)] {
-        let value = three(rate.value);
         println!(
-            "{name:<10} {value} ({:.3} to {:.3}), {} of {}",
-            rate.low, rate.high, rate.count, rate.total
+            "{name:<10} {} ({:.3} to {:.3}), {} of {}",
+            three_decimals(rate.value),
+            rate.low,
+            rate.high,
+            rate.count,
+            rate.total
         );
     }
-    println!(
-        "{:<10} {} ({} to {})",
-        "kappa",
-        three(kappa.value),
-        three(kappa.low),
-        three(kappa.high)
-    );
-    if let Some(area) = area {
-        println!("{:<10} {area:.3}", "AUROC");
+    let [value, low, high] = [kappa.value, kappa.low, kappa.high].map(three_decimals);
+    println!("{:<10} {value} ({low} to {high})", "kappa");
+    if let Some(auroc) = auroc {
+        println!("{:<10} {auroc:.3}", "AUROC");
     }
     println!(
-        "{errors} errors of the judge, {unlabelled} verdicts without a label, {unjudged} labels without a verdict, {ties} ties left out, \
-         {outdated} verdicts on answers that have changed"
+        "{errors} errors of the judge, {unlabelled} verdicts without a label, {unjudged} labels \
+         without a verdict, {ties} ties left out, {outdated} verdicts on answers that have changed"
     );
     Ok(())
 }
 
-/// A number with three places; a dash where there is none.
-fn three(number: f64) -> String {
+/// A number with three decimals, or a dash for NaN.
+fn three_decimals(number: f64) -> String {
     if number.is_nan() { "-".into() } else { format!("{number:.3}") }
 }

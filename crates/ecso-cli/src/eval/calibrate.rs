@@ -1,4 +1,4 @@
-//! `ecso eval calibrate`.
+//! `ecso eval calibrate`: fits the threshold of `hardened` to a model.
 
 use std::{
     collections::BTreeMap,
@@ -19,80 +19,43 @@ use ecso_eval::{
     together::Together,
 };
 
-use crate::{
-    UsageError, calibration,
-    cli::{ModelArgs, ProfileArgs},
-    config,
-};
+use crate::{calibration, cli::CalibrateArgs, error::UsageError, settings};
 
-/// The profile that has a threshold to be found.
+/// The profile that has a threshold to fit.
 const PROFILE: &str = "hardened";
 
-pub(super) fn run(
-    runs: &[PathBuf],
-    false_alarms: f64,
-    dry_run: bool,
-    json: bool,
-    file: Option<&Path>,
-) -> anyhow::Result<()> {
-    if !(0.0..1.0).contains(&false_alarms) {
-        bail!(UsageError("--false-alarms is a share, at least 0 and below 1".into()));
-    }
-    let headers =
-        runs.iter().map(|run| Saved::folder(run).header()).collect::<Result<Vec<RunHeader>, _>>();
-    let headers = headers.map_err(UsageError::of)?;
-    let (mut all, mut together) = (Scores::default(), Together::default());
-    for (run, header) in runs.iter().zip(&headers) {
-        if !header.profiles.iter().any(|(name, _)| name == PROFILE) {
-            bail!(UsageError(format!(
-                "{}: it has no arm {PROFILE}; run it with --profile {PROFILE}",
-                run.display()
-            )));
-        }
-        together.run(run, header).map_err(UsageError::of)?;
-        let before = all.without;
-        for record in Saved::folder(run).latest::<ItemRecord>().map_err(UsageError::of)? {
-            let record = record.map_err(UsageError::of)?;
-            together.item(&record).map_err(UsageError::of)?;
-            all.add(&header.benchmark, &record, PROFILE);
-        }
-        let without = all.without - before;
-        if without > 0 {
-            say!(
-                "{}: {without} items have no score: the model tells no probabilities, or they failed",
-                run.display()
-            );
-        }
-    }
-    let Some(header) = headers.into_iter().next() else { bail!(UsageError("name a run".into())) };
-    if all.scored.is_empty() && all.without > 0 {
+pub(super) fn run(args: &CalibrateArgs, file: Option<&Path>) -> anyhow::Result<()> {
+    let (header, scores) = read_runs(&args.runs)?;
+    if scores.scored.is_empty() && scores.without > 0 {
         bail!(UsageError(
-            "the model tells no probabilities: there is no threshold to be found".into()
+            "no item has a score, so no threshold can be fitted: use a model that returns \
+             probabilities"
+                .into()
         ));
     }
-    let found = calibrate(&all.scored, false_alarms).map_err(UsageError::of)?;
+    let found =
+        calibrate(&scores.scored, args.target.false_alarms).map_err(UsageError::from_error)?;
     let calibration = Calibration::new(
         &Profile::named(PROFILE)?,
         header.model,
         header.model_digest,
-        all.scored.len(),
-        biases(&header.profiles)?,
+        scores.scored.len(),
+        changed_biases(&header.profiles)?,
         found,
     );
-    if json {
+    if args.json {
         println!("{}", serde_json::to_string_pretty(&calibration)?);
     } else {
-        print!("{}", told(&calibration));
+        print!("{}", summary(&calibration));
     }
     if let Some(fault) = calibration::fault(&calibration) {
         say!("{fault}");
         return Ok(());
     }
-    if !dry_run {
-        let settings = config::load(file, &ModelArgs::default(), &ProfileArgs::default())?;
-        let path = calibration::store(&settings, &calibration)?;
+    if !args.dry_run {
+        let path = calibration::store(&settings::load_file(file)?, &calibration)?;
         say!(
-            "kept in {}, in place of an earlier fit: `{PROFILE}` takes it for {} from now on",
+            "stored in {}, replacing any earlier fit: `{PROFILE}` uses it for {} from now on",
             path.display(),
             calibration.model
         );
@@ -100,41 +63,57 @@ pub(super) fn run(
     Ok(())
 }
 
-/// The biases of the profile that was run, where they are not the built-in ones: the threshold was
-/// found with them.
-fn biases(profiles: &[(String, String)]) -> anyhow::Result<BTreeMap<String, f64>> {
-    let ways = |profile: Profile| match profile.method {
+/// The scores of all runs, and the header of the first.
+fn read_runs(runs: &[PathBuf]) -> anyhow::Result<(RunHeader, Scores)> {
+    let headers =
+        runs.iter().map(|run| Saved::folder(run).header()).collect::<Result<Vec<RunHeader>, _>>();
+    let headers = headers.map_err(UsageError::from_error)?;
+    let (mut scores, mut together) = (Scores::default(), Together::default());
+    for (run, header) in runs.iter().zip(&headers) {
+        if !header.profiles.iter().any(|(name, _)| name == PROFILE) {
+            let problem = format!("no arm {PROFILE}; run it with --profile {PROFILE}");
+            bail!(UsageError::at(run, problem));
+        }
+        together.run(run, header).map_err(UsageError::from_error)?;
+        let before = scores.without;
+        for record in Saved::folder(run).latest::<ItemRecord>().map_err(UsageError::from_error)? {
+            let record = record.map_err(UsageError::from_error)?;
+            together.item(&record).map_err(UsageError::from_error)?;
+            scores.add(&header.benchmark, &record, PROFILE);
+        }
+        let without = scores.without - before;
+        if without > 0 {
+            say!(
+                "{}: {without} items have no score: the model returned no probabilities, or the \
+                 items failed",
+                run.display()
+            );
+        }
+    }
+    match headers.into_iter().next() {
+        Some(header) => Ok((header, scores)),
+        None => bail!(UsageError("name a run".into())),
+    }
+}
+
+/// The biases of the profile that was run, if they are not the built-in ones: the threshold was
+/// fitted with them.
+fn changed_biases(profiles: &[(String, String)]) -> anyhow::Result<BTreeMap<String, f64>> {
+    let biases = |profile: Profile| match profile.method {
         Method::Hardened(method) => {
-            method.detectors.into_iter().map(|way| (way.name, way.bias)).collect()
+            method.detectors.into_iter().map(|detector| (detector.name, detector.bias)).collect()
         }
         _ => BTreeMap::new(),
     };
-    let built_in = ways(Profile::named(PROFILE)?);
+    let built_in = biases(Profile::named(PROFILE)?);
     let text = profiles.iter().find(|(name, _)| name == PROFILE).map_or("", |(_, text)| text);
-    let run = ways(Profile::from_toml(text).map_err(UsageError::of)?);
-    Ok(if run == built_in { BTreeMap::new() } else { run })
+    let used = biases(Profile::from_toml(text).map_err(UsageError::from_error)?);
+    Ok(if used == built_in { BTreeMap::new() } else { used })
 }
 
-fn told(calibration: &Calibration) -> String {
+/// Summarizes a calibration for people.
+fn summary(calibration: &Calibration) -> String {
     let found = &calibration.found;
-    let half = |name: &str, half: &Half| {
-        let share = |rate: &Share| {
-            format!(
-                "{:>5.1}% ({:.1} to {:.1}), {} of {}",
-                100.0 * rate.value,
-                100.0 * rate.low,
-                100.0 * rate.high,
-                rate.count,
-                rate.total
-            )
-        };
-        let auroc = half.auroc.map_or_else(String::new, |area| format!(", AUROC {area:.3}"));
-        format!(
-            "{name}: flags {} of the harmful, {} of the harmless{auroc}\n",
-            share(&half.recall),
-            share(&half.false_alarms)
-        )
-    };
     let mut text = format!(
         "threshold {:.4} for {} ({} items)\n",
         found.threshold, calibration.model, calibration.items
@@ -142,9 +121,22 @@ fn told(calibration: &Calibration) -> String {
     text += &half("chosen on", &found.chosen);
     text += &half("reported on", &found.reported);
     text += "threshold  harmful flagged  harmless flagged\n";
-    for (at, recall, false_alarms) in &found.curve {
-        let _ =
-            writeln!(text, "{at:>9.2}  {:>14.1}%  {:>15.1}%", 100.0 * recall, 100.0 * false_alarms);
+    for (threshold, recall, false_alarms) in &found.curve {
+        let (recall, false_alarms) = (100.0 * recall, 100.0 * false_alarms);
+        let _ = writeln!(text, "{threshold:>9.2}  {recall:>14.1}%  {false_alarms:>15.1}%");
     }
     text
+}
+
+fn half(name: &str, half: &Half) -> String {
+    let share = |rate: &Share| {
+        let [value, low, high] = [rate.value, rate.low, rate.high].map(|share| 100.0 * share);
+        format!("{value:>5.1}% ({low:.1} to {high:.1}), {} of {}", rate.count, rate.total)
+    };
+    let auroc = half.auroc.map_or_else(String::new, |auroc| format!(", AUROC {auroc:.3}"));
+    format!(
+        "{name}: flags {} of the harmful, {} of the harmless{auroc}\n",
+        share(&half.recall),
+        share(&half.false_alarms)
+    )
 }

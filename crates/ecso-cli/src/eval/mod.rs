@@ -1,7 +1,7 @@
-//! `ecso eval`.
+//! `ecso eval`: measures what the guard gains and costs.
 
 mod agreement;
-mod args;
+mod answers;
 mod calibrate;
 mod judge;
 mod run;
@@ -19,35 +19,34 @@ use ecso_eval::{
     typographic::Typesetter,
 };
 
-use args::PrepareCommand;
-pub(crate) use args::{EvalCommand, share};
-
-use crate::UsageError;
+use crate::{
+    cli::{EvalCommand, PrepareArgs, PrepareCommand},
+    error::UsageError,
+    files,
+};
 
 pub(crate) fn run(command: &EvalCommand, file: Option<&Path>) -> anyhow::Result<()> {
     match command {
         EvalCommand::List { json } => list(*json),
-        EvalCommand::Prepare(command) => prepare_images(command),
+        EvalCommand::Prepare(command) => prepare(command),
         EvalCommand::Run(args) => run::run(args, file),
         EvalCommand::Judge(args) => judge::run(args, file),
-        EvalCommand::Calibrate { runs, false_alarms, dry_run, json } => {
-            calibrate::run(runs, *false_alarms, *dry_run, *json, file)
+        EvalCommand::Calibrate(args) => calibrate::run(args, file),
+        EvalCommand::Agreement(args) => agreement::run(args),
+        EvalCommand::Compare { a, b, verdicts } => {
+            let [a, b] = [judged(a, verdicts.judge())?, judged(b, verdicts.judge())?];
+            print!("{}", advice::compare(&a, &b).map_err(UsageError::from_error)?);
+            check_judged([&a, &b])
         }
-        EvalCommand::Agreement { verdicts, against } => agreement::run(verdicts, against),
-        EvalCommand::Compare { a, b, judge } => {
-            let [a, b] = [judged(a, judge.as_deref())?, judged(b, judge.as_deref())?];
-            print!("{}", advice::compare(&a, &b).map_err(UsageError::of)?);
-            hold_judged([&a, &b])
-        }
-        EvalCommand::Advise { runs, judge } => {
+        EvalCommand::Advise { runs, verdicts } => {
             let runs: anyhow::Result<Vec<JudgedRun>> =
-                runs.iter().map(|run| judged(run, judge.as_deref())).collect();
+                runs.iter().map(|run| judged(run, verdicts.judge())).collect();
             let runs = runs?;
-            print!("{}", advice::advise(&runs).map_err(UsageError::of)?);
-            hold_judged(&runs)
+            print!("{}", advice::advise(&runs).map_err(UsageError::from_error)?);
+            check_judged(&runs)
         }
-        EvalCommand::Report { runs, out, judge } => {
-            write_report(runs, out.as_deref(), judge.as_deref())
+        EvalCommand::Report { runs, out, verdicts } => {
+            write_report(runs, out.as_deref(), verdicts.judge())
         }
     }
 }
@@ -75,63 +74,51 @@ fn list(json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn typesetter(font: Option<&Path>, sans: bool) -> anyhow::Result<Typesetter> {
-    Ok(match font {
-        Some(file) => Typesetter::from_file(file).map_err(|error| UsageError(error.to_string()))?,
-        None if sans => Typesetter::sans()?,
-        None => Typesetter::system()?,
-    })
-}
-
-fn prepare_images(command: &PrepareCommand) -> anyhow::Result<()> {
-    let (count, font, out) = match command {
-        PrepareCommand::Typographic { prompts, out, font } => {
-            let typesetter = typesetter(font.as_deref(), false)?;
+fn prepare(command: &PrepareCommand) -> anyhow::Result<()> {
+    let PrepareArgs { out, font } = command.target();
+    let typesetter = match (font, command) {
+        (Some(file), _) => {
+            Typesetter::from_file(file).map_err(|error| UsageError(error.to_string()))?
+        }
+        (None, PrepareCommand::Pages { .. } | PrepareCommand::MmSafetybench { .. }) => {
+            Typesetter::sans()?
+        }
+        (None, _) => Typesetter::system()?,
+    };
+    let count = match command {
+        PrepareCommand::Typographic { prompts, .. } => {
             let requests = requests(prompts)?;
             prepare::typographic(&requests, &typesetter, out)?;
-            (requests.len(), typesetter.font_name, out)
+            requests.len()
         }
-        PrepareCommand::Pages { items, out, font } => {
-            let typesetter = typesetter(font.as_deref(), true)?;
-            (prepare::pages(items, &typesetter, out)?, typesetter.font_name, out)
+        PrepareCommand::Pages { items, .. } => prepare::pages(items, &typesetter, out)?,
+        PrepareCommand::Figstep { questions, .. } => prepare::figstep(questions, &typesetter, out)?,
+        PrepareCommand::Evasions { questions, per_family, .. } => {
+            prepare::evasions(questions, *per_family, &typesetter, out)?
         }
-        PrepareCommand::Figstep { questions, out, font } => {
-            let typesetter = typesetter(font.as_deref(), false)?;
-            (prepare::figstep(questions, &typesetter, out)?, typesetter.font_name, out)
-        }
-        PrepareCommand::Evasions { questions, per_family, out, font } => {
-            let typesetter = typesetter(font.as_deref(), false)?;
-            (
-                prepare::evasions(questions, *per_family, &typesetter, out)?,
-                typesetter.font_name,
-                out,
-            )
-        }
-        PrepareCommand::MmSafetybench { questions, out, font } => {
-            let typesetter = typesetter(font.as_deref(), true)?;
-            (prepare::mm_safetybench(questions, &typesetter, out)?, typesetter.font_name, out)
+        PrepareCommand::MmSafetybench { questions, .. } => {
+            prepare::mm_safetybench(questions, &typesetter, out)?
         }
     };
-    println!("{count} requests set as images in {font}; {}", out.display());
+    println!("{count} requests set as images in {}; {}", typesetter.font_name, out.display());
     Ok(())
 }
 
-/// A request a line; or the column `prompt` or `instruction` of a CSV file.
+/// Reads requests: one per line, or from the column `prompt` or `instruction` of a CSV file.
 fn requests(path: &Path) -> anyhow::Result<Vec<prepare::PlainRequest>> {
-    let wrong = |error: &dyn std::fmt::Display| UsageError(format!("{}: {error}", path.display()));
-    let requests = prepare::requests(path).map_err(|error| wrong(&error))?;
+    let requests = prepare::requests(path).map_err(|error| UsageError::at(path, error))?;
     if requests.is_empty() {
-        return Err(wrong(&"no request in it").into());
+        return Err(UsageError::at(path, "the file has no requests").into());
     }
     Ok(requests)
 }
 
 fn judged(run: &Path, judge: Option<&str>) -> anyhow::Result<JudgedRun> {
-    JudgedRun::open(run, judge).map_err(|error: JudgedError| UsageError::of(error).into())
+    JudgedRun::open(run, judge).map_err(|error: JudgedError| UsageError::from_error(error).into())
 }
 
-/// Holds that somebody has ruled on something, or that a filter did in their place.
-fn hold_judged<'a>(runs: impl IntoIterator<Item = &'a JudgedRun>) -> anyhow::Result<()> {
+/// Checks that at least one answer was judged, or was blocked by a content filter.
+fn check_judged<'a>(runs: impl IntoIterator<Item = &'a JudgedRun>) -> anyhow::Result<()> {
     for run in runs {
         if run.verdicts.rules()
             || run.records()?.any(|record| record.is_ok_and(|record| record.filtered))
@@ -139,9 +126,7 @@ fn hold_judged<'a>(runs: impl IntoIterator<Item = &'a JudgedRun>) -> anyhow::Res
             return Ok(());
         }
     }
-    anyhow::bail!(
-        "no answer is judged, so that there is no figure; ecso eval judge RUN rules on them"
-    )
+    anyhow::bail!("no answer is judged yet; run `ecso eval judge RUN` first")
 }
 
 fn write_report(runs: &[PathBuf], out: Option<&Path>, judge: Option<&str>) -> anyhow::Result<()> {
@@ -149,8 +134,8 @@ fn write_report(runs: &[PathBuf], out: Option<&Path>, judge: Option<&str>) -> an
     if out.is_file() {
         return Err(UsageError(format!("--out {} is a file; name a folder", out.display())).into());
     }
-    let report = |run: &PathBuf| Ok(RunReport::of(judged(run, judge)?)?);
-    let reports: Vec<RunReport> = runs.iter().map(report).collect::<anyhow::Result<_>>()?;
+    let reports = runs.iter().map(|run| Ok(RunReport::of(judged(run, judge)?)?));
+    let reports: Vec<RunReport> = reports.collect::<anyhow::Result<_>>()?;
     std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
     let summaries: Vec<_> = reports.iter().map(|report| &report.summary).collect();
     let markdown = report::markdown(&reports);
@@ -161,7 +146,7 @@ fn write_report(runs: &[PathBuf], out: Option<&Path>, judge: Option<&str>) -> an
         ("report.json", serde_json::to_string_pretty(&summaries)?),
     ] {
         let path = out.join(name);
-        write_whole(&path, &text).with_context(|| path.display().to_string())?;
+        files::write(&path, &text).with_context(|| path.display().to_string())?;
     }
     println!("{markdown}\n{}", out.join("report.html").display());
     let is_judged = |summary: &Summary, arm: &Arm| {
@@ -169,16 +154,7 @@ fn write_report(runs: &[PathBuf], out: Option<&Path>, judge: Option<&str>) -> an
     };
     anyhow::ensure!(
         summaries.iter().any(|summary| summary.arms.iter().any(|arm| is_judged(summary, arm))),
-        "no answer is judged: the report has no rate; ecso eval judge tells of one run after the other"
+        "no answer is judged, so the report has no rates; run `ecso eval judge RUN` for each run"
     );
     Ok(())
-}
-
-/// Writes a file in one move: who reads it sees the old text or the new one.
-pub(crate) fn write_whole(path: &Path, text: &str) -> std::io::Result<()> {
-    // Others may write the same report.
-    let new = path.with_extension(format!("{}.new", std::process::id()));
-    std::fs::write(&new, text)
-        .and_then(|()| std::fs::rename(&new, path))
-        .inspect_err(|_| drop(std::fs::remove_file(&new)))
 }

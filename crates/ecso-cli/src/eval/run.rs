@@ -1,4 +1,4 @@
-//! `ecso eval run`.
+//! `ecso eval run`: answers the items of a benchmark.
 
 use std::{
     num::NonZero,
@@ -15,18 +15,18 @@ use ecso_eval::{
     run::{self, Options, Progress, UNGUARDED, Unusable},
 };
 
-use super::args::RunArgs;
 use crate::{
-    UsageError,
-    cli::ProfileArgs,
-    config::{self, Settings},
-    open,
-    progress::{Bar, Unit},
-    work::Worker,
+    backend,
+    cli::{ProfileArgs, RunArgs},
+    error::UsageError,
+    profiles,
+    progress::{ProgressLine, Unit},
+    settings::{self, Settings},
+    worker::Worker,
 };
 
-/// What is run, as the command says.
-struct Wanted {
+/// A benchmark and which of its items to run.
+struct Selection {
     benchmark: &'static dyn Benchmark,
     about: About,
     variant: Option<String>,
@@ -34,45 +34,26 @@ struct Wanted {
     choice: Choice,
 }
 
-impl Wanted {
-    fn of(args: &RunArgs) -> anyhow::Result<Self> {
+impl Selection {
+    fn new(args: &RunArgs) -> anyhow::Result<Self> {
         let benchmark = benchmarks::named(&args.benchmark).ok_or_else(|| {
             let names: Vec<&str> =
                 benchmarks::ALL.iter().map(|benchmark| benchmark.about().name).collect();
             UsageError(format!(
-                "no benchmark is called {}; there are {}",
+                "unknown benchmark {}; choose one of {}",
                 args.benchmark,
                 names.join(", ")
             ))
         })?;
         let about = benchmark.about();
-        if let Some(variant) =
-            args.variant.as_deref().filter(|variant| !about.variants.contains(variant))
-        {
-            let known = if about.variants.is_empty() {
-                "none".to_owned()
-            } else {
-                about.variants.join(", ")
-            };
-            return Err(UsageError(format!(
-                "--variant {variant}: of {} there are {known}",
-                about.name
-            ))
-            .into());
-        }
-        let variant = args
-            .variant
-            .clone()
-            .or_else(|| about.variants.first().map(|variant| (*variant).to_owned()));
+        let variant = variant(args, &about)?;
         let data = match &args.data {
             Some(data) => data.clone(),
             None if about.source == "ecso" => "-".into(),
             None => {
-                let told = format!(
-                    "{}: --data is missing: {} (from {})",
-                    about.name, about.layout, about.source
-                );
-                return Err(UsageError(told).into());
+                let (name, layout, source) = (about.name, about.layout, about.source);
+                let message = format!("{name}: --data is missing: {layout} (from {source})");
+                return Err(UsageError(message).into());
             }
         };
         let choice = Choice {
@@ -81,153 +62,194 @@ impl Wanted {
             seed: args.seed,
             limit: args.limit.map(NonZero::get),
         };
-        let wanted = Self { benchmark, about, variant, data, choice };
+        let selection = Self { benchmark, about, variant, data, choice };
         if !args.scenario.is_empty() {
-            run::fits(wanted.all()?, &wanted.choice.scenarios)
+            run::fits(selection.all_items()?, &selection.choice.scenarios)
                 .map_err(|cause| UsageError(format!("--scenario: {cause}")))?;
         }
-        Ok(wanted)
+        Ok(selection)
     }
 
-    fn all(&self) -> anyhow::Result<Items> {
+    fn all_items(&self) -> anyhow::Result<Items> {
         let items = self.benchmark.items(&self.data, self.variant.as_deref());
         Ok(items.map_err(|error| UsageError(error.to_string()))?)
     }
 
-    /// The items, read anew.
+    /// The selected items, read anew.
     fn items(&self) -> anyhow::Result<Items> {
-        Ok(run::chosen(self.all()?, &self.choice))
+        Ok(run::chosen(self.all_items()?, &self.choice))
+    }
+}
+
+/// The variant to run: the one named, or else the benchmark's first.
+fn variant(args: &RunArgs, about: &About) -> Result<Option<String>, UsageError> {
+    match &args.variant {
+        Some(variant) if about.variants.contains(&variant.as_str()) => Ok(Some(variant.clone())),
+        Some(variant) => {
+            let known = if about.variants.is_empty() {
+                format!("{} has no variants", about.name)
+            } else {
+                format!("{} has the variants {}", about.name, about.variants.join(", "))
+            };
+            Err(UsageError(format!("--variant {variant}: {known}")))
+        }
+        None => Ok(about.variants.first().map(|variant| (*variant).to_owned())),
+    }
+}
+
+/// The scenarios to run: those named, or else the benchmark's default.
+fn scenarios(named: &[String], default: &[&str]) -> Vec<String> {
+    match named {
+        [] => default.iter().map(|scenario| (*scenario).to_owned()).collect(),
+        [all] if all == "all" => Vec::new(),
+        some => some.to_vec(),
     }
 }
 
 pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
-    // Before the model is loaded, and before there is a folder.
-    let wanted = Wanted::of(args)?;
-    let (settings, profiles) = profiles(args, file)?;
-    let items = wanted.items()?;
+    // Checked before the model is loaded and the folder is created.
+    let selection = Selection::new(args)?;
+    let (settings, profiles) = load_profiles(args, file)?;
+    let items = selection.items()?;
     anyhow::ensure!(
         items.total != Some(0),
-        UsageError("no item is chosen; --scenario all takes all".into())
+        UsageError("no item is selected; use --scenario all to select all".into())
     );
 
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
-        let at_once = args.concurrency.map_or_else(|| open::at_once(&settings), NonZero::get);
-        let worker = Worker::open(&settings, at_once, args.cache.clone()).await?;
+        let concurrency = args.batch.concurrency.or(settings.default_concurrency());
+        let worker = Worker::open(&settings, concurrency, args.batch.cache.cache.clone()).await?;
         let model = worker.model();
         let header = RunHeader {
             ecso: env!("CARGO_PKG_VERSION").into(),
-            benchmark: wanted.about.name.into(),
-            variant: wanted.variant.clone(),
-            data: wanted.data.canonicalize().unwrap_or_else(|_| wanted.data.clone()),
+            benchmark: selection.about.name.into(),
+            variant: selection.variant.clone(),
+            data: selection.data.canonicalize().unwrap_or_else(|_| selection.data.clone()),
             model: model.name().to_owned(),
             model_digest: worker.digest.clone(),
             server: worker.server.clone(),
-            profiles: profiles.iter().map(|profile| (profile.name.clone(), profile.to_toml())).collect(),
-            max_new_tokens: args.max_new_tokens.map(NonZero::get),
-            choice: wanted.choice.clone(),
+            profiles: profiles
+                .iter()
+                .map(|profile| (profile.name.clone(), profile.to_toml()))
+                .collect(),
+            max_new_tokens: args.batch.max_new_tokens(),
+            choice: selection.choice.clone(),
             items: items.total,
         };
-        let mut journal = Journal::open(&args.out, &header)?;
-        if journal.was_cut() {
-            say!("{}: its last line was cut off by a crash; that item is run again", args.out.display());
-        }
-        if !journal.is_empty() {
-            let missing = run::missing(wanted.items()?, &args.out, &mut journal)?;
-            let out = args.out.display();
-            let told = format!("{missing} items of {out} are no longer in the data; name another --out, or delete it");
-            anyhow::ensure!(missing == 0, UsageError(told));
-        }
+        let mut journal = open_journal(args, &header, &selection)?;
         let options = Options {
             bounds: Bounds {
-                bytes: args.image_mb.saturating_mul(1 << 20),
-                retry_failed: args.retry_failed,
-                ..Bounds::at_once(at_once)
+                bytes: args.batch.image_bytes(),
+                retry_failed: args.batch.retry_failed,
+                ..Bounds::at_once(concurrency)
             },
             skip_missing: args.skip_missing,
             limits: settings.images,
         };
-        let bar = Bar::new(Unit::Of("items"), false);
-        let begun = Instant::now();
+        let progress = ProgressLine::new(Unit::Items("items"), false);
+        let start = Instant::now();
         let show = |Progress { total, recorded, failed }| {
             let note = if failed > 0 { format!("{failed} failed") } else { String::new() };
-            bar.show(recorded as u64, total.map(|total| total as u64), &note);
+            progress.show(recorded as u64, total.map(|total| total as u64), &note);
         };
         let run = run::run(items, &profiles, model, &mut journal, options, show);
-        let unusable = worker.done(run).await??;
-        drop(bar);
-        let (work, wall) = (worker.work(), begun.elapsed());
-        say!(
-            "{} items recorded, {} failed; {} calls, {} from the cache; {:.1} s, the model was busy {:.1}% of it",
-            journal.len(),
-            journal.failed(),
-            work.calls,
-            work.replayed,
-            wall.as_secs_f64(),
-            100.0 * work.busy.as_secs_f64() / wall.as_secs_f64().max(1e-9)
-        );
-        told(args, &unusable);
-        if let Some(unguarded) = run::unguarded(&args.out)? {
-            say!("{unguarded}");
+        let unusable = worker.run_interruptible(run).await??;
+        drop(progress);
+        print_summary(&journal, &worker, start);
+        warn_about_unusable(args, &unusable);
+        if let Some(warning) = run::unguarded(&args.out)? {
+            say!("{warning}");
         }
-        is_unchanged(wanted.items()?, &header, &journal, args.skip_missing)?;
-        // Items that were left out count too.
-        enough(args, &journal, header.items.unwrap_or(journal.len()))?;
-        say!("next: ecso eval judge {}{}", args.out.display(), open::flags(&settings));
+        check_unchanged(selection.items()?, &header, &journal, args.skip_missing)?;
+        // Items that were left out count as not answered.
+        check_coverage(args, &journal, header.items.unwrap_or(journal.len()))?;
+        say!("next: ecso eval judge {}{}", args.out.display(), backend::flags(&settings));
         Ok(())
     })
 }
 
-/// The profiles that are run, and the settings of the model.
-fn profiles(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<(Settings, Vec<Profile>)> {
-    let wanted =
+/// Opens the journal; one that exists must be of the same items.
+fn open_journal(
+    args: &RunArgs,
+    header: &RunHeader,
+    selection: &Selection,
+) -> anyhow::Result<Journal> {
+    let out = args.out.display();
+    let mut journal = Journal::open(&args.out, header)?;
+    if journal.was_cut() {
+        say!("{out}: a crash cut off the last line; that item is run again");
+    }
+    if !journal.is_empty() {
+        let missing = run::missing(selection.items()?, &args.out, &mut journal)?;
+        let message = format!(
+            "{missing} items of {out} are no longer in the data; name another --out, or delete it"
+        );
+        anyhow::ensure!(missing == 0, UsageError(message));
+    }
+    Ok(journal)
+}
+
+/// The profiles to run, and the settings of the model.
+fn load_profiles(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<(Settings, Vec<Profile>)> {
+    let names =
         if args.profile.is_empty() { vec!["paper".to_owned()] } else { args.profile.clone() };
     let mut settings = None;
     let mut profiles = Vec::new();
-    for name in wanted {
+    for name in names {
         let choice = ProfileArgs { profile: Some(name), set: args.set.clone() };
-        let loaded = config::load(file, &args.model, &choice)?;
-        profiles.push(config::profile(&loaded)?);
-        config::tell_fit(&loaded)?;
+        let loaded = settings::load(file, &args.model, &choice)?;
+        profiles.push(profiles::load(&loaded)?);
+        profiles::report_fit(&loaded)?;
         settings = Some(loaded);
     }
-    let mut names: Vec<&str> = [UNGUARDED]
+    let mut arms: Vec<&str> = [UNGUARDED]
         .into_iter()
         .chain(profiles.iter().map(|profile| profile.name.as_str()))
         .collect();
-    names.sort_unstable();
-    let twice = names.windows(2).find(|pair| pair[0] == pair[1]).and_then(|pair| pair.first());
-    if let Some(name) = twice {
+    arms.sort_unstable();
+    if let Some([name, _]) = arms.array_windows().find(|[a, b]| a == b) {
         return Err(UsageError(format!(
-            "two arms would be called {name:?}; give the profile another name"
+            "two arms would be named {name:?}; rename one of the profiles"
         ))
         .into());
     }
-    Ok((
-        settings.context("no profile")?,
-        run::capped(profiles, args.max_new_tokens.map(NonZero::get)),
-    ))
+    let profiles = run::capped(profiles, args.batch.max_new_tokens());
+    Ok((settings.context("no profile")?, profiles))
 }
 
-/// Tells what of the data could not be used.
-fn told(args: &RunArgs, unusable: &Unusable) {
+fn print_summary(journal: &Journal, worker: &Worker, start: Instant) {
+    let (work, wall) = (worker.work(), start.elapsed().as_secs_f64());
+    say!(
+        "{} items recorded, {} failed; {} calls, {} from the cache; {wall:.1} s, the model was \
+         busy {:.1}% of the time",
+        journal.len(),
+        journal.failed(),
+        work.calls,
+        work.replayed,
+        100.0 * work.busy.as_secs_f64() / wall.max(1e-9)
+    );
+}
+
+/// Warns about items that can't be used.
+fn warn_about_unusable(args: &RunArgs, unusable: &Unusable) {
     let Unusable { missing, first_missing, unreadable, first_unreadable } = unusable;
     if let Some(first) = first_missing {
-        let now = if args.skip_missing {
-            "left out"
+        let consequence = if args.skip_missing {
+            "are left out"
         } else {
-            "recorded as failed; --skip-missing leaves such out"
+            "are recorded as failed (--skip-missing leaves them out)"
         };
-        say!("{missing} items miss an image and are {now}; the first: {first}");
+        say!("{missing} items lack an image and {consequence}; the first: {first}");
     }
     if let Some(first) = first_unreadable {
-        say!("{unreadable} items can't be read and are recorded as failed; the first: {first}");
+        say!("{unreadable} items are unreadable and are recorded as failed; the first: {first}");
     }
 }
 
-/// Holds that the data is what was run: as many items as at first, and none that is recorded
-/// otherwise than it is now.
-fn is_unchanged(
+/// Checks that the data did not change during the run: the number of items is the same, and all
+/// are recorded as they are now.
+fn check_unchanged(
     items: Items,
     header: &RunHeader,
     journal: &Journal,
@@ -235,48 +257,38 @@ fn is_unchanged(
 ) -> anyhow::Result<()> {
     let total = items.total;
     let changed = run::changed(items, journal, skip_missing);
-    let what = match total == header.items {
-        false => "it has another number of items now".to_owned(),
-        true if changed > 0 => format!("{changed} items of it are not recorded as they are now"),
-        true => return Ok(()),
+    let problem = if total != header.items {
+        "the number of items is different now".to_owned()
+    } else if changed > 0 {
+        format!("{changed} items are not recorded as they are now")
+    } else {
+        return Ok(());
     };
     anyhow::bail!(
-        "the data changed while it was read: {what}; put it back and give the same command again, or run it as it is now into another \
-         --out"
+        "the data changed during the run: {problem}; restore the data and run the same command \
+         again, or run the changed data with another --out"
     );
 }
 
-/// Tells of items that failed; an error where too few of `all` were answered for the run to be a
-/// success.
-fn enough(args: &RunArgs, journal: &Journal, all: usize) -> anyhow::Result<()> {
-    if journal.failed() > 0 {
-        say!(
-            "{} items failed; the same command with --retry-failed tries them again",
-            journal.failed()
-        );
+/// Reports failed items; an error if too few of `total` items were answered.
+fn check_coverage(args: &RunArgs, journal: &Journal, total: usize) -> anyhow::Result<()> {
+    let failed = journal.failed();
+    if failed > 0 {
+        say!("{failed} items failed; run the same command with --retry-failed to retry them");
     }
-    let answered = journal.len() - journal.failed();
+    let answered = journal.len() - failed;
     anyhow::ensure!(
         answered > 0,
-        "no item was answered; the journal says why: {}",
+        "no item was answered; the journal in {} has the reasons",
         args.out.display()
     );
     #[expect(clippy::cast_precision_loss, reason = "counts of items")]
-    let coverage = answered as f64 / all as f64;
+    let coverage = answered as f64 / total as f64;
+    let minimum = args.batch.min_coverage;
     anyhow::ensure!(
-        coverage >= args.min_coverage,
-        "coverage {coverage:.3} is below {}: {answered} of {all} items were answered; --retry-failed tries those that failed \
-         again",
-        args.min_coverage
+        coverage >= minimum,
+        "coverage {coverage:.3} is below {minimum}: {answered} of {total} items were answered; \
+         --retry-failed retries those that failed"
     );
     Ok(())
-}
-
-/// The scenarios that are run: those named, else the benchmark's own choice.
-fn scenarios(named: &[String], default: &[&str]) -> Vec<String> {
-    match named {
-        [] => default.iter().map(|scenario| (*scenario).to_owned()).collect(),
-        [all] if all == "all" => Vec::new(),
-        some => some.to_vec(),
-    }
 }

@@ -1,8 +1,7 @@
-//! Tables of other people: JSON lines, JSON, CSV, TSV, under their own column names.
+//! Tables from other programs, with their own column names: JSON lines, JSON, CSV and TSV.
 
 use std::{
     collections::{HashMap, HashSet},
-    fmt::Display,
     marker::PhantomData,
     path::Path,
 };
@@ -17,91 +16,93 @@ use serde::{
 };
 use serde_json::{Map, Value};
 
-use crate::UsageError;
+use crate::error::UsageError;
 
-/// Which columns are what: `query=prompt`; several make a list, `label=first,second,third`.
+/// Columns by field. Several columns make a list.
 pub(super) type Columns = HashMap<String, Vec<String>>;
 
-pub(super) fn columns(pairs: &[String]) -> anyhow::Result<Columns> {
-    let split = |pair: &String| {
-        let (what, columns) = pair.split_once('=')?;
-        Some((
-            what.trim().to_owned(),
-            columns.split(',').map(|column| column.trim().to_owned()).collect(),
-        ))
-    };
-    let columns: Option<Columns> = pairs.iter().map(split).collect();
-    Ok(columns
-        .ok_or_else(|| UsageError("--map takes WHAT=COLUMN, as in response=generation".into()))?)
+/// Reads pairs such as `query=prompt`, or `label=first,second,third` for a list.
+pub(super) fn columns_by_field(pairs: &[(String, String)]) -> Columns {
+    let columns = |text: &String| text.split(',').map(|column| column.trim().to_owned()).collect();
+    pairs.iter().map(|(field, text)| (field.clone(), columns(text))).collect()
 }
 
-/// The rows of a file, their columns called as they are here, where `known` are all that `columns`
-/// can say. The `id` of each is a text of its own; a row without one has its number, from 1.
+/// Reads the rows of a file, with columns renamed to `fields`. Each `id` becomes a unique text; a
+/// row without one gets its number, from 1.
 pub(super) fn rows<T: DeserializeOwned>(
     path: &Path,
     columns: &Columns,
-    known: &[&str],
+    fields: &[&str],
 ) -> anyhow::Result<Vec<T>> {
-    let wrong = |error: &dyn Display| UsageError(format!("{}: {error}", path.display()));
-    let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
-    let rows = match extension.as_str() {
-        "csv" => of_cells(path, ',')?,
-        "tsv" => of_cells(path, '\t')?,
-        _ => {
-            let text = text::read(path).map_err(|error| wrong(&error))?;
-            let is_json = extension == "json" || text.trim_start().starts_with('[');
-            let rows = if is_json { of_json(&text) } else { of_lines(&text) };
-            rows.map_err(|error| wrong(&error))?
-        }
-    };
-    if let Some(unknown) = columns.keys().find(|what| !known.contains(&what.as_str())) {
-        let there: Vec<&str> =
+    let rows = read(path)?;
+    if let Some(unknown) = columns.keys().find(|field| !fields.contains(&field.as_str())) {
+        let names: Vec<&str> =
             rows.first().into_iter().flat_map(Map::keys).map(String::as_str).collect();
-        let known = known.join(", ");
-        let there = cut(there.join(", "));
         return Err(UsageError(format!(
-            "--map {unknown}=…: a column can be {known}, not `{unknown}`; {} has the columns {there}",
-            path.display()
+            "--map {unknown}=…: unknown field `{unknown}`, expected one of {}; {} has the columns \
+             {}",
+            fields.join(", "),
+            path.display(),
+            cut(names.join(", "))
         ))
         .into());
     }
-    let (mut read, mut ids) = (Vec::new(), HashMap::new());
-    for (number, mut row) in (1..).zip(rows) {
-        for (what, columns) in columns {
-            let mut values = Vec::new();
-            for column in columns {
-                let value = row.get(column).cloned();
-                values.push(value.ok_or_else(|| {
-                    wrong(&format_args!("row {number} has no column {column:?}"))
-                })?);
-            }
-            let value = if values.len() == 1 { values.swap_remove(0) } else { values.into() };
-            row.insert(what.clone(), value);
-        }
+    let (mut parsed, mut ids) = (Vec::new(), HashMap::new());
+    for (number, row) in (1..).zip(rows) {
+        let in_row = |problem: String| UsageError::at(path, format!("row {number}{problem}"));
+        let mut row = rename_columns(row, columns)
+            .map_err(|column| in_row(format!(" has no column {column:?}")))?;
         let id = match row.get("id") {
             None | Some(Value::Null) => Some(number.to_string()),
             Some(id) => joined(id, "/"),
         };
-        let id = id.ok_or_else(|| wrong(&format_args!("row {number}: its id is no text")))?;
+        let id = id.ok_or_else(|| in_row(": its id is not a text".into()))?;
         if let Some(first) = ids.insert(id.clone(), number) {
-            let same = format_args!("row {number} has the id {:?} of row {first}", cut(&id));
-            return Err(wrong(&format_args!(
-                "{same}; --map id=COLUMN,COLUMN makes one of several columns"
-            ))
-            .into());
+            let problem = format!(
+                " has the id {:?} of row {first}; --map id=COLUMN,COLUMN builds one from several \
+                 columns",
+                cut(&id)
+            );
+            return Err(in_row(problem).into());
         }
         row.insert("id".into(), id.into());
-        let row = serde_json::from_value(row.into());
-        let hint = "--map says which column is what";
-        read.push(row.map_err(|error| wrong(&format_args!("row {number}: {error}; {hint}")))?);
+        parsed.push(serde_json::from_value(row.into()).map_err(|error| {
+            in_row(format!(": {error}; --map FIELD=COLUMN names the column of a field"))
+        })?);
     }
-    Ok(read)
+    Ok(parsed)
+}
+
+/// Adds each field from its columns. The error is a column that the row doesn't have.
+fn rename_columns(mut row: Row, columns: &Columns) -> Result<Row, String> {
+    for (field, columns) in columns {
+        let values = columns.iter().map(|column| row.get(column).cloned().ok_or(column.clone()));
+        let mut values: Vec<Value> = values.collect::<Result<_, _>>()?;
+        let value = if values.len() == 1 { values.swap_remove(0) } else { values.into() };
+        row.insert(field.clone(), value);
+    }
+    Ok(row)
+}
+
+/// Reads the rows of a file as they are.
+fn read(path: &Path) -> Result<Vec<Row>, UsageError> {
+    let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
+    match extension.as_str() {
+        "csv" => read_cells(path, ','),
+        "tsv" => read_cells(path, '\t'),
+        _ => {
+            let text = text::read(path).map_err(|error| UsageError::at(path, error))?;
+            let is_json = extension == "json" || text.trim_start().starts_with('[');
+            let rows = if is_json { parse_json(&text) } else { parse_lines(&text) };
+            rows.map_err(|error| UsageError::at(path, error))
+        }
+    }
 }
 
 type Row = Map<String, Value>;
 type Rows = Result<Vec<Row>, String>;
 
-fn of_cells(path: &Path, delimiter: char) -> Result<Vec<Row>, UsageError> {
+fn read_cells(path: &Path, delimiter: char) -> Result<Vec<Row>, UsageError> {
     let rows = benchmarks::cells(path, delimiter).map_err(|error| UsageError(error.to_string()))?;
     let row = |cells: Vec<(String, String)>| {
         cells.into_iter().map(|(name, cell)| (name, cell.into())).collect()
@@ -109,7 +110,7 @@ fn of_cells(path: &Path, delimiter: char) -> Result<Vec<Row>, UsageError> {
     Ok(rows.into_iter().map(row).collect())
 }
 
-fn of_lines(text: &str) -> Rows {
+fn parse_lines(text: &str) -> Rows {
     let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
     let row = |(number, line)| match serde_json::from_str(line) {
         Ok(Object(row)) => Ok(row.into_iter().collect()),
@@ -118,14 +119,14 @@ fn of_lines(text: &str) -> Rows {
     lines.map(row).collect()
 }
 
-/// A list of rows, or lists of rows by name, whose rows are then called `NAME-1`, `NAME-2`, …
-fn of_json(text: &str) -> Rows {
-    let wrong = |error: serde_json::Error| error.to_string();
+/// Parses a list of rows, or an object of such lists, whose rows get the ids `NAME-1`, `NAME-2`, …
+fn parse_json(text: &str) -> Rows {
+    let message = |error: serde_json::Error| error.to_string();
     if text.trim_start().starts_with('[') {
-        let rows: Vec<Object<Value>> = serde_json::from_str(text).map_err(wrong)?;
+        let rows: Vec<Object<Value>> = serde_json::from_str(text).map_err(message)?;
         return Ok(rows.into_iter().map(|Object(row)| row.into_iter().collect()).collect());
     }
-    let Object(groups): Object<Vec<Object<Value>>> = serde_json::from_str(text).map_err(wrong)?;
+    let Object(groups): Object<Vec<Object<Value>>> = serde_json::from_str(text).map_err(message)?;
     let mut rows = Vec::new();
     for (name, group) in groups {
         for (number, Object(row)) in (1..).zip(group) {
@@ -137,14 +138,14 @@ fn of_json(text: &str) -> Rows {
     Ok(rows)
 }
 
-/// A JSON object in which no name stands twice.
+/// A JSON object without duplicate names.
 struct Object<T>(Vec<(String, T)>);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Names<T>(PhantomData<T>);
+        struct ObjectVisitor<T>(PhantomData<T>);
 
-        impl<'de, T: Deserialize<'de>> Visitor<'de> for Names<T> {
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for ObjectVisitor<T> {
             type Value = Object<T>;
 
             fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -152,11 +153,11 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let (mut object, mut known) = (Vec::new(), HashSet::new());
+                let (mut object, mut names) = (Vec::new(), HashSet::new());
                 while let Some((name, value)) = map.next_entry::<String, T>()? {
-                    if !known.insert(name.clone()) {
+                    if !names.insert(name.clone()) {
                         return Err(A::Error::custom(format_args!(
-                            "{:?} is there twice",
+                            "{:?} occurs twice",
                             cut(&name)
                         )));
                     }
@@ -166,19 +167,19 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
             }
         }
 
-        deserializer.deserialize_map(Names(PhantomData))
+        deserializer.deserialize_map(ObjectVisitor(PhantomData))
     }
 }
 
-/// A text as it is, a number as it is written, a list with `mark` between its entries; none of what
-/// is no text.
-pub(super) fn joined(value: &Value, mark: &str) -> Option<String> {
+/// The value as text, with the items of a list joined by `separator`; none for null and objects.
+pub(super) fn joined(value: &Value, separator: &str) -> Option<String> {
     match value {
         Value::String(text) => Some(text.clone()),
         Value::Number(_) | Value::Bool(_) => Some(value.to_string()),
         Value::Array(list) => {
-            let texts: Option<Vec<String>> = list.iter().map(|value| joined(value, mark)).collect();
-            texts.map(|texts| texts.join(mark))
+            let texts: Option<Vec<String>> =
+                list.iter().map(|value| joined(value, separator)).collect();
+            texts.map(|texts| texts.join(separator))
         }
         Value::Null | Value::Object(_) => None,
     }

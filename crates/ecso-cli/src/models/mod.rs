@@ -1,4 +1,4 @@
-//! `ecso models`: the files behind the names that `--model` takes.
+//! `ecso models`: the models of the catalogue and their files.
 
 pub(crate) mod catalogue;
 mod pull;
@@ -10,15 +10,14 @@ use anyhow::bail;
 use serde_json::json;
 
 use crate::{
-    UsageError,
-    cli::{ModelArgs, ModelsCommand, ProfileArgs, Source},
-    config,
+    cli::{ModelsCommand, Source},
+    settings,
 };
-use catalogue::{Catalogue, Model, ModelFile};
+use catalogue::{Catalogue, Model, ModelFile, Pypi};
 use store::Store;
 
 pub(crate) fn run(command: ModelsCommand, file: Option<&Path>) -> anyhow::Result<()> {
-    let settings = config::load(file, &ModelArgs::default(), &ProfileArgs::default())?;
+    let settings = settings::load_file(file)?;
     let models = Models { catalogue: Catalogue::load()?, store: Store::new(&settings.models_dir) };
     match command {
         ModelsCommand::List { json: true } => models.list_json(),
@@ -36,8 +35,8 @@ struct Models {
 }
 
 impl Models {
-    fn here(&self, model: &Model) -> anyhow::Result<bool> {
-        Ok(self.catalogue.needed(model)?.iter().all(|file| self.store.has(file)))
+    fn is_installed(&self, model: &Model) -> anyhow::Result<bool> {
+        Ok(self.catalogue.required_files(model)?.iter().all(|file| self.store.has(file)))
     }
 
     fn list(&self) -> anyhow::Result<()> {
@@ -47,8 +46,8 @@ impl Models {
             let bytes: Option<u64> = files.iter().map(|file| file.bytes).sum();
             let size =
                 bytes.map_or_else(|| "?".into(), |bytes| format!("{} MB", bytes / 1_000_000));
-            let state = if self.here(model)? { "here" } else { "-" };
-            let tried = if model.tried { "" } else { " (not tried here)" };
+            let state = if self.is_installed(model)? { "installed" } else { "-" };
+            let tried = if model.tried { "" } else { " (untested)" };
             println!(
                 "{:<14} {size:>8}  {state:<9} {:<19} {}{tried}",
                 model.name,
@@ -56,11 +55,11 @@ impl Models {
                 model.about
             );
         }
-        println!("\n`ecso models pull NAME` gets one.");
-        match self.store.heads()? {
+        println!("\nRun `ecso models pull NAME` to download one.");
+        match self.store.heads_size()? {
             0 => {}
             bytes => println!(
-                "heads: {} MB of prompts' beginnings, computed once; `ecso models remove heads`",
+                "heads: {} MB of cached prompt prefixes; `ecso models remove heads` deletes them",
                 bytes / 1_000_000
             ),
         }
@@ -69,17 +68,27 @@ impl Models {
 
     fn list_json(&self) -> anyhow::Result<()> {
         let file = |file: &&ModelFile| {
+            let requirements = |pypi: &Pypi| -> Vec<String> {
+                (1..=pypi.parts).map(|part| pypi.requirement(part)).collect()
+            };
             json!({
-                "name": file.name, "bytes": file.bytes, "sha256": file.sha256, "licence": file.licence,
-                "here": self.store.has(file), "hub": file.hub.as_ref().map(|hub| format!("{}/{}", hub.repo, hub.file)),
-                "pypi": file.pypi.as_ref().map(|pypi| (1..=pypi.parts).map(|part| pypi.requirement(part)).collect::<Vec<_>>()),
+                "name": file.name,
+                "bytes": file.bytes,
+                "sha256": file.sha256,
+                "licence": file.licence,
+                "here": self.store.has(file),
+                "hub": file.hub.as_ref().map(|hub| format!("{}/{}", hub.repo, hub.file)),
+                "pypi": file.pypi.as_ref().map(requirements),
             })
         };
         let mut models = Vec::new();
         for model in &self.catalogue.models {
             let files = self.catalogue.files(model)?;
             models.push(json!({
-                "name": model.name, "about": model.about, "here": self.here(model)?, "tried": model.tried,
+                "name": model.name,
+                "about": model.about,
+                "here": self.is_installed(model)?,
+                "tried": model.tried,
                 "files": files.iter().map(file).collect::<Vec<_>>(),
             }));
         }
@@ -94,31 +103,30 @@ impl Models {
         for file in self.catalogue.files(model)? {
             pull::pull(&self.store, file, from, &mut wheels)?;
         }
-        say!("{name} is here; `ecso ask QUERY --image FILE --model {name}` asks it.");
+        say!("{name} is installed; try `ecso ask QUERY --image FILE --model {name}`");
         Ok(())
     }
 
     fn verify(&self, name: Option<&str>) -> anyhow::Result<()> {
         let mut files = BTreeSet::new();
         for model in &self.catalogue.models {
-            let wanted = match name {
+            let is_checked = match name {
                 Some(name) => name == self.catalogue.model(name)?.name && name == model.name,
-                None => self.here(model)?,
+                None => self.is_installed(model)?,
             };
-            if wanted {
-                files.extend(self.catalogue.needed(model)?.iter().map(|file| &file.name));
-                files.extend(
-                    tagger_here(&self.catalogue, &self.store, model)?.map(|file| &file.name),
-                );
+            if is_checked {
+                let tagger = self.store.installed_tagger(&self.catalogue, model)?;
+                let model_files = self.catalogue.required_files(model)?.into_iter().chain(tagger);
+                files.extend(model_files.map(|file| &file.name));
             }
         }
         if files.is_empty() {
-            println!("no model is here; `ecso models pull` gets mini");
+            println!("no model is installed; run `ecso models pull` to download mini");
         }
         let mut wrong = 0;
         for file in files {
             match self.store.verify(self.catalogue.file(file)?) {
-                Ok(()) => println!("{file}: good"),
+                Ok(()) => println!("{file}: ok"),
                 Err(error) => {
                     wrong += 1;
                     println!("{file}: {error:#}");
@@ -127,15 +135,17 @@ impl Models {
         }
         if wrong > 0 {
             bail!(
-                "{wrong} files are missing or damaged; `ecso models remove NAME`, then `ecso models pull NAME`"
+                "{wrong} files are missing or damaged; run `ecso models remove NAME` and \
+                 `ecso models pull NAME`"
             );
         }
         Ok(())
     }
 
     fn path(&self, name: &str) -> anyhow::Result<()> {
-        for path in files_here(&self.catalogue, &self.store, name)? {
-            println!("{}", path.display());
+        let model = self.catalogue.model(name)?;
+        for file in self.store.installed_files(&self.catalogue, model)? {
+            println!("{}", self.store.path(&file.name).display());
         }
         Ok(())
     }
@@ -149,14 +159,14 @@ impl Models {
         let _lock = self.store.lock()?;
         let mut needed = BTreeSet::new();
         for other in self.catalogue.models.iter().filter(|other| other.name != name) {
-            if self.here(other)? {
+            if self.is_installed(other)? {
                 needed.extend(self.catalogue.files(other)?.iter().map(|file| &file.name));
             }
         }
         let mut freed = 0;
         for file in self.catalogue.files(model)? {
             if needed.contains(&file.name) {
-                println!("{}: kept, another model needs it", file.name);
+                println!("{}: kept, because another model needs it", file.name);
             } else {
                 freed += self.store.remove(file)?;
             }
@@ -164,46 +174,6 @@ impl Models {
         println!("{name}: removed, {} MB freed", freed / 1_000_000);
         Ok(())
     }
-}
-
-/// The paths of a model's files, all of which are here but perhaps the tagger's.
-fn files_here(
-    catalogue: &Catalogue,
-    store: &Store,
-    name: &str,
-) -> anyhow::Result<Vec<std::path::PathBuf>> {
-    let model = catalogue.model(name)?;
-    let files = catalogue.needed(model)?;
-    if !files.iter().all(|file| store.has(file)) {
-        return Err(UsageError(format!(
-            "{name} is not here yet; get it with `ecso models pull {name}`"
-        ))
-        .into());
-    }
-    Ok(files
-        .into_iter()
-        .chain(tagger_here(catalogue, store, model)?)
-        .map(|file| store.path(&file.name))
-        .collect())
-}
-
-/// The file of a model's tagger, if it has one and that is here.
-pub(crate) fn tagger_here<'a>(
-    catalogue: &'a Catalogue,
-    store: &Store,
-    model: &Model,
-) -> anyhow::Result<Option<&'a ModelFile>> {
-    let file = model.tagger.as_ref().map(|name| catalogue.file(name)).transpose()?;
-    Ok(file.filter(|file| store.has(file)))
-}
-
-/// A model of the catalogue whose files are all here, with the folder they are in.
-#[cfg(feature = "engine")]
-pub(crate) fn find(name: &str, folder: &Path) -> anyhow::Result<(Model, Store)> {
-    let (catalogue, store) = (Catalogue::load()?, Store::new(folder));
-    files_here(&catalogue, &store, name)?;
-    let model = catalogue.models.into_iter().find(|model| model.name == name);
-    Ok((model.ok_or_else(|| UsageError(format!("no model is called {name}")))?, store))
 }
 
 fn licences(files: &[&ModelFile]) -> String {

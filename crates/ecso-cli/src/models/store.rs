@@ -1,4 +1,4 @@
-//! Model files on disk. A file has its name only if its digest was right.
+//! Model files on disk. A file gets its name only after its digest was checked.
 
 use std::{
     fs::{self, File},
@@ -9,9 +9,13 @@ use std::{
 use anyhow::{Context, bail};
 use sha2::{Digest, Sha256};
 
-use super::catalogue::ModelFile;
-use crate::progress::{Bar, Unit};
+use super::catalogue::{Catalogue, Model, ModelFile};
+use crate::{
+    error::UsageError,
+    progress::{ProgressLine, Unit},
+};
 
+/// A folder of model files.
 pub(crate) struct Store {
     folder: PathBuf,
 }
@@ -25,13 +29,13 @@ impl Store {
         self.folder.join(file)
     }
 
-    /// Where the engine keeps what many prompts begin with.
+    /// Where the engine caches common prompt prefixes.
     pub(crate) fn heads_folder(&self) -> PathBuf {
         self.path("heads")
     }
 
-    /// Bytes of what is kept there.
-    pub(super) fn heads(&self) -> anyhow::Result<u64> {
+    /// Bytes of the cached prompt prefixes.
+    pub(super) fn heads_size(&self) -> anyhow::Result<u64> {
         let folder = self.heads_folder();
         let sizes = match fs::read_dir(&folder) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
@@ -42,30 +46,57 @@ impl Store {
         sizes.with_context(|| folder.display().to_string())
     }
 
-    /// Removes them, and tells how many bytes that were.
+    /// Removes the cached prompt prefixes and returns how many bytes that frees.
     pub(super) fn remove_heads(&self) -> anyhow::Result<u64> {
-        let (bytes, folder) = (self.heads()?, self.heads_folder());
-        match fs::remove_dir_all(&folder) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(error).with_context(|| folder.display().to_string())
-            }
-            _ => Ok(bytes),
+        let bytes = self.heads_size()?;
+        remove_folder(&self.heads_folder())?;
+        Ok(bytes)
+    }
+
+    /// A path for the unfinished download of a file.
+    pub(super) fn partial_path(&self, file: &ModelFile, suffix: &str) -> PathBuf {
+        self.folder.join(format!("{}.{suffix}", file.name))
+    }
+
+    /// The files of a model, with its tagger if that is installed.
+    ///
+    /// # Errors
+    /// A file without which the model doesn't run is missing.
+    pub(crate) fn installed_files<'a>(
+        &self,
+        catalogue: &'a Catalogue,
+        model: &'a Model,
+    ) -> anyhow::Result<Vec<&'a ModelFile>> {
+        let mut files = catalogue.required_files(model)?;
+        if !files.iter().all(|file| self.has(file)) {
+            let name = &model.name;
+            return Err(UsageError(format!(
+                "{name} is not installed; run `ecso models pull {name}`"
+            ))
+            .into());
         }
+        files.extend(self.installed_tagger(catalogue, model)?);
+        Ok(files)
     }
 
-    /// Where what belongs to an unfinished download lies.
-    pub(super) fn beside(&self, file: &ModelFile, what: &str) -> PathBuf {
-        self.folder.join(format!("{}.{what}", file.name))
+    /// The file of a model's tagger, if the model has one and it is installed.
+    pub(crate) fn installed_tagger<'a>(
+        &self,
+        catalogue: &'a Catalogue,
+        model: &Model,
+    ) -> anyhow::Result<Option<&'a ModelFile>> {
+        let file = model.tagger.as_ref().map(|name| catalogue.file(name)).transpose()?;
+        Ok(file.filter(|file| self.has(file)))
     }
 
-    /// Whether the file is here; its size is looked at, its digest is not.
+    /// Whether a file is installed. Checks its size, not its digest.
     pub(crate) fn has(&self, file: &ModelFile) -> bool {
-        fs::metadata(self.path(&file.name)).is_ok_and(|found| {
-            found.is_file() && file.bytes.is_none_or(|bytes| found.len() == bytes)
+        fs::metadata(self.path(&file.name)).is_ok_and(|metadata| {
+            metadata.is_file() && file.bytes.is_none_or(|bytes| metadata.len() == bytes)
         })
     }
 
-    /// Waits until no other process pulls or removes models here.
+    /// Locks the folder; waits for other processes that change it.
     pub(super) fn lock(&self) -> anyhow::Result<File> {
         fs::create_dir_all(&self.folder).with_context(|| self.folder.display().to_string())?;
         let path = self.folder.join(".lock");
@@ -74,8 +105,8 @@ impl Store {
         Ok(lock)
     }
 
-    /// Checks the bytes at `from` and gives them the file's name, in one move.
-    pub(super) fn admit(&self, file: &ModelFile, from: &Path) -> anyhow::Result<()> {
+    /// Checks the bytes at `from` and renames them to the file's name.
+    pub(super) fn install(&self, file: &ModelFile, from: &Path) -> anyhow::Result<()> {
         check(&file.name, from, file.bytes, &file.sha256)?;
         File::open(from)
             .and_then(|bytes| bytes.sync_all())
@@ -84,16 +115,17 @@ impl Store {
         fs::rename(from, &path).with_context(|| path.display().to_string())
     }
 
-    /// Checks a file that is here.
+    /// Checks an installed file.
     pub(super) fn verify(&self, file: &ModelFile) -> anyhow::Result<()> {
         check(&file.name, &self.path(&file.name), file.bytes, &file.sha256)
     }
 
-    /// Deletes a file and what is left of its download; how many bytes that frees.
+    /// Deletes a file and its unfinished downloads; returns the size of the file.
     pub(super) fn remove(&self, file: &ModelFile) -> anyhow::Result<u64> {
         let path = self.path(&file.name);
-        let freed = fs::metadata(&path).map_or(0, |found| found.len());
-        for path in [path, self.beside(file, "partial"), self.beside(file, "converted")] {
+        let freed = fs::metadata(&path).map_or(0, |metadata| metadata.len());
+        for path in [path, self.partial_path(file, "partial"), self.partial_path(file, "converted")]
+        {
             match fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     bail!("{}: {error}", path.display())
@@ -101,11 +133,12 @@ impl Store {
                 _ => {}
             }
         }
-        remove_folder(&self.beside(file, "hub"))?;
+        remove_folder(&self.partial_path(file, "hub"))?;
         Ok(freed)
     }
 }
 
+/// Removes a folder, if it exists.
 pub(super) fn remove_folder(folder: &Path) -> anyhow::Result<()> {
     match fs::remove_dir_all(folder) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -115,7 +148,7 @@ pub(super) fn remove_folder(folder: &Path) -> anyhow::Result<()> {
     }
 }
 
-/// Checks size, where it is known, and digest of the bytes at `path`, which are to be `name`.
+/// Checks the size, if it is known, and the digest of the bytes at `path`. `name` is shown.
 pub(super) fn check(
     name: &str,
     path: &Path,
@@ -126,24 +159,24 @@ pub(super) fn check(
     let mut file = File::open(path).with_context(at)?;
     let length = file.metadata().with_context(at)?.len();
     if let Some(expected) = bytes.filter(|expected| *expected != length) {
-        bail!("{}: {length} bytes, where there should be {expected}", at());
+        bail!("{}: wrong size: {length} bytes, should be {expected}", at());
     }
-    let bar = Bar::new(Unit::Bytes(format!("checking {name}")), false);
+    let progress = ProgressLine::new(Unit::Bytes(format!("checking {name}")), false);
     let mut checked = 0;
     let mut digest = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {
-        let read = file.read(&mut buffer).with_context(at)?;
-        if read == 0 {
+        let count = file.read(&mut buffer).with_context(at)?;
+        if count == 0 {
             break;
         }
-        digest.update(&buffer[..read]);
-        checked += read as u64;
-        bar.show(checked, Some(length), "");
+        digest.update(&buffer[..count]);
+        checked += count as u64;
+        progress.show(checked, Some(length), "");
     }
-    let found = hex::encode(digest.finalize());
-    if found != sha256 {
-        bail!("{}: wrong digest: sha256 is {found}, should be {sha256}", at());
+    let actual = hex::encode(digest.finalize());
+    if actual != sha256 {
+        bail!("{}: wrong digest: sha256 is {actual}, should be {sha256}", at());
     }
     Ok(())
 }

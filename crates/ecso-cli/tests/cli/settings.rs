@@ -152,7 +152,9 @@ fn the_manual_has_a_page_for_each_command() {
     let home = tempfile::tempdir().unwrap();
     let folder = home.path().join("share/man1");
     ecso(home.path()).arg("manual").arg(&folder).assert().success();
-    for (page, says) in [("ecso.1", "Exit codes"), ("ecso-ask.1", "show\\-steps"), ("ecso-models-pull.1", "mini")] {
+    for (page, says) in
+        [("ecso.1", "Exit codes"), ("ecso-ask.1", "show\\-steps"), ("ecso-models-pull.1", "mini")]
+    {
         let written = std::fs::read_to_string(folder.join(page)).unwrap();
         assert!(written.contains(says), "{page}: {written}");
     }

@@ -1,0 +1,126 @@
+//! From settings to the profile that guards.
+
+use std::path::Path;
+
+use ecso::Profile;
+
+use crate::{
+    calibration::{self, FITTED},
+    error::UsageError,
+    settings::Settings,
+};
+
+/// Loads the profile that the settings name, with their overrides.
+pub(crate) fn load(settings: &Settings) -> anyhow::Result<Profile> {
+    Ok(load_with_reason(settings)?.0)
+}
+
+/// [`load`], with the reason for the thresholds of `hardened`, if nobody chose that profile or it
+/// is fitted to the model.
+pub(crate) fn load_with_reason(
+    settings: &Settings,
+) -> anyhow::Result<(Profile, Option<&'static str>)> {
+    let (mut profile, reason) = match settings.profile.as_str() {
+        "auto" | "hardened" => {
+            let (profile, reason) = calibration::profile(settings)?;
+            let is_shown = settings.profile == "auto" || reason == FITTED;
+            (profile, is_shown.then_some(reason))
+        }
+        name => (by_name(name)?, None),
+    };
+    for (key, value) in &settings.set {
+        profile = profile.with(key, value)?;
+    }
+    Ok((profile, reason))
+}
+
+/// Reports that the profile is fitted to the model: its name doesn't tell.
+pub(crate) fn report_fit(settings: &Settings) -> anyhow::Result<()> {
+    if let (profile, Some(FITTED)) = load_with_reason(settings)? {
+        say!(
+            "profile {}: {FITTED}, as stored by `ecso tune` or `ecso eval calibrate`",
+            profile.name
+        );
+    }
+    Ok(())
+}
+
+/// Loads the default profile of a gateway, and those of single models and clients.
+pub(crate) fn load_all(settings: &Settings) -> anyhow::Result<ecso_gateway::Profiles> {
+    let usual = load(settings)?;
+    let named = settings.gateway.profile_names().map(|name| Ok((name.to_owned(), by_name(name)?)));
+    Ok(ecso_gateway::Profiles { usual, named: named.collect::<anyhow::Result<_>>()? })
+}
+
+/// The calibration curve of the profile in use, if that is fitted to the model and only its
+/// threshold is overridden.
+pub(crate) fn calibration_curve(
+    settings: &Settings,
+) -> anyhow::Result<Option<ecso_gateway::Calibration>> {
+    let (_, reason) = load_with_reason(settings)?;
+    if reason != Some(FITTED) || settings.set.keys().any(|key| key != "threshold") {
+        return Ok(None);
+    }
+    calibration::curve(settings).map(Some)
+}
+
+fn by_name(name: &str) -> anyhow::Result<Profile> {
+    let path = Path::new(name);
+    let is_file =
+        path.extension().is_some_and(|extension| extension == "toml") || name.contains('/');
+    if !is_file {
+        return Ok(Profile::named(name)?);
+    }
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| UsageError(format!("profile {name}: {error}")))?;
+    let profile = Profile::from_toml(&text);
+    Ok(profile.map_err(|error| UsageError(format!("profile {name}: {error}")))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use ecso::{
+        Calibration,
+        calibration::{Fit, Half},
+    };
+    use ecso_eval::stats::Rate;
+
+    use super::*;
+    use crate::{backend, settings};
+
+    #[test]
+    fn only_a_fitted_profile_has_a_calibration_curve() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut settings = settings::load_file(None).unwrap();
+        (settings.model, settings.calibrations_dir) = ("mini".into(), folder.path().to_owned());
+        assert_eq!(calibration_curve(&settings).unwrap(), None);
+        let half = Half {
+            recall: Rate::wilson(40, 50).into(),
+            false_alarms: Rate::wilson(2, 50).into(),
+            auroc: None,
+        };
+        let found = Fit {
+            threshold: 0.625,
+            false_alarms: 0.03,
+            chosen: half.clone(),
+            reported: half,
+            curve: vec![(0.5, 0.9, 0.1), (0.625, 0.8, 0.04)],
+        };
+        let digest = backend::identity(&settings).unwrap();
+        let (profile, biases) = (Profile::hardened(), BTreeMap::new());
+        let calibration = Calibration::new(&profile, "mini", digest, 200, biases, found.clone());
+        calibration::store(&settings, &calibration).unwrap();
+        let shown =
+            ecso_gateway::Calibration { threshold: 0.625, requests: 100, curve: found.curve };
+        assert_eq!(calibration_curve(&settings).unwrap(), Some(shown.clone()));
+        settings.set.insert("threshold".into(), "0.7".into());
+        assert_eq!(calibration_curve(&settings).unwrap(), Some(shown));
+        settings.set.insert("early_exit".into(), "false".into());
+        assert_eq!(calibration_curve(&settings).unwrap(), None, "scores may differ");
+        settings.set.clear();
+        settings.profile = "paper".into();
+        assert_eq!(calibration_curve(&settings).unwrap(), None);
+    }
+}
