@@ -448,10 +448,10 @@ pub(crate) fn tell_fit(settings: &Settings) -> anyhow::Result<()> {
 
 /// The profile that the settings name, and those of single models and clients.
 pub(crate) fn profiles(settings: &Settings) -> anyhow::Result<ecso_gateway::Profiles> {
-    let usual = profile(settings)?;
+    let default = profile(settings)?;
     let named =
         settings.gateway.profile_names().map(|name| Ok((name.to_owned(), named_profile(name)?)));
-    Ok(ecso_gateway::Profiles { usual, named: named.collect::<anyhow::Result<_>>()? })
+    Ok(ecso_gateway::Profiles { default, named: named.collect::<anyhow::Result<_>>()? })
 }
 
 fn named_profile(named: &str) -> anyhow::Result<Profile> {

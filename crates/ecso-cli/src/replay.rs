@@ -162,11 +162,11 @@ pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> 
         let mut judged = stream::iter(lines)
             .map(|(number, line)| async move {
                 let line = line.map_err(|error| error.to_string());
-                let recorded = line.and_then(|line| Recorded::read(&line, settings.images));
+                let recorded = line.and_then(|line| Recorded::parse(&line, settings.images));
                 let recorded = recorded
                     .map_err(|reason| Failure::Unreadable(format!("line {number}: {reason}")))?;
                 let outcome =
-                    recorded.again(guard).await.map_err(|error| Failure::Model(number, error))?;
+                    recorded.review(guard).await.map_err(|error| Failure::Model(number, error))?;
                 Ok((recorded, outcome))
             })
             .buffered(at_once.max(1));

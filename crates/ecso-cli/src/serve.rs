@@ -169,7 +169,7 @@ fn reload(
         return Err(UsageError("the first or last client key takes a restart".into()).into());
     }
     let profiles = config::profiles(&settings)?;
-    let name = profiles.usual.name.clone();
+    let name = profiles.default.name.clone();
     gateway.reload(profiles, settings.gateway, settings.images)?;
     Ok(name)
 }

@@ -62,11 +62,7 @@ pub(crate) fn caller(settings: &Settings, headers: &HeaderMap) -> Result<Caller,
 
 /// Without keys only this machine may call. A page in a browser on it could, by a name of its own
 /// for this address, or by a form: both tell themselves by what browsers send.
-pub(crate) fn is_of_this_machine(
-    method: &Method,
-    uri: &Uri,
-    headers: &HeaderMap,
-) -> Result<(), ApiError> {
+pub(crate) fn check_local(method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<(), ApiError> {
     let host = headers
         .get(header::HOST)
         .and_then(|host| host.to_str().ok())
@@ -195,7 +191,7 @@ impl Admission {
         if let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() {
             return Ok(permit);
         }
-        let place = Place::take(self)?;
+        let place = QueueSlot::take(self)?;
         let permit = Arc::clone(&self.permits).acquire_owned().await;
         drop(place);
         permit.map_err(|_| ApiError::busy())
@@ -203,9 +199,9 @@ impl Admission {
 }
 
 /// A place in the queue.
-struct Place<'a>(&'a AtomicUsize);
+struct QueueSlot<'a>(&'a AtomicUsize);
 
-impl<'a> Place<'a> {
+impl<'a> QueueSlot<'a> {
     fn take(admission: &'a Admission) -> Result<Self, ApiError> {
         let before = admission.waiting.fetch_add(1, Ordering::AcqRel);
         let place = Self(&admission.waiting);
@@ -213,7 +209,7 @@ impl<'a> Place<'a> {
     }
 }
 
-impl Drop for Place<'_> {
+impl Drop for QueueSlot<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::AcqRel);
     }

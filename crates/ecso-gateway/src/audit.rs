@@ -15,14 +15,14 @@ use serde_json::{Value, json};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{
-    json::shown,
+    json::printable,
     report::{Finding, Report, UNFINISHED},
     request::Request,
     settings::{AuditSettings, Mode},
 };
 
 /// An answer that was judged.
-pub(crate) struct Case<'a> {
+pub(crate) struct JudgedRequest<'a> {
     /// The request's name.
     pub(crate) id: &'a str,
     /// By which door it came in.
@@ -32,7 +32,7 @@ pub(crate) struct Case<'a> {
     pub(crate) mode: Mode,
     /// The name of the profile that the request brought.
     pub(crate) profile: Option<&'a str>,
-    pub(crate) begun: Instant,
+    pub(crate) started: Instant,
     /// The request, where it could be read.
     pub(crate) request: Option<&'a Request>,
     pub(crate) report: &'a Report,
@@ -43,7 +43,7 @@ pub(crate) struct Case<'a> {
 /// An audit log that is open.
 pub(crate) struct Audit {
     settings: AuditSettings,
-    file: Mutex<Rotated>,
+    file: Mutex<RotatingFile>,
 }
 
 impl Audit {
@@ -58,39 +58,45 @@ impl Audit {
                 format!("the audit log {}: {error}", settings.path.display()),
             )
         };
-        Self::begin(settings).map_err(told).map(|audit| Some(Arc::new(audit)))
+        Self::create(settings).map_err(told).map(|audit| Some(Arc::new(audit)))
     }
 
-    fn begin(settings: &AuditSettings) -> io::Result<Self> {
+    fn create(settings: &AuditSettings) -> io::Result<Self> {
         if let Some(folder) = settings.path.parent().filter(|folder| !folder.as_os_str().is_empty())
         {
             std::fs::create_dir_all(folder)?;
         }
-        let file = Rotated::open(settings)?;
+        let file = RotatingFile::open(settings)?;
         Ok(Self { settings: settings.clone(), file: Mutex::new(file) })
     }
 
     /// Writes a line for every choice. A log that can't be written is told, and the answer goes out
     /// all the same.
-    pub(crate) fn write(&self, case: &Case<'_>, profile: &str) {
+    pub(crate) fn write(&self, judged: &JudgedRequest<'_>, profile: &str) {
         let mut lines = Vec::new();
-        for (choice, finding) in case.report.findings() {
-            let line = self.line(case, profile, choice, finding);
+        for (choice, finding) in judged.report.findings() {
+            let line = self.line(judged, profile, choice, finding);
             lines.extend_from_slice(line.to_string().as_bytes());
             lines.push(b'\n');
         }
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = file.write(&self.settings, &lines) {
-            tracing::error!(id = case.id, %error, "the audit log can't be written");
+            tracing::error!(id = judged.id, %error, "the audit log can't be written");
         }
     }
 
-    fn line(&self, case: &Case<'_>, profile: &str, choice: u64, finding: &Finding) -> Value {
+    fn line(
+        &self,
+        judged: &JudgedRequest<'_>,
+        profile: &str,
+        choice: u64,
+        finding: &Finding,
+    ) -> Value {
         let outcome = finding.outcome();
         let digest = |text: &str| blake3::hash(text.as_bytes()).to_hex()[..32].to_owned();
         // None where nobody waited for one: no answer could have made the request safe.
-        let draft = case.drafts.get(&choice).map(String::as_str);
-        let turns = case.request.map(|request| request.chat.turns.as_slice()).unwrap_or_default();
+        let draft = judged.drafts.get(&choice).map(String::as_str);
+        let turns = judged.request.map(|request| request.chat.turns.as_slice()).unwrap_or_default();
         let query = turns.iter().rev().find(|turn| turn.role == ecso::Role::User);
         let steps = outcome.map(|outcome| outcome.steps.as_slice()).unwrap_or_default();
         let images = turns
@@ -99,19 +105,19 @@ impl Audit {
             .map(|image| image.digest().to_hex()[..32].to_owned());
         let mut line = json!({
             "at": OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default(),
-            "request_id": case.id,
-            "door": case.door,
+            "request_id": judged.id,
+            "door": judged.door,
             "choice": choice,
-            "key": case.key,
-            "model": case.request.map(|request| shown(&request.model)),
+            "key": judged.key,
+            "model": judged.request.map(|request| printable(&request.model)),
             "profile": profile,
-            "mode": case.mode,
+            "mode": judged.mode,
             "verdict": finding.verdict(),
             "score": outcome.and_then(|outcome| outcome.score),
             "rewritten": outcome.is_some_and(|outcome| outcome.rewritten),
-            "failure": case.report.failure,
-            "early": case.report.early_of(choice),
-            "ms": u64::try_from(case.begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+            "failure": judged.report.failure,
+            "early": judged.report.early_of(choice),
+            "ms": u64::try_from(judged.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             "image_digests": images.collect::<Vec<_>>(),
             "query_digest": query.map(|turn| digest(&turn.query())),
             "draft_digest": draft.map(digest),
@@ -122,14 +128,14 @@ impl Audit {
             })).collect::<Vec<_>>(),
         });
         if self.settings.content {
-            line["messages"] = case.request.map(Request::messages).into();
+            line["messages"] = judged.request.map(Request::messages).into();
             line["draft"] = draft.into();
             let safe =
                 outcome.filter(|outcome| outcome.rewritten).map(|outcome| outcome.answer.as_str());
             let out =
-                case.report.early_of(choice).map(|early| early.characters).filter(|out| *out > 0);
+                judged.report.early_of(choice).map(|early| early.characters).filter(|out| *out > 0);
             let is_unsafe = finding.verdict() == Verdict::Unsafe;
-            let is_cut = is_unsafe || case.report.failure == Some(UNFINISHED);
+            let is_cut = is_unsafe || judged.report.failure == Some(UNFINISHED);
             line["answer"] = match (out.filter(|_| is_cut), safe) {
                 // What was out stays out, and the safe answer has a place of its own.
                 (Some(out), _) => {
@@ -138,7 +144,7 @@ impl Audit {
                 }
                 (None, Some(safe)) => safe.into(),
                 // Another answer was to take its place, and there is none.
-                (None, None) if is_unsafe && case.mode == Mode::Enforce => Value::Null,
+                (None, None) if is_unsafe && judged.mode == Mode::Enforce => Value::Null,
                 (None, None) => draft.into(),
             };
             let captions = steps.iter().filter(|step| step.step == Step::Caption);
@@ -149,12 +155,12 @@ impl Audit {
 }
 
 /// A file that is set aside when it is long.
-struct Rotated {
+struct RotatingFile {
     file: File,
     bytes: u64,
 }
 
-impl Rotated {
+impl RotatingFile {
     fn open(settings: &AuditSettings) -> io::Result<Self> {
         let mut options = OpenOptions::new();
         options.create(true).append(true);
@@ -169,7 +175,7 @@ impl Rotated {
     /// Writes whole lines. A file that can't be set aside grows: no line is lost for that.
     fn write(&mut self, settings: &AuditSettings, lines: &[u8]) -> io::Result<()> {
         if self.bytes >= settings.bytes.max(1) as u64 {
-            match Self::set_aside(settings).and_then(|()| Self::open(settings)) {
+            match Self::rotate(settings).and_then(|()| Self::open(settings)) {
                 Ok(fresh) => *self = fresh,
                 Err(error) => tracing::error!(%error, "the audit log can't be set aside"),
             }
@@ -180,7 +186,7 @@ impl Rotated {
     }
 
     /// Moves each file one on: `.1` is the last that was set aside, and the oldest goes.
-    fn set_aside(settings: &AuditSettings) -> io::Result<()> {
+    fn rotate(settings: &AuditSettings) -> io::Result<()> {
         let aside = |number: usize| {
             let mut name = settings.path.clone().into_os_string();
             name.push(format!(".{number}"));

@@ -17,7 +17,7 @@ use lru::LruCache;
 /// How many pages are remembered.
 const PAGES: NonZeroUsize = NonZeroUsize::new(256).unwrap();
 
-/// What the upstream said of pages, by their origin.
+/// What the upstream learned of pages, by their origin.
 #[derive(Debug)]
 pub(crate) struct Cors(Mutex<LruCache<HeaderValue, HeaderMap>>);
 
@@ -32,7 +32,7 @@ fn is_cors(name: &HeaderName) -> bool {
 }
 
 /// Learns from an answer that says something of the page; tells it on one that doesn't.
-pub(crate) async fn same_on_all(
+pub(crate) async fn share_cors(
     State(cors): State<Arc<Cors>>,
     request: Request,
     next: Next,
@@ -44,13 +44,13 @@ pub(crate) async fn same_on_all(
     let headers = response.headers_mut();
     let mut known = cors.0.lock().unwrap_or_else(PoisonError::into_inner);
     if headers.contains_key(header::ACCESS_CONTROL_ALLOW_ORIGIN) {
-        let said = headers
+        let learned = headers
             .iter()
             .filter(|(name, _)| is_cors(name))
             .map(|(name, value)| (name.clone(), value.clone()));
-        known.put(origin, said.collect());
-    } else if let Some(said) = known.get(&origin) {
-        headers.extend(said.clone());
+        known.put(origin, learned.collect());
+    } else if let Some(learned) = known.get(&origin) {
+        headers.extend(learned.clone());
     }
     drop(known);
     response

@@ -15,13 +15,13 @@ use crate::{
 /// strict one does not: then what is answered is not what was judged.
 pub fn body(body: &[u8]) {
     let _ = GuardRequest::read(body).and_then(|question| question.chat());
-    let Ok(value) = json::read(body) else { return };
+    let Ok(value) = json::parse(body) else { return };
     for format in [Format::Messages, Format::Responses] {
         let _ = format
-            .read(value.clone(), &mut |_| Ok(Vec::new()))
-            .and_then(|(chat, _)| Body::of(chat, &[]));
+            .parse(value.clone(), &mut |_| Ok(Vec::new()))
+            .and_then(|(chat, _)| Body::parse(chat, &[]));
     }
-    let Ok(read) = Body::of(value, &[]) else { return };
+    let Ok(read) = Body::parse(value, &[]) else { return };
     if !read.has_images() {
         let lenient: serde_json::Value = serde_json::from_slice(body).unwrap_or_default();
         assert!(!names_an_image(&lenient["messages"]), "an image was overlooked");
@@ -32,8 +32,8 @@ pub fn body(body: &[u8]) {
     let again = request
         .body()
         .ok()
-        .and_then(|sent| json::read(&sent).ok())
-        .and_then(|value| Body::of(value, &[]).ok());
+        .and_then(|sent| json::parse(&sent).ok())
+        .and_then(|value| Body::parse(value, &[]).ok());
     let again = again
         .and_then(|read| read.request(&Limits::default(), ecso::Limits::default(), false).ok());
     assert!(
@@ -70,11 +70,11 @@ pub fn stream(stream: &[u8]) {
             stream.chunks(size).map(|piece| Ok::<_, std::io::Error>(Bytes::copy_from_slice(piece)));
         let pieces: Vec<_> = pieces.collect();
         // Every piece is there, so the reading never waits.
-        Completion::chunks(futures::stream::iter(pieces)).now_or_never()
+        Completion::from_stream(futures::stream::iter(pieces)).now_or_never()
     };
     let (whole, cut) = (read(usize::MAX), read(3));
     match (whole, cut) {
-        (Some(Ok(whole)), Some(Ok(cut))) => assert_eq!(whole.said(), cut.said()),
+        (Some(Ok(whole)), Some(Ok(cut))) => assert_eq!(whole.texts(), cut.texts()),
         (whole, cut) => assert_eq!(whole.map(|read| read.is_ok()), cut.map(|read| read.is_ok())),
     }
 }

@@ -32,11 +32,13 @@ pub(crate) async fn guard(
 ) -> Response {
     let admission = Arc::clone(&gateway.admission);
     gateway
-        .judge("guard", request, async |context, body| judged(context, body, &admission).await)
+        .judge_on_demand("guard", request, async |context, body| {
+            handle(context, body, &admission).await
+        })
         .await
 }
 
-async fn judged(
+async fn handle(
     context: &mut RequestContext,
     body: Bytes,
     admission: &Admission,
@@ -44,7 +46,7 @@ async fn judged(
     let question = GuardRequest::read(&body)?;
     drop(body);
     let _turn = context.in_time(admission.enter()).await?;
-    let body = Body::of(question.chat()?, &context.state.settings.allow_fields)?;
+    let body = Body::parse(question.chat()?, &context.state.settings.allow_fields)?;
     let mut request = context.prepare(body).await?;
     // Who asks wants a verdict, on texts too, and gets what may go out.
     (context.is_in_scope, context.mode) = (true, Mode::Enforce);
@@ -61,7 +63,7 @@ async fn judged(
         };
         let record = context.record(&request, BTreeMap::from([(0, draft.clone())]));
         let outcome = chat::judge(&guard, &request, 0, &draft, &record).await?;
-        Ok((outcome, record.written()))
+        Ok((outcome, record.finish()))
     };
     let (outcome, report) = context.in_time(work).await?;
     let mut response = Response::new(axum::body::Body::from(
@@ -109,7 +111,7 @@ impl GuardRequest {
         let unreadable = |why| {
             ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"))
         };
-        let body = crate::json::read(body).map_err(unreadable)?;
+        let body = crate::json::parse(body).map_err(unreadable)?;
         serde_json::from_value(body).map_err(|error| unreadable(error.to_string()))
     }
 

@@ -8,41 +8,41 @@ use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visi
 use serde_json::{Map, Value};
 
 /// Most values of a body; each takes about a hundred bytes.
-pub(crate) const MOST: usize = 100_000;
+pub(crate) const MAX_VALUES: usize = 100_000;
 
 /// Reads a body. Halves of characters are joined, or U+FFFD where the other half is missing.
 ///
 /// # Errors
 /// In words for the client: it is no JSON, a key stands there twice, or there is too much of it.
-pub(crate) fn read(body: &[u8]) -> Result<Value, String> {
+pub(crate) fn parse(body: &[u8]) -> Result<Value, String> {
     let text = std::str::from_utf8(body).map_err(|error| error.to_string())?;
-    surrogates::parse_seed(text, Strict { left: &Cell::new(MOST) })
+    surrogates::parse_seed(text, Strict { left: &Cell::new(MAX_VALUES) })
         .map_err(|error| error.to_string())
 }
 
 /// How many values a value has, itself among them.
-pub(crate) fn values(value: &Value) -> usize {
+pub(crate) fn count_values(value: &Value) -> usize {
     match value {
-        Value::Array(list) => 1 + list.iter().map(values).sum::<usize>(),
-        Value::Object(fields) => 1 + fields.values().map(values).sum::<usize>(),
+        Value::Array(list) => 1 + list.iter().map(count_values).sum::<usize>(),
+        Value::Object(fields) => 1 + fields.values().map(count_values).sum::<usize>(),
         _ => 1,
     }
 }
 
 /// Whether a value is made of numbers and names alone: it holds no sentence.
-pub(crate) fn says_little(value: &Value) -> bool {
+pub(crate) fn has_no_prose(value: &Value) -> bool {
     match value {
         Value::String(name) => name.len() <= 128 && !name.contains(char::is_whitespace),
-        Value::Array(list) => list.iter().all(says_little),
+        Value::Array(list) => list.iter().all(has_no_prose),
         Value::Object(fields) => {
-            fields.iter().all(|(name, value)| is_label(name) && says_little(value))
+            fields.iter().all(|(name, value)| is_field_name(name) && has_no_prose(value))
         }
         Value::Null | Value::Bool(_) | Value::Number(_) => true,
     }
 }
 
 /// Whether a field's name is one that servers give.
-pub(crate) fn is_label(name: &str) -> bool {
+pub(crate) fn is_field_name(name: &str) -> bool {
     name.len() <= 64
         && name
             .bytes()
@@ -118,7 +118,7 @@ impl<'de> Visitor<'de> for Strict<'_> {
             if fields.contains_key(&name) {
                 return Err(A::Error::custom(format_args!(
                     "`{}` stands there twice",
-                    shown(&name)
+                    printable(&name)
                 )));
             }
             fields.insert(name, value);
@@ -128,18 +128,18 @@ impl<'de> Visitor<'de> for Strict<'_> {
 }
 
 /// A name that a stranger chose, short and on one line.
-pub(crate) fn shown(name: &str) -> String {
+pub(crate) fn printable(name: &str) -> String {
     name.chars().take(64).map(|c| if c.is_control() { '\u{FFFD}' } else { c }).collect()
 }
 
 /// All texts in a value.
-pub(crate) fn texts_of<'v>(value: &'v Value, texts: &mut HashSet<&'v str>) {
+pub(crate) fn collect_texts<'v>(value: &'v Value, texts: &mut HashSet<&'v str>) {
     match value {
         Value::String(text) => {
             texts.insert(text);
         }
-        Value::Array(list) => list.iter().for_each(|value| texts_of(value, texts)),
-        Value::Object(fields) => fields.values().for_each(|value| texts_of(value, texts)),
+        Value::Array(list) => list.iter().for_each(|value| collect_texts(value, texts)),
+        Value::Object(fields) => fields.values().for_each(|value| collect_texts(value, texts)),
         _ => {}
     }
 }
@@ -155,7 +155,7 @@ mod tests {
         let text = r#" {"a": [1, -2, 0.5, true, null, "x\ud83d\ude00"], "b": {"a": {}}, "half": "\ud83d!"} "#;
         let value =
             json!({"a": [1, -2, 0.5, true, null, "x😀"], "b": {"a": {}}, "half": "\u{FFFD}!"});
-        assert_eq!((values(&value), read(text.as_bytes())), (11, Ok(value)));
+        assert_eq!((count_values(&value), parse(text.as_bytes())), (11, Ok(value)));
     }
 
     #[test]
@@ -167,12 +167,12 @@ mod tests {
             ("", "EOF"),
             ("{\"a\": \"\u{1}\"}", "control character"),
         ] {
-            let error = read(text.as_bytes()).unwrap_err();
+            let error = parse(text.as_bytes()).unwrap_err();
             assert!(error.contains(why), "{text}: {error}");
         }
-        assert!(read(b"{\"a\": \"\xff\"}").is_err());
-        assert!(read("[".repeat(1000).as_bytes()).is_err());
-        let zeros = format!("[{}0]", "0,".repeat(MOST));
-        assert!(read(zeros.as_bytes()).unwrap_err().contains("too many values"));
+        assert!(parse(b"{\"a\": \"\xff\"}").is_err());
+        assert!(parse("[".repeat(1000).as_bytes()).is_err());
+        let zeros = format!("[{}0]", "0,".repeat(MAX_VALUES));
+        assert!(parse(zeros.as_bytes()).unwrap_err().contains("too many values"));
     }
 }

@@ -21,7 +21,7 @@ use tower::{Layer, Service, ServiceExt};
 use crate::{
     error::ApiError,
     server::Gateway,
-    upstream::{Carrier, carried_by},
+    upstream::{Carrier, attach_carrier},
 };
 
 /// Puts a [`Gateway`]'s guard in front of a service that speaks one of the formats it reads: `POST
@@ -59,7 +59,7 @@ impl Gateway {
     /// ```
     #[must_use]
     pub fn layer(self: Arc<Self>) -> GuardLayer {
-        GuardLayer { router: self.carried() }
+        GuardLayer { router: self.carrier_router() }
     }
 }
 
@@ -94,7 +94,7 @@ where
         let inside =
             Inside { inner: self.inner.clone(), host, extensions: request.extensions().clone() };
         async move {
-            match carried_by(Arc::new(inside), request) {
+            match attach_carrier(Arc::new(inside), request) {
                 Ok(request) => router.oneshot(request).await,
                 Err(error) => Ok(error.into_response()),
             }

@@ -29,7 +29,7 @@ use crate::{
     context::RequestContext,
     error::{ApiError, ApiErrors},
     openapi::Part,
-    passthrough::others,
+    passthrough::passthrough,
     request::Body,
     server::Gateway,
 };
@@ -61,12 +61,12 @@ pub(crate) async fn moderations(
     request: axum::extract::Request,
 ) -> Response {
     if !gateway.state().settings.moderations {
-        return others(State(gateway), request).await;
+        return passthrough(State(gateway), request).await;
     }
     let admission = Arc::clone(&gateway.admission);
     gateway
-        .judge("moderations", request, async |context, body| {
-            moderated(context, body, &admission).await
+        .judge_on_demand("moderations", request, async |context, body| {
+            handle(context, body, &admission).await
         })
         .await
 }
@@ -99,11 +99,11 @@ struct Parts(Vec<Value>);
 pub(crate) struct ModerationFinding<'a> {
     id: &'a str,
     model: &'a str,
-    results: Vec<Found>,
+    results: Vec<ModerationResult>,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
-struct Found {
+struct ModerationResult {
     flagged: bool,
     /// `harm`; OpenAI's own are null: they are not told apart.
     categories: BTreeMap<&'static str, Option<bool>>,
@@ -113,7 +113,7 @@ struct Found {
     category_applied_input_types: BTreeMap<&'static str, Vec<&'static str>>,
 }
 
-impl Found {
+impl ModerationResult {
     fn of(outcome: &Outcome, kinds: &BTreeSet<&'static str>) -> Self {
         let flagged = outcome.verdict == Verdict::Unsafe;
         Self {
@@ -140,7 +140,7 @@ impl ModerationRequest {
     fn read(body: &[u8], most: usize) -> Result<Self, ApiError> {
         let invalid = |message: String| ApiError::bad_request("invalid_request", message);
         let unreadable = |why| invalid(format!("the body can't be read: {why}"));
-        let body = crate::json::read(body).map_err(unreadable)?;
+        let body = crate::json::parse(body).map_err(unreadable)?;
         let question: Self =
             serde_json::from_value(body).map_err(|error| unreadable(error.to_string()))?;
         let contents = question.contents();
@@ -184,7 +184,7 @@ impl ModerationRequest {
     }
 }
 
-async fn moderated(
+async fn handle(
     context: &mut RequestContext,
     body: Bytes,
     admission: &Admission,
@@ -198,7 +198,7 @@ async fn moderated(
     };
     let mut results = Vec::new();
     for content in question.contents() {
-        results.push(found(context, &model, content).await?);
+        results.push(judge_input(context, &model, content).await?);
     }
     let finding = json!(ModerationFinding { id: &context.id, model: &model, results });
     let mut response = Response::new(axum::body::Body::from(finding.to_string()));
@@ -209,9 +209,13 @@ async fn moderated(
 }
 
 /// Judges one input.
-async fn found(context: &mut RequestContext, model: &str, input: Value) -> Result<Found, ApiError> {
+async fn judge_input(
+    context: &mut RequestContext,
+    model: &str,
+    input: Value,
+) -> Result<ModerationResult, ApiError> {
     let body = json!({"model": model, "messages": [{"role": "user", "content": input}]});
-    let body = Body::of(body, &context.state.settings.allow_fields)?;
+    let body = Body::parse(body, &context.state.settings.allow_fields)?;
     let request = context.prepare(body).await?;
     let context = &*context;
     let RequestContext { state, headers, .. } = context;
@@ -219,12 +223,12 @@ async fn found(context: &mut RequestContext, model: &str, input: Value) -> Resul
     // Whatever is sent here is to be judged, and no answer to it is wanted.
     (profile.scope, profile.gate, profile.rewrite) = (Scope::All, Gate::Detected, Rewrite::Refuse);
     let sampling = profile.direct.sampling();
-    let guard = state.guarding(&request, headers, profile);
+    let guard = state.guard_under(&request, headers, profile);
     let work = async {
         let draft = state.draft(&request, headers, &sampling).await?;
         let record = context.record(&request, BTreeMap::from([(0, draft.clone())]));
         let outcome = chat::judge(&guard, &request, 0, &draft, &record).await?;
-        record.written();
+        record.finish();
         Ok(outcome)
     };
     let outcome = context.in_time(work).await?;
@@ -232,5 +236,5 @@ async fn found(context: &mut RequestContext, model: &str, input: Value) -> Resul
         ecso::Part::Text(_) => "text",
         ecso::Part::Image(_) => "image",
     });
-    Ok(Found::of(&outcome, &kinds.collect()))
+    Ok(ModerationResult::of(&outcome, &kinds.collect()))
 }

@@ -13,41 +13,42 @@ use serde_json::Value;
 use tracing::Instrument;
 
 use crate::{
-    context::{RequestContext, is_plain},
+    context::{RequestContext, check_content_headers},
     error::ApiError,
     json,
     routes::Route,
-    server::{Gateway, request_id, signed},
+    server::{Gateway, finish_response, request_id},
     settings::Mode,
     telemetry,
-    upstream::{Key, door},
+    upstream::{Credentials, door},
 };
 
 /// Every path that has no handler of its own.
-pub(crate) async fn others(
+pub(crate) async fn passthrough(
     State(gateway): State<Arc<Gateway>>,
     request: axum::extract::Request,
 ) -> Response {
     let (id, state) = (request_id(), gateway.state());
     let (head, body) = request.into_parts();
-    let (span, door) = (telemetry::span("other", &id, &head.headers), door(&head.extensions));
+    let (span, door) =
+        (telemetry::request_span("other", &id, &head.headers), door(&head.extensions));
     let answered = async {
         let (method, uri) = (head.method.clone(), head.uri.clone());
-        let context = gateway.begin(&state, &id, head)?;
-        pass(context, &method, &uri, body).await
+        let context = gateway.admit(&state, &id, head)?;
+        forward(context, &method, &uri, body).await
     };
-    signed(&id, (door, "other"), &state.metrics, answered.instrument(span)).await
+    finish_response(&id, (door, "other"), &state.metrics, answered.instrument(span)).await
 }
 
 /// Sends a request on, by its route.
-pub(crate) async fn pass(
+async fn forward(
     mut context: RequestContext,
     method: &axum::http::Method,
     uri: &axum::http::Uri,
     body: Body,
 ) -> Result<Response, ApiError> {
     let (path, state) = (uri.path(), Arc::clone(&context.state));
-    let Some(way) = context.way() else {
+    let Some(transport) = context.transport() else {
         return Err(ApiError::new(
             StatusCode::NOT_FOUND,
             "not_found",
@@ -55,31 +56,33 @@ pub(crate) async fn pass(
         ));
     };
     if context.mode == Mode::Enforce {
-        context.guarded();
+        context.keep_known_headers();
     }
-    let (key, body) = match Route::of(
+    let (credentials, body) = match Route::of(
         method,
         path,
         &state.settings.allow_routes,
-        way.knows_routes(),
+        transport.knows_routes(),
     ) {
-        Route::Allowed => (Key::Own, context.flowing(body)),
-        Route::Harmless if *method == axum::http::Method::POST => (Key::Own, context.flowing(body)),
+        Route::Allowed => (Credentials::Operator, context.stream_body(body)),
+        Route::Harmless if *method == axum::http::Method::POST => {
+            (Credentials::Operator, context.stream_body(body))
+        }
         // What has no body for us has none for the upstream. Who carries it must not wait for
         // somebody to read it.
         Route::Harmless => {
             drop(body);
             context.headers.remove(header::CONTENT_LENGTH);
-            (Key::Own, reqwest::Body::default())
+            (Credentials::Operator, reqwest::Body::default())
         }
         Route::Vectors => {
-            is_plain(&context.headers)?;
-            context.as_json();
+            check_content_headers(&context.headers)?;
+            context.set_json();
             let body = context.read(body).await?;
-            only_texts(&json::read(&body).map_err(|why| {
+            only_texts(&json::parse(&body).map_err(|why| {
                 ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"))
             })?)?;
-            (Key::Own, body.into())
+            (Credentials::Operator, body.into())
         }
         Route::Unknown => {
             let is_enforced = context.mode == Mode::Enforce || state.settings.mode_header;
@@ -96,16 +99,16 @@ pub(crate) async fn pass(
                 let message = format!(
                     "{method} {} is not passed on: what it gives would not be judged. An operator who wants it lists it in \
                      `gateway.allow_routes`",
-                    json::shown(path)
+                    json::printable(path)
                 );
                 return Err(ApiError::new(StatusCode::NOT_FOUND, "route_not_guarded", message));
             }
             // Nobody looks at it, so that nobody vouches for it: the operator's key stays here.
-            (Key::Clients, context.flowing(body))
+            (Credentials::Client, context.stream_body(body))
         }
     };
     let path = uri.path_and_query().map_or(path, |whole| whole.as_str());
-    context.pass(&way, key, method, path, body).await
+    context.forward(&transport, credentials, method, path, body).await
 }
 
 /// Texts become vectors; what else a server might take here (conversations, with images) is not
@@ -136,9 +139,9 @@ fn only_texts(body: &Value) -> Result<(), ApiError> {
         value.as_array().map_or(!value.is_object(), |list| list.iter().all(is_text))
     }
     let unknown = |name: &str| {
-        let message = format!("`{}` can't be passed on: only texts are", json::shown(name));
+        let message = format!("`{}` can't be passed on: only texts are", json::printable(name));
         ApiError {
-            param: Some(json::shown(name)),
+            param: Some(json::printable(name)),
             ..ApiError::bad_request("unknown_field", message)
         }
     };

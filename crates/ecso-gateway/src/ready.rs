@@ -4,10 +4,10 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Mutex;
 
-use crate::{context::QUICK, upstream::Upstream};
+use crate::{context::PROBE_TIMEOUT, upstream::Upstream};
 
 /// How long an answer holds.
-const HOLDS: Duration = Duration::from_secs(5);
+const MAX_AGE: Duration = Duration::from_secs(5);
 
 /// What was found last, and when.
 #[derive(Debug, Default)]
@@ -15,14 +15,15 @@ pub(crate) struct Readiness(Mutex<Option<(Instant, bool)>>);
 
 impl Readiness {
     /// Whether the upstream answers at all.
-    pub(crate) async fn of(&self, upstream: &Upstream) -> bool {
+    pub(crate) async fn check(&self, upstream: &Upstream) -> bool {
         let mut last = self.0.lock().await;
         if let Some((at, found)) = *last
-            && at.elapsed() < HOLDS
+            && at.elapsed() < MAX_AGE
         {
             return found;
         }
-        let found = matches!(tokio::time::timeout(QUICK, upstream.health()).await, Ok(Ok(())));
+        let found =
+            matches!(tokio::time::timeout(PROBE_TIMEOUT, upstream.health()).await, Ok(Ok(())));
         *last = Some((Instant::now(), found));
         found
     }

@@ -40,14 +40,14 @@ impl Recorded {
     ///
     /// # Errors
     /// What is wrong with it: no line of an audit log, or one without content.
-    pub fn read(line: &str, images: ecso::Limits) -> Result<Self, String> {
+    pub fn parse(line: &str, images: ecso::Limits) -> Result<Self, String> {
         let line: Line = serde_json::from_str(line)
             .map_err(|error| format!("not a line of an audit log: {error}"))?;
         if line.messages.is_null() {
             return Err("it has no content; record with gateway.audit.content = true".into());
         }
         let body = json!({"model": line.model, "messages": line.messages});
-        let body = Body::of(body, &[]).map_err(|error| error.message)?;
+        let body = Body::parse(body, &[]).map_err(|error| error.message)?;
         let request =
             body.request(&Limits::default(), images, true).map_err(|error| error.message)?;
         Ok(Self {
@@ -65,7 +65,7 @@ impl Recorded {
     ///
     /// # Errors
     /// [`GuardError`] when the model fails.
-    pub async fn again(&self, guard: &Guard<impl Mllm>) -> Result<Outcome, GuardError> {
+    pub async fn review(&self, guard: &Guard<impl Mllm>) -> Result<Outcome, GuardError> {
         match &self.draft {
             Some(draft) => guard.review(&self.chat, draft).await,
             None => guard.answer(&self.chat).await,

@@ -1,5 +1,5 @@
-//! A chat request, read: the fields that are known, and the conversation in them. What the upstream
-//! gets is written of the same fields, so that it answers what was judged.
+//! A chat request: its known fields, and the conversation in them. The body for the upstream is
+//! written from these fields, so that the upstream answers what was judged.
 
 use axum::http::StatusCode;
 use base64::{Engine, prelude::BASE64_STANDARD};
@@ -9,35 +9,35 @@ use serde_json::{Map, Value};
 use crate::{
     error::ApiError,
     fields::{
-        AUDIO_PART, IMAGE_PART, MESSAGE, OF_THE_TEMPLATE, ONCE, PLAIN, REFUSAL_PART, SAMPLING,
-        STEERING, TEXT_PART, THOUGHT_PART,
+        AUDIO_PART, IMAGE_PART, MESSAGE, PLAIN_TEXT_FIELDS, REFUSAL_PART, REQUEST,
+        RESERVED_TEMPLATE_KEYS, SAMPLING, STEERING, TEXT_PART, THINKING_PART,
     },
-    forms::{Form, Odd, Reader, fields_of},
+    forms::{FieldError, FieldVisitor, Form, known_fields},
     json,
     settings::Limits,
 };
 
-/// A body of which every field is known. Its images may still be elsewhere.
+/// A body whose fields are all known. Its images may still have to be fetched.
 #[derive(Debug)]
 pub(crate) struct Body {
     fields: Map<String, Value>,
     messages: Vec<Map<String, Value>>,
-    /// What the model is shown beside the texts of the messages.
-    beside: Vec<String>,
+    /// Texts that the model sees in addition to the conversation.
+    other_texts: Vec<String>,
     images: usize,
-    is_spoken: bool,
+    has_audio: bool,
     /// A field that no guarded chat may have.
     steering: Option<String>,
 }
 
-/// The model that a body names, as far as it can be read.
+/// The model that a body names, if it can be read.
 pub(crate) fn model(body: &Result<Value, String>) -> Option<&str> {
     body.as_ref().ok()?.get("model")?.as_str().filter(|name| !name.is_empty())
 }
 
 impl Body {
-    /// Knows the fields of a body, and `allowed` ones that the operator knows.
-    pub(crate) fn of(body: Value, allowed: &[String]) -> Result<Self, ApiError> {
+    /// Reads a body. `allowed` are additional fields that the operator lists.
+    pub(crate) fn parse(body: Value, allowed: &[String]) -> Result<Self, ApiError> {
         let invalid = |message: &str| ApiError::bad_request("invalid_request", message);
         let Value::Object(mut fields) = body else {
             return Err(invalid("the body must be a JSON object"));
@@ -46,40 +46,49 @@ impl Body {
             Some(Value::Array(messages)) if !messages.is_empty() => messages,
             _ => return Err(invalid("`messages` must be a list of messages")),
         };
-        let mut told = Told { allowed, texts: Vec::new() };
-        let known: Vec<(&str, Form)> = SAMPLING.iter().chain(ONCE).copied().collect();
+        let mut collector = TextCollector { allowed, texts: Vec::new() };
+        let known: Vec<(&str, Form)> = SAMPLING.iter().chain(REQUEST).copied().collect();
         let is_steering =
             |name: &str| STEERING.contains(&name) && !allowed.iter().any(|allowed| allowed == name);
-        let fits = |name: &str, value: &Value| {
-            known.iter().any(|(known, form)| *known == name && form.fits(value))
+        let is_accepted = |name: &str, value: &Value| {
+            known.iter().any(|(known, form)| *known == name && form.accepts(value))
         };
-        let steering = fields
-            .iter()
-            .find(|(name, value)| is_steering(name) && !value.is_null() && !fits(name, value));
+        let steering = fields.iter().find(|(name, value)| {
+            is_steering(name) && !value.is_null() && !is_accepted(name, value)
+        });
         let steering = steering.map(|(name, _)| name.clone());
-        fields.retain(|name, value| !is_steering(name) || fits(name, value));
+        fields.retain(|name, value| !is_steering(name) || is_accepted(name, value));
         let kwargs =
             fields.get("chat_template_kwargs").and_then(Value::as_object).into_iter().flatten();
         if let Some((name, _)) =
-            kwargs.into_iter().find(|(name, _)| OF_THE_TEMPLATE.contains(&name.as_str()))
+            kwargs.into_iter().find(|(name, _)| RESERVED_TEMPLATE_KEYS.contains(&name.as_str()))
         {
-            return Err(Odd::Unknown(format!("chat_template_kwargs.{name}")).into());
+            return Err(FieldError::Unknown(format!("chat_template_kwargs.{name}")).into());
         }
-        let fields = fields_of(&known, fields, "", &mut told)?;
-        told.texts.iter().try_for_each(|(at, text)| no_image_in(text, at))?;
+        let fields = known_fields(&known, fields, "", &mut collector)?;
+        collector.texts.iter().try_for_each(|(path, text)| reject_inline_image(text, path))?;
         let described = ["model", "tools", "functions", "response_format"];
-        let beside =
-            told.texts.into_iter().filter(|(path, _)| !described.contains(&field_of(path).0));
-        let beside = beside.map(|(_, text)| text).collect();
-        let mut body =
-            Self { fields, messages: Vec::new(), beside, images: 0, is_spoken: false, steering };
+        let other_texts = collector
+            .texts
+            .into_iter()
+            .filter(|(path, _)| !described.contains(&split_field(path).0));
+        let other_texts = other_texts.map(|(_, text)| text).collect();
+        let mut body = Self {
+            fields,
+            messages: Vec::new(),
+            other_texts,
+            images: 0,
+            has_audio: false,
+            steering,
+        };
         for (place, message) in messages.into_iter().enumerate() {
             body.add(message, place, allowed)?;
         }
         Ok(body)
     }
 
-    /// Adds a message: its known fields, and what it says beside its content and its calls.
+    /// Adds a message with its known fields, and collects its texts outside of content and tool
+    /// calls.
     fn add(&mut self, message: Value, place: usize, allowed: &[String]) -> Result<(), ApiError> {
         let path = format!("messages.{place}");
         let Value::Object(mut fields) = message else {
@@ -89,27 +98,26 @@ impl Body {
             ));
         };
         let content = fields.remove("content");
-        let mut told = Told { allowed, texts: Vec::new() };
-        let mut kept = fields_of(MESSAGE, fields, &path, &mut told)?;
+        let mut collector = TextCollector { allowed, texts: Vec::new() };
+        let mut kept = known_fields(MESSAGE, fields, &path, &mut collector)?;
         if !kept.contains_key("role") {
             return Err(ApiError::bad_request("invalid_request", format!("`{path}` has no role")));
         }
         if let Some(content) = content {
             kept.insert(
                 "content".to_owned(),
-                self.content(content, &format!("{path}.content"), &mut told)?,
+                self.content(content, &format!("{path}.content"), &mut collector)?,
             );
         }
-        // Servers put a message's texts together before they look for images in it.
-        let content = kept.get("content").map(joined).unwrap_or_default();
-        no_image_in(&content, &format!("{path}.content"))?;
-        told.texts.iter().try_for_each(|(at, text)| no_image_in(text, at))?;
-        let beside = told
-            .texts
-            .into_iter()
-            .filter(|(at, _)| is_beside(at.get(path.len() + 1..).unwrap_or_default()));
-        self.beside.extend(beside.map(|(_, text)| text));
-        self.beside.extend(names_that_speak(&kept));
+        // Servers join a message's texts before they look for images in them.
+        let content = kept.get("content").map(content_text).unwrap_or_default();
+        reject_inline_image(&content, &format!("{path}.content"))?;
+        collector.texts.iter().try_for_each(|(path, text)| reject_inline_image(text, path))?;
+        let other_texts = collector.texts.into_iter().filter(|(at, _)| {
+            is_outside_conversation(at.get(path.len() + 1..).unwrap_or_default())
+        });
+        self.other_texts.extend(other_texts.map(|(_, text)| text));
+        self.other_texts.extend(readable_ids(&kept));
         self.messages.push(kept);
         Ok(())
     }
@@ -118,14 +126,14 @@ impl Body {
         &mut self,
         content: Value,
         path: &str,
-        told: &mut Told<'_>,
+        collector: &mut TextCollector<'_>,
     ) -> Result<Value, ApiError> {
         match content {
             Value::Null | Value::String(_) => Ok(content),
             Value::Array(parts) => {
                 let parts = parts.into_iter().enumerate();
-                let parts =
-                    parts.map(|(place, part)| self.part(part, &format!("{path}.{place}"), told));
+                let parts = parts
+                    .map(|(place, part)| self.part(part, &format!("{path}.{place}"), collector));
                 Ok(Value::Array(parts.collect::<Result<_, _>>()?))
             }
             _ => Err(ApiError::bad_request(
@@ -135,17 +143,22 @@ impl Body {
         }
     }
 
-    fn part(&mut self, part: Value, path: &str, told: &mut Told<'_>) -> Result<Value, ApiError> {
+    fn part(
+        &mut self,
+        part: Value,
+        path: &str,
+        collector: &mut TextCollector<'_>,
+    ) -> Result<Value, ApiError> {
         let unsupported = |kind: &str| {
             let message =
-                format!("`{path}`: parts of type `{}` can't be guarded", json::shown(kind));
+                format!("`{path}`: parts of type `{}` can't be guarded", json::printable(kind));
             Err(ApiError::bad_request("unsupported_content", message))
         };
         if part.is_string() {
             return Ok(part);
         }
         let Value::Object(mut fields) = part else { return unsupported("(none)") };
-        // Servers tell by its field what a part without a type is.
+        // Servers infer the type of a part without one from its field.
         if !fields.contains_key("type") && fields.len() == 1 {
             let kind = ["text", "image_url"].into_iter().find(|kind| fields.contains_key(*kind));
             fields.extend(kind.map(|kind| ("type".to_owned(), kind.into())));
@@ -154,42 +167,43 @@ impl Body {
         let (known, needs) = match kind.as_str() {
             "text" | "input_text" | "output_text" => (TEXT_PART, "text"),
             "refusal" => (REFUSAL_PART, "refusal"),
-            "thinking" | "redacted_thinking" | "reasoning" => (THOUGHT_PART, "type"),
+            "thinking" | "redacted_thinking" | "reasoning" => (THINKING_PART, "type"),
             "image_url" | "input_image" => (IMAGE_PART, "image_url"),
             "input_audio" => (AUDIO_PART, "input_audio"),
             other => return unsupported(other),
         };
-        let mut kept = fields_of(known, fields, path, told)?;
+        let mut kept = known_fields(known, fields, path, collector)?;
         if kept.get(needs).is_none_or(Value::is_null) {
             let code = if needs == "image_url" { "invalid_image" } else { "invalid_request" };
             return Err(ApiError::bad_request(code, format!("`{path}` has no `{needs}`")));
         }
-        self.is_spoken |= needs == "input_audio";
+        self.has_audio |= needs == "input_audio";
         if needs == "image_url" {
             self.images += 1;
-            one_detail(&mut kept, path)?;
+            merge_detail(&mut kept, path)?;
         }
         Ok(kept.into())
     }
 
-    /// About how many tokens the model is shown. What an image has is another number for each
-    /// model.
+    /// Estimates how many tokens the model sees. The tokens of an image differ between models.
     pub(crate) fn tokens(&self) -> u64 {
-        let messages =
-            self.messages.iter().map(|message| 16 + message.values().map(quarters).sum::<u64>());
-        let beside = ["tools", "response_format"]
+        let messages = self
+            .messages
+            .iter()
+            .map(|message| 16 + message.values().map(quarter_tokens).sum::<u64>());
+        let definitions = ["tools", "response_format"]
             .into_iter()
             .filter_map(|name| self.fields.get(name))
-            .map(quarters);
-        messages.chain(beside).sum::<u64>().div_ceil(4)
+            .map(quarter_tokens);
+        messages.chain(definitions).sum::<u64>().div_ceil(4)
     }
 
-    /// Whether an image stands in any turn.
+    /// Whether any turn has an image.
     pub(crate) fn has_images(&self) -> bool {
         self.images > 0
     }
 
-    /// The addresses of images that are elsewhere.
+    /// The URLs of images that are not data URLs.
     pub(crate) fn remote_images(&mut self) -> Vec<&mut String> {
         self.urls().filter(|url| !is_data_url(url)).collect()
     }
@@ -198,33 +212,33 @@ impl Body {
         self.contents().flatten().filter_map(url_of)
     }
 
-    /// The contents that are lists of parts.
+    /// The message contents that are lists of parts.
     fn contents(&mut self) -> impl Iterator<Item = &mut Vec<Value>> {
         self.messages.iter_mut().filter_map(|message| message.get_mut("content")?.as_array_mut())
     }
 
-    /// Reads the images. From here on a document is a part for each of its pages, and every URL as
-    /// it was read.
+    /// Reads the images. Afterwards a document is one part for each of its pages, and every URL is
+    /// written as it was read.
     fn images(
         &mut self,
         limits: &Limits,
         bounds: ecso::Limits,
-        passed: bool,
+        allow_urls: bool,
     ) -> Result<Vec<Image>, ApiError> {
-        let (mut read, mut made_bytes) = (Vec::new(), 0);
+        let (mut read, mut total_converted) = (Vec::new(), 0);
         for content in self.contents() {
             for mut part in std::mem::take(content) {
                 let Some(url) = url_of(&mut part) else {
                     content.push(part);
                     continue;
                 };
-                let mut came = std::mem::take(url);
-                for image in images(&came, bounds, passed)? {
+                let mut original = std::mem::take(url);
+                for image in images(&original, bounds, allow_urls)? {
                     let mut part = part.clone();
                     if let Some(url) = url_of(&mut part) {
-                        *url = written(&image, &mut came);
+                        *url = canonical_url(&image, &mut original);
                     }
-                    made_bytes += made(&image);
+                    total_converted += converted_bytes(&image);
                     content.push(part);
                     read.push(image);
                 }
@@ -232,9 +246,9 @@ impl Body {
                     let message = format!("at most {} images are allowed", limits.images);
                     return Err(ApiError::bad_request("too_many_images", message));
                 }
-                if made_bytes > limits.body {
+                if total_converted > limits.body {
                     let message = format!(
-                        "the images of documents have at most {} bytes together",
+                        "the pages of documents may have at most {} bytes in total",
                         limits.body
                     );
                     return Err(ApiError::new(
@@ -248,24 +262,25 @@ impl Body {
         Ok(read)
     }
 
-    /// The request, its images read. URLs of images stay only if they are `passed` on.
+    /// Turns the body into a request and reads its images. `allow_urls` keeps images that are named
+    /// by a URL.
     pub(crate) fn request(
         mut self,
         limits: &Limits,
         images: ecso::Limits,
-        passed: bool,
+        allow_urls: bool,
     ) -> Result<Request, ApiError> {
         let invalid = |message: String| ApiError::bad_request("invalid_request", message);
         if let Some(name) = self.steering {
-            return Err(Odd::Unknown(name).into());
+            return Err(FieldError::Unknown(name).into());
         }
         let format = self.fields.get("response_format").filter(|format| !format.is_null());
         if format.is_some_and(|format| {
             !matches!(format["type"].as_str(), Some("text" | "json_object" | "json_schema"))
         }) {
-            return Err(Odd::Misfit("response_format.type".into()).into());
+            return Err(FieldError::Invalid("response_format.type".into()).into());
         }
-        if self.is_spoken {
+        if self.has_audio {
             let message = "parts of type `input_audio` can't be guarded";
             return Err(ApiError::bad_request("unsupported_content", message));
         }
@@ -275,17 +290,17 @@ impl Body {
         }
         let choices = match self.fields.get("n") {
             None | Some(Value::Null) => Some(1),
-            // Some clients count in floating point.
+            // Some clients send integers as floating-point numbers.
             Some(n) => (1..=limits.choices).find(|count| n.as_f64() == Some(f64::from(*count))),
         };
         let choices =
             choices.ok_or_else(|| invalid(format!("`n` must be 1 to {}", limits.choices)))?;
-        let read = self.images(limits, images, passed)?;
+        let read = self.images(limits, images, allow_urls)?;
         let turns = turns(&self.messages, read)?;
         if !turns.iter().any(|turn| turn.role == Role::User) {
-            return Err(invalid("`messages` has no message of the user".into()));
+            return Err(invalid("`messages` has no user message".into()));
         }
-        let definitions = definitions(&self.fields).chain(self.beside).collect();
+        let definitions = definitions(&self.fields).chain(self.other_texts).collect();
         let chat = Chat { turns, definitions, ..Chat::default() };
         let texts = chat
             .turns
@@ -293,7 +308,10 @@ impl Body {
             .map(|turn| turn.query().len())
             .chain(chat.definitions.iter().map(String::len));
         if texts.sum::<usize>() > limits.text {
-            let message = format!("the texts of a guarded chat have at most {} bytes", limits.text);
+            let message = format!(
+                "the texts of a guarded chat may have at most {} bytes in total",
+                limits.text
+            );
             return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "too_much_text", message));
         }
         let model = self.fields.get("model").and_then(Value::as_str).unwrap_or_default().to_owned();
@@ -309,16 +327,16 @@ pub(crate) struct Request {
     messages: Vec<Map<String, Value>>,
     /// The conversation.
     pub(crate) chat: Chat,
-    /// The model that is asked for.
+    /// The requested model.
     pub(crate) model: String,
-    /// Whether the answer is to be streamed.
+    /// Whether the answer is streamed.
     pub(crate) stream: bool,
-    /// How many answers.
+    /// The number of choices.
     pub(crate) choices: u32,
 }
 
 impl Request {
-    /// What the upstream gets: the known fields, and the images as they were read.
+    /// The body for the upstream: the known fields, and the images as they were read.
     pub(crate) fn body(&self) -> Result<Vec<u8>, ApiError> {
         #[derive(serde::Serialize)]
         struct Sent<'a> {
@@ -331,7 +349,7 @@ impl Request {
             .map_err(|error| ApiError::bad_request("invalid_request", error.to_string()))
     }
 
-    /// The messages, for an operator who wants them recorded.
+    /// The messages, for the audit log and for stored conversations.
     pub(crate) fn messages(&self) -> &[Map<String, Value>] {
         &self.messages
     }
@@ -341,21 +359,21 @@ impl Request {
         self.fields.get("stream_options").is_some_and(|options| options["include_usage"] == true)
     }
 
-    /// The client's own sampling and format, for the safe answer of a server: every field as it
-    /// came.
+    /// The client's sampling and response format, for the safe answer from a server. Every field is
+    /// unchanged.
     pub(crate) fn sampling(&self) -> Sampling {
         let mut extra = self.fields.clone();
         extra.retain(|field, _| SAMPLING.iter().any(|(known, _)| known == field));
         Sampling { extra, ..Sampling::default() }
     }
 
-    /// What the guard's own calls carry of the request: fields that change how the model sees or
-    /// thinks, as far as they are switches and numbers. A text could be a template, or a word to
-    /// the judge.
+    /// The fields that the guard's own calls take over from the request: those that change how the
+    /// model sees or thinks, limited to booleans and numbers. A text could be a template, or a
+    /// message to the judge.
     pub(crate) fn extra(&self) -> Map<String, Value> {
         let mut extra = Map::new();
         for name in ["chat_template_kwargs", "mm_processor_kwargs"] {
-            let kept = self.fields.get(name).and_then(|value| switches(name, value));
+            let kept = self.fields.get(name).and_then(|value| only_switches(name, value));
             extra.extend(kept.map(|kept| (name.to_owned(), kept)));
         }
         extra
@@ -371,22 +389,23 @@ impl Request {
 
     /// Whether it asks for one plain text, and nothing else.
     pub(crate) fn wants_plain_text(&self) -> bool {
-        let is_known =
-            |name: &str| PLAIN.contains(&name) || (name == "response_format" && !self.wants_json());
+        let is_known = |name: &str| {
+            PLAIN_TEXT_FIELDS.contains(&name) || (name == "response_format" && !self.wants_json())
+        };
         let is_none = |value: &Value| matches!(value, Value::Null | Value::Bool(false));
         self.choices == 1
             && self.fields.iter().all(|(name, value)| is_none(value) || is_known(name))
     }
 
-    /// Whether a model in this process can answer it.
-    pub(crate) fn for_own_model(&self) -> Result<(), ApiError> {
+    /// Returns an error if a model in this process can't answer it.
+    pub(crate) fn check_local_support(&self) -> Result<(), ApiError> {
         for field in ["tools", "functions"] {
             let is_asked =
                 |value: &Value| value.as_array().map_or(!value.is_null(), |list| !list.is_empty());
             if self.fields.get(field).is_some_and(is_asked) {
                 return Err(ApiError::bad_request(
                     "unsupported",
-                    format!("this model has no `{field}`"),
+                    format!("this model does not support `{field}`"),
                 ));
             }
         }
@@ -403,8 +422,8 @@ impl Request {
         Ok(())
     }
 
-    /// The client's own sampling, for a model in this process.
-    pub(crate) fn own_sampling(&self) -> Sampling {
+    /// The client's sampling, for a model in this process.
+    pub(crate) fn local_sampling(&self) -> Sampling {
         #[expect(clippy::cast_possible_truncation, reason = "a temperature")]
         let float =
             |name: &str| self.fields.get(name).and_then(Value::as_f64).map(|value| value as f32);
@@ -424,36 +443,36 @@ impl Request {
     }
 }
 
-/// About how many quarters of a token a value has: four letters of ASCII are one token, and any
-/// other letter is.
-fn quarters(value: &Value) -> u64 {
+/// Estimates the size of a value in quarters of a token: four ASCII characters are one token, and
+/// so is any other character.
+fn quarter_tokens(value: &Value) -> u64 {
     const IMAGE: u64 = 4 * 1600;
     let text =
         |text: &str| text.chars().map(|letter| if letter.is_ascii() { 1 } else { 4 }).sum::<u64>();
     match value {
         Value::String(value) => text(value),
-        Value::Array(list) => list.iter().map(quarters).sum(),
+        Value::Array(list) => list.iter().map(quarter_tokens).sum(),
         Value::Object(fields) if fields.contains_key("image_url") => IMAGE,
         Value::Object(fields) => {
-            fields.iter().map(|(name, value)| text(name) + 2 + quarters(value)).sum()
+            fields.iter().map(|(name, value)| text(name) + 2 + quarter_tokens(value)).sum()
         }
         Value::Null | Value::Bool(_) | Value::Number(_) => 4,
     }
 }
 
-/// A path's first field, and the rest.
-fn field_of(path: &str) -> (&str, &str) {
+/// Splits a path into its first field and the rest.
+fn split_field(path: &str) -> (&str, &str) {
     path.split_once('.').unwrap_or((path, ""))
 }
 
-/// Whether what stands at `path` in a message is told apart: content and calls stand in the
-/// conversation itself, and ids say something only if [`names_that_speak`] finds words in them.
-fn is_beside(path: &str) -> bool {
-    let (field, rest) = field_of(path);
+/// Whether the text at this `path` of a message is judged separately. Contents and calls are part
+/// of the conversation, and [`readable_ids`] handles ids.
+fn is_outside_conversation(path: &str) -> bool {
+    let (field, rest) = split_field(path);
     match field {
         "content" => rest.contains("annotations"),
         "tool_call_id" | "id" => false,
-        "function_call" => !matches!(field_of(rest).0, "name" | "arguments"),
+        "function_call" => !matches!(split_field(rest).0, "name" | "arguments"),
         "tool_calls" => {
             let mut below = rest.split('.').skip(1);
             !matches!(
@@ -465,8 +484,8 @@ fn is_beside(path: &str) -> bool {
     }
 }
 
-/// What of a field are switches, numbers and efforts, at any depth.
-fn switches(name: &str, value: &Value) -> Option<Value> {
+/// The booleans, numbers and effort levels in a field, at any depth.
+fn only_switches(name: &str, value: &Value) -> Option<Value> {
     const EFFORTS: [&str; 3] = ["low", "medium", "high"];
     match value {
         Value::Bool(_) | Value::Number(_) => Some(value.clone()),
@@ -474,13 +493,13 @@ fn switches(name: &str, value: &Value) -> Option<Value> {
             .then(|| value.clone()),
         Value::Array(list) => list
             .iter()
-            .map(|value| switches("", value))
+            .map(|value| only_switches("", value))
             .collect::<Option<Vec<_>>>()
             .map(Value::from),
         Value::Object(fields) => {
             let kept = fields
                 .iter()
-                .filter_map(|(name, value)| Some((name.clone(), switches(name, value)?)));
+                .filter_map(|(name, value)| Some((name.clone(), only_switches(name, value)?)));
             let kept: Map<String, Value> = kept.collect();
             (!kept.is_empty()).then(|| kept.into())
         }
@@ -488,32 +507,33 @@ fn switches(name: &str, value: &Value) -> Option<Value> {
     }
 }
 
-/// One `detail` for an image: of two that differ servers take one or the other.
-fn one_detail(part: &mut Map<String, Value>, path: &str) -> Result<(), ApiError> {
-    let Some(beside) = part.get("detail").filter(|detail| !detail.is_null()).cloned() else {
+/// Merges the two places for the `detail` of an image. If they differ, servers disagree about which
+/// one holds.
+fn merge_detail(part: &mut Map<String, Value>, path: &str) -> Result<(), ApiError> {
+    let Some(outer) = part.get("detail").filter(|detail| !detail.is_null()).cloned() else {
         return Ok(());
     };
     let Some(Value::Object(image)) = part.get_mut("image_url") else { return Ok(()) };
-    if image.get("detail").is_some_and(|within| !within.is_null() && *within != beside) {
+    if image.get("detail").is_some_and(|inner| !inner.is_null() && *inner != outer) {
         return Err(ApiError::bad_request(
             "invalid_request",
             format!("`{path}` has two different `detail`s"),
         ));
     }
-    image.insert("detail".to_owned(), beside);
+    image.insert("detail".to_owned(), outer);
     part.remove("detail");
     Ok(())
 }
 
-/// Some servers find images in texts, as Markdown and HTML have them: where one is written out, no
-/// text is only a text.
-fn no_image_in(text: &str, path: &str) -> Result<(), ApiError> {
+/// Refuses an image that is written out in a text. Some servers find images in Markdown or HTML, so
+/// such a text is more than a text.
+fn reject_inline_image(text: &str, path: &str) -> Result<(), ApiError> {
     const LONGEST_HEAD: usize = 100;
     let bytes = text.as_bytes();
     let is_image = memchr::memchr_iter(b':', bytes).any(|colon| {
         let is_data = colon >= 4 && bytes[colon - 4..colon].eq_ignore_ascii_case(b"data");
         let head = &bytes[colon..bytes.len().min(colon + LONGEST_HEAD)];
-        // A media type stands between, and no words.
+        // Only a media type may stand between, and no words.
         let is_base64 = || {
             let end = head.windows(8).position(|part| part.eq_ignore_ascii_case(b";base64,"));
             let is_type = |byte: &u8| byte.is_ascii_alphanumeric() || b"/.+;=-".contains(byte);
@@ -533,21 +553,23 @@ fn no_image_in(text: &str, path: &str) -> Result<(), ApiError> {
     });
     if is_image {
         let message = format!(
-            "`{path}` has an image in its text, which some servers would read: send it as a part of its own"
+            "`{path}` has an image in its text, which some servers would read: send the image as \
+             a part of its own"
         );
         return Err(ApiError::bad_request("image_in_text", message));
     }
     Ok(())
 }
 
-/// Hears what a body says where no content stands, and knows what the operator allows.
-struct Told<'a> {
+/// Collects the texts of a body outside of message contents. Accepts the fields that the operator
+/// allows.
+struct TextCollector<'a> {
     allowed: &'a [String],
-    /// By path.
+    /// With their paths.
     texts: Vec<(String, String)>,
 }
 
-impl Reader for Told<'_> {
+impl FieldVisitor for TextCollector<'_> {
     fn text(&mut self, path: &str, text: String) -> String {
         if !text.trim().is_empty() {
             self.texts.push((path.to_owned(), text.clone()));
@@ -559,64 +581,64 @@ impl Reader for Told<'_> {
         self.texts.push((path.to_owned(), name.to_owned()));
     }
 
-    fn unknown(&mut self, path: &str, name: &str) -> Result<bool, Odd> {
+    fn unknown(&mut self, path: &str, name: &str) -> Result<bool, FieldError> {
         if self.allowed.iter().any(|allowed| allowed == name) {
             Ok(true)
         } else {
-            Err(Odd::Unknown(path.to_owned()))
+            Err(FieldError::Unknown(path.to_owned()))
         }
     }
 
-    fn misfit(&mut self, path: &str) -> Result<(), Odd> {
-        Err(Odd::Misfit(path.to_owned()))
+    fn invalid(&mut self, path: &str) -> Result<(), FieldError> {
+        Err(FieldError::Invalid(path.to_owned()))
     }
 }
 
-impl From<Odd> for ApiError {
-    fn from(odd: Odd) -> Self {
-        let (code, message) = match &odd {
-            Odd::Unknown(path) => (
+impl From<FieldError> for ApiError {
+    fn from(error: FieldError) -> Self {
+        let (code, message) = match &error {
+            FieldError::Unknown(path) => (
                 "unknown_field",
                 format!(
-                    "`{path}` is not known to the guard, so that it can't be judged: leave it out, or have the operator list the \
-                     field in `gateway.allow_fields`"
+                    "`{path}` is not known to the guard, so it can't be judged: leave it out, or ask the \
+                     operator to list the field in `gateway.allow_fields`"
                 ),
             ),
-            Odd::Misfit(path) => (
+            FieldError::Invalid(path) => (
                 "invalid_value",
                 format!(
-                    "`{path}` has a value that the guard does not know for it; docs/server.md says why"
+                    "`{path}` has a value that the guard does not accept here; docs/server.md explains why"
                 ),
             ),
         };
-        let (Odd::Unknown(path) | Odd::Misfit(path)) = odd;
+        let (FieldError::Unknown(path) | FieldError::Invalid(path)) = error;
         Self { param: Some(path), ..Self::bad_request(code, message) }
     }
 }
 
-/// Ids of a message that could be read as words: most are drawn by a machine, and say nothing.
-fn names_that_speak(message: &Map<String, Value>) -> Vec<String> {
+/// The ids of a message that could be read as words. Most ids are random, and say nothing.
+fn readable_ids(message: &Map<String, Value>) -> Vec<String> {
     let calls = message.get("tool_calls").and_then(Value::as_array).into_iter().flatten();
     let of_calls = calls.filter_map(|call| {
-        // Some servers make the id of the function's name.
+        // Some servers build the id from the name of the function.
         let function = call["function"]["name"].as_str().unwrap_or_default();
         Some(call["id"].as_str()?.replacen(function, "", 1))
     });
     let own = ["tool_call_id", "id"]
         .into_iter()
         .filter_map(|name| Some(message.get(name)?.as_str()?.to_owned()));
-    // Behind this mark a seal follows.
+    // A signature follows this mark.
     let unsealed = of_calls
         .chain(own)
         .map(|name| name.split("__thought__").next().unwrap_or_default().to_owned());
-    unsealed.filter(|name| words(name) > 2).collect()
+    unsealed.filter(|name| count_words(name) > 2).collect()
 }
 
-fn words(name: &str) -> usize {
+fn count_words(name: &str) -> usize {
     name.split(|c: char| !c.is_ascii_alphabetic()).filter(|run| run.len() > 2).count()
 }
 
-/// What the model is shown beside the messages, each as JSON text: tools, and the form of its
+/// What the model sees in addition to the messages, each as JSON text: tools, and the format of the
 /// answer.
 fn definitions(fields: &Map<String, Value>) -> impl Iterator<Item = String> {
     fn list(field: Option<&Value>) -> &[Value] {
@@ -624,7 +646,7 @@ fn definitions(fields: &Map<String, Value>) -> impl Iterator<Item = String> {
             .map(|field| field.as_array().map_or(std::slice::from_ref(field), Vec::as_slice))
             .unwrap_or_default()
     }
-    // Of a plain function tool the frame says nothing.
+    // The wrapper of a plain function tool says nothing.
     let is_framed = |tool: &Value| {
         tool.as_object()
             .is_some_and(|tool| tool.keys().all(|name| name == "type" || name == "function"))
@@ -641,25 +663,26 @@ fn definitions(fields: &Map<String, Value>) -> impl Iterator<Item = String> {
     all.filter(|tool| !tool.is_null()).map(Value::to_string)
 }
 
-/// The turns of a conversation, in their order; `images` are those of all its parts. What tools
-/// were asked, said and show belongs to the question that they serve.
+/// The turns of a conversation, in order; `images` are the images of all parts. Calls and results
+/// of tools belong to the question that they serve.
 fn turns(messages: &[Map<String, Value>], images: Vec<Image>) -> Result<Vec<Turn>, ApiError> {
     let mut turns: Vec<Turn> = Vec::new();
     let mut images = images.into_iter();
     let mut behind_tool = false;
     for message in messages {
-        let (mut parts, called) = (parts(message.get("content"), &mut images)?, calls(message));
+        let (mut parts, called) =
+            (parts(message.get("content"), &mut images)?, tool_call_texts(message));
         let role = message.get("role").and_then(Value::as_str);
-        // In a chat the images of a tool are the user's, right behind its result.
+        // In a chat, the images of a tool are in a user message right after its result.
         let has_image = parts.iter().any(|part| matches!(part, Part::Image(_)));
         let is_shown = std::mem::replace(&mut behind_tool, role == Some("tool")) && has_image;
         let role = match role {
             Some("user") if is_shown => {
-                question(&mut turns).parts.extend(parts);
+                open_user_turn(&mut turns).parts.extend(parts);
                 continue;
             }
             Some(role @ ("system" | "developer" | "user")) => {
-                // Only assistants call tools, but a template may show whatever stands there.
+                // Only assistants call tools, but a template may show calls in any message.
                 parts.extend(called.into_iter().map(Part::Text));
                 if role == "user" { Role::User } else { Role::System }
             }
@@ -669,13 +692,13 @@ fn turns(messages: &[Map<String, Value>], images: Vec<Image>) -> Result<Vec<Turn
                 if role != "assistant" {
                     parts.insert(0, Part::Text("[A tool's result:]".into()));
                 }
-                question(&mut turns).parts.extend(parts);
+                open_user_turn(&mut turns).parts.extend(parts);
                 continue;
             }
             _ => {
                 return Err(ApiError::bad_request(
                     "invalid_request",
-                    "a message has no role that is known here",
+                    "a message has no known role",
                 ));
             }
         };
@@ -684,8 +707,8 @@ fn turns(messages: &[Map<String, Value>], images: Vec<Image>) -> Result<Vec<Turn
     Ok(turns)
 }
 
-/// The question that is not answered yet, or a new one.
-fn question(turns: &mut Vec<Turn>) -> &mut Turn {
+/// The last user turn that is not answered yet, or a new one.
+fn open_user_turn(turns: &mut Vec<Turn>) -> &mut Turn {
     let behind_answer =
         turns.iter().rposition(|turn| turn.role == Role::Assistant).map_or(0, |answer| answer + 1);
     let open = turns[behind_answer..].iter().rposition(|turn| turn.role == Role::User);
@@ -696,8 +719,8 @@ fn question(turns: &mut Vec<Turn>) -> &mut Turn {
     &mut turns[place]
 }
 
-/// The tools that a message calls, in words.
-fn calls(message: &Map<String, Value>) -> Vec<String> {
+/// The tool calls of a message, as texts.
+fn tool_call_texts(message: &Map<String, Value>) -> Vec<String> {
     let functions = message.get("tool_calls").and_then(Value::as_array).into_iter().flatten();
     let functions = functions.map(|call| &call["function"]).filter(|function| function.is_object());
     functions
@@ -719,7 +742,7 @@ fn parts(
                 .next()
                 .map(|image| Part::Image(image.with_view(view)))
                 .ok_or_else(|| ApiError::bad_request("invalid_image", "an image part has no URL")),
-            _ => Ok(Part::Text(said(part))),
+            _ => Ok(Part::Text(part_text(part))),
         }
     };
     match content {
@@ -730,30 +753,30 @@ fn parts(
 }
 
 /// The text of a part.
-fn said(part: &Value) -> String {
+fn part_text(part: &Value) -> String {
     match part {
         Value::String(text) => text.clone(),
-        Value::Array(parts) => parts.iter().map(said).collect::<Vec<_>>().join("\n"),
+        Value::Array(parts) => parts.iter().map(part_text).collect::<Vec<_>>().join("\n"),
         Value::Object(fields) => {
             let texts = ["text", "refusal", "thinking"]
                 .into_iter()
                 .filter_map(|name| fields.get(name))
-                .map(said);
+                .map(part_text);
             texts.filter(|text| !text.is_empty()).collect::<Vec<_>>().join("\n")
         }
         Value::Null | Value::Bool(_) | Value::Number(_) => String::new(),
     }
 }
 
-/// All texts of a content, one behind the other.
-fn joined(content: &Value) -> String {
+/// All texts of a content, joined.
+fn content_text(content: &Value) -> String {
     match content {
-        Value::Array(parts) => parts.iter().map(said).collect(),
-        content => said(content),
+        Value::Array(parts) => parts.iter().map(part_text).collect(),
+        content => part_text(content),
     }
 }
 
-/// How the model is to look at an image: the fields of its part, where they stand.
+/// The fields of an image part that say how the model is to look at the image.
 fn view(part: &Value) -> Map<String, Value> {
     let fields = part.as_object().into_iter().flatten();
     let is_word = |name: &str| ["detail", "modalities", "format"].contains(&name);
@@ -785,41 +808,41 @@ fn url_of(part: &mut Value) -> Option<&mut String> {
     }
 }
 
-/// The images behind a URL: one, or the pages of a document.
-fn images(url: &str, limits: ecso::Limits, passed: bool) -> Result<Vec<Image>, ApiError> {
+/// The images at a URL: one image, or the pages of a document.
+fn images(url: &str, limits: ecso::Limits, allow_urls: bool) -> Result<Vec<Image>, ApiError> {
     let invalid = |message: String| ApiError::bad_request("invalid_image", message);
     if is_data_url(url) {
         let images =
             decode_data_url(url, limits.bytes).and_then(|bytes| Image::several(bytes, limits));
         return images.map_err(|error| invalid(error.to_string()));
     }
-    if is_remote(url) && passed {
+    if is_remote(url) && allow_urls {
         return Ok(vec![Image::from_url(url.trim())]);
     }
-    let message = "an image is given by a http, https or data URL; a file's bytes, or bare base64, are sent as \
-                   data:image/png;base64,…";
+    let message = "an image must be an http, https or data URL; send the bytes of a file, or plain \
+                   base64, as data:image/png;base64,…";
     Err(invalid(message.into()))
 }
 
-/// The URL of an image that `came` as one. A data URL is written as it was read here: servers read
-/// odd ones in different ways.
-fn written(image: &Image, came: &mut String) -> String {
-    let Some((bytes, kind)) = image.encoded() else { return std::mem::take(came) };
+/// The URL that the upstream gets for an image with this `original` URL. A data URL is written from
+/// the bytes that were read here, because servers read unusual ones in different ways.
+fn canonical_url(image: &Image, original: &mut String) -> String {
+    let Some((bytes, kind)) = image.encoded() else { return std::mem::take(original) };
     let head = format!("data:{kind};base64,");
-    let is_plain = came.strip_prefix(&head).is_some_and(is_plain_base64);
+    let is_plain = original.strip_prefix(&head).is_some_and(is_plain_base64);
     if is_plain && !image.is_converted() {
-        std::mem::take(came)
+        std::mem::take(original)
     } else {
         head + &BASE64_STANDARD.encode(bytes)
     }
 }
 
-/// Bytes of an image that were made here.
-pub(crate) fn made(image: &Image) -> usize {
+/// Bytes of an image that was converted here. 0 for other images.
+pub(crate) fn converted_bytes(image: &Image) -> usize {
     image.encoded().filter(|_| image.is_converted()).map_or(0, |(bytes, _)| bytes.len())
 }
 
-/// Whether a text is the URL of something elsewhere.
+/// Whether a text is an http or https URL.
 pub(crate) fn is_remote(url: &str) -> bool {
     let start: String = url.trim_start().chars().take(8).collect::<String>().to_ascii_lowercase();
     start.starts_with("http://") || start.starts_with("https://")
@@ -829,7 +852,7 @@ fn is_plain_base64(data: &str) -> bool {
     let body = data.trim_end_matches('=');
     data.len().is_multiple_of(4)
         && data.len() - body.len() <= 2
-        // Without a way out early: so it is done 64 bytes at a time.
+        // Without an early exit, the compiler checks 64 bytes at a time.
         && body.bytes().fold(true, |plain, byte| {
             plain & (byte.is_ascii_alphanumeric() | matches!(byte, b'+' | b'/'))
         })

@@ -1,4 +1,4 @@
-//! The server: routes and the way of a chat request.
+//! The server: its routes, and how a chat request is handled.
 
 use std::{
     io,
@@ -28,8 +28,8 @@ use crate::{
     access::{API_KEY, Admission},
     audit::Audit,
     chat,
-    connections::places,
-    context::{self, RequestContext, is_plain},
+    connections::max_connections,
+    context::{self, RequestContext, check_content_headers},
     cors::{self, Cors},
     error::{ApiError, ApiErrors, ErrorBody},
     guard::{__path_guard, guard},
@@ -42,39 +42,40 @@ use crate::{
     json as strict,
     metrics::Metrics,
     moderation::{__path_moderations, moderations},
-    observe::Observed,
+    observe::ObservedRequest,
     openapi::{self, ChatAnswer, ChatRequest, Models},
-    passthrough::others,
+    passthrough::passthrough,
     playground::{self, Playground},
     ready::Readiness,
     request,
     settings::{Mode, Settings},
-    state::{AppState, Kept, Profiles},
+    state::{AppState, Profiles, SharedState},
     store::Store,
     telemetry,
-    upstream::{CHAT, HTTP, Key, Upstream, door},
-    wire::{BEFORE, Format, elsewhere},
+    upstream::{CHAT, Credentials, HTTP, Upstream, door},
+    wire::{Format, PREVIOUS_RESPONSE_ID, external_conversation},
 };
 
-/// A guard that can be served. Its settings can be exchanged while it runs.
+/// A guard that can be served. Its settings can be replaced while it runs.
 pub struct Gateway {
     state: ArcSwap<AppState>,
     pub(crate) admission: Arc<Admission>,
-    /// Connections that may be open.
-    pub(crate) places: Arc<Semaphore>,
-    /// Room for the bodies of requests.
-    rooms: Arc<Semaphore>,
+    /// Permits for open connections.
+    pub(crate) connection_permits: Arc<Semaphore>,
+    /// Memory budget for the bodies of requests.
+    body_budget: Arc<Semaphore>,
     cors: Arc<Cors>,
     readiness: Readiness,
     playground: Option<Arc<Playground>>,
 }
 
 impl Gateway {
-    /// A guard in front of `upstream`, under these profiles; `images` bounds single images.
+    /// Creates a guard in front of `upstream` with these profiles. `images` limits the bytes and
+    /// pixels of each image.
     ///
     /// # Errors
-    /// When no HTTP client can be made, the audit log can't be opened, or the settings name a
-    /// profile that is not there.
+    /// If no HTTP client can be created, the audit log can't be opened, or the settings name a
+    /// profile that does not exist.
     pub fn new(
         upstream: Upstream,
         profiles: impl Into<Profiles>,
@@ -82,33 +83,43 @@ impl Gateway {
         images: ecso::Limits,
     ) -> io::Result<Self> {
         let admission = Arc::new(Admission::new(settings.limits.at_once, settings.limits.queue));
-        let places = Arc::new(Semaphore::new(places(settings.limits.connections)));
-        let rooms = context::rooms(settings.limits.bodies.max(settings.limits.body));
-        let kept = Kept {
+        let connection_permits =
+            Arc::new(Semaphore::new(max_connections(settings.limits.connections)));
+        let body_budget = context::body_budget(settings.limits.bodies.max(settings.limits.body));
+        let shared = SharedState {
             metrics: Arc::new(Metrics::new()),
             memory: Arc::new(Memory::new(settings.limits.remembered)),
             store: Arc::new(Store::new(&settings.limits)),
             pending: Arc::new(Pending::new(&settings.limits)),
         };
         let audit = Audit::open(&settings.audit)?;
-        let state = AppState::new(upstream, profiles.into(), settings, images, kept, audit)?;
+        let state = AppState::new(upstream, profiles.into(), settings, images, shared, audit)?;
         let state = ArcSwap::from_pointee(state);
         let (cors, readiness) = (Arc::default(), Readiness::default());
-        Ok(Self { state, admission, places, rooms, cors, readiness, playground: None })
+        Ok(Self {
+            state,
+            admission,
+            connection_permits,
+            body_budget,
+            cors,
+            readiness,
+            playground: None,
+        })
     }
 
-    /// The same with a page for people at `/`.
+    /// Adds the playground page at `/`.
     #[must_use]
     pub fn with_playground(self, playground: Playground) -> Self {
         Self { playground: Some(Arc::new(playground)), ..self }
     }
 
-    /// Exchanges profile and settings; requests under way end under the old ones. The upstream
-    /// stays, and so do the limits `at_once`, `queue`, `bodies`, `connections`, `remembered`,
-    /// `stored`, `stored_for`, `pending` and `pending_for`.
+    /// Replaces profiles and settings; running requests finish under the old ones. The upstream
+    /// stays the same, and so do the limits `at_once`, `queue`, `bodies`, `connections`,
+    /// `remembered`, `stored`, `stored_for`, `pending` and `pending_for`.
     ///
     /// # Errors
-    /// When the audit log can't be opened; then all stays as it was.
+    /// If the audit log can't be opened or the settings name a profile that does not exist. The old
+    /// settings then stay in force.
     pub fn reload(
         &self,
         profiles: impl Into<Profiles>,
@@ -117,23 +128,23 @@ impl Gateway {
     ) -> io::Result<()> {
         let old = self.state.load();
         let audit = match &old.audit {
-            // One file has one writer, or the two would move it away from under each other.
+            // Two writers of one file would rotate it at the same time.
             Some(audit) if old.settings.audit == settings.audit => Some(Arc::clone(audit)),
             _ => Audit::open(&settings.audit)?,
         };
-        let kept = Kept {
+        let shared = SharedState {
             metrics: Arc::clone(&old.metrics),
             memory: Arc::clone(&old.memory),
             store: Arc::clone(&old.store),
             pending: Arc::clone(&old.pending),
         };
         let state =
-            AppState::new(old.upstream.clone(), profiles.into(), settings, images, kept, audit)?;
+            AppState::new(old.upstream.clone(), profiles.into(), settings, images, shared, audit)?;
         self.state.store(Arc::new(state));
         Ok(())
     }
 
-    /// The routes.
+    /// All routes.
     pub fn router(self: Arc<Self>) -> Router {
         let (router, _) = routes().split_for_parts();
         let cors = Arc::clone(&self.cors);
@@ -142,51 +153,51 @@ impl Gateway {
             .clone()
             .map(|playground| playground::routes(Arc::clone(&self), playground));
         let router = router
-            .fallback(others)
+            .fallback(passthrough)
             .with_state(self)
-            .layer(middleware::from_fn_with_state(cors, cors::same_on_all));
+            .layer(middleware::from_fn_with_state(cors, cors::share_cors));
         page.into_iter().fold(router, Router::merge)
     }
 
-    /// The routes for requests that somebody carries: those of the model's server. What we tell of
-    /// ourselves is not for its clients.
-    pub(crate) fn carried(self: Arc<Self>) -> Router {
+    /// The routes for requests with a [`Carrier`](crate::upstream::Carrier): only those of the
+    /// model's server. What the guard reports about itself is not for these clients.
+    pub(crate) fn carrier_router(self: Arc<Self>) -> Router {
         let model = OpenApiRouter::<Arc<Self>>::new()
-            .routes(routes!(completions).map(|route| route.fallback(others)))
-            .routes(routes!(messages).map(|route| route.fallback(others)))
-            .routes(routes!(count_tokens).map(|route| route.fallback(others)))
-            .routes(routes!(responses).map(|route| route.fallback(others)))
-            .routes(routes!(moderations).map(|route| route.fallback(others)));
+            .routes(routes!(completions).map(|route| route.fallback(passthrough)))
+            .routes(routes!(messages).map(|route| route.fallback(passthrough)))
+            .routes(routes!(count_tokens).map(|route| route.fallback(passthrough)))
+            .routes(routes!(responses).map(|route| route.fallback(passthrough)))
+            .routes(routes!(moderations).map(|route| route.fallback(passthrough)));
         let (router, _) = model.split_for_parts();
         let cors = Arc::clone(&self.cors);
         router
-            .fallback(others)
+            .fallback(passthrough)
             .with_state(self)
-            .layer(middleware::from_fn_with_state(cors, cors::same_on_all))
+            .layer(middleware::from_fn_with_state(cors, cors::share_cors))
     }
 
-    /// Profile and settings of this moment.
+    /// The current profiles and settings.
     pub(crate) fn state(&self) -> Arc<AppState> {
         self.state.load_full()
     }
 
-    /// Lets a request in.
-    pub(crate) fn begin(
+    /// Admits a request.
+    pub(crate) fn admit(
         &self,
         state: &Arc<AppState>,
         id: &str,
         head: Parts,
     ) -> Result<RequestContext, ApiError> {
-        RequestContext::begin(state, &self.rooms, id, head)
+        RequestContext::admit(state, &self.body_budget, id, head)
     }
 
-    /// A request of the page for people, which lets in whom it wants to.
-    pub(crate) fn receive(&self, state: &Arc<AppState>, id: &str) -> RequestContext {
-        RequestContext::of_page(state, &self.rooms, id)
+    /// Admits a request of the playground, which checks access itself.
+    pub(crate) fn admit_page(&self, state: &Arc<AppState>, id: &str) -> RequestContext {
+        RequestContext::for_page(state, &self.body_budget, id)
     }
 
-    /// A request that judges on demand: let in, read, and answered by `work`.
-    pub(crate) async fn judge(
+    /// Handles a request for a judgement: admits it, reads it, and answers it with `work`.
+    pub(crate) async fn judge_on_demand(
         &self,
         route: &'static str,
         request: axum::extract::Request,
@@ -194,50 +205,51 @@ impl Gateway {
     ) -> Response {
         let (id, state) = (request_id(), self.state());
         let (head, body) = request.into_parts();
-        let (span, door) = (telemetry::span(route, &id, &head.headers), door(&head.extensions));
+        let (span, door) =
+            (telemetry::request_span(route, &id, &head.headers), door(&head.extensions));
         let answered = async {
-            let mut context = self.begin(&state, &id, head)?;
-            context.guarded();
+            let mut context = self.admit(&state, &id, head)?;
+            context.keep_known_headers();
             let body = context.read(body).await?;
             Box::pin(work(&mut context, body)).await
         };
-        signed(&id, (door, route), &state.metrics, answered.instrument(span)).await
+        finish_response(&id, (door, route), &state.metrics, answered.instrument(span)).await
     }
 }
 
-/// The routes with their description; for all others see `passthrough`.
+/// The routes with their OpenAPI description. `passthrough` handles all others.
 fn routes() -> OpenApiRouter<Arc<Gateway>> {
     OpenApiRouter::with_openapi(openapi::document())
-        .routes(routes!(completions).map(|route| route.fallback(others)))
-        .routes(routes!(messages).map(|route| route.fallback(others)))
-        .routes(routes!(count_tokens).map(|route| route.fallback(others)))
-        .routes(routes!(responses).map(|route| route.fallback(others)))
+        .routes(routes!(completions).map(|route| route.fallback(passthrough)))
+        .routes(routes!(messages).map(|route| route.fallback(passthrough)))
+        .routes(routes!(count_tokens).map(|route| route.fallback(passthrough)))
+        .routes(routes!(responses).map(|route| route.fallback(passthrough)))
         .routes(routes!(guard))
         .routes(routes!(moderations))
         .routes(routes!(litellm))
         .routes(routes!(portkey))
         .routes(routes!(truefoundry))
-        .routes(routes!(models).map(|route| route.fallback(others)))
-        .routes(routes!(alive))
+        .routes(routes!(models).map(|route| route.fallback(passthrough)))
+        .routes(routes!(health))
         .routes(routes!(ready))
         .routes(routes!(metrics))
         .routes(routes!(description))
 }
 
-/// A request's name in answers and logs.
+/// A new request id, for answers and logs.
 pub(crate) fn request_id() -> String {
     format!("ecso-{}", uuid::Uuid::new_v4().simple())
 }
 
-/// Answers a chat. What is in scope is judged before it goes out.
+/// Answers a chat. Answers in scope are judged before they go out.
 #[utoipa::path(
     post, path = "/v1/chat/completions", request_body = ChatRequest,
     responses(
-        (status = 200, description = "The answer; a stream of server-sent events where the request asks for one", content(
+        (status = 200, description = "The answer; a stream of server-sent events if the request asks for one", content(
             (ChatAnswer = "application/json"), (Value = "text/event-stream")
         )),
         ApiErrors,
-        (status = "default", description = "What the server behind the guard says"),
+        (status = "default", description = "The response of the server behind the guard"),
     ),
 )]
 async fn completions(
@@ -246,16 +258,17 @@ async fn completions(
 ) -> Response {
     let (id, state) = (request_id(), gateway.state());
     let (head, body) = request.into_parts();
-    let (span, door) = (telemetry::span("chat", &id, &head.headers), door(&head.extensions));
+    let (span, door) =
+        (telemetry::request_span("chat", &id, &head.headers), door(&head.extensions));
     let answered = async {
-        let context = gateway.begin(&state, &id, head)?;
-        Box::pin(completion(&gateway, context, body)).await
+        let context = gateway.admit(&state, &id, head)?;
+        Box::pin(answer_chat(&gateway, context, body)).await
     };
-    signed(&id, (door, "chat"), &state.metrics, answered.instrument(span)).await
+    finish_response(&id, (door, "chat"), &state.metrics, answered.instrument(span)).await
 }
 
-/// The response, counted, with the request's name on it.
-pub(crate) async fn signed(
+/// Counts the response and adds the request id to its headers.
+pub(crate) async fn finish_response(
     id: &str,
     (door, route): (&'static str, &'static str),
     metrics: &Metrics,
@@ -278,90 +291,100 @@ pub(crate) async fn signed(
     response
 }
 
-/// A chat: let through, observed, or guarded.
-pub(crate) async fn completion(
+/// Answers a chat: forwards it, observes it, or guards it.
+pub(crate) async fn answer_chat(
     gateway: &Gateway,
     mut context: RequestContext,
     body: Body,
 ) -> Result<Response, ApiError> {
     let state = Arc::clone(&context.state);
     let settings = &state.settings;
-    let way = context.way();
-    if let Some(way) = &way
+    let transport = context.transport();
+    if let Some(transport) = &transport
         && context.caller.is_never_guarded(settings)
     {
-        return context.pass(way, Key::Own, &Method::POST, CHAT, context.flowing(body)).await;
+        return context
+            .forward(
+                transport,
+                Credentials::Operator,
+                &Method::POST,
+                CHAT,
+                context.stream_body(body),
+            )
+            .await;
     }
     let body = context.read(body).await?;
-    let value = strict::read(&body);
+    let value = strict::parse(&body);
     let model = request::model(&value);
     context.mode = context.caller.mode(settings, model, &context.headers)?;
     let scope = context.scope(model);
-    let read = is_plain(&context.headers).and(
+    let parsed = check_content_headers(&context.headers).and(
         value
             .map_err(|why| {
                 ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"))
             })
-            .and_then(|value| request::Body::of(value, &settings.allow_fields)),
+            .and_then(|value| request::Body::parse(value, &settings.allow_fields)),
     );
     if context.mode == Mode::Enforce {
-        context.guarded();
-        context.as_json();
+        context.keep_known_headers();
+        context.set_json();
     }
-    // What can't be read is not out of scope.
-    let is_out = read.as_ref().is_ok_and(|read| scope != Scope::All && !read.has_images());
-    match (&way, context.mode) {
-        (Some(way), mode)
-            if mode == Mode::Off || is_out || (mode == Mode::Observe && !settings.draws()) =>
+    // An unreadable request counts as in scope.
+    let is_out = parsed.as_ref().is_ok_and(|parsed| scope != Scope::All && !parsed.has_images());
+    match (&transport, context.mode) {
+        (Some(transport), mode)
+            if mode == Mode::Off || is_out || (mode == Mode::Observe && !settings.is_sampled()) =>
         {
-            context.pass(way, Key::Own, &Method::POST, CHAT, body).await
+            context.forward(transport, Credentials::Operator, &Method::POST, CHAT, body).await
         }
-        (Some(way), Mode::Observe) => {
+        (Some(transport), Mode::Observe) => {
             let admission = Arc::clone(&gateway.admission);
-            Observed { context, admission, read, format: None }.forward(way, CHAT, body).await
+            ObservedRequest { context, admission, parsed, format: None }
+                .forward(transport, CHAT, body)
+                .await
         }
         _ => {
             drop(body);
             let turn = context.in_time(gateway.admission.enter()).await?;
-            let request = context.prepare(read?).await?;
+            let request = context.prepare(parsed?).await?;
             chat::enforce(context, request, turn, None).await
         }
     }
 }
 
-/// Answers a request of Anthropic's Messages, as a chat.
+/// Answers a request in Anthropic's Messages format, as a chat.
 #[utoipa::path(post, path = "/v1/messages", request_body = Object, responses(
-    (status = 200, description = "The message; a stream of its events where the request asks for one", content(
+    (status = 200, description = "The message; a stream of its events if the request asks for one", content(
         (Object = "application/json"), (Value = "text/event-stream")
     )),
     ApiErrors,
-    (status = "default", description = "What the server behind the guard says"),
+    (status = "default", description = "The response of the server behind the guard"),
 ))]
 async fn messages(
     State(gateway): State<Arc<Gateway>>,
     request: axum::extract::Request,
 ) -> Response {
-    translated(&gateway, "messages", Format::Messages, request).await
+    handle_translated(&gateway, "messages", Format::Messages, request).await
 }
 
-/// Answers a request of OpenAI's Responses, as a chat. An answer can be gone on from for a while
-/// (`previous_response_id`).
+/// Answers a request in OpenAI's Responses format, as a chat. Later requests can continue from the
+/// answer for a while (`previous_response_id`).
 #[utoipa::path(post, path = "/v1/responses", request_body = Object, responses(
-    (status = 200, description = "The response; a stream of its events where the request asks for one", content(
+    (status = 200, description = "The response; a stream of its events if the request asks for one", content(
         (Object = "application/json"), (Value = "text/event-stream")
     )),
     ApiErrors,
-    (status = "default", description = "What the server behind the guard says"),
+    (status = "default", description = "The response of the server behind the guard"),
 ))]
 async fn responses(
     State(gateway): State<Arc<Gateway>>,
     request: axum::extract::Request,
 ) -> Response {
-    translated(&gateway, "responses", Format::Responses, request).await
+    handle_translated(&gateway, "responses", Format::Responses, request).await
 }
 
 /// A request of another format than chat completions.
-async fn translated(
+async fn handle_translated(
     gateway: &Gateway,
     route: &'static str,
     format: Format,
@@ -369,19 +392,19 @@ async fn translated(
 ) -> Response {
     let (id, state) = (request_id(), gateway.state());
     let (head, body) = request.into_parts();
-    let (span, door) = (telemetry::span(route, &id, &head.headers), door(&head.extensions));
+    let (span, door) = (telemetry::request_span(route, &id, &head.headers), door(&head.extensions));
     let uri = head.uri.clone();
     let answered = async {
         let told = |error| ApiError { format: Some(format), ..error };
-        let context = gateway.begin(&state, &id, head).map_err(told)?;
+        let context = gateway.admit(&state, &id, head).map_err(told)?;
         let path = uri.path_and_query().map_or(uri.path(), |whole| whole.as_str());
-        Box::pin(translation(gateway, context, format, path, body)).await.map_err(told)
+        Box::pin(answer_translated(gateway, context, format, path, body)).await.map_err(told)
     };
-    signed(&id, (door, route), &state.metrics, answered.instrument(span)).await
+    finish_response(&id, (door, route), &state.metrics, answered.instrument(span)).await
 }
 
 /// A request of another format: let through, observed, or answered as the chat which it asks for.
-pub(crate) async fn translation(
+pub(crate) async fn answer_translated(
     gateway: &Gateway,
     mut context: RequestContext,
     format: Format,
@@ -390,21 +413,29 @@ pub(crate) async fn translation(
 ) -> Result<Response, ApiError> {
     let state = Arc::clone(&context.state);
     let settings = &state.settings;
-    let way = context.way();
-    if let Some(way) = &way
+    let transport = context.transport();
+    if let Some(transport) = &transport
         && context.caller.is_never_guarded(settings)
     {
-        return context.pass(way, Key::Own, &Method::POST, path, context.flowing(body)).await;
+        return context
+            .forward(
+                transport,
+                Credentials::Operator,
+                &Method::POST,
+                path,
+                context.stream_body(body),
+            )
+            .await;
     }
     let body = context.read(body).await?;
-    let value = strict::read(&body);
+    let value = strict::parse(&body);
     let model = request::model(&value);
     context.mode = context.caller.mode(settings, model, &context.headers)?;
     let scope = context.scope(model);
-    let is_plain = is_plain(&context.headers);
-    if context.mode == Mode::Enforce || way.is_none() {
-        context.guarded();
-        context.as_json();
+    let headers_checked = check_content_headers(&context.headers);
+    if context.mode == Mode::Enforce || transport.is_none() {
+        context.keep_known_headers();
+        context.set_json();
         // Where Messages have their key, chats have none.
         if let Some(key) = context.headers.remove(API_KEY)
             && !context.headers.contains_key(header::AUTHORIZATION)
@@ -415,43 +446,49 @@ pub(crate) async fn translation(
     }
     let unread =
         |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
-    let value = is_plain.and(value.map_err(unread));
+    let value = headers_checked.and(value.map_err(unread));
     // Where it is not enforced, the upstream's own route answers.
-    if let (Some(way), Mode::Off | Mode::Observe) = (&way, context.mode) {
+    if let (Some(transport), Mode::Off | Mode::Observe) = (&transport, context.mode) {
         // What is kept of earlier answers lies there.
-        let chat = value.and_then(|value| format.read(value, &mut |_| Err(elsewhere(BEFORE))));
-        let read = chat.and_then(|(chat, _)| request::Body::of(chat, &settings.allow_fields));
-        let is_out = read.as_ref().is_ok_and(|read| scope != Scope::All && !read.has_images());
-        if context.mode == Mode::Off || is_out || !settings.draws() {
-            return context.pass(way, Key::Own, &Method::POST, path, body).await;
+        let chat = value.and_then(|value| {
+            format.parse(value, &mut |_| Err(external_conversation(PREVIOUS_RESPONSE_ID)))
+        });
+        let parsed = chat.and_then(|(chat, _)| request::Body::parse(chat, &settings.allow_fields));
+        let is_out =
+            parsed.as_ref().is_ok_and(|parsed| scope != Scope::All && !parsed.has_images());
+        if context.mode == Mode::Off || is_out || !settings.is_sampled() {
+            return context
+                .forward(transport, Credentials::Operator, &Method::POST, path, body)
+                .await;
         }
         let admission = Arc::clone(&gateway.admission);
-        return Observed { context, admission, read, format: Some(format) }
-            .forward(way, path, body)
+        return ObservedRequest { context, admission, parsed, format: Some(format) }
+            .forward(transport, path, body)
             .await;
     }
     let value = value?;
     let left = (
         settings.limits.body.saturating_sub(body.len()),
-        strict::MOST.saturating_sub(strict::values(&value)),
+        strict::MAX_VALUES.saturating_sub(strict::count_values(&value)),
     );
     drop(body);
     let tenant = context.tenant();
-    let mut earlier =
-        |id: &str| state.store.conversation((&tenant, id), left, |bytes| context.hold_more(bytes));
-    let (chat, wire) = format.read(value, &mut earlier)?;
-    let chat = request::Body::of(chat, &settings.allow_fields)?;
+    let mut earlier = |id: &str| {
+        state.store.conversation((&tenant, id), left, |bytes| context.reserve_more(bytes))
+    };
+    let (chat, wire) = format.parse(value, &mut earlier)?;
+    let chat = request::Body::parse(chat, &settings.allow_fields)?;
     let turn = context.in_time(gateway.admission.enter()).await?;
     let request = context.prepare(chat).await?;
     chat::enforce(context, request, turn, Some(wire)).await
 }
 
-/// About how many tokens a request of Anthropic's Messages has: an estimate, as the format says
-/// that it is one.
+/// Estimates how many tokens a request in the Messages format has. The format itself calls this
+/// number an estimate.
 #[utoipa::path(post, path = "/v1/messages/count_tokens", request_body = Object, responses(
-    (status = 200, description = "The number", body = Object),
+    (status = 200, description = "The number of tokens", body = Object),
     ApiErrors,
-    (status = "default", description = "What the server behind the guard says"),
+    (status = "default", description = "The response of the server behind the guard"),
 ))]
 async fn count_tokens(
     State(gateway): State<Arc<Gateway>>,
@@ -460,61 +497,61 @@ async fn count_tokens(
     let (id, state) = (request_id(), gateway.state());
     let (head, body) = request.into_parts();
     let (span, door) =
-        (telemetry::span("count_tokens", &id, &head.headers), door(&head.extensions));
+        (telemetry::request_span("count_tokens", &id, &head.headers), door(&head.extensions));
     let uri = head.uri.clone();
     let counted = async {
-        let context = gateway.begin(&state, &id, head)?;
+        let context = gateway.admit(&state, &id, head)?;
         let path = uri.path_and_query().map_or(uri.path(), |whole| whole.as_str());
-        Box::pin(counting(context, path, body)).await
+        Box::pin(count_request(context, path, body)).await
     };
     let counted = async {
         counted.await.map_err(|error| ApiError { format: Some(Format::Messages), ..error })
     };
-    signed(&id, (door, "count_tokens"), &state.metrics, counted.instrument(span)).await
+    finish_response(&id, (door, "count_tokens"), &state.metrics, counted.instrument(span)).await
 }
 
-/// A request to count: the upstream's where its answer would not be guarded.
-async fn counting(
+/// Counts the tokens of a request. If its answer would not be guarded, the upstream counts.
+async fn count_request(
     mut context: RequestContext,
     path: &str,
     body: Body,
 ) -> Result<Response, ApiError> {
     let state = Arc::clone(&context.state);
     let body = context.read(body).await?;
-    let value = strict::read(&body);
+    let value = strict::parse(&body);
     context.mode =
         context.caller.mode(&state.settings, request::model(&value), &context.headers)?;
-    if let (Some(way), Mode::Off | Mode::Observe) = (context.way(), context.mode) {
-        return context.pass(&way, Key::Own, &Method::POST, path, body).await;
+    if let (Some(transport), Mode::Off | Mode::Observe) = (context.transport(), context.mode) {
+        return context.forward(&transport, Credentials::Operator, &Method::POST, path, body).await;
     }
-    is_plain(&context.headers)?;
+    check_content_headers(&context.headers)?;
     let unread =
         |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
-    let (chat, _) =
-        Format::Messages.read(value.map_err(unread)?, &mut |_| Err(elsewhere(BEFORE)))?;
+    let (chat, _) = Format::Messages
+        .parse(value.map_err(unread)?, &mut |_| Err(external_conversation(PREVIOUS_RESPONSE_ID)))?;
     let counted =
-        json!({"input_tokens": request::Body::of(chat, &state.settings.allow_fields)?.tokens()});
+        json!({"input_tokens": request::Body::parse(chat, &state.settings.allow_fields)?.tokens()});
     Ok(([(header::CONTENT_TYPE, "application/json")], counted.to_string()).into_response())
 }
 
-/// Whether this process lives.
+/// Whether this process is running.
 #[utoipa::path(get, path = "/healthz", responses((status = 200, body = String)))]
-async fn alive() -> &'static str {
+async fn health() -> &'static str {
     "ok"
 }
 
-/// Whether the upstream answers at all.
+/// Whether the upstream responds.
 #[utoipa::path(get, path = "/readyz", responses(
-    (status = 200, body = String), (status = 503, description = "The upstream does not answer", body = String)
+    (status = 200, body = String), (status = 503, description = "The upstream does not respond", body = String)
 ))]
 async fn ready(State(gateway): State<Arc<Gateway>>) -> Response {
-    if gateway.readiness.of(&gateway.state().upstream).await {
+    if gateway.readiness.check(&gateway.state().upstream).await {
         return "ok".into_response();
     }
     (StatusCode::SERVICE_UNAVAILABLE, "the upstream does not answer").into_response()
 }
 
-/// Figures for Prometheus, where the operator wants them told.
+/// Metrics for Prometheus, if the operator turned them on.
 #[utoipa::path(get, path = "/metrics", responses(
     (status = 200, body = String, content_type = "application/openmetrics-text"), (status = 404, body = ErrorBody)
 ))]
@@ -529,7 +566,7 @@ async fn metrics(State(gateway): State<Arc<Gateway>>) -> Response {
     ([(header::CONTENT_TYPE, kind)], state.metrics.text(running, waiting)).into_response()
 }
 
-/// This description.
+/// This description of the API.
 #[utoipa::path(get, path = "/openapi.json", responses((status = 200, body = Object)))]
 async fn description() -> Response {
     static TEXT: LazyLock<String> =
@@ -537,24 +574,30 @@ async fn description() -> Response {
     ([(header::CONTENT_TYPE, "application/json")], TEXT.as_str()).into_response()
 }
 
-/// The models: of the server behind the guard, or the one in this process.
+/// Lists the models of the server behind the guard, or the model in this process.
 #[utoipa::path(get, path = "/v1/models", responses(
-    (status = 200, body = Models), ApiErrors, (status = "default", description = "What the server behind the guard says")
+    (status = 200, body = Models), ApiErrors, (status = "default", description = "The response of the server behind the guard")
 ))]
 async fn models(State(gateway): State<Arc<Gateway>>, request: axum::extract::Request) -> Response {
     let state = gateway.state();
     let Upstream::Engine(model) = &state.upstream else {
-        return others(State(gateway), request).await;
+        return passthrough(State(gateway), request).await;
     };
     if door(request.extensions()) != HTTP {
-        return others(State(gateway), request).await;
+        return passthrough(State(gateway), request).await;
     }
     let id = request_id();
     let answered = async {
-        gateway.begin(&state, &id, request.into_parts().0)?;
+        gateway.admit(&state, &id, request.into_parts().0)?;
         let list = json!({"object": "list", "data": [
             {"id": model.name(), "object": "model", "created": 0, "owned_by": "ecso"}]});
         Ok(([(header::CONTENT_TYPE, "application/json")], list.to_string()).into_response())
     };
-    signed(&id, (HTTP, "models"), &state.metrics, answered.instrument(tracing::Span::none())).await
+    finish_response(
+        &id,
+        (HTTP, "models"),
+        &state.metrics,
+        answered.instrument(tracing::Span::none()),
+    )
+    .await
 }

@@ -5,7 +5,7 @@ use axum::http::HeaderMap;
 use tracing::Span;
 
 /// The span of a request; below the client's own, where the client tells of one.
-pub(crate) fn span(route: &'static str, id: &str, headers: &HeaderMap) -> Span {
+pub(crate) fn request_span(route: &'static str, id: &str, headers: &HeaderMap) -> Span {
     let span = tracing::info_span!(
         "request",
         otel.name = format_args!("POST {route}"),
@@ -15,12 +15,12 @@ pub(crate) fn span(route: &'static str, id: &str, headers: &HeaderMap) -> Span {
         ecso.route = route,
         ecso.request_id = id,
     );
-    adopt(&span, headers);
+    set_parent(&span, headers);
     span
 }
 
 /// The span of the draft that a server is asked for; the other steps have theirs from the guard.
-pub(crate) fn direct(model: &str) -> Span {
+pub(crate) fn draft_span(model: &str) -> Span {
     tracing::info_span!(
         "step",
         otel.name = "direct",
@@ -31,7 +31,7 @@ pub(crate) fn direct(model: &str) -> Span {
 }
 
 #[cfg(feature = "otel")]
-fn adopt(span: &Span, headers: &HeaderMap) {
+fn set_parent(span: &Span, headers: &HeaderMap) {
     use tracing_opentelemetry::OpenTelemetrySpanExt;
     if span.is_disabled() {
         return;
@@ -45,7 +45,7 @@ fn adopt(span: &Span, headers: &HeaderMap) {
 
 /// Tells the upstream of our span in place of the client's.
 #[cfg(feature = "otel")]
-pub(crate) fn tell(headers: &mut HeaderMap) {
+pub(crate) fn inject(headers: &mut HeaderMap) {
     use tracing_opentelemetry::OpenTelemetrySpanExt;
     let span = Span::current();
     if span.is_disabled() {
@@ -58,7 +58,7 @@ pub(crate) fn tell(headers: &mut HeaderMap) {
 }
 
 #[cfg(not(feature = "otel"))]
-fn adopt(_: &Span, _: &HeaderMap) {}
+fn set_parent(_: &Span, _: &HeaderMap) {}
 
 #[cfg(not(feature = "otel"))]
-pub(crate) fn tell(_: &mut HeaderMap) {}
+pub(crate) fn inject(_: &mut HeaderMap) {}

@@ -1,4 +1,4 @@
-//! What stands behind the guard: another server, or a model in this process.
+//! What is behind the guard: another server, or a model in this process.
 
 use std::{error::Error, fmt, sync::Arc, time::Duration};
 
@@ -28,7 +28,7 @@ use crate::{
 /// The guarded route.
 pub(crate) const CHAT: &str = "/v1/chat/completions";
 
-/// What stands behind the guard.
+/// What is behind the guard.
 #[derive(Clone)]
 pub enum Upstream {
     /// An OpenAI-compatible server.
@@ -37,49 +37,55 @@ pub enum Upstream {
     Engine(Arc<dyn Mllm>),
 }
 
-/// An OpenAI-compatible server, reached in two ways: untouched for what passes through, as an
-/// [`Mllm`] for the steps.
+/// An OpenAI-compatible server. Requests that pass through reach it unchanged; the guard's steps
+/// use it as an [`Mllm`].
 pub struct Server {
-    /// For what passes through as it is.
-    as_sent: reqwest::Client,
-    /// For what is read here: replies are unpacked, whatever the server does.
-    unpacked: reqwest::Client,
+    /// For bodies that pass through unchanged.
+    raw_client: reqwest::Client,
+    /// For bodies that are read here: it decompresses replies, whatever the server sends.
+    unpacking_client: reqwest::Client,
     key: Option<SecretString>,
     model: OpenAi,
     checks: Option<Checks>,
     proxy: Option<SecretString>,
 }
 
-/// Where the guard's own calls go, if not to the server that is guarded: a cheaper or closer
-/// replica of the same model.
+/// Where the guard's own calls go, if not to the guarded server: a cheaper or closer replica of the
+/// same model.
 #[derive(Debug, Clone)]
 pub struct Checks {
-    /// The server; its key is its own, no client's.
+    /// The server. Its key is its own, never a client's.
     pub server: OpenAi,
-    /// The model's name there; empty is the name that the client asks for.
+    /// The name of the model there. If empty, the name that the client asks for.
     pub model: String,
 }
 
 impl Upstream {
-    /// The server at `base` (`http://host:8000/v1`). With a `key`, it takes the place of the
-    /// clients' own.
+    /// The server at `base` (`http://host:8000/v1`). A `key` replaces the clients' own keys.
     ///
     /// # Errors
-    /// When `base` is no http or https URL, or a certificate, proxy or socket can't be used.
+    /// If `base` is not an http or https URL, or if a certificate, proxy or socket can't be used.
     pub fn server(
         base: &str,
         key: Option<SecretString>,
         options: ecso_openai::Options,
         checks: Option<Checks>,
     ) -> Result<Self, ModelError> {
-        let (as_sent, unpacked) =
+        let (raw_client, unpacking_client) =
             (http_client(&options, Bodies::AsSent)?, http_client(&options, Bodies::Unpacked)?);
         let proxy = options.proxy.clone();
         let model = OpenAi::new(base, options)?;
-        Ok(Self::Server(Arc::new(Server { as_sent, unpacked, key, model, checks, proxy })))
+        Ok(Self::Server(Arc::new(Server {
+            raw_client,
+            unpacking_client,
+            key,
+            model,
+            checks,
+            proxy,
+        })))
     }
 
-    /// The proxy by which it is reached.
+    /// The proxy for this upstream.
     pub(crate) fn proxy(&self) -> Option<&SecretString> {
         match self {
             Self::Server(server) => server.proxy.as_ref(),
@@ -87,7 +93,7 @@ impl Upstream {
         }
     }
 
-    /// Whether it could answer now.
+    /// Checks that it can answer now.
     pub(crate) async fn health(&self) -> Result<(), ModelError> {
         match self {
             Self::Server(server) => server.model.health().await,
@@ -103,28 +109,28 @@ impl Upstream {
         }
     }
 
-    /// The model `name` whose answers are guarded; the steps may ask another.
-    pub(crate) fn answering(&self, name: &str, headers: &HeaderMap) -> Arc<dyn Mllm> {
+    /// The model `name` whose answers are guarded. The guard's steps may ask another one.
+    pub(crate) fn guarded_model(&self, name: &str, headers: &HeaderMap) -> Arc<dyn Mllm> {
         match self {
-            Self::Server(server) => Arc::new(server.answering(name, headers)),
+            Self::Server(server) => Arc::new(server.guarded_model(name, headers)),
             Self::Engine(model) => Arc::clone(model),
         }
     }
 
-    /// By what, beside the model's name, a caller reaches another model than others.
-    pub(crate) fn choosing(&self, headers: &HeaderMap) -> HeaderMap {
+    /// The headers that can make the upstream use another model, in addition to the model's name.
+    pub(crate) fn model_headers(&self, headers: &HeaderMap) -> HeaderMap {
         match self {
-            Self::Server(server) => server.choosing(headers),
+            Self::Server(server) => server.model_headers(headers),
             Self::Engine(_) => HeaderMap::new(),
         }
     }
 
-    /// The name of the model to ask, where the client names none: the configured one, or the only
-    /// one there is.
+    /// The name of the model to ask if the client names none: the configured one, or the only one
+    /// there is.
     pub(crate) async fn model_name(&self, headers: &HeaderMap) -> Result<String, ApiError> {
         match self {
             Self::Server(server) => {
-                let model = server.answering(server.model.name(), headers).settled().await;
+                let model = server.guarded_model(server.model.name(), headers).settled().await;
                 Ok(model.map_err(|error| ApiError::asking("no_model", error))?.name().to_owned())
             }
             Self::Engine(model) => Ok(model.name().to_owned()),
@@ -132,54 +138,54 @@ impl Upstream {
     }
 }
 
-/// With whose key a request goes to the upstream.
+/// Whose key goes with a request to the upstream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Key {
-    /// The operator's, if there is one; else the client's.
-    Own,
-    /// The client's alone.
-    Clients,
+pub(crate) enum Credentials {
+    /// The operator's, if there is one; otherwise the client's.
+    Operator,
+    /// Only the client's.
+    Client,
 }
 
-/// What the upstream says to a chat request.
+/// The upstream's answer to a chat request.
 pub(crate) enum Answer {
-    /// An answer, whole, and the headers that the client gets with it.
+    /// A whole answer, and the headers that the client gets with it.
     Whole(Completion, HeaderMap),
-    /// A stream of one that has begun.
+    /// A stream that has begun.
     Stream(reqwest::Response),
 }
 
-/// Who carries a request to the upstream, and brings its answer, where our own client does not.
+/// Takes requests to the upstream and returns its answers, in place of our own client.
 pub(crate) trait Carrier: Send + Sync {
-    /// By which door such requests come in, as records and figures name it.
+    /// The door of these requests, for records and metrics.
     fn door(&self) -> &'static str;
 
-    /// Whether it carries to a model's server, whose routes are what the table of routes takes them
-    /// for.
+    /// Whether it leads to a model server, which serves the table of routes as we understand it.
     fn knows_routes(&self) -> bool {
         true
     }
 
-    /// Carries a request of a path below `/v1`, and says what comes back. Bodies that come packed
-    /// are unpacked behind it, where they are read here.
+    /// Sends a request with a path below `/v1` and returns the response. Compressed bodies that are
+    /// read here are decompressed afterwards.
     fn carry(
         &self,
         request: Request<reqwest::Body>,
     ) -> BoxFuture<'_, Result<reqwest::Response, ApiError>>;
 }
 
-/// On calls of the guard itself, where somebody else carries its clients' requests: that one may
-/// bring them back to it.
+/// Marks the guard's own calls when a carrier takes the clients' requests, because the carrier may
+/// lead them back to the guard.
 pub(crate) const OWN_CALL: HeaderName = HeaderName::from_static("x-ecso-own-call");
 
-/// The request, carried by `carrier`; the guard's own calls are marked for it. One that comes back
-/// to the guard is refused.
-pub(crate) fn carried_by(
+/// Attaches a carrier to a request, and marks the guard's own calls for it. Refuses a call of the
+/// guard that came back to it.
+pub(crate) fn attach_carrier(
     carrier: Arc<dyn Carrier>,
     mut request: Request<Body>,
 ) -> Result<Request<Body>, ApiError> {
     if request.headers().contains_key(OWN_CALL) {
-        let message = "the guard's own calls come back to it: give it the model's own address, not one that leads through the guard";
+        let message = "the guard's own calls come back to the guard: set its upstream to the model's own \
+                       address, not to one that leads through the guard";
         let error = ApiError::new(StatusCode::MISDIRECTED_REQUEST, "guard_loop", message);
         error.log("-");
         return Err(error);
@@ -192,35 +198,35 @@ pub(crate) fn carried_by(
 /// The door of our own HTTP server.
 pub(crate) const HTTP: &str = "http";
 
-/// By which door a request with these extensions came in.
+/// The door of a request with these extensions.
 pub(crate) fn door(extensions: &Extensions) -> &'static str {
     extensions.get::<Arc<dyn Carrier>>().map_or(HTTP, |carrier| carrier.door())
 }
 
-/// The way of a client's own request to the model, and of its answer back.
+/// How a client's own request reaches the model, and its answer comes back.
 #[derive(Clone)]
-pub(crate) enum Way {
-    /// To the server behind the guard, by our own client.
-    Own(Arc<Server>),
-    /// Another carries it: the server behind the guard, or the model in this process, is for the
-    /// guard's own calls.
-    Carried(Arc<dyn Carrier>),
+pub(crate) enum Transport {
+    /// Our own client sends it to the server behind the guard.
+    Server(Arc<Server>),
+    /// A carrier takes it. The server behind the guard, or the model in this process, is only for
+    /// the guard's own calls.
+    Carrier(Arc<dyn Carrier>),
 }
 
-impl Way {
+impl Transport {
     /// See [`Carrier::knows_routes`].
     pub(crate) fn knows_routes(&self) -> bool {
         match self {
-            Self::Own(_) => true,
-            Self::Carried(carrier) => carrier.knows_routes(),
+            Self::Server(_) => true,
+            Self::Carrier(carrier) => carrier.knows_routes(),
         }
     }
 
-    /// Sends a request on, with the headers that concern the upstream. What is to be read here
-    /// comes unpacked.
+    /// Forwards a request with the headers for the upstream. Bodies that are read here are
+    /// decompressed.
     pub(crate) async fn forward(
         &self,
-        key: Key,
+        credentials: Credentials,
         method: Method,
         path_and_query: &str,
         headers: &HeaderMap,
@@ -228,12 +234,12 @@ impl Way {
         bodies: Bodies,
     ) -> Result<reqwest::Response, ApiError> {
         match self {
-            Self::Own(server) => {
-                server.forward(key, method, path_and_query, headers, body, bodies).await
+            Self::Server(server) => {
+                server.forward(credentials, method, path_and_query, headers, body, bodies).await
             }
-            Self::Carried(carrier) => {
-                let mut headers = onward(headers, bodies);
-                telemetry::tell(&mut headers);
+            Self::Carrier(carrier) => {
+                let mut headers = forwarded_headers(headers, bodies);
+                telemetry::inject(&mut headers);
                 let mut request = Request::new(body);
                 *request.method_mut() = method;
                 *request.uri_mut() = path_and_query.parse().map_err(|_| {
@@ -242,24 +248,26 @@ impl Way {
                 *request.headers_mut() = headers;
                 match bodies {
                     Bodies::AsSent => carrier.carry(request).await,
-                    Bodies::Unpacked => unpacked(carrier.as_ref(), request).await,
+                    Bodies::Unpacked => carry_unpacked(carrier.as_ref(), request).await,
                 }
             }
         }
     }
 
-    /// Asks for the answer to a chat request: with bytes made of what was read of it.
+    /// Asks for the answer to a chat request. The body is written from what was read of the
+    /// request.
     pub(crate) async fn answer(
         &self,
         headers: &HeaderMap,
         chat: &Chat,
-        longest: usize,
+        max_bytes: usize,
     ) -> Result<Answer, ApiError> {
         let body = chat.body()?.into();
-        let response =
-            self.forward(Key::Own, Method::POST, CHAT, headers, body, Bodies::Unpacked).await?;
+        let response = self
+            .forward(Credentials::Operator, Method::POST, CHAT, headers, body, Bodies::Unpacked)
+            .await?;
         if !response.status().is_success() {
-            return Err(refused(response).await);
+            return Err(refusal(response).await);
         }
         let head = answer_head(response.headers());
         if chat.stream {
@@ -271,35 +279,35 @@ impl Way {
             }
             return Ok(Answer::Stream(response));
         }
-        let mut body = bounded(response, longest);
+        let mut body = limited_body(response, max_bytes);
         let mut whole = Vec::new();
         while let Some(piece) = body.next().await {
             whole.extend_from_slice(&piece.map_err(|error| ApiError::upstream(error.to_string()))?);
         }
-        let answer = Completion::whole(&whole).map_err(|error| error.with_head(&head))?;
+        let answer = Completion::parse(&whole).map_err(|error| error.with_head(&head))?;
         Ok(Answer::Whole(answer, head))
     }
 }
 
 impl Server {
-    /// Sends a request on, with the headers that concern the upstream, and with the operator's key
-    /// or the client's. What is to be read here comes unpacked.
+    /// Forwards a request with the headers for the upstream, and with the operator's key or the
+    /// client's. Bodies that are read here are decompressed.
     pub(crate) async fn forward(
         &self,
-        key: Key,
+        credentials: Credentials,
         method: Method,
         path_and_query: &str,
         headers: &HeaderMap,
         body: reqwest::Body,
         bodies: Bodies,
     ) -> Result<reqwest::Response, ApiError> {
-        let mut headers = onward(headers, bodies);
+        let mut headers = forwarded_headers(headers, bodies);
         let http = match bodies {
-            Bodies::AsSent => &self.as_sent,
-            Bodies::Unpacked => &self.unpacked,
+            Bodies::AsSent => &self.raw_client,
+            Bodies::Unpacked => &self.unpacking_client,
         };
         let own = match (&self.key, headers.contains_key(header::AUTHORIZATION)) {
-            _ if key == Key::Clients => None,
+            _ if credentials == Credentials::Client => None,
             (None, true) => None,
             _ => self
                 .model
@@ -307,20 +315,20 @@ impl Server {
                 .map_err(|_| ApiError::upstream("the upstream's key can't be sent in a header"))?,
         };
         if let Some(own) = own {
-            // With the operator's key nothing of the client's speaks for the operator.
+            // Next to the operator's key, no header of the client may speak for the operator.
             headers = headers
                 .into_iter()
                 .filter_map(|(name, value)| Some((name?, value)))
-                .filter(|(name, _)| goes_with_own_key(name) || is_version(name))
+                .filter(|(name, _)| is_safe_with_operator_key(name) || is_version(name))
                 .collect();
             headers.insert(header::AUTHORIZATION, own);
         }
-        telemetry::tell(&mut headers);
-        let url = self.url(path_and_query, key);
+        telemetry::inject(&mut headers);
+        let url = self.url(path_and_query, credentials);
         let sent = http.request(method, url).headers(headers).body(body).send().await;
         sent.map_err(|error| {
-            if is_silent(&error) {
-                return context::late();
+            if is_idle_timeout(&error) {
+                return context::body_timeout();
             }
             let why = if error.is_timeout() { "it does not answer" } else { "it can't be reached" };
             let error = error.without_url();
@@ -334,9 +342,9 @@ impl Server {
         })
     }
 
-    /// `/v1/x?y` of ours is `x?y` below the base; the base's own query, which may hold a key, goes
-    /// where the operator's key does.
-    fn url(&self, path_and_query: &str, key: Key) -> Url {
+    /// Maps `/v1/x?y` to `x?y` below the base URL. The query of the base URL, which may hold a key,
+    /// is sent only with the operator's credentials.
+    fn url(&self, path_and_query: &str, credentials: Credentials) -> Url {
         let (path, query) = path_and_query
             .split_once('?')
             .map_or((path_and_query, None), |(path, query)| (path, Some(query)));
@@ -344,7 +352,7 @@ impl Server {
         let below = path.strip_prefix("/v1").unwrap_or(path);
         let path = format!("{}{below}", url.path().trim_end_matches('/'));
         url.set_path(&path);
-        let own = url.query().filter(|_| key == Key::Own).map(str::to_owned);
+        let own = url.query().filter(|_| credentials == Credentials::Operator).map(str::to_owned);
         let both: Vec<&str> = [own.as_deref(), query]
             .into_iter()
             .flatten()
@@ -358,47 +366,51 @@ impl Server {
     fn model(&self, name: &str, headers: &HeaderMap) -> OpenAi {
         if let Some(Checks { server, model }) = &self.checks {
             let name = if model.is_empty() { name } else { model };
-            return server.with_model(name).with_headers(own_call(headers).collect());
+            return server.with_model(name).with_headers(own_call_header(headers).collect());
         }
-        self.answering(name, headers)
+        self.guarded_model(name, headers)
     }
 
-    /// The client's headers that go with the guard's own calls too: its keys, and those that the
-    /// operator lists; by them some servers choose the model. With the operator's key none does.
-    pub(crate) fn choosing(&self, headers: &HeaderMap) -> HeaderMap {
-        if self.has_own_key() {
+    /// The client's headers that also go with the guard's own calls: its keys, and those that the
+    /// operator lists. Some servers choose the model by them. With the operator's key, none are
+    /// sent.
+    pub(crate) fn model_headers(&self, headers: &HeaderMap) -> HeaderMap {
+        if self.has_operator_key() {
             return HeaderMap::new();
         }
         let chooses = |name: &HeaderName| {
-            !goes_with_own_key(name) && *name != header::AUTHORIZATION && *name != header::HOST
+            !is_safe_with_operator_key(name)
+                && *name != header::AUTHORIZATION
+                && *name != header::HOST
         };
-        let kept = kept(headers);
-        kept.iter()
+        let headers = end_to_end_headers(headers);
+        headers
+            .iter()
             .filter(|(name, _)| chooses(name))
             .map(|(name, value)| (name.clone(), value.clone()))
             .collect()
     }
 
-    /// Whether the operator's key goes with requests.
-    fn has_own_key(&self) -> bool {
+    /// Whether the operator's key is used.
+    fn has_operator_key(&self) -> bool {
         self.key.is_some() || self.model.authorization().is_ok_and(|own| own.is_some())
     }
 
-    /// The model `name` on the server that is guarded.
-    fn answering(&self, name: &str, headers: &HeaderMap) -> OpenAi {
+    /// The model `name` on the guarded server.
+    fn guarded_model(&self, name: &str, headers: &HeaderMap) -> OpenAi {
         let key = self.key.clone().or_else(|| access::token(headers).map(SecretString::from));
-        let mut own = self.choosing(headers);
-        own.extend(own_call(headers));
+        let mut own = self.model_headers(headers);
+        own.extend(own_call_header(headers));
         self.model.with(name, key).with_headers(own)
     }
 }
 
-/// What the client may know of an upstream's refusal: its status and, in our words, what it is
-/// about. Its own words may quote what nobody has judged.
-async fn refused(response: reqwest::Response) -> ApiError {
+/// What the client may know of an upstream's refusal: its status, and a description in our own
+/// words. The upstream's message may quote text that nobody has judged.
+async fn refusal(response: reqwest::Response) -> ApiError {
     const LONGEST: usize = 64 << 10;
     let (status, head) = (response.status(), answer_head(response.headers()));
-    // What is no refusal either leads elsewhere, or has no body by its status.
+    // Other statuses redirect, or have no body.
     if status.as_u16() < 400 {
         return ApiError::upstream(format!(
             "the upstream's answer has the status {}",
@@ -406,32 +418,35 @@ async fn refused(response: reqwest::Response) -> ApiError {
         ))
         .with_head(&head);
     }
-    let mut body = bounded(response, LONGEST);
-    let mut said = Vec::new();
+    let mut body = limited_body(response, LONGEST);
+    let mut bytes = Vec::new();
     while let Some(Ok(piece)) = body.next().await {
-        said.extend_from_slice(&piece);
+        bytes.extend_from_slice(&piece);
     }
-    let said = String::from_utf8_lossy(&said).into_owned();
-    let told: Value = lenient::parse(&said).unwrap_or_default();
-    let told = if told["error"].is_object() { &told["error"] } else { &told };
-    let codes = [&told["code"], &told["type"]].into_iter().filter_map(Value::as_str);
-    let by_code =
-        codes.flat_map(|code| KNOWN.iter().filter(move |(known, _)| *known == code)).next();
-    let lower = said.to_lowercase();
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    let error: Value = lenient::parse(&text).unwrap_or_default();
+    let error = if error["error"].is_object() { &error["error"] } else { &error };
+    let codes = [&error["code"], &error["type"]].into_iter().filter_map(Value::as_str);
+    let by_code = codes
+        .flat_map(|code| KNOWN_REFUSALS.iter().filter(move |(known, _)| *known == code))
+        .next();
+    let lower = text.to_lowercase();
     let is_too_long =
         ["context length", "maximum context", "context size", "context window", "too many tokens"];
-    let by_words = KNOWN.first().filter(|_| is_too_long.iter().any(|words| lower.contains(words)));
+    let by_words =
+        KNOWN_REFUSALS.first().filter(|_| is_too_long.iter().any(|words| lower.contains(words)));
     let (code, about) = by_code
         .or(by_words)
         .copied()
-        .unwrap_or(("upstream_refused", "its words are in the guard's log at level debug"));
-    let param = told["param"].as_str().filter(|param| fields::is_known(param)).map(str::to_owned);
-    let message = format!("the upstream refuses the request ({}): {about}", status.as_u16());
-    ApiError { param, ..ApiError::new(status, code, message).because(said).with_head(&head) }
+        .unwrap_or(("upstream_refused", "the guard's log has its message at level debug"));
+    let param =
+        error["param"].as_str().filter(|param| fields::is_request_field(param)).map(str::to_owned);
+    let message = format!("the upstream refused the request ({}): {about}", status.as_u16());
+    ApiError { param, ..ApiError::new(status, code, message).because(text).with_head(&head) }
 }
 
-/// Codes of refusals that clients know, in our words.
-const KNOWN: [(&str, &str); 14] = [
+/// Error codes that clients know, with our descriptions.
+const KNOWN_REFUSALS: [(&str, &str); 14] = [
     ("context_length_exceeded", "it is longer than the model's maximum context length"),
     ("exceed_context_size_error", "it is longer than the model's maximum context length"),
     ("model_not_found", "it does not have this model"),
@@ -448,16 +463,16 @@ const KNOWN: [(&str, &str); 14] = [
     ("server_overloaded", "it is overloaded"),
 ];
 
-/// A response's body, up to `longest` bytes.
-pub(crate) fn bounded(
+/// The body of a response, limited to `max_bytes` bytes.
+pub(crate) fn limited_body(
     response: reqwest::Response,
-    longest: usize,
+    max_bytes: usize,
 ) -> futures::stream::BoxStream<'static, Result<Bytes, std::io::Error>> {
     let body = response.bytes_stream().scan(0_usize, move |read, piece| {
         let piece = piece.map_err(|_| std::io::Error::other("the upstream broke off"));
         *read = read.saturating_add(piece.as_ref().map_or(0, Bytes::len));
-        let piece = if *read > longest {
-            Err(std::io::Error::other("the upstream's answer has no end"))
+        let piece = if *read > max_bytes {
+            Err(std::io::Error::other("the upstream's answer is longer than `limits.answer`"))
         } else {
             piece
         };
@@ -466,25 +481,25 @@ pub(crate) fn bounded(
     body.boxed()
 }
 
-/// Why a body broke off: nothing of it came.
+/// A body sent nothing for too long.
 #[derive(Debug)]
-struct Silent;
+struct IdleTimeout;
 
-impl fmt::Display for Silent {
+impl fmt::Display for IdleTimeout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("nothing came for too long")
+        f.write_str("no data arrived for too long")
     }
 }
 
-impl Error for Silent {}
+impl Error for IdleTimeout {}
 
-/// Whether that is behind an error.
-fn is_silent(error: &(dyn Error + 'static)) -> bool {
-    error.is::<Silent>() || error.source().is_some_and(is_silent)
+/// Whether an error was caused by [`IdleTimeout`].
+fn is_idle_timeout(error: &(dyn Error + 'static)) -> bool {
+    error.is::<IdleTimeout>() || error.source().is_some_and(is_idle_timeout)
 }
 
-/// A body whose next piece comes within `silence`, or never.
-pub(crate) fn unbroken<E: Into<BoxError>>(
+/// A body that ends with an error if its next chunk takes longer than `silence`.
+pub(crate) fn with_idle_timeout<E: Into<BoxError>>(
     pieces: impl Stream<Item = Result<Bytes, E>> + Send + Unpin + 'static,
     silence: Duration,
 ) -> impl Stream<Item = Result<Bytes, BoxError>> + Send + 'static {
@@ -492,27 +507,26 @@ pub(crate) fn unbroken<E: Into<BoxError>>(
         let mut pieces = pieces?;
         match tokio::time::timeout(silence, pieces.next()).await {
             Ok(next) => Some((next?.map_err(Into::into), Some(pieces))),
-            Err(_) => Some((Err(Silent.into()), None)),
+            Err(_) => Some((Err(IdleTimeout.into()), None)),
         }
     })
 }
 
-/// A response as the client gets it; it breaks off where nothing of it comes for as long as
-/// `silence`.
-pub(crate) fn passed(response: reqwest::Response, silence: Duration) -> Response<Body> {
-    let mut passed = Response::new(Body::empty());
-    *passed.status_mut() = response.status();
-    *passed.headers_mut() = kept(response.headers());
-    *passed.body_mut() = Body::from_stream(unbroken(response.bytes_stream(), silence));
-    passed
+/// A response for the client. It is cut off if the upstream sends nothing for `silence`.
+pub(crate) fn relay(response: reqwest::Response, silence: Duration) -> Response<Body> {
+    let mut relayed = Response::new(Body::empty());
+    *relayed.status_mut() = response.status();
+    *relayed.headers_mut() = end_to_end_headers(response.headers());
+    *relayed.body_mut() = Body::from_stream(with_idle_timeout(response.bytes_stream(), silence));
+    relayed
 }
 
-/// The headers of an upstream's answer that hold for the answer that is made of it: figures of
-/// limits, what browsers need, and names of requests. What else stands there might be a text.
+/// The headers of an upstream's answer that are kept for the answer built from it: rate limits,
+/// CORS, and request ids. Others might carry a text.
 pub(crate) fn answer_head(headers: &HeaderMap) -> HeaderMap {
-    const KNOWN: [&str; 5] =
+    const NAMES: [&str; 5] =
         ["vary", "retry-after", "x-request-id", "request-id", "openai-processing-ms"];
-    const STARTS: [&str; 5] = [
+    const PREFIXES: [&str; 5] = [
         "access-control-",
         "x-ratelimit-",
         "ratelimit",
@@ -520,48 +534,47 @@ pub(crate) fn answer_head(headers: &HeaderMap) -> HeaderMap {
         "x-envoy-ratelimit",
     ];
     let is_known = |name: &HeaderName| {
-        KNOWN.contains(&name.as_str())
-            || STARTS.iter().any(|start| name.as_str().starts_with(start))
+        NAMES.contains(&name.as_str())
+            || PREFIXES.iter().any(|start| name.as_str().starts_with(start))
     };
-    // A figure, a name, or a list of these is no sentence.
+    // A number, a name, or a list of these is not a sentence.
     let is_list =
         |value: &str| value.split(',').all(|entry| !entry.trim().contains(char::is_whitespace));
-    let says_little = |value: &HeaderValue| value.len() <= 512 && value.to_str().is_ok_and(is_list);
-    // Seconds; a date is not passed on.
+    let is_short = |value: &HeaderValue| value.len() <= 512 && value.to_str().is_ok_and(is_list);
+    // Seconds; a date is dropped.
     let is_time = |value: &HeaderValue| value.as_bytes().iter().all(u8::is_ascii_digit);
     let fits = |name: &HeaderName, value: &HeaderValue| {
-        if *name == header::RETRY_AFTER { is_time(value) } else { says_little(value) }
+        if *name == header::RETRY_AFTER { is_time(value) } else { is_short(value) }
     };
     let head = headers.iter().filter(|(name, value)| is_known(name) && fits(name, value));
     head.map(|(name, value)| (name.clone(), value.clone())).collect()
 }
 
-/// What tells a call of the guard's own, on its way with these headers.
-fn own_call(headers: &HeaderMap) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
+/// The mark of the guard's own calls, if these headers have it.
+fn own_call_header(headers: &HeaderMap) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
     headers.get(OWN_CALL).map(|told| (OWN_CALL, told.clone())).into_iter()
 }
 
-/// Whether a client's header says which edition of an API it speaks. Guarded requests have none:
-/// they become chats.
+/// Whether a client's header names an API version. Guarded requests don't carry it, because they
+/// are sent as chats.
 fn is_version(name: &HeaderName) -> bool {
     ["anthropic-version", "anthropic-beta", "openai-beta"].contains(&name.as_str())
 }
 
-/// Whether a client's header is known to say who asks, in which form, and nothing else.
+/// Whether a client's header is known to say only who asks, and in which format.
 pub(crate) fn is_known_header(name: &HeaderName) -> bool {
-    goes_with_own_key(name)
-        || ACCOUNT.contains(&name.as_str())
+    is_safe_with_operator_key(name)
+        || CREDENTIAL_HEADERS.contains(&name.as_str())
         || [header::HOST, header::CONNECTION].contains(name)
 }
 
-/// Headers that say who asks, and by which account.
-pub(crate) const ACCOUNT: [&str; 5] =
+/// Headers that say who asks, and with which account.
+pub(crate) const CREDENTIAL_HEADERS: [&str; 5] =
     ["authorization", "api-key", "x-api-key", "openai-organization", "openai-project"];
 
-/// Whether a client's header goes along where the operator's key speaks for it: nothing that names
-/// an account.
-fn goes_with_own_key(name: &HeaderName) -> bool {
-    const KNOWN: [&str; 12] = [
+/// Whether a client's header may be sent with the operator's key: it does not name an account.
+fn is_safe_with_operator_key(name: &HeaderName) -> bool {
+    const NAMES: [&str; 12] = [
         "accept",
         "accept-encoding",
         "accept-language",
@@ -575,25 +588,26 @@ fn goes_with_own_key(name: &HeaderName) -> bool {
         "x-request-id",
         "access-control-request-method",
     ];
-    KNOWN.contains(&name.as_str())
+    NAMES.contains(&name.as_str())
         || ["x-stainless-", "access-control-"].iter().any(|start| name.as_str().starts_with(start))
 }
 
-/// A request's headers as they go on.
-fn onward(headers: &HeaderMap, bodies: Bodies) -> HeaderMap {
-    let mut headers = kept(headers);
+/// The headers of a request as they are forwarded.
+fn forwarded_headers(headers: &HeaderMap, bodies: Bodies) -> HeaderMap {
+    let mut headers = end_to_end_headers(headers);
     headers.remove(header::HOST);
     if bodies == Bodies::Unpacked {
-        // How replies are packed is between the upstream and us.
+        // The compression of replies is between the upstream and us.
         headers.remove(header::ACCEPT_ENCODING);
-        // The body may be another than the client's by now.
+        // The body may differ from the client's by now.
         headers.remove(header::CONTENT_LENGTH);
     }
     headers
 }
 
-/// What a carrier brings, its body unpacked; none that is packed is asked for.
-async fn unpacked(
+/// Sends a request through a carrier, asks for an uncompressed reply, and decompresses it if
+/// needed.
+async fn carry_unpacked(
     carrier: &dyn Carrier,
     mut request: Request<reqwest::Body>,
 ) -> Result<reqwest::Response, ApiError> {
@@ -605,8 +619,8 @@ async fn unpacked(
     Ok(response.map(reqwest::Body::wrap).into())
 }
 
-/// Headers that are not about one connection alone, and not ours.
-fn kept(headers: &HeaderMap) -> HeaderMap {
+/// Headers that are neither hop-by-hop nor our own.
+fn end_to_end_headers(headers: &HeaderMap) -> HeaderMap {
     const OF_ONE_CONNECTION: [HeaderName; 8] = [
         header::CONNECTION,
         HeaderName::from_static("keep-alive"),

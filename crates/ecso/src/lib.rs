@@ -14,6 +14,7 @@
 //! Nothing here speaks HTTP or runs a model.
 
 mod chat;
+mod concurrent;
 mod data_url;
 mod guard;
 mod hardened;
@@ -31,6 +32,7 @@ mod trace;
 mod verdict;
 
 pub use chat::{BlindChat, Chat, Part, Role, Turn};
+pub use concurrent::with_background;
 pub use data_url::{decode_base64, decode_data_url, is_data_url};
 pub use guard::{CheckedDraft, Guard};
 pub use image::{Image, ImageError, Limits, Truncated, apart};

@@ -26,7 +26,7 @@ use tonic::Streaming;
 use tower::ServiceExt;
 
 use super::{
-    headers::{self, Told},
+    headers::{self, ReceivedHeaders},
     messages::{
         BodyMutation, BodyResponse, CommonResponse, FULL_DUPLEX_STREAMED, HeaderMutation,
         HeadersResponse, HttpBody, HttpHeaders, HttpStatus, HttpTrailers, ImmediateResponse, Part,
@@ -35,43 +35,43 @@ use super::{
 };
 use crate::{
     error::ApiError,
-    upstream::{Carrier, carried_by},
+    upstream::{Carrier, attach_carrier},
 };
 
 /// Most bytes of one piece of a body, as Envoy's documentation advises.
-const PIECE: usize = 64 << 10;
+const MAX_CHUNK: usize = 64 << 10;
 /// Pieces of a body that are held here before the next one is taken.
-const HELD: usize = 4;
+const QUEUED_CHUNKS: usize = 4;
 /// Most bytes of an answer that is given at once: errors, and findings.
-const AT_ONCE: usize = 4 << 20;
+const MAX_IMMEDIATE: usize = 4 << 20;
 
 /// What is said to the gateway.
-pub(super) enum Said {
+pub(super) enum Outgoing {
     Reply(Reply),
     /// It was the last word.
     Done,
     /// The gateway is to fail the request.
-    Broken,
+    Aborted,
 }
 
 /// The exchange goes no further: the gateway has left, or it is to fail the request.
 #[derive(Debug)]
-struct Broken(&'static str);
+struct Aborted(&'static str);
 
 /// Says what is to be said; where that can't be done, the gateway is to fail the request.
-pub(super) async fn exchange(
+pub(super) async fn run(
     router: Router,
     patience: Duration,
     mut gateway: Streaming<ProcessingRequest>,
-    said: mpsc::Sender<Said>,
+    said: mpsc::Sender<Outgoing>,
 ) {
-    let out = Out(said);
+    let out = Replies(said);
     let worked = async {
         let first = tokio::time::timeout(patience, gateway.message()).await;
-        let Ok(Ok(Some(first))) = first else { return Err(Broken("no request came")) };
-        if let Some(wrong) = misled(&first) {
+        let Ok(Ok(Some(first))) = first else { return Err(Aborted("no request came")) };
+        if let Some(wrong) = setup_error(&first) {
             tracing::error!(wrong, "the gateway is set up in a way that guards nothing");
-            return at_once(
+            return reply_at_once(
                 ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "gateway_setup", wrong)
                     .into_response(),
                 &out,
@@ -81,39 +81,39 @@ pub(super) async fn exchange(
         let head = match first.part {
             Some(Part::RequestHeaders(head)) => head,
             // The gateway refuses a request before the filter, and shows what it says.
-            Some(Part::ResponseHeaders(head)) => return at_once(refused(head), &out).await,
+            Some(Part::ResponseHeaders(head)) => return reply_at_once(refusal(head), &out).await,
             _ => {
                 tracing::error!(
                     "the gateway does not show the heads of requests: request_header_mode must be SEND"
                 );
-                return Err(Broken("no request came first"));
+                return Err(Aborted("no request came first"));
             }
         };
-        carried(router, head, gateway, &out).await
+        guard_request(router, head, gateway, &out).await
     };
     let worked = tokio::select! {
         worked = worked => worked,
-        () = out.0.closed() => Err(Broken("the gateway left")),
+        () = out.0.closed() => Err(Aborted("the gateway left")),
     };
     match worked {
-        Ok(()) => drop(out.0.send(Said::Done).await),
-        Err(Broken(why)) => {
+        Ok(()) => drop(out.0.send(Outgoing::Done).await),
+        Err(Aborted(why)) => {
             tracing::debug!(why, "an exchange broke off");
-            let _ = out.0.send(Said::Broken).await;
+            let _ = out.0.send(Outgoing::Aborted).await;
         }
     }
 }
 
 /// What the client gets of a gateway that answers a request itself.
-fn refused(head: HttpHeaders) -> axum::response::Response {
-    let told = Told::read(head.headers);
-    let status = told.and_then(|told| StatusCode::from_bytes(told.special(":status")?).ok());
+fn refusal(head: HttpHeaders) -> axum::response::Response {
+    let told = ReceivedHeaders::read(head.headers);
+    let status = told.and_then(|told| StatusCode::from_bytes(told.pseudo_header(":status")?).ok());
     let status = status.filter(|status| status.as_u16() >= 400).unwrap_or(StatusCode::BAD_GATEWAY);
     ApiError::new(status, "gateway_refused", "the gateway refuses this request").into_response()
 }
 
 /// What a gateway's settings make impossible.
-fn misled(first: &ProcessingRequest) -> Option<&'static str> {
+fn setup_error(first: &ProcessingRequest) -> Option<&'static str> {
     let modes =
         first.protocol_config.map(|modes| [modes.request_body_mode, modes.response_body_mode]);
     if first.observability_mode {
@@ -128,62 +128,62 @@ fn misled(first: &ProcessingRequest) -> Option<&'static str> {
 }
 
 /// A request that goes through the guard, carried by the gateway.
-async fn carried(
+async fn guard_request(
     router: Router,
     head: HttpHeaders,
     gateway: Streaming<ProcessingRequest>,
-    out: &Out,
-) -> Result<(), Broken> {
+    out: &Replies,
+) -> Result<(), Aborted> {
     let is_empty = head.end_of_stream;
-    let Some((request, path)) = Told::read(head.headers).and_then(request) else {
-        return at_once(
+    let Some((request, path)) = ReceivedHeaders::read(head.headers).and_then(request) else {
+        return reply_at_once(
             ApiError::bad_request("invalid_request", "the head can't be read").into_response(),
             out,
         )
         .await;
     };
-    let (mut body, coming_body) = flow();
-    let (answer, coming_answer) = flow();
+    let (mut body, coming_body) = body_channel();
+    let (answer, coming_answer) = body_channel();
     let (told_head, coming_head) = oneshot::channel();
     if is_empty {
-        body.end(End::Whole);
+        body.end(BodyEnd::Whole);
     }
     let progress = coming_body.progress.clone();
-    let envoy = Arc::new(Envoy {
+    let envoy = Arc::new(EnvoyCarrier {
         out: out.clone(),
         path,
         headers: request.headers().clone(),
         is_empty,
         progress,
-        coming: Mutex::new(Some((coming_head, coming_answer))),
-        original: Mutex::default(),
-        sending: Mutex::default(),
+        response: Mutex::new(Some((coming_head, coming_answer))),
+        upstream_head: Mutex::default(),
+        body_task: Mutex::default(),
     });
-    let request = match carried_by(
+    let request = match attach_carrier(
         envoy.clone(),
-        request.map(|()| Body::from_stream(coming_body.pieces())),
+        request.map(|()| Body::from_stream(coming_body.chunks())),
     ) {
         Ok(request) => request,
-        Err(error) => return at_once(error.into_response(), out).await,
+        Err(error) => return reply_at_once(error.into_response(), out).await,
     };
-    let mut hearing = Hearing { body, head: Some(told_head), answer };
+    let mut incoming = Incoming { body, head: Some(told_head), answer };
     let answered = async {
         let Ok(response) = router.oneshot(request).await;
         envoy.answer(response).await
     };
     tokio::select! {
         answered = answered => answered,
-        never = hearing.all(gateway) => match never {},
+        never = incoming.all(gateway) => match never {},
     }
 }
 
 /// A request, of its head; and its path, as the gateway has it.
-fn request(told: Told) -> Option<(Request<()>, String)> {
+fn request(told: ReceivedHeaders) -> Option<(Request<()>, String)> {
     let mut request = Request::new(());
-    *request.method_mut() = Method::from_bytes(told.special(":method")?).ok()?;
-    let path = std::str::from_utf8(told.special(":path")?).ok()?.to_owned();
+    *request.method_mut() = Method::from_bytes(told.pseudo_header(":method")?).ok()?;
+    let path = std::str::from_utf8(told.pseudo_header(":path")?).ok()?.to_owned();
     *request.uri_mut() = Uri::try_from(&path).ok().filter(|uri| uri.authority().is_none())?;
-    let host = told.special(":authority").and_then(|host| HeaderValue::from_bytes(host).ok());
+    let host = told.pseudo_header(":authority").and_then(|host| HeaderValue::from_bytes(host).ok());
     *request.headers_mut() = told.headers;
     if let Some(host) = host {
         request.headers_mut().insert(header::HOST, host);
@@ -193,14 +193,14 @@ fn request(told: Told) -> Option<(Request<()>, String)> {
 
 /// How a body ended.
 #[derive(Debug, Clone)]
-enum End {
+enum BodyEnd {
     /// With its last piece.
     Whole,
     /// With trailers of these names behind it.
     Trailers(Vec<String>),
 }
 
-impl End {
+impl BodyEnd {
     fn with(trailers: HttpTrailers) -> Self {
         Self::Trailers(
             trailers
@@ -217,85 +217,95 @@ impl End {
 /// What has come of a body. The gateway takes no piece of a body of ours before the first of the
 /// other's.
 #[derive(Debug, Clone, Default)]
-struct Come {
-    begun: bool,
-    end: Option<End>,
+struct BodyState {
+    has_begun: bool,
+    end: Option<BodyEnd>,
 }
 
 /// How far a body is.
 #[derive(Clone)]
-struct Progress(watch::Receiver<Come>);
+struct BodyProgress(watch::Receiver<BodyState>);
 
-impl Progress {
+impl BodyProgress {
     /// Whether a piece has come, as soon as it or the end has. Where the body breaks off before,
     /// the gateway knows.
-    async fn begun(&mut self) -> bool {
-        let begun =
-            self.0.wait_for(|come| come.begun || come.end.is_some()).await.map(|come| come.begun);
-        match begun {
-            Ok(begun) => begun,
+    async fn has_begun(&mut self) -> bool {
+        let has_begun = self
+            .0
+            .wait_for(|state| state.has_begun || state.end.is_some())
+            .await
+            .map(|state| state.has_begun);
+        match has_begun {
+            Ok(has_begun) => has_begun,
             Err(_) => std::future::pending().await,
         }
     }
 
     /// How it ended, as soon as it has.
-    async fn ended(mut self) -> End {
-        let end =
-            self.0.wait_for(|come| come.end.is_some()).await.ok().and_then(|come| come.end.clone());
+    async fn wait_for_end(mut self) -> BodyEnd {
+        let end = self
+            .0
+            .wait_for(|state| state.end.is_some())
+            .await
+            .ok()
+            .and_then(|state| state.end.clone());
         match end {
             Some(end) => end,
             None => std::future::pending().await,
         }
     }
 
-    fn end(&self) -> Option<End> {
+    fn end(&self) -> Option<BodyEnd> {
         self.0.borrow().end.clone()
     }
 }
 
 /// A body, for those who tell it.
-struct Telling {
-    pieces: Option<mpsc::Sender<Bytes>>,
-    come: watch::Sender<Come>,
+struct BodySender {
+    chunks: Option<mpsc::Sender<Bytes>>,
+    state: watch::Sender<BodyState>,
 }
 
 /// A body, for those who hear it.
-struct Coming {
-    pieces: mpsc::Receiver<Bytes>,
-    progress: Progress,
+struct BodyReceiver {
+    chunks: mpsc::Receiver<Bytes>,
+    progress: BodyProgress,
 }
 
-fn flow() -> (Telling, Coming) {
-    let (told, pieces) = mpsc::channel(HELD);
-    let (come, seen) = watch::channel(Come::default());
-    (Telling { pieces: Some(told), come }, Coming { pieces, progress: Progress(seen) })
+fn body_channel() -> (BodySender, BodyReceiver) {
+    let (told, chunks) = mpsc::channel(QUEUED_CHUNKS);
+    let (state, seen) = watch::channel(BodyState::default());
+    (
+        BodySender { chunks: Some(told), state },
+        BodyReceiver { chunks, progress: BodyProgress(seen) },
+    )
 }
 
-impl Telling {
-    async fn piece(&mut self, piece: HttpBody) {
-        self.come.send_modify(|come| come.begun = true);
-        if let Some(pieces) = self.pieces.as_ref().filter(|_| !piece.body.is_empty()) {
+impl BodySender {
+    async fn chunk(&mut self, chunk: HttpBody) {
+        self.state.send_modify(|state| state.has_begun = true);
+        if let Some(chunks) = self.chunks.as_ref().filter(|_| !chunk.body.is_empty()) {
             // Whom it does not concern has left.
-            let _ = pieces.send(piece.body).await;
+            let _ = chunks.send(chunk.body).await;
         }
-        if piece.end_of_stream || piece.end_of_stream_without_message {
-            self.end(End::Whole);
+        if chunk.end_of_stream || chunk.end_of_stream_without_message {
+            self.end(BodyEnd::Whole);
         }
     }
 
-    fn end(&mut self, end: End) {
-        self.come.send_modify(|come| _ = come.end.get_or_insert(end));
-        self.pieces = None;
+    fn end(&mut self, end: BodyEnd) {
+        self.state.send_modify(|state| _ = state.end.get_or_insert(end));
+        self.chunks = None;
     }
 }
 
-impl Coming {
+impl BodyReceiver {
     /// What breaks off has an error at its end.
-    fn pieces(self) -> impl Stream<Item = io::Result<Bytes>> + Send + 'static {
-        let Self { mut pieces, progress } = self;
+    fn chunks(self) -> impl Stream<Item = io::Result<Bytes>> + Send + 'static {
+        let Self { mut chunks, progress } = self;
         async_stream::stream! {
-            while let Some(piece) = pieces.recv().await {
-                yield Ok(piece);
+            while let Some(chunk) = chunks.recv().await {
+                yield Ok(chunk);
             }
             if progress.end().is_none() {
                 yield Err(io::Error::other("the gateway broke off"));
@@ -305,13 +315,13 @@ impl Coming {
 }
 
 /// What the gateway tells, by what it belongs to.
-struct Hearing {
-    body: Telling,
+struct Incoming {
+    body: BodySender,
     head: Option<oneshot::Sender<HttpHeaders>>,
-    answer: Telling,
+    answer: BodySender,
 }
 
-impl Hearing {
+impl Incoming {
     /// Hears all; after that, or when it breaks off, nothing more comes.
     async fn all(&mut self, mut gateway: Streaming<ProcessingRequest>) -> Infallible {
         while let Ok(Some(message)) = gateway.message().await {
@@ -324,34 +334,34 @@ impl Hearing {
                 break;
             }
             match message.part {
-                Some(Part::RequestBody(piece)) => self.body.piece(piece).await,
-                Some(Part::RequestTrailers(trailers)) => self.body.end(End::with(trailers)),
+                Some(Part::RequestBody(chunk)) => self.body.chunk(chunk).await,
+                Some(Part::RequestTrailers(trailers)) => self.body.end(BodyEnd::with(trailers)),
                 Some(Part::ResponseHeaders(head)) => {
                     if head.end_of_stream {
-                        self.answer.end(End::Whole);
+                        self.answer.end(BodyEnd::Whole);
                     }
                     if let Some(told) = self.head.take() {
                         let _ = told.send(head);
                     }
                 }
-                Some(Part::ResponseBody(piece)) => self.answer.piece(piece).await,
-                Some(Part::ResponseTrailers(trailers)) => self.answer.end(End::with(trailers)),
+                Some(Part::ResponseBody(chunk)) => self.answer.chunk(chunk).await,
+                Some(Part::ResponseTrailers(trailers)) => self.answer.end(BodyEnd::with(trailers)),
                 Some(Part::RequestHeaders(_)) | None => {}
             }
         }
         // Without an end, both are broken.
-        (self.body.pieces, self.head, self.answer.pieces) = (None, None, None);
+        (self.body.chunks, self.head, self.answer.chunks) = (None, None, None);
         std::future::pending().await
     }
 }
 
 /// The way to the gateway.
 #[derive(Clone)]
-struct Out(mpsc::Sender<Said>);
+struct Replies(mpsc::Sender<Outgoing>);
 
-impl Out {
-    async fn say(&self, reply: Reply) -> Result<(), Broken> {
-        self.0.send(Said::Reply(reply)).await.map_err(|_| Broken("the gateway left"))
+impl Replies {
+    async fn send(&self, reply: Reply) -> Result<(), Aborted> {
+        self.0.send(Outgoing::Reply(reply)).await.map_err(|_| Aborted("the gateway left"))
     }
 
     /// Says a body, piece by piece; `ended` tells how the other's ended, when this one is at its
@@ -361,9 +371,9 @@ impl Out {
         mut body: B,
         reply: fn(BodyResponse) -> Reply,
         trailers: fn(TrailersResponse) -> Reply,
-        ended: impl Future<Output = End>,
-    ) -> Result<(), Broken> {
-        let piece = |body: Bytes, end_of_stream| {
+        wait_for_end: impl Future<Output = BodyEnd>,
+    ) -> Result<(), Aborted> {
+        let chunk = |body: Bytes, end_of_stream| {
             let streamed_response = Some(StreamedBodyResponse { body, end_of_stream });
             let body_mutation = Some(BodyMutation { streamed_response });
             reply(BodyResponse {
@@ -371,48 +381,48 @@ impl Out {
             })
         };
         while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|_| Broken("a body broke off"))?;
+            let frame = frame.map_err(|_| Aborted("a body broke off"))?;
             let Ok(mut whole) = frame.into_data() else { continue };
             while !whole.is_empty() {
-                let next = whole.split_to(whole.len().min(PIECE));
-                self.say(piece(next, false)).await?;
+                let next = whole.split_to(whole.len().min(MAX_CHUNK));
+                self.send(chunk(next, false)).await?;
             }
         }
-        match ended.await {
-            End::Whole => self.say(piece(Bytes::new(), true)).await,
+        match wait_for_end.await {
+            BodyEnd::Whole => self.send(chunk(Bytes::new(), true)).await,
             // They go no further: nobody has looked at them.
-            End::Trailers(names) => {
+            BodyEnd::Trailers(names) => {
                 let change = HeaderMutation { set_headers: Vec::new(), remove_headers: names };
-                self.say(trailers(TrailersResponse { header_mutation: Some(change) })).await
+                self.send(trailers(TrailersResponse { header_mutation: Some(change) })).await
             }
         }
     }
 }
 
 /// The gateway, as it carries one request.
-struct Envoy {
-    out: Out,
+struct EnvoyCarrier {
+    out: Replies,
     /// The request as it came.
     path: String,
     headers: HeaderMap,
     is_empty: bool,
-    progress: Progress,
+    progress: BodyProgress,
     /// Where its answer will be.
-    coming: Mutex<Option<(oneshot::Receiver<HttpHeaders>, Coming)>>,
-    original: Mutex<Option<Original>>,
+    response: Mutex<Option<(oneshot::Receiver<HttpHeaders>, BodyReceiver)>>,
+    upstream_head: Mutex<Option<UpstreamHead>>,
     /// The request's body on its way.
-    sending: Mutex<JoinSet<()>>,
+    body_task: Mutex<JoinSet<()>>,
 }
 
 /// The answer that came.
-struct Original {
+struct UpstreamHead {
     status: StatusCode,
     headers: HeaderMap,
     is_empty: bool,
-    progress: Progress,
+    progress: BodyProgress,
 }
 
-impl Carrier for Envoy {
+impl Carrier for EnvoyCarrier {
     fn door(&self) -> &'static str {
         "ext_proc"
     }
@@ -421,36 +431,37 @@ impl Carrier for Envoy {
         &self,
         request: Request<reqwest::Body>,
     ) -> BoxFuture<'_, Result<reqwest::Response, ApiError>> {
-        let broken = |Broken(why)| ApiError::upstream(why);
-        let carried = async move {
-            let Some((head, answer)) = lock(&self.coming).take() else {
+        let broken = |Aborted(why)| ApiError::upstream(why);
+        let guard_request = async move {
+            let Some((head, answer)) = lock(&self.response).take() else {
                 return Err(ApiError::upstream("a gateway carries a request once"));
             };
-            self.send(request).await.map_err(broken)?;
-            let told = head.await.map_err(|_| broken(Broken("the gateway broke off")))?;
+            self.send_request(request).await.map_err(broken)?;
+            let told = head.await.map_err(|_| broken(Aborted("the gateway broke off")))?;
             let is_empty = told.end_of_stream;
             let unread = || ApiError::upstream("the gateway tells of an answer that can't be read");
-            let told = Told::read(told.headers).ok_or_else(unread)?;
-            let status =
-                told.special(":status").and_then(|status| StatusCode::from_bytes(status).ok());
+            let told = ReceivedHeaders::read(told.headers).ok_or_else(unread)?;
+            let status = told
+                .pseudo_header(":status")
+                .and_then(|status| StatusCode::from_bytes(status).ok());
             let status = status.ok_or_else(unread)?;
             let (headers, progress) = (told.headers.clone(), answer.progress.clone());
-            *lock(&self.original) = Some(Original { status, headers, is_empty, progress });
-            let mut response = Response::new(reqwest::Body::wrap_stream(answer.pieces()));
+            *lock(&self.upstream_head) = Some(UpstreamHead { status, headers, is_empty, progress });
+            let mut response = Response::new(reqwest::Body::wrap_stream(answer.chunks()));
             (*response.status_mut(), *response.headers_mut()) = (status, told.headers);
             Ok(response.into())
         };
-        carried.boxed()
+        guard_request.boxed()
     }
 }
 
-impl Envoy {
+impl EnvoyCarrier {
     /// Says how the request goes on, and sends its body after it.
-    async fn send(&self, request: Request<reqwest::Body>) -> Result<(), Broken> {
+    async fn send_request(&self, request: Request<reqwest::Body>) -> Result<(), Aborted> {
         let (mut head, body) = request.into_parts();
         match body.size_hint().exact() {
             Some(1..) if self.is_empty => {
-                return Err(Broken("a request without a body can't get one"));
+                return Err(Aborted("a request without a body can't get one"));
             }
             Some(length) if !self.is_empty => {
                 drop(head.headers.insert(header::CONTENT_LENGTH, length.into()))
@@ -462,14 +473,14 @@ impl Envoy {
         if path != self.path {
             change.set_headers.extend(headers::path(path));
         }
-        self.out.say(Reply::RequestHeaders(headed(change))).await?;
+        self.out.send(Reply::RequestHeaders(headed(change))).await?;
         if !self.is_empty {
             let (out, mut progress) = (self.out.clone(), self.progress.clone());
-            lock(&self.sending).spawn(async move {
-                progress.begun().await;
-                let ended = progress.ended();
-                if let Err(Broken(why)) =
-                    out.body(body, Reply::RequestBody, Reply::RequestTrailers, ended).await
+            lock(&self.body_task).spawn(async move {
+                progress.has_begun().await;
+                let wait_for_end = progress.wait_for_end();
+                if let Err(Aborted(why)) =
+                    out.body(body, Reply::RequestBody, Reply::RequestTrailers, wait_for_end).await
                 {
                     tracing::debug!(why, "a request's body broke off");
                 }
@@ -479,11 +490,11 @@ impl Envoy {
     }
 
     /// Says what the client gets.
-    async fn answer(&self, response: Response<Body>) -> Result<(), Broken> {
-        let Some(Original { status, headers, is_empty, mut progress }) =
-            lock(&self.original).take()
+    async fn answer(&self, response: Response<Body>) -> Result<(), Aborted> {
+        let Some(UpstreamHead { status, headers, is_empty, mut progress }) =
+            lock(&self.upstream_head).take()
         else {
-            return at_once(response, &self.out).await;
+            return reply_at_once(response, &self.out).await;
         };
         let (mut head, mut body) = response.into_parts();
         // What comes of ours before the gateway takes it: signs of life, or all of an error.
@@ -491,28 +502,30 @@ impl Envoy {
         let has_begun = loop {
             let frame = tokio::select! {
                 biased;
-                has_begun = progress.begun(), if !is_empty => break has_begun,
+                has_begun = progress.has_begun(), if !is_empty => break has_begun,
                 frame = body.frame() => frame,
             };
             match frame
                 .transpose()
-                .map_err(|_| Broken("an answer broke off"))?
+                .map_err(|_| Aborted("an answer broke off"))?
                 .map(Frame::into_data)
             {
-                Some(Ok(piece)) if early.len() + piece.len() <= AT_ONCE => {
-                    early.extend_from_slice(&piece)
+                Some(Ok(chunk)) if early.len() + chunk.len() <= MAX_IMMEDIATE => {
+                    early.extend_from_slice(&chunk)
                 }
                 Some(Ok(_)) => {
-                    return Err(Broken("an answer is longer than what can be given at once"));
+                    return Err(Aborted("an answer is longer than what can be given at once"));
                 }
                 Some(Err(_)) => {}
                 None => break false,
             }
         };
         if !has_begun && (!is_empty || !early.is_empty()) {
-            let rest = to_bytes(body, AT_ONCE).await.map_err(|_| Broken("an answer broke off"))?;
+            let rest =
+                to_bytes(body, MAX_IMMEDIATE).await.map_err(|_| Aborted("an answer broke off"))?;
             early.extend_from_slice(&rest);
-            return at_once(Response::from_parts(head, early.freeze().into()), &self.out).await;
+            return reply_at_once(Response::from_parts(head, early.freeze().into()), &self.out)
+                .await;
         }
         if let Some(rest) = body.size_hint().exact().filter(|_| !is_empty) {
             head.headers.insert(header::CONTENT_LENGTH, (early.len() as u64 + rest).into());
@@ -521,15 +534,15 @@ impl Envoy {
         if head.status != status {
             change.set_headers.push(headers::status(head.status));
         }
-        self.out.say(Reply::ResponseHeaders(headed(change))).await?;
+        self.out.send(Reply::ResponseHeaders(headed(change))).await?;
         if is_empty {
             return Ok(());
         }
         let early = stream::iter([Ok(Frame::data(early.freeze()))]);
         let whole = StreamBody::new(early.chain(body.into_data_stream().map_ok(Frame::data)));
         // Where the answer is whole before the other's is, it ends it.
-        let ended = async { progress.end().unwrap_or(End::Whole) };
-        self.out.body(whole, Reply::ResponseBody, Reply::ResponseTrailers, ended).await
+        let wait_for_end = async { progress.end().unwrap_or(BodyEnd::Whole) };
+        self.out.body(whole, Reply::ResponseBody, Reply::ResponseTrailers, wait_for_end).await
     }
 }
 
@@ -544,14 +557,14 @@ fn headed(change: HeaderMutation) -> HeadersResponse {
 }
 
 /// An answer in the place of all else.
-async fn at_once(response: Response<Body>, out: &Out) -> Result<(), Broken> {
+async fn reply_at_once(response: Response<Body>, out: &Replies) -> Result<(), Aborted> {
     let (head, body) = response.into_parts();
-    let body = to_bytes(body, AT_ONCE).await.map_err(|_| Broken("an answer broke off"))?;
+    let body = to_bytes(body, MAX_IMMEDIATE).await.map_err(|_| Aborted("an answer broke off"))?;
     let reply = ImmediateResponse {
         status: Some(HttpStatus { code: head.status.as_u16().into() }),
         headers: Some(headers::change_answer(&HeaderMap::new(), &head.headers)),
         body,
         details: "ecso".into(),
     };
-    out.say(Reply::Immediate(reply)).await
+    out.send(Reply::Immediate(reply)).await
 }

@@ -14,11 +14,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::ToSchema;
 
-use super::{Given, Judged, Outlook, hooked, judged, outlook, pending::Known, shown};
+use super::{
+    Decision, JudgedAnswer, ProvidedAnswer, decide, handle_call, judge_answer,
+    pending::PendingCall, with_fetched_images,
+};
 use crate::{
     context::RequestContext,
     error::{ApiError, ApiErrors},
-    json::texts_of,
+    json::collect_texts,
     request::is_remote,
     server::Gateway,
     settings::{Mode, Unseen},
@@ -118,10 +121,10 @@ pub(crate) async fn litellm(
     request: axum::extract::Request,
 ) -> Response {
     let work = async |context, call: LiteLlmCall| match call.input_type {
-        LiteLlmKind::Request => asked(context, call).await,
-        LiteLlmKind::Response => Box::pin(answered(&gateway, context, call)).await,
+        LiteLlmKind::Request => on_request(context, call).await,
+        LiteLlmKind::Response => Box::pin(on_response(&gateway, context, call)).await,
     };
-    hooked(&gateway, "litellm", request, failed, work).await
+    handle_call(&gateway, "litellm", request, failed, work).await
 }
 
 /// What can't be guarded is blocked, so that the client is told why. What failed here is 500: other
@@ -139,24 +142,27 @@ fn failed(error: ApiError) -> Result<LiteLlmVerdict, ApiError> {
 }
 
 /// Reads a request, and keeps it until its answer comes.
-async fn asked(mut context: RequestContext, call: LiteLlmCall) -> Result<LiteLlmVerdict, ApiError> {
+async fn on_request(
+    mut context: RequestContext,
+    call: LiteLlmCall,
+) -> Result<LiteLlmVerdict, ApiError> {
     let chat = call.chat();
-    let whole = call.is_whole().map(|()| chat.clone());
-    let (known, seen) = match outlook(&mut context, call.model.as_deref(), whole).await? {
-        Outlook::Free => (Known::Free, None),
-        Outlook::Observed => (Known::Waits(chat.to_string().into_bytes().into()), None),
-        Outlook::Guarded(read) => {
+    let whole = call.check_complete().map(|()| chat.clone());
+    let (known, seen) = match decide(&mut context, call.model.as_deref(), whole).await? {
+        Decision::Pass => (PendingCall::Unguarded, None),
+        Decision::Observe => (PendingCall::Waiting(chat.to_string().into_bytes().into()), None),
+        Decision::Guard(read) => {
             let messages = chat["messages"].as_array().map(Vec::as_slice).unwrap_or_default();
-            let seen = shown(messages, &read);
+            let seen = with_fetched_images(messages, &read);
             if seen.is_some() && call.structured_messages.as_deref() != Some(messages) {
                 let message = "an image is named by its URL where it can't be put in its place: send it as a data URL";
                 return Err(ApiError::bad_request("image_url_refused", message));
             }
             // From here on every image is in it.
-            (Known::Waits(read.body()?.into()), seen)
+            (PendingCall::Waiting(read.body()?.into()), seen)
         }
     };
-    match call.keep(&context, &known) {
+    match call.remember(&context, &known) {
         Err(error) if context.mode == Mode::Enforce => return Err(error),
         Err(error) => error.log(&context.id),
         Ok(()) => {}
@@ -171,7 +177,7 @@ async fn asked(mut context: RequestContext, call: LiteLlmCall) -> Result<LiteLlm
 }
 
 /// Judges an answer to a request that was kept.
-async fn answered(
+async fn on_response(
     gateway: &Gateway,
     mut context: RequestContext,
     call: LiteLlmCall,
@@ -181,20 +187,20 @@ async fn answered(
     if context.mode == Mode::Off {
         return Ok(LiteLlmVerdict::pass());
     }
-    let found = call.name(&context).and_then(|(tenant, id)| {
+    let found = call.key(&context).and_then(|(tenant, id)| {
         let block = |code, message| Err(ApiError::bad_request(code, message));
-        match state.pending.answer((&tenant, id)) {
-            Some(Known::Free) => Ok(None),
-            Some(Known::Waits(chat)) => {
+        match state.pending.take((&tenant, id)) {
+            Some(PendingCall::Unguarded) => Ok(None),
+            Some(PendingCall::Waiting(chat)) => {
                 serde_json::from_slice(&chat).map(Some).map_err(|_| ApiError::upstream("a request that was kept is broken"))
             }
-            Some(Known::Answered) => block(
+            Some(PendingCall::Answered) => block(
                 "answered_twice",
                 "this answer comes in pieces, which can't be held back: set streaming_transform_mode: incremental_diff and \
                  streaming_end_of_stream_only: true, and don't stream answers that call tools",
             ),
-            Some(Known::Doubled) => block("call_id_taken", "two requests have the same litellm_call_id"),
-            None if state.settings.unseen == Unseen::Judge => Ok(Some(call.unseen())),
+            Some(PendingCall::Ambiguous) => block("call_id_taken", "two requests have the same litellm_call_id"),
+            None if state.settings.unseen == Unseen::Judge => Ok(Some(call.placeholder_chat())),
             None => block(
                 "request_unseen",
                 "the guard has not seen this request: LiteLLM shows none that has an image and no text",
@@ -206,7 +212,7 @@ async fn answered(
         Ok(None) => return Ok(LiteLlmVerdict::pass()),
         Err(error) if context.mode == Mode::Observe => {
             error.log(&context.id);
-            context.unjudged(&error);
+            context.record_failure(&error);
             return Ok(LiteLlmVerdict::pass());
         }
         Err(error) => return Err(error),
@@ -231,13 +237,13 @@ async fn answered(
             format!("at most {most} answers are judged at a time"),
         ));
     }
-    let given = call.given();
-    let judged = judged(
+    let answer = call.chat_answer();
+    let judged = judge_answer(
         gateway,
         context,
         None,
         &chat,
-        Given { door: "litellm", chat: Bytes::clone(&given), own: given },
+        ProvidedAnswer { door: "litellm", chat: Bytes::clone(&answer), own: answer },
     )
     .await?;
     Ok(call.verdict(&judged))
@@ -245,7 +251,7 @@ async fn answered(
 
 impl LiteLlmCall {
     /// Whose call it is, and its name, which must be the proxy's own.
-    fn name(&self, context: &RequestContext) -> Result<(String, &str), ApiError> {
+    fn key(&self, context: &RequestContext) -> Result<(String, &str), ApiError> {
         let id = self.litellm_call_id.as_deref().filter(|id| !id.is_empty());
         let id = id.ok_or_else(|| {
             ApiError::bad_request("call_id_missing", "there is no litellm_call_id")
@@ -265,9 +271,9 @@ impl LiteLlmCall {
     }
 
     /// Keeps what is known of the request until its answer comes.
-    fn keep(&self, context: &RequestContext, known: &Known) -> Result<(), ApiError> {
-        let (tenant, id) = self.name(context)?;
-        if context.state.pending.keep((&tenant, id), known) {
+    fn remember(&self, context: &RequestContext, known: &PendingCall) -> Result<(), ApiError> {
+        let (tenant, id) = self.key(context)?;
+        if context.state.pending.insert((&tenant, id), known) {
             return Ok(());
         }
         let message = "the request is longer than what is kept until its answer comes (`gateway.limits.pending`)";
@@ -276,10 +282,10 @@ impl LiteLlmCall {
 
     /// Holds that nothing is seen to be left out of the messages, or to stand as text where the
     /// model gets an image.
-    fn is_whole(&self) -> Result<(), ApiError> {
+    fn check_complete(&self) -> Result<(), ApiError> {
         for (place, message) in self.structured_messages.iter().flatten().enumerate() {
             let mut texts = HashSet::new();
-            texts_of(message, &mut texts);
+            collect_texts(message, &mut texts);
             let is_image = |text: &&str| !is_data_url(text) && text.contains("data:image/");
             let is_screenshot = message["role"] == "tool"
                 && texts.iter().any(|text| text.contains("computer_screenshot"));
@@ -301,7 +307,7 @@ impl LiteLlmCall {
         let messages = self.structured_messages.clone().unwrap_or_default();
         let (mut known, mut beside) = (HashSet::new(), Vec::new());
         for message in &messages {
-            texts_of(message, &mut known);
+            collect_texts(message, &mut known);
         }
         let written: HashSet<&str> = known
             .iter()
@@ -320,7 +326,7 @@ impl LiteLlmCall {
         let texts = self.texts.iter().flatten().filter(|text| !known.contains(text.as_str()));
         let texts = texts.cloned().chain(calls.map(Value::to_string));
         beside.extend(texts.map(|text| json!({"type": "text", "text": text})));
-        let mut chat = json!({"model": self.model, "messages": with(messages, beside)});
+        let mut chat = json!({"model": self.model, "messages": add_parts(messages, beside)});
         if let Some(tools) = self.tools.as_ref().filter(|tools| !tools.is_empty()) {
             chat["tools"] = json!(tools);
         }
@@ -328,7 +334,7 @@ impl LiteLlmCall {
     }
 
     /// A chat in the place of one that nobody knows.
-    fn unseen(&self) -> Value {
+    fn placeholder_chat(&self) -> Value {
         json!({"model": self.model, "messages": [{"role": "user", "content": "(a request that is not known)"}]})
     }
 
@@ -339,10 +345,10 @@ impl LiteLlmCall {
     /// The answer, as the answer to a chat. Texts may be several answers, or parts of one: each is
     /// a choice, and so is all of it, with the calls of tools; the calls are one by themselves too,
     /// as a profile may read the beginning of an answer alone.
-    fn given(&self) -> Bytes {
+    fn chat_answer(&self) -> Bytes {
         let texts = self.texts.as_deref().unwrap_or_default();
         let mut messages: Vec<Value> = texts.iter().map(|text| json!({"content": text})).collect();
-        let calls: Value = self.tool_calls.iter().flatten().map(called).collect();
+        let calls: Value = self.tool_calls.iter().flatten().map(tool_call).collect();
         if texts.len() != 1 || self.has_calls() {
             let mut all = json!({"content": texts.join("\n")});
             if self.has_calls() {
@@ -361,7 +367,7 @@ impl LiteLlmCall {
     }
 
     /// What the proxy is to do, by what was found.
-    fn verdict(&self, judged: &Judged) -> LiteLlmVerdict {
+    fn verdict(&self, judged: &JudgedAnswer) -> LiteLlmVerdict {
         if !judged.is_unsafe() {
             return LiteLlmVerdict::pass();
         }
@@ -370,12 +376,14 @@ impl LiteLlmCall {
             let message = &judged.answer["choices"][place]["message"];
             message["content"].as_str().or_else(|| message["refusal"].as_str())
         };
-        let others: Option<Vec<String>> =
+        let passthrough: Option<Vec<String>> =
             (0..texts.len()).map(|place| said(place).map(str::to_owned)).collect();
         // What a tool is asked can't be taken out of an answer there, nor a part of a whole.
-        match others.filter(|others| !self.has_calls() && !others.is_empty() && others != texts) {
-            Some(others) => LiteLlmVerdict {
-                texts: Some(others),
+        match passthrough.filter(|passthrough| {
+            !self.has_calls() && !passthrough.is_empty() && passthrough != texts
+        }) {
+            Some(passthrough) => LiteLlmVerdict {
+                texts: Some(passthrough),
                 ..LiteLlmVerdict::of(LiteLlmAction::GuardrailIntervened)
             },
             None => LiteLlmVerdict::blocked(
@@ -388,18 +396,18 @@ impl LiteLlmCall {
 /// Whether all texts of a value are known.
 fn is_known(value: &Value, known: &HashSet<&str>) -> bool {
     let mut texts = HashSet::new();
-    texts_of(value, &mut texts);
+    collect_texts(value, &mut texts);
     texts.is_subset(known)
 }
 
 /// A call of a tool, every field of it.
-fn called(call: &Value) -> Value {
+fn tool_call(call: &Value) -> Value {
     let name = call["function"]["name"].as_str().unwrap_or_default();
     json!({"type": "function", "function": {"name": name, "arguments": call.to_string()}})
 }
 
 /// The messages with more parts in the last one of the user.
-fn with(mut messages: Vec<Value>, parts: Vec<Value>) -> Vec<Value> {
+fn add_parts(mut messages: Vec<Value>, parts: Vec<Value>) -> Vec<Value> {
     if parts.is_empty() && !messages.is_empty() {
         return messages;
     }

@@ -10,13 +10,14 @@ use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
 
 use super::{
-    Found, Given, Outlook, asks_for_stream, chat, has_more, has_odd_names, hooked, judged, object,
-    outlook, shown, streamed,
+    Decision, HookFinding, ProvidedAnswer, asks_for_stream, chat_of, decide, handle_call,
+    has_prose_in_names, judge_answer, require_object, says_more, stream_refused,
+    with_fetched_images,
 };
 use crate::{
     context::RequestContext,
     error::{ApiError, ApiErrors},
-    json::{is_label, says_little, shown as shown_name},
+    json::{has_no_prose, is_field_name, printable},
     server::Gateway,
     wire::Format,
 };
@@ -73,7 +74,7 @@ pub(crate) struct PortkeySide {
 pub(crate) struct PortkeyVerdict {
     /// Whether it may go on.
     verdict: bool,
-    data: Found,
+    data: HookFinding,
     #[serde(skip_serializing_if = "Option::is_none")]
     transformed_data: Option<PortkeyTransformed>,
 }
@@ -94,19 +95,19 @@ pub(crate) struct PortkeyBody {
 }
 
 impl PortkeyVerdict {
-    fn of(verdict: bool, data: Found) -> Self {
+    fn of(verdict: bool, data: HookFinding) -> Self {
         Self { verdict, data, transformed_data: None }
     }
 
     /// It may go on with this request.
-    fn asking(json: Value) -> Self {
+    fn with_request(json: Value) -> Self {
         let request = Some(PortkeyBody { json });
         let transformed_data = Some(PortkeyTransformed { request, response: None });
-        Self { transformed_data, ..Self::of(true, Found::default()) }
+        Self { transformed_data, ..Self::of(true, HookFinding::default()) }
     }
 
     /// It may go on with this answer.
-    fn saying(json: Value, data: Found) -> Self {
+    fn with_response(json: Value, data: HookFinding) -> Self {
         let response = Some(PortkeyBody { json });
         let transformed_data = Some(PortkeyTransformed { request: None, response });
         Self { transformed_data, ..Self::of(true, data) }
@@ -123,12 +124,12 @@ pub(crate) async fn portkey(
     request: axum::extract::Request,
 ) -> Response {
     // What is no 2xx passes there.
-    let failed = |error| Ok(PortkeyVerdict::of(false, Found::failed(error)));
+    let failed = |error| Ok(PortkeyVerdict::of(false, HookFinding::failed(error)));
     let work = async |context, call: PortkeyCall| match call.event_type {
         PortkeyEvent::BeforeRequestHook => before(context, call).await,
         PortkeyEvent::AfterRequestHook => Box::pin(after(&gateway, context, call)).await,
     };
-    hooked(&gateway, "portkey", request, failed, work).await
+    handle_call(&gateway, "portkey", request, failed, work).await
 }
 
 /// Reads a request before the model is asked.
@@ -139,30 +140,30 @@ async fn before(
     let PortkeyCall {
         request_type, request: PortkeySide { mut json, is_streaming_request }, ..
     } = call;
-    object(&json)?;
+    require_object(&json)?;
     let asked = request_type.chat(&json);
     let is_streamed = is_streaming_request || asks_for_stream(&json);
     let read = match asked {
-        None => return Ok(PortkeyVerdict::of(true, Found::default())),
-        Some(asked) => match outlook(&mut context, json["model"].as_str(), asked).await? {
-            Outlook::Guarded(read) => read,
-            Outlook::Free | Outlook::Observed => {
-                return Ok(PortkeyVerdict::of(true, Found::default()));
+        None => return Ok(PortkeyVerdict::of(true, HookFinding::default())),
+        Some(asked) => match decide(&mut context, json["model"].as_str(), asked).await? {
+            Decision::Guard(read) => read,
+            Decision::Pass | Decision::Observe => {
+                return Ok(PortkeyVerdict::of(true, HookFinding::default()));
             }
         },
     };
     if is_streamed {
-        return Err(streamed());
+        return Err(stream_refused());
     }
     // What has another form is refused behind, where an image in it is only named.
     let messages =
         json["messages"].as_array().filter(|_| request_type == PortkeyKind::ChatComplete);
-    match messages.and_then(|messages| shown(messages, &read)) {
+    match messages.and_then(|messages| with_fetched_images(messages, &read)) {
         Some(messages) => {
             json["messages"] = messages.into();
-            Ok(PortkeyVerdict::asking(json))
+            Ok(PortkeyVerdict::with_request(json))
         }
-        None => Ok(PortkeyVerdict::of(true, Found::default())),
+        None => Ok(PortkeyVerdict::of(true, HookFinding::default())),
     }
 }
 
@@ -175,15 +176,17 @@ async fn after(
     let PortkeyCall {
         request_type, request: PortkeySide { json: mut request, .. }, response, ..
     } = call;
-    object(&request)?;
+    require_object(&request)?;
     let answer = response.json;
     if !answer.is_object() {
         let Some(asked) = request_type.chat(&request) else {
-            return Ok(PortkeyVerdict::of(true, Found::default()));
+            return Ok(PortkeyVerdict::of(true, HookFinding::default()));
         };
-        return match outlook(&mut context, request["model"].as_str(), asked).await? {
-            Outlook::Guarded(_) => Err(streamed()),
-            Outlook::Free | Outlook::Observed => Ok(PortkeyVerdict::of(true, Found::default())),
+        return match decide(&mut context, request["model"].as_str(), asked).await? {
+            Decision::Guard(_) => Err(stream_refused()),
+            Decision::Pass | Decision::Observe => {
+                Ok(PortkeyVerdict::of(true, HookFinding::default()))
+            }
         };
     }
     // The answer is here, in one piece.
@@ -191,49 +194,49 @@ async fn after(
     let own: Bytes = answer.to_string().into();
     let judged = match request_type {
         PortkeyKind::Messages => {
-            let chat = Format::Messages.said(&answer)?.to_string().into();
-            judged(
+            let chat = Format::Messages.to_chat(&answer)?.to_string().into();
+            judge_answer(
                 gateway,
                 context,
                 Some(Format::Messages),
                 &request,
-                Given { door: "portkey", chat, own },
+                ProvidedAnswer { door: "portkey", chat, own },
             )
             .await?
         }
         PortkeyKind::Complete => {
-            let chat = spoken(&answer).to_string().into();
-            judged(
+            let chat = chat_answer(&answer).to_string().into();
+            judge_answer(
                 gateway,
                 context,
                 None,
-                &prompted(&request)?,
-                Given { door: "portkey", chat, own },
+                &chat_of_prompt(&request)?,
+                ProvidedAnswer { door: "portkey", chat, own },
             )
             .await?
         }
         PortkeyKind::ChatComplete => {
-            judged(
+            judge_answer(
                 gateway,
                 context,
                 None,
                 &request,
-                Given { door: "portkey", chat: Bytes::clone(&own), own },
+                ProvidedAnswer { door: "portkey", chat: Bytes::clone(&own), own },
             )
             .await?
         }
-        PortkeyKind::Embed => return Ok(PortkeyVerdict::of(true, Found::default())),
+        PortkeyKind::Embed => return Ok(PortkeyVerdict::of(true, HookFinding::default())),
     };
-    let has_more = || match request_type {
-        PortkeyKind::ChatComplete => has_more(&answer, &judged.answer),
-        PortkeyKind::Messages => has_odd_names(&answer),
+    let says_more = || match request_type {
+        PortkeyKind::ChatComplete => says_more(&answer, &judged.answer),
+        PortkeyKind::Messages => has_prose_in_names(&answer),
         PortkeyKind::Complete | PortkeyKind::Embed => false,
     };
     Ok(match request_type {
         // It has no form for another answer.
         PortkeyKind::Complete => PortkeyVerdict::of(!judged.is_unsafe(), judged.found),
-        _ if judged.is_unsafe() || (judged.is_safe() && has_more()) => {
-            PortkeyVerdict::saying(judged.answer, judged.found)
+        _ if judged.is_unsafe() || (judged.is_safe() && says_more()) => {
+            PortkeyVerdict::with_response(judged.answer, judged.found)
         }
         _ => PortkeyVerdict::of(true, judged.found),
     })
@@ -244,15 +247,15 @@ impl PortkeyKind {
     fn chat(self, request: &Value) -> Option<Result<Value, ApiError>> {
         match self {
             Self::ChatComplete => Some(Ok(request.clone())),
-            Self::Messages => Some(chat(Some(Format::Messages), request.clone())),
-            Self::Complete => Some(prompted(request)),
+            Self::Messages => Some(chat_of(Some(Format::Messages), request.clone())),
+            Self::Complete => Some(chat_of_prompt(request)),
             Self::Embed => None,
         }
     }
 }
 
 /// Fields of the old completions. In others some servers take images.
-const KNOWN: [&str; 18] = [
+const PROMPT_FIELDS: [&str; 18] = [
     "model",
     "prompt",
     "suffix",
@@ -274,7 +277,7 @@ const KNOWN: [&str; 18] = [
 ];
 
 /// What a request of the old completions asks, as a chat.
-fn prompted(request: &Value) -> Result<Value, ApiError> {
+fn chat_of_prompt(request: &Value) -> Result<Value, ApiError> {
     let is_plain = |prompt: &Value| prompt.is_string() || prompt.is_number() || prompt.is_null();
     let is_list = |prompt: &Value| prompt.as_array().is_some_and(|list| list.iter().all(is_plain));
     let prompt = &request["prompt"];
@@ -289,11 +292,11 @@ fn prompted(request: &Value) -> Result<Value, ApiError> {
         .as_object()
         .into_iter()
         .flat_map(Map::keys)
-        .find(|name| !KNOWN.contains(&name.as_str()))
+        .find(|name| !PROMPT_FIELDS.contains(&name.as_str()))
     {
         let message = format!(
             "`{}` is not known to the guard, so that it can't be judged",
-            shown_name(unknown)
+            printable(unknown)
         );
         return Err(ApiError::bad_request("unknown_field", message));
     }
@@ -306,9 +309,9 @@ fn prompted(request: &Value) -> Result<Value, ApiError> {
 }
 
 /// What an answer of the old completions says, as the answer to a chat.
-fn spoken(answer: &Value) -> Value {
+fn chat_answer(answer: &Value) -> Value {
     let mut around = answer.as_object().cloned().unwrap_or_default();
-    around.retain(|name, value| name != "choices" && !(is_label(name) && says_little(value)));
+    around.retain(|name, value| name != "choices" && !(is_field_name(name) && has_no_prose(value)));
     let choices = answer["choices"].as_array().into_iter().flatten().enumerate();
     let choices = choices.map(|(index, choice)| {
         let mut beside = choice.clone();

@@ -32,7 +32,7 @@ impl IntoResponse for File {
 pub(super) const PAGE: File = File::html(include_str!("page.html"));
 
 /// For a browser that has brought a link.
-pub(super) const ENTERED: File = File::html(
+pub(super) const OPENED: File = File::html(
     "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta http-equiv=\"refresh\" content=\"0; url=/\"><title>ecso</title>\
      <p><a href=\"/\">Go on</a></p></html>",
 );

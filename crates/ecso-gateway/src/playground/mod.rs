@@ -7,8 +7,8 @@
 
 mod ask;
 mod edit;
-mod entrance;
 mod files;
+mod sessions;
 
 use std::sync::Arc;
 
@@ -27,14 +27,14 @@ use tokio::sync::watch;
 use url::form_urlencoded;
 
 use crate::{
-    access::Caller, context::QUICK, error::ApiError, server::Gateway, settings::TraceLevel,
+    access::Caller, context::PROBE_TIMEOUT, error::ApiError, server::Gateway, settings::TraceLevel,
     state::AppState,
 };
-use entrance::Entrance;
+use sessions::Sessions;
 
 /// A page for people, for [`Gateway::with_playground`].
 pub struct Playground {
-    entrance: Entrance,
+    sessions: Sessions,
     calibration: Option<Calibration>,
 }
 
@@ -54,20 +54,20 @@ impl Playground {
     /// one.
     #[must_use]
     pub fn new(calibration: Option<Calibration>) -> Self {
-        Self { entrance: Entrance::new(), calibration }
+        Self { sessions: Sessions::new(), calibration }
     }
 
     /// What lets the next browser in, as `/?token=TOKEN`. Each works once; then the next one stands
     /// here.
     #[must_use]
     pub fn tokens(&self) -> watch::Receiver<String> {
-        self.entrance.tokens()
+        self.sessions.tokens()
     }
 }
 
 /// What the routes share.
 #[derive(Clone)]
-struct Visit {
+struct PageState {
     gateway: Arc<Gateway>,
     playground: Arc<Playground>,
 }
@@ -75,26 +75,26 @@ struct Visit {
 /// The routes of the page. They are for its own scripts alone, so no other page is told that it may
 /// read them.
 pub(crate) fn routes(gateway: Arc<Gateway>, playground: Arc<Playground>) -> Router {
-    let visit = Visit { gateway, playground };
+    let page = PageState { gateway, playground };
     Router::new()
         .route("/playground/{file}", get(file))
         .route("/playground/facts", get(facts))
         .route("/playground/profile", post(edit::profile))
         .route("/playground/ask", post(ask::ask))
-        .route_layer(middleware::from_fn_with_state(visit.clone(), let_in))
-        .route("/", get(page))
+        .route_layer(middleware::from_fn_with_state(page.clone(), require_session))
+        .route("/", get(index))
         .route("/favicon.ico", get(StatusCode::NO_CONTENT))
-        .layer(middleware::map_response(locked))
-        .with_state(visit)
+        .layer(middleware::map_response(add_security_headers))
+        .with_state(page)
 }
 
 /// Only the page's own requests pass, from a browser that came in by a link.
-async fn let_in(
-    State(visit): State<Visit>,
+async fn require_session(
+    State(page): State<PageState>,
     request: axum::extract::Request,
     next: Next,
 ) -> Response {
-    match visit.playground.entrance.check(request.method(), request.headers()) {
+    match page.playground.sessions.check(request.method(), request.headers()) {
         Ok(()) => next.run(request).await,
         Err(refused) => refused.into_response(),
     }
@@ -102,7 +102,7 @@ async fn let_in(
 
 /// Nothing of another origin is loaded, run or told, no script stands in the page, and nothing is
 /// kept.
-async fn locked(mut response: Response) -> Response {
+async fn add_security_headers(mut response: Response) -> Response {
     const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; \
                           base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; \
                           trusted-types 'none'";
@@ -121,16 +121,16 @@ async fn locked(mut response: Response) -> Response {
 }
 
 /// The page, for whoever came in; the way in, for whoever has a link.
-async fn page(State(visit): State<Visit>, uri: Uri, headers: HeaderMap) -> Response {
-    let entrance = &visit.playground.entrance;
+async fn index(State(page): State<PageState>, uri: Uri, headers: HeaderMap) -> Response {
+    let sessions = &page.playground.sessions;
     let mut pairs = form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes());
     let token = pairs.find(|(name, _)| name == "token");
-    if let Some(cookie) = token.and_then(|(_, token)| entrance.open(&token)) {
+    if let Some(cookie) = token.and_then(|(_, token)| sessions.open(&token)) {
         // A page that goes on by itself: were it a redirect, a browser that came from elsewhere
         // would leave the cookie out.
-        return ([(header::SET_COOKIE, cookie)], files::ENTERED).into_response();
+        return ([(header::SET_COOKIE, cookie)], files::OPENED).into_response();
     }
-    if entrance.knows(&headers) {
+    if sessions.knows(&headers) {
         return files::PAGE.into_response();
     }
     (StatusCode::UNAUTHORIZED, files::CLOSED).into_response()
@@ -146,31 +146,33 @@ async fn file(axum::extract::Path(name): axum::extract::Path<String>) -> Respons
 }
 
 /// What the page has to know: model, profiles, bounds, calibration.
-async fn facts(State(visit): State<Visit>) -> Response {
-    let state = visit.gateway.state();
-    let nothing = HeaderMap::new();
-    let asked = tokio::time::timeout(QUICK, state.upstream.model_name(&nothing));
+async fn facts(State(page): State<PageState>) -> Response {
+    let state = page.gateway.state();
+    let no_headers = HeaderMap::new();
+    let asked = tokio::time::timeout(PROBE_TIMEOUT, state.upstream.model_name(&no_headers));
     let model = asked.await.ok().and_then(Result::ok);
-    let several =
-        state.upstream.answering(model.as_deref().unwrap_or_default(), &nothing).is_concurrent();
+    let is_concurrent = state
+        .upstream
+        .guarded_model(model.as_deref().unwrap_or_default(), &no_headers)
+        .is_concurrent();
     let limits = &state.settings.limits;
     let profiles = profiles(&state).into_iter();
     // The prompts are what the model is told, which not everybody may see; and the choice is the
     // operator's.
-    let usual = page_profile(&state, model.as_deref());
-    let told: Vec<Value> = match state.settings.trace {
+    let default = default_profile(&state, model.as_deref());
+    let visible: Vec<Value> = match state.settings.trace {
         TraceLevel::Full => profiles.map(|profile| json!(profile)).collect(),
-        TraceLevel::Figures | TraceLevel::None => vec![json!({"name": usual.name})],
+        TraceLevel::Figures | TraceLevel::None => vec![json!({"name": default.name})],
     };
     let facts = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "model": model,
-        "several": several,
+        "several": is_concurrent,
         "trace": state.settings.trace,
-        "usual": usual.name,
-        "profiles": told,
+        "usual": default.name,
+        "profiles": visible,
         "limits": {"images": limits.images, "body": limits.body, "image": state.images.bytes},
-        "calibration": visit.playground.calibration,
+        "calibration": page.playground.calibration,
     });
     ([(header::CONTENT_TYPE, "application/json")], facts.to_string()).into_response()
 }
@@ -192,7 +194,7 @@ fn profiles(state: &AppState) -> Vec<Profile> {
 }
 
 /// The profile that requests to this model run under, where nobody chooses.
-fn page_profile<'a>(state: &'a AppState, model: Option<&str>) -> &'a Profile {
+fn default_profile<'a>(state: &'a AppState, model: Option<&str>) -> &'a Profile {
     state.profile(&Caller::playground(), model)
 }
 
@@ -203,7 +205,7 @@ fn profile(state: &AppState, name: &str) -> Result<Profile, ApiError> {
 }
 
 /// Whoever changes a profile can have everything let out, and is told what the model is told.
-fn needs_full(state: &AppState) -> Result<(), ApiError> {
+fn require_full_trace(state: &AppState) -> Result<(), ApiError> {
     if state.settings.trace == TraceLevel::Full {
         return Ok(());
     }

@@ -3,8 +3,8 @@
 //! format. So nobody but the files here knows what it looks like, and what a file here doesn't know
 //! of a request is refused.
 
-mod heard;
 mod messages;
+mod observed;
 mod responses;
 mod tools;
 
@@ -16,7 +16,7 @@ use crate::{error::ApiError, json as strict};
 
 /// What stands before images that a tool gave back: in a chat they are the user's, right behind the
 /// tool's result.
-const SHOWN: &str = "What the tool shows:";
+const TOOL_IMAGES_LABEL: &str = "What the tool shows:";
 
 /// A format of requests and answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,17 +38,17 @@ impl Format {
 
     /// The chat that a request asks for, as the body of a chat request; and how its answer is
     /// written. `earlier` gives the messages of the conversation up to an answer of ours.
-    pub(crate) fn read(
+    pub(crate) fn parse(
         self,
         body: Value,
-        earlier: Earlier<'_>,
+        load: LoadConversation<'_>,
     ) -> Result<(Value, Box<dyn Wire>), ApiError> {
         let (mut chat, wire): (Value, Box<dyn Wire>) = match self {
             Self::Messages => {
-                messages::read(body).map(|(chat, wire)| (chat, Box::new(wire) as _))?
+                messages::parse(body).map(|(chat, wire)| (chat, Box::new(wire) as _))?
             }
             Self::Responses => {
-                responses::read(body, earlier).map(|(chat, wire)| (chat, Box::new(wire) as _))?
+                responses::parse(body, load).map(|(chat, wire)| (chat, Box::new(wire) as _))?
             }
         };
         // These formats always tell it.
@@ -70,12 +70,12 @@ impl Format {
 }
 
 /// Gives the messages of the conversation up to an answer.
-pub(crate) type Earlier<'a> = &'a mut dyn FnMut(&str) -> Result<Vec<Value>, ApiError>;
+pub(crate) type LoadConversation<'a> = &'a mut dyn FnMut(&str) -> Result<Vec<Value>, ApiError>;
 
 /// The part of a conversation that a request brings.
-pub(crate) struct Part<'a> {
+pub(crate) struct StoredPart<'a> {
     /// The answer that it goes on from.
-    pub(crate) before: Option<&'a str>,
+    pub(crate) previous: Option<&'a str>,
     /// Its first message in the chat.
     pub(crate) from: usize,
 }
@@ -84,22 +84,22 @@ pub(crate) struct Part<'a> {
 pub(crate) trait Wire: Send + Sync {
     /// What is to be kept beside the answer, so that a later request can go on from it; none if
     /// that is not wanted.
-    fn part(&self) -> Option<Part<'_>> {
+    fn to_store(&self) -> Option<StoredPart<'_>> {
         None
     }
 
     /// Kinds of tools of the request that are left out: a server would run them.
-    fn left_out(&self) -> &BTreeSet<String>;
+    fn omitted_tools(&self) -> &BTreeSet<String>;
 
     /// The whole answer.
-    fn whole(&self, answer: &Answer<'_>) -> Value;
+    fn body(&self, answer: &Answer<'_>) -> Value;
 
     /// The same as the events of a stream: all that clients of the format wait for, whatever the
     /// upstream sent.
     fn events(&self, answer: &Answer<'_>) -> Vec<Value>;
 
     /// A failure of a stream that has said nothing yet: what its clients wait for in this place.
-    fn failed(&self, request: (&str, &str), error: &ApiError) -> Vec<Value>;
+    fn failure_events(&self, request: (&str, &str), error: &ApiError) -> Vec<Value>;
 }
 
 /// A judged answer to a chat, as it is to go out.
@@ -119,9 +119,9 @@ pub(crate) struct Answer<'a> {
     /// The usage that the upstream tells, as chat completions have it.
     pub(crate) usage: Option<&'a Value>,
     /// What was found, for the client.
-    pub(crate) found: Option<Value>,
+    pub(crate) report: Option<Value>,
     /// Whether a later request can go on from it.
-    pub(crate) is_kept: bool,
+    pub(crate) is_stored: bool,
     /// Whether the guard calls the model's own answer harmful, and how likely that is.
     pub(crate) verdict: (ecso::Verdict, Option<f64>),
 }
@@ -136,7 +136,7 @@ pub(crate) struct Call {
 
 impl Answer<'_> {
     /// What the client gets, as a message of a chat.
-    pub(crate) fn said(&self) -> Value {
+    pub(crate) fn chat_message(&self) -> Value {
         let calls = self.calls().into_iter().map(|Call { id, name, arguments }| {
             json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})
         });
@@ -151,7 +151,7 @@ impl Answer<'_> {
     /// Its text; a refusal is one too.
     fn text(&self) -> String {
         let texts = ["content", "refusal"].into_iter().filter_map(|name| self.message.get(name));
-        texts.map(said).filter(|text| !text.is_empty()).collect::<Vec<_>>().join("\n")
+        texts.map(content_text).filter(|text| !text.is_empty()).collect::<Vec<_>>().join("\n")
     }
 
     /// What the model thought before it.
@@ -200,10 +200,10 @@ impl Answer<'_> {
 }
 
 /// The text of a content.
-fn said(content: &Value) -> String {
+fn content_text(content: &Value) -> String {
     match content {
         Value::String(text) => text.clone(),
-        Value::Array(parts) => parts.iter().map(|part| said(&part["text"])).collect(),
+        Value::Array(parts) => parts.iter().map(|part| content_text(&part["text"])).collect(),
         _ => String::new(),
     }
 }
@@ -211,76 +211,79 @@ fn said(content: &Value) -> String {
 /// An object of a request, taken apart field by field: what is left at its end is not known.
 struct Fields {
     path: String,
-    left: Map<String, Value>,
+    remaining: Map<String, Value>,
 }
 
 impl Fields {
-    fn of(value: Value, path: impl Into<String>) -> Result<Self, ApiError> {
+    fn new(value: Value, path: impl Into<String>) -> Result<Self, ApiError> {
         let path = path.into();
         match value {
-            Value::Object(left) => Ok(Self { path, left }),
+            Value::Object(remaining) => Ok(Self { path, remaining }),
             _ => Err(invalid(&path, "it must be an object")),
         }
     }
 
     /// A field's place in the request.
-    fn at(&self, name: &str) -> String {
+    fn path_of(&self, name: &str) -> String {
         if self.path.is_empty() {
-            strict::shown(name)
+            strict::printable(name)
         } else {
-            format!("{}.{}", self.path, strict::shown(name))
+            format!("{}.{}", self.path, strict::printable(name))
         }
     }
 
     /// Takes a field; null is none.
     fn take(&mut self, name: &str) -> Option<Value> {
-        self.left.remove(name).filter(|value| !value.is_null())
+        self.remaining.remove(name).filter(|value| !value.is_null())
     }
 
     fn text(&mut self, name: &str) -> Result<Option<String>, ApiError> {
         match self.take(name) {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(text)),
-            Some(_) => Err(invalid(&self.at(name), "it must be a text")),
+            Some(_) => Err(invalid(&self.path_of(name), "it must be a text")),
         }
     }
 
-    fn needed(&mut self, name: &str) -> Result<String, ApiError> {
-        self.text(name)?.ok_or_else(|| invalid(&self.at(name), "it is missing"))
+    fn required_text(&mut self, name: &str) -> Result<String, ApiError> {
+        self.text(name)?.ok_or_else(|| invalid(&self.path_of(name), "it is missing"))
     }
 
     fn list(&mut self, name: &str) -> Result<Vec<Value>, ApiError> {
         match self.take(name) {
             None => Ok(Vec::new()),
             Some(Value::Array(list)) => Ok(list),
-            Some(_) => Err(invalid(&self.at(name), "it must be a list")),
+            Some(_) => Err(invalid(&self.path_of(name), "it must be a list")),
         }
     }
 
     /// Puts a field into a chat's body, under another name.
-    fn moves(&mut self, name: &str, chat: &mut Map<String, Value>, to: &str) {
+    fn move_to(&mut self, name: &str, chat: &mut Map<String, Value>, to: &str) {
         if let Some(value) = self.take(name) {
             chat.insert(to.to_owned(), value);
         }
     }
 
     /// Leaves fields out that change nothing about what is asked and answered.
-    fn without(&mut self, names: &[&str]) {
+    fn ignore(&mut self, names: &[&str]) {
         for name in names {
-            self.left.remove(*name);
+            self.remaining.remove(*name);
         }
     }
 
     /// Holds that all was known.
-    fn end(self) -> Result<(), ApiError> {
-        match self.left.iter().find(|(_, value)| !value.is_null()) {
+    fn finish(self) -> Result<(), ApiError> {
+        match self.remaining.iter().find(|(_, value)| !value.is_null()) {
             None => Ok(()),
             Some((name, _)) => {
-                let at = self.at(name);
+                let path = self.path_of(name);
                 let message = format!(
-                    "`{at}` is not known to the guard, so that it can't be judged: leave it out"
+                    "`{path}` is not known to the guard, so that it can't be judged: leave it out"
                 );
-                Err(ApiError { param: Some(at), ..ApiError::bad_request("unknown_field", message) })
+                Err(ApiError {
+                    param: Some(path),
+                    ..ApiError::bad_request("unknown_field", message)
+                })
             }
         }
     }
@@ -294,10 +297,10 @@ fn invalid(path: &str, why: &str) -> ApiError {
 }
 
 /// The field that names an earlier answer.
-pub(crate) const BEFORE: &str = "previous_response_id";
+pub(crate) const PREVIOUS_RESPONSE_ID: &str = "previous_response_id";
 
 /// Something that lies where nobody here can judge it.
-pub(crate) fn elsewhere(name: &str) -> ApiError {
+pub(crate) fn external_conversation(name: &str) -> ApiError {
     let message = format!(
         "`{name}` names a conversation that lies elsewhere, where nobody here can judge it: send it whole, as `input`"
     );
@@ -309,7 +312,7 @@ pub(crate) fn elsewhere(name: &str) -> ApiError {
 
 /// Something that can't be guarded: nobody here sees what is in it.
 fn unsupported(path: &str, kind: &str) -> ApiError {
-    let message = format!("`{path}`: `{}` can't be guarded", strict::shown(kind));
+    let message = format!("`{path}`: `{}` can't be guarded", strict::printable(kind));
     ApiError {
         param: Some(path.to_owned()),
         ..ApiError::bad_request("unsupported_content", message)

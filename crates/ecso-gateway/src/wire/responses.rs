@@ -7,8 +7,9 @@ use ecso::Verdict;
 use serde_json::{Map, Value, json};
 
 use super::{
-    Answer, BEFORE, Earlier, Fields, Part, SHOWN, Wire, elsewhere, invalid,
-    tools::{self, Tools, is_of_server},
+    Answer, Fields, LoadConversation, PREVIOUS_RESPONSE_ID, StoredPart, TOOL_IMAGES_LABEL, Wire,
+    external_conversation, invalid,
+    tools::{self, Tools, is_server_tool},
     unsupported,
 };
 use crate::error::ApiError;
@@ -31,7 +32,7 @@ const ECHOED: [&str; 10] = [
 const LONGEST_ECHO: usize = 4096;
 
 /// Fields by which a server would take a conversation from where nobody here sees it.
-const ELSEWHERE: [&str; 2] = ["conversation", "prompt"];
+const EXTERNAL: [&str; 2] = ["conversation", "prompt"];
 
 /// How answers to a request are written.
 pub(super) struct Responses {
@@ -40,7 +41,7 @@ pub(super) struct Responses {
     /// Whether the client asks for the verdict as a moderation.
     moderation: bool,
     /// The answer that it goes on from, as the client calls it.
-    before: Option<String>,
+    previous: Option<String>,
     /// Its first message that is neither an instruction nor of earlier answers.
     from: usize,
     /// Whether the answer may be kept.
@@ -51,16 +52,20 @@ pub(super) struct Responses {
 const ID: &str = "resp_";
 
 /// The chat that a request asks for.
-pub(super) fn read(body: Value, earlier: Earlier<'_>) -> Result<(Value, Responses), ApiError> {
-    let mut fields = Fields::of(body, "")?;
+pub(super) fn parse(
+    body: Value,
+    load: LoadConversation<'_>,
+) -> Result<(Value, Responses), ApiError> {
+    let mut fields = Fields::new(body, "")?;
     // Each answer says them three times: only what is short.
     let is_short = |value: &&Value| value.to_string().len() <= LONGEST_ECHO;
-    let echoed =
-        |name: &&str| Some(((*name).to_owned(), fields.left.get(*name).filter(is_short)?.clone()));
+    let echoed = |name: &&str| {
+        Some(((*name).to_owned(), fields.remaining.get(*name).filter(is_short)?.clone()))
+    };
     let mut echoed: Map<String, Value> = ECHOED.iter().filter_map(echoed).collect();
-    for name in ELSEWHERE {
+    for name in EXTERNAL {
         if fields.take(name).is_some() {
-            return Err(elsewhere(name));
+            return Err(external_conversation(name));
         }
     }
     if fields.take("background").is_some_and(|background| background != false) {
@@ -77,14 +82,14 @@ pub(super) fn read(body: Value, earlier: Earlier<'_>) -> Result<(Value, Response
         ("stream", "stream"),
         ("parallel_tool_calls", "parallel_tool_calls"),
     ] {
-        fields.moves(name, &mut chat, to);
+        fields.move_to(name, &mut chat, to);
     }
     if let Some(instructions) = fields.text("instructions")? {
         messages.push(json!({"role": "system", "content": instructions}));
     }
-    let before = fields.text(BEFORE)?;
-    if let Some(id) = &before {
-        messages.extend(earlier(id.strip_prefix(ID).unwrap_or_default())?);
+    let previous = fields.text(PREVIOUS_RESPONSE_ID)?;
+    if let Some(id) = &previous {
+        messages.extend(load(id.strip_prefix(ID).unwrap_or_default())?);
     }
     let from = messages.len();
     messages.extend(input(fields.take("input"))?);
@@ -97,23 +102,23 @@ pub(super) fn read(body: Value, earlier: Earlier<'_>) -> Result<(Value, Response
         Some(_) => return Err(invalid("store", "it is true or false")),
     };
     chat.insert("messages".to_owned(), messages.into());
-    let tools = Tools::read(fields.list("tools")?)?;
-    tools.put(fields.take("tool_choice"), &mut chat)?;
+    let tools = Tools::parse(fields.list("tools")?)?;
+    tools.add_to_chat(fields.take("tool_choice"), &mut chat)?;
     if let Some(Value::Array(echoed)) = echoed.get_mut("tools") {
-        echoed.retain(|tool| !is_of_server(tool));
+        echoed.retain(|tool| !is_server_tool(tool));
     }
     if let Some(text) = fields.take("text") {
-        self::text(Fields::of(text, "text")?, &mut chat)?;
+        self::text(Fields::new(text, "text")?, &mut chat)?;
     }
     if let Some(reasoning) = fields.take("reasoning") {
-        let mut reasoning = Fields::of(reasoning, "reasoning")?;
-        reasoning.moves("effort", &mut chat, "reasoning_effort");
-        reasoning.without(&["summary", "generate_summary", "context"]);
-        reasoning.end()?;
+        let mut reasoning = Fields::new(reasoning, "reasoning")?;
+        reasoning.move_to("effort", &mut chat, "reasoning_effort");
+        reasoning.ignore(&["summary", "generate_summary", "context"]);
+        reasoning.finish()?;
     }
     let moderation = fields.take("moderation").map(self::moderation).transpose()?.is_some();
     // Who asks, for what price, and what is kept where: nothing that the model sees.
-    fields.without(&[
+    fields.ignore(&[
         "metadata",
         "user",
         "safety_identifier",
@@ -130,31 +135,35 @@ pub(super) fn read(body: Value, earlier: Earlier<'_>) -> Result<(Value, Response
         "client_metadata",
         "background",
     ]);
-    fields.end()?;
-    Ok((chat.into(), Responses { echoed, tools, moderation, before, from, store }))
+    fields.finish()?;
+    Ok((chat.into(), Responses { echoed, tools, moderation, previous, from, store }))
 }
 
 /// Whom the client asks for a moderation: nobody but us.
 fn moderation(moderation: Value) -> Result<(), ApiError> {
-    let mut moderation = Fields::of(moderation, "moderation")?;
-    let model = moderation.needed("model")?;
+    let mut moderation = Fields::new(moderation, "moderation")?;
+    let model = moderation.required_text("model")?;
     if model != "ecso" {
         return Err(unsupported("moderation.model", &model));
     }
     // More than is done anyway can't be asked for; less is the operator's to allow.
-    moderation.without(&["policy"]);
-    moderation.end()
+    moderation.ignore(&["policy"]);
+    moderation.finish()
 }
 
 /// What a request brings, as messages of a chat.
 fn input(input: Option<Value>) -> Result<Vec<Value>, ApiError> {
     match input {
         Some(Value::Array(items)) => {
-            let (mut messages, mut shown) = (Vec::new(), Vec::new());
+            let (mut messages, mut images) = (Vec::new(), Vec::new());
             for (place, item) in items.into_iter().enumerate() {
-                self::item(Fields::of(item, format!("input.{place}"))?, &mut messages, &mut shown)?;
+                self::item(
+                    Fields::new(item, format!("input.{place}"))?,
+                    &mut messages,
+                    &mut images,
+                )?;
             }
-            messages.extend(of_tools(&mut shown));
+            messages.extend(take_tool_images(&mut images));
             Ok(messages)
         }
         Some(text @ Value::String(_)) => Ok(vec![json!({"role": "user", "content": text})]),
@@ -167,17 +176,17 @@ fn input(input: Option<Value>) -> Result<Vec<Value>, ApiError> {
 fn item(
     mut item: Fields,
     messages: &mut Vec<Value>,
-    shown: &mut Vec<Value>,
+    images: &mut Vec<Value>,
 ) -> Result<(), ApiError> {
     let kind = item.text("type")?.unwrap_or_else(|| "message".into());
     // The result of a shell names its call so.
     let own = item.text("id")?.filter(|_| kind == "local_shell_call_output");
-    item.without(&["status", "phase", "end_turn"]);
+    item.ignore(&["status", "phase", "end_turn"]);
     // The results of calls that were made together stand together.
     if !kind.ends_with("_output") {
-        messages.extend(of_tools(shown));
+        messages.extend(take_tool_images(images));
     }
-    if let Some(call) = tools::call(&kind, &mut item)? {
+    if let Some(call) = tools::parse_call(&kind, &mut item)? {
         // Calls that were made together belong to one turn.
         match messages.last_mut().filter(|last| last["role"] == "assistant") {
             Some(last) => match &mut last["tool_calls"] {
@@ -188,25 +197,25 @@ fn item(
                 messages.push(json!({"role": "assistant", "content": null, "tool_calls": [call]}))
             }
         }
-        return item.end();
+        return item.finish();
     }
     match kind.as_str() {
         "message" => {
-            let role = item.needed("role")?;
+            let role = item.required_text("role")?;
             if !matches!(role.as_str(), "user" | "assistant" | "system" | "developer") {
                 return Err(invalid(
-                    &item.at("role"),
+                    &item.path_of("role"),
                     "it is user, assistant, system or developer",
                 ));
             }
             let content = item
                 .take("content")
-                .ok_or_else(|| invalid(&item.at("content"), "it is missing"))?;
-            let content = parts(content, &item.at("content"))?;
+                .ok_or_else(|| invalid(&item.path_of("content"), "it is missing"))?;
+            let content = parts(content, &item.path_of("content"))?;
             let has_image = |part: &Value| part["type"] == "image_url";
             if role != "user" && content.as_array().is_some_and(|parts| parts.iter().any(has_image))
             {
-                return Err(unsupported(&item.at("content"), "input_image"));
+                return Err(unsupported(&item.path_of("content"), "input_image"));
             }
             let role = if role == "developer" { "system" } else { &role };
             messages.push(json!({"role": role, "content": content}));
@@ -215,51 +224,51 @@ fn item(
             let id = item
                 .text("call_id")?
                 .or(own)
-                .ok_or_else(|| invalid(&item.at("call_id"), "it is missing"))?;
+                .ok_or_else(|| invalid(&item.path_of("call_id"), "it is missing"))?;
             let output = item.take("output").unwrap_or_else(|| "".into());
-            let (texts, images): (Vec<Value>, Vec<Value>) = match parts(output, &item.at("output"))?
-            {
-                Value::Array(parts) => {
-                    parts.into_iter().partition(|part| part["type"] != "image_url")
-                }
-                text => (vec![json!({"type": "text", "text": text})], Vec::new()),
-            };
+            let (texts, result_images): (Vec<Value>, Vec<Value>) =
+                match parts(output, &item.path_of("output"))? {
+                    Value::Array(parts) => {
+                        parts.into_iter().partition(|part| part["type"] != "image_url")
+                    }
+                    text => (vec![json!({"type": "text", "text": text})], Vec::new()),
+                };
             let texts =
                 if texts.is_empty() { vec![json!({"type": "text", "text": ""})] } else { texts };
             messages.push(json!({"role": "tool", "tool_call_id": id, "content": texts}));
-            shown.extend(images);
+            images.extend(result_images);
         }
         // A model gets its own thoughts from no chat.
         "reasoning" => return Ok(()),
-        "item_reference" => return Err(elsewhere(&item.path)),
+        "item_reference" => return Err(external_conversation(&item.path)),
         other => return Err(unsupported(&item.path, other)),
     }
-    item.end()
+    item.finish()
 }
 
 /// The images that tools gave back, as the user's.
-fn of_tools(shown: &mut Vec<Value>) -> Option<Value> {
-    let label = json!({"type": "text", "text": SHOWN});
-    let content: Vec<Value> = [label].into_iter().chain(shown.drain(..)).collect();
+fn take_tool_images(images: &mut Vec<Value>) -> Option<Value> {
+    let label = json!({"type": "text", "text": TOOL_IMAGES_LABEL});
+    let content: Vec<Value> = [label].into_iter().chain(images.drain(..)).collect();
     (content.len() > 1).then(|| json!({"role": "user", "content": content}))
 }
 
 fn parts(content: Value, path: &str) -> Result<Value, ApiError> {
     let Value::Array(parts) = content else { return Ok(content) };
     let part = |(place, part)| {
-        let mut part = Fields::of(part, format!("{path}.{place}"))?;
-        let kind = part.needed("type")?;
-        part.without(&["annotations", "logprobs", "prompt_cache_breakpoint"]);
+        let mut part = Fields::new(part, format!("{path}.{place}"))?;
+        let kind = part.required_text("type")?;
+        part.ignore(&["annotations", "logprobs", "prompt_cache_breakpoint"]);
         let chats = match kind.as_str() {
             "input_text" | "output_text" | "text" => {
-                json!({"type": "text", "text": part.needed("text")?})
+                json!({"type": "text", "text": part.required_text("text")?})
             }
-            "refusal" => json!({"type": "text", "text": part.needed("refusal")?}),
+            "refusal" => json!({"type": "text", "text": part.required_text("refusal")?}),
             "input_image" => {
                 if part.take("file_id").is_some() {
                     return Err(unsupported(&part.path, "file_id"));
                 }
-                let mut image = json!({"url": part.needed("image_url")?});
+                let mut image = json!({"url": part.required_text("image_url")?});
                 if let Some(detail) = part.take("detail") {
                     image["detail"] = detail;
                 }
@@ -267,7 +276,7 @@ fn parts(content: Value, path: &str) -> Result<Value, ApiError> {
             }
             other => return Err(unsupported(&part.path, other)),
         };
-        part.end()?;
+        part.finish()?;
         Ok(chats)
     };
     Ok(Value::Array(parts.into_iter().enumerate().map(part).collect::<Result<_, ApiError>>()?))
@@ -275,25 +284,25 @@ fn parts(content: Value, path: &str) -> Result<Value, ApiError> {
 
 /// The form of an answer.
 fn text(mut text: Fields, chat: &mut Map<String, Value>) -> Result<(), ApiError> {
-    text.moves("verbosity", chat, "verbosity");
+    text.move_to("verbosity", chat, "verbosity");
     if let Some(format) = text.take("format") {
-        let mut format = Fields::of(format, "text.format")?;
-        let wanted = match format.needed("type")?.as_str() {
+        let mut format = Fields::new(format, "text.format")?;
+        let wanted = match format.required_text("type")?.as_str() {
             "text" => None,
             "json_object" => Some(json!({"type": "json_object"})),
             "json_schema" => {
                 let mut schema = Map::new();
                 for name in ["name", "description", "schema", "strict"] {
-                    format.moves(name, &mut schema, name);
+                    format.move_to(name, &mut schema, name);
                 }
                 Some(json!({"type": "json_schema", "json_schema": schema}))
             }
             other => return Err(unsupported(&format.path, other)),
         };
-        format.end()?;
+        format.finish()?;
         chat.extend(wanted.map(|wanted| ("response_format".to_owned(), wanted)));
     }
-    text.end()
+    text.finish()
 }
 
 impl Responses {
@@ -318,19 +327,25 @@ impl Responses {
                 "content": [part]}));
         }
         let calls = answer.calls().into_iter().enumerate();
-        output
-            .extend(calls.map(|(place, call)| {
-                self.tools.called(&format!("fc_{}_{place}", answer.id), call)
-            }));
+        output.extend(
+            calls.map(|(place, call)| {
+                self.tools.call_item(&format!("fc_{}_{place}", answer.id), call)
+            }),
+        );
         output
     }
 
-    fn frame(&self, (id, model, created): (&str, &str, u64), is_kept: bool, status: &str) -> Value {
+    fn frame(
+        &self,
+        (id, model, created): (&str, &str, u64),
+        is_stored: bool,
+        status: &str,
+    ) -> Value {
         let mut frame = json!({
             "id": format!("{ID}{id}"), "object": "response", "created_at": created, "status": status, "model": model, "output": [],
-            "error": null, "incomplete_details": null, "store": is_kept,
+            "error": null, "incomplete_details": null, "store": is_stored,
             "parallel_tool_calls": true, "tool_choice": "auto", "tools": [], "metadata": {}, "instructions": null,
-            "temperature": null, "top_p": null, BEFORE: self.before,
+            "temperature": null, "top_p": null, PREVIOUS_RESPONSE_ID: self.previous,
         });
         for (name, value) in self.echoed.iter().filter(|(_, value)| !value.is_null()) {
             frame[name] = value.clone();
@@ -338,7 +353,7 @@ impl Responses {
         frame
     }
 
-    fn ended(&self, answer: &Answer<'_>) -> Value {
+    fn final_response(&self, answer: &Answer<'_>) -> Value {
         let reason = match answer.finish {
             "length" => Some("max_output_tokens"),
             "content_filter" => Some("content_filter"),
@@ -346,7 +361,7 @@ impl Responses {
         };
         let status = if reason.is_some() { "incomplete" } else { "completed" };
         let mut response =
-            self.frame((answer.id, answer.model, answer.created), answer.is_kept, status);
+            self.frame((answer.id, answer.model, answer.created), answer.is_stored, status);
         response["incomplete_details"] =
             reason.map_or(Value::Null, |reason| json!({"reason": reason}));
         response["output"] = self.output(answer).into();
@@ -371,37 +386,37 @@ impl Responses {
             let input = told("not_apart", "request and answer are judged together: see output");
             response["moderation"] = json!({"input": input, "output": output});
         }
-        if let Some(found) = &answer.found {
-            response["ecso"] = found.clone();
+        if let Some(report) = &answer.report {
+            response["ecso"] = report.clone();
         }
         response
     }
 }
 
 impl Wire for Responses {
-    fn left_out(&self) -> &BTreeSet<String> {
-        self.tools.left_out()
+    fn omitted_tools(&self) -> &BTreeSet<String> {
+        self.tools.omitted_tools()
     }
 
-    fn part(&self) -> Option<Part<'_>> {
-        let before = self.before.as_deref().and_then(|id| id.strip_prefix(ID));
-        self.store.then_some(Part { before, from: self.from })
+    fn to_store(&self) -> Option<StoredPart<'_>> {
+        let previous = self.previous.as_deref().and_then(|id| id.strip_prefix(ID));
+        self.store.then_some(StoredPart { previous, from: self.from })
     }
 
-    fn whole(&self, answer: &Answer<'_>) -> Value {
-        self.ended(answer)
+    fn body(&self, answer: &Answer<'_>) -> Value {
+        self.final_response(answer)
     }
 
     fn events(&self, answer: &Answer<'_>) -> Vec<Value> {
         let begun =
-            self.frame((answer.id, answer.model, answer.created), answer.is_kept, "in_progress");
+            self.frame((answer.id, answer.model, answer.created), answer.is_stored, "in_progress");
         let mut events = vec![
             json!({"type": "response.created", "response": begun}),
             json!({"type": "response.in_progress", "response": begun}),
         ];
-        let ended = self.ended(answer);
+        let ended = self.final_response(answer);
         for (index, item) in ended["output"].as_array().into_iter().flatten().enumerate() {
-            self::written(index, item, &mut events);
+            push_item_events(index, item, &mut events);
         }
         let status = ended["status"].as_str().unwrap_or_default();
         events.push(json!({"type": format!("response.{status}"), "response": ended}));
@@ -411,7 +426,7 @@ impl Wire for Responses {
         events
     }
 
-    fn failed(&self, (id, model): (&str, &str), error: &ApiError) -> Vec<Value> {
+    fn failure_events(&self, (id, model): (&str, &str), error: &ApiError) -> Vec<Value> {
         let begun = self.frame((id, model, 0), false, "in_progress");
         let mut failed = self.frame((id, model, 0), false, "failed");
         failed["error"] = json!({"code": "server_error", "message": format!("{} ({})", error.message, error.code)});
@@ -423,7 +438,7 @@ impl Wire for Responses {
 }
 
 /// The events of one item.
-fn written(index: usize, item: &Value, events: &mut Vec<Value>) {
+fn push_item_events(index: usize, item: &Value, events: &mut Vec<Value>) {
     let id = &item["id"];
     let mut begun = item.clone();
     begun["status"] = "in_progress".into();

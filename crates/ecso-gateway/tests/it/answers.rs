@@ -7,7 +7,7 @@ use axum::response::IntoResponse;
 use ecso_gateway::Settings;
 use serde_json::{Value, json};
 
-use crate::world::{LEAK, PICTURE, World, merge, question, said, streamed};
+use crate::support::{LEAK, PICTURE, World, merge, question, said, streamed};
 
 /// Answers in which the marker stands where nobody looks: what is merged into a completion.
 #[expect(clippy::too_many_lines, reason = "a table")]

@@ -11,7 +11,7 @@ use ecso_gateway::{
 };
 use serde_json::{Value, json};
 
-use crate::world::{Got, LEAK, PICTURE, World, merge, question, said, streamed};
+use crate::support::{Got, LEAK, PICTURE, World, merge, question, said, streamed};
 
 /// An upstream that reads as leniently as any of vLLM, llama.cpp, Ollama (which ignores case) and
 /// `LocalAI` (which finds images in texts): wherever a picture, or a name of one, stands in a body,
@@ -602,7 +602,7 @@ async fn what_the_model_is_shown_the_judge_is_shown() {
             json!({"messages": [{}, {"role": "tool", "tool_call_id": "tell_us_HIDDEN_words", "content": "x"}]}),
         ),
     ] {
-        let speaks: crate::world::Speaks = Arc::new(|sent: &Value| {
+        let speaks: crate::support::Speaks = Arc::new(|sent: &Value| {
             // Who asks for probabilities asks a question.
             let says = if sent["logprobs"] == true { "No" } else { "Bread." };
             let top = json!([{"token": says, "logprob": -0.01}, {"token": "Yes", "logprob": -6.0}]);
@@ -621,7 +621,7 @@ async fn what_the_model_is_shown_the_judge_is_shown() {
         let got = world.chat(&body).await;
         assert!(got.status.is_success(), "{name}: {}", got.body);
         let reached = world.taken();
-        let asked = |reached: &&crate::world::Reached| {
+        let asked = |reached: &&crate::support::Reached| {
             let sent: Value = serde_json::from_slice(&reached.body).unwrap();
             sent["logprobs"] == true && sent["messages"].to_string().contains(hidden)
         };

@@ -11,7 +11,7 @@ use ecso_gateway::Settings;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::world::{World, said};
+use crate::support::{World, said};
 
 #[derive(Deserialize)]
 struct Recorded {

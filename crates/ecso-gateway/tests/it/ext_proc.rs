@@ -25,7 +25,7 @@ use tower::service_fn;
 
 use crate::{
     answers::hidden_answers,
-    world::{LEAK, Speaks, World, merge, question},
+    support::{LEAK, Speaks, World, merge, question},
 };
 
 const CHAT: &str = "/v1/chat/completions";
@@ -450,7 +450,7 @@ async fn nothing_is_hidden_in_an_answer() {
 #[tokio::test]
 async fn other_formats_go_on_as_chats() {
     let envoy = Envoy::new(Settings::default()).await;
-    let source = json!({"type": "base64", "media_type": "image/png", "data": crate::world::PICTURE.split(',').nth(1)});
+    let source = json!({"type": "base64", "media_type": "image/png", "data": crate::support::PICTURE.split(',').nth(1)});
     let body = json!({"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": [
         {"type": "image", "source": source}, {"type": "text", "text": "What is this?"}]}]});
     let mut exchange = envoy

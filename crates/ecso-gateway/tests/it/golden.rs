@@ -8,7 +8,7 @@ use ecso::{Profile, profile::Rewrite};
 use ecso_gateway::Settings;
 use serde_json::{Map, Value, json};
 
-use crate::world::{Got, LEAK, PICTURE, World, said, streamed};
+use crate::support::{Got, LEAK, PICTURE, World, said, streamed};
 
 /// Snapshots without what differs from run to run, and without pictures.
 fn pinned(name: &str, value: &Value) {

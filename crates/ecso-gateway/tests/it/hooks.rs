@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::{
     answers::hidden_answers,
-    world::{Got, LEAK, PICTURE, World, merge, question, said},
+    support::{Got, LEAK, PICTURE, World, merge, question, said},
 };
 
 const LITELLM: &str = "/beta/litellm_basic_guardrail_api";

@@ -23,7 +23,7 @@ use futures::{StreamExt, stream};
 use serde_json::{Value, json};
 use tower::{Layer, ServiceExt, service_fn, util::MapRequestLayer};
 
-use crate::world::{LEAK, PICTURE, World, question, said, streamed};
+use crate::support::{LEAK, PICTURE, World, question, said, streamed};
 
 const CHAT: &str = "/v1/chat/completions";
 

@@ -10,7 +10,7 @@ use ecso_gateway::{
 };
 use serde_json::{Value, json};
 
-use crate::world::{Got, LEAK, PICTURE, Speaks, World, said};
+use crate::support::{Got, LEAK, PICTURE, Speaks, World, said};
 
 const ASK: &str = "/playground/ask";
 

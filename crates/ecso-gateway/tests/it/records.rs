@@ -9,7 +9,7 @@ use ecso_gateway::{
 };
 use serde_json::{Value, json};
 
-use crate::world::{LEAK, PICTURE, World, question, said, streamed};
+use crate::support::{LEAK, PICTURE, World, question, said, streamed};
 
 fn lines(path: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(path).unwrap_or_default();

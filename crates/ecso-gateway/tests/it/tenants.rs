@@ -9,7 +9,7 @@ use ecso_gateway::{
 };
 use serde_json::{Value, json};
 
-use crate::world::{World, said};
+use crate::support::{World, said};
 
 #[tokio::test]
 async fn each_is_judged_under_its_own_profile_and_mode() {
@@ -26,7 +26,7 @@ async fn each_is_judged_under_its_own_profile_and_mode() {
         ..Settings::default()
     };
     let profiles = Profiles {
-        usual: Profile::paper(),
+        default: Profile::paper(),
         named: BTreeMap::from([("everything".into(), everything)]),
     };
     let speaks = Arc::new(|_: &Value| {

@@ -21,7 +21,7 @@ use tokio::sync::Notify;
 
 use crate::{
     answers::hidden_answers,
-    world::{Got, LEAK, PICTURE, World, merge, question},
+    support::{Got, LEAK, PICTURE, World, merge, question},
 };
 
 /// A model that writes piece by piece.

@@ -14,16 +14,16 @@ use uuid::Uuid;
 use crate::{error::ApiError, settings::hash};
 
 /// Browsers that may be in at one time; beyond, the first has to come in again.
-const MOST: usize = 64;
+const MAX_SESSIONS: usize = 64;
 
 /// The link that lets the next browser in, and the browsers that are in.
-pub(super) struct Entrance {
+pub(super) struct Sessions {
     token: watch::Sender<String>,
     /// The cookie's name. Cookies know no ports: each server on a machine has a name of its own.
     cookie: String,
     /// Hashes of what stands in the cookies of those that are in: how long it takes to compare
     /// these tells nothing about them.
-    sessions: Mutex<VecDeque<String>>,
+    open: Mutex<VecDeque<String>>,
 }
 
 /// 244 random bits.
@@ -31,10 +31,10 @@ fn secret() -> String {
     format!("{}{}", Uuid::new_v4().simple(), Uuid::new_v4().simple())
 }
 
-impl Entrance {
+impl Sessions {
     pub(super) fn new() -> Self {
         let cookie = format!("ecso_{}", &Uuid::new_v4().simple().to_string()[..12]);
-        Self { token: watch::Sender::new(secret()), cookie, sessions: Mutex::default() }
+        Self { token: watch::Sender::new(secret()), cookie, open: Mutex::default() }
     }
 
     pub(super) fn tokens(&self) -> watch::Receiver<String> {
@@ -56,8 +56,8 @@ impl Entrance {
             return None;
         }
         let session = secret();
-        let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
-        if sessions.len() == MOST {
+        let mut sessions = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if sessions.len() == MAX_SESSIONS {
             sessions.pop_front();
         }
         sessions.push_back(hash(&session));
@@ -77,7 +77,7 @@ impl Entrance {
             .filter_map(|pair| pair.trim().split_once('='));
         let brought: Vec<String> =
             pairs.filter(|(name, _)| *name == self.cookie).map(|(_, value)| hash(value)).collect();
-        let sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+        let sessions = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         sessions.iter().any(|session| brought.contains(session))
     }
 
@@ -127,39 +127,39 @@ mod tests {
 
     #[test]
     fn a_link_works_once_and_the_next_is_told() {
-        let entrance = Entrance::new();
-        let mut tokens = entrance.tokens();
+        let sessions = Sessions::new();
+        let mut tokens = sessions.tokens();
         let token = tokens.borrow_and_update().clone();
         assert!(
-            entrance.open("wrong").is_none()
-                && entrance.open("").is_none()
+            sessions.open("wrong").is_none()
+                && sessions.open("").is_none()
                 && !tokens.has_changed().unwrap()
         );
-        let cookie = entrance.open(&token).unwrap();
+        let cookie = sessions.open(&token).unwrap();
         let cookie = cookie.to_str().unwrap();
         assert!(cookie.ends_with("; Path=/; HttpOnly; SameSite=Strict"), "{cookie}");
-        assert!(entrance.open(&token).is_none());
+        assert!(sessions.open(&token).is_none());
         assert!(tokens.has_changed().unwrap());
         let value = cookie.split(';').next().unwrap();
-        assert!(entrance.knows(&headers(&[("cookie", &format!("a=b; {value}; c=d"))])));
+        assert!(sessions.knows(&headers(&[("cookie", &format!("a=b; {value}; c=d"))])));
         let (name, secret) = value.split_once('=').unwrap();
         let (short, hashed) =
             (format!("{name}={}", &secret[1..]), format!("{name}={}", hash(secret)));
         for wrong in ["", name, &format!("other={secret}"), &short, &hashed] {
-            assert!(!entrance.knows(&headers(&[("cookie", wrong)])), "{wrong}");
+            assert!(!sessions.knows(&headers(&[("cookie", wrong)])), "{wrong}");
         }
     }
 
     #[test]
     fn those_who_came_first_make_room() {
-        let entrance = Entrance::new();
+        let sessions = Sessions::new();
         let mut cookies = Vec::new();
-        for _ in 0..=MOST {
-            let token = entrance.tokens().borrow().clone();
-            cookies.push(entrance.open(&token).unwrap().to_str().unwrap().to_owned());
+        for _ in 0..=MAX_SESSIONS {
+            let token = sessions.tokens().borrow().clone();
+            cookies.push(sessions.open(&token).unwrap().to_str().unwrap().to_owned());
         }
         let is_in = |cookie: &str| {
-            entrance.knows(&headers(&[("cookie", cookie.split(';').next().unwrap())]))
+            sessions.knows(&headers(&[("cookie", cookie.split(';').next().unwrap())]))
         };
         assert!(!is_in(&cookies[0]) && cookies[1..].iter().all(|cookie| is_in(cookie)));
     }

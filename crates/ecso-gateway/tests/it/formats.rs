@@ -8,7 +8,7 @@ use ecso::{Profile, profile::Rewrite};
 use ecso_gateway::Settings;
 use serde_json::{Value, json};
 
-use crate::world::{Got, LEAK, PICTURE, World, merge, said, streamed};
+use crate::support::{Got, LEAK, PICTURE, World, merge, said, streamed};
 
 const MESSAGES: &str = "/v1/messages";
 const RESPONSES: &str = "/v1/responses";

@@ -13,47 +13,51 @@ use super::Format;
 use crate::{
     completion::Completion,
     error::ApiError,
-    json::{is_label, says_little, texts_of},
+    json::{collect_texts, has_no_prose, is_field_name},
 };
 
 impl Format {
     /// Reads an answer of the format, whole or as its stream.
-    pub(crate) async fn heard(self, seen: Vec<u8>, streamed: bool) -> Result<Completion, ApiError> {
+    pub(crate) async fn parse_answer(
+        self,
+        bytes: Vec<u8>,
+        is_stream: bool,
+    ) -> Result<Completion, ApiError> {
         let broken =
             |why: &str| ApiError::upstream("the upstream's answer can't be read").because(why);
-        let answer = if streamed {
+        let answer = if is_stream {
             let whole = match self {
-                Self::Messages => message(&events(seen).await?),
-                Self::Responses => response(&events(seen).await?),
+                Self::Messages => message_of_events(&events(bytes).await?),
+                Self::Responses => response_of_events(&events(bytes).await?),
             };
             whole.ok_or_else(|| broken("it ended before the answer did"))?
         } else {
-            let text = String::from_utf8(seen).map_err(|error| broken(&error.to_string()))?;
+            let text = String::from_utf8(bytes).map_err(|error| broken(&error.to_string()))?;
             lenient::parse(&text).map_err(|error| broken(&error.to_string()))?
         };
-        Completion::whole(self.said(&answer)?.to_string().as_bytes())
+        Completion::parse(self.to_chat(&answer)?.to_string().as_bytes())
     }
 
     /// All that an answer of the format says, as the answer to a chat.
-    pub(crate) fn said(self, answer: &Value) -> Result<Value, ApiError> {
-        let said = match self {
-            Self::Messages => Said::of_message(answer),
-            Self::Responses => Said::of_response(answer),
+    pub(crate) fn to_chat(self, answer: &Value) -> Result<Value, ApiError> {
+        let texts = match self {
+            Self::Messages => AnswerTexts::of_message(answer),
+            Self::Responses => AnswerTexts::of_response(answer),
         };
         let unreadable = || {
             ApiError::upstream("the upstream's answer can't be read")
                 .because("it is no answer of this format, or none that is done")
         };
-        Ok(said.ok_or_else(unreadable)?.chat())
+        Ok(texts.ok_or_else(unreadable)?.into_chat())
     }
 }
 
 /// The data of a stream's events.
-async fn events(seen: Vec<u8>) -> Result<Vec<Value>, ApiError> {
+async fn events(bytes: Vec<u8>) -> Result<Vec<Value>, ApiError> {
     let broken = |why: String| ApiError::upstream("the upstream's stream broke").because(why);
     let mut stream =
         SseStream::from_bytes_stream(futures::stream::iter([Ok::<_, std::io::Error>(
-            Bytes::from(seen),
+            Bytes::from(bytes),
         )]));
     let mut events = Vec::new();
     while let Some(event) = stream.next().await {
@@ -69,7 +73,7 @@ async fn events(seen: Vec<u8>) -> Result<Vec<Value>, ApiError> {
 }
 
 /// What a stream's response says: at its end, and on the way there, where that is something else.
-fn response(events: &[Value]) -> Option<Value> {
+fn response_of_events(events: &[Value]) -> Option<Value> {
     let is_last = |event: &&Value| {
         event["type"] == "response.completed" || event["type"] == "response.incomplete"
     };
@@ -77,11 +81,11 @@ fn response(events: &[Value]) -> Option<Value> {
     let mut output = whole.get("output").and_then(Value::as_array).cloned().unwrap_or_default();
     let done = events.iter().filter(|event| event["type"] == "response.output_item.done");
     let at = |event: &Value| output.get(usize::try_from(event["output_index"].as_u64()?).ok()?);
-    let others: Vec<Value> = done
+    let passthrough: Vec<Value> = done
         .filter(|event| at(event) != Some(&event["item"]))
         .map(|event| event["item"].clone())
         .collect();
-    output.extend(others);
+    output.extend(passthrough);
     let mut pieces: BTreeMap<String, String> = BTreeMap::new();
     for event in events {
         if let Some(piece) = event["delta"].as_str() {
@@ -96,7 +100,7 @@ fn response(events: &[Value]) -> Option<Value> {
     }
     let mut known = HashSet::new();
     for item in &output {
-        texts_of(item, &mut known);
+        collect_texts(item, &mut known);
     }
     let unknown = pieces.values().filter(|text| !known.contains(text.as_str()));
     let parts: Vec<Value> =
@@ -108,7 +112,7 @@ fn response(events: &[Value]) -> Option<Value> {
 }
 
 /// The message that the pieces of a stream make.
-fn message(events: &[Value]) -> Option<Value> {
+fn message_of_events(events: &[Value]) -> Option<Value> {
     let mut blocks: BTreeMap<u64, Value> = BTreeMap::new();
     let (mut is_whole, mut details) = (false, Value::Null);
     for event in events {
@@ -147,82 +151,84 @@ fn message(events: &[Value]) -> Option<Value> {
 
 /// What an answer says.
 #[derive(Default)]
-struct Said {
+struct AnswerTexts {
     texts: Vec<String>,
     thoughts: Vec<String>,
     calls: Vec<Value>,
 }
 
-impl Said {
+impl AnswerTexts {
     /// Of Messages; none where it is no message.
     fn of_message(message: &Value) -> Option<Self> {
-        let mut said = Self::default();
+        let mut texts = Self::default();
         let blocks = message["content"].as_array().filter(|_| message["type"] == "message")?;
         for block in blocks {
             match (block["type"].as_str(), &block["text"], &block["thinking"]) {
                 (Some("text"), Value::String(text), _) => {
-                    said.texts.push(text.clone());
-                    said.beside(block, &["type", "text"]);
+                    texts.texts.push(text.clone());
+                    texts.extra_fields(block, &["type", "text"]);
                 }
                 (Some("thinking"), _, Value::String(thought)) => {
-                    said.thoughts.push(thought.clone());
-                    said.beside(block, &["type", "thinking", "signature"]);
+                    texts.thoughts.push(thought.clone());
+                    texts.extra_fields(block, &["type", "thinking", "signature"]);
                 }
                 (Some("tool_use"), ..) => {
                     // Of a stream the input comes in pieces.
                     let input = block["input"].to_string();
                     let (name, arguments) =
                         block["pieces"].as_str().map_or(("input", &*input), |all| ("pieces", all));
-                    said.call(&block["name"], arguments);
-                    said.beside(block, &["type", "id", "name", name]);
+                    texts.call(&block["name"], arguments);
+                    texts.extra_fields(block, &["type", "id", "name", name]);
                 }
-                _ => said.other(block),
+                _ => texts.unknown(block),
             }
         }
         let mut rest = message.as_object().cloned().unwrap_or_default();
-        rest.retain(|name, value| name != "content" && !(is_label(name) && says_little(value)));
-        said.beside(&rest.into(), &[]);
-        Some(said)
+        rest.retain(|name, value| {
+            name != "content" && !(is_field_name(name) && has_no_prose(value))
+        });
+        texts.extra_fields(&rest.into(), &[]);
+        Some(texts)
     }
 
     /// Of Responses; none where it is no response, or none that is done.
     fn of_response(response: &Value) -> Option<Self> {
-        let mut said = Self::default();
+        let mut texts = Self::default();
         let is_done = response["status"] == "completed" || response["status"] == "incomplete";
         for item in response["output"].as_array().filter(|_| is_done)? {
             match (item["type"].as_str(), &item["arguments"]) {
                 (Some("message"), _) => {
-                    let texts = said.parts(&item["content"]);
-                    said.texts.extend(texts);
-                    said.beside(item, &["type", "id", "role", "status", "phase", "content"]);
+                    let parts = texts.parts(&item["content"]);
+                    texts.texts.extend(parts);
+                    texts.extra_fields(item, &["type", "id", "role", "status", "phase", "content"]);
                 }
                 (Some("reasoning"), _) => {
                     let thoughts = [&item["content"], &item["summary"]]
-                        .map(|parts| said.parts(parts))
+                        .map(|parts| texts.parts(parts))
                         .concat();
-                    said.thoughts.extend(thoughts);
-                    said.beside(
+                    texts.thoughts.extend(thoughts);
+                    texts.extra_fields(
                         item,
                         &["type", "id", "status", "content", "summary", "encrypted_content"],
                     );
                 }
                 (Some("function_call"), Value::String(arguments)) => {
-                    said.call(&item["name"], arguments)
+                    texts.call(&item["name"], arguments)
                 }
                 (Some("custom_tool_call"), _) => {
-                    said.call(&item["name"], &item["input"].to_string())
+                    texts.call(&item["name"], &item["input"].to_string())
                 }
-                _ => said.other(item),
+                _ => texts.unknown(item),
             }
         }
-        said.beside(&json!({"output_text": response["output_text"]}), &[]);
-        Some(said)
+        texts.extra_fields(&json!({"output_text": response["output_text"]}), &[]);
+        Some(texts)
     }
 
     /// The texts of parts.
     fn parts(&mut self, parts: &Value) -> Vec<String> {
         let Value::Array(parts) = parts else {
-            self.beside(&json!({"content": parts}), &[]);
+            self.extra_fields(&json!({"content": parts}), &[]);
             return Vec::new();
         };
         let mut texts = Vec::new();
@@ -233,14 +239,14 @@ impl Said {
                     .filter_map(|name| part[name].as_str())
                     .map(str::to_owned),
             );
-            self.beside(part, &["type", "text", "refusal", "logprobs"]);
+            self.extra_fields(part, &["type", "text", "refusal", "logprobs"]);
         }
         texts
     }
 
     /// What a block, item or part says beside its `known` fields.
-    fn beside(&mut self, value: &Value, known: &[&str]) {
-        let Value::Object(fields) = value else { return self.other(value) };
+    fn extra_fields(&mut self, value: &Value, known: &[&str]) {
+        let Value::Object(fields) = value else { return self.unknown(value) };
         let says_nothing = |value: &Value| match value {
             Value::Null => true,
             Value::Array(list) => list.is_empty(),
@@ -250,7 +256,7 @@ impl Said {
         let mut rest = fields.clone();
         rest.retain(|name, value| !known.contains(&name.as_str()) && !says_nothing(value));
         if !rest.is_empty() {
-            self.other(&rest.into());
+            self.unknown(&rest.into());
         }
     }
 
@@ -260,11 +266,11 @@ impl Said {
     }
 
     /// What has no place in a chat is judged as it stands.
-    fn other(&mut self, item: &Value) {
+    fn unknown(&mut self, item: &Value) {
         self.call(&item["type"], &item.to_string());
     }
 
-    fn chat(self) -> Value {
+    fn into_chat(self) -> Value {
         let mut message = Map::from_iter([("content".to_owned(), self.texts.join("\n").into())]);
         if !self.thoughts.is_empty() {
             message.insert("reasoning_content".to_owned(), self.thoughts.join("\n").into());
@@ -281,8 +287,8 @@ mod tests {
     use super::*;
 
     async fn said(format: Format, streamed: bool, text: &str) -> Option<String> {
-        let heard = format.heard(text.as_bytes().to_vec(), streamed).await.ok()?;
-        heard.said().remove(&0)
+        let answer = format.parse_answer(text.as_bytes().to_vec(), streamed).await.ok()?;
+        answer.texts().remove(&0)
     }
 
     #[tokio::test]

@@ -7,12 +7,12 @@ use ecso::{Profile, profile::Rewrite};
 use ecso_gateway::{Settings, settings::Key};
 use serde_json::{Value, json};
 
-use crate::world::{Got, LEAK, PICTURE, World, said, streamed};
+use crate::support::{Got, LEAK, PICTURE, World, said, streamed};
 
 const RESPONSES: &str = "/v1/responses";
 
 /// Says what bread is, and harm to whoever asks for that.
-fn behind() -> crate::world::Speaks {
+fn behind() -> crate::support::Speaks {
     Arc::new(|sent: &Value| {
         let last = sent["messages"].as_array().unwrap().last().unwrap().to_string();
         let says = if last.contains("do harm") { LEAK } else { "Bread." };
