@@ -1,5 +1,5 @@
-//! Connections: so many at one time, and none that only waits keeps out one that has something to
-//! say.
+//! The server's connections. Their number is limited, and an idle connection never keeps out a new
+//! one.
 
 use std::{
     collections::VecDeque,
@@ -30,15 +30,15 @@ use tower::ServiceExt;
 
 use crate::server::Gateway;
 
-/// Most bytes of a head, and of what is read ahead of a body.
+/// Maximum bytes of a request head, and of what is read ahead of a body.
 const MAX_BUFFER: usize = 64 << 10;
-/// Descriptors that are kept for all but connections.
+/// File descriptors that are reserved for other uses than connections.
 const RESERVED_DESCRIPTORS: u64 = 32;
 
-/// Serves until `stop`; then takes no new work and finishes what runs.
+/// Serves until `stop` is ready, then accepts nothing new and finishes what runs.
 ///
 /// # Errors
-/// When the listener fails.
+/// If the listener fails.
 pub async fn serve(
     gateway: Arc<Gateway>,
     listener: TcpListener,
@@ -49,7 +49,7 @@ pub async fn serve(
     let router = Arc::clone(&gateway).router();
     let (graceful, mut stop) = (GracefulShutdown::new(), pin!(stop));
     let mut connections = Connections::default();
-    // HTTP/1 alone: in HTTP/2 a client can leave answers unread for ever, and nobody sees it.
+    // Only HTTP/1: in HTTP/2 a client can leave answers unread for ever without being noticed.
     let mut builder = http1::Builder::new();
     builder
         .timer(TokioTimer::new())
@@ -67,7 +67,7 @@ pub async fn serve(
         };
         let connection = connections.add();
         let mut stream = Box::pin(TimeoutStream::new(stream));
-        // Whoever does not read makes room as well.
+        // Clients that don't read lose their connection too.
         stream.as_mut().set_write_timeout_pinned(Some(limits.patience() * 3));
         let service = TrackedRouter { router: router.clone(), connection: Arc::clone(&connection) };
         let served = builder.serve_connection(TokioIo::new(stream), service);
@@ -75,7 +75,7 @@ pub async fn serve(
         tokio::spawn(async move {
             tokio::select! {
                 ended = served => if let Err(error) = ended {
-                    tracing::debug!(%error, "a connection broke");
+                    tracing::debug!(%error, "a connection failed");
                 },
                 () = connection.close.notified() => {}
             }
@@ -117,12 +117,12 @@ pub(crate) async fn accept(
 /// An open connection.
 #[derive(Default)]
 struct Connection {
-    /// Requests under way on it.
+    /// Requests that are running on it.
     active: AtomicUsize,
     close: Notify,
 }
 
-/// A request under way.
+/// A request that is running.
 struct ActiveRequest(Arc<Connection>);
 
 impl ActiveRequest {
@@ -138,7 +138,7 @@ impl Drop for ActiveRequest {
     }
 }
 
-/// All connections, the oldest first.
+/// All connections, oldest first.
 #[derive(Default)]
 struct Connections(VecDeque<Weak<Connection>>);
 
@@ -150,7 +150,7 @@ impl Connections {
         connection
     }
 
-    /// Ends the oldest connection on which nothing is under way, if there is one.
+    /// Closes the oldest idle connection, if there is one.
     fn close_idle(&mut self) {
         let mut idle = self.0.iter().filter_map(Weak::upgrade);
         if let Some(connection) =
@@ -162,7 +162,7 @@ impl Connections {
     }
 }
 
-/// The routes for one connection; while an answer is written, its seat is busy.
+/// The routes for one connection. While an answer is written, the connection is active.
 #[derive(Clone)]
 struct TrackedRouter {
     router: Router,
@@ -188,8 +188,8 @@ impl Service<Request<Incoming>> for TrackedRouter {
     }
 }
 
-/// How many connections at one time: as many as are `wanted`, as far as there are descriptors for
-/// them and for the upstream's.
+/// How many connections are possible: as many as `wanted`, as far as there are file descriptors for
+/// them and for connections to the upstream.
 pub(crate) fn max_connections(wanted: usize) -> usize {
     let descriptors = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
     let most = descriptors.saturating_sub(RESERVED_DESCRIPTORS) / 2;

@@ -1,5 +1,5 @@
-//! What a browser needs to read our own answers. The upstream decides which pages may; what it says
-//! of a page holds for every answer of ours to that page, errors included.
+//! The CORS headers of our own answers. The upstream decides which pages may read answers; what it
+//! says about a page also applies to our answers to that page, errors included.
 
 use std::{
     num::NonZeroUsize,
@@ -17,7 +17,7 @@ use lru::LruCache;
 /// How many pages are remembered.
 const PAGES: NonZeroUsize = NonZeroUsize::new(256).unwrap();
 
-/// What the upstream learned of pages, by their origin.
+/// The upstream's CORS headers for pages, by their origin.
 #[derive(Debug)]
 pub(crate) struct Cors(Mutex<LruCache<HeaderValue, HeaderMap>>);
 
@@ -31,7 +31,7 @@ fn is_cors(name: &HeaderName) -> bool {
     name.as_str().starts_with("access-control-") || *name == header::VARY
 }
 
-/// Learns from an answer that says something of the page; tells it on one that doesn't.
+/// Remembers the CORS headers of an answer, or adds them to an answer that has none.
 pub(crate) async fn share_cors(
     State(cors): State<Arc<Cors>>,
     request: Request,

@@ -1,9 +1,9 @@
-//! The fields of chat requests that are known: those of OpenAI's API, and what servers and gateways
-//! have beside them, as far as a number, a switch or a fixed word can do no harm.
+//! The known fields of chat requests: those of OpenAI's API, and those that servers and gateways
+//! add, as far as a number, a boolean or a fixed word can do no harm.
 
 use crate::forms::Form;
 
-/// Fields about the way an answer is drawn. The safe answer is drawn the same way.
+/// Fields that control how an answer is generated. They also apply to the safe answer.
 pub(crate) const SAMPLING: &[(&str, Form)] = &[
     ("temperature", Form::Scalar),
     ("top_p", Form::Scalar),
@@ -138,8 +138,8 @@ pub(crate) const SAMPLING: &[(&str, Form)] = &[
     ("usage", Form::Object(&[("include", Form::Scalar)])),
 ];
 
-/// Fields that would steer a guarded answer, or send the request elsewhere: known where a chat is
-/// not guarded, where they pass; an operator may list them for guarded ones.
+/// Fields that would steer a guarded answer, or send the request elsewhere. They are only passed on
+/// for chats that are not guarded, unless the operator lists them.
 pub(crate) const STEERING: &[&str] = &[
     "guided_json",
     "guided_regex",
@@ -162,8 +162,8 @@ pub(crate) const STEERING: &[&str] = &[
     "thinking_config",
 ];
 
-/// Fields of requests for one plain text, with which a stream may be windowed. With any other it is
-/// held.
+/// Fields of requests for one plain text, whose streams may be windowed. With any other field, a
+/// stream is held.
 pub(crate) const PLAIN_TEXT_FIELDS: &[&str] = &[
     "model",
     "messages",
@@ -204,7 +204,7 @@ pub(crate) const PLAIN_TEXT_FIELDS: &[&str] = &[
     "keep_alive",
 ];
 
-/// Keys of `chat_template_kwargs` that would take the place of what the server itself gives its
+/// Keys of `chat_template_kwargs` that would override what the server itself passes to its
 /// template.
 pub(crate) const RESERVED_TEMPLATE_KEYS: &[&str] = &[
     "chat_template",
@@ -253,7 +253,7 @@ pub(crate) const REQUEST: &[(&str, Form)] = &[
     ("timings_per_token", Form::Scalar),
     ("return_progress", Form::Scalar),
     ("post_sampling_probs", Form::Scalar),
-    // What would keep an answer where nobody judges it, or tell of it by another way.
+    // These would store an answer where nobody judges it, or return it in another form.
     ("store", Form::Dropped),
     ("echo", Form::Dropped),
     ("n_probs", Form::Dropped),
@@ -279,7 +279,7 @@ const TOOL: Form = Form::Object(&[
     ("cache_control", CACHE_CONTROL),
 ]);
 
-/// What only the maker of a thought can read, beside the call or message that it belongs to.
+/// Encrypted or signed thoughts, next to the call or message that they belong to.
 pub(crate) const SIGNATURES: Form = Form::Object(&[
     ("thought_signature", Form::Opaque),
     ("thought_signatures", Form::List(&Form::Opaque)),
@@ -289,7 +289,7 @@ pub(crate) const SIGNATURES: Form = Form::Object(&[
     ("reasoning_content", Form::Text),
 ]);
 
-/// A called function.
+/// A function that is called.
 const FUNCTION: Form = Form::Object(&[
     ("name", Form::Text),
     ("arguments", Form::AnyOf(&[Form::Text, Form::Any])),
@@ -297,7 +297,7 @@ const FUNCTION: Form = Form::Object(&[
     ("description", Form::Text),
 ]);
 
-/// A tool call, of a request or an answer.
+/// A tool call, in a request or an answer.
 pub(crate) const TOOL_CALL: Form = Form::Object(&[
     ("id", Form::Name),
     ("index", Form::Scalar),
@@ -309,10 +309,10 @@ pub(crate) const TOOL_CALL: Form = Form::Object(&[
     ("provider_specific_fields", SIGNATURES),
 ]);
 
-/// The old form of a tool call.
+/// The older form of a tool call.
 pub(crate) const FUNCTION_CALL: Form = FUNCTION;
 
-/// A piece of thinking, open or sealed.
+/// A block of thinking, readable or encrypted.
 pub(crate) const THINKING_BLOCK: Form = Form::Object(&[
     (
         "type",
@@ -375,7 +375,8 @@ pub(crate) const MESSAGE: &[(&str, Form)] = &[
     ("encrypted_content", Form::Opaque),
     ("extra_content", SIGNATURES),
     ("provider_specific_fields", SIGNATURES),
-    // An earlier spoken answer, which the upstream keeps and nobody here has heard; it may be null.
+    // An earlier audio answer, which the upstream stores and the guard has never seen. It may be
+    // null.
     ("audio", Form::OneOf(&[])),
 ];
 
@@ -389,7 +390,7 @@ pub(crate) const TEXT_PART: &[(&str, Form)] = &[
     ("logprobs", Form::Dropped),
 ];
 
-/// A recording, with nothing in it that a server could take for an image.
+/// A recording. Nothing in it can be taken for an image.
 pub(crate) const AUDIO_PART: &[(&str, Form)] = &[
     ("type", Form::OneOf(&["input_audio"])),
     (
@@ -415,7 +416,7 @@ pub(crate) const THINKING_PART: &[(&str, Form)] = &[
     ("cache_control", CACHE_CONTROL),
 ];
 
-/// How a model is to look at an image.
+/// How the model is to look at an image.
 const DETAIL: Form = Form::OneOf(&["low", "high", "auto", "original"]);
 
 pub(crate) const IMAGE_PART: &[(&str, Form)] = &[
@@ -464,11 +465,11 @@ pub(crate) const IMAGE_PART: &[(&str, Form)] = &[
     ("cache_control", CACHE_CONTROL),
     ("id", Form::Dropped),
     ("modalities", Form::OneOf(&["image", "multi-images"])),
-    // Servers take it for the image's name in their cache: another image may lie there.
+    // Servers use it as the key of their image cache, which may hold another image.
     ("uuid", Form::Dropped),
 ];
 
-/// Whether a text is the name of a field that the guard knows.
+/// Whether a text is the name of a known field.
 pub(crate) fn is_request_field(name: &str) -> bool {
     name == "messages" || SAMPLING.iter().chain(REQUEST).any(|(known, _)| *known == name)
 }

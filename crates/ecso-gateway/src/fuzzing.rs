@@ -1,4 +1,4 @@
-//! What fuzz targets call (`fuzz/`).
+//! Entry points for the fuzz targets in `fuzz/`.
 
 use bytes::Bytes;
 use futures::FutureExt;
@@ -11,8 +11,8 @@ use crate::{
 /// Reads a request body in every way in which the server does.
 ///
 /// # Panics
-/// When a lenient reader finds something in a body that is out of scope, or that goes on, which the
-/// strict one does not: then what is answered is not what was judged.
+/// If a lenient parser finds images in a body that the strict one calls out of scope, or if the
+/// body that goes to the upstream differs from what was judged.
 pub fn body(body: &[u8]) {
     let _ = GuardRequest::read(body).and_then(|question| question.chat());
     let Ok(value) = json::parse(body) else { return };
@@ -42,7 +42,7 @@ pub fn body(body: &[u8]) {
     );
 }
 
-/// Whether any reader could take something in messages for an image.
+/// Whether any server could take something in the messages for an image.
 fn names_an_image(value: &serde_json::Value) -> bool {
     match value {
         serde_json::Value::Array(list) => list.iter().any(names_an_image),
@@ -60,16 +60,16 @@ fn names_an_image(value: &serde_json::Value) -> bool {
     }
 }
 
-/// Reads an upstream's stream, whole and in small pieces.
+/// Reads an upstream's stream, whole and in small chunks.
 ///
 /// # Panics
-/// When the two differ.
+/// If the results differ.
 pub fn stream(stream: &[u8]) {
     let read = |size: usize| {
         let pieces =
             stream.chunks(size).map(|piece| Ok::<_, std::io::Error>(Bytes::copy_from_slice(piece)));
         let pieces: Vec<_> = pieces.collect();
-        // Every piece is there, so the reading never waits.
+        // All chunks are there, so reading never waits.
         Completion::from_stream(futures::stream::iter(pieces)).now_or_never()
     };
     let (whole, cut) = (read(usize::MAX), read(3));

@@ -1,4 +1,4 @@
-//! Figures for Prometheus: counts and times, and no word of a conversation.
+//! Metrics for Prometheus: counts and times, but no text of conversations.
 
 use std::time::Duration;
 
@@ -46,7 +46,7 @@ struct TokenLabels {
     kind: &'static str,
 }
 
-/// All figures; they go on when settings are exchanged.
+/// All metrics. They continue when the settings are replaced.
 pub(crate) struct Metrics {
     registry: Registry,
     requests: Family<RequestLabels, Counter>,
@@ -77,31 +77,32 @@ impl Metrics {
         let (guarded, running, waiting) =
             (duration_histogram(), Gauge::default(), Gauge::default());
         registry.register("requests", "Requests, by door, route and status", requests.clone());
-        registry.register("answers", "Answers that were judged", answers.clone());
-        registry.register("failures", "Requests that got no answer, by code", failures.clone());
+        registry.register("answers", "Judged answers", answers.clone());
+        registry.register("failures", "Requests that failed, by error code", failures.clone());
         registry.register_with_unit(
             "step",
-            "Model time of one call, by step",
+            "Duration of model calls, by step",
             Unit::Seconds,
             seconds.clone(),
         );
         registry.register(
             "step_tokens",
-            "Tokens of the steps, where the model tells",
+            "Tokens of the steps, as reported by the model",
             tokens.clone(),
         );
         registry.register_with_unit(
             "guarded",
-            "Time of a guarded request",
+            "Duration of guarded requests",
             Unit::Seconds,
             guarded.clone(),
         );
         // Words, from none to 1,024.
         let harm_out = Histogram::new([0.0].into_iter().chain(exponential_buckets(4.0, 2.0, 9)));
-        let words = "Words that were out when an answer that was judged while it was written turned out unsafe";
+        let words =
+            "Words of an unsafe answer that had gone out before its verdict (windowed streams)";
         registry.register("harm_out_words", words, harm_out.clone());
-        registry.register("running", "Guarded requests under way", running.clone());
-        registry.register("waiting", "Guarded requests that wait for their turn", waiting.clone());
+        registry.register("running", "Guarded requests that are running", running.clone());
+        registry.register("waiting", "Guarded requests in the queue", waiting.clone());
         Self {
             registry,
             requests,
@@ -164,12 +165,12 @@ impl Metrics {
         }
     }
 
-    /// In the text format that Prometheus reads.
+    /// The metrics in the text format of Prometheus.
     pub(crate) fn text(&self, running: usize, waiting: usize) -> String {
         self.running.set(i64::try_from(running).unwrap_or(i64::MAX));
         self.waiting.set(i64::try_from(waiting).unwrap_or(i64::MAX));
         let mut text = String::new();
-        // Writing to a String does not fail.
+        // Writing to a String can't fail.
         let _ = encode(&mut text, &self.registry);
         text
     }

@@ -1,8 +1,8 @@
-//! `POST /v1/moderations` in OpenAI's shape: would the guard let the model's answer to this out?
+//! `POST /v1/moderations` in OpenAI's format: would the guard let the model's answer to this out?
 //!
-//! The model is asked as in a chat, up to the verdict; no answer is given. OpenAI's categories of
-//! harm are not told apart here: they are null, and a category of our own, `harm`, says what was
-//! found.
+//! The model is asked as in a chat, up to the verdict, and the answer is discarded. OpenAI's
+//! categories of harm are not distinguished: they are null, and an additional category `harm` has
+//! the result.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -34,7 +34,7 @@ use crate::{
     server::Gateway,
 };
 
-/// OpenAI's names.
+/// OpenAI's categories.
 const CATEGORIES: [&str; 13] = [
     "harassment",
     "harassment/threatening",
@@ -51,7 +51,7 @@ const CATEGORIES: [&str; 13] = [
     "violence/graphic",
 ];
 
-/// Tells whether a request, texts or images, leads to harm.
+/// Judges whether a request leads to harm. Takes texts or images.
 #[utoipa::path(
     post, path = "/v1/moderations", request_body = ModerationRequest,
     responses((status = 200, body = ModerationFinding), ApiErrors),
@@ -71,11 +71,11 @@ pub(crate) async fn moderations(
         .await
 }
 
-/// What is to be judged.
+/// The request body.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(crate) struct ModerationRequest {
     input: Input,
-    /// The model that is asked; a name of OpenAI's moderation models, or none, is the only one
+    /// The model to ask. The name of an OpenAI moderation model, or none, means the only model
     /// behind the guard.
     model: Option<String>,
 }
@@ -84,7 +84,7 @@ pub(crate) struct ModerationRequest {
 #[serde(untagged)]
 enum Input {
     Text(String),
-    /// Each is judged by itself.
+    /// Each is judged separately.
     Texts(Vec<String>),
     /// Text and images of one request.
     Parts(Parts),
@@ -94,7 +94,7 @@ enum Input {
 #[schema(value_type = Vec<Part>)]
 struct Parts(Vec<Value>);
 
-/// What was found, one result for each input.
+/// The response, with one result for each input.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct ModerationFinding<'a> {
     id: &'a str,
@@ -105,9 +105,9 @@ pub(crate) struct ModerationFinding<'a> {
 #[derive(Debug, Serialize, ToSchema)]
 struct ModerationResult {
     flagged: bool,
-    /// `harm`; OpenAI's own are null: they are not told apart.
+    /// `harm`. OpenAI's own categories are null, because they are not distinguished.
     categories: BTreeMap<&'static str, Option<bool>>,
-    /// Probability of harm, where the model tells.
+    /// Probability of harm, if the model reports one.
     category_scores: BTreeMap<&'static str, Option<f64>>,
     /// `text`, `image`.
     category_applied_input_types: BTreeMap<&'static str, Vec<&'static str>>,
@@ -149,7 +149,7 @@ impl ModerationRequest {
                 || content.as_array().is_some_and(Vec::is_empty)
         };
         if contents.is_empty() || contents.iter().any(is_empty) {
-            return Err(invalid("`input` is empty, or a text of it is".into()));
+            return Err(invalid("`input` or one of its texts is empty".into()));
         }
         if let Input::Parts(Parts(parts)) = &question.input
             && parts.iter().any(|part| !part["type"].is_string())
@@ -163,7 +163,7 @@ impl ModerationRequest {
         Ok(question)
     }
 
-    /// The content of a message for each input.
+    /// The message content of each input.
     fn contents(&self) -> Vec<Value> {
         match &self.input {
             Input::Text(text) => vec![json!(text)],
@@ -172,7 +172,7 @@ impl ModerationRequest {
         }
     }
 
-    /// The model to ask, where the client means one of ours.
+    /// The model to ask, if the client names one of the upstream's.
     fn model(&self) -> Option<&str> {
         let is_ours = |name: &&str| {
             !name.is_empty()
@@ -220,7 +220,7 @@ async fn judge_input(
     let context = &*context;
     let RequestContext { state, headers, .. } = context;
     let mut profile = state.profile(&context.caller, Some(model)).clone();
-    // Whatever is sent here is to be judged, and no answer to it is wanted.
+    // Everything sent here is judged, and the answer is not needed.
     (profile.scope, profile.gate, profile.rewrite) = (Scope::All, Gate::Detected, Rewrite::Refuse);
     let sampling = profile.direct.sampling();
     let guard = state.guard_under(&request, headers, profile);

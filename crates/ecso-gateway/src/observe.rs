@@ -1,4 +1,4 @@
-//! Observing: the client gets what the model says, untouched; the guard judges beside it and
+//! Observing: the client gets the model's answer unchanged. The guard judges it afterwards, and
 //! records what it would have done.
 
 use std::sync::Arc;
@@ -24,14 +24,14 @@ use crate::{
 pub(crate) struct ObservedRequest {
     pub(crate) context: RequestContext,
     pub(crate) admission: Arc<Admission>,
-    /// What can be read of the request; what can't is recorded too.
+    /// The request, as far as it can be read. Unreadable requests are recorded too.
     pub(crate) parsed: Result<ParsedBody, ApiError>,
-    /// The format of request and answer, where that is not chat completions'.
+    /// The format of request and answer, if not chat completions.
     pub(crate) format: Option<Format>,
 }
 
 impl ObservedRequest {
-    /// Forwards the request; when the answer is complete it is judged.
+    /// Forwards the request. The answer is judged once it is complete.
     pub(crate) async fn forward(
         self,
         transport: &Transport,
@@ -86,18 +86,18 @@ impl ObservedRequest {
         Ok(Response::from_parts(head, Body::from_stream(copied)))
     }
 
-    /// Judges an answer that the client has already.
+    /// Judges an answer that the client already has.
     async fn judge(
         self,
         answer: impl Future<Output = Result<Completion, ApiError>> + Send + 'static,
     ) {
         let Self { mut context, admission, parsed, .. } = self;
-        // What the client's own request went with is not for questions about its answer.
+        // The guard's questions don't carry all headers of the client's request.
         context.keep_known_headers();
         context.restart_deadline();
         let judged = async {
             let _turn = admission.enter().await?;
-            // It may be long.
+            // Parsing a long answer takes time.
             let heard =
                 tokio::task::spawn_blocking(|| tokio::runtime::Handle::current().block_on(answer));
             let answer = heard
@@ -113,13 +113,13 @@ impl ObservedRequest {
     }
 }
 
-/// A copy of an answer while it goes to the client. When that is over, and the answer is whole, it
-/// is judged: the client is gone by then, so this happens where the copy is dropped.
+/// A copy of an answer while it goes to the client. It is judged when the copy is dropped, because
+/// the client may be gone by then.
 struct AnswerCopy {
     bytes: Vec<u8>,
     length: Option<usize>,
     is_ended: bool,
-    /// It is longer than what is read.
+    /// It is longer than what may be read.
     is_too_long: bool,
     is_stream: bool,
     observed: Option<ObservedRequest>,
@@ -138,7 +138,7 @@ impl AnswerCopy {
             .map_or(0, |observed| observed.context.state.settings.limits.answer);
         self.is_too_long |= self.bytes.len() + piece.len() > longest;
         if self.is_too_long {
-            // Of a part nothing could be said.
+            // A part of an answer can't be judged.
             self.bytes = Vec::new();
         } else {
             self.bytes.extend_from_slice(piece);
@@ -153,7 +153,7 @@ impl Drop for AnswerCopy {
         let (bytes, is_stream) = (std::mem::take(&mut self.bytes), self.is_stream);
         let (is_too_long, format) = (self.is_too_long, observed.format);
         let answer = async move {
-            // Whoever leaves before the end has all of the answer where its last word was there.
+            // A client that leaves early has the whole answer if its last event had arrived.
             match format {
                 _ if is_too_long => {
                     let message = "the answer has more than `limits.answer` bytes";

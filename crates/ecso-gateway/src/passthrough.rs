@@ -1,5 +1,5 @@
-//! What is not guarded: it goes to the upstream as it is, if it is known to be harmless or nobody
-//! wants a guard.
+//! Requests that are not guarded. They are forwarded unchanged if they are known to be harmless, or
+//! if the operator wants no guard.
 
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ use crate::{
     upstream::{Credentials, door},
 };
 
-/// Every path that has no handler of its own.
+/// Handles every path without a handler of its own.
 pub(crate) async fn passthrough(
     State(gateway): State<Arc<Gateway>>,
     request: axum::extract::Request,
@@ -40,7 +40,7 @@ pub(crate) async fn passthrough(
     finish_response(&id, (door, "other"), &state.metrics, answered.instrument(span)).await
 }
 
-/// Sends a request on, by its route.
+/// Forwards a request, depending on its route.
 async fn forward(
     mut context: RequestContext,
     method: &axum::http::Method,
@@ -52,13 +52,13 @@ async fn forward(
         return Err(ApiError::new(
             StatusCode::NOT_FOUND,
             "not_found",
-            "there is no such route here",
+            "this server has no such route",
         ));
     };
     if context.mode == Mode::Enforce {
         context.keep_known_headers();
     }
-    let (credentials, body) = match Route::of(
+    let (credentials, body) = match Route::classify(
         method,
         path,
         &state.settings.allow_routes,
@@ -68,8 +68,8 @@ async fn forward(
         Route::Harmless if *method == axum::http::Method::POST => {
             (Credentials::Operator, context.stream_body(body))
         }
-        // What has no body for us has none for the upstream. Who carries it must not wait for
-        // somebody to read it.
+        // A request without a body here has none for the upstream either. A carrier must not wait
+        // for somebody to read it.
         Route::Harmless => {
             drop(body);
             context.headers.remove(header::CONTENT_LENGTH);
@@ -85,25 +85,24 @@ async fn forward(
             (Credentials::Operator, body.into())
         }
         Route::Unknown => {
-            let is_enforced = context.mode == Mode::Enforce || state.settings.mode_header;
-            if is_enforced || !path.starts_with("/v1/") {
+            let is_refused = context.mode == Mode::Enforce || state.settings.mode_header;
+            if is_refused || !path.starts_with("/v1/") {
                 if path.trim_end_matches('/').ends_with("/chat/completions") {
-                    let message = "chats are asked for by POST /v1/chat/completions";
+                    let message = "send chats to POST /v1/chat/completions";
                     return Err(ApiError::new(StatusCode::NOT_FOUND, "route_not_guarded", message));
                 }
                 if path.starts_with("/v1/v1/") {
-                    let message =
-                        "this client adds /v1 to its base URL by itself: give it the address alone";
+                    let message = "this client adds /v1 to its base URL itself: configure the address without /v1";
                     return Err(ApiError::new(StatusCode::NOT_FOUND, "route_not_guarded", message));
                 }
                 let message = format!(
-                    "{method} {} is not passed on: what it gives would not be judged. An operator who wants it lists it in \
-                     `gateway.allow_routes`",
+                    "{method} {} is not passed on, because its answer would not be judged. An operator \
+                     can list it in `gateway.allow_routes`",
                     json::printable(path)
                 );
                 return Err(ApiError::new(StatusCode::NOT_FOUND, "route_not_guarded", message));
             }
-            // Nobody looks at it, so that nobody vouches for it: the operator's key stays here.
+            // Nobody checks this request, so the operator's key is not sent with it.
             (Credentials::Client, context.stream_body(body))
         }
     };
@@ -111,8 +110,8 @@ async fn forward(
     context.forward(&transport, credentials, method, path, body).await
 }
 
-/// Texts become vectors; what else a server might take here (conversations, with images) is not
-/// known.
+/// Texts may become embeddings. A server might accept more here, such as conversations with images,
+/// so anything else is refused.
 fn only_texts(body: &Value) -> Result<(), ApiError> {
     const KNOWN: [&str; 19] = [
         "model",
@@ -139,7 +138,7 @@ fn only_texts(body: &Value) -> Result<(), ApiError> {
         value.as_array().map_or(!value.is_object(), |list| list.iter().all(is_text))
     }
     let unknown = |name: &str| {
-        let message = format!("`{}` can't be passed on: only texts are", json::printable(name));
+        let message = format!("`{}` can't be passed on: only texts can", json::printable(name));
         ApiError {
             param: Some(json::printable(name)),
             ..ApiError::bad_request("unknown_field", message)

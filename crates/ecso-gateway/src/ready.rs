@@ -1,4 +1,4 @@
-//! Whether the upstream answers: asked once in a while, whoever wants to know.
+//! Whether the upstream responds. It is probed at most once in a while, however many ask.
 
 use std::time::{Duration, Instant};
 
@@ -6,15 +6,15 @@ use tokio::sync::Mutex;
 
 use crate::{context::PROBE_TIMEOUT, upstream::Upstream};
 
-/// How long an answer holds.
+/// How long a result holds.
 const MAX_AGE: Duration = Duration::from_secs(5);
 
-/// What was found last, and when.
+/// The last result, and when it was found.
 #[derive(Debug, Default)]
 pub(crate) struct Readiness(Mutex<Option<(Instant, bool)>>);
 
 impl Readiness {
-    /// Whether the upstream answers at all.
+    /// Whether the upstream responds.
     pub(crate) async fn check(&self, upstream: &Upstream) -> bool {
         let mut last = self.0.lock().await;
         if let Some((at, found)) = *last

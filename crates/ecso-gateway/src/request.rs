@@ -209,12 +209,15 @@ impl Body {
     }
 
     fn urls(&mut self) -> impl Iterator<Item = &mut String> {
-        self.contents().flatten().filter_map(url_of)
+        self.contents().flat_map(|(_, content)| content).filter_map(url_of)
     }
 
-    /// The message contents that are lists of parts.
-    fn contents(&mut self) -> impl Iterator<Item = &mut Vec<Value>> {
-        self.messages.iter_mut().filter_map(|message| message.get_mut("content")?.as_array_mut())
+    /// The message contents that are lists of parts, with the index of their message.
+    fn contents(&mut self) -> impl Iterator<Item = (usize, &mut Vec<Value>)> {
+        let messages = self.messages.iter_mut().enumerate();
+        messages.filter_map(|(place, message)| {
+            Some((place, message.get_mut("content")?.as_array_mut()?))
+        })
     }
 
     /// Reads the images. Afterwards a document is one part for each of its pages, and every URL is
@@ -226,14 +229,18 @@ impl Body {
         allow_urls: bool,
     ) -> Result<Vec<Image>, ApiError> {
         let (mut read, mut total_converted) = (Vec::new(), 0);
-        for content in self.contents() {
-            for mut part in std::mem::take(content) {
+        for (message, content) in self.contents() {
+            for (place, mut part) in std::mem::take(content).into_iter().enumerate() {
                 let Some(url) = url_of(&mut part) else {
                     content.push(part);
                     continue;
                 };
                 let mut original = std::mem::take(url);
-                for image in images(&original, bounds, allow_urls)? {
+                let images = images(&original, bounds, allow_urls).map_err(|error| ApiError {
+                    param: Some(format!("messages.{message}.content.{place}")),
+                    ..error
+                })?;
+                for image in images {
                     let mut part = part.clone();
                     if let Some(url) = url_of(&mut part) {
                         *url = canonical_url(&image, &mut original);

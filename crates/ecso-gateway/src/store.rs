@@ -1,4 +1,4 @@
-//! Answers that went out, for requests that go on from one by its id.
+//! Answers that went out, for requests that continue from one by its id.
 
 use std::{sync::Arc, time::Duration};
 
@@ -8,29 +8,29 @@ use serde_json::{Map, Value};
 
 use crate::{error::ApiError, json, settings::Limits, wire};
 
-/// Turns of conversations, by whose they are and the answer's id. A turn points to the one before
-/// it, so that a conversation takes its own length and no more.
+/// Turns of conversations, by their owner and the id of the answer. A turn refers to the one before
+/// it, so that a conversation is stored only once.
 #[derive(Debug)]
 pub(crate) struct Store {
-    /// None where nothing is kept.
+    /// `None` if nothing is kept.
     turns: Option<Cache<blake3::Hash, Arc<Turn>>>,
     max_bytes: usize,
 }
 
-/// What a request brought, as it was judged, and the answer that went out.
+/// The messages of a request, as they were judged, and the answer that went out.
 #[derive(Debug)]
 struct Turn {
-    /// The id of the answer that it goes on from.
+    /// The id of the answer that it continues from.
     previous: Option<String>,
-    /// Messages of a chat: those that were brought, and the answer; in JSON.
+    /// The messages of a chat, in JSON: those of the request, and the answer.
     messages: Box<[u8]>,
-    /// How many values these have.
+    /// The number of JSON values in them.
     values: usize,
 }
 
-/// What a turn takes beside its messages, at most.
+/// Upper bound of the memory of a turn in addition to its messages, in bytes.
 const OVERHEAD: usize = 512;
-/// Longer is for ever.
+/// Longer times are cut to this.
 const YEAR: u64 = 365 * 24 * 3600;
 
 impl Turn {
@@ -40,7 +40,7 @@ impl Turn {
 }
 
 impl Store {
-    /// A store as large as the limits say.
+    /// A store with these limits.
     pub(crate) fn new(limits: &Limits) -> Self {
         let max_bytes = limits.stored;
         let turns = (max_bytes > 0 && limits.stored_for > 0).then(|| {
@@ -54,7 +54,8 @@ impl Store {
         Self { turns, max_bytes }
     }
 
-    /// Keeps the answer `id` of a tenant with what led to it: messages of a chat. Whether it could.
+    /// Stores the answer `id` of a tenant with the messages that led to it. Returns whether there
+    /// was room.
     pub(crate) fn insert(
         &self,
         (tenant, id): (&str, &str),
@@ -79,23 +80,23 @@ impl Store {
         let fits = turn.bytes() <= self.max_bytes.min(u32::MAX as usize);
         if fits {
             turns.insert(key(tenant, id), Arc::new(turn));
-            // Else the bound would hold a little later.
+            // Otherwise the limit would apply a little later.
             turns.run_pending_tasks();
         }
         fits
     }
 
-    /// The messages of a tenant's conversation up to the answer `id`; `hold` takes room for so many
-    /// bytes. Every turn of it is as if it were new.
+    /// The messages of a tenant's conversation up to the answer `id`. `reserve` is called with
+    /// their size in bytes. Every turn that is read counts as used.
     ///
     /// # Errors
-    /// When nothing is kept here, when this answer or one before it is not (any more), and when
-    /// they have more than `longest` bytes or more than `most` values.
+    /// If nothing is kept here, if this answer or one before it is not stored (any more), or if the
+    /// messages have more than `longest` bytes or more than `max_values` values.
     pub(crate) fn conversation(
         &self,
         (tenant, id): (&str, &str),
-        (longest, max_bytes): (usize, usize),
-        hold: impl FnOnce(usize) -> Result<(), ApiError>,
+        (longest, max_values): (usize, usize),
+        reserve: impl FnOnce(usize) -> Result<(), ApiError>,
     ) -> Result<Vec<Value>, ApiError> {
         let turns = self
             .turns
@@ -107,9 +108,10 @@ impl Store {
             let turn = turns.get(&key(tenant, id)).ok_or_else(response_not_found)?;
             bytes += turn.bytes();
             values += turn.values;
-            if bytes > longest || values > max_bytes {
+            if bytes > longest || values > max_values {
                 let message = format!(
-                    "a conversation and what goes on from it have at most `limits.body` bytes and {} values together",
+                    "the stored conversation and the new messages may have at most `limits.body` bytes \
+                     and {} values in total",
                     json::MAX_VALUES
                 );
                 return Err(ApiError::new(
@@ -121,7 +123,7 @@ impl Store {
             next.clone_from(&turn.previous);
             found.push(turn);
         }
-        hold(bytes)?;
+        reserve(bytes)?;
         let mut conversation = Vec::new();
         for turn in found.iter().rev() {
             let (request, answer): (Vec<Value>, Value) =
@@ -137,9 +139,10 @@ fn key(tenant: &str, id: &str) -> blake3::Hash {
     blake3::keyed_hash(blake3::hash(tenant.as_bytes()).as_bytes(), id.as_bytes())
 }
 
-/// As OpenAI says it, without the id: that is a stranger's word.
+/// As OpenAI words it, but without the id, which a stranger chose.
 fn response_not_found() -> ApiError {
-    let message = "Previous response not found: it is not (any more) kept here. Send the whole conversation as `input`.";
+    let message = "Previous response not found: it is not stored here, or not any more. Send the whole \
+                   conversation as `input`.";
     ApiError {
         param: Some(wire::PREVIOUS_RESPONSE_ID.to_owned()),
         ..ApiError::bad_request("previous_response_not_found", message)
@@ -165,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn a_conversation_is_all_its_turns_of_one_tenant() {
+    fn a_conversation_has_all_turns_of_one_tenant() {
         let store = store(1 << 20, 60);
         assert!(store.insert(("a", "1"), None, &request("flour"), &json!("rye")));
         assert!(store.insert(("a", "2"), Some("1"), &request("water"), &json!("salt")));
@@ -178,7 +181,7 @@ mod tests {
         }
         let short = store.conversation(("a", "2"), (2 * OVERHEAD, 100), |_| Ok(())).unwrap_err();
         assert_eq!(short.code, "body_too_large");
-        // Two messages of one field each, and two answers.
+        // Two messages with one field each, and two answers.
         assert!(store.conversation(("a", "2"), (1 << 20, 6), |_| Ok(())).is_ok());
         let many = store.conversation(("a", "2"), (1 << 20, 5), |_| Ok(())).unwrap_err();
         assert_eq!(many.code, "body_too_large");
@@ -190,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn it_holds_its_bounds_and_keeps_nothing_where_they_are_0() {
+    fn limits_hold_and_zero_keeps_nothing() {
         let store = store(4000, 60);
         for id in 0..100 {
             assert!(store.insert(("a", &id.to_string()), None, &[], &json!("f".repeat(1000))));
@@ -207,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_goes_on_from_is_forgotten() {
+    fn unused_conversations_are_dropped() {
         let store = store(1 << 20, 1);
         assert!(store.insert(("a", "1"), None, &[], &json!("flour")));
         std::thread::sleep(Duration::from_millis(700));

@@ -1,5 +1,5 @@
-//! One exchange: a request that came to a gateway, how it goes on, its answer, and what the client
-//! gets.
+//! One exchange: a request that reached a gateway, how it continues, its answer, and what the
+//! client gets.
 
 use std::{
     convert::Infallible,
@@ -38,27 +38,27 @@ use crate::{
     upstream::{Carrier, attach_carrier},
 };
 
-/// Most bytes of one piece of a body, as Envoy's documentation advises.
+/// Maximum bytes of a body chunk, as Envoy's documentation recommends.
 const MAX_CHUNK: usize = 64 << 10;
-/// Pieces of a body that are held here before the next one is taken.
+/// Chunks of a body that are queued.
 const QUEUED_CHUNKS: usize = 4;
-/// Most bytes of an answer that is given at once: errors, and findings.
+/// Maximum bytes of an immediate answer: errors and findings.
 const MAX_IMMEDIATE: usize = 4 << 20;
 
-/// What is said to the gateway.
+/// A message to the gateway.
 pub(super) enum Outgoing {
     Reply(Reply),
-    /// It was the last word.
+    /// The exchange is complete.
     Done,
-    /// The gateway is to fail the request.
+    /// The gateway must fail the request.
     Aborted,
 }
 
-/// The exchange goes no further: the gateway has left, or it is to fail the request.
+/// The exchange ended early: the gateway left, or it must fail the request.
 #[derive(Debug)]
 struct Aborted(&'static str);
 
-/// Says what is to be said; where that can't be done, the gateway is to fail the request.
+/// Runs an exchange. If it can't be completed, the gateway is told to fail the request.
 pub(super) async fn run(
     router: Router,
     patience: Duration,
@@ -68,9 +68,9 @@ pub(super) async fn run(
     let out = Replies(said);
     let worked = async {
         let first = tokio::time::timeout(patience, gateway.message()).await;
-        let Ok(Ok(Some(first))) = first else { return Err(Aborted("no request came")) };
+        let Ok(Ok(Some(first))) = first else { return Err(Aborted("no request arrived")) };
         if let Some(wrong) = setup_error(&first) {
-            tracing::error!(wrong, "the gateway is set up in a way that guards nothing");
+            tracing::error!(wrong, "the gateway's settings make guarding impossible");
             return reply_at_once(
                 ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "gateway_setup", wrong)
                     .into_response(),
@@ -80,13 +80,13 @@ pub(super) async fn run(
         }
         let head = match first.part {
             Some(Part::RequestHeaders(head)) => head,
-            // The gateway refuses a request before the filter, and shows what it says.
+            // The gateway refused the request before this filter, and shows us its answer.
             Some(Part::ResponseHeaders(head)) => return reply_at_once(refusal(head), &out).await,
             _ => {
                 tracing::error!(
-                    "the gateway does not show the heads of requests: request_header_mode must be SEND"
+                    "the gateway does not send request headers: set request_header_mode to SEND"
                 );
-                return Err(Aborted("no request came first"));
+                return Err(Aborted("the first message is not a request"));
             }
         };
         guard_request(router, head, gateway, &out).await
@@ -98,36 +98,37 @@ pub(super) async fn run(
     match worked {
         Ok(()) => drop(out.0.send(Outgoing::Done).await),
         Err(Aborted(why)) => {
-            tracing::debug!(why, "an exchange broke off");
+            tracing::debug!(why, "an exchange was aborted");
             let _ = out.0.send(Outgoing::Aborted).await;
         }
     }
 }
 
-/// What the client gets of a gateway that answers a request itself.
+/// The answer to a request that the gateway refused itself.
 fn refusal(head: HttpHeaders) -> axum::response::Response {
     let told = ReceivedHeaders::read(head.headers);
     let status = told.and_then(|told| StatusCode::from_bytes(told.pseudo_header(":status")?).ok());
     let status = status.filter(|status| status.as_u16() >= 400).unwrap_or(StatusCode::BAD_GATEWAY);
-    ApiError::new(status, "gateway_refused", "the gateway refuses this request").into_response()
+    ApiError::new(status, "gateway_refused", "the gateway refused this request").into_response()
 }
 
-/// What a gateway's settings make impossible.
+/// An error in the gateway's settings that makes guarding impossible.
 fn setup_error(first: &ProcessingRequest) -> Option<&'static str> {
     let modes =
         first.protocol_config.map(|modes| [modes.request_body_mode, modes.response_body_mode]);
     if first.observability_mode {
         return Some(
-            "external processing: with observability_mode the gateway does not wait for the guard",
+            "external processing: turn off observability_mode, with it the gateway does not wait \
+             for the guard",
         );
     }
     (modes != Some([FULL_DUPLEX_STREAMED; 2])).then_some(
-        "external processing: the guard needs request_body_mode and response_body_mode FULL_DUPLEX_STREAMED in the gateway's \
-         processing_mode",
+        "external processing: set request_body_mode and response_body_mode to \
+         FULL_DUPLEX_STREAMED in the gateway's processing_mode",
     )
 }
 
-/// A request that goes through the guard, carried by the gateway.
+/// Sends a request through the guard, with the gateway as its carrier.
 async fn guard_request(
     router: Router,
     head: HttpHeaders,
@@ -137,7 +138,8 @@ async fn guard_request(
     let is_empty = head.end_of_stream;
     let Some((request, path)) = ReceivedHeaders::read(head.headers).and_then(request) else {
         return reply_at_once(
-            ApiError::bad_request("invalid_request", "the head can't be read").into_response(),
+            ApiError::bad_request("invalid_request", "the request headers can't be read")
+                .into_response(),
             out,
         )
         .await;
@@ -177,7 +179,7 @@ async fn guard_request(
     }
 }
 
-/// A request, of its head; and its path, as the gateway has it.
+/// The request of these headers, and its path as the gateway wrote it.
 fn request(told: ReceivedHeaders) -> Option<(Request<()>, String)> {
     let mut request = Request::new(());
     *request.method_mut() = Method::from_bytes(told.pseudo_header(":method")?).ok()?;
@@ -194,9 +196,9 @@ fn request(told: ReceivedHeaders) -> Option<(Request<()>, String)> {
 /// How a body ended.
 #[derive(Debug, Clone)]
 enum BodyEnd {
-    /// With its last piece.
+    /// With its last chunk.
     Whole,
-    /// With trailers of these names behind it.
+    /// With trailers of these names.
     Trailers(Vec<String>),
 }
 
@@ -214,21 +216,21 @@ impl BodyEnd {
     }
 }
 
-/// What has come of a body. The gateway takes no piece of a body of ours before the first of the
-/// other's.
+/// What has arrived of a body. The gateway accepts no chunk of our version of a body before the
+/// first chunk of the original.
 #[derive(Debug, Clone, Default)]
 struct BodyState {
     has_begun: bool,
     end: Option<BodyEnd>,
 }
 
-/// How far a body is.
+/// Follows the progress of a body.
 #[derive(Clone)]
 struct BodyProgress(watch::Receiver<BodyState>);
 
 impl BodyProgress {
-    /// Whether a piece has come, as soon as it or the end has. Where the body breaks off before,
-    /// the gateway knows.
+    /// Waits until a chunk or the end arrives, and returns whether it was a chunk. Never returns if
+    /// the body breaks off before: the gateway knows that.
     async fn has_begun(&mut self) -> bool {
         let has_begun = self
             .0
@@ -241,7 +243,7 @@ impl BodyProgress {
         }
     }
 
-    /// How it ended, as soon as it has.
+    /// Waits for the end of the body.
     async fn wait_for_end(mut self) -> BodyEnd {
         let end = self
             .0
@@ -260,13 +262,13 @@ impl BodyProgress {
     }
 }
 
-/// A body, for those who tell it.
+/// The sending side of a body.
 struct BodySender {
     chunks: Option<mpsc::Sender<Bytes>>,
     state: watch::Sender<BodyState>,
 }
 
-/// A body, for those who hear it.
+/// The receiving side of a body.
 struct BodyReceiver {
     chunks: mpsc::Receiver<Bytes>,
     progress: BodyProgress,
@@ -285,7 +287,7 @@ impl BodySender {
     async fn chunk(&mut self, chunk: HttpBody) {
         self.state.send_modify(|state| state.has_begun = true);
         if let Some(chunks) = self.chunks.as_ref().filter(|_| !chunk.body.is_empty()) {
-            // Whom it does not concern has left.
+            // The receiver may be gone if it needs no more.
             let _ = chunks.send(chunk.body).await;
         }
         if chunk.end_of_stream || chunk.end_of_stream_without_message {
@@ -300,7 +302,7 @@ impl BodySender {
 }
 
 impl BodyReceiver {
-    /// What breaks off has an error at its end.
+    /// The chunks of the body. A body that breaks off ends with an error.
     fn chunks(self) -> impl Stream<Item = io::Result<Bytes>> + Send + 'static {
         let Self { mut chunks, progress } = self;
         async_stream::stream! {
@@ -314,7 +316,7 @@ impl BodyReceiver {
     }
 }
 
-/// What the gateway tells, by what it belongs to.
+/// Distributes the messages of the gateway.
 struct Incoming {
     body: BodySender,
     head: Option<oneshot::Sender<HttpHeaders>>,
@@ -322,14 +324,14 @@ struct Incoming {
 }
 
 impl Incoming {
-    /// Hears all; after that, or when it breaks off, nothing more comes.
+    /// Reads all messages. Never returns, even if the gateway breaks off.
     async fn all(&mut self, mut gateway: Streaming<ProcessingRequest>) -> Infallible {
         while let Ok(Some(message)) = gateway.message().await {
             let is_of_an_answer =
                 matches!(message.part, Some(Part::ResponseBody(_) | Part::ResponseTrailers(_)));
             if is_of_an_answer && self.head.is_some() {
                 tracing::error!(
-                    "the gateway does not show the heads of answers: response_header_mode must be SEND"
+                    "the gateway does not send response headers: set response_header_mode to SEND"
                 );
                 break;
             }
@@ -349,13 +351,13 @@ impl Incoming {
                 Some(Part::RequestHeaders(_)) | None => {}
             }
         }
-        // Without an end, both are broken.
+        // Bodies that have not ended are broken now.
         (self.body.chunks, self.head, self.answer.chunks) = (None, None, None);
         std::future::pending().await
     }
 }
 
-/// The way to the gateway.
+/// Sends replies to the gateway.
 #[derive(Clone)]
 struct Replies(mpsc::Sender<Outgoing>);
 
@@ -364,14 +366,14 @@ impl Replies {
         self.0.send(Outgoing::Reply(reply)).await.map_err(|_| Aborted("the gateway left"))
     }
 
-    /// Says a body, piece by piece; `ended` tells how the other's ended, when this one is at its
-    /// end.
+    /// Sends a body, chunk by chunk. `ended` says how the original body ended, once this one is
+    /// complete.
     async fn body<B: hyper::body::Body<Data = Bytes> + Unpin>(
         &self,
         mut body: B,
         reply: fn(BodyResponse) -> Reply,
         trailers: fn(TrailersResponse) -> Reply,
-        wait_for_end: impl Future<Output = BodyEnd>,
+        ended: impl Future<Output = BodyEnd>,
     ) -> Result<(), Aborted> {
         let chunk = |body: Bytes, end_of_stream| {
             let streamed_response = Some(StreamedBodyResponse { body, end_of_stream });
@@ -388,9 +390,9 @@ impl Replies {
                 self.send(chunk(next, false)).await?;
             }
         }
-        match wait_for_end.await {
+        match ended.await {
             BodyEnd::Whole => self.send(chunk(Bytes::new(), true)).await,
-            // They go no further: nobody has looked at them.
+            // Trailers are dropped: nobody has judged them.
             BodyEnd::Trailers(names) => {
                 let change = HeaderMutation { set_headers: Vec::new(), remove_headers: names };
                 self.send(trailers(TrailersResponse { header_mutation: Some(change) })).await
@@ -399,22 +401,22 @@ impl Replies {
     }
 }
 
-/// The gateway, as it carries one request.
+/// The gateway as the carrier of one request.
 struct EnvoyCarrier {
     out: Replies,
-    /// The request as it came.
+    /// The original request.
     path: String,
     headers: HeaderMap,
     is_empty: bool,
     progress: BodyProgress,
-    /// Where its answer will be.
+    /// Where its answer will arrive.
     response: Mutex<Option<(oneshot::Receiver<HttpHeaders>, BodyReceiver)>>,
     upstream_head: Mutex<Option<UpstreamHead>>,
-    /// The request's body on its way.
+    /// The task that sends the request's body.
     body_task: Mutex<JoinSet<()>>,
 }
 
-/// The answer that came.
+/// The head of the original answer.
 struct UpstreamHead {
     status: StatusCode,
     headers: HeaderMap,
@@ -434,12 +436,12 @@ impl Carrier for EnvoyCarrier {
         let broken = |Aborted(why)| ApiError::upstream(why);
         let guard_request = async move {
             let Some((head, answer)) = lock(&self.response).take() else {
-                return Err(ApiError::upstream("a gateway carries a request once"));
+                return Err(ApiError::upstream("the gateway can carry a request only once"));
             };
             self.send_request(request).await.map_err(broken)?;
             let told = head.await.map_err(|_| broken(Aborted("the gateway broke off")))?;
             let is_empty = told.end_of_stream;
-            let unread = || ApiError::upstream("the gateway tells of an answer that can't be read");
+            let unread = || ApiError::upstream("the gateway sent an answer that can't be read");
             let told = ReceivedHeaders::read(told.headers).ok_or_else(unread)?;
             let status = told
                 .pseudo_header(":status")
@@ -456,7 +458,7 @@ impl Carrier for EnvoyCarrier {
 }
 
 impl EnvoyCarrier {
-    /// Says how the request goes on, and sends its body after it.
+    /// Sends the request's headers, and then its body.
     async fn send_request(&self, request: Request<reqwest::Body>) -> Result<(), Aborted> {
         let (mut head, body) = request.into_parts();
         match body.size_hint().exact() {
@@ -478,9 +480,9 @@ impl EnvoyCarrier {
             let (out, mut progress) = (self.out.clone(), self.progress.clone());
             lock(&self.body_task).spawn(async move {
                 progress.has_begun().await;
-                let wait_for_end = progress.wait_for_end();
+                let ended = progress.wait_for_end();
                 if let Err(Aborted(why)) =
-                    out.body(body, Reply::RequestBody, Reply::RequestTrailers, wait_for_end).await
+                    out.body(body, Reply::RequestBody, Reply::RequestTrailers, ended).await
                 {
                     tracing::debug!(why, "a request's body broke off");
                 }
@@ -489,7 +491,7 @@ impl EnvoyCarrier {
         Ok(())
     }
 
-    /// Says what the client gets.
+    /// Sends the client's answer.
     async fn answer(&self, response: Response<Body>) -> Result<(), Aborted> {
         let Some(UpstreamHead { status, headers, is_empty, mut progress }) =
             lock(&self.upstream_head).take()
@@ -497,7 +499,8 @@ impl EnvoyCarrier {
             return reply_at_once(response, &self.out).await;
         };
         let (mut head, mut body) = response.into_parts();
-        // What comes of ours before the gateway takes it: signs of life, or all of an error.
+        // What our answer has before the gateway accepts it: keep-alive comments, or a complete
+        // error.
         let mut early = BytesMut::new();
         let has_begun = loop {
             let frame = tokio::select! {
@@ -514,7 +517,7 @@ impl EnvoyCarrier {
                     early.extend_from_slice(&chunk)
                 }
                 Some(Ok(_)) => {
-                    return Err(Aborted("an answer is longer than what can be given at once"));
+                    return Err(Aborted("an answer is too long for an immediate response"));
                 }
                 Some(Err(_)) => {}
                 None => break false,
@@ -540,9 +543,9 @@ impl EnvoyCarrier {
         }
         let early = stream::iter([Ok(Frame::data(early.freeze()))]);
         let whole = StreamBody::new(early.chain(body.into_data_stream().map_ok(Frame::data)));
-        // Where the answer is whole before the other's is, it ends it.
-        let wait_for_end = async { progress.end().unwrap_or(BodyEnd::Whole) };
-        self.out.body(whole, Reply::ResponseBody, Reply::ResponseTrailers, wait_for_end).await
+        // If our answer is complete before the original, it ends the original.
+        let ended = async { progress.end().unwrap_or(BodyEnd::Whole) };
+        self.out.body(whole, Reply::ResponseBody, Reply::ResponseTrailers, ended).await
     }
 }
 
@@ -556,7 +559,7 @@ fn headed(change: HeaderMutation) -> HeadersResponse {
     }
 }
 
-/// An answer in the place of all else.
+/// Replies with an immediate answer.
 async fn reply_at_once(response: Response<Body>, out: &Replies) -> Result<(), Aborted> {
     let (head, body) = response.into_parts();
     let body = to_bytes(body, MAX_IMMEDIATE).await.map_err(|_| Aborted("an answer broke off"))?;

@@ -1,10 +1,9 @@
-//! The guard as a part of somebody else's gateway: Envoy's external processing
-//! (`envoy.service.ext_proc.v3`), with bodies in the mode `FULL_DUPLEX_STREAMED`.
+//! The guard as a part of Envoy: external processing (`envoy.service.ext_proc.v3`) with bodies in
+//! the mode `FULL_DUPLEX_STREAMED`.
 //!
-//! A request and its answer are one stream of messages (`exchange`). The gateway tells of the
-//! request; the guard says how it goes on, hears the answer, and says what the client gets. All
-//! that is decided is decided by the code of our own server: here a request is only carried by
-//! another.
+//! A request and its answer are one stream of messages (`exchange`). Envoy sends the request, the
+//! guard says how it continues, reads the answer, and says what the client gets. All decisions are
+//! made by the code of our own server; here, the gateway only carries the request.
 
 mod exchange;
 mod headers;
@@ -30,21 +29,20 @@ use tonic_prost::ProstCodec;
 
 use crate::{connections::accept, server::Gateway};
 
-/// Where the service is.
+/// The path of the service.
 pub const PATH: &str = "/envoy.service.ext_proc.v3.ExternalProcessor/Process";
-/// Bytes that a stream may send ahead: whoever does not read holds no more.
+/// Bytes that a stream may send ahead. This bounds what an unread stream holds.
 const STREAM_WINDOW: u32 = 256 << 10;
 /// The same for a connection: no stream waits for another.
 const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
-/// Seconds after which a connection that says nothing is asked whether it is there, and for its
-/// answer.
+/// The interval of pings on a silent connection, and the time to answer one.
 const PING_INTERVAL: Duration = Duration::from_secs(20);
 
-/// Serves gateways until `stop`; then takes no new work and finishes what runs. HTTP/2 without TLS:
-/// only the gateway may reach it.
+/// Serves gateways until `stop` is ready, then accepts nothing new and finishes what runs. HTTP/2
+/// without TLS: only the gateway may be able to reach it.
 ///
 /// # Errors
-/// When the listener fails.
+/// If the listener fails.
 pub async fn serve(
     gateway: Arc<Gateway>,
     listener: TcpListener,
@@ -68,7 +66,7 @@ pub async fn serve(
         let connection = graceful.watch(builder.serve_connection(TokioIo::new(stream), service));
         tokio::spawn(async move {
             if let Err(error) = connection.await {
-                tracing::debug!(%error, "a gateway's connection broke");
+                tracing::debug!(%error, "the connection of a gateway failed");
             }
         });
     }
@@ -77,7 +75,7 @@ pub async fn serve(
     Ok(())
 }
 
-/// A call of the service, or of what is not there.
+/// Handles a call of the service, or of an unknown path.
 async fn handle(
     process: Process,
     request: Request<Incoming>,
@@ -107,7 +105,10 @@ impl StreamingService<ProcessingRequest> for Process {
 
     fn call(&mut self, request: tonic::Request<Streaming<ProcessingRequest>>) -> Self::Future {
         let Ok(permit) = Arc::clone(&self.gateway.connection_permits).try_acquire_owned() else {
-            return ready(Err(Status::resource_exhausted("too many requests are open"))).boxed();
+            return ready(Err(Status::resource_exhausted(
+                "too many requests are open: try again later",
+            )))
+            .boxed();
         };
         let patience = self.gateway.state().settings.limits.patience();
         let (sender, mut receiver) = mpsc::channel(4);
@@ -116,14 +117,14 @@ impl StreamingService<ProcessingRequest> for Process {
             exchange::run(router, patience, request.into_inner(), sender).await;
             drop(permit);
         });
-        // A stream that ended well without a last word would let pass what nobody judged.
+        // If a stream ended cleanly without a last reply, Envoy would let the rest pass unjudged.
         let replies = async_stream::stream! {
             loop {
                 match receiver.recv().await {
                     Some(exchange::Outgoing::Reply(reply)) => yield Ok(ProcessingResponse { reply: Some(reply) }),
                     Some(exchange::Outgoing::Done) => break,
                     Some(exchange::Outgoing::Aborted) | None => {
-                        yield Err(Status::aborted("the guard broke off"));
+                        yield Err(Status::aborted("the guard stopped before its last reply"));
                         break;
                     }
                 }

@@ -1,6 +1,5 @@
-//! LiteLLM's generic guardrail API: a call with the request, and later one with the answer. The two
-//! have one name, which is the proxy's own: a name that a client chose could stand for two
-//! requests.
+//! LiteLLM's generic guardrail API: a call with the request, and later one with the answer. Both
+//! carry the proxy's own call id; an id that a client chose could stand for two requests.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -27,21 +26,21 @@ use crate::{
     settings::{Mode, Unseen},
 };
 
-/// What LiteLLM shows. Its parameters for one provider are not read: a client can set them.
+/// A call from LiteLLM. Its provider parameters are not read, because a client can set them.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(crate) struct LiteLlmCall {
     input_type: LiteLlmKind,
-    /// The proxy's name for the call, the same with the request and with the answer.
+    /// The proxy's id for the call, the same for request and answer.
     #[serde(default)]
     litellm_call_id: Option<String>,
-    /// The conversation; with the request alone.
+    /// The conversation; only with the request.
     #[serde(default)]
     #[schema(value_type = Option<Vec<Object>>)]
     structured_messages: Option<Vec<Value>>,
-    /// Texts of the conversation, or of the answer.
+    /// The texts of the conversation, or of the answer.
     #[serde(default)]
     texts: Option<Vec<String>>,
-    /// URLs, data URLs, or bare base64.
+    /// URLs, data URLs, or plain base64.
     #[serde(default)]
     images: Option<Vec<String>>,
     #[serde(default)]
@@ -55,7 +54,7 @@ pub(crate) struct LiteLlmCall {
     /// Whose request it is.
     #[serde(default)]
     request_data: Option<LiteLlmCaller>,
-    /// The client's headers, as far as the proxy tells them.
+    /// The client's headers, as far as the proxy sends them.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     request_headers: Option<BTreeMap<String, Value>>,
@@ -74,17 +73,17 @@ pub(crate) struct LiteLlmCaller {
     user_api_key_hash: Option<String>,
 }
 
-/// What it is to do.
+/// What LiteLLM is to do.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct LiteLlmVerdict {
     action: LiteLlmAction,
     /// For the client.
     #[serde(skip_serializing_if = "Option::is_none")]
     blocked_reason: Option<String>,
-    /// The answer's texts, as many as came.
+    /// The texts of the answer, as many as were sent.
     #[serde(skip_serializing_if = "Option::is_none")]
     texts: Option<Vec<String>>,
-    /// The conversation, with the images in it that were only named.
+    /// The conversation, with its fetched images in place of their URLs.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Vec<Object>>)]
     structured_messages: Option<Vec<Value>>,
@@ -127,8 +126,8 @@ pub(crate) async fn litellm(
     handle_call(&gateway, "litellm", request, failed, work).await
 }
 
-/// What can't be guarded is blocked, so that the client is told why. What failed here is 500: other
-/// statuses the proxy may be told to pass.
+/// What can't be guarded is blocked, so that the client sees the reason. A failure of the guard is
+/// a 500: the proxy may be configured to ignore other statuses.
 fn failed(error: ApiError) -> Result<LiteLlmVerdict, ApiError> {
     match error.status {
         StatusCode::BAD_REQUEST
@@ -141,7 +140,7 @@ fn failed(error: ApiError) -> Result<LiteLlmVerdict, ApiError> {
     }
 }
 
-/// Reads a request, and keeps it until its answer comes.
+/// Reads a request, and keeps it until its answer arrives.
 async fn on_request(
     mut context: RequestContext,
     call: LiteLlmCall,
@@ -155,10 +154,11 @@ async fn on_request(
             let messages = chat["messages"].as_array().map(Vec::as_slice).unwrap_or_default();
             let seen = with_fetched_images(messages, &read);
             if seen.is_some() && call.structured_messages.as_deref() != Some(messages) {
-                let message = "an image is named by its URL where it can't be put in its place: send it as a data URL";
+                let message = "an image is named by its URL in a place where it can't be replaced: send it as a data \
+                     URL";
                 return Err(ApiError::bad_request("image_url_refused", message));
             }
-            // From here on every image is in it.
+            // From here on it contains all images.
             (PendingCall::Waiting(read.body()?.into()), seen)
         }
     };
@@ -176,7 +176,7 @@ async fn on_request(
     })
 }
 
-/// Judges an answer to a request that was kept.
+/// Judges the answer to a request that was kept.
 async fn on_response(
     gateway: &Gateway,
     mut context: RequestContext,
@@ -191,19 +191,23 @@ async fn on_response(
         let block = |code, message| Err(ApiError::bad_request(code, message));
         match state.pending.take((&tenant, id)) {
             Some(PendingCall::Unguarded) => Ok(None),
-            Some(PendingCall::Waiting(chat)) => {
-                serde_json::from_slice(&chat).map(Some).map_err(|_| ApiError::upstream("a request that was kept is broken"))
-            }
+            Some(PendingCall::Waiting(chat)) => serde_json::from_slice(&chat)
+                .map(Some)
+                .map_err(|_| ApiError::upstream("a stored request can't be read")),
             Some(PendingCall::Answered) => block(
                 "answered_twice",
-                "this answer comes in pieces, which can't be held back: set streaming_transform_mode: incremental_diff and \
-                 streaming_end_of_stream_only: true, and don't stream answers that call tools",
+                "this answer arrives in parts, which can't be held back: set \
+                 streaming_transform_mode: incremental_diff and streaming_end_of_stream_only: \
+                 true, and don't stream answers that call tools",
             ),
-            Some(PendingCall::Ambiguous) => block("call_id_taken", "two requests have the same litellm_call_id"),
+            Some(PendingCall::Ambiguous) => {
+                block("call_id_taken", "two requests have the same litellm_call_id")
+            }
             None if state.settings.unseen == Unseen::Judge => Ok(Some(call.placeholder_chat())),
             None => block(
                 "request_unseen",
-                "the guard has not seen this request: LiteLLM shows none that has an image and no text",
+                "the guard has not seen this request: LiteLLM does not send requests with an image \
+                 and no text",
             ),
         }
     });
@@ -224,10 +228,10 @@ async fn on_response(
     {
         return Err(ApiError::bad_request(
             "unsupported_content",
-            "an answer that shows images can't be guarded",
+            "an answer with images can't be guarded",
         ));
     }
-    // What waits was found to be in scope, or is not known.
+    // A waiting request is in scope, or could not be read.
     context.is_in_scope = true;
     let most = state.settings.limits.choices as usize;
     if call.texts.as_ref().is_some_and(|texts| texts.len() > most) && context.mode == Mode::Enforce
@@ -250,38 +254,39 @@ async fn on_response(
 }
 
 impl LiteLlmCall {
-    /// Whose call it is, and its name, which must be the proxy's own.
+    /// The tenant of the call, and its id, which must be the proxy's own.
     fn key(&self, context: &RequestContext) -> Result<(String, &str), ApiError> {
         let id = self.litellm_call_id.as_deref().filter(|id| !id.is_empty());
         let id = id.ok_or_else(|| {
-            ApiError::bad_request("call_id_missing", "there is no litellm_call_id")
+            ApiError::bad_request("call_id_missing", "litellm_call_id is missing")
         })?;
         let headers = self.request_headers.as_ref().ok_or_else(|| {
             let message =
-                "there are no request_headers, which tell whether the client chose litellm_call_id";
+                "request_headers are missing: they show whether the client chose litellm_call_id";
             ApiError::bad_request("call_id_unknown", message)
         })?;
         if headers.keys().any(|name| name.eq_ignore_ascii_case("x-litellm-call-id")) {
             let message =
-                "the header x-litellm-call-id is not taken: two requests could have the same id";
+                "the header x-litellm-call-id is not accepted: two requests could have the same id";
             return Err(ApiError::bad_request("call_id_chosen", message));
         }
         let key = self.request_data.as_ref().and_then(|caller| caller.user_api_key_hash.as_deref());
         Ok((format!("{} {}", context.tenant(), key.unwrap_or_default()), id))
     }
 
-    /// Keeps what is known of the request until its answer comes.
+    /// Keeps what is known about the request until its answer arrives.
     fn remember(&self, context: &RequestContext, known: &PendingCall) -> Result<(), ApiError> {
         let (tenant, id) = self.key(context)?;
         if context.state.pending.insert((&tenant, id), known) {
             return Ok(());
         }
-        let message = "the request is longer than what is kept until its answer comes (`gateway.limits.pending`)";
+        let message = "the request is longer than `gateway.limits.pending`, so it can't be kept until its \
+                       answer arrives";
         Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message))
     }
 
-    /// Holds that nothing is seen to be left out of the messages, or to stand as text where the
-    /// model gets an image.
+    /// Returns an error if LiteLLM visibly left something out of the messages, or if an image is
+    /// sent as text.
     fn check_complete(&self) -> Result<(), ApiError> {
         for (place, message) in self.structured_messages.iter().flatten().enumerate() {
             let mut texts = HashSet::new();
@@ -295,14 +300,14 @@ impl LiteLlmCall {
             }
             if message["content"].as_array().is_some_and(Vec::is_empty) {
                 let message =
-                    format!("LiteLLM does not show what is in `structured_messages.{place}`");
+                    format!("LiteLLM did not send the content of `structured_messages.{place}`");
                 return Err(ApiError::bad_request("unsupported_content", message));
             }
         }
         Ok(())
     }
 
-    /// The request as a chat: its messages, and what was shown beside them.
+    /// The request as a chat: its messages, and whatever was sent in addition.
     fn chat(&self) -> Value {
         let messages = self.structured_messages.clone().unwrap_or_default();
         let (mut known, mut beside) = (HashSet::new(), Vec::new());
@@ -317,7 +322,7 @@ impl LiteLlmCall {
         for image in self.images.iter().flatten().filter(|image| !known.contains(image.as_str())) {
             let is_url = is_data_url(image) || is_remote(image);
             let url = if is_url { image.clone() } else { format!("data:;base64,{image}") };
-            // The same image stands in the messages with its media type.
+            // The same image is in the messages, with its media type.
             if !written.contains(image.as_str()) {
                 beside.push(json!({"type": "image_url", "image_url": {"url": url}}));
             }
@@ -333,7 +338,7 @@ impl LiteLlmCall {
         chat
     }
 
-    /// A chat in the place of one that nobody knows.
+    /// The chat that stands in for an unknown request.
     fn placeholder_chat(&self) -> Value {
         json!({"model": self.model, "messages": [{"role": "user", "content": "(a request that is not known)"}]})
     }
@@ -342,9 +347,9 @@ impl LiteLlmCall {
         self.tool_calls.as_ref().is_some_and(|calls| !calls.is_empty())
     }
 
-    /// The answer, as the answer to a chat. Texts may be several answers, or parts of one: each is
-    /// a choice, and so is all of it, with the calls of tools; the calls are one by themselves too,
-    /// as a profile may read the beginning of an answer alone.
+    /// The answer as the answer to a chat. Texts may be several answers, or parts of one: each
+    /// becomes a choice, and so does all of it with its tool calls. The calls are also a choice of
+    /// their own, because a profile may only read the beginning of an answer.
     fn chat_answer(&self) -> Bytes {
         let texts = self.texts.as_deref().unwrap_or_default();
         let mut messages: Vec<Value> = texts.iter().map(|text| json!({"content": text})).collect();
@@ -366,7 +371,7 @@ impl LiteLlmCall {
         json!({"model": self.model, "choices": choices.collect::<Vec<_>>()}).to_string().into()
     }
 
-    /// What the proxy is to do, by what was found.
+    /// What the proxy is to do about a judged answer.
     fn verdict(&self, judged: &JudgedAnswer) -> LiteLlmVerdict {
         if !judged.is_unsafe() {
             return LiteLlmVerdict::pass();
@@ -378,7 +383,7 @@ impl LiteLlmCall {
         };
         let passthrough: Option<Vec<String>> =
             (0..texts.len()).map(|place| said(place).map(str::to_owned)).collect();
-        // What a tool is asked can't be taken out of an answer there, nor a part of a whole.
+        // Tool calls can't be removed from an answer here, and neither can a part of a whole.
         match passthrough.filter(|passthrough| {
             !self.has_calls() && !passthrough.is_empty() && passthrough != texts
         }) {
@@ -387,7 +392,7 @@ impl LiteLlmCall {
                 ..LiteLlmVerdict::of(LiteLlmAction::GuardrailIntervened)
             },
             None => LiteLlmVerdict::blocked(
-                "the guard holds this answer back: it calls it harmful".to_owned(),
+                "the guard blocked this answer: it was judged harmful".to_owned(),
             ),
         }
     }
@@ -400,13 +405,13 @@ fn is_known(value: &Value, known: &HashSet<&str>) -> bool {
     texts.is_subset(known)
 }
 
-/// A call of a tool, every field of it.
+/// A tool call with all its fields.
 fn tool_call(call: &Value) -> Value {
     let name = call["function"]["name"].as_str().unwrap_or_default();
     json!({"type": "function", "function": {"name": name, "arguments": call.to_string()}})
 }
 
-/// The messages with more parts in the last one of the user.
+/// Adds parts to the last user message.
 fn add_parts(mut messages: Vec<Value>, parts: Vec<Value>) -> Vec<Value> {
     if parts.is_empty() && !messages.is_empty() {
         return messages;

@@ -1,9 +1,9 @@
-//! Hooks of gateways that others run: a gateway in front asks a model itself, and shows request and
-//! answer here.
+//! Hooks for other gateways: a gateway in front of the model calls the model itself, and sends
+//! request and answer here.
 //!
-//! A hook is a chat whose answer came with it. It goes the way of every chat, and where that would
-//! ask the model it is [`Given`] the answer. What comes out, the hook says in its gateway's words.
-//! So there is one guard, whoever asks the model.
+//! A hook is a chat whose answer came with it. It is handled like every chat, and wherever the
+//! model would be asked, it gets the [`ProvidedAnswer`]. The hook reports the result in its
+//! gateway's format. So the same guard applies, whoever calls the model.
 
 pub(crate) mod litellm;
 pub(crate) mod pending;
@@ -37,7 +37,8 @@ use crate::{
     wire::{Format, PREVIOUS_RESPONSE_ID, external_conversation},
 };
 
-/// A call of a hook: let in, read, and answered by `work`, or by `failed` where that can't be.
+/// Handles a call of a hook: admits it, reads it, and answers it with `work`, or with `failed` if
+/// that is not possible.
 async fn handle_call<Call: DeserializeOwned, Said: Serialize>(
     gateway: &Gateway,
     route: &'static str,
@@ -53,7 +54,7 @@ async fn handle_call<Call: DeserializeOwned, Said: Serialize>(
             let mut context = gateway.admit(&state, &id, head)?;
             check_content_headers(&context.headers)?;
             context.keep_known_headers();
-            // The gateway's key opens this door; no model's server is to see it.
+            // The gateway's key is for the guard; no model server may see it.
             context.remove_credentials();
             let body = context.read(body).await?;
             let unreadable = |why| {
@@ -80,17 +81,17 @@ async fn handle_call<Call: DeserializeOwned, Said: Serialize>(
     finish_response(&id, (HTTP, route), &state.metrics, answered.instrument(span)).await
 }
 
-/// What is to be done about the answer to a request.
+/// How the answer to a request is handled.
 enum Decision {
-    /// Nobody judges it: by mode, or out of scope.
+    /// It is not judged: turned off, or out of scope.
     Pass,
-    /// It is judged beside.
+    /// It is judged, but not held back.
     Observe,
-    /// It is judged before it goes out. The request as it was read.
+    /// It is judged before it goes out. Holds the request.
     Guard(Box<request::Request>),
 }
 
-/// Reads the chat that a model is to be asked for, as the guard would.
+/// Decides how the answer to a chat is handled, by reading the chat as the guard would.
 async fn decide(
     context: &mut RequestContext,
     model: Option<&str>,
@@ -111,28 +112,29 @@ async fn decide(
     }
 }
 
-/// A request, which is an object.
+/// Checks that a request is an object.
 fn require_object(request: &Value) -> Result<(), ApiError> {
     if request.is_object() {
         Ok(())
     } else {
-        Err(ApiError::bad_request("invalid_request", "the request is no object"))
+        Err(ApiError::bad_request("invalid_request", "the request must be a JSON object"))
     }
 }
 
-/// Whether a request asks for a stream, to the server that is freest about how.
+/// Whether a request asks for a stream, as the most lenient server would read it.
 fn asks_for_stream(request: &Value) -> bool {
     !matches!(&request["stream"], Value::Null | Value::Bool(false)) && request["stream"] != 0
 }
 
-/// A stream that would be guarded: these gateways send it before they ask, or whatever they are
-/// told.
+/// The error for a stream that would be guarded. These gateways send streams before they call the
+/// hook, or whatever it replies.
 fn stream_refused() -> ApiError {
-    let message = "a stream can't be held back from here: ask without `stream`, or have the gateway ask this server for the model";
+    let message = "a stream can't be held back by a hook: ask without `stream`, or make this server the \
+                   gateway's upstream";
     ApiError::bad_request("stream_not_guarded", message)
 }
 
-/// The chat that a request asks for, in whatever format.
+/// The chat that a request of any format asks for.
 fn chat_of(format: Option<Format>, request: Value) -> Result<Value, ApiError> {
     match format {
         None => Ok(request),
@@ -142,8 +144,8 @@ fn chat_of(format: Option<Format>, request: Value) -> Result<Value, ApiError> {
     }
 }
 
-/// The messages of a chat with the images in them that were only named, so that the model sees what
-/// is judged; none if all were there.
+/// The messages of a chat with its fetched images in place of their URLs, so that the model sees
+/// what is judged. `None` if there were no URLs.
 fn with_fetched_images(messages: &[Value], read: &request::Request) -> Option<Vec<Value>> {
     let has_remote_image = |message: &Value| {
         let parts = message["content"].as_array().into_iter().flatten();
@@ -153,21 +155,21 @@ fn with_fetched_images(messages: &[Value], read: &request::Request) -> Option<Ve
         urls.any(is_remote)
     };
     let is_known = |read: &Map<String, Value>| !has_remote_image(&Value::Object(read.clone()));
-    let seen = messages.iter().zip(read.messages()).map(|(message, read)| {
+    let messages = messages.iter().zip(read.messages()).map(|(message, read)| {
         let is_changed = has_remote_image(message) && is_known(read);
         if is_changed { (true, Value::Object(read.clone())) } else { (false, message.clone()) }
     });
-    let (changed, seen): (Vec<bool>, Vec<Value>) = seen.unzip();
-    changed.contains(&true).then_some(seen)
+    let (changed, messages): (Vec<bool>, Vec<Value>) = messages.unzip();
+    changed.contains(&true).then_some(messages)
 }
 
-/// An answer that came with its question.
+/// An answer that came with its request.
 struct ProvidedAnswer {
-    /// Whose hook it is.
+    /// The door of its hook.
     door: &'static str,
     /// As the answer to a chat.
     chat: Bytes,
-    /// As it came, for the route of its own format.
+    /// Unchanged, for the route of its own format.
     own: Bytes,
 }
 
@@ -188,27 +190,27 @@ impl Carrier for ProvidedAnswer {
     }
 }
 
-/// What became of an answer.
+/// A judged answer.
 struct JudgedAnswer {
-    /// `safe`, `unsafe`, `unchecked`; none where nobody looked.
+    /// `safe`, `unsafe` or `unchecked`; `None` if it was not judged.
     verdict: Option<String>,
     found: HookFinding,
     /// What may go out.
     answer: Value,
 }
 
-/// What was found, for whoever reads the gateway's log.
+/// What was found, for the gateway's log.
 #[derive(Debug, Default, Serialize, ToSchema)]
 pub(crate) struct HookFinding {
-    /// The name of this call in the guard's log.
+    /// The id of this call in the guard's log.
     #[serde(skip_serializing_if = "String::is_empty")]
     request_id: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     verdict: Option<String>,
-    /// Probability of harm, where the model tells.
+    /// Probability of harm, if the model reports one.
     #[serde(skip_serializing_if = "Option::is_none")]
     score: Option<f64>,
-    /// A short name of the failure.
+    /// A short name of the error.
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -231,7 +233,7 @@ impl JudgedAnswer {
     }
 }
 
-/// Judges the answer to a request, and writes another where that is needed.
+/// Judges the answer to a request, and replaces it if needed.
 async fn judge_answer(
     gateway: &Gateway,
     context: RequestContext,
@@ -251,7 +253,7 @@ async fn judge_answer(
     };
     let (head, body) = response.into_parts();
     let unreadable = || ApiError::upstream("the judged answer can't be read");
-    // To its end: what is observed is judged when all of it went by.
+    // Read to its end: an observed answer is judged once all of it was read.
     let body = to_bytes(body, longest).await.map_err(|_| unreadable())?;
     let answer = serde_json::from_slice(&body).map_err(|_| unreadable())?;
     let text = |name| header_text(&head.headers, name);
@@ -267,7 +269,7 @@ fn header_text(headers: &HeaderMap, name: &str) -> Option<String> {
     headers.get(name)?.to_str().ok().map(str::to_owned)
 }
 
-/// Whether an answer holds more than what was judged of it, beside what the gateway calls it.
+/// Whether an answer contains more than what was judged of it, apart from ids and names.
 fn says_more(came: &Value, judged: &Value) -> bool {
     const NAMES: [&str; 5] = ["id", "object", "created", "model", "system_fingerprint"];
     let mut came = came.clone();
@@ -280,14 +282,14 @@ fn says_more(came: &Value, judged: &Value) -> bool {
     !is_contained(&came, judged)
 }
 
-/// Whether a name or a seal anywhere in an answer of Messages is more than one word, so that it
-/// could be a text.
+/// Whether an id, name or signature in a Messages answer is more than one word, so that it could be
+/// a text.
 fn has_prose_in_names(answer: &Value) -> bool {
     const NAMES: [&str; 5] = ["id", "tool_use_id", "signature", "model", "type"];
     match answer {
         Value::Object(fields) => fields.iter().any(|(name, value)| {
-            let is_odd = |text: &str| text.contains(char::is_whitespace);
-            NAMES.contains(&name.as_str()) && value.as_str().is_some_and(is_odd)
+            let has_spaces = |text: &str| text.contains(char::is_whitespace);
+            NAMES.contains(&name.as_str()) && value.as_str().is_some_and(has_spaces)
                 || has_prose_in_names(value)
         }),
         Value::Array(list) => list.iter().any(has_prose_in_names),
@@ -295,8 +297,8 @@ fn has_prose_in_names(answer: &Value) -> bool {
     }
 }
 
-/// Whether all that a value says stands in the other too. A number in a known place says nothing,
-/// nor a field that is empty.
+/// Whether everything that a value says is also in the other. A number in a known field says
+/// nothing, and neither does an empty field.
 fn is_contained(value: &Value, other: &Value) -> bool {
     match (value, other) {
         (Value::Object(fields), other) => {
@@ -323,7 +325,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_nobody_judged_is_more() {
+    fn unjudged_content_is_noticed() {
         let judged = json!({"id": "ours", "choices": [{"index": 0, "message": {"content": "rye"}, "logprobs": null}]});
         for (came, more) in [
             (json!({"choices": [{"index": 0, "message": {"content": "rye"}}]}), false),

@@ -1,4 +1,4 @@
-//! Requests that a gateway has shown, until it shows their answers.
+//! Requests of gateways that wait for their answers.
 
 use std::{sync::Arc, time::Duration};
 
@@ -6,30 +6,30 @@ use moka::{ops::compute::Op, policy::EvictionPolicy, sync::Cache};
 
 use crate::settings::Limits;
 
-/// Requests by whose they are and the gateway's name for the call.
+/// Calls, by their owner and the gateway's id for the call.
 #[derive(Debug)]
 pub(crate) struct Pending {
-    /// None where nothing is kept.
+    /// `None` if nothing is kept.
     calls: Option<Cache<blake3::Hash, PendingCall>>,
     max_bytes: usize,
 }
 
-/// What is known of a call.
+/// What is known about a call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum PendingCall {
     /// Its answer goes out unjudged.
     Unguarded,
-    /// The chat, in JSON, whose answer is to be judged.
+    /// The chat in JSON, whose answer is to be judged.
     Waiting(Arc<[u8]>),
-    /// Its answer was shown: there is one.
+    /// Its answer was already taken.
     Answered,
-    /// Two requests have this name: whose an answer is can't be told.
+    /// Two requests have this id, so it is unclear which one an answer belongs to.
     Ambiguous,
 }
 
-/// What a call takes beside its chat, at most.
+/// Upper bound of the memory of a call in addition to its chat, in bytes.
 const OVERHEAD: usize = 256;
-/// Longer is for ever.
+/// Longer times are cut to this.
 const YEAR: u64 = 365 * 24 * 3600;
 
 impl PendingCall {
@@ -39,7 +39,7 @@ impl PendingCall {
 }
 
 impl Pending {
-    /// As much as the limits say.
+    /// A store with these limits.
     pub(crate) fn new(limits: &Limits) -> Self {
         let max_bytes = limits.pending;
         let calls = (max_bytes > 0 && limits.pending_for > 0).then(|| {
@@ -53,8 +53,8 @@ impl Pending {
         Self { calls, max_bytes }
     }
 
-    /// Keeps what is known of a tenant's call; the same may be told again. False if there is no
-    /// room for it at all.
+    /// Keeps what is known about a tenant's call; the same may be inserted again. Returns false if
+    /// there is no room.
     pub(crate) fn insert(&self, (tenant, call): (&str, &str), known: &PendingCall) -> bool {
         let Some(calls) =
             self.calls.as_ref().filter(|_| known.bytes() <= self.max_bytes.min(u32::MAX as usize))
@@ -66,12 +66,12 @@ impl Pending {
             Some(kept) if kept.value() == known => Op::Nop,
             Some(_) => Op::Put(PendingCall::Ambiguous),
         });
-        // Else the bound would hold a little later.
+        // Otherwise the limit would apply a little later.
         calls.run_pending_tasks();
         true
     }
 
-    /// What is known of the call that an answer belongs to. Of one that waits it is told once.
+    /// What is known about the call that an answer belongs to. A waiting call is returned once.
     pub(crate) fn take(&self, (tenant, call): (&str, &str)) -> Option<PendingCall> {
         let mut known = None;
         self.calls.as_ref()?.entry(key(tenant, call)).and_compute_with(|kept| {
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_is_told_once_and_to_its_own_tenant() {
+    fn a_call_is_taken_once_and_by_its_own_tenant() {
         let pending = pending(1 << 20, 60);
         assert!(
             pending.insert(("a", "1"), &waits("rye")) && pending.insert(("a", "1"), &waits("rye"))
@@ -112,13 +112,13 @@ mod tests {
         assert_eq!(pending.take(("a", "2")), None);
         assert_eq!(pending.take(("a", "1")), Some(waits("rye")));
         assert_eq!(pending.take(("a", "1")), Some(PendingCall::Answered));
-        // Who asks anew by this name, asks a second time.
+        // Another request with this id is a second one.
         assert!(pending.insert(("a", "1"), &waits("rye")));
         assert_eq!(pending.take(("a", "1")), Some(PendingCall::Ambiguous));
     }
 
     #[test]
-    fn two_requests_of_one_name_have_no_answer() {
+    fn two_requests_with_one_id_are_ambiguous() {
         let pending = pending(1 << 20, 60);
         for (first, second) in [
             (waits("rye"), waits("flour")),
@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn it_holds_its_bounds() {
+    fn limits_hold() {
         let pending = pending(4000, 1);
         for call in 0..100 {
             assert!(pending.insert(("a", &call.to_string()), &waits(&"f".repeat(1000))));

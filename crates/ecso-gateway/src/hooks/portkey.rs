@@ -1,5 +1,5 @@
-//! Portkey's webhook (`default.webhook`): one call before the model is asked, one with question and
-//! answer.
+//! Portkey's webhook (`default.webhook`): one call before the model is asked, and one with request
+//! and answer.
 
 use std::sync::Arc;
 
@@ -22,7 +22,7 @@ use crate::{
     wire::Format,
 };
 
-/// What Portkey shows. Its `text` fields say again what stands in `json`.
+/// A call from Portkey. Its `text` fields repeat what is in `json`.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct PortkeyCall {
@@ -41,7 +41,7 @@ enum PortkeyEvent {
     AfterRequestHook,
 }
 
-/// What is asked for.
+/// The kind of request.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 enum PortkeyKind {
@@ -49,9 +49,9 @@ enum PortkeyKind {
     ChatComplete,
     /// Anthropic's Messages.
     Messages,
-    /// The old completions, of one text.
+    /// The old completions, with one text.
     Complete,
-    /// Vectors, which answer nothing.
+    /// Embeddings, which answer no question.
     Embed,
 }
 
@@ -59,27 +59,27 @@ enum PortkeyKind {
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct PortkeySide {
-    /// The body; null is one that Portkey has not read: a stream.
+    /// The body. Null if Portkey has not read it because it is a stream.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     json: Value,
-    /// Whether a stream is asked for.
+    /// Whether a stream is requested.
     #[serde(default)]
     is_streaming_request: bool,
 }
 
-/// What it is to do.
+/// What Portkey is to do.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct PortkeyVerdict {
-    /// Whether it may go on.
+    /// Whether it may continue.
     verdict: bool,
     data: HookFinding,
     #[serde(skip_serializing_if = "Option::is_none")]
     transformed_data: Option<PortkeyTransformed>,
 }
 
-/// What takes the place of request or answer.
+/// What replaces the request or the answer.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct PortkeyTransformed {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -99,14 +99,14 @@ impl PortkeyVerdict {
         Self { verdict, data, transformed_data: None }
     }
 
-    /// It may go on with this request.
+    /// It may continue with this request.
     fn with_request(json: Value) -> Self {
         let request = Some(PortkeyBody { json });
         let transformed_data = Some(PortkeyTransformed { request, response: None });
         Self { transformed_data, ..Self::of(true, HookFinding::default()) }
     }
 
-    /// It may go on with this answer.
+    /// It may continue with this answer.
     fn with_response(json: Value, data: HookFinding) -> Self {
         let response = Some(PortkeyBody { json });
         let transformed_data = Some(PortkeyTransformed { request: None, response });
@@ -114,8 +114,8 @@ impl PortkeyVerdict {
     }
 }
 
-/// Judges an answer that Portkey's gateway has got, or reads the request before it asks. Whatever
-/// goes wrong is a verdict too.
+/// Judges an answer that Portkey's gateway received, or reads the request before it is sent. Errors
+/// are verdicts too.
 #[utoipa::path(post, path = "/hooks/portkey", request_body = PortkeyCall, responses(
     (status = 200, body = PortkeyVerdict), ApiErrors
 ))]
@@ -123,7 +123,7 @@ pub(crate) async fn portkey(
     State(gateway): State<Arc<Gateway>>,
     request: axum::extract::Request,
 ) -> Response {
-    // What is no 2xx passes there.
+    // Portkey lets the request pass on any status but 2xx.
     let failed = |error| Ok(PortkeyVerdict::of(false, HookFinding::failed(error)));
     let work = async |context, call: PortkeyCall| match call.event_type {
         PortkeyEvent::BeforeRequestHook => before(context, call).await,
@@ -155,7 +155,7 @@ async fn before(
     if is_streamed {
         return Err(stream_refused());
     }
-    // What has another form is refused behind, where an image in it is only named.
+    // Other formats are refused afterwards if they name an image by URL.
     let messages =
         json["messages"].as_array().filter(|_| request_type == PortkeyKind::ChatComplete);
     match messages.and_then(|messages| with_fetched_images(messages, &read)) {
@@ -189,7 +189,7 @@ async fn after(
             }
         };
     }
-    // The answer is here, in one piece.
+    // The whole answer is here.
     request["stream"] = false.into();
     let own: Bytes = answer.to_string().into();
     let judged = match request_type {
@@ -233,7 +233,7 @@ async fn after(
         PortkeyKind::Complete | PortkeyKind::Embed => false,
     };
     Ok(match request_type {
-        // It has no form for another answer.
+        // There is no format for another answer.
         PortkeyKind::Complete => PortkeyVerdict::of(!judged.is_unsafe(), judged.found),
         _ if judged.is_unsafe() || (judged.is_safe() && says_more()) => {
             PortkeyVerdict::with_response(judged.answer, judged.found)
@@ -243,7 +243,7 @@ async fn after(
 }
 
 impl PortkeyKind {
-    /// The chat that a request asks for; none where no answer comes of it.
+    /// The chat that a request asks for; `None` if it has no answer.
     fn chat(self, request: &Value) -> Option<Result<Value, ApiError>> {
         match self {
             Self::ChatComplete => Some(Ok(request.clone())),
@@ -254,7 +254,7 @@ impl PortkeyKind {
     }
 }
 
-/// Fields of the old completions. In others some servers take images.
+/// Fields of the old completions. In other fields, some servers accept images.
 const PROMPT_FIELDS: [&str; 18] = [
     "model",
     "prompt",
@@ -276,7 +276,7 @@ const PROMPT_FIELDS: [&str; 18] = [
     "seed",
 ];
 
-/// What a request of the old completions asks, as a chat.
+/// The chat for a request of the old completions.
 fn chat_of_prompt(request: &Value) -> Result<Value, ApiError> {
     let is_plain = |prompt: &Value| prompt.is_string() || prompt.is_number() || prompt.is_null();
     let is_list = |prompt: &Value| prompt.as_array().is_some_and(|list| list.iter().all(is_plain));
@@ -285,7 +285,7 @@ fn chat_of_prompt(request: &Value) -> Result<Value, ApiError> {
         || is_list(prompt)
         || prompt.as_array().is_some_and(|list| list.iter().all(is_list));
     if !is_text {
-        let message = "`prompt` is no text, and no list of texts or tokens";
+        let message = "`prompt` must be a text, or a list of texts or tokens";
         return Err(ApiError::bad_request("unsupported_content", message));
     }
     if let Some(unknown) = request
@@ -295,7 +295,7 @@ fn chat_of_prompt(request: &Value) -> Result<Value, ApiError> {
         .find(|name| !PROMPT_FIELDS.contains(&name.as_str()))
     {
         let message = format!(
-            "`{}` is not known to the guard, so that it can't be judged",
+            "`{}` is not known to the guard, so it can't be judged: leave it out",
             printable(unknown)
         );
         return Err(ApiError::bad_request("unknown_field", message));
@@ -308,7 +308,7 @@ fn chat_of_prompt(request: &Value) -> Result<Value, ApiError> {
     )
 }
 
-/// What an answer of the old completions says, as the answer to a chat.
+/// An answer of the old completions, as the answer to a chat.
 fn chat_answer(answer: &Value) -> Value {
     let mut around = answer.as_object().cloned().unwrap_or_default();
     around.retain(|name, value| name != "choices" && !(is_field_name(name) && has_no_prose(value)));

@@ -1,4 +1,4 @@
-//! TrueFoundry's custom guardrail: one hook before the model is asked, one with question and
+//! TrueFoundry's custom guardrail: one hook before the model is asked, and one with request and
 //! answer.
 
 use std::sync::Arc;
@@ -19,13 +19,13 @@ use crate::{
     server::Gateway,
 };
 
-/// What TrueFoundry shows; with an answer it is its output hook.
+/// A call from TrueFoundry. With an answer it is the output hook.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct TrueFoundryCall {
     #[schema(value_type = crate::openapi::ChatRequest)]
     request_body: Value,
-    /// Null is one that the gateway has not read: a stream.
+    /// Null if the gateway has not read it because it is a stream.
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = Option<crate::openapi::ChatAnswer>)]
     response_body: Option<Value>,
@@ -33,29 +33,29 @@ pub(crate) struct TrueFoundryCall {
     config: Option<TrueFoundryConfig>,
 }
 
-/// A value that is there, be it null.
+/// A value that is present, even if it is null.
 fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
     Value::deserialize(deserializer).map(Some)
 }
 
-/// What the operator set there.
+/// What the operator configured in TrueFoundry.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct TrueFoundryConfig {
-    /// Whether an answer is put in the place of a harmful one. Only where the operation is
-    /// `mutate`: `validate` would let the harmful one out. Else it is denied.
+    /// Whether a harmful answer is replaced; otherwise it is denied. Only for the operation
+    /// `mutate`: with `validate`, the harmful answer would go out.
     #[serde(default)]
     rewrite: bool,
 }
 
-/// What it is to do.
+/// What TrueFoundry is to do.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct TrueFoundryVerdict {
-    /// Whether it may go on.
+    /// Whether it may continue.
     verdict: bool,
-    /// Whether `result` takes the place of request or answer.
+    /// Whether `result` replaces the request or the answer.
     transformed: bool,
-    /// The request or the answer that is to go on; else whether it may.
+    /// The request or answer to continue with; otherwise the verdict again.
     result: Value,
     ecso: HookFinding,
 }
@@ -70,8 +70,8 @@ impl TrueFoundryVerdict {
     }
 }
 
-/// Judges an answer that TrueFoundry's gateway has got, or reads the request before it asks.
-/// Whatever goes wrong is a verdict too.
+/// Judges an answer that TrueFoundry's gateway received, or reads the request before it is sent.
+/// Errors are verdicts too.
 #[utoipa::path(post, path = "/hooks/truefoundry", request_body = TrueFoundryCall, responses(
     (status = 200, body = TrueFoundryVerdict), ApiErrors
 ))]
@@ -79,7 +79,7 @@ pub(crate) async fn truefoundry(
     State(gateway): State<Arc<Gateway>>,
     request: axum::extract::Request,
 ) -> Response {
-    // What is no 2xx may pass there.
+    // TrueFoundry may let the request pass on any status but 2xx.
     let failed = |error| Ok(TrueFoundryVerdict::of(false, HookFinding::failed(error)));
     handle_call(&gateway, "truefoundry", request, failed, async |context, call| {
         Box::pin(handle(&gateway, context, call)).await
@@ -122,13 +122,13 @@ async fn handle(
             }
         };
     }
-    // The answer is here, in one piece.
+    // The whole answer is here.
     request_body["stream"] = json!(false);
     let own: Bytes = answer.to_string().into();
     let provided = ProvidedAnswer { door: "truefoundry", chat: Bytes::clone(&own), own };
     let judged = judge_answer(gateway, context, None, &request_body, provided).await?;
     let rewrites = config.unwrap_or_default().rewrite;
-    // What nobody judged is left out, or nothing goes out.
+    // Unjudged content is removed, or the answer is denied.
     let is_replaced =
         judged.is_unsafe() || (judged.is_safe() && says_more(&answer, &judged.answer));
     Ok(match (is_replaced, rewrites) {

@@ -1,5 +1,5 @@
-//! A question from the page, answered as a stream of what happens: the events of
-//! [`Guard::answer_events`], as far as the operator lets clients see them.
+//! Answers a question from the page with a stream of events: those of [`Guard::answer_events`], as
+//! far as the operator lets clients see them.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -38,7 +38,7 @@ use crate::{
     upstream::HTTP,
 };
 
-/// What is asked.
+/// The request body.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Question {
@@ -55,15 +55,15 @@ struct Question {
 enum Arm {
     /// Not at all.
     Unguarded,
-    /// Under one of the profiles that are there, by name.
+    /// Under an existing profile, by name.
     Profile(String),
-    /// Under one that is changed in the page.
+    /// Under a profile that was edited in the page.
     Edited(Edit),
 }
 
 impl Arm {
-    /// The profile, for this model. Any but the operator's own could let out what that holds back,
-    /// and takes the right to see everything.
+    /// The profile for this model. Any other than the operator's could let out what that holds
+    /// back, so it needs the right to see everything.
     fn profile(&self, state: &AppState, model: &str) -> Result<Profile, ApiError> {
         let usual = default_profile(state, Some(model));
         match self {
@@ -84,10 +84,7 @@ impl Question {
     /// The question as a chat.
     fn chat(&self) -> Result<Value, ApiError> {
         if self.images.iter().any(|image| !image.starts_with("data:")) {
-            return Err(ApiError::bad_request(
-                "invalid_image",
-                "the page sends images themselves, not their addresses",
-            ));
+            return Err(ApiError::bad_request("invalid_image", "images must be data URLs"));
         }
         let images =
             self.images.iter().map(|url| json!({"type": "image_url", "image_url": {"url": url}}));
@@ -97,7 +94,7 @@ impl Question {
     }
 }
 
-/// Answers a question, and tells all that happens on the way.
+/// Answers a question, and sends everything that happens meanwhile.
 pub(super) async fn ask(
     State(page): State<PageState>,
     request: axum::extract::Request,
@@ -137,8 +134,8 @@ async fn respond(
     Ok((head, Body::from_stream(events)).into_response())
 }
 
-/// The events of an answer as they happen. `turn` is kept until their end; dropping them gives up
-/// the work.
+/// The events of an answer as they happen. `turn` is held until the end. Dropping the stream
+/// cancels the work.
 fn event_stream(
     context: RequestContext,
     request: Request,
@@ -154,8 +151,8 @@ fn event_stream(
             "profile": profile.name, "model": request.model, "threshold": threshold,
             "images": request.chat.image_count(),
         }));
-        // All calls go to the guarded model itself, and nothing is remembered: what is seen is what
-        // it takes.
+        // All calls go to the guarded model itself, and nothing is taken from memory, so that the
+        // page shows the real cost.
         let guard = Guard::new(context.state.upstream.guarded_model(&request.model, &HeaderMap::new()), profile);
         let mut record = context.record(&request, BTreeMap::new());
         let events = guard.answer_events(&request.chat);
@@ -198,8 +195,8 @@ fn to_sse(name: &str, data: &Value) -> Bytes {
     format!("event: {name}\ndata: {data}\n\n").into()
 }
 
-/// What the page is told of an event. No word of what the model said, or was asked, but under
-/// [`TraceLevel::Full`]; the answer comes when it may go out.
+/// The page's version of an event. The texts of prompts and replies are only included with
+/// [`TraceLevel::Full`]; the answer is sent once it may go out.
 fn visible(event: &Event, trace: TraceLevel) -> Option<(&'static str, Value)> {
     Some(match event {
         Event::Started { .. } | Event::Finished(_) if trace == TraceLevel::None => return None,

@@ -1,4 +1,4 @@
-//! A profile that is changed in the page: by keys, over one that is there.
+//! A profile that was edited in the page: changed keys of an existing profile.
 
 use std::sync::Arc;
 
@@ -21,30 +21,31 @@ use crate::{
     upstream::HTTP,
 };
 
-/// Longest name of a profile.
+/// Longest name of a profile, in characters.
 const MAX_NAME: usize = 60;
-/// Most keys that are changed, and how long and how deep one is.
+/// Maximum number of changed keys, and how long and how deeply nested a key may be.
 const MAX_KEYS: usize = 200;
 const MAX_KEY: usize = 100;
 const MAX_DEPTH: usize = 8;
-/// Longest new value, and how many holes a prompt may have: each is filled with all that is asked.
+/// Longest new value, and how many placeholders a prompt may have: each is filled with the whole
+/// request.
 const MAX_VALUE: usize = 8000;
 const MAX_PLACEHOLDERS: usize = 40;
 
-/// What is changed.
+/// The changes.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Edit {
-    /// The profile that it begins from.
+    /// The profile that is changed.
     base: String,
-    /// What the result is called.
+    /// The name of the result.
     name: String,
-    /// New values by dotted key, as in `questions.words.template`.
+    /// New values by dotted key, such as `questions.words.template`.
     changes: Map<String, Value>,
 }
 
 impl Edit {
-    /// The profile that results.
+    /// Applies the changes.
     pub(super) fn apply(&self, state: &AppState) -> Result<Profile, ApiError> {
         let name = self.name.trim();
         let invalid = |key: &str, message: String| {
@@ -55,11 +56,14 @@ impl Edit {
         };
         if name.is_empty() || name.chars().count() > MAX_NAME || name.chars().any(char::is_control)
         {
-            return invalid("name", format!("a profile has a name of 1 to {MAX_NAME} characters"));
+            return invalid(
+                "name",
+                format!("a profile needs a name of 1 to {MAX_NAME} characters"),
+            );
         }
         if name == "unguarded" || super::profiles(state).iter().any(|profile| profile.name == name)
         {
-            return invalid("name", format!("{name:?} is another profile's name"));
+            return invalid("name", format!("{name:?} is the name of another profile"));
         }
         if self.changes.len() > MAX_KEYS {
             return invalid("changes", format!("at most {MAX_KEYS} keys can be changed"));
@@ -70,7 +74,7 @@ impl Edit {
             if key.len() > MAX_KEY || key.matches('.').count() >= MAX_DEPTH {
                 return invalid(
                     "changes",
-                    format!("a key has at most {MAX_KEY} letters and {MAX_DEPTH} parts"),
+                    format!("a key may have at most {MAX_KEY} characters and {MAX_DEPTH} parts"),
                 );
             }
             if written.chars().count() > MAX_VALUE
@@ -79,7 +83,7 @@ impl Edit {
                 return invalid(
                     key,
                     format!(
-                        "a value has at most {MAX_VALUE} characters, and {MAX_PLACEHOLDERS} holes"
+                        "a value may have at most {MAX_VALUE} characters and {MAX_PLACEHOLDERS} placeholders"
                     ),
                 );
             }
@@ -93,13 +97,13 @@ impl Edit {
     }
 }
 
-/// A value as TOML writes it, on one line.
+/// A value in TOML, on one line.
 fn to_toml_value(value: &Value) -> String {
-    // JSON writes texts, numbers and switches as TOML does, but for one letter.
+    // JSON writes texts, numbers and booleans like TOML does, except for this character.
     value.to_string().replace('\u{7f}', "\\u007f")
 }
 
-/// Checks a profile that is changed in the page, and writes it as a file that `--profile` reads.
+/// Checks an edited profile, and returns it as a file for `--profile`.
 pub(super) async fn profile(
     State(page): State<PageState>,
     request: axum::extract::Request,
@@ -123,7 +127,7 @@ pub(super) async fn profile(
     .await
 }
 
-/// A body of the page's.
+/// Parses a request body of the page.
 pub(super) fn read<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     let unreadable =
         |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));

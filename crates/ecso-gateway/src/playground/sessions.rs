@@ -1,5 +1,5 @@
-//! Who may use the page: a browser that was opened with a link of the operator's. Addresses tell
-//! nothing, as behind a proxy everybody comes from this machine.
+//! Who may use the page: browsers that opened the operator's link. Addresses say nothing, because
+//! behind a proxy all requests come from this machine.
 
 use std::{
     collections::VecDeque,
@@ -13,16 +13,16 @@ use uuid::Uuid;
 
 use crate::{error::ApiError, settings::hash};
 
-/// Browsers that may be in at one time; beyond, the first has to come in again.
+/// Maximum number of sessions. Beyond that, the oldest one ends.
 const MAX_SESSIONS: usize = 64;
 
-/// The link that lets the next browser in, and the browsers that are in.
+/// The token for the next browser, and the sessions.
 pub(super) struct Sessions {
     token: watch::Sender<String>,
-    /// The cookie's name. Cookies know no ports: each server on a machine has a name of its own.
+    /// The name of the cookie. Cookies don't depend on the port, so each server on a machine uses a
+    /// name of its own.
     cookie: String,
-    /// Hashes of what stands in the cookies of those that are in: how long it takes to compare
-    /// these tells nothing about them.
+    /// Hashes of the session cookies. Comparing hashes reveals nothing by its timing.
     open: Mutex<VecDeque<String>>,
 }
 
@@ -41,18 +41,17 @@ impl Sessions {
         self.token.subscribe()
     }
 
-    /// Takes a token, which then opens nothing more: the cookie of the browser that brought it, to
-    /// be set.
+    /// Uses up a token, and opens a session. Returns the cookie for the browser that sent it.
     pub(super) fn open(&self, token: &str) -> Option<HeaderValue> {
-        let brought = hash(token);
-        let is_it = self.token.send_if_modified(|token| {
-            let is_it = hash(token) == brought;
-            if is_it {
+        let sent = hash(token);
+        let is_match = self.token.send_if_modified(|token| {
+            let is_match = hash(token) == sent;
+            if is_match {
                 *token = secret();
             }
-            is_it
+            is_match
         });
-        if !is_it {
+        if !is_match {
             return None;
         }
         let session = secret();
@@ -68,25 +67,26 @@ impl Sessions {
         .ok()
     }
 
-    /// Whether a request's cookie is that of a browser that is in.
+    /// Whether a request has the cookie of a session.
     pub(super) fn knows(&self, headers: &HeaderMap) -> bool {
         let cookies =
             headers.get_all(header::COOKIE).iter().filter_map(|cookies| cookies.to_str().ok());
         let pairs = cookies
             .flat_map(|cookies| cookies.split(';'))
             .filter_map(|pair| pair.trim().split_once('='));
-        let brought: Vec<String> =
+        let sent: Vec<String> =
             pairs.filter(|(name, _)| *name == self.cookie).map(|(_, value)| hash(value)).collect();
         let sessions = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        sessions.iter().any(|session| brought.contains(session))
+        sessions.iter().any(|session| sent.contains(session))
     }
 
-    /// Lets in what the page itself asks for, from a browser that is in. Another page in that
-    /// browser has the cookie too, where it is of this machine: what browsers say of the page that
-    /// asks tells it from ours.
+    /// Accepts requests of the page itself, from a browser with a session. Other pages on this
+    /// machine share the cookie, so the headers that browsers send about the calling page are
+    /// checked too.
     pub(super) fn check(&self, method: &Method, headers: &HeaderMap) -> Result<(), ApiError> {
         if !self.knows(headers) {
-            let message = "the playground opens by the link that is printed where the server runs; each link works once";
+            let message =
+                "open the playground with the link that the server printed; each link works once";
             return Err(ApiError::new(StatusCode::UNAUTHORIZED, "playground_closed", message));
         }
         let is_own = match headers.get("sec-fetch-site") {
@@ -94,14 +94,14 @@ impl Sessions {
             None => *method == Method::GET || is_own_origin(headers),
         };
         if !is_own {
-            let message = "this was asked by another page than the playground";
+            let message = "this request came from another page than the playground";
             return Err(ApiError::new(StatusCode::FORBIDDEN, "wrong_origin", message));
         }
         Ok(())
     }
 }
 
-/// Whether the page that asks is of the host that is asked.
+/// Whether the calling page has the origin of the requested host.
 fn is_own_origin(headers: &HeaderMap) -> bool {
     let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
     let (Some(origin), Some(host)) = (text(header::ORIGIN), text(header::HOST)) else {
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_works_once_and_the_next_is_told() {
+    fn a_token_works_once_and_is_replaced() {
         let sessions = Sessions::new();
         let mut tokens = sessions.tokens();
         let token = tokens.borrow_and_update().clone();
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn those_who_came_first_make_room() {
+    fn the_oldest_session_ends_when_there_are_too_many() {
         let sessions = Sessions::new();
         let mut cookies = Vec::new();
         for _ in 0..=MAX_SESSIONS {
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn an_origin_is_its_host_and_port() {
+    fn an_origin_is_matchs_host_and_port() {
         let own = |origin: &str, host: &str| {
             is_own_origin(&headers(&[("origin", origin), ("host", host)]))
         };

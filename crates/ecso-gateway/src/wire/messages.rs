@@ -9,13 +9,13 @@ use crate::error::ApiError;
 
 /// How answers to a request are written.
 pub(super) struct Messages {
-    /// Whether the client wants to see what the model thought.
+    /// Whether the client wants to see the reasoning.
     thinks: bool,
     omitted_tools: BTreeSet<String>,
 }
 
-/// Tools that a server would run; most of their kinds end with a date. They would bring in what
-/// nobody here sees.
+/// Tools that a server would run; most of their names end with a date. They would bring in content
+/// that the guard never sees.
 const SERVER_TOOLS: [&str; 6] = [
     "web_search",
     "web_fetch",
@@ -25,7 +25,7 @@ const SERVER_TOOLS: [&str; 6] = [
     "mcp_toolset",
 ];
 
-/// The chat that a request asks for.
+/// Translates a request into a chat.
 pub(super) fn parse(body: Value) -> Result<(Value, Messages), ApiError> {
     let mut fields = Fields::new(body, "")?;
     let (mut chat, mut messages) = (Map::new(), Vec::new());
@@ -58,7 +58,7 @@ pub(super) fn parse(body: Value) -> Result<(Value, Messages), ApiError> {
         }
     }
     match omitted_tools.first().filter(|_| tools.is_empty()) {
-        // The request is about what can't be done here.
+        // The request needs tools that are not available here.
         Some(kind) => return Err(unsupported("tools", kind)),
         None if tools.is_empty() => {}
         None => {
@@ -77,7 +77,7 @@ pub(super) fn parse(body: Value) -> Result<(Value, Messages), ApiError> {
     let thinking = fields.take("thinking");
     let thinks = thinking
         .is_some_and(|thinking| thinking["type"] == "enabled" || thinking["type"] == "adaptive");
-    // Who asks, for what price, and what the server may forget: nothing that the model sees.
+    // Who asks, at what price, and what the server may forget: the model sees none of this.
     fields.ignore(&[
         "metadata",
         "service_tier",
@@ -111,15 +111,14 @@ fn text(mut block: Fields) -> Result<Value, ApiError> {
     Ok(json!({"type": "text", "text": text}))
 }
 
-/// Adds a turn. The results of tools are messages of their own in a chat, and their images are the
-/// user's.
+/// Adds a turn. In a chat, tool results are messages of their own, and their images are the user's.
 fn push_turn(mut turn: Fields, messages: &mut Vec<Value>) -> Result<(), ApiError> {
     let role = turn.required_text("role")?;
     if !matches!(role.as_str(), "user" | "assistant" | "system") {
-        return Err(invalid(&turn.path_of("role"), "it is user, assistant or system"));
+        return Err(invalid(&turn.path_of("role"), "must be user, assistant or system"));
     }
     let content =
-        turn.take("content").ok_or_else(|| invalid(&turn.path_of("content"), "it is missing"))?;
+        turn.take("content").ok_or_else(|| invalid(&turn.path_of("content"), "is missing"))?;
     let path = turn.path_of("content");
     turn.finish()?;
     let Value::Array(blocks) = content else {
@@ -148,14 +147,14 @@ fn push_turn(mut turn: Fields, messages: &mut Vec<Value>) -> Result<(), ApiError
     Ok(())
 }
 
-/// What a turn says.
+/// The parts of a turn.
 #[derive(Default)]
 struct TurnParts {
     parts: Vec<Value>,
     calls: Vec<Value>,
-    /// Messages of tools.
+    /// Messages with the results of tools.
     results: Vec<Value>,
-    /// Images that tools gave back.
+    /// Images in the results of tools.
     images: Vec<Value>,
 }
 
@@ -169,7 +168,7 @@ impl TurnParts {
             ("search_result", "user") => search_result(block, &mut self.parts)?,
             ("tool_result", "user") => self.result(block)?,
             ("tool_use", "assistant") => self.calls.push(call(block)?),
-            // A model gets its own thoughts from no chat.
+            // Chats don't return reasoning to the model.
             ("thinking" | "redacted_thinking", "assistant") => {}
             (other, _) => return Err(unsupported(&block.path, other)),
         }
@@ -195,7 +194,7 @@ impl TurnParts {
                         "image" => inner.parts.push(image(block)?),
                         "document" => document(block, &mut inner.parts)?,
                         "search_result" => search_result(block, &mut inner.parts)?,
-                        // A tool that was found; all tools are shown anyway.
+                        // A tool that was found. All tools are shown anyway.
                         "tool_reference" => {
                             let text = format!(
                                 "The tool {} can be used.",
@@ -226,7 +225,7 @@ impl TurnParts {
 
 fn image(mut block: Fields) -> Result<Value, ApiError> {
     let path = block.path_of("source");
-    let source = block.take("source").ok_or_else(|| invalid(&path, "it is missing"))?;
+    let source = block.take("source").ok_or_else(|| invalid(&path, "is missing"))?;
     block.ignore(&["cache_control"]);
     block.finish()?;
     let mut source = Fields::new(source, path)?;
@@ -245,11 +244,10 @@ fn image(mut block: Fields) -> Result<Value, ApiError> {
     Ok(json!({"type": "image_url", "image_url": {"url": url}}))
 }
 
-/// A document of texts and images. Of others (a PDF, a file elsewhere) nobody here sees what is in
-/// them.
+/// A document of texts and images. The guard can't see into others (a PDF, a stored file).
 fn document(mut block: Fields, parts: &mut Vec<Value>) -> Result<(), ApiError> {
     let path = block.path_of("source");
-    let source = block.take("source").ok_or_else(|| invalid(&path, "it is missing"))?;
+    let source = block.take("source").ok_or_else(|| invalid(&path, "is missing"))?;
     for name in ["title", "context"] {
         let text = block.text(name)?.filter(|text| !text.is_empty());
         parts.extend(text.map(|text| json!({"type": "text", "text": text})));
@@ -350,7 +348,7 @@ fn tool_choice(mut choice: Fields, chat: &mut Map<String, Value>) -> Result<(), 
             if !tools.any(|tool| tool["function"]["name"] == *name) {
                 return Err(invalid(
                     &choice.path_of("name"),
-                    "`tools` has no such tool that the client runs",
+                    "names no tool in `tools` that the client runs",
                 ));
             }
             json!({"type": "function", "function": {"name": name}})
@@ -375,7 +373,7 @@ fn output(mut config: Fields, chat: &mut Map<String, Value>) -> Result<(), ApiEr
     config.finish()
 }
 
-/// The form of an answer.
+/// The format of an answer.
 fn schema(mut format: Fields) -> Result<Value, ApiError> {
     let kind = format.required_text("type")?;
     if kind != "json_schema" {
@@ -388,7 +386,7 @@ fn schema(mut format: Fields) -> Result<Value, ApiError> {
     )
 }
 
-/// A failure, by its status.
+/// An error, by its status.
 pub(super) fn failure(error: &ApiError) -> Value {
     let kind = match error.status.as_u16() {
         401 => "authentication_error",
@@ -423,13 +421,13 @@ impl Messages {
         content
     }
 
-    /// Why it ended, and what a refusal is.
+    /// The stop reason, and the details of a refusal.
     fn stop(answer: &Answer<'_>) -> (&'static str, Value) {
         let reason = match answer.finish {
             _ if answer.refused => "refusal",
             "length" => "max_tokens",
             "content_filter" => "refusal",
-            // Servers end a call that was asked for by name with `stop`.
+            // Servers end a call with `stop` if the tool was required by name.
             _ if !answer.calls().is_empty() => "tool_use",
             _ => "end_turn",
         };

@@ -1,5 +1,5 @@
-//! Answers that an upstream gives in another format than chat completions, for whoever observes it:
-//! the same as a chat's answer.
+//! Reads answers that an upstream gave in another format than chat completions, so that they can be
+//! observed as the answer to a chat.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -17,7 +17,7 @@ use crate::{
 };
 
 impl Format {
-    /// Reads an answer of the format, whole or as its stream.
+    /// Parses an answer of this format, whole or as a stream.
     pub(crate) async fn parse_answer(
         self,
         bytes: Vec<u8>,
@@ -38,7 +38,7 @@ impl Format {
         Completion::parse(self.to_chat(&answer)?.to_string().as_bytes())
     }
 
-    /// All that an answer of the format says, as the answer to a chat.
+    /// Everything that an answer of this format says, as the answer to a chat.
     pub(crate) fn to_chat(self, answer: &Value) -> Result<Value, ApiError> {
         let texts = match self {
             Self::Messages => AnswerTexts::of_message(answer),
@@ -46,13 +46,13 @@ impl Format {
         };
         let unreadable = || {
             ApiError::upstream("the upstream's answer can't be read")
-                .because("it is no answer of this format, or none that is done")
+                .because("it is not an answer of this format, or not a complete one")
         };
         Ok(texts.ok_or_else(unreadable)?.into_chat())
     }
 }
 
-/// The data of a stream's events.
+/// The data of the events of a stream.
 async fn events(bytes: Vec<u8>) -> Result<Vec<Value>, ApiError> {
     let broken = |why: String| ApiError::upstream("the upstream's stream broke").because(why);
     let mut stream =
@@ -65,14 +65,14 @@ async fn events(bytes: Vec<u8>) -> Result<Vec<Value>, ApiError> {
         let Some(data) = event.data.filter(|data| data.trim() != "[DONE]") else { continue };
         let event: Value = lenient::parse(&data).map_err(|error| broken(error.to_string()))?;
         if event["type"] == "error" || event["type"] == "response.failed" {
-            return Err(broken("it says that it failed".into()));
+            return Err(broken("it reports a failure".into()));
         }
         events.push(event);
     }
     Ok(events)
 }
 
-/// What a stream's response says: at its end, and on the way there, where that is something else.
+/// The response of a stream: the final one, with whatever the earlier events said differently.
 fn response_of_events(events: &[Value]) -> Option<Value> {
     let is_last = |event: &&Value| {
         event["type"] == "response.completed" || event["type"] == "response.incomplete"
@@ -111,7 +111,7 @@ fn response_of_events(events: &[Value]) -> Option<Value> {
     Some(whole.into())
 }
 
-/// The message that the pieces of a stream make.
+/// The message that the events of a stream build.
 fn message_of_events(events: &[Value]) -> Option<Value> {
     let mut blocks: BTreeMap<u64, Value> = BTreeMap::new();
     let (mut is_whole, mut details) = (false, Value::Null);
@@ -130,7 +130,7 @@ fn message_of_events(events: &[Value]) -> Option<Value> {
                         (_, Some(Value::String(text)), Value::String(piece)) => {
                             text.push_str(piece)
                         }
-                        // Of what comes whole there may be more than one.
+                        // There may be more than one of these values.
                         (_, Some(Value::Array(list)), piece) => list.push(piece.clone()),
                         (_, _, Value::String(piece)) => block[name] = piece.as_str().into(),
                         (_, _, piece) => block[name] = json!([piece]),
@@ -149,7 +149,7 @@ fn message_of_events(events: &[Value]) -> Option<Value> {
     is_whole.then(|| json!({"type": "message", "content": content, "stop_details": details}))
 }
 
-/// What an answer says.
+/// The texts of an answer.
 #[derive(Default)]
 struct AnswerTexts {
     texts: Vec<String>,
@@ -158,7 +158,7 @@ struct AnswerTexts {
 }
 
 impl AnswerTexts {
-    /// Of Messages; none where it is no message.
+    /// From a message; `None` if it isn't one.
     fn of_message(message: &Value) -> Option<Self> {
         let mut texts = Self::default();
         let blocks = message["content"].as_array().filter(|_| message["type"] == "message")?;
@@ -173,7 +173,7 @@ impl AnswerTexts {
                     texts.extra_fields(block, &["type", "thinking", "signature"]);
                 }
                 (Some("tool_use"), ..) => {
-                    // Of a stream the input comes in pieces.
+                    // In a stream, the input comes in chunks.
                     let input = block["input"].to_string();
                     let (name, arguments) =
                         block["pieces"].as_str().map_or(("input", &*input), |all| ("pieces", all));
@@ -191,7 +191,7 @@ impl AnswerTexts {
         Some(texts)
     }
 
-    /// Of Responses; none where it is no response, or none that is done.
+    /// From a response; `None` if it isn't one, or isn't complete.
     fn of_response(response: &Value) -> Option<Self> {
         let mut texts = Self::default();
         let is_done = response["status"] == "completed" || response["status"] == "incomplete";
@@ -244,7 +244,7 @@ impl AnswerTexts {
         texts
     }
 
-    /// What a block, item or part says beside its `known` fields.
+    /// Adds the fields of a block, item or part that are not `known`.
     fn extra_fields(&mut self, value: &Value, known: &[&str]) {
         let Value::Object(fields) = value else { return self.unknown(value) };
         let says_nothing = |value: &Value| match value {
@@ -265,7 +265,7 @@ impl AnswerTexts {
             .push(json!({"type": "function", "function": {"name": name, "arguments": arguments}}));
     }
 
-    /// What has no place in a chat is judged as it stands.
+    /// What has no place in a chat is judged as JSON.
     fn unknown(&mut self, item: &Value) {
         self.call(&item["type"], &item.to_string());
     }
@@ -286,17 +286,17 @@ impl AnswerTexts {
 mod tests {
     use super::*;
 
-    async fn said(format: Format, streamed: bool, text: &str) -> Option<String> {
+    async fn text_of(format: Format, streamed: bool, text: &str) -> Option<String> {
         let answer = format.parse_answer(text.as_bytes().to_vec(), streamed).await.ok()?;
         answer.texts().remove(&0)
     }
 
     #[tokio::test]
-    async fn whatever_an_upstream_sends_is_heard_or_an_error() {
+    async fn every_answer_is_read_completely_or_an_error() {
         let stream = |events: &[Value]| {
             events.iter().map(|event| format!("data: {event}\n\n")).collect::<Vec<_>>().concat()
         };
-        // What has no place in a chat is heard as it stands.
+        // What has no place in a chat is judged as JSON.
         for content in [
             json!([{"type": "server_tool_use", "input": {"query": "flour"}}]),
             json!([{"type": "tool_use", "name": "bake", "input": {"query": "flour"}}]),
@@ -305,7 +305,7 @@ mod tests {
         ] {
             let whole = json!({"type": "message", "content": content}).to_string();
             assert!(
-                said(Format::Messages, false, &whole).await.unwrap().contains("flour"),
+                text_of(Format::Messages, false, &whole).await.unwrap().contains("flour"),
                 "{whole}"
             );
         }
@@ -319,13 +319,13 @@ mod tests {
             message.as_object_mut().unwrap().extend(beside.as_object().unwrap().clone());
             let whole = message.to_string();
             assert!(
-                said(Format::Messages, false, &whole).await.unwrap().contains("flour"),
+                text_of(Format::Messages, false, &whole).await.unwrap().contains("flour"),
                 "{whole}"
             );
         }
         let plain = json!({"type": "message", "content": [{"type": "text", "text": "Rye."}], "id": "msg_1", "usage": {"input_tokens": 1}});
         assert_eq!(
-            said(Format::Messages, false, &plain.to_string()).await.as_deref(),
+            text_of(Format::Messages, false, &plain.to_string()).await.as_deref(),
             Some("Rye.")
         );
         for item in [
@@ -338,14 +338,14 @@ mod tests {
         ] {
             let whole = json!({"status": "completed", "output": [item]}).to_string();
             assert!(
-                said(Format::Responses, false, &whole).await.unwrap().contains("flour"),
+                text_of(Format::Responses, false, &whole).await.unwrap().contains("flour"),
                 "{whole}"
             );
         }
         let beside =
             json!({"status": "completed", "output": [], "output_text": "flour"}).to_string();
-        assert!(said(Format::Responses, false, &beside).await.unwrap().contains("flour"));
-        // What is no answer is none, whatever it says.
+        assert!(text_of(Format::Responses, false, &beside).await.unwrap().contains("flour"));
+        // Other objects are errors, whatever they say.
         for whole in [
             json!({"type": "error", "error": {"message": "flour"}}),
             json!({"type": "message", "content": "flour"}),
@@ -355,10 +355,10 @@ mod tests {
             json!("flour"),
         ] {
             for format in [Format::Messages, Format::Responses] {
-                assert_eq!(said(format, false, &whole.to_string()).await, None, "{whole}");
+                assert_eq!(text_of(format, false, &whole.to_string()).await, None, "{whole}");
             }
         }
-        // Clients show the pieces, whatever the end says.
+        // Clients show the chunks, whatever the final response says.
         let message = |text: &str| json!({"type": "message", "content": [{"type": "output_text", "text": text}]});
         let piece = |text: &str| json!({"type": "response.output_text.delta", "item_id": "i", "delta": text});
         let ended =
@@ -376,7 +376,7 @@ mod tests {
             ),
         ] {
             assert_eq!(
-                said(Format::Responses, true, &stream(&events)).await.as_deref(),
+                text_of(Format::Responses, true, &stream(&events)).await.as_deref(),
                 Some(heard),
                 "{events:?}"
             );
@@ -386,10 +386,10 @@ mod tests {
             json!({"type": "content_block_delta", "index": 0, "delta": {"type": "citations_delta", "citation": {"cited_text": "flour"}}}),
             json!({"type": "message_stop"}),
         ]);
-        assert!(said(Format::Messages, true, &cited).await.unwrap().contains("flour"));
+        assert!(text_of(Format::Messages, true, &cited).await.unwrap().contains("flour"));
         for format in [Format::Messages, Format::Responses] {
             for whole in ["", "rye", "{", "\u{0}"] {
-                assert_eq!(said(format, false, whole).await, None, "{whole:?}");
+                assert_eq!(text_of(format, false, whole).await, None, "{whole:?}");
             }
             let broken = [
                 stream(&[]),
@@ -404,17 +404,17 @@ mod tests {
                 "data: rye\n\n".to_owned(),
             ];
             for text in broken {
-                assert_eq!(said(format, true, &text).await, None, "{text}");
+                assert_eq!(text_of(format, true, &text).await, None, "{text}");
             }
         }
-        // Values of the wrong kind say nothing, and break nothing.
+        // Values of the wrong type say nothing, and break nothing.
         let odd = stream(&[
             json!({"type": "content_block_start", "index": 0, "content_block": "rye"}),
             json!({"type": "content_block_delta", "index": 0, "delta": {"text": "Flour."}}),
             json!({"type": "message_stop"}),
         ]);
-        assert!(said(Format::Messages, true, &odd).await.is_some());
+        assert!(text_of(Format::Messages, true, &odd).await.is_some());
         let odd = stream(&[json!({"type": "response.completed", "response": "rye"})]);
-        assert_eq!(said(Format::Responses, true, &odd).await, None);
+        assert_eq!(text_of(Format::Responses, true, &odd).await, None);
     }
 }

@@ -1,5 +1,5 @@
-//! OpenAI's Responses: `POST /v1/responses`. A request brings its whole conversation, or goes on
-//! from an answer that is kept here.
+//! OpenAI's Responses: `POST /v1/responses`. A request brings its whole conversation, or continues
+//! from an answer that is stored here.
 
 use std::collections::BTreeSet;
 
@@ -14,7 +14,7 @@ use super::{
 };
 use crate::error::ApiError;
 
-/// What an answer says again of its request.
+/// Request fields that an answer repeats.
 const ECHOED: [&str; 10] = [
     "instructions",
     "max_output_tokens",
@@ -28,36 +28,36 @@ const ECHOED: [&str; 10] = [
     "top_p",
 ];
 
-/// Bytes of JSON that a field may have to be said again.
+/// The maximum length of a repeated field, in bytes of JSON.
 const LONGEST_ECHO: usize = 4096;
 
-/// Fields by which a server would take a conversation from where nobody here sees it.
+/// Fields that make a server load a conversation that the guard never sees.
 const EXTERNAL: [&str; 2] = ["conversation", "prompt"];
 
 /// How answers to a request are written.
 pub(super) struct Responses {
     echoed: Map<String, Value>,
     tools: Tools,
-    /// Whether the client asks for the verdict as a moderation.
+    /// Whether the client asks for the verdict as a moderation result.
     moderation: bool,
-    /// The answer that it goes on from, as the client calls it.
+    /// The id of the answer that it continues from, as the client wrote it.
     previous: Option<String>,
-    /// Its first message that is neither an instruction nor of earlier answers.
+    /// The index of its first message that is neither an instruction nor from earlier answers.
     from: usize,
-    /// Whether the answer may be kept.
+    /// Whether the answer may be stored.
     store: bool,
 }
 
-/// What stands before a request's name in the id of its answer.
+/// The prefix of the id of an answer; the request id follows.
 const ID: &str = "resp_";
 
-/// The chat that a request asks for.
+/// Translates a request into a chat.
 pub(super) fn parse(
     body: Value,
     load: LoadConversation<'_>,
 ) -> Result<(Value, Responses), ApiError> {
     let mut fields = Fields::new(body, "")?;
-    // Each answer says them three times: only what is short.
+    // Each stream repeats them three times, so only short ones are repeated.
     let is_short = |value: &&Value| value.to_string().len() <= LONGEST_ECHO;
     let echoed = |name: &&str| {
         Some(((*name).to_owned(), fields.remaining.get(*name).filter(is_short)?.clone()))
@@ -94,12 +94,12 @@ pub(super) fn parse(
     let from = messages.len();
     messages.extend(input(fields.take("input"))?);
     if messages.len() == from {
-        return Err(invalid("input", "it brings no message, no call and no result of a tool"));
+        return Err(invalid("input", "must contain a message, a tool call or a tool result"));
     }
     let store = match fields.take("store") {
         None => true,
         Some(Value::Bool(store)) => store,
-        Some(_) => return Err(invalid("store", "it is true or false")),
+        Some(_) => return Err(invalid("store", "must be true or false")),
     };
     chat.insert("messages".to_owned(), messages.into());
     let tools = Tools::parse(fields.list("tools")?)?;
@@ -117,7 +117,7 @@ pub(super) fn parse(
         reasoning.finish()?;
     }
     let moderation = fields.take("moderation").map(self::moderation).transpose()?.is_some();
-    // Who asks, for what price, and what is kept where: nothing that the model sees.
+    // Who asks, at what price, and what is stored where: the model sees none of this.
     fields.ignore(&[
         "metadata",
         "user",
@@ -139,19 +139,19 @@ pub(super) fn parse(
     Ok((chat.into(), Responses { echoed, tools, moderation, previous, from, store }))
 }
 
-/// Whom the client asks for a moderation: nobody but us.
+/// Checks who is asked for a moderation: only `ecso` is possible.
 fn moderation(moderation: Value) -> Result<(), ApiError> {
     let mut moderation = Fields::new(moderation, "moderation")?;
     let model = moderation.required_text("model")?;
     if model != "ecso" {
         return Err(unsupported("moderation.model", &model));
     }
-    // More than is done anyway can't be asked for; less is the operator's to allow.
+    // The client can't ask for more than is done anyway, and only the operator can allow less.
     moderation.ignore(&["policy"]);
     moderation.finish()
 }
 
-/// What a request brings, as messages of a chat.
+/// The input of a request as messages of a chat.
 fn input(input: Option<Value>) -> Result<Vec<Value>, ApiError> {
     match input {
         Some(Value::Array(items)) => {
@@ -167,11 +167,11 @@ fn input(input: Option<Value>) -> Result<Vec<Value>, ApiError> {
             Ok(messages)
         }
         Some(text @ Value::String(_)) => Ok(vec![json!({"role": "user", "content": text})]),
-        _ => Err(invalid("input", "it must be a text or a list of items")),
+        _ => Err(invalid("input", "must be a text or a list of items")),
     }
 }
 
-/// Adds an item. The results of tools are messages of their own in a chat, and their images are the
+/// Adds an item. In a chat, tool results are messages of their own, and their images are the
 /// user's.
 fn item(
     mut item: Fields,
@@ -179,10 +179,10 @@ fn item(
     images: &mut Vec<Value>,
 ) -> Result<(), ApiError> {
     let kind = item.text("type")?.unwrap_or_else(|| "message".into());
-    // The result of a shell names its call so.
+    // The result of a shell call names its call this way.
     let own = item.text("id")?.filter(|_| kind == "local_shell_call_output");
     item.ignore(&["status", "phase", "end_turn"]);
-    // The results of calls that were made together stand together.
+    // The results of calls that were made together stay together.
     if !kind.ends_with("_output") {
         messages.extend(take_tool_images(images));
     }
@@ -205,12 +205,12 @@ fn item(
             if !matches!(role.as_str(), "user" | "assistant" | "system" | "developer") {
                 return Err(invalid(
                     &item.path_of("role"),
-                    "it is user, assistant, system or developer",
+                    "must be user, assistant, system or developer",
                 ));
             }
             let content = item
                 .take("content")
-                .ok_or_else(|| invalid(&item.path_of("content"), "it is missing"))?;
+                .ok_or_else(|| invalid(&item.path_of("content"), "is missing"))?;
             let content = parts(content, &item.path_of("content"))?;
             let has_image = |part: &Value| part["type"] == "image_url";
             if role != "user" && content.as_array().is_some_and(|parts| parts.iter().any(has_image))
@@ -224,7 +224,7 @@ fn item(
             let id = item
                 .text("call_id")?
                 .or(own)
-                .ok_or_else(|| invalid(&item.path_of("call_id"), "it is missing"))?;
+                .ok_or_else(|| invalid(&item.path_of("call_id"), "is missing"))?;
             let output = item.take("output").unwrap_or_else(|| "".into());
             let (texts, result_images): (Vec<Value>, Vec<Value>) =
                 match parts(output, &item.path_of("output"))? {
@@ -238,7 +238,7 @@ fn item(
             messages.push(json!({"role": "tool", "tool_call_id": id, "content": texts}));
             images.extend(result_images);
         }
-        // A model gets its own thoughts from no chat.
+        // Chats don't return reasoning to the model.
         "reasoning" => return Ok(()),
         "item_reference" => return Err(external_conversation(&item.path)),
         other => return Err(unsupported(&item.path, other)),
@@ -246,7 +246,7 @@ fn item(
     item.finish()
 }
 
-/// The images that tools gave back, as the user's.
+/// The images of tool results, as a user message.
 fn take_tool_images(images: &mut Vec<Value>) -> Option<Value> {
     let label = json!({"type": "text", "text": TOOL_IMAGES_LABEL});
     let content: Vec<Value> = [label].into_iter().chain(images.drain(..)).collect();
@@ -282,7 +282,7 @@ fn parts(content: Value, path: &str) -> Result<Value, ApiError> {
     Ok(Value::Array(parts.into_iter().enumerate().map(part).collect::<Result<_, ApiError>>()?))
 }
 
-/// The form of an answer.
+/// The format of an answer.
 fn text(mut text: Fields, chat: &mut Map<String, Value>) -> Result<(), ApiError> {
     text.move_to("verbosity", chat, "verbosity");
     if let Some(format) = text.take("format") {
@@ -306,7 +306,7 @@ fn text(mut text: Fields, chat: &mut Map<String, Value>) -> Result<(), ApiError>
 }
 
 impl Responses {
-    /// What the answer says, item by item; each whole.
+    /// The items of the answer.
     fn output(&self, answer: &Answer<'_>) -> Vec<Value> {
         let mut output = Vec::new();
         if !answer.thoughts().is_empty() {
@@ -373,7 +373,7 @@ impl Responses {
         if self.moderation {
             let told = |code: &str, message: &str| json!({"type": "error", "code": code, "message": message});
             let output = match answer.verdict {
-                (Verdict::Unchecked, _) => told("unchecked", "nobody judged this answer"),
+                (Verdict::Unchecked, _) => told("unchecked", "this answer was not judged"),
                 (verdict, score) => {
                     let is_harm = verdict == Verdict::Unsafe;
                     let score = score.unwrap_or(if is_harm { 1.0 } else { 0.0 });
@@ -437,12 +437,12 @@ impl Wire for Responses {
     }
 }
 
-/// The events of one item.
+/// Adds the events of one item.
 fn push_item_events(index: usize, item: &Value, events: &mut Vec<Value>) {
     let id = &item["id"];
     let mut begun = item.clone();
     begun["status"] = "in_progress".into();
-    // What its text is called, in the item and in events.
+    // The name of its text field, in the item and in events.
     let said = match item["type"].as_str() {
         Some("function_call") => Some(("arguments", "function_call_arguments")),
         Some("custom_tool_call") => Some(("input", "custom_tool_call_input")),

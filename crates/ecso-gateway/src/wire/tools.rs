@@ -1,5 +1,5 @@
-//! The tools of Responses. A chat has functions alone: other tools of the client become functions,
-//! and calls of these are written as calls of the tools.
+//! The tools of Responses. A chat only has functions, so the client's other tools become functions,
+//! and calls of these become calls of the tools again.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use super::{Call, Fields, invalid, unsupported};
 use crate::error::ApiError;
 
-/// Tools that a server would run. They would bring in what nobody here sees.
+/// Tools that a server would run. They would bring in content that the guard never sees.
 const SERVER_TOOLS: [&str; 10] = [
     "web_search",
     "web_search_2025_08_26",
@@ -22,15 +22,15 @@ const SERVER_TOOLS: [&str; 10] = [
     "programmatic_tool_calling",
 ];
 
-/// The name of the shell among a chat's functions.
+/// The function name of the shell tool.
 const SHELL: &str = "local_shell";
 
 /// The tools of a request.
 #[derive(Default)]
 pub(super) struct Tools {
-    /// How the client knows a chat's functions, where these are not its functions of the same name.
+    /// The client's tool behind each function of the chat.
     known: BTreeMap<String, Tool>,
-    /// The functions, as a chat has them.
+    /// The functions, in the format of chat completions.
     functions: Vec<Value>,
     /// Kinds of tools that are left out.
     omitted_tools: BTreeSet<String>,
@@ -51,19 +51,19 @@ enum Kind {
     Shell,
 }
 
-/// A tool's name in a chat.
+/// The function name of a tool.
 fn function_name(namespace: Option<&str>, name: &str) -> String {
     namespace.map_or_else(|| name.to_owned(), |namespace| format!("{namespace}__{name}"))
 }
 
-/// Whether a server would run a tool.
+/// Whether a server would run this tool.
 pub(super) fn is_server_tool(tool: &Value) -> bool {
     tool["type"].as_str().is_some_and(|kind| SERVER_TOOLS.contains(&kind))
 }
 
 impl Tools {
-    /// Reads the tools of a request. Those of servers are left out beside others; alone they are
-    /// what the request is about.
+    /// Reads the tools of a request. Server tools are left out if there are others; a request with
+    /// nothing but server tools is refused.
     pub(super) fn parse(tools: Vec<Value>) -> Result<Self, ApiError> {
         let mut parsed = Self::default();
         let first = tools.first().and_then(|tool| tool["type"].as_str()).map(str::to_owned);
@@ -123,13 +123,13 @@ impl Tools {
         function.insert("name".to_owned(), flat.clone().into());
         let known = Tool { kind, namespace: namespace.map(str::to_owned), name };
         if self.known.insert(flat, known.clone()).is_some_and(|other| other != known) {
-            return Err(invalid(&path, "another tool has this name"));
+            return Err(invalid(&path, "is also the name of another tool"));
         }
         self.functions.push(json!({"type": "function", "function": function}));
         Ok(())
     }
 
-    /// Tools under one name. What is said of them all stands before what is said of the first.
+    /// Reads the tools of a namespace. Its description is prepended to that of the first tool.
     fn namespace(&mut self, mut tool: Fields) -> Result<(), ApiError> {
         let (name, described) = (tool.required_text("name")?, tool.text("description")?);
         let (tools, path, first) =
@@ -145,7 +145,7 @@ impl Tools {
         Ok(())
     }
 
-    /// Puts the functions into a chat, as far as the client's `choice` allows them.
+    /// Adds the functions to a chat, as far as the client's `choice` allows them.
     pub(super) fn add_to_chat(
         &self,
         choice: Option<Value>,
@@ -167,9 +167,9 @@ impl Tools {
                         mode.into()
                     } else {
                         let path = choice.path.clone();
-                        let name = self
-                            .function_of_choice(&mut choice)?
-                            .ok_or_else(|| invalid(&path, "a server would run this tool"))?;
+                        let name = self.function_of_choice(&mut choice)?.ok_or_else(|| {
+                            invalid(&path, "names a tool that a server would run")
+                        })?;
                         choice.finish()?;
                         json!({"type": "function", "function": {"name": name}})
                     };
@@ -185,11 +185,11 @@ impl Tools {
         Ok(())
     }
 
-    /// Which of the tools may be called, and whether one must be.
+    /// The tools that may be called, and whether one must be.
     fn allowed(&self, mut choice: Fields) -> Result<(String, BTreeSet<String>), ApiError> {
         let (mode, path) = (choice.required_text("mode")?, choice.path_of("tools"));
         if !matches!(mode.as_str(), "auto" | "required") {
-            return Err(invalid(&choice.path_of("mode"), "it is auto or required"));
+            return Err(invalid(&choice.path_of("mode"), "must be auto or required"));
         }
         let mut allowed = BTreeSet::new();
         for (place, tool) in choice.list("tools")?.into_iter().enumerate() {
@@ -202,13 +202,13 @@ impl Tools {
         choice.ignore(&["type"]);
         choice.finish()?;
         if allowed.is_empty() {
-            Err(invalid(&path, "none of them can be called here"))
+            Err(invalid(&path, "has no tool that can be called here"))
         } else {
             Ok((mode, allowed))
         }
     }
 
-    /// The function that a choice names; none for a tool that is left out.
+    /// The function that a choice names; `None` for a tool that is left out.
     fn function_of_choice(&self, choice: &mut Fields) -> Result<Option<String>, ApiError> {
         let name = match choice.required_text("type")?.as_str() {
             "function" | "custom" => {
@@ -221,7 +221,7 @@ impl Tools {
         if self.known.contains_key(&name) {
             return Ok(Some(name));
         }
-        Err(invalid(&choice.path, "`tools` has no such tool"))
+        Err(invalid(&choice.path, "names no tool in `tools`"))
     }
 
     /// Kinds of tools that were left out.
@@ -229,7 +229,7 @@ impl Tools {
         &self.omitted_tools
     }
 
-    /// The item of a call.
+    /// The item for a tool call.
     pub(super) fn call_item(&self, own: &str, Call { id, name, arguments }: Call) -> Value {
         let plain = Tool { kind: Kind::Function, namespace: None, name };
         let tool = self.known.get(&plain.name).unwrap_or(&plain);
@@ -253,7 +253,8 @@ impl Tools {
     }
 }
 
-/// A call of an earlier turn, as a chat has it; none for items that are no calls.
+/// A call of an earlier turn in the format of chat completions; `None` for items that are not
+/// calls.
 pub(super) fn parse_call(kind: &str, item: &mut Fields) -> Result<Option<Value>, ApiError> {
     let (name, arguments) = match kind {
         "function_call" => (item.required_text("name")?, item.required_text("arguments")?),
