@@ -570,9 +570,9 @@ pub(crate) mod tests {
                 "unknown",
             ], "usage": {"total_tokens": 3, "unknown": 4, "prompt_tokens": "unknown"}}),
         );
-        let said = answer.texts();
-        assert_eq!(said[&0], "one\nbecause\n{\"a\": \"b\"}\nf\nx");
-        assert_eq!((said[&1].as_str(), said[&2].as_str()), ("two", ""));
+        let texts = answer.texts();
+        assert_eq!(texts[&0], "one\nbecause\n{\"a\": \"b\"}\nf\nx");
+        assert_eq!((texts[&1].as_str(), texts[&2].as_str()), ("two", ""));
         assert_eq!(answer.usage(), Some(&json!({"total_tokens": 3})));
         assert_eq!(
             answer.choice(0),
@@ -714,14 +714,14 @@ pub(crate) mod tests {
             ]
         });
         let choices = prop::collection::vec((value.clone(), value.clone(), value.clone()), 1..3);
-        (choices, value.clone(), value).prop_map(|(choices, usage, beside)| {
+        (choices, value.clone(), value).prop_map(|(choices, usage, other)| {
             let choices: Vec<Value> = (0_u64..)
                 .zip(choices)
                 .map(|(index, (message, logprobs, finish))| {
                     json!({"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish})
                 })
                 .collect();
-            json!({"id": "UPSTREAMS", "choices": choices, "usage": usage, "timings": beside, "created": beside})
+            json!({"id": "UPSTREAMS", "choices": choices, "usage": usage, "timings": other, "created": other})
         })
     }
 
@@ -739,11 +739,11 @@ pub(crate) mod tests {
         #[test]
         fn no_text_goes_out_that_is_not_judged(answer in answers()) {
             let Ok(answer) = Completion::parse(answer.to_string().as_bytes()) else { return Ok(()) };
-            for (index, said) in answer.texts() {
+            for (index, text) in answer.texts() {
                 let sent = answer.choice(index).to_string()
                     + &answer.chunks(index).map(|chunk| chunk.to_string()).collect::<String>();
                 for marker in markers(&sent) {
-                    prop_assert!(said.contains(marker), "{marker} in {sent} is not in {said}");
+                    prop_assert!(text.contains(marker), "{marker} in {sent} is not in {text}");
                 }
             }
             let metadata: Map<String, Value> = answer.metadata().map(|(name, value)| (name.clone(), value.clone())).collect();

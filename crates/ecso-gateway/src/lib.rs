@@ -5,7 +5,7 @@
 //! one is written from text alone. **No text of an answer reaches the client before a verdict on
 //! it.** Requests that are not guarded are passed on if they are known to be harmless.
 //!
-//! The path of a request: [`server`] routes it; `context` admits it; `json` and `request` read it
+//! The path of a request: [`server`] routes it to `handlers`; `context` admits it; `json` and `request` read it
 //! against the tables of `fields`; `upstream` gets the draft; `completion` is what is known of that
 //! draft; `chat` judges it and writes the answer; `windowed` judges a draft while it is written;
 //! `report` holds the findings; `error` is everything that can go wrong, as the client sees it.
@@ -29,6 +29,7 @@ mod forms;
 #[doc(hidden)]
 pub mod fuzzing;
 mod guard;
+mod handlers;
 mod hooks;
 mod json;
 mod layer;

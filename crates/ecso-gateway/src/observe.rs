@@ -98,9 +98,9 @@ impl ObservedRequest {
         let judged = async {
             let _turn = admission.enter().await?;
             // Parsing a long answer takes time.
-            let heard =
+            let answer =
                 tokio::task::spawn_blocking(|| tokio::runtime::Handle::current().block_on(answer));
-            let answer = heard
+            let answer = answer
                 .await
                 .map_err(|_| ApiError::upstream("the upstream's answer can't be read"))??;
             let request = context.prepare(parsed?).await?;

@@ -208,15 +208,15 @@ fn release_boundary(judged: &str, held: usize) -> usize {
     let text = &judged[..last.last().map_or(judged.len(), |(at, _)| at)];
     let mut word = None;
     for (at, letter) in text.char_indices().rev().take_while(|(at, _)| *at >= text.len() / 2) {
-        let (before, behind) = (&text[..at], at + letter.len_utf8());
+        let (before, after) = (&text[..at], at + letter.len_utf8());
         let ends = match letter {
             '\n' | '。' | '！' | '？' => true,
             _ => letter.is_whitespace() && before.ends_with(['.', '!', '?', ':', ';']),
         };
         if ends {
-            return behind;
+            return after;
         }
-        word = word.or(Some(behind).filter(|_| letter.is_whitespace()));
+        word = word.or(Some(after).filter(|_| letter.is_whitespace()));
     }
     word.unwrap_or(text.len())
 }
@@ -496,12 +496,12 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn no_unjudged_text_leaves_a_window(odd in prop::collection::vec(answers(), 0..6)) {
+        fn no_unjudged_text_leaves_a_window(unusual in prop::collection::vec(answers(), 0..6)) {
             let mut windows = Windows::new(SIZES, false);
             let mut judged = String::new();
             let words = (0..30).map(|index| chunk("content", ["MILDBREADS ", "MILDFLOURS. "][index % 2]));
             let mut events: Vec<Value> = words.collect();
-            for (index, event) in odd.into_iter().enumerate() {
+            for (index, event) in unusual.into_iter().enumerate() {
                 events.insert(4 * index + 3, event);
             }
             for event in events {

@@ -3,7 +3,6 @@
 
 use std::{
     convert::Infallible,
-    io,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -15,22 +14,23 @@ use axum::{
     response::IntoResponse,
 };
 use bytes::{Bytes, BytesMut};
-use futures::{FutureExt, Stream, StreamExt, TryStreamExt, future::BoxFuture, stream};
+use futures::{FutureExt, StreamExt, TryStreamExt, future::BoxFuture, stream};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Body as _, Frame};
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{mpsc, oneshot},
     task::JoinSet,
 };
 use tonic::Streaming;
 use tower::ServiceExt;
 
 use super::{
+    body::{BodyEnd, BodyProgress, BodyReceiver, BodySender, body_channel},
     headers::{self, ReceivedHeaders},
     messages::{
         BodyMutation, BodyResponse, CommonResponse, FULL_DUPLEX_STREAMED, HeaderMutation,
-        HeadersResponse, HttpBody, HttpHeaders, HttpStatus, HttpTrailers, ImmediateResponse, Part,
-        ProcessingRequest, Reply, StreamedBodyResponse, TrailersResponse,
+        HeadersResponse, HttpHeaders, HttpStatus, ImmediateResponse, Part, ProcessingRequest,
+        Reply, StreamedBodyResponse, TrailersResponse,
     },
 };
 use crate::{
@@ -40,8 +40,6 @@ use crate::{
 
 /// Maximum bytes of a body chunk, as Envoy's documentation recommends.
 const MAX_CHUNK: usize = 64 << 10;
-/// Chunks of a body that are queued.
-const QUEUED_CHUNKS: usize = 4;
 /// Maximum bytes of an immediate answer: errors and findings.
 const MAX_IMMEDIATE: usize = 4 << 20;
 
@@ -58,14 +56,14 @@ pub(super) enum Outgoing {
 #[derive(Debug)]
 struct Aborted(&'static str);
 
-/// Runs an exchange. If it can't be completed, the gateway is told to fail the request.
+/// Runs an exchange. If it can't be completed, the gateway is received to fail the request.
 pub(super) async fn run(
     router: Router,
     patience: Duration,
     mut gateway: Streaming<ProcessingRequest>,
-    said: mpsc::Sender<Outgoing>,
+    sender: mpsc::Sender<Outgoing>,
 ) {
-    let out = Replies(said);
+    let out = Replies(sender);
     let worked = async {
         let first = tokio::time::timeout(patience, gateway.message()).await;
         let Ok(Ok(Some(first))) = first else { return Err(Aborted("no request arrived")) };
@@ -106,8 +104,9 @@ pub(super) async fn run(
 
 /// The answer to a request that the gateway refused itself.
 fn refusal(head: HttpHeaders) -> axum::response::Response {
-    let told = ReceivedHeaders::read(head.headers);
-    let status = told.and_then(|told| StatusCode::from_bytes(told.pseudo_header(":status")?).ok());
+    let received = ReceivedHeaders::read(head.headers);
+    let status = received
+        .and_then(|received| StatusCode::from_bytes(received.pseudo_header(":status")?).ok());
     let status = status.filter(|status| status.as_u16() >= 400).unwrap_or(StatusCode::BAD_GATEWAY);
     ApiError::new(status, "gateway_refused", "the gateway refused this request").into_response()
 }
@@ -144,31 +143,31 @@ async fn guard_request(
         )
         .await;
     };
-    let (mut body, coming_body) = body_channel();
-    let (answer, coming_answer) = body_channel();
-    let (told_head, coming_head) = oneshot::channel();
+    let (mut body, body_receiver) = body_channel();
+    let (answer, answer_receiver) = body_channel();
+    let (head_sender, head_receiver) = oneshot::channel();
     if is_empty {
         body.end(BodyEnd::Whole);
     }
-    let progress = coming_body.progress.clone();
+    let progress = body_receiver.progress.clone();
     let envoy = Arc::new(EnvoyCarrier {
         out: out.clone(),
         path,
         headers: request.headers().clone(),
         is_empty,
         progress,
-        response: Mutex::new(Some((coming_head, coming_answer))),
+        response: Mutex::new(Some((head_receiver, answer_receiver))),
         upstream_head: Mutex::default(),
         body_task: Mutex::default(),
     });
     let request = match attach_carrier(
         envoy.clone(),
-        request.map(|()| Body::from_stream(coming_body.chunks())),
+        request.map(|()| Body::from_stream(body_receiver.chunks())),
     ) {
         Ok(request) => request,
         Err(error) => return reply_at_once(error.into_response(), out).await,
     };
-    let mut incoming = Incoming { body, head: Some(told_head), answer };
+    let mut incoming = Incoming { body, head: Some(head_sender), answer };
     let answered = async {
         let Ok(response) = router.oneshot(request).await;
         envoy.answer(response).await
@@ -180,140 +179,18 @@ async fn guard_request(
 }
 
 /// The request of these headers, and its path as the gateway wrote it.
-fn request(told: ReceivedHeaders) -> Option<(Request<()>, String)> {
+fn request(received: ReceivedHeaders) -> Option<(Request<()>, String)> {
     let mut request = Request::new(());
-    *request.method_mut() = Method::from_bytes(told.pseudo_header(":method")?).ok()?;
-    let path = std::str::from_utf8(told.pseudo_header(":path")?).ok()?.to_owned();
+    *request.method_mut() = Method::from_bytes(received.pseudo_header(":method")?).ok()?;
+    let path = std::str::from_utf8(received.pseudo_header(":path")?).ok()?.to_owned();
     *request.uri_mut() = Uri::try_from(&path).ok().filter(|uri| uri.authority().is_none())?;
-    let host = told.pseudo_header(":authority").and_then(|host| HeaderValue::from_bytes(host).ok());
-    *request.headers_mut() = told.headers;
+    let host =
+        received.pseudo_header(":authority").and_then(|host| HeaderValue::from_bytes(host).ok());
+    *request.headers_mut() = received.headers;
     if let Some(host) = host {
         request.headers_mut().insert(header::HOST, host);
     }
     Some((request, path))
-}
-
-/// How a body ended.
-#[derive(Debug, Clone)]
-enum BodyEnd {
-    /// With its last chunk.
-    Whole,
-    /// With trailers of these names.
-    Trailers(Vec<String>),
-}
-
-impl BodyEnd {
-    fn with(trailers: HttpTrailers) -> Self {
-        Self::Trailers(
-            trailers
-                .trailers
-                .unwrap_or_default()
-                .headers
-                .into_iter()
-                .map(|trailer| trailer.key)
-                .collect(),
-        )
-    }
-}
-
-/// What has arrived of a body. The gateway accepts no chunk of our version of a body before the
-/// first chunk of the original.
-#[derive(Debug, Clone, Default)]
-struct BodyState {
-    has_begun: bool,
-    end: Option<BodyEnd>,
-}
-
-/// Follows the progress of a body.
-#[derive(Clone)]
-struct BodyProgress(watch::Receiver<BodyState>);
-
-impl BodyProgress {
-    /// Waits until a chunk or the end arrives, and returns whether it was a chunk. Never returns if
-    /// the body breaks off before: the gateway knows that.
-    async fn has_begun(&mut self) -> bool {
-        let has_begun = self
-            .0
-            .wait_for(|state| state.has_begun || state.end.is_some())
-            .await
-            .map(|state| state.has_begun);
-        match has_begun {
-            Ok(has_begun) => has_begun,
-            Err(_) => std::future::pending().await,
-        }
-    }
-
-    /// Waits for the end of the body.
-    async fn wait_for_end(mut self) -> BodyEnd {
-        let end = self
-            .0
-            .wait_for(|state| state.end.is_some())
-            .await
-            .ok()
-            .and_then(|state| state.end.clone());
-        match end {
-            Some(end) => end,
-            None => std::future::pending().await,
-        }
-    }
-
-    fn end(&self) -> Option<BodyEnd> {
-        self.0.borrow().end.clone()
-    }
-}
-
-/// The sending side of a body.
-struct BodySender {
-    chunks: Option<mpsc::Sender<Bytes>>,
-    state: watch::Sender<BodyState>,
-}
-
-/// The receiving side of a body.
-struct BodyReceiver {
-    chunks: mpsc::Receiver<Bytes>,
-    progress: BodyProgress,
-}
-
-fn body_channel() -> (BodySender, BodyReceiver) {
-    let (told, chunks) = mpsc::channel(QUEUED_CHUNKS);
-    let (state, seen) = watch::channel(BodyState::default());
-    (
-        BodySender { chunks: Some(told), state },
-        BodyReceiver { chunks, progress: BodyProgress(seen) },
-    )
-}
-
-impl BodySender {
-    async fn chunk(&mut self, chunk: HttpBody) {
-        self.state.send_modify(|state| state.has_begun = true);
-        if let Some(chunks) = self.chunks.as_ref().filter(|_| !chunk.body.is_empty()) {
-            // The receiver may be gone if it needs no more.
-            let _ = chunks.send(chunk.body).await;
-        }
-        if chunk.end_of_stream || chunk.end_of_stream_without_message {
-            self.end(BodyEnd::Whole);
-        }
-    }
-
-    fn end(&mut self, end: BodyEnd) {
-        self.state.send_modify(|state| _ = state.end.get_or_insert(end));
-        self.chunks = None;
-    }
-}
-
-impl BodyReceiver {
-    /// The chunks of the body. A body that breaks off ends with an error.
-    fn chunks(self) -> impl Stream<Item = io::Result<Bytes>> + Send + 'static {
-        let Self { mut chunks, progress } = self;
-        async_stream::stream! {
-            while let Some(chunk) = chunks.recv().await {
-                yield Ok(chunk);
-            }
-            if progress.end().is_none() {
-                yield Err(io::Error::other("the gateway broke off"));
-            }
-        }
-    }
 }
 
 /// Distributes the messages of the gateway.
@@ -342,8 +219,8 @@ impl Incoming {
                     if head.end_of_stream {
                         self.answer.end(BodyEnd::Whole);
                     }
-                    if let Some(told) = self.head.take() {
-                        let _ = told.send(head);
+                    if let Some(sender) = self.head.take() {
+                        let _ = sender.send(head);
                     }
                 }
                 Some(Part::ResponseBody(chunk)) => self.answer.chunk(chunk).await,
@@ -439,18 +316,18 @@ impl Carrier for EnvoyCarrier {
                 return Err(ApiError::upstream("the gateway can carry a request only once"));
             };
             self.send_request(request).await.map_err(broken)?;
-            let told = head.await.map_err(|_| broken(Aborted("the gateway broke off")))?;
-            let is_empty = told.end_of_stream;
+            let received = head.await.map_err(|_| broken(Aborted("the gateway broke off")))?;
+            let is_empty = received.end_of_stream;
             let unread = || ApiError::upstream("the gateway sent an answer that can't be read");
-            let told = ReceivedHeaders::read(told.headers).ok_or_else(unread)?;
-            let status = told
+            let received = ReceivedHeaders::read(received.headers).ok_or_else(unread)?;
+            let status = received
                 .pseudo_header(":status")
                 .and_then(|status| StatusCode::from_bytes(status).ok());
             let status = status.ok_or_else(unread)?;
-            let (headers, progress) = (told.headers.clone(), answer.progress.clone());
+            let (headers, progress) = (received.headers.clone(), answer.progress.clone());
             *lock(&self.upstream_head) = Some(UpstreamHead { status, headers, is_empty, progress });
             let mut response = Response::new(reqwest::Body::wrap_stream(answer.chunks()));
-            (*response.status_mut(), *response.headers_mut()) = (status, told.headers);
+            (*response.status_mut(), *response.headers_mut()) = (status, received.headers);
             Ok(response.into())
         };
         guard_request.boxed()

@@ -5,6 +5,7 @@
 //! guard says how it continues, reads the answer, and says what the client gets. All decisions are
 //! made by the code of our own server; here, the gateway only carries the request.
 
+mod body;
 mod exchange;
 mod headers;
 pub mod messages;

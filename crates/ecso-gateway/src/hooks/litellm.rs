@@ -310,7 +310,7 @@ impl LiteLlmCall {
     /// The request as a chat: its messages, and whatever was sent in addition.
     fn chat(&self) -> Value {
         let messages = self.structured_messages.clone().unwrap_or_default();
-        let (mut known, mut beside) = (HashSet::new(), Vec::new());
+        let (mut known, mut extra_parts) = (HashSet::new(), Vec::new());
         for message in &messages {
             collect_texts(message, &mut known);
         }
@@ -324,14 +324,14 @@ impl LiteLlmCall {
             let url = if is_url { image.clone() } else { format!("data:;base64,{image}") };
             // The same image is in the messages, with its media type.
             if !written.contains(image.as_str()) {
-                beside.push(json!({"type": "image_url", "image_url": {"url": url}}));
+                extra_parts.push(json!({"type": "image_url", "image_url": {"url": url}}));
             }
         }
         let calls = self.tool_calls.iter().flatten().filter(|call| !is_known(call, &known));
         let texts = self.texts.iter().flatten().filter(|text| !known.contains(text.as_str()));
         let texts = texts.cloned().chain(calls.map(Value::to_string));
-        beside.extend(texts.map(|text| json!({"type": "text", "text": text})));
-        let mut chat = json!({"model": self.model, "messages": add_parts(messages, beside)});
+        extra_parts.extend(texts.map(|text| json!({"type": "text", "text": text})));
+        let mut chat = json!({"model": self.model, "messages": add_parts(messages, extra_parts)});
         if let Some(tools) = self.tools.as_ref().filter(|tools| !tools.is_empty()) {
             chat["tools"] = json!(tools);
         }
@@ -377,12 +377,12 @@ impl LiteLlmCall {
             return LiteLlmVerdict::pass();
         }
         let texts = self.texts.as_deref().unwrap_or_default();
-        let said = |place: usize| {
+        let text_of = |place: usize| {
             let message = &judged.answer["choices"][place]["message"];
             message["content"].as_str().or_else(|| message["refusal"].as_str())
         };
         let passthrough: Option<Vec<String>> =
-            (0..texts.len()).map(|place| said(place).map(str::to_owned)).collect();
+            (0..texts.len()).map(|place| text_of(place).map(str::to_owned)).collect();
         // Tool calls can't be removed from an answer here, and neither can a part of a whole.
         match passthrough.filter(|passthrough| {
             !self.has_calls() && !passthrough.is_empty() && passthrough != texts

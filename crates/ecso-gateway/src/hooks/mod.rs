@@ -28,9 +28,10 @@ use utoipa::ToSchema;
 use crate::{
     context::{RequestContext, check_content_headers},
     error::ApiError,
+    handlers,
     json::{self as strict, has_no_prose, is_field_name},
     request::{self, is_remote},
-    server::{self, Gateway, finish_response, request_id},
+    server::{Gateway, finish_response, request_id},
     settings::Mode,
     telemetry,
     upstream::{CHAT, Carrier, HTTP},
@@ -39,18 +40,18 @@ use crate::{
 
 /// Handles a call of a hook: admits it, reads it, and answers it with `work`, or with `failed` if
 /// that is not possible.
-async fn handle_call<Call: DeserializeOwned, Said: Serialize>(
+async fn handle_call<Call: DeserializeOwned, Reply: Serialize>(
     gateway: &Gateway,
     route: &'static str,
     request: axum::extract::Request,
-    failed: impl FnOnce(ApiError) -> Result<Said, ApiError>,
-    work: impl AsyncFnOnce(RequestContext, Call) -> Result<Said, ApiError>,
+    failed: impl FnOnce(ApiError) -> Result<Reply, ApiError>,
+    work: impl AsyncFnOnce(RequestContext, Call) -> Result<Reply, ApiError>,
 ) -> axum::response::Response {
     let (id, state) = (request_id(), gateway.state());
     let (head, body) = request.into_parts();
     let span = telemetry::request_span(route, &id, &head.headers);
     let answered = async {
-        let worked = async {
+        let result = async {
             let mut context = gateway.admit(&state, &id, head)?;
             check_content_headers(&context.headers)?;
             context.keep_known_headers();
@@ -66,17 +67,17 @@ async fn handle_call<Call: DeserializeOwned, Said: Serialize>(
             drop(body);
             Box::pin(work(context, call)).await
         };
-        let said = match worked.await {
-            Ok(said) => said,
+        let reply = match result.await {
+            Ok(reply) => reply,
             Err(error) => {
                 let (code, logged) = (error.code, error.clone());
-                let said = failed(error)?;
+                let reply = failed(error)?;
                 logged.log(&id);
                 state.metrics.failure(code);
-                said
+                reply
             }
         };
-        Ok(([(header::CONTENT_TYPE, "application/json")], json!(said).to_string()).into_response())
+        Ok(([(header::CONTENT_TYPE, "application/json")], json!(reply).to_string()).into_response())
     };
     finish_response(&id, (HTTP, route), &state.metrics, answered.instrument(span)).await
 }
@@ -246,9 +247,9 @@ async fn judge_answer(
     let context = context.with_answer(Arc::new(provided));
     let body = Body::from(request.to_string());
     let response = match format {
-        None => server::answer_chat(gateway, context, body).await?,
+        None => handlers::answer_chat(gateway, context, body).await?,
         Some(format) => {
-            server::answer_translated(gateway, context, format, format.path(), body).await?
+            handlers::answer_translated(gateway, context, format, format.path(), body).await?
         }
     };
     let (head, body) = response.into_parts();
@@ -270,16 +271,16 @@ fn header_text(headers: &HeaderMap, name: &str) -> Option<String> {
 }
 
 /// Whether an answer contains more than what was judged of it, apart from ids and names.
-fn says_more(came: &Value, judged: &Value) -> bool {
+fn says_more(original: &Value, judged: &Value) -> bool {
     const NAMES: [&str; 5] = ["id", "object", "created", "model", "system_fingerprint"];
-    let mut came = came.clone();
-    if let Value::Object(fields) = &mut came {
+    let mut original = original.clone();
+    if let Value::Object(fields) = &mut original {
         let is_name = |value: &Value| value.is_string() || value.is_number() || value.is_null();
         fields.retain(|name, value| {
             !(NAMES.contains(&name.as_str()) && is_name(value) && has_no_prose(value))
         });
     }
-    !is_contained(&came, judged)
+    !is_contained(&original, judged)
 }
 
 /// Whether an id, name or signature in a Messages answer is more than one word, so that it could be
@@ -327,7 +328,7 @@ mod tests {
     #[test]
     fn unjudged_content_is_noticed() {
         let judged = json!({"id": "ours", "choices": [{"index": 0, "message": {"content": "rye"}, "logprobs": null}]});
-        for (came, more) in [
+        for (original, more) in [
             (json!({"choices": [{"index": 0, "message": {"content": "rye"}}]}), false),
             (
                 json!({"id": "c1", "model": "m", "created": 3, "choices": [{"message": {"content": "rye", "refusal": null, "annotations": []}}]}),
@@ -349,7 +350,7 @@ mod tests {
             (json!({"choices": [{"message": {"content": "rye"}, "Flour!": null}]}), true),
             (json!("flour"), true),
         ] {
-            assert_eq!(says_more(&came, &judged), more, "{came}");
+            assert_eq!(says_more(&original, &judged), more, "{original}");
         }
     }
 }

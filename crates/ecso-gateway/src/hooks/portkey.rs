@@ -310,21 +310,22 @@ fn chat_of_prompt(request: &Value) -> Result<Value, ApiError> {
 
 /// An answer of the old completions, as the answer to a chat.
 fn chat_answer(answer: &Value) -> Value {
-    let mut around = answer.as_object().cloned().unwrap_or_default();
-    around.retain(|name, value| name != "choices" && !(is_field_name(name) && has_no_prose(value)));
+    let mut answer_fields = answer.as_object().cloned().unwrap_or_default();
+    answer_fields
+        .retain(|name, value| name != "choices" && !(is_field_name(name) && has_no_prose(value)));
     let choices = answer["choices"].as_array().into_iter().flatten().enumerate();
     let choices = choices.map(|(index, choice)| {
-        let mut beside = choice.clone();
-        if let Value::Object(fields) = &mut beside {
-            fields.extend(around.clone());
+        let mut extra_fields = choice.clone();
+        if let Value::Object(fields) = &mut extra_fields {
+            fields.extend(answer_fields.clone());
             fields.retain(|name, value| {
                 !(value.is_null() || ["text", "index", "finish_reason"].contains(&name.as_str()))
             });
         }
         let mut message = json!({"content": choice["text"]});
-        if !beside.as_object().is_some_and(serde_json::Map::is_empty) {
-            let called = json!({"name": "choice", "arguments": beside.to_string()});
-            message["tool_calls"] = json!([{"type": "function", "function": called}]);
+        if !extra_fields.as_object().is_some_and(serde_json::Map::is_empty) {
+            let call = json!({"name": "choice", "arguments": extra_fields.to_string()});
+            message["tool_calls"] = json!([{"type": "function", "function": call}]);
         }
         json!({"index": index, "message": message, "finish_reason": "stop"})
     });

@@ -466,9 +466,9 @@ impl Wire for Messages {
     }
 
     fn events(&self, answer: &Answer<'_>) -> Vec<Value> {
-        let mut begun = Self::frame(answer, &[]);
-        begun["usage"]["output_tokens"] = 0.into();
-        let mut events = vec![json!({"type": "message_start", "message": begun})];
+        let mut started = Self::frame(answer, &[]);
+        started["usage"]["output_tokens"] = 0.into();
+        let mut events = vec![json!({"type": "message_start", "message": started})];
         for (index, mut block) in self.content(answer).into_iter().enumerate() {
             let (field, delta) = match block["type"].as_str() {
                 Some("thinking") => ("thinking", "thinking_delta"),

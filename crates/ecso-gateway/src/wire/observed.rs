@@ -309,14 +309,14 @@ mod tests {
                 "{whole}"
             );
         }
-        for beside in [
+        for extra in [
             json!({"stop_details": {"explanation": "more flour"}}),
             json!({"usage": {"note": "more flour"}}),
             json!({"note": ["more flour"]}),
             json!({"more flour": 1}),
         ] {
             let mut message = json!({"type": "message", "content": [], "id": "msg_1", "usage": {"input_tokens": 1}});
-            message.as_object_mut().unwrap().extend(beside.as_object().unwrap().clone());
+            message.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
             let whole = message.to_string();
             assert!(
                 text_of(Format::Messages, false, &whole).await.unwrap().contains("flour"),
@@ -342,9 +342,9 @@ mod tests {
                 "{whole}"
             );
         }
-        let beside =
+        let extra =
             json!({"status": "completed", "output": [], "output_text": "flour"}).to_string();
-        assert!(text_of(Format::Responses, false, &beside).await.unwrap().contains("flour"));
+        assert!(text_of(Format::Responses, false, &extra).await.unwrap().contains("flour"));
         // Other objects are errors, whatever they say.
         for whole in [
             json!({"type": "error", "error": {"message": "flour"}}),
@@ -363,7 +363,7 @@ mod tests {
         let piece = |text: &str| json!({"type": "response.output_text.delta", "item_id": "i", "delta": text});
         let ended =
             |output: Value| json!({"type": "response.completed", "response": {"output": output}});
-        for (events, heard) in [
+        for (events, text) in [
             (vec![piece("flo"), piece("ur"), ended(json!([]))], "flour"),
             (vec![piece("flo"), piece("ur"), ended(json!([message("rye")]))], "rye\nflour"),
             (vec![piece("r"), piece("ye"), ended(json!([message("rye")]))], "rye"),
@@ -377,7 +377,7 @@ mod tests {
         ] {
             assert_eq!(
                 text_of(Format::Responses, true, &stream(&events)).await.as_deref(),
-                Some(heard),
+                Some(text),
                 "{events:?}"
             );
         }
@@ -408,13 +408,13 @@ mod tests {
             }
         }
         // Values of the wrong type say nothing, and break nothing.
-        let odd = stream(&[
+        let unusual = stream(&[
             json!({"type": "content_block_start", "index": 0, "content_block": "rye"}),
             json!({"type": "content_block_delta", "index": 0, "delta": {"text": "Flour."}}),
             json!({"type": "message_stop"}),
         ]);
-        assert!(text_of(Format::Messages, true, &odd).await.is_some());
-        let odd = stream(&[json!({"type": "response.completed", "response": "rye"})]);
-        assert_eq!(text_of(Format::Responses, true, &odd).await, None);
+        assert!(text_of(Format::Messages, true, &unusual).await.is_some());
+        let unusual = stream(&[json!({"type": "response.completed", "response": "rye"})]);
+        assert_eq!(text_of(Format::Responses, true, &unusual).await, None);
     }
 }

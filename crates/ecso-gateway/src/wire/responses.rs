@@ -371,9 +371,9 @@ impl Responses {
             "input_tokens_details": {"cached_tokens": cached}, "output_tokens_details": {"reasoning_tokens": 0},
         });
         if self.moderation {
-            let told = |code: &str, message: &str| json!({"type": "error", "code": code, "message": message});
+            let error = |code: &str, message: &str| json!({"type": "error", "code": code, "message": message});
             let output = match answer.verdict {
-                (Verdict::Unchecked, _) => told("unchecked", "this answer was not judged"),
+                (Verdict::Unchecked, _) => error("unchecked", "this answer was not judged"),
                 (verdict, score) => {
                     let is_harm = verdict == Verdict::Unsafe;
                     let score = score.unwrap_or(if is_harm { 1.0 } else { 0.0 });
@@ -383,7 +383,7 @@ impl Responses {
                     })
                 }
             };
-            let input = told("not_apart", "request and answer are judged together: see output");
+            let input = error("not_apart", "request and answer are judged together: see output");
             response["moderation"] = json!({"input": input, "output": output});
         }
         if let Some(report) = &answer.report {
@@ -408,11 +408,11 @@ impl Wire for Responses {
     }
 
     fn events(&self, answer: &Answer<'_>) -> Vec<Value> {
-        let begun =
+        let started =
             self.frame((answer.id, answer.model, answer.created), answer.is_stored, "in_progress");
         let mut events = vec![
-            json!({"type": "response.created", "response": begun}),
-            json!({"type": "response.in_progress", "response": begun}),
+            json!({"type": "response.created", "response": started}),
+            json!({"type": "response.in_progress", "response": started}),
         ];
         let ended = self.final_response(answer);
         for (index, item) in ended["output"].as_array().into_iter().flatten().enumerate() {
@@ -427,11 +427,11 @@ impl Wire for Responses {
     }
 
     fn failure_events(&self, (id, model): (&str, &str), error: &ApiError) -> Vec<Value> {
-        let begun = self.frame((id, model, 0), false, "in_progress");
+        let started = self.frame((id, model, 0), false, "in_progress");
         let mut failed = self.frame((id, model, 0), false, "failed");
         failed["error"] = json!({"code": "server_error", "message": format!("{} ({})", error.message, error.code)});
         vec![
-            json!({"type": "response.created", "response": begun, "sequence_number": 0}),
+            json!({"type": "response.created", "response": started, "sequence_number": 0}),
             json!({"type": "response.failed", "response": failed, "sequence_number": 1}),
         ]
     }
@@ -440,22 +440,23 @@ impl Wire for Responses {
 /// Adds the events of one item.
 fn push_item_events(index: usize, item: &Value, events: &mut Vec<Value>) {
     let id = &item["id"];
-    let mut begun = item.clone();
-    begun["status"] = "in_progress".into();
+    let mut started = item.clone();
+    started["status"] = "in_progress".into();
     // The name of its text field, in the item and in events.
-    let said = match item["type"].as_str() {
+    let text_field = match item["type"].as_str() {
         Some("function_call") => Some(("arguments", "function_call_arguments")),
         Some("custom_tool_call") => Some(("input", "custom_tool_call_input")),
         _ => None,
     };
-    match said {
-        Some((field, _)) => begun[field] = "".into(),
-        None if begun["content"].is_array() => begun["content"] = json!([]),
+    match text_field {
+        Some((field, _)) => started[field] = "".into(),
+        None if started["content"].is_array() => started["content"] = json!([]),
         None => {}
     }
-    events
-        .push(json!({"type": "response.output_item.added", "output_index": index, "item": begun}));
-    if let Some((field, name)) = said {
+    events.push(
+        json!({"type": "response.output_item.added", "output_index": index, "item": started}),
+    );
+    if let Some((field, name)) = text_field {
         let text = &item[field];
         events.push(
             json!({"type": format!("response.{name}.delta"), "item_id": id, "output_index": index, "delta": text}),

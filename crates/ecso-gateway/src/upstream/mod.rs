@@ -1,5 +1,8 @@
 //! What is behind the guard: another server, or a model in this process.
 
+mod headers;
+mod refusal;
+
 use std::{error::Error, fmt, sync::Arc, time::Duration};
 
 use axum::{
@@ -12,18 +15,22 @@ use axum::{
 };
 use bytes::Bytes;
 use ecso::{Mllm, ModelError};
-use ecso_openai::{Bodies, OpenAi, http_client, lenient};
+use ecso_openai::{Bodies, OpenAi, http_client};
 use futures::{Stream, StreamExt, future::BoxFuture, stream};
 use reqwest::Url;
 use secrecy::SecretString;
-use serde_json::Value;
 use tower::{ServiceExt, service_fn};
 use tower_http::decompression::Decompression;
 
 use crate::{
-    access, completion::Completion, context, error::ApiError, fields, request::Request as Chat,
-    telemetry,
+    access, completion::Completion, context, error::ApiError, request::Request as Chat, telemetry,
 };
+
+pub(crate) use headers::{CREDENTIAL_HEADERS, answer_head, is_known_header};
+use headers::{
+    end_to_end_headers, forwarded_headers, is_safe_with_operator_key, is_version, own_call_header,
+};
+use refusal::refusal;
 
 /// The guarded route.
 pub(crate) const CHAT: &str = "/v1/chat/completions";
@@ -405,64 +412,6 @@ impl Server {
     }
 }
 
-/// What the client may know of an upstream's refusal: its status, and a description in our own
-/// words. The upstream's message may quote text that nobody has judged.
-async fn refusal(response: reqwest::Response) -> ApiError {
-    const LONGEST: usize = 64 << 10;
-    let (status, head) = (response.status(), answer_head(response.headers()));
-    // Other statuses redirect, or have no body.
-    if status.as_u16() < 400 {
-        return ApiError::upstream(format!(
-            "the upstream's answer has the status {}",
-            status.as_u16()
-        ))
-        .with_head(&head);
-    }
-    let mut body = limited_body(response, LONGEST);
-    let mut bytes = Vec::new();
-    while let Some(Ok(piece)) = body.next().await {
-        bytes.extend_from_slice(&piece);
-    }
-    let text = String::from_utf8_lossy(&bytes).into_owned();
-    let error: Value = lenient::parse(&text).unwrap_or_default();
-    let error = if error["error"].is_object() { &error["error"] } else { &error };
-    let codes = [&error["code"], &error["type"]].into_iter().filter_map(Value::as_str);
-    let by_code = codes
-        .flat_map(|code| KNOWN_REFUSALS.iter().filter(move |(known, _)| *known == code))
-        .next();
-    let lower = text.to_lowercase();
-    let is_too_long =
-        ["context length", "maximum context", "context size", "context window", "too many tokens"];
-    let by_words =
-        KNOWN_REFUSALS.first().filter(|_| is_too_long.iter().any(|words| lower.contains(words)));
-    let (code, about) = by_code
-        .or(by_words)
-        .copied()
-        .unwrap_or(("upstream_refused", "the guard's log has its message at level debug"));
-    let param =
-        error["param"].as_str().filter(|param| fields::is_request_field(param)).map(str::to_owned);
-    let message = format!("the upstream refused the request ({}): {about}", status.as_u16());
-    ApiError { param, ..ApiError::new(status, code, message).because(text).with_head(&head) }
-}
-
-/// Error codes that clients know, with our descriptions.
-const KNOWN_REFUSALS: [(&str, &str); 14] = [
-    ("context_length_exceeded", "it is longer than the model's maximum context length"),
-    ("exceed_context_size_error", "it is longer than the model's maximum context length"),
-    ("model_not_found", "it does not have this model"),
-    ("invalid_api_key", "it does not know this key"),
-    ("insufficient_quota", "the quota is used up"),
-    ("rate_limit_exceeded", "too many requests, or too many tokens"),
-    ("content_filter", "a content filter refuses it"),
-    ("content_policy_violation", "a content filter refuses it"),
-    ("unsupported_parameter", "a field is not supported by this model"),
-    ("unsupported_value", "the value of a field is not supported by this model"),
-    ("invalid_image", "an image can't be read"),
-    ("invalid_image_format", "an image can't be read"),
-    ("image_parse_error", "an image can't be read"),
-    ("server_overloaded", "it is overloaded"),
-];
-
 /// The body of a response, limited to `max_bytes` bytes.
 pub(crate) fn limited_body(
     response: reqwest::Response,
@@ -521,90 +470,6 @@ pub(crate) fn relay(response: reqwest::Response, silence: Duration) -> Response<
     relayed
 }
 
-/// The headers of an upstream's answer that are kept for the answer built from it: rate limits,
-/// CORS, and request ids. Others might carry a text.
-pub(crate) fn answer_head(headers: &HeaderMap) -> HeaderMap {
-    const NAMES: [&str; 5] =
-        ["vary", "retry-after", "x-request-id", "request-id", "openai-processing-ms"];
-    const PREFIXES: [&str; 5] = [
-        "access-control-",
-        "x-ratelimit-",
-        "ratelimit",
-        "anthropic-ratelimit-",
-        "x-envoy-ratelimit",
-    ];
-    let is_known = |name: &HeaderName| {
-        NAMES.contains(&name.as_str())
-            || PREFIXES.iter().any(|start| name.as_str().starts_with(start))
-    };
-    // A number, a name, or a list of these is not a sentence.
-    let is_list =
-        |value: &str| value.split(',').all(|entry| !entry.trim().contains(char::is_whitespace));
-    let is_short = |value: &HeaderValue| value.len() <= 512 && value.to_str().is_ok_and(is_list);
-    // Seconds; a date is dropped.
-    let is_time = |value: &HeaderValue| value.as_bytes().iter().all(u8::is_ascii_digit);
-    let fits = |name: &HeaderName, value: &HeaderValue| {
-        if *name == header::RETRY_AFTER { is_time(value) } else { is_short(value) }
-    };
-    let head = headers.iter().filter(|(name, value)| is_known(name) && fits(name, value));
-    head.map(|(name, value)| (name.clone(), value.clone())).collect()
-}
-
-/// The mark of the guard's own calls, if these headers have it.
-fn own_call_header(headers: &HeaderMap) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
-    headers.get(OWN_CALL).map(|told| (OWN_CALL, told.clone())).into_iter()
-}
-
-/// Whether a client's header names an API version. Guarded requests don't carry it, because they
-/// are sent as chats.
-fn is_version(name: &HeaderName) -> bool {
-    ["anthropic-version", "anthropic-beta", "openai-beta"].contains(&name.as_str())
-}
-
-/// Whether a client's header is known to say only who asks, and in which format.
-pub(crate) fn is_known_header(name: &HeaderName) -> bool {
-    is_safe_with_operator_key(name)
-        || CREDENTIAL_HEADERS.contains(&name.as_str())
-        || [header::HOST, header::CONNECTION].contains(name)
-}
-
-/// Headers that say who asks, and with which account.
-pub(crate) const CREDENTIAL_HEADERS: [&str; 5] =
-    ["authorization", "api-key", "x-api-key", "openai-organization", "openai-project"];
-
-/// Whether a client's header may be sent with the operator's key: it does not name an account.
-fn is_safe_with_operator_key(name: &HeaderName) -> bool {
-    const NAMES: [&str; 12] = [
-        "accept",
-        "accept-encoding",
-        "accept-language",
-        "content-encoding",
-        "content-length",
-        "content-type",
-        "origin",
-        "user-agent",
-        "traceparent",
-        "tracestate",
-        "x-request-id",
-        "access-control-request-method",
-    ];
-    NAMES.contains(&name.as_str())
-        || ["x-stainless-", "access-control-"].iter().any(|start| name.as_str().starts_with(start))
-}
-
-/// The headers of a request as they are forwarded.
-fn forwarded_headers(headers: &HeaderMap, bodies: Bodies) -> HeaderMap {
-    let mut headers = end_to_end_headers(headers);
-    headers.remove(header::HOST);
-    if bodies == Bodies::Unpacked {
-        // The compression of replies is between the upstream and us.
-        headers.remove(header::ACCEPT_ENCODING);
-        // The body may differ from the client's by now.
-        headers.remove(header::CONTENT_LENGTH);
-    }
-    headers
-}
-
 /// Sends a request through a carrier, asks for an uncompressed reply, and decompresses it if
 /// needed.
 async fn carry_unpacked(
@@ -617,35 +482,4 @@ async fn carry_unpacked(
     });
     let response = Decompression::new(carry).oneshot(request).await?;
     Ok(response.map(reqwest::Body::wrap).into())
-}
-
-/// Headers that are neither hop-by-hop nor our own.
-fn end_to_end_headers(headers: &HeaderMap) -> HeaderMap {
-    const OF_ONE_CONNECTION: [HeaderName; 8] = [
-        header::CONNECTION,
-        HeaderName::from_static("keep-alive"),
-        header::PROXY_AUTHENTICATE,
-        header::PROXY_AUTHORIZATION,
-        header::TE,
-        header::TRAILER,
-        header::TRANSFER_ENCODING,
-        header::UPGRADE,
-    ];
-    let named: Vec<String> = headers
-        .get_all(header::CONNECTION)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .map(|name| name.trim().to_ascii_lowercase())
-        .collect();
-    let is_kept = |name: &HeaderName| {
-        !OF_ONE_CONNECTION.contains(name)
-            && !name.as_str().starts_with("x-ecso-")
-            && !named.iter().any(|other| name == other.as_str())
-    };
-    headers
-        .iter()
-        .filter(|(name, _)| is_kept(name))
-        .map(|(name, value)| (name.clone(), value.clone()))
-        .collect()
 }
