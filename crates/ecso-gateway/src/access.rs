@@ -75,8 +75,8 @@ pub(crate) fn check_local(method: &Method, uri: &Uri, headers: &HeaderMap) -> Re
             || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
     });
     if !is_local {
-        let message = "without client keys, only requests to 127.0.0.1 and localhost are answered; make a \
-                       key with `ecso key NAME`";
+        let message = "without client keys, only requests to 127.0.0.1 and localhost are \
+                       answered; make a key with `ecso key NAME`";
         return Err(ApiError::new(StatusCode::FORBIDDEN, "wrong_host", message));
     }
     let mut kinds =

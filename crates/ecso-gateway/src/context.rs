@@ -191,8 +191,9 @@ impl RequestContext {
         let settings = &self.state.settings;
         let is_fetched = self.mode == Mode::Enforce && settings.image_urls == ImageUrls::Fetch;
         if self.has_answer && is_fetched && body.remote_images().iter().any(|url| is_remote(url)) {
-            let message = "an image is named by its URL, and the guard can't know what the model saw there. Call \
-                 the hook before the model, send data URLs, or set gateway.image_urls = \"pass\"";
+            let message = "an image is named by its URL, and the guard can't know what the model \
+                           saw there. Call the hook before the model, send data URLs, or set \
+                           gateway.image_urls = \"pass\"";
             return Err(ApiError::bad_request("image_url_refused", message));
         }
         let (state, started, reserved_bytes) =
@@ -293,6 +294,16 @@ impl RequestContext {
             Bodies::AsSent,
         );
         Ok(relay(self.in_time(sent).await?, self.state.settings.limits.deadline()))
+    }
+
+    /// Forwards a POST request with the operator's credentials, unguarded.
+    pub(crate) async fn forward_post(
+        &self,
+        transport: &Transport,
+        path: &str,
+        body: impl Into<reqwest::Body>,
+    ) -> Result<Response<axum::body::Body>, ApiError> {
+        self.forward(transport, Credentials::Operator, &Method::POST, path, body).await
     }
 
     /// Runs `work` until the request's deadline.

@@ -1,7 +1,7 @@
 //! Everything that can go wrong, as the client sees it: OpenAI's error object, with types of our
 //! own.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, fmt::Display, time::Duration};
 
 use axum::{
     body::Body,
@@ -71,6 +71,12 @@ impl ApiError {
         Self::new(StatusCode::BAD_REQUEST, code, message)
     }
 
+    /// The body can't be read, for this reason.
+    pub(crate) fn unreadable_body(why: impl Display) -> Self {
+        Self::bad_request("invalid_request", format!("the body can't be read: {why}"))
+    }
+
+    /// The queue is full.
     pub(crate) fn busy() -> Self {
         let retry_after = Some(Duration::from_secs(1));
         Self {
@@ -181,7 +187,8 @@ impl utoipa::IntoResponses for ApiErrors {
             (415, "The body is compressed"),
             (
                 429,
-                "Too many requests are waiting, or this key is over its rate limit; `Retry-After` says when to try again",
+                "Too many requests are waiting, or this key is over its rate limit; `Retry-After` \
+                 says when to try again",
             ),
             (502, "The server behind the guard failed"),
             (503, "The server behind the guard is overloaded"),

@@ -73,8 +73,8 @@ const MAX_NAME: usize = 16 << 10;
 /// Longest label, in bytes.
 const MAX_LABEL: usize = 1024;
 
-/// Returns what `form` knows of a value, or `None` if the value does not fit and the visitor accepts
-/// that.
+/// Returns what `form` knows of a value, or `None` if the value does not fit and the visitor
+/// accepts that.
 pub(crate) fn filter(
     form: &Form,
     value: Value,

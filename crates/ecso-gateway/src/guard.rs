@@ -108,11 +108,7 @@ pub(crate) struct GuardRequest {
 
 impl GuardRequest {
     pub(crate) fn read(body: &[u8]) -> Result<Self, ApiError> {
-        let unreadable = |why| {
-            ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"))
-        };
-        let body = crate::json::parse(body).map_err(unreadable)?;
-        serde_json::from_value(body).map_err(|error| unreadable(error.to_string()))
+        crate::json::parse_as(body)
     }
 
     /// The request as a chat.

@@ -5,7 +5,7 @@ use std::sync::{Arc, LazyLock};
 use axum::{
     body::Body,
     extract::State,
-    http::{HeaderValue, Method, StatusCode, header},
+    http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use ecso::profile::Scope;
@@ -25,7 +25,7 @@ use crate::{
     server::{Gateway, finish_response, request_id, routes},
     settings::Mode,
     telemetry,
-    upstream::{CHAT, Credentials, HTTP, Upstream, door},
+    upstream::{CHAT, HTTP, Upstream, door},
     wire::{Format, PREVIOUS_RESPONSE_ID, external_conversation},
 };
 
@@ -67,15 +67,7 @@ pub(crate) async fn answer_chat(
     if let Some(transport) = &transport
         && context.caller.is_never_guarded(settings)
     {
-        return context
-            .forward(
-                transport,
-                Credentials::Operator,
-                &Method::POST,
-                CHAT,
-                context.stream_body(body),
-            )
-            .await;
+        return context.forward_post(transport, CHAT, context.stream_body(body)).await;
     }
     let body = context.read(body).await?;
     let value = strict::parse(&body);
@@ -84,9 +76,7 @@ pub(crate) async fn answer_chat(
     let scope = context.scope(model);
     let parsed = check_content_headers(&context.headers).and(
         value
-            .map_err(|why| {
-                ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"))
-            })
+            .map_err(ApiError::unreadable_body)
             .and_then(|value| request::Body::parse(value, &settings.allow_fields)),
     );
     if context.mode == Mode::Enforce {
@@ -94,12 +84,15 @@ pub(crate) async fn answer_chat(
         context.set_json();
     }
     // An unreadable request counts as in scope.
-    let is_out = parsed.as_ref().is_ok_and(|parsed| scope != Scope::All && !parsed.has_images());
+    let is_out_of_scope =
+        parsed.as_ref().is_ok_and(|parsed| scope != Scope::All && !parsed.has_images());
     match (&transport, context.mode) {
         (Some(transport), mode)
-            if mode == Mode::Off || is_out || (mode == Mode::Observe && !settings.is_sampled()) =>
+            if mode == Mode::Off
+                || is_out_of_scope
+                || (mode == Mode::Observe && !settings.is_sampled()) =>
         {
-            context.forward(transport, Credentials::Operator, &Method::POST, CHAT, body).await
+            context.forward_post(transport, CHAT, body).await
         }
         (Some(transport), Mode::Observe) => {
             let admission = Arc::clone(&gateway.admission);
@@ -147,7 +140,7 @@ pub(crate) async fn responses(
     handle_translated(&gateway, "responses", Format::Responses, request).await
 }
 
-/// A request of another format than chat completions.
+/// Handles a request in another format than chat completions.
 async fn handle_translated(
     gateway: &Gateway,
     route: &'static str,
@@ -167,7 +160,7 @@ async fn handle_translated(
     finish_response(&id, (door, route), &state.metrics, answered.instrument(span)).await
 }
 
-/// A request of another format: let through, observed, or answered as the chat which it asks for.
+/// Answers a request in another format: forwards it, observes it, or guards it as a chat.
 pub(crate) async fn answer_translated(
     gateway: &Gateway,
     mut context: RequestContext,
@@ -181,15 +174,7 @@ pub(crate) async fn answer_translated(
     if let Some(transport) = &transport
         && context.caller.is_never_guarded(settings)
     {
-        return context
-            .forward(
-                transport,
-                Credentials::Operator,
-                &Method::POST,
-                path,
-                context.stream_body(body),
-            )
-            .await;
+        return context.forward_post(transport, path, context.stream_body(body)).await;
     }
     let body = context.read(body).await?;
     let value = strict::parse(&body);
@@ -200,7 +185,7 @@ pub(crate) async fn answer_translated(
     if context.mode == Mode::Enforce || transport.is_none() {
         context.keep_known_headers();
         context.set_json();
-        // Where Messages have their key, chats have none.
+        // Chats have their key in another header than Messages.
         if let Some(key) = context.headers.remove(API_KEY)
             && !context.headers.contains_key(header::AUTHORIZATION)
             && let Ok(key) = HeaderValue::try_from([b"Bearer ", key.as_bytes()].concat())
@@ -208,22 +193,18 @@ pub(crate) async fn answer_translated(
             context.headers.insert(header::AUTHORIZATION, key);
         }
     }
-    let unread =
-        |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
-    let value = headers_checked.and(value.map_err(unread));
-    // Where it is not enforced, the upstream's own route answers.
+    let value = headers_checked.and(value.map_err(ApiError::unreadable_body));
+    // Without enforcement, the upstream's own route answers.
     if let (Some(transport), Mode::Off | Mode::Observe) = (&transport, context.mode) {
         // The upstream has the earlier answers.
         let chat = value.and_then(|value| {
             format.parse(value, &mut |_| Err(external_conversation(PREVIOUS_RESPONSE_ID)))
         });
         let parsed = chat.and_then(|(chat, _)| request::Body::parse(chat, &settings.allow_fields));
-        let is_out =
+        let is_out_of_scope =
             parsed.as_ref().is_ok_and(|parsed| scope != Scope::All && !parsed.has_images());
-        if context.mode == Mode::Off || is_out || !settings.is_sampled() {
-            return context
-                .forward(transport, Credentials::Operator, &Method::POST, path, body)
-                .await;
+        if context.mode == Mode::Off || is_out_of_scope || !settings.is_sampled() {
+            return context.forward_post(transport, path, body).await;
         }
         let admission = Arc::clone(&gateway.admission);
         return ObservedRequest { context, admission, parsed, format: Some(format) }
@@ -231,16 +212,16 @@ pub(crate) async fn answer_translated(
             .await;
     }
     let value = value?;
-    let left = (
+    let remaining = (
         settings.limits.body.saturating_sub(body.len()),
         strict::MAX_VALUES.saturating_sub(strict::count_values(&value)),
     );
     drop(body);
     let tenant = context.tenant();
-    let mut earlier = |id: &str| {
-        state.store.conversation((&tenant, id), left, |bytes| context.reserve_more(bytes))
+    let mut load = |id: &str| {
+        state.store.conversation((&tenant, id), remaining, |bytes| context.reserve_more(bytes))
     };
-    let (chat, wire) = format.parse(value, &mut earlier)?;
+    let (chat, wire) = format.parse(value, &mut load)?;
     let chat = request::Body::parse(chat, &settings.allow_fields)?;
     let turn = context.in_time(gateway.admission.enter()).await?;
     let request = context.prepare(chat).await?;
@@ -286,13 +267,13 @@ async fn count_request(
     context.mode =
         context.caller.mode(&state.settings, request::model(&value), &context.headers)?;
     if let (Some(transport), Mode::Off | Mode::Observe) = (context.transport(), context.mode) {
-        return context.forward(&transport, Credentials::Operator, &Method::POST, path, body).await;
+        return context.forward_post(&transport, path, body).await;
     }
     check_content_headers(&context.headers)?;
-    let unread =
-        |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
     let (chat, _) = Format::Messages
-        .parse(value.map_err(unread)?, &mut |_| Err(external_conversation(PREVIOUS_RESPONSE_ID)))?;
+        .parse(value.map_err(ApiError::unreadable_body)?, &mut |_| {
+            Err(external_conversation(PREVIOUS_RESPONSE_ID))
+        })?;
     let counted =
         json!({"input_tokens": request::Body::parse(chat, &state.settings.allow_fields)?.tokens()});
     Ok(([(header::CONTENT_TYPE, "application/json")], counted.to_string()).into_response())

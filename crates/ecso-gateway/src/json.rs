@@ -4,8 +4,12 @@
 use std::{cell::Cell, collections::HashSet, fmt};
 
 use ecso_openai::surrogates;
-use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
+use serde::de::{
+    DeserializeOwned, DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor,
+};
 use serde_json::{Map, Value};
+
+use crate::error::ApiError;
 
 /// The maximum number of values of a body. Each takes about a hundred bytes.
 pub(crate) const MAX_VALUES: usize = 100_000;
@@ -18,6 +22,15 @@ pub(crate) fn parse(body: &[u8]) -> Result<Value, String> {
     let text = std::str::from_utf8(body).map_err(|error| error.to_string())?;
     surrogates::parse_seed(text, Strict { remaining: &Cell::new(MAX_VALUES) })
         .map_err(|error| error.to_string())
+}
+
+/// Parses a body into a type of its own.
+///
+/// # Errors
+/// If [`parse`] fails, or the body does not have this type.
+pub(crate) fn parse_as<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    let value = parse(body).map_err(ApiError::unreadable_body)?;
+    serde_json::from_value(value).map_err(ApiError::unreadable_body)
 }
 
 /// The number of values in a value, including itself.

@@ -5,13 +5,13 @@
 //! one is written from text alone. **No text of an answer reaches the client before a verdict on
 //! it.** Requests that are not guarded are passed on if they are known to be harmless.
 //!
-//! The path of a request: [`server`] routes it to `handlers`; `context` admits it; `json` and `request` read it
-//! against the tables of `fields`; `upstream` gets the draft; `completion` is what is known of that
-//! draft; `chat` judges it and writes the answer; `windowed` judges a draft while it is written;
-//! `report` holds the findings; `error` is everything that can go wrong, as the client sees it.
-//! `passthrough` forwards what the table of `routes` allows; `observe` judges without holding
-//! answers back; `guard` and `moderation` judge on demand, and `hooks` judge for other gateways;
-//! `layer` guards a service in the same program. `playground` is a web page.
+//! The path of a request: [`server`] routes it to `handlers`; `context` admits it; `json` and
+//! `request` read it against the tables of `fields`; `upstream` gets the draft; `completion` is
+//! what is known of that draft; `chat` judges it and writes the answer; `windowed` judges a draft
+//! while it is written; `report` holds the findings; `error` is everything that can go wrong, as
+//! the client sees it. `passthrough` forwards what the table of `routes` allows; `observe` judges
+//! without holding answers back; `guard` and `moderation` judge on demand, and `hooks` judge for
+//! other gateways; `layer` guards a service in the same program. `playground` is a web page.
 
 mod access;
 mod audit;

@@ -139,10 +139,7 @@ impl ModerationResult {
 impl ModerationRequest {
     fn read(body: &[u8], most: usize) -> Result<Self, ApiError> {
         let invalid = |message: String| ApiError::bad_request("invalid_request", message);
-        let unreadable = |why| invalid(format!("the body can't be read: {why}"));
-        let body = crate::json::parse(body).map_err(unreadable)?;
-        let question: Self =
-            serde_json::from_value(body).map_err(|error| unreadable(error.to_string()))?;
+        let question: Self = crate::json::parse_as(body)?;
         let contents = question.contents();
         let is_empty = |content: &Value| {
             content.as_str().is_some_and(|text| text.trim().is_empty())

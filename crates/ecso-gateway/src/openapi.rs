@@ -11,9 +11,9 @@ use utoipa::{OpenApi, ToSchema};
 #[derive(OpenApi)]
 #[openapi(info(
     title = "ecso",
-    description = "A guard in front of a multimodal LLM, with OpenAI's API. No text of an answer in \
-                   scope goes out before its verdict. Other routes are passed on if they are known \
-                   to be harmless.",
+    description = "A guard in front of a multimodal LLM, with OpenAI's API. No text of an answer \
+                   in scope goes out before its verdict. Other routes are passed on if they are \
+                   known to be harmless.",
     license(name = "MIT OR Apache-2.0")
 ))]
 struct Document;

@@ -58,12 +58,9 @@ async fn forward(
     if context.mode == Mode::Enforce {
         context.keep_known_headers();
     }
-    let (credentials, body) = match Route::classify(
-        method,
-        path,
-        &state.settings.allow_routes,
-        transport.knows_routes(),
-    ) {
+    let route =
+        Route::classify(method, path, &state.settings.allow_routes, transport.knows_routes());
+    let (credentials, body) = match route {
         Route::Allowed => (Credentials::Operator, context.stream_body(body)),
         Route::Harmless if *method == axum::http::Method::POST => {
             (Credentials::Operator, context.stream_body(body))
@@ -79,28 +76,13 @@ async fn forward(
             check_content_headers(&context.headers)?;
             context.set_json();
             let body = context.read(body).await?;
-            only_texts(&json::parse(&body).map_err(|why| {
-                ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"))
-            })?)?;
+            only_texts(&json::parse(&body).map_err(ApiError::unreadable_body)?)?;
             (Credentials::Operator, body.into())
         }
         Route::Unknown => {
             let is_refused = context.mode == Mode::Enforce || state.settings.mode_header;
             if is_refused || !path.starts_with("/v1/") {
-                if path.trim_end_matches('/').ends_with("/chat/completions") {
-                    let message = "send chats to POST /v1/chat/completions";
-                    return Err(ApiError::new(StatusCode::NOT_FOUND, "route_not_guarded", message));
-                }
-                if path.starts_with("/v1/v1/") {
-                    let message = "this client adds /v1 to its base URL itself: configure the address without /v1";
-                    return Err(ApiError::new(StatusCode::NOT_FOUND, "route_not_guarded", message));
-                }
-                let message = format!(
-                    "{method} {} is not passed on, because its answer would not be judged. An operator \
-                     can list it in `gateway.allow_routes`",
-                    json::printable(path)
-                );
-                return Err(ApiError::new(StatusCode::NOT_FOUND, "route_not_guarded", message));
+                return Err(not_guarded(method, path));
             }
             // Nobody checks this request, so the operator's key is not sent with it.
             (Credentials::Client, context.stream_body(body))
@@ -108,6 +90,22 @@ async fn forward(
     };
     let path = uri.path_and_query().map_or(path, |whole| whole.as_str());
     context.forward(&transport, credentials, method, path, body).await
+}
+
+/// Why a route is not passed on, and what to do about it.
+fn not_guarded(method: &axum::http::Method, path: &str) -> ApiError {
+    let message = if path.trim_end_matches('/').ends_with("/chat/completions") {
+        "send chats to POST /v1/chat/completions".to_owned()
+    } else if path.starts_with("/v1/v1/") {
+        "this client adds /v1 to its base URL itself: configure the address without /v1".to_owned()
+    } else {
+        format!(
+            "{method} {} is not passed on, because its answer would not be judged. An operator \
+             can list it in `gateway.allow_routes`",
+            json::printable(path)
+        )
+    };
+    ApiError::new(StatusCode::NOT_FOUND, "route_not_guarded", message)
 }
 
 /// Texts may become embeddings. A server might accept more here, such as conversations with images,

@@ -110,8 +110,8 @@ impl Store {
             values += turn.values;
             if bytes > longest || values > max_values {
                 let message = format!(
-                    "the stored conversation and the new messages may have at most `limits.body` bytes \
-                     and {} values in total",
+                    "the stored conversation and the new messages may have at most `limits.body` \
+                     bytes and {} values in total",
                     json::MAX_VALUES
                 );
                 return Err(ApiError::new(
@@ -141,8 +141,8 @@ fn key(tenant: &str, id: &str) -> blake3::Hash {
 
 /// As OpenAI words it, but without the id, which a stranger chose.
 fn response_not_found() -> ApiError {
-    let message = "Previous response not found: it is not stored here, or not any more. Send the whole \
-                   conversation as `input`.";
+    let message = "Previous response not found: it is not stored here, or not any more. Send the \
+                   whole conversation as `input`.";
     ApiError {
         param: Some(wire::PREVIOUS_RESPONSE_ID.to_owned()),
         ..ApiError::bad_request("previous_response_not_found", message)

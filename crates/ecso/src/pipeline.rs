@@ -209,7 +209,7 @@ impl Pipeline<'_> {
         let side_by_side = self.draft.is_none() && self.model.is_concurrent();
         let draft = future::maybe_done(self.draft(q));
         pin_mut!(draft);
-        let background = side_by_side.then(|| draft.as_mut());
+        let background = side_by_side.then_some(draft.as_mut());
         let found = with_background(check, background).await?;
         if enough(&found) {
             return Ok((found, None));

@@ -103,7 +103,7 @@ impl GuardedChat {
         let (check, answer) = (context.in_time(check), maybe_done(answer));
         pin_mut!(check, answer);
         let is_concurrent = context.transport().is_some() || guard.model().is_concurrent();
-        let request_check = with_background(check, is_concurrent.then(|| answer.as_mut())).await;
+        let request_check = with_background(check, is_concurrent.then_some(answer.as_mut())).await;
         if request_check.as_ref().is_ok_and(RequestCheck::is_harm) {
             // An answer that is there already is recorded, and has its choices.
             if let Some(Ok((answer, head))) = answer.as_mut().take_output() {

@@ -56,7 +56,7 @@ pub(super) enum Outgoing {
 #[derive(Debug)]
 struct Aborted(&'static str);
 
-/// Runs an exchange. If it can't be completed, the gateway is received to fail the request.
+/// Runs an exchange. If it can't be completed, the gateway is told to fail the request.
 pub(super) async fn run(
     router: Router,
     patience: Duration,

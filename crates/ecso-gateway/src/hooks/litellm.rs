@@ -154,8 +154,8 @@ async fn on_request(
             let messages = chat["messages"].as_array().map(Vec::as_slice).unwrap_or_default();
             let seen = with_fetched_images(messages, &read);
             if seen.is_some() && call.structured_messages.as_deref() != Some(messages) {
-                let message = "an image is named by its URL in a place where it can't be replaced: send it as a data \
-                     URL";
+                let message = "an image is named by its URL in a place where it can't be \
+                               replaced: send it as a data URL";
                 return Err(ApiError::bad_request("image_url_refused", message));
             }
             // From here on it contains all images.
@@ -280,8 +280,8 @@ impl LiteLlmCall {
         if context.state.pending.insert((&tenant, id), known) {
             return Ok(());
         }
-        let message = "the request is longer than `gateway.limits.pending`, so it can't be kept until its \
-                       answer arrives";
+        let message = "the request is longer than `gateway.limits.pending`, so it can't be kept \
+                       until its answer arrives";
         Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message))
     }
 
@@ -381,14 +381,14 @@ impl LiteLlmCall {
             let message = &judged.answer["choices"][place]["message"];
             message["content"].as_str().or_else(|| message["refusal"].as_str())
         };
-        let passthrough: Option<Vec<String>> =
+        let replacements: Option<Vec<String>> =
             (0..texts.len()).map(|place| text_of(place).map(str::to_owned)).collect();
         // Tool calls can't be removed from an answer here, and neither can a part of a whole.
-        match passthrough.filter(|passthrough| {
-            !self.has_calls() && !passthrough.is_empty() && passthrough != texts
+        match replacements.filter(|replacements| {
+            !self.has_calls() && !replacements.is_empty() && replacements != texts
         }) {
-            Some(passthrough) => LiteLlmVerdict {
-                texts: Some(passthrough),
+            Some(replacements) => LiteLlmVerdict {
+                texts: Some(replacements),
                 ..LiteLlmVerdict::of(LiteLlmAction::GuardrailIntervened)
             },
             None => LiteLlmVerdict::blocked(

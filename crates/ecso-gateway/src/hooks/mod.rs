@@ -58,12 +58,7 @@ async fn handle_call<Call: DeserializeOwned, Reply: Serialize>(
             // The gateway's key is for the guard; no model server may see it.
             context.remove_credentials();
             let body = context.read(body).await?;
-            let unreadable = |why| {
-                ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"))
-            };
-            let call = strict::parse(&body).map_err(unreadable)?;
-            let call =
-                serde_json::from_value(call).map_err(|error| unreadable(error.to_string()))?;
+            let call = strict::parse_as(&body)?;
             drop(body);
             Box::pin(work(context, call)).await
         };
@@ -130,8 +125,8 @@ fn asks_for_stream(request: &Value) -> bool {
 /// The error for a stream that would be guarded. These gateways send streams before they call the
 /// hook, or whatever it replies.
 fn stream_refused() -> ApiError {
-    let message = "a stream can't be held back by a hook: ask without `stream`, or make this server the \
-                   gateway's upstream";
+    let message = "a stream can't be held back by a hook: ask without `stream`, or make this \
+                   server the gateway's upstream";
     ApiError::bad_request("stream_not_guarded", message)
 }
 
@@ -308,9 +303,9 @@ fn is_contained(value: &Value, other: &Value) -> bool {
                 None => is_empty(value) && is_field_name(name),
             })
         }
-        (Value::Array(list), Value::Array(passthrough)) => {
-            list.len() == passthrough.len()
-                && list.iter().zip(passthrough).all(|(value, other)| is_contained(value, other))
+        (Value::Array(list), Value::Array(others)) => {
+            list.len() == others.len()
+                && list.iter().zip(others).all(|(value, other)| is_contained(value, other))
         }
         (Value::Null | Value::Bool(_) | Value::Number(_), _) => true,
         (value, other) => value == other,

@@ -21,14 +21,11 @@ use tokio::{
 };
 use tracing::Instrument;
 
-use super::{
-    PageState, default_profile,
-    edit::{Edit, read},
-    require_full_trace, threshold,
-};
+use super::{PageState, default_profile, edit::Edit, require_full_trace, threshold};
 use crate::{
     context::RequestContext,
     error::ApiError,
+    json,
     report::Finding,
     request::{Body as Chat, Request},
     server::{Gateway, finish_response, request_id},
@@ -113,7 +110,7 @@ async fn respond(
 ) -> Result<Response, ApiError> {
     let mut context = gateway.admit_page(state, id);
     let body = context.read(body).await?;
-    let question: Question = read(&body)?;
+    let question: Question = json::parse_as(&body)?;
     drop(body);
     let model = context.in_time(state.upstream.model_name(&context.headers)).await?;
     let profile = question.arm.profile(state, &model)?;

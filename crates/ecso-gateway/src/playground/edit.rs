@@ -15,6 +15,7 @@ use tracing::Instrument;
 use super::{PageState, threshold};
 use crate::{
     error::ApiError,
+    json,
     server::{finish_response, request_id},
     state::AppState,
     telemetry,
@@ -83,7 +84,8 @@ impl Edit {
                 return invalid(
                     key,
                     format!(
-                        "a value may have at most {MAX_VALUE} characters and {MAX_PLACEHOLDERS} placeholders"
+                        "a value may have at most {MAX_VALUE} characters and {MAX_PLACEHOLDERS} \
+                         placeholders"
                     ),
                 );
             }
@@ -114,7 +116,7 @@ pub(super) async fn profile(
         let mut context = page.gateway.admit_page(&state, &id);
         let body = context.read(request.into_body()).await?;
         super::require_full_trace(&state)?;
-        let profile = read::<Edit>(&body)?.apply(&state)?;
+        let profile = json::parse_as::<Edit>(&body)?.apply(&state)?;
         let checked = json!({"toml": profile.to_toml(), "threshold": threshold(&profile)});
         Ok(([(header::CONTENT_TYPE, "application/json")], checked.to_string()).into_response())
     };
@@ -125,12 +127,4 @@ pub(super) async fn profile(
         response.instrument(span),
     )
     .await
-}
-
-/// Parses a request body of the page.
-pub(super) fn read<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
-    let unreadable =
-        |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
-    let body = crate::json::parse(body).map_err(unreadable)?;
-    serde_json::from_value(body).map_err(|error| unreadable(error.to_string()))
 }

@@ -33,8 +33,8 @@ pub(super) const PAGE: File = File::html(include_str!("page.html"));
 
 /// For a browser that opened a link.
 pub(super) const OPENED: File = File::html(
-    "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta http-equiv=\"refresh\" content=\"0; url=/\"><title>ecso</title>\
-     <p><a href=\"/\">Continue</a></p></html>",
+    "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta http-equiv=\"refresh\" \
+     content=\"0; url=/\"><title>ecso</title><p><a href=\"/\">Continue</a></p></html>",
 );
 
 /// For a browser without a session.

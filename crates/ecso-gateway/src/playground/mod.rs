@@ -101,8 +101,9 @@ async fn require_session(
 /// Adds security headers: nothing of another origin is loaded, run or contacted, there are no
 /// inline scripts, and nothing is cached.
 async fn add_security_headers(mut response: Response) -> Response {
-    const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; \
-                          base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; \
+    const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' \
+                          data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; \
+                          frame-ancestors 'none'; require-trusted-types-for 'script'; \
                           trusted-types 'none'";
     let headers = response.headers_mut();
     for (name, value) in [

@@ -46,14 +46,15 @@ impl From<FieldError> for ApiError {
             FieldError::Unknown(path) => (
                 "unknown_field",
                 format!(
-                    "`{path}` is not known to the guard, so it can't be judged: leave it out, or ask the \
-                     operator to list the field in `gateway.allow_fields`"
+                    "`{path}` is not known to the guard, so it can't be judged: leave it out, or \
+                     ask the operator to list the field in `gateway.allow_fields`"
                 ),
             ),
             FieldError::Invalid(path) => (
                 "invalid_value",
                 format!(
-                    "`{path}` has a value that the guard does not accept here; docs/server.md explains why"
+                    "`{path}` has a value that the guard does not accept here; docs/server.md \
+                     explains why"
                 ),
             ),
         };

@@ -191,8 +191,8 @@ pub(crate) fn attach_carrier(
     mut request: Request<Body>,
 ) -> Result<Request<Body>, ApiError> {
     if request.headers().contains_key(OWN_CALL) {
-        let message = "the guard's own calls come back to the guard: set its upstream to the model's own \
-                       address, not to one that leads through the guard";
+        let message = "the guard's own calls come back to the guard: set its upstream to the \
+                       model's own address, not to one that leads through the guard";
         let error = ApiError::new(StatusCode::MISDIRECTED_REQUEST, "guard_loop", message);
         error.log("-");
         return Err(error);

@@ -81,11 +81,11 @@ fn response_of_events(events: &[Value]) -> Option<Value> {
     let mut output = whole.get("output").and_then(Value::as_array).cloned().unwrap_or_default();
     let done = events.iter().filter(|event| event["type"] == "response.output_item.done");
     let at = |event: &Value| output.get(usize::try_from(event["output_index"].as_u64()?).ok()?);
-    let passthrough: Vec<Value> = done
+    let changed: Vec<Value> = done
         .filter(|event| at(event) != Some(&event["item"]))
         .map(|event| event["item"].clone())
         .collect();
-    output.extend(passthrough);
+    output.extend(changed);
     let mut pieces: BTreeMap<String, String> = BTreeMap::new();
     for event in events {
         if let Some(piece) = event["delta"].as_str() {

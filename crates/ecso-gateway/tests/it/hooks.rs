@@ -168,7 +168,7 @@ async fn answers_belong_to_one_seen_request() {
     // Once only.
     litellm_says(&world, &asked("1")).await;
     assert_eq!(litellm_says(&world, &answered("1", &["Bread."])).await, passes());
-    assert!(reason(&answered("1", &["Bread."])).await.contains("comes in pieces"));
+    assert!(reason(&answered("1", &["Bread."])).await.contains("arrives in parts"));
     // Two requests with one id.
     let mut other = asked("2");
     other["structured_messages"][0]["content"] = "What is a list?".into();
@@ -184,11 +184,11 @@ async fn answers_belong_to_one_seen_request() {
     // An id that the client chose, with the request or the answer.
     for mut call in [asked("4"), answered("4", &["Bread."])] {
         call["request_headers"]["X-LiteLLM-Call-Id"] = "4".into();
-        assert!(reason(&call).await.contains("x-litellm-call-id is not taken"));
+        assert!(reason(&call).await.contains("x-litellm-call-id is not accepted"));
         call["request_headers"] = Value::Null;
-        assert!(reason(&call).await.contains("no request_headers"));
+        assert!(reason(&call).await.contains("request_headers are missing"));
         call["litellm_call_id"] = Value::Null;
-        assert!(reason(&call).await.contains("no litellm_call_id"));
+        assert!(reason(&call).await.contains("litellm_call_id is missing"));
     }
 }
 
@@ -259,7 +259,7 @@ async fn litellm_requests_are_read_like_chats() {
             json!([null, {"role": "tool", "content": "{\"type\": \"computer_screenshot\", \"image_url\": \"https://x\"}"}]),
             "in its text",
         ),
-        (json!([null, {"role": "user", "content": []}]), "does not show"),
+        (json!([null, {"role": "user", "content": []}]), "did not send"),
     ] {
         let mut call = asked("bad");
         merge(&mut call, &json!({"structured_messages": messages}));

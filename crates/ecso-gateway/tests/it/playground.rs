@@ -390,7 +390,7 @@ async fn edited_profiles_are_written_as_files() {
         ("paper", "mine", json!({"safe.template": "Answer."}), "safe.template", "must contain {x}"),
         ("paper", "mine", json!({"sfae.template": "{x}"}), "sfae.template", "sfae"),
         ("paper", " ", json!({}), "name", "1 to 60 characters"),
-        ("paper", "hardened", json!({}), "name", "another profile's name"),
+        ("paper", "hardened", json!({}), "name", "name of another profile"),
     ] {
         let got = check(base, name, changes.clone()).await;
         assert_eq!(got.status, StatusCode::BAD_REQUEST, "{changes}");

@@ -84,8 +84,8 @@ impl ScriptedModel {
     }
 
     async fn world(&self, settings: Settings) -> Harness {
-        let writer = self.clone();
-        Harness::new(settings, Arc::new(move |_: &Value| writer.response())).await
+        let model = self.clone();
+        Harness::new(settings, Arc::new(move |_: &Value| model.response())).await
     }
 
     /// Whether the model is stopped soon.
@@ -174,13 +174,13 @@ async fn read_until(
 
 #[tokio::test]
 async fn windows_go_out_while_the_model_writes() {
-    let writer = ScriptedModel::of(words(60)).pause_before(40);
-    let world = writer.world(windowed()).await;
+    let model = ScriptedModel::of(words(60)).pause_before(40);
+    let world = model.world(windowed()).await;
     let response = world.open("POST", "/v1/chat/completions", &[], asked().to_string()).await;
     // The model only continues because the client has words already.
     let (mut read, mut rest) = read_until(response, "bread3 ").await;
     assert!(!read.contains("bread39"), "{read}");
-    writer.goes_on.notify_one();
+    model.goes_on.notify_one();
     while let Some(piece) = rest.next().await {
         read.push_str(&String::from_utf8_lossy(&piece));
     }
@@ -200,7 +200,7 @@ async fn windows_go_out_while_the_model_writes() {
     assert_eq!((&found["verdict"], &found["early"]["stopped"]), (&json!("safe"), &json!(false)));
     assert!(found["early"]["words"].as_u64().unwrap() > 20, "{found}");
     assert!(found["usage"].is_object() && found.get("safe_answer").is_none());
-    assert!(!writer.is_stopped.load(Ordering::SeqCst));
+    assert!(!model.is_stopped.load(Ordering::SeqCst));
     // Each check covers all text, and the windows grow.
     let judged: Vec<usize> = world
         .take_requests()
@@ -233,8 +233,8 @@ terms = [{ question = "helps", weight = 1.0 }]
 "#;
 
 /// A gateway under [`HARDENED`] whose request check takes this long.
-async fn hardened_gateway(writer: &ScriptedModel, settings: Settings, look: Duration) -> Harness {
-    let writer = writer.clone();
+async fn hardened_gateway(model: &ScriptedModel, settings: Settings, look: Duration) -> Harness {
+    let model = model.clone();
     let respond = move |sent: &Value| {
         let prompt =
             sent["messages"].as_array().and_then(|messages| messages.last()).unwrap()["content"]
@@ -244,7 +244,7 @@ async fn hardened_gateway(writer: &ScriptedModel, settings: Settings, look: Dura
             () if prompt.contains("HELPS") && prompt.contains(LEAK) => "Yes",
             () if prompt.contains("ASKS") || prompt.contains("HELPS") => "No",
             () if prompt.contains("LOOK") => "WORDS: none\nSHOWS: none",
-            () if sent["stream"] == true => return writer.response(),
+            () if sent["stream"] == true => return model.response(),
             () => "Here is a harmless answer.",
         };
         let wait = if prompt.contains("ASKS") { look } else { Duration::ZERO };
@@ -264,13 +264,13 @@ async fn nothing_goes_out_before_the_request_check() {
     let folder = tempfile::tempdir().unwrap();
     let slow = Duration::from_millis(300);
     // A harmless request: the whole draft is there before the request check is done.
-    let writer = ScriptedModel::of(words(40)).pause_before(41);
-    let world = hardened_gateway(&writer, windowed(), slow).await;
+    let model = ScriptedModel::of(words(40)).pause_before(41);
+    let world = hardened_gateway(&model, windowed(), slow).await;
     let begun = std::time::Instant::now();
     let response = world.open("POST", "/v1/chat/completions", &[], asked().to_string()).await;
     let (mut read, mut rest) = read_until(response, "bread3 ").await;
     assert!(begun.elapsed() > slow);
-    writer.goes_on.notify_one();
+    model.goes_on.notify_one();
     while let Some(piece) = rest.next().await {
         read.push_str(&String::from_utf8_lossy(&piece));
     }
@@ -290,13 +290,13 @@ async fn nothing_goes_out_before_the_request_check() {
         let path = folder.path().join(format!("{early_stop} {query}.jsonl"));
         let audit = AuditSettings { path: path.clone(), content: true, ..AuditSettings::default() };
         let stream_as = if early_stop { Streams::Hold } else { Streams::Windowed };
-        let writer = ScriptedModel::of(draft).pause_before(55);
+        let model = ScriptedModel::of(draft).pause_before(55);
         let settings = Settings { audit, early_stop, stream: stream_as, ..windowed() };
-        let world = hardened_gateway(&writer, settings, Duration::ZERO).await;
+        let world = hardened_gateway(&model, settings, Duration::ZERO).await;
         let mut asked = asked();
         asked["messages"][0]["content"][1]["text"] = query.into();
         let got = stream(&world, &asked).await;
-        assert!(!got.leaks() && writer.is_stopped().await, "{}", got.body);
+        assert!(!got.leaks() && model.is_stopped().await, "{}", got.body);
         assert_eq!(got.body.contains("bread"), out, "{early_stop} {query} {}", got.body);
         assert_eq!(finishes(&got.body), [if out { "content_filter" } else { "stop" }]);
         assert!(got.body.contains("Here is a harmless answer."), "{}", got.body);
@@ -321,8 +321,8 @@ async fn nothing_goes_out_before_the_request_check() {
 async fn harm_in_the_first_window_is_replaced() {
     let mut draft = words(60);
     draft[2] = format!("{LEAK} ");
-    let writer = ScriptedModel::of(draft).pause_before(50);
-    let world = writer.world(windowed()).await;
+    let model = ScriptedModel::of(draft).pause_before(50);
+    let world = model.world(windowed()).await;
     let got = stream(&world, &asked()).await;
     assert!(!got.leaks() && !got.body.contains("bread"), "{}", got.body);
     assert_eq!(said(&got.body, "content"), "Here is a harmless answer.");
@@ -335,7 +335,7 @@ async fn harm_in_the_first_window_is_replaced() {
         (&found["verdict"], &found["early"]),
         (&json!("unsafe"), &json!({"words": 0, "characters": 0, "stopped": true}))
     );
-    assert!(writer.is_stopped().await);
+    assert!(model.is_stopped().await);
 }
 
 #[tokio::test]
@@ -345,11 +345,11 @@ async fn harm_in_a_later_window_stops_the_model_and_the_stream() {
     let audit = AuditSettings { path: path.clone(), content: true, ..AuditSettings::default() };
     let mut draft = words(90);
     draft[45] = format!("{LEAK} ");
-    let writer = ScriptedModel::of(draft).pause_before(80);
-    let world = writer.world(Settings { audit, metrics: true, ..windowed() }).await;
+    let model = ScriptedModel::of(draft).pause_before(80);
+    let world = model.world(Settings { audit, metrics: true, ..windowed() }).await;
     let got = stream(&world, &asked()).await;
     assert!(!got.leaks(), "{}", got.body);
-    assert!(writer.is_stopped().await);
+    assert!(model.is_stopped().await);
     let out = said(&got.body, "content");
     assert!(words(45).concat().starts_with(&out) && out.contains("bread9 "), "{out}");
     // In the protocol's own terms: a refusal, and the end.
@@ -384,12 +384,12 @@ async fn harm_found_at_the_end_ends_the_stream() {
     let mut draft = words(60);
     draft[59] = LEAK.to_owned();
     for step in ["", "caption-500"] {
-        let writer = ScriptedModel::of(draft.clone());
+        let model = ScriptedModel::of(draft.clone());
         let mut asked = asked();
         if !step.is_empty() {
             asked["model"] = step.into();
         }
-        let got = stream(&writer.world(windowed()).await, &asked).await;
+        let got = stream(&model.world(windowed()).await, &asked).await;
         assert!(!got.leaks(), "{}", got.body);
         assert!(said(&got.body, "content").contains("bread20"));
         assert_eq!(finishes(&got.body), ["content_filter"]);
@@ -416,13 +416,13 @@ async fn a_failing_judge_ends_the_stream() {
         let mut draft = words(90);
         draft[place] = "judge-500 ".to_owned();
         let opens = on_failure == OnFailure::Open;
-        let writer = if opens {
+        let model = if opens {
             ScriptedModel::of(draft.clone())
         } else {
             ScriptedModel::of(draft.clone()).pause_before(80)
         };
         let got =
-            stream(&writer.world(Settings { on_failure, audit, ..windowed() }).await, &asked())
+            stream(&model.world(Settings { on_failure, audit, ..windowed() }).await, &asked())
                 .await;
         let out = said(&got.body, "content");
         if opens {
@@ -433,7 +433,7 @@ async fn a_failing_judge_ends_the_stream() {
         }
         assert!(!out.contains("judge-500") && !out.contains("bread50"), "{out}");
         assert!(got.body.contains("\"error\"") && finishes(&got.body).is_empty(), "{}", got.body);
-        assert!(!got.body.contains("\"safe\"") && writer.is_stopped().await);
+        assert!(!got.body.contains("\"safe\"") && model.is_stopped().await);
         let lines = std::fs::read_to_string(&path).unwrap_or_default();
         // What went out is recorded.
         assert_eq!(lines.lines().count(), usize::from(place == 40), "{lines}");
@@ -478,12 +478,12 @@ async fn a_client_that_leaves_stops_the_model() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("audit.jsonl");
     let audit = AuditSettings { path: path.clone(), ..AuditSettings::default() };
-    let writer = ScriptedModel::of(words(60)).pause_before(50);
-    let world = writer.world(Settings { audit, ..windowed() }).await;
+    let model = ScriptedModel::of(words(60)).pause_before(50);
+    let world = model.world(Settings { audit, ..windowed() }).await;
     let response = world.open("POST", "/v1/chat/completions", &[], asked().to_string()).await;
     let (_, rest) = read_until(response, "bread9 ").await;
     drop(rest);
-    assert!(writer.is_stopped().await);
+    assert!(model.is_stopped().await);
     let line: Value = serde_json::from_str(std::fs::read_to_string(&path).unwrap().trim()).unwrap();
     assert_eq!((&line["verdict"], &line["failure"]), (&json!("unchecked"), &json!("unfinished")));
     assert!(line["early"]["words"].as_u64().unwrap() > 5, "{line}");
@@ -491,11 +491,11 @@ async fn a_client_that_leaves_stops_the_model() {
 
 #[tokio::test]
 async fn a_broken_upstream_stream_ends_the_stream() {
-    let mut writer = ScriptedModel::of(words(60));
+    let mut model = ScriptedModel::of(words(60));
     // Neither an end nor a usage, but an error.
-    writer.pieces.truncate(50);
-    writer.pieces.push(json!({"error": {"message": LEAK}}));
-    let got = stream(&writer.world(windowed()).await, &asked()).await;
+    model.pieces.truncate(50);
+    model.pieces.push(json!({"error": {"message": LEAK}}));
+    let got = stream(&model.world(windowed()).await, &asked()).await;
     assert!(!got.leaks() && got.body.contains("upstream_failed"), "{}", got.body);
     assert!(said(&got.body, "content").contains("bread9 ") && finishes(&got.body).is_empty());
 }
@@ -504,13 +504,13 @@ async fn a_broken_upstream_stream_ends_the_stream() {
 async fn a_slow_judge_is_waited_for() {
     let mut draft = words(60);
     draft[0] = "judge-slow ".to_owned();
-    let writer = ScriptedModel::of(draft.clone()).pause_before(62);
-    let world = writer.world(windowed()).await;
+    let model = ScriptedModel::of(draft.clone()).pause_before(62);
+    let world = model.world(windowed()).await;
     let response = world.open("POST", "/v1/chat/completions", &[], asked().to_string()).await;
     // The model has written all but its end; the judge has not answered yet.
     tokio::time::sleep(Duration::from_millis(190)).await;
     let (mut read, mut rest) = read_until(response, "judge-slow").await;
-    writer.goes_on.notify_one();
+    model.goes_on.notify_one();
     while let Some(piece) = rest.next().await {
         read.push_str(&String::from_utf8_lossy(&piece));
     }
@@ -624,9 +624,9 @@ async fn nothing_hides_between_windows() {
         {
             odd[name_of_frame] = value.clone();
         }
-        let mut writer = ScriptedModel::of(words(24));
-        writer.pieces.insert(16, odd);
-        let got = stream(&writer.world(windowed()).await, &asked()).await;
+        let mut model = ScriptedModel::of(words(24));
+        model.pieces.insert(16, odd);
+        let got = stream(&model.world(windowed()).await, &asked()).await;
         assert!(!got.leaks(), "{name}: {}", got.body);
         assert!(got.body.contains("bread3 "), "{name}: {}", got.body);
     }
@@ -637,12 +637,12 @@ async fn reasoning_is_windowed_too() {
     let thought =
         |text: &str| json!({"choices": [{"index": 0, "delta": {"reasoning_content": text}}]});
     for harm in [None, Some(55)] {
-        let mut writer = ScriptedModel::of(words(30));
+        let mut model = ScriptedModel::of(words(30));
         let thoughts = words(60).into_iter().enumerate();
         let thoughts =
             thoughts.map(|(place, word)| thought(if harm == Some(place) { LEAK } else { &word }));
-        writer.pieces.splice(1..1, thoughts);
-        let got = stream(&writer.world(windowed()).await, &asked()).await;
+        model.pieces.splice(1..1, thoughts);
+        let got = stream(&model.world(windowed()).await, &asked()).await;
         assert!(!got.leaks(), "{}", got.body);
         assert!(said(&got.body, "reasoning_content").contains("bread20"), "{}", got.body);
         match harm {
@@ -672,9 +672,9 @@ async fn unrequested_tool_calls_wait_for_the_end() {
             {"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}]}}]})
     };
     for (arguments, goes_out) in [("{\"a\": 1}", true), (LEAK, false)] {
-        let mut writer = ScriptedModel::of(words(60));
-        writer.pieces.insert(30, call(arguments));
-        let got = stream(&writer.world(windowed()).await, &asked()).await;
+        let mut model = ScriptedModel::of(words(60));
+        model.pieces.insert(30, call(arguments));
+        let got = stream(&model.world(windowed()).await, &asked()).await;
         assert!(!got.leaks() && got.body.contains("bread3 "), "{}", got.body);
         assert_eq!(got.body.contains("tool_calls"), goes_out, "{}", got.body);
         if goes_out {
@@ -685,17 +685,17 @@ async fn unrequested_tool_calls_wait_for_the_end() {
 
 #[tokio::test]
 async fn other_choices_wait_for_the_end() {
-    let mut writer = ScriptedModel::of(words(60));
+    let mut model = ScriptedModel::of(words(60));
     let other =
         json!({"choices": [{"index": 1, "delta": {"content": LEAK}, "finish_reason": "stop"}]});
-    writer.pieces.insert(30, other);
-    let got = stream(&writer.world(windowed()).await, &asked()).await;
+    model.pieces.insert(30, other);
+    let got = stream(&model.world(windowed()).await, &asked()).await;
     assert!(!got.leaks() && said(&got.body, "content").contains("bread3 "), "{}", got.body);
 }
 
 #[tokio::test]
 async fn split_characters_are_joined() {
-    let mut writer = ScriptedModel::of(words(0));
+    let mut model = ScriptedModel::of(words(0));
     let half = |half: &str| {
         format!(
             "data: {{\"choices\": [{{\"index\": 0, \"delta\": {{\"content\": \"{half}\"}}}}]}}\n\n"
@@ -707,7 +707,7 @@ async fn split_characters_are_joined() {
     }
     text += &half("\\ud83d");
     let last: Vec<String> =
-        writer.pieces.drain(1..).map(|piece| format!("data: {piece}\n\n")).collect();
+        model.pieces.drain(1..).map(|piece| format!("data: {piece}\n\n")).collect();
     let text = text + &last.concat() + "data: [DONE]\n\n";
     let respond = move |_: &Value| {
         // Split anywhere, even inside characters.
@@ -734,12 +734,12 @@ async fn a_held_draft_is_stopped_at_the_first_harm() {
     let mut doors = vec![("/v1/chat/completions", asked())];
     doors.extend(formats());
     for (path, body) in doors {
-        let writer = ScriptedModel::of(draft.clone()).pause_before(80);
-        let world = writer.world(settings.clone()).await;
+        let model = ScriptedModel::of(draft.clone()).pause_before(80);
+        let world = model.world(settings.clone()).await;
         let got = world.send("POST", path, &[], body.to_string());
         let got = tokio::time::timeout(Duration::from_secs(20), got).await.unwrap();
         assert!(!got.leaks() && !got.body.contains("bread"), "{path} {}", got.body);
-        assert!(got.body.contains("Here is a harmless answer.") && writer.is_stopped().await);
+        assert!(got.body.contains("Here is a harmless answer.") && model.is_stopped().await);
         assert!(got.body.contains("\"stopped\":true"), "{}", got.body);
         // Findings from early checks are not asked for again.
         let judged = world.take_requests().into_iter().filter(|reached| {
