@@ -198,12 +198,12 @@ impl Choice {
             if !rest.is_empty() && path == "content" {
                 self.texts.texts.entry(path.clone()).or_default().push_str(rest);
                 let message = Map::from_iter([("content".to_owned(), rest.into())]);
-                let place = self
+                let index = self
                     .chunks
                     .iter()
                     .position(|chunk| chunk.finish.is_some())
                     .unwrap_or(self.chunks.len());
-                self.chunks.insert(place, Chunk { message, finish: None, logprobs: Value::Null });
+                self.chunks.insert(index, Chunk { message, finish: None, logprobs: Value::Null });
             }
         }
     }

@@ -111,10 +111,10 @@ pub(crate) fn filter(
         }
         (Form::List(form), Value::Array(list)) => {
             let mut kept = Vec::with_capacity(list.len());
-            for (place, value) in list.into_iter().enumerate() {
+            for (index, value) in list.into_iter().enumerate() {
                 // A chunk of a tool call names the call that it belongs to.
-                let place = value["index"].as_u64().unwrap_or(place as u64);
-                kept.extend(filter(form, value, &format!("{path}.{place:04}"), visitor)?);
+                let index = value["index"].as_u64().unwrap_or(index as u64);
+                kept.extend(filter(form, value, &format!("{path}.{index:04}"), visitor)?);
             }
             Some(kept.into())
         }

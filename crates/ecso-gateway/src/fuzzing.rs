@@ -66,11 +66,11 @@ fn names_an_image(value: &serde_json::Value) -> bool {
 /// If the results differ.
 pub fn stream(stream: &[u8]) {
     let read = |size: usize| {
-        let pieces =
-            stream.chunks(size).map(|piece| Ok::<_, std::io::Error>(Bytes::copy_from_slice(piece)));
-        let pieces: Vec<_> = pieces.collect();
+        let chunks =
+            stream.chunks(size).map(|chunk| Ok::<_, std::io::Error>(Bytes::copy_from_slice(chunk)));
+        let chunks: Vec<_> = chunks.collect();
         // All chunks are there, so reading never waits.
-        Completion::from_stream(futures::stream::iter(pieces)).now_or_never()
+        Completion::from_stream(futures::stream::iter(chunks)).now_or_never()
     };
     let (whole, cut) = (read(usize::MAX), read(3));
     match (whole, cut) {

@@ -48,11 +48,11 @@ pub(crate) async fn completions(
     let (head, body) = request.into_parts();
     let (span, door) =
         (telemetry::request_span("chat", &id, &head.headers), door(&head.extensions));
-    let answered = async {
+    let response = async {
         let context = gateway.admit(&state, &id, head)?;
         Box::pin(answer_chat(&gateway, context, body)).await
     };
-    finish_response(&id, (door, "chat"), &state.metrics, answered.instrument(span)).await
+    finish_response(&id, (door, "chat"), &state.metrics, response.instrument(span)).await
 }
 
 /// Answers a chat: forwards it, observes it, or guards it.
@@ -151,13 +151,13 @@ async fn handle_translated(
     let (head, body) = request.into_parts();
     let (span, door) = (telemetry::request_span(route, &id, &head.headers), door(&head.extensions));
     let uri = head.uri.clone();
-    let answered = async {
+    let response = async {
         let with_format = |error| ApiError { format: Some(format), ..error };
         let context = gateway.admit(&state, &id, head).map_err(with_format)?;
         let path = uri.path_and_query().map_or(uri.path(), |whole| whole.as_str());
         Box::pin(answer_translated(gateway, context, format, path, body)).await.map_err(with_format)
     };
-    finish_response(&id, (door, route), &state.metrics, answered.instrument(span)).await
+    finish_response(&id, (door, route), &state.metrics, response.instrument(span)).await
 }
 
 /// Answers a request in another format: forwards it, observes it, or guards it as a chat.
@@ -335,7 +335,7 @@ pub(crate) async fn models(
         return passthrough(State(gateway), request).await;
     }
     let id = request_id();
-    let answered = async {
+    let response = async {
         gateway.admit(&state, &id, request.into_parts().0)?;
         let list = json!({"object": "list", "data": [
             {"id": model.name(), "object": "model", "created": 0, "owned_by": "ecso"}]});
@@ -345,7 +345,7 @@ pub(crate) async fn models(
         &id,
         (HTTP, "models"),
         &state.metrics,
-        answered.instrument(tracing::Span::none()),
+        response.instrument(tracing::Span::none()),
     )
     .await
 }

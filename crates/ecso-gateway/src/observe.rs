@@ -73,13 +73,13 @@ impl ObservedRequest {
             observed: Some(self),
             span,
         };
-        let mut pieces = body.into_data_stream();
+        let mut chunks = body.into_data_stream();
         let copied = async_stream::stream! {
-            while let Some(piece) = pieces.next().await {
-                if let Ok(piece) = &piece {
-                    copy.push(piece);
+            while let Some(chunk) = chunks.next().await {
+                if let Ok(chunk) = &chunk {
+                    copy.push(chunk);
                 }
-                yield piece;
+                yield chunk;
             }
             copy.end();
         };
@@ -131,17 +131,17 @@ impl AnswerCopy {
         self.is_ended = true;
     }
 
-    fn push(&mut self, piece: &[u8]) {
+    fn push(&mut self, chunk: &[u8]) {
         let longest = self
             .observed
             .as_ref()
             .map_or(0, |observed| observed.context.state.settings.limits.answer);
-        self.is_too_long |= self.bytes.len() + piece.len() > longest;
+        self.is_too_long |= self.bytes.len() + chunk.len() > longest;
         if self.is_too_long {
             // A part of an answer can't be judged.
             self.bytes = Vec::new();
         } else {
-            self.bytes.extend_from_slice(piece);
+            self.bytes.extend_from_slice(chunk);
         }
     }
 }

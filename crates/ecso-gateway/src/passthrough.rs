@@ -32,12 +32,12 @@ pub(crate) async fn passthrough(
     let (head, body) = request.into_parts();
     let (span, door) =
         (telemetry::request_span("other", &id, &head.headers), door(&head.extensions));
-    let answered = async {
+    let response = async {
         let (method, uri) = (head.method.clone(), head.uri.clone());
         let context = gateway.admit(&state, &id, head)?;
         forward(context, &method, &uri, body).await
     };
-    finish_response(&id, (door, "other"), &state.metrics, answered.instrument(span)).await
+    finish_response(&id, (door, "other"), &state.metrics, response.instrument(span)).await
 }
 
 /// Forwards a request, depending on its route.

@@ -17,14 +17,14 @@ impl Readiness {
     /// Whether the upstream responds.
     pub(crate) async fn check(&self, upstream: &Upstream) -> bool {
         let mut last = self.0.lock().await;
-        if let Some((at, found)) = *last
+        if let Some((at, is_ready)) = *last
             && at.elapsed() < MAX_AGE
         {
-            return found;
+            return is_ready;
         }
-        let found =
+        let is_ready =
             matches!(tokio::time::timeout(PROBE_TIMEOUT, upstream.health()).await, Ok(Ok(())));
-        *last = Some((Instant::now(), found));
-        found
+        *last = Some((Instant::now(), is_ready));
+        is_ready
     }
 }

@@ -202,13 +202,13 @@ impl Gateway {
         let (head, body) = request.into_parts();
         let (span, door) =
             (telemetry::request_span(route, &id, &head.headers), door(&head.extensions));
-        let answered = async {
+        let response = async {
             let mut context = self.admit(&state, &id, head)?;
             context.keep_known_headers();
             let body = context.read(body).await?;
             Box::pin(work(&mut context, body)).await
         };
-        finish_response(&id, (door, route), &state.metrics, answered.instrument(span)).await
+        finish_response(&id, (door, route), &state.metrics, response.instrument(span)).await
     }
 }
 
@@ -241,10 +241,10 @@ pub(crate) async fn finish_response(
     id: &str,
     (door, route): (&'static str, &'static str),
     metrics: &Metrics,
-    answered: Instrumented<impl Future<Output = Result<Response, ApiError>>>,
+    response: Instrumented<impl Future<Output = Result<Response, ApiError>>>,
 ) -> Response {
-    let span = answered.span().clone();
-    let mut response = answered.await.unwrap_or_else(|failure| {
+    let span = response.span().clone();
+    let mut response = response.await.unwrap_or_else(|failure| {
         failure.log(id);
         metrics.failure(failure.code);
         failure.into_response()

@@ -102,7 +102,7 @@ impl Store {
             .turns
             .as_ref()
             .ok_or_else(|| wire::external_conversation(wire::PREVIOUS_RESPONSE_ID))?;
-        let (mut found, mut bytes, mut values, mut next) =
+        let (mut conversation_turns, mut bytes, mut values, mut next) =
             (Vec::new(), 0_usize, 0_usize, Some(id.to_owned()));
         while let Some(id) = &next {
             let turn = turns.get(&key(tenant, id)).ok_or_else(response_not_found)?;
@@ -121,11 +121,11 @@ impl Store {
                 ));
             }
             next.clone_from(&turn.previous);
-            found.push(turn);
+            conversation_turns.push(turn);
         }
         reserve(bytes)?;
         let mut conversation = Vec::new();
-        for turn in found.iter().rev() {
+        for turn in conversation_turns.iter().rev() {
             let (request, answer): (Vec<Value>, Value) =
                 serde_json::from_slice(&turn.messages).map_err(|_| response_not_found())?;
             conversation.extend(request);

@@ -289,8 +289,8 @@ impl<'a> WindowedDraft<'a> {
             let mut chunks = Vec::new();
             tokio::select! {
                 biased;
-                request_check = finished(&mut self.request_task) => self.request_check = request_check,
-                checked = finished(&mut self.check_task) => chunks = self.checked(checked),
+                request_check = output_of(&mut self.request_task) => self.request_check = request_check,
+                checked = output_of(&mut self.check_task) => chunks = self.checked(checked),
                 event = self.events.next().instrument(self.draft_span.clone()), if !self.is_complete => match event? {
                     Some(event) => self.windows.add(event),
                     None => self.is_complete = true,
@@ -392,11 +392,11 @@ impl<'a> WindowedDraft<'a> {
 }
 
 /// The output of a task; never ready if there is none.
-async fn finished<T>(work: &mut Option<BoxFuture<'_, T>>) -> T {
-    let Some(under_way) = work else { return pending().await };
-    let found = under_way.await;
-    *work = None;
-    found
+async fn output_of<T>(task: &mut Option<BoxFuture<'_, T>>) -> T {
+    let Some(running) = task else { return pending().await };
+    let output = running.await;
+    *task = None;
+    output
 }
 
 #[cfg(test)]
@@ -448,18 +448,18 @@ mod tests {
             let chat = Chat::ask([], "Hi");
             block_on(guard.check_draft(&chat, &mut RequestCheck::default(), text)).unwrap()
         };
-        for found in [checked("Bread needs", "No."), checked(text, "Yes."), unguarded] {
+        for finding in [checked("Bread needs", "No."), checked(text, "Yes."), unguarded] {
             let mut windows = full();
-            assert!(windows.release(&found).is_empty());
+            assert!(windows.release(&finding).is_empty());
             windows.add(chunk("content", &text.repeat(9)));
             assert_eq!(windows.next_check(), None);
         }
         // One check releases one window.
         let mut windows = full();
-        let found = checked(text, "No.");
-        windows.release(&found);
+        let finding = checked(text, "No.");
+        windows.release(&finding);
         windows.add(chunk("content", &text.repeat(9)));
-        assert!(windows.release(&found).is_empty());
+        assert!(windows.release(&finding).is_empty());
     }
 
     #[test]

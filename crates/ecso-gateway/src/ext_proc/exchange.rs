@@ -64,7 +64,7 @@ pub(super) async fn run(
     sender: mpsc::Sender<Outgoing>,
 ) {
     let out = Replies(sender);
-    let worked = async {
+    let result = async {
         let first = tokio::time::timeout(patience, gateway.message()).await;
         let Ok(Ok(Some(first))) = first else { return Err(Aborted("no request arrived")) };
         if let Some(wrong) = setup_error(&first) {
@@ -89,11 +89,11 @@ pub(super) async fn run(
         };
         guard_request(router, head, gateway, &out).await
     };
-    let worked = tokio::select! {
-        worked = worked => worked,
+    let result = tokio::select! {
+        result = result => result,
         () = out.0.closed() => Err(Aborted("the gateway left")),
     };
-    match worked {
+    match result {
         Ok(()) => drop(out.0.send(Outgoing::Done).await),
         Err(Aborted(why)) => {
             tracing::debug!(why, "an exchange was aborted");
@@ -168,12 +168,12 @@ async fn guard_request(
         Err(error) => return reply_at_once(error.into_response(), out).await,
     };
     let mut incoming = Incoming { body, head: Some(head_sender), answer };
-    let answered = async {
+    let response = async {
         let Ok(response) = router.oneshot(request).await;
         envoy.answer(response).await
     };
     tokio::select! {
-        answered = answered => answered,
+        response = response => response,
         never = incoming.all(gateway) => match never {},
     }
 }

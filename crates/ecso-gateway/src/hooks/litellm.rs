@@ -187,7 +187,7 @@ async fn on_response(
     if context.mode == Mode::Off {
         return Ok(LiteLlmVerdict::pass());
     }
-    let found = call.key(&context).and_then(|(tenant, id)| {
+    let finding = call.key(&context).and_then(|(tenant, id)| {
         let block = |code, message| Err(ApiError::bad_request(code, message));
         match state.pending.take((&tenant, id)) {
             Some(PendingCall::Unguarded) => Ok(None),
@@ -211,7 +211,7 @@ async fn on_response(
             ),
         }
     });
-    let chat = match found {
+    let chat = match finding {
         Ok(Some(chat)) => chat,
         Ok(None) => return Ok(LiteLlmVerdict::pass()),
         Err(error) if context.mode == Mode::Observe => {
@@ -288,19 +288,19 @@ impl LiteLlmCall {
     /// Returns an error if LiteLLM visibly left something out of the messages, or if an image is
     /// sent as text.
     fn check_complete(&self) -> Result<(), ApiError> {
-        for (place, message) in self.structured_messages.iter().flatten().enumerate() {
+        for (index, message) in self.structured_messages.iter().flatten().enumerate() {
             let mut texts = HashSet::new();
             collect_texts(message, &mut texts);
             let is_image = |text: &&str| !is_data_url(text) && text.contains("data:image/");
             let is_screenshot = message["role"] == "tool"
                 && texts.iter().any(|text| text.contains("computer_screenshot"));
             if is_screenshot || texts.iter().any(is_image) {
-                let message = format!("`structured_messages.{place}` has an image in its text");
+                let message = format!("`structured_messages.{index}` has an image in its text");
                 return Err(ApiError::bad_request("image_in_text", message));
             }
             if message["content"].as_array().is_some_and(Vec::is_empty) {
                 let message =
-                    format!("LiteLLM did not send the content of `structured_messages.{place}`");
+                    format!("LiteLLM did not send the content of `structured_messages.{index}`");
                 return Err(ApiError::bad_request("unsupported_content", message));
             }
         }
@@ -377,12 +377,12 @@ impl LiteLlmCall {
             return LiteLlmVerdict::pass();
         }
         let texts = self.texts.as_deref().unwrap_or_default();
-        let text_of = |place: usize| {
-            let message = &judged.answer["choices"][place]["message"];
+        let text_of = |index: usize| {
+            let message = &judged.answer["choices"][index]["message"];
             message["content"].as_str().or_else(|| message["refusal"].as_str())
         };
         let replacements: Option<Vec<String>> =
-            (0..texts.len()).map(|place| text_of(place).map(str::to_owned)).collect();
+            (0..texts.len()).map(|index| text_of(index).map(str::to_owned)).collect();
         // Tool calls can't be removed from an answer here, and neither can a part of a whole.
         match replacements.filter(|replacements| {
             !self.has_calls() && !replacements.is_empty() && replacements != texts

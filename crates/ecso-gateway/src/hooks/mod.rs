@@ -50,7 +50,7 @@ async fn handle_call<Call: DeserializeOwned, Reply: Serialize>(
     let (id, state) = (request_id(), gateway.state());
     let (head, body) = request.into_parts();
     let span = telemetry::request_span(route, &id, &head.headers);
-    let answered = async {
+    let response = async {
         let result = async {
             let mut context = gateway.admit(&state, &id, head)?;
             check_content_headers(&context.headers)?;
@@ -74,7 +74,7 @@ async fn handle_call<Call: DeserializeOwned, Reply: Serialize>(
         };
         Ok(([(header::CONTENT_TYPE, "application/json")], json!(reply).to_string()).into_response())
     };
-    finish_response(&id, (HTTP, route), &state.metrics, answered.instrument(span)).await
+    finish_response(&id, (HTTP, route), &state.metrics, response.instrument(span)).await
 }
 
 /// How the answer to a request is handled.
@@ -190,7 +190,7 @@ impl Carrier for ProvidedAnswer {
 struct JudgedAnswer {
     /// `safe`, `unsafe` or `unchecked`; `None` if it was not judged.
     verdict: Option<String>,
-    found: HookFinding,
+    finding: HookFinding,
     /// What may go out.
     answer: Value,
 }
@@ -256,9 +256,9 @@ async fn judge_answer(
     let verdict = text("x-ecso-verdict");
     let score = text("x-ecso-score").and_then(|score| score.parse().ok());
     let error = None;
-    let found =
+    let finding =
         HookFinding { request_id: id, verdict: verdict.clone(), score, error, message: None };
-    Ok(JudgedAnswer { verdict, found, answer })
+    Ok(JudgedAnswer { verdict, finding, answer })
 }
 
 fn header_text(headers: &HeaderMap, name: &str) -> Option<String> {

@@ -234,11 +234,11 @@ async fn after(
     };
     Ok(match request_type {
         // There is no format for another answer.
-        PortkeyKind::Complete => PortkeyVerdict::of(!judged.is_unsafe(), judged.found),
+        PortkeyKind::Complete => PortkeyVerdict::of(!judged.is_unsafe(), judged.finding),
         _ if judged.is_unsafe() || (judged.is_safe() && says_more()) => {
-            PortkeyVerdict::with_response(judged.answer, judged.found)
+            PortkeyVerdict::with_response(judged.answer, judged.finding)
         }
-        _ => PortkeyVerdict::of(true, judged.found),
+        _ => PortkeyVerdict::of(true, judged.finding),
     })
 }
 

@@ -132,8 +132,8 @@ async fn handle(
     let is_replaced =
         judged.is_unsafe() || (judged.is_safe() && says_more(&answer, &judged.answer));
     Ok(match (is_replaced, rewrites) {
-        (true, true) => TrueFoundryVerdict::transformed(judged.answer, judged.found),
-        (true, false) => TrueFoundryVerdict::of(false, judged.found),
-        (false, _) => TrueFoundryVerdict::of(true, judged.found),
+        (true, true) => TrueFoundryVerdict::transformed(judged.answer, judged.finding),
+        (true, false) => TrueFoundryVerdict::of(false, judged.finding),
+        (false, _) => TrueFoundryVerdict::of(true, judged.finding),
     })
 }

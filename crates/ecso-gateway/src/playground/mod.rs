@@ -150,8 +150,8 @@ async fn file(axum::extract::Path(name): axum::extract::Path<String>) -> Respons
 async fn facts(State(page): State<PageState>) -> Response {
     let state = page.gateway.state();
     let no_headers = HeaderMap::new();
-    let asked = tokio::time::timeout(PROBE_TIMEOUT, state.upstream.model_name(&no_headers));
-    let model = asked.await.ok().and_then(Result::ok);
+    let probe = tokio::time::timeout(PROBE_TIMEOUT, state.upstream.model_name(&no_headers));
+    let model = probe.await.ok().and_then(Result::ok);
     let is_concurrent = state
         .upstream
         .guarded_model(model.as_deref().unwrap_or_default(), &no_headers)

@@ -82,11 +82,11 @@ fn open_user_turn(turns: &mut Vec<Turn>) -> &mut Turn {
     let behind_answer =
         turns.iter().rposition(|turn| turn.role == Role::Assistant).map_or(0, |answer| answer + 1);
     let open = turns[behind_answer..].iter().rposition(|turn| turn.role == Role::User);
-    let place = open.map_or(turns.len(), |place| behind_answer + place);
+    let index = open.map_or(turns.len(), |index| behind_answer + index);
     if open.is_none() {
         turns.push(Turn { role: Role::User, parts: Vec::new() });
     }
-    &mut turns[place]
+    &mut turns[index]
 }
 
 /// The tool calls of a message, as texts.

@@ -92,16 +92,16 @@ impl Body {
             has_audio: false,
             steering,
         };
-        for (place, message) in messages.into_iter().enumerate() {
-            body.add(message, place, allowed)?;
+        for (index, message) in messages.into_iter().enumerate() {
+            body.add(message, index, allowed)?;
         }
         Ok(body)
     }
 
     /// Adds a message with its known fields, and collects its texts outside of content and tool
     /// calls.
-    fn add(&mut self, message: Value, place: usize, allowed: &[String]) -> Result<(), ApiError> {
-        let path = format!("messages.{place}");
+    fn add(&mut self, message: Value, index: usize, allowed: &[String]) -> Result<(), ApiError> {
+        let path = format!("messages.{index}");
         let Value::Object(mut fields) = message else {
             return Err(ApiError::bad_request(
                 "invalid_request",
@@ -144,7 +144,7 @@ impl Body {
             Value::Array(parts) => {
                 let parts = parts.into_iter().enumerate();
                 let parts = parts
-                    .map(|(place, part)| self.part(part, &format!("{path}.{place}"), collector));
+                    .map(|(index, part)| self.part(part, &format!("{path}.{index}"), collector));
                 Ok(Value::Array(parts.collect::<Result<_, _>>()?))
             }
             _ => Err(ApiError::bad_request(
@@ -226,8 +226,8 @@ impl Body {
     /// The message contents that are lists of parts, with the index of their message.
     fn contents(&mut self) -> impl Iterator<Item = (usize, &mut Vec<Value>)> {
         let messages = self.messages.iter_mut().enumerate();
-        messages.filter_map(|(place, message)| {
-            Some((place, message.get_mut("content")?.as_array_mut()?))
+        messages.filter_map(|(index, message)| {
+            Some((index, message.get_mut("content")?.as_array_mut()?))
         })
     }
 
@@ -241,14 +241,14 @@ impl Body {
     ) -> Result<Vec<Image>, ApiError> {
         let (mut read, mut total_converted) = (Vec::new(), 0);
         for (message, content) in self.contents() {
-            for (place, mut part) in std::mem::take(content).into_iter().enumerate() {
+            for (index, mut part) in std::mem::take(content).into_iter().enumerate() {
                 let Some(url) = url_of(&mut part) else {
                     content.push(part);
                     continue;
                 };
                 let mut original = std::mem::take(url);
                 let images = images::images(&original, bounds, allow_urls).map_err(|error| {
-                    ApiError { param: Some(format!("messages.{message}.content.{place}")), ..error }
+                    ApiError { param: Some(format!("messages.{message}.content.{index}")), ..error }
                 })?;
                 for image in images {
                     let mut part = part.clone();

@@ -288,8 +288,8 @@ impl Transport {
         }
         let mut body = limited_body(response, max_bytes);
         let mut whole = Vec::new();
-        while let Some(piece) = body.next().await {
-            whole.extend_from_slice(&piece.map_err(|error| ApiError::upstream(error.to_string()))?);
+        while let Some(chunk) = body.next().await {
+            whole.extend_from_slice(&chunk.map_err(|error| ApiError::upstream(error.to_string()))?);
         }
         let answer = Completion::parse(&whole).map_err(|error| error.with_head(&head))?;
         Ok(Answer::Whole(answer, head))
@@ -417,15 +417,15 @@ pub(crate) fn limited_body(
     response: reqwest::Response,
     max_bytes: usize,
 ) -> futures::stream::BoxStream<'static, Result<Bytes, std::io::Error>> {
-    let body = response.bytes_stream().scan(0_usize, move |read, piece| {
-        let piece = piece.map_err(|_| std::io::Error::other("the upstream broke off"));
-        *read = read.saturating_add(piece.as_ref().map_or(0, Bytes::len));
-        let piece = if *read > max_bytes {
+    let body = response.bytes_stream().scan(0_usize, move |read, chunk| {
+        let chunk = chunk.map_err(|_| std::io::Error::other("the upstream broke off"));
+        *read = read.saturating_add(chunk.as_ref().map_or(0, Bytes::len));
+        let chunk = if *read > max_bytes {
             Err(std::io::Error::other("the upstream's answer is longer than `limits.answer`"))
         } else {
-            piece
+            chunk
         };
-        std::future::ready(Some(piece))
+        std::future::ready(Some(chunk))
     });
     body.boxed()
 }
@@ -449,13 +449,13 @@ fn is_idle_timeout(error: &(dyn Error + 'static)) -> bool {
 
 /// A body that ends with an error if its next chunk takes longer than `silence`.
 pub(crate) fn with_idle_timeout<E: Into<BoxError>>(
-    pieces: impl Stream<Item = Result<Bytes, E>> + Send + Unpin + 'static,
+    chunks: impl Stream<Item = Result<Bytes, E>> + Send + Unpin + 'static,
     silence: Duration,
 ) -> impl Stream<Item = Result<Bytes, BoxError>> + Send + 'static {
-    stream::unfold(Some(pieces), move |pieces| async move {
-        let mut pieces = pieces?;
-        match tokio::time::timeout(silence, pieces.next()).await {
-            Ok(next) => Some((next?.map_err(Into::into), Some(pieces))),
+    stream::unfold(Some(chunks), move |chunks| async move {
+        let mut chunks = chunks?;
+        match tokio::time::timeout(silence, chunks.next()).await {
+            Ok(next) => Some((next?.map_err(Into::into), Some(chunks))),
             Err(_) => Some((Err(IdleTimeout.into()), None)),
         }
     })

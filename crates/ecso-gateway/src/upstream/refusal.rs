@@ -22,8 +22,8 @@ pub(super) async fn refusal(response: reqwest::Response) -> ApiError {
     }
     let mut body = limited_body(response, LONGEST);
     let mut bytes = Vec::new();
-    while let Some(Ok(piece)) = body.next().await {
-        bytes.extend_from_slice(&piece);
+    while let Some(Ok(chunk)) = body.next().await {
+        bytes.extend_from_slice(&chunk);
     }
     let text = String::from_utf8_lossy(&bytes).into_owned();
     let error: Value = lenient::parse(&text).unwrap_or_default();

@@ -44,17 +44,17 @@ pub(super) fn parse(body: Value) -> Result<(Value, Messages), ApiError> {
         let content = texts(system, "system")?;
         messages.push(json!({"role": "system", "content": content}));
     }
-    for (place, message) in fields.list("messages")?.into_iter().enumerate() {
-        push_turn(Fields::new(message, format!("messages.{place}"))?, &mut messages)?;
+    for (index, message) in fields.list("messages")?.into_iter().enumerate() {
+        push_turn(Fields::new(message, format!("messages.{index}"))?, &mut messages)?;
     }
     chat.insert("messages".to_owned(), messages.into());
     let (mut tools, mut omitted_tools) = (Vec::new(), BTreeSet::new());
-    for (place, tool) in fields.list("tools")?.into_iter().enumerate() {
+    for (index, tool) in fields.list("tools")?.into_iter().enumerate() {
         match server_tool_kind(&tool) {
             Some(kind) => {
                 omitted_tools.insert(kind);
             }
-            None => tools.push(self::tool(Fields::new(tool, format!("tools.{place}"))?)?),
+            None => tools.push(self::tool(Fields::new(tool, format!("tools.{index}"))?)?),
         }
     }
     match omitted_tools.first().filter(|_| tools.is_empty()) {
@@ -94,8 +94,8 @@ pub(super) fn parse(body: Value) -> Result<(Value, Messages), ApiError> {
 /// A text, or blocks of text.
 fn texts(content: Value, path: &str) -> Result<Value, ApiError> {
     let Value::Array(blocks) = content else { return Ok(content) };
-    let texts = blocks.into_iter().enumerate().map(|(place, block)| {
-        let mut block = Fields::new(block, format!("{path}.{place}"))?;
+    let texts = blocks.into_iter().enumerate().map(|(index, block)| {
+        let mut block = Fields::new(block, format!("{path}.{index}"))?;
         match block.required_text("type")?.as_str() {
             "text" => text(block),
             other => Err(unsupported(&block.path, other)),
@@ -126,8 +126,8 @@ fn push_turn(mut turn: Fields, messages: &mut Vec<Value>) -> Result<(), ApiError
         return Ok(());
     };
     let mut turn_parts = TurnParts::default();
-    for (place, block) in blocks.into_iter().enumerate() {
-        turn_parts.add(Fields::new(block, format!("{path}.{place}"))?, &role)?;
+    for (index, block) in blocks.into_iter().enumerate() {
+        turn_parts.add(Fields::new(block, format!("{path}.{index}"))?, &role)?;
     }
     messages.append(&mut turn_parts.results);
     if !turn_parts.images.is_empty() {
@@ -186,8 +186,8 @@ impl TurnParts {
             None => {}
             Some(Value::Array(blocks)) => {
                 let mut inner = TurnParts::default();
-                for (place, block) in blocks.into_iter().enumerate() {
-                    let mut block = Fields::new(block, format!("{path}.{place}"))?;
+                for (index, block) in blocks.into_iter().enumerate() {
+                    let mut block = Fields::new(block, format!("{path}.{index}"))?;
                     let kind = block.required_text("type")?;
                     match kind.as_str() {
                         "text" => inner.parts.push(text(block)?),
@@ -267,8 +267,8 @@ fn document(mut block: Fields, parts: &mut Vec<Value>) -> Result<(), ApiError> {
                 parts.push(json!({"type": "text", "text": content}));
                 return source.finish();
             };
-            for (place, block) in blocks.into_iter().enumerate() {
-                let mut block = Fields::new(block, format!("{path}.{place}"))?;
+            for (index, block) in blocks.into_iter().enumerate() {
+                let mut block = Fields::new(block, format!("{path}.{index}"))?;
                 match block.required_text("type")?.as_str() {
                     "text" => parts.push(text(block)?),
                     "image" => parts.push(image(block)?),

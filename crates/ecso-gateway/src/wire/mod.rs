@@ -169,7 +169,7 @@ impl Answer<'_> {
             (call["id"].as_str().unwrap_or_default(), called)
         });
         let all = framed.chain(old.map(|call| ("", call))).enumerate();
-        let call = |(place, (id, called)): (usize, (&str, &Value))| {
+        let call = |(index, (id, called)): (usize, (&str, &Value))| {
             let arguments = match called.get("arguments").or_else(|| called.get("input")) {
                 Some(Value::String(text)) if text.trim().is_empty() => "{}".to_owned(),
                 Some(Value::String(text)) => text.clone(),
@@ -179,7 +179,7 @@ impl Answer<'_> {
             // A signature follows this mark. These formats have no place for it.
             let id = id.split("__thought__").next().unwrap_or_default();
             let id =
-                if id.is_empty() { format!("call_{}_{place}", self.id) } else { id.to_owned() };
+                if id.is_empty() { format!("call_{}_{index}", self.id) } else { id.to_owned() };
             Some(Call { id, name: called["name"].as_str()?.to_owned(), arguments })
         };
         all.filter_map(call).collect()

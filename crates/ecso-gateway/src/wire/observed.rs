@@ -86,23 +86,23 @@ fn response_of_events(events: &[Value]) -> Option<Value> {
         .map(|event| event["item"].clone())
         .collect();
     output.extend(changed);
-    let mut pieces: BTreeMap<String, String> = BTreeMap::new();
+    let mut chunks: BTreeMap<String, String> = BTreeMap::new();
     for event in events {
-        if let Some(piece) = event["delta"].as_str() {
-            let place = [
+        if let Some(chunk) = event["delta"].as_str() {
+            let key = [
                 &event["type"],
                 &event["item_id"],
                 &event["output_index"],
                 &event["content_index"],
             ];
-            pieces.entry(json!(place).to_string()).or_default().push_str(piece);
+            chunks.entry(json!(key).to_string()).or_default().push_str(chunk);
         }
     }
     let mut known = HashSet::new();
     for item in &output {
         collect_texts(item, &mut known);
     }
-    let unknown = pieces.values().filter(|text| !known.contains(text.as_str()));
+    let unknown = chunks.values().filter(|text| !known.contains(text.as_str()));
     let parts: Vec<Value> =
         unknown.map(|text| json!({"type": "output_text", "text": text})).collect();
     output.push(json!({"type": "message", "content": parts}));
@@ -123,17 +123,17 @@ fn message_of_events(events: &[Value]) -> Option<Value> {
             }
             Some("content_block_delta") => {
                 let block = blocks.entry(index).or_insert_with(|| json!({}));
-                for (name, piece) in event["delta"].as_object().into_iter().flatten() {
+                for (name, chunk) in event["delta"].as_object().into_iter().flatten() {
                     let name = if name == "partial_json" { "pieces" } else { name };
-                    match (name, block.get_mut(name), piece) {
+                    match (name, block.get_mut(name), chunk) {
                         ("type" | "signature", _, _) => {}
-                        (_, Some(Value::String(text)), Value::String(piece)) => {
-                            text.push_str(piece)
+                        (_, Some(Value::String(text)), Value::String(chunk)) => {
+                            text.push_str(chunk)
                         }
                         // There may be more than one of these values.
-                        (_, Some(Value::Array(list)), piece) => list.push(piece.clone()),
-                        (_, _, Value::String(piece)) => block[name] = piece.as_str().into(),
-                        (_, _, piece) => block[name] = json!([piece]),
+                        (_, Some(Value::Array(list)), chunk) => list.push(chunk.clone()),
+                        (_, _, Value::String(chunk)) => block[name] = chunk.as_str().into(),
+                        (_, _, chunk) => block[name] = json!([chunk]),
                     }
                 }
             }
@@ -360,13 +360,13 @@ mod tests {
         }
         // Clients show the chunks, whatever the final response says.
         let message = |text: &str| json!({"type": "message", "content": [{"type": "output_text", "text": text}]});
-        let piece = |text: &str| json!({"type": "response.output_text.delta", "item_id": "i", "delta": text});
+        let chunk = |text: &str| json!({"type": "response.output_text.delta", "item_id": "i", "delta": text});
         let ended =
             |output: Value| json!({"type": "response.completed", "response": {"output": output}});
         for (events, text) in [
-            (vec![piece("flo"), piece("ur"), ended(json!([]))], "flour"),
-            (vec![piece("flo"), piece("ur"), ended(json!([message("rye")]))], "rye\nflour"),
-            (vec![piece("r"), piece("ye"), ended(json!([message("rye")]))], "rye"),
+            (vec![chunk("flo"), chunk("ur"), ended(json!([]))], "flour"),
+            (vec![chunk("flo"), chunk("ur"), ended(json!([message("rye")]))], "rye\nflour"),
+            (vec![chunk("r"), chunk("ye"), ended(json!([message("rye")]))], "rye"),
             (
                 vec![
                     json!({"type": "response.output_item.done", "item": message("flour")}),

@@ -156,9 +156,9 @@ fn input(input: Option<Value>) -> Result<Vec<Value>, ApiError> {
     match input {
         Some(Value::Array(items)) => {
             let (mut messages, mut images) = (Vec::new(), Vec::new());
-            for (place, item) in items.into_iter().enumerate() {
+            for (index, item) in items.into_iter().enumerate() {
                 self::item(
-                    Fields::new(item, format!("input.{place}"))?,
+                    Fields::new(item, format!("input.{index}"))?,
                     &mut messages,
                     &mut images,
                 )?;
@@ -255,8 +255,8 @@ fn take_tool_images(images: &mut Vec<Value>) -> Option<Value> {
 
 fn parts(content: Value, path: &str) -> Result<Value, ApiError> {
     let Value::Array(parts) = content else { return Ok(content) };
-    let part = |(place, part)| {
-        let mut part = Fields::new(part, format!("{path}.{place}"))?;
+    let part = |(index, part)| {
+        let mut part = Fields::new(part, format!("{path}.{index}"))?;
         let kind = part.required_text("type")?;
         part.ignore(&["annotations", "logprobs", "prompt_cache_breakpoint"]);
         let chats = match kind.as_str() {
@@ -328,8 +328,8 @@ impl Responses {
         }
         let calls = answer.calls().into_iter().enumerate();
         output.extend(
-            calls.map(|(place, call)| {
-                self.tools.call_item(&format!("fc_{}_{place}", answer.id), call)
+            calls.map(|(index, call)| {
+                self.tools.call_item(&format!("fc_{}_{index}", answer.id), call)
             }),
         );
         output
@@ -467,15 +467,14 @@ fn push_item_events(index: usize, item: &Value, events: &mut Vec<Value>) {
         }
         events.push(done);
     }
-    for (place, part) in item["content"].as_array().into_iter().flatten().enumerate() {
+    for (content_index, part) in item["content"].as_array().into_iter().flatten().enumerate() {
         let (field, name) = match part["type"].as_str() {
             Some("refusal") => ("refusal", "refusal"),
             Some("reasoning_text") => ("text", "reasoning_text"),
             _ => ("text", "output_text"),
         };
         let event = |kind: &str, more: Value| {
-            let mut event =
-                json!({"type": kind, "item_id": id, "output_index": index, "content_index": place});
+            let mut event = json!({"type": kind, "item_id": id, "output_index": index, "content_index": content_index});
             for (name, value) in more.as_object().into_iter().flatten() {
                 event[name] = value.clone();
             }

@@ -67,8 +67,8 @@ impl Tools {
     pub(super) fn parse(tools: Vec<Value>) -> Result<Self, ApiError> {
         let mut parsed = Self::default();
         let first = tools.first().and_then(|tool| tool["type"].as_str()).map(str::to_owned);
-        for (place, tool) in tools.into_iter().enumerate() {
-            parsed.add(Fields::new(tool, format!("tools.{place}"))?, None)?;
+        for (index, tool) in tools.into_iter().enumerate() {
+            parsed.add(Fields::new(tool, format!("tools.{index}"))?, None)?;
         }
         match first.filter(|_| parsed.functions.is_empty()) {
             Some(kind) => Err(unsupported("tools.0", &kind)),
@@ -135,8 +135,8 @@ impl Tools {
         let (tools, path, first) =
             (tool.list("tools")?, tool.path_of("tools"), self.functions.len());
         tool.finish()?;
-        for (place, tool) in tools.into_iter().enumerate() {
-            self.add(Fields::new(tool, format!("{path}.{place}"))?, Some(&name))?;
+        for (index, tool) in tools.into_iter().enumerate() {
+            self.add(Fields::new(tool, format!("{path}.{index}"))?, Some(&name))?;
         }
         if let (Some(described), Some(tool)) = (described, self.functions.get_mut(first)) {
             let own = tool["function"]["description"].as_str().unwrap_or_default();
@@ -192,8 +192,8 @@ impl Tools {
             return Err(invalid(&choice.path_of("mode"), "must be auto or required"));
         }
         let mut allowed = BTreeSet::new();
-        for (place, tool) in choice.list("tools")?.into_iter().enumerate() {
-            let mut tool = Fields::new(tool, format!("{path}.{place}"))?;
+        for (index, tool) in choice.list("tools")?.into_iter().enumerate() {
+            let mut tool = Fields::new(tool, format!("{path}.{index}"))?;
             if let Some(name) = self.function_of_choice(&mut tool)? {
                 allowed.insert(name);
                 tool.finish()?;
