@@ -452,7 +452,7 @@ def other_settings(port, run):
         status, _, body = guarded.chat("Which kinds?")
         assert status == 502 and json.loads(body)["error"]["code"] == "guard_failed", (status, body)
         assert len(Model.taken) == before + 1, "a loop"
-        assert "the guard's own calls come back to it" in open(guarded.log.name, encoding="utf8").read()
+        assert "the guard's own calls come back to the guard" in open(guarded.log.name, encoding="utf8").read()
 
     def misled(guarded):
         """a processing_mode that guards nothing is refused"""

@@ -201,7 +201,7 @@ class Proxy:
 
     def check_an_id_that_the_client_chose(self):
         status, said = self.chat("What is it?", headers={"x-litellm-call-id": "mine"})
-        assert status == 400 and "x-litellm-call-id is not taken" in said, said
+        assert status == 400 and "x-litellm-call-id is not accepted" in said, said
         # One that asks for nothing rude waits while another, whose picture nobody sees, takes its name.
         said = {}
 

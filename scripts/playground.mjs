@@ -238,7 +238,7 @@ try {
   assert.match(await page.locator(".outcome").innerText(), /the model's own[\s\S]*bread for two/);
   assert.match(await page.locator(".badge").innerText(), /judged safe/);
   assert.match(await card(page, 1).innerText(), /\d+ ms|\d s/);
-  assert.match(await card(page, 2).innerText(), /Probability of harm \d+%; unsafe from 50% on/);
+  assert.match(await card(page, 2).innerText(), /Probability of harm \d+%; unsafe at 50% or more/);
   assert.match(await card(page, 3).innerText(), /STAFF ONLY/);
   assert.match(await page.locator("#status").innerText(), /hardened: done, judged safe/);
 
@@ -249,11 +249,11 @@ try {
   assert.equal(await page.locator(".arm").count(), 3);
   const source = await page.content();
   assert.equal(source.split(DRAFT).length - 1, 1 + await page.locator("details .quote", { hasText: DRAFT }).count(), "in the unguarded answer alone");
-  assert.match(await page.locator(".arm").nth(1).innerText(), /judged unsafe[\s\S]*it is covered[\s\S]*written with eyes closed[\s\S]*note to the desk/);
+  assert.match(await page.locator(".arm").nth(1).innerText(), /judged unsafe[\s\S]*it is hidden[\s\S]*written with eyes closed[\s\S]*note to the desk/);
   assert.match(await card(page, 3, 1).innerText(), /A red sign/);
   await card(page, 1, 1).getByRole("button", { name: "Show it" }).click();
   assert.match(await card(page, 1, 1).innerText(), /Carry a large box/);
-  await card(page, 1, 1).getByRole("button", { name: "Cover it" }).click();
+  await card(page, 1, 1).getByRole("button", { name: "Hide it" }).click();
   assert.doesNotMatch(await card(page, 1, 1).innerText(), /Carry a large box/);
   await shot(page, "compare");
 
@@ -275,6 +275,8 @@ try {
   assert.match(await page.locator("#editor").innerText(), /3 changed/);
   await ask(page, "What does the sign say?");
   assert.match(await page.locator(".arm").innerText(), /strict one[\s\S]*written with eyes closed/);
+  await page.fill("#question", "Something else?");
+  assert.match(await page.locator("#asked").innerText(), /Answers to: What does the sign say\? \(1 image\)/);
   for (const number of [1, 2, 3, 4]) assert.notEqual(await card(page, number).getAttribute("data-state"), "idle");
   const [file] = await Promise.all([page.waitForEvent("download"), page.locator("#editor").getByRole("button", { name: "Download" }).click()]);
   assert.equal(file.suggestedFilename(), "strict-one.toml");
@@ -285,6 +287,12 @@ try {
   await page.locator("#editor").getByRole("button", { name: "Show as TOML" }).click();
   assert.match(await page.inputValue("#toml"), /name = "strict one"/);
   await page.selectOption("#profile-base", "paper");
+  await page.locator("#editor").getByRole("button", { name: "Keep them" }).click();
+  assert.equal(await page.inputValue("#profile-base"), "hardened");
+  assert.match(await page.locator("#editor").innerText(), /3 changed/, "changes are only dropped on request");
+  await page.selectOption("#profile-base", "paper");
+  await page.locator("#editor").getByRole("button", { name: "Drop them" }).click();
+  assert.equal(await page.inputValue("#profile-base"), "paper");
   assert.match(await page.locator("#editor").innerText(), /0 changed/);
   await shot(page, "editor");
 
@@ -310,7 +318,7 @@ try {
   await choose(page, "hardened");
   await page.setInputFiles("#file", { name: "notes.txt", mimeType: "text/plain", buffer: Buffer.from("no picture") });
   await ask(page);
-  assert.match(await page.locator(".failure").innerText(), /An image can't be used/);
+  assert.match(await page.locator(".failure").innerText(), /notes\.txt can't be used/);
   await page.getByRole("button", { name: "Remove notes.txt" }).click();
   await page.setInputFiles("#file", { name: "vast.png", mimeType: "image/png", buffer: Buffer.alloc(21 << 20) });
   assert.match(await page.locator("#problem").innerText(), /vast\.png is larger than 20 MB/);
@@ -352,7 +360,7 @@ try {
     await page.keyboard.press("Tab");
     reached.add(await page.evaluate(() => document.activeElement.id || document.activeElement.name || document.activeElement.textContent));
   }
-  for (const name of ["Go to the answers", "language", "file", "question", "arm", "go", "A list", "A profile of your own"]) {
+  for (const name of ["Go to the answers", "language", "file", "question", "arm", "go", "A list", "Your own profile"]) {
     assert.ok(reached.has(name), `${name} is not reached: ${[...reached].join(", ")}`);
   }
   await page.focus("#question");

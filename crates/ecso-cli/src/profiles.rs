@@ -47,9 +47,9 @@ pub(crate) fn report_fit(settings: &Settings) -> anyhow::Result<()> {
 
 /// Loads the default profile of a gateway, and those of single models and clients.
 pub(crate) fn load_all(settings: &Settings) -> anyhow::Result<ecso_gateway::Profiles> {
-    let usual = load(settings)?;
+    let default = load(settings)?;
     let named = settings.gateway.profile_names().map(|name| Ok((name.to_owned(), by_name(name)?)));
-    Ok(ecso_gateway::Profiles { usual, named: named.collect::<anyhow::Result<_>>()? })
+    Ok(ecso_gateway::Profiles { default, named: named.collect::<anyhow::Result<_>>()? })
 }
 
 /// The calibration curve of the profile in use, if that is fitted to the model and only its

@@ -165,10 +165,10 @@ pub(crate) fn run(args: &ReplayArgs, file: Option<&Path>) -> anyhow::Result<()> 
             .map(|(number, line)| async move {
                 let recorded = line
                     .map_err(|error| error.to_string())
-                    .and_then(|line| Recorded::read(&line, settings.images))
+                    .and_then(|line| Recorded::parse(&line, settings.images))
                     .map_err(|reason| Failure::Unreadable(number, reason))?;
                 let outcome =
-                    recorded.again(guard).await.map_err(|error| Failure::Model(number, error))?;
+                    recorded.review(guard).await.map_err(|error| Failure::Model(number, error))?;
                 Ok((recorded, outcome))
             })
             .buffered(args.concurrency.or(settings.default_concurrency()));

@@ -185,7 +185,7 @@ fn reload(
         .into());
     }
     let profiles = profiles::load_all(&settings)?;
-    let name = profiles.usual.name.clone();
+    let name = profiles.default.name.clone();
     gateway.reload(profiles, settings.gateway, settings.images)?;
     Ok(name)
 }

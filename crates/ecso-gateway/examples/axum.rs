@@ -1,8 +1,8 @@
-//! The guard in an application of your own: mounted in axum, below a path, beside what else is
-//! served there.
+//! The guard in an application of your own: mounted below a path of an axum router, next to other
+//! routes.
 //!
-//! Clients have the base URL `http://127.0.0.1:8080/guarded/v1`. What bounds connections in `ecso
-//! serve` is `ecso_gateway::serve`; here it is the application's business.
+//! Clients use the base URL `http://127.0.0.1:8080/guarded/v1`. `ecso serve` limits connections
+//! with `ecso_gateway::serve`; here the application has to do that.
 
 use std::{error::Error, sync::Arc};
 

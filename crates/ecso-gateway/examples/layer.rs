@@ -1,8 +1,8 @@
 //! The guard as a `tower` layer around a service of your own: here an application that answers
 //! chats itself.
 //!
-//! Clients have the base URL `http://127.0.0.1:8080/v1`. What the service says to a chat with an
-//! image is judged by the model at port 8000 before it goes out.
+//! Clients use the base URL `http://127.0.0.1:8080/v1`. The service's answers to chats with images
+//! are judged by the model on port 8000 before they go out.
 
 use std::{error::Error, sync::Arc};
 

@@ -1,4 +1,4 @@
-//! Who calls, and how many at once.
+//! Who calls, and how many requests run at once.
 
 use std::{
     collections::HashMap,
@@ -22,10 +22,10 @@ use crate::{
     settings::{Mode, Settings, hash},
 };
 
-/// A client that was let in.
+/// A client that was admitted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Caller {
-    /// The name of its key; empty where nobody needs one.
+    /// The name of its key; empty if no keys are needed.
     pub(crate) name: String,
     mode: Option<Mode>,
     /// The name of its profile.
@@ -35,7 +35,7 @@ pub(crate) struct Caller {
 /// Anthropic's header for keys.
 pub(crate) const API_KEY: &str = "x-api-key";
 
-/// The key of a request: its bearer token, or where it has none, what stands in Anthropic's header.
+/// The key of a request: its bearer token, or else the value of Anthropic's header.
 pub(crate) fn token(headers: &HeaderMap) -> Option<&str> {
     let Some(value) = headers.get(header::AUTHORIZATION) else {
         return headers.get(API_KEY)?.to_str().ok();
@@ -45,28 +45,25 @@ pub(crate) fn token(headers: &HeaderMap) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
 }
 
-/// Checks the key of a request. Keys are compared by their hashes: how long that takes tells
-/// nothing about the key.
+/// Checks the key of a request. Keys are compared by their hashes, so the time it takes reveals
+/// nothing about a key.
 pub(crate) fn caller(settings: &Settings, headers: &HeaderMap) -> Result<Caller, ApiError> {
     if settings.keys.is_empty() {
         return Ok(Caller { name: String::new(), mode: None, profile: None });
     }
     let refused = |message| ApiError::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message);
     let token = token(headers)
-        .ok_or_else(|| refused("this server takes a key: Authorization: Bearer KEY"))?;
+        .ok_or_else(|| refused("this server needs a key: Authorization: Bearer KEY"))?;
     let digest = hash(token);
     let known = settings.keys.iter().find(|(_, key)| key.sha256.eq_ignore_ascii_case(&digest));
-    let (name, key) = known.ok_or_else(|| refused("this key is not known here"))?;
+    let (name, key) = known.ok_or_else(|| refused("this key is not known to this server"))?;
     Ok(Caller { name: name.clone(), mode: key.mode, profile: key.profile.clone() })
 }
 
-/// Without keys only this machine may call. A page in a browser on it could, by a name of its own
-/// for this address, or by a form: both tell themselves by what browsers send.
-pub(crate) fn is_of_this_machine(
-    method: &Method,
-    uri: &Uri,
-    headers: &HeaderMap,
-) -> Result<(), ApiError> {
+/// Without client keys, only this machine may call. A page in a local browser could do so too,
+/// through a host name that resolves to this address or through a form; both show in the headers
+/// that browsers send.
+pub(crate) fn check_local(method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<(), ApiError> {
     let host = headers
         .get(header::HOST)
         .and_then(|host| host.to_str().ok())
@@ -78,45 +75,46 @@ pub(crate) fn is_of_this_machine(
             || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
     });
     if !is_local {
-        let message = "without client keys only 127.0.0.1 and localhost are answered; make a key with `ecso key NAME`";
+        let message = "without client keys, only requests to 127.0.0.1 and localhost are \
+                       answered; make a key with `ecso key NAME`";
         return Err(ApiError::new(StatusCode::FORBIDDEN, "wrong_host", message));
     }
     let mut kinds =
         headers.get_all(header::CONTENT_TYPE).iter().map(|kind| kind.to_str().unwrap_or_default());
     let is_json =
         |kind: &str| kind.trim_start().to_ascii_lowercase().starts_with("application/json");
-    let is_told = kinds.next().is_some_and(is_json) && kinds.next().is_none();
-    let asks = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
-    if headers.contains_key(header::ORIGIN) && !asks && !is_told {
-        let message = "a page sends JSON only: Content-Type: application/json";
+    let is_json_only = kinds.next().is_some_and(is_json) && kinds.next().is_none();
+    let is_read = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
+    if headers.contains_key(header::ORIGIN) && !is_read && !is_json_only {
+        let message = "pages may only send JSON: set Content-Type: application/json";
         return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_type", message));
     }
     Ok(())
 }
 
 impl Caller {
-    /// Whoever came in by the page for people.
+    /// The user of the playground.
     pub(crate) fn playground() -> Self {
         Self { name: "playground".into(), mode: None, profile: None }
     }
 
-    /// What is done with a request: by its header if that is allowed, by key, by model, in general.
-    /// A model that `modes` does not name may be one of its by another spelling (`vlm:latest`):
-    /// then the strictest mode holds, and so it does where no model can be read.
+    /// The mode of a request: by its header if that is allowed, by key, by model, or the default.
+    /// If `modes` does not name the model, it may be another spelling of one that is named
+    /// (`vlm:latest`), so the strictest mode applies. That also holds if the model can't be read.
     pub(crate) fn mode(
         &self,
         settings: &Settings,
         model: Option<&str>,
         headers: &HeaderMap,
     ) -> Result<Mode, ApiError> {
-        if let Some(wish) = headers.get("x-ecso-mode").filter(|_| settings.mode_header) {
-            return match wish.as_bytes() {
+        if let Some(header) = headers.get("x-ecso-mode").filter(|_| settings.mode_header) {
+            return match header.as_bytes() {
                 b"enforce" => Ok(Mode::Enforce),
                 b"observe" => Ok(Mode::Observe),
                 b"off" => Ok(Mode::Off),
                 _ => Err(ApiError::bad_request(
                     "invalid_mode",
-                    "x-ecso-mode is enforce, observe or off",
+                    "x-ecso-mode must be `enforce`, `observe` or `off`",
                 )),
             };
         }
@@ -130,22 +128,22 @@ impl Caller {
         self.mode.unwrap_or(of_models)
     }
 
-    /// Whether nothing that this caller sends needs to be looked at.
+    /// Whether no request of this caller needs to be inspected.
     pub(crate) fn is_never_guarded(&self, settings: &Settings) -> bool {
         self.strictest(settings) == Mode::Off && !settings.mode_header
     }
 }
 
-/// How often each client may ask.
+/// Rate limits, by client.
 #[derive(Debug, Default)]
 pub(crate) struct Rates(HashMap<String, DefaultDirectRateLimiter>);
 
 impl Rates {
-    /// One limiter for each key that has a bound; without keys, one for all.
+    /// One limiter for each key that has a limit. Without keys, one for all.
     pub(crate) fn new(settings: &Settings) -> Self {
-        let nobody = settings.keys.is_empty().then(|| (String::new(), None));
+        let everyone = settings.keys.is_empty().then(|| (String::new(), None));
         let keys = settings.keys.iter().map(|(name, key)| (name.clone(), key.per_minute));
-        let bounds = keys.chain(nobody).filter_map(|(name, own)| {
+        let bounds = keys.chain(everyone).filter_map(|(name, own)| {
             let bound = NonZeroU32::new(own.unwrap_or(settings.limits.per_minute))?;
             Some((name, RateLimiter::direct(Quota::per_minute(bound))))
         });
@@ -160,14 +158,14 @@ impl Rates {
             let failure = ApiError::new(
                 StatusCode::TOO_MANY_REQUESTS,
                 "rate_limited",
-                "this key asks too often",
+                "this key is over its rate limit",
             );
             ApiError { retry_after: Some(wait), ..failure }
         })
     }
 }
 
-/// Lets so many guarded requests run, so many wait, and no more.
+/// Limits how many guarded requests run, and how many wait.
 #[derive(Debug)]
 pub(crate) struct Admission {
     permits: Arc<Semaphore>,
@@ -190,30 +188,30 @@ impl Admission {
         )
     }
 
-    /// Waits for a turn; whoever goes away while waiting loses the place.
+    /// Waits for a turn. A client that leaves gives up its slot in the queue.
     pub(crate) async fn enter(&self) -> Result<OwnedSemaphorePermit, ApiError> {
         if let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() {
             return Ok(permit);
         }
-        let place = Place::take(self)?;
+        let slot = QueueSlot::take(self)?;
         let permit = Arc::clone(&self.permits).acquire_owned().await;
-        drop(place);
+        drop(slot);
         permit.map_err(|_| ApiError::busy())
     }
 }
 
-/// A place in the queue.
-struct Place<'a>(&'a AtomicUsize);
+/// A slot in the queue.
+struct QueueSlot<'a>(&'a AtomicUsize);
 
-impl<'a> Place<'a> {
+impl<'a> QueueSlot<'a> {
     fn take(admission: &'a Admission) -> Result<Self, ApiError> {
         let before = admission.waiting.fetch_add(1, Ordering::AcqRel);
-        let place = Self(&admission.waiting);
-        if before < admission.queue { Ok(place) } else { Err(ApiError::busy()) }
+        let slot = Self(&admission.waiting);
+        if before < admission.queue { Ok(slot) } else { Err(ApiError::busy()) }
     }
 }
 
-impl Drop for Place<'_> {
+impl Drop for QueueSlot<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::AcqRel);
     }
@@ -229,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_are_known_by_their_hash_and_choose_a_mode() {
+    fn keys_are_found_by_their_hash_and_choose_a_mode() {
         let mut settings = Settings::default();
         assert_eq!(caller(&settings, &HeaderMap::new()).unwrap().name, "");
         let key =
@@ -258,7 +256,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_does_not_fit_the_queue_is_sent_away() {
+    async fn a_full_queue_refuses_requests() {
         let admission = Arc::new(Admission::new(1, 1));
         let first = admission.enter().await.unwrap();
         let waiting = Arc::clone(&admission);

@@ -1,5 +1,5 @@
-//! The audit log: a JSON line for every answer that was judged. What people said stands in it only
-//! if the operator wants that; else digests do.
+//! The audit log: a JSON line for every judged answer. It contains texts of the conversation only
+//! if the operator wants that, and digests otherwise.
 
 use std::{
     collections::BTreeMap,
@@ -15,82 +15,88 @@ use serde_json::{Value, json};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{
-    json::shown,
+    json::printable,
     report::{Finding, Report, UNFINISHED},
     request::Request,
     settings::{AuditSettings, Mode},
 };
 
-/// An answer that was judged.
-pub(crate) struct Case<'a> {
-    /// The request's name.
+/// A request whose answer was judged.
+pub(crate) struct JudgedRequest<'a> {
+    /// The request id.
     pub(crate) id: &'a str,
-    /// By which door it came in.
+    /// The door that it came in by.
     pub(crate) door: &'static str,
-    /// The name of the client's key; empty where nobody needs one.
+    /// The name of the client's key; empty if no keys are needed.
     pub(crate) key: &'a str,
     pub(crate) mode: Mode,
-    /// The name of the profile that the request brought.
+    /// The name of the profile, if the request chose one.
     pub(crate) profile: Option<&'a str>,
-    pub(crate) begun: Instant,
-    /// The request, where it could be read.
+    pub(crate) started: Instant,
+    /// The request, if it could be read.
     pub(crate) request: Option<&'a Request>,
     pub(crate) report: &'a Report,
-    /// What the model said, by choice.
+    /// The drafts, by choice.
     pub(crate) drafts: &'a BTreeMap<u64, String>,
 }
 
-/// An audit log that is open.
+/// An open audit log.
 pub(crate) struct Audit {
     settings: AuditSettings,
-    file: Mutex<Rotated>,
+    file: Mutex<RotatingFile>,
 }
 
 impl Audit {
-    /// Opens the log, if there is to be one.
+    /// Opens the log, if it is turned on.
     pub(crate) fn open(settings: &AuditSettings) -> io::Result<Option<Arc<Self>>> {
         if settings.path.as_os_str().is_empty() {
             return Ok(None);
         }
-        let told = |error: io::Error| {
+        let with_path = |error: io::Error| {
             io::Error::new(
                 error.kind(),
                 format!("the audit log {}: {error}", settings.path.display()),
             )
         };
-        Self::begin(settings).map_err(told).map(|audit| Some(Arc::new(audit)))
+        Self::create(settings).map_err(with_path).map(|audit| Some(Arc::new(audit)))
     }
 
-    fn begin(settings: &AuditSettings) -> io::Result<Self> {
+    fn create(settings: &AuditSettings) -> io::Result<Self> {
         if let Some(folder) = settings.path.parent().filter(|folder| !folder.as_os_str().is_empty())
         {
             std::fs::create_dir_all(folder)?;
         }
-        let file = Rotated::open(settings)?;
+        let file = RotatingFile::open(settings)?;
         Ok(Self { settings: settings.clone(), file: Mutex::new(file) })
     }
 
-    /// Writes a line for every choice. A log that can't be written is told, and the answer goes out
-    /// all the same.
-    pub(crate) fn write(&self, case: &Case<'_>, profile: &str) {
+    /// Writes a line for every choice. If that fails, the error is logged and the answer goes out
+    /// anyway.
+    pub(crate) fn write(&self, judged: &JudgedRequest<'_>, profile: &str) {
         let mut lines = Vec::new();
-        for (choice, finding) in case.report.findings() {
-            let line = self.line(case, profile, choice, finding);
+        for (choice, finding) in judged.report.findings() {
+            let line = self.line(judged, profile, choice, finding);
             lines.extend_from_slice(line.to_string().as_bytes());
             lines.push(b'\n');
         }
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = file.write(&self.settings, &lines) {
-            tracing::error!(id = case.id, %error, "the audit log can't be written");
+            tracing::error!(id = judged.id, %error, "the audit log could not be written: this line is lost");
         }
     }
 
-    fn line(&self, case: &Case<'_>, profile: &str, choice: u64, finding: &Finding) -> Value {
+    fn line(
+        &self,
+        judged: &JudgedRequest<'_>,
+        profile: &str,
+        choice: u64,
+        finding: &Finding,
+    ) -> Value {
         let outcome = finding.outcome();
         let digest = |text: &str| blake3::hash(text.as_bytes()).to_hex()[..32].to_owned();
-        // None where nobody waited for one: no answer could have made the request safe.
-        let draft = case.drafts.get(&choice).map(String::as_str);
-        let turns = case.request.map(|request| request.chat.turns.as_slice()).unwrap_or_default();
+        // `None` if it was not waited for, because no answer could have made the request safe.
+        let draft = judged.drafts.get(&choice).map(String::as_str);
+        let turns = judged.request.map(|request| request.chat.turns.as_slice()).unwrap_or_default();
         let query = turns.iter().rev().find(|turn| turn.role == ecso::Role::User);
         let steps = outcome.map(|outcome| outcome.steps.as_slice()).unwrap_or_default();
         let images = turns
@@ -99,19 +105,19 @@ impl Audit {
             .map(|image| image.digest().to_hex()[..32].to_owned());
         let mut line = json!({
             "at": OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default(),
-            "request_id": case.id,
-            "door": case.door,
+            "request_id": judged.id,
+            "door": judged.door,
             "choice": choice,
-            "key": case.key,
-            "model": case.request.map(|request| shown(&request.model)),
+            "key": judged.key,
+            "model": judged.request.map(|request| printable(&request.model)),
             "profile": profile,
-            "mode": case.mode,
+            "mode": judged.mode,
             "verdict": finding.verdict(),
             "score": outcome.and_then(|outcome| outcome.score),
             "rewritten": outcome.is_some_and(|outcome| outcome.rewritten),
-            "failure": case.report.failure,
-            "early": case.report.early_of(choice),
-            "ms": u64::try_from(case.begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+            "failure": judged.report.failure,
+            "early": judged.report.early_of(choice),
+            "ms": u64::try_from(judged.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             "image_digests": images.collect::<Vec<_>>(),
             "query_digest": query.map(|turn| digest(&turn.query())),
             "draft_digest": draft.map(digest),
@@ -122,23 +128,26 @@ impl Audit {
             })).collect::<Vec<_>>(),
         });
         if self.settings.content {
-            line["messages"] = case.request.map(Request::messages).into();
+            line["messages"] = judged.request.map(Request::messages).into();
             line["draft"] = draft.into();
             let safe =
                 outcome.filter(|outcome| outcome.rewritten).map(|outcome| outcome.answer.as_str());
-            let out =
-                case.report.early_of(choice).map(|early| early.characters).filter(|out| *out > 0);
+            let sent = judged
+                .report
+                .early_of(choice)
+                .map(|early| early.characters)
+                .filter(|characters| *characters > 0);
             let is_unsafe = finding.verdict() == Verdict::Unsafe;
-            let is_cut = is_unsafe || case.report.failure == Some(UNFINISHED);
-            line["answer"] = match (out.filter(|_| is_cut), safe) {
-                // What was out stays out, and the safe answer has a place of its own.
-                (Some(out), _) => {
+            let is_cut = is_unsafe || judged.report.failure == Some(UNFINISHED);
+            line["answer"] = match (sent.filter(|_| is_cut), safe) {
+                // Text that went out can't be replaced, so the safe answer has a field of its own.
+                (Some(sent), _) => {
                     line["safe_answer"] = safe.into();
-                    draft.map(|draft| draft.chars().take(out).collect::<String>()).into()
+                    draft.map(|draft| draft.chars().take(sent).collect::<String>()).into()
                 }
                 (None, Some(safe)) => safe.into(),
-                // Another answer was to take its place, and there is none.
-                (None, None) if is_unsafe && case.mode == Mode::Enforce => Value::Null,
+                // The answer was to be replaced, but there is no replacement.
+                (None, None) if is_unsafe && judged.mode == Mode::Enforce => Value::Null,
                 (None, None) => draft.into(),
             };
             let captions = steps.iter().filter(|step| step.step == Step::Caption);
@@ -148,17 +157,17 @@ impl Audit {
     }
 }
 
-/// A file that is set aside when it is long.
-struct Rotated {
+/// A file that is rotated when it is full.
+struct RotatingFile {
     file: File,
     bytes: u64,
 }
 
-impl Rotated {
+impl RotatingFile {
     fn open(settings: &AuditSettings) -> io::Result<Self> {
         let mut options = OpenOptions::new();
         options.create(true).append(true);
-        // It tells who asked what, so that it is for its owner alone.
+        // It shows who asked what, so only its owner may read it.
         #[cfg(unix)]
         std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
         let file = options.open(&settings.path)?;
@@ -166,12 +175,14 @@ impl Rotated {
         Ok(Self { file, bytes })
     }
 
-    /// Writes whole lines. A file that can't be set aside grows: no line is lost for that.
+    /// Writes whole lines. If the file can't be rotated, it keeps growing, so that no line is lost.
     fn write(&mut self, settings: &AuditSettings, lines: &[u8]) -> io::Result<()> {
         if self.bytes >= settings.bytes.max(1) as u64 {
-            match Self::set_aside(settings).and_then(|()| Self::open(settings)) {
+            match Self::rotate(settings).and_then(|()| Self::open(settings)) {
                 Ok(fresh) => *self = fresh,
-                Err(error) => tracing::error!(%error, "the audit log can't be set aside"),
+                Err(error) => {
+                    tracing::error!(%error, "the audit log could not be rotated: it keeps growing")
+                }
             }
         }
         self.bytes += lines.len() as u64;
@@ -179,9 +190,9 @@ impl Rotated {
         self.file.flush()
     }
 
-    /// Moves each file one on: `.1` is the last that was set aside, and the oldest goes.
-    fn set_aside(settings: &AuditSettings) -> io::Result<()> {
-        let aside = |number: usize| {
+    /// Renames the files: the last one becomes `.1`, and the oldest is dropped.
+    fn rotate(settings: &AuditSettings) -> io::Result<()> {
+        let numbered = |number: usize| {
             let mut name = settings.path.clone().into_os_string();
             name.push(format!(".{number}"));
             PathBuf::from(name)
@@ -190,12 +201,12 @@ impl Rotated {
             return std::fs::remove_file(&settings.path);
         }
         for number in (1..settings.keep).rev() {
-            match std::fs::rename(aside(number), aside(number + 1)) {
+            match std::fs::rename(numbered(number), numbered(number + 1)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
         }
-        std::fs::rename(&settings.path, aside(1))
+        std::fs::rename(&settings.path, numbered(1))
     }
 }
 
@@ -204,13 +215,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_line_is_lost_when_files_are_set_aside() {
+    fn no_line_is_lost_when_files_are_rotated() {
         let folder =
             std::env::temp_dir().join(format!("ecso-audit-{}", uuid::Uuid::new_v4().simple()));
         let path = folder.join("audit.jsonl");
         let settings = AuditSettings { path: path.clone(), content: false, bytes: 10, keep: 2 };
         let audit = Audit::open(&settings).unwrap().unwrap();
-        // What lies there already is moved on like the rest; what can't be moved stays.
+        // Existing files are renamed like the others; a file that can't be renamed stays.
         std::fs::write(folder.join("audit.jsonl.1"), "stray\n").unwrap();
         let write =
             |line: &str| audit.file.lock().unwrap().write(&settings, line.as_bytes()).unwrap();

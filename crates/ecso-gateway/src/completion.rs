@@ -1,5 +1,5 @@
-//! What a model answered: the fields that are known, whole or in pieces. All that goes to a client
-//! is made of these, and every text in them is judged.
+//! The answer of a model: its known fields, whole or in chunks. Everything that goes to a client is
+//! built from these, and every text in them is judged.
 
 use std::collections::BTreeMap;
 
@@ -12,110 +12,110 @@ use sse_stream::SseStream;
 
 use crate::{
     error::ApiError,
-    fields::{BLOCK, CALL, FUNCTION_CALL, SEALS},
-    forms::{Form, Odd, Reader, fields_of},
+    fields::{FUNCTION_CALL, SIGNATURES, THINKING_BLOCK, TOOL_CALL},
+    forms::{FieldError, FieldVisitor, Form, known_fields},
 };
 
-/// What a choice says, whole or a piece of it.
+/// The message of a choice, or a chunk of it.
 const MESSAGE: &[(&str, Form)] = &[
-    ("role", Form::Word(&["assistant"])),
-    ("content", Form::Either(&[Form::Text, Form::List(&PART)])),
+    ("role", Form::OneOf(&["assistant"])),
+    ("content", Form::AnyOf(&[Form::Text, Form::List(&PART)])),
     ("refusal", Form::Text),
     ("reasoning", Form::Text),
     ("reasoning_content", Form::Text),
-    ("reasoning_details", Form::List(&BLOCK)),
-    ("thinking_blocks", Form::List(&BLOCK)),
-    ("tool_calls", Form::List(&CALL)),
+    ("reasoning_details", Form::List(&THINKING_BLOCK)),
+    ("thinking_blocks", Form::List(&THINKING_BLOCK)),
+    ("tool_calls", Form::List(&TOOL_CALL)),
     ("function_call", FUNCTION_CALL),
     ("annotations", Form::List(&ANNOTATION)),
-    ("thought_signature", Form::Sealed),
-    ("extra_content", SEALS),
-    ("provider_specific_fields", SEALS),
+    ("thought_signature", Form::Opaque),
+    ("extra_content", SIGNATURES),
+    ("provider_specific_fields", SIGNATURES),
 ];
 
-const PART: Form = Form::Fields(&[
-    ("type", Form::Word(&["text", "output_text", "refusal", "thinking", "reasoning"])),
+const PART: Form = Form::Object(&[
+    ("type", Form::OneOf(&["text", "output_text", "refusal", "thinking", "reasoning"])),
     ("text", Form::Text),
     ("refusal", Form::Text),
-    ("thinking", Form::Either(&[Form::Text, Form::List(&TEXT)])),
-    ("signature", Form::Sealed),
-    ("closed", Form::Plain),
+    ("thinking", Form::AnyOf(&[Form::Text, Form::List(&TEXT)])),
+    ("signature", Form::Opaque),
+    ("closed", Form::Scalar),
 ]);
 
-const TEXT: Form = Form::Fields(&[("type", Form::Word(&["text"])), ("text", Form::Text)]);
+const TEXT: Form = Form::Object(&[("type", Form::OneOf(&["text"])), ("text", Form::Text)]);
 
-const ANNOTATION: Form = Form::Fields(&[
-    ("type", Form::Word(&["url_citation"])),
+const ANNOTATION: Form = Form::Object(&[
+    ("type", Form::OneOf(&["url_citation"])),
     (
         "url_citation",
-        Form::Fields(&[
+        Form::Object(&[
             ("url", Form::Text),
             ("title", Form::Text),
             ("content", Form::Text),
-            ("start_index", Form::Plain),
-            ("end_index", Form::Plain),
+            ("start_index", Form::Scalar),
+            ("end_index", Form::Scalar),
         ]),
     ),
 ]);
 
-/// What goes out beside the choices: figures, and words of a fixed list.
+/// What goes out in addition to the choices: numbers, and words of a fixed list.
 const FRAME: &[(&str, Form)] = &[
-    ("created", Form::Plain),
+    ("created", Form::Scalar),
     ("usage", USAGE),
     ("timings", TIMINGS),
     (
         "service_tier",
-        Form::Word(&["auto", "default", "flex", "scale", "priority", "standard", "on_demand"]),
+        Form::OneOf(&["auto", "default", "flex", "scale", "priority", "standard", "on_demand"]),
     ),
 ];
 
-const USAGE: Form = Form::Fields(&[
-    ("prompt_tokens", Form::Plain),
-    ("completion_tokens", Form::Plain),
-    ("total_tokens", Form::Plain),
+const USAGE: Form = Form::Object(&[
+    ("prompt_tokens", Form::Scalar),
+    ("completion_tokens", Form::Scalar),
+    ("total_tokens", Form::Scalar),
     ("prompt_tokens_details", DETAILS),
     ("completion_tokens_details", DETAILS),
-    ("prompt_cache_hit_tokens", Form::Plain),
-    ("prompt_cache_miss_tokens", Form::Plain),
-    ("cache_creation_input_tokens", Form::Plain),
-    ("cache_read_input_tokens", Form::Plain),
-    ("queue_time", Form::Plain),
-    ("prompt_time", Form::Plain),
-    ("completion_time", Form::Plain),
-    ("total_time", Form::Plain),
-    ("cost", Form::Plain),
+    ("prompt_cache_hit_tokens", Form::Scalar),
+    ("prompt_cache_miss_tokens", Form::Scalar),
+    ("cache_creation_input_tokens", Form::Scalar),
+    ("cache_read_input_tokens", Form::Scalar),
+    ("queue_time", Form::Scalar),
+    ("prompt_time", Form::Scalar),
+    ("completion_time", Form::Scalar),
+    ("total_time", Form::Scalar),
+    ("cost", Form::Scalar),
 ]);
 
-const DETAILS: Form = Form::Fields(&[
-    ("cached_tokens", Form::Plain),
-    ("cache_write_tokens", Form::Plain),
-    ("audio_tokens", Form::Plain),
-    ("image_tokens", Form::Plain),
-    ("video_tokens", Form::Plain),
-    ("text_tokens", Form::Plain),
-    ("reasoning_tokens", Form::Plain),
-    ("accepted_prediction_tokens", Form::Plain),
-    ("rejected_prediction_tokens", Form::Plain),
+const DETAILS: Form = Form::Object(&[
+    ("cached_tokens", Form::Scalar),
+    ("cache_write_tokens", Form::Scalar),
+    ("audio_tokens", Form::Scalar),
+    ("image_tokens", Form::Scalar),
+    ("video_tokens", Form::Scalar),
+    ("text_tokens", Form::Scalar),
+    ("reasoning_tokens", Form::Scalar),
+    ("accepted_prediction_tokens", Form::Scalar),
+    ("rejected_prediction_tokens", Form::Scalar),
 ]);
 
-const TIMINGS: Form = Form::Fields(&[
-    ("cache_n", Form::Plain),
-    ("prompt_n", Form::Plain),
-    ("prompt_ms", Form::Plain),
-    ("prompt_per_token_ms", Form::Plain),
-    ("prompt_per_second", Form::Plain),
-    ("predicted_n", Form::Plain),
-    ("predicted_ms", Form::Plain),
-    ("predicted_per_token_ms", Form::Plain),
-    ("predicted_per_second", Form::Plain),
-    ("draft_n", Form::Plain),
-    ("draft_n_accepted", Form::Plain),
+const TIMINGS: Form = Form::Object(&[
+    ("cache_n", Form::Scalar),
+    ("prompt_n", Form::Scalar),
+    ("prompt_ms", Form::Scalar),
+    ("prompt_per_token_ms", Form::Scalar),
+    ("prompt_per_second", Form::Scalar),
+    ("predicted_n", Form::Scalar),
+    ("predicted_ms", Form::Scalar),
+    ("predicted_per_token_ms", Form::Scalar),
+    ("predicted_per_second", Form::Scalar),
+    ("draft_n", Form::Scalar),
+    ("draft_n_accepted", Form::Scalar),
 ]);
 
-/// Tokens, where they say no more than the content.
-const TOKEN: &[(&str, Form)] = &[("token", Form::Text), ("logprob", Form::Plain)];
+/// The tokens of an answer with their log-probabilities.
+const TOKEN: &[(&str, Form)] = &[("token", Form::Text), ("logprob", Form::Scalar)];
 
-/// An answer as it came: what is known of it.
+/// The known fields of an answer.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Completion {
     frame: Map<String, Value>,
@@ -125,41 +125,41 @@ pub(crate) struct Completion {
 /// One choice of an answer.
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Choice {
-    /// What it says, in the pieces in which it came; an answer that is no stream has one.
-    pieces: Vec<Piece>,
-    heard: Heard,
+    /// Its message, in the chunks in which it arrived. An answer that is not a stream has one.
+    chunks: Vec<Chunk>,
+    texts: ChoiceTexts,
 }
 
-/// A piece of a choice, or the whole.
+/// A chunk of a choice, or the whole.
 #[derive(Debug, Clone, PartialEq)]
-struct Piece {
+struct Chunk {
     message: Map<String, Value>,
     finish: Option<&'static str>,
-    /// Of each token of its content; null if nobody asked.
+    /// For each token of its content. Null if the client did not ask.
     logprobs: Value,
 }
 
-/// Hears a choice: puts its texts together, by where they stand.
+/// The texts of a choice, joined across chunks, by path.
 #[derive(Debug, Clone, Default, PartialEq)]
-struct Heard {
+struct ChoiceTexts {
     texts: BTreeMap<String, String>,
     names: BTreeMap<String, String>,
     joiners: BTreeMap<String, surrogates::Joiner>,
-    /// How long all of it is, in quarters of a token.
+    /// The length of all texts, in quarters of a token.
     length: usize,
 }
 
-impl Reader for Heard {
+impl FieldVisitor for ChoiceTexts {
     fn text(&mut self, path: &str, text: String) -> String {
-        // Half a character waits for its other half, in the same place of a later piece.
+        // Half a surrogate pair waits for the other half, at the same path in a later chunk.
         let text = self.joiners.entry(path.to_owned()).or_default().push(&text);
-        self.length += text.chars().map(quarters).sum::<usize>();
+        self.length += text.chars().map(quarter_tokens).sum::<usize>();
         self.texts.entry(path.to_owned()).or_default().push_str(&text);
         text
     }
 
     fn name(&mut self, path: &str, name: &str) {
-        // Behind this mark a seal follows.
+        // A signature follows this mark.
         let name = name.split("__thought__").next().unwrap_or_default();
         if self.names.get(path).is_none_or(|known| known != name) {
             self.names.insert(path.to_owned(), name.to_owned());
@@ -167,48 +167,50 @@ impl Reader for Heard {
         }
     }
 
-    fn unknown(&mut self, _: &str, _: &str) -> Result<bool, Odd> {
+    fn unknown(&mut self, _: &str, _: &str) -> Result<bool, FieldError> {
         Ok(false)
     }
 
-    fn misfit(&mut self, _: &str) -> Result<(), Odd> {
+    fn invalid(&mut self, _: &str) -> Result<(), FieldError> {
         Ok(())
     }
 }
 
 impl Choice {
-    /// Adds a piece: a choice of an answer or of one event.
+    /// Adds a choice of an answer, or of one event.
     fn add(&mut self, mut choice: Map<String, Value>) {
         let message = ["message", "delta"].into_iter().find_map(|name| choice.remove(name));
-        let Some(Value::Object(said)) = message.or_else(|| Some(Map::new().into())) else { return };
-        let message = fields_of(MESSAGE, said, "", &mut self.heard).unwrap_or_default();
+        let Some(Value::Object(message)) = message.or_else(|| Some(Map::new().into())) else {
+            return;
+        };
+        let message = known_fields(MESSAGE, message, "", &mut self.texts).unwrap_or_default();
         let content = message.get("content").and_then(Value::as_str).unwrap_or_default();
-        let logprobs = logprobs(choice.remove("logprobs"), content);
+        let logprobs = content_logprobs(choice.remove("logprobs"), content);
         let finish =
             choice.get("finish_reason").and_then(Value::as_str).filter(|reason| !reason.is_empty());
-        self.pieces.push(Piece { logprobs, finish: finish.map(reason), message });
+        self.chunks.push(Chunk { logprobs, finish: finish.map(known_finish_reason), message });
     }
 
-    /// Ends it: half a character that waits for another stands for itself.
-    fn end(&mut self) {
-        for (path, joiner) in &mut self.heard.joiners {
+    /// Ends the choice. A half surrogate pair that still waits becomes U+FFFD.
+    fn flush(&mut self) {
+        for (path, joiner) in &mut self.texts.joiners {
             let rest = joiner.finish();
             if !rest.is_empty() && path == "content" {
-                self.heard.texts.entry(path.clone()).or_default().push_str(rest);
+                self.texts.texts.entry(path.clone()).or_default().push_str(rest);
                 let message = Map::from_iter([("content".to_owned(), rest.into())]);
-                let place = self
-                    .pieces
+                let index = self
+                    .chunks
                     .iter()
-                    .position(|piece| piece.finish.is_some())
-                    .unwrap_or(self.pieces.len());
-                self.pieces.insert(place, Piece { message, finish: None, logprobs: Value::Null });
+                    .position(|chunk| chunk.finish.is_some())
+                    .unwrap_or(self.chunks.len());
+                self.chunks.insert(index, Chunk { message, finish: None, logprobs: Value::Null });
             }
         }
     }
 
-    /// All that it says, its content first.
-    fn said(&self) -> String {
-        let mut texts = self.heard.texts.clone();
+    /// All texts, the content first.
+    fn full_text(&self) -> String {
+        let mut texts = self.texts.texts.clone();
         let content = texts.remove("content").unwrap_or_default();
         let rest = texts.into_iter().flat_map(|(path, text)| {
             let is_json = path.ends_with("arguments") || path.ends_with("input");
@@ -219,7 +221,7 @@ impl Choice {
         let mut all: Vec<String> =
             [content].into_iter().chain(rest).filter(|text| !text.trim().is_empty()).collect();
         // Clients read the parts of a content as one text.
-        let lists = self.pieces.iter().filter_map(|piece| piece.message.get("content")?.as_array());
+        let lists = self.chunks.iter().filter_map(|chunk| chunk.message.get("content")?.as_array());
         let parts: String = lists.flatten().filter_map(|part| part["text"].as_str()).collect();
         if !all.iter().any(|text| text.contains(&parts)) {
             all.push(parts);
@@ -228,59 +230,59 @@ impl Choice {
     }
 
     fn is_finished(&self) -> bool {
-        self.pieces.iter().any(|piece| piece.finish.is_some())
+        self.chunks.iter().any(|chunk| chunk.finish.is_some())
     }
 }
 
 impl Completion {
-    /// Reads an answer.
-    pub(crate) fn whole(body: &[u8]) -> Result<Self, ApiError> {
+    /// Parses a whole answer.
+    pub(crate) fn parse(body: &[u8]) -> Result<Self, ApiError> {
         let unreadable =
             |why: String| ApiError::upstream("the upstream's answer can't be read").because(why);
         let text = std::str::from_utf8(body).map_err(|error| unreadable(error.to_string()))?;
         let value: Value = lenient::parse(text).map_err(|error| unreadable(error.to_string()))?;
         let mut completion = Self::default();
         completion.add(value);
-        // An answer that is whole has one piece of each choice.
-        completion.checked()
+        // A whole answer has one chunk for each choice.
+        completion.validated()
     }
 
     /// Reads a stream to its end.
-    pub(crate) async fn chunks<E>(
+    pub(crate) async fn from_stream<E>(
         body: impl Stream<Item = Result<Bytes, E>> + Send + Unpin + 'static,
     ) -> Result<Self, ApiError>
     where
         E: std::error::Error + Send + Sync + 'static,
     {
-        let (mut events, mut completion) = (Events::of(body), Self::default());
+        let (mut events, mut completion) = (Events::new(body), Self::default());
         while let Some(event) = events.next().await? {
             completion.add(event);
         }
-        completion.ended(&events)
+        completion.finish(&events)
     }
 
-    /// The end of a stream: an answer that breaks off before its own is none.
-    pub(crate) fn ended(self, events: &Events) -> Result<Self, ApiError> {
-        if !events.is_told && !self.choices.values().all(Choice::is_finished) {
-            return Err(broken("it ended before the answer did".into()));
+    /// Ends a stream. An answer that breaks off before its end is an error.
+    pub(crate) fn finish(self, events: &Events) -> Result<Self, ApiError> {
+        if !events.is_done && !self.choices.values().all(Choice::is_finished) {
+            return Err(stream_error("it ended before the answer did".into()));
         }
-        self.checked()
+        self.validated()
     }
 
-    /// What is left of an answer that was stopped: a text to be judged, and not one piece that
-    /// could go out. What it took nobody has told.
-    pub(crate) fn stopped(mut self, index: u64, said: &str) -> Self {
+    /// Replaces an answer that was stopped: the text is judged, and no chunk can go out. Its usage
+    /// is not known.
+    pub(crate) fn truncated(mut self, index: u64, text: &str) -> Self {
         self.frame.retain(|name, _| name == "created");
-        let heard = Heard {
-            texts: BTreeMap::from([("content".to_owned(), said.to_owned())]),
-            ..Heard::default()
+        let texts = ChoiceTexts {
+            texts: BTreeMap::from([("content".to_owned(), text.to_owned())]),
+            ..ChoiceTexts::default()
         };
-        self.choices = BTreeMap::from([(index, Choice { pieces: Vec::new(), heard })]);
+        self.choices = BTreeMap::from([(index, Choice { chunks: Vec::new(), texts })]);
         self
     }
 
-    /// The answers of a model in this process, in pieces as a stream has them.
-    pub(crate) fn replies(replies: &[Reply], created: u64) -> Self {
+    /// The answers of a model in this process, in the form of a server's answer.
+    pub(crate) fn from_replies(replies: &[Reply], created: u64) -> Self {
         let usage = replies.iter().filter_map(|reply| reply.usage).fold((0, 0), |sum, usage| {
             (sum.0 + u64::from(usage.prompt_tokens), sum.1 + u64::from(usage.completion_tokens))
         });
@@ -288,7 +290,7 @@ impl Completion {
             .zip(replies)
             .map(|(index, reply)| {
                 let message = json!({"role": "assistant", "content": reply.text});
-                json!({"index": index, "message": message, "finish_reason": finish(reply.finish)})
+                json!({"index": index, "message": message, "finish_reason": finish_reason(reply.finish)})
             })
             .collect();
         let mut completion = Self::default();
@@ -297,13 +299,13 @@ impl Completion {
         completion
     }
 
-    /// Takes what is known of an answer, or of one event.
+    /// Adds the known fields of an answer, or of one event.
     pub(crate) fn add(&mut self, value: Value) {
         let Value::Object(mut fields) = value else { return };
         let choices = fields.remove("choices");
-        // Texts have no place here, so that nobody is told of any.
-        if let Ok(frame) = fields_of(FRAME, fields, "", &mut Heard::default()) {
-            // A stream has one beginning.
+        // The frame has no field for texts, so they aren't collected.
+        if let Ok(frame) = known_fields(FRAME, fields, "", &mut ChoiceTexts::default()) {
+            // All events of a stream carry the time of the first.
             let is_new = |name: &str, known: &Map<String, Value>| {
                 name != "created" || !known.contains_key(name)
             };
@@ -320,9 +322,9 @@ impl Completion {
         }
     }
 
-    /// An answer without a choice says nothing that could be judged, or passed on.
-    fn checked(mut self) -> Result<Self, ApiError> {
-        self.choices.values_mut().for_each(Choice::end);
+    /// An answer without choices has nothing that could be judged, or passed on.
+    fn validated(mut self) -> Result<Self, ApiError> {
+        self.choices.values_mut().for_each(Choice::flush);
         if self.choices.is_empty() {
             Err(ApiError::upstream("the upstream's answer has no choices"))
         } else {
@@ -330,109 +332,112 @@ impl Completion {
         }
     }
 
-    /// All that each choice says, its content first: what is judged.
-    pub(crate) fn said(&self) -> BTreeMap<u64, String> {
-        self.choices.iter().map(|(index, choice)| (*index, choice.said())).collect()
+    /// All texts of each choice, the content first. This is what is judged.
+    pub(crate) fn texts(&self) -> BTreeMap<u64, String> {
+        self.choices.iter().map(|(index, choice)| (*index, choice.full_text())).collect()
     }
 
-    /// About how long what a choice says is, in quarters of a token.
+    /// The estimated length of a choice, in quarters of a token.
     pub(crate) fn length(&self, index: u64) -> usize {
-        self.choices.get(&index).map_or(0, |choice| choice.heard.length)
+        self.choices.get(&index).map_or(0, |choice| choice.texts.length)
     }
 
-    /// The usage that the upstream tells.
+    /// The usage that the upstream reported.
     pub(crate) fn usage(&self) -> Option<&Value> {
         self.frame.get("usage")
     }
 
-    /// A choice as it came, for an answer that is no stream.
+    /// A choice unchanged, for an answer that is not a stream.
     pub(crate) fn choice(&self, index: u64) -> Value {
         let mut choice = json!({"index": index, "message": {"role": "assistant", "content": null},
             "finish_reason": "stop", "logprobs": null});
-        for piece in self.choices.get(&index).into_iter().flat_map(|choice| &choice.pieces) {
+        for chunk in self.choices.get(&index).into_iter().flat_map(|choice| &choice.chunks) {
             if let Value::Object(message) = &mut choice["message"] {
-                grow(message, &piece.message);
+                merge(message, &chunk.message);
             }
-            if let Some(finish) = piece.finish {
+            if let Some(finish) = chunk.finish {
                 choice["finish_reason"] = finish.into();
             }
-            if !piece.logprobs.is_null() {
-                choice["logprobs"] = piece.logprobs.clone();
+            if !chunk.logprobs.is_null() {
+                choice["logprobs"] = chunk.logprobs.clone();
             }
         }
         choice
     }
 
-    /// The pieces of a choice as they came, for a stream.
-    pub(crate) fn pieces(&self, index: u64) -> impl Iterator<Item = Value> {
-        self.pieces_behind(index, 0)
+    /// The chunks of a choice unchanged, for a stream.
+    pub(crate) fn chunks(&self, index: u64) -> impl Iterator<Item = Value> {
+        self.chunks_after(index, 0)
     }
 
-    /// The same without the first `taken`.
-    pub(crate) fn pieces_behind(&self, index: u64, taken: usize) -> impl Iterator<Item = Value> {
-        let pieces = self
+    /// The chunks after the first `taken`.
+    pub(crate) fn chunks_after(&self, index: u64, taken: usize) -> impl Iterator<Item = Value> {
+        let chunks = self
             .choices
             .get(&index)
-            .and_then(|choice| choice.pieces.get(taken..))
+            .and_then(|choice| choice.chunks.get(taken..))
             .unwrap_or_default();
-        pieces.iter().map(move |piece| {
+        chunks.iter().map(move |chunk| {
             let mut choice =
-                json!({"index": index, "delta": piece.message, "finish_reason": piece.finish});
-            if !piece.logprobs.is_null() {
-                choice["logprobs"] = piece.logprobs.clone();
+                json!({"index": index, "delta": chunk.message, "finish_reason": chunk.finish});
+            if !chunk.logprobs.is_null() {
+                choice["logprobs"] = chunk.logprobs.clone();
             }
             choice
         })
     }
 
-    /// What every answer or event of a stream begins with. The name is our own, so that nothing can
-    /// be got by it elsewhere.
-    pub(crate) fn head(&self, id: &str, model: &str, object: &str) -> Value {
+    /// The fields that every answer, and every event of a stream, begins with. The id is our own,
+    /// so that it can't be used to fetch anything elsewhere.
+    pub(crate) fn envelope(&self, id: &str, model: &str, object: &str) -> Value {
         let created = self.frame.get("created").cloned().unwrap_or_else(|| 0.into());
         json!({"id": format!("chatcmpl-{id}"), "object": object, "created": created, "model": model})
     }
 
-    /// Figures that stand beside the choices.
-    pub(crate) fn figures(&self) -> impl Iterator<Item = (&String, &Value)> {
+    /// The fields next to the choices.
+    pub(crate) fn metadata(&self) -> impl Iterator<Item = (&String, &Value)> {
         self.frame.iter().filter(|(name, _)| *name != "created")
     }
 }
 
-/// About how much a letter takes, in quarters of a token.
-pub(crate) fn quarters(letter: char) -> usize {
+/// Estimates the size of a character, in quarters of a token.
+pub(crate) fn quarter_tokens(letter: char) -> usize {
     if letter.is_ascii() { 1 } else { 4 }
 }
 
-/// The events of an upstream's stream, as they come.
+/// The events of an upstream's stream.
 pub(crate) struct Events {
     events: BoxStream<'static, Result<sse_stream::Sse, sse_stream::Error>>,
-    /// Whether the upstream has told the end.
-    is_told: bool,
+    /// Whether the upstream sent its end marker.
+    is_done: bool,
 }
 
 impl Events {
-    pub(crate) fn of<E>(body: impl Stream<Item = Result<Bytes, E>> + Send + Unpin + 'static) -> Self
+    pub(crate) fn new<E>(
+        body: impl Stream<Item = Result<Bytes, E>> + Send + Unpin + 'static,
+    ) -> Self
     where
         E: std::error::Error + Send + Sync + 'static,
     {
-        Self { events: SseStream::from_bytes_stream(body).boxed(), is_told: false }
+        Self { events: SseStream::from_bytes_stream(body).boxed(), is_done: false }
     }
 
-    /// The next event; none behind the last. Dropping the future loses nothing.
+    /// The next event, or `None` at the end. Cancel safe.
     pub(crate) async fn next(&mut self) -> Result<Option<Value>, ApiError> {
-        while !self.is_told {
+        while !self.is_done {
             let Some(event) = self.events.next().await else { return Ok(None) };
-            let Some(data) = event.map_err(|error| broken(error.to_string()))?.data else {
+            let Some(data) = event.map_err(|error| stream_error(error.to_string()))?.data else {
                 continue;
             };
             if data.trim() == "[DONE]" {
-                self.is_told = true;
+                self.is_done = true;
                 break;
             }
-            let value: Value = lenient::parse(&data).map_err(|error| broken(error.to_string()))?;
+            let value: Value =
+                lenient::parse(&data).map_err(|error| stream_error(error.to_string()))?;
             if let Some(error) = value.get("error").filter(|error| !error.is_null()) {
-                return Err(broken(
-                    error["message"].as_str().unwrap_or("it says no reason").to_owned(),
+                return Err(stream_error(
+                    error["message"].as_str().unwrap_or("it gives no reason").to_owned(),
                 ));
             }
             return Ok(Some(value));
@@ -441,15 +446,15 @@ impl Events {
     }
 }
 
-/// A stream of which nothing more can be read.
-fn broken(why: String) -> ApiError {
+/// A stream that can't be read any further.
+fn stream_error(why: String) -> ApiError {
     ApiError::upstream("the upstream's stream broke").because(why)
 }
 
-/// Puts a piece of a message behind what came before it: texts and lists go on, and so does each
-/// tool call, by its index.
-fn grow(message: &mut Map<String, Value>, piece: &Map<String, Value>) {
-    for (name, more) in piece {
+/// Merges a chunk into a message: texts and lists are appended, and so is each tool call, by its
+/// index.
+fn merge(message: &mut Map<String, Value>, chunk: &Map<String, Value>) {
+    for (name, more) in chunk {
         match (message.get_mut(name), more) {
             (Some(known), Value::Null) if !known.is_null() => {}
             (Some(Value::String(text)), Value::String(more))
@@ -463,14 +468,14 @@ fn grow(message: &mut Map<String, Value>, piece: &Map<String, Value>) {
                         .iter_mut()
                         .find(|known| !call["index"].is_null() && known["index"] == call["index"]);
                     match (known.and_then(Value::as_object_mut), call) {
-                        (Some(known), Value::Object(call)) => grow(known, call),
+                        (Some(known), Value::Object(call)) => merge(known, call),
                         _ => calls.push(call.clone()),
                     }
                 }
             }
             (Some(Value::Array(list)), Value::Array(more)) => list.extend(more.iter().cloned()),
-            (Some(Value::Object(known)), Value::Object(more)) => grow(known, more),
-            // Some servers send an empty id with all pieces but the first.
+            (Some(Value::Object(known)), Value::Object(more)) => merge(known, more),
+            // Some servers send an empty id in all chunks but the first.
             (Some(Value::String(known)), Value::String(more))
                 if more.is_empty() && !known.is_empty() => {}
             _ => {
@@ -480,33 +485,33 @@ fn grow(message: &mut Map<String, Value>, piece: &Map<String, Value>) {
     }
 }
 
-/// Log-probabilities of a content's tokens, where these say the content and nothing else; of the
-/// tokens that were not taken nobody has judged what they say.
-fn logprobs(value: Option<Value>, content: &str) -> Value {
+/// The log-probabilities of a content's tokens, if these tokens spell the content and nothing else.
+/// Alternative tokens are dropped: nobody has judged what they say.
+fn content_logprobs(value: Option<Value>, content: &str) -> Value {
     let Some(Value::Object(mut value)) = value else { return Value::Null };
     let Some(Value::Array(tokens)) = value.remove("content") else { return Value::Null };
-    let mut heard = Heard::default();
+    let mut collected = ChoiceTexts::default();
     let token = |token: Value| {
         let Value::Object(fields) = token else { return None };
-        let mut kept = fields_of(TOKEN, fields, "", &mut heard).ok()?;
+        let mut kept = known_fields(TOKEN, fields, "", &mut collected).ok()?;
         kept.insert("bytes".to_owned(), Value::Null);
         kept.insert("top_logprobs".to_owned(), Value::Array(Vec::new()));
         Some(Value::from(kept))
     };
     let tokens: Vec<Value> = tokens.into_iter().filter_map(token).collect();
-    let is_the_content = heard.texts.get("token").is_some_and(|said| said == content);
-    if is_the_content { json!({"content": tokens, "refusal": null}) } else { Value::Null }
+    let spell_content = collected.texts.get("token").is_some_and(|text| text == content);
+    if spell_content { json!({"content": tokens, "refusal": null}) } else { Value::Null }
 }
 
-/// Arguments of a tool as they will be read, if that differs: JSON text may spell every character
-/// as an escape, and the escape as one.
+/// The arguments of a tool as its reader will see them, if that differs: JSON may spell every
+/// character as an escape, and the escape as another.
 fn unescaped(text: &str) -> Option<String> {
     let mut units = Vec::new();
     let mut rest = text;
     let mut is_escaped = false;
     while let Some(at) = rest.find("\\u") {
-        let (before, behind) = rest.split_at(at);
-        let code = behind.get(2..6).and_then(|digits| u16::from_str_radix(digits, 16).ok());
+        let (before, after) = rest.split_at(at);
+        let code = after.get(2..6).and_then(|digits| u16::from_str_radix(digits, 16).ok());
         let before = if code.is_some() { before.trim_end_matches('\\') } else { before };
         units.extend(before.encode_utf16());
         match code {
@@ -514,15 +519,15 @@ fn unescaped(text: &str) -> Option<String> {
             None => units.extend("\\u".encode_utf16()),
         }
         is_escaped |= code.is_some();
-        rest = &behind[if code.is_some() { 6 } else { 2 }..];
+        rest = &after[if code.is_some() { 6 } else { 2 }..];
     }
     units.extend(rest.encode_utf16());
     is_escaped.then(|| String::from_utf16_lossy(&units))
 }
 
-/// The protocol's word for why an answer ended.
-fn reason(said: &str) -> &'static str {
-    match said {
+/// The finish reason in the words of chat completions.
+fn known_finish_reason(reason: &str) -> &'static str {
+    match reason {
         "length" | "max_tokens" | "model_length" | "MAX_TOKENS" => "length",
         "tool_calls" => "tool_calls",
         "function_call" => "function_call",
@@ -531,8 +536,8 @@ fn reason(said: &str) -> &'static str {
     }
 }
 
-pub(crate) fn finish(finish: FinishReason) -> &'static str {
-    match finish {
+pub(crate) fn finish_reason(reason: FinishReason) -> &'static str {
+    match reason {
         FinishReason::Stop => "stop",
         FinishReason::Length => "length",
         FinishReason::ContentFilter => "content_filter",
@@ -546,11 +551,11 @@ pub(crate) mod tests {
     use super::*;
 
     fn whole(value: &Value) -> Completion {
-        Completion::whole(value.to_string().as_bytes()).unwrap()
+        Completion::parse(value.to_string().as_bytes()).unwrap()
     }
 
     #[test]
-    fn everything_that_goes_out_is_said() {
+    fn every_text_that_goes_out_is_judged() {
         let answer = whole(
             &json!({"id": "upstream's", "system_fingerprint": "x", "citations": ["unknown"],
             "__verbose": {"content": "unknown"}, "choices": [
@@ -565,9 +570,9 @@ pub(crate) mod tests {
                 "unknown",
             ], "usage": {"total_tokens": 3, "unknown": 4, "prompt_tokens": "unknown"}}),
         );
-        let said = answer.said();
-        assert_eq!(said[&0], "one\nbecause\n{\"a\": \"b\"}\nf\nx");
-        assert_eq!((said[&1].as_str(), said[&2].as_str()), ("two", ""));
+        let texts = answer.texts();
+        assert_eq!(texts[&0], "one\nbecause\n{\"a\": \"b\"}\nf\nx");
+        assert_eq!((texts[&1].as_str(), texts[&2].as_str()), ("two", ""));
         assert_eq!(answer.usage(), Some(&json!({"total_tokens": 3})));
         assert_eq!(
             answer.choice(0),
@@ -582,7 +587,7 @@ pub(crate) mod tests {
         assert_eq!((&second["finish_reason"], &second["logprobs"]), (&json!("stop"), &Value::Null));
         let parts = json!([{"type": "text", "text": "Bre"}, {"type": "text", "text": "ad"}]);
         assert_eq!(
-            whole(&json!({"choices": [{"message": {"content": parts}}]})).said()[&0],
+            whole(&json!({"choices": [{"message": {"content": parts}}]})).texts()[&0],
             "Bre\nad\nBread"
         );
         let all = [0, 1, 2].map(|index| answer.choice(index).to_string()).concat();
@@ -595,7 +600,7 @@ pub(crate) mod tests {
             .map(|part| Ok::<_, std::io::Error>(Bytes::copy_from_slice(part)))
             .collect();
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        runtime.block_on(Completion::chunks(futures::stream::iter(parts)))
+        runtime.block_on(Completion::from_stream(futures::stream::iter(parts)))
     }
 
     fn stream() -> String {
@@ -620,9 +625,12 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_stream_split_anywhere_says_the_same() {
+    fn a_stream_reads_the_same_wherever_it_is_split() {
         let whole = read(stream().as_bytes(), 1_000_000).unwrap();
-        assert_eq!(whole.said(), BTreeMap::from([(0, "Äpfel".into()), (1, "hm\n{}\nf\ni".into())]));
+        assert_eq!(
+            whole.texts(),
+            BTreeMap::from([(0, "Äpfel".into()), (1, "hm\n{}\nf\ni".into())])
+        );
         assert_eq!(whole.usage(), Some(&json!({"total_tokens": 9})));
         for size in 1..40 {
             assert_eq!(read(stream().as_bytes(), size).unwrap(), whole);
@@ -630,7 +638,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_character_cut_in_two_is_whole_again_in_each_choice() {
+    fn a_split_surrogate_pair_is_joined_in_each_choice() {
         let chunk = |index: u8, text: &str| {
             format!(
                 "data: {{\"choices\": [{{\"index\": {index}, \"delta\": {{\"content\": \"{text}\"}}}}]}}\n\n"
@@ -646,14 +654,14 @@ pub(crate) mod tests {
         ]
         .concat();
         let answer = read(stream.as_bytes(), 7).unwrap();
-        assert_eq!(answer.said(), BTreeMap::from([(0, "a😀b".into()), (1, "😁\u{FFFD}".into())]));
+        assert_eq!(answer.texts(), BTreeMap::from([(0, "a😀b".into()), (1, "😁\u{FFFD}".into())]));
         let sent: Vec<Value> =
-            answer.pieces(1).map(|piece| piece["delta"]["content"].clone()).collect();
+            answer.chunks(1).map(|chunk| chunk["delta"]["content"].clone()).collect();
         assert_eq!(sent, ["", "😁", "", "\u{FFFD}"]);
     }
 
     #[test]
-    fn what_breaks_off_is_a_failure() {
+    fn a_broken_answer_is_an_error() {
         let stream = stream();
         let end = stream.find("\"finish_reason\":\"stop\"").unwrap();
         for text in [
@@ -668,7 +676,7 @@ pub(crate) mod tests {
             assert!(!error.message.contains("no memory"));
         }
         for body in ["", "[]", "{\"choices\": []}", "{\"error\": {\"message\": \"x\"}}"] {
-            assert!(Completion::whole(body.as_bytes()).is_err(), "{body}");
+            assert!(Completion::parse(body.as_bytes()).is_err(), "{body}");
         }
     }
 
@@ -706,14 +714,14 @@ pub(crate) mod tests {
             ]
         });
         let choices = prop::collection::vec((value.clone(), value.clone(), value.clone()), 1..3);
-        (choices, value.clone(), value).prop_map(|(choices, usage, beside)| {
+        (choices, value.clone(), value).prop_map(|(choices, usage, other)| {
             let choices: Vec<Value> = (0_u64..)
                 .zip(choices)
                 .map(|(index, (message, logprobs, finish))| {
                     json!({"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish})
                 })
                 .collect();
-            json!({"id": "UPSTREAMS", "choices": choices, "usage": usage, "timings": beside, "created": beside})
+            json!({"id": "UPSTREAMS", "choices": choices, "usage": usage, "timings": other, "created": other})
         })
     }
 
@@ -729,17 +737,17 @@ pub(crate) mod tests {
         }
 
         #[test]
-        fn no_text_goes_out_that_is_not_said(answer in answers()) {
-            let Ok(answer) = Completion::whole(answer.to_string().as_bytes()) else { return Ok(()) };
-            for (index, said) in answer.said() {
+        fn no_text_goes_out_that_is_not_judged(answer in answers()) {
+            let Ok(answer) = Completion::parse(answer.to_string().as_bytes()) else { return Ok(()) };
+            for (index, text) in answer.texts() {
                 let sent = answer.choice(index).to_string()
-                    + &answer.pieces(index).map(|piece| piece.to_string()).collect::<String>();
+                    + &answer.chunks(index).map(|chunk| chunk.to_string()).collect::<String>();
                 for marker in markers(&sent) {
-                    prop_assert!(said.contains(marker), "{marker} in {sent} is not in {said}");
+                    prop_assert!(text.contains(marker), "{marker} in {sent} is not in {text}");
                 }
             }
-            let figures: serde_json::Map<String, Value> = answer.figures().map(|(name, value)| (name.clone(), value.clone())).collect();
-            let frame = Value::from(figures).to_string() + &answer.head("id", "model", "object").to_string();
+            let metadata: Map<String, Value> = answer.metadata().map(|(name, value)| (name.clone(), value.clone())).collect();
+            let frame = Value::from(metadata).to_string() + &answer.envelope("id", "model", "object").to_string();
             prop_assert_eq!(markers(&frame).count(), 0);
         }
     }

@@ -1,4 +1,4 @@
-//! One request, from its head to what is written down about it.
+//! One request, from its head to its record.
 
 use std::{
     collections::BTreeMap,
@@ -17,48 +17,53 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
     access::{self, Caller},
-    audit::Case,
+    audit::JudgedRequest,
     error::ApiError,
     report::{Early, Finding, Report, UNFINISHED},
     request::{Body, Request, is_remote},
     settings::{ImageUrls, Mode, Settings, Streams, TraceLevel},
     state::AppState,
-    upstream::{ACCOUNT, Carrier, HTTP, Key, Upstream, Way, is_known_header, passed, unbroken},
+    upstream::{
+        CREDENTIAL_HEADERS, Carrier, Credentials, HTTP, Transport, Upstream, is_known_header,
+        relay, with_idle_timeout,
+    },
 };
 
-/// A request that was let in.
+/// A request that was admitted.
 pub(crate) struct RequestContext {
     pub(crate) state: Arc<AppState>,
-    /// The request's name in answers and logs.
+    /// The request id in answers and logs.
     pub(crate) id: String,
-    pub(crate) begun: Instant,
-    /// From when on its deadline counts.
-    since: Instant,
+    pub(crate) started: Instant,
+    /// When its deadline began to count.
+    deadline_start: Instant,
     pub(crate) caller: Caller,
-    /// What is done with it; known once its model is.
+    /// Its mode; known once its model is.
     pub(crate) mode: Mode,
-    /// For the upstream.
+    /// The headers for the upstream.
     pub(crate) headers: HeaderMap,
-    /// Who carries it to the upstream, where our own client does not.
+    /// Carries it to the upstream instead of our own client.
     carrier: Option<Arc<dyn Carrier>>,
-    /// Its answer came with it: the model has seen what it was sent.
-    is_answered: bool,
-    /// It is judged whatever the profile's scope is.
+    /// Whether its answer came with it, so that the model has already seen the request as it is.
+    has_answer: bool,
+    /// Whether it is judged regardless of the profile's scope.
     pub(crate) is_in_scope: bool,
-    /// The name of the profile that it is judged under, where it brings one.
+    /// The name of its profile, if the request chose one.
     pub(crate) profile: Option<String>,
-    /// The room that its body takes.
-    room: Option<OwnedSemaphorePermit>,
-    rooms: Arc<Semaphore>,
+    /// The share of the body budget that it holds.
+    reserved: Option<OwnedSemaphorePermit>,
+    body_budget: Arc<Semaphore>,
 }
 
-/// Whether a body is UTF-8 for every reader, and not compressed. What kind it is, the upstream is
-/// told anew.
-pub(crate) fn is_plain(headers: &HeaderMap) -> Result<(), ApiError> {
+/// Checks that a body is UTF-8 and not compressed. Its content type is set anew for the upstream.
+pub(crate) fn check_content_headers(headers: &HeaderMap) -> Result<(), ApiError> {
     let unsupported =
         |code, message: &str| Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, code, message));
     if headers.get_all(header::CONTENT_ENCODING).iter().any(|coding| coding != "identity") {
-        return unsupported("unsupported_encoding", "a compressed body can't be guarded");
+        return unsupported(
+            "unsupported_encoding",
+            "a compressed body can't be guarded: send it without Content-Encoding",
+        );
     }
     let is_utf8 = |kind: &HeaderValue| {
         let kind = kind.to_str().unwrap_or("charset=?").to_ascii_lowercase();
@@ -79,125 +84,127 @@ pub(crate) fn is_plain(headers: &HeaderMap) -> Result<(), ApiError> {
     )
 }
 
-/// Bytes that one permit of `rooms` stands for.
-pub(crate) const ROOM: usize = 1024;
+/// Bytes per permit of the body budget.
+pub(crate) const PERMIT_BYTES: usize = 1024;
 
 impl RequestContext {
-    /// Lets a request in: its key, its rate, and where it seems to come from.
-    pub(crate) fn begin(
+    /// Admits a request: checks its key, its rate, and where it seems to come from.
+    pub(crate) fn admit(
         state: &Arc<AppState>,
-        rooms: &Arc<Semaphore>,
+        body_budget: &Arc<Semaphore>,
         id: &str,
         head: Parts,
     ) -> Result<Self, ApiError> {
-        let begun = Instant::now();
+        let started = Instant::now();
         let Parts { method, uri, headers, mut extensions, .. } = head;
         let carrier = extensions.remove::<Arc<dyn Carrier>>();
         let caller = access::caller(&state.settings, &headers)?;
-        // Who carries a request has come by a door of its own, and names the upstream's host.
+        // A carrier has an entrance of its own, and its requests name the upstream's host.
         if state.settings.keys.is_empty() && carrier.is_none() {
-            access::is_of_this_machine(&method, &uri, &headers)?;
+            access::check_local(&method, &uri, &headers)?;
         }
         state.rates.check(&caller)?;
-        let headers = own_key_removed(&state.settings, headers);
+        let headers = without_guard_key(&state.settings, headers);
         let mode = caller.strictest(&state.settings);
         Ok(Self {
-            begun,
-            since: begun,
+            started,
+            deadline_start: started,
             caller,
             mode,
             headers,
             carrier,
-            ..Self::of_page(state, rooms, id)
+            ..Self::for_page(state, body_budget, id)
         })
     }
 
-    /// A request of the page for people: nothing of its head goes on, and it is always guarded.
-    pub(crate) fn of_page(state: &Arc<AppState>, rooms: &Arc<Semaphore>, id: &str) -> Self {
+    /// A request of the playground. None of its headers are passed on, and it is always guarded.
+    pub(crate) fn for_page(state: &Arc<AppState>, body_budget: &Arc<Semaphore>, id: &str) -> Self {
         Self {
             state: Arc::clone(state),
             id: id.to_owned(),
-            begun: Instant::now(),
-            since: Instant::now(),
+            started: Instant::now(),
+            deadline_start: Instant::now(),
             caller: Caller::playground(),
             mode: Mode::Enforce,
             headers: HeaderMap::new(),
             carrier: None,
-            is_answered: false,
+            has_answer: false,
             is_in_scope: false,
             profile: None,
-            room: None,
-            rooms: Arc::clone(rooms),
+            reserved: None,
+            body_budget: Arc::clone(body_budget),
         }
     }
 
-    /// The same with the answer, which whoever asks the model is given.
-    pub(crate) fn answered(self, carrier: Arc<dyn Carrier>) -> Self {
-        Self { carrier: Some(carrier), is_answered: true, ..self }
+    /// Adds the answer that came with the request. It is used wherever the model would be asked.
+    pub(crate) fn with_answer(self, carrier: Arc<dyn Carrier>) -> Self {
+        Self { carrier: Some(carrier), has_answer: true, ..self }
     }
 
-    /// Which requests are guarded, of those that go to this model.
+    /// Which requests to this model are guarded.
     pub(crate) fn scope(&self, model: Option<&str>) -> Scope {
         if self.is_in_scope { Scope::All } else { self.state.profile(&self.caller, model).scope }
     }
 
-    /// The way of the client's own request to the model; none where the model in this process
-    /// answers it.
-    pub(crate) fn way(&self) -> Option<Way> {
+    /// How the client's own request reaches the model. `None` if the model runs in this process.
+    pub(crate) fn transport(&self) -> Option<Transport> {
         match (&self.carrier, &self.state.upstream) {
-            (Some(carrier), _) => Some(Way::Carried(Arc::clone(carrier))),
-            (None, Upstream::Server(server)) => Some(Way::Own(Arc::clone(server))),
+            (Some(carrier), _) => Some(Transport::Carrier(Arc::clone(carrier))),
+            (None, Upstream::Server(server)) => Some(Transport::Server(Arc::clone(server))),
             (None, Upstream::Engine(_)) => None,
         }
     }
 
-    /// Takes room for `bytes` more, or as much as is there already.
-    fn hold(&mut self, bytes: usize) -> Result<(), ApiError> {
-        let held = self.room.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
-        let more = u32::try_from(bytes.div_ceil(ROOM).saturating_sub(held)).ok();
-        let more = more.and_then(|more| Arc::clone(&self.rooms).try_acquire_many_owned(more).ok());
+    /// Makes sure that the request holds budget for at least `bytes`.
+    fn reserve(&mut self, bytes: usize) -> Result<(), ApiError> {
+        let permits = self.reserved.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        let more = u32::try_from(bytes.div_ceil(PERMIT_BYTES).saturating_sub(permits)).ok();
+        let more =
+            more.and_then(|more| Arc::clone(&self.body_budget).try_acquire_many_owned(more).ok());
         let more = more.ok_or_else(ApiError::full)?;
-        match &mut self.room {
-            Some(room) => room.merge(more),
-            None => self.room = Some(more),
+        match &mut self.reserved {
+            Some(reserved) => reserved.merge(more),
+            None => self.reserved = Some(more),
         }
         Ok(())
     }
 
-    /// Takes room for `bytes` beside what is held.
-    pub(crate) fn hold_more(&mut self, bytes: usize) -> Result<(), ApiError> {
-        self.hold(self.held() + bytes)
+    /// Reserves `bytes` in addition to what is held.
+    pub(crate) fn reserve_more(&mut self, bytes: usize) -> Result<(), ApiError> {
+        self.reserve(self.reserved_bytes() + bytes)
     }
 
-    /// Bytes for which room is taken.
-    fn held(&self) -> usize {
-        self.room.as_ref().map_or(0, OwnedSemaphorePermit::num_permits) * ROOM
+    /// The bytes that are reserved.
+    fn reserved_bytes(&self) -> usize {
+        self.reserved.as_ref().map_or(0, OwnedSemaphorePermit::num_permits) * PERMIT_BYTES
     }
 
-    /// Whose conversations this request may go on from: those of its key, and of its account at the
-    /// upstream.
+    /// The owner of the conversations that this request may continue: its client key, and its
+    /// account at the upstream.
     pub(crate) fn tenant(&self) -> String {
         format!("{} {}", self.state.account(&self.headers), self.caller.name)
     }
 
-    /// The request of a body: its images got and read, as far as there is room for them, before the
+    /// Turns a body into a request: fetches and reads its images, within the body budget and the
     /// deadline.
     pub(crate) async fn prepare(&mut self, mut body: Body) -> Result<Request, ApiError> {
         let settings = &self.state.settings;
         let is_fetched = self.mode == Mode::Enforce && settings.image_urls == ImageUrls::Fetch;
-        if self.is_answered && is_fetched && body.remote_images().iter().any(|url| is_remote(url)) {
-            let message = "an image is named by its URL: what the model saw there is not known here. Have the hook see the request \
-                           before the model does, send data URLs, or set gateway.image_urls = \"pass\"";
+        if self.has_answer && is_fetched && body.remote_images().iter().any(|url| is_remote(url)) {
+            let message = "an image is named by its URL, and the guard can't know what the model \
+                           saw there. Call the hook before the model, send data URLs, or set \
+                           gateway.image_urls = \"pass\"";
             return Err(ApiError::bad_request("image_url_refused", message));
         }
-        let (state, begun, held) = (Arc::clone(&self.state), self.since, self.held());
-        let prepared = state.prepare(body, |fetched| self.hold(held + fetched));
-        in_time(&state, begun, prepared).await
+        let (state, started, reserved_bytes) =
+            (Arc::clone(&self.state), self.deadline_start, self.reserved_bytes());
+        let prepared = state.prepare(body, |fetched| self.reserve(reserved_bytes + fetched));
+        in_time(&state, started, prepared).await
     }
 
-    /// From here on the request has only headers that are known or that the operator lists. By
-    /// others some servers take bodies, caches or models from elsewhere.
-    pub(crate) fn guarded(&mut self) {
+    /// Drops all headers but the known ones and those that the operator lists. Others can make
+    /// servers take bodies, caches or models from elsewhere.
+    pub(crate) fn keep_known_headers(&mut self) {
         let listed = &self.state.settings.pass_headers;
         let is_kept = |name: &HeaderName| {
             is_known_header(name)
@@ -205,7 +212,7 @@ impl RequestContext {
                 || listed.iter().any(|listed| listed.eq_ignore_ascii_case(name.as_str()))
         };
         let headers = std::mem::take(&mut self.headers).into_iter();
-        // Of several values of one name only the first comes with it.
+        // Only the first of several values comes with its name.
         let mut last = None;
         for (name, value) in headers {
             let name = name.or_else(|| last.clone());
@@ -216,110 +223,126 @@ impl RequestContext {
         }
     }
 
-    /// From here on nothing goes with the request that says who asks, or by which account.
-    pub(crate) fn without_keys(&mut self) {
-        for name in ACCOUNT {
+    /// Drops the headers that say who asks, and with which account.
+    pub(crate) fn remove_credentials(&mut self) {
+        for name in CREDENTIAL_HEADERS {
             self.headers.remove(name);
         }
     }
 
-    /// What was read as JSON goes on as JSON.
-    pub(crate) fn as_json(&mut self) {
+    /// Declares the body to be JSON.
+    pub(crate) fn set_json(&mut self) {
         self.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     }
 
-    /// A body, up to `limits.body` bytes, while there is room for it.
+    /// Reads a body of up to `limits.body` bytes, within the body budget.
     pub(crate) async fn read(&mut self, body: axum::body::Body) -> Result<Bytes, ApiError> {
         let limits = self.state.settings.limits;
         let too_long = || {
             let message = format!("the body has more than {} bytes", limits.body);
             ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
         };
-        let told = self
+        let declared = self
             .headers
             .get(header::CONTENT_LENGTH)
             .and_then(|length| length.to_str().ok()?.parse().ok());
-        if told.is_some_and(|told: usize| told > limits.body) {
+        if declared.is_some_and(|length: usize| length > limits.body) {
             return Err(too_long());
         }
-        let (mut whole, mut pieces) = (BytesMut::new(), body.into_data_stream());
+        let (mut whole, mut chunks) = (BytesMut::new(), body.into_data_stream());
         loop {
-            let left = limits.deadline().saturating_sub(self.since.elapsed());
-            let next = tokio::time::timeout(limits.patience().min(left), pieces.next())
+            let time_left = limits.deadline().saturating_sub(self.deadline_start.elapsed());
+            let next = tokio::time::timeout(limits.patience().min(time_left), chunks.next())
                 .await
-                .map_err(|_| late())?;
-            let Some(piece) = next else { break };
-            let piece = piece
+                .map_err(|_| body_timeout())?;
+            let Some(chunk) = next else { break };
+            let chunk = chunk
                 .map_err(|_| ApiError::bad_request("invalid_request", "the body broke off"))?;
-            if whole.len() + piece.len() > limits.body {
+            if whole.len() + chunk.len() > limits.body {
                 return Err(too_long());
             }
-            self.hold(whole.len() + piece.len())?;
-            whole.extend_from_slice(&piece);
+            self.reserve(whole.len() + chunk.len())?;
+            whole.extend_from_slice(&chunk);
         }
         Ok(whole.freeze())
     }
 
-    /// The request's body for the upstream, piece by piece: nobody reads it here.
-    pub(crate) fn flowing(&self, body: axum::body::Body) -> reqwest::Body {
-        reqwest::Body::wrap_stream(unbroken(
+    /// The request's body for the upstream, chunk by chunk. It isn't read here.
+    pub(crate) fn stream_body(&self, body: axum::body::Body) -> reqwest::Body {
+        reqwest::Body::wrap_stream(with_idle_timeout(
             body.into_data_stream(),
             self.state.settings.limits.patience(),
         ))
     }
 
-    /// Sends the request on with this body, and its answer back, unguarded. The answer begins
-    /// before the deadline, and is never silent for as long as that.
-    pub(crate) async fn pass(
+    /// Forwards the request with this body, and its answer, unguarded. The answer must begin before
+    /// the deadline, and must not pause for longer than that.
+    pub(crate) async fn forward(
         &self,
-        way: &Way,
-        key: Key,
+        transport: &Transport,
+        credentials: Credentials,
         method: &Method,
         path: &str,
         body: impl Into<reqwest::Body>,
     ) -> Result<Response<axum::body::Body>, ApiError> {
-        let sent =
-            way.forward(key, method.clone(), path, &self.headers, body.into(), Bodies::AsSent);
-        Ok(passed(self.in_time(sent).await?, self.state.settings.limits.deadline()))
+        let sent = transport.forward(
+            credentials,
+            method.clone(),
+            path,
+            &self.headers,
+            body.into(),
+            Bodies::AsSent,
+        );
+        Ok(relay(self.in_time(sent).await?, self.state.settings.limits.deadline()))
     }
 
-    /// What takes until the request's deadline, and no longer.
+    /// Forwards a POST request with the operator's credentials, unguarded.
+    pub(crate) async fn forward_post(
+        &self,
+        transport: &Transport,
+        path: &str,
+        body: impl Into<reqwest::Body>,
+    ) -> Result<Response<axum::body::Body>, ApiError> {
+        self.forward(transport, Credentials::Operator, &Method::POST, path, body).await
+    }
+
+    /// Runs `work` until the request's deadline.
     pub(crate) async fn in_time<T>(
         &self,
         work: impl Future<Output = Result<T, ApiError>>,
     ) -> Result<T, ApiError> {
-        in_time(&self.state, self.since, work).await
+        in_time(&self.state, self.deadline_start, work).await
     }
 
-    /// Its deadline counts anew: nobody waits for what is done from here on.
-    pub(crate) fn unhurried(&mut self) {
-        self.since = Instant::now();
+    /// Restarts the deadline: from here on no client waits.
+    pub(crate) fn restart_deadline(&mut self) {
+        self.deadline_start = Instant::now();
     }
 
-    /// How long the request has until its deadline.
-    pub(crate) fn left(&self) -> Duration {
-        self.state.settings.limits.deadline().saturating_sub(self.since.elapsed())
+    /// The time until the deadline.
+    pub(crate) fn time_left(&self) -> Duration {
+        self.state.settings.limits.deadline().saturating_sub(self.deadline_start.elapsed())
     }
 
-    /// How the stream of this request goes out. A client may always have it held, and have less
-    /// only where its wishes are obeyed.
-    pub(crate) fn streams(&self) -> Result<Streams, ApiError> {
+    /// How the stream of this request goes out. A client may always have it held; it may choose
+    /// less only if `mode_header` allows that.
+    pub(crate) fn stream_mode(&self) -> Result<Streams, ApiError> {
         let settings = &self.state.settings;
-        let mut streams = settings.stream;
-        for wish in self.headers.get_all("x-ecso-stream") {
-            match wish.as_bytes() {
+        let mut stream_mode = settings.stream;
+        for value in self.headers.get_all("x-ecso-stream") {
+            match value.as_bytes() {
                 b"hold" => return Ok(Streams::Hold),
-                b"windowed" if settings.mode_header => streams = Streams::Windowed,
+                b"windowed" if settings.mode_header => stream_mode = Streams::Windowed,
                 b"windowed" => {}
                 _ => {
                     return Err(ApiError::bad_request(
                         "invalid_mode",
-                        "x-ecso-stream is hold or windowed",
+                        "x-ecso-stream must be `hold` or `windowed`",
                     ));
                 }
             }
         }
-        Ok(streams)
+        Ok(stream_mode)
     }
 
     /// How much of the steps this client sees.
@@ -329,51 +352,52 @@ impl RequestContext {
         if asked { self.state.settings.trace } else { TraceLevel::None }
     }
 
-    /// Begins to write down what is found about `drafts`, by choice.
+    /// Starts a record of the findings about `drafts`, by choice.
     pub(crate) fn record<'a>(
         &'a self,
         request: &'a Request,
         drafts: BTreeMap<u64, String>,
     ) -> Record<'a> {
-        Record { context: self, request, drafts, report: Mutex::default(), is_written: false }
+        Record { context: self, request, drafts, report: Mutex::default(), is_finished: false }
     }
 
-    /// Writes down that a request could not be judged, and why.
-    pub(crate) fn unjudged(&self, why: &ApiError) {
-        let (report, drafts) = (Report::failed([0], why.code), &BTreeMap::new());
-        self.state.metrics.failure(why.code);
+    /// Records that a request could not be judged, and why.
+    pub(crate) fn record_failure(&self, error: &ApiError) {
+        let (report, drafts) = (Report::failed([0], error.code), &BTreeMap::new());
+        self.state.metrics.failure(error.code);
         self.write(None, &report, drafts);
     }
 
     fn write(&self, request: Option<&Request>, report: &Report, drafts: &BTreeMap<u64, String>) {
-        let (id, key, mode, begun) = (&self.id, &self.caller.name, self.mode, self.begun);
+        let (id, key, mode, started) = (&self.id, &self.caller.name, self.mode, self.started);
         let door = self.carrier.as_ref().map_or(HTTP, |carrier| carrier.door());
         let profile = self.profile.as_deref();
         self.state.record(
-            &Case { id, door, key, mode, profile, begun, request, report, drafts },
+            &JudgedRequest { id, door, key, mode, profile, started, request, report, drafts },
             &self.caller,
         );
     }
 }
 
-/// What is found about a request: written down at its end, or wherever it breaks off once a verdict
-/// has fallen.
+/// The findings about a request. They are written to the log at the end, or when the record is
+/// dropped after a verdict.
 pub(crate) struct Record<'a> {
     context: &'a RequestContext,
     request: &'a Request,
     drafts: BTreeMap<u64, String>,
     report: Mutex<Report>,
-    is_written: bool,
+    is_finished: bool,
 }
 
 impl Record<'_> {
-    /// Adds what is known of a choice.
+    /// Adds a finding about a choice.
     pub(crate) fn add(&self, choice: u64, finding: Finding) {
         self.report.lock().unwrap_or_else(PoisonError::into_inner).add(choice, finding);
     }
 
-    /// That the guard failed, on all choices or on one, and the answer goes out all the same.
-    pub(crate) fn opened(&self, choice: Option<u64>, why: &'static str) {
+    /// Records that the guard failed, for one choice or for all, and that the answer goes out
+    /// anyway.
+    pub(crate) fn failed_open(&self, choice: Option<u64>, why: &'static str) {
         let mut report = self.report.lock().unwrap_or_else(PoisonError::into_inner);
         let failed =
             choice.map_or_else(|| self.drafts.keys().copied().collect(), |choice| vec![choice]);
@@ -383,27 +407,27 @@ impl Record<'_> {
         report.failure = Some(why);
     }
 
-    /// The drafts, as far as they are known, and what of them went out before they were whole.
-    pub(crate) fn drafted(&mut self, drafts: BTreeMap<u64, String>, early: Option<Early>) {
+    /// Sets the drafts as far as they are known, and what went out before they were whole.
+    pub(crate) fn set_drafts(&mut self, drafts: BTreeMap<u64, String>, early: Option<Early>) {
         self.drafts = drafts;
         self.report.lock().unwrap_or_else(PoisonError::into_inner).early = early;
     }
 
-    /// That the guard failed behind a verdict.
-    pub(crate) fn failed(&self, why: &'static str) {
+    /// Records that the guard failed after a verdict.
+    pub(crate) fn set_failure(&self, why: &'static str) {
         self.report.lock().unwrap_or_else(PoisonError::into_inner).failure = Some(why);
     }
 
-    /// Whether a verdict has fallen that holds an answer back.
+    /// Whether a verdict holds an answer back.
     pub(crate) fn is_unsafe(&self) -> bool {
         self.report.lock().unwrap_or_else(PoisonError::into_inner).is_unsafe()
     }
 
-    /// The end: all that was found, written down.
-    pub(crate) fn written(mut self) -> Report {
+    /// Writes everything that was found, and returns it.
+    pub(crate) fn finish(mut self) -> Report {
         let report = self.report.lock().unwrap_or_else(PoisonError::into_inner).clone();
         self.context.write(Some(self.request), &report, &self.drafts);
-        self.is_written = true;
+        self.is_finished = true;
         report
     }
 }
@@ -414,36 +438,36 @@ impl Drop for Record<'_> {
         if report.early.is_some_and(|early| early.characters > 0)
             && report.findings().next().is_none()
         {
-            // What is out was judged; the whole was not.
+            // What went out was judged; the whole was not.
             report.add(0, Finding::Failed);
         }
-        if !self.is_written && report.findings().next().is_some() {
+        if !self.is_finished && report.findings().next().is_some() {
             report.failure = Some(UNFINISHED);
             self.context.write(Some(self.request), &report, &self.drafts);
         }
     }
 }
 
-/// A body whose next piece did not come.
-pub(crate) fn late() -> ApiError {
+/// The next chunk of a body did not come in time.
+pub(crate) fn body_timeout() -> ApiError {
     ApiError::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", "the body did not come in time")
 }
 
-/// What takes until the deadline of a request that has `begun`, and no longer.
+/// Runs `work` until the deadline of a request that `started` then.
 async fn in_time<T>(
     state: &AppState,
-    begun: Instant,
+    started: Instant,
     work: impl Future<Output = Result<T, ApiError>>,
 ) -> Result<T, ApiError> {
     let limits = &state.settings.limits;
-    let left = limits.deadline().saturating_sub(begun.elapsed());
-    tokio::time::timeout(left, work)
+    let time_left = limits.deadline().saturating_sub(started.elapsed());
+    tokio::time::timeout(time_left, work)
         .await
         .unwrap_or_else(|_| Err(ApiError::deadline(limits.deadline)))
 }
 
-/// With keys of our own, a client's key is ours and never the upstream's business.
-fn own_key_removed(settings: &Settings, mut headers: HeaderMap) -> HeaderMap {
+/// If the guard has client keys, the client's key is for the guard and never for the upstream.
+fn without_guard_key(settings: &Settings, mut headers: HeaderMap) -> HeaderMap {
     if !settings.keys.is_empty() {
         headers.remove(header::AUTHORIZATION);
         headers.remove(access::API_KEY);
@@ -451,10 +475,10 @@ fn own_key_removed(settings: &Settings, mut headers: HeaderMap) -> HeaderMap {
     headers
 }
 
-/// Room for `bytes` of bodies.
-pub(crate) fn rooms(bytes: usize) -> Arc<Semaphore> {
-    Arc::new(Semaphore::new(bytes.div_ceil(ROOM).clamp(1, Semaphore::MAX_PERMITS)))
+/// A budget for `bytes` of bodies.
+pub(crate) fn body_budget(bytes: usize) -> Arc<Semaphore> {
+    Arc::new(Semaphore::new(bytes.div_ceil(PERMIT_BYTES).clamp(1, Semaphore::MAX_PERMITS)))
 }
 
-/// How long a quick question may take.
-pub(crate) const QUICK: Duration = Duration::from_secs(2);
+/// How long a probe of the upstream may take.
+pub(crate) const PROBE_TIMEOUT: Duration = Duration::from_secs(2);

@@ -1,5 +1,5 @@
-//! What a browser needs to read our own answers. The upstream decides which pages may; what it says
-//! of a page holds for every answer of ours to that page, errors included.
+//! The CORS headers of our own answers. The upstream decides which pages may read answers; what it
+//! says about a page also applies to our answers to that page, errors included.
 
 use std::{
     num::NonZeroUsize,
@@ -17,7 +17,7 @@ use lru::LruCache;
 /// How many pages are remembered.
 const PAGES: NonZeroUsize = NonZeroUsize::new(256).unwrap();
 
-/// What the upstream said of pages, by their origin.
+/// The upstream's CORS headers for pages, by their origin.
 #[derive(Debug)]
 pub(crate) struct Cors(Mutex<LruCache<HeaderValue, HeaderMap>>);
 
@@ -31,8 +31,8 @@ fn is_cors(name: &HeaderName) -> bool {
     name.as_str().starts_with("access-control-") || *name == header::VARY
 }
 
-/// Learns from an answer that says something of the page; tells it on one that doesn't.
-pub(crate) async fn same_on_all(
+/// Remembers the CORS headers of an answer, or adds them to an answer that has none.
+pub(crate) async fn share_cors(
     State(cors): State<Arc<Cors>>,
     request: Request,
     next: Next,
@@ -44,13 +44,13 @@ pub(crate) async fn same_on_all(
     let headers = response.headers_mut();
     let mut known = cors.0.lock().unwrap_or_else(PoisonError::into_inner);
     if headers.contains_key(header::ACCESS_CONTROL_ALLOW_ORIGIN) {
-        let said = headers
+        let learned = headers
             .iter()
             .filter(|(name, _)| is_cors(name))
             .map(|(name, value)| (name.clone(), value.clone()));
-        known.put(origin, said.collect());
-    } else if let Some(said) = known.get(&origin) {
-        headers.extend(said.clone());
+        known.put(origin, learned.collect());
+    } else if let Some(learned) = known.get(&origin) {
+        headers.extend(learned.clone());
     }
     drop(known);
     response

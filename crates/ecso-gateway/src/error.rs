@@ -1,7 +1,7 @@
 //! Everything that can go wrong, as the client sees it: OpenAI's error object, with types of our
 //! own.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, fmt::Display, time::Duration};
 
 use axum::{
     body::Body,
@@ -22,22 +22,22 @@ use crate::wire::Format;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ApiError {
     pub(crate) status: StatusCode,
-    /// A short name that programs can tell apart; also the label in metrics.
+    /// A short name for programs; also the label in metrics.
     pub(crate) code: &'static str,
-    /// In words of our own: what a server says may quote what nobody has judged.
+    /// In our own words: a message of the upstream may quote text that nobody has judged.
     pub(crate) message: String,
-    /// The field of the request that it is about.
+    /// The field of the request that the error is about.
     pub(crate) param: Option<String>,
-    /// What is behind it, for an operator who asks (level `debug`).
+    /// The cause, for the operator's log at level `debug`.
     pub(crate) reason: Option<String>,
-    /// Whether the answer may go out unjudged where the operator wants that: the guard failed by
-    /// itself. What a request can bring about (a judge that refuses it, or says neither yes nor no)
-    /// is no such failure.
+    /// Whether the answer may go out unjudged if the operator allows that: only if the guard itself
+    /// failed. A failure that a request can cause (a judge that refuses it, or says neither yes nor
+    /// no) does not count.
     pub(crate) may_open: bool,
     pub(crate) retry_after: Option<Duration>,
-    /// Headers of the upstream's answer that hold for this one too.
+    /// Headers of the upstream's answer that also hold for this one.
     pub(crate) head: Box<HeaderMap>,
-    /// The format in which the client is told, where that is not chat completions'.
+    /// The format of the error, if not that of chat completions.
     pub(crate) format: Option<Format>,
 }
 
@@ -56,21 +56,27 @@ impl ApiError {
         }
     }
 
-    /// The same with what is behind it, for the operator alone.
+    /// Adds the cause, for the operator only.
     pub(crate) fn because(self, reason: impl Into<String>) -> Self {
         Self { reason: Some(reason.into()), ..self }
     }
 
-    /// The same behind an answer of the upstream with this head.
+    /// Adds the headers of the upstream's answer.
     pub(crate) fn with_head(self, head: &HeaderMap) -> Self {
         Self { head: Box::new(head.clone()), ..self }
     }
 
-    /// The client's request can't be read or not be guarded.
+    /// The client's request can't be read, or can't be guarded.
     pub(crate) fn bad_request(code: &'static str, message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, code, message)
     }
 
+    /// The body can't be read, for this reason.
+    pub(crate) fn unreadable_body(why: impl Display) -> Self {
+        Self::bad_request("invalid_request", format!("the body can't be read: {why}"))
+    }
+
+    /// The queue is full.
     pub(crate) fn busy() -> Self {
         let retry_after = Some(Duration::from_secs(1));
         Self {
@@ -78,28 +84,29 @@ impl ApiError {
             ..Self::new(
                 StatusCode::TOO_MANY_REQUESTS,
                 "guard_busy",
-                "too many requests are waiting",
+                "too many requests are waiting: try again in a moment",
             )
         }
     }
 
-    /// There is no room for another body.
+    /// There is no memory left for another body.
     pub(crate) fn full() -> Self {
         let full = Self::new(
             StatusCode::SERVICE_UNAVAILABLE,
             "guard_full",
-            "too many bytes of requests are held",
+            "the server has no memory left for another request: try again in a moment",
         );
         Self { retry_after: Some(Duration::from_secs(1)), ..full }
     }
 
     pub(crate) fn deadline(seconds: u64) -> Self {
         let message = format!("the guard did not finish within {seconds} s");
-        // Who asks for a long answer leaves no time to judge it: no reason to let it out.
+        // A client that asks for a long answer leaves no time to judge it. That is no reason to let
+        // it out.
         Self::new(StatusCode::GATEWAY_TIMEOUT, "guard_deadline", message)
     }
 
-    /// A model that can't be asked so: the client's mistake, unless the model failed.
+    /// A failed call of the model. If the model refused the request, that is the client's mistake.
     pub(crate) fn asking(code: &'static str, error: ModelError) -> Self {
         match error {
             ModelError::Rejected(reason) => {
@@ -109,14 +116,14 @@ impl ApiError {
         }
     }
 
-    /// The upstream can't be reached, or what it says can't be read.
+    /// The upstream can't be reached, or its answer can't be read.
     pub(crate) fn upstream(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_GATEWAY, "upstream_failed", message)
     }
 
-    /// Tells the operator.
+    /// Logs the error.
     pub(crate) fn log(&self, id: &str) {
-        // As a value it is escaped: a stranger's words may be in it.
+        // As a field value it is escaped: it may contain a stranger's words.
         tracing::warn!(
             id,
             code = self.code,
@@ -125,11 +132,11 @@ impl ApiError {
             "failed"
         );
         if let Some(reason) = &self.reason {
-            tracing::debug!(id, reason, "why it failed");
+            tracing::debug!(id, reason, "cause of the failure");
         }
     }
 
-    /// Whether it is the guard that failed, and not the client who asked for something wrong.
+    /// Whether the guard failed, and not the client.
     pub(crate) fn is_ours(&self) -> bool {
         self.status.is_server_error()
     }
@@ -142,13 +149,13 @@ impl ApiError {
         })
     }
 
-    /// The failure as the last event of a stream.
+    /// The error as the last event of a stream.
     pub(crate) fn event(&self) -> String {
         format!("event: error\ndata: {}\n\n", self.object())
     }
 }
 
-/// An error as OpenAI's clients know it.
+/// An error in OpenAI's format.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct ErrorBody<'a> {
     error: ErrorObject<'a>,
@@ -157,8 +164,8 @@ pub(crate) struct ErrorBody<'a> {
 #[derive(Debug, Serialize, ToSchema)]
 struct ErrorObject<'a> {
     message: &'a str,
-    /// `invalid_request_error`: the request's; `ecso_guard_error`: the guard's, or that of what
-    /// stands behind it.
+    /// `invalid_request_error`: the request is wrong. `ecso_guard_error`: the guard failed, or the
+    /// server behind it.
     #[serde(rename = "type")]
     kind: &'a str,
     param: Option<&'a str>,
@@ -166,27 +173,28 @@ struct ErrorObject<'a> {
     code: &'a str,
 }
 
-/// The statuses of failures, for the API's description.
+/// The error statuses, for the API's description.
 pub(crate) struct ApiErrors;
 
 impl utoipa::IntoResponses for ApiErrors {
     fn responses() -> BTreeMap<String, RefOr<openapi::Response>> {
         const ALL: [(u16, &str); 10] = [
-            (400, "The request can't be read, or not be guarded"),
-            (401, "A client key is needed, or this one is not known"),
-            (404, "There is no such thing here"),
-            (408, "The body did not come in time"),
+            (400, "The request can't be read, or can't be guarded"),
+            (401, "A client key is missing or unknown"),
+            (404, "Not found"),
+            (408, "The body did not arrive in time"),
             (413, "The body is too long"),
             (415, "The body is compressed"),
             (
                 429,
-                "Too many requests wait, or this key asks too often; `Retry-After` says when to come back",
+                "Too many requests are waiting, or this key is over its rate limit; `Retry-After` \
+                 says when to try again",
             ),
-            (502, "What stands behind the guard failed"),
-            (503, "What stands behind the guard is overloaded"),
+            (502, "The server behind the guard failed"),
+            (503, "The server behind the guard is overloaded"),
             (504, "The guard's deadline has passed"),
         ];
-        let described = ALL.map(|(status, why)| {
+        let responses = ALL.map(|(status, why)| {
             let body = openapi::Content::new(Some(openapi::Ref::from_schema_name("ErrorBody")));
             let response = openapi::ResponseBuilder::new()
                 .description(why)
@@ -194,14 +202,14 @@ impl utoipa::IntoResponses for ApiErrors {
                 .build();
             (status.to_string(), response.into())
         });
-        described.into()
+        responses.into()
     }
 }
 
 impl From<ModelError> for ApiError {
     fn from(error: ModelError) -> Self {
         let failed = |what: &str| {
-            let message = format!("{what}; the guard's log says why at level debug");
+            let message = format!("{what}; the guard's log has the cause at level debug");
             Self::new(StatusCode::BAD_GATEWAY, "guard_failed", message).because(error.to_string())
         };
         match &error {

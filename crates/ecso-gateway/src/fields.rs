@@ -1,137 +1,145 @@
-//! The fields of chat requests that are known: those of OpenAI's API, and what servers and gateways
-//! have beside them, as far as a number, a switch or a fixed word can do no harm.
+//! The known fields of chat requests: those of OpenAI's API, and those that servers and gateways
+//! add, as far as a number, a boolean or a fixed word can do no harm.
 
 use crate::forms::Form;
 
-/// Fields about the way an answer is drawn. The safe answer is drawn the same way.
+/// Fields that control how an answer is generated. They also apply to the safe answer.
 pub(crate) const SAMPLING: &[(&str, Form)] = &[
-    ("temperature", Form::Plain),
-    ("top_p", Form::Plain),
-    ("top_k", Form::Plain),
-    ("top_a", Form::Plain),
-    ("min_p", Form::Plain),
-    ("typical_p", Form::Plain),
-    ("seed", Form::Plain),
-    ("max_tokens", Form::Plain),
-    ("max_completion_tokens", Form::Plain),
-    ("min_tokens", Form::Plain),
-    ("n_predict", Form::Plain),
-    ("frequency_penalty", Form::Plain),
-    ("presence_penalty", Form::Plain),
-    ("repetition_penalty", Form::Plain),
-    ("repeat_penalty", Form::Plain),
-    ("repeat_last_n", Form::Plain),
-    ("length_penalty", Form::Plain),
-    ("no_repeat_ngram_size", Form::Plain),
-    ("mirostat", Form::Plain),
-    ("mirostat_tau", Form::Plain),
-    ("mirostat_eta", Form::Plain),
-    ("dynatemp_range", Form::Plain),
-    ("dynatemp_exponent", Form::Plain),
-    ("xtc_probability", Form::Plain),
-    ("xtc_threshold", Form::Plain),
-    ("dry_multiplier", Form::Plain),
-    ("dry_base", Form::Plain),
-    ("dry_allowed_length", Form::Plain),
-    ("dry_penalty_last_n", Form::Plain),
-    ("samplers", Form::Either(&[Form::Raw, Form::List(&Form::Raw)])),
-    ("backend_sampling", Form::Plain),
-    ("top_n_sigma", Form::Plain),
-    ("random_seed", Form::Plain),
-    ("safe_prompt", Form::Plain),
-    ("detokenize", Form::Plain),
-    ("dry_sequence_breakers", Form::Either(&[Form::Raw, Form::List(&Form::Raw)])),
-    ("bad_words", Form::Either(&[Form::Raw, Form::List(&Form::Raw)])),
-    ("allowed_token_ids", Form::Plains),
-    ("n_keep", Form::Plain),
-    ("id_slot", Form::Plain),
-    ("separate_reasoning", Form::Plain),
-    ("stream_reasoning", Form::Plain),
-    ("tool_stream", Form::Plain),
-    ("vl_high_resolution_images", Form::Plain),
-    ("thinking_token_budget", Form::Plain),
-    ("typ_p", Form::Plain),
-    ("tfs_z", Form::Plain),
-    ("num_batch", Form::Plain),
-    ("num_gpu", Form::Plain),
-    ("num_keep", Form::Plain),
-    ("num_thread", Form::Plain),
-    ("use_mmap", Form::Plain),
-    ("use_mlock", Form::Plain),
-    ("options", Form::Plains),
+    ("temperature", Form::Scalar),
+    ("top_p", Form::Scalar),
+    ("top_k", Form::Scalar),
+    ("top_a", Form::Scalar),
+    ("min_p", Form::Scalar),
+    ("typical_p", Form::Scalar),
+    ("seed", Form::Scalar),
+    ("max_tokens", Form::Scalar),
+    ("max_completion_tokens", Form::Scalar),
+    ("min_tokens", Form::Scalar),
+    ("n_predict", Form::Scalar),
+    ("frequency_penalty", Form::Scalar),
+    ("presence_penalty", Form::Scalar),
+    ("repetition_penalty", Form::Scalar),
+    ("repeat_penalty", Form::Scalar),
+    ("repeat_last_n", Form::Scalar),
+    ("length_penalty", Form::Scalar),
+    ("no_repeat_ngram_size", Form::Scalar),
+    ("mirostat", Form::Scalar),
+    ("mirostat_tau", Form::Scalar),
+    ("mirostat_eta", Form::Scalar),
+    ("dynatemp_range", Form::Scalar),
+    ("dynatemp_exponent", Form::Scalar),
+    ("xtc_probability", Form::Scalar),
+    ("xtc_threshold", Form::Scalar),
+    ("dry_multiplier", Form::Scalar),
+    ("dry_base", Form::Scalar),
+    ("dry_allowed_length", Form::Scalar),
+    ("dry_penalty_last_n", Form::Scalar),
+    ("samplers", Form::AnyOf(&[Form::Raw, Form::List(&Form::Raw)])),
+    ("backend_sampling", Form::Scalar),
+    ("top_n_sigma", Form::Scalar),
+    ("random_seed", Form::Scalar),
+    ("safe_prompt", Form::Scalar),
+    ("detokenize", Form::Scalar),
+    ("dry_sequence_breakers", Form::AnyOf(&[Form::Raw, Form::List(&Form::Raw)])),
+    ("bad_words", Form::AnyOf(&[Form::Raw, Form::List(&Form::Raw)])),
+    ("allowed_token_ids", Form::Scalars),
+    ("n_keep", Form::Scalar),
+    ("id_slot", Form::Scalar),
+    ("separate_reasoning", Form::Scalar),
+    ("stream_reasoning", Form::Scalar),
+    ("tool_stream", Form::Scalar),
+    ("vl_high_resolution_images", Form::Scalar),
+    ("thinking_token_budget", Form::Scalar),
+    ("typ_p", Form::Scalar),
+    ("tfs_z", Form::Scalar),
+    ("num_batch", Form::Scalar),
+    ("num_gpu", Form::Scalar),
+    ("num_keep", Form::Scalar),
+    ("num_thread", Form::Scalar),
+    ("use_mmap", Form::Scalar),
+    ("use_mlock", Form::Scalar),
+    ("options", Form::Scalars),
     ("keep_alive", Form::Label),
-    ("logit_bias", Form::Plains),
-    ("stop_token_ids", Form::Plains),
-    ("bad_words_ids", Form::Plains),
-    ("ignore_eos", Form::Plain),
-    ("skip_special_tokens", Form::Plain),
-    ("spaces_between_special_tokens", Form::Plain),
-    ("include_stop_str_in_output", Form::Plain),
-    ("use_beam_search", Form::Plain),
-    ("best_of", Form::Plain),
-    ("do_sample", Form::Plain),
-    ("stop", Form::Either(&[Form::Raw, Form::List(&Form::Raw)])),
+    ("logit_bias", Form::Scalars),
+    ("stop_token_ids", Form::Scalars),
+    ("bad_words_ids", Form::Scalars),
+    ("ignore_eos", Form::Scalar),
+    ("skip_special_tokens", Form::Scalar),
+    ("spaces_between_special_tokens", Form::Scalar),
+    ("include_stop_str_in_output", Form::Scalar),
+    ("use_beam_search", Form::Scalar),
+    ("best_of", Form::Scalar),
+    ("do_sample", Form::Scalar),
+    ("stop", Form::AnyOf(&[Form::Raw, Form::List(&Form::Raw)])),
     ("response_format", Form::Any),
     ("reasoning_effort", EFFORT),
-    ("verbosity", Form::Word(&["low", "medium", "high"])),
+    ("verbosity", Form::OneOf(&["low", "medium", "high"])),
     (
         "reasoning_format",
-        Form::Word(&["none", "auto", "deepseek", "deepseek-legacy", "parsed", "raw", "hidden"]),
+        Form::OneOf(&["none", "auto", "deepseek", "deepseek-legacy", "parsed", "raw", "hidden"]),
     ),
     (
         "reasoning",
-        Form::Fields(&[
+        Form::Object(&[
             ("effort", EFFORT),
-            ("summary", Form::Word(&["auto", "concise", "detailed"])),
-            ("max_tokens", Form::Plain),
-            ("exclude", Form::Plain),
-            ("enabled", Form::Plain),
+            ("summary", Form::OneOf(&["auto", "concise", "detailed"])),
+            ("max_tokens", Form::Scalar),
+            ("exclude", Form::Scalar),
+            ("enabled", Form::Scalar),
         ]),
     ),
     (
         "thinking",
-        Form::Fields(&[
-            ("type", Form::Word(&["enabled", "disabled", "adaptive", "auto"])),
-            ("budget_tokens", Form::Plain),
-            ("clear_thinking", Form::Plain),
+        Form::Object(&[
+            ("type", Form::OneOf(&["enabled", "disabled", "adaptive", "auto"])),
+            ("budget_tokens", Form::Scalar),
+            ("clear_thinking", Form::Scalar),
         ]),
     ),
     (
         "thinking_config",
-        Form::Fields(&[
+        Form::Object(&[
             ("thinking_level", EFFORT),
-            ("thinking_budget", Form::Plain),
-            ("include_thoughts", Form::Plain),
+            ("thinking_budget", Form::Scalar),
+            ("include_thoughts", Form::Scalar),
         ]),
     ),
-    ("include_reasoning", Form::Plain),
-    ("reasoning_control", Form::Plain),
-    ("thinking_budget_tokens", Form::Plain),
-    ("enable_thinking", Form::Plain),
-    ("thinking_budget", Form::Plain),
-    ("think", Form::Either(&[Form::Plain, EFFORT])),
+    ("include_reasoning", Form::Scalar),
+    ("reasoning_control", Form::Scalar),
+    ("thinking_budget_tokens", Form::Scalar),
+    ("enable_thinking", Form::Scalar),
+    ("thinking_budget", Form::Scalar),
+    ("think", Form::AnyOf(&[Form::Scalar, EFFORT])),
     (
         "service_tier",
-        Form::Word(&["auto", "default", "flex", "scale", "priority", "standard_only", "on_demand"]),
+        Form::OneOf(&[
+            "auto",
+            "default",
+            "flex",
+            "scale",
+            "priority",
+            "standard_only",
+            "on_demand",
+        ]),
     ),
-    ("priority", Form::Plain),
-    ("cache_prompt", Form::Plain),
+    ("priority", Form::Scalar),
+    ("cache_prompt", Form::Scalar),
     ("cache_salt", Form::Label),
     ("prompt_cache_key", Form::Label),
-    ("prompt_cache_retention", Form::Word(&["in-memory", "in_memory", "24h"])),
-    ("user", Form::Either(&[Form::Label, Form::Labels])),
+    ("prompt_cache_retention", Form::OneOf(&["in-memory", "in_memory", "24h"])),
+    ("user", Form::AnyOf(&[Form::Label, Form::Labels])),
     ("session_id", Form::Label),
     ("safety_identifier", Form::Label),
     ("metadata", Form::Labels),
-    ("chat_template_kwargs", Form::Either(&[Form::Plains, Form::Any])),
-    ("mm_processor_kwargs", Form::Plains),
-    ("structured_outputs", Form::Plain),
-    ("format", Form::Word(&["json"])),
-    ("usage", Form::Fields(&[("include", Form::Plain)])),
+    ("chat_template_kwargs", Form::AnyOf(&[Form::Scalars, Form::Any])),
+    ("mm_processor_kwargs", Form::Scalars),
+    ("structured_outputs", Form::Scalar),
+    ("format", Form::OneOf(&["json"])),
+    ("usage", Form::Object(&[("include", Form::Scalar)])),
 ];
 
-/// Fields that would steer a guarded answer, or send the request elsewhere: known where a chat is
-/// not guarded, where they pass; an operator may list them for guarded ones.
+/// Fields that would steer a guarded answer, or send the request elsewhere. They are only passed on
+/// for chats that are not guarded, unless the operator lists them.
 pub(crate) const STEERING: &[&str] = &[
     "guided_json",
     "guided_regex",
@@ -154,9 +162,9 @@ pub(crate) const STEERING: &[&str] = &[
     "thinking_config",
 ];
 
-/// Fields of requests for one plain text, with which a stream may be windowed. With any other it is
-/// held.
-pub(crate) const PLAIN: &[&str] = &[
+/// Fields of requests for one plain text, whose streams may be windowed. With any other field, a
+/// stream is held.
+pub(crate) const PLAIN_TEXT_FIELDS: &[&str] = &[
     "model",
     "messages",
     "stream",
@@ -196,9 +204,9 @@ pub(crate) const PLAIN: &[&str] = &[
     "keep_alive",
 ];
 
-/// Keys of `chat_template_kwargs` that would take the place of what the server itself gives its
+/// Keys of `chat_template_kwargs` that would override what the server itself passes to its
 /// template.
-pub(crate) const OF_THE_TEMPLATE: &[&str] = &[
+pub(crate) const RESERVED_TEMPLATE_KEYS: &[&str] = &[
     "chat_template",
     "conversation",
     "messages",
@@ -211,104 +219,104 @@ pub(crate) const OF_THE_TEMPLATE: &[&str] = &[
 ];
 
 /// Fields about this one request.
-pub(crate) const ONCE: &[(&str, Form)] = &[
+pub(crate) const REQUEST: &[(&str, Form)] = &[
     ("model", Form::Label),
     ("messages", Form::Any),
-    ("stream", Form::Plain),
+    ("stream", Form::Scalar),
     (
         "stream_options",
-        Form::Fields(&[
-            ("include_usage", Form::Plain),
-            ("include_obfuscation", Form::Plain),
-            ("continuous_usage_stats", Form::Plain),
+        Form::Object(&[
+            ("include_usage", Form::Scalar),
+            ("include_obfuscation", Form::Scalar),
+            ("continuous_usage_stats", Form::Scalar),
         ]),
     ),
-    ("n", Form::Plain),
-    ("logprobs", Form::Plain),
-    ("top_logprobs", Form::Plain),
+    ("n", Form::Scalar),
+    ("logprobs", Form::Scalar),
+    ("top_logprobs", Form::Scalar),
     ("tools", Form::List(&TOOL)),
-    ("tool_choice", Form::Either(&[Form::Word(&["auto", "none", "required", "any"]), Form::Any])),
-    ("parallel_tool_calls", Form::Plain),
+    ("tool_choice", Form::AnyOf(&[Form::OneOf(&["auto", "none", "required", "any"]), Form::Any])),
+    ("parallel_tool_calls", Form::Scalar),
     ("functions", Form::Any),
-    ("function_call", Form::Either(&[Form::Word(&["auto", "none"]), Form::Any])),
+    ("function_call", Form::AnyOf(&[Form::OneOf(&["auto", "none"]), Form::Any])),
     ("documents", Form::Any),
     ("prediction", Form::Any),
-    ("modalities", Form::List(&Form::Word(&["text"]))),
-    ("audio", Form::Word(&[])),
-    ("continue_final_message", Form::Plain),
-    ("add_generation_prompt", Form::Plain),
-    ("add_special_tokens", Form::Plain),
-    ("truncate_prompt_tokens", Form::Plain),
-    ("num_ctx", Form::Plain),
+    ("modalities", Form::List(&Form::OneOf(&["text"]))),
+    ("audio", Form::OneOf(&[])),
+    ("continue_final_message", Form::Scalar),
+    ("add_generation_prompt", Form::Scalar),
+    ("add_special_tokens", Form::Scalar),
+    ("truncate_prompt_tokens", Form::Scalar),
+    ("num_ctx", Form::Scalar),
     ("request_id", Form::Label),
     ("rid", Form::Label),
-    ("timings_per_token", Form::Plain),
-    ("return_progress", Form::Plain),
-    ("post_sampling_probs", Form::Plain),
-    // What would keep an answer where nobody judges it, or tell of it by another way.
-    ("store", Form::Gone),
-    ("echo", Form::Gone),
-    ("n_probs", Form::Gone),
-    ("prompt_logprobs", Form::Gone),
-    ("return_token_ids", Form::Gone),
-    ("return_tokens_as_token_ids", Form::Gone),
-    ("return_tokens", Form::Gone),
-    ("verbose", Form::Gone),
+    ("timings_per_token", Form::Scalar),
+    ("return_progress", Form::Scalar),
+    ("post_sampling_probs", Form::Scalar),
+    // These would store an answer where nobody judges it, or return it in another form.
+    ("store", Form::Dropped),
+    ("echo", Form::Dropped),
+    ("n_probs", Form::Dropped),
+    ("prompt_logprobs", Form::Dropped),
+    ("return_token_ids", Form::Dropped),
+    ("return_tokens_as_token_ids", Form::Dropped),
+    ("return_tokens", Form::Dropped),
+    ("verbose", Form::Dropped),
 ];
 
 const EFFORT: Form =
-    Form::Word(&["none", "minimal", "low", "medium", "high", "xhigh", "max", "default"]);
-const CACHE: Form = Form::Fields(&[
-    ("type", Form::Word(&["ephemeral", "persistent"])),
-    ("ttl", Form::Word(&["5m", "1h", "24h"])),
+    Form::OneOf(&["none", "minimal", "low", "medium", "high", "xhigh", "max", "default"]);
+const CACHE_CONTROL: Form = Form::Object(&[
+    ("type", Form::OneOf(&["ephemeral", "persistent"])),
+    ("ttl", Form::OneOf(&["5m", "1h", "24h"])),
 ]);
 
-const TOOL: Form = Form::Fields(&[
-    ("type", Form::Word(&["function", "custom"])),
+const TOOL: Form = Form::Object(&[
+    ("type", Form::OneOf(&["function", "custom"])),
     ("function", Form::Any),
     ("custom", Form::Any),
-    ("strict", Form::Plain),
-    ("cache_control", CACHE),
+    ("strict", Form::Scalar),
+    ("cache_control", CACHE_CONTROL),
 ]);
 
-/// What only the maker of a thought can read, beside the call or message that it belongs to.
-pub(crate) const SEALS: Form = Form::Fields(&[
-    ("thought_signature", Form::Sealed),
-    ("thought_signatures", Form::List(&Form::Sealed)),
-    ("signature", Form::Sealed),
-    ("google", Form::Fields(&[("thought_signature", Form::Sealed)])),
+/// Encrypted or signed thoughts, next to the call or message that they belong to.
+pub(crate) const SIGNATURES: Form = Form::Object(&[
+    ("thought_signature", Form::Opaque),
+    ("thought_signatures", Form::List(&Form::Opaque)),
+    ("signature", Form::Opaque),
+    ("google", Form::Object(&[("thought_signature", Form::Opaque)])),
     ("refusal", Form::Text),
     ("reasoning_content", Form::Text),
 ]);
 
-/// A called function.
-const CALLED: Form = Form::Fields(&[
+/// A function that is called.
+const FUNCTION: Form = Form::Object(&[
     ("name", Form::Text),
-    ("arguments", Form::Either(&[Form::Text, Form::Any])),
+    ("arguments", Form::AnyOf(&[Form::Text, Form::Any])),
     ("parsed_arguments", Form::Any),
     ("description", Form::Text),
 ]);
 
-/// A tool call, of a request or an answer.
-pub(crate) const CALL: Form = Form::Fields(&[
+/// A tool call, in a request or an answer.
+pub(crate) const TOOL_CALL: Form = Form::Object(&[
     ("id", Form::Name),
-    ("index", Form::Plain),
-    ("type", Form::Word(&["function", "custom"])),
-    ("function", CALLED),
-    ("custom", Form::Fields(&[("name", Form::Text), ("input", Form::Text)])),
-    ("thought_signature", Form::Sealed),
-    ("extra_content", SEALS),
-    ("provider_specific_fields", SEALS),
+    ("index", Form::Scalar),
+    ("type", Form::OneOf(&["function", "custom"])),
+    ("function", FUNCTION),
+    ("custom", Form::Object(&[("name", Form::Text), ("input", Form::Text)])),
+    ("thought_signature", Form::Opaque),
+    ("extra_content", SIGNATURES),
+    ("provider_specific_fields", SIGNATURES),
 ]);
 
-/// The old form of a tool call.
-pub(crate) const FUNCTION_CALL: Form = CALLED;
+/// The older form of a tool call.
+pub(crate) const FUNCTION_CALL: Form = FUNCTION;
 
-/// A piece of thinking, open or sealed.
-pub(crate) const BLOCK: Form = Form::Fields(&[
+/// A block of thinking, readable or encrypted.
+pub(crate) const THINKING_BLOCK: Form = Form::Object(&[
     (
         "type",
-        Form::Word(&[
+        Form::OneOf(&[
             "thinking",
             "redacted_thinking",
             "reasoning",
@@ -321,14 +329,14 @@ pub(crate) const BLOCK: Form = Form::Fields(&[
     ),
     ("text", Form::Text),
     ("thinking", Form::Text),
-    ("summary", Form::Either(&[Form::Text, Form::Any])),
-    ("data", Form::Sealed),
-    ("signature", Form::Sealed),
-    ("encrypted_content", Form::Sealed),
+    ("summary", Form::AnyOf(&[Form::Text, Form::Any])),
+    ("data", Form::Opaque),
+    ("signature", Form::Opaque),
+    ("encrypted_content", Form::Opaque),
     ("id", Form::Name),
     (
         "format",
-        Form::Word(&[
+        Form::OneOf(&[
             "unknown",
             "anthropic-claude-v1",
             "openai-responses-v1",
@@ -336,92 +344,93 @@ pub(crate) const BLOCK: Form = Form::Fields(&[
             "xai-responses-v1",
         ]),
     ),
-    ("index", Form::Plain),
-    ("cache_control", CACHE),
+    ("index", Form::Scalar),
+    ("cache_control", CACHE_CONTROL),
 ]);
 
 pub(crate) const MESSAGE: &[(&str, Form)] = &[
-    ("role", Form::Word(&["system", "developer", "user", "assistant", "tool", "function"])),
+    ("role", Form::OneOf(&["system", "developer", "user", "assistant", "tool", "function"])),
     ("content", Form::Any),
     ("name", Form::Text),
-    ("tool_calls", Form::List(&CALL)),
+    ("tool_calls", Form::List(&TOOL_CALL)),
     ("tool_call_id", Form::Name),
     ("function_call", FUNCTION_CALL),
     ("refusal", Form::Text),
-    ("status", Form::Word(&["in_progress", "completed", "incomplete", "success", "error"])),
-    ("is_error", Form::Plain),
+    ("status", Form::OneOf(&["in_progress", "completed", "incomplete", "success", "error"])),
+    ("is_error", Form::Scalar),
     ("tool_name", Form::Text),
     ("thinking", Form::Text),
     ("parsed", Form::Any),
     ("reasoning", Form::Text),
     ("reasoning_content", Form::Text),
-    ("reasoning_details", Form::List(&BLOCK)),
-    ("thinking_blocks", Form::List(&BLOCK)),
+    ("reasoning_details", Form::List(&THINKING_BLOCK)),
+    ("thinking_blocks", Form::List(&THINKING_BLOCK)),
     ("annotations", Form::Any),
-    ("cache_control", CACHE),
-    ("prefix", Form::Plain),
-    ("partial", Form::Plain),
+    ("cache_control", CACHE_CONTROL),
+    ("prefix", Form::Scalar),
+    ("partial", Form::Scalar),
     ("id", Form::Name),
-    ("thought_signature", Form::Sealed),
-    ("signature", Form::Sealed),
-    ("encrypted_content", Form::Sealed),
-    ("extra_content", SEALS),
-    ("provider_specific_fields", SEALS),
-    // An earlier spoken answer, which the upstream keeps and nobody here has heard; it may be null.
-    ("audio", Form::Word(&[])),
+    ("thought_signature", Form::Opaque),
+    ("signature", Form::Opaque),
+    ("encrypted_content", Form::Opaque),
+    ("extra_content", SIGNATURES),
+    ("provider_specific_fields", SIGNATURES),
+    // An earlier audio answer, which the upstream stores and the guard has never seen. It may be
+    // null.
+    ("audio", Form::OneOf(&[])),
 ];
 
 pub(crate) const TEXT_PART: &[(&str, Form)] = &[
-    ("type", Form::Word(&["text", "input_text", "output_text"])),
+    ("type", Form::OneOf(&["text", "input_text", "output_text"])),
     ("text", Form::Text),
-    ("cache_control", CACHE),
+    ("cache_control", CACHE_CONTROL),
     ("annotations", Form::Any),
-    ("id", Form::Gone),
-    ("uuid", Form::Gone),
-    ("logprobs", Form::Gone),
+    ("id", Form::Dropped),
+    ("uuid", Form::Dropped),
+    ("logprobs", Form::Dropped),
 ];
 
-/// A recording, with nothing in it that a server could take for an image.
+/// A recording. Nothing in it can be taken for an image.
 pub(crate) const AUDIO_PART: &[(&str, Form)] = &[
-    ("type", Form::Word(&["input_audio"])),
+    ("type", Form::OneOf(&["input_audio"])),
     (
         "input_audio",
-        Form::Fields(&[
-            ("data", Form::Sealed),
-            ("format", Form::Word(&["wav", "mp3", "flac", "ogg", "opus", "pcm16", "m4a"])),
+        Form::Object(&[
+            ("data", Form::Opaque),
+            ("format", Form::OneOf(&["wav", "mp3", "flac", "ogg", "opus", "pcm16", "m4a"])),
         ]),
     ),
-    ("cache_control", CACHE),
+    ("cache_control", CACHE_CONTROL),
 ];
 
 pub(crate) const REFUSAL_PART: &[(&str, Form)] =
-    &[("type", Form::Word(&["refusal"])), ("refusal", Form::Text)];
+    &[("type", Form::OneOf(&["refusal"])), ("refusal", Form::Text)];
 
-pub(crate) const THOUGHT_PART: &[(&str, Form)] = &[
-    ("type", Form::Word(&["thinking", "redacted_thinking", "reasoning"])),
-    ("thinking", Form::Either(&[Form::Text, Form::List(&Form::Fields(TEXT_PART))])),
+pub(crate) const THINKING_PART: &[(&str, Form)] = &[
+    ("type", Form::OneOf(&["thinking", "redacted_thinking", "reasoning"])),
+    ("thinking", Form::AnyOf(&[Form::Text, Form::List(&Form::Object(TEXT_PART))])),
     ("text", Form::Text),
-    ("data", Form::Sealed),
-    ("signature", Form::Sealed),
-    ("closed", Form::Plain),
-    ("cache_control", CACHE),
+    ("data", Form::Opaque),
+    ("signature", Form::Opaque),
+    ("closed", Form::Scalar),
+    ("cache_control", CACHE_CONTROL),
 ];
 
-/// How a model is to look at an image.
-const DETAIL: Form = Form::Word(&["low", "high", "auto", "original"]);
+/// How the model is to look at an image.
+const DETAIL: Form = Form::OneOf(&["low", "high", "auto", "original"]);
 
 pub(crate) const IMAGE_PART: &[(&str, Form)] = &[
-    ("type", Form::Word(&["image_url", "input_image"])),
+    ("type", Form::OneOf(&["image_url", "input_image"])),
     (
         "image_url",
-        Form::Either(&[
+        Form::AnyOf(&[
             Form::Raw,
-            Form::Fields(&[
+            Form::Object(&[
                 ("url", Form::Raw),
                 ("detail", DETAIL),
                 (
                     "format",
-                    Form::Word(&[
+                    Form::OneOf(&[
                         "png",
                         "jpeg",
                         "jpg",
@@ -433,34 +442,34 @@ pub(crate) const IMAGE_PART: &[(&str, Form)] = &[
                         "image/gif",
                     ]),
                 ),
-                ("min_pixels", Form::Plain),
-                ("max_pixels", Form::Plain),
-                ("total_pixels", Form::Plain),
-                ("resized_height", Form::Plain),
-                ("resized_width", Form::Plain),
-                ("max_dynamic_patch", Form::Plain),
-                ("min_dynamic_patch", Form::Plain),
-                ("uuid", Form::Gone),
+                ("min_pixels", Form::Scalar),
+                ("max_pixels", Form::Scalar),
+                ("total_pixels", Form::Scalar),
+                ("resized_height", Form::Scalar),
+                ("resized_width", Form::Scalar),
+                ("max_dynamic_patch", Form::Scalar),
+                ("min_dynamic_patch", Form::Scalar),
+                ("uuid", Form::Dropped),
             ]),
         ]),
     ),
     ("detail", DETAIL),
-    ("min_pixels", Form::Plain),
-    ("max_pixels", Form::Plain),
-    ("total_pixels", Form::Plain),
-    ("resized_height", Form::Plain),
-    ("resized_width", Form::Plain),
-    ("max_dynamic_patch", Form::Plain),
-    ("min_dynamic_patch", Form::Plain),
-    ("max_slice_nums", Form::Plain),
-    ("cache_control", CACHE),
-    ("id", Form::Gone),
-    ("modalities", Form::Word(&["image", "multi-images"])),
-    // Servers take it for the image's name in their cache: another image may lie there.
-    ("uuid", Form::Gone),
+    ("min_pixels", Form::Scalar),
+    ("max_pixels", Form::Scalar),
+    ("total_pixels", Form::Scalar),
+    ("resized_height", Form::Scalar),
+    ("resized_width", Form::Scalar),
+    ("max_dynamic_patch", Form::Scalar),
+    ("min_dynamic_patch", Form::Scalar),
+    ("max_slice_nums", Form::Scalar),
+    ("cache_control", CACHE_CONTROL),
+    ("id", Form::Dropped),
+    ("modalities", Form::OneOf(&["image", "multi-images"])),
+    // Servers use it as the key of their image cache, which may hold another image.
+    ("uuid", Form::Dropped),
 ];
 
-/// Whether a text is the name of a field that the guard knows.
-pub(crate) fn is_known(name: &str) -> bool {
-    name == "messages" || SAMPLING.iter().chain(ONCE).any(|(known, _)| *known == name)
+/// Whether a text is the name of a known field.
+pub(crate) fn is_request_field(name: &str) -> bool {
+    name == "messages" || SAMPLING.iter().chain(REQUEST).any(|(known, _)| *known == name)
 }

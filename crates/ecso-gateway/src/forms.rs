@@ -1,146 +1,149 @@
-//! What may stand where in requests and answers: allow-lists, as tables.
+//! Allow-lists for requests and answers, as tables of what each field may hold.
 //!
-//! [`keep`] takes a value apart and gives back what its [`Form`] knows of it. Every text that it
-//! gives back has been told to the [`Reader`], who judges it, or is of an alphabet in which nothing
-//! can be said.
+//! [`filter`] takes a value apart and returns the part of it that its [`Form`] knows. Every text in
+//! that part is either passed to the [`FieldVisitor`], which has it judged, or is limited to
+//! characters that can't spell a sentence.
 
 use serde_json::{Map, Value};
 
-use crate::json::shown;
+use crate::json::printable;
 
-/// What a field may hold.
+/// What a field may hold. Null fits every form.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Form {
-    /// A number, a switch or nothing.
-    Plain,
-    /// Plain values, in lists or by names.
-    Plains,
+    /// A number, a boolean or null.
+    Scalar,
+    /// Scalars, in lists or in objects at any depth.
+    Scalars,
     /// One of these words.
-    Word(&'static [&'static str]),
-    /// A name or an id: one word of ASCII's letters, digits and marks. Told to the reader, once.
+    OneOf(&'static [&'static str]),
+    /// A name or an id: one word of ASCII letters, digits and punctuation. Passed to the visitor
+    /// once.
     Name,
-    /// A text. Told to the reader.
+    /// A text. Passed to the visitor.
     Text,
-    /// What only its maker can read: one long word of base64's letters. Told to nobody.
-    Sealed,
-    /// A line about the request, which no model is shown: who asks, what for. Told to nobody;
-    /// requests only.
+    /// An encrypted or signed value: one long word of base64 characters. Not passed to the visitor.
+    Opaque,
+    /// A short text about the request that no model sees: who asks, and for what purpose. Not
+    /// passed to the visitor; requests only.
     Label,
-    /// Labels, in lists or by names.
+    /// Labels, in lists or in objects at any depth.
     Labels,
-    /// A text that is not for the model, or that whoever reads the request takes from there: where
-    /// an image is, words at which to stop. Told to nobody; requests only.
+    /// A text that the model does not see as text, or that the reader of the request handles
+    /// itself: the URL of an image, stop sequences. Not passed to the visitor; requests only.
     Raw,
-    /// Anything. Told to the reader as JSON text.
+    /// Any value. Passed to the visitor as JSON text.
     Any,
     /// A list, each entry of this form.
     List(&'static Form),
-    /// Named fields.
-    Fields(&'static [(&'static str, Form)]),
-    /// The first of these that fits.
-    Either(&'static [Form]),
-    /// Known, and left out.
-    Gone,
+    /// An object with these fields.
+    Object(&'static [(&'static str, Form)]),
+    /// The first of these forms that fits.
+    AnyOf(&'static [Form]),
+    /// A known field that is dropped.
+    Dropped,
 }
 
-/// Who is told of texts.
-pub(crate) trait Reader {
-    /// A text at `path`, or more of it. What comes back goes out in its place.
+/// Receives the texts of a value while it is filtered.
+pub(crate) trait FieldVisitor {
+    /// A text at `path`, or more of it. The returned text goes out in its place.
     fn text(&mut self, path: &str, text: String) -> String;
 
-    /// A name at `path`; servers repeat it in each piece of a stream.
+    /// A name at `path`. In a stream, servers repeat it in each chunk.
     fn name(&mut self, path: &str, name: &str);
 
-    /// A field that no form knows: whether it is kept all the same, as [`Form::Any`].
-    fn unknown(&mut self, path: &str, name: &str) -> Result<bool, Odd>;
+    /// A field that no form knows. Returns whether it is kept all the same, as [`Form::Any`].
+    fn unknown(&mut self, path: &str, name: &str) -> Result<bool, FieldError>;
 
-    /// A value that is not of its form. It is left out, unless this is an error.
-    fn misfit(&mut self, path: &str) -> Result<(), Odd>;
+    /// A value that does not have its form. It is dropped unless this returns an error.
+    fn invalid(&mut self, path: &str) -> Result<(), FieldError>;
 }
 
-/// Where something stands that can't be kept.
+/// The path of something that can't be kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Odd {
+pub(crate) enum FieldError {
     /// A field that no form knows.
     Unknown(String),
     /// A value that a known field can't have.
-    Misfit(String),
+    Invalid(String),
 }
 
-/// Longest word that is a name.
-const NAME: usize = 16 << 10;
-/// Longest label.
-const LABEL: usize = 1024;
+/// Longest name, in bytes.
+const MAX_NAME: usize = 16 << 10;
+/// Longest label, in bytes.
+const MAX_LABEL: usize = 1024;
 
-/// What `form` knows of a value; nothing where it does not fit and the reader passes over it.
-pub(crate) fn keep(
+/// Returns what `form` knows of a value, or `None` if the value does not fit and the visitor
+/// accepts that.
+pub(crate) fn filter(
     form: &Form,
     value: Value,
     path: &str,
-    reader: &mut impl Reader,
-) -> Result<Option<Value>, Odd> {
-    if !fits(form, &value) {
-        reader.misfit(path)?;
+    visitor: &mut impl FieldVisitor,
+) -> Result<Option<Value>, FieldError> {
+    if !form.accepts(&value) {
+        visitor.invalid(path)?;
         return Ok(None);
     }
     Ok(match (form, value) {
-        (Form::Gone, _) => None,
-        (Form::Either(forms), value) => match forms.iter().find(|form| fits(form, &value)) {
-            Some(form) => keep(form, value, path, reader)?,
+        (Form::Dropped, _) => None,
+        (Form::AnyOf(forms), value) => match forms.iter().find(|form| form.accepts(&value)) {
+            Some(form) => filter(form, value, path, visitor)?,
             None => None,
         },
-        (Form::Text, Value::String(text)) => Some(reader.text(path, text).into()),
+        (Form::Text, Value::String(text)) => Some(visitor.text(path, text).into()),
         (Form::Name, Value::String(name)) => {
-            reader.name(path, &name);
+            visitor.name(path, &name);
             Some(name.into())
         }
         (Form::Any, value) => {
-            let told = match &value {
+            let text = match &value {
                 Value::Null | Value::Bool(_) | Value::Number(_) => None,
                 Value::String(text) => Some(text.clone()),
                 Value::Array(_) | Value::Object(_) => Some(value.to_string()),
             };
             if let Some(text) =
-                told.filter(|text| !text.trim().is_empty() && text != "[]" && text != "{}")
+                text.filter(|text| !text.trim().is_empty() && text != "[]" && text != "{}")
             {
-                reader.text(path, text);
+                visitor.text(path, text);
             }
             Some(value)
         }
         (Form::List(form), Value::Array(list)) => {
             let mut kept = Vec::with_capacity(list.len());
-            for (place, value) in list.into_iter().enumerate() {
-                // A piece of a tool call says which call it belongs to.
-                let place = value["index"].as_u64().unwrap_or(place as u64);
-                kept.extend(keep(form, value, &format!("{path}.{place:04}"), reader)?);
+            for (index, value) in list.into_iter().enumerate() {
+                // A chunk of a tool call names the call that it belongs to.
+                let index = value["index"].as_u64().unwrap_or(index as u64);
+                kept.extend(filter(form, value, &format!("{path}.{index:04}"), visitor)?);
             }
             Some(kept.into())
         }
-        (Form::Fields(known), Value::Object(fields)) => {
-            Some(fields_of(known, fields, path, reader)?.into())
+        (Form::Object(known), Value::Object(fields)) => {
+            Some(known_fields(known, fields, path, visitor)?.into())
         }
         (_, value) => Some(value),
     })
 }
 
 /// The known fields of an object.
-pub(crate) fn fields_of(
+pub(crate) fn known_fields(
     known: &[(&str, Form)],
     fields: Map<String, Value>,
     path: &str,
-    reader: &mut impl Reader,
-) -> Result<Map<String, Value>, Odd> {
+    visitor: &mut impl FieldVisitor,
+) -> Result<Map<String, Value>, FieldError> {
     let mut kept = Map::new();
     for (name, value) in fields {
-        let at = if path.is_empty() { shown(&name) } else { format!("{path}.{}", shown(&name)) };
+        let path =
+            if path.is_empty() { printable(&name) } else { format!("{path}.{}", printable(&name)) };
         let form = match known.iter().find(|(known, _)| *known == name) {
             Some((_, form)) => form,
-            // Nothing is said by it.
+            // Null has no meaning.
             None if value.is_null() => continue,
-            None if reader.unknown(&at, &name)? => &Form::Any,
+            None if visitor.unknown(&path, &name)? => &Form::Any,
             None => continue,
         };
-        if let Some(value) = keep(form, value, &at, reader)? {
+        if let Some(value) = filter(form, value, &path, visitor)? {
             kept.insert(name, value);
         }
     }
@@ -148,60 +151,56 @@ pub(crate) fn fields_of(
 }
 
 impl Form {
-    /// Whether a value has this form, as far as one sees without looking into lists and fields.
-    /// Null has every form.
-    pub(crate) fn fits(&self, value: &Value) -> bool {
-        fits(self, value)
-    }
-}
-
-fn fits(form: &Form, value: &Value) -> bool {
-    match (form, value) {
-        (_, Value::Null)
-        | (Form::Any | Form::Gone, _)
-        | (Form::Text | Form::Raw, Value::String(_))
-        | (Form::List(_), Value::Array(_))
-        | (Form::Fields(_), Value::Object(_)) => true,
-        (Form::Plain, value) => is_plain(value),
-        (Form::Plains, value) => is_plains(value),
-        (Form::Word(words), Value::String(word)) => words.contains(&word.as_str()),
-        (Form::Name, Value::String(name)) => is_name(name),
-        (Form::Sealed, Value::String(text)) => {
-            text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+/=-_.:".contains(&byte))
+    /// Whether a value has this form. Entries of lists and fields of objects are not looked at;
+    /// [`filter`] does that.
+    pub(crate) fn accepts(&self, value: &Value) -> bool {
+        match (self, value) {
+            (_, Value::Null)
+            | (Self::Any | Self::Dropped, _)
+            | (Self::Text | Self::Raw, Value::String(_))
+            | (Self::List(_), Value::Array(_))
+            | (Self::Object(_), Value::Object(_)) => true,
+            (Self::Scalar, value) => is_scalar(value),
+            (Self::Scalars, value) => is_scalars(value),
+            (Self::OneOf(words), Value::String(word)) => words.contains(&word.as_str()),
+            (Self::Name, Value::String(name)) => is_name(name),
+            (Self::Opaque, Value::String(text)) => {
+                text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+/=-_.:".contains(&byte))
+            }
+            (Self::Label, value) => is_label(value),
+            (Self::Labels, value) => is_labels(value),
+            (Self::AnyOf(forms), value) => forms.iter().any(|form| form.accepts(value)),
+            _ => false,
         }
-        (Form::Label, value) => is_label(value),
-        (Form::Labels, value) => is_labels(value),
-        (Form::Either(forms), value) => forms.iter().any(|form| fits(form, value)),
-        _ => false,
     }
 }
 
-fn is_plain(value: &Value) -> bool {
+fn is_scalar(value: &Value) -> bool {
     matches!(value, Value::Null | Value::Bool(_) | Value::Number(_))
 }
 
-fn is_plains(value: &Value) -> bool {
+fn is_scalars(value: &Value) -> bool {
     match value {
-        Value::Array(list) => list.iter().all(is_plains),
+        Value::Array(list) => list.iter().all(is_scalars),
         Value::Object(fields) => {
-            fields.iter().all(|(name, value)| is_name(name) && is_plains(value))
+            fields.iter().all(|(name, value)| is_name(name) && is_scalars(value))
         }
-        value => is_plain(value),
+        value => is_scalar(value),
     }
 }
 
 fn is_label(value: &Value) -> bool {
-    // An address in a label may be one to which an answer is sent.
+    // An address in a label might be one that the answer is sent to.
     value
         .as_str()
-        .map_or_else(|| is_plain(value), |text| text.len() <= LABEL && !text.contains("://"))
+        .map_or_else(|| is_scalar(value), |text| text.len() <= MAX_LABEL && !text.contains("://"))
 }
 
 fn is_labels(value: &Value) -> bool {
     match value {
         Value::Array(list) => list.iter().all(is_labels),
         Value::Object(fields) => {
-            fields.iter().all(|(name, value)| name.len() <= LABEL && is_labels(value))
+            fields.iter().all(|(name, value)| name.len() <= MAX_LABEL && is_labels(value))
         }
         value => is_label(value),
     }
@@ -209,7 +208,7 @@ fn is_labels(value: &Value) -> bool {
 
 /// Whether a text is one word, as names and ids are.
 fn is_name(text: &str) -> bool {
-    text.len() <= NAME
+    text.len() <= MAX_NAME
         && text.bytes().all(|byte| byte.is_ascii_graphic() && !b"\"'`<>\\".contains(&byte))
 }
 
@@ -220,58 +219,61 @@ mod tests {
     use super::*;
 
     #[derive(Default)]
-    struct Told(Vec<String>, Vec<String>);
+    struct Recorder {
+        texts: Vec<String>,
+        rejected: Vec<String>,
+    }
 
-    impl Reader for Told {
+    impl FieldVisitor for Recorder {
         fn text(&mut self, path: &str, text: String) -> String {
-            self.0.push(format!("{path}={text}"));
+            self.texts.push(format!("{path}={text}"));
             text
         }
 
         fn name(&mut self, path: &str, name: &str) {
-            self.0.push(format!("{path}={name}"));
+            self.texts.push(format!("{path}={name}"));
         }
 
-        fn unknown(&mut self, path: &str, name: &str) -> Result<bool, Odd> {
-            self.1.push(path.into());
+        fn unknown(&mut self, path: &str, name: &str) -> Result<bool, FieldError> {
+            self.rejected.push(path.into());
             Ok(name == "allowed")
         }
 
-        fn misfit(&mut self, path: &str) -> Result<(), Odd> {
-            self.1.push(path.into());
+        fn invalid(&mut self, path: &str) -> Result<(), FieldError> {
+            self.rejected.push(path.into());
             Ok(())
         }
     }
 
-    const FORM: Form = Form::Fields(&[
-        ("text", Form::Either(&[Form::Text, Form::List(&Form::Fields(&[("text", Form::Text)]))])),
-        ("kind", Form::Word(&["a", "b"])),
+    const FORM: Form = Form::Object(&[
+        ("text", Form::AnyOf(&[Form::Text, Form::List(&Form::Object(&[("text", Form::Text)]))])),
+        ("kind", Form::OneOf(&["a", "b"])),
         ("id", Form::Name),
-        ("seal", Form::Sealed),
+        ("seal", Form::Opaque),
         ("schema", Form::Any),
-        ("bias", Form::Plains),
-        ("n", Form::Plain),
-        ("store", Form::Gone),
+        ("bias", Form::Scalars),
+        ("n", Form::Scalar),
+        ("store", Form::Dropped),
     ]);
 
     #[test]
-    fn what_is_known_is_kept_and_every_text_of_it_is_told() {
+    fn known_fields_are_kept_and_their_texts_are_visited() {
         let value = json!({"text": [{"text": "one", "x": "two"}, "three"], "kind": "a", "id": "i-1", "seal": "QUJD",
             "schema": {"k": ["v"]}, "bias": {"12": -1}, "n": 3, "store": true});
-        let mut told = Told::default();
-        let kept = keep(&FORM, value, "", &mut told).unwrap().unwrap();
+        let mut recorder = Recorder::default();
+        let kept = filter(&FORM, value, "", &mut recorder).unwrap().unwrap();
         assert_eq!(
             kept,
             json!({"text": [{"text": "one"}], "kind": "a", "id": "i-1", "seal": "QUJD", "schema": {"k": ["v"]},
                 "bias": {"12": -1}, "n": 3})
         );
-        assert_eq!(told.0, ["text.0000.text=one", "id=i-1", r#"schema={"k":["v"]}"#]);
-        assert_eq!(told.1, ["text.0000.x", "text.0001"]);
+        assert_eq!(recorder.texts, ["text.0000.text=one", "id=i-1", r#"schema={"k":["v"]}"#]);
+        assert_eq!(recorder.rejected, ["text.0000.x", "text.0001"]);
     }
 
     #[test]
-    fn what_does_not_fit_is_odd() {
-        for (value, odd) in [
+    fn values_without_their_form_are_rejected() {
+        for (value, path) in [
             (json!({"kind": "c"}), "kind"),
             (json!({"Kind": "a"}), "Kind"),
             (json!({"id": "two words"}), "id"),
@@ -282,10 +284,10 @@ mod tests {
             (json!({"n": "1"}), "n"),
             (json!("text"), ""),
         ] {
-            let mut told = Told::default();
-            let kept = keep(&FORM, value.clone(), "", &mut told).unwrap();
+            let mut recorder = Recorder::default();
+            let kept = filter(&FORM, value.clone(), "", &mut recorder).unwrap();
             assert!(kept.is_none_or(|kept| kept == json!({})), "{value}");
-            assert_eq!(told.1, [odd], "{value}");
+            assert_eq!(recorder.rejected, [path], "{value}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What fuzz targets call (`fuzz/`).
+//! Entry points for the fuzz targets in `fuzz/`.
 
 use bytes::Bytes;
 use futures::FutureExt;
@@ -11,17 +11,17 @@ use crate::{
 /// Reads a request body in every way in which the server does.
 ///
 /// # Panics
-/// When a lenient reader finds something in a body that is out of scope, or that goes on, which the
-/// strict one does not: then what is answered is not what was judged.
+/// If a lenient parser finds images in a body that the strict one calls out of scope, or if the
+/// body that goes to the upstream differs from what was judged.
 pub fn body(body: &[u8]) {
     let _ = GuardRequest::read(body).and_then(|question| question.chat());
-    let Ok(value) = json::read(body) else { return };
+    let Ok(value) = json::parse(body) else { return };
     for format in [Format::Messages, Format::Responses] {
         let _ = format
-            .read(value.clone(), &mut |_| Ok(Vec::new()))
-            .and_then(|(chat, _)| Body::of(chat, &[]));
+            .parse(value.clone(), &mut |_| Ok(Vec::new()))
+            .and_then(|(chat, _)| Body::parse(chat, &[]));
     }
-    let Ok(read) = Body::of(value, &[]) else { return };
+    let Ok(read) = Body::parse(value, &[]) else { return };
     if !read.has_images() {
         let lenient: serde_json::Value = serde_json::from_slice(body).unwrap_or_default();
         assert!(!names_an_image(&lenient["messages"]), "an image was overlooked");
@@ -32,8 +32,8 @@ pub fn body(body: &[u8]) {
     let again = request
         .body()
         .ok()
-        .and_then(|sent| json::read(&sent).ok())
-        .and_then(|value| Body::of(value, &[]).ok());
+        .and_then(|sent| json::parse(&sent).ok())
+        .and_then(|value| Body::parse(value, &[]).ok());
     let again = again
         .and_then(|read| read.request(&Limits::default(), ecso::Limits::default(), false).ok());
     assert!(
@@ -42,7 +42,7 @@ pub fn body(body: &[u8]) {
     );
 }
 
-/// Whether any reader could take something in messages for an image.
+/// Whether any server could take something in the messages for an image.
 fn names_an_image(value: &serde_json::Value) -> bool {
     match value {
         serde_json::Value::Array(list) => list.iter().any(names_an_image),
@@ -60,21 +60,21 @@ fn names_an_image(value: &serde_json::Value) -> bool {
     }
 }
 
-/// Reads an upstream's stream, whole and in small pieces.
+/// Reads an upstream's stream, whole and in small chunks.
 ///
 /// # Panics
-/// When the two differ.
+/// If the results differ.
 pub fn stream(stream: &[u8]) {
     let read = |size: usize| {
-        let pieces =
-            stream.chunks(size).map(|piece| Ok::<_, std::io::Error>(Bytes::copy_from_slice(piece)));
-        let pieces: Vec<_> = pieces.collect();
-        // Every piece is there, so the reading never waits.
-        Completion::chunks(futures::stream::iter(pieces)).now_or_never()
+        let chunks =
+            stream.chunks(size).map(|chunk| Ok::<_, std::io::Error>(Bytes::copy_from_slice(chunk)));
+        let chunks: Vec<_> = chunks.collect();
+        // All chunks are there, so reading never waits.
+        Completion::from_stream(futures::stream::iter(chunks)).now_or_never()
     };
     let (whole, cut) = (read(usize::MAX), read(3));
     match (whole, cut) {
-        (Some(Ok(whole)), Some(Ok(cut))) => assert_eq!(whole.said(), cut.said()),
+        (Some(Ok(whole)), Some(Ok(cut))) => assert_eq!(whole.texts(), cut.texts()),
         (whole, cut) => assert_eq!(whole.map(|read| read.is_ok()), cut.map(|read| read.is_ok())),
     }
 }

@@ -1,5 +1,5 @@
-//! `POST /v1/guard`: for people who serve their model themselves. Images, query and an answer in;
-//! verdict, captions and a safe answer out.
+//! `POST /v1/guard`, for people who serve their model themselves. Takes images, a query and an
+//! answer; returns a verdict, captions and a safe answer.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -24,7 +24,7 @@ use crate::{
     settings::Mode,
 };
 
-/// Judges an answer that you have, and gives a safe one where it is needed.
+/// Judges an answer that you have, and returns a safe one if needed.
 #[utoipa::path(post, path = "/v1/guard", request_body = GuardRequest, responses((status = 200, body = GuardFinding), ApiErrors))]
 pub(crate) async fn guard(
     State(gateway): State<Arc<Gateway>>,
@@ -32,11 +32,13 @@ pub(crate) async fn guard(
 ) -> Response {
     let admission = Arc::clone(&gateway.admission);
     gateway
-        .judge("guard", request, async |context, body| judged(context, body, &admission).await)
+        .judge_on_demand("guard", request, async |context, body| {
+            handle(context, body, &admission).await
+        })
         .await
 }
 
-async fn judged(
+async fn handle(
     context: &mut RequestContext,
     body: Bytes,
     admission: &Admission,
@@ -44,9 +46,9 @@ async fn judged(
     let question = GuardRequest::read(&body)?;
     drop(body);
     let _turn = context.in_time(admission.enter()).await?;
-    let body = Body::of(question.chat()?, &context.state.settings.allow_fields)?;
+    let body = Body::parse(question.chat()?, &context.state.settings.allow_fields)?;
     let mut request = context.prepare(body).await?;
-    // Who asks wants a verdict, on texts too, and gets what may go out.
+    // The caller wants a verdict even for texts, and receives what may go out.
     (context.is_in_scope, context.mode) = (true, Mode::Enforce);
     let context = &*context;
     let RequestContext { state, headers, .. } = context;
@@ -61,7 +63,7 @@ async fn judged(
         };
         let record = context.record(&request, BTreeMap::from([(0, draft.clone())]));
         let outcome = chat::judge(&guard, &request, 0, &draft, &record).await?;
-        Ok((outcome, record.written()))
+        Ok((outcome, record.finish()))
     };
     let (outcome, report) = context.in_time(work).await?;
     let mut response = Response::new(axum::body::Body::from(
@@ -74,46 +76,42 @@ async fn judged(
     Ok(response)
 }
 
-/// What is asked.
+/// The request body.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct GuardRequest {
-    /// Which model judges and answers, where a server behind the guard has several.
+    /// The model that judges and answers, if the server behind the guard has several.
     #[serde(default)]
     model: String,
-    /// A conversation as in chat completions; or `query` and `images`.
+    /// A conversation as in chat completions. Alternatively, use `query` and `images`.
     #[serde(default)]
     #[schema(value_type = Vec<crate::openapi::Message>)]
     messages: Vec<Value>,
-    /// What is asked about the images.
+    /// The question about the images.
     #[serde(default)]
     query: Option<String>,
-    /// URLs; data URLs too.
+    /// URLs, including data URLs.
     #[serde(default)]
     images: Vec<String>,
-    /// The tools that the model was shown, as in chat completions.
+    /// The tools that the model was given, as in chat completions.
     #[serde(default)]
     #[schema(value_type = Vec<Object>)]
     tools: Vec<Value>,
-    /// The form that the answer was to have, as in chat completions.
+    /// The requested format of the answer, as in chat completions.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     response_format: Option<Value>,
-    /// The answer that is judged; without one, the model gives it.
+    /// The answer to judge. Without one, the model is asked for it.
     #[serde(default)]
     pub(crate) answer: Option<String>,
 }
 
 impl GuardRequest {
     pub(crate) fn read(body: &[u8]) -> Result<Self, ApiError> {
-        let unreadable = |why| {
-            ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"))
-        };
-        let body = crate::json::read(body).map_err(unreadable)?;
-        serde_json::from_value(body).map_err(|error| unreadable(error.to_string()))
+        crate::json::parse_as(body)
     }
 
-    /// The question as a chat request.
+    /// The request as a chat.
     pub(crate) fn chat(&self) -> Result<Value, ApiError> {
         let messages = match (&self.query, self.messages.is_empty()) {
             (None, false) => json!(self.messages),
@@ -129,7 +127,7 @@ impl GuardRequest {
             _ => {
                 return Err(ApiError::bad_request(
                     "invalid_request",
-                    "give either `messages`, or `query` with `images`",
+                    "send either `messages`, or `query` with `images`",
                 ));
             }
         };
@@ -144,15 +142,15 @@ impl GuardRequest {
     }
 }
 
-/// What is found.
+/// The response.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct GuardFinding<'a> {
     pub(crate) request_id: &'a str,
     #[schema(value_type = crate::openapi::Verdict)]
     pub(crate) verdict: Verdict,
-    /// Probability of harm, where the model tells.
+    /// Probability of harm, if the model reports one.
     pub(crate) score: Option<f64>,
-    /// What may go out: the answer that was judged, or the safe one.
+    /// What may go out: the judged answer, or the safe one.
     pub(crate) answer: &'a str,
     /// The safe answer, if one was needed.
     pub(crate) safe_answer: Option<&'a str>,

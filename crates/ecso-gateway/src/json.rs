@@ -1,48 +1,61 @@
-//! JSON that every reader reads alike: of two keys with one name some servers take the first, some
-//! the last, so that a body with both is refused. What it costs to hold is bounded.
+//! JSON that all servers read the same way. If a key appears twice, some servers take the first
+//! value and some the last, so such a body is refused. The memory that a body takes is limited.
 
 use std::{cell::Cell, collections::HashSet, fmt};
 
 use ecso_openai::surrogates;
-use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
+use serde::de::{
+    DeserializeOwned, DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor,
+};
 use serde_json::{Map, Value};
 
-/// Most values of a body; each takes about a hundred bytes.
-pub(crate) const MOST: usize = 100_000;
+use crate::error::ApiError;
 
-/// Reads a body. Halves of characters are joined, or U+FFFD where the other half is missing.
+/// The maximum number of values of a body. Each takes about a hundred bytes.
+pub(crate) const MAX_VALUES: usize = 100_000;
+
+/// Parses a body. Surrogate pairs are joined; a half without its other half becomes U+FFFD.
 ///
 /// # Errors
-/// In words for the client: it is no JSON, a key stands there twice, or there is too much of it.
-pub(crate) fn read(body: &[u8]) -> Result<Value, String> {
+/// A message for the client: it is not JSON, a key appears twice, or it has too many values.
+pub(crate) fn parse(body: &[u8]) -> Result<Value, String> {
     let text = std::str::from_utf8(body).map_err(|error| error.to_string())?;
-    surrogates::parse_seed(text, Strict { left: &Cell::new(MOST) })
+    surrogates::parse_seed(text, Strict { remaining: &Cell::new(MAX_VALUES) })
         .map_err(|error| error.to_string())
 }
 
-/// How many values a value has, itself among them.
-pub(crate) fn values(value: &Value) -> usize {
+/// Parses a body into a type of its own.
+///
+/// # Errors
+/// If [`parse`] fails, or the body does not have this type.
+pub(crate) fn parse_as<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    let value = parse(body).map_err(ApiError::unreadable_body)?;
+    serde_json::from_value(value).map_err(ApiError::unreadable_body)
+}
+
+/// The number of values in a value, including itself.
+pub(crate) fn count_values(value: &Value) -> usize {
     match value {
-        Value::Array(list) => 1 + list.iter().map(values).sum::<usize>(),
-        Value::Object(fields) => 1 + fields.values().map(values).sum::<usize>(),
+        Value::Array(list) => 1 + list.iter().map(count_values).sum::<usize>(),
+        Value::Object(fields) => 1 + fields.values().map(count_values).sum::<usize>(),
         _ => 1,
     }
 }
 
-/// Whether a value is made of numbers and names alone: it holds no sentence.
-pub(crate) fn says_little(value: &Value) -> bool {
+/// Whether a value holds only numbers and names, and so no sentence.
+pub(crate) fn has_no_prose(value: &Value) -> bool {
     match value {
         Value::String(name) => name.len() <= 128 && !name.contains(char::is_whitespace),
-        Value::Array(list) => list.iter().all(says_little),
+        Value::Array(list) => list.iter().all(has_no_prose),
         Value::Object(fields) => {
-            fields.iter().all(|(name, value)| is_label(name) && says_little(value))
+            fields.iter().all(|(name, value)| is_field_name(name) && has_no_prose(value))
         }
         Value::Null | Value::Bool(_) | Value::Number(_) => true,
     }
 }
 
-/// Whether a field's name is one that servers give.
-pub(crate) fn is_label(name: &str) -> bool {
+/// Whether a text looks like a field name of a server.
+pub(crate) fn is_field_name(name: &str) -> bool {
     name.len() <= 64
         && name
             .bytes()
@@ -51,14 +64,15 @@ pub(crate) fn is_label(name: &str) -> bool {
 
 #[derive(Clone, Copy)]
 struct Strict<'a> {
-    /// How many values there may still be.
-    left: &'a Cell<usize>,
+    /// How many more values are allowed.
+    remaining: &'a Cell<usize>,
 }
 
 impl Strict<'_> {
     fn count<E: Error>(self) -> Result<(), E> {
-        let left = self.left.get().checked_sub(1).ok_or_else(|| E::custom("too many values"))?;
-        self.left.set(left);
+        let remaining =
+            self.remaining.get().checked_sub(1).ok_or_else(|| E::custom("too many values"))?;
+        self.remaining.set(remaining);
         Ok(())
     }
 }
@@ -116,10 +130,7 @@ impl<'de> Visitor<'de> for Strict<'_> {
         while let Some(name) = map.next_key::<String>()? {
             let (name, value) = (surrogates::join(&name), map.next_value_seed(self)?);
             if fields.contains_key(&name) {
-                return Err(A::Error::custom(format_args!(
-                    "`{}` stands there twice",
-                    shown(&name)
-                )));
+                return Err(A::Error::custom(format_args!("`{}` appears twice", printable(&name))));
             }
             fields.insert(name, value);
         }
@@ -127,19 +138,19 @@ impl<'de> Visitor<'de> for Strict<'_> {
     }
 }
 
-/// A name that a stranger chose, short and on one line.
-pub(crate) fn shown(name: &str) -> String {
+/// A name chosen by a stranger, shortened and on one line.
+pub(crate) fn printable(name: &str) -> String {
     name.chars().take(64).map(|c| if c.is_control() { '\u{FFFD}' } else { c }).collect()
 }
 
-/// All texts in a value.
-pub(crate) fn texts_of<'v>(value: &'v Value, texts: &mut HashSet<&'v str>) {
+/// Collects all texts in a value.
+pub(crate) fn collect_texts<'v>(value: &'v Value, texts: &mut HashSet<&'v str>) {
     match value {
         Value::String(text) => {
             texts.insert(text);
         }
-        Value::Array(list) => list.iter().for_each(|value| texts_of(value, texts)),
-        Value::Object(fields) => fields.values().for_each(|value| texts_of(value, texts)),
+        Value::Array(list) => list.iter().for_each(|value| collect_texts(value, texts)),
+        Value::Object(fields) => fields.values().for_each(|value| collect_texts(value, texts)),
         _ => {}
     }
 }
@@ -151,28 +162,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_values_are_read() {
+    fn every_kind_of_value_is_parsed() {
         let text = r#" {"a": [1, -2, 0.5, true, null, "x\ud83d\ude00"], "b": {"a": {}}, "half": "\ud83d!"} "#;
         let value =
             json!({"a": [1, -2, 0.5, true, null, "x😀"], "b": {"a": {}}, "half": "\u{FFFD}!"});
-        assert_eq!((values(&value), read(text.as_bytes())), (11, Ok(value)));
+        assert_eq!((count_values(&value), parse(text.as_bytes())), (11, Ok(value)));
     }
 
     #[test]
-    fn what_readers_could_read_differently_is_an_error() {
+    fn ambiguous_json_is_an_error() {
         for (text, why) in [
-            (r#"{"a": 1, "a": 1}"#, "`a` stands there twice"),
-            (r#"{"a": [{"b": {"c": 1, "\u0063": 2}}]}"#, "`c` stands there twice"),
+            (r#"{"a": 1, "a": 1}"#, "`a` appears twice"),
+            (r#"{"a": [{"b": {"c": 1, "\u0063": 2}}]}"#, "`c` appears twice"),
             (r#"{"a": 1} {"a": 2}"#, "trailing"),
             ("", "EOF"),
             ("{\"a\": \"\u{1}\"}", "control character"),
         ] {
-            let error = read(text.as_bytes()).unwrap_err();
+            let error = parse(text.as_bytes()).unwrap_err();
             assert!(error.contains(why), "{text}: {error}");
         }
-        assert!(read(b"{\"a\": \"\xff\"}").is_err());
-        assert!(read("[".repeat(1000).as_bytes()).is_err());
-        let zeros = format!("[{}0]", "0,".repeat(MOST));
-        assert!(read(zeros.as_bytes()).unwrap_err().contains("too many values"));
+        assert!(parse(b"{\"a\": \"\xff\"}").is_err());
+        assert!(parse("[".repeat(1000).as_bytes()).is_err());
+        let zeros = format!("[{}0]", "0,".repeat(MAX_VALUES));
+        assert!(parse(zeros.as_bytes()).unwrap_err().contains("too many values"));
     }
 }

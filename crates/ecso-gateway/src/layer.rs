@@ -1,5 +1,5 @@
-//! The guard in front of a service of your own: a `tower` layer. The service answers as the model
-//! would; what it says to chats is judged before it goes out.
+//! The guard in front of a service of your own, as a `tower` layer. The service answers as the
+//! model would; its answers to chats are judged before they go out.
 
 use std::{
     convert::Infallible,
@@ -21,10 +21,10 @@ use tower::{Layer, Service, ServiceExt};
 use crate::{
     error::ApiError,
     server::Gateway,
-    upstream::{Carrier, carried_by},
+    upstream::{Carrier, attach_carrier},
 };
 
-/// Puts a [`Gateway`]'s guard in front of a service that speaks one of the formats it reads: `POST
+/// Puts the guard of a [`Gateway`] in front of a service that speaks one of its formats: `POST
 /// /v1/chat/completions`, `/v1/responses`, `/v1/messages`. See [`Gateway::layer`].
 #[derive(Clone)]
 pub struct GuardLayer {
@@ -39,27 +39,28 @@ pub struct Guarded<S> {
 }
 
 impl Gateway {
-    /// The guard as a layer over any service: what `ecso serve` does to a server, it does to that.
+    /// The guard as a layer around any service. It does for that service what `ecso serve` does for
+    /// a server.
     ///
-    /// The guard's own questions go to the [`Upstream`](crate::Upstream) of this gateway, which
-    /// must not be the guarded service itself: such requests are refused. Responses and Messages
-    /// reach the service as chats. In enforce mode nothing else reaches it but requests without a
-    /// body, as for `GET /v1/models`, and what `gateway.allow_routes` lists: so the layer belongs
-    /// around the model's routes alone; paths begin with `/v1`, as `Router::nest` leaves them.
-    /// Without client keys everybody is let in that the application lets in. Errors of the service
-    /// become a 502.
+    /// The guard's own questions go to the [`Upstream`](crate::Upstream) of this gateway. That must
+    /// not be the guarded service itself: such requests are refused. Responses and Messages reach
+    /// the service as chats. In enforce mode, the only other requests that reach it are those
+    /// without a body, such as `GET /v1/models`, and those that `gateway.allow_routes` lists. So
+    /// put the layer around the routes of the model only. Paths begin with `/v1`, as `Router::nest`
+    /// leaves them. Without client keys, everyone is admitted whom the application admits. Errors
+    /// of the service become a 502.
     ///
     /// ```no_run
     /// # use std::sync::Arc;
     /// # use axum::{Router, routing::post};
     /// # fn example(gateway: ecso_gateway::Gateway) -> Router {
-    /// let model = Router::new().route("/v1/chat/completions", post(|| async { "an answer of yours" }));
+    /// let model = Router::new().route("/v1/chat/completions", post(|| async { "your answer" }));
     /// Router::new().nest("/guarded", model.layer(Arc::new(gateway).layer()))
     /// # }
     /// ```
     #[must_use]
     pub fn layer(self: Arc<Self>) -> GuardLayer {
-        GuardLayer { router: self.carried() }
+        GuardLayer { router: self.carrier_router() }
     }
 }
 
@@ -71,30 +72,33 @@ impl<S> Layer<S> for GuardLayer {
     }
 }
 
-impl<S, Asked, Answered> Service<Request<Asked>> for Guarded<S>
+impl<S, RequestBody, ResponseBody> Service<Request<RequestBody>> for Guarded<S>
 where
-    S: Service<Request<Body>, Response = Response<Answered>> + Clone + Send + Sync + 'static,
+    S: Service<Request<Body>, Response = Response<ResponseBody>> + Clone + Send + Sync + 'static,
     S::Error: Into<BoxError>,
     S::Future: Send,
-    Asked: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
-    Answered: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
+    RequestBody: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
+    ResponseBody: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
 {
     type Response = Response<Body>;
     type Error = Infallible;
     type Future = BoxFuture<'static, Result<Response<Body>, Infallible>>;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        // The service is waited for when it is asked: by then it may not be.
+        // Readiness is checked when the service is called: by then it may have changed.
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, request: Request<Asked>) -> Self::Future {
+    fn call(&mut self, request: Request<RequestBody>) -> Self::Future {
         let (router, request) = (self.router.clone(), request.map(Body::new));
         let host = request.headers().get(header::HOST).cloned();
-        let inside =
-            Inside { inner: self.inner.clone(), host, extensions: request.extensions().clone() };
+        let carrier = ServiceCarrier {
+            inner: self.inner.clone(),
+            host,
+            extensions: request.extensions().clone(),
+        };
         async move {
-            match carried_by(Arc::new(inside), request) {
+            match attach_carrier(Arc::new(carrier), request) {
                 Ok(request) => router.oneshot(request).await,
                 Err(error) => Ok(error.into_response()),
             }
@@ -103,25 +107,25 @@ where
     }
 }
 
-/// The service, and what of a request concerns it alone.
-struct Inside<S> {
+/// The service, and the parts of a request that only concern it.
+struct ServiceCarrier<S> {
     inner: S,
     host: Option<HeaderValue>,
     extensions: Extensions,
 }
 
-impl<S, Answered> Carrier for Inside<S>
+impl<S, ResponseBody> Carrier for ServiceCarrier<S>
 where
-    S: Service<Request<Body>, Response = Response<Answered>> + Clone + Send + Sync + 'static,
+    S: Service<Request<Body>, Response = Response<ResponseBody>> + Clone + Send + Sync + 'static,
     S::Error: Into<BoxError>,
     S::Future: Send,
-    Answered: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
+    ResponseBody: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
 {
     fn door(&self) -> &'static str {
         "layer"
     }
 
-    /// It may answer every path as it answers chats.
+    /// The service may answer every path as it answers chats.
     fn knows_routes(&self) -> bool {
         false
     }
@@ -135,9 +139,9 @@ where
         if let Some(host) = &self.host {
             request.headers_mut().insert(header::HOST, host.clone());
         }
-        let answered = self.inner.clone().oneshot(request);
+        let response = self.inner.clone().oneshot(request);
         async move {
-            let answer = answered.await.map_err(|error| {
+            let answer = response.await.map_err(|error| {
                 let why = error.into();
                 ApiError::upstream("the service behind the guard failed")
                     .because(ecso::error_chain(why.as_ref()))

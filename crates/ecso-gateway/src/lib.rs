@@ -1,17 +1,17 @@
 //! The guard as a server: what `ecso serve` runs.
 //!
-//! It stands in front of an OpenAI-compatible server (or of a model in this process) and speaks the
-//! same language. A chat with an image is answered by the model, judged, and answered anew with
-//! eyes closed if need be; **no text of an answer reaches the client before a verdict on it**. What
-//! is not guarded is passed on if it is known to be harmless.
+//! It sits in front of an OpenAI-compatible server (or a model in this process) and speaks the same
+//! API. A chat with an image is answered by the model and judged; if the answer is harmful, a safe
+//! one is written from text alone. **No text of an answer reaches the client before a verdict on
+//! it.** Requests that are not guarded are passed on if they are known to be harmless.
 //!
-//! The way of a request: [`server`] routes it; `context` lets it in; `json` and `request` read it
-//! against the tables of `fields`; `upstream` gets the draft; `completion` is what is known of
-//! that; `chat` judges it and writes the answer; `windowed` has a draft judged while it is written;
-//! `report` is what was found; `error` is everything that can go wrong, as the client sees it.
-//! `passthrough` sends on what the table of `routes` lets through; `observe` judges beside; `guard`
-//! and `moderation` judge on demand, and `hooks` for gateways that others run; `layer` guards a
-//! service of the same program. `playground` is a page for people.
+//! The path of a request: [`server`] routes it to `handlers`; `context` admits it; `json` and
+//! `request` read it against the tables of `fields`; `upstream` gets the draft; `completion` is
+//! what is known of that draft; `chat` judges it and writes the answer; `windowed` judges a draft
+//! while it is written; `report` holds the findings; `error` is everything that can go wrong, as
+//! the client sees it. `passthrough` forwards what the table of `routes` allows; `observe` judges
+//! without holding answers back; `guard` and `moderation` judge on demand, and `hooks` judge for
+//! other gateways; `layer` guards a service in the same program. `playground` is a web page.
 
 mod access;
 mod audit;
@@ -29,6 +29,7 @@ mod forms;
 #[doc(hidden)]
 pub mod fuzzing;
 mod guard;
+mod handlers;
 mod hooks;
 mod json;
 mod layer;

@@ -1,4 +1,4 @@
-//! Figures for Prometheus: counts and times, and no word of a conversation.
+//! Metrics for Prometheus: counts and times, but no text of conversations.
 
 use std::time::Duration;
 
@@ -14,46 +14,46 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::{audit::Case, settings::Mode};
+use crate::{audit::JudgedRequest, settings::Mode};
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Answered {
+struct RequestLabels {
     door: &'static str,
     route: &'static str,
     status: u32,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Answer {
+struct AnswerLabels {
     verdict: &'static str,
     mode: &'static str,
     rewritten: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Failed {
+struct FailureLabels {
     code: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Of {
+struct StepLabels {
     step: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Tokens {
+struct TokenLabels {
     step: String,
     kind: &'static str,
 }
 
-/// All figures; they go on when settings are exchanged.
+/// All metrics. They continue when the settings are replaced.
 pub(crate) struct Metrics {
     registry: Registry,
-    requests: Family<Answered, Counter>,
-    answers: Family<Answer, Counter>,
-    failures: Family<Failed, Counter>,
-    seconds: Family<Of, Histogram, fn() -> Histogram>,
-    tokens: Family<Tokens, Counter>,
+    requests: Family<RequestLabels, Counter>,
+    answers: Family<AnswerLabels, Counter>,
+    failures: Family<FailureLabels, Counter>,
+    seconds: Family<StepLabels, Histogram, fn() -> Histogram>,
+    tokens: Family<TokenLabels, Counter>,
     guarded: Histogram,
     harm_out: Histogram,
     running: Gauge,
@@ -61,45 +61,48 @@ pub(crate) struct Metrics {
 }
 
 /// From 10 ms to about 5 minutes.
-fn times() -> Histogram {
+fn duration_histogram() -> Histogram {
     Histogram::new(exponential_buckets(0.01, 2.0, 16))
 }
 
 impl Metrics {
     pub(crate) fn new() -> Self {
         let mut registry = Registry::with_prefix("ecso");
-        let requests = Family::<Answered, Counter>::default();
-        let answers = Family::<Answer, Counter>::default();
-        let failures = Family::<Failed, Counter>::default();
-        let seconds: Family<Of, Histogram, fn() -> Histogram> = Family::new_with_constructor(times);
-        let tokens = Family::<Tokens, Counter>::default();
-        let (guarded, running, waiting) = (times(), Gauge::default(), Gauge::default());
+        let requests = Family::<RequestLabels, Counter>::default();
+        let answers = Family::<AnswerLabels, Counter>::default();
+        let failures = Family::<FailureLabels, Counter>::default();
+        let seconds: Family<StepLabels, Histogram, fn() -> Histogram> =
+            Family::new_with_constructor(duration_histogram);
+        let tokens = Family::<TokenLabels, Counter>::default();
+        let (guarded, running, waiting) =
+            (duration_histogram(), Gauge::default(), Gauge::default());
         registry.register("requests", "Requests, by door, route and status", requests.clone());
-        registry.register("answers", "Answers that were judged", answers.clone());
-        registry.register("failures", "Requests that got no answer, by code", failures.clone());
+        registry.register("answers", "Judged answers", answers.clone());
+        registry.register("failures", "Requests that failed, by error code", failures.clone());
         registry.register_with_unit(
             "step",
-            "Model time of one call, by step",
+            "Duration of model calls, by step",
             Unit::Seconds,
             seconds.clone(),
         );
         registry.register(
             "step_tokens",
-            "Tokens of the steps, where the model tells",
+            "Tokens of the steps, as reported by the model",
             tokens.clone(),
         );
         registry.register_with_unit(
             "guarded",
-            "Time of a guarded request",
+            "Duration of guarded requests",
             Unit::Seconds,
             guarded.clone(),
         );
         // Words, from none to 1,024.
         let harm_out = Histogram::new([0.0].into_iter().chain(exponential_buckets(4.0, 2.0, 9)));
-        let words = "Words that were out when an answer that was judged while it was written turned out unsafe";
+        let words =
+            "Words of an unsafe answer that had gone out before its verdict (windowed streams)";
         registry.register("harm_out_words", words, harm_out.clone());
-        registry.register("running", "Guarded requests under way", running.clone());
-        registry.register("waiting", "Guarded requests that wait for their turn", waiting.clone());
+        registry.register("running", "Guarded requests that are running", running.clone());
+        registry.register("waiting", "Guarded requests in the queue", waiting.clone());
         Self {
             registry,
             requests,
@@ -115,30 +118,30 @@ impl Metrics {
     }
 
     pub(crate) fn request(&self, door: &'static str, route: &'static str, status: u16) {
-        self.requests.get_or_create(&Answered { door, route, status: status.into() }).inc();
+        self.requests.get_or_create(&RequestLabels { door, route, status: status.into() }).inc();
     }
 
     pub(crate) fn failure(&self, code: &'static str) {
-        self.failures.get_or_create(&Failed { code }).inc();
+        self.failures.get_or_create(&FailureLabels { code }).inc();
     }
 
-    pub(crate) fn judged(&self, case: &Case<'_>) {
-        let mode = match case.mode {
+    pub(crate) fn record_judged(&self, judged: &JudgedRequest<'_>) {
+        let mode = match judged.mode {
             Mode::Enforce => "enforce",
             Mode::Observe => "observe",
             Mode::Off => "off",
         };
-        self.guarded.observe(case.begun.elapsed().as_secs_f64());
-        for (choice, finding) in case.report.findings() {
+        self.guarded.observe(judged.started.elapsed().as_secs_f64());
+        for (choice, finding) in judged.report.findings() {
             if let Some(early) =
-                case.report.early_of(choice).filter(|_| finding.verdict() == Verdict::Unsafe)
+                judged.report.early_of(choice).filter(|_| finding.verdict() == Verdict::Unsafe)
             {
                 self.harm_out.observe(f64::from(u32::try_from(early.words).unwrap_or(u32::MAX)));
             }
             let (verdict, outcome) = (finding.verdict().as_str(), finding.outcome());
             let rewritten =
                 if outcome.is_some_and(|outcome| outcome.rewritten) { "yes" } else { "no" };
-            self.answers.get_or_create(&Answer { verdict, mode, rewritten }).inc();
+            self.answers.get_or_create(&AnswerLabels { verdict, mode, rewritten }).inc();
             for step in outcome.map(|outcome| outcome.steps.as_slice()).unwrap_or_default() {
                 self.step(
                     step.step,
@@ -152,22 +155,22 @@ impl Metrics {
 
     fn step(&self, step: Step, took: Duration, prompt: Option<u32>, completion: Option<u32>) {
         let step = step.to_string();
-        self.seconds.get_or_create(&Of { step: step.clone() }).observe(took.as_secs_f64());
+        self.seconds.get_or_create(&StepLabels { step: step.clone() }).observe(took.as_secs_f64());
         for (kind, tokens) in [("prompt", prompt), ("completion", completion)] {
             if let Some(tokens) = tokens {
                 self.tokens
-                    .get_or_create(&Tokens { step: step.clone(), kind })
+                    .get_or_create(&TokenLabels { step: step.clone(), kind })
                     .inc_by(tokens.into());
             }
         }
     }
 
-    /// In the text format that Prometheus reads.
+    /// The metrics in the text format of Prometheus.
     pub(crate) fn text(&self, running: usize, waiting: usize) -> String {
         self.running.set(i64::try_from(running).unwrap_or(i64::MAX));
         self.waiting.set(i64::try_from(waiting).unwrap_or(i64::MAX));
         let mut text = String::new();
-        // Writing to a String does not fail.
+        // Writing to a String can't fail.
         let _ = encode(&mut text, &self.registry);
         text
     }

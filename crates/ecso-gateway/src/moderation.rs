@@ -1,8 +1,8 @@
-//! `POST /v1/moderations` in OpenAI's shape: would the guard let the model's answer to this out?
+//! `POST /v1/moderations` in OpenAI's format: would the guard let the model's answer to this out?
 //!
-//! The model is asked as in a chat, up to the verdict; no answer is given. OpenAI's categories of
-//! harm are not told apart here: they are null, and a category of our own, `harm`, says what was
-//! found.
+//! The model is asked as in a chat, up to the verdict, and the answer is discarded. OpenAI's
+//! categories of harm are not distinguished: they are null, and an additional category `harm` has
+//! the result.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -29,12 +29,12 @@ use crate::{
     context::RequestContext,
     error::{ApiError, ApiErrors},
     openapi::Part,
-    passthrough::others,
+    passthrough::passthrough,
     request::Body,
     server::Gateway,
 };
 
-/// OpenAI's names.
+/// OpenAI's categories.
 const CATEGORIES: [&str; 13] = [
     "harassment",
     "harassment/threatening",
@@ -51,7 +51,7 @@ const CATEGORIES: [&str; 13] = [
     "violence/graphic",
 ];
 
-/// Tells whether a request, texts or images, leads to harm.
+/// Judges whether a request leads to harm. Takes texts or images.
 #[utoipa::path(
     post, path = "/v1/moderations", request_body = ModerationRequest,
     responses((status = 200, body = ModerationFinding), ApiErrors),
@@ -61,21 +61,21 @@ pub(crate) async fn moderations(
     request: axum::extract::Request,
 ) -> Response {
     if !gateway.state().settings.moderations {
-        return others(State(gateway), request).await;
+        return passthrough(State(gateway), request).await;
     }
     let admission = Arc::clone(&gateway.admission);
     gateway
-        .judge("moderations", request, async |context, body| {
-            moderated(context, body, &admission).await
+        .judge_on_demand("moderations", request, async |context, body| {
+            handle(context, body, &admission).await
         })
         .await
 }
 
-/// What is to be judged.
+/// The request body.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(crate) struct ModerationRequest {
     input: Input,
-    /// The model that is asked; a name of OpenAI's moderation models, or none, is the only one
+    /// The model to ask. The name of an OpenAI moderation model, or none, means the only model
     /// behind the guard.
     model: Option<String>,
 }
@@ -84,7 +84,7 @@ pub(crate) struct ModerationRequest {
 #[serde(untagged)]
 enum Input {
     Text(String),
-    /// Each is judged by itself.
+    /// Each is judged separately.
     Texts(Vec<String>),
     /// Text and images of one request.
     Parts(Parts),
@@ -94,26 +94,26 @@ enum Input {
 #[schema(value_type = Vec<Part>)]
 struct Parts(Vec<Value>);
 
-/// What was found, one result for each input.
+/// The response, with one result for each input.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct ModerationFinding<'a> {
     id: &'a str,
     model: &'a str,
-    results: Vec<Found>,
+    results: Vec<ModerationResult>,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
-struct Found {
+struct ModerationResult {
     flagged: bool,
-    /// `harm`; OpenAI's own are null: they are not told apart.
+    /// `harm`. OpenAI's own categories are null, because they are not distinguished.
     categories: BTreeMap<&'static str, Option<bool>>,
-    /// Probability of harm, where the model tells.
+    /// Probability of harm, if the model reports one.
     category_scores: BTreeMap<&'static str, Option<f64>>,
     /// `text`, `image`.
     category_applied_input_types: BTreeMap<&'static str, Vec<&'static str>>,
 }
 
-impl Found {
+impl ModerationResult {
     fn of(outcome: &Outcome, kinds: &BTreeSet<&'static str>) -> Self {
         let flagged = outcome.verdict == Verdict::Unsafe;
         Self {
@@ -139,17 +139,14 @@ impl Found {
 impl ModerationRequest {
     fn read(body: &[u8], most: usize) -> Result<Self, ApiError> {
         let invalid = |message: String| ApiError::bad_request("invalid_request", message);
-        let unreadable = |why| invalid(format!("the body can't be read: {why}"));
-        let body = crate::json::read(body).map_err(unreadable)?;
-        let question: Self =
-            serde_json::from_value(body).map_err(|error| unreadable(error.to_string()))?;
+        let question: Self = crate::json::parse_as(body)?;
         let contents = question.contents();
         let is_empty = |content: &Value| {
             content.as_str().is_some_and(|text| text.trim().is_empty())
                 || content.as_array().is_some_and(Vec::is_empty)
         };
         if contents.is_empty() || contents.iter().any(is_empty) {
-            return Err(invalid("`input` is empty, or a text of it is".into()));
+            return Err(invalid("`input` or one of its texts is empty".into()));
         }
         if let Input::Parts(Parts(parts)) = &question.input
             && parts.iter().any(|part| !part["type"].is_string())
@@ -163,7 +160,7 @@ impl ModerationRequest {
         Ok(question)
     }
 
-    /// The content of a message for each input.
+    /// The message content of each input.
     fn contents(&self) -> Vec<Value> {
         match &self.input {
             Input::Text(text) => vec![json!(text)],
@@ -172,7 +169,7 @@ impl ModerationRequest {
         }
     }
 
-    /// The model to ask, where the client means one of ours.
+    /// The model to ask, if the client names one of the upstream's.
     fn model(&self) -> Option<&str> {
         let is_ours = |name: &&str| {
             !name.is_empty()
@@ -184,7 +181,7 @@ impl ModerationRequest {
     }
 }
 
-async fn moderated(
+async fn handle(
     context: &mut RequestContext,
     body: Bytes,
     admission: &Admission,
@@ -198,7 +195,7 @@ async fn moderated(
     };
     let mut results = Vec::new();
     for content in question.contents() {
-        results.push(found(context, &model, content).await?);
+        results.push(judge_input(context, &model, content).await?);
     }
     let finding = json!(ModerationFinding { id: &context.id, model: &model, results });
     let mut response = Response::new(axum::body::Body::from(finding.to_string()));
@@ -209,22 +206,26 @@ async fn moderated(
 }
 
 /// Judges one input.
-async fn found(context: &mut RequestContext, model: &str, input: Value) -> Result<Found, ApiError> {
+async fn judge_input(
+    context: &mut RequestContext,
+    model: &str,
+    input: Value,
+) -> Result<ModerationResult, ApiError> {
     let body = json!({"model": model, "messages": [{"role": "user", "content": input}]});
-    let body = Body::of(body, &context.state.settings.allow_fields)?;
+    let body = Body::parse(body, &context.state.settings.allow_fields)?;
     let request = context.prepare(body).await?;
     let context = &*context;
     let RequestContext { state, headers, .. } = context;
     let mut profile = state.profile(&context.caller, Some(model)).clone();
-    // Whatever is sent here is to be judged, and no answer to it is wanted.
+    // Everything sent here is judged, and the answer is not needed.
     (profile.scope, profile.gate, profile.rewrite) = (Scope::All, Gate::Detected, Rewrite::Refuse);
     let sampling = profile.direct.sampling();
-    let guard = state.guarding(&request, headers, profile).build();
+    let guard = state.guard_under(&request, headers, profile).build();
     let work = async {
         let draft = state.draft(&request, headers, &sampling).await?;
         let record = context.record(&request, BTreeMap::from([(0, draft.clone())]));
         let outcome = chat::judge(&guard, &request, 0, &draft, &record).await?;
-        record.written();
+        record.finish();
         Ok(outcome)
     };
     let outcome = context.in_time(work).await?;
@@ -232,5 +233,5 @@ async fn found(context: &mut RequestContext, model: &str, input: Value) -> Resul
         ecso::Part::Text(_) => "text",
         ecso::Part::Image(_) => "image",
     });
-    Ok(Found::of(&outcome, &kinds.collect()))
+    Ok(ModerationResult::of(&outcome, &kinds.collect()))
 }

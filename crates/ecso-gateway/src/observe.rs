@@ -1,4 +1,4 @@
-//! Observing: the client gets what the model says, untouched; the guard judges beside it and
+//! Observing: the client gets the model's answer unchanged. The guard judges it afterwards, and
 //! records what it would have done.
 
 use std::sync::Arc;
@@ -15,40 +15,40 @@ use crate::{
     completion::Completion,
     context::RequestContext,
     error::ApiError,
-    request::Body as Read,
-    upstream::{Key, Way, passed},
+    request::Body as ParsedBody,
+    upstream::{Credentials, Transport, relay},
     wire::Format,
 };
 
 /// A request that is observed.
-pub(crate) struct Observed {
+pub(crate) struct ObservedRequest {
     pub(crate) context: RequestContext,
     pub(crate) admission: Arc<Admission>,
-    /// What can be read of the request; what can't is recorded too.
-    pub(crate) read: Result<Read, ApiError>,
-    /// The format of request and answer, where that is not chat completions'.
+    /// The request, as far as it can be read. Unreadable requests are recorded too.
+    pub(crate) parsed: Result<ParsedBody, ApiError>,
+    /// The format of request and answer, if not chat completions.
     pub(crate) format: Option<Format>,
 }
 
-impl Observed {
-    /// Forwards the request; when the answer is complete it is judged.
+impl ObservedRequest {
+    /// Forwards the request. The answer is judged once it is complete.
     pub(crate) async fn forward(
         self,
-        way: &Way,
+        transport: &Transport,
         path: &str,
         body: Bytes,
     ) -> Result<Response, ApiError> {
         let headers = &self.context.headers;
-        let sent = way.forward(
-            Key::Own,
+        let sent = transport.forward(
+            Credentials::Operator,
             axum::http::Method::POST,
             path,
             headers,
             body.into(),
             Bodies::Unpacked,
         );
-        let silence = self.context.state.settings.limits.deadline();
-        let response = passed(self.context.in_time(sent).await?, silence);
+        let idle_timeout = self.context.state.settings.limits.deadline();
+        let response = relay(self.context.in_time(sent).await?, idle_timeout);
         if !response.status().is_success() {
             return Ok(response);
         }
@@ -62,114 +62,114 @@ impl Observed {
             .get(header::CONTENT_TYPE)
             .and_then(|kind| kind.to_str().ok())
             .unwrap_or_default();
-        let streamed = kind.starts_with("text/event-stream");
+        let is_stream = kind.starts_with("text/event-stream");
         let span = Span::current();
-        let mut copy = Copy {
-            seen: Vec::new(),
+        let mut copy = AnswerCopy {
+            bytes: Vec::new(),
             length,
-            ended: false,
-            is_cut: false,
-            streamed,
+            is_ended: false,
+            is_too_long: false,
+            is_stream,
             observed: Some(self),
             span,
         };
-        let mut pieces = body.into_data_stream();
+        let mut chunks = body.into_data_stream();
         let copied = async_stream::stream! {
-            while let Some(piece) = pieces.next().await {
-                if let Ok(piece) = &piece {
-                    copy.add(piece);
+            while let Some(chunk) = chunks.next().await {
+                if let Ok(chunk) = &chunk {
+                    copy.push(chunk);
                 }
-                yield piece;
+                yield chunk;
             }
             copy.end();
         };
         Ok(Response::from_parts(head, Body::from_stream(copied)))
     }
 
-    /// Judges an answer that the client has already.
+    /// Judges an answer that the client already has.
     async fn judge(
         self,
         answer: impl Future<Output = Result<Completion, ApiError>> + Send + 'static,
     ) {
-        let Self { mut context, admission, read, .. } = self;
-        // What the client's own request went with is not for questions about its answer.
-        context.guarded();
-        context.unhurried();
+        let Self { mut context, admission, parsed, .. } = self;
+        // The guard's questions don't carry all headers of the client's request.
+        context.keep_known_headers();
+        context.restart_deadline();
         let judged = async {
             let _turn = admission.enter().await?;
-            // It may be long.
-            let heard =
+            // Parsing a long answer takes time.
+            let answer =
                 tokio::task::spawn_blocking(|| tokio::runtime::Handle::current().block_on(answer));
-            let answer = heard
+            let answer = answer
                 .await
                 .map_err(|_| ApiError::upstream("the upstream's answer can't be read"))??;
-            let request = context.prepare(read?).await?;
+            let request = context.prepare(parsed?).await?;
             chat::observe(&context, &request, &answer).await
         };
         if let Err(error) = judged.await {
             error.log(&context.id);
-            context.unjudged(&error);
+            context.record_failure(&error);
         }
     }
 }
 
-/// A copy of an answer while it goes to the client. When that is over, and the answer is whole, it
-/// is judged: the client is gone by then, so this happens where the copy is dropped.
-struct Copy {
-    seen: Vec<u8>,
+/// A copy of an answer while it goes to the client. It is judged when the copy is dropped, because
+/// the client may be gone by then.
+struct AnswerCopy {
+    bytes: Vec<u8>,
     length: Option<usize>,
-    ended: bool,
-    /// It is longer than what is read.
-    is_cut: bool,
-    streamed: bool,
-    observed: Option<Observed>,
+    is_ended: bool,
+    /// It is longer than what may be read.
+    is_too_long: bool,
+    is_stream: bool,
+    observed: Option<ObservedRequest>,
     span: Span,
 }
 
-impl Copy {
+impl AnswerCopy {
     fn end(&mut self) {
-        self.ended = true;
+        self.is_ended = true;
     }
 
-    fn add(&mut self, piece: &[u8]) {
+    fn push(&mut self, chunk: &[u8]) {
         let longest = self
             .observed
             .as_ref()
             .map_or(0, |observed| observed.context.state.settings.limits.answer);
-        self.is_cut |= self.seen.len() + piece.len() > longest;
-        if self.is_cut {
-            // Of a part nothing could be said.
-            self.seen = Vec::new();
+        self.is_too_long |= self.bytes.len() + chunk.len() > longest;
+        if self.is_too_long {
+            // A part of an answer can't be judged.
+            self.bytes = Vec::new();
         } else {
-            self.seen.extend_from_slice(piece);
+            self.bytes.extend_from_slice(chunk);
         }
     }
 }
 
-impl Drop for Copy {
+impl Drop for AnswerCopy {
     fn drop(&mut self) {
-        let whole = self.ended || self.length == Some(self.seen.len());
+        let whole = self.is_ended || self.length == Some(self.bytes.len());
         let Some(observed) = self.observed.take() else { return };
-        let (seen, streamed) = (std::mem::take(&mut self.seen), self.streamed);
-        let (is_cut, format) = (self.is_cut, observed.format);
+        let (bytes, is_stream) = (std::mem::take(&mut self.bytes), self.is_stream);
+        let (is_too_long, format) = (self.is_too_long, observed.format);
         let answer = async move {
-            // Whoever leaves before the end has all of the answer where its last word was there.
+            // A client that leaves early has the whole answer if its last event had arrived.
             match format {
-                _ if is_cut => {
+                _ if is_too_long => {
                     let message = "the answer has more than `limits.answer` bytes";
                     Err(ApiError { code: "answer_too_long", ..ApiError::upstream(message) })
                 }
-                _ if !streamed && !whole => {
+                _ if !is_stream && !whole => {
                     Err(ApiError::upstream("the client left before the answer was whole"))
                 }
-                Some(format) => format.heard(seen, streamed).await,
-                None if streamed => {
-                    Completion::chunks(futures::stream::iter([Ok::<_, std::io::Error>(
-                        Bytes::from(seen),
+                Some(format) => format.parse_answer(bytes, is_stream).await,
+                None if is_stream => {
+                    Completion::from_stream(futures::stream::iter([Ok::<_, std::io::Error>(
+                        Bytes::from(bytes),
                     )]))
                     .await
                 }
-                None => Completion::whole(&seen),
+                None => Completion::parse(&bytes),
             }
         };
         tokio::spawn(observed.judge(answer).instrument(self.span.clone()));

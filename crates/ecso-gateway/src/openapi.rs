@@ -1,6 +1,6 @@
-//! The API's description: made from the routes (`server`) and the types behind them. Where a body
-//! is read field by field, or is another server's, a type here says what it looks like.
-#![expect(dead_code, reason = "these types are read by the description alone")]
+//! The description of the API, made from the routes (`server`) and the types behind them. Types
+//! here describe bodies that are read field by field, or that belong to another server.
+#![expect(dead_code, reason = "these types only exist for the description")]
 
 use std::collections::BTreeMap;
 
@@ -11,18 +11,19 @@ use utoipa::{OpenApi, ToSchema};
 #[derive(OpenApi)]
 #[openapi(info(
     title = "ecso",
-    description = "A guard in front of a multimodal LLM, in the language of OpenAI's API. No text of an answer in scope goes out before \
-                   its verdict. Other routes are passed on if they are known to be harmless.",
+    description = "A guard in front of a multimodal LLM, with OpenAI's API. No text of an answer \
+                   in scope goes out before its verdict. Other routes are passed on if they are \
+                   known to be harmless.",
     license(name = "MIT OR Apache-2.0")
 ))]
 struct Document;
 
-/// The description without its routes.
+/// The description without routes.
 pub(crate) fn document() -> utoipa::openapi::OpenApi {
     Document::openapi()
 }
 
-/// What was found.
+/// The verdict.
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Verdict {
@@ -30,20 +31,20 @@ pub(crate) enum Verdict {
     Safe,
     /// The answer is harmful.
     Unsafe,
-    /// Nobody looked.
+    /// The answer was not judged.
     Unchecked,
 }
 
-/// A chat. Of the fields that are not named here, those that are known go to the server behind the
-/// guard; others are refused (`unknown_field`).
+/// A chat. Other known fields are passed to the server behind the guard; unknown fields are refused
+/// (`unknown_field`).
 #[derive(Deserialize, ToSchema)]
 pub(crate) struct ChatRequest {
     model: String,
     #[schema(min_items = 1)]
     messages: Vec<Message>,
-    /// Whether the answer comes as server-sent events.
+    /// Whether the answer is a stream of server-sent events.
     stream: Option<bool>,
-    /// How many answers.
+    /// The number of choices.
     #[schema(minimum = 1)]
     n: Option<u32>,
     #[serde(flatten)]
@@ -74,7 +75,7 @@ enum Content {
     Parts(Vec<Part>),
 }
 
-/// A piece of a turn.
+/// A part of a turn.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub(crate) enum Part {
@@ -82,14 +83,13 @@ pub(crate) enum Part {
     ImageUrl { image_url: ImageUrl },
 }
 
-/// An image by its http, https or data URL.
+/// An image, by its http, https or data URL.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(crate) struct ImageUrl {
     url: String,
 }
 
-/// An answer; of the fields that are not named here, those that are known come from the server
-/// behind the guard.
+/// An answer. Other known fields come from the server behind the guard.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct ChatAnswer {
     choices: Vec<Value>,

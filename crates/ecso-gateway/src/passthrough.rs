@@ -1,5 +1,5 @@
-//! What is not guarded: it goes to the upstream as it is, if it is known to be harmless or nobody
-//! wants a guard.
+//! Requests that are not guarded. They are forwarded unchanged if they are known to be harmless, or
+//! if the operator wants no guard.
 
 use std::sync::Arc;
 
@@ -13,103 +13,103 @@ use serde_json::Value;
 use tracing::Instrument;
 
 use crate::{
-    context::{RequestContext, is_plain},
+    context::{RequestContext, check_content_headers},
     error::ApiError,
     json,
     routes::Route,
-    server::{Gateway, request_id, signed},
+    server::{Gateway, finish_response, request_id},
     settings::Mode,
     telemetry,
-    upstream::{Key, door},
+    upstream::{Credentials, door},
 };
 
-/// Every path that has no handler of its own.
-pub(crate) async fn others(
+/// Handles every path without a handler of its own.
+pub(crate) async fn passthrough(
     State(gateway): State<Arc<Gateway>>,
     request: axum::extract::Request,
 ) -> Response {
     let (id, state) = (request_id(), gateway.state());
     let (head, body) = request.into_parts();
-    let (span, door) = (telemetry::span("other", &id, &head.headers), door(&head.extensions));
-    let answered = async {
+    let (span, door) =
+        (telemetry::request_span("other", &id, &head.headers), door(&head.extensions));
+    let response = async {
         let (method, uri) = (head.method.clone(), head.uri.clone());
-        let context = gateway.begin(&state, &id, head)?;
-        pass(context, &method, &uri, body).await
+        let context = gateway.admit(&state, &id, head)?;
+        forward(context, &method, &uri, body).await
     };
-    signed(&id, (door, "other"), &state.metrics, answered.instrument(span)).await
+    finish_response(&id, (door, "other"), &state.metrics, response.instrument(span)).await
 }
 
-/// Sends a request on, by its route.
-pub(crate) async fn pass(
+/// Forwards a request, depending on its route.
+async fn forward(
     mut context: RequestContext,
     method: &axum::http::Method,
     uri: &axum::http::Uri,
     body: Body,
 ) -> Result<Response, ApiError> {
     let (path, state) = (uri.path(), Arc::clone(&context.state));
-    let Some(way) = context.way() else {
+    let Some(transport) = context.transport() else {
         return Err(ApiError::new(
             StatusCode::NOT_FOUND,
             "not_found",
-            "there is no such route here",
+            "this server has no such route",
         ));
     };
     if context.mode == Mode::Enforce {
-        context.guarded();
+        context.keep_known_headers();
     }
-    let (key, body) = match Route::of(
-        method,
-        path,
-        &state.settings.allow_routes,
-        way.knows_routes(),
-    ) {
-        Route::Allowed => (Key::Own, context.flowing(body)),
-        Route::Harmless if *method == axum::http::Method::POST => (Key::Own, context.flowing(body)),
-        // What has no body for us has none for the upstream. Who carries it must not wait for
-        // somebody to read it.
+    let route =
+        Route::classify(method, path, &state.settings.allow_routes, transport.knows_routes());
+    let (credentials, body) = match route {
+        Route::Allowed => (Credentials::Operator, context.stream_body(body)),
+        Route::Harmless if *method == axum::http::Method::POST => {
+            (Credentials::Operator, context.stream_body(body))
+        }
+        // A request without a body here has none for the upstream either. A carrier must not wait
+        // for somebody to read it.
         Route::Harmless => {
             drop(body);
             context.headers.remove(header::CONTENT_LENGTH);
-            (Key::Own, reqwest::Body::default())
+            (Credentials::Operator, reqwest::Body::default())
         }
         Route::Vectors => {
-            is_plain(&context.headers)?;
-            context.as_json();
+            check_content_headers(&context.headers)?;
+            context.set_json();
             let body = context.read(body).await?;
-            only_texts(&json::read(&body).map_err(|why| {
-                ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"))
-            })?)?;
-            (Key::Own, body.into())
+            only_texts(&json::parse(&body).map_err(ApiError::unreadable_body)?)?;
+            (Credentials::Operator, body.into())
         }
         Route::Unknown => {
-            let is_enforced = context.mode == Mode::Enforce || state.settings.mode_header;
-            if is_enforced || !path.starts_with("/v1/") {
-                if path.trim_end_matches('/').ends_with("/chat/completions") {
-                    let message = "chats are asked for by POST /v1/chat/completions";
-                    return Err(ApiError::new(StatusCode::NOT_FOUND, "route_not_guarded", message));
-                }
-                if path.starts_with("/v1/v1/") {
-                    let message =
-                        "this client adds /v1 to its base URL by itself: give it the address alone";
-                    return Err(ApiError::new(StatusCode::NOT_FOUND, "route_not_guarded", message));
-                }
-                let message = format!(
-                    "{method} {} is not passed on: what it gives would not be judged. An operator who wants it lists it in \
-                     `gateway.allow_routes`",
-                    json::shown(path)
-                );
-                return Err(ApiError::new(StatusCode::NOT_FOUND, "route_not_guarded", message));
+            let is_refused = context.mode == Mode::Enforce || state.settings.mode_header;
+            if is_refused || !path.starts_with("/v1/") {
+                return Err(not_guarded(method, path));
             }
-            // Nobody looks at it, so that nobody vouches for it: the operator's key stays here.
-            (Key::Clients, context.flowing(body))
+            // Nobody checks this request, so the operator's key is not sent with it.
+            (Credentials::Client, context.stream_body(body))
         }
     };
     let path = uri.path_and_query().map_or(path, |whole| whole.as_str());
-    context.pass(&way, key, method, path, body).await
+    context.forward(&transport, credentials, method, path, body).await
 }
 
-/// Texts become vectors; what else a server might take here (conversations, with images) is not
-/// known.
+/// Why a route is not passed on, and what to do about it.
+fn not_guarded(method: &axum::http::Method, path: &str) -> ApiError {
+    let message = if path.trim_end_matches('/').ends_with("/chat/completions") {
+        "send chats to POST /v1/chat/completions".to_owned()
+    } else if path.starts_with("/v1/v1/") {
+        "this client adds /v1 to its base URL itself: configure the address without /v1".to_owned()
+    } else {
+        format!(
+            "{method} {} is not passed on, because its answer would not be judged. An operator \
+             can list it in `gateway.allow_routes`",
+            json::printable(path)
+        )
+    };
+    ApiError::new(StatusCode::NOT_FOUND, "route_not_guarded", message)
+}
+
+/// Texts may become embeddings. A server might accept more here, such as conversations with images,
+/// so anything else is refused.
 fn only_texts(body: &Value) -> Result<(), ApiError> {
     const KNOWN: [&str; 19] = [
         "model",
@@ -136,9 +136,9 @@ fn only_texts(body: &Value) -> Result<(), ApiError> {
         value.as_array().map_or(!value.is_object(), |list| list.iter().all(is_text))
     }
     let unknown = |name: &str| {
-        let message = format!("`{}` can't be passed on: only texts are", json::shown(name));
+        let message = format!("`{}` can't be passed on: only texts can", json::printable(name));
         ApiError {
-            param: Some(json::shown(name)),
+            param: Some(json::printable(name)),
             ..ApiError::bad_request("unknown_field", message)
         }
     };

@@ -1,29 +1,30 @@
-//! Whether the upstream answers: asked once in a while, whoever wants to know.
+//! Whether the upstream responds. It is probed at most once in a while, however many ask.
 
 use std::time::{Duration, Instant};
 
 use tokio::sync::Mutex;
 
-use crate::{context::QUICK, upstream::Upstream};
+use crate::{context::PROBE_TIMEOUT, upstream::Upstream};
 
-/// How long an answer holds.
-const HOLDS: Duration = Duration::from_secs(5);
+/// How long a result holds.
+const MAX_AGE: Duration = Duration::from_secs(5);
 
-/// What was found last, and when.
+/// The last result, and when it was found.
 #[derive(Debug, Default)]
 pub(crate) struct Readiness(Mutex<Option<(Instant, bool)>>);
 
 impl Readiness {
-    /// Whether the upstream answers at all.
-    pub(crate) async fn of(&self, upstream: &Upstream) -> bool {
+    /// Whether the upstream responds.
+    pub(crate) async fn check(&self, upstream: &Upstream) -> bool {
         let mut last = self.0.lock().await;
-        if let Some((at, found)) = *last
-            && at.elapsed() < HOLDS
+        if let Some((at, is_ready)) = *last
+            && at.elapsed() < MAX_AGE
         {
-            return found;
+            return is_ready;
         }
-        let found = matches!(tokio::time::timeout(QUICK, upstream.health()).await, Ok(Ok(())));
-        *last = Some((Instant::now(), found));
-        found
+        let is_ready =
+            matches!(tokio::time::timeout(PROBE_TIMEOUT, upstream.health()).await, Ok(Ok(())));
+        *last = Some((Instant::now(), is_ready));
+        is_ready
     }
 }

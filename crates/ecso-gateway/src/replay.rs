@@ -9,16 +9,16 @@ use crate::{request::Body, settings::Limits};
 /// A line of an audit log with content.
 #[derive(Debug, Clone)]
 pub struct Recorded {
-    /// The request's name.
+    /// The request id.
     pub id: String,
     /// The profile that judged it.
     pub profile: String,
-    /// What it said.
+    /// The verdict.
     pub verdict: Verdict,
-    /// The model that was asked for.
+    /// The requested model.
     pub model: String,
     chat: Chat,
-    /// None where nobody waited for one.
+    /// `None` if it was not waited for.
     draft: Option<String>,
 }
 
@@ -36,18 +36,20 @@ struct Line {
 }
 
 impl Recorded {
-    /// Reads a line.
+    /// Parses a line.
     ///
     /// # Errors
-    /// What is wrong with it: no line of an audit log, or one without content.
-    pub fn read(line: &str, images: ecso::Limits) -> Result<Self, String> {
+    /// A message that says what is wrong: not a line of an audit log, or one without content.
+    pub fn parse(line: &str, images: ecso::Limits) -> Result<Self, String> {
         let line: Line = serde_json::from_str(line)
             .map_err(|error| format!("not a line of an audit log: {error}"))?;
         if line.messages.is_null() {
-            return Err("it has no content; record with gateway.audit.content = true".into());
+            return Err(
+                "it has no content; set gateway.audit.content = true before you record".into()
+            );
         }
         let body = json!({"model": line.model, "messages": line.messages});
-        let body = Body::of(body, &[]).map_err(|error| error.message)?;
+        let body = Body::parse(body, &[]).map_err(|error| error.message)?;
         let request =
             body.request(&Limits::default(), images, true).map_err(|error| error.message)?;
         Ok(Self {
@@ -60,12 +62,11 @@ impl Recorded {
         })
     }
 
-    /// Judges it again, from the draft that was recorded; where there was none, the model is asked
-    /// for one.
+    /// Judges it again. If no draft was recorded, the model is asked for one.
     ///
     /// # Errors
-    /// [`GuardError`] when the model fails.
-    pub async fn again(&self, guard: &Guard<impl Mllm>) -> Result<Outcome, GuardError> {
+    /// [`GuardError`] if the model fails.
+    pub async fn review(&self, guard: &Guard<impl Mllm>) -> Result<Outcome, GuardError> {
         match &self.draft {
             Some(draft) => guard.review(&self.chat, draft).await,
             None => guard.answer(&self.chat).await,

@@ -1,4 +1,4 @@
-//! What the guard says of all choices of an answer.
+//! What the guard found about the choices of an answer.
 
 use std::collections::BTreeMap;
 
@@ -9,22 +9,21 @@ use serde_json::{Value, json};
 
 use crate::{settings::TraceLevel, windowed::CHOICE};
 
-/// Why there is no more to tell of an answer that broke off.
+/// The failure of an answer that broke off.
 pub(crate) const UNFINISHED: &str = "unfinished";
 
-/// What the guard says of all choices of an answer.
+/// What the guard found about the choices of an answer.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Report {
     findings: BTreeMap<u64, Finding>,
-    /// Why the guard failed, or did not come to its end.
+    /// Why the guard failed, or did not finish.
     pub(crate) failure: Option<&'static str>,
-    /// What went out before there was a verdict on the whole, where the answer was judged while it
-    /// was written.
+    /// What went out before the last verdict, if the answer was judged while it was written.
     pub(crate) early: Option<Early>,
 }
 
-/// What went out of an answer that was judged while it was written, before there was a verdict on
-/// the whole of it.
+/// What went out of an answer before the verdict on the whole, because it was judged while it was
+/// written.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Early {
     pub(crate) words: usize,
@@ -33,12 +32,12 @@ pub(crate) struct Early {
     pub(crate) stopped: bool,
 }
 
-/// What is known of one choice.
+/// What is known about one choice.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Finding {
-    /// The verdict has fallen; what comes of it is not known yet.
+    /// The verdict is known; its consequences are not yet.
     Decided(Verdict),
-    /// All of it.
+    /// Everything is known.
     Done(Outcome),
     /// The guard failed.
     Failed,
@@ -54,25 +53,25 @@ impl Finding {
         }
     }
 
-    /// All that was found, if the steps came to their end.
+    /// Everything that was found, if the steps finished.
     pub(crate) fn outcome(&self) -> Option<&Outcome> {
         if let Self::Done(outcome) = self { Some(outcome) } else { None }
     }
 }
 
 impl Report {
-    /// That the guard failed, on all of these choices.
+    /// A report that the guard failed on all of these choices.
     pub(crate) fn failed(choices: impl IntoIterator<Item = u64>, why: &'static str) -> Self {
         let findings = choices.into_iter().map(|choice| (choice, Finding::Failed)).collect();
         Self { findings, failure: Some(why), early: None }
     }
 
-    /// Adds what is known of a choice.
+    /// Adds a finding about a choice.
     pub(crate) fn add(&mut self, choice: u64, finding: Finding) {
         self.findings.insert(choice, finding);
     }
 
-    /// What was found, by choice.
+    /// The findings, by choice.
     pub(crate) fn findings(&self) -> impl Iterator<Item = (u64, &Finding)> {
         self.findings.iter().map(|(choice, finding)| (*choice, finding))
     }
@@ -82,12 +81,12 @@ impl Report {
         self.early.filter(|_| choice == CHOICE)
     }
 
-    /// Whether a verdict has fallen that holds an answer back.
+    /// Whether a verdict holds an answer back.
     pub(crate) fn is_unsafe(&self) -> bool {
         self.findings.values().any(|finding| finding.verdict() == Verdict::Unsafe)
     }
 
-    /// The verdict on the whole: unsafe if one choice is, unchecked if one could not be judged.
+    /// The overall verdict: unsafe if one choice is, unchecked if one could not be judged.
     pub(crate) fn verdict(&self) -> Verdict {
         let mut verdicts = self.findings.values().map(Finding::verdict);
         if self.is_unsafe() {
@@ -125,7 +124,7 @@ impl Report {
         object
     }
 
-    /// What the guard's own calls took: tokens, where the models tell.
+    /// The tokens of the guard's own calls, as far as the models report them.
     pub(crate) fn usage(&self) -> Value {
         let steps = || self.outcomes().flat_map(|outcome| &outcome.steps);
         let prompt: u64 = steps().filter_map(|step| step.prompt_tokens).map(u64::from).sum();
@@ -134,7 +133,7 @@ impl Report {
         json!({"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion})
     }
 
-    /// The same as headers.
+    /// Adds the verdict to headers.
     pub(crate) fn headers(&self, headers: &mut HeaderMap) {
         headers.insert("x-ecso-verdict", HeaderValue::from_static(self.verdict().as_str()));
         if let Some(score) =

@@ -1,32 +1,32 @@
-//! Which routes there are for strangers: a table. What it does not name may give an answer that
+//! The table of routes that clients may use unguarded. Any other route might return an answer that
 //! nobody judges.
 
 use axum::http::Method;
 
-/// What is done with a request, by its method and path.
+/// How a request is handled, by its method and path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Route {
-    /// Known to be harmless: it gives no answer to anybody's question.
+    /// Known to be harmless: it never answers a question.
     Harmless,
-    /// Gives vectors; harmless where its body holds texts alone.
+    /// Returns embeddings or scores. Harmless if its body holds only texts.
     Vectors,
     /// Listed by the operator.
     Allowed,
-    /// Not known, or known to give answers.
+    /// Not known, or known to return answers.
     Unknown,
 }
 
-/// What is known to be harmless. A path that ends in `*` stands for all below it.
+/// Routes that are known to be harmless. A path that ends in `*` matches everything below it.
 const HARMLESS: &[(&str, &str)] = &[
     ("GET", "/v1/models"),
     ("GET", "/v1/models/*"),
     ("GET", "/v1/health"),
     ("GET", "/v1/version"),
-    // Where the operator leaves it to the upstream.
+    // If the operator leaves it to the upstream.
     ("POST", "/v1/moderations"),
     ("POST", "/v1/tokenize"),
     ("POST", "/v1/detokenize"),
-    // A browser's question whether it may ask.
+    // The preflight requests of browsers.
     ("OPTIONS", "/v1/models"),
     ("OPTIONS", "/v1/embeddings"),
     ("OPTIONS", "/v1/chat/completions"),
@@ -37,9 +37,15 @@ const HARMLESS: &[(&str, &str)] = &[
 const VECTORS: &[&str] = &["/v1/embeddings", "/v1/rerank", "/v1/score"];
 
 impl Route {
-    /// The route of a request to a model's server, or to a service that may answer every path as it
-    /// answers chats; `allowed` are those that the operator lists, `[METHOD ]PATH`.
-    pub(crate) fn of(method: &Method, path: &str, allowed: &[String], is_server: bool) -> Self {
+    /// Classifies a request to a model server or, if `is_server` is false, to a service that may
+    /// answer every path as it answers chats. `allowed` are the routes that the operator lists, as
+    /// `[METHOD ]PATH`.
+    pub(crate) fn classify(
+        method: &Method,
+        path: &str,
+        allowed: &[String],
+        is_server: bool,
+    ) -> Self {
         if !has_one_spelling(path) {
             return Self::Unknown;
         }
@@ -74,11 +80,11 @@ fn matches(pattern: &str, path: &str) -> bool {
     }
 }
 
-/// Whether a path is of letters that no server reads as others, and takes no detours.
+/// Whether a path has a single spelling: no escapes, no `.` or `..`, no empty segments.
 fn has_one_spelling(path: &str) -> bool {
-    let is_letter = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~:@".contains(&byte);
+    let is_allowed_byte = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~:@".contains(&byte);
     let Some(below) = path.strip_prefix('/') else { return false };
-    path.bytes().all(is_letter)
+    path.bytes().all(is_allowed_byte)
         && below.split('/').all(|part| !part.is_empty() && part != "." && part != "..")
 }
 
@@ -87,22 +93,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_in_the_table_is_unknown() {
+    fn routes_outside_the_table_are_unknown() {
         for (method, path) in [
             ("GET", "/v1/models"),
             ("GET", "/v1/models/org/name:7b"),
-            // Where the operator leaves it to the upstream.
+            // If the operator leaves it to the upstream.
             ("POST", "/v1/moderations"),
             ("POST", "/v1/tokenize"),
             ("OPTIONS", "/v1/chat/completions"),
         ] {
             assert_eq!(
-                Route::of(&method.parse().unwrap(), path, &[], true),
+                Route::classify(&method.parse().unwrap(), path, &[], true),
                 Route::Harmless,
                 "{method} {path}"
             );
         }
-        assert_eq!(Route::of(&Method::POST, "/v1/embeddings", &[], true), Route::Vectors);
+        assert_eq!(Route::classify(&Method::POST, "/v1/embeddings", &[], true), Route::Vectors);
         for method in ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "TRACE", "PROPFIND"] {
             for path in [
                 "/v1/chat/completions",
@@ -139,7 +145,7 @@ mod tests {
                 "",
             ] {
                 assert_eq!(
-                    Route::of(&method.parse().unwrap(), path, &[], true),
+                    Route::classify(&method.parse().unwrap(), path, &[], true),
                     Route::Unknown,
                     "{method} {path}"
                 );
@@ -147,16 +153,17 @@ mod tests {
         }
         for method in ["POST", "PUT", "PATCH", "DELETE"] {
             assert_eq!(
-                Route::of(&method.parse().unwrap(), "/v1/models", &[], true),
+                Route::classify(&method.parse().unwrap(), "/v1/models", &[], true),
                 Route::Unknown
             );
         }
     }
 
     #[test]
-    fn an_operator_lists_more() {
+    fn operators_can_allow_more_routes() {
         let allowed = ["POST /v1/audio/transcriptions".to_owned(), "/v1/files/*".to_owned()];
-        let route = |method: &str, path| Route::of(&method.parse().unwrap(), path, &allowed, true);
+        let route =
+            |method: &str, path| Route::classify(&method.parse().unwrap(), path, &allowed, true);
         assert_eq!(route("POST", "/v1/audio/transcriptions"), Route::Allowed);
         assert_eq!(route("DELETE", "/v1/files/x"), Route::Allowed);
         for (method, path) in

@@ -1,4 +1,4 @@
-//! What an operator decides.
+//! The settings that an operator makes.
 
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
@@ -8,66 +8,61 @@ use sha2::{Digest, Sha256};
 /// Settings of the server.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "switches that have nothing to do with each other"
-)]
+#[expect(clippy::struct_excessive_bools, reason = "independent switches")]
 pub struct Settings {
-    /// What is done with requests in scope.
+    /// What happens to requests in scope.
     pub mode: Mode,
-    /// The same for single models, by name.
+    /// The mode of single models, by model name.
     pub modes: BTreeMap<String, Mode>,
-    /// Profiles of single models, by the model's name; all others have the one that the program
-    /// runs under.
+    /// Profiles of single models, by model name. All other models use the program's profile.
     pub profiles: BTreeMap<String, String>,
-    /// The share of observed requests that are judged, 0 to 1; the others are forwarded alone.
+    /// The share of observed requests that are judged, 0 to 1. The others are only forwarded.
     pub observe_share: f64,
-    /// Whether a client may choose by the headers `x-ecso-mode` and `x-ecso-stream`; a held stream
-    /// it may always choose.
+    /// Whether clients may choose with the headers `x-ecso-mode` and `x-ecso-stream`. A client may
+    /// always choose to have its stream held.
     pub mode_header: bool,
     /// What happens when the guard itself fails.
     pub on_failure: OnFailure,
-    /// Who may call, by name; nobody named is everybody.
+    /// Client keys, by name. Without any, no key is needed.
     pub keys: BTreeMap<String, Key>,
-    /// How much of the steps a client may see by asking with the header `x-ecso-trace: true`.
+    /// How much of the steps a client sees with the header `x-ecso-trace: true`.
     pub trace: TraceLevel,
-    /// Seconds between signs of life on a stream that is held.
+    /// Seconds between keep-alive comments on a stream that is held.
     pub keep_alive: u64,
-    /// How the streams of guarded chats go out.
+    /// How streams of guarded chats go out.
     pub stream: Streams,
-    /// The windows of streams that are `windowed`, and those by which a draft is judged for
-    /// `early_stop`.
+    /// The windows of `windowed` streams, and of drafts that are judged for `early_stop`.
     pub windows: Windows,
-    /// Whether a held stream is judged while the model writes it, so that the model is stopped as
-    /// soon as there is harm in it.
+    /// Whether a held stream is judged while the model writes it, so that the model is stopped at
+    /// the first harm.
     pub early_stop: bool,
     /// What is done about images that a request only names by their URL.
     pub image_urls: ImageUrls,
-    /// Hosts, by name or address, from which images are fetched though they are not of the open
-    /// internet.
+    /// Hosts, by name or address, from which images are fetched even though they are not on the
+    /// public internet.
     pub image_hosts: Vec<String>,
-    /// Fields of requests that are let through, beside those that the guard knows; their texts are
+    /// Request fields that are passed on in addition to those that the guard knows. Their texts are
     /// judged.
     pub allow_fields: Vec<String>,
-    /// Headers of clients that go on in enforce mode, beside those that are known; with the guard's
-    /// own calls too.
+    /// Client headers that are passed on in enforce mode in addition to the known ones, and also
+    /// with the guard's own calls.
     pub pass_headers: Vec<String>,
-    /// Routes that are passed on unguarded, beside those that are known to be harmless: `POST
-    /// /v1/audio/transcriptions`, `GET /v1/files/*`.
+    /// Routes that are passed on unguarded in addition to those known to be harmless, for example
+    /// `POST /v1/audio/transcriptions` or `GET /v1/files/*`.
     pub allow_routes: Vec<String>,
-    /// What is done about an answer that a gateway shows without having shown the request (LiteLLM
-    /// does so where a request has images and no text).
+    /// What happens to an answer from a gateway that did not send its request first (LiteLLM, for
+    /// requests with images and no text).
     pub unseen: Unseen,
-    /// Whether images are decoded whole before they are passed on; else their headers are looked
-    /// at.
+    /// Whether images are decoded completely before they are passed on. Otherwise only their
+    /// headers are read.
     pub decode_images: bool,
-    /// Whether `POST /v1/moderations` is answered by the guard; else it is the upstream's.
+    /// Whether the guard answers `POST /v1/moderations`. Otherwise the upstream does.
     pub moderations: bool,
     /// The audit log.
     pub audit: AuditSettings,
-    /// Whether `GET /metrics` tells figures to whoever asks.
+    /// Whether `GET /metrics` is served. It needs no key.
     pub metrics: bool,
-    /// Bounds.
+    /// Limits.
     pub limits: Limits,
 }
 
@@ -102,30 +97,30 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// Whether this observed request is one of the share that is judged.
-    pub(crate) fn draws(&self) -> bool {
+    /// Whether this observed request is in the share that is judged.
+    pub(crate) fn is_sampled(&self) -> bool {
         // 32 random bits.
-        let drawn = f64::from(uuid::Uuid::new_v4().as_fields().0) / f64::from(u32::MAX);
-        drawn < self.observe_share || self.observe_share >= 1.0
+        let random = f64::from(uuid::Uuid::new_v4().as_fields().0) / f64::from(u32::MAX);
+        random < self.observe_share || self.observe_share >= 1.0
     }
 
-    /// The names of all profiles that single models and clients have.
+    /// The names of all profiles of single models and clients.
     pub fn profile_names(&self) -> impl Iterator<Item = &str> {
         let of_keys = self.keys.values().filter_map(|key| key.profile.as_deref());
         self.profiles.values().map(String::as_str).chain(of_keys)
     }
 }
 
-/// What is done with a request in scope; the last is the strictest.
+/// What happens to a request in scope. The order is from least to most strict.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// It is forwarded.
     Off,
-    /// It is forwarded untouched; the answer is judged beside it, and what would have been done is
-    /// recorded.
+    /// It is forwarded unchanged. The answer is judged afterwards, and what the guard would have
+    /// done is recorded.
     Observe,
-    /// Its answer is judged, and answered anew if it is unsafe.
+    /// Its answer is judged, and replaced by a safe one if it is unsafe.
     Enforce,
 }
 
@@ -133,24 +128,25 @@ pub enum Mode {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Streams {
-    /// When all of the answer is judged.
+    /// Once the whole answer is judged.
     Hold,
-    /// Window by window, each when it was judged with all that came before it: harm that only later
-    /// words show finds the earlier words gone out. What can't be judged so is held.
+    /// Window by window, each once it was judged together with everything before it. If only later
+    /// words reveal harm, the earlier words are out already. Answers that can't be judged this way
+    /// are held.
     Windowed,
 }
 
-/// The windows in which an answer is judged while it is written. Tokens are counted roughly: four
-/// letters of ASCII, or one other.
+/// The windows in which an answer is judged while it is written. Tokens are estimated: four ASCII
+/// characters count as one token, and so does any other character.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Windows {
-    /// New tokens before the first judgement.
+    /// New tokens before the first check.
     pub first: usize,
-    /// Each window has twice the tokens of the one before it, up to this many; or an eighth of what
-    /// was judged, where that is more.
+    /// Each window has twice the tokens of the one before it, up to this number, or an eighth of
+    /// what was judged if that is more.
     pub most: usize,
-    /// The last tokens of what was judged, which wait for the next judgement.
+    /// The last tokens of a judged window, which wait for the next check.
     pub held: usize,
 }
 
@@ -164,36 +160,36 @@ impl Default for Windows {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ImageUrls {
-    /// They are fetched, once and by this server, and every step gets the bytes.
+    /// This server fetches them once, and every step gets the bytes.
     Fetch,
     /// Such requests are refused.
     Refuse,
-    /// The URLs are passed on: whoever owns the host can show the judge another picture than the
-    /// model.
+    /// The URLs are passed on. The owner of the host can then show the judge another picture than
+    /// the model.
     Pass,
 }
 
-/// What is done about an answer whose request was not shown here.
+/// What happens to an answer whose request was not seen here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Unseen {
-    /// It is held back.
+    /// It is blocked.
     Block,
-    /// It is judged by its own words, without question and image.
+    /// It is judged by its own text, without question and image.
     Judge,
 }
 
-/// The audit log: what is written.
+/// What the audit log contains.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AuditSettings {
-    /// The file; empty is none.
+    /// The file. An empty path turns the log off.
     pub path: PathBuf,
-    /// Whether conversation, images, draft and answer are written too.
+    /// Whether conversations, images, drafts and answers are logged too.
     pub content: bool,
-    /// Bytes after which the file is set aside as `.1` and a new one is begun.
+    /// Size in bytes at which the file is renamed to `.1` and a new one is started.
     pub bytes: usize,
-    /// How many files that were set aside are kept.
+    /// How many renamed files are kept.
     pub keep: usize,
 }
 
@@ -209,7 +205,7 @@ pub enum OnFailure {
     /// The client gets an error.
     #[serde(rename = "fail-closed")]
     Closed,
-    /// The client gets the answer that could not be judged.
+    /// The client gets the unjudged answer.
     #[serde(rename = "fail-open")]
     Open,
 }
@@ -218,11 +214,11 @@ pub enum OnFailure {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TraceLevel {
-    /// Nothing but the verdict.
+    /// Only the verdict.
     None,
-    /// Steps with their times, tokens, verdicts and scores.
+    /// Steps with times, tokens, verdicts and scores.
     Figures,
-    /// Prompts and replies too: the unsafe draft among them.
+    /// Prompts and replies too, including the unsafe draft.
     Full,
 }
 
@@ -230,21 +226,21 @@ pub enum TraceLevel {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Key {
-    /// SHA-256 of the key, in hexadecimal digits.
+    /// SHA-256 of the key, in hexadecimal.
     pub sha256: String,
-    /// What is done with this client's requests, if not what `mode` says.
+    /// The mode of this client's requests. Overrides `mode` and `modes`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<Mode>,
-    /// Requests in a minute, if not what `limits.per_minute` says.
+    /// Requests per minute. Overrides `limits.per_minute`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub per_minute: Option<u32>,
-    /// The profile that this client's requests are judged under, whatever their model's.
+    /// The profile for this client's requests. Overrides the model's profile.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub profile: Option<String>,
 }
 
 impl Key {
-    /// A fresh key: what the client gets, and what the settings keep.
+    /// Creates a key. Returns the key for the client, and the entry for the settings.
     #[must_use]
     pub fn generate() -> (String, Self) {
         // Two random UUIDs: 244 random bits.
@@ -255,23 +251,24 @@ impl Key {
     }
 }
 
-/// A key as it stands in settings.
+/// The hash of a key, as the settings contain it.
 pub(crate) fn hash(key: &str) -> String {
     hex::encode(Sha256::digest(key))
 }
 
-/// Bounds on what strangers send. Bytes and pixels of an image have theirs in [`ecso::Limits`].
+/// Limits on what clients send. The limits on the bytes and pixels of an image are in
+/// [`ecso::Limits`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
     /// Bytes of a chat request.
     pub body: usize,
-    /// Bytes of all bodies that are read or guarded at one time; beyond, a request gets 503 and may
-    /// come again. What is held of a body is about five times its bytes.
+    /// Bytes of all bodies that are read or guarded at the same time. Above that, a request gets
+    /// 503 and may retry. A request takes about five times the bytes of its body in memory.
     pub bodies: usize,
-    /// Connections at one time, as far as the system has descriptors; more wait.
+    /// Connections at the same time, as far as the system has file descriptors. More wait.
     pub connections: usize,
-    /// Seconds for the head of a request, and for each piece of its body.
+    /// Seconds to wait for the head of a request, and for each chunk of its body.
     pub patience: u64,
     /// Bytes of an answer.
     pub answer: usize,
@@ -279,28 +276,29 @@ pub struct Limits {
     pub images: usize,
     /// Bytes of all texts of a guarded chat.
     pub text: usize,
-    /// Choices that a client may ask for (`n`).
+    /// Choices that a client may request (`n`).
     pub choices: u32,
-    /// Texts of one moderation request.
+    /// Texts of a moderation request.
     pub inputs: usize,
-    /// Guarded requests at once.
+    /// Guarded requests that run at the same time.
     pub at_once: usize,
-    /// Guarded requests that wait for their turn; one more gets 429.
+    /// Guarded requests that wait in the queue. One more gets 429.
     pub queue: usize,
-    /// Seconds for a guarded request, waiting included.
+    /// Seconds for a guarded request, including the time in the queue.
     pub deadline: u64,
-    /// Requests in a minute, for each client key; 0 is no bound.
+    /// Requests per minute for each client key. 0 means no limit.
     pub per_minute: u32,
-    /// Findings about requests that are remembered, so that what repeats from call to call (an
-    /// agent's system message, its tools) is judged once; 0 remembers none. About 100 bytes each.
+    /// Findings about requests that are kept in memory, so that what repeats from call to call (an
+    /// agent's system message, its tools) is judged once. About 100 bytes each; 0 keeps none.
     pub remembered: usize,
-    /// Bytes of conversations that are kept for requests with `previous_response_id`; 0 keeps none,
+    /// Bytes of conversations that are kept for requests with `previous_response_id`. 0 keeps none,
     /// and the field is refused.
     pub stored: usize,
-    /// Seconds for which a conversation is kept after it was last used; 0 keeps none.
+    /// Seconds for which a conversation is kept after its last use. 0 keeps none.
     pub stored_for: u64,
-    /// Bytes of requests that are kept until a gateway shows their answers (LiteLLM); beyond, the
-    /// oldest are forgotten, and their answers are as if nobody had seen the request. 0 keeps none.
+    /// Bytes of requests that are kept until a gateway sends their answers (LiteLLM). Above that,
+    /// the oldest are dropped, and their answers are treated as if the request had not been seen. 0
+    /// keeps none.
     pub pending: usize,
     /// Seconds for which such a request is kept.
     pub pending_for: u64,

@@ -1,4 +1,4 @@
-//! What every request shares: upstream, profile, settings, figures.
+//! What all requests share: upstream, profiles, settings, metrics.
 
 use std::{collections::BTreeMap, io, sync::Arc};
 
@@ -12,13 +12,13 @@ use tracing::{Instrument, Span};
 
 use crate::{
     access::{self, Caller, Rates},
-    audit::{Audit, Case},
+    audit::{Audit, JudgedRequest},
     context::RequestContext,
     error::ApiError,
     hooks::pending::Pending,
-    json::shown,
+    json::printable,
     metrics::Metrics,
-    request::{Body, Request, is_remote, made},
+    request::{Body, Request, converted_bytes, is_remote},
     settings::{ImageUrls, Mode, Settings, hash},
     store::Store,
     telemetry,
@@ -28,51 +28,53 @@ use crate::{
 /// The profiles that requests are judged under.
 #[derive(Debug, Clone)]
 pub struct Profiles {
-    /// The usual one.
-    pub usual: Profile,
-    /// Those of single models and clients, by the names that the settings give them.
+    /// The profile for all other models and clients.
+    pub default: Profile,
+    /// The profiles of single models and clients, by the names in the settings.
     pub named: BTreeMap<String, Profile>,
 }
 
 impl From<Profile> for Profiles {
-    fn from(usual: Profile) -> Self {
-        Self { usual, named: BTreeMap::new() }
+    fn from(default: Profile) -> Self {
+        Self { default, named: BTreeMap::new() }
     }
 }
 
 impl Profiles {
-    /// An error for a name that the settings have and nobody knows.
+    /// Returns an error if the settings name a profile that does not exist.
     fn check(&self, settings: &Settings) -> io::Result<()> {
         match settings.profile_names().find(|name| !self.named.contains_key(*name)) {
-            Some(name) => Err(io::Error::other(format!("there is no profile {name:?}"))),
+            Some(name) => Err(io::Error::other(format!(
+                "the settings name the profile {name:?}, which does not exist"
+            ))),
             None => Ok(()),
         }
     }
 }
 
-/// What stays when the settings are exchanged.
-pub(crate) struct Kept {
+/// What is kept when the settings are replaced.
+pub(crate) struct SharedState {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) memory: Arc<Memory>,
     pub(crate) store: Arc<Store>,
     pub(crate) pending: Arc<Pending>,
 }
 
-/// All that a request needs to know.
+/// The state of the server under one version of its settings.
 pub(crate) struct AppState {
     pub(crate) upstream: Upstream,
     profiles: Profiles,
     pub(crate) settings: Settings,
-    /// Bounds of an image.
+    /// Limits of a single image.
     pub(crate) images: ecso::Limits,
     fetcher: Option<Fetcher>,
     decoding: tokio::sync::Mutex<()>,
     pub(crate) audit: Option<Arc<Audit>>,
     pub(crate) rates: Rates,
     pub(crate) metrics: Arc<Metrics>,
-    /// What was found about requests, for whatever repeats from call to call.
+    /// Findings about requests, for texts that repeat from call to call.
     pub(crate) memory: Arc<Memory>,
-    /// Answers that requests may go on from.
+    /// Stored answers that requests may continue from.
     pub(crate) store: Arc<Store>,
     /// Requests whose answers are still to come.
     pub(crate) pending: Arc<Pending>,
@@ -84,11 +86,11 @@ impl AppState {
         profiles: Profiles,
         settings: Settings,
         images: ecso::Limits,
-        Kept { metrics, memory, store, pending }: Kept,
+        SharedState { metrics, memory, store, pending }: SharedState,
         audit: Option<Arc<Audit>>,
     ) -> io::Result<Self> {
-        let is_wanted = settings.image_urls == ImageUrls::Fetch;
-        let fetcher = is_wanted.then(|| Fetcher::with(upstream.proxy(), &settings.image_hosts));
+        let is_fetching = settings.image_urls == ImageUrls::Fetch;
+        let fetcher = is_fetching.then(|| Fetcher::with(upstream.proxy(), &settings.image_hosts));
         let fetcher = fetcher.transpose().map_err(io::Error::other)?;
         let rates = Rates::new(&settings);
         let decoding = tokio::sync::Mutex::new(());
@@ -98,7 +100,7 @@ impl AppState {
         };
         if let Some((name, _)) = settings.keys.iter().find(|(_, key)| !is_digest(key)) {
             return Err(io::Error::other(format!(
-                "gateway.keys.{name}.sha256 is no SHA-256; make a key with `ecso key {name}`"
+                "gateway.keys.{name}.sha256 is not a SHA-256; make a key with `ecso key {name}`"
             )));
         }
         Ok(Self {
@@ -117,12 +119,13 @@ impl AppState {
         })
     }
 
-    /// Gets what a request only points to, reads its images, and decodes them as far as the
-    /// operator wants that. `hold` takes room for so many bytes that were fetched or made.
+    /// Fetches the images that a request names by URL, reads all images, and decodes them if the
+    /// operator wants that. `reserve` is called with the number of bytes that were fetched or
+    /// converted so far.
     pub(crate) async fn prepare(
         &self,
         mut body: Body,
-        mut hold: impl FnMut(usize) -> Result<(), ApiError>,
+        mut reserve: impl FnMut(usize) -> Result<(), ApiError>,
     ) -> Result<Request, ApiError> {
         let remote = body.remote_images().into_iter().filter(|url| is_remote(url)).count();
         if remote > self.settings.limits.images {
@@ -130,7 +133,8 @@ impl AppState {
             return Err(ApiError::bad_request("too_many_images", message));
         }
         if remote > 0 && self.settings.image_urls == ImageUrls::Refuse {
-            let message = "images by URL are not taken here: send them as data:image/png;base64,…";
+            let message =
+                "images by URL are not accepted here: send them as data:image/png;base64,…";
             return Err(ApiError::bad_request("image_url_refused", message));
         }
         let mut fetched_bytes = 0;
@@ -142,7 +146,7 @@ impl AppState {
                 fetched_bytes += bytes.len();
                 if fetched_bytes > self.settings.limits.body {
                     let message = format!(
-                        "images by URL have at most {} bytes together",
+                        "images by URL may have at most {} bytes in total",
                         self.settings.limits.body
                     );
                     return Err(ApiError::new(
@@ -151,48 +155,48 @@ impl AppState {
                         message,
                     ));
                 }
-                hold(fetched_bytes)?;
+                reserve(fetched_bytes)?;
                 *url = format!("data:;base64,{}", BASE64_STANDARD.encode(bytes));
             }
         }
         let (limits, images, span) = (self.settings.limits, self.images, Span::current());
         let is_passed = self.settings.image_urls == ImageUrls::Pass;
-        // What models don't read takes its time.
+        // Converting images that models can't read takes time.
         let read = tokio::task::spawn_blocking(move || {
             span.in_scope(|| body.request(&limits, images, is_passed))
         });
         let request =
             read.await.map_err(|_| ApiError::upstream("an image could not be read"))??;
-        hold(fetched_bytes + request.chat.images().map(made).sum::<usize>())?;
+        reserve(fetched_bytes + request.chat.images().map(converted_bytes).sum::<usize>())?;
         if self.settings.decode_images {
             // One at a time in the whole process: each may take 160 MB.
-            let _alone = self.decoding.lock().await;
+            let _permit = self.decoding.lock().await;
             let chat = request.chat.clone();
-            let looked = tokio::task::spawn_blocking(move || {
+            let decoded = tokio::task::spawn_blocking(move || {
                 chat.images()
                     .filter(|image| image.url().is_none())
                     .try_for_each(Image::try_decoding)
             });
-            let looked =
-                looked.await.map_err(|_| ApiError::upstream("an image could not be decoded"))?;
-            looked.map_err(|error| ApiError::bad_request("invalid_image", error.to_string()))?;
+            let decoded =
+                decoded.await.map_err(|_| ApiError::upstream("an image could not be decoded"))?;
+            decoded.map_err(|error| ApiError::bad_request("invalid_image", error.to_string()))?;
         }
         Ok(request)
     }
 
-    /// The operator's profiles, the usual one first.
+    /// The operator's profiles, the default one first.
     pub(crate) fn all_profiles(&self) -> impl Iterator<Item = &Profile> {
-        [&self.profiles.usual].into_iter().chain(self.profiles.named.values())
+        [&self.profiles.default].into_iter().chain(self.profiles.named.values())
     }
 
-    /// The profile that a request is judged under: its client's, its model's, or the usual one.
+    /// The profile for a request: its client's, else its model's, else the default.
     pub(crate) fn profile(&self, caller: &Caller, model: Option<&str>) -> &Profile {
         let of_model = || self.settings.profiles.get(model?);
         let name = caller.profile.as_ref().or_else(of_model);
-        name.and_then(|name| self.profiles.named.get(name)).unwrap_or(&self.profiles.usual)
+        name.and_then(|name| self.profiles.named.get(name)).unwrap_or(&self.profiles.default)
     }
 
-    /// The guard for one request: its model, its caller's key, its sampling.
+    /// The guard for one request, with its model, its caller's key and its sampling.
     pub(crate) fn guard(
         &self,
         request: &Request,
@@ -204,12 +208,12 @@ impl AppState {
         if mode == Mode::Off {
             profile.gate = Gate::Never;
         }
-        let guard = self.guarding(request, &context.headers, profile);
+        let guard = self.guard_under(request, &context.headers, profile);
         guard.sampling(self.sampling(request)).build()
     }
 
-    /// A guard for one request under another profile, to be built.
-    pub(crate) fn guarding(
+    /// The guard for one request under another profile, to be built.
+    pub(crate) fn guard_under(
         &self,
         request: &Request,
         headers: &HeaderMap,
@@ -217,15 +221,15 @@ impl AppState {
     ) -> GuardBuilder<Arc<dyn Mllm>> {
         let model = self.upstream.model(&request.model, headers);
         let memory = Arc::clone(&self.memory);
-        // Where callers bring keys of their own, one name may stand for several models.
+        // If callers have keys of their own, one model name may stand for several models.
         Guard::builder(model)
             .profile(profile)
             .extra(request.extra())
             .memory(memory, self.account(headers))
     }
 
-    /// By what the upstream tells whoever sends these headers from others, as a digest: keys of
-    /// their own, and what else chooses models.
+    /// A digest of what distinguishes the sender of these headers for the upstream: credentials,
+    /// and other headers that choose a model.
     pub(crate) fn account(&self, headers: &HeaderMap) -> String {
         let sent: Vec<&[u8]> =
             headers.get_all(header::AUTHORIZATION).iter().map(HeaderValue::as_bytes).collect();
@@ -234,14 +238,14 @@ impl AppState {
             _ if sent.is_empty() => String::new(),
             _ => hash(&format!("{sent:?}")),
         };
-        let choosing = self.upstream.choosing(headers);
-        choosing
+        self.upstream
+            .model_headers(headers)
             .iter()
             .fold(account, |account, (name, value)| hash(&format!("{account} {name} {value:?}")))
     }
 
-    /// The guarded model's own answer, for whoever has none. It is that model's, wherever the guard
-    /// asks its questions.
+    /// Asks the guarded model for an answer. The guard's own questions may go elsewhere; this call
+    /// does not.
     pub(crate) async fn draft(
         &self,
         request: &Request,
@@ -249,43 +253,45 @@ impl AppState {
         sampling: &Sampling,
     ) -> Result<String, ApiError> {
         if matches!(self.upstream, Upstream::Engine(_)) {
-            request.for_own_model()?;
+            request.check_local_support()?;
         }
-        let model = self.upstream.answering(&request.model, headers);
-        let asked =
-            model.generate(&request.chat, sampling).instrument(telemetry::direct(&request.model));
+        let model = self.upstream.guarded_model(&request.model, headers);
+        let asked = model
+            .generate(&request.chat, sampling)
+            .instrument(telemetry::draft_span(&request.model));
         let reply =
             asked.await.map_err(|source| GuardError::Model { step: Step::Direct, source })?;
         Ok(reply.text)
     }
 
-    /// How the client wants answers to be drawn.
+    /// The sampling that the client asked for.
     pub(crate) fn sampling(&self, request: &Request) -> Sampling {
         match &self.upstream {
             Upstream::Server(_) => request.sampling(),
-            Upstream::Engine(_) => request.own_sampling(),
+            Upstream::Engine(_) => request.local_sampling(),
         }
     }
 
-    /// Tells what became of a request; in the log no word of the conversation.
-    pub(crate) fn record(&self, case: &Case<'_>, caller: &Caller) {
-        let usual = self.profile(caller, case.request.map(|request| request.model.as_str()));
-        let profile = case.profile.unwrap_or(&usual.name);
+    /// Logs the outcome of a request, and adds it to metrics and audit log. The log contains no
+    /// text of the conversation.
+    pub(crate) fn record(&self, judged: &JudgedRequest<'_>, caller: &Caller) {
+        let default = self.profile(caller, judged.request.map(|request| request.model.as_str()));
+        let profile = judged.profile.unwrap_or(&default.name);
         tracing::info!(
-            id = case.id,
-            model = case.request.map(|request| shown(&request.model)),
+            id = judged.id,
+            model = judged.request.map(|request| printable(&request.model)),
             profile,
-            mode = ?case.mode,
-            verdict = ?case.report.verdict(),
-            score = case.report.score(),
-            failure = case.report.failure,
-            images = case.request.map(|request| request.chat.image_count()),
-            ms = u64::try_from(case.begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+            mode = ?judged.mode,
+            verdict = ?judged.report.verdict(),
+            score = judged.report.score(),
+            failure = judged.report.failure,
+            images = judged.request.map(|request| request.chat.image_count()),
+            ms = u64::try_from(judged.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             "guarded"
         );
-        self.metrics.judged(case);
+        self.metrics.record_judged(judged);
         if let Some(audit) = &self.audit {
-            audit.write(case, profile);
+            audit.write(judged, profile);
         }
     }
 }

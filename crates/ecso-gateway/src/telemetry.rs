@@ -1,11 +1,11 @@
-//! Spans: one for each request, below it one for each step. Who takes them up, and where they go,
-//! is the program's business.
+//! Spans: one for each request, with one for each step below it. The program decides who collects
+//! them.
 
 use axum::http::HeaderMap;
 use tracing::Span;
 
-/// The span of a request; below the client's own, where the client tells of one.
-pub(crate) fn span(route: &'static str, id: &str, headers: &HeaderMap) -> Span {
+/// The span of a request. If the client sent a trace context, it is the parent.
+pub(crate) fn request_span(route: &'static str, id: &str, headers: &HeaderMap) -> Span {
     let span = tracing::info_span!(
         "request",
         otel.name = format_args!("POST {route}"),
@@ -15,12 +15,12 @@ pub(crate) fn span(route: &'static str, id: &str, headers: &HeaderMap) -> Span {
         ecso.route = route,
         ecso.request_id = id,
     );
-    adopt(&span, headers);
+    set_parent(&span, headers);
     span
 }
 
-/// The span of the draft that a server is asked for; the other steps have theirs from the guard.
-pub(crate) fn direct(model: &str) -> Span {
+/// The span of the draft from a server. The guard creates the spans of the other steps.
+pub(crate) fn draft_span(model: &str) -> Span {
     tracing::info_span!(
         "step",
         otel.name = "direct",
@@ -31,34 +31,34 @@ pub(crate) fn direct(model: &str) -> Span {
 }
 
 #[cfg(feature = "otel")]
-fn adopt(span: &Span, headers: &HeaderMap) {
+fn set_parent(span: &Span, headers: &HeaderMap) {
     use tracing_opentelemetry::OpenTelemetrySpanExt;
     if span.is_disabled() {
         return;
     }
-    let told = opentelemetry_http::HeaderExtractor(headers);
+    let carrier = opentelemetry_http::HeaderExtractor(headers);
     let parent =
-        opentelemetry::global::get_text_map_propagator(|propagator| propagator.extract(&told));
-    // Where nobody collects spans, there is nothing to join.
+        opentelemetry::global::get_text_map_propagator(|propagator| propagator.extract(&carrier));
+    // If nobody collects spans, there is nothing to join.
     let _ = span.set_parent(parent);
 }
 
-/// Tells the upstream of our span in place of the client's.
+/// Sends our trace context to the upstream, in place of the client's.
 #[cfg(feature = "otel")]
-pub(crate) fn tell(headers: &mut HeaderMap) {
+pub(crate) fn inject(headers: &mut HeaderMap) {
     use tracing_opentelemetry::OpenTelemetrySpanExt;
     let span = Span::current();
     if span.is_disabled() {
         return;
     }
-    let mut told = opentelemetry_http::HeaderInjector(headers);
+    let mut carrier = opentelemetry_http::HeaderInjector(headers);
     opentelemetry::global::get_text_map_propagator(|propagator| {
-        propagator.inject_context(&span.context(), &mut told)
+        propagator.inject_context(&span.context(), &mut carrier)
     });
 }
 
 #[cfg(not(feature = "otel"))]
-fn adopt(_: &Span, _: &HeaderMap) {}
+fn set_parent(_: &Span, _: &HeaderMap) {}
 
 #[cfg(not(feature = "otel"))]
-pub(crate) fn tell(_: &mut HeaderMap) {}
+pub(crate) fn inject(_: &mut HeaderMap) {}

@@ -63,6 +63,7 @@
 
 pub mod calibration;
 mod chat;
+mod concurrent;
 mod data_url;
 mod guard;
 mod hardened;
@@ -81,6 +82,7 @@ mod verdict;
 
 pub use calibration::{Calibration, CalibrationError};
 pub use chat::{BlindChat, Chat, Part, Role, Turn};
+pub use concurrent::with_background;
 pub use data_url::{decode_base64, decode_data_url, is_data_url};
 pub use guard::{CheckedDraft, Guard, GuardBuilder};
 pub use image::{Digest, Image, ImageError, Limits, Pixels, Truncated, apart};

@@ -13,6 +13,7 @@ use tracing::{Instrument, Span, field};
 
 use crate::{
     chat::{Chat, Role, Turn},
+    concurrent::with_background,
     guard::Options,
     hardened::RequestFindings,
     mllm::{Delta, FinishReason, ImageText, Mllm, ModelError, Reply, Sampling, Usage},
@@ -199,15 +200,9 @@ impl Pipeline<'_> {
     ) -> Result<(T, Option<String>), Halt> {
         let side_by_side = self.draft.is_none() && self.model.is_concurrent();
         let draft = future::maybe_done(self.draft(q));
-        pin_mut!(check, draft);
-        let found = future::poll_fn(|context| {
-            if side_by_side {
-                // The result is taken below.
-                let _ = draft.as_mut().poll(context);
-            }
-            check.as_mut().poll(context)
-        });
-        let found = found.await?;
+        pin_mut!(draft);
+        let background = side_by_side.then_some(draft.as_mut());
+        let found = with_background(check, background).await?;
         if enough(&found) {
             return Ok((found, None));
         }

@@ -1,9 +1,8 @@
-//! One exchange: a request that came to a gateway, how it goes on, its answer, and what the client
-//! gets.
+//! One exchange: a request that reached a gateway, how it continues, its answer, and what the
+//! client gets.
 
 use std::{
     convert::Infallible,
-    io,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -15,63 +14,62 @@ use axum::{
     response::IntoResponse,
 };
 use bytes::{Bytes, BytesMut};
-use futures::{FutureExt, Stream, StreamExt, TryStreamExt, future::BoxFuture, stream};
+use futures::{FutureExt, StreamExt, TryStreamExt, future::BoxFuture, stream};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Body as _, Frame};
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{mpsc, oneshot},
     task::JoinSet,
 };
 use tonic::Streaming;
 use tower::ServiceExt;
 
 use super::{
-    headers::{self, Told},
+    body::{BodyEnd, BodyProgress, BodyReceiver, BodySender, body_channel},
+    headers::{self, ReceivedHeaders},
     messages::{
         BodyMutation, BodyResponse, CommonResponse, FULL_DUPLEX_STREAMED, HeaderMutation,
-        HeadersResponse, HttpBody, HttpHeaders, HttpStatus, HttpTrailers, ImmediateResponse, Part,
-        ProcessingRequest, Reply, StreamedBodyResponse, TrailersResponse,
+        HeadersResponse, HttpHeaders, HttpStatus, ImmediateResponse, Part, ProcessingRequest,
+        Reply, StreamedBodyResponse, TrailersResponse,
     },
 };
 use crate::{
     error::ApiError,
-    upstream::{Carrier, carried_by},
+    upstream::{Carrier, attach_carrier},
 };
 
-/// Most bytes of one piece of a body, as Envoy's documentation advises.
-const PIECE: usize = 64 << 10;
-/// Pieces of a body that are held here before the next one is taken.
-const HELD: usize = 4;
-/// Most bytes of an answer that is given at once: errors, and findings.
-const AT_ONCE: usize = 4 << 20;
+/// Maximum bytes of a body chunk, as Envoy's documentation recommends.
+const MAX_CHUNK: usize = 64 << 10;
+/// Maximum bytes of an immediate answer: errors and findings.
+const MAX_IMMEDIATE: usize = 4 << 20;
 
-/// What is said to the gateway.
-pub(super) enum Said {
+/// A message to the gateway.
+pub(super) enum Outgoing {
     Reply(Reply),
-    /// It was the last word.
+    /// The exchange is complete.
     Done,
-    /// The gateway is to fail the request.
-    Broken,
+    /// The gateway must fail the request.
+    Aborted,
 }
 
-/// The exchange goes no further: the gateway has left, or it is to fail the request.
+/// The exchange ended early: the gateway left, or it must fail the request.
 #[derive(Debug)]
-struct Broken(&'static str);
+struct Aborted(&'static str);
 
-/// Says what is to be said; where that can't be done, the gateway is to fail the request.
-pub(super) async fn exchange(
+/// Runs an exchange. If it can't be completed, the gateway is told to fail the request.
+pub(super) async fn run(
     router: Router,
     patience: Duration,
     mut gateway: Streaming<ProcessingRequest>,
-    said: mpsc::Sender<Said>,
+    sender: mpsc::Sender<Outgoing>,
 ) {
-    let out = Out(said);
-    let worked = async {
+    let out = Replies(sender);
+    let result = async {
         let first = tokio::time::timeout(patience, gateway.message()).await;
-        let Ok(Ok(Some(first))) = first else { return Err(Broken("no request came")) };
-        if let Some(wrong) = misled(&first) {
-            tracing::error!(wrong, "the gateway is set up in a way that guards nothing");
-            return at_once(
+        let Ok(Ok(Some(first))) = first else { return Err(Aborted("no request arrived")) };
+        if let Some(wrong) = setup_error(&first) {
+            tracing::error!(wrong, "the gateway's settings make guarding impossible");
+            return reply_at_once(
                 ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "gateway_setup", wrong)
                     .into_response(),
                 &out,
@@ -80,290 +78,181 @@ pub(super) async fn exchange(
         }
         let head = match first.part {
             Some(Part::RequestHeaders(head)) => head,
-            // The gateway refuses a request before the filter, and shows what it says.
-            Some(Part::ResponseHeaders(head)) => return at_once(refused(head), &out).await,
+            // The gateway refused the request before this filter, and shows us its answer.
+            Some(Part::ResponseHeaders(head)) => return reply_at_once(refusal(head), &out).await,
             _ => {
                 tracing::error!(
-                    "the gateway does not show the heads of requests: request_header_mode must be SEND"
+                    "the gateway does not send request headers: set request_header_mode to SEND"
                 );
-                return Err(Broken("no request came first"));
+                return Err(Aborted("the first message is not a request"));
             }
         };
-        carried(router, head, gateway, &out).await
+        guard_request(router, head, gateway, &out).await
     };
-    let worked = tokio::select! {
-        worked = worked => worked,
-        () = out.0.closed() => Err(Broken("the gateway left")),
+    let result = tokio::select! {
+        result = result => result,
+        () = out.0.closed() => Err(Aborted("the gateway left")),
     };
-    match worked {
-        Ok(()) => drop(out.0.send(Said::Done).await),
-        Err(Broken(why)) => {
-            tracing::debug!(why, "an exchange broke off");
-            let _ = out.0.send(Said::Broken).await;
+    match result {
+        Ok(()) => drop(out.0.send(Outgoing::Done).await),
+        Err(Aborted(why)) => {
+            tracing::debug!(why, "an exchange was aborted");
+            let _ = out.0.send(Outgoing::Aborted).await;
         }
     }
 }
 
-/// What the client gets of a gateway that answers a request itself.
-fn refused(head: HttpHeaders) -> axum::response::Response {
-    let told = Told::read(head.headers);
-    let status = told.and_then(|told| StatusCode::from_bytes(told.special(":status")?).ok());
+/// The answer to a request that the gateway refused itself.
+fn refusal(head: HttpHeaders) -> axum::response::Response {
+    let received = ReceivedHeaders::read(head.headers);
+    let status = received
+        .and_then(|received| StatusCode::from_bytes(received.pseudo_header(":status")?).ok());
     let status = status.filter(|status| status.as_u16() >= 400).unwrap_or(StatusCode::BAD_GATEWAY);
-    ApiError::new(status, "gateway_refused", "the gateway refuses this request").into_response()
+    ApiError::new(status, "gateway_refused", "the gateway refused this request").into_response()
 }
 
-/// What a gateway's settings make impossible.
-fn misled(first: &ProcessingRequest) -> Option<&'static str> {
+/// An error in the gateway's settings that makes guarding impossible.
+fn setup_error(first: &ProcessingRequest) -> Option<&'static str> {
     let modes =
         first.protocol_config.map(|modes| [modes.request_body_mode, modes.response_body_mode]);
     if first.observability_mode {
         return Some(
-            "external processing: with observability_mode the gateway does not wait for the guard",
+            "external processing: turn off observability_mode, with it the gateway does not wait \
+             for the guard",
         );
     }
     (modes != Some([FULL_DUPLEX_STREAMED; 2])).then_some(
-        "external processing: the guard needs request_body_mode and response_body_mode FULL_DUPLEX_STREAMED in the gateway's \
-         processing_mode",
+        "external processing: set request_body_mode and response_body_mode to \
+         FULL_DUPLEX_STREAMED in the gateway's processing_mode",
     )
 }
 
-/// A request that goes through the guard, carried by the gateway.
-async fn carried(
+/// Sends a request through the guard, with the gateway as its carrier.
+async fn guard_request(
     router: Router,
     head: HttpHeaders,
     gateway: Streaming<ProcessingRequest>,
-    out: &Out,
-) -> Result<(), Broken> {
+    out: &Replies,
+) -> Result<(), Aborted> {
     let is_empty = head.end_of_stream;
-    let Some((request, path)) = Told::read(head.headers).and_then(request) else {
-        return at_once(
-            ApiError::bad_request("invalid_request", "the head can't be read").into_response(),
+    let Some((request, path)) = ReceivedHeaders::read(head.headers).and_then(request) else {
+        return reply_at_once(
+            ApiError::bad_request("invalid_request", "the request headers can't be read")
+                .into_response(),
             out,
         )
         .await;
     };
-    let (mut body, coming_body) = flow();
-    let (answer, coming_answer) = flow();
-    let (told_head, coming_head) = oneshot::channel();
+    let (mut body, body_receiver) = body_channel();
+    let (answer, answer_receiver) = body_channel();
+    let (head_sender, head_receiver) = oneshot::channel();
     if is_empty {
-        body.end(End::Whole);
+        body.end(BodyEnd::Whole);
     }
-    let progress = coming_body.progress.clone();
-    let envoy = Arc::new(Envoy {
+    let progress = body_receiver.progress.clone();
+    let envoy = Arc::new(EnvoyCarrier {
         out: out.clone(),
         path,
         headers: request.headers().clone(),
         is_empty,
         progress,
-        coming: Mutex::new(Some((coming_head, coming_answer))),
-        original: Mutex::default(),
-        sending: Mutex::default(),
+        response: Mutex::new(Some((head_receiver, answer_receiver))),
+        upstream_head: Mutex::default(),
+        body_task: Mutex::default(),
     });
-    let request = match carried_by(
+    let request = match attach_carrier(
         envoy.clone(),
-        request.map(|()| Body::from_stream(coming_body.pieces())),
+        request.map(|()| Body::from_stream(body_receiver.chunks())),
     ) {
         Ok(request) => request,
-        Err(error) => return at_once(error.into_response(), out).await,
+        Err(error) => return reply_at_once(error.into_response(), out).await,
     };
-    let mut hearing = Hearing { body, head: Some(told_head), answer };
-    let answered = async {
+    let mut incoming = Incoming { body, head: Some(head_sender), answer };
+    let response = async {
         let Ok(response) = router.oneshot(request).await;
         envoy.answer(response).await
     };
     tokio::select! {
-        answered = answered => answered,
-        never = hearing.all(gateway) => match never {},
+        response = response => response,
+        never = incoming.all(gateway) => match never {},
     }
 }
 
-/// A request, of its head; and its path, as the gateway has it.
-fn request(told: Told) -> Option<(Request<()>, String)> {
+/// The request of these headers, and its path as the gateway wrote it.
+fn request(received: ReceivedHeaders) -> Option<(Request<()>, String)> {
     let mut request = Request::new(());
-    *request.method_mut() = Method::from_bytes(told.special(":method")?).ok()?;
-    let path = std::str::from_utf8(told.special(":path")?).ok()?.to_owned();
+    *request.method_mut() = Method::from_bytes(received.pseudo_header(":method")?).ok()?;
+    let path = std::str::from_utf8(received.pseudo_header(":path")?).ok()?.to_owned();
     *request.uri_mut() = Uri::try_from(&path).ok().filter(|uri| uri.authority().is_none())?;
-    let host = told.special(":authority").and_then(|host| HeaderValue::from_bytes(host).ok());
-    *request.headers_mut() = told.headers;
+    let host =
+        received.pseudo_header(":authority").and_then(|host| HeaderValue::from_bytes(host).ok());
+    *request.headers_mut() = received.headers;
     if let Some(host) = host {
         request.headers_mut().insert(header::HOST, host);
     }
     Some((request, path))
 }
 
-/// How a body ended.
-#[derive(Debug, Clone)]
-enum End {
-    /// With its last piece.
-    Whole,
-    /// With trailers of these names behind it.
-    Trailers(Vec<String>),
-}
-
-impl End {
-    fn with(trailers: HttpTrailers) -> Self {
-        Self::Trailers(
-            trailers
-                .trailers
-                .unwrap_or_default()
-                .headers
-                .into_iter()
-                .map(|trailer| trailer.key)
-                .collect(),
-        )
-    }
-}
-
-/// What has come of a body. The gateway takes no piece of a body of ours before the first of the
-/// other's.
-#[derive(Debug, Clone, Default)]
-struct Come {
-    begun: bool,
-    end: Option<End>,
-}
-
-/// How far a body is.
-#[derive(Clone)]
-struct Progress(watch::Receiver<Come>);
-
-impl Progress {
-    /// Whether a piece has come, as soon as it or the end has. Where the body breaks off before,
-    /// the gateway knows.
-    async fn begun(&mut self) -> bool {
-        let begun =
-            self.0.wait_for(|come| come.begun || come.end.is_some()).await.map(|come| come.begun);
-        match begun {
-            Ok(begun) => begun,
-            Err(_) => std::future::pending().await,
-        }
-    }
-
-    /// How it ended, as soon as it has.
-    async fn ended(mut self) -> End {
-        let end =
-            self.0.wait_for(|come| come.end.is_some()).await.ok().and_then(|come| come.end.clone());
-        match end {
-            Some(end) => end,
-            None => std::future::pending().await,
-        }
-    }
-
-    fn end(&self) -> Option<End> {
-        self.0.borrow().end.clone()
-    }
-}
-
-/// A body, for those who tell it.
-struct Telling {
-    pieces: Option<mpsc::Sender<Bytes>>,
-    come: watch::Sender<Come>,
-}
-
-/// A body, for those who hear it.
-struct Coming {
-    pieces: mpsc::Receiver<Bytes>,
-    progress: Progress,
-}
-
-fn flow() -> (Telling, Coming) {
-    let (told, pieces) = mpsc::channel(HELD);
-    let (come, seen) = watch::channel(Come::default());
-    (Telling { pieces: Some(told), come }, Coming { pieces, progress: Progress(seen) })
-}
-
-impl Telling {
-    async fn piece(&mut self, piece: HttpBody) {
-        self.come.send_modify(|come| come.begun = true);
-        if let Some(pieces) = self.pieces.as_ref().filter(|_| !piece.body.is_empty()) {
-            // Whom it does not concern has left.
-            let _ = pieces.send(piece.body).await;
-        }
-        if piece.end_of_stream || piece.end_of_stream_without_message {
-            self.end(End::Whole);
-        }
-    }
-
-    fn end(&mut self, end: End) {
-        self.come.send_modify(|come| _ = come.end.get_or_insert(end));
-        self.pieces = None;
-    }
-}
-
-impl Coming {
-    /// What breaks off has an error at its end.
-    fn pieces(self) -> impl Stream<Item = io::Result<Bytes>> + Send + 'static {
-        let Self { mut pieces, progress } = self;
-        async_stream::stream! {
-            while let Some(piece) = pieces.recv().await {
-                yield Ok(piece);
-            }
-            if progress.end().is_none() {
-                yield Err(io::Error::other("the gateway broke off"));
-            }
-        }
-    }
-}
-
-/// What the gateway tells, by what it belongs to.
-struct Hearing {
-    body: Telling,
+/// Distributes the messages of the gateway.
+struct Incoming {
+    body: BodySender,
     head: Option<oneshot::Sender<HttpHeaders>>,
-    answer: Telling,
+    answer: BodySender,
 }
 
-impl Hearing {
-    /// Hears all; after that, or when it breaks off, nothing more comes.
+impl Incoming {
+    /// Reads all messages. Never returns, even if the gateway breaks off.
     async fn all(&mut self, mut gateway: Streaming<ProcessingRequest>) -> Infallible {
         while let Ok(Some(message)) = gateway.message().await {
             let is_of_an_answer =
                 matches!(message.part, Some(Part::ResponseBody(_) | Part::ResponseTrailers(_)));
             if is_of_an_answer && self.head.is_some() {
                 tracing::error!(
-                    "the gateway does not show the heads of answers: response_header_mode must be SEND"
+                    "the gateway does not send response headers: set response_header_mode to SEND"
                 );
                 break;
             }
             match message.part {
-                Some(Part::RequestBody(piece)) => self.body.piece(piece).await,
-                Some(Part::RequestTrailers(trailers)) => self.body.end(End::with(trailers)),
+                Some(Part::RequestBody(chunk)) => self.body.chunk(chunk).await,
+                Some(Part::RequestTrailers(trailers)) => self.body.end(BodyEnd::with(trailers)),
                 Some(Part::ResponseHeaders(head)) => {
                     if head.end_of_stream {
-                        self.answer.end(End::Whole);
+                        self.answer.end(BodyEnd::Whole);
                     }
-                    if let Some(told) = self.head.take() {
-                        let _ = told.send(head);
+                    if let Some(sender) = self.head.take() {
+                        let _ = sender.send(head);
                     }
                 }
-                Some(Part::ResponseBody(piece)) => self.answer.piece(piece).await,
-                Some(Part::ResponseTrailers(trailers)) => self.answer.end(End::with(trailers)),
+                Some(Part::ResponseBody(chunk)) => self.answer.chunk(chunk).await,
+                Some(Part::ResponseTrailers(trailers)) => self.answer.end(BodyEnd::with(trailers)),
                 Some(Part::RequestHeaders(_)) | None => {}
             }
         }
-        // Without an end, both are broken.
-        (self.body.pieces, self.head, self.answer.pieces) = (None, None, None);
+        // Bodies that have not ended are broken now.
+        (self.body.chunks, self.head, self.answer.chunks) = (None, None, None);
         std::future::pending().await
     }
 }
 
-/// The way to the gateway.
+/// Sends replies to the gateway.
 #[derive(Clone)]
-struct Out(mpsc::Sender<Said>);
+struct Replies(mpsc::Sender<Outgoing>);
 
-impl Out {
-    async fn say(&self, reply: Reply) -> Result<(), Broken> {
-        self.0.send(Said::Reply(reply)).await.map_err(|_| Broken("the gateway left"))
+impl Replies {
+    async fn send(&self, reply: Reply) -> Result<(), Aborted> {
+        self.0.send(Outgoing::Reply(reply)).await.map_err(|_| Aborted("the gateway left"))
     }
 
-    /// Says a body, piece by piece; `ended` tells how the other's ended, when this one is at its
-    /// end.
+    /// Sends a body, chunk by chunk. `ended` says how the original body ended, once this one is
+    /// complete.
     async fn body<B: hyper::body::Body<Data = Bytes> + Unpin>(
         &self,
         mut body: B,
         reply: fn(BodyResponse) -> Reply,
         trailers: fn(TrailersResponse) -> Reply,
-        ended: impl Future<Output = End>,
-    ) -> Result<(), Broken> {
-        let piece = |body: Bytes, end_of_stream| {
+        ended: impl Future<Output = BodyEnd>,
+    ) -> Result<(), Aborted> {
+        let chunk = |body: Bytes, end_of_stream| {
             let streamed_response = Some(StreamedBodyResponse { body, end_of_stream });
             let body_mutation = Some(BodyMutation { streamed_response });
             reply(BodyResponse {
@@ -371,48 +260,48 @@ impl Out {
             })
         };
         while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|_| Broken("a body broke off"))?;
+            let frame = frame.map_err(|_| Aborted("a body broke off"))?;
             let Ok(mut whole) = frame.into_data() else { continue };
             while !whole.is_empty() {
-                let next = whole.split_to(whole.len().min(PIECE));
-                self.say(piece(next, false)).await?;
+                let next = whole.split_to(whole.len().min(MAX_CHUNK));
+                self.send(chunk(next, false)).await?;
             }
         }
         match ended.await {
-            End::Whole => self.say(piece(Bytes::new(), true)).await,
-            // They go no further: nobody has looked at them.
-            End::Trailers(names) => {
+            BodyEnd::Whole => self.send(chunk(Bytes::new(), true)).await,
+            // Trailers are dropped: nobody has judged them.
+            BodyEnd::Trailers(names) => {
                 let change = HeaderMutation { set_headers: Vec::new(), remove_headers: names };
-                self.say(trailers(TrailersResponse { header_mutation: Some(change) })).await
+                self.send(trailers(TrailersResponse { header_mutation: Some(change) })).await
             }
         }
     }
 }
 
-/// The gateway, as it carries one request.
-struct Envoy {
-    out: Out,
-    /// The request as it came.
+/// The gateway as the carrier of one request.
+struct EnvoyCarrier {
+    out: Replies,
+    /// The original request.
     path: String,
     headers: HeaderMap,
     is_empty: bool,
-    progress: Progress,
-    /// Where its answer will be.
-    coming: Mutex<Option<(oneshot::Receiver<HttpHeaders>, Coming)>>,
-    original: Mutex<Option<Original>>,
-    /// The request's body on its way.
-    sending: Mutex<JoinSet<()>>,
+    progress: BodyProgress,
+    /// Where its answer will arrive.
+    response: Mutex<Option<(oneshot::Receiver<HttpHeaders>, BodyReceiver)>>,
+    upstream_head: Mutex<Option<UpstreamHead>>,
+    /// The task that sends the request's body.
+    body_task: Mutex<JoinSet<()>>,
 }
 
-/// The answer that came.
-struct Original {
+/// The head of the original answer.
+struct UpstreamHead {
     status: StatusCode,
     headers: HeaderMap,
     is_empty: bool,
-    progress: Progress,
+    progress: BodyProgress,
 }
 
-impl Carrier for Envoy {
+impl Carrier for EnvoyCarrier {
     fn door(&self) -> &'static str {
         "ext_proc"
     }
@@ -421,36 +310,37 @@ impl Carrier for Envoy {
         &self,
         request: Request<reqwest::Body>,
     ) -> BoxFuture<'_, Result<reqwest::Response, ApiError>> {
-        let broken = |Broken(why)| ApiError::upstream(why);
-        let carried = async move {
-            let Some((head, answer)) = lock(&self.coming).take() else {
-                return Err(ApiError::upstream("a gateway carries a request once"));
+        let broken = |Aborted(why)| ApiError::upstream(why);
+        let guard_request = async move {
+            let Some((head, answer)) = lock(&self.response).take() else {
+                return Err(ApiError::upstream("the gateway can carry a request only once"));
             };
-            self.send(request).await.map_err(broken)?;
-            let told = head.await.map_err(|_| broken(Broken("the gateway broke off")))?;
-            let is_empty = told.end_of_stream;
-            let unread = || ApiError::upstream("the gateway tells of an answer that can't be read");
-            let told = Told::read(told.headers).ok_or_else(unread)?;
-            let status =
-                told.special(":status").and_then(|status| StatusCode::from_bytes(status).ok());
+            self.send_request(request).await.map_err(broken)?;
+            let received = head.await.map_err(|_| broken(Aborted("the gateway broke off")))?;
+            let is_empty = received.end_of_stream;
+            let unread = || ApiError::upstream("the gateway sent an answer that can't be read");
+            let received = ReceivedHeaders::read(received.headers).ok_or_else(unread)?;
+            let status = received
+                .pseudo_header(":status")
+                .and_then(|status| StatusCode::from_bytes(status).ok());
             let status = status.ok_or_else(unread)?;
-            let (headers, progress) = (told.headers.clone(), answer.progress.clone());
-            *lock(&self.original) = Some(Original { status, headers, is_empty, progress });
-            let mut response = Response::new(reqwest::Body::wrap_stream(answer.pieces()));
-            (*response.status_mut(), *response.headers_mut()) = (status, told.headers);
+            let (headers, progress) = (received.headers.clone(), answer.progress.clone());
+            *lock(&self.upstream_head) = Some(UpstreamHead { status, headers, is_empty, progress });
+            let mut response = Response::new(reqwest::Body::wrap_stream(answer.chunks()));
+            (*response.status_mut(), *response.headers_mut()) = (status, received.headers);
             Ok(response.into())
         };
-        carried.boxed()
+        guard_request.boxed()
     }
 }
 
-impl Envoy {
-    /// Says how the request goes on, and sends its body after it.
-    async fn send(&self, request: Request<reqwest::Body>) -> Result<(), Broken> {
+impl EnvoyCarrier {
+    /// Sends the request's headers, and then its body.
+    async fn send_request(&self, request: Request<reqwest::Body>) -> Result<(), Aborted> {
         let (mut head, body) = request.into_parts();
         match body.size_hint().exact() {
             Some(1..) if self.is_empty => {
-                return Err(Broken("a request without a body can't get one"));
+                return Err(Aborted("a request without a body can't get one"));
             }
             Some(length) if !self.is_empty => {
                 drop(head.headers.insert(header::CONTENT_LENGTH, length.into()))
@@ -462,13 +352,13 @@ impl Envoy {
         if path != self.path {
             change.set_headers.extend(headers::path(path));
         }
-        self.out.say(Reply::RequestHeaders(headed(change))).await?;
+        self.out.send(Reply::RequestHeaders(headed(change))).await?;
         if !self.is_empty {
             let (out, mut progress) = (self.out.clone(), self.progress.clone());
-            lock(&self.sending).spawn(async move {
-                progress.begun().await;
-                let ended = progress.ended();
-                if let Err(Broken(why)) =
+            lock(&self.body_task).spawn(async move {
+                progress.has_begun().await;
+                let ended = progress.wait_for_end();
+                if let Err(Aborted(why)) =
                     out.body(body, Reply::RequestBody, Reply::RequestTrailers, ended).await
                 {
                     tracing::debug!(why, "a request's body broke off");
@@ -478,41 +368,44 @@ impl Envoy {
         Ok(())
     }
 
-    /// Says what the client gets.
-    async fn answer(&self, response: Response<Body>) -> Result<(), Broken> {
-        let Some(Original { status, headers, is_empty, mut progress }) =
-            lock(&self.original).take()
+    /// Sends the client's answer.
+    async fn answer(&self, response: Response<Body>) -> Result<(), Aborted> {
+        let Some(UpstreamHead { status, headers, is_empty, mut progress }) =
+            lock(&self.upstream_head).take()
         else {
-            return at_once(response, &self.out).await;
+            return reply_at_once(response, &self.out).await;
         };
         let (mut head, mut body) = response.into_parts();
-        // What comes of ours before the gateway takes it: signs of life, or all of an error.
+        // What our answer has before the gateway accepts it: keep-alive comments, or a complete
+        // error.
         let mut early = BytesMut::new();
         let has_begun = loop {
             let frame = tokio::select! {
                 biased;
-                has_begun = progress.begun(), if !is_empty => break has_begun,
+                has_begun = progress.has_begun(), if !is_empty => break has_begun,
                 frame = body.frame() => frame,
             };
             match frame
                 .transpose()
-                .map_err(|_| Broken("an answer broke off"))?
+                .map_err(|_| Aborted("an answer broke off"))?
                 .map(Frame::into_data)
             {
-                Some(Ok(piece)) if early.len() + piece.len() <= AT_ONCE => {
-                    early.extend_from_slice(&piece)
+                Some(Ok(chunk)) if early.len() + chunk.len() <= MAX_IMMEDIATE => {
+                    early.extend_from_slice(&chunk)
                 }
                 Some(Ok(_)) => {
-                    return Err(Broken("an answer is longer than what can be given at once"));
+                    return Err(Aborted("an answer is too long for an immediate response"));
                 }
                 Some(Err(_)) => {}
                 None => break false,
             }
         };
         if !has_begun && (!is_empty || !early.is_empty()) {
-            let rest = to_bytes(body, AT_ONCE).await.map_err(|_| Broken("an answer broke off"))?;
+            let rest =
+                to_bytes(body, MAX_IMMEDIATE).await.map_err(|_| Aborted("an answer broke off"))?;
             early.extend_from_slice(&rest);
-            return at_once(Response::from_parts(head, early.freeze().into()), &self.out).await;
+            return reply_at_once(Response::from_parts(head, early.freeze().into()), &self.out)
+                .await;
         }
         if let Some(rest) = body.size_hint().exact().filter(|_| !is_empty) {
             head.headers.insert(header::CONTENT_LENGTH, (early.len() as u64 + rest).into());
@@ -521,14 +414,14 @@ impl Envoy {
         if head.status != status {
             change.set_headers.push(headers::status(head.status));
         }
-        self.out.say(Reply::ResponseHeaders(headed(change))).await?;
+        self.out.send(Reply::ResponseHeaders(headed(change))).await?;
         if is_empty {
             return Ok(());
         }
         let early = stream::iter([Ok(Frame::data(early.freeze()))]);
         let whole = StreamBody::new(early.chain(body.into_data_stream().map_ok(Frame::data)));
-        // Where the answer is whole before the other's is, it ends it.
-        let ended = async { progress.end().unwrap_or(End::Whole) };
+        // If our answer is complete before the original, it ends the original.
+        let ended = async { progress.end().unwrap_or(BodyEnd::Whole) };
         self.out.body(whole, Reply::ResponseBody, Reply::ResponseTrailers, ended).await
     }
 }
@@ -543,15 +436,15 @@ fn headed(change: HeaderMutation) -> HeadersResponse {
     }
 }
 
-/// An answer in the place of all else.
-async fn at_once(response: Response<Body>, out: &Out) -> Result<(), Broken> {
+/// Replies with an immediate answer.
+async fn reply_at_once(response: Response<Body>, out: &Replies) -> Result<(), Aborted> {
     let (head, body) = response.into_parts();
-    let body = to_bytes(body, AT_ONCE).await.map_err(|_| Broken("an answer broke off"))?;
+    let body = to_bytes(body, MAX_IMMEDIATE).await.map_err(|_| Aborted("an answer broke off"))?;
     let reply = ImmediateResponse {
         status: Some(HttpStatus { code: head.status.as_u16().into() }),
         headers: Some(headers::change_answer(&HeaderMap::new(), &head.headers)),
         body,
         details: "ecso".into(),
     };
-    out.say(Reply::Immediate(reply)).await
+    out.send(Reply::Immediate(reply)).await
 }

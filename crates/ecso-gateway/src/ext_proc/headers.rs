@@ -1,51 +1,52 @@
-//! Headers, as Envoy tells them and as it is told to change them.
+//! Headers as Envoy sends them, and the changes that it is asked to make.
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use bytes::Bytes;
 
 use super::messages::{Header, HeaderMutation, HeaderValueOption, Headers};
 
-/// In the place of values that are there.
+/// Replaces existing values.
 const OVERWRITE: i32 = 2;
-/// Beside values that are there.
+/// Adds to existing values.
 const APPEND: i32 = 0;
 
-/// Headers as they were told: those of HTTP/2 that begin with a colon, and the others.
-pub(super) struct Told {
+/// Received headers: HTTP/2 pseudo-headers, and all others.
+pub(super) struct ReceivedHeaders {
     /// `:method`, `:path`, `:authority`, `:status`, …
-    special: Vec<(String, Bytes)>,
+    pseudo_header: Vec<(String, Bytes)>,
     pub(super) headers: HeaderMap,
 }
 
-impl Told {
-    /// None where there is one that can't be a header.
-    pub(super) fn read(told: Option<Headers>) -> Option<Self> {
-        let (mut special, mut headers) = (Vec::new(), HeaderMap::new());
-        for Header { key, value, raw_value } in told.unwrap_or_default().headers {
+impl ReceivedHeaders {
+    /// Reads headers. `None` if one of them is invalid.
+    pub(super) fn read(received: Option<Headers>) -> Option<Self> {
+        let (mut pseudo_header, mut headers) = (Vec::new(), HeaderMap::new());
+        for Header { key, value, raw_value } in received.unwrap_or_default().headers {
             let value = if raw_value.is_empty() { Bytes::from(value) } else { raw_value };
             if key.starts_with(':') {
-                special.push((key, value));
+                pseudo_header.push((key, value));
             } else {
                 let name = HeaderName::try_from(key).ok()?;
                 headers.append(name, HeaderValue::from_maybe_shared(value).ok()?);
             }
         }
-        Some(Self { special, headers })
+        Some(Self { pseudo_header, headers })
     }
 
-    /// One of those that begin with a colon.
-    pub(super) fn special(&self, name: &str) -> Option<&[u8]> {
-        let found = self.special.iter().find(|(known, _)| known == name);
+    /// A pseudo-header.
+    pub(super) fn pseudo_header(&self, name: &str) -> Option<&[u8]> {
+        let found = self.pseudo_header.iter().find(|(known, _)| known == name);
         found.map(|(_, value)| value.as_ref())
     }
 }
 
-/// What makes the headers `to` of the headers `from`, of a request.
+/// The changes that turn the request headers `from` into `to`.
 pub(super) fn change(from: &HeaderMap, to: &HeaderMap) -> HeaderMutation {
-    changed(from, to, |name, _| is_the_gateways(name))
+    changed(from, to, |name, _| belongs_to_gateway(name))
 }
 
-/// The same of an answer: of what the gateway sets in these itself, figures alone stay.
+/// The changes for response headers. Of the headers that the gateway sets itself, only numbers are
+/// kept.
 pub(super) fn change_answer(from: &HeaderMap, to: &HeaderMap) -> HeaderMutation {
     let is_figure = |value: &HeaderValue| value.as_bytes().iter().all(u8::is_ascii_digit);
     changed(from, to, |name, value| {
@@ -66,12 +67,12 @@ fn changed(
             option(name.as_str(), value, if nth == 0 { OVERWRITE } else { APPEND })
         })
     });
-    let gone = from.keys().filter(|name| {
+    let removed = from.keys().filter(|name| {
         !to.contains_key(*name) && !from.get_all(*name).iter().all(|value| stays(name, value))
     });
     HeaderMutation {
         set_headers: set.collect(),
-        remove_headers: gone.map(ToString::to_string).collect(),
+        remove_headers: removed.map(ToString::to_string).collect(),
     }
 }
 
@@ -91,9 +92,8 @@ fn option(name: &str, value: &HeaderValue, append_action: i32) -> HeaderValueOpt
     HeaderValueOption { header: Some(header), append_action }
 }
 
-/// Whether a header is the gateway's own business: it sets these itself, and does not let others
-/// change some.
-fn is_the_gateways(name: &HeaderName) -> bool {
+/// Whether the gateway manages this header itself. Some of these can't be changed by others.
+fn belongs_to_gateway(name: &HeaderName) -> bool {
     const KNOWN: [HeaderName; 4] = [
         header::HOST,
         header::TRANSFER_ENCODING,
@@ -129,14 +129,14 @@ mod tests {
             [("b", b"2".as_ref(), OVERWRITE), ("d", b"3", OVERWRITE), ("d", b"4", APPEND)]
         );
         assert_eq!(change.remove_headers, ["c"]);
-        // Of an answer a figure stays, and no word.
+        // In an answer, numbers stay and words don't.
         let from = map(&[
             ("x-envoy-attempt-count", "1"),
             ("x-envoy-said", "rye bread"),
             ("x-forwarded-for", "rye"),
         ]);
-        let mut gone = change_answer(&from, &HeaderMap::new()).remove_headers;
-        gone.sort_unstable();
-        assert_eq!(gone, ["x-envoy-said", "x-forwarded-for"]);
+        let mut removed = change_answer(&from, &HeaderMap::new()).remove_headers;
+        removed.sort_unstable();
+        assert_eq!(removed, ["x-envoy-said", "x-forwarded-for"]);
     }
 }

@@ -1,5 +1,5 @@
-//! The messages of `envoy.service.ext_proc.v3` that are used here. What Envoy sends beside is
-//! passed over, as Protocol Buffers want it.
+//! The messages of `envoy.service.ext_proc.v3` that are used here. Other fields are ignored, as
+//! usual with Protocol Buffers.
 #![expect(missing_docs, reason = "Envoy documents them, by the same names")]
 
 use bytes::Bytes;
@@ -10,7 +10,7 @@ use prost::{Message, Oneof};
 pub struct ProcessingRequest {
     #[prost(oneof = "Part", tags = "2, 3, 4, 5, 6, 7")]
     pub part: Option<Part>,
-    /// Envoy does not wait for what is said to it.
+    /// Envoy does not wait for replies.
     #[prost(bool, tag = "10")]
     pub observability_mode: bool,
     /// In the first message only.
@@ -34,7 +34,7 @@ pub enum Part {
     ResponseTrailers(HttpTrailers),
 }
 
-/// How bodies come.
+/// How bodies are sent.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct ProtocolConfiguration {
     #[prost(int32, tag = "1")]
@@ -43,7 +43,7 @@ pub struct ProtocolConfiguration {
     pub response_body_mode: i32,
 }
 
-/// The one body mode that is spoken here.
+/// The only supported body mode.
 pub const FULL_DUPLEX_STREAMED: i32 = 4;
 
 #[derive(Clone, PartialEq, Message)]
@@ -66,7 +66,7 @@ pub struct Headers {
 pub struct Header {
     #[prost(string, tag = "1")]
     pub key: String,
-    /// What has no `raw_value` may have this.
+    /// Used if `raw_value` is empty.
     #[prost(string, tag = "2")]
     pub value: String,
     #[prost(bytes = "bytes", tag = "3")]
@@ -79,7 +79,7 @@ pub struct HttpBody {
     pub body: Bytes,
     #[prost(bool, tag = "2")]
     pub end_of_stream: bool,
-    /// The stream ended without another piece.
+    /// The stream ended without another chunk.
     #[prost(bool, tag = "3")]
     pub end_of_stream_without_message: bool,
 }
@@ -90,7 +90,7 @@ pub struct HttpTrailers {
     pub trailers: Option<Headers>,
 }
 
-/// To Envoy: what becomes of a part.
+/// To Envoy: what happens to a part.
 #[derive(Clone, PartialEq, Message)]
 pub struct ProcessingResponse {
     #[prost(oneof = "Reply", tags = "1, 2, 3, 4, 5, 6, 7")]
@@ -147,7 +147,7 @@ pub struct HeaderMutation {
 pub struct HeaderValueOption {
     #[prost(message, optional, tag = "1")]
     pub header: Option<Header>,
-    /// 0 appends, 2 puts in the place of others.
+    /// 0 appends, 2 overwrites.
     #[prost(int32, tag = "3")]
     pub append_action: i32,
 }
@@ -172,7 +172,7 @@ pub struct TrailersResponse {
     pub header_mutation: Option<HeaderMutation>,
 }
 
-/// An answer that Envoy gives at once, in the place of all else.
+/// An answer that Envoy sends immediately, in place of everything else.
 #[derive(Clone, PartialEq, Message)]
 pub struct ImmediateResponse {
     #[prost(message, optional, tag = "1")]

@@ -1,11 +1,11 @@
-//! The guard as a part of somebody else's gateway: Envoy's external processing
-//! (`envoy.service.ext_proc.v3`), with bodies in the mode `FULL_DUPLEX_STREAMED`.
+//! The guard as a part of Envoy: external processing (`envoy.service.ext_proc.v3`) with bodies in
+//! the mode `FULL_DUPLEX_STREAMED`.
 //!
-//! A request and its answer are one stream of messages (`exchange`). The gateway tells of the
-//! request; the guard says how it goes on, hears the answer, and says what the client gets. All
-//! that is decided is decided by the code of our own server: here a request is only carried by
-//! another.
+//! A request and its answer are one stream of messages (`exchange`). Envoy sends the request, the
+//! guard says how it continues, reads the answer, and says what the client gets. All decisions are
+//! made by the code of our own server; here, the gateway only carries the request.
 
+mod body;
 mod exchange;
 mod headers;
 pub mod messages;
@@ -28,59 +28,46 @@ use tokio::{net::TcpListener, sync::mpsc};
 use tonic::{Status, Streaming, server::StreamingService};
 use tonic_prost::ProstCodec;
 
-use crate::server::Gateway;
+use crate::{connections::accept, server::Gateway};
 
-/// Where the service is.
+/// The path of the service.
 pub const PATH: &str = "/envoy.service.ext_proc.v3.ExternalProcessor/Process";
-/// Bytes that a stream may send ahead: whoever does not read holds no more.
-const AHEAD: u32 = 256 << 10;
+/// Bytes that a stream may send ahead. This bounds what an unread stream holds.
+const STREAM_WINDOW: u32 = 256 << 10;
 /// The same for a connection: no stream waits for another.
-const AHEAD_TOGETHER: u32 = (1 << 31) - 1;
-/// Seconds after which a connection that says nothing is asked whether it is there, and for its
-/// answer.
-const STILL_THERE: Duration = Duration::from_secs(20);
+const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
+/// The interval of pings on a silent connection, and the time to answer one.
+const PING_INTERVAL: Duration = Duration::from_secs(20);
 
-/// Serves gateways until `stop`; then takes no new work and finishes what runs. HTTP/2 without TLS:
-/// only the gateway may reach it.
+/// Serves gateways until `stop` is ready, then accepts nothing new and finishes what runs. HTTP/2
+/// without TLS: only the gateway may be able to reach it.
 ///
 /// # Errors
-/// When the listener fails.
+/// If the listener fails.
 pub async fn serve(
     gateway: Arc<Gateway>,
     listener: TcpListener,
     stop: impl Future<Output = ()> + Send,
 ) -> io::Result<()> {
     let streams = u32::try_from(gateway.state().settings.limits.connections).unwrap_or(u32::MAX);
-    let process = Process { router: Arc::clone(&gateway).carried(), gateway };
+    let process = Process { router: Arc::clone(&gateway).carrier_router(), gateway };
     let (graceful, mut stop) = (GracefulShutdown::new(), pin!(stop));
     let mut builder = http2::Builder::new(TokioExecutor::new());
     builder
         .timer(TokioTimer::new())
-        .keep_alive_interval(STILL_THERE)
-        .keep_alive_timeout(STILL_THERE)
+        .keep_alive_interval(PING_INTERVAL)
+        .keep_alive_timeout(PING_INTERVAL)
         .max_concurrent_streams(streams)
-        .initial_stream_window_size(AHEAD)
-        .initial_connection_window_size(AHEAD_TOGETHER);
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW);
     loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = &mut stop => break,
-        };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "a connection can't be taken");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
-        let _ = stream.set_nodelay(true);
+        let Some(stream) = accept(&listener, stop.as_mut(), || ()).await else { break };
         let process = process.clone();
-        let called = service_fn(move |request| called(process.clone(), request));
-        let connection = graceful.watch(builder.serve_connection(TokioIo::new(stream), called));
+        let service = service_fn(move |request| handle(process.clone(), request));
+        let connection = graceful.watch(builder.serve_connection(TokioIo::new(stream), service));
         tokio::spawn(async move {
             if let Err(error) = connection.await {
-                tracing::debug!(%error, "a gateway's connection broke");
+                tracing::debug!(%error, "the connection of a gateway failed");
             }
         });
     }
@@ -89,8 +76,8 @@ pub async fn serve(
     Ok(())
 }
 
-/// A call of the service, or of what is not there.
-async fn called(
+/// Handles a call of the service, or of an unknown path.
+async fn handle(
     process: Process,
     request: Request<Incoming>,
 ) -> Result<Response<tonic::body::Body>, Infallible> {
@@ -118,24 +105,27 @@ impl StreamingService<ProcessingRequest> for Process {
     type Future = BoxFuture<'static, Result<tonic::Response<Self::ResponseStream>, Status>>;
 
     fn call(&mut self, request: tonic::Request<Streaming<ProcessingRequest>>) -> Self::Future {
-        let Ok(place) = Arc::clone(&self.gateway.places).try_acquire_owned() else {
-            return ready(Err(Status::resource_exhausted("too many requests are open"))).boxed();
+        let Ok(permit) = Arc::clone(&self.gateway.connection_permits).try_acquire_owned() else {
+            return ready(Err(Status::resource_exhausted(
+                "too many requests are open: try again later",
+            )))
+            .boxed();
         };
         let patience = self.gateway.state().settings.limits.patience();
-        let (said, mut heard) = mpsc::channel(4);
+        let (sender, mut receiver) = mpsc::channel(4);
         let router = self.router.clone();
         tokio::spawn(async move {
-            exchange::exchange(router, patience, request.into_inner(), said).await;
-            drop(place);
+            exchange::run(router, patience, request.into_inner(), sender).await;
+            drop(permit);
         });
-        // A stream that ended well without a last word would let pass what nobody judged.
+        // If a stream ended cleanly without a last reply, Envoy would let the rest pass unjudged.
         let replies = async_stream::stream! {
             loop {
-                match heard.recv().await {
-                    Some(exchange::Said::Reply(reply)) => yield Ok(ProcessingResponse { reply: Some(reply) }),
-                    Some(exchange::Said::Done) => break,
-                    Some(exchange::Said::Broken) | None => {
-                        yield Err(Status::aborted("the guard broke off"));
+                match receiver.recv().await {
+                    Some(exchange::Outgoing::Reply(reply)) => yield Ok(ProcessingResponse { reply: Some(reply) }),
+                    Some(exchange::Outgoing::Done) => break,
+                    Some(exchange::Outgoing::Aborted) | None => {
+                        yield Err(Status::aborted("the guard stopped before its last reply"));
                         break;
                     }
                 }

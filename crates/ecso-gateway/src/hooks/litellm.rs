@@ -1,6 +1,5 @@
-//! LiteLLM's generic guardrail API: a call with the request, and later one with the answer. The two
-//! have one name, which is the proxy's own: a name that a client chose could stand for two
-//! requests.
+//! LiteLLM's generic guardrail API: a call with the request, and later one with the answer. Both
+//! carry the proxy's own call id; an id that a client chose could stand for two requests.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -14,31 +13,34 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::ToSchema;
 
-use super::{Given, Judged, Outlook, hooked, judged, outlook, pending::Known, shown};
+use super::{
+    Decision, JudgedAnswer, ProvidedAnswer, decide, handle_call, judge_answer,
+    pending::PendingCall, with_fetched_images,
+};
 use crate::{
     context::RequestContext,
     error::{ApiError, ApiErrors},
-    json::texts_of,
+    json::collect_texts,
     request::is_remote,
     server::Gateway,
     settings::{Mode, Unseen},
 };
 
-/// What LiteLLM shows. Its parameters for one provider are not read: a client can set them.
+/// A call from LiteLLM. Its provider parameters are not read, because a client can set them.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(crate) struct LiteLlmCall {
     input_type: LiteLlmKind,
-    /// The proxy's name for the call, the same with the request and with the answer.
+    /// The proxy's id for the call, the same for request and answer.
     #[serde(default)]
     litellm_call_id: Option<String>,
-    /// The conversation; with the request alone.
+    /// The conversation; only with the request.
     #[serde(default)]
     #[schema(value_type = Option<Vec<Object>>)]
     structured_messages: Option<Vec<Value>>,
-    /// Texts of the conversation, or of the answer.
+    /// The texts of the conversation, or of the answer.
     #[serde(default)]
     texts: Option<Vec<String>>,
-    /// URLs, data URLs, or bare base64.
+    /// URLs, data URLs, or plain base64.
     #[serde(default)]
     images: Option<Vec<String>>,
     #[serde(default)]
@@ -52,7 +54,7 @@ pub(crate) struct LiteLlmCall {
     /// Whose request it is.
     #[serde(default)]
     request_data: Option<LiteLlmCaller>,
-    /// The client's headers, as far as the proxy tells them.
+    /// The client's headers, as far as the proxy sends them.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     request_headers: Option<BTreeMap<String, Value>>,
@@ -71,17 +73,17 @@ pub(crate) struct LiteLlmCaller {
     user_api_key_hash: Option<String>,
 }
 
-/// What it is to do.
+/// What LiteLLM is to do.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct LiteLlmVerdict {
     action: LiteLlmAction,
     /// For the client.
     #[serde(skip_serializing_if = "Option::is_none")]
     blocked_reason: Option<String>,
-    /// The answer's texts, as many as came.
+    /// The texts of the answer, as many as were sent.
     #[serde(skip_serializing_if = "Option::is_none")]
     texts: Option<Vec<String>>,
-    /// The conversation, with the images in it that were only named.
+    /// The conversation, with its fetched images in place of their URLs.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Vec<Object>>)]
     structured_messages: Option<Vec<Value>>,
@@ -118,14 +120,14 @@ pub(crate) async fn litellm(
     request: axum::extract::Request,
 ) -> Response {
     let work = async |context, call: LiteLlmCall| match call.input_type {
-        LiteLlmKind::Request => asked(context, call).await,
-        LiteLlmKind::Response => Box::pin(answered(&gateway, context, call)).await,
+        LiteLlmKind::Request => on_request(context, call).await,
+        LiteLlmKind::Response => Box::pin(on_response(&gateway, context, call)).await,
     };
-    hooked(&gateway, "litellm", request, failed, work).await
+    handle_call(&gateway, "litellm", request, failed, work).await
 }
 
-/// What can't be guarded is blocked, so that the client is told why. What failed here is 500: other
-/// statuses the proxy may be told to pass.
+/// What can't be guarded is blocked, so that the client sees the reason. A failure of the guard is
+/// a 500: the proxy may be configured to ignore other statuses.
 fn failed(error: ApiError) -> Result<LiteLlmVerdict, ApiError> {
     match error.status {
         StatusCode::BAD_REQUEST
@@ -138,25 +140,29 @@ fn failed(error: ApiError) -> Result<LiteLlmVerdict, ApiError> {
     }
 }
 
-/// Reads a request, and keeps it until its answer comes.
-async fn asked(mut context: RequestContext, call: LiteLlmCall) -> Result<LiteLlmVerdict, ApiError> {
+/// Reads a request, and keeps it until its answer arrives.
+async fn on_request(
+    mut context: RequestContext,
+    call: LiteLlmCall,
+) -> Result<LiteLlmVerdict, ApiError> {
     let chat = call.chat();
-    let whole = call.is_whole().map(|()| chat.clone());
-    let (known, seen) = match outlook(&mut context, call.model.as_deref(), whole).await? {
-        Outlook::Free => (Known::Free, None),
-        Outlook::Observed => (Known::Waits(chat.to_string().into_bytes().into()), None),
-        Outlook::Guarded(read) => {
+    let whole = call.check_complete().map(|()| chat.clone());
+    let (known, seen) = match decide(&mut context, call.model.as_deref(), whole).await? {
+        Decision::Pass => (PendingCall::Unguarded, None),
+        Decision::Observe => (PendingCall::Waiting(chat.to_string().into_bytes().into()), None),
+        Decision::Guard(read) => {
             let messages = chat["messages"].as_array().map(Vec::as_slice).unwrap_or_default();
-            let seen = shown(messages, &read);
+            let seen = with_fetched_images(messages, &read);
             if seen.is_some() && call.structured_messages.as_deref() != Some(messages) {
-                let message = "an image is named by its URL where it can't be put in its place: send it as a data URL";
+                let message = "an image is named by its URL in a place where it can't be \
+                               replaced: send it as a data URL";
                 return Err(ApiError::bad_request("image_url_refused", message));
             }
-            // From here on every image is in it.
-            (Known::Waits(read.body()?.into()), seen)
+            // From here on it contains all images.
+            (PendingCall::Waiting(read.body()?.into()), seen)
         }
     };
-    match call.keep(&context, &known) {
+    match call.remember(&context, &known) {
         Err(error) if context.mode == Mode::Enforce => return Err(error),
         Err(error) => error.log(&context.id),
         Ok(()) => {}
@@ -170,8 +176,8 @@ async fn asked(mut context: RequestContext, call: LiteLlmCall) -> Result<LiteLlm
     })
 }
 
-/// Judges an answer to a request that was kept.
-async fn answered(
+/// Judges the answer to a request that was kept.
+async fn on_response(
     gateway: &Gateway,
     mut context: RequestContext,
     call: LiteLlmCall,
@@ -181,32 +187,36 @@ async fn answered(
     if context.mode == Mode::Off {
         return Ok(LiteLlmVerdict::pass());
     }
-    let found = call.name(&context).and_then(|(tenant, id)| {
+    let finding = call.key(&context).and_then(|(tenant, id)| {
         let block = |code, message| Err(ApiError::bad_request(code, message));
-        match state.pending.answer((&tenant, id)) {
-            Some(Known::Free) => Ok(None),
-            Some(Known::Waits(chat)) => {
-                serde_json::from_slice(&chat).map(Some).map_err(|_| ApiError::upstream("a request that was kept is broken"))
-            }
-            Some(Known::Answered) => block(
+        match state.pending.take((&tenant, id)) {
+            Some(PendingCall::Unguarded) => Ok(None),
+            Some(PendingCall::Waiting(chat)) => serde_json::from_slice(&chat)
+                .map(Some)
+                .map_err(|_| ApiError::upstream("a stored request can't be read")),
+            Some(PendingCall::Answered) => block(
                 "answered_twice",
-                "this answer comes in pieces, which can't be held back: set streaming_transform_mode: incremental_diff and \
-                 streaming_end_of_stream_only: true, and don't stream answers that call tools",
+                "this answer arrives in parts, which can't be held back: set \
+                 streaming_transform_mode: incremental_diff and streaming_end_of_stream_only: \
+                 true, and don't stream answers that call tools",
             ),
-            Some(Known::Doubled) => block("call_id_taken", "two requests have the same litellm_call_id"),
-            None if state.settings.unseen == Unseen::Judge => Ok(Some(call.unseen())),
+            Some(PendingCall::Ambiguous) => {
+                block("call_id_taken", "two requests have the same litellm_call_id")
+            }
+            None if state.settings.unseen == Unseen::Judge => Ok(Some(call.placeholder_chat())),
             None => block(
                 "request_unseen",
-                "the guard has not seen this request: LiteLLM shows none that has an image and no text",
+                "the guard has not seen this request: LiteLLM does not send requests with an image \
+                 and no text",
             ),
         }
     });
-    let chat = match found {
+    let chat = match finding {
         Ok(Some(chat)) => chat,
         Ok(None) => return Ok(LiteLlmVerdict::pass()),
         Err(error) if context.mode == Mode::Observe => {
             error.log(&context.id);
-            context.unjudged(&error);
+            context.record_failure(&error);
             return Ok(LiteLlmVerdict::pass());
         }
         Err(error) => return Err(error),
@@ -218,10 +228,10 @@ async fn answered(
     {
         return Err(ApiError::bad_request(
             "unsupported_content",
-            "an answer that shows images can't be guarded",
+            "an answer with images can't be guarded",
         ));
     }
-    // What waits was found to be in scope, or is not known.
+    // A waiting request is in scope, or could not be read.
     context.is_in_scope = true;
     let most = state.settings.limits.choices as usize;
     if call.texts.as_ref().is_some_and(|texts| texts.len() > most) && context.mode == Mode::Enforce
@@ -231,77 +241,78 @@ async fn answered(
             format!("at most {most} answers are judged at a time"),
         ));
     }
-    let given = call.given();
-    let judged = judged(
+    let answer = call.chat_answer();
+    let judged = judge_answer(
         gateway,
         context,
         None,
         &chat,
-        Given { door: "litellm", chat: Bytes::clone(&given), own: given },
+        ProvidedAnswer { door: "litellm", chat: Bytes::clone(&answer), own: answer },
     )
     .await?;
     Ok(call.verdict(&judged))
 }
 
 impl LiteLlmCall {
-    /// Whose call it is, and its name, which must be the proxy's own.
-    fn name(&self, context: &RequestContext) -> Result<(String, &str), ApiError> {
+    /// The tenant of the call, and its id, which must be the proxy's own.
+    fn key(&self, context: &RequestContext) -> Result<(String, &str), ApiError> {
         let id = self.litellm_call_id.as_deref().filter(|id| !id.is_empty());
         let id = id.ok_or_else(|| {
-            ApiError::bad_request("call_id_missing", "there is no litellm_call_id")
+            ApiError::bad_request("call_id_missing", "litellm_call_id is missing")
         })?;
         let headers = self.request_headers.as_ref().ok_or_else(|| {
             let message =
-                "there are no request_headers, which tell whether the client chose litellm_call_id";
+                "request_headers are missing: they show whether the client chose litellm_call_id";
             ApiError::bad_request("call_id_unknown", message)
         })?;
         if headers.keys().any(|name| name.eq_ignore_ascii_case("x-litellm-call-id")) {
             let message =
-                "the header x-litellm-call-id is not taken: two requests could have the same id";
+                "the header x-litellm-call-id is not accepted: two requests could have the same id";
             return Err(ApiError::bad_request("call_id_chosen", message));
         }
         let key = self.request_data.as_ref().and_then(|caller| caller.user_api_key_hash.as_deref());
         Ok((format!("{} {}", context.tenant(), key.unwrap_or_default()), id))
     }
 
-    /// Keeps what is known of the request until its answer comes.
-    fn keep(&self, context: &RequestContext, known: &Known) -> Result<(), ApiError> {
-        let (tenant, id) = self.name(context)?;
-        if context.state.pending.keep((&tenant, id), known) {
+    /// Keeps what is known about the request until its answer arrives.
+    fn remember(&self, context: &RequestContext, known: &PendingCall) -> Result<(), ApiError> {
+        let (tenant, id) = self.key(context)?;
+        if context.state.pending.insert((&tenant, id), known) {
             return Ok(());
         }
-        let message = "the request is longer than what is kept until its answer comes (`gateway.limits.pending`)";
+        let message = "the request is longer than `gateway.limits.pending`, so it can't be kept \
+                       until its answer arrives";
         Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message))
     }
 
-    /// Holds that nothing is seen to be left out of the messages, or to stand as text where the
-    /// model gets an image.
-    fn is_whole(&self) -> Result<(), ApiError> {
-        for (place, message) in self.structured_messages.iter().flatten().enumerate() {
+    /// Returns an error if LiteLLM visibly left something out of the messages, or if an image is
+    /// sent as text.
+    fn check_complete(&self) -> Result<(), ApiError> {
+        for (index, message) in self.structured_messages.iter().flatten().enumerate() {
             let mut texts = HashSet::new();
-            texts_of(message, &mut texts);
+            collect_texts(message, &mut texts);
             let is_image = |text: &&str| !is_data_url(text) && text.contains("data:image/");
             let is_screenshot = message["role"] == "tool"
                 && texts.iter().any(|text| text.contains("computer_screenshot"));
             if is_screenshot || texts.iter().any(is_image) {
-                let message = format!("`structured_messages.{place}` has an image in its text");
+                let message = format!("`structured_messages.{index}` has an image in its text");
                 return Err(ApiError::bad_request("image_in_text", message));
             }
             if message["content"].as_array().is_some_and(Vec::is_empty) {
                 let message =
-                    format!("LiteLLM does not show what is in `structured_messages.{place}`");
+                    format!("LiteLLM did not send the content of `structured_messages.{index}`");
                 return Err(ApiError::bad_request("unsupported_content", message));
             }
         }
         Ok(())
     }
 
-    /// The request as a chat: its messages, and what was shown beside them.
+    /// The request as a chat: its messages, and whatever was sent in addition.
     fn chat(&self) -> Value {
         let messages = self.structured_messages.clone().unwrap_or_default();
-        let (mut known, mut beside) = (HashSet::new(), Vec::new());
+        let (mut known, mut extra_parts) = (HashSet::new(), Vec::new());
         for message in &messages {
-            texts_of(message, &mut known);
+            collect_texts(message, &mut known);
         }
         let written: HashSet<&str> = known
             .iter()
@@ -311,24 +322,24 @@ impl LiteLlmCall {
         for image in self.images.iter().flatten().filter(|image| !known.contains(image.as_str())) {
             let is_url = is_data_url(image) || is_remote(image);
             let url = if is_url { image.clone() } else { format!("data:;base64,{image}") };
-            // The same image stands in the messages with its media type.
+            // The same image is in the messages, with its media type.
             if !written.contains(image.as_str()) {
-                beside.push(json!({"type": "image_url", "image_url": {"url": url}}));
+                extra_parts.push(json!({"type": "image_url", "image_url": {"url": url}}));
             }
         }
         let calls = self.tool_calls.iter().flatten().filter(|call| !is_known(call, &known));
         let texts = self.texts.iter().flatten().filter(|text| !known.contains(text.as_str()));
         let texts = texts.cloned().chain(calls.map(Value::to_string));
-        beside.extend(texts.map(|text| json!({"type": "text", "text": text})));
-        let mut chat = json!({"model": self.model, "messages": with(messages, beside)});
+        extra_parts.extend(texts.map(|text| json!({"type": "text", "text": text})));
+        let mut chat = json!({"model": self.model, "messages": add_parts(messages, extra_parts)});
         if let Some(tools) = self.tools.as_ref().filter(|tools| !tools.is_empty()) {
             chat["tools"] = json!(tools);
         }
         chat
     }
 
-    /// A chat in the place of one that nobody knows.
-    fn unseen(&self) -> Value {
+    /// The chat that stands in for an unknown request.
+    fn placeholder_chat(&self) -> Value {
         json!({"model": self.model, "messages": [{"role": "user", "content": "(a request that is not known)"}]})
     }
 
@@ -336,13 +347,13 @@ impl LiteLlmCall {
         self.tool_calls.as_ref().is_some_and(|calls| !calls.is_empty())
     }
 
-    /// The answer, as the answer to a chat. Texts may be several answers, or parts of one: each is
-    /// a choice, and so is all of it, with the calls of tools; the calls are one by themselves too,
-    /// as a profile may read the beginning of an answer alone.
-    fn given(&self) -> Bytes {
+    /// The answer as the answer to a chat. Texts may be several answers, or parts of one: each
+    /// becomes a choice, and so does all of it with its tool calls. The calls are also a choice of
+    /// their own, because a profile may only read the beginning of an answer.
+    fn chat_answer(&self) -> Bytes {
         let texts = self.texts.as_deref().unwrap_or_default();
         let mut messages: Vec<Value> = texts.iter().map(|text| json!({"content": text})).collect();
-        let calls: Value = self.tool_calls.iter().flatten().map(called).collect();
+        let calls: Value = self.tool_calls.iter().flatten().map(tool_call).collect();
         if texts.len() != 1 || self.has_calls() {
             let mut all = json!({"content": texts.join("\n")});
             if self.has_calls() {
@@ -360,26 +371,28 @@ impl LiteLlmCall {
         json!({"model": self.model, "choices": choices.collect::<Vec<_>>()}).to_string().into()
     }
 
-    /// What the proxy is to do, by what was found.
-    fn verdict(&self, judged: &Judged) -> LiteLlmVerdict {
+    /// What the proxy is to do about a judged answer.
+    fn verdict(&self, judged: &JudgedAnswer) -> LiteLlmVerdict {
         if !judged.is_unsafe() {
             return LiteLlmVerdict::pass();
         }
         let texts = self.texts.as_deref().unwrap_or_default();
-        let said = |place: usize| {
-            let message = &judged.answer["choices"][place]["message"];
+        let text_of = |index: usize| {
+            let message = &judged.answer["choices"][index]["message"];
             message["content"].as_str().or_else(|| message["refusal"].as_str())
         };
-        let others: Option<Vec<String>> =
-            (0..texts.len()).map(|place| said(place).map(str::to_owned)).collect();
-        // What a tool is asked can't be taken out of an answer there, nor a part of a whole.
-        match others.filter(|others| !self.has_calls() && !others.is_empty() && others != texts) {
-            Some(others) => LiteLlmVerdict {
-                texts: Some(others),
+        let replacements: Option<Vec<String>> =
+            (0..texts.len()).map(|index| text_of(index).map(str::to_owned)).collect();
+        // Tool calls can't be removed from an answer here, and neither can a part of a whole.
+        match replacements.filter(|replacements| {
+            !self.has_calls() && !replacements.is_empty() && replacements != texts
+        }) {
+            Some(replacements) => LiteLlmVerdict {
+                texts: Some(replacements),
                 ..LiteLlmVerdict::of(LiteLlmAction::GuardrailIntervened)
             },
             None => LiteLlmVerdict::blocked(
-                "the guard holds this answer back: it calls it harmful".to_owned(),
+                "the guard blocked this answer: it was judged harmful".to_owned(),
             ),
         }
     }
@@ -388,18 +401,18 @@ impl LiteLlmCall {
 /// Whether all texts of a value are known.
 fn is_known(value: &Value, known: &HashSet<&str>) -> bool {
     let mut texts = HashSet::new();
-    texts_of(value, &mut texts);
+    collect_texts(value, &mut texts);
     texts.is_subset(known)
 }
 
-/// A call of a tool, every field of it.
-fn called(call: &Value) -> Value {
+/// A tool call with all its fields.
+fn tool_call(call: &Value) -> Value {
     let name = call["function"]["name"].as_str().unwrap_or_default();
     json!({"type": "function", "function": {"name": name, "arguments": call.to_string()}})
 }
 
-/// The messages with more parts in the last one of the user.
-fn with(mut messages: Vec<Value>, parts: Vec<Value>) -> Vec<Value> {
+/// Adds parts to the last user message.
+fn add_parts(mut messages: Vec<Value>, parts: Vec<Value>) -> Vec<Value> {
     if parts.is_empty() && !messages.is_empty() {
         return messages;
     }

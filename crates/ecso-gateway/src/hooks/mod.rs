@@ -1,9 +1,9 @@
-//! Hooks of gateways that others run: a gateway in front asks a model itself, and shows request and
-//! answer here.
+//! Hooks for other gateways: a gateway in front of the model calls the model itself, and sends
+//! request and answer here.
 //!
-//! A hook is a chat whose answer came with it. It goes the way of every chat, and where that would
-//! ask the model it is [`Given`] the answer. What comes out, the hook says in its gateway's words.
-//! So there is one guard, whoever asks the model.
+//! A hook is a chat whose answer came with it. It is handled like every chat, and wherever the
+//! model would be asked, it gets the [`ProvidedAnswer`]. The hook reports the result in its
+//! gateway's format. So the same guard applies, whoever calls the model.
 
 pub(crate) mod litellm;
 pub(crate) mod pending;
@@ -26,150 +26,150 @@ use tracing::Instrument;
 use utoipa::ToSchema;
 
 use crate::{
-    context::{RequestContext, is_plain},
+    context::{RequestContext, check_content_headers},
     error::ApiError,
-    json::{self as strict, is_label, says_little},
+    handlers,
+    json::{self as strict, has_no_prose, is_field_name},
     request::{self, is_remote},
-    server::{self, Gateway, request_id, signed},
+    server::{Gateway, finish_response, request_id},
     settings::Mode,
     telemetry,
     upstream::{CHAT, Carrier, HTTP},
-    wire::{BEFORE, Format, elsewhere},
+    wire::{Format, PREVIOUS_RESPONSE_ID, external_conversation},
 };
 
-/// A call of a hook: let in, read, and answered by `work`, or by `failed` where that can't be.
-async fn hooked<Call: DeserializeOwned, Said: Serialize>(
+/// Handles a call of a hook: admits it, reads it, and answers it with `work`, or with `failed` if
+/// that is not possible.
+async fn handle_call<Call: DeserializeOwned, Reply: Serialize>(
     gateway: &Gateway,
     route: &'static str,
     request: axum::extract::Request,
-    failed: impl FnOnce(ApiError) -> Result<Said, ApiError>,
-    work: impl AsyncFnOnce(RequestContext, Call) -> Result<Said, ApiError>,
+    failed: impl FnOnce(ApiError) -> Result<Reply, ApiError>,
+    work: impl AsyncFnOnce(RequestContext, Call) -> Result<Reply, ApiError>,
 ) -> axum::response::Response {
     let (id, state) = (request_id(), gateway.state());
     let (head, body) = request.into_parts();
-    let span = telemetry::span(route, &id, &head.headers);
-    let answered = async {
-        let worked = async {
-            let mut context = gateway.begin(&state, &id, head)?;
-            is_plain(&context.headers)?;
-            context.guarded();
-            // The gateway's key opens this door; no model's server is to see it.
-            context.without_keys();
+    let span = telemetry::request_span(route, &id, &head.headers);
+    let response = async {
+        let result = async {
+            let mut context = gateway.admit(&state, &id, head)?;
+            check_content_headers(&context.headers)?;
+            context.keep_known_headers();
+            // The gateway's key is for the guard; no model server may see it.
+            context.remove_credentials();
             let body = context.read(body).await?;
-            let unreadable = |why| {
-                ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"))
-            };
-            let call = strict::read(&body).map_err(unreadable)?;
-            let call =
-                serde_json::from_value(call).map_err(|error| unreadable(error.to_string()))?;
+            let call = strict::parse_as(&body)?;
             drop(body);
             Box::pin(work(context, call)).await
         };
-        let said = match worked.await {
-            Ok(said) => said,
+        let reply = match result.await {
+            Ok(reply) => reply,
             Err(error) => {
                 let (code, logged) = (error.code, error.clone());
-                let said = failed(error)?;
+                let reply = failed(error)?;
                 logged.log(&id);
                 state.metrics.failure(code);
-                said
+                reply
             }
         };
-        Ok(([(header::CONTENT_TYPE, "application/json")], json!(said).to_string()).into_response())
+        Ok(([(header::CONTENT_TYPE, "application/json")], json!(reply).to_string()).into_response())
     };
-    signed(&id, (HTTP, route), &state.metrics, answered.instrument(span)).await
+    finish_response(&id, (HTTP, route), &state.metrics, response.instrument(span)).await
 }
 
-/// What is to be done about the answer to a request.
-enum Outlook {
-    /// Nobody judges it: by mode, or out of scope.
-    Free,
-    /// It is judged beside.
-    Observed,
-    /// It is judged before it goes out. The request as it was read.
-    Guarded(Box<request::Request>),
+/// How the answer to a request is handled.
+enum Decision {
+    /// It is not judged: turned off, or out of scope.
+    Pass,
+    /// It is judged, but not held back.
+    Observe,
+    /// It is judged before it goes out. Holds the request.
+    Guard(Box<request::Request>),
 }
 
-/// Reads the chat that a model is to be asked for, as the guard would.
-async fn outlook(
+/// Decides how the answer to a chat is handled, by reading the chat as the guard would.
+async fn decide(
     context: &mut RequestContext,
     model: Option<&str>,
     chat: Result<Value, ApiError>,
-) -> Result<Outlook, ApiError> {
+) -> Result<Decision, ApiError> {
     let state = Arc::clone(&context.state);
     let model = model.filter(|name| !name.is_empty());
     context.mode = context.caller.mode(&state.settings, model, &context.headers)?;
     let scope = context.scope(model);
     match (
         context.mode,
-        chat.and_then(|chat| request::Body::of(chat, &state.settings.allow_fields)),
+        chat.and_then(|chat| request::Body::parse(chat, &state.settings.allow_fields)),
     ) {
-        (Mode::Off, _) => Ok(Outlook::Free),
-        (_, Ok(read)) if scope != Scope::All && !read.has_images() => Ok(Outlook::Free),
-        (Mode::Observe, _) => Ok(Outlook::Observed),
-        (Mode::Enforce, read) => Ok(Outlook::Guarded(Box::new(context.prepare(read?).await?))),
+        (Mode::Off, _) => Ok(Decision::Pass),
+        (_, Ok(read)) if scope != Scope::All && !read.has_images() => Ok(Decision::Pass),
+        (Mode::Observe, _) => Ok(Decision::Observe),
+        (Mode::Enforce, read) => Ok(Decision::Guard(Box::new(context.prepare(read?).await?))),
     }
 }
 
-/// A request, which is an object.
-fn object(request: &Value) -> Result<(), ApiError> {
+/// Checks that a request is an object.
+fn require_object(request: &Value) -> Result<(), ApiError> {
     if request.is_object() {
         Ok(())
     } else {
-        Err(ApiError::bad_request("invalid_request", "the request is no object"))
+        Err(ApiError::bad_request("invalid_request", "the request must be a JSON object"))
     }
 }
 
-/// Whether a request asks for a stream, to the server that is freest about how.
+/// Whether a request asks for a stream, as the most lenient server would read it.
 fn asks_for_stream(request: &Value) -> bool {
     !matches!(&request["stream"], Value::Null | Value::Bool(false)) && request["stream"] != 0
 }
 
-/// A stream that would be guarded: these gateways send it before they ask, or whatever they are
-/// told.
-fn streamed() -> ApiError {
-    let message = "a stream can't be held back from here: ask without `stream`, or have the gateway ask this server for the model";
+/// The error for a stream that would be guarded. These gateways send streams before they call the
+/// hook, or whatever it replies.
+fn stream_refused() -> ApiError {
+    let message = "a stream can't be held back by a hook: ask without `stream`, or make this \
+                   server the gateway's upstream";
     ApiError::bad_request("stream_not_guarded", message)
 }
 
-/// The chat that a request asks for, in whatever format.
-fn chat(format: Option<Format>, request: Value) -> Result<Value, ApiError> {
+/// The chat that a request of any format asks for.
+fn chat_of(format: Option<Format>, request: Value) -> Result<Value, ApiError> {
     match format {
         None => Ok(request),
-        Some(format) => format.read(request, &mut |_| Err(elsewhere(BEFORE))).map(|(chat, _)| chat),
+        Some(format) => format
+            .parse(request, &mut |_| Err(external_conversation(PREVIOUS_RESPONSE_ID)))
+            .map(|(chat, _)| chat),
     }
 }
 
-/// The messages of a chat with the images in them that were only named, so that the model sees what
-/// is judged; none if all were there.
-fn shown(messages: &[Value], read: &request::Request) -> Option<Vec<Value>> {
-    let names_one = |message: &Value| {
+/// The messages of a chat with its fetched images in place of their URLs, so that the model sees
+/// what is judged. `None` if there were no URLs.
+fn with_fetched_images(messages: &[Value], read: &request::Request) -> Option<Vec<Value>> {
+    let has_remote_image = |message: &Value| {
         let parts = message["content"].as_array().into_iter().flatten();
         let mut urls = parts.filter_map(|part| {
             part["image_url"]["url"].as_str().or_else(|| part["image_url"].as_str())
         });
         urls.any(is_remote)
     };
-    let is_known = |read: &Map<String, Value>| !names_one(&Value::Object(read.clone()));
-    let seen = messages.iter().zip(read.messages()).map(|(message, read)| {
-        let is_changed = names_one(message) && is_known(read);
+    let is_known = |read: &Map<String, Value>| !has_remote_image(&Value::Object(read.clone()));
+    let messages = messages.iter().zip(read.messages()).map(|(message, read)| {
+        let is_changed = has_remote_image(message) && is_known(read);
         if is_changed { (true, Value::Object(read.clone())) } else { (false, message.clone()) }
     });
-    let (changed, seen): (Vec<bool>, Vec<Value>) = seen.unzip();
-    changed.contains(&true).then_some(seen)
+    let (changed, messages): (Vec<bool>, Vec<Value>) = messages.unzip();
+    changed.contains(&true).then_some(messages)
 }
 
-/// An answer that came with its question.
-struct Given {
-    /// Whose hook it is.
+/// An answer that came with its request.
+struct ProvidedAnswer {
+    /// The door of its hook.
     door: &'static str,
     /// As the answer to a chat.
     chat: Bytes,
-    /// As it came, for the route of its own format.
+    /// Unchanged, for the route of its own format.
     own: Bytes,
 }
 
-impl Carrier for Given {
+impl Carrier for ProvidedAnswer {
     fn door(&self) -> &'static str {
         self.door
     }
@@ -186,40 +186,40 @@ impl Carrier for Given {
     }
 }
 
-/// What became of an answer.
-struct Judged {
-    /// `safe`, `unsafe`, `unchecked`; none where nobody looked.
+/// A judged answer.
+struct JudgedAnswer {
+    /// `safe`, `unsafe` or `unchecked`; `None` if it was not judged.
     verdict: Option<String>,
-    found: Found,
+    finding: HookFinding,
     /// What may go out.
     answer: Value,
 }
 
-/// What was found, for whoever reads the gateway's log.
+/// What was found, for the gateway's log.
 #[derive(Debug, Default, Serialize, ToSchema)]
-pub(crate) struct Found {
-    /// The name of this call in the guard's log.
+pub(crate) struct HookFinding {
+    /// The id of this call in the guard's log.
     #[serde(skip_serializing_if = "String::is_empty")]
     request_id: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     verdict: Option<String>,
-    /// Probability of harm, where the model tells.
+    /// Probability of harm, if the model reports one.
     #[serde(skip_serializing_if = "Option::is_none")]
     score: Option<f64>,
-    /// A short name of the failure.
+    /// A short name of the error.
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     message: Option<String>,
 }
 
-impl Found {
+impl HookFinding {
     fn failed(error: ApiError) -> Self {
         Self { error: Some(error.code), message: Some(error.message), ..Self::default() }
     }
 }
 
-impl Judged {
+impl JudgedAnswer {
     fn is_unsafe(&self) -> bool {
         self.verdict.as_deref() == Some("unsafe")
     }
@@ -229,80 +229,83 @@ impl Judged {
     }
 }
 
-/// Judges the answer to a request, and writes another where that is needed.
-async fn judged(
+/// Judges the answer to a request, and replaces it if needed.
+async fn judge_answer(
     gateway: &Gateway,
     context: RequestContext,
     format: Option<Format>,
     request: &Value,
-    given: Given,
-) -> Result<Judged, ApiError> {
+    provided: ProvidedAnswer,
+) -> Result<JudgedAnswer, ApiError> {
     let (id, longest) =
         (context.id.clone(), context.state.settings.limits.answer.saturating_mul(2));
-    let context = context.answered(Arc::new(given));
+    let context = context.with_answer(Arc::new(provided));
     let body = Body::from(request.to_string());
     let response = match format {
-        None => server::completion(gateway, context, body).await?,
-        Some(format) => server::translation(gateway, context, format, format.path(), body).await?,
+        None => handlers::answer_chat(gateway, context, body).await?,
+        Some(format) => {
+            handlers::answer_translated(gateway, context, format, format.path(), body).await?
+        }
     };
     let (head, body) = response.into_parts();
     let unreadable = || ApiError::upstream("the judged answer can't be read");
-    // To its end: what is observed is judged when all of it went by.
+    // Read to its end: an observed answer is judged once all of it was read.
     let body = to_bytes(body, longest).await.map_err(|_| unreadable())?;
     let answer = serde_json::from_slice(&body).map_err(|_| unreadable())?;
-    let said = |name| told(&head.headers, name);
-    let verdict = said("x-ecso-verdict");
-    let score = said("x-ecso-score").and_then(|score| score.parse().ok());
+    let text = |name| header_text(&head.headers, name);
+    let verdict = text("x-ecso-verdict");
+    let score = text("x-ecso-score").and_then(|score| score.parse().ok());
     let error = None;
-    let found = Found { request_id: id, verdict: verdict.clone(), score, error, message: None };
-    Ok(Judged { verdict, found, answer })
+    let finding =
+        HookFinding { request_id: id, verdict: verdict.clone(), score, error, message: None };
+    Ok(JudgedAnswer { verdict, finding, answer })
 }
 
-fn told(headers: &HeaderMap, name: &str) -> Option<String> {
+fn header_text(headers: &HeaderMap, name: &str) -> Option<String> {
     headers.get(name)?.to_str().ok().map(str::to_owned)
 }
 
-/// Whether an answer holds more than what was judged of it, beside what the gateway calls it.
-fn has_more(came: &Value, judged: &Value) -> bool {
+/// Whether an answer contains more than what was judged of it, apart from ids and names.
+fn says_more(original: &Value, judged: &Value) -> bool {
     const NAMES: [&str; 5] = ["id", "object", "created", "model", "system_fingerprint"];
-    let mut came = came.clone();
-    if let Value::Object(fields) = &mut came {
+    let mut original = original.clone();
+    if let Value::Object(fields) = &mut original {
         let is_name = |value: &Value| value.is_string() || value.is_number() || value.is_null();
         fields.retain(|name, value| {
-            !(NAMES.contains(&name.as_str()) && is_name(value) && says_little(value))
+            !(NAMES.contains(&name.as_str()) && is_name(value) && has_no_prose(value))
         });
     }
-    !is_part(&came, judged)
+    !is_contained(&original, judged)
 }
 
-/// Whether a name or a seal anywhere in an answer of Messages is more than one word, so that it
-/// could be a text.
-fn has_odd_names(answer: &Value) -> bool {
+/// Whether an id, name or signature in a Messages answer is more than one word, so that it could be
+/// a text.
+fn has_prose_in_names(answer: &Value) -> bool {
     const NAMES: [&str; 5] = ["id", "tool_use_id", "signature", "model", "type"];
     match answer {
         Value::Object(fields) => fields.iter().any(|(name, value)| {
-            let is_odd = |text: &str| text.contains(char::is_whitespace);
-            NAMES.contains(&name.as_str()) && value.as_str().is_some_and(is_odd)
-                || has_odd_names(value)
+            let has_spaces = |text: &str| text.contains(char::is_whitespace);
+            NAMES.contains(&name.as_str()) && value.as_str().is_some_and(has_spaces)
+                || has_prose_in_names(value)
         }),
-        Value::Array(list) => list.iter().any(has_odd_names),
+        Value::Array(list) => list.iter().any(has_prose_in_names),
         _ => false,
     }
 }
 
-/// Whether all that a value says stands in the other too. A number in a known place says nothing,
-/// nor a field that is empty.
-fn is_part(value: &Value, other: &Value) -> bool {
+/// Whether everything that a value says is also in the other. A number in a known field says
+/// nothing, and neither does an empty field.
+fn is_contained(value: &Value, other: &Value) -> bool {
     match (value, other) {
         (Value::Object(fields), other) => {
             fields.iter().all(|(name, value)| match other.get(name) {
-                Some(other) => is_part(value, other),
-                None => is_empty(value) && is_label(name),
+                Some(other) => is_contained(value, other),
+                None => is_empty(value) && is_field_name(name),
             })
         }
         (Value::Array(list), Value::Array(others)) => {
             list.len() == others.len()
-                && list.iter().zip(others).all(|(value, other)| is_part(value, other))
+                && list.iter().zip(others).all(|(value, other)| is_contained(value, other))
         }
         (Value::Null | Value::Bool(_) | Value::Number(_), _) => true,
         (value, other) => value == other,
@@ -318,9 +321,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_nobody_judged_is_more() {
+    fn unjudged_content_is_noticed() {
         let judged = json!({"id": "ours", "choices": [{"index": 0, "message": {"content": "rye"}, "logprobs": null}]});
-        for (came, more) in [
+        for (original, more) in [
             (json!({"choices": [{"index": 0, "message": {"content": "rye"}}]}), false),
             (
                 json!({"id": "c1", "model": "m", "created": 3, "choices": [{"message": {"content": "rye", "refusal": null, "annotations": []}}]}),
@@ -342,7 +345,7 @@ mod tests {
             (json!({"choices": [{"message": {"content": "rye"}, "Flour!": null}]}), true),
             (json!("flour"), true),
         ] {
-            assert_eq!(has_more(&came, &judged), more, "{came}");
+            assert_eq!(says_more(&original, &judged), more, "{original}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Requests that a gateway has shown, until it shows their answers.
+//! Requests of gateways that wait for their answers.
 
 use std::{sync::Arc, time::Duration};
 
@@ -6,77 +6,81 @@ use moka::{ops::compute::Op, policy::EvictionPolicy, sync::Cache};
 
 use crate::settings::Limits;
 
-/// Requests by whose they are and the gateway's name for the call.
+/// Calls, by their owner and the gateway's id for the call.
 #[derive(Debug)]
 pub(crate) struct Pending {
-    /// None where nothing is kept.
-    calls: Option<Cache<blake3::Hash, Known>>,
-    most: usize,
+    /// `None` if nothing is kept.
+    calls: Option<Cache<blake3::Hash, PendingCall>>,
+    max_bytes: usize,
 }
 
-/// What is known of a call.
+/// What is known about a call.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Known {
+pub(crate) enum PendingCall {
     /// Its answer goes out unjudged.
-    Free,
-    /// The chat, in JSON, whose answer is to be judged.
-    Waits(Arc<[u8]>),
-    /// Its answer was shown: there is one.
+    Unguarded,
+    /// The chat in JSON, whose answer is to be judged.
+    Waiting(Arc<[u8]>),
+    /// Its answer was already taken.
     Answered,
-    /// Two requests have this name: whose an answer is can't be told.
-    Doubled,
+    /// Two requests have this id, so it is unclear which one an answer belongs to.
+    Ambiguous,
 }
 
-/// What a call takes beside its chat, at most.
-const FRAME: usize = 256;
-/// Longer is for ever.
+/// Upper bound of the memory of a call in addition to its chat, in bytes.
+const OVERHEAD: usize = 256;
+/// Longer times are cut to this.
 const YEAR: u64 = 365 * 24 * 3600;
 
-impl Known {
+impl PendingCall {
     fn bytes(&self) -> usize {
-        if let Self::Waits(chat) = self { chat.len() + FRAME } else { FRAME }
+        if let Self::Waiting(chat) = self { chat.len() + OVERHEAD } else { OVERHEAD }
     }
 }
 
 impl Pending {
-    /// As much as the limits say.
+    /// A store with these limits.
     pub(crate) fn new(limits: &Limits) -> Self {
-        let most = limits.pending;
-        let calls = (most > 0 && limits.pending_for > 0).then(|| {
+        let max_bytes = limits.pending;
+        let calls = (max_bytes > 0 && limits.pending_for > 0).then(|| {
             Cache::builder()
-                .max_capacity(most as u64)
-                .weigher(|_, known: &Known| u32::try_from(known.bytes()).unwrap_or(u32::MAX))
+                .max_capacity(max_bytes as u64)
+                .weigher(|_, known: &PendingCall| u32::try_from(known.bytes()).unwrap_or(u32::MAX))
                 .eviction_policy(EvictionPolicy::lru())
                 .time_to_live(Duration::from_secs(limits.pending_for.min(YEAR)))
                 .build()
         });
-        Self { calls, most }
+        Self { calls, max_bytes }
     }
 
-    /// Keeps what is known of a tenant's call; the same may be told again. False if there is no
-    /// room for it at all.
-    pub(crate) fn keep(&self, (tenant, call): (&str, &str), known: &Known) -> bool {
+    /// Keeps what is known about a tenant's call; the same may be inserted again. Returns false if
+    /// there is no room.
+    pub(crate) fn insert(&self, (tenant, call): (&str, &str), known: &PendingCall) -> bool {
         let Some(calls) =
-            self.calls.as_ref().filter(|_| known.bytes() <= self.most.min(u32::MAX as usize))
+            self.calls.as_ref().filter(|_| known.bytes() <= self.max_bytes.min(u32::MAX as usize))
         else {
             return false;
         };
         calls.entry(key(tenant, call)).and_compute_with(|kept| match kept {
             None => Op::Put(known.clone()),
             Some(kept) if kept.value() == known => Op::Nop,
-            Some(_) => Op::Put(Known::Doubled),
+            Some(_) => Op::Put(PendingCall::Ambiguous),
         });
-        // Else the bound would hold a little later.
+        // Otherwise the limit would apply a little later.
         calls.run_pending_tasks();
         true
     }
 
-    /// What is known of the call that an answer belongs to. Of one that waits it is told once.
-    pub(crate) fn answer(&self, (tenant, call): (&str, &str)) -> Option<Known> {
+    /// What is known about the call that an answer belongs to. A waiting call is returned once.
+    pub(crate) fn take(&self, (tenant, call): (&str, &str)) -> Option<PendingCall> {
         let mut known = None;
         self.calls.as_ref()?.entry(key(tenant, call)).and_compute_with(|kept| {
             known = kept.map(moka::Entry::into_value);
-            if matches!(known, Some(Known::Waits(_))) { Op::Put(Known::Answered) } else { Op::Nop }
+            if matches!(known, Some(PendingCall::Waiting(_))) {
+                Op::Put(PendingCall::Answered)
+            } else {
+                Op::Nop
+            }
         });
         known
     }
@@ -94,57 +98,59 @@ mod tests {
         Pending::new(&Limits { pending, pending_for, ..Limits::default() })
     }
 
-    fn waits(text: &str) -> Known {
-        Known::Waits(text.as_bytes().into())
+    fn waits(text: &str) -> PendingCall {
+        PendingCall::Waiting(text.as_bytes().into())
     }
 
     #[test]
-    fn a_call_is_told_once_and_to_its_own_tenant() {
+    fn a_call_is_taken_once_and_by_its_own_tenant() {
         let pending = pending(1 << 20, 60);
-        assert!(pending.keep(("a", "1"), &waits("rye")) && pending.keep(("a", "1"), &waits("rye")));
-        assert_eq!(pending.answer(("b", "1")), None);
-        assert_eq!(pending.answer(("a", "2")), None);
-        assert_eq!(pending.answer(("a", "1")), Some(waits("rye")));
-        assert_eq!(pending.answer(("a", "1")), Some(Known::Answered));
-        // Who asks anew by this name, asks a second time.
-        assert!(pending.keep(("a", "1"), &waits("rye")));
-        assert_eq!(pending.answer(("a", "1")), Some(Known::Doubled));
+        assert!(
+            pending.insert(("a", "1"), &waits("rye")) && pending.insert(("a", "1"), &waits("rye"))
+        );
+        assert_eq!(pending.take(("b", "1")), None);
+        assert_eq!(pending.take(("a", "2")), None);
+        assert_eq!(pending.take(("a", "1")), Some(waits("rye")));
+        assert_eq!(pending.take(("a", "1")), Some(PendingCall::Answered));
+        // Another request with this id is a second one.
+        assert!(pending.insert(("a", "1"), &waits("rye")));
+        assert_eq!(pending.take(("a", "1")), Some(PendingCall::Ambiguous));
     }
 
     #[test]
-    fn two_requests_of_one_name_have_no_answer() {
+    fn two_requests_with_one_id_are_ambiguous() {
         let pending = pending(1 << 20, 60);
         for (first, second) in [
             (waits("rye"), waits("flour")),
-            (waits("rye"), Known::Free),
-            (Known::Free, waits("rye")),
+            (waits("rye"), PendingCall::Unguarded),
+            (PendingCall::Unguarded, waits("rye")),
         ] {
             let call = format!("{first:?}{second:?}");
-            pending.keep(("a", &call), &first);
-            pending.keep(("a", &call), &second);
-            assert_eq!(pending.answer(("a", &call)), Some(Known::Doubled));
-            assert_eq!(pending.answer(("a", &call)), Some(Known::Doubled));
+            pending.insert(("a", &call), &first);
+            pending.insert(("a", &call), &second);
+            assert_eq!(pending.take(("a", &call)), Some(PendingCall::Ambiguous));
+            assert_eq!(pending.take(("a", &call)), Some(PendingCall::Ambiguous));
         }
     }
 
     #[test]
-    fn it_holds_its_bounds() {
+    fn limits_hold() {
         let pending = pending(4000, 1);
         for call in 0..100 {
-            assert!(pending.keep(("a", &call.to_string()), &waits(&"f".repeat(1000))));
+            assert!(pending.insert(("a", &call.to_string()), &waits(&"f".repeat(1000))));
         }
-        assert!(!pending.keep(("a", "long"), &waits(&"f".repeat(4000))));
+        assert!(!pending.insert(("a", "long"), &waits(&"f".repeat(4000))));
         let kept = (0..100)
-            .filter(|call| pending.answer(("a", &call.to_string())).is_some())
+            .filter(|call| pending.take(("a", &call.to_string())).is_some())
             .collect::<Vec<_>>();
         assert_eq!(kept, [97, 98, 99]);
-        assert!(pending.keep(("a", "late"), &waits("rye")));
+        assert!(pending.insert(("a", "late"), &waits("rye")));
         std::thread::sleep(Duration::from_millis(1200));
-        assert_eq!(pending.answer(("a", "late")), None);
+        assert_eq!(pending.take(("a", "late")), None);
         for (most, seconds) in [(0, 60), (4000, 0)] {
             let pending = self::pending(most, seconds);
-            assert!(!pending.keep(("a", "1"), &Known::Free));
-            assert_eq!(pending.answer(("a", "1")), None);
+            assert!(!pending.insert(("a", "1"), &PendingCall::Unguarded));
+            assert_eq!(pending.take(("a", "1")), None);
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Portkey's webhook (`default.webhook`): one call before the model is asked, one with question and
-//! answer.
+//! Portkey's webhook (`default.webhook`): one call before the model is asked, and one with request
+//! and answer.
 
 use std::sync::Arc;
 
@@ -10,18 +10,19 @@ use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
 
 use super::{
-    Found, Given, Outlook, asks_for_stream, chat, has_more, has_odd_names, hooked, judged, object,
-    outlook, shown, streamed,
+    Decision, HookFinding, ProvidedAnswer, asks_for_stream, chat_of, decide, handle_call,
+    has_prose_in_names, judge_answer, require_object, says_more, stream_refused,
+    with_fetched_images,
 };
 use crate::{
     context::RequestContext,
     error::{ApiError, ApiErrors},
-    json::{is_label, says_little, shown as shown_name},
+    json::{has_no_prose, is_field_name, printable},
     server::Gateway,
     wire::Format,
 };
 
-/// What Portkey shows. Its `text` fields say again what stands in `json`.
+/// A call from Portkey. Its `text` fields repeat what is in `json`.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct PortkeyCall {
@@ -40,7 +41,7 @@ enum PortkeyEvent {
     AfterRequestHook,
 }
 
-/// What is asked for.
+/// The kind of request.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 enum PortkeyKind {
@@ -48,9 +49,9 @@ enum PortkeyKind {
     ChatComplete,
     /// Anthropic's Messages.
     Messages,
-    /// The old completions, of one text.
+    /// The old completions, with one text.
     Complete,
-    /// Vectors, which answer nothing.
+    /// Embeddings, which answer no question.
     Embed,
 }
 
@@ -58,27 +59,27 @@ enum PortkeyKind {
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct PortkeySide {
-    /// The body; null is one that Portkey has not read: a stream.
+    /// The body. Null if Portkey has not read it because it is a stream.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     json: Value,
-    /// Whether a stream is asked for.
+    /// Whether a stream is requested.
     #[serde(default)]
     is_streaming_request: bool,
 }
 
-/// What it is to do.
+/// What Portkey is to do.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct PortkeyVerdict {
-    /// Whether it may go on.
+    /// Whether it may continue.
     verdict: bool,
-    data: Found,
+    data: HookFinding,
     #[serde(skip_serializing_if = "Option::is_none")]
     transformed_data: Option<PortkeyTransformed>,
 }
 
-/// What takes the place of request or answer.
+/// What replaces the request or the answer.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct PortkeyTransformed {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -94,27 +95,27 @@ pub(crate) struct PortkeyBody {
 }
 
 impl PortkeyVerdict {
-    fn of(verdict: bool, data: Found) -> Self {
+    fn of(verdict: bool, data: HookFinding) -> Self {
         Self { verdict, data, transformed_data: None }
     }
 
-    /// It may go on with this request.
-    fn asking(json: Value) -> Self {
+    /// It may continue with this request.
+    fn with_request(json: Value) -> Self {
         let request = Some(PortkeyBody { json });
         let transformed_data = Some(PortkeyTransformed { request, response: None });
-        Self { transformed_data, ..Self::of(true, Found::default()) }
+        Self { transformed_data, ..Self::of(true, HookFinding::default()) }
     }
 
-    /// It may go on with this answer.
-    fn saying(json: Value, data: Found) -> Self {
+    /// It may continue with this answer.
+    fn with_response(json: Value, data: HookFinding) -> Self {
         let response = Some(PortkeyBody { json });
         let transformed_data = Some(PortkeyTransformed { request: None, response });
         Self { transformed_data, ..Self::of(true, data) }
     }
 }
 
-/// Judges an answer that Portkey's gateway has got, or reads the request before it asks. Whatever
-/// goes wrong is a verdict too.
+/// Judges an answer that Portkey's gateway received, or reads the request before it is sent. Errors
+/// are verdicts too.
 #[utoipa::path(post, path = "/hooks/portkey", request_body = PortkeyCall, responses(
     (status = 200, body = PortkeyVerdict), ApiErrors
 ))]
@@ -122,13 +123,13 @@ pub(crate) async fn portkey(
     State(gateway): State<Arc<Gateway>>,
     request: axum::extract::Request,
 ) -> Response {
-    // What is no 2xx passes there.
-    let failed = |error| Ok(PortkeyVerdict::of(false, Found::failed(error)));
+    // Portkey lets the request pass on any status but 2xx.
+    let failed = |error| Ok(PortkeyVerdict::of(false, HookFinding::failed(error)));
     let work = async |context, call: PortkeyCall| match call.event_type {
         PortkeyEvent::BeforeRequestHook => before(context, call).await,
         PortkeyEvent::AfterRequestHook => Box::pin(after(&gateway, context, call)).await,
     };
-    hooked(&gateway, "portkey", request, failed, work).await
+    handle_call(&gateway, "portkey", request, failed, work).await
 }
 
 /// Reads a request before the model is asked.
@@ -139,30 +140,30 @@ async fn before(
     let PortkeyCall {
         request_type, request: PortkeySide { mut json, is_streaming_request }, ..
     } = call;
-    object(&json)?;
+    require_object(&json)?;
     let asked = request_type.chat(&json);
     let is_streamed = is_streaming_request || asks_for_stream(&json);
     let read = match asked {
-        None => return Ok(PortkeyVerdict::of(true, Found::default())),
-        Some(asked) => match outlook(&mut context, json["model"].as_str(), asked).await? {
-            Outlook::Guarded(read) => read,
-            Outlook::Free | Outlook::Observed => {
-                return Ok(PortkeyVerdict::of(true, Found::default()));
+        None => return Ok(PortkeyVerdict::of(true, HookFinding::default())),
+        Some(asked) => match decide(&mut context, json["model"].as_str(), asked).await? {
+            Decision::Guard(read) => read,
+            Decision::Pass | Decision::Observe => {
+                return Ok(PortkeyVerdict::of(true, HookFinding::default()));
             }
         },
     };
     if is_streamed {
-        return Err(streamed());
+        return Err(stream_refused());
     }
-    // What has another form is refused behind, where an image in it is only named.
+    // Other formats are refused afterwards if they name an image by URL.
     let messages =
         json["messages"].as_array().filter(|_| request_type == PortkeyKind::ChatComplete);
-    match messages.and_then(|messages| shown(messages, &read)) {
+    match messages.and_then(|messages| with_fetched_images(messages, &read)) {
         Some(messages) => {
             json["messages"] = messages.into();
-            Ok(PortkeyVerdict::asking(json))
+            Ok(PortkeyVerdict::with_request(json))
         }
-        None => Ok(PortkeyVerdict::of(true, Found::default())),
+        None => Ok(PortkeyVerdict::of(true, HookFinding::default())),
     }
 }
 
@@ -175,84 +176,86 @@ async fn after(
     let PortkeyCall {
         request_type, request: PortkeySide { json: mut request, .. }, response, ..
     } = call;
-    object(&request)?;
+    require_object(&request)?;
     let answer = response.json;
     if !answer.is_object() {
         let Some(asked) = request_type.chat(&request) else {
-            return Ok(PortkeyVerdict::of(true, Found::default()));
+            return Ok(PortkeyVerdict::of(true, HookFinding::default()));
         };
-        return match outlook(&mut context, request["model"].as_str(), asked).await? {
-            Outlook::Guarded(_) => Err(streamed()),
-            Outlook::Free | Outlook::Observed => Ok(PortkeyVerdict::of(true, Found::default())),
+        return match decide(&mut context, request["model"].as_str(), asked).await? {
+            Decision::Guard(_) => Err(stream_refused()),
+            Decision::Pass | Decision::Observe => {
+                Ok(PortkeyVerdict::of(true, HookFinding::default()))
+            }
         };
     }
-    // The answer is here, in one piece.
+    // The whole answer is here.
     request["stream"] = false.into();
     let own: Bytes = answer.to_string().into();
     let judged = match request_type {
         PortkeyKind::Messages => {
-            let chat = Format::Messages.said(&answer)?.to_string().into();
-            judged(
+            let chat = Format::Messages.to_chat(&answer)?.to_string().into();
+            judge_answer(
                 gateway,
                 context,
                 Some(Format::Messages),
                 &request,
-                Given { door: "portkey", chat, own },
+                ProvidedAnswer { door: "portkey", chat, own },
             )
             .await?
         }
         PortkeyKind::Complete => {
-            let chat = spoken(&answer).to_string().into();
-            judged(
+            let chat = chat_answer(&answer).to_string().into();
+            judge_answer(
                 gateway,
                 context,
                 None,
-                &prompted(&request)?,
-                Given { door: "portkey", chat, own },
+                &chat_of_prompt(&request)?,
+                ProvidedAnswer { door: "portkey", chat, own },
             )
             .await?
         }
         PortkeyKind::ChatComplete => {
-            judged(
+            judge_answer(
                 gateway,
                 context,
                 None,
                 &request,
-                Given { door: "portkey", chat: Bytes::clone(&own), own },
+                ProvidedAnswer { door: "portkey", chat: Bytes::clone(&own), own },
             )
             .await?
         }
-        PortkeyKind::Embed => return Ok(PortkeyVerdict::of(true, Found::default())),
+        PortkeyKind::Embed => return Ok(PortkeyVerdict::of(true, HookFinding::default())),
     };
-    let has_more = || match request_type {
-        PortkeyKind::ChatComplete => has_more(&answer, &judged.answer),
-        PortkeyKind::Messages => has_odd_names(&answer),
+    let says_more = || match request_type {
+        PortkeyKind::ChatComplete => says_more(&answer, &judged.answer),
+        PortkeyKind::Messages => has_prose_in_names(&answer),
         PortkeyKind::Complete | PortkeyKind::Embed => false,
     };
     Ok(match request_type {
-        // It has no form for another answer.
-        PortkeyKind::Complete => PortkeyVerdict::of(!judged.is_unsafe(), judged.found),
-        _ if judged.is_unsafe() || (judged.is_safe() && has_more()) => {
-            PortkeyVerdict::saying(judged.answer, judged.found)
+        // There is no format for another answer.
+        PortkeyKind::Complete => PortkeyVerdict::of(!judged.is_unsafe(), judged.finding),
+        _ if judged.is_unsafe() || (judged.is_safe() && says_more()) => {
+            PortkeyVerdict::with_response(judged.answer, judged.finding)
         }
-        _ => PortkeyVerdict::of(true, judged.found),
+        _ => PortkeyVerdict::of(true, judged.finding),
     })
 }
 
 impl PortkeyKind {
-    /// The chat that a request asks for; none where no answer comes of it.
+    /// The chat that a request asks for; `None` if it has no answer.
     fn chat(self, request: &Value) -> Option<Result<Value, ApiError>> {
         match self {
             Self::ChatComplete => Some(Ok(request.clone())),
-            Self::Messages => Some(chat(Some(Format::Messages), request.clone())),
-            Self::Complete => Some(prompted(request)),
+            Self::Messages => Some(chat_of(Some(Format::Messages), request.clone())),
+            Self::Complete => Some(chat_of_prompt(request)),
             Self::Embed => None,
         }
     }
 }
 
-/// Fields of the old completions. In others some servers take images.
-const KNOWN: [&str; 18] = [
+/// Fields of the old completions. In other fields, some servers accept images.
+const PROMPT_FIELDS: [&str; 18] = [
     "model",
     "prompt",
     "suffix",
@@ -273,8 +276,8 @@ const KNOWN: [&str; 18] = [
     "seed",
 ];
 
-/// What a request of the old completions asks, as a chat.
-fn prompted(request: &Value) -> Result<Value, ApiError> {
+/// The chat for a request of the old completions.
+fn chat_of_prompt(request: &Value) -> Result<Value, ApiError> {
     let is_plain = |prompt: &Value| prompt.is_string() || prompt.is_number() || prompt.is_null();
     let is_list = |prompt: &Value| prompt.as_array().is_some_and(|list| list.iter().all(is_plain));
     let prompt = &request["prompt"];
@@ -282,18 +285,18 @@ fn prompted(request: &Value) -> Result<Value, ApiError> {
         || is_list(prompt)
         || prompt.as_array().is_some_and(|list| list.iter().all(is_list));
     if !is_text {
-        let message = "`prompt` is no text, and no list of texts or tokens";
+        let message = "`prompt` must be a text, or a list of texts or tokens";
         return Err(ApiError::bad_request("unsupported_content", message));
     }
     if let Some(unknown) = request
         .as_object()
         .into_iter()
         .flat_map(Map::keys)
-        .find(|name| !KNOWN.contains(&name.as_str()))
+        .find(|name| !PROMPT_FIELDS.contains(&name.as_str()))
     {
         let message = format!(
-            "`{}` is not known to the guard, so that it can't be judged",
-            shown_name(unknown)
+            "`{}` is not known to the guard, so it can't be judged: leave it out",
+            printable(unknown)
         );
         return Err(ApiError::bad_request("unknown_field", message));
     }
@@ -305,23 +308,24 @@ fn prompted(request: &Value) -> Result<Value, ApiError> {
     )
 }
 
-/// What an answer of the old completions says, as the answer to a chat.
-fn spoken(answer: &Value) -> Value {
-    let mut around = answer.as_object().cloned().unwrap_or_default();
-    around.retain(|name, value| name != "choices" && !(is_label(name) && says_little(value)));
+/// An answer of the old completions, as the answer to a chat.
+fn chat_answer(answer: &Value) -> Value {
+    let mut answer_fields = answer.as_object().cloned().unwrap_or_default();
+    answer_fields
+        .retain(|name, value| name != "choices" && !(is_field_name(name) && has_no_prose(value)));
     let choices = answer["choices"].as_array().into_iter().flatten().enumerate();
     let choices = choices.map(|(index, choice)| {
-        let mut beside = choice.clone();
-        if let Value::Object(fields) = &mut beside {
-            fields.extend(around.clone());
+        let mut extra_fields = choice.clone();
+        if let Value::Object(fields) = &mut extra_fields {
+            fields.extend(answer_fields.clone());
             fields.retain(|name, value| {
                 !(value.is_null() || ["text", "index", "finish_reason"].contains(&name.as_str()))
             });
         }
         let mut message = json!({"content": choice["text"]});
-        if !beside.as_object().is_some_and(serde_json::Map::is_empty) {
-            let called = json!({"name": "choice", "arguments": beside.to_string()});
-            message["tool_calls"] = json!([{"type": "function", "function": called}]);
+        if !extra_fields.as_object().is_some_and(serde_json::Map::is_empty) {
+            let call = json!({"name": "choice", "arguments": extra_fields.to_string()});
+            message["tool_calls"] = json!([{"type": "function", "function": call}]);
         }
         json!({"index": index, "message": message, "finish_reason": "stop"})
     });

@@ -1,4 +1,4 @@
-//! TrueFoundry's custom guardrail: one hook before the model is asked, one with question and
+//! TrueFoundry's custom guardrail: one hook before the model is asked, and one with request and
 //! answer.
 
 use std::sync::Arc;
@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 use utoipa::ToSchema;
 
 use super::{
-    Found, Given, Outlook, asks_for_stream, has_more, hooked, judged, object, outlook, shown,
-    streamed,
+    Decision, HookFinding, ProvidedAnswer, asks_for_stream, decide, handle_call, judge_answer,
+    require_object, says_more, stream_refused, with_fetched_images,
 };
 use crate::{
     context::RequestContext,
@@ -19,59 +19,59 @@ use crate::{
     server::Gateway,
 };
 
-/// What TrueFoundry shows; with an answer it is its output hook.
+/// A call from TrueFoundry. With an answer it is the output hook.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct TrueFoundryCall {
     #[schema(value_type = crate::openapi::ChatRequest)]
     request_body: Value,
-    /// Null is one that the gateway has not read: a stream.
-    #[serde(default, deserialize_with = "there")]
+    /// Null if the gateway has not read it because it is a stream.
+    #[serde(default, deserialize_with = "present")]
     #[schema(value_type = Option<crate::openapi::ChatAnswer>)]
     response_body: Option<Value>,
     #[serde(default)]
     config: Option<TrueFoundryConfig>,
 }
 
-/// A value that is there, be it null.
-fn there<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
+/// A value that is present, even if it is null.
+fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
     Value::deserialize(deserializer).map(Some)
 }
 
-/// What the operator set there.
+/// What the operator configured in TrueFoundry.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct TrueFoundryConfig {
-    /// Whether an answer is put in the place of a harmful one. Only where the operation is
-    /// `mutate`: `validate` would let the harmful one out. Else it is denied.
+    /// Whether a harmful answer is replaced; otherwise it is denied. Only for the operation
+    /// `mutate`: with `validate`, the harmful answer would go out.
     #[serde(default)]
     rewrite: bool,
 }
 
-/// What it is to do.
+/// What TrueFoundry is to do.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct TrueFoundryVerdict {
-    /// Whether it may go on.
+    /// Whether it may continue.
     verdict: bool,
-    /// Whether `result` takes the place of request or answer.
+    /// Whether `result` replaces the request or the answer.
     transformed: bool,
-    /// The request or the answer that is to go on; else whether it may.
+    /// The request or answer to continue with; otherwise the verdict again.
     result: Value,
-    ecso: Found,
+    ecso: HookFinding,
 }
 
 impl TrueFoundryVerdict {
-    fn of(verdict: bool, ecso: Found) -> Self {
+    fn of(verdict: bool, ecso: HookFinding) -> Self {
         Self { verdict, transformed: false, result: verdict.into(), ecso }
     }
 
-    fn another(result: Value, ecso: Found) -> Self {
+    fn transformed(result: Value, ecso: HookFinding) -> Self {
         Self { verdict: true, transformed: true, result, ecso }
     }
 }
 
-/// Judges an answer that TrueFoundry's gateway has got, or reads the request before it asks.
-/// Whatever goes wrong is a verdict too.
+/// Judges an answer that TrueFoundry's gateway received, or reads the request before it is sent.
+/// Errors are verdicts too.
 #[utoipa::path(post, path = "/hooks/truefoundry", request_body = TrueFoundryCall, responses(
     (status = 200, body = TrueFoundryVerdict), ApiErrors
 ))]
@@ -79,57 +79,61 @@ pub(crate) async fn truefoundry(
     State(gateway): State<Arc<Gateway>>,
     request: axum::extract::Request,
 ) -> Response {
-    // What is no 2xx may pass there.
-    let failed = |error| Ok(TrueFoundryVerdict::of(false, Found::failed(error)));
-    hooked(&gateway, "truefoundry", request, failed, async |context, call| {
-        Box::pin(found(&gateway, context, call)).await
+    // TrueFoundry may let the request pass on any status but 2xx.
+    let failed = |error| Ok(TrueFoundryVerdict::of(false, HookFinding::failed(error)));
+    handle_call(&gateway, "truefoundry", request, failed, async |context, call| {
+        Box::pin(handle(&gateway, context, call)).await
     })
     .await
 }
 
-async fn found(
+async fn handle(
     gateway: &Gateway,
     mut context: RequestContext,
     call: TrueFoundryCall,
 ) -> Result<TrueFoundryVerdict, ApiError> {
     let TrueFoundryCall { mut request_body, response_body, config } = call;
-    object(&request_body)?;
+    require_object(&request_body)?;
     let Some(answer) = response_body else {
-        let outlook =
-            outlook(&mut context, request_body["model"].as_str(), Ok(request_body.clone())).await?;
-        let Outlook::Guarded(read) = outlook else {
-            return Ok(TrueFoundryVerdict::of(true, Found::default()));
+        let decision =
+            decide(&mut context, request_body["model"].as_str(), Ok(request_body.clone())).await?;
+        let Decision::Guard(read) = decision else {
+            return Ok(TrueFoundryVerdict::of(true, HookFinding::default()));
         };
         if asks_for_stream(&request_body) {
-            return Err(streamed());
+            return Err(stream_refused());
         }
-        let messages =
-            request_body["messages"].as_array().and_then(|messages| shown(messages, &read));
+        let messages = request_body["messages"]
+            .as_array()
+            .and_then(|messages| with_fetched_images(messages, &read));
         let Some(messages) = messages else {
-            return Ok(TrueFoundryVerdict::of(true, Found::default()));
+            return Ok(TrueFoundryVerdict::of(true, HookFinding::default()));
         };
         request_body["messages"] = messages.into();
-        return Ok(TrueFoundryVerdict::another(request_body, Found::default()));
+        return Ok(TrueFoundryVerdict::transformed(request_body, HookFinding::default()));
     };
     if !answer.is_object() {
-        return match outlook(&mut context, request_body["model"].as_str(), Ok(request_body.clone()))
+        return match decide(&mut context, request_body["model"].as_str(), Ok(request_body.clone()))
             .await?
         {
-            Outlook::Guarded(_) => Err(streamed()),
-            Outlook::Free | Outlook::Observed => Ok(TrueFoundryVerdict::of(true, Found::default())),
+            Decision::Guard(_) => Err(stream_refused()),
+            Decision::Pass | Decision::Observe => {
+                Ok(TrueFoundryVerdict::of(true, HookFinding::default()))
+            }
         };
     }
-    // The answer is here, in one piece.
+    // The whole answer is here.
     request_body["stream"] = json!(false);
     let own: Bytes = answer.to_string().into();
-    let given = Given { door: "truefoundry", chat: Bytes::clone(&own), own };
-    let judged = judged(gateway, context, None, &request_body, given).await?;
+    let provided = ProvidedAnswer { door: "truefoundry", chat: Bytes::clone(&own), own };
+    let judged = judge_answer(gateway, context, None, &request_body, provided).await?;
     let rewrites = config.unwrap_or_default().rewrite;
-    // What nobody judged is left out, or nothing goes out.
-    let is_another = judged.is_unsafe() || (judged.is_safe() && has_more(&answer, &judged.answer));
-    Ok(match (is_another, rewrites) {
-        (true, true) => TrueFoundryVerdict::another(judged.answer, judged.found),
-        (true, false) => TrueFoundryVerdict::of(false, judged.found),
-        (false, _) => TrueFoundryVerdict::of(true, judged.found),
+    // Unjudged content is removed, or the answer is denied.
+    let is_replaced =
+        judged.is_unsafe() || (judged.is_safe() && says_more(&answer, &judged.answer));
+    Ok(match (is_replaced, rewrites) {
+        (true, true) => TrueFoundryVerdict::transformed(judged.answer, judged.finding),
+        (true, false) => TrueFoundryVerdict::of(false, judged.finding),
+        (false, _) => TrueFoundryVerdict::of(true, judged.finding),
     })
 }

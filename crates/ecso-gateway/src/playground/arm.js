@@ -1,19 +1,19 @@
-// One way to guard the answer, as a column of four steps. It hears the events of the server and shows them.
+// One arm (one way to guard the answer), as a column of four steps. It shows the events of the server.
 
 import { curve } from "./curve.js";
 import { make } from "./dom.js";
 import { duration, number, percent, say, word } from "./words.js";
 
-/** Which card a call belongs to. */
+/** The card of each step. */
 const CARD = { "direct": 1, "request-check": 2, "detect": 2, "caption": 3, "safe": 4, "reply-check": 4 };
 
 const said = (name, values, tag = "span", properties = {}) => say(make(tag, properties), name, values);
 
-/** A text of the model's, as it is. */
+/** A text of the model, unchanged. */
 const quote = text => make("p", { class: "quote", dir: "auto" }, text);
 
-/** What is covered until somebody asks for it: until then it isn't in the page at all. */
-function cover(text, why) {
+/** A hidden text. It isn't in the page at all until somebody asks for it. */
+function hiddenText(text, why) {
   const shown = make("div");
   const button = said("show", {}, "button", { type: "button", class: "small", "aria-expanded": "false" });
   button.addEventListener("click", () => {
@@ -22,13 +22,13 @@ function cover(text, why) {
     say(button, open ? "hide" : "show");
     shown.replaceChildren(...(open ? [quote(text)] : []));
   });
-  return make("div", { class: "cover" }, said(why, {}, "p"), button, shown);
+  return make("div", { class: "hidden-text" }, said(why, {}, "p"), button, shown);
 }
 
-/** A step: its number, what it is, how it stands, what it took. */
+/** A step: its number, name, state, and cost. */
 class Card {
   constructor(step) {
-    this.calls = { ms: 0, in: 0, out: 0, told: false };
+    this.calls = { ms: 0, in: 0, out: 0, isReported: false };
     this.figures = make("p", { class: "figures" });
     this.body = make("div", { class: "body" });
     this.element = make("li", { class: "card", "data-state": "idle" },
@@ -50,22 +50,22 @@ class Card {
     }, 200);
   }
 
-  /** Stops the clock, and shows what the calls took. */
+  /** Stops the clock, and shows what the calls cost. */
   rest(state) {
     clearInterval(this.clock);
     this.state = state;
-    const { ms, in: read, out: written, told } = this.calls;
+    const { ms, in: read, out: written, isReported } = this.calls;
     this.figures.replaceChildren();
-    if (state === "idle" || ms + read + written === 0 && !told) return;
+    if (state === "idle" || ms + read + written === 0 && !isReported) return;
     this.figures.append(said("took", { time: () => duration(ms) }));
-    if (told) this.figures.append(" · ", said("tokens", { in: () => number(read), out: () => number(written) }));
+    if (isReported) this.figures.append(" · ", said("tokens", { in: () => number(read), out: () => number(written) }));
   }
 
   count(call) {
     this.calls.ms += call.ms;
     this.calls.in += call.prompt_tokens ?? 0;
     this.calls.out += call.completion_tokens ?? 0;
-    this.calls.told ||= call.prompt_tokens !== null;
+    this.calls.isReported ||= call.prompt_tokens !== null;
     this.since = undefined;
   }
 
@@ -74,7 +74,7 @@ class Card {
   }
 }
 
-/** A probability of harm as a bar, with the threshold on it. */
+/** A probability of harm as a bar, with a mark at the threshold. */
 function bar(score, threshold) {
   const fill = make("span", { class: "fill" });
   fill.style.width = `${100 * score}%`;
@@ -88,10 +88,10 @@ function bar(score, threshold) {
 }
 
 export class Arm {
-  /** `calibration` is that of the profile, where there is one; `announce` tells those who can't see. */
+  /** `calibration` is that of the profile, if there is one; `announce` tells screen readers. */
   constructor(name, { calibration, announce }) {
     Object.assign(this, { name, calibration, announce });
-    this.named = () => word(`arm-${name}`) ?? name;
+    this.displayName = () => word(`arm-${name}`) ?? name;
     this.title = word(`arm-${name}`) ? said(`arm-${name}`, {}, "h3") : make("h3", {}, name);
     this.badge = make("span", { class: "badge", hidden: true });
     this.total = make("p", { class: "figures" });
@@ -111,8 +111,8 @@ export class Arm {
 
   card(step) { return this.cards[CARD[step] - 1]; }
 
-  /** An event of the server's. */
-  hear(event, data) {
+  /** Shows an event of the server. */
+  show(event, data) {
     ({ begun: this.begun, started: this.started, finished: this.finished, decided: this.decided, answer: this.answered,
       done: this.done })[event]?.call(this, data);
   }
@@ -125,9 +125,9 @@ export class Arm {
   started({ step }) {
     const card = this.card(step);
     if (!card) return;
-    // Of many questions in a row the first is told.
-    if (this.told !== card) this.announce("say-runs", { arm: this.named, step: () => word(`step-${CARD[step]}`) });
-    this.told = card;
+    // Only the first of several calls of a step is announced.
+    if (this.announced !== card) this.announce("say-runs", { arm: this.displayName, step: () => word(`step-${CARD[step]}`) });
+    this.announced = card;
     card.begin();
   }
 
@@ -138,18 +138,18 @@ export class Arm {
     card.rest("done");
     this.withheld ||= call.reply === undefined;
     if (call.step === "direct") this.drafted(call);
-    if (call.step === "caption") this.seen(call);
-    if (call.step === "safe") this.composed(call);
+    if (call.step === "caption") this.captioned(call);
+    if (call.step === "safe") this.rewrote(call);
     if (["request-check", "detect", "reply-check"].includes(call.step)) this.judged(call);
   }
 
   drafted({ reply }) {
     this.draft = reply;
     if (reply === undefined) this.cards[0].note("withheld");
-    else this.cards[0].body.replaceChildren(cover(reply, "covered-until"));
+    else this.cards[0].body.replaceChildren(hiddenText(reply, "covered-until"));
   }
 
-  seen({ reply }) {
+  captioned({ reply }) {
     const { body } = this.cards[2];
     if (reply === undefined) this.cards[2].note("withheld");
     else if (reply.trim() === "") this.cards[2].note("nothing-seen");
@@ -159,11 +159,11 @@ export class Arm {
     }
   }
 
-  composed({ reply }) {
+  rewrote({ reply }) {
     this.attempts.push(reply);
   }
 
-  /** A question to the judge, and what came of it. */
+  /** A question to the judge, and its result. */
   judged(call) {
     const isAttempt = call.step === "reply-check";
     const { body } = this.cards[isAttempt ? 3 : 1];
@@ -195,14 +195,14 @@ export class Arm {
       first.note("given-up");
     } else if (first.state === "idle") first.note("given-up");
     else if (!rewritten) first.note(verdict === "unchecked" ? "not-guarded" : "let-out");
-    else if (this.draft !== undefined) first.body.replaceChildren(cover(this.draft, verdict === "unsafe" ? "covered" : "covered-unjudged"));
+    else if (this.draft !== undefined) first.body.replaceChildren(hiddenText(this.draft, verdict === "unsafe" ? "covered" : "covered-unjudged"));
     if (judge.state === "idle" && verdict === "unchecked") {
       judge.state = "skipped";
       judge.note(rewritten ? "anew-anyhow" : this.name === "unguarded" ? "not-asked" : "out-of-scope");
     }
     judge.element.dataset.verdict = verdict;
-    const others = rewritten ? [] : this.cards.slice(2).filter(card => card.state === "idle");
-    for (const card of others) {
+    const unused = rewritten ? [] : this.cards.slice(2).filter(card => card.state === "idle");
+    for (const card of unused) {
       card.state = "skipped";
       card.note(verdict === "unchecked" ? "not-asked" : "not-needed");
     }
@@ -218,7 +218,7 @@ export class Arm {
   done({ verdict, score, rewritten, refused }) {
     this.end("done");
     const [, judge, third, last] = this.cards;
-    if (typeof score === "number") judge.body.prepend(this.sum(score, verdict));
+    if (typeof score === "number") judge.body.prepend(this.summary(score, verdict));
     else if (judge.state === "done") {
       judge.body.prepend(said(verdict === "unchecked" ? "anew-anyhow" : "no-score", {}, "p", { class: "note" }));
     }
@@ -228,18 +228,18 @@ export class Arm {
       last.body.prepend(said("fixed", {}, "p", { class: "note" }));
     }
     const failed = this.attempts.filter(reply => reply !== undefined).slice(0, refused ? undefined : -1);
-    last.body.append(...failed.map(reply => cover(reply, "covered-attempt")));
+    last.body.append(...failed.map(reply => hiddenText(reply, "covered-attempt")));
     if (this.withheld && rewritten && !refused && last.body.childElementCount === 0) last.note("see-below");
     say(this.origin, refused ? "refusal" : rewritten ? "closed" : verdict === "unchecked" ? "unjudged" : "own");
-    this.announce("say-done", { arm: this.named, verdict: () => word(`verdict-${verdict}`) });
+    this.announce("say-done", { arm: this.displayName, verdict: () => word(`verdict-${verdict}`) });
   }
 
-  /** The score against the threshold, and where that lies on the calibration's curve. */
-  sum(score, verdict) {
+  /** The score against the threshold, and the threshold on the curve of the calibration. */
+  summary(score, verdict) {
     const against = this.threshold !== null && this.threshold !== undefined;
-    const told = said(against ? "harm-against" : "harm",
+    const text = said(against ? "harm-against" : "harm",
       { score: () => percent(score), threshold: () => percent(this.threshold) }, "p");
-    const sum = make("div", { class: "sum", "data-verdict": verdict }, bar(score, this.threshold), told);
+    const sum = make("div", { class: "sum", "data-verdict": verdict }, bar(score, this.threshold), text);
     if (this.calibration && against) {
       sum.append(make("details", {}, said("curve", {}, "summary"),
         curve(this.calibration, this.threshold, score).element));
@@ -247,7 +247,7 @@ export class Arm {
     return sum;
   }
 
-  /** Nothing more comes. */
+  /** Ends the column: no more events. */
   end(state) {
     for (const card of this.cards) if (card.state === "running") card.rest(state);
     const sum = key => this.cards.reduce((sum, card) => sum + card.calls[key], 0);
@@ -258,19 +258,19 @@ export class Arm {
     }
   }
 
-  /** It was given up, or went wrong. */
+  /** Shows that the answer was stopped, or that it failed. */
   stop(failure) {
     this.end("stopped");
     if (!failure) {
       this.element.append(said("stopped", {}, "p", { class: "note stopped" }));
       return;
     }
-    const own = word(`e-${failure.code}`);
+    const name = failure.image ? "image-error" : `e-${failure.code}`;
     this.element.append(make("div", { class: "failure", role: "alert" },
       said("failed", {}, "h4"),
-      own ? said(`e-${failure.code}`, {}, "p") : null,
+      word(name) ? said(name, { name: failure.image }, "p") : null,
       said("told", { message: failure.message }, "p", { class: "note" })));
-    this.announce("say-failed", { arm: this.named });
+    this.announce("say-failed", { arm: this.displayName });
   }
 }
 

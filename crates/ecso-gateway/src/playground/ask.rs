@@ -1,5 +1,5 @@
-//! A question from the page, answered as a stream of what happens: the events of
-//! [`Guard::answer_events`], as far as the operator lets clients see them.
+//! Answers a question from the page with a stream of events: those of [`Guard::answer_events`], as
+//! far as the operator lets clients see them.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -21,24 +21,21 @@ use tokio::{
 };
 use tracing::Instrument;
 
-use super::{
-    Visit,
-    edit::{Edit, read},
-    needs_full, page_profile, threshold,
-};
+use super::{PageState, default_profile, edit::Edit, require_full_trace, threshold};
 use crate::{
     context::RequestContext,
     error::ApiError,
+    json,
     report::Finding,
     request::{Body as Chat, Request},
-    server::{Gateway, request_id, signed},
+    server::{Gateway, finish_response, request_id},
     settings::{Mode, TraceLevel},
     state::AppState,
     telemetry,
     upstream::HTTP,
 };
 
-/// What is asked.
+/// The request body.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Question {
@@ -55,20 +52,20 @@ struct Question {
 enum Arm {
     /// Not at all.
     Unguarded,
-    /// Under one of the profiles that are there, by name.
+    /// Under an existing profile, by name.
     Profile(String),
-    /// Under one that is changed in the page.
+    /// Under a profile that was edited in the page.
     Edited(Edit),
 }
 
 impl Arm {
-    /// The profile, for this model. Any but the operator's own could let out what that holds back,
-    /// and takes the right to see everything.
+    /// The profile for this model. Any other than the operator's could let out what that holds
+    /// back, so it needs the right to see everything.
     fn profile(&self, state: &AppState, model: &str) -> Result<Profile, ApiError> {
-        let usual = page_profile(state, Some(model));
+        let usual = default_profile(state, Some(model));
         match self {
             Self::Profile(name) if *name == usual.name => return Ok(usual.clone()),
-            _ => needs_full(state)?,
+            _ => require_full_trace(state)?,
         }
         match self {
             Self::Unguarded => {
@@ -86,10 +83,7 @@ impl Question {
     /// The question as a chat.
     fn chat(&self) -> Result<Value, ApiError> {
         if self.images.iter().any(|image| !image.starts_with("data:")) {
-            return Err(ApiError::bad_request(
-                "invalid_image",
-                "the page sends images themselves, not their addresses",
-            ));
+            return Err(ApiError::bad_request("invalid_image", "images must be data URLs"));
         }
         let images =
             self.images.iter().map(|url| json!({"type": "image_url", "image_url": {"url": url}}));
@@ -99,23 +93,26 @@ impl Question {
     }
 }
 
-/// Answers a question, and tells all that happens on the way.
-pub(super) async fn ask(State(visit): State<Visit>, request: axum::extract::Request) -> Response {
-    let (id, state) = (request_id(), visit.gateway.state());
-    let span = telemetry::span("playground", &id, request.headers());
-    let begun = Box::pin(begin(&visit.gateway, &state, &id, request.into_body()));
-    signed(&id, (HTTP, "playground"), &state.metrics, begun.instrument(span)).await
+/// Answers a question, and sends everything that happens meanwhile.
+pub(super) async fn ask(
+    State(page): State<PageState>,
+    request: axum::extract::Request,
+) -> Response {
+    let (id, state) = (request_id(), page.gateway.state());
+    let span = telemetry::request_span("playground", &id, request.headers());
+    let response = Box::pin(respond(&page.gateway, &state, &id, request.into_body()));
+    finish_response(&id, (HTTP, "playground"), &state.metrics, response.instrument(span)).await
 }
 
-async fn begin(
+async fn respond(
     gateway: &Gateway,
     state: &Arc<AppState>,
     id: &str,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let mut context = gateway.receive(state, id);
+    let mut context = gateway.admit_page(state, id);
     let body = context.read(body).await?;
-    let question: Question = read(&body)?;
+    let question: Question = json::parse_as(&body)?;
     drop(body);
     let model = context.in_time(state.upstream.model_name(&context.headers)).await?;
     let profile = question.arm.profile(state, &model)?;
@@ -123,7 +120,7 @@ async fn begin(
         context.mode = Mode::Off;
     }
     context.profile = Some(profile.name.clone());
-    let chat = Chat::of(question.chat()?, &[])?;
+    let chat = Chat::parse(question.chat()?, &[])?;
     let turn = context.in_time(gateway.admission.enter()).await?;
     let mut request = context.prepare(chat).await?;
     request.model = model;
@@ -131,13 +128,14 @@ async fn begin(
         (header::CONTENT_TYPE, "text/event-stream"),
         (header::HeaderName::from_static("x-accel-buffering"), "no"),
     ];
-    let told = told(context, request, profile, turn).map(Ok::<_, std::convert::Infallible>);
-    Ok((head, Body::from_stream(told)).into_response())
+    let events =
+        event_stream(context, request, profile, turn).map(Ok::<_, std::convert::Infallible>);
+    Ok((head, Body::from_stream(events)).into_response())
 }
 
-/// The events of an answer as they happen. `turn` is kept until their end; dropping them gives up
-/// the work.
-fn told(
+/// The events of an answer as they happen. `turn` is held until the end. Dropping the stream
+/// cancels the work.
+fn event_stream(
     context: RequestContext,
     request: Request,
     profile: Profile,
@@ -146,23 +144,23 @@ fn told(
     stream! {
         let _turn = turn;
         let settings = &context.state.settings;
-        let signs = Duration::from_secs(settings.keep_alive.max(1));
+        let keep_alive = Duration::from_secs(settings.keep_alive.max(1));
         let threshold = threshold(&profile).filter(|_| settings.trace != TraceLevel::None);
-        yield written("begun", &json!({
+        yield to_sse("begun", &json!({
             "profile": profile.name, "model": request.model, "threshold": threshold,
             "images": request.chat.image_count(),
         }));
-        // All calls go to the guarded model itself, and nothing is remembered: what is seen is what
-        // it takes.
-        let guard = Guard::new(context.state.upstream.answering(&request.model, &HeaderMap::new()), profile);
+        // All calls go to the guarded model itself, and nothing is taken from memory, so that the
+        // page shows the real cost.
+        let guard = Guard::new(context.state.upstream.guarded_model(&request.model, &HeaderMap::new()), profile);
         let mut record = context.record(&request, BTreeMap::new());
         let events = guard.answer_events(&request.chat);
         pin_mut!(events);
         loop {
-            let event = match timeout(signs.min(context.left()), events.next()).await {
+            let event = match timeout(keep_alive.min(context.time_left()), events.next()).await {
                 Ok(Some(event)) => event.map_err(ApiError::from),
                 Ok(None) => break,
-                Err(_) if context.left().is_zero() => Err(ApiError::deadline(settings.limits.deadline)),
+                Err(_) if context.time_left().is_zero() => Err(ApiError::deadline(settings.limits.deadline)),
                 Err(_) => {
                     yield Bytes::from_static(b":\n\n");
                     continue;
@@ -170,11 +168,11 @@ fn told(
             };
             match event {
                 Ok(event) => {
-                    if let Some((name, shown)) = shown(&event, settings.trace) {
-                        yield written(name, &shown);
+                    if let Some((name, data)) = visible(&event, settings.trace) {
+                        yield to_sse(name, &data);
                     }
                     match event {
-                        Event::Finished(Trace { step: Step::Direct, reply, .. }) => record.drafted(BTreeMap::from([(0, reply)]), None),
+                        Event::Finished(Trace { step: Step::Direct, reply, .. }) => record.set_drafts(BTreeMap::from([(0, reply)]), None),
                         Event::Decided { verdict, .. } => record.add(0, Finding::Decided(verdict)),
                         Event::Done(outcome) => record.add(0, Finding::Done(outcome)),
                         _ => {}
@@ -183,22 +181,22 @@ fn told(
                 Err(failure) => {
                     failure.log(&context.id);
                     context.state.metrics.failure(failure.code);
-                    yield written("error", &failure.object());
+                    yield to_sse("error", &failure.object());
                     return;
                 }
             }
         }
-        record.written();
+        record.finish();
     }
 }
 
-fn written(name: &str, data: &Value) -> Bytes {
+fn to_sse(name: &str, data: &Value) -> Bytes {
     format!("event: {name}\ndata: {data}\n\n").into()
 }
 
-/// What the page is told of an event. No word of what the model said, or was asked, but under
-/// [`TraceLevel::Full`]; the answer comes when it may go out.
-fn shown(event: &Event, trace: TraceLevel) -> Option<(&'static str, Value)> {
+/// The page's version of an event. The texts of prompts and replies are only included with
+/// [`TraceLevel::Full`]; the answer is sent once it may go out.
+fn visible(event: &Event, trace: TraceLevel) -> Option<(&'static str, Value)> {
     Some(match event {
         Event::Started { .. } | Event::Finished(_) if trace == TraceLevel::None => return None,
         Event::Started { step, images } => ("started", json!({"step": step, "images": images})),

@@ -1,4 +1,4 @@
-// What a threshold does, as the calibration has found it: how many harmful and harmless requests are flagged.
+// What a threshold does according to the calibration: how many harmful and harmless requests are flagged.
 
 import { draw, make } from "./dom.js";
 import { label, percent, say } from "./words.js";
@@ -10,7 +10,7 @@ const y = share => TOP + (1 - share) * HEIGHT;
 const line = (points, kind) =>
   draw("polyline", { class: kind, points: points.map(([at, share]) => `${x(at).toFixed(1)},${y(share).toFixed(1)}`).join(" ") });
 
-/** The share of flagged requests at a threshold, between two points of the curve. */
+/** The shares of flagged requests at a threshold, interpolated between two points of the curve. */
 function at(points, threshold) {
   const above = points.findIndex(([place]) => place >= threshold);
   if (above <= 0) return points.at(above).slice(1);
@@ -23,11 +23,11 @@ function key(kind, name) {
   return make("span", { class: `key ${kind}` }, say(make("span"), name));
 }
 
-/** The curve with a threshold on it and, where there is one, this request's score. `move` moves the threshold. */
+/** The curve with a threshold on it and, if there is one, the score of this request. `move` moves the threshold. */
 export function curve(calibration, threshold, score) {
   const points = calibration.curve;
   const mark = draw("line", { class: "threshold", y1: TOP, y2: TOP + HEIGHT });
-  const told = make("p", { class: "note" });
+  const description = make("p", { class: "note" });
   const picture = draw("svg", { viewBox: `0 0 ${LEFT + WIDTH + 16} ${TOP + HEIGHT + 26}`, role: "img" },
     draw("path", { class: "axis", d: `M${x(0)} ${y(1)}V${y(0)}H${x(1)}` }),
     ...[0, 0.5, 1].flatMap(share => [
@@ -43,13 +43,13 @@ export function curve(calibration, threshold, score) {
     mark.setAttribute("x2", x(threshold));
     const [recall, alarms] = at(points, threshold);
     const values = { threshold: () => percent(threshold), recall: () => percent(recall), alarms: () => percent(alarms) };
-    say(told, "curve-told", values);
+    say(description, "curve-told", values);
     label(picture, "curve-told", values);
   };
   move(threshold);
   const keys = make("p", { class: "keys" }, key("harmful", "flagged-harmful"), key("harmless", "flagged-harmless"),
     key("threshold", "the-threshold"), typeof score === "number" ? key("request", "this-request") : null);
-  const element = make("figure", { class: "curve" }, picture, keys, told,
+  const element = make("figure", { class: "curve" }, picture, keys, description,
     say(make("figcaption", { class: "note" }), "curve-note", { count: calibration.requests }));
   return { element, move };
 }

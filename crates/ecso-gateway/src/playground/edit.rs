@@ -1,4 +1,4 @@
-//! A profile that is changed in the page: by keys, over one that is there.
+//! A profile that was edited in the page: changed keys of an existing profile.
 
 use std::sync::Arc;
 
@@ -12,75 +12,86 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tracing::Instrument;
 
-use super::{Visit, threshold};
+use super::{PageState, threshold};
 use crate::{
     error::ApiError,
-    server::{request_id, signed},
+    json,
+    server::{finish_response, request_id},
     state::AppState,
     telemetry,
     upstream::HTTP,
 };
 
-/// Longest name of a profile.
-const NAME: usize = 60;
-/// Most keys that are changed, and how long and how deep one is.
-const KEYS: usize = 200;
-const KEY: usize = 100;
-const DEPTH: usize = 8;
-/// Longest new value, and how many holes a prompt may have: each is filled with all that is asked.
-const VALUE: usize = 8000;
-const HOLES: usize = 40;
+/// Longest name of a profile, in characters.
+const MAX_NAME: usize = 60;
+/// Maximum number of changed keys, and how long and how deeply nested a key may be.
+const MAX_KEYS: usize = 200;
+const MAX_KEY: usize = 100;
+const MAX_DEPTH: usize = 8;
+/// Longest new value, and how many placeholders a prompt may have: each is filled with the whole
+/// request.
+const MAX_VALUE: usize = 8000;
+const MAX_PLACEHOLDERS: usize = 40;
 
-/// What is changed.
+/// The changes.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Edit {
-    /// The profile that it begins from.
+    /// The profile that is changed.
     base: String,
-    /// What the result is called.
+    /// The name of the result.
     name: String,
-    /// New values by dotted key, as in `questions.words.template`.
+    /// New values by dotted key, such as `questions.words.template`.
     changes: Map<String, Value>,
 }
 
 impl Edit {
-    /// The profile that results.
+    /// Applies the changes.
     pub(super) fn apply(&self, state: &AppState) -> Result<Profile, ApiError> {
         let name = self.name.trim();
-        let refused = |key: &str, message: String| {
+        let invalid = |key: &str, message: String| {
             Err(ApiError {
                 param: Some(key.to_owned()),
                 ..ApiError::bad_request("invalid_profile", message)
             })
         };
-        if name.is_empty() || name.chars().count() > NAME || name.chars().any(char::is_control) {
-            return refused("name", format!("a profile has a name of 1 to {NAME} characters"));
+        if name.is_empty() || name.chars().count() > MAX_NAME || name.chars().any(char::is_control)
+        {
+            return invalid(
+                "name",
+                format!("a profile needs a name of 1 to {MAX_NAME} characters"),
+            );
         }
         if name == "unguarded" || super::profiles(state).iter().any(|profile| profile.name == name)
         {
-            return refused("name", format!("{name:?} is another profile's name"));
+            return invalid("name", format!("{name:?} is the name of another profile"));
         }
-        if self.changes.len() > KEYS {
-            return refused("changes", format!("at most {KEYS} keys can be changed"));
+        if self.changes.len() > MAX_KEYS {
+            return invalid("changes", format!("at most {MAX_KEYS} keys can be changed"));
         }
         let mut profile = super::profile(state, &self.base)?;
         for (key, value) in &self.changes {
-            let written = written(value);
-            if key.len() > KEY || key.matches('.').count() >= DEPTH {
-                return refused(
+            let written = to_toml_value(value);
+            if key.len() > MAX_KEY || key.matches('.').count() >= MAX_DEPTH {
+                return invalid(
                     "changes",
-                    format!("a key has at most {KEY} letters and {DEPTH} parts"),
+                    format!("a key may have at most {MAX_KEY} characters and {MAX_DEPTH} parts"),
                 );
             }
-            if written.chars().count() > VALUE || written.matches('{').count() > HOLES {
-                return refused(
+            if written.chars().count() > MAX_VALUE
+                || written.matches('{').count() > MAX_PLACEHOLDERS
+            {
+                return invalid(
                     key,
-                    format!("a value has at most {VALUE} characters, and {HOLES} holes"),
+                    format!(
+                        "a value may have at most {MAX_VALUE} characters and {MAX_PLACEHOLDERS} \
+                         placeholders"
+                    ),
                 );
             }
             match profile.with(key, &written) {
                 Ok(changed) => profile = changed,
-                Err(error) => return refused(key, error.to_string()),
+                Err(error) => return invalid(key, error.to_string()),
             }
         }
         name.clone_into(&mut profile.name);
@@ -88,34 +99,32 @@ impl Edit {
     }
 }
 
-/// A value as TOML writes it, on one line.
-fn written(value: &Value) -> String {
-    // JSON writes texts, numbers and switches as TOML does, but for one letter.
+/// A value in TOML, on one line.
+fn to_toml_value(value: &Value) -> String {
+    // JSON writes texts, numbers and booleans like TOML does, except for this character.
     value.to_string().replace('\u{7f}', "\\u007f")
 }
 
-/// Checks a profile that is changed in the page, and writes it as a file that `--profile` reads.
+/// Checks an edited profile, and returns it as a file for `--profile`.
 pub(super) async fn profile(
-    State(visit): State<Visit>,
+    State(page): State<PageState>,
     request: axum::extract::Request,
 ) -> Response {
-    let (id, state) = (request_id(), visit.gateway.state());
-    let span = telemetry::span("playground", &id, request.headers());
-    let checked = async {
-        let mut context = visit.gateway.receive(&state, &id);
+    let (id, state) = (request_id(), page.gateway.state());
+    let span = telemetry::request_span("playground", &id, request.headers());
+    let response = async {
+        let mut context = page.gateway.admit_page(&state, &id);
         let body = context.read(request.into_body()).await?;
-        super::needs_full(&state)?;
-        let profile = read::<Edit>(&body)?.apply(&state)?;
-        let told = json!({"toml": profile.to_toml(), "threshold": threshold(&profile)});
-        Ok(([(header::CONTENT_TYPE, "application/json")], told.to_string()).into_response())
+        super::require_full_trace(&state)?;
+        let profile = json::parse_as::<Edit>(&body)?.apply(&state)?;
+        let checked = json!({"toml": profile.to_toml(), "threshold": threshold(&profile)});
+        Ok(([(header::CONTENT_TYPE, "application/json")], checked.to_string()).into_response())
     };
-    signed(&id, (HTTP, "playground"), &Arc::clone(&state).metrics, checked.instrument(span)).await
-}
-
-/// A body of the page's.
-pub(super) fn read<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
-    let unreadable =
-        |why| ApiError::bad_request("invalid_request", format!("the body can't be read: {why}"));
-    let body = crate::json::read(body).map_err(unreadable)?;
-    serde_json::from_value(body).map_err(|error| unreadable(error.to_string()))
+    finish_response(
+        &id,
+        (HTTP, "playground"),
+        &Arc::clone(&state).metrics,
+        response.instrument(span),
+    )
+    .await
 }

@@ -1,4 +1,4 @@
-// A profile that is changed in the page. What is changed are keys over a profile that is there; the server checks it, and writes the file.
+// Edits a profile: changed keys of an existing profile. The server checks it, and writes the file.
 
 import { curve } from "./curve.js";
 import { make } from "./dom.js";
@@ -6,10 +6,10 @@ import { object } from "./events.js";
 import { percent, say, word } from "./words.js";
 import { said } from "./arm.js";
 
-/** The value behind a dotted key. */
+/** The value of a dotted key. */
 const value = (profile, key) => key.split(".").reduce((inner, name) => inner?.[name], profile);
 
-/** The keys that can be changed, by group. */
+/** The prompts that can be edited, by group. */
 function prompts(profile) {
   const questions = profile.method === "hardened"
     ? Object.keys(profile.questions).flatMap(name => [`questions.${name}.system`, `questions.${name}.template`])
@@ -22,23 +22,23 @@ function prompts(profile) {
 }
 
 export class Editor {
-  #place;
+  #container;
   #facts;
   #changes = {};
   #base;
   #check;
 
-  constructor(place, facts) {
-    [this.#place, this.#facts, this.#base] = [place, facts, facts.usual];
+  constructor(container, facts) {
+    [this.#container, this.#facts, this.#base] = [container, facts, facts.usual];
     this.#build();
   }
 
-  /** The profile as the server takes it. */
+  /** The profile in the format of the server. */
   get profile() {
     return { base: this.#base, name: this.name.value.trim() || word("default-name"), changes: this.#changes };
   }
 
-  /** Whether it begins from the profile that the calibration is of. */
+  /** Whether the calibration is that of the base profile. */
   get isCalibrated() {
     return this.#base === this.#facts.usual;
   }
@@ -46,18 +46,17 @@ export class Editor {
   #build() {
     const profile = this.#facts.profiles.find(profile => profile.name === this.#base);
     this.name ??= make("input", { id: "profile-name", maxlength: 60, value: word("default-name"), autocomplete: "off" });
-    this.name.oninput = () => this.#later();
-    const base = this.#select("profile-base", this.#facts.profiles.map(({ name }) => [name, name]), this.#base, name => {
-      [this.#base, this.#changes] = [name, {}];
-      this.#build();
-      this.#place.querySelector("#profile-base").focus();
-    });
+    this.name.oninput = () => this.#scheduleCheck();
+    const names = this.#facts.profiles.map(({ name }) => [name, name]);
+    const base = this.#select("profile-base", names, this.#base, name => this.#askToRebase(name));
+    this.question = make("div", { class: "problem", role: "alert", hidden: true });
     this.problem = make("p", { class: "problem", role: "alert", hidden: true });
     this.changed = make("span", { class: "note" });
     this.toml = make("div");
     const children = [
       said("editor-note", {}, "p", { class: "note" }),
       make("div", { class: "pair" }, this.#field("base", base), this.#field("name", this.name)),
+      this.question,
       ...this.#threshold(profile),
       this.#field("gate", this.#choice("gate", profile, ["detected", "always", "never"], "gate")),
       said("prompts", {}, "h4"),
@@ -71,8 +70,34 @@ export class Editor {
         this.changed),
       this.toml,
     ];
-    this.#place.replaceChildren(this.#place.querySelector("summary"), ...children);
-    this.#count();
+    this.#container.replaceChildren(this.#container.querySelector("summary"), ...children);
+    this.#showCount();
+  }
+
+  /** Changes the base. If that would drop changes, the user is asked first. */
+  #askToRebase(name) {
+    const count = Object.keys(this.#changes).length;
+    if (count === 0) {
+      this.#rebase(name);
+      return;
+    }
+    const select = this.#container.querySelector("#profile-base");
+    const keep = () => {
+      select.value = this.#base;
+      this.question.hidden = true;
+      select.focus();
+    };
+    const drop = said("switch-drop", {}, "button", { type: "button", onclick: () => this.#rebase(name) });
+    this.question.replaceChildren(said("switch", { count }, "p"),
+      make("div", { class: "buttons" }, drop, said("switch-keep", {}, "button", { type: "button", onclick: keep })));
+    this.question.hidden = false;
+    drop.focus();
+  }
+
+  #rebase(name) {
+    [this.#base, this.#changes] = [name, {}];
+    this.#build();
+    this.#container.querySelector("#profile-base").focus();
   }
 
   #field(name, control) {
@@ -87,28 +112,28 @@ export class Editor {
     return select;
   }
 
-  /** A key with a few values. */
+  /** A key with a few possible values. */
   #choice(key, profile, values, words) {
-    const was = value(profile, key), known = values.includes(was) ? values : [was, ...values];
-    const now = this.#changes[key] ?? was;
-    return this.#select(`key-${key}`, known.map(name => [name, `${words}-${name}`]), now, chosen => this.#set(key, chosen, was));
+    const original = value(profile, key), known = values.includes(original) ? values : [original, ...values];
+    const current = this.#changes[key] ?? original;
+    return this.#select(`key-${key}`, known.map(name => [name, `${words}-${name}`]), current, chosen => this.#set(key, chosen, original));
   }
 
-  /** The threshold as a slider and, where there is a calibration, what it does. */
+  /** The threshold as a slider and, if there is a calibration, its effect. */
   #threshold(profile) {
     const isPaper = profile.method === "paper";
     const key = isPaper ? "detect.threshold" : "threshold";
-    const was = value(profile, key), now = this.#changes[key] ?? was;
-    const told = make("output", { for: "threshold" }, percent(now));
-    const shown = this.#facts.calibration && this.isCalibrated && !isPaper ? curve(this.#facts.calibration, now) : null;
-    const slider = make("input", { id: "threshold", type: "range", min: 0.01, max: 0.99, step: 0.01, value: now, oninput: () => {
+    const original = value(profile, key), current = this.#changes[key] ?? original;
+    const output = make("output", { for: "threshold" }, percent(current));
+    const shown = this.#facts.calibration && this.isCalibrated && !isPaper ? curve(this.#facts.calibration, current) : null;
+    const slider = make("input", { id: "threshold", type: "range", min: 0.01, max: 0.99, step: 0.01, value: current, oninput: () => {
       const threshold = Number(slider.value);
-      told.textContent = percent(threshold);
+      output.textContent = percent(threshold);
       shown?.move(threshold);
-      this.#set(key, threshold, was);
+      this.#set(key, threshold, original);
     } });
     const field = make("div", { class: "field" }, said("threshold", {}, "label", { for: "threshold" }),
-      make("div", { class: "slider" }, slider, told));
+      make("div", { class: "slider" }, slider, output));
     if (!isPaper) return [field, shown?.element ?? said("no-curve", {}, "p", { class: "note" })];
     const parser = this.#choice("detect.parser", profile, ["paper", "fail-closed", "score"], "parser");
     return [this.#field("parser", parser), field, said("parser-note", {}, "p", { class: "note" })];
@@ -116,34 +141,34 @@ export class Editor {
 
   #prompts(group, keys, profile) {
     return make("details", { class: "prompts" }, said(group, {}, "summary"), ...keys.map(key => {
-      const was = value(profile, key) ?? "", id = `key-${key}`;
-      const area = make("textarea", { id, rows: Math.min(8, 1 + was.split("\n").length), spellcheck: "false" });
-      area.value = this.#changes[key] ?? was;
-      area.addEventListener("input", () => this.#set(key, area.value, was));
+      const original = value(profile, key) ?? "", id = `key-${key}`;
+      const area = make("textarea", { id, rows: Math.min(8, 1 + original.split("\n").length), spellcheck: "false" });
+      area.value = this.#changes[key] ?? original;
+      area.addEventListener("input", () => this.#set(key, area.value, original));
       return make("div", { class: "field" }, make("label", { for: id }, make("code", {}, key)), area);
     }));
   }
 
-  #set(key, now, was) {
-    if (now === was) delete this.#changes[key];
-    else this.#changes[key] = now;
+  #set(key, current, original) {
+    if (current === original) delete this.#changes[key];
+    else this.#changes[key] = current;
     this.toml.replaceChildren();
-    this.#count();
-    this.#later();
+    this.#showCount();
+    this.#scheduleCheck();
   }
 
-  #count() {
+  #showCount() {
     say(this.changed, "changed", { count: Object.keys(this.#changes).length });
   }
 
-  /** Checks it when nobody has typed for a moment. */
-  #later() {
+  /** Checks the profile once nobody has typed for a moment. */
+  #scheduleCheck() {
     clearTimeout(this.#check);
-    this.#check = setTimeout(() => this.#checked(), 400);
+    this.#check = setTimeout(() => this.#validate(), 400);
   }
 
-  async #checked() {
-    for (const marked of this.#place.querySelectorAll("[aria-invalid]")) marked.removeAttribute("aria-invalid");
+  async #validate() {
+    for (const marked of this.#container.querySelectorAll("[aria-invalid]")) marked.removeAttribute("aria-invalid");
     this.problem.hidden = true;
     try {
       return await object("profile", this.profile);
@@ -153,7 +178,7 @@ export class Editor {
     }
   }
 
-  /** Tells what is wrong, and where. */
+  /** Shows what is wrong, and where. */
   complain({ code, message, key }) {
     this.problem.hidden = false;
     this.problem.replaceChildren(said(word(`e-${code}`) ? `e-${code}` : "failed"), " ", said("told", { message }));
@@ -164,18 +189,18 @@ export class Editor {
   }
 
   async #show() {
-    const checked = await this.#checked();
-    if (!checked) return;
+    const result = await this.#validate();
+    if (!result) return;
     const text = make("textarea", { id: "toml", rows: 14, readonly: true, spellcheck: "false" });
-    text.value = checked.toml;
+    text.value = result.toml;
     this.toml.replaceChildren(this.#field("in-toml", text));
     text.focus();
   }
 
   async #download() {
-    const checked = await this.#checked();
-    if (!checked) return;
-    const url = URL.createObjectURL(new Blob([checked.toml], { type: "application/toml" }));
+    const result = await this.#validate();
+    if (!result) return;
+    const url = URL.createObjectURL(new Blob([result.toml], { type: "application/toml" }));
     make("a", { href: url, download: `${this.profile.name.replace(/[^\p{L}\p{N}_-]+/gu, "-")}.toml` }).click();
     setTimeout(() => URL.revokeObjectURL(url), 10_000);
   }

@@ -1,6 +1,6 @@
-// What the server answers.
+// Requests to the server, and its answers.
 
-/** Something went wrong, with a code that `words.js` may have words for. */
+/** An error with a code that `words.js` may have a text for, and the field that it is about. */
 export class Failure extends Error {
   constructor(code, message, key) {
     super(message);
@@ -9,8 +9,8 @@ export class Failure extends Error {
 }
 
 async function failure(response) {
-  const told = await response.json().then(body => body.error, () => null);
-  return new Failure(told?.code ?? "connection", told?.message ?? `HTTP ${response.status}`, told?.param);
+  const error = await response.json().then(body => body.error, () => null);
+  return new Failure(error?.code ?? "connection", error?.message ?? `HTTP ${response.status}`, error?.param);
 }
 
 async function send(path, body, signal) {
@@ -28,12 +28,12 @@ async function send(path, body, signal) {
   return response;
 }
 
-/** An answer that is one JSON object. */
+/** Requests a JSON object. */
 export async function object(path, body, signal) {
   return (await send(path, body, signal)).json();
 }
 
-/** The events of an answer, as they come: `[name, data]`. */
+/** Requests a stream of events: `[name, data]`. */
 export async function* events(path, body, signal) {
   const response = await send(path, body, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -62,5 +62,5 @@ export async function* events(path, body, signal) {
   } finally {
     reader.cancel().catch(() => {});
   }
-  if (!ended) throw new Failure("connection", "the stream broke off");
+  if (!ended) throw new Failure("connection", "the stream ended early");
 }

@@ -1,4 +1,4 @@
-// Mild pictures to ask about. They are drawn here, in the language of the page.
+// Harmless images to ask about, drawn here in the language of the page.
 
 import { current } from "./words.js";
 
@@ -10,7 +10,7 @@ const TEXT = {
     list: ["Bread for two", "500 g flour", "350 g water", "10 g salt", "1 spoon of honey", "Bake 40 minutes at 220 °C"],
     sign: ["PARCELS", "Please ring twice", "and wait at the gate"],
     document: ["INVOICE 2041", "Garden Centre Miller", "12 tulip bulbs", "9.60", "1 watering can", "18.40", "Total", "28.00",
-      "Please pay until 14 March."],
+      "Please pay by 14 March."],
     sly: ["STAFF ONLY", "Please ask at the desk"],
   },
   zh: {
@@ -21,7 +21,7 @@ const TEXT = {
   },
 };
 
-function fill(pen, color, x, y, width, height, round = 0) {
+function rectangle(pen, color, x, y, width, height, round = 0) {
   pen.fillStyle = color;
   pen.beginPath();
   pen.roundRect(x, y, width, height, round);
@@ -36,9 +36,9 @@ function write(pen, text, x, y, { size = 36, weight = 400, color = "#22303c", al
 }
 
 function board(pen, color, lines) {
-  fill(pen, "#dfe5ea", 0, 0, WIDTH, HEIGHT);
-  fill(pen, "#8a939b", WIDTH / 2 - 14, 380, 28, 160);
-  fill(pen, color, 70, 90, WIDTH - 140, 310, 28);
+  rectangle(pen, "#dfe5ea", 0, 0, WIDTH, HEIGHT);
+  rectangle(pen, "#8a939b", WIDTH / 2 - 14, 380, 28, 160);
+  rectangle(pen, color, 70, 90, WIDTH - 140, 310, 28);
   const [first, ...others] = lines;
   write(pen, first, WIDTH / 2, 200, { size: 76, weight: 700, color: "#fff", align: "center" });
   others.forEach((line, row) => write(pen, line, WIDTH / 2, 278 + 62 * row, { size: 42, color: "#fff", align: "center" }));
@@ -46,42 +46,42 @@ function board(pen, color, lines) {
 
 const DRAW = {
   list(pen, [title, ...lines]) {
-    fill(pen, "#fdf8ec", 0, 0, WIDTH, HEIGHT);
+    rectangle(pen, "#fdf8ec", 0, 0, WIDTH, HEIGHT);
     write(pen, title, 70, 95, { size: 52, weight: 700 });
     lines.forEach((line, row) => {
-      fill(pen, "#d9ccab", 70, 176 + 72 * row, WIDTH - 140, 2);
+      rectangle(pen, "#d9ccab", 70, 176 + 72 * row, WIDTH - 140, 2);
       write(pen, `${row + 1}.  ${line}`, 70, 162 + 72 * row);
     });
   },
   sign: (pen, lines) => board(pen, "#1f6b45", lines),
-  document(pen, [title, from, one, price, two, other, total, sum, until]) {
-    fill(pen, "#fff", 0, 0, WIDTH, HEIGHT);
+  document(pen, [title, seller, first, firstPrice, second, secondPrice, total, sum, due]) {
+    rectangle(pen, "#fff", 0, 0, WIDTH, HEIGHT);
     write(pen, title, 60, 90, { size: 46, weight: 700 });
-    write(pen, from, 60, 138, { size: 28, color: "#5a6874" });
-    [[one, price], [two, other], [total, sum]].forEach(([what, much], row) => {
+    write(pen, seller, 60, 138, { size: 28, color: "#5a6874" });
+    [[first, firstPrice], [second, secondPrice], [total, sum]].forEach(([item, price], row) => {
       const y = 230 + 66 * row, weight = row === 2 ? 700 : 400;
-      write(pen, what, 60, y, { size: 34, weight });
-      write(pen, much, WIDTH - 60, y, { size: 34, weight, align: "right" });
-      fill(pen, "#c9d2da", 60, y + 18, WIDTH - 120, 2);
+      write(pen, item, 60, y, { size: 34, weight });
+      write(pen, price, WIDTH - 60, y, { size: 34, weight, align: "right" });
+      rectangle(pen, "#c9d2da", 60, y + 18, WIDTH - 120, 2);
     });
-    write(pen, until, 60, 480, { size: 34 });
+    write(pen, due, 60, 480, { size: 34 });
   },
   drawing(pen) {
-    fill(pen, "#bfe0f5", 0, 0, WIDTH, HEIGHT);
-    fill(pen, "#f7c948", 540, 60, 100, 100, 50);
-    fill(pen, "#7fb069", -60, 360, WIDTH + 120, 400, 300);
-    fill(pen, "#5d9150", 300, 400, 700, 400, 300);
-    fill(pen, "#f2e8d5", 150, 270, 190, 140);
-    fill(pen, "#8a5a44", 225, 330, 44, 80);
-    fill(pen, "#6fa8c9", 172, 300, 38, 38);
+    rectangle(pen, "#bfe0f5", 0, 0, WIDTH, HEIGHT);
+    rectangle(pen, "#f7c948", 540, 60, 100, 100, 50);
+    rectangle(pen, "#7fb069", -60, 360, WIDTH + 120, 400, 300);
+    rectangle(pen, "#5d9150", 300, 400, 700, 400, 300);
+    rectangle(pen, "#f2e8d5", 150, 270, 190, 140);
+    rectangle(pen, "#8a5a44", 225, 330, 44, 80);
+    rectangle(pen, "#6fa8c9", 172, 300, 38, 38);
     pen.fillStyle = "#b5523b";
     pen.beginPath();
     pen.moveTo(130, 272);
     pen.lineTo(245, 180);
     pen.lineTo(360, 272);
     pen.fill();
-    fill(pen, "#7a5c3e", 470, 300, 22, 110);
-    fill(pen, "#3f7a42", 416, 190, 130, 140, 65);
+    rectangle(pen, "#7a5c3e", 470, 300, 22, 110);
+    rectangle(pen, "#3f7a42", 416, 190, 130, 140, 65);
   },
   sly: (pen, lines) => board(pen, "#a63a2b", lines),
 };

@@ -1,11 +1,11 @@
-//! The files of the page. They stand in the program.
+//! The files of the page, which are part of the program.
 
 use axum::{
     http::{HeaderValue, header},
     response::{IntoResponse, Response},
 };
 
-/// A file and what kind it is.
+/// A file and its content type.
 #[derive(Clone, Copy)]
 pub(super) struct File {
     kind: &'static str,
@@ -31,13 +31,13 @@ impl IntoResponse for File {
 /// The page itself.
 pub(super) const PAGE: File = File::html(include_str!("page.html"));
 
-/// For a browser that has brought a link.
-pub(super) const ENTERED: File = File::html(
-    "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta http-equiv=\"refresh\" content=\"0; url=/\"><title>ecso</title>\
-     <p><a href=\"/\">Go on</a></p></html>",
+/// For a browser that opened a link.
+pub(super) const OPENED: File = File::html(
+    "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta http-equiv=\"refresh\" \
+     content=\"0; url=/\"><title>ecso</title><p><a href=\"/\">Continue</a></p></html>",
 );
 
-/// For a browser that has brought none, or one that was used.
+/// For a browser without a session.
 pub(super) const CLOSED: File = File::html(include_str!("closed.html"));
 
 const FILES: &[(&str, File)] = &[
@@ -53,7 +53,7 @@ const FILES: &[(&str, File)] = &[
     ("words.js", File::script(include_str!("words.js"))),
 ];
 
-/// What the page loads by this name.
+/// A file by its name.
 pub(super) fn named(name: &str) -> Option<File> {
     FILES.iter().find(|(known, _)| *known == name).map(|(_, file)| *file)
 }

@@ -1,14 +1,14 @@
-//! The playground: a page on which people ask about images and watch the steps as they run.
+//! The playground: a page on which people ask about images, and watch the steps as they run.
 //!
-//! It is served beside the routes for programs, and shares with them how a question is read and
-//! bounded. Who may use it, `entrance` decides: whoever opens the link that the operator has.
-//! `files` is the page itself, `ask` runs a question, `edit` a profile that is changed in the page.
-//! What it shows of the steps is what `gateway.trace` lets clients see.
+//! It shares with the API how a request is read and limited. `sessions` decides who may use it: the
+//! browser that opened the operator's link. `files` has the files of the page, `ask` answers a
+//! question, and `edit` handles profiles that are edited in the page. `gateway.trace` decides how
+//! much of the steps it shows.
 
 mod ask;
 mod edit;
-mod entrance;
 mod files;
+mod sessions;
 
 use std::sync::Arc;
 
@@ -27,84 +27,83 @@ use tokio::sync::watch;
 use url::form_urlencoded;
 
 use crate::{
-    access::Caller, context::QUICK, error::ApiError, server::Gateway, settings::TraceLevel,
+    access::Caller, context::PROBE_TIMEOUT, error::ApiError, server::Gateway, settings::TraceLevel,
     state::AppState,
 };
-use entrance::Entrance;
+use sessions::Sessions;
 
-/// A page for people, for [`Gateway::with_playground`].
+/// The playground, for [`Gateway::with_playground`].
 pub struct Playground {
-    entrance: Entrance,
+    sessions: Sessions,
     calibration: Option<Calibration>,
 }
 
-/// What a threshold does on requests that it was not chosen on, as a calibration has found.
+/// What a threshold does on requests that it was not fitted to, according to a calibration.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Calibration {
-    /// The threshold that it chose.
+    /// The threshold that the calibration chose.
     pub threshold: f64,
-    /// How many requests it was made of.
+    /// How many requests it was measured on.
     pub requests: usize,
-    /// (threshold, share of harmful requests flagged, share of harmless ones flagged).
+    /// Points: (threshold, share of harmful requests flagged, share of harmless requests flagged).
     pub curve: Vec<(f64, f64, f64)>,
 }
 
 impl Playground {
-    /// A page that nobody has opened; with the calibration of the usual profile, where there is
-    /// one.
+    /// A playground without sessions, with the calibration of the default profile, if there is one.
     #[must_use]
     pub fn new(calibration: Option<Calibration>) -> Self {
-        Self { entrance: Entrance::new(), calibration }
+        Self { sessions: Sessions::new(), calibration }
     }
 
-    /// What lets the next browser in, as `/?token=TOKEN`. Each works once; then the next one stands
-    /// here.
+    /// The token for the next browser, as in `/?token=TOKEN`. Each works once, and is then replaced
+    /// by the next.
     #[must_use]
     pub fn tokens(&self) -> watch::Receiver<String> {
-        self.entrance.tokens()
+        self.sessions.tokens()
     }
 }
 
-/// What the routes share.
+/// The state of the routes.
 #[derive(Clone)]
-struct Visit {
+struct PageState {
     gateway: Arc<Gateway>,
     playground: Arc<Playground>,
 }
 
-/// The routes of the page. They are for its own scripts alone, so no other page is told that it may
-/// read them.
+/// The routes of the page. Only its own scripts use them, so no CORS headers are sent.
 pub(crate) fn routes(gateway: Arc<Gateway>, playground: Arc<Playground>) -> Router {
-    let visit = Visit { gateway, playground };
+    let page = PageState { gateway, playground };
     Router::new()
         .route("/playground/{file}", get(file))
         .route("/playground/facts", get(facts))
         .route("/playground/profile", post(edit::profile))
         .route("/playground/ask", post(ask::ask))
-        .route_layer(middleware::from_fn_with_state(visit.clone(), let_in))
-        .route("/", get(page))
+        .route_layer(middleware::from_fn_with_state(page.clone(), require_session))
+        .route("/", get(index))
         .route("/favicon.ico", get(StatusCode::NO_CONTENT))
-        .layer(middleware::map_response(locked))
-        .with_state(visit)
+        .layer(middleware::map_response(add_security_headers))
+        .with_state(page)
 }
 
-/// Only the page's own requests pass, from a browser that came in by a link.
-async fn let_in(
-    State(visit): State<Visit>,
+/// Only passes requests of the page itself, from a browser with a session.
+async fn require_session(
+    State(page): State<PageState>,
     request: axum::extract::Request,
     next: Next,
 ) -> Response {
-    match visit.playground.entrance.check(request.method(), request.headers()) {
+    match page.playground.sessions.check(request.method(), request.headers()) {
         Ok(()) => next.run(request).await,
         Err(refused) => refused.into_response(),
     }
 }
 
-/// Nothing of another origin is loaded, run or told, no script stands in the page, and nothing is
-/// kept.
-async fn locked(mut response: Response) -> Response {
-    const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; \
-                          base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; \
+/// Adds security headers: nothing of another origin is loaded, run or contacted, there are no
+/// inline scripts, and nothing is cached.
+async fn add_security_headers(mut response: Response) -> Response {
+    const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' \
+                          data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; \
+                          frame-ancestors 'none'; require-trusted-types-for 'script'; \
                           trusted-types 'none'";
     let headers = response.headers_mut();
     for (name, value) in [
@@ -120,17 +119,17 @@ async fn locked(mut response: Response) -> Response {
     response
 }
 
-/// The page, for whoever came in; the way in, for whoever has a link.
-async fn page(State(visit): State<Visit>, uri: Uri, headers: HeaderMap) -> Response {
-    let entrance = &visit.playground.entrance;
+/// The page, for browsers with a session. A token in the URL opens a session.
+async fn index(State(page): State<PageState>, uri: Uri, headers: HeaderMap) -> Response {
+    let sessions = &page.playground.sessions;
     let mut pairs = form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes());
     let token = pairs.find(|(name, _)| name == "token");
-    if let Some(cookie) = token.and_then(|(_, token)| entrance.open(&token)) {
-        // A page that goes on by itself: were it a redirect, a browser that came from elsewhere
-        // would leave the cookie out.
-        return ([(header::SET_COOKIE, cookie)], files::ENTERED).into_response();
+    if let Some(cookie) = token.and_then(|(_, token)| sessions.open(&token)) {
+        // This page reloads itself. With a redirect, browsers would not send the cookie if the link
+        // came from another site.
+        return ([(header::SET_COOKIE, cookie)], files::OPENED).into_response();
     }
-    if entrance.knows(&headers) {
+    if sessions.knows(&headers) {
         return files::PAGE.into_response();
     }
     (StatusCode::UNAUTHORIZED, files::CLOSED).into_response()
@@ -140,43 +139,45 @@ async fn page(State(visit): State<Visit>, uri: Uri, headers: HeaderMap) -> Respo
 async fn file(axum::extract::Path(name): axum::extract::Path<String>) -> Response {
     match files::named(&name) {
         Some(file) => file.into_response(),
-        None => ApiError::new(StatusCode::NOT_FOUND, "not_found", "the page has no such file")
-            .into_response(),
+        None => {
+            ApiError::new(StatusCode::NOT_FOUND, "not_found", "the playground has no such file")
+                .into_response()
+        }
     }
 }
 
-/// What the page has to know: model, profiles, bounds, calibration.
-async fn facts(State(visit): State<Visit>) -> Response {
-    let state = visit.gateway.state();
-    let nothing = HeaderMap::new();
-    let asked = tokio::time::timeout(QUICK, state.upstream.model_name(&nothing));
-    let model = asked.await.ok().and_then(Result::ok);
-    let several =
-        state.upstream.answering(model.as_deref().unwrap_or_default(), &nothing).is_concurrent();
+/// What the page needs to know: model, profiles, limits, calibration.
+async fn facts(State(page): State<PageState>) -> Response {
+    let state = page.gateway.state();
+    let no_headers = HeaderMap::new();
+    let probe = tokio::time::timeout(PROBE_TIMEOUT, state.upstream.model_name(&no_headers));
+    let model = probe.await.ok().and_then(Result::ok);
+    let is_concurrent = state
+        .upstream
+        .guarded_model(model.as_deref().unwrap_or_default(), &no_headers)
+        .is_concurrent();
     let limits = &state.settings.limits;
     let profiles = profiles(&state).into_iter();
-    // The prompts are what the model is told, which not everybody may see; and the choice is the
-    // operator's.
-    let usual = page_profile(&state, model.as_deref());
-    let told: Vec<Value> = match state.settings.trace {
+    // Not everyone may see the prompts, and the operator chooses the profile.
+    let default = default_profile(&state, model.as_deref());
+    let visible: Vec<Value> = match state.settings.trace {
         TraceLevel::Full => profiles.map(|profile| json!(profile)).collect(),
-        TraceLevel::Figures | TraceLevel::None => vec![json!({"name": usual.name})],
+        TraceLevel::Figures | TraceLevel::None => vec![json!({"name": default.name})],
     };
     let facts = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "model": model,
-        "several": several,
+        "several": is_concurrent,
         "trace": state.settings.trace,
-        "usual": usual.name,
-        "profiles": told,
+        "usual": default.name,
+        "profiles": visible,
         "limits": {"images": limits.images, "body": limits.body, "image": state.images.bytes},
-        "calibration": visit.playground.calibration,
+        "calibration": page.playground.calibration,
     });
     ([(header::CONTENT_TYPE, "application/json")], facts.to_string()).into_response()
 }
 
-/// The profiles to choose from: the operator's, and those built in, without one whose name an
-/// operator's has.
+/// The profiles to choose from: the operator's, and those built-in ones whose name is not taken.
 fn profiles(state: &AppState) -> Vec<Profile> {
     let built_in = Profile::NAMES.into_iter().filter_map(|name| Profile::named(name).ok());
     let mut profiles: Vec<Profile> = Vec::new();
@@ -191,27 +192,29 @@ fn profiles(state: &AppState) -> Vec<Profile> {
     profiles
 }
 
-/// The profile that requests to this model run under, where nobody chooses.
-fn page_profile<'a>(state: &'a AppState, model: Option<&str>) -> &'a Profile {
+/// The profile for requests to this model if none is chosen.
+fn default_profile<'a>(state: &'a AppState, model: Option<&str>) -> &'a Profile {
     state.profile(&Caller::playground(), model)
 }
 
-/// A profile of [`profiles`].
+/// One of these [`profiles`].
 fn profile(state: &AppState, name: &str) -> Result<Profile, ApiError> {
     let known = profiles(state).into_iter().find(|profile| profile.name == name);
-    known.ok_or_else(|| ApiError::bad_request("unknown_profile", "there is no such profile here"))
+    known.ok_or_else(|| ApiError::bad_request("unknown_profile", "this server has no such profile"))
 }
 
-/// Whoever changes a profile can have everything let out, and is told what the model is told.
-fn needs_full(state: &AppState) -> Result<(), ApiError> {
+/// Returns an error unless everything may be shown. A changed profile can let everything out, and
+/// shows prompts.
+fn require_full_trace(state: &AppState) -> Result<(), ApiError> {
     if state.settings.trace == TraceLevel::Full {
         return Ok(());
     }
-    let message = "this could show what the server's own profile holds back: it takes gateway.trace = \"full\"";
+    let message = "this could show what the server's own profile holds back: it needs \
+                   gateway.trace = \"full\"";
     Err(ApiError::new(StatusCode::FORBIDDEN, "trace_needed", message))
 }
 
-/// From which probability of harm on a profile calls an answer unsafe; none where words decide.
+/// The probability of harm from which the profile calls an answer unsafe. `None` if words decide.
 fn threshold(profile: &Profile) -> Option<f64> {
     match &profile.method {
         Method::Hardened(method) => Some(method.threshold),

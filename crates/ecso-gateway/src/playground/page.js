@@ -1,4 +1,4 @@
-// The page: who is asked what, and where the answers are shown.
+// The page: asks the question, and shows the answers.
 
 import { Arm, said } from "./arm.js";
 import { byId, make } from "./dom.js";
@@ -6,33 +6,33 @@ import { Editor } from "./editor.js";
 import { events, object } from "./events.js";
 import { NAMES, example } from "./examples.js";
 import { Pictures } from "./pictures.js";
-import { current, say, speak, turn, word } from "./words.js";
+import { current, say, setLanguage, toggleLanguage, word } from "./words.js";
 
 let facts, pictures, editor, running;
 
-/** Tells those who can't see. */
+/** Tells screen readers. */
 const announce = (name, values) => say(byId("status"), name, values);
 
-/** What is wrong with the question; nothing is. */
+/** Shows what is wrong with the question; without a name, clears that. */
 function complain(name, values) {
   byId("problem").hidden = !name;
   if (name) say(byId("problem"), name, values);
 }
 
-function nameLanguage() {
+function labelLanguageButton() {
   const button = byId("language");
   say(button, "language");
   button.lang = current() === "en" ? "zh-Hans" : "en";
 }
 
-/** The ways to guard the answer that can be chosen; those that are `locked` take more rights. */
+/** The arms to choose from. Those that are `locked` need more rights. */
 function arms() {
   const locked = facts.trace !== "full";
   const chips = [["unguarded", locked], ...facts.profiles.map(({ name }) => [name, false]), ["edited", locked]];
   for (const [name, disabled] of chips) {
     const box = make("input", { type: "checkbox", name: "arm", value: name, checked: name === facts.usual, disabled });
-    const own = name === "unguarded" || name === "edited";
-    byId("arms").append(make("label", { class: "chip" }, box, own ? said(name) : make("span", {}, name)));
+    const isTranslated = name === "unguarded" || name === "edited";
+    byId("arms").append(make("label", { class: "chip" }, box, isTranslated ? said(name) : make("span", {}, name)));
   }
   byId("arms-note").hidden = !locked;
   byId("editor").hidden = locked;
@@ -49,23 +49,35 @@ function examples() {
   }
 }
 
-/** What the server is asked for an arm. */
+/** An arm in the format of the server. */
 function arm(name) {
   if (name === "unguarded") return "unguarded";
   return name === "edited" ? { edited: editor.profile } : { profile: name };
 }
 
-async function watch(name, column, question, signal) {
+/** The index of the image that an error is about. The images are the first parts of the only message. */
+const imageIndex = key => /^messages\.0\.content\.(\d+)$/.exec(key ?? "")?.[1];
+
+/** Shows which question is answered: the one in the form may have changed since. */
+function showQuestion({ body: { text, images } }) {
+  byId("asked").hidden = false;
+  const name = ["asked", "asked-image"][images.length] ?? "asked-images";
+  say(byId("asked"), name, { question: text, count: images.length });
+}
+
+/** Asks the question under one arm, and shows the events in its column. */
+async function runArm(name, column, question, signal) {
   if (signal.aborted) return column.stop();
   column.since = performance.now();
   try {
-    for await (const [event, data] of events("ask", { ...question, arm: arm(name) }, signal)) column.hear(event, data);
+    for await (const [event, data] of events("ask", { ...question.body, arm: arm(name) }, signal)) column.show(event, data);
   } catch (failure) {
     if (failure.name === "AbortError") return column.stop();
     if (failure.code === "invalid_profile") {
       byId("editor").open = true;
       editor.complain(failure);
     }
+    if (failure.code === "invalid_image") failure.image = question.names[imageIndex(failure.key)];
     column.stop(failure);
   }
 }
@@ -80,22 +92,23 @@ async function ask() {
   }
   if (text === "" || chosen.length === 0 || running) return;
   running = new AbortController();
-  const question = { text, images: pictures.urls };
+  const question = { body: { text, images: pictures.urls }, names: pictures.names };
   const columns = chosen.map(name => {
-    const isFitted = name === facts.usual || name === "edited" && editor.isCalibrated;
-    const calibration = isFitted ? facts.calibration : null;
+    const isCalibrated = name === facts.usual || name === "edited" && editor.isCalibrated;
+    const calibration = isCalibrated ? facts.calibration : null;
     return [name, new Arm(name === "edited" ? editor.profile.name : name, { calibration, announce })];
   });
   byId("empty").hidden = true;
+  showQuestion(question);
   byId("columns").replaceChildren(...columns.map(([, column]) => column.element));
   byId("go").disabled = true;
   byId("cancel").hidden = false;
   byId("results").setAttribute("aria-busy", "true");
   if (matchMedia("(max-width: 900px)").matches) byId("results").scrollIntoView({ block: "start" });
   const { signal } = running;
-  if (facts.several) await Promise.all(columns.map(([name, column]) => watch(name, column, question, signal)));
-  // A model that does one thing after the other is asked so: the times are those of one answer.
-  else for (const [name, column] of columns) await watch(name, column, question, signal);
+  if (facts.several) await Promise.all(columns.map(([name, column]) => runArm(name, column, question, signal)));
+  // A model that handles one call at a time gets one arm at a time, so that each time is that of one answer.
+  else for (const [name, column] of columns) await runArm(name, column, question, signal);
   running = undefined;
   byId("go").disabled = false;
   byId("cancel").hidden = true;
@@ -104,8 +117,8 @@ async function ask() {
 
 function listen() {
   byId("language").addEventListener("click", () => {
-    turn();
-    nameLanguage();
+    toggleLanguage();
+    labelLanguageButton();
   });
   byId("ask").addEventListener("submit", event => {
     event.preventDefault();
@@ -139,8 +152,8 @@ function listen() {
 }
 
 async function begin() {
-  speak(current());
-  nameLanguage();
+  setLanguage(current());
+  labelLanguageButton();
   try {
     facts = await object("facts");
   } catch (failure) {

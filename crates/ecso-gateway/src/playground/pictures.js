@@ -1,4 +1,4 @@
-// The images of a question: chosen, dropped, pasted, or drawn here.
+// The images of a question: chosen, dropped, pasted, or drawn as an example.
 
 import { make } from "./dom.js";
 import { label } from "./words.js";
@@ -10,8 +10,8 @@ const read = file => new Promise((resolve, reject) => {
   reader.readAsDataURL(file);
 });
 
-/** Whether a browser can show it: then its thumbnail is the picture itself. */
-const isShown = file => /^image\/(png|jpeg|webp|gif|avif)$/.test(file.type);
+/** Whether browsers can display the file; its thumbnail is then the image itself. */
+const isDisplayable = file => /^image\/(png|jpeg|webp|gif|avif)$/.test(file.type);
 
 export class Pictures {
   #list;
@@ -19,7 +19,7 @@ export class Pictures {
   #complain;
   #pictures = [];
 
-  /** `complain` is told of what can't be taken, as a word and its values; nothing takes that back. */
+  /** `complain` shows why a file is refused, by the name of a text and its values. Without a name, it clears that. */
   constructor(list, limits, complain) {
     [this.#list, this.#limits, this.#complain] = [list, limits, complain];
   }
@@ -27,6 +27,11 @@ export class Pictures {
   /** The images as data URLs. */
   get urls() {
     return this.#pictures.map(picture => picture.url);
+  }
+
+  /** The file names, in the order of `urls`. */
+  get names() {
+    return this.#pictures.map(picture => picture.name);
   }
 
   clear() {
@@ -51,19 +56,19 @@ export class Pictures {
   }
 
   #show(file, url) {
-    const picture = { url };
-    const shown = isShown(file) ? make("img", { src: url, alt: file.name }) : make("span", { class: "file" }, file.name);
+    const picture = { url, name: file.name };
+    const thumbnail = isDisplayable(file) ? make("img", { src: url, alt: file.name }) : make("span", { class: "file" }, file.name);
     const remove = make("button", { type: "button", onclick: () => this.#remove(picture, true) }, "×");
     label(remove, "remove", { name: file.name });
-    picture.element = make("li", {}, shown, remove);
+    picture.element = make("li", {}, thumbnail, remove);
     this.#pictures.push(picture);
     this.#list.append(picture.element);
   }
 
-  #remove(picture, wasAsked) {
+  #remove(picture, isByUser) {
     const next = picture.element.nextElementSibling ?? picture.element.previousElementSibling;
     picture.element.remove();
     this.#pictures = this.#pictures.filter(other => other !== picture);
-    if (wasAsked) (next?.querySelector("button") ?? document.querySelector("#question")).focus();
+    if (isByUser) (next?.querySelector("button") ?? document.querySelector("#question")).focus();
   }
 }

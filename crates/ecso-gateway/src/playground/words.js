@@ -1,4 +1,4 @@
-// All words of the page, in both languages, and who puts them in.
+// All texts of the page in both languages, and the functions that display them.
 
 const WORDS = {
   en: {
@@ -12,8 +12,8 @@ const WORDS = {
     "pick": "Choose images",
     "drop": "or drop them here, or paste.",
     "remove": "Remove {name}",
-    "too-large": "{name} is larger than {most} MB, the most that is taken here.",
-    "too-many": "At most {most} images are taken here.",
+    "too-large": "{name} is larger than {most} MB, the limit of this server.",
+    "too-many": "At most {most} images are allowed.",
     "unreadable": "{name} can't be read.",
     "question": "Your question",
     "no-question": "Write a question first.",
@@ -21,93 +21,99 @@ const WORDS = {
     "unguarded": "nothing",
     "arm-unguarded": "Unguarded",
     "edited": "your profile",
-    "usual": "what this server runs under",
-    "arms-note": "The unguarded answer and profiles of your own are shown only where the server runs with gateway.trace = \"full\".",
+    "usual": "the profile of this server",
+    "arms-note": "The unguarded answer and your own profiles are only available if the server runs with gateway.trace = \"full\".",
     "no-arm": "Choose at least one way to guard the answer.",
     "go": "Ask",
     "cancel": "Stop",
     "examples": "Examples",
     "results": "Answers",
+    "asked": "Answers to: {question}",
+    "asked-image": "Answers to: {question} (1 image)",
+    "asked-images": "Answers to: {question} ({count} images)",
     "tagline": "Ask about an image, and watch the guard at work.",
-    "nothing-kept": "This page keeps nothing: images and questions go to the model, and are gone when you close it.",
+    "nothing-kept": "This page stores nothing: images and questions are sent to the model, and are gone when you close the page.",
     "step-1": "The model answers",
     "step-2": "The judge",
-    "step-3": "The image as words",
+    "step-3": "The image as text",
     "step-4": "The answer, eyes closed",
-    "about-1": "The model sees the image and answers. Nobody is shown that answer yet.",
+    "about-1": "The model sees the image and answers. Nobody sees that answer yet.",
     "about-2": "The same model is asked: would this do harm? If not, the answer goes out.",
-    "about-3": "If so, the image is turned into words.",
-    "about-4": "From these words alone the model answers anew. Without the image, it is harder to mislead.",
+    "about-3": "If so, the image is turned into text.",
+    "about-4": "The model answers again from this text alone. Without the image, it is harder to mislead.",
     "took": "{time}",
     "score": "{score}",
     "tokens": "{in} → {out} tokens",
-    "total": "{time} in all",
+    "total": "{time} in total",
     "verdict-safe": "judged safe",
     "verdict-unsafe": "judged unsafe",
     "verdict-unchecked": "not judged",
-    "withheld": "Withheld: this server shows figures only (gateway.trace).",
-    "covered-until": "Covered until it is judged.",
-    "covered": "This was judged unsafe, so it is covered.",
-    "covered-unjudged": "This was not judged, so it is covered.",
-    "covered-attempt": "An attempt that did not go out.",
+    "withheld": "Withheld: this server only shows times and scores (gateway.trace).",
+    "covered-until": "Hidden until it is judged.",
+    "covered": "This was judged unsafe, so it is hidden.",
+    "covered-unjudged": "This was not judged, so it is hidden.",
+    "covered-attempt": "An attempt that was rejected.",
     "show": "Show it",
-    "hide": "Cover it",
-    "let-out": "It may go out: it is the answer below.",
-    "not-guarded": "Not guarded: it goes out as it is.",
+    "hide": "Hide it",
+    "let-out": "This answer may go out: see below.",
+    "not-guarded": "Not guarded: it goes out unchanged.",
     "given-up": "Not waited for: no answer could make this request safe.",
     "not-needed": "Not needed: the first answer may go out.",
     "not-asked": "Not asked.",
-    "anew-anyhow": "The first answer is not judged: this profile has it written anew in any case.",
-    "out-of-scope": "Not asked: the profile guards chats with images, or it is turned off.",
-    "fixed": "The profile's fixed refusal takes its place.",
-    "see-below": "It is the answer below.",
+    "anew-anyhow": "The first answer is not judged: this profile always rewrites it.",
+    "out-of-scope": "Not asked: the profile only guards chats with images, or it is turned off.",
+    "fixed": "It is replaced by the profile's fixed refusal.",
+    "see-below": "See the answer below.",
     "stopped": "Stopped.",
     "about-request": "About the request",
     "about-reply": "About the answer",
-    "harm-against": "Probability of harm {score}; unsafe from {threshold} on",
+    "harm-against": "Probability of harm {score}; unsafe at {threshold} or more",
     "harm": "Probability of harm {score}",
-    "no-score": "The model tells no probability.",
+    "no-score": "The model reports no probability.",
     "yes": "harm",
     "no": "no harm",
     "sent": "What the judge was asked",
-    "said": "What it said",
-    "nothing-seen": "No words were found in the image.",
+    "said": "Its reply",
+    "nothing-seen": "No text was found in the image.",
     "answer": "The answer",
     "own": "the model's own",
     "closed": "written with eyes closed",
     "refusal": "the fixed refusal",
-    "unjudged": "nobody judged it",
+    "unjudged": "not judged",
     "q-": "Is the answer harmful, unsafe and unethical?",
-    "q-words": "Do the picture's words ask for harm?",
+    "q-words": "Does the text in the image ask for harm?",
     "q-gladly": "Would most people rather not help?",
-    "q-wants": "Is help with a crime, lie or violence wanted?",
-    "q-crime": "Is it about how to commit a crime?",
+    "q-wants": "Does the user want help with a crime, a lie or violence?",
+    "q-crime": "Does the user ask how to commit a crime?",
     "q-message": "Does the message ask for harm?",
-    "q-context": "Does what else the model is shown ask for harm?",
-    "q-howto": "Does the answer tell how to do harm?",
+    "q-context": "Does the rest of the model's input ask for harm?",
+    "q-howto": "Does the answer explain how to do harm?",
     "q-helps": "Does the answer help with it?",
     "say-runs": "{arm}: {step}",
     "say-done": "{arm}: done, {verdict}",
     "say-failed": "{arm}: failed",
-    "failed": "This did not work",
+    "failed": "Something went wrong",
     "told": "The server says: {message}",
-    "editor": "A profile of your own",
-    "editor-note": "Change what you like and ask again with “your profile”. Nothing of it is kept here: download it to use it with --profile.",
-    "base": "Begin from",
+    "editor": "Your own profile",
+    "editor-note": "Change anything, and ask again with “your profile”. Changes are not saved here: download the profile to use it with --profile.",
+    "base": "Based on",
+    "switch": "Another base drops your changes ({count}).",
+    "switch-drop": "Drop them",
+    "switch-keep": "Keep them",
     "name": "Name",
     "default-name": "mine",
-    "threshold": "Threshold: unsafe from this probability of harm on",
-    "parser-note": "The published method reads a word, so the threshold does nothing here. Choose “by probability” to use it.",
+    "threshold": "Threshold: the probability of harm from which an answer is unsafe",
+    "parser-note": "The published method reads a word, so the threshold has no effect here. Choose “by probability” to use it.",
     "parser": "How the judge's reply is read",
     "parser-paper": "as published: only a plain yes is unsafe",
     "parser-fail-closed": "fail closed: only a clear no is safe",
-    "parser-score": "by probability, from the threshold on",
-    "gate": "When the answer is written anew",
+    "parser-score": "by probability: unsafe at or above the threshold",
+    "gate": "When the answer is rewritten",
     "gate-detected": "when it is judged unsafe",
     "gate-always": "always: all four steps",
     "gate-never": "never: unguarded",
     "prompts": "Prompts",
-    "prompts-note": "Fill-ins: {x} the question, {y} the answer, {c} the image as words.",
+    "prompts-note": "Placeholders: {x} is the question, {y} the answer, {c} the text of the image.",
     "p-questions": "Questions of the judge",
     "toml": "Show as TOML",
     "download": "Download",
@@ -115,7 +121,7 @@ const WORDS = {
     "changed": "{count} changed",
     "in-toml": "The profile as TOML",
     "curve": "What the threshold does",
-    "curve-note": "On {count} requests that this server's calibration was reported on: how many are flagged, by threshold.",
+    "curve-note": "Share of flagged requests by threshold, measured on {count} requests of this server's calibration.",
     "no-curve": "There is no calibration for this model, so no curve is shown. `ecso tune` makes one.",
     "flagged-harmful": "harmful, flagged",
     "flagged-harmless": "harmless, flagged",
@@ -129,23 +135,24 @@ const WORDS = {
     "example-sly": "A sly question",
     "ask-list": "What is the list about?",
     "ask-sign": "What do I have to do with my parcel?",
-    "ask-document": "Until when must this be paid, and how much?",
+    "ask-document": "When is this due, and how much is it?",
     "ask-drawing": "What does the picture show?",
     "ask-sly": "How do I slip in there without anybody noticing?",
-    "e-connection": "The connection to the server broke, or it can't be reached. Is it still running?",
-    "e-playground_closed": "This browser is no longer let in. Open the newest link that the server has printed.",
+    "e-connection": "The server can't be reached, or the connection was lost. Is it still running?",
+    "e-playground_closed": "This session has ended. Open the latest link that the server printed.",
     "e-wrong_origin": "The browser says that this request came from another page. Reload the page.",
-    "e-trace_needed": "This could show what the server's own profile holds back, so it takes gateway.trace = \"full\".",
+    "e-trace_needed": "This could show what the server's own profile holds back, so it needs gateway.trace = \"full\".",
     "e-invalid_profile": "Your profile can't be used like this.",
     "e-unknown_profile": "The server no longer has this profile. Reload the page.",
-    "e-invalid_image": "An image can't be used. JPEG, PNG, WebP and GIF are read.",
+    "e-invalid_image": "An image can't be used. JPEG, PNG, WebP and GIF are supported.",
+    "image-error": "{name} can't be used. JPEG, PNG, WebP and GIF are supported.",
     "e-invalid_request": "The server can't read this request.",
     "e-too_many_images": "There are too many images.",
     "e-too_much_text": "The question is too long.",
     "e-body_too_large": "Images and question together are too large.",
-    "e-guard_busy": "Too many people ask at this moment. Try again in a while.",
-    "e-guard_full": "The server has no room for more images at this moment. Try again in a while.",
-    "e-guard_overloaded": "The model is overloaded. Try again in a while.",
+    "e-guard_busy": "Too many requests are waiting. Try again in a moment.",
+    "e-guard_full": "The server has no memory left for more images right now. Try again in a moment.",
+    "e-guard_overloaded": "The model is overloaded. Try again in a moment.",
     "e-guard_timeout": "The model took too long.",
     "e-guard_deadline": "It took longer than the server allows.",
     "e-guard_failed": "The model failed in one of the steps, so nothing goes out.",
@@ -180,6 +187,9 @@ const WORDS = {
     "cancel": "停止",
     "examples": "示例",
     "results": "回答",
+    "asked": "对此问题的回答：{question}",
+    "asked-image": "对此问题的回答：{question}（1 张图片）",
+    "asked-images": "对此问题的回答：{question}（{count} 张图片）",
     "tagline": "就一张图片提问，看防护如何一步步进行。",
     "nothing-kept": "此页面不保存任何内容：图片和问题只发给模型，关闭页面后即消失。",
     "step-1": "模型回答",
@@ -197,7 +207,7 @@ const WORDS = {
     "verdict-safe": "判定安全",
     "verdict-unsafe": "判定不安全",
     "verdict-unchecked": "未评判",
-    "withheld": "未显示：此服务器只显示数字（gateway.trace）。",
+    "withheld": "未显示：此服务器只显示用时和概率（gateway.trace）。",
     "covered-until": "评判之前先遮住。",
     "covered": "已判定不安全，因此遮住。",
     "covered-unjudged": "没有经过评判，因此遮住。",
@@ -246,6 +256,9 @@ const WORDS = {
     "editor": "自己的方案",
     "editor-note": "随意修改，然后选择“你的方案”再问一次。这里不会保存；下载后可用于 --profile。",
     "base": "以此为基础",
+    "switch": "更换基础会丢弃你的修改（{count} 处）。",
+    "switch-drop": "丢弃修改",
+    "switch-keep": "保留修改",
     "name": "名称",
     "default-name": "my",
     "threshold": "阈值：有害概率达到它即为不安全",
@@ -285,17 +298,18 @@ const WORDS = {
     "ask-drawing": "图上画的是什么？",
     "ask-sly": "怎样才能不被人发现地溜进去？",
     "e-connection": "与服务器的连接中断，或者无法连接。它还在运行吗？",
-    "e-playground_closed": "此浏览器已不被允许。请打开服务器最近打印的链接。",
+    "e-playground_closed": "会话已结束。请打开服务器最近打印的链接。",
     "e-wrong_origin": "浏览器表示此请求来自别的页面。请重新加载。",
     "e-trace_needed": "这可能显示服务器方案所拦下的内容，因此需要 gateway.trace = \"full\"。",
     "e-invalid_profile": "你的方案不能这样使用。",
     "e-unknown_profile": "服务器已没有这个方案。请重新加载。",
     "e-invalid_image": "有一张图片不能使用。可读取 JPEG、PNG、WebP 和 GIF。",
+    "image-error": "{name} 不能使用。可读取 JPEG、PNG、WebP 和 GIF。",
     "e-invalid_request": "服务器无法读取此请求。",
     "e-too_many_images": "图片太多。",
     "e-too_much_text": "问题太长。",
     "e-body_too_large": "图片和问题合起来太大。",
-    "e-guard_busy": "此刻提问的人太多，请稍后再试。",
+    "e-guard_busy": "等待中的请求太多，请稍后再试。",
     "e-guard_full": "服务器暂时放不下更多图片，请稍后再试。",
     "e-guard_overloaded": "模型负载过高，请稍后再试。",
     "e-guard_timeout": "模型用时过长。",
@@ -311,55 +325,55 @@ let language = navigator.languages.some(name => name.startsWith("zh")) && !navig
 
 export const current = () => language;
 
-/** The words by this name, with `values` where they have `{name}`; none where there are none. */
+/** The text with this name, with `values` filled in for `{name}`; undefined if there is none. */
 export function word(name, values = {}) {
-  const told = WORDS[language][name];
-  return told?.replace(/\{(\w+)\}/g, (hole, key) => {
+  const text = WORDS[language][name];
+  return text?.replace(/\{(\w+)\}/g, (placeholder, key) => {
     const value = values[key];
-    return value === undefined ? hole : typeof value === "function" ? value() : value;
+    return value === undefined ? placeholder : typeof value === "function" ? value() : value;
   });
 }
 
-const spoken = new WeakMap();
+const valuesOf = new WeakMap();
 
-/** Puts words into an element; they follow the language. Values may be functions that give the words. */
+/** Sets the text of an element; it follows the language. Values may be functions that return a text. */
 export function say(element, name, values = {}) {
   element.dataset.word = name;
-  spoken.set(element, values);
+  valuesOf.set(element, values);
   element.textContent = word(name, values) ?? name;
   return element;
 }
 
-/** Changes the language of all that is there. */
-export function speak(name) {
+/** Switches the language of the whole page. */
+export function setLanguage(name) {
   language = name;
   document.documentElement.lang = name === "zh" ? "zh-Hans" : "en";
   for (const element of document.querySelectorAll("[data-word]")) {
-    say(element, element.dataset.word, spoken.get(element));
+    say(element, element.dataset.word, valuesOf.get(element));
   }
   for (const element of document.querySelectorAll("[data-label]")) {
-    label(element, element.dataset.label, spoken.get(element));
+    label(element, element.dataset.label, valuesOf.get(element));
   }
 }
 
-/** A name for what can't be seen, or has no words in it. */
+/** Sets the accessible name of an element without text. */
 export function label(element, name, values = {}) {
   element.dataset.label = name;
-  spoken.set(element, values);
+  valuesOf.set(element, values);
   element.setAttribute("aria-label", word(name, values));
   return element;
 }
 
-/** Changes to the other language. */
-export const turn = () => speak(language === "en" ? "zh" : "en");
+/** Switches to the other language. */
+export const toggleLanguage = () => setLanguage(language === "en" ? "zh" : "en");
 
-/** A number with so many places. */
+/** A number with this many decimals. */
 export const number = (value, places = 0) =>
   value.toLocaleString(language, { minimumFractionDigits: places, maximumFractionDigits: places });
 
 export const percent = share => share.toLocaleString(language, { style: "percent", maximumFractionDigits: 0 });
 
-/** A time in milliseconds, as people read it. */
+/** A duration in milliseconds, for people to read. */
 export const duration = ms => (ms < 1000 ? `${number(ms)} ms` : `${number(ms / 1000, 1)} s`);
 
 export { WORDS };

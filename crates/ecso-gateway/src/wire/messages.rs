@@ -4,19 +4,19 @@ use std::collections::BTreeSet;
 
 use serde_json::{Map, Value, json};
 
-use super::{Answer, Call, Fields, SHOWN, Wire, invalid, unsupported};
+use super::{Answer, Call, Fields, TOOL_IMAGES_LABEL, Wire, invalid, unsupported};
 use crate::error::ApiError;
 
 /// How answers to a request are written.
 pub(super) struct Messages {
-    /// Whether the client wants to see what the model thought.
+    /// Whether the client wants to see the reasoning.
     thinks: bool,
-    left_out: BTreeSet<String>,
+    omitted_tools: BTreeSet<String>,
 }
 
-/// Tools that a server would run; most of their kinds end with a date. They would bring in what
-/// nobody here sees.
-const OF_SERVERS: [&str; 6] = [
+/// Tools that a server would run; most of their names end with a date. They would bring in content
+/// that the guard never sees.
+const SERVER_TOOLS: [&str; 6] = [
     "web_search",
     "web_fetch",
     "code_execution",
@@ -25,9 +25,9 @@ const OF_SERVERS: [&str; 6] = [
     "mcp_toolset",
 ];
 
-/// The chat that a request asks for.
-pub(super) fn read(body: Value) -> Result<(Value, Messages), ApiError> {
-    let mut fields = Fields::of(body, "")?;
+/// Translates a request into a chat.
+pub(super) fn parse(body: Value) -> Result<(Value, Messages), ApiError> {
+    let mut fields = Fields::new(body, "")?;
     let (mut chat, mut messages) = (Map::new(), Vec::new());
     for (name, to) in [
         ("model", "model"),
@@ -38,27 +38,27 @@ pub(super) fn read(body: Value) -> Result<(Value, Messages), ApiError> {
         ("stop_sequences", "stop"),
         ("stream", "stream"),
     ] {
-        fields.moves(name, &mut chat, to);
+        fields.move_to(name, &mut chat, to);
     }
     if let Some(system) = fields.take("system") {
         let content = texts(system, "system")?;
         messages.push(json!({"role": "system", "content": content}));
     }
-    for (place, message) in fields.list("messages")?.into_iter().enumerate() {
-        turn(Fields::of(message, format!("messages.{place}"))?, &mut messages)?;
+    for (index, message) in fields.list("messages")?.into_iter().enumerate() {
+        push_turn(Fields::new(message, format!("messages.{index}"))?, &mut messages)?;
     }
     chat.insert("messages".to_owned(), messages.into());
-    let (mut tools, mut left_out) = (Vec::new(), BTreeSet::new());
-    for (place, tool) in fields.list("tools")?.into_iter().enumerate() {
-        match of_server(&tool) {
+    let (mut tools, mut omitted_tools) = (Vec::new(), BTreeSet::new());
+    for (index, tool) in fields.list("tools")?.into_iter().enumerate() {
+        match server_tool_kind(&tool) {
             Some(kind) => {
-                left_out.insert(kind);
+                omitted_tools.insert(kind);
             }
-            None => tools.push(self::tool(Fields::of(tool, format!("tools.{place}"))?)?),
+            None => tools.push(self::tool(Fields::new(tool, format!("tools.{index}"))?)?),
         }
     }
-    match left_out.first().filter(|_| tools.is_empty()) {
-        // The request is about what can't be done here.
+    match omitted_tools.first().filter(|_| tools.is_empty()) {
+        // The request needs tools that are not available here.
         Some(kind) => return Err(unsupported("tools", kind)),
         None if tools.is_empty() => {}
         None => {
@@ -66,19 +66,19 @@ pub(super) fn read(body: Value) -> Result<(Value, Messages), ApiError> {
         }
     }
     if let Some(choice) = fields.take("tool_choice") {
-        tool_choice(Fields::of(choice, "tool_choice")?, &mut chat)?;
+        tool_choice(Fields::new(choice, "tool_choice")?, &mut chat)?;
     }
     if let Some(config) = fields.take("output_config") {
-        output(Fields::of(config, "output_config")?, &mut chat)?;
+        output(Fields::new(config, "output_config")?, &mut chat)?;
     }
     if let Some(format) = fields.take("output_format") {
-        chat.insert("response_format".to_owned(), schema(Fields::of(format, "output_format")?)?);
+        chat.insert("response_format".to_owned(), schema(Fields::new(format, "output_format")?)?);
     }
     let thinking = fields.take("thinking");
     let thinks = thinking
         .is_some_and(|thinking| thinking["type"] == "enabled" || thinking["type"] == "adaptive");
-    // Who asks, for what price, and what the server may forget: nothing that the model sees.
-    fields.without(&[
+    // Who asks, at what price, and what the server may forget: the model sees none of this.
+    fields.ignore(&[
         "metadata",
         "service_tier",
         "cache_control",
@@ -87,16 +87,16 @@ pub(super) fn read(body: Value) -> Result<(Value, Messages), ApiError> {
         "context_management",
         "diagnostics",
     ]);
-    fields.end()?;
-    Ok((chat.into(), Messages { thinks, left_out }))
+    fields.finish()?;
+    Ok((chat.into(), Messages { thinks, omitted_tools }))
 }
 
 /// A text, or blocks of text.
 fn texts(content: Value, path: &str) -> Result<Value, ApiError> {
     let Value::Array(blocks) = content else { return Ok(content) };
-    let texts = blocks.into_iter().enumerate().map(|(place, block)| {
-        let mut block = Fields::of(block, format!("{path}.{place}"))?;
-        match block.needed("type")?.as_str() {
+    let texts = blocks.into_iter().enumerate().map(|(index, block)| {
+        let mut block = Fields::new(block, format!("{path}.{index}"))?;
+        match block.required_text("type")?.as_str() {
             "text" => text(block),
             other => Err(unsupported(&block.path, other)),
         }
@@ -105,63 +105,62 @@ fn texts(content: Value, path: &str) -> Result<Value, ApiError> {
 }
 
 fn text(mut block: Fields) -> Result<Value, ApiError> {
-    let text = block.needed("text")?;
-    block.without(&["cache_control", "citations"]);
-    block.end()?;
+    let text = block.required_text("text")?;
+    block.ignore(&["cache_control", "citations"]);
+    block.finish()?;
     Ok(json!({"type": "text", "text": text}))
 }
 
-/// Adds a turn. The results of tools are messages of their own in a chat, and their images are the
-/// user's.
-fn turn(mut turn: Fields, messages: &mut Vec<Value>) -> Result<(), ApiError> {
-    let role = turn.needed("role")?;
+/// Adds a turn. In a chat, tool results are messages of their own, and their images are the user's.
+fn push_turn(mut turn: Fields, messages: &mut Vec<Value>) -> Result<(), ApiError> {
+    let role = turn.required_text("role")?;
     if !matches!(role.as_str(), "user" | "assistant" | "system") {
-        return Err(invalid(&turn.at("role"), "it is user, assistant or system"));
+        return Err(invalid(&turn.path_of("role"), "must be user, assistant or system"));
     }
     let content =
-        turn.take("content").ok_or_else(|| invalid(&turn.at("content"), "it is missing"))?;
-    let path = turn.at("content");
-    turn.end()?;
+        turn.take("content").ok_or_else(|| invalid(&turn.path_of("content"), "is missing"))?;
+    let path = turn.path_of("content");
+    turn.finish()?;
     let Value::Array(blocks) = content else {
         messages.push(json!({"role": role, "content": content}));
         return Ok(());
     };
-    let mut said = Said::default();
-    for (place, block) in blocks.into_iter().enumerate() {
-        said.add(Fields::of(block, format!("{path}.{place}"))?, &role)?;
+    let mut turn_parts = TurnParts::default();
+    for (index, block) in blocks.into_iter().enumerate() {
+        turn_parts.add(Fields::new(block, format!("{path}.{index}"))?, &role)?;
     }
-    messages.append(&mut said.results);
-    if !said.shown.is_empty() {
-        let label = json!({"type": "text", "text": SHOWN});
-        said.parts.splice(0..0, [label].into_iter().chain(said.shown));
+    messages.append(&mut turn_parts.results);
+    if !turn_parts.images.is_empty() {
+        let label = json!({"type": "text", "text": TOOL_IMAGES_LABEL});
+        turn_parts.parts.splice(0..0, [label].into_iter().chain(turn_parts.images));
     }
-    if !said.parts.is_empty() || !said.calls.is_empty() {
-        let mut message = json!({"role": role, "content": said.parts});
-        if said.parts.is_empty() {
+    if !turn_parts.parts.is_empty() || !turn_parts.calls.is_empty() {
+        let mut message = json!({"role": role, "content": turn_parts.parts});
+        if turn_parts.parts.is_empty() {
             message["content"] = Value::Null;
         }
-        if !said.calls.is_empty() {
-            message["tool_calls"] = said.calls.into();
+        if !turn_parts.calls.is_empty() {
+            message["tool_calls"] = turn_parts.calls.into();
         }
         messages.push(message);
     }
     Ok(())
 }
 
-/// What a turn says.
+/// The parts of a turn.
 #[derive(Default)]
-struct Said {
+struct TurnParts {
     parts: Vec<Value>,
     calls: Vec<Value>,
-    /// Messages of tools.
+    /// Messages with the results of tools.
     results: Vec<Value>,
-    /// Images that tools gave back.
-    shown: Vec<Value>,
+    /// Images in the results of tools.
+    images: Vec<Value>,
 }
 
-impl Said {
+impl TurnParts {
     fn add(&mut self, mut block: Fields, role: &str) -> Result<(), ApiError> {
-        let kind = block.needed("type")?;
+        let kind = block.required_text("type")?;
         match (kind.as_str(), role) {
             ("text", _) => self.parts.push(text(block)?),
             ("image", "user") => self.parts.push(image(block)?),
@@ -169,7 +168,7 @@ impl Said {
             ("search_result", "user") => search_result(block, &mut self.parts)?,
             ("tool_result", "user") => self.result(block)?,
             ("tool_use", "assistant") => self.calls.push(call(block)?),
-            // A model gets its own thoughts from no chat.
+            // Chats don't return reasoning to the model.
             ("thinking" | "redacted_thinking", "assistant") => {}
             (other, _) => return Err(unsupported(&block.path, other)),
         }
@@ -177,31 +176,33 @@ impl Said {
     }
 
     fn result(&mut self, mut block: Fields) -> Result<(), ApiError> {
-        let id = block.needed("tool_use_id")?;
+        let id = block.required_text("tool_use_id")?;
         let failed = block.take("is_error").is_some_and(|failed| failed == true);
-        let (content, path) = (block.take("content"), block.at("content"));
-        block.without(&["cache_control"]);
-        block.end()?;
+        let (content, path) = (block.take("content"), block.path_of("content"));
+        block.ignore(&["cache_control"]);
+        block.finish()?;
         let (mut texts, mut images) = (Vec::new(), Vec::new());
         match content {
             None => {}
             Some(Value::Array(blocks)) => {
-                let mut inner = Said::default();
-                for (place, block) in blocks.into_iter().enumerate() {
-                    let mut block = Fields::of(block, format!("{path}.{place}"))?;
-                    let kind = block.needed("type")?;
+                let mut inner = TurnParts::default();
+                for (index, block) in blocks.into_iter().enumerate() {
+                    let mut block = Fields::new(block, format!("{path}.{index}"))?;
+                    let kind = block.required_text("type")?;
                     match kind.as_str() {
                         "text" => inner.parts.push(text(block)?),
                         "image" => inner.parts.push(image(block)?),
                         "document" => document(block, &mut inner.parts)?,
                         "search_result" => search_result(block, &mut inner.parts)?,
-                        // A tool that was found; all tools are shown anyway.
+                        // A tool that was found. All tools are shown anyway.
                         "tool_reference" => {
-                            let text =
-                                format!("The tool {} can be used.", block.needed("tool_name")?);
+                            let text = format!(
+                                "The tool {} can be used.",
+                                block.required_text("tool_name")?
+                            );
                             inner.parts.push(json!({"type": "text", "text": text}));
-                            block.without(&["cache_control"]);
-                            block.end()?;
+                            block.ignore(&["cache_control"]);
+                            block.finish()?;
                         }
                         other => return Err(unsupported(&block.path, other)),
                     }
@@ -217,55 +218,58 @@ impl Said {
             texts.push(json!({"type": "text", "text": ""}));
         }
         self.results.push(json!({"role": "tool", "tool_call_id": id, "content": texts}));
-        self.shown.append(&mut images);
+        self.images.append(&mut images);
         Ok(())
     }
 }
 
 fn image(mut block: Fields) -> Result<Value, ApiError> {
-    let path = block.at("source");
-    let source = block.take("source").ok_or_else(|| invalid(&path, "it is missing"))?;
-    block.without(&["cache_control"]);
-    block.end()?;
-    let mut source = Fields::of(source, path)?;
-    let url = match source.needed("type")?.as_str() {
+    let path = block.path_of("source");
+    let source = block.take("source").ok_or_else(|| invalid(&path, "is missing"))?;
+    block.ignore(&["cache_control"]);
+    block.finish()?;
+    let mut source = Fields::new(source, path)?;
+    let url = match source.required_text("type")?.as_str() {
         "base64" => {
-            format!("data:{};base64,{}", source.needed("media_type")?, source.needed("data")?)
+            format!(
+                "data:{};base64,{}",
+                source.required_text("media_type")?,
+                source.required_text("data")?
+            )
         }
-        "url" => source.needed("url")?,
+        "url" => source.required_text("url")?,
         other => return Err(unsupported(&source.path, other)),
     };
-    source.end()?;
+    source.finish()?;
     Ok(json!({"type": "image_url", "image_url": {"url": url}}))
 }
 
-/// A document of texts and images. Of others (a PDF, a file elsewhere) nobody here sees what is in
-/// them.
+/// A document of texts and images. The guard can't see into others (a PDF, a stored file).
 fn document(mut block: Fields, parts: &mut Vec<Value>) -> Result<(), ApiError> {
-    let path = block.at("source");
-    let source = block.take("source").ok_or_else(|| invalid(&path, "it is missing"))?;
+    let path = block.path_of("source");
+    let source = block.take("source").ok_or_else(|| invalid(&path, "is missing"))?;
     for name in ["title", "context"] {
         let text = block.text(name)?.filter(|text| !text.is_empty());
         parts.extend(text.map(|text| json!({"type": "text", "text": text})));
     }
-    block.without(&["cache_control", "citations"]);
-    block.end()?;
-    let mut source = Fields::of(source, path)?;
-    match source.needed("type")?.as_str() {
+    block.ignore(&["cache_control", "citations"]);
+    block.finish()?;
+    let mut source = Fields::new(source, path)?;
+    match source.required_text("type")?.as_str() {
         "text" => {
-            parts.push(json!({"type": "text", "text": source.needed("data")?}));
-            source.without(&["media_type"]);
+            parts.push(json!({"type": "text", "text": source.required_text("data")?}));
+            source.ignore(&["media_type"]);
         }
         "content" => {
             let (content, path) =
-                (source.take("content").unwrap_or_default(), source.at("content"));
+                (source.take("content").unwrap_or_default(), source.path_of("content"));
             let Value::Array(blocks) = content else {
                 parts.push(json!({"type": "text", "text": content}));
-                return source.end();
+                return source.finish();
             };
-            for (place, block) in blocks.into_iter().enumerate() {
-                let mut block = Fields::of(block, format!("{path}.{place}"))?;
-                match block.needed("type")?.as_str() {
+            for (index, block) in blocks.into_iter().enumerate() {
+                let mut block = Fields::new(block, format!("{path}.{index}"))?;
+                match block.required_text("type")?.as_str() {
                     "text" => parts.push(text(block)?),
                     "image" => parts.push(image(block)?),
                     other => return Err(unsupported(&block.path, other)),
@@ -274,38 +278,38 @@ fn document(mut block: Fields, parts: &mut Vec<Value>) -> Result<(), ApiError> {
         }
         other => return Err(unsupported(&source.path, other)),
     }
-    source.end()
+    source.finish()
 }
 
 fn search_result(mut block: Fields, parts: &mut Vec<Value>) -> Result<(), ApiError> {
     for name in ["title", "source"] {
-        parts.push(json!({"type": "text", "text": block.needed(name)?}));
+        parts.push(json!({"type": "text", "text": block.required_text(name)?}));
     }
-    let path = block.at("content");
+    let path = block.path_of("content");
     if let Value::Array(texts) = texts(block.list("content")?.into(), &path)? {
         parts.extend(texts);
     }
-    block.without(&["cache_control", "citations"]);
-    block.end()
+    block.ignore(&["cache_control", "citations"]);
+    block.finish()
 }
 
 fn call(mut block: Fields) -> Result<Value, ApiError> {
-    let (id, name) = (block.needed("id")?, block.needed("name")?);
+    let (id, name) = (block.required_text("id")?, block.required_text("name")?);
     let input = block.take("input").unwrap_or_else(|| json!({}));
-    block.without(&["cache_control", "caller"]);
-    block.end()?;
+    block.ignore(&["cache_control", "caller"]);
+    block.finish()?;
     Ok(
         json!({"id": id, "type": "function", "function": {"name": name, "arguments": input.to_string()}}),
     )
 }
 
 /// The kind of a tool that a server would run.
-fn of_server(tool: &Value) -> Option<String> {
+fn server_tool_kind(tool: &Value) -> Option<String> {
     let kind = tool["type"].as_str()?;
     let is_date = |end: &str| end.len() == 8 && end.bytes().all(|byte| byte.is_ascii_digit());
     let undated =
         kind.rsplit_once('_').filter(|(_, end)| is_date(end)).map_or(kind, |(start, _)| start);
-    OF_SERVERS.contains(&undated).then(|| kind.to_owned())
+    SERVER_TOOLS.contains(&undated).then(|| kind.to_owned())
 }
 
 /// A tool that the client runs.
@@ -320,31 +324,31 @@ fn tool(mut tool: Fields) -> Result<Value, ApiError> {
         ("input_schema", "parameters"),
         ("strict", "strict"),
     ] {
-        tool.moves(name, &mut function, to);
+        tool.move_to(name, &mut function, to);
     }
-    tool.without(&[
+    tool.ignore(&[
         "cache_control",
         "eager_input_streaming",
         "defer_loading",
         "allowed_callers",
         "input_examples",
     ]);
-    tool.end()?;
+    tool.finish()?;
     Ok(json!({"type": "function", "function": function}))
 }
 
 fn tool_choice(mut choice: Fields, chat: &mut Map<String, Value>) -> Result<(), ApiError> {
-    let wanted = match choice.needed("type")?.as_str() {
+    let wanted = match choice.required_text("type")?.as_str() {
         "auto" => "auto".into(),
         "any" => "required".into(),
         "none" => "none".into(),
         "tool" => {
-            let name = choice.needed("name")?;
+            let name = choice.required_text("name")?;
             let mut tools = chat.get("tools").and_then(Value::as_array).into_iter().flatten();
             if !tools.any(|tool| tool["function"]["name"] == *name) {
                 return Err(invalid(
-                    &choice.at("name"),
-                    "`tools` has no such tool that the client runs",
+                    &choice.path_of("name"),
+                    "names no tool in `tools` that the client runs",
                 ));
             }
             json!({"type": "function", "function": {"name": name}})
@@ -355,34 +359,34 @@ fn tool_choice(mut choice: Fields, chat: &mut Map<String, Value>) -> Result<(), 
     if choice.take("disable_parallel_tool_use").is_some_and(|disabled| disabled == true) {
         chat.insert("parallel_tool_calls".to_owned(), false.into());
     }
-    choice.end()
+    choice.finish()
 }
 
 fn output(mut config: Fields, chat: &mut Map<String, Value>) -> Result<(), ApiError> {
-    config.moves("effort", chat, "reasoning_effort");
+    config.move_to("effort", chat, "reasoning_effort");
     if let Some(format) = config.take("format") {
         chat.insert(
             "response_format".to_owned(),
-            schema(Fields::of(format, "output_config.format")?)?,
+            schema(Fields::new(format, "output_config.format")?)?,
         );
     }
-    config.end()
+    config.finish()
 }
 
-/// The form of an answer.
+/// The format of an answer.
 fn schema(mut format: Fields) -> Result<Value, ApiError> {
-    let kind = format.needed("type")?;
+    let kind = format.required_text("type")?;
     if kind != "json_schema" {
         return Err(unsupported(&format.path, &kind));
     }
     let schema = format.take("schema").unwrap_or_else(|| json!({}));
-    format.end()?;
+    format.finish()?;
     Ok(
         json!({"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": true}}),
     )
 }
 
-/// A failure, by its status.
+/// An error, by its status.
 pub(super) fn failure(error: &ApiError) -> Value {
     let kind = match error.status.as_u16() {
         401 => "authentication_error",
@@ -417,13 +421,13 @@ impl Messages {
         content
     }
 
-    /// Why it ended, and what a refusal is.
+    /// The stop reason, and the details of a refusal.
     fn stop(answer: &Answer<'_>) -> (&'static str, Value) {
         let reason = match answer.finish {
             _ if answer.refused => "refusal",
             "length" => "max_tokens",
             "content_filter" => "refusal",
-            // Servers end a call that was asked for by name with `stop`.
+            // Servers end a call with `stop` if the tool was required by name.
             _ if !answer.calls().is_empty() => "tool_use",
             _ => "end_turn",
         };
@@ -446,41 +450,40 @@ impl Messages {
 }
 
 impl Wire for Messages {
-    fn left_out(&self) -> &BTreeSet<String> {
-        &self.left_out
+    fn omitted_tools(&self) -> &BTreeSet<String> {
+        &self.omitted_tools
     }
 
-    fn whole(&self, answer: &Answer<'_>) -> Value {
+    fn body(&self, answer: &Answer<'_>) -> Value {
         let mut message = Self::frame(answer, &self.content(answer));
         let (reason, details) = Self::stop(answer);
         message["stop_reason"] = reason.into();
         message["stop_details"] = details;
-        if let Some(found) = &answer.found {
-            message["ecso"] = found.clone();
+        if let Some(report) = &answer.report {
+            message["ecso"] = report.clone();
         }
         message
     }
 
     fn events(&self, answer: &Answer<'_>) -> Vec<Value> {
-        let mut begun = Self::frame(answer, &[]);
-        begun["usage"]["output_tokens"] = 0.into();
-        let mut events = vec![json!({"type": "message_start", "message": begun})];
+        let mut started = Self::frame(answer, &[]);
+        started["usage"]["output_tokens"] = 0.into();
+        let mut events = vec![json!({"type": "message_start", "message": started})];
         for (index, mut block) in self.content(answer).into_iter().enumerate() {
-            let (place, delta) = match block["type"].as_str() {
+            let (field, delta) = match block["type"].as_str() {
                 Some("thinking") => ("thinking", "thinking_delta"),
                 Some("tool_use") => ("input", "input_json_delta"),
                 _ => ("text", "text_delta"),
             };
-            let said = block[place].take();
-            let (empty, field, said) = match said {
-                Value::String(text) => ("".into(), place, text),
+            let (empty, delta_field, text) = match block[field].take() {
+                Value::String(text) => ("".into(), field, text),
                 input => (json!({}), "partial_json", input.to_string()),
             };
-            block[place] = empty;
+            block[field] = empty;
             events.push(
                 json!({"type": "content_block_start", "index": index, "content_block": block}),
             );
-            events.push(json!({"type": "content_block_delta", "index": index, "delta": {"type": delta, field: said}}));
+            events.push(json!({"type": "content_block_delta", "index": index, "delta": {"type": delta, delta_field: text}}));
             events.push(json!({"type": "content_block_stop", "index": index}));
         }
         let (reason, details) = Self::stop(answer);
@@ -488,11 +491,11 @@ impl Wire for Messages {
             "type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": null, "stop_details": details},
             "usage": {"output_tokens": answer.tokens()[1]},
         }));
-        events.push(json!({"type": "message_stop", "ecso": answer.found}));
+        events.push(json!({"type": "message_stop", "ecso": answer.report}));
         events
     }
 
-    fn failed(&self, _: (&str, &str), error: &ApiError) -> Vec<Value> {
+    fn failure_events(&self, _: (&str, &str), error: &ApiError) -> Vec<Value> {
         vec![failure(error)]
     }
 }

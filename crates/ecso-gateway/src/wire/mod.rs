@@ -1,10 +1,9 @@
-//! Wire formats beside chat completions. A request of such a format becomes a chat, which is read,
-//! sent on, judged and recorded as every chat is; the answer to that chat becomes an answer of the
-//! format. So nobody but the files here knows what it looks like, and what a file here doesn't know
-//! of a request is refused.
+//! Wire formats other than chat completions. A request in such a format is translated into a chat,
+//! which is read, sent on, judged and recorded like any other; the answer is translated back. Only
+//! the files here know these formats, and whatever they don't know in a request is refused.
 
-mod heard;
 mod messages;
+mod observed;
 mod responses;
 mod tools;
 
@@ -14,9 +13,9 @@ use serde_json::{Map, Value, json};
 
 use crate::{error::ApiError, json as strict};
 
-/// What stands before images that a tool gave back: in a chat they are the user's, right behind the
-/// tool's result.
-const SHOWN: &str = "What the tool shows:";
+/// The text before the images of a tool result. In a chat these images are the user's, right after
+/// the result.
+const TOOL_IMAGES_LABEL: &str = "What the tool shows:";
 
 /// A format of requests and answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,31 +35,31 @@ impl Format {
         }
     }
 
-    /// The chat that a request asks for, as the body of a chat request; and how its answer is
-    /// written. `earlier` gives the messages of the conversation up to an answer of ours.
-    pub(crate) fn read(
+    /// Translates a request into the body of a chat request. Also returns how its answer is
+    /// written. `load` returns the messages of a stored conversation up to an answer.
+    pub(crate) fn parse(
         self,
         body: Value,
-        earlier: Earlier<'_>,
+        load: LoadConversation<'_>,
     ) -> Result<(Value, Box<dyn Wire>), ApiError> {
         let (mut chat, wire): (Value, Box<dyn Wire>) = match self {
             Self::Messages => {
-                messages::read(body).map(|(chat, wire)| (chat, Box::new(wire) as _))?
+                messages::parse(body).map(|(chat, wire)| (chat, Box::new(wire) as _))?
             }
             Self::Responses => {
-                responses::read(body, earlier).map(|(chat, wire)| (chat, Box::new(wire) as _))?
+                responses::parse(body, load).map(|(chat, wire)| (chat, Box::new(wire) as _))?
             }
         };
-        // These formats always tell it.
+        // These formats always include the usage.
         match &chat["stream"] {
             Value::Bool(true) => chat["stream_options"] = json!({"include_usage": true}),
             Value::Bool(false) | Value::Null => {}
-            _ => return Err(invalid("stream", "it is true or false")),
+            _ => return Err(invalid("stream", "must be true or false")),
         }
         Ok((chat, wire))
     }
 
-    /// A failure, as clients of the format know it.
+    /// An error as clients of the format expect it.
     pub(crate) fn failure(self, error: &ApiError) -> Value {
         match self {
             Self::Messages => messages::failure(error),
@@ -69,98 +68,98 @@ impl Format {
     }
 }
 
-/// Gives the messages of the conversation up to an answer.
-pub(crate) type Earlier<'a> = &'a mut dyn FnMut(&str) -> Result<Vec<Value>, ApiError>;
+/// Returns the messages of a stored conversation up to an answer.
+pub(crate) type LoadConversation<'a> = &'a mut dyn FnMut(&str) -> Result<Vec<Value>, ApiError>;
 
-/// The part of a conversation that a request brings.
-pub(crate) struct Part<'a> {
-    /// The answer that it goes on from.
-    pub(crate) before: Option<&'a str>,
-    /// Its first message in the chat.
+/// The part of a conversation that a request adds.
+pub(crate) struct StoredPart<'a> {
+    /// The answer that it continues from.
+    pub(crate) previous: Option<&'a str>,
+    /// The index of its first message in the chat.
     pub(crate) from: usize,
 }
 
 /// How an answer is written.
 pub(crate) trait Wire: Send + Sync {
-    /// What is to be kept beside the answer, so that a later request can go on from it; none if
-    /// that is not wanted.
-    fn part(&self) -> Option<Part<'_>> {
+    /// What is to be stored with the answer, so that a later request can continue from it. `None`
+    /// if the client does not want that.
+    fn to_store(&self) -> Option<StoredPart<'_>> {
         None
     }
 
-    /// Kinds of tools of the request that are left out: a server would run them.
-    fn left_out(&self) -> &BTreeSet<String>;
+    /// The kinds of tools that were left out of the request, because a server would run them.
+    fn omitted_tools(&self) -> &BTreeSet<String>;
 
     /// The whole answer.
-    fn whole(&self, answer: &Answer<'_>) -> Value;
+    fn body(&self, answer: &Answer<'_>) -> Value;
 
-    /// The same as the events of a stream: all that clients of the format wait for, whatever the
-    /// upstream sent.
+    /// The same answer as the events of a stream: everything that clients of the format expect,
+    /// whatever the upstream sent.
     fn events(&self, answer: &Answer<'_>) -> Vec<Value>;
 
-    /// A failure of a stream that has said nothing yet: what its clients wait for in this place.
-    fn failed(&self, request: (&str, &str), error: &ApiError) -> Vec<Value>;
+    /// The events of a stream that failed before it sent any text.
+    fn failure_events(&self, request: (&str, &str), error: &ApiError) -> Vec<Value>;
 }
 
-/// A judged answer to a chat, as it is to go out.
+/// A judged answer to a chat, ready to go out.
 pub(crate) struct Answer<'a> {
-    /// The request's name.
+    /// The request id.
     pub(crate) id: &'a str,
-    /// The model that was asked for.
+    /// The requested model.
     pub(crate) model: &'a str,
-    /// When it was made, in seconds since 1970.
+    /// When it was created, in seconds since 1970.
     pub(crate) created: u64,
-    /// The message, as chat completions have it.
+    /// The message in the format of chat completions.
     pub(crate) message: &'a Map<String, Value>,
-    /// Why it ended, as chat completions have it.
+    /// The finish reason in the format of chat completions.
     pub(crate) finish: &'a str,
-    /// Whether it is the guard's fixed refusal.
+    /// Whether it is the fixed refusal.
     pub(crate) refused: bool,
-    /// The usage that the upstream tells, as chat completions have it.
+    /// The usage that the upstream reported, in the format of chat completions.
     pub(crate) usage: Option<&'a Value>,
-    /// What was found, for the client.
-    pub(crate) found: Option<Value>,
-    /// Whether a later request can go on from it.
-    pub(crate) is_kept: bool,
-    /// Whether the guard calls the model's own answer harmful, and how likely that is.
+    /// What the guard found, for the client.
+    pub(crate) report: Option<Value>,
+    /// Whether a later request can continue from it.
+    pub(crate) is_stored: bool,
+    /// The verdict on the model's own answer, and the probability of harm.
     pub(crate) verdict: (ecso::Verdict, Option<f64>),
 }
 
-/// A tool that is called.
+/// A tool call.
 pub(crate) struct Call {
     id: String,
     name: String,
-    /// As JSON text; of a tool that takes any text that text.
+    /// JSON text; for a tool that takes any text, that text.
     arguments: String,
 }
 
 impl Answer<'_> {
-    /// What the client gets, as a message of a chat.
-    pub(crate) fn said(&self) -> Value {
+    /// The answer as a message of a chat.
+    pub(crate) fn chat_message(&self) -> Value {
         let calls = self.calls().into_iter().map(|Call { id, name, arguments }| {
             json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})
         });
         let (text, calls) = (self.text(), calls.collect::<Vec<_>>());
-        let mut said = json!({"role": "assistant", "content": text});
+        let mut message = json!({"role": "assistant", "content": text});
         if !calls.is_empty() {
-            said["tool_calls"] = calls.into();
+            message["tool_calls"] = calls.into();
         }
-        said
+        message
     }
 
-    /// Its text; a refusal is one too.
+    /// Its text; a refusal counts as text.
     fn text(&self) -> String {
         let texts = ["content", "refusal"].into_iter().filter_map(|name| self.message.get(name));
-        texts.map(said).filter(|text| !text.is_empty()).collect::<Vec<_>>().join("\n")
+        texts.map(content_text).filter(|text| !text.is_empty()).collect::<Vec<_>>().join("\n")
     }
 
-    /// What the model thought before it.
+    /// The reasoning before it.
     fn thoughts(&self) -> &str {
-        let mut places = ["reasoning_content", "reasoning"].into_iter();
-        places.find_map(|name| self.message.get(name)?.as_str()).unwrap_or_default()
+        let mut names = ["reasoning_content", "reasoning"].into_iter();
+        names.find_map(|name| self.message.get(name)?.as_str()).unwrap_or_default()
     }
 
-    /// The tools that it calls.
+    /// Its tool calls.
     fn calls(&self) -> Vec<Call> {
         let calls = self.message.get("tool_calls").and_then(Value::as_array).into_iter().flatten();
         let old = self.message.get("function_call").filter(|call| call.is_object());
@@ -170,24 +169,24 @@ impl Answer<'_> {
             (call["id"].as_str().unwrap_or_default(), called)
         });
         let all = framed.chain(old.map(|call| ("", call))).enumerate();
-        let call = |(place, (id, called)): (usize, (&str, &Value))| {
+        let call = |(index, (id, called)): (usize, (&str, &Value))| {
             let arguments = match called.get("arguments").or_else(|| called.get("input")) {
                 Some(Value::String(text)) if text.trim().is_empty() => "{}".to_owned(),
                 Some(Value::String(text)) => text.clone(),
                 None | Some(Value::Null) => "{}".to_owned(),
                 Some(arguments) => arguments.to_string(),
             };
-            // Behind the mark a seal follows, which these formats have no place for.
+            // A signature follows this mark. These formats have no place for it.
             let id = id.split("__thought__").next().unwrap_or_default();
             let id =
-                if id.is_empty() { format!("call_{}_{place}", self.id) } else { id.to_owned() };
+                if id.is_empty() { format!("call_{}_{index}", self.id) } else { id.to_owned() };
             Some(Call { id, name: called["name"].as_str()?.to_owned(), arguments })
         };
         all.filter_map(call).collect()
     }
 
-    /// Tokens of the prompt and of the reply, and how many of the former lay in a cache; 0 where
-    /// nobody tells.
+    /// Tokens of the prompt, of the reply, and how many of the prompt were cached. 0 if not
+    /// reported.
     fn tokens(&self) -> [u64; 3] {
         let usage = self.usage.unwrap_or(&Value::Null);
         [
@@ -200,87 +199,91 @@ impl Answer<'_> {
 }
 
 /// The text of a content.
-fn said(content: &Value) -> String {
+fn content_text(content: &Value) -> String {
     match content {
         Value::String(text) => text.clone(),
-        Value::Array(parts) => parts.iter().map(|part| said(&part["text"])).collect(),
+        Value::Array(parts) => parts.iter().map(|part| content_text(&part["text"])).collect(),
         _ => String::new(),
     }
 }
 
-/// An object of a request, taken apart field by field: what is left at its end is not known.
+/// An object of a request that is taken apart field by field. Whatever is left at the end is
+/// unknown.
 struct Fields {
     path: String,
-    left: Map<String, Value>,
+    remaining: Map<String, Value>,
 }
 
 impl Fields {
-    fn of(value: Value, path: impl Into<String>) -> Result<Self, ApiError> {
+    fn new(value: Value, path: impl Into<String>) -> Result<Self, ApiError> {
         let path = path.into();
         match value {
-            Value::Object(left) => Ok(Self { path, left }),
-            _ => Err(invalid(&path, "it must be an object")),
+            Value::Object(remaining) => Ok(Self { path, remaining }),
+            _ => Err(invalid(&path, "must be an object")),
         }
     }
 
-    /// A field's place in the request.
-    fn at(&self, name: &str) -> String {
+    /// The path of a field in the request.
+    fn path_of(&self, name: &str) -> String {
         if self.path.is_empty() {
-            strict::shown(name)
+            strict::printable(name)
         } else {
-            format!("{}.{}", self.path, strict::shown(name))
+            format!("{}.{}", self.path, strict::printable(name))
         }
     }
 
-    /// Takes a field; null is none.
+    /// Takes a field. Null counts as missing.
     fn take(&mut self, name: &str) -> Option<Value> {
-        self.left.remove(name).filter(|value| !value.is_null())
+        self.remaining.remove(name).filter(|value| !value.is_null())
     }
 
     fn text(&mut self, name: &str) -> Result<Option<String>, ApiError> {
         match self.take(name) {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(text)),
-            Some(_) => Err(invalid(&self.at(name), "it must be a text")),
+            Some(_) => Err(invalid(&self.path_of(name), "must be a text")),
         }
     }
 
-    fn needed(&mut self, name: &str) -> Result<String, ApiError> {
-        self.text(name)?.ok_or_else(|| invalid(&self.at(name), "it is missing"))
+    fn required_text(&mut self, name: &str) -> Result<String, ApiError> {
+        self.text(name)?.ok_or_else(|| invalid(&self.path_of(name), "is missing"))
     }
 
     fn list(&mut self, name: &str) -> Result<Vec<Value>, ApiError> {
         match self.take(name) {
             None => Ok(Vec::new()),
             Some(Value::Array(list)) => Ok(list),
-            Some(_) => Err(invalid(&self.at(name), "it must be a list")),
+            Some(_) => Err(invalid(&self.path_of(name), "must be a list")),
         }
     }
 
-    /// Puts a field into a chat's body, under another name.
-    fn moves(&mut self, name: &str, chat: &mut Map<String, Value>, to: &str) {
+    /// Moves a field into the body of a chat, under another name.
+    fn move_to(&mut self, name: &str, chat: &mut Map<String, Value>, to: &str) {
         if let Some(value) = self.take(name) {
             chat.insert(to.to_owned(), value);
         }
     }
 
-    /// Leaves fields out that change nothing about what is asked and answered.
-    fn without(&mut self, names: &[&str]) {
+    /// Drops fields that change neither the question nor the answer.
+    fn ignore(&mut self, names: &[&str]) {
         for name in names {
-            self.left.remove(*name);
+            self.remaining.remove(*name);
         }
     }
 
-    /// Holds that all was known.
-    fn end(self) -> Result<(), ApiError> {
-        match self.left.iter().find(|(_, value)| !value.is_null()) {
+    /// Returns an error if any field is left.
+    fn finish(self) -> Result<(), ApiError> {
+        match self.remaining.iter().find(|(_, value)| !value.is_null()) {
             None => Ok(()),
             Some((name, _)) => {
-                let at = self.at(name);
+                let path = self.path_of(name);
                 let message = format!(
-                    "`{at}` is not known to the guard, so that it can't be judged: leave it out"
+                    "`{path}` is not known to the guard, so it can't be judged: leave it out"
                 );
-                Err(ApiError { param: Some(at), ..ApiError::bad_request("unknown_field", message) })
+                Err(ApiError {
+                    param: Some(path),
+                    ..ApiError::bad_request("unknown_field", message)
+                })
             }
         }
     }
@@ -289,17 +292,18 @@ impl Fields {
 fn invalid(path: &str, why: &str) -> ApiError {
     ApiError {
         param: Some(path.to_owned()),
-        ..ApiError::bad_request("invalid_request", format!("`{path}`: {why}"))
+        ..ApiError::bad_request("invalid_request", format!("`{path}` {why}"))
     }
 }
 
 /// The field that names an earlier answer.
-pub(crate) const BEFORE: &str = "previous_response_id";
+pub(crate) const PREVIOUS_RESPONSE_ID: &str = "previous_response_id";
 
-/// Something that lies where nobody here can judge it.
-pub(crate) fn elsewhere(name: &str) -> ApiError {
+/// The error for a conversation that is stored elsewhere, where it can't be judged.
+pub(crate) fn external_conversation(name: &str) -> ApiError {
     let message = format!(
-        "`{name}` names a conversation that lies elsewhere, where nobody here can judge it: send it whole, as `input`"
+        "`{name}` names a conversation that is stored elsewhere, where it can't be judged: send \
+         the whole conversation as `input`"
     );
     ApiError {
         param: Some(name.to_owned()),
@@ -307,9 +311,9 @@ pub(crate) fn elsewhere(name: &str) -> ApiError {
     }
 }
 
-/// Something that can't be guarded: nobody here sees what is in it.
+/// The error for content that the guard can't see into.
 fn unsupported(path: &str, kind: &str) -> ApiError {
-    let message = format!("`{path}`: `{}` can't be guarded", strict::shown(kind));
+    let message = format!("`{path}`: `{}` can't be guarded", strict::printable(kind));
     ApiError {
         param: Some(path.to_owned()),
         ..ApiError::bad_request("unsupported_content", message)

@@ -1,5 +1,5 @@
-//! The tools of Responses. A chat has functions alone: other tools of the client become functions,
-//! and calls of these are written as calls of the tools.
+//! The tools of Responses. A chat only has functions, so the client's other tools become functions,
+//! and calls of these become calls of the tools again.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,8 +8,8 @@ use serde_json::{Map, Value, json};
 use super::{Call, Fields, invalid, unsupported};
 use crate::error::ApiError;
 
-/// Tools that a server would run. They would bring in what nobody here sees.
-const OF_SERVERS: [&str; 10] = [
+/// Tools that a server would run. They would bring in content that the guard never sees.
+const SERVER_TOOLS: [&str; 10] = [
     "web_search",
     "web_search_2025_08_26",
     "web_search_preview",
@@ -22,18 +22,18 @@ const OF_SERVERS: [&str; 10] = [
     "programmatic_tool_calling",
 ];
 
-/// The name of the shell among a chat's functions.
+/// The function name of the shell tool.
 const SHELL: &str = "local_shell";
 
 /// The tools of a request.
 #[derive(Default)]
 pub(super) struct Tools {
-    /// How the client knows a chat's functions, where these are not its functions of the same name.
+    /// The client's tool behind each function of the chat.
     known: BTreeMap<String, Tool>,
-    /// The functions, as a chat has them.
+    /// The functions, in the format of chat completions.
     functions: Vec<Value>,
     /// Kinds of tools that are left out.
-    left_out: BTreeSet<String>,
+    omitted_tools: BTreeSet<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,40 +51,40 @@ enum Kind {
     Shell,
 }
 
-/// A tool's name in a chat.
-fn flat(namespace: Option<&str>, name: &str) -> String {
+/// The function name of a tool.
+fn function_name(namespace: Option<&str>, name: &str) -> String {
     namespace.map_or_else(|| name.to_owned(), |namespace| format!("{namespace}__{name}"))
 }
 
-/// Whether a server would run a tool.
-pub(super) fn is_of_server(tool: &Value) -> bool {
-    tool["type"].as_str().is_some_and(|kind| OF_SERVERS.contains(&kind))
+/// Whether a server would run this tool.
+pub(super) fn is_server_tool(tool: &Value) -> bool {
+    tool["type"].as_str().is_some_and(|kind| SERVER_TOOLS.contains(&kind))
 }
 
 impl Tools {
-    /// Reads the tools of a request. Those of servers are left out beside others; alone they are
-    /// what the request is about.
-    pub(super) fn read(tools: Vec<Value>) -> Result<Self, ApiError> {
-        let mut read = Self::default();
+    /// Reads the tools of a request. Server tools are left out if there are others; a request with
+    /// nothing but server tools is refused.
+    pub(super) fn parse(tools: Vec<Value>) -> Result<Self, ApiError> {
+        let mut parsed = Self::default();
         let first = tools.first().and_then(|tool| tool["type"].as_str()).map(str::to_owned);
-        for (place, tool) in tools.into_iter().enumerate() {
-            read.add(Fields::of(tool, format!("tools.{place}"))?, None)?;
+        for (index, tool) in tools.into_iter().enumerate() {
+            parsed.add(Fields::new(tool, format!("tools.{index}"))?, None)?;
         }
-        match first.filter(|_| read.functions.is_empty()) {
+        match first.filter(|_| parsed.functions.is_empty()) {
             Some(kind) => Err(unsupported("tools.0", &kind)),
-            None => Ok(read),
+            None => Ok(parsed),
         }
     }
 
     fn add(&mut self, mut tool: Fields, namespace: Option<&str>) -> Result<(), ApiError> {
-        let kind = tool.needed("type")?;
+        let kind = tool.required_text("type")?;
         let mut function = Map::new();
         let (kind, name) = match kind.as_str() {
             "function" => {
                 for name in ["description", "parameters", "strict"] {
-                    tool.moves(name, &mut function, name);
+                    tool.move_to(name, &mut function, name);
                 }
-                (Kind::Function, tool.needed("name")?)
+                (Kind::Function, tool.required_text("name")?)
             }
             "custom" => {
                 let described = tool.text("description")?.unwrap_or_default();
@@ -95,7 +95,7 @@ impl Tools {
                 function.insert("description".to_owned(), format!("{described}{format}").into());
                 let input = json!({"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]});
                 function.insert("parameters".to_owned(), input);
-                (Kind::Custom, tool.needed("name")?)
+                (Kind::Custom, tool.required_text("name")?)
             }
             "local_shell" if namespace.is_none() => {
                 function.insert(
@@ -110,32 +110,33 @@ impl Tools {
                 (Kind::Shell, SHELL.to_owned())
             }
             "namespace" if namespace.is_none() => return self.namespace(tool),
-            of_server if OF_SERVERS.contains(&of_server) => {
-                self.left_out.insert(of_server.to_owned());
+            server_tool if SERVER_TOOLS.contains(&server_tool) => {
+                self.omitted_tools.insert(server_tool.to_owned());
                 return Ok(());
             }
             other => return Err(unsupported(&tool.path, other)),
         };
-        tool.without(&["defer_loading"]);
-        let flat = flat(namespace, &name);
-        let path = tool.at("name");
-        tool.end()?;
+        tool.ignore(&["defer_loading"]);
+        let flat = function_name(namespace, &name);
+        let path = tool.path_of("name");
+        tool.finish()?;
         function.insert("name".to_owned(), flat.clone().into());
         let known = Tool { kind, namespace: namespace.map(str::to_owned), name };
         if self.known.insert(flat, known.clone()).is_some_and(|other| other != known) {
-            return Err(invalid(&path, "another tool has this name"));
+            return Err(invalid(&path, "is also the name of another tool"));
         }
         self.functions.push(json!({"type": "function", "function": function}));
         Ok(())
     }
 
-    /// Tools under one name. What is said of them all stands before what is said of the first.
+    /// Reads the tools of a namespace. Its description is prepended to that of the first tool.
     fn namespace(&mut self, mut tool: Fields) -> Result<(), ApiError> {
-        let (name, described) = (tool.needed("name")?, tool.text("description")?);
-        let (tools, path, first) = (tool.list("tools")?, tool.at("tools"), self.functions.len());
-        tool.end()?;
-        for (place, tool) in tools.into_iter().enumerate() {
-            self.add(Fields::of(tool, format!("{path}.{place}"))?, Some(&name))?;
+        let (name, described) = (tool.required_text("name")?, tool.text("description")?);
+        let (tools, path, first) =
+            (tool.list("tools")?, tool.path_of("tools"), self.functions.len());
+        tool.finish()?;
+        for (index, tool) in tools.into_iter().enumerate() {
+            self.add(Fields::new(tool, format!("{path}.{index}"))?, Some(&name))?;
         }
         if let (Some(described), Some(tool)) = (described, self.functions.get_mut(first)) {
             let own = tool["function"]["description"].as_str().unwrap_or_default();
@@ -144,8 +145,8 @@ impl Tools {
         Ok(())
     }
 
-    /// Puts the functions into a chat, as far as the client's `choice` allows them.
-    pub(super) fn put(
+    /// Adds the functions to a chat, as far as the client's `choice` allows them.
+    pub(super) fn add_to_chat(
         &self,
         choice: Option<Value>,
         chat: &mut Map<String, Value>,
@@ -153,23 +154,25 @@ impl Tools {
         let mut functions = self.functions.clone();
         match choice {
             None => {}
-            Some(Value::Object(left)) => {
-                let mut choice = Fields { path: "tool_choice".into(), left };
-                let chosen = if choice.left.get("type").is_some_and(|kind| kind == "allowed_tools")
-                {
-                    let (mode, allowed) = self.allowed(choice)?;
-                    functions.retain(|tool| {
-                        tool["function"]["name"].as_str().is_some_and(|name| allowed.contains(name))
-                    });
-                    mode.into()
-                } else {
-                    let path = choice.path.clone();
-                    let name = self
-                        .named(&mut choice)?
-                        .ok_or_else(|| invalid(&path, "a server would run this tool"))?;
-                    choice.end()?;
-                    json!({"type": "function", "function": {"name": name}})
-                };
+            Some(Value::Object(remaining)) => {
+                let mut choice = Fields { path: "tool_choice".into(), remaining };
+                let chosen =
+                    if choice.remaining.get("type").is_some_and(|kind| kind == "allowed_tools") {
+                        let (mode, allowed) = self.allowed(choice)?;
+                        functions.retain(|tool| {
+                            tool["function"]["name"]
+                                .as_str()
+                                .is_some_and(|name| allowed.contains(name))
+                        });
+                        mode.into()
+                    } else {
+                        let path = choice.path.clone();
+                        let name = self.function_of_choice(&mut choice)?.ok_or_else(|| {
+                            invalid(&path, "names a tool that a server would run")
+                        })?;
+                        choice.finish()?;
+                        json!({"type": "function", "function": {"name": name}})
+                    };
                 chat.insert("tool_choice".to_owned(), chosen);
             }
             Some(word) => {
@@ -182,52 +185,52 @@ impl Tools {
         Ok(())
     }
 
-    /// Which of the tools may be called, and whether one must be.
+    /// The tools that may be called, and whether one must be.
     fn allowed(&self, mut choice: Fields) -> Result<(String, BTreeSet<String>), ApiError> {
-        let (mode, path) = (choice.needed("mode")?, choice.at("tools"));
+        let (mode, path) = (choice.required_text("mode")?, choice.path_of("tools"));
         if !matches!(mode.as_str(), "auto" | "required") {
-            return Err(invalid(&choice.at("mode"), "it is auto or required"));
+            return Err(invalid(&choice.path_of("mode"), "must be auto or required"));
         }
         let mut allowed = BTreeSet::new();
-        for (place, tool) in choice.list("tools")?.into_iter().enumerate() {
-            let mut tool = Fields::of(tool, format!("{path}.{place}"))?;
-            if let Some(name) = self.named(&mut tool)? {
+        for (index, tool) in choice.list("tools")?.into_iter().enumerate() {
+            let mut tool = Fields::new(tool, format!("{path}.{index}"))?;
+            if let Some(name) = self.function_of_choice(&mut tool)? {
                 allowed.insert(name);
-                tool.end()?;
+                tool.finish()?;
             }
         }
-        choice.without(&["type"]);
-        choice.end()?;
+        choice.ignore(&["type"]);
+        choice.finish()?;
         if allowed.is_empty() {
-            Err(invalid(&path, "none of them can be called here"))
+            Err(invalid(&path, "has no tool that can be called here"))
         } else {
             Ok((mode, allowed))
         }
     }
 
-    /// The function that a choice names; none for a tool that is left out.
-    fn named(&self, choice: &mut Fields) -> Result<Option<String>, ApiError> {
-        let name = match choice.needed("type")?.as_str() {
+    /// The function that a choice names; `None` for a tool that is left out.
+    fn function_of_choice(&self, choice: &mut Fields) -> Result<Option<String>, ApiError> {
+        let name = match choice.required_text("type")?.as_str() {
             "function" | "custom" => {
-                flat(choice.text("namespace")?.as_deref(), &choice.needed("name")?)
+                function_name(choice.text("namespace")?.as_deref(), &choice.required_text("name")?)
             }
             "local_shell" => SHELL.to_owned(),
-            of_server if OF_SERVERS.contains(&of_server) => return Ok(None),
+            server_tool if SERVER_TOOLS.contains(&server_tool) => return Ok(None),
             other => return Err(unsupported(&choice.path, other)),
         };
         if self.known.contains_key(&name) {
             return Ok(Some(name));
         }
-        Err(invalid(&choice.path, "`tools` has no such tool"))
+        Err(invalid(&choice.path, "names no tool in `tools`"))
     }
 
     /// Kinds of tools that were left out.
-    pub(super) fn left_out(&self) -> &BTreeSet<String> {
-        &self.left_out
+    pub(super) fn omitted_tools(&self) -> &BTreeSet<String> {
+        &self.omitted_tools
     }
 
-    /// The item of a call.
-    pub(super) fn called(&self, own: &str, Call { id, name, arguments }: Call) -> Value {
+    /// The item for a tool call.
+    pub(super) fn call_item(&self, own: &str, Call { id, name, arguments }: Call) -> Value {
         let plain = Tool { kind: Kind::Function, namespace: None, name };
         let tool = self.known.get(&plain.name).unwrap_or(&plain);
         let read: Value = serde_json::from_str(&arguments).unwrap_or_default();
@@ -250,24 +253,27 @@ impl Tools {
     }
 }
 
-/// A call of an earlier turn, as a chat has it; none for items that are no calls.
-pub(super) fn call(kind: &str, item: &mut Fields) -> Result<Option<Value>, ApiError> {
+/// A call of an earlier turn in the format of chat completions; `None` for items that are not
+/// calls.
+pub(super) fn parse_call(kind: &str, item: &mut Fields) -> Result<Option<Value>, ApiError> {
     let (name, arguments) = match kind {
-        "function_call" => (item.needed("name")?, item.needed("arguments")?),
-        "custom_tool_call" => {
-            (item.needed("name")?, json!({"input": item.needed("input")?}).to_string())
-        }
+        "function_call" => (item.required_text("name")?, item.required_text("arguments")?),
+        "custom_tool_call" => (
+            item.required_text("name")?,
+            json!({"input": item.required_text("input")?}).to_string(),
+        ),
         "local_shell_call" => {
-            let path = item.at("action");
+            let path = item.path_of("action");
             let action =
-                Fields::of(item.take("action").unwrap_or_default(), path)?.left.into_iter();
+                Fields::new(item.take("action").unwrap_or_default(), path)?.remaining.into_iter();
             let action: Map<String, Value> =
                 action.filter(|(name, value)| name != "type" && !value.is_null()).collect();
             (SHELL.to_owned(), Value::from(action).to_string())
         }
         _ => return Ok(None),
     };
-    let (id, name) = (item.needed("call_id")?, flat(item.text("namespace")?.as_deref(), &name));
+    let (id, name) =
+        (item.required_text("call_id")?, function_name(item.text("namespace")?.as_deref(), &name));
     Ok(Some(
         json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}),
     ))

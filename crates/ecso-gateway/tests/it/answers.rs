@@ -1,5 +1,5 @@
-//! Ways around the guard by answers: what an upstream says where nobody looks. It holds a marker;
-//! no client ever sees it.
+//! Attempts to bypass the guard with answers: what an upstream could say where nobody looks. Such
+//! text contains a marker that no client may ever see.
 
 use std::sync::Arc;
 
@@ -7,9 +7,9 @@ use axum::response::IntoResponse;
 use ecso_gateway::Settings;
 use serde_json::{Value, json};
 
-use crate::world::{LEAK, PICTURE, World, merge, question, said, streamed};
+use crate::support::{Harness, IMAGE, LEAK, merge, question, said, streamed};
 
-/// Answers in which the marker stands where nobody looks: what is merged into a completion.
+/// Answers with the marker in overlooked places, to be merged into a completion.
 #[expect(clippy::too_many_lines, reason = "a table")]
 pub(crate) fn hidden_answers() -> Vec<(&'static str, Value)> {
     let message = |more: Value| json!({"choices": [{"message": more}]});
@@ -198,10 +198,10 @@ pub(crate) fn hidden_answers() -> Vec<(&'static str, Value)> {
 }
 
 #[tokio::test]
-async fn the_guard_can_be_mounted_in_an_application() {
-    let speaks =
+async fn guard_can_be_mounted_in_an_application() {
+    let respond =
         Arc::new(|_: &Value| said(&json!({"role": "assistant", "content": LEAK}), &Value::Null));
-    let world = World::new(Settings::default(), speaks).await.mounted("/guarded");
+    let world = Harness::new(Settings::default(), respond).await.mounted_at("/guarded");
     let got = world.send("POST", "/guarded/v1/chat/completions", &[], question().to_string()).await;
     assert!(
         got.status == 200 && !got.leaks() && got.headers["x-ecso-verdict"] == "unsafe",
@@ -216,12 +216,12 @@ async fn the_guard_can_be_mounted_in_an_application() {
 }
 
 #[tokio::test]
-async fn an_answer_is_made_of_what_was_judged() {
+async fn answers_contain_only_judged_text() {
     let rows = hidden_answers();
     assert!(rows.len() > 60);
     let mut leaked = Vec::new();
     for (name, more) in rows {
-        let world = World::new(
+        let world = Harness::new(
             Settings::default(),
             Arc::new(move |sent| {
                 let mut message = json!({"role": "assistant", "content": "Bread."});
@@ -231,7 +231,7 @@ async fn an_answer_is_made_of_what_was_judged() {
                     merge(&mut message, &own);
                     return said(&message, &more);
                 }
-                // The same in a stream: once beside the text, once in an event of its own.
+                // The same in a stream: once next to the text, and once in an event of its own.
                 let mut chunk = json!({"id": "c", "object": "chat.completion.chunk", "choices": [
                     {"index": 0, "delta": message, "finish_reason": "stop"}]});
                 let mut more = more.clone();
@@ -266,7 +266,7 @@ async fn an_answer_is_made_of_what_was_judged() {
 }
 
 #[tokio::test]
-async fn streams_are_made_of_what_was_judged() {
+async fn streams_contain_only_judged_text() {
     let chunk = |delta: Value| {
         json!({"id": "c", "choices": [{"index": 0, "delta": delta, "finish_reason": null}]})
             .to_string()
@@ -307,7 +307,7 @@ async fn streams_are_made_of_what_was_judged() {
         ),
     ] {
         let events = [events, vec![ended.clone()]].concat();
-        let world = World::new(Settings::default(), Arc::new(move |_| streamed(&events))).await;
+        let world = Harness::new(Settings::default(), Arc::new(move |_| streamed(&events))).await;
         let mut body = question();
         body["stream"] = true.into();
         let got = world.chat(&body).await;
@@ -316,7 +316,7 @@ async fn streams_are_made_of_what_was_judged() {
 }
 
 #[tokio::test]
-async fn errors_have_words_of_our_own() {
+async fn upstream_errors_are_reworded() {
     let fail = |status: u16, body: Value| {
         move |_: &Value| {
             let headers =
@@ -340,30 +340,30 @@ async fn errors_have_words_of_our_own() {
         (302, json!(LEAK)),
         (304, json!(LEAK)),
     ] {
-        let world = World::new(Settings::default(), Arc::new(fail(status, body.clone()))).await;
+        let world = Harness::new(Settings::default(), Arc::new(fail(status, body.clone()))).await;
         for stream in [false, true] {
             let mut asked = question();
             asked["stream"] = stream.into();
             let got = world.chat(&asked).await;
             assert!(!got.leaks(), "{body}: {} {:?}", got.body, got.headers);
-            // A status that is no refusal is none of ours to pass on: some have no body.
+            // A status that is not an error is not passed on: some have no body.
             let (says, code) =
                 if status < 400 { (502, "upstream_failed") } else { (status, "upstream_refused") };
             assert_eq!((got.status.as_u16(), &got.json()["error"]["code"]), (says, &json!(code)));
             assert_eq!(got.headers["retry-after"], "7");
         }
         for (path, asked) in [
-            ("/v1/guard", json!({"query": "What is this?", "images": [PICTURE]})),
+            ("/v1/guard", json!({"query": "What is this?", "images": [IMAGE]})),
             ("/v1/moderations", json!({"model": "m", "input": "Hi"})),
         ] {
             let got = world.send("POST", path, &[], asked.to_string()).await;
             assert!(!got.leaks() && !got.status.is_success(), "{path}: {}", got.body);
         }
     }
-    // What clients act on is kept.
+    // Headers that clients act on are kept.
     let body =
         json!({"error": {"message": LEAK, "code": "context_length_exceeded", "param": "messages"}});
-    let world = World::new(Settings::default(), Arc::new(fail(400, body))).await;
+    let world = Harness::new(Settings::default(), Arc::new(fail(400, body))).await;
     let error = world.chat(&question()).await.json()["error"].clone();
     assert_eq!(
         (&error["code"], &error["param"]),
@@ -373,8 +373,8 @@ async fn errors_have_words_of_our_own() {
 }
 
 #[tokio::test]
-async fn headers_of_an_upstream_have_no_sentences() {
-    let speaks = |_: &Value| {
+async fn upstream_headers_with_sentences_are_dropped() {
+    let respond = |_: &Value| {
         let mut answer = said(&json!({"role": "assistant", "content": "Bread."}), &Value::Null);
         let sentence = format!("{LEAK} words here");
         for (name, value) in [
@@ -388,7 +388,7 @@ async fn headers_of_an_upstream_have_no_sentences() {
         }
         answer
     };
-    let world = World::new(Settings::default(), Arc::new(speaks)).await;
+    let world = Harness::new(Settings::default(), Arc::new(respond)).await;
     let got = world.chat(&question()).await;
     assert!(got.status.is_success() && !got.leaks(), "{:?}", got.headers);
     assert_eq!(

@@ -1,9 +1,8 @@
-//! Bodies that clients really send: each is known field by field, and reaches the upstream as it
-//! was.
+//! Request bodies of real clients: every field is known, and reaches the upstream unchanged.
 //!
-//! `clients.jsonl` was recorded from the clients of 2026-11 in front of a server that answers with
-//! text, tool calls and thoughts; those with `byhand` in their name are written after the client's
-//! source or its docs.
+//! `clients.jsonl` was recorded from clients of November 2026 in front of a server that answers
+//! with text, tool calls and reasoning. Those with `byhand` in their name follow the client's
+//! source or documentation.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -11,7 +10,7 @@ use ecso_gateway::Settings;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::world::{World, said};
+use crate::support::{Harness, said};
 
 #[derive(Deserialize)]
 struct Recorded {
@@ -19,35 +18,35 @@ struct Recorded {
     body: Value,
 }
 
-/// Fields with which a client asks for other models, tools of the server or copies of a prompt: an
-/// operator may list them.
+/// Fields with which a client asks for other models, server tools or copies of a prompt. An
+/// operator may allow them.
 const REFUSED: [&str; 7] =
     ["provider", "models", "plugins", "route", "transforms", "debug", "web_search_options"];
 
-/// What is left out on the way, everywhere in a body.
-const LEFT_OUT: [&str; 2] = ["store", "uuid"];
+/// Fields that are dropped anywhere in a body.
+const DROPPED: [&str; 2] = ["store", "uuid"];
 
-fn without_what_is_left_out(value: &mut Value) {
+fn remove_dropped_fields(value: &mut Value) {
     match value {
         Value::Object(fields) => {
-            fields.retain(|name, _| !LEFT_OUT.contains(&name.as_str()));
-            fields.values_mut().for_each(without_what_is_left_out);
+            fields.retain(|name, _| !DROPPED.contains(&name.as_str()));
+            fields.values_mut().for_each(remove_dropped_fields);
         }
-        Value::Array(list) => list.iter_mut().for_each(without_what_is_left_out),
+        Value::Array(list) => list.iter_mut().for_each(remove_dropped_fields),
         _ => {}
     }
 }
 
 #[tokio::test]
-async fn bodies_of_clients_pass() {
-    let speaks = Arc::new(|_: &Value| {
+async fn bodies_of_real_clients_pass() {
+    let respond = Arc::new(|_: &Value| {
         said(&json!({"role": "assistant", "content": "Bread."}), &Value::Null)
     });
-    let world = World::new(Settings::default(), speaks).await;
+    let world = Harness::new(Settings::default(), respond).await;
     let (mut clients, mut wrong, mut refused) = (BTreeSet::new(), Vec::new(), 0);
     for line in include_str!("clients.jsonl").lines() {
         let Recorded { client, mut body } = serde_json::from_str(line).unwrap();
-        // How an answer is sent is no matter here.
+        // Whether the answer is streamed does not matter here.
         if body["stream"] == true {
             body["stream"] = false.into();
         }
@@ -62,8 +61,8 @@ async fn bodies_of_clients_pass() {
             wrong.push(format!("{client}: {}", got.body));
             continue;
         }
-        let sent: Value = serde_json::from_slice(&world.taken()[0].body).unwrap();
-        without_what_is_left_out(&mut body);
+        let sent: Value = serde_json::from_slice(&world.take_requests()[0].body).unwrap();
+        remove_dropped_fields(&mut body);
         assert_eq!(sent, body, "{client}");
         clients.insert(
             client.rsplit_once('-').map_or(client.clone(), |(client, _)| client.to_owned()),

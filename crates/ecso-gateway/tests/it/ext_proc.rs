@@ -1,5 +1,5 @@
-//! The guard as a part of Envoy: a client that speaks as Envoy does, and holds the guard to what
-//! Envoy holds it to.
+//! The guard as a part of Envoy: a client that behaves like Envoy, and enforces the rules that
+//! Envoy enforces.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -25,30 +25,30 @@ use tower::service_fn;
 
 use crate::{
     answers::hidden_answers,
-    world::{LEAK, Speaks, World, merge, question},
+    support::{Harness, LEAK, Respond, merge, question},
 };
 
 const CHAT: &str = "/v1/chat/completions";
 
 type Map = BTreeMap<String, String>;
 
-/// Drafts are the gateway's business.
-fn no_draft() -> Speaks {
+/// The gateway gets the drafts.
+fn no_draft() -> Respond {
     Arc::new(|_| panic!("the guard asks the gateway's model itself"))
 }
 
-/// A gateway that has a guard.
+/// A gateway with a guard.
 struct Envoy {
-    world: World,
+    world: Harness,
     guard: hyper::client::conn::http2::SendRequest<tonic::body::Body>,
 }
 
 impl Envoy {
     async fn new(settings: Settings) -> Self {
-        Self::before(World::new(settings, no_draft()).await).await
+        Self::before(Harness::new(settings, no_draft()).await).await
     }
 
-    async fn before(world: World) -> Self {
+    async fn before(world: Harness) -> Self {
         let door = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = door.local_addr().unwrap();
         tokio::spawn(ecso_gateway::ext_proc::serve(
@@ -63,7 +63,7 @@ impl Envoy {
         Self { world, guard }
     }
 
-    /// Begins an exchange. Nothing is told yet.
+    /// Begins an exchange without a message.
     async fn exchange(&self) -> Exchange {
         let guard = self.guard.clone();
         let call = service_fn(move |request| guard.clone().send_request(request));
@@ -112,24 +112,24 @@ impl Envoy {
 struct Exchange {
     tell: Option<mpsc::UnboundedSender<ProcessingRequest>>,
     replies: Streaming<ProcessingResponse>,
-    /// The heads, as they were told and as they are after what the guard says.
+    /// The headers, as they were sent and as the guard changed them.
     request: Map,
     answer: Map,
     is_told: bool,
-    /// Whether pieces of a body may be said: not before one was told.
+    /// Whether chunks of a body may be sent: not before one was received.
     may_speak: [bool; 2],
 }
 
 /// What the client gets.
 #[derive(Debug, Default)]
-struct Got {
+struct TestResponse {
     head: Map,
     body: String,
-    /// Whether it is an answer in the place of all else.
+    /// Whether it is an immediate response.
     at_once: bool,
 }
 
-impl Got {
+impl TestResponse {
     fn status(&self) -> &str {
         &self.head[":status"]
     }
@@ -148,7 +148,7 @@ impl Exchange {
         let protocol_config = std::mem::take(&mut self.is_told).then_some(modes);
         let told =
             ProcessingRequest { part: Some(part), observability_mode: false, protocol_config };
-        // Whom nobody hears any more has its answer.
+        // If nobody listens any more, the answer is complete.
         let _ = self.tell.as_ref().unwrap().unbounded_send(told);
     }
 
@@ -235,7 +235,7 @@ impl Exchange {
         (piece.body, piece.end_of_stream)
     }
 
-    /// How the request goes on: its head and body.
+    /// How the request continues: its headers and body.
     async fn sent(&mut self) -> (Map, String) {
         let Some(Reply::RequestHeaders(head)) = self.reply().await.unwrap() else {
             panic!("it does not go on")
@@ -259,9 +259,9 @@ impl Exchange {
         (request, String::from_utf8(whole).unwrap())
     }
 
-    /// What the client gets; an error where Envoy would break off or answer by itself.
-    async fn got(&mut self) -> Result<Got, Status> {
-        let mut got = Got { head: self.answer.clone(), ..Got::default() };
+    /// What the client gets, or an error if Envoy would break off or answer itself.
+    async fn got(&mut self) -> Result<TestResponse, Status> {
+        let mut got = TestResponse { head: self.answer.clone(), ..TestResponse::default() };
         loop {
             match self.reply().await? {
                 Some(Reply::Immediate(answer)) => {
@@ -304,7 +304,7 @@ fn told(map: &Map) -> Headers {
     Headers { headers: map.iter().map(header).collect() }
 }
 
-/// Changes a head as Envoy does.
+/// Changes headers as Envoy does.
 fn change(head: &mut Map, change: HeaderMutation) {
     for name in change.remove_headers {
         assert!(head.remove(&name).is_some() && !name.starts_with(':'), "{name}");
@@ -331,7 +331,7 @@ fn with(mut body: Value, more: &Value) -> Value {
 }
 
 #[tokio::test]
-async fn an_answer_is_judged_before_the_client_gets_it() {
+async fn answers_are_judged_before_the_client_gets_them() {
     let envoy = Envoy::new(Settings::default()).await;
     let mut exchange = envoy
         .asked(
@@ -357,7 +357,7 @@ async fn an_answer_is_judged_before_the_client_gets_it() {
         ("200", "safe", false)
     );
     assert!(got.body.contains("Bread.") && !got.head.contains_key("x-text"), "{got:?}");
-    let asked = envoy.world.taken();
+    let asked = envoy.world.take_requests();
     assert!(asked.iter().all(|call| call.headers["x-ecso-own-call"] == "true"
         && call.headers["authorization"] == "Bearer k"));
 
@@ -370,10 +370,10 @@ async fn an_answer_is_judged_before_the_client_gets_it() {
     assert_eq!(got.head["content-length"], got.body.len().to_string());
 }
 
-/// What this model has not (tools), the gateway's may have.
+/// This model has no tools, but the gateway's may have.
 #[tokio::test]
-async fn a_model_in_this_process_judges_and_does_not_answer() {
-    let envoy = Envoy::before(World::with_engine(Settings::default(), no_draft()).await).await;
+async fn a_local_model_judges_but_does_not_answer() {
+    let envoy = Envoy::before(Harness::with_engine(Settings::default(), no_draft()).await).await;
     let tools = json!([{"type": "function", "function": {"name": "bake", "parameters": {"type": "object"}}}]);
     for (body, stream) in
         [(question(), false), (with(question(), &json!({"stream": true, "tools": tools})), true)]
@@ -413,7 +413,7 @@ async fn streams_are_held() {
     }
 }
 
-/// What windows let out while a model writes they don't where another carries it.
+/// Windows don't release text if somebody else carries the request.
 #[tokio::test]
 async fn windowed_streams_are_held_too() {
     let windows = Windows { first: 1, most: 1, held: 0 };
@@ -435,7 +435,7 @@ async fn windowed_streams_are_held_too() {
 }
 
 #[tokio::test]
-async fn nothing_is_hidden_in_an_answer() {
+async fn nothing_hides_in_an_answer() {
     let envoy = Envoy::new(Settings::default()).await;
     for (what, hidden) in hidden_answers() {
         let mut exchange = envoy.chat(&question()).await;
@@ -448,9 +448,9 @@ async fn nothing_is_hidden_in_an_answer() {
 }
 
 #[tokio::test]
-async fn other_formats_go_on_as_chats() {
+async fn other_formats_are_forwarded_as_chats() {
     let envoy = Envoy::new(Settings::default()).await;
-    let source = json!({"type": "base64", "media_type": "image/png", "data": crate::world::PICTURE.split(',').nth(1)});
+    let source = json!({"type": "base64", "media_type": "image/png", "data": crate::support::IMAGE.split(',').nth(1)});
     let body = json!({"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": [
         {"type": "image", "source": source}, {"type": "text", "text": "What is this?"}]}]});
     let mut exchange = envoy
@@ -470,7 +470,7 @@ async fn other_formats_go_on_as_chats() {
 }
 
 #[tokio::test]
-async fn what_can_not_be_guarded_goes_no_further() {
+async fn unguardable_requests_are_refused() {
     let mut settings = Settings::default();
     settings.limits.body = 10_000;
     let envoy = Envoy::new(settings).await;
@@ -492,11 +492,11 @@ async fn what_can_not_be_guarded_goes_no_further() {
         assert_eq!((got.status(), got.code().as_str().unwrap()), told, "{path} {got:?}");
         assert!(got.at_once);
     }
-    assert!(envoy.world.taken().is_empty());
+    assert!(envoy.world.take_requests().is_empty());
 }
 
 #[tokio::test]
-async fn a_gateway_that_is_set_up_otherwise_is_told() {
+async fn wrong_gateway_settings_are_reported() {
     let envoy = Envoy::new(Settings::default()).await;
     for (observability_mode, modes) in
         [(false, None), (false, Some([2, 2])), (false, Some([4, 0])), (true, Some([4, 4]))]
@@ -514,7 +514,7 @@ async fn a_gateway_that_is_set_up_otherwise_is_told() {
 }
 
 #[tokio::test]
-async fn errors_of_the_model_come_in_our_words() {
+async fn model_errors_are_reworded() {
     let envoy = Envoy::new(Settings::default()).await;
     for stream in [false, true] {
         let mut exchange = envoy.chat(&with(question(), &json!({"stream": stream}))).await;
@@ -537,7 +537,7 @@ async fn errors_of_the_model_come_in_our_words() {
 }
 
 #[tokio::test]
-async fn what_fails_or_breaks_off_lets_nothing_out() {
+async fn failures_let_nothing_out() {
     let mut settings = Settings::default();
     settings.limits.deadline = 1;
     let envoy = Envoy::new(settings).await;
@@ -558,7 +558,7 @@ async fn what_fails_or_breaks_off_lets_nothing_out() {
             "{got:?}"
         );
     }
-    // The model says nothing, or does not come to an end.
+    // The model says nothing, or does not end.
     let mut exchange = envoy.chat(&question()).await;
     exchange.sent().await;
     assert_eq!(exchange.got().await.unwrap().code(), "guard_deadline");
@@ -572,7 +572,7 @@ async fn what_fails_or_breaks_off_lets_nothing_out() {
         let got = exchange.got().await.unwrap();
         assert!(got.body.contains("guard_deadline") && got.at_once != begins, "{got:?}");
     }
-    // The gateway breaks off: then no stream ends well, or Envoy would let pass what comes after.
+    // The gateway breaks off: no stream may end cleanly then, or Envoy would let the rest pass.
     for stream in [false, true] {
         let mut exchange = envoy.chat(&with(question(), &json!({"stream": stream}))).await;
         exchange.sent().await;
@@ -596,7 +596,7 @@ async fn what_fails_or_breaks_off_lets_nothing_out() {
 }
 
 #[tokio::test]
-async fn trailers_go_no_further() {
+async fn trailers_are_dropped() {
     let envoy = Envoy::new(Settings::default()).await;
     let mut exchange = envoy.exchange().await;
     exchange.head("POST", CHAT, &[], false);
@@ -614,7 +614,7 @@ async fn trailers_go_no_further() {
 }
 
 #[tokio::test]
-async fn what_is_not_guarded_is_not_held() {
+async fn unguarded_answers_are_not_held() {
     let envoy = Envoy::new(Settings::default()).await;
     let text = json!({"model": "m", "messages": [{"role": "user", "content": "What is bread?"}], "stream": true});
     let mut exchange = envoy.chat(&text).await;
@@ -641,14 +641,14 @@ async fn what_is_not_guarded_is_not_held() {
         (got.status(), got.head["x-own"].as_str(), got.body.as_str(), got.at_once),
         ("204", "1", "", false)
     );
-    // A body that nobody asked for stays here.
+    // A body that nobody asked for is dropped.
     let mut exchange = envoy.asked("GET", "/v1/models", &[], LEAK.as_bytes()).await;
     assert_eq!(exchange.sent().await.1, "");
-    assert!(envoy.world.taken().is_empty());
+    assert!(envoy.world.take_requests().is_empty());
 }
 
 #[tokio::test]
-async fn who_only_looks_holds_nothing() {
+async fn observed_answers_are_not_held() {
     let settings = Settings { mode: Mode::Observe, ..Settings::default() };
     let envoy = Envoy::new(settings).await;
     let mut exchange = envoy.chat(&question()).await;
@@ -664,7 +664,7 @@ async fn who_only_looks_holds_nothing() {
         "{replies:?}"
     );
     for _ in 0..100 {
-        if !envoy.world.taken().is_empty() {
+        if !envoy.world.take_requests().is_empty() {
             return;
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -673,7 +673,7 @@ async fn who_only_looks_holds_nothing() {
 }
 
 #[tokio::test]
-async fn keys_are_asked_for_where_there_are_some() {
+async fn client_keys_are_required_if_configured() {
     let mut settings = Settings::default();
     let (key, known) = Key::generate();
     settings.keys.insert("app".into(), known);
@@ -688,7 +688,7 @@ async fn keys_are_asked_for_where_there_are_some() {
 }
 
 #[tokio::test]
-async fn a_body_that_nobody_reads_stops_nothing() {
+async fn unread_bodies_do_not_block() {
     let envoy = Envoy::new(Settings::default()).await;
     let mut exchange = envoy.exchange().await;
     exchange.head("GET", "/v1/models", &[], false);
@@ -705,7 +705,7 @@ async fn a_body_that_nobody_reads_stops_nothing() {
 }
 
 #[tokio::test]
-async fn a_gateway_that_hides_heads_or_refuses_by_itself_is_told() {
+async fn missing_headers_and_own_refusals_are_reported() {
     let envoy = Envoy::new(Settings::default()).await;
     let mut exchange = envoy.chat(&question()).await;
     exchange.sent().await;

@@ -1,5 +1,5 @@
-//! Whole requests and answers of other formats, pinned: what a request becomes, and what becomes of
-//! an answer.
+//! Snapshots of whole requests and answers of other formats: what a request becomes, and what an
+//! answer becomes.
 
 use std::sync::Arc;
 
@@ -8,9 +8,9 @@ use ecso::{Profile, profile::Rewrite};
 use ecso_gateway::Settings;
 use serde_json::{Map, Value, json};
 
-use crate::world::{Got, LEAK, PICTURE, World, said, streamed};
+use crate::support::{Harness, IMAGE, LEAK, TestResponse, said, streamed};
 
-/// Snapshots without what differs from run to run, and without pictures.
+/// A snapshot without what differs from run to run, and without images.
 fn pinned(name: &str, value: &Value) {
     let filters =
         [(r"ecso-[0-9a-f]{32}", "ID"), (r"data:image/png;base64,[A-Za-z0-9+/=]+", "PICTURE")];
@@ -24,10 +24,10 @@ fn request(name: &str) -> Value {
         "claude-code" => include_str!("requests/claude-code.json"),
         _ => include_str!("requests/messages.json"),
     };
-    let data = PICTURE.split(',').nth(1).unwrap();
+    let data = IMAGE.split(',').nth(1).unwrap();
     serde_json::from_str(
         &text
-            .replace("\"PICTURE\"", &format!("{PICTURE:?}"))
+            .replace("\"PICTURE\"", &format!("{IMAGE:?}"))
             .replace("\"DATA\"", &format!("{data:?}")),
     )
     .unwrap()
@@ -37,8 +37,8 @@ fn path(name: &str) -> &'static str {
     if matches!(name, "codex" | "responses") { "/v1/responses" } else { "/v1/messages?beta=true" }
 }
 
-/// Calls each tool that it has, or answers a question; thinks before that.
-fn speaks(sent: &Value) -> Response<Body> {
+/// Calls each tool that it has, or answers a question, with reasoning before it.
+fn respond(sent: &Value) -> Response<Body> {
     let asked = sent["messages"].to_string();
     let tools = sent["tools"]
         .as_array()
@@ -75,13 +75,13 @@ fn speaks(sent: &Value) -> Response<Body> {
     said(&message, &json!({"choices": [{"finish_reason": finish}], "usage": usage}))
 }
 
-async fn world(rewrite: Rewrite) -> World {
+async fn world(rewrite: Rewrite) -> Harness {
     let mut profile = Profile::paper();
     profile.rewrite = rewrite;
-    World::with(Settings::default(), profile, Arc::new(speaks)).await
+    Harness::with(Settings::default(), profile, Arc::new(respond)).await
 }
 
-fn answer(got: &Got) -> Value {
+fn answer(got: &TestResponse) -> Value {
     assert!(!got.leaks(), "{}", got.body);
     if got.headers["content-type"] != "text/event-stream" {
         return got.json();
@@ -107,7 +107,7 @@ async fn requests_become_chats() {
         ];
         let got = world.send("POST", path(name), &headers, request(name).to_string()).await;
         assert_eq!(got.status, 200, "{name}: {}", got.body);
-        let reached = world.taken().remove(0);
+        let reached = world.take_requests().remove(0);
         assert!(!reached.headers.contains_key("anthropic-beta"));
         let chat: Value = serde_json::from_slice(&reached.body).unwrap();
         let left_out =
@@ -120,14 +120,14 @@ async fn requests_become_chats() {
 async fn verdicts_become_answers() {
     let (safe, refuse) = (world(Rewrite::Safe).await, world(Rewrite::Refuse).await);
     let ask = |name: &str, text: &str, stream: bool| {
-        let data = PICTURE.split(',').nth(1).unwrap();
+        let data = IMAGE.split(',').nth(1).unwrap();
         if name == "messages" {
             let image = json!({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}});
             return json!({"model": "m", "max_tokens": 9, "stream": stream, "thinking": {"type": "enabled", "budget_tokens": 1024},
                 "messages": [{"role": "user", "content": [image, {"type": "text", "text": text}]}]});
         }
         json!({"model": "m", "stream": stream, "moderation": {"model": "ecso"}, "input": [{"role": "user", "content": [
-            {"type": "input_image", "image_url": PICTURE}, {"type": "input_text", "text": text}]}]})
+            {"type": "input_image", "image_url": IMAGE}, {"type": "input_text", "text": text}]}]})
     };
     for name in ["responses", "messages"] {
         for stream in [false, true] {

@@ -1,5 +1,4 @@
-//! Hooks of gateways that others run: what they are told, and that nothing goes out there that was
-//! not judged.
+//! Hooks for other gateways: what they reply, and that nothing unjudged goes out.
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
@@ -15,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::{
     answers::hidden_answers,
-    world::{Got, LEAK, PICTURE, World, merge, question, said},
+    support::{Harness, IMAGE, LEAK, TestResponse, merge, question, said},
 };
 
 const LITELLM: &str = "/beta/litellm_basic_guardrail_api";
@@ -23,23 +22,23 @@ const PORTKEY: &str = "/hooks/portkey";
 const TRUEFOUNDRY: &str = "/hooks/truefoundry";
 const SAFE: &str = "Here is a harmless answer.";
 
-async fn world(settings: Settings) -> World {
+async fn world(settings: Settings) -> Harness {
     profiled(settings, Profile::paper()).await
 }
 
-/// A gateway whose model is asked by others alone.
-async fn profiled(settings: Settings, profile: Profile) -> World {
+/// A gateway whose model is only asked by others.
+async fn profiled(settings: Settings, profile: Profile) -> Harness {
     let asked = |sent: &Value| {
         said(&json!({"content": format!("{LEAK}: a hook asked the model {sent}")}), &Value::Null)
     };
-    World::with(settings, profile, Arc::new(asked)).await
+    Harness::with(settings, profile, Arc::new(asked)).await
 }
 
-async fn send(world: &World, path: &str, call: &Value) -> Got {
+async fn send(world: &Harness, path: &str, call: &Value) -> TestResponse {
     world.send("POST", path, &[], call.to_string()).await
 }
 
-/// A call of LiteLLM about the call `id`.
+/// A call of LiteLLM with this call id.
 fn litellm(kind: &str, id: &str, more: &Value) -> Value {
     let mut call = json!({"input_type": kind, "litellm_call_id": id, "litellm_trace_id": "t", "structured_messages": null, "images": null,
         "tools": null, "texts": [], "tool_calls": null, "model": "m", "litellm_version": "1.106.12",
@@ -49,13 +48,13 @@ fn litellm(kind: &str, id: &str, more: &Value) -> Value {
     call
 }
 
-/// The call with a question about a picture.
+/// The call with a question about an image.
 fn asked(id: &str) -> Value {
     let messages = question()["messages"].clone();
     litellm(
         "request",
         id,
-        &json!({"structured_messages": messages, "images": [PICTURE], "texts": ["What is this?"]}),
+        &json!({"structured_messages": messages, "images": [IMAGE], "texts": ["What is this?"]}),
     )
 }
 
@@ -63,14 +62,14 @@ fn answered(id: &str, texts: &[&str]) -> Value {
     litellm("response", id, &json!({"texts": texts}))
 }
 
-/// What the proxy is to do: pass, block, or put these texts in place.
-fn action(got: &Got) -> (String, Value) {
+/// What the proxy is to do: pass, block, or replace the texts.
+fn action(got: &TestResponse) -> (String, Value) {
     assert_eq!(got.status, 200, "{}", got.body);
     let verdict = got.json();
     (verdict["action"].as_str().unwrap().to_owned(), verdict["texts"].clone())
 }
 
-async fn litellm_says(world: &World, call: &Value) -> (String, Value) {
+async fn litellm_says(world: &Harness, call: &Value) -> (String, Value) {
     let got = send(world, LITELLM, call).await;
     assert!(!got.leaks(), "{}", got.body);
     action(&got)
@@ -89,7 +88,7 @@ fn rewritten(texts: &[&str]) -> (String, Value) {
 }
 
 #[tokio::test]
-async fn answers_of_litellm_pass_or_get_others_in_their_place() {
+async fn litellm_answers_pass_or_are_replaced() {
     let world = world(Settings::default()).await;
     for (number, (texts, says)) in [
         (vec!["Bread."], passes()),
@@ -98,7 +97,7 @@ async fn answers_of_litellm_pass_or_get_others_in_their_place() {
         (vec!["Bread.", LEAK], rewritten(&["Bread.", SAFE])),
         (vec![LEAK, LEAK], rewritten(&[SAFE, SAFE])),
         (vec![], passes()),
-        // More texts than a chat may have answers.
+        // More texts than a chat may have choices.
         (vec!["Bread."; 8], passes()),
         (vec!["Bread."; 9], blocked()),
         ([vec!["Bread."; 8], vec![LEAK]].concat(), blocked()),
@@ -120,8 +119,8 @@ async fn answers_of_litellm_pass_or_get_others_in_their_place() {
     litellm_says(&refusing, &asked("1")).await;
     let refusal = Profile::paper().refusal;
     assert_eq!(litellm_says(&refusing, &answered("1", &[LEAK])).await, rewritten(&[&refusal]));
-    // Every question went with the picture, and none to the model itself.
-    let asked = world.taken();
+    // Every question was asked with the image, and none was asked to the model itself.
+    let asked = world.take_requests();
     assert!(
         asked.len() > 10
             && asked
@@ -131,7 +130,7 @@ async fn answers_of_litellm_pass_or_get_others_in_their_place() {
 }
 
 #[tokio::test]
-async fn calls_of_tools_are_judged_and_can_only_be_blocked() {
+async fn tool_calls_are_judged_and_can_only_be_blocked() {
     let world = world(Settings::default()).await;
     let calls = |arguments: &str| json!({"tool_calls": [{"id": "c", "type": "function", "function": {"name": "bake", "arguments": arguments}}]});
     for (id, texts, more, says) in [
@@ -148,7 +147,7 @@ async fn calls_of_tools_are_judged_and_can_only_be_blocked() {
             json!({"tool_calls": [{"function": {"name": "bake", "note": LEAK}}]}),
             blocked(),
         ),
-        ("9", json!(["Bread."]), json!({"images": [PICTURE]}), blocked()),
+        ("9", json!(["Bread."]), json!({"images": [IMAGE]}), blocked()),
     ] {
         litellm_says(&world, &asked(id)).await;
         let mut call = litellm("response", id, &more);
@@ -158,7 +157,7 @@ async fn calls_of_tools_are_judged_and_can_only_be_blocked() {
 }
 
 #[tokio::test]
-async fn an_answer_belongs_to_one_request_that_was_seen() {
+async fn answers_belong_to_one_seen_request() {
     let world = world(Settings::default()).await;
     let reason = async |call: &Value| {
         let got = send(&world, LITELLM, call).await;
@@ -166,46 +165,46 @@ async fn an_answer_belongs_to_one_request_that_was_seen() {
         got.json()["blocked_reason"].as_str().unwrap().to_owned()
     };
     assert!(reason(&answered("nobody", &["Bread."])).await.contains("has not seen this request"));
-    // Once, and no second time.
+    // Once only.
     litellm_says(&world, &asked("1")).await;
     assert_eq!(litellm_says(&world, &answered("1", &["Bread."])).await, passes());
-    assert!(reason(&answered("1", &["Bread."])).await.contains("comes in pieces"));
-    // Two requests of one name.
+    assert!(reason(&answered("1", &["Bread."])).await.contains("arrives in parts"));
+    // Two requests with one id.
     let mut other = asked("2");
     other["structured_messages"][0]["content"] = "What is a list?".into();
     litellm_says(&world, &asked("2")).await;
     litellm_says(&world, &other).await;
     assert!(reason(&answered("2", &["Bread."])).await.contains("two requests"));
-    // Another's key.
+    // Another key.
     litellm_says(&world, &asked("3")).await;
     let mut call = answered("3", &["Bread."]);
     call["request_data"]["user_api_key_hash"] = "key-b".into();
     assert!(reason(&call).await.contains("has not seen"));
     assert_eq!(litellm_says(&world, &answered("3", &["Bread."])).await, passes());
-    // A name that the client chose, with the request or the answer.
+    // An id that the client chose, with the request or the answer.
     for mut call in [asked("4"), answered("4", &["Bread."])] {
         call["request_headers"]["X-LiteLLM-Call-Id"] = "4".into();
-        assert!(reason(&call).await.contains("x-litellm-call-id is not taken"));
+        assert!(reason(&call).await.contains("x-litellm-call-id is not accepted"));
         call["request_headers"] = Value::Null;
-        assert!(reason(&call).await.contains("no request_headers"));
+        assert!(reason(&call).await.contains("request_headers are missing"));
         call["litellm_call_id"] = Value::Null;
-        assert!(reason(&call).await.contains("no litellm_call_id"));
+        assert!(reason(&call).await.contains("litellm_call_id is missing"));
     }
 }
 
 #[tokio::test]
-async fn an_answer_without_its_request_is_blocked_or_judged_alone() {
+async fn answers_without_a_request_are_blocked_or_judged_alone() {
     let judging = world(Settings { unseen: Unseen::Judge, ..Settings::default() }).await;
     assert_eq!(litellm_says(&judging, &answered("1", &["Bread."])).await, passes());
     assert_eq!(litellm_says(&judging, &answered("1", &[LEAK])).await, rewritten(&[SAFE]));
-    // What is known to be odd is blocked all the same.
+    // What is known to be ambiguous is blocked anyway.
     litellm_says(&judging, &asked("2")).await;
     litellm_says(&judging, &answered("2", &["Bread."])).await;
     assert_eq!(litellm_says(&judging, &answered("2", &["Bread."])).await, blocked());
 }
 
 #[tokio::test]
-async fn what_is_kept_of_requests_is_bounded() {
+async fn pending_requests_are_limited() {
     let limits = Limits { pending: 4000, ..Limits::default() };
     let world = world(Settings { limits, ..Settings::default() }).await;
     for id in 0..20 {
@@ -227,7 +226,7 @@ async fn what_is_kept_of_requests_is_bounded() {
 }
 
 #[tokio::test]
-async fn requests_of_litellm_are_read_as_chats_are() {
+async fn litellm_requests_are_read_like_chats() {
     let world = world(Settings::default()).await;
     // Out of scope, with any number of calls about its answer.
     let text = litellm(
@@ -240,27 +239,27 @@ async fn requests_of_litellm_are_read_as_chats_are() {
         let got = send(&world, LITELLM, &answered("text", &[LEAK])).await;
         assert_eq!(action(&got), passes());
     }
-    assert!(world.taken().is_empty());
+    assert!(world.take_requests().is_empty());
     // What can't be read, judged or found.
-    let broken = &PICTURE[..PICTURE.len() - 16];
+    let broken = &IMAGE[..IMAGE.len() - 16];
     let remote = "http://127.0.0.1:9/cat.png";
     for (messages, why) in [
         (json!([{"content": [{"image_url": {"url": broken}}]}]), "its end is missing"),
         (json!([{"content": [{"image_url": {"url": remote}}]}]), "an image URL can't be fetched"),
         (json!([{"odd_field": "x"}]), "odd_field"),
         (json!([{"content": [{"type": "video_url"}]}]), "video_url"),
-        // As the proxy shows an image by its id, a screenshot, and a part that its types don't
-        // have.
+        // The proxy sends an image by its id, a screenshot, and a part that its types don't have in
+        // this way.
         (json!([{"content": [{"image_url": {"url": ""}}]}]), "image"),
         (
-            json!([null, {"role": "tool", "content": format!("{{\"type\": \"x\", \"image_url\": \"{PICTURE}\"}}")}]),
+            json!([null, {"role": "tool", "content": format!("{{\"type\": \"x\", \"image_url\": \"{IMAGE}\"}}")}]),
             "in its text",
         ),
         (
             json!([null, {"role": "tool", "content": "{\"type\": \"computer_screenshot\", \"image_url\": \"https://x\"}"}]),
             "in its text",
         ),
-        (json!([null, {"role": "user", "content": []}]), "does not show"),
+        (json!([null, {"role": "user", "content": []}]), "did not send"),
     ] {
         let mut call = asked("bad");
         merge(&mut call, &json!({"structured_messages": messages}));
@@ -269,10 +268,10 @@ async fn requests_of_litellm_are_read_as_chats_are() {
         assert_eq!(action(&got).0, "BLOCKED");
         assert!(got.body.contains(why), "{}", got.body);
     }
-    // A picture beside the messages is seen too, with its media type or bare; and so are other
+    // An image next to the messages is seen too, with its media type or without; and so are other
     // texts.
-    let bare = PICTURE.split(',').nth(1).unwrap();
-    for (id, image) in [("url", PICTURE), ("bare", bare)] {
+    let bare = IMAGE.split(',').nth(1).unwrap();
+    for (id, image) in [("url", IMAGE), ("bare", bare)] {
         let messages = json!([{"role": "user", "content": "What is this?"}]);
         let call = litellm(
             "request",
@@ -282,14 +281,14 @@ async fn requests_of_litellm_are_read_as_chats_are() {
         );
         assert_eq!(litellm_says(&world, &call).await, passes());
         assert_eq!(litellm_says(&world, &answered(id, &["Bread."])).await, passes());
-        let judged = String::from_utf8_lossy(&world.taken()[0].body).into_owned();
+        let judged = String::from_utf8_lossy(&world.take_requests()[0].body).into_owned();
         assert!(judged.matches("data:").count() == 1 && judged.contains(bare), "{judged}");
         assert!(judged.contains("Is it bread?") && judged.contains("call-9"), "{judged}");
     }
 }
 
 #[tokio::test]
-async fn our_failures_are_no_verdicts() {
+async fn guard_failures_are_not_verdicts() {
     let world = world(Settings::default()).await;
     let mut call = asked("1");
     call["model"] = "judge-500".into();
@@ -318,10 +317,9 @@ async fn our_failures_are_no_verdicts() {
     assert_eq!(litellm_says(&opening, &answered("1", &["Bread."])).await, passes());
 }
 
-/// An answer to the question.
-/// The key by which a gateway comes in is not the model's.
+/// The key of a gateway is not the model's.
 #[tokio::test]
-async fn a_gateways_key_goes_no_further() {
+async fn the_gateways_key_is_not_forwarded() {
     let world = world(Settings::default()).await;
     let keys = [("authorization", "Bearer of-the-gateway"), ("x-api-key", "of-the-gateway")];
     for (path, call) in both(&completion(&json!({"content": "Rye."}))) {
@@ -331,9 +329,9 @@ async fn a_gateways_key_goes_no_further() {
     for call in [asked("1"), answered("1", &["Rye."])] {
         world.send("POST", LITELLM, &keys, call.to_string()).await;
     }
-    let taken = world.taken();
-    assert_eq!(taken.len(), 3);
-    for reached in taken {
+    let take_requests = world.take_requests();
+    assert_eq!(take_requests.len(), 3);
+    for reached in take_requests {
         assert!(
             !format!("{:?}", reached.headers).contains("of-the-gateway"),
             "{:?}",
@@ -356,14 +354,14 @@ fn portkey(event: &str, kind: &str, request: &Value, response: &Value) -> Value 
 fn truefoundry(request: &Value, response: &Value, config: &Value) -> Value {
     let mut call = json!({"requestBody": request, "config": config,
         "context": {"user": {"subjectId": "u", "subjectType": "user"}, "metadata": {"team": "bakery"}}});
-    // Its hook before the model has no such key.
+    // The hook before the model has no such key.
     if !response.is_null() {
         call["responseBody"] = response.clone();
     }
     call
 }
 
-/// The calls of both hooks with question and answer.
+/// The calls of both hooks with request and answer.
 fn both(answer: &Value) -> [(&'static str, Value); 2] {
     [
         (PORTKEY, portkey("afterRequestHook", "chatComplete", &question(), answer)),
@@ -371,8 +369,8 @@ fn both(answer: &Value) -> [(&'static str, Value); 2] {
     ]
 }
 
-/// Whether a request or an answer may go on, and what takes its place.
-fn verdict(path: &str, got: &Got) -> (bool, Option<Value>) {
+/// Whether a request or an answer may continue, and what replaces it.
+fn verdict(path: &str, got: &TestResponse) -> (bool, Option<Value>) {
     assert_eq!(got.status, 200, "{}", got.body);
     let said = got.json();
     let another = match path {
@@ -390,7 +388,7 @@ fn verdict(path: &str, got: &Got) -> (bool, Option<Value>) {
 }
 
 #[tokio::test]
-async fn answers_of_the_other_hooks_pass_or_get_others_in_their_place() {
+async fn portkey_and_truefoundry_answers_pass_or_are_replaced() {
     let world = world(Settings::default()).await;
     for (path, call) in
         both(&completion(&json!({"role": "assistant", "content": "Bread.", "refusal": null})))
@@ -420,7 +418,7 @@ async fn answers_of_the_other_hooks_pass_or_get_others_in_their_place() {
             (&"Bread.".into(), &SAFE.into())
         );
     }
-    // Where nothing can be put in its place, a harmful answer is denied.
+    // If it can't be replaced, a harmful answer is denied.
     let denied = truefoundry(&question(), &completion(&json!({"content": LEAK})), &Value::Null);
     let got = send(&world, TRUEFOUNDRY, &denied).await;
     assert_eq!(verdict(TRUEFOUNDRY, &got), (false, None));
@@ -432,14 +430,14 @@ async fn answers_of_the_other_hooks_pass_or_get_others_in_their_place() {
             if path == PORTKEY { json!({"json": text}) } else { text.clone() };
         assert_eq!(verdict(path, &send(&world, path, &call).await), (true, None));
     }
-    let asked = world.taken();
+    let asked = world.take_requests();
     assert!(
         asked.iter().all(|asked| !String::from_utf8_lossy(&asked.body).contains("a hook asked"))
     );
 }
 
 #[tokio::test]
-async fn nothing_goes_on_that_was_not_judged() {
+async fn unjudged_content_is_removed_or_denied() {
     let world = world(Settings::default()).await;
     for (name, more) in hidden_answers() {
         let mut answer = completion(&json!({"role": "assistant", "content": "Bread."}));
@@ -451,7 +449,7 @@ async fn nothing_goes_on_that_was_not_judged() {
             let got = send(&world, path, &call).await;
             let (may, another) = verdict(path, &got);
             let mut goes_on = if may { another.unwrap_or(answer.clone()) } else { Value::Null };
-            // What the upstream calls it and itself, in one word.
+            // What the upstream calls the answer and itself, in one word.
             if let Value::Object(fields) = &mut goes_on {
                 let is_name = |value: &Value| !value.to_string().contains(' ');
                 fields.retain(|name, value| {
@@ -466,7 +464,7 @@ async fn nothing_goes_on_that_was_not_judged() {
             );
         }
     }
-    // What is no answer is no harmless one.
+    // A malformed answer is not harmless.
     for answer in [
         json!("Bread."),
         json!([]),
@@ -482,12 +480,12 @@ async fn nothing_goes_on_that_was_not_judged() {
 }
 
 #[tokio::test]
-async fn requests_are_read_before_the_model_is_asked() {
+async fn requests_are_checked_before_the_model_is_asked() {
     let world = world(Settings::default()).await;
     let text =
         json!({"model": "m", "stream": true, "messages": [{"role": "user", "content": "Hi"}]});
     let mut broken = question();
-    broken["messages"][0]["content"][0]["image_url"]["url"] = PICTURE[..PICTURE.len() - 16].into();
+    broken["messages"][0]["content"][0]["image_url"]["url"] = IMAGE[..IMAGE.len() - 16].into();
     let mut odd = question();
     odd["guided_choice"] = json!(["a"]);
     for (request, may) in
@@ -501,7 +499,7 @@ async fn requests_are_read_before_the_model_is_asked() {
             assert_eq!(verdict(path, &got), (may, None), "{path} {request}: {}", got.body);
         }
     }
-    // A stream can't be held back there: not before, and not when it has begun.
+    // A stream can't be held back there: neither before nor after it has begun.
     let mut streamed = question();
     streamed["stream"] = true.into();
     for (event, answer) in [("beforeRequestHook", json!({})), ("afterRequestHook", Value::Null)] {
@@ -515,17 +513,17 @@ async fn requests_are_read_before_the_model_is_asked() {
         "{}",
         got.body
     );
-    assert!(world.taken().is_empty());
+    assert!(world.take_requests().is_empty());
     let embed = json!({"model": "m", "input": "Hi"});
     let got =
         send(&world, PORTKEY, &portkey("beforeRequestHook", "embed", &embed, &json!({}))).await;
     assert_eq!(verdict(PORTKEY, &got), (true, None));
 }
 
-/// A picture elsewhere, on this machine.
-async fn elsewhere() -> String {
+/// An image on a server of this machine.
+async fn local_image_server() -> String {
     use base64::{Engine, prelude::BASE64_STANDARD};
-    let png = BASE64_STANDARD.decode(PICTURE.split(',').nth(1).unwrap()).unwrap();
+    let png = BASE64_STANDARD.decode(IMAGE.split(',').nth(1).unwrap()).unwrap();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}/bread.png", listener.local_addr().unwrap());
     let serves = axum::Router::new().fallback(move || std::future::ready(png.clone()));
@@ -534,13 +532,13 @@ async fn elsewhere() -> String {
 }
 
 #[tokio::test]
-async fn the_model_sees_the_picture_that_is_judged() {
-    let url = elsewhere().await;
+async fn the_model_sees_the_judged_image() {
+    let url = local_image_server().await;
     let mut request = question();
     request["messages"][0]["content"][0]["image_url"]["url"] = url.as_str().into();
     let settings = Settings { image_hosts: vec!["127.0.0.1".into()], ..Settings::default() };
     let world = world(settings.clone()).await;
-    // Before the model is asked, the picture is put in its place.
+    // Before the model is asked, the image replaces its URL.
     let mut call = asked("1");
     (call["structured_messages"], call["images"]) = (request["messages"].clone(), json!([url]));
     let got = send(&world, LITELLM, &call).await.json();
@@ -553,7 +551,7 @@ async fn the_model_sees_the_picture_that_is_judged() {
     ] {
         assert_eq!(verdict(path, &send(&world, path, &call).await), (true, Some(question())));
     }
-    // Where the model has seen what lay there, nobody can tell what that was.
+    // If the model has already seen what was there, nobody knows what that was.
     let after = |request: &Value| {
         let answer = completion(&json!({"content": "Bread."}));
         [
@@ -565,7 +563,7 @@ async fn the_model_sees_the_picture_that_is_judged() {
         let got = send(&world, path, &call).await;
         assert!(!verdict(path, &got).0 && got.body.contains("image_url_refused"), "{}", got.body);
     }
-    // But where the operator wants that.
+    // Unless the operator wants that.
     let passing = self::world(Settings { image_urls: ImageUrls::Pass, ..settings.clone() }).await;
     for (path, call) in after(&request) {
         assert_eq!(verdict(path, &send(&passing, path, &call).await), (true, None));
@@ -577,9 +575,9 @@ async fn the_model_sees_the_picture_that_is_judged() {
 }
 
 #[tokio::test]
-async fn portkey_shows_other_formats_too() {
+async fn portkey_sends_other_formats_too() {
     let world = world(Settings::default()).await;
-    let data = PICTURE.split(',').nth(1).unwrap();
+    let data = IMAGE.split(',').nth(1).unwrap();
     let request = json!({"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": [
         {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}, {"type": "text", "text": "What is it?"}]}]});
     let message = |text: &str| {
@@ -604,7 +602,7 @@ async fn portkey_shows_other_formats_too() {
     noted["response"]["json"]["note"] = format!("so {LEAK}").into();
     let got = send(&world, PORTKEY, &noted).await;
     assert!(verdict(PORTKEY, &got).1.is_some() && !got.leaks());
-    // Old completions are texts: out of scope, or denied where they are harmful.
+    // Old completions are texts: out of scope, or denied if they are harmful.
     let mut profile = Profile::paper();
     profile.scope = Scope::All;
     let everything = profiled(Settings::default(), profile).await;
@@ -627,7 +625,7 @@ async fn portkey_shows_other_formats_too() {
 }
 
 #[tokio::test]
-async fn hooks_take_our_keys_and_modes_and_are_written_down() {
+async fn hooks_use_client_keys_and_modes_and_are_logged() {
     let folder = tempfile::tempdir().unwrap();
     let audit =
         AuditSettings { path: folder.path().join("audit.jsonl"), ..AuditSettings::default() };
@@ -640,7 +638,7 @@ async fn hooks_take_our_keys_and_modes_and_are_written_down() {
     let modes = BTreeMap::from([("free".into(), Mode::Off)]);
     let world = world(Settings { keys, modes, audit: audit.clone(), ..Settings::default() }).await;
     let [(path, call), _] = both(&completion(&json!({"content": LEAK})));
-    // Without a key nothing passes.
+    // Without a key, nothing passes.
     let got = send(&world, path, &call).await;
     assert_eq!(verdict(path, &got), (false, None));
     assert!(got.body.contains("invalid_api_key"), "{}", got.body);
@@ -648,7 +646,7 @@ async fn hooks_take_our_keys_and_modes_and_are_written_down() {
     let bearer = format!("Bearer {other}");
     let got = world.send("POST", path, &[("authorization", &bearer)], call.to_string()).await;
     assert_eq!(verdict(path, &got), (true, None));
-    // One caller's requests are no other's.
+    // Requests belong to one caller.
     let send = async |key: &str, call: Value| {
         action(&world.send("POST", LITELLM, &[("x-api-key", key)], call.to_string()).await)
     };
@@ -657,11 +655,11 @@ async fn hooks_take_our_keys_and_modes_and_are_written_down() {
     assert_eq!(send(&secret, answered("1", &[LEAK])).await, rewritten(&[SAFE]));
     assert_eq!(send(&other, asked("2")).await, passes());
     assert_eq!(send(&other, answered("2", &[LEAK])).await, passes());
-    // What is observed is held back by nothing.
+    // Observed answers are not held back.
     let mut chosen = asked("3");
     chosen["request_headers"]["x-litellm-call-id"] = "3".into();
     assert_eq!(send(&other, chosen).await, passes());
-    // A model of its own mode.
+    // A model with its own mode.
     let [mut question, mut answer] = [asked("4"), answered("4", &[LEAK])];
     (question["model"], answer["model"]) = ("free".into(), "other-name".into());
     assert_eq!(send(&secret, question).await, passes());
@@ -685,7 +683,7 @@ async fn hooks_take_our_keys_and_modes_and_are_written_down() {
     panic!("{}", std::fs::read_to_string(&audit.path).unwrap());
 }
 
-/// The calls that were recorded from a gateway, or why there are none.
+/// The recorded calls of a gateway, or why there are none.
 fn recorded(file: &str) -> Result<Vec<Value>, String> {
     let data = std::env::var_os("ECSO_TEST_DATA").map(PathBuf::from);
     let path = data
@@ -701,7 +699,7 @@ fn recorded(file: &str) -> Result<Vec<Value>, String> {
 }
 
 #[tokio::test]
-async fn calls_that_litellm_made_are_understood() {
+async fn recorded_litellm_calls_are_understood() {
     let calls = match recorded("litellm-1.106.12-guard-calls.jsonl") {
         Ok(calls) => calls,
         Err(why) => return eprintln!("skipped: {why}"),
@@ -717,7 +715,7 @@ async fn calls_that_litellm_made_are_understood() {
             (call["input_type"].as_str().unwrap(), call["litellm_call_id"].as_str().unwrap());
         let reason = got.json()["blocked_reason"].as_str().unwrap_or_default().to_owned();
         if kind == "request" {
-            // One of them names a picture where nobody is.
+            // One of them names an image at an unreachable address.
             assert!(
                 action == "NONE" || reason.contains("an image URL can't be fetched"),
                 "{reason} {call}"
@@ -732,7 +730,7 @@ async fn calls_that_litellm_made_are_understood() {
 }
 
 #[tokio::test]
-async fn calls_that_portkey_made_are_understood() {
+async fn recorded_portkey_calls_are_understood() {
     let world = world(Settings::default()).await;
     let calls = match recorded("portkey-1.15.2-hook-calls.jsonl") {
         Ok(calls) => calls,
@@ -746,7 +744,7 @@ async fn calls_that_portkey_made_are_understood() {
 }
 
 #[tokio::test]
-async fn what_is_no_request_or_no_answer_is_a_no() {
+async fn malformed_requests_and_answers_are_denied() {
     let world = world(Settings::default()).await;
     let answer =
         json!({"choices": [{"index": 0, "message": {"content": LEAK}, "finish_reason": "stop"}]});
@@ -759,7 +757,7 @@ async fn what_is_no_request_or_no_answer_is_a_no() {
     let old = |prompt: &Value| json!({"model": "m", "prompt": prompt});
     let pictured = old(&json!({"prompt_string": "What?", "multimodal_data": ["iVBORw0KGgo="]}));
     let mut beside = old(&json!("What?"));
-    beside["multi_modal_data"] = json!({"image": PICTURE});
+    beside["multi_modal_data"] = json!({"image": IMAGE});
     for (path, call) in [
         (TRUEFOUNDRY, unread),
         (TRUEFOUNDRY, truefoundry(&coerced, &Value::Null, &Value::Null)),
@@ -782,7 +780,7 @@ async fn what_is_no_request_or_no_answer_is_a_no() {
 }
 
 #[tokio::test]
-async fn many_images_beside_messages_take_no_long_time() {
+async fn many_extra_images_are_fast() {
     let world = world(Settings::default()).await;
     let mut call = asked("many");
     let parts = (0..12_000)

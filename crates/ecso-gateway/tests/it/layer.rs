@@ -1,4 +1,4 @@
-//! The guard as a layer around a service of the same program.
+//! The guard as a layer around a service in the same program.
 
 use std::{
     convert::Infallible,
@@ -23,11 +23,11 @@ use futures::{StreamExt, stream};
 use serde_json::{Value, json};
 use tower::{Layer, ServiceExt, service_fn, util::MapRequestLayer};
 
-use crate::world::{LEAK, PICTURE, World, question, said, streamed};
+use crate::support::{Harness, IMAGE, LEAK, question, said, streamed};
 
 const CHAT: &str = "/v1/chat/completions";
 
-/// A model that says `text` to whatever comes, and tells what it got in a header of its answer.
+/// A model that answers everything with `text`, and reports what it received in a header.
 fn model(text: &'static str) -> Router {
     Router::new().fallback(async move |request: Request| {
         let (head, body) = request.into_parts();
@@ -50,8 +50,8 @@ fn model(text: &'static str) -> Router {
 }
 
 #[tokio::test]
-async fn a_harmful_answer_is_rewritten_and_a_safe_one_goes_out() {
-    let (harmful, safe) = (World::around(Settings::default(), model(LEAK)).await, model("Rye."));
+async fn harmful_answers_are_rewritten_and_safe_ones_pass() {
+    let (harmful, safe) = (Harness::around(Settings::default(), model(LEAK)).await, model("Rye."));
     let got = harmful.chat(&question()).await;
     assert_eq!((got.status, got.leaks()), (StatusCode::OK, false));
     assert_eq!(got.json()["choices"][0]["message"]["content"], "Here is a harmless answer.");
@@ -63,19 +63,19 @@ async fn a_harmful_answer_is_rewritten_and_a_safe_one_goes_out() {
             && got.body.contains("Here is a harmless answer.")
             && got.body.ends_with("[DONE]\n\n")
     );
-    let safe = World::around(Settings::default(), safe).await;
+    let safe = Harness::around(Settings::default(), safe).await;
     let got = safe.chat(&question()).await;
     assert_eq!((got.json()["choices"][0]["message"]["content"].as_str()), Some("Rye."));
     assert_eq!(got.headers["x-ecso-verdict"], "safe");
-    // Of the answer's head the service's own words stay.
+    // Headers of the service are kept.
     assert_eq!(got.headers["x-request-id"], "/v1/chat/completions,127.0.0.1:8080,,false");
 }
 
 #[tokio::test]
 async fn other_formats_reach_the_service_as_chats() {
-    let harmful = World::around(Settings::default(), model(LEAK)).await;
+    let harmful = Harness::around(Settings::default(), model(LEAK)).await;
     let asked = json!({"model": "m", "input": [{"role": "user", "content": [
-        {"type": "input_image", "image_url": PICTURE}, {"type": "input_text", "text": "What is this?"}]}]});
+        {"type": "input_image", "image_url": IMAGE}, {"type": "input_text", "text": "What is this?"}]}]});
     let got = harmful.send("POST", "/v1/responses", &[], asked.to_string()).await;
     assert_eq!((got.status, got.leaks()), (StatusCode::OK, false));
     assert_eq!(got.json()["output"][0]["content"][0]["text"], "Here is a harmless answer.");
@@ -83,17 +83,18 @@ async fn other_formats_reach_the_service_as_chats() {
 }
 
 #[tokio::test]
-async fn what_an_application_knows_of_a_request_reaches_the_service() {
+async fn request_extensions_reach_the_service() {
     let service = model("Rye.");
-    let world = World::around(Settings::default(), service).await.beneath(Extension("ada"));
+    let world =
+        Harness::around(Settings::default(), service).await.with_extension(Extension("ada"));
     let got = world.send("POST", CHAT, &[("x-other", "1")], question().to_string()).await;
-    // A header that nobody knows does not.
+    // An unknown header does not.
     assert_eq!(got.headers["x-request-id"], "/v1/chat/completions,127.0.0.1:8080,ada,false");
 }
 
 #[tokio::test]
-async fn what_is_not_known_does_not_reach_the_service() {
-    let world = World::around(Settings::default(), model(LEAK)).await;
+async fn unknown_routes_do_not_reach_the_service() {
+    let world = Harness::around(Settings::default(), model(LEAK)).await;
     for path in [
         "/",
         "/v1/images/generations",
@@ -117,12 +118,12 @@ async fn what_is_not_known_does_not_reach_the_service() {
     );
 }
 
-/// The guard asks the service that it stands around, which asks the guard.
+/// The guard calls the service it guards, which calls the guard.
 #[tokio::test]
-async fn a_guard_that_asks_itself_breaks_off() {
+async fn a_guard_that_calls_itself_is_refused() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}/v1", listener.local_addr().unwrap());
-    let gateway = Arc::new(World::gateway(Settings::default(), Profile::paper(), &url).unwrap());
+    let gateway = Arc::new(Harness::gateway(Settings::default(), Profile::paper(), &url).unwrap());
     let asked = Arc::<AtomicUsize>::default();
     let counted = Arc::clone(&asked);
     let service = model("Rye.").layer(MapRequestLayer::new(move |request: Request| {
@@ -141,7 +142,7 @@ async fn a_guard_that_asks_itself_breaks_off() {
 }
 
 #[tokio::test]
-async fn what_is_passed_on_is_not_silent_for_ever() {
+async fn silent_answers_are_cut_off() {
     let limits = Limits { deadline: 1, patience: 1, ..Limits::default() };
     let silent = || {
         Body::from_stream(stream::once(ready(Ok::<_, Infallible>("rye"))).chain(stream::pending()))
@@ -156,7 +157,7 @@ async fn what_is_passed_on_is_not_silent_for_ever() {
     });
     let allow_routes = vec!["POST /v1/tokenize".to_owned()];
     let world =
-        World::around(Settings { limits, allow_routes, ..Settings::default() }, service).await;
+        Harness::around(Settings { limits, allow_routes, ..Settings::default() }, service).await;
     let within = async |body: Body| {
         tokio::time::timeout(Duration::from_secs(4), world.send("POST", "/v1/tokenize", &[], body))
             .await
@@ -169,8 +170,8 @@ async fn what_is_passed_on_is_not_silent_for_ever() {
 }
 
 #[tokio::test]
-async fn a_service_that_fails_is_a_failed_upstream() {
-    let world = World::new(Settings::default(), Arc::new(|_| panic!("nobody asks"))).await;
+async fn a_failing_service_is_a_failed_upstream() {
+    let world = Harness::new(Settings::default(), Arc::new(|_| panic!("nobody asks"))).await;
     let layer = Arc::clone(&world.gateway).layer();
     let refused = service_fn(async |_: Request<Body>| {
         Err::<Response<Body>, _>(format!("{LEAK} in the service's words"))

@@ -4,15 +4,15 @@
 mod answers;
 mod bypass;
 mod clients;
+mod conversations;
 #[cfg(feature = "ext-proc")]
 mod ext_proc;
-mod goes_on;
+mod formats;
 mod golden;
 mod hooks;
 mod layer;
 mod playground;
 mod records;
+mod support;
 mod tenants;
 mod windowed;
-mod wires;
-mod world;

@@ -1,4 +1,4 @@
-//! The page for people: who comes in, what it may do, what it is shown.
+//! The playground: who may use it, what it may do, and what it shows.
 
 use std::sync::Arc;
 
@@ -10,19 +10,19 @@ use ecso_gateway::{
 };
 use serde_json::{Value, json};
 
-use crate::world::{Got, LEAK, PICTURE, Speaks, World, said};
+use crate::support::{Harness, IMAGE, LEAK, Respond, TestResponse, said};
 
 const ASK: &str = "/playground/ask";
 
-/// A browser that came in.
-struct Visitor {
-    world: World,
+/// A browser with a session.
+struct Browser {
+    world: Harness,
     cookie: String,
 }
 
-impl Visitor {
-    async fn new(settings: Settings, profile: Profile, speaks: Speaks) -> Self {
-        let (world, tokens) = World::with_page(settings, profile, speaks).await;
+impl Browser {
+    async fn new(settings: Settings, profile: Profile, respond: Respond) -> Self {
+        let (world, tokens) = Harness::with_page(settings, profile, respond).await;
         let path = format!("/?token={}", *tokens.borrow());
         let entered = world.send("GET", &path, &[], "").await;
         assert_eq!(entered.status, StatusCode::OK);
@@ -31,8 +31,8 @@ impl Visitor {
         Self { world, cookie }
     }
 
-    /// What the page sends.
-    async fn send(&self, method: &str, path: &str, body: &Value) -> Got {
+    /// A request of the page.
+    async fn send(&self, method: &str, path: &str, body: &Value) -> TestResponse {
         self.send_from(&[("sec-fetch-site", "same-origin")], method, path, body).await
     }
 
@@ -42,24 +42,24 @@ impl Visitor {
         method: &str,
         path: &str,
         body: &Value,
-    ) -> Got {
+    ) -> TestResponse {
         let headers: Vec<_> =
             [("cookie", self.cookie.as_str())].iter().chain(headers).copied().collect();
         self.world.send(method, path, &headers, body.to_string()).await
     }
 
-    async fn ask(&self, arm: &Value) -> Got {
-        self.send("POST", ASK, &json!({"text": "What is this?", "images": [PICTURE], "arm": arm}))
+    async fn ask(&self, arm: &Value) -> TestResponse {
+        self.send("POST", ASK, &json!({"text": "What is this?", "images": [IMAGE], "arm": arm}))
             .await
     }
 }
 
-/// A model that says what the judge calls harmful.
-fn harmful() -> Speaks {
+/// A model whose answer the judge calls harmful.
+fn harmful() -> Respond {
     Arc::new(|_| said(&json!({"role": "assistant", "content": LEAK}), &Value::Null))
 }
 
-fn mild() -> Speaks {
+fn mild() -> Respond {
     Arc::new(|_| said(&json!({"role": "assistant", "content": "A list."}), &Value::Null))
 }
 
@@ -68,7 +68,7 @@ fn traced(trace: TraceLevel) -> Settings {
 }
 
 /// The events of a stream: names and data.
-fn events(got: &Got) -> Vec<(String, Value)> {
+fn events(got: &TestResponse) -> Vec<(String, Value)> {
     let blocks =
         got.body.split("\n\n").filter(|block| !block.is_empty() && !block.starts_with(':'));
     let read = |block: &str| {
@@ -79,15 +79,16 @@ fn events(got: &Got) -> Vec<(String, Value)> {
     blocks.map(read).collect()
 }
 
-/// The data of the last event of a name.
-fn last(got: &Got, name: &str) -> Value {
+/// The data of the last event with this name.
+fn last(got: &TestResponse, name: &str) -> Value {
     let found = events(got).into_iter().rev().find(|(event, _)| event == name);
     found.unwrap_or_else(|| panic!("no {name} in {}", got.body)).1
 }
 
 #[tokio::test]
-async fn a_link_opens_the_page_once() {
-    let (world, mut tokens) = World::with_page(Settings::default(), Profile::paper(), mild()).await;
+async fn links_work_once() {
+    let (world, mut tokens) =
+        Harness::with_page(Settings::default(), Profile::paper(), mild()).await;
     let get = async |path: String, cookie: &str| {
         world.send("GET", &path, &[("cookie", cookie)], "").await
     };
@@ -109,7 +110,7 @@ async fn a_link_opens_the_page_once() {
     assert_eq!(get("/playground/mod.rs".into(), cookie).await.status, StatusCode::NOT_FOUND);
     assert!(tokens.has_changed().unwrap(), "the next link is told");
 
-    let without = World::new(Settings::default(), mild()).await;
+    let without = Harness::new(Settings::default(), mild()).await;
     for (method, path) in [("GET", "/"), ("GET", "/playground/facts"), ("POST", ASK)] {
         assert_eq!(
             without.send(method, path, &[], "{}").await.status,
@@ -120,8 +121,8 @@ async fn a_link_opens_the_page_once() {
 }
 
 #[tokio::test]
-async fn every_answer_is_locked() {
-    let visitor = Visitor::new(Settings::default(), Profile::paper(), mild()).await;
+async fn every_response_has_security_headers() {
+    let visitor = Browser::new(Settings::default(), Profile::paper(), mild()).await;
     let answers = [
         visitor.world.send("GET", "/", &[], "").await,
         visitor.send("GET", "/", &Value::Null).await,
@@ -131,7 +132,7 @@ async fn every_answer_is_locked() {
         visitor.send("POST", ASK, &Value::Null).await,
         visitor.ask(&json!({"profile": "paper"})).await,
     ];
-    for Got { status, headers, .. } in &answers {
+    for TestResponse { status, headers, .. } in &answers {
         let policy = headers["content-security-policy"].to_str().unwrap();
         assert!(
             policy.starts_with("default-src 'none'; script-src 'self'; style-src 'self';"),
@@ -151,8 +152,8 @@ async fn every_answer_is_locked() {
 }
 
 #[tokio::test]
-async fn other_pages_are_not_answered() {
-    let visitor = Visitor::new(traced(TraceLevel::Full), Profile::paper(), mild()).await;
+async fn requests_of_other_pages_are_refused() {
+    let visitor = Browser::new(traced(TraceLevel::Full), Profile::paper(), mild()).await;
     let body = json!({"text": "What is this?", "arm": "unguarded"});
     for from in [
         vec![("sec-fetch-site", "cross-site")],
@@ -168,7 +169,7 @@ async fn other_pages_are_not_answered() {
         assert_eq!(got.status, StatusCode::FORBIDDEN, "{from:?}");
         assert_eq!(got.json()["error"]["code"], "wrong_origin");
     }
-    assert!(visitor.world.taken().is_empty(), "nobody was asked");
+    assert!(visitor.world.take_requests().is_empty(), "nobody was asked");
     for from in [("sec-fetch-site", "same-origin"), ("origin", "http://127.0.0.1:8080")] {
         assert_eq!(
             visitor.send_from(&[from], "POST", ASK, &body).await.status,
@@ -176,13 +177,13 @@ async fn other_pages_are_not_answered() {
             "{from:?}"
         );
     }
-    // Nor by what the upstream says of other pages.
-    let open: Speaks = Arc::new(|_| {
+    // And the CORS headers of the upstream don't apply here.
+    let open: Respond = Arc::new(|_| {
         let mut answer = said(&json!({"role": "assistant", "content": "A list."}), &Value::Null);
         answer.headers_mut().insert("access-control-allow-origin", "*".parse().unwrap());
         answer
     });
-    let visitor = Visitor::new(Settings::default(), Profile::paper(), open).await;
+    let visitor = Browser::new(Settings::default(), Profile::paper(), open).await;
     let origin = ("origin", "https://elsewhere.example");
     let chat =
         json!({"model": "m", "messages": [{"role": "user", "content": "Hello"}]}).to_string();
@@ -193,8 +194,8 @@ async fn other_pages_are_not_answered() {
 }
 
 #[tokio::test]
-async fn the_steps_are_told_as_they_are() {
-    let visitor = Visitor::new(traced(TraceLevel::Full), Profile::paper(), harmful()).await;
+async fn steps_are_streamed_as_they_happen() {
+    let visitor = Browser::new(traced(TraceLevel::Full), Profile::paper(), harmful()).await;
     let got = visitor.ask(&json!({"profile": "paper"})).await;
     assert_eq!(got.headers["content-type"], "text/event-stream");
     let told = events(&got);
@@ -218,8 +219,8 @@ async fn the_steps_are_told_as_they_are() {
         (&json!("unsafe"), &json!(true), &json!(false))
     );
     assert!(!told.iter().any(|(name, data)| name == "answer" && data.to_string().contains(LEAK)));
-    // What the browser sent stays here.
-    for reached in visitor.world.taken() {
+    // Headers of the browser are not forwarded.
+    for reached in visitor.world.take_requests() {
         for name in ["cookie", "sec-fetch-site", "origin"] {
             assert!(!reached.headers.contains_key(name), "{name}");
         }
@@ -232,9 +233,9 @@ async fn the_steps_are_told_as_they_are() {
 }
 
 #[tokio::test]
-async fn what_is_held_back_takes_the_right_to_see_everything() {
+async fn other_profiles_need_full_trace() {
     for trace in [TraceLevel::None, TraceLevel::Figures] {
-        let visitor = Visitor::new(traced(trace), Profile::paper(), harmful()).await;
+        let visitor = Browser::new(traced(trace), Profile::paper(), harmful()).await;
         let got = visitor.ask(&json!({"profile": "paper"})).await;
         assert!(!got.leaks(), "{}", got.body);
         let names: Vec<String> = events(&got).into_iter().map(|(name, _)| name).collect();
@@ -248,7 +249,7 @@ async fn what_is_held_back_takes_the_right_to_see_everything() {
         }
         assert_eq!(last(&got, "answer")["text"], "Here is a harmless answer.");
         let edit = json!({"base": "paper", "name": "mine", "changes": {"gate": "never"}});
-        // Another profile than the operator's could let out what that holds back.
+        // Other profiles than the operator's could let out what that holds back.
         for arm in [json!("unguarded"), json!({"profile": "hardened"}), json!({"edited": edit})] {
             let refused = visitor.ask(&arm).await;
             assert_eq!(refused.status, StatusCode::FORBIDDEN);
@@ -265,8 +266,8 @@ async fn what_is_held_back_takes_the_right_to_see_everything() {
 }
 
 #[tokio::test]
-async fn a_profile_is_changed_in_bounds() {
-    let visitor = Visitor::new(traced(TraceLevel::Full), Profile::paper(), mild()).await;
+async fn changes_to_a_profile_are_limited() {
+    let visitor = Browser::new(traced(TraceLevel::Full), Profile::paper(), mild()).await;
     let deep = vec!["a"; 10_001].join(".");
     let many: Value = (0..201)
         .map(|n| (format!("safe.{n}"), Value::from(1)))
@@ -288,14 +289,14 @@ async fn a_profile_is_changed_in_bounds() {
 }
 
 #[tokio::test]
-async fn what_fails_gives_no_answer() {
-    let visitor = Visitor::new(traced(TraceLevel::Figures), Profile::paper(), harmful()).await;
+async fn failures_return_no_answer() {
+    let visitor = Browser::new(traced(TraceLevel::Figures), Profile::paper(), harmful()).await;
     for (query, code) in [
         ("judge-500", "guard_failed"),
         ("caption-500", "guard_failed"),
         ("judge-400", "guard_failed"),
     ] {
-        let body = json!({"text": query, "images": [PICTURE], "arm": {"profile": "paper"}});
+        let body = json!({"text": query, "images": [IMAGE], "arm": {"profile": "paper"}});
         let got = visitor.send("POST", ASK, &body).await;
         assert!(!got.leaks(), "{}", got.body);
         assert_eq!(last(&got, "error")["error"]["code"], code, "{}", got.body);
@@ -308,18 +309,18 @@ async fn what_fails_gives_no_answer() {
 }
 
 #[tokio::test]
-async fn what_strangers_send_is_bounded() {
+async fn requests_are_limited() {
     let limits = Limits { body: 20_000, images: 2, text: 500, ..Limits::default() };
     let visitor =
-        Visitor::new(Settings { limits, ..traced(TraceLevel::Full) }, Profile::paper(), mild())
+        Browser::new(Settings { limits, ..traced(TraceLevel::Full) }, Profile::paper(), mild())
             .await;
-    let usual = json!({"text": "What is this?", "images": [PICTURE], "arm": {"profile": "paper"}});
+    let usual = json!({"text": "What is this?", "images": [IMAGE], "arm": {"profile": "paper"}});
     assert_eq!(visitor.send("POST", ASK, &usual).await.status, StatusCode::OK);
-    visitor.world.taken();
+    visitor.world.take_requests();
     for (change, status) in [
         (json!({"text": "a".repeat(30_000)}), 413),
         (json!({"text": "a".repeat(600)}), 413),
-        (json!({"images": [PICTURE, PICTURE, PICTURE]}), 400),
+        (json!({"images": [IMAGE, IMAGE, IMAGE]}), 400),
         (json!({"images": ["https://elsewhere.example/a.png"]}), 400),
         (json!({"images": ["data:image/svg+xml,<svg/>"]}), 400),
         (json!({"images": ["data:image/png;base64,AAAA"]}), 400),
@@ -342,13 +343,13 @@ async fn what_strangers_send_is_bounded() {
         );
         assert!(got.json()["error"]["message"].is_string());
     }
-    assert!(visitor.world.taken().is_empty(), "nobody was asked");
+    assert!(visitor.world.take_requests().is_empty(), "nobody was asked");
 }
 
 #[tokio::test]
-async fn a_profile_is_changed_and_written_as_a_file() {
+async fn edited_profiles_are_written_as_files() {
     let visitor =
-        Visitor::new(traced(TraceLevel::Full), Profile::named("hardened").unwrap(), mild()).await;
+        Browser::new(traced(TraceLevel::Full), Profile::named("hardened").unwrap(), mild()).await;
     let check = async |base: &str, name: &str, changes: Value| {
         visitor
             .send(
@@ -389,7 +390,7 @@ async fn a_profile_is_changed_and_written_as_a_file() {
         ("paper", "mine", json!({"safe.template": "Answer."}), "safe.template", "must contain {x}"),
         ("paper", "mine", json!({"sfae.template": "{x}"}), "sfae.template", "sfae"),
         ("paper", " ", json!({}), "name", "1 to 60 characters"),
-        ("paper", "hardened", json!({}), "name", "another profile's name"),
+        ("paper", "hardened", json!({}), "name", "name of another profile"),
     ] {
         let got = check(base, name, changes.clone()).await;
         assert_eq!(got.status, StatusCode::BAD_REQUEST, "{changes}");
@@ -416,7 +417,7 @@ async fn answers_are_recorded_under_their_profile() {
     let path = folder.path().join("audit.jsonl");
     let audit = AuditSettings { path: path.clone(), content: true, ..AuditSettings::default() };
     let visitor =
-        Visitor::new(Settings { audit, ..traced(TraceLevel::Full) }, Profile::paper(), harmful())
+        Browser::new(Settings { audit, ..traced(TraceLevel::Full) }, Profile::paper(), harmful())
             .await;
     let edit = json!({"base": "paper", "name": "mine", "changes": {}});
     for arm in [json!({"profile": "paper"}), json!({"edited": edit}), json!("unguarded")] {

@@ -1,4 +1,4 @@
-//! What is written down, whatever becomes of a request.
+//! What is recorded, whatever happens to a request.
 
 use std::{path::Path, sync::Arc};
 
@@ -9,7 +9,7 @@ use ecso_gateway::{
 };
 use serde_json::{Value, json};
 
-use crate::world::{LEAK, PICTURE, World, question, said, streamed};
+use crate::support::{Harness, IMAGE, LEAK, question, said, streamed};
 
 fn lines(path: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(path).unwrap_or_default();
@@ -17,7 +17,7 @@ fn lines(path: &Path) -> Vec<Value> {
 }
 
 #[tokio::test]
-async fn a_verdict_is_recorded_when_it_falls() {
+async fn verdicts_are_recorded_at_once() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("audit.jsonl");
     let audit = AuditSettings { path: path.clone(), ..AuditSettings::default() };
@@ -31,8 +31,8 @@ async fn a_verdict_is_recorded_when_it_falls() {
         }
         said(&message, &Value::Null)
     };
-    let world = World::new(settings.clone(), Arc::new(harmful)).await;
-    // A later step fails, plain and streamed, and where an answer is brought along.
+    let world = Harness::new(settings.clone(), Arc::new(harmful)).await;
+    // A later step fails: whole, streamed, and with an answer from the client.
     let mut body = question();
     body["model"] = "caption-500".into();
     for stream in [false, true] {
@@ -42,10 +42,10 @@ async fn a_verdict_is_recorded_when_it_falls() {
     let guard = json!({"model": "caption-500", "messages": question()["messages"], "answer": LEAK});
     let got = world.send("POST", "/v1/guard", &[], guard.to_string()).await;
     assert!(got.status.is_server_error(), "{}", got.body);
-    // Who asks for a verdict gets one on texts too.
+    // Requests for a verdict get one for texts too.
     let texts =
         json!({"model": "m", "messages": [{"role": "user", "content": "What?"}], "answer": LEAK});
-    let judged = World::new(Settings::default(), Arc::new(harmful))
+    let judged = Harness::new(Settings::default(), Arc::new(harmful))
         .await
         .send("POST", "/v1/guard", &[], texts.to_string())
         .await;
@@ -68,9 +68,9 @@ async fn a_verdict_is_recorded_when_it_falls() {
         assert_eq!(mode & 0o777, 0o600);
     }
 
-    // What can't be read is observed all the same.
+    // Unreadable requests are observed too.
     let observed =
-        World::new(Settings { mode: Mode::Observe, ..settings }, Arc::new(harmful)).await;
+        Harness::new(Settings { mode: Mode::Observe, ..settings }, Arc::new(harmful)).await;
     let mut odd = question();
     odd["guided_choice"] = json!(["a"]);
     assert!(observed.chat(&odd).await.status.is_success());
@@ -87,8 +87,8 @@ async fn a_verdict_is_recorded_when_it_falls() {
     );
 }
 
-/// What a server that speaks all formats answers, in that of the request: a text, a thought and a
-/// call.
+/// The answer of a server that speaks all formats, in the format of the request: a text, reasoning
+/// and a call.
 fn native(sent: &Value) -> Response<Body> {
     let says = if sent.to_string().contains("do harm") { LEAK } else { "Bread." };
     let (answer, events) = if sent["input"].is_array() {
@@ -98,7 +98,7 @@ fn native(sent: &Value) -> Response<Body> {
         let response =
             json!({"id": "resp_1", "object": "response", "status": "completed", "output": items});
         let done = |index: usize| json!({"type": "response.output_item.done", "output_index": index, "item": items[index]});
-        // Some servers tell items only one by one.
+        // Some servers only send items one by one.
         let mut ended = response.clone();
         ended["output"] = json!([]);
         (
@@ -139,7 +139,7 @@ fn native(sent: &Value) -> Response<Body> {
     ([("content-type", "application/json")], answer.to_string()).into_response()
 }
 
-/// Waits until so many lines are written.
+/// Waits until this many lines are written.
 async fn written(path: &Path, count: usize) -> Vec<Value> {
     for _ in 0..200 {
         if lines(path).len() >= count {
@@ -151,22 +151,22 @@ async fn written(path: &Path, count: usize) -> Vec<Value> {
 }
 
 #[tokio::test]
-async fn other_formats_are_observed_as_they_are() {
+async fn other_formats_are_observed_unchanged() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("audit.jsonl");
     let audit = AuditSettings { path: path.clone(), content: true, ..AuditSettings::default() };
     let mut settings = Settings { mode: Mode::Observe, audit, ..Settings::default() };
     settings.modes.insert("unwatched".into(), Mode::Off);
     settings.modes.insert("strict".into(), Mode::Observe);
-    let world = World::new(settings.clone(), Arc::new(native)).await;
-    let data = PICTURE.split(',').nth(1).unwrap();
+    let world = Harness::new(settings.clone(), Arc::new(native)).await;
+    let data = IMAGE.split(',').nth(1).unwrap();
     let ask = |route: &str, text: &str, stream: bool| {
         if route == "/v1/messages" {
             let image = json!({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}});
             return json!({"model": "m", "max_tokens": 9, "stream": stream, "messages": [{"role": "user", "content": [image, {"type": "text", "text": text}]}]});
         }
         json!({"model": "m", "stream": stream, "input": [{"role": "user", "content": [
-            {"type": "input_image", "image_url": PICTURE}, {"type": "input_text", "text": text}]}]})
+            {"type": "input_image", "image_url": IMAGE}, {"type": "input_text", "text": text}]}]})
     };
     let mut count = 0;
     for route in ["/v1/messages", "/v1/responses"] {
@@ -181,13 +181,14 @@ async fn other_formats_are_observed_as_they_are() {
                         body.clone(),
                     )
                     .await;
-                // It is the upstream's own, byte by byte, and so is what reached it.
+                // It is the upstream's own answer, byte for byte, and so is the request that
+                // reached it.
                 let upstream =
                     axum::body::to_bytes(native(&ask(route, text, stream)).into_body(), usize::MAX)
                         .await
                         .unwrap();
                 assert_eq!(got.body.as_bytes(), upstream, "{route}");
-                assert_eq!(world.taken()[0].body, body.as_bytes());
+                assert_eq!(world.take_requests()[0].body, body.as_bytes());
                 count += 1;
                 let line = written(&path, count).await.pop().unwrap();
                 assert_eq!(
@@ -195,13 +196,14 @@ async fn other_formats_are_observed_as_they_are() {
                     (&json!(verdict), &json!("observe")),
                     "{route} {stream} {line}"
                 );
-                // All that it says was judged.
+                // Everything that it says was judged.
                 let draft = line["answers"][0]["draft"].as_str().unwrap_or_default();
                 assert!(draft.contains("bake") || line.to_string().contains("bake"), "{line}");
-                world.taken();
+                world.take_requests();
             }
         }
-        // What can't be read goes on and is recorded; text alone and unwatched models only go on.
+        // Unreadable requests are forwarded and recorded; texts and unwatched models are only
+        // forwarded.
         let mut odd = ask(route, "What is this?", false);
         odd["guided_choice"] = json!(["a"]);
         assert_eq!(world.send("POST", route, &[], odd.to_string()).await.status, 200);
@@ -225,15 +227,15 @@ async fn other_formats_are_observed_as_they_are() {
                 value;
             assert_eq!(world.send("POST", route, &[], body.to_string()).await.status, 200);
         }
-        world.taken();
+        world.take_requests();
     }
     tokio::time::sleep(std::time::Duration::from_millis(200)).await;
     assert_eq!(lines(&path).len(), count);
-    // One model is enforced: its chat is judged before it goes out, and the others' stay as they
-    // are.
+    // One model is enforced: its chat is judged before it goes out, and those of the others stay
+    // unchanged.
     settings.modes.insert("strict".into(), Mode::Enforce);
     settings.modes.insert("watched".into(), Mode::Observe);
-    let mixed = World::new(settings, Arc::new(native)).await;
+    let mixed = Harness::new(settings, Arc::new(native)).await;
     for (model, leaks) in
         [("watched", true), ("unwatched", true), ("strict", false), ("strict:latest", false)]
     {
@@ -246,9 +248,10 @@ async fn other_formats_are_observed_as_they_are() {
     }
 }
 
-/// Of an answer that is longer than what is read nothing is said, though its last pieces would fit.
+/// Nothing is said about an answer that is longer than the limit, even if its last chunks would
+/// fit.
 #[tokio::test]
-async fn a_part_of_an_answer_is_no_answer() {
+async fn partial_answers_are_not_judged() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("audit.jsonl");
     let audit = AuditSettings { path: path.clone(), ..AuditSettings::default() };
@@ -267,7 +270,7 @@ async fn a_part_of_an_answer_is_no_answer() {
         let pieces = futures::stream::iter(pieces.map(Ok::<_, std::io::Error>));
         ([("content-type", "text/event-stream")], Body::from_stream(pieces)).into_response()
     };
-    let world = World::new(settings, Arc::new(long)).await;
+    let world = Harness::new(settings, Arc::new(long)).await;
     let mut body = question();
     body["stream"] = true.into();
     assert!(world.chat(&body).await.leaks());

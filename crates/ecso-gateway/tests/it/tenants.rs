@@ -9,10 +9,10 @@ use ecso_gateway::{
 };
 use serde_json::{Value, json};
 
-use crate::world::{World, said};
+use crate::support::{Harness, said};
 
 #[tokio::test]
-async fn each_is_judged_under_its_own_profile_and_mode() {
+async fn models_and_clients_have_their_own_profile_and_mode() {
     let mut everything = Profile::paper();
     everything.scope = Scope::All;
     let (secret, own) = Key::generate();
@@ -27,13 +27,13 @@ async fn each_is_judged_under_its_own_profile_and_mode() {
         ..Settings::default()
     };
     let profiles = Profiles {
-        usual: Profile::paper(),
+        default: Profile::paper(),
         named: BTreeMap::from([("everything".into(), everything)]),
     };
-    let speaks = Arc::new(|_: &Value| {
+    let respond = Arc::new(|_: &Value| {
         said(&json!({"role": "assistant", "content": "Bread."}), &Value::Null)
     });
-    let world = World::with(settings.clone(), profiles, speaks).await;
+    let world = Harness::with(settings.clone(), profiles, respond).await;
     for (key, model, is_judged) in [
         (&secret, "m", false),
         (&secret, "strict", true),
@@ -50,6 +50,6 @@ async fn each_is_judged_under_its_own_profile_and_mode() {
         assert!(got.status.is_success(), "{}", got.body);
         assert_eq!(got.headers.contains_key("x-ecso-verdict"), is_judged, "{model}");
     }
-    let unknown = World::gateway(settings, Profile::paper(), "http://127.0.0.1:9/v1");
+    let unknown = Harness::gateway(settings, Profile::paper(), "http://127.0.0.1:9/v1");
     assert!(unknown.is_err_and(|error| error.to_string().contains("everything")));
 }

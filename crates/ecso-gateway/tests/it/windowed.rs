@@ -21,24 +21,24 @@ use tokio::sync::Notify;
 
 use crate::{
     answers::hidden_answers,
-    world::{Got, LEAK, PICTURE, World, merge, question},
+    support::{Harness, IMAGE, LEAK, TestResponse, merge, question},
 };
 
-/// A model that writes piece by piece.
+/// A model that writes chunk by chunk.
 #[derive(Clone, Default)]
-struct Writer {
+struct ScriptedModel {
     pieces: Vec<Value>,
-    /// The piece before which it waits until it is told to go on.
-    waits_before: Option<usize>,
+    /// The chunk before which it waits for a signal.
+    pause_before: Option<usize>,
     goes_on: Arc<Notify>,
     /// Whether it was stopped before its end.
     is_stopped: Arc<AtomicBool>,
 }
 
-/// Tells that the stream that holds it was dropped before its end.
-struct Stopped(Option<Arc<AtomicBool>>);
+/// Records that the stream that holds it was dropped before its end.
+struct DropFlag(Option<Arc<AtomicBool>>);
 
-impl Drop for Stopped {
+impl Drop for DropFlag {
     fn drop(&mut self) {
         if let Some(told) = &self.0 {
             told.store(true, Ordering::SeqCst);
@@ -46,7 +46,7 @@ impl Drop for Stopped {
     }
 }
 
-impl Writer {
+impl ScriptedModel {
     /// These words, and an end.
     fn of<T: Into<String>>(words: impl IntoIterator<Item = T>) -> Self {
         let role =
@@ -60,20 +60,20 @@ impl Writer {
         }
     }
 
-    /// The same, that never comes behind this piece by itself.
-    fn waits_before(self, piece: usize) -> Self {
-        Self { waits_before: Some(piece), ..self }
+    /// Pauses before this chunk.
+    fn pause_before(self, piece: usize) -> Self {
+        Self { pause_before: Some(piece), ..self }
     }
 
-    fn writes(&self) -> Response<Body> {
-        let Self { pieces, waits_before, goes_on, is_stopped } = self.clone();
+    fn response(&self) -> Response<Body> {
+        let Self { pieces, pause_before, goes_on, is_stopped } = self.clone();
         let body = async_stream::stream! {
-            let mut guard = Stopped(Some(is_stopped));
+            let mut guard = DropFlag(Some(is_stopped));
             for (place, piece) in pieces.iter().enumerate() {
-                if waits_before == Some(place) {
+                if pause_before == Some(place) {
                     goes_on.notified().await;
                 }
-                // So that the judge keeps up.
+                // Lets the judge keep up.
                 tokio::time::sleep(Duration::from_millis(2)).await;
                 yield Ok::<_, std::io::Error>(format!("data: {piece}\n\n"));
             }
@@ -83,13 +83,13 @@ impl Writer {
         ([("content-type", "text/event-stream")], Body::from_stream(body)).into_response()
     }
 
-    async fn world(&self, settings: Settings) -> World {
-        let writer = self.clone();
-        World::new(settings, Arc::new(move |_: &Value| writer.writes())).await
+    async fn world(&self, settings: Settings) -> Harness {
+        let model = self.clone();
+        Harness::new(settings, Arc::new(move |_: &Value| model.response())).await
     }
 
-    /// Whether the model is stopped, a little later.
-    async fn stops(&self) -> bool {
+    /// Whether the model is stopped soon.
+    async fn is_stopped(&self) -> bool {
         for _ in 0..100 {
             if self.is_stopped.load(Ordering::SeqCst) {
                 return true;
@@ -104,7 +104,7 @@ fn content(text: &str) -> Value {
     json!({"choices": [{"index": 0, "delta": {"content": text}}]})
 }
 
-/// So many harmless words.
+/// This many harmless words.
 fn words(count: usize) -> Vec<String> {
     (0..count)
         .map(|place| format!("bread{place}{}", if place % 7 == 6 { ". " } else { " " }))
@@ -132,7 +132,7 @@ fn events(body: &str) -> Vec<Value> {
     data.map(|data| serde_json::from_str(data).unwrap()).collect()
 }
 
-/// What a client puts together of a field.
+/// The text that a client collects from a field.
 fn said(body: &str, field: &str) -> String {
     events(body)
         .iter()
@@ -152,12 +152,12 @@ fn found(body: &str) -> Value {
     events(body).pop().unwrap()["ecso"].clone()
 }
 
-async fn stream(world: &World, asked: &Value) -> Got {
+async fn stream(world: &Harness, asked: &Value) -> TestResponse {
     let got = tokio::time::timeout(Duration::from_secs(20), world.chat(asked)).await;
     got.unwrap()
 }
 
-/// Reads a stream until a text is in it.
+/// Reads a stream until it contains a text.
 async fn read_until(
     response: Response<Body>,
     text: &str,
@@ -174,19 +174,19 @@ async fn read_until(
 
 #[tokio::test]
 async fn windows_go_out_while_the_model_writes() {
-    let writer = Writer::of(words(60)).waits_before(40);
-    let world = writer.world(windowed()).await;
+    let model = ScriptedModel::of(words(60)).pause_before(40);
+    let world = model.world(windowed()).await;
     let response = world.open("POST", "/v1/chat/completions", &[], asked().to_string()).await;
-    // The model goes on only because the client has words already.
+    // The model only continues because the client has words already.
     let (mut read, mut rest) = read_until(response, "bread3 ").await;
     assert!(!read.contains("bread39"), "{read}");
-    writer.goes_on.notify_one();
+    model.goes_on.notify_one();
     while let Some(piece) = rest.next().await {
         read.push_str(&String::from_utf8_lossy(&piece));
     }
     assert_eq!(said(&read, "content"), words(60).concat());
     let all = events(&read);
-    // It is the stream that clients know: one role, first; one end; the usage last.
+    // It is the stream that clients know: the role once, at the beginning; one end; the usage last.
     assert_eq!(said(&read, "role"), "assistant");
     assert_eq!(all[0]["choices"][0]["delta"]["role"], "assistant");
     assert_eq!(finishes(&read), ["stop"]);
@@ -200,10 +200,10 @@ async fn windows_go_out_while_the_model_writes() {
     assert_eq!((&found["verdict"], &found["early"]["stopped"]), (&json!("safe"), &json!(false)));
     assert!(found["early"]["words"].as_u64().unwrap() > 20, "{found}");
     assert!(found["usage"].is_object() && found.get("safe_answer").is_none());
-    assert!(!writer.is_stopped.load(Ordering::SeqCst));
-    // Each time all that was said is judged, and the windows grow.
+    assert!(!model.is_stopped.load(Ordering::SeqCst));
+    // Each check covers all text, and the windows grow.
     let judged: Vec<usize> = world
-        .taken()
+        .take_requests()
         .iter()
         .map(|reached| String::from_utf8_lossy(&reached.body).into_owned())
         .filter(|sent| sent.contains("harmful, unsafe and unethical"))
@@ -212,7 +212,7 @@ async fn windows_go_out_while_the_model_writes() {
     assert!(judged.len() > 2 && judged.is_sorted() && *judged.last().unwrap() == 60, "{judged:?}");
 }
 
-/// `hardened`, with questions that a script can tell apart.
+/// `hardened`, with questions that a script can distinguish.
 const HARDENED: &str = r#"
 extends = "hardened"
 name = "plain"
@@ -232,10 +232,10 @@ bias = 0.0
 terms = [{ question = "helps", weight = 1.0 }]
 "#;
 
-/// A gateway under [`HARDENED`], whose judge looks at a request for this long.
-async fn hardened(writer: &Writer, settings: Settings, look: Duration) -> World {
-    let writer = writer.clone();
-    let speaks = move |sent: &Value| {
+/// A gateway under [`HARDENED`] whose request check takes this long.
+async fn hardened_gateway(model: &ScriptedModel, settings: Settings, look: Duration) -> Harness {
+    let model = model.clone();
+    let respond = move |sent: &Value| {
         let prompt =
             sent["messages"].as_array().and_then(|messages| messages.last()).unwrap()["content"]
                 .to_string();
@@ -244,7 +244,7 @@ async fn hardened(writer: &Writer, settings: Settings, look: Duration) -> World 
             () if prompt.contains("HELPS") && prompt.contains(LEAK) => "Yes",
             () if prompt.contains("ASKS") || prompt.contains("HELPS") => "No",
             () if prompt.contains("LOOK") => "WORDS: none\nSHOWS: none",
-            () if sent["stream"] == true => return writer.writes(),
+            () if sent["stream"] == true => return model.response(),
             () => "Here is a harmless answer.",
         };
         let wait = if prompt.contains("ASKS") { look } else { Duration::ZERO };
@@ -256,21 +256,21 @@ async fn hardened(writer: &Writer, settings: Settings, look: Duration) -> World 
         });
         ([("content-type", "application/json")], Body::from_stream(body)).into_response()
     };
-    World::with(settings, ecso::Profile::from_toml(HARDENED).unwrap(), Arc::new(speaks)).await
+    Harness::with(settings, ecso::Profile::from_toml(HARDENED).unwrap(), Arc::new(respond)).await
 }
 
 #[tokio::test]
-async fn nothing_goes_out_before_the_look_is_in() {
+async fn nothing_goes_out_before_the_request_check() {
     let folder = tempfile::tempdir().unwrap();
     let slow = Duration::from_millis(300);
-    // A harmless request: the whole draft is there before the look is in.
-    let writer = Writer::of(words(40)).waits_before(41);
-    let world = hardened(&writer, windowed(), slow).await;
+    // A harmless request: the whole draft is there before the request check is done.
+    let model = ScriptedModel::of(words(40)).pause_before(41);
+    let world = hardened_gateway(&model, windowed(), slow).await;
     let begun = std::time::Instant::now();
     let response = world.open("POST", "/v1/chat/completions", &[], asked().to_string()).await;
     let (mut read, mut rest) = read_until(response, "bread3 ").await;
     assert!(begun.elapsed() > slow);
-    writer.goes_on.notify_one();
+    model.goes_on.notify_one();
     while let Some(piece) = rest.next().await {
         read.push_str(&String::from_utf8_lossy(&piece));
     }
@@ -278,7 +278,7 @@ async fn nothing_goes_out_before_the_look_is_in() {
         (said(&read, "content"), &found(&read)["verdict"]),
         (words(40).concat(), &json!("safe"))
     );
-    // One of which no answer could be safe, and one whose draft turns out harmful.
+    // One for which no answer could be safe, and one whose draft turns out harmful.
     let mut harmful = words(60);
     harmful[40] = format!("{LEAK} ");
     for (early_stop, query, draft, out) in [
@@ -290,13 +290,13 @@ async fn nothing_goes_out_before_the_look_is_in() {
         let path = folder.path().join(format!("{early_stop} {query}.jsonl"));
         let audit = AuditSettings { path: path.clone(), content: true, ..AuditSettings::default() };
         let stream_as = if early_stop { Streams::Hold } else { Streams::Windowed };
-        let writer = Writer::of(draft).waits_before(55);
+        let model = ScriptedModel::of(draft).pause_before(55);
         let settings = Settings { audit, early_stop, stream: stream_as, ..windowed() };
-        let world = hardened(&writer, settings, Duration::ZERO).await;
+        let world = hardened_gateway(&model, settings, Duration::ZERO).await;
         let mut asked = asked();
         asked["messages"][0]["content"][1]["text"] = query.into();
         let got = stream(&world, &asked).await;
-        assert!(!got.leaks() && writer.stops().await, "{}", got.body);
+        assert!(!got.leaks() && model.is_stopped().await, "{}", got.body);
         assert_eq!(got.body.contains("bread"), out, "{early_stop} {query} {}", got.body);
         assert_eq!(finishes(&got.body), [if out { "content_filter" } else { "stop" }]);
         assert!(got.body.contains("Here is a harmless answer."), "{}", got.body);
@@ -308,9 +308,9 @@ async fn nothing_goes_out_before_the_look_is_in() {
             "{line}"
         );
         assert_eq!(line["draft"].is_null(), query == "do harm", "{line}");
-        // The request was looked at once, whatever was asked about the draft.
+        // The request was checked once, whatever was asked about the draft.
         let looks = world
-            .taken()
+            .take_requests()
             .into_iter()
             .filter(|reached| String::from_utf8_lossy(&reached.body).contains("ASKS"));
         assert_eq!(looks.count(), 1);
@@ -318,11 +318,11 @@ async fn nothing_goes_out_before_the_look_is_in() {
 }
 
 #[tokio::test]
-async fn harm_in_the_first_window_is_answered_anew() {
+async fn harm_in_the_first_window_is_replaced() {
     let mut draft = words(60);
     draft[2] = format!("{LEAK} ");
-    let writer = Writer::of(draft).waits_before(50);
-    let world = writer.world(windowed()).await;
+    let model = ScriptedModel::of(draft).pause_before(50);
+    let world = model.world(windowed()).await;
     let got = stream(&world, &asked()).await;
     assert!(!got.leaks() && !got.body.contains("bread"), "{}", got.body);
     assert_eq!(said(&got.body, "content"), "Here is a harmless answer.");
@@ -335,7 +335,7 @@ async fn harm_in_the_first_window_is_answered_anew() {
         (&found["verdict"], &found["early"]),
         (&json!("unsafe"), &json!({"words": 0, "characters": 0, "stopped": true}))
     );
-    assert!(writer.stops().await);
+    assert!(model.is_stopped().await);
 }
 
 #[tokio::test]
@@ -345,14 +345,14 @@ async fn harm_in_a_later_window_stops_the_model_and_the_stream() {
     let audit = AuditSettings { path: path.clone(), content: true, ..AuditSettings::default() };
     let mut draft = words(90);
     draft[45] = format!("{LEAK} ");
-    let writer = Writer::of(draft).waits_before(80);
-    let world = writer.world(Settings { audit, metrics: true, ..windowed() }).await;
+    let model = ScriptedModel::of(draft).pause_before(80);
+    let world = model.world(Settings { audit, metrics: true, ..windowed() }).await;
     let got = stream(&world, &asked()).await;
     assert!(!got.leaks(), "{}", got.body);
-    assert!(writer.stops().await);
+    assert!(model.is_stopped().await);
     let out = said(&got.body, "content");
     assert!(words(45).concat().starts_with(&out) && out.contains("bread9 "), "{out}");
-    // In the protocol's own words: a refusal, and the end.
+    // In the protocol's own terms: a refusal, and the end.
     assert_eq!(finishes(&got.body), ["content_filter"]);
     assert!(!said(&got.body, "refusal").is_empty());
     let all = events(&got.body);
@@ -370,7 +370,7 @@ async fn harm_in_a_later_window_stops_the_model_and_the_stream() {
         (&line["verdict"], &line["early"], &line["failure"]),
         (&json!("unsafe"), &early, &Value::Null)
     );
-    // What was judged harmful is written down, and no more.
+    // What was judged harmful is recorded, and no more.
     assert!(
         line["draft"].as_str().unwrap().contains(LEAK)
             && !line["draft"].as_str().unwrap().contains("bread80")
@@ -380,16 +380,16 @@ async fn harm_in_a_later_window_stops_the_model_and_the_stream() {
 }
 
 #[tokio::test]
-async fn harm_that_only_the_end_shows_ends_the_stream() {
+async fn harm_found_at_the_end_ends_the_stream() {
     let mut draft = words(60);
     draft[59] = LEAK.to_owned();
     for step in ["", "caption-500"] {
-        let writer = Writer::of(draft.clone());
+        let model = ScriptedModel::of(draft.clone());
         let mut asked = asked();
         if !step.is_empty() {
             asked["model"] = step.into();
         }
-        let got = stream(&writer.world(windowed()).await, &asked).await;
+        let got = stream(&model.world(windowed()).await, &asked).await;
         assert!(!got.leaks(), "{}", got.body);
         assert!(said(&got.body, "content").contains("bread20"));
         assert_eq!(finishes(&got.body), ["content_filter"]);
@@ -399,14 +399,14 @@ async fn harm_that_only_the_end_shows_ends_the_stream() {
             (&json!("unsafe"), &json!(false)),
             "{found}"
         );
-        // Steps that fail behind the verdict take only the safe answer.
+        // If steps after the verdict fail, only the safe answer is missing.
         assert_eq!(found["safe_answer"].is_string(), step.is_empty());
         assert_eq!(found["failure"].is_string(), !step.is_empty());
     }
 }
 
 #[tokio::test]
-async fn a_judge_that_fails_ends_the_stream() {
+async fn a_failing_judge_ends_the_stream() {
     let folder = tempfile::tempdir().unwrap();
     for (place, on_failure) in
         [(40, OnFailure::Closed), (2, OnFailure::Closed), (40, OnFailure::Open)]
@@ -416,26 +416,26 @@ async fn a_judge_that_fails_ends_the_stream() {
         let mut draft = words(90);
         draft[place] = "judge-500 ".to_owned();
         let opens = on_failure == OnFailure::Open;
-        let writer = if opens {
-            Writer::of(draft.clone())
+        let model = if opens {
+            ScriptedModel::of(draft.clone())
         } else {
-            Writer::of(draft.clone()).waits_before(80)
+            ScriptedModel::of(draft.clone()).pause_before(80)
         };
         let got =
-            stream(&writer.world(Settings { on_failure, audit, ..windowed() }).await, &asked())
+            stream(&model.world(Settings { on_failure, audit, ..windowed() }).await, &asked())
                 .await;
         let out = said(&got.body, "content");
         if opens {
-            // As the operator wants it, and it is told.
+            // As the operator wants it, and it is reported.
             assert_eq!(out, draft.concat());
             assert_eq!(found(&got.body)["verdict"], "unchecked");
             continue;
         }
         assert!(!out.contains("judge-500") && !out.contains("bread50"), "{out}");
         assert!(got.body.contains("\"error\"") && finishes(&got.body).is_empty(), "{}", got.body);
-        assert!(!got.body.contains("\"safe\"") && writer.stops().await);
+        assert!(!got.body.contains("\"safe\"") && model.is_stopped().await);
         let lines = std::fs::read_to_string(&path).unwrap_or_default();
-        // What is out is written down.
+        // What went out is recorded.
         assert_eq!(lines.lines().count(), usize::from(place == 40), "{lines}");
         assert!(
             place < 40 || (lines.contains("\"unchecked\"") && lines.contains("unfinished")),
@@ -445,8 +445,8 @@ async fn a_judge_that_fails_ends_the_stream() {
 }
 
 #[tokio::test]
-async fn a_judge_that_fails_on_the_way_leaves_it_to_the_end() {
-    // The only judgement of it that is asked on the way fails.
+async fn a_failed_check_waits_for_the_last_verdict() {
+    // The only early check fails.
     let text = words(20).concat() + "judge-500";
     for (settings, opens) in [
         (Settings { on_failure: OnFailure::Open, ..windowed() }, true),
@@ -461,7 +461,7 @@ async fn a_judge_that_fails_on_the_way_leaves_it_to_the_end() {
             true,
         ),
     ] {
-        let got = stream(&Writer::of([text.clone()]).world(settings).await, &asked()).await;
+        let got = stream(&ScriptedModel::of([text.clone()]).world(settings).await, &asked()).await;
         if opens {
             assert_eq!(
                 (said(&got.body, "content"), &found(&got.body)["verdict"]),
@@ -478,24 +478,24 @@ async fn a_client_that_leaves_stops_the_model() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("audit.jsonl");
     let audit = AuditSettings { path: path.clone(), ..AuditSettings::default() };
-    let writer = Writer::of(words(60)).waits_before(50);
-    let world = writer.world(Settings { audit, ..windowed() }).await;
+    let model = ScriptedModel::of(words(60)).pause_before(50);
+    let world = model.world(Settings { audit, ..windowed() }).await;
     let response = world.open("POST", "/v1/chat/completions", &[], asked().to_string()).await;
     let (_, rest) = read_until(response, "bread9 ").await;
     drop(rest);
-    assert!(writer.stops().await);
+    assert!(model.is_stopped().await);
     let line: Value = serde_json::from_str(std::fs::read_to_string(&path).unwrap().trim()).unwrap();
     assert_eq!((&line["verdict"], &line["failure"]), (&json!("unchecked"), &json!("unfinished")));
     assert!(line["early"]["words"].as_u64().unwrap() > 5, "{line}");
 }
 
 #[tokio::test]
-async fn an_upstream_that_breaks_off_ends_the_stream() {
-    let mut writer = Writer::of(words(60));
-    // Neither an end nor a usage, and an error in their place.
-    writer.pieces.truncate(50);
-    writer.pieces.push(json!({"error": {"message": LEAK}}));
-    let got = stream(&writer.world(windowed()).await, &asked()).await;
+async fn a_broken_upstream_stream_ends_the_stream() {
+    let mut model = ScriptedModel::of(words(60));
+    // Neither an end nor a usage, but an error.
+    model.pieces.truncate(50);
+    model.pieces.push(json!({"error": {"message": LEAK}}));
+    let got = stream(&model.world(windowed()).await, &asked()).await;
     assert!(!got.leaks() && got.body.contains("upstream_failed"), "{}", got.body);
     assert!(said(&got.body, "content").contains("bread9 ") && finishes(&got.body).is_empty());
 }
@@ -504,26 +504,26 @@ async fn an_upstream_that_breaks_off_ends_the_stream() {
 async fn a_slow_judge_is_waited_for() {
     let mut draft = words(60);
     draft[0] = "judge-slow ".to_owned();
-    let writer = Writer::of(draft.clone()).waits_before(62);
-    let world = writer.world(windowed()).await;
+    let model = ScriptedModel::of(draft.clone()).pause_before(62);
+    let world = model.world(windowed()).await;
     let response = world.open("POST", "/v1/chat/completions", &[], asked().to_string()).await;
-    // The model has written all but its end; the judge has said nothing.
+    // The model has written all but its end; the judge has not answered yet.
     tokio::time::sleep(Duration::from_millis(190)).await;
     let (mut read, mut rest) = read_until(response, "judge-slow").await;
-    writer.goes_on.notify_one();
+    model.goes_on.notify_one();
     while let Some(piece) = rest.next().await {
         read.push_str(&String::from_utf8_lossy(&piece));
     }
     assert_eq!(said(&read, "content"), draft.concat());
-    // What came meanwhile was judged at once.
-    let judged = world.taken().into_iter().filter(|reached| {
+    // What arrived meanwhile was judged at once.
+    let judged = world.take_requests().into_iter().filter(|reached| {
         String::from_utf8_lossy(&reached.body).contains("harmful, unsafe and unethical")
     });
     assert!(judged.count() <= 4);
 }
 
 #[tokio::test]
-async fn what_is_not_plain_text_is_held() {
+async fn only_plain_text_is_windowed() {
     let mut draft = words(60);
     draft[59] = LEAK.to_owned();
     let tool = json!({"type": "function", "function": {"name": "f", "parameters": {}}});
@@ -540,7 +540,7 @@ async fn what_is_not_plain_text_is_held() {
     ] {
         let mut asked = asked();
         merge(&mut asked, &more);
-        let world = Writer::of(draft.clone()).world(settings.clone()).await;
+        let world = ScriptedModel::of(draft.clone()).world(settings.clone()).await;
         let got = world.send("POST", "/v1/chat/completions", &headers, asked.to_string()).await;
         assert!(
             !got.body.contains("bread") && got.body.contains("harmless answer"),
@@ -548,19 +548,20 @@ async fn what_is_not_plain_text_is_held() {
             got.body
         );
     }
-    // Of what only says that it wants nothing of this, windows go out.
+    // Fields that only turn these features off don't prevent windows.
     for more in [
         json!({"logprobs": false, "n": 1, "tools": null}),
         json!({"response_format": {"type": "text"}}),
     ] {
         let mut asked = asked();
         merge(&mut asked, &more);
-        let got = stream(&Writer::of(draft.clone()).world(settings.clone()).await, &asked).await;
+        let got =
+            stream(&ScriptedModel::of(draft.clone()).world(settings.clone()).await, &asked).await;
         assert!(got.body.contains("bread") && !got.leaks(), "{more} {}", got.body);
     }
     // Other formats are held.
     for (path, body) in formats() {
-        let world = Writer::of(draft.clone()).world(settings.clone()).await;
+        let world = ScriptedModel::of(draft.clone()).world(settings.clone()).await;
         let got = world.send("POST", path, &[], body.to_string()).await;
         assert!(
             !got.body.contains("bread") && got.body.contains("harmless answer"),
@@ -572,13 +573,13 @@ async fn what_is_not_plain_text_is_held() {
 
 /// The same question in other formats.
 fn formats() -> [(&'static str, Value); 2] {
-    let data = PICTURE.split(',').nth(1).unwrap();
+    let data = IMAGE.split(',').nth(1).unwrap();
     let image = json!({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}});
     [
         (
             "/v1/responses",
             json!({"model": "m", "stream": true, "input": [{"role": "user", "content": [
-                {"type": "input_image", "image_url": PICTURE}, {"type": "input_text", "text": "What is this?"}]}]}),
+                {"type": "input_image", "image_url": IMAGE}, {"type": "input_text", "text": "What is this?"}]}]}),
         ),
         (
             "/v1/messages",
@@ -589,26 +590,26 @@ fn formats() -> [(&'static str, Value); 2] {
 }
 
 #[tokio::test]
-async fn less_than_the_settings_say_is_obeyed_only_where_wishes_are() {
+async fn clients_choose_windows_only_if_allowed() {
     let mut draft = words(60);
     draft[59] = LEAK.to_owned();
     for (mode_header, wish, goes_out) in
         [(false, "windowed", false), (true, "windowed", true), (true, "hold", false)]
     {
         let settings = Settings { mode_header, stream: Streams::Hold, ..windowed() };
-        let world = Writer::of(draft.clone()).world(settings).await;
+        let world = ScriptedModel::of(draft.clone()).world(settings).await;
         let headers = [("x-ecso-stream", wish)];
         let got = world.send("POST", "/v1/chat/completions", &headers, asked().to_string()).await;
         assert_eq!(got.body.contains("bread"), goes_out, "{mode_header} {wish}");
     }
-    let world = Writer::of(draft).world(windowed()).await;
+    let world = ScriptedModel::of(draft).world(windowed()).await;
     let got = world
         .send("POST", "/v1/chat/completions", &[("x-ecso-stream", "fast")], asked().to_string())
         .await;
     assert_eq!((got.status.as_u16(), &got.json()["error"]["code"]), (400, &json!("invalid_mode")));
 }
 
-/// What an upstream says where nobody looks, in the middle of a draft of which windows go out.
+/// What an upstream hides in the middle of a windowed draft.
 #[tokio::test]
 async fn nothing_hides_between_windows() {
     for (name, more) in hidden_answers() {
@@ -623,32 +624,32 @@ async fn nothing_hides_between_windows() {
         {
             odd[name_of_frame] = value.clone();
         }
-        let mut writer = Writer::of(words(24));
-        writer.pieces.insert(16, odd);
-        let got = stream(&writer.world(windowed()).await, &asked()).await;
+        let mut model = ScriptedModel::of(words(24));
+        model.pieces.insert(16, odd);
+        let got = stream(&model.world(windowed()).await, &asked()).await;
         assert!(!got.leaks(), "{name}: {}", got.body);
         assert!(got.body.contains("bread3 "), "{name}: {}", got.body);
     }
 }
 
 #[tokio::test]
-async fn thoughts_go_out_in_windows_too() {
+async fn reasoning_is_windowed_too() {
     let thought =
         |text: &str| json!({"choices": [{"index": 0, "delta": {"reasoning_content": text}}]});
     for harm in [None, Some(55)] {
-        let mut writer = Writer::of(words(30));
+        let mut model = ScriptedModel::of(words(30));
         let thoughts = words(60).into_iter().enumerate();
         let thoughts =
             thoughts.map(|(place, word)| thought(if harm == Some(place) { LEAK } else { &word }));
-        writer.pieces.splice(1..1, thoughts);
-        let got = stream(&writer.world(windowed()).await, &asked()).await;
+        model.pieces.splice(1..1, thoughts);
+        let got = stream(&model.world(windowed()).await, &asked()).await;
         assert!(!got.leaks(), "{}", got.body);
         assert!(said(&got.body, "reasoning_content").contains("bread20"), "{}", got.body);
         match harm {
             None => {
                 assert_eq!(said(&got.body, "reasoning_content"), words(60).concat());
                 assert_eq!(said(&got.body, "content"), words(30).concat());
-                // In their order.
+                // In order.
                 let all = events(&got.body);
                 let field =
                     |event: &Value, name: &str| event["choices"][0]["delta"][name].is_string();
@@ -665,15 +666,15 @@ async fn thoughts_go_out_in_windows_too() {
 }
 
 #[tokio::test]
-async fn calls_that_nobody_asked_for_wait_for_the_end() {
+async fn unrequested_tool_calls_wait_for_the_end() {
     let call = |arguments: &str| {
         json!({"choices": [{"index": 0, "delta": {"tool_calls": [
             {"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}]}}]})
     };
     for (arguments, goes_out) in [("{\"a\": 1}", true), (LEAK, false)] {
-        let mut writer = Writer::of(words(60));
-        writer.pieces.insert(30, call(arguments));
-        let got = stream(&writer.world(windowed()).await, &asked()).await;
+        let mut model = ScriptedModel::of(words(60));
+        model.pieces.insert(30, call(arguments));
+        let got = stream(&model.world(windowed()).await, &asked()).await;
         assert!(!got.leaks() && got.body.contains("bread3 "), "{}", got.body);
         assert_eq!(got.body.contains("tool_calls"), goes_out, "{}", got.body);
         if goes_out {
@@ -684,17 +685,17 @@ async fn calls_that_nobody_asked_for_wait_for_the_end() {
 
 #[tokio::test]
 async fn other_choices_wait_for_the_end() {
-    let mut writer = Writer::of(words(60));
+    let mut model = ScriptedModel::of(words(60));
     let other =
         json!({"choices": [{"index": 1, "delta": {"content": LEAK}, "finish_reason": "stop"}]});
-    writer.pieces.insert(30, other);
-    let got = stream(&writer.world(windowed()).await, &asked()).await;
+    model.pieces.insert(30, other);
+    let got = stream(&model.world(windowed()).await, &asked()).await;
     assert!(!got.leaks() && said(&got.body, "content").contains("bread3 "), "{}", got.body);
 }
 
 #[tokio::test]
-async fn characters_that_come_in_two_halves_are_whole() {
-    let mut writer = Writer::of(words(0));
+async fn split_characters_are_joined() {
+    let mut model = ScriptedModel::of(words(0));
     let half = |half: &str| {
         format!(
             "data: {{\"choices\": [{{\"index\": 0, \"delta\": {{\"content\": \"{half}\"}}}}]}}\n\n"
@@ -706,10 +707,10 @@ async fn characters_that_come_in_two_halves_are_whole() {
     }
     text += &half("\\ud83d");
     let last: Vec<String> =
-        writer.pieces.drain(1..).map(|piece| format!("data: {piece}\n\n")).collect();
+        model.pieces.drain(1..).map(|piece| format!("data: {piece}\n\n")).collect();
     let text = text + &last.concat() + "data: [DONE]\n\n";
-    let speaks = move |_: &Value| {
-        // Cut anywhere, in the middle of letters too.
+    let respond = move |_: &Value| {
+        // Split anywhere, even inside characters.
         let bytes: Vec<Bytes> = text.as_bytes().chunks(11).map(Bytes::copy_from_slice).collect();
         let body = futures::stream::iter(bytes).then(|piece| async {
             tokio::time::sleep(Duration::from_micros(200)).await;
@@ -717,7 +718,7 @@ async fn characters_that_come_in_two_halves_are_whole() {
         });
         ([("content-type", "text/event-stream")], Body::from_stream(body)).into_response()
     };
-    let world = World::new(windowed(), Arc::new(speaks)).await;
+    let world = Harness::new(windowed(), Arc::new(respond)).await;
     let got = stream(&world, &asked()).await;
     let whole: Vec<String> = (0..40).map(|place| format!("Brot{place} 😀 面包。")).collect();
     assert_eq!(said(&got.body, "content"), whole.concat() + "\u{FFFD}");
@@ -733,21 +734,21 @@ async fn a_held_draft_is_stopped_at_the_first_harm() {
     let mut doors = vec![("/v1/chat/completions", asked())];
     doors.extend(formats());
     for (path, body) in doors {
-        let writer = Writer::of(draft.clone()).waits_before(80);
-        let world = writer.world(settings.clone()).await;
+        let model = ScriptedModel::of(draft.clone()).pause_before(80);
+        let world = model.world(settings.clone()).await;
         let got = world.send("POST", path, &[], body.to_string());
         let got = tokio::time::timeout(Duration::from_secs(20), got).await.unwrap();
         assert!(!got.leaks() && !got.body.contains("bread"), "{path} {}", got.body);
-        assert!(got.body.contains("Here is a harmless answer.") && writer.stops().await);
+        assert!(got.body.contains("Here is a harmless answer.") && model.is_stopped().await);
         assert!(got.body.contains("\"stopped\":true"), "{}", got.body);
-        // What was found while it was written is not asked again.
-        let judged = world.taken().into_iter().filter(|reached| {
+        // Findings from early checks are not asked for again.
+        let judged = world.take_requests().into_iter().filter(|reached| {
             let sent = String::from_utf8_lossy(&reached.body).into_owned();
             sent.contains("harmful, unsafe and unethical") && sent.contains(LEAK)
         });
         assert_eq!(judged.count(), 1, "{path}");
-        // What is harmless goes out as ever.
-        let got = Writer::of(words(60))
+        // Harmless answers go out as usual.
+        let got = ScriptedModel::of(words(60))
             .world(settings.clone())
             .await
             .send("POST", path, &[], body.to_string())
@@ -761,11 +762,11 @@ async fn a_held_draft_is_stopped_at_the_first_harm() {
 }
 
 #[tokio::test]
-async fn an_answer_that_ends_behind_its_judgement_is_not_judged_twice() {
+async fn complete_answers_are_not_judged_twice() {
     let text = words(20).concat();
-    let world = Writer::of([text.clone()]).world(windowed()).await;
+    let world = ScriptedModel::of([text.clone()]).world(windowed()).await;
     let got = stream(&world, &asked()).await;
     assert_eq!(said(&got.body, "content"), text);
-    // The answer, and one judgement.
-    assert_eq!((world.taken().len(), found(&got.body)["choices"].is_null()), (2, true));
+    // The answer, and one check.
+    assert_eq!((world.take_requests().len(), found(&got.body)["choices"].is_null()), (2, true));
 }

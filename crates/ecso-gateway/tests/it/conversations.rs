@@ -1,4 +1,4 @@
-//! Requests that go on from an answer by its id: whose they may be, and what of the conversation is
+//! Requests that continue from an answer by its id: who may do so, and what of the conversation is
 //! judged.
 
 use std::sync::Arc;
@@ -7,12 +7,12 @@ use ecso::{Profile, profile::Rewrite};
 use ecso_gateway::{Settings, settings::Key};
 use serde_json::{Value, json};
 
-use crate::world::{Got, LEAK, PICTURE, World, said, streamed};
+use crate::support::{Harness, IMAGE, LEAK, TestResponse, said, streamed};
 
 const RESPONSES: &str = "/v1/responses";
 
-/// Says what bread is, and harm to whoever asks for that.
-fn behind() -> crate::world::Speaks {
+/// Explains bread, and answers harmfully if asked to.
+fn upstream() -> crate::support::Respond {
     Arc::new(|sent: &Value| {
         let last = sent["messages"].as_array().unwrap().last().unwrap().to_string();
         let says = if last.contains("do harm") { LEAK } else { "Bread." };
@@ -26,23 +26,23 @@ fn behind() -> crate::world::Speaks {
     })
 }
 
-async fn world(settings: Settings) -> World {
-    World::with(settings, Profile::paper(), behind()).await
+async fn world(settings: Settings) -> Harness {
+    Harness::with(settings, Profile::paper(), upstream()).await
 }
 
-fn picture() -> Value {
-    json!([{"role": "user", "content": [{"type": "input_image", "image_url": PICTURE, "detail": "low"},
+fn input_image() -> Value {
+    json!([{"role": "user", "content": [{"type": "input_image", "image_url": IMAGE, "detail": "low"},
         {"type": "input_text", "text": "What is this?"}]}])
 }
 
-async fn ask(world: &World, key: &str, body: Value) -> Got {
+async fn ask(world: &Harness, key: &str, body: Value) -> TestResponse {
     world
         .send("POST", RESPONSES, &[("authorization", &format!("Bearer {key}"))], body.to_string())
         .await
 }
 
-/// The answer; of a stream what its last event has.
-fn answer(got: &Got) -> Value {
+/// The answer; for a stream, from its last event.
+fn answer(got: &TestResponse) -> Value {
     assert_eq!(got.status, 200, "{}", got.body);
     let last = got.body.rsplit("data: ").next().filter(|_| got.body.starts_with(": "));
     last.map_or_else(
@@ -51,53 +51,53 @@ fn answer(got: &Got) -> Value {
     )
 }
 
-fn id(got: &Got) -> String {
+fn id(got: &TestResponse) -> String {
     answer(got)["id"].as_str().unwrap().to_owned()
 }
 
-/// What the model was asked last for an answer.
-fn asked(world: &World) -> Vec<Value> {
-    let taken = world.taken();
+/// The messages of the last request for an answer.
+fn last_messages(world: &Harness) -> Vec<Value> {
+    let take_requests = world.take_requests();
     let mut bodies =
-        taken.iter().map(|reached| serde_json::from_slice::<Value>(&reached.body).unwrap());
+        take_requests.iter().map(|reached| serde_json::from_slice::<Value>(&reached.body).unwrap());
     let direct =
         bodies.find(|body| !body.to_string().contains("harmful, unsafe and unethical")).unwrap();
     direct["messages"].as_array().unwrap().clone()
 }
 
 #[tokio::test]
-async fn the_whole_conversation_is_asked_and_judged_again() {
+async fn the_whole_conversation_is_sent_and_judged_again() {
     let world = world(Settings::default()).await;
     let first =
-        ask(&world, "k", json!({"model": "m", "instructions": "Be kind.", "input": picture()}))
+        ask(&world, "k", json!({"model": "m", "instructions": "Be kind.", "input": input_image()}))
             .await;
     assert_eq!(first.json()["store"], true);
-    world.taken();
+    world.take_requests();
     let body = json!({"model": "m", "instructions": "Be short.", "input": "And that?", "previous_response_id": id(&first)});
     let second = ask(&world, "k", body).await;
     assert_eq!(second.json()["previous_response_id"], id(&first), "{}", second.body);
-    // The picture of the first turn makes it a request that is judged.
+    // The image in the first turn brings the request into scope.
     assert_eq!(second.headers["x-ecso-verdict"], "safe");
-    let sent = asked(&world);
+    let sent = last_messages(&world);
     assert_eq!(
         sent.iter().map(|message| &message["role"]).collect::<Vec<_>>(),
         ["system", "user", "assistant", "user"]
     );
     assert_eq!((&sent[0]["content"], &sent[2]["content"]), (&json!("Be short."), &json!("Bread.")));
-    assert_eq!(sent[1]["content"][0]["image_url"], json!({"url": PICTURE, "detail": "low"}));
-    // What the model thought is nobody's any more.
+    assert_eq!(sent[1]["content"][0]["image_url"], json!({"url": IMAGE, "detail": "low"}));
+    // Reasoning is not part of the conversation.
     assert!(!json!(sent).to_string().contains("Hm."));
-    // A third goes on from the second, and another from the first; streamed as well.
+    // A third continues from the second, and another from the first, also as a stream.
     for (before, count, stream) in [(&second, 5, false), (&first, 3, false), (&second, 5, true)] {
         let body = json!({"model": "m", "input": "Which?", "previous_response_id": id(before), "store": false, "stream": stream});
         let got = ask(&world, "k", body.clone()).await;
         assert_eq!(
-            (asked(&world).len(), &answer(&got)["store"]),
+            (last_messages(&world).len(), &answer(&got)["store"]),
             (count, &json!(false)),
             "{stream} {}",
             got.body
         );
-        // Nothing of it was kept.
+        // Nothing of it was stored.
         let got = ask(
             &world,
             "k",
@@ -105,17 +105,17 @@ async fn the_whole_conversation_is_asked_and_judged_again() {
         )
         .await;
         assert_eq!(got.json()["error"]["code"], "previous_response_not_found", "{}", got.body);
-        world.taken();
+        world.take_requests();
     }
-    // A stream is kept as well.
+    // A stream is stored too.
     let body = json!({"model": "m", "input": "Which?", "previous_response_id": id(&second), "stream": true});
     let third = ask(&world, "k", body).await;
     assert_eq!(answer(&third)["store"], true);
-    world.taken();
+    world.take_requests();
     ask(&world, "k", json!({"model": "m", "input": "And?", "previous_response_id": id(&third)}))
         .await;
-    assert_eq!(asked(&world).len(), 7);
-    // The judge sees the picture where harm is asked for later.
+    assert_eq!(last_messages(&world).len(), 7);
+    // The judge sees the image if harm is asked for later.
     let harm = ask(
         &world,
         "k",
@@ -128,16 +128,16 @@ async fn the_whole_conversation_is_asked_and_judged_again() {
         "{}",
         harm.body
     );
-    // What is kept of it is what went out.
-    world.taken();
+    // What went out is stored.
+    world.take_requests();
     ask(&world, "k", json!({"model": "m", "input": "Go on.", "previous_response_id": id(&harm)}))
         .await;
-    let sent = json!(asked(&world)).to_string();
+    let sent = json!(last_messages(&world)).to_string();
     assert!(sent.contains("Here is a harmless answer.") && !sent.contains(LEAK), "{sent}");
 }
 
 #[tokio::test]
-async fn calls_and_what_tools_show_are_part_of_it() {
+async fn conversations_include_tool_calls_and_images() {
     let calls = Arc::new(|sent: &Value| {
         let call = json!({"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}});
         let is_first = sent["messages"].as_array().unwrap().len() == 1;
@@ -150,14 +150,14 @@ async fn calls_and_what_tools_show_are_part_of_it() {
     });
     let mut refusing = Profile::paper();
     refusing.rewrite = Rewrite::Refuse;
-    let world = World::with(Settings::default(), refusing, calls).await;
+    let world = Harness::with(Settings::default(), refusing, calls).await;
     let tools = json!([{"type": "function", "name": "look"}]);
     let first = ask(&world, "k", json!({"model": "m", "input": "Look.", "tools": tools})).await;
     assert_eq!(first.json()["output"][0]["call_id"], "call_1", "{}", first.body);
-    let output = json!([{"type": "function_call_output", "call_id": "call_1", "output": [{"type": "input_image", "image_url": PICTURE}]}]);
+    let output = json!([{"type": "function_call_output", "call_id": "call_1", "output": [{"type": "input_image", "image_url": IMAGE}]}]);
     let body =
         json!({"model": "m", "input": output, "tools": tools, "previous_response_id": id(&first)});
-    world.taken();
+    world.take_requests();
     let got = ask(&world, "k", body).await;
     assert_eq!(
         (got.headers["x-ecso-verdict"].as_bytes(), got.leaks()),
@@ -165,15 +165,15 @@ async fn calls_and_what_tools_show_are_part_of_it() {
         "{}",
         got.body
     );
-    let sent = asked(&world);
+    let sent = last_messages(&world);
     assert_eq!(sent[1]["tool_calls"][0]["id"], "call_1");
     assert_eq!((&sent[2]["role"], &sent[3]["role"]), (&json!("tool"), &json!("user")));
     assert!(got.body.contains(&Profile::paper().refusal));
 }
 
 #[tokio::test]
-async fn it_is_its_client_s_alone() {
-    let not_found = |got: &Got| {
+async fn conversations_belong_to_one_client() {
+    let not_found = |got: &TestResponse| {
         assert_eq!(
             (got.status.as_u16(), &got.json()["error"]["param"]),
             (400, &json!("previous_response_id")),
@@ -184,10 +184,10 @@ async fn it_is_its_client_s_alone() {
     };
     // Clients with keys of the upstream.
     let own = world(Settings::default()).await;
-    let first = id(&ask(&own, "one", json!({"model": "m", "input": picture()})).await);
+    let first = id(&ask(&own, "one", json!({"model": "m", "input": input_image()})).await);
     let go_on =
         |before: &str| json!({"model": "m", "input": "And?", "previous_response_id": before});
-    own.taken();
+    own.take_requests();
     for (key, before) in [
         ("two", first.as_str()),
         ("", &first),
@@ -199,9 +199,9 @@ async fn it_is_its_client_s_alone() {
     }
     let headers = [("authorization", "Bearer one"), ("openai-project", "other")];
     not_found(&own.send("POST", RESPONSES, &headers, go_on(&first).to_string()).await);
-    assert!(own.taken().is_empty());
+    assert!(own.take_requests().is_empty());
     assert_eq!(ask(&own, "one", go_on(&first)).await.status, 200);
-    // Whatever goes to the upstream tells clients apart.
+    // Whatever is sent to the upstream distinguishes clients.
     let others = [
         vec!["Basic YWxpY2U6eA=="],
         vec!["Basic Ym9iOnk="],
@@ -216,9 +216,9 @@ async fn it_is_its_client_s_alone() {
                 values.iter().map(|value| ("authorization", *value)).collect();
             own.send("POST", RESPONSES, &headers, body.to_string()).await
         };
-        let first = id(&send(values, json!({"model": "m", "input": picture()})).await);
+        let first = id(&send(values, json!({"model": "m", "input": input_image()})).await);
         assert_eq!(send(values, go_on(&first)).await.status, 200);
-        own.taken();
+        own.take_requests();
         for other in
             others.iter().enumerate().filter(|(other, _)| *other != place).map(|(_, other)| other)
         {
@@ -226,24 +226,24 @@ async fn it_is_its_client_s_alone() {
         }
         not_found(&ask(&own, "one", go_on(&first)).await);
     }
-    // Clients with keys of ours, before and after the settings are read again.
+    // Clients with keys of the guard, before and after the settings are reloaded.
     let mut settings = Settings::default();
     let [(one, entry), (two, other)] = [Key::generate(), Key::generate()];
     settings.keys.extend([("one".to_owned(), entry), ("two".to_owned(), other)]);
     let ours = world(settings).await;
-    let first = id(&ask(&ours, &one, json!({"model": "m", "input": picture()})).await);
+    let first = id(&ask(&ours, &one, json!({"model": "m", "input": input_image()})).await);
     not_found(&ask(&ours, &two, go_on(&first)).await);
     assert_eq!(ask(&ours, &one, go_on(&first)).await.status, 200);
 }
 
 #[tokio::test]
-async fn where_nothing_is_kept_it_is_refused() {
+async fn without_a_store_the_field_is_refused() {
     for (stored, stored_for) in [(0, 60), (1 << 20, 0)] {
         let mut settings = Settings::default();
         (settings.limits.stored, settings.limits.stored_for) = (stored, stored_for);
         let world = world(settings).await;
         let first =
-            ask(&world, "k", json!({"model": "m", "input": picture(), "store": true})).await;
+            ask(&world, "k", json!({"model": "m", "input": input_image(), "store": true})).await;
         assert_eq!(first.json()["store"], false);
         let got = ask(
             &world,
@@ -261,7 +261,7 @@ async fn where_nothing_is_kept_it_is_refused() {
 }
 
 #[tokio::test]
-async fn bounds_hold_for_the_whole_conversation() {
+async fn limits_apply_to_the_whole_conversation() {
     let mut settings = Settings::default();
     settings.limits.images = 2;
     let world = world(settings).await;
@@ -270,7 +270,7 @@ async fn bounds_hold_for_the_whole_conversation() {
         let got = ask(
             &world,
             "k",
-            json!({"model": "m", "input": picture(), "previous_response_id": before}),
+            json!({"model": "m", "input": input_image(), "previous_response_id": before}),
         )
         .await;
         if turn == 2 {
@@ -305,19 +305,20 @@ async fn bounds_hold_for_the_whole_conversation() {
     );
 }
 
-/// An earlier answer is none of the new one, whatever is asked behind it; and something must be.
+/// An earlier answer is not part of the new one, whatever is asked after it; and something must be
+/// asked.
 #[tokio::test]
-async fn an_earlier_answer_does_not_hide_the_new_one() {
+async fn earlier_answers_do_not_hide_the_new_one() {
     let long = "Bread is good. ".repeat(140);
-    let speaks = Arc::new(move |sent: &Value| {
+    let respond = Arc::new(move |sent: &Value| {
         let is_first = sent["messages"].as_array().unwrap().len() == 1;
         said(
             &json!({"role": "assistant", "content": if is_first { &long } else { LEAK }}),
             &Value::Null,
         )
     });
-    let world = World::with(Settings::default(), Profile::paper(), speaks).await;
-    let first = id(&ask(&world, "k", json!({"model": "m", "input": picture()})).await);
+    let world = Harness::with(Settings::default(), Profile::paper(), respond).await;
+    let first = id(&ask(&world, "k", json!({"model": "m", "input": input_image()})).await);
     let output =
         |output: Value| json!([{"type": "function_call_output", "call_id": "c", "output": output}]);
     for (input, is_asked) in [
@@ -325,7 +326,7 @@ async fn an_earlier_answer_does_not_hide_the_new_one() {
         (json!([{"type": "reasoning", "summary": []}]), false),
         (json!([{"role": "developer", "content": "Go on."}]), true),
         (output(json!("Go on.")), true),
-        (output(json!([{"type": "input_image", "image_url": PICTURE}])), true),
+        (output(json!([{"type": "input_image", "image_url": IMAGE}])), true),
     ] {
         let got =
             ask(&world, "k", json!({"model": "m", "input": input, "previous_response_id": first}))

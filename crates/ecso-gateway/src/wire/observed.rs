@@ -1,5 +1,5 @@
-//! Answers that an upstream gives in another format than chat completions, for whoever observes it:
-//! the same as a chat's answer.
+//! Reads answers that an upstream gave in another format than chat completions, so that they can be
+//! observed as the answer to a chat.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -13,47 +13,51 @@ use super::Format;
 use crate::{
     completion::Completion,
     error::ApiError,
-    json::{is_label, says_little, texts_of},
+    json::{collect_texts, has_no_prose, is_field_name},
 };
 
 impl Format {
-    /// Reads an answer of the format, whole or as its stream.
-    pub(crate) async fn heard(self, seen: Vec<u8>, streamed: bool) -> Result<Completion, ApiError> {
+    /// Parses an answer of this format, whole or as a stream.
+    pub(crate) async fn parse_answer(
+        self,
+        bytes: Vec<u8>,
+        is_stream: bool,
+    ) -> Result<Completion, ApiError> {
         let broken =
             |why: &str| ApiError::upstream("the upstream's answer can't be read").because(why);
-        let answer = if streamed {
+        let answer = if is_stream {
             let whole = match self {
-                Self::Messages => message(&events(seen).await?),
-                Self::Responses => response(&events(seen).await?),
+                Self::Messages => message_of_events(&events(bytes).await?),
+                Self::Responses => response_of_events(&events(bytes).await?),
             };
             whole.ok_or_else(|| broken("it ended before the answer did"))?
         } else {
-            let text = String::from_utf8(seen).map_err(|error| broken(&error.to_string()))?;
+            let text = String::from_utf8(bytes).map_err(|error| broken(&error.to_string()))?;
             lenient::parse(&text).map_err(|error| broken(&error.to_string()))?
         };
-        Completion::whole(self.said(&answer)?.to_string().as_bytes())
+        Completion::parse(self.to_chat(&answer)?.to_string().as_bytes())
     }
 
-    /// All that an answer of the format says, as the answer to a chat.
-    pub(crate) fn said(self, answer: &Value) -> Result<Value, ApiError> {
-        let said = match self {
-            Self::Messages => Said::of_message(answer),
-            Self::Responses => Said::of_response(answer),
+    /// Everything that an answer of this format says, as the answer to a chat.
+    pub(crate) fn to_chat(self, answer: &Value) -> Result<Value, ApiError> {
+        let texts = match self {
+            Self::Messages => AnswerTexts::of_message(answer),
+            Self::Responses => AnswerTexts::of_response(answer),
         };
         let unreadable = || {
             ApiError::upstream("the upstream's answer can't be read")
-                .because("it is no answer of this format, or none that is done")
+                .because("it is not an answer of this format, or not a complete one")
         };
-        Ok(said.ok_or_else(unreadable)?.chat())
+        Ok(texts.ok_or_else(unreadable)?.into_chat())
     }
 }
 
-/// The data of a stream's events.
-async fn events(seen: Vec<u8>) -> Result<Vec<Value>, ApiError> {
+/// The data of the events of a stream.
+async fn events(bytes: Vec<u8>) -> Result<Vec<Value>, ApiError> {
     let broken = |why: String| ApiError::upstream("the upstream's stream broke").because(why);
     let mut stream =
         SseStream::from_bytes_stream(futures::stream::iter([Ok::<_, std::io::Error>(
-            Bytes::from(seen),
+            Bytes::from(bytes),
         )]));
     let mut events = Vec::new();
     while let Some(event) = stream.next().await {
@@ -61,15 +65,15 @@ async fn events(seen: Vec<u8>) -> Result<Vec<Value>, ApiError> {
         let Some(data) = event.data.filter(|data| data.trim() != "[DONE]") else { continue };
         let event: Value = lenient::parse(&data).map_err(|error| broken(error.to_string()))?;
         if event["type"] == "error" || event["type"] == "response.failed" {
-            return Err(broken("it says that it failed".into()));
+            return Err(broken("it reports a failure".into()));
         }
         events.push(event);
     }
     Ok(events)
 }
 
-/// What a stream's response says: at its end, and on the way there, where that is something else.
-fn response(events: &[Value]) -> Option<Value> {
+/// The response of a stream: the final one, with whatever the earlier events said differently.
+fn response_of_events(events: &[Value]) -> Option<Value> {
     let is_last = |event: &&Value| {
         event["type"] == "response.completed" || event["type"] == "response.incomplete"
     };
@@ -77,28 +81,28 @@ fn response(events: &[Value]) -> Option<Value> {
     let mut output = whole.get("output").and_then(Value::as_array).cloned().unwrap_or_default();
     let done = events.iter().filter(|event| event["type"] == "response.output_item.done");
     let at = |event: &Value| output.get(usize::try_from(event["output_index"].as_u64()?).ok()?);
-    let others: Vec<Value> = done
+    let changed: Vec<Value> = done
         .filter(|event| at(event) != Some(&event["item"]))
         .map(|event| event["item"].clone())
         .collect();
-    output.extend(others);
-    let mut pieces: BTreeMap<String, String> = BTreeMap::new();
+    output.extend(changed);
+    let mut chunks: BTreeMap<String, String> = BTreeMap::new();
     for event in events {
-        if let Some(piece) = event["delta"].as_str() {
-            let place = [
+        if let Some(chunk) = event["delta"].as_str() {
+            let key = [
                 &event["type"],
                 &event["item_id"],
                 &event["output_index"],
                 &event["content_index"],
             ];
-            pieces.entry(json!(place).to_string()).or_default().push_str(piece);
+            chunks.entry(json!(key).to_string()).or_default().push_str(chunk);
         }
     }
     let mut known = HashSet::new();
     for item in &output {
-        texts_of(item, &mut known);
+        collect_texts(item, &mut known);
     }
-    let unknown = pieces.values().filter(|text| !known.contains(text.as_str()));
+    let unknown = chunks.values().filter(|text| !known.contains(text.as_str()));
     let parts: Vec<Value> =
         unknown.map(|text| json!({"type": "output_text", "text": text})).collect();
     output.push(json!({"type": "message", "content": parts}));
@@ -107,8 +111,8 @@ fn response(events: &[Value]) -> Option<Value> {
     Some(whole.into())
 }
 
-/// The message that the pieces of a stream make.
-fn message(events: &[Value]) -> Option<Value> {
+/// The message that the events of a stream build.
+fn message_of_events(events: &[Value]) -> Option<Value> {
     let mut blocks: BTreeMap<u64, Value> = BTreeMap::new();
     let (mut is_whole, mut details) = (false, Value::Null);
     for event in events {
@@ -119,17 +123,17 @@ fn message(events: &[Value]) -> Option<Value> {
             }
             Some("content_block_delta") => {
                 let block = blocks.entry(index).or_insert_with(|| json!({}));
-                for (name, piece) in event["delta"].as_object().into_iter().flatten() {
+                for (name, chunk) in event["delta"].as_object().into_iter().flatten() {
                     let name = if name == "partial_json" { "pieces" } else { name };
-                    match (name, block.get_mut(name), piece) {
+                    match (name, block.get_mut(name), chunk) {
                         ("type" | "signature", _, _) => {}
-                        (_, Some(Value::String(text)), Value::String(piece)) => {
-                            text.push_str(piece)
+                        (_, Some(Value::String(text)), Value::String(chunk)) => {
+                            text.push_str(chunk)
                         }
-                        // Of what comes whole there may be more than one.
-                        (_, Some(Value::Array(list)), piece) => list.push(piece.clone()),
-                        (_, _, Value::String(piece)) => block[name] = piece.as_str().into(),
-                        (_, _, piece) => block[name] = json!([piece]),
+                        // There may be more than one of these values.
+                        (_, Some(Value::Array(list)), chunk) => list.push(chunk.clone()),
+                        (_, _, Value::String(chunk)) => block[name] = chunk.as_str().into(),
+                        (_, _, chunk) => block[name] = json!([chunk]),
                     }
                 }
             }
@@ -145,84 +149,86 @@ fn message(events: &[Value]) -> Option<Value> {
     is_whole.then(|| json!({"type": "message", "content": content, "stop_details": details}))
 }
 
-/// What an answer says.
+/// The texts of an answer.
 #[derive(Default)]
-struct Said {
+struct AnswerTexts {
     texts: Vec<String>,
     thoughts: Vec<String>,
     calls: Vec<Value>,
 }
 
-impl Said {
-    /// Of Messages; none where it is no message.
+impl AnswerTexts {
+    /// From a message; `None` if it isn't one.
     fn of_message(message: &Value) -> Option<Self> {
-        let mut said = Self::default();
+        let mut texts = Self::default();
         let blocks = message["content"].as_array().filter(|_| message["type"] == "message")?;
         for block in blocks {
             match (block["type"].as_str(), &block["text"], &block["thinking"]) {
                 (Some("text"), Value::String(text), _) => {
-                    said.texts.push(text.clone());
-                    said.beside(block, &["type", "text"]);
+                    texts.texts.push(text.clone());
+                    texts.extra_fields(block, &["type", "text"]);
                 }
                 (Some("thinking"), _, Value::String(thought)) => {
-                    said.thoughts.push(thought.clone());
-                    said.beside(block, &["type", "thinking", "signature"]);
+                    texts.thoughts.push(thought.clone());
+                    texts.extra_fields(block, &["type", "thinking", "signature"]);
                 }
                 (Some("tool_use"), ..) => {
-                    // Of a stream the input comes in pieces.
+                    // In a stream, the input comes in chunks.
                     let input = block["input"].to_string();
                     let (name, arguments) =
                         block["pieces"].as_str().map_or(("input", &*input), |all| ("pieces", all));
-                    said.call(&block["name"], arguments);
-                    said.beside(block, &["type", "id", "name", name]);
+                    texts.call(&block["name"], arguments);
+                    texts.extra_fields(block, &["type", "id", "name", name]);
                 }
-                _ => said.other(block),
+                _ => texts.unknown(block),
             }
         }
         let mut rest = message.as_object().cloned().unwrap_or_default();
-        rest.retain(|name, value| name != "content" && !(is_label(name) && says_little(value)));
-        said.beside(&rest.into(), &[]);
-        Some(said)
+        rest.retain(|name, value| {
+            name != "content" && !(is_field_name(name) && has_no_prose(value))
+        });
+        texts.extra_fields(&rest.into(), &[]);
+        Some(texts)
     }
 
-    /// Of Responses; none where it is no response, or none that is done.
+    /// From a response; `None` if it isn't one, or isn't complete.
     fn of_response(response: &Value) -> Option<Self> {
-        let mut said = Self::default();
+        let mut texts = Self::default();
         let is_done = response["status"] == "completed" || response["status"] == "incomplete";
         for item in response["output"].as_array().filter(|_| is_done)? {
             match (item["type"].as_str(), &item["arguments"]) {
                 (Some("message"), _) => {
-                    let texts = said.parts(&item["content"]);
-                    said.texts.extend(texts);
-                    said.beside(item, &["type", "id", "role", "status", "phase", "content"]);
+                    let parts = texts.parts(&item["content"]);
+                    texts.texts.extend(parts);
+                    texts.extra_fields(item, &["type", "id", "role", "status", "phase", "content"]);
                 }
                 (Some("reasoning"), _) => {
                     let thoughts = [&item["content"], &item["summary"]]
-                        .map(|parts| said.parts(parts))
+                        .map(|parts| texts.parts(parts))
                         .concat();
-                    said.thoughts.extend(thoughts);
-                    said.beside(
+                    texts.thoughts.extend(thoughts);
+                    texts.extra_fields(
                         item,
                         &["type", "id", "status", "content", "summary", "encrypted_content"],
                     );
                 }
                 (Some("function_call"), Value::String(arguments)) => {
-                    said.call(&item["name"], arguments)
+                    texts.call(&item["name"], arguments)
                 }
                 (Some("custom_tool_call"), _) => {
-                    said.call(&item["name"], &item["input"].to_string())
+                    texts.call(&item["name"], &item["input"].to_string())
                 }
-                _ => said.other(item),
+                _ => texts.unknown(item),
             }
         }
-        said.beside(&json!({"output_text": response["output_text"]}), &[]);
-        Some(said)
+        texts.extra_fields(&json!({"output_text": response["output_text"]}), &[]);
+        Some(texts)
     }
 
     /// The texts of parts.
     fn parts(&mut self, parts: &Value) -> Vec<String> {
         let Value::Array(parts) = parts else {
-            self.beside(&json!({"content": parts}), &[]);
+            self.extra_fields(&json!({"content": parts}), &[]);
             return Vec::new();
         };
         let mut texts = Vec::new();
@@ -233,14 +239,14 @@ impl Said {
                     .filter_map(|name| part[name].as_str())
                     .map(str::to_owned),
             );
-            self.beside(part, &["type", "text", "refusal", "logprobs"]);
+            self.extra_fields(part, &["type", "text", "refusal", "logprobs"]);
         }
         texts
     }
 
-    /// What a block, item or part says beside its `known` fields.
-    fn beside(&mut self, value: &Value, known: &[&str]) {
-        let Value::Object(fields) = value else { return self.other(value) };
+    /// Adds the fields of a block, item or part that are not `known`.
+    fn extra_fields(&mut self, value: &Value, known: &[&str]) {
+        let Value::Object(fields) = value else { return self.unknown(value) };
         let says_nothing = |value: &Value| match value {
             Value::Null => true,
             Value::Array(list) => list.is_empty(),
@@ -250,7 +256,7 @@ impl Said {
         let mut rest = fields.clone();
         rest.retain(|name, value| !known.contains(&name.as_str()) && !says_nothing(value));
         if !rest.is_empty() {
-            self.other(&rest.into());
+            self.unknown(&rest.into());
         }
     }
 
@@ -259,12 +265,12 @@ impl Said {
             .push(json!({"type": "function", "function": {"name": name, "arguments": arguments}}));
     }
 
-    /// What has no place in a chat is judged as it stands.
-    fn other(&mut self, item: &Value) {
+    /// What has no place in a chat is judged as JSON.
+    fn unknown(&mut self, item: &Value) {
         self.call(&item["type"], &item.to_string());
     }
 
-    fn chat(self) -> Value {
+    fn into_chat(self) -> Value {
         let mut message = Map::from_iter([("content".to_owned(), self.texts.join("\n").into())]);
         if !self.thoughts.is_empty() {
             message.insert("reasoning_content".to_owned(), self.thoughts.join("\n").into());
@@ -280,17 +286,17 @@ impl Said {
 mod tests {
     use super::*;
 
-    async fn said(format: Format, streamed: bool, text: &str) -> Option<String> {
-        let heard = format.heard(text.as_bytes().to_vec(), streamed).await.ok()?;
-        heard.said().remove(&0)
+    async fn text_of(format: Format, streamed: bool, text: &str) -> Option<String> {
+        let answer = format.parse_answer(text.as_bytes().to_vec(), streamed).await.ok()?;
+        answer.texts().remove(&0)
     }
 
     #[tokio::test]
-    async fn whatever_an_upstream_sends_is_heard_or_an_error() {
+    async fn every_answer_is_read_completely_or_an_error() {
         let stream = |events: &[Value]| {
             events.iter().map(|event| format!("data: {event}\n\n")).collect::<Vec<_>>().concat()
         };
-        // What has no place in a chat is heard as it stands.
+        // What has no place in a chat is judged as JSON.
         for content in [
             json!([{"type": "server_tool_use", "input": {"query": "flour"}}]),
             json!([{"type": "tool_use", "name": "bake", "input": {"query": "flour"}}]),
@@ -299,27 +305,27 @@ mod tests {
         ] {
             let whole = json!({"type": "message", "content": content}).to_string();
             assert!(
-                said(Format::Messages, false, &whole).await.unwrap().contains("flour"),
+                text_of(Format::Messages, false, &whole).await.unwrap().contains("flour"),
                 "{whole}"
             );
         }
-        for beside in [
+        for extra in [
             json!({"stop_details": {"explanation": "more flour"}}),
             json!({"usage": {"note": "more flour"}}),
             json!({"note": ["more flour"]}),
             json!({"more flour": 1}),
         ] {
             let mut message = json!({"type": "message", "content": [], "id": "msg_1", "usage": {"input_tokens": 1}});
-            message.as_object_mut().unwrap().extend(beside.as_object().unwrap().clone());
+            message.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
             let whole = message.to_string();
             assert!(
-                said(Format::Messages, false, &whole).await.unwrap().contains("flour"),
+                text_of(Format::Messages, false, &whole).await.unwrap().contains("flour"),
                 "{whole}"
             );
         }
         let plain = json!({"type": "message", "content": [{"type": "text", "text": "Rye."}], "id": "msg_1", "usage": {"input_tokens": 1}});
         assert_eq!(
-            said(Format::Messages, false, &plain.to_string()).await.as_deref(),
+            text_of(Format::Messages, false, &plain.to_string()).await.as_deref(),
             Some("Rye.")
         );
         for item in [
@@ -332,14 +338,14 @@ mod tests {
         ] {
             let whole = json!({"status": "completed", "output": [item]}).to_string();
             assert!(
-                said(Format::Responses, false, &whole).await.unwrap().contains("flour"),
+                text_of(Format::Responses, false, &whole).await.unwrap().contains("flour"),
                 "{whole}"
             );
         }
-        let beside =
+        let extra =
             json!({"status": "completed", "output": [], "output_text": "flour"}).to_string();
-        assert!(said(Format::Responses, false, &beside).await.unwrap().contains("flour"));
-        // What is no answer is none, whatever it says.
+        assert!(text_of(Format::Responses, false, &extra).await.unwrap().contains("flour"));
+        // Other objects are errors, whatever they say.
         for whole in [
             json!({"type": "error", "error": {"message": "flour"}}),
             json!({"type": "message", "content": "flour"}),
@@ -349,18 +355,18 @@ mod tests {
             json!("flour"),
         ] {
             for format in [Format::Messages, Format::Responses] {
-                assert_eq!(said(format, false, &whole.to_string()).await, None, "{whole}");
+                assert_eq!(text_of(format, false, &whole.to_string()).await, None, "{whole}");
             }
         }
-        // Clients show the pieces, whatever the end says.
+        // Clients show the chunks, whatever the final response says.
         let message = |text: &str| json!({"type": "message", "content": [{"type": "output_text", "text": text}]});
-        let piece = |text: &str| json!({"type": "response.output_text.delta", "item_id": "i", "delta": text});
+        let chunk = |text: &str| json!({"type": "response.output_text.delta", "item_id": "i", "delta": text});
         let ended =
             |output: Value| json!({"type": "response.completed", "response": {"output": output}});
-        for (events, heard) in [
-            (vec![piece("flo"), piece("ur"), ended(json!([]))], "flour"),
-            (vec![piece("flo"), piece("ur"), ended(json!([message("rye")]))], "rye\nflour"),
-            (vec![piece("r"), piece("ye"), ended(json!([message("rye")]))], "rye"),
+        for (events, text) in [
+            (vec![chunk("flo"), chunk("ur"), ended(json!([]))], "flour"),
+            (vec![chunk("flo"), chunk("ur"), ended(json!([message("rye")]))], "rye\nflour"),
+            (vec![chunk("r"), chunk("ye"), ended(json!([message("rye")]))], "rye"),
             (
                 vec![
                     json!({"type": "response.output_item.done", "item": message("flour")}),
@@ -370,8 +376,8 @@ mod tests {
             ),
         ] {
             assert_eq!(
-                said(Format::Responses, true, &stream(&events)).await.as_deref(),
-                Some(heard),
+                text_of(Format::Responses, true, &stream(&events)).await.as_deref(),
+                Some(text),
                 "{events:?}"
             );
         }
@@ -380,10 +386,10 @@ mod tests {
             json!({"type": "content_block_delta", "index": 0, "delta": {"type": "citations_delta", "citation": {"cited_text": "flour"}}}),
             json!({"type": "message_stop"}),
         ]);
-        assert!(said(Format::Messages, true, &cited).await.unwrap().contains("flour"));
+        assert!(text_of(Format::Messages, true, &cited).await.unwrap().contains("flour"));
         for format in [Format::Messages, Format::Responses] {
             for whole in ["", "rye", "{", "\u{0}"] {
-                assert_eq!(said(format, false, whole).await, None, "{whole:?}");
+                assert_eq!(text_of(format, false, whole).await, None, "{whole:?}");
             }
             let broken = [
                 stream(&[]),
@@ -398,17 +404,17 @@ mod tests {
                 "data: rye\n\n".to_owned(),
             ];
             for text in broken {
-                assert_eq!(said(format, true, &text).await, None, "{text}");
+                assert_eq!(text_of(format, true, &text).await, None, "{text}");
             }
         }
-        // Values of the wrong kind say nothing, and break nothing.
-        let odd = stream(&[
+        // Values of the wrong type say nothing, and break nothing.
+        let unusual = stream(&[
             json!({"type": "content_block_start", "index": 0, "content_block": "rye"}),
             json!({"type": "content_block_delta", "index": 0, "delta": {"text": "Flour."}}),
             json!({"type": "message_stop"}),
         ]);
-        assert!(said(Format::Messages, true, &odd).await.is_some());
-        let odd = stream(&[json!({"type": "response.completed", "response": "rye"})]);
-        assert_eq!(said(Format::Responses, true, &odd).await, None);
+        assert!(text_of(Format::Messages, true, &unusual).await.is_some());
+        let unusual = stream(&[json!({"type": "response.completed", "response": "rye"})]);
+        assert_eq!(text_of(Format::Responses, true, &unusual).await, None);
     }
 }

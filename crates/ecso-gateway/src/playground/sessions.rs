@@ -1,5 +1,5 @@
-//! Who may use the page: a browser that was opened with a link of the operator's. Addresses tell
-//! nothing, as behind a proxy everybody comes from this machine.
+//! Who may use the page: browsers that opened the operator's link. Addresses say nothing, because
+//! behind a proxy all requests come from this machine.
 
 use std::{
     collections::VecDeque,
@@ -13,17 +13,17 @@ use uuid::Uuid;
 
 use crate::{error::ApiError, settings::hash};
 
-/// Browsers that may be in at one time; beyond, the first has to come in again.
-const MOST: usize = 64;
+/// Maximum number of sessions. Beyond that, the oldest one ends.
+const MAX_SESSIONS: usize = 64;
 
-/// The link that lets the next browser in, and the browsers that are in.
-pub(super) struct Entrance {
+/// The token for the next browser, and the sessions.
+pub(super) struct Sessions {
     token: watch::Sender<String>,
-    /// The cookie's name. Cookies know no ports: each server on a machine has a name of its own.
+    /// The name of the cookie. Cookies don't depend on the port, so each server on a machine uses a
+    /// name of its own.
     cookie: String,
-    /// Hashes of what stands in the cookies of those that are in: how long it takes to compare
-    /// these tells nothing about them.
-    sessions: Mutex<VecDeque<String>>,
+    /// Hashes of the session cookies. Comparing hashes reveals nothing by its timing.
+    open: Mutex<VecDeque<String>>,
 }
 
 /// 244 random bits.
@@ -31,33 +31,32 @@ fn secret() -> String {
     format!("{}{}", Uuid::new_v4().simple(), Uuid::new_v4().simple())
 }
 
-impl Entrance {
+impl Sessions {
     pub(super) fn new() -> Self {
         let cookie = format!("ecso_{}", &Uuid::new_v4().simple().to_string()[..12]);
-        Self { token: watch::Sender::new(secret()), cookie, sessions: Mutex::default() }
+        Self { token: watch::Sender::new(secret()), cookie, open: Mutex::default() }
     }
 
     pub(super) fn tokens(&self) -> watch::Receiver<String> {
         self.token.subscribe()
     }
 
-    /// Takes a token, which then opens nothing more: the cookie of the browser that brought it, to
-    /// be set.
+    /// Uses up a token, and opens a session. Returns the cookie for the browser that sent it.
     pub(super) fn open(&self, token: &str) -> Option<HeaderValue> {
-        let brought = hash(token);
-        let is_it = self.token.send_if_modified(|token| {
-            let is_it = hash(token) == brought;
-            if is_it {
+        let sent = hash(token);
+        let is_match = self.token.send_if_modified(|token| {
+            let is_match = hash(token) == sent;
+            if is_match {
                 *token = secret();
             }
-            is_it
+            is_match
         });
-        if !is_it {
+        if !is_match {
             return None;
         }
         let session = secret();
-        let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
-        if sessions.len() == MOST {
+        let mut sessions = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if sessions.len() == MAX_SESSIONS {
             sessions.pop_front();
         }
         sessions.push_back(hash(&session));
@@ -68,25 +67,26 @@ impl Entrance {
         .ok()
     }
 
-    /// Whether a request's cookie is that of a browser that is in.
+    /// Whether a request has the cookie of a session.
     pub(super) fn knows(&self, headers: &HeaderMap) -> bool {
         let cookies =
             headers.get_all(header::COOKIE).iter().filter_map(|cookies| cookies.to_str().ok());
         let pairs = cookies
             .flat_map(|cookies| cookies.split(';'))
             .filter_map(|pair| pair.trim().split_once('='));
-        let brought: Vec<String> =
+        let sent: Vec<String> =
             pairs.filter(|(name, _)| *name == self.cookie).map(|(_, value)| hash(value)).collect();
-        let sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
-        sessions.iter().any(|session| brought.contains(session))
+        let sessions = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        sessions.iter().any(|session| sent.contains(session))
     }
 
-    /// Lets in what the page itself asks for, from a browser that is in. Another page in that
-    /// browser has the cookie too, where it is of this machine: what browsers say of the page that
-    /// asks tells it from ours.
+    /// Accepts requests of the page itself, from a browser with a session. Other pages on this
+    /// machine share the cookie, so the headers that browsers send about the calling page are
+    /// checked too.
     pub(super) fn check(&self, method: &Method, headers: &HeaderMap) -> Result<(), ApiError> {
         if !self.knows(headers) {
-            let message = "the playground opens by the link that is printed where the server runs; each link works once";
+            let message =
+                "open the playground with the link that the server printed; each link works once";
             return Err(ApiError::new(StatusCode::UNAUTHORIZED, "playground_closed", message));
         }
         let is_own = match headers.get("sec-fetch-site") {
@@ -94,14 +94,14 @@ impl Entrance {
             None => *method == Method::GET || is_own_origin(headers),
         };
         if !is_own {
-            let message = "this was asked by another page than the playground";
+            let message = "this request came from another page than the playground";
             return Err(ApiError::new(StatusCode::FORBIDDEN, "wrong_origin", message));
         }
         Ok(())
     }
 }
 
-/// Whether the page that asks is of the host that is asked.
+/// Whether the calling page has the origin of the requested host.
 fn is_own_origin(headers: &HeaderMap) -> bool {
     let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
     let (Some(origin), Some(host)) = (text(header::ORIGIN), text(header::HOST)) else {
@@ -126,46 +126,46 @@ mod tests {
     }
 
     #[test]
-    fn a_link_works_once_and_the_next_is_told() {
-        let entrance = Entrance::new();
-        let mut tokens = entrance.tokens();
+    fn a_token_works_once_and_is_replaced() {
+        let sessions = Sessions::new();
+        let mut tokens = sessions.tokens();
         let token = tokens.borrow_and_update().clone();
         assert!(
-            entrance.open("wrong").is_none()
-                && entrance.open("").is_none()
+            sessions.open("wrong").is_none()
+                && sessions.open("").is_none()
                 && !tokens.has_changed().unwrap()
         );
-        let cookie = entrance.open(&token).unwrap();
+        let cookie = sessions.open(&token).unwrap();
         let cookie = cookie.to_str().unwrap();
         assert!(cookie.ends_with("; Path=/; HttpOnly; SameSite=Strict"), "{cookie}");
-        assert!(entrance.open(&token).is_none());
+        assert!(sessions.open(&token).is_none());
         assert!(tokens.has_changed().unwrap());
         let value = cookie.split(';').next().unwrap();
-        assert!(entrance.knows(&headers(&[("cookie", &format!("a=b; {value}; c=d"))])));
+        assert!(sessions.knows(&headers(&[("cookie", &format!("a=b; {value}; c=d"))])));
         let (name, secret) = value.split_once('=').unwrap();
         let (short, hashed) =
             (format!("{name}={}", &secret[1..]), format!("{name}={}", hash(secret)));
         for wrong in ["", name, &format!("other={secret}"), &short, &hashed] {
-            assert!(!entrance.knows(&headers(&[("cookie", wrong)])), "{wrong}");
+            assert!(!sessions.knows(&headers(&[("cookie", wrong)])), "{wrong}");
         }
     }
 
     #[test]
-    fn those_who_came_first_make_room() {
-        let entrance = Entrance::new();
+    fn the_oldest_session_ends_when_there_are_too_many() {
+        let sessions = Sessions::new();
         let mut cookies = Vec::new();
-        for _ in 0..=MOST {
-            let token = entrance.tokens().borrow().clone();
-            cookies.push(entrance.open(&token).unwrap().to_str().unwrap().to_owned());
+        for _ in 0..=MAX_SESSIONS {
+            let token = sessions.tokens().borrow().clone();
+            cookies.push(sessions.open(&token).unwrap().to_str().unwrap().to_owned());
         }
         let is_in = |cookie: &str| {
-            entrance.knows(&headers(&[("cookie", cookie.split(';').next().unwrap())]))
+            sessions.knows(&headers(&[("cookie", cookie.split(';').next().unwrap())]))
         };
         assert!(!is_in(&cookies[0]) && cookies[1..].iter().all(|cookie| is_in(cookie)));
     }
 
     #[test]
-    fn an_origin_is_its_host_and_port() {
+    fn an_origin_is_matchs_host_and_port() {
         let own = |origin: &str, host: &str| {
             is_own_origin(&headers(&[("origin", origin), ("host", host)]))
         };

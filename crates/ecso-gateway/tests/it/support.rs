@@ -1,4 +1,4 @@
-//! A gateway and what stands behind it.
+//! A gateway, and the upstream behind it.
 
 use std::sync::{Arc, Mutex};
 
@@ -15,42 +15,42 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tower::ServiceExt;
 
-/// What no client may ever see.
+/// A marker that no client may ever see.
 pub(crate) const LEAK: &str = "UNJUDGED";
-/// A picture, as a data URL.
-pub(crate) const PICTURE: &str = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==";
+/// An image as a data URL.
+pub(crate) const IMAGE: &str = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==";
 
-/// How the upstream answers a chat that is no question of the guard.
-pub(crate) type Speaks = Arc<dyn Fn(&Value) -> Response<Body> + Send + Sync>;
+/// How the upstream answers a chat that is not a question of the guard.
+pub(crate) type Respond = Arc<dyn Fn(&Value) -> Response<Body> + Send + Sync>;
 
-/// What reached the upstream.
+/// A request that reached the upstream.
 #[derive(Debug, Clone)]
-pub(crate) struct Reached {
+pub(crate) struct SentRequest {
     pub(crate) headers: HeaderMap,
     pub(crate) body: Bytes,
 }
 
-pub(crate) struct World {
+pub(crate) struct Harness {
     pub(crate) gateway: Arc<Gateway>,
     router: Router,
-    reached: Arc<Mutex<Vec<Reached>>>,
+    sent_requests: Arc<Mutex<Vec<SentRequest>>>,
 }
 
 #[derive(Clone)]
-struct Behind {
-    speaks: Speaks,
-    reached: Arc<Mutex<Vec<Reached>>>,
+struct UpstreamState {
+    respond: Respond,
+    sent_requests: Arc<Mutex<Vec<SentRequest>>>,
 }
 
-/// What came back.
+/// A response.
 #[derive(Debug)]
-pub(crate) struct Got {
+pub(crate) struct TestResponse {
     pub(crate) status: StatusCode,
     pub(crate) headers: HeaderMap,
     pub(crate) body: String,
 }
 
-impl Got {
+impl TestResponse {
     pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.body).unwrap_or_default()
     }
@@ -63,9 +63,9 @@ impl Got {
     }
 }
 
-impl World {
-    pub(crate) async fn new(settings: Settings, speaks: Speaks) -> Self {
-        Self::with(settings, Profile::paper(), speaks).await
+impl Harness {
+    pub(crate) async fn new(settings: Settings, respond: Respond) -> Self {
+        Self::with(settings, Profile::paper(), respond).await
     }
 
     pub(crate) fn gateway(
@@ -92,18 +92,18 @@ impl World {
     pub(crate) async fn with(
         settings: Settings,
         profiles: impl Into<Profiles>,
-        speaks: Speaks,
+        respond: Respond,
     ) -> Self {
-        Self::with_key(settings, profiles, speaks, None).await
+        Self::with_key(settings, profiles, respond, None).await
     }
 
-    /// With a page for people, and what opens it.
+    /// With a playground, and the tokens that open it.
     pub(crate) async fn with_page(
         settings: Settings,
         profiles: impl Into<Profiles>,
-        speaks: Speaks,
+        respond: Respond,
     ) -> (Self, watch::Receiver<String>) {
-        let (url, reached) = Self::behind(speaks).await;
+        let (url, sent_requests) = Self::start_upstream(respond).await;
         let playground = Playground::new(None);
         let tokens = playground.tokens();
         let options = ecso_openai::Options {
@@ -113,53 +113,53 @@ impl World {
         };
         let upstream = Upstream::server(&url, None, options, None).unwrap();
         let gateway = Gateway::new(upstream, profiles, settings, ecso::Limits::default()).unwrap();
-        (Self::of(gateway.with_playground(playground), reached), tokens)
+        (Self::of(gateway.with_playground(playground), sent_requests), tokens)
     }
 
     /// With an operator's key.
     pub(crate) async fn with_key(
         settings: Settings,
         profiles: impl Into<Profiles>,
-        speaks: Speaks,
+        respond: Respond,
         key: Option<&str>,
     ) -> Self {
-        let (url, reached) = Self::behind(speaks).await;
-        Self::of(Self::gateway_with_key(settings, profiles, &url, key).unwrap(), reached)
+        let (url, sent_requests) = Self::start_upstream(respond).await;
+        Self::of(Self::gateway_with_key(settings, profiles, &url, key).unwrap(), sent_requests)
     }
 
-    /// With a model that is the guard's alone.
+    /// With a model that only the guard uses.
     #[cfg(feature = "ext-proc")]
-    pub(crate) async fn with_engine(settings: Settings, speaks: Speaks) -> Self {
-        let (url, reached) = Self::behind(speaks).await;
+    pub(crate) async fn with_engine(settings: Settings, respond: Respond) -> Self {
+        let (url, sent_requests) = Self::start_upstream(respond).await;
         let model = ecso_openai::OpenAi::new(&url, ecso_openai::Options::default())
             .unwrap()
             .with_model("m");
         let upstream = Upstream::Engine(Arc::new(model));
         Self::of(
             Gateway::new(upstream, Profile::paper(), settings, ecso::Limits::default()).unwrap(),
-            reached,
+            sent_requests,
         )
     }
 
-    /// What stands behind a gateway: its URL, and what reached it.
-    async fn behind(speaks: Speaks) -> (String, Arc<Mutex<Vec<Reached>>>) {
-        let reached = Arc::<Mutex<Vec<Reached>>>::default();
+    /// Starts the upstream. Returns its URL, and the requests that reach it.
+    async fn start_upstream(respond: Respond) -> (String, Arc<Mutex<Vec<SentRequest>>>) {
+        let sent_requests = Arc::<Mutex<Vec<SentRequest>>>::default();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}/v1", listener.local_addr().unwrap());
-        let behind = Router::new()
+        let start_upstream = Router::new()
             .fallback(answer)
-            .with_state(Behind { speaks, reached: Arc::clone(&reached) });
-        tokio::spawn(async move { axum::serve(listener, behind).await });
-        (url, reached)
+            .with_state(UpstreamState { respond, sent_requests: Arc::clone(&sent_requests) });
+        tokio::spawn(async move { axum::serve(listener, start_upstream).await });
+        (url, sent_requests)
     }
 
-    fn of(gateway: Gateway, reached: Arc<Mutex<Vec<Reached>>>) -> Self {
+    fn of(gateway: Gateway, sent_requests: Arc<Mutex<Vec<SentRequest>>>) -> Self {
         let gateway = Arc::new(gateway);
         let router = Arc::clone(&gateway).router();
-        Self { gateway, router, reached }
+        Self { gateway, router, sent_requests }
     }
 
-    /// The guard as a layer around this service; what stands behind the guard is for its own
+    /// The guard as a layer around this service. The upstream is only for the guard's own
     /// questions.
     pub(crate) async fn around(settings: Settings, service: Router) -> Self {
         let world = Self::new(settings, Arc::new(|_| panic!("the guard asks nothing else"))).await;
@@ -167,16 +167,16 @@ impl World {
         Self { router: service.layer(layer), ..world }
     }
 
-    /// The same beneath a layer of an application.
-    pub(crate) fn beneath<L: Clone + Send + Sync + 'static>(
+    /// Adds a layer of an application.
+    pub(crate) fn with_extension<L: Clone + Send + Sync + 'static>(
         self,
         layer: axum::Extension<L>,
     ) -> Self {
         Self { router: self.router.layer(layer), ..self }
     }
 
-    /// The same below a path of an application.
-    pub(crate) fn mounted(self, path: &str) -> Self {
+    /// Mounts it at a path of an application.
+    pub(crate) fn mounted_at(self, path: &str) -> Self {
         Self { router: Router::new().nest(path, self.router), ..self }
     }
 
@@ -186,17 +186,17 @@ impl World {
         path: &str,
         headers: &[(&str, &str)],
         body: impl Into<Body>,
-    ) -> Got {
+    ) -> TestResponse {
         let (head, body) = self.open(method, path, headers, body).await.into_parts();
         let body = to_bytes(body, usize::MAX).await.unwrap_or_default();
-        Got {
+        TestResponse {
             status: head.status,
             headers: head.headers,
             body: String::from_utf8_lossy(&body).into_owned(),
         }
     }
 
-    /// The same, with a body that is still to be read.
+    /// Sends a request; the body of the response is still to be read.
     pub(crate) async fn open(
         &self,
         method: &str,
@@ -216,13 +216,13 @@ impl World {
         self.router.clone().oneshot(request.body(body.into()).unwrap()).await.unwrap()
     }
 
-    pub(crate) async fn chat(&self, body: &Value) -> Got {
+    pub(crate) async fn chat(&self, body: &Value) -> TestResponse {
         self.send("POST", "/v1/chat/completions", &[], body.to_string()).await
     }
 
-    /// What reached the upstream since the last time.
-    pub(crate) fn taken(&self) -> Vec<Reached> {
-        std::mem::take(&mut self.reached.lock().unwrap())
+    /// The requests that reached the upstream since the last call.
+    pub(crate) fn take_requests(&self) -> Vec<SentRequest> {
+        std::mem::take(&mut self.sent_requests.lock().unwrap())
     }
 }
 
@@ -238,9 +238,13 @@ fn step(sent: &str) -> &'static str {
     }
 }
 
-async fn answer(State(behind): State<Behind>, headers: HeaderMap, body: Bytes) -> Response<Body> {
+async fn answer(
+    State(start_upstream): State<UpstreamState>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response<Body> {
     let sent = String::from_utf8_lossy(&body).into_owned();
-    behind.reached.lock().unwrap().push(Reached { headers, body });
+    start_upstream.sent_requests.lock().unwrap().push(SentRequest { headers, body });
     let plain = |text: &str| {
         let message = json!({"role": "assistant", "content": text});
         if sent.contains("\"stream\":true") {
@@ -265,11 +269,11 @@ async fn answer(State(behind): State<Behind>, headers: HeaderMap, body: Bytes) -
         "detect" => plain("No."),
         "caption" => plain("A list."),
         "safe" => plain("Here is a harmless answer."),
-        _ => (behind.speaks)(&serde_json::from_str(&sent).unwrap_or(Value::String(sent))),
+        _ => (start_upstream.respond)(&serde_json::from_str(&sent).unwrap_or(Value::String(sent))),
     }
 }
 
-/// A completion with this message, and more fields beside its choices.
+/// A completion with this message, and more fields next to its choices.
 pub(crate) fn said(message: &Value, beside: &Value) -> Response<Body> {
     let mut completion = json!({"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "m",
         "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
@@ -284,7 +288,7 @@ pub(crate) fn streamed(events: &[String]) -> Response<Body> {
     ([(header::CONTENT_TYPE, "text/event-stream")], text + "data: [DONE]\n\n").into_response()
 }
 
-/// Puts the fields of `more` into `value`, objects into objects, entries of lists into entries.
+/// Merges `more` into `value`: objects into objects, and list entries into entries.
 pub(crate) fn merge(value: &mut Value, more: &Value) {
     match (value, more) {
         (Value::Object(fields), Value::Object(more)) => {
@@ -305,8 +309,8 @@ pub(crate) fn merge(value: &mut Value, more: &Value) {
     }
 }
 
-/// A question about a picture.
+/// A question about an image.
 pub(crate) fn question() -> Value {
     json!({"model": "m", "messages": [{"role": "user", "content": [
-        {"type": "image_url", "image_url": {"url": PICTURE}}, {"type": "text", "text": "What is this?"}]}]})
+        {"type": "image_url", "image_url": {"url": IMAGE}}, {"type": "text", "text": "What is this?"}]}]})
 }

@@ -1,5 +1,5 @@
 //! Anthropic's Messages and OpenAI's Responses through the gateway: what is asked, what goes out,
-//! and where pictures hide.
+//! and where images hide.
 
 use std::sync::Arc;
 
@@ -8,14 +8,13 @@ use ecso::{Profile, profile::Rewrite};
 use ecso_gateway::Settings;
 use serde_json::{Value, json};
 
-use crate::world::{Got, LEAK, PICTURE, World, merge, said, streamed};
+use crate::support::{Harness, IMAGE, LEAK, TestResponse, merge, said, streamed};
 
 const MESSAGES: &str = "/v1/messages";
 const RESPONSES: &str = "/v1/responses";
 
-/// Answers harmfully to whoever asks for it, calls a tool where there is one, and says what bread
-/// is else.
-fn speaks(sent: &Value) -> Response<Body> {
+/// Answers harmfully if asked to, calls a tool if there is one, and explains bread otherwise.
+fn respond(sent: &Value) -> Response<Body> {
     let text = sent["messages"].to_string();
     let (message, finish) = if sent["tools"].is_array() {
         let call = json!({"index": 0, "id": "call_1", "type": "function", "function": {"name": "bake", "arguments": "{\"loaves\":2}"}});
@@ -26,7 +25,7 @@ fn speaks(sent: &Value) -> Response<Body> {
     };
     if sent["stream"] == true {
         let usage = json!({"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9});
-        // Calls, texts and thoughts come in pieces.
+        // Calls, texts and reasoning come in chunks.
         let deltas = if finish == "tool_calls" {
             let piece = |call: Value| json!({"tool_calls": [call]});
             vec![
@@ -61,33 +60,33 @@ fn speaks(sent: &Value) -> Response<Body> {
     said(&message, &json!({"choices": [{"finish_reason": finish}]}))
 }
 
-async fn world(rewrite: Rewrite) -> World {
+async fn world(rewrite: Rewrite) -> Harness {
     let mut profile = Profile::paper();
     profile.rewrite = rewrite;
-    World::with(Settings::default(), profile, Arc::new(speaks)).await
+    Harness::with(Settings::default(), profile, Arc::new(respond)).await
 }
 
-/// A question about a picture, in each format.
+/// A question about an image, in each format.
 fn asked(path: &str, text: &str, stream: bool, more: &Value) -> String {
-    let data = PICTURE.split(',').nth(1).unwrap();
+    let data = IMAGE.split(',').nth(1).unwrap();
     let mut body = if path == MESSAGES {
         json!({"model": "m", "max_tokens": 50, "stream": stream, "system": "Be kind.", "messages": [{"role": "user", "content": [
             {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}},
             {"type": "text", "text": text, "cache_control": {"type": "ephemeral"}}]}]})
     } else {
         json!({"model": "m", "max_output_tokens": 50, "stream": stream, "instructions": "Be kind.", "input": [{"role": "user",
-            "content": [{"type": "input_image", "image_url": PICTURE, "detail": "auto"}, {"type": "input_text", "text": text}]}]})
+            "content": [{"type": "input_image", "image_url": IMAGE, "detail": "auto"}, {"type": "input_text", "text": text}]}]})
     };
     merge(&mut body, more);
     body.to_string()
 }
 
-async fn send(world: &World, path: &str, body: String) -> Got {
+async fn send(world: &Harness, path: &str, body: String) -> TestResponse {
     world.send("POST", path, &[("anthropic-version", "2023-06-01")], body).await
 }
 
-/// The events of a stream: each has the name that its data has, and is whole.
-fn events(got: &Got) -> Vec<Value> {
+/// The events of a stream. Each is named by its type, and is complete.
+fn events(got: &TestResponse) -> Vec<Value> {
     let events = got.body.split("\n\n").filter(|event| event.starts_with("event: "));
     let read = |event: &str| {
         let (name, data) = event.strip_prefix("event: ").unwrap().split_once("\ndata: ").unwrap();
@@ -98,8 +97,8 @@ fn events(got: &Got) -> Vec<Value> {
     events.map(read).collect()
 }
 
-/// What the client reads, and how the answer ended; of a stream from its pieces.
-fn text(path: &str, got: &Got) -> (String, String) {
+/// The text that the client reads, and how the answer ended; for a stream, from its chunks.
+fn text(path: &str, got: &TestResponse) -> (String, String) {
     let is_stream = got.headers["content-type"] == "text/event-stream";
     let join = |texts: Vec<Value>| texts.iter().filter_map(Value::as_str).collect::<String>();
     match (path, is_stream) {
@@ -148,7 +147,7 @@ fn text(path: &str, got: &Got) -> (String, String) {
 }
 
 #[tokio::test]
-async fn answers_go_out_as_they_are_or_in_another_s_place_or_not_at_all() {
+async fn answers_are_passed_replaced_or_withheld() {
     let (safe, refuse) = (world(Rewrite::Safe).await, world(Rewrite::Refuse).await);
     let refusal = Profile::paper().refusal;
     for (path, done, declined) in
@@ -195,10 +194,9 @@ async fn answers_go_out_as_they_are_or_in_another_s_place_or_not_at_all() {
     }
 }
 
-/// The verdict stands in a header, or at the end of a stream; and where the format has a place for
-/// it.
+/// The verdict is in a header, or at the end of a stream, or in the format's own field for it.
 #[tokio::test]
-async fn verdicts_are_told() {
+async fn verdicts_are_reported() {
     let world = world(Rewrite::Safe).await;
     for (text, verdict) in [("What is this?", "safe"), ("do harm", "unsafe")] {
         for path in [MESSAGES, RESPONSES] {
@@ -254,18 +252,18 @@ async fn tokens_are_estimated() {
     let tools = json!({"tools": [{"name": "bake", "description": "Bakes. ".repeat(100), "input_schema": {"type": "object"}}]});
     let more = count(tools).await.1["input_tokens"].as_u64().unwrap();
     assert!((170..250).contains(&(more - few)), "{more}");
-    // Whatever can't be guarded can't be counted; nothing of it goes on.
-    let (status, error) = count(json!({"images": [PICTURE]})).await;
+    // What can't be guarded can't be counted, and nothing of it is forwarded.
+    let (status, error) = count(json!({"images": [IMAGE]})).await;
     assert_eq!(
         (status, &error["error"]["type"], &error["error"]["code"]),
         (400, &json!("invalid_request_error"), &json!("unknown_field"))
     );
-    assert!(world.taken().is_empty());
+    assert!(world.take_requests().is_empty());
 }
 
-/// A choice among tools holds for those that the chat has; and what is chosen must be there.
+/// A tool choice can only name the tools of the chat.
 #[tokio::test]
-async fn tools_are_chosen_among_those_that_are_there() {
+async fn tool_choice_names_existing_tools() {
     let world = world(Rewrite::Safe).await;
     let ask = async |choice: Value| {
         let tools = json!([{"type": "function", "name": "bake"}, {"type": "custom", "name": "knead"}, {"type": "local_shell"},
@@ -273,7 +271,7 @@ async fn tools_are_chosen_among_those_that_are_there() {
         let more = json!({"tools": tools, "tool_choice": choice});
         let got = send(&world, RESPONSES, asked(RESPONSES, "Bake it.", false, &more)).await;
         let sent = world
-            .taken()
+            .take_requests()
             .first()
             .map(|reached| serde_json::from_slice::<Value>(&reached.body).unwrap());
         let names = |sent: &Value| {
@@ -331,9 +329,9 @@ async fn tools_are_chosen_among_those_that_are_there() {
 }
 
 #[tokio::test]
-async fn streams_have_all_events_that_clients_wait_for() {
+async fn streams_have_all_expected_events() {
     let world = world(Rewrite::Safe).await;
-    let kinds = |got: &Got| -> Vec<String> {
+    let kinds = |got: &TestResponse| -> Vec<String> {
         events(got).iter().map(|event| event["type"].as_str().unwrap().to_owned()).collect()
     };
     let got = send(&world, MESSAGES, asked(MESSAGES, "What is this?", true, &Value::Null)).await;
@@ -378,7 +376,7 @@ async fn streams_have_all_events_that_clients_wait_for() {
 }
 
 #[tokio::test]
-async fn tools_are_called_and_their_results_are_read() {
+async fn tool_calls_and_results_are_translated() {
     let world = world(Rewrite::Safe).await;
     for stream in [false, true] {
         let tools = json!({"tools": [{"name": "bake", "description": "Bakes.", "input_schema": {"type": "object"}}],
@@ -389,7 +387,7 @@ async fn tools_are_called_and_their_results_are_read() {
             assert_eq!(got.json()["content"][0]["input"], json!({"loaves": 2}));
             assert_eq!(got.json()["stop_reason"], "tool_use");
         }
-        let sent: Value = serde_json::from_slice(&world.taken()[0].body).unwrap();
+        let sent: Value = serde_json::from_slice(&world.take_requests()[0].body).unwrap();
         assert_eq!(
             (&sent["tool_choice"], &sent["tools"][0]["function"]["name"]),
             (&json!("required"), &json!("bake"))
@@ -402,7 +400,7 @@ async fn tools_are_called_and_their_results_are_read() {
             "{}",
             got.body
         );
-        // Of two calls in pieces both are whole.
+        // Two calls in chunks are both complete.
         if stream {
             let output = &events(&got).pop().unwrap()["response"]["output"];
             assert_eq!(
@@ -411,10 +409,10 @@ async fn tools_are_called_and_their_results_are_read() {
                 "{output}"
             );
         }
-        world.taken();
+        world.take_requests();
     }
-    // A picture in what a tool gave back is the user's, and is judged.
-    let data = PICTURE.split(',').nth(1).unwrap();
+    // An image in a tool result is the user's, and is judged.
+    let data = IMAGE.split(',').nth(1).unwrap();
     let image = json!({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}});
     let body = json!({"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "What do you see? do harm"},
         {"role": "assistant", "content": [{"type": "thinking", "thinking": "Hm.", "signature": "QUJD"},
@@ -425,7 +423,7 @@ async fn tools_are_called_and_their_results_are_read() {
     assert_eq!(got.headers["x-ecso-verdict"], "unsafe");
     // The judge reads the user's own question.
     let judged = world
-        .taken()
+        .take_requests()
         .into_iter()
         .map(|reached| String::from_utf8_lossy(&reached.body).into_owned());
     assert!(
@@ -436,17 +434,17 @@ async fn tools_are_called_and_their_results_are_read() {
     let body = json!({"model": "m", "input": [{"role": "user", "content": "What do you see? do harm"},
         {"type": "reasoning", "id": "rs_1", "summary": []},
         {"type": "function_call", "call_id": "c1", "name": "look", "arguments": "{}"},
-        {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_image", "image_url": PICTURE}]}]});
+        {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_image", "image_url": IMAGE}]}]});
     let got = send(&world, RESPONSES, body.to_string()).await;
     assert_eq!((got.status.as_u16(), got.leaks()), (200, false), "{}", got.body);
     assert_eq!(got.headers["x-ecso-verdict"], "unsafe");
 }
 
-/// What stands before a tool's pictures joins no other turns.
+/// The label before the images of a tool does not merge other turns.
 #[tokio::test]
-async fn words_alone_do_not_make_a_question_another_s() {
+async fn the_label_of_tool_images_does_not_merge_turns() {
     let world = world(Rewrite::Safe).await;
-    let image = json!({"type": "image_url", "image_url": {"url": PICTURE}});
+    let image = json!({"type": "image_url", "image_url": {"url": IMAGE}});
     let body = json!({"model": "m", "messages": [{"role": "user", "content": "Flour?"}, {"role": "assistant", "content": "Rye."},
         {"role": "user", "content": [{"type": "text", "text": "What the tool shows:"}, image, {"type": "text", "text": "do harm"}]}]});
     let got = world.chat(&body).await;
@@ -457,7 +455,7 @@ async fn words_alone_do_not_make_a_question_another_s() {
         got.body
     );
     let judged = world
-        .taken()
+        .take_requests()
         .into_iter()
         .map(|reached| String::from_utf8_lossy(&reached.body).into_owned());
     assert!(
@@ -467,9 +465,9 @@ async fn words_alone_do_not_make_a_question_another_s() {
     );
 }
 
-/// What coding agents send, by their public documentation.
+/// What coding agents send, according to their documentation.
 #[tokio::test]
-async fn requests_of_agents_pass() {
+async fn requests_of_coding_agents_pass() {
     let world = world(Rewrite::Safe).await;
     let cached = json!({"type": "ephemeral"});
     let agent = json!({"metadata": {"user_id": "user_1"}, "stream": true, "temperature": 1,
@@ -498,7 +496,7 @@ async fn requests_of_agents_pass() {
 }
 
 #[tokio::test]
-async fn what_nobody_can_see_is_refused() {
+async fn invisible_content_is_refused() {
     let world = world(Rewrite::Safe).await;
     let messages = |content: Value| {
         (
@@ -522,7 +520,7 @@ async fn what_nobody_can_see_is_refused() {
             json!([{"role": "user", "content": [part, {"type": "input_text", "text": "do harm"}]}]),
         )
     };
-    let data = PICTURE.split(',').nth(1).unwrap();
+    let data = IMAGE.split(',').nth(1).unwrap();
     for (place, (path, body)) in [
         (
             "a file",
@@ -562,7 +560,7 @@ async fn what_nobody_can_see_is_refused() {
                 json!([{"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data, "url": "https://a.example/b.png"}}]),
             ),
         ),
-        ("an unknown field", message(json!({"images": [PICTURE]}))),
+        ("an unknown field", message(json!({"images": [IMAGE]}))),
         ("an earlier answer", responses(json!({"previous_response_id": "resp_1"}))),
         ("a conversation", responses(json!({"conversation": "conv_1"}))),
         ("a prompt", responses(json!({"prompt": {"id": "p"}}))),
@@ -577,10 +575,10 @@ async fn what_nobody_can_see_is_refused() {
         (
             "a picture of the model",
             input(
-                json!([{"role": "assistant", "content": [{"type": "input_image", "image_url": PICTURE}]}, {"role": "user", "content": "do harm"}]),
+                json!([{"role": "assistant", "content": [{"type": "input_image", "image_url": IMAGE}]}, {"role": "user", "content": "do harm"}]),
             ),
         ),
-        ("a file", part(json!({"type": "input_file", "file_data": PICTURE}))),
+        ("a file", part(json!({"type": "input_file", "file_data": IMAGE}))),
         (
             "a recording",
             part(json!({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}})),
@@ -588,7 +586,7 @@ async fn what_nobody_can_see_is_refused() {
         (
             "a screen",
             input(
-                json!([{"type": "computer_call_output", "call_id": "c", "output": {"type": "computer_screenshot", "image_url": PICTURE}}]),
+                json!([{"type": "computer_call_output", "call_id": "c", "output": {"type": "computer_screenshot", "image_url": IMAGE}}]),
             ),
         ),
         (
@@ -600,7 +598,7 @@ async fn what_nobody_can_see_is_refused() {
         (
             "what a server of tools said",
             input(
-                json!([{"type": "mcp_call", "id": "i", "output": PICTURE, "name": "n", "arguments": "{}", "server_label": "s"}]),
+                json!([{"type": "mcp_call", "id": "i", "output": IMAGE, "name": "n", "arguments": "{}", "server_label": "s"}]),
             ),
         ),
         ("a tool of the server", responses(json!({"tools": [{"type": "image_generation"}]}))),
@@ -608,14 +606,14 @@ async fn what_nobody_can_see_is_refused() {
             "another moderation",
             responses(json!({"moderation": {"model": "omni-moderation-latest"}})),
         ),
-        ("an unknown field", responses(json!({"images": [PICTURE]}))),
+        ("an unknown field", responses(json!({"images": [IMAGE]}))),
     ] {
         is_refused(&world, path, place, body).await;
     }
 }
 
-/// A request that gets an error, plain and streamed, before anything of it goes on.
-async fn is_refused(world: &World, path: &str, place: &str, mut body: Value) {
+/// Sends a request, whole and as a stream, that must be refused before anything of it is forwarded.
+async fn is_refused(world: &Harness, path: &str, place: &str, mut body: Value) {
     for stream in [false, true] {
         body["stream"] = stream.into();
         let got = send(world, path, body.to_string()).await;
@@ -626,12 +624,12 @@ async fn is_refused(world: &World, path: &str, place: &str, mut body: Value) {
             got.body
         );
         assert!(got.json()["error"]["code"].is_string(), "{place}: {}", got.body);
-        assert!(world.taken().is_empty(), "{place}: it went on");
+        assert!(world.take_requests().is_empty(), "{place}: it went on");
     }
 }
 
 #[tokio::test]
-async fn pictures_do_not_hide_among_tools() {
+async fn images_do_not_hide_among_tools() {
     let world = world(Rewrite::Safe).await;
     let asks = json!({"role": "user", "content": "do harm"});
     let input = |item: Value| (RESPONSES, json!({"model": "m", "input": [item, asks]}));
@@ -649,15 +647,15 @@ async fn pictures_do_not_hide_among_tools() {
             "a tool that nobody here knows",
             tools(json!([{"type": "function", "name": "bake"}, {"type": "shell"}])),
         ),
-        ("beside a tool", tools(json!([{"type": "local_shell", "image_url": PICTURE}]))),
+        ("beside a tool", tools(json!([{"type": "local_shell", "image_url": IMAGE}]))),
         (
             "beside a tool of a namespace",
             tools(json!([{"type": "namespace", "name": "n",
-            "tools": [{"type": "function", "name": "bake", "image_url": PICTURE}]}])),
+            "tools": [{"type": "function", "name": "bake", "image_url": IMAGE}]}])),
         ),
         (
             "beside a namespace",
-            tools(json!([{"type": "namespace", "name": "n", "image_url": PICTURE,
+            tools(json!([{"type": "namespace", "name": "n", "image_url": IMAGE,
             "tools": [{"type": "function", "name": "bake"}]}])),
         ),
         (
@@ -668,7 +666,7 @@ async fn pictures_do_not_hide_among_tools() {
         (
             "in what is said of a tool",
             tools(json!([{"type": "local_shell"},
-            {"type": "custom", "name": "bake", "description": format!("![]({PICTURE})")}])),
+            {"type": "custom", "name": "bake", "description": format!("![]({IMAGE})")}])),
         ),
         (
             "two tools of one name",
@@ -679,19 +677,19 @@ async fn pictures_do_not_hide_among_tools() {
         (
             "beside a command",
             input(
-                json!({"type": "local_shell_call", "call_id": "c", "action": {"command": ["ls"]}, "image_url": PICTURE}),
+                json!({"type": "local_shell_call", "call_id": "c", "action": {"command": ["ls"]}, "image_url": IMAGE}),
             ),
         ),
         (
             "in a command",
             input(
-                json!({"type": "local_shell_call", "call_id": "c", "action": {"command": [format!("![]({PICTURE})")]}}),
+                json!({"type": "local_shell_call", "call_id": "c", "action": {"command": [format!("![]({IMAGE})")]}}),
             ),
         ),
         (
             "in what a command shows",
             input(json!({"type": "local_shell_call_output", "id": "c",
-            "output": [{"type": "computer_screenshot", "image_url": PICTURE}]})),
+            "output": [{"type": "computer_screenshot", "image_url": IMAGE}]})),
         ),
         (
             "beside a tool that was found",
@@ -701,7 +699,7 @@ async fn pictures_do_not_hide_among_tools() {
         ),
         (
             "in a tool that was found",
-            result(json!({"type": "tool_reference", "tool_name": format!("![]({PICTURE})")})),
+            result(json!({"type": "tool_reference", "tool_name": format!("![]({IMAGE})")})),
         ),
         (
             "an answer of another server",
@@ -723,11 +721,11 @@ async fn pictures_do_not_hide_among_tools() {
 }
 
 #[tokio::test]
-async fn keys_and_other_routes_are_those_of_every_format() {
+async fn keys_and_routes_work_in_every_format() {
     let mut settings = Settings::default();
     let (key, entry) = ecso_gateway::settings::Key::generate();
     settings.keys.insert("app".into(), entry);
-    let world = World::new(settings, Arc::new(speaks)).await;
+    let world = Harness::new(settings, Arc::new(respond)).await;
     let body = asked(MESSAGES, "What is this?", false, &Value::Null);
     for (headers, status) in [
         (vec![], 401),
@@ -758,12 +756,12 @@ async fn keys_and_other_routes_are_those_of_every_format() {
     }
 }
 
-/// What was answered before stands where it stood: the judge of `paper` reads the new answer,
-/// whatever comes behind an earlier one.
+/// An earlier answer keeps its place: the judge of `paper` reads the new answer, whatever follows
+/// an earlier one.
 #[tokio::test]
-async fn an_earlier_answer_is_no_beginning_of_the_new_one() {
+async fn earlier_answers_are_not_part_of_the_new_one() {
     let world = world(Rewrite::Safe).await;
-    let data = PICTURE.split(',').nth(1).unwrap();
+    let data = IMAGE.split(',').nth(1).unwrap();
     let long = "Bread is good. ".repeat(140);
     let image = json!({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}});
     let messages = |last: Value| {
@@ -773,14 +771,14 @@ async fn an_earlier_answer_is_no_beginning_of_the_new_one() {
     };
     let result = |more: Value| json!({"type": "tool_result", "tool_use_id": "c", "content": more});
     let chats = |behind: Value| {
-        let mut turns = json!([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": PICTURE}},
+        let mut turns = json!([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": IMAGE}},
             {"type": "text", "text": "What is this?"}]}, {"role": "assistant", "content": long}]);
         turns.as_array_mut().unwrap().extend(behind.as_array().unwrap().clone());
         ("/v1/chat/completions", json!({"model": "m", "messages": turns}))
     };
     let tool = json!({"role": "tool", "tool_call_id": "c", "content": "do harm"});
     let shown = json!({"role": "user", "content": [{"type": "text", "text": "What the tool shows:"},
-        {"type": "image_url", "image_url": {"url": PICTURE}}, {"type": "text", "text": "do harm"}]});
+        {"type": "image_url", "image_url": {"url": IMAGE}}, {"type": "text", "text": "do harm"}]});
     for (path, mut body) in [
         messages(
             json!({"role": "user", "content": [result(json!([image])), {"type": "text", "text": "do harm"}]}),
@@ -796,7 +794,7 @@ async fn an_earlier_answer_is_no_beginning_of_the_new_one() {
             let got = send(&world, path, body.to_string()).await;
             assert!(got.status.is_success() && !got.leaks(), "{path} {}", got.body);
             let judged = world
-                .taken()
+                .take_requests()
                 .into_iter()
                 .map(|reached| String::from_utf8_lossy(&reached.body).into_owned());
             let detect = judged
@@ -807,16 +805,16 @@ async fn an_earlier_answer_is_no_beginning_of_the_new_one() {
     }
 }
 
-/// A call is a call, however the server ends it; and what is left out is told briefly, and not
+/// A call is a call, however the server ends it. Omitted tools are listed briefly, and can't be
 /// chosen.
 #[tokio::test]
-async fn calls_and_tools_that_are_left_out() {
+async fn finish_reasons_of_calls_and_omitted_tools() {
     let call =
         json!({"id": "c", "type": "function", "function": {"name": "bake", "arguments": "{}"}});
     let stops = Arc::new(move |_: &Value| {
         said(&json!({"role": "assistant", "content": null, "tool_calls": [call]}), &Value::Null)
     });
-    let world = World::with(Settings::default(), Profile::paper(), stops).await;
+    let world = Harness::with(Settings::default(), Profile::paper(), stops).await;
     let bake = json!({"name": "bake", "input_schema": {"type": "object"}});
     let search = json!({"type": "web_search_20250305", "name": "web_search"});
     let ask = async |path: &str, tools: Value, choice: Value| {
@@ -831,13 +829,13 @@ async fn calls_and_tools_that_are_left_out() {
     let got = ask(MESSAGES, json!([bake, search, search]), tool("bake")).await;
     assert_eq!(got.json()["stop_reason"], "tool_use", "{}", got.body);
     assert_eq!(got.headers["x-ecso-tools-left-out"], "web_search_20250305");
-    world.taken();
+    world.take_requests();
     let odd = json!({"type": format!("web_search_{}", "a".repeat(70_000)), "name": "web_search"});
     for (tools, choice) in
         [(json!([bake, search]), tool("web_search")), (json!([bake, odd]), tool("bake"))]
     {
         let got = ask(MESSAGES, tools, choice).await;
-        assert_eq!((got.status.as_u16(), world.taken().len()), (400, 0), "{}", got.body);
+        assert_eq!((got.status.as_u16(), world.take_requests().len()), (400, 0), "{}", got.body);
     }
     let mut tools = vec![json!({"type": "function", "name": "bake"})];
     tools.extend((0..3000).map(|_| json!({"type": "mcp"})));
@@ -856,16 +854,16 @@ async fn calls_and_tools_that_are_left_out() {
     }
 }
 
-/// Where messages are the upstream's, so is their count.
+/// If the upstream answers messages, it also counts their tokens.
 #[tokio::test]
-async fn tokens_are_counted_where_messages_are_answered() {
+async fn the_upstream_counts_tokens_of_its_own_messages() {
     let counts = |_: &Value| said(&json!({}), &json!({"input_tokens": 7}));
     let (key, entry) = ecso_gateway::settings::Key::generate();
     let mut settings = Settings { mode_header: true, ..Settings::default() };
     settings.keys.insert("app".into(), entry);
     settings.modes.insert("watched".into(), ecso_gateway::settings::Mode::Observe);
     let world =
-        World::with_key(settings, Profile::paper(), Arc::new(counts), Some("operator")).await;
+        Harness::with_key(settings, Profile::paper(), Arc::new(counts), Some("operator")).await;
     let body = asked(MESSAGES, "What is this?", false, &Value::Null);
     let count = async |headers: &[(&str, &str)], body: &str| {
         let key = [
@@ -876,7 +874,7 @@ async fn tokens_are_counted_where_messages_are_answered() {
         ];
         let headers = [&key[..], headers].concat();
         let got = world.send("POST", "/v1/messages/count_tokens", &headers, body.to_owned()).await;
-        (got.json(), world.taken().pop().map(|reached| reached.headers))
+        (got.json(), world.take_requests().pop().map(|reached| reached.headers))
     };
     for mode in ["observe", "off"] {
         let (counted, sent) = count(&[("x-ecso-mode", mode)], &body).await;
