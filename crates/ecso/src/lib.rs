@@ -73,11 +73,13 @@ mod paper;
 mod pipeline;
 pub mod profile;
 mod prompt;
+mod reasoning;
 mod refusal;
 mod template;
 pub mod testing;
 mod trace;
 mod verdict;
+mod yes_or_no;
 
 pub use calibration::{Calibration, CalibrationError};
 pub use chat::{BlindChat, Chat, Part, Role, Turn};
@@ -91,13 +93,12 @@ pub use mllm::{
 };
 pub use pipeline::RequestCheck;
 pub use profile::{Profile, ProfileError};
+pub use reasoning::without_reasoning;
 pub use refusal::is_refusal;
 pub use template::Template;
 pub use trace::{Event, GuardError, Outcome, Step, Trace};
-pub use verdict::{
-    Parser, Subject, Verdict, ended_before_answer, final_answer, harm_score, verdict_text,
-    without_reasoning, yes_or_no,
-};
+pub use verdict::{Parser, Verdict, harm_score};
+pub use yes_or_no::{Subject, ended_before_answer, final_answer, verdict_text, yes_or_no};
 
 /// The README's example compiles.
 #[cfg(doctest)]
