@@ -42,7 +42,7 @@
 //! - `pdf`: the pages of PDF files, as images.
 //!
 //! Programs that read such files from strangers should decode them in a process of its own:
-//! [`apart`].
+//! [`decoder_process`].
 //!
 //! # Errors
 //!
@@ -85,7 +85,7 @@ pub use calibration::{Calibration, CalibrationError};
 pub use chat::{BlindChat, Chat, Part, Role, Turn};
 pub use data_url::{decode_base64, decode_data_url, is_data_url};
 pub use guard::{CheckedDraft, Guard, GuardBuilder};
-pub use image::{Digest, Image, ImageError, Limits, Pixels, Truncated, apart};
+pub use image::{Digest, Image, ImageError, Limits, Pixels, Truncated, decoder_process};
 pub use memory::Memory;
 pub use mllm::{
     Cause, Delta, FinishReason, ImageText, Mllm, ModelError, Reply, ReplyStream, Sampling,
