@@ -109,7 +109,7 @@ fn run_as(program: Option<PathBuf>, arguments: impl IntoIterator<Item = OsString
         }
     };
     if let Some(program) = program {
-        ecso::apart::decode_in(program, "decode-image");
+        ecso::decoder_process::decode_in(program, "decode-image");
     }
     let is_helper_process = matches!(cli.command, Command::DecodeImage { .. });
     let _telemetry = (!is_helper_process).then(telemetry::start);
@@ -142,7 +142,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             Ok(())
         }
         Command::DecodeImage { limits } => {
-            ecso::apart::main(&limits).map_err(|error| anyhow::anyhow!("decode-image: {error}"))
+            ecso::decoder_process::main(&limits).map_err(|error| anyhow::anyhow!("decode-image: {error}"))
         }
         Command::Doctor { json } => doctor::run(json, file),
         Command::Config(ConfigCommand::Show { model, profile }) => {

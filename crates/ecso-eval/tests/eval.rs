@@ -101,7 +101,7 @@ async fn published_prompts_are_sent_as_they_are_and_read_as_published() {
                 task: task.clone(),
             };
             assert_eq!(judge.judge(&case, "").await.verdict, ruling, "{name}: {reply:?}");
-            let (chat, sampling) = model.asked().remove(0);
+            let (chat, sampling) = model.requests().remove(0);
             assert_eq!(chat.turns.last().unwrap().query(), sent, "{name}");
             assert_eq!(chat.turns[0].query(), prompt["system_prompt"].as_str().unwrap());
             assert_eq!(sampling.temperature, Some(0.0));
@@ -357,7 +357,7 @@ async fn a_changed_detection_prompt_generates_no_draft_again() {
         .unwrap();
     }
     let drafts = scripted
-        .asked()
+        .requests()
         .iter()
         .filter(|(chat, _)| {
             chat.turns[0].query().starts_with("item ")

@@ -35,17 +35,17 @@ pub enum Part {
     Image(Image),
 }
 
-/// One turn of a [`Chat`]: its parts stand in the order in which the model sees them.
+/// One turn of a [`Chat`]. The model sees its parts in this order.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Turn {
     /// Who speaks.
     pub role: Role,
-    /// What is said, in order.
+    /// The content, in order.
     pub parts: Vec<Part>,
 }
 
 impl Turn {
-    /// A turn of text alone.
+    /// A turn of one text.
     pub fn text(role: Role, text: impl Into<String>) -> Self {
         Self { role, parts: vec![Part::Text(text.into())] }
     }
@@ -73,22 +73,32 @@ impl Turn {
     }
 }
 
-/// A conversation that may hold images: what an MLLM `F(v, x)` is given.
+/// A conversation that may hold images: the input of an MLLM, `F(v, x)`.
+///
+/// ```
+/// use ecso::{Chat, Image, Role, Turn};
+///
+/// let image = Image::from_url("https://example.org/bread.png");
+/// let mut chat = Chat::ask([image], "What is this?").with_system("Be brief.");
+/// chat.turns.push(Turn::text(Role::Assistant, "A loaf of bread."));
+/// chat.turns.push(Turn::text(Role::User, "How do I bake it?"));
+/// assert_eq!((chat.turns.len(), chat.image_count()), (4, 1));
+/// ```
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Chat {
-    /// The turns, oldest first. Where the last one is the assistant's, the model goes on from it (a
+    /// The turns, oldest first. If the last one is the assistant's, the model continues it (a
     /// prefill).
     pub turns: Vec<Turn>,
-    /// What else the model is shown, as text: tool descriptions, JSON schemas. Backends don't send
-    /// it; judges read it.
+    /// Further text that the model is shown: tool descriptions, JSON schemas. Backends do not send
+    /// it (the caller's request fields hold it); the guard judges it.
     pub definitions: Vec<String>,
-    /// How many of the first turns every chat of this kind begins with: a question's examples. A
-    /// backend may keep what it makes of them; nothing of anybody's conversation is in them.
+    /// The number of leading turns that all chats of this kind share: a question's examples. A
+    /// backend may cache its work on them, since they hold no part of a user's conversation.
     pub head: usize,
 }
 
 impl Chat {
-    /// A fresh conversation of one user turn: `images`, then `text`.
+    /// A new conversation of one user turn: `images`, then `text`.
     pub fn ask(images: impl IntoIterator<Item = Image>, text: impl Into<String>) -> Self {
         let mut parts: Vec<Part> = images.into_iter().map(Part::Image).collect();
         parts.push(Part::Text(text.into()));
@@ -102,8 +112,8 @@ impl Chat {
         self
     }
 
-    /// The conversation with each system message before the text of the user turn that comes next,
-    /// images first; for models that have no system role.
+    /// The conversation with each system message moved before the text of the next user turn, behind
+    /// its images. For models without a system role.
     #[must_use]
     pub fn without_system(&self) -> Self {
         let mut turns: Vec<Turn> = Vec::new();
@@ -112,7 +122,7 @@ impl Chat {
             match turn.role {
                 Role::System => pending.push(turn.query()),
                 Role::User if !pending.is_empty() => {
-                    turns.push(introduced(turn, std::mem::take(&mut pending)))
+                    turns.push(with_texts_before(turn, std::mem::take(&mut pending)))
                 }
                 _ => turns.push(turn.clone()),
             }
@@ -128,15 +138,15 @@ impl Chat {
         self.turns.iter().flat_map(Turn::images)
     }
 
-    /// How many images the conversation holds, over all turns.
+    /// The number of images in all turns.
     #[must_use]
     pub fn image_count(&self) -> usize {
         self.images().count()
     }
 }
 
-/// A turn with texts before its own; its images stay where they are.
-fn introduced(turn: &Turn, mut texts: Vec<String>) -> Turn {
+/// A turn with `texts` before its own text. Its images stay where they are.
+fn with_texts_before(turn: &Turn, mut texts: Vec<String>) -> Turn {
     let mut turn = turn.clone();
     let own = turn.parts.iter_mut().find_map(|part| match part {
         Part::Text(text) => Some(text),
@@ -152,11 +162,11 @@ fn introduced(turn: &Turn, mut texts: Vec<String>) -> Turn {
     turn
 }
 
-/// A conversation of text alone. It has no place for an image: what is asked through it is asked
-/// with eyes closed, and the compiler sees to it.
+/// A conversation of text alone. It has no place for an image, so the compiler makes sure that the
+/// model answers it with eyes closed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BlindChat {
-    /// The turns, oldest first: who speaks, and the text.
+    /// The turns, oldest first: the speaker and the text.
     pub turns: Vec<(Role, String)>,
 }
 
@@ -172,15 +182,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_system_text_is_put_before_the_next_user_text_and_images_stay_first() {
+    fn without_system_moves_system_messages_before_the_next_user_text() {
         let image = Image::from_url("http://localhost/a.png");
         let chat = Chat::ask([image.clone()], "What is this?").with_system("Be brief.");
         let folded = chat.without_system();
         assert_eq!(folded, Chat::ask([image.clone()], "Be brief.\n\nWhat is this?"));
-        let mut wordless = Chat::ask([image.clone()], "");
-        wordless.turns[0].parts.pop();
+        let mut without_text = Chat::ask([image.clone()], "");
+        without_text.turns[0].parts.pop();
         assert_eq!(
-            wordless.with_system("Be brief.").without_system(),
+            without_text.with_system("Be brief.").without_system(),
             Chat::ask([image.clone()], "Be brief.")
         );
         let late = Chat {

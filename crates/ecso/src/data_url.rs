@@ -1,5 +1,5 @@
-//! Images inside text: data URLs (RFC 2397) and bare base64, read as people send them. One reader
-//! for every door.
+//! Images inside text: data URLs (RFC 2397) and plain base64, read as leniently as clients write
+//! them. Everything that takes images as text uses this module.
 
 use std::borrow::Cow;
 
@@ -11,7 +11,7 @@ use base64::{
 
 use crate::{image::ImageError, mllm::Cause};
 
-/// With padding or without; what the bits behind the last byte say is nobody's business.
+/// Padding is optional, and bits behind the last byte are ignored.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &STANDARD,
     GeneralPurposeConfig::new()
@@ -19,19 +19,30 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
         .with_decode_allow_trailing_bits(true),
 );
 
-/// Whether a text is a data URL, right or wrong.
+/// Whether a text begins as a data URL does. The rest may be invalid.
+///
+/// ```
+/// assert!(ecso::is_data_url("data:image/png;base64,iVBORw0KGgo="));
+/// assert!(!ecso::is_data_url("https://example.org/bread.png"));
+/// ```
 #[must_use]
 pub fn is_data_url(text: &str) -> bool {
     text.trim_start().get(..5).is_some_and(|scheme| scheme.eq_ignore_ascii_case("data:"))
 }
 
-/// The bytes of a data URL in base64, `longest` at most. The media type is not believed, and
-/// parameters are passed over: what an image is, its bytes say.
+/// The bytes of a data URL in base64, `limit` at most. Media type and parameters are ignored: the
+/// bytes themselves tell the format of an image.
+///
+/// ```
+/// let bytes = ecso::decode_data_url("data:text/plain;base64,YnJlYWQ=", 100)?;
+/// assert_eq!(bytes, b"bread");
+/// # Ok::<(), ecso::ImageError>(())
+/// ```
 ///
 /// # Errors
-/// [`ImageError::DataUrl`] says what is wrong; [`ImageError::TooManyBytes`] before anything is
-/// decoded.
-pub fn decode_data_url(url: &str, longest: usize) -> Result<Vec<u8>, ImageError> {
+/// [`ImageError::DataUrl`] says what is wrong. [`ImageError::TooManyBytes`] is returned before
+/// anything is decoded.
+pub fn decode_data_url(url: &str, limit: usize) -> Result<Vec<u8>, ImageError> {
     let invalid = |why: &str| ImageError::DataUrl(why.into());
     let rest = url
         .trim()
@@ -45,33 +56,39 @@ pub fn decode_data_url(url: &str, longest: usize) -> Result<Vec<u8>, ImageError>
     if !is_base64 {
         return Err(invalid("it must be in base64, as in data:image/png;base64,iVBORw0…"));
     }
-    decode_base64(data, longest)
+    decode_base64(data, limit)
 }
 
-/// The bytes of a text in base64, `longest` at most: either alphabet (RFC 4648, sections 4 and 5),
-/// with padding or without, percent-encoded where it stood in a URL, broken into lines or not, and
-/// with the spaces that a form made of each `+`.
+/// The bytes of a text in base64, `limit` at most. Both alphabets are read (RFC 4648, sections 4 and
+/// 5), with padding or without. The text may be percent-encoded, broken into lines, or have a space
+/// for each `+`, as forms send it.
+///
+/// ```
+/// assert_eq!(ecso::decode_base64("YnJl\nYWQ", 100)?, b"bread");
+/// # Ok::<(), ecso::ImageError>(())
+/// ```
 ///
 /// # Errors
 /// As [`decode_data_url`].
-pub fn decode_base64(text: &str, longest: usize) -> Result<Vec<u8>, ImageError> {
-    // Said before it is decoded: what is too long needn't be.
+pub fn decode_base64(text: &str, limit: usize) -> Result<Vec<u8>, ImageError> {
+    // Refused before it is decoded. White space and escapes may make the text a little longer.
     let actual = text.len() / 4 * 3;
-    if actual > longest.saturating_add(longest / 16 + 3) {
-        return Err(ImageError::TooManyBytes { actual, limit: longest });
+    if actual > limit.saturating_add(limit / 16 + 3) {
+        return Err(ImageError::TooManyBytes { actual, limit });
     }
     let text = text.trim();
-    // Without a way out early: so it is done 64 bytes at a time.
+    // Without an early exit the compiler can check many bytes at a time.
     let is_plain = text.bytes().fold(true, |plain, byte| {
         plain & (byte.is_ascii_alphanumeric() | matches!(byte, b'+' | b'/' | b'='))
     });
-    let text = if is_plain { Cow::Borrowed(text) } else { Cow::Owned(plain(text)) };
+    let text = if is_plain { Cow::Borrowed(text) } else { Cow::Owned(normalized(text)) };
     BASE64.decode(text.as_ref()).map_err(|error| {
         ImageError::DataUrl(Cause::new(format!("its base64 is broken: {error}"), error))
     })
 }
 
-fn plain(text: &str) -> String {
+/// The text in the standard alphabet, without escapes and line breaks.
+fn normalized(text: &str) -> String {
     let text: String = text.chars().filter(|c| !matches!(c, '\r' | '\n' | '\t')).collect();
     let text = text.replace("%2B", "+").replace("%2b", "+").replace("%2F", "/").replace("%2f", "/");
     let text = text
@@ -95,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn data_urls_are_read_as_people_send_them() {
+    fn data_urls_are_read_in_all_common_forms() {
         let bytes = [0xfb, 0xef, 0xff, 0x00, 0x10];
         for url in [
             "data:image/png;base64,++//ABA=",
@@ -114,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said() {
+    fn errors_say_what_is_wrong() {
         for (url, says) in [
             ("iVBORw0KGgo", "does not begin with data:"),
             ("data:image/png;base64", "no comma"),
@@ -133,7 +150,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn what_is_encoded_is_read(bytes: Vec<u8>, every in 1..80_usize) {
+        fn encoded_bytes_are_decoded(bytes: Vec<u8>, every in 1..80_usize) {
             let encoded = base64::prelude::BASE64_STANDARD.encode(&bytes);
             let lines: Vec<&str> = encoded.as_bytes().chunks(every).map(|line| std::str::from_utf8(line).unwrap()).collect();
             proptest::prop_assert_eq!(&decode_base64(&lines.join("\r\n"), 10_000).unwrap(), &bytes);

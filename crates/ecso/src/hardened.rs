@@ -172,7 +172,7 @@ impl Judge<'_, '_> {
                 && has_scores
                 && term.ask_from.is_some_and(|least| log_odds < least)
             {
-                return Ok(Some(Detection::given_up(self.p.threshold)));
+                return Ok(Some(Detection::stopped_early(self.p.threshold)));
             }
             let Some(question) = self.p.question(term) else { continue };
             let found = if let Some(found) = self.known.get(question.name.as_str()) {
@@ -186,7 +186,7 @@ impl Judge<'_, '_> {
             log_odds += term.adds(profile::log_odds(found.score, found.is_harm()));
             has_scores &= found.score.is_some();
         }
-        Ok(Some(Detection::weighed(log_odds, self.p.threshold, has_scores)))
+        Ok(Some(Detection::from_log_odds(log_odds, self.p.threshold, has_scores)))
     }
 
     async fn ask(

@@ -1,4 +1,4 @@
-//! Images: checked by their header when they come in, decoded once and only where pixels are read.
+//! Images: checked by their header when they are taken, decoded once, and only if pixels are read.
 
 use std::{
     error::Error,
@@ -16,9 +16,9 @@ use serde_json::{Map, Value};
 use crate::{data_url::decode_data_url, mllm::Cause};
 use foreign::Foreign;
 
-pub mod apart;
 #[cfg(feature = "avif")]
 mod avif;
+pub mod decoder_process;
 mod ending;
 mod foreign;
 #[cfg(feature = "heic")]
@@ -28,18 +28,24 @@ mod heif;
 #[cfg(feature = "pdf")]
 mod pdf;
 
-/// Which images are taken: bounds that are held *before* anything is decoded.
+/// Limits on images. They are checked *before* anything is decoded.
+///
+/// ```
+/// use ecso::Limits;
+///
+/// let small = Limits { bytes: 1 << 20, pixels: 1_000_000, ..Limits::default() };
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
     /// Largest encoded size, in bytes.
     pub bytes: usize,
-    /// Largest width times height, in pixels. A decoder may use at most 16 bytes of memory for
-    /// each.
+    /// Largest width times height, in pixels. A decoder may use at most 16 bytes of memory for each
+    /// pixel.
     pub pixels: u64,
-    /// What becomes of an image whose end is missing.
+    /// What to do with an image whose end is missing.
     pub truncated: Truncated,
-    /// Most pages of a document. Together they have no more bytes and pixels than one image may.
+    /// Most pages of a document. Together they may have as many bytes and pixels as one image.
     pub pages: usize,
 }
 
@@ -56,15 +62,15 @@ impl Default for Limits {
     }
 }
 
-/// What becomes of an image whose end is missing, as a download that broke off leaves it.
+/// What to do with an image whose end is missing, as after a broken download.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Truncated {
-    /// [`ImageError::Truncated`].
+    /// Refuse it with [`ImageError::Truncated`].
     Refuse,
-    /// It is taken as it is, with a warning in the log. What a decoder makes of it is the
-    /// decoder's: of a JPEG grey, of others mostly an error.
+    /// Take it as it is, with a warning in the log. The missing part of a JPEG is then grey; other
+    /// decoders mostly fail.
     Accept,
 }
 
@@ -117,7 +123,7 @@ pub enum ImageError {
     Unconverted {
         /// The format, with its article.
         what: &'static str,
-        /// Why. A text alone: it comes from another process (see [`apart`]).
+        /// Why. A text alone: it comes from another process (see [`decoder_process`]).
         reason: String,
     },
     /// A document of so many pages, where one image is expected.
@@ -190,9 +196,18 @@ impl Error for ImageError {
     }
 }
 
-/// An image as it came in: the client's bytes are kept and never encoded again. Only of what models
-/// don't read (HEIC, AVIF, the pages of PDF files, each with the Cargo feature of its name) PNG or
-/// JPEG are made.
+/// An image. Its original bytes are kept and sent; they are never encoded again. Only formats that
+/// models don't read (HEIC, AVIF, the pages of PDF files, each with the Cargo feature of its name)
+/// are converted to PNG or JPEG. A clone is cheap.
+///
+/// ```
+/// use ecso::{Image, Limits};
+///
+/// let gif = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7";
+/// let image = Image::from_data_url(gif, Limits::default())?;
+/// assert_eq!(image.pixels()?.dimensions(), (1, 1));
+/// # Ok::<(), ecso::ImageError>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Image {
     source: Arc<Source>,
@@ -214,20 +229,20 @@ enum Source {
 }
 
 impl PartialEq for Image {
-    /// Equal when the bytes that came in are (by digest), or the URLs or the descriptions are.
+    /// Images are equal if their [digests](Image::digest) are.
     fn eq(&self, other: &Self) -> bool {
         self.digest() == other.digest()
     }
 }
 
 impl Image {
-    /// Reads a file, of no more bytes than `limits` allow, and takes them as [`Image::from_bytes`]
-    /// does. Every error names the file.
+    /// Reads a file as [`Image::from_bytes`] does, with no more bytes than `limits` allow. Every
+    /// error names the file.
     pub fn open(path: impl AsRef<Path>, limits: Limits) -> Result<Self, ImageError> {
         Self::read(path.as_ref(), limits, Self::from_bytes)
     }
 
-    /// The images of a file, as [`Image::several`] finds them. Every error names the file.
+    /// Reads a file as [`Image::several`] does. Every error names the file.
     pub fn open_several(path: impl AsRef<Path>, limits: Limits) -> Result<Vec<Self>, ImageError> {
         Self::read(path.as_ref(), limits, Self::several)
     }
@@ -242,16 +257,16 @@ impl Image {
         let file = File::open(path).map_err(io_failed)?;
         let mut bytes = Vec::new();
         // One byte more than allowed is enough to see that there are too many.
-        let most = u64::try_from(limits.bytes).unwrap_or(u64::MAX).saturating_add(1);
-        file.take(most).read_to_end(&mut bytes).map_err(io_failed)?;
+        let longest = u64::try_from(limits.bytes).unwrap_or(u64::MAX).saturating_add(1);
+        file.take(longest).read_to_end(&mut bytes).map_err(io_failed)?;
         take(bytes, limits).map_err(|error| failed(Cause::new(error.to_string(), error)))
     }
 
-    /// Takes encoded bytes and checks size, header and end against `limits`; nothing is decoded
-    /// yet, but what models don't read.
+    /// An image from encoded bytes. Size, header and end are checked against `limits`. Nothing is
+    /// decoded yet, except for formats that are converted.
     ///
     /// # Errors
-    /// [`ImageError::Several`] where there is more than one: see [`Image::several`].
+    /// [`ImageError::Several`] for a document of several pages: see [`Image::several`].
     pub fn from_bytes(bytes: impl Into<Bytes>, limits: Limits) -> Result<Self, ImageError> {
         let mut images = Self::several(bytes, limits)?;
         match images.pop() {
@@ -260,9 +275,9 @@ impl Image {
         }
     }
 
-    /// The images in a file's bytes, each taken as [`Image::from_bytes`] does: one of a picture,
-    /// one a page of a document, in order. Documents and photos that models don't read are decoded
-    /// here, one at a time in the whole process: see [`apart`].
+    /// The images in a file's bytes, each checked as [`Image::from_bytes`] does: the one of a
+    /// picture, or the pages of a document, in order. Formats that models don't read are converted
+    /// here, one file at a time in the whole process: see [`decoder_process`].
     pub fn several(bytes: impl Into<Bytes>, limits: Limits) -> Result<Vec<Self>, ImageError> {
         let bytes = bytes.into();
         if bytes.is_empty() {
@@ -273,17 +288,17 @@ impl Image {
         }
         let digest = blake3::hash(&bytes);
         let Some(foreign) = Foreign::of(&bytes) else {
-            return Ok(vec![Self::taken(bytes, digest, limits, false)?]);
+            return Ok(vec![Self::checked(bytes, digest, limits, false)?]);
         };
         let images = foreign.converted(&bytes, limits)?.into_iter().zip(0..);
         images
             .map(|(image, page)| {
-                Self::taken(image.into(), foreign.digest(digest, page), limits, true)
+                Self::checked(image.into(), foreign.digest(digest, page), limits, true)
             })
             .collect()
     }
 
-    fn taken(
+    fn checked(
         bytes: Bytes,
         digest: blake3::Hash,
         limits: Limits,
@@ -293,8 +308,8 @@ impl Image {
         if !format.reading_enabled() {
             return Err(ImageError::NotAnImage);
         }
-        if !ending::is_there(&bytes, format) {
-            without_end(name(format)?, bytes.len(), limits)?;
+        if !ending::is_complete(&bytes, format) {
+            check_truncated(name(format)?, bytes.len(), limits)?;
         }
         let (width, height) = ImageReader::with_format(Cursor::new(&bytes), format)
             .into_decoder()
@@ -313,24 +328,23 @@ impl Image {
         }))
     }
 
-    /// Takes the bytes of a data URL ([`decode_data_url`]) as [`Image::from_bytes`] does.
+    /// An image from a data URL ([`decode_data_url`]), checked as [`Image::from_bytes`] does.
     pub fn from_data_url(url: &str, limits: Limits) -> Result<Self, ImageError> {
         Self::from_bytes(decode_data_url(url, limits.bytes)?, limits)
     }
 
-    /// An image that is known by its URL, for backends that pass the URL on. It is never fetched by
-    /// this library.
+    /// An image known by its URL, for backends that pass the URL on. This crate never fetches it.
     pub fn from_url(url: impl Into<String>) -> Self {
         Self::from_source(Source::Url(url.into()))
     }
 
-    /// An image of which only a description is there, as perfect eyes would give it. Models that
-    /// see can't be shown it; one that reads pictures as text reads this.
+    /// An image known by a description only. Only a model that reads images as text
+    /// ([`Mllm::image_text`](crate::Mllm::image_text)) can use it; it reads the description.
     pub fn described(description: impl Into<String>) -> Self {
         Self::from_source(Source::Described(description.into()))
     }
 
-    /// The description, if that is how the image is known.
+    /// The description, if the image is known by one.
     #[must_use]
     pub fn description(&self) -> Option<&str> {
         match &*self.source {
@@ -343,21 +357,21 @@ impl Image {
         Self { source: Arc::new(source), view: Arc::default() }
     }
 
-    /// The same image with fields that say how a model looks at it (`detail`, `min_pixels`, …):
-    /// backends that have a request send them with it.
+    /// The same image with fields that say how a model should look at it (`detail`, `min_pixels`,
+    /// …). Backends with an HTTP request send them with the image.
     #[must_use]
     pub fn with_view(self, view: Map<String, Value>) -> Self {
         Self { view: Arc::new(view), ..self }
     }
 
-    /// What [`Image::with_view`] was given.
+    /// The fields of [`Image::with_view`].
     #[must_use]
     pub fn view(&self) -> &Map<String, Value> {
         &self.view
     }
 
-    /// The encoded bytes as they came in, or as they were made of what models don't read, with
-    /// their MIME type; `None` for a URL, or where only a description is there.
+    /// The encoded bytes, original or converted, with their MIME type; `None` for an image known by
+    /// its URL or a description.
     #[must_use]
     pub fn encoded(&self) -> Option<(&Bytes, &'static str)> {
         match &*self.source {
@@ -366,13 +380,13 @@ impl Image {
         }
     }
 
-    /// Whether its bytes are not those that came in, but were made of what models don't read.
+    /// Whether its bytes were converted from a format that models don't read.
     #[must_use]
     pub fn is_converted(&self) -> bool {
         matches!(&*self.source, Source::Bytes { is_converted: true, .. })
     }
 
-    /// The URL, if that is how the image is known.
+    /// The URL, if the image is known by one.
     #[must_use]
     pub fn url(&self) -> Option<&str> {
         match &*self.source {
@@ -395,8 +409,8 @@ impl Image {
         Digest(*hash.as_bytes())
     }
 
-    /// The pixels: 8-bit RGB, upright (EXIF orientation applied), transparency laid over white, the
-    /// first frame of an animation. Decoded on first use, then kept.
+    /// The pixels: 8-bit RGB, upright (EXIF orientation applied), over white where transparent, the
+    /// first frame of an animation. They are decoded on first use and then kept.
     pub fn pixels(&self) -> Result<&Pixels, ImageError> {
         match &*self.source {
             Source::Url(_) => Err(ImageError::NotFetched),
@@ -408,7 +422,7 @@ impl Image {
         }
     }
 
-    /// Decodes the image to see whether that can be done, and keeps no pixels.
+    /// Decodes the image to find out whether it can be, and keeps no pixels.
     pub fn try_decoding(&self) -> Result<(), ImageError> {
         match &*self.source {
             Source::Url(_) => Err(ImageError::NotFetched),
@@ -513,12 +527,12 @@ impl fmt::Debug for Pixels {
     }
 }
 
-/// What becomes of an image or a document whose end is missing.
-fn without_end(format: &'static str, bytes: usize, limits: Limits) -> Result<(), ImageError> {
+/// Refuses an image or a document whose end is missing, or warns of it, as `limits` say.
+fn check_truncated(format: &'static str, bytes: usize, limits: Limits) -> Result<(), ImageError> {
     match limits.truncated {
         Truncated::Refuse => return Err(ImageError::Truncated { format }),
         Truncated::Accept => {
-            tracing::warn!(format, bytes, "an image was taken though its end is missing")
+            tracing::warn!(format, bytes, "an image was accepted although its end is missing")
         }
     }
     Ok(())
@@ -530,7 +544,7 @@ fn decode(bytes: &[u8], format: ImageFormat, limits: Limits) -> Result<RgbImage,
     bounds.max_alloc = Some(limits.pixels.saturating_mul(16));
     reader.limits(bounds);
     let mut decoder = reader.into_decoder().map_err(|error| broken(format, error))?;
-    // A damaged EXIF block says nothing about the pixels: the image is then taken as it lies.
+    // If the EXIF block is damaged, the image is not turned.
     let orientation = decoder.orientation().unwrap_or(image::metadata::Orientation::NoTransforms);
     let mut image =
         image::DynamicImage::from_decoder(decoder).map_err(|error| broken(format, error))?;
@@ -558,7 +572,7 @@ fn broken(format: ImageFormat, error: image::ImageError) -> ImageError {
     }
 }
 
-/// What people call a format that is read.
+/// The usual name of a format that is read.
 fn name(format: ImageFormat) -> Result<&'static str, ImageError> {
     match format {
         ImageFormat::Jpeg => Ok("JPEG"),
@@ -599,8 +613,7 @@ mod tests {
 
     #[test]
     fn exif_orientation_turns_the_picture() {
-        // An EXIF block that says "rotate by 90 degrees", put behind the start marker of a JPEG
-        // that we encode.
+        // An EXIF block with "rotate by 90 degrees", inserted behind the start marker of a JPEG.
         let tiff = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0";
         let mut app1 = vec![0xff, 0xe1];
         app1.extend(u16::try_from(2 + 6 + tiff.len()).unwrap().to_be_bytes());
@@ -613,7 +626,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_images_say_what_is_wrong() {
+    fn errors_say_what_is_wrong() {
         let limits = Limits { bytes: 4000, pixels: 64, ..Limits::default() };
         assert_eq!(Image::from_bytes(Vec::new(), limits).unwrap_err(), ImageError::Empty);
         let missing = Image::open("no/such.png", limits).unwrap_err().to_string();

@@ -42,7 +42,7 @@
 //! - `pdf`: the pages of PDF files, as images.
 //!
 //! Programs that read such files from strangers should decode them in a process of its own:
-//! [`apart`].
+//! [`decoder_process`].
 //!
 //! # Errors
 //!
@@ -74,18 +74,20 @@ mod paper;
 mod pipeline;
 pub mod profile;
 mod prompt;
+mod reasoning;
 mod refusal;
 mod template;
 pub mod testing;
 mod trace;
 mod verdict;
+mod yes_or_no;
 
 pub use calibration::{Calibration, CalibrationError};
 pub use chat::{BlindChat, Chat, Part, Role, Turn};
 pub use concurrent::with_background;
 pub use data_url::{decode_base64, decode_data_url, is_data_url};
 pub use guard::{CheckedDraft, Guard, GuardBuilder};
-pub use image::{Digest, Image, ImageError, Limits, Pixels, Truncated, apart};
+pub use image::{Digest, Image, ImageError, Limits, Pixels, Truncated, decoder_process};
 pub use memory::Memory;
 pub use mllm::{
     Cause, Delta, FinishReason, ImageText, Mllm, ModelError, Reply, ReplyStream, Sampling,
@@ -93,13 +95,12 @@ pub use mllm::{
 };
 pub use pipeline::RequestCheck;
 pub use profile::{Profile, ProfileError};
+pub use reasoning::without_reasoning;
 pub use refusal::is_refusal;
 pub use template::Template;
 pub use trace::{Event, GuardError, Outcome, Step, Trace};
-pub use verdict::{
-    Parser, Subject, Verdict, ended_before_answer, final_answer, harm_score, verdict_text,
-    without_reasoning, yes_or_no,
-};
+pub use verdict::{Parser, Verdict, harm_score};
+pub use yes_or_no::{Subject, ended_before_answer, final_answer, verdict_text, yes_or_no};
 
 /// The README's example compiles.
 #[cfg(doctest)]

@@ -1,4 +1,4 @@
-//! What a guard remembers from one answer to the next.
+//! Findings that a guard remembers from one answer to the next.
 
 use std::{
     collections::HashSet,
@@ -16,12 +16,14 @@ use crate::{
     verdict::Detection,
 };
 
-/// How long a finding is kept: a server may change its model.
-const KEPT: Duration = Duration::from_hours(1);
+/// How long a finding is kept. Not for ever: a server may change its model.
+const LIFETIME: Duration = Duration::from_hours(1);
 
-/// What repeats from call to call, an agent's long system message or its tools, is judged once:
-/// findings about requests, by a digest of the question. And which models think before they say yes
-/// or no. Shared by all guards of a process that should know it.
+/// Findings about requests, by a digest of the question, so that a text that repeats from call to
+/// call (an agent's long system message, its tools) is judged once. It also remembers which models
+/// think before they say yes or no. Guards share it through [`GuardBuilder::memory`].
+///
+/// [`GuardBuilder::memory`]: crate::GuardBuilder::memory
 #[derive(Debug)]
 pub struct Memory {
     findings: Option<Mutex<LruCache<blake3::Hash, (Detection, Instant)>>>,
@@ -29,7 +31,8 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// A memory of at most `findings` findings (about 100 bytes each); 0 keeps none.
+    /// A memory of at most `findings` findings (about 100 bytes each), each kept for an hour. 0
+    /// keeps none.
     #[must_use]
     pub fn new(findings: usize) -> Self {
         let findings =
@@ -37,8 +40,9 @@ impl Memory {
         Self { findings, thinking: Mutex::default() }
     }
 
-    /// What a prompt is known by: the caller, the model, the question's way of reading, and all
-    /// that is sent, fields of the client's among it. `None` for what holds an image.
+    /// The key of a prompt: a digest of the caller, the model, how the question is read, and
+    /// everything that is sent, including the client's request fields. `None` for a prompt with an
+    /// image.
     pub(crate) fn key(
         &self,
         caller: &str,
@@ -71,24 +75,24 @@ impl Memory {
     }
 
     pub(crate) fn finding(&self, key: Option<blake3::Hash>) -> Option<Detection> {
-        let (found, at) = held(self.findings.as_ref()?).get(&key?).copied()?;
-        (at.elapsed() < KEPT).then_some(found)
+        let (found, at) = lock(self.findings.as_ref()?).get(&key?).copied()?;
+        (at.elapsed() < LIFETIME).then_some(found)
     }
 
-    /// Keeps what was found by its probability; a word, or a filter's refusal, is asked for again.
+    /// Keeps a finding that has a probability. A plain yes or no, or a filter's refusal, is not kept.
     pub(crate) fn keep(&self, key: Option<blake3::Hash>, found: Detection) {
         if let (Some(findings), Some(key), Some(_)) = (&self.findings, key, found.score) {
-            held(findings).put(key, (found, Instant::now()));
+            lock(findings).put(key, (found, Instant::now()));
         }
     }
 
     /// Whether a model is known to think before it says yes or no.
     pub(crate) fn thinks(&self, model: &str) -> bool {
-        held(&self.thinking).contains(model)
+        lock(&self.thinking).contains(model)
     }
 
-    pub(crate) fn learn_that_it_thinks(&self, model: &str) {
-        if held(&self.thinking).insert(model.to_owned()) {
+    pub(crate) fn remember_that_it_thinks(&self, model: &str) {
+        if lock(&self.thinking).insert(model.to_owned()) {
             tracing::info!(
                 model,
                 "the model says more than yes or no; its checks get more room from now on"
@@ -97,6 +101,6 @@ impl Memory {
     }
 }
 
-fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,5 +1,5 @@
-//! The one seam: [`Mllm`], a multimodal LLM that answers a chat. Everything that can answer is
-//! behind it.
+//! [`Mllm`], the trait of everything that answers a chat: what is asked, what comes back, and how it
+//! fails.
 
 use std::{error::Error, fmt, sync::Arc, time::Duration};
 
@@ -8,35 +8,41 @@ use futures::{Stream, StreamExt, stream::BoxStream};
 
 use crate::{chat::Chat, image::Image};
 
-/// How a reply is drawn.
+/// How a reply is sampled, and what is reported with it.
+///
+/// ```
+/// use ecso::Sampling;
+///
+/// let greedy = Sampling { temperature: Some(0.0), max_tokens: Some(256), ..Sampling::default() };
+/// ```
 #[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Sampling {
     /// 0 is greedy; `None` leaves it to the model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f32>,
-    /// Nucleus sampling: the share of probability that is drawn from.
+    /// Nucleus sampling: the share of probability that is sampled from, in 0..=1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub top_p: Option<f32>,
-    /// Makes a draw at a temperature above 0 repeatable, where the model can do it.
+    /// Makes sampling at a temperature above 0 repeatable, if the model supports it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seed: Option<u32>,
     /// Most new tokens; `None` leaves it to the model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_tokens: Option<u32>,
-    /// How many of the likeliest first tokens to tell, with their log-probabilities. 0 asks for
-    /// none; a model that can't tell leaves [`Reply::first_token`] empty.
+    /// How many of the likeliest first tokens to report, with their log-probabilities. 0 requests
+    /// none; a model that can't report them leaves [`Reply::first_token`] empty.
     pub top_logprobs: u8,
-    /// Further request fields, sent as they are by backends that have a request (an
-    /// OpenAI-compatible server).
+    /// Further request fields. Backends with an HTTP request (an OpenAI-compatible server) send them
+    /// as they are.
     #[serde(skip_serializing_if = "serde_json::Map::is_empty")]
     pub extra: serde_json::Map<String, serde_json::Value>,
 }
 
-/// A token that could have stood at a place, and how likely it was.
+/// A candidate for a token of a reply, and how likely it was.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct TopLogprob {
-    /// The token's text, white space included.
+    /// The token's text, with its white space.
     pub token: String,
     /// Its natural log-probability.
     pub logprob: f32,
@@ -46,76 +52,77 @@ pub struct TopLogprob {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {
-    /// The model was done.
+    /// The model ended it.
     #[default]
     Stop,
-    /// The token limit or the context was full.
+    /// The token limit or the context was reached.
     Length,
-    /// The server's own filter stepped in.
+    /// A content filter of the server ended it.
     ContentFilter,
 }
 
-/// What a call cost, where the model tells.
+/// Token counts of a call.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Usage {
-    /// Tokens of the prompt, images included.
+    /// Tokens of the prompt, including its images.
     pub prompt_tokens: u32,
     /// Tokens of the reply.
     pub completion_tokens: u32,
 }
 
-/// A whole reply.
+/// A complete reply.
 #[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Reply {
-    /// The text, white space and all.
+    /// The text, with its white space.
     pub text: String,
-    /// What the model thought before it, where its server tells that apart from the text.
+    /// The model's reasoning before it, if the server reports that separately.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub reasoning: String,
-    /// The likeliest first tokens of the text, likeliest first; empty where the model doesn't tell.
+    /// The likeliest first tokens of the text, likeliest first; empty if the model does not report
+    /// them.
     pub first_token: Vec<TopLogprob>,
-    /// Token counts, where the model tells.
+    /// Token counts, if the model reports them.
     pub usage: Option<Usage>,
     /// Why it ended.
     pub finish: FinishReason,
-    /// The model that a server says it comes from.
+    /// The model that the server names.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
-    /// How long the model took, where that is not how long the caller waited: a replayed reply.
+    /// How long the model took, if the caller waited for another time: in a replayed reply.
     #[serde(default)]
     pub took: Option<Duration>,
 }
 
-/// What a reply under way brings next.
+/// A part of a streamed reply. Backends end each stream with [`Delta::End`].
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Delta {
-    /// The likeliest first tokens; comes at most once.
+    /// The likeliest first tokens; at most once.
     FirstToken(Vec<TopLogprob>),
     /// More of [`Reply::reasoning`].
     Reasoning(String),
     /// More text.
     Text(String),
-    /// The end; comes exactly once, last.
+    /// The end: exactly once, and last.
     End {
         /// Why it ended.
         finish: FinishReason,
-        /// Token counts, where the model tells.
+        /// Token counts, if the model reports them.
         usage: Option<Usage>,
         /// [`Reply::took`].
         took: Option<Duration>,
     },
 }
 
-/// A reply as it is written.
+/// A reply while it is written. Dropping it cancels the work.
 pub type ReplyStream = BoxStream<'static, Result<Delta, ModelError>>;
 
-/// Why a model gave no reply. Its text says all that is known; what it came from, where that is an
-/// error of another library, is its source.
+/// Why there is no reply. The text says all that is known; the error of another library that it came
+/// from, if any, is its source.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum ModelError {
-    /// The request itself is at fault; trying again won't help.
+    /// The request itself is wrong; trying again does not help.
     Rejected(Cause),
     /// A content filter in front of the model refused the request.
     Filtered(Cause),
@@ -124,7 +131,7 @@ pub enum ModelError {
         /// How long the model asks to wait, if it does.
         retry_after: Option<Duration>,
     },
-    /// No reply in time.
+    /// No reply within this time.
     Timeout(Duration),
     /// The reply can't be read.
     Protocol(Cause),
@@ -148,8 +155,7 @@ impl fmt::Display for ModelError {
     }
 }
 
-// By hand: the cause's text is part of the error's own, so what comes next is what the cause came
-// from.
+// By hand: the cause's text is part of the error's own, so the source is what the cause came from.
 impl Error for ModelError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
@@ -241,20 +247,26 @@ pub fn error_chain(error: &(dyn Error + 'static)) -> String {
 }
 
 /// An image as text.
+///
+/// ```
+/// let text = ecso::ImageText::parse("WORDS: Bread, 2 euros\nSHOWS: A sign in a bakery.");
+/// assert_eq!(text.words, "Bread, 2 euros");
+/// assert_eq!(text.description, "A sign in a bakery.");
+/// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ImageText {
-    /// The words that are printed in it, as they are; empty if there are none.
+    /// The words printed in it, verbatim; empty if there are none.
     pub words: String,
-    /// What it shows; empty if nobody can tell.
+    /// What it shows; empty if that is not known.
     pub description: String,
 }
 
 impl ImageText {
-    /// Reads a reply in two parts, `WORDS:` and behind it, on a line of its own, `SHOWS:`. Words
-    /// may hold such a mark, so the last one counts. In any other form all of it are words: what is
-    /// judged more strictly.
+    /// Parses a reply in two parts: `WORDS:`, and on a later line `SHOWS:`. The words may contain
+    /// such a mark, so the last one counts. A reply in any other form counts as words, which are
+    /// judged more strictly than a description.
     #[must_use]
-    pub fn read(reply: &str) -> Self {
+    pub fn parse(reply: &str) -> Self {
         let part = |text: &str| {
             let text = text.trim().trim_matches('*').trim();
             if text.trim_end_matches('.').eq_ignore_ascii_case("none") {
@@ -279,34 +291,36 @@ impl ImageText {
 }
 
 impl fmt::Display for ImageText {
-    /// What it shows, then its words.
+    /// The description, then the words.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let between = if self.description.is_empty() || self.words.is_empty() { "" } else { "\n" };
         write!(f, "{}{between}{}", self.description, self.words)
     }
 }
 
-/// A multimodal LLM: the `F` of the paper. Stateless: every call brings its whole conversation, and
-/// a backend that can reuse a prefix of an earlier one does so by itself, without changing a reply.
+/// A multimodal LLM: the `F` of the paper. It is stateless: every call has its whole conversation. A
+/// backend may reuse the work on a common prefix of calls, if that does not change the reply.
+///
+/// Only [`Mllm::name`] and [`Mllm::stream`] must be written; the example `own_backend` shows how.
 #[async_trait]
 pub trait Mllm: Send + Sync {
-    /// What the model is called in traces and results.
+    /// The model's name in traces and results.
     fn name(&self) -> &str;
 
-    /// Whether the model could answer now, without asking it anything that costs tokens. Backends
-    /// in this process always can.
+    /// Whether the model could answer now, found out without spending tokens. The default, for
+    /// backends in this process: always.
     async fn health(&self) -> Result<(), ModelError> {
         Ok(())
     }
 
-    /// What the model makes of an image without being asked, where it turns pictures into text
-    /// before its language model sees them. `None` of one that sees.
+    /// The text of an image, from a model that turns images into text before its language model
+    /// reads them. The default, for models that see images: `None`.
     async fn image_text(&self, _: &Image) -> Result<Option<ImageText>, ModelError> {
         Ok(None)
     }
 
-    /// Whether it answers several calls as fast as one, as servers do. What doesn't depend on the
-    /// draft is then asked beside it.
+    /// Whether it answers concurrent calls as fast as a single one, as servers do. The guard then
+    /// checks the request while the draft is written. The default is `false`.
     fn is_concurrent(&self) -> bool {
         false
     }
@@ -314,7 +328,7 @@ pub trait Mllm: Send + Sync {
     /// Starts a reply. Dropping the stream cancels the work.
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError>;
 
-    /// A whole reply; the fold over [`Mllm::stream`] unless a backend has a better way.
+    /// A complete reply. The default [collects](collect) [`Mllm::stream`].
     async fn generate(&self, chat: &Chat, sampling: &Sampling) -> Result<Reply, ModelError> {
         collect(self.stream(chat, sampling).await?).await
     }
@@ -347,8 +361,11 @@ impl<M: Mllm + ?Sized> Mllm for Arc<M> {
     }
 }
 
-/// Folds a stream into the whole reply. A stream that ends without [`Delta::End`] was cut off, and
-/// that is an error.
+/// Collects a stream into a complete reply.
+///
+/// # Errors
+/// Those of the stream, and [`ModelError::Protocol`] if it ends without [`Delta::End`]: it was cut
+/// off.
 pub async fn collect(
     mut deltas: impl Stream<Item = Result<Delta, ModelError>> + Unpin + Send,
 ) -> Result<Reply, ModelError> {

@@ -19,9 +19,11 @@ use crate::{
     mllm::{Delta, FinishReason, ImageText, Mllm, ModelError, Reply, Sampling, Usage},
     profile::{ContentFilter, EmptyCaption, Gate, Profile, Question, Rewrite},
     prompt::{Asked, Prompt, Query},
+    reasoning::without_reasoning,
     template::Template,
     trace::{Event, GuardError, Outcome, Step, Trace},
-    verdict::{Detection, Verdict, ended_before_answer, without_reasoning},
+    verdict::{Detection, Verdict},
+    yes_or_no::ended_before_answer,
 };
 
 /// Token limit for a check by a model that thinks before it answers.
@@ -248,19 +250,10 @@ impl Pipeline<'_> {
         for ((chat, template), prior) in prompts {
             let key = match step {
                 Step::RequestCheck => {
-                    let sampling =
-                        Sampling { extra: self.options.extra.clone(), ..question.sampling() };
-                    {
-                        let options = &self.options;
-                        options.memory.key(
-                            &options.caller,
-                            self.model.name(),
-                            question,
-                            prior,
-                            &sampling,
-                            &chat,
-                        )
-                    }
+                    let options = self.options;
+                    let sampling = Sampling { extra: options.extra.clone(), ..question.sampling() };
+                    let (caller, model) = (&options.caller, self.model.name());
+                    options.memory.key(caller, model, question, prior, &sampling, &chat)
                 }
                 _ => None,
             };
@@ -314,7 +307,7 @@ impl Pipeline<'_> {
             self.record(call.end(&reply, found)).await;
             if let Some(found) = found {
                 if max_tokens > question.max_tokens {
-                    self.options.memory.learn_that_it_thinks(self.model.name());
+                    self.options.memory.remember_that_it_thinks(self.model.name());
                 }
                 return Ok(found);
             }
@@ -353,7 +346,7 @@ impl Pipeline<'_> {
                     self.record(call.end(&reply, None)).await;
                     texts.push(read);
                 }
-                None => texts.push(ImageText::read(&self.caption(prompt).await?)),
+                None => texts.push(ImageText::parse(&self.caption(prompt).await?)),
             }
         }
         Ok(texts)

@@ -1,9 +1,14 @@
-//! Prompt templates: text with the holes `{x}`, `{y}` and `{c}`, filled in one pass.
+//! Prompt templates: text with placeholders such as `{x}`, `{y}` and `{c}`, filled in one pass.
 
 use serde::{Deserialize, Serialize};
 
-/// A prompt template. A hole is a name in braces; what is filled in is never looked at again, so
-/// braces inside a query or an answer stay as they are.
+/// A prompt template. A placeholder is a name in braces. Values are never searched for
+/// placeholders, so braces inside a query or an answer stay as they are.
+///
+/// ```
+/// let template = ecso::Template::new("QUERY: {x}");
+/// assert_eq!(template.fill(&[("x", "What is {y}?")]), "QUERY: What is {y}?");
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Template(String);
@@ -14,7 +19,7 @@ impl Template {
         Self(text.into())
     }
 
-    /// The text, holes and all.
+    /// The text with its placeholders.
     #[must_use]
     pub fn text(&self) -> &str {
         &self.0
@@ -27,25 +32,25 @@ impl Template {
         blake3::hash(self.0.as_bytes()).to_hex()[..16].to_owned()
     }
 
-    /// Whether the hole `{name}` is there.
+    /// Whether it has the placeholder `{name}`.
     #[must_use]
     pub fn has(&self, name: &str) -> bool {
         self.0.contains(&format!("{{{name}}}"))
     }
 
-    /// Fills the holes, left to right, in one pass. Braces that are no hole stay.
+    /// Replaces each placeholder by its value, left to right, in one pass. Other braces stay.
     #[must_use]
-    pub fn fill(&self, holes: &[(&str, &str)]) -> String {
+    pub fn fill(&self, values: &[(&str, &str)]) -> String {
         let mut filled = String::with_capacity(self.0.len());
         let mut rest = self.0.as_str();
         while let Some(start) = rest.find('{') {
             let (before, at) = rest.split_at(start);
             filled.push_str(before);
-            let hole = holes.iter().find_map(|(name, value)| {
+            let found = values.iter().find_map(|(name, value)| {
                 let after = at[1..].strip_prefix(name)?.strip_prefix('}')?;
                 Some((*value, after))
             });
-            let (text, after) = hole.unwrap_or_else(|| at.split_at(1));
+            let (text, after) = found.unwrap_or_else(|| at.split_at(1));
             filled.push_str(text);
             rest = after;
         }
@@ -59,14 +64,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn holes_are_filled_in_one_pass() {
+    fn placeholders_are_filled_in_one_pass() {
         let template = Template::new("{x} {y} {z} {{x} {");
         assert_eq!(template.fill(&[("x", "{y}"), ("y", "{x}")]), "{y} {x} {z} {{y} {");
     }
 
     proptest::proptest! {
         #[test]
-        fn what_is_filled_in_stays_as_it_is(x in ".*", y in ".*") {
+        fn values_stay_as_they_are(x in ".*", y in ".*") {
             let filled = Template::new("<{x}|{y}>").fill(&[("x", &x), ("y", &y)]);
             proptest::prop_assert_eq!(filled, format!("<{x}|{y}>"));
         }

@@ -1,5 +1,4 @@
-//! For tests: a scripted [`Mllm`], which replies by rule and remembers what it was asked, and a
-//! document.
+//! For tests: a scripted [`Mllm`], which replies by rule and records its requests, and a PDF.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -13,21 +12,36 @@ use crate::{
 
 type Script = dyn Fn(&Chat) -> Result<Reply, ModelError> + Send + Sync;
 
-/// Replies what its script says, and keeps every request.
+/// A model that replies as its script says, and records every request.
+///
+/// ```
+/// use ecso::{Chat, Mllm, Reply, Sampling, testing::Scripted};
+///
+/// # futures::executor::block_on(async {
+/// let model = Scripted::new(|chat| {
+///     let text = format!("{} images", chat.image_count());
+///     Ok(Reply { text, ..Reply::default() })
+/// });
+/// let reply = model.generate(&Chat::ask([], "What is this?"), &Sampling::default()).await?;
+/// assert_eq!(reply.text, "0 images");
+/// assert_eq!(model.requests().len(), 1);
+/// # Ok::<(), ecso::ModelError>(())
+/// # }).unwrap();
+/// ```
 pub struct Scripted {
     script: Box<Script>,
-    asked: Mutex<Vec<(Chat, Sampling)>>,
+    requests: Mutex<Vec<(Chat, Sampling)>>,
 }
 
 impl Scripted {
-    /// A model that replies what `script` makes of the conversation.
+    /// A model whose reply `script` computes from the conversation.
     pub fn new(
         script: impl Fn(&Chat) -> Result<Reply, ModelError> + Send + Sync + 'static,
     ) -> Self {
-        Self { script: Box::new(script), asked: Mutex::default() }
+        Self { script: Box::new(script), requests: Mutex::default() }
     }
 
-    /// A model that replies these texts, one after the other, and then fails.
+    /// A model that replies with these texts in order, and then fails.
     pub fn texts<T: Into<String>>(texts: impl IntoIterator<Item = T>) -> Self {
         let texts: Vec<String> = texts.into_iter().map(Into::into).collect();
         let texts = Mutex::new(texts.into_iter());
@@ -40,9 +54,9 @@ impl Scripted {
         })
     }
 
-    /// What it was asked so far.
-    pub fn asked(&self) -> Vec<(Chat, Sampling)> {
-        self.asked.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// The requests so far.
+    pub fn requests(&self) -> Vec<(Chat, Sampling)> {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -53,12 +67,12 @@ impl Mllm for Scripted {
     }
 
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {
-        self.asked
+        self.requests
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .push((chat.clone(), sampling.clone()));
         let reply = (self.script)(chat)?;
-        // A piece a character, so that whoever reads the stream must put it together.
+        // One delta for each character, so that readers of the stream must join them.
         let text: Vec<Delta> = reply.text.chars().map(|c| Delta::Text(c.to_string())).collect();
         let end = Delta::End { finish: reply.finish, usage: reply.usage, took: reply.took };
         let first = Delta::FirstToken(reply.first_token);
@@ -66,8 +80,8 @@ impl Mllm for Scripted {
     }
 }
 
-/// A PDF of small pages, each with what its content stream draws: `BT /F 12 Tf 10 20 Td (Bread) Tj
-/// ET` writes a word.
+/// A PDF with a small page for each content stream. `BT /F 12 Tf 10 20 Td (Bread) Tj ET` writes a
+/// word.
 #[must_use]
 pub fn pdf(pages: &[&str]) -> Vec<u8> {
     let numbers: Vec<String> =

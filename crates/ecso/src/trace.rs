@@ -1,5 +1,5 @@
-//! What happened: [`Event`]s while the pipeline runs, a [`Trace`] of every call, and the
-//! [`Outcome`].
+//! Records of a guarded answer: [`Event`]s while the pipeline runs, a [`Trace`] of every call, and
+//! the [`Outcome`].
 
 use serde::{Deserialize, Serialize};
 
@@ -8,19 +8,19 @@ use crate::{
     verdict::Verdict,
 };
 
-/// The steps of the method, by the names that traces and results use.
+/// The steps of the method. Traces and results use these names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Step {
-    /// Before step 1, with the method `hardened`: is harm asked for?
+    /// Before step 1, with the method `hardened`: is the request harmful?
     #[serde(alias = "look")]
     RequestCheck,
     /// Step 1: the answer with the image.
     Direct,
     /// Step 2: is that answer harmful?
     Detect,
-    /// Step 3: the image as text (one call an image).
+    /// Step 3: the image as text (one call for each image).
     Caption,
     /// Step 4: the answer without the image.
     Safe,
@@ -46,21 +46,21 @@ impl std::fmt::Display for Step {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Trace {
-    /// Which step it was.
+    /// The step.
     pub step: Step,
-    /// How many images the model saw, over all turns.
+    /// The number of images that the model saw, in all turns.
     pub images: usize,
-    /// The text of the guarded turn as it was sent.
+    /// The text of the last user turn that was sent.
     pub prompt: String,
-    /// The reply, white space and all.
+    /// The reply, with its white space.
     pub reply: String,
-    /// What a question read from the reply.
+    /// The verdict that a question read from the reply.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub verdict: Option<Verdict>,
-    /// Probability of harm in 0..=1 (of questions, where the model tells).
+    /// Probability of harm in 0..=1, for questions to a model that reports probabilities.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub score: Option<f64>,
-    /// The name of the question, of the method `hardened`.
+    /// The name of the question, with the method `hardened`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub question: Option<String>,
     /// [`crate::Template::hash`] of the template that made the prompt.
@@ -70,24 +70,24 @@ pub struct Trace {
     pub finish: FinishReason,
     /// Wall-clock time, in milliseconds.
     pub ms: u64,
-    /// Tokens of the prompt, where the model tells.
+    /// Tokens of the prompt, if the model reports them.
     pub prompt_tokens: Option<u32>,
-    /// Tokens of the reply, where the model tells.
+    /// Tokens of the reply, if the model reports them.
     pub completion_tokens: Option<u32>,
 }
 
-/// The end of a guarded answer.
+/// A guarded answer, and how it came about.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Outcome {
-    /// What may go out.
+    /// The text that may be shown.
     pub answer: String,
-    /// What was found about the direct answer, or the request for it.
+    /// The verdict on the direct answer, or on the request for it.
     pub verdict: Verdict,
-    /// Probability that the direct answer is harmful, in 0..=1; `None` where the model doesn't
-    /// tell.
+    /// Probability that the direct answer is harmful, in 0..=1; `None` if the model reports no
+    /// probabilities.
     pub score: Option<f64>,
-    /// Whether the answer is another than the direct one.
+    /// Whether the answer is not the direct one.
     #[serde(default)]
     pub rewritten: bool,
     /// Whether it is the profile's fixed refusal.
@@ -121,31 +121,30 @@ impl Outcome {
     }
 }
 
-/// What a caller sees of the pipeline while it runs.
+/// What happens while the pipeline runs, in order.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Event {
-    /// A call begins.
+    /// A call of the model begins.
     Started {
-        /// Which step.
+        /// The step.
         step: Step,
-        /// How many images the model sees.
+        /// The number of images that the model sees.
         images: usize,
     },
-    /// A call is over.
+    /// A call of the model has ended.
     Finished(Trace),
-    /// It is decided whether the draft goes out (the next events bring it) or another answer takes
-    /// its place.
+    /// It is decided whether the draft is released (in the next events) or replaced.
     Decided {
-        /// What step 2 said.
+        /// The verdict of step 2.
         verdict: Verdict,
-        /// Whether another answer takes its place.
+        /// Whether another answer replaces the draft.
         rewritten: bool,
     },
-    /// Text of the final answer; after the verdict, never before. The pieces joined are
+    /// Text of the final answer; always after the verdict. Joined, these texts are
     /// [`Outcome::answer`].
     Answer(String),
-    /// The end; comes exactly once, last.
+    /// The end: exactly once, and last.
     Done(Outcome),
 }
 
@@ -153,22 +152,22 @@ pub enum Event {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum GuardError {
-    /// There is nothing to guard.
+    /// The chat has no user turn.
     #[error("the conversation has no user turn, so there is no query to answer")]
     NoQuery,
-    /// The model failed. A step that fails is never taken for a verdict.
+    /// The model failed. A failure is never a verdict.
     #[error("step `{step}` failed: {source}")]
     Model {
-        /// Which step.
+        /// The step.
         step: Step,
-        /// What went wrong.
+        /// The model's error.
         source: ModelError,
     },
-    /// A question got neither yes nor no: a refusal to judge, nothing at all, a thought without an
-    /// end.
+    /// The reply to a question is neither yes nor no: the model declined to judge, said nothing, or
+    /// never ended its reasoning.
     #[error("step `{step}` failed: this model does not answer yes or no")]
     NoVerdict {
-        /// Which step.
+        /// The step.
         step: Step,
     },
 }

@@ -208,7 +208,7 @@ mod tests {
             );
         }
         for model in [ours, theirs, grader] {
-            let asked = model.asked();
+            let asked = model.requests();
             assert!(asked.len() == 1 && !format!("{asked:?}").contains("Sorry?"), "{asked:?}");
         }
     }

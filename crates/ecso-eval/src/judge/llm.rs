@@ -391,7 +391,7 @@ mod tests {
         ]));
         let found = Llm::new(model.clone(), 0.5).judge(&case(truth.clone()), "").await;
         assert_eq!((found.verdict, found.score), (Ruling::Unsafe, Some(0.0)));
-        assert_eq!(model.asked()[1].1.max_tokens, Some(ROOM_TO_THINK));
+        assert_eq!(model.requests()[1].1.max_tokens, Some(ROOM_TO_THINK));
         let endless = Scripted::new(|_| {
             Ok(Reply { text: "<think>It would be 1.0".into(), ..Reply::default() })
         });

@@ -1,4 +1,4 @@
-//! Pictures in AVIF: one frame of AV1, or tiles of such, and perhaps another for transparency.
+//! Pictures in AVIF: one frame of AV1, or a grid of such tiles, and perhaps another for transparency.
 
 use bytes::Bytes;
 use heifer::{
@@ -19,17 +19,17 @@ use re_rav1d::dav1d::{
 
 use super::{
     Limits,
-    foreign::Shown,
-    heif::{open, shown as one},
+    foreign::Pictures,
+    heif::{open, single_picture},
 };
 
-/// How a picture is called that says how much is seen of another.
+/// The type of a picture that holds the transparency of another.
 const ALPHA: &str = "urn:mpeg:mpegB:cicp:systems:auxiliary:alpha";
-/// Ways to mix colours (ITU-T H.273) that are known here; 2 says nothing.
+/// The colour matrices (ITU-T H.273) that are read; 2 means unspecified.
 const MATRICES: [u16; 9] = [0, 1, 2, 4, 5, 6, 7, 9, 10];
 
-/// Its picture, as it is to be held. Of a film it is the one that stands for it.
-pub(super) fn shown(bytes: &Bytes, limits: Limits) -> Result<Shown, String> {
+/// The picture of a file, upright. Of a film, its primary picture.
+pub(super) fn decode(bytes: &Bytes, limits: Limits) -> Result<Pictures, String> {
     let file = open(bytes, limits)?;
     let mut image = picture(&file, file.primary_id, limits)?;
     let is_alpha = |id: &ItemId| {
@@ -54,13 +54,13 @@ pub(super) fn shown(bytes: &Bytes, limits: Limits) -> Result<Shown, String> {
             _ => image,
         };
     }
-    one(image)
+    single_picture(image)
 }
 
 fn picture(file: &HeifFile<'_>, id: ItemId, limits: Limits) -> Result<Image<u8>, String> {
     let item = file.item(id).map_err(|error| error.to_string())?;
     if item.item_type.0 != *b"grid" {
-        return coded(file, id, limits);
+        return single_frame(file, id, limits);
     }
     let grid = file.grid(id).map_err(|error| error.to_string())?;
     if u64::from(grid.output_width) * u64::from(grid.output_height) > limits.pixels {
@@ -75,7 +75,7 @@ fn picture(file: &HeifFile<'_>, id: ItemId, limits: Limits) -> Result<Image<u8>,
     }
     for (row, tiles) in (0..).zip(tiles.chunks_exact(columns)) {
         for (column, tile) in (0..).zip(tiles) {
-            let tile = coded(file, *tile, limits)?;
+            let tile = single_frame(file, *tile, limits)?;
             whole.draw(&tile, column * i64::from(tile.width), row * i64::from(tile.height));
         }
     }
@@ -83,22 +83,22 @@ fn picture(file: &HeifFile<'_>, id: ItemId, limits: Limits) -> Result<Image<u8>,
 }
 
 /// A picture that is one frame of AV1.
-fn coded(file: &HeifFile<'_>, id: ItemId, limits: Limits) -> Result<Image<u8>, String> {
+fn single_frame(file: &HeifFile<'_>, id: ItemId, limits: Limits) -> Result<Image<u8>, String> {
     let item = file.item(id).map_err(|error| error.to_string())?;
     if item.item_type.0 != *b"av01" {
         return Err(format!("a picture in it is of type {}, which is not read", item.item_type));
     }
     let data = file.item_data(id).map_err(|error| error.to_string())?.into_owned();
-    let decoded = decode(data, limits)?;
+    let decoded = first_frame(data, limits)?;
     let frame = frame(&decoded)?;
     let mut properties = file.item_properties(id).map_err(|error| error.to_string())?;
-    let said = properties.find_map(|property| match property {
+    let stated = properties.find_map(|property| match property {
         Property::Color(ColorInfo::Nclx { matrix, full_range, .. }) => {
             Some(ColorParams { matrix: *matrix, full_range: *full_range })
         }
         _ => None,
     });
-    let colours = said.unwrap_or_else(|| ColorParams::from_frame(&frame));
+    let colours = stated.unwrap_or_else(|| ColorParams::from_frame(&frame));
     if !MATRICES.contains(&colours.matrix) {
         return Err(format!(
             "its colours are mixed in a way that is not read (matrix {})",
@@ -108,8 +108,8 @@ fn coded(file: &HeifFile<'_>, id: ItemId, limits: Limits) -> Result<Image<u8>, S
     Ok(frame_to_rgba_sized(&frame, colours, decoded.width(), decoded.height()))
 }
 
-/// The first frame.
-fn decode(data: Vec<u8>, limits: Limits) -> Result<Picture, String> {
+/// The first frame of the data.
+fn first_frame(data: Vec<u8>, limits: Limits) -> Result<Picture, String> {
     if data.is_empty() {
         return Err("a picture in it has no data".into());
     }
@@ -123,13 +123,13 @@ fn decode(data: Vec<u8>, limits: Limits) -> Result<Picture, String> {
         Err(error) if !error.is_again() => return Err(error.to_string()),
         _ => {}
     }
-    // Asked once more, it gives what it holds back for a better layer.
+    // The decoder may hold the frame back for a better layer; a second call returns it.
     let picture = decoder.get_picture().or_else(|_| decoder.get_picture());
     picture.map_err(|error| format!("no picture comes out of its data: {error}"))
 }
 
-/// The samples of a picture, where colours have a half or all of its width and height. Odd ones are
-/// made even by what stands at the edge.
+/// The samples of a picture. Colours have half or all of its width and height; odd sizes are made
+/// even by repeating the edge.
 fn frame(picture: &Picture) -> Result<Frame, String> {
     let (width, height) = (picture.width(), picture.height());
     let (across, down, format) = match picture.pixel_layout() {

@@ -1,13 +1,12 @@
-//! Whether the end of an image is there. Decoders make grey of what isn't. Nothing is decoded to
-//! see it.
+//! Whether a file is complete or was cut off, found out without decoding it. Decoders fill a missing
+//! part with grey.
 
 use image::ImageFormat;
 use memchr::{memchr, memmem};
 
-/// Whether `bytes` go on to the end that their format has. What stands behind it is nobody's
-/// business (moving photos have a film there), and what is broken in another way than cut off, the
-/// decoder says.
-pub(super) fn is_there(bytes: &[u8], format: ImageFormat) -> bool {
+/// Whether `bytes` reach the end that their format defines. Bytes behind it are ignored (motion
+/// photos have a film there). Damage of other kinds is left to the decoder.
+pub(super) fn is_complete(bytes: &[u8], format: ImageFormat) -> bool {
     let end = match format {
         ImageFormat::Jpeg => jpeg(bytes),
         ImageFormat::Png => png(bytes),
@@ -18,24 +17,24 @@ pub(super) fn is_there(bytes: &[u8], format: ImageFormat) -> bool {
     end.is_some()
 }
 
-/// Whether a PDF has its end, where readers look for it. Decoders show what pages there are of one
-/// without.
-pub(super) fn is_there_of_pdf(bytes: &[u8]) -> bool {
+/// Whether a PDF has its end mark where readers look for it. Without it, decoders show the pages that
+/// they find.
+pub(super) fn is_complete_pdf(bytes: &[u8]) -> bool {
     const TAIL: usize = 1024;
     memmem::find(&bytes[bytes.len().saturating_sub(TAIL)..], b"%%EOF").is_some()
 }
 
-/// From marker to marker. A picture within a segment, such as a thumbnail, is passed over with it;
-/// in the data of a scan 0xFF stands only before a zero or a marker.
+/// Goes from marker to marker. A picture within a segment, such as a thumbnail, is skipped with it.
+/// In the data of a scan, 0xFF comes only before a zero or a marker.
 fn jpeg(bytes: &[u8]) -> Option<()> {
     let mut at = 2;
     loop {
         at += memchr(0xff, bytes.get(at..)?)? + 1;
         match bytes.get(at)? {
             0xd9 => return Some(()),
-            // It fills up, and the marker follows.
+            // A fill byte; the marker follows.
             0xff => {}
-            // Data, or a marker that has no segment.
+            // Data, or a marker without a segment.
             0x00 | 0x01 | 0xd0..=0xd8 => at += 1,
             _ => at += 1 + usize::from(u16::from_be_bytes(*bytes.get(at + 1..)?.first_chunk()?)),
         }
@@ -58,8 +57,8 @@ fn png(bytes: &[u8]) -> Option<()> {
     }
 }
 
-/// From block to block. Many writers leave out the last byte, so that the end of a picture can be
-/// the end of all.
+/// Goes from block to block. Many encoders leave out the last byte, so a file may end with a
+/// picture.
 fn gif(bytes: &[u8]) -> Option<()> {
     fn colours(flags: u8) -> usize {
         if flags & 0x80 == 0 { 0 } else { 6 << (flags & 7) }
@@ -82,8 +81,7 @@ fn gif(bytes: &[u8]) -> Option<()> {
     }
 }
 
-/// By its own word about its length. Of an odd last part the byte that makes it even may be
-/// missing.
+/// By the length in its header. If the last chunk has an odd length, its padding byte may be missing.
 fn webp(bytes: &[u8]) -> Option<()> {
     let length = usize::try_from(u32::from_le_bytes(*bytes.get(4..)?.first_chunk()?)).ok()?;
     (length.checked_add(8)? <= bytes.len() + 1).then_some(())
@@ -100,7 +98,7 @@ mod tests {
     const FORMATS: [ImageFormat; 4] =
         [ImageFormat::Jpeg, ImageFormat::Png, ImageFormat::WebP, ImageFormat::Gif];
 
-    /// A picture with something to see, so that its data are long.
+    /// A picture with much detail, so that its data are long.
     fn picture(side: u32) -> DynamicImage {
         let mix = |x: u32, y: u32| x.wrapping_mul(0x9e37_79b9) ^ y.wrapping_mul(0x85eb_ca6b);
         let colour = |x, y| Rgb(<[u8; 3]>::try_from(&mix(x, y).to_be_bytes()[..3]).unwrap());
@@ -113,20 +111,23 @@ mod tests {
         bytes.into_inner()
     }
 
-    /// Whether it is whole, with bytes behind its end as well, and without its end is not.
-    fn judged_right(bytes: &[u8], format: ImageFormat) -> bool {
-        let is_cut = |length| !is_there(&bytes[..length], format);
+    /// Whether the file counts as complete, also with bytes behind its end, and as cut off at every
+    /// earlier place.
+    fn is_recognised(bytes: &[u8], format: ImageFormat) -> bool {
+        let is_cut = |length| !is_complete(&bytes[..length], format);
         let behind = [bytes, b"\0\0\0\x18ftypmp42 a film"].concat();
-        is_there(bytes, format) && is_there(&behind, format) && (0..bytes.len() - 2).all(is_cut)
+        is_complete(bytes, format)
+            && is_complete(&behind, format)
+            && (0..bytes.len() - 2).all(is_cut)
     }
 
     #[test]
-    fn an_image_is_whole_or_cut_wherever_it_is_cut() {
+    fn complete_images_and_those_cut_anywhere_are_recognised() {
         for format in FORMATS {
-            assert!(judged_right(&encode(&picture(40), format), format), "{format:?}");
+            assert!(is_recognised(&encode(&picture(40), format), format), "{format:?}");
         }
         let deep = encode(&DynamicImage::new_rgb16(9, 9), ImageFormat::Png);
-        assert!(judged_right(&deep, ImageFormat::Png));
+        assert!(is_recognised(&deep, ImageFormat::Png));
     }
 
     #[test]
@@ -136,22 +137,22 @@ mod tests {
         let mut segment = vec![0xff, 0xe1];
         segment.extend(u16::try_from(small.len() + 2).unwrap().to_be_bytes());
         let with_thumbnail = [&jpeg[..2], &segment, &small, &jpeg[2..]].concat();
-        assert!(judged_right(&with_thumbnail, ImageFormat::Jpeg));
-        // MPO, as stereo cameras write it: one JPEG behind another. The first is the picture.
-        assert!(is_there(&[&jpeg[..], &jpeg[..jpeg.len() / 2]].concat(), ImageFormat::Jpeg));
-        // Markers that are filled up.
+        assert!(is_recognised(&with_thumbnail, ImageFormat::Jpeg));
+        // MPO, as stereo cameras write it: one JPEG behind another. The first one counts.
+        assert!(is_complete(&[&jpeg[..], &jpeg[..jpeg.len() / 2]].concat(), ImageFormat::Jpeg));
+        // Markers with fill bytes.
         let filled = [&jpeg[..2], &[0xff, 0xff, 0xff], &jpeg[2..]].concat();
-        assert!(judged_right(&filled, ImageFormat::Jpeg));
+        assert!(is_recognised(&filled, ImageFormat::Jpeg));
     }
 
     #[test]
     fn a_progressive_jpeg_has_many_scans() {
-        // Of a frame that is coded in three scans; what the scans say is no matter here.
+        // A frame in three scans; their content does not matter here.
         let scan = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00 data \xff\x00 data \xff\xd0 data";
         let table = b"\xff\xc4\x00\x05abc";
         let frame = b"\xff\xd8\xff\xc2\x00\x0b\x08\x00\x08\x00\x08\x01\x01\x11\x00";
         let progressive = [&frame[..], table, scan, table, scan, scan, b"\xff\xd9"].concat();
-        assert!(judged_right(&progressive, ImageFormat::Jpeg));
+        assert!(is_recognised(&progressive, ImageFormat::Jpeg));
     }
 
     #[test]
@@ -160,9 +161,9 @@ mod tests {
         let frames = [picture(8), picture(9)].map(|frame| Frame::new(frame.into_rgba8()));
         GifEncoder::new(&mut animated).encode_frames(frames).unwrap();
         assert_eq!(animated.pop(), Some(b';'));
-        assert!(is_there(&animated, ImageFormat::Gif));
+        assert!(is_complete(&animated, ImageFormat::Gif));
         let whole: Vec<usize> = (0..animated.len())
-            .filter(|end| is_there(&animated[..*end], ImageFormat::Gif))
+            .filter(|end| is_complete(&animated[..*end], ImageFormat::Gif))
             .collect();
         assert_eq!(whole.len(), 1, "behind the first picture, and nowhere else: {whole:?}");
     }
@@ -172,14 +173,14 @@ mod tests {
         let png = encode(&picture(8), ImageFormat::Png);
         let (head, end) = png.split_at(png.len() - 12);
         let frame = b"\0\0\0\x08fdATAAAAdatacrc.";
-        assert!(judged_right(&[head, frame, frame, end].concat(), ImageFormat::Png));
+        assert!(is_recognised(&[head, frame, frame, end].concat(), ImageFormat::Png));
     }
 
     #[test]
     fn no_image_takes_long() {
         for format in FORMATS {
             let mut bytes = encode(&picture(8), format);
-            // Nothing but what keeps a reader busy: markers, chunks and blocks of no length.
+            // Only markers, chunks and blocks of no length, which keep a reader busy.
             bytes.truncate(bytes.len() - if format == ImageFormat::Gif { 1 } else { 12 });
             let busy: &[u8] = match format {
                 ImageFormat::Jpeg => b"\xff\xd0",
@@ -188,7 +189,7 @@ mod tests {
             };
             bytes.extend(busy.repeat((20 << 20) / busy.len()));
             let begun = Instant::now();
-            assert!(!is_there(&bytes, format) || format == ImageFormat::WebP);
+            assert!(!is_complete(&bytes, format) || format == ImageFormat::WebP);
             assert!(begun.elapsed().as_secs() < 10, "{format:?}: {:?}", begun.elapsed());
         }
     }

@@ -1,5 +1,5 @@
-//! Files that models don't read: photos in HEIC and AVIF, documents in PDF. Of what they show PNG
-//! and JPEG are made.
+//! Formats that models don't read: photos in HEIC and AVIF, documents in PDF. They are converted to
+//! PNG or JPEG.
 
 use std::{
     io::Cursor,
@@ -11,14 +11,15 @@ use bytes::Bytes;
 use image::{ImageFormat, RgbImage, codecs::jpeg::JpegEncoder};
 use memchr::memmem;
 
-use super::{ImageError, Limits, apart, ending};
+use super::{ImageError, Limits, decoder_process, ending};
 
-/// Of a photo that is made into a JPEG.
+/// Quality of converted photos as JPEG, in 1..=100.
 const QUALITY: u8 = 90;
-/// Readers of PDF look for its mark so far, as programs put things of their own before it.
+/// The mark of a PDF may come within so many bytes, since programs write things of their own before
+/// it.
 const HEAD: usize = 1024;
 
-/// What a file is that models don't read.
+/// A format that models don't read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Foreign {
     Heic,
@@ -26,23 +27,23 @@ pub(super) enum Foreign {
     Pdf,
 }
 
-/// What a file shows, picture by picture, and whether something on it could not be shown.
-pub(super) type Shown = Box<dyn Iterator<Item = (RgbImage, bool)>>;
+/// The pictures of a file, each with whether something on it could not be shown.
+pub(super) type Pictures = Box<dyn Iterator<Item = (RgbImage, bool)>>;
 /// Opens a file; the error says what is wrong with it. It may panic.
-type Decoder = fn(&Bytes, Limits) -> Result<Shown, String>;
+type Decoder = fn(&Bytes, Limits) -> Result<Pictures, String>;
 
-/// What is made of a file.
+/// The result of a conversion.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Converted {
-    /// Encoded.
+    /// The encoded images.
     pub(super) images: Vec<Vec<u8>>,
-    /// Those on which something is missing, from 1.
+    /// The numbers of those on which something is missing, from 1.
     pub(super) incomplete: Vec<usize>,
 }
 
 impl Foreign {
-    /// What a file is, by its first bytes; `None` for pictures that models read, and for what
-    /// nobody knows.
+    /// The format of a file, by its first bytes; `None` for pictures that models read, and for
+    /// unknown formats.
     pub(super) fn of(bytes: &[u8]) -> Option<Self> {
         let is_read = image::guess_format(bytes).is_ok_and(|format| super::name(format).is_ok());
         if is_read {
@@ -59,7 +60,7 @@ impl Foreign {
         }
     }
 
-    /// What it is called, with its article.
+    /// Its name, with the article.
     fn name(self) -> &'static str {
         match self {
             Self::Heic => "a HEIC image",
@@ -68,25 +69,25 @@ impl Foreign {
         }
     }
 
-    /// The feature that reads it, and how it does, if it is built.
+    /// The feature that reads it, and the decoder, if it is built in.
     fn decoder(self) -> (&'static str, Option<Decoder>) {
         match self {
             #[cfg(feature = "heic")]
-            Self::Heic => ("heic", Some(super::heic::shown)),
+            Self::Heic => ("heic", Some(super::heic::decode)),
             #[cfg(not(feature = "heic"))]
             Self::Heic => ("heic", None),
             #[cfg(feature = "avif")]
-            Self::Avif => ("avif", Some(super::avif::shown)),
+            Self::Avif => ("avif", Some(super::avif::decode)),
             #[cfg(not(feature = "avif"))]
             Self::Avif => ("avif", None),
             #[cfg(feature = "pdf")]
-            Self::Pdf => ("pdf", Some(super::pdf::shown)),
+            Self::Pdf => ("pdf", Some(super::pdf::decode)),
             #[cfg(not(feature = "pdf"))]
             Self::Pdf => ("pdf", None),
         }
     }
 
-    /// The digest of one of the images in a file, by the file's own.
+    /// The digest of an image in a file, from the file's own.
     pub(super) fn digest(self, file: blake3::Hash, page: u64) -> blake3::Hash {
         match self {
             Self::Heic | Self::Avif => file,
@@ -96,24 +97,24 @@ impl Foreign {
         }
     }
 
-    /// The images in it, encoded so that models read them. One file at a time in the whole process:
+    /// The images in a file, in formats that models read. One file at a time in the whole process:
     /// each may take much memory.
     pub(super) fn converted(
         self,
         bytes: &Bytes,
         limits: Limits,
     ) -> Result<Vec<Vec<u8>>, ImageError> {
-        static ALONE: Mutex<()> = Mutex::new(());
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
         let what = self.name();
         if let (feature, None) = self.decoder() {
             return Err(ImageError::NotBuilt { what, feature });
         }
-        if self == Self::Pdf && !ending::is_there_of_pdf(bytes) {
-            super::without_end("PDF", bytes.len(), limits)?;
+        if self == Self::Pdf && !ending::is_complete_pdf(bytes) {
+            super::check_truncated("PDF", bytes.len(), limits)?;
         }
-        let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let converted =
-            apart::converted(bytes, limits).unwrap_or_else(|| self.convert(bytes, limits));
+            decoder_process::convert(bytes, limits).unwrap_or_else(|| self.convert(bytes, limits));
         let converted = converted.map_err(|reason| ImageError::Unconverted { what, reason })?;
         if !converted.incomplete.is_empty() {
             let images = converted.incomplete;
@@ -122,17 +123,17 @@ impl Foreign {
         Ok(converted.images)
     }
 
-    /// The same, in this process.
+    /// As [`Foreign::converted`], in this process.
     pub(super) fn convert(self, bytes: &Bytes, limits: Limits) -> Result<Converted, String> {
         let convert = || {
             let (_, decoder) = self.decoder();
             let mut converted = Converted::default();
-            let mut room = limits.bytes;
+            let mut bytes_left = limits.bytes;
             for ((pixels, is_incomplete), number) in
                 decoder.ok_or("nothing reads it")?(bytes, limits)?.zip(1..)
             {
                 let image = encode(&pixels).map_err(|error| error.to_string())?;
-                room = room.checked_sub(image.len()).ok_or_else(|| {
+                bytes_left = bytes_left.checked_sub(image.len()).ok_or_else(|| {
                     format!("what it shows takes more than {} bytes (images.bytes)", limits.bytes)
                 })?;
                 converted.images.push(image);
@@ -144,7 +145,7 @@ impl Foreign {
     }
 }
 
-/// What a file of ISO's base media format says that it is.
+/// The brands in the header of a file in ISO's base media format.
 fn brands(bytes: &[u8]) -> &[[u8; 4]] {
     let length = bytes
         .first_chunk()
@@ -156,7 +157,7 @@ fn brands(bytes: &[u8]) -> &[[u8; 4]] {
     }
 }
 
-/// PNG; of photos, which take more than a byte a pixel so, JPEG.
+/// A PNG, or a JPEG for photos, whose PNG takes more than one byte per pixel.
 fn encode(pixels: &RgbImage) -> image::ImageResult<Vec<u8>> {
     let mut png = Cursor::new(Vec::new());
     pixels.write_to(&mut png, ImageFormat::Png)?;
@@ -192,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_built_is_named() {
+    fn a_missing_feature_is_named() {
         for (bytes, kind) in [
             (&b"%PDF-1.7\n%%EOF"[..], Foreign::Pdf),
             (b"\0\0\0\x14ftypavif\0\0\0\0", Foreign::Avif),

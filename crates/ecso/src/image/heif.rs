@@ -1,14 +1,13 @@
-//! The container that HEIC and AVIF share: a file of boxes, with pictures, their parts and how they
-//! lie.
+//! The container of HEIC and AVIF: a file of boxes with pictures, their parts and their layout.
 
 use std::iter;
 
 use heifer::{Image, heifer_isobmff::HeifFile};
 use image::RgbaImage;
 
-use super::{Limits, foreign::Shown, over_white};
+use super::{Limits, foreign::Pictures, over_white};
 
-/// A file whose picture has no more pixels than `limits` allow, by its own word.
+/// Opens a file whose header claims no more pixels than `limits` allow.
 pub(super) fn open(bytes: &[u8], limits: Limits) -> Result<HeifFile<'_>, String> {
     let file = HeifFile::parse(bytes).map_err(|error| error.to_string())?;
     let size = file.image_size(file.primary_id).map_err(|error| error.to_string())?;
@@ -23,8 +22,8 @@ pub(super) fn open(bytes: &[u8], limits: Limits) -> Result<HeifFile<'_>, String>
     Ok(file)
 }
 
-/// The one picture of a file.
-pub(super) fn shown(image: Image<u8>) -> Result<Shown, String> {
+/// The only picture of a file, over white.
+pub(super) fn single_picture(image: Image<u8>) -> Result<Pictures, String> {
     let pixels = RgbaImage::from_raw(image.width, image.height, image.data)
         .ok_or("its picture has no size")?;
     Ok(Box::new(iter::once((over_white(&pixels), false))))

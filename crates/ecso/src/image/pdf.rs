@@ -15,15 +15,16 @@ use hayro::{
 };
 use image::RgbImage;
 
-use super::{Limits, foreign::Shown};
+use super::{Limits, foreign::Pictures};
 
-/// Pixels for a point of 1/72 inch: 150 an inch, at which print is read easily.
-const USUAL: f64 = 150.0 / 72.0;
+/// Pixels per point (1/72 inch): 150 pixels per inch, enough to read print easily.
+const DEFAULT_SCALE: f64 = 150.0 / 72.0;
 /// Longest side of a page, in pixels.
-const LONGEST: f64 = 16_384.0;
+const MAX_SIDE: f64 = 16_384.0;
 
-/// Its pages, all as fine as [`USUAL`], or as the pixels for all together allow.
-pub(super) fn shown(bytes: &Bytes, limits: Limits) -> Result<Shown, String> {
+/// The pages of a file, all at [`DEFAULT_SCALE`], or at the largest scale that the limit on pixels
+/// allows for all together.
+pub(super) fn decode(bytes: &Bytes, limits: Limits) -> Result<Pictures, String> {
     let pdf = Pdf::new(Arc::new(bytes.clone())).map_err(|error| match error {
         LoadPdfError::Decryption(DecryptionError::PasswordProtected) => "it takes a password",
         LoadPdfError::Decryption(_) => "it is encrypted in a way that is not read",
@@ -43,7 +44,7 @@ pub(super) fn shown(bytes: &Bytes, limits: Limits) -> Result<Shown, String> {
     Ok(Box::new((0..pages).map(move |number| page(&pdf, number, scale))))
 }
 
-/// Pixels for a point.
+/// Pixels per point.
 fn scale(pdf: &Pdf, limits: Limits) -> f64 {
     let sizes = pdf.pages().iter().map(Page::render_dimensions);
     let (area, longest) = sizes.fold((0.0, 0.0_f64), |(area, longest), (width, height)| {
@@ -52,20 +53,20 @@ fn scale(pdf: &Pdf, limits: Limits) -> f64 {
     });
     #[expect(clippy::cast_precision_loss, reason = "a count of pixels")]
     let pixels = limits.pixels as f64;
-    USUAL.min((pixels / area).sqrt()).min(LONGEST / longest)
+    DEFAULT_SCALE.min((pixels / area).sqrt()).min(MAX_SIDE / longest)
 }
 
-/// A page on white paper, and whether a font, a picture or a note on it could not be shown.
+/// A page on white, and whether a font, a picture or a note on it could not be shown.
 fn page(pdf: &Pdf, number: usize, scale: f64) -> (RgbImage, bool) {
     let is_incomplete = Arc::new(AtomicBool::new(false));
-    let told = Arc::clone(&is_incomplete);
+    let warned = Arc::clone(&is_incomplete);
     let settings = InterpreterSettings {
-        warning_sink: Arc::new(move |_| told.store(true, Ordering::Relaxed)),
+        warning_sink: Arc::new(move |_| warned.store(true, Ordering::Relaxed)),
         ..InterpreterSettings::default()
     };
     let page = &pdf.pages()[number];
     let (width, height) = page.render_dimensions();
-    // Of a page that is no more than a line a pixel is left.
+    // A page that is only a line still gets one pixel.
     #[expect(clippy::cast_possible_truncation, reason = "a factor")]
     let (x_scale, y_scale) = ((scale as f32).max(1.5 / width), (scale as f32).max(1.5 / height));
     let paper = PixmapSettings { x_scale, y_scale, bg_color: WHITE };

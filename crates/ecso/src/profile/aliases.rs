@@ -1,22 +1,22 @@
-//! The keys of profiles before 0.2, read for one more version.
+//! The keys of profiles before 0.2, which are read for one more version.
 
 use super::ProfileError;
 
-/// What keys of questions are called now.
+/// Old and new keys of questions.
 const OF_QUESTIONS: [(&str, &str); 2] = [("even", "prior"), ("alternatives", "top_logprobs")];
 
-/// What top-level keys are called now.
+/// Old and new top-level keys.
 const OF_PROFILES: [(&str, &str); 3] =
     [("filtered", "content_filter"), ("ways", "detectors"), ("spare", "early_exit")];
 
-/// What keys of a detector's terms are called now.
+/// Old and new keys of a detector's terms.
 const OF_TERMS: [(&str, &str); 2] = [("most", "max"), ("from", "ask_from")];
 
-/// Keys that `hardened` had for its questions.
+/// Keys of `hardened` that no longer exist.
 const OF_HARDENED: [&str; 6] =
     ["look", "check", "detect", "request_check", "reply_check", "help_check"];
 
-/// Changes to a profile of `method`, with the keys of today.
+/// Changes to a profile of `method`, with old keys replaced by new ones.
 pub(super) fn renamed(mut changes: toml::Table, method: &str) -> Result<toml::Table, ProfileError> {
     let method = changes.get("method").and_then(toml::Value::as_str).unwrap_or(method).to_owned();
     match changes.remove("refusals") {

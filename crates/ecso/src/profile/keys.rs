@@ -1,5 +1,4 @@
-//! A profile as it is written: flat keys. What is read becomes a [`Profile`], whose method has its
-//! own questions and no others.
+//! The keys of a profile in TOML, and their conversion from and to [`Profile`].
 
 use std::collections::BTreeMap;
 
@@ -10,7 +9,7 @@ use super::{
     ImageOrder, Method, Paper, Profile, ProfileError, Question, Rewrite, SafeStep, Scope, Turns,
 };
 
-/// A profile as it is written: flat keys, of which each method has its own.
+/// A profile as written: flat keys. Some belong to one method only.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Keys {

@@ -36,7 +36,7 @@ async fn a_beginning_is_asked_about_as_the_whole_is() {
     let second = guard.check_draft(&chat(), &mut request_check, "1. Take flour").await.unwrap();
     assert_eq!(second.verdict(), Verdict::Unsafe);
     let asked: Vec<String> =
-        guard.model().asked().iter().map(|(chat, _)| chat.turns[0].query()).collect();
+        guard.model().requests().iter().map(|(chat, _)| chat.turns[0].query()).collect();
     assert!(
         asked.len() == 2 && asked[0].contains("1. Take") && asked[1].contains("1. Take flour"),
         "{asked:?}"
@@ -45,7 +45,7 @@ async fn a_beginning_is_asked_about_as_the_whole_is() {
     let outcome = review(&guard, request_check, "1. Take flour").await;
     assert_eq!((outcome.answer.as_str(), outcome.verdict), ("Eat bread.", Verdict::Unsafe));
     // What the checks took is counted.
-    assert_eq!((count(&outcome, Step::Detect), guard.model().asked().len()), (2, 4));
+    assert_eq!((count(&outcome, Step::Detect), guard.model().requests().len()), (2, 4));
 }
 
 #[tokio::test]
@@ -68,7 +68,7 @@ async fn what_a_request_asks_for_is_asked_once() {
     ] {
         let guard = Guard::new(model(opinion, "A list.", &["A better one."]), hardened());
         let mut request_check = guard.check_request(&chat()).await.unwrap();
-        let looked = guard.model().asked().len();
+        let looked = guard.model().requests().len();
         let checked = guard.check_draft(&chat(), &mut request_check, draft).await.unwrap();
         assert_eq!(checked.verdict(), verdict, "{draft}");
         let outcome = review(&guard, request_check, draft).await;
@@ -90,9 +90,12 @@ async fn where_step_2_is_not_asked_nothing_is_found() {
     ] {
         let guard = Guard::new(model(MILD, "A list.", &[]), profile);
         let mut request_check = guard.check_request(&chat).await.unwrap();
-        let looked = guard.model().asked().len();
+        let looked = guard.model().requests().len();
         let checked = guard.check_draft(&chat, &mut request_check, "A list.").await.unwrap();
-        assert_eq!((checked.verdict(), guard.model().asked().len()), (Verdict::Unchecked, looked));
+        assert_eq!(
+            (checked.verdict(), guard.model().requests().len()),
+            (Verdict::Unchecked, looked)
+        );
     }
 }
 

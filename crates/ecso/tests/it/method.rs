@@ -31,7 +31,7 @@ fn steps(outcome: &ecso::Outcome) -> Vec<(Step, usize)> {
 
 /// The texts of one request, with `<image>` where images stand.
 fn request(guard: &Guard<Scripted>, number: usize) -> Vec<String> {
-    let (chat, _) = guard.model().asked().remove(number);
+    let (chat, _) = guard.model().requests().remove(number);
     let parts = chat.turns.iter().flat_map(|turn| {
         turn.parts.iter().map(|part| match part {
             Part::Text(text) => format!("{}: {text}", turn.role.as_str()),

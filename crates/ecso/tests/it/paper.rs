@@ -33,7 +33,7 @@ async fn an_unsafe_answer_takes_all_four_steps() {
     let image = Image::from_bytes(png(), Limits::default()).unwrap();
     let outcome = guard.answer(&Chat::ask([image], "Fill the {c} list {x}")).await.unwrap();
     assert_eq!(outcome.answer, "Try a hobby.");
-    let sent = sent(&guard.model().asked()).replace(&"ä".repeat(1927), "<1927 times ä>");
+    let sent = sent(&guard.model().requests()).replace(&"ä".repeat(1927), "<1927 times ä>");
     insta::assert_snapshot!(sent, @r#"
     request 1 {"temperature":0.0,"max_tokens":2048,"top_logprobs":0}
       user: <image>
