@@ -181,7 +181,7 @@ impl RotatingFile {
             match Self::rotate(settings).and_then(|()| Self::open(settings)) {
                 Ok(fresh) => *self = fresh,
                 Err(error) => {
-                    tracing::error!(%error, "the audit log could not be rotated: it keeps growing")
+                    tracing::error!(%error, "the audit log could not be rotated: it keeps growing");
                 }
             }
         }

@@ -212,7 +212,7 @@ impl Gateway {
     }
 }
 
-/// The routes with their OpenAPI description. `passthrough` handles all others.
+/// The routes with their description. `passthrough` handles all others.
 pub(crate) fn routes() -> OpenApiRouter<Arc<Gateway>> {
     OpenApiRouter::with_openapi(openapi::document())
         .routes(routes!(completions).map(|route| route.fallback(passthrough)))

@@ -53,7 +53,7 @@ pub(crate) fn inject(headers: &mut HeaderMap) {
     }
     let mut carrier = opentelemetry_http::HeaderInjector(headers);
     opentelemetry::global::get_text_map_propagator(|propagator| {
-        propagator.inject_context(&span.context(), &mut carrier)
+        propagator.inject_context(&span.context(), &mut carrier);
     });
 }
 

@@ -301,9 +301,6 @@ struct ChoiceWriter<'a> {
     index: u64,
     /// The profile's fixed refusal.
     refusal: &'a str,
-    /// Text of this choice is out already and can't be taken back. If the rest turns out harmful,
-    /// the stream ends with the refusal, and the safe answer goes into a field of its own.
-    is_partly_sent: bool,
     is_rewritten: bool,
     /// Whether some of the safe answer is out.
     has_begun: bool,
@@ -327,12 +324,17 @@ impl<'a> ChoiceWriter<'a> {
             record,
             index,
             refusal,
-            is_partly_sent: draft.is_partly_sent(index),
             is_rewritten: false,
             has_begun: false,
             safe_answer: None,
             is_done: false,
         }
+    }
+
+    /// Whether text of this choice is out already and can't be taken back. If the rest turns out
+    /// harmful, the stream ends with the refusal, and the safe answer goes into a field of its own.
+    fn is_partly_sent(&self) -> bool {
+        self.draft.is_partly_sent(self.index)
     }
 
     /// The client's events for an event of the guard.
@@ -342,13 +344,15 @@ impl<'a> ChoiceWriter<'a> {
             Ok(Event::Decided { verdict, rewritten }) => Ok(self.decided(verdict, rewritten)),
             // Only the end says whether this is the fixed refusal. If that has a field of its own,
             // the answer waits for the end.
-            Ok(Event::Answer(text)) if self.is_rewritten && !self.is_partly_sent && !wants_json => {
+            Ok(Event::Answer(text))
+                if self.is_rewritten && !self.is_partly_sent() && !wants_json =>
+            {
                 let role = !std::mem::replace(&mut self.has_begun, true);
                 Ok(vec![self.delta(role, Some(("content", &text)), None)])
             }
             Ok(Event::Done(outcome)) => {
                 let mut written = Vec::new();
-                if self.is_rewritten && self.is_partly_sent {
+                if self.is_rewritten && self.is_partly_sent() {
                     self.safe_answer = Some(outcome.answer.clone()).filter(|_| !outcome.refused);
                 } else if self.is_rewritten {
                     if wants_json {
@@ -371,7 +375,7 @@ impl<'a> ChoiceWriter<'a> {
         self.is_rewritten = is_rewritten;
         if !is_rewritten {
             self.rest_of_draft()
-        } else if self.is_partly_sent {
+        } else if self.is_partly_sent() {
             let refusal = self.delta(false, Some(("refusal", self.refusal)), None);
             vec![refusal, self.delta(false, None, Some("content_filter"))]
         } else {
@@ -384,7 +388,7 @@ impl<'a> ChoiceWriter<'a> {
     fn failed(&mut self, error: ApiError) -> Result<Vec<String>, ApiError> {
         let context = &self.chat.context;
         self.is_done = true;
-        if self.is_rewritten && self.is_partly_sent {
+        if self.is_rewritten && self.is_partly_sent() {
             error.log(&context.id);
             context.state.metrics.failure(error.code);
             self.record.set_failure(error.code);

@@ -343,7 +343,7 @@ impl EnvoyCarrier {
                 return Err(Aborted("a request without a body can't get one"));
             }
             Some(length) if !self.is_empty => {
-                drop(head.headers.insert(header::CONTENT_LENGTH, length.into()))
+                drop(head.headers.insert(header::CONTENT_LENGTH, length.into()));
             }
             _ => {}
         }
@@ -391,7 +391,7 @@ impl EnvoyCarrier {
                 .map(Frame::into_data)
             {
                 Some(Ok(chunk)) if early.len() + chunk.len() <= MAX_IMMEDIATE => {
-                    early.extend_from_slice(&chunk)
+                    early.extend_from_slice(&chunk);
                 }
                 Some(Ok(_)) => {
                     return Err(Aborted("an answer is too long for an immediate response"));

@@ -128,7 +128,7 @@ fn message_of_events(events: &[Value]) -> Option<Value> {
                     match (name, block.get_mut(name), chunk) {
                         ("type" | "signature", _, _) => {}
                         (_, Some(Value::String(text)), Value::String(chunk)) => {
-                            text.push_str(chunk)
+                            text.push_str(chunk);
                         }
                         // There may be more than one of these values.
                         (_, Some(Value::Array(list)), chunk) => list.push(chunk.clone()),
@@ -213,10 +213,10 @@ impl AnswerTexts {
                     );
                 }
                 (Some("function_call"), Value::String(arguments)) => {
-                    texts.call(&item["name"], arguments)
+                    texts.call(&item["name"], arguments);
                 }
                 (Some("custom_tool_call"), _) => {
-                    texts.call(&item["name"], &item["input"].to_string())
+                    texts.call(&item["name"], &item["input"].to_string());
                 }
                 _ => texts.unknown(item),
             }
@@ -293,9 +293,6 @@ mod tests {
 
     #[tokio::test]
     async fn every_answer_is_read_completely_or_an_error() {
-        let stream = |events: &[Value]| {
-            events.iter().map(|event| format!("data: {event}\n\n")).collect::<Vec<_>>().concat()
-        };
         // What has no place in a chat is judged as JSON.
         for content in [
             json!([{"type": "server_tool_use", "input": {"query": "flour"}}]),
@@ -358,6 +355,13 @@ mod tests {
                 assert_eq!(text_of(format, false, &whole.to_string()).await, None, "{whole}");
             }
         }
+    }
+
+    #[tokio::test]
+    async fn every_stream_is_read_completely_or_an_error() {
+        let stream = |events: &[Value]| {
+            events.iter().map(|event| format!("data: {event}\n\n")).collect::<Vec<_>>().concat()
+        };
         // Clients show the chunks, whatever the final response says.
         let message = |text: &str| json!({"type": "message", "content": [{"type": "output_text", "text": text}]});
         let chunk = |text: &str| json!({"type": "response.output_text.delta", "item_id": "i", "delta": text});

@@ -194,7 +194,7 @@ fn item(
                 calls => *calls = json!([call]),
             },
             None => {
-                messages.push(json!({"role": "assistant", "content": null, "tool_calls": [call]}))
+                messages.push(json!({"role": "assistant", "content": null, "tool_calls": [call]}));
             }
         }
         return item.finish();

@@ -33,7 +33,7 @@ pub(super) struct Tools {
     /// The functions, in the format of chat completions.
     functions: Vec<Value>,
     /// Kinds of tools that are left out.
-    omitted_tools: BTreeSet<String>,
+    omitted: BTreeSet<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -111,7 +111,7 @@ impl Tools {
             }
             "namespace" if namespace.is_none() => return self.namespace(tool),
             server_tool if SERVER_TOOLS.contains(&server_tool) => {
-                self.omitted_tools.insert(server_tool.to_owned());
+                self.omitted.insert(server_tool.to_owned());
                 return Ok(());
             }
             other => return Err(unsupported(&tool.path, other)),
@@ -226,7 +226,7 @@ impl Tools {
 
     /// Kinds of tools that were left out.
     pub(super) fn omitted_tools(&self) -> &BTreeSet<String> {
-        &self.omitted_tools
+        &self.omitted
     }
 
     /// The item for a tool call.

@@ -498,6 +498,13 @@ async fn requests_of_coding_agents_pass() {
 #[tokio::test]
 async fn invisible_content_is_refused() {
     let world = world(Rewrite::Safe).await;
+    for (place, (path, body)) in invisible_content() {
+        is_refused(&world, path, place, body).await;
+    }
+}
+
+/// Requests with content that the guard can't see: what it is, the path, and the body.
+fn invisible_content() -> Vec<(&'static str, (&'static str, Value))> {
     let messages = |content: Value| {
         (
             MESSAGES,
@@ -521,7 +528,7 @@ async fn invisible_content_is_refused() {
         )
     };
     let data = IMAGE.split(',').nth(1).unwrap();
-    for (place, (path, body)) in [
+    vec![
         (
             "a file",
             messages(json!([{"type": "image", "source": {"type": "file", "file_id": "f"}}])),
@@ -607,9 +614,7 @@ async fn invisible_content_is_refused() {
             responses(json!({"moderation": {"model": "omni-moderation-latest"}})),
         ),
         ("an unknown field", responses(json!({"images": [IMAGE]}))),
-    ] {
-        is_refused(&world, path, place, body).await;
-    }
+    ]
 }
 
 /// Sends a request, whole and as a stream, that must be refused before anything of it is forwarded.
