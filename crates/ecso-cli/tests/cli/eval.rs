@@ -293,7 +293,7 @@ async fn what_failed_as_a_whole_is_no_success() {
     let whole = fs::read_to_string(&out).unwrap();
     fs::write(&out, &whole[..whole.len() - 9]).unwrap();
     let output = judge(&[&["--judge", "xstest"], map.as_slice()].concat()).success();
-    assert!(text(&output.get_output().stderr).contains("cut off by a crash"));
+    assert!(text(&output.get_output().stderr).contains("a crash cut off"));
     assert_eq!(fs::read_to_string(&out).unwrap(), whole);
     // A line that is broken otherwise is an error that names it.
     fs::write(&out, whole.replacen('{', "[", 1)).unwrap();
@@ -505,7 +505,7 @@ async fn coverage_counts_what_is_not_there_and_a_filter_needs_no_judge() {
     let filtered = run_args(home.path(), &filter.uri(), "filtered");
     ecso(home.path()).args(filtered).args(["--model-name", "m"]).assert().success();
     let told = text(&judge("filtered", &["--min-coverage", "0.6"]).success().get_output().stdout);
-    assert!(told.contains("0 answers") && told.contains("12 more taken by a filter"), "{told}");
+    assert!(told.contains("0 answers") && told.contains("12 more blocked by a content filter"), "{told}");
     let run = home.path().join("filtered");
     ecso(home.path()).args(["eval", "report"]).arg(&run).assert().success();
     let told = text(
@@ -689,7 +689,7 @@ fn columns_that_no_table_can_have_are_refused() {
     ];
     let said = told(&[judge.as_slice(), &["respones=response"]].concat());
     assert!(
-        said.contains("a column can be id, query, response, harmless, not `respones`"),
+        said.contains("unknown field `respones`, expected one of id, query, response, harmless"),
         "{said}"
     );
     assert!(said.contains("theirs.csv has the columns case, query, response, verdict"), "{said}");
@@ -699,7 +699,7 @@ fn columns_that_no_table_can_have_are_refused() {
     let labels = ["agreement", "verdicts.jsonl", "--labels", "theirs.csv", "--map"];
     let said = told(&[labels.as_slice(), &["lable=verdict"]].concat());
     assert!(
-        said.contains("a column can be id, label, query, response, harmless, not `lable`"),
+        said.contains("unknown field `lable`, expected one of id, label, query, response, harmless"),
         "{said}"
     );
 }
@@ -750,7 +750,7 @@ fn agreement_counts_verdicts_of_one_arm_on_the_answers_that_are_there() {
     ]);
     let told = text(&output.success().get_output().stderr);
     assert!(
-        told.contains("no row says whether it is `harmless`; every request is taken as harmful"),
+        told.contains("no row has the field `harmless`, so every request counts as harmful"),
         "{told}"
     );
     write("labels.jsonl", &[row(1, "Sure."), row(2, "Sorry, no.")]);

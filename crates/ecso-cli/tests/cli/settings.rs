@@ -109,7 +109,7 @@ fn what_is_named_and_not_there_is_wrong_use() {
     let nobody = "http://127.0.0.1:9/v1";
     for (args, code, says) in [
         (&["ask", "Bread?", "--model", "gone.gguf"][..], 2, "gone.gguf: No such file"),
-        (&["ask", "Bread?", "--model", "model.gguf"], 2, "model.gguf: it is no GGUF file"),
+        (&["ask", "Bread?", "--model", "model.gguf"], 2, "model.gguf: this is not a GGUF file"),
         (
             &["ask", "Bread?", "--model", nobody, "--api-key-env", "NO_KEY"],
             2,
@@ -123,7 +123,7 @@ fn what_is_named_and_not_there_is_wrong_use() {
         (
             &["replay", "audit.jsonl", "--model", nobody, "--model-name", "m"],
             2,
-            "no line of it could be judged",
+            "no line could be judged",
         ),
         (
             &["replay", "audit.jsonl", "--model", nobody, "--out", "gone/x.jsonl"],

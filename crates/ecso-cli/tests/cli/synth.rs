@@ -109,7 +109,7 @@ async fn files_of_a_folder_that_are_not_read_are_told() {
         let output = synth(folder.path(), &model.url, input.to_str().unwrap(), "");
         let said = text(&output.stderr);
         assert!(
-            output.status.code() == Some(2) && said.contains("lies where the input is read from"),
+            output.status.code() == Some(2) && said.contains("is part of the input"),
             "{said}"
         );
     };
@@ -131,7 +131,7 @@ async fn an_input_that_ends_before_its_end_is_no_success() {
     std::fs::write(&rows, &whole[..whole.len() - 5]).unwrap();
     let output = synth(folder.path(), &model.url, rows.to_str().unwrap(), "");
     let said = text(&output.stderr);
-    assert!(output.status.code() == Some(1) && said.contains("ends before its end"), "{said}");
+    assert!(output.status.code() == Some(1) && said.contains("is truncated"), "{said}");
     let manifest: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(
         (&manifest["rows"], &manifest["failed"], &manifest["cut_short"]),
@@ -160,7 +160,7 @@ async fn an_input_that_changes_under_the_run_is_told() {
     let said = text(&output.stderr);
     assert!(
         output.status.code() == Some(1)
-            && said.contains("changed while its rows were made: 2 rows"),
+            && said.contains("changed during the run: 2 of its rows"),
         "{said}"
     );
     assert!(go().status.success());
@@ -270,7 +270,7 @@ async fn a_stop_is_heard_while_files_are_read() {
     assert!(
         killed.success()
             && output.status.code() == Some(130)
-            && said.contains("stopped; what is recorded"),
+            && said.contains("interrupted; recorded work"),
         "{said}"
     );
     assert!(stopped.elapsed() < Duration::from_secs(20), "{:?}", stopped.elapsed());
@@ -328,7 +328,7 @@ async fn nothing_made_is_told_as_what_it_is() {
     let output = go("spent", &row("What is bread?"), &["--max-tokens", "0"]).code(1);
     let said = text(&output.get_output().stderr);
     assert!(said.contains("the budget was spent before the first of 1"), "{said}");
-    assert!(text(&output.get_output().stdout).contains("never looked at: 1"));
+    assert!(text(&output.get_output().stdout).contains("never processed: 1"));
     let said = text(
         &go("mild", &row("What is bread?"), &["--set", "scope=all"]).success().get_output().stderr,
     );
@@ -369,7 +369,7 @@ async fn what_a_run_writes_is_no_input_of_it() {
         let output = go(input, out);
         let said = text(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{input} to {out}: {said}");
-        assert!(said.contains("lies where the input is read from"), "{said}");
+        assert!(said.contains("is part of the input"), "{said}");
     }
     let output = go("rows/*.jsonl", "rows/out");
     let said = text(&output.stderr);

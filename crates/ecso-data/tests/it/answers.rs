@@ -8,7 +8,7 @@ use std::sync::{
 use arrow_array::{ArrayRef, Int64Array, RecordBatch, StringArray, cast::AsArray};
 use ecso::{Chat, Limits, Mllm, ModelError, Profile, Reply, testing::Scripted};
 use ecso_data::{
-    answers::{Answering, AnswersError, NAMES, Reading},
+    answers::{AnswersError, NAMES, Reading, TableAnswerer},
     input::Mapping,
 };
 
@@ -55,7 +55,7 @@ fn texts(table: &RecordBatch, name: &str) -> Vec<Option<String>> {
 }
 
 async fn answered(
-    answering: &Arc<Answering>,
+    answering: &Arc<TableAnswerer>,
     tables: Vec<RecordBatch>,
     reading: &Reading,
 ) -> Result<Vec<RecordBatch>, AnswersError> {
@@ -63,8 +63,8 @@ async fn answered(
     answering.answer(&schema, tables, reading).await
 }
 
-fn answering(model: Arc<dyn Mllm>, journal: Option<&std::path::Path>) -> Arc<Answering> {
-    Arc::new(Answering::new(model, "a model", profile(), None, Limits::USUAL, journal).unwrap())
+fn answering(model: Arc<dyn Mllm>, journal: Option<&std::path::Path>) -> Arc<TableAnswerer> {
+    Arc::new(TableAnswerer::new(model, "a model", profile(), None, Limits::USUAL, journal).unwrap())
 }
 
 #[tokio::test]

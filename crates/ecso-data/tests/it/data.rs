@@ -15,14 +15,14 @@ use ecso_batch::{
     journal::{self, Journal, JournalError, Saved},
 };
 use ecso_data::{
-    dedupe::Marker,
+    dedupe::PerceptualHasher,
+    generate::{Filters, Generator, Reason, RowOutcome},
     input::{Input, Rows},
-    make::{Filters, Made, Maker, Reason},
     manifest::{Manifest, Packing},
     pack::pack,
     record::{RowRecord, RunHeader, Shard},
-    row::Picture,
-    run::{Ended, Making, Progress, run},
+    row::ImageSource,
+    run::{Progress, RunContext, RunEnd, run},
 };
 use ecso_openai::Fetcher;
 use image::{ImageFormat, Rgb, RgbImage};
@@ -142,7 +142,7 @@ pub(crate) async fn go(
     bounds: Bounds,
 ) -> (bool, Progress) {
     let (ended, last) = run_all(input, out, &header(input, shard), bounds).await;
-    (ended.whole, last)
+    (ended.complete, last)
 }
 
 async fn run_all(
@@ -150,13 +150,13 @@ async fn run_all(
     out: &Path,
     header: &RunHeader,
     bounds: Bounds,
-) -> (Ended, Progress) {
-    let making = Arc::new(Making {
-        maker: Maker::new(&model(), Profile::paper(), Filters::default()),
+) -> (RunEnd, Progress) {
+    let making = Arc::new(RunContext {
+        generator: Generator::new(&model(), Profile::paper(), Filters::default()),
         fetcher: Fetcher::new().unwrap(),
         limits: LIMITS,
         out: out.to_owned(),
-        marker: header.near_duplicates.then(Marker::default),
+        hasher: header.near_duplicates.then(PerceptualHasher::default),
     });
     let mut last = Progress::default();
     let ended = run(input, header, &making, bounds, |progress| last = progress.clone());
@@ -170,7 +170,7 @@ pub(crate) fn records(out: &Path) -> HashMap<String, RowRecord> {
 
 /// What became of each row, without times.
 fn outcomes(out: &Path) -> BTreeSet<String> {
-    let line = |record: RowRecord| format!("{} {:?} {:?}", record.id, record.made, record.error);
+    let line = |record: RowRecord| format!("{} {:?} {:?}", record.id, record.outcome, record.error);
     records(out).into_values().map(line).collect()
 }
 
@@ -195,10 +195,10 @@ async fn rows_become_samples_or_say_why_not() {
     assert_eq!(progress.dropped, dropped.into());
     let records = records(&out);
     assert!(matches!(
-        records["13"].made,
-        Some(Made::Dropped { reason: Reason::Duplicate, of: Some(0) })
+        records["13"].outcome,
+        Some(RowOutcome::Dropped { reason: Reason::Duplicate, of: Some(0) })
     ));
-    assert!(records["14"].error.as_ref().unwrap().contains("not JSON"));
+    assert!(records["14"].error.as_ref().unwrap().contains("invalid JSON"));
     assert!(records["15"].error.as_ref().unwrap().contains("gone.png"));
 
     let manifest = pack(&out, &input, &packing()).unwrap();
@@ -209,7 +209,7 @@ async fn rows_become_samples_or_say_why_not() {
     let failed = std::fs::read_to_string(dataset.join("failed.jsonl")).unwrap();
     assert_eq!(failed.lines().count(), 3, "{failed}");
     assert!(
-        failed.contains("\"row\":15") && failed.contains("not JSON"),
+        failed.contains("\"row\":15") && failed.contains("invalid JSON"),
         "counted from 1: {failed}"
     );
     let card = std::fs::read_to_string(dataset.join("README.md")).unwrap();
@@ -336,7 +336,7 @@ async fn a_budget_ends_the_run_cleanly() {
     let manifest = pack(&out, &input, &packing()).unwrap();
     assert_eq!((manifest.rows, manifest.unseen), (0, Some(17)));
     let card = std::fs::read_to_string(out.join("dataset/README.md")).unwrap();
-    assert!(card.contains("never looked at, as the run was ended before: 17"), "{card}");
+    assert!(card.contains("never processed, because the run ended before: 17"), "{card}");
     assert!(go(&input, &out, Shard::ALL, BOUNDS).await.0);
 }
 
@@ -370,10 +370,10 @@ fn write_queries(path: &Path, queries: &[&str]) {
 /// What became of each row, in one word: `kept`, `safe`, `failed`, or of which row it is a
 /// duplicate.
 fn words(out: &Path) -> Vec<(u64, String)> {
-    let word = |record: &RowRecord| match &record.made {
-        Some(Made::Kept(_)) => "kept".to_owned(),
-        Some(Made::Safe(_)) => "safe".to_owned(),
-        Some(Made::Dropped { reason, of }) => format!("{reason:?} of {of:?}"),
+    let word = |record: &RowRecord| match &record.outcome {
+        Some(RowOutcome::Kept(_)) => "kept".to_owned(),
+        Some(RowOutcome::Safe(_)) => "safe".to_owned(),
+        Some(RowOutcome::Dropped { reason, of }) => format!("{reason:?} of {of:?}"),
         None => "failed".to_owned(),
     };
     let mut words: Vec<_> =
@@ -531,9 +531,9 @@ async fn every_format_gives_the_same_rows() {
         again.iter().map(|row| row.query.as_str()).collect::<Vec<_>>(),
         ["a rude A?", "a rude B?", "C?"]
     );
-    assert_eq!(again[1].images, [Picture::Bytes(png(2).into())]);
+    assert_eq!(again[1].images, [ImageSource::Bytes(png(2).into())]);
 
-    for (name, says) in [("nothing.jsonl", "No such file"), ("a.png", "not .jsonl")] {
+    for (name, says) in [("nothing.jsonl", "No such file"), ("a.png", "unknown format")] {
         let error = input(root.join(name)).rows().err().unwrap();
         assert!(error.to_string().contains(says), "{error}");
     }
@@ -542,6 +542,6 @@ async fn every_format_gives_the_same_rows() {
     assert!(
         rows[0].is_ok()
             && rows[1].is_err()
-            && format!("{:?}", rows[2]).contains("not a JSON array")
+            && format!("{:?}", rows[2]).contains("ends before the `]`")
     );
 }

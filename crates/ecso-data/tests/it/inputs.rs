@@ -17,7 +17,7 @@ use base64::{Engine, prelude::BASE64_STANDARD};
 use ecso::{ImageError, chain};
 use ecso_data::{
     input::{Input, Mapping},
-    row::{Picture, Row},
+    row::{ImageSource, Row},
 };
 use proptest::prelude::*;
 use serde_json::json;
@@ -54,7 +54,7 @@ const FIELD: &[(&str, usize, usize, &str)] = &[
     ("21-encodings/array.jsonl", 3, 0, ""),
     ("21-encodings/bom.csv", 3, 0, ""),
     ("21-encodings/bom.jsonl", 3, 0, ""),
-    ("21-encodings/comma.jsonl", 1, 1, "no comma stands"),
+    ("21-encodings/comma.jsonl", 1, 1, "no comma after"),
     ("21-encodings/crlf.jsonl", 3, 0, ""),
     ("21-encodings/latin1.csv", 0, 3, "not UTF-8"),
     ("21-encodings/lines.json", 3, 0, ""),
@@ -121,7 +121,7 @@ const LAYOUTS: &[(&str, &str, &str)] = &[
         "A? 1",
     ),
     (r#"{"conversations":[{"Human":"A?","GPT":"a"},{"Human":"B?"}]}"#, "", "B? 0"),
-    (r#"{"conversations":[{"instruction":"A","input":"B"}]}"#, "", "nothing says which"),
+    (r#"{"conversations":[{"instruction":"A","input":"B"}]}"#, "", "ambiguous"),
     (r#"{"conversations":[{"q":"A?","a":"a"}]}"#, "", "neither `role` nor `from`, but a, q"),
     // VLGuard.
     (
@@ -268,15 +268,15 @@ const LAYOUTS: &[(&str, &str, &str)] = &[
     (
         r#"{"info":{"year":2017},"questions":[{"image_id":1,"question":"A?"}]}"#,
         "",
-        "rows stand in the list `questions`",
+        "the rows are in the list `questions`",
     ),
     (
         r#"{"annotations":[{"image_id":"2","caption":"A loaf."}]}"#,
         "",
-        "rows stand in the list `annotations`",
+        "the rows are in the list `annotations`",
     ),
-    (r#"{"data":{"train":[{"question":"A?"}]}}"#, "", "rows stand in the list `data.train`"),
-    (r#"{"0":{"Question":"A?"},"1":{"Question":"B?"}}"#, "", "each of its columns is a row"),
+    (r#"{"data":{"train":[{"question":"A?"}]}}"#, "", "the rows are in the list `data.train`"),
+    (r#"{"0":{"Question":"A?"},"1":{"Question":"B?"}}"#, "", "each column is a row"),
     (r#"{"question":["A?","B?"],"image":["a.png","b.png"]}"#, "", "column by column"),
     (
         r#"{"question":{"0":"A?","1":"B?"},"image":{"0":"a.png","1":"b.png"}}"#,
@@ -287,10 +287,10 @@ const LAYOUTS: &[(&str, &str, &str)] = &[
     (r#"{"query":"<Image>\nA?","image":"a.png"}"#, "", "A? 1"),
     (r#"{"query":"<Img><ImageHere></Img> A?","image":"a.png"}"#, "", "A? 1"),
     (r#"{"query":"(<image>./</image>)\nA?","image":"a.png"}"#, "", "A? 1"),
-    (r#"{"query":"<image>\nA?","images":[]}"#, "", "marks of images in the text: 1"),
+    (r#"{"query":"<image>\nA?","images":[]}"#, "", "the text has 1 image placeholders"),
     // What Python shows is no JSON, and half a character is none.
-    (r#"{"query":"A?","images":"['a.png', 'b.png']"}"#, "", "as Python shows it"),
-    (r#"{"conversations":"[{'from': 'human', 'value': 'A?'}]"}"#, "", "as Python shows it"),
+    (r#"{"query":"A?","images":"['a.png', 'b.png']"}"#, "", "in Python's notation"),
+    (r#"{"conversations":"[{'from': 'human', 'value': 'A?'}]"}"#, "", "in Python's notation"),
     (r#"{"query":"A \ud83c?"}"#, "", "half of a surrogate pair"),
     (r#"{"query":"A?"} // mine"#, "", "no comments"),
 ];
@@ -333,9 +333,9 @@ fn images_stand_where_their_parts_say() {
     let row = json!({"messages": messages, "images": ["wheat.png", "rye.png"]});
     std::fs::write(&path, row.to_string()).unwrap();
     let row = input(path).rows().unwrap().next().unwrap().unwrap();
-    let images: Vec<Picture> =
-        ["rye.png", "wheat.png"].map(|name| Picture::File(folder.path().join(name))).into();
-    assert_eq!((row.images, row.before[0].images, row.query.as_str()), (images, 1, "Wheat?"));
+    let images: Vec<ImageSource> =
+        ["rye.png", "wheat.png"].map(|name| ImageSource::File(folder.path().join(name))).into();
+    assert_eq!((row.images, row.earlier[0].images, row.query.as_str()), (images, 1, "Wheat?"));
 }
 
 #[test]
@@ -379,7 +379,7 @@ fn compressed_files_are_read() {
         assert_eq!(last.unwrap_err().is_cut_short(), expected, "{name}");
     }
     std::fs::write(root.join("rows.zip"), "PK\u{3}\u{4}").unwrap();
-    for (name, says) in [("rows.zip", "unpack it"), ("rows.parquet.gz", "not .jsonl")] {
+    for (name, says) in [("rows.zip", "unpack it"), ("rows.parquet.gz", "unknown format")] {
         assert!(told(&input(root.join(name)))[0].as_ref().unwrap_err().contains(says), "{name}");
     }
 }
@@ -430,14 +430,14 @@ fn a_column_that_was_named_is_there_or_its_row_says_so() {
         assert_eq!(rows[..2], [read("A?", 1), read("B?", 0)], "{name}");
         assert_eq!(
             rows[2],
-            Err("row 3: --map image=photo: there is no such column; there are question".to_owned())
+            Err("row 3: --map image=photo: no such column; the columns are question".to_owned())
         );
         for pair in
             [("image", "foto"), ("query", "quetsion"), ("draft", "answer"), ("messages", "turns")]
         {
             let rows = told(name, text, &[pair]);
             let says = format!(
-                "row 1: --map {}={}: there is no such column; there are photo, question, tag",
+                "row 1: --map {}={}: no such column; the columns are photo, question, tag",
                 pair.0, pair.1
             );
             assert!(
@@ -529,8 +529,8 @@ fn every_type_of_parquet_is_read_or_named() {
         let rows: Vec<Row> = input(path).rows().unwrap().map(|row| row.unwrap()).collect();
         assert_eq!((rows.len(), rows[0].query.as_str()), (1, "What?"), "{kind}");
         let held = match &rows[0].images[..] {
-            [Picture::Bytes(held)] => held.to_vec(),
-            [Picture::File(path)] => std::fs::read(path).unwrap(),
+            [ImageSource::Bytes(held)] => held.to_vec(),
+            [ImageSource::File(path)] => std::fs::read(path).unwrap(),
             other => panic!("{kind}: {other:?}"),
         };
         assert_eq!(held, bytes, "{kind}");
@@ -600,7 +600,7 @@ fn folders_and_patterns_of_tables_are_read_in_order() {
         told(&input(root.join("*.csv")))[0]
             .as_ref()
             .unwrap_err()
-            .contains("no file has such a name")
+            .contains("no file matches this pattern")
     );
     // What a folder is must be clear.
     std::fs::write(root.join("a.png"), png(1)).unwrap();

@@ -5,11 +5,11 @@ use std::{collections::BTreeMap, path::Path};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use ecso_data::{
     input::{Input, Mapping},
-    make::Made,
+    make::RowOutcome,
     manifest::Packing,
     pack::pack,
     record::Shard,
-    row::{Picture, Row},
+    row::{ImageSource, Row},
 };
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use proptest::prelude::*;
@@ -18,9 +18,9 @@ use serde_json::{Value, json};
 use crate::data::{BOUNDS, go, input, packing, png, records};
 
 /// A turn: who says it, its text, images before it, and whether one stands in its midst.
-type Said = (&'static str, String, usize, bool);
+type EarlierTurn = (&'static str, String, usize, bool);
 
-fn turns() -> impl Strategy<Value = Vec<Said>> {
+fn turns() -> impl Strategy<Value = Vec<EarlierTurn>> {
     // Spaces, marks and quotes as they are found in texts.
     let text = "(a|B|é|\\.|\\?| |\n|\"|\\\\|\\{|the image|<|>|&lt;image&gt;|</video>){0,12}";
     let who = prop::sample::select(vec!["user", "user", "user", "assistant", "system"]);
@@ -33,7 +33,7 @@ const SPELLED: &str =
 
 /// Rows of conversations whose images are data URLs. Of those with a draft every second one's is
 /// rude.
-fn lines(rows: &[Vec<Said>]) -> String {
+fn lines(rows: &[Vec<EarlierTurn>]) -> String {
     let mut number = 0;
     let mut image = || {
         number += 1;
@@ -65,17 +65,17 @@ fn lines(rows: &[Vec<Said>]) -> String {
     text
 }
 
-fn bytes(picture: &Picture) -> Vec<u8> {
+fn bytes(picture: &ImageSource) -> Vec<u8> {
     match picture {
-        Picture::Bytes(bytes) => bytes.to_vec(),
-        Picture::File(path) => std::fs::read(path).unwrap(),
-        Picture::Url(url) => panic!("{url}"),
+        ImageSource::Bytes(bytes) => bytes.to_vec(),
+        ImageSource::File(path) => std::fs::read(path).unwrap(),
+        ImageSource::Url(url) => panic!("{url}"),
     }
 }
 
 /// What a row says and shows, whoever says it.
 fn content(row: &Row) -> (String, Vec<Vec<u8>>) {
-    let texts = row.before.iter().map(|said| said.text.as_str()).chain([row.query.as_str()]);
+    let texts = row.earlier.iter().map(|said| said.text.as_str()).chain([row.query.as_str()]);
     let texts: Vec<&str> = texts.filter(|text| !text.is_empty()).collect();
     (texts.join("\n"), row.images.iter().map(bytes).collect())
 }
@@ -97,7 +97,7 @@ fn marks(of: &Value) -> usize {
     of.to_string().matches("<image>").count()
 }
 
-/// Who speaks, in order.
+/// Speaker speaks, in order.
 fn speakers<'a>(turns: &'a Value, key: &str) -> Vec<&'a str> {
     turns.as_array().unwrap().iter().map(|turn| turn[key].as_str().unwrap()).collect()
 }
@@ -126,16 +126,16 @@ proptest! {
 
         let made = records(&out);
         prop_assert!(made.values().all(|record| record.error.is_none()), "{made:?}");
-        let of = |wanted: fn(&Made) -> bool| -> Vec<Row> {
-            let is_wanted = |row: &Row| made[&row.number.to_string()].made.as_ref().is_some_and(wanted);
+        let of = |wanted: fn(&RowOutcome) -> bool| -> Vec<Row> {
+            let is_wanted = |row: &Row| made[&row.number.to_string()].outcome.as_ref().is_some_and(wanted);
             read(&rows).into_iter().filter(is_wanted).collect()
         };
-        let pairs = of(|made| matches!(made, Made::Kept(_)));
-        let kept = of(|made| matches!(made, Made::Kept(_) | Made::Safe(_)));
+        let pairs = of(|made| matches!(made, RowOutcome::Kept(_)));
+        let kept = of(|made| matches!(made, RowOutcome::Kept(_) | RowOutcome::Safe(_)));
         prop_assert!(!pairs.is_empty());
 
         // Parquet has the turns as they were.
-        let shown = |row: &Row| (row.before.clone(), content(row));
+        let shown = |row: &Row| (row.earlier.clone(), content(row));
         for (name, kept) in [("sft", &kept), ("dpo/*.parquet", &pairs)] {
             let again: Vec<_> = read(&input(dataset.join(name))).iter().map(shown).collect();
             prop_assert_eq!(again, kept.iter().map(shown).collect::<Vec<_>>(), "{}", name);
