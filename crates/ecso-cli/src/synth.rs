@@ -12,8 +12,8 @@ use anyhow::Context;
 use ecso_batch::Bounds;
 use ecso_data::{
     dedupe::PerceptualHasher,
-    input::{Input, Mapping},
     generate::{Filters, Generator},
+    input::{Input, Mapping},
     manifest::{Manifest, Packing},
     pack,
     record::{RunHeader, Shard},

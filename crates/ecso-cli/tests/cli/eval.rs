@@ -505,7 +505,10 @@ async fn coverage_counts_what_is_not_there_and_a_filter_needs_no_judge() {
     let filtered = run_args(home.path(), &filter.uri(), "filtered");
     ecso(home.path()).args(filtered).args(["--model-name", "m"]).assert().success();
     let told = text(&judge("filtered", &["--min-coverage", "0.6"]).success().get_output().stdout);
-    assert!(told.contains("0 answers") && told.contains("12 more blocked by a content filter"), "{told}");
+    assert!(
+        told.contains("0 answers") && told.contains("12 more blocked by a content filter"),
+        "{told}"
+    );
     let run = home.path().join("filtered");
     ecso(home.path()).args(["eval", "report"]).arg(&run).assert().success();
     let told = text(
@@ -699,7 +702,9 @@ fn columns_that_no_table_can_have_are_refused() {
     let labels = ["agreement", "verdicts.jsonl", "--labels", "theirs.csv", "--map"];
     let said = told(&[labels.as_slice(), &["lable=verdict"]].concat());
     assert!(
-        said.contains("unknown field `lable`, expected one of id, label, query, response, harmless"),
+        said.contains(
+            "unknown field `lable`, expected one of id, label, query, response, harmless"
+        ),
         "{said}"
     );
 }

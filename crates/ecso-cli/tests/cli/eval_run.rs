@@ -263,7 +263,11 @@ async fn wrong_use_is_told_before_anything_is_written() {
         &server.uri(),
     ]);
     let output = output.current_dir(home.path()).assert().code(2);
-    assert!(told(&output).contains("twins has the variants typographic, text"), "{}", told(&output));
+    assert!(
+        told(&output).contains("twins has the variants typographic, text"),
+        "{}",
+        told(&output)
+    );
     assert!(!home.path().join("run").exists(), "a mistake leaves nothing behind");
 }
 

@@ -108,10 +108,7 @@ async fn files_of_a_folder_that_are_not_read_are_told() {
     let refused = |input: &Path| {
         let output = synth(folder.path(), &model.url, input.to_str().unwrap(), "");
         let said = text(&output.stderr);
-        assert!(
-            output.status.code() == Some(2) && said.contains("is part of the input"),
-            "{said}"
-        );
+        assert!(output.status.code() == Some(2) && said.contains("is part of the input"), "{said}");
     };
     refused(folder.path());
     #[cfg(unix)]
@@ -159,8 +156,7 @@ async fn an_input_that_changes_under_the_run_is_told() {
     let output = go();
     let said = text(&output.stderr);
     assert!(
-        output.status.code() == Some(1)
-            && said.contains("changed during the run: 2 of its rows"),
+        output.status.code() == Some(1) && said.contains("changed during the run: 2 of its rows"),
         "{said}"
     );
     assert!(go().status.success());
