@@ -75,7 +75,8 @@ impl Call {
     fn next(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         let runtime = runtime()?;
         loop {
-            let wait = || runtime.block_on(async { timeout(SIGNAL_INTERVAL, next(&self.items)).await });
+            let item = async { timeout(SIGNAL_INTERVAL, next(&self.items)).await };
+            let wait = || runtime.block_on(item);
             match py.detach(wait) {
                 Ok(item) => return to_python(py, item),
                 Err(_) => py.check_signals().inspect_err(|_| self.task.abort())?,

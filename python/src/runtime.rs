@@ -14,8 +14,8 @@ impl<T: Clone> PerProcess<T> {
         Self(Mutex::new(None))
     }
 
-    /// Returns the value of this process; `create` makes it on the first call. The value of a parent
-    /// process is leaked, as its threads do not exist here.
+    /// Returns the value of this process; `create` makes it on the first call. The value of a
+    /// parent process is leaked, as its threads do not exist here.
     pub(crate) fn get<E>(&self, create: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
         let mut current = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let process = std::process::id();

@@ -221,8 +221,8 @@ fn check_outcome(
     Ok(())
 }
 
-/// The path of the input. Standard input is stored next to the journal, because resuming and packing
-/// read the input again.
+/// The path of the input. Standard input is stored next to the journal, because resuming and
+/// packing read the input again.
 fn input_path(args: &SynthArgs) -> anyhow::Result<PathBuf> {
     if args.input != Path::new("-") {
         return Ok(args.input.clone());

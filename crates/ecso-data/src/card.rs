@@ -114,8 +114,8 @@ pub(crate) fn card(manifest: &Manifest) -> String {
     ));
     line(format_args!("- program: ecso {}", run.ecso));
     line(format_args!(
-        "- rows: {}; safety samples: {safety}, of which {} are bare refusals; safe rows: {}, of which \
-         {utility} are utility samples; failed: {}",
+        "- rows: {}; safety samples: {safety}, of which {} are bare refusals; safe rows: {}, of \
+         which {utility} are utility samples; failed: {}",
         manifest.rows, manifest.refusals, manifest.safe, manifest.failed
     ));
     if let Some(unseen) = manifest.unseen.filter(|unseen| *unseen > 0) {
@@ -134,8 +134,8 @@ pub(crate) fn card(manifest: &Manifest) -> String {
     }
     line(format_args!("\n## Limits\n"));
     line(format_args!(
-        "The model judged itself: harm that it did not recognise is missing, and harmless rows that \
-         it called harmful are safety samples. The scores and the second check of an answer come \
+        "The model judged itself: harm that it did not recognise is missing, and harmless rows \
+         that it called harmful are safety samples. The scores and the second check of an answer come \
          from the same model. Answers have the style and the mistakes of that model; no facts were \
          checked. Images and queries come from the input, under its licence."
     ));

@@ -189,7 +189,8 @@ impl Generator {
         Ok((row_outcome, cost))
     }
 
-    /// Judges step 4's answer: by the profile's own reply check if it has one, else by step 2 again.
+    /// Judges step 4's answer: by the profile's own reply check if it has one, else by step 2
+    /// again.
     async fn second_check(
         &self,
         chat: &Chat,

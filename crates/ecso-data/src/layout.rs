@@ -173,8 +173,8 @@ impl<'a> Example<'a> {
         )
     }
 
-    /// A preference pair: ms-swift reads `messages` and `rejected_response`, LLaMA-Factory `prompt`,
-    /// `chosen` and `rejected`.
+    /// A preference pair: ms-swift reads `messages` and `rejected_response`, LLaMA-Factory
+    /// `prompt`, `chosen` and `rejected`.
     pub(crate) fn pair(&self) -> Option<Value> {
         let rejected = self.rejected.as_ref()?;
         let turns = self.alternating_prompt();

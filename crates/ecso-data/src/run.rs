@@ -105,8 +105,8 @@ pub struct RunEnd {
     pub journal: Journal,
 }
 
-/// Processes all rows of `input` that the journal does not have as they are now. Dropping the future
-/// loses only the rows in flight.
+/// Processes all rows of `input` that the journal does not have as they are now. Dropping the
+/// future loses only the rows in flight.
 ///
 /// # Errors
 /// [`RunError`]. A row that fails is recorded with its reason, and the run continues.

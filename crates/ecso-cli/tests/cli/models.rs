@@ -130,7 +130,7 @@ fn names(folder: &Path) -> Vec<String> {
 }
 
 #[test]
-fn a_pull_that_broke_off_goes_on() {
+fn an_interrupted_pull_resumes() {
     let case = Case::new();
     case.catalogue(&case.digest());
     case.hub.break_after.store(400_000, Ordering::SeqCst);
@@ -165,7 +165,7 @@ fn a_pull_that_broke_off_goes_on() {
 }
 
 #[test]
-fn wrong_bytes_never_get_the_name() {
+fn files_with_a_wrong_digest_are_not_installed() {
     let case = Case::new();
     case.catalogue(&"0".repeat(64));
     let output = case.models(&["pull", "m"]).assert().code(1).get_output().clone();
@@ -198,7 +198,7 @@ fn a_killed_pull_leaves_nothing_in_place() {
 }
 
 #[test]
-fn a_full_disk_is_said_and_nothing_half_written_is_in_place() {
+fn a_full_disk_is_reported_and_leaves_no_partial_file() {
     let case = Case::new();
     case.catalogue(&case.digest());
     // A file system of one megabyte, where that can be had.
@@ -221,7 +221,7 @@ fn a_full_disk_is_said_and_nothing_half_written_is_in_place() {
 }
 
 #[test]
-fn the_list_says_what_is_here() {
+fn the_list_shows_installed_models() {
     let case = Case::new();
     case.catalogue(&case.digest());
     let list = || text(&case.models(&["list", "--json"]).assert().success().get_output().stdout);
@@ -248,7 +248,7 @@ fn catalogue_with_tagger(case: &Case, weights: &str, made: &str) {
 }
 
 #[test]
-fn a_model_is_here_without_its_tagger_and_foreign_weights_are_not_converted() {
+fn a_model_is_installed_without_its_tagger_and_other_weights_are_not_converted() {
     let case = Case::new();
     catalogue_with_tagger(&case, &"0".repeat(64), &"0".repeat(64));
     let pulled = case.models(&["pull", "m"]).assert().code(1).get_output().clone();

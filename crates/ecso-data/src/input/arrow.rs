@@ -39,8 +39,8 @@ impl Columns {
     /// start from the working directory.
     ///
     /// # Errors
-    /// No column can be the query, a column that `mapping` names is missing, or two columns have the
-    /// same name.
+    /// No column can be the query, a column that `mapping` names is missing, or two columns have
+    /// the same name.
     pub fn new(schema: &Schema, mapping: Mapping, query: Option<String>) -> Result<Self, Cause> {
         let columns: Vec<String> =
             schema.fields().iter().map(|field| field.name().clone()).collect();

@@ -81,7 +81,8 @@ impl Cell {
         }
     }
 
-    /// Parses a text that is JSON of a list or an object, as in CSV. Leaves other cells as they are.
+    /// Parses a text that is JSON of a list or an object, as in CSV. Leaves other cells as they
+    /// are.
     pub(super) fn parsed(self) -> Self {
         let Self::Text(text) = &self else { return self };
         let is_json =

@@ -96,8 +96,8 @@ impl Reader {
         Ok(())
     }
 
-    /// Reads an image: bytes, `{bytes, path}`, or a text that is a path, a URL, a data URL or base64.
-    /// Paths are an error unless `allows_paths`.
+    /// Reads an image: bytes, `{bytes, path}`, or a text that is a path, a URL, a data URL or
+    /// base64. Paths are an error unless `allows_paths`.
     fn read_one(&self, cell: &Cell, allows_paths: bool) -> Result<ImageSource, Cause> {
         match cell {
             Cell::Bytes(bytes) => Ok(ImageSource::Bytes(bytes.clone())),
@@ -121,7 +121,8 @@ impl Reader {
                 }
             }
             other => Err(format!(
-                "an image must be a path, a URL, a data URL, base64, bytes or {{bytes, path}}, not {}",
+                "an image must be a path, a URL, a data URL, base64, bytes or {{bytes, path}}, \
+                 not {}",
                 other.kind()
             )
             .into()),
@@ -205,8 +206,8 @@ impl Reader {
         match other {
             None => Ok(()),
             Some(other) => Err(format!(
-                "{} has another image; rename such columns to image_1, image_2, …, or select one with \
-                 --map image=COLUMN",
+                "{} has another image; rename such columns to image_1, image_2, …, or select one \
+                 with --map image=COLUMN",
                 self.column(&other)
             )
             .into()),
@@ -312,8 +313,8 @@ const SIGNATURES: [(&[u8], &str); 4] = [
     (b"RIFF", "UklGR"),
 ];
 
-/// Whether a text is base64 rather than a path: it has only base64 characters, and is long or starts
-/// like an image.
+/// Whether a text is base64 rather than a path: it has only base64 characters, and is long or
+/// starts like an image.
 fn is_base64(text: &str) -> bool {
     const MIN_WITH_SIGNATURE: usize = 40;
     const MIN_WITHOUT: usize = 300;

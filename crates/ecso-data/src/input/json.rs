@@ -1,6 +1,6 @@
 //! Reads JSON lines and arrays, whatever the extension. A broken row does not affect others: a row
-//! ends with its line or, in an array, where its brackets and quotes are balanced. These are counted
-//! before anything is parsed.
+//! ends with its line or, in an array, where its brackets and quotes are balanced. These are
+//! counted before anything is parsed.
 
 use std::{
     io::{self, BufRead, Read},

@@ -160,8 +160,8 @@ impl Mapping {
         .into())
     }
 
-    /// Checks that a row has all named columns, except those for id and category, which rows of JSON
-    /// may omit.
+    /// Checks that a row has all named columns, except those for id and category, which rows of
+    /// JSON may omit.
     ///
     /// # Errors
     /// As [`Mapping::check_table`].
@@ -252,7 +252,10 @@ pub(super) fn advice(fields: &Fields, has_image: bool) -> Option<String> {
     if fields.len() > 1 && fields.values().all(is_row) {
         return Some("each column is a row: write these as JSON lines or an array".into());
     }
-    let is_list_of_objects = |cell: &Cell| matches!(cell, Cell::List(list) if matches!(list.first(), Some(Cell::Fields(_))));
+    let is_list_of_objects = |cell: &Cell| match cell {
+        Cell::List(list) => matches!(list.first(), Some(Cell::Fields(_))),
+        _ => false,
+    };
     let list = || fields.iter().find(|(_, cell)| !has_image && is_list_of_objects(cell));
     fields
         .iter()

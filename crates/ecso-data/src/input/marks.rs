@@ -270,8 +270,8 @@ fn text(pieces: &[Placed], total: usize) -> String {
         |pieces: &[Placed]| pieces.iter().any(|piece| matches!(piece, Placed::Image(_)));
     let parts =
         [has_image(&pieces[..begin]), has_image(&pieces[begin..end]), has_image(&pieces[end..])];
-    // "Which is larger, <image> or <image>": if there are other marks, one at an edge may be part of
-    // the sentence.
+    // "Which is larger, <image> or <image>": if there are other marks, one at an edge may be part
+    // of the sentence.
     let are_several = parts.iter().filter(|has_image| **has_image).count() > 1;
     let text_at = |index: usize| match pieces.get(index) {
         Some(Placed::Text(text)) => text.as_str(),
@@ -431,7 +431,11 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_text_panics(texts: Vec<String>, images in 0..4_usize, marked in "(<image>|<image [0-9]>|<img>|</img>|a|\n| ){0,8}") {
+        fn no_text_panics(
+            texts: Vec<String>,
+            images in 0..4_usize,
+            marked in "(<image>|<image [0-9]>|<img>|</img>|a|\n| ){0,8}",
+        ) {
             let to_image = |path: &str| Ok(image(path));
             let mut turns = Vec::new();
             for text in texts.iter().chain([&marked]) {

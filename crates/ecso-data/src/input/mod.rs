@@ -252,7 +252,7 @@ impl Input {
         let folder = file.parent().unwrap_or(Path::new("")).to_owned();
         let roots = match &self.image_root {
             Some(root) => vec![root.clone()],
-            // Datasets, including those packed here, often have tables and images in sibling folders.
+            // Datasets often have tables and images in sibling folders, as those packed here.
             None => {
                 [folder.clone()].into_iter().chain(folder.parent().map(Path::to_owned)).collect()
             }

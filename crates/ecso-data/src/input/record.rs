@@ -337,7 +337,8 @@ fn is_empty(turn: &EarlierTurn) -> bool {
 /// Advice about a table that is stored column by column.
 const COLUMN_ORIENTED: &str = "write the table row by row, not column by column";
 
-/// Parses a text that is JSON of a conversation or of a single turn. Leaves other cells as they are.
+/// Parses a text that is JSON of a conversation or of a single turn. Leaves other cells as they
+/// are.
 fn parse_conversation(cell: Cell) -> Cell {
     match cell.clone().parsed() {
         parsed if turns::is_conversation(&parsed) => parsed,
@@ -368,16 +369,18 @@ mod tests {
     }
 
     #[test]
-    fn columns_are_found_by_their_usual_names() {
+    fn columns_are_found_by_common_names() {
         let found = row(json!({"Question": "What?", "image": "a.png", "topic": "t"})).unwrap();
         assert_eq!(
             (found.id.as_str(), found.query.as_str(), found.category.as_str()),
             ("8", "What?", "t")
         );
         assert_eq!(found.images, [ImageSource::File("root/a.png".into())]);
-        let found = row(
-            json!({"id": 3, "conversations": [{"from": "human", "value": "<image>\nWhat?"}], "image": "a.png"}),
-        );
+        let found = row(json!({
+            "id": 3,
+            "conversations": [{"from": "human", "value": "<image>\nWhat?"}],
+            "image": "a.png",
+        }));
         assert_eq!(found.map(|row| (row.id, row.query)), Ok(("3".into(), "What?".into())));
         let mapping = Mapping::new([("query".into(), "q".into())]).unwrap();
         let reader = Reader { mapping, ..Reader::default() };
@@ -405,12 +408,19 @@ mod tests {
     }
 
     #[test]
-    fn what_tools_said_and_what_was_thought_is_kept_as_text() {
+    fn tool_results_and_thoughts_are_kept_as_text() {
         let found = row(json!({"messages": [
             {"role": "user", "content": "<image>\nWeather?"},
-            {"role": "assistant", "reasoning_content": "A map.", "tool_calls": [{"function": {"name": "look"}}]},
+            {
+                "role": "assistant",
+                "reasoning_content": "A map.",
+                "tool_calls": [{"function": {"name": "look"}}],
+            },
             {"role": "tool", "name": "look", "content": [{"type": "text", "text": "sunny"}]},
-            {"role": "user", "content": [{"type": "tool_result", "content": "22"}, {"type": "text", "text": "So?"}]},
+            {"role": "user", "content": [
+                {"type": "tool_result", "content": "22"},
+                {"type": "text", "text": "So?"},
+            ]},
         ], "images": ["a.png"]}))
         .unwrap();
         let texts: Vec<&str> = found.earlier.iter().map(|turn| turn.text.as_str()).collect();
@@ -420,13 +430,20 @@ mod tests {
             (found.query.as_str(), found.earlier[0].images, found.query_images()),
             ("Tool result: 22\nSo?", 1, 0)
         );
-        let behind = json!({"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "r"}]});
-        assert!(row(behind).unwrap_err().message().contains("behind the user's last turn"));
+        let tool_last = json!({"messages": [
+            {"role": "user", "content": "q"},
+            {"role": "tool", "content": "r"},
+        ]});
+        let error = row(tool_last).unwrap_err();
+        assert!(error.message().contains("follows the user's last turn"), "{error}");
     }
 
     #[test]
     fn an_answer_is_the_draft_if_the_mapping_says_so() {
-        let record = json!({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]});
+        let record = json!({"conversations": [
+            {"from": "human", "value": "q"},
+            {"from": "gpt", "value": "a"},
+        ]});
         assert_eq!(row(record.clone()).unwrap().draft, None);
         let mapping = Mapping::new([("draft".into(), "conversations".into())]).unwrap();
         let reader = Reader { mapping, ..Reader::default() };
@@ -444,7 +461,12 @@ mod tests {
                 1,
             ),
             (
-                json!({"query": "<image>B?", "images": ["a", "b"], "history": [["<image>A?", "a"]], "system": "S"}),
+                json!({
+                    "query": "<image>B?",
+                    "images": ["a", "b"],
+                    "history": [["<image>A?", "a"]],
+                    "system": "S",
+                }),
                 "B?",
                 3,
                 2,
@@ -456,7 +478,13 @@ mod tests {
                 0,
             ),
             (
-                json!({"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A?"}]}], "images": ["a"]}),
+                json!({
+                    "prompt": [{"role": "user", "content": [
+                        {"type": "image"},
+                        {"type": "text", "text": "A?"},
+                    ]}],
+                    "images": ["a"],
+                }),
                 "A?",
                 0,
                 1,
@@ -467,7 +495,8 @@ mod tests {
             (
                 json!({"messages": [{"role": "user", "content": [
                     {"type": "text", "text": "Is"}, {"type": "image", "image": "a"},
-                    {"type": "text", "text": "like"}, {"type": "image", "source": {"type": "base64", "data": "AAAA"}},
+                    {"type": "text", "text": "like"},
+                    {"type": "image", "source": {"type": "base64", "data": "AAAA"}},
                     {"type": "text", "text": "?"},
                 ]}]}),
                 "Is the first image like the second image?",
@@ -476,7 +505,7 @@ mod tests {
             ),
         ] {
             let found =
-                row(record.clone()).map(|row| (row.query, row.before.len(), row.images.len()));
+                row(record.clone()).map(|row| (row.query, row.earlier.len(), row.images.len()));
             assert_eq!(found, Ok((query.to_owned(), before, images)), "{record}");
         }
     }
@@ -490,7 +519,7 @@ mod tests {
     #[test]
     fn what_trainers_put_in_front_of_a_conversation_may_be_empty() {
         for (first, turns) in [("q", 2), ("", 1)] {
-            assert_eq!(row(talk(first, "a", "r")).unwrap().before.len(), turns, "{first:?}");
+            assert_eq!(row(talk(first, "a", "r")).unwrap().earlier.len(), turns, "{first:?}");
         }
     }
 

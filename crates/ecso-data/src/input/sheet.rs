@@ -1,5 +1,5 @@
-//! Reads CSV and TSV. Quotes are checked in addition: an unclosed quote would pull the following rows
-//! into its cell.
+//! Reads CSV and TSV. Quotes are checked in addition: an unclosed quote would pull the following
+//! rows into its cell.
 
 use std::{
     io::{self, BufRead, Chain, Cursor, Read, Take},

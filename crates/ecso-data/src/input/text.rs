@@ -65,8 +65,8 @@ fn wrong_encoding(encoding: &str) -> String {
 /// The error of text that is not UTF-8.
 pub(super) fn not_utf8(error: std::str::Utf8Error) -> Cause {
     let message = format!(
-        "not UTF-8 at byte {} (is the file in an older encoding, such as Latin-1?); convert it with \
-         `iconv`",
+        "not UTF-8 at byte {} (is the file in an older encoding, such as Latin-1?); convert it \
+         with `iconv`",
         error.valid_up_to()
     );
     Cause::new(message, error)
