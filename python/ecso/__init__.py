@@ -6,8 +6,8 @@
     outcome = guard.answer("What is on the list?", images="list.png")
     print(outcome.verdict, outcome.answer)
 
-`Guard` answers one conversation at a time, `AsyncGuard` does it with `await`, and `Guard.process_batch` answers a table of Arrow.
-`guarded` puts the guard around a client of the package openai. `ecso.ray`, `ecso.spark` and `ecso.daft` take it to clusters.
+`Guard` answers one conversation at a time, `AsyncGuard` does the same with `await`, and `Guard.process_batch` answers an Arrow
+table. `guarded` wraps a client of the package openai. `ecso.ray`, `ecso.spark` and `ecso.daft` run the guard on clusters.
 """
 
 from ._ecso import Table, __version__, has_engine

@@ -1,4 +1,4 @@
-"""The program `ecso`, as the wheel has it."""
+"""The program `ecso` from the wheel."""
 
 import shutil
 import signal
@@ -9,8 +9,8 @@ from ._ecso import main as program
 
 
 def main() -> NoReturn:
-    """Runs the program with this process's arguments, and ends as it does."""
-    # As in a program without Python around it: Ctrl-C ends it, or is heard by it.
+    """Run the program with the arguments of this process, and exit with its exit code."""
+    # Let the program handle Ctrl-C as it does without Python.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(program(shutil.which(sys.argv[0]), ["ecso", *sys.argv[1:]]))
 

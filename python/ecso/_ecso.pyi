@@ -5,7 +5,7 @@ __version__: str
 
 class Call:
     def next(self) -> Any: ...
-    def ask(self, done: Callable[[Any, Optional[BaseException]], object]) -> None: ...
+    def on_next(self, done: Callable[[Any, Optional[BaseException]], object]) -> None: ...
     def cancel(self) -> None: ...
 
 class Core:
@@ -15,7 +15,7 @@ class Core:
     @property
     def concurrency(self) -> int: ...
     def answer(
-        self, told: list[tuple[str, list[tuple[str, Union[str, bytes]]]]], draft: Optional[str], events: bool
+        self, messages: list[tuple[str, list[tuple[str, Union[str, bytes]]]]], draft: Optional[str], events: bool
     ) -> Call: ...
     def table(
         self,
@@ -30,7 +30,7 @@ class Core:
     ) -> Call: ...
 
 class Table:
-    """A table with its answers. It speaks Arrow's PyCapsule interface: `pyarrow.table(it)`, `polars.DataFrame(it)` and their like take it."""
+    """A table with answers. It implements Arrow's PyCapsule interface: `pyarrow.table(it)`, `polars.DataFrame(it)` and others convert it."""
 
     def __len__(self) -> int: ...
     @property

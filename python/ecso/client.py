@@ -1,4 +1,4 @@
-"""A client of the package openai whose answers are guarded."""
+"""Guarded clients of the package openai."""
 
 from __future__ import annotations
 
@@ -14,116 +14,117 @@ from .results import Outcome
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-SENT = frozenset(
+ALLOWED = frozenset(
     "frequency_penalty max_completion_tokens max_tokens messages model n presence_penalty seed stop stream temperature timeout top_p user".split()
 )
-"""What may be asked for: what changes an answer's words, and nothing that brings more than words, for only words are judged."""
+"""The allowed arguments: those that change the text of an answer, and none that adds other contents, as only text is judged."""
 
 
 def guarded(client: Any, profile: Optional[str] = None, **settings: Any) -> Any:
-    """`client`, an `openai.OpenAI` or `openai.AsyncOpenAI`, with the guard around its chat completions.
+    """Wrap `client`, an `openai.OpenAI` or `openai.AsyncOpenAI`, so that its chat completions are guarded.
 
-    `create` asks the client as it is, then the same model, at the client's own address and with its key, judges each answer, and writes
-    it anew where it is harmful. What comes back is a `ChatCompletion` of words alone, with `completion.ecso`: `verdict`, `score`,
-    `rewritten` and `profile` of each choice. With `stream=True` the whole answer is held until it is judged, and comes in one piece.
+    `create` sends the request as it is. Then the same model, at the client's address and with its key, judges each answer and
+    rewrites it if it is harmful. The result is a `ChatCompletion` with text only, and `completion.ecso` has `verdict`, `score`,
+    `rewritten` and `profile` of each choice. With `stream=True` the whole answer is held back until it is judged, and sent at once.
 
-    Everything that could bring what nobody judged is refused: tools, audio, log-probabilities, `extra_body`, and all of the client but
-    `chat.completions.create` and `models`. For these there is `ecso serve`. `profile` and `settings` are those of `Guard`.
+    Everything that could return unjudged contents is refused: tools, audio, log-probabilities, `extra_body`, and all of the client
+    except `chat.completions.create` and `models`. Use `ecso serve` for these. `profile` and `settings` are those of `Guard`.
     """
     import openai
 
     if not isinstance(client, (openai.OpenAI, openai.AsyncOpenAI)):
-        raise TypeError(f"a client of the package openai is needed, not {type(client).__name__}")
+        raise TypeError(f"expected an openai.OpenAI or openai.AsyncOpenAI, not {type(client).__name__}")
     kind = _AsyncCompletions if isinstance(client, openai.AsyncOpenAI) else _Completions
     return _Client(client, kind(client, profile, settings))
 
 
-class _Only:
-    """Something of which only this much is guarded."""
+class _GuardedOnly:
+    """An object that has guarded attributes only."""
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"`{name}` is not guarded; `chat.completions.create` is, and `ecso serve` guards more")
+        raise AttributeError(f"`{name}` is not guarded; use `chat.completions.create`, or `ecso serve` to guard more")
 
 
-class _Chat(_Only):
+class _Chat(_GuardedOnly):
     def __init__(self, completions: Any) -> None:
         self.completions = completions
 
 
-class _Client(_Only):
+class _Client(_GuardedOnly):
     def __init__(self, client: Any, completions: Any) -> None:
         self.chat, self.models, self.base_url = _Chat(completions), client.models, client.base_url
 
 
-class _Completions(_Only):
+class _Completions(_GuardedOnly):
     kind: Any = Guard
 
     def __init__(self, client: Any, profile: Optional[str], settings: dict[str, Any]) -> None:
         self._client, self._profile, self._settings = client, profile, settings
         self._guards: dict[str, Any] = {}
 
-    def create(self, **asked: Any) -> Any:
-        """As the client's own, but for what `guarded` says."""
-        guard, sent = self._prepared(asked)
-        completion = self._client.chat.completions.create(**sent)
-        outcomes = [guard.review(asked["messages"], draft=draft) for draft in _drafts(completion)]
+    def create(self, **arguments: Any) -> Any:
+        """Like the client's own method, with the restrictions of `guarded`."""
+        guard, request = self._prepare(arguments)
+        completion = self._client.chat.completions.create(**request)
+        outcomes = [guard.review(arguments["messages"], draft=draft) for draft in _drafts(completion)]
         judged = _judged(completion, outcomes)
-        return iter(_chunks(judged)) if asked.get("stream") else judged
+        return iter(_chunks(judged)) if arguments.get("stream") else judged
 
-    def _prepared(self, asked: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        other = sorted(name for name, value in asked.items() if name not in SENT and value is not None)
+    def _prepare(self, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Return the guard for the model, and the arguments to send."""
+        other = sorted(name for name, value in arguments.items() if name not in ALLOWED and value is not None)
         if other:
-            raise InputError(f"what these bring can't be judged here: {', '.join(other)}; `ecso serve` guards more")
-        model = asked.get("model")
-        if not isinstance(model, str) or not isinstance(asked.get("messages"), (list, tuple)):
-            raise InputError("a model and a list of messages are needed")
-        _check(asked["messages"])  # What can't be judged is not asked.
+            raise InputError(f"these arguments can't be guarded: {', '.join(other)}; use `ecso serve`, which guards more")
+        model = arguments.get("model")
+        if not isinstance(model, str) or not isinstance(arguments.get("messages"), (list, tuple)):
+            raise InputError("pass `model` and a list of `messages`")
+        _check(arguments["messages"])  # Requests that can't be judged are not sent.
         if model not in self._guards:
             settings = {"model_name": model, "api_key": self._client.api_key or None, **self._settings}
             self._guards[model] = self.kind(str(self._client.base_url), self._profile, **settings)
-        return self._guards[model], {name: value for name, value in asked.items() if name != "stream"}
+        return self._guards[model], {name: value for name, value in arguments.items() if name != "stream"}
 
 
 def _check(messages: Any) -> None:
-    """Refuses what the model would be shown and the judge would not, or would see otherwise."""
+    """Refuse contents that the guard would not see, or would see differently than the model."""
     for _, pieces in turns(messages, None, None):
         for kind, value in pieces:
             if kind == "url" and not str(value).startswith("data:"):
-                raise InputError("an image behind a URL would be fetched by the model and by the judge, and may differ: send a data URL")
+                raise InputError("pass a data URL: an image behind a URL may differ between the fetches of model and guard")
     for message in messages:
         parts = message["content"] if isinstance(message["content"], (list, tuple)) else ()
         other = set(message) - {"role", "content"}
         for part in parts:
             other |= set(part) - {"type", "text" if part["type"] in ("text", "input_text") else "image_url"}
         if other:
-            raise InputError(f"a message has what can't be judged here: {', '.join(sorted(map(str, other)))}")
+            raise InputError(f"these fields of a message can't be judged: {', '.join(sorted(map(str, other)))}")
 
 
 class _AsyncCompletions(_Completions):
     kind = AsyncGuard
 
-    async def create(self, **asked: Any) -> Any:
-        """As the client's own, but for what `guarded` says."""
-        guard, sent = self._prepared(asked)
-        completion = await self._client.chat.completions.create(**sent)
-        outcomes = [await guard.review(asked["messages"], draft=draft) for draft in _drafts(completion)]
+    async def create(self, **arguments: Any) -> Any:
+        """Like the client's own method, with the restrictions of `guarded`."""
+        guard, request = self._prepare(arguments)
+        completion = await self._client.chat.completions.create(**request)
+        outcomes = [await guard.review(arguments["messages"], draft=draft) for draft in _drafts(completion)]
         judged = _judged(completion, outcomes)
-        return _awaited(_chunks(judged)) if asked.get("stream") else judged
+        return _async_iterator(_chunks(judged)) if arguments.get("stream") else judged
 
 
 def _drafts(completion: ChatCompletion) -> list[str]:
-    """The answers of all choices. One that is more than words can't be judged."""
+    """Return the texts of all choices. Other contents are an error."""
     drafts = []
     for choice in completion.choices:
         message = choice.message
         if message.tool_calls or message.function_call or message.audio:
-            raise InputError("the answer holds more than words, which can't be judged here; `ecso serve` guards more")
+            raise InputError("the answer has more than text, which can't be judged; use `ecso serve`, which guards more")
         drafts.append(message.content if message.content is not None else message.refusal or "")
     return drafts
 
 
 def _judged(completion: ChatCompletion, outcomes: list[Outcome]) -> ChatCompletion:
-    """A completion of known fields alone: what else a server sends (its thoughts, for instance) nobody judged."""
+    """Return a completion with known fields only: others, such as a server's reasoning, were not judged."""
     from openai.types.chat import ChatCompletion, ChatCompletionMessage
     from openai.types.chat.chat_completion import Choice
 
@@ -135,8 +136,9 @@ def _judged(completion: ChatCompletion, outcomes: list[Outcome]) -> ChatCompleti
         )
         for choice, outcome in zip(completion.choices, outcomes)
     ]
-    told: list[Mapping[str, Any]] = [
-        {"verdict": each.verdict, "score": each.score, "rewritten": each.rewritten, "profile": each.profile} for each in outcomes
+    reports: list[Mapping[str, Any]] = [
+        {"verdict": outcome.verdict, "score": outcome.score, "rewritten": outcome.rewritten, "profile": outcome.profile}
+        for outcome in outcomes
     ]
     judged = ChatCompletion(
         id=completion.id,
@@ -146,7 +148,7 @@ def _judged(completion: ChatCompletion, outcomes: list[Outcome]) -> ChatCompleti
         choices=choices,
         usage=completion.usage,
     )
-    return judged.model_copy(update={"ecso": told})
+    return judged.model_copy(update={"ecso": reports})
 
 
 def _chunks(judged: ChatCompletion) -> Iterator[ChatCompletionChunk]:
@@ -165,6 +167,6 @@ def _chunks(judged: ChatCompletion) -> Iterator[ChatCompletionChunk]:
             )
 
 
-async def _awaited(chunks: Iterator[Any]) -> AsyncIterator[Any]:
+async def _async_iterator(chunks: Iterator[Any]) -> AsyncIterator[Any]:
     for chunk in chunks:
         yield chunk

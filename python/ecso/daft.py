@@ -22,13 +22,15 @@ def answers(
     batch_size: int = 256,
     name: str = "guarded",
 ) -> daft.DataFrame:
-    """`frame` with one more column, `name`: a struct of the columns of `Guard.process_batch`, whose keywords are `options`; `settings` are
-    those of `Guard`. `columns` says which of its columns the guard reads, as `{"query": "question", "image": "photo"}`.
+    """Add a column `name` to `frame`: a struct of the columns of `Guard.process_batch`.
+
+    `columns` names the columns that the guard reads, as `{"query": "question", "image": "photo"}`. `settings` are the arguments of
+    `Guard`, and `options` those of `process_batch`.
     """
     import daft
     import pyarrow
 
-    kinds = {
+    types = {
         "answer": daft.DataType.string(),
         "verdict": daft.DataType.string(),
         "score": daft.DataType.float64(),
@@ -38,17 +40,17 @@ def answers(
         "error": daft.DataType.string(),
         "error_kind": daft.DataType.string(),
     }
-    given, asked = dict(settings or {}), dict(options or {})
+    guard_settings, batch_options = dict(settings or {}), dict(options or {})
     names = list(columns)
 
     @daft.cls
     class Answers:
         def __init__(self) -> None:
-            self.guard = Guard(model, profile, **given)
+            self.guard = Guard(model, profile, **guard_settings)
 
-        @daft.method.batch(return_dtype=daft.DataType.struct(kinds), batch_size=batch_size)
-        def __call__(self, *read: Any) -> Any:
-            table = pyarrow.table(dict(zip(names, (series.to_arrow() for series in read))))
-            return pyarrow.table(self.guard.process_batch(table, **asked)).select(list(kinds)).to_struct_array()
+        @daft.method.batch(return_dtype=daft.DataType.struct(types), batch_size=batch_size)
+        def __call__(self, *series: Any) -> Any:
+            table = pyarrow.table(dict(zip(names, (each.to_arrow() for each in series))))
+            return pyarrow.table(self.guard.process_batch(table, **batch_options)).select(list(types)).to_struct_array()
 
     return frame.with_column(name, Answers()(*(frame[column] for column in columns.values())))

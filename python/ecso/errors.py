@@ -1,4 +1,4 @@
-"""What can go wrong. Everything is an `EcsoError`; the column `error_kind` of a table has the same kinds in small letters."""
+"""Exceptions. All are an `EcsoError`. The column `error_kind` of a table has the names in parentheses."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import Optional
 
 
 class EcsoError(Exception):
-    """Anything that goes wrong here."""
+    """Base class of all errors."""
 
 
 class SettingsError(EcsoError, ValueError):
-    """A setting, a profile or a file that was named is wrong. Nothing was asked of a model."""
+    """A setting, a profile or a named file is wrong. The model was not called."""
 
 
 class InputError(EcsoError, ValueError):
-    """What is asked can't be read, or nothing is asked (`input`)."""
+    """The input is invalid or has no query (`input`)."""
 
 
 class ImageError(EcsoError, ValueError):
-    """An image can't be had, or not be used (`image`)."""
+    """An image can't be read or used (`image`)."""
 
 
 class TooManyFailures(EcsoError):
@@ -34,13 +34,13 @@ class Rejected(ModelError):
 
 
 class Filtered(ModelError):
-    """A content filter in front of the model refused the request (`filtered`)."""
+    """A content filter in front of the model blocked the request (`filtered`)."""
 
 
 class RateLimited(ModelError):
-    """The model has too much to do (`rate_limited`).
+    """The model is overloaded (`rate_limited`).
 
-    `retry_after`: seconds that it asks to wait, if it does.
+    `retry_after`: seconds to wait before a retry, if the server names them.
     """
 
     retry_after: Optional[float]
@@ -58,12 +58,12 @@ class Timeout(ModelError, TimeoutError):
 
 
 class Unreachable(ModelError, ConnectionError):
-    """The model can't be reached (`unreachable`)."""
+    """The model is unreachable (`unreachable`)."""
 
 
 class BadReply(ModelError):
-    """The model's reply can't be read (`bad_reply`)."""
+    """The model's reply is invalid (`bad_reply`)."""
 
 
 class NoVerdict(ModelError):
-    """The model answers neither yes nor no where it is asked for that (`no_verdict`)."""
+    """The model answered a yes-or-no question with neither (`no_verdict`)."""

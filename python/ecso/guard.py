@@ -1,4 +1,4 @@
-"""The guard."""
+"""The guard, plain and for asyncio."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .results import Event, Outcome
 
 
 class ArrowArray(Protocol):
-    """One batch of Arrow: `pyarrow.RecordBatch` and its like."""
+    """An Arrow batch, such as `pyarrow.RecordBatch`."""
 
     def __arrow_c_array__(self, requested_schema: Optional[object] = None, /) -> tuple[object, object]: ...
 
 
 class ArrowStream(Protocol):
-    """Batches of Arrow: tables of pyarrow, data frames of polars and pandas, relations of DuckDB."""
+    """Arrow batches: pyarrow tables, polars and pandas data frames, DuckDB relations."""
 
     def __arrow_c_stream__(self, requested_schema: Optional[object] = None, /) -> object: ...
 
@@ -32,7 +32,7 @@ Path = Union[str, "os.PathLike[str]"]
 
 
 class _Guard:
-    """What both guards have in common: how they are made, shown and pickled."""
+    """The common part of both guards: construction, representation and pickling."""
 
     def __init__(
         self,
@@ -45,37 +45,37 @@ class _Guard:
         cache: Optional[Path] = None,
         **settings: Any,
     ) -> None:
-        given = {"model": model, "profile": profile, "set": _texts(set), **settings}
-        given = {name: value for name, value in given.items() if value is not None}
-        self._made_with = {
+        settings_given = {"model": model, "profile": profile, "set": _texts(set), **settings}
+        settings_given = {name: value for name, value in settings_given.items() if value is not None}
+        self._arguments = {
             **{"model": model, "profile": profile, "set": set, "api_key": api_key, "concurrency": concurrency, "cache": cache},
             **settings,
         }
         if concurrency is not None and concurrency < 1:
-            raise ValueError("concurrency is 1 or more")
-        self._core = Core(json.dumps(given, default=os.fspath), api_key, concurrency, None if cache is None else os.fspath(cache))
+            raise ValueError("concurrency must be at least 1")
+        self._core = Core(json.dumps(settings_given, default=os.fspath), api_key, concurrency, None if cache is None else os.fspath(cache))
 
     @property
     def profile(self) -> str:
-        """The profile's name."""
+        """The name of the profile."""
         return self._core.profile
 
     @property
     def concurrency(self) -> int:
-        """How many rows of a table are asked about at once."""
+        """The maximum number of rows of a table in flight."""
         return self._core.concurrency
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _made, (type(self), self._made_with)
+        return _create, (type(self), self._arguments)
 
     def __repr__(self) -> str:
-        shown = {name: value for name, value in self._made_with.items() if value is not None and name != "api_key"}
+        shown = {name: value for name, value in self._arguments.items() if value is not None and name != "api_key"}
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
-    def _ask(self, query: Query, images: Images, system: Optional[str], draft: Optional[str], events: bool = False) -> Call:
+    def _start(self, query: Query, images: Images, system: Optional[str], draft: Optional[str], events: bool = False) -> Call:
         return self._core.answer(turns(query, images, system), draft, events)
 
-    def _table(
+    def _start_table(
         self,
         batch: Union[ArrowArray, ArrowStream],
         map: Optional[Mapping[str, str]],
@@ -86,7 +86,7 @@ class _Guard:
         max_failures: float,
     ) -> Call:
         if not 0.0 <= max_failures <= 1.0:
-            raise ValueError("max_failures is a share in 0..1")
+            raise ValueError("max_failures must be in 0..1")
         return self._core.table(
             batch,
             map=list((map or {}).items()),
@@ -101,35 +101,35 @@ class _Guard:
 class Guard(_Guard):
     """A model behind the guard.
 
-    `model`: `mini`, another name from `ecso models list`, a .gguf file, or the URL of an OpenAI-compatible server, as the program's
-    `--model`. `profile`: `hardened` (the default), `paper`, or a TOML file. `set`: fields of the profile that are changed, as
-    `{"direct.max_tokens": 64}`. `api_key`: sent to the server; without it the environment variable that `api_key_env` names is.
-    `concurrency`: rows of a table at once (8 of a server, 1 of a model in this process). `cache`: a folder in which replies are kept while
-    tables are answered, as `--cache` of `ecso synth` and `ecso eval run`. Other `settings` are those of `config.toml`, as
-    `model_name="NAME"` or `server={"retries": 5}`; where nobody gives one, that file and `ECSO__…` in the environment count.
+    `model`: `mini`, another name from `ecso models list`, a .gguf file, or the URL of an OpenAI-compatible server, as for the
+    program's `--model`. `profile`: `hardened` (the default), `paper`, or a TOML file. `set`: overrides of profile fields, as
+    `{"direct.max_tokens": 64}`. `api_key`: the key for the server; by default that in the environment variable `api_key_env`.
+    `concurrency`: the maximum number of rows of a table in flight (by default 8 for a server, 1 for a model in this process).
+    `cache`: a folder for cached replies while tables are answered, as `--cache` of `ecso synth` and `ecso eval run`. Other `settings`
+    are those of `config.toml`, as `model_name="NAME"` or `server={"retries": 5}`; they override that file and `ECSO__…` variables.
 
-    Nothing is opened before the first question, and a process that was forked opens its own; a guard can be pickled: it is made again of
-    these arguments, the key among them. Threads may share it. While it waits, other threads of Python run.
+    The model is opened on the first question, and again in a forked process. A guard can be pickled with its arguments, including the
+    key. Threads may share it, and other Python threads run while it waits.
 
     Raises `SettingsError`.
     """
 
     def answer(self, query: Query, images: Images = None, *, system: Optional[str] = None) -> Outcome:
-        """A guarded answer to `query`, a text or messages in OpenAI's form, about `images`.
+        """Answer `query`, a text or messages in OpenAI's format, about `images`.
 
-        Ctrl-C ends the work. Raises `InputError`, `ImageError`, `ModelError` and its kinds.
+        Ctrl-C cancels the work. Raises `InputError`, `ImageError`, `ModelError` and its subclasses.
         """
-        return _outcome(self._ask(query, images, system, None).next())
+        return _outcome(self._start(query, images, system, None).next())
 
     def review(self, query: Query, images: Images = None, *, draft: str, system: Optional[str] = None) -> Outcome:
-        """The same where the direct answer is there already: `draft`. Raises as `answer` does."""
-        return _outcome(self._ask(query, images, system, draft).next())
+        """Like `answer`, with the direct answer given as `draft`. Raises the same."""
+        return _outcome(self._start(query, images, system, draft).next())
 
     def stream(
         self, query: Query, images: Images = None, *, draft: Optional[str] = None, system: Optional[str] = None
     ) -> Iterator[Event]:
-        """The same step by step. Leaving the loop ends the work. Raises as `answer` does."""
-        call = self._ask(query, images, system, draft, events=True)
+        """Like `answer`, step by step. Leaving the loop cancels the work. Raises the same."""
+        call = self._start(query, images, system, draft, events=True)
         try:
             while True:
                 event = _event(call.next())
@@ -150,43 +150,43 @@ class Guard(_Guard):
         image_bytes: int = 1 << 30,
         max_failures: float = 1.0,
     ) -> Table:
-        """Guarded answers for a table of Arrow: its rows, in their order, with eight more columns.
+        """Answer all rows of an Arrow table. Return the rows in their order, with eight new columns.
 
-        Columns are found by their usual names (`query` or `messages`; `image` or `images`; `draft`) or by `map`, as
-        `{"query": "question"}`; rows without a query get `query`. An image is bytes, a struct of bytes and path as Hugging Face has it, a
-        path, a data URL, or a URL of a public address; one, or a list.
+        Columns are found by common names (`query` or `messages`; `image` or `images`; `draft`) or by `map`, as
+        `{"query": "question"}`; `query` is for rows without one. An image is bytes, a struct of bytes and path as in Hugging Face
+        datasets, a path, a data URL, or a URL of a public address; a list has several.
 
-        New columns, with `prefix` before their names: `answer` (text), `verdict` (`safe`, `unsafe`, `unchecked`), `score` (probability of
-        harm, 0..1), `caption` (text of the images, where it was made), `tokens` and `milliseconds` (of all calls), `error` (text, null
-        where all is well) and `error_kind` (one word). A row that fails is a row with an error. Rows that are equal are asked about once.
+        The new columns, with `prefix` before their names, are `answer` (text), `verdict` (`safe`, `unsafe`, `unchecked`), `score`
+        (probability of harm, 0..1), `caption` (the images as text, if step 3 ran), `tokens` and `milliseconds` (of all calls), `error`
+        (text, null without an error) and `error_kind`. A row that fails has an error. Equal rows are asked once.
 
-        `concurrency` rows are under way at once, with `image_bytes` bytes of images; fewer while the server says that this is too much. A
-        server that is away is waited for (`server={"away_timeout": SECONDS}`). `journal`: a folder in which answers are kept; what is
-        there is not asked again, failures are. Any number of processes may share it. `max_failures`: the share of rows that may fail.
+        Up to `concurrency` rows with `image_bytes` bytes of images are in flight, and fewer while the server is overloaded. An
+        unreachable server is waited for (`server={"away_timeout": SECONDS}`). `journal`: a folder where answers are stored for reuse;
+        failures are retried. Any number of processes may share it. `max_failures`: the share of rows that may fail.
 
-        Raises `InputError` (no column can be the query), `SettingsError`, `TooManyFailures`, and `ModelError` where the model stays away;
-        never for what is wrong with a row.
+        Raises `InputError` (no column can be the query), `SettingsError`, `TooManyFailures`, and `ModelError` if the model stays
+        unreachable; never because of a single row.
         """
-        table = self._table(batch, map, query, prefix, journal, image_bytes, max_failures).next()
-        return _there(table, Table)
+        table = self._start_table(batch, map, query, prefix, journal, image_bytes, max_failures).next()
+        return _expect(table, Table)
 
 
 class AsyncGuard(_Guard):
-    """`Guard` for asyncio: the same arguments, and every method is awaited. Cancelling a task ends its work."""
+    """`Guard` for asyncio, with the same arguments and methods. Cancelling a task cancels its work."""
 
     async def answer(self, query: Query, images: Images = None, *, system: Optional[str] = None) -> Outcome:
-        """As `Guard.answer`."""
-        return _outcome(await _next(self._ask(query, images, system, None)))
+        """See `Guard.answer`."""
+        return _outcome(await _next(self._start(query, images, system, None)))
 
     async def review(self, query: Query, images: Images = None, *, draft: str, system: Optional[str] = None) -> Outcome:
-        """As `Guard.review`."""
-        return _outcome(await _next(self._ask(query, images, system, draft)))
+        """See `Guard.review`."""
+        return _outcome(await _next(self._start(query, images, system, draft)))
 
     async def stream(
         self, query: Query, images: Images = None, *, draft: Optional[str] = None, system: Optional[str] = None
     ) -> AsyncIterator[Event]:
-        """As `Guard.stream`, for `async for`."""
-        call = self._ask(query, images, system, draft, events=True)
+        """See `Guard.stream`; for `async for`."""
+        call = self._start(query, images, system, draft, events=True)
         try:
             while True:
                 event = _event(await _next(call))
@@ -207,13 +207,13 @@ class AsyncGuard(_Guard):
         image_bytes: int = 1 << 30,
         max_failures: float = 1.0,
     ) -> Table:
-        """As `Guard.process_batch`."""
-        table = await _next(self._table(batch, map, query, prefix, journal, image_bytes, max_failures))
-        return _there(table, Table)
+        """See `Guard.process_batch`."""
+        table = await _next(self._start_table(batch, map, query, prefix, journal, image_bytes, max_failures))
+        return _expect(table, Table)
 
 
 async def _next(call: Call) -> Any:
-    """What work gives next, for asyncio."""
+    """Await the next item of a call."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
 
@@ -225,7 +225,7 @@ async def _next(call: Call) -> Any:
         else:
             future.set_exception(error)
 
-    call.ask(lambda item, error: loop.call_soon_threadsafe(settle, item, error))
+    call.on_next(lambda item, error: loop.call_soon_threadsafe(settle, item, error))
     try:
         return await future
     except asyncio.CancelledError:
@@ -233,27 +233,28 @@ async def _next(call: Call) -> Any:
         raise
 
 
-def _made(kind: type[_Guard], arguments: dict[str, Any]) -> _Guard:
-    return kind(**arguments)
+def _create(guard_type: type[_Guard], arguments: dict[str, Any]) -> _Guard:
+    """Create a guard again, from its pickle."""
+    return guard_type(**arguments)
 
 
 def _texts(fields: Optional[Mapping[str, Any]]) -> Optional[dict[str, str]]:
-    """Fields of a profile, as `--set` takes them."""
+    """Convert fields of a profile to texts, as for `--set`."""
     if fields is None:
         return None
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
 
 
-def _there(item: object, kind: type[T]) -> T:
-    """What work gave; an error where it ended without it."""
-    if not isinstance(item, kind):
-        raise EcsoError("the work ended before its end")
+def _expect(item: object, item_type: type[T]) -> T:
+    """Return the item of a call. A call that ended without one is an error."""
+    if not isinstance(item, item_type):
+        raise EcsoError("the call was cancelled before it finished")
     return item
 
 
 def _outcome(item: Any) -> Outcome:
-    return results.outcome(json.loads(_there(item, str)))
+    return results.outcome(json.loads(_expect(item, str)))
 
 
 def _event(item: Any) -> Event:
-    return results.event(json.loads(_there(item, str)))
+    return results.event(json.loads(_expect(item, str)))

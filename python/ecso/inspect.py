@@ -12,9 +12,10 @@ from .guard import AsyncGuard
 
 @solver
 def guard(model: Optional[str] = None, profile: Optional[str] = None, **settings: Any) -> Solver:
-    """A solver whose answer is the guard's. The arguments are those of `AsyncGuard`: the model is the guard's, and not Inspect's.
+    """Create a solver that answers with the guard.
 
-    The verdict and its score stand in the sample's store, as `ecso`.
+    The arguments are those of `AsyncGuard`: `model` is the guarded model, not Inspect's. The outcome, with verdict and score, is in
+    the sample's store as `ecso`.
     """
     guarded = AsyncGuard(model, profile, **settings)
 
@@ -30,7 +31,7 @@ def guard(model: Optional[str] = None, profile: Optional[str] = None, **settings
 
 
 def _content(content: Any) -> Any:
-    """A message's content in OpenAI's form. An image is a data URL or a file of the dataset."""
+    """Convert the content of a message to OpenAI's format. Images are data URLs or files of the dataset."""
     from pathlib import Path
 
     if isinstance(content, str):

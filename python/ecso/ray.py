@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Answers:
-    """What an actor of Ray Data does: opens a guard, and answers tables of pyarrow."""
+    """An actor of Ray Data that opens a guard and answers pyarrow tables."""
 
     def __init__(self, model: Optional[str], profile: Optional[str], settings: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         self._guard, self._options = Guard(model, profile, **settings), options
@@ -35,11 +35,11 @@ def map_batches(
     actors: int = 1,
     **more: Any,
 ) -> Dataset:
-    """`dataset` with the columns of `Guard.process_batch`, whose keywords are `options`; `settings` are those of `Guard`.
+    """Add the columns of `Guard.process_batch` to `dataset`.
 
-    Each of `actors` has so many rows under way as its guard's `concurrency` says; what the server gets at once is the product.
-    With `options={"journal": FOLDER}` on a disk that all nodes share, a batch that Ray does again costs only the rows that are not there.
-    Other keywords go to `Dataset.map_batches`.
+    `settings` are the arguments of `Guard`, and `options` those of `process_batch`; other keywords go to `Dataset.map_batches`. The
+    `concurrency` of the guard applies to each of the `actors`, so the server gets up to the product of both. If Ray repeats a batch,
+    rows in the journal are not asked again: pass `options={"journal": FOLDER}` with a folder that all nodes share.
     """
     from ray.data import ActorPoolStrategy
 

@@ -1,4 +1,4 @@
-"""What a guard gives."""
+"""Results of a guard."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, Optional, Union
 
 Verdict = Literal["safe", "unsafe", "unchecked"]
-"""What was found about the direct answer, or the request for it; `unchecked` where the profile doesn't ask."""
+"""The verdict on the direct answer or its request; `unchecked` if the profile requires no check."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One call of the model.
+    """One call to the model.
 
-    `step`: which one (`request-check`, `direct`, `detect`, `caption`, `safe`, `reply-check`). `images`: how many the model saw.
-    `prompt`, `reply`: the texts as they were. `score`: probability of harm in 0..1, of questions, where the model tells. `ms`: wall-clock
-    milliseconds. `prompt_tokens`, `completion_tokens`: counts, where the model tells.
+    `step`: `request-check`, `direct`, `detect`, `caption`, `safe` or `reply-check`. `images`: the number of images the model saw.
+    `prompt`, `reply`: the full texts. `score`: probability of harm in 0..1, for questions, if the model returns probabilities.
+    `ms`: wall-clock milliseconds. `prompt_tokens`, `completion_tokens`: token counts, if the model reports usage.
     """
 
     step: str
@@ -37,9 +37,9 @@ class Step:
 class Outcome:
     """A guarded answer.
 
-    `answer`: what may go out. `verdict`: what was found about the direct answer. `score`: probability in 0..1 that it is harmful, where the
-    model tells. `rewritten`: whether `answer` is another one. `refused`: whether it is the profile's fixed refusal. `steps`: every call,
-    in order.
+    `answer`: the answer to show. `verdict`: the verdict on the direct answer. `score`: probability in 0..1 that it is harmful, if the
+    model returns probabilities. `rewritten`: whether `answer` replaces the direct answer. `refused`: whether it is the profile's fixed
+    refusal. `steps`: all calls, in order.
     """
 
     answer: str
@@ -53,17 +53,17 @@ class Outcome:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all calls, prompts and replies, where the model tells."""
+        """Prompt and reply tokens of all calls, if the model reports usage."""
         return sum((step.prompt_tokens or 0) + (step.completion_tokens or 0) for step in self.steps)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain values, for JSON."""
+        """Return the outcome as plain values, for JSON."""
         return {**dataclasses.asdict(self), "steps": [dataclasses.asdict(step) for step in self.steps]}
 
 
 @dataclass(frozen=True)
 class Started:
-    """A call begins; the model sees so many `images`."""
+    """A call to the model starts, with this number of `images`."""
 
     step: str
     images: int
@@ -71,14 +71,14 @@ class Started:
 
 @dataclass(frozen=True)
 class Finished:
-    """A call is over."""
+    """A call to the model finished."""
 
     step: Step
 
 
 @dataclass(frozen=True)
 class Decided:
-    """It is decided whether the direct answer goes out or, if `rewritten`, another one."""
+    """The verdict is known: the direct answer is returned or, if `rewritten`, another one."""
 
     verdict: Verdict
     rewritten: bool
@@ -86,29 +86,29 @@ class Decided:
 
 @dataclass(frozen=True)
 class Answer:
-    """Text of the final answer, after the verdict and never before. The pieces joined are `Outcome.answer`."""
+    """A piece of the final answer, sent only after the verdict. All pieces joined are `Outcome.answer`."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Done:
-    """The end; comes once, last."""
+    """The last event."""
 
     outcome: Outcome
 
 
 Event = Union[Started, Finished, Decided, Answer, Done]
-"""What is seen of a guard at work."""
+"""An event of a running guard."""
 
 
 def outcome(value: dict[str, Any]) -> Outcome:
-    """An outcome as Rust writes it."""
+    """Convert an outcome from the Rust part."""
     return Outcome(**{**value, "steps": tuple(Step(**step) for step in value["steps"])})
 
 
 def event(value: dict[str, Any]) -> Event:
-    """An event as Rust writes it: one name, and what belongs to it."""
+    """Convert an event from the Rust part: an object with its name as the only key."""
     [(name, inner)] = value.items()
     if name == "started":
         return Started(**inner)

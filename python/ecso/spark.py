@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import pyarrow
     from pyspark.sql import DataFrame
 
-NEW = "answer string, verdict string, score double, caption string, tokens bigint, milliseconds bigint, error string, error_kind string"
-"""The new columns, as Spark writes types."""
+NEW_COLUMNS = "answer string, verdict string, score double, caption string, tokens bigint, milliseconds bigint, error string, error_kind string"
+"""The new columns, in Spark's notation."""
 
 
 def map_in_arrow(
@@ -23,22 +23,22 @@ def map_in_arrow(
     settings: Optional[Mapping[str, Any]] = None,
     options: Optional[Mapping[str, Any]] = None,
 ) -> DataFrame:
-    """`frame` with the columns of `Guard.process_batch`, whose keywords are `options`; `settings` are those of `Guard`.
+    """Add the columns of `Guard.process_batch` to `frame`.
 
-    Each task has so many rows under way as its guard's `concurrency` says. Rows with images make large batches: keep
-    `spark.sql.execution.arrow.maxRecordsPerBatch` at a few hundred.
+    `settings` are the arguments of `Guard`, and `options` those of `process_batch`. The `concurrency` of the guard applies to each
+    task. Rows with images make large batches: keep `spark.sql.execution.arrow.maxRecordsPerBatch` at a few hundred.
     """
     from pyspark.sql.types import StructField, StructType, _parse_datatype_string
 
-    given, asked = dict(settings or {}), dict(options or {})
-    prefix = asked.get("prefix", "")
-    new = [StructField(prefix + field.name, field.dataType) for field in _parse_datatype_string(NEW).fields]
+    guard_settings, batch_options = dict(settings or {}), dict(options or {})
+    prefix = batch_options.get("prefix", "")
+    new = [StructField(prefix + field.name, field.dataType) for field in _parse_datatype_string(NEW_COLUMNS).fields]
 
-    def answered(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
+    def answer(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
         import pyarrow
 
-        guard = Guard(model, profile, **given)
+        guard = Guard(model, profile, **guard_settings)
         for batch in batches:
-            yield pyarrow.record_batch(guard.process_batch(batch, **asked))
+            yield pyarrow.record_batch(guard.process_batch(batch, **batch_options))
 
-    return frame.mapInArrow(answered, StructType([*frame.schema.fields, *new]))
+    return frame.mapInArrow(answer, StructType([*frame.schema.fields, *new]))

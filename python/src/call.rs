@@ -1,4 +1,4 @@
-//! Work under way: what Python waits for, and cancels.
+//! Running work that Python waits for and can cancel.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,10 +11,10 @@ use tokio::{
 
 use crate::{failure::Failure, runtime::runtime, table::Table};
 
-/// Between two looks whether somebody pressed Ctrl-C.
-const LOOK: Duration = Duration::from_millis(50);
+/// Interval between checks for Ctrl-C.
+const SIGNAL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// What work gives.
+/// A result of work.
 pub(crate) enum Item {
     /// JSON of an outcome, or of an event.
     Json(String),
@@ -22,15 +22,15 @@ pub(crate) enum Item {
     Table(Table),
 }
 
-type Given = Result<Item, Failure>;
+type ItemResult = Result<Item, Failure>;
 
-/// Where work puts what it gives.
-pub(crate) type Giver = mpsc::Sender<Given>;
+/// Where work sends its items.
+pub(crate) type ItemSender = mpsc::Sender<ItemResult>;
 
-/// Work under way. It gives items, then it is over. Dropping it cancels it.
+/// Running work, which sends items until it ends. Dropping it cancels the work.
 #[pyclass(frozen, module = "ecso._ecso")]
 pub(crate) struct Call {
-    given: Arc<Mutex<mpsc::Receiver<Given>>>,
+    items: Arc<Mutex<mpsc::Receiver<ItemResult>>>,
     task: AbortHandle,
 }
 
@@ -41,28 +41,28 @@ impl Drop for Call {
 }
 
 impl Call {
-    /// Starts work that gives items to its [`Giver`]; a failure is the last.
-    pub(crate) fn start<F>(work: impl FnOnce(Giver) -> F) -> PyResult<Self>
+    /// Starts work that sends its items to an [`ItemSender`]. A failure is the last item.
+    pub(crate) fn start<F>(work: impl FnOnce(ItemSender) -> F) -> PyResult<Self>
     where
         F: Future<Output = Result<(), Failure>> + Send + 'static,
     {
-        let (giver, items) = mpsc::channel(8);
-        let work = work(giver.clone());
+        let (sender, items) = mpsc::channel(8);
+        let work = work(sender.clone());
         let task = runtime()?.spawn(async move {
             if let Err(failure) = work.await {
-                let _ = giver.send(Err(failure)).await;
+                let _ = sender.send(Err(failure)).await;
             }
         });
-        Ok(Self { given: Arc::new(Mutex::new(items)), task: task.abort_handle() })
+        Ok(Self { items: Arc::new(Mutex::new(items)), task: task.abort_handle() })
     }
 }
 
-async fn next(given: &Mutex<mpsc::Receiver<Given>>) -> Result<Option<Item>, Failure> {
-    given.lock().await.recv().await.transpose()
+async fn next(items: &Mutex<mpsc::Receiver<ItemResult>>) -> Result<Option<Item>, Failure> {
+    items.lock().await.recv().await.transpose()
 }
 
-fn shown(py: Python<'_>, item: Result<Option<Item>, Failure>) -> PyResult<Py<PyAny>> {
-    match item.map_err(|failure| failure.raised(py))? {
+fn to_python(py: Python<'_>, item: Result<Option<Item>, Failure>) -> PyResult<Py<PyAny>> {
+    match item.map_err(|failure| failure.into_exception(py))? {
         Some(Item::Json(json)) => json.into_py_any(py),
         Some(Item::Table(table)) => table.into_py_any(py),
         None => Ok(py.None()),
@@ -71,32 +71,33 @@ fn shown(py: Python<'_>, item: Result<Option<Item>, Failure>) -> PyResult<Py<PyA
 
 #[pymethods]
 impl Call {
-    /// Waits for the next item; None is the end. Ctrl-C cancels the work.
+    /// Waits for the next item; None means the end. Ctrl-C cancels the work.
     fn next(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         let runtime = runtime()?;
         loop {
-            let waited = || runtime.block_on(async { timeout(LOOK, next(&self.given)).await });
-            match py.detach(waited) {
-                Ok(item) => return shown(py, item),
+            let item = async { timeout(SIGNAL_INTERVAL, next(&self.items)).await };
+            let wait = || runtime.block_on(item);
+            match py.detach(wait) {
+                Ok(item) => return to_python(py, item),
                 Err(_) => py.check_signals().inspect_err(|_| self.task.abort())?,
             }
         }
     }
 
     /// Calls `done(item, None)` or `done(None, exception)` with the next item, from another thread.
-    fn ask(&self, done: Py<PyAny>) -> PyResult<()> {
-        let given = Arc::clone(&self.given);
+    fn on_next(&self, done: Py<PyAny>) -> PyResult<()> {
+        let items = Arc::clone(&self.items);
         runtime()?.spawn(async move {
-            let item = next(&given).await;
-            // Where Python is going down nobody waits any more.
+            let item = next(&items).await;
+            // If Python is shutting down, nobody waits for the item.
             let _ = tokio::task::spawn_blocking(move || {
                 Python::try_attach(|py| {
-                    let called = match shown(py, item) {
+                    let result = match to_python(py, item) {
                         Ok(item) => done.call1(py, (item, py.None())),
                         Err(error) => done.call1(py, (py.None(), error)),
                     };
-                    // The loop that waited is closed.
-                    drop(called);
+                    // This fails if the event loop that waited is closed.
+                    drop(result);
                 })
             })
             .await;
@@ -104,7 +105,7 @@ impl Call {
         Ok(())
     }
 
-    /// Ends the work.
+    /// Cancels the work.
     fn cancel(&self) {
         self.task.abort();
     }

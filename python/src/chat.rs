@@ -1,4 +1,4 @@
-//! From what Python says to a conversation.
+//! Turns the messages from Python into a conversation.
 
 use std::path::PathBuf;
 
@@ -9,7 +9,7 @@ use pyo3::{prelude::*, types::PyBytes};
 
 use crate::failure::Failure;
 
-/// A part of a turn: what it is (`text`, `bytes`, `path`, `url`) and its value.
+/// A part of a turn: its kind (`text`, `bytes`, `path` or `url`) and value.
 #[derive(Debug)]
 enum Piece {
     Text(String),
@@ -32,26 +32,26 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Piece {
     }
 }
 
-/// A conversation as Python gives it: roles, each with what it says.
+/// A conversation from Python: roles with the pieces of their turns.
 #[derive(Debug, FromPyObject)]
 #[pyo3(transparent)]
-pub(crate) struct Told(Vec<(String, Vec<Piece>)>);
+pub(crate) struct Messages(Vec<(String, Vec<Piece>)>);
 
-/// How images are had.
-pub(crate) struct Sight {
+/// Reads images.
+pub(crate) struct ImageReader {
     pub(crate) limits: Limits,
     pub(crate) urls: ImageUrls,
     pub(crate) fetcher: Fetcher,
 }
 
-impl Sight {
-    async fn images(&self, piece: Piece) -> Result<Vec<Image>, Failure> {
+impl ImageReader {
+    async fn read(&self, piece: Piece) -> Result<Vec<Image>, Failure> {
         Ok(match piece {
             Piece::Bytes(bytes) => Image::several(bytes, self.limits)?,
             Piece::Path(path) => {
-                if path.metadata().is_ok_and(|about| !about.is_file()) {
+                if path.metadata().is_ok_and(|metadata| !metadata.is_file()) {
                     return Err(Failure::image(format!(
-                        "{} is no regular file; others are not opened",
+                        "{} is not a regular file",
                         path.display()
                     )));
                 }
@@ -61,9 +61,9 @@ impl Sight {
             Piece::Url(url) => match self.urls {
                 ImageUrls::Pass => vec![Image::from_url(url)],
                 ImageUrls::Refuse => {
-                    let told =
-                        "images behind URLs are refused (gateway.image_urls); give their bytes";
-                    return Err(Failure::image(told));
+                    return Err(Failure::image(
+                        "images behind URLs are refused (gateway.image_urls); pass their bytes",
+                    ));
                 }
                 ImageUrls::Fetch => {
                     let fetched = self.fetcher.image(&url, self.limits).await;
@@ -74,23 +74,23 @@ impl Sight {
         })
     }
 
-    /// The conversation, with its images read.
-    pub(crate) async fn chat(&self, told: Told) -> Result<Chat, Failure> {
-        let mut turns = Vec::with_capacity(told.0.len());
-        for (role, pieces) in told.0 {
+    /// Builds the conversation and reads its images.
+    pub(crate) async fn chat(&self, messages: Messages) -> Result<Chat, Failure> {
+        let mut turns = Vec::with_capacity(messages.0.len());
+        for (role, pieces) in messages.0 {
             let role = match role.as_str() {
                 "system" | "developer" => Role::System,
                 "user" => Role::User,
                 "assistant" => Role::Assistant,
                 other => {
-                    return Err(Failure::input(format!("no turn can be of the role `{other}`")));
+                    return Err(Failure::input(format!("unknown role `{other}`")));
                 }
             };
             let mut parts = Vec::with_capacity(pieces.len());
             for piece in pieces {
                 match piece {
                     Piece::Text(text) => parts.push(Part::Text(text)),
-                    image => parts.extend(self.images(image).await?.into_iter().map(Part::Image)),
+                    image => parts.extend(self.read(image).await?.into_iter().map(Part::Image)),
                 }
             }
             turns.push(Turn { role, parts });

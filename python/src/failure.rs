@@ -1,12 +1,12 @@
-//! What goes wrong, and which exception of `ecso.errors` it is.
+//! Failures, and the exceptions of `ecso.errors` that they become.
 
 use std::time::Duration;
 
 use ecso::{GuardError, ImageError, ModelError, error_chain};
-use ecso_data::answers::{AnswersError, Kind};
+use ecso_data::answers::{AnswersError, ErrorKind};
 use pyo3::{prelude::*, types::PyDict};
 
-/// A failure, before there is a Python to raise it in.
+/// A failure that has not been raised in Python yet.
 #[derive(Debug, Clone)]
 pub(crate) struct Failure {
     exception: &'static str,
@@ -31,35 +31,35 @@ impl Failure {
         Self::new("ImageError", message)
     }
 
-    fn of_kind(kind: Kind, message: String, source: Option<&ModelError>) -> Self {
+    fn from_kind(kind: ErrorKind, message: String, source: Option<&ModelError>) -> Self {
         let retry_after = match source {
             Some(ModelError::Overloaded { retry_after }) => *retry_after,
             _ => None,
         };
         let exception = match kind {
-            Kind::Input => "InputError",
-            Kind::Image => "ImageError",
-            Kind::Rejected => "Rejected",
-            Kind::Filtered => "Filtered",
-            Kind::RateLimited => "RateLimited",
-            Kind::Timeout => "Timeout",
-            Kind::Unreachable => "Unreachable",
-            Kind::NoVerdict => "NoVerdict",
+            ErrorKind::Input => "InputError",
+            ErrorKind::Image => "ImageError",
+            ErrorKind::Rejected => "Rejected",
+            ErrorKind::Filtered => "Filtered",
+            ErrorKind::RateLimited => "RateLimited",
+            ErrorKind::Timeout => "Timeout",
+            ErrorKind::Unreachable => "Unreachable",
+            ErrorKind::NoVerdict => "NoVerdict",
             _ => "BadReply",
         };
         Self { exception, message, retry_after }
     }
 
-    /// The exception.
-    pub(crate) fn raised(self, py: Python<'_>) -> PyErr {
-        let raised = || {
+    /// The exception to raise.
+    pub(crate) fn into_exception(self, py: Python<'_>) -> PyErr {
+        let exception = || {
             let fields = PyDict::new(py);
             if let Some(wait) = self.retry_after {
                 fields.set_item("retry_after", wait.as_secs_f64())?;
             }
             py.import("ecso.errors")?.getattr(self.exception)?.call((self.message,), Some(&fields))
         };
-        raised().map_or_else(|error| error, PyErr::from_value)
+        exception().map_or_else(|error| error, PyErr::from_value)
     }
 }
 
@@ -75,7 +75,7 @@ impl From<GuardError> for Failure {
             GuardError::Model { source, .. } => Some(source),
             _ => None,
         };
-        Self::of_kind(Kind::of(&error), error_chain(&error), source)
+        Self::from_kind(ErrorKind::from_guard(&error), error_chain(&error), source)
     }
 }
 
@@ -83,8 +83,8 @@ impl From<AnswersError> for Failure {
     fn from(error: AnswersError) -> Self {
         let exception = match &error {
             AnswersError::Columns(_) => "InputError",
-            AnswersError::Taken(_) => "SettingsError",
-            AnswersError::TooMany { .. } => "TooManyFailures",
+            AnswersError::NameConflict(_) => "SettingsError",
+            AnswersError::TooManyFailures { .. } => "TooManyFailures",
             AnswersError::Journal(error) if error.is_misuse() => "SettingsError",
             _ => "EcsoError",
         };
@@ -96,8 +96,8 @@ impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Self {
         let message = error_chain(error.as_ref());
         match error.downcast_ref::<ModelError>() {
-            Some(source) => Self::of_kind(Kind::of_model(source), message, Some(source)),
-            None if ecso_cli::library::is_misuse(&error) => Self::settings(message),
+            Some(source) => Self::from_kind(ErrorKind::from_model(source), message, Some(source)),
+            None if ecso_cli::library::is_usage_error(&error) => Self::settings(message),
             None => Self::new("ModelError", message),
         }
     }

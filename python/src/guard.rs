@@ -1,4 +1,4 @@
-//! The guard: opened in the process that asks it first, and again in one that was forked.
+//! The guard. It is opened on the first question, once for each process.
 
 use std::{
     collections::HashMap,
@@ -7,9 +7,9 @@ use std::{
 };
 
 use ecso::{Event, Guard, Mllm};
-use ecso_cli::library::{Patient, Setup};
+use ecso_cli::library::{BatchModel, Setup};
 use ecso_data::{
-    answers::{Answering, AnswersError, Reading},
+    answers::{AnswersError, TableAnswerer, TableOptions},
     input::Mapping,
 };
 use ecso_gateway::settings::ImageUrls;
@@ -19,10 +19,10 @@ use serde_json::json;
 use tokio::sync::{Mutex, OnceCell};
 
 use crate::{
-    call::{Call, Giver, Item},
-    chat::{Sight, Told},
+    call::{Call, Item, ItemSender},
+    chat::{ImageReader, Messages},
     failure::Failure,
-    runtime::Own,
+    runtime::PerProcess,
     table::{Table, Tables},
 };
 
@@ -30,102 +30,107 @@ use crate::{
 #[pyclass(frozen, module = "ecso._ecso")]
 pub(crate) struct Core {
     setup: Setup,
-    at_once: usize,
+    concurrency: usize,
     cache: Option<PathBuf>,
-    opened: Own<Arc<Opened>>,
+    opened: PerProcess<Arc<OpenGuard>>,
 }
 
-/// What one process has open.
-struct Opened {
+/// The guard as one process has it open.
+struct OpenGuard {
     setup: Setup,
-    at_once: usize,
+    concurrency: usize,
     cache: Option<PathBuf>,
-    sight: Sight,
+    images: ImageReader,
     guard: OnceCell<Guard<Arc<dyn Mllm>>>,
-    work: Mutex<Option<Arc<Work>>>,
+    tables: Mutex<Option<Arc<TableWorker>>>,
 }
 
-/// What answers tables.
-struct Work {
-    patient: Patient,
-    /// One for each journal, as each writes a file of its own there.
-    answering: std::sync::Mutex<HashMap<Option<PathBuf>, Arc<Answering>>>,
+/// Answers tables.
+struct TableWorker {
+    model: BatchModel,
+    /// One answerer for each journal, as each writes its own file there.
+    answerers: std::sync::Mutex<HashMap<Option<PathBuf>, Arc<TableAnswerer>>>,
 }
 
-impl Opened {
+impl OpenGuard {
     async fn guard(&self) -> Result<&Guard<Arc<dyn Mllm>>, Failure> {
-        let open = async || Ok(Guard::new(self.setup.model().await?, self.setup.profile().clone()));
+        let open =
+            async || Ok(Guard::new(self.setup.open_model().await?, self.setup.profile().clone()));
         self.guard.get_or_try_init(open).await
     }
 
-    async fn work(&self) -> Result<Arc<Work>, Failure> {
-        let mut open = self.work.lock().await;
-        if let Some(work) = &*open {
-            return Ok(Arc::clone(work));
+    async fn table_worker(&self) -> Result<Arc<TableWorker>, Failure> {
+        let mut current = self.tables.lock().await;
+        if let Some(worker) = &*current {
+            return Ok(Arc::clone(worker));
         }
         let model = Arc::clone(self.guard().await?.model());
-        let patient = self.setup.patient(model, self.at_once, self.cache.clone()).await?;
-        let work = Arc::new(Work { patient, answering: std::sync::Mutex::default() });
-        *open = Some(Arc::clone(&work));
-        Ok(work)
+        let model = self.setup.batch_model(model, self.concurrency, self.cache.clone()).await?;
+        let worker = Arc::new(TableWorker { model, answerers: std::sync::Mutex::default() });
+        *current = Some(Arc::clone(&worker));
+        Ok(worker)
     }
 
-    fn answering(&self, work: &Work, journal: Option<PathBuf>) -> Result<Arc<Answering>, Failure> {
-        let mut open = work.answering.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(answering) = open.get(&journal) {
-            return Ok(Arc::clone(answering));
+    fn answerer(
+        &self,
+        worker: &TableWorker,
+        journal: Option<PathBuf>,
+    ) -> Result<Arc<TableAnswerer>, Failure> {
+        let mut answerers = worker.answerers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(answerer) = answerers.get(&journal) {
+            return Ok(Arc::clone(answerer));
         }
         let fetcher =
-            (self.setup.image_urls() == ImageUrls::Fetch).then(|| self.sight.fetcher.clone());
-        let answering = Answering::new(
-            work.patient.model(),
-            work.patient.identity(),
+            (self.setup.image_urls() == ImageUrls::Fetch).then(|| self.images.fetcher.clone());
+        let answerer = TableAnswerer::new(
+            worker.model.model(),
+            worker.model.identity(),
             self.setup.profile().clone(),
             fetcher,
             self.setup.limits(),
             journal.as_deref(),
         );
-        let answering = Arc::new(answering.map_err(AnswersError::from)?);
-        open.insert(journal, Arc::clone(&answering));
-        Ok(answering)
+        let answerer = Arc::new(answerer.map_err(AnswersError::from)?);
+        answerers.insert(journal, Arc::clone(&answerer));
+        Ok(answerer)
     }
 
-    async fn table(
+    async fn answer_table(
         &self,
         tables: Tables,
         journal: Option<PathBuf>,
-        reading: Reading,
+        options: TableOptions,
     ) -> Result<Table, Failure> {
-        let work = self.work().await?;
-        let answering = self.answering(&work, journal)?;
+        let worker = self.table_worker().await?;
+        let answerer = self.answerer(&worker, journal)?;
         let answered =
-            work.patient.asked(answering.answer(&tables.schema, tables.batches, &reading)).await;
+            worker.model.run(answerer.answer(&tables.schema, tables.batches, &options)).await;
         if answered.is_err() {
-            // The model stayed away. Whoever asks again looks for it anew.
-            let mut open = self.work.lock().await;
-            if open.as_ref().is_some_and(|open| Arc::ptr_eq(open, &work)) {
-                *open = None;
+            // The model stayed unreachable. The next call connects again.
+            let mut current = self.tables.lock().await;
+            if current.as_ref().is_some_and(|current| Arc::ptr_eq(current, &worker)) {
+                *current = None;
             }
         }
-        Ok(Table::of(&tables.schema, answered??, &reading.prefix))
+        Ok(Table::new(&tables.schema, answered??, &options.prefix))
     }
 }
 
 impl Core {
-    fn opened(&self) -> Result<Arc<Opened>, Failure> {
+    fn open(&self) -> Result<Arc<OpenGuard>, Failure> {
         self.opened.get(|| {
-            let sight = Sight {
+            let images = ImageReader {
                 limits: self.setup.limits(),
                 urls: self.setup.image_urls(),
                 fetcher: self.setup.fetcher()?,
             };
-            Ok(Arc::new(Opened {
+            Ok(Arc::new(OpenGuard {
                 setup: self.setup.clone(),
-                at_once: self.at_once,
+                concurrency: self.concurrency,
                 cache: self.cache.clone(),
-                sight,
+                images,
                 guard: OnceCell::new(),
-                work: Mutex::default(),
+                tables: Mutex::default(),
             }))
         })
     }
@@ -133,7 +138,7 @@ impl Core {
 
 #[pymethods]
 impl Core {
-    /// `settings` is JSON, in the shape of a file of settings.
+    /// `settings` is JSON with the structure of a settings file.
     #[new]
     #[pyo3(signature = (settings, api_key, concurrency, cache))]
     fn new(
@@ -145,40 +150,40 @@ impl Core {
     ) -> PyResult<Self> {
         let setup = serde_json::from_str(settings)
             .map_err(|error| Failure::settings(format!("settings: {error}")))
-            .and_then(|given| Ok(Setup::new(given, api_key.map(Into::into))?));
-        let setup = setup.map_err(|failure: Failure| failure.raised(py))?;
-        let at_once = concurrency.unwrap_or_else(|| setup.at_once());
-        Ok(Self { setup, at_once, cache, opened: Own::new() })
+            .and_then(|settings| Ok(Setup::new(settings, api_key.map(Into::into))?));
+        let setup = setup.map_err(|failure: Failure| failure.into_exception(py))?;
+        let concurrency = concurrency.unwrap_or_else(|| setup.default_concurrency());
+        Ok(Self { setup, concurrency, cache, opened: PerProcess::new() })
     }
 
-    /// The profile's name.
+    /// The name of the profile.
     #[getter]
     fn profile(&self) -> &str {
         &self.setup.profile().name
     }
 
-    /// Rows at once.
+    /// Maximum number of rows in flight.
     #[getter]
     fn concurrency(&self) -> usize {
-        self.at_once
+        self.concurrency
     }
 
-    /// Answers a conversation, or reviews `draft`. Gives the outcome as JSON; with `events` every
-    /// event, each as JSON.
-    #[pyo3(signature = (told, draft, events))]
+    /// Answers a conversation, or reviews `draft`. The item is the outcome as JSON; with `events`
+    /// there is an item for every event.
+    #[pyo3(signature = (messages, draft, events))]
     fn answer(
         &self,
         py: Python<'_>,
-        told: Told,
+        messages: Messages,
         draft: Option<String>,
         events: bool,
     ) -> PyResult<Call> {
-        let opened = self.opened().map_err(|failure| failure.raised(py))?;
-        Call::start(|giver| answer(opened, told, draft, events, giver))
+        let guard = self.open().map_err(|failure| failure.into_exception(py))?;
+        Call::start(|sender| answer(guard, messages, draft, events, sender))
     }
 
-    /// Answers all rows of a table; gives one [`Table`].
-    #[expect(clippy::too_many_arguments, reason = "named ones, on the side of Python")]
+    /// Answers all rows of a table. The item is a [`Table`].
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
     #[pyo3(signature = (tables, *, map, query, prefix, journal, image_bytes, max_failures))]
     fn table(
         &self,
@@ -191,30 +196,35 @@ impl Core {
         image_bytes: usize,
         max_failures: f64,
     ) -> PyResult<Call> {
-        let raised = |failure: Failure| failure.raised(py);
-        let mapping =
-            Mapping::new(map).map_err(|cause| raised(Failure::settings(cause.to_string())))?;
-        let rows = self.at_once;
-        let reading =
-            Reading { mapping, query, prefix, rows, bytes: image_bytes, may_fail: max_failures };
-        let opened = self.opened().map_err(raised)?;
-        Call::start(|giver| async move {
-            let table = opened.table(tables, journal, reading).await?;
-            let _ = giver.send(Ok(Item::Table(table))).await;
+        let into_exception = |failure: Failure| failure.into_exception(py);
+        let mapping = Mapping::new(map).map_err(|cause| Failure::settings(cause.to_string()));
+        let mapping = mapping.map_err(into_exception)?;
+        let options = TableOptions {
+            mapping,
+            query,
+            prefix,
+            concurrency: self.concurrency,
+            image_bytes,
+            max_failed: max_failures,
+        };
+        let guard = self.open().map_err(into_exception)?;
+        Call::start(|sender| async move {
+            let table = guard.answer_table(tables, journal, options).await?;
+            let _ = sender.send(Ok(Item::Table(table))).await;
             Ok(())
         })
     }
 }
 
 async fn answer(
-    opened: Arc<Opened>,
-    told: Told,
+    open: Arc<OpenGuard>,
+    messages: Messages,
     draft: Option<String>,
     wants_events: bool,
-    giver: Giver,
+    sender: ItemSender,
 ) -> Result<(), Failure> {
-    let guard = opened.guard().await?;
-    let chat = opened.sight.chat(told).await?;
+    let guard = open.guard().await?;
+    let chat = open.images.chat(messages).await?;
     let events = match &draft {
         Some(draft) => guard.review_events(&chat, draft).boxed(),
         None => guard.answer_events(&chat).boxed(),
@@ -233,7 +243,7 @@ async fn answer(
             Event::Answer(text) => json!({"answer": text}),
             _ => continue,
         };
-        if giver.send(Ok(Item::Json(json.to_string()))).await.is_err() {
+        if sender.send(Ok(Item::Json(json.to_string()))).await.is_err() {
             break;
         }
     }

@@ -1,5 +1,5 @@
-//! `_ecso`, the part of the Python package `ecso` that is in Rust. What people call is in
-//! `python/ecso`; this gives it a guard, tables of Arrow, and the program.
+//! `_ecso`, the Rust part of the Python package `ecso`. The public API is in `python/ecso`; this
+//! module provides the guard, Arrow tables and the program.
 
 mod call;
 mod chat;
@@ -12,14 +12,14 @@ use std::{ffi::OsString, path::PathBuf};
 
 use pyo3::prelude::*;
 
-/// Runs the program `ecso`; `arguments` begin with its name. Gives the exit code. `program` is the
-/// file that is called for it.
+/// Runs the program `ecso` and returns its exit code. `arguments` start with its name. `program` is
+/// the executable to call for work in a separate process.
 #[pyfunction]
 fn main(py: Python<'_>, program: Option<PathBuf>, arguments: Vec<OsString>) -> u8 {
     py.detach(|| ecso_cli::main_as(program, arguments))
 }
 
-/// Whether models run in this process: whether the wheel has the engine.
+/// Whether this wheel includes the engine, so that models can run in this process.
 #[pyfunction]
 fn has_engine() -> bool {
     ecso_cli::library::HAS_ENGINE

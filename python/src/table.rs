@@ -1,4 +1,4 @@
-//! Tables of Arrow, in and out by the `PyCapsule` interface.
+//! Arrow tables, exchanged by the `PyCapsule` interface.
 
 use std::{ffi::CStr, sync::Arc};
 
@@ -15,7 +15,7 @@ use pyo3::{
     types::PyCapsule,
 };
 
-/// A table as it comes in: one batch, or a stream of them.
+/// A table from Python: one batch, or a stream of batches.
 pub(crate) struct Tables {
     pub(crate) schema: SchemaRef,
     pub(crate) batches: Vec<RecordBatch>,
@@ -26,40 +26,41 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Tables {
 
     fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
         if object.hasattr("__arrow_c_array__")? {
-            let batch = valid(RecordBatch::from_pyarrow_bound(&object)?)?;
+            let batch = validated(RecordBatch::from_pyarrow_bound(&object)?)?;
             return Ok(Self { schema: batch.schema(), batches: vec![batch] });
         }
         if object.hasattr("__arrow_c_stream__")? {
             let reader = RecordBatchStreamReader::from_pyarrow_bound(&object)?;
             let schema = reader.schema();
             let batches: PyResult<Vec<_>> =
-                reader.map(|batch| batch.map_err(raised).and_then(valid)).collect();
+                reader.map(|batch| batch.map_err(value_error).and_then(validated)).collect();
             return Ok(Self { schema, batches: batches? });
         }
-        let told = "a table is needed that speaks Arrow's PyCapsule interface (__arrow_c_array__ or __arrow_c_stream__): of pyarrow, \
-                    polars, pandas, DuckDB, Daft";
-        Err(PyTypeError::new_err(told))
+        Err(PyTypeError::new_err(
+            "expected a table with Arrow's PyCapsule interface (__arrow_c_array__ or \
+             __arrow_c_stream__), for instance of pyarrow, polars, pandas, DuckDB or Daft",
+        ))
     }
 }
 
-/// A batch whose offsets and texts are what they should be: who made it may not have looked.
-fn valid(batch: RecordBatch) -> PyResult<RecordBatch> {
+/// Validates the offsets and strings of a batch, which its creator may not have checked.
+fn validated(batch: RecordBatch) -> PyResult<RecordBatch> {
     for (field, column) in batch.schema_ref().fields().iter().zip(batch.columns()) {
-        let told = |error: ArrowError| {
-            PyValueError::new_err(format!("the column {:?} is broken: {error}", field.name()))
+        let invalid = |error: ArrowError| {
+            PyValueError::new_err(format!("column {:?} is invalid: {error}", field.name()))
         };
-        column.to_data().validate_full().map_err(told)?;
+        column.to_data().validate_full().map_err(invalid)?;
     }
     Ok(batch)
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]
-fn raised(error: ArrowError) -> PyErr {
+fn value_error(error: ArrowError) -> PyErr {
     PyValueError::new_err(error.to_string())
 }
 
-/// A table with its answers. It speaks Arrow's `PyCapsule` interface, so `pyarrow.table(it)`,
-/// `polars.DataFrame(it)` and their like take it without a copy.
+/// A table with answers. It implements Arrow's `PyCapsule` interface, so that `pyarrow.table(it)`,
+/// `polars.DataFrame(it)` and others convert it without a copy.
 #[pyclass(frozen, sequence, module = "ecso._ecso")]
 pub(crate) struct Table {
     schema: SchemaRef,
@@ -67,17 +68,15 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    /// Of the batches that `columns` and the answers make.
-    pub(crate) fn of(columns: &Schema, batches: Vec<RecordBatch>, prefix: &str) -> Self {
-        let none = || {
-            let fields = columns.fields().iter().cloned();
+    /// Creates a table from answered batches. `original` is the schema without the new columns.
+    pub(crate) fn new(original: &Schema, batches: Vec<RecordBatch>, prefix: &str) -> Self {
+        let schema_without_batches = || {
+            let fields = original.fields().iter().cloned();
             let new = ecso_data::answers::schema(prefix).into_iter().map(Arc::new);
-            Arc::new(Schema::new_with_metadata(
-                fields.chain(new).collect::<Vec<_>>(),
-                columns.metadata().clone(),
-            ))
+            let fields = fields.chain(new).collect::<Vec<_>>();
+            Arc::new(Schema::new_with_metadata(fields, original.metadata().clone()))
         };
-        let schema = batches.first().map_or_else(none, RecordBatch::schema);
+        let schema = batches.first().map_or_else(schema_without_batches, RecordBatch::schema);
         Self { schema, batches }
     }
 }
@@ -107,11 +106,11 @@ impl Table {
     }
 
     fn __arrow_c_schema__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyCapsule>> {
-        let schema = FFI_ArrowSchema::try_from(self.schema.as_ref()).map_err(raised)?;
+        let schema = FFI_ArrowSchema::try_from(self.schema.as_ref()).map_err(value_error)?;
         capsule(py, schema, c"arrow_schema")
     }
 
-    /// All rows as one batch. A schema that is asked for is passed over, as the interface allows.
+    /// All rows as one batch. A requested schema is ignored, as the interface allows.
     #[pyo3(signature = (requested_schema = None))]
     fn __arrow_c_array__<'py>(
         &self,
@@ -119,14 +118,13 @@ impl Table {
         requested_schema: Option<Bound<'py, PyAny>>,
     ) -> PyResult<(Bound<'py, PyCapsule>, Bound<'py, PyCapsule>)> {
         drop(requested_schema);
-        let whole =
-            arrow_select::concat::concat_batches(&self.schema, &self.batches).map_err(raised)?;
+        let whole = arrow_select::concat::concat_batches(&self.schema, &self.batches)
+            .map_err(value_error)?;
         let array = FFI_ArrowArray::new(&StructArray::from(whole).to_data());
         Ok((self.__arrow_c_schema__(py)?, capsule(py, array, c"arrow_array")?))
     }
 
-    /// The batches in which the rows came. A schema that is asked for is passed over, as the
-    /// interface allows.
+    /// The rows in their original batches. A requested schema is ignored, as the interface allows.
     #[pyo3(signature = (requested_schema = None))]
     fn __arrow_c_stream__<'py>(
         &self,

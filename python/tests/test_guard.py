@@ -112,7 +112,7 @@ def test_messages_are_a_conversation(mock: Mock, picture: bytes) -> None:
         ),
         ("What?", b"no image", ecso.ImageError, "not an image"),
         ("What?", "/nowhere/a.png", ecso.ImageError, "/nowhere/a.png"),
-        ("What?", 3, ecso.ImageError, "int is no image"),
+        ("What?", 3, ecso.ImageError, "int is not an image"),
         ("What?", numpy.zeros((2, 2, 7), numpy.uint8), ecso.ImageError, "(2, 2, 7)"),
         ("What?", numpy.full((2, 2), 9.0), ecso.ImageError, "0..1"),
         ("What?", "http://127.0.0.1:1/a.png", ecso.ImageError, "not public"),

@@ -29,12 +29,12 @@ use ecso_batch::{
     journal::{self, Journal, Saved},
 };
 use ecso_data::{
+    generate::{Filters, Generator},
     input::{Input, Mapping},
-    make::{Filters, Maker},
     manifest::Packing,
     pack::pack,
     record::{RunHeader, Shard},
-    run::{Making, run},
+    run::{RunContext, run},
 };
 use ecso_eval::{
     item::Task,
@@ -111,15 +111,15 @@ fn header(input: &Path) -> RunHeader {
 async fn engine(input: &Input, out: &Path, delay: Duration) -> anyhow::Result<(u64, f64)> {
     let mock = Arc::new(Mock { delay, calls: 0.into() });
     let model: Arc<dyn Mllm> = Arc::clone(&mock) as Arc<dyn Mllm>;
-    let making = Arc::new(Making {
-        maker: Maker::new(&model, Profile::paper(), Filters::default()),
+    let context = Arc::new(RunContext {
+        generator: Generator::new(&model, Profile::paper(), Filters::default()),
         fetcher: Fetcher::new()?,
         limits: Limits::default(),
         out: out.to_owned(),
-        marker: None,
+        hasher: None,
     });
     let (header, begun) = (header(&input.path), Instant::now());
-    run(input, &header, &making, Bounds::at_once(AT_ONCE), |_| {}).await?;
+    run(input, &header, &context, Bounds::at_once(AT_ONCE), |_| {}).await?;
     Ok((mock.calls.load(Ordering::Relaxed), begun.elapsed().as_secs_f64()))
 }
 

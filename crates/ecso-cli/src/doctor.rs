@@ -62,7 +62,13 @@ pub(crate) fn run(as_json: bool, file: Option<&Path>) -> anyhow::Result<()> {
 }
 
 fn print_json(checks: &[Check]) -> anyhow::Result<()> {
-    let row = |Check { name, state, message }: &Check| json!({ "check": name, "state": state.word(), "says": message });
+    let row = |check: &Check| {
+        json!({
+            "check": check.name,
+            "state": check.state.word(),
+            "says": check.message,
+        })
+    };
     let rows: Vec<_> = checks.iter().map(row).collect();
     let report = json!({ "version": env!("CARGO_PKG_VERSION"), "checks": rows });
     println!("{}", serde_json::to_string_pretty(&report)?);

@@ -134,7 +134,13 @@ impl Comparison<'_> {
     }
 
     fn print_json(&self) {
-        let row = |(&(then, now), count): (&(&str, &str), &u64)| json!({"recorded": then, "now": now, "count": count});
+        let row = |((then, now), count): (&(&str, &str), &u64)| {
+            json!({
+                "recorded": then,
+                "now": now,
+                "count": count,
+            })
+        };
         let object = json!({
             "profile": self.profile,
             "model": self.judge,

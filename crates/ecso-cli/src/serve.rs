@@ -200,8 +200,8 @@ async fn listen(settings: &Settings) -> anyhow::Result<TcpListener> {
     })?;
     if settings.gateway.keys.is_empty() && !address.ip().is_loopback() {
         return Err(UsageError(format!(
-            "{address} is reachable from other machines, and without client keys anyone could call; \
-             create one with `ecso key NAME`, or listen on 127.0.0.1"
+            "{address} is reachable from other machines, and without client keys anyone could call \
+             it; create one with `ecso key NAME`, or listen on 127.0.0.1"
         ))
         .into());
     }

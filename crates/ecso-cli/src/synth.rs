@@ -11,13 +11,13 @@ use std::{
 use anyhow::Context;
 use ecso_batch::Bounds;
 use ecso_data::{
-    dedupe::Marker,
+    dedupe::PerceptualHasher,
+    generate::{Filters, Generator},
     input::{Input, Mapping},
-    make::{Filters, Maker},
     manifest::{Manifest, Packing},
     pack,
     record::{RunHeader, Shard},
-    run::{self, Ended, Making, Progress},
+    run::{self, Progress, RunContext, RunEnd},
 };
 use ecso_openai::Fetcher;
 use tokio::runtime::Handle;
@@ -79,12 +79,12 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
             near_duplicates: args.near_duplicates,
             shard: args.shard,
         };
-        let making = Arc::new(Making {
-            maker: Maker::new(&model, profile, header.filters),
+        let context = Arc::new(RunContext {
+            generator: Generator::new(&model, profile, header.filters),
             fetcher: Fetcher::new()?,
             limits: settings.images,
             out: args.out.clone(),
-            marker: args.near_duplicates.then(Marker::default),
+            hasher: args.near_duplicates.then(PerceptualHasher::default),
         });
         let bounds = Bounds {
             bytes: args.batch.image_bytes(),
@@ -95,25 +95,25 @@ pub(crate) fn run(args: &SynthArgs, file: Option<&Path>) -> anyhow::Result<()> {
         };
         let (input, quiet) = (input.clone(), args.output.quiet);
         spawn_abandonable(move || {
-            let ended = generate(&input, &header, &making, bounds, quiet, &worker)?;
-            let manifest = pack::pack(&making.out, &input, &packing)?;
-            anyhow::Ok((ended, manifest))
+            let end = generate(&input, &header, &context, bounds, quiet, &worker)?;
+            let manifest = pack::pack(&context.out, &input, &packing)?;
+            anyhow::Ok((end, manifest))
         })
         .await
     });
     // Threads that still wait for a file are abandoned.
     runtime.shutdown_background();
     // The journal stays locked until the end, so that no other process packs at the same time.
-    let (ended, manifest) = result?;
+    let (end, manifest) = result?;
     if args.output.json {
         println!("{}", serde_json::to_string_pretty(&manifest)?);
     } else {
         print!("{}", summary(&manifest, &args.out.join("dataset")));
     }
-    if !ended.whole {
+    if !end.complete {
         say!("the budget is spent; run the same command with a larger one to continue");
     }
-    check_outcome(args, &input, &manifest, ended.whole)
+    check_outcome(args, &input, &manifest, end.complete)
 }
 
 /// Checks that the output folder is neither part of the input nor used by something else.
@@ -126,7 +126,7 @@ fn check_folders(args: &SynthArgs, input: &Input) -> anyhow::Result<()> {
         ))
         .into());
     }
-    if pack::is_taken(&args.out).with_context(shown)? {
+    if pack::is_occupied(&args.out).with_context(shown)? {
         let problem = "this exists and was not created by `ecso synth`, which would put its \
                        dataset there; name another --out";
         return Err(UsageError::at(&args.out.join("dataset"), problem).into());
@@ -138,21 +138,21 @@ fn check_folders(args: &SynthArgs, input: &Input) -> anyhow::Result<()> {
 fn generate(
     input: &Input,
     header: &RunHeader,
-    making: &Arc<Making>,
+    context: &Arc<RunContext>,
     bounds: Bounds,
     quiet: bool,
     worker: &Worker,
-) -> anyhow::Result<Ended> {
+) -> anyhow::Result<RunEnd> {
     let total = (header.shard == Shard::ALL).then(|| input.count()).flatten();
     let line = ProgressLine::new(Unit::Items("rows"), quiet);
     let start = Instant::now();
     let show = |progress: &Progress| line.show(progress.recorded as u64, total, &counts(progress));
-    let run = run::run(input, header, making, bounds, show);
-    let ended = Handle::current().block_on(worker.run_interruptible(run))??;
+    let run = run::run(input, header, context, bounds, show);
+    let end = Handle::current().block_on(worker.run_interruptible(run))??;
     drop(line);
     let (work, wall) = (worker.work(), start.elapsed().as_secs_f64());
     if quiet {
-        return Ok(ended);
+        return Ok(end);
     }
     say!(
         "{} calls in {wall:.1} s, {} from the cache; the model was busy {:.1}% of the time",
@@ -160,7 +160,7 @@ fn generate(
         work.replayed,
         100.0 * work.busy.as_secs_f64() / wall.max(1e-9)
     );
-    Ok(ended)
+    Ok(end)
 }
 
 /// Warns about an empty dataset or validation split. Fails if too few rows were processed, or if
@@ -221,8 +221,8 @@ fn check_outcome(
     Ok(())
 }
 
-/// The path of the input. Standard input is stored next to the journal, because resuming and packing
-/// read the input again.
+/// The path of the input. Standard input is stored next to the journal, because resuming and
+/// packing read the input again.
 fn input_path(args: &SynthArgs) -> anyhow::Result<PathBuf> {
     if args.input != Path::new("-") {
         return Ok(args.input.clone());

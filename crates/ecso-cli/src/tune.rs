@@ -218,8 +218,8 @@ impl fmt::Display for Estimate {
         let Self { requests, calls, prompt_tokens, answer_tokens } = self;
         write!(
             f,
-            "{requests} requests, about {calls} calls, at most {prompt_tokens} prompt tokens (fewer \
-             with a prefix cache) and {answer_tokens} answer tokens; if interrupted, run the same \
+            "{requests} requests, about {calls} calls, at most {prompt_tokens} prompt tokens \
+             (fewer with a prefix cache) and {answer_tokens} answer tokens; if interrupted, run the same \
              command again to resume"
         )
     }

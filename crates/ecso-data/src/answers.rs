@@ -1,6 +1,5 @@
-//! Guarded answers for tables in memory: what engines of others (Ray, Spark, Daft) ask for. As many
-//! rows come out as went in, in their order, and one that fails has its error where its answer
-//! would be.
+//! Guarded answers for in-memory tables, for data engines such as Ray, Spark and Daft. The result
+//! has the same rows in the same order; a row that fails has an error instead of an answer.
 
 mod columns;
 mod store;
@@ -27,38 +26,38 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     input::{Columns, Mapping, RowError},
-    row::{Parts, Picture, Row, cut},
+    row::{ImageSource, PartsHasher, Row, shorten},
 };
 pub use columns::{NAMES, schema};
 use store::Store;
 
-/// Why there is no answer, in one word.
+/// The kind of error of a row that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
-pub enum Kind {
-    /// What is asked can't be read, or nothing is asked.
+pub enum ErrorKind {
+    /// The row can't be read, or it has no query.
     Input,
-    /// An image can't be had, or not be used.
+    /// An image can't be read or used.
     Image,
     /// The model rejected the request.
     Rejected,
-    /// A content filter refused it.
+    /// A content filter blocked the request.
     Filtered,
-    /// The model has too much to do.
+    /// The model is overloaded.
     RateLimited,
     /// The model did not answer in time.
     Timeout,
-    /// Its reply can't be read.
+    /// The model's reply is invalid.
     BadReply,
-    /// It can't be reached.
+    /// The model is unreachable.
     Unreachable,
-    /// It answered neither yes nor no.
+    /// The model answered a question neither with yes nor with no.
     NoVerdict,
 }
 
-impl Kind {
-    /// The word.
+impl ErrorKind {
+    /// The name in tables.
     #[must_use]
     pub fn word(self) -> &'static str {
         match self {
@@ -74,20 +73,20 @@ impl Kind {
         }
     }
 
-    /// That of a guard's error.
+    /// The kind of a guard's error.
     #[must_use]
-    pub fn of(error: &GuardError) -> Self {
+    pub fn from_guard(error: &GuardError) -> Self {
         match error {
             GuardError::NoQuery => Self::Input,
             GuardError::NoVerdict { .. } => Self::NoVerdict,
-            GuardError::Model { source, .. } => Self::of_model(source),
+            GuardError::Model { source, .. } => Self::from_model(source),
             _ => Self::BadReply,
         }
     }
 
-    /// That of a model's error.
+    /// The kind of a model's error.
     #[must_use]
-    pub fn of_model(error: &ModelError) -> Self {
+    pub fn from_model(error: &ModelError) -> Self {
         match error {
             ModelError::Rejected(_) => Self::Rejected,
             ModelError::Filtered(_) => Self::Filtered,
@@ -99,39 +98,39 @@ impl Kind {
     }
 }
 
-/// What became of a row: a line of the journal.
+/// The answer to a row: a line of the journal.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Answer {
-    /// The row's key: a hash of all that its answer is made of, and of what makes it. Empty where
-    /// the row can't be read.
+    /// The row's key: a hash of everything that determines its answer, including model and profile.
+    /// Empty if the row can't be read.
     pub id: String,
-    /// What may go out; none if it failed.
+    /// The guarded answer; none if the row failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub answer: Option<String>,
-    /// What was found about the direct answer.
+    /// The verdict on the direct answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verdict: Option<Verdict>,
-    /// Probability of harm of the direct answer in 0..=1, where the model tells.
+    /// Probability in 0..=1 that the direct answer is harmful, if the model returns probabilities.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub score: Option<f64>,
-    /// The images as text, where they were made text of; several with an empty line between.
+    /// The images as text, if step 3 ran; several are separated by an empty line.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub caption: Option<String>,
-    /// Tokens of all calls, prompts and replies, where the model tells.
+    /// Prompt and reply tokens of all calls, if the model reports usage.
     #[serde(default)]
     pub tokens: u64,
     /// Time of all calls, in milliseconds.
     #[serde(default)]
     pub ms: u64,
-    /// Why it failed.
+    /// Why the row failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-    /// The same in one word.
+    /// The kind of that error.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub error_kind: Option<Kind>,
-    /// The row's place in its table.
+    pub error_kind: Option<ErrorKind>,
+    /// The row's index in the table.
     #[serde(skip)]
-    place: usize,
+    index: usize,
 }
 
 impl Entry for Answer {
@@ -145,7 +144,7 @@ impl Entry for Answer {
 }
 
 impl Answer {
-    fn of(id: String, outcome: Outcome, place: usize) -> Self {
+    fn new(id: String, outcome: Outcome, index: usize) -> Self {
         let captions: Vec<&str> = outcome
             .steps
             .iter()
@@ -161,17 +160,17 @@ impl Answer {
             tokens: outcome
                 .steps
                 .iter()
-                .map(|t| tokens(t.prompt_tokens) + tokens(t.completion_tokens))
+                .map(|trace| tokens(trace.prompt_tokens) + tokens(trace.completion_tokens))
                 .sum(),
             ms: outcome.steps.iter().map(|trace| trace.ms).sum(),
             answer: Some(outcome.answer),
             error: None,
             error_kind: None,
-            place,
+            index,
         }
     }
 
-    fn failure(id: String, kind: Kind, error: &str, place: usize) -> Self {
+    fn failure(id: String, kind: ErrorKind, error: &str, index: usize) -> Self {
         Self {
             id,
             answer: None,
@@ -180,75 +179,75 @@ impl Answer {
             caption: None,
             tokens: 0,
             ms: 0,
-            error: Some(cut(error).into_owned()),
+            error: Some(shorten(error).into_owned()),
             error_kind: Some(kind),
-            place,
+            index,
         }
     }
 }
 
-/// Why a table was not answered.
+/// Why a table could not be answered.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AnswersError {
-    /// Its columns can't be understood.
+    /// The table has no column for the query, or one is ambiguous or missing.
     #[error("{0}")]
     Columns(Cause),
-    /// It has a column that the answers would have too.
-    #[error("the table has a column `{0}` already; a prefix gives the new columns other names")]
-    Taken(String),
-    /// More rows failed than may.
-    #[error("{failed} of {rows} rows failed, the first that did with: {first}")]
-    TooMany {
-        /// Rows that failed until then.
+    /// The table already has a column with the name of a new one.
+    #[error("the table already has a column `{0}`; set a prefix to rename the new columns")]
+    NameConflict(String),
+    /// More rows failed than allowed.
+    #[error("{failed} of {rows} rows failed; the first error: {first}")]
+    TooManyFailures {
+        /// Rows that failed so far.
         failed: usize,
         /// Rows of the table.
         rows: usize,
-        /// Why one did.
+        /// The first error.
         first: String,
     },
-    /// The journal.
+    /// The journal can't be read or written.
     #[error(transparent)]
     Journal(#[from] JournalError),
-    /// The new columns don't fit.
+    /// The new columns don't fit the table.
     #[error("the answers don't fit the table")]
     Arrow(#[from] ArrowError),
 }
 
-/// How tables are read, and what of them is held at once.
+/// How a table is answered.
 #[derive(Debug, Clone)]
-pub struct Reading {
-    /// Which columns are what.
+pub struct TableOptions {
+    /// Which columns hold which fields.
     pub mapping: Mapping,
-    /// The query of rows that have none.
+    /// The query for rows without one.
     pub query: Option<String>,
-    /// What stands before the names of the new columns.
+    /// Prefix of the names of the new columns.
     pub prefix: String,
-    /// Rows at once.
-    pub rows: usize,
-    /// Bytes of images at once.
-    pub bytes: usize,
-    /// The share of rows that may fail; with more the table is given up.
-    pub may_fail: f64,
+    /// Maximum number of rows in flight.
+    pub concurrency: usize,
+    /// Maximum number of bytes of images in flight.
+    pub image_bytes: usize,
+    /// Share of rows that may fail before the table is given up.
+    pub max_failed: f64,
 }
 
 /// Answers tables with one model under one profile.
-pub struct Answering {
+pub struct TableAnswerer {
     guard: Guard<Arc<dyn Mllm>>,
-    /// Gets images that are behind URLs, where that is wanted.
+    /// Fetches images behind URLs, if that is allowed.
     fetcher: Option<Fetcher>,
     limits: Limits,
     identity: String,
     store: Option<Mutex<Store>>,
 }
 
-impl Answering {
-    /// With `model`, which is `identity` in one text, under `profile`. Without a fetcher rows that
-    /// name images by URL fail. With a `journal`, a folder, what is answered is kept there and not
-    /// asked again; any number of processes may share it.
+impl TableAnswerer {
+    /// Creates an answerer with `model`, which `identity` identifies, under `profile`. Without a
+    /// fetcher, rows with images behind URLs fail. `journal` is a folder where answers are stored
+    /// for reuse; any number of processes may share it.
     ///
     /// # Errors
-    /// The journal's.
+    /// The journal can't be opened.
     pub fn new(
         model: Arc<dyn Mllm>,
         identity: &str,
@@ -263,23 +262,23 @@ impl Answering {
         Ok(Self { guard: Guard::new(model, profile), fetcher, limits, identity, store })
     }
 
-    /// The tables with eight more columns ([`schema`]): answers for all rows, in their order.
+    /// Answers all rows. Returns the tables with eight new columns ([`schema`]).
     ///
     /// # Errors
-    /// [`AnswersError`], never for what is wrong with a row.
+    /// [`AnswersError`]; the error of a single row is in its columns.
     pub async fn answer(
         self: &Arc<Self>,
-        columns: &SchemaRef,
+        schema: &SchemaRef,
         tables: Vec<RecordBatch>,
-        reading: &Reading,
+        options: &TableOptions,
     ) -> Result<Vec<RecordBatch>, AnswersError> {
-        let whole = columns::with_answers(columns, &reading.prefix)?;
-        let reader = Columns::new(columns, reading.mapping.clone(), reading.query.clone());
+        let new_schema = columns::with_answers(schema, &options.prefix)?;
+        let reader = Columns::new(schema, options.mapping.clone(), options.query.clone());
         let reader = reader.map_err(AnswersError::Columns)?;
         let count: usize = tables.iter().map(RecordBatch::num_rows).sum();
         self.with_store(Store::refresh)?;
-        let rows =
-            Rows { tables: tables.clone().into_iter(), reader, table: None, index: 0, place: 0 };
+        let rows = Rows::new(tables.clone(), reader);
+        // Of rows with the same key only the first is answered.
         let mut first_of = HashMap::new();
         let mut repeats = Vec::new();
         let sift = |job: Job| {
@@ -287,52 +286,44 @@ impl Answering {
                 return Sifted::Make(job);
             }
             if let Some(first) = first_of.get(&job.key) {
-                repeats.push((job.place, *first));
+                repeats.push((job.index, *first));
                 return Sifted::Skip;
             }
-            first_of.insert(job.key.clone(), job.place);
+            first_of.insert(job.key.clone(), job.index);
             match self.with_store(|store| store.find(&job.key)) {
-                Ok(Some(Some(found))) => Sifted::Known(Answer { place: job.place, ..found }),
-                // What can't be looked up is made again.
+                Ok(Some(Some(stored))) => Sifted::Known(Answer { index: job.index, ..stored }),
+                // If it can't be looked up, it is asked again.
                 _ => Sifted::Make(job),
             }
         };
-        let bounds = Bounds { bytes: reading.bytes, ..Bounds::at_once(reading.rows) };
+        let bounds = Bounds { bytes: options.image_bytes, ..Bounds::at_once(options.concurrency) };
         let mut answers: Vec<Option<Answer>> = vec![None; count];
         let mut failed = 0;
         {
-            let made = entries(rows, self, bounds, sift);
-            pin_mut!(made);
-            while let Some(answer) = made.next().await {
+            let entries = entries(rows, self, bounds, sift);
+            pin_mut!(entries);
+            while let Some(answer) = entries.next().await {
                 let answer = answer?;
                 if !answer.id.is_empty() {
-                    self.with_store(|store| store.keep(&answer))?;
+                    self.with_store(|store| store.add(&answer))?;
                 }
                 failed += usize::from(answer.failed());
-                if let Some(first) =
-                    answer.error.as_ref().filter(|_| is_more(failed, reading.may_fail, count))
-                {
-                    return Err(AnswersError::TooMany {
-                        failed,
-                        rows: count,
-                        first: first.clone(),
-                    });
+                if let Some(error) = &answer.error {
+                    check_failures(failed, count, options, error)?;
                 }
-                let place = answer.place;
-                answers[place] = Some(answer);
+                let index = answer.index;
+                answers[index] = Some(answer);
             }
         }
-        for (place, first) in repeats {
-            let same = answers[first].clone();
-            failed += usize::from(same.as_ref().is_some_and(Answer::failed));
-            answers[place] = same;
+        for (index, first) in repeats {
+            let answer = answers[first].clone();
+            failed += usize::from(answer.as_ref().is_some_and(Answer::failed));
+            answers[index] = answer;
         }
-        if let Some(first) = answers.iter().flatten().find_map(|answer| answer.error.clone())
-            && is_more(failed, reading.may_fail, count)
-        {
-            return Err(AnswersError::TooMany { failed, rows: count, first });
+        if let Some(first) = answers.iter().flatten().find_map(|answer| answer.error.as_ref()) {
+            check_failures(failed, count, options, first)?;
         }
-        columns::joined(&whole, &tables, &answers)
+        columns::append(&new_schema, &tables, &answers)
     }
 
     fn with_store<T>(
@@ -344,15 +335,15 @@ impl Answering {
         store.map(|mut store| work(&mut store)).transpose()
     }
 
-    async fn images(&self, row: &Row) -> Result<Vec<Vec<Image>>, String> {
+    async fn read_images(&self, row: &Row) -> Result<Vec<Vec<Image>>, String> {
         let mut images = Vec::with_capacity(row.images.len());
-        for picture in &row.images {
-            let read = match (&self.fetcher, picture) {
-                (None, Picture::Url(_)) => {
+        for source in &row.images {
+            let read = match (&self.fetcher, source) {
+                (None, ImageSource::Url(_)) => {
                     return Err("images behind URLs are not fetched here".into());
                 }
-                (Some(fetcher), picture) => picture.read(fetcher, self.limits).await,
-                (None, picture) => picture.here(self.limits).map_err(Into::into),
+                (Some(fetcher), source) => source.read(fetcher, self.limits).await,
+                (None, source) => source.read_local(self.limits).map_err(Into::into),
             };
             images.push(read.map_err(|error| error_chain(&error))?);
         }
@@ -360,7 +351,7 @@ impl Answering {
     }
 
     fn key(&self, row: &Row, images: &[Image]) -> String {
-        let mut key = Parts::default();
+        let mut key = PartsHasher::default();
         key.add(&self.identity);
         key.add(row.key(images));
         key.add([u8::from(row.draft.is_some())]);
@@ -369,68 +360,81 @@ impl Answering {
     }
 }
 
+/// Checks that no more rows failed than allowed; `first` is the error of one.
 #[expect(clippy::cast_precision_loss, reason = "counts of rows")]
-fn is_more(failed: usize, share: f64, rows: usize) -> bool {
-    failed as f64 > share * rows as f64
+fn check_failures(
+    failed: usize,
+    rows: usize,
+    options: &TableOptions,
+    first: &str,
+) -> Result<(), AnswersError> {
+    if failed as f64 > options.max_failed * rows as f64 {
+        return Err(AnswersError::TooManyFailures { failed, rows, first: first.to_owned() });
+    }
+    Ok(())
 }
 
-/// The rows of tables, each with its place.
+/// The rows of several tables, each with its index among all rows.
 struct Rows {
     tables: std::vec::IntoIter<RecordBatch>,
     reader: Columns,
+    /// The current table, and the index of its next row.
     table: Option<RecordBatch>,
+    index_in_table: usize,
+    /// The index of the next row among all rows.
     index: usize,
-    place: usize,
+}
+
+impl Rows {
+    fn new(tables: Vec<RecordBatch>, reader: Columns) -> Self {
+        Self { tables: tables.into_iter(), reader, table: None, index_in_table: 0, index: 0 }
+    }
 }
 
 impl Iterator for Rows {
     type Item = (usize, Result<Row, RowError>);
 
     fn next(&mut self) -> Option<Self::Item> {
-        while self.table.as_ref().is_none_or(|table| self.index >= table.num_rows()) {
-            (self.table, self.index) = (Some(self.tables.next()?), 0);
+        while self.table.as_ref().is_none_or(|table| self.index_in_table >= table.num_rows()) {
+            (self.table, self.index_in_table) = (Some(self.tables.next()?), 0);
         }
-        let row = self.reader.row(self.table.as_ref()?, self.index, self.place as u64);
-        (self.index, self.place) = (self.index + 1, self.place + 1);
-        Some((self.place - 1, row))
+        let row = self.reader.row(self.table.as_ref()?, self.index_in_table, self.index as u64);
+        self.index_in_table += 1;
+        self.index += 1;
+        Some((self.index - 1, row))
     }
 }
 
-/// A row that was read.
+/// A row whose images are read.
 pub struct Job {
-    place: usize,
+    index: usize,
     key: String,
-    /// The row with its images; or what is wrong with it.
-    read: Result<(Row, Vec<Image>), (Kind, String)>,
+    /// The row with its images, or why it can't be read.
+    read: Result<(Row, Vec<Image>), (ErrorKind, String)>,
 }
 
-impl Batch for Answering {
+impl Batch for TableAnswerer {
     type Row = (usize, Result<Row, RowError>);
     type Ready = Job;
     type Entry = Answer;
     type Error = AnswersError;
 
-    fn place(&self, (place, _): &Self::Row) -> Key {
-        Key::of(&place.to_string(), "")
+    fn place(&self, (index, _): &Self::Row) -> Key {
+        Key::of(&index.to_string(), "")
     }
 
-    async fn read(&self, (place, row): Self::Row) -> Job {
+    async fn read(&self, (index, row): Self::Row) -> Job {
+        let failed = |kind, error| Job { index, key: String::new(), read: Err((kind, error)) };
         let row = match row {
             Ok(row) => row,
-            Err(error) => {
-                return Job {
-                    place,
-                    key: String::new(),
-                    read: Err((Kind::Input, error.reason.to_string())),
-                };
-            }
+            Err(error) => return failed(ErrorKind::Input, error.reason.to_string()),
         };
-        match self.images(&row).await {
+        match self.read_images(&row).await {
             Ok(images) => {
                 let (row, images) = row.with_pages(images);
-                Job { place, key: self.key(&row, &images), read: Ok((row, images)) }
+                Job { index, key: self.key(&row, &images), read: Ok((row, images)) }
             }
-            Err(error) => Job { place, key: String::new(), read: Err((Kind::Image, error)) },
+            Err(error) => failed(ErrorKind::Image, error),
         }
     }
 
@@ -439,10 +443,10 @@ impl Batch for Answering {
         images.filter_map(|image| image.encoded().map(|(bytes, _)| bytes.len())).sum()
     }
 
-    async fn make(&self, Job { place, key, read }: Job) -> Result<Answer, AnswersError> {
+    async fn make(&self, Job { index, key, read }: Job) -> Result<Answer, AnswersError> {
         let (row, images) = match read {
             Ok(read) => read,
-            Err((kind, error)) => return Ok(Answer::failure(key, kind, &error, place)),
+            Err((kind, error)) => return Ok(Answer::failure(key, kind, &error, index)),
         };
         let chat = row.chat(&images);
         let outcome = match &row.draft {
@@ -450,8 +454,10 @@ impl Batch for Answering {
             None => self.guard.answer(&chat).await,
         };
         Ok(match outcome {
-            Ok(outcome) => Answer::of(key, outcome, place),
-            Err(error) => Answer::failure(key, Kind::of(&error), &error_chain(&error), place),
+            Ok(outcome) => Answer::new(key, outcome, index),
+            Err(error) => {
+                Answer::failure(key, ErrorKind::from_guard(&error), &error_chain(&error), index)
+            }
         })
     }
 }

@@ -1,4 +1,4 @@
-//! Rows that say what an earlier row has said: to the byte, or nearly.
+//! Finds rows that repeat an earlier row, exactly or nearly.
 
 use std::{
     collections::HashMap,
@@ -13,29 +13,29 @@ use image::{ImageBuffer, Rgb};
 use image_hasher::{HashAlg, Hasher, HasherConfig, ImageHash};
 use tokio::sync::SetOnce;
 
-use crate::make::Reason;
+use crate::generate::Reason;
 
-/// Sides of the grid that a perceptual hash looks at: fine enough to tell pages of text apart.
+/// Width and height of the grid of a perceptual hash: fine enough to tell pages of text apart.
 const GRID: u32 = 32;
-/// Of its bits, how many may differ, in per mille.
-const DIFFERENT: usize = 10;
-/// How alike the words of two queries must be: the Jaccard index of their runs of three characters.
-const ALIKE: f64 = 0.8;
-/// Hashes of a text, in bands.
+/// Maximum share of differing bits between near-duplicate images, per mille.
+const MAX_DIFFERENT: usize = 10;
+/// Minimum similarity of near-duplicate queries: the Jaccard index of their character trigrams.
+const MIN_SIMILARITY: f64 = 0.8;
+/// Number of bands and of hashes per band of a query's MinHash.
 const BANDS: (usize, usize) = (32, 4);
 
-/// What becomes of a row that was seen. It is told once; until then, who asks waits.
+/// Whether a row gets an outcome. It is set once; readers wait until then.
 #[derive(Debug, Clone)]
-pub struct Fate {
+pub struct RowState {
     number: u64,
-    is_made: Arc<SetOnce<bool>>,
+    has_outcome: Arc<SetOnce<bool>>,
 }
 
-impl Fate {
-    /// That of a row with this number; nobody knows it yet.
+impl RowState {
+    /// The unresolved state of the row with this number.
     #[must_use]
-    pub fn of(number: u64) -> Self {
-        Self { number, is_made: Arc::default() }
+    pub fn new(number: u64) -> Self {
+        Self { number, has_outcome: Arc::default() }
     }
 
     /// The row's number.
@@ -44,94 +44,93 @@ impl Fate {
         self.number
     }
 
-    /// Tells whether something was made of the row. Of one that failed, or that repeats another,
-    /// nothing was.
-    pub fn tell(&self, is_made: bool) {
-        let _ = self.is_made.set(is_made);
+    /// Sets whether the row has an outcome of its own. Rows that fail or repeat another have none.
+    pub fn resolve(&self, has_outcome: bool) {
+        let _ = self.has_outcome.set(has_outcome);
     }
 
-    /// Waits for it.
-    pub async fn is_made(&self) -> bool {
-        *self.is_made.wait().await
+    /// Waits until the state is resolved.
+    pub async fn has_outcome(&self) -> bool {
+        *self.has_outcome.wait().await
     }
 
-    fn known(&self) -> Option<bool> {
-        self.is_made.get().copied()
+    fn resolved(&self) -> Option<bool> {
+        self.has_outcome.get().copied()
     }
 }
 
-/// An earlier row, and how it is repeated.
-pub type Repeated = (Reason, Fate);
+/// How a row repeats an earlier one, and that row.
+pub type Repeat = (Reason, RowState);
 
-/// What was seen so far. Takes about 150 bytes a row; with near duplicates, about 350 and the words
-/// of every different query.
-pub struct Seen {
-    exact: HashMap<String, Vec<Fate>>,
-    near: Option<Near>,
+/// The rows so far. Takes about 150 bytes per row; with near duplicates about 350, plus the text of
+/// every distinct query.
+pub struct SeenRows {
+    exact: HashMap<String, Vec<RowState>>,
+    near: Option<NearIndex>,
 }
 
-impl Seen {
-    /// Nothing yet; `near` looks for near duplicates as well.
+impl SeenRows {
+    /// Creates an empty index; with `near` it also finds near duplicates.
     #[must_use]
     pub fn new(near: bool) -> Self {
-        Self { exact: HashMap::new(), near: near.then(Near::new) }
+        Self { exact: HashMap::new(), near: near.then(NearIndex::new) }
     }
 
-    /// Remembers a row: its fate, its key, its query, and the [`Marker`]'s marks of its images.
-    /// Gives the earlier rows under way that it repeats: it is one too many if something is made of
-    /// any of them.
+    /// Adds a row with its key, its query and the [`PerceptualHasher`]'s hashes of its images.
+    /// Returns the unresolved earlier rows that it repeats: it is a duplicate if any of these gets
+    /// an outcome.
     ///
     /// # Errors
-    /// The earlier row that it repeats, if something was made of that.
-    pub fn see(
+    /// The earlier row that it repeats, if that has an outcome.
+    pub fn check(
         &mut self,
-        fate: &Fate,
+        state: &RowState,
         key: &str,
         query: &str,
-        marks: &[String],
-    ) -> Result<Vec<Repeated>, Repeated> {
+        image_hashes: &[String],
+    ) -> Result<Vec<Repeat>, Repeat> {
         let exact = self
             .exact
             .get(key)
             .into_iter()
             .flatten()
             .map(|earlier| (Reason::Duplicate, earlier.clone()));
-        let near = self.near.iter().flat_map(|near| near.find(query, marks));
-        let repeated = exact.chain(near.map(|earlier| (Reason::NearDuplicate, earlier)));
-        let mut under_way = Vec::new();
-        for (reason, earlier) in repeated.filter(|(_, earlier)| earlier.number != fate.number) {
-            match earlier.known() {
+        let near = self.near.iter().flat_map(|near| near.find(query, image_hashes));
+        let repeats = exact.chain(near.map(|earlier| (Reason::NearDuplicate, earlier)));
+        let mut unresolved = Vec::new();
+        for (reason, earlier) in repeats.filter(|(_, earlier)| earlier.number != state.number) {
+            match earlier.resolved() {
                 Some(true) => return Err((reason, earlier)),
                 Some(false) => {}
-                None => under_way.push((reason, earlier)),
+                None => unresolved.push((reason, earlier)),
             }
         }
-        self.remember(fate.clone(), key, query, marks);
-        Ok(under_way)
+        self.add(state.clone(), key, query, image_hashes);
+        Ok(unresolved)
     }
 
-    /// Remembers a row, whatever it repeats.
-    pub fn remember(&mut self, fate: Fate, key: &str, query: &str, marks: &[String]) {
+    /// Adds a row, whether it repeats another or not.
+    pub fn add(&mut self, state: RowState, key: &str, query: &str, image_hashes: &[String]) {
         if let Some(near) = &mut self.near {
-            near.insert(query, marks, fate.clone());
+            near.insert(query, image_hashes, state.clone());
         }
-        self.exact.entry(key.to_owned()).or_default().push(fate);
+        self.exact.entry(key.to_owned()).or_default().push(state);
     }
 }
 
-/// Marks images, so that nearly equal ones have nearly equal marks: perceptual hashes.
-pub struct Marker(Hasher);
+/// Hashes images so that nearly equal ones have nearly equal hashes.
+pub struct PerceptualHasher(Hasher);
 
-impl Default for Marker {
+impl Default for PerceptualHasher {
     fn default() -> Self {
         Self(HasherConfig::new().hash_alg(HashAlg::Gradient).hash_size(GRID, GRID).to_hasher())
     }
 }
 
-impl Marker {
-    /// One an image; a broken one has none, and its row fails later.
+impl PerceptualHasher {
+    /// Returns a hash for each image. A broken image has none, and its row fails later.
     #[must_use]
-    pub fn marks(&self, images: &[Image]) -> Vec<String> {
+    pub fn hash_all(&self, images: &[Image]) -> Vec<String> {
         let pixels = images.iter().filter_map(|image| image.pixels().ok());
         let pixels = pixels.filter_map(|pixels| {
             let (width, height) = pixels.dimensions();
@@ -141,67 +140,69 @@ impl Marker {
     }
 }
 
-/// Rows by what they nearly are: queries that are alike, and below each the images that were asked
-/// about with it.
-struct Near {
-    words: MinHasher32<BuildHasherDefault<DefaultHasher>>,
+/// Finds near duplicates: similar queries, and below each query the image hashes of its rows.
+struct NearIndex {
+    hasher: MinHasher32<BuildHasherDefault<DefaultHasher>>,
     queries: MinHashIndex<u32, usize>,
+    /// Indices into `rows`, by query.
     places: HashMap<String, usize>,
-    rows: Vec<Vec<(Vec<ImageHash>, Fate)>>,
+    rows: Vec<Vec<(Vec<ImageHash>, RowState)>>,
 }
 
-impl Near {
+impl NearIndex {
     fn new() -> Self {
-        let words = MinHasher32::new_with_hasher(BANDS.0 * BANDS.1, BuildHasherDefault::default());
-        let queries = MinHashIndex::new(BANDS.0, BANDS.1, ALIKE);
-        Self { words, queries, places: HashMap::new(), rows: Vec::new() }
+        let hasher = MinHasher32::new_with_hasher(BANDS.0 * BANDS.1, BuildHasherDefault::default());
+        let queries = MinHashIndex::new(BANDS.0, BANDS.1, MIN_SIMILARITY);
+        Self { hasher, queries, places: HashMap::new(), rows: Vec::new() }
     }
 
-    /// Rows that are nearly this one, in order.
-    fn find(&self, query: &str, marks: &[String]) -> Vec<Fate> {
-        let marks = read(marks);
-        let mut alike: Vec<usize> = match self.places.get(query) {
+    /// The rows that nearly equal this one, in order.
+    fn find(&self, query: &str, image_hashes: &[String]) -> Vec<RowState> {
+        let hashes = parse_hashes(image_hashes);
+        let mut similar: Vec<usize> = match self.places.get(query) {
             Some(place) => vec![*place],
             None => self.queries.query(&self.signature(query)).into_iter().copied().collect(),
         };
-        alike.sort_unstable();
-        let rows = alike.into_iter().flat_map(|place| &self.rows[place]);
-        let mut found: Vec<Fate> =
-            rows.filter(|(others, _)| same(&marks, others)).map(|(_, fate)| fate.clone()).collect();
-        found.sort_unstable_by_key(Fate::number);
+        similar.sort_unstable();
+        let rows = similar.into_iter().flat_map(|place| &self.rows[place]);
+        let mut found: Vec<RowState> = rows
+            .filter(|(others, _)| are_near(&hashes, others))
+            .map(|(_, row)| row.clone())
+            .collect();
+        found.sort_unstable_by_key(RowState::number);
         found
     }
 
-    fn insert(&mut self, query: &str, marks: &[String], fate: Fate) {
+    fn insert(&mut self, query: &str, image_hashes: &[String], row: RowState) {
         let place = self.places.get(query).copied().unwrap_or(self.rows.len());
         if place == self.rows.len() {
             self.rows.push(Vec::new());
             self.queries.insert(place, self.signature(query));
             self.places.insert(query.to_owned(), place);
         }
-        self.rows[place].push((read(marks), fate));
+        self.rows[place].push((parse_hashes(image_hashes), row));
     }
 
     fn signature(&self, query: &str) -> Vec<u32> {
         let query: Vec<char> = query.to_lowercase().chars().collect();
-        let runs: Vec<String> = if query.len() < 3 {
+        let trigrams: Vec<String> = if query.len() < 3 {
             vec![query.iter().collect()]
         } else {
-            query.windows(3).map(|run| run.iter().collect()).collect()
+            query.windows(3).map(|trigram| trigram.iter().collect()).collect()
         };
-        self.words.create_signature(runs.iter())
+        self.hasher.create_signature(trigrams.iter())
     }
 }
 
-fn read(marks: &[String]) -> Vec<ImageHash> {
-    marks.iter().filter_map(|mark| ImageHash::from_base64(mark).ok()).collect()
+fn parse_hashes(hashes: &[String]) -> Vec<ImageHash> {
+    hashes.iter().filter_map(|hash| ImageHash::from_base64(hash).ok()).collect()
 }
 
-fn same(marks: &[ImageHash], others: &[ImageHash]) -> bool {
-    let close = |(mark, other): (&ImageHash, &ImageHash)| {
-        mark.dist(other) as usize * 1000 <= mark.as_bytes().len() * 8 * DIFFERENT
+fn are_near(hashes: &[ImageHash], others: &[ImageHash]) -> bool {
+    let is_near = |(hash, other): (&ImageHash, &ImageHash)| {
+        hash.dist(other) as usize * 1000 <= hash.as_bytes().len() * 8 * MAX_DIFFERENT
     };
-    marks.len() == others.len() && marks.iter().zip(others).all(close)
+    hashes.len() == others.len() && hashes.iter().zip(others).all(is_near)
 }
 
 #[cfg(test)]
@@ -229,7 +230,7 @@ mod tests {
         Row {
             number,
             id,
-            before: vec![],
+            earlier: vec![],
             query,
             images: vec![],
             category: String::new(),
@@ -237,27 +238,31 @@ mod tests {
         }
     }
 
-    fn see(seen: &mut Seen, row: &Row, image: Image) -> (Fate, Result<Vec<Repeated>, Repeated>) {
-        let (fate, images) = (Fate::of(row.number), [image]);
-        let marks = Marker::default().marks(&images);
-        let seen = seen.see(&fate, &row.key(&images), &row.query, &marks);
-        (fate, seen)
+    fn check(
+        seen: &mut SeenRows,
+        row: &Row,
+        image: Image,
+    ) -> (RowState, Result<Vec<Repeat>, Repeat>) {
+        let (state, images) = (RowState::new(row.number), [image]);
+        let hashes = PerceptualHasher::default().hash_all(&images);
+        let repeats = seen.check(&state, &row.key(&images), &row.query, &hashes);
+        (state, repeats)
     }
 
-    fn numbers(repeated: impl IntoIterator<Item = Repeated>) -> Vec<(Reason, u64)> {
-        repeated.into_iter().map(|(reason, earlier)| (reason, earlier.number())).collect()
+    fn numbers(repeats: impl IntoIterator<Item = Repeat>) -> Vec<(Reason, u64)> {
+        repeats.into_iter().map(|(reason, earlier)| (reason, earlier.number())).collect()
     }
 
     const QUERY: &str = "What stands on the list that hangs beside the door of the kitchen?";
 
     #[test]
-    fn the_same_is_a_duplicate_and_nearly_the_same_if_asked_for() {
+    fn near_duplicates_are_found_if_asked_for() {
         for near in [false, true] {
-            let mut seen = Seen::new(near);
+            let mut seen = SeenRows::new(near);
             let mut repeated = |row: &Row, image| {
-                let (fate, seen) = see(&mut seen, row, image);
-                fate.tell(seen.is_ok());
-                numbers(seen.err()).pop()
+                let (state, repeats) = check(&mut seen, row, image);
+                state.resolve(repeats.is_ok());
+                numbers(repeats.err()).pop()
             };
             assert_eq!(repeated(&row(0, QUERY), image(1, ImageFormat::Png)), None);
             assert_eq!(
@@ -279,7 +284,7 @@ mod tests {
                 "another picture"
             );
             assert_eq!(
-                repeated(&row(4, "Who wrote this?"), image(1, ImageFormat::Png)),
+                repeated(&row(4, "Speaker wrote this?"), image(1, ImageFormat::Png)),
                 None,
                 "another question"
             );
@@ -287,17 +292,17 @@ mod tests {
     }
 
     #[test]
-    fn a_row_of_which_nothing_was_made_is_not_repeated() {
-        let mut seen = Seen::new(true);
+    fn rows_without_an_outcome_are_not_repeated() {
+        let mut seen = SeenRows::new(true);
         let (png, gif) = (image(1, ImageFormat::Png), image(1, ImageFormat::Gif));
-        let (first, _) = see(&mut seen, &row(0, QUERY), png.clone());
-        let (second, under_way) = see(&mut seen, &row(1, QUERY), gif.clone());
-        assert_eq!(numbers(under_way.unwrap()), [(Reason::NearDuplicate, 0)]);
-        first.tell(false);
-        let (_, under_way) = see(&mut seen, &row(2, QUERY), png);
-        assert_eq!(numbers(under_way.unwrap()), [(Reason::NearDuplicate, 1)]);
-        second.tell(true);
-        let (_, made) = see(&mut seen, &row(3, QUERY), gif);
-        assert_eq!(numbers(made.err()), [(Reason::Duplicate, 1)]);
+        let (first, _) = check(&mut seen, &row(0, QUERY), png.clone());
+        let (second, unresolved) = check(&mut seen, &row(1, QUERY), gif.clone());
+        assert_eq!(numbers(unresolved.unwrap()), [(Reason::NearDuplicate, 0)]);
+        first.resolve(false);
+        let (_, unresolved) = check(&mut seen, &row(2, QUERY), png);
+        assert_eq!(numbers(unresolved.unwrap()), [(Reason::NearDuplicate, 1)]);
+        second.resolve(true);
+        let (_, repeats) = check(&mut seen, &row(3, QUERY), gif);
+        assert_eq!(numbers(repeats.err()), [(Reason::Duplicate, 1)]);
     }
 }

@@ -1,61 +1,60 @@
-//! What a dataset holds, and how it was made.
+//! The manifest of a dataset: its contents and how it was generated.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{input::Unread, make::Reason, record::RunHeader};
+use crate::{generate::Reason, input::Unread, record::RunHeader};
 
-/// How the dataset is made.
+/// How the dataset is packed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Packing {
-    /// Utility samples (safe rows with their own answer) for each sample of alignment.
+    /// Number of utility samples (safe rows with their own answer) per safety sample.
     pub utility: f64,
-    /// Share of the images that are for validation.
+    /// Share of images in the validation split.
     pub validation: f64,
-    /// Seed of these two draws.
+    /// Random seed for drawing utility samples and the validation split.
     pub seed: u64,
-    /// Bytes after which a Parquet file is closed.
+    /// Target size of a Parquet file, in bytes.
     pub shard_bytes: usize,
-    /// SPDX name of the dataset's licence, or `other`.
+    /// SPDX identifier of the dataset's licence, or `other`.
     pub licence: String,
-    /// Bounds of images.
+    /// Limits on images.
     pub limits: ecso::Limits,
 }
 
-/// What a dataset holds.
+/// The contents of a dataset.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// What the run was.
+    /// The run.
     pub run: RunHeader,
     /// How it was packed.
     pub packing: Packing,
-    /// Rows that are recorded and that the input has.
+    /// Recorded rows that are in the input.
     pub rows: u64,
-    /// Rows of the input that were never looked at, as the run was ended before; none where it was
-    /// one of several parts, which don't know.
+    /// Rows of the input that were never processed, because the run ended before; unknown if the
+    /// run was one of several shards.
     pub unseen: Option<u64>,
-    /// Rows whose draft was safe.
+    /// Rows whose draft is safe.
     pub safe: u64,
-    /// Rows left out, by reason.
+    /// Rows that are left out, by reason.
     pub dropped: BTreeMap<Reason, u64>,
     /// Rows that failed.
     pub failed: u64,
-    /// Of these, where a file of the input ends before its end: how many rows are lost with it,
-    /// nobody knows.
+    /// Failed rows where a file of the input is truncated; an unknown number of rows is missing
+    /// after each.
     #[serde(default)]
     pub cut_short: u64,
-    /// Rows that are recorded and that the input has no more: other rows stand in their places, or
-    /// none. They are in no other count.
+    /// Recorded rows that are no longer in the input. No other count includes them.
     pub gone: u64,
     /// Files in the input's folder that are not read.
     pub unread: Unread,
-    /// Of the kept answers, bare refusals.
+    /// Safety samples whose answer is a bare refusal.
     pub refusals: u64,
     /// Samples by split and kind (`safety`, `utility`).
     pub samples: BTreeMap<String, BTreeMap<String, u64>>,
     /// Samples by category and kind.
     pub categories: BTreeMap<String, BTreeMap<String, u64>>,
-    /// The files, with bytes and SHA-256.
+    /// The files, with size in bytes and SHA-256.
     pub files: BTreeMap<String, (u64, String)>,
 }

@@ -1,4 +1,4 @@
-//! Packing: from the journal to a dataset.
+//! Packs the journal of a run into a dataset.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -18,42 +18,49 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     card,
-    files::{Files, Pictures},
+    files::{Files, NamedImages},
+    generate::{Reason, RowOutcome},
     input::{Input, InputError},
     layout::Example,
-    make::{Made, Reason},
     manifest::{Manifest, Packing},
-    record::{Present, RowRecord, RunHeader, Shard},
+    record::{CurrentRows, RowRecord, RunHeader, Shard},
     regular,
-    row::{Picture, Row},
-    run::fetched,
+    row::{ImageSource, Row},
+    run::fetched_path,
 };
 
-/// Why nothing was packed.
+/// Why packing failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PackError {
-    /// The input.
+    /// The input can't be read.
     #[error(transparent)]
     Input(#[from] InputError),
-    /// The journal.
+    /// The journal can't be read.
     #[error(transparent)]
     Journal(#[from] JournalError),
-    /// A row, from 0, is not what it was when it was made.
-    #[error("row {} of the input (from 1) has changed since it was made; put it back, or begin anew with another --out", .0 + 1)]
+    /// The row with this number, from 0, changed after it was processed.
+    #[error(
+        "row {} of the input (from 1) changed after it was processed; restore it, or start over \
+         with another --out",
+        .0 + 1
+    )]
     Changed(u64),
-    /// The dataset's place holds something that is no dataset of ours.
-    #[error("{} is there and was not made here; move it away, or name another --out", path.display())]
-    Taken {
-        /// Which.
+    /// The dataset's folder has other contents.
+    #[error(
+        "{} exists and was not created by ecso; move it away, or name another --out",
+        path.display()
+    )]
+    Occupied {
+        /// The folder.
         path: PathBuf,
     },
-    /// A file can't be written.
+    /// A file can't be read or written.
     #[error("{}", path.display())]
     File {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: Box<dyn Error + Send + Sync>,
     },
 }
@@ -62,13 +69,13 @@ pub(crate) fn failed(path: &Path, source: impl Into<Box<dyn Error + Send + Sync>
     PackError::File { path: path.to_owned(), source: source.into() }
 }
 
-/// A place in the journal: where a row's record begins.
-type Places = HashMap<u64, u64>;
+/// Offsets of records in the journal, by row number.
+type Offsets = HashMap<u64, u64>;
 
-/// Makes the dataset of the run in `out`, in the folder `dataset` there. It takes the place of an
-/// earlier one in one move. What is recorded of rows that the input has no more is left out, and
-/// counted. No other process may pack there at the same time: the run's
-/// [`journal`](crate::run::Ended::journal) is held until this has ended.
+/// Packs the run in the folder `out` into the folder `dataset` in it, replacing an earlier dataset
+/// in one step. Records of rows that are no longer in the input are left out and counted. No other
+/// process may pack there at the same time: keep the run's [`journal`](crate::run::RunEnd::journal)
+/// open until this returns.
 ///
 /// # Errors
 /// [`PackError`].
@@ -90,13 +97,13 @@ pub fn pack(out: &Path, input: &Input, packing: &Packing) -> Result<Manifest, Pa
         categories: BTreeMap::new(),
         files: BTreeMap::new(),
     };
-    let present = Present::of(input)?;
-    let (mut places, groups) = choose(out, &present, packing, &mut manifest)?;
-    let of_all = manifest.run.shard == Shard::ALL;
-    manifest.unseen = of_all.then(|| (present.len() as u64).saturating_sub(manifest.rows));
-    clear(out).map_err(|error| failed(out, error))?;
+    let current = CurrentRows::read(input)?;
+    let (mut offsets, groups) = select(out, &current, packing, &mut manifest)?;
+    let has_all = manifest.run.shard == Shard::ALL;
+    manifest.unseen = has_all.then(|| (current.len() as u64).saturating_sub(manifest.rows));
+    remove_unfinished(out).map_err(|error| failed(out, error))?;
     let work = tempfile::Builder::new()
-        .prefix(WORK)
+        .prefix(UNFINISHED)
         .tempdir_in(out)
         .map_err(|error| failed(out, error))?;
     let mut files = Files::new(work.path(), packing.shard_bytes);
@@ -104,84 +111,81 @@ pub fn pack(out: &Path, input: &Input, packing: &Packing) -> Result<Manifest, Pa
     let mut journal = File::open(&journal_path).map_err(|error| failed(&journal_path, error))?;
     for row in input.rows()? {
         let Ok(row) = row else { continue };
-        let Some(place) = places.remove(&row.number) else { continue };
+        let Some(offset) = offsets.remove(&row.number) else { continue };
         let record =
-            record_at(&mut journal, place).map_err(|error| failed(&journal_path, error))?;
-        let (row, images) = pictures(row, &record, out, packing.limits)?;
+            record_at(&mut journal, offset).map_err(|error| failed(&journal_path, error))?;
+        let (row, images) = read_images(row, &record, out, packing.limits)?;
         let names = images.iter().map(|(name, _)| name.as_str()).collect();
         let Some(example) = Example::new(&row, &record, names, &manifest.run) else { continue };
         let split = split(&record, &groups, packing);
         files.write(split, &example, &images)?;
-        let count = |counts: &mut BTreeMap<String, BTreeMap<String, u64>>, of: &str| {
-            *counts
-                .entry(of.to_owned())
-                .or_default()
-                .entry(example.kind.to_owned())
-                .or_default() += 1;
+        let count = |counts: &mut BTreeMap<String, BTreeMap<String, u64>>, group: &str| {
+            let kinds = counts.entry(group.to_owned()).or_default();
+            *kinds.entry(example.kind.to_owned()).or_default() += 1;
         };
         count(&mut manifest.samples, split);
-        count(
-            &mut manifest.categories,
-            if record.category.is_empty() { "none" } else { &record.category },
-        );
+        let category = if record.category.is_empty() { "none" } else { &record.category };
+        count(&mut manifest.categories, category);
     }
-    if let Some(number) = places.into_keys().min() {
+    if let Some(number) = offsets.into_keys().min() {
         return Err(PackError::Changed(number));
     }
     files.finish()?;
-    failures(out, &present, work.path())?;
-    digests(work.path(), work.path(), &mut manifest.files)?;
-    // The card tells of the files by their digests.
+    write_failures(out, &current, work.path())?;
+    add_digests(work.path(), work.path(), &mut manifest.files)?;
+    // The card contains the files' digests.
     let path = work.path().join("README.md");
     fs::write(&path, card::card(&manifest)).map_err(|error| failed(&path, error))?;
     manifest.files.insert("README.md".into(), digest(&path)?);
     let path = work.path().join("manifest.json");
     let text = serde_json::to_string_pretty(&manifest).map_err(|error| failed(&path, error))?;
     fs::write(&path, text).map_err(|error| failed(&path, error))?;
-    put(work, &out.join("dataset"))?;
+    replace_dataset(work, &out.join("dataset"))?;
     Ok(manifest)
 }
 
-/// Counts the journal and chooses: all rows that were kept, and of the safe ones those with the
-/// lowest lots. Gives where their records are, and which images belong together.
-fn choose(
+/// Counts the records and selects the samples: all kept rows, and a random draw of the safe ones.
+/// Returns the offsets of their records, and the groups of images.
+fn select(
     out: &Path,
-    present: &Present,
+    current: &CurrentRows,
     packing: &Packing,
     manifest: &mut Manifest,
-) -> Result<(Places, Groups), PackError> {
-    let mut groups = Groups::default();
-    let mut outcomes: HashMap<u64, (u64, Outcome)> = HashMap::new();
+) -> Result<(Offsets, ImageGroups), PackError> {
+    let mut groups = ImageGroups::default();
+    let mut summaries: HashMap<u64, (u64, Summary)> = HashMap::new();
     for record in Saved::folder(out).entries::<RowRecord>()? {
-        let (place, record) = record?;
-        let outcome = match &record.made {
-            _ if !present.has(&record) => Outcome::Gone,
-            Some(Made::Kept(sample)) => Outcome::Kept { is_refusal: sample.refusal },
-            Some(Made::Safe(_)) => Outcome::Safe { lot: lot(packing.seed, "utility", &record.key) },
-            Some(Made::Dropped { reason, .. }) => Outcome::Dropped(*reason),
-            None => Outcome::Failed { cut_short: record.cut_short },
+        let (offset, record) = record?;
+        let summary = match &record.outcome {
+            _ if !current.contains(&record) => Summary::Gone,
+            Some(RowOutcome::Kept(sample)) => Summary::Kept { is_refusal: sample.refusal },
+            Some(RowOutcome::Safe(_)) => {
+                Summary::Safe { draw: draw(packing.seed, "utility", &record.key) }
+            }
+            Some(RowOutcome::Dropped { reason, .. }) => Summary::Dropped(*reason),
+            None => Summary::Failed { cut_short: record.cut_short },
         };
-        if !matches!(outcome, Outcome::Gone) {
+        if !matches!(summary, Summary::Gone) {
             groups.join(&record.images);
         }
-        // Of two records at one place the later counts.
-        outcomes.insert(record.number(), (place, outcome));
+        // Of two records of one row the later counts.
+        summaries.insert(record.number(), (offset, summary));
     }
-    let (mut kept, mut safe) = (Places::new(), Vec::new());
-    manifest.rows = outcomes.len() as u64;
-    for (number, (place, outcome)) in outcomes {
-        match outcome {
-            Outcome::Kept { is_refusal } => {
+    let (mut kept, mut safe) = (Offsets::new(), Vec::new());
+    manifest.rows = summaries.len() as u64;
+    for (number, (offset, summary)) in summaries {
+        match summary {
+            Summary::Kept { is_refusal } => {
                 manifest.refusals += u64::from(is_refusal);
-                kept.insert(number, place);
+                kept.insert(number, offset);
             }
-            Outcome::Safe { lot } => safe.push((lot, number, place)),
-            Outcome::Failed { cut_short } => {
+            Summary::Safe { draw } => safe.push((draw, number, offset)),
+            Summary::Failed { cut_short } => {
                 manifest.failed += 1;
                 manifest.cut_short += u64::from(cut_short);
             }
-            Outcome::Dropped(reason) => *manifest.dropped.entry(reason).or_default() += 1,
-            Outcome::Gone => manifest.gone += 1,
+            Summary::Dropped(reason) => *manifest.dropped.entry(reason).or_default() += 1,
+            Summary::Gone => manifest.gone += 1,
         }
     }
     manifest.rows -= manifest.gone;
@@ -194,40 +198,42 @@ fn choose(
     )]
     let wanted = (packing.utility.max(0.0) * kept.len() as f64).round() as usize;
     safe.sort_unstable();
-    kept.extend(safe.into_iter().take(wanted).map(|(_, number, place)| (number, place)));
+    kept.extend(safe.into_iter().take(wanted).map(|(_, number, offset)| (number, offset)));
     Ok((kept, groups))
 }
 
-enum Outcome {
+/// What matters about a record for the selection.
+enum Summary {
     Kept {
         is_refusal: bool,
     },
     Safe {
-        lot: u64,
+        draw: u64,
     },
     Failed {
         cut_short: bool,
     },
     Dropped(Reason),
-    /// The input has the row no more.
+    /// The row is no longer in the input.
     Gone,
 }
 
-/// A draw that depends on nothing but seed, purpose and what is drawn.
-fn lot(seed: u64, purpose: &str, what: &str) -> u64 {
-    let hash = *blake3::hash(format!("{seed}:{purpose}:{what}").as_bytes()).as_bytes();
+/// A pseudorandom number that depends only on the seed, the purpose and the subject.
+fn draw(seed: u64, purpose: &str, subject: &str) -> u64 {
+    let hash = *blake3::hash(format!("{seed}:{purpose}:{subject}").as_bytes()).as_bytes();
     u64::from_le_bytes([hash[0], hash[1], hash[2], hash[3], hash[4], hash[5], hash[6], hash[7]])
 }
 
-/// Images that stand in one row together, directly or by way of others, belong to the same split.
+/// Groups of images that occur together in a row, directly or through other images. A group belongs
+/// to one split. Maps an image to another one of its group, up to the group's representative.
 #[derive(Default)]
-struct Groups(HashMap<String, String>);
+struct ImageGroups(HashMap<String, String>);
 
-impl Groups {
+impl ImageGroups {
     fn join(&mut self, images: &[String]) {
         let [first, others @ ..] = images else { return };
         for other in others {
-            let (a, b) = (self.of(first), self.of(other));
+            let (a, b) = (self.representative(first), self.representative(other));
             if a != b {
                 let (low, high) = if a < b { (a, b) } else { (b, a) };
                 self.0.insert(high, low);
@@ -235,8 +241,8 @@ impl Groups {
         }
     }
 
-    /// The image that stands for all that belong together with this one.
-    fn of(&self, image: &str) -> String {
+    /// The image that represents the group of this one.
+    fn representative(&self, image: &str) -> String {
         let mut image = image;
         while let Some(next) = self.0.get(image) {
             image = next;
@@ -245,51 +251,54 @@ impl Groups {
     }
 }
 
-fn split(record: &RowRecord, groups: &Groups, packing: &Packing) -> &'static str {
-    // Without an image the words decide.
-    let what = record.images.first().map_or_else(|| record.key.clone(), |image| groups.of(image));
-    #[expect(clippy::cast_precision_loss, reason = "a draw")]
-    let share = lot(packing.seed, "validation", &what) as f64 / u64::MAX as f64;
+fn split(record: &RowRecord, groups: &ImageGroups, packing: &Packing) -> &'static str {
+    // Without an image the text decides.
+    let image = record.images.first();
+    let subject = image.map_or_else(|| record.key.clone(), |image| groups.representative(image));
+    #[expect(clippy::cast_precision_loss, reason = "a random number")]
+    let share = draw(packing.seed, "validation", &subject) as f64 / u64::MAX as f64;
     if share < packing.validation { "validation" } else { "train" }
 }
 
-fn record_at(journal: &mut File, place: u64) -> std::io::Result<RowRecord> {
-    journal.seek(SeekFrom::Start(place))?;
+fn record_at(journal: &mut File, offset: u64) -> std::io::Result<RowRecord> {
+    journal.seek(SeekFrom::Start(offset))?;
     let mut line = serde_json::Deserializer::from_reader(BufReader::new(journal));
     Ok(RowRecord::deserialize(&mut line)?)
 }
 
-fn pictures(
+/// Reads the images of a row again, and checks that they are those of its record.
+fn read_images(
     row: Row,
     record: &RowRecord,
     out: &Path,
     limits: ecso::Limits,
-) -> Result<(Row, Pictures), PackError> {
+) -> Result<(Row, NamedImages), PackError> {
     let number = row.number;
     let changed = || PackError::Changed(number);
     let mut digests = record.images.iter();
     let mut images = Vec::with_capacity(row.images.len());
-    for picture in &row.images {
+    for source in &row.images {
         let read = |path: &Path| {
             regular::read(path, limits.bytes).map(Bytes::from).map_err(|error| failed(path, error))
         };
-        let found = match picture {
-            Picture::Bytes(bytes) => Image::several(bytes.clone(), limits),
-            Picture::File(path) => Image::several(read(path)?, limits),
-            Picture::Url(_) => {
-                let kept = read(&fetched(out, digests.next().ok_or_else(changed)?))?;
-                images.push(vec![Image::from_bytes(kept, limits).map_err(|_| changed())?]);
+        let pages = match source {
+            ImageSource::Bytes(bytes) => Image::several(bytes.clone(), limits),
+            ImageSource::File(path) => Image::several(read(path)?, limits),
+            ImageSource::Url(_) => {
+                let digest = digests.next().ok_or_else(changed)?;
+                let stored = read(&fetched_path(out, digest))?;
+                images.push(vec![Image::from_bytes(stored, limits).map_err(|_| changed())?]);
                 continue;
             }
         };
-        let found = found.map_err(|_| changed())?;
-        if !found
-            .iter()
-            .all(|image| digests.next().is_some_and(|digest| image.digest().to_hex() == *digest))
-        {
+        let pages = pages.map_err(|_| changed())?;
+        let mut is_next = |image: &Image| {
+            digests.next().is_some_and(|digest| *image.digest().to_hex() == **digest)
+        };
+        if !pages.iter().all(&mut is_next) {
             return Err(changed());
         }
-        images.push(found);
+        images.push(pages);
     }
     let (row, images) = row.with_pages(images);
     if images.len() != record.images.len() || row.query != record.query {
@@ -297,25 +306,28 @@ fn pictures(
     }
     let named = images.iter().zip(&record.images).filter_map(|(image, digest)| {
         let (bytes, kind) = image.encoded()?;
-        let ending = kind.rsplit('/').next().unwrap_or("png").replace("jpeg", "jpg");
-        Some((format!("images/{}.{ending}", &digest[..32]), bytes.clone()))
+        let extension = kind.rsplit('/').next().unwrap_or("png").replace("jpeg", "jpg");
+        Some((format!("images/{}.{extension}", &digest[..32]), bytes.clone()))
     });
-    let pictures = named.collect();
-    Ok((row, pictures))
+    let named = named.collect();
+    Ok((row, named))
 }
 
-/// The rows that failed, counted from 1, with the reason of their last try.
-fn failures(out: &Path, present: &Present, folder: &Path) -> Result<(), PackError> {
+/// Writes the rows that failed, counted from 1, with the reason of their last attempt.
+fn write_failures(out: &Path, current: &CurrentRows, folder: &Path) -> Result<(), PackError> {
     let mut failures: BTreeMap<u64, Value> = BTreeMap::new();
     for record in Saved::folder(out).entries::<RowRecord>()? {
         let (_, record) = record?;
         let number = record.number();
         match &record.error {
-            Some(error) if present.has(&record) => {
-                failures.insert(
-                    number,
-                    json!({"row": number + 1, "source": record.source, "error": error, "at": record.at}),
-                );
+            Some(error) if current.contains(&record) => {
+                let failure = json!({
+                    "row": number + 1,
+                    "source": record.source,
+                    "error": error,
+                    "at": record.at,
+                });
+                failures.insert(number, failure);
             }
             _ => {
                 failures.remove(&number);
@@ -328,8 +340,8 @@ fn failures(out: &Path, present: &Present, folder: &Path) -> Result<(), PackErro
     fs::write(&path, text).map_err(|error| failed(&path, error))
 }
 
-/// Bytes and SHA-256 of every file but the images, whose names are the digests of what came in.
-fn digests(
+/// Adds size and SHA-256 of every file except the images, whose names are digests.
+fn add_digests(
     root: &Path,
     folder: &Path,
     files: &mut BTreeMap<String, (u64, String)>,
@@ -338,7 +350,7 @@ fn digests(
         let path = entry.map_err(|error| failed(folder, error))?.path();
         if path.is_dir() {
             if !path.ends_with("images") {
-                digests(root, &path, files)?;
+                add_digests(root, &path, files)?;
             }
             continue;
         }
@@ -348,77 +360,73 @@ fn digests(
     Ok(())
 }
 
-/// A file's bytes, and its SHA-256.
+/// A file's size in bytes and its SHA-256.
 fn digest(path: &Path) -> Result<(u64, String), PackError> {
     let mut file = File::open(path).map_err(|error| failed(path, error))?;
     let (mut digest, mut bytes, mut buffer) = (Sha256::new(), 0, vec![0; 1 << 16]);
     loop {
-        let read = file.read(&mut buffer).map_err(|error| failed(path, error))?;
-        if read == 0 {
+        let count = file.read(&mut buffer).map_err(|error| failed(path, error))?;
+        if count == 0 {
             return Ok((bytes, hex::encode(digest.finalize())));
         }
-        digest.update(&buffer[..read]);
-        bytes += read as u64;
+        digest.update(&buffer[..count]);
+        bytes += count as u64;
     }
 }
 
-/// How the name of a dataset begins that is not finished.
-const WORK: &str = ".dataset-";
+/// Prefix of the folder of an unfinished dataset.
+const UNFINISHED: &str = ".dataset-";
 
-/// Removes what a run left that was stopped while it packed.
-fn clear(out: &Path) -> std::io::Result<()> {
+/// Removes unfinished datasets of interrupted runs.
+fn remove_unfinished(out: &Path) -> std::io::Result<()> {
     for entry in fs::read_dir(out)? {
         let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with(WORK) {
+        if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
             fs::remove_dir_all(entry.path())?;
         }
     }
     Ok(())
 }
 
-/// Whether the place of a run's dataset holds what is no dataset of ours, and so must not be
-/// replaced.
+/// Whether the folder of a run's dataset has other contents, which must not be replaced.
 ///
 /// # Errors
-/// It can't be looked at.
-pub fn is_taken(out: &Path) -> std::io::Result<bool> {
-    let place = out.join("dataset");
-    match fs::read_dir(&place) {
-        Ok(mut entries) => Ok(entries.next().is_some() && !is_ours(&place)),
+/// The folder can't be read.
+pub fn is_occupied(out: &Path) -> std::io::Result<bool> {
+    let folder = out.join("dataset");
+    match fs::read_dir(&folder) {
+        Ok(mut entries) => Ok(entries.next().is_some() && !is_dataset(&folder)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
         Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => Ok(true),
         Err(error) => Err(error),
     }
 }
 
-/// Whether a folder was packed here.
-fn is_ours(place: &Path) -> bool {
-    let manifest = regular::open(&place.join("manifest.json"));
-    let read = manifest
-        .ok()
-        .and_then(|file| serde_json::from_reader::<_, Value>(BufReader::new(file)).ok());
-    read.is_some_and(|manifest| {
+/// Whether a folder is a dataset that was packed here.
+fn is_dataset(folder: &Path) -> bool {
+    let file = regular::open(&folder.join("manifest.json")).ok();
+    let manifest =
+        file.and_then(|file| serde_json::from_reader::<_, Value>(BufReader::new(file)).ok());
+    manifest.is_some_and(|manifest| {
         manifest["run"]["ecso"].is_string() && manifest["packing"].is_object()
     })
 }
 
-/// Puts the finished folder in its place.
-fn put(work: tempfile::TempDir, place: &Path) -> Result<(), PackError> {
-    let is_filled = fs::read_dir(place).is_ok_and(|mut entries| entries.next().is_some());
-    if is_filled && !is_ours(place) {
-        return Err(PackError::Taken { path: place.to_owned() });
+/// Moves the finished dataset to `place`, replacing an earlier one.
+fn replace_dataset(work: tempfile::TempDir, place: &Path) -> Result<(), PackError> {
+    let has_entries = fs::read_dir(place).is_ok_and(|mut entries| entries.next().is_some());
+    if has_entries && !is_dataset(place) {
+        return Err(PackError::Occupied { path: place.to_owned() });
     }
     let work = work.keep();
+    // The temporary folder is removed at the end, with the old dataset in it.
+    let old = tempfile::tempdir_in(place.parent().unwrap_or(Path::new(".")))
+        .map_err(|error| failed(place, error))?;
     if place.exists() {
-        // What was there goes with the temporary folder that it is put into.
-        let old = tempfile::tempdir_in(place.parent().unwrap_or(Path::new(".")))
-            .map_err(|error| failed(place, error))?;
         fs::rename(place, old.path().join("dataset")).map_err(|error| failed(place, error))?;
-        fs::rename(&work, place).map_err(|error| failed(place, error))?;
-    } else {
-        fs::rename(&work, place).map_err(|error| failed(place, error))?;
     }
-    // A temporary folder is its owner's alone; a dataset is like any other folder.
+    fs::rename(&work, place).map_err(|error| failed(place, error))?;
+    // Temporary folders are private; a dataset gets the permissions of an ordinary folder.
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;

@@ -1,4 +1,4 @@
-//! What a run is, and what it records.
+//! The header of a run and its records.
 
 use std::{collections::HashMap, fmt, path::PathBuf, str::FromStr};
 
@@ -8,46 +8,46 @@ use serde::{Deserialize, Serialize};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{
+    generate::{Cost, Filters, RowOutcome},
     input::{Input, InputError, Mapping, RowError},
-    make::{Cost, Filters, Made},
     row::Row,
 };
 
-/// What a run is: it goes on only under the same.
+/// What identifies a run: only the same run can be resumed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RunHeader {
     /// Version of ecso.
     pub ecso: String,
     /// Where the rows are.
     pub input: PathBuf,
-    /// Which of their columns are what.
+    /// Which columns hold which fields.
     #[serde(default)]
     pub mapping: Mapping,
-    /// The query of rows that have none.
+    /// The query for rows without one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub query: Option<String>,
-    /// Where relative image paths begin, if somebody said it.
+    /// The folder that relative image paths start from, if set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_root: Option<PathBuf>,
     /// The model's name.
     pub model: String,
-    /// What the model is, to the bit where that can be known.
+    /// Identifies the model, by the digests of its files if these are known.
     pub model_digest: String,
-    /// What its server says of it beside its name.
+    /// What its server says about it besides its name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub server: Option<String>,
     /// The profile's name, and the profile as TOML.
     pub profile: (String, String),
-    /// What is asked of answers.
+    /// Requirements on answers.
     pub filters: Filters,
     /// Whether near duplicates are dropped.
     pub near_duplicates: bool,
-    /// Which part of the rows.
+    /// The part of the rows that is processed.
     pub shard: Shard,
 }
 
 impl RunHeader {
-    /// The profile's name in provenance: the first 16 hexadecimal digits of the BLAKE3 of its text.
+    /// Identifies the profile in provenance: 16 hexadecimal digits of the BLAKE3 hash of its text.
     #[must_use]
     pub fn profile_hash(&self) -> String {
         blake3::hash(self.profile.1.as_bytes()).to_hex()[..16].to_owned()
@@ -75,13 +75,13 @@ impl Head for RunHeader {
     }
 }
 
-/// One of several parts of an input, by what a row shows and asks: equal rows are in the same part,
-/// so no part needs to know another.
+/// One of several disjoint parts of an input. Rows are assigned by content, so equal rows are in
+/// the same part and no part needs to know the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shard {
-    /// Which, from 1.
+    /// The number of the part, from 1.
     pub part: u32,
-    /// Of how many.
+    /// The number of parts.
     pub of: u32,
 }
 
@@ -90,7 +90,7 @@ impl Shard {
     pub const ALL: Self = Self { part: 1, of: 1 };
 
     /// Whether the row with this [`Row::key`] belongs to the shard.
-    pub(crate) fn has(self, key: &str) -> bool {
+    pub(crate) fn contains(self, key: &str) -> bool {
         let prefix = u32::from_str_radix(key.get(..8).unwrap_or_default(), 16).unwrap_or_default();
         prefix % self.of.max(1) == self.part.saturating_sub(1)
     }
@@ -118,38 +118,38 @@ impl FromStr for Shard {
     }
 }
 
-/// One row: a line of the journal.
+/// The record of one row: a line of the journal.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RowRecord {
-    /// The row's place in the input, from 0.
+    /// The row's number in the input, from 0.
     pub id: String,
-    /// What tells the row from another at that place: [`Row::digest`] or [`RowError::digest`].
+    /// Identifies the row among rows with its number: [`Row::digest`] or [`RowError::digest`].
     #[serde(default)]
     pub made_of: String,
-    /// What the input calls it.
+    /// The row's id in the input.
     pub source: String,
-    /// [`Row::key`]; empty where the row or its images can't be read.
+    /// [`Row::key`]; empty if the row or its images can't be read.
     #[serde(default)]
     pub key: String,
     /// BLAKE3 digests of its images.
     #[serde(default)]
     pub images: Vec<String>,
-    /// Their perceptual hashes, where near duplicates are looked for.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub marks: Vec<String>,
-    /// What is asked.
+    /// Their perceptual hashes, if near duplicates are dropped.
+    #[serde(default, rename = "marks", skip_serializing_if = "Vec::is_empty")]
+    pub image_hashes: Vec<String>,
+    /// The query.
     #[serde(default)]
     pub query: String,
-    /// Its category.
+    /// The category.
     #[serde(default)]
     pub category: String,
-    /// What became of it; none if it failed.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub made: Option<Made>,
-    /// What it took.
+    /// What the row became; none if it failed.
+    #[serde(default, rename = "made", skip_serializing_if = "Option::is_none")]
+    pub outcome: Option<RowOutcome>,
+    /// What it cost.
     #[serde(default)]
     pub cost: Cost,
-    /// When, in RFC 3339.
+    /// When it was processed, in RFC 3339.
     pub at: String,
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -174,8 +174,8 @@ impl Entry for RowRecord {
 }
 
 impl RowRecord {
-    /// That of a row as the input gives it, before its images are read.
-    pub(crate) fn of(row: &Row) -> Self {
+    /// The record of a row before its images are read.
+    pub(crate) fn new(row: &Row) -> Self {
         Self {
             made_of: row.digest(),
             source: row.id.clone(),
@@ -185,7 +185,7 @@ impl RowRecord {
         }
     }
 
-    /// That of a row which can't be read.
+    /// The record of a row that can't be read.
     pub(crate) fn unreadable(error: &RowError) -> Self {
         let blank = Self::blank(error.number);
         Self {
@@ -204,10 +204,10 @@ impl RowRecord {
             source: String::new(),
             key: String::new(),
             images: Vec::new(),
-            marks: Vec::new(),
+            image_hashes: Vec::new(),
             query: String::new(),
             category: String::new(),
-            made: None,
+            outcome: None,
             cost: Cost::default(),
             at: now(),
             error: None,
@@ -215,9 +215,9 @@ impl RowRecord {
         }
     }
 
-    /// With the row's images, and its key.
-    pub(crate) fn with(self, key: String, images: &[Image]) -> Self {
-        let images = images.iter().map(|image| image.digest().to_hex()).collect();
+    /// Adds the row's key and the digests of its images.
+    pub(crate) fn with_images(self, key: String, images: &[Image]) -> Self {
+        let images = images.iter().map(|image| image.digest().to_hex().to_string()).collect();
         Self { key, images, ..self }
     }
 
@@ -227,41 +227,41 @@ impl RowRecord {
     }
 }
 
-/// This moment, in RFC 3339.
+/// The current time, in RFC 3339.
 pub(crate) fn now() -> String {
     OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default()
 }
 
-/// Where the journal has a row, whatever is recorded there.
-pub(crate) fn place(row: &Result<Row, RowError>) -> Key {
+/// The key of a row's number in the journal, whatever is recorded under it.
+pub(crate) fn number_key(row: &Result<Row, RowError>) -> Key {
     let number = row.as_ref().map_or_else(|error| error.number, |row| row.number);
     Key::of(&number.to_string(), "")
 }
 
-/// The rows that an input has now. What is recorded of others counts no more.
+/// The rows that an input has now. Records of other rows no longer count.
 #[derive(Default)]
-pub(crate) struct Present(HashMap<u64, Key>);
+pub(crate) struct CurrentRows(HashMap<u64, Key>);
 
-impl Present {
-    /// Reads the input, its images too.
-    pub(crate) fn of(input: &Input) -> Result<Self, InputError> {
-        let key =
-            |row| place(&row).made_of(&row.map_or_else(|error| error.digest(), |row| row.digest()));
+impl CurrentRows {
+    /// Reads the input, including its images.
+    pub(crate) fn read(input: &Input) -> Result<Self, InputError> {
+        let key = |row| {
+            number_key(&row).made_of(&row.map_or_else(|error| error.digest(), |row| row.digest()))
+        };
         Ok(Self(input.rows()?.map(key).map(|key| (key.place(), key)).collect()))
     }
 
-    /// How many there are.
     pub(crate) fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// The key of the row at a place.
-    pub(crate) fn key(&self, place: Key) -> Key {
-        self.0.get(&place.place()).copied().unwrap_or(place)
+    /// The key of the row with this [`number_key`].
+    pub(crate) fn key(&self, number: Key) -> Key {
+        self.0.get(&number.place()).copied().unwrap_or(number)
     }
 
-    /// Whether a record is about a row that the input has.
-    pub(crate) fn has(&self, record: &RowRecord) -> bool {
+    /// Whether a record is of a current row.
+    pub(crate) fn contains(&self, record: &RowRecord) -> bool {
         let key = record.key();
         self.0.get(&key.place()).is_some_and(|row| key.is(*row))
     }

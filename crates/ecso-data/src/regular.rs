@@ -1,5 +1,5 @@
-//! Files that end. Rows come from strangers: what they name may be a pipe that nobody writes or a
-//! device without an end.
+//! Regular files. Rows come from strangers, and may name a pipe that blocks or a device without an
+//! end.
 
 use std::{
     fs::File,
@@ -7,26 +7,24 @@ use std::{
     path::Path,
 };
 
-/// Opens a regular file, to be read no further than it is long. What has no length, as the files
-/// that a system makes of itself, is empty.
+/// Opens a regular file for reading up to its length. Files without a length, such as those in
+/// `/proc`, are empty.
 pub(crate) fn open(path: &Path) -> io::Result<Take<File>> {
-    let about = path.metadata()?;
-    if about.is_dir() {
+    let metadata = path.metadata()?;
+    if metadata.is_dir() {
         return Err(io::ErrorKind::IsADirectory.into());
     }
-    if !about.is_file() {
-        return Err(io::Error::other(
-            "it is no regular file, but a pipe or a device; those are not opened",
-        ));
+    if !metadata.is_file() {
+        return Err(io::Error::other("this is not a regular file but a pipe or a device"));
     }
-    Ok(File::open(path)?.take(about.len()))
+    Ok(File::open(path)?.take(metadata.len()))
 }
 
-/// The bytes of a regular file; one more than `most` where there are more.
-pub(crate) fn read(path: &Path, most: usize) -> io::Result<Vec<u8>> {
+/// Reads a regular file. Of a file longer than `limit` it returns `limit + 1` bytes.
+pub(crate) fn read(path: &Path, limit: usize) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    let most = u64::try_from(most).unwrap_or(u64::MAX).saturating_add(1);
-    open(path)?.take(most).read_to_end(&mut bytes)?;
+    let limit = u64::try_from(limit).unwrap_or(u64::MAX).saturating_add(1);
+    open(path)?.take(limit).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
@@ -35,13 +33,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_has_no_end_is_not_read() {
+    fn endless_files_are_not_read() {
         let folder = tempfile::tempdir().unwrap();
         let pipe = folder.path().join("pipe");
         assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
         for path in [&pipe, Path::new("/dev/zero")] {
             assert!(
-                read(path, 9).unwrap_err().to_string().contains("no regular file"),
+                read(path, 9).unwrap_err().to_string().contains("not a regular file"),
                 "{}",
                 path.display()
             );

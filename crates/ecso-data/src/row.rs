@@ -15,82 +15,82 @@ use crate::regular;
 /// A row.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Row {
-    /// Its place in the input, from 0: its name in the journal. People are told the one from 1.
+    /// The row's index in the input, which identifies it in the journal. Users see it plus one.
     pub number: u64,
-    /// What the input calls it; its place from 1, if it says nothing.
+    /// The row's id in the input; if it has none, its number plus one.
     pub id: String,
     /// The turns before the query.
-    pub before: Vec<Said>,
-    /// What is asked.
+    pub earlier: Vec<EarlierTurn>,
+    /// The query.
     pub query: String,
-    /// All images, in order: those of earlier turns, then those of the query.
-    pub images: Vec<Picture>,
-    /// Its category, for counts; may be empty.
+    /// All images in order: those of earlier turns, then those of the query.
+    pub images: Vec<ImageSource>,
+    /// The category, for counts; may be empty.
     pub category: String,
-    /// The direct answer, where somebody has it already (traffic).
+    /// The direct answer, if the input has it (recorded traffic).
     pub draft: Option<String>,
 }
 
-/// An earlier turn.
+/// A turn before the query.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Said {
-    /// Who said it.
+pub struct EarlierTurn {
+    /// Whose turn it is.
     pub role: Role,
-    /// What.
+    /// The text.
     pub text: String,
-    /// How many of the row's images stand in it; always before its text.
+    /// How many of the row's images belong to it; they always precede its text.
     pub images: usize,
 }
 
 /// Where an image is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Picture {
-    /// In a file.
+pub enum ImageSource {
+    /// A file.
     File(PathBuf),
-    /// Here, encoded.
+    /// The encoded image itself.
     Bytes(Bytes),
-    /// Behind a URL; fetched from public addresses only.
+    /// A URL; fetched from public addresses only.
     Url(String),
 }
 
-/// Why a row's images can't be had.
+/// Why a row's images can't be read.
 #[derive(Debug, thiserror::Error)]
-pub enum PictureError {
-    /// Its file can't be read, or it is broken or too large.
+pub enum ImageSourceError {
+    /// The file can't be read, or the image is broken or too large.
     #[error(transparent)]
     Image(#[from] ImageError),
-    /// It can't be fetched.
+    /// The image can't be fetched.
     #[error(transparent)]
     Fetch(#[from] FetchError),
 }
 
-impl Picture {
-    /// The image, or the pages of a document. Behind a URL there can be one.
+impl ImageSource {
+    /// Reads the image, or the pages of a document. A URL yields one image.
     ///
     /// # Errors
-    /// [`PictureError`].
+    /// [`ImageSourceError`].
     pub async fn read(
         &self,
         fetcher: &Fetcher,
         limits: Limits,
-    ) -> Result<Vec<Image>, PictureError> {
+    ) -> Result<Vec<Image>, ImageSourceError> {
         match self {
             Self::Url(url) => Ok(vec![fetcher.image(url, limits).await?]),
-            picture => Ok(picture.here(limits)?),
+            local => Ok(local.read_local(limits)?),
         }
     }
 
-    /// The same of one that needs no network.
+    /// [`ImageSource::read`] without the network.
     ///
     /// # Errors
-    /// [`ImageError`]; behind a URL there is none.
-    pub fn here(&self, limits: Limits) -> Result<Vec<Image>, ImageError> {
+    /// [`ImageError`]; always for a URL.
+    pub fn read_local(&self, limits: Limits) -> Result<Vec<Image>, ImageError> {
         match self {
             Self::Url(_) => Err(ImageError::NotFetched),
             Self::Bytes(bytes) => Image::several(bytes.clone(), limits),
             Self::File(path) => {
                 let failed = |cause| ImageError::File {
-                    path: PathBuf::from(&*cut(&path.to_string_lossy())),
+                    path: PathBuf::from(&*shorten(&path.to_string_lossy())),
                     cause,
                 };
                 let bytes = regular::read(path, limits.bytes)
@@ -102,66 +102,64 @@ impl Picture {
     }
 }
 
-/// Characters of a row's own text that an error shows.
-const SHOWN: usize = 200;
+/// Maximum number of characters of a row's own text in an error.
+const MAX_SHOWN: usize = 200;
 
-/// A text of a row as errors show it: its beginning, where it is long. A row may have 100 MB, and
-/// its error goes to the journal.
-pub(crate) fn cut(text: &str) -> Cow<'_, str> {
-    match text.char_indices().nth(SHOWN) {
+/// Shortens a text of a row for an error message. A row may have 100 MB, and its error is written
+/// to the journal.
+pub(crate) fn shorten(text: &str) -> Cow<'_, str> {
+    match text.char_indices().nth(MAX_SHOWN) {
         Some((end, _)) => Cow::Owned(format!("{}… ({} bytes)", &text[..end], text.len())),
         None => Cow::Borrowed(text),
     }
 }
 
 impl Row {
-    /// The images of each of the row's pictures, read.
+    /// Reads the images of each of the row's sources.
     ///
     /// # Errors
-    /// [`PictureError`] of the first that can't be had.
-    pub async fn pictures(
+    /// [`ImageSourceError`] of the first source that can't be read.
+    pub async fn read_images(
         &self,
         fetcher: &Fetcher,
         limits: Limits,
-    ) -> Result<Vec<Vec<Image>>, PictureError> {
+    ) -> Result<Vec<Vec<Image>>, ImageSourceError> {
         let mut images = Vec::with_capacity(self.images.len());
-        for picture in &self.images {
-            images.push(picture.read(fetcher, limits).await?);
+        for source in &self.images {
+            images.push(source.read(fetcher, limits).await?);
         }
         Ok(images)
     }
 
-    /// The row with its images, where `images` are those of each picture: a document stands in it
-    /// as often as it has pages.
+    /// The row with the images of its sources: the source of a document is repeated for each page.
     #[must_use]
     pub fn with_pages(mut self, images: Vec<Vec<Image>>) -> (Self, Vec<Image>) {
         let mut pages = images.iter().map(Vec::len);
-        for said in &mut self.before {
-            said.images = pages.by_ref().take(said.images).sum();
+        for turn in &mut self.earlier {
+            turn.images = pages.by_ref().take(turn.images).sum();
         }
-        let pictures = self.images.into_iter().zip(&images);
-        self.images = pictures
-            .flat_map(|(picture, pages)| std::iter::repeat_n(picture, pages.len()))
-            .collect();
+        let sources = self.images.into_iter().zip(&images);
+        self.images =
+            sources.flat_map(|(source, pages)| std::iter::repeat_n(source, pages.len())).collect();
         (self, images.into_iter().flatten().collect())
     }
 
-    /// The images of the query alone; those of earlier turns stand before them.
+    /// The number of images of the query itself; those of earlier turns precede them.
     #[must_use]
     pub fn query_images(&self) -> usize {
         self.images.len()
-            - self.before.iter().map(|said| said.images).sum::<usize>().min(self.images.len())
+            - self.earlier.iter().map(|turn| turn.images).sum::<usize>().min(self.images.len())
     }
 
-    /// The conversation that the model is asked, with each of `images` in its turn.
+    /// The conversation for the model, with each of `images` in its turn.
     #[must_use]
     pub fn chat(&self, images: &[Image]) -> Chat {
         let mut images = images.iter().cloned().map(Part::Image);
-        let mut turns = Vec::with_capacity(self.before.len() + 1);
-        for said in &self.before {
-            let mut parts: Vec<Part> = images.by_ref().take(said.images).collect();
-            parts.push(Part::Text(said.text.clone()));
-            turns.push(Turn { role: said.role, parts });
+        let mut turns = Vec::with_capacity(self.earlier.len() + 1);
+        for turn in &self.earlier {
+            let mut parts: Vec<Part> = images.by_ref().take(turn.images).collect();
+            parts.push(Part::Text(turn.text.clone()));
+            turns.push(Turn { role: turn.role, parts });
         }
         let mut parts: Vec<Part> = images.collect();
         parts.push(Part::Text(self.query.clone()));
@@ -169,16 +167,16 @@ impl Row {
         Chat { turns, ..Chat::default() }
     }
 
-    /// What makes two rows the same: images and words, to the byte. Hexadecimal digits of a BLAKE3
-    /// hash.
+    /// Identifies the content of the row: equal keys mean equal images and texts, to the byte.
+    /// Hexadecimal digits of a BLAKE3 hash.
     #[must_use]
     pub fn key(&self, images: &[Image]) -> String {
-        let mut key = Parts::default();
-        for said in &self.before {
-            key.add(said.role.as_str());
-            key.add(&said.text);
-            if said.images > 0 {
-                key.add(said.images.to_le_bytes());
+        let mut key = PartsHasher::default();
+        for turn in &self.earlier {
+            key.add(turn.role.as_str());
+            key.add(&turn.text);
+            if turn.images > 0 {
+                key.add(turn.images.to_le_bytes());
             }
         }
         key.add(&self.query);
@@ -188,48 +186,48 @@ impl Row {
         key.hex()
     }
 
-    /// What tells the row from another with its number: all that it holds, images to the byte, but
-    /// those behind a URL by that. It reads files. Hexadecimal digits of a BLAKE3 hash.
+    /// Identifies the row among rows with its number, by everything that it holds: images by their
+    /// bytes, or by their URL. Reads image files. Hexadecimal digits of a BLAKE3 hash.
     #[must_use]
     pub fn digest(&self) -> String {
-        let mut digest = Parts::default();
+        let mut digest = PartsHasher::default();
         for text in [&self.id, &self.category, &self.query] {
             digest.add(text);
         }
         digest.add([u8::from(self.draft.is_some())]);
         digest.add(self.draft.as_deref().unwrap_or_default());
-        digest.add(self.before.len().to_le_bytes());
-        for said in &self.before {
-            digest.add(said.role.as_str());
-            digest.add(&said.text);
-            digest.add(said.images.to_le_bytes());
+        digest.add(self.earlier.len().to_le_bytes());
+        for turn in &self.earlier {
+            digest.add(turn.role.as_str());
+            digest.add(&turn.text);
+            digest.add(turn.images.to_le_bytes());
         }
-        for picture in &self.images {
-            match picture {
-                Picture::Bytes(bytes) => digest.add(blake3::hash(bytes).as_bytes()),
-                Picture::File(path) => match file(path) {
+        for source in &self.images {
+            match source {
+                ImageSource::Bytes(bytes) => digest.add(blake3::hash(bytes).as_bytes()),
+                ImageSource::File(path) => match hash_file(path) {
                     Ok(hash) => digest.add(hash.as_bytes()),
                     Err(_) => digest.add(path.as_os_str().as_encoded_bytes()),
                 },
-                Picture::Url(url) => digest.add(url),
+                ImageSource::Url(url) => digest.add(url),
             }
         }
         digest.hex()
     }
 }
 
-/// Bytes of a file by which it is told from another. No image has more.
-const TELLING: u64 = 1 << 30;
+/// Maximum number of bytes of a file that are hashed. No image has more.
+const MAX_HASHED: u64 = 1 << 30;
 
-fn file(path: &Path) -> std::io::Result<blake3::Hash> {
-    Ok(blake3::Hasher::new().update_reader(regular::open(path)?.take(TELLING))?.finalize())
+fn hash_file(path: &Path) -> std::io::Result<blake3::Hash> {
+    Ok(blake3::Hasher::new().update_reader(regular::open(path)?.take(MAX_HASHED))?.finalize())
 }
 
-/// A hash of parts, each with its length, so that other parts have another hash.
+/// Hashes parts, each with its length, so that different parts have different hashes.
 #[derive(Default)]
-pub(crate) struct Parts(blake3::Hasher);
+pub(crate) struct PartsHasher(blake3::Hasher);
 
-impl Parts {
+impl PartsHasher {
     pub(crate) fn add(&mut self, part: impl AsRef<[u8]>) {
         let part = part.as_ref();
         self.0.update(&(part.len() as u64).to_le_bytes()).update(part);
@@ -245,15 +243,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_document_stands_in_its_turn_page_by_page() {
+    fn a_document_becomes_the_pages_of_its_turn() {
         let image = |number: u8| Image::from_url(format!("http://localhost/{number}"));
-        let said = |images| Said { role: Role::User, text: "What?".into(), images };
+        let turn = |images| EarlierTurn { role: Role::User, text: "What?".into(), images };
         let row = Row {
             number: 0,
             id: String::new(),
-            before: vec![said(1), said(0), said(2)],
+            earlier: vec![turn(1), turn(0), turn(2)],
             query: "And this?".into(),
-            images: ["a", "b", "c", "d"].map(|name| Picture::File(name.into())).into(),
+            images: ["a", "b", "c", "d"].map(|name| ImageSource::File(name.into())).into(),
             category: String::new(),
             draft: None,
         };
@@ -265,17 +263,17 @@ mod tests {
         ];
         let (row, images) = row.with_pages(pages);
         assert_eq!(images, (0..7).map(image).collect::<Vec<_>>());
-        let counts: Vec<usize> = row.before.iter().map(|said| said.images).collect();
+        let counts: Vec<usize> = row.earlier.iter().map(|turn| turn.images).collect();
         assert_eq!((counts, row.query_images()), (vec![2, 0, 4], 1));
         let files: Vec<_> =
-            ["a", "a", "b", "c", "c", "c", "d"].map(|name| Picture::File(name.into())).into();
+            ["a", "a", "b", "c", "c", "c", "d"].map(|name| ImageSource::File(name.into())).into();
         assert_eq!(row.images, files);
     }
 
     #[test]
-    fn long_texts_are_cut_between_characters() {
-        assert_eq!(cut("short"), "short");
-        let long = cut(&"é".repeat(1000)).into_owned();
+    fn long_texts_are_shortened_between_characters() {
+        assert_eq!(shorten("short"), "short");
+        let long = shorten(&"é".repeat(1000)).into_owned();
         assert!(
             long.starts_with("éé")
                 && long.ends_with("… (2000 bytes)")
@@ -285,9 +283,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_error_shows_no_more_of_a_files_name() {
+    async fn errors_shorten_long_file_names() {
         let fetcher = Fetcher::new().unwrap();
-        let missing = Picture::File("x/".repeat(500).into());
+        let missing = ImageSource::File("x/".repeat(500).into());
         let error = missing.read(&fetcher, Limits::USUAL).await.unwrap_err().to_string();
         assert!(
             error.len() < 300 && error.starts_with("x/x/") && error.contains("(1000 bytes): "),

@@ -1,5 +1,4 @@
-//! Running the engine over all rows of an input. What is recorded in the journal is never done
-//! again.
+//! Processes all rows of an input. Rows that the journal has are not processed again.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -16,29 +15,29 @@ use ecso_batch::{
 use ecso_openai::Fetcher;
 
 use crate::{
-    dedupe::{Fate, Marker, Repeated, Seen},
+    dedupe::{PerceptualHasher, Repeat, RowState, SeenRows},
+    generate::{Generator, Reason, RowOutcome},
     input::{Input, InputError, RowError},
-    make::{Made, Maker, Reason},
-    record::{self, Present, RowRecord, RunHeader, Shard},
-    row::{Picture, Row, cut},
+    record::{self, CurrentRows, RowRecord, RunHeader, Shard},
+    row::{ImageSource, Row, shorten},
 };
 
-/// How far a run is, earlier sessions included.
+/// Progress of a run, including earlier sessions.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Progress {
-    /// Rows that are recorded and need not be made again.
+    /// Rows that are recorded.
     pub recorded: usize,
-    /// Of these, made in this session.
+    /// Those of them recorded in this session.
     pub fresh: u64,
-    /// Kept for alignment.
+    /// Rows that became safety samples.
     pub kept: u64,
-    /// Safe as they were.
+    /// Rows whose draft is safe.
     pub safe: u64,
-    /// Left out, by reason.
+    /// Rows that are left out, by reason.
     pub dropped: BTreeMap<Reason, u64>,
-    /// Failed.
+    /// Rows that failed.
     pub failed: usize,
-    /// Tokens, in all.
+    /// Tokens of all calls.
     pub tokens: u64,
 }
 
@@ -46,178 +45,180 @@ impl Progress {
     fn add(&mut self, record: &RowRecord) {
         self.recorded += 1;
         self.tokens += record.cost.tokens;
-        match &record.made {
-            Some(Made::Kept(_)) => self.kept += 1,
-            Some(Made::Safe(_)) => self.safe += 1,
-            Some(Made::Dropped { reason, .. }) => *self.dropped.entry(*reason).or_default() += 1,
+        match &record.outcome {
+            Some(RowOutcome::Kept(_)) => self.kept += 1,
+            Some(RowOutcome::Safe(_)) => self.safe += 1,
+            Some(RowOutcome::Dropped { reason, .. }) => {
+                *self.dropped.entry(*reason).or_default() += 1
+            }
             None => self.failed += 1,
         }
     }
 }
 
-/// Why a run ended before its end.
+/// Why a run failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RunError {
-    /// The input.
+    /// The input can't be read.
     #[error(transparent)]
     Input(#[from] InputError),
-    /// The journal.
+    /// The journal can't be read or written.
     #[error(transparent)]
     Journal(#[from] JournalError),
-    /// A fetched image can't be kept.
+    /// A fetched image can't be stored.
     #[error("{}", path.display())]
     Image {
-        /// Where it should go.
+        /// Where it was to be stored.
         path: PathBuf,
-        /// Why it doesn't.
+        /// The cause.
         source: std::io::Error,
     },
 }
 
-/// Where fetched images are kept.
+/// The path where a fetched image is stored.
 #[must_use]
-pub fn fetched(out: &Path, digest: &str) -> PathBuf {
+pub fn fetched_path(out: &Path, digest: &str) -> PathBuf {
     out.join("fetched").join(digest)
 }
 
-/// What rows are made with.
-pub struct Making {
-    /// Takes a row through the guard.
-    pub maker: Maker,
-    /// Gets images that are behind URLs.
+/// What rows are processed with.
+pub struct RunContext {
+    /// Runs the guard on a row.
+    pub generator: Generator,
+    /// Fetches images behind URLs.
     pub fetcher: Fetcher,
-    /// Bounds of images.
+    /// Limits on images.
     pub limits: Limits,
     /// The run's folder.
     pub out: PathBuf,
-    /// Tells nearly equal images, where these are looked for.
-    pub marker: Option<Marker>,
+    /// Hashes images, if near duplicates are dropped.
+    pub hasher: Option<PerceptualHasher>,
 }
 
 /// How a run ended.
-pub struct Ended {
-    /// Whether the input came to its end: if not, the bounds did.
-    pub whole: bool,
-    /// The journal. Who holds it keeps other processes from the run's folder, also while the
-    /// dataset is packed.
+pub struct RunEnd {
+    /// Whether all rows were processed; if not, a bound was reached.
+    pub complete: bool,
+    /// The journal. While it is open, no other process can use the run's folder. Keep it open
+    /// until the dataset is packed.
     pub journal: Journal,
 }
 
-/// Runs all rows of `input` that the journal doesn't have, or has as other rows. Dropping the
-/// future at any point loses the rows under way, no other.
+/// Processes all rows of `input` that the journal does not have as they are now. Dropping the
+/// future loses only the rows in flight.
 ///
 /// # Errors
-/// [`RunError`]. A row that fails is recorded with its reason, and the run goes on.
+/// [`RunError`]. A row that fails is recorded with its reason, and the run continues.
 pub async fn run(
     input: &Input,
     header: &RunHeader,
-    making: &Arc<Making>,
+    context: &Arc<RunContext>,
     bounds: Bounds,
     mut progress: impl FnMut(&Progress),
-) -> Result<Ended, RunError> {
-    let mut journal = Journal::open(&making.out, header)?;
-    let Begun { mut seen, mut done, present, anew } =
-        Begun::of(&journal, input, header, making, bounds)?;
+) -> Result<RunEnd, RunError> {
+    let mut journal = Journal::open(&context.out, header)?;
+    let EarlierWork { mut seen, mut done, current, outdated } =
+        EarlierWork::read(&journal, input, header, context, bounds)?;
     progress(&done);
     let sift = |read| sift(read, &mut seen, header.shard);
-    let told = |record: RowRecord, _: &Journal| {
+    let count = |record: RowRecord, _: &Journal| {
         done.fresh += 1;
         done.add(&record);
         progress(&done);
     };
     let rows = input.rows()?.map(|row| {
-        let place = record::place(&row);
-        // Without a digest nothing that is recorded is the row.
-        (if anew.contains(&place.place()) { place } else { present.key(place) }, row)
+        let key = record::number_key(&row);
+        // A key without the row's digest matches no record, so the row is processed again.
+        (if outdated.contains(&key.place()) { key } else { current.key(key) }, row)
     });
-    let whole = ecso_batch::run(rows, making, &mut journal, bounds, sift, told).await?;
-    Ok(Ended { whole, journal })
+    let complete = ecso_batch::run(rows, context, &mut journal, bounds, sift, count).await?;
+    Ok(RunEnd { complete, journal })
 }
 
-/// What earlier sessions have done for the rows that the input has now.
-struct Begun {
-    seen: Seen,
+/// What earlier sessions recorded about the current rows of the input.
+struct EarlierWork {
+    seen: SeenRows,
     done: Progress,
-    /// The rows, where some are recorded.
-    present: Present,
-    /// Places of rows that were left out because they repeat one, of which nothing stands any more.
-    anew: HashSet<u64>,
+    /// The current rows, if any row is recorded.
+    current: CurrentRows,
+    /// Journal places of rows that were dropped as duplicates of a row that is no longer recorded.
+    outdated: HashSet<u64>,
 }
 
-impl Begun {
-    fn of(
+impl EarlierWork {
+    fn read(
         journal: &Journal,
         input: &Input,
         header: &RunHeader,
-        making: &Making,
+        context: &RunContext,
         bounds: Bounds,
     ) -> Result<Self, RunError> {
-        let mut begun = Self {
-            seen: Seen::new(header.near_duplicates),
+        let mut work = Self {
+            seen: SeenRows::new(header.near_duplicates),
             done: Progress::default(),
-            present: Present::default(),
-            anew: HashSet::new(),
+            current: CurrentRows::default(),
+            outdated: HashSet::new(),
         };
         if journal.is_empty() {
-            return Ok(begun);
+            return Ok(work);
         }
-        begun.present = Present::of(input)?;
-        let (mut made, mut repeats) = (HashSet::new(), Vec::new());
-        for record in Saved::folder(&making.out).latest::<RowRecord>()? {
+        work.current = CurrentRows::read(input)?;
+        let (mut processed, mut repeats) = (HashSet::new(), Vec::new());
+        for record in Saved::folder(&context.out).latest::<RowRecord>()? {
             let record = record?;
-            if !begun.present.has(&record) || bounds.retry_failed && record.failed() {
+            if !work.current.contains(&record) || bounds.retry_failed && record.failed() {
                 continue;
             }
-            if let Some(Made::Dropped { reason, of: Some(of) }) = record.made {
+            if let Some(RowOutcome::Dropped { reason, of: Some(of) }) = record.outcome {
                 repeats.push((record.key(), reason, of));
                 continue;
             }
-            begun.done.add(&record);
-            if record.made.is_some() {
-                let fate = Fate::of(record.number());
-                fate.tell(true);
-                made.insert(fate.number());
-                begun.seen.remember(fate, &record.key, &record.query, &record.marks);
+            work.done.add(&record);
+            if record.outcome.is_some() {
+                let state = RowState::new(record.number());
+                state.resolve(true);
+                processed.insert(state.number());
+                work.seen.add(state, &record.key, &record.query, &record.image_hashes);
             }
         }
         for (key, reason, of) in repeats {
-            if made.contains(&of) {
-                begun.done.recorded += 1;
-                *begun.done.dropped.entry(reason).or_default() += 1;
+            if processed.contains(&of) {
+                work.done.recorded += 1;
+                *work.done.dropped.entry(reason).or_default() += 1;
             } else {
-                begun.anew.insert(key.place());
+                work.outdated.insert(key.place());
             }
         }
-        Ok(begun)
+        Ok(work)
     }
 }
 
-/// A row that was read.
+/// A row whose images are read.
 pub struct Job {
     row: Row,
     images: Vec<Image>,
     record: RowRecord,
-    fate: Fate,
-    /// Earlier rows under way that it repeats.
-    repeated: Vec<Repeated>,
+    state: RowState,
+    /// Earlier rows in flight that it repeats.
+    repeats: Vec<Repeat>,
 }
 
 impl Job {
     /// The record of a row that repeats `earlier`.
-    fn left_out(self, (reason, earlier): &Repeated) -> RowRecord {
-        self.fate.tell(false);
+    fn into_duplicate(self, (reason, earlier): &Repeat) -> RowRecord {
+        self.state.resolve(false);
         RowRecord {
-            made: Some(Made::Dropped { reason: *reason, of: Some(earlier.number()) }),
+            outcome: Some(RowOutcome::Dropped { reason: *reason, of: Some(earlier.number()) }),
             ..self.record
         }
     }
 }
 
-impl Batch for Making {
-    /// A row, and where the journal has it.
+impl Batch for RunContext {
+    /// A row and its key in the journal.
     type Row = (Key, Result<Row, RowError>);
-    /// A row with its images; or its record, if they can't be had.
+    /// A row with its images, or its record if these can't be read.
     type Ready = Result<Job, RowRecord>;
     type Entry = RowRecord;
     type Error = RunError;
@@ -228,14 +229,16 @@ impl Batch for Making {
 
     async fn read(&self, (_, row): Self::Row) -> Self::Ready {
         let row = row.map_err(|error| RowRecord::unreadable(&error))?;
-        let record = RowRecord::of(&row);
-        match row.pictures(&self.fetcher, self.limits).await {
+        let record = RowRecord::new(&row);
+        match row.read_images(&self.fetcher, self.limits).await {
             Ok(images) => {
                 let (row, images) = row.with_pages(images);
-                let marks =
-                    self.marker.as_ref().map_or_else(Vec::new, |marker| marker.marks(&images));
-                let record = RowRecord { marks, ..record.with(row.key(&images), &images) };
-                Ok(Job { fate: Fate::of(row.number), row, images, record, repeated: Vec::new() })
+                let image_hashes =
+                    self.hasher.as_ref().map_or_else(Vec::new, |hasher| hasher.hash_all(&images));
+                let record =
+                    RowRecord { image_hashes, ..record.with_images(row.key(&images), &images) };
+                let state = RowState::new(row.number);
+                Ok(Job { row, images, record, state, repeats: Vec::new() })
             }
             Err(error) => Err(RowRecord { error: Some(error_chain(&error)), ..record }),
         }
@@ -251,23 +254,23 @@ impl Batch for Making {
             Ok(job) => job,
             Err(record) => return Ok(record),
         };
-        for repeated in std::mem::take(&mut job.repeated) {
-            if repeated.1.is_made().await {
-                return Ok(job.left_out(&repeated));
+        for repeat in std::mem::take(&mut job.repeats) {
+            if repeat.1.has_outcome().await {
+                return Ok(job.into_duplicate(&repeat));
             }
         }
-        let made = self.maker.make(&job.row, &job.images).await;
-        job.fate.tell(made.is_ok());
+        let generated = self.generator.generate(&job.row, &job.images).await;
+        job.state.resolve(generated.is_ok());
         let record = RowRecord { at: record::now(), ..job.record };
-        Ok(match made {
-            Ok((made, cost)) => {
-                if matches!(made, Made::Kept(_) | Made::Safe(_)) {
-                    keep_fetched(&self.out, &job.row, &job.images)?;
+        Ok(match generated {
+            Ok((outcome, cost)) => {
+                if matches!(outcome, RowOutcome::Kept(_) | RowOutcome::Safe(_)) {
+                    store_fetched(&self.out, &job.row, &job.images)?;
                 }
-                RowRecord { made: Some(made), cost, ..record }
+                RowRecord { outcome: Some(outcome), cost, ..record }
             }
             Err(error) => {
-                RowRecord { error: Some(cut(&error_chain(&error)).into_owned()), ..record }
+                RowRecord { error: Some(shorten(&error_chain(&error)).into_owned()), ..record }
             }
         })
     }
@@ -277,29 +280,29 @@ impl Batch for Making {
     }
 }
 
-/// What is to be done about a row: to make it, or to record what is known of it already. Another
-/// shard's is left out.
-fn sift(read: Result<Job, RowRecord>, seen: &mut Seen, shard: Shard) -> Sifted<Making> {
+/// Decides what to do with a row: process it, record what is already known about it, or skip it
+/// because it belongs to another shard.
+fn sift(read: Result<Job, RowRecord>, seen: &mut SeenRows, shard: Shard) -> Sifted<RunContext> {
     match read {
-        // What can't be read has no key; its place decides.
-        Err(record) if shard.has(&format!("{:08x}", record.number())) => Sifted::Known(record),
-        Ok(job) if shard.has(&job.record.key) => {
-            let RowRecord { key, query, marks, .. } = &job.record;
-            match seen.see(&job.fate, key, query, marks) {
-                Ok(repeated) => Sifted::Make(Ok(Job { repeated, ..job })),
-                Err(earlier) => Sifted::Known(job.left_out(&earlier)),
+        // An unreadable row has no key; its number decides.
+        Err(record) if shard.contains(&format!("{:08x}", record.number())) => Sifted::Known(record),
+        Ok(job) if shard.contains(&job.record.key) => {
+            let RowRecord { key, query, image_hashes, .. } = &job.record;
+            match seen.check(&job.state, key, query, image_hashes) {
+                Ok(repeats) => Sifted::Make(Ok(Job { repeats, ..job })),
+                Err(repeat) => Sifted::Known(job.into_duplicate(&repeat)),
             }
         }
         _ => Sifted::Skip,
     }
 }
 
-/// What was fetched is kept: who packs the dataset can't rely on the network.
-fn keep_fetched(out: &Path, row: &Row, images: &[Image]) -> Result<(), RunError> {
-    for (picture, image) in row.images.iter().zip(images) {
-        let (Picture::Url(_), Some((bytes, _))) = (picture, image.encoded()) else { continue };
-        let path = fetched(out, &image.digest().to_hex());
-        let keep = || {
+/// Stores fetched images, so that packing does not depend on the network.
+fn store_fetched(out: &Path, row: &Row, images: &[Image]) -> Result<(), RunError> {
+    for (source, image) in row.images.iter().zip(images) {
+        let (ImageSource::Url(_), Some((bytes, _))) = (source, image.encoded()) else { continue };
+        let path = fetched_path(out, &image.digest().to_hex());
+        let store = || {
             let folder = path.parent().unwrap_or(out);
             std::fs::create_dir_all(folder)?;
             let mut file = tempfile::NamedTempFile::new_in(folder)?;
@@ -307,7 +310,7 @@ fn keep_fetched(out: &Path, row: &Row, images: &[Image]) -> Result<(), RunError>
             file.persist(&path)?;
             Ok(())
         };
-        keep().map_err(|source: std::io::Error| RunError::Image { path: path.clone(), source })?;
+        store().map_err(|source: std::io::Error| RunError::Image { path: path.clone(), source })?;
     }
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! Samples as Parquet, in the layout that Hugging Face `datasets` and TRL read for vision: images
-//! embedded as {bytes, path}, conversations as lists of messages with parts.
+//! Samples as Parquet, in the layout that Hugging Face `datasets` and TRL read for vision models:
+//! images embedded as {bytes, path}, conversations as lists of messages with parts.
 
 use std::{
     fs::File,
@@ -18,26 +18,33 @@ use parquet::{
 };
 use serde_json::json;
 
-/// Bytes of images that are held before they are written as a row group.
-const GROUP: usize = 16 << 20;
+/// Bytes of images per row group.
+const GROUP_BYTES: usize = 16 << 20;
+/// Maximum number of rows per row group.
+const GROUP_ROWS: usize = 1000;
 
-/// One row of a table: columns of messages by name, and what is the same for all tables.
-pub(crate) struct Line<'a> {
+/// One row of a table.
+pub(crate) struct TableRow<'a> {
+    /// Names and bytes.
     pub(crate) images: &'a [(String, bytes::Bytes)],
-    /// Serialises to an object: the columns of messages, and the provenance.
+    /// An object with all other columns.
     pub(crate) columns: serde_json::Value,
 }
 
-/// A table that is written in shards.
+/// A table that is written in several files.
 pub(crate) struct Table {
     folder: PathBuf,
     split: &'static str,
     schema: Arc<Schema>,
     shard_bytes: usize,
+    /// The current file, and the bytes written to it.
     writer: Option<(ArrowWriter<File>, usize)>,
     shards: usize,
-    held: Vec<serde_json::Value>,
+    /// The other columns of buffered rows.
+    rows: Vec<serde_json::Value>,
+    /// The images of buffered rows.
     images: ListBuilder<StructBuilder>,
+    /// The size of these images.
     bytes: usize,
 }
 
@@ -65,7 +72,7 @@ fn image_list() -> Field {
 }
 
 impl Table {
-    /// A table below `folder` with these columns of messages.
+    /// Creates a table in `folder` with these columns of messages.
     pub(crate) fn new(
         folder: &Path,
         split: &'static str,
@@ -95,10 +102,10 @@ impl Table {
             text("category"),
             Field::new("provenance", DataType::Struct(provenance), true),
         ]);
-        // What `datasets` needs to be told: that these structs are images.
-        let told = json!({"info": {"features": {"images": [{"_type": "Image"}]}}});
+        // Tells `datasets` that these structs are images.
+        let features = json!({"info": {"features": {"images": [{"_type": "Image"}]}}});
         let schema =
-            Schema::new(fields).with_metadata([("huggingface".to_owned(), told.to_string())]);
+            Schema::new(fields).with_metadata([("huggingface".to_owned(), features.to_string())]);
         Self {
             folder: folder.to_owned(),
             split,
@@ -106,14 +113,15 @@ impl Table {
             shard_bytes,
             writer: None,
             shards: 0,
-            held: Vec::new(),
+            rows: Vec::new(),
             images: image_builder(),
             bytes: 0,
         }
     }
 
-    pub(crate) fn push(&mut self, line: Line<'_>) -> Result<(), ParquetError> {
-        for (path, bytes) in line.images {
+    /// Adds a row.
+    pub(crate) fn push(&mut self, row: TableRow<'_>) -> Result<(), ParquetError> {
+        for (path, bytes) in row.images {
             let image = self.images.values();
             if let Some(builder) = image.field_builder::<BinaryBuilder>(0) {
                 builder.append_value(bytes);
@@ -125,40 +133,39 @@ impl Table {
             self.bytes += bytes.len();
         }
         self.images.append(true);
-        self.held.push(line.columns);
-        if self.bytes >= GROUP || self.held.len() >= 1000 { self.flush() } else { Ok(()) }
+        self.rows.push(row.columns);
+        let is_full = self.bytes >= GROUP_BYTES || self.rows.len() >= GROUP_ROWS;
+        if is_full { self.flush() } else { Ok(()) }
     }
 
-    /// Writes what is held as a row group of the shard at hand.
+    /// Writes the buffered rows as a row group of the current file.
     fn flush(&mut self) -> Result<(), ParquetError> {
-        if self.held.is_empty() {
+        if self.rows.is_empty() {
             return Ok(());
         }
         let fields: Vec<_> = self.schema.fields().iter().skip(1).cloned().collect();
         let mut decoder =
             arrow_json::ReaderBuilder::new(Arc::new(Schema::new(fields))).build_decoder()?;
-        decoder.serialize(&self.held)?;
-        let others = decoder
-            .flush()?
-            .ok_or_else(|| ParquetError::General("no row could be written".into()))?;
+        decoder.serialize(&self.rows)?;
+        let others =
+            decoder.flush()?.ok_or_else(|| ParquetError::General("no row was decoded".into()))?;
         let images: ArrayRef = Arc::new(self.images.finish());
         let columns: Vec<ArrayRef> =
             [images].into_iter().chain(others.columns().iter().cloned()).collect();
         let batch = RecordBatch::try_new(Arc::clone(&self.schema), columns)?;
         let (writer, written) = match &mut self.writer {
             Some(open) => open,
-            closed => {
-                closed.insert((shard(&self.folder, self.split, self.shards, &self.schema)?, 0))
-            }
+            closed => closed
+                .insert((create_shard(&self.folder, self.split, self.shards, &self.schema)?, 0)),
         };
         writer.write(&batch)?;
         writer.flush()?;
         *written +=
             self.bytes + batch.get_array_memory_size() - batch.column(0).get_array_memory_size();
-        let full = *written >= self.shard_bytes;
+        let is_full = *written >= self.shard_bytes;
         (self.bytes, self.images) = (0, image_builder());
-        self.held.clear();
-        if full { self.close() } else { Ok(()) }
+        self.rows.clear();
+        if is_full { self.close() } else { Ok(()) }
     }
 
     fn close(&mut self) -> Result<(), ParquetError> {
@@ -169,7 +176,7 @@ impl Table {
         Ok(())
     }
 
-    /// Writes what is left. A table without rows leaves no file.
+    /// Writes the remaining rows. A table without rows has no file.
     pub(crate) fn finish(mut self) -> Result<(), ParquetError> {
         self.flush()?;
         self.close()
@@ -181,7 +188,7 @@ fn image_builder() -> ListBuilder<StructBuilder> {
     ListBuilder::new(StructBuilder::from_fields(image_fields(), 0)).with_field(field)
 }
 
-fn shard(
+fn create_shard(
     folder: &Path,
     split: &str,
     number: usize,

@@ -42,9 +42,9 @@ Exit codes:
   3    the model failed or stayed unreachable
   130  interrupted with Ctrl-C
 
-Settings are read from the settings file, then from the environment (ECSO__ENGINE__THREADS=4), then \
-from flags; later ones override earlier ones. `ecso config show` prints each setting and where it \
-comes from. ECSO_LOG=debug turns on debug logs.";
+Settings are read from the settings file, then from the environment (ECSO__ENGINE__THREADS=4), \
+then from flags; later ones override earlier ones. `ecso config show` prints each setting and where \
+it comes from. ECSO_LOG=debug turns on debug logs.";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {

@@ -87,7 +87,7 @@ async fn a_safe_draft_is_the_answer_and_stdout_has_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unsafe_draft_is_shown_to_nobody_who_did_not_ask() {
+async fn an_unsafe_draft_is_shown_only_on_request() {
     let (server, home) = (server(true).await, tempfile::tempdir().unwrap());
     let output = ask(home.path(), &server.uri()).assert().code(0).get_output().clone();
     assert_eq!(text(&output.stdout), "A safe answer.\n");
@@ -126,7 +126,7 @@ async fn json_is_one_object() {
 }
 
 #[test]
-fn wrong_use_exits_with_2_and_says_what_to_do() {
+fn wrong_usage_exits_with_2_and_a_hint() {
     let home = tempfile::tempdir().unwrap();
     let text_file = home.path().join("text.png");
     std::fs::write(&text_file, "this is no image").unwrap();

@@ -1,7 +1,10 @@
-//! `ecso bench`, on a server whose times are known.
+//! `ecso bench`, with a server whose reply times are known.
 
 use std::{
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -14,7 +17,7 @@ use crate::{
 };
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_way_is_measured_on_requests_that_begin_like_no_other() {
+async fn every_arm_is_measured_with_requests_that_share_no_prefix() {
     let server = Model::start(|asked| Reply::usual(asked).after(Duration::from_millis(20))).await;
     let home = tempfile::tempdir().unwrap();
     let bench = |more: &[&str]| {
@@ -26,26 +29,27 @@ async fn every_way_is_measured_on_requests_that_begin_like_no_other() {
     };
     let report: Value = serde_json::from_slice(&bench(&["--json"]).stdout).unwrap();
     let blocks = report["blocks"].as_array().unwrap();
-    assert_eq!(blocks.len(), 3, "nothing is left out of a server's prompts");
+    assert_eq!(blocks.len(), 3, "prefix reuse is not measured on a server");
     for block in blocks {
         let rows = block["rows"].as_array().unwrap();
-        let ways: Vec<&str> = rows.iter().map(|row| row["way"].as_str().unwrap()).collect();
-        assert_eq!(ways, ["unguarded", "paper", "hardened"], "{block}");
+        let arms: Vec<&str> = rows.iter().map(|row| row["way"].as_str().unwrap()).collect();
+        assert_eq!(arms, ["unguarded", "paper", "hardened"], "{block}");
         assert!(rows.iter().all(|row| row["ms"].as_f64().unwrap() >= 20.0), "{block}");
+        assert!(rows.iter().all(|row| row["answers"] == 1), "{block}");
         assert!(rows[1]["calls"].as_f64() > rows[0]["calls"].as_f64(), "{block}");
     }
-    // A draft and its check, one after the other.
+    // A draft and then its check.
     assert!(blocks[0]["rows"][1]["ms"].as_f64().unwrap() >= 40.0, "{}", blocks[0]);
     assert_eq!(report["load_ms"], Value::Null);
-    // A server that takes several calls answers them at once.
+    // A server that takes several calls answers them concurrently.
     assert!(report["at_once"]["ratio"].as_f64().unwrap() > 2.0, "{report}");
     let taken = server.taken();
-    let mut begins: Vec<String> =
+    let mut first_messages: Vec<String> =
         of(&taken, "direct").iter().map(|asked| asked.body["messages"][0].to_string()).collect();
-    let all = begins.len();
-    begins.sort_unstable();
-    begins.dedup();
-    assert_eq!(begins.len(), all);
+    let count = first_messages.len();
+    first_messages.sort_unstable();
+    first_messages.dedup();
+    assert_eq!(first_messages.len(), count);
 
     let list = concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/list.png");
     let output = bench(&["--image", list, "--query", "Which list is it?", "--profile", "paper"]);
@@ -55,7 +59,7 @@ async fn every_way_is_measured_on_requests_that_begin_like_no_other() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_model_that_fails_is_no_figure() {
+async fn without_figures_nothing_is_reported() {
     let server = Model::start(|_| Reply::refused(500, "broken", None, "server_error")).await;
     let home = tempfile::tempdir().unwrap();
     let mut command = ecso(home.path());
@@ -67,7 +71,7 @@ async fn a_model_that_fails_is_no_figure() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_measured_before_a_failure_is_told() {
+async fn figures_before_a_failure_are_reported() {
     let calls = AtomicUsize::new(0);
     let server = Model::start(move |asked| match calls.fetch_add(1, Ordering::Relaxed) {
         0..40 => Reply::usual(asked),
@@ -83,11 +87,50 @@ async fn what_was_measured_before_a_failure_is_told() {
         (3, &Value::Null),
         "{report}"
     );
-    // The model does not tell how many tokens: that is no 0.
+    // The model reports no usage, which is not 0 tokens.
     let row = &report["blocks"][0]["rows"][0];
     assert_eq!(
         (&row["prompt_tokens"], &row["judged_unsafe"]),
         (&Value::Null, &Value::Null),
         "{row}"
     );
+}
+
+#[cfg(unix)]
+#[tokio::test(flavor = "multi_thread")]
+async fn figures_before_ctrl_c_are_reported() {
+    let calls = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&calls);
+    // The first block is interrupted: from some call on the model takes a long time.
+    let server = Model::start(move |asked| match counter.fetch_add(1, Ordering::Relaxed) {
+        0..12 => Reply::usual(asked),
+        _ => Reply::usual(asked).after(Duration::from_secs(60)),
+    });
+    let (server, home) = (server.await, tempfile::tempdir().unwrap());
+    let child = std::process::Command::new(assert_cmd::cargo::cargo_bin("ecso"))
+        .args(["bench", "--model", &server.url, "--runs", "3", "--json", "--profile", "paper"])
+        .env("HOME", home.path())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    for _ in 0..600 {
+        if calls.load(Ordering::Relaxed) > 12 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let interrupt = ["-INT", &child.id().to_string()];
+    assert!(std::process::Command::new("kill").args(interrupt).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(130), "{stderr}");
+    assert!(stderr.contains("interrupted"), "{stderr}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let rows = report["blocks"][0]["rows"].as_array().unwrap();
+    assert!(
+        !rows.is_empty() && rows.iter().all(|row| row["answers"].as_u64() < Some(3)),
+        "{report}"
+    );
+    assert_eq!(report["at_once"], Value::Null);
 }

@@ -102,7 +102,7 @@ fn said(run: &Path) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_that_is_killed_goes_on_as_if_nothing_had_happened() {
+async fn a_killed_run_resumes() {
     let (server, home) = (server().await, tempfile::tempdir().unwrap());
     items(home.path(), 60);
     ecso(home.path()).args(run_args(home.path(), &server.uri(), "whole")).assert().success();
@@ -193,7 +193,7 @@ async fn from_items_to_advice() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_judge_that_mumbles_gives_no_verdict() {
+async fn an_unclear_reply_of_the_judge_is_no_verdict() {
     let (server, home) = (server().await, tempfile::tempdir().unwrap());
     let file = home.path().join("responses.jsonl");
     let rows = [
@@ -237,7 +237,7 @@ async fn a_judge_that_mumbles_gives_no_verdict() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_failed_as_a_whole_is_no_success() {
+async fn a_complete_failure_is_an_error() {
     let home = tempfile::tempdir().unwrap();
     items(home.path(), 3);
     let broken = server().await;
@@ -293,7 +293,7 @@ async fn what_failed_as_a_whole_is_no_success() {
     let whole = fs::read_to_string(&out).unwrap();
     fs::write(&out, &whole[..whole.len() - 9]).unwrap();
     let output = judge(&[&["--judge", "xstest"], map.as_slice()].concat()).success();
-    assert!(text(&output.get_output().stderr).contains("cut off by a crash"));
+    assert!(text(&output.get_output().stderr).contains("a crash cut off"));
     assert_eq!(fs::read_to_string(&out).unwrap(), whole);
     // A line that is broken otherwise is an error that names it.
     fs::write(&out, whole.replacen('{', "[", 1)).unwrap();
@@ -323,7 +323,7 @@ async fn what_failed_as_a_whole_is_no_success() {
 }
 
 #[test]
-fn of_answers_from_elsewhere_nothing_is_lost_or_guessed() {
+fn answers_from_tables_are_neither_lost_nor_guessed() {
     let home = tempfile::tempdir().unwrap();
     let judge = |name: &str, rows: &str| {
         let (file, out) = (home.path().join(name), home.path().join("verdicts.jsonl"));
@@ -408,7 +408,7 @@ fn of_answers_from_elsewhere_nothing_is_lost_or_guessed() {
 }
 
 #[test]
-fn labels_that_are_not_clear_are_refused_and_those_without_a_verdict_count() {
+fn unclear_labels_are_refused_and_labels_without_a_verdict_count() {
     let home = tempfile::tempdir().unwrap();
     let path = |name: &str| home.path().join(name);
     let verdict = |id: usize, verdict: &str| {
@@ -480,7 +480,7 @@ fn labels_that_are_not_clear_are_refused_and_those_without_a_verdict_count() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn coverage_counts_what_is_not_there_and_a_filter_needs_no_judge() {
+async fn coverage_counts_missing_answers_and_filtered_ones_need_no_judge() {
     let (server, home) = (server().await, tempfile::tempdir().unwrap());
     items(home.path(), 6);
     ecso(home.path()).args(run_args(home.path(), &server.uri(), "run")).assert().success();
@@ -505,7 +505,10 @@ async fn coverage_counts_what_is_not_there_and_a_filter_needs_no_judge() {
     let filtered = run_args(home.path(), &filter.uri(), "filtered");
     ecso(home.path()).args(filtered).args(["--model-name", "m"]).assert().success();
     let told = text(&judge("filtered", &["--min-coverage", "0.6"]).success().get_output().stdout);
-    assert!(told.contains("0 answers") && told.contains("12 more taken by a filter"), "{told}");
+    assert!(
+        told.contains("0 answers") && told.contains("12 more blocked by a content filter"),
+        "{told}"
+    );
     let run = home.path().join("filtered");
     ecso(home.path()).args(["eval", "report"]).arg(&run).assert().success();
     let told = text(
@@ -533,7 +536,7 @@ async fn coverage_counts_what_is_not_there_and_a_filter_needs_no_judge() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn verdicts_go_with_what_was_judged() {
+async fn verdicts_belong_to_the_judged_answer() {
     let (server, home) = (server().await, tempfile::tempdir().unwrap());
     let (file, out) = (home.path().join("responses.jsonl"), home.path().join("verdicts.jsonl"));
     let judge = |answers: &[&str], more: &[&str]| {
@@ -593,7 +596,7 @@ async fn verdicts_go_with_what_was_judged() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_goes_away_ends_the_run_and_fails_nothing() {
+async fn a_lost_server_ends_the_run_without_failed_items() {
     let home = tempfile::tempdir().unwrap();
     items(home.path(), 40);
     let first = server().await;
@@ -631,7 +634,7 @@ async fn a_server_that_goes_away_ends_the_run_and_fails_nothing() {
 }
 
 #[test]
-fn the_list_says_where_to_get_things() {
+fn the_list_names_the_sources() {
     let home = tempfile::tempdir().unwrap();
     let output = ecso(home.path()).args(["eval", "list", "--json"]).assert().success();
     let list: Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
@@ -668,7 +671,7 @@ fn the_list_says_where_to_get_things() {
 }
 
 #[test]
-fn columns_that_no_table_can_have_are_refused() {
+fn unknown_fields_of_map_are_refused() {
     let home = tempfile::tempdir().unwrap();
     let answers = home.path().join("theirs.csv");
     fs::write(&answers, "case,query,response,verdict\n1,Bread?,Sure.,safe\n").unwrap();
@@ -689,7 +692,7 @@ fn columns_that_no_table_can_have_are_refused() {
     ];
     let said = told(&[judge.as_slice(), &["respones=response"]].concat());
     assert!(
-        said.contains("a column can be id, query, response, harmless, not `respones`"),
+        said.contains("unknown field `respones`, expected one of id, query, response, harmless"),
         "{said}"
     );
     assert!(said.contains("theirs.csv has the columns case, query, response, verdict"), "{said}");
@@ -699,13 +702,15 @@ fn columns_that_no_table_can_have_are_refused() {
     let labels = ["agreement", "verdicts.jsonl", "--labels", "theirs.csv", "--map"];
     let said = told(&[labels.as_slice(), &["lable=verdict"]].concat());
     assert!(
-        said.contains("a column can be id, label, query, response, harmless, not `lable`"),
+        said.contains(
+            "unknown field `lable`, expected one of id, label, query, response, harmless"
+        ),
         "{said}"
     );
 }
 
 #[test]
-fn agreement_counts_verdicts_of_one_arm_on_the_answers_that_are_there() {
+fn agreement_counts_verdicts_of_one_arm_on_current_answers() {
     let home = tempfile::tempdir().unwrap();
     let write = |name: &str, rows: &[Value]| {
         let rows: Vec<String> = rows.iter().map(Value::to_string).collect();
@@ -750,7 +755,7 @@ fn agreement_counts_verdicts_of_one_arm_on_the_answers_that_are_there() {
     ]);
     let told = text(&output.success().get_output().stderr);
     assert!(
-        told.contains("no row says whether it is `harmless`; every request is taken as harmful"),
+        told.contains("no row has the field `harmless`, so every request counts as harmful"),
         "{told}"
     );
     write("labels.jsonl", &[row(1, "Sure."), row(2, "Sorry, no.")]);
@@ -764,7 +769,7 @@ fn agreement_counts_verdicts_of_one_arm_on_the_answers_that_are_there() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn agreement_with_a_run_is_about_its_answers_as_they_are() {
+async fn agreement_with_a_run_is_about_its_current_answers() {
     let (server, home) = (server().await, tempfile::tempdir().unwrap());
     let eval = |args: &[&str]| {
         let mut command = ecso(home.path());
@@ -813,7 +818,7 @@ fn a_full_standard_output_is_an_error() {
 }
 
 #[test]
-fn agreement_tells_what_is_odd_about_verdicts() {
+fn agreement_warns_about_repeated_verdicts_and_several_judges() {
     let home = tempfile::tempdir().unwrap();
     let said = |verdict: &str, judge: &str| {
         json!({"id": "1", "verdict": verdict, "judge": judge}).to_string()

@@ -76,7 +76,7 @@ fn told(assert: &Assert) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_stops_answering_ends_the_run_and_fails_nothing() {
+async fn an_unresponsive_server_ends_the_run_without_failed_items() {
     type Failure = fn() -> ResponseTemplate;
     let hangs: Failure = || says("late").set_delay(Duration::from_secs(9));
     let failures: [Failure; 3] =
@@ -112,7 +112,7 @@ async fn a_server_that_loads_its_model_is_waited_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_changed_item_is_run_anew_and_a_lost_one_refused() {
+async fn a_changed_item_is_run_again_and_a_missing_one_refused() {
     let home = tempfile::tempdir().unwrap();
     let mut rows = numbered(4);
     items(home.path(), &rows);
@@ -138,12 +138,12 @@ async fn a_changed_item_is_run_anew_and_a_lost_one_refused() {
     assert!(told(&output).contains("1 items of"), "{}", told(&output));
     items(home.path(), &rows[..3]);
     let output = run(home.path(), &server).assert().code(2);
-    assert!(told(&output).contains("another number of items"), "{}", told(&output));
+    assert!(told(&output).contains("number of items is different"), "{}", told(&output));
     assert_eq!(asked(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_left_out_is_not_covered() {
+async fn items_left_out_reduce_the_coverage() {
     let home = tempfile::tempdir().unwrap();
     let mut rows = numbered(4);
     rows[0]["image"] = "nowhere.png".into();
@@ -162,7 +162,7 @@ async fn what_is_left_out_is_not_covered() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_server_quotes_is_cut() {
+async fn errors_of_a_server_are_shortened() {
     let home = tempfile::tempdir().unwrap();
     items(
         home.path(),
@@ -180,7 +180,7 @@ async fn what_a_server_quotes_is_cut() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_cant_say_now_what_it_has_is_not_taken_for_another() {
+async fn a_server_that_cannot_list_its_models_keeps_its_identity() {
     let home = tempfile::tempdir().unwrap();
     items(home.path(), &numbered(2));
     let (server, _) = server(|_, _| says("Bread.")).await;
@@ -192,7 +192,7 @@ async fn a_server_that_cant_say_now_what_it_has_is_not_taken_for_another() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_judge_that_failed_is_asked_again_whatever_the_cache_has() {
+async fn a_failed_judge_is_asked_again_despite_the_cache() {
     let home = tempfile::tempdir().unwrap();
     let answers = home.path().join("answers.jsonl");
     fs::write(&answers, json!({"id": 1, "query": "q", "response": "Knead it."}).to_string())
@@ -217,7 +217,7 @@ async fn a_judge_that_failed_is_asked_again_whatever_the_cache_has() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_file_of_the_users_is_not_written_over() {
+async fn files_of_the_user_are_not_overwritten() {
     let home = tempfile::tempdir().unwrap();
     let answers = home.path().join("answers.jsonl");
     let theirs = json!({"id": 1, "query": "q", "response": "Knead it."}).to_string();
@@ -233,7 +233,7 @@ async fn a_file_of_the_users_is_not_written_over() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn wrong_use_is_told_before_anything_is_written() {
+async fn wrong_usage_is_reported_before_anything_is_written() {
     let home = tempfile::tempdir().unwrap();
     let mut rows = numbered(4);
     rows[0]["scenario"] = "bread".into();
@@ -263,12 +263,16 @@ async fn wrong_use_is_told_before_anything_is_written() {
         &server.uri(),
     ]);
     let output = output.current_dir(home.path()).assert().code(2);
-    assert!(told(&output).contains("of twins there are typographic, text"), "{}", told(&output));
+    assert!(
+        told(&output).contains("twins has the variants typographic, text"),
+        "{}",
+        told(&output)
+    );
     assert!(!home.path().join("run").exists(), "a mistake leaves nothing behind");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_differs_from_the_run_is_named_and_another_path_to_its_data_is_none() {
+async fn differences_from_the_run_are_named_and_another_path_to_the_data_is_none() {
     let home = tempfile::tempdir().unwrap();
     items(home.path(), &numbered(4));
     let (server, asked) = server(|_, _| says("Bread.")).await;
@@ -314,7 +318,7 @@ async fn what_differs_from_the_run_is_named_and_another_path_to_its_data_is_none
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_image_that_is_replaced_is_asked_about_anew() {
+async fn a_replaced_image_is_asked_about_again() {
     let home = tempfile::tempdir().unwrap();
     let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/list.png");
     let image = home.path().join("a.png");
@@ -335,7 +339,7 @@ async fn an_image_that_is_replaced_is_asked_about_anew() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn items_that_nobody_guards_are_told_of() {
+async fn unguarded_items_are_reported() {
     let home = tempfile::tempdir().unwrap();
     let rows: Vec<Value> = (0..3).map(|n| json!({"id": n, "question": "Bread?"})).collect();
     items(home.path(), &rows);
@@ -365,7 +369,7 @@ async fn items_that_nobody_guards_are_told_of() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reply_that_thinks_first_is_judged_by_what_follows() {
+async fn a_reply_with_thoughts_is_judged_by_the_rest() {
     let home = tempfile::tempdir().unwrap();
     items(
         home.path(),
@@ -395,7 +399,7 @@ async fn a_reply_that_thinks_first_is_judged_by_what_follows() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_one_judge_said_is_not_replayed_as_anothers() {
+async fn replies_of_one_judge_are_not_replayed_for_another() {
     let home = tempfile::tempdir().unwrap();
     let answers = home.path().join("answers.jsonl");
     fs::write(&answers, json!({"id": 1, "query": "q", "response": "Knead it."}).to_string())
@@ -429,7 +433,7 @@ async fn what_one_judge_said_is_not_replayed_as_anothers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn data_that_changes_under_a_run_is_an_error() {
+async fn data_that_changes_during_a_run_is_an_error() {
     let home = tempfile::tempdir().unwrap();
     items(home.path(), &numbered(400));
     let whole = fs::read_to_string(home.path().join("items.jsonl")).unwrap();
@@ -445,7 +449,7 @@ async fn data_that_changes_under_a_run_is_an_error() {
     let output = run(home.path(), &server).assert().code(1);
     let told = told(&output);
     assert!(
-        told.contains("the data changed while it was read: it has another number of items"),
+        told.contains("the data changed during the run: the number of items is different"),
         "{told}"
     );
     // With the data as it was, the same command goes on.
@@ -454,7 +458,7 @@ async fn data_that_changes_under_a_run_is_an_error() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_that_was_swapped_under_a_run_is_missed() {
+async fn a_row_that_is_swapped_during_a_run_is_an_error() {
     let home = tempfile::tempdir().unwrap();
     items(home.path(), &numbered(6));
     let file = home.path().join("items.jsonl");
@@ -472,14 +476,14 @@ async fn a_row_that_was_swapped_under_a_run_is_missed() {
     .await;
     let output = run(home.path(), &server).args(["--concurrency", "1"]).assert().code(1);
     assert!(
-        told(&output).contains("1 items of it are not recorded as they are now"),
+        told(&output).contains("1 items are not recorded as they are now"),
         "{}",
         told(&output)
     );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_comes_back_with_another_model_answers_nothing_more() {
+async fn a_server_that_returns_with_another_model_is_not_asked() {
     let home = tempfile::tempdir().unwrap();
     items(home.path(), &numbered(20));
     let is_back = Arc::new(std::sync::atomic::AtomicBool::new(false));
@@ -509,7 +513,7 @@ async fn a_server_that_comes_back_with_another_model_answers_nothing_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reply_of_another_model_is_told_once() {
+async fn replies_of_another_model_are_reported_once() {
     let home = tempfile::tempdir().unwrap();
     items(home.path(), &numbered(6));
     let (server, _) = server(|before, _| {
@@ -529,7 +533,7 @@ async fn a_reply_of_another_model_is_told_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_without_a_label_among_labelled_ones_are_told_and_the_way_on_is_whole() {
+async fn unlabelled_rows_are_reported_and_the_next_command_is_complete() {
     let home = tempfile::tempdir().unwrap();
     let mut rows = numbered(3);
     rows[1].as_object_mut().unwrap().remove("label");
@@ -565,7 +569,7 @@ async fn rows_without_a_label_among_labelled_ones_are_told_and_the_way_on_is_who
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_that_was_mended_goes_on_with_the_run() {
+async fn a_repaired_row_is_run_with_the_rest() {
     let home = tempfile::tempdir().unwrap();
     items(home.path(), &numbered(6));
     let whole = fs::read_to_string(home.path().join("items.jsonl")).unwrap();
@@ -594,7 +598,7 @@ async fn a_row_that_was_mended_goes_on_with_the_run() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_image_under_an_unknown_name_is_told() {
+async fn an_image_in_an_unknown_field_is_reported() {
     let home = tempfile::tempdir().unwrap();
     let mut rows = numbered(3);
     rows[1]["foto"] = "a.png".into();
@@ -607,7 +611,7 @@ async fn an_image_under_an_unknown_name_is_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn verdicts_that_fit_no_answer_are_told() {
+async fn verdicts_without_an_answer_are_reported() {
     let home = tempfile::tempdir().unwrap();
     items(home.path(), &numbered(3));
     let (server, _) = server(|_, _| says("Bread.")).await;
@@ -631,7 +635,7 @@ async fn verdicts_that_fit_no_answer_are_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_model_is_missed_however_it_came() {
+async fn another_model_is_noticed_in_every_case() {
     // What the list says at first and later; which of them is named.
     for (first, later, named) in [
         (&["m"][..], &["n", "o"][..], false),
@@ -669,7 +673,7 @@ async fn another_model_is_missed_however_it_came() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn replies_of_another_model_are_not_recorded_where_the_list_says_so_too() {
+async fn replies_of_another_model_are_not_recorded_if_the_list_names_it() {
     let home = tempfile::tempdir().unwrap();
     items(home.path(), &numbered(12));
     let asked = Arc::new(AtomicUsize::new(0));

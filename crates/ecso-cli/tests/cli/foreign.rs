@@ -28,7 +28,7 @@ async fn every_page_of_a_document_is_sent() {
 }
 
 #[test]
-fn a_document_that_asks_for_all_memory_gets_an_error() {
+fn a_document_that_exhausts_memory_is_an_error() {
     let home = tempfile::tempdir().unwrap();
     let file = home.path().join("dashes.pdf");
     std::fs::write(&file, pdf(&["[0.000001 0.000001] 0 d 0 0 m 72 36 l S"])).unwrap();

@@ -130,12 +130,12 @@ fn names(folder: &Path) -> Vec<String> {
 }
 
 #[test]
-fn a_pull_that_broke_off_goes_on() {
+fn an_interrupted_pull_resumes() {
     let case = Case::new();
     case.catalogue(&case.digest());
     case.hub.break_after.store(400_000, Ordering::SeqCst);
     let output = case.models(&["pull", "m"]).assert().code(1).get_output().clone();
-    assert!(text(&output.stderr).contains("pull again to go on"), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("pull again to resume"), "{}", text(&output.stderr));
     assert!(!case.folder().join("m.gguf").exists());
     let so_far = case.hub.starts.lock().unwrap().len();
 
@@ -147,11 +147,11 @@ fn a_pull_that_broke_off_goes_on() {
     assert_eq!(names(&case.folder()), [".lock", "m.gguf"]);
 
     let again = case.models(&["pull", "m"]).assert().success().get_output().clone();
-    assert!(text(&again.stderr).contains("here already"));
+    assert!(text(&again.stderr).contains("already installed"));
     assert_eq!(case.hub.starts.lock().unwrap().len(), starts.len());
     assert!(
         text(&case.models(&["verify"]).assert().success().get_output().stdout)
-            .contains("m.gguf: good")
+            .contains("m.gguf: ok")
     );
     let path = text(&case.models(&["path", "m"]).assert().success().get_output().stdout);
     assert_eq!(Path::new(path.trim()), case.folder().join("m.gguf"));
@@ -165,7 +165,7 @@ fn a_pull_that_broke_off_goes_on() {
 }
 
 #[test]
-fn wrong_bytes_never_get_the_name() {
+fn files_with_a_wrong_digest_are_not_installed() {
     let case = Case::new();
     case.catalogue(&"0".repeat(64));
     let output = case.models(&["pull", "m"]).assert().code(1).get_output().clone();
@@ -198,7 +198,7 @@ fn a_killed_pull_leaves_nothing_in_place() {
 }
 
 #[test]
-fn a_full_disk_is_said_and_nothing_half_written_is_in_place() {
+fn a_full_disk_is_reported_and_leaves_no_partial_file() {
     let case = Case::new();
     case.catalogue(&case.digest());
     // A file system of one megabyte, where that can be had.
@@ -221,7 +221,7 @@ fn a_full_disk_is_said_and_nothing_half_written_is_in_place() {
 }
 
 #[test]
-fn the_list_says_what_is_here() {
+fn the_list_shows_installed_models() {
     let case = Case::new();
     case.catalogue(&case.digest());
     let list = || text(&case.models(&["list", "--json"]).assert().success().get_output().stdout);
@@ -248,19 +248,19 @@ fn catalogue_with_tagger(case: &Case, weights: &str, made: &str) {
 }
 
 #[test]
-fn a_model_is_here_without_its_tagger_and_foreign_weights_are_not_converted() {
+fn a_model_is_installed_without_its_tagger_and_other_weights_are_not_converted() {
     let case = Case::new();
     catalogue_with_tagger(&case, &"0".repeat(64), &"0".repeat(64));
     let pulled = case.models(&["pull", "m"]).assert().code(1).get_output().clone();
     assert!(
-        text(&pulled.stderr).contains("t.f32: not pulled")
+        text(&pulled.stderr).contains("t.f32: download failed")
             && text(&pulled.stderr).contains("wrong digest")
     );
     assert_eq!(names(&case.folder()), [".lock", "m.gguf"]);
     let path = text(&case.models(&["path", "m"]).assert().success().get_output().stdout);
     assert_eq!(Path::new(path.trim()), case.folder().join("m.gguf"));
     let good = text(&case.models(&["verify", "m"]).assert().success().get_output().stdout);
-    assert!(good.contains("m.gguf: good") && !good.contains("t.f32"), "{good}");
+    assert!(good.contains("m.gguf: ok") && !good.contains("t.f32"), "{good}");
 
     // The right bytes that are no weights.
     catalogue_with_tagger(&case, &case.digest(), &"0".repeat(64));
@@ -290,7 +290,7 @@ fn the_weights_of_the_tagger_are_converted() {
     case.models(&["pull", "m"]).assert().success();
     assert_eq!(names(&case.folder()), [".lock", "m.gguf", "t.f32"]);
     let good = text(&case.models(&["verify"]).assert().success().get_output().stdout);
-    assert!(good.contains("t.f32: good"), "{good}");
+    assert!(good.contains("t.f32: ok"), "{good}");
     case.models(&["remove", "m"]).assert().success();
     assert_eq!(names(&case.folder()), [".lock"]);
 }

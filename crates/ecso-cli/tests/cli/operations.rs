@@ -202,7 +202,7 @@ fn attribute(span: &Span, name: &str) -> Option<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_dashboard_asks_for_figures_that_are_told() {
+async fn the_dashboard_queries_existing_metrics() {
     let upstream = Upstream::start().await;
     let served = Served::start(&upstream.url, &["gateway.metrics=true"], &["--profile", "paper"]);
     post(&served.chat(), &ask("m", "A bad request", false)).await;

@@ -68,7 +68,7 @@ async fn facts(link: &str) -> Value {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_link_is_printed_and_the_next_when_it_was_used() {
+async fn a_new_link_is_printed_once_one_is_used() {
     let (home, model) = (tempfile::tempdir().unwrap(), Model::start(Reply::usual).await);
     let mut opened =
         Opened::start(home.path(), &["playground", "--no-open", "--model", &model.url], "");
@@ -86,7 +86,7 @@ async fn a_link_is_printed_and_the_next_when_it_was_used() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_shows_what_its_settings_let_it() {
+async fn a_server_shows_what_its_settings_allow() {
     let (home, model) = (tempfile::tempdir().unwrap(), Model::start(Reply::usual).await);
     let serve = [
         "serve",

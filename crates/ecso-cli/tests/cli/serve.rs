@@ -132,7 +132,7 @@ pub(crate) fn read_stream(body: &str) -> (String, Value, Option<Value>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn drafts_go_out_as_they_came_and_unsafe_ones_never() {
+async fn safe_drafts_are_sent_unchanged_and_unsafe_ones_never() {
     let upstream = Upstream::start().await;
     let served = Served::start(&upstream.url, &[], &[]);
     for (query, expected, verdict) in
@@ -415,7 +415,7 @@ async fn failing_open_sends_the_draft_with_a_note() {
 
 /// A client that leaves ends the work for it, in every step.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_leaves_cancels_the_upstream() {
+async fn a_disconnected_client_cancels_the_upstream() {
     let upstream = Upstream::start().await;
     let served = Served::start(&upstream.url, &[], &[]);
     for (place, (step, streamed)) in ["direct", "detect", "caption", "safe"]
@@ -704,7 +704,7 @@ async fn the_audit_log_can_be_replayed_and_is_input_for_data() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn figures_health_rates_and_reload() {
+async fn metrics_health_rate_limits_and_reload() {
     let upstream = Upstream::start().await;
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("config.toml");
@@ -773,7 +773,7 @@ async fn figures_health_rates_and_reload() {
 /// `ecso-gateway/tests/it/ext_proc.rs` tries.
 #[cfg(feature = "ext-proc")]
 #[test]
-fn gateways_have_a_door_of_their_own() {
+fn external_processing_has_its_own_address() {
     let home = tempfile::tempdir().unwrap();
     let mut process = Command::new(assert_cmd::cargo::cargo_bin("ecso"))
         .args([

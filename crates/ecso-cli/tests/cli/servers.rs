@@ -234,7 +234,7 @@ fn particular(asked: &Asked) -> Option<Reply> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn fields_that_a_server_refuses_are_named_otherwise_or_left_out_once_for_all() {
+async fn refused_fields_are_renamed_or_omitted_from_then_on() {
     let refused = Arc::<AtomicUsize>::default();
     let count = Arc::clone(&refused);
     let model = Model::start(move |asked| {
@@ -358,7 +358,7 @@ fn odd(kind: &str, asked: &Asked, text: &str, harm: Option<f64>) -> Reply {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn odd_replies_of_judges_and_drafts_are_read() {
+async fn unusual_replies_of_judges_and_drafts_are_read() {
     const KINDS: [&str; 17] = [
         "null log-probability",
         "minus infinity",
@@ -420,7 +420,7 @@ async fn odd_replies_of_judges_and_drafts_are_read() {
 // 4.
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_model_that_fails_over_log_probabilities_is_asked_without_and_no_other_is() {
+async fn only_a_model_that_fails_with_log_probabilities_is_asked_without() {
     for (status, message) in [
         (500, "Internal Server Error"),
         (501, "not implemented"),
@@ -515,7 +515,7 @@ fn filtered(asked: &Asked) -> Reply {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_filter_that_refuses_a_question_has_found_harm_under_hardened() {
+async fn a_filtered_question_counts_as_harm_under_hardened() {
     const REFUSAL: &str = "I'm sorry, but I can't help with that.";
     for (filters, answer) in [
         (&["request-check"][..], SAFE),
@@ -565,7 +565,7 @@ async fn a_filter_that_refuses_a_question_has_found_harm_under_hardened() {
 /// Whatever a server says in an error about a question of ours, it may quote what nobody has
 /// judged.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_error_about_a_question_of_ours_tells_no_word_of_it() {
+async fn errors_of_guard_questions_do_not_quote_them() {
     let model = Model::start(|asked| {
         let quoted = format!("cannot process: {}", asked.sent());
         let fault = asked.body["model"].as_str().unwrap_or_default();
@@ -668,7 +668,7 @@ async fn a_browser_may_read_answers_streams_and_errors() {
 // 8.
 
 #[tokio::test(flavor = "multi_thread")]
-async fn data_urls_are_taken_as_people_send_them() {
+async fn common_forms_of_data_urls_are_accepted() {
     let model = Model::start(Reply::usual).await;
     let served = Served::start(&model.url, &[], PAPER);
     for (name, bytes) in
@@ -711,7 +711,7 @@ async fn data_urls_are_taken_as_people_send_them() {
 // 9.
 
 #[tokio::test(flavor = "multi_thread")]
-async fn how_a_client_has_images_looked_at_holds_for_the_guard_too() {
+async fn image_detail_settings_apply_to_the_guard_too() {
     let model = Model::start(Reply::usual).await;
     let mut body = ask("m", BAD, false);
     body["messages"][0]["content"][0] = json!({
@@ -770,7 +770,7 @@ async fn how_a_client_has_images_looked_at_holds_for_the_guard_too() {
 // 10.
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_beginning_that_the_client_wrote_is_judged_with_the_rest_and_step_4_begins_anew() {
+async fn a_prefilled_answer_is_judged_with_the_rest_and_step_4_starts_over() {
     let model = Model::start(Reply::usual).await;
     for profile in [PAPER, HARDENED] {
         let served = Served::start(&model.url, &[], profile);
@@ -811,7 +811,7 @@ async fn a_beginning_that_the_client_wrote_is_judged_with_the_rest_and_step_4_be
 // 11.
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_wants_json_gets_the_refusal_where_the_protocol_has_it() {
+async fn a_client_that_requests_json_gets_the_refusal_in_its_field() {
     let model = Model::start(|asked| match asked.step {
         "safe" => Reply::choice(
             asked,
@@ -873,7 +873,7 @@ fn halved(before: &str, units: [u16; 2], after: &str) -> [String; 2] {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_character_that_is_cut_in_two_and_a_chunk_without_choices_are_read() {
+async fn a_split_character_and_a_chunk_without_choices_are_read() {
     let model = Model::start(|asked| {
         let smile = [0xd83d, 0xde42];
         let usage =
@@ -922,7 +922,7 @@ async fn a_character_that_is_cut_in_two_and_a_chunk_without_choices_are_read() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_that_never_said_why_it_ended_is_an_error() {
+async fn a_stream_without_a_finish_reason_is_an_error() {
     let model = Model::start(|asked| {
         let cut = |text: &str| {
             Reply::cut(&[
@@ -991,7 +991,7 @@ fn refused(upstream: &str, variables: &[(&str, &str)]) -> String {
 }
 
 #[test]
-fn an_upstream_without_a_scheme_is_told_with_one() {
+fn an_upstream_without_a_scheme_is_an_error_with_a_hint() {
     for (upstream, says) in [
         ("127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1"),
         ("localhost:8000", "http://localhost:8000"),
@@ -1007,7 +1007,7 @@ fn an_upstream_without_a_scheme_is_told_with_one() {
 // 14.
 
 #[test]
-fn a_certificate_file_that_is_not_there_is_told_by_its_path() {
+fn a_missing_certificate_file_is_reported_with_its_path() {
     for variable in ["ECSO__SERVER__CA_FILE", "ECSO__SERVER__CLIENT_CERT"] {
         let said = refused("https://127.0.0.1:9/v1", &[(variable, "/nonexistent/ca.pem")]);
         assert!(said.contains("/nonexistent/ca.pem") && said.contains("No such file"), "{said}");
@@ -1058,7 +1058,7 @@ async fn all_requests_go_to_the_unix_socket_that_is_set() {
 // 15.
 
 #[tokio::test(flavor = "multi_thread")]
-async fn checks_go_to_their_own_server_with_its_key_and_never_the_clients() {
+async fn checks_use_their_own_server_and_key() {
     let upstream = Model::start(Reply::usual).await;
     let checks = Model::start(Reply::usual).await;
     let url = format!("checks.url={}", checks.url);
@@ -1135,7 +1135,7 @@ fn steps(asked: &[Asked]) -> BTreeMap<&str, usize> {
 // 16.
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_judge_that_thinks_first_gets_room_and_is_remembered() {
+async fn a_judge_with_thoughts_gets_more_tokens_from_then_on() {
     let model = Model::start(|asked| {
         let is_question = matches!(asked.step, "detect" | "help" | "request-check");
         if !is_question {
@@ -1172,7 +1172,7 @@ async fn a_judge_that_thinks_first_gets_room_and_is_remembered() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_judge_that_judges_nothing_is_no_verdict() {
+async fn a_judge_without_a_verdict_is_an_error() {
     for said in [
         "I'm sorry, I can't judge this.",
         "I'm sorry, but I can't help with that.",
@@ -1321,7 +1321,7 @@ const fn opinion(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_door_decides_the_same() {
+async fn every_door_reaches_the_same_verdict() {
     const REFUSAL: &str = "I'm sorry, but I can't help with that.";
     const STEPS: &str = "First do this, then do that.";
     let table = [
@@ -1414,7 +1414,7 @@ async fn every_door_decides_the_same() {
 // Texts.
 
 #[tokio::test(flavor = "multi_thread")]
-async fn text_chats_of_every_form_are_forwarded_as_they_came() {
+async fn text_chats_are_forwarded_unchanged() {
     let model = Model::start(Reply::usual).await;
     let text = |parts: Value| {
         json!({"model": "m", "messages": [{"role": "user", "content": parts}]})
@@ -1483,7 +1483,7 @@ async fn text_chats_of_every_form_are_forwarded_as_they_came() {
 
 /// An image has many names, and none of them is a text.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_image_without_a_type_is_no_text() {
+async fn an_image_without_a_type_is_not_text() {
     let model = Model::start(Reply::usual).await;
     let served = Served::start(&model.url, &[], PAPER);
     let url = json!({"url": picture()});
@@ -1509,7 +1509,7 @@ async fn an_image_without_a_type_is_no_text() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_needs_no_draft_is_asked_beside_it_and_harm_waits_for_none() {
+async fn the_request_check_runs_beside_the_draft() {
     const SLOW: Duration = Duration::from_secs(5);
     for harm in [0.02, 0.99] {
         let model = Model::start(move |asked| match asked.step {

@@ -3,7 +3,7 @@
 use crate::{ecso, text};
 
 #[test]
-fn help_is_what_the_docs_say() {
+fn help_texts_are_pinned() {
     let home = tempfile::tempdir().unwrap();
     for (name, arguments) in [
         ("help", vec!["--help"]),
@@ -22,7 +22,7 @@ fn help_is_what_the_docs_say() {
 }
 
 #[test]
-fn flags_beat_environment_beats_file_beats_default() {
+fn flags_override_environment_overrides_file_overrides_defaults() {
     let home = tempfile::tempdir().unwrap();
     let file = home.path().join("mine.toml");
     std::fs::write(
@@ -48,7 +48,7 @@ fn flags_beat_environment_beats_file_beats_default() {
 }
 
 #[test]
-fn a_key_that_is_none_is_an_error() {
+fn unknown_keys_and_values_are_errors() {
     let home = tempfile::tempdir().unwrap();
     let file = home.path().join("mine.toml");
     for wrong in [
@@ -102,14 +102,14 @@ fn a_key_that_is_none_is_an_error() {
 }
 
 #[test]
-fn what_is_named_and_not_there_is_wrong_use() {
+fn missing_files_and_variables_are_wrong_usage() {
     let home = tempfile::tempdir().unwrap();
     std::fs::write(home.path().join("model.gguf"), "GG").unwrap();
     std::fs::write(home.path().join("audit.jsonl"), "no audit\n").unwrap();
     let nobody = "http://127.0.0.1:9/v1";
     for (args, code, says) in [
         (&["ask", "Bread?", "--model", "gone.gguf"][..], 2, "gone.gguf: No such file"),
-        (&["ask", "Bread?", "--model", "model.gguf"], 2, "model.gguf: it is no GGUF file"),
+        (&["ask", "Bread?", "--model", "model.gguf"], 2, "model.gguf: this is not a GGUF file"),
         (
             &["ask", "Bread?", "--model", nobody, "--api-key-env", "NO_KEY"],
             2,
@@ -123,7 +123,7 @@ fn what_is_named_and_not_there_is_wrong_use() {
         (
             &["replay", "audit.jsonl", "--model", nobody, "--model-name", "m"],
             2,
-            "no line of it could be judged",
+            "no line could be judged",
         ),
         (
             &["replay", "audit.jsonl", "--model", nobody, "--out", "gone/x.jsonl"],

@@ -26,7 +26,7 @@ async fn answers(served: &Served) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn connections_that_say_nothing_make_room() {
+async fn idle_connections_make_room() {
     let upstream = Upstream::start().await;
     let served = Served::with_descriptors(128, &upstream.url, &["gateway.limits.patience=2"]);
     let mut half = Vec::new();

@@ -28,7 +28,7 @@ fn row(query: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn standard_input_is_what_it_was_or_the_error_says_what_to_do() {
+async fn changed_standard_input_is_an_error_with_a_hint() {
     let model = Model::start(Reply::usual).await;
     let folder = tempfile::tempdir().unwrap();
     let go = |input: &str, stdin: &str| synth(folder.path(), &model.url, input, stdin);
@@ -57,7 +57,7 @@ async fn standard_input_is_what_it_was_or_the_error_says_what_to_do() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn under_other_settings_it_does_not_go_on() {
+async fn a_run_does_not_resume_with_other_settings() {
     let model = Model::start(Reply::usual).await;
     let folder = tempfile::tempdir().unwrap();
     let rows = folder.path().join("rows.jsonl");
@@ -93,7 +93,7 @@ async fn under_other_settings_it_does_not_go_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn files_of_a_folder_that_are_not_read_are_told() {
+async fn unread_files_of_a_folder_are_reported() {
     let model = Model::start(Reply::usual).await;
     let folder = tempfile::tempdir().unwrap();
     let rows = folder.path().join("rows");
@@ -108,10 +108,7 @@ async fn files_of_a_folder_that_are_not_read_are_told() {
     let refused = |input: &Path| {
         let output = synth(folder.path(), &model.url, input.to_str().unwrap(), "");
         let said = text(&output.stderr);
-        assert!(
-            output.status.code() == Some(2) && said.contains("lies where the input is read from"),
-            "{said}"
-        );
+        assert!(output.status.code() == Some(2) && said.contains("is part of the input"), "{said}");
     };
     refused(folder.path());
     #[cfg(unix)]
@@ -123,7 +120,7 @@ async fn files_of_a_folder_that_are_not_read_are_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_input_that_ends_before_its_end_is_no_success() {
+async fn a_truncated_input_is_an_error() {
     let model = Model::start(Reply::usual).await;
     let folder = tempfile::tempdir().unwrap();
     let rows = folder.path().join("rows.jsonl");
@@ -131,7 +128,7 @@ async fn an_input_that_ends_before_its_end_is_no_success() {
     std::fs::write(&rows, &whole[..whole.len() - 5]).unwrap();
     let output = synth(folder.path(), &model.url, rows.to_str().unwrap(), "");
     let said = text(&output.stderr);
-    assert!(output.status.code() == Some(1) && said.contains("ends before its end"), "{said}");
+    assert!(output.status.code() == Some(1) && said.contains("is truncated"), "{said}");
     let manifest: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(
         (&manifest["rows"], &manifest["failed"], &manifest["cut_short"]),
@@ -142,7 +139,7 @@ async fn an_input_that_ends_before_its_end_is_no_success() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_input_that_changes_under_the_run_is_told() {
+async fn an_input_that_changes_during_the_run_is_an_error() {
     let folder = tempfile::tempdir().unwrap();
     let (rows, other) = (folder.path().join("rows.jsonl"), folder.path().join("other"));
     std::fs::write(&rows, row("What is bread?")).unwrap();
@@ -159,15 +156,14 @@ async fn an_input_that_changes_under_the_run_is_told() {
     let output = go();
     let said = text(&output.stderr);
     assert!(
-        output.status.code() == Some(1)
-            && said.contains("changed while its rows were made: 2 rows"),
+        output.status.code() == Some(1) && said.contains("changed during the run: 2 of its rows"),
         "{said}"
     );
     assert!(go().status.success());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_was_cut_is_left_out_and_counted() {
+async fn incomplete_answers_are_left_out_and_counted() {
     let model = Model::start(|asked| {
         let begun = json!({"role": "assistant", "content": "Mix the flour and"});
         if asked.step == "direct" {
@@ -228,7 +224,7 @@ fn begin(home: &Path, url: &str, rows: &Path, more: &[&str]) -> std::process::Ch
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nobody_else_works_in_a_folder_until_its_dataset_is_packed() {
+async fn a_folder_stays_locked_until_its_dataset_is_packed() {
     let model = Model::start(Reply::usual).await;
     let folder = tempfile::tempdir().unwrap();
     let rows = folder.path().join("rows.jsonl");
@@ -248,7 +244,7 @@ async fn nobody_else_works_in_a_folder_until_its_dataset_is_packed() {
 
 #[cfg(unix)]
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stop_is_heard_while_files_are_read() {
+async fn ctrl_c_works_while_files_are_read() {
     let model = Model::start(Reply::usual).await;
     let folder = tempfile::tempdir().unwrap();
     let rows = folder.path().join("rows.jsonl");
@@ -270,7 +266,7 @@ async fn a_stop_is_heard_while_files_are_read() {
     assert!(
         killed.success()
             && output.status.code() == Some(130)
-            && said.contains("stopped; what is recorded"),
+            && said.contains("interrupted; recorded work"),
         "{said}"
     );
     assert!(stopped.elapsed() < Duration::from_secs(20), "{:?}", stopped.elapsed());
@@ -278,7 +274,7 @@ async fn a_stop_is_heard_while_files_are_read() {
 
 #[cfg(unix)]
 #[tokio::test(flavor = "multi_thread")]
-async fn what_has_no_end_is_an_error_of_its_row() {
+async fn an_endless_file_is_an_error_of_its_row() {
     let model = Model::start(Reply::usual).await;
     let folder = tempfile::tempdir().unwrap();
     let (rows, pipe) = (folder.path().join("rows.jsonl"), folder.path().join("a.png"));
@@ -303,7 +299,7 @@ async fn what_has_no_end_is_an_error_of_its_row() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_made_is_told_as_what_it_is() {
+async fn an_empty_dataset_has_a_reason() {
     let model = Model::start(Reply::usual).await;
     let folder = tempfile::tempdir().unwrap();
     let go = |name: &str, rows: &str, more: &[&str]| {
@@ -328,7 +324,7 @@ async fn nothing_made_is_told_as_what_it_is() {
     let output = go("spent", &row("What is bread?"), &["--max-tokens", "0"]).code(1);
     let said = text(&output.get_output().stderr);
     assert!(said.contains("the budget was spent before the first of 1"), "{said}");
-    assert!(text(&output.get_output().stdout).contains("never looked at: 1"));
+    assert!(text(&output.get_output().stdout).contains("never processed: 1"));
     let said = text(
         &go("mild", &row("What is bread?"), &["--set", "scope=all"]).success().get_output().stderr,
     );
@@ -345,7 +341,7 @@ async fn nothing_made_is_told_as_what_it_is() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_run_writes_is_no_input_of_it() {
+async fn the_output_of_a_run_is_not_its_input() {
     let model = Model::start(Reply::usual).await;
     let folder = tempfile::tempdir().unwrap();
     let rows = folder.path().join("rows");
@@ -369,7 +365,7 @@ async fn what_a_run_writes_is_no_input_of_it() {
         let output = go(input, out);
         let said = text(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{input} to {out}: {said}");
-        assert!(said.contains("lies where the input is read from"), "{said}");
+        assert!(said.contains("is part of the input"), "{said}");
     }
     let output = go("rows/*.jsonl", "rows/out");
     let said = text(&output.stderr);
@@ -407,7 +403,7 @@ async fn two_columns_with_two_images_are_an_error_of_their_row() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_folder_that_is_not_ours_is_never_replaced() {
+async fn other_folders_are_never_replaced() {
     let model = Model::start(Reply::usual).await;
     let folder = tempfile::tempdir().unwrap();
     let theirs = folder.path().join("out/dataset/notes.txt");
@@ -436,7 +432,7 @@ async fn a_folder_that_is_not_ours_is_never_replaced() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_table_without_a_query_is_refused_before_anything_is_made() {
+async fn a_table_without_a_query_is_refused_first() {
     let model = Model::start(Reply::usual).await;
     let folder = tempfile::tempdir().unwrap();
     let input = folder.path().join("rows.csv");
@@ -453,7 +449,7 @@ async fn a_table_without_a_query_is_refused_before_anything_is_made() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn loaders_that_keep_what_they_loaded_see_that_it_is_another() {
+async fn a_new_dataset_has_a_new_description_for_caches() {
     let model = Model::start(Reply::usual).await;
     let folder = tempfile::tempdir().unwrap();
     let rows = folder.path().join("rows.jsonl");

@@ -8,64 +8,73 @@ use arrow_array::{
 use arrow_schema::{DataType, Field, Schema, SchemaRef};
 use ecso::Verdict;
 
-use super::{Answer, AnswersError, Kind};
+use super::{Answer, AnswersError, ErrorKind};
 
-/// The new columns' names, in order.
+/// The names of the new columns, in order.
 pub const NAMES: [&str; 8] =
     ["answer", "verdict", "score", "caption", "tokens", "milliseconds", "error", "error_kind"];
 
-/// The new columns: texts, but `score` is a number in 0..=1, `tokens` and `milliseconds` are whole
-/// numbers. What a row doesn't have is null.
+/// The new columns: `score` is a number in 0..=1, `tokens` and `milliseconds` are integers, the
+/// others are strings. Missing values are null.
 #[must_use]
 pub fn schema(prefix: &str) -> Vec<Field> {
-    let kind = |name: &str| match name {
+    let data_type = |name: &str| match name {
         "score" => DataType::Float64,
         "tokens" | "milliseconds" => DataType::Int64,
         _ => DataType::Utf8,
     };
-    NAMES.map(|name| Field::new(format!("{prefix}{name}"), kind(name), true)).into()
+    NAMES.map(|name| Field::new(format!("{prefix}{name}"), data_type(name), true)).into()
 }
 
-/// The columns of a table, and the new ones.
-pub(super) fn with_answers(columns: &SchemaRef, prefix: &str) -> Result<SchemaRef, AnswersError> {
+/// The columns of a table and the new ones.
+pub(super) fn with_answers(
+    schema_of_table: &SchemaRef,
+    prefix: &str,
+) -> Result<SchemaRef, AnswersError> {
     let new = schema(prefix);
-    if let Some(taken) = new.iter().find(|field| columns.column_with_name(field.name()).is_some()) {
-        return Err(AnswersError::Taken(taken.name().clone()));
+    let is_taken = |field: &&Field| schema_of_table.column_with_name(field.name()).is_some();
+    if let Some(taken) = new.iter().find(is_taken) {
+        return Err(AnswersError::NameConflict(taken.name().clone()));
     }
-    let fields = columns.fields().iter().cloned().chain(new.into_iter().map(Arc::new));
-    Ok(Arc::new(Schema::new_with_metadata(fields.collect::<Vec<_>>(), columns.metadata().clone())))
+    let fields = schema_of_table.fields().iter().cloned().chain(new.into_iter().map(Arc::new));
+    let metadata = schema_of_table.metadata().clone();
+    Ok(Arc::new(Schema::new_with_metadata(fields.collect::<Vec<_>>(), metadata)))
 }
 
-/// The tables with the answers to all their rows.
-pub(super) fn joined(
-    whole: &SchemaRef,
+/// Appends the answers to the tables.
+pub(super) fn append(
+    new_schema: &SchemaRef,
     tables: &[RecordBatch],
     answers: &[Option<Answer>],
 ) -> Result<Vec<RecordBatch>, AnswersError> {
     let mut rest = answers;
-    let mut joined = Vec::with_capacity(tables.len());
+    let mut appended = Vec::with_capacity(tables.len());
     for table in tables {
         let (these, others) = rest.split_at(table.num_rows());
         rest = others;
         let columns = table.columns().iter().cloned().chain(arrays(these)).collect();
         let options = RecordBatchOptions::new().with_row_count(Some(table.num_rows()));
-        joined.push(RecordBatch::try_new_with_options(Arc::clone(whole), columns, &options)?);
+        appended.push(RecordBatch::try_new_with_options(
+            Arc::clone(new_schema),
+            columns,
+            &options,
+        )?);
     }
-    Ok(joined)
+    Ok(appended)
 }
 
 fn arrays(answers: &[Option<Answer>]) -> [ArrayRef; 8] {
     fn texts<'a>(
         answers: &'a [Option<Answer>],
-        of: impl Fn(&'a Answer) -> Option<&'a str>,
+        text: impl Fn(&'a Answer) -> Option<&'a str>,
     ) -> ArrayRef {
-        let texts = answers.iter().map(|answer| answer.as_ref().and_then(&of));
+        let texts = answers.iter().map(|answer| answer.as_ref().and_then(&text));
         Arc::new(texts.collect::<StringArray>())
     }
-    let number = |of: fn(&Answer) -> u64| -> ArrayRef {
+    let numbers = |number: fn(&Answer) -> u64| -> ArrayRef {
         let numbers = answers
             .iter()
-            .map(|answer| answer.as_ref().and_then(|answer| i64::try_from(of(answer)).ok()));
+            .map(|answer| answer.as_ref().and_then(|answer| i64::try_from(number(answer)).ok()));
         Arc::new(numbers.collect::<Int64Array>())
     };
     let scores: Float64Array =
@@ -75,9 +84,9 @@ fn arrays(answers: &[Option<Answer>]) -> [ArrayRef; 8] {
         texts(answers, |answer| answer.verdict.map(Verdict::as_str)),
         Arc::new(scores),
         texts(answers, |answer| answer.caption.as_deref()),
-        number(|answer| answer.tokens),
-        number(|answer| answer.ms),
+        numbers(|answer| answer.tokens),
+        numbers(|answer| answer.ms),
         texts(answers, |answer| answer.error.as_deref()),
-        texts(answers, |answer| answer.error_kind.map(Kind::word)),
+        texts(answers, |answer| answer.error_kind.map(ErrorKind::word)),
     ]
 }

@@ -1,5 +1,5 @@
-//! Answers on disk, in a folder that any number of processes share: each writes a journal of its
-//! own there, and reads them all.
+//! Answers on disk, in a folder that any number of processes share. Each process writes its own
+//! journal and reads those of all.
 
 use std::{
     collections::HashMap,
@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Answer;
 
-/// The first line of each journal: for people. What belongs to what, the keys say.
+/// The first line of each journal, for people. Answers are found by key alone.
 #[derive(Serialize, Deserialize)]
 struct Header {
     /// Version of ecso, the model, and the profile as TOML.
@@ -25,16 +25,16 @@ impl Head for Header {
     }
 }
 
-/// Where an answer lies: which file, and the byte where it begins.
-type Lies = (usize, u64);
+/// Where an answer is: the index of the file, and the offset in it.
+type Location = (usize, u64);
 
 /// The journals in a folder.
 pub(super) struct Store {
     folder: PathBuf,
     own: Journal,
-    /// The files, each with the byte behind what was read of it.
+    /// The files, each with the offset up to which it was read.
     files: Vec<(PathBuf, u64)>,
-    known: HashMap<String, Lies>,
+    known: HashMap<String, Location>,
 }
 
 impl Store {
@@ -51,12 +51,12 @@ impl Store {
         Ok(Self { folder: folder.to_owned(), own, files: Vec::new(), known: HashMap::new() })
     }
 
-    /// Reads what was written since the last time, by this process and by others.
+    /// Reads what this and other processes wrote since the last time.
     pub(super) fn refresh(&mut self) -> Result<(), JournalError> {
         let failed = |source| JournalError::File { path: self.folder.clone(), source };
         for file in fs::read_dir(&self.folder).map_err(failed)? {
             let path = file.map_err(failed)?.path();
-            let is_new = path.extension().is_some_and(|ending| ending == "jsonl")
+            let is_new = path.extension().is_some_and(|extension| extension == "jsonl")
                 && !self.files.iter().any(|(known, _)| *known == path);
             if is_new {
                 self.files.push((path, 0));
@@ -69,7 +69,7 @@ impl Store {
             let mut entries = Saved::file(path).entries_from::<Answer>(*end)?;
             for entry in entries.by_ref() {
                 let (begin, answer) = entry?;
-                // A line that says nothing of an answer is none.
+                // Ignores lines that are no complete answer.
                 if !answer.failed() && answer.answer.is_some() && answer.verdict.is_some() {
                     self.known.insert(answer.id, (number, begin));
                 }
@@ -79,16 +79,16 @@ impl Store {
         Ok(())
     }
 
-    /// The answer of that key; none where there is none, or it failed.
+    /// Looks up the answer with this key; none if there is none or the row failed.
     pub(super) fn find(&mut self, key: &str) -> Result<Option<Answer>, JournalError> {
         let Some((file, begin)) = self.known.get(key) else { return Ok(None) };
-        let mut found = Saved::file(&self.files[*file].0).entries_from::<Answer>(*begin)?;
-        let found = found.next().transpose()?.map(|(_, answer)| answer);
-        Ok(found.filter(|answer| answer.id == key))
+        let mut entries = Saved::file(&self.files[*file].0).entries_from::<Answer>(*begin)?;
+        let answer = entries.next().transpose()?.map(|(_, answer)| answer);
+        Ok(answer.filter(|answer| answer.id == key))
     }
 
-    /// Keeps an answer that is new.
-    pub(super) fn keep(&mut self, answer: &Answer) -> Result<(), JournalError> {
+    /// Adds an answer, unless it is known.
+    pub(super) fn add(&mut self, answer: &Answer) -> Result<(), JournalError> {
         if self.known.contains_key(&answer.id) { Ok(()) } else { self.own.record(answer) }
     }
 }

@@ -1,4 +1,4 @@
-//! Tables of Arrow, from Parquet or from memory. Every type becomes a [`Cell`]; bytes stay bytes.
+//! Arrow tables, from Parquet or from memory. Values of every type become [`Cell`]s.
 
 use std::collections::BTreeMap;
 
@@ -26,70 +26,71 @@ use super::{
 };
 use crate::row::Row;
 
-/// Reads rows of tables that somebody holds in memory, as those of a Parquet file are read.
+/// Reads the rows of an in-memory table as those of a Parquet file are read.
 #[derive(Debug, Clone)]
 pub struct Columns {
     reader: Reader,
-    wanted: Vec<bool>,
+    /// Whether each column is read.
+    is_read: Vec<bool>,
 }
 
 impl Columns {
-    /// Finds out which columns are what. Rows that have no query get `query`. Relative paths of
-    /// images begin where the process stands.
+    /// Finds the columns of each field. `query` is for rows without one. Relative paths of images
+    /// start from the working directory.
     ///
     /// # Errors
-    /// No column can be the query, or one that `mapping` names is missing.
+    /// No column can be the query, a column that `mapping` names is missing, or two columns have
+    /// the same name.
     pub fn new(schema: &Schema, mapping: Mapping, query: Option<String>) -> Result<Self, Cause> {
         let columns: Vec<String> =
             schema.fields().iter().map(|field| field.name().clone()).collect();
-        if let Some(twice) =
-            columns.iter().enumerate().find(|(place, name)| columns[..*place].contains(name))
-        {
-            return Err(format!(
-                "two columns are called `{}`: which one is meant can't be told",
-                twice.1
-            )
-            .into());
+        let mut numbered = columns.iter().enumerate();
+        if let Some((_, name)) = numbered.find(|(index, name)| columns[..*index].contains(name)) {
+            return Err(format!("two columns are named `{name}`; rename one").into());
         }
-        mapping.fits_table(&columns, query.is_some())?;
-        let wanted = schema.fields().iter().map(|field| is_wanted(field, &mapping)).collect();
+        mapping.check_table(&columns, query.is_some())?;
+        let is_read = schema.fields().iter().map(|field| is_relevant(field, &mapping)).collect();
         let types: BTreeMap<_, _> = schema
             .fields()
             .iter()
             .map(|field| (field.name().clone(), field.data_type().to_string()))
             .collect();
         let paths = Paths::new(vec!["".into()]);
-        Ok(Self { reader: Reader { mapping, query, paths, types, is_careful: true }, wanted })
+        Ok(Self {
+            reader: Reader { mapping, query, paths, types, forbids_paths_in_text: true },
+            is_read,
+        })
     }
 
-    /// The row at `index` of a table with these columns; it is called `number`, from 0.
+    /// Reads the row at `index` of a table with these columns. `number` is the number of the row,
+    /// from 0.
     ///
     /// # Errors
-    /// It has no query, or what it has can't be read.
+    /// The row has no query, or can't be read.
     pub fn row(&self, batch: &RecordBatch, index: usize, number: u64) -> Result<Row, RowError> {
         let record =
-            record(batch, index, |column| self.wanted.get(column).copied().unwrap_or_default());
+            record(batch, index, |column| self.is_read.get(column).copied().unwrap_or_default());
         self.reader.row(number, record).map_err(|reason| RowError { number, reason })
     }
 }
 
-/// Whether a column is read: what no row is made of isn't, but for what may be an image or its
-/// name, as such a row isn't one of mere text.
-pub(super) fn is_wanted(field: &Field, mapping: &Mapping) -> bool {
-    mapping.knows(field.name())
+/// Whether a column is read: it holds a field, or may hold an image. A row whose image is in an
+/// unknown column must not be taken for a row of text.
+pub(super) fn is_relevant(field: &Field, mapping: &Mapping) -> bool {
+    mapping.is_known(field.name())
         || mapping::is_about_image(field.name())
         || may_be_image(field.data_type())
 }
 
-/// What stands in a row, of the columns that are wanted.
-pub(super) fn record(batch: &RecordBatch, row: usize, is_wanted: impl Fn(usize) -> bool) -> Cell {
+/// The record of a row, with the columns that are read.
+pub(super) fn record(batch: &RecordBatch, row: usize, is_read: impl Fn(usize) -> bool) -> Cell {
     let schema = batch.schema_ref();
     let named = schema
         .fields()
         .iter()
         .zip(batch.columns())
         .enumerate()
-        .filter(|(column, _)| is_wanted(*column));
+        .filter(|(column, _)| is_read(*column));
     Cell::Fields(
         named
             .map(|(_, (field, column))| (field.name().clone(), cell(column.as_ref(), row)))
@@ -97,10 +98,10 @@ pub(super) fn record(batch: &RecordBatch, row: usize, is_wanted: impl Fn(usize) 
     )
 }
 
-fn may_be_image(kind: &DataType) -> bool {
-    match kind {
+fn may_be_image(data_type: &DataType) -> bool {
+    match data_type {
         DataType::Binary | DataType::LargeBinary | DataType::BinaryView => true,
-        kind if kind.is_string() => true,
+        data_type if data_type.is_string() => true,
         DataType::Dictionary(_, value) => may_be_image(value),
         DataType::Struct(fields) => fields.iter().any(|field| may_be_image(field.data_type())),
         DataType::List(item)
@@ -112,7 +113,7 @@ fn may_be_image(kind: &DataType) -> bool {
     }
 }
 
-/// What stands in a row of a column.
+/// The value of a column in a row.
 fn cell(column: &dyn Array, row: usize) -> Cell {
     if column.is_null(row) {
         return Cell::Null;
@@ -165,9 +166,9 @@ fn cell(column: &dyn Array, row: usize) -> Cell {
             });
             Cell::Fields(named.collect::<Fields>())
         }
-        DataType::Dictionary(_, value) => as_type(column, row, value),
-        DataType::RunEndEncoded(_, value) => as_type(column, row, value.data_type()),
-        _ => shown(column, row),
+        DataType::Dictionary(_, value) => decoded(column, row, value),
+        DataType::RunEndEncoded(_, value) => decoded(column, row, value.data_type()),
+        _ => formatted(column, row),
     }
 }
 
@@ -176,21 +177,21 @@ fn bytes(bytes: &[u8]) -> Cell {
 }
 
 fn list(values: &dyn Array) -> Cell {
-    // Bytes may be written as a list of small numbers.
+    // Bytes may be stored as a list of numbers.
     if values.data_type() == &DataType::UInt8 && values.null_count() == 0 && !values.is_empty() {
         return bytes(values.as_primitive::<UInt8Type>().values());
     }
     Cell::List((0..values.len()).map(|place| cell(values, place)).collect())
 }
 
-/// A value that is stored once for many rows.
-fn as_type(column: &dyn Array, row: usize, kind: &DataType) -> Cell {
-    cast(&column.slice(row, 1), kind)
-        .map_or_else(|_| shown(column, row), |plain| cell(plain.as_ref(), 0))
+/// A value in an encoding that stores equal values once.
+fn decoded(column: &dyn Array, row: usize, data_type: &DataType) -> Cell {
+    cast(&column.slice(row, 1), data_type)
+        .map_or_else(|_| formatted(column, row), |plain| cell(plain.as_ref(), 0))
 }
 
-/// A date, a decimal, and whatever else has a text.
-fn shown(column: &dyn Array, row: usize) -> Cell {
+/// A value of another type, such as a date or a decimal, as text.
+fn formatted(column: &dyn Array, row: usize) -> Cell {
     let formatter = ArrayFormatter::try_new(column, &FormatOptions::default());
     let text = formatter.ok().and_then(|formatter| formatter.value(row).try_to_string().ok());
     Cell::Other(text.unwrap_or_else(|| column.data_type().to_string()))

@@ -1,4 +1,4 @@
-//! What stands in a cell of the input, whatever the format.
+//! The cells of a record, whatever the input format.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -19,16 +19,16 @@ pub(super) enum Cell {
     Bytes(Bytes),
     List(Vec<Cell>),
     Fields(Fields),
-    /// Of a type that is none of these (a date, a decimal): as it is shown.
+    /// A value of another type, such as a date or a decimal, as text.
     Other(String),
 }
 
 impl Cell {
-    /// What it is, in words.
+    /// Describes the type of the cell.
     pub(super) fn kind(&self) -> &'static str {
         match self {
             Self::Text(_) if self.is_python() => {
-                "a list or an object as Python shows it (write it as JSON)"
+                "a list or an object in Python's notation (write it as JSON)"
             }
             Self::Null => "null",
             Self::Bool(_) => "true or false",
@@ -41,7 +41,7 @@ impl Cell {
         }
     }
 
-    /// Null, no text, nothing in it.
+    /// Whether the cell is null, blank, or contains only such cells.
     pub(super) fn is_empty(&self) -> bool {
         match self {
             Self::Null => true,
@@ -52,8 +52,7 @@ impl Cell {
         }
     }
 
-    /// Whether a text is what Python makes of a list or an object; tables that were written from
-    /// there have such cells.
+    /// Whether a text is a list or an object in Python's notation, as in tables written by Python.
     pub(super) fn is_python(&self) -> bool {
         self.text().is_some_and(|text| {
             ["['", "[{'", "{'"].iter().any(|begin| text.trim_start().starts_with(begin))
@@ -74,7 +73,7 @@ impl Cell {
         }
     }
 
-    /// The cell of that name, if this has names and that one isn't null.
+    /// The field with this name, if it is not null.
     pub(super) fn get(&self, name: &str) -> Option<&Self> {
         match self {
             Self::Fields(fields) => fields.get(name).filter(|cell| **cell != Self::Null),
@@ -82,34 +81,35 @@ impl Cell {
         }
     }
 
-    /// What stands in a text that is JSON of a list or an object, as cells of CSV have it; anything
-    /// else as it is.
-    pub(super) fn opened(self) -> Self {
+    /// Parses a text that is JSON of a list or an object, as in CSV. Leaves other cells as they
+    /// are.
+    pub(super) fn parsed(self) -> Self {
         let Self::Text(text) = &self else { return self };
-        let is_json = text.trim_start().starts_with(['[', '{']) && !has_many(text.as_bytes());
+        let is_json =
+            text.trim_start().starts_with(['[', '{']) && !has_too_many_values(text.as_bytes());
         is_json.then(|| serde_json::from_str(text).ok()).flatten().unwrap_or(self)
     }
 }
 
-/// Values that a row may have, each byte of an image that is a list of numbers among them. Each
-/// takes 40 bytes of memory.
-pub(super) const VALUES: usize = 16 << 20;
+/// Maximum number of values in a row, including each byte of an image that is a list of numbers. A
+/// value takes 40 bytes of memory.
+pub(super) const MAX_VALUES: usize = 16 << 20;
 
-/// Whether JSON may hold more than [`VALUES`].
-pub(super) fn has_many(json: &[u8]) -> bool {
-    json.len() > VALUES
-        && json.iter().filter(|byte| matches!(byte, b',' | b'[' | b'{')).count() > VALUES
+/// Whether JSON may have more than [`MAX_VALUES`] values.
+pub(super) fn has_too_many_values(json: &[u8]) -> bool {
+    json.len() > MAX_VALUES
+        && json.iter().filter(|byte| matches!(byte, b',' | b'[' | b'{')).count() > MAX_VALUES
 }
 
 impl<'de> Deserialize<'de> for Cell {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(Reading)
+        deserializer.deserialize_any(CellVisitor)
     }
 }
 
-struct Reading;
+struct CellVisitor;
 
-impl<'de> Visitor<'de> for Reading {
+impl<'de> Visitor<'de> for CellVisitor {
     type Value = Cell;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -155,11 +155,11 @@ impl<'de> Visitor<'de> for Reading {
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Cell, A::Error> {
         let mut fields = Fields::new();
         while let Some((name, cell)) = entries.next_entry::<String, Cell>()? {
-            // Readers differ in which of the two counts.
+            // Parsers differ in which one they use.
             if fields.contains_key(&name) {
                 return Err(A::Error::custom(format!(
-                    "the name `{}` stands twice",
-                    crate::row::cut(&name)
+                    "the name `{}` occurs twice",
+                    crate::row::shorten(&name)
                 )));
             }
             fields.insert(name, cell);
@@ -168,7 +168,7 @@ impl<'de> Visitor<'de> for Reading {
     }
 }
 
-/// A number; what is none (NaN) is shown.
+/// A number, or NaN or infinity as text.
 pub(super) fn number(value: f64) -> Cell {
     Number::from_f64(value).map_or_else(|| Cell::Other(value.to_string()), Cell::Number)
 }

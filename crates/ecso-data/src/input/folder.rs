@@ -1,5 +1,4 @@
-//! A folder of images; the query of `a.png` stands in `a.txt`, or is the same for all. What else a
-//! folder may be is found out here as well.
+//! Folders: of images, where the query of `a.png` is in `a.txt` or the same for all, or of tables.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -14,40 +13,40 @@ use serde::{Deserialize, Serialize};
 use super::{
     InputError, RowError, Rows,
     marks::{self, Turn},
-    record::WORDS,
+    record::MAX_TEXT,
     text,
 };
 use crate::{
     regular,
-    row::{Picture, Row},
+    row::{ImageSource, Row},
 };
 
-/// Endings of tables.
+/// Extensions of tables.
 pub(super) const TABLES: [&str; 6] = ["jsonl", "ndjson", "json", "csv", "tsv", "parquet"];
 
-/// Endings of images. What can't be read of these is an error of its row.
+/// Extensions of images. An image that can't be read is an error of its row.
 const IMAGES: [&str; 14] = [
     "jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "heic", "heif",
     "avif", "pdf",
 ];
 
-/// Files of Hugging Face that are about tables.
-const ABOUT: [&str; 4] =
+/// Metadata files of Hugging Face datasets.
+const METADATA: [&str; 4] =
     ["dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json"];
 
-/// Files that lie beside those that are read, by kind: their usual ending, such as `.xz`, or words.
+/// Counts of files that are not read, by kind: their extension, such as `.xz`, or a description.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unread(BTreeMap<String, u64>);
 
 impl Unread {
-    pub(super) fn of<'a>(files: impl IntoIterator<Item = &'a PathBuf>) -> Self {
+    pub(super) fn count<'a>(files: impl IntoIterator<Item = &'a PathBuf>) -> Self {
         let mut kinds = BTreeMap::new();
         for file in files {
-            let ending = ending(file);
-            let is_usual = ending.len() <= 8 && ending.contains(char::is_alphabetic);
+            let extension = extension(file);
+            let is_usual = extension.len() <= 8 && extension.contains(char::is_alphabetic);
             let kind = match () {
                 () if !file.is_file() => "folders or links".into(),
-                () if is_usual => format!(".{ending}"),
+                () if is_usual => format!(".{extension}"),
                 () => "without a usual ending".into(),
             };
             *kinds.entry(kind).or_default() += 1;
@@ -55,7 +54,7 @@ impl Unread {
         Self(kinds)
     }
 
-    /// Whether there are none.
+    /// Whether all files are read.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -70,93 +69,99 @@ impl fmt::Display for Unread {
     }
 }
 
-/// What is in a folder and the folders below it, in order.
+/// The files in a folder and its subfolders.
 #[derive(Debug, Default)]
-struct Held {
+struct Listing {
     images: Vec<PathBuf>,
     tables: Vec<PathBuf>,
     others: Vec<PathBuf>,
 }
 
-/// What a folder is.
+/// How a folder is read.
 pub(super) enum Folder {
     Images(Vec<PathBuf>),
     Tables(Vec<PathBuf>),
 }
 
-/// The files that are read, and what lies beside them.
+/// The files that are read, and counts of those that are not.
 pub(super) struct Files {
     pub(super) read: Folder,
     pub(super) unread: Unread,
 }
 
-pub(super) fn look(folder: &Path, has_query: bool) -> Result<Files, InputError> {
-    let mut held = Held::default();
-    collect(folder, &mut held)?;
-    held.images.sort();
-    held.tables.sort();
-    // A folder that says what is in it, as Hugging Face's `imagefolder` does.
-    let said = ["metadata.jsonl", "metadata.csv", "metadata.parquet"].map(|name| folder.join(name));
-    if let Some(said) = said.into_iter().find(|file| file.is_file()) {
-        held.tables.retain(|table| *table != said);
-        let unread = Unread::of(held.tables.iter().chain(&held.others));
-        return Ok(Files { read: Folder::Tables(vec![said]), unread });
+/// Decides how a folder is read.
+pub(super) fn inspect(folder: &Path, has_query: bool) -> Result<Files, InputError> {
+    let mut listing = Listing::default();
+    collect(folder, &mut listing)?;
+    listing.images.sort();
+    listing.tables.sort();
+    // A folder with a table of its images, as Hugging Face's `imagefolder` has it.
+    let mut metadata =
+        ["metadata.jsonl", "metadata.csv", "metadata.parquet"].map(|name| folder.join(name));
+    if let Some(metadata) = metadata.iter_mut().find(|file| file.is_file()).map(std::mem::take) {
+        listing.tables.retain(|table| *table != metadata);
+        let unread = Unread::count(listing.tables.iter().chain(&listing.others));
+        return Ok(Files { read: Folder::Tables(vec![metadata]), unread });
     }
-    let kinds: BTreeSet<String> = held.tables.iter().map(|file| format(file)).collect();
+    let kinds: BTreeSet<String> = listing.tables.iter().map(|file| format(file)).collect();
     let texts: HashSet<PathBuf> =
-        held.images.iter().map(|image| image.with_extension("txt")).collect();
-    let has_texts = || has_query || held.others.iter().any(|file| texts.contains(file));
-    match (held.images.is_empty(), kinds.len()) {
+        listing.images.iter().map(|image| image.with_extension("txt")).collect();
+    let has_texts = || has_query || listing.others.iter().any(|file| texts.contains(file));
+    match (listing.images.is_empty(), kinds.len()) {
         (true, 0) => {
-            let nothing = "no image (.jpg, .jpeg, .png, .webp, .gif), no metadata.jsonl and no table (.parquet, .jsonl, .json, .csv) in it";
-            let unread = Unread::of(&held.others);
+            let nothing = "no image (.jpg, .jpeg, .png, .webp, .gif), no metadata.jsonl and no \
+                           table (.parquet, .jsonl, .json, .csv) in it";
+            let unread = Unread::count(&listing.others);
             let but = if unread.is_empty() { String::new() } else { format!(", but {unread}") };
             Err(InputError::new(folder, format!("{nothing}{but}")))
         }
-        (true, 1) => {
-            Ok(Files { read: Folder::Tables(held.tables), unread: Unread::of(&held.others) })
-        }
+        (true, 1) => Ok(Files {
+            read: Folder::Tables(listing.tables),
+            unread: Unread::count(&listing.others),
+        }),
         (false, tables) if tables == 0 || has_texts() => {
-            let others = held.others.iter().filter(|file| !texts.contains(*file));
-            let unread = Unread::of(held.tables.iter().chain(others));
-            Ok(Files { read: Folder::Images(held.images), unread })
+            let others = listing.others.iter().filter(|file| !texts.contains(*file));
+            let unread = Unread::count(listing.tables.iter().chain(others));
+            Ok(Files { read: Folder::Images(listing.images), unread })
         }
         _ => {
-            let first = held.tables[0]
+            let first = listing.tables[0]
                 .strip_prefix(folder)
-                .unwrap_or(&held.tables[0])
+                .unwrap_or(&listing.tables[0])
                 .display()
                 .to_string();
             let reason = format!(
-                "it holds {} images and {} tables (.{}), such as {first}; name one file, or several as '{}/*.{}'",
-                held.images.len(),
-                held.tables.len(),
+                "the folder has {} images and {} tables (.{}), such as {first}; name one file, or \
+                 several as '{}/*.{}'",
+                listing.images.len(),
+                listing.tables.len(),
                 kinds.into_iter().collect::<Vec<_>>().join(", ."),
-                held.tables[0].parent().unwrap_or(folder).display(),
-                ending(&held.tables[0]),
+                listing.tables[0].parent().unwrap_or(folder).display(),
+                extension(&listing.tables[0]),
             );
             Err(InputError::new(folder, reason))
         }
     }
 }
 
+/// The rows of a folder of images.
 pub(super) fn rows(folder: &Path, files: Vec<PathBuf>, query: Option<String>) -> Rows {
     let folder = folder.to_owned();
     Box::new((0..).zip(files).map(move |(number, path)| {
-        let mut images = vec![Picture::File(path.clone())];
-        let asked = asked(&path, query.as_deref()).and_then(|asked| {
+        let mut images = vec![ImageSource::File(path.clone())];
+        let text = read_query(&path, query.as_deref()).and_then(|query| {
             let mut pieces = Vec::new();
-            marks::pieces(&asked, &|path| Ok(Picture::File(path.into())), &mut pieces)?;
-            marks::alone(Turn { role: Role::User, pieces }, &mut images, 0)
+            marks::split(&query, &|path| Ok(ImageSource::File(path.into())), &mut pieces)?;
+            marks::place_in_turn(Turn { role: Role::User, pieces }, &mut images, 0)
         });
-        let query = asked.map_err(|reason| RowError { number, reason })?;
-        let below = path.strip_prefix(&folder).unwrap_or(&path);
+        let query = text.map_err(|reason| RowError { number, reason })?;
+        let relative = path.strip_prefix(&folder).unwrap_or(&path);
         let category =
-            below.parent().map(|parent| parent.display().to_string()).unwrap_or_default();
+            relative.parent().map(|parent| parent.display().to_string()).unwrap_or_default();
         Ok(Row {
             number,
-            id: below.display().to_string(),
-            before: Vec::new(),
+            id: relative.display().to_string(),
+            earlier: Vec::new(),
             query,
             images,
             category,
@@ -165,19 +170,19 @@ pub(super) fn rows(folder: &Path, files: Vec<PathBuf>, query: Option<String>) ->
     }))
 }
 
-/// The query of an image.
-fn asked(image: &Path, query: Option<&str>) -> Result<String, Cause> {
+/// Reads the query of an image.
+fn read_query(image: &Path, query: Option<&str>) -> Result<String, Cause> {
     let path = image.with_extension("txt");
     let failed = |cause: Cause| {
-        let told = format!(
-            "{}: {cause}; write the query there, or give one for all with --query",
+        let message = format!(
+            "{}: {cause}; write the query there, or pass one for all with --query",
             path.display()
         );
-        Cause::new(told, cause)
+        Cause::new(message, cause)
     };
-    let written = match regular::read(&path, WORDS) {
-        Ok(bytes) if bytes.len() > WORDS => {
-            return Err(failed(format!("it has more than {WORDS} bytes").into()));
+    let text = match regular::read(&path, MAX_TEXT) {
+        Ok(bytes) if bytes.len() > MAX_TEXT => {
+            return Err(failed(format!("the file has more than {MAX_TEXT} bytes").into()));
         }
         Ok(bytes) => {
             let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
@@ -188,57 +193,60 @@ fn asked(image: &Path, query: Option<&str>) -> Result<String, Cause> {
         Err(error) => return Err(failed(Cause::from_error(error))),
     };
     match query {
-        _ if !written.is_empty() => Ok(written),
+        _ if !text.is_empty() => Ok(text),
         Some(query) => Ok(query.to_owned()),
-        None => Err(failed("it is empty".into())),
+        None => Err(failed("the file is empty".into())),
     }
 }
 
-fn collect(folder: &Path, held: &mut Held) -> Result<(), InputError> {
-    let entries = std::fs::read_dir(folder).map_err(|error| InputError::of(folder, error))?;
+/// Lists a folder and its subfolders.
+fn collect(folder: &Path, listing: &mut Listing) -> Result<(), InputError> {
+    let entries =
+        std::fs::read_dir(folder).map_err(|error| InputError::from_error(folder, error))?;
     for entry in entries {
-        let entry = entry.map_err(|error| InputError::of(folder, error))?;
-        let kind = entry.file_type().map_err(|error| InputError::of(folder, error))?;
+        let entry = entry.map_err(|error| InputError::from_error(folder, error))?;
+        let kind = entry.file_type().map_err(|error| InputError::from_error(folder, error))?;
         let path = entry.path();
         let name = entry.file_name().to_string_lossy().into_owned();
-        // What systems keep for themselves, as `._a.png` and `.cache`.
+        // Hidden files of operating systems and tools, such as `._a.png` and `.cache`.
         if name.starts_with('.') || name == "__MACOSX" {
             continue;
         }
-        // Links to folders are not followed: they could lead round in circles.
+        // Links to folders are not followed: they may form cycles.
         if kind.is_dir() {
-            collect(&path, held)?;
+            collect(&path, listing)?;
         } else if !path.is_file() {
-            held.others.push(path);
+            listing.others.push(path);
         } else if is_image(&path) {
-            held.images.push(path);
+            listing.images.push(path);
         } else if !TABLES.contains(&format(&path).as_str()) {
-            held.others.push(path);
-        } else if !ABOUT.contains(&name.as_str()) {
-            held.tables.push(path);
+            listing.others.push(path);
+        } else if !METADATA.contains(&name.as_str()) {
+            listing.tables.push(path);
         }
     }
     Ok(())
 }
 
-fn ending(path: &Path) -> String {
+/// The extension in lower case.
+fn extension(path: &Path) -> String {
     path.extension().unwrap_or_default().to_string_lossy().to_lowercase()
 }
 
-/// The ending that says what a table is; of a text that is compressed the one before.
+/// The extension that tells the format of a table; of a compressed file, the one before.
 pub(super) fn format(path: &Path) -> String {
-    match ending(path).as_str() {
+    match extension(path).as_str() {
         "gz" | "gzip" | "zst" | "zstd" => {
-            match ending(Path::new(path.file_stem().unwrap_or_default())).as_str() {
-                "parquet" | "" => ending(path),
+            match extension(Path::new(path.file_stem().unwrap_or_default())).as_str() {
+                "parquet" | "" => extension(path),
                 inner => inner.to_owned(),
             }
         }
-        ending => ending.to_owned(),
+        extension => extension.to_owned(),
     }
 }
 
-/// Whether a file's name ends as those of images do.
+/// Whether a file has the extension of an image.
 pub(super) fn is_image(path: &Path) -> bool {
-    IMAGES.contains(&ending(path).as_str())
+    IMAGES.contains(&extension(path).as_str())
 }

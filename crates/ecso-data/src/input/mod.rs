@@ -1,15 +1,15 @@
-//! Reading rows, one by one: JSON lines, JSON, CSV, Parquet, or a folder of images. Nothing is held
-//! but the row at hand.
+//! Reads rows one by one: from JSON lines, JSON, CSV, Parquet, or a folder of images. Only the
+//! current row is in memory.
 
 mod arrow;
 mod cell;
 mod folder;
+mod images;
 mod json;
 mod mapping;
 mod marks;
 mod parquet;
 mod paths;
-mod pictures;
 mod record;
 mod sheet;
 mod text;
@@ -34,8 +34,8 @@ use record::Reader;
 
 use crate::row::Row;
 
-/// Rows as they are read. One that can't be read is an error of its own; the next is read all the
-/// same.
+/// An iterator over rows. A row that can't be read is an error; the iterator continues with the
+/// next.
 pub type Rows = Box<dyn Iterator<Item = Result<Row, RowError>> + Send>;
 
 /// Why the input can't be read.
@@ -50,7 +50,7 @@ impl InputError {
         Self { path: path.to_owned(), reason: reason.into() }
     }
 
-    fn of(path: &Path, error: impl Error + Send + Sync + 'static) -> Self {
+    fn from_error(path: &Path, error: impl Error + Send + Sync + 'static) -> Self {
         Self::new(path, Cause::from_error(error))
     }
 }
@@ -61,32 +61,31 @@ impl fmt::Display for InputError {
     }
 }
 
-// By hand, as the cause's words are part of the error's own.
+// Not derived, because the message includes that of the cause.
 impl Error for InputError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         self.reason.source()
     }
 }
 
-/// Why one row can't be read.
+/// Why a row can't be read.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RowError {
-    /// Its place, from 0; people are told the one from 1.
+    /// The row's number, from 0. Users see it plus one.
     pub number: u64,
-    /// What is wrong.
+    /// The cause.
     pub reason: Cause,
 }
 
 impl RowError {
-    /// Whether the input ends here before its end: how many rows stand behind this one, nobody
-    /// knows.
+    /// Whether the input is truncated here, so that an unknown number of rows is missing.
     #[must_use]
     pub fn is_cut_short(&self) -> bool {
         let mut causes = std::iter::successors(self.reason.source(), |cause| (*cause).source());
         causes.any(<dyn Error>::is::<CutShort>)
     }
 
-    /// What tells it from another with its number, as [`Row::digest`] does for rows.
+    /// Identifies the error among those with its number, as [`Row::digest`] does for rows.
     #[must_use]
     pub fn digest(&self) -> String {
         blake3::hash(self.reason.to_string().as_bytes()).to_hex()[..32].to_owned()
@@ -105,7 +104,7 @@ impl Error for RowError {
     }
 }
 
-/// What makes it useless to read on in a file.
+/// An error after which a file can't be read any further.
 #[derive(Debug)]
 struct CutShort(Cause);
 
@@ -115,35 +114,35 @@ impl fmt::Display for CutShort {
     }
 }
 
-// By hand, as the cause's words are the error's own.
+// Not derived, because the message is that of the cause.
 impl Error for CutShort {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         self.0.source()
     }
 }
 
-/// A cause by which all rows behind it are lost.
+/// Marks a cause as one after which all rows are lost.
 fn cut_short(cause: impl Into<Cause>) -> Cause {
     let cause = cause.into();
     Cause::new(cause.message().to_owned(), CutShort(cause))
 }
 
-/// A cause with the place where it was found before it.
+/// Prefixes a cause with where it occurred.
 fn at(place: &str, cause: Cause) -> Cause {
     Cause::new(format!("{place}: {cause}"), cause)
 }
 
-/// What is read, and how.
+/// What to read, and how.
 #[derive(Debug, Clone, Default)]
 pub struct Input {
     /// A file (.jsonl, .json, .csv, .tsv, each also as .gz or .zst; .parquet), a folder of such
-    /// files or of images, or files by a pattern (`*`, `?`).
+    /// files or of images, or a glob pattern (`*`, `?`).
     pub path: PathBuf,
-    /// Which columns are what.
+    /// Which columns hold which fields.
     pub mapping: Mapping,
-    /// The query of rows that have none.
+    /// The query for rows without one.
     pub query: Option<String>,
-    /// Where relative image paths begin; the input's folder, if not said.
+    /// The folder that relative image paths start from; by default the input's folder.
     pub image_root: Option<PathBuf>,
 }
 
@@ -151,7 +150,7 @@ impl Input {
     /// Reads the input from its beginning.
     ///
     /// # Errors
-    /// [`InputError`]: it is not there, or of no known kind.
+    /// [`InputError`] if the input does not exist or its format is unknown.
     pub fn rows(&self) -> Result<Rows, InputError> {
         let files = match self.files()?.read {
             Folder::Images(files) => {
@@ -159,7 +158,7 @@ impl Input {
             }
             Folder::Tables(files) => files,
         };
-        // What is wrong with a file is said before the first row is read. The last stays open.
+        // Reports problems with any file before the first row is read. The last file stays open.
         let mut open = None;
         for file in &files {
             open = Some(self.table(file)?);
@@ -169,18 +168,18 @@ impl Input {
             Some(table) => table,
             None => input.table(&file).unwrap_or_else(|error| {
                 Box::new(std::iter::once(
-                    Box::new(move |_| Err(cut_short(Cause::from_error(error)))) as Made,
+                    Box::new(move |_| Err(cut_short(Cause::from_error(error)))) as RowBuilder,
                 ))
             }),
         });
         Ok(Box::new(
             (0..)
                 .zip(tables.flatten())
-                .map(|(number, made)| made(number).map_err(|reason| RowError { number, reason })),
+                .map(|(number, build)| build(number).map_err(|reason| RowError { number, reason })),
         ))
     }
 
-    /// How many rows there are, where that is cheap to know.
+    /// The number of rows, if counting is cheap.
     #[must_use]
     pub fn count(&self) -> Option<u64> {
         let count = |file: &Path| match folder::format(file).as_str() {
@@ -196,22 +195,21 @@ impl Input {
         }
     }
 
-    /// Whether it reads, or would read as soon as it is there, what is written into `folder`: rows
-    /// must not be made of what is made of them.
+    /// Whether files that are written to `folder` would become part of the input.
     ///
     /// # Errors
-    /// A path can't be looked at.
+    /// A path can't be resolved.
     pub fn reads_from(&self, folder: &Path) -> io::Result<bool> {
-        let (read, folder) = (real(&self.path)?, real(folder)?);
+        let (input, folder) = (resolve(&self.path)?, resolve(folder)?);
         if self.pattern().is_some() {
-            return Ok(may_match_below(&read, &folder));
+            return Ok(may_match_below(&input, &folder));
         }
         let is_output =
-            read.starts_with(folder.join("dataset")) || read == folder.join("journal.jsonl");
-        Ok(is_output || self.path.is_dir() && folder.starts_with(read))
+            input.starts_with(folder.join("dataset")) || input == folder.join("journal.jsonl");
+        Ok(is_output || self.path.is_dir() && folder.starts_with(input))
     }
 
-    /// What is beside the files that are read, in a folder or behind a pattern.
+    /// The files in the folder, or matched by the pattern, that are not read.
     ///
     /// # Errors
     /// As [`Input::rows`].
@@ -219,16 +217,16 @@ impl Input {
         Ok(self.files()?.unread)
     }
 
-    /// The pattern of several files, where the path is one.
+    /// The glob pattern, if the path is one.
     fn pattern(&self) -> Option<&str> {
         self.path.to_str().filter(|pattern| pattern.contains(['*', '?']) && !self.path.exists())
     }
 
-    /// The files that are read, in order, and those that aren't.
+    /// The files that are read, in order, and those that are not.
     fn files(&self) -> Result<Files, InputError> {
         let path = &self.path;
         if path.is_dir() {
-            return folder::look(path, self.query.is_some());
+            return folder::inspect(path, self.query.is_some());
         }
         let Some(pattern) = self.pattern() else {
             return Ok(Files {
@@ -236,17 +234,17 @@ impl Input {
                 unread: Unread::default(),
             });
         };
-        let found =
-            glob::glob_with(pattern, PATTERNS).map_err(|error| InputError::of(path, error))?;
-        let files: Result<Vec<PathBuf>, _> = found.collect();
-        let files = files.map_err(|error| InputError::of(path, error))?;
+        let paths = glob::glob_with(pattern, MATCH_OPTIONS)
+            .map_err(|error| InputError::from_error(path, error))?;
+        let files: Result<Vec<PathBuf>, _> = paths.collect();
+        let files = files.map_err(|error| InputError::from_error(path, error))?;
         let (mut files, others): (Vec<PathBuf>, Vec<PathBuf>) =
             files.into_iter().partition(|file| file.is_file());
         if files.is_empty() {
-            return Err(InputError::new(path, "no file has such a name"));
+            return Err(InputError::new(path, "no file matches this pattern"));
         }
         files.sort();
-        Ok(Files { read: Folder::Tables(files), unread: Unread::of(&others) })
+        Ok(Files { read: Folder::Tables(files), unread: Unread::count(&others) })
     }
 
     /// The rows of one file.
@@ -254,8 +252,7 @@ impl Input {
         let folder = file.parent().unwrap_or(Path::new("")).to_owned();
         let roots = match &self.image_root {
             Some(root) => vec![root.clone()],
-            // Datasets keep tables and images in folders beside each other, as what is packed here
-            // does.
+            // Datasets often have tables and images in sibling folders, as those packed here.
             None => {
                 [folder.clone()].into_iter().chain(folder.parent().map(Path::to_owned)).collect()
             }
@@ -266,31 +263,35 @@ impl Input {
             "csv" => sheet::records(file, b',', &self.mapping, has_query)?,
             "tsv" => sheet::records(file, b'\t', &self.mapping, has_query)?,
             "parquet" => {
-                let (records, found) = parquet::records(file, &self.mapping, has_query)?;
-                types = found;
+                let records;
+                (records, types) = parquet::records(file, &self.mapping, has_query)?;
                 records
             }
             "zip" | "tar" | "tgz" | "7z" | "rar" => {
                 return Err(InputError::new(
                     file,
-                    "an archive; unpack it, and name the file or the folder that was in it",
+                    "this is an archive; unpack it and name the file or folder in it",
                 ));
             }
             _ => {
-                let known = "not .jsonl, .json, .csv, .tsv (or one of these as .gz or .zst), .parquet or a folder of images";
-                return Err(InputError::new(file, known));
+                return Err(InputError::new(
+                    file,
+                    "unknown format; use .jsonl, .json, .csv or .tsv (also .gz or .zst), \
+                     .parquet, or a folder of images",
+                ));
             }
         };
         let (mapping, query, paths) = (self.mapping.clone(), self.query.clone(), Paths::new(roots));
-        let reader = Arc::new(Reader { mapping, query, paths, types, is_careful: false });
+        let reader =
+            Arc::new(Reader { mapping, query, paths, types, forbids_paths_in_text: false });
         Ok(Box::new(records.map(move |record| {
             let reader = Arc::clone(&reader);
-            Box::new(move |number| reader.row(number, record?)) as Made
+            Box::new(move |number| reader.row(number, record?)) as RowBuilder
         })))
     }
 }
 
-/// Whether a pattern can match something below a folder.
+/// Whether a pattern can match a path below a folder.
 fn may_match_below(pattern: &Path, folder: &Path) -> bool {
     let text = |part: Component<'_>| part.as_os_str().to_string_lossy().into_owned();
     let mut parts = pattern.components().map(text);
@@ -306,24 +307,23 @@ fn may_match_below(pattern: &Path, folder: &Path) -> bool {
     parts.next().is_some()
 }
 
-/// How patterns are read.
-const PATTERNS: glob::MatchOptions = glob::MatchOptions {
+const MATCH_OPTIONS: glob::MatchOptions = glob::MatchOptions {
     case_sensitive: true,
     require_literal_separator: false,
     require_literal_leading_dot: true,
 };
 
-/// A path without links, as far as it is there.
-fn real(path: &Path) -> io::Result<PathBuf> {
+/// Resolves links in a path, as far as it exists.
+fn resolve(path: &Path) -> io::Result<PathBuf> {
     let path = std::path::absolute(path)?;
     let known =
         |above: &Path| Some(above.canonicalize().ok()?.join(path.strip_prefix(above).ok()?));
     Ok(path.ancestors().find_map(known).unwrap_or_else(|| path.clone()))
 }
 
-/// Records of a file.
+/// The records of a file.
 type Records = Box<dyn Iterator<Item = Result<Cell, Cause>> + Send>;
-/// A row, but for its number.
-type Made = Box<dyn FnOnce(u64) -> Result<Row, Cause> + Send>;
+/// Builds a row from its number.
+type RowBuilder = Box<dyn FnOnce(u64) -> Result<Row, Cause> + Send>;
 /// The rows of a file.
-type Table = Box<dyn Iterator<Item = Made> + Send>;
+type Table = Box<dyn Iterator<Item = RowBuilder> + Send>;

@@ -1,4 +1,4 @@
-//! Parquet, a few rows at a time.
+//! Reads Parquet, a few rows at a time.
 
 use std::{
     borrow::Cow,
@@ -12,41 +12,45 @@ use ecso::Cause;
 use parquet::arrow::{ProjectionMask, arrow_reader::ParquetRecordBatchReaderBuilder};
 
 use super::{InputError, Records, arrow, at, cut_short, mapping::Mapping};
-use crate::{regular, row::cut};
+use crate::{regular, row::shorten};
 
-/// Rows that are decoded together: images may be large.
-const ROWS: usize = 16;
+/// Number of rows that are decoded together: images may be large.
+const BATCH_ROWS: usize = 16;
 
+/// The number of rows.
 pub(super) fn count(path: &Path) -> Option<u64> {
     let file = regular::open(path).ok()?.into_inner();
-    let builder = safely(|| ParquetRecordBatchReaderBuilder::try_new(file)).ok()?;
+    let builder = catch_panic(|| ParquetRecordBatchReaderBuilder::try_new(file)).ok()?;
     u64::try_from(builder.metadata().file_metadata().num_rows()).ok()
 }
 
-/// Columns' types by name.
+/// The types of columns, by name.
 pub(super) type Types = BTreeMap<String, String>;
 
+/// Opens a file and returns its records and the types of its columns.
 pub(super) fn records(
     path: &Path,
     mapping: &Mapping,
     has_query: bool,
 ) -> Result<(Records, Types), InputError> {
-    let file = regular::open(path).map_err(|error| InputError::of(path, error))?.into_inner();
-    let builder = safely(|| ParquetRecordBatchReaderBuilder::try_new(file))
+    let file =
+        regular::open(path).map_err(|error| InputError::from_error(path, error))?.into_inner();
+    let builder = catch_panic(|| ParquetRecordBatchReaderBuilder::try_new(file))
         .map_err(|error| InputError::new(path, error))?;
     let fields = builder.schema().fields().clone();
     let columns: Vec<String> = fields.iter().map(|field| field.name().clone()).collect();
-    mapping.fits_table(&columns, has_query).map_err(|cause| InputError::new(path, cause))?;
+    mapping.check_table(&columns, has_query).map_err(|cause| InputError::new(path, cause))?;
     let types =
         fields.iter().map(|field| (field.name().clone(), field.data_type().to_string())).collect();
-    let wanted = (0..fields.len()).filter(|index| arrow::is_wanted(&fields[*index], mapping));
-    let mask = ProjectionMask::roots(builder.parquet_schema(), wanted);
-    let batches = safely(|| builder.with_projection(mask).with_batch_size(ROWS).build());
+    let relevant = (0..fields.len()).filter(|index| arrow::is_relevant(&fields[*index], mapping));
+    let mask = ProjectionMask::roots(builder.parquet_schema(), relevant);
+    let batches = catch_panic(|| builder.with_projection(mask).with_batch_size(BATCH_ROWS).build());
     let mut batches = batches.map_err(|error| InputError::new(path, error))?;
     let mut ended = false;
-    // A reader that failed once may fail for ever.
+    // A reader that failed once may fail forever.
     let batches = std::iter::from_fn(move || {
-        let batch = if ended { None } else { safely(|| batches.next().transpose()).transpose() };
+        let batch =
+            if ended { None } else { catch_panic(|| batches.next().transpose()).transpose() };
         ended = matches!(batch, None | Some(Err(_)));
         batch
     });
@@ -54,18 +58,18 @@ pub(super) fn records(
         Ok(batch) => {
             (0..batch.num_rows()).map(|row| Ok(arrow::record(&batch, row, |_| true))).collect()
         }
-        Err(error) => vec![Err(cut_short(at("the file can't be read from here on", error)))],
+        Err(error) => vec![Err(cut_short(at("the file can't be read any further", error)))],
     });
     Ok((Box::new(records), types))
 }
 
-/// What a reader gives. Of broken files some make it panic; that is an error like others.
-fn safely<T, E: Error + Send + Sync + 'static>(
+/// Turns panics into errors: some broken files make the reader panic.
+fn catch_panic<T, E: Error + Send + Sync + 'static>(
     read: impl FnOnce() -> Result<T, E>,
 ) -> Result<T, Cause> {
     match catch_unwind(AssertUnwindSafe(read)) {
-        Ok(read) => read.map_err(|error| match cut(&error.to_string()) {
-            Cow::Owned(told) => told.into(),
+        Ok(read) => read.map_err(|error| match shorten(&error.to_string()) {
+            Cow::Owned(message) => message.into(),
             Cow::Borrowed(_) => Cause::from_error(error),
         }),
         Err(_) => Err("the Parquet file is broken".into()),

@@ -1,5 +1,5 @@
-//! Finding the file that a row names: separators of Windows, percent-encoding, and names in other
-//! Unicode normal forms are understood.
+//! Finds the file that a row names, even if the name has Windows separators, percent-encoding or
+//! another Unicode normalization form.
 
 use std::{
     collections::HashMap,
@@ -11,19 +11,20 @@ use ecso::Cause;
 use percent_encoding::percent_decode_str;
 use unicode_normalization::UnicodeNormalization;
 
-use crate::row::cut;
+use crate::row::shorten;
 
-/// Characters that a path may have.
-const LONGEST: usize = 4096;
+/// Maximum bytes of a path.
+const MAX_PATH: usize = 4096;
 
-/// Where files are looked for.
+/// Finds files in several root folders.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Paths {
     roots: Vec<PathBuf>,
-    listed: Arc<Mutex<Listing>>,
+    /// The last folder that was listed.
+    listing: Arc<Mutex<Listing>>,
 }
 
-/// The names in one folder, by [`folded`].
+/// The names in a folder, by [`fold`].
 #[derive(Debug, Default)]
 struct Listing {
     folder: PathBuf,
@@ -31,26 +32,26 @@ struct Listing {
 }
 
 impl Paths {
-    /// Below the first of these where it is.
+    /// Looks in these folders, in order.
     pub(super) fn new(roots: Vec<PathBuf>) -> Self {
-        Self { roots, listed: Arc::default() }
+        Self { roots, listing: Arc::default() }
     }
 
-    /// The file of that name. One that isn't there is no error here: whoever opens it says so.
+    /// Finds the file with this name. A missing file is not an error here but when it is opened.
     pub(super) fn find(&self, name: &str) -> Result<PathBuf, Cause> {
-        if name.len() > LONGEST || name.contains('\0') {
+        if name.len() > MAX_PATH || name.contains('\0') {
             return Err(
-                format!("this is no path, no URL and no image in base64: {}", cut(name)).into()
+                format!("not a path, a URL or an image in base64: {}", shorten(name)).into()
             );
         }
         let mut names = vec![name.to_owned()];
-        if let Some(local) = local(name) {
+        if let Some(local) = file_url_path(name) {
             names =
                 vec![percent_decode_str(local).decode_utf8_lossy().into_owned(), local.to_owned()];
         } else if let Some((scheme, _)) = name.split_once("://") {
             return Err(format!(
-                "images of `{}://` can't be fetched; paths, http and https can",
-                cut(scheme)
+                "images can't be fetched from `{}://`; use paths, http or https",
+                shorten(scheme)
             )
             .into());
         }
@@ -63,21 +64,21 @@ impl Paths {
         let mut hint = None;
         for root in &self.roots {
             for name in &names {
-                match self.below(root, name) {
-                    Ok(found) => return Ok(found),
+                match self.find_in(root, name) {
+                    Ok(path) => return Ok(path),
                     Err(other) => hint = hint.or(other),
                 }
             }
         }
         if let Some(other) = hint {
             return Err(format!(
-                "{}: there is no such file, but there is `{}`; upper and lower case count",
-                cut(name),
-                cut(&other)
+                "{}: no such file, but there is `{}`; upper and lower case matter",
+                shorten(name),
+                shorten(&other)
             )
             .into());
         }
-        // The name as it would be right here is what its error should show.
+        // The error of opening it should show the decoded name.
         let name = names.last().map_or(name, String::as_str);
         let home = name.strip_prefix("~/").and_then(|rest| Some(std::env::home_dir()?.join(rest)));
         Ok(home.unwrap_or_else(|| {
@@ -85,54 +86,55 @@ impl Paths {
         }))
     }
 
-    /// The file below `root`, component by component; else a name there that differs in upper and
-    /// lower case alone.
-    fn below(&self, root: &Path, name: &str) -> Result<PathBuf, Option<String>> {
-        let whole = root.join(name);
-        if whole.exists() {
-            return Ok(whole);
+    /// Finds the file below `root`, component by component. The error is a name there that differs
+    /// only in case, if there is one.
+    fn find_in(&self, root: &Path, name: &str) -> Result<PathBuf, Option<String>> {
+        let path = root.join(name);
+        if path.exists() {
+            return Ok(path);
         }
-        let mut place = if name.starts_with('/') { PathBuf::from("/") } else { root.to_owned() };
+        let mut path = if name.starts_with('/') { PathBuf::from("/") } else { root.to_owned() };
         for part in name.split('/').filter(|part| !matches!(*part, "" | ".")) {
             let forms = [part.to_owned(), part.nfc().collect(), part.nfd().collect()];
-            place = match forms.iter().map(|form| place.join(form)).find(|path| path.exists()) {
+            path = match forms.iter().map(|form| path.join(form)).find(|path| path.exists()) {
                 Some(found) => found,
-                None => self.listed(&place, part)?,
+                None => self.find_in_listing(&path, part)?,
             };
         }
-        Ok(place)
+        Ok(path)
     }
 
-    /// As [`Paths::below`], by all names in the folder.
-    fn listed(&self, folder: &Path, part: &str) -> Result<PathBuf, Option<String>> {
-        // A folder that isn't there isn't listed for every row.
-        let Ok(mut listing) = self.listed.lock() else { return Err(None) };
+    /// [`Paths::find_in`] for one component, by comparing all names in the folder.
+    fn find_in_listing(&self, folder: &Path, part: &str) -> Result<PathBuf, Option<String>> {
+        // The listing is kept, so that a folder is not listed for every row.
+        let Ok(mut listing) = self.listing.lock() else { return Err(None) };
         if listing.folder != folder {
             *listing = Listing { folder: folder.to_owned(), names: HashMap::new() };
             for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
                 if let Ok(name) = entry.file_name().into_string() {
-                    listing.names.entry(folded(&name)).or_default().push(name);
+                    listing.names.entry(fold(&name)).or_default().push(name);
                 }
             }
         }
-        let Some(alike) = listing.names.get(&folded(part)) else { return Err(None) };
-        let same: String = part.nfc().collect();
-        match alike.iter().find(|name| name.nfc().eq(same.chars())) {
+        let Some(similar) = listing.names.get(&fold(part)) else { return Err(None) };
+        let normalized: String = part.nfc().collect();
+        match similar.iter().find(|name| name.nfc().eq(normalized.chars())) {
             Some(name) => Ok(folder.join(name)),
-            None => Err(alike.first().cloned()),
+            None => Err(similar.first().cloned()),
         }
     }
 }
 
-/// Of a `file:` URL the path.
-fn local(name: &str) -> Option<&str> {
+/// The path of a `file:` URL.
+fn file_url_path(name: &str) -> Option<&str> {
     let rest =
         name.get(..5).filter(|scheme| scheme.eq_ignore_ascii_case("file:")).map(|_| &name[5..])?;
     let Some(authority) = rest.strip_prefix("//") else { return Some(rest) };
     Some(authority.find('/').map_or(authority, |path| &authority[path..]))
 }
 
-fn folded(name: &str) -> String {
+/// The name without differences of case and normalization.
+fn fold(name: &str) -> String {
     name.nfc().collect::<String>().to_lowercase()
 }
 
@@ -145,8 +147,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().join("b\u{e4}r");
         std::fs::create_dir_all(root.join("o\u{308}l und")).unwrap();
-        let there = root.join("o\u{308}l und/A e\u{301}.png");
-        std::fs::write(&there, "").unwrap();
+        let file = root.join("o\u{308}l und/A e\u{301}.png");
+        std::fs::write(&file, "").unwrap();
         let paths = Paths::new(vec![root.clone(), folder.path().to_owned()]);
         let url = format!("file://localhost{}/%C3%B6l%20und/A%20%C3%A9.png", root.display());
         for name in [
@@ -157,7 +159,7 @@ mod tests {
             "ba\u{308}r/\u{f6}l und/A \u{e9}.png",
             &url,
         ] {
-            assert_eq!(paths.find(name), Ok(there.clone()), "{name}");
+            assert_eq!(paths.find(name), Ok(file.clone()), "{name}");
         }
         let error = paths.find("\u{f6}l und/a \u{e9}.PNG").unwrap_err();
         assert!(error.message().contains("upper and lower case"), "{error}");

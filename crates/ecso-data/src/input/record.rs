@@ -1,4 +1,4 @@
-//! From a record of the input to a [`Row`]: which column is what.
+//! Turns records of the input into [`Row`]s.
 
 use std::collections::BTreeMap;
 
@@ -12,36 +12,39 @@ use super::{
     paths::Paths,
     turns,
 };
-use crate::row::{Row, Said, cut};
+use crate::row::{EarlierTurn, Row, shorten};
 
-/// Bytes of words that a row may have, images not counted. No model reads more.
-pub(super) const WORDS: usize = 4 << 20;
+/// Maximum bytes of text in a row. No model reads more.
+pub(super) const MAX_TEXT: usize = 4 << 20;
 
-/// Makes rows of records.
+/// Builds rows from records.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Reader {
     pub(super) mapping: Mapping,
     pub(super) query: Option<String>,
     pub(super) paths: Paths,
-    /// The types of columns, where a format has such.
+    /// The types of columns, if the format has types.
     pub(super) types: BTreeMap<String, String>,
-    /// Whether files are named by columns of images alone, and by no text or conversation:
-    /// strangers may have written these.
-    pub(super) is_careful: bool,
+    /// Whether texts and conversations, which strangers may have written, must not name files.
+    /// Columns of images always can.
+    pub(super) forbids_paths_in_text: bool,
 }
 
 impl Reader {
+    /// Builds the row with this number.
     pub(super) fn row(&self, number: u64, record: Cell) -> Result<Row, Cause> {
         let Cell::Fields(mut fields) = record else {
-            return Err(format!("{}, and not a record with named fields", record.kind()).into());
+            return Err(
+                format!("expected a record with named fields, got {}", record.kind()).into()
+            );
         };
-        self.mapping.open(&mut fields);
-        self.mapping.fits_row(&fields)?;
+        self.mapping.add_nested(&mut fields);
+        self.mapping.check_row(&fields)?;
         if let Some(name) =
             ["video", "videos", "audio", "audios"].into_iter().find(|name| has(&fields, name))
         {
             return Err(format!(
-                "{} holds what can't be shown; of what is shown, only images are understood",
+                "{} is not supported; of media, only images are",
                 self.column(name)
             )
             .into());
@@ -49,16 +52,16 @@ impl Reader {
         let mut row = Row {
             number,
             id: self.label("id", &mut fields)?.unwrap_or_else(|| (number + 1).to_string()),
-            before: Vec::new(),
+            earlier: Vec::new(),
             query: String::new(),
             images: Vec::new(),
             category: self.label("category", &mut fields)?.unwrap_or_default(),
             draft: None,
         };
-        let (turns, answer) = self.said(&mut fields)?;
+        let (turns, answer) = self.turns(&mut fields)?;
         let column = self.images(&mut fields)?;
-        if let Some((name, draft)) = self.take("draft", &mut fields, is_there)? {
-            let draft = match opened_talk(draft) {
+        if let Some((name, draft)) = self.take("draft", &mut fields, is_set)? {
+            let draft = match parse_conversation(draft) {
                 Cell::Text(text) => Ok(text),
                 Cell::Number(number) => Ok(number.to_string()),
                 other => turns::answers(&other),
@@ -66,7 +69,7 @@ impl Reader {
             let draft = draft.map_err(|cause| at(&self.column(&name), cause))?;
             if draft.trim().is_empty() {
                 return Err(format!(
-                    "{} is empty, where the model's answer should be",
+                    "{} is empty, expected the model's answer",
                     self.column(&name)
                 )
                 .into());
@@ -75,41 +78,41 @@ impl Reader {
         } else if answer.is_some() {
             row.draft = answer;
         }
-        let (mut said, images) = marks::place(turns, &column)?;
-        row.query = said.pop().map(|last| last.text).unwrap_or_default();
-        if let Some(empty) =
-            without_openings(&mut said).find(|turn| turn.text.is_empty() && turn.images == 0)
-        {
+        let (mut turns, images) = marks::place(turns, &column)?;
+        row.query = turns.pop().map(|last| last.text).unwrap_or_default();
+        remove_empty_openings(&mut turns);
+        if let Some(empty) = turns.iter().find(|turn| is_empty(turn)) {
             return Err(format!("a turn of the {} is empty", empty.role.as_str()).into());
         }
-        (row.before, row.images) = (said, images);
+        (row.earlier, row.images) = (turns, images);
         if row.query.is_empty() {
             let query = self.turn(Role::User, self.query_for(&row, &fields)?)?;
             let first = row.images.len() - row.query_images();
-            row.query = marks::alone(query, &mut row.images, first)
+            row.query = marks::place_in_turn(query, &mut row.images, first)
                 .map_err(|cause| at("--query", cause))?;
         }
-        let words = row.before.iter().map(|said| said.text.len()).sum::<usize>() + row.query.len();
-        let words = words + row.draft.as_ref().map_or(0, String::len);
-        if words > WORDS {
-            return Err(
-                format!("the row has {words} bytes of text; at most {WORDS} are allowed").into()
-            );
+        let earlier_text = row.earlier.iter().map(|turn| turn.text.len()).sum::<usize>();
+        let text = earlier_text + row.query.len() + row.draft.as_ref().map_or(0, String::len);
+        if text > MAX_TEXT {
+            return Err(format!(
+                "the row has {text} bytes of text; at most {MAX_TEXT} are allowed"
+            )
+            .into());
         }
         if row.images.is_empty() {
-            self.no_image_is_left(&fields)?;
+            self.check_no_image_is_left(&fields)?;
         } else {
-            self.no_other_image(&fields)?;
+            self.check_no_other_image(&fields)?;
         }
         Ok(row)
     }
 
-    /// The query of a row that has none. A row that has no image either isn't one.
+    /// The query for a row without one. A row without query and image is an error.
     fn query_for(&self, row: &Row, fields: &Fields) -> Result<&str, Cause> {
         let has_image = !row.images.is_empty();
         match &self.query {
             Some(query) if has_image => return Ok(query),
-            Some(_) => self.no_image_is_left(fields)?,
+            Some(_) => self.check_no_image_is_left(fields)?,
             None => {}
         }
         let names: Vec<&str> = fields
@@ -120,161 +123,157 @@ impl Reader {
         let others = if names.is_empty() {
             String::new()
         } else {
-            format!(" (other columns: {})", cut(&names.join(", ")))
+            format!(" (other columns: {})", shorten(&names.join(", ")))
         };
-        let what = if self.query.is_some() { "neither query nor image" } else { "no query" };
+        let problem = if self.query.is_some() { "neither query nor image" } else { "no query" };
         let advice = mapping::advice(fields, has_image)
-            .unwrap_or_else(|| "name its column with --map query=COLUMN, or give --query".into());
-        Err(format!("{what}: {advice}{others}").into())
+            .unwrap_or_else(|| "name its column with --map query=COLUMN, or pass --query".into());
+        Err(format!("{problem}: {advice}{others}").into())
     }
 
-    /// A column in an error, with its type.
+    /// Describes a column for an error message, with its type.
     pub(super) fn column(&self, name: &str) -> String {
-        let name_shown = cut(name);
+        let shown = shorten(name);
         match self.types.get(name) {
-            Some(kind) => format!("column `{name_shown}` (of type {})", cut(kind)),
-            None => format!("column `{name_shown}`"),
+            Some(kind) => format!("column `{shown}` (of type {})", shorten(kind)),
+            None => format!("column `{shown}`"),
         }
     }
 
-    /// Takes the column that is `what`. Of two that hold different things nobody knows which it is.
+    /// Takes the column of a field. Several candidates with different values are an error.
     fn take(
         &self,
-        what: &str,
+        field: &str,
         fields: &mut Fields,
-        holds: fn(&Cell) -> bool,
+        is_candidate: fn(&Cell) -> bool,
     ) -> Result<Option<(String, Cell)>, Cause> {
-        let columns = self.mapping.columns(what, fields, holds);
+        let columns = self.mapping.columns(field, fields, is_candidate);
         let Some((name, others)) = columns.split_first() else { return Ok(None) };
         match others.iter().find(|other| fields.get(*other) != fields.get(name)) {
-            Some(other) => Err(self.either(what, name, other)),
+            Some(other) => Err(self.ambiguous(field, name, other)),
             None => Ok(fields.remove_entry(name)),
         }
     }
 
-    /// Why two columns of one meaning can't both be it.
-    pub(super) fn either(&self, what: &str, name: &str, other: &str) -> Cause {
+    /// The error that two columns may both be a field.
+    pub(super) fn ambiguous(&self, field: &str, name: &str, other: &str) -> Cause {
         let (column, other) = (self.column(name), self.column(other));
         format!(
-            "{column} and {other} hold different things, and either may be the {what}: --map {what}={} takes the first",
-            cut(name)
+            "{column} and {other} differ, and either may be the {field}: --map {field}={} selects \
+             the first",
+            shorten(name)
         )
         .into()
     }
 
-    /// A name: of any type that is shown as a text.
-    fn label(&self, what: &str, fields: &mut Fields) -> Result<Option<String>, Cause> {
-        // Of several the likeliest: a row may have a number beside its name.
-        let Some(name) = self.mapping.column(what, fields, is_there) else { return Ok(None) };
+    /// Takes an id or category, of any type that can be shown as text.
+    fn label(&self, field: &str, fields: &mut Fields) -> Result<Option<String>, Cause> {
+        // Several candidates are no error: a row may have a number besides its id.
+        let Some(name) = self.mapping.column(field, fields, is_set) else { return Ok(None) };
         let Some(cell) = fields.remove(&name) else { return Ok(None) };
         let label = match cell {
             Cell::Text(text) | Cell::Other(text) => text,
             Cell::Number(number) => number.to_string(),
             Cell::Bool(value) => value.to_string(),
-            // Other things may be called `type` or `id` as well.
-            _ if self.mapping.named(what).is_none() => return Ok(None),
+            // Columns with other contents may be named `type` or `id` too.
+            _ if self.mapping.named(field).is_none() => return Ok(None),
             other => {
-                return Err(format!(
-                    "{} is {}, where a name should be",
-                    self.column(&name),
-                    other.kind()
-                )
-                .into());
+                return Err(
+                    format!("{} is {}, expected a name", self.column(&name), other.kind()).into()
+                );
             }
         };
-        Ok(Some(cut(&label).into_owned()))
+        Ok(Some(shorten(&label).into_owned()))
     }
 
-    /// What was said up to the query, which is the last turn; and what the model said to it, if the
-    /// mapping calls that the draft.
-    fn said(&self, fields: &mut Fields) -> Result<(Vec<Turn>, Option<String>), Cause> {
-        let picture = |cell: &Cell| self.told(cell);
-        let mut found = None;
-        for what in self.mapping.queries() {
-            if let Some((name, cell)) = self.take(what, fields, |cell| !cell.is_empty())? {
-                found = Some((
-                    what,
-                    name,
-                    if what == "query" { opened_talk(cell) } else { cell.opened() },
-                ));
+    /// Takes the turns up to the query, which is the last; and the model's answer to it, if the
+    /// mapping says that it is the draft.
+    fn turns(&self, fields: &mut Fields) -> Result<(Vec<Turn>, Option<String>), Cause> {
+        let to_image = |cell: &Cell| self.image_in_text(cell);
+        let mut query = None;
+        for field in self.mapping.query_fields() {
+            if let Some((name, cell)) = self.take(field, fields, |cell| !cell.is_empty())? {
+                let is_query = field == "query";
+                let cell = if is_query { parse_conversation(cell) } else { cell.parsed() };
+                query = Some((field, name, cell));
                 break;
             }
         }
         let mut answer = None;
-        let mut turns = match found {
-            Some((what, name, cell)) if what != "query" || turns::is_talk(&cell) => {
-                let talk =
-                    turns::talk(&cell, &picture).map_err(|cause| at(&self.column(&name), cause))?;
-                answer = talk.answer.filter(|_| self.mapping.named("draft") == Some(&name));
-                talk.turns
+        let mut turns = match query {
+            Some((field, name, cell)) if field != "query" || turns::is_conversation(&cell) => {
+                let conversation = turns::read(&cell, &to_image)
+                    .map_err(|cause| at(&self.column(&name), cause))?;
+                answer = conversation.answer.filter(|_| self.mapping.named("draft") == Some(&name));
+                conversation.turns
             }
             Some((_, name, cell)) => {
-                self.fits_query(&name, &cell)?;
-                let mut text = self.words(&name, cell)?;
-                // Alpaca's layout has what the instruction is about in a column of its own; M3IT
-                // calls it `inputs`.
-                for beside in ["input", "inputs"].into_iter().filter(|_| name == "instruction") {
-                    if let Some(input) = fields.remove(beside).filter(|input| !input.is_empty()) {
-                        text = format!("{text}\n{}", self.words(beside, input)?);
+                self.check_query(&name, &cell)?;
+                let mut text = self.text(&name, cell)?;
+                // In Alpaca's layout the context of the instruction has its own column; M3IT names
+                // it `inputs`.
+                for column in ["input", "inputs"].into_iter().filter(|_| name == "instruction") {
+                    if let Some(input) = fields.remove(column).filter(|input| !input.is_empty()) {
+                        text = format!("{text}\n{}", self.text(column, input)?);
                     }
                 }
                 vec![self.turn(Role::User, &text)?]
             }
             None => vec![Turn { role: Role::User, pieces: Vec::new() }],
         };
-        turns.splice(0..0, self.earlier(fields)?);
+        turns.splice(0..0, self.history(fields)?);
         turns.splice(0..0, self.system(fields)?);
         Ok((turns, answer))
     }
 
-    /// The turns of a column `history`.
-    fn earlier(&self, fields: &mut Fields) -> Result<Vec<Turn>, Cause> {
+    /// Takes the turns of the column `history`.
+    fn history(&self, fields: &mut Fields) -> Result<Vec<Turn>, Cause> {
         let Some(history) =
-            fields.remove("history").map(Cell::opened).filter(|history| !history.is_empty())
+            fields.remove("history").map(Cell::parsed).filter(|history| !history.is_empty())
         else {
             return Ok(Vec::new());
         };
         let column = self.column("history");
         let Cell::List(mut pairs) = history else {
-            return Err(format!("{column} is no list of turns").into());
+            return Err(format!("{column} is not a list of turns").into());
         };
-        // A question at the end, for `talk` to read up to.
+        // Conversations are read up to the last query, so an empty one is added at the end.
         pairs.push(Cell::List(vec![Cell::Null, Cell::Null]));
-        let talk = turns::talk(&Cell::List(pairs), &|cell| self.told(cell))
+        let conversation = turns::read(&Cell::List(pairs), &|cell| self.image_in_text(cell))
             .map_err(|cause| at(&column, cause))?;
-        let mut turns = talk.turns;
+        let mut turns = conversation.turns;
         turns.pop();
         Ok(turns)
     }
 
-    /// The turn of a column `system`, if there is one.
+    /// The turn of the column `system`, if there is one.
     fn system(&self, fields: &Fields) -> Result<Option<Turn>, Cause> {
         let Some(system) = fields.get("system").filter(|system| !system.is_empty()) else {
             return Ok(None);
         };
         let pieces = match system {
-            Cell::List(_) => turns::content(system, &|cell| self.told(cell))
+            Cell::List(_) => turns::content(system, &|cell| self.image_in_text(cell))
                 .map_err(|cause| at(&self.column("system"), cause))?,
-            system => vec![Piece::Text(self.words("system", system.clone())?)],
+            system => vec![Piece::Text(self.text("system", system.clone())?)],
         };
         Ok(Some(Turn { role: Role::System, pieces }))
     }
 
-    /// Holds that a cell is what somebody asks, and no object or list of these.
-    fn fits_query(&self, name: &str, cell: &Cell) -> Result<(), Cause> {
+    /// Checks that a cell is a text, and not an object or a list of queries.
+    fn check_query(&self, name: &str, cell: &Cell) -> Result<(), Cause> {
         let is_numbered = |fields: &Fields| {
             fields.keys().all(|name| name.bytes().all(|byte| byte.is_ascii_digit()))
         };
         let advice = match cell {
             Cell::List(list) if list.iter().all(|cell| matches!(cell, Cell::Text(_))) => {
-                Some(BY_COLUMNS.to_owned())
+                Some(COLUMN_ORIENTED.to_owned())
             }
-            Cell::Fields(fields) if is_numbered(fields) => Some(BY_COLUMNS.to_owned()),
-            // The words of an object may be asked as they are.
+            Cell::Fields(fields) if is_numbered(fields) => Some(COLUMN_ORIENTED.to_owned()),
+            // The mapping says that JSON is the query as it is.
             Cell::Text(_) if self.mapping.named("query") == Some(name) => None,
-            Cell::Text(_) => match cell.clone().opened() {
+            Cell::Text(_) => match cell.clone().parsed() {
                 Cell::Fields(inner) => {
-                    mapping::query_of(&inner).map(|query| mapping::named_in(name, &query))
+                    mapping::query_of(&inner).map(|query| mapping::advice_to_map(name, &query))
                 }
                 _ => None,
             },
@@ -284,65 +283,71 @@ impl Reader {
         let column = self.column(name);
         Err(match cell {
             Cell::Text(_) => {
-                format!("{column} is JSON: {advice}; --map query={} takes it as it is", cut(name))
+                format!(
+                    "{column} is JSON: {advice}; --map query={} uses it as it is",
+                    shorten(name)
+                )
             }
-            cell => format!("{column} is {}, where text should be: {advice}", cell.kind()),
+            cell => format!("{column} is {}, expected text: {advice}", cell.kind()),
         }
         .into())
     }
 
     fn turn(&self, role: Role, text: &str) -> Result<Turn, Cause> {
         let mut pieces = Vec::new();
-        marks::pieces(text, &|path| self.told(&Cell::Text(path.to_owned())), &mut pieces)?;
+        let to_image = |path: &str| self.image_in_text(&Cell::Text(path.to_owned()));
+        marks::split(text, &to_image, &mut pieces)?;
         Ok(Turn { role, pieces })
     }
 
     /// The text of a cell.
-    fn words(&self, name: &str, cell: Cell) -> Result<String, Cause> {
+    fn text(&self, name: &str, cell: Cell) -> Result<String, Cause> {
         match cell {
             Cell::Null => Ok(String::new()),
             Cell::Text(text) => Ok(text),
             Cell::Number(number) => Ok(number.to_string()),
-            // Older writers of Parquet don't say that a text is one.
+            // Older Parquet writers don't mark strings as such.
             Cell::Bytes(bytes) if std::str::from_utf8(&bytes).is_ok() => {
                 Ok(String::from_utf8_lossy(&bytes).into_owned())
             }
             other => {
-                Err(format!("{} is {}, where text should be", self.column(name), other.kind())
-                    .into())
+                Err(format!("{} is {}, expected text", self.column(name), other.kind()).into())
             }
         }
     }
 }
 
-/// The turns without those that trainers put before others though nobody says anything there: the
-/// system's, and the user's where the model begins.
-fn without_openings(said: &mut Vec<Said>) -> impl Iterator<Item = &Said> {
-    let says = |turn: &Said| !turn.text.is_empty() || turn.images > 0;
-    said.retain(|turn| turn.role != Role::System || says(turn));
-    let first = said.iter().position(|turn| turn.role != Role::System).unwrap_or(said.len());
-    if let [user, model, ..] = &said[first..]
+/// Removes the empty turns that trainers put first: the system's, and the user's if the assistant
+/// begins.
+fn remove_empty_openings(turns: &mut Vec<EarlierTurn>) {
+    turns.retain(|turn| turn.role != Role::System || !is_empty(turn));
+    let first = turns.iter().position(|turn| turn.role != Role::System).unwrap_or(turns.len());
+    if let [user, model, ..] = &turns[first..]
         && (user.role, model.role) == (Role::User, Role::Assistant)
-        && !says(user)
+        && is_empty(user)
     {
-        said.remove(first);
+        turns.remove(first);
     }
-    said.iter()
 }
 
-/// What is to be done about a table whose rows are its columns.
-const BY_COLUMNS: &str = "a table that stands column by column must be written row by row";
+fn is_empty(turn: &EarlierTurn) -> bool {
+    turn.text.is_empty() && turn.images == 0
+}
 
-/// The conversation in a text that is JSON of one, or of one turn alone; anything else is as it is.
-fn opened_talk(cell: Cell) -> Cell {
-    match cell.clone().opened() {
-        opened if turns::is_talk(&opened) => opened,
-        opened if turns::is_turn(&opened) => Cell::List(vec![opened]),
+/// Advice about a table that is stored column by column.
+const COLUMN_ORIENTED: &str = "write the table row by row, not column by column";
+
+/// Parses a text that is JSON of a conversation or of a single turn. Leaves other cells as they
+/// are.
+fn parse_conversation(cell: Cell) -> Cell {
+    match cell.clone().parsed() {
+        parsed if turns::is_conversation(&parsed) => parsed,
+        parsed if turns::is_turn(&parsed) => Cell::List(vec![parsed]),
         _ => cell,
     }
 }
 
-fn is_there(cell: &Cell) -> bool {
+fn is_set(cell: &Cell) -> bool {
     *cell != Cell::Null
 }
 
@@ -355,7 +360,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::row::Picture;
+    use crate::row::ImageSource;
 
     fn row(record: Value) -> Result<Row, Cause> {
         let paths = Paths::new(vec!["root".into()]);
@@ -364,16 +369,18 @@ mod tests {
     }
 
     #[test]
-    fn columns_are_found_by_their_usual_names() {
+    fn columns_are_found_by_common_names() {
         let found = row(json!({"Question": "What?", "image": "a.png", "topic": "t"})).unwrap();
         assert_eq!(
             (found.id.as_str(), found.query.as_str(), found.category.as_str()),
             ("8", "What?", "t")
         );
-        assert_eq!(found.images, [Picture::File("root/a.png".into())]);
-        let found = row(
-            json!({"id": 3, "conversations": [{"from": "human", "value": "<image>\nWhat?"}], "image": "a.png"}),
-        );
+        assert_eq!(found.images, [ImageSource::File("root/a.png".into())]);
+        let found = row(json!({
+            "id": 3,
+            "conversations": [{"from": "human", "value": "<image>\nWhat?"}],
+            "image": "a.png",
+        }));
         assert_eq!(found.map(|row| (row.id, row.query)), Ok(("3".into(), "What?".into())));
         let mapping = Mapping::new([("query".into(), "q".into())]).unwrap();
         let reader = Reader { mapping, ..Reader::default() };
@@ -395,34 +402,48 @@ mod tests {
             {"role": "assistant", "content": "An answer that is not used."},
         ]}))
         .unwrap();
-        assert_eq!(found.before.len(), 3);
+        assert_eq!(found.earlier.len(), 3);
         assert_eq!(found.query, "What is this?");
-        assert_eq!(found.images, [Picture::Bytes(vec![0, 0, 0].into())]);
+        assert_eq!(found.images, [ImageSource::Bytes(vec![0, 0, 0].into())]);
     }
 
     #[test]
-    fn what_tools_said_and_what_was_thought_is_kept_as_text() {
+    fn tool_results_and_thoughts_are_kept_as_text() {
         let found = row(json!({"messages": [
             {"role": "user", "content": "<image>\nWeather?"},
-            {"role": "assistant", "reasoning_content": "A map.", "tool_calls": [{"function": {"name": "look"}}]},
+            {
+                "role": "assistant",
+                "reasoning_content": "A map.",
+                "tool_calls": [{"function": {"name": "look"}}],
+            },
             {"role": "tool", "name": "look", "content": [{"type": "text", "text": "sunny"}]},
-            {"role": "user", "content": [{"type": "tool_result", "content": "22"}, {"type": "text", "text": "So?"}]},
+            {"role": "user", "content": [
+                {"type": "tool_result", "content": "22"},
+                {"type": "text", "text": "So?"},
+            ]},
         ], "images": ["a.png"]}))
         .unwrap();
-        let texts: Vec<&str> = found.before.iter().map(|said| said.text.as_str()).collect();
+        let texts: Vec<&str> = found.earlier.iter().map(|turn| turn.text.as_str()).collect();
         let call = "Thought: A map.\nTool call: [{\"function\":{\"name\":\"look\"}}]";
         assert_eq!(texts, ["Weather?", call, "Tool result (look): sunny"]);
         assert_eq!(
-            (found.query.as_str(), found.before[0].images, found.query_images()),
+            (found.query.as_str(), found.earlier[0].images, found.query_images()),
             ("Tool result: 22\nSo?", 1, 0)
         );
-        let behind = json!({"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "r"}]});
-        assert!(row(behind).unwrap_err().message().contains("behind the user's last turn"));
+        let tool_last = json!({"messages": [
+            {"role": "user", "content": "q"},
+            {"role": "tool", "content": "r"},
+        ]});
+        let error = row(tool_last).unwrap_err();
+        assert!(error.message().contains("follows the user's last turn"), "{error}");
     }
 
     #[test]
     fn an_answer_is_the_draft_if_the_mapping_says_so() {
-        let record = json!({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]});
+        let record = json!({"conversations": [
+            {"from": "human", "value": "q"},
+            {"from": "gpt", "value": "a"},
+        ]});
         assert_eq!(row(record.clone()).unwrap().draft, None);
         let mapping = Mapping::new([("draft".into(), "conversations".into())]).unwrap();
         let reader = Reader { mapping, ..Reader::default() };
@@ -440,7 +461,12 @@ mod tests {
                 1,
             ),
             (
-                json!({"query": "<image>B?", "images": ["a", "b"], "history": [["<image>A?", "a"]], "system": "S"}),
+                json!({
+                    "query": "<image>B?",
+                    "images": ["a", "b"],
+                    "history": [["<image>A?", "a"]],
+                    "system": "S",
+                }),
                 "B?",
                 3,
                 2,
@@ -452,7 +478,13 @@ mod tests {
                 0,
             ),
             (
-                json!({"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A?"}]}], "images": ["a"]}),
+                json!({
+                    "prompt": [{"role": "user", "content": [
+                        {"type": "image"},
+                        {"type": "text", "text": "A?"},
+                    ]}],
+                    "images": ["a"],
+                }),
                 "A?",
                 0,
                 1,
@@ -463,7 +495,8 @@ mod tests {
             (
                 json!({"messages": [{"role": "user", "content": [
                     {"type": "text", "text": "Is"}, {"type": "image", "image": "a"},
-                    {"type": "text", "text": "like"}, {"type": "image", "source": {"type": "base64", "data": "AAAA"}},
+                    {"type": "text", "text": "like"},
+                    {"type": "image", "source": {"type": "base64", "data": "AAAA"}},
                     {"type": "text", "text": "?"},
                 ]}]}),
                 "Is the first image like the second image?",
@@ -472,7 +505,7 @@ mod tests {
             ),
         ] {
             let found =
-                row(record.clone()).map(|row| (row.query, row.before.len(), row.images.len()));
+                row(record.clone()).map(|row| (row.query, row.earlier.len(), row.images.len()));
             assert_eq!(found, Ok((query.to_owned(), before, images)), "{record}");
         }
     }
@@ -486,7 +519,7 @@ mod tests {
     #[test]
     fn what_trainers_put_in_front_of_a_conversation_may_be_empty() {
         for (first, turns) in [("q", 2), ("", 1)] {
-            assert_eq!(row(talk(first, "a", "r")).unwrap().before.len(), turns, "{first:?}");
+            assert_eq!(row(talk(first, "a", "r")).unwrap().earlier.len(), turns, "{first:?}");
         }
     }
 

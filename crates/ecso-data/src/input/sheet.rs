@@ -1,5 +1,5 @@
-//! CSV and TSV. What stands between quotes is looked at once more: a quote that isn't closed would
-//! take the rows behind it into its cell.
+//! Reads CSV and TSV. Quotes are checked in addition: an unclosed quote would pull the following
+//! rows into its cell.
 
 use std::{
     io::{self, BufRead, Chain, Cursor, Read, Take},
@@ -14,40 +14,40 @@ use super::{
     cell::{Cell, Fields},
     cut_short,
     mapping::Mapping,
-    text::{self, LONGEST, Text, not_utf8},
+    text::{self, MAX_ROW, Text, not_utf8},
 };
-use crate::row::cut;
+use crate::row::shorten;
 
-/// Rows of a table of text.
+/// Opens a file and returns its records. `default` is the delimiter that the extension implies.
 pub(super) fn records(
     path: &Path,
-    usual: u8,
+    default: u8,
     mapping: &Mapping,
     has_query: bool,
 ) -> Result<Records, InputError> {
-    let mut table = Table::open(path, usual)?;
+    let mut table = Table::open(path, default)?;
     let mut header = ByteRecord::new();
-    let text = table.read(&mut header).map_err(|error| InputError::of(path, error))?;
+    let text = table.read(&mut header).map_err(|error| InputError::from_error(path, error))?;
     let text = text.map(|(_, text)| text).unwrap_or_default();
-    quotes(&text, table.delimiter)
-        .map_err(|cause| InputError::new(path, at("its first line", cause)))?;
+    check_quotes(&text, table.delimiter)
+        .map_err(|cause| InputError::new(path, at("the first line", cause)))?;
     for name in &header {
         let name = std::str::from_utf8(name)
-            .map_err(|error| InputError::new(path, being("its first line", not_utf8(error))))?;
+            .map_err(|error| InputError::new(path, prefix_is("the first line", not_utf8(error))))?;
         let name = name.trim().to_owned();
         if !name.is_empty() && table.names.contains(&name) {
-            let told = format!("two columns are called `{}`; give one another name", cut(&name));
-            return Err(InputError::new(path, told));
+            let problem = format!("two columns are named `{}`; rename one", shorten(&name));
+            return Err(InputError::new(path, problem));
         }
         table.names.push(name);
     }
-    mapping.fits_table(&table.names, has_query).map_err(|cause| InputError::new(path, cause))?;
+    mapping.check_table(&table.names, has_query).map_err(|cause| InputError::new(path, cause))?;
     Ok(Box::new(table))
 }
 
-/// How many rows there are.
-pub(super) fn count(path: &Path, usual: u8) -> Option<u64> {
-    let mut table = Table::open(path, usual).ok()?;
+/// The number of rows.
+pub(super) fn count(path: &Path, default: u8) -> Option<u64> {
+    let mut table = Table::open(path, default).ok()?;
     let mut record = ByteRecord::new();
     let mut rows = 0_u64;
     while table.advance(&mut record).ok()? {
@@ -56,22 +56,22 @@ pub(super) fn count(path: &Path, usual: u8) -> Option<u64> {
     Some(rows.saturating_sub(1))
 }
 
-/// What separates the cells of a header: the usual, if it is there.
-fn delimiter(header: &[u8], usual: u8) -> u8 {
+/// Detects the delimiter of a header: the default, unless only another one occurs.
+fn detect_delimiter(header: &[u8], default: u8) -> u8 {
     let count = |delimiter: u8| header.split(|byte| *byte == delimiter).count() - 1;
     match [b',', b';', b'\t', b'|'].into_iter().max_by_key(|delimiter| count(*delimiter)) {
-        Some(most) if count(usual) == 0 && count(most) > 0 => most,
-        _ => usual,
+        Some(most_frequent) if count(default) == 0 && count(most_frequent) > 0 => most_frequent,
+        _ => default,
     }
 }
 
 struct Table {
     cells: csv::Reader<Take<Chain<Cursor<Vec<u8>>, Text>>>,
-    /// The same text, as far as its rows were read.
+    /// The same file as raw text, read in step with `cells`.
     raw: Text,
-    /// Bytes of it that were read.
-    read: u64,
-    /// The line that it is at, from 1.
+    /// The number of bytes of `cells` that were read.
+    offset: u64,
+    /// The current line, from 1.
     line: usize,
     names: Vec<String>,
     delimiter: u8,
@@ -79,17 +79,18 @@ struct Table {
 }
 
 impl Table {
-    fn open(path: &Path, usual: u8) -> Result<Self, InputError> {
-        let failed = |error: io::Error| InputError::of(path, error);
+    fn open(path: &Path, default: u8) -> Result<Self, InputError> {
+        let failed = |error: io::Error| InputError::from_error(path, error);
         let (mut text, mut raw) = (text::open(path)?, text::open(path)?);
         let mut first = Vec::new();
         text.by_ref().take(1 << 20).read_until(b'\n', &mut first).map_err(failed)?;
         let line = first.strip_suffix(b"\n").unwrap_or(&first);
         let line = line.strip_suffix(b"\r").unwrap_or(line);
-        // Excel may say in a line of its own what it separates cells by.
-        let said = line.strip_prefix(b"sep=").filter(|rest| rest.len() == 1).map(|rest| rest[0]);
-        let delimiter = said.unwrap_or_else(|| delimiter(line, usual));
-        if said.is_some() {
+        // Excel may declare the delimiter in the first line.
+        let declared =
+            line.strip_prefix(b"sep=").filter(|rest| rest.len() == 1).map(|rest| rest[0]);
+        let delimiter = declared.unwrap_or_else(|| detect_delimiter(line, default));
+        if declared.is_some() {
             raw.read_until(b'\n', &mut Vec::new()).map_err(failed)?;
             first.clear();
         }
@@ -99,47 +100,44 @@ impl Table {
             .flexible(true)
             .delimiter(delimiter)
             .from_reader(text);
-        let line = if said.is_some() { 2 } else { 1 };
-        Ok(Self { cells, raw, read: 0, line, names: Vec::new(), delimiter, ended: false })
+        let line = if declared.is_some() { 2 } else { 1 };
+        Ok(Self { cells, raw, offset: 0, line, names: Vec::new(), delimiter, ended: false })
     }
 
-    /// Reads the next record. Gives whether there is one.
+    /// Reads the next record. Returns false at the end of the file.
     fn advance(&mut self, record: &mut ByteRecord) -> Result<bool, csv::Error> {
-        self.cells.get_mut().set_limit(LONGEST as u64);
-        let is_one = self.cells.read_byte_record(record)?;
+        self.cells.get_mut().set_limit(MAX_ROW as u64);
+        let has_record = self.cells.read_byte_record(record)?;
         if self.cells.get_ref().limit() == 0 {
-            return Err(io::Error::other(format!("a row has more than {LONGEST} bytes")).into());
+            return Err(io::Error::other(format!("a row has more than {MAX_ROW} bytes")).into());
         }
-        Ok(is_one)
+        Ok(has_record)
     }
 
-    /// Reads the next record and its text. Gives the line of it, if there is one, and its text.
+    /// Reads the next record. Returns its line and its raw text, or none at the end of the file.
     fn read(&mut self, record: &mut ByteRecord) -> Result<Option<(usize, Vec<u8>)>, csv::Error> {
-        let is_one = self.advance(record)?;
+        let has_record = self.advance(record)?;
         let (mut text, end) = (Vec::new(), self.cells.position().byte());
-        self.raw.by_ref().take(end - self.read).read_to_end(&mut text)?;
-        self.read = end;
+        self.raw.by_ref().take(end - self.offset).read_to_end(&mut text)?;
+        self.offset = end;
         let lines = |text: &[u8]| text.split(|byte| *byte == b'\n').count() - 1;
         let blank = text.iter().position(|byte| !matches!(byte, b'\r' | b'\n')).unwrap_or(0);
-        let begin = self.line + lines(&text[..blank]);
+        let first_line = self.line + lines(&text[..blank]);
         self.line += lines(&text);
-        Ok(is_one.then_some((begin, text)))
+        Ok(has_record.then_some((first_line, text)))
     }
 
     fn row(&self, record: &ByteRecord, text: &[u8]) -> Result<Cell, Cause> {
-        quotes(text, self.delimiter)?;
+        check_quotes(text, self.delimiter)?;
         if record.len() != self.names.len() {
-            let told = format!(
-                "{} cells, where the first line names {} columns",
-                record.len(),
-                self.names.len()
-            );
-            return Err(told.into());
+            let (cells, columns) = (record.len(), self.names.len());
+            return Err(format!("{cells} cells, but the header has {columns} columns").into());
         }
         let mut fields = Fields::new();
         for (name, cell) in self.names.iter().zip(record).filter(|(name, _)| !name.is_empty()) {
-            let text = std::str::from_utf8(cell)
-                .map_err(|error| being(&format!("column `{}`", cut(name)), not_utf8(error)))?;
+            let text = std::str::from_utf8(cell).map_err(|error| {
+                prefix_is(&format!("column `{}`", shorten(name)), not_utf8(error))
+            })?;
             let cell = if text.is_empty() { Cell::Null } else { Cell::Text(text.to_owned()) };
             fields.insert(name.clone(), cell);
         }
@@ -169,26 +167,26 @@ impl Iterator for Table {
     }
 }
 
-/// A cause that says what `what` is.
-fn being(what: &str, cause: Cause) -> Cause {
-    Cause::new(format!("{what} is {cause}"), cause)
+/// Prefixes a cause with its subject.
+fn prefix_is(subject: &str, cause: Cause) -> Cause {
+    Cause::new(format!("{subject} is {cause}"), cause)
 }
 
-/// Holds that every quote that opens a cell ends it.
-fn quotes(row: &[u8], delimiter: u8) -> Result<(), Cause> {
+/// Checks that every quote that opens a cell also ends it.
+fn check_quotes(row: &[u8], delimiter: u8) -> Result<(), Cause> {
     let row = row.trim_ascii_start();
     let lines = row.trim_ascii_end().split(|byte| *byte == b'\n').count() - 1;
-    let wrong = |what: &str| {
-        format!("{what}; it goes on over {lines} more lines. Quotes in a cell are doubled: \"\"")
+    let message = |problem: &str| {
+        format!("{problem}; the cell spans {lines} more lines. Double the quotes in cells: \"\"")
     };
-    let (mut at, mut begins, mut in_quotes) = (0, true, false);
-    while let Some(byte) = row.get(at) {
-        let next = row.get(at + 1);
+    let (mut index, mut starts_cell, mut in_quotes) = (0, true, false);
+    while let Some(byte) = row.get(index) {
+        let next = row.get(index + 1);
         match byte {
-            b'"' if in_quotes && next == Some(&b'"') => at += 1,
+            b'"' if in_quotes && next == Some(&b'"') => index += 1,
             b'"' if in_quotes => {
                 in_quotes = false;
-                let rest = &row[at + 1..];
+                let rest = &row[index + 1..];
                 let blank = rest
                     .iter()
                     .take_while(|byte| matches!(byte, b' ' | b'\t') && **byte != delimiter)
@@ -197,20 +195,18 @@ fn quotes(row: &[u8], delimiter: u8) -> Result<(), Cause> {
                     None | Some(b'\r' | b'\n') => {}
                     Some(byte) if *byte == delimiter => {}
                     Some(_) => {
-                        return Err(
-                            wrong("behind a quote that closes a cell stands more of it").into()
-                        );
+                        return Err(message("text follows the closing quote of a cell").into());
                     }
                 }
             }
-            b'"' if begins => in_quotes = true,
+            b'"' if starts_cell => in_quotes = true,
             _ => {}
         }
-        begins = !in_quotes && (*byte == delimiter || *byte == b'\n');
-        at += 1;
+        starts_cell = !in_quotes && (*byte == delimiter || *byte == b'\n');
+        index += 1;
     }
     if in_quotes {
-        Err(cut_short(wrong("a quote that opens a cell is never closed")))
+        Err(cut_short(message("the opening quote of a cell is never closed")))
     } else {
         Ok(())
     }
@@ -224,18 +220,18 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("rows.csv");
         std::fs::write(&path, text).unwrap();
-        let one = |row: Result<Cell, Cause>| match row {
+        let describe = |row: Result<Cell, Cause>| match row {
             Ok(cell) => {
                 let text = |name| cell.get(name).and_then(Cell::text).unwrap_or("-").to_owned();
                 format!("{} {}", text("a"), text("b"))
             }
             Err(cause) => cause.to_string(),
         };
-        records(&path, b',', &Mapping::default(), true).unwrap().map(one).collect()
+        records(&path, b',', &Mapping::default(), true).unwrap().map(describe).collect()
     }
 
     #[test]
-    fn tables_are_read_as_programs_write_them() {
+    fn common_dialects_are_read() {
         for text in [
             "a,b\n1,\"x, \"\"y\"\"\nz\"\n2,w\n",
             "\u{feff}a,b\r\n1,\"x, \"\"y\"\"\nz\"\r\n\r\n2,w",
@@ -257,13 +253,13 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_row_is_its_own_error_and_the_next_is_read() {
+    fn a_broken_row_does_not_affect_the_next() {
         for (text, says) in [
             (&b"a,b\n1,\xe4\n2,w\n"[..], "line 2: column `b` is not UTF-8"),
             (b"a,b\n1\n2,w\n", "1 cells"),
             (b"a,b\n1,\"x\ny\",\"\n2,w\n", "never closed"),
-            (b"a,b\n1,\"he said \\\"no\\\"\"\n2,w\n", "stands more of it"),
-            (b"a,b\n\"1,x\n3,\"y\",z\n2,w\n", "over 1 more lines"),
+            (b"a,b\n1,\"he said \\\"no\\\"\"\n2,w\n", "text follows the closing quote"),
+            (b"a,b\n\"1,x\n3,\"y\",z\n2,w\n", "spans 1 more lines"),
             (b"sep=;\r\na;b\r\n\r\n3\r\n2;w\r\n", "line 4: 1 cells"),
         ] {
             let read = read(text);

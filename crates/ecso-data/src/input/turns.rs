@@ -1,5 +1,5 @@
-//! Conversations as people write them: chat completions, Messages and Responses, LLaVA's (`from`,
-//! `value`), pairs `user` and `assistant`, pairs of question and answer.
+//! Reads conversations in many formats: chat completions, Messages and Responses, LLaVA (`from`,
+//! `value`), pairs of `user` and `assistant`, and pairs of question and answer.
 
 use ecso::{Cause, Role};
 
@@ -8,13 +8,13 @@ use super::{
     cell::{Cell, Fields},
     marks::{self, Piece, Turn},
 };
-use crate::row::{Picture, cut};
+use crate::row::{ImageSource, shorten};
 
-/// Makes a picture of a cell.
-pub(super) type Picturing<'a> = &'a dyn Fn(&Cell) -> Result<Picture, Cause>;
+/// Turns a cell into an image.
+pub(super) type ToImageSource<'a> = &'a dyn Fn(&Cell) -> Result<ImageSource, Cause>;
 
-/// Where the image of a part may stand.
-pub(super) const IMAGES: [&str; 12] = [
+/// Fields of a part that may have its image.
+pub(super) const IMAGE_FIELDS: [&str; 12] = [
     "image_url",
     "image",
     "bytes",
@@ -29,97 +29,105 @@ pub(super) const IMAGES: [&str; 12] = [
     "inlineData",
 ];
 
-/// Where the images of a turn may stand, beside what it says.
-const BESIDE: [&str; 7] =
+/// Fields of a turn that may have its images.
+const TURN_IMAGE_FIELDS: [&str; 7] =
     ["image", "images", "image_path", "image_paths", "image_url", "image_urls", "img"];
 
-/// What a pair of question and answer calls these, but for upper and lower case.
-const ASKED: [&str; 7] = ["user", "human", "question", "query", "prompt", "instruction", "input"];
-const ANSWERED: [&str; 5] = ["assistant", "gpt", "answer", "response", "output"];
+/// Names of the question and the answer in a pair, in any case.
+const QUESTIONS: [&str; 7] =
+    ["user", "human", "question", "query", "prompt", "instruction", "input"];
+const ANSWERS: [&str; 5] = ["assistant", "gpt", "answer", "response", "output"];
 
-/// A conversation up to its last question, and what the model said after it.
+/// A conversation up to its last query, and the model's answer to that.
 #[derive(Debug, Default)]
-pub(super) struct Talk {
+pub(super) struct Conversation {
     pub(super) turns: Vec<Turn>,
     pub(super) answer: Option<String>,
 }
 
-/// Whether a list is a conversation.
-pub(super) fn is_talk(cell: &Cell) -> bool {
+/// Whether a cell is a list of turns with roles.
+pub(super) fn is_conversation(cell: &Cell) -> bool {
     matches!(cell, Cell::List(turns) if !turns.is_empty() && turns.iter().all(is_turn))
 }
 
-/// Whether something says who says it.
+/// Whether a cell is a turn with a role.
 pub(super) fn is_turn(cell: &Cell) -> bool {
     ["role", "from"].iter().any(|name| cell.get(name).is_some())
 }
 
-/// What a turn says, taken apart.
-pub(super) fn content(content: &Cell, picture: Picturing<'_>) -> Result<Vec<Piece>, Cause> {
+/// The pieces of the content of a turn.
+pub(super) fn content(content: &Cell, to_image: ToImageSource<'_>) -> Result<Vec<Piece>, Cause> {
     let mut pieces = Vec::new();
-    parts(content, picture, &mut pieces)?;
+    read_content(content, to_image, &mut pieces)?;
     Ok(pieces)
 }
 
-/// Reads a conversation. The last turn of the user is its last turn here.
-pub(super) fn talk(turns: &Cell, picture: Picturing<'_>) -> Result<Talk, Cause> {
-    let Cell::List(said) = turns else {
-        return Err(format!("{}, where a list of turns should be", turns.kind()).into());
+/// Reads a conversation up to the last turn of the user.
+pub(super) fn read(turns: &Cell, to_image: ToImageSource<'_>) -> Result<Conversation, Cause> {
+    let Cell::List(cells) = turns else {
+        return Err(format!("expected a list of turns, got {}", turns.kind()).into());
     };
-    let mut spoken = Vec::new();
-    for (index, said) in said.iter().enumerate() {
-        turn(said, picture, &mut spoken)
+    let mut turns = Vec::new();
+    for (index, cell) in cells.iter().enumerate() {
+        read_turn(cell, to_image, &mut turns)
             .map_err(|cause| at(&format!("turn {}", index + 1), cause))?;
     }
-    let last = spoken
+    let last = turns
         .iter()
-        .rposition(|(who, _)| *who == Who::User)
-        .ok_or("there is no turn of the user")?;
-    let after = spoken.split_off(last + 1);
-    if after.iter().any(|(who, _)| *who != Who::Assistant) {
-        return Err("what a tool or the system says stands behind the user's last turn; such rows can't be used".into());
+        .rposition(|(speaker, _)| *speaker == Speaker::User)
+        .ok_or("the conversation has no turn of the user")?;
+    let after = turns.split_off(last + 1);
+    if after.iter().any(|(speaker, _)| *speaker != Speaker::Assistant) {
+        return Err(
+            "a turn of a tool or the system follows the user's last turn; such rows are not \
+                    supported"
+                .into(),
+        );
     }
     let answers: Vec<String> = after
         .into_iter()
-        .map(|(_, pieces)| plain(pieces))
+        .map(|(_, pieces)| plain_text(pieces))
         .filter(|text| !text.is_empty())
         .collect();
     let answer = (!answers.is_empty()).then(|| answers.join("\n"));
-    let said = |(who, pieces): (Who, Vec<Piece>)| Turn { role: who.role(), pieces };
-    Ok(Talk { turns: spoken.into_iter().map(said).collect(), answer })
+    let turns = turns.into_iter();
+    let turns = turns.map(|(speaker, pieces)| Turn { role: speaker.role(), pieces }).collect();
+    Ok(Conversation { turns, answer })
 }
 
-/// What the model says in a conversation that has its turns alone, as columns of preferences do.
+/// Reads the model's answer from a list of turns, as in columns of preference data.
 pub(super) fn answers(turns: &Cell) -> Result<String, Cause> {
-    let Cell::List(said) = turns else {
-        return Err(format!("{}, where text should be", turns.kind()).into());
+    let Cell::List(cells) = turns else {
+        return Err(format!("expected text, got {}", turns.kind()).into());
     };
-    let mut spoken = Vec::new();
-    let unread = |_: &Cell| Err("an image stands in the answer".into());
-    for said in said {
-        turn(said, &unread, &mut spoken)?;
+    let mut turns = Vec::new();
+    let reject_image = |_: &Cell| Err("the answer has an image".into());
+    for cell in cells {
+        read_turn(cell, &reject_image, &mut turns)?;
     }
-    let last = spoken.iter().rposition(|(who, _)| *who == Who::User).map_or(0, |last| last + 1);
-    let answers = spoken.into_iter().skip(last).filter(|(who, _)| *who == Who::Assistant);
-    Ok(answers.map(|(_, pieces)| plain(pieces)).collect::<Vec<_>>().join("\n"))
+    let is_user = |(speaker, _): &(Speaker, _)| *speaker == Speaker::User;
+    let first = turns.iter().rposition(is_user).map_or(0, |last| last + 1);
+    let answers = turns.into_iter().skip(first);
+    let answers = answers.filter(|(speaker, _)| *speaker == Speaker::Assistant);
+    Ok(answers.map(|(_, pieces)| plain_text(pieces)).collect::<Vec<_>>().join("\n"))
 }
 
-fn plain(pieces: Vec<Piece>) -> String {
+fn plain_text(pieces: Vec<Piece>) -> String {
     let text = |piece| if let Piece::Text(text) = piece { Some(text) } else { None };
     pieces.into_iter().filter_map(text).collect::<String>().trim().to_owned()
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Who {
+enum Speaker {
     System,
     User,
     Assistant,
     Tool,
 }
 
-impl Who {
-    fn of(word: &str) -> Option<Self> {
-        Some(match word.trim().to_ascii_lowercase().as_str() {
+impl Speaker {
+    fn parse(role: &str) -> Option<Self> {
+        Some(match role.trim().to_ascii_lowercase().as_str() {
             "system" | "developer" => Self::System,
             "user" | "human" | "prompter" => Self::User,
             "assistant" | "gpt" | "model" | "bot" | "chatgpt" | "ai" | "function_call"
@@ -131,7 +139,7 @@ impl Who {
         })
     }
 
-    /// There is no role of tools here: what one says goes to the model as the user's.
+    /// The role for the model. Turns of tools become turns of the user.
     fn role(self) -> Role {
         match self {
             Self::System => Role::System,
@@ -141,164 +149,170 @@ impl Who {
     }
 }
 
-type Spoken = Vec<(Who, Vec<Piece>)>;
+type Turns = Vec<(Speaker, Vec<Piece>)>;
 
-fn turn(said: &Cell, picture: Picturing<'_>, spoken: &mut Spoken) -> Result<(), Cause> {
-    let word = ["role", "from"].iter().find_map(|name| said.get(name));
-    let Some(word) = word else { return pair(said, picture, spoken) };
-    let known = "system, developer, user, human, assistant, gpt, tool and function are known";
-    let word = word.text().ok_or_else(|| format!("its role is {}; {known}", word.kind()))?;
-    let who = Who::of(word).ok_or_else(|| format!("its role is `{}`; {known}", cut(word)))?;
+fn read_turn(cell: &Cell, to_image: ToImageSource<'_>, turns: &mut Turns) -> Result<(), Cause> {
+    let role = ["role", "from"].iter().find_map(|name| cell.get(name));
+    let Some(role) = role else { return read_pair(cell, to_image, turns) };
+    let known = "known roles are system, developer, user, human, assistant, gpt, tool and function";
+    let role = role.text().ok_or_else(|| format!("its role is {}; {known}", role.kind()))?;
+    let speaker =
+        Speaker::parse(role).ok_or_else(|| format!("unknown role `{}`; {known}", shorten(role)))?;
     let mut pieces = Vec::new();
     for name in ["reasoning_content", "reasoning", "thinking"] {
         if let Some(thought) =
-            said.get(name).and_then(Cell::text).filter(|text| !text.trim().is_empty())
+            cell.get(name).and_then(Cell::text).filter(|text| !text.trim().is_empty())
         {
             join(&mut pieces, vec![Piece::Text(format!("Thought: {}", thought.trim()))], "\n");
         }
     }
     let contents =
-        || ["content", "value", "text", "parts"].into_iter().filter_map(|name| said.get(name));
+        || ["content", "value", "text", "parts"].into_iter().filter_map(|name| cell.get(name));
     let content = contents().find(|content| !content.is_empty()).or_else(|| contents().next());
     if let Some(content) = content {
-        let mut found = Vec::new();
-        parts(content, picture, &mut found)?;
-        join(&mut pieces, found, "\n");
+        let mut content_pieces = Vec::new();
+        read_content(content, to_image, &mut content_pieces)?;
+        join(&mut pieces, content_pieces, "\n");
     }
-    for (name, label) in [("tool_calls", "Tool call"), ("function_call", "Tool call")] {
-        if let Some(calls) = said.get(name).filter(|calls| !calls.is_empty()) {
-            join(&mut pieces, vec![Piece::Text(format!("{label}: {}", json(calls)))], "\n");
+    for name in ["tool_calls", "function_call"] {
+        if let Some(calls) = cell.get(name).filter(|calls| !calls.is_empty()) {
+            join(&mut pieces, vec![Piece::Text(format!("Tool call: {}", json(calls)))], "\n");
         }
     }
-    pieces.splice(0..0, beside(said, picture)?);
-    if pieces.is_empty() && content.is_none() && who == Who::User {
-        return Err("it has neither `content` nor `value`".into());
+    pieces.splice(0..0, turn_images(cell, to_image)?);
+    if pieces.is_empty() && content.is_none() && speaker == Speaker::User {
+        return Err("the turn has neither `content` nor `value`".into());
     }
-    if who == Who::Tool {
-        let name = said
+    if speaker == Speaker::Tool {
+        let name = cell
             .get("name")
             .and_then(Cell::text)
-            .map(|name| format!(" ({})", cut(name)))
+            .map(|name| format!(" ({})", shorten(name)))
             .unwrap_or_default();
         let label = vec![Piece::Text(format!("Tool result{name}: "))];
         pieces.splice(0..0, label);
     }
-    spoken.push((who, pieces));
+    turns.push((speaker, pieces));
     Ok(())
 }
 
-/// A question and its answer: `{user, assistant}`, or a list of two.
-fn pair(said: &Cell, picture: Picturing<'_>, spoken: &mut Spoken) -> Result<(), Cause> {
-    let (system, asked, answered) = match said {
-        Cell::Fields(fields) => {
-            (one_of(fields, &["system"])?, one_of(fields, &ASKED)?, one_of(fields, &ANSWERED)?)
-        }
-        // Turns in lists of their own, as Arena's are.
-        Cell::List(turns) if is_talk(said) => {
-            return turns.iter().try_for_each(|said| turn(said, picture, spoken));
+/// Reads a question and its answer: `{user, assistant}`, or a list of two.
+fn read_pair(cell: &Cell, to_image: ToImageSource<'_>, turns: &mut Turns) -> Result<(), Cause> {
+    let (system, question, answer) = match cell {
+        Cell::Fields(fields) => (
+            field_named(fields, &["system"])?,
+            field_named(fields, &QUESTIONS)?,
+            field_named(fields, &ANSWERS)?,
+        ),
+        // Nested lists of turns, as in Arena's data.
+        Cell::List(cells) if is_conversation(cell) => {
+            return cells.iter().try_for_each(|cell| read_turn(cell, to_image, turns));
         }
         Cell::List(pair) if pair.len() == 2 => (None, pair.first(), pair.get(1)),
-        other => return Err(format!("{}, where a turn should be", other.kind()).into()),
+        other => return Err(format!("expected a turn, got {}", other.kind()).into()),
     };
-    if asked.is_none() {
-        let names: Vec<&str> = match said {
+    if question.is_none() {
+        let names: Vec<&str> = match cell {
             Cell::Fields(fields) => fields.keys().map(String::as_str).collect(),
             _ => Vec::new(),
         };
-        return Err(
-            format!("it has neither `role` nor `from`, but {}", cut(&names.join(", "))).into()
-        );
+        return Err(format!(
+            "the turn has neither `role` nor `from`, but {}",
+            shorten(&names.join(", "))
+        )
+        .into());
     }
-    let mut shown = beside(said, picture)?;
-    for (who, said) in [(Who::System, system), (Who::User, asked), (Who::Assistant, answered)] {
-        let mut pieces = if who == Who::User { std::mem::take(&mut shown) } else { Vec::new() };
-        said.map_or(Ok(()), |said| parts(said, picture, &mut pieces))?;
-        if who == Who::User || !pieces.is_empty() {
-            spoken.push((who, pieces));
+    let mut images = turn_images(cell, to_image)?;
+    for (speaker, content) in
+        [(Speaker::System, system), (Speaker::User, question), (Speaker::Assistant, answer)]
+    {
+        let is_user = speaker == Speaker::User;
+        let mut pieces = if is_user { std::mem::take(&mut images) } else { Vec::new() };
+        content.map_or(Ok(()), |content| read_content(content, to_image, &mut pieces))?;
+        if is_user || !pieces.is_empty() {
+            turns.push((speaker, pieces));
         }
     }
     Ok(())
 }
 
-/// The cell of an object that has one of these names. Of two that say something nothing says which
-/// is meant.
-fn one_of<'a>(fields: &'a Fields, names: &[&str]) -> Result<Option<&'a Cell>, Cause> {
-    let is_one = |name: &str| names.iter().any(|one| name.eq_ignore_ascii_case(one));
-    let there: Vec<(&String, &Cell)> =
-        fields.iter().filter(|(name, cell)| is_one(name) && **cell != Cell::Null).collect();
-    let saying: Vec<_> = there.iter().filter(|(_, cell)| !cell.is_empty()).collect();
-    match saying[..] {
-        [(one, _), (other, _), ..] => {
-            Err(format!("it has `{one}` and `{other}`, and nothing says which of these is said")
-                .into())
+/// The field with one of these names. Two that are not empty are an error.
+fn field_named<'a>(fields: &'a Fields, names: &[&str]) -> Result<Option<&'a Cell>, Cause> {
+    let matches = |name: &str| names.iter().any(|wanted| name.eq_ignore_ascii_case(wanted));
+    let candidates: Vec<(&String, &Cell)> =
+        fields.iter().filter(|(name, cell)| matches(name) && **cell != Cell::Null).collect();
+    let non_empty: Vec<_> = candidates.iter().filter(|(_, cell)| !cell.is_empty()).collect();
+    match non_empty[..] {
+        [(name, _), (other, _), ..] => {
+            Err(format!("the turn is ambiguous: it has both `{name}` and `{other}`").into())
         }
         [(_, cell)] => Ok(Some(cell)),
-        [] => Ok(there.first().map(|(_, cell)| *cell)),
+        [] => Ok(candidates.first().map(|(_, cell)| *cell)),
     }
 }
 
-/// The images of a turn that stand beside what it says.
-fn beside(said: &Cell, picture: Picturing<'_>) -> Result<Vec<Piece>, Cause> {
+/// The images in the fields of a turn, outside its content.
+fn turn_images(turn: &Cell, to_image: ToImageSource<'_>) -> Result<Vec<Piece>, Cause> {
     if let Some(name) = ["video", "videos", "audio", "audios"]
         .iter()
-        .find(|name| said.get(name).is_some_and(|cell| !cell.is_empty()))
+        .find(|name| turn.get(name).is_some_and(|cell| !cell.is_empty()))
     {
-        return Err(format!(
-            "`{name}` holds what can't be shown; of what is shown, only images are understood"
-        )
-        .into());
+        return Err(format!("`{name}` is not supported; of media, only images are").into());
     }
-    let mut shown = Vec::new();
-    for cell in BESIDE.iter().filter_map(|name| said.get(name)).filter(|cell| !cell.is_empty()) {
+    let mut images = Vec::new();
+    let cells = TURN_IMAGE_FIELDS.iter().filter_map(|name| turn.get(name));
+    for cell in cells.filter(|cell| !cell.is_empty()) {
         match cell {
             Cell::List(list) if !list.iter().all(|cell| matches!(cell, Cell::Number(_))) => {
-                for one in list {
-                    shown.push(Piece::Own(picture(one)?));
+                for cell in list {
+                    images.push(Piece::Inline(to_image(cell)?));
                 }
             }
-            one => shown.push(Piece::Own(picture(one)?)),
+            cell => images.push(Piece::Inline(to_image(cell)?)),
         }
     }
-    Ok(shown)
+    Ok(images)
 }
 
-/// Puts pieces behind others.
-fn join(pieces: &mut Vec<Piece>, found: Vec<Piece>, between: &str) {
-    if !pieces.is_empty() && !found.is_empty() {
-        pieces.push(Piece::Text(between.to_owned()));
+/// Appends pieces after a separator.
+fn join(pieces: &mut Vec<Piece>, more: Vec<Piece>, separator: &str) {
+    if !pieces.is_empty() && !more.is_empty() {
+        pieces.push(Piece::Text(separator.to_owned()));
     }
-    pieces.extend(found);
+    pieces.extend(more);
 }
 
-/// What a turn says: a text, a part, or a list of these.
-fn parts(content: &Cell, picture: Picturing<'_>, pieces: &mut Vec<Piece>) -> Result<(), Cause> {
-    let own = |path: &str| picture(&Cell::Text(path.to_owned()));
+/// Reads the content of a turn: a text, a part, or a list of these.
+fn read_content(
+    content: &Cell,
+    to_image: ToImageSource<'_>,
+    pieces: &mut Vec<Piece>,
+) -> Result<(), Cause> {
+    let path_to_image = |path: &str| to_image(&Cell::Text(path.to_owned()));
     match content {
         Cell::Null => Ok(()),
-        Cell::Text(text) => marks::pieces(text, &own, pieces),
+        Cell::Text(text) => marks::split(text, &path_to_image, pieces),
         Cell::Number(number) => {
             pieces.push(Piece::Text(number.to_string()));
             Ok(())
         }
         Cell::List(list) => {
             for content in list {
-                let mut found = Vec::new();
-                parts(content, picture, &mut found)?;
-                let between = between(pieces, &found);
-                join(pieces, found, between);
+                let mut more = Vec::new();
+                read_content(content, to_image, &mut more)?;
+                let separator = separator(pieces, &more);
+                join(pieces, more, separator);
             }
             Ok(())
         }
-        Cell::Fields(_) => part(content, picture, pieces),
-        other => {
-            Err(format!("its content is {}, where text or parts should be", other.kind()).into())
-        }
+        Cell::Fields(_) => read_part(content, to_image, pieces),
+        other => Err(format!("its content is {}, expected text or parts", other.kind()).into()),
     }
 }
 
-/// Parts of text are lines; an image that stands in the midst of a sentence stays there.
-fn between(before: &[Piece], found: &[Piece]) -> &'static str {
-    match (before.last(), found.first()) {
+/// The separator of two parts: parts of text are lines, but an image within a sentence stays there.
+fn separator(before: &[Piece], after: &[Piece]) -> &'static str {
+    match (before.last(), after.first()) {
         (Some(Piece::Text(_)), Some(Piece::Text(_))) => "\n",
         (Some(Piece::Text(text)), _) if !text.ends_with(['.', '?', '!', ':', '\n']) => " ",
         (Some(Piece::Text(_)), _) => "\n",
@@ -313,36 +327,41 @@ fn between(before: &[Piece], found: &[Piece]) -> &'static str {
     }
 }
 
-fn part(part: &Cell, picture: Picturing<'_>, pieces: &mut Vec<Piece>) -> Result<(), Cause> {
+fn read_part(
+    part: &Cell,
+    to_image: ToImageSource<'_>,
+    pieces: &mut Vec<Piece>,
+) -> Result<(), Cause> {
     let kind = part.get("type").and_then(Cell::text);
-    let has_image = || IMAGES.iter().any(|name| part.get(name).is_some());
+    let has_image = || IMAGE_FIELDS.iter().any(|name| part.get(name).is_some());
     let text = ["text", "content", "value"].iter().find_map(|name| part.get(name));
-    let mut labelled = |label: &str, name: &str| {
-        let said = part.get(name).map(|said| said.text().map_or_else(|| json(said), str::to_owned));
-        pieces.extend(said.map(|said| Piece::Text(format!("{label}: {said}"))));
+    let mut push_thought = |name: &str| {
+        let thought =
+            part.get(name).map(|cell| cell.text().map_or_else(|| json(cell), str::to_owned));
+        pieces.extend(thought.map(|thought| Piece::Text(format!("Thought: {thought}"))));
         Ok(())
     };
     match (kind, text) {
         (None | Some("text" | "input_text" | "output_text"), Some(text)) => {
-            pieces.extend(beside(part, picture)?);
-            words(text, picture, pieces)
+            pieces.extend(turn_images(part, to_image)?);
+            read_text(text, to_image, pieces)
         }
-        // Where all parts have the same fields, those that have nothing are null.
+        // In formats where all parts have the same fields, unused ones are null.
         (Some("text" | "input_text" | "output_text"), None) => match part {
             Cell::Fields(fields) if fields.contains_key("text") => Ok(()),
             _ => Err("a part of type `text` has no `text`".into()),
         },
         (Some("refusal"), _) => {
-            part.get("refusal").map_or(Ok(()), |text| words(text, picture, pieces))
+            part.get("refusal").map_or(Ok(()), |text| read_text(text, to_image, pieces))
         }
-        (Some("thinking"), _) => labelled("Thought", "thinking"),
+        (Some("thinking"), _) => push_thought("thinking"),
         (Some("reasoning"), _) => {
             let name = ["text", "reasoning", "summary", "content"]
                 .into_iter()
                 .find(|name| part.get(name).is_some());
-            labelled("Thought", name.unwrap_or("text"))
+            push_thought(name.unwrap_or("text"))
         }
-        // Nobody but its author can read it.
+        // It is encrypted.
         (Some("redacted_thinking"), _) => Ok(()),
         (Some("tool_use" | "function_call" | "tool_call"), _) => {
             pieces.push(Piece::Text(format!("Tool call: {}", json(part))));
@@ -351,42 +370,46 @@ fn part(part: &Cell, picture: Picturing<'_>, pieces: &mut Vec<Piece>) -> Result<
         (Some("tool_result" | "function_call_output"), _) => {
             let result = ["content", "output"].iter().find_map(|name| part.get(name));
             pieces.push(Piece::Text("Tool result: ".into()));
-            pieces.extend(result.map_or(Ok(Vec::new()), |result| content(result, picture))?);
+            pieces.extend(result.map_or(Ok(Vec::new()), |result| content(result, to_image))?);
             Ok(())
         }
         (None | Some("image" | "image_url" | "input_image"), text) if has_image() => {
-            pieces.push(Piece::Own(picture(part)?));
-            text.filter(|text| !text.is_empty()).map_or(Ok(()), |text| words(text, picture, pieces))
+            pieces.push(Piece::Inline(to_image(part)?));
+            let text = text.filter(|text| !text.is_empty());
+            text.map_or(Ok(()), |text| read_text(text, to_image, pieces))
         }
         (Some("image_url" | "input_image"), _) => {
             Err("an image part has neither a URL nor an image".into())
         }
-        // Its image stands in the image column; `index` says where.
+        // Its image is in the image column, at `index`.
         (Some("image"), _) => {
             let index =
                 part.get("index").and_then(Cell::number).and_then(serde_json::Number::as_u64);
             pieces.push(Piece::Mark(index.and_then(|index| usize::try_from(index).ok())));
             Ok(())
         }
-        (Some(other), _) => {
-            Err(format!("a part of type `{}` isn't understood; text and images are", cut(other))
-                .into())
-        }
-        (None, None) => Err("a part has neither type, text nor image".into()),
+        (Some(other), _) => Err(format!(
+            "parts of type `{}` are not supported; text and images are",
+            shorten(other)
+        )
+        .into()),
+        (None, None) => Err("a part has no type, text or image".into()),
     }
 }
 
-/// The words of a part: a text, or `{value}`, as the Assistants API writes it.
-fn words(text: &Cell, picture: Picturing<'_>, pieces: &mut Vec<Piece>) -> Result<(), Cause> {
+/// Reads the text of a part: a text, or `{value}`, as the Assistants API writes it.
+fn read_text(
+    text: &Cell,
+    to_image: ToImageSource<'_>,
+    pieces: &mut Vec<Piece>,
+) -> Result<(), Cause> {
     match text.get("value").unwrap_or(text) {
-        text @ (Cell::Text(_) | Cell::Number(_)) => parts(text, picture, pieces),
-        other => {
-            Err(format!("the text of a part is {}, where words should be", other.kind()).into())
-        }
+        text @ (Cell::Text(_) | Cell::Number(_)) => read_content(text, to_image, pieces),
+        other => Err(format!("the text of a part is {}, expected text", other.kind()).into()),
     }
 }
 
-/// A cell as JSON, without what is null.
+/// A cell as JSON, without null fields.
 fn json(cell: &Cell) -> String {
     fn value(cell: &Cell) -> serde_json::Value {
         match cell {
@@ -397,8 +420,8 @@ fn json(cell: &Cell) -> String {
             Cell::Bytes(bytes) => format!("{} bytes", bytes.len()).into(),
             Cell::List(list) => list.iter().map(value).collect(),
             Cell::Fields(fields) => {
-                let filled = fields.iter().filter(|(_, cell)| **cell != Cell::Null);
-                filled
+                let non_null = fields.iter().filter(|(_, cell)| **cell != Cell::Null);
+                non_null
                     .map(|(name, cell)| (name.clone(), value(cell)))
                     .collect::<serde_json::Map<_, _>>()
                     .into()

@@ -1,4 +1,4 @@
-//! The engine from input to dataset, with a scripted model.
+//! The whole data engine, from input to dataset, with a scripted model.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -15,21 +15,21 @@ use ecso_batch::{
     journal::{self, Journal, JournalError, Saved},
 };
 use ecso_data::{
-    dedupe::Marker,
+    dedupe::PerceptualHasher,
+    generate::{Filters, Generator, Reason, RowOutcome},
     input::{Input, Rows},
-    make::{Filters, Made, Maker, Reason},
     manifest::{Manifest, Packing},
     pack::pack,
     record::{RowRecord, RunHeader, Shard},
-    row::Picture,
-    run::{Ended, Making, Progress, run},
+    row::ImageSource,
+    run::{Progress, RunContext, RunEnd, run},
 };
 use ecso_openai::Fetcher;
 use image::{ImageFormat, Rgb, RgbImage};
 use serde_json::{Value, json};
 
-/// Every third query gets a draft that step 2 calls harmful; some rewrites are bad in their own
-/// way; `broken` rows fail.
+/// A model whose drafts for some queries are judged harmful, and whose rewrites for some of those are
+/// unusable; it fails at `broken`.
 fn model() -> Arc<dyn Mllm> {
     Arc::new(Scripted::new(|chat| {
         let said = chat.turns.last().map(ecso::Turn::query).unwrap_or_default();
@@ -67,7 +67,7 @@ pub(crate) fn png(number: u32) -> Vec<u8> {
     bytes.into_inner()
 }
 
-/// Rows about images of their own, but for two that repeat an earlier one and two that share an
+/// Writes rows with different images, except two that repeat an earlier row and two that share an
 /// image.
 fn write_input(folder: &Path) -> PathBuf {
     let mut lines = String::new();
@@ -142,7 +142,7 @@ pub(crate) async fn go(
     bounds: Bounds,
 ) -> (bool, Progress) {
     let (ended, last) = run_all(input, out, &header(input, shard), bounds).await;
-    (ended.whole, last)
+    (ended.complete, last)
 }
 
 async fn run_all(
@@ -150,13 +150,13 @@ async fn run_all(
     out: &Path,
     header: &RunHeader,
     bounds: Bounds,
-) -> (Ended, Progress) {
-    let making = Arc::new(Making {
-        maker: Maker::new(&model(), Profile::paper(), Filters::default()),
+) -> (RunEnd, Progress) {
+    let making = Arc::new(RunContext {
+        generator: Generator::new(&model(), Profile::paper(), Filters::default()),
         fetcher: Fetcher::new().unwrap(),
         limits: LIMITS,
         out: out.to_owned(),
-        marker: header.near_duplicates.then(Marker::default),
+        hasher: header.near_duplicates.then(PerceptualHasher::default),
     });
     let mut last = Progress::default();
     let ended = run(input, header, &making, bounds, |progress| last = progress.clone());
@@ -168,9 +168,9 @@ pub(crate) fn records(out: &Path) -> HashMap<String, RowRecord> {
     records.map(Result::unwrap).map(|record| (record.id.clone(), record)).collect()
 }
 
-/// What became of each row, without times.
+/// The outcome of each row, without times.
 fn outcomes(out: &Path) -> BTreeSet<String> {
-    let line = |record: RowRecord| format!("{} {:?} {:?}", record.id, record.made, record.error);
+    let line = |record: RowRecord| format!("{} {:?} {:?}", record.id, record.outcome, record.error);
     records(out).into_values().map(line).collect()
 }
 
@@ -179,7 +179,7 @@ pub(crate) fn input(path: PathBuf) -> Input {
 }
 
 #[tokio::test]
-async fn rows_become_samples_or_say_why_not() {
+async fn rows_become_samples_or_have_a_reason() {
     let folder = tempfile::tempdir().unwrap();
     let input = input(write_input(folder.path()));
     let out = folder.path().join("out");
@@ -195,10 +195,10 @@ async fn rows_become_samples_or_say_why_not() {
     assert_eq!(progress.dropped, dropped.into());
     let records = records(&out);
     assert!(matches!(
-        records["13"].made,
-        Some(Made::Dropped { reason: Reason::Duplicate, of: Some(0) })
+        records["13"].outcome,
+        Some(RowOutcome::Dropped { reason: Reason::Duplicate, of: Some(0) })
     ));
-    assert!(records["14"].error.as_ref().unwrap().contains("not JSON"));
+    assert!(records["14"].error.as_ref().unwrap().contains("invalid JSON"));
     assert!(records["15"].error.as_ref().unwrap().contains("gone.png"));
 
     let manifest = pack(&out, &input, &packing()).unwrap();
@@ -209,13 +209,13 @@ async fn rows_become_samples_or_say_why_not() {
     let failed = std::fs::read_to_string(dataset.join("failed.jsonl")).unwrap();
     assert_eq!(failed.lines().count(), 3, "{failed}");
     assert!(
-        failed.contains("\"row\":15") && failed.contains("not JSON"),
+        failed.contains("\"row\":15") && failed.contains("invalid JSON"),
         "counted from 1: {failed}"
     );
     let card = std::fs::read_to_string(dataset.join("README.md")).unwrap();
     assert!(card.starts_with("---\nlicense: mit\n") && card.contains("| t | 5 | 3 |"), "{card}");
 
-    // No image in both splits, also where two stand in one row.
+    // No image is in both splits, even if rows have several.
     let mut of_split: HashMap<String, BTreeSet<String>> = HashMap::new();
     for split in ["train", "validation"] {
         let path = dataset.join(format!("messages/{split}.jsonl"));
@@ -235,12 +235,12 @@ async fn rows_become_samples_or_say_why_not() {
 }
 
 #[tokio::test]
-async fn a_run_that_is_broken_off_ends_as_an_unbroken_one() {
+async fn an_interrupted_run_ends_like_an_uninterrupted_one() {
     let folder = tempfile::tempdir().unwrap();
     let input = input(write_input(folder.path()));
     let (whole, broken) = (folder.path().join("whole"), folder.path().join("broken"));
     go(&input, &whole, Shard::ALL, BOUNDS).await;
-    // Dropped after every possible number of steps.
+    // The future is dropped after every possible number of steps.
     for steps in 1.. {
         let few = async || {
             for _ in 0..steps {
@@ -293,14 +293,14 @@ async fn the_pages_of_a_document_are_the_images_of_its_row() {
 }
 
 #[tokio::test]
-async fn failed_rows_are_tried_again_when_asked() {
+async fn failed_rows_are_retried_on_request() {
     let folder = tempfile::tempdir().unwrap();
     let input = input(write_input(folder.path()));
     let out = folder.path().join("out");
     go(&input, &out, Shard::ALL, BOUNDS).await;
     let (_, again) = go(&input, &out, Shard::ALL, BOUNDS).await;
     assert_eq!((again.fresh, again.failed), (0, 3));
-    // What is mended needs no asking.
+    // Repaired rows are retried without a request.
     std::fs::write(folder.path().join("gone.png"), png(999)).unwrap();
     let (_, again) = go(&input, &out, Shard::ALL, BOUNDS).await;
     assert_eq!((again.recorded, again.fresh, again.failed, again.safe), (17, 1, 2, 5));
@@ -336,12 +336,12 @@ async fn a_budget_ends_the_run_cleanly() {
     let manifest = pack(&out, &input, &packing()).unwrap();
     assert_eq!((manifest.rows, manifest.unseen), (0, Some(17)));
     let card = std::fs::read_to_string(out.join("dataset/README.md")).unwrap();
-    assert!(card.contains("never looked at, as the run was ended before: 17"), "{card}");
+    assert!(card.contains("never processed, because the run ended before: 17"), "{card}");
     assert!(go(&input, &out, Shard::ALL, BOUNDS).await.0);
 }
 
 #[tokio::test]
-async fn a_row_whose_image_is_replaced_is_made_anew() {
+async fn a_row_with_a_changed_image_is_processed_again() {
     let folder = tempfile::tempdir().unwrap();
     let (path, out) = (folder.path().join("rows.jsonl"), folder.path().join("out"));
     let rows = input(path.clone());
@@ -359,7 +359,7 @@ async fn a_row_whose_image_is_replaced_is_made_anew() {
     assert_eq!((manifest.rows, manifest.gone, manifest.unseen), (2, 0, Some(0)));
 }
 
-/// Writes rows that are about one image, in order.
+/// Writes rows about one image, in order.
 fn write_queries(path: &Path, queries: &[&str]) {
     std::fs::write(path.with_file_name("a.png"), png(1)).unwrap();
     let rows =
@@ -367,13 +367,12 @@ fn write_queries(path: &Path, queries: &[&str]) {
     std::fs::write(path, rows.collect::<String>()).unwrap();
 }
 
-/// What became of each row, in one word: `kept`, `safe`, `failed`, or of which row it is a
-/// duplicate.
+/// The outcome of each row: `kept`, `safe`, `failed`, or the row that it duplicates.
 fn words(out: &Path) -> Vec<(u64, String)> {
-    let word = |record: &RowRecord| match &record.made {
-        Some(Made::Kept(_)) => "kept".to_owned(),
-        Some(Made::Safe(_)) => "safe".to_owned(),
-        Some(Made::Dropped { reason, of }) => format!("{reason:?} of {of:?}"),
+    let word = |record: &RowRecord| match &record.outcome {
+        Some(RowOutcome::Kept(_)) => "kept".to_owned(),
+        Some(RowOutcome::Safe(_)) => "safe".to_owned(),
+        Some(RowOutcome::Dropped { reason, of }) => format!("{reason:?} of {of:?}"),
         None => "failed".to_owned(),
     };
     let mut words: Vec<_> =
@@ -383,7 +382,7 @@ fn words(out: &Path) -> Vec<(u64, String)> {
 }
 
 #[tokio::test]
-async fn another_row_in_the_place_of_one_is_made_anew() {
+async fn a_row_that_replaces_another_is_processed() {
     let folder = tempfile::tempdir().unwrap();
     let (path, out) = (folder.path().join("rows.jsonl"), folder.path().join("out"));
     let rows = input(path.clone());
@@ -393,20 +392,20 @@ async fn another_row_in_the_place_of_one_is_made_anew() {
     write_queries(&path, &["a rude list", "a list", "a rude door"]);
     go(&rows, &out, Shard::ALL, BOUNDS).await;
     assert_eq!(kept(&pack(&out, &rows, &packing()).unwrap()), 2);
-    // A row in front of all others.
+    // A new first row.
     write_queries(&path, &["a rude roof", "a rude list", "a list", "a rude door"]);
     let (_, progress) = go(&rows, &out, Shard::ALL, BOUNDS).await;
     assert_eq!((progress.recorded, progress.fresh, progress.kept), (4, 4, 3));
     let manifest = pack(&out, &rows, &packing()).unwrap();
     assert_eq!((kept(&manifest), manifest.rows, manifest.gone), (3, 4, 0));
-    // What is the same in its words may differ in what it counts as, or in its draft.
+    // The category or the draft may change while the text stays.
     let rude = json!({"query": "a list", "image": "a.png", "draft": "rude words"});
     let text = std::fs::read_to_string(&path).unwrap();
     let text: Vec<&str> = text.lines().collect();
     std::fs::write(&path, format!("{}\nnot json\n{rude}\n{}\n", text[0], text[3])).unwrap();
     let (_, progress) = go(&rows, &out, Shard::ALL, BOUNDS).await;
     assert_eq!((progress.recorded, progress.fresh, progress.kept, progress.failed), (4, 2, 3, 1));
-    // A row that is mended is made without being asked for, and an end that is gone is told.
+    // A repaired row is processed without a request, and missing rows are counted.
     write_queries(&path, &["a rude roof", "a rude list"]);
     let (_, progress) = go(&rows, &out, Shard::ALL, BOUNDS).await;
     assert_eq!((progress.recorded, progress.fresh, progress.kept, progress.failed), (2, 1, 2, 0));
@@ -416,7 +415,7 @@ async fn another_row_in_the_place_of_one_is_made_anew() {
 }
 
 #[tokio::test]
-async fn a_duplicate_of_a_row_that_is_gone_is_made() {
+async fn a_duplicate_of_a_removed_row_is_processed() {
     let folder = tempfile::tempdir().unwrap();
     let (path, out) = (folder.path().join("rows.jsonl"), folder.path().join("out"));
     let rows = input(path.clone());
@@ -430,7 +429,7 @@ async fn a_duplicate_of_a_row_that_is_gone_is_made() {
 }
 
 #[tokio::test]
-async fn a_row_is_no_duplicate_of_one_that_failed() {
+async fn a_row_does_not_duplicate_a_failed_one() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("rows.jsonl");
     let asked = |door: &str| {
@@ -461,7 +460,7 @@ async fn a_row_is_no_duplicate_of_one_that_failed() {
 }
 
 #[tokio::test]
-async fn what_a_server_says_of_a_row_is_cut() {
+async fn errors_of_a_server_are_shortened() {
     let folder = tempfile::tempdir().unwrap();
     let (path, out) = (folder.path().join("rows.jsonl"), folder.path().join("out"));
     write_queries(&path, &["a refused list of all that hangs in the kitchen"]);
@@ -474,7 +473,7 @@ async fn what_a_server_says_of_a_row_is_cut() {
 }
 
 #[tokio::test]
-async fn nobody_else_writes_until_the_dataset_is_packed() {
+async fn the_journal_stays_locked_until_the_dataset_is_packed() {
     let folder = tempfile::tempdir().unwrap();
     let rows = input(write_input(folder.path()));
     let (out, header) = (folder.path().join("out"), header(&rows, Shard::ALL));
@@ -490,7 +489,7 @@ fn read(rows: Rows) -> Vec<(String, usize)> {
 }
 
 #[tokio::test]
-async fn every_format_gives_the_same_rows() {
+async fn every_format_yields_the_same_rows() {
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path();
     std::fs::write(root.join("a.png"), png(1)).unwrap();
@@ -507,7 +506,7 @@ async fn every_format_gives_the_same_rows() {
     for name in ["rows.json", "rows.csv", ""] {
         assert_eq!(read(input(root.join(name)).rows().unwrap()), expected, "{name}");
     }
-    // What was packed can be an input again: images out of Parquet are the bytes that went in.
+    // A dataset can be an input again: images from Parquet are the original bytes.
     let out = root.join("out");
     let csv = input(root.join("rows.csv"));
     go(&csv, &out, Shard::ALL, BOUNDS).await;
@@ -531,9 +530,9 @@ async fn every_format_gives_the_same_rows() {
         again.iter().map(|row| row.query.as_str()).collect::<Vec<_>>(),
         ["a rude A?", "a rude B?", "C?"]
     );
-    assert_eq!(again[1].images, [Picture::Bytes(png(2).into())]);
+    assert_eq!(again[1].images, [ImageSource::Bytes(png(2).into())]);
 
-    for (name, says) in [("nothing.jsonl", "No such file"), ("a.png", "not .jsonl")] {
+    for (name, says) in [("nothing.jsonl", "No such file"), ("a.png", "unknown format")] {
         let error = input(root.join(name)).rows().err().unwrap();
         assert!(error.to_string().contains(says), "{error}");
     }
@@ -542,6 +541,6 @@ async fn every_format_gives_the_same_rows() {
     assert!(
         rows[0].is_ok()
             && rows[1].is_err()
-            && format!("{:?}", rows[2]).contains("not a JSON array")
+            && format!("{:?}", rows[2]).contains("ends before the `]`")
     );
 }

@@ -1,4 +1,4 @@
-//! What comes in: inputs as people have them, and what was packed here.
+//! Inputs: real-world layouts and files, and datasets packed here.
 
 use std::{
     error::Error,
@@ -17,15 +17,15 @@ use base64::{Engine, prelude::BASE64_STANDARD};
 use ecso::{ImageError, error_chain};
 use ecso_data::{
     input::{Input, Mapping},
-    row::{Picture, Row},
+    row::{ImageSource, Row},
 };
 use proptest::prelude::*;
 use serde_json::json;
 
 use crate::data::{input, png};
 
-/// Queries with the number of their images; or what the error says.
-fn told(input: &Input) -> Vec<Result<(String, usize), String>> {
+/// The query and number of images of each row, or its error.
+fn read_all(input: &Input) -> Vec<Result<(String, usize), String>> {
     let rows = match input.rows() {
         Ok(rows) => rows,
         Err(error) => return vec![Err(error.to_string())],
@@ -34,8 +34,8 @@ fn told(input: &Input) -> Vec<Result<(String, usize), String>> {
         .collect()
 }
 
-/// Files of the field: how many rows of each are read, how many aren't, and what an error says.
-const FIELD: &[(&str, usize, usize, &str)] = &[
+/// Real-world files: the number of rows that are read, the number that fail, and part of the errors.
+const FILES: &[(&str, usize, usize, &str)] = &[
     ("10-data-urls/bare-base64.json", 1, 0, ""),
     ("10-data-urls/plus-as-space.json", 1, 0, ""),
     ("10-data-urls/trailing-newline.json", 1, 0, ""),
@@ -54,7 +54,7 @@ const FIELD: &[(&str, usize, usize, &str)] = &[
     ("21-encodings/array.jsonl", 3, 0, ""),
     ("21-encodings/bom.csv", 3, 0, ""),
     ("21-encodings/bom.jsonl", 3, 0, ""),
-    ("21-encodings/comma.jsonl", 1, 1, "no comma stands"),
+    ("21-encodings/comma.jsonl", 1, 1, "no comma after"),
     ("21-encodings/crlf.jsonl", 3, 0, ""),
     ("21-encodings/latin1.csv", 0, 3, "not UTF-8"),
     ("21-encodings/lines.json", 3, 0, ""),
@@ -65,7 +65,7 @@ const FIELD: &[(&str, usize, usize, &str)] = &[
 ];
 
 #[test]
-fn inputs_of_the_field_are_read_or_say_what_is_wrong() {
+fn real_world_files_are_read() {
     let Some(data) =
         std::env::var_os("ECSO_TEST_DATA").map(|data| PathBuf::from(data).join("field"))
     else {
@@ -76,8 +76,8 @@ fn inputs_of_the_field_are_read_or_say_what_is_wrong() {
         println!("skipped: no {}", data.display());
         return;
     }
-    for (name, read, failed, says) in FIELD {
-        let rows = told(&input(data.join(name)));
+    for (name, read, failed, says) in FILES {
+        let rows = read_all(&input(data.join(name)));
         let errors: Vec<&String> = rows.iter().filter_map(|row| row.as_ref().err()).collect();
         assert_eq!((rows.len() - errors.len(), errors.len()), (*read, *failed), "{name}: {rows:?}");
         assert!(errors.iter().all(|error| error.contains(says)), "{name}: {errors:?}");
@@ -91,13 +91,13 @@ fn inputs_of_the_field_are_read_or_say_what_is_wrong() {
         query: Some("What?".into()),
         ..input(data.join("20-parquet-types/image-only.parquet"))
     };
-    assert_eq!(told(&all), vec![Ok(("What?".to_owned(), 1)); 2]);
+    assert_eq!(read_all(&all), vec![Ok(("What?".to_owned(), 1)); 2]);
 }
 
-/// Rows as public datasets have them, with what `--map` names, and what becomes of each: its query
-/// and the number of its images, or what the error says.
+/// Rows of public datasets, the `--map` for them, and the query and number of images that are read, or
+/// part of the error.
 const LAYOUTS: &[(&str, &str, &str)] = &[
-    // LLaVA, ShareGPT4V: a conversation whose image stands in its first turn; some rows have none.
+    // LLaVA, ShareGPT4V: a conversation with an image in its first turn; some rows have none.
     (
         r#"{"id":"1","image":"a.png","conversations":[{"from":"human","value":"<image>\nA?"},{"from":"gpt","value":"a"},{"from":"human","value":"B?"}]}"#,
         "",
@@ -114,14 +114,14 @@ const LAYOUTS: &[(&str, &str, &str)] = &[
         "",
         "B? 1",
     ),
-    // Pairs by other names, with a system message; of two questions nobody knows which is asked.
+    // Pairs with other names and a system message; two questions are ambiguous.
     (
         r#"{"conversation":[{"system":"Be kind.","input":"<image>\nA?","output":"a"}],"image":"a.png"}"#,
         "",
         "A? 1",
     ),
     (r#"{"conversations":[{"Human":"A?","GPT":"a"},{"Human":"B?"}]}"#, "", "B? 0"),
-    (r#"{"conversations":[{"instruction":"A","input":"B"}]}"#, "", "nothing says which"),
+    (r#"{"conversations":[{"instruction":"A","input":"B"}]}"#, "", "ambiguous"),
     (r#"{"conversations":[{"q":"A?","a":"a"}]}"#, "", "neither `role` nor `from`, but a, q"),
     // VLGuard.
     (
@@ -139,7 +139,7 @@ const LAYOUTS: &[(&str, &str, &str)] = &[
         "conversations=instr-resp",
         "but response, safe_instruction",
     ),
-    // M3IT: what the instruction is about stands beside it, the image in base64.
+    // M3IT: the context of the instruction has its own column, the image is base64.
     (
         r#"{"instruction":"Look.","inputs":"A?","image_base64_str":["iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJ"]}"#,
         "",
@@ -157,7 +157,7 @@ const LAYOUTS: &[(&str, &str, &str)] = &[
         "A? 1",
     ),
     (r#"{"prompt":"{\"prompt\": \"A?\"}"}"#, "query=prompt", "{\"prompt\": \"A?\"} 0"),
-    // VQAv2, A-OKVQA, TextVQA, GQA: an image by its number, or by a URL that nobody named.
+    // VQAv2, A-OKVQA, TextVQA, GQA: an image by number, or by a URL in an unknown column.
     (
         r#"{"image_id":262148,"question":"A?","question_id":262148000}"#,
         "",
@@ -176,7 +176,7 @@ const LAYOUTS: &[(&str, &str, &str)] = &[
         "A? 1",
     ),
     (r#"{"question":"A?","image":null,"image_source":"none"}"#, "", "A? 0"),
-    // Ollama, DeepSeek-VL: images beside what a turn says. MiniCPM-V: images by their marks.
+    // Ollama, DeepSeek-VL: images in a field of the turn. MiniCPM-V: images by mark.
     (r#"{"messages":[{"role":"user","content":"A?","images":["a.png"]}]}"#, "", "A? 1"),
     (
         r#"{"messages":[{"role":"User","content":"<image_placeholder>A?","images":["a.png"]}]}"#,
@@ -232,7 +232,7 @@ const LAYOUTS: &[(&str, &str, &str)] = &[
         "query=row.question",
         "--map image=row.image",
     ),
-    // Arena: each turn a list. Text and image in one part, text as an object.
+    // Arena: each turn is a list. Text and image in one part, text as an object.
     (
         r#"{"conversation":[[{"role":"user","content":"A?"}],[{"role":"assistant","content":"a"}],[{"role":"user","content":"B?"}]],"images":["a.png"]}"#,
         "",
@@ -254,7 +254,7 @@ const LAYOUTS: &[(&str, &str, &str)] = &[
         "",
         "where words should be",
     ),
-    // Of columns that are usual the one that holds most; what is empty isn't one.
+    // Of several image columns, the one with the most images; empty ones don't count.
     (r#"{"query":"A?","image":"a.png","images":["a.png","b.png"]}"#, "", "A? 2"),
     (r#"{"query":"A?","image":"a.png","image_path":"b/a.png"}"#, "", "A? 1"),
     (r#"{"query":"<image 1><image 2>A?","image":"a.png","image_2":"b.png"}"#, "", "A? 2"),
@@ -264,39 +264,39 @@ const LAYOUTS: &[(&str, &str, &str)] = &[
         "A? 0",
     ),
     (r#"{"prompt":{"role":"user","content":"A?"},"id":{"$oid":"5f"}}"#, "", "A? 0"),
-    // Files that aren't rows: a list in an object, an object of rows, a table by columns.
+    // Files without rows: a list in an object, an object of rows, a column-oriented table.
     (
         r#"{"info":{"year":2017},"questions":[{"image_id":1,"question":"A?"}]}"#,
         "",
-        "rows stand in the list `questions`",
+        "the rows are in the list `questions`",
     ),
     (
         r#"{"annotations":[{"image_id":"2","caption":"A loaf."}]}"#,
         "",
-        "rows stand in the list `annotations`",
+        "the rows are in the list `annotations`",
     ),
-    (r#"{"data":{"train":[{"question":"A?"}]}}"#, "", "rows stand in the list `data.train`"),
-    (r#"{"0":{"Question":"A?"},"1":{"Question":"B?"}}"#, "", "each of its columns is a row"),
+    (r#"{"data":{"train":[{"question":"A?"}]}}"#, "", "the rows are in the list `data.train`"),
+    (r#"{"0":{"Question":"A?"},"1":{"Question":"B?"}}"#, "", "each column is a row"),
     (r#"{"question":["A?","B?"],"image":["a.png","b.png"]}"#, "", "column by column"),
     (
         r#"{"question":{"0":"A?","1":"B?"},"image":{"0":"a.png","1":"b.png"}}"#,
         "",
         "column by column",
     ),
-    // Marks in other letters, and in what stands around them.
+    // Other spellings of marks.
     (r#"{"query":"<Image>\nA?","image":"a.png"}"#, "", "A? 1"),
     (r#"{"query":"<Img><ImageHere></Img> A?","image":"a.png"}"#, "", "A? 1"),
     (r#"{"query":"(<image>./</image>)\nA?","image":"a.png"}"#, "", "A? 1"),
-    (r#"{"query":"<image>\nA?","images":[]}"#, "", "marks of images in the text: 1"),
-    // What Python shows is no JSON, and half a character is none.
-    (r#"{"query":"A?","images":"['a.png', 'b.png']"}"#, "", "as Python shows it"),
-    (r#"{"conversations":"[{'from': 'human', 'value': 'A?'}]"}"#, "", "as Python shows it"),
+    (r#"{"query":"<image>\nA?","images":[]}"#, "", "the text has 1 image placeholders"),
+    // Python's notation is not JSON, and half of a surrogate pair is not a character.
+    (r#"{"query":"A?","images":"['a.png', 'b.png']"}"#, "", "in Python's notation"),
+    (r#"{"conversations":"[{'from': 'human', 'value': 'A?'}]"}"#, "", "in Python's notation"),
     (r#"{"query":"A \ud83c?"}"#, "", "half of a surrogate pair"),
     (r#"{"query":"A?"} // mine"#, "", "no comments"),
 ];
 
 #[test]
-fn layouts_of_public_datasets_are_read_or_say_what_to_do() {
+fn layouts_of_public_datasets_are_read() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("rows.jsonl");
     for (row, named, expected) in LAYOUTS {
@@ -304,23 +304,23 @@ fn layouts_of_public_datasets_are_read_or_say_what_to_do() {
         let pairs = named.split(',').filter_map(|pair| pair.split_once('='));
         let mapping =
             Mapping::new(pairs.map(|(what, column)| (what.to_owned(), column.to_owned()))).unwrap();
-        let told = told(&Input { mapping, ..input(path.clone()) });
-        match &told[..] {
+        let rows = read_all(&Input { mapping, ..input(path.clone()) });
+        match &rows[..] {
             [Ok((query, images))] => assert_eq!(format!("{query} {images}"), *expected, "{row}"),
             [Err(error)] => assert!(error.contains(expected), "{row}: {error}"),
-            _ => panic!("{row}: {told:?}"),
+            _ => panic!("{row}: {rows:?}"),
         }
     }
-    // A row of nothing but the query of all rows is none.
+    // A row with nothing but the common query is an error.
     std::fs::write(&path, "{\"annotations\":[{\"caption\":\"A loaf.\"}]}\n{\"image\":\"a.png\"}\n")
         .unwrap();
-    let told = told(&Input { query: Some("What?".into()), ..input(path) });
-    assert!(told[0].as_ref().unwrap_err().contains("neither query nor image"), "{told:?}");
-    assert_eq!(told[1], Ok(("What?".to_owned(), 1)));
+    let rows = read_all(&Input { query: Some("What?".into()), ..input(path) });
+    assert!(rows[0].as_ref().unwrap_err().contains("neither query nor image"), "{rows:?}");
+    assert_eq!(rows[1], Ok(("What?".to_owned(), 1)));
 }
 
 #[test]
-fn images_stand_where_their_parts_say() {
+fn image_parts_select_images_by_index() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("rows.jsonl");
     let part = |index: usize| json!({"type": "image", "index": index, "text": null});
@@ -333,9 +333,9 @@ fn images_stand_where_their_parts_say() {
     let row = json!({"messages": messages, "images": ["wheat.png", "rye.png"]});
     std::fs::write(&path, row.to_string()).unwrap();
     let row = input(path).rows().unwrap().next().unwrap().unwrap();
-    let images: Vec<Picture> =
-        ["rye.png", "wheat.png"].map(|name| Picture::File(folder.path().join(name))).into();
-    assert_eq!((row.images, row.before[0].images, row.query.as_str()), (images, 1, "Wheat?"));
+    let images: Vec<ImageSource> =
+        ["rye.png", "wheat.png"].map(|name| ImageSource::File(folder.path().join(name))).into();
+    assert_eq!((row.images, row.earlier[0].images, row.query.as_str()), (images, 1, "Wheat?"));
 }
 
 #[test]
@@ -356,14 +356,14 @@ fn compressed_files_are_read() {
     std::fs::write(root.join("d.csv.gz"), gzip("\u{feff}query;image\n\"A?\";\nB?;\n")).unwrap();
     let expected = ["A?", "B?"].map(|query| Ok((query.to_owned(), 0)));
     for name in ["a.jsonl.gz", "b.jsonl", "c.json.zst", "d.csv.gz"] {
-        assert_eq!(told(&input(root.join(name))), expected, "{name}");
+        assert_eq!(read_all(&input(root.join(name))), expected, "{name}");
     }
-    assert_eq!(told(&input(root.join("*.jsonl*"))).len(), 4);
+    assert_eq!(read_all(&input(root.join("*.jsonl*"))).len(), 4);
     let cut = gzip(&lines.repeat(100));
     std::fs::write(root.join("cut.jsonl.gz"), &cut[..cut.len() - 9]).unwrap();
-    let last = told(&input(root.join("cut.jsonl.gz"))).pop().unwrap();
+    let last = read_all(&input(root.join("cut.jsonl.gz"))).pop().unwrap();
     assert!(last.unwrap_err().contains("can't be read any further"));
-    // What ends before its end says so, and a row that is merely broken doesn't.
+    // Truncated files are marked as such, broken rows are not.
     for (name, text, expected) in [
         ("cut.jsonl.gz", None, true),
         ("half.jsonl", Some("{\"query\":\"A?\"}\n{\"query\":\"B"), true),
@@ -379,13 +379,16 @@ fn compressed_files_are_read() {
         assert_eq!(last.unwrap_err().is_cut_short(), expected, "{name}");
     }
     std::fs::write(root.join("rows.zip"), "PK\u{3}\u{4}").unwrap();
-    for (name, says) in [("rows.zip", "unpack it"), ("rows.parquet.gz", "not .jsonl")] {
-        assert!(told(&input(root.join(name)))[0].as_ref().unwrap_err().contains(says), "{name}");
+    for (name, says) in [("rows.zip", "unpack it"), ("rows.parquet.gz", "unknown format")] {
+        assert!(
+            read_all(&input(root.join(name)))[0].as_ref().unwrap_err().contains(says),
+            "{name}"
+        );
     }
 }
 
 #[test]
-fn errors_keep_what_is_behind_them_and_say_it_once() {
+fn errors_keep_their_causes_and_report_them_once() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("rows.jsonl");
     std::fs::write(
@@ -413,13 +416,13 @@ fn errors_keep_what_is_behind_them_and_say_it_once() {
 }
 
 #[test]
-fn a_column_that_was_named_is_there_or_its_row_says_so() {
+fn missing_named_columns_are_errors() {
     let folder = tempfile::tempdir().unwrap();
-    let told = |name: &str, text: &str, pairs: &[(&str, &str)]| {
+    let read_mapped = |name: &str, text: &str, pairs: &[(&str, &str)]| {
         let path = folder.path().join(name);
         std::fs::write(&path, text).unwrap();
         let pairs = pairs.iter().map(|(what, column)| ((*what).to_owned(), (*column).to_owned()));
-        told(&Input { mapping: Mapping::new(pairs).unwrap(), ..input(path) })
+        read_all(&Input { mapping: Mapping::new(pairs).unwrap(), ..input(path) })
     };
     let read = |query: &str, images| Ok((query.to_owned(), images));
     let lines = concat!(
@@ -429,18 +432,18 @@ fn a_column_that_was_named_is_there_or_its_row_says_so() {
     );
     let array = format!("[{}]", lines.trim().replace('\n', ","));
     for (name, text) in [("rows.jsonl", lines), ("rows.json", &array)] {
-        let rows = told(name, text, &[("image", "photo"), ("category", "tag")]);
+        let rows = read_mapped(name, text, &[("image", "photo"), ("category", "tag")]);
         assert_eq!(rows[..2], [read("A?", 1), read("B?", 0)], "{name}");
         assert_eq!(
             rows[2],
-            Err("row 3: --map image=photo: there is no such column; there are question".to_owned())
+            Err("row 3: --map image=photo: no such column; the columns are question".to_owned())
         );
         for pair in
             [("image", "foto"), ("query", "quetsion"), ("draft", "answer"), ("messages", "turns")]
         {
-            let rows = told(name, text, &[pair]);
+            let rows = read_mapped(name, text, &[pair]);
             let says = format!(
-                "row 1: --map {}={}: there is no such column; there are photo, question, tag",
+                "row 1: --map {}={}: no such column; the columns are photo, question, tag",
                 pair.0, pair.1
             );
             assert!(
@@ -450,19 +453,22 @@ fn a_column_that_was_named_is_there_or_its_row_says_so() {
         }
     }
     let table = "question,photo\nA?,a.png\nB?,\n";
-    assert_eq!(told("rows.csv", table, &[("image", "photo")]), [read("A?", 1), read("B?", 0)]);
+    assert_eq!(
+        read_mapped("rows.csv", table, &[("image", "photo")]),
+        [read("A?", 1), read("B?", 0)]
+    );
     assert!(
-        told("rows.csv", table, &[("image", "foto")])[0]
+        read_mapped("rows.csv", table, &[("image", "foto")])[0]
             .as_ref()
             .unwrap_err()
             .contains("rows.csv: --map image=foto: ")
     );
-    // What was named counts, and nothing beside it.
+    // A named column takes precedence over all others.
     let both = "{\"messages\":[{\"role\":\"user\",\"content\":\"A?\"}],\"asked\":\"B?\"}\n";
-    assert_eq!(told("both.jsonl", both, &[("query", "asked")]), [read("B?", 0)]);
+    assert_eq!(read_mapped("both.jsonl", both, &[("query", "asked")]), [read("B?", 0)]);
     let empty = both.replace("B?", "");
     assert!(
-        told("both.jsonl", &empty, &[("query", "asked")])[0]
+        read_mapped("both.jsonl", &empty, &[("query", "asked")])[0]
             .as_ref()
             .unwrap_err()
             .contains("no query")
@@ -486,7 +492,7 @@ fn parquet(path: &Path, columns: Vec<(&str, ArrayRef)>) {
 }
 
 #[test]
-fn every_type_of_parquet_is_read_or_named() {
+fn every_type_of_parquet_is_read_or_reported() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("a.png"), png(1)).unwrap();
     let bytes = png(1);
@@ -532,13 +538,13 @@ fn every_type_of_parquet_is_read_or_named() {
         let rows: Vec<Row> = input(path).rows().unwrap().map(|row| row.unwrap()).collect();
         assert_eq!((rows.len(), rows[0].query.as_str()), (1, "What?"), "{kind}");
         let held = match &rows[0].images[..] {
-            [Picture::Bytes(held)] => held.to_vec(),
-            [Picture::File(path)] => std::fs::read(path).unwrap(),
+            [ImageSource::Bytes(held)] => held.to_vec(),
+            [ImageSource::File(path)] => std::fs::read(path).unwrap(),
             other => panic!("{kind}: {other:?}"),
         };
         assert_eq!(held, bytes, "{kind}");
     }
-    // What is no text or no image is an error that names column and type.
+    // Other types for text and image are errors that name column and type.
     let numbers: ArrayRef = Arc::new(Int32Array::from(vec![3]));
     let list: ArrayRef =
         Arc::new(FixedSizeListArray::new(item(&DataType::Int32), 1, numbers.clone(), None));
@@ -548,10 +554,10 @@ fn every_type_of_parquet_is_read_or_named() {
     ] {
         let path = folder.path().join("wrong.parquet");
         parquet(&path, vec![("query", query), ("image", image)]);
-        let rows = told(&input(path));
+        let rows = read_all(&input(path));
         assert!(rows.len() == 1 && rows[0].as_ref().unwrap_err().contains(says), "{rows:?}");
     }
-    // What stands inside of a column is named with a dot.
+    // Nested columns are named with a dot.
     let path = folder.path().join("inside.parquet");
     let meta = StructArray::from(vec![(
         Arc::new(Field::new("asked", DataType::Utf8, true)),
@@ -561,7 +567,7 @@ fn every_type_of_parquet_is_read_or_named() {
     parquet(&path, vec![("meta", Arc::new(meta)), ("shot", shot)]);
     let mapped = |pairs: &[(&str, &str)]| {
         let pairs = pairs.iter().map(|(what, column)| ((*what).to_owned(), (*column).to_owned()));
-        told(&Input { mapping: Mapping::new(pairs).unwrap(), ..input(path.clone()) })
+        read_all(&Input { mapping: Mapping::new(pairs).unwrap(), ..input(path.clone()) })
     };
     assert_eq!(
         mapped(&[("query", "meta.asked"), ("image", "shot")]),
@@ -571,15 +577,18 @@ fn every_type_of_parquet_is_read_or_named() {
         mapped(&[("query", "meta.asked")])[0].as_ref().unwrap_err().contains("--map image=shot")
     );
     assert!(mapped(&[("query", "meta.said")])[0].as_ref().unwrap_err().contains("no such column"));
-    // An image that nobody named is not dropped.
+    // An image in an unknown column is not ignored.
     let path = folder.path().join("photo.parquet");
     parquet(&path, vec![("query", text.clone()), ("photo", Arc::new(pair))]);
-    assert!(told(&input(path.clone()))[0].as_ref().unwrap_err().contains("--map image=photo"));
+    assert!(read_all(&input(path.clone()))[0].as_ref().unwrap_err().contains("--map image=photo"));
     let mapping = Mapping::new([("image".to_owned(), "photo".to_owned())]).unwrap();
-    assert_eq!(told(&Input { mapping, ..input(path.clone()) }), [Ok(("a.png".to_owned(), 1))]);
+    assert_eq!(read_all(&Input { mapping, ..input(path.clone()) }), [Ok(("a.png".to_owned(), 1))]);
     let mapping = Mapping::new([("image".to_owned(), "foto".to_owned())]).unwrap();
     assert!(
-        told(&Input { mapping, ..input(path) })[0].as_ref().unwrap_err().contains("no such column")
+        read_all(&Input { mapping, ..input(path) })[0]
+            .as_ref()
+            .unwrap_err()
+            .contains("no such column")
     );
 }
 
@@ -596,25 +605,25 @@ fn folders_and_patterns_of_tables_are_read_in_order() {
     for path in
         [root.to_owned(), root.join("data"), root.join("data/*.jsonl"), root.join("*/?.jsonl")]
     {
-        assert_eq!(told(&input(path.clone())), expected, "{}", path.display());
+        assert_eq!(read_all(&input(path.clone())), expected, "{}", path.display());
         assert_eq!(input(path).count(), Some(2));
     }
     assert!(
-        told(&input(root.join("*.csv")))[0]
+        read_all(&input(root.join("*.csv")))[0]
             .as_ref()
             .unwrap_err()
-            .contains("no file has such a name")
+            .contains("no file matches this pattern")
     );
-    // What a folder is must be clear.
+    // A folder with images and tables is ambiguous.
     std::fs::write(root.join("a.png"), png(1)).unwrap();
-    let error = told(&input(root.to_owned())).remove(0).unwrap_err();
+    let error = read_all(&input(root.to_owned())).remove(0).unwrap_err();
     assert!(error.contains("1 images and 2 tables") && error.contains("data/*.jsonl"), "{error}");
     let asked = Input { query: Some("<image>\nWhat?".into()), ..input(root.to_owned()) };
-    assert_eq!(told(&asked), [Ok(("What?".to_owned(), 1))]);
+    assert_eq!(read_all(&asked), [Ok(("What?".to_owned(), 1))]);
 }
 
 #[test]
-fn files_that_are_not_read_are_told() {
+fn unread_files_are_counted() {
     let unread = |files: &[&str], query: Option<&str>| {
         let folder = tempfile::tempdir().unwrap();
         for name in files {
@@ -625,7 +634,7 @@ fn files_that_are_not_read_are_told() {
         let input = Input { query: query.map(str::to_owned), ..input(folder.path().to_owned()) };
         input.unread().map_or_else(|error| error.to_string(), |unread| unread.to_string())
     };
-    for (files, told) in [
+    for (files, rows) in [
         (&["a.png", "a.txt", "rows.jsonl", "b.txt"][..], "1 .jsonl, 1 .txt"),
         (&["metadata.jsonl", "train.jsonl", "a.png"], "1 .jsonl"),
         (
@@ -634,7 +643,7 @@ fn files_that_are_not_read_are_told() {
         ),
         (&["a.jsonl", "b.jsonl.gz", "dataset_infos.json", ".cache/x.bin"], ""),
     ] {
-        assert_eq!(unread(files, None), told, "{files:?}");
+        assert_eq!(unread(files, None), rows, "{files:?}");
     }
     assert_eq!(unread(&["a.png", "rows.csv"], Some("What?")), "1 .csv");
     assert!(
@@ -658,10 +667,10 @@ proptest! {
         for name in ["rows.jsonl", "rows.csv", "rows.parquet"] {
             let path = folder.path().join(name);
             std::fs::write(&path, &bytes).unwrap();
-            let _ = told(&input(path.clone()));
+            let _ = read_all(&input(path.clone()));
             let field = format!("{{\"messages\":[{{\"role\":\"user\",\"content\":[{text}]}}],\"image\":[{text}]}}");
             std::fs::write(&path, field).unwrap();
-            let _ = told(&input(path));
+            let _ = read_all(&input(path));
         }
     }
 }

@@ -1,15 +1,15 @@
-//! What comes out: every layout has one mark an image, and what is written is read again.
+//! Datasets: every layout has one placeholder per image, and can be read as an input again.
 
 use std::{collections::BTreeMap, path::Path};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use ecso_data::{
+    generate::RowOutcome,
     input::{Input, Mapping},
-    make::Made,
     manifest::Packing,
     pack::pack,
     record::Shard,
-    row::{Picture, Row},
+    row::{ImageSource, Row},
 };
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use proptest::prelude::*;
@@ -17,23 +17,22 @@ use serde_json::{Value, json};
 
 use crate::data::{BOUNDS, go, input, packing, png, records};
 
-/// A turn: who says it, its text, images before it, and whether one stands in its midst.
-type Said = (&'static str, String, usize, bool);
+/// A turn: role, text, number of images before it, and whether one is within the text.
+type EarlierTurn = (&'static str, String, usize, bool);
 
-fn turns() -> impl Strategy<Value = Vec<Said>> {
-    // Spaces, marks and quotes as they are found in texts.
+fn turns() -> impl Strategy<Value = Vec<EarlierTurn>> {
+    // Texts with spaces, placeholders and quotes.
     let text = "(a|B|é|\\.|\\?| |\n|\"|\\\\|\\{|the image|<|>|&lt;image&gt;|</video>){0,12}";
     let who = prop::sample::select(vec!["user", "user", "user", "assistant", "system"]);
     prop::collection::vec((who, text, 0..3_usize, any::<bool>()), 0..5)
 }
 
-/// Answers that spell what stands for images.
+/// Answers that contain placeholders.
 const SPELLED: &str =
     "words about <image>, <video>, <|image_pad|>, <audio>, <img>a.png</img> and <image></image>";
 
-/// Rows of conversations whose images are data URLs. Of those with a draft every second one's is
-/// rude.
-fn lines(rows: &[Vec<Said>]) -> String {
+/// Rows of conversations with images as data URLs. Every second draft is rude.
+fn lines(rows: &[Vec<EarlierTurn>]) -> String {
     let mut number = 0;
     let mut image = || {
         number += 1;
@@ -65,17 +64,17 @@ fn lines(rows: &[Vec<Said>]) -> String {
     text
 }
 
-fn bytes(picture: &Picture) -> Vec<u8> {
+fn bytes(picture: &ImageSource) -> Vec<u8> {
     match picture {
-        Picture::Bytes(bytes) => bytes.to_vec(),
-        Picture::File(path) => std::fs::read(path).unwrap(),
-        Picture::Url(url) => panic!("{url}"),
+        ImageSource::Bytes(bytes) => bytes.to_vec(),
+        ImageSource::File(path) => std::fs::read(path).unwrap(),
+        ImageSource::Url(url) => panic!("{url}"),
     }
 }
 
-/// What a row says and shows, whoever says it.
+/// The texts and images of a row, without roles.
 fn content(row: &Row) -> (String, Vec<Vec<u8>>) {
-    let texts = row.before.iter().map(|said| said.text.as_str()).chain([row.query.as_str()]);
+    let texts = row.earlier.iter().map(|said| said.text.as_str()).chain([row.query.as_str()]);
     let texts: Vec<&str> = texts.filter(|text| !text.is_empty()).collect();
     (texts.join("\n"), row.images.iter().map(bytes).collect())
 }
@@ -84,7 +83,7 @@ fn read(input: &Input) -> Vec<Row> {
     input.rows().unwrap().map(|row| row.unwrap()).collect()
 }
 
-/// The samples in a file of JSON lines or of an array.
+/// The samples in a file of JSON lines or in an array.
 fn samples(path: &Path) -> Vec<Value> {
     let Ok(text) = std::fs::read_to_string(path) else { return Vec::new() };
     if text.starts_with('[') {
@@ -97,12 +96,12 @@ fn marks(of: &Value) -> usize {
     of.to_string().matches("<image>").count()
 }
 
-/// Who speaks, in order.
+/// The roles of the turns, in order.
 fn speakers<'a>(turns: &'a Value, key: &str) -> Vec<&'a str> {
     turns.as_array().unwrap().iter().map(|turn| turn[key].as_str().unwrap()).collect()
 }
 
-/// Whether user and model take turns, the user first.
+/// Whether user and model alternate, the user first.
 fn alternate(speakers: &[&str], user: &str) -> bool {
     speakers
         .iter()
@@ -113,7 +112,7 @@ fn alternate(speakers: &[&str], user: &str) -> bool {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
     #[test]
-    fn what_is_packed_is_read(rows in prop::collection::vec(turns(), 1..5)) {
+    fn packed_datasets_are_read(rows in prop::collection::vec(turns(), 1..5)) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("rows.jsonl");
         std::fs::write(&path, lines(&rows)).unwrap();
@@ -126,16 +125,16 @@ proptest! {
 
         let made = records(&out);
         prop_assert!(made.values().all(|record| record.error.is_none()), "{made:?}");
-        let of = |wanted: fn(&Made) -> bool| -> Vec<Row> {
-            let is_wanted = |row: &Row| made[&row.number.to_string()].made.as_ref().is_some_and(wanted);
+        let of = |wanted: fn(&RowOutcome) -> bool| -> Vec<Row> {
+            let is_wanted = |row: &Row| made[&row.number.to_string()].outcome.as_ref().is_some_and(wanted);
             read(&rows).into_iter().filter(is_wanted).collect()
         };
-        let pairs = of(|made| matches!(made, Made::Kept(_)));
-        let kept = of(|made| matches!(made, Made::Kept(_) | Made::Safe(_)));
+        let pairs = of(|made| matches!(made, RowOutcome::Kept(_)));
+        let kept = of(|made| matches!(made, RowOutcome::Kept(_) | RowOutcome::Safe(_)));
         prop_assert!(!pairs.is_empty());
 
         // Parquet has the turns as they were.
-        let shown = |row: &Row| (row.before.clone(), content(row));
+        let shown = |row: &Row| (row.earlier.clone(), content(row));
         for (name, kept) in [("sft", &kept), ("dpo/*.parquet", &pairs)] {
             let again: Vec<_> = read(&input(dataset.join(name))).iter().map(shown).collect();
             prop_assert_eq!(again, kept.iter().map(shown).collect::<Vec<_>>(), "{}", name);
@@ -147,7 +146,7 @@ proptest! {
             }
         }
 
-        // The others have what was said and shown, in turns as their trainers want them.
+        // The other layouts have the same texts and images, in turns as their trainers expect.
         for (name, kept) in [("messages/train.jsonl", &kept), ("pairs/train.jsonl", &pairs)] {
             let again: Vec<_> = read(&input(dataset.join(name))).iter().map(content).collect();
             prop_assert_eq!(again, kept.iter().map(content).collect::<Vec<_>>(), "{}", name);
@@ -167,7 +166,7 @@ proptest! {
                 }
             }
         }
-        // LLaVA's trainer takes one image at most, and files of several images are LLaVA-NeXT's.
+        // LLaVA's trainer takes at most one image; files with several are for LLaVA-NeXT.
         let mut again: Vec<_> = read(&input(dataset.join("llava/*.json"))).iter().map(content).collect();
         let mut content: Vec<_> = kept.iter().map(content).collect();
         again.sort();
@@ -179,7 +178,7 @@ proptest! {
                 prop_assert!(sample["image"].is_array() == is_several && (images > 1) == is_several);
                 prop_assert_eq!(marks(&sample["conversations"]), images);
                 let speakers = speakers(&sample["conversations"], "from");
-                // A turn of the model that stands first is left out by the trainer.
+                // The trainer drops a first turn of the model.
                 prop_assert!(alternate(speakers.strip_prefix(&["gpt"]).unwrap_or(&speakers), "human"), "{:?}", speakers);
             }
         }
@@ -187,7 +186,7 @@ proptest! {
 }
 
 #[tokio::test]
-async fn what_llama_factory_is_told_is_there() {
+async fn dataset_info_matches_the_files() {
     let folder = tempfile::tempdir().unwrap();
     let row = |number: u32, query: &str| {
         json!({"query": query, "image": BASE64_STANDARD.encode(png(number * 17))}).to_string()
@@ -219,7 +218,7 @@ async fn what_llama_factory_is_told_is_there() {
         manifest.files.contains_key("dataset_info.json")
             && manifest.files.contains_key("pairs/train.jsonl")
     );
-    // The answer to unlearn is a draft again, by its column's name.
+    // The answer to unlearn can be read as a draft, by the name of its column.
     let mapping = Mapping::new([("draft".to_owned(), "rejected_response".to_owned())]).unwrap();
     let drafts = read(&Input { mapping, ..input(dataset.join("pairs/train.jsonl")) });
     assert!(

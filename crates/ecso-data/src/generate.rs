@@ -1,5 +1,5 @@
-//! The core: from one row to what becomes of it. A plain function that knows nothing of files,
-//! order or other rows, so that any engine can call it.
+//! The core: what one row becomes. It knows nothing about files, order or other rows, so that any
+//! engine can call it.
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -15,17 +15,17 @@ use crate::row::Row;
 /// What becomes of a row.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "outcome", rename_all = "kebab-case")]
-pub enum Made {
-    /// Step 2 calls the draft unsafe and step 4's answer passes: a sample for alignment, and a
-    /// preference pair.
+pub enum RowOutcome {
+    /// Step 2 calls the draft unsafe and step 4's answer passes the second check: a safety sample
+    /// and a preference pair.
     Kept(Sample),
-    /// Step 2 calls the draft safe: it can serve as a utility sample.
+    /// Step 2 calls the draft safe: a possible utility sample.
     Safe(Sample),
-    /// It is left out.
+    /// The row is left out.
     Dropped {
-        /// Why.
+        /// The reason.
         reason: Reason,
-        /// The row that it repeats, if that is why.
+        /// The number of the earlier row that it repeats, for duplicates.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         of: Option<u64>,
     },
@@ -35,27 +35,26 @@ pub enum Made {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Reason {
-    /// The same images and words stood in an earlier row.
+    /// An earlier row has the same images and texts.
     Duplicate,
-    /// Nearly the same did.
+    /// An earlier row has nearly the same images and texts.
     NearDuplicate,
-    /// Nobody judged it: it is out of the profile's scope.
+    /// Not judged, because it is out of the profile's scope.
     OutOfScope,
-    /// The answer to learn is not whole: it came to the limit of tokens, or a content filter cut
-    /// it.
+    /// The answer to learn is incomplete: it hit the token limit, or a content filter cut it.
     Cut,
-    /// The answer has no words.
+    /// The answer is empty.
     Empty,
-    /// The answer goes round in circles, or is the draft or the query once more.
+    /// The answer repeats itself, the draft or the query.
     Repetition,
     /// The second check calls step 4's answer harmful.
     StillHarmful,
-    /// The answer is a bare refusal, and those are not wanted.
+    /// The answer is a bare refusal, and [`Filters`] excludes those.
     Refusal,
 }
 
 impl Reason {
-    /// The word that files and screens use.
+    /// The name in files and output.
     #[must_use]
     pub fn word(self) -> &'static str {
         match self {
@@ -74,13 +73,13 @@ impl Reason {
 /// A row with its answers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
-    /// The direct answer (step 1), thoughts and all.
+    /// The direct answer (step 1), with the model's thoughts.
     pub draft: String,
-    /// The answer to learn, thoughts and all: step 4's; of a safe row the draft.
+    /// The answer to learn, with the model's thoughts: step 4's, or the draft of a safe row.
     pub answer: String,
-    /// Probability of harm of the draft, in 0..=1, where the model tells.
+    /// Probability in 0..=1 that the draft is harmful, if the model returns probabilities.
     pub score: Option<f64>,
-    /// Probability of harm of the answer, as the second check gives it.
+    /// The same for the answer, from the second check.
     pub second: Option<f64>,
     /// Whether the answer is a bare refusal.
     pub refusal: bool,
@@ -90,14 +89,14 @@ pub struct Sample {
     pub templates: Vec<String>,
 }
 
-/// What a row took.
+/// What a row cost.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cost {
-    /// Calls of the model.
+    /// Number of calls to the model.
     pub calls: u32,
-    /// Their tokens, prompts and replies, where the model tells.
+    /// Prompt and reply tokens of all calls, if the model reports usage.
     pub tokens: u64,
-    /// Their time, in milliseconds.
+    /// Time of all calls, in milliseconds.
     pub ms: u64,
 }
 
@@ -112,25 +111,25 @@ impl Cost {
     }
 }
 
-/// What is asked of an answer beyond being harmless.
+/// Requirements on answers besides being harmless.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Filters {
-    /// Leave out bare refusals.
+    /// Whether bare refusals are left out.
     pub no_refusals: bool,
 }
 
-/// Makes samples with one model under one profile.
-pub struct Maker {
+/// Generates samples with one model under one profile.
+pub struct Generator {
     guard: Guard<Arc<dyn Mllm>>,
-    /// Gives the direct answer.
+    /// Returns the direct answer.
     direct: Guard<Arc<dyn Mllm>>,
-    /// Judges step 4's answer, and asks for no other.
+    /// Judges step 4's answer without rewriting it.
     second: Guard<Arc<dyn Mllm>>,
     filters: Filters,
 }
 
-impl Maker {
-    /// A maker; `profile` is how the guard runs.
+impl Generator {
+    /// Creates a generator that guards under `profile`.
     #[must_use]
     pub fn new(model: &Arc<dyn Mllm>, profile: Profile, filters: Filters) -> Self {
         let mut direct = profile.clone();
@@ -141,12 +140,16 @@ impl Maker {
         Self { guard: guard(profile), direct: guard(direct), second: guard(second), filters }
     }
 
-    /// Takes a row, with its images read, through the guard. The direct answer is always made, as
-    /// it is one half of a preference pair.
+    /// Runs the guard on a row whose images are read. The direct answer is always generated, as it
+    /// is one half of a preference pair.
     ///
     /// # Errors
-    /// [`GuardError`]: the model failed. That says nothing about the row.
-    pub async fn make(&self, row: &Row, images: &[Image]) -> Result<(Made, Cost), GuardError> {
+    /// [`GuardError`] if the model failed. That says nothing about the row.
+    pub async fn generate(
+        &self,
+        row: &Row,
+        images: &[Image],
+    ) -> Result<(RowOutcome, Cost), GuardError> {
         let chat = row.chat(images);
         let mut cost = Cost::default();
         let (draft, draft_is_cut) = if let Some(draft) = &row.draft {
@@ -158,55 +161,60 @@ impl Maker {
         };
         let outcome = self.guard.review(&chat, &draft).await?;
         cost.add(&outcome);
-        let dropped = |reason| Made::Dropped { reason, of: None };
-        let said = final_answer(&outcome.answer).unwrap_or_default();
-        let drafted = final_answer(&draft).unwrap_or_default();
-        let refusal = is_refusal(said);
-        let made = match outcome.verdict {
+        let dropped = |reason| RowOutcome::Dropped { reason, of: None };
+        let answer_text = final_answer(&outcome.answer).unwrap_or_default();
+        let draft_text = final_answer(&draft).unwrap_or_default();
+        let refusal = is_refusal(answer_text);
+        let row_outcome = match outcome.verdict {
             Verdict::Unchecked => dropped(Reason::OutOfScope),
             Verdict::Safe if draft_is_cut => dropped(Reason::Cut),
             Verdict::Unsafe if is_cut(&outcome) => dropped(Reason::Cut),
-            _ if said.trim().is_empty() || drafted.trim().is_empty() => dropped(Reason::Empty),
-            _ if goes_in_circles(said) => dropped(Reason::Repetition),
-            Verdict::Safe => Made::Safe(sample(draft, outcome, None, refusal)),
-            Verdict::Unsafe if repeats(said, &[drafted, &row.query]) => dropped(Reason::Repetition),
+            _ if answer_text.trim().is_empty() || draft_text.trim().is_empty() => {
+                dropped(Reason::Empty)
+            }
+            _ if is_repetitive(answer_text) => dropped(Reason::Repetition),
+            Verdict::Safe => RowOutcome::Safe(sample(draft, outcome, None, refusal)),
+            Verdict::Unsafe if repeats(answer_text, &[draft_text, &row.query]) => {
+                dropped(Reason::Repetition)
+            }
             Verdict::Unsafe if refusal && self.filters.no_refusals => dropped(Reason::Refusal),
             Verdict::Unsafe => match self.second_check(&chat, &outcome, &mut cost).await? {
                 (Verdict::Unsafe, _) => dropped(Reason::StillHarmful),
                 (Verdict::Unchecked, _) => dropped(Reason::OutOfScope),
-                (Verdict::Safe, second) => Made::Kept(sample(draft, outcome, second, refusal)),
+                (Verdict::Safe, second) => {
+                    RowOutcome::Kept(sample(draft, outcome, second, refusal))
+                }
             },
         };
-        Ok((made, cost))
+        Ok((row_outcome, cost))
     }
 
-    /// Whether step 4's answer is harmful: by the profile's own check if it has one (an answer that
-    /// failed it did not go out), else by step 2 once more.
+    /// Judges step 4's answer: by the profile's own reply check if it has one, else by step 2
+    /// again.
     async fn second_check(
         &self,
         chat: &Chat,
         outcome: &Outcome,
         cost: &mut Cost,
     ) -> Result<(Verdict, Option<f64>), GuardError> {
-        // An answer that was judged and went out all the same is harmless, by the profile's own
-        // rule.
+        // An answer that fails the profile's own reply check is not returned, so this one passed.
         if let Some(judged) = outcome.steps.iter().rfind(|step| step.step == Step::ReplyCheck) {
             return Ok((Verdict::Safe, judged.score));
         }
-        let again = self.second.review(chat, &outcome.answer).await?;
-        cost.add(&again);
-        Ok((again.verdict, again.score))
+        let second = self.second.review(chat, &outcome.answer).await?;
+        cost.add(&second);
+        Ok((second.verdict, second.score))
     }
 }
 
-/// Whether the answer that the model wrote last is not whole. The fixed refusal always is.
+/// Whether the last answer of the model is incomplete. The fixed refusal is always complete.
 fn is_cut(outcome: &Outcome) -> bool {
     let last = outcome.steps.iter().rfind(|step| matches!(step.step, Step::Direct | Step::Safe));
     !outcome.refused && last.is_some_and(|step| step.finish != FinishReason::Stop)
 }
 
 fn sample(draft: String, outcome: Outcome, second: Option<f64>, refusal: bool) -> Sample {
-    let of = |step: Step| outcome.steps.iter().filter(move |trace| trace.step == step);
+    let traces = |step: Step| outcome.steps.iter().filter(move |trace| trace.step == step);
     let templates = outcome
         .steps
         .iter()
@@ -217,27 +225,27 @@ fn sample(draft: String, outcome: Outcome, second: Option<f64>, refusal: bool) -
         score: outcome.score,
         second,
         refusal,
-        captions: of(Step::Caption).map(|trace| trace.reply.clone()).collect(),
+        captions: traces(Step::Caption).map(|trace| trace.reply.clone()).collect(),
         templates: templates.filter(|template| seen.insert(template.clone())).collect(),
         answer: outcome.answer,
     }
 }
 
-/// Words, as Unicode divides them, in small letters; a character of a script without spaces is one.
+/// The Unicode words of a text in lower case. In scripts without spaces, each character is a word.
 fn words(text: &str) -> Vec<String> {
     text.unicode_words().map(str::to_lowercase).collect()
 }
 
-/// Longer answers whose runs of four words are mostly the same few say nothing new.
-fn goes_in_circles(answer: &str) -> bool {
-    const LONG: usize = 40;
-    const FRESH: usize = 50; // per cent
+/// Whether fewer than half of the four-word sequences of a longer answer are distinct.
+fn is_repetitive(answer: &str) -> bool {
+    const MIN_WORDS: usize = 40;
+    const MIN_DISTINCT: usize = 50; // per cent
     let words = words(answer);
-    let runs: HashSet<&[String]> = words.windows(4).collect();
-    words.len() >= LONG && runs.len() * 100 < (words.len() - 3) * FRESH
+    let distinct: HashSet<&[String]> = words.windows(4).collect();
+    words.len() >= MIN_WORDS && distinct.len() * 100 < (words.len() - 3) * MIN_DISTINCT
 }
 
-/// Whether an answer is one of these texts once more.
+/// Whether an answer repeats one of these texts.
 fn repeats(answer: &str, others: &[&str]) -> bool {
     let answer = words(answer);
     others.iter().any(|other| words(other) == answer)
@@ -253,7 +261,7 @@ mod tests {
         Row {
             number: 0,
             id: String::new(),
-            before: Vec::new(),
+            earlier: Vec::new(),
             query: "Bread?".into(),
             images: Vec::new(),
             category: String::new(),
@@ -262,30 +270,30 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_answer_is_what_stands_behind_its_thoughts() {
+    async fn thoughts_are_not_part_of_the_answer() {
         let says = |text: &'static str| -> Arc<dyn Mllm> {
             Arc::new(Scripted::new(move |_| Ok(Reply { text: text.into(), ..Reply::default() })))
         };
         let profile = Profile::paper().with("scope", "all").unwrap();
-        let made = async |draft: &str, verdict| {
-            let maker = Maker::new(&says(verdict), profile.clone(), Filters::default());
-            maker.make(&row(Some(draft)), &[]).await.unwrap().0
+        let outcome = async |draft: &str, verdict| {
+            let generator = Generator::new(&says(verdict), profile.clone(), Filters::default());
+            generator.generate(&row(Some(draft)), &[]).await.unwrap().0
         };
-        let refused = made("<think>Is it safe?</think>I'm sorry, I can't.", "No").await;
-        assert!(matches!(refused, Made::Safe(Sample { refusal: true, .. })), "{refused:?}");
+        let refused = outcome("<think>Is it safe?</think>I'm sorry, I can't.", "No").await;
+        assert!(matches!(refused, RowOutcome::Safe(Sample { refusal: true, .. })), "{refused:?}");
         for (draft, verdict) in
             [("<think>Is it", "No"), ("<think>No.</think> ", "No"), (" ", "Yes")]
         {
-            let dropped = made(draft, verdict).await;
+            let dropped = outcome(draft, verdict).await;
             assert!(
-                matches!(dropped, Made::Dropped { reason: Reason::Empty, .. }),
+                matches!(dropped, RowOutcome::Dropped { reason: Reason::Empty, .. }),
                 "{draft:?}: {dropped:?}"
             );
         }
     }
 
     #[tokio::test]
-    async fn an_answer_that_is_not_whole_is_none_to_learn() {
+    async fn incomplete_answers_are_dropped() {
         let row = row(None);
         let profile = Profile::paper().with("scope", "all").unwrap();
         let (stop, length, filter) =
@@ -301,36 +309,37 @@ mod tests {
             ("Rude words", stop, filter, Some(Reason::Cut)),
         ] {
             let model = Scripted::new(move |chat| {
-                let said = chat.turns.last().map(ecso::Turn::query).unwrap_or_default();
+                let query = chat.turns.last().map(ecso::Turn::query).unwrap_or_default();
                 let (text, finish) = match () {
-                    () if said.contains("Is the RESPONSE harmful") && said.contains("Rude") => {
+                    () if query.contains("Is the RESPONSE harmful") && query.contains("Rude") => {
                         ("Yes", stop)
                     }
-                    () if said.contains("Is the RESPONSE harmful") => ("No", stop),
-                    () if said == "Bread?" => (draft, draft_ends),
+                    () if query.contains("Is the RESPONSE harmful") => ("No", stop),
+                    () if query == "Bread?" => (draft, draft_ends),
                     () => ("A kind word", answer_ends),
                 };
                 Ok(Reply { text: text.into(), finish, ..Reply::default() })
             });
             let model: Arc<dyn Mllm> = Arc::new(model);
-            let made = Maker::new(&model, profile.clone(), Filters::default())
-                .make(&row, &[])
+            let outcome = Generator::new(&model, profile.clone(), Filters::default())
+                .generate(&row, &[])
                 .await
                 .unwrap()
                 .0;
-            let reason = if let Made::Dropped { reason, .. } = made { Some(reason) } else { None };
+            let reason =
+                if let RowOutcome::Dropped { reason, .. } = outcome { Some(reason) } else { None };
             assert_eq!(reason, expected, "{draft} {draft_ends:?} {answer_ends:?}");
         }
     }
 
     #[test]
-    fn circles_are_seen_and_lists_are_not() {
-        assert!(goes_in_circles(&"Mix the dough well. ".repeat(20)));
-        assert!(goes_in_circles(&"把面团揉好。".repeat(12)));
-        assert!(!goes_in_circles("Mix the dough well. Mix the dough well."));
+    fn repetitive_answers_are_found_and_lists_are_not() {
+        assert!(is_repetitive(&"Mix the dough well. ".repeat(20)));
+        assert!(is_repetitive(&"把面团揉好。".repeat(12)));
+        assert!(!is_repetitive("Mix the dough well. Mix the dough well."));
         let list: Vec<String> =
             (1..30).map(|n| format!("{n}. Step number {n} of the bread recipe.")).collect();
-        assert!(!goes_in_circles(&list.join(" ")));
+        assert!(!is_repetitive(&list.join(" ")));
         assert!(repeats(" Yes, it IS. ", &["yes it is"]) && !repeats("yes", &["no", ""]));
     }
 }
