@@ -120,11 +120,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             clap_complete::generate(shell, &mut Cli::command(), "ecso", &mut std::io::stdout());
             Ok(())
         }
-        Command::Manual { folder } => {
-            std::fs::create_dir_all(&folder)
-                .and_then(|()| clap_mangen::generate_to(Cli::command(), &folder))
-                .with_context(|| format!("{}: the manual can't be written", folder.display()))
-        }
+        Command::Manual { folder } => std::fs::create_dir_all(&folder)
+            .and_then(|()| clap_mangen::generate_to(Cli::command(), &folder))
+            .with_context(|| format!("{}: the manual can't be written", folder.display())),
     }
 }
 
