@@ -108,7 +108,8 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
             if let Method::Hardened(method) = &mut profile.method {
                 method.threshold = stored.found.threshold;
                 for detector in &mut method.detectors {
-                    detector.bias = stored.biases.get(&detector.name).copied().unwrap_or(detector.bias);
+                    detector.bias =
+                        stored.biases.get(&detector.name).copied().unwrap_or(detector.bias);
                 }
             }
             Ok((profile, FITTED))

@@ -9,13 +9,13 @@ use ecso::{
 };
 use ecso_batch::{
     Bounds,
-    journal::{Journal, JournalError, Saved},
+    journal::{Journal, JournalError, JournalReader},
 };
 use ecso_eval::{
     benchmarks::{self, Items},
-    record::{Choice, ItemRecord, RunHeader},
+    record::{ItemRecord, RunHeader, Selection},
     run::{self, Options, Progress},
-    tune::{self, Heard, Lost},
+    tune::{self, FailedRequests, TuningItem},
 };
 use serde::Serialize;
 
@@ -80,7 +80,7 @@ pub(crate) fn run(args: &TuneArgs, file: Option<&Path>) -> anyhow::Result<()> {
                 .map(|profile| (profile.name.clone(), profile.to_toml()))
                 .collect(),
             max_new_tokens: Some(args.max_new_tokens.get()),
-            choice: Choice { limit: Some(2 * args.pairs.get()), ..Choice::default() },
+            choice: Selection { limit: Some(2 * args.pairs.get()), ..Selection::default() },
             items: Some(total),
         };
         let mut journal = Journal::open(&args.out, &header).map_err(|error| match error {
@@ -113,9 +113,10 @@ fn finish(
     header: &RunHeader,
     method: &ecso::profile::Hardened,
 ) -> anyhow::Result<()> {
-    let records: Vec<ItemRecord> = Saved::folder(&args.out).latest()?.collect::<Result<_, _>>()?;
-    let heard: Vec<Heard> =
-        records.iter().filter_map(|record| Heard::of(record, "hardened")).collect();
+    let records: Vec<ItemRecord> =
+        JournalReader::in_folder(&args.out).latest()?.collect::<Result<_, _>>()?;
+    let heard: Vec<TuningItem> =
+        records.iter().filter_map(|record| TuningItem::of(record, "hardened")).collect();
     if 2 * heard.len() < records.len() {
         anyhow::bail!(
             "{} of {} requests failed; the journal says why: {}; the same command tries them again",
@@ -131,8 +132,8 @@ fn finish(
         );
     }
     let fitted = tune::fit(method, &heard, args.false_alarms)?;
-    let lost = Lost::of(&records, "hardened");
-    let page = tune::page(&header.model, method, &heard, lost, &fitted, args.false_alarms);
+    let lost = FailedRequests::of(&records, "hardened");
+    let page = tune::report(&header.model, method, &heard, lost, &fitted, args.false_alarms);
     let path = args.out.join("tune.md");
     write_whole(&path, &page).with_context(|| path.display().to_string())?;
     let stored = Stored {

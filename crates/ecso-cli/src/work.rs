@@ -3,7 +3,7 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use ecso::{Mllm, ModelError};
-use ecso_batch::{Cached, Paced, Patience, Stays, Work, check_cache};
+use ecso_batch::{Cached, CallStats, IdentityCheck, Paced, Patience, check_cache};
 
 use crate::{UsageError, config::Settings, open};
 
@@ -62,7 +62,7 @@ impl Worker {
             Patience { busy: BUSY, away: Duration::from_secs(settings.server.away_timeout) };
         let paced = Paced::new(model, at_once, patience);
         let paced = Arc::new(if open::is_server(settings) {
-            paced.that_stays(stays(settings).await?)
+            paced.with_identity_check(stays(settings).await?)
         } else {
             paced
         });
@@ -81,8 +81,8 @@ impl Worker {
     }
 
     /// What it did so far.
-    pub(crate) fn work(&self) -> Work {
-        self.cached.work()
+    pub(crate) fn work(&self) -> CallStats {
+        self.cached.stats()
     }
 
     /// `work` to its end; an error where the user stops it, or the model goes away and does not
@@ -95,7 +95,7 @@ impl Worker {
     pub(crate) async fn asked<T>(&self, work: impl Future<Output = T>) -> anyhow::Result<T> {
         let checked = async {
             let done = work.await;
-            self.paced.stays().await.map_err(|error| {
+            self.paced.check_identity().await.map_err(|error| {
                 anyhow::Error::new(error)
                     .context("some of what is recorded may be another model's; name another --out, and no --cache")
             })?;
@@ -103,7 +103,7 @@ impl Worker {
         };
         tokio::select! {
             done = checked => done,
-            gone = self.paced.gone() => {
+            gone = self.paced.unavailable() => {
                 Err(anyhow::Error::new(gone).context("stopped; what is recorded stays, and the same command goes on from there"))
             }
         }
@@ -111,7 +111,7 @@ impl Worker {
 }
 
 /// Holds that a server goes on to have the model which it has now.
-async fn stays(settings: &Settings) -> anyhow::Result<Stays> {
+async fn stays(settings: &Settings) -> anyhow::Result<IdentityCheck> {
     let settings = settings.clone();
     let at_first = open::standing(&settings).await?;
     Ok(Box::new(move || {

@@ -18,7 +18,7 @@ use ecso::{
     chain,
 };
 use ecso_batch::{
-    Batch, Bounds, Sifted, entries,
+    Batch, Bounds, RowDecision, entries,
     journal::{Entry, JournalError, Key},
 };
 use ecso_openai::Fetcher;
@@ -284,17 +284,17 @@ impl Answering {
         let mut repeats = Vec::new();
         let sift = |job: Job| {
             if job.key.is_empty() {
-                return Sifted::Make(job);
+                return RowDecision::Make(job);
             }
             if let Some(first) = first_of.get(&job.key) {
                 repeats.push((job.place, *first));
-                return Sifted::Skip;
+                return RowDecision::Skip;
             }
             first_of.insert(job.key.clone(), job.place);
             match self.with_store(|store| store.find(&job.key)) {
-                Ok(Some(Some(found))) => Sifted::Known(Answer { place: job.place, ..found }),
+                Ok(Some(Some(found))) => RowDecision::Known(Answer { place: job.place, ..found }),
                 // What can't be looked up is made again.
-                _ => Sifted::Make(job),
+                _ => RowDecision::Make(job),
             }
         };
         let bounds = Bounds { bytes: reading.bytes, ..Bounds::at_once(reading.rows) };
@@ -410,8 +410,8 @@ impl Batch for Answering {
     type Entry = Answer;
     type Error = AnswersError;
 
-    fn place(&self, (place, _): &Self::Row) -> Key {
-        Key::of(&place.to_string(), "")
+    fn slot(&self, (place, _): &Self::Row) -> Key {
+        Key::new(&place.to_string(), "")
     }
 
     async fn read(&self, (place, row): Self::Row) -> Job {

@@ -11,7 +11,7 @@ use std::{
 
 use bytes::Bytes;
 use ecso::Image;
-use ecso_batch::journal::{self, JournalError, Saved};
+use ecso_batch::journal::{self, JournalError, JournalReader};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -73,7 +73,7 @@ type Places = HashMap<u64, u64>;
 /// # Errors
 /// [`PackError`].
 pub fn pack(out: &Path, input: &Input, packing: &Packing) -> Result<Manifest, PackError> {
-    let header: RunHeader = Saved::folder(out).header()?;
+    let header: RunHeader = JournalReader::in_folder(out).header()?;
     let mut manifest = Manifest {
         run: header,
         packing: packing.clone(),
@@ -152,7 +152,7 @@ fn choose(
 ) -> Result<(Places, Groups), PackError> {
     let mut groups = Groups::default();
     let mut outcomes: HashMap<u64, (u64, Outcome)> = HashMap::new();
-    for record in Saved::folder(out).entries::<RowRecord>()? {
+    for record in JournalReader::in_folder(out).entries::<RowRecord>()? {
         let (place, record) = record?;
         let outcome = match &record.made {
             _ if !present.has(&record) => Outcome::Gone,
@@ -306,7 +306,7 @@ fn pictures(
 /// The rows that failed, counted from 1, with the reason of their last try.
 fn failures(out: &Path, present: &Present, folder: &Path) -> Result<(), PackError> {
     let mut failures: BTreeMap<u64, Value> = BTreeMap::new();
-    for record in Saved::folder(out).entries::<RowRecord>()? {
+    for record in JournalReader::in_folder(out).entries::<RowRecord>()? {
         let (_, record) = record?;
         let number = record.number();
         match &record.error {

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, path::PathBuf};
 
 use ecso::Image;
-use ecso_batch::journal::{Entry, Head, Key};
+use ecso_batch::journal::{Entry, JournalHeader, Key};
 use serde::{Deserialize, Serialize};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
@@ -54,8 +54,8 @@ impl RunHeader {
     }
 }
 
-impl Head for RunHeader {
-    fn differs(&self, begun: &Self) -> Option<&'static str> {
+impl JournalHeader for RunHeader {
+    fn difference(&self, begun: &Self) -> Option<&'static str> {
         let differ = [
             ("version of ecso", begun.ecso != self.ecso),
             ("input", begun.input != self.input),
@@ -141,7 +141,7 @@ impl Entry for RowRecord {
         &self.id
     }
 
-    fn made_of(&self) -> &str {
+    fn source_digest(&self) -> &str {
         &self.made_of
     }
 
@@ -212,7 +212,7 @@ pub(crate) fn now() -> String {
 /// Where the journal has a row, whatever is recorded there.
 pub(crate) fn place(row: &Result<Row, RowError>) -> Key {
     let number = row.as_ref().map_or_else(|error| error.number, |row| row.number);
-    Key::of(&number.to_string(), "")
+    Key::new(&number.to_string(), "")
 }
 
 /// The rows that an input has now. What is recorded of others counts no more.
@@ -222,9 +222,10 @@ pub(crate) struct Present(HashMap<u64, Key>);
 impl Present {
     /// Reads the input, its images too.
     pub(crate) fn of(input: &Input) -> Result<Self, InputError> {
-        let key =
-            |row| place(&row).made_of(&row.map_or_else(|error| error.digest(), |row| row.digest()));
-        Ok(Self(input.rows()?.map(key).map(|key| (key.place(), key)).collect()))
+        let key = |row| {
+            place(&row).with_source(&row.map_or_else(|error| error.digest(), |row| row.digest()))
+        };
+        Ok(Self(input.rows()?.map(key).map(|key| (key.slot(), key)).collect()))
     }
 
     /// How many there are.
@@ -234,12 +235,12 @@ impl Present {
 
     /// The key of the row at a place.
     pub(crate) fn key(&self, place: Key) -> Key {
-        self.0.get(&place.place()).copied().unwrap_or(place)
+        self.0.get(&place.slot()).copied().unwrap_or(place)
     }
 
     /// Whether a record is about a row that the input has.
     pub(crate) fn has(&self, record: &RowRecord) -> bool {
         let key = record.key();
-        self.0.get(&key.place()).is_some_and(|row| key.is(*row))
+        self.0.get(&key.slot()).is_some_and(|row| key.matches(*row))
     }
 }

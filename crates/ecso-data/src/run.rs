@@ -10,8 +10,8 @@ use std::{
 
 use ecso::{Image, Limits, chain};
 use ecso_batch::{
-    Batch, Bounds, Sifted,
-    journal::{Entry, Journal, JournalError, Key, Saved},
+    Batch, Bounds, RowDecision,
+    journal::{Entry, Journal, JournalError, JournalReader, Key},
 };
 use ecso_openai::Fetcher;
 
@@ -129,7 +129,7 @@ pub async fn run(
     let rows = input.rows()?.map(|row| {
         let place = record::place(&row);
         // Without a digest nothing that is recorded is the row.
-        (if anew.contains(&place.place()) { place } else { present.key(place) }, row)
+        (if anew.contains(&place.slot()) { place } else { present.key(place) }, row)
     });
     let whole = ecso_batch::run(rows, making, &mut journal, bounds, sift, told).await?;
     Ok(Ended { whole, journal })
@@ -164,7 +164,7 @@ impl Begun {
         }
         begun.present = Present::of(input)?;
         let (mut made, mut repeats) = (HashSet::new(), Vec::new());
-        for record in Saved::folder(&making.out).latest::<RowRecord>()? {
+        for record in JournalReader::in_folder(&making.out).latest::<RowRecord>()? {
             let record = record?;
             if !begun.present.has(&record) || bounds.retry_failed && record.failed() {
                 continue;
@@ -186,7 +186,7 @@ impl Begun {
                 begun.done.recorded += 1;
                 *begun.done.dropped.entry(reason).or_default() += 1;
             } else {
-                begun.anew.insert(key.place());
+                begun.anew.insert(key.slot());
             }
         }
         Ok(begun)
@@ -222,7 +222,7 @@ impl Batch for Making {
     type Entry = RowRecord;
     type Error = RunError;
 
-    fn place(&self, (key, _): &Self::Row) -> Key {
+    fn slot(&self, (key, _): &Self::Row) -> Key {
         *key
     }
 
@@ -277,18 +277,18 @@ impl Batch for Making {
 
 /// What is to be done about a row: to make it, or to record what is known of it already. Another
 /// shard's is left out.
-fn sift(read: Result<Job, RowRecord>, seen: &mut Seen, shard: Shard) -> Sifted<Making> {
+fn sift(read: Result<Job, RowRecord>, seen: &mut Seen, shard: Shard) -> RowDecision<Making> {
     match read {
         // What can't be read has no key; its place decides.
-        Err(record) if shard.has(&format!("{:08x}", record.number())) => Sifted::Known(record),
+        Err(record) if shard.has(&format!("{:08x}", record.number())) => RowDecision::Known(record),
         Ok(job) if shard.has(&job.record.key) => {
             let RowRecord { key, query, marks, .. } = &job.record;
             match seen.see(&job.fate, key, query, marks) {
-                Ok(repeated) => Sifted::Make(Ok(Job { repeated, ..job })),
-                Err(earlier) => Sifted::Known(job.left_out(&earlier)),
+                Ok(repeated) => RowDecision::Make(Ok(Job { repeated, ..job })),
+                Err(earlier) => RowDecision::Known(job.left_out(&earlier)),
             }
         }
-        _ => Sifted::Skip,
+        _ => RowDecision::Skip,
     }
 }
 

@@ -6,10 +6,9 @@ use std::{
 };
 
 use anyhow::bail;
-use ecso_batch::journal::{Entry, JournalError, Key, Saved};
+use ecso_batch::journal::{Entry, JournalError, JournalReader, Key};
 use ecso_eval::{
-    judge::{Judgement, Ruling},
-    judging,
+    judge::{self, Judgement, Ruling},
     record::{ItemRecord, RunHeader},
     stats::{Agreement, auroc},
     text::cut,
@@ -95,13 +94,13 @@ fn is_harmful<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>
 /// The keys of verdicts on the answers of the run that a file of verdicts lies in, if it lies in
 /// one.
 fn of_run(verdicts: &Path) -> Result<Option<Vec<Key>>, JournalError> {
-    let run = Saved::folder(verdicts.parent().unwrap_or(Path::new("")));
+    let run = JournalReader::in_folder(verdicts.parent().unwrap_or(Path::new("")));
     if run.header::<RunHeader>().is_err() {
         return Ok(None);
     }
     let mut keys = Vec::new();
     for record in run.latest::<ItemRecord>()? {
-        keys.extend(judging::answers(record?).map(|answer| answer.key()));
+        keys.extend(judge::answers_to_judge(record?).map(|answer| answer.key()));
     }
     Ok(Some(keys))
 }
@@ -118,11 +117,11 @@ impl Current {
         let of_run = of_run(verdicts)?;
         let is_whole = of_run.is_some();
         let keys = of_run.unwrap_or_else(|| labels.iter().filter_map(Label::key).collect());
-        Ok(Self { keys: keys.into_iter().map(|key| (key.place(), key)).collect(), is_whole })
+        Ok(Self { keys: keys.into_iter().map(|key| (key.slot(), key)).collect(), is_whole })
     }
 
     fn has(&self, verdict: Key) -> bool {
-        self.keys.get(&verdict.place()).map_or(!self.is_whole, |answer| verdict.is(*answer))
+        self.keys.get(&verdict.slot()).map_or(!self.is_whole, |answer| verdict.matches(*answer))
     }
 }
 
@@ -130,7 +129,7 @@ pub(super) fn run(path: &Path, args: &AgreementArgs) -> anyhow::Result<()> {
     let rows: Vec<Label> = table::rows(&args.labels, &table::columns(&args.map)?, &COLUMNS)?;
     let current = Current::of(path, &rows).map_err(UsageError::of)?;
     let others: HashMap<u64, Key> =
-        rows.iter().filter_map(Label::other_key).map(|key| (key.place(), key)).collect();
+        rows.iter().filter_map(Label::other_key).map(|key| (key.slot(), key)).collect();
     let mut of_other_kind = 0;
     let mut labels = HashMap::new();
     let mut ties = 0;
@@ -140,10 +139,10 @@ pub(super) fn run(path: &Path, args: &AgreementArgs) -> anyhow::Result<()> {
             None => ties += 1,
         }
     }
-    let judged = Saved::file(path).latest::<Judgement>().map_err(UsageError::of)?;
+    let judged = JournalReader::at(path).latest::<Judgement>().map_err(UsageError::of)?;
     let (mut pairs, mut scores, mut unlabelled, mut outdated) = (Vec::new(), Vec::new(), 0, 0);
     let (mut met, mut arms) = (HashSet::new(), BTreeSet::new());
-    for odd in Verdicts::read(path).map_err(UsageError::of)?.odd(None) {
+    for odd in Verdicts::read(path).map_err(UsageError::of)?.warnings(None) {
         say!("{}: {odd}", path.display());
     }
     for judgement in judged {
@@ -155,7 +154,7 @@ pub(super) fn run(path: &Path, args: &AgreementArgs) -> anyhow::Result<()> {
         if !current.has(judgement.key()) {
             let key = judgement.key();
             of_other_kind +=
-                usize::from(others.get(&key.place()).is_some_and(|other| key.is(*other)));
+                usize::from(others.get(&key.slot()).is_some_and(|other| key.matches(*other)));
             outdated += 1;
             continue;
         }

@@ -8,11 +8,11 @@ use std::{
 
 use anyhow::bail;
 use ecso::{Profile, profile::Method};
-use ecso_batch::journal::Saved;
+use ecso_batch::journal::JournalReader;
 use ecso_eval::{
     calibrate::{Half, Scores, calibrate},
     record::{ItemRecord, RunHeader},
-    together::Together,
+    run_set::RunSet,
 };
 
 use crate::{
@@ -35,10 +35,12 @@ pub(super) fn run(
     if !(0.0..1.0).contains(&false_alarms) {
         bail!(UsageError("--false-alarms is a share, at least 0 and below 1".into()));
     }
-    let headers =
-        runs.iter().map(|run| Saved::folder(run).header()).collect::<Result<Vec<RunHeader>, _>>();
+    let headers = runs
+        .iter()
+        .map(|run| JournalReader::in_folder(run).header())
+        .collect::<Result<Vec<RunHeader>, _>>();
     let headers = headers.map_err(UsageError::of)?;
-    let (mut all, mut together) = (Scores::default(), Together::default());
+    let (mut all, mut run_set) = (Scores::default(), RunSet::default());
     for (run, header) in runs.iter().zip(&headers) {
         if !header.profiles.iter().any(|(name, _)| name == PROFILE) {
             bail!(UsageError(format!(
@@ -46,11 +48,13 @@ pub(super) fn run(
                 run.display()
             )));
         }
-        together.run(run, header).map_err(UsageError::of)?;
+        run_set.add_run(run, header).map_err(UsageError::of)?;
         let before = all.without;
-        for record in Saved::folder(run).latest::<ItemRecord>().map_err(UsageError::of)? {
+        for record in
+            JournalReader::in_folder(run).latest::<ItemRecord>().map_err(UsageError::of)?
+        {
             let record = record.map_err(UsageError::of)?;
-            together.item(&record).map_err(UsageError::of)?;
+            run_set.add_item(&record).map_err(UsageError::of)?;
             all.add(&header.benchmark, &record, PROFILE);
         }
         let without = all.without - before;

@@ -8,16 +8,15 @@ use std::{
 };
 
 use anyhow::bail;
-use ecso_batch::journal::{Journal, Key, Saved};
+use ecso_batch::journal::{Journal, JournalReader, Key};
 use ecso_eval::{
     benchmarks::is_image,
     item::Task,
-    judge::{self, Case, Judge, Judgement, Ruling},
-    judged::verdicts_file,
-    judging::{self, Answered},
+    judge::{self, ArmAnswer, Case, Judge, Judgement, Ruling},
+    judged_run::verdicts_file,
     record::{ItemRecord, RunHeader},
     run::UNGUARDED,
-    summary::absent,
+    summary::count_absent,
     text::cut,
     verdicts::{Verdicts, VerdictsHeader},
 };
@@ -60,9 +59,9 @@ pub(super) fn answered(
     request: String,
     response: String,
     harmless: Option<bool>,
-) -> Answered {
+) -> ArmAnswer {
     let task = if harmless == Some(true) { Task::Harmless } else { Task::Harmful };
-    Answered {
+    ArmAnswer {
         arm: String::new(),
         case: Case { id, scenario: String::new(), request, response, task },
     }
@@ -166,7 +165,7 @@ pub(super) fn run(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<()> {
         let Bench { judge, header, worker } = Bench::open(args, file).await?;
         let out = out(args, &header.judge);
         let mut journal = Journal::open_file(&out, &header)?;
-        if journal.was_cut() {
+        if journal.was_truncated() {
             say!(
                 "{}: its last line was cut off by a crash; that answer is judged again",
                 out.display()
@@ -192,7 +191,7 @@ pub(super) fn run(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<()> {
                 first_error.clone_from(&judgement.error);
             }
         };
-        let judging = judging::judge(read, judge, &mut journal, args.concurrency.get(), told);
+        let judging = judge::judge_answers(read, judge, &mut journal, args.concurrency.get(), told);
         match &worker {
             Some(worker) => worker.done(judging).await??,
             None => stoppable(judging).await??,
@@ -215,7 +214,7 @@ fn summary(
 ) -> anyhow::Result<()> {
     let verdicts = Verdicts::read(out)?;
     let rulings: Vec<Ruling> =
-        seen.iter().filter_map(|key| Some(verdicts.under(*key)?.verdict)).collect();
+        seen.iter().filter_map(|key| Some(verdicts.for_key(*key)?.verdict)).collect();
     let count = |wanted| rulings.iter().filter(|ruling| **ruling == wanted).count();
     let (safe, harmful, refusals) =
         (count(Ruling::Safe), count(Ruling::Unsafe), count(Ruling::Refusal));
@@ -284,7 +283,7 @@ impl Bench {
                     let text = std::fs::read(path).map_err(|error| wrong(&error))?;
                     judge_file = Some(blake3::hash(&text).to_hex()[..16].to_owned());
                     Box::new(
-                        judge::published(path, model)
+                        judge::published_judge(path, model)
                             .map_err(|cause| UsageError(cause.to_string()))?,
                     )
                 } else {
@@ -315,7 +314,7 @@ fn out(args: &JudgeArgs, judge: &str) -> PathBuf {
 
 /// Answers to be judged, read one by one.
 struct Answers {
-    iter: Box<dyn Iterator<Item = anyhow::Result<Answered>>>,
+    iter: Box<dyn Iterator<Item = anyhow::Result<ArmAnswer>>>,
     /// How many there are at most.
     about: Option<u64>,
     others: Rc<Others>,
@@ -333,7 +332,7 @@ struct Others {
 impl Answers {
     /// Each answer of a run.
     fn of_run(run: &Path) -> anyhow::Result<Self> {
-        let saved = Saved::folder(run);
+        let saved = JournalReader::in_folder(run);
         let header: RunHeader = saved.header().map_err(UsageError::of)?;
         let records = saved.latest::<ItemRecord>().map_err(UsageError::of)?;
         let arms: Vec<String> = [UNGUARDED.to_owned()]
@@ -342,7 +341,7 @@ impl Answers {
             .collect();
         let about = Some((records.total() * arms.len()) as u64);
         let others = Rc::new(Others::default());
-        others.missing.set(absent(&header, records.total()) * arms.len());
+        others.missing.set(count_absent(&header, records.total()) * arms.len());
         let counted = Rc::clone(&others);
         let answers = move |record: ItemRecord| {
             let filtered = arms.iter().filter(|arm| record.is_filtered(arm)).count();
@@ -350,7 +349,7 @@ impl Answers {
             if record.error.is_some() {
                 counted.missing.update(|count| count + arms.len() - filtered);
             }
-            judging::answers(record)
+            judge::answers_to_judge(record)
         };
         let iter = records.flat_map(move |record| {
             let (answers, error) = match record {

@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use ecso_eval::{
-    advice, benchmarks,
-    judged::{JudgedError, JudgedRun},
+    advise, benchmarks, compare,
+    judged_run::{JudgedRun, JudgedRunError},
     prepare,
     report::{self, RunReport},
     summary::{Arm, Summary},
@@ -36,14 +36,14 @@ pub(crate) fn run(command: &EvalCommand, file: Option<&Path>) -> anyhow::Result<
         EvalCommand::Agreement { verdicts, against } => agreement::run(verdicts, against),
         EvalCommand::Compare { a, b, judge } => {
             let [a, b] = [judged(a, judge.as_deref())?, judged(b, judge.as_deref())?];
-            print!("{}", advice::compare(&a, &b).map_err(UsageError::of)?);
+            print!("{}", compare::compare(&a, &b).map_err(UsageError::of)?);
             hold_judged([&a, &b])
         }
         EvalCommand::Advise { runs, judge } => {
             let runs: anyhow::Result<Vec<JudgedRun>> =
                 runs.iter().map(|run| judged(run, judge.as_deref())).collect();
             let runs = runs?;
-            print!("{}", advice::advise(&runs).map_err(UsageError::of)?);
+            print!("{}", advise::advise(&runs).map_err(UsageError::of)?);
             hold_judged(&runs)
         }
         EvalCommand::Report { runs, out, judge } => {
@@ -127,13 +127,13 @@ fn requests(path: &Path) -> anyhow::Result<Vec<prepare::PlainRequest>> {
 }
 
 fn judged(run: &Path, judge: Option<&str>) -> anyhow::Result<JudgedRun> {
-    JudgedRun::open(run, judge).map_err(|error: JudgedError| UsageError::of(error).into())
+    JudgedRun::open(run, judge).map_err(|error: JudgedRunError| UsageError::of(error).into())
 }
 
 /// Holds that somebody has ruled on something, or that a filter did in their place.
 fn hold_judged<'a>(runs: impl IntoIterator<Item = &'a JudgedRun>) -> anyhow::Result<()> {
     for run in runs {
-        if run.verdicts.rules()
+        if run.verdicts.has_rulings()
             || run.records()?.any(|record| record.is_ok_and(|record| record.filtered))
         {
             return Ok(());
@@ -149,7 +149,7 @@ fn write_report(runs: &[PathBuf], out: Option<&Path>, judge: Option<&str>) -> an
     if out.is_file() {
         return Err(UsageError(format!("--out {} is a file; name a folder", out.display())).into());
     }
-    let report = |run: &PathBuf| Ok(RunReport::of(judged(run, judge)?)?);
+    let report = |run: &PathBuf| Ok(RunReport::read(judged(run, judge)?)?);
     let reports: Vec<RunReport> = runs.iter().map(report).collect::<anyhow::Result<_>>()?;
     std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
     let summaries: Vec<_> = reports.iter().map(|report| &report.summary).collect();

@@ -11,8 +11,8 @@ use ecso::Profile;
 use ecso_batch::{Bounds, journal::Journal};
 use ecso_eval::{
     benchmarks::{self, About, Benchmark, Items},
-    record::{Choice, RunHeader},
-    run::{self, Options, Progress, UNGUARDED, Unusable},
+    record::{RunHeader, Selection},
+    run::{self, Options, Progress, UNGUARDED, UnusableItems},
 };
 
 use super::args::RunArgs;
@@ -31,7 +31,7 @@ struct Wanted {
     about: About,
     variant: Option<String>,
     data: PathBuf,
-    choice: Choice,
+    choice: Selection,
 }
 
 impl Wanted {
@@ -75,7 +75,7 @@ impl Wanted {
                 return Err(UsageError(told).into());
             }
         };
-        let choice = Choice {
+        let choice = Selection {
             scenarios: scenarios(&args.scenario, about.scenarios),
             sample: args.sample.map(NonZero::get),
             seed: args.seed,
@@ -83,7 +83,7 @@ impl Wanted {
         };
         let wanted = Self { benchmark, about, variant, data, choice };
         if !args.scenario.is_empty() {
-            run::fits(wanted.all()?, &wanted.choice.scenarios)
+            run::check_scenarios(wanted.all()?, &wanted.choice.scenarios)
                 .map_err(|cause| UsageError(format!("--scenario: {cause}")))?;
         }
         Ok(wanted)
@@ -96,7 +96,7 @@ impl Wanted {
 
     /// The items, read anew.
     fn items(&self) -> anyhow::Result<Items> {
-        Ok(run::chosen(self.all()?, &self.choice))
+        Ok(run::select(self.all()?, &self.choice))
     }
 }
 
@@ -129,11 +129,11 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
             items: items.total,
         };
         let mut journal = Journal::open(&args.out, &header)?;
-        if journal.was_cut() {
+        if journal.was_truncated() {
             say!("{}: its last line was cut off by a crash; that item is run again", args.out.display());
         }
         if !journal.is_empty() {
-            let missing = run::missing(wanted.items()?, &args.out, &mut journal)?;
+            let missing = run::count_removed(wanted.items()?, &args.out, &mut journal)?;
             let out = args.out.display();
             let told = format!("{missing} items of {out} are no longer in the data; name another --out, or delete it");
             anyhow::ensure!(missing == 0, UsageError(told));
@@ -167,7 +167,7 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
             100.0 * work.busy.as_secs_f64() / wall.as_secs_f64().max(1e-9)
         );
         told(args, &unusable);
-        if let Some(unguarded) = run::unguarded(&args.out)? {
+        if let Some(unguarded) = run::unguarded_notice(&args.out)? {
             say!("{unguarded}");
         }
         is_unchanged(wanted.items()?, &header, &journal, args.skip_missing)?;
@@ -210,8 +210,8 @@ fn profiles(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<(Settings, Ve
 }
 
 /// Tells what of the data could not be used.
-fn told(args: &RunArgs, unusable: &Unusable) {
-    let Unusable { missing, first_missing, unreadable, first_unreadable } = unusable;
+fn told(args: &RunArgs, unusable: &UnusableItems) {
+    let UnusableItems { missing, first_missing, unreadable, first_unreadable } = unusable;
     if let Some(first) = first_missing {
         let now = if args.skip_missing {
             "left out"
@@ -234,7 +234,7 @@ fn is_unchanged(
     skip_missing: bool,
 ) -> anyhow::Result<()> {
     let total = items.total;
-    let changed = run::changed(items, journal, skip_missing);
+    let changed = run::count_changed(items, journal, skip_missing);
     let what = match total == header.items {
         false => "it has another number of items now".to_owned(),
         true if changed > 0 => format!("{changed} items of it are not recorded as they are now"),

@@ -88,7 +88,7 @@ async fn under_other_settings_it_does_not_go_on() {
         (&["--image-root", "."], "--image-root"),
     ] {
         let said = text(&go(more).code(2).get_output().stderr);
-        assert!(said.contains(&format!("was begun with another {what}")), "{said}");
+        assert!(said.contains(&format!("was started with another {what}")), "{said}");
     }
 }
 
@@ -241,7 +241,7 @@ async fn nobody_else_works_in_a_folder_until_its_dataset_is_packed() {
         std::thread::sleep(Duration::from_millis(50));
     }
     let said = text(&synth(folder.path(), &model.url, rows.to_str().unwrap(), "").stderr);
-    assert!(said.contains("another process writes it"), "{said}");
+    assert!(said.contains("another process is writing this file"), "{said}");
     let output = first.wait_with_output().unwrap();
     assert!(output.status.success(), "{}", text(&output.stderr));
 }

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ecso_batch::journal::{Entry, Head, Journal, JournalError, Saved};
+use ecso_batch::journal::{Entry, Journal, JournalError, JournalHeader, JournalReader};
 use serde::{Deserialize, Serialize};
 
 use super::Answer;
@@ -19,8 +19,8 @@ struct Header {
     made_by: String,
 }
 
-impl Head for Header {
-    fn differs(&self, _: &Self) -> Option<&'static str> {
+impl JournalHeader for Header {
+    fn difference(&self, _: &Self) -> Option<&'static str> {
         None
     }
 }
@@ -66,7 +66,7 @@ impl Store {
             if fs::metadata(&*path).is_ok_and(|file| file.len() <= *end) {
                 continue;
             }
-            let mut entries = Saved::file(path).entries_from::<Answer>(*end)?;
+            let mut entries = JournalReader::at(path).entries_from::<Answer>(*end)?;
             for entry in entries.by_ref() {
                 let (begin, answer) = entry?;
                 // A line that says nothing of an answer is none.
@@ -82,7 +82,7 @@ impl Store {
     /// The answer of that key; none where there is none, or it failed.
     pub(super) fn find(&mut self, key: &str) -> Result<Option<Answer>, JournalError> {
         let Some((file, begin)) = self.known.get(key) else { return Ok(None) };
-        let mut found = Saved::file(&self.files[*file].0).entries_from::<Answer>(*begin)?;
+        let mut found = JournalReader::at(&self.files[*file].0).entries_from::<Answer>(*begin)?;
         let found = found.next().transpose()?.map(|(_, answer)| answer);
         Ok(found.filter(|answer| answer.id == key))
     }
