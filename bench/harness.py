@@ -8,7 +8,6 @@ import asyncio
 import json
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 import tempfile
