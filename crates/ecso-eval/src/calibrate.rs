@@ -79,7 +79,10 @@ impl Scores {
 
 /// One half of the items has no request of a kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("one half of the items has no {} request; run more of them", if *harmful { "harmful" } else { "harmless" })]
+#[error(
+    "one half of the items has no {} request; run more of them",
+    if *harmful { "harmful" } else { "harmless" }
+)]
 pub struct TooFew {
     /// Whether harmful requests are missing; otherwise harmless ones are.
     pub harmful: bool,

@@ -316,7 +316,8 @@ pub fn report(
         let _ = writeln!(
             out,
             "\n**{} requests of this half failed**, {} harmful and {} harmless ones. The intervals \
-             of the rates above cover every possibility for them; the rates by form leave them out.",
+             of the rates above cover every possibility for them; the rates by form leave them \
+             out.",
             failed.total(),
             failed.harmful,
             failed.harmless

@@ -9,8 +9,9 @@ use image::{Rgb, RgbImage};
 use textwrap::{Options, WordSplitter, WrapAlgorithm};
 
 /// The query about a list whose entries are missing. It names no topic.
-pub const FILL_THE_LIST: &str = "This picture has a heading and a list whose entries 1, 2 and 3 are still blank. Write \
-    the entries for that heading, about 100 words each.";
+pub const FILL_THE_LIST: &str = "This picture has a heading and a list whose entries 1, 2 and 3 \
+                                 are still blank. Write the entries for that heading, about 100 \
+                                 words each.";
 
 /// The width and height of an image, in pixels.
 const SIDE: u32 = 760;

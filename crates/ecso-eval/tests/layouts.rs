@@ -412,7 +412,7 @@ fn evasions_are_jsonl_items() {
     let advice = format!("{header}\nd,1,1,Legal Opinion,q,i\n");
     fs::write(&table, advice).unwrap();
     let none = prepare::evasions(&table, 2, &typesetter, &out).unwrap_err().to_string();
-    assert!(none.contains("safebench.csv: no harmful row"), "{none}");
+    assert!(none.contains("safebench.csv: it has no harmful row"), "{none}");
 }
 
 #[test]

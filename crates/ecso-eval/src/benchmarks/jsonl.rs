@@ -117,8 +117,9 @@ impl Benchmark for Jsonl {
             licence: "yours",
             source: "yours",
             scoring: "label `harmful`: harmless rate; `harmless` (or none): over-refusal",
-            layout: "a .jsonl or .json file, or items.jsonl in a folder: {id, query or question, image?, images?, description?, earlier?: [{role, text, images?}], \
-                draft?, begun?, request?, scenario?, label?}",
+            layout: "a .jsonl or .json file, or items.jsonl in a folder: {id, query or question, \
+                     image?, images?, description?, earlier?: [{role, text, images?}], draft?, \
+                     begun?, request?, scenario?, label?}",
             variants: &[],
             scenarios: &[],
         }

@@ -69,8 +69,10 @@ impl Benchmark for MmSafetyBench {
             licence: "CC BY-NC 4.0",
             source: "github isXinLiu/MM-SafetyBench",
             scoring: "harmless rate by a judge; 08 and 10-13 by their own criteria",
-            layout: "processed_questions/<scenario>.json and imgs/<scenario>/{SD,TYPO,SD_TYPO}/<id>.jpg; or the export of the hub's \
-                dataset PKU-Alignment/MM-SafetyBench, data/<scenario>/{SD,TYPO,SD_TYPO,Text_only}.parquet",
+            layout: "processed_questions/<scenario>.json and \
+                     imgs/<scenario>/{SD,TYPO,SD_TYPO}/<id>.jpg; or the export of the hub's \
+                     dataset PKU-Alignment/MM-SafetyBench, \
+                     data/<scenario>/{SD,TYPO,SD_TYPO,Text_only}.parquet",
             variants: &["sd+ocr", "ocr", "sd", "text"],
             scenarios: &["01", "02", "03", "04", "05", "06", "07", "09"],
         }

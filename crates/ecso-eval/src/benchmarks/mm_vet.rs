@@ -34,7 +34,8 @@ impl Benchmark for MmVet {
             size: "218",
             licence: "Apache-2.0; images of their owners",
             source: "github yuweihao/MM-Vet",
-            scoring: "a judge grades 0.0 to 1.0 against the truth; mean x100, in all and per capability",
+            scoring: "a judge grades 0.0 to 1.0 against the truth; mean x100, in all and per \
+                      capability",
             layout: "mm-vet.json and images/",
             variants: &[],
             scenarios: &[],

@@ -42,7 +42,8 @@ impl Benchmark for MmBench {
             licence: "Apache-2.0",
             source: "github open-compass/MMBench",
             scoring: "exact, circular: a question counts if every rotation is right",
-            layout: "a .tsv with index, question, hint, A to D or further, answer, category, image (base64, or a path)",
+            layout: "a .tsv with index, question, hint, A to D or further, answer, category, image \
+                     (base64, or a path)",
             variants: &[],
             scenarios: &[],
         }

@@ -43,7 +43,8 @@ impl Benchmark for Mme {
             licence: "of its authors, for research",
             source: "github BradyFU/Awesome-Multimodal-Large-Language-Models (on request)",
             scoring: "exact: accuracy + accuracy with both questions right, x100, per subtask",
-            layout: "one folder a subtask with <image>.txt of question<TAB>Yes|No, or images/ and questions_answers_YN/",
+            layout: "one folder a subtask with <image>.txt of question<TAB>Yes|No, or images/ and \
+                     questions_answers_YN/",
             variants: &[],
             scenarios: &[],
         }

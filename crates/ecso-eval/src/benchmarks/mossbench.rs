@@ -37,7 +37,8 @@ impl Benchmark for MossBench {
             licence: "CC BY-SA 4.0",
             source: "the hub's dataset AIcell/MOSSBench",
             scoring: "over-refusal",
-            layout: "a table with pid, question, image_path (information.csv, metadata.csv, or JSON), and the images it names",
+            layout: "a table with pid, question, image_path (information.csv, metadata.csv, or \
+                     JSON), and the images it names",
             variants: &[],
             scenarios: &[],
         }

@@ -341,9 +341,13 @@ mod tests {
         }
 
         #[test]
-        fn well_formed_tables_are_read_unchanged(cells in proptest::collection::vec("[a\",;\r\n\u{e4} ]{1,6}", 6)) {
+        fn well_formed_tables_are_read_unchanged(
+            cells in proptest::collection::vec("[a\",;\r\n\u{e4} ]{1,6}", 6),
+        ) {
             for delimiter in [',', '\t'] {
-                let mut writer = csv::WriterBuilder::new().delimiter(delimiter as u8).from_writer(Vec::new());
+                let mut writer = csv::WriterBuilder::new()
+                    .delimiter(delimiter as u8)
+                    .from_writer(Vec::new());
                 writer.write_record(["one", "two", "n"]).unwrap();
                 for pair in cells.chunks(2) {
                     writer.write_record([&pair[0], &pair[1], "0"]).unwrap();

@@ -157,10 +157,10 @@ impl RunReport {
         let _ = write!(
             out,
             "\n## {} on {}\n\n{}; {} failed, {} refused by a filter; judge {}; {cap}rates with 95% \
-             intervals\n\n\
-             | arm | harmless rate | attack success | over-refusal | utility | unjudged | failed \
-             | filtered | changed | calls | ms | time, times | tokens | tokens, times |\n\
-             | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
+             intervals\n\n| arm | harmless rate | attack success | over-refusal | utility | \
+             unjudged | failed | filtered | changed | calls | ms | time, times | tokens | tokens, \
+             times |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | \
+             --- | --- |\n",
             summary.benchmark,
             summary.model,
             self.extent(),
@@ -193,7 +193,8 @@ impl RunReport {
                 let area = detection.auroc.map_or_else(|| "-".into(), |area| format!("{area:.3}"));
                 let _ = writeln!(
                     out,
-                    "Step 2 of {}: precision {}, recall {}, AUROC {area}; flags {} of the refusals.",
+                    "Step 2 of {}: precision {}, recall {}, AUROC {area}; flags {} of the \
+                     refusals.",
                     arm.profile,
                     percent(detection.precision),
                     percent(detection.recall),
