@@ -304,7 +304,7 @@ async fn judge_and_report(folder: &Path, items: usize) -> anyhow::Result<()> {
     };
     let mut verdicts = Journal::open_file(&out.join(verdicts_file(&by.judge)), &by)?;
     let records = JournalReader::in_folder(&out).latest::<ItemRecord>()?;
-    let answers = records.filter_map(Result::ok).flat_map(judging::answers);
+    let answers = records.filter_map(Result::ok).flat_map(judge::answers_to_judge);
     judge::judge_answers(answers, Box::new(XsTest), &mut verdicts, 4, |_| ()).await?;
     println!(
         "{} answers judged in {:.1} s; peak {:.0} MB",
