@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""One decision for every door: the same items through the library, `ask`, and `serve`, plain and streamed.
+"""Checks that every door makes the same decisions: sends the same items through the library, `ask`, and `serve`, plain and streamed.
 
-    doors.py ECSO ITEMS RUN [--ask K]    ITEMS is the folder of hardened.py; RUN a run of `ecso eval run jsonl` over its first items
-                                         (one arm of `hardened`, the library's door); K items go through `ecso ask` too
+    doors.py ECSO ITEMS RUN [--ask K]    ITEMS is the folder that hardened.py wrote; RUN a run of `ecso eval run jsonl` over its first
+                                         items with one arm of `hardened` (the library); K items also go through `ecso ask`
 
-The run says how many items there are and with which profile; the doors are given the same. Prints what differs, and how much agrees.
+Items and profile are those of the run. Prints what differs, and how many results agree.
 """
 import argparse
 import base64
@@ -25,23 +25,23 @@ def post(url, body):
 
 def plain(url, body):
     answer = json.loads(post(url, body))
-    found = answer["ecso"]["choices"][0]
-    return found["verdict"], found["score"], answer["choices"][0]["message"]["content"].strip()
+    trace = answer["ecso"]["choices"][0]
+    return trace["verdict"], trace["score"], answer["choices"][0]["message"]["content"].strip()
 
 
 def streamed(url, body):
-    text, found = "", None
+    text, trace = "", None
     for line in post(url, body | {"stream": True}).splitlines():
         if line.startswith("data: ") and line != "data: [DONE]":
             event = json.loads(line[6:])
             if "error" in event:
                 raise RuntimeError(event["error"])
             text += "".join(choice["delta"].get("content") or "" for choice in event["choices"])
-            found = event.get("ecso", found)
-    return found["choices"][0]["verdict"], found["choices"][0]["score"], text.strip()
+            trace = event.get("ecso", trace)
+    return trace["choices"][0]["verdict"], trace["choices"][0]["score"], text.strip()
 
 
-def asked(ecso, item, folder, profile):
+def ask(ecso, item, folder, profile):
     command = [ecso, "ask", item["query"], "--image", folder / item["image"], "--json", "--quiet", "--model", "mini", "--profile", profile]
     outcome = json.loads(subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout)
     return outcome["verdict"], outcome["score"], outcome["answer"].strip()
@@ -68,7 +68,7 @@ def main():
     url = re.search(r"on (http\S+)", serve.stderr.readline())[1] + "/chat/completions"
     same = {"plain": 0, "streamed": 0, "ask": 0}
     count = dict.fromkeys(same, 0)
-    begun = time.time()
+    started = time.time()
     try:
         for number, record in enumerate(records):
             item, outcome = items[record["id"]], record["arms"][1]
@@ -77,16 +77,16 @@ def main():
             body = {"model": "mini", "messages": [{"role": "user", "content": content}], "max_tokens": tokens, "temperature": 0}
             doors = {"plain": lambda: plain(url, body), "streamed": lambda: streamed(url, body)}
             if number < options.ask:
-                doors["ask"] = lambda: asked(options.ecso, item, options.items, profile)
+                doors["ask"] = lambda: ask(options.ecso, item, options.items, profile)
             library = outcome["verdict"], outcome["score"], outcome["answer"].strip()
             for name, door in doors.items():
-                found = door()
+                result = door()
                 count[name] += 1
-                same[name] += found == library
-                if found != library:
-                    answers = 'alike' if found[2] == library[2] else 'differ'
-                    print(f"{item['id']} {name}: {found[:2]}, the library {library[:2]}, answers {answers}", flush=True)
-            print(f"{number + 1} of {len(records)}, {time.time() - begun:.0f} s", file=sys.stderr)
+                same[name] += result == library
+                if result != library:
+                    answers = "equal" if result[2] == library[2] else "different"
+                    print(f"{item['id']} {name}: {result[:2]}, the library {library[:2]}, {answers} answers", flush=True)
+            print(f"{number + 1} of {len(records)}, {time.time() - started:.0f} s", file=sys.stderr)
     finally:
         serve.kill()
     for name, number in count.items():

@@ -1,52 +1,40 @@
 #!/usr/bin/env python3
-"""What a gateway costs: ecso beside others, on one machine, in one run.
+"""Measures what a gateway costs: ecso and others, on one machine, in one run.
 
     cargo build --release -p ecso-cli -p ecso-bench && apt-get install wrk nginx-light
     python3 bench/gateway.py TARGET_DIR [--rounds 7] [--seconds 3] [--peers nginx,smg,litellm,portkey]
 
-The gateway has core 0, the mock upstream and the load core 1; one worker each. Rounds of all gateways are interleaved; the figures are
-medians. CPU is the gateway's own, by its process accounting. A round counts only if every answer had status 200.
+The gateway runs on core 0, the mock upstream and the load generator on core 1, with one worker each. The rounds of all gateways are
+interleaved; the figures are medians. CPU is that of the gateway's processes. A round counts only if every answer has status 200.
 `smg` and `litellm` must be on PATH (PyPI: smg, litellm[proxy]), `portkey` is @portkey-ai/gateway's start-server.js in PORTKEY.
 """
 import argparse
-import base64
 import json
 import os
 import pathlib
 import re
 import shutil
 import statistics
-import struct
 import subprocess
 import tempfile
 import time
 import urllib.request
-import zlib
+
+from mocks import data_url, image_and_text, png
 
 MOCK, FIRST = 9100, 9101
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def body(kind):
-    text = {"type": "text", "text": "What is on the list?"}
-    if kind == "1 KB":
-        return {"model": "mock", "messages": [{"role": "user", "content": "What is on the list? " + "x" * 900}]}
-    url = "data:image/png;base64," + base64.b64encode(noise({"100 KB image": 158, "1 MB image": 500}[kind])).decode()
-    return {"model": "mock", "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, text]}]}
+def request_body(kind):
+    content = "What is on the list? " + "x" * 900
+    if kind != "1 KB":
+        side = {"100 KB image": 158, "1 MB image": 500}[kind]
+        content = image_and_text(data_url(png(side, os.urandom(3 * side * side))), "What is on the list?")
+    return {"model": "mock", "messages": [{"role": "user", "content": content}]}
 
 
-def noise(side):
-    """A PNG of random pixels: as big as they are."""
-    rows = b"".join(b"\0" + os.urandom(3 * side) for _ in range(side))
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows, 1)) + chunk(b"IEND", b"")
-
-
-def script(folder, kind, body, headers):
+def wrk_script(folder, kind, body, headers):
     path = folder / f"{kind.replace(' ', '-')}.lua"
     data = folder / f"{kind.replace(' ', '-')}.json"
     data.write_text(json.dumps(body))
@@ -58,21 +46,22 @@ def script(folder, kind, body, headers):
     return path
 
 
-def tree(pid):
-    found, front = [pid], [pid]
-    while front:
+def process_tree(pid):
+    """The process and all its descendants."""
+    pids, parents = [pid], [pid]
+    while parents:
         children = []
-        for parent in front:
+        for parent in parents:
             for task in pathlib.Path(f"/proc/{parent}/task").glob("*/children"):
                 children += [int(child) for child in task.read_text().split()]
-        found += children
-        front = children
-    return found
+        pids += children
+        parents = children
+    return pids
 
 
-def cpu(pid):
+def cpu_seconds(pid):
     total = 0
-    for process in tree(pid):
+    for process in process_tree(pid):
         try:
             fields = pathlib.Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
             total += int(fields[11]) + int(fields[12])
@@ -81,9 +70,9 @@ def cpu(pid):
     return total / TICKS
 
 
-def memory(pid):
+def memory_mb(pid):
     total = 0
-    for process in tree(pid):
+    for process in process_tree(pid):
         try:
             line = re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{process}/status").read_text())
             total += int(line.group(1)) if line else 0
@@ -92,13 +81,14 @@ def memory(pid):
     return total / 1024
 
 
-def pinned(core, command, **more):
+def start_pinned(core, command, **more):
     return subprocess.Popen(["taskset", "-c", str(core), *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **more)
 
 
-def wrk(port, connections, seconds, lua):
+def wrk(port, connections, seconds, script):
+    """Puts load on a gateway. Returns requests, requests per second and the median in ms; None if an answer failed."""
     out = subprocess.run(
-        ["taskset", "-c", "1", "wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", str(lua),
+        ["taskset", "-c", "1", "wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", str(script),
          f"http://127.0.0.1:{port}/v1/chat/completions"], capture_output=True, text=True, check=True).stdout  # fmt: skip
     bad = re.search(r"Non-2xx or 3xx responses: (\d+)|Socket errors", out)
     requests = int(re.search(r"(\d+) requests in", out).group(1))
@@ -109,6 +99,7 @@ def wrk(port, connections, seconds, lua):
 
 
 def gateways(arguments, folder):
+    """Name, port and start function of every gateway; the mock has been started already."""
     target = pathlib.Path(arguments.target)
     ecso, upstream = str(target / "ecso"), f"http://127.0.0.1:{MOCK}/v1"
     port = iter(range(FIRST, FIRST + 20))
@@ -117,7 +108,7 @@ def gateways(arguments, folder):
     def ecso_serve(name, **settings):
         at = next(port)
         command = [ecso, "serve", "--upstream", upstream, "--listen", f"127.0.0.1:{at}"]
-        return name, at, lambda: pinned(0, command, env=plain | settings)
+        return name, at, lambda: start_pinned(0, command, env=plain | settings)
 
     yield "mock alone", MOCK, None
     yield ecso_serve("ecso")
@@ -131,28 +122,29 @@ http {{ access_log off; client_max_body_size 32m; client_body_buffer_size 2m; ke
 client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder}; uwsgi_temp_path {folder}; scgi_temp_path {folder};
 upstream mock {{ server 127.0.0.1:{MOCK}; keepalive 64; keepalive_requests 10000000; }}
 server {{ listen 127.0.0.1:{at}; location / {{ proxy_pass http://mock; proxy_http_version 1.1; proxy_set_header Connection ""; }} }} }}""")
-        yield "nginx", at, lambda: pinned(0, ["nginx", "-c", str(conf), "-p", str(folder)])
+        yield "nginx", at, lambda: start_pinned(0, ["nginx", "-c", str(conf), "-p", str(folder)])
     if "smg" in peers and shutil.which("smg"):
         at = next(port)
         command = ["smg", "launch", "--host", "127.0.0.1", "--port", str(at), "--backend", "openai", "--worker-urls",
                    f"http://127.0.0.1:{MOCK}", "--prometheus-port", str(next(port)), "--log-level", "error"]  # fmt: skip
-        yield "smg", at, lambda: pinned(0, command, env=plain)
+        yield "smg", at, lambda: start_pinned(0, command, env=plain)
     if "litellm" in peers and shutil.which("litellm"):
         lite, conf2 = next(port), folder / "litellm.yaml"
         conf2.write_text(f"model_list: [{{model_name: mock, litellm_params: {{model: openai/mock, api_base: '{upstream}', api_key: none}}}}]\n")
-        yield "LiteLLM", lite, lambda: pinned(0, ["litellm", "--config", str(conf2), "--port", str(lite), "--num_workers", "1"],
+        yield "LiteLLM", lite, lambda: start_pinned(0, ["litellm", "--config", str(conf2), "--port", str(lite), "--num_workers", "1"],
                                              env=plain | {"LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"})
     if "portkey" in peers and os.environ.get("PORTKEY"):
         key = next(port)
-        yield "Portkey", key, lambda: pinned(0, ["node", os.environ["PORTKEY"], "--headless", f"--port={key}"])
+        yield "Portkey", key, lambda: start_pinned(0, ["node", os.environ["PORTKEY"], "--headless", f"--port={key}"])
 
 
-def ready(port, lua_headers):
-    data = json.dumps(body("1 KB")).encode()
+def wait_until_ready(port, headers):
+    data = json.dumps(request_body("1 KB")).encode()
     for _ in range(600):
         try:
-            headers = {"Content-Type": "application/json", "Authorization": "Bearer none"} | lua_headers
-            with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", data, headers), timeout=5):
+            headers = {"Content-Type": "application/json", "Authorization": "Bearer none"} | headers
+            request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", data, headers)
+            with urllib.request.urlopen(request, timeout=5):
                 return True
         except OSError:
             time.sleep(0.1)
@@ -167,13 +159,13 @@ def main():
     parser.add_argument("--peers", default="nginx,smg,litellm,portkey")
     arguments = parser.parse_args()
     folder = pathlib.Path(tempfile.mkdtemp())
-    mock = pinned(1, [str(pathlib.Path(arguments.target) / "upstream"), str(MOCK)])
+    mock = start_pinned(1, [str(pathlib.Path(arguments.target) / "upstream"), str(MOCK)])
     running = []
     headers = {"x-portkey-provider": "openai", "x-portkey-custom-host": f"http://127.0.0.1:{MOCK}/v1"}
     try:
         for name, port, start in gateways(arguments, folder):
             process = start() if start else mock
-            if not ready(port, headers):
+            if not wait_until_ready(port, headers):
                 print(f"left out: {name} does not answer")
                 process.kill()
                 continue
@@ -182,25 +174,25 @@ def main():
         figures = {}
         for _ in range(arguments.rounds):
             for kind, connections in rows:
-                lua = script(folder, kind, body(kind), headers)
+                script = wrk_script(folder, kind, request_body(kind), headers)
                 for name, port, process in running:
-                    before = cpu(process.pid)
-                    took = wrk(port, connections, arguments.seconds, lua)
-                    spent = cpu(process.pid) - before
-                    if took is None:
+                    before = cpu_seconds(process.pid)
+                    load = wrk(port, connections, arguments.seconds, script)
+                    cpu = cpu_seconds(process.pid) - before
+                    if load is None:
                         figures.setdefault((kind, connections, name), [])
                         continue
-                    requests, rate, p50 = took
-                    figures.setdefault((kind, connections, name), []).append((rate, p50, 1e6 * spent / requests, memory(process.pid)))
+                    requests, rate, p50 = load
+                    figures.setdefault((kind, connections, name), []).append((rate, p50, 1e6 * cpu / requests, memory_mb(process.pid)))
         for kind, connections in rows:
-            print(f"\n{kind}, {connections} at once: requests/s, p50 ms, CPU us a request, memory MB")
+            print(f"\n{kind}, {connections} at once: requests/s, p50 ms, CPU us per request, memory MB")
             for name, *_ in running:
-                found = figures[kind, connections, name]
-                if not found:
+                rounds = figures[kind, connections, name]
+                if not rounds:
                     print(f"  {name:16} failed: answers without status 200")
                     continue
-                rate, p50, spent, held = (statistics.median(column) for column in zip(*found))
-                print(f"  {name:16} {rate:10.0f} {p50:8.3f} {spent:8.0f} {held:8.0f}")
+                rate, p50, cpu, memory = (statistics.median(column) for column in zip(*rounds))
+                print(f"  {name:16} {rate:10.0f} {p50:8.3f} {cpu:8.0f} {memory:8.0f}")
     finally:
         for _, _, process in running:
             process.terminate()

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""The items that `hardened` is measured on: attacks and harmless requests in one benchmark for `ecso eval run jsonl`.
+"""Writes the items on which `hardened` is measured: attacks and harmless requests in one benchmark for `ecso eval run jsonl`.
 
     hardened.py ECSO DATA OUT    DATA holds figstep/, mm-safetybench/ and xstest/ (see docs/evaluation.md); OUT gets items.jsonl,
-                               and beside it forced.jsonl (60 twins), text.jsonl (XSTest as plain text) and advice/ (for `eval run figstep`)
+                                 forced.jsonl (60 twins), text.jsonl (XSTest as plain text) and advice/ (for `eval run figstep`)
 
-Items come from the half on which the look was not tuned (those whose id's SHA-256 begins with an odd byte; of MM-SafetyBench all 40;
-four twins of the other half make 200), drawn with a fixed seed and dealt in turn, so that any beginning of the run is balanced.
+The items come from the half on which the request check was not tuned (those whose id's SHA-256 begins with an odd byte; of MM-SafetyBench
+all 40; four twins of the other half make 200). They are drawn with a fixed seed and interleaved, so that any prefix of the run is balanced.
 """
 import csv
 import hashlib
@@ -44,7 +44,7 @@ def write_items(path, items):
 
 
 def typographic(ecso, out, name, rows):
-    """Requests set as images; items of the scenario `name`."""
+    """Renders requests as images. Returns the items, in the scenario `name`."""
     write_table(out / f"{name}.csv", rows)
     run(ecso, "typographic", "--prompts", out / f"{name}.csv", "--out", out / name)
     for line in (out / name / "items.jsonl").read_text().splitlines():
@@ -56,14 +56,14 @@ def run(ecso, *arguments):
     subprocess.run([ecso, "eval", "prepare", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
 
 
-def beside(ecso, data, out):
-    """XSTest as plain text, two safe prompts for each unsafe one; and 15 of FigStep's requests for advice."""
+def write_text_and_advice(ecso, data, out):
+    """Writes XSTest as plain text, two safe prompts for each unsafe one; and 15 of FigStep's requests for advice."""
     rows = [row for row in table(data / "xstest/xstest_prompts.csv") if is_report("x" + row["id"])]
     safe, unsafe = (draw([row for row in rows if (row["label"] == "safe") == kind], 80, random.Random(4)) for kind in (True, False))
-    dealt = [row for turn in range(40) for row in (*safe[2 * turn:2 * turn + 2], unsafe[turn])]
+    interleaved = [row for turn in range(40) for row in (*safe[2 * turn:2 * turn + 2], unsafe[turn])]
     write_items(out / "text.jsonl", [{
         "id": "x" + row["id"], "query": row["prompt"], "scenario": row["type"], "label": "harmless" if row["label"] == "safe" else "harmful",
-    } for row in dealt])
+    } for row in interleaved])
     rows = [row for row in table(data / "figstep/safebench-dev.csv") if row["category_id"] in ADVICE]
     rows = draw([row for row in rows if is_report(f"{row['category_id']}-{row['task_id']}")], 15, random.Random(4))
     write_table(out / "advice.csv", rows)
@@ -108,10 +108,10 @@ def main():
 
     kinds = [figstep, ocr, twins, xstest]
     turns = max(map(len, kinds))
-    dealt = (item for turn in range(turns) for kind in kinds for item in kind[turn * len(kind) // turns:(turn + 1) * len(kind) // turns])
-    write_items(out / "items.jsonl", dealt)
+    interleaved = (item for turn in range(turns) for kind in kinds for item in kind[turn * len(kind) // turns:(turn + 1) * len(kind) // turns])
+    write_items(out / "items.jsonl", interleaved)
     write_items(out / "forced.jsonl", twins[:60])
-    beside(ecso, data, out)
+    write_text_and_advice(ecso, data, out)
     print(", ".join(f"{len(kind)} {kind[0]['scenario']}" for kind in kinds))
 
 

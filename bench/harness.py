@@ -1,4 +1,4 @@
-"""The harness's own speed: how busy it keeps a slow endpoint, and what 100,000 recorded items take.
+"""Measures the harness itself: how busy it keeps a slow endpoint, and what 100,000 recorded items take.
 
     cargo build --release -p ecso-cli
     python3 bench/harness.py path/to/ecso
@@ -8,7 +8,6 @@ import asyncio
 import json
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ import threading
 import time
 
 AT_ONCE = 32
-DELAY = 0.2  # seconds a call
+DELAY = 0.2  # seconds per call
 
 
 class Endpoint:
@@ -51,7 +50,7 @@ class Endpoint:
             writer.close()
 
 
-def items(path: pathlib.Path, count: int) -> pathlib.Path:
+def write_items(path: pathlib.Path, count: int) -> pathlib.Path:
     with path.open("w") as file:
         for number in range(count):
             label = "harmful" if number % 2 else "harmless"
@@ -60,14 +59,14 @@ def items(path: pathlib.Path, count: int) -> pathlib.Path:
 
 
 def run(ecso: str, *args: str) -> tuple[float, float, str]:
-    """Seconds, peak memory in MB, and what it said."""
-    begun = time.time()
+    """Runs `ecso eval`. Returns seconds, peak memory in MB, and its output."""
+    started = time.time()
     process = subprocess.Popen([ecso, "eval", *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    said = process.stdout.read()
+    output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        sys.exit(said)
-    return time.time() - begun, usage.ru_maxrss / 1024, said
+        sys.exit(output)
+    return time.time() - started, usage.ru_maxrss / 1024, output
 
 
 def main() -> None:
@@ -77,7 +76,7 @@ def main() -> None:
         os.environ["HOME"] = folder
 
         slow = Endpoint(DELAY)
-        data = items(home / "slow.jsonl", 1600)
+        data = write_items(home / "slow.jsonl", 1600)
         seconds, _, _ = run(ecso, "run", "jsonl", "--data", str(data), "--out", str(home / "slow"), "--model", slow.url,
                             "--set", "scope=all", "--concurrency", str(AT_ONCE))
         ideal = slow.calls * DELAY / AT_ONCE
@@ -86,7 +85,7 @@ def main() -> None:
 
         fast = Endpoint(0)
         for count in (10_000, 100_000):
-            data, out = items(home / f"{count}.jsonl", count), str(home / str(count))
+            data, out = write_items(home / f"{count}.jsonl", count), str(home / str(count))
             seconds, memory, _ = run(ecso, "run", "jsonl", "--data", str(data), "--out", out, "--model", fast.url,
                                      "--set", "scope=all", "--concurrency", "64")
             size = (home / str(count) / "journal.jsonl").stat().st_size / 1e6

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Judges against people, on HarmBench's validation sets: answers with the majority of three labels each.
+"""Writes answers and labels to compare judges with people: HarmBench's validation sets, with the majority of three labels for each answer.
 
     judges.py HARMBENCH OUT    writes OUT/{text,images}.{responses,labels}.jsonl for `ecso eval judge` and `ecso eval agreement`
 
-With `--chosen` only the rows on which the questions and thresholds of the judge `llm` were chosen are written (70 drawn ones, and
-those whose id's SHA-256 begins with an even byte), with `--rest` only the others.
+With `--chosen`, only the rows are written on which the questions and thresholds of the judge `llm` were chosen (70 random ones, and
+those whose id's SHA-256 begins with an even byte); with `--rest`, only the others.
 """
 import hashlib
 import json
@@ -25,9 +25,9 @@ def rows(folder):
 def main():
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
     source, out = map(Path, arguments)
-    found = list(rows(source))
-    text = [row[1] for row in found if row[0] == "text"]
-    images = [row[1] for row in found if row[0] == "images"]
+    all_rows = list(rows(source))
+    text = [row[1] for row in all_rows if row[0] == "text"]
+    images = [row[1] for row in all_rows if row[0] == "images"]
     random.seed(3)
     random.shuffle(text)
     random.shuffle(images)
@@ -36,7 +36,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     for kind in ("text", "images"):
         with (out / f"{kind}.responses.jsonl").open("w") as responses, (out / f"{kind}.labels.jsonl").open("w") as labels:
-            for row_kind, name, query, record in found:
+            for row_kind, name, query, record in all_rows:
                 if row_kind != kind or ("--chosen" in sys.argv and name not in chosen) or ("--rest" in sys.argv and name in chosen):
                     continue
                 harmful = sum(record[f"human_{person}"] for person in range(3)) >= 2

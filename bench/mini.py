@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""What `mini` takes: time until it can read a prompt, peak memory, and steps 2-4 with and without the shared prefix.
+"""Measures `mini`: the time until it can read a prompt, peak memory, and steps 2 to 4 with and without the shared prefix.
 
-usage: mini.py PATH_OF_ECSO [IMAGE]        (standard library only)
+usage: mini.py ECSO [IMAGE]        (standard library only)
 """
 import json
 import os
@@ -11,11 +11,11 @@ import sys
 
 ecso = sys.argv[1]
 image = sys.argv[2] if len(sys.argv) > 2 else os.path.join(os.path.dirname(__file__), "../examples/list.png")
-caps = [flag for step in ("direct", "caption", "safe") for flag in ("--set", step + ".max_tokens=24")]
+limits = [flag for step in ("direct", "caption", "safe") for flag in ("--set", step + ".max_tokens=24")]
 
 
 def ask(query, arguments=(), environment=()):
-    command = [ecso, "ask", query, "--image", image, "--json", "-q", *caps, *arguments]
+    command = [ecso, "ask", query, "--image", image, "--json", "-q", *limits, *arguments]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, **dict(environment)})
     text = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
@@ -35,12 +35,12 @@ print("peak memory of one answer: %.2f GiB" % peak)
 
 # With a threshold of 0 every draft counts as unsafe, so that steps 2, 3 and 4 all run.
 unsafe = ["--set", "detect.parser=score", "--set", "detect.threshold=0"]
-shared, afresh = [], []
+shared, unshared = [], []
 for _ in range(5):
-    for times, environment in ((shared, {}), (afresh, {"ECSO__ENGINE__NO_REUSE": "true"})):
+    for times, environment in ((shared, {}), (unshared, {"ECSO__ENGINE__NO_REUSE": "true"})):
         outcome, _ = ask("What is the list about?", unsafe, environment)
         steps = {step["step"]: step["ms"] for step in outcome["steps"]}
         times.append([steps["detect"], steps["caption"], steps["safe"]])
-for name, times in (("shared prefix", shared), ("from the start", afresh)):
+for name, times in (("shared prefix", shared), ("from the start", unshared)):
     medians = [statistics.median(column) for column in zip(*times)]
     print("%-15s detect %5.0f ms  caption %5.0f ms  safe %5.0f ms  together %5.0f ms" % (name, *medians, sum(medians)))

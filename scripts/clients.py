@@ -1,4 +1,4 @@
-"""The OpenAI client for Python and LangChain, as their users use them; see scripts/clients."""
+"""Tests the OpenAI client for Python and LangChain, used as their users do; see scripts/clients."""
 import base64
 import sys
 
@@ -15,24 +15,24 @@ def content(url=image):
     return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is on the list?"}]
 
 
-def ask(**more):
+def request(**more):
     return dict(model=model, messages=[{"role": "user", "content": content()}], max_tokens=12, **more)
 
 
-raw = client.chat.completions.with_raw_response.create(**ask(), extra_headers={"x-ecso-trace": "true"})
+raw = client.chat.completions.with_raw_response.create(**request(), extra_headers={"x-ecso-trace": "true"})
 answer = raw.parse()
 assert raw.headers["x-ecso-verdict"] in ("safe", "unsafe"), raw.headers
 assert answer.choices[0].message.content and answer.usage.total_tokens > 0, answer
 assert answer.ecso["choices"][0]["steps"], answer.ecso
 
-chunks = list(client.chat.completions.create(**ask(stream=True, stream_options={"include_usage": True})))
+chunks = list(client.chat.completions.create(**request(stream=True, stream_options={"include_usage": True})))
 text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
 assert text and chunks[-1].ecso["verdict"] in ("safe", "unsafe") and chunks[-1].usage.total_tokens > 0, chunks
 
-assert len(client.chat.completions.create(**ask(n=2)).choices) == 2
+assert len(client.chat.completions.create(**request(n=2)).choices) == 2
 
-found = client.moderations.create(input=content()[::-1])
-assert found.results[0].flagged in (True, False) and found.results[0].categories.harm == found.results[0].flagged, found
+moderation = client.moderations.create(input=content()[::-1])
+assert moderation.results[0].flagged in (True, False) and moderation.results[0].categories.harm == moderation.results[0].flagged, moderation
 assert len(client.moderations.create(input=["Say hello.", "What is bread?"]).results) == 2
 
 plain = dict(model=model, messages=[{"role": "user", "content": "Say hello."}], max_tokens=4)
@@ -50,4 +50,4 @@ chat = ChatOpenAI(model=model, max_tokens=12)
 message = HumanMessage(content=content())
 assert chat.invoke([message]).content
 assert "".join(chunk.text for chunk in chat.stream([message]))
-print(f"openai {openai.__version__} and LangChain: model {model}, plain, streamed, n = 2, text alone, moderations, errors: all as they should be")
+print(f"openai {openai.__version__} and LangChain: model {model}, plain, streamed, n = 2, text alone, moderations, errors: all passed")

@@ -1,18 +1,16 @@
-"""The guard on engines that others run, against a model that is a mock: engines.py PART...
+"""Tests the guard on engines of others (Ray, Spark, Daft), against a mock model: engines.py PART...
 
-  cluster   Ray, two nodes: an actor and then a node are killed in the middle; no row may be lost or doubled
-  beside    Ray's own HTTP processor on the same mock
+  cluster   Ray with two nodes: an actor and then a node are killed in the middle; no row may be lost or duplicated
+  beside    Ray's own HTTP processor on the same mock, for comparison
   spark     1,000 rows through Spark
   daft      1,000 rows through Daft
 
-The mock takes 50 ms a call, and answers 1 of 100 calls with 429 or 500. One image of each table is broken.
+The mock takes 50 ms per call, and answers 1 of 100 calls with 429 or 500. One image of each table is broken.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -20,102 +18,68 @@ import sys
 import tempfile
 import threading
 import time
-import zlib
 from collections.abc import Iterator
-from struct import pack
+from pathlib import Path
 from typing import Any
 
-LATENCY, FAILING = 0.05, 0.01
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+
+from mocks import Response, completion, png, start_fast_model  # noqa: E402
+
+LATENCY, FAILURE_RATE = 0.05, 0.01
 BROKEN = 77
 SETTINGS = {"concurrency": 64, "server": {"retries": 4}}
 
 
-def dot(number: int) -> bytes:
-    """A picture of one dot, another for each number."""
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return pack(">I", len(body)) + name + body + pack(">I", zlib.crc32(name + body))
-
-    head = pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)
-    pixel = zlib.compress(b"\0" + number.to_bytes(3, "big"))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixel) + chunk(b"IEND", b"")
-
-
 def rows(count: int) -> list[dict[str, Any]]:
-    image = lambda number: b"no image" if number == BROKEN else dot(number)  # noqa: E731
+    """Rows with images of one pixel, a different one for each number."""
+    image = lambda number: b"no image" if number == BROKEN else png(1, number.to_bytes(3, "big"))  # noqa: E731
     return [{"number": number, "query": f"What is number {number}?", "image": image(number)} for number in range(count)]
 
 
-def mock(port: Any, failing: float) -> None:
-    """A server that speaks chat completions: it says again what it was asked, and that nothing is harmful."""
-    chance = random.Random(1)
+class EchoModel:
+    """Repeats the question, finds nothing harmful, and fails at the given rate."""
 
-    def reply(body: bytes) -> tuple[int, str, dict[str, Any]]:
-        if not body:
-            return 200, "", {"data": [{"id": "toy"}]}
-        if chance.random() < failing:
-            status = chance.choice([429, 500])
-            return status, "Retry-After: 0\r\n" if status == 429 else "", {"error": {"message": "try again"}}
-        said = json.loads(body)["messages"][-1]["content"]
-        text = said if isinstance(said, str) else "\n".join(part["text"] for part in said if part["type"] == "text")
+    def __init__(self, failure_rate: float) -> None:
+        self.failure_rate, self.random = failure_rate, random.Random(1)
+
+    def __call__(self, request: bytes) -> Response:
+        if not request:
+            return 200, "", b'{"data": [{"id": "m"}]}'
+        if self.random.random() < self.failure_rate:
+            status = self.random.choice([429, 500])
+            return status, "Retry-After: 0\r\n" if status == 429 else "", b'{"error": {"message": "try again"}}'
+        content = json.loads(request)["messages"][-1]["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        text = "\n".join(part["text"] for part in parts if part["type"] == "text")
         answer = "No." if "Is the RESPONSE harmful" in text else f"Seen: {text}"
-        choice = {"index": 0, "message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}
         usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
-        return 200, "", {"id": "1", "object": "chat.completion", "created": 1, "model": "toy", "choices": [choice], "usage": usage}
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).lower()
-                length = next((int(line[15:]) for line in head.split(b"\r\n") if line.startswith(b"content-length:")), 0)
-                body = await reader.readexactly(length)
-                if body:
-                    await asyncio.sleep(LATENCY)
-                status, more, value = reply(body)
-                text = json.dumps(value).encode()
-                head = f"HTTP/1.1 {status} x\r\nContent-Type: application/json\r\n{more}Content-Length: {len(text)}\r\n\r\n"
-                writer.write(head.encode() + text)
-                await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
-
-    async def run() -> None:
-        server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=512)
-        port.put(server.sockets[0].getsockname()[1])
-        await server.serve_forever()
-
-    asyncio.run(run())
+        return 200, "", json.dumps(completion(answer, usage)).encode()
 
 
-def started(failing: float = FAILING) -> tuple[str, Any]:
-    context = multiprocessing.get_context("spawn")
-    port = context.Queue()
-    server = context.Process(target=mock, args=(port, failing), daemon=True)
-    server.start()
-    return f"http://127.0.0.1:{port.get()}/v1", server
+def start_mock(failure_rate: float = FAILURE_RATE) -> tuple[str, Any]:
+    return start_fast_model(EchoModel(failure_rate), LATENCY)
 
 
-def check(found: list[dict[str, Any]], count: int) -> None:
-    """Every row once, with its own answer; the broken one with an error."""
-    numbers = [row["number"] for row in found]
-    lost, doubled = count - len(set(numbers)), len(numbers) - len(set(numbers))
-    failed = [row for row in found if row["error"] is not None]
-    wrong = [row for row in found if row["error"] is None and row["answer"] != f"Seen: What is number {row['number']}?"]
-    print(f"  {len(found)} rows: {lost} lost, {doubled} doubled, {len(wrong)} with another's answer, {len(failed)} failed")
-    assert not (lost or doubled or wrong), wrong[:3]
+def check(answers: list[dict[str, Any]], count: int) -> None:
+    """Checks that every row is there once with its own answer, and the broken one with an error."""
+    numbers = [row["number"] for row in answers]
+    lost, duplicated = count - len(set(numbers)), len(numbers) - len(set(numbers))
+    failed = [row for row in answers if row["error"] is not None]
+    wrong = [row for row in answers if row["error"] is None and row["answer"] != f"Seen: What is number {row['number']}?"]
+    print(f"  {len(answers)} rows: {lost} lost, {duplicated} duplicated, {len(wrong)} with a wrong answer, {len(failed)} failed")
+    assert not (lost or duplicated or wrong), wrong[:3]
     assert [(row["number"], row["error_kind"]) for row in failed] == [(BROKEN, "image")], failed[:3]
 
 
-def writers(folder: str) -> Iterator[int]:
+def processes_with_open_files(folder: str) -> Iterator[int]:
     """The processes that have files open in a folder."""
     for process in filter(str.isdigit, os.listdir("/proc")):
         try:
-            held = [os.readlink(f"/proc/{process}/fd/{file}") for file in os.listdir(f"/proc/{process}/fd")]
+            files = [os.readlink(f"/proc/{process}/fd/{file}") for file in os.listdir(f"/proc/{process}/fd")]
         except OSError:
             continue
-        if any(file.startswith(folder) for file in held):
+        if any(file.startswith(folder) for file in files):
             yield int(process)
 
 
@@ -125,7 +89,7 @@ def cluster(count: int = 10_000) -> None:
 
     import ecso.ray
 
-    url, server = started()
+    url, server = start_mock()
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     second = nodes.add_node(num_cpus=2)
     ray.init(address=nodes.address, log_to_driver=False)
@@ -133,12 +97,12 @@ def cluster(count: int = 10_000) -> None:
     print(f"Ray {ray.__version__}, {len(ray.nodes())} nodes, {count} rows")
     killed: list[str] = []
 
-    def trouble(journal: str) -> None:
+    def kill_actor_and_node(journal: str) -> None:
         done = lambda: sum(line.startswith(b'{"id"') for name in os.listdir(journal) for line in open(os.path.join(journal, name), "rb"))  # noqa: E731, SIM115
 
         while not os.path.isdir(journal) or done() < count // 4:
             time.sleep(0.2)
-        os.kill(next(writers(journal)), signal.SIGKILL)
+        os.kill(next(processes_with_open_files(journal)), signal.SIGKILL)
         killed.append(f"an actor after {done()} rows")
         while done() < count // 2:
             time.sleep(0.2)
@@ -147,27 +111,27 @@ def cluster(count: int = 10_000) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         journal = os.path.join(folder, "journal")
-        worker = threading.Thread(target=trouble, args=(journal,), daemon=True)
+        worker = threading.Thread(target=kill_actor_and_node, args=(journal,), daemon=True)
         worker.start()
-        begun = time.monotonic()
+        started = time.monotonic()
         dataset = ray.data.from_items(rows(count), override_num_blocks=40)
         answered = ecso.ray.map_batches(
             dataset, url, "paper", settings=SETTINGS, options={"journal": journal}, batch_size=250, actors=2, num_cpus=1
         )
-        found = answered.select_columns(["number", "answer", "error", "error_kind"]).take_all()
-        took = time.monotonic() - begun
+        answers = answered.select_columns(["number", "answer", "error", "error_kind"]).take_all()
+        seconds = time.monotonic() - started
         worker.join(5)
     print(f"  killed: {', '.join(killed) or 'nothing'}")
-    print(f"  {count / took:.0f} rows/s, {took:.1f} s, restarts and all")
-    check(found, count)
-    assert len(killed) == 2, "the work was over before the trouble"
+    print(f"  {count / seconds:.0f} rows/s, {seconds:.1f} s, including restarts")
+    check(answers, count)
+    assert len(killed) == 2, "the run ended before both were killed"
     ray.shutdown()
     nodes.shutdown()
     server.terminate()
 
 
 def beside(count: int = 400) -> None:
-    """One call a row, as that processor makes, with as many actors."""
+    """One call per row, as Ray's processor makes, with the same number of actors."""
     import ray
     from ray.data.llm import HttpRequestProcessorConfig, build_processor
 
@@ -175,31 +139,31 @@ def beside(count: int = 400) -> None:
 
     ray.init(num_cpus=4, log_to_driver=False, include_dashboard=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    for failing in (0.0, FAILING):
-        url, server = started(failing)
-        print(f"{count} rows, one call each, 2 actors, {failing:.0%} of calls fail")
+    for failure_rate in (0.0, FAILURE_RATE):
+        url, server = start_mock(failure_rate)
+        print(f"{count} rows, one call each, 2 actors, {failure_rate:.0%} of calls fail")
         table = rows(count)
         config = HttpRequestProcessorConfig(url=f"{url}/chat/completions", batch_size=64, concurrency=2)
         message = lambda row: [{"role": "user", "content": row["query"]}]  # noqa: E731
         processor = build_processor(
             config,
-            preprocess=lambda row: {"payload": {"model": "toy", "messages": message(row)}, "number": row["number"]},
+            preprocess=lambda row: {"payload": {"model": "m", "messages": message(row)}, "number": row["number"]},
             postprocess=lambda row: {"number": row["number"], "answer": row["http_response"]},
         )
-        begun = time.monotonic()
+        started = time.monotonic()
         try:
-            found = processor(ray.data.from_items(table, override_num_blocks=8)).take_all()
-            answered = sum("choices" in (row["answer"] or {}) for row in found)
-            print(f"  Ray's processor: {count / (time.monotonic() - begun):.0f} rows/s, {len(found)} rows, {answered} answered")
+            answers = processor(ray.data.from_items(table, override_num_blocks=8)).take_all()
+            answer_count = sum("choices" in (row["answer"] or {}) for row in answers)
+            print(f"  Ray's processor: {count / (time.monotonic() - started):.0f} rows/s, {len(answers)} rows, {answer_count} answered")
         except Exception as error:  # noqa: BLE001
             lines = str(error).strip().splitlines()
-            print(f"  Ray's processor: ended after {time.monotonic() - begun:.1f} s with {type(error).__name__}: {lines[-1][:200]}")
+            print(f"  Ray's processor: ended after {time.monotonic() - started:.1f} s with {type(error).__name__}: {lines[-1][:200]}")
         settings = {**SETTINGS, "set": {"gate": "never"}}
-        begun = time.monotonic()
+        started = time.monotonic()
         dataset = ray.data.from_items(table, override_num_blocks=8)
-        found = ecso.ray.map_batches(dataset, url, "paper", settings=settings, batch_size=64, actors=2).take_all()
-        answered = sum(row["answer"] is not None for row in found)
-        print(f"  the guard's actors: {count / (time.monotonic() - begun):.0f} rows/s, {len(found)} rows, {answered} answered")
+        answers = ecso.ray.map_batches(dataset, url, "paper", settings=settings, batch_size=64, actors=2).take_all()
+        answer_count = sum(row["answer"] is not None for row in answers)
+        print(f"  the guard's actors: {count / (time.monotonic() - started):.0f} rows/s, {len(answers)} rows, {answer_count} answered")
         server.terminate()
     ray.shutdown()
 
@@ -210,7 +174,7 @@ def spark(count: int = 1_000) -> None:
     import ecso.spark
 
     os.environ["PYSPARK_PYTHON"] = sys.executable
-    url, server = started()
+    url, server = start_mock()
     session = SparkSession.builder.master("local[2]").config("spark.ui.enabled", "false").getOrCreate()
     session.sparkContext.setLogLevel("ERROR")
     session.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", "250")
@@ -218,11 +182,11 @@ def spark(count: int = 1_000) -> None:
     frame = session.createDataFrame(
         [(row["number"], row["query"], bytearray(row["image"])) for row in rows(count)], "number long, query string, image binary"
     )
-    begun = time.monotonic()
+    started = time.monotonic()
     answered = ecso.spark.map_in_arrow(frame.repartition(2), url, "paper", settings=SETTINGS)
-    found = [row.asDict() for row in answered.select("number", "answer", "error", "error_kind").collect()]
-    print(f"  {count / (time.monotonic() - begun):.0f} rows/s, the start of its workers and all")
-    check(found, count)
+    answers = [row.asDict() for row in answered.select("number", "answer", "error", "error_kind").collect()]
+    print(f"  {count / (time.monotonic() - started):.0f} rows/s, including the start of its workers")
+    check(answers, count)
     session.stop()
     server.terminate()
 
@@ -232,15 +196,15 @@ def daft(count: int = 1_000) -> None:
 
     import ecso.daft
 
-    url, server = started()
+    url, server = start_mock()
     print(f"Daft {engine.__version__}, {count} rows")
     table = rows(count)
     frame = engine.from_pydict({name: [row[name] for row in table] for name in table[0]})
-    begun = time.monotonic()
+    started = time.monotonic()
     answered = ecso.daft.answers(frame, {"query": "query", "image": "image"}, url, "paper", settings=SETTINGS)
-    found = [{"number": row["number"], **row["guarded"]} for row in answered.to_pylist()]
-    print(f"  {count / (time.monotonic() - begun):.0f} rows/s")
-    check(found, count)
+    answers = [{"number": row["number"], **row["guarded"]} for row in answered.to_pylist()]
+    print(f"  {count / (time.monotonic() - started):.0f} rows/s")
+    check(answers, count)
     server.terminate()
 
 

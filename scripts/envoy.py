@@ -1,7 +1,7 @@
-"""The guard as a part of Envoy, beside a model's server of our own: envoy.py ECSO ENVOY FOLDER. See scripts/envoy.
+"""Tests the guard as an external processor of Envoy, with a mock model: envoy.py ECSO ENVOY FOLDER. See scripts/envoy.
 
-The server answers harmfully to whoever asks it to "be rude", and fails as a judge of "a broken judge". Other words in a request
-say how it behaves: see `Model.do_POST`.
+The model answers harmfully if it is asked to "be rude", and fails as a judge of "a broken judge". Other words in a request control
+its behaviour: see `Model.do_POST`.
 """
 import base64
 import concurrent.futures
@@ -28,7 +28,7 @@ PIXEL = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK
 
 
 class Model(http.server.BaseHTTPRequestHandler):
-    """A model behind chat completions, with two routes more that say nothing of anybody."""
+    """A mock model with chat completions, and two other routes."""
 
     protocol_version, wbufsize, disable_nagle_algorithm = "HTTP/1.1", -1, True
     taken, lock = [], threading.Lock()
@@ -36,7 +36,7 @@ class Model(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def said(self, status, body, kind="application/json", **headers):
+    def respond(self, status, body, kind="application/json", **headers):
         body = body if isinstance(body, bytes) else (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
         for name, value in {"content-type": kind, "content-length": str(len(body)), **headers}.items():
@@ -51,8 +51,8 @@ class Model(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path == "/v1/models":
-            return self.said(200, {"object": "list", "data": [{"id": "m", "object": "model"}]}, x_own="kept")
-        self.said(200, SECRET)
+            return self.respond(200, {"object": "list", "data": [{"id": "m", "object": "model"}]}, x_own="kept")
+        self.respond(200, SECRET)
 
     def do_POST(self):
         if self.headers.get("transfer-encoding") == "chunked":
@@ -71,7 +71,7 @@ class Model(http.server.BaseHTTPRequestHandler):
         text = "A list of kinds of bread."
         if is_judge:
             if "a broken judge" in sent:
-                return self.said(500, {"error": {"message": SECRET}})
+                return self.respond(500, {"error": {"message": SECRET}})
             time.sleep(2 if "a slow judge" in sent else 0)
             text = "Yes." if RUDE in sent else "No."
         elif "HARMLESS and ETHICAL" in sent:
@@ -82,10 +82,10 @@ class Model(http.server.BaseHTTPRequestHandler):
             if "be rude" in sent:
                 text = RUDE
             if "too often" in sent:
-                return self.said(429, {"error": {"message": SECRET, "code": "rate_limit_exceeded"}}, retry_after="7",
+                return self.respond(429, {"error": {"message": SECRET, "code": "rate_limit_exceeded"}}, retry_after="7",
                                  x_own=SECRET)
             if "fail with nothing" in sent:
-                return self.said(500, "")
+                return self.respond(500, "")
             if "say nothing" in sent:
                 time.sleep(30)
             if "break off" in sent:
@@ -115,8 +115,8 @@ class Model(http.server.BaseHTTPRequestHandler):
             return self.wfile.write(b"0\r\n\r\n")
         body = {"id": "c", "created": 1, "choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": usage}
         if "packed" in sent:
-            return self.said(200, gzip.compress(json.dumps(body).encode()), content_encoding="gzip")
-        self.said(200, body, x_own=RUDE if "image_url" in sent else "kept")
+            return self.respond(200, gzip.compress(json.dumps(body).encode()), content_encoding="gzip")
+        self.respond(200, body, x_own=RUDE if "image_url" in sent else "kept")
 
 
 def free_port():
@@ -135,7 +135,7 @@ def wait_for(port):
 
 
 class Guarded:
-    """Envoy and the guard, by the settings in deploy/envoy, with these changes."""
+    """Envoy and the guard with the settings in deploy/envoy and some changes."""
 
     def __init__(self, model, *arguments, upstream=None, changes=(), environment=()):
         self.environment = dict(environment)
@@ -153,21 +153,21 @@ class Guarded:
                         "--listen", f"127.0.0.1:{self.own}", "--ext-proc", f"127.0.0.1:{self.door}", *arguments]
         if upstream == "itself":
             self.command[3] = f"http://127.0.0.1:{self.port}/v1"
-        self.begin()
+        self.start_guard()
         self.envoy = subprocess.Popen([ENVOY, "-c", config, "--use-dynamic-base-id", "--log-level", os.environ.get("ENVOY_LOG", "error"), "--concurrency", "2"],
                                       stderr=open(os.path.join(FOLDER, f"{self.port}.log"), "w", encoding="utf8"))
         wait_for(self.port)
-        self.settled()
+        self.wait_until_ready()
 
-    def begin(self):
+    def start_guard(self):
         environment = {**os.environ, "ECSO__GATEWAY__METRICS": "true", "ECSO__GATEWAY__LIMITS__DEADLINE": "5",
                        "ECSO__GATEWAY__KEEP_ALIVE": "1", "ECSO__SERVER__RETRIES": "0", **self.environment}
         self.log = open(os.path.join(FOLDER, f"{self.port}.ecso"), "a", encoding="utf8")
         self.ecso = subprocess.Popen(self.command, stderr=self.log, env=environment)
         wait_for(self.door)
 
-    def settled(self):
-        """Until Envoy has found the guard."""
+    def wait_until_ready(self):
+        """Waits until Envoy has found the guard."""
         for _ in range(100):
             if self.ask("GET", "/v1/models")[0] != 503:
                 return
@@ -184,7 +184,7 @@ class Guarded:
         return connection, connection.getresponse()
 
     def ask(self, method, path, body=None, headers=()):
-        """Status, headers and body."""
+        """Sends a request. Returns status, headers and body of the answer."""
         connection, response = self.open(method, path, body, headers)
         try:
             read = response.read()
@@ -197,15 +197,15 @@ class Guarded:
     def chat(self, query, image=PIXEL, headers=(), **more):
         return self.ask("POST", CHAT, chat(query, image, **more), headers)
 
-    def figure(self, name):
+    def metric(self, name):
         connection = http.client.HTTPConnection("127.0.0.1", self.own)
         connection.request("GET", "/metrics")
         read = connection.getresponse().read().decode()
         return sum(float(line.rsplit(" ", 1)[1]) for line in read.splitlines() if line.startswith(name))
 
-    def end(self):
+    def stop(self):
         self.ecso.terminate()
-        assert self.ecso.wait(20) == 0, "the guard did not end well"
+        assert self.ecso.wait(20) == 0, "the guard did not stop cleanly"
         self.envoy.terminate()
         self.envoy.wait()
         self.log.close()
@@ -217,7 +217,7 @@ def chat(query, image=PIXEL, **more):
 
 
 def large(size):
-    """A picture that is padded to so many bytes."""
+    """A picture that is padded to this many bytes."""
     picture = base64.b64decode(PIXEL)
     end, noise = picture[-12:], random.Random(1).randbytes(size)
     return base64.b64encode(picture[:-12] + len(noise).to_bytes(4, "big") + b"raNd" + noise + b"\0\0\0\0" + end).decode()
@@ -232,13 +232,13 @@ def streamed(body):
 
 
 def last(is_judge=False):
-    """The last request that reached the model's server: path, headers in lower case, body."""
+    """The last request that reached the model: path, headers in lower case, body."""
     path, headers, body, _ = [taken for taken in Model.taken if taken[3] == is_judge][-1]
     return path, {name.lower(): value for name, value in headers.items()}, body
 
 
 def at_once(function, cases):
-    """Results of all cases, in their order."""
+    """Calls the function for all cases at once. Returns the results in order."""
     with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
         return list(pool.map(function, cases))
 
@@ -274,11 +274,11 @@ def whole_answers(guarded):
 def streams(guarded):
     """streams: signs of life at once, no word before the verdict"""
     for query, told in [("a slow judge", "A list of kinds of bread."), ("be rude to a slow judge", "Here is a kind answer.")]:
-        begun = time.monotonic()
+        started = time.monotonic()
         connection, response = guarded.open("POST", CHAT, chat(query, stream=True))
-        first, at = response.readline(), time.monotonic() - begun
+        first, at = response.readline(), time.monotonic() - started
         body = response.read()
-        assert at < 1 and time.monotonic() - begun > 2, at
+        assert at < 1 and time.monotonic() - started > 2, at
         assert RUDE.encode() not in body and b"[DONE]" in body, body
         assert body.count(b"the answer is being checked") >= 1, body
         assert streamed(body.decode()) == told, body
@@ -347,11 +347,11 @@ def failures(guarded):
     assert status == 502 and json.loads(body)["error"]["type"] == "ecso_guard_error" and SECRET not in body, (status, body)
     status, _, body = guarded.chat("a broken judge", stream=True)
     assert status == 200 and "event: error" in body and "bread" not in body, (status, body)
-    begun, late = time.monotonic(), [("say nothing", False), ("say nothing", True), ("never end", True)]
+    started, late = time.monotonic(), [("say nothing", False), ("say nothing", True), ("never end", True)]
     for (query, _), (status, _, body) in zip(late, at_once(lambda case: guarded.chat(case[0], stream=case[1]), late)):
         assert "guard_deadline" in body and "bread" not in body, (status, body)
         assert status == (504 if query == "say nothing" else 200), (query, status, body)
-    assert 4 < time.monotonic() - begun < 8
+    assert 4 < time.monotonic() - started < 8
 
 
 @check
@@ -383,10 +383,10 @@ def left_alone(guarded):
             time.sleep(0.2)
             client.close()
     for _ in range(40):
-        if guarded.figure("ecso_running") == 0:
+        if guarded.metric("ecso_running") == 0:
             break
         time.sleep(0.1)
-    assert guarded.figure("ecso_running") == 0
+    assert guarded.metric("ecso_running") == 0
     picture = large(1 << 20)
     found = at_once(lambda nth: guarded.chat("be rude" if nth % 2 else "Which kinds?", picture, stream=nth % 4 > 1), range(12))
     for nth, (status, _, body) in enumerate(found):
@@ -397,7 +397,7 @@ def left_alone(guarded):
         told = streamed(body) if nth % 4 > 1 else json.loads(body)["choices"][0]["message"]["content"]
         assert status == 200 and told == ("Here is a kind answer." if nth % 2 else "A list of kinds of bread."), (nth, status, body)
     print("    refused for want of room:", sum(status == 503 for status, _, _ in found), "of 12")
-    assert guarded.figure('ecso_requests_total{door="ext_proc",route="chat"') > 0
+    assert guarded.metric('ecso_requests_total{door="ext_proc",route="chat"') > 0
 
 
 @check
@@ -415,8 +415,8 @@ def killed(guarded):
         print(f"    killed: status {status}, {body!r}")
         assert (status == 503 and not stream) or (status == 200 and stream and body.endswith("BROKEN")), found
         assert guarded.chat("Which kinds?")[0] == 503
-        guarded.begin()
-        guarded.settled()
+        guarded.start_guard()
+        guarded.wait_until_ready()
     assert guarded.chat("Which kinds?")[0] == 200
 
 
@@ -435,7 +435,7 @@ def other_settings(port, run):
         assert times[-1] - times[0] > 0.6, "it was held"
         connection.close()
         for _ in range(50):
-            if guarded.figure('ecso_answers_total{verdict="safe",mode="observe"') == 1:
+            if guarded.metric('ecso_answers_total{verdict="safe",mode="observe"') == 1:
                 return
             time.sleep(0.1)
         raise AssertionError("it was not judged")
@@ -495,11 +495,11 @@ def other_settings(port, run):
     for function, arguments, more in settings:
         guarded = Guarded(port, *arguments, **more)
         run(function, guarded)
-        guarded.end()
+        guarded.stop()
 
 
 def latency(port, run):
-    """What the way through the guard costs, without the model's time: medians of 100, one after the other."""
+    """Measures what the guard adds, without the model's time: medians of 100 requests, one after the other."""
     text = open("deploy/envoy/envoy.yaml", encoding="utf8").read()
     begin, end = text.index("          - name: envoy.filters.http.ext_proc"), text.index("          - name: envoy.filters.http.router")
     plain = Guarded(port, changes=[(text[begin:end], "")])
@@ -513,21 +513,21 @@ def latency(port, run):
             for which, address in [("Envoy alone", plain.port), ("ecso serve", guarded.own), ("Envoy and the guard", guarded.port)]:
                 connection, times = http.client.HTTPConnection("127.0.0.1", address), []
                 for _ in range(110):
-                    begun = time.monotonic()
+                    started = time.monotonic()
                     connection.request("POST", CHAT, body, {"content-type": "application/json"})
                     assert connection.getresponse().read()
-                    times.append(time.monotonic() - begun)
+                    times.append(time.monotonic() - started)
                 medians.append(f"{which} {statistics.median(times[10:]) * 1000:.2f} ms")
             print(f"    {name}: " + ", ".join(medians))
 
     run(measured, guarded)
-    plain.end()
-    guarded.end()
+    plain.stop()
+    guarded.stop()
 
 
 def main():
     model = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Model)
-    model.handle_error = lambda *_: None  # whoever leaves does so on purpose
+    model.handle_error = lambda *_: None  # clients close connections on purpose
     model.daemon_threads = True
     threading.Thread(target=model.serve_forever, daemon=True).start()
     port = model.server_port
@@ -535,10 +535,10 @@ def main():
 
     def run(function, guarded):
         nonlocal failed
-        begun = time.monotonic()
+        started = time.monotonic()
         try:
             function(guarded)
-            print(f"ok ({time.monotonic() - begun:.1f} s): {function.__doc__}", flush=True)
+            print(f"ok ({time.monotonic() - started:.1f} s): {function.__doc__}", flush=True)
         except Exception as error:  # noqa: BLE001
             failed += 1
             print(f"FAILED: {function.__doc__}: {type(error).__name__}: {str(error)[:600]}", flush=True)
@@ -548,7 +548,7 @@ def main():
     for function in CHECKS:
         if not only or function.__name__ in only:
             run(function, guarded)
-    guarded.end()
+    guarded.stop()
     if not only or "other" in only:
         other_settings(port, run)
     if not only or "latency" in only:

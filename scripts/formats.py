@@ -1,7 +1,7 @@
-"""OpenAI's Responses and Anthropic's Messages by their official clients, unmodified, through `ecso serve`: formats.py ECSO IMAGE
+"""Tests OpenAI's Responses and Anthropic's Messages with their official, unmodified clients through `ecso serve`: formats.py ECSO IMAGE
 
-Behind the guard stands a server of our own that speaks chat completions alone, so that verdicts are known: it answers harmfully to
-whoever asks it to "be rude", and fails as a judge of "a broken judge".
+The model behind the guard is a mock with chat completions only, so that the verdicts are known: it answers harmfully if it is asked to
+"be rude", and fails as a judge of "a broken judge".
 """
 import base64
 import http.server
@@ -18,7 +18,7 @@ RUDE = "Rude words, which no client may ever read."
 
 
 class Model(http.server.BaseHTTPRequestHandler):
-    """A model behind chat completions."""
+    """A mock model with chat completions."""
 
     def log_message(self, *_):
         pass
@@ -43,7 +43,7 @@ class Model(http.server.BaseHTTPRequestHandler):
         kind = "application/json"
         body = {"id": "c", "created": 1, "choices": [{"index": 0, "message": message, "finish_reason": finish}], "usage": usage}
         if asked.get("stream"):
-            # In pieces, as servers send texts and calls.
+            # Servers send texts and calls in pieces.
             text, deltas = message.get("content") or "", []
             deltas += [{"content": piece} for piece in (text[:5], text[5:]) if piece]
             for place, call in enumerate(message.get("tool_calls") or []):
@@ -78,7 +78,7 @@ class Kinds(BaseModel):
 
 
 class Responses:
-    """What `openai` makes of an answer: its text and whether it declines."""
+    """Reads answers with `openai`: the text, and whether it declines."""
 
     name = f"openai {openai.__version__}"
     error = openai.APIError
@@ -93,9 +93,9 @@ class Responses:
         if not stream:
             return self.read(self.client.responses.create(**wanted))
         with self.client.responses.stream(**wanted) as events:
-            said = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+            text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
             read = self.read(events.get_final_response())
-            assert said == read[0] or read[1], (said, read)
+            assert text == read[0] or read[1], (text, read)
             return read
 
     @staticmethod
@@ -124,7 +124,7 @@ class Responses:
         assert parsed.output_parsed == Kinds(kinds=3), parsed
 
     def more(self):
-        """Goes on from an answer by its id; and from one that nobody knows."""
+        """Continues from an answer by its id, and from an unknown one."""
         content = [self.picture, {"type": "input_text", "text": "What is on the list?"}]
         first = self.client.responses.create(model="m", input=[{"role": "user", "content": content}])
         with self.client.responses.stream(model="m", input="And?", previous_response_id=first.id) as events:
@@ -138,7 +138,7 @@ class Responses:
 
 
 class Messages:
-    """What `anthropic` makes of an answer: its text and whether it declines."""
+    """Reads answers with `anthropic`: the text, and whether it declines."""
 
     name = f"anthropic {anthropic.__version__}"
     error = anthropic.APIError
@@ -153,9 +153,9 @@ class Messages:
         if not stream:
             return self.read(self.client.messages.create(**wanted))
         with self.client.messages.stream(**wanted) as events:
-            said = "".join(events.text_stream)
+            text = "".join(events.text_stream)
             read = self.read(events.get_final_message())
-            assert said == read[0], (said, read)
+            assert text == read[0], (text, read)
             return read
 
     @staticmethod
@@ -205,10 +205,10 @@ def main():
         for client in (Responses, Messages):
             asking, declining = client(url, picture), client(refusing, picture)
             for stream in (False, True):
-                said = asking.ask("What is on the list?", stream)
-                assert said == ("A list of kinds of bread.", False), said
-                said = asking.ask("Please be rude.", stream)
-                assert said == ("Here is a kind answer.", False), said
+                answer = asking.ask("What is on the list?", stream)
+                assert answer == ("A list of kinds of bread.", False), answer
+                answer = asking.ask("Please be rude.", stream)
+                assert answer == ("Here is a kind answer.", False), answer
                 text, declines = declining.ask("Please be rude.", stream)
                 assert declines and RUDE not in text, text
                 try:
@@ -218,7 +218,7 @@ def main():
                 asking.tools(stream)
             asking.structured()
             asking.more()
-            print(f"{client.name}: safe, rewritten, declined, failing, tools, plain and streamed; structured; ids or tokens: as they should be")
+            print(f"{client.name}: safe, rewritten, declined, failing, tools, plain and streamed; structured; ids or tokens: all passed")
     finally:
         for process in (guard, strict):
             process.terminate()

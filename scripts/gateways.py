@@ -1,4 +1,4 @@
-"""What the tests of other gateways share: a model that answers as it is told to, the guard, and a picture. See scripts/litellm.py."""
+"""Shared by the tests of other gateways: a mock model, the guard, and requests. See scripts/litellm.py."""
 import base64
 import http.client
 import http.server
@@ -17,10 +17,13 @@ KIND = "Here is a kind answer."
 
 
 class Model(http.server.BaseHTTPRequestHandler):
-    """A model behind chat completions, Responses and Messages: rude to whoever asks it to be, and a broken judge of "a broken judge"."""
+    """A mock model with chat completions, Responses and Messages.
+
+    It answers harmfully if it is asked to "be rude", and fails as a judge of "a broken judge".
+    """
 
     protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
-    seen = []  # What it was asked by others than the guard.
+    seen = []  # the requests that are not questions of the guard
     picture = b""
 
     def log_message(self, *_):
@@ -34,7 +37,7 @@ class Model(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         sent = self.rfile.read(int(self.headers["content-length"])).decode()
-        asked = json.loads(sent)
+        request = json.loads(sent)
         status, calls, texts = 200, [], [RUDE if "be rude" in sent else SAFE]
         if "harmful, unsafe and unethical" in sent:
             time.sleep(3 if "a slow judge" in sent else 0)
@@ -43,9 +46,9 @@ class Model(http.server.BaseHTTPRequestHandler):
             texts = [KIND]
         else:
             Model.seen.append(sent)
-            if asked.get("n") == 2:
+            if request.get("n") == 2:
                 texts = [SAFE, RUDE]
-            if "tools" in asked:
+            if "tools" in request:
                 arguments = json.dumps({"loaves": RUDE if "be rude" in sent else 2})
                 calls = [{"id": "call_1", "type": "function", "function": {"name": "bake", "arguments": arguments}}]
                 texts = [SAFE]
@@ -54,7 +57,7 @@ class Model(http.server.BaseHTTPRequestHandler):
         if self.path.endswith("/messages"):
             kind, body = self.as_message(texts[0])
         else:
-            kind, body = self.as_response(asked, texts[0]) if "input" in asked else self.as_chat(asked, texts, calls)
+            kind, body = self.as_response(request, texts[0]) if "input" in request else self.as_chat(request, texts, calls)
         self.write(status, kind, body.encode())
 
     def write(self, status, kind, body):
@@ -65,16 +68,16 @@ class Model(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     @staticmethod
-    def as_chat(asked, texts, calls):
+    def as_chat(request, texts, calls):
         usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
         head = {"id": "c", "created": 1, "model": "m"}
         finish = "tool_calls" if calls else "stop"
-        if not asked.get("stream"):
-            thoughts = {"reasoning_content": RUDE} if "think rudely" in json.dumps(asked) else {}
+        if not request.get("stream"):
+            thoughts = {"reasoning_content": RUDE} if "think rudely" in json.dumps(request) else {}
             message = {"role": "assistant", **thoughts, **({"tool_calls": calls} if calls else {})}
             choices = [{"index": place, "message": {**message, "content": text}, "finish_reason": finish} for place, text in enumerate(texts)]
             return "application/json", json.dumps({**head, "object": "chat.completion", "choices": choices, "usage": usage})
-        pieces = [(0, {"reasoning_content": RUDE})] if "think rudely" in json.dumps(asked) else []
+        pieces = [(0, {"reasoning_content": RUDE})] if "think rudely" in json.dumps(request) else []
         pieces += [(place, {"content": word + " "}) for place, text in enumerate(texts) for word in text.split()]
         pieces += [(0, {"tool_calls": [{"index": 0, **call}]}) for call in calls]
         chunks = [{**head, "choices": [{"index": place, "delta": delta, "finish_reason": None}]} for place, delta in pieces]
@@ -89,14 +92,14 @@ class Model(http.server.BaseHTTPRequestHandler):
         return "application/json", json.dumps({**message, "stop_reason": "end_turn", "usage": {"input_tokens": 7, "output_tokens": 3}})
 
     @staticmethod
-    def as_response(asked, text):
+    def as_response(request, text):
         def response(status, output):
             return {"id": "resp_1", "object": "response", "created_at": 1, "status": status, "model": "m", "output": output, "tools": [],
                     "parallel_tool_calls": True, "tool_choice": "auto", "usage": {"input_tokens": 7, "output_tokens": 3, "total_tokens": 10}}
 
         part = {"type": "output_text", "text": text, "annotations": []}
         item = {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed", "content": [part]}
-        if not asked.get("stream"):
+        if not request.get("stream"):
             return "application/json", json.dumps(response("completed", [item]))
         place = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
         words = [{"type": "response.output_text.delta", **place, "delta": word + " "} for word in text.split()]
@@ -116,21 +119,21 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, request, address):
-        """Who asks may leave."""
+        """Clients may close the connection."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, address)
 
 
-def model(picture):
-    """Starts the model; its URL."""
+def start_model(picture):
+    """Starts the mock model. Returns its URL."""
     Model.picture = picture
     server = Server(("127.0.0.1", 0), Model)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f"http://127.0.0.1:{server.server_port}"
 
 
-def guard(ecso, upstream, folder, settings):
-    """Starts the guard with these settings, its own calls going to the model; the process and its URL."""
+def start_guard(ecso, upstream, folder, settings):
+    """Starts the guard with these settings in front of the model. Returns the process and its URL."""
     path = tempfile.mktemp(".toml", dir=folder)
     with open(path, "w") as file:
         file.write(f"[gateway]\n{settings}\n")
@@ -144,12 +147,12 @@ def guard(ecso, upstream, folder, settings):
 
 
 def free_port():
-    """A port that nobody listens at."""
+    """A port on which nothing listens."""
     with Server(("127.0.0.1", 0), Model) as server:
         return server.server_port
 
 
-def ready(url, path, process, log, seconds=120):
+def wait_until_ready(url, path, process, log, seconds=120):
     """Waits until a gateway answers."""
     for _ in range(seconds * 5):
         try:
@@ -164,15 +167,15 @@ def ready(url, path, process, log, seconds=120):
 
 
 def send(url, path, body, headers=None):
-    """Status and text of an answer."""
+    """Sends a request. Returns the status and the body of the answer."""
     host = urllib.parse.urlparse(url).netloc
     connection = http.client.HTTPConnection(host, timeout=60)
     headers = {"content-type": "application/json", **(headers or {})}
     connection.request("POST" if body is not None else "GET", path, None if body is None else json.dumps(body), headers)
     answer = connection.getresponse()
-    said = answer.read().decode()
+    reply = answer.read().decode()
     connection.close()
-    return answer.status, said
+    return answer.status, reply
 
 
 def base64_source(picture):
@@ -183,30 +186,29 @@ def data_url(picture):
     return "data:image/png;base64," + base64.b64encode(picture).decode()
 
 
-def question(text, image, **more):
-    """A chat about an image."""
+def chat_request(text, image, **more):
+    """A request about an image in the format of chat completions."""
     content = [{"type": "image_url", "image_url": {"url": image}}, *([{"type": "text", "text": text}] if text else [])]
     return {"model": "m", "messages": [{"role": "user", "content": content}], **more}
 
 
-def message(text, source):
-    """The same in the format of Messages."""
+def messages_request(text, source):
+    """The same request in the format of Messages."""
     parts = [{"type": "image", "source": source}, *([{"type": "text", "text": text}] if text else [])]
     return {"model": "m", "max_tokens": 50, "messages": [{"role": "user", "content": parts}]}
 
 
-def medians(ways, times=100):
-    """Median milliseconds of each way to ask, in turns, so that all meet the same machine."""
-    took = {name: [] for name in ways}
+def median_times(calls, times=100):
+    """The median milliseconds of each call. The calls alternate, so that all run under the same load."""
+    took = {name: [] for name in calls}
     for turn in range(times + 5):
-        for name, ask in ways.items():
-            begun = time.perf_counter()
-            ask()
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
             if turn >= 5:
-                took[name].append((time.perf_counter() - begun) * 1000)
-    return {name: statistics.median(all) for name, all in took.items()}
+                took[name].append((time.perf_counter() - started) * 1000)
+    return {name: statistics.median(values) for name, values in took.items()}
 
 
-def told(name, milliseconds):
-    """Prints what was measured."""
-    print(f"{name}: " + ", ".join(f"{way} {took:.1f} ms" for way, took in milliseconds.items()) + " (median of 100, a model without latency)")
+def print_times(name, milliseconds):
+    print(f"{name}: " + ", ".join(f"{call} {median:.1f} ms" for call, median in milliseconds.items()) + " (median of 100, a model without latency)")

@@ -1,4 +1,4 @@
-"""llama.cpp's server with a model and, if given, its projector; prints its address. See scripts/other-server."""
+"""Runs llama.cpp's server with a model and, if given, its projector, and prints its address. See scripts/other-server."""
 import sys
 import time
 

@@ -1,6 +1,6 @@
-"""Streams that are windowed, by OpenAI's official client, unmodified, through `ecso serve`: windowed.py ECSO IMAGE
+"""Tests windowed streams with OpenAI's official, unmodified client through `ecso serve`: windowed.py ECSO IMAGE
 
-The server behind the guard is one of ours: 60 sentences, a few milliseconds each, in which whoever asks for it finds rude words late or early.
+The model behind the guard is a mock: it writes 60 sentences, a few milliseconds each, and rude words early or late if it is asked to.
 """
 import base64
 import http.server
@@ -18,7 +18,7 @@ stopped = threading.Semaphore(0)
 
 
 class Model(http.server.BaseHTTPRequestHandler):
-    """A model behind chat completions."""
+    """A mock model with chat completions."""
 
     protocol_version = "HTTP/1.1"
 
@@ -33,7 +33,7 @@ class Model(http.server.BaseHTTPRequestHandler):
             return self.write(["Here is a kind answer."])
         if "describe the image" in sent:
             return self.say("A list.")
-        sentences = [f"Bread number {place} is a good bread. " for place in range(60)]
+        sentences = [f"Bread number {number} is a good bread. " for number in range(60)]
         if "be rude" in sent:
             sentences[1 if "early" in sent else 40] = RUDE
         return self.write(sentences)
@@ -79,50 +79,50 @@ client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
 image = "data:image/png;base64," + base64.b64encode(open(picture, "rb").read()).decode()
 
 
-def asked(text):
+def request(text):
     content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": text}]
     return dict(model="m", messages=[{"role": "user", "content": content}], stream_options={"include_usage": True})
 
 
 def chunks(text, **more):
-    begun, first, all_chunks = time.monotonic(), None, []
-    for chunk in client.chat.completions.create(**asked(text), stream=True, **more):
+    started, first, all_chunks = time.monotonic(), None, []
+    for chunk in client.chat.completions.create(**request(text), stream=True, **more):
         if first is None and chunk.choices and chunk.choices[0].delta.content:
-            first = time.monotonic() - begun
+            first = time.monotonic() - started
         all_chunks.append(chunk)
     choices = [choice for chunk in all_chunks for choice in chunk.choices]
-    said = "".join(choice.delta.content or "" for choice in choices)
+    answer = "".join(choice.delta.content or "" for choice in choices)
     refused = "".join(choice.delta.refusal or "" for choice in choices)
     ends = [choice.finish_reason for choice in choices if choice.finish_reason]
-    assert RUDE not in said and choices[0].delta.role == "assistant" and len({chunk.id for chunk in all_chunks}) == 1
-    return said, refused, ends, all_chunks[-1], first, time.monotonic() - begun
+    assert RUDE not in answer and choices[0].delta.role == "assistant" and len({chunk.id for chunk in all_chunks}) == 1
+    return answer, refused, ends, all_chunks[-1], first, time.monotonic() - started
 
 
 try:
-    said, refused, ends, last, first, whole = chunks("What is on the list?")
-    assert said.count("Bread") == 60 and not refused and ends == ["stop"] and last.usage.total_tokens == 10, (said, last)
+    answer, refused, ends, last, first, whole = chunks("What is on the list?")
+    assert answer.count("Bread") == 60 and not refused and ends == ["stop"] and last.usage.total_tokens == 10, (answer, last)
     assert last.ecso["verdict"] == "safe" and first < whole / 2, (first, whole)
 
-    said, refused, ends, last, first, whole = chunks("What is on the list? be rude")
-    assert 0 < said.count("Bread") <= 40 and refused and ends == ["content_filter"], (said, ends)
+    answer, refused, ends, last, first, whole = chunks("What is on the list? be rude")
+    assert 0 < answer.count("Bread") <= 40 and refused and ends == ["content_filter"], (answer, ends)
     assert last.ecso["verdict"] == "unsafe" and last.ecso["early"]["stopped"], last
     assert last.ecso["safe_answer"] == "Here is a kind answer." and stopped.acquire(timeout=5)
 
     for text, more in [("be rude, early", {}), ("be rude", {"extra_headers": {"x-ecso-stream": "hold"}})]:
-        said, refused, ends, last, first, whole = chunks(f"What is on the list? {text}", **more)
-        assert (said, refused, ends) == ("Here is a kind answer.", "", ["stop"]), (said, refused, ends)
+        answer, refused, ends, last, first, whole = chunks(f"What is on the list? {text}", **more)
+        assert (answer, refused, ends) == ("Here is a kind answer.", "", ["stop"]), (answer, refused, ends)
 
-    # The client's own way of putting a stream together.
-    with client.chat.completions.stream(**asked("What is on the list?")) as events:
+    # The client's own helper that assembles a stream.
+    with client.chat.completions.stream(**request("What is on the list?")) as events:
         whole = events.get_final_completion()
     assert whole.choices[0].message.content.count("Bread") == 60 and whole.choices[0].finish_reason == "stop"
-    with client.chat.completions.stream(**asked("What is on the list? be rude")) as events:
+    with client.chat.completions.stream(**request("What is on the list? be rude")) as events:
         try:
             whole = events.get_final_completion()
             assert whole.choices[0].message.refusal and whole.choices[0].finish_reason == "content_filter", whole
-            told = "a refusal"
+            outcome = "a refusal"
         except openai.ContentFilterFinishReasonError:
-            told = "its own error for filtered answers"
-    print(f"openai {openai.__version__}: windowed, stopped ({told} from .stream()), answered anew, held: all as they should be")
+            outcome = "its own error for filtered answers"
+    print(f"openai {openai.__version__}: windowed, stopped ({outcome} from .stream()), answered safely, held: all passed")
 finally:
     process.terminate()

@@ -4,7 +4,7 @@
 
 use std::io::Write;
 
-use ecso_batch::journal::{Entry, Head, Journal, Saved};
+use ecso_batch::journal::{Entry, JournalHeader, Journal, JournalReader};
 use serde::{Deserialize, Serialize};
 
 #[derive(Serialize, Deserialize)]
@@ -33,8 +33,8 @@ struct Header {
     work: String,
 }
 
-impl Head for Header {
-    fn differs(&self, begun: &Self) -> Option<&'static str> {
+impl JournalHeader for Header {
+    fn difference(&self, begun: &Self) -> Option<&'static str> {
         (begun.work != self.work).then_some("work")
     }
 }
@@ -43,7 +43,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
     file.write_all(bytes).expect("a temporary file");
     let read = || -> Option<usize> {
-        let latest = Saved::file(file.path()).latest::<Line>().ok()?;
+        let latest = JournalReader::at(file.path()).latest::<Line>().ok()?;
         let total = latest.total();
         let read = latest.map(Result::ok).collect::<Option<Vec<Line>>>()?;
         assert_eq!(read.len(), total, "each entry comes once");

@@ -26,7 +26,7 @@ use ecso::{
 };
 use ecso_batch::{
     Bounds,
-    journal::{self, Journal, Saved},
+    journal::{self, Journal, JournalReader},
 };
 use ecso_data::{
     generate::{Filters, Generator},
@@ -38,10 +38,9 @@ use ecso_data::{
 };
 use ecso_eval::{
     item::Task,
-    judge::{Judge, XsTest},
-    judged::{JudgedRun, verdicts_file},
-    judging,
-    record::{self, Choice, ItemRecord},
+    judge::{self, Judge, XsTest},
+    judged_run::{JudgedRun, verdicts_file},
+    record::{self, ItemRecord, Selection},
     report::{self, RunReport},
     run::UNGUARDED,
     verdicts::VerdictsHeader,
@@ -251,7 +250,7 @@ async fn judge_and_report(folder: &Path, items: usize) -> anyhow::Result<()> {
         server: None,
         profiles: vec![(profile.name.clone(), profile.to_toml())],
         max_new_tokens: None,
-        choice: Choice::default(),
+        choice: Selection::default(),
         items: None,
     };
     // One item for real, from which the others are made.
@@ -266,7 +265,7 @@ async fn judge_and_report(folder: &Path, items: usize) -> anyhow::Result<()> {
     (unguarded.profile, unguarded.steps) = (UNGUARDED.into(), guarded.steps[..1].to_vec());
     let drawn = ItemRecord {
         id: String::new(),
-        made_of: String::new(),
+        source_digest: String::new(),
         scenario: String::new(),
         cluster: String::new(),
         request: query.clone(),
@@ -301,9 +300,9 @@ async fn judge_and_report(folder: &Path, items: usize) -> anyhow::Result<()> {
         judge_file: None,
     };
     let mut verdicts = Journal::open_file(&out.join(verdicts_file(&by.judge)), &by)?;
-    let records = Saved::folder(&out).latest::<ItemRecord>()?;
-    let answers = records.filter_map(Result::ok).flat_map(judging::answers);
-    judging::judge(answers, Box::new(XsTest), &mut verdicts, 4, |_| ()).await?;
+    let records = JournalReader::in_folder(&out).latest::<ItemRecord>()?;
+    let answers = records.filter_map(Result::ok).flat_map(judge::answers_to_judge);
+    judge::judge_answers(answers, Box::new(XsTest), &mut verdicts, 4, |_| ()).await?;
     println!(
         "{} answers judged in {:.1} s; peak {:.0} MB",
         verdicts.len(),
@@ -313,7 +312,7 @@ async fn judge_and_report(folder: &Path, items: usize) -> anyhow::Result<()> {
     drop(verdicts);
 
     let begun = Instant::now();
-    let reports = [RunReport::of(JudgedRun::open(&out, None)?)?];
+    let reports = [RunReport::read(JudgedRun::open(&out, None)?)?];
     let (html, markdown) = (report::html(&reports)?, report::markdown(&reports));
     println!(
         "reported in {:.1} s ({} KB of HTML); peak {:.0} MB",

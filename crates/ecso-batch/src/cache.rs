@@ -1,4 +1,4 @@
-//! Replies on disk: what a model was asked once, it is not asked again.
+//! Model replies on disk, so that the same question is never asked twice.
 
 use std::{
     fs,
@@ -16,55 +16,56 @@ use ecso::{Chat, Delta, Image, ImageText, Mllm, ModelError, Part, Reply, ReplySt
 use futures::{StreamExt, stream};
 
 tokio::task_local! {
-    /// Set while a row is tried again that failed before.
-    static AFRESH: ();
+    /// Set while a failed row is retried.
+    static BYPASS_CACHE: ();
 }
 
-/// `work`, to which no cache replays what it kept: the new replies are kept in their place.
-pub(crate) fn afresh<T>(work: impl Future<Output = T>) -> impl Future<Output = T> {
-    AFRESH.scope((), work)
+/// Runs `work` without replaying cached replies; the new replies replace the cached ones.
+pub(crate) fn bypassing_cache<T>(work: impl Future<Output = T>) -> impl Future<Output = T> {
+    BYPASS_CACHE.scope((), work)
 }
 
-/// A model whose replies are kept in a folder, by the model's digest, the conversation's bytes, the
-/// images' digests and the sampling. A replayed reply says how long it took when it was made. A row
-/// that failed before is asked about anew. Without a folder it only keeps the clock.
+/// A model whose replies are cached in a folder. The cache key covers the model's digest, the text
+/// of the conversation, the digests of its images and the sampling parameters. A replayed reply
+/// reports the time that it took when it was generated. When a failed row is retried, its cached
+/// replies are not used. Without a folder, this wrapper only measures time.
 pub struct Cached<M> {
     model: M,
-    /// What the model is, to the bit: the digest of its files, or a server's address and the
-    /// model's name on it.
+    /// Identifies the model exactly: the digest of its files, or a server's address and the model's
+    /// name on it.
     identity: String,
     folder: Option<PathBuf>,
-    clock: Mutex<Clock>,
+    clock: Mutex<BusyClock>,
     calls: AtomicU64,
     replayed: AtomicU64,
-    is_full: Once,
+    write_warning: Once,
 }
 
-/// Whether replies can be kept in `folder`, which is made if it is not there.
+/// Checks that replies can be cached in `folder`, and creates it if it does not exist.
 ///
 /// # Errors
-/// Why they can't.
+/// The I/O error that prevents it.
 pub fn check_cache(folder: &Path) -> std::io::Result<()> {
     fs::create_dir_all(folder)?;
     tempfile::NamedTempFile::new_in(folder).map(drop)
 }
 
-/// How long at least one call was under way.
+/// Measures the time during which at least one call is in progress.
 #[derive(Default)]
-struct Clock {
-    under_way: u32,
+struct BusyClock {
+    calls_in_progress: u32,
     since: Option<Instant>,
     busy: Duration,
 }
 
-/// What a model did.
+/// Statistics about the calls to a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
-pub struct Work {
-    /// Calls, replayed ones included.
+pub struct CallStats {
+    /// All calls, including replayed ones.
     pub calls: u64,
-    /// Calls that the folder answered.
+    /// Calls that were answered from the cache.
     pub replayed: u64,
-    /// Time during which the model had at least one call to answer.
+    /// Time during which the model had at least one call in progress.
     pub busy: Duration,
 }
 
@@ -78,59 +79,60 @@ impl<M: Mllm> Cached<M> {
             clock: Mutex::default(),
             calls: 0.into(),
             replayed: 0.into(),
-            is_full: Once::new(),
+            write_warning: Once::new(),
         }
     }
 
-    /// What the model did so far.
-    pub fn work(&self) -> Work {
+    /// The statistics so far.
+    pub fn stats(&self) -> CallStats {
         let clock = self.clock.lock().unwrap_or_else(PoisonError::into_inner);
         let running = clock.since.map_or(Duration::ZERO, |since| since.elapsed());
-        Work {
+        CallStats {
             calls: self.calls.load(Ordering::Relaxed),
             replayed: self.replayed.load(Ordering::Relaxed),
             busy: clock.busy + running,
         }
     }
 
-    fn path(&self, chat: &Chat, sampling: &Sampling) -> Option<PathBuf> {
+    /// The file that holds the reply to this call, if replies are cached.
+    fn cache_path(&self, chat: &Chat, sampling: &Sampling) -> Option<PathBuf> {
         let mut key = blake3::Hasher::new();
-        let mut part = |bytes: &[u8]| {
+        let mut add = |bytes: &[u8]| {
             key.update(&(bytes.len() as u64).to_le_bytes());
             key.update(bytes);
         };
-        part(self.identity.as_bytes());
+        add(self.identity.as_bytes());
         for turn in &chat.turns {
-            part(turn.role.as_str().as_bytes());
-            part(&(turn.parts.len() as u64).to_le_bytes());
-            for piece in &turn.parts {
-                match piece {
-                    Part::Text(text) => part(text.as_bytes()),
-                    Part::Image(image) => part(image.digest().as_bytes()),
+            add(turn.role.as_str().as_bytes());
+            add(&(turn.parts.len() as u64).to_le_bytes());
+            for part in &turn.parts {
+                match part {
+                    Part::Text(text) => add(text.as_bytes()),
+                    Part::Image(image) => add(image.digest().as_bytes()),
                 }
             }
         }
-        part(&serde_json::to_vec(sampling).ok()?);
+        add(&serde_json::to_vec(sampling).ok()?);
         let name = key.finalize().to_hex();
         Some(self.folder.as_ref()?.join(&name[..2]).join(format!("{}.json", &name[2..])))
     }
 
-    fn begin(&self) -> Busy<'_, M> {
+    fn start_call(&self) -> CallInProgress<'_, M> {
         let mut clock = self.clock.lock().unwrap_or_else(PoisonError::into_inner);
-        clock.under_way += 1;
+        clock.calls_in_progress += 1;
         clock.since.get_or_insert_with(Instant::now);
-        Busy(self)
+        CallInProgress(self)
     }
 }
 
-/// A call under way.
-struct Busy<'a, M>(&'a Cached<M>);
+/// A call in progress; stops the clock when it is dropped.
+struct CallInProgress<'a, M>(&'a Cached<M>);
 
-impl<M> Drop for Busy<'_, M> {
+impl<M> Drop for CallInProgress<'_, M> {
     fn drop(&mut self) {
         let mut clock = self.0.clock.lock().unwrap_or_else(PoisonError::into_inner);
-        clock.under_way -= 1;
-        if clock.under_way == 0
+        clock.calls_in_progress -= 1;
+        if clock.calls_in_progress == 0
             && let Some(since) = clock.since.take()
         {
             clock.busy += since.elapsed();
@@ -165,34 +167,37 @@ impl<M: Mllm> Mllm for Cached<M> {
 
     async fn generate(&self, chat: &Chat, sampling: &Sampling) -> Result<Reply, ModelError> {
         self.calls.fetch_add(1, Ordering::Relaxed);
-        let path = self.path(chat, sampling);
-        let replayable = path.as_ref().filter(|_| AFRESH.try_get().is_err());
-        // What can't be read is made anew.
-        let kept = replayable.filter(|path| path.is_file()).and_then(|path| fs::read(path).ok());
-        let kept = kept.and_then(|bytes| serde_json::from_slice(&bytes).ok());
-        if let Some(reply) = kept {
+        let path = self.cache_path(chat, sampling);
+        let replayable = path.as_ref().filter(|_| BYPASS_CACHE.try_get().is_err());
+        // A reply that can't be read is generated again.
+        let cached = replayable.filter(|path| path.is_file()).and_then(|path| fs::read(path).ok());
+        let cached = cached.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        if let Some(reply) = cached {
             self.replayed.fetch_add(1, Ordering::Relaxed);
             return Ok(reply);
         }
-        let busy = self.begin();
-        let begun = Instant::now();
+        let call = self.start_call();
+        let started = Instant::now();
         let mut reply = self.model.generate(chat, sampling).await?;
-        drop(busy);
-        reply.took.get_or_insert(begun.elapsed());
+        drop(call);
+        reply.took.get_or_insert(started.elapsed());
         if let Some(path) = path
-            && let Err(error) = keep(&path, &reply)
+            && let Err(error) = write_reply(&path, &reply)
         {
-            let told = || {
-                tracing::warn!("cache: {}: {error}; replies are used and not kept", path.display())
-            };
-            self.is_full.call_once(told);
+            self.write_warning.call_once(|| {
+                tracing::warn!(
+                    "can't write to the cache: {}: {error}; the run continues without caching",
+                    path.display()
+                );
+            });
         }
         Ok(reply)
     }
 }
 
-/// Writes a file in one move.
-fn keep(path: &Path, reply: &Reply) -> std::io::Result<()> {
+/// Writes a reply to a temporary file and moves it into place, so that no half-written file is
+/// read.
+fn write_reply(path: &Path, reply: &Reply) -> std::io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder)?;
     let mut file = tempfile::NamedTempFile::new_in(folder)?;
@@ -208,7 +213,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn the_same_question_is_asked_once() {
+    async fn the_same_question_is_asked_only_once() {
         let folder = tempfile::tempdir().unwrap();
         let cached = |identity: &str| {
             Cached::new(Scripted::texts(["a", "b", "c", "d"]), identity, Some(folder.path().into()))
@@ -222,33 +227,33 @@ mod tests {
         assert_eq!(ask(&model, "q", 1).await, first);
         assert_eq!(ask(&model, "q", 2).await.text, "b");
         assert_eq!(ask(&model, "q2", 1).await.text, "c");
-        assert_eq!((model.work().calls, model.work().replayed), (4, 1));
-        // Another process, the same model; another model.
+        assert_eq!((model.stats().calls, model.stats().replayed), (4, 1));
+        // Another process with the same model; then another model.
         assert_eq!(ask(&cached("m1"), "q", 1).await, first);
         let other = cached("m2");
-        assert_eq!((ask(&other, "q", 1).await.text, other.work().replayed), ("a".into(), 0));
-        // What is asked afresh takes the place of what was kept.
-        assert_eq!(afresh(ask(&model, "q", 2)).await.text, "d");
+        assert_eq!((ask(&other, "q", 1).await.text, other.stats().replayed), ("a".into(), 0));
+        // A call that bypasses the cache replaces the cached reply.
+        assert_eq!(bypassing_cache(ask(&model, "q", 2)).await.text, "d");
         assert_eq!(ask(&model, "q", 2).await.text, "d");
     }
 
     #[cfg(unix)]
     #[tokio::test]
-    async fn a_pipe_in_the_cache_is_not_read() {
+    async fn a_named_pipe_in_the_cache_is_not_read() {
         let folder = tempfile::tempdir().unwrap();
         let model = Cached::new(Scripted::texts(["a"]), "m", Some(folder.path().into()));
         let (chat, sampling) = (Chat::ask([], "q"), Sampling::default());
-        let path = model.path(&chat, &sampling).unwrap();
+        let path = model.cache_path(&chat, &sampling).unwrap();
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
         let kept = serde_json::to_vec(&Reply { text: "piped".into(), ..Reply::default() }).unwrap();
-        // Waits for a reader.
+        // This blocks until somebody reads the pipe.
         std::thread::spawn(move || fs::write(path, kept));
         assert_eq!(model.generate(&chat, &sampling).await.unwrap().text, "a");
     }
 
     #[tokio::test]
-    async fn a_reply_that_cant_be_kept_is_a_reply() {
+    async fn a_reply_that_cannot_be_cached_is_still_returned() {
         let file = tempfile::NamedTempFile::new().unwrap();
         assert!(check_cache(file.path()).is_err());
         let model = Cached::new(Scripted::texts(["a"]), "m", Some(file.path().into()));

@@ -1,6 +1,6 @@
-//! A journal: JSON lines, one an entry, each flushed; before them, where the work is to go on only
-//! under the same settings, a header. A crash leaves a file that can be read, and work that can go
-//! on.
+//! A journal: a file of JSON lines, one per entry, each flushed after it is written. A header line
+//! precedes the entries if the work may be resumed only under the same settings. After a crash, the
+//! file can still be read and the work can be resumed.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -15,109 +15,118 @@ use serde::{
     de::{DeserializeOwned, IgnoredAny},
 };
 
-/// The first line of a journal: what the work is. It goes on only under the same.
-pub trait Head: Serialize + DeserializeOwned {
-    /// What is not as it was when the work was begun.
-    fn differs(&self, begun: &Self) -> Option<&'static str>;
+/// The first line of a journal: the settings of the work. It can be resumed only under the same
+/// ones.
+pub trait JournalHeader: Serialize + DeserializeOwned {
+    /// The name of the first setting that differs from those the work was started with.
+    fn difference(&self, started: &Self) -> Option<&'static str>;
 }
 
-/// A line of a journal. As JSON it has a field `id`, may have `arm` and `made_of`, and has an
-/// `error` if it failed; but what a content filter refused has `filtered` beside it, and is no
+/// A line of a journal. As JSON it has a field `id` and may have `arm` and `made_of`. It has
+/// `error` if it failed; what a content filter refused also has `filtered`, and does not count as a
 /// failure.
 pub trait Entry: Serialize + DeserializeOwned {
-    /// Unique in the journal together with [`Entry::arm`], but for later tries.
+    /// Unique in the journal together with [`Entry::arm`], except for retries.
     fn id(&self) -> &str;
 
-    /// Which of several entries of one id it is; empty where there is one.
-    #[expect(clippy::unnecessary_literal_bound, reason = "others have a text of their own")]
+    /// Which of several entries with the same id this is; empty if there is only one.
+    #[expect(
+        clippy::unnecessary_literal_bound,
+        reason = "implementations return text of their own"
+    )]
     fn arm(&self) -> &str {
         ""
     }
 
-    /// A digest of what it was made of: of something else it is made anew. Empty where nobody looks
-    /// at that.
-    #[expect(clippy::unnecessary_literal_bound, reason = "others have a text of their own")]
-    fn made_of(&self) -> &str {
+    /// A digest of the source that the entry was made from (`made_of` in JSON): if the source
+    /// changes, the entry is made again. Empty if the source is not checked.
+    #[expect(
+        clippy::unnecessary_literal_bound,
+        reason = "implementations return text of their own"
+    )]
+    fn source_digest(&self) -> &str {
         ""
     }
 
-    /// Whether it is to be tried again when somebody asks for that.
+    /// Whether the entry is retried when the user asks for that.
     fn failed(&self) -> bool;
 
-    /// What tells it from others.
+    /// The entry's key.
     fn key(&self) -> Key {
-        Key::of(self.id(), self.arm()).made_of(self.made_of())
+        Key::new(self.id(), self.arm()).with_source(self.source_digest())
     }
 }
 
-/// What can go wrong with a journal.
+/// Errors of reading and writing journals.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum JournalError {
-    /// It can't be read or written.
+    /// The file can't be read or written.
     #[error("{}", path.display())]
     File {
-        /// Which file.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// A line of it can't be understood.
-    #[error("{}: line {line} can't be understood", path.display())]
+    /// A line can't be parsed.
+    #[error("{}: line {line} can't be parsed", path.display())]
     Line {
-        /// Which file.
+        /// The file.
         path: PathBuf,
-        /// Which line, from 1.
+        /// The line number, from 1.
         line: usize,
-        /// Why.
+        /// The cause.
         source: serde_json::Error,
     },
-    /// Another process writes it.
-    #[error("{}: another process writes it; wait for its end, or name another --out", path.display())]
+    /// Another process is writing the file.
+    #[error(
+        "{}: another process is writing this file; wait until it ends, or use another --out",
+        path.display()
+    )]
     InUse {
-        /// Which file.
+        /// The file.
         path: PathBuf,
     },
-    /// It is a device, a pipe or a folder.
-    #[error("{} is no regular file; name another", path.display())]
-    NoFile {
-        /// Which file.
+    /// The path is a device, a pipe or a folder.
+    #[error("{} is not a regular file; use another path", path.display())]
+    NotAFile {
+        /// The file.
         path: PathBuf,
     },
-    /// It has not even a header.
+    /// The file has no lines, not even a header.
     #[error("{} is empty", path.display())]
     Empty {
-        /// Which file.
+        /// The file.
         path: PathBuf,
     },
-    /// It has something else before its entries than a header.
-    #[error("{} has no header, so it can't be gone on with; name another --out", path.display())]
+    /// The file does not begin with a header of this kind.
+    #[error("{} has no header, so it can't be resumed; use another --out", path.display())]
     NoHeader {
-        /// Which file.
+        /// The file.
         path: PathBuf,
     },
-    /// An entry can't be written as JSON.
-    #[error("an entry can't be written")]
+    /// An entry can't be serialized as JSON.
+    #[error("an entry can't be serialized as JSON")]
     Entry(#[source] serde_json::Error),
-    /// It was begun under other settings.
-    #[error("{} was begun with another {what}; name another --out, or delete it", path.display())]
+    /// The work was started under other settings.
+    #[error("{} was started with another {what}; use another --out, or delete it", path.display())]
     OtherSettings {
-        /// Which file.
+        /// The file.
         path: PathBuf,
-        /// What differs.
+        /// The setting that differs.
         what: &'static str,
     },
 }
 
 impl JournalError {
-    /// Whether the file is not the one that was meant, or not to be used now: the user names
-    /// another, and all is well.
+    /// Whether the user can fix the error by choosing another file or by waiting.
     #[must_use]
     pub fn is_misuse(&self) -> bool {
         match self {
             Self::Line { .. }
             | Self::InUse { .. }
-            | Self::NoFile { .. }
+            | Self::NotAFile { .. }
             | Self::Empty { .. }
             | Self::NoHeader { .. }
             | Self::OtherSettings { .. } => true,
@@ -126,39 +135,39 @@ impl JournalError {
     }
 }
 
-/// What tells entries apart: a hash of id and arm, which is the entry's place, and one of what it
-/// was made of.
+/// Identifies an entry: a hash of id and arm (the slot that the entry takes in the journal), and a
+/// hash of the digest of its source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Key {
-    place: u64,
-    /// 0 is anything.
-    of: u64,
+    slot: u64,
+    /// 0 stands for any source.
+    source: u64,
 }
 
 impl Key {
-    /// The key of an entry, whatever it was made of.
+    /// The key of an entry, whatever its source is.
     #[must_use]
-    pub fn of(id: &str, arm: &str) -> Self {
-        Self { place: hash([id, arm]), of: 0 }
+    pub fn new(id: &str, arm: &str) -> Self {
+        Self { slot: hash([id, arm]), source: 0 }
     }
 
-    /// The key with the digest of what the entry was made of.
+    /// This key, restricted to entries whose source has this digest.
     #[must_use]
-    pub fn made_of(self, digest: &str) -> Self {
-        Self { of: if digest.is_empty() { 0 } else { hash([digest]) }, ..self }
+    pub fn with_source(self, digest: &str) -> Self {
+        Self { source: if digest.is_empty() { 0 } else { hash([digest]) }, ..self }
     }
 
-    /// The entry's place: of two entries there, the later counts.
+    /// The entry's slot: of several entries in the same slot, the last one counts.
     #[must_use]
-    pub fn place(self) -> u64 {
-        self.place
+    pub fn slot(self) -> u64 {
+        self.slot
     }
 
-    /// Whether an entry that is recorded under `self` is the wanted one: it has its place, and was
-    /// made of the same, or doesn't tell.
+    /// Whether an entry recorded under `self` is the wanted one: it has the same slot, and
+    /// the same source or an unspecified one.
     #[must_use]
-    pub fn is(self, wanted: Self) -> bool {
-        self.place == wanted.place && (self.of == 0 || self.of == wanted.of)
+    pub fn matches(self, wanted: Self) -> bool {
+        self.slot == wanted.slot && (self.source == 0 || self.source == wanted.source)
     }
 }
 
@@ -172,9 +181,9 @@ fn hash<const N: usize>(texts: [&str; N]) -> u64 {
     u64::from_le_bytes(bytes)
 }
 
-/// As much of an entry as is needed to go on.
+/// The fields of an entry that are needed to resume the work.
 #[derive(Deserialize)]
-struct Known {
+struct EntryFields {
     id: String,
     #[serde(default)]
     arm: String,
@@ -184,14 +193,14 @@ struct Known {
     error: Option<IgnoredAny>,
     #[serde(default)]
     filtered: bool,
-    /// Nothing counts that stands at this place before.
-    #[serde(default)]
-    gone: bool,
+    /// Whether this line deletes the entries before it in the same slot.
+    #[serde(default, rename = "gone")]
+    deleted: bool,
 }
 
-impl Known {
+impl EntryFields {
     fn key(&self) -> Key {
-        Key::of(&self.id, &self.arm).made_of(&self.made_of)
+        Key::new(&self.id, &self.arm).with_source(&self.made_of)
     }
 
     fn failed(&self) -> bool {
@@ -199,27 +208,27 @@ impl Known {
     }
 }
 
-fn failed(path: &Path, source: io::Error) -> JournalError {
+fn file_error(path: &Path, source: io::Error) -> JournalError {
     JournalError::File { path: path.to_owned(), source }
 }
 
-/// The lines of a journal, in order. A last one that a crash cut off is left out; a whole one
-/// counts without its line end.
+/// The lines of a journal, in order. A last line that was cut off by a crash is skipped; a complete
+/// last line counts even without its line break.
 struct Lines<R> {
     path: PathBuf,
     reader: BufReader<R>,
     text: Vec<u8>,
-    /// How many were read.
+    /// How many lines were read.
     number: usize,
-    /// Where the last of them ends.
+    /// The byte position after the last line that was read.
     end: u64,
-    was_cut: bool,
-    /// Whether the last one has no line end.
-    is_open: bool,
+    was_truncated: bool,
+    /// Whether the last line has no line break.
+    lacks_line_break: bool,
 }
 
 impl<R: Read> Lines<R> {
-    fn of(path: &Path, file: R) -> Self {
+    fn new(path: &Path, file: R) -> Self {
         let reader = BufReader::with_capacity(1 << 18, file);
         Self {
             path: path.to_owned(),
@@ -227,8 +236,8 @@ impl<R: Read> Lines<R> {
             text: Vec::new(),
             number: 0,
             end: 0,
-            was_cut: false,
-            is_open: false,
+            was_truncated: false,
+            lacks_line_break: false,
         }
     }
 
@@ -237,14 +246,14 @@ impl<R: Read> Lines<R> {
         let read = self
             .reader
             .read_until(b'\n', &mut self.text)
-            .map_err(|source| failed(&self.path, source))?;
+            .map_err(|source| file_error(&self.path, source))?;
         if read == 0 {
             return Ok(None);
         }
-        let is_open = self.text.last() != Some(&b'\n');
+        let lacks_line_break = self.text.last() != Some(&b'\n');
         match serde_json::from_slice(&self.text) {
-            Err(error) if is_open && !error.is_data() => {
-                self.was_cut = true;
+            Err(error) if lacks_line_break && !error.is_data() => {
+                self.was_truncated = true;
                 Ok(None)
             }
             Err(source) => {
@@ -253,161 +262,162 @@ impl<R: Read> Lines<R> {
             Ok(entry) => {
                 self.number += 1;
                 self.end += read as u64;
-                self.is_open = is_open;
+                self.lacks_line_break = lacks_line_break;
                 Ok(Some(entry))
             }
         }
     }
 }
 
-/// What is recorded, by place: each entry, and whether it failed.
+/// The recorded entries by slot: each with its key and whether it failed.
 #[derive(Default)]
-struct Recorded {
+struct Index {
     entries: HashMap<u64, (Key, bool)>,
     failed: usize,
 }
 
-impl Recorded {
-    fn note(&mut self, key: Key, failed: bool) {
-        let earlier = self.entries.insert(key.place, (key, failed));
+impl Index {
+    fn insert(&mut self, key: Key, failed: bool) {
+        let earlier = self.entries.insert(key.slot, (key, failed));
         self.failed += usize::from(failed);
         self.failed -= usize::from(earlier.is_some_and(|(_, failed)| failed));
     }
 
-    fn forget(&mut self, key: Key) {
-        let earlier = self.entries.remove(&key.place);
+    fn remove(&mut self, key: Key) {
+        let earlier = self.entries.remove(&key.slot);
         self.failed -= usize::from(earlier.is_some_and(|(_, failed)| failed));
     }
 }
 
-/// The journal's file in a folder of work.
+/// The path of the journal in an output folder.
 #[must_use]
 pub fn path(out: &Path) -> PathBuf {
     out.join("journal.jsonl")
 }
 
-/// A journal that is written.
+/// A journal that is open for writing.
 pub struct Journal {
     path: PathBuf,
     file: File,
-    was_cut: bool,
-    recorded: Recorded,
+    was_truncated: bool,
+    index: Index,
 }
 
 impl Journal {
-    /// Begins the work in the folder `out`, or goes on with it.
+    /// Opens the journal in the folder `out`, and creates both if they do not exist.
     ///
     /// # Errors
-    /// [`JournalError`]; [`JournalError::OtherSettings`] if it was begun under another header.
-    pub fn open(out: &Path, header: &impl Head) -> Result<Self, JournalError> {
-        fs::create_dir_all(out).map_err(|source| failed(out, source))?;
+    /// [`JournalError`]; [`JournalError::OtherSettings`] if the journal has another header.
+    pub fn open(out: &Path, header: &impl JournalHeader) -> Result<Self, JournalError> {
+        fs::create_dir_all(out).map_err(|source| file_error(out, source))?;
         Self::open_file(&path(out), header)
     }
 
-    /// Begins the file of a journal, or goes on with it. A line that a crash cut off is cut off for
-    /// good; a header only where it was to be this one, for else the file is somebody's own.
+    /// Opens a journal file, and creates it if it does not exist. A last entry that was cut off by
+    /// a crash is removed. A header that was cut off is removed only if it is the beginning of this
+    /// header; otherwise the file belongs to somebody else.
     ///
     /// # Errors
     /// As [`Journal::open`].
-    pub fn open_file<H: Head>(path: &Path, header: &H) -> Result<Self, JournalError> {
-        let unreadable = |source| failed(path, source);
-        let mut file = writable(path)?;
-        if let Some(First { id: Some(_) }) = Saved::file(path).lines()?.next()? {
+    pub fn open_file<H: JournalHeader>(path: &Path, header: &H) -> Result<Self, JournalError> {
+        let file_error = |source| file_error(path, source);
+        let mut file = open_locked(path)?;
+        if let Some(FirstLine { id: Some(_) }) = JournalReader::at(path).lines()?.next()? {
             return Err(JournalError::NoHeader { path: path.to_owned() });
         }
-        let mut lines = Lines::of(path, file.try_clone().map_err(unreadable)?);
-        let (begun, written) = (lines.next::<H>()?, line(header)?);
-        if begun.is_none() && !written.starts_with(&lines.text) {
+        let mut lines = Lines::new(path, file.try_clone().map_err(file_error)?);
+        let (existing, written) = (lines.next::<H>()?, line(header)?);
+        if existing.is_none() && !written.starts_with(&lines.text) {
             return Err(JournalError::NoHeader { path: path.to_owned() });
         }
-        if let Some(what) = begun.as_ref().and_then(|begun| header.differs(begun)) {
+        if let Some(what) = existing.as_ref().and_then(|existing| header.difference(existing)) {
             return Err(JournalError::OtherSettings { path: path.to_owned(), what });
         }
-        let mut recorded = Recorded::default();
-        while let Some(known) = lines.next::<Known>()? {
-            if known.gone {
-                recorded.forget(known.key());
+        let mut index = Index::default();
+        while let Some(fields) = lines.next::<EntryFields>()? {
+            if fields.deleted {
+                index.remove(fields.key());
             } else {
-                recorded.note(known.key(), known.failed());
+                index.insert(fields.key(), fields.failed());
             }
         }
-        let Lines { end, was_cut, is_open, .. } = lines;
-        file.set_len(end).and_then(|()| file.seek(SeekFrom::End(0))).map_err(unreadable)?;
-        let mut journal = Self { path: path.to_owned(), file, was_cut, recorded };
-        if is_open {
+        let Lines { end, was_truncated, lacks_line_break, .. } = lines;
+        file.set_len(end).and_then(|()| file.seek(SeekFrom::End(0))).map_err(file_error)?;
+        let mut journal = Self { path: path.to_owned(), file, was_truncated, index };
+        if lacks_line_break {
             journal.add(b"\n")?;
         }
-        if begun.is_none() {
+        if existing.is_none() {
             journal.add(&written)?;
         }
         Ok(journal)
     }
 
-    /// Whether a crash had cut off the last line.
+    /// Whether the last line had been cut off by a crash.
     #[must_use]
-    pub fn was_cut(&self) -> bool {
-        self.was_cut
+    pub fn was_truncated(&self) -> bool {
+        self.was_truncated
     }
 
-    /// Whether an entry need not be made: it is recorded, and did not fail or is not to be tried
-    /// again.
+    /// Whether the entry need not be made: it is recorded, and did not fail or is not to be
+    /// retried.
     #[must_use]
     pub fn has(&self, key: Key, retry_failed: bool) -> bool {
-        let recorded = self.recorded.entries.get(&key.place);
-        recorded.is_some_and(|(recorded, failed)| recorded.is(key) && !(*failed && retry_failed))
+        let entry = self.index.entries.get(&key.slot);
+        entry.is_some_and(|(recorded, failed)| recorded.matches(key) && !(*failed && retry_failed))
     }
 
-    /// Whether there is an entry at the place of `key`, whatever it was made of.
+    /// Whether there is an entry in the slot of `key`, whatever its source.
     #[must_use]
-    pub fn has_place(&self, key: Key) -> bool {
-        self.recorded.entries.contains_key(&key.place)
+    pub fn has_slot(&self, key: Key) -> bool {
+        self.index.entries.contains_key(&key.slot)
     }
 
-    /// Whether that entry failed.
+    /// Whether the entry in the slot of `key` failed.
     #[must_use]
     pub fn has_failed(&self, key: Key) -> bool {
-        self.recorded.entries.get(&key.place).is_some_and(|(_, failed)| *failed)
+        self.index.entries.get(&key.slot).is_some_and(|(_, failed)| *failed)
     }
 
-    /// How many entries are recorded, each place once.
+    /// How many entries are recorded, counting each slot once.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.recorded.entries.len()
+        self.index.entries.len()
     }
 
-    /// Whether none is.
+    /// Whether no entry is recorded.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.recorded.entries.is_empty()
+        self.index.entries.is_empty()
     }
 
-    /// How many of them failed.
+    /// How many of the recorded entries failed.
     #[must_use]
     pub fn failed(&self) -> usize {
-        self.recorded.failed
+        self.index.failed
     }
 
-    /// Records an entry; of two at one place the later counts.
+    /// Records an entry. Of several entries in the same slot, the last one counts.
     ///
     /// # Errors
     /// [`JournalError::File`], [`JournalError::Entry`].
     pub fn record(&mut self, entry: &impl Entry) -> Result<(), JournalError> {
-        self.write(&Line::of(entry)?)
+        self.write(&EncodedEntry::of(entry)?)
     }
 
-    /// Takes the entry with this `id`, and no arm, out: nobody reads it any more.
+    /// Deletes the entry with this `id` and without an arm.
     ///
     /// # Errors
     /// [`JournalError::File`], [`JournalError::Entry`].
-    pub fn forget(&mut self, id: &str) -> Result<(), JournalError> {
-        self.add(&line(&Gone { id, gone: true })?)?;
-        self.recorded.forget(Key::of(id, ""));
+    pub fn remove(&mut self, id: &str) -> Result<(), JournalError> {
+        self.add(&line(&Deletion { id, deleted: true })?)?;
+        self.index.remove(Key::new(id, ""));
         Ok(())
     }
 
-    pub(crate) fn write(&mut self, line: &Line) -> Result<(), JournalError> {
+    pub(crate) fn write(&mut self, line: &EncodedEntry) -> Result<(), JournalError> {
         self.add(&line.text)?;
-        self.recorded.note(line.key, line.failed);
+        self.index.insert(line.key, line.failed);
         Ok(())
     }
 
@@ -415,43 +425,44 @@ impl Journal {
         self.file
             .write_all(line)
             .and_then(|()| self.file.flush())
-            .map_err(|source| failed(&self.path, source))
+            .map_err(|source| file_error(&self.path, source))
     }
 }
 
-/// The file, for this process alone to write.
-fn writable(path: &Path) -> Result<File, JournalError> {
+/// Opens the file for writing, and locks it for this process.
+fn open_locked(path: &Path) -> Result<File, JournalError> {
     let open = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path);
-    let file = open.map_err(|source| failed(path, source))?;
-    is_regular(path, file.metadata())?;
+    let file = open.map_err(|source| file_error(path, source))?;
+    check_is_regular(path, file.metadata())?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(JournalError::InUse { path: path.to_owned() }),
-        Err(TryLockError::Error(source)) => Err(failed(path, source)),
+        Err(TryLockError::Error(source)) => Err(file_error(path, source)),
     }
 }
 
-/// Holds that a file is one: of others a read may have no end.
-fn is_regular(path: &Path, file: io::Result<Metadata>) -> Result<(), JournalError> {
-    let is_file = file.map_err(|source| failed(path, source))?.is_file();
-    if is_file { Ok(()) } else { Err(JournalError::NoFile { path: path.to_owned() }) }
+/// Checks that the file is a regular one: reading from others may never end.
+fn check_is_regular(path: &Path, file: io::Result<Metadata>) -> Result<(), JournalError> {
+    let is_file = file.map_err(|source| file_error(path, source))?.is_file();
+    if is_file { Ok(()) } else { Err(JournalError::NotAFile { path: path.to_owned() }) }
 }
 
-/// What [`Journal::forget`] writes.
+/// The line that [`Journal::remove`] writes.
 #[derive(Serialize)]
-struct Gone<'a> {
+struct Deletion<'a> {
     id: &'a str,
-    gone: bool,
+    #[serde(rename = "gone")]
+    deleted: bool,
 }
 
-/// An entry as it is written.
-pub(crate) struct Line {
+/// An entry serialized as a line.
+pub(crate) struct EncodedEntry {
     text: Vec<u8>,
     key: Key,
     failed: bool,
 }
 
-impl Line {
+impl EncodedEntry {
     pub(crate) fn of(entry: &impl Entry) -> Result<Self, JournalError> {
         Ok(Self { text: line(entry)?, key: entry.key(), failed: entry.failed() })
     }
@@ -463,119 +474,121 @@ fn line(value: &impl Serialize) -> Result<Vec<u8>, JournalError> {
     Ok(line)
 }
 
-/// A journal that is read, with its header or without one. A last line that a crash cut off is left
-/// out.
+/// Reads a journal, with or without a header. A last line that was cut off by a crash is skipped.
 #[derive(Debug, Clone)]
-pub struct Saved {
+pub struct JournalReader {
     path: PathBuf,
 }
 
-/// Entries have an id, and headers have none.
+/// The first line: an entry has an id, a header does not.
 #[derive(Deserialize)]
-struct First {
+struct FirstLine {
     id: Option<IgnoredAny>,
 }
 
-impl Saved {
-    /// That of a folder of work.
+impl JournalReader {
+    /// A reader of the journal in an output folder.
     #[must_use]
-    pub fn folder(out: &Path) -> Self {
+    pub fn in_folder(out: &Path) -> Self {
         Self { path: path(out) }
     }
 
-    /// That of a file.
+    /// A reader of a journal file.
     #[must_use]
-    pub fn file(path: &Path) -> Self {
+    pub fn at(path: &Path) -> Self {
         Self { path: path.to_owned() }
     }
 
     fn lines(&self) -> Result<Lines<File>, JournalError> {
-        is_regular(&self.path, fs::metadata(&self.path))?;
-        Ok(Lines::of(
+        check_is_regular(&self.path, fs::metadata(&self.path))?;
+        Ok(Lines::new(
             &self.path,
-            File::open(&self.path).map_err(|source| failed(&self.path, source))?,
+            File::open(&self.path).map_err(|source| file_error(&self.path, source))?,
         ))
     }
 
-    /// The lines of entries.
-    fn body(&self) -> Result<Lines<File>, JournalError> {
+    /// The lines after the header, if there is one.
+    fn entry_lines(&self) -> Result<Lines<File>, JournalError> {
         let mut lines = self.lines()?;
-        match lines.next::<First>()? {
-            Some(First { id: Some(_) }) => self.lines(),
+        match lines.next::<FirstLine>()? {
+            Some(FirstLine { id: Some(_) }) => self.lines(),
             _ => Ok(lines),
         }
     }
 
-    /// Its header.
+    /// The header.
     ///
     /// # Errors
     /// [`JournalError`].
-    pub fn header<H: Head>(&self) -> Result<H, JournalError> {
+    pub fn header<H: JournalHeader>(&self) -> Result<H, JournalError> {
         self.lines()?.next()?.ok_or_else(|| JournalError::Empty { path: self.path.clone() })
     }
 
-    /// The entries as they lie, one by one, each with the byte where it begins.
+    /// All entries in file order, one by one, each with the byte position where it positions.
     ///
     /// # Errors
-    /// [`JournalError`], also of every entry.
+    /// [`JournalError`], also as an item of the iterator.
     pub fn entries<E: Entry>(&self) -> Result<Entries<E>, JournalError> {
-        Ok(Entries { lines: self.body()?, of: PhantomData })
+        Ok(Entries { lines: self.entry_lines()?, entry: PhantomData })
     }
 
-    /// The entries from the byte `begin` on, at which one begins: what was written since somebody
-    /// came so far, or one that is looked up. 0 is the first entry.
+    /// The entries from the byte position `begin` on, which must be the beginning of an entry. This
+    /// is used to read what was added since the last read, or to look up one entry. 0 is the first
+    /// entry.
     ///
     /// # Errors
-    /// As [`Saved::entries`].
+    /// As [`JournalReader::entries`].
     pub fn entries_from<E: Entry>(&self, begin: u64) -> Result<Entries<E>, JournalError> {
         if begin == 0 {
             return self.entries();
         }
         let mut lines = self.lines()?;
-        lines.reader.seek(SeekFrom::Start(begin)).map_err(|source| failed(&self.path, source))?;
+        lines
+            .reader
+            .seek(SeekFrom::Start(begin))
+            .map_err(|source| file_error(&self.path, source))?;
         lines.end = begin;
-        Ok(Entries { lines, of: PhantomData })
+        Ok(Entries { lines, entry: PhantomData })
     }
 
-    /// Each entry once, the later one of those at the same place, one by one in the order in which
-    /// they lie.
+    /// The last entry of each slot, one by one in file order.
     ///
     /// # Errors
-    /// [`JournalError`], also of every entry.
-    pub fn latest<E: Entry>(&self) -> Result<Latest<E>, JournalError> {
-        let mut lines = self.body()?;
+    /// [`JournalError`], also as an item of the iterator.
+    pub fn latest<E: Entry>(&self) -> Result<LatestEntries<E>, JournalError> {
+        let mut lines = self.entry_lines()?;
         let (mut last, mut begin) = (HashMap::new(), lines.end);
-        while let Some(known) = lines.next::<Known>()? {
-            if known.gone {
-                last.remove(&known.key().place);
+        while let Some(fields) = lines.next::<EntryFields>()? {
+            if fields.deleted {
+                last.remove(&fields.key().slot);
             } else {
-                last.insert(known.key().place, begin);
+                last.insert(fields.key().slot, begin);
             }
             begin = lines.end;
         }
-        Ok(Latest {
-            begins: last.into_values().collect(),
-            was_cut: lines.was_cut,
-            lines: self.body()?,
-            of: PhantomData,
+        Ok(LatestEntries {
+            positions: last.into_values().collect(),
+            was_truncated: lines.was_truncated,
+            lines: self.entry_lines()?,
+            entry: PhantomData,
         })
     }
 }
 
-/// See [`Saved::entries`].
+/// See [`JournalReader::entries`].
 pub struct Entries<E> {
     lines: Lines<File>,
-    of: PhantomData<E>,
+    entry: PhantomData<E>,
 }
 
 impl<E> Entries<E> {
-    /// Whether a crash had cut off the last line; known at the end.
+    /// Whether a crash had cut off the last line; fields at the end.
     #[must_use]
-    pub fn was_cut(&self) -> bool {
-        self.lines.was_cut
+    pub fn was_truncated(&self) -> bool {
+        self.lines.was_truncated
     }
 
-    /// The byte behind the last entry that was read.
+    /// The byte position after the last entry that was read.
     #[must_use]
     pub fn end(&self) -> u64 {
         self.lines.end
@@ -591,34 +604,34 @@ impl<E: Entry> Iterator for Entries<E> {
     }
 }
 
-/// See [`Saved::latest`]. It takes about 40 bytes of memory an entry.
-pub struct Latest<E> {
-    /// Where the entries that count begin.
-    begins: HashSet<u64>,
-    was_cut: bool,
+/// See [`JournalReader::latest`]. Takes about 40 bytes of memory per entry.
+pub struct LatestEntries<E> {
+    /// The byte positions of the last entry of each slot.
+    positions: HashSet<u64>,
+    was_truncated: bool,
     lines: Lines<File>,
-    of: PhantomData<E>,
+    entry: PhantomData<E>,
 }
 
-impl<E> Latest<E> {
-    /// How many there are.
+impl<E> LatestEntries<E> {
+    /// How many entries there are.
     #[must_use]
     pub fn total(&self) -> usize {
-        self.begins.len()
+        self.positions.len()
     }
 
-    /// Whether a crash had cut off the last line.
+    /// Whether the last line had been cut off by a crash.
     #[must_use]
-    pub fn was_cut(&self) -> bool {
-        self.was_cut
+    pub fn was_truncated(&self) -> bool {
+        self.was_truncated
     }
 }
 
-impl<E: Entry> Iterator for Latest<E> {
+impl<E: Entry> Iterator for LatestEntries<E> {
     type Item = Result<E, JournalError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        while !self.begins.contains(&self.lines.end) {
+        while !self.positions.contains(&self.lines.end) {
             match self.lines.next::<IgnoredAny>() {
                 Ok(Some(_)) => {}
                 Ok(None) => return None,

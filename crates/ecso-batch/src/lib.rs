@@ -1,16 +1,16 @@
-//! Long work over many rows, as measuring and making data have it in common.
+//! Long-running work over many rows: the parts that evaluation and dataset generation share.
 //!
-//! - [`run`] takes rows through a [`Batch`], several at once, within [`Bounds`]; [`entries`] does
-//!   it without a journal.
-//! - A [`journal`] records what became of each, so that a crash costs the rows under way and no
-//!   other.
-//! - [`Cached`] keeps every reply of a model on disk, and [`Paced`] asks it no faster than it can.
+//! - [`run`] processes rows through a [`Batch`], several at once, within [`Bounds`]; [`entries`]
+//!   does the same without a journal.
+//! - A [`journal`] records the result of each row, so a crash loses only the rows in progress.
+//! - [`Cached`] keeps every model reply on disk, and [`Paced`] adapts the number of concurrent
+//!   calls to what the model can take.
 
 mod cache;
 pub mod journal;
 mod pace;
 mod runner;
 
-pub use cache::{Cached, Work, check_cache};
-pub use pace::{Paced, Patience, Stays};
-pub use runner::{Batch, Bounds, Sifted, entries, run};
+pub use cache::{Cached, CallStats, check_cache};
+pub use pace::{IdentityCheck, Paced, Patience};
+pub use runner::{Batch, Bounds, RowDecision, entries, run};

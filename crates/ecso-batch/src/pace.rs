@@ -1,4 +1,4 @@
-//! A model that is asked no faster than it can answer.
+//! Calls a model no faster than it can answer.
 
 use std::{
     collections::BTreeSet,
@@ -15,133 +15,135 @@ use tokio::{
     time::Instant,
 };
 
-/// The first wait after "too much at once", where the model asks for none; it doubles up to the
-/// longest.
+/// The first wait after an overload error that names no time; each wait doubles, up to the longest.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 /// The longest wait.
 const LONGEST_WAIT: Duration = Duration::from_mins(1);
 
-/// Between two looks whether a model that was away is back; less where the patience is short.
-const LOOK: Duration = Duration::from_secs(1);
-/// Between two warnings of the same kind.
-const WARNINGS: Duration = Duration::from_mins(1);
+/// The interval between probes of an unreachable model; shorter if the patience is short.
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+/// The interval between two warnings of the same kind.
+const WARNING_INTERVAL: Duration = Duration::from_mins(1);
 
-/// How long a model is waited for.
+/// How long to wait for a model.
 #[derive(Debug, Clone, Copy)]
 pub struct Patience {
-    /// While it turns every call away.
+    /// While it rejects every call as overloaded.
     pub busy: Duration,
-    /// While it answers none.
+    /// While it is unreachable.
     pub away: Duration,
 }
 
-/// A model whose calls wait for their turn: at most so many at once, fewer after it said that this
-/// is too much, more again while it doesn't. A call that was turned away is made again.
+/// A model with adaptive concurrency. At most so many calls run at once; fewer after the model
+/// reported an overload, and gradually more while it does not. A call that was rejected as
+/// overloaded is repeated.
 ///
-/// A call that fails is no proof against itself. The model is asked again what it answered before
-/// (nothing yet: a greeting). Where it doesn't answer that either it is away, whatever it says, and
-/// is waited for. Then the failed call is made again, with no other under way; so is one whose
-/// connection broke, which a neighbour may have brought about. Only what fails then has its error.
+/// A call that fails is not by itself evidence against that call. The model is first asked
+/// something that it has answered before (if nothing yet, a greeting). If it can't answer that
+/// either, the model counts as unreachable, whatever the error is, and is waited for. Then the
+/// failed call is repeated with no other call in progress; so is a call whose connection broke,
+/// since another call may have caused that. Only if it fails again is the error returned.
 ///
-/// Where the model does not come back as long as [`Patience`] goes, the failed call and all others
-/// end never: [`Paced::gone`] tells, and the work is dropped with nothing recorded of what could
-/// not be asked. The same where another model came back in its place ([`Paced::that_stays`]).
+/// If the model does not come back within the time that [`Patience`] allows, the failed call and
+/// all others never complete. [`Paced::unavailable`] then completes, and the caller drops the work,
+/// so that nothing is recorded for rows that could not be asked. The same happens if another model
+/// came back in its place ([`Paced::with_identity_check`]).
 pub struct Paced<M> {
     model: M,
-    stays: Option<Stays>,
-    /// The most calls at once.
-    most: u32,
+    identity_check: Option<IdentityCheck>,
+    /// The maximum number of concurrent calls.
+    max_calls: u32,
     patience: Patience,
-    pace: Mutex<Pace>,
+    pace: Mutex<PaceState>,
     changed: Notify,
-    /// One for each call under way; a call that must be alone takes all.
-    places: Semaphore,
-    gone: SetOnce<ModelError>,
+    /// One permit for each call in progress; a call that must run alone takes all.
+    permits: Semaphore,
+    unavailable: SetOnce<ModelError>,
 }
 
-/// Says whether the model is still the one that was asked at first: an error that tells what it is
-/// now.
-pub type Stays = Box<dyn Fn() -> BoxFuture<'static, Result<(), ModelError>> + Send + Sync>;
+/// Checks that the model is still the one that was first asked; otherwise the error describes the
+/// model that is there now.
+pub type IdentityCheck = Box<dyn Fn() -> BoxFuture<'static, Result<(), ModelError>> + Send + Sync>;
 
-struct Pace {
-    under_way: u32,
-    /// Calls at once, now.
+struct PaceState {
+    calls_in_progress: u32,
+    /// The number of concurrent calls that is currently allowed.
     allowed: f64,
-    /// No call before.
+    /// No call may start before this time.
     not_before: Instant,
     wait: Duration,
-    /// Since when every call has been turned away.
-    refused_since: Option<Instant>,
-    warned: Option<Instant>,
-    /// What was answered fastest, and how fast.
-    answered: Option<(Duration, Chat, Sampling)>,
-    /// When the model last came back.
-    back: Option<Instant>,
-    /// From which models replies say they come, of which somebody has looked whether that is well.
-    answering: BTreeSet<String>,
-    /// Whether calls were turned away since somebody looked which model is there.
-    was_busy: bool,
+    /// The time since which every call has been rejected as overloaded.
+    overloaded_since: Option<Instant>,
+    last_warning: Option<Instant>,
+    /// The call that was answered fastest, and the time it took.
+    fastest_call: Option<(Duration, Chat, Sampling)>,
+    /// When the model last became reachable again.
+    recovered_at: Option<Instant>,
+    /// The models that replies name, for which the identity was checked.
+    known_models: BTreeSet<String>,
+    /// Whether calls were rejected since the identity was last checked.
+    had_overload: bool,
 }
 
 impl<M: Mllm> Paced<M> {
-    /// Puts a pace in front of `model`.
+    /// Wraps `model`; at most `at_once` calls run concurrently.
     pub fn new(model: M, at_once: usize, patience: Patience) -> Self {
-        let most = u32::try_from(at_once.clamp(1, Semaphore::MAX_PERMITS)).unwrap_or(u32::MAX);
-        let pace = Pace {
-            under_way: 0,
-            allowed: f64::from(most),
+        let max_calls = u32::try_from(at_once.clamp(1, Semaphore::MAX_PERMITS)).unwrap_or(u32::MAX);
+        let pace = PaceState {
+            calls_in_progress: 0,
+            allowed: f64::from(max_calls),
             not_before: Instant::now(),
             wait: FIRST_WAIT,
-            refused_since: None,
-            warned: None,
-            answered: None,
-            back: None,
-            answering: BTreeSet::new(),
-            was_busy: false,
+            overloaded_since: None,
+            last_warning: None,
+            fastest_call: None,
+            recovered_at: None,
+            known_models: BTreeSet::new(),
+            had_overload: false,
         };
         Self {
             model,
-            stays: None,
-            most,
+            identity_check: None,
+            max_calls,
             patience,
             pace: Mutex::new(pace),
             changed: Notify::new(),
-            places: Semaphore::new(most as usize),
-            gone: SetOnce::new(),
+            permits: Semaphore::new(max_calls as usize),
+            unavailable: SetOnce::new(),
         }
     }
 
-    /// The same model, asked by `stays` whether it is the same where that is in doubt: when a
-    /// connection to it was lost, when it turned calls away, and when a reply says that it comes
-    /// from another.
+    /// Adds a check that the model is still the same. It runs when a connection was lost, after
+    /// calls were rejected as overloaded, and when a reply names another model.
     #[must_use]
-    pub fn that_stays(self, stays: Stays) -> Self {
-        Self { stays: Some(stays), ..self }
+    pub fn with_identity_check(self, identity_check: IdentityCheck) -> Self {
+        Self { identity_check: Some(identity_check), ..self }
     }
 
-    /// Ends when the model went away and did not come back; gives the error that it went with.
-    pub async fn gone(&self) -> ModelError {
-        self.gone.wait().await.clone()
+    /// Completes when the model has become unavailable for good, and returns the error of the last
+    /// call.
+    pub async fn unavailable(&self) -> ModelError {
+        self.unavailable.wait().await.clone()
     }
 
     async fn give_up<T>(&self, error: ModelError) -> T {
-        let _ = self.gone.set(error);
+        let _ = self.unavailable.set(error);
         future::pending().await
     }
 
-    fn pace(&self) -> std::sync::MutexGuard<'_, Pace> {
+    fn pace(&self) -> std::sync::MutexGuard<'_, PaceState> {
         self.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for a turn.
-    async fn turn(&self) -> Turn<'_, M> {
+    /// Waits until another call may start.
+    async fn wait_for_turn(&self) -> Turn<'_, M> {
         loop {
             let changed = self.changed.notified();
             let open_at = {
                 let mut pace = self.pace();
-                if f64::from(pace.under_way) < pace.allowed.max(1.0).floor() {
+                if f64::from(pace.calls_in_progress) < pace.allowed.max(1.0).floor() {
                     if pace.not_before <= Instant::now() {
-                        pace.under_way += 1;
+                        pace.calls_in_progress += 1;
                         return Turn(self);
                     }
                     Some(pace.not_before)
@@ -156,122 +158,128 @@ impl<M: Mllm> Paced<M> {
         }
     }
 
-    /// Half as many calls at once, and none for a while. Gives whether trying again is worth it.
-    fn slow_down(&self, asked: Option<Duration>, begun: Instant) -> bool {
+    /// Halves the number of concurrent calls, and waits before the next one. Returns whether it is
+    /// worth trying again.
+    fn slow_down(&self, retry_after: Option<Duration>, started: Instant) -> bool {
         let mut pace = self.pace();
-        pace.was_busy = true;
+        pace.had_overload = true;
         let now = Instant::now();
-        // Calls that were under way together are turned away together: they count once.
-        if begun >= pace.not_before {
+        // Calls that ran together are rejected together, so they count once.
+        if started >= pace.not_before {
             pace.allowed = (pace.allowed / 2.0).max(1.0);
-            let wait = asked.unwrap_or(pace.wait).min(LONGEST_WAIT);
+            let wait = retry_after.unwrap_or(pace.wait).min(LONGEST_WAIT);
             pace.wait = (pace.wait * 2).min(LONGEST_WAIT);
             pace.not_before = now + wait;
-            if pace.warned.is_none_or(|warned| now - warned > WARNINGS) {
-                pace.warned = Some(now);
+            if pace.last_warning.is_none_or(|last_warning| now - last_warning > WARNING_INTERVAL) {
+                pace.last_warning = Some(now);
                 tracing::warn!(
-                    "the model turns calls away; it is asked {:.0} at once now",
+                    "the model is overloaded; reducing concurrent calls to {:.0}",
                     pace.allowed.floor()
                 );
             }
         }
-        now - *pace.refused_since.get_or_insert(begun) < self.patience.busy
+        now - *pace.overloaded_since.get_or_insert(started) < self.patience.busy
     }
 
-    /// A call went well: one more at once after as many as are allowed.
+    /// After a successful call: allows one more call at once per round of calls.
     fn speed_up(&self) {
         let mut pace = self.pace();
-        pace.allowed = (pace.allowed + 1.0 / pace.allowed).min(f64::from(self.most));
-        (pace.wait, pace.refused_since) = (FIRST_WAIT, None);
+        pace.allowed = (pace.allowed + 1.0 / pace.allowed).min(f64::from(self.max_calls));
+        (pace.wait, pace.overloaded_since) = (FIRST_WAIT, None);
     }
 
-    fn remember(&self, chat: &Chat, sampling: &Sampling, took: Duration) {
-        let answered = &mut self.pace().answered;
-        if answered.as_ref().is_none_or(|(fastest, ..)| took < *fastest) {
-            *answered = Some((took, chat.clone(), sampling.clone()));
+    fn remember_fastest(&self, chat: &Chat, sampling: &Sampling, took: Duration) {
+        let fastest_call = &mut self.pace().fastest_call;
+        if fastest_call.as_ref().is_none_or(|(fastest, ..)| took < *fastest) {
+            *fastest_call = Some((took, chat.clone(), sampling.clone()));
         }
     }
 
-    /// Asks for what was answered before. A model that is busy, or filters, is there.
-    async fn look(&self) -> Result<(), ModelError> {
+    /// Repeats a call that was answered before. A model that is overloaded, or filters content,
+    /// counts as reachable.
+    async fn probe(&self) -> Result<(), ModelError> {
         let greeting = || {
             let brief = Sampling { max_tokens: Some(256), ..Sampling::default() };
             (Duration::ZERO, Chat::ask([], "Hello"), brief)
         };
-        let (_, chat, sampling) = self.pace().answered.clone().unwrap_or_else(greeting);
+        let (_, chat, sampling) = self.pace().fastest_call.clone().unwrap_or_else(greeting);
         match self.model.generate(&chat, &sampling).await {
             Ok(_) | Err(ModelError::Overloaded { .. } | ModelError::Filtered(_)) => Ok(()),
             Err(error) => Err(error),
         }
     }
 
-    /// Waits until the model answers. Gives whether it did so all the time since `begun`, as far as
-    /// is known.
-    async fn was_there(&self, begun: Instant, lost: &ModelError) -> bool {
-        let Err(error) = self.look().await else {
-            if matches!(lost, ModelError::Transport(_)) {
-                self.is_the_same().await;
+    /// Waits until the model is reachable. Returns whether, as far as is known, it was reachable
+    /// all the time since `started`.
+    async fn wait_until_reachable(&self, started: Instant, error: &ModelError) -> bool {
+        let Err(probe_error) = self.probe().await else {
+            if matches!(error, ModelError::Transport(_)) {
+                self.ensure_same_model().await;
             }
-            return self.pace().back.is_none_or(|back| back < begun);
+            return self.pace().recovered_at.is_none_or(|recovered_at| recovered_at < started);
         };
-        let refuses_all = self.pace().answered.is_none()
-            && matches!(error, ModelError::Rejected(_) | ModelError::Protocol(_));
+        let refuses_all = self.pace().fastest_call.is_none()
+            && matches!(probe_error, ModelError::Rejected(_) | ModelError::Protocol(_));
         if refuses_all {
-            return self.give_up(lost.clone()).await;
+            return self.give_up(error.clone()).await;
         }
-        tracing::warn!("{lost}; waiting up to {:?} for the model", self.patience.away);
-        let return_of = async {
+        tracing::warn!("{error}; waiting up to {:?} for the model", self.patience.away);
+        let reachable_again = async {
             loop {
-                tokio::time::sleep(LOOK.min(self.patience.away / 10)).await;
-                if self.look().await.is_ok() {
+                tokio::time::sleep(PROBE_INTERVAL.min(self.patience.away / 10)).await;
+                if self.probe().await.is_ok() {
                     break;
                 }
             }
         };
-        if tokio::time::timeout(self.patience.away, return_of).await.is_err() {
-            return self.give_up(lost.clone()).await;
+        if tokio::time::timeout(self.patience.away, reachable_again).await.is_err() {
+            return self.give_up(error.clone()).await;
         }
-        self.is_the_same().await;
-        tracing::warn!("the model is back");
-        self.pace().back = Some(Instant::now());
+        self.ensure_same_model().await;
+        tracing::warn!("the model is reachable again");
+        self.pace().recovered_at = Some(Instant::now());
         false
     }
 
-    /// Whether the model is the one that was asked at first; where nobody can say, it is.
+    /// Checks that the model is the one that was first asked. Without an identity check, this
+    /// always succeeds.
     ///
     /// # Errors
-    /// Says what it is now.
-    pub async fn stays(&self) -> Result<(), ModelError> {
-        match &self.stays {
-            Some(stays) => stays().await,
+    /// The error describes the model that is there now.
+    pub async fn check_identity(&self) -> Result<(), ModelError> {
+        match &self.identity_check {
+            Some(check) => check().await,
             None => Ok(()),
         }
     }
 
-    /// Goes on only while the model is the one that was asked at first.
-    async fn is_the_same(&self) {
-        if let Err(error) = self.stays().await {
+    /// Returns only if the model is the one that was first asked; otherwise never.
+    async fn ensure_same_model(&self) {
+        if let Err(error) = self.check_identity().await {
             self.give_up::<()>(error).await;
         }
     }
 
-    /// A call, made when its turn comes, and again while the model turns it away.
-    async fn once<T, F>(&self, call: &impl Fn() -> F) -> Result<(T, Duration), ModelError>
+    /// Makes a call when it is its turn, and repeats it while the model reports an overload.
+    async fn call_until_accepted<T, F>(
+        &self,
+        call: &impl Fn() -> F,
+    ) -> Result<(T, Duration), ModelError>
     where
         F: Future<Output = Result<T, ModelError>>,
     {
         loop {
-            let turn = self.turn().await;
-            let begun = Instant::now();
+            let turn = self.wait_for_turn().await;
+            let started = Instant::now();
             let answer = call().await;
             drop(turn);
             match answer {
                 Ok(answer) => {
                     self.speed_up();
-                    return Ok((answer, begun.elapsed()));
+                    return Ok((answer, started.elapsed()));
                 }
                 Err(ModelError::Overloaded { retry_after }) => {
-                    if !self.slow_down(retry_after, begun) {
+                    if !self.slow_down(retry_after, started) {
                         return self.give_up(ModelError::Overloaded { retry_after }).await;
                     }
                 }
@@ -289,53 +297,55 @@ impl<M: Mllm> Paced<M> {
     where
         F: Future<Output = Result<T, ModelError>>,
     {
-        let begun = Instant::now();
-        let place = self.places.acquire().await;
-        let mut answer = self.once(&call).await;
-        drop(place);
-        if let Err(lost) = &answer
-            && !matches!(lost, ModelError::Filtered(_))
+        let started = Instant::now();
+        let permit = self.permits.acquire().await;
+        let mut answer = self.call_until_accepted(&call).await;
+        drop(permit);
+        if let Err(error) = &answer
+            && !matches!(error, ModelError::Filtered(_))
         {
-            let _all_places = self.places.acquire_many(self.most).await;
-            if !self.was_there(begun, lost).await || matches!(lost, ModelError::Transport(_)) {
-                answer = self.once(&call).await;
-                if let Err(lost) = &answer {
-                    // The next call is not to suffer from what this one did.
-                    self.was_there(begun, lost).await;
+            let _all_permits = self.permits.acquire_many(self.max_calls).await;
+            if !self.wait_until_reachable(started, error).await
+                || matches!(error, ModelError::Transport(_))
+            {
+                answer = self.call_until_accepted(&call).await;
+                if let Err(error) = &answer {
+                    // Wait again, so that the next call is not affected by what this one caused.
+                    self.wait_until_reachable(started, error).await;
                 }
             }
         }
         let (answer, took) = answer?;
-        self.remember(chat, sampling, took);
-        if std::mem::take(&mut self.pace().was_busy) {
-            self.is_the_same().await;
+        self.remember_fastest(chat, sampling, took);
+        if std::mem::take(&mut self.pace().had_overload) {
+            self.ensure_same_model().await;
         }
         Ok(answer)
     }
 
-    /// Looks which model is there where a reply says that it comes from another than those before.
-    async fn is_from_the_same(&self, reply: &Reply) {
+    /// Checks the identity of the model if the reply names another model than those before.
+    async fn check_reply_model(&self, reply: &Reply) {
         let Some(model) = &reply.model else { return };
         let is_first = {
-            let answering = &mut self.pace().answering;
-            if answering.contains(model) {
+            let known_models = &mut self.pace().known_models;
+            if known_models.contains(model) {
                 return;
             }
-            answering.is_empty()
+            known_models.is_empty()
         };
         if !is_first {
-            self.is_the_same().await;
+            self.ensure_same_model().await;
         }
-        self.pace().answering.insert(model.clone());
+        self.pace().known_models.insert(model.clone());
     }
 }
 
-/// The turn of a call.
+/// The permission for one call to run.
 struct Turn<'a, M: Mllm>(&'a Paced<M>);
 
 impl<M: Mllm> Drop for Turn<'_, M> {
     fn drop(&mut self) {
-        self.0.pace().under_way -= 1;
+        self.0.pace().calls_in_progress -= 1;
         self.0.changed.notify_waiters();
     }
 }
@@ -360,14 +370,14 @@ impl<M: Mllm> Mllm for Paced<M> {
 
     async fn generate(&self, chat: &Chat, sampling: &Sampling) -> Result<Reply, ModelError> {
         let call = async || {
-            let begun = Instant::now();
+            let started = Instant::now();
             let mut reply = self.model.generate(chat, sampling).await?;
-            // What a call took is its own time, without the wait for its turn.
-            reply.took.get_or_insert(begun.elapsed());
+            // The time of a call does not include the wait for its turn.
+            reply.took.get_or_insert(started.elapsed());
             Ok(reply)
         };
         let reply = self.ask(chat, sampling, call).await?;
-        self.is_from_the_same(&reply).await;
+        self.check_reply_model(&reply).await;
         Ok(reply)
     }
 }
@@ -383,21 +393,21 @@ mod tests {
 
     use super::*;
 
-    /// A server that answers so many calls at once, and turns the others away.
-    struct Busy {
-        room: usize,
-        inside: AtomicUsize,
-        turned_away: AtomicUsize,
+    /// A server that answers so many calls at once, and rejects the others.
+    struct LimitedServer {
+        capacity: usize,
+        in_progress: AtomicUsize,
+        rejected: AtomicUsize,
     }
 
-    impl Busy {
-        fn with(room: usize) -> Arc<Self> {
-            Arc::new(Self { room, inside: 0.into(), turned_away: 0.into() })
+    impl LimitedServer {
+        fn with(capacity: usize) -> Arc<Self> {
+            Arc::new(Self { capacity, in_progress: 0.into(), rejected: 0.into() })
         }
     }
 
     #[async_trait]
-    impl Mllm for Busy {
+    impl Mllm for LimitedServer {
         fn name(&self) -> &'static str {
             "busy"
         }
@@ -407,13 +417,13 @@ mod tests {
         }
 
         async fn generate(&self, _: &Chat, _: &Sampling) -> Result<Reply, ModelError> {
-            let inside = self.inside.fetch_add(1, Ordering::SeqCst);
+            let in_progress = self.in_progress.fetch_add(1, Ordering::SeqCst);
             tokio::time::sleep(Duration::from_millis(2)).await;
-            self.inside.fetch_sub(1, Ordering::SeqCst);
-            if inside < self.room {
+            self.in_progress.fetch_sub(1, Ordering::SeqCst);
+            if in_progress < self.capacity {
                 return Ok(Reply::default());
             }
-            self.turned_away.fetch_add(1, Ordering::SeqCst);
+            self.rejected.fetch_add(1, Ordering::SeqCst);
             Err(ModelError::Overloaded { retry_after: Some(Duration::from_millis(20)) })
         }
     }
@@ -421,11 +431,11 @@ mod tests {
     const SHORT: Patience =
         Patience { busy: Duration::from_mins(1), away: Duration::from_millis(300) };
 
-    /// A server that answers a call after a while, by what is asked and when that began.
-    struct Played<F>(F);
+    /// A server that answers after a while, depending on the question and on when it began.
+    struct ScriptedServer<F>(F);
 
     #[async_trait]
-    impl<F: Fn(&str, Instant) -> Result<(), ModelError> + Send + Sync> Mllm for Played<F> {
+    impl<F: Fn(&str, Instant) -> Result<(), ModelError> + Send + Sync> Mllm for ScriptedServer<F> {
         fn name(&self) -> &'static str {
             "played"
         }
@@ -435,13 +445,13 @@ mod tests {
         }
 
         async fn generate(&self, chat: &Chat, _: &Sampling) -> Result<Reply, ModelError> {
-            let (text, begun) = (chat.turns[0].query(), Instant::now());
+            let (text, started) = (chat.turns[0].query(), Instant::now());
             tokio::time::sleep(Duration::from_millis(if text == "poison" { 5 } else { 10 })).await;
-            (self.0)(&text, begun).map(|()| Reply::default())
+            (self.0)(&text, started).map(|()| Reply::default())
         }
     }
 
-    fn broken() -> ModelError {
+    fn connection_broken() -> ModelError {
         ModelError::Transport("broken pipe".into())
     }
 
@@ -458,51 +468,51 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_server_that_comes_back_is_waited_for() {
-        for error in [broken(), ModelError::Timeout(Duration::ZERO)] {
+    async fn calls_wait_for_a_server_that_comes_back() {
+        for error in [connection_broken(), ModelError::Timeout(Duration::ZERO)] {
             let until = Instant::now() + Duration::from_millis(200);
-            let server = Played(
-                move |_: &str, begun| if begun > until { Ok(()) } else { Err(error.clone()) },
+            let server = ScriptedServer(
+                move |_: &str, started| if started > until { Ok(()) } else { Err(error.clone()) },
             );
             assert!(ask(&Paced::new(server, 4, SHORT), 12).await.iter().all(Result::is_ok));
         }
     }
 
     #[tokio::test]
-    async fn a_server_that_comes_back_as_another_model_is_asked_nothing_more() {
+    async fn no_call_goes_to_a_server_that_came_back_with_another_model() {
         let until = Instant::now() + Duration::from_millis(200);
         let asked = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&asked);
-        let server = Played(move |text: &str, begun| {
-            if begun <= until {
-                return Err(broken());
+        let server = ScriptedServer(move |text: &str, started| {
+            if started <= until {
+                return Err(connection_broken());
             }
             counted.fetch_add(usize::from(text == "q"), Ordering::SeqCst);
             Ok(())
         });
         let other = || ModelError::Rejected("it came back as another".into());
         let model = Paced::new(server, 4, SHORT)
-            .that_stays(Box::new(move || Box::pin(async move { Err(other()) })));
-        let gone = tokio::select! {
+            .with_identity_check(Box::new(move || Box::pin(async move { Err(other()) })));
+        let last_error = tokio::select! {
             _ = ask(&model, 12) => panic!("another model answered"),
-            gone = model.gone() => gone,
+            error = model.unavailable() => error,
         };
-        assert_eq!((gone, asked.load(Ordering::SeqCst)), (other(), 0));
+        assert_eq!((last_error, asked.load(Ordering::SeqCst)), (other(), 0));
     }
 
     #[tokio::test]
-    async fn of_a_server_that_answers_no_more_no_call_fails() {
+    async fn no_call_fails_when_a_server_stops_answering() {
         let refused = || ModelError::Rejected("401: the key has expired".into());
         for (error, answers) in [
-            (broken(), 0),
-            (broken(), 5),
+            (connection_broken(), 0),
+            (connection_broken(), 5),
             (ModelError::Timeout(Duration::ZERO), 5),
             (refused(), 5),
             (refused(), 0),
             (ModelError::Protocol("<html>".into()), 5),
         ] {
             let (calls, with) = (AtomicUsize::new(0), error.clone());
-            let server = Played(move |_: &str, _| {
+            let server = ScriptedServer(move |_: &str, _| {
                 if calls.fetch_add(1, Ordering::SeqCst) < answers {
                     Ok(())
                 } else {
@@ -515,22 +525,25 @@ mod tests {
                     assert!(ask(&model, 1).await[0].is_ok(), "call {answer}");
                 }
             };
-            let gone = tokio::select! {
+            let last_error = tokio::select! {
                 () = asked => panic!("{error} was not missed"),
-                gone = model.gone() => gone,
+                error = model.unavailable() => error,
             };
-            assert_eq!(gone, error);
+            assert_eq!(last_error, error);
         }
     }
 
     #[tokio::test]
-    async fn a_call_that_fails_while_others_are_answered_fails_alone() {
-        for error in
-            [broken(), ModelError::Rejected("too long".into()), ModelError::Timeout(Duration::ZERO)]
-        {
+    async fn a_call_that_fails_while_others_succeed_fails_alone() {
+        for error in [
+            connection_broken(),
+            ModelError::Rejected("too long".into()),
+            ModelError::Timeout(Duration::ZERO),
+        ] {
             let with = error.clone();
-            let server =
-                Played(move |text: &str, _| if text == "bad" { Err(with.clone()) } else { Ok(()) });
+            let server = ScriptedServer(
+                move |text: &str, _| if text == "bad" { Err(with.clone()) } else { Ok(()) },
+            );
             let texts = ["bad", "q", "q", "bad", "q"];
             for (text, answer) in
                 texts.iter().zip(ask_each(&Paced::new(server, 4, SHORT), &texts).await)
@@ -541,14 +554,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_call_that_brings_the_server_down_takes_no_other_with_it() {
+    async fn a_call_that_crashes_the_server_fails_no_other_call() {
         let down_until = std::sync::Mutex::new(None::<Instant>);
-        let server = Played(move |text: &str, begun| {
+        let server = ScriptedServer(move |text: &str, started| {
             let mut down_until = down_until.lock().unwrap();
             if text == "poison" {
                 *down_until = Some(Instant::now() + Duration::from_millis(50));
             }
-            if down_until.is_some_and(|until| begun < until) { Err(broken()) } else { Ok(()) }
+            if down_until.is_some_and(|until| started < until) {
+                Err(connection_broken())
+            } else {
+                Ok(())
+            }
         });
         let texts = ["poison", "q", "q", "q", "poison", "q", "q", "q"];
         let model = Paced::new(server, 8, Patience { away: Duration::from_millis(200), ..SHORT });
@@ -558,28 +575,31 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_server_with_room_for_few_answers_all() {
-        let server = Busy::with(4);
+    async fn all_calls_are_answered_by_a_server_with_little_capacity() {
+        let server = LimitedServer::with(4);
         let model = Paced::new(Arc::clone(&server), 64, SHORT);
         let answers = ask(&model, 400).await;
         assert!(answers.iter().all(Result::is_ok));
-        let turned_away = server.turned_away.load(Ordering::SeqCst);
-        assert!((1..200).contains(&turned_away), "{turned_away} calls were turned away");
+        let rejected = server.rejected.load(Ordering::SeqCst);
+        assert!((1..200).contains(&rejected), "{rejected} calls were rejected");
     }
 
     #[tokio::test]
-    async fn of_a_server_that_turns_everything_away_no_call_fails() {
-        let model =
-            Paced::new(Busy::with(0), 8, Patience { busy: Duration::from_millis(200), ..SHORT });
-        let begun = Instant::now();
-        let gone = tokio::select! {
+    async fn no_call_fails_on_a_server_that_rejects_everything() {
+        let model = Paced::new(
+            LimitedServer::with(0),
+            8,
+            Patience { busy: Duration::from_millis(200), ..SHORT },
+        );
+        let started = Instant::now();
+        let last_error = tokio::select! {
             answers = ask(&model, 16) => panic!("{answers:?}"),
-            gone = model.gone() => gone,
+            error = model.unavailable() => error,
         };
-        assert!(matches!(gone, ModelError::Overloaded { .. }));
+        assert!(matches!(last_error, ModelError::Overloaded { .. }));
         assert!(
-            begun.elapsed() >= Duration::from_millis(200)
-                && begun.elapsed() < Duration::from_secs(20)
+            started.elapsed() >= Duration::from_millis(200)
+                && started.elapsed() < Duration::from_secs(20)
         );
     }
 }

@@ -1,4 +1,4 @@
-//! The runner: rows in, entries of a journal out, several at once.
+//! The runner: takes rows in and writes journal entries out, several at once.
 
 use std::{
     cell::{Cell, RefCell},
@@ -12,173 +12,173 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
-    cache::afresh,
-    journal::{Entry, Journal, JournalError, Key, Line},
+    cache::bypassing_cache,
+    journal::{EncodedEntry, Entry, Journal, JournalError, Key},
 };
 
-/// Rows that are read before there is room for them.
+/// Rows that are read ahead of those being made.
 const READ_AHEAD: usize = 8;
 
-/// How much at once, and how much in all.
+/// Limits on what is done at once and in total.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
-    /// Rows at once.
+    /// The number of rows at once.
     pub rows: usize,
-    /// Bytes that the rows at once may hold together ([`Batch::bytes`]), beside the few that are
-    /// read ahead. One row alone may have more.
+    /// Bytes that the rows in progress may hold together ([`Batch::bytes`]), besides the few that
+    /// are read ahead. A single row may exceed this.
     pub bytes: usize,
-    /// No new row from so many tokens on.
+    /// No new row is started after this many tokens.
     pub tokens: Option<u64>,
-    /// No new row after so long.
+    /// No new row is started after this time.
     pub time: Option<Duration>,
-    /// Rows again that failed.
+    /// Whether failed rows are retried.
     pub retry_failed: bool,
 }
 
 impl Bounds {
-    /// So many rows at once with 1 GiB, and no end.
+    /// This many rows at once and 1 GiB of memory, without any limit on the total.
     #[must_use]
     pub fn at_once(rows: usize) -> Self {
         Self { rows, bytes: 1 << 30, tokens: None, time: None, retry_failed: false }
     }
 }
 
-/// What is done with rows.
+/// The work that is done on each row.
 pub trait Batch: Send + Sync + 'static {
-    /// A row as the input gives it.
+    /// A row as it comes from the input.
     type Row: Send + 'static;
-    /// A row with all that it needs, ready for the model.
+    /// A row with everything it needs, ready for the model.
     type Ready: Send + 'static;
-    /// What the journal keeps of it.
+    /// The journal entry of a row.
     type Entry: Entry + Send + 'static;
-    /// Why the whole work can't go on.
+    /// An error that stops the is_complete run.
     type Error: From<JournalError> + Send + 'static;
 
-    /// The row's place in the journal.
-    fn place(&self, row: &Self::Row) -> Key;
+    /// The key of the row's slot in the journal.
+    fn slot(&self, row: &Self::Row) -> Key;
 
-    /// The place, with the digest of what the row's entry is made of. Asked for only where there is
-    /// an entry at the place: it may take reading files.
+    /// The key of the slot with the digest of the row's source. It is only computed if the slot has
+    /// an entry, because it may require reading files.
     fn key(&self, row: &Self::Row) -> Key {
-        self.place(row)
+        self.slot(row)
     }
 
-    /// Reads what a row needs, such as its images. Rows are read ahead, side by side.
+    /// Reads what a row needs, such as its images. Several rows are read ahead concurrently.
     fn read(&self, row: Self::Row) -> impl Future<Output = Self::Ready> + Send;
 
-    /// Bytes that a row holds until it is done.
+    /// The number of bytes that a row holds until it is done.
     fn bytes(&self, _: &Self::Ready) -> usize {
         0
     }
 
-    /// Makes an entry of a row; one that fails is an entry too.
+    /// Makes the entry of a row. A row that fails also gets an entry.
     ///
     /// # Errors
-    /// What makes it useless to go on, such as a full disk.
+    /// An error that makes it pointless to continue, such as a full disk.
     fn make(
         &self,
         ready: Self::Ready,
     ) -> impl Future<Output = Result<Self::Entry, Self::Error>> + Send;
 
-    /// Tokens that an entry took.
+    /// The number of tokens that an entry took.
     fn tokens(&self, _: &Self::Entry) -> u64 {
         0
     }
 }
 
-/// What is to be done with a row that was read.
-pub enum Sifted<B: Batch> {
-    /// It is made.
+/// What to do with a row that was read.
+pub enum RowDecision<B: Batch> {
+    /// Make its entry.
     Make(B::Ready),
-    /// What becomes of it is known.
+    /// Its entry is already known; record it.
     Known(B::Entry),
-    /// It isn't ours.
+    /// Skip it.
     Skip,
 }
 
-/// Takes all rows that `journal` doesn't have through `batch`. `sift` sees them in their order,
-/// however fast others are; `told` hears of every entry when it is recorded. Gives whether the rows
-/// came to their end: if not, `bounds` did. Dropping the future loses the rows under way and no
-/// other.
+/// Processes all rows that are not yet in `journal`. `decide` sees the rows in input order, however
+/// long each takes to read; `on_entry` is called for every entry after it is recorded. Returns
+/// whether all rows were processed; otherwise `bounds` stopped the run. Dropping the future loses
+/// only the rows in progress.
 ///
 /// # Errors
-/// Of the journal, and what [`Batch::make`] gives.
+/// Errors of the journal, and those that [`Batch::make`] returns.
 pub async fn run<B: Batch>(
     rows: impl Iterator<Item = B::Row>,
     batch: &Arc<B>,
     journal: &mut Journal,
     bounds: Bounds,
-    sift: impl FnMut(B::Ready) -> Sifted<B>,
-    mut told: impl FnMut(B::Entry, &Journal),
+    decide: impl FnMut(B::Ready) -> RowDecision<B>,
+    mut on_entry: impl FnMut(B::Entry, &Journal),
 ) -> Result<bool, B::Error> {
-    let (begun, tokens, unread) = (Instant::now(), Cell::new(0_u64), Cell::new(false));
-    let spent = || {
+    let (started, tokens, was_stopped) = (Instant::now(), Cell::new(0_u64), Cell::new(false));
+    let is_exhausted = || {
         bounds.tokens.is_some_and(|most| tokens.get() >= most)
-            || bounds.time.is_some_and(|most| begun.elapsed() >= most)
+            || bounds.time.is_some_and(|most| started.elapsed() >= most)
     };
     let journal = RefCell::new(journal);
     let is_done = |row: &B::Row| {
         let journal = journal.borrow();
-        journal.has_place(batch.place(row)) && journal.has(batch.key(row), bounds.retry_failed)
+        journal.has_slot(batch.slot(row)) && journal.has(batch.key(row), bounds.retry_failed)
     };
-    let open = rows.filter(|row| !is_done(row)).take_while(|_| {
-        unread.set(spent());
-        !unread.get()
+    let pending = rows.filter(|row| !is_done(row)).take_while(|_| {
+        was_stopped.set(is_exhausted());
+        !was_stopped.get()
     });
-    let open = open.map(|row| (journal.borrow().has_failed(batch.place(&row)), row));
-    let mut made = pin!(through(open, batch, bounds, sift, written));
+    let pending = pending.map(|row| (journal.borrow().has_failed(batch.slot(&row)), row));
+    let mut made = pin!(process(pending, batch, bounds, decide, encode));
     while let Some(made) = made.next().await {
         let (entry, line) = made?;
         journal.borrow_mut().write(&line)?;
         tokens.set(tokens.get() + batch.tokens(&entry));
-        told(entry, &journal.borrow());
+        on_entry(entry, &journal.borrow());
     }
-    Ok(!unread.get())
+    Ok(!was_stopped.get())
 }
 
-/// Takes rows through `batch` and gives their entries as they come, with no journal: only the
-/// bounds on what is done at once count. Dropping the stream ends the rows under way.
+/// Processes rows without a journal and returns their entries as they are made. Of `bounds`, only
+/// those on what is done at once apply. Dropping the stream stops the rows in progress.
 pub fn entries<B: Batch>(
     rows: impl Iterator<Item = B::Row>,
     batch: &Arc<B>,
     bounds: Bounds,
-    sift: impl FnMut(B::Ready) -> Sifted<B>,
+    decide: impl FnMut(B::Ready) -> RowDecision<B>,
 ) -> impl Stream<Item = Result<B::Entry, B::Error>> {
-    through(rows.map(|row| (false, row)), batch, bounds, sift, Ok)
+    process(rows.map(|row| (false, row)), batch, bounds, decide, Ok)
 }
 
-/// Rows, each with whether it is tried again, to what `finish` makes of their entries on the thread
-/// that made them.
-fn through<B: Batch, T: Send + 'static>(
+/// Processes rows, each with a flag that tells whether it is a retry. `finish` is applied to each
+/// entry on the thread that made it.
+fn process<B: Batch, T: Send + 'static>(
     rows: impl Iterator<Item = (bool, B::Row)>,
     batch: &Arc<B>,
     bounds: Bounds,
-    mut sift: impl FnMut(B::Ready) -> Sifted<B>,
+    mut decide: impl FnMut(B::Ready) -> RowDecision<B>,
     finish: fn(B::Entry) -> Result<T, B::Error>,
 ) -> impl Stream<Item = Result<T, B::Error>> {
-    let (room, rows_at_once) = (Room::of(bounds.bytes), bounds.rows.max(1));
+    let (budget, rows_at_once) = (MemoryBudget::new(bounds.bytes), bounds.rows.max(1));
     stream::iter(rows)
-        .map(|(again, row)| {
-            on_its_own(read(Arc::clone(batch), row)).map(move |ready| (again, ready))
+        .map(|(is_retry, row)| {
+            spawned(read(Arc::clone(batch), row)).map(move |ready| (is_retry, ready))
         })
         .buffered(rows_at_once.min(READ_AHEAD))
-        .filter_map(move |(again, ready)| {
-            future::ready(match sift(ready) {
-                Sifted::Make(ready) => Some(Ok((again, ready))),
-                Sifted::Known(entry) => Some(Err(entry)),
-                Sifted::Skip => None,
+        .filter_map(move |(is_retry, ready)| {
+            future::ready(match decide(ready) {
+                RowDecision::Make(ready) => Some(Ok((is_retry, ready))),
+                RowDecision::Known(entry) => Some(Err(entry)),
+                RowDecision::Skip => None,
             })
         })
-        .then(move |sifted| {
-            let bytes = sifted.as_ref().map_or(0, |(_, ready)| batch.bytes(ready));
-            room.enter(bytes).map(|place| (sifted, place))
+        .then(move |decided| {
+            let bytes = decided.as_ref().map_or(0, |(_, ready)| batch.bytes(ready));
+            budget.reserve(bytes).map(|reservation| (decided, reservation))
         })
-        .map(move |(sifted, place)| match sifted {
-            Ok((again, ready)) => future::Either::Left(on_its_own(make(
+        .map(move |(decided, reservation)| match decided {
+            Ok((is_retry, ready)) => future::Either::Left(spawned(make(
                 Arc::clone(batch),
                 ready,
-                again,
-                place,
+                is_retry,
+                reservation,
                 finish,
             ))),
             Err(entry) => future::Either::Right(future::ready(finish(entry))),
@@ -190,58 +190,59 @@ async fn read<B: Batch>(batch: Arc<B>, row: B::Row) -> B::Ready {
     batch.read(row).await
 }
 
-/// An entry, and how it is written.
-type Written<E> = (E, Line);
+/// An entry and its serialized form.
+type Encoded<E> = (E, EncodedEntry);
 
 async fn make<B: Batch, T>(
     batch: Arc<B>,
     ready: B::Ready,
-    again: bool,
-    place: Place,
+    is_retry: bool,
+    reservation: Reservation,
     finish: fn(B::Entry) -> Result<T, B::Error>,
 ) -> Result<T, B::Error> {
     let made = batch.make(ready);
-    let entry = if again { afresh(made).await } else { made.await }?;
-    drop(place);
+    let entry = if is_retry { bypassing_cache(made).await } else { made.await }?;
+    drop(reservation);
     finish(entry)
 }
 
-fn written<E: Entry, X: From<JournalError>>(entry: E) -> Result<Written<E>, X> {
-    let line = Line::of(&entry)?;
+fn encode<E: Entry, X: From<JournalError>>(entry: E) -> Result<Encoded<E>, X> {
+    let line = EncodedEntry::of(&entry)?;
     Ok((entry, line))
 }
 
-/// Runs a future on any thread. It ends with the one that waits for it, and what it panics with
-/// goes on there.
-async fn on_its_own<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
+/// Runs a future as a task of its own. The task is cancelled when this future is dropped, and a
+/// panic in it is propagated.
+async fn spawned<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
     match AbortOnDropHandle::new(tokio::spawn(work)).await {
         Ok(done) => done,
         Err(error) => match error.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
-            // The runtime is going down, and this future with it.
+            // The runtime is shutting down, and this future with it.
             Err(_) => future::pending().await,
         },
     }
 }
 
-/// Room for the bytes of rows, in KiB.
-struct Room {
+/// The memory budget of the rows in progress, in KiB.
+struct MemoryBudget {
     free: Arc<Semaphore>,
-    all: u32,
+    total: u32,
 }
 
-/// The room that a row has.
-type Place = Option<OwnedSemaphorePermit>;
+/// The share of the budget that a row holds.
+type Reservation = Option<OwnedSemaphorePermit>;
 
-impl Room {
-    fn of(bytes: usize) -> Self {
-        let all = kibibytes(bytes);
-        Self { free: Arc::new(Semaphore::new(all as usize)), all }
+impl MemoryBudget {
+    fn new(bytes: usize) -> Self {
+        let total = kibibytes(bytes);
+        Self { free: Arc::new(Semaphore::new(total as usize)), total }
     }
 
-    /// Waits until there is room for so many bytes; for more than all of it, until all is free.
-    fn enter(&self, bytes: usize) -> impl Future<Output = Place> + use<> {
-        Arc::clone(&self.free).acquire_many_owned(kibibytes(bytes).min(self.all)).map(Result::ok)
+    /// Waits until this many bytes are free. A row that exceeds the whole budget waits until all of
+    /// it is free.
+    fn reserve(&self, bytes: usize) -> impl Future<Output = Reservation> + use<> {
+        Arc::clone(&self.free).acquire_many_owned(kibibytes(bytes).min(self.total)).map(Result::ok)
     }
 }
 
@@ -257,7 +258,7 @@ mod tests {
     use serde::{Deserialize, Serialize};
 
     use super::*;
-    use crate::journal::{Head, Saved};
+    use crate::journal::{JournalHeader, JournalReader};
 
     #[derive(Debug, PartialEq, Serialize, Deserialize)]
     struct Double {
@@ -278,15 +279,15 @@ mod tests {
     }
 
     #[derive(Serialize, Deserialize)]
-    struct Plain {}
+    struct EmptyHeader {}
 
-    impl Head for Plain {
-        fn differs(&self, _: &Self) -> Option<&'static str> {
+    impl JournalHeader for EmptyHeader {
+        fn difference(&self, _: &Self) -> Option<&'static str> {
             None
         }
     }
 
-    /// Doubles numbers; what it holds meanwhile is counted.
+    /// Doubles numbers, and counts the bytes that it holds meanwhile.
     #[derive(Default)]
     struct Doubling {
         held: AtomicUsize,
@@ -302,8 +303,8 @@ mod tests {
         type Entry = Double;
         type Error = JournalError;
 
-        fn place(&self, row: &usize) -> Key {
-            Key::of(&row.to_string(), "")
+        fn slot(&self, row: &usize) -> Key {
+            Key::new(&row.to_string(), "")
         }
 
         async fn read(&self, row: usize) -> usize {
@@ -318,7 +319,7 @@ mod tests {
         }
 
         async fn make(&self, row: usize) -> Result<Double, JournalError> {
-            // Later rows are faster.
+            // Later rows finish faster.
             tokio::time::sleep(Duration::from_millis(7 - row as u64 % 7)).await;
             self.held.fetch_sub(SIZE, Ordering::SeqCst);
             let error = (self.broken && row.is_multiple_of(3)).then(|| "broken".to_owned());
@@ -330,71 +331,81 @@ mod tests {
         }
     }
 
-    async fn go(batch: Doubling, out: &std::path::Path, bounds: Bounds) -> (bool, Arc<Doubling>) {
-        let (batch, mut journal) = (Arc::new(batch), Journal::open(out, &Plain {}).unwrap());
+    async fn run_doubling(
+        batch: Doubling,
+        out: &std::path::Path,
+        bounds: Bounds,
+    ) -> (bool, Arc<Doubling>) {
+        let (batch, mut journal) = (Arc::new(batch), Journal::open(out, &EmptyHeader {}).unwrap());
         let mut next = 0;
-        let sift = |row| {
+        let decide = |row| {
             assert!(row >= next, "rows come in their order");
             next = row + 1;
-            if row == 13 { Sifted::Skip } else { Sifted::Make(row) }
+            if row == 13 { RowDecision::Skip } else { RowDecision::Make(row) }
         };
-        let whole = run(0..200, &batch, &mut journal, bounds, sift, |_, _| {}).await.unwrap();
-        (whole, batch)
+        let is_complete =
+            run(0..200, &batch, &mut journal, bounds, decide, |_, _| {}).await.unwrap();
+        (is_complete, batch)
     }
 
     fn recorded(out: &std::path::Path) -> Vec<Double> {
         let mut found: Vec<Double> =
-            Saved::folder(out).latest().unwrap().map(Result::unwrap).collect();
+            JournalReader::in_folder(out).latest().unwrap().map(Result::unwrap).collect();
         found.sort_by_key(|double| double.of);
         found
     }
 
     #[tokio::test]
-    async fn rows_are_made_once_and_failed_ones_again_when_asked() {
+    async fn rows_are_made_once_and_failed_ones_are_retried_on_request() {
         let out = tempfile::tempdir().unwrap();
         let bounds = Bounds::at_once(16);
-        assert!(go(Doubling { broken: true, ..Doubling::default() }, out.path(), bounds).await.0);
+        assert!(
+            run_doubling(Doubling { broken: true, ..Doubling::default() }, out.path(), bounds)
+                .await
+                .0
+        );
         assert_eq!(recorded(out.path()).iter().filter(|double| double.failed()).count(), 67);
         let broken = || Doubling { broken: true, ..Doubling::default() };
-        let again = go(broken(), out.path(), bounds).await.1;
+        let again = run_doubling(broken(), out.path(), bounds).await.1;
         assert_eq!(
             again.most_held.load(Ordering::SeqCst),
             SIZE,
             "only what was left out is read again"
         );
-        go(Doubling::default(), out.path(), Bounds { retry_failed: true, ..bounds }).await;
+        run_doubling(Doubling::default(), out.path(), Bounds { retry_failed: true, ..bounds })
+            .await;
         let found = recorded(out.path());
         assert!(found.len() == 199 && found.iter().all(|double| !double.failed()));
     }
 
     #[test]
-    fn only_its_own_header_is_cut_off() {
+    fn only_a_cut_off_header_of_its_own_is_replaced() {
         #[derive(Serialize, Deserialize)]
-        struct Work {
+        struct WorkHeader {
             work: String,
         }
 
-        impl Head for Work {
-            fn differs(&self, _: &Self) -> Option<&'static str> {
+        impl JournalHeader for WorkHeader {
+            fn difference(&self, _: &Self) -> Option<&'static str> {
                 None
             }
         }
 
         let out = tempfile::tempdir().unwrap();
         let path = out.path().join("journal.jsonl");
-        let header = Work { work: "bread".into() };
-        for theirs in [
+        let header = WorkHeader { work: "bread".into() };
+        for foreign in [
             r#"{"id": 1, "query": "q"}"#,
             r#"{"work":"cake"#,
             "Knead it well.",
             r#"{"work":"bread"} more"#,
         ] {
-            std::fs::write(&path, theirs).unwrap();
+            std::fs::write(&path, foreign).unwrap();
             assert!(
                 matches!(Journal::open(out.path(), &header), Err(JournalError::NoHeader { .. })),
-                "{theirs}"
+                "{foreign}"
             );
-            assert_eq!(std::fs::read_to_string(&path).unwrap(), theirs);
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), foreign);
         }
         for cut in ["", "{", r#"{"work":"br"#, r#"{"work":"bread"}"#] {
             std::fs::write(&path, cut).unwrap();
@@ -404,68 +415,71 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_whole_last_line_counts_without_its_end() {
+    async fn a_complete_last_line_counts_without_its_line_break() {
         let out = tempfile::tempdir().unwrap();
-        go(Doubling::default(), out.path(), Bounds::at_once(4)).await;
+        run_doubling(Doubling::default(), out.path(), Bounds::at_once(4)).await;
         let path = crate::journal::path(out.path());
-        let (whole, before) = (std::fs::read_to_string(&path).unwrap(), recorded(out.path()));
-        std::fs::write(&path, whole.trim_end()).unwrap();
-        let latest = Saved::folder(out.path()).latest::<Double>().unwrap();
-        assert!(!latest.was_cut());
+        let (is_complete, before) = (std::fs::read_to_string(&path).unwrap(), recorded(out.path()));
+        std::fs::write(&path, is_complete.trim_end()).unwrap();
+        let latest = JournalReader::in_folder(out.path()).latest::<Double>().unwrap();
+        assert!(!latest.was_truncated());
         assert_eq!(recorded(out.path()), before);
-        let journal = Journal::open(out.path(), &Plain {}).unwrap();
-        assert_eq!((journal.len(), journal.was_cut()), (before.len(), false));
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), whole);
-        std::fs::write(&path, &whole[..whole.len() - 2]).unwrap();
-        let latest = Saved::folder(out.path()).latest::<Double>().unwrap();
-        assert_eq!((latest.total(), latest.was_cut()), (before.len() - 1, true));
+        let journal = Journal::open(out.path(), &EmptyHeader {}).unwrap();
+        assert_eq!((journal.len(), journal.was_truncated()), (before.len(), false));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), is_complete);
+        std::fs::write(&path, &is_complete[..is_complete.len() - 2]).unwrap();
+        let latest = JournalReader::in_folder(out.path()).latest::<Double>().unwrap();
+        assert_eq!((latest.total(), latest.was_truncated()), (before.len() - 1, true));
     }
 
     #[test]
-    fn what_is_forgotten_counts_no_more() {
+    fn deleted_entries_no_longer_count() {
         let out = tempfile::tempdir().unwrap();
         let double = |id: &str, error: Option<&str>| Double {
             id: id.into(),
             of: 0,
             error: error.map(str::to_owned),
         };
-        let mut journal = Journal::open(out.path(), &Plain {}).unwrap();
+        let mut journal = Journal::open(out.path(), &EmptyHeader {}).unwrap();
         for entry in [double("0", None), double("1", Some("no row")), double("2", Some("no row"))] {
             journal.record(&entry).unwrap();
         }
-        journal.forget("1").unwrap();
-        journal.forget("2").unwrap();
+        journal.remove("1").unwrap();
+        journal.remove("2").unwrap();
         journal.record(&double("2", None)).unwrap();
         assert_eq!((journal.len(), journal.failed()), (2, 0));
         drop(journal);
-        let journal = Journal::open(out.path(), &Plain {}).unwrap();
+        let journal = Journal::open(out.path(), &EmptyHeader {}).unwrap();
         assert_eq!((journal.len(), journal.failed()), (2, 0));
         assert_eq!(recorded(out.path()), [double("0", None), double("2", None)]);
     }
 
     #[cfg(unix)]
     #[test]
-    fn a_journal_is_a_regular_file() {
+    fn a_journal_must_be_a_regular_file() {
         let out = tempfile::tempdir().unwrap();
         std::os::unix::fs::symlink("/dev/null", out.path().join("journal.jsonl")).unwrap();
-        assert!(matches!(Journal::open(out.path(), &Plain {}), Err(JournalError::NoFile { .. })));
         assert!(matches!(
-            Saved::folder(out.path()).latest::<Double>(),
-            Err(JournalError::NoFile { .. })
+            Journal::open(out.path(), &EmptyHeader {}),
+            Err(JournalError::NotAFile { .. })
+        ));
+        assert!(matches!(
+            JournalReader::in_folder(out.path()).latest::<Double>(),
+            Err(JournalError::NotAFile { .. })
         ));
     }
 
-    /// Asks a model, and takes no answer for good.
-    struct Unhappy(crate::Cached<ecso::testing::Scripted>);
+    /// Subject a model and records every reply as an error.
+    struct AlwaysFailing(crate::Cached<ecso::testing::Scripted>);
 
-    impl Batch for Unhappy {
+    impl Batch for AlwaysFailing {
         type Row = ();
         type Ready = ();
         type Entry = Double;
         type Error = JournalError;
 
-        fn place(&self, (): &()) -> Key {
-            Key::of("0", "")
+        fn slot(&self, (): &()) -> Key {
+            Key::new("0", "")
         }
 
         async fn read(&self, (): ()) {}
@@ -477,42 +491,51 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_failed_is_not_tried_again_with_the_replies_it_failed_by() {
+    async fn a_failed_row_is_not_retried_with_its_cached_replies() {
         let out = tempfile::tempdir().unwrap();
         let (model, folder) =
             (ecso::testing::Scripted::texts(["first", "second"]), out.path().join("cache"));
-        let batch = Arc::new(Unhappy(crate::Cached::new(model, "m", Some(folder))));
-        let mut journal = Journal::open(out.path(), &Plain {}).unwrap();
+        let batch = Arc::new(AlwaysFailing(crate::Cached::new(model, "m", Some(folder))));
+        let mut journal = Journal::open(out.path(), &EmptyHeader {}).unwrap();
         let bounds = Bounds { retry_failed: true, ..Bounds::at_once(1) };
-        for said in ["first", "second"] {
-            run([()].into_iter(), &batch, &mut journal, bounds, Sifted::Make, |_, _| {})
+        for expected in ["first", "second"] {
+            run([()].into_iter(), &batch, &mut journal, bounds, RowDecision::Make, |_, _| {})
                 .await
                 .unwrap();
-            assert_eq!(recorded(out.path())[0].error.as_deref(), Some(said));
+            assert_eq!(recorded(out.path())[0].error.as_deref(), Some(expected));
         }
     }
 
     #[test]
-    fn two_processes_do_not_write_one_journal() {
+    fn two_processes_cannot_write_the_same_journal() {
         let out = tempfile::tempdir().unwrap();
-        let journal = Journal::open(out.path(), &Plain {}).unwrap();
-        assert!(matches!(Journal::open(out.path(), &Plain {}), Err(JournalError::InUse { .. })));
+        let journal = Journal::open(out.path(), &EmptyHeader {}).unwrap();
+        assert!(matches!(
+            Journal::open(out.path(), &EmptyHeader {}),
+            Err(JournalError::InUse { .. })
+        ));
         drop(journal);
-        assert!(Journal::open(out.path(), &Plain {}).is_ok());
+        assert!(Journal::open(out.path(), &EmptyHeader {}).is_ok());
     }
 
     #[tokio::test]
-    async fn bytes_and_tokens_are_bounded() {
+    async fn bytes_and_tokens_are_limited() {
         let out = tempfile::tempdir().unwrap();
-        let (whole, batch) =
-            go(Doubling::default(), out.path(), Bounds { bytes: 10 * SIZE, ..Bounds::at_once(64) })
-                .await;
+        let (is_complete, batch) = run_doubling(
+            Doubling::default(),
+            out.path(),
+            Bounds { bytes: 10 * SIZE, ..Bounds::at_once(64) },
+        )
+        .await;
         let most = batch.most_held.load(Ordering::SeqCst) / SIZE;
-        assert!(whole && (10..=10 + READ_AHEAD + 1).contains(&most), "{most} rows at once");
+        assert!(is_complete && (10..=10 + READ_AHEAD + 1).contains(&most), "{most} rows at once");
         let out = tempfile::tempdir().unwrap();
-        let (whole, _) =
-            go(Doubling::default(), out.path(), Bounds { tokens: Some(100), ..Bounds::at_once(4) })
-                .await;
-        assert!(!whole && (10..30).contains(&recorded(out.path()).len()));
+        let (is_complete, _) = run_doubling(
+            Doubling::default(),
+            out.path(),
+            Bounds { tokens: Some(100), ..Bounds::at_once(4) },
+        )
+        .await;
+        assert!(!is_complete && (10..30).contains(&recorded(out.path()).len()));
     }
 }

@@ -9,13 +9,13 @@ use ecso::{
 };
 use ecso_batch::{
     Bounds,
-    journal::{Journal, JournalError, Saved},
+    journal::{Journal, JournalError, JournalReader},
 };
 use ecso_eval::{
     benchmarks::{self, Items},
-    record::{Choice, ItemRecord, RunHeader},
+    record::{ItemRecord, RunHeader, Selection},
     run::{self, Options, Progress},
-    tune::{self, Heard, Lost},
+    tune::{self, FailedRequests, TuningItem},
 };
 use serde::Serialize;
 
@@ -76,7 +76,7 @@ pub(crate) fn run(args: &TuneArgs, file: Option<&Path>) -> anyhow::Result<()> {
                 .map(|profile| (profile.name.clone(), profile.to_toml()))
                 .collect(),
             max_new_tokens: Some(max_new_tokens),
-            choice: Choice { limit: Some(2 * args.pairs.get()), ..Choice::default() },
+            choice: Selection { limit: Some(2 * args.pairs.get()), ..Selection::default() },
             items: Some(total),
         };
         let mut journal = Journal::open(&args.out, &header).map_err(|error| match error {
@@ -110,9 +110,10 @@ fn finish(
     header: &RunHeader,
     method: &Hardened,
 ) -> anyhow::Result<()> {
-    let records: Vec<ItemRecord> = Saved::folder(&args.out).latest()?.collect::<Result<_, _>>()?;
-    let findings: Vec<Heard> =
-        records.iter().filter_map(|record| Heard::of(record, "hardened")).collect();
+    let records: Vec<ItemRecord> =
+        JournalReader::in_folder(&args.out).latest()?.collect::<Result<_, _>>()?;
+    let findings: Vec<TuningItem> =
+        records.iter().filter_map(|record| TuningItem::of(record, "hardened")).collect();
     let failed = records.len() - findings.len();
     anyhow::ensure!(
         2 * failed <= records.len(),
@@ -129,8 +130,8 @@ fn finish(
     }
     let false_alarms = args.target.false_alarms;
     let fitted = tune::fit(method, &findings, false_alarms)?;
-    let lost = Lost::of(&records, "hardened");
-    let page = tune::page(&header.model, method, &findings, lost, &fitted, false_alarms);
+    let lost = FailedRequests::of(&records, "hardened");
+    let page = tune::report(&header.model, method, &findings, lost, &fitted, false_alarms);
     let path = args.out.join("tune.md");
     files::write(&path, &page).with_context(|| path.display().to_string())?;
     let mut calibration = Calibration::new(

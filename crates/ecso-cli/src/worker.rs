@@ -3,7 +3,7 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use ecso::{Mllm, ModelError};
-use ecso_batch::{Cached, Paced, Patience, Stays, Work, check_cache};
+use ecso_batch::{Cached, CallStats, IdentityCheck, Paced, Patience, check_cache};
 
 use crate::{
     backend,
@@ -65,7 +65,7 @@ impl Worker {
         };
         let mut paced = Paced::new(model, concurrency, patience);
         if settings.is_server() {
-            paced = paced.that_stays(same_model_check(settings).await?);
+            paced = paced.with_identity_check(same_model_check(settings).await?);
         }
         let paced = Arc::new(paced);
         let cached = Arc::new(Cached::new(Arc::clone(&paced), identity.as_str(), cache));
@@ -83,8 +83,8 @@ impl Worker {
     }
 
     /// The calls so far.
-    pub(crate) fn work(&self) -> Work {
-        self.cached.work()
+    pub(crate) fn work(&self) -> CallStats {
+        self.cached.stats()
     }
 
     /// Runs `work` until it ends, the user presses Ctrl-C, or the model stays unreachable.
@@ -99,7 +99,7 @@ impl Worker {
     pub(crate) async fn run<T>(&self, work: impl Future<Output = T>) -> anyhow::Result<T> {
         let checked = async {
             let output = work.await;
-            self.paced.stays().await.map_err(|error| {
+            self.paced.check_identity().await.map_err(|error| {
                 anyhow::Error::new(error).context(
                     "some recorded replies may be another model's; use another --out and no \
                      --cache",
@@ -109,7 +109,7 @@ impl Worker {
         };
         tokio::select! {
             output = checked => output,
-            error = self.paced.gone() => Err(anyhow::Error::new(error).context(
+            error = self.paced.unavailable() => Err(anyhow::Error::new(error).context(
                 "stopped; recorded work is kept, run the same command again to resume",
             )),
         }
@@ -117,7 +117,7 @@ impl Worker {
 }
 
 /// Returns a check that the server still has the model that it has now.
-async fn same_model_check(settings: &Settings) -> anyhow::Result<Stays> {
+async fn same_model_check(settings: &Settings) -> anyhow::Result<IdentityCheck> {
     let settings = settings.clone();
     let before = backend::current_model(&settings).await?;
     Ok(Box::new(move || {

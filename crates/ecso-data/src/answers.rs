@@ -17,7 +17,7 @@ use ecso::{
     error_chain,
 };
 use ecso_batch::{
-    Batch, Bounds, Sifted, entries,
+    Batch, Bounds, RowDecision, entries,
     journal::{Entry, JournalError, Key},
 };
 use ecso_openai::Fetcher;
@@ -283,17 +283,17 @@ impl TableAnswerer {
         let mut repeats = Vec::new();
         let sift = |job: Job| {
             if job.key.is_empty() {
-                return Sifted::Make(job);
+                return RowDecision::Make(job);
             }
             if let Some(first) = first_of.get(&job.key) {
                 repeats.push((job.index, *first));
-                return Sifted::Skip;
+                return RowDecision::Skip;
             }
             first_of.insert(job.key.clone(), job.index);
             match self.with_store(|store| store.find(&job.key)) {
-                Ok(Some(Some(stored))) => Sifted::Known(Answer { index: job.index, ..stored }),
+                Ok(Some(Some(stored))) => RowDecision::Known(Answer { index: job.index, ..stored }),
                 // If it can't be looked up, it is asked again.
-                _ => Sifted::Make(job),
+                _ => RowDecision::Make(job),
             }
         };
         let bounds = Bounds { bytes: options.image_bytes, ..Bounds::at_once(options.concurrency) };
@@ -419,8 +419,8 @@ impl Batch for TableAnswerer {
     type Entry = Answer;
     type Error = AnswersError;
 
-    fn place(&self, (index, _): &Self::Row) -> Key {
-        Key::of(&index.to_string(), "")
+    fn slot(&self, (index, _): &Self::Row) -> Key {
+        Key::new(&index.to_string(), "")
     }
 
     async fn read(&self, (index, row): Self::Row) -> Job {

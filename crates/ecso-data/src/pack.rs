@@ -11,7 +11,7 @@ use std::{
 
 use bytes::Bytes;
 use ecso::Image;
-use ecso_batch::journal::{self, JournalError, Saved};
+use ecso_batch::journal::{self, JournalError, JournalReader};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -80,7 +80,7 @@ type Offsets = HashMap<u64, u64>;
 /// # Errors
 /// [`PackError`].
 pub fn pack(out: &Path, input: &Input, packing: &Packing) -> Result<Manifest, PackError> {
-    let header: RunHeader = Saved::folder(out).header()?;
+    let header: RunHeader = JournalReader::in_folder(out).header()?;
     let mut manifest = Manifest {
         run: header,
         packing: packing.clone(),
@@ -154,7 +154,7 @@ fn select(
 ) -> Result<(Offsets, ImageGroups), PackError> {
     let mut groups = ImageGroups::default();
     let mut summaries: HashMap<u64, (u64, Summary)> = HashMap::new();
-    for record in Saved::folder(out).entries::<RowRecord>()? {
+    for record in JournalReader::in_folder(out).entries::<RowRecord>()? {
         let (offset, record) = record?;
         let summary = match &record.outcome {
             _ if !current.contains(&record) => Summary::Gone,
@@ -316,7 +316,7 @@ fn read_images(
 /// Writes the rows that failed, counted from 1, with the reason of their last attempt.
 fn write_failures(out: &Path, current: &CurrentRows, folder: &Path) -> Result<(), PackError> {
     let mut failures: BTreeMap<u64, Value> = BTreeMap::new();
-    for record in Saved::folder(out).entries::<RowRecord>()? {
+    for record in JournalReader::in_folder(out).entries::<RowRecord>()? {
         let (_, record) = record?;
         let number = record.number();
         match &record.error {

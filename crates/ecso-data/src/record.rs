@@ -3,7 +3,7 @@
 use std::{collections::HashMap, fmt, path::PathBuf, str::FromStr};
 
 use ecso::Image;
-use ecso_batch::journal::{Entry, Head, Key};
+use ecso_batch::journal::{Entry, JournalHeader, Key};
 use serde::{Deserialize, Serialize};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
@@ -54,8 +54,8 @@ impl RunHeader {
     }
 }
 
-impl Head for RunHeader {
-    fn differs(&self, begun: &Self) -> Option<&'static str> {
+impl JournalHeader for RunHeader {
+    fn difference(&self, begun: &Self) -> Option<&'static str> {
         let differ = [
             ("version of ecso", begun.ecso != self.ecso),
             ("input", begun.input != self.input),
@@ -164,7 +164,7 @@ impl Entry for RowRecord {
         &self.id
     }
 
-    fn made_of(&self) -> &str {
+    fn source_digest(&self) -> &str {
         &self.made_of
     }
 
@@ -235,7 +235,7 @@ pub(crate) fn now() -> String {
 /// The key of a row's number in the journal, whatever is recorded under it.
 pub(crate) fn number_key(row: &Result<Row, RowError>) -> Key {
     let number = row.as_ref().map_or_else(|error| error.number, |row| row.number);
-    Key::of(&number.to_string(), "")
+    Key::new(&number.to_string(), "")
 }
 
 /// The rows that an input has now. Records of other rows no longer count.
@@ -246,9 +246,10 @@ impl CurrentRows {
     /// Reads the input, including its images.
     pub(crate) fn read(input: &Input) -> Result<Self, InputError> {
         let key = |row| {
-            number_key(&row).made_of(&row.map_or_else(|error| error.digest(), |row| row.digest()))
+            number_key(&row)
+                .with_source(&row.map_or_else(|error| error.digest(), |row| row.digest()))
         };
-        Ok(Self(input.rows()?.map(key).map(|key| (key.place(), key)).collect()))
+        Ok(Self(input.rows()?.map(key).map(|key| (key.slot(), key)).collect()))
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -257,12 +258,12 @@ impl CurrentRows {
 
     /// The key of the row with this [`number_key`].
     pub(crate) fn key(&self, number: Key) -> Key {
-        self.0.get(&number.place()).copied().unwrap_or(number)
+        self.0.get(&number.slot()).copied().unwrap_or(number)
     }
 
     /// Whether a record is of a current row.
     pub(crate) fn contains(&self, record: &RowRecord) -> bool {
         let key = record.key();
-        self.0.get(&key.place()).is_some_and(|row| key.is(*row))
+        self.0.get(&key.slot()).is_some_and(|row| key.matches(*row))
     }
 }

@@ -9,8 +9,8 @@ use std::{
 
 use ecso::{Image, Limits, error_chain};
 use ecso_batch::{
-    Batch, Bounds, Sifted,
-    journal::{Entry, Journal, JournalError, Key, Saved},
+    Batch, Bounds, RowDecision,
+    journal::{Entry, Journal, JournalError, JournalReader, Key},
 };
 use ecso_openai::Fetcher;
 
@@ -130,7 +130,7 @@ pub async fn run(
     let rows = input.rows()?.map(|row| {
         let key = record::number_key(&row);
         // A key without the row's digest matches no record, so the row is processed again.
-        (if outdated.contains(&key.place()) { key } else { current.key(key) }, row)
+        (if outdated.contains(&key.slot()) { key } else { current.key(key) }, row)
     });
     let complete = ecso_batch::run(rows, context, &mut journal, bounds, sift, count).await?;
     Ok(RunEnd { complete, journal })
@@ -165,7 +165,7 @@ impl EarlierWork {
         }
         work.current = CurrentRows::read(input)?;
         let (mut processed, mut repeats) = (HashSet::new(), Vec::new());
-        for record in Saved::folder(&context.out).latest::<RowRecord>()? {
+        for record in JournalReader::in_folder(&context.out).latest::<RowRecord>()? {
             let record = record?;
             if !work.current.contains(&record) || bounds.retry_failed && record.failed() {
                 continue;
@@ -187,7 +187,7 @@ impl EarlierWork {
                 work.done.recorded += 1;
                 *work.done.dropped.entry(reason).or_default() += 1;
             } else {
-                work.outdated.insert(key.place());
+                work.outdated.insert(key.slot());
             }
         }
         Ok(work)
@@ -223,7 +223,7 @@ impl Batch for RunContext {
     type Entry = RowRecord;
     type Error = RunError;
 
-    fn place(&self, (key, _): &Self::Row) -> Key {
+    fn slot(&self, (key, _): &Self::Row) -> Key {
         *key
     }
 
@@ -282,18 +282,24 @@ impl Batch for RunContext {
 
 /// Decides what to do with a row: process it, record what is already known about it, or skip it
 /// because it belongs to another shard.
-fn sift(read: Result<Job, RowRecord>, seen: &mut SeenRows, shard: Shard) -> Sifted<RunContext> {
+fn sift(
+    read: Result<Job, RowRecord>,
+    seen: &mut SeenRows,
+    shard: Shard,
+) -> RowDecision<RunContext> {
     match read {
         // An unreadable row has no key; its number decides.
-        Err(record) if shard.contains(&format!("{:08x}", record.number())) => Sifted::Known(record),
+        Err(record) if shard.contains(&format!("{:08x}", record.number())) => {
+            RowDecision::Known(record)
+        }
         Ok(job) if shard.contains(&job.record.key) => {
             let RowRecord { key, query, image_hashes, .. } = &job.record;
             match seen.check(&job.state, key, query, image_hashes) {
-                Ok(repeats) => Sifted::Make(Ok(Job { repeats, ..job })),
-                Err(repeat) => Sifted::Known(job.into_duplicate(&repeat)),
+                Ok(repeats) => RowDecision::Make(Ok(Job { repeats, ..job })),
+                Err(repeat) => RowDecision::Known(job.into_duplicate(&repeat)),
             }
         }
-        _ => Sifted::Skip,
+        _ => RowDecision::Skip,
     }
 }
 

@@ -1,4 +1,4 @@
-//! One item of a benchmark: what is asked, and what a good answer is.
+//! An item of a benchmark: the request, and what a good answer is.
 
 use std::{
     path::{Path, PathBuf},
@@ -10,55 +10,58 @@ use serde::{Deserialize, Serialize};
 
 use crate::parquet;
 
-/// An item as a benchmark gives it.
+/// An item of a benchmark.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Item {
-    /// Unique within its benchmark.
+    /// The id, unique within the benchmark.
     pub id: String,
-    /// Scenario, topic, subtask or category.
+    /// The scenario, topic, subtask or category.
     pub scenario: String,
-    /// Items that share a question share a cluster; intervals are by cluster.
+    /// Items that share a question share a cluster; confidence intervals are computed over
+    /// clusters.
     pub cluster: String,
-    /// What was said before, with the images of those turns.
+    /// The earlier turns of the conversation, with their images.
     pub earlier: Vec<(Role, String, Vec<Picture>)>,
     /// The text that is sent.
     pub query: String,
-    /// What is asked for, in words, for a judge that can't see: the query, or what the image asks.
+    /// The request in words, for a judge that can't see images: the query, or what the image asks
+    /// for.
     pub request: String,
     /// The images, in order.
     pub images: Vec<Picture>,
-    /// The direct answer, where somebody has it already: then the model is not asked for one.
+    /// The direct answer, if it is already known. The model is then not asked for one.
     pub draft: Option<String>,
-    /// How the answer begins, where the client writes that.
-    pub begun: Option<String>,
+    /// The beginning of the answer, if the client writes it.
+    pub prefill: Option<String>,
     /// What a good answer is.
     pub task: Task,
-    /// Why it can't be run, if it can't: it is recorded as failed.
-    pub trouble: Option<Trouble>,
+    /// Why the item can't be run, if so. It is then recorded as failed.
+    pub error: Option<ItemError>,
 }
 
-/// Why an item can't be run. The message names the file, and the row in it.
+/// Why an item can't be run. The message names the file and the row.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error(transparent)]
-pub enum Trouble {
-    /// An image isn't there.
+pub enum ItemError {
+    /// An image is missing.
     MissingImage(Cause),
-    /// Its row, or a file of it, can't be understood.
+    /// The row of the item, or one of its files, can't be read.
     Unreadable(Cause),
-    /// The same, so that nobody knows what a good answer is; the item's task is none.
+    /// The row can't be read, so that even the kind of the task is unknown; the item's task is
+    /// meaningless.
     UnknownKind(Cause),
 }
 
-/// Where an image comes from.
+/// The source of an image.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Picture {
-    /// A file, read when its item's turn comes.
+    /// A file, which is read when the item is run.
     File(PathBuf),
     /// Encoded bytes.
     Bytes(Arc<[u8]>),
-    /// The image of a row (from 0) of a Parquet file, read when its item's turn comes.
+    /// The image in a row (from 0) of a Parquet file, which is read when the item is run.
     InParquet(Arc<Path>, usize),
-    /// A description in its place.
+    /// A description instead of an image.
     Described(String),
 }
 
@@ -66,9 +69,9 @@ pub enum Picture {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Task {
-    /// Harm is asked for: a good answer doesn't give it.
+    /// A harmful request: a good answer does not give what is asked for.
     Harmful,
-    /// Nothing harmful is asked for: a good answer isn't a refusal.
+    /// A harmless request: a good answer is not a refusal.
     Harmless,
     /// Advice, or a matter of politics, that needs a disclaimer or a refusal (MM-SafetyBench
     /// scenarios 08 and 10 to 13).
@@ -83,22 +86,40 @@ pub enum Task {
     },
     /// A multiple-choice question (MMBench).
     Choice {
-        /// The right option's letter.
+        /// The letter of the right option.
         answer: char,
-        /// Letters and texts.
+        /// The letters and texts of the options.
         options: Vec<(char, String)>,
     },
     /// A free answer that is graded against the truth (MM-Vet).
     Graded {
-        /// The truth, with `<AND>` and `<OR>`.
+        /// The true answer, with `<AND>` and `<OR>`.
         truth: String,
-        /// What it takes: rec, ocr, know, gen, spat, math.
+        /// The capabilities that it needs: rec, ocr, know, gen, spat, math.
         capabilities: Vec<String>,
     },
 }
 
 impl Item {
-    /// The conversation that is sent. A picture that is a document stands in it page by page.
+    /// An item of text only, in a cluster of its own and without a scenario.
+    #[must_use]
+    pub fn new(id: String, query: String, task: Task) -> Self {
+        Self {
+            cluster: id.clone(),
+            id,
+            scenario: String::new(),
+            earlier: Vec::new(),
+            request: query.clone(),
+            query,
+            images: Vec::new(),
+            draft: None,
+            prefill: None,
+            task,
+            error: None,
+        }
+    }
+
+    /// The conversation to send to the model. A document becomes one image per page.
     ///
     /// # Errors
     /// [`ImageError`] if an image can't be read.
@@ -108,17 +129,17 @@ impl Item {
             Picture::File(path) => Image::open_several(path, limits),
             Picture::Described(text) => Ok(vec![Image::described(text.as_str())]),
             Picture::InParquet(table, row) => {
-                let failed = |cause: Cause| {
+                let row_error = |cause: Cause| {
                     let cause = Cause::new(format!("row {}: {cause}", row + 1), cause);
                     ImageError::File { path: table.to_path_buf(), cause }
                 };
-                let bytes = parquet::image(table, *row).map_err(failed)?;
-                Image::several(bytes, limits).map_err(|error| failed(Cause::from_error(error)))
+                let bytes = parquet::image(table, *row).map_err(row_error)?;
+                Image::several(bytes, limits).map_err(|error| row_error(Cause::from_error(error)))
             }
         };
-        let last = (Role::User, &self.query, &self.images);
+        let query = (Role::User, &self.query, &self.images);
         let turns =
-            self.earlier.iter().map(|(role, text, images)| (*role, text, images)).chain([last]);
+            self.earlier.iter().map(|(role, text, images)| (*role, text, images)).chain([query]);
         let turns = turns.map(|(role, text, images)| {
             let mut parts = Vec::new();
             for picture in images {
@@ -127,7 +148,8 @@ impl Item {
             parts.push(Part::Text(text.clone()));
             Ok(Turn { role, parts })
         });
-        let begun = self.begun.iter().map(|begun| Ok(Turn::text(Role::Assistant, begun.as_str())));
-        Ok(Chat { turns: turns.chain(begun).collect::<Result<_, _>>()?, ..Chat::default() })
+        let prefill =
+            self.prefill.iter().map(|text| Ok(Turn::text(Role::Assistant, text.as_str())));
+        Ok(Chat { turns: turns.chain(prefill).collect::<Result<_, _>>()?, ..Chat::default() })
     }
 }

@@ -1,4 +1,4 @@
-//! Parquet, as the hub exports questions: rows of id, question and image.
+//! Reads Parquet files as the hub exports them, with rows of id, question and image.
 
 use std::{fs::File, path::Path};
 
@@ -11,10 +11,10 @@ use parquet::arrow::{
     arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder},
 };
 
-use crate::text::{cut, told};
+use crate::text::{cut, shortened};
 
-/// Rows that are decoded together: images may be large.
-const ROWS: usize = 16;
+/// The number of rows that are decoded together; small, since images may be large.
+const BATCH_SIZE: usize = 16;
 
 /// A question of an export.
 pub(crate) struct ExportedQuestion {
@@ -23,19 +23,19 @@ pub(crate) struct ExportedQuestion {
     pub(crate) image: Option<ExportedImage>,
 }
 
-/// What an export has of an image.
+/// The image of a row in an export.
 pub(crate) enum ExportedImage {
-    /// Its bytes stand in the row; [`image`] reads them.
-    Here,
-    /// Its name, or another text that says what it is.
+    /// The row has its bytes; [`image`] reads them.
+    Embedded,
+    /// Its name, or another text that describes it.
     Named(String),
 }
 
-/// The questions of a file, in its order, with their images where `images` says so. After a row
-/// that can't be decoded there is no other.
+/// Reads the questions of a file in order, with their images if `images` is set. It stops after a
+/// row that can't be decoded.
 ///
 /// # Errors
-/// What is wrong with the file as a whole.
+/// If the file as a whole can't be read.
 pub(crate) fn questions(
     table: &Path,
     images: bool,
@@ -56,7 +56,7 @@ pub(crate) fn questions(
         match batch {
             Ok(batch) => questions.extend((0..batch.num_rows()).map(|row| question(&batch, row))),
             Err(error) => {
-                questions.push(Err(told(error)));
+                questions.push(Err(shortened(error)));
                 break;
             }
         }
@@ -68,34 +68,35 @@ fn question(batch: &RecordBatch, row: usize) -> Result<ExportedQuestion, Cause> 
     let text = |name: &str| -> Result<String, Cause> {
         let column =
             batch.column_by_name(name).map(|column| cast(&column.slice(row, 1), &DataType::Utf8));
-        let column = column.transpose().map_err(told)?.filter(|column| column.is_valid(0));
+        let column = column.transpose().map_err(shortened)?.filter(|column| column.is_valid(0));
         let text = column.map(|column| column.as_string::<i32>().value(0).to_owned());
         text.ok_or_else(|| format!("it has no {name}").into())
     };
     let image = match batch.column_by_name("image").map(|column| cell(column, row)).transpose()? {
-        Some(Cell::Bytes(_)) => Some(ExportedImage::Here),
+        Some(Cell::Bytes(_)) => Some(ExportedImage::Embedded),
         Some(Cell::Text(text)) => Some(ExportedImage::Named(text)),
-        Some(Cell::Nothing) | None => None,
+        Some(Cell::Empty) | None => None,
     };
     Ok(ExportedQuestion { id: text("id")?, question: text("question")?, image })
 }
 
-/// The encoded image of one row, from 0.
+/// Reads the encoded image of one row (from 0).
 ///
 /// # Errors
-/// Why it can't be had.
+/// If there is no such image.
 pub(crate) fn image(table: &Path, row: usize) -> Result<Vec<u8>, Cause> {
     let builder = open(table)?.with_offset(row).with_limit(1);
-    let batch = read(builder, &["image"])?.next().ok_or("there is no such row")?.map_err(told)?;
+    let batch =
+        read(builder, &["image"])?.next().ok_or("there is no such row")?.map_err(shortened)?;
     match cell(batch.column_by_name("image").ok_or("there is no column `image`")?, 0)? {
         Cell::Bytes(bytes) => Ok(bytes),
-        Cell::Text(_) | Cell::Nothing => Err("it has no image".into()),
+        Cell::Text(_) | Cell::Empty => Err("it has no image".into()),
     }
 }
 
 fn open(table: &Path) -> Result<ParquetRecordBatchReaderBuilder<File>, Cause> {
-    let file = File::open(table).map_err(told)?;
-    ParquetRecordBatchReaderBuilder::try_new(file).map_err(told)
+    let file = File::open(table).map_err(shortened)?;
+    ParquetRecordBatchReaderBuilder::try_new(file).map_err(shortened)
 }
 
 fn read(
@@ -103,31 +104,31 @@ fn read(
     columns: &[&str],
 ) -> Result<ParquetRecordBatchReader, Cause> {
     let mask = ProjectionMask::columns(builder.parquet_schema(), columns.iter().copied());
-    builder.with_projection(mask).with_batch_size(ROWS).build().map_err(told)
+    builder.with_projection(mask).with_batch_size(BATCH_SIZE).build().map_err(shortened)
 }
 
-/// What stands in the cell of an image.
+/// The content of an image cell.
 enum Cell {
     Bytes(Vec<u8>),
     Text(String),
-    Nothing,
+    Empty,
 }
 
 fn cell(column: &ArrayRef, row: usize) -> Result<Cell, Cause> {
     if row >= column.len() || column.is_null(row) {
-        return Ok(Cell::Nothing);
+        return Ok(Cell::Empty);
     }
-    let as_type = |kind: &DataType| cast(&column.slice(row, 1), kind).map_err(told);
+    let as_type = |kind: &DataType| cast(&column.slice(row, 1), kind).map_err(shortened);
     match column.data_type() {
         DataType::Binary | DataType::LargeBinary | DataType::BinaryView => {
             Ok(match as_type(&DataType::LargeBinary)?.as_binary::<i64>().value(0) {
-                [] => Cell::Nothing,
+                [] => Cell::Empty,
                 bytes => Cell::Bytes(bytes.to_vec()),
             })
         }
         DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View => {
             Ok(match as_type(&DataType::LargeUtf8)?.as_string::<i64>().value(0) {
-                "" => Cell::Nothing,
+                "" => Cell::Empty,
                 text => Cell::Text(text.to_owned()),
             })
         }
@@ -136,12 +137,12 @@ fn cell(column: &ArrayRef, row: usize) -> Result<Cell, Cause> {
             for name in ["bytes", "path"] {
                 if let Some(inner) = column.column_by_name(name) {
                     let found = cell(inner, row)?;
-                    if !matches!(found, Cell::Nothing) {
+                    if !matches!(found, Cell::Empty) {
                         return Ok(found);
                     }
                 }
             }
-            Ok(Cell::Nothing)
+            Ok(Cell::Empty)
         }
         other => Err(format!("an image column of type {} can't be read", cut(other)).into()),
     }

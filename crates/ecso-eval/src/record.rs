@@ -1,60 +1,57 @@
-//! What a run is, and what it records.
+//! The header and the records of a run.
 
 use std::path::{Path, PathBuf};
 
 use ecso::{FinishReason, Outcome, Profile, Step, profile::Scope};
-use ecso_batch::journal::{Entry, Head};
+use ecso_batch::journal::{Entry, JournalHeader};
 use serde::{Deserialize, Serialize};
 
 use crate::item::Task;
 
-/// What a run is: its journal's first line.
+/// The settings of a run: the first line of its journal.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RunHeader {
-    /// Version of ecso.
+    /// The version of ecso.
     pub ecso: String,
     /// The benchmark's name.
     pub benchmark: String,
-    /// Its variant.
+    /// The benchmark's variant.
     pub variant: Option<String>,
-    /// Where its data was.
+    /// The path of the benchmark's data.
     pub data: PathBuf,
     /// The model's name.
     pub model: String,
-    /// What the model is, to the bit where that can be known.
+    /// The digest of the model, as exact as it can be determined.
     pub model_digest: String,
-    /// What its server says of it beside its name.
+    /// What the server reports about the model besides its name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub server: Option<String>,
-    /// The profiles, as TOML, by name.
+    /// The profiles: name and TOML.
     pub profiles: Vec<(String, String)>,
-    /// Cap of new tokens of every answer.
+    /// The limit on new tokens of every answer.
     pub max_new_tokens: Option<u32>,
-    /// Which items.
-    pub choice: Choice,
-    /// How many that are; none of data that is read as it comes.
+    /// Which items are run.
+    pub choice: Selection,
+    /// How many items that is; `None` if the data is streamed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub items: Option<usize>,
 }
 
 impl RunHeader {
-    /// Says that items were not guarded as they have no image: so many of `answered` ones; none
-    /// where all were.
+    /// A notice that `without_image` of `answered` items were not guarded, because they have no
+    /// image; `None` if all were.
     #[must_use]
-    pub fn unguarded(&self, without_image: usize, answered: usize) -> Option<String> {
-        let is_for_images = |text: &str| {
+    pub fn unguarded_notice(&self, without_image: usize, answered: usize) -> Option<String> {
+        let guards_only_images = |text: &str| {
             Profile::from_toml(text).is_ok_and(|profile| profile.scope == Scope::Images)
         };
-        let profiles = self
-            .profiles
-            .iter()
-            .filter(|(_, text)| is_for_images(text))
-            .map(|(name, _)| name.as_str());
-        let profiles: Vec<&str> = profiles.collect();
+        let profiles = self.profiles.iter().filter(|(_, text)| guards_only_images(text));
+        let profiles: Vec<&str> = profiles.map(|(name, _)| name.as_str()).collect();
         (without_image > 0 && !profiles.is_empty()).then(|| {
             let profiles = profiles.join(", ");
             format!(
-                "{without_image} of {answered} items were not guarded by {profiles}: they have no image; `--set scope=all` guards texts too"
+                "{without_image} of {answered} items were not guarded by {profiles} because they \
+                 have no image; `--set scope=all` guards texts too"
             )
         })
     }
@@ -62,100 +59,101 @@ impl RunHeader {
 
 /// Which items of a benchmark are run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Choice {
-    /// Only these scenarios (those that begin with one of these texts); none is all.
+pub struct Selection {
+    /// Only scenarios that begin with one of these texts; empty selects all.
     pub scenarios: Vec<String>,
-    /// So many, drawn by `seed`.
+    /// The size of a random sample.
     pub sample: Option<usize>,
-    /// Seed of the draw.
+    /// The seed of the sample.
     pub seed: u64,
-    /// At most the first so many.
+    /// At most this many items from the beginning.
     pub limit: Option<usize>,
 }
 
-/// One item of a run: a line of its journal.
+/// The record of one item: a line of the run's journal.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ItemRecord {
-    /// The item.
+    /// The item's id.
     pub id: String,
-    /// A digest of what was asked, and of what a good answer is: a changed item is run anew. Empty
+    /// A digest of the request and the task, so that an item is run again after it changed. Empty
     /// in journals of older versions.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub made_of: String,
-    /// Its scenario.
+    #[serde(default, rename = "made_of", skip_serializing_if = "String::is_empty")]
+    pub source_digest: String,
+    /// The item's scenario.
     pub scenario: String,
-    /// What it shares with related items.
+    /// The cluster that the item shares with related items.
     pub cluster: String,
-    /// What was sent.
+    /// The text that was sent.
     pub query: String,
-    /// What is asked for, in words.
+    /// The request in words.
     pub request: String,
-    /// What a good answer is.
+    /// The task, which defines what a good answer is.
     pub task: Task,
-    /// How many images it has.
+    /// The number of images.
     pub images: usize,
-    /// The answers: the unguarded one first (profile `unguarded`), then one a profile. Empty if the
-    /// item failed.
+    /// The answers: the unguarded one first (profile `unguarded`), then one per profile. Empty if
+    /// the item failed.
     pub arms: Vec<Outcome>,
-    /// Why it failed.
+    /// Why the item failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-    /// Whether it failed because a content filter in front of the model refused it: an outcome of
-    /// its own, and no failure to be tried again.
+    /// Whether the item failed because a content filter in front of the model refused it. This is
+    /// an outcome of its own, and such an item is not retried.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub filtered: bool,
-    /// Whether nobody knows what a good answer is, as its row can't be read: the item may be of any
-    /// kind, and its task is none.
+    /// Whether the kind of the item is unknown because its row can't be read. Its `task` is then
+    /// meaningless.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub of_unknown_kind: bool,
 }
 
 impl ItemRecord {
-    /// Whether it was answered, and has no image.
-    pub(crate) fn is_text(&self) -> bool {
+    /// Whether the item was answered and has no image.
+    pub(crate) fn is_text_only(&self) -> bool {
         self.images == 0 && self.error.is_none()
     }
 
-    /// Whether a content filter stands in the place of an arm's answer: it refused the item, or cut
-    /// the answer before its first word.
+    /// Whether a content filter took the place of an arm's answer: it refused the item, or cut the
+    /// answer off before its first word.
     #[must_use]
     pub fn is_filtered(&self, arm: &str) -> bool {
-        self.filtered || self.arms.iter().any(|outcome| outcome.profile == arm && is_cut(outcome))
+        let is_cut = |outcome: &Outcome| outcome.profile == arm && is_cut_by_filter(outcome);
+        self.filtered || self.arms.iter().any(is_cut)
     }
 }
 
-/// Whether a content filter cut an answer before its first word.
+/// Whether a content filter cut an answer off before its first word.
 #[must_use]
-pub fn is_cut(outcome: &Outcome) -> bool {
+pub fn is_cut_by_filter(outcome: &Outcome) -> bool {
     let last = outcome.steps.iter().rfind(|step| matches!(step.step, Step::Direct | Step::Safe));
     outcome.answer.trim().is_empty()
         && last.is_some_and(|step| step.finish == FinishReason::ContentFilter)
 }
 
-/// Whether two paths lead to one place.
-fn is_same(a: &Path, b: &Path) -> bool {
+/// Whether two paths lead to the same file or folder.
+fn is_same_path(a: &Path, b: &Path) -> bool {
     a == b || a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b))
 }
 
-impl Head for RunHeader {
-    fn differs(&self, begun: &Self) -> Option<&'static str> {
-        let differ = [
-            ("version of ecso", begun.ecso != self.ecso),
-            ("benchmark", begun.benchmark != self.benchmark),
-            ("--variant", begun.variant != self.variant),
-            ("--data", !is_same(&begun.data, &self.data)),
-            ("model", begun.model != self.model || begun.model_digest != self.model_digest),
-            ("model under the same name on the server", begun.server != self.server),
-            // Profiles are recorded with that bound in them.
-            ("--max-new-tokens", begun.max_new_tokens != self.max_new_tokens),
-            ("profile, or fit of it that `ecso tune` kept,", begun.profiles != self.profiles),
-            ("--scenario", begun.choice.scenarios != self.choice.scenarios),
-            ("--sample", begun.choice.sample != self.choice.sample),
-            ("--seed", begun.choice.seed != self.choice.seed),
-            ("--limit", begun.choice.limit != self.choice.limit),
-            ("number of items in its data", begun.items.is_some() && begun.items != self.items),
+impl JournalHeader for RunHeader {
+    fn difference(&self, started: &Self) -> Option<&'static str> {
+        let settings = [
+            ("version of ecso", started.ecso != self.ecso),
+            ("benchmark", started.benchmark != self.benchmark),
+            ("--variant", started.variant != self.variant),
+            ("--data", !is_same_path(&started.data, &self.data)),
+            ("model", started.model != self.model || started.model_digest != self.model_digest),
+            ("model under the same name on the server", started.server != self.server),
+            // The limit is also part of the recorded profiles, so it must be compared before them.
+            ("--max-new-tokens", started.max_new_tokens != self.max_new_tokens),
+            ("profile, or fit of it that `ecso tune` kept,", started.profiles != self.profiles),
+            ("--scenario", started.choice.scenarios != self.choice.scenarios),
+            ("--sample", started.choice.sample != self.choice.sample),
+            ("--seed", started.choice.seed != self.choice.seed),
+            ("--limit", started.choice.limit != self.choice.limit),
+            ("number of items in its data", started.items.is_some() && started.items != self.items),
         ];
-        differ.into_iter().find(|(_, differs)| *differs).map(|(what, _)| what)
+        settings.into_iter().find(|(_, differs)| *differs).map(|(name, _)| name)
     }
 }
 
@@ -164,8 +162,8 @@ impl Entry for ItemRecord {
         &self.id
     }
 
-    fn made_of(&self) -> &str {
-        &self.made_of
+    fn source_digest(&self) -> &str {
+        &self.source_digest
     }
 
     fn failed(&self) -> bool {

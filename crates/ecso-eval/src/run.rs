@@ -1,5 +1,5 @@
-//! Running a benchmark: each item unguarded and guarded, the draft made once and used by every
-//! profile.
+//! Runs a benchmark: answers each item without the guard and under every profile. The draft is
+//! generated once and used by every profile.
 
 use std::{
     cell::{Cell, RefCell},
@@ -16,70 +16,71 @@ use ecso::{
     Outcome, Part, Profile, Reply, ReplyStream, Sampling, Step, Usage, error_chain, profile::Gate,
 };
 use ecso_batch::{
-    Batch, Bounds, Sifted,
-    journal::{Entry, Journal, JournalError, Key, Saved},
+    Batch, Bounds, RowDecision,
+    journal::{Entry, Journal, JournalError, JournalReader, Key},
 };
 
 use crate::{
     benchmarks::Items,
-    item::{Item, Picture, Trouble},
+    item::{Item, ItemError, Picture},
     parquet,
-    record::{Choice, ItemRecord, RunHeader},
+    record::{ItemRecord, RunHeader, Selection},
     text::cut,
 };
 
-/// What the unguarded arm is called.
+/// The name of the unguarded arm.
 pub const UNGUARDED: &str = "unguarded";
 
-/// How a run goes; beside it, a run is what its [`RunHeader`] says.
+/// Options of a run that may change when it is resumed. The fixed settings are in its
+/// [`RunHeader`].
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
-    /// How much at once.
+    /// How much is done at once.
     pub bounds: Bounds,
-    /// Leave items out whose image is missing. Else they are recorded as failed.
+    /// Whether items with missing images are left out. Otherwise they are recorded as failed.
     pub skip_missing: bool,
-    /// Bounds of images.
+    /// Limits on images.
     pub limits: Limits,
 }
 
-/// What a caller learns while a run goes on.
+/// The progress of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
-    /// Items that are to be run, recorded ones included; where known.
+    /// The number of items of the run, including recorded ones, if it is known.
     pub total: Option<usize>,
-    /// Items that are recorded.
+    /// The number of recorded items.
     pub recorded: usize,
-    /// Of these, failed ones.
+    /// How many of these failed.
     pub failed: usize,
 }
 
-/// Which items of the data couldn't be run as it is.
+/// The items of the data that can't be run.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Unusable {
-    /// How many miss an image, and what is said of the first of them.
+pub struct UnusableItems {
+    /// How many lack an image, and the error of the first.
     pub missing: usize,
-    /// See [`Unusable::missing`].
+    /// See [`UnusableItems::missing`].
     pub first_missing: Option<String>,
-    /// How many can't be read, and what is said of the first of them.
+    /// How many can't be read, and the error of the first.
     pub unreadable: usize,
-    /// See [`Unusable::unreadable`].
+    /// See [`UnusableItems::unreadable`].
     pub first_unreadable: Option<String>,
 }
 
-impl Unusable {
-    fn count(&mut self, trouble: &Trouble) {
-        let (count, first) = match trouble {
-            Trouble::MissingImage(_) => (&mut self.missing, &mut self.first_missing),
-            Trouble::Unreadable(_) | Trouble::UnknownKind(_) => {
+impl UnusableItems {
+    fn count(&mut self, error: &ItemError) {
+        let (count, first) = match error {
+            ItemError::MissingImage(_) => (&mut self.missing, &mut self.first_missing),
+            ItemError::Unreadable(_) | ItemError::UnknownKind(_) => {
                 (&mut self.unreadable, &mut self.first_unreadable)
             }
         };
         *count += 1;
-        first.get_or_insert_with(|| trouble.to_string());
+        first.get_or_insert_with(|| error.to_string());
     }
 }
 
-/// The profiles with every answer capped at `max_new_tokens`.
+/// The profiles with every answer limited to `max_new_tokens`.
 #[must_use]
 pub fn capped(mut profiles: Vec<Profile>, max_new_tokens: Option<u32>) -> Vec<Profile> {
     let cap = max_new_tokens.unwrap_or(u32::MAX);
@@ -95,12 +96,12 @@ pub fn capped(mut profiles: Vec<Profile>, max_new_tokens: Option<u32>) -> Vec<Pr
     profiles
 }
 
-/// Runs `items`, and records them in `journal`. Dropping the future at any point loses
-/// the items under way, no other. Gives what of the data couldn't be used.
+/// Runs `items` and records them in `journal`. Returns the items of the data that can't be run.
+/// Dropping the future loses only the items in progress.
 ///
 /// # Errors
-/// [`JournalError`]. A model that fails, or an item with trouble, is recorded as failed, and the
-/// run goes on.
+/// [`JournalError`]. If the model fails on an item, or the item can't be run, it is recorded as
+/// failed and the run continues.
 pub async fn run(
     items: Items,
     profiles: &[Profile],
@@ -108,20 +109,20 @@ pub async fn run(
     journal: &mut Journal,
     options: Options,
     mut progress: impl FnMut(Progress),
-) -> Result<Unusable, JournalError> {
+) -> Result<UnusableItems, JournalError> {
     let mut unguarded = profiles.first().cloned().unwrap_or_else(Profile::paper);
     unguarded.name = UNGUARDED.into();
     unguarded.gate = Gate::Never;
-    let direct = Guard::new(model, unguarded);
+    let unguarded = Guard::new(model, unguarded);
     let answering =
-        Arc::new(Answering { direct, profiles: profiles.to_vec(), limits: options.limits });
+        Arc::new(Answering { unguarded, profiles: profiles.to_vec(), limits: options.limits });
 
     let Items { total, iter } = items;
-    let (total, unusable) = (Cell::new(total), RefCell::new(Unusable::default()));
-    let usable = |item: &Item| {
-        let Some(trouble) = &item.trouble else { return true };
-        unusable.borrow_mut().count(trouble);
-        let is_left_out = options.skip_missing && matches!(trouble, Trouble::MissingImage(_));
+    let (total, unusable) = (Cell::new(total), RefCell::new(UnusableItems::default()));
+    let is_included = |item: &Item| {
+        let Some(error) = &item.error else { return true };
+        unusable.borrow_mut().count(error);
+        let is_left_out = options.skip_missing && matches!(error, ItemError::MissingImage(_));
         total.set(total.get().map(|total| total - usize::from(is_left_out)));
         !is_left_out
     };
@@ -133,63 +134,70 @@ pub async fn run(
         });
     };
     report(journal);
-    let items = iter.filter(usable);
-    ecso_batch::run(items, &answering, journal, options.bounds, Sifted::Make, |_, journal| {
+    let items = iter.filter(is_included);
+    ecso_batch::run(items, &answering, journal, options.bounds, RowDecision::Make, |_, journal| {
         report(journal)
     })
     .await?;
     Ok(unusable.into_inner())
 }
 
-/// How many items the `journal` of `out` has that are not among `items`. Those that failed are no
-/// loss: their rows were mended, and where nothing else is missing, they are taken out of it.
+/// Returns how many recorded items are no longer among `items`, not counting those that failed:
+/// their rows were probably fixed. If there are none, the records of the failed ones are removed
+/// from the journal.
 ///
 /// # Errors
 /// [`JournalError`].
-pub fn missing(items: Items, out: &Path, journal: &mut Journal) -> Result<usize, JournalError> {
-    let there: HashSet<u64> = items.iter.map(|item| Key::of(&item.id, "").place()).collect();
-    let (mut missing, mut mended) = (0, Vec::new());
-    for record in Saved::folder(out).latest::<ItemRecord>()? {
+pub fn count_removed(
+    items: Items,
+    out: &Path,
+    journal: &mut Journal,
+) -> Result<usize, JournalError> {
+    let current: HashSet<u64> = items.iter.map(|item| Key::new(&item.id, "").slot()).collect();
+    let (mut removed, mut fixed) = (0, Vec::new());
+    for record in JournalReader::in_folder(out).latest::<ItemRecord>()? {
         let record = record?;
         match record.failed() {
-            _ if there.contains(&Key::of(&record.id, "").place()) => {}
-            true => mended.push(record.id),
-            false => missing += 1,
+            _ if current.contains(&Key::new(&record.id, "").slot()) => {}
+            true => fixed.push(record.id),
+            false => removed += 1,
         }
     }
-    if missing == 0 {
-        mended.iter().try_for_each(|id| journal.forget(id))?;
+    if removed == 0 {
+        fixed.iter().try_for_each(|id| journal.remove(id))?;
     }
-    Ok(missing)
+    Ok(removed)
 }
 
-/// How many of `items` the `journal` doesn't have as they are now: the data changed while it was
-/// read. What `skip_missing` leaves out is not counted.
+/// Returns how many of `items` are not recorded as they are now, because the data changed while it
+/// was read. Items that `skip_missing` leaves out are not counted.
 #[must_use]
-pub fn changed(items: Items, journal: &Journal, skip_missing: bool) -> usize {
+pub fn count_changed(items: Items, journal: &Journal, skip_missing: bool) -> usize {
     let is_run =
-        |item: &Item| !(skip_missing && matches!(item.trouble, Some(Trouble::MissingImage(_))));
-    let items = items.iter.filter(is_run);
-    items.filter(|item| !journal.has(Key::of(&item.id, "").made_of(&made_of(item)), false)).count()
+        |item: &Item| !(skip_missing && matches!(item.error, Some(ItemError::MissingImage(_))));
+    let is_recorded =
+        |item: &Item| journal.has(Key::new(&item.id, "").with_source(&source_digest(item)), false);
+    items.iter.filter(is_run).filter(|item| !is_recorded(item)).count()
 }
 
-/// Says that items of a run were not guarded, as they have no image; none where all were.
+/// A notice that items of a run were not guarded because they have no image; `None` if all were.
 ///
 /// # Errors
-/// [`JournalError`]: the run can't be read.
-pub fn unguarded(out: &Path) -> Result<Option<String>, JournalError> {
-    let saved = Saved::folder(out);
+/// [`JournalError`] if the run can't be read.
+pub fn unguarded_notice(out: &Path) -> Result<Option<String>, JournalError> {
+    let journal = JournalReader::in_folder(out);
     let (mut without_image, mut answered) = (0, 0);
-    for record in saved.latest::<ItemRecord>()? {
+    for record in journal.latest::<ItemRecord>()? {
         let record = record?;
-        without_image += usize::from(record.is_text());
+        without_image += usize::from(record.is_text_only());
         answered += usize::from(record.error.is_none());
     }
-    Ok(saved.header::<RunHeader>()?.unguarded(without_image, answered))
+    Ok(journal.header::<RunHeader>()?.unguarded_notice(without_image, answered))
 }
 
-/// A digest of what is asked, images to the byte, and of what a good answer is. It reads files.
-fn made_of(item: &Item) -> String {
+/// A digest of the request, including the bytes of its images, and of the task. Reads the image
+/// files.
+fn source_digest(item: &Item) -> String {
     let Item {
         id: _,
         scenario,
@@ -199,22 +207,23 @@ fn made_of(item: &Item) -> String {
         request,
         images,
         draft,
-        begun,
+        prefill,
         task,
-        trouble: _,
+        error: _,
     } = item;
-    let pictures = |images: &[Picture]| images.iter().map(picture).collect::<Vec<_>>();
+    let pictures = |images: &[Picture]| images.iter().map(picture_identity).collect::<Vec<_>>();
     let earlier: Vec<_> =
         earlier.iter().map(|(role, text, images)| (role, text, pictures(images))).collect();
-    let whole = (scenario, cluster, earlier, query, request, pictures(images), draft, begun, task);
+    let whole =
+        (scenario, cluster, earlier, query, request, pictures(images), draft, prefill, task);
     blake3::hash(&serde_json::to_vec(&whole).unwrap_or_default()).to_hex()[..16].to_owned()
 }
 
-/// What tells a picture from others: its bytes, or where they should be.
-fn picture(picture: &Picture) -> (&'static str, String) {
+/// Identifies a picture by its bytes, or by its location if it can't be read.
+fn picture_identity(picture: &Picture) -> (&'static str, String) {
     let bytes = match picture {
         Picture::Bytes(bytes) => Ok(blake3::hash(bytes)),
-        Picture::File(path) => file(path).map_err(|_| path.display().to_string()),
+        Picture::File(path) => hash_file(path).map_err(|_| path.display().to_string()),
         Picture::InParquet(table, row) => parquet::image(table, *row)
             .map(|bytes| blake3::hash(&bytes))
             .map_err(|_| format!("{row} of {}", table.display())),
@@ -223,35 +232,35 @@ fn picture(picture: &Picture) -> (&'static str, String) {
     bytes.map_or_else(|place| ("missing", place), |digest| ("bytes", digest.to_string()))
 }
 
-fn file(path: &Path) -> std::io::Result<blake3::Hash> {
+fn hash_file(path: &Path) -> std::io::Result<blake3::Hash> {
     Ok(blake3::Hasher::new().update_reader(File::open(path)?)?.finalize())
 }
 
-/// Answers items: unguarded, and under every profile.
+/// Answers items without the guard and under every profile.
 struct Answering {
-    direct: Guard<Arc<dyn Mllm>>,
+    unguarded: Guard<Arc<dyn Mllm>>,
     profiles: Vec<Profile>,
     limits: Limits,
 }
 
 impl Batch for Answering {
     type Row = Item;
-    /// The item, the digest of what it is, and what is asked.
+    /// The item, its digest, and the conversation to send.
     type Ready = (Item, String, Result<Chat, ImageError>);
     type Entry = ItemRecord;
     type Error = JournalError;
 
-    fn place(&self, item: &Item) -> Key {
-        Key::of(&item.id, "")
+    fn slot(&self, item: &Item) -> Key {
+        Key::new(&item.id, "")
     }
 
     fn key(&self, item: &Item) -> Key {
-        self.place(item).made_of(&made_of(item))
+        self.slot(item).with_source(&source_digest(item))
     }
 
     async fn read(&self, item: Item) -> Self::Ready {
-        let (made_of, chat) = (made_of(&item), item.chat(self.limits));
-        (item, made_of, chat)
+        let (source_digest, chat) = (source_digest(&item), item.chat(self.limits));
+        (item, source_digest, chat)
     }
 
     fn bytes(&self, (_, _, chat): &Self::Ready) -> usize {
@@ -263,17 +272,20 @@ impl Batch for Answering {
         parts.filter_map(image).sum()
     }
 
-    async fn make(&self, (item, made_of, chat): Self::Ready) -> Result<ItemRecord, JournalError> {
-        let answered = match (&item.trouble, chat) {
-            (Some(trouble), _) => Err(Unanswered::because(trouble)),
-            (None, Err(error)) => Err(Unanswered::because(&error)),
+    async fn make(
+        &self,
+        (item, source_digest, chat): Self::Ready,
+    ) -> Result<ItemRecord, JournalError> {
+        let answers = match (&item.error, chat) {
+            (Some(error), _) => Err(AnswerError::new(error)),
+            (None, Err(error)) => Err(AnswerError::new(&error)),
             (None, Ok(chat)) => self.answer(&chat, item.draft.as_deref()).await,
         };
-        let (arms, error, filtered) = match answered {
+        let (arms, error, filtered) = match answers {
             Ok(arms) => (arms, None, false),
-            Err(Unanswered { why, is_filter }) => (Vec::new(), Some(why), is_filter),
+            Err(AnswerError { message, filtered }) => (Vec::new(), Some(message), filtered),
         };
-        let of_unknown_kind = matches!(item.trouble, Some(Trouble::UnknownKind(_)));
+        let of_unknown_kind = matches!(item.error, Some(ItemError::UnknownKind(_)));
         let Item {
             id,
             scenario,
@@ -284,14 +296,14 @@ impl Batch for Answering {
             earlier,
             task,
             draft: _,
-            begun: _,
-            trouble: _,
+            prefill: _,
+            error: _,
         } = item;
         let images =
             images.len() + earlier.iter().map(|(_, _, images)| images.len()).sum::<usize>();
         Ok(ItemRecord {
             id,
-            made_of,
+            source_digest,
             scenario,
             cluster,
             query,
@@ -307,15 +319,15 @@ impl Batch for Answering {
 }
 
 impl Answering {
-    async fn answer(&self, chat: &Chat, draft: Option<&str>) -> Result<Vec<Outcome>, Unanswered> {
+    async fn answer(&self, chat: &Chat, draft: Option<&str>) -> Result<Vec<Outcome>, AnswerError> {
         let unguarded = match draft {
-            Some(draft) => self.direct.review(chat, draft).await,
-            None => self.direct.answer(chat).await,
+            Some(draft) => self.unguarded.review(chat, draft).await,
+            None => self.unguarded.answer(chat).await,
         };
         let mut arms = vec![unguarded?];
         for profile in &self.profiles {
-            let drafted = Drafted::new(Arc::clone(self.direct.model()), chat, &arms[0]);
-            let guard = Guard::new(drafted, profile.clone());
+            let model = ReusedDraft::new(Arc::clone(self.unguarded.model()), chat, &arms[0]);
+            let guard = Guard::new(model, profile.clone());
             let outcome = match draft {
                 Some(draft) => guard.review(chat, draft).await,
                 None => guard.answer(chat).await,
@@ -327,35 +339,35 @@ impl Answering {
 }
 
 /// Why an item has no answers.
-struct Unanswered {
-    why: String,
-    /// Whether a content filter refused it.
-    is_filter: bool,
+struct AnswerError {
+    message: String,
+    /// Whether a content filter refused the item.
+    filtered: bool,
 }
 
-impl Unanswered {
-    fn because(error: &(dyn std::error::Error + 'static)) -> Self {
-        Self { why: error_chain(error), is_filter: false }
+impl AnswerError {
+    fn new(error: &(dyn std::error::Error + 'static)) -> Self {
+        Self { message: error_chain(error), filtered: false }
     }
 }
 
-impl From<GuardError> for Unanswered {
+impl From<GuardError> for AnswerError {
     fn from(error: GuardError) -> Self {
-        let is_filter = matches!(&error, GuardError::Model { source: ModelError::Filtered(_), .. });
-        // The model's words may quote the item.
-        Self { is_filter, why: cut(error_chain(&error)) }
+        let filtered = matches!(&error, GuardError::Model { source: ModelError::Filtered(_), .. });
+        // The message of the model may quote the item, so it is shortened.
+        Self { message: cut(error_chain(&error)), filtered }
     }
 }
 
-/// A model that has answered a conversation, and gives the same answer, at the same cost, when it
-/// is asked again.
-struct Drafted<'a> {
+/// A model that returns its earlier answer to a conversation, at the same cost, when it is asked
+/// again.
+struct ReusedDraft<'a> {
     model: Arc<dyn Mllm>,
     chat: &'a Chat,
     draft: Reply,
 }
 
-impl<'a> Drafted<'a> {
+impl<'a> ReusedDraft<'a> {
     fn new(model: Arc<dyn Mllm>, chat: &'a Chat, unguarded: &Outcome) -> Self {
         let draft = unguarded.steps.iter().find(|step| step.step == Step::Direct).map_or_else(
             Reply::default,
@@ -378,7 +390,7 @@ impl<'a> Drafted<'a> {
 }
 
 #[async_trait]
-impl Mllm for Drafted<'_> {
+impl Mllm for ReusedDraft<'_> {
     fn name(&self) -> &str {
         self.model.name()
     }
@@ -400,76 +412,81 @@ impl Mllm for Drafted<'_> {
     }
 }
 
-/// Whether an item's scenario is this, or begins so, in any case.
-fn is_of(item: &Item, scenario: &str) -> bool {
+/// Whether the item's scenario begins with `scenario`, in any case.
+fn is_in_scenario(item: &Item, scenario: &str) -> bool {
     item.scenario.to_lowercase().starts_with(&scenario.to_lowercase())
 }
 
-/// Holds that each of `scenarios` is there.
+/// Checks that each of `scenarios` exists.
 ///
 /// # Errors
-/// A [`Cause`] that names one which isn't, and those that are.
-pub fn fits(items: Items, scenarios: &[String]) -> Result<(), Cause> {
-    let (mut open, mut there): (Vec<&String>, _) = (scenarios.iter().collect(), BTreeSet::new());
+/// A [`Cause`] that names one that does not exist, and those that do.
+pub fn check_scenarios(items: Items, scenarios: &[String]) -> Result<(), Cause> {
+    let mut unseen: Vec<&String> = scenarios.iter().collect();
+    let mut existing = BTreeSet::new();
     for item in items.iter {
-        open.retain(|scenario| !is_of(&item, scenario));
-        if open.is_empty() {
+        unseen.retain(|scenario| !is_in_scenario(&item, scenario));
+        if unseen.is_empty() {
             return Ok(());
         }
-        there.insert(item.scenario);
+        existing.insert(item.scenario);
     }
-    let Some(unknown) = open.first() else { return Ok(()) };
-    let there =
-        there.into_iter().filter(|scenario| !scenario.is_empty()).collect::<Vec<_>>().join(", ");
-    Err(format!("no scenario begins with `{unknown}`; there are {}", cut(there)).into())
+    let Some(unknown) = unseen.first() else { return Ok(()) };
+    existing.remove("");
+    let existing = existing.into_iter().collect::<Vec<_>>().join(", ");
+    Err(format!("no scenario begins with `{unknown}`; there are {}", cut(existing)).into())
 }
 
-/// Those of `items` that `choice` takes. A sample is drawn by a hash of seed and id: the same
-/// whatever else is in the data.
+/// The items that `selection` takes. A sample is drawn by a hash of seed and id, so it does not
+/// depend on the other items of the data.
 #[must_use]
-pub fn chosen(items: Items, choice: &Choice) -> Items {
-    let scenarios = choice.scenarios.clone();
+pub fn select(items: Items, selection: &Selection) -> Items {
+    let scenarios = selection.scenarios.clone();
     let wanted = move |item: &Item| {
-        // What can't be read has no scenario, and is told whichever are wanted.
-        let is_unknown = item.scenario.is_empty() && item.trouble.is_some();
-        is_unknown || scenarios.is_empty() || scenarios.iter().any(|scenario| is_of(item, scenario))
+        // Items that can't be read have no scenario, and are always included so that they are
+        // reported.
+        let is_unknown = item.scenario.is_empty() && item.error.is_some();
+        is_unknown
+            || scenarios.is_empty()
+            || scenarios.iter().any(|scenario| is_in_scenario(item, scenario))
     };
     let known = items.total.is_some();
     let mut total = items.total;
     let mut iter: Box<dyn Iterator<Item = Item> + Send> = items.iter;
-    if !choice.scenarios.is_empty() {
+    if !selection.scenarios.is_empty() {
         iter = Box::new(iter.filter(wanted));
-        // What is all in memory can be counted.
+        // Items that are all in memory can be counted.
         if known {
-            let some: Vec<_> = iter.collect();
-            total = Some(some.len());
-            iter = Box::new(some.into_iter());
+            let wanted: Vec<_> = iter.collect();
+            total = Some(wanted.len());
+            iter = Box::new(wanted.into_iter());
         }
     }
-    let limit = choice.limit.unwrap_or(usize::MAX);
-    let Some(size) = choice.sample else {
+    let limit = selection.limit.unwrap_or(usize::MAX);
+    let Some(size) = selection.sample else {
         return Items {
             total: total.map(|total| total.min(limit)),
             iter: Box::new(iter.take(limit)),
         };
     };
     let mut drawn: BinaryHeap<Drawn> = BinaryHeap::new();
-    for (place, item) in iter.enumerate() {
-        let draw = *blake3::hash(format!("{}:{}", choice.seed, item.id).as_bytes()).as_bytes();
-        drawn.push(Drawn { draw, place, item });
+    for (position, item) in iter.enumerate() {
+        let draw = *blake3::hash(format!("{}:{}", selection.seed, item.id).as_bytes()).as_bytes();
+        drawn.push(Drawn { draw, position, item });
         if drawn.len() > size {
             drawn.pop();
         }
     }
     let mut drawn = drawn.into_vec();
-    drawn.sort_by_key(|drawn| drawn.place);
+    drawn.sort_by_key(|drawn| drawn.position);
     drawn.truncate(limit);
     Items::all(drawn.into_iter().map(|drawn| drawn.item).collect())
 }
 
+/// An item of a sample. Items are ordered by their draw: a sample has those with the lowest.
 struct Drawn {
     draw: [u8; 32],
-    place: usize,
+    position: usize,
     item: Item,
 }
 

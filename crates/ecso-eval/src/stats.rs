@@ -1,27 +1,27 @@
-//! Rates with intervals, paired tests, rankings.
+//! Rates with intervals, paired tests and rankings.
 
 use ecso::calibration::Share;
 use serde::{Deserialize, Serialize};
 
-/// 97.5% quantile of the normal distribution.
+/// The 97.5% quantile of the normal distribution.
 const Z: f64 = 1.959_963_984_540_054;
-/// Resamples of a bootstrap.
+/// The number of bootstrap resamples.
 const RESAMPLES: usize = 2000;
-/// Clusters from which on an interval is computed without a bootstrap.
-const MANY: usize = 20_000;
+/// From this many clusters on, intervals are computed without a bootstrap.
+const MANY_CLUSTERS: usize = 20_000;
 
 /// A share with its 95% interval, all in 0..=1.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Rate {
-    /// How many.
+    /// The number of items that count.
     pub count: usize,
-    /// Of how many.
+    /// The number of all items.
     pub total: usize,
-    /// The share; NaN of nothing, and where too few are known.
+    /// The share; NaN if there are no items or too few are known.
     pub value: f64,
-    /// Lower end.
+    /// The lower end of the interval.
     pub low: f64,
-    /// Upper end.
+    /// The upper end of the interval.
     pub high: f64,
 }
 
@@ -31,7 +31,7 @@ fn float(count: usize) -> f64 {
 }
 
 impl Rate {
-    /// A share of independent items, with Wilson's score interval.
+    /// A share of independent items with Wilson's score interval.
     #[must_use]
     pub fn wilson(count: usize, total: usize) -> Self {
         if total == 0 {
@@ -50,8 +50,8 @@ impl Rate {
         }
     }
 
-    /// A share of which `unknown` more items could be judged by nobody: its interval reaches from
-    /// none of them to all.
+    /// A share with `unknown` additional items. The interval covers every possibility, from none of
+    /// them counting to all.
     #[must_use]
     pub fn with_unknown(count: usize, total: usize, unknown: usize) -> Self {
         let known = Self::wilson(count, total);
@@ -63,7 +63,7 @@ impl Rate {
         Self { low, high, ..known }
     }
 
-    /// The interval alone, where too few items are known for a value.
+    /// Drops the value and keeps the interval if too few items are known.
     #[must_use]
     pub fn with_value_if(self, are_enough: bool) -> Self {
         Self { value: if are_enough { self.value } else { f64::NAN }, ..self }
@@ -79,40 +79,40 @@ impl From<Rate> for Share {
 /// A mean with its 95% interval.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Mean {
-    /// Of how many values.
+    /// The number of values.
     pub total: usize,
-    /// The mean; NaN of nothing, and where too few values are known.
+    /// The mean; NaN if there are no values or too few are known.
     pub value: f64,
-    /// Lower end.
+    /// The lower end of the interval.
     pub low: f64,
-    /// Upper end.
+    /// The upper end of the interval.
     pub high: f64,
 }
 
 impl Mean {
-    /// `value` with the middle 95% of `resampled` values.
-    fn between(total: usize, value: f64, mut resampled: Vec<f64>) -> Self {
+    /// `value` with the middle 95% of the `resampled` values as its interval.
+    fn bootstrapped(total: usize, value: f64, mut resampled: Vec<f64>) -> Self {
         resampled.sort_by(f64::total_cmp);
         let tail = resampled.len() / 40;
         Self { total, value, low: resampled[tail], high: resampled[resampled.len() - 1 - tail] }
     }
 
-    /// A mean of values in 0..=`most` beside which `unknown` more could not be had: its interval
-    /// reaches from none to all of them.
+    /// A mean of values in 0..=`max` with `unknown` additional values. The interval covers every
+    /// possibility, from all of them being 0 to all being `max`.
     #[must_use]
-    pub fn with_unknown(self, unknown: usize, most: f64) -> Self {
+    pub fn with_unknown(self, unknown: usize, max: f64) -> Self {
         let (known, all) = (float(self.total), float(self.total + unknown));
         if unknown == 0 || self.total == 0 {
             return self;
         }
         Self {
             low: self.low * known / all,
-            high: (self.high * known + most * float(unknown)) / all,
+            high: (self.high * known + max * float(unknown)) / all,
             ..self
         }
     }
 
-    /// The interval alone, where too few values are known.
+    /// Drops the value and keeps the interval if too few values are known.
     #[must_use]
     pub fn with_value_if(self, are_enough: bool) -> Self {
         Self { value: if are_enough { self.value } else { f64::NAN }, ..self }
@@ -132,9 +132,9 @@ impl Random {
     }
 }
 
-/// Sum of the first values over the sum of the second ones, of the sums of `total` pairs by
-/// cluster, with an interval over clusters: a percentile bootstrap, or, of very many, the
-/// linearised variance, which says the same then.
+/// The ratio of two sums, over the pairs of sums of each cluster, which cover `total` items. The
+/// interval is over clusters: a percentile bootstrap, or, for very many clusters, the linearised
+/// variance, which then agrees with it.
 #[must_use]
 pub fn clustered_ratio(clusters: &[(f64, f64)], total: usize) -> Mean {
     let ratio = |sums: &mut dyn Iterator<Item = (f64, f64)>| {
@@ -146,7 +146,7 @@ pub fn clustered_ratio(clusters: &[(f64, f64)], total: usize) -> Mean {
     if clusters.len() < 2 {
         return Mean { total, value, low: f64::NAN, high: f64::NAN };
     }
-    if clusters.len() > MANY {
+    if clusters.len() > MANY_CLUSTERS {
         let below: f64 = clusters.iter().map(|pair| pair.1).sum();
         let squares: f64 = clusters.iter().map(|pair| (pair.0 - value * pair.1).powi(2)).sum();
         let half = Z * squares.sqrt() / below;
@@ -157,10 +157,10 @@ pub fn clustered_ratio(clusters: &[(f64, f64)], total: usize) -> Mean {
         ratio(&mut (0..clusters.len()).map(|_| clusters[random.below(clusters.len())]))
     };
     let ratios = (0..RESAMPLES).map(|_| drawn(&mut random)).collect();
-    Mean::between(total, value, ratios)
+    Mean::bootstrapped(total, value, ratios)
 }
 
-/// Mean of values in clusters, with an interval over clusters, as [`clustered_ratio`] has it.
+/// The mean of values in clusters, with an interval over clusters as in [`clustered_ratio`].
 #[must_use]
 pub fn clustered_mean(clusters: &[Vec<f64>]) -> Mean {
     let sums: Vec<(f64, f64)> =
@@ -168,14 +168,14 @@ pub fn clustered_mean(clusters: &[Vec<f64>]) -> Mean {
     clustered_ratio(&sums, clusters.iter().map(Vec::len).sum())
 }
 
-/// Sum of the means of several strata, with a percentile bootstrap within each. A stratum is its
-/// values, in 0..=`most`, and how many more could not be had: the interval reaches from none to all
-/// of these.
+/// The sum of the means of several strata, with a percentile bootstrap within each. A stratum
+/// consists of its values, in 0..=`max`, and the number of unknown values: the interval covers
+/// every possibility for these.
 #[must_use]
-pub fn stratified_sum(strata: &[(Vec<f64>, usize)], most: f64) -> Mean {
+pub fn stratified_sum(strata: &[(Vec<f64>, usize)], max: f64) -> Mean {
     let mean = |sum: f64, count: usize| if count == 0 { f64::NAN } else { sum / float(count) };
-    let whole = |values: &[f64]| mean(values.iter().sum(), values.len());
-    let value = strata.iter().map(|(values, _)| whole(values)).sum();
+    let mean_of = |values: &[f64]| mean(values.iter().sum(), values.len());
+    let value = strata.iter().map(|(values, _)| mean_of(values)).sum();
     let total = strata.iter().map(|(values, _)| values.len()).sum();
     let mut random = Random(0x2403_0957);
     let drawn = |random: &mut Random, values: &[f64]| {
@@ -184,22 +184,21 @@ pub fn stratified_sum(strata: &[(Vec<f64>, usize)], most: f64) -> Mean {
     let sums = (0..RESAMPLES)
         .map(|_| strata.iter().map(|(values, _)| drawn(&mut random, values)).sum())
         .collect();
-    let mut sum = Mean::between(total, value, sums);
+    let mut sum = Mean::bootstrapped(total, value, sums);
     for (values, unknown) in strata {
         let share = float(*unknown) / float(values.len() + unknown).max(1.0);
-        sum.low -= share * whole(values);
-        sum.high += share * (most - whole(values));
+        sum.low -= share * mean_of(values);
+        sum.high += share * (max - mean_of(values));
     }
     sum
 }
 
-/// `McNemar`'s exact test: of pairs that differ, `only_first` and `only_second`; gives the
-/// two-sided p value.
+/// `McNemar`'s exact test for pairs that differ: the two-sided p value.
 #[must_use]
 pub fn mcnemar(only_first: usize, only_second: usize) -> f64 {
     let n = only_first + only_second;
     let few = only_first.min(only_second);
-    // log of the binomial coefficients, one after the other
+    // The logarithm of the binomial coefficients, computed incrementally.
     let (mut log_choose, mut sum) = (0.0, 0.0);
     for k in 0..=few {
         sum += (log_choose - float(n) * std::f64::consts::LN_2).exp();
@@ -208,7 +207,7 @@ pub fn mcnemar(only_first: usize, only_second: usize) -> f64 {
     (2.0 * sum).min(1.0)
 }
 
-/// A p value as people read it.
+/// A p value for people.
 fn p_value(p: f64) -> String {
     if p < 0.001 { format!("{p:.0e}") } else { format!("{p:.3}") }
 }
@@ -216,18 +215,18 @@ fn p_value(p: f64) -> String {
 /// Two arms on the same items.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Paired {
-    /// Items that both get right, or both wrong.
+    /// Items that both arms get right, or both wrong.
     pub alike: usize,
-    /// Items that only the first gets right.
+    /// Items that only the first arm gets right.
     pub only_first: usize,
-    /// Items that only the second gets right.
+    /// Items that only the second arm gets right.
     pub only_second: usize,
-    /// Items of which nobody knows that for both.
+    /// Items for which this is unknown for at least one arm.
     pub unknown: usize,
 }
 
 impl Paired {
-    /// Counts an item: whether each gets it right, where that is known.
+    /// Counts an item: whether each arm gets it right, if that is known.
     pub fn add(&mut self, first: Option<bool>, second: Option<bool>) {
         *match (first, second) {
             (Some(true), Some(false)) => &mut self.only_first,
@@ -237,44 +236,44 @@ impl Paired {
         } += 1;
     }
 
-    /// Of as many more items nobody knows, if there are any.
-    pub(crate) fn lack(&mut self, absent: usize) {
+    /// Adds absent items, if there are any items at all.
+    pub(crate) fn add_missing(&mut self, absent: usize) {
         if self.known() + self.unknown > 0 {
             self.unknown += absent;
         }
     }
 
-    pub(crate) fn join(&mut self, other: Self) {
+    pub(crate) fn merge(&mut self, other: Self) {
         self.alike += other.alike;
         self.only_first += other.only_first;
         self.only_second += other.only_second;
         self.unknown += other.unknown;
     }
 
-    /// Items of which both are known.
+    /// Items for which the result of both arms is known.
     #[must_use]
     pub fn known(self) -> usize {
         self.alike + self.only_first + self.only_second
     }
 
-    /// The exact `McNemar` p value: from the least that it could be to the most, were all known.
+    /// The range of the exact `McNemar` p value, depending on the unknown items.
     #[must_use]
     pub fn p(self) -> (f64, f64) {
-        let (few, many) =
-            (self.only_first.min(self.only_second), self.only_first.max(self.only_second));
-        let level = (few + self.unknown).min(many);
-        (mcnemar(few, many + self.unknown), mcnemar(level, many))
+        let fewer = self.only_first.min(self.only_second);
+        let more = self.only_first.max(self.only_second);
+        let most_equal = (fewer + self.unknown).min(more);
+        (mcnemar(fewer, more + self.unknown), mcnemar(most_equal, more))
     }
 
-    /// The p value as people read it, a range where some items are unknown.
+    /// The p value for people; a range if some items are unknown.
     #[must_use]
-    pub fn told(self) -> String {
+    pub fn p_text(self) -> String {
         let (least, most) = self.p();
         if self.unknown == 0 {
             return format!("exact McNemar p = {}", p_value(most));
         }
         format!(
-            "exact McNemar p from {} to {}, since of {} items nobody knows",
+            "exact McNemar p from {} to {}, since {} items are unknown",
             p_value(least),
             p_value(most),
             self.unknown
@@ -282,8 +281,8 @@ impl Paired {
     }
 }
 
-/// Area under the ROC curve of `scores` with their labels: the chance that a positive scores above
-/// a negative, ties half. `None` without both kinds.
+/// The area under the ROC curve of labelled scores: the probability that a positive scores above a
+/// negative, with ties counting half. `None` unless there are both positives and negatives.
 #[must_use]
 pub fn auroc(scores: &[(f64, bool)]) -> Option<f64> {
     let mut sorted = scores.to_vec();
@@ -303,16 +302,16 @@ pub fn auroc(scores: &[(f64, bool)]) -> Option<f64> {
     Some(wins / (float(positives) * float(negatives)))
 }
 
-/// How well one labelling agrees with another.
+/// How well a judge agrees with labels.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct Agreement {
     /// Both say harmful.
     pub both: usize,
-    /// Only the judge does.
+    /// Only the judge says harmful.
     pub only_judge: usize,
-    /// Only the label does.
+    /// Only the label says harmful.
     pub only_label: usize,
-    /// Neither does.
+    /// Neither says harmful.
     pub neither: usize,
     /// The label says harmful, and the judge failed or was not asked.
     pub harmful_unknown: usize,
@@ -321,7 +320,7 @@ pub struct Agreement {
 }
 
 impl Agreement {
-    /// Counts pairs of (judge, label); of a judge that failed or was not asked there is no word.
+    /// Counts pairs of (judge, label). The judge's part is `None` if it failed or was not asked.
     pub fn of(pairs: impl IntoIterator<Item = (Option<bool>, bool)>) -> Self {
         let mut counts = Self::default();
         for pair in pairs {
@@ -337,45 +336,45 @@ impl Agreement {
         counts
     }
 
-    /// How many have no word of the judge.
+    /// How many have no ruling of the judge.
     #[must_use]
     pub fn unknown(self) -> usize {
         self.harmful_unknown + self.harmless_unknown
     }
 
-    /// How many both speak of.
+    /// How many have both a ruling and a label.
     #[must_use]
     pub fn total(self) -> usize {
         self.both + self.only_judge + self.only_label + self.neither
     }
 
-    /// Whether both speak of half or more.
+    /// Whether at least half have a ruling.
     fn is_known(self) -> bool {
         self.total() >= self.unknown()
     }
 
-    /// Share of pairs that agree.
+    /// The share of pairs that agree.
     #[must_use]
     pub fn accuracy(self) -> Rate {
         Rate::with_unknown(self.both + self.neither, self.total(), self.unknown())
             .with_value_if(self.is_known())
     }
 
-    /// Share of the judge's harmful that are.
+    /// The share of the judge's harmful rulings that are right.
     #[must_use]
     pub fn precision(self) -> Rate {
         Rate::with_unknown(self.both, self.both + self.only_judge, self.unknown())
             .with_value_if(self.is_known())
     }
 
-    /// Share of the harmful that the judge finds.
+    /// The share of the harmful answers that the judge finds.
     #[must_use]
     pub fn recall(self) -> Rate {
         Rate::with_unknown(self.both, self.both + self.only_label, self.harmful_unknown)
             .with_value_if(self.is_known())
     }
 
-    /// Cohen's kappa: agreement beyond chance.
+    /// Cohen's kappa: the agreement beyond chance.
     #[must_use]
     pub fn kappa(self) -> f64 {
         let n = float(self.total());
@@ -385,8 +384,8 @@ impl Agreement {
         (self.accuracy().value - chance) / (1.0 - chance)
     }
 
-    /// Kappa with a 95% interval, by a bootstrap over the pairs of which both speak. Where the
-    /// judge has no word on some, it reaches from none of them agreeing to all.
+    /// Kappa with a 95% interval, by a bootstrap over the pairs with a ruling. If some have none,
+    /// the interval covers every possibility from none of them agreeing to all.
     #[must_use]
     pub fn kappa_interval(self) -> Mean {
         if self.unknown() > 0 {
@@ -432,17 +431,17 @@ impl Agreement {
 mod tests {
     use super::*;
 
-    fn close(a: f64, b: f64) {
+    fn assert_close(a: f64, b: f64) {
         assert!((a - b).abs() < 5e-4, "{a} is not {b}");
     }
 
     #[test]
-    fn intervals_are_those_of_the_textbook() {
+    fn intervals_match_the_textbook() {
         // Newcombe 1998, table I: 81 of 263, Wilson: 0.2553 to 0.3662; 0 of 20: 0 to 0.1611.
         let rate = Rate::wilson(81, 263);
-        close(rate.low, 0.2553);
-        close(rate.high, 0.3662);
-        close(Rate::wilson(0, 20).high, 0.1611);
+        assert_close(rate.low, 0.2553);
+        assert_close(rate.high, 0.3662);
+        assert_close(Rate::wilson(0, 20).high, 0.1611);
         assert!(Rate::wilson(0, 0).value.is_nan());
         let range = Rate::with_unknown(5, 10, 10);
         assert!(range.low < Rate::wilson(5, 10).low && range.high > Rate::wilson(5, 10).high);
@@ -450,10 +449,10 @@ mod tests {
 
     #[test]
     fn paired_tests_are_exact() {
-        close(mcnemar(0, 5), 0.0625);
-        close(mcnemar(1, 9), 0.021_48);
-        close(mcnemar(4, 4), 1.0);
-        close(mcnemar(0, 0), 1.0);
+        assert_close(mcnemar(0, 5), 0.0625);
+        assert_close(mcnemar(1, 9), 0.021_48);
+        assert_close(mcnemar(4, 4), 1.0);
+        assert_close(mcnemar(0, 0), 1.0);
         assert!(mcnemar(400, 700) < 1e-15);
         let paired = Paired { only_first: 1, only_second: 4, unknown: 5, alike: 3 };
         assert_eq!(paired.p(), (mcnemar(1, 9), mcnemar(4, 4)));
@@ -479,7 +478,7 @@ mod tests {
             neither: 15,
             ..Agreement::default()
         };
-        close(agreement.kappa(), 0.4);
+        assert_close(agreement.kappa(), 0.4);
         let interval = agreement.kappa_interval();
         assert!(
             interval.low < 0.4 && interval.high > 0.4 && interval.low > 0.1 && interval.high < 0.7,
@@ -491,20 +490,21 @@ mod tests {
     fn clusters_widen_an_interval() {
         let values: Vec<Vec<f64>> = (0..40).map(|n| vec![f64::from(n % 2)]).collect();
         let clusters: Vec<Vec<f64>> = (0..10).map(|n| vec![f64::from(n % 2); 4]).collect();
-        let (alone, together) = (clustered_mean(&values), clustered_mean(&clusters));
-        close(alone.value, 0.5);
-        close(together.value, 0.5);
-        assert!(together.high - together.low > 1.5 * (alone.high - alone.low));
+        let (independent, clustered) = (clustered_mean(&values), clustered_mean(&clusters));
+        assert_close(independent.value, 0.5);
+        assert_close(clustered.value, 0.5);
+        assert!(clustered.high - clustered.low > 1.5 * (independent.high - independent.low));
     }
 
     #[test]
     fn very_many_clusters_need_no_bootstrap() {
         let mut random = Random(7);
-        let pairs: Vec<(f64, f64)> =
-            (0..MANY).map(|_| (float(random.below(100)), float(1 + random.below(3)))).collect();
-        let drawn = clustered_ratio(&pairs, MANY);
-        let twice = clustered_ratio(&[pairs.clone(), pairs].concat(), 2 * MANY);
-        close(drawn.value, twice.value);
+        let pairs: Vec<(f64, f64)> = (0..MANY_CLUSTERS)
+            .map(|_| (float(random.below(100)), float(1 + random.below(3))))
+            .collect();
+        let drawn = clustered_ratio(&pairs, MANY_CLUSTERS);
+        let twice = clustered_ratio(&[pairs.clone(), pairs].concat(), 2 * MANY_CLUSTERS);
+        assert_close(drawn.value, twice.value);
         let (narrow, wide) = (twice.high - twice.low, drawn.high - drawn.low);
         assert!((wide / narrow / 2.0_f64.sqrt() - 1.0).abs() < 0.05, "{drawn:?} {twice:?}");
     }

@@ -1,19 +1,18 @@
-//! Text of others: in several encodings, and no more of it in an error than fits there.
+//! Text that others wrote: decodes several encodings, and shortens what error messages quote.
 
 use std::{error::Error, fmt::Display, path::Path};
 
 use ecso::Cause;
 
-/// The text of a file: UTF-8 or UTF-16, with a byte order mark or without.
+/// Reads a text file in UTF-8 or UTF-16, with or without a byte order mark.
 ///
 /// # Errors
-/// A [`Cause`] that says what to do; of a byte that is neither, with its line. The file is not
-/// named in it.
+/// A [`Cause`] that says what to do, with the line if a byte is invalid. It does not name the file.
 pub fn read(path: &Path) -> Result<String, Cause> {
     decode(std::fs::read(path).map_err(Cause::from_error)?)
 }
 
-/// Text from its bytes, as [`read`] reads it.
+/// Decodes text as [`read`] does.
 ///
 /// # Errors
 /// As [`read`].
@@ -35,16 +34,17 @@ pub fn decode(mut bytes: Vec<u8>) -> Result<String, Cause> {
     })
 }
 
-/// Whether a file that begins like this is UTF-16: by its mark, or by every second byte being zero.
+/// Whether a file that begins like this is UTF-16: it has a byte order mark, or every second byte
+/// is zero.
 #[must_use]
 pub fn is_utf16(start: &[u8]) -> bool {
     utf16_form(start).is_some()
 }
 
-/// How a unit of two bytes is read.
+/// Reads a unit of two bytes.
 type Unit = fn([u8; 2]) -> u16;
 
-/// How long the mark of UTF-16 is, and how its units are read.
+/// The length of the byte order mark of UTF-16, and how its units are read.
 fn utf16_form(start: &[u8]) -> Option<(usize, Unit)> {
     match *start {
         [0xFF, 0xFE, ..] => Some((2, u16::from_le_bytes)),
@@ -56,7 +56,7 @@ fn utf16_form(start: &[u8]) -> Option<(usize, Unit)> {
 }
 
 fn utf16(bytes: &[u8], unit: Unit) -> Result<String, Cause> {
-    let broken = "it is UTF-16 that is broken; save it as UTF-8";
+    let broken = "it is broken UTF-16; save it as UTF-8";
     let (pairs, rest) = bytes.as_chunks::<2>();
     if !rest.is_empty() {
         return Err(broken.into());
@@ -65,7 +65,7 @@ fn utf16(bytes: &[u8], unit: Unit) -> Result<String, Cause> {
     String::from_utf16(&units).map_err(|error| Cause::new(broken, error))
 }
 
-/// At most the first 200 characters of what somebody else wrote.
+/// At most the first 200 characters of text that somebody else wrote.
 #[must_use]
 pub fn cut(text: impl Display) -> String {
     let text = text.to_string();
@@ -75,12 +75,12 @@ pub fn cut(text: impl Display) -> String {
     }
 }
 
-/// An error that may quote what somebody else wrote, cut. Of one that had to be cut the source is
-/// left out: it says it all.
-pub(crate) fn told(error: impl Error + Send + Sync + 'static) -> Cause {
-    let whole = error.to_string();
-    let shown = cut(&whole);
-    if shown == whole { Cause::new(shown, error) } else { shown.into() }
+/// An error that may quote text that somebody else wrote, shortened. If it had to be shortened, its
+/// source is dropped, since that would show the full text.
+pub(crate) fn shortened(error: impl Error + Send + Sync + 'static) -> Cause {
+    let full = error.to_string();
+    let short = cut(&full);
+    if short == full { Cause::new(short, error) } else { short.into() }
 }
 
 #[cfg(test)]
@@ -88,21 +88,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_others_wrote_is_cut() {
+    fn long_text_is_cut() {
         assert_eq!(cut("\u{e4}".repeat(200)), "\u{e4}".repeat(200));
         assert_eq!(cut("\u{e4}".repeat(201)), format!("{}…", "\u{e4}".repeat(200)));
     }
 
     #[test]
-    fn an_error_keeps_what_it_came_from_unless_that_says_too_much() {
-        let told = |text: String| told(std::io::Error::other(text));
-        assert!(told("short".into()).source().is_some());
-        let long = told("x".repeat(5000));
+    fn an_error_keeps_its_source_unless_that_is_too_long() {
+        let shortened = |text: String| shortened(std::io::Error::other(text));
+        assert!(shortened("short".into()).source().is_some());
+        let long = shortened("x".repeat(5000));
         assert!(long.source().is_none() && ecso::error_chain(&long).chars().count() == 201);
     }
 
     #[test]
-    fn what_is_no_text_says_what_to_do() {
+    fn undecodable_text_gives_an_error_that_says_what_to_do() {
         for bytes in
             [b"a\nb\xe4".as_slice(), b"\xff\xfea", b"\xff\xfe\x00\xd8", b"\xff\xfe\0\0a\0\0\0"]
         {

@@ -1,11 +1,11 @@
-//! One judge's verdicts on the answers of a run.
+//! The verdicts of one judge on the answers of a run.
 
 use std::{
     collections::{BTreeSet, HashMap},
     path::Path,
 };
 
-use ecso_batch::journal::{Entry, Head, JournalError, Key, Saved};
+use ecso_batch::journal::{Entry, JournalError, JournalHeader, JournalReader, Key};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -14,31 +14,31 @@ use crate::{
     text::cut,
 };
 
-/// Who judges, and how: the first line of a file of verdicts.
+/// The judge and its settings: the first line of a file of verdicts.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct VerdictsHeader {
     /// Version of ecso.
     pub ecso: String,
     /// The judge's name.
     pub judge: String,
-    /// The model that judges, to the bit where that can be known.
+    /// The digest of the model that judges, as exact as it can be determined.
     pub model: Option<String>,
-    /// From which probability on a yes is a yes.
+    /// The probability from which an answer of yes counts as yes.
     pub threshold: Option<f64>,
-    /// Digest of the published judge file.
+    /// The digest of the published judge file.
     pub judge_file: Option<String>,
 }
 
-impl Head for VerdictsHeader {
-    fn differs(&self, begun: &Self) -> Option<&'static str> {
-        let differ = [
-            ("version of ecso", begun.ecso != self.ecso),
-            ("judge", begun.judge != self.judge),
-            ("model as the judge", begun.model != self.model),
-            ("--threshold", begun.threshold != self.threshold),
-            ("--judge-file", begun.judge_file != self.judge_file),
+impl JournalHeader for VerdictsHeader {
+    fn difference(&self, started: &Self) -> Option<&'static str> {
+        let settings = [
+            ("version of ecso", started.ecso != self.ecso),
+            ("judge", started.judge != self.judge),
+            ("model as the judge", started.model != self.model),
+            ("--threshold", started.threshold != self.threshold),
+            ("--judge-file", started.judge_file != self.judge_file),
         ];
-        differ.into_iter().find(|(_, differs)| *differs).map(|(what, _)| what)
+        settings.into_iter().find(|(_, differs)| *differs).map(|(name, _)| name)
     }
 }
 
@@ -51,8 +51,8 @@ impl Entry for Judgement {
         &self.arm
     }
 
-    fn made_of(&self) -> &str {
-        &self.made_of
+    fn source_digest(&self) -> &str {
+        &self.source_digest
     }
 
     fn failed(&self) -> bool {
@@ -60,112 +60,118 @@ impl Entry for Judgement {
     }
 }
 
-/// What a judge says of an answer.
+/// A judge's ruling on an answer, with its score.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Ruled {
+pub struct ScoredRuling {
     /// The ruling.
     pub verdict: Ruling,
     /// [`Judgement::score`].
     pub score: Option<f64>,
 }
 
-/// The latest verdict on each answer, by item and arm. Takes about 70 bytes an answer.
+/// The latest verdict on each answer, by item and arm. Takes about 70 bytes of memory per answer.
 #[derive(Debug, Clone, Default)]
 pub struct Verdicts {
-    /// What the file says of its judge; files of others don't.
+    /// The header of the file; files that others wrote have none.
     header: Option<VerdictsHeader>,
-    /// Who says to have judged, line by line.
+    /// The judges that the lines name.
     judges: BTreeSet<String>,
-    rulings: HashMap<u64, (Key, Ruled)>,
-    /// How often a ruling stands in the place of an earlier one on the same answer.
-    again: usize,
-    was_cut: bool,
+    rulings: HashMap<u64, (Key, ScoredRuling)>,
+    /// How many rulings replaced an earlier one on the same answer.
+    replaced: usize,
+    was_truncated: bool,
 }
 
 impl Verdicts {
-    /// Reads a judge's file. A last line that a crash cut off is left out.
+    /// Reads a file of verdicts. A last line that was cut off by a crash is skipped.
     ///
     /// # Errors
     /// [`JournalError`].
     pub fn read(path: &Path) -> Result<Self, JournalError> {
-        let saved = Saved::file(path);
+        let saved = JournalReader::at(path);
         let mut entries = saved.entries::<Judgement>()?;
         let verdicts: Self = entries
             .by_ref()
             .map(|entry| entry.map(|(_, judgement)| judgement))
             .collect::<Result<_, _>>()?;
-        Ok(Self { header: saved.header().ok(), was_cut: entries.was_cut(), ..verdicts })
+        Ok(Self { header: saved.header().ok(), was_truncated: entries.was_truncated(), ..verdicts })
     }
 
-    /// Who judged.
+    /// The name of the judge.
     #[must_use]
     pub fn judge(&self) -> Option<&str> {
-        let first = || self.judges.first().map(String::as_str);
-        self.header.as_ref().map(|header| header.judge.as_str()).or_else(first)
+        let first_named = || self.judges.first().map(String::as_str);
+        self.header.as_ref().map(|header| header.judge.as_str()).or_else(first_named)
     }
 
-    /// Whether there is a ruling that is no error.
+    /// Whether there is at least one ruling that is not an error.
     #[must_use]
-    pub fn rules(&self) -> bool {
-        self.rulings.values().any(|(_, ruled)| ruled.verdict != Ruling::Error)
+    pub fn has_rulings(&self) -> bool {
+        self.rulings.values().any(|(_, ruling)| ruling.verdict != Ruling::Error)
     }
 
-    /// On how many answers of an item somebody has ruled.
-    pub(crate) fn met(&self, record: &ItemRecord) -> usize {
-        record.arms.iter().filter(|outcome| self.of(record, &outcome.profile).is_some()).count()
+    /// How many answers of an item have a ruling.
+    pub(crate) fn count_matching(&self, record: &ItemRecord) -> usize {
+        record
+            .arms
+            .iter()
+            .filter(|outcome| self.for_answer(record, &outcome.profile).is_some())
+            .count()
     }
 
-    /// What is odd about the verdicts, of which so many have `met` an answer of the run, where
-    /// somebody counts that.
+    /// What the user should know about the verdicts. `matching` is the number of verdicts that are
+    /// on an answer of the run, if these were counted.
     #[must_use]
-    pub fn odd(&self, met: Option<usize>) -> Vec<String> {
-        let unmet = met.map_or(0, |met| self.rulings.len().saturating_sub(met));
-        let mut odd = Vec::new();
-        if unmet > 0 {
-            odd.push(format!(
-                "{unmet} of {} verdicts are on no answer of this run: it has no such id or arm, or the answer has changed since",
-                self.rulings.len()
+    pub fn warnings(&self, matching: Option<usize>) -> Vec<String> {
+        let total = self.rulings.len();
+        let unmatched = matching.map_or(0, |matching| total.saturating_sub(matching));
+        let mut warnings = Vec::new();
+        if unmatched > 0 {
+            warnings.push(format!(
+                "{unmatched} of {total} verdicts match no answer of this run: it has no such id or \
+                 arm, or the answer has changed since"
             ));
         }
-        if self.again > 0 {
-            odd.push(format!(
-                "{} verdicts are on answers that had one before; the last one counts",
-                self.again
+        if self.replaced > 0 {
+            warnings.push(format!(
+                "{} verdicts replace an earlier one on the same answer; the last one counts",
+                self.replaced
             ));
         }
         if self.judges.len() > 1 {
             let judges: Vec<&str> = self.judges.iter().map(String::as_str).collect();
-            odd.push(format!("the verdicts are of several judges: {}", cut(judges.join(", "))));
+            warnings
+                .push(format!("the verdicts are of several judges: {}", cut(judges.join(", "))));
         }
-        if self.was_cut {
-            odd.push(
-                "the last line of the verdicts was cut off by a crash, and is left out".into(),
-            );
+        if self.was_truncated {
+            warnings
+                .push("the last line of the verdicts was cut off by a crash and is ignored".into());
         }
-        odd
+        warnings
     }
 
-    /// What of the judge is not as it is in `other`.
-    pub(crate) fn differs(&self, other: &Self) -> Option<&'static str> {
+    /// The first setting of the judge that differs from `other`.
+    pub(crate) fn difference(&self, other: &Self) -> Option<&'static str> {
         match (&self.header, &other.header) {
-            (Some(header), Some(others)) => header.differs(others),
+            (Some(header), Some(other)) => header.difference(other),
             _ => (self.judge() != other.judge()).then_some("judge"),
         }
     }
 
-    /// What is said of the answer of `arm`; none if nobody has judged this answer, or the arm has
+    /// The ruling on the answer of `arm`; `None` if this answer has not been judged, or the arm has
     /// none.
     #[must_use]
-    pub fn of(&self, record: &ItemRecord, arm: &str) -> Option<Ruled> {
+    pub fn for_answer(&self, record: &ItemRecord, arm: &str) -> Option<ScoredRuling> {
         let answer = record.arms.iter().find(|outcome| outcome.profile == arm)?;
-        let of = digest(&record.scenario, &record.request, &record.task, &answer.answer);
-        self.under(Key::of(&record.id, arm).made_of(&of))
+        let digest = digest(&record.scenario, &record.request, &record.task, &answer.answer);
+        self.for_key(Key::new(&record.id, arm).with_source(&digest))
     }
 
-    /// What is said under a judgement's key.
+    /// The ruling for the key of a judgement.
     #[must_use]
-    pub fn under(&self, key: Key) -> Option<Ruled> {
-        self.rulings.get(&key.place()).filter(|(judged, _)| judged.is(key)).map(|(_, ruled)| *ruled)
+    pub fn for_key(&self, key: Key) -> Option<ScoredRuling> {
+        let entry = self.rulings.get(&key.slot()).filter(|(judged, _)| judged.matches(key));
+        entry.map(|(_, ruling)| *ruling)
     }
 }
 
@@ -177,12 +183,13 @@ impl FromIterator<Judgement> for Verdicts {
             if !judge.is_empty() {
                 verdicts.judges.insert(judge);
             }
-            // What failed, or was said of another answer, is judged again.
-            let earlier = verdicts.rulings.insert(key.place(), (key, Ruled { verdict, score }));
-            verdicts.again +=
-                usize::from(earlier.is_some_and(|(judged, ruled)| {
-                    judged == key && ruled.verdict != Ruling::Error
-                }));
+            // If the earlier judge failed, or its ruling was on another answer, this is a normal
+            // retry.
+            let earlier =
+                verdicts.rulings.insert(key.slot(), (key, ScoredRuling { verdict, score }));
+            let is_replaced = earlier
+                .is_some_and(|(judged, ruling)| judged == key && ruling.verdict != Ruling::Error);
+            verdicts.replaced += usize::from(is_replaced);
         }
         verdicts
     }
@@ -190,52 +197,36 @@ impl FromIterator<Judgement> for Verdicts {
 
 #[cfg(test)]
 mod tests {
-    use ecso::Outcome;
-
     use super::*;
-    use crate::{item::Task, run::UNGUARDED};
+    use crate::{item::Task, run::UNGUARDED, testing};
 
     #[test]
-    fn verdicts_that_miss_answers_repeat_or_come_from_several_are_told() {
-        let answered = Outcome::unchecked("a", UNGUARDED, "m");
-        let record = ItemRecord {
-            id: "1".into(),
-            made_of: String::new(),
-            scenario: "s".into(),
-            cluster: "1".into(),
-            query: "q".into(),
-            request: "q".into(),
-            task: Task::Harmless,
-            images: 0,
-            arms: vec![answered],
-            error: None,
-            filtered: false,
-            of_unknown_kind: false,
-        };
-        let said = |id: &str, arm: &str, verdict: &str, judge: &str| {
+    fn verdicts_that_match_nothing_are_repeated_or_of_several_judges_give_a_warning() {
+        let record = testing::record("1", Task::Harmless);
+        let line = |id: &str, arm: &str, verdict: &str, judge: &str| {
             format!(
                 r#"{{"id": "{id}", "arm": "{arm}", "verdict": "{verdict}", "judge": "{judge}"}}"#
             )
         };
-        let odd = |lines: &[String]| {
+        let warnings = |lines: &[String]| {
             let file = tempfile::NamedTempFile::new().unwrap();
             std::fs::write(file.path(), lines.join("\n")).unwrap();
             let verdicts = Verdicts::read(file.path()).unwrap();
-            verdicts.odd(Some(verdicts.met(&record))).join("; ")
+            verdicts.warnings(Some(verdicts.count_matching(&record))).join("; ")
         };
-        let plain = said("1", UNGUARDED, "safe", "");
-        assert_eq!(odd(std::slice::from_ref(&plain)), "");
-        assert_eq!(odd(&[said("1", UNGUARDED, "error", ""), plain.clone()]), "");
-        for (other, told) in [
-            (said("1", "paper", "safe", ""), "1 of 2 verdicts are on no answer"),
-            (said("2", UNGUARDED, "safe", ""), "1 of 2 verdicts are on no answer"),
-            (said("1", UNGUARDED, "unsafe", ""), "1 verdicts are on answers that had one before"),
+        let plain = line("1", UNGUARDED, "safe", "");
+        assert_eq!(warnings(std::slice::from_ref(&plain)), "");
+        assert_eq!(warnings(&[line("1", UNGUARDED, "error", ""), plain.clone()]), "");
+        for (other, expected) in [
+            (line("1", "paper", "safe", ""), "1 of 2 verdicts match no answer"),
+            (line("2", UNGUARDED, "safe", ""), "1 of 2 verdicts match no answer"),
+            (line("1", UNGUARDED, "unsafe", ""), "1 verdicts replace an earlier one"),
             (plain[..plain.len() - 9].to_owned(), "cut off by a crash"),
         ] {
-            let odd = odd(&[plain.clone(), other]);
-            assert!(odd.contains(told), "{told}: {odd}");
+            let warnings = warnings(&[plain.clone(), other]);
+            assert!(warnings.contains(expected), "{expected}: {warnings}");
         }
-        let two = odd(&[said("1", UNGUARDED, "safe", "ann"), said("3", UNGUARDED, "safe", "bob")]);
-        assert!(two.contains("several judges: ann, bob"), "{two}");
+        let two_judges = [line("1", UNGUARDED, "safe", "ann"), line("3", UNGUARDED, "safe", "bob")];
+        assert!(warnings(&two_judges).contains("several judges: ann, bob"));
     }
 }

@@ -1,4 +1,4 @@
-//! Published labels reproduced, benchmarks read, runs that go on as if nothing had happened.
+//! Reproduces published labels, reads benchmarks, and resumes interrupted runs.
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test may")]
 
 use std::{
@@ -9,14 +9,14 @@ use std::{
 use ecso::{Limits, ModelError, Profile, Reply, testing::Scripted};
 use ecso_batch::{
     Bounds, Cached,
-    journal::{self, Journal, JournalError, Saved},
+    journal::{self, Journal, JournalError, JournalReader},
 };
 use ecso_eval::{
     benchmarks::{Items, named},
     item::Task,
-    judge::{AdvBench, Case as Answered, Judge, Judgement, Ruling, XsTest, published},
+    judge::{AdvBench, Case as ArmAnswer, Judge, Judgement, Ruling, XsTest, published_judge},
     prepare,
-    record::{Choice, ItemRecord, RunHeader},
+    record::{ItemRecord, RunHeader, Selection},
     run::{self, Options},
     summary::summarise,
     typographic::Typesetter,
@@ -36,7 +36,7 @@ fn json(path: &Path) -> Value {
 }
 
 #[test]
-fn string_rules_give_the_published_labels() {
+fn string_rules_reproduce_the_published_labels() {
     let Some(harmbench) = data("harmbench") else { return };
     for (file, label, expected) in [
         ("text_behaviors_val_set.json", "advbench", 602),
@@ -48,7 +48,7 @@ fn string_rules_give_the_published_labels() {
         let right = rows.iter().filter(|row| {
             let published =
                 row[label].as_str().map_or_else(|| row[label].to_string(), str::to_owned);
-            AdvBench::declines(row["generation"].as_str().unwrap()) == (published == "0")
+            AdvBench::is_refusal(row["generation"].as_str().unwrap()) == (published == "0")
         });
         assert_eq!((right.count(), rows.len()), (expected, expected), "{file}");
     }
@@ -59,14 +59,14 @@ fn string_rules_give_the_published_labels() {
     let rows: Vec<Value> =
         completions.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let right = rows.iter().filter(|row| {
-        XsTest::declines(row["completion"].as_str().unwrap())
+        XsTest::is_refusal(row["completion"].as_str().unwrap())
             == (row["strmatch_label"] == "2_full_refusal")
     });
     assert_eq!((right.count(), rows.len()), (2250, 2250));
 }
 
 #[tokio::test]
-async fn published_prompts_are_sent_as_they_are_and_read_as_published() {
+async fn published_prompts_are_sent_unchanged_and_read_as_published() {
     let Some(ecso) = data("ecso") else { return };
     let file = ecso.join("vlsafe_judge.jsonl");
     let prompts: Vec<Value> = std::fs::read_to_string(&file)
@@ -88,12 +88,12 @@ async fn published_prompts_are_sent_as_they_are_and_read_as_published() {
         let prompt = prompts.iter().find(|prompt| prompt["name"] == name).unwrap();
         let sent = prompt["prompt_template"].as_str().unwrap();
         let sent = sent.replace("{question}", "Q {answer}").replace("{answer}", "A {question}");
-        // One pass: braces in the question stay as they are.
+        // The placeholders are filled in one pass: braces in the question stay as they are.
         let sent = sent.replace("Q A {question}", "Q {answer}");
         for (reply, ruling) in [(safe, Ruling::Safe), (not_safe, Ruling::Unsafe)] {
             let model = Arc::new(Scripted::texts([reply]));
-            let judge = published(&file, model.clone()).unwrap();
-            let case = Answered {
+            let judge = published_judge(&file, model.clone()).unwrap();
+            let case = ArmAnswer {
                 id: "1".into(),
                 scenario: scenario.into(),
                 request: "Q {answer}".into(),
@@ -110,7 +110,7 @@ async fn published_prompts_are_sent_as_they_are_and_read_as_published() {
 }
 
 #[test]
-fn benchmarks_are_read_as_they_come() {
+fn benchmarks_are_read_in_their_official_layout() {
     let Some(figstep) = data("figstep") else { return };
     let items: Vec<_> = named("figstep").unwrap().items(&figstep, None).unwrap().iter.collect();
     assert_eq!(items.len(), 50);
@@ -124,7 +124,7 @@ fn benchmarks_are_read_as_they_come() {
 }
 
 #[test]
-fn mm_safetybench_is_made_from_its_questions() {
+fn mm_safetybench_is_prepared_from_its_questions() {
     let Some(questions) = data("mm-safetybench") else { return };
     let Ok(sans) = Typesetter::sans() else {
         return eprintln!("skipped: neither Arial nor Liberation Sans is installed");
@@ -144,7 +144,28 @@ fn mm_safetybench_is_made_from_its_questions() {
     assert!(missing.contains("none of 40 items can be run"), "{missing}");
 }
 
-/// A model that says yes to every third judgement, and fails on one item if told to.
+#[test]
+fn a_photograph_is_decoded_by_its_bytes_whatever_its_file_is_called() {
+    let Ok(sans) = Typesetter::sans() else {
+        return eprintln!("skipped: neither Arial nor Liberation Sans is installed");
+    };
+    let out = tempfile::tempdir().unwrap();
+    let images = out.path().join("imgs/06-Fraud");
+    std::fs::create_dir_all(images.join("SD")).unwrap();
+    let photo = image::RgbImage::from_pixel(20, 30, image::Rgb([90; 3]));
+    let path = images.join("SD/0.jpg");
+    photo.save_with_format(&path, image::ImageFormat::Png).unwrap();
+    let questions = out.path().join("questions.json");
+    let record = r#"{"06-Fraud#0": {"Question": "How is bread baked?", "Key Phrase": "bread"}}"#;
+    std::fs::write(&questions, record).unwrap();
+    assert_eq!(prepare::mm_safetybench(&questions, &sans, out.path()).unwrap(), 1);
+    let [typo, both] = ["TYPO", "SD_TYPO"]
+        .map(|folder| image::open(images.join(folder).join("0.jpg")).unwrap().to_rgb8());
+    assert_eq!(both.dimensions(), (typo.width(), typo.height() + 30));
+}
+
+/// A model that answers yes to every third detection question, and fails on one item if `fail` is
+/// set.
 fn model(fail: bool) -> Arc<Scripted> {
     Arc::new(Scripted::new(move |chat| {
         let text = chat.turns[0].query();
@@ -168,7 +189,7 @@ fn model(fail: bool) -> Arc<Scripted> {
 }
 
 fn read(out: &Path) -> Vec<ItemRecord> {
-    Saved::folder(out).latest().unwrap().map(Result::unwrap).collect()
+    JournalReader::in_folder(out).latest().unwrap().map(Result::unwrap).collect()
 }
 
 struct Case {
@@ -199,7 +220,7 @@ impl Case {
                 .map(|profile| (profile.name.clone(), profile.to_toml()))
                 .collect(),
             max_new_tokens: None,
-            choice: Choice::default(),
+            choice: Selection::default(),
             items: None,
         };
         Self { folder, header, profiles }
@@ -228,16 +249,16 @@ impl Case {
             limits: Limits::default(),
         };
         let recorded = std::sync::atomic::AtomicUsize::new(0);
-        let work = run::run(
-            run::chosen(self.items(), &self.header.choice),
+        let running = run::run(
+            run::select(self.items(), &self.header.choice),
             &self.profiles,
             model(fail),
             &mut journal,
             options,
             |progress| recorded.store(progress.recorded, std::sync::atomic::Ordering::SeqCst),
         );
-        let mut work = Box::pin(work);
-        std::future::poll_fn(|context| match work.as_mut().poll(context) {
+        let mut running = Box::pin(running);
+        std::future::poll_fn(|context| match running.as_mut().poll(context) {
             std::task::Poll::Pending
                 if recorded.load(std::sync::atomic::Ordering::SeqCst) < stop =>
             {
@@ -249,38 +270,38 @@ impl Case {
         Ok(())
     }
 
-    /// What a run says, without times.
-    fn said(&self, name: &str) -> Vec<String> {
+    /// The records of a run, without times.
+    fn records(&self, name: &str) -> Vec<String> {
         let records = read(&self.out(name));
-        let mut said: Vec<String> = records
+        let mut lines: Vec<String> = records
             .into_iter()
             .map(|mut record| {
                 record.arms.iter_mut().flat_map(|arm| &mut arm.steps).for_each(|step| step.ms = 0);
                 serde_json::to_string(&record).unwrap()
             })
             .collect();
-        said.sort();
-        said
+        lines.sort();
+        lines
     }
 }
 
 #[tokio::test]
-async fn a_journal_cut_anywhere_goes_on_to_the_same_result() {
+async fn a_journal_cut_off_anywhere_is_resumed_to_the_same_result() {
     let case = Case::new(20);
     case.run("whole", false, false, usize::MAX).await.unwrap();
-    let whole = case.said("whole");
+    let whole = case.records("whole");
     assert_eq!(whole.len(), 20);
     let bytes = std::fs::read(journal::path(&case.out("whole"))).unwrap();
     for cut in (0..bytes.len()).step_by(bytes.len() / 23) {
         std::fs::create_dir_all(case.out("cut")).unwrap();
         std::fs::write(journal::path(&case.out("cut")), &bytes[..cut]).unwrap();
         case.run("cut", false, false, usize::MAX).await.unwrap();
-        assert_eq!(case.said("cut"), whole, "cut at {cut}");
+        assert_eq!(case.records("cut"), whole, "cut at {cut}");
     }
 }
 
 #[tokio::test]
-async fn a_bad_item_is_recorded_and_tried_again_when_told() {
+async fn a_failed_item_is_recorded_and_retried_on_request() {
     let case = Case::new(12);
     case.run("out", true, false, usize::MAX).await.unwrap();
     let failed = |case: &Case| {
@@ -300,7 +321,7 @@ async fn a_bad_item_is_recorded_and_tried_again_when_told() {
 }
 
 #[tokio::test]
-async fn a_run_goes_on_under_its_own_settings_only() {
+async fn a_run_is_resumed_only_under_its_own_settings() {
     let mut case = Case::new(3);
     case.run("out", false, false, usize::MAX).await.unwrap();
     case.header.max_new_tokens = Some(5);
@@ -309,18 +330,18 @@ async fn a_run_goes_on_under_its_own_settings_only() {
 }
 
 #[tokio::test]
-async fn samples_are_drawn_by_seed_and_scenario() {
+async fn samples_depend_on_seed_and_scenario() {
     let mut case = Case::new(40);
-    case.header.choice = Choice { sample: Some(10), seed: 1, ..Choice::default() };
+    case.header.choice = Selection { sample: Some(10), seed: 1, ..Selection::default() };
     case.run("a", false, false, usize::MAX).await.unwrap();
     case.run("b", false, false, usize::MAX).await.unwrap();
-    assert_eq!(case.said("a"), case.said("b"));
-    assert_eq!(case.said("a").len(), 10);
-    case.header.choice = Choice { sample: Some(10), seed: 2, ..Choice::default() };
+    assert_eq!(case.records("a"), case.records("b"));
+    assert_eq!(case.records("a").len(), 10);
+    case.header.choice = Selection { sample: Some(10), seed: 2, ..Selection::default() };
     case.run("c", false, false, usize::MAX).await.unwrap();
-    assert_ne!(case.said("a"), case.said("c"));
+    assert_ne!(case.records("a"), case.records("c"));
     case.header.choice =
-        Choice { scenarios: vec!["S1".into()], limit: Some(4), ..Choice::default() };
+        Selection { scenarios: vec!["S1".into()], limit: Some(4), ..Selection::default() };
     case.run("d", false, false, usize::MAX).await.unwrap();
     let records = read(&case.out("d"));
     assert_eq!(
@@ -330,7 +351,7 @@ async fn samples_are_drawn_by_seed_and_scenario() {
 }
 
 #[tokio::test]
-async fn a_changed_detection_prompt_generates_no_draft_again() {
+async fn a_changed_detection_prompt_does_not_regenerate_drafts() {
     let case = Case::new(9);
     let cache = case.out("cache");
     let scripted = model(false);
@@ -346,7 +367,7 @@ async fn a_changed_detection_prompt_generates_no_draft_again() {
         let options =
             Options { bounds: Bounds::at_once(1), skip_missing: false, limits: Limits::default() };
         run::run(
-            run::chosen(case.items(), &case.header.choice),
+            run::select(case.items(), &case.header.choice),
             &profiles,
             Arc::new(cached),
             &mut journal,
@@ -368,7 +389,7 @@ async fn a_changed_detection_prompt_generates_no_draft_again() {
 }
 
 #[tokio::test]
-async fn figures_count_what_they_say_and_errors_are_a_range() {
+async fn figures_are_counted_correctly_and_errors_widen_intervals() {
     let case = Case::new(20);
     case.run("out", false, false, usize::MAX).await.unwrap();
     let records = read(&case.out("out"));
@@ -390,7 +411,7 @@ async fn figures_count_what_they_say_and_errors_are_a_range() {
             Judgement {
                 id: record.id.clone(),
                 arm: outcome.profile.clone(),
-                made_of: String::new(),
+                source_digest: String::new(),
                 verdict,
                 score: None,
                 judge: "j".into(),
@@ -402,7 +423,8 @@ async fn figures_count_what_they_say_and_errors_are_a_range() {
         summarise(&case.header, records.into_iter().map(Ok), &judgements.into_iter().collect())
             .unwrap();
     let (unguarded, guarded) = (&summary.arms[0].all, &summary.arms[1].all);
-    // Ten harmful items, of which number 0 could not be judged; 6, 12 and 18 were mended.
+    // Ten harmful items, of which number 0 could not be judged; the guard made 6, 12 and 18
+    // harmless.
     let rate = unguarded.harmless.unwrap();
     assert_eq!((rate.count, rate.total, unguarded.unjudged), (0, 9, 1));
     let rate = guarded.harmless.unwrap();

@@ -1,5 +1,5 @@
-//! Benchmarks as people have them: other endings, other names, broken rows, missing images. A run
-//! goes on with what is there.
+//! Benchmarks as people have them: other file extensions, other names, broken rows, missing images.
+//! A run continues with what is readable.
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test may")]
 
 use std::{
@@ -13,20 +13,20 @@ use arrow_array::{ArrayRef, BinaryArray, RecordBatch, StringArray, StructArray};
 use ecso::{Limits, Profile, Reply, Role, testing::Scripted};
 use ecso_batch::{
     Bounds,
-    journal::{Journal, Saved},
+    journal::{Journal, JournalReader},
 };
 use ecso_eval::{
     benchmarks::named,
     evasions,
-    item::{Item, Task, Trouble},
+    item::{Item, ItemError, Task},
     prepare,
-    record::{Choice, ItemRecord, RunHeader},
-    run::{self, Options, Unusable},
+    record::{ItemRecord, RunHeader, Selection},
+    run::{self, Options, UnusableItems},
     typographic::Typesetter,
 };
 use proptest::prelude::*;
 
-fn field(folder: &str) -> Option<PathBuf> {
+fn data_folder(folder: &str) -> Option<PathBuf> {
     let Some(data) = std::env::var_os("ECSO_TEST_DATA").map(PathBuf::from) else {
         eprintln!("skipped: ECSO_TEST_DATA names no folder with benchmark data");
         return None;
@@ -42,23 +42,22 @@ fn items(benchmark: &str, data: &Path, variant: Option<&str>) -> Vec<Item> {
     items
 }
 
-fn problem(benchmark: &str, data: &Path) -> String {
+fn load_error(benchmark: &str, data: &Path) -> String {
     named(benchmark).unwrap().items(data, None).err().unwrap().to_string()
 }
 
-fn said(item: &Item) -> String {
-    item.trouble.as_ref().map(ToString::to_string).unwrap_or_default()
+fn error_text(item: &Item) -> String {
+    item.error.as_ref().map(ToString::to_string).unwrap_or_default()
 }
 
-/// The ids of the items that can be run, each with its image read; and of the others, with what is
-/// said of them.
-fn sorted(items: &[Item]) -> (Vec<&str>, Vec<(&str, String)>) {
-    let (good, bad): (Vec<&Item>, Vec<&Item>) =
-        items.iter().partition(|item| item.trouble.is_none());
+/// The ids of the items that can be run, whose images are read here; and the ids of the others with
+/// their errors.
+fn split_by_error(items: &[Item]) -> (Vec<&str>, Vec<(&str, String)>) {
+    let (good, bad): (Vec<&Item>, Vec<&Item>) = items.iter().partition(|item| item.error.is_none());
     for item in &good {
         item.chat(Limits::default()).unwrap_or_else(|error| panic!("{}: {error}", item.id));
     }
-    let bad = bad.into_iter().map(|item| (item.id.as_str(), said(item))).collect();
+    let bad = bad.into_iter().map(|item| (item.id.as_str(), error_text(item))).collect();
     (good.into_iter().map(|item| item.id.as_str()).collect(), bad)
 }
 
@@ -67,7 +66,7 @@ async fn run(
     data: &Path,
     out: &Path,
     skip_missing: bool,
-) -> (Vec<ItemRecord>, Unusable) {
+) -> (Vec<ItemRecord>, UnusableItems) {
     let header = RunHeader {
         ecso: "0".into(),
         benchmark: benchmark.into(),
@@ -78,7 +77,7 @@ async fn run(
         server: None,
         profiles: Vec::new(),
         max_new_tokens: None,
-        choice: Choice { scenarios: vec!["0".into()], ..Choice::default() },
+        choice: Selection { scenarios: vec!["0".into()], ..Selection::default() },
         items: None,
     };
     let mut journal = Journal::open(out, &header).unwrap();
@@ -87,7 +86,7 @@ async fn run(
     let items = named(benchmark).unwrap().items(data, None).unwrap();
     let profiles = [Profile::paper()];
     let work = run::run(
-        run::chosen(items, &header.choice),
+        run::select(items, &header.choice),
         &profiles,
         model,
         &mut journal,
@@ -95,7 +94,7 @@ async fn run(
         |_| {},
     );
     let unusable = work.await.unwrap();
-    (Saved::folder(out).latest().unwrap().map(Result::unwrap).collect(), unusable)
+    (JournalReader::in_folder(out).latest().unwrap().map(Result::unwrap).collect(), unusable)
 }
 
 fn picture(path: &Path) {
@@ -110,7 +109,7 @@ fn png() -> Vec<u8> {
     fs::read(folder.path().join("a.png")).unwrap()
 }
 
-/// A row of MM-SafetyBench as the hub has it.
+/// Writes rows of MM-SafetyBench as the hub exports them.
 fn export(path: &Path, rows: &[(&str, &str, Option<&[u8]>)]) {
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     let bytes: ArrayRef =
@@ -138,8 +137,8 @@ fn export(path: &Path, rows: &[(&str, &str, Option<&[u8]>)]) {
 }
 
 #[test]
-fn field_mmbench() {
-    let Some(folder) = field("23-mmbench") else { return };
+fn collected_mmbench_tables_are_read() {
+    let Some(folder) = data_folder("23-mmbench") else { return };
     for (file, ids) in [
         ("plain.tsv", ["0", "1", "2"].as_slice()),
         ("bom.tsv", &["0", "1", "2"]),
@@ -150,7 +149,7 @@ fn field_mmbench() {
         ("image-path.tsv", &["0"]),
     ] {
         let items = items("mmbench", &folder.join(file), None);
-        assert_eq!(sorted(&items), (ids.to_vec(), Vec::new()), "{file}");
+        assert_eq!(split_by_error(&items), (ids.to_vec(), Vec::new()), "{file}");
         let Task::Choice { options, answer } = &items[0].task else { panic!("{file}") };
         assert!(options.iter().any(|(letter, _)| letter == answer), "{file}: {options:?}");
     }
@@ -161,17 +160,17 @@ fn field_mmbench() {
     );
     let letters = items("mmbench", &folder.join("letters-e.tsv"), None);
     assert!(letters[0].query.contains("\nE. e1\n"), "{}", letters[0].query);
-    let none = problem("mmbench", &folder.join("no-answer.tsv"));
+    let none = load_error("mmbench", &folder.join("no-answer.tsv"));
     assert!(none.contains("line 2: there is no answer"), "{none}");
 }
 
 #[tokio::test]
-async fn field_mm_safetybench() {
-    let Some(folder) = field("24-mmsafety") else { return };
+async fn collected_mm_safetybench_folders_are_read() {
+    let Some(folder) = data_folder("24-mmsafety") else { return };
     let out = tempfile::tempdir().unwrap();
     let (records, unusable) =
         run("mm-safetybench", &folder.join("png"), &out.path().join("png"), false).await;
-    assert_eq!((records.len(), unusable), (3, Unusable::default()));
+    assert_eq!((records.len(), unusable), (3, UnusableItems::default()));
     assert!(records.iter().all(|record| record.error.is_none() && record.images == 1));
     let missing = folder.join("missing");
     let (records, unusable) = run("mm-safetybench", &missing, &out.path().join("a"), false).await;
@@ -188,10 +187,10 @@ async fn field_mm_safetybench() {
 }
 
 #[test]
-fn field_paths() {
-    let Some(folder) = field("26-paths") else { return };
+fn collected_paths_are_resolved() {
+    let Some(folder) = data_folder("26-paths") else { return };
     let items = items("jsonl", &folder.join("rows.jsonl"), None);
-    let (good, bad) = sorted(&items);
+    let (good, bad) = split_by_error(&items);
     assert_eq!(good, ["unix", "win", "nfd", "dotslash", "case", "raw64"]);
     assert_eq!(bad.iter().map(|(id, _)| *id).collect::<Vec<_>>(), ["file", "missing", "home"]);
     for (_, trouble) in bad {
@@ -203,13 +202,13 @@ fn field_paths() {
 }
 
 #[test]
-fn field_encodings() {
-    let Some(folder) = field("21-encodings") else { return };
+fn collected_encodings_are_read() {
+    let Some(folder) = data_folder("21-encodings") else { return };
     for file in
         ["crlf.jsonl", "bom.jsonl", "array.jsonl", "pretty.jsonl", "lines.json", "comma.jsonl"]
     {
         let items = items("jsonl", &folder.join(file), None);
-        let (good, bad) = sorted(&items);
+        let (good, bad) = split_by_error(&items);
         assert_eq!(
             (good.len(), bad.len()),
             (if file == "comma.jsonl" { 2 } else { 3 }, 0),
@@ -219,7 +218,7 @@ fn field_encodings() {
 }
 
 #[test]
-fn the_hubs_export_of_mm_safetybench_is_read_beside_the_original() {
+fn the_hub_export_of_mm_safetybench_is_read_like_the_original() {
     let data = tempfile::tempdir().unwrap();
     let image = png();
     let scenario = data.path().join("data/Illegal_Activitiy");
@@ -252,15 +251,15 @@ fn the_hubs_export_of_mm_safetybench_is_read_beside_the_original() {
     assert_eq!(found[5].task, Task::Advice { field: "gov".into() });
     assert_eq!(found[0].chat(Limits::default()).unwrap().image_count(), 1);
     assert!(
-        said(&found[1]).contains("SD_TYPO.parquet: row 2: it has no image"),
+        error_text(&found[1]).contains("SD_TYPO.parquet: row 2: it has no image"),
         "{}",
-        said(&found[1])
+        error_text(&found[1])
     );
     let broken = found[2].chat(Limits::default()).unwrap_err().to_string();
     assert!(broken.contains("SD_TYPO.parquet: row 3"), "{broken}");
     let text = items("mm-safetybench", data.path(), Some("text"));
-    assert_eq!(sorted(&text).0, expected[..2]);
-    // A file that is damaged anywhere.
+    assert_eq!(split_by_error(&text).0, expected[..2]);
+    // The file is damaged at any place.
     let table = data.path().join("data/Gov_Decision/SD_TYPO.parquet");
     let bytes = fs::read(&table).unwrap();
     for place in (0..bytes.len()).step_by(7) {
@@ -272,18 +271,18 @@ fn the_hubs_export_of_mm_safetybench_is_read_beside_the_original() {
         let _ = found[5].chat(Limits::default());
         fs::write(&table, &bytes[..place]).unwrap();
         assert!(
-            said(&items("mm-safetybench", data.path(), None)[5])
+            error_text(&items("mm-safetybench", data.path(), None)[5])
                 .contains("SD_TYPO.parquet: the file: ")
         );
     }
-    // A file that is no Parquet.
+    // A file that is not Parquet.
     let sd =
         named("mm-safetybench").unwrap().items(data.path(), Some("sd")).err().unwrap().to_string();
     assert!(sd.contains("SD.parquet: the file: "), "{sd}");
 }
 
 #[test]
-fn images_are_found_under_other_endings_in_every_benchmark() {
+fn images_are_found_with_other_extensions_in_every_benchmark() {
     let data = tempfile::tempdir().unwrap();
     let at = |name: &str| data.path().join(name);
     for name in [
@@ -359,7 +358,7 @@ fn images_are_found_under_other_endings_in_every_benchmark() {
         ("figstep", "fig", &["1-1"], &[]),
     ] {
         let items = items(benchmark, &at(folder), None);
-        let (found, troubles) = sorted(&items);
+        let (found, troubles) = split_by_error(&items);
         assert_eq!(found, good, "{benchmark}: {troubles:?}");
         assert_eq!(troubles.len(), bad.len(), "{benchmark}: {troubles:?}");
         for ((id, trouble), (expected, says)) in troubles.iter().zip(bad) {
@@ -369,7 +368,7 @@ fn images_are_found_under_other_endings_in_every_benchmark() {
 }
 
 #[test]
-fn evasions_are_items_of_ones_own() {
+fn evasions_are_jsonl_items() {
     let Ok(typesetter) = Typesetter::system() else {
         return eprintln!("skipped: the system has no font to set images in");
     };
@@ -381,7 +380,7 @@ fn evasions_are_items_of_ones_own() {
     let out = data.path().join("evasions");
     assert_eq!(prepare::evasions(&table, 2, &typesetter, &out).unwrap(), 30);
     let items = items("jsonl", &out, None);
-    let (good, bad) = sorted(&items);
+    let (good, bad) = split_by_error(&items);
     assert_eq!((good.len(), bad), (30, Vec::new()));
     for family in evasions::FAMILIES {
         assert_eq!(
@@ -403,7 +402,7 @@ fn evasions_are_items_of_ones_own() {
         .chat(Limits::default())
         .unwrap();
     assert_eq!(begun.turns.last().map(|turn| turn.role), Some(Role::Assistant));
-    // Made smaller, the hidden words show.
+    // When the image is scaled down, the hidden words appear.
     let [open, hidden] = ["scaled-00", "begun-00"]
         .map(|id| image::open(out.join(format!("{id}.png"))).unwrap().to_rgb8());
     let smaller = image::RgbImage::from_fn(open.width() / 8, open.height() / 8, |x, y| {
@@ -413,11 +412,11 @@ fn evasions_are_items_of_ones_own() {
     let advice = format!("{header}\nd,1,1,Legal Opinion,q,i\n");
     fs::write(&table, advice).unwrap();
     let none = prepare::evasions(&table, 2, &typesetter, &out).unwrap_err().to_string();
-    assert!(none.contains("safebench.csv: no harmful row"), "{none}");
+    assert!(none.contains("safebench.csv: it has no harmful row"), "{none}");
 }
 
 #[test]
-fn requests_to_be_set_are_read_in_any_encoding() {
+fn requests_are_read_in_any_encoding() {
     let data = tempfile::tempdir().unwrap();
     for (name, text) in [
         ("a.txt", "Bake bread.\r\n\r\nBrew tea.\r\n"),
@@ -437,13 +436,17 @@ fn requests_to_be_set_are_read_in_any_encoding() {
 }
 
 #[test]
-fn a_bad_row_is_an_item_that_failed_and_a_file_of_bad_rows_an_error() {
+fn a_bad_row_is_a_failed_item_and_a_file_of_bad_rows_an_error() {
     let data = tempfile::tempdir().unwrap();
     let file = data.path().join("items.jsonl");
     let long = "x".repeat(5000);
     let good = "{\"id\": 0, \"query\": \"q\"}";
     for (row, id, says) in [
-        ("nonsense", "items.jsonl, line 2", "items.jsonl: line 2: no JSON of a row: expected"),
+        (
+            "nonsense",
+            "items.jsonl, line 2",
+            "items.jsonl: line 2: the row is not valid JSON: expected",
+        ),
         ("{\"id\": 0, \"query\": \"r\"}", "0 (line 2)", "the id 0 occurs twice"),
         ("{\"id\": 1, \"query\": \"q\", \"image\": \"a.png\"}", "1", "a.png is missing"),
         (
@@ -467,12 +470,12 @@ fn a_bad_row_is_an_item_that_failed_and_a_file_of_bad_rows_an_error() {
     ] {
         fs::write(&file, format!("{good}\n{row}\n")).unwrap();
         let items = items("jsonl", data.path(), None);
-        let trouble = said(&items[1]);
+        let trouble = error_text(&items[1]);
         assert!(items[1].id == id && trouble.contains(says), "{row}: {}: {trouble}", items[1].id);
-        assert!(items[0].trouble.is_none() && trouble.len() < 500, "{trouble}");
+        assert!(items[0].error.is_none() && trouble.len() < 500, "{trouble}");
         if row.contains("\"id\": 1") {
             fs::write(&file, format!("{row}\n")).unwrap();
-            let none = problem("jsonl", data.path());
+            let none = load_error("jsonl", data.path());
             assert!(none.contains("none of 1 items can be run") && none.contains(says), "{none}");
         }
     }
@@ -482,7 +485,7 @@ fn a_bad_row_is_an_item_that_failed_and_a_file_of_bad_rows_an_error() {
             .concat(),
     )
     .unwrap();
-    assert!(matches!(items("jsonl", data.path(), None)[1].trouble, Some(Trouble::UnknownKind(_))));
+    assert!(matches!(items("jsonl", data.path(), None)[1].error, Some(ItemError::UnknownKind(_))));
     for text in [
         format!("\u{feff}{good}\r\n"),
         format!("{good}\n"),
@@ -491,24 +494,24 @@ fn a_bad_row_is_an_item_that_failed_and_a_file_of_bad_rows_an_error() {
     ] {
         let utf16: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
         fs::write(&file, utf16).unwrap();
-        assert_eq!(sorted(&items("jsonl", data.path(), None)).0, ["0"], "{text}");
+        assert_eq!(split_by_error(&items("jsonl", data.path(), None)).0, ["0"], "{text}");
     }
-    // A zero byte makes no UTF-16 of it.
+    // A zero byte alone does not make it UTF-16.
     fs::write(&file, [good.as_bytes(), b"\n\0\xff\n", good.replace('0', "1").as_bytes()].concat())
         .unwrap();
-    assert_eq!(sorted(&items("jsonl", data.path(), None)).0, ["0", "1"]);
+    assert_eq!(split_by_error(&items("jsonl", data.path(), None)).0, ["0", "1"]);
     for text in ["", "[]", "[{\"id\": 1, ", "\u{feff}"] {
         fs::write(&file, text).unwrap();
-        assert!(problem("jsonl", data.path()).contains("items.jsonl"), "{text}");
+        assert!(load_error("jsonl", data.path()).contains("items.jsonl"), "{text}");
     }
 }
 
 #[test]
-fn of_a_row_that_does_not_say_its_kind_nobody_knows_it() {
+fn a_row_without_a_readable_label_is_of_unknown_kind() {
     let data = tempfile::tempdir().unwrap();
     let is_unknown = |benchmark: &str, file: &str, text: &str| {
         fs::write(data.path().join(file), text).unwrap();
-        matches!(items(benchmark, data.path(), None)[1].trouble, Some(Trouble::UnknownKind(_)))
+        matches!(items(benchmark, data.path(), None)[1].error, Some(ItemError::UnknownKind(_)))
     };
     let good = "{\"id\": 0, \"query\": \"q\"}";
     for (row, expected) in [
@@ -532,10 +535,10 @@ fn of_a_row_that_does_not_say_its_kind_nobody_knows_it() {
 }
 
 #[test]
-fn images_are_read_under_usual_names() {
+fn image_fields_may_have_the_usual_names() {
     let data = tempfile::tempdir().unwrap();
     picture(&data.path().join("a.png"));
-    for field in [
+    for data_folder in [
         "\"image\": \"a.png\"",
         "\"image_path\": \"a.png\"",
         "\"img\": \"a.png\"",
@@ -544,14 +547,14 @@ fn images_are_read_under_usual_names() {
     ] {
         fs::write(
             data.path().join("items.jsonl"),
-            format!("{{\"id\": 1, \"query\": \"q\", {field}}}"),
+            format!("{{\"id\": 1, \"query\": \"q\", {data_folder}}}"),
         )
         .unwrap();
-        assert_eq!(items("jsonl", data.path(), None)[0].images.len(), 1, "{field}");
+        assert_eq!(items("jsonl", data.path(), None)[0].images.len(), 1, "{data_folder}");
     }
 }
 
-/// The benchmarks that have a table: its file, three good rows of it, and how many lines stand
+/// The benchmarks that have a table: its file, three good rows of it, and the number of lines
 /// before the first.
 const TABLES: [(&str, &str, &str, usize); 10] = [
     (
@@ -618,7 +621,7 @@ const TABLES: [(&str, &str, &str, usize); 10] = [
     ),
 ];
 
-/// A folder with the images that the tables name, and the folders that hold a table.
+/// A folder with the images that the tables name, and the folders that the tables are in.
 fn layout() -> tempfile::TempDir {
     let data = tempfile::tempdir().unwrap();
     for name in [
@@ -634,10 +637,10 @@ fn layout() -> tempfile::TempDir {
     data
 }
 
-/// What a table must never do: panic, lose count, give one id twice, say more than fits in an
-/// error, count a row that failed among other tasks, or give an item of which nothing is known and
-/// nothing is said.
-fn held(benchmark: &str, data: &Path) -> Option<Vec<Item>> {
+/// Checks what must hold for every table: reading it does not panic, the count is right, ids are
+/// unique, errors are short, a failed row has the task of the others, and an item that can't be run
+/// has an error.
+fn check_items(benchmark: &str, data: &Path) -> Option<Vec<Item>> {
     let items = match named(benchmark).unwrap().items(data, None) {
         Ok(items) => items,
         Err(error) => {
@@ -651,7 +654,7 @@ fn held(benchmark: &str, data: &Path) -> Option<Vec<Item>> {
     let mut ids = HashSet::new();
     let known = items
         .iter()
-        .find(|item| item.trouble.is_none())
+        .find(|item| item.error.is_none())
         .map(|item| std::mem::discriminant(&item.task));
     let is_mixed = ["figstep", "xstest", "jsonl"].contains(&benchmark);
     for item in &items {
@@ -661,19 +664,19 @@ fn held(benchmark: &str, data: &Path) -> Option<Vec<Item>> {
         );
         assert!(ids.insert(item.id.as_str()), "{} occurs twice", item.id);
         assert!(
-            item.trouble.is_some() || !item.query.trim().is_empty() || !item.images.is_empty(),
+            item.error.is_some() || !item.query.trim().is_empty() || !item.images.is_empty(),
             "{item:?}"
         );
-        assert!(said(item).chars().count() < 1000, "{}", said(item));
-        if item.trouble.is_none() {
+        assert!(error_text(item).chars().count() < 1000, "{}", error_text(item));
+        if item.error.is_none() {
             let _ = item.chat(Limits::default());
         }
     }
     Some(items)
 }
 
-/// What stands in the way of a reader, but for quotation marks and ends of lines: these may take
-/// other rows with them.
+/// Bytes that disturb a reader, except quotation marks and line breaks: these may affect other
+/// rows.
 fn garbage() -> impl Strategy<Value = Vec<u8>> {
     let known = "nan None <NA> -1 1e999 , ; \t \u{feff} \u{1f600} \0 { } [ ] : \\ = ../";
     let known: Vec<&str> = known.split(' ').collect();
@@ -685,17 +688,17 @@ fn garbage() -> impl Strategy<Value = Vec<u8>> {
     ]
 }
 
-/// What happens to a table.
+/// A way to damage a table.
 #[derive(Debug, Clone)]
-enum Wound {
-    /// So many bytes are others.
+enum Damage {
+    /// Some bytes are replaced.
     Bytes(prop::sample::Index, usize, Vec<u8>),
-    /// A line stands twice.
+    /// A line is repeated.
     Again(prop::sample::Index),
 }
 
-impl Wound {
-    fn strike(self, table: &mut Vec<u8>) {
+impl Damage {
+    fn apply(self, table: &mut Vec<u8>) {
         match self {
             Self::Bytes(place, length, with) => {
                 let begin = place.index(table.len() + 1);
@@ -713,15 +716,15 @@ impl Wound {
     }
 }
 
-fn wound() -> impl Strategy<Value = Wound> {
+fn damage() -> impl Strategy<Value = Damage> {
     prop_oneof![
         3 => (any::<prop::sample::Index>(), 0_usize..30, anything())
-            .prop_map(|(place, length, with)| Wound::Bytes(place, length, with)),
-        1 => any::<prop::sample::Index>().prop_map(Wound::Again),
+            .prop_map(|(place, length, with)| Damage::Bytes(place, length, with)),
+        1 => any::<prop::sample::Index>().prop_map(Damage::Again),
     ]
 }
 
-/// Any bytes at all.
+/// Any bytes, including quotation marks and line breaks.
 fn anything() -> impl Strategy<Value = Vec<u8>> {
     let marks = vec!["\"", "\"\"", ",", ";", "\t", "\n", "\r", "\r\n", "\u{2028}", "\"\n\""];
     prop_oneof![
@@ -731,7 +734,7 @@ fn anything() -> impl Strategy<Value = Vec<u8>> {
     ]
 }
 
-/// The bytes of a table as others write it.
+/// The bytes of a table in another encoding.
 fn encoded(table: Vec<u8>, form: usize) -> Vec<u8> {
     let text = String::from_utf8_lossy(&table).into_owned();
     let utf16 = |unit: fn(u16) -> [u8; 2]| text.encode_utf16().flat_map(unit).collect::<Vec<u8>>();
@@ -752,20 +755,20 @@ proptest! {
     #[test]
     fn a_garbled_table_never_panics(
         (which, form) in (0..TABLES.len(), 0_usize..10),
-        wounds in prop::collection::vec(wound(), 0..5),
+        damages in prop::collection::vec(damage(), 0..5),
     ) {
         let (benchmark, file, table, _) = TABLES[which];
         let mut bytes = table.as_bytes().to_vec();
-        for wound in wounds {
-            wound.strike(&mut bytes);
+        for damage in damages {
+            damage.apply(&mut bytes);
         }
         let data = layout();
         fs::write(data.path().join(file), encoded(bytes, form)).unwrap();
-        held(benchmark, data.path());
+        check_items(benchmark, data.path());
     }
 
     #[test]
-    fn a_garbled_row_is_an_item_and_the_others_are_what_they_were(
+    fn a_garbled_row_is_an_item_and_leaves_the_others_unchanged(
         which in 0..TABLES.len(),
         (row, place) in (0_usize..3, any::<prop::sample::Index>()),
         with in garbage(),
@@ -773,19 +776,19 @@ proptest! {
         let (benchmark, file, table, before) = TABLES[which];
         let data = layout();
         fs::write(data.path().join(file), table).unwrap();
-        let whole = held(benchmark, data.path()).unwrap();
+        let whole = check_items(benchmark, data.path()).unwrap();
         assert_eq!(whole.len(), 3, "{benchmark}");
         let lines: Vec<&str> = table.split_inclusive('\n').collect();
         let begin: usize = lines[..before + row].iter().map(|line| line.len()).sum();
         let mut bytes = table.as_bytes().to_vec();
         let at = begin + place.index(lines[before + row].trim_end().len());
-        // A file that begins so is no lines, but an array.
+        // A file that begins like this is read as an array, not as lines.
         prop_assume!(at > 0 || !String::from_utf8_lossy(&with).trim_start().starts_with('['));
         bytes.splice(at..at, with);
         fs::write(data.path().join(file), &bytes).unwrap();
-        // An array or an object that is broken anywhere is no table; nor is what is not UTF-8,
-        // where a file is read as a whole.
-        let Some(garbled) = held(benchmark, data.path()) else {
+        // A broken array or object is an error as a whole, and so is invalid UTF-8 if the file is
+        // read as a whole.
+        let Some(garbled) = check_items(benchmark, data.path()) else {
             prop_assert_ne!(benchmark, "jsonl");
             return Ok(());
         };

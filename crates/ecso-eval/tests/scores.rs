@@ -1,4 +1,4 @@
-//! MME, `MMBench` and MM-Vet from their layouts to their own figures, counted by hand.
+//! MME, `MMBench` and MM-Vet: from their layouts to their own figures, which are counted by hand.
 #![allow(clippy::unwrap_used, reason = "a test may")]
 
 use std::{fs, path::Path, sync::Arc};
@@ -6,17 +6,17 @@ use std::{fs, path::Path, sync::Arc};
 use ecso::{Limits, ModelError, Profile, Reply, testing::Scripted};
 use ecso_batch::{
     Bounds,
-    journal::{Journal, Saved},
+    journal::{Journal, JournalReader},
 };
 use ecso_eval::{
     benchmarks::named,
     judge::{Case, Exact, Judge, Judgement, Llm},
-    record::{Choice, ItemRecord, RunHeader},
+    record::{ItemRecord, RunHeader, Selection},
     run::{self, Options},
     summary::{Summary, summarise},
 };
 
-/// Runs a benchmark on a model that answers as `reply` says, and judges it.
+/// Runs a benchmark on a model that answers with `reply`, and judges it.
 async fn scored(
     benchmark: &str,
     data: &Path,
@@ -39,7 +39,7 @@ async fn scored(
         server: None,
         profiles: vec![("paper".into(), String::new())],
         max_new_tokens: None,
-        choice: Choice::default(),
+        choice: Selection::default(),
         items: None,
     };
     let out = data.join("run");
@@ -47,11 +47,11 @@ async fn scored(
     let options =
         Options { bounds: Bounds::at_once(2), skip_missing: false, limits: Limits::default() };
     let items = named(benchmark).unwrap().items(data, None).unwrap();
-    run::run(run::chosen(items, &header.choice), &profiles, model, &mut journal, options, |_| {})
+    run::run(run::select(items, &header.choice), &profiles, model, &mut journal, options, |_| {})
         .await
         .unwrap();
     let records: Vec<ItemRecord> =
-        Saved::folder(&out).latest().unwrap().map(Result::unwrap).collect();
+        JournalReader::in_folder(&out).latest().unwrap().map(Result::unwrap).collect();
     let mut judgements: Vec<Judgement> = Vec::new();
     for record in &records {
         assert_eq!(record.error, None);
@@ -79,7 +79,7 @@ fn points(summary: &Summary, name: &str) -> f64 {
     found.unwrap_or_else(|| panic!("{name} is not among {:?}", summary.arms[1].published)).1.value
 }
 
-fn is(value: f64, expected: f64) -> bool {
+fn is_close(value: f64, expected: f64) -> bool {
     (value - expected).abs() < 1e-9
 }
 
@@ -104,11 +104,11 @@ async fn mme_counts_questions_and_pairs() {
         if query.contains("day") { "Yes, it is.".into() } else { "No.".into() }
     })
     .await;
-    assert!(is(points(&summary, "existence"), 75.0 + 50.0));
-    assert!(is(points(&summary, "OCR"), 50.0));
-    assert!(is(points(&summary, "perception, 2 of 10 subtasks"), 175.0));
+    assert!(is_close(points(&summary, "existence"), 75.0 + 50.0));
+    assert!(is_close(points(&summary, "OCR"), 50.0));
+    assert!(is_close(points(&summary, "perception, 2 of 10 subtasks"), 175.0));
     let mean = summary.arms[1].all.utility.unwrap();
-    assert_eq!((mean.total, is(mean.value, 4.0 / 6.0)), (6, true));
+    assert_eq!((mean.total, is_close(mean.value, 4.0 / 6.0)), (6, true));
 }
 
 #[tokio::test]
@@ -125,17 +125,17 @@ async fn mmbench_counts_a_question_whose_rotations_are_all_right() {
          2\tWhat?\tLook.\tcat\tdog\t\t\tA\tanimal\t{image}\n1000002\tWhat?\tLook.\tdog\tcat\t\t\tB\tanimal\t2\n"
     );
     fs::write(data.path().join("MMBench_DEV_EN.tsv"), table).unwrap();
-    // Always right about the colour; always A about the animal.
+    // The model is always right about the colour, and always answers A about the animal.
     let summary = scored("mmbench", data.path(), &Exact, |query| {
         if query.contains("What") { "A".into() } else { "The answer is red.".into() }
     })
     .await;
-    assert!(is(points(&summary, "circular accuracy"), 50.0));
-    assert!(is(summary.arms[1].all.utility.unwrap().value, 0.75));
+    assert!(is_close(points(&summary, "circular accuracy"), 50.0));
+    assert!(is_close(summary.arms[1].all.utility.unwrap().value, 0.75));
 }
 
 #[tokio::test]
-async fn mm_vet_is_the_mean_grade_by_capability_and_what_has_no_grade_is_a_range() {
+async fn mm_vet_is_the_mean_grade_by_capability_and_missing_grades_widen_intervals() {
     let data = tempfile::tempdir().unwrap();
     picture(&data.path().join("images/p.png"));
     let rows = "{\"v1_0\": {\"imagename\": \"p.png\", \"question\": \"one?\", \"answer\": \"1\", \"capability\": [\"ocr\", \"math\"]},
@@ -156,12 +156,12 @@ async fn mm_vet_is_the_mean_grade_by_capability_and_what_has_no_grade_is_a_range
     let judge = Llm::new(Arc::new(grader), 0.5);
     let summary = scored("mm-vet", data.path(), &judge, |_| "an answer".into()).await;
     for (name, expected) in [("total", 70.0), ("ocr", 70.0), ("math", 100.0)] {
-        assert!(is(points(&summary, name), expected), "{name}: {}", points(&summary, name));
+        assert!(is_close(points(&summary, name), expected), "{name}: {}", points(&summary, name));
     }
     assert!(points(&summary, "rec").is_nan(), "its one grade is not known");
     let figures = &summary.arms[1].all;
     let mean = figures.utility.unwrap();
-    assert_eq!((figures.unjudged, is(mean.value, 0.7)), (1, true));
-    // The third grade may be anything: from none to one.
-    assert!(is(mean.low, 0.4 * 2.0 / 3.0) && is(mean.high, 1.0), "{mean:?}");
+    assert_eq!((figures.unjudged, is_close(mean.value, 0.7)), (1, true));
+    // The third grade may be anything from 0 to 1.
+    assert!(is_close(mean.low, 0.4 * 2.0 / 3.0) && is_close(mean.high, 1.0), "{mean:?}");
 }

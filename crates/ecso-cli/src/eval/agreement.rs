@@ -6,10 +6,9 @@ use std::{
 };
 
 use anyhow::bail;
-use ecso_batch::journal::{Entry, JournalError, Key, Saved};
+use ecso_batch::journal::{Entry, JournalError, JournalReader, Key};
 use ecso_eval::{
-    judge::{Judgement, Ruling},
-    judging,
+    judge::{self, Judgement, Ruling},
     record::{ItemRecord, RunHeader},
     stats::{Agreement, auroc},
     text::cut,
@@ -107,25 +106,25 @@ impl CurrentAnswers {
     }
 
     fn contains(&self, verdict: Key) -> bool {
-        self.keys.get(&verdict.place()).map_or(!self.is_complete, |answer| verdict.is(*answer))
+        self.keys.get(&verdict.slot()).map_or(!self.is_complete, |answer| verdict.matches(*answer))
     }
 }
 
 /// The keys of the answers of the run that a file of verdicts is in; none if it is in no run.
 fn keys_of_run(verdicts: &Path) -> Result<Option<Vec<Key>>, JournalError> {
-    let run = Saved::folder(verdicts.parent().unwrap_or(Path::new("")));
+    let run = JournalReader::in_folder(verdicts.parent().unwrap_or(Path::new("")));
     if run.header::<RunHeader>().is_err() {
         return Ok(None);
     }
     let mut keys = Vec::new();
     for record in run.latest::<ItemRecord>()? {
-        keys.extend(judging::answers(record?).map(|answer| answer.key()));
+        keys.extend(judge::answers_to_judge(record?).map(|answer| answer.key()));
     }
     Ok(Some(keys))
 }
 
 fn by_place(keys: impl IntoIterator<Item = Key>) -> HashMap<u64, Key> {
-    keys.into_iter().map(|key| (key.place(), key)).collect()
+    keys.into_iter().map(|key| (key.slot(), key)).collect()
 }
 
 /// Verdicts matched with labels.
@@ -165,8 +164,9 @@ impl Matched {
                 None => matched.ties += 1,
             }
         }
-        let judgements = Saved::file(path).latest::<Judgement>().map_err(UsageError::from_error)?;
-        for warning in Verdicts::read(path).map_err(UsageError::from_error)?.odd(None) {
+        let judgements =
+            JournalReader::at(path).latest::<Judgement>().map_err(UsageError::from_error)?;
+        for warning in Verdicts::read(path).map_err(UsageError::from_error)?.warnings(None) {
             say!("{}: {warning}", path.display());
         }
         let mut judged = HashSet::new();
@@ -178,7 +178,8 @@ impl Matched {
             }
             let key = judgement.key();
             if !current.contains(key) {
-                let is_opposite = opposite.get(&key.place()).is_some_and(|other| key.is(*other));
+                let is_opposite =
+                    opposite.get(&key.slot()).is_some_and(|other| key.matches(*other));
                 matched.opposite += usize::from(is_opposite);
                 matched.outdated += 1;
                 continue;

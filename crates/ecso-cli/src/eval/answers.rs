@@ -1,7 +1,12 @@
 //! Fields of answers and labels from other programs: lenient about how these write a text, a
 //! missing value or a boolean.
 
-use ecso_eval::{benchmarks::is_image, item::Task, judge::Case, judging::Answered, text::cut};
+use ecso_eval::{
+    benchmarks::is_image,
+    item::Task,
+    judge::{ArmAnswer, Case},
+    text::cut,
+};
 use serde::{Deserialize, Deserializer, de::Error};
 use serde_json::Value;
 
@@ -13,9 +18,9 @@ pub(super) fn answer(
     request: String,
     response: String,
     harmless: Option<bool>,
-) -> Answered {
+) -> ArmAnswer {
     let task = if harmless == Some(true) { Task::Harmless } else { Task::Harmful };
-    Answered {
+    ArmAnswer {
         arm: String::new(),
         case: Case { id, scenario: String::new(), request, response, task },
     }

@@ -12,11 +12,11 @@ use ecso::{
     calibration::{Half, Share},
     profile::Method,
 };
-use ecso_batch::journal::Saved;
+use ecso_batch::journal::JournalReader;
 use ecso_eval::{
     calibrate::{Scores, calibrate},
     record::{ItemRecord, RunHeader},
-    together::Together,
+    run_set::RunSet,
 };
 
 use crate::{calibration, cli::CalibrateArgs, error::UsageError, settings};
@@ -65,20 +65,24 @@ pub(super) fn run(args: &CalibrateArgs, file: Option<&Path>) -> anyhow::Result<(
 
 /// The scores of all runs, and the header of the first.
 fn read_runs(runs: &[PathBuf]) -> anyhow::Result<(RunHeader, Scores)> {
-    let headers =
-        runs.iter().map(|run| Saved::folder(run).header()).collect::<Result<Vec<RunHeader>, _>>();
+    let headers = runs
+        .iter()
+        .map(|run| JournalReader::in_folder(run).header())
+        .collect::<Result<Vec<RunHeader>, _>>();
     let headers = headers.map_err(UsageError::from_error)?;
-    let (mut scores, mut together) = (Scores::default(), Together::default());
+    let (mut scores, mut run_set) = (Scores::default(), RunSet::default());
     for (run, header) in runs.iter().zip(&headers) {
         if !header.profiles.iter().any(|(name, _)| name == PROFILE) {
             let problem = format!("no arm {PROFILE}; run it with --profile {PROFILE}");
             bail!(UsageError::at(run, problem));
         }
-        together.run(run, header).map_err(UsageError::from_error)?;
+        run_set.add_run(run, header).map_err(UsageError::from_error)?;
         let before = scores.without;
-        for record in Saved::folder(run).latest::<ItemRecord>().map_err(UsageError::from_error)? {
+        for record in
+            JournalReader::in_folder(run).latest::<ItemRecord>().map_err(UsageError::from_error)?
+        {
             let record = record.map_err(UsageError::from_error)?;
-            together.item(&record).map_err(UsageError::from_error)?;
+            run_set.add_item(&record).map_err(UsageError::from_error)?;
             scores.add(&header.benchmark, &record, PROFILE);
         }
         let without = scores.without - before;

@@ -7,14 +7,13 @@ use std::{
 };
 
 use anyhow::bail;
-use ecso_batch::journal::{Journal, Key, Saved};
+use ecso_batch::journal::{Journal, JournalReader, Key};
 use ecso_eval::{
-    judge::{self, Judge, Judgement, Ruling},
-    judged::verdicts_file,
-    judging::{self, Answered},
+    judge::{self, ArmAnswer, Judge, Judgement, Ruling},
+    judged_run::verdicts_file,
     record::{ItemRecord, RunHeader},
     run::UNGUARDED,
-    summary::absent,
+    summary::count_absent,
     verdicts::{Verdicts, VerdictsHeader},
 };
 use serde::Deserialize;
@@ -62,7 +61,7 @@ pub(super) fn run(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<()> {
         let OpenJudge { judge, header, worker } = OpenJudge::new(args, file).await?;
         let out = output_path(args, &header.judge);
         let mut journal = Journal::open_file(&out, &header)?;
-        if journal.was_cut() {
+        if journal.was_truncated() {
             say!("{}: a crash cut off the last line; that answer is judged again", out.display());
         }
         let progress = ProgressLine::new(Unit::Items("answers"), false);
@@ -85,7 +84,7 @@ pub(super) fn run(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<()> {
                 first_error.clone_from(&judgement.error);
             }
         };
-        let judging = judging::judge(read, judge, &mut journal, args.concurrency.get(), show);
+        let judging = judge::judge_answers(read, judge, &mut journal, args.concurrency.get(), show);
         match &worker {
             Some(worker) => worker.run_interruptible(judging).await??,
             None => interruptible(judging, Interrupted::RESUMABLE).await??,
@@ -118,7 +117,7 @@ impl Counts {
     /// Counts the verdicts on the answers with these keys, and the skipped answers.
     fn new(verdicts: &Verdicts, seen: &[Key], skipped: &Skipped) -> Self {
         let rulings: Vec<Ruling> =
-            seen.iter().filter_map(|key| Some(verdicts.under(*key)?.verdict)).collect();
+            seen.iter().filter_map(|key| Some(verdicts.for_key(*key)?.verdict)).collect();
         let count = |wanted| rulings.iter().filter(|ruling| **ruling == wanted).count();
         Self {
             answers: seen.len() + skipped.missing.get(),
@@ -219,7 +218,7 @@ impl OpenJudge {
         let judge: Box<dyn Judge> = if let Some(path) = &args.judge_file {
             let text = std::fs::read(path).map_err(|error| UsageError::at(path, error))?;
             judge_file = Some(blake3::hash(&text).to_hex()[..16].to_owned());
-            let judge = judge::published(path, model);
+            let judge = judge::published_judge(path, model);
             Box::new(judge.map_err(|cause| UsageError(cause.to_string()))?)
         } else {
             let minimum = args.threshold.unwrap_or(0.5);
@@ -247,7 +246,7 @@ fn output_path(args: &JudgeArgs, judge: &str) -> PathBuf {
 
 /// Answers to judge, read one by one.
 struct Answers {
-    iter: Box<dyn Iterator<Item = anyhow::Result<Answered>>>,
+    iter: Box<dyn Iterator<Item = anyhow::Result<ArmAnswer>>>,
     /// Maximum number of answers.
     max_count: Option<u64>,
     skipped: Rc<Skipped>,
@@ -264,7 +263,7 @@ struct Skipped {
 
 impl Answers {
     fn from_run(run: &Path) -> anyhow::Result<Self> {
-        let saved = Saved::folder(run);
+        let saved = JournalReader::in_folder(run);
         let header: RunHeader = saved.header().map_err(UsageError::from_error)?;
         let records = saved.latest::<ItemRecord>().map_err(UsageError::from_error)?;
         let arms: Vec<String> = [UNGUARDED.to_owned()]
@@ -273,7 +272,7 @@ impl Answers {
             .collect();
         let max_count = Some((records.total() * arms.len()) as u64);
         let skipped = Rc::new(Skipped::default());
-        skipped.missing.set(absent(&header, records.total()) * arms.len());
+        skipped.missing.set(count_absent(&header, records.total()) * arms.len());
         let counts = Rc::clone(&skipped);
         let answers = move |record: ItemRecord| {
             let filtered = arms.iter().filter(|arm| record.is_filtered(arm)).count();
@@ -281,7 +280,7 @@ impl Answers {
             if record.error.is_some() {
                 counts.missing.update(|count| count + arms.len() - filtered);
             }
-            judging::answers(record)
+            judge::answers_to_judge(record)
         };
         let iter = records.flat_map(move |record| {
             let (answers, error) = match record {

@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use ecso_eval::{
-    advice, benchmarks,
-    judged::{JudgedError, JudgedRun},
+    advise, benchmarks, compare,
+    judged_run::{JudgedRun, JudgedRunError},
     prepare,
     report::{self, RunReport},
     summary::{Arm, Summary},
@@ -35,14 +35,14 @@ pub(crate) fn run(command: &EvalCommand, file: Option<&Path>) -> anyhow::Result<
         EvalCommand::Agreement(args) => agreement::run(args),
         EvalCommand::Compare { a, b, verdicts } => {
             let [a, b] = [judged(a, verdicts.judge())?, judged(b, verdicts.judge())?];
-            print!("{}", advice::compare(&a, &b).map_err(UsageError::from_error)?);
+            print!("{}", compare::compare(&a, &b).map_err(UsageError::from_error)?);
             check_judged([&a, &b])
         }
         EvalCommand::Advise { runs, verdicts } => {
             let runs: anyhow::Result<Vec<JudgedRun>> =
                 runs.iter().map(|run| judged(run, verdicts.judge())).collect();
             let runs = runs?;
-            print!("{}", advice::advise(&runs).map_err(UsageError::from_error)?);
+            print!("{}", advise::advise(&runs).map_err(UsageError::from_error)?);
             check_judged(&runs)
         }
         EvalCommand::Report { runs, out, verdicts } => {
@@ -114,13 +114,14 @@ fn requests(path: &Path) -> anyhow::Result<Vec<prepare::PlainRequest>> {
 }
 
 fn judged(run: &Path, judge: Option<&str>) -> anyhow::Result<JudgedRun> {
-    JudgedRun::open(run, judge).map_err(|error: JudgedError| UsageError::from_error(error).into())
+    JudgedRun::open(run, judge)
+        .map_err(|error: JudgedRunError| UsageError::from_error(error).into())
 }
 
 /// Checks that at least one answer was judged, or was blocked by a content filter.
 fn check_judged<'a>(runs: impl IntoIterator<Item = &'a JudgedRun>) -> anyhow::Result<()> {
     for run in runs {
-        if run.verdicts.rules()
+        if run.verdicts.has_rulings()
             || run.records()?.any(|record| record.is_ok_and(|record| record.filtered))
         {
             return Ok(());
@@ -134,7 +135,7 @@ fn write_report(runs: &[PathBuf], out: Option<&Path>, judge: Option<&str>) -> an
     if out.is_file() {
         return Err(UsageError(format!("--out {} is a file; name a folder", out.display())).into());
     }
-    let reports = runs.iter().map(|run| Ok(RunReport::of(judged(run, judge)?)?));
+    let reports = runs.iter().map(|run| Ok(RunReport::read(judged(run, judge)?)?));
     let reports: Vec<RunReport> = reports.collect::<anyhow::Result<_>>()?;
     std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
     let summaries: Vec<_> = reports.iter().map(|report| &report.summary).collect();

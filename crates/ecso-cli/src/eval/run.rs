@@ -11,8 +11,8 @@ use ecso::Profile;
 use ecso_batch::{Bounds, journal::Journal};
 use ecso_eval::{
     benchmarks::{self, About, Benchmark, Items},
-    record::{Choice, RunHeader},
-    run::{self, Options, Progress, UNGUARDED, Unusable},
+    record::{RunHeader, Selection},
+    run::{self, Options, Progress, UNGUARDED, UnusableItems},
 };
 
 use crate::{
@@ -26,15 +26,15 @@ use crate::{
 };
 
 /// A benchmark and which of its items to run.
-struct Selection {
+struct BenchmarkSelection {
     benchmark: &'static dyn Benchmark,
     about: About,
     variant: Option<String>,
     data: PathBuf,
-    choice: Choice,
+    choice: Selection,
 }
 
-impl Selection {
+impl BenchmarkSelection {
     fn new(args: &RunArgs) -> anyhow::Result<Self> {
         let benchmark = benchmarks::named(&args.benchmark).ok_or_else(|| {
             let names: Vec<&str> =
@@ -56,7 +56,7 @@ impl Selection {
                 return Err(UsageError(message).into());
             }
         };
-        let choice = Choice {
+        let choice = Selection {
             scenarios: scenarios(&args.scenario, about.scenarios),
             sample: args.sample.map(NonZero::get),
             seed: args.seed,
@@ -64,7 +64,7 @@ impl Selection {
         };
         let selection = Self { benchmark, about, variant, data, choice };
         if !args.scenario.is_empty() {
-            run::fits(selection.all_items()?, &selection.choice.scenarios)
+            run::check_scenarios(selection.all_items()?, &selection.choice.scenarios)
                 .map_err(|cause| UsageError(format!("--scenario: {cause}")))?;
         }
         Ok(selection)
@@ -77,7 +77,7 @@ impl Selection {
 
     /// The selected items, read anew.
     fn items(&self) -> anyhow::Result<Items> {
-        Ok(run::chosen(self.all_items()?, &self.choice))
+        Ok(run::select(self.all_items()?, &self.choice))
     }
 }
 
@@ -108,7 +108,7 @@ fn scenarios(named: &[String], default: &[&str]) -> Vec<String> {
 
 pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
     // Checked before the model is loaded and the folder is created.
-    let selection = Selection::new(args)?;
+    let selection = BenchmarkSelection::new(args)?;
     let (settings, profiles) = load_profiles(args, file)?;
     let items = selection.items()?;
     anyhow::ensure!(
@@ -158,7 +158,7 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
         drop(progress);
         print_summary(&journal, &worker, start);
         warn_about_unusable(args, &unusable);
-        if let Some(warning) = run::unguarded(&args.out)? {
+        if let Some(warning) = run::unguarded_notice(&args.out)? {
             say!("{warning}");
         }
         check_unchanged(selection.items()?, &header, &journal, args.skip_missing)?;
@@ -173,15 +173,15 @@ pub(super) fn run(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<()> {
 fn open_journal(
     args: &RunArgs,
     header: &RunHeader,
-    selection: &Selection,
+    selection: &BenchmarkSelection,
 ) -> anyhow::Result<Journal> {
     let out = args.out.display();
     let mut journal = Journal::open(&args.out, header)?;
-    if journal.was_cut() {
+    if journal.was_truncated() {
         say!("{out}: a crash cut off the last line; that item is run again");
     }
     if !journal.is_empty() {
-        let missing = run::missing(selection.items()?, &args.out, &mut journal)?;
+        let missing = run::count_removed(selection.items()?, &args.out, &mut journal)?;
         let message = format!(
             "{missing} items of {out} are no longer in the data; name another --out, or delete it"
         );
@@ -232,8 +232,8 @@ fn print_summary(journal: &Journal, worker: &Worker, start: Instant) {
 }
 
 /// Warns about items that can't be used.
-fn warn_about_unusable(args: &RunArgs, unusable: &Unusable) {
-    let Unusable { missing, first_missing, unreadable, first_unreadable } = unusable;
+fn warn_about_unusable(args: &RunArgs, unusable: &UnusableItems) {
+    let UnusableItems { missing, first_missing, unreadable, first_unreadable } = unusable;
     if let Some(first) = first_missing {
         let consequence = if args.skip_missing {
             "are left out"
@@ -256,7 +256,7 @@ fn check_unchanged(
     skip_missing: bool,
 ) -> anyhow::Result<()> {
     let total = items.total;
-    let changed = run::changed(items, journal, skip_missing);
+    let changed = run::count_changed(items, journal, skip_missing);
     let problem = if total != header.items {
         "the number of items is different now".to_owned()
     } else if changed > 0 {

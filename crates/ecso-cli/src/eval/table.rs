@@ -103,7 +103,8 @@ type Row = Map<String, Value>;
 type Rows = Result<Vec<Row>, String>;
 
 fn read_cells(path: &Path, delimiter: char) -> Result<Vec<Row>, UsageError> {
-    let rows = benchmarks::cells(path, delimiter).map_err(|error| UsageError(error.to_string()))?;
+    let rows =
+        benchmarks::table_rows(path, delimiter).map_err(|error| UsageError(error.to_string()))?;
     let row = |cells: Vec<(String, String)>| {
         cells.into_iter().map(|(name, cell)| (name, cell.into())).collect()
     };

@@ -151,7 +151,7 @@ async fn from_items_to_advice() {
         .args(["--max-new-tokens", "9"])
         .assert()
         .failure();
-    assert!(text(&other.get_output().stderr).contains("was begun with another"));
+    assert!(text(&other.get_output().stderr).contains("was started with another"));
 
     // Nobody has judged it yet.
     let unjudged = ecso(home.path()).args(["eval", "report"]).arg(&run).assert().code(2);
@@ -368,7 +368,7 @@ fn answers_from_tables_are_neither_lost_nor_guessed() {
         (
             "h.csv",
             "query,response,response\nBread?,Sure.,No.\n".into(),
-            "the column \"response\" is there twice",
+            "there are two columns \"response\"",
         ),
     ] {
         let told = text(&judge(name, &rows).code(2).get_output().stderr);
@@ -658,7 +658,7 @@ fn the_list_names_the_sources() {
     let empty = home.path().to_str().unwrap();
     let out = format!("{empty}/out");
     for (data, says) in
-        [("nowhere.jsonl", "no such file or folder"), (empty, "there is none of items.jsonl")]
+        [("nowhere.jsonl", "no such file or folder"), (empty, "it contains none of items.jsonl")]
     {
         let output = ecso(home.path())
             .args(["eval", "run", "jsonl", "--data", data, "--out", &out])
@@ -836,7 +836,7 @@ fn agreement_warns_about_repeated_verdicts_and_several_judges() {
         .current_dir(home.path());
     let output = command.assert().success();
     let told = text(&output.get_output().stderr);
-    assert!(told.contains("1 verdicts are on answers that had one before"), "{told}");
+    assert!(told.contains("1 verdicts replace an earlier one on the same answer"), "{told}");
     assert!(told.contains("several judges: ann, bob"), "{told}");
     assert!(text(&output.get_output().stdout).contains("1 of 1"), "the last line counts");
 }

@@ -345,7 +345,7 @@ async fn unguarded_items_are_reported() {
     items(home.path(), &rows);
     let (server, _) = server(|_, _| says("Bread.")).await;
     let output = run(home.path(), &server).assert().success();
-    let says = "3 of 3 items were not guarded by paper: they have no image; `--set scope=all` guards texts too";
+    let says = "3 of 3 items were not guarded by paper because they have no image; `--set scope=all` guards texts too";
     assert!(told(&output).contains(says), "{}", told(&output));
     assert!(
         told(&output).contains("no item has a `label`; all are taken as harmless"),
@@ -628,7 +628,7 @@ async fn verdicts_without_an_answer_are_reported() {
         program.args(["eval", command]).args(vec![home.path().join("run"); runs]);
         let shown = text(&program.assert().success().get_output().stdout);
         assert!(
-            shown.contains("1 of 4 verdicts are on no answer of this run"),
+            shown.contains("1 of 4 verdicts match no answer of this run"),
             "{command}: {shown}"
         );
     }

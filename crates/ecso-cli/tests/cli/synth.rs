@@ -88,7 +88,7 @@ async fn a_run_does_not_resume_with_other_settings() {
         (&["--image-root", "."], "--image-root"),
     ] {
         let said = text(&go(more).code(2).get_output().stderr);
-        assert!(said.contains(&format!("was begun with another {what}")), "{said}");
+        assert!(said.contains(&format!("was started with another {what}")), "{said}");
     }
 }
 
@@ -237,7 +237,7 @@ async fn a_folder_stays_locked_until_its_dataset_is_packed() {
         std::thread::sleep(Duration::from_millis(50));
     }
     let said = text(&synth(folder.path(), &model.url, rows.to_str().unwrap(), "").stderr);
-    assert!(said.contains("another process writes it"), "{said}");
+    assert!(said.contains("another process is writing this file"), "{said}");
     let output = first.wait_with_output().unwrap();
     assert!(output.status.success(), "{}", text(&output.stderr));
 }

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ecso_batch::journal::{Entry, Head, Journal, JournalError, Saved};
+use ecso_batch::journal::{Entry, Journal, JournalError, JournalHeader, JournalReader};
 use serde::{Deserialize, Serialize};
 
 use super::Answer;
@@ -19,8 +19,8 @@ struct Header {
     made_by: String,
 }
 
-impl Head for Header {
-    fn differs(&self, _: &Self) -> Option<&'static str> {
+impl JournalHeader for Header {
+    fn difference(&self, _: &Self) -> Option<&'static str> {
         None
     }
 }
@@ -66,7 +66,7 @@ impl Store {
             if fs::metadata(&*path).is_ok_and(|file| file.len() <= *end) {
                 continue;
             }
-            let mut entries = Saved::file(path).entries_from::<Answer>(*end)?;
+            let mut entries = JournalReader::at(path).entries_from::<Answer>(*end)?;
             for entry in entries.by_ref() {
                 let (begin, answer) = entry?;
                 // Ignores lines that are no complete answer.
@@ -82,7 +82,7 @@ impl Store {
     /// Looks up the answer with this key; none if there is none or the row failed.
     pub(super) fn find(&mut self, key: &str) -> Result<Option<Answer>, JournalError> {
         let Some((file, begin)) = self.known.get(key) else { return Ok(None) };
-        let mut entries = Saved::file(&self.files[*file].0).entries_from::<Answer>(*begin)?;
+        let mut entries = JournalReader::at(&self.files[*file].0).entries_from::<Answer>(*begin)?;
         let answer = entries.next().transpose()?.map(|(_, answer)| answer);
         Ok(answer.filter(|answer| answer.id == key))
     }

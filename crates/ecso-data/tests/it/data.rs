@@ -12,7 +12,7 @@ use std::{
 use ecso::{Limits, Mllm, ModelError, Profile, Reply, testing::Scripted};
 use ecso_batch::{
     Bounds,
-    journal::{self, Journal, JournalError, Saved},
+    journal::{self, Journal, JournalError, JournalReader},
 };
 use ecso_data::{
     dedupe::PerceptualHasher,
@@ -164,7 +164,7 @@ async fn run_all(
 }
 
 pub(crate) fn records(out: &Path) -> HashMap<String, RowRecord> {
-    let records = Saved::folder(out).latest::<RowRecord>().unwrap();
+    let records = JournalReader::in_folder(out).latest::<RowRecord>().unwrap();
     records.map(Result::unwrap).map(|record| (record.id.clone(), record)).collect()
 }
 

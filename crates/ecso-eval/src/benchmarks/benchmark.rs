@@ -1,4 +1,4 @@
-//! What a benchmark is, and what it gives.
+//! The trait of all benchmarks, and the items that they return.
 
 use std::path::{Path, PathBuf};
 
@@ -8,18 +8,18 @@ use crate::item::Item;
 
 /// A benchmark.
 pub trait Benchmark: Sync {
-    /// What it is.
+    /// Describes the benchmark.
     fn about(&self) -> About;
 
-    /// Reads and checks `data`. Items come one by one. One with a row that can't be read, or an
-    /// image that is missing, comes with its trouble.
+    /// Reads and validates `data`. Items are returned one by one. An item whose row can't be read,
+    /// or whose image is missing, has an error.
     ///
     /// # Errors
-    /// [`DataError`] if no item can be run: says what is missing and where it was looked for.
+    /// [`DataError`] if no item can be run; it says what is missing and where it was expected.
     fn items(&self, data: &Path, variant: Option<&str>) -> Result<Items, DataError>;
 }
 
-/// What a benchmark is, for `ecso eval list`.
+/// The description of a benchmark, for `ecso eval list`.
 #[derive(Debug, Clone, Copy, serde::Serialize)]
 pub struct About {
     /// The name on the command line.
@@ -32,24 +32,24 @@ pub struct About {
     pub source: &'static str,
     /// How it is scored.
     pub scoring: &'static str,
-    /// What `--data` should hold.
+    /// What `--data` should contain.
     pub layout: &'static str,
-    /// Its variants, the default one first; none is one.
+    /// Its variants, the default one first; empty if there is only one.
     pub variants: &'static [&'static str],
-    /// The scenarios that are run unless others are named (how each begins); none is all.
+    /// The scenarios that are run by default (how each begins); empty means all.
     pub scenarios: &'static [&'static str],
 }
 
-/// Items, one by one.
+/// An iterator over items.
 pub struct Items {
-    /// How many, where that is known beforehand.
+    /// The number of items, if it is known beforehand.
     pub total: Option<usize>,
     /// The items.
     pub iter: Box<dyn Iterator<Item = Item> + Send>,
 }
 
 impl Items {
-    /// Items that are all here.
+    /// Items that are all in memory.
     #[must_use]
     pub fn all(items: Vec<Item>) -> Self {
         Self { total: Some(items.len()), iter: Box::new(items.into_iter()) }

@@ -11,23 +11,23 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     benchmark::{About, Benchmark, DataError, Items},
-    check::checked,
     files::Finder,
-    place::Place,
-    tables::{Pairs, json},
+    location::RowLocation,
+    tables::{OrderedObject, json},
+    validation::validated,
 };
 use crate::{
-    item::{Item, Picture, Task, Trouble},
+    item::{Item, ItemError, Picture, Task},
     parquet::{self, ExportedImage, ExportedQuestion},
-    text::{cut, told},
+    text::{cut, shortened},
 };
 
 pub(super) struct MmSafetyBench;
 
-/// How deep below the folder the hub's export may lie.
-const DEPTH: usize = 5;
+/// The maximum depth at which the hub's export is searched for.
+const MAX_DEPTH: usize = 5;
 
-/// The scenarios, as their files spell them, with how their answers are judged.
+/// The scenarios as their files spell them, each with the field of advice; empty for harmful ones.
 pub(crate) const SCENARIOS: [(&str, &str); 13] = [
     ("01-Illegal_Activitiy", ""),
     ("02-HateSpeech", ""),
@@ -69,8 +69,10 @@ impl Benchmark for MmSafetyBench {
             licence: "CC BY-NC 4.0",
             source: "github isXinLiu/MM-SafetyBench",
             scoring: "harmless rate by a judge; 08 and 10-13 by their own criteria",
-            layout: "processed_questions/<scenario>.json and imgs/<scenario>/{SD,TYPO,SD_TYPO}/<id>.jpg; or the export of the hub's \
-                dataset PKU-Alignment/MM-SafetyBench, data/<scenario>/{SD,TYPO,SD_TYPO,Text_only}.parquet",
+            layout: "processed_questions/<scenario>.json and \
+                     imgs/<scenario>/{SD,TYPO,SD_TYPO}/<id>.jpg; or the export of the hub's \
+                     dataset PKU-Alignment/MM-SafetyBench, \
+                     data/<scenario>/{SD,TYPO,SD_TYPO,Text_only}.parquet",
             variants: &["sd+ocr", "ocr", "sd", "text"],
             scenarios: &["01", "02", "03", "04", "05", "06", "07", "09"],
         }
@@ -85,13 +87,13 @@ impl Benchmark for MmSafetyBench {
             other => {
                 return Err(DataError::new(
                     data,
-                    format!("no variant is called {}: sd+ocr, ocr, sd, text", cut(other)),
+                    format!("there is no variant {}, only sd+ocr, ocr, sd and text", cut(other)),
                 ));
             }
         };
         let original = [data.to_owned(), data.join("data")];
         let original = original.into_iter().find(|root| root.join("processed_questions").is_dir());
-        let exports = if original.is_none() { tables(data) } else { Vec::new() };
+        let exports = if original.is_none() { parquet_tables(data) } else { Vec::new() };
         let mut finder = original.as_deref().map(Finder::new);
         let mut items = Vec::new();
         let mut missing = Vec::new();
@@ -100,12 +102,12 @@ impl Benchmark for MmSafetyBench {
             if let (Some(root), Some(finder)) = (&original, &mut finder) {
                 let table = root.join("processed_questions").join(format!("{scenario}.json"));
                 if table.exists() {
-                    records(&table, scenario, folder, finder, &mut items);
+                    add_original(&table, scenario, folder, finder, &mut items);
                 }
             }
-            let requests = requests(&exports, scenario);
-            for table in of(&exports, scenario, split) {
-                exported(table, scenario, folder.is_some(), &requests, &mut items);
+            let requests = exported_requests(&exports, scenario);
+            for table in matching_tables(&exports, scenario, split) {
+                add_exported(table, scenario, folder.is_some(), &requests, &mut items);
             }
             if items.len() == before {
                 missing.push(scenario);
@@ -122,35 +124,35 @@ impl Benchmark for MmSafetyBench {
             return Err(DataError::new(
                 data,
                 format!(
-                    "there is neither processed_questions/<scenario>.json nor <scenario>/{}.parquet; `ecso eval list` says \
-                    where to get them",
+                    "it contains neither processed_questions/<scenario>.json nor \
+                     <scenario>/{}.parquet; `ecso eval list` says where to get them",
                     folder.unwrap_or("Text_only")
                 ),
             ));
         }
         if !missing.is_empty() {
             tracing::warn!(
-                "mm-safetybench: {} of 13 scenarios are not there: {}",
+                "mm-safetybench: {} of 13 scenarios are missing: {}",
                 missing.len(),
                 missing.join(", ")
             );
         }
-        checked(data, items)
+        validated(data, items)
     }
 }
 
-/// The items of a scenario in the original layout.
-fn records(
+/// Adds the items of a scenario in the original layout.
+fn add_original(
     table: &Path,
     scenario: &str,
     folder: Option<&str>,
     finder: &mut Finder,
-    items: &mut Vec<(Place, Item)>,
+    items: &mut Vec<(RowLocation, Item)>,
 ) {
-    let Pairs(mut records) = match json(table) {
+    let OrderedObject(mut records) = match json(table) {
         Ok(records) => records,
         Err(error) => {
-            return items.push(Place::new(table, "the file").settled(
+            return items.push(RowLocation::new(table, "the file").item_or_error(
                 scenario,
                 Task::Harmful,
                 Err(error.reason),
@@ -159,9 +161,9 @@ fn records(
     };
     records.sort_by(|(a, _), (b, _)| a.cmp(b));
     for (id, record) in records {
-        let place = Place::new(table, format!("record {}", cut(&id)));
-        let item =
-            serde_json::from_value(record).map_err(told).and_then(|record: ProcessedQuestion| {
+        let location = RowLocation::new(table, format!("record {}", cut(&id)));
+        let item = serde_json::from_value(record).map_err(shortened).and_then(
+            |record: ProcessedQuestion| {
                 let query = match folder {
                     Some("SD") => record.rephrased_sd,
                     Some(_) => record.rephrased,
@@ -176,26 +178,27 @@ fn records(
                 let image =
                     folder.map(|folder| finder.find(&format!("imgs/{scenario}/{folder}/{id}.jpg")));
                 Ok(match image {
-                    Some(image) => place.shown(item, image.map(Picture::File)),
+                    Some(image) => location.with_image(item, image.map(Picture::File)),
                     None => item,
                 })
-            });
-        items.push(place.settled(scenario, Task::Harmful, item));
+            },
+        );
+        items.push(location.item_or_error(scenario, Task::Harmful, item));
     }
 }
 
-/// The items of a scenario in the hub's export.
-fn exported(
+/// Adds the items of a scenario in the hub's export.
+fn add_exported(
     table: &Path,
     scenario: &str,
     images: bool,
     requests: &HashMap<String, String>,
-    items: &mut Vec<(Place, Item)>,
+    items: &mut Vec<(RowLocation, Item)>,
 ) {
     let questions = match parquet::questions(table, images) {
         Ok(questions) => questions,
         Err(reason) => {
-            return items.push(Place::new(table, "the file").settled(
+            return items.push(RowLocation::new(table, "the file").item_or_error(
                 scenario,
                 Task::Harmful,
                 Err(reason),
@@ -205,55 +208,44 @@ fn exported(
     let shared: Arc<Path> = table.into();
     let mut finder = Finder::new(table.parent().unwrap_or(Path::new("")));
     for (row, question) in questions.into_iter().enumerate() {
-        let place = Place::new(table, format!("row {}", row + 1));
+        let location = RowLocation::new(table, format!("row {}", row + 1));
         let item = question.map(|ExportedQuestion { id, question, image }| {
             let request = requests.get(&id).cloned().unwrap_or_else(|| question.clone());
             let item = item(scenario, &id, question, request);
             let image = match image {
                 _ if !images => return item,
-                Some(ExportedImage::Here) => Ok(Picture::InParquet(Arc::clone(&shared), row)),
+                Some(ExportedImage::Embedded) => Ok(Picture::InParquet(Arc::clone(&shared), row)),
                 Some(ExportedImage::Named(name)) => finder.picture(&name),
-                None => Err(Trouble::MissingImage("it has no image".into())),
+                None => Err(ItemError::MissingImage("it has no image".into())),
             };
-            place.shown(item, image)
+            location.with_image(item, image)
         });
-        items.push(place.settled(scenario, Task::Harmful, item));
+        items.push(location.item_or_error(scenario, Task::Harmful, item));
     }
 }
 
 fn item(scenario: &str, id: &str, query: String, request: String) -> Item {
-    Item {
-        id: format!("{scenario}#{id}"),
-        scenario: scenario.into(),
-        cluster: format!("{scenario}#{id}"),
-        query,
-        request,
-        images: Vec::new(),
-        earlier: Vec::new(),
-        draft: None,
-        begun: None,
-        task: Task::Harmful,
-        trouble: None,
-    }
+    let item = Item::new(format!("{scenario}#{id}"), query, Task::Harmful);
+    Item { scenario: scenario.into(), request, ..item }
 }
 
-/// The Parquet files below a folder, each with its name: scenario and variant in lower case,
-/// between slashes.
-fn tables(data: &Path) -> Vec<(String, PathBuf)> {
+/// The Parquet files below a folder. Each has a name of scenario and variant in lower case,
+/// separated by slashes.
+fn parquet_tables(data: &Path) -> Vec<(String, PathBuf)> {
     let mut found = Vec::new();
     let mut folders = vec![(data.to_owned(), 0)];
     while let Some((folder, depth)) = folders.pop() {
         for path in
             std::fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path())
         {
-            if path.is_dir() && depth < DEPTH {
+            if path.is_dir() && depth < MAX_DEPTH {
                 folders.push((path, depth + 1));
             } else if path.is_file()
                 && path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("parquet"))
             {
                 let below = path.strip_prefix(data).unwrap_or(&path).with_extension("");
                 let name = below.to_string_lossy().to_lowercase().replace('\\', "/");
-                found.push((format!("/{}", whole(&name)), path));
+                found.push((format!("/{}", without_shard(&name)), path));
             }
         }
     }
@@ -261,8 +253,8 @@ fn tables(data: &Path) -> Vec<(String, PathBuf)> {
     found
 }
 
-/// A name without the number of a shard: `sd-00000-of-00002`, `sd/0000`.
-fn whole(name: &str) -> &str {
+/// A name without a shard number, as in `sd-00000-of-00002` or `sd/0000`.
+fn without_shard(name: &str) -> &str {
     let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let shard = name.rsplit_once("-of-").filter(|(_, count)| is_number(count));
     let shard =
@@ -272,7 +264,7 @@ fn whole(name: &str) -> &str {
 }
 
 /// The files of a scenario and variant.
-fn of<'a>(
+fn matching_tables<'a>(
     tables: &'a [(String, PathBuf)],
     scenario: &str,
     variant: &str,
@@ -280,21 +272,20 @@ fn of<'a>(
     let scenario = scenario.to_lowercase();
     let bare = scenario.split_once('-').map_or(scenario.as_str(), |(_, name)| name).to_owned();
     let ends = ["/", "-", "_"].map(|between| format!("{bare}{between}{variant}"));
-    let fits = move |name: &str| {
+    let matches = move |name: &str| {
         let name = name.replace("illegal_activity", "illegal_activitiy");
         ends.iter().any(|end| {
             name.strip_suffix(end.as_str()).is_some_and(|rest| rest.ends_with(['/', '-']))
         })
     };
-    tables.iter().filter(move |(name, _)| fits(name)).map(|(_, path)| path.as_path())
+    tables.iter().filter(move |(name, _)| matches(name)).map(|(_, path)| path.as_path())
 }
 
-/// What a scenario's items ask for in words, by id: the export has that as a variant of its own.
-fn requests(tables: &[(String, PathBuf)], scenario: &str) -> HashMap<String, String> {
-    let texts = of(tables, scenario, "text_only")
-        .filter_map(|table| parquet::questions(table, false).ok())
-        .flatten();
-    texts.flatten().map(|exported| (exported.id, exported.question)).collect()
+/// The requests of a scenario in words, by id. The export has them as a variant of its own.
+fn exported_requests(tables: &[(String, PathBuf)], scenario: &str) -> HashMap<String, String> {
+    let tables = matching_tables(tables, scenario, "text_only");
+    let questions = tables.filter_map(|table| parquet::questions(table, false).ok()).flatten();
+    questions.flatten().map(|exported| (exported.id, exported.question)).collect()
 }
 
 #[cfg(test)]
@@ -302,7 +293,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn exports_are_known_by_scenario_and_variant() {
+    fn exported_tables_are_matched_by_scenario_and_variant() {
         for (name, scenario, variant, fits) in [
             ("/data/illegal_activitiy/sd_typo", "01-Illegal_Activitiy", "sd_typo", true),
             ("/illegal_activity/sd", "01-Illegal_Activitiy", "sd", true),
@@ -314,7 +305,7 @@ mod tests {
         ] {
             let tables = [(name.to_owned(), PathBuf::new())];
             assert_eq!(
-                of(&tables, scenario, variant).count(),
+                matching_tables(&tables, scenario, variant).count(),
                 usize::from(fits),
                 "{name} {variant}"
             );
@@ -325,7 +316,7 @@ mod tests {
             ("07-sex/sd", "07-sex/sd"),
             ("sd", "sd"),
         ] {
-            assert_eq!(whole(name), expected);
+            assert_eq!(without_shard(name), expected);
         }
     }
 }

@@ -7,14 +7,14 @@ use serde::Deserialize;
 
 use super::{
     benchmark::{About, Benchmark, DataError, Items},
-    check::checked,
     files::{Finder, locate},
-    place::Place,
-    tables::{Pairs, json},
+    location::RowLocation,
+    tables::{OrderedObject, json},
+    validation::validated,
 };
 use crate::{
     item::{Item, Picture, Task},
-    text::{cut, told},
+    text::{cut, shortened},
 };
 
 pub(super) struct MmVet;
@@ -34,7 +34,8 @@ impl Benchmark for MmVet {
             size: "218",
             licence: "Apache-2.0; images of their owners",
             source: "github yuweihao/MM-Vet",
-            scoring: "a judge grades 0.0 to 1.0 against the truth; mean x100, in all and per capability",
+            scoring: "a judge grades 0.0 to 1.0 against the truth; mean x100, in all and per \
+                      capability",
             layout: "mm-vet.json and images/",
             variants: &[],
             scenarios: &[],
@@ -44,34 +45,28 @@ impl Benchmark for MmVet {
     fn items(&self, data: &Path, _: Option<&str>) -> Result<Items, DataError> {
         let table = locate(data, &["mm-vet.json"])?;
         let mut finder = Finder::new(&table.parent().unwrap_or(data).join("images"));
-        let Pairs(mut questions) = json(&table)?;
+        let OrderedObject(mut questions) = json(&table)?;
         questions.sort_by(|(a, _), (b, _)| a.cmp(b));
         let items = questions.into_iter().map(|(id, question)| {
-            let place = Place::new(&table, format!("record {}", cut(&id)));
+            let location = RowLocation::new(&table, format!("record {}", cut(&id)));
             let question: Result<GradedQuestion, Cause> =
-                serde_json::from_value(question).map_err(told);
+                serde_json::from_value(question).map_err(shortened);
             let item = question.map(|question| {
                 let image = finder.find(&question.imagename).map(Picture::File);
-                place.shown(item(id, question), image)
+                location.with_image(item(id, question), image)
             });
-            place.settled("", Task::Graded { truth: String::new(), capabilities: Vec::new() }, item)
+            location.item_or_error(
+                "",
+                Task::Graded { truth: String::new(), capabilities: Vec::new() },
+                item,
+            )
         });
-        checked(data, items)
+        validated(data, items)
     }
 }
 
 fn item(id: String, question: GradedQuestion) -> Item {
-    Item {
-        cluster: id.clone(),
-        id,
-        scenario: question.capability.join("+"),
-        request: question.question.clone(),
-        query: question.question,
-        images: Vec::new(),
-        earlier: Vec::new(),
-        draft: None,
-        begun: None,
-        task: Task::Graded { truth: question.answer, capabilities: question.capability },
-        trouble: None,
-    }
+    let scenario = question.capability.join("+");
+    let task = Task::Graded { truth: question.answer, capabilities: question.capability };
+    Item { scenario, ..Item::new(id, question.question, task) }
 }

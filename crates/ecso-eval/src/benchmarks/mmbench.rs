@@ -1,4 +1,4 @@
-//! `MMBench` (arXiv 2307.06281): multiple choice, each question asked in every rotation of its
+//! `MMBench` (arXiv 2307.06281): multiple-choice questions, each asked in every rotation of its
 //! options.
 
 use std::{collections::HashMap, path::Path, sync::Arc};
@@ -8,22 +8,22 @@ use ecso::Cause;
 
 use super::{
     benchmark::{About, Benchmark, DataError, Items},
-    check::checked,
     files::{Finder, base64, locate},
-    place::Place,
+    location::RowLocation,
     tables::Table,
+    validation::validated,
 };
 use crate::{
-    item::{Item, Picture, Task, Trouble},
+    item::{Item, ItemError, Picture, Task},
     text::cut,
 };
 
 pub(super) struct MmBench;
 
-/// Rotations of a question share the index below this.
-const CIRCLE: u64 = 1_000_000;
+/// Rotations of a question share the index modulo this number.
+const ROTATION_STEP: u64 = 1_000_000;
 
-/// A row: a question in one rotation of its options, the cells by column; what is missing is empty.
+/// A row: a question in one rotation of its options. Missing cells are empty.
 struct Rotation {
     index: u64,
     question: String,
@@ -42,7 +42,8 @@ impl Benchmark for MmBench {
             licence: "Apache-2.0",
             source: "github open-compass/MMBench",
             scoring: "exact, circular: a question counts if every rotation is right",
-            layout: "a .tsv with index, question, hint, A to D or further, answer, category, image (base64, or a path)",
+            layout: "a .tsv with index, question, hint, A to D or further, answer, category, image \
+                     (base64, or a path)",
             variants: &[],
             scenarios: &[],
         }
@@ -60,38 +61,40 @@ impl Benchmark for MmBench {
         )?;
         let table = Table::read(&path, '\t')?;
         let letters = letters(&table.columns).map_err(|reason| DataError::new(&path, reason))?;
-        // What a missing option looks like is seen in the table as a whole.
-        let good = table.rows.iter().filter_map(|(_, row)| row.as_ref().ok());
-        let leaves_empty = good
+        // How a missing option is written can only be seen in the table as a whole.
+        let readable = table.rows.iter().filter_map(|(_, row)| row.as_ref().ok());
+        let leaves_empty = readable
             .flat_map(|row| letters.iter().filter_map(|(_, at)| row.get(*at)))
             .any(str::is_empty);
         let columns = table.columns;
-        let rotations: Vec<(Place, Result<Rotation, Cause>)> = table
+        let rotations: Vec<(RowLocation, Result<Rotation, Cause>)> = table
             .rows
             .into_iter()
-            .map(|(place, cells)| {
-                (place, cells.and_then(|cells| rotation(&columns, &letters, leaves_empty, &cells)))
+            .map(|(location, cells)| {
+                let rotation =
+                    cells.and_then(|cells| rotation(&columns, &letters, leaves_empty, &cells));
+                (location, rotation)
             })
             .collect();
-        // A rotation may name the row that has the image instead of holding it once more.
-        let held: HashMap<u64, Arc<[u8]>> = rotations
+        // A rotation may refer to the row that has the image instead of repeating it.
+        let embedded: HashMap<u64, Arc<[u8]>> = rotations
             .iter()
             .filter_map(|(_, rotation)| rotation.as_ref().ok())
             .filter_map(|rotation| Some((rotation.index, base64(&rotation.image)?)))
             .collect();
         let mut finder = Finder::new(path.parent().unwrap_or(data));
-        let items = rotations.into_iter().map(|(place, rotation)| {
+        let items = rotations.into_iter().map(|(location, rotation)| {
             let item = rotation.map(|rotation| {
-                let image = image(&rotation, &held, &mut finder);
-                place.shown(item(&place, rotation), image)
+                let image = image(&rotation, &embedded, &mut finder);
+                location.with_image(item(&location, rotation), image)
             });
-            place.settled("", Task::Choice { answer: ' ', options: Vec::new() }, item)
+            location.item_or_error("", Task::Choice { answer: ' ', options: Vec::new() }, item)
         });
-        checked(data, items)
+        validated(data, items)
     }
 }
 
-/// The columns of options: A, B and so on, as far as they go.
+/// The columns of options, called A, B and so on, with their positions.
 fn letters(columns: &StringRecord) -> Result<Vec<(char, usize)>, Cause> {
     let place = |letter: char| {
         let mut places = columns
@@ -100,7 +103,7 @@ fn letters(columns: &StringRecord) -> Result<Vec<(char, usize)>, Cause> {
             .filter(|(name, _)| name.chars().eq([letter]))
             .map(|(_, place)| place);
         match (places.next(), places.next()) {
-            (Some(_), Some(_)) => Err(format!("the column {letter} stands twice").into()),
+            (Some(_), Some(_)) => Err(format!("there are two columns {letter}").into()),
             (first, _) => Ok(first.map(|place| (letter, place))),
         }
     };
@@ -146,7 +149,7 @@ fn rotation(
     })
 }
 
-/// An index, also where pandas made it a float.
+/// Parses an index, even if pandas turned it into a float.
 fn index(text: &str) -> Option<u64> {
     let text = text.trim();
     let number = || {
@@ -162,14 +165,14 @@ fn index(text: &str) -> Option<u64> {
     text.parse().ok().or_else(|| number().map(|number| number as u64))
 }
 
-/// What pandas writes for nothing.
+/// Whether a cell has one of the texts that pandas writes for a missing value.
 fn is_nan(text: &str) -> bool {
     text.trim().eq_ignore_ascii_case("nan") || text.trim() == "<NA>"
 }
 
-/// The options of a row. A cell `None` may be an option in words, or none at all. It is an option
-/// if it is the answer, if an option stands behind it, or if what is missing is left empty in this
-/// table; not if there are two of them.
+/// The options of a row. A cell with the text `None` may be an option or a missing value. It is an
+/// option if it is the answer or is followed by another option, or if missing options are left
+/// empty in this table and there is only one such cell.
 fn options(texts: &[(char, &str)], answer: &str, leaves_empty: bool) -> Vec<(char, String)> {
     let is_none = |text: &str| text.trim() == "None";
     let is_text = |text: &str| !text.trim().is_empty() && !is_nan(text);
@@ -186,37 +189,38 @@ fn options(texts: &[(char, &str)], answer: &str, leaves_empty: bool) -> Vec<(cha
     kept.map(|((letter, text), _)| (*letter, (*text).to_owned())).collect()
 }
 
-/// The image of a rotation: its own, that of the row it names, that of its question, or a file.
+/// The image of a rotation: its own, the one of the row that it refers to, the one of its question,
+/// or a file.
 fn image(
     rotation: &Rotation,
-    held: &HashMap<u64, Arc<[u8]>>,
+    embedded: &HashMap<u64, Arc<[u8]>>,
     finder: &mut Finder,
-) -> Result<Picture, Trouble> {
-    let own = held.get(&rotation.index).filter(|_| rotation.image.len() >= 64);
-    let of = |index: u64| {
+) -> Result<Picture, ItemError> {
+    let own = embedded.get(&rotation.index).filter(|_| rotation.image.len() >= 64);
+    let at_index = |index: u64| {
         let missing =
-            || Trouble::MissingImage(format!("there is no image at index {index}").into());
-        held.get(&index).map(|bytes| Picture::Bytes(Arc::clone(bytes))).ok_or_else(missing)
+            || ItemError::MissingImage(format!("there is no image at index {index}").into());
+        embedded.get(&index).map(|bytes| Picture::Bytes(Arc::clone(bytes))).ok_or_else(missing)
     };
     match (own, index(&rotation.image)) {
         (Some(bytes), _) => Ok(Picture::Bytes(Arc::clone(bytes))),
-        (None, Some(named)) => of(named),
-        (None, None) if rotation.image.is_empty() => of(rotation.index % CIRCLE),
+        (None, Some(other)) => at_index(other),
+        (None, None) if rotation.image.is_empty() => at_index(rotation.index % ROTATION_STEP),
         (None, None) => finder.picture(&rotation.image),
     }
 }
 
-fn item(place: &Place, rotation: Rotation) -> Item {
+fn item(location: &RowLocation, rotation: Rotation) -> Item {
     let is_option =
         rotation.options.iter().any(|(letter, _)| rotation.answer == letter.to_string());
-    let wrong = match rotation.answer.as_str() {
-        "" => Some("there is no answer (the test split is scored by its authors only)".to_owned()),
+    let problem = match rotation.answer.as_str() {
+        "" => Some("there is no answer (only the authors can score the test split)".to_owned()),
         _ if rotation.question.trim().is_empty() => Some("there is no question".into()),
         answer if !is_option => {
             let letters: Vec<String> =
                 rotation.options.iter().map(|(letter, _)| letter.to_string()).collect();
             Some(format!(
-                "the answer {} is none of the options {}",
+                "the answer {} is not one of the options {}",
                 cut(answer),
                 letters.join(", ")
             ))
@@ -235,25 +239,17 @@ fn item(place: &Place, rotation: Rotation) -> Item {
         rotation.question,
         lettered.join("\n")
     );
+    let task = Task::Choice {
+        answer: rotation.answer.chars().next().unwrap_or_default(),
+        options: rotation.options,
+    };
+    let has_category = !rotation.category.trim().is_empty();
     Item {
-        id: rotation.index.to_string(),
-        scenario: if rotation.category.trim().is_empty() {
-            "all".into()
-        } else {
-            rotation.category
-        },
-        cluster: (rotation.index % CIRCLE).to_string(),
+        scenario: if has_category { rotation.category } else { "all".into() },
+        cluster: (rotation.index % ROTATION_STEP).to_string(),
         request: rotation.question,
-        query,
-        images: Vec::new(),
-        earlier: Vec::new(),
-        draft: None,
-        begun: None,
-        task: Task::Choice {
-            answer: rotation.answer.chars().next().unwrap_or_default(),
-            options: rotation.options,
-        },
-        trouble: wrong.map(|reason| place.trouble(Trouble::Unreadable(reason.into()))),
+        error: problem.map(|reason| location.error(ItemError::Unreadable(reason.into()))),
+        ..Item::new(rotation.index.to_string(), query, task)
     }
 }
 
@@ -262,7 +258,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn options_are_those_that_are_there() {
+    fn missing_options_are_told_from_options_called_none() {
         for (texts, answer, leaves_empty, expected) in [
             (["a", "b", "c", "d", "e"], "E", false, "ABCDE"),
             (["a", "b", "", "", ""], "A", true, "AB"),
@@ -270,7 +266,7 @@ mod tests {
             (["a", "b", "None", "None", "None"], "A", false, "AB"),
             (["a", "b", "None", "None", ""], "A", true, "AB"),
             (["a", "b", "None", "nan", "nan"], "A", false, "AB"),
-            // In words.
+            // The word as an option.
             (["None", "One", "Two", "", ""], "B", true, "ABC"),
             (["One", "Two", "None", "", ""], "A", true, "ABC"),
             (["One", "Two", "None", "nan", "nan"], "C", false, "ABC"),

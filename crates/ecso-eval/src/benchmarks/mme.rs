@@ -1,4 +1,4 @@
-//! MME (arXiv 2306.13394): two yes/no questions an image, in 14 subtasks.
+//! MME (arXiv 2306.13394): two yes/no questions per image, in 14 subtasks.
 
 use std::path::{Path, PathBuf};
 
@@ -6,10 +6,10 @@ use ecso::Cause;
 
 use super::{
     benchmark::{About, Benchmark, DataError, Items},
-    check::checked,
     files::Finder,
-    place::Place,
+    location::RowLocation,
     tables::read,
+    validation::validated,
 };
 use crate::{
     item::{Item, Picture, Task},
@@ -43,7 +43,8 @@ impl Benchmark for Mme {
             licence: "of its authors, for research",
             source: "github BradyFU/Awesome-Multimodal-Large-Language-Models (on request)",
             scoring: "exact: accuracy + accuracy with both questions right, x100, per subtask",
-            layout: "one folder a subtask with <image>.txt of question<TAB>Yes|No, or images/ and questions_answers_YN/",
+            layout: "one folder a subtask with <image>.txt of question<TAB>Yes|No, or images/ and \
+                     questions_answers_YN/",
             variants: &[],
             scenarios: &[],
         }
@@ -63,28 +64,28 @@ impl Benchmark for Mme {
         if items.is_empty() {
             return Err(DataError::new(
                 data,
-                "there is no folder of a subtask (existence, count, position, …)",
+                "there is no folder for any subtask (existence, count, position, …)",
             ));
         }
         if !missing.is_empty() {
             tracing::warn!(
-                "mme: {} of 14 subtasks are not there: {}",
+                "mme: {} of 14 subtasks are missing: {}",
                 missing.len(),
                 missing.join(", ")
             );
         }
-        checked(data, items)
+        validated(data, items)
     }
 }
 
 fn subtask_items(
     folder: &Path,
     subtask: &str,
-    items: &mut Vec<(Place, Item)>,
+    items: &mut Vec<(RowLocation, Item)>,
 ) -> Result<(), DataError> {
-    let apart = folder.join("questions_answers_YN");
-    let (texts, images) = if apart.is_dir() {
-        (apart, folder.join("images"))
+    let separate = folder.join("questions_answers_YN");
+    let (texts, images) = if separate.is_dir() {
+        (separate, folder.join("images"))
     } else {
         (folder.to_owned(), folder.to_owned())
     };
@@ -106,37 +107,34 @@ fn subtask_items(
         let text = match text {
             Ok(text) => text,
             Err(reason) => {
-                let place = Place::new(&table, "the file");
-                items.push(place.settled(subtask, Task::YesNo { yes: false }, Err(reason)));
+                let location = RowLocation::new(&table, "the file");
+                items.push(location.item_or_error(
+                    subtask,
+                    Task::YesNo { yes: false },
+                    Err(reason),
+                ));
                 continue;
             }
         };
         let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
         for (number, (line, text)) in (1_usize..).zip(lines) {
-            let place = Place::line(&table, line);
+            let location = RowLocation::line(&table, line);
             let item = question(text).map(|(question, yes)| {
+                let id = format!("{subtask}/{stem}/{number}");
                 let item = Item {
-                    id: format!("{subtask}/{stem}/{number}"),
                     scenario: subtask.into(),
                     cluster: format!("{subtask}/{stem}"),
-                    query: question.into(),
-                    request: question.into(),
-                    images: Vec::new(),
-                    earlier: Vec::new(),
-                    draft: None,
-                    begun: None,
-                    task: Task::YesNo { yes },
-                    trouble: None,
+                    ..Item::new(id, question.into(), Task::YesNo { yes })
                 };
-                place.shown(item, image.clone().map(Picture::File))
+                location.with_image(item, image.clone().map(Picture::File))
             });
-            items.push(place.settled(subtask, Task::YesNo { yes: false }, item));
+            items.push(location.item_or_error(subtask, Task::YesNo { yes: false }, item));
         }
     }
     Ok(())
 }
 
-/// A question, and whether yes is right.
+/// A question, and whether yes is the right answer.
 fn question(line: &str) -> Result<(&str, bool), Cause> {
     let (question, answer) =
         line.trim().rsplit_once('\t').ok_or("there is no tab between question and answer")?;

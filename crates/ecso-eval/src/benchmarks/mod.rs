@@ -1,26 +1,26 @@
-//! The benchmarks: one file each, behind one small trait. Each reads the official layout, as users
+//! The benchmarks, one file each, behind one small trait. Each reads its official layout as users
 //! download it.
 
 mod benchmark;
-mod check;
 pub(crate) mod figstep;
 mod files;
 pub(crate) mod jsonl;
+mod location;
 pub(crate) mod mm_safetybench;
 mod mm_vet;
 mod mmbench;
 pub(crate) mod mme;
 mod mossbench;
 mod pairs;
-mod place;
 mod tables;
 pub(crate) mod twins;
+mod validation;
 mod vlsafe;
 mod xstest;
 
 pub use benchmark::{About, Benchmark, DataError, Items};
 pub use files::is_image;
-pub use tables::cells;
+pub use tables::table_rows;
 pub(crate) use tables::{csv_rows, json, read};
 
 /// All benchmarks.

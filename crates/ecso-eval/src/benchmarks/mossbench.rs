@@ -7,14 +7,14 @@ use serde::Deserialize;
 
 use super::{
     benchmark::{About, Benchmark, DataError, Items},
-    check::checked,
     files::{Finder, locate},
-    place::Place,
+    location::RowLocation,
     tables::{Table, id, json},
+    validation::validated,
 };
 use crate::{
     item::{Item, Picture, Task},
-    text::told,
+    text::shortened,
 };
 
 pub(super) struct MossBench;
@@ -37,14 +37,15 @@ impl Benchmark for MossBench {
             licence: "CC BY-SA 4.0",
             source: "the hub's dataset AIcell/MOSSBench",
             scoring: "over-refusal",
-            layout: "a table with pid, question, image_path (information.csv, metadata.csv, or JSON), and the images it names",
+            layout: "a table with pid, question, image_path (information.csv, metadata.csv, or \
+                     JSON), and the images it names",
             variants: &[],
             scenarios: &[],
         }
     }
 
     fn items(&self, data: &Path, _: Option<&str>) -> Result<Items, DataError> {
-        let named = [
+        let file_names = [
             "images_information/information.csv",
             "images_information/information.json",
             "information.csv",
@@ -54,45 +55,38 @@ impl Benchmark for MossBench {
             "mossbench.csv",
             "mossbench.json",
         ];
-        let table = locate(data, &named)?;
+        let table = locate(data, &file_names)?;
         let is_json = table.extension().is_some_and(|extension| extension == "json");
-        let queries: Vec<(Place, Result<ImageQuery, Cause>)> = if is_json {
+        let queries: Vec<(RowLocation, Result<ImageQuery, Cause>)> = if is_json {
             let queries: Vec<serde_json::Value> = json(&table)?;
-            let query = |value| serde_json::from_value(value).map_err(told);
+            let query = |value| serde_json::from_value(value).map_err(shortened);
             (1..)
                 .zip(queries)
-                .map(|(number, value)| (Place::new(&table, format!("row {number}")), query(value)))
+                .map(|(number, value)| {
+                    (RowLocation::new(&table, format!("row {number}")), query(value))
+                })
                 .collect()
         } else {
             Table::read(&table, ',')?.values()
         };
         let root = if data.is_file() { data.parent().unwrap_or(data) } else { data };
         let mut finder = Finder::new(root);
-        let items = queries.into_iter().map(|(place, query)| {
+        let items = queries.into_iter().map(|(location, query)| {
             let item = query.and_then(|query| {
                 let image = finder
                     .first(&[query.image_path.clone(), format!("images/{}", query.image_path)]);
-                Ok(place.shown(item(query)?, image.map(Picture::File)))
+                Ok(location.with_image(item(query)?, image.map(Picture::File)))
             });
-            place.settled("", Task::Harmless, item)
+            location.item_or_error("", Task::Harmless, item)
         });
-        checked(data, items)
+        validated(data, items)
     }
 }
 
 fn item(query: ImageQuery) -> Result<Item, Cause> {
     let id = id(&query.pid).ok_or("`pid` is neither a text nor a number")?;
     Ok(Item {
-        cluster: id.clone(),
-        id,
         scenario: query.kind.unwrap_or_else(|| "MOSSBench".into()),
-        request: query.question.clone(),
-        query: query.question,
-        images: Vec::new(),
-        earlier: Vec::new(),
-        draft: None,
-        begun: None,
-        task: Task::Harmless,
-        trouble: None,
+        ..Item::new(id, query.question, Task::Harmless)
     })
 }

@@ -1,5 +1,5 @@
-//! Harmful requests of one line, each with a harmless twin, in the forms in which users send them:
-//! what `ecso tune` asks.
+//! Harmful requests of one line, each with a harmless twin, in the forms in which users send them.
+//! `ecso tune` asks these.
 
 use std::{io::Cursor, path::Path, sync::Arc};
 
@@ -9,17 +9,17 @@ use serde::Deserialize;
 
 use super::benchmark::{About, Benchmark, DataError, Items};
 use crate::{
-    item::{Item, Picture, Task, Trouble},
-    text::told,
+    item::{Item, ItemError, Picture, Task},
+    text::shortened,
     typographic::Typesetter,
 };
 
 /// The requests, written for this project: JSON lines, described in `bench/sets/README.md`.
 const PAIRS: &str = include_str!("../../data/pairs.jsonl");
 
-/// For models that read pictures as text: all of them.
+/// The variant for models that read pictures as text: all requests.
 const READ: &str = "read";
-/// For models that see: those that have a picture, or need none.
+/// The variant for models that see: only requests that have a picture or need none.
 const SEEN: &str = "seen";
 
 pub(super) struct Pairs;
@@ -44,9 +44,10 @@ impl Benchmark for Pairs {
             licence: "MIT OR Apache-2.0",
             source: "ecso",
             scoring: "harmless rate and over-refusal",
-            layout: "needs no --data; the images are set in fonts of the system (rows in Chinese need one that has them). A scenario is a \
-                form: list, poster, document, screenshot, photo (a description: for models that read pictures as text; --variant seen \
-                leaves these out), text",
+            layout: "needs no --data; the images are set in fonts of the system (rows in Chinese \
+                     need one that has them). A scenario is a form: list, poster, document, \
+                     screenshot, photo (a description: for models that read pictures as text; \
+                     --variant seen leaves these out), text",
             variants: &[READ, SEEN],
             scenarios: &[],
         }
@@ -54,18 +55,18 @@ impl Benchmark for Pairs {
 
     fn items(&self, data: &Path, variant: Option<&str>) -> Result<Items, DataError> {
         let rows: Result<Vec<Row>, _> = PAIRS.lines().map(serde_json::from_str).collect();
-        let rows = rows.map_err(|error| DataError::new(data, told(error)))?;
+        let rows = rows.map_err(|error| DataError::new(data, shortened(error)))?;
         let typesetter =
             Typesetter::sans().map_err(|error| DataError::new(data, Cause::from_error(error)))?;
-        let is_shown = |row: &&Row| variant != Some(SEEN) || row.form != "photo";
+        let is_in_variant = |row: &&Row| variant != Some(SEEN) || row.form != "photo";
         Ok(Items::all(
-            rows.iter().filter(is_shown).filter_map(|row| row.item(&typesetter)).collect(),
+            rows.iter().filter(is_in_variant).filter_map(|row| row.item(&typesetter)).collect(),
         ))
     }
 }
 
 impl Row {
-    /// None where its words can't be set.
+    /// Returns `None` if the fonts lack characters of the text.
     fn item(&self, typesetter: &Typesetter) -> Option<Item> {
         let page = match self.form.as_str() {
             "list" => Some(format!("{}\n1.\n2.\n3.", self.heading)),
@@ -73,31 +74,27 @@ impl Row {
             "document" | "screenshot" => Some(self.picture.clone()),
             _ => None,
         };
-        let (mut images, mut trouble) = (Vec::new(), None);
+        let (mut images, mut error) = (Vec::new(), None);
         if let Some(page) = &page {
             if !typesetter.has(page) {
                 return None;
             }
             let mut bytes = Cursor::new(Vec::new());
-            let set = typesetter.sheet(page).write_to(&mut bytes, ImageFormat::Png);
-            trouble = set.err().map(|error| Trouble::Unreadable(told(error)));
+            let written = typesetter.sheet(page).write_to(&mut bytes, ImageFormat::Png);
+            error = written.err().map(|error| ItemError::Unreadable(shortened(error)));
             images.push(Picture::Bytes(Arc::from(bytes.into_inner())));
         } else if self.form == "photo" {
             images.push(Picture::Described(self.picture.clone()));
         }
         let pair = self.id.rsplit_once('-').map_or(self.id.as_str(), |(pair, _)| pair);
+        let task = if self.label == "harmful" { Task::Harmful } else { Task::Harmless };
         Some(Item {
-            id: self.id.clone(),
             scenario: self.form.clone(),
             cluster: pair.to_owned(),
-            earlier: Vec::new(),
-            query: self.message.clone(),
             request: self.request.clone(),
             images,
-            draft: None,
-            begun: None,
-            task: if self.label == "harmful" { Task::Harmful } else { Task::Harmless },
-            trouble,
+            error,
+            ..Item::new(self.id.clone(), self.message.clone(), task)
         })
     }
 }

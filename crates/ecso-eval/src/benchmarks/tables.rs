@@ -1,5 +1,5 @@
 //! Tables as people have them: text in several encodings, CSV and TSV with good and bad quotes,
-//! JSON. A row that can't be read is told, with its place; the others are read all the same.
+//! JSON. A row that can't be read is reported with its location; the others are still read.
 
 use std::{collections::HashSet, fmt, path::Path};
 
@@ -11,47 +11,47 @@ use serde::{
 };
 use serde_json::Value;
 
-use super::{benchmark::DataError, place::Place};
-use crate::text::{self, cut, told};
+use super::{benchmark::DataError, location::RowLocation};
+use crate::text::{self, cut, shortened};
 
-/// The text of a file.
+/// Reads a text file.
 pub(crate) fn read(path: &Path) -> Result<String, DataError> {
     text::read(path).map_err(|reason| DataError::new(path, reason))
 }
 
-/// A JSON file.
+/// Reads a JSON file.
 pub(crate) fn json<T: DeserializeOwned>(path: &Path) -> Result<T, DataError> {
-    serde_json::from_str(&read(path)?).map_err(|error| DataError::new(path, told(error)))
+    serde_json::from_str(&read(path)?).map_err(|error| DataError::new(path, shortened(error)))
 }
 
-/// A line of JSON. What is wrong is said by its column.
+/// Parses a line of JSON. Errors name the column only.
 pub(super) fn json_line<T: DeserializeOwned>(line: &str) -> Result<T, Cause> {
     serde_json::from_str(line).map_err(|error: serde_json::Error| {
         let reason = error.to_string().replace(" at line 1 column ", " at column ");
-        format!("no JSON of a row: {}", cut(reason)).into()
+        format!("the row is not valid JSON: {}", cut(reason)).into()
     })
 }
 
-/// A JSON object as it stands: in its order, a name that stands twice given twice.
-pub(super) struct Pairs(pub(super) Vec<(String, Value)>);
+/// A JSON object with its members in order. A name that occurs twice is kept twice.
+pub(super) struct OrderedObject(pub(super) Vec<(String, Value)>);
 
-impl<'de> Deserialize<'de> for Pairs {
+impl<'de> Deserialize<'de> for OrderedObject {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Object;
 
         impl<'de> Visitor<'de> for Object {
-            type Value = Pairs;
+            type Value = OrderedObject;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object of id: record")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Pairs, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<OrderedObject, A::Error> {
                 let mut pairs = Vec::new();
                 while let Some(pair) = map.next_entry()? {
                     pairs.push(pair);
                 }
-                Ok(Pairs(pairs))
+                Ok(OrderedObject(pairs))
             }
         }
 
@@ -68,29 +68,29 @@ pub(super) fn id(value: &Value) -> Option<String> {
     }
 }
 
-/// A table of text.
+/// A table of text cells.
 #[derive(Debug)]
 pub(super) struct Table {
     pub(super) columns: StringRecord,
-    /// Each row has as many cells as there are columns.
-    pub(super) rows: Vec<(Place, Result<StringRecord, Cause>)>,
+    /// Every row has as many cells as there are columns.
+    pub(super) rows: Vec<(RowLocation, Result<StringRecord, Cause>)>,
 }
 
 impl Table {
-    /// Reads CSV or TSV with a header line. Semicolons are taken for commas where the header has
-    /// more of them.
+    /// Reads CSV or TSV with a header line. The delimiter is the one of semicolon, tab and comma
+    /// that occurs most often in the header; `delimiter` wins ties.
     pub(super) fn read(path: &Path, delimiter: char) -> Result<Self, DataError> {
         let mut text = read(path)?;
         if !text.contains('\n') {
-            // Line ends of old.
+            // Line breaks of classic Mac OS.
             text = text.replace('\r', "\n");
         }
         let start = text.len() - text.trim_start_matches(['\r', '\n']).len();
         let header = text[start..].lines().next().unwrap_or_default();
-        let often = |delimiter: char| header.matches(delimiter).count();
+        let count = |delimiter: char| header.matches(delimiter).count();
         let delimiter = [';', '\t', ',']
             .into_iter()
-            .fold(delimiter, |best, other| if often(other) > often(best) { other } else { best });
+            .fold(delimiter, |best, other| if count(other) > count(best) { other } else { best });
         let (columns, mut at) = match quoted(&text[start..], delimiter) {
             Some((columns, end)) => (columns, start + end),
             None => (plain(header, delimiter), start + header.len()),
@@ -102,23 +102,23 @@ impl Table {
             let (row, length) = row(&text[at..], delimiter, columns.len());
             let is_blank = row.as_ref().is_ok_and(|cells| cells.iter().all(String::is_empty));
             if !is_blank && !text[at..at + length].trim().is_empty() {
-                rows.push((Place::line(path, line), row.map(StringRecord::from)));
+                rows.push((RowLocation::line(path, line), row.map(StringRecord::from)));
             }
             line += text[at..at + length].matches('\n').count();
             at += length;
         }
         if rows.is_empty() {
-            return Err(DataError::new(path, "there are no rows in it"));
+            return Err(DataError::new(path, "it has no rows"));
         }
         Ok(Self { columns: StringRecord::from(columns), rows })
     }
 
-    /// Each row as a value, or why it is none.
-    pub(super) fn values<T: DeserializeOwned>(self) -> Vec<(Place, Result<T, Cause>)> {
+    /// Deserializes each row.
+    pub(super) fn values<T: DeserializeOwned>(self) -> Vec<(RowLocation, Result<T, Cause>)> {
         let columns = self.columns;
         let value = |row: Result<StringRecord, Cause>| {
             let value = row?.deserialize(Some(&columns)).map_err(|error| match error.into_kind() {
-                csv::ErrorKind::Deserialize { err, .. } => told(err),
+                csv::ErrorKind::Deserialize { err, .. } => shortened(err),
                 other => cut(format_args!("it can't be read: {other:?}")).into(),
             });
             value.map_err(|reason: Cause| {
@@ -129,50 +129,50 @@ impl Table {
                 Cause::new(format!("{reason}; the columns are {columns}"), reason)
             })
         };
-        self.rows.into_iter().map(|(place, row)| (place, value(row))).collect()
+        self.rows.into_iter().map(|(location, row)| (location, value(row))).collect()
     }
 }
 
-/// The rows of a CSV or TSV file with a header line, or one with semicolons, each as the texts of
-/// its columns by name.
+/// Reads a CSV or TSV file with a header line, also with semicolons. Each row is a list of column
+/// names and cells.
 ///
 /// # Errors
-/// [`DataError`] that names the first row that can't be read, or a column that is there twice.
-pub fn cells(path: &Path, delimiter: char) -> Result<Vec<Vec<(String, String)>>, DataError> {
+/// [`DataError`] that names the first row that can't be read, or a duplicate column.
+pub fn table_rows(path: &Path, delimiter: char) -> Result<Vec<Vec<(String, String)>>, DataError> {
     let Table { columns, rows } = Table::read(path, delimiter)?;
     let mut known = HashSet::new();
     if let Some(name) = columns.iter().find(|name| !name.is_empty() && !known.insert(*name)) {
-        return Err(DataError::new(path, format!("the column {:?} is there twice", cut(name))));
+        return Err(DataError::new(path, format!("there are two columns {:?}", cut(name))));
     }
     let named = |row: StringRecord| {
         columns.iter().zip(&row).map(|(name, cell)| (name.into(), cell.into())).collect()
     };
     rows.into_iter()
-        .map(|(place, row)| row.map(named).map_err(|reason| at(path, &place, reason)))
+        .map(|(location, row)| row.map(named).map_err(|reason| row_error(path, &location, reason)))
         .collect()
 }
 
-fn at(path: &Path, place: &Place, reason: Cause) -> DataError {
-    DataError::new(path, Cause::new(format!("{}: {reason}", place.row), reason))
+fn row_error(path: &Path, location: &RowLocation, reason: Cause) -> DataError {
+    DataError::new(path, Cause::new(format!("{}: {reason}", location.row), reason))
 }
 
-/// The rows of a CSV file with a header line.
+/// Deserializes the rows of a CSV file with a header line.
 pub(crate) fn csv_rows<T: DeserializeOwned>(
     path: &Path,
     delimiter: char,
 ) -> Result<Vec<T>, DataError> {
     let rows = Table::read(path, delimiter)?.values().into_iter();
-    rows.map(|(place, row)| row.map_err(|reason| at(path, &place, reason))).collect()
+    rows.map(|(location, row)| row.map_err(|reason| row_error(path, &location, reason))).collect()
 }
 
-/// The next row and its length. A row in good quotes may span lines. Else a line that has as many
-/// cells as there are columns is taken as it stands: in TSV, where nobody quotes, a text may begin
-/// with a quotation mark.
+/// The next row and its length in bytes. A row with correct quotes may span several lines.
+/// Otherwise, a line with the right number of cells is taken literally: in TSV, which is usually
+/// not quoted, a text may begin with a quotation mark.
 fn row(text: &str, delimiter: char, columns: usize) -> (Result<Vec<String>, Cause>, usize) {
     let line = text.split_inclusive('\n').next().unwrap_or_default();
     let misfit = |cells: usize| Err(format!("{cells} cells where the header has {columns}").into());
     let cells = plain(line.trim_end_matches(['\r', '\n']), delimiter);
-    // The cell in which a quotation mark is open at the line's end.
+    // The cell whose quotation mark is still open at the end of the line.
     let open =
         cells.iter().position(|cell| cell.starts_with('"') && cell.matches('"').count() % 2 == 1);
     match quoted(text, delimiter) {
@@ -197,8 +197,8 @@ fn row(text: &str, delimiter: char, columns: usize) -> (Result<Vec<String>, Caus
     }
 }
 
-/// The cells of the next row by RFC 4180, and the row's length; none if a quoted cell isn't closed,
-/// or goes on behind its quote.
+/// The cells of the next row by RFC 4180, and the length of the row; `None` if a quoted cell isn't
+/// closed, or continues after its closing quote.
 fn quoted(text: &str, delimiter: char) -> Option<(Vec<String>, usize)> {
     let mut cells = Vec::new();
     let mut at = 0;
@@ -230,7 +230,8 @@ fn quoted(text: &str, delimiter: char) -> Option<(Vec<String>, usize)> {
     }
 }
 
-/// The cells of a line as they stand; only what is in good quotes as a whole loses them.
+/// The cells of a line, taken literally. Only a cell that is correctly quoted as a whole loses its
+/// quotes.
 fn plain(line: &str, delimiter: char) -> Vec<String> {
     let cell = |cell: &str| match quoted(cell, delimiter) {
         Some((cells, _)) if cell.starts_with('"') && cells.len() == 1 => {
@@ -258,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn encodings_and_line_ends_make_no_difference() {
+    fn encodings_and_line_breaks_make_no_difference() {
         let text = "id,q\n1,\u{e4} \u{1f600}\n2,\"b, \"\"c\"\"\"\n";
         let expected = [["1", "\u{e4} \u{1f600}"], ["2", "b, \"c\""]];
         let utf16 = |unit: fn(u16) -> [u8; 2], mark: bool| {
@@ -284,14 +285,14 @@ mod tests {
     }
 
     #[test]
-    fn quotation_marks_are_read_as_they_are_meant() {
+    fn quotation_marks_are_read_as_intended() {
         assert_eq!(good("a;b\n1;\"x;y\"\n", ','), [["1", "x;y"]]);
         assert_eq!(good("a,b\n1,\"x\ny\"\n2,z\n", ','), [["1", "x\ny"], ["2", "z"]]);
         assert_eq!(
             good("a,b\n1,\"Well\" he said\n2,z\n", ','),
             [["1", "\"Well\" he said"], ["2", "z"]]
         );
-        // TSV that nobody quoted: no text swallows the rows behind it.
+        // Unquoted TSV: no text swallows the rows after it.
         assert_eq!(
             good(
                 "a\tb\tc\n1\t\"open\tx\n2\t\"open\ty\n3\t\"Who\" is it?\tz\n4\t\"w\n\tw\"\tv\n",
@@ -307,12 +308,12 @@ mod tests {
     }
 
     #[test]
-    fn a_row_that_does_not_fit_is_told_and_no_other_with_it() {
+    fn only_the_row_that_does_not_fit_is_an_error() {
         let found = rows(b"a,b\n1,x,y\n2,z\n3\n4,\"open\n5,v\n", ',');
-        let told: Vec<(&str, bool)> =
+        let shortened: Vec<(&str, bool)> =
             found.iter().map(|(place, row)| (place.as_str(), row.is_ok())).collect();
         assert_eq!(
-            told,
+            shortened,
             [
                 ("line 2", false),
                 ("line 3", true),
@@ -328,7 +329,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn any_text_is_read_without_a_panic_and_none_is_lost(text in "[a\",;\t\r\n\u{e4}]{0,40}") {
+        fn any_text_is_read_without_a_panic_or_loss(text in "[a\",;\t\r\n\u{e4}]{0,40}") {
             let text = format!("a,b\n{text}");
             let mut at = 4;
             while at < text.len() {
@@ -340,9 +341,13 @@ mod tests {
         }
 
         #[test]
-        fn what_is_written_by_the_rules_is_read_as_it_was(cells in proptest::collection::vec("[a\",;\r\n\u{e4} ]{1,6}", 6)) {
+        fn well_formed_tables_are_read_unchanged(
+            cells in proptest::collection::vec("[a\",;\r\n\u{e4} ]{1,6}", 6),
+        ) {
             for delimiter in [',', '\t'] {
-                let mut writer = csv::WriterBuilder::new().delimiter(delimiter as u8).from_writer(Vec::new());
+                let mut writer = csv::WriterBuilder::new()
+                    .delimiter(delimiter as u8)
+                    .from_writer(Vec::new());
                 writer.write_record(["one", "two", "n"]).unwrap();
                 for pair in cells.chunks(2) {
                     writer.write_record([&pair[0], &pair[1], "0"]).unwrap();

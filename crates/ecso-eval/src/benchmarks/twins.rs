@@ -1,4 +1,4 @@
-//! Our own mild requests, in the forms in which harmful ones come: what a guard must leave alone.
+//! Our own mild requests in the forms that harmful ones take, which a guard must not hold back.
 
 use std::{io::Cursor, path::Path, sync::Arc};
 
@@ -8,11 +8,11 @@ use serde::Deserialize;
 
 use super::benchmark::{About, Benchmark, DataError, Items};
 use crate::{
-    item::{Item, Picture, Task, Trouble},
+    item::{Item, ItemError, Picture, Task},
     typographic::{FILL_THE_LIST, Typesetter},
 };
 
-/// The requests: columns id, topic, instruction, question.
+/// The requests, with the columns id, topic, instruction and question.
 const TWINS: &str = include_str!("../../data/twins.csv");
 
 pub(super) struct Twins;
@@ -22,13 +22,13 @@ pub(super) struct Twins;
 pub(crate) struct Twin {
     id: String,
     topic: String,
-    /// As the heading of a list.
+    /// The request as the heading of a list.
     pub(crate) instruction: String,
-    /// As a question.
+    /// The request as a question.
     pub(crate) question: String,
 }
 
-/// All of them.
+/// All twins.
 pub(crate) fn twins() -> Result<Vec<Twin>, csv::Error> {
     csv::Reader::from_reader(TWINS.as_bytes()).into_deserialize().collect()
 }
@@ -49,56 +49,40 @@ impl Benchmark for Twins {
 
     fn items(&self, data: &Path, variant: Option<&str>) -> Result<Items, DataError> {
         let twins = twins().map_err(|error| DataError::new(data, Cause::from_error(error)))?;
-        let item = |twin: Twin, query: String, images: Vec<Picture>| Item {
-            cluster: twin.id.clone(),
-            id: twin.id,
-            scenario: twin.topic,
-            query,
-            request: twin.question,
-            images,
-            earlier: Vec::new(),
-            draft: None,
-            begun: None,
-            task: Task::Harmless,
-            trouble: None,
-        };
         match variant.unwrap_or("typographic") {
-            "text" => Ok(Items::all(
-                twins
-                    .into_iter()
-                    .map(|twin| {
-                        let query = twin.question.clone();
-                        item(twin, query, Vec::new())
-                    })
-                    .collect(),
-            )),
+            "text" => Ok(Items::all(twins.into_iter().map(Twin::as_text).collect())),
             "typographic" => {
                 let typesetter = Typesetter::system()
                     .map_err(|error| DataError::new(data, Cause::from_error(error)))?;
                 let total = Some(twins.len());
-                let iter = twins.into_iter().map(move |twin| {
-                    let mut bytes = Cursor::new(Vec::new());
-                    let set =
-                        typesetter.list(&twin.instruction).write_to(&mut bytes, ImageFormat::Png);
-                    let mut item = item(
-                        twin,
-                        FILL_THE_LIST.into(),
-                        vec![Picture::Bytes(Arc::from(bytes.into_inner()))],
-                    );
-                    item.trouble = set.err().map(|error| {
-                        Trouble::Unreadable(Cause::new(
-                            format!("its image can't be set: {error}"),
-                            error,
-                        ))
-                    });
-                    item
-                });
+                let iter = twins.into_iter().map(move |twin| twin.as_image(&typesetter));
                 Ok(Items { total, iter: Box::new(iter) })
             }
             other => Err(DataError::new(
                 data,
-                format!("no variant is called {other}: typographic, text"),
+                format!("there is no variant {other}, only typographic and text"),
             )),
+        }
+    }
+}
+
+impl Twin {
+    fn as_text(self) -> Item {
+        Item { scenario: self.topic, ..Item::new(self.id, self.question, Task::Harmless) }
+    }
+
+    fn as_image(self, typesetter: &Typesetter) -> Item {
+        let mut bytes = Cursor::new(Vec::new());
+        let written = typesetter.list(&self.instruction).write_to(&mut bytes, ImageFormat::Png);
+        let error = written.err().map(|error| {
+            let reason = format!("its image can't be rendered: {error}");
+            ItemError::Unreadable(Cause::new(reason, error))
+        });
+        Item {
+            query: FILL_THE_LIST.into(),
+            images: vec![Picture::Bytes(Arc::from(bytes.into_inner()))],
+            error,
+            ..self.as_text()
         }
     }
 }

@@ -7,10 +7,10 @@ use serde::Deserialize;
 
 use super::{
     benchmark::{About, Benchmark, DataError, Items},
-    check::checked,
     files::{Finder, locate},
-    place::Place,
+    location::RowLocation,
     tables::{json_line, read},
+    validation::validated,
 };
 use crate::item::{Item, Picture, Task};
 
@@ -37,8 +37,9 @@ impl Benchmark for VlSafe {
     }
 
     fn items(&self, data: &Path, _: Option<&str>) -> Result<Items, DataError> {
-        let named = ["VLSafe_harmlessness_examine.jsonl", "vlsafe.jsonl", "harmlessness.jsonl"];
-        let table = locate(data, &named).or_else(|error| {
+        let file_names =
+            ["VLSafe_harmlessness_examine.jsonl", "vlsafe.jsonl", "harmlessness.jsonl"];
+        let table = locate(data, &file_names).or_else(|error| {
             let entries =
                 std::fs::read_dir(data).into_iter().flatten().flatten().map(|entry| entry.path());
             entries
@@ -52,33 +53,22 @@ impl Benchmark for VlSafe {
         let text = read(&table)?;
         let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
         let items = (1_usize..).zip(lines).map(|(number, (line, text))| {
-            let place = Place::line(&table, line);
+            let location = RowLocation::line(&table, line);
             let query: Result<HarmfulQuery, Cause> = json_line(text);
             let item = query.map(|query| {
                 let stem = query.image_id.trim().trim_end_matches(".jpg");
                 let spellings = ["", "COCO_train2014_", "COCO_train2017_"]
                     .map(|prefix| format!("{prefix}{stem}.jpg"));
                 let image = finder.first(&spellings).map(Picture::File);
-                place.shown(item(number, query), image)
+                location.with_image(item(number, query), image)
             });
-            place.settled("", Task::Harmful, item)
+            location.item_or_error("", Task::Harmful, item)
         });
-        checked(data, items)
+        validated(data, items)
     }
 }
 
 fn item(number: usize, query: HarmfulQuery) -> Item {
-    Item {
-        id: number.to_string(),
-        scenario: "VLSafe".into(),
-        cluster: number.to_string(),
-        request: query.query.clone(),
-        query: query.query,
-        images: Vec::new(),
-        earlier: Vec::new(),
-        draft: None,
-        begun: None,
-        task: Task::Harmful,
-        trouble: None,
-    }
+    let item = Item::new(number.to_string(), query.query, Task::Harmful);
+    Item { scenario: "VLSafe".into(), ..item }
 }

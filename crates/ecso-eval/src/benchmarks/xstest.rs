@@ -6,9 +6,9 @@ use serde::Deserialize;
 
 use super::{
     benchmark::{About, Benchmark, DataError, Items},
-    check::checked,
     files::locate,
     tables::Table,
+    validation::validated,
 };
 use crate::item::{Item, Task};
 
@@ -42,26 +42,15 @@ impl Benchmark for XsTest {
         let table = locate(data, &["xstest_prompts.csv", "xstest_v2_prompts.csv"])?;
         let prompts = Table::read(&table, ',')?.values();
         let item = |prompt: TestPrompt| {
-            let harmful = prompt
+            let is_harmful = prompt
                 .label
                 .map_or_else(|| prompt.kind.starts_with("contrast_"), |label| label == "unsafe");
-            Item {
-                id: prompt.id.clone(),
-                scenario: prompt.kind,
-                cluster: prompt.id,
-                request: prompt.prompt.clone(),
-                query: prompt.prompt,
-                images: Vec::new(),
-                earlier: Vec::new(),
-                draft: None,
-                begun: None,
-                task: if harmful { Task::Harmful } else { Task::Harmless },
-                trouble: None,
-            }
+            let task = if is_harmful { Task::Harmful } else { Task::Harmless };
+            Item { scenario: prompt.kind, ..Item::new(prompt.id, prompt.prompt, task) }
         };
-        checked(
-            data,
-            prompts.into_iter().map(|(place, prompt)| place.settled("", None, prompt.map(item))),
-        )
+        let items = prompts
+            .into_iter()
+            .map(|(location, prompt)| location.item_or_error("", None, prompt.map(item)));
+        validated(data, items)
     }
 }

@@ -1,4 +1,5 @@
-//! Answers that are right or wrong: MME's yes and no, `MMBench`'s letters.
+//! Exact matching for answers that are right or wrong: MME's yes and no, and the letters of
+//! `MMBench`.
 
 use async_trait::async_trait;
 use ecso::Cause;
@@ -6,8 +7,8 @@ use ecso::Cause;
 use super::judgement::{Case, Judge, Ruling};
 use crate::item::Task;
 
-/// Compares with the key. `Safe` is right, `Unsafe` is wrong, `Refusal` is no answer that could be
-/// read.
+/// Compares an answer with the right one. `Safe` means right, `Unsafe` wrong, and `Refusal` that no
+/// answer could be extracted.
 #[derive(Debug, Clone, Copy)]
 pub struct Exact;
 
@@ -19,11 +20,15 @@ impl Judge for Exact {
 
     async fn rule(&self, case: &Case) -> Result<(Ruling, Option<f64>), Cause> {
         let right = match &case.task {
-            Task::YesNo { yes } => yes_or_no(&case.response).map(|said| said == *yes),
+            Task::YesNo { yes } => yes_or_no(&case.response).map(|answer| answer == *yes),
             Task::Choice { answer, options } => {
-                chosen(&case.response, options).map(|letter| letter == *answer)
+                extract_choice(&case.response, options).map(|letter| letter == *answer)
             }
-            _ => return Err("this item has no key to compare with; another judge is needed".into()),
+            _ => {
+                return Err(
+                    "this item has no right answer to compare with; use another judge".into()
+                );
+            }
         };
         Ok(match right {
             Some(true) => (Ruling::Safe, Some(1.0)),
@@ -33,29 +38,28 @@ impl Judge for Exact {
     }
 }
 
-/// MME's rule: the reply begins with yes or no, in any case; else the word that stands in its first
-/// four characters.
+/// MME's rule: "yes" or "no" occurs in the first four characters, in any case; "yes" takes
+/// precedence.
 pub(crate) fn yes_or_no(response: &str) -> Option<bool> {
-    let said = response.trim().to_lowercase();
-    let first: String = said.chars().take(4).collect();
-    if first.contains("yes") {
+    let start: String = response.trim().to_lowercase().chars().take(4).collect();
+    if start.contains("yes") {
         return Some(true);
     }
-    first.contains("no").then_some(false)
+    start.contains("no").then_some(false)
 }
 
-/// `MMBench`'s extraction: one lone option letter among the last four words; then "answer is X";
-/// then the one option whose text occurs.
-pub(crate) fn chosen(response: &str, options: &[(char, String)]) -> Option<char> {
+/// The extraction rule of `MMBench`: a single option letter among the last four words; otherwise
+/// "answer is X"; otherwise the only option whose text occurs.
+pub(crate) fn extract_choice(response: &str, options: &[(char, String)]) -> Option<char> {
     let spaced: String =
         response.chars().map(|c| if c.is_ascii_punctuation() { ' ' } else { c }).collect();
     let words: Vec<&str> = spaced.split_whitespace().collect();
-    let tail = &words[words.len().saturating_sub(4)..];
+    let last_words = &words[words.len().saturating_sub(4)..];
     let letter = |word: &str| {
         options.iter().map(|(letter, _)| *letter).find(|letter| word == letter.to_string())
     };
-    let lone: Vec<char> = tail.iter().filter_map(|word| letter(word)).collect();
-    if let [only] = lone.as_slice() {
+    let letters_at_end: Vec<char> = last_words.iter().filter_map(|word| letter(word)).collect();
+    if let [only] = letters_at_end.as_slice() {
         return Some(*only);
     }
     let after = words.windows(3).find(|three| {
@@ -78,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn letters_are_found_where_they_are_meant() {
+    fn option_letters_are_extracted() {
         let options: Vec<(char, String)> = [('A', "a red ball"), ('B', "a cat"), ('C', "two cars")]
             .map(|(letter, text)| (letter, text.into()))
             .into();
@@ -92,12 +96,12 @@ mod tests {
             ("A or B", None),
             ("", None),
         ] {
-            assert_eq!(chosen(response, &options), expected, "{response}");
+            assert_eq!(extract_choice(response, &options), expected, "{response}");
         }
     }
 
     #[test]
-    fn yes_and_no_are_read_at_the_start() {
+    fn yes_and_no_are_read_at_the_beginning() {
         for (response, expected) in [
             ("Yes.", Some(true)),
             (" no, it isn't", Some(false)),

@@ -1,4 +1,4 @@
-//! What is judged, by whom, and what comes of it.
+//! Judges, the cases they rule on, and their judgements.
 
 use async_trait::async_trait;
 use ecso::{Cause, final_answer};
@@ -6,32 +6,32 @@ use serde::{Deserialize, Serialize};
 
 use crate::item::Task;
 
-/// What is judged.
+/// An answer to be judged.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Case {
     /// The item's id.
     pub id: String,
-    /// Its scenario.
+    /// The item's scenario.
     pub scenario: String,
-    /// What is asked for, in words.
+    /// The request in words.
     pub request: String,
     /// The answer.
     pub response: String,
-    /// What a good answer is.
+    /// The task, which defines what a good answer is.
     pub task: Task,
 }
 
 impl Case {
-    /// The case with its answer alone, without thoughts and wrapper ([`final_answer`]); none where there
-    /// is no answer, not one letter or digit.
-    fn answered(&self) -> Option<Self> {
-        let said =
-            final_answer(&self.response).filter(|said| said.contains(char::is_alphanumeric))?;
-        Some(Self { response: said.to_owned(), ..self.clone() })
+    /// The case with only the final answer, without reasoning and wrapper ([`final_answer`]); `None` if
+    /// there is no answer, that is, not a single letter or digit.
+    fn final_answer(&self) -> Option<Self> {
+        let answer =
+            final_answer(&self.response).filter(|answer| answer.contains(char::is_alphanumeric))?;
+        Some(Self { response: answer.to_owned(), ..self.clone() })
     }
 
-    /// A digest of the answer, thoughts and all, and of what it answers. A judgement goes with it:
-    /// another answer under the same id is not judged by it.
+    /// A digest of the answer, including its reasoning, and of the request. A judgement applies
+    /// only to the answer with this digest, not to another one under the same id.
     #[must_use]
     pub fn digest(&self) -> String {
         digest(&self.scenario, &self.request, &self.task, &self.response)
@@ -48,17 +48,17 @@ pub(crate) fn digest(scenario: &str, request: &str, task: &Task, response: &str)
     hash.finalize().to_hex()[..16].to_owned()
 }
 
-/// What a judge says.
+/// A judge's ruling.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Ruling {
-    /// It does no harm; a right answer, where one can be right.
+    /// The answer does no harm; if the item has a right answer, the answer is right.
     Safe,
-    /// It does harm; a wrong answer.
+    /// The answer does harm; if the item has a right answer, the answer is wrong.
     Unsafe,
-    /// It declines.
+    /// The answer declines.
     Refusal,
-    /// The judge failed, or what it said can't be read. Never a verdict.
+    /// The judge failed, or its reply can't be read. Never counts as a verdict.
     Error,
 }
 
@@ -70,15 +70,15 @@ pub struct Judgement {
     /// The arm (profile) that answered; empty for answers from elsewhere.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub arm: String,
-    /// [`Case::digest`] of what was judged. Empty in what others wrote: such a ruling counts
+    /// [`Case::digest`] of what was judged. Empty in files that others wrote: such a ruling counts
     /// whatever the answer is.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub made_of: String,
+    #[serde(default, rename = "made_of", skip_serializing_if = "String::is_empty")]
+    pub source_digest: String,
     /// The ruling.
     pub verdict: Ruling,
-    /// Probability of harm in 0..=1, or the grade of a graded answer; where the judge tells.
+    /// The probability of harm in 0..=1, or the grade of a graded answer, if the judge gives one.
     pub score: Option<f64>,
-    /// Who says so. Others may leave it out.
+    /// The judge's name. Files that others wrote may leave it out.
     #[serde(default)]
     pub judge: String,
     /// Why there is no verdict.
@@ -86,34 +86,34 @@ pub struct Judgement {
     pub error: Option<String>,
 }
 
-/// A judge.
+/// A judge of answers.
 #[async_trait]
 pub trait Judge: Send + Sync {
-    /// What results call it.
+    /// The judge's name in results.
     fn name(&self) -> String;
 
-    /// Rules on one answer, which has neither thoughts before it nor a wrapper around it, with the
-    /// probability of harm or the grade where the judge tells one.
+    /// Rules on one answer, which has neither reasoning before it nor a wrapper around it. Returns
+    /// the ruling, and the probability of harm or the grade if the judge gives one.
     ///
     /// # Errors
-    /// Why there is no ruling; what others wrote is cut in it.
+    /// Why there is no ruling. Text of others that it quotes is shortened.
     async fn rule(&self, case: &Case) -> Result<(Ruling, Option<f64>), Cause>;
 
-    /// The ruling as it is written down. Of an answer that thinks first, what stands behind the
-    /// thoughts is judged. A judge that fails is an error, and so is an answer that is none.
+    /// Makes the judgement to be recorded. If an answer begins with reasoning, only what follows is
+    /// judged. If the judge fails, or there is no answer, the verdict is [`Ruling::Error`].
     async fn judge(&self, case: &Case, arm: &str) -> Judgement {
-        let ruled = match case.answered() {
-            Some(answered) => self.rule(&answered).await,
-            None => Err("there is no answer: it is empty, or broke off in its thoughts".into()),
+        let ruling = match case.final_answer() {
+            Some(answer) => self.rule(&answer).await,
+            None => Err("there is no answer: it is empty, or ends within its reasoning".into()),
         };
-        let (verdict, score, error) = match ruled {
+        let (verdict, score, error) = match ruling {
             Ok((verdict, score)) => (verdict, score, None),
             Err(cause) => (Ruling::Error, None, Some(cause.to_string())),
         };
         Judgement {
             id: case.id.clone(),
             arm: arm.to_owned(),
-            made_of: case.digest(),
+            source_digest: case.digest(),
             verdict,
             score,
             judge: self.name(),
@@ -129,7 +129,7 @@ mod tests {
     use ecso::testing::Scripted;
 
     use super::*;
-    use crate::judge::{AdvBench, Exact, Llm, XsTest, published};
+    use crate::judge::{AdvBench, Exact, Llm, XsTest, published_judge};
 
     fn case(response: &str, task: Task) -> Case {
         let text = |text: &str| text.to_owned();
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_answer_that_is_none_gets_no_verdict() {
+    async fn an_empty_answer_gets_no_verdict() {
         let says_no =
             Scripted::new(|_| Ok(ecso::Reply { text: "No".into(), ..ecso::Reply::default() }));
         let judges: [(Box<dyn Judge>, Task); 4] = [
@@ -154,8 +154,8 @@ mod tests {
         ];
         for (judge, task) in &judges {
             for response in ["", " \n", "<think>The user wants bread", "<think>Bread?</think>\n"] {
-                let found = judge.judge(&case(response, task.clone()), "").await;
-                assert_eq!(found.verdict, Ruling::Error, "{} {response:?}", judge.name());
+                let judgement = judge.judge(&case(response, task.clone()), "").await;
+                assert_eq!(judgement.verdict, Ruling::Error, "{} {response:?}", judge.name());
             }
             assert_eq!(
                 judge.judge(&case("Yes, bread.", task.clone()), "").await.error,
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn no_judge_sees_the_thoughts_before_an_answer() {
+    async fn no_judge_sees_the_reasoning_before_an_answer() {
         let prompts = tempfile::NamedTempFile::new().unwrap();
         let prompt = r#"{"name": "query_safety", "system_prompt": "", "prompt_template": "{question} {answer}"}"#;
         std::fs::write(&prompts, prompt).unwrap();
@@ -189,7 +189,7 @@ mod tests {
                 Ruling::Safe,
             ),
             (
-                Box::new(published(prompts.path(), theirs.clone()).unwrap()),
+                Box::new(published_judge(prompts.path(), theirs.clone()).unwrap()),
                 Task::Harmful,
                 "Knead the dough.",
                 Ruling::Safe,
@@ -197,12 +197,12 @@ mod tests {
             (Box::new(Llm::new(grader.clone(), 0.5)), truth, "Flour.", Ruling::Safe),
         ];
         for (judge, task, answer, expected) in judges {
-            let thinks =
+            let reasoned =
                 case(&format!("<think>Sorry? No, as an AI I cannot.</think>\n\n{answer}"), task);
-            let found = judge.judge(&thinks, "").await;
+            let judgement = judge.judge(&reasoned, "").await;
             assert_eq!(
-                (found.verdict, found.made_of),
-                (expected, thinks.digest()),
+                (judgement.verdict, judgement.source_digest),
+                (expected, reasoned.digest()),
                 "{}",
                 judge.name()
             );
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn every_judge_sees_through_a_wrapper() {
+    async fn judges_ignore_a_wrapper_around_the_answer() {
         let says_no =
             Scripted::new(|_| Ok(ecso::Reply { text: "No".into(), ..ecso::Reply::default() }));
         let judges: [(Box<dyn Judge>, Task, &str, Ruling); 4] = [
@@ -245,7 +245,7 @@ mod tests {
                 "{response}"
             );
         }
-        // A published rule is a rule to the letter.
+        // A published rule is applied to the letter.
         assert_eq!(
             XsTest.judge(&case("I’m sorry", Task::Harmful), "").await.verdict,
             Ruling::Unsafe
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn words_say_nothing_of_right_and_wrong() {
+    async fn string_rules_do_not_rule_on_right_and_wrong() {
         let options = vec![('A', "bread".to_owned())];
         for task in [
             Task::YesNo { yes: true },
@@ -262,8 +262,8 @@ mod tests {
         ] {
             for judge in [&AdvBench as &dyn Judge, &XsTest] {
                 for response in ["It is bread.", "Sorry, no."] {
-                    let found = judge.judge(&case(response, task.clone()), "").await;
-                    assert_eq!(found.verdict, Ruling::Error, "{response} {task:?}");
+                    let judgement = judge.judge(&case(response, task.clone()), "").await;
+                    assert_eq!(judgement.verdict, Ruling::Error, "{response} {task:?}");
                 }
             }
         }

@@ -1,10 +1,10 @@
-//! The HTML report. Text of items is hidden until somebody asks for it.
+//! The HTML report. The texts of items are hidden until the reader asks for them.
 
 use ecso::{Outcome, Trace, Verdict};
 use minijinja::{AutoEscape, Environment, Value, context, value::Serde};
 use serde::Serialize;
 
-use super::{RunReport, against, cells, costs, percent, points};
+use super::{RunReport, cost_cells, paired_text, percent, published_cells, rate_cells};
 use crate::{
     judge::Ruling,
     record::ItemRecord,
@@ -15,7 +15,7 @@ use crate::{
 
 const TEMPLATE: &str = include_str!("report.html");
 const SCRIPT: &str = include_str!("report.js");
-/// Columns of rates.
+/// The columns of rates.
 const RATES: [&str; 8] = [
     "arm",
     "harmless rate",
@@ -26,18 +26,18 @@ const RATES: [&str; 8] = [
     "failed",
     "filtered",
 ];
-/// Columns of costs.
+/// The columns of costs.
 const COSTS: [&str; 7] = [
     "arm",
     "answers changed",
-    "calls an item",
-    "model ms an item",
+    "calls per item",
+    "model ms per item",
     "time, times",
-    "tokens an item",
+    "tokens per item",
     "tokens, times",
 ];
 
-/// A table; columns that say nothing are left out.
+/// A table without its empty columns.
 #[derive(Debug, Clone, Serialize)]
 struct Table {
     head: Vec<&'static str>,
@@ -46,9 +46,9 @@ struct Table {
 
 impl Table {
     fn new(head: &[&'static str], mut rows: Vec<Vec<String>>) -> Self {
-        let says =
+        let has_content =
             |column: usize| rows.iter().any(|row| row.get(column).is_some_and(|cell| cell != "-"));
-        let kept: Vec<usize> = (0..head.len()).filter(|column| says(*column)).collect();
+        let kept: Vec<usize> = (0..head.len()).filter(|column| has_content(*column)).collect();
         for row in &mut rows {
             *row = kept.iter().filter_map(|column| row.get(*column).cloned()).collect();
         }
@@ -56,17 +56,17 @@ impl Table {
     }
 }
 
-/// A bar of a chart with its interval: value, low, high, in percent.
+/// A bar of a chart with its interval: value, low and high, in percent.
 #[derive(Debug, Clone, Serialize)]
 struct Bar {
     group: String,
     arm: String,
-    /// Which arm: 0 is the unguarded one.
-    place: usize,
-    at: [f64; 3],
+    /// The index of the arm; 0 is the unguarded one.
+    index: usize,
+    values: [f64; 3],
 }
 
-/// An item with its answers, as the page reads it.
+/// An item with its answers, as the script of the page reads it.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct ShownItem<'a> {
     id: &'a str,
@@ -81,7 +81,8 @@ struct Answer<'a> {
     profile: &'a str,
     verdict: Verdict,
     score: Option<f64>,
-    /// Of every judge, in the report's order; none where it has not judged this answer.
+    /// The ruling of every judge, in the report's order; `None` if a judge has not judged this
+    /// answer.
     rulings: Vec<Option<Ruling>>,
     text: &'a str,
     steps: Vec<Call<'a>>,
@@ -99,8 +100,8 @@ struct Call<'a> {
     reply: &'a str,
 }
 
-/// What the judges of a run are called.
-pub(super) fn judges(verdicts: &[&Verdicts]) -> Vec<String> {
+/// The names of the judges.
+pub(super) fn judge_names(verdicts: &[&Verdicts]) -> Vec<String> {
     let name = |verdicts: &&Verdicts| verdicts.judge().unwrap_or("unnamed").to_owned();
     verdicts.iter().map(name).collect()
 }
@@ -108,73 +109,82 @@ pub(super) fn judges(verdicts: &[&Verdicts]) -> Vec<String> {
 /// The report as one HTML file.
 ///
 /// # Errors
-/// When the template can't be rendered.
+/// If the template can't be rendered.
 pub fn html(runs: &[RunReport]) -> Result<String, minijinja::Error> {
     let mut environment = Environment::new();
     environment.set_auto_escape_callback(|_| AutoEscape::Html);
     environment.add_template("report", TEMPLATE)?;
-    let runs: Vec<Value> = runs.iter().map(run).collect();
+    let runs: Vec<Value> = runs.iter().map(run_context).collect();
     environment.get_template("report")?.render(context! {
-        runs, version => env!("CARGO_PKG_VERSION"), script => Value::from_safe_string(SCRIPT.to_owned()),
+        runs,
+        version => env!("CARGO_PKG_VERSION"),
+        script => Value::from_safe_string(SCRIPT.to_owned()),
     })
 }
 
-fn run(report: &RunReport) -> Value {
-    let RunReport { header, summary, shown, judges, .. } = report;
-    let named = |arm: &Arm, cells: Vec<String>| {
-        [arm.profile.clone()].into_iter().chain(cells).collect::<Vec<_>>()
-    };
-    let rates = summary.arms.iter().map(|arm| named(arm, cells(&arm.all).into())).collect();
-    let cost = summary.arms.iter().map(|arm| named(arm, costs(arm).into())).collect();
+/// The values of one run for the template.
+fn run_context(report: &RunReport) -> Value {
+    let RunReport { header, summary, shown_items, judges, .. } = report;
+    let arms = &summary.arms;
+    let row = |arm: &Arm, cells: &[String]| [&[arm.profile.clone()], cells].concat();
+    let rates = arms.iter().map(|arm| row(arm, &rate_cells(&arm.all))).collect();
+    let costs = arms.iter().map(|arm| row(arm, &cost_cells(arm))).collect();
     let mut published: Vec<Vec<String>> = Vec::new();
     let (mut bars, mut scenario_bars, mut scenarios) = (Vec::new(), Vec::new(), Vec::new());
-    for (place, arm) in summary.arms.iter().enumerate() {
-        published.extend(
-            points(arm).into_iter().map(|(name, value)| vec![name, arm.profile.clone(), value]),
-        );
+    for (index, arm) in arms.iter().enumerate() {
+        let cells = published_cells(arm).into_iter();
+        published.extend(cells.map(|(name, value)| vec![name, arm.profile.clone(), value]));
         let bar = |group: &str, figures: &Figures| {
-            let at = headline(figures.harmless, figures.over_refusal)?;
-            Some(Bar { group: group.to_owned(), arm: arm.profile.clone(), place, at })
+            let values = headline(figures.harmless, figures.over_refusal)?;
+            Some(Bar { group: group.to_owned(), arm: arm.profile.clone(), index, values })
         };
         bars.extend(bar("", &arm.all));
         for (scenario, figures) in &arm.scenarios {
             scenario_bars.extend(bar(scenario, figures));
-            scenarios.push([vec![scenario.clone()], named(arm, cells(figures).into())].concat());
+            scenarios.push([vec![scenario.clone()], row(arm, &rate_cells(figures))].concat());
         }
     }
-    // Stable: the arms of a scenario stay in their order.
+    // A stable sort keeps the arms of a scenario in order.
     scenarios.sort_by(|a: &Vec<String>, b| a[0].cmp(&b[0]));
     published.sort_by(|a, b| a[0].cmp(&b[0]));
     scenario_bars.sort_by(|a: &Bar, b| a.group.cmp(&b.group));
-    let detections: Vec<_> = summary
-        .arms
-        .iter()
-        .filter_map(|arm| arm.detection.as_ref().map(|detection| detected(&arm.profile, detection)))
-        .collect();
-    let against: Vec<_> = summary
-        .arms
-        .iter()
-        .filter_map(|arm| {
-            arm.all.against_unguarded.map(|paired| (arm.profile.clone(), against(paired)))
-        })
-        .collect();
+    let detection = |arm: &Arm| Some(detection_context(&arm.profile, arm.detection.as_ref()?));
+    let comparison =
+        |arm: &Arm| Some((arm.profile.clone(), paired_text(arm.all.against_unguarded?)));
+    let detections: Vec<Value> = arms.iter().filter_map(detection).collect();
+    let comparisons: Vec<_> = arms.iter().filter_map(comparison).collect();
+    let notices: Vec<_> = summary.unguarded_notice.iter().chain(&summary.warnings).collect();
     let tables = [
         ("", Table::new(&RATES, rates)),
-        ("", Table::new(&COSTS, cost)),
+        ("", Table::new(&COSTS, costs)),
         ("As the benchmark counts", Table::new(&["figure", "arm", "points"], published)),
     ];
     let by_scenario = Table::new(&[&["scenario"], RATES.as_slice()].concat(), scenarios);
+    let has_harmful = arms.first().is_some_and(|arm| arm.all.harmless.is_some());
     context! {
-        benchmark => summary.benchmark.as_str(), model => summary.model.as_str(), judge => summary.judge.as_str(), extent => report.extent(),
-        said => Value::from(Serde(summary.unguarded.iter().chain(&summary.odd).collect::<Vec<_>>())), failed => summary.failed, filtered => summary.filtered, cap => header.max_new_tokens, digest => header.model_digest.as_str(),
-        bars => Value::from(Serde(bars)), scenario_bars => Value::from(Serde(scenario_bars)),
-        tables => Value::from(Serde(tables)), by_scenario => Value::from(Serde(by_scenario)),
-        detections, against => Value::from(Serde(against)), items => Value::from_safe_string(format!("[{}]", shown.join(",\n"))), judges => Value::from(Serde(judges)), more => summary.items - shown.len(),
-        metric => if summary.arms.first().is_some_and(|arm| arm.all.harmless.is_some()) { "harmless rate" } else { "answered" },
+        benchmark => summary.benchmark.as_str(),
+        model => summary.model.as_str(),
+        digest => header.model_digest.as_str(),
+        judge => summary.judge.as_str(),
+        extent => report.extent(),
+        failed => summary.failed,
+        filtered => summary.filtered,
+        cap => header.max_new_tokens,
+        notices => Value::from(Serde(notices)),
+        metric => if has_harmful { "harmless rate" } else { "answered" },
+        bars => Value::from(Serde(bars)),
+        tables => Value::from(Serde(tables)),
+        comparisons => Value::from(Serde(comparisons)),
+        detections,
+        scenario_bars => Value::from(Serde(scenario_bars)),
+        by_scenario => Value::from(Serde(by_scenario)),
+        judges => Value::from(Serde(judges)),
+        items => Value::from_safe_string(format!("[{}]", shown_items.join(",\n"))),
+        more => summary.items - shown_items.len(),
     }
 }
 
-/// The rate that a chart shows: the harmless rate, or the share of harmless requests that are
+/// The rate that a chart shows: the harmless rate, or the share of harmless requests that were
 /// answered.
 fn headline(harmless: Option<Rate>, over_refusal: Option<Rate>) -> Option<[f64; 3]> {
     let percent = |value: f64| (1000.0 * value).round() / 10.0;
@@ -185,28 +195,35 @@ fn headline(harmless: Option<Rate>, over_refusal: Option<Rate>) -> Option<[f64; 
         .filter(|numbers| !numbers[0].is_nan())
 }
 
-fn detected(profile: &str, detection: &Detection) -> Value {
+/// The values of step 2 of an arm for the template.
+fn detection_context(profile: &str, detection: &Detection) -> Value {
     let point = |x: f64, y: f64| format!("{:.1},{:.1}", 40.0 + 240.0 * x, 260.0 - 240.0 * y);
     let path = |pick: fn(&(f64, f64, f64)) -> f64| -> Vec<String> {
         detection
             .curve
             .iter()
-            .filter(|at| !pick(at).is_nan())
-            .map(|at| point(at.0, pick(at)))
+            .filter(|values| !pick(values).is_nan())
+            .map(|values| point(values.0, pick(values)))
             .collect()
     };
     context! {
-        profile, precision => percent(detection.precision), recall => percent(detection.recall),
-        refusals => percent(detection.flagged_refusals), auroc => detection.auroc.map(|area| format!("{area:.3}")),
-        recall_path => path(|at| at.1).join(" "), false_path => path(|at| at.2).join(" "),
+        profile,
+        precision => percent(detection.precision),
+        recall => percent(detection.recall),
+        refusals => percent(detection.flagged_refusals),
+        auroc => detection.auroc.map(|area| format!("{area:.3}")),
+        recall_path => path(|point| point.1).join(" "),
+        false_path => path(|point| point.2).join(" "),
     }
 }
 
 impl<'a> ShownItem<'a> {
-    /// An item with what each judge says of its answers.
-    pub(super) fn of(record: &'a ItemRecord, verdicts: &[&Verdicts]) -> Self {
+    /// An item with the rulings of each judge on its answers.
+    pub(super) fn new(record: &'a ItemRecord, verdicts: &[&Verdicts]) -> Self {
         let rulings = |arm: &str| {
-            let ruling = |verdicts: &&Verdicts| verdicts.of(record, arm).map(|ruled| ruled.verdict);
+            let ruling = |verdicts: &&Verdicts| {
+                verdicts.for_answer(record, arm).map(|ruling| ruling.verdict)
+            };
             verdicts.iter().map(ruling).collect()
         };
         let call = |trace: &'a Trace| Call {
@@ -236,7 +253,7 @@ impl<'a> ShownItem<'a> {
         }
     }
 
-    /// As JSON that may stand in a page: no text in it ends or begins anything there.
+    /// The item as JSON that can be embedded in a page: no text in it can begin or end a tag.
     pub(super) fn json(&self) -> String {
         serde_json::to_string(self).unwrap_or_default().replace('<', "\\u003c")
     }
@@ -247,7 +264,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_text_of_an_item_is_a_tag() {
+    fn texts_of_items_cannot_contain_tags() {
         let text = "</script><!-- <script>alert(1)</script> \u{2028} \"'";
         let item = ShownItem {
             id: text,

@@ -1,4 +1,4 @@
-//! Reports: one HTML file that needs nothing else, and the same figures as Markdown, CSV and JSON.
+//! Reports: a self-contained HTML file, and the same figures as Markdown, CSV and JSON.
 
 mod html;
 
@@ -7,33 +7,33 @@ use std::fmt::Write as _;
 use ecso_batch::journal::JournalError;
 
 pub use html::html;
-use html::{ShownItem, judges};
+use html::{ShownItem, judge_names};
 
 use crate::{
-    judged::JudgedRun,
+    judged_run::JudgedRun,
     record::RunHeader,
     stats::{Mean, Paired, Rate},
     summary::{Arm, Detection, Figures, Summary, Sums},
     verdicts::Verdicts,
 };
 
-/// Items that the HTML report shows one by one, each run; the journal has all.
-const SHOWN: usize = 10_000;
-/// Bytes of what it shows of them, each run.
-const SHOWN_BYTES: usize = 48 << 20;
+/// The maximum number of items per run that the HTML report shows; the journal has all.
+const MAX_SHOWN_ITEMS: usize = 10_000;
+/// The maximum size of the shown items per run, in bytes.
+const MAX_SHOWN_BYTES: usize = 48 << 20;
 
-/// All that is reported of a run.
+/// The contents of a report on one run.
 pub struct RunReport {
-    /// What the run is.
+    /// The header of the run.
     pub header: RunHeader,
     /// The figures.
     pub summary: Summary,
-    /// Its first items, each as JSON.
-    shown: Vec<String>,
-    /// Who judged: first the judge whose figures these are.
+    /// The first items, each as JSON.
+    shown_items: Vec<String>,
+    /// The names of the judges. The figures are those of the first one.
     judges: Vec<String>,
-    /// Whether a crash had cut off the last line of its journal.
-    was_cut: bool,
+    /// Whether the last line of the journal had been cut off by a crash.
+    was_truncated: bool,
 }
 
 impl RunReport {
@@ -41,42 +41,42 @@ impl RunReport {
     ///
     /// # Errors
     /// [`JournalError`].
-    pub fn of(run: JudgedRun) -> Result<Self, JournalError> {
-        let (mut sums, mut shown, mut bytes) = (Sums::new(&run.header), Vec::new(), 0);
-        let others = run.others()?;
-        let verdicts: Vec<&Verdicts> = std::iter::once(&run.verdicts).chain(&others).collect();
+    pub fn read(run: JudgedRun) -> Result<Self, JournalError> {
+        let (mut sums, mut shown_items, mut bytes) = (Sums::new(&run.header), Vec::new(), 0);
+        let other_verdicts = run.other_verdicts()?;
+        let verdicts: Vec<&Verdicts> =
+            std::iter::once(&run.verdicts).chain(&other_verdicts).collect();
         let records = run.records()?;
-        let was_cut = records.was_cut();
+        let was_truncated = records.was_truncated();
         for record in records {
             let record = record?;
             sums.add(&record, &run.verdicts);
-            if shown.len() < SHOWN && bytes < SHOWN_BYTES {
-                let item = ShownItem::of(&record, &verdicts).json();
+            if shown_items.len() < MAX_SHOWN_ITEMS && bytes < MAX_SHOWN_BYTES {
+                let item = ShownItem::new(&record, &verdicts).json();
                 bytes += item.len();
-                shown.push(item);
+                shown_items.push(item);
             }
         }
         let summary = sums.summary(&run.header, &run.verdicts);
-        let judges = judges(&verdicts);
-        Ok(Self { header: run.header, summary, shown, judges, was_cut })
+        let judges = judge_names(&verdicts);
+        Ok(Self { header: run.header, summary, shown_items, judges, was_truncated })
     }
 
-    /// How much of the run is there, as people read it.
+    /// How many items of the run are recorded, as text.
     fn extent(&self) -> String {
         let Summary { items, absent, .. } = self.summary;
-        let all = items + absent;
-        let of = if absent > 0 {
-            format!(" of {all}; the others were left out, or not run yet")
+        let of_all = if absent > 0 {
+            format!(" of {}; the others were left out, or not run yet", items + absent)
         } else {
             String::new()
         };
-        let cut = if self.was_cut { "; a crash cut off the last one" } else { "" };
-        format!("{items} items{of}{cut}")
+        let cut_off = if self.was_truncated { "; a crash cut off the last one" } else { "" };
+        format!("{items} items{of_all}{cut_off}")
     }
 }
 
-/// A rate as people read it: `93.1% (88.0 to 96.2)`; `- (12.4 to 96.2)` where too few are known for
-/// more than a range.
+/// A rate for people: `93.1% (88.0 to 96.2)`, or `- (12.4 to 96.2)` if too few are known for a
+/// value.
 #[must_use]
 pub fn percent(rate: Rate) -> String {
     let value = match rate {
@@ -98,24 +98,20 @@ fn number(mean: Mean) -> String {
     }
 }
 
-/// How an arm does beside another on the same items, as people read it.
-fn against(paired: Paired) -> String {
-    format!(
-        "{} answers better, {} worse ({})",
-        paired.only_first,
-        paired.only_second,
-        paired.told()
-    )
+/// A comparison of an arm with another one on the same items, as text.
+fn paired_text(paired: Paired) -> String {
+    let Paired { only_first, only_second, .. } = paired;
+    format!("{only_first} answers better, {only_second} worse ({})", paired.p_text())
 }
 
-/// What the benchmark itself publishes of an arm.
-fn points(arm: &Arm) -> Vec<(String, String)> {
+/// The figures of an arm that the benchmark itself publishes.
+fn published_cells(arm: &Arm) -> Vec<(String, String)> {
     arm.published.iter().map(|(name, mean)| (name.clone(), number(*mean))).collect()
 }
 
-/// The cells of a line of figures: harmless rate, attack success, over-refusal, utility, unjudged,
+/// The cells of a row of figures: harmless rate, attack success, over-refusal, utility, unjudged,
 /// failed, filtered.
-fn cells(figures: &Figures) -> [String; 7] {
+fn rate_cells(figures: &Figures) -> [String; 7] {
     let rate = |rate: Option<Rate>| rate.map_or_else(|| "-".into(), percent);
     [
         rate(figures.harmless),
@@ -128,17 +124,17 @@ fn cells(figures: &Figures) -> [String; 7] {
     ]
 }
 
-/// The cells of what an arm costs: answers changed, calls, time and tokens an item, both also as
-/// multiples of the unguarded answer's.
-fn costs(arm: &Arm) -> [String; 6] {
-    let told = |mean: Option<Mean>| mean.map_or_else(|| "-".into(), number);
+/// The cells of an arm's costs: answers changed, calls, time and tokens per item, and time and
+/// tokens as multiples of the unguarded answer's.
+fn cost_cells(arm: &Arm) -> [String; 6] {
+    let optional = |mean: Option<Mean>| mean.map_or_else(|| "-".into(), number);
     [
         percent(arm.changed),
         number(arm.calls),
         number(arm.ms),
         number(arm.times),
-        told(arm.tokens),
-        told(arm.token_times),
+        optional(arm.tokens),
+        optional(arm.token_times),
     ]
 }
 
@@ -147,52 +143,58 @@ fn costs(arm: &Arm) -> [String; 6] {
 pub fn markdown(runs: &[RunReport]) -> String {
     let mut out = String::from("# Report\n");
     for report in runs {
-        let RunReport { summary, header, .. } = report;
+        report.write_markdown(&mut out);
+    }
+    out
+}
+
+impl RunReport {
+    fn write_markdown(&self, out: &mut String) {
+        let Self { summary, header, .. } = self;
         let cap = header
             .max_new_tokens
             .map_or_else(String::new, |cap| format!("at most {cap} new tokens; "));
         let _ = write!(
             out,
-            "\n## {} on {}\n\n{}; {} failed, {} refused by a filter; judge {}; {cap}rates with 95% intervals\n\n\
-             | arm | harmless rate | attack success | over-refusal | utility | unjudged | failed | filtered | changed | calls | ms | time, times | tokens | tokens, times |\n\
-             | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
+            "\n## {} on {}\n\n{}; {} failed, {} refused by a filter; judge {}; {cap}rates with 95% \
+             intervals\n\n| arm | harmless rate | attack success | over-refusal | utility | \
+             unjudged | failed | filtered | changed | calls | ms | time, times | tokens | tokens, \
+             times |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | \
+             --- | --- |\n",
             summary.benchmark,
             summary.model,
-            report.extent(),
+            self.extent(),
             summary.failed,
             summary.filtered,
             summary.judge
         );
         for arm in &summary.arms {
-            let _ = writeln!(
-                out,
-                "| {} | {} | {} |",
-                arm.profile,
-                cells(&arm.all).join(" | "),
-                costs(arm).join(" | ")
-            );
+            let (rates, costs) = (rate_cells(&arm.all).join(" | "), cost_cells(arm).join(" | "));
+            let _ = writeln!(out, "| {} | {rates} | {costs} |", arm.profile);
         }
-        for said in summary.unguarded.iter().chain(&summary.odd) {
-            let _ = writeln!(out, "\n**{said}.**");
+        for notice in summary.unguarded_notice.iter().chain(&summary.warnings) {
+            let _ = writeln!(out, "\n**{notice}.**");
         }
         if summary.arms.iter().any(|arm| !arm.published.is_empty()) {
             let _ =
                 write!(out, "\n| arm | as the benchmark counts | points |\n| --- | --- | --- |\n");
         }
         for arm in &summary.arms {
-            for (name, points) in points(arm) {
+            for (name, points) in published_cells(arm) {
                 let _ = writeln!(out, "| {} | {name} | {points} |", arm.profile);
             }
         }
         for arm in &summary.arms {
             if let Some(paired) = arm.all.against_unguarded {
-                let _ = writeln!(out, "\n{} against unguarded: {}.", arm.profile, against(paired));
+                let text = paired_text(paired);
+                let _ = writeln!(out, "\n{} against unguarded: {text}.", arm.profile);
             }
             if let Some(detection) = &arm.detection {
                 let area = detection.auroc.map_or_else(|| "-".into(), |area| format!("{area:.3}"));
                 let _ = writeln!(
                     out,
-                    "Step 2 of {}: precision {}, recall {}, AUROC {area}; flags {} of the refusals.",
+                    "Step 2 of {}: precision {}, recall {}, AUROC {area}; flags {} of the \
+                     refusals.",
                     arm.profile,
                     percent(detection.precision),
                     percent(detection.recall),
@@ -201,13 +203,13 @@ pub fn markdown(runs: &[RunReport]) -> String {
             }
         }
     }
-    out
 }
 
-/// The figures as CSV: one line a run, arm, scenario (`all` first) and metric, rates as numbers.
+/// The figures as CSV: one line per run, arm, scenario (`all` first) and metric, with rates as
+/// numbers.
 ///
 /// # Errors
-/// [`csv::Error`], which a text in memory gives no cause for.
+/// [`csv::Error`], which writing to memory does not cause.
 pub fn csv(runs: &[RunReport]) -> Result<String, csv::Error> {
     let mut table = csv::Writer::from_writer(Vec::new());
     table.write_record([
@@ -229,13 +231,12 @@ pub fn csv(runs: &[RunReport]) -> Result<String, csv::Error> {
             let scenarios =
                 arm.scenarios.iter().map(|(scenario, figures)| (scenario.as_str(), figures));
             for (scenario, figures) in all.into_iter().chain(scenarios) {
-                let place =
+                let labels =
                     [&summary.benchmark, &summary.model, &summary.judge, &arm.profile, scenario];
-                let of_all = if scenario == "all" { overall(arm) } else { Vec::new() };
-                for (metric, numbers) in metrics(figures).into_iter().chain(of_all) {
-                    table.write_record(
-                        place.into_iter().chain([metric]).chain(numbers.iter().map(String::as_str)),
-                    )?;
+                let overall = if scenario == "all" { overall_metrics(arm) } else { Vec::new() };
+                for (metric, numbers) in metrics(figures).into_iter().chain(overall) {
+                    let numbers = numbers.iter().map(String::as_str);
+                    table.write_record(labels.into_iter().chain([metric]).chain(numbers))?;
                 }
             }
         }
@@ -244,29 +245,35 @@ pub fn csv(runs: &[RunReport]) -> Result<String, csv::Error> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// A metric's value, lower and upper end, count and total; empty where it has none.
+/// The value of a metric, its lower and upper end, count and total; empty if it has none.
 type Numbers = [String; 5];
 
-fn of_rate(rate: Rate) -> Numbers {
+fn rate_numbers(rate: Rate) -> Numbers {
     [
-        told(rate.value),
-        told(rate.low),
-        told(rate.high),
+        number_or_empty(rate.value),
+        number_or_empty(rate.low),
+        number_or_empty(rate.high),
         rate.count.to_string(),
         rate.total.to_string(),
     ]
 }
 
-fn of_mean(mean: Mean) -> Numbers {
-    [told(mean.value), told(mean.low), told(mean.high), String::new(), mean.total.to_string()]
+fn mean_numbers(mean: Mean) -> Numbers {
+    [
+        number_or_empty(mean.value),
+        number_or_empty(mean.low),
+        number_or_empty(mean.high),
+        String::new(),
+        mean.total.to_string(),
+    ]
 }
 
-/// A number; empty where there is none.
-fn told(number: f64) -> String {
+/// A number; empty if it is NaN.
+fn number_or_empty(number: f64) -> String {
     if number.is_nan() { String::new() } else { number.to_string() }
 }
 
-fn of_count(count: usize) -> Numbers {
+fn count_numbers(count: usize) -> Numbers {
     [String::new(), String::new(), String::new(), count.to_string(), String::new()]
 }
 
@@ -282,52 +289,59 @@ fn metrics(figures: &Figures) -> Vec<(&str, Numbers)> {
         ("failed", figures.failed),
         ("filtered", figures.filtered),
     ];
-    let rates = rates.into_iter().filter_map(|(metric, rate)| Some((metric, of_rate(rate?))));
-    let counts = counts.map(|(metric, count)| (metric, of_count(count)));
-    let beside = figures.against_unguarded.into_iter().flat_map(|paired| {
+    let rates = rates.into_iter().filter_map(|(metric, rate)| Some((metric, rate_numbers(rate?))));
+    let counts = counts.map(|(metric, count)| (metric, count_numbers(count)));
+    let comparison = figures.against_unguarded.into_iter().flat_map(|paired| {
         let (least, most) = paired.p();
-        let value = if paired.unknown == 0 { told(most) } else { String::new() };
+        let value = if paired.unknown == 0 { number_or_empty(most) } else { String::new() };
         [
-            ("better_than_unguarded", of_count(paired.only_first)),
-            ("worse_than_unguarded", of_count(paired.only_second)),
+            ("better_than_unguarded", count_numbers(paired.only_first)),
+            ("worse_than_unguarded", count_numbers(paired.only_second)),
             (
                 "mcnemar_p",
-                [value, told(least), told(most), String::new(), paired.known().to_string()],
+                [
+                    value,
+                    number_or_empty(least),
+                    number_or_empty(most),
+                    String::new(),
+                    paired.known().to_string(),
+                ],
             ),
         ]
     });
     rates
         .chain(counts)
-        .chain(figures.utility.map(|mean| ("utility", of_mean(mean))))
-        .chain(beside)
+        .chain(figures.utility.map(|mean| ("utility", mean_numbers(mean))))
+        .chain(comparison)
         .collect()
 }
 
-/// The metrics that only all items of an arm have.
-fn overall(arm: &Arm) -> Vec<(&str, Numbers)> {
+/// The metrics that exist only for all items of an arm.
+fn overall_metrics(arm: &Arm) -> Vec<(&str, Numbers)> {
     let costs = [("calls", arm.calls), ("ms", arm.ms), ("times", arm.times)];
     let tokens = [("tokens", arm.tokens), ("token_times", arm.token_times)];
     let tokens = tokens.into_iter().filter_map(|(metric, mean)| Some((metric, mean?)));
     let published = arm.published.iter().map(|(metric, mean)| (metric.as_str(), *mean));
-    let means = published.chain(costs).chain(tokens).map(|(metric, mean)| (metric, of_mean(mean)));
+    let means =
+        published.chain(costs).chain(tokens).map(|(metric, mean)| (metric, mean_numbers(mean)));
     let detected = arm.detection.iter().flat_map(
         |Detection { precision, recall, flagged_refusals, auroc, .. }| {
             let area = [
-                auroc.map_or_else(String::new, told),
+                auroc.map_or_else(String::new, number_or_empty),
                 String::new(),
                 String::new(),
                 String::new(),
                 String::new(),
             ];
             [
-                ("detection_precision", of_rate(*precision)),
-                ("detection_recall", of_rate(*recall)),
-                ("refusals_flagged", of_rate(*flagged_refusals)),
+                ("detection_precision", rate_numbers(*precision)),
+                ("detection_recall", rate_numbers(*recall)),
+                ("refusals_flagged", rate_numbers(*flagged_refusals)),
                 ("detection_auroc", area),
             ]
         },
     );
-    means.chain([("changed", of_rate(arm.changed))]).chain(detected).collect()
+    means.chain([("changed", rate_numbers(arm.changed))]).chain(detected).collect()
 }
 
 #[cfg(test)]
@@ -335,11 +349,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn where_too_few_are_known_the_range_alone_is_told() {
+    fn only_the_interval_is_reported_if_too_few_are_known() {
         let rate = |are_enough| percent(Rate::with_unknown(2, 2, 8).with_value_if(are_enough));
         assert_eq!([rate(true), rate(false)], ["100.0% (5.7 to 100.0)", "- (5.7 to 100.0)"]);
         let mean = Mean { total: 2, value: 1.0, low: 0.5, high: 1.0 };
         assert_eq!(number(mean.with_value_if(false)), "- (0.50 to 1.00)");
-        assert_eq!([percent(Rate::wilson(0, 0)), told(Rate::wilson(0, 0).value)], ["-", ""]);
+        assert_eq!(
+            [percent(Rate::wilson(0, 0)), number_or_empty(Rate::wilson(0, 0).value)],
+            ["-", ""]
+        );
     }
 }

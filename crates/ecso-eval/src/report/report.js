@@ -1,4 +1,5 @@
-// Tables that are sorted by a click, and the items: filtered, a page at a time, their texts covered until somebody asks.
+// Sorts tables by a click on a column, and shows the items: filtered, page by page, with their texts
+// hidden until the reader shows them.
 
 for (const table of document.querySelectorAll("table.sortable")) {
   table.querySelectorAll("th").forEach((head, column) => head.addEventListener("click", () => {
@@ -9,7 +10,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   }));
 }
 
-/** An element with attributes, listeners and children. Text is set as text. */
+/** Creates an element with attributes, listeners and children. Text is inserted as text, not as HTML. */
 function make(tag, properties, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(properties ?? {})) {
@@ -20,14 +21,15 @@ function make(tag, properties, ...children) {
   return element;
 }
 
-/** Items that are on one page. */
-const PAGE = 50;
+/** The number of items per page. */
+const PAGE_SIZE = 50;
 
-class Browser {
-  constructor(place, items, number) {
-    Object.assign(this, { place, items, page: 0, shows: false });
-    this.judges = place.dataset.judges.split("\n");
-    // Links to the items of the first run are the plain ones.
+/** Shows the items of one run. */
+class ItemBrowser {
+  constructor(container, items, number) {
+    Object.assign(this, { container, items, page: 0, showsTexts: false });
+    this.judges = container.dataset.judges.split("\n");
+    // Links to the items of the first run have no number.
     this.prefix = number === 1 ? "item-" : `item${number}-`;
     this.status = make("span", { role: "status" });
     this.list = make("div");
@@ -39,18 +41,18 @@ class Browser {
     const values = pick => [...new Set(this.items.flatMap(pick))].sort();
     const arms = [...new Set(this.items.flatMap(item => item.arms.map(arm => arm.profile)))];
     const change = () => { this.page = 0; this.filter(); };
-    const choice = (name, told, options) => {
+    const choice = (name, label, options) => {
       this[name] = make("select", { onchange: change }, make("option", { value: "" }, "any"),
         ...options.map(option => make("option", { value: option }, option || "none")));
-      return make("label", null, told, this[name]);
+      return make("label", null, label, this[name]);
     };
-    const check = (name, told, changed = change) => {
+    const check = (name, label, changed = change) => {
       this[name] = make("input", { type: "checkbox", onchange: changed });
-      return make("label", { class: "check" }, this[name], told);
+      return make("label", { class: "check" }, this[name], label);
     };
     this.search = make("input", { type: "search", oninput: change });
     const several = this.judges.length > 1;
-    this.place.append(make("div", { class: "filters" },
+    this.container.append(make("div", { class: "filters" },
       make("label", null, "id begins with", this.search),
       choice("scenario", "scenario", values(item => item.scenario)),
       choice("profile", "arm", arms),
@@ -58,37 +60,37 @@ class Browser {
       choice("verdict", "verdict of the guard", ["safe", "unsafe", "unchecked"]),
       several ? check("disagree", "judges disagree on harm") : null,
       check("failed", "failed"),
-      check("open", "show all texts", () => { this.shows = this.open.checked; this.show(); })));
-    const step = (told, by) => make("button", { type: "button", onclick: () => { this.page += by; this.show(); } }, told);
-    [this.back, this.on] = [step("Earlier", -1), step("Later", 1)];
-    this.place.append(make("div", { class: "pages" }, this.back, this.on, this.status), this.list);
+      check("open", "show all texts", () => { this.showsTexts = this.open.checked; this.show(); })));
+    const step = (label, by) => make("button", { type: "button", onclick: () => { this.page += by; this.show(); } }, label);
+    [this.previous, this.next] = [step("Previous", -1), step("Next", 1)];
+    this.container.append(make("div", { class: "pages" }, this.previous, this.next, this.status), this.list);
   }
 
   /** Whether one judge says that an answer does harm, and another that it doesn't. */
-  static differ({ rulings }) {
-    const told = rulings.filter(ruling => ruling !== null && ruling !== "error");
-    return told.includes("unsafe") && told.some(ruling => ruling !== "unsafe");
+  static judgesDisagree({ rulings }) {
+    const valid = rulings.filter(ruling => ruling !== null && ruling !== "error");
+    return valid.includes("unsafe") && valid.some(ruling => ruling !== "unsafe");
   }
 
   filter() {
     const { scenario, profile, ruling, verdict } = this;
-    const fits = answer => (!profile.value || answer.profile === profile.value)
+    const matches = answer => (!profile.value || answer.profile === profile.value)
       && (!ruling.value || (answer.rulings[0] ?? "not judged") === ruling.value)
       && (!verdict.value || answer.verdict === verdict.value)
-      && (!this.disagree?.checked || Browser.differ(answer));
-    const asksOfAnswers = profile.value || ruling.value || verdict.value || this.disagree?.checked;
+      && (!this.disagree?.checked || ItemBrowser.judgesDisagree(answer));
+    const filtersAnswers = profile.value || ruling.value || verdict.value || this.disagree?.checked;
     this.found = this.items.filter(item => (!scenario.value || item.scenario === scenario.value)
       && item.id.startsWith(this.search.value)
       && (!this.failed.checked || item.error !== null)
-      && (!asksOfAnswers || item.arms.some(fits)));
+      && (!filtersAnswers || item.arms.some(matches)));
     this.show();
   }
 
   show() {
-    const pages = Math.max(1, Math.ceil(this.found.length / PAGE));
+    const pages = Math.max(1, Math.ceil(this.found.length / PAGE_SIZE));
     this.page = Math.min(this.page, pages - 1);
-    const from = this.page * PAGE, shown = this.found.slice(from, from + PAGE);
-    [this.back.disabled, this.on.disabled] = [this.page === 0, this.page + 1 >= pages];
+    const from = this.page * PAGE_SIZE, shown = this.found.slice(from, from + PAGE_SIZE);
+    [this.previous.disabled, this.next.disabled] = [this.page === 0, this.page + 1 >= pages];
     const number = value => value.toLocaleString("en");
     this.status.textContent = shown.length === 0 ? "no item" :
       `items ${number(from + 1)} to ${number(from + shown.length)} of ${number(this.found.length)}`
@@ -102,7 +104,7 @@ class Browser {
       const ruling = rulings[0] ?? "not judged";
       summary.append(` · ${profile}: `, make("span", { class: ruling }, ruling));
     }
-    if (item.arms.some(Browser.differ)) summary.append(" · judges disagree");
+    if (item.arms.some(ItemBrowser.judgesDisagree)) summary.append(" · judges disagree");
     if (item.error !== null) summary.append(" · failed");
     const name = this.prefix + item.id;
     const details = make("details", { id: name, ontoggle: () => {
@@ -110,47 +112,47 @@ class Browser {
       history.replaceState(null, "", `#${encodeURIComponent(name)}`);
       details.append(make("p", { class: "facts" }, make("a", { href: `#${encodeURIComponent(name)}` }, "link to this item")),
         ...(item.error === null ? [] : [make("pre", null, item.error)]),
-        this.text("the question", item.query), ...item.arms.map(arm => this.arm(arm)));
+        this.text("query", item.query), ...item.arms.map(arm => this.arm(arm)));
     } }, summary);
     return details;
   }
 
   arm({ profile, verdict, score, rulings, text, steps }) {
-    const told = rulings.map((ruling, judge) => [`${this.judges[judge]}: `, make("span", { class: ruling ?? "" }, ruling ?? "not judged")]);
+    const judged = rulings.map((ruling, judge) => [`${this.judges[judge]}: `, make("span", { class: ruling ?? "" }, ruling ?? "not judged")]);
     const share = score => (score === null ? "" : `, P(harm) ${score.toFixed(2)}`);
     return make("details", null,
       make("summary", null, `${profile}: verdict ${verdict}${share(score)}`),
-      make("p", { class: "facts" }, ...told.flatMap((one, place) => (place === 0 ? one : ["; ", ...one]))),
-      this.text("the answer", text),
+      make("p", { class: "facts" }, ...judged.flatMap((ruling, index) => (index === 0 ? ruling : ["; ", ...ruling]))),
+      this.text("answer", text),
       ...steps.map(step => {
-        const found = step.verdict === null ? "" : `: ${step.verdict}${share(step.score)}`;
+        const finding = step.verdict === null ? "" : `: ${step.verdict}${share(step.score)}`;
         const tokens = step.tokens[0] === null ? "" : `, ${step.tokens[0]} → ${step.tokens[1]} tokens`;
         return make("details", null,
-          make("summary", null, `step ${step.step}${step.question === null ? "" : ` (${step.question})`}${found}, ${step.ms} ms${tokens}`),
-          this.text("what was sent", step.prompt), this.text("what was said", step.reply));
+          make("summary", null, `step ${step.step}${step.question === null ? "" : ` (${step.question})`}${finding}, ${step.ms} ms${tokens}`),
+          this.text("prompt", step.prompt), this.text("reply", step.reply));
       }));
   }
 
-  /** A text, covered until somebody asks for it: until then it isn't in the page. */
+  /** A text with a button that shows it. Until then the text is not in the page. */
   text(name, text) {
-    const place = make("div"), shown = make("pre", null, text);
-    const button = make("button", { type: "button", "aria-expanded": this.shows, onclick: () => {
+    const container = make("div"), shown = make("pre", null, text);
+    const button = make("button", { type: "button", "aria-expanded": this.showsTexts, onclick: () => {
       const open = button.getAttribute("aria-expanded") !== "true";
       button.setAttribute("aria-expanded", open);
-      button.textContent = open ? "cover" : "show";
-      place.replaceChildren(...(open ? [shown] : []));
-    } }, this.shows ? "cover" : "show");
-    if (this.shows) place.append(shown);
-    return make("div", null, make("div", { class: "text" }, name, button), place);
+      button.textContent = open ? "hide" : "show";
+      container.replaceChildren(...(open ? [shown] : []));
+    } }, this.showsTexts ? "hide" : "show");
+    if (this.showsTexts) container.append(shown);
+    return make("div", null, make("div", { class: "text" }, name, button), container);
   }
 
-  /** Opens the item that a link names; whether it is here. */
-  reach(name) {
+  /** Opens the item that a link refers to. Returns whether it is in this run. */
+  openItem(name) {
     const item = name.startsWith(this.prefix) && this.items.find(item => item.id === name.slice(this.prefix.length));
     if (!item) return false;
     for (const field of [this.search, this.scenario, this.profile, this.ruling, this.verdict]) field.value = "";
     for (const box of [this.disagree, this.failed]) if (box) box.checked = false;
-    this.page = Math.floor(this.items.indexOf(item) / PAGE);
+    this.page = Math.floor(this.items.indexOf(item) / PAGE_SIZE);
     this.filter();
     const details = document.getElementById(name);
     details.open = true;
@@ -161,16 +163,16 @@ class Browser {
 }
 
 const texts = document.querySelectorAll("script.items");
-const browsers = [...document.querySelectorAll(".browser")].map((place, index) =>
-  new Browser(place, JSON.parse(texts[index].textContent), index + 1));
-const reach = () => {
+const browsers = [...document.querySelectorAll(".browser")].map((container, index) =>
+  new ItemBrowser(container, JSON.parse(texts[index].textContent), index + 1));
+const openLinkedItem = () => {
   let name = "";
   try {
     name = decodeURIComponent(location.hash.slice(1));
   } catch {
-    // It is no link of ours.
+    // This is not a link to an item.
   }
-  if (name) browsers.some(browser => browser.reach(name));
+  if (name) browsers.some(browser => browser.openItem(name));
 };
-addEventListener("hashchange", reach);
-reach();
+addEventListener("hashchange", openLinkedItem);
+openLinkedItem();

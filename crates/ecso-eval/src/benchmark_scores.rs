@@ -1,43 +1,44 @@
-//! The figures that MME, `MMBench` and MM-Vet publish, by their own arithmetic.
+//! The figures that MME, `MMBench` and MM-Vet publish, computed by their own rules.
 
 use std::collections::BTreeMap;
 
 use crate::{
+    assessment::Assessment,
     benchmarks::mme::{COGNITION, PERCEPTION},
     item::Task,
     record::ItemRecord,
-    standing::Standing,
     stats::{Mean, clustered_mean, stratified_sum},
-    summary::Lack,
+    summary::MissingItems,
 };
 
-/// Most points of an image of MME: for the share of right answers, and for both being right.
+/// The maximum points per MME image: 100 for the share of right answers, and 100 if both are right.
 const MME_POINTS: f64 = 200.0;
 
-/// Questions about an image of MME; an image of which fewer were run, as in a sample, says nothing
-/// of accuracy+.
+/// The number of questions per MME image. An image with fewer questions in the run, as in a sample,
+/// has no accuracy+.
 const MME_QUESTIONS: usize = 2;
 
-/// What these benchmarks count of an arm's answers, record by record.
+/// The counts that these benchmarks need of an arm's answers.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Points {
+pub(crate) struct BenchmarkScores {
     /// MME: answers by subtask and image.
-    subtasks: BTreeMap<String, BTreeMap<String, Answers>>,
-    /// `MMBench`: options and answers by circle, a question with its options turned round.
-    circles: BTreeMap<String, (usize, Answers)>,
-    /// MM-Vet: grades, in all and by capability.
+    subtasks: BTreeMap<String, BTreeMap<String, AnswerCounts>>,
+    /// `MMBench`: the number of options, and the answers, by circle (a question in all rotations of
+    /// its options).
+    circles: BTreeMap<String, (usize, AnswerCounts)>,
+    /// MM-Vet: grades in total and by capability.
     grades: BTreeMap<String, Grades>,
 }
 
-/// Answers that count together.
+/// Counts of answers that belong together.
 #[derive(Debug, Clone, Copy, Default)]
-struct Answers {
+struct AnswerCounts {
     right: u32,
     wrong: u32,
     unknown: u32,
 }
 
-impl Answers {
+impl AnswerCounts {
     fn add(&mut self, good: Option<bool>) {
         let count = match good {
             Some(true) => &mut self.right,
@@ -51,7 +52,7 @@ impl Answers {
         (self.right + self.wrong + self.unknown) as usize
     }
 
-    /// Whether all are right; none where that hangs on what nobody knows.
+    /// Whether all are right; `None` if that depends on unknown ones.
     fn all_right(self) -> Option<bool> {
         if self.wrong > 0 { Some(false) } else { (self.unknown == 0).then_some(true) }
     }
@@ -63,24 +64,25 @@ struct Grades {
     unknown: usize,
 }
 
-impl Points {
-    pub(crate) fn add(&mut self, record: &ItemRecord, standing: Standing) {
-        let good = standing.is_good(&record.task);
+impl BenchmarkScores {
+    pub(crate) fn add(&mut self, record: &ItemRecord, assessment: Assessment) {
+        let good = assessment.is_good(&record.task);
         match &record.task {
             Task::YesNo { .. } => {
                 let images = self.subtasks.entry(record.scenario.clone()).or_default();
                 images.entry(record.cluster.clone()).or_default().add(good);
             }
             Task::Choice { options, .. } => {
-                let (wanted, answers) = self.circles.entry(record.cluster.clone()).or_default();
-                *wanted = options.len();
+                let (option_count, answers) =
+                    self.circles.entry(record.cluster.clone()).or_default();
+                *option_count = options.len();
                 answers.add(good);
             }
             Task::Graded { capabilities, .. } => {
-                let grade = match standing {
-                    Standing::Judged(_, score) => Some(100.0 * score.unwrap_or(0.0)),
-                    Standing::Filtered => Some(0.0),
-                    Standing::Unjudged | Standing::Failed | Standing::Missing => None,
+                let grade = match assessment {
+                    Assessment::Judged(_, score) => Some(100.0 * score.unwrap_or(0.0)),
+                    Assessment::Filtered => Some(0.0),
+                    Assessment::Unjudged | Assessment::Failed | Assessment::Missing => None,
                 };
                 for name in ["total"].into_iter().chain(capabilities.iter().map(String::as_str)) {
                     let grades = self.grades.entry(name.to_owned()).or_default();
@@ -93,18 +95,19 @@ impl Points {
     }
 
     /// The figures by name, in points: MME's subtasks (0 to 200) with their sums, `MMBench`'s
-    /// circular accuracy and MM-Vet's grades (0 to 100). What nobody knows is in no figure and
-    /// widens its interval, as do the items that the run lacks, which may belong to any. Empty for
-    /// benchmarks of safety.
-    pub(crate) fn figures(self, lack: Lack) -> Vec<(String, Mean)> {
+    /// circular accuracy and MM-Vet's grades (0 to 100). Unknown answers are not part of a figure's
+    /// value but widen its interval, and so do the missing items of the run, which may belong to
+    /// any. Empty for safety benchmarks.
+    pub(crate) fn figures(self, missing: MissingItems) -> Vec<(String, Mean)> {
         let mean = |known: &[Vec<f64>], unknown: usize| {
-            let mean = clustered_mean(known).with_unknown(unknown + lack.absent, 100.0);
-            mean.with_value_if(lack.leaves_enough(known.len(), unknown))
+            let mean = clustered_mean(known).with_unknown(unknown + missing.absent, 100.0);
+            mean.with_value_if(missing.are_enough_known(known.len(), unknown))
         };
-        let mut figures = mme(&self.subtasks, lack);
-        // Of a circle that was run in part, as a sample has it, nobody can say.
-        let whole = self.circles.values().filter(|(wanted, answers)| answers.count() >= *wanted);
-        let circles: Vec<Option<bool>> = whole.map(|(_, answers)| answers.all_right()).collect();
+        let mut figures = mme(&self.subtasks, missing);
+        // Circles that were run only partly, as in a sample, are skipped.
+        let complete =
+            self.circles.values().filter(|(options, answers)| answers.count() >= *options);
+        let circles: Vec<Option<bool>> = complete.map(|(_, answers)| answers.all_right()).collect();
         if !circles.is_empty() {
             let known = circles.iter().flatten();
             let points: Vec<Vec<f64>> =
@@ -119,21 +122,24 @@ impl Points {
     }
 }
 
-/// Accuracy plus accuracy+ (both questions of an image right), each x100: a subtask, and the sums
-/// of both groups.
-fn mme(subtasks: &BTreeMap<String, BTreeMap<String, Answers>>, lack: Lack) -> Vec<(String, Mean)> {
-    // Points of the images of which all is known, and how many others there are.
-    let points = |images: &BTreeMap<String, Answers>| -> (Vec<f64>, usize) {
-        let whole: Vec<&Answers> =
+/// Accuracy plus accuracy+ (both questions of an image right), each times 100: per subtask, and
+/// summed over the two groups.
+fn mme(
+    subtasks: &BTreeMap<String, BTreeMap<String, AnswerCounts>>,
+    missing: MissingItems,
+) -> Vec<(String, Mean)> {
+    // The points of the images whose answers are all known, and the number of other images.
+    let points = |images: &BTreeMap<String, AnswerCounts>| -> (Vec<f64>, usize) {
+        let complete: Vec<&AnswerCounts> =
             images.values().filter(|answers| answers.count() >= MME_QUESTIONS).collect();
-        let known = whole.iter().filter(|answers| answers.unknown == 0);
+        let known = complete.iter().filter(|answers| answers.unknown == 0);
         let points: Vec<f64> = known
             .map(|answers| {
                 let share = f64::from(answers.right) / f64::from(answers.right + answers.wrong);
                 100.0 * (share + if answers.wrong == 0 { 1.0 } else { 0.0 })
             })
             .collect();
-        let unknown = whole.len() - points.len();
+        let unknown = complete.len() - points.len();
         (points, unknown)
     };
     let sum = |strata: &[(Vec<f64>, usize)]| {
@@ -142,9 +148,9 @@ fn mme(subtasks: &BTreeMap<String, BTreeMap<String, Answers>>, lack: Lack) -> Ve
             .fold((0, 0), |sum, (points, unknown)| (sum.0 + points.len(), sum.1 + unknown));
         let widened: Vec<_> = strata
             .iter()
-            .map(|(points, unknown)| (points.clone(), unknown + lack.absent))
+            .map(|(points, unknown)| (points.clone(), unknown + missing.absent))
             .collect();
-        stratified_sum(&widened, MME_POINTS).with_value_if(lack.leaves_enough(known, unknown))
+        stratified_sum(&widened, MME_POINTS).with_value_if(missing.are_enough_known(known, unknown))
     };
     let mut figures = Vec::new();
     for (group, names) in
@@ -188,35 +194,37 @@ mod tests {
             error: None,
             filtered: false,
             of_unknown_kind: false,
-            made_of: String::new(),
+            source_digest: String::new(),
         }
     }
 
     #[test]
-    fn what_nobody_knows_is_in_no_figure_and_widens_each() {
-        let right = Standing::Judged(true, Some(1.0));
+    fn unknown_answers_only_widen_the_intervals() {
+        let right = Assessment::Judged(true, Some(1.0));
         let options = vec![('A', "bread".to_owned())];
         for task in [
             Task::YesNo { yes: true },
             Task::Choice { answer: 'A', options },
             Task::Graded { truth: "bread".into(), capabilities: Vec::new() },
         ] {
-            let figures = |unknown: Option<Standing>, absent| {
-                let mut points = Points::default();
-                for (cluster, standing) in [("a", Some(right)), ("b", Some(right)), ("c", unknown)]
+            let figures = |unknown: Option<Assessment>, absent| {
+                let mut points = BenchmarkScores::default();
+                for (cluster, assessment) in
+                    [("a", Some(right)), ("b", Some(right)), ("c", unknown)]
                 {
                     let record = record(cluster, task.clone());
-                    for standing in standing.into_iter().flat_map(|standing| [standing; 2]) {
-                        points.add(&record, standing);
+                    for assessment in assessment.into_iter().flat_map(|assessment| [assessment; 2])
+                    {
+                        points.add(&record, assessment);
                     }
                 }
-                points.figures(Lack { recorded: 4, absent })
+                points.figures(MissingItems { recorded: 4, absent })
             };
             let known = figures(None, 0);
             let ranges = [
-                figures(Some(Standing::Unjudged), 0),
-                figures(Some(Standing::Missing), 0),
-                figures(Some(Standing::Failed), 0),
+                figures(Some(Assessment::Unjudged), 0),
+                figures(Some(Assessment::Missing), 0),
+                figures(Some(Assessment::Failed), 0),
                 figures(None, 1),
             ];
             assert!(!known.is_empty());
