@@ -133,9 +133,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             serve::key(&name);
             Ok(())
         }
-        Command::DecodeImage { limits } => {
-            ecso::decoder_process::main(&limits).map_err(|error| anyhow::anyhow!("decode-image: {error}"))
-        }
+        Command::DecodeImage { limits } => ecso::decoder_process::main(&limits)
+            .map_err(|error| anyhow::anyhow!("decode-image: {error}")),
         Command::Doctor { json } => doctor::run(json, file),
         Command::Config(ConfigCommand::Show { model, profile }) => {
             config::show(file, &model, &profile)

@@ -70,7 +70,7 @@ impl Setup {
     pub fn fetcher(&self) -> anyhow::Result<Fetcher> {
         let proxy =
             Some(self.settings.server.proxy.clone()).filter(|url| !url.is_empty()).map(Into::into);
-        Fetcher::with(proxy.as_ref(), &self.settings.gateway.image_hosts)
+        Fetcher::with_hosts(proxy.as_ref(), &self.settings.gateway.image_hosts)
             .context("no client for images")
     }
 

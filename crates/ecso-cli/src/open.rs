@@ -121,7 +121,7 @@ pub(crate) async fn description(settings: &Settings) -> anyhow::Result<Option<St
     }
     let server = ecso_openai::OpenAi::new(&settings.model, server_options(settings))
         .map_err(|error| misuse(&error))?;
-    Ok(server.settled().await?.description().await?)
+    Ok(server.resolve_model().await?.model_description().await?)
 }
 
 /// The flags by which another command asks the same model; empty where it is the usual one.
@@ -144,7 +144,7 @@ pub(crate) fn flags(settings: &Settings) -> String {
 pub(crate) async fn standing(settings: &Settings) -> anyhow::Result<String> {
     let server = ecso_openai::OpenAi::new(&settings.model, server_options(settings))
         .map_err(|error| misuse(&error))?;
-    Ok(server.standing().await?)
+    Ok(server.identity().await?)
 }
 
 /// Whether a model's name is a file's.
@@ -157,7 +157,7 @@ pub(crate) fn is_file(name: &str) -> bool {
 async fn server(settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> {
     let server = ecso_openai::OpenAi::new(&settings.model, server_options(settings))
         .map_err(|error| misuse(&error))?;
-    Ok(Arc::new(server.settled().await?))
+    Ok(Arc::new(server.resolve_model().await?))
 }
 
 /// What is wrong before a server is asked anything: its address, a file, a proxy.

@@ -88,7 +88,8 @@ impl AppState {
         audit: Option<Arc<Audit>>,
     ) -> io::Result<Self> {
         let is_wanted = settings.image_urls == ImageUrls::Fetch;
-        let fetcher = is_wanted.then(|| Fetcher::with(upstream.proxy(), &settings.image_hosts));
+        let fetcher =
+            is_wanted.then(|| Fetcher::with_hosts(upstream.proxy(), &settings.image_hosts));
         let fetcher = fetcher.transpose().map_err(io::Error::other)?;
         let rates = Rates::new(&settings);
         let decoding = tokio::sync::Mutex::new(());

@@ -124,7 +124,7 @@ impl Upstream {
     pub(crate) async fn model_name(&self, headers: &HeaderMap) -> Result<String, ApiError> {
         match self {
             Self::Server(server) => {
-                let model = server.answering(server.model.name(), headers).settled().await;
+                let model = server.answering(server.model.name(), headers).resolve_model().await;
                 Ok(model.map_err(|error| ApiError::asking("no_model", error))?.name().to_owned())
             }
             Self::Engine(model) => Ok(model.name().to_owned()),
@@ -389,7 +389,7 @@ impl Server {
         let key = self.key.clone().or_else(|| access::token(headers).map(SecretString::from));
         let mut own = self.choosing(headers);
         own.extend(own_call(headers));
-        self.model.with(name, key).with_headers(own)
+        self.model.with_model_and_key(name, key).with_headers(own)
     }
 }
 
