@@ -213,8 +213,8 @@ async fn other_models_keep_their_log_probabilities() {
     let server = picky(vec![(is_refused, says(400, "no logprobs here"))]).await;
     let client = client(&server).await;
     asks(&client, 2).await;
-    asks(&client.with("other", None), 1).await;
-    asks(&client.with("m", None), 1).await;
+    asks(&client.with_model_and_key("other", None), 1).await;
+    asks(&client.with_model_and_key("m", None), 1).await;
     assert_eq!(had(&server, "logprobs").await, [true, false, false, true, false]);
 }
 
