@@ -17,7 +17,7 @@ pub(crate) use identity::identity;
 /// Opens the model that the settings name: a URL, a .gguf file, or a name from the catalogue.
 pub(crate) async fn open(settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> {
     let model: Arc<dyn Mllm> = if settings.is_server() {
-        Arc::new(server(settings)?.settled().await?)
+        Arc::new(server(settings)?.resolve_model().await?)
     } else {
         check_gguf(settings)?;
         engine::open(settings).await?
@@ -40,7 +40,7 @@ pub(crate) async fn description(settings: &Settings) -> anyhow::Result<Option<St
     if !settings.is_server() {
         return Ok(None);
     }
-    Ok(server(settings)?.settled().await?.description().await?)
+    Ok(server(settings)?.resolve_model().await?.model_description().await?)
 }
 
 /// Which model the server has now: what its list says about the named model, or about all models
@@ -49,7 +49,7 @@ pub(crate) async fn description(settings: &Settings) -> anyhow::Result<Option<St
 /// # Errors
 /// The server can't be asked now.
 pub(crate) async fn current_model(settings: &Settings) -> anyhow::Result<String> {
-    Ok(server(settings)?.standing().await?)
+    Ok(server(settings)?.identity().await?)
 }
 
 /// Flags that make another command use the same model; empty for the default one.

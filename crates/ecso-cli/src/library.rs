@@ -68,7 +68,7 @@ impl Setup {
     /// # Errors
     /// The HTTP client can't be built.
     pub fn fetcher(&self) -> anyhow::Result<Fetcher> {
-        Fetcher::with(self.settings.proxy().as_ref(), &self.settings.gateway.image_hosts)
+        Fetcher::with_hosts(self.settings.proxy().as_ref(), &self.settings.gateway.image_hosts)
             .context("can't fetch images")
     }
 

@@ -90,7 +90,8 @@ impl AppState {
         audit: Option<Arc<Audit>>,
     ) -> io::Result<Self> {
         let is_fetching = settings.image_urls == ImageUrls::Fetch;
-        let fetcher = is_fetching.then(|| Fetcher::with(upstream.proxy(), &settings.image_hosts));
+        let fetcher =
+            is_fetching.then(|| Fetcher::with_hosts(upstream.proxy(), &settings.image_hosts));
         let fetcher = fetcher.transpose().map_err(io::Error::other)?;
         let rates = Rates::new(&settings);
         let decoding = tokio::sync::Mutex::new(());

@@ -1,32 +1,33 @@
-//! Which prompts the engine's sequences hold, so that a shared prefix is computed once.
+//! The prompts in the engine's sequences, so that a shared prefix is computed once.
 
 use crate::layout::Segment;
 
-/// What one sequence of the engine's memory holds: segments, each with the position where it ends.
+/// The content of one sequence of the engine's KV cache: segments, each with its end position.
 #[derive(Debug, Default)]
 pub(crate) struct Sequence {
     held: Vec<(Segment, i32)>,
-    /// [`Cache::passed`] when it was last used.
+    /// [`Cache::clock`] when it was last used.
     used: i64,
 }
 
 impl Sequence {
-    /// Forgets all but the first `keep` segments.
+    /// Drops all but the first `keep` segments.
     pub(crate) fn truncate(&mut self, keep: usize) {
         self.held.truncate(keep);
     }
 
-    /// Notes that a segment was computed, and where it ends.
+    /// Adds a segment that was computed, with its end position.
     pub(crate) fn push(&mut self, segment: Segment, end: i32) {
         self.held.push((segment, end));
     }
 
-    /// What would be lost with it: the tokens it holds, against what has been lost since it was
-    /// last used (the rule `GreedyDual`).
-    fn worth(&self) -> i64 {
+    /// The value of keeping it, by the rule `GreedyDual`: its tokens, plus the clock when it was last
+    /// used.
+    fn value(&self) -> i64 {
         self.used + self.held.last().map_or(0, |(_, end)| i64::from(*end))
     }
 
+    /// The number of leading segments that it shares with a prompt.
     fn shared(&self, prompt: &[Segment]) -> usize {
         self.held
             .iter()
@@ -40,16 +41,16 @@ impl Sequence {
 #[derive(Debug)]
 pub(crate) struct Cache {
     sequences: Vec<Sequence>,
-    /// The worth of what was given up last.
-    passed: i64,
+    /// The value of the sequence that was evicted last.
+    clock: i64,
 }
 
-/// Where a prompt goes.
+/// The place for a prompt.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Place {
     /// Index of the sequence.
     pub(crate) sequence: usize,
-    /// How many of the prompt's segments it holds already.
+    /// The number of the prompt's segments that it has already.
     pub(crate) shared: usize,
     /// The position where they end.
     pub(crate) position: i32,
@@ -57,30 +58,31 @@ pub(crate) struct Place {
 
 impl Cache {
     pub(crate) fn new(sequences: usize) -> Self {
-        Self { sequences: (0..sequences.max(1)).map(|_| Sequence::default()).collect(), passed: 0 }
+        Self { sequences: (0..sequences.max(1)).map(|_| Sequence::default()).collect(), clock: 0 }
     }
 
-    /// The sequence that shares most with the prompt; of those that share as much, the one that is
-    /// least worth keeping: a long prefix that comes again and again outlives short conversations.
-    /// The prompt's last segment never counts as shared: computing it gives the logits that the
-    /// reply starts from. `afresh` shares nothing.
-    pub(crate) fn place(&mut self, prompt: &[Segment], afresh: bool) -> Place {
-        let prefix = if afresh { &[] } else { &prompt[..prompt.len().saturating_sub(1)] };
+    /// The sequence that shares most with the prompt; among equals, the one with the least value, so
+    /// that a long prefix in frequent use outlives short conversations. The prompt's last segment
+    /// never counts as shared, because computing it gives the logits for the first token of the
+    /// reply. With `no_reuse`, nothing is shared.
+    pub(crate) fn place(&mut self, prompt: &[Segment], no_reuse: bool) -> Place {
+        let prefix = if no_reuse { &[] } else { &prompt[..prompt.len().saturating_sub(1)] };
         let mut best = (0, 0);
         for (index, sequence) in self.sequences.iter().enumerate() {
             let shared = sequence.shared(prefix);
-            let longer = shared > best.1;
-            let lesser = shared == best.1 && sequence.worth() < self.sequences[best.0].worth();
-            if index == 0 || longer || lesser {
+            let is_longer = shared > best.1;
+            let is_less_valuable =
+                shared == best.1 && sequence.value() < self.sequences[best.0].value();
+            if index == 0 || is_longer || is_less_valuable {
                 best = (index, shared);
             }
         }
         let (index, shared) = best;
         let sequence = &mut self.sequences[index];
         if shared == 0 && !sequence.held.is_empty() {
-            self.passed = sequence.worth();
+            self.clock = sequence.value();
         }
-        sequence.used = self.passed;
+        sequence.used = self.clock;
         sequence.truncate(shared);
         let position = sequence.held.last().map_or(0, |(_, end)| *end);
         Place { sequence: index, shared, position }
@@ -113,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn a_prompt_goes_where_most_of_it_is() {
+    fn a_prompt_goes_to_the_sequence_that_shares_most() {
         let mut cache = Cache::new(2);
         assert_eq!(compute(&mut cache, &[1, 2, 3]), Place { sequence: 0, shared: 0, position: 0 });
         assert_eq!(compute(&mut cache, &[1, 2, 4]), Place { sequence: 0, shared: 2, position: 20 });
@@ -136,7 +138,7 @@ mod tests {
             }
             assert_eq!(compute(&mut cache, &long).shared, 19, "round {round}");
         }
-        // What nobody asks for any more goes in the end.
+        // A prefix that is no longer used is evicted in the end.
         for other in 0..30 {
             compute(&mut cache, &[1000 + other, 1, 2]);
         }

@@ -1,4 +1,4 @@
-//! The engine: a thread that owns model and context, and the handle that sends it work.
+//! The engine: a thread that owns the model and its context, and the handle that sends it jobs.
 
 use std::{
     error::Error,
@@ -34,34 +34,34 @@ use crate::{
     template::{ChatTemplate, Vocabulary},
 };
 
-/// Tokens of an image that are computed together; models that look at an image as a whole need all
-/// of them in one go.
+/// Image tokens that are computed together. Models with non-causal attention over an image need all
+/// of its tokens in one batch.
 const IMAGE_BATCH: u32 = 512;
 
-/// How a model is loaded.
+/// Options for loading a model.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
-    /// What traces and results call the model; `None` is the file's name.
+    /// The model's name in traces and results; `None` takes the file's name.
     pub name: Option<String>,
-    /// The projector (mmproj GGUF) that lets the model see; without it the model reads text only.
+    /// The projector (mmproj GGUF) of a vision model; without it the model reads text only.
     pub mmproj: Option<PathBuf>,
-    /// Tokens of one conversation, prompt and reply; `None` is what the model was trained for, at
-    /// most 8,192.
+    /// Most tokens of one conversation, prompt and reply; `None` takes the model's training context,
+    /// at most 8,192.
     pub context: Option<NonZeroU32>,
-    /// Conversations whose prefix is kept for reuse; `None` is 3: an answer's, and what a guard
-    /// asks beside it. Each costs memory for a whole context.
+    /// The number of conversations whose prefix is kept for reuse; `None` takes 3, for an answer and
+    /// the guard's questions about it. Each needs memory for a whole context.
     pub slots: Option<NonZeroU32>,
-    /// Compute every prompt from its start, even where an earlier one began alike. Replies are the
-    /// same, only later.
+    /// Computes every prompt from its start, even if an earlier one began the same. Replies are the
+    /// same, but slower.
     pub no_reuse: bool,
-    /// A folder for what many prompts begin with ([`Chat::head`]), so that another process has it
-    /// computed already; `None` keeps nothing. At most 512 MiB.
+    /// A folder for the shared beginnings of prompts ([`Chat::head`]), at most 512 MiB, so that other
+    /// processes need not compute them; `None` keeps nothing.
     pub heads: Option<PathBuf>,
-    /// Threads; `None` is one a core.
+    /// The number of threads; `None` takes one for each core.
     pub threads: Option<NonZeroU32>,
-    /// Layers on the GPU, where one is compiled in; `None` is all.
+    /// The number of layers on the GPU, if support for one is built in; `None` puts all there.
     pub gpu_layers: Option<u32>,
-    /// A Jinja chat template in place of the model's own.
+    /// A Jinja chat template that replaces the model's own.
     pub chat_template: Option<String>,
 }
 
@@ -87,7 +87,9 @@ impl Llama {
     /// Loads a GGUF file.
     ///
     /// # Errors
-    /// [`ModelError::Transport`] if a file is missing, damaged, or does not fit the other.
+    /// [`ModelError::Transport`] if a file is missing or damaged, if the projector does not fit the
+    /// model, or if there is not enough memory; [`ModelError::Rejected`] if the chat template can't be
+    /// used.
     pub async fn load(path: impl Into<PathBuf>, options: Options) -> Result<Self, ModelError> {
         let path = path.into();
         let stem = || path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
@@ -100,7 +102,7 @@ impl Llama {
             .map_err(|error| ModelError::Transport(Cause::from_error(error)))?;
         // From here on the handle owns the thread: if this future is dropped, the thread ends.
         let llama = Self { name, jobs: Some(jobs), thread: Some(thread) };
-        loaded.await.unwrap_or_else(|_| Err(gone()))?;
+        loaded.await.unwrap_or_else(|_| Err(thread_ended()))?;
         Ok(llama)
     }
 }
@@ -109,7 +111,7 @@ impl Drop for Llama {
     fn drop(&mut self) {
         drop(self.jobs.take());
         if let Some(thread) = self.thread.take() {
-            // A panic of the engine's thread was reported when it happened.
+            // A panic of the thread was reported when it happened.
             let _ = thread.join();
         }
     }
@@ -124,13 +126,13 @@ impl Mllm for Llama {
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {
         let (reply, mut receiver) = pieces::unbounded_channel();
         let job = Job { chat: chat.clone(), sampling: sampling.clone(), reply };
-        self.jobs.as_ref().and_then(|jobs| jobs.send(job).ok()).ok_or_else(gone)?;
+        self.jobs.as_ref().and_then(|jobs| jobs.send(job).ok()).ok_or_else(thread_ended)?;
         Ok(stream::poll_fn(move |context| receiver.poll_recv(context)).boxed())
     }
 }
 
-fn gone() -> ModelError {
-    ModelError::Transport("the engine's thread is gone; the log says why".into())
+fn thread_ended() -> ModelError {
+    ModelError::Transport("the engine's thread has ended; the log says why".into())
 }
 
 fn failed(what: &str, error: impl Error + Send + Sync + 'static) -> ModelError {
@@ -162,7 +164,7 @@ fn serve(
     }
     while let Ok(job) = inbox.recv() {
         if let Err(error) = engine.reply(&job) {
-            // Whoever asked may be gone; then there is nobody to tell.
+            // Fails if the caller has dropped the stream.
             let _ = job.reply.send(Err(error));
         }
     }
@@ -221,7 +223,8 @@ impl<'m> Engine<'m> {
         let context = model.new_context(backend()?, params).map_err(|error| {
             failed("there is not enough memory for the context; try a smaller one", error)
         })?;
-        let vision = options.mmproj.map(|path| see(&path, model, threads)).transpose()?;
+        let vision =
+            options.mmproj.map(|path| load_projector(&path, model, threads)).transpose()?;
         let template = ChatTemplate::new(
             options.chat_template.or_else(|| model.chat_template(None).ok()?.to_string().ok()),
             vocabulary(model),
@@ -259,20 +262,20 @@ impl<'m> Engine<'m> {
         let tokens = |text: &str, first| vocab.tokenize(text.as_bytes(), first, true);
         let segments = lay_out(&self.template.render(&job.chat)?, marker, &digests, tokens);
         let head = self
-            .head(&job.chat)
+            .rendered_head(&job.chat)
             .map(|head| lay_out(&head, marker, &[], tokens))
             .unwrap_or_default();
-        let alike =
+        let shared =
             segments.iter().zip(&head).take_while(|(segment, head)| segment.same_as(head)).count();
-        let head = alike.min(segments.len().saturating_sub(1));
+        let head = shared.min(segments.len().saturating_sub(1));
         let Some(prompt) = self.read(&segments, head, &images, job)? else {
-            return Ok(()); // Nobody waits for the reply any more.
+            return Ok(()); // The caller has dropped the stream.
         };
         self.write(prompt, job)
     }
 
-    /// What a chat's head is rendered to, where it has one that may be kept.
-    fn head(&self, chat: &Chat) -> Option<String> {
+    /// The rendered head of a chat, if it has one that may be kept.
+    fn rendered_head(&self, chat: &Chat) -> Option<String> {
         let turns = chat
             .turns
             .get(..chat.head)
@@ -281,8 +284,8 @@ impl<'m> Engine<'m> {
         self.template.render(&head).ok().filter(|_| head.image_count() == 0)
     }
 
-    /// Computes the prompt, from where a held prefix ends. Its first segments, `head` of them, are
-    /// read from disk, or kept there. `None` if the caller went away.
+    /// Computes the prompt behind its cached prefix. Its first `head` segments are read from disk, or
+    /// kept there. `None` if the caller has dropped the stream.
     fn read(
         &mut self,
         segments: &[Segment],
@@ -294,13 +297,13 @@ impl<'m> Engine<'m> {
         let sequence = i32::try_from(place.sequence).unwrap_or_default();
         let mut prompt = Prompt { sequence, position: place.position, logits: 0, tokens: 0 };
         let mut shared = place.shared;
-        // Models with a recurrent state can't forget a part of it.
+        // Models with a recurrent state can't drop a part of it.
         let from = u32::try_from(prompt.position).ok();
         if !matches!(
             self.context.clear_kv_cache_seq(Some(sequence.unsigned_abs()), from, None),
             Ok(true)
         ) {
-            self.forget(place.sequence)?;
+            self.clear(place.sequence)?;
             (shared, prompt.position) = (0, 0);
         }
         let mut to_keep = None;
@@ -310,7 +313,7 @@ impl<'m> Engine<'m> {
             match heads.find(&tokens) {
                 Some(file) => {
                     (shared, prompt.position) =
-                        self.recall(&file, &segments[..head], &tokens, place.sequence)?;
+                        self.load_head(&file, &segments[..head], &tokens, place.sequence)?;
                 }
                 None => to_keep = Some(tokens),
             }
@@ -325,35 +328,35 @@ impl<'m> Engine<'m> {
                 }
             };
             if let Err(error) = done {
-                self.forget(place.sequence)?;
+                self.clear(place.sequence)?;
                 return Err(error);
             }
             if number >= shared {
                 self.cache.sequence(place.sequence).push(segment.clone(), prompt.position);
             }
             if let Some(tokens) = to_keep.take_if(|_| number + 1 == head) {
-                self.keep(&tokens, sequence);
+                self.keep_head(&tokens, sequence);
             }
         }
         prompt.tokens = u32::try_from(prompt.position).unwrap_or_default();
         Ok(Some(prompt))
     }
 
-    /// Reads a head from its file into a sequence, in the place of what that holds: how many
-    /// segments it holds then, and where they end.
-    fn recall(
+    /// Replaces the content of a sequence by a head from its file. Returns the number of segments in
+    /// the sequence, and their end position.
+    fn load_head(
         &mut self,
         file: &Path,
         head: &[Segment],
         tokens: &[LlamaToken],
         sequence: usize,
     ) -> Result<(usize, i32), ModelError> {
-        self.forget(sequence)?;
+        self.clear(sequence)?;
         let id = i32::try_from(sequence).unwrap_or_default();
         let read = self.context.state_seq_load_file(file, id, tokens.len());
         if !read.is_ok_and(|(read, _)| read == tokens) {
             tracing::debug!(?file, "a head can't be read");
-            self.forget(sequence)?;
+            self.clear(sequence)?;
             return Ok((0, 0));
         }
         let mut end = 0;
@@ -364,9 +367,9 @@ impl<'m> Engine<'m> {
         Ok((head.len(), end))
     }
 
-    /// Keeps a head that a sequence holds, and nothing else, on disk; where that can't be, it is
-    /// computed again another time.
-    fn keep(&self, tokens: &[LlamaToken], sequence: i32) {
+    /// Keeps the head that is the whole content of a sequence on disk. If that fails, it is computed
+    /// again another time.
+    fn keep_head(&self, tokens: &[LlamaToken], sequence: i32) {
         let Some(heads) = &self.heads else { return };
         let kept = heads.keep(tokens, |file| {
             self.context
@@ -379,7 +382,7 @@ impl<'m> Engine<'m> {
         }
     }
 
-    fn forget(&mut self, sequence: usize) -> Result<(), ModelError> {
+    fn clear(&mut self, sequence: usize) -> Result<(), ModelError> {
         self.cache.sequence(sequence).truncate(0);
         let id = u32::try_from(sequence).ok();
         self.context
@@ -487,7 +490,7 @@ impl<'m> Engine<'m> {
         Ok(())
     }
 
-    /// The likeliest tokens at a row of logits, with their log-probabilities.
+    /// The likeliest tokens of a row of logits, with their log-probabilities.
     fn top_logprobs(&self, row: i32, count: usize) -> Vec<TopLogprob> {
         let logits = self.context.get_logits_ith(row);
         let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -523,9 +526,9 @@ impl<'m> Engine<'m> {
 #[derive(Clone, Copy)]
 struct Prompt {
     sequence: i32,
-    /// Where the reply goes on.
+    /// The position of the reply's first token.
     position: i32,
-    /// The row of the last batch that holds the logits of the first new token.
+    /// The row of the last batch with the logits for the reply's first token.
     logits: i32,
     tokens: u32,
 }
@@ -540,7 +543,11 @@ fn must_fit(position: i32, tokens: usize, room: i32) -> Result<(), ModelError> {
     ).into()))
 }
 
-fn see(path: &Path, model: &LlamaModel, threads: i32) -> Result<MtmdContext, ModelError> {
+fn load_projector(
+    path: &Path,
+    model: &LlamaModel,
+    threads: i32,
+) -> Result<MtmdContext, ModelError> {
     let wrong = |why: &str| ModelError::Transport(format!("{}: {why}", path.display()).into());
     let params = MtmdContextParams {
         n_threads: threads,
@@ -582,7 +589,7 @@ fn sampler(sampling: &Sampling) -> LlamaSampler {
     ])
 }
 
-/// Text from tokens that may end in the middle of a character.
+/// Joins the bytes of tokens, which may end within a character, to text.
 #[derive(Default)]
 struct Utf8 {
     held: Vec<u8>,
@@ -618,7 +625,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn characters_split_over_tokens_come_whole(text: String, size in 1..5_usize) {
+        fn characters_split_over_tokens_are_joined(text: String, size in 1..5_usize) {
             let mut utf8 = Utf8::default();
             let mut read: String = text.as_bytes().chunks(size).map(|token| utf8.push(token)).collect();
             read.push_str(&utf8.rest());
@@ -626,7 +633,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_panic_or_pile_up(tokens: Vec<Vec<u8>>) {
+        fn invalid_bytes_neither_panic_nor_accumulate(tokens: Vec<Vec<u8>>) {
             let mut utf8 = Utf8::default();
             for token in tokens {
                 utf8.push(&token);

@@ -1,5 +1,5 @@
-//! Heads of prompts on disk. What many prompts begin with is computed once for a model, and not
-//! once for every process.
+//! Heads on disk: the beginnings that many prompts share, computed once for a model instead of once in
+//! every process.
 
 use std::{
     fs::{self, File},
@@ -12,41 +12,40 @@ use llama_cpp_2::token::LlamaToken;
 
 use crate::layout::{BLOCK, Segment};
 
-/// Most bytes of all heads; those that were used last stay.
-const MOST: u64 = 512 << 20;
-/// Fewer tokens are computed sooner than read.
-const FEWEST: usize = 64;
-/// What the files end with.
-const ENDING: &str = "head";
+/// Most bytes of all heads. The least recently used ones are removed.
+const MAX_BYTES: u64 = 512 << 20;
+/// Heads with fewer tokens are faster to compute than to read.
+const MIN_TOKENS: usize = 64;
+/// The extension of the files.
+const EXTENSION: &str = "head";
 
 /// A folder of heads, for one model.
 pub(crate) struct Heads {
     folder: PathBuf,
-    /// What a head's bytes depend on beside its tokens.
+    /// A digest of everything that a head's bytes depend on, except its tokens.
     model: blake3::Hash,
 }
 
 impl Heads {
-    /// The heads of the model in this file, in `folder`; `how` says what else changes what is
-    /// computed.
+    /// The heads in `folder` for a model file. `how` names the settings that change the computation.
     pub(crate) fn new(folder: PathBuf, model: &Path, how: &str) -> io::Result<Self> {
-        // Another build may compute otherwise.
+        // Another build may compute other numbers.
         let build = (env!("CARGO_PKG_VERSION"), version(&std::env::current_exe()?)?, BLOCK);
         let about = format!("{build:?} {} {how}", version(&model.canonicalize()?)?);
         Ok(Self { folder, model: blake3::hash(about.as_bytes()) })
     }
 
-    /// The tokens of a head, where it is one that is worth keeping.
+    /// The tokens of a head; `None` if it is not worth keeping.
     pub(crate) fn tokens(segments: &[Segment]) -> Option<Vec<LlamaToken>> {
         let mut tokens = Vec::new();
         for segment in segments {
             let Segment::Text(text) = segment else { return None };
             tokens.extend_from_slice(text);
         }
-        (tokens.len() >= FEWEST).then_some(tokens)
+        (tokens.len() >= MIN_TOKENS).then_some(tokens)
     }
 
-    /// The file of a head, if it is here and whole.
+    /// The file of a head, if it exists and is intact.
     pub(crate) fn find(&self, tokens: &[LlamaToken]) -> Option<PathBuf> {
         let name = self.name(tokens);
         let found = files(&self.folder).ok()?.into_iter().find(|(path, _)| {
@@ -56,8 +55,8 @@ impl Heads {
         });
         let (path, _) = found?;
         let digest = digest(&path).ok()?;
-        if path.to_str().is_some_and(|path| path.ends_with(&format!("-{digest}.{ENDING}"))) {
-            // It was used.
+        if path.to_str().is_some_and(|path| path.ends_with(&format!("-{digest}.{EXTENSION}"))) {
+            // Marks it as recently used.
             let _ = File::open(&path).and_then(|file| file.set_modified(SystemTime::now()));
             return Some(path);
         }
@@ -66,7 +65,7 @@ impl Heads {
         None
     }
 
-    /// Keeps a head, which `write` puts into a file.
+    /// Keeps a head. `write` writes it to a file.
     pub(crate) fn keep(
         &self,
         tokens: &[LlamaToken],
@@ -75,17 +74,17 @@ impl Heads {
         fs::create_dir_all(&self.folder)?;
         let file = tempfile::Builder::new().prefix(".").tempfile_in(&self.folder)?.into_temp_path();
         write(&file)?;
-        let name = format!("{}-{}.{ENDING}", self.name(tokens), digest(&file)?);
+        let name = format!("{}-{}.{EXTENSION}", self.name(tokens), digest(&file)?);
         file.persist(self.folder.join(name))?;
-        self.hold_the_bound()
+        self.remove_old()
     }
 
-    fn hold_the_bound(&self) -> io::Result<()> {
+    fn remove_old(&self) -> io::Result<()> {
         let mut all = files(&self.folder)?;
         all.sort_by_key(|(_, file)| file.modified().ok());
         let mut bytes: u64 = all.iter().map(|(_, file)| file.len()).sum();
         for (path, file) in all {
-            if bytes <= MOST {
+            if bytes <= MAX_BYTES {
                 break;
             }
             fs::remove_file(path)?;
@@ -104,7 +103,7 @@ impl Heads {
     }
 }
 
-/// What tells a file from its next version.
+/// A text that changes when the file does.
 fn version(path: &Path) -> io::Result<String> {
     let file = path.metadata()?;
     Ok(format!("{} {} {:?}", path.display(), file.len(), file.modified()?))
@@ -116,7 +115,7 @@ fn files(folder: &Path) -> io::Result<Vec<(PathBuf, fs::Metadata)>> {
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
         let path = entry.path();
-        if path.extension().is_some_and(|ending| ending == ENDING) {
+        if path.extension().is_some_and(|extension| extension == EXTENSION) {
             found.push((path, entry.metadata()?));
         }
     }

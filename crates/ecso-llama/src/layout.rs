@@ -1,9 +1,9 @@
 //! A prompt as the segments in which it is computed.
 //!
-//! Floating-point sums depend on how many tokens are computed together. So the segments depend on
-//! the prompt alone, never on what happens to be cached: an image with the text before it is one
-//! segment, text is cut where a part of a turn ends and into blocks of [`BLOCK`] tokens. A cached
-//! prefix of whole segments is then exact.
+//! Floating-point sums depend on how many tokens are computed together. So the segments depend on the
+//! prompt alone, never on the cache: an image with the text before it is one segment; other text is
+//! cut at the end of each part of a turn, and into blocks of [`BLOCK`] tokens. A cached prefix of
+//! whole segments is then exact.
 
 use ecso::Digest;
 use llama_cpp_2::token::LlamaToken;
@@ -23,7 +23,7 @@ pub(crate) enum Segment {
 }
 
 impl Segment {
-    /// How many tokens of text it has.
+    /// The number of its text tokens.
     pub(crate) fn tokens(&self) -> i32 {
         match self {
             Self::Text(tokens) => i32::try_from(tokens.len()).unwrap_or(i32::MAX),
@@ -31,7 +31,7 @@ impl Segment {
         }
     }
 
-    /// Whether computing the one gives what computing the other gives.
+    /// Whether computing one gives the same result as computing the other.
     pub(crate) fn same_as(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Text(tokens), Self::Text(others)) => tokens == others,

@@ -1,11 +1,10 @@
-//! The model's own chat template, and what keeps a conversation's text from being read as its
-//! syntax.
+//! The model's chat template, and the protection against text that imitates its syntax.
 
 use aho_corasick::AhoCorasick;
 use ecso::{Cause, Chat, ModelError, Part, Role, Turn};
 use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig};
 
-/// LLaVA-1.5's conversation format, also for a GGUF that brings no template.
+/// LLaVA-1.5's conversation format, also for a GGUF without a template.
 const VICUNA_V1: &str = "{{ system or \"A chat between a curious user and an artificial intelligence assistant. \
 The assistant gives helpful, detailed, and polite answers to the user's questions.\" }}\
 {% for m in turns %}{% if m.role == 'user' %} USER: {{ m.content }}{% else %} ASSISTANT: {{ m.content }}</s>{% endif %}\
@@ -16,23 +15,23 @@ pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
     bos: String,
     eos: String,
-    /// Texts of the vocabulary's control tokens.
+    /// The texts of the vocabulary's control tokens.
     control: AhoCorasick,
-    /// Stands where an image is; no text of a conversation contains it.
+    /// Replaces each image. The text of a conversation never contains it.
     marker: String,
 }
 
-/// Stands in a rendered prompt where a part of a turn ends and the next begins, and behind what is
-/// no turn of the user; no text of a conversation contains it.
+/// Marks the places in a rendered prompt between the parts of a turn, and behind turns that are not the
+/// user's. The text of a conversation never contains it.
 pub(crate) const CUT: &str = "<__ecso_part__>";
 
-/// What a template needs to know of the model.
+/// The parts of the model's vocabulary that a template needs.
 pub(crate) struct Vocabulary {
     pub(crate) bos: String,
     pub(crate) eos: String,
     pub(crate) control: Vec<String>,
-    /// The model calls itself LLaVA-1.5, whose training used `vicuna_v1`, whatever template its
-    /// GGUF carries.
+    /// Whether the model's name is LLaVA-1.5. It was trained with `vicuna_v1`, whatever template its
+    /// GGUF contains.
     pub(crate) is_llava_1_5: bool,
 }
 
@@ -61,13 +60,13 @@ impl ChatTemplate {
         Ok(Self { environment, bos, eos, control, marker: marker.to_owned() })
     }
 
-    /// The prompt text. Where an image stands there is the marker, between a turn's parts there is
-    /// [`CUT`]; the vocabulary's own first token is left out, since tokenising adds it. Some
-    /// templates refuse system messages: these then stand before the first text of the user.
+    /// The prompt text, with the marker for each image and [`CUT`] between the parts of a turn. The
+    /// vocabulary's first token is left out, since the tokenizer adds it. If the template refuses
+    /// system messages, they are put before the text of the next user turn.
     pub(crate) fn render(&self, chat: &Chat) -> Result<String, ModelError> {
         let has_system = chat.turns.iter().any(|turn| turn.role == Role::System);
-        let rendered = match self.render_as_it_is(chat) {
-            Err(_) if has_system => self.render_as_it_is(&chat.without_system()),
+        let rendered = match self.render_unchanged(chat) {
+            Err(_) if has_system => self.render_unchanged(&chat.without_system()),
             rendered => rendered,
         };
         rendered.map_err(|error| {
@@ -78,7 +77,7 @@ impl ChatTemplate {
         })
     }
 
-    fn render_as_it_is(&self, chat: &Chat) -> Result<String, Error> {
+    fn render_unchanged(&self, chat: &Chat) -> Result<String, Error> {
         let messages: Vec<Value> = chat
             .turns
             .iter()
@@ -100,7 +99,7 @@ impl ChatTemplate {
             })
         })?;
         let rendered = rendered.strip_prefix(&self.bos).unwrap_or(&rendered);
-        Ok(self.cut_at_control(rendered))
+        Ok(self.keep_safe_cuts(rendered))
     }
 
     fn content(&self, turn: &Turn) -> String {
@@ -108,18 +107,18 @@ impl ChatTemplate {
             .parts
             .iter()
             .map(|part| match part {
-                Part::Text(text) => self.neutral(text),
+                Part::Text(text) => self.neutralized(text),
                 Part::Image(_) => self.marker.clone(),
             })
             .collect();
-        // What a conversation goes on from, and what many begin with, ends a piece too.
+        // A prefill, and the beginning that many conversations share, end a segment too.
         let end = if turn.role == Role::User { "" } else { CUT };
         parts.join(&format!("\n{CUT}")) + end
     }
 
-    /// Turns end a piece only where a control token follows: elsewhere some vocabularies would read
-    /// what follows otherwise.
-    fn cut_at_control(&self, rendered: &str) -> String {
+    /// Keeps a [`CUT`] only after a line break or before a control token. Elsewhere some vocabularies
+    /// would tokenize the following text differently.
+    fn keep_safe_cuts(&self, rendered: &str) -> String {
         let mut cut = String::with_capacity(rendered.len());
         let mut pieces = rendered.split(CUT);
         cut.push_str(pieces.next().unwrap_or_default());
@@ -133,9 +132,9 @@ impl ChatTemplate {
         cut
     }
 
-    /// A text that spells a control token (`<|im_end|>`) could end its turn and forge the next: a
-    /// space after the first character leaves it readable and takes its power.
-    fn neutral(&self, text: &str) -> String {
+    /// The text with a space after the first character of each control token (`<|im_end|>`), which
+    /// otherwise could end the turn and forge the next one.
+    fn neutralized(&self, text: &str) -> String {
         let mut neutral = String::with_capacity(text.len());
         self.control.replace_all_with(text, &mut neutral, |_, found, neutral| {
             let (first, rest) = found.split_at(found.chars().next().map_or(0, char::len_utf8));

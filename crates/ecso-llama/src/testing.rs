@@ -1,5 +1,5 @@
-//! A tiny vision model with random weights, written as a pair of GGUF files: for tests of what is
-//! computed, not of what is said. Its replies are noise.
+//! A tiny vision model with random weights, as a pair of GGUF files, for tests of the computation. Its
+//! replies are noise.
 
 use std::{
     fs::File,
@@ -16,16 +16,16 @@ const IMAGE_SIDE: u64 = 56;
 /// The files of a model.
 #[derive(Debug, Clone)]
 pub struct TinyVlm {
-    /// The language model: llama architecture, one token a byte.
+    /// The language model: llama architecture, one token per byte.
     pub model: PathBuf,
-    /// Its projector: a CLIP of 56x56 pixels and LLaVA's two-layer perceptron.
+    /// Its projector: CLIP for 56x56 pixels, and LLaVA's two-layer perceptron.
     pub mmproj: PathBuf,
 }
 
-/// Writes `tiny.gguf` and `tiny-mmproj.gguf` into `folder`: always the same bytes.
+/// Writes `tiny.gguf` and `tiny-mmproj.gguf` into `folder`. The bytes are always the same.
 ///
 /// # Errors
-/// When the files can't be written.
+/// If the files can't be written.
 pub fn tiny_vlm(folder: &Path) -> io::Result<TinyVlm> {
     let files =
         TinyVlm { model: folder.join("tiny.gguf"), mmproj: folder.join("tiny-mmproj.gguf") };

@@ -1,4 +1,4 @@
-//! A server's base URL, as people write it.
+//! A server's base URL, in the forms that people write.
 
 use std::fmt;
 
@@ -8,10 +8,10 @@ use percent_encoding::percent_decode_str;
 use secrecy::SecretString;
 use url::{Host, Url};
 
-/// What a URL of a whole endpoint ends in.
+/// Ends of the URLs of endpoints.
 const ENDPOINTS: [&str; 3] = ["/chat/completions", "/completions", "/models"];
 
-/// A base URL. What is secret in it is kept apart: it never shows.
+/// A base URL. Its secrets are kept apart and never shown.
 #[derive(Clone)]
 pub(crate) struct Base {
     url: Url,
@@ -26,7 +26,7 @@ impl Base {
         let message = |why: &str| format!("{:?} is no http(s) URL: {why}", shown(text));
         let wrong = |why: &str| ModelError::Rejected(message(why).into());
         if !text.contains("://") {
-            let scheme = if is_near(shown(text)) { "http" } else { "https" };
+            let scheme = if is_local(shown(text)) { "http" } else { "https" };
             return Err(wrong(&format!("write {scheme}://{}", shown(text))));
         }
         let mut url = Url::parse(text).map_err(|error| {
@@ -54,8 +54,8 @@ impl Base {
         &self.url
     }
 
-    /// The URL of what lies below.
-    pub(crate) fn to(&self, path: &str) -> Url {
+    /// The URL of a path below the base.
+    pub(crate) fn join(&self, path: &str) -> Url {
         let mut url = self.url.clone();
         url.set_path(&format!("{}/{path}", self.url.path().trim_end_matches('/')));
         url
@@ -92,16 +92,16 @@ fn login(url: &Url) -> Option<SecretString> {
     Some(format!("Basic {}", BASE64_STANDARD.encode(pair)).into())
 }
 
-/// What can be shown of a text that may be no URL at all: it ends before a query, and begins behind
-/// the last `@`.
+/// The part of a text, which may not be a URL, that holds no secret: behind the last `@`, before a
+/// query.
 fn shown(text: &str) -> &str {
     let text = text.rsplit_once('@').map_or(text, |(_, rest)| rest);
     text.split(['?', '#']).next().unwrap_or_default()
 }
 
-/// Whether an address without a scheme is one that has no TLS as a rule: one with a port, a number,
+/// Whether an address without a scheme usually has no TLS: one with a port, a numeric address, or
 /// this machine.
-fn is_near(address: &str) -> bool {
+fn is_local(address: &str) -> bool {
     let authority = address.split('/').next().unwrap_or_default();
     let Ok(url) = Url::parse(&format!("http://{authority}")) else { return true };
     url.port().is_some() || !matches!(url.host(), Some(Host::Domain(name)) if name.contains('.'))
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn base_urls_are_read_as_people_write_them() {
+    fn base_urls_are_read_in_all_common_forms() {
         for (written, read) in [
             ("http://host:1", "http://host:1/v1"),
             ("http://host:1/", "http://host:1/v1"),
@@ -138,15 +138,15 @@ mod tests {
             assert_eq!(base(written), read, "{written}");
         }
         assert_eq!(
-            Base::parse("http://host/").unwrap().to("models").as_str(),
+            Base::parse("http://host/").unwrap().join("models").as_str(),
             "http://host/v1/models"
         );
-        let azure = Base::parse("https://host/openai?api-version=1").unwrap().to("models");
+        let azure = Base::parse("https://host/openai?api-version=1").unwrap().join("models");
         assert_eq!(azure.as_str(), "https://host/openai/models?api-version=1");
     }
 
     #[test]
-    fn a_url_without_a_scheme_is_told_with_one() {
+    fn the_error_for_a_url_without_a_scheme_shows_the_right_url() {
         for (written, right) in [
             ("host:8000/v1", "write http://host:8000/v1"),
             ("127.0.0.1:8000/v1", "write http://127.0.0.1:8000/v1"),
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn secrets_of_a_base_url_do_not_show() {
+    fn secrets_in_a_base_url_are_never_shown() {
         let login = Base::parse("http://me:se%40same@host/v1?key=hidden").unwrap();
         assert_eq!(login.login.as_ref().unwrap().expose_secret(), "Basic bWU6c2VAc2FtZQ==");
         assert_eq!(format!("{login} {login:?}"), "http://host/v1 http://host/v1");

@@ -1,4 +1,4 @@
-//! The client: what is asked, how often, and what is made of answers that are none.
+//! The client: requests, retries, and errors.
 
 use std::{error::Error, sync::Arc, time::Duration};
 
@@ -25,10 +25,22 @@ use crate::{
     stream,
 };
 
-/// Longest wait for a sign of life.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Longest wait for a health check.
+const HEALTH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A model behind an OpenAI-compatible chat-completions endpoint.
+/// A model behind an OpenAI-compatible chat-completions endpoint. A clone shares connections and what
+/// was learned about the server.
+///
+/// ```
+/// use ecso::Mllm as _;
+/// use ecso_openai::{OpenAi, Options};
+///
+/// let options = Options { model: Some("qwen2.5-vl-7b".into()), ..Options::default() };
+/// let model = OpenAi::new("http://localhost:8000", options)?;
+/// assert_eq!(model.name(), "qwen2.5-vl-7b");
+/// assert_eq!(model.base().as_str(), "http://localhost:8000/v1");
+/// # Ok::<(), ecso::ModelError>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct OpenAi {
     http: reqwest::Client,
@@ -36,11 +48,11 @@ pub struct OpenAi {
     model: String,
     options: Options,
     memory: Arc<Memory>,
-    /// What goes with every request beside the key.
+    /// Further headers of every request.
     headers: HeaderMap,
 }
 
-/// Why a request got no good answer, and what the server said, if it did.
+/// Why a request failed, and the server's error message, if it sent one.
 struct Failed {
     error: ModelError,
     complaint: Option<Box<Complaint>>,
@@ -53,22 +65,22 @@ impl From<ModelError> for Failed {
 }
 
 impl OpenAi {
-    /// Prepares a client for the server at `base` (`http://host:8000` or `http://host:8000/v1`, or
-    /// the URL of an endpoint of it). With no model named, the server is asked which it has.
+    /// A client for the server at `base`: `http://host:8000`, `http://host:8000/v1`, or the URL of one
+    /// of its endpoints. If `options` name no model, the server is asked for its only one.
     ///
     /// # Errors
-    /// [`ModelError::Rejected`] if the URL is none or the server lists several models;
-    /// [`ModelError::Transport`] if it can't be reached, or a file that `options` name can't be
-    /// used.
+    /// [`ModelError::Rejected`] if the URL is invalid, or the server lists no model or several;
+    /// [`ModelError::Transport`] if the server can't be reached, or a file named in `options` can't
+    /// be used.
     pub async fn connect(base: &str, options: Options) -> Result<Self, ModelError> {
-        Self::new(base, options)?.settled().await
+        Self::new(base, options)?.resolve_model().await
     }
 
-    /// The same without asking the server anything: for whoever names the model later, by
-    /// [`OpenAi::with`].
+    /// As [`OpenAi::connect`], without a request to the server. If `options` name no model, choose
+    /// one with [`OpenAi::with_model`] or [`OpenAi::resolve_model`].
     ///
     /// # Errors
-    /// Those of [`OpenAi::connect`] that need no server.
+    /// Those of [`OpenAi::connect`] that involve no server.
     pub fn new(base: &str, options: Options) -> Result<Self, ModelError> {
         Ok(Self {
             base: Base::parse(base)?,
@@ -80,16 +92,20 @@ impl OpenAi {
         })
     }
 
-    /// The same server and connections, with another model and another caller's key.
+    /// The same server and connections, with another model and another key; `None` sends no key.
     #[must_use]
-    pub fn with(&self, model: impl Into<String>, api_key: Option<SecretString>) -> Self {
+    pub fn with_model_and_key(
+        &self,
+        model: impl Into<String>,
+        api_key: Option<SecretString>,
+    ) -> Self {
         let mut other = self.clone();
         other.model = model.into();
         other.options.api_key = api_key;
         other
     }
 
-    /// The same with headers that go with every request: by them some servers choose the model.
+    /// The same client with further headers in every request. Some servers choose the model by them.
     #[must_use]
     pub fn with_headers(mut self, headers: HeaderMap) -> Self {
         self.headers = headers;
@@ -99,32 +115,32 @@ impl OpenAi {
     /// The same server, connections and key, with another model.
     #[must_use]
     pub fn with_model(&self, model: impl Into<String>) -> Self {
-        self.with(model, self.options.api_key.clone())
+        self.with_model_and_key(model, self.options.api_key.clone())
     }
 
-    /// The same with its model named: the server's only one, where none was.
+    /// The same client; if it has no model yet, with the server's only one.
     ///
     /// # Errors
     /// Those of [`OpenAi::connect`].
-    pub async fn settled(mut self) -> Result<Self, ModelError> {
+    pub async fn resolve_model(mut self) -> Result<Self, ModelError> {
         if self.model.is_empty() {
             self.model = self.only_model().await?;
         }
         Ok(self)
     }
 
-    /// The base of all endpoints (`http://host:8000/v1`), without `user:password@`. Its query goes
-    /// with every request.
+    /// The base of all endpoints (`http://host:8000/v1`), without `user:password@`. Its query is part
+    /// of every request.
     #[must_use]
     pub fn base(&self) -> &Url {
         self.base.url()
     }
 
-    /// The `Authorization` header that goes with every request: the key, else the `user:password@`
-    /// of the base, else none.
+    /// The `Authorization` header of every request: the key, else the `user:password@` of the base,
+    /// else none.
     ///
     /// # Errors
-    /// [`ModelError::Rejected`] if the key holds what no header can.
+    /// [`ModelError::Rejected`] if the key contains characters that a header can't have.
     pub fn authorization(&self) -> Result<Option<HeaderValue>, ModelError> {
         let value = match (&self.options.api_key, &self.base.login) {
             (Some(key), _) => format!("Bearer {}", key.expose_secret()),
@@ -139,11 +155,11 @@ impl OpenAi {
     }
 
     async fn models(&self) -> Result<Vec<(String, Value)>, ModelError> {
-        let url = self.base.to("models");
+        let url = self.base.join("models");
         let listed = self.retrying(
             self.options.retries,
             || self.send(self.http.get(url.clone()), &url),
-            may_pass,
+            is_transient,
         );
         let response = listed.await.map_err(|failed| failed.error)?;
         reply::models(&stream::read(self.body(response)).await?)
@@ -166,14 +182,13 @@ impl OpenAi {
         }
     }
 
-    /// What the server's list of models says of this one, as JSON: which files, which context.
-    /// Another model that is served under the same name can be told by it. None where the server
-    /// has no list, or says nothing.
+    /// The server's description of this model in its list of models, as JSON: files, context. It
+    /// distinguishes models that are served under the same name. `None` if the server has no such
+    /// list or description.
     ///
     /// # Errors
-    /// [`ModelError`] where the server could not be asked now: what it would have said is not
-    /// known.
-    pub async fn description(&self) -> Result<Option<String>, ModelError> {
+    /// [`ModelError`] if the server could not be asked, so that the description is not known.
+    pub async fn model_description(&self) -> Result<Option<String>, ModelError> {
         let models = match self.models().await {
             Err(ModelError::Rejected(_) | ModelError::Filtered(_) | ModelError::Protocol(_)) => {
                 return Ok(None);
@@ -183,35 +198,35 @@ impl OpenAi {
         Ok(models
             .iter()
             .find(|(name, _)| *name == self.model)
-            .and_then(|(_, model)| reply::tells(model)))
+            .and_then(|(_, model)| reply::description(model)))
     }
 
-    /// Which model is there now, in one text: what the list of models says of the one that is
-    /// named, also that it has none of that name; where none is named, all that it has.
+    /// A text that changes if the server's model does: name and description of the chosen model, or
+    /// that the server does not list it; without a chosen model, all models of the server.
     ///
     /// # Errors
-    /// [`ModelError`] where the server could not be asked now.
-    pub async fn standing(&self) -> Result<String, ModelError> {
+    /// [`ModelError`] if the server could not be asked.
+    pub async fn identity(&self) -> Result<String, ModelError> {
         let models = match self.models().await {
             Err(ModelError::Rejected(_) | ModelError::Filtered(_) | ModelError::Protocol(_)) => {
                 return Ok(format!("{} without a list of models", self.model));
             }
             models => models?,
         };
-        let told = |(name, model): &(String, Value)| match reply::tells(model) {
-            Some(told) => format!("{name} {told}"),
+        let described = |(name, model): &(String, Value)| match reply::description(model) {
+            Some(description) => format!("{name} {description}"),
             None => name.clone(),
         };
         if self.model.is_empty() {
-            let mut all: Vec<String> = models.iter().map(told).collect();
+            let mut all: Vec<String> = models.iter().map(described).collect();
             all.sort_unstable();
             return Ok(all.join(", "));
         }
         let named = models.iter().find(|(name, _)| *name == self.model);
-        Ok(named.map_or_else(|| format!("{} not among its models", self.model), told))
+        Ok(named.map_or_else(|| format!("{} not among its models", self.model), described))
     }
 
-    /// Posts a chat, in the way in which the model takes it.
+    /// Posts a chat. What the server refuses is sent in another form.
     async fn post(
         &self,
         chat: &Chat,
@@ -228,7 +243,7 @@ impl OpenAi {
                 request::body(&self.model, chat, sampling, stream, &search.quirks, &self.options);
             let failed = match self.ask(&body, retries).await {
                 Ok(response) => {
-                    if let Some(quirks) = search.doubted() {
+                    if let Some(quirks) = search.without_guess() {
                         let body = request::body(
                             &self.model,
                             chat,
@@ -247,24 +262,25 @@ impl OpenAi {
                 Err(failed) => failed,
             };
             let Some(complaint) = failed.complaint else { return Err(failed.error) };
-            if !search.goes_on(&complaint, &body, self.options.max_tokens_field) {
+            if !search.has_next(&complaint, &body, self.options.max_tokens_field) {
                 return Err(failed.error);
             }
             if complaint.is_breakdown() {
-                // It was tried again often enough.
+                // It was retried often enough already.
                 retries = 0;
             }
         }
     }
 
     async fn ask(&self, body: &Map<String, Value>, retries: usize) -> Result<Response, Failed> {
-        let url = self.base.to("chat/completions");
+        let url = self.base.join("chat/completions");
         let send = || self.send(self.http.post(url.clone()).json(body), &url);
         let limit = self.options.max_tokens_field;
-        let is_told = |failed: &Failed| {
-            failed.complaint.as_ref().is_some_and(|said| said.quirk(body, limit).is_some())
+        let names_quirk = |failed: &Failed| {
+            let complaint = failed.complaint.as_ref();
+            complaint.is_some_and(|complaint| complaint.quirk(body, limit).is_some())
         };
-        self.retrying(retries, send, |failed| may_pass(failed) && !is_told(failed)).await
+        self.retrying(retries, send, |failed| is_transient(failed) && !names_quirk(failed)).await
     }
 
     async fn send(&self, request: RequestBuilder, url: &Url) -> Result<Response, Failed> {
@@ -272,7 +288,7 @@ impl OpenAi {
             .authorized(request)?
             .send()
             .await
-            .map_err(|error| self.lost(error, self.options.reply_timeout))?;
+            .map_err(|error| self.connection_error(error, self.options.reply_timeout))?;
         let status = response.status();
         if status.is_success() {
             return Ok(response);
@@ -280,12 +296,12 @@ impl OpenAi {
         let retry_after = retry_after(&response);
         let complaint =
             Complaint::read(status, &stream::read(self.body(response)).await.unwrap_or_default());
-        let asked = if status == StatusCode::NOT_FOUND {
+        let hint = if status == StatusCode::NOT_FOUND {
             format!(" ({} was asked; the base URL usually ends in /v1)", without_query(url))
         } else {
             String::new()
         };
-        let reason = format!("{status}: {}{asked}", complaint.told());
+        let reason = format!("{status}: {}{hint}", complaint.summary());
         let may_filter = matches!(status, StatusCode::BAD_REQUEST | StatusCode::FORBIDDEN);
         let error = match status {
             StatusCode::TOO_MANY_REQUESTS => ModelError::Overloaded { retry_after },
@@ -293,7 +309,7 @@ impl OpenAi {
                 ModelError::Overloaded { retry_after }
             }
             _ if status.is_server_error() => ModelError::Transport(reason.into()),
-            _ if may_filter && complaint.is_of_a_filter() => ModelError::Filtered(reason.into()),
+            _ if may_filter && complaint.is_from_filter() => ModelError::Filtered(reason.into()),
             _ => ModelError::Rejected(reason.into()),
         };
         Err(Failed { error, complaint: Some(Box::new(complaint)) })
@@ -333,23 +349,23 @@ impl OpenAi {
             .await
     }
 
-    /// A response's body, unpacked; what breaks it is told as [`OpenAi::lost`] does.
+    /// A response's body, decompressed; errors are those of [`OpenAi::connection_error`].
     fn body(
         &self,
         response: Response,
     ) -> impl Stream<Item = Result<Bytes, ModelError>> + Send + use<> {
         let client = self.clone();
         response.bytes_stream().map(move |bytes| {
-            bytes.map_err(|error| client.lost(error, client.options.reply_timeout))
+            bytes.map_err(|error| client.connection_error(error, client.options.reply_timeout))
         })
     }
 
-    /// An error of the connection. The URL is left out of it: it may hold a secret.
-    fn lost(&self, error: reqwest::Error, patience: Duration) -> ModelError {
+    /// The error for a failed connection. The URL is left out, since it may contain a secret.
+    fn connection_error(&self, error: reqwest::Error, timeout: Duration) -> ModelError {
         if error.is_timeout() {
-            // Not tried again: whoever waited this long has waited enough.
-            let connect = self.options.connect_timeout.min(patience);
-            return ModelError::Timeout(if error.is_connect() { connect } else { patience });
+            // Not retried: the caller has waited long enough.
+            let connect = self.options.connect_timeout.min(timeout);
+            return ModelError::Timeout(if error.is_connect() { connect } else { timeout });
         }
         let what = match &error {
             error if error.is_connect() => "connection failed",
@@ -379,11 +395,16 @@ impl Mllm for OpenAi {
         &self.model
     }
 
-    /// Asks for the list of models. Any answer but a server's failure (5xx) is a sign of life, a
-    /// refusal too.
+    /// Requests the list of models. Any answer except a server error (5xx) counts as healthy, also a
+    /// refusal.
     async fn health(&self) -> Result<(), ModelError> {
-        let request = self.authorized(self.http.get(self.base.to("models")).timeout(PATIENCE))?;
-        let status = request.send().await.map_err(|error| self.lost(error, PATIENCE))?.status();
+        let request =
+            self.authorized(self.http.get(self.base.join("models")).timeout(HEALTH_TIMEOUT))?;
+        let status = request
+            .send()
+            .await
+            .map_err(|error| self.connection_error(error, HEALTH_TIMEOUT))?
+            .status();
         if status.is_server_error() {
             return Err(ModelError::Transport(format!("{}: {status}", self.base).into()));
         }
@@ -397,9 +418,9 @@ impl Mllm for OpenAi {
     async fn generate(&self, chat: &Chat, sampling: &Sampling) -> Result<Reply, ModelError> {
         let whole = async {
             let response = self.post(chat, sampling, false).await?;
-            let reply = reply::whole(&stream::read(self.body(response)).await?)?;
+            let reply = reply::complete(&stream::read(self.body(response)).await?)?;
             if let Some(answering) = &reply.model {
-                self.memory.answers(&self.model, answering);
+                self.memory.note_answering_model(&self.model, answering);
             }
             Ok(reply)
         };
@@ -414,8 +435,8 @@ impl Mllm for OpenAi {
     }
 }
 
-/// Whether trying again is safe and may help.
-fn may_pass(failed: &Failed) -> bool {
+/// Whether a retry is safe and may help.
+fn is_transient(failed: &Failed) -> bool {
     matches!(failed.error, ModelError::Overloaded { .. } | ModelError::Transport(_))
 }
 

@@ -1,4 +1,4 @@
-//! What a server says is wrong, and what follows from it.
+//! Error messages of servers, and the quirks that can be read from them.
 
 use ecso::ModelError;
 use reqwest::StatusCode;
@@ -10,20 +10,19 @@ use crate::{
     quirks::{Quirk, Quirks},
 };
 
-/// Most characters of a server's words that are looked at.
-const LONGEST: usize = 2000;
-/// Most of them that are told: a request may be quoted in them.
-const TOLD: usize = 200;
+/// Most characters of a message that are searched.
+const MAX_SEARCHED: usize = 2000;
+/// Most characters of a message that are shown, since it may quote the request.
+const MAX_SHOWN: usize = 200;
 
-/// What an error about log-probabilities calls them.
+/// Names of log-probabilities in error messages.
 const LOGPROBS: [&str; 5] =
     ["logprobs", "top_logprobs", "logprob", "log probabilities", "log-probabilities"];
 
-/// Fields that may be refused, in the order in which they are given up where an error names
-/// several.
+/// Fields that may be refused. If an error names several, the first of these is left out.
 const FIELDS: [&str; 3] = ["top_p", "seed", "temperature"];
 
-/// Words of an error about a system message, each all in one text.
+/// Errors about system messages. All words of an entry must be in the message.
 const NO_SYSTEM: [&[&str]; 7] = [
     &["system role", "not support"],
     &["support", "system message"],
@@ -34,8 +33,8 @@ const NO_SYSTEM: [&[&str]; 7] = [
     &["developer instruction is not enabled"],
 ];
 
-/// Words of an error about a field's value, not about the field.
-const OF_A_VALUE: [&str; 9] = [
+/// Words in errors about the value of a field, not the field itself.
+const VALUE_ERRORS: [&str; 9] = [
     "must be",
     "should be",
     "between",
@@ -47,8 +46,7 @@ const OF_A_VALUE: [&str; 9] = [
     "exceed",
 ];
 
-/// Error codes of content filters (OpenAI's, Azure's, Alibaba's), without the marks between their
-/// words.
+/// Error codes of content filters (OpenAI's, Azure's, Alibaba's), without separators.
 const FILTERS: [&str; 5] = [
     "contentfilter",
     "contentpolicyviolation",
@@ -57,28 +55,28 @@ const FILTERS: [&str; 5] = [
     "responsibleaipolicyviolation",
 ];
 
-/// An error as a server tells it.
+/// An error message of a server.
 #[derive(Debug)]
 pub(crate) struct Complaint {
     status: StatusCode,
-    /// In its words.
+    /// The text.
     message: String,
-    /// Its codes and types, small letters only.
+    /// Its codes and types, in lower-case letters and digits only.
     codes: Vec<String>,
-    /// The request fields that it is about, where it says so.
+    /// The request fields that it names as parameters.
     params: Vec<String>,
 }
 
 impl Complaint {
-    /// Reads a body that came with an error status.
+    /// Reads the body of a response with an error status.
     pub(crate) fn read(status: StatusCode, body: &[u8]) -> Self {
         let text = String::from_utf8_lossy(body);
         let object: Value = lenient::parse(&text).unwrap_or_default();
-        // Google's servers put it in a list.
+        // Google's servers put the error in a list.
         let object = object.get(0).unwrap_or(&object);
         let mut complaint = Self::of(status, object);
         if complaint.message.is_empty() {
-            complaint.message = start(text.trim());
+            complaint.message = beginning(text.trim());
         }
         complaint
     }
@@ -87,17 +85,17 @@ impl Complaint {
     pub(crate) fn of(status: StatusCode, object: &Value) -> Self {
         let error = object.get("error").filter(|error| !error.is_null()).unwrap_or(object);
         let details = object["detail"].as_array().map(Vec::as_slice).unwrap_or_default();
-        let words = [
+        let texts = [
             &error["message"],
             error,
             &object["message"],
             &object["detail"],
-            // What OpenRouter heard from the server behind it.
+            // OpenRouter's copy of the error of the server behind it.
             &error["metadata"]["raw"],
         ];
-        let words = words.into_iter().chain(details.iter().map(|detail| &detail["msg"]));
+        let texts = texts.into_iter().chain(details.iter().map(|detail| &detail["msg"]));
         let mut message: Vec<&str> =
-            words.filter_map(Value::as_str).filter(|text| !text.is_empty()).collect();
+            texts.filter_map(Value::as_str).filter(|text| !text.is_empty()).collect();
         message.dedup();
         let codes = [error, object, &error["innererror"]].into_iter().chain(details);
         let params = [&error["param"]]
@@ -105,11 +103,11 @@ impl Complaint {
             .chain(details.iter().filter_map(|detail| detail["loc"].as_array()?.last()));
         Self {
             status,
-            message: message.join(": ").chars().take(LONGEST).collect(),
+            message: message.join(": ").chars().take(MAX_SEARCHED).collect(),
             codes: codes
                 .flat_map(|object| [&object["code"], &object["type"]])
                 .filter_map(Value::as_str)
-                .map(plain)
+                .map(without_separators)
                 .collect(),
             params: params
                 .filter_map(Value::as_str)
@@ -118,34 +116,34 @@ impl Complaint {
         }
     }
 
-    /// Its words, cut.
-    pub(crate) fn told(&self) -> String {
-        start(&self.message)
+    /// The beginning of the text.
+    pub(crate) fn summary(&self) -> String {
+        beginning(&self.message)
     }
 
-    /// Whether a content filter speaks.
-    pub(crate) fn is_of_a_filter(&self) -> bool {
+    /// Whether a content filter sent it.
+    pub(crate) fn is_from_filter(&self) -> bool {
         self.codes.iter().any(|code| FILTERS.contains(&code.as_str()))
     }
 
-    /// A complaint that came with a good status: in a stream, or in the place of a reply.
-    pub(crate) fn midway(&self) -> ModelError {
+    /// The error for a complaint in a response with status 200: in a stream, or instead of a reply.
+    pub(crate) fn midway_error(&self) -> ModelError {
         let reason =
-            if self.message.is_empty() { "no reason given".to_owned() } else { self.told() };
-        if self.is_of_a_filter() {
+            if self.message.is_empty() { "no reason given".to_owned() } else { self.summary() };
+        if self.is_from_filter() {
             return ModelError::Filtered(reason.into());
         }
         ModelError::Transport(format!("the server broke off: {reason}").into())
     }
 
-    /// The quirk that it tells of, if doing otherwise would change the request.
+    /// The quirk that it names, if heeding it would change the request.
     pub(crate) fn quirk(
         &self,
         request: &Map<String, Value>,
         limit: MaxTokensField,
     ) -> Option<Quirk> {
         let (is_refusal, is_forbidden) = (self.is_refusal(), self.status == StatusCode::FORBIDDEN);
-        if self.is_of_a_filter() || !(is_refusal || is_forbidden || self.is_breakdown()) {
+        if self.is_from_filter() || !(is_refusal || is_forbidden || self.is_breakdown()) {
             return None;
         }
         if !is_forbidden && has_system(request) && self.refuses_system() {
@@ -170,29 +168,29 @@ impl Complaint {
         FIELDS.into_iter().find(|field| self.refuses(field, request)).map(Quirk::Without)
     }
 
-    /// The wishes that may be at fault where no field is named: none, if one is, or if nothing was
-    /// wished.
+    /// The optional fields that may be at fault if the message names no field. Empty if it names one,
+    /// or if the request has no optional fields.
     pub(crate) fn suspects(&self, request: &Map<String, Value>) -> Quirks {
-        let wishes_logprobs = request.contains_key("logprobs");
-        let can_be = self.is_refusal() || (self.is_breakdown() && wishes_logprobs);
+        let has_logprobs = request.contains_key("logprobs");
+        let can_be = self.is_refusal() || (self.is_breakdown() && has_logprobs);
         let others = ["max_tokens", "max_completion_tokens"];
-        if self.is_of_a_filter()
+        if self.is_from_filter()
             || !can_be
             || FIELDS.iter().chain(&others).any(|field| self.refuses(field, request))
         {
             return Quirks::new();
         }
-        let wishes =
-            ["logprobs", "stream_options"].into_iter().filter(|wish| request.contains_key(*wish));
-        wishes.map(Quirk::Without).collect()
+        let optional =
+            ["logprobs", "stream_options"].into_iter().filter(|field| request.contains_key(*field));
+        optional.map(Quirk::Without).collect()
     }
 
-    /// Whether it says that the request is at fault.
+    /// Whether the status blames the request.
     fn is_refusal(&self) -> bool {
         matches!(self.status, StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY)
     }
 
-    /// Whether the server came to harm, which a request can bring about too.
+    /// Whether the server failed, which a request may have caused.
     pub(crate) fn is_breakdown(&self) -> bool {
         matches!(self.status, StatusCode::INTERNAL_SERVER_ERROR | StatusCode::NOT_IMPLEMENTED)
     }
@@ -204,15 +202,14 @@ impl Complaint {
 
     fn is_about_a_value(&self) -> bool {
         let text = self.message.to_lowercase();
-        OF_A_VALUE.iter().any(|words| text.contains(words))
+        VALUE_ERRORS.iter().any(|words| text.contains(words))
     }
 
     fn refuses(&self, field: &str, request: &Map<String, Value>) -> bool {
         request.contains_key(field) && self.names(field)
     }
 
-    /// Whether it is about `field`: by its own account, or, where it gives none that says anything,
-    /// by its text.
+    /// Whether it is about `field`: by the parameters that it names, or by its text if it names none.
     fn names(&self, field: &str) -> bool {
         let known = |param: &&String| !matches!(param.as_str(), "" | "body" | "None" | "null");
         if self.params.iter().any(|param| known(&param)) {
@@ -227,9 +224,9 @@ impl Complaint {
     }
 }
 
-/// The beginning of what a server sent, as it may be told.
-pub(crate) fn start(text: &str) -> String {
-    match text.char_indices().nth(TOLD) {
+/// The beginning of a server's text, short enough to be shown.
+pub(crate) fn beginning(text: &str) -> String {
+    match text.char_indices().nth(MAX_SHOWN) {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text.to_owned(),
     }
@@ -240,8 +237,8 @@ fn has_system(request: &Map<String, Value>) -> bool {
     messages.is_some_and(|messages| messages.iter().any(|message| message["role"] == "system"))
 }
 
-/// `Content-Filter`, `content_filter` and `ContentFilter` as one.
-fn plain(code: &str) -> String {
+/// The same text for `Content-Filter`, `content_filter` and `ContentFilter`.
+fn without_separators(code: &str) -> String {
     code.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect()
 }
 
@@ -276,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_blames_what_it_names() {
+    fn a_refusal_names_its_quirk() {
         let not_supported = "Unsupported value: 'temperature' does not support 0 with this model. \
                              Only the default (1) value is supported.";
         for (message, expected) in [
@@ -316,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn the_field_that_a_server_points_at_counts_more_than_its_words() {
+    fn named_parameters_count_more_than_the_text() {
         let error = json!({"error": {"message": "'temperature' is not supported with 'seed'", "param": "seed"}});
         assert_eq!(quirk(400, &error), Some(Quirk::Without("seed")));
         let error = json!({"error": {"message": "Bad content: 'the temperature is high'", "param": "messages[1].content"}});
@@ -328,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_value_is_an_error_and_no_quirk() {
+    fn a_wrong_value_is_not_a_quirk() {
         for message in [
             "'max_tokens' or 'max_completion_tokens' is too large: 9. This model's maximum context length is 5 tokens.",
             "top_p must be in (0, 1], got 2",
@@ -340,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn other_statuses_are_believed_in_less() {
+    fn other_statuses_name_fewer_quirks() {
         let logprobs = says("You are not allowed to request logprobs from this model.");
         assert_eq!(quirk(403, &logprobs), Some(Quirk::Without("logprobs")));
         assert_eq!(quirk(500, &logprobs), Some(Quirk::Without("logprobs")));
@@ -357,15 +354,15 @@ mod tests {
     }
 
     #[test]
-    fn wishes_are_suspected_only_where_no_field_is_named() {
+    fn optional_fields_are_suspected_only_if_none_is_named() {
         let suspects = |status: u16, message: &str, request: &Map<String, Value>| {
             let body = says(message).to_string();
             Complaint::read(StatusCode::from_u16(status).unwrap(), body.as_bytes())
                 .suspects(request)
         };
-        let wishes = Quirks::from([Quirk::Without("logprobs"), Quirk::Without("stream_options")]);
-        assert_eq!(suspects(400, "Bad request", &request()), wishes);
-        assert_eq!(suspects(500, "Internal server error", &request()), wishes);
+        let optional = Quirks::from([Quirk::Without("logprobs"), Quirk::Without("stream_options")]);
+        assert_eq!(suspects(400, "Bad request", &request()), optional);
+        assert_eq!(suspects(500, "Internal server error", &request()), optional);
         assert_eq!(suspects(400, "top_p must be in (0, 1]", &request()), Quirks::new());
         assert_eq!(suspects(400, "max_tokens is too large", &request()), Quirks::new());
         assert_eq!(suspects(403, "Forbidden", &request()), Quirks::new());
@@ -388,7 +385,7 @@ mod tests {
         ] {
             assert!(
                 Complaint::read(StatusCode::BAD_REQUEST, body.to_string().as_bytes())
-                    .is_of_a_filter(),
+                    .is_from_filter(),
                 "{body}"
             );
         }
@@ -396,7 +393,7 @@ mod tests {
             json!({"error": {"code": "invalid_value", "message": "content_filter is no model"}});
         assert!(
             !Complaint::read(StatusCode::BAD_REQUEST, other.to_string().as_bytes())
-                .is_of_a_filter()
+                .is_from_filter()
         );
     }
 
@@ -413,7 +410,7 @@ mod tests {
             (r#"{"error": {"message": "wrong", "metadata": {"raw": "not so"}}}"#, "wrong: not so"),
             ("", ""),
         ] {
-            assert_eq!(Complaint::read(StatusCode::BAD_REQUEST, body.as_bytes()).told(), told);
+            assert_eq!(Complaint::read(StatusCode::BAD_REQUEST, body.as_bytes()).summary(), told);
         }
     }
 
@@ -423,7 +420,7 @@ mod tests {
         assert_eq!(quirk(400, &says(&words)), Some(Quirk::Without("seed")));
         for body in [says(&words).to_string(), words] {
             let complaint = Complaint::read(StatusCode::BAD_REQUEST, body.as_bytes());
-            for told in [complaint.told(), complaint.midway().to_string()] {
+            for told in [complaint.summary(), complaint.midway_error().to_string()] {
                 assert!(told.ends_with('…') && told.matches("bread").count() < 35, "{told}");
             }
         }

@@ -1,4 +1,4 @@
-//! Connections: TLS, proxies, Unix sockets.
+//! HTTP clients: TLS, proxies, Unix sockets.
 
 use std::path::Path;
 
@@ -12,28 +12,34 @@ use secrecy::ExposeSecret;
 
 use crate::options::Options;
 
-/// What becomes of the bodies of replies.
+/// How the bodies of responses are treated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bodies {
-    /// The client asks for compressed ones (gzip, deflate, brotli, zstd) and unpacks them.
+    /// The client accepts compression (gzip, deflate, brotli, zstd) and decompresses them.
     Unpacked,
-    /// They stay as they came, and so do their headers; nothing is asked for that the request's own
-    /// headers don't ask for.
+    /// They stay as they are, with their headers. The client adds nothing to the request's own
+    /// `Accept-Encoding`.
     AsSent,
 }
 
-/// Chooses how TLS is done in this process, for clients of this crate and of others that leave it
-/// open. Set by whoever comes first; a program that has its own provider keeps it.
+/// Makes `ring` the process's default provider of `rustls`, for clients of this crate and others. If
+/// the program has installed a provider already, nothing happens.
 pub fn install_provider() {
     let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
 /// An HTTP client with the connection settings of `options`: time limits, proxy, certificates, Unix
-/// socket. It follows no redirects and knows nothing of keys.
+/// socket. It follows no redirects and sends no key.
+///
+/// ```
+/// use ecso_openai::{Bodies, Options, http_client};
+///
+/// let client = http_client(&Options::default(), Bodies::Unpacked)?;
+/// # Ok::<(), ecso::ModelError>(())
+/// ```
 ///
 /// # Errors
-/// [`ModelError::Transport`] if a file can't be used (its path is told, and what is wrong), or the
-/// proxy's URL, or TLS.
+/// [`ModelError::Transport`] if a file, the proxy's URL or TLS can't be used.
 pub fn http_client(options: &Options, bodies: Bodies) -> Result<Client, ModelError> {
     install_provider();
     let mut builder = Client::builder()
@@ -59,8 +65,8 @@ pub fn http_client(options: &Options, bodies: Bodies) -> Result<Client, ModelErr
     builder.build().map_err(|error| {
         let what = ecso::error_chain(&error);
         let what = match &options.client_cert {
-            // All else was looked at before; that key and certificate belong together is found out
-            // only here.
+            // Everything else was checked before. Only here it turns out whether the key fits the
+            // certificate.
             Some(path) => format!("{}: {what}", path.display()),
             None => what,
         };
@@ -69,7 +75,7 @@ pub fn http_client(options: &Options, bodies: Bodies) -> Result<Client, ModelErr
 }
 
 fn proxy(url: &str) -> Result<Proxy, ModelError> {
-    // The URL itself may hold a password.
+    // The URL may contain a password.
     let unusable = |error: reqwest::Error| {
         let error = error.without_url();
         ModelError::Transport(Cause::new(
@@ -80,7 +86,7 @@ fn proxy(url: &str) -> Result<Proxy, ModelError> {
     Proxy::all(url).map_err(unusable)
 }
 
-/// The certificates of a file, each good as a trust anchor.
+/// The certificates of a file, each checked to be usable as a trust anchor.
 fn authorities(path: &Path) -> Result<Vec<Certificate>, ModelError> {
     let pem = read(path)?;
     let mut certificates = Vec::new();
@@ -117,7 +123,7 @@ fn identity(path: &Path) -> Result<Identity, ModelError> {
 }
 
 #[cfg(unix)]
-#[expect(clippy::unnecessary_wraps, reason = "elsewhere it fails")]
+#[expect(clippy::unnecessary_wraps, reason = "it fails on other systems")]
 fn on_socket(builder: ClientBuilder, path: &Path) -> Result<ClientBuilder, ModelError> {
     Ok(builder.unix_socket(path))
 }

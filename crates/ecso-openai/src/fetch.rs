@@ -1,6 +1,6 @@
-//! Fetching remote images for clients, without letting them reach inside through us: only public
-//! addresses, and those that an operator names, checked where names are resolved, on every hop; few
-//! bytes, little time.
+//! Fetching remote images for clients, without giving them access to the network inside: only public
+//! addresses and those that an operator names, checked after each name resolution and redirect, with
+//! limits on bytes and time.
 
 use std::{
     error::Error,
@@ -20,17 +20,28 @@ use reqwest::{
 use secrecy::{ExposeSecret, SecretString};
 
 /// Longest time for one image.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 /// Most redirects.
-const HOPS: usize = 3;
+const MAX_REDIRECTS: usize = 3;
 
-/// Why a remote image was not fetched. It is not told in detail: that would map what can be reached
-/// from here.
+/// Why a remote image was not fetched. It has no details and no source, since they would reveal what
+/// can be reached from here.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("an image URL can't be fetched: {0}")]
 pub struct FetchError(String);
 
-/// Fetches images.
+/// Fetches images from public addresses.
+///
+/// ```no_run
+/// use ecso::Limits;
+/// use ecso_openai::Fetcher;
+///
+/// # async fn example() -> Result<(), ecso_openai::FetchError> {
+/// let fetcher = Fetcher::with_hosts(None, &["images.internal".into()])?;
+/// let image = fetcher.image("https://example.org/bread.png", Limits::default()).await?;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone)]
 pub struct Fetcher {
     client: Client,
@@ -39,34 +50,34 @@ pub struct Fetcher {
 }
 
 impl Fetcher {
-    /// A fetcher that reaches public addresses, directly.
+    /// A fetcher for public addresses, without a proxy.
     ///
     /// # Errors
-    /// [`FetchError`] when no HTTP client can be made.
+    /// [`FetchError`] if no HTTP client can be made.
     pub fn new() -> Result<Self, FetchError> {
-        Self::with(None, &[])
+        Self::with_hosts(None, &[])
     }
 
-    /// A fetcher that reaches public addresses and `hosts`: names, addresses, networks
-    /// (`10.1.0.0/16`). Through a `proxy`, which resolves names in our place, a name must also
-    /// resolve here, and redirects are not followed.
+    /// A fetcher for public addresses and `hosts`: names, addresses, networks (`10.1.0.0/16`). A
+    /// `proxy` resolves names itself; with one, a name must also resolve here, and redirects are not
+    /// followed.
     ///
     /// # Errors
-    /// [`FetchError`] when no HTTP client can be made.
-    pub fn with(proxy: Option<&SecretString>, hosts: &[String]) -> Result<Self, FetchError> {
+    /// [`FetchError`] if no HTTP client can be made.
+    pub fn with_hosts(proxy: Option<&SecretString>, hosts: &[String]) -> Result<Self, FetchError> {
         crate::install_provider();
         let trusted = Trusted(
             hosts.iter().map(|host| host.trim_matches(['[', ']']).to_ascii_lowercase()).collect(),
         );
         let builder =
-            Client::builder().timeout(PATIENCE).dns_resolver(Arc::new(Resolver(trusted.clone())));
+            Client::builder().timeout(TIMEOUT).dns_resolver(Arc::new(Resolver(trusted.clone())));
         let failed = |error: reqwest::Error| FetchError(error.without_url().to_string());
         let builder = if let Some(url) = proxy {
             builder.proxy(Proxy::all(url.expose_secret()).map_err(failed)?).redirect(Policy::none())
         } else {
             let trusted = trusted.clone();
             builder.no_proxy().redirect(Policy::custom(move |attempt| {
-                if attempt.previous().len() > HOPS {
+                if attempt.previous().len() > MAX_REDIRECTS {
                     attempt.error("too many redirects")
                 } else if trusted.allows(attempt.url()) {
                     attempt.follow()
@@ -78,23 +89,23 @@ impl Fetcher {
         Ok(Self { client: builder.build().map_err(failed)?, trusted, has_proxy: proxy.is_some() })
     }
 
-    /// The image that `url` points to.
+    /// The image at `url`.
     ///
     /// # Errors
-    /// [`FetchError`]: the address is not public, the answer not one image within `limits`, or
-    /// there is none.
+    /// [`FetchError`] if the address is not public, there is no answer, or the answer is not a single
+    /// image within `limits`.
     pub async fn image(&self, url: &str, limits: ecso::Limits) -> Result<Image, FetchError> {
         let bytes = self.bytes(url, limits.bytes).await?;
         Image::from_bytes(bytes, limits).map_err(|error| FetchError(error.to_string()))
     }
 
-    /// The bytes that `url` points to, `longest` at most.
+    /// The bytes at `url`, `limit` at most.
     ///
     /// # Errors
-    /// [`FetchError`]: the address is not public, the answer too long, or there is none.
-    pub async fn bytes(&self, url: &str, longest: usize) -> Result<Vec<u8>, FetchError> {
+    /// [`FetchError`] if the address is not public, there is no answer, or it is too long.
+    pub async fn bytes(&self, url: &str, limit: usize) -> Result<Vec<u8>, FetchError> {
         let failed = |why: &str| FetchError(why.to_owned());
-        let url = Url::parse(url).map_err(|_| failed("it is no URL"))?;
+        let url = Url::parse(url).map_err(|_| failed("it is not a URL"))?;
         if !self.trusted.allows(&url) {
             return Err(failed("its address is not public"));
         }
@@ -116,22 +127,22 @@ impl Fetcher {
         let mut bytes = Vec::new();
         let mut body = response.bytes_stream();
         while let Some(piece) = body.next().await {
-            bytes.extend_from_slice(&piece.map_err(|_| failed("it broke off"))?);
-            if bytes.len() > longest {
-                return Err(failed(&format!("it has more than {longest} bytes")));
+            bytes.extend_from_slice(&piece.map_err(|_| failed("the connection was lost"))?);
+            if bytes.len() > limit {
+                return Err(failed(&format!("it has more than {limit} bytes")));
             }
         }
         Ok(bytes)
     }
 }
 
-/// Hosts that may be asked though they are not of the open internet: names, addresses and networks,
-/// in small letters.
+/// Hosts that may be contacted although they are not public: names, addresses and networks, in lower
+/// case.
 #[derive(Debug, Clone)]
 struct Trusted(Arc<[String]>);
 
 impl Trusted {
-    /// Whether a URL may be asked; a name is looked at once more when it is resolved.
+    /// Whether a URL may be contacted. A name is checked again when it is resolved.
     fn allows(&self, url: &Url) -> bool {
         matches!(url.scheme(), "http" | "https")
             && match url.host() {
@@ -150,7 +161,7 @@ impl Trusted {
         is_public(address) || self.0.iter().any(is_in)
     }
 
-    /// The addresses of a name that may be asked.
+    /// The addresses of a name that may be contacted.
     async fn resolve(&self, name: &str) -> Result<Vec<SocketAddr>, Box<dyn Error + Send + Sync>> {
         let found = tokio::net::lookup_host((name, 0)).await?;
         let is_known =
@@ -161,7 +172,7 @@ impl Trusted {
     }
 }
 
-/// Resolves names to addresses that may be asked.
+/// Resolves names to addresses that may be contacted.
 struct Resolver(Trusted);
 
 impl Resolve for Resolver {
@@ -174,8 +185,8 @@ impl Resolve for Resolver {
     }
 }
 
-/// Whether an address is of the open internet, by the registries of special-purpose addresses (RFC
-/// 6890 and its updates).
+/// Whether an address is public, by the registries of special-purpose addresses (RFC 6890 and its
+/// updates).
 fn is_public(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(v4) => {
@@ -197,8 +208,7 @@ fn is_public(address: IpAddr) -> bool {
                 return is_public(v4.into());
             }
             let [first, second, ..] = v6.segments();
-            // Only global unicast, and of it not what stands for something else: documentation,
-            // benchmarks, Teredo, 6to4.
+            // Only global unicast, except documentation, benchmarks, Teredo and 6to4.
             let special = match first {
                 0x2001 => matches!(second, 0..=0x01ff | 0x0db8),
                 _ => matches!(first, 0x2002 | 0x3fff),
@@ -247,7 +257,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nothing_inside_is_reached() {
+    async fn private_addresses_are_not_reached() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let reached = tokio::spawn(async move { listener.accept().await });
@@ -267,7 +277,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn hosts_that_an_operator_names_are_reached() {
+    async fn named_hosts_are_reached() {
         let picture =
             std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/list.png")).unwrap();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -291,7 +301,7 @@ mod tests {
             ("localhost", "127.0.0.1", false),
             ("10.0.0.0/8", "127.0.0.1", false),
         ] {
-            let fetcher = Fetcher::with(None, &[named.to_owned()]).unwrap();
+            let fetcher = Fetcher::with_hosts(None, &[named.to_owned()]).unwrap();
             let image = fetcher
                 .image(&format!("http://{host}:{port}/a.png"), ecso::Limits::default())
                 .await;

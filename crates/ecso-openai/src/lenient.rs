@@ -1,4 +1,4 @@
-//! JSON as servers really send it.
+//! Lenient parsing of the JSON that servers send.
 
 use ecso::{TopLogprob, Usage};
 use serde::{Deserialize, de::DeserializeOwned};
@@ -6,11 +6,17 @@ use serde_json::Value;
 
 use crate::surrogates;
 
-/// Reads JSON that may begin with a byte order mark, hold halves of characters ([`surrogates`]:
-/// join each text), or the bare `NaN` and `Infinity` of Python, which become `null`.
+/// Parses JSON that may begin with a byte order mark, contain halves of characters ([`surrogates`]:
+/// join each text), or have Python's bare `NaN` and `Infinity`, which become `null`.
+///
+/// ```
+/// let value: serde_json::Value = ecso_openai::lenient::parse("[1, NaN, -Infinity]")?;
+/// assert_eq!(value, serde_json::json!([1, null, null]));
+/// # Ok::<(), serde_json::Error>(())
+/// ```
 ///
 /// # Errors
-/// Those of `serde_json`, for what is no JSON even so.
+/// Those of `serde_json`, if it is not even such JSON.
 pub fn parse<T: DeserializeOwned>(json: &str) -> serde_json::Result<T> {
     let json = json.trim_start_matches('\u{FEFF}');
     surrogates::parse(json).or_else(|error| {
@@ -19,7 +25,7 @@ pub fn parse<T: DeserializeOwned>(json: &str) -> serde_json::Result<T> {
     })
 }
 
-/// The JSON with `null` for numbers that JSON can't say, outside its strings.
+/// The JSON with `null` for `NaN` and `Infinity` outside its strings.
 fn finite(json: &str) -> String {
     let mut finite = String::with_capacity(json.len());
     let mut rest = json;
@@ -36,7 +42,7 @@ fn finite(json: &str) -> String {
     finite
 }
 
-/// How many bytes the string is that a text begins with, quotes and all.
+/// The length in bytes of the string at the start of a text, with its quotes.
 fn string_length(text: &str) -> usize {
     let mut is_escaped = false;
     let end = text.bytes().skip(1).position(|byte| {
@@ -47,7 +53,7 @@ fn string_length(text: &str) -> usize {
     end.map_or(text.len(), |end| end + 2)
 }
 
-/// Token counts. They are wished for only: what can't be read is not there.
+/// Token counts. They are optional: what can't be read counts as missing.
 pub(crate) fn usage(value: &Value) -> Option<Usage> {
     let (prompt, completion) = (count(&value["prompt_tokens"]), count(&value["completion_tokens"]));
     (prompt.is_some() || completion.is_some()).then(|| Usage {
@@ -62,8 +68,8 @@ fn count(value: &Value) -> Option<u32> {
     text.strip_suffix(".0").unwrap_or(&text).parse().ok()
 }
 
-/// The likeliest tokens of one place, likeliest first. They are wished for only: what can't be read
-/// is left out, and so is a token that can't come (minus infinity).
+/// The likeliest tokens at one position, likeliest first. They are optional: what can't be read is
+/// left out, and so are impossible tokens (minus infinity).
 pub(crate) fn top_logprobs(position: &Value) -> Vec<TopLogprob> {
     let listed = position["top_logprobs"].as_array().map(Vec::as_slice).unwrap_or_default();
     let mut tokens: Vec<TopLogprob> = listed
@@ -83,14 +89,14 @@ fn logprob(value: &Value) -> Option<f32> {
     number.filter(|number| number.is_finite())
 }
 
-/// A text: a string, or a list of parts that hold strings.
+/// A text: a string, or a list of parts with strings. Reasoning is left out.
 pub(crate) fn text(value: &Value) -> String {
-    parts(value, |kind| !is_thought(kind))
+    parts(value, |kind| !is_reasoning(kind))
 }
 
-/// The thoughts among the parts of a text.
-pub(crate) fn thoughts(value: &Value) -> String {
-    if value.is_array() { parts(value, is_thought) } else { String::new() }
+/// The reasoning among the parts of a text.
+pub(crate) fn reasoning(value: &Value) -> String {
+    if value.is_array() { parts(value, is_reasoning) } else { String::new() }
 }
 
 fn parts(value: &Value, is_meant: impl Fn(&str) -> bool + Copy) -> String {
@@ -111,7 +117,7 @@ fn parts(value: &Value, is_meant: impl Fn(&str) -> bool + Copy) -> String {
     }
 }
 
-fn is_thought(kind: &str) -> bool {
+fn is_reasoning(kind: &str) -> bool {
     matches!(kind, "thinking" | "reasoning")
 }
 
@@ -176,8 +182,8 @@ mod tests {
             {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
             {"type": "text", "text": "A "}, "pe", {"type": "output_text", "text": "ar"}, {"type": "image"}, null,
         ]);
-        assert_eq!((text(&parts), thoughts(&parts)), ("A pear".to_owned(), "Hm.".to_owned()));
-        assert_eq!((text(&json!("x")), thoughts(&json!("x"))), ("x".to_owned(), String::new()));
+        assert_eq!((text(&parts), reasoning(&parts)), ("A pear".to_owned(), "Hm.".to_owned()));
+        assert_eq!((text(&json!("x")), reasoning(&json!("x"))), ("x".to_owned(), String::new()));
         assert_eq!(text(&json!(null)), "");
     }
 

@@ -1,4 +1,4 @@
-//! Where a model differs from the protocol, and the memory of it.
+//! Deviations of models from the protocol, and the memory of them.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -9,7 +9,7 @@ use std::{
 
 use serde_json::{Map, Value};
 
-/// A way in which a model differs from the protocol.
+/// A deviation of a model from the protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Quirk {
     /// `max_tokens` is called `max_completion_tokens`.
@@ -26,8 +26,8 @@ pub(crate) enum Quirk {
 pub(crate) type Quirks = BTreeSet<Quirk>;
 
 impl Quirk {
-    /// Makes the fields of a request what the model takes. Its messages are not touched:
-    /// [`Quirk::NoSystem`] is done before.
+    /// Changes the fields of a request so that the model accepts it. Messages are not changed here:
+    /// [`Quirk::NoSystem`] is applied before.
     pub(crate) fn apply(self, request: &mut Map<String, Value>) {
         match self {
             Self::CompletionTokens => {
@@ -50,9 +50,9 @@ impl Quirk {
         }
     }
 
-    /// Whether it is only about a wish. Whoever refused a wish may grant it later: after a restart
-    /// with another setting.
-    fn is_about_a_wish(self) -> bool {
+    /// Whether it concerns an optional field. The server may accept such a field later, after a
+    /// restart with other settings.
+    fn is_optional(self) -> bool {
         matches!(self, Self::Without("logprobs" | "stream_options"))
     }
 }
@@ -70,62 +70,73 @@ impl fmt::Display for Quirk {
     }
 }
 
-/// What is known of a server's models. Only what brought an answer comes in here.
+/// What is known about a server's models. Only quirks with which a request succeeded are kept.
 #[derive(Debug)]
 pub(crate) struct Memory {
     forget_after: Duration,
-    /// By model: each quirk, and when it was last found.
+    /// By model: each quirk, and when it was last seen.
     found: Mutex<HashMap<String, HashMap<Quirk, Instant>>>,
-    /// By model that is asked for: those that replies say they come from.
+    /// By requested model: the models that replies name.
     answering: Mutex<HashMap<String, BTreeSet<String>>>,
 }
 
 impl Memory {
-    /// A memory that forgets refused wishes after a while. Other quirks stay.
+    /// A memory that forgets refused optional fields after a while. Other quirks stay.
     pub(crate) fn new(forget_after: Duration) -> Self {
         Self { forget_after, found: Mutex::default(), answering: Mutex::default() }
     }
 
-    /// What to do for `model`.
+    /// The known quirks of `model`.
     pub(crate) fn of(&self, model: &str) -> Quirks {
         let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
         let quirks = found.get(model).into_iter().flatten();
-        let known = quirks
-            .filter(|(quirk, at)| !quirk.is_about_a_wish() || at.elapsed() < self.forget_after);
+        let known =
+            quirks.filter(|(quirk, at)| !quirk.is_optional() || at.elapsed() < self.forget_after);
         known.map(|(quirk, _)| *quirk).collect()
     }
 
-    /// Tells, once for each, that a reply says it comes from another model than the one `asked`
-    /// for, or than replies before. A longer name of the same is none: a date, a path.
-    pub(crate) fn answers(&self, asked: &str, answering: &str) {
-        /// Whoever makes up a name for each reply is not kept count of.
-        const MOST: usize = 8;
+    /// Warns, once for each model, if a reply names another model than the `requested` one or than
+    /// earlier replies. A longer form of the same name does not count: a date, a path.
+    pub(crate) fn note_answering_model(&self, requested: &str, answering: &str) {
+        /// Some servers make up a name for each reply, so no more names are kept.
+        const MAX_NAMES: usize = 8;
         let mut all = self.answering.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = all.entry(asked.to_owned()).or_default();
-        if known.len() >= MOST
+        let known = all.entry(requested.to_owned()).or_default();
+        if known.len() >= MAX_NAMES
             || !known.insert(answering.to_owned())
-            || is_same(asked, answering) && known.len() == 1
+            || is_same(requested, answering) && known.len() == 1
         {
             return;
         }
-        tracing::warn!(%asked, %answering, "replies come from another model than the one that was asked for, or than before");
+        tracing::warn!(
+            asked = %requested,
+            %answering,
+            "replies come from another model than the requested one, or than before"
+        );
     }
 
-    /// Keeps what has just brought an answer of `model`, and tells it the first time.
+    /// Keeps a quirk with which `model` has just answered, and warns the first time.
     pub(crate) fn learn(&self, model: &str, quirk: Quirk, reason: &str) {
         let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
         if found.entry(model.to_owned()).or_default().insert(quirk, Instant::now()).is_none() {
-            tracing::warn!(%model, %reason, "the server refused a request of ours; for this model {quirk} from now on");
+            tracing::warn!(
+                %model,
+                %reason,
+                "the server refused a request; for this model {quirk} from now on"
+            );
         }
     }
 }
 
 /// Whether one name is the other with a date or a version behind it, or a path before it.
-fn is_same(asked: &str, answering: &str) -> bool {
+fn is_same(requested: &str, answering: &str) -> bool {
     let plain = |name: &str| name.rsplit('/').next().unwrap_or(name).to_lowercase();
-    let (asked, answering) = (plain(asked), plain(answering));
-    let (short, long) =
-        if asked.len() <= answering.len() { (asked, answering) } else { (answering, asked) };
+    let (requested, answering) = (plain(requested), plain(answering));
+    let (short, long) = if requested.len() <= answering.len() {
+        (requested, answering)
+    } else {
+        (answering, requested)
+    };
     let Some(rest) = long.strip_prefix(&short) else { return false };
     rest.is_empty()
         || rest == ".gguf"
@@ -138,7 +149,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_with_a_date_or_a_path_is_the_same_models() {
+    fn names_with_a_date_or_a_path_are_the_same() {
         for (asked, answering, same) in [
             ("gpt-4o", "gpt-4o-2024-08-06", true),
             ("qwen2.5-7b", "org/Qwen2.5-7B", true),
@@ -153,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_memory_is_by_model_and_cause() {
+    fn quirks_are_kept_by_model() {
         let memory = Memory::new(Duration::from_mins(1));
         memory.learn("a", Quirk::Without("logprobs"), "no");
         memory.learn("b", Quirk::NoSystem, "no");
@@ -164,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn only_wishes_are_forgotten() {
+    fn only_optional_fields_are_forgotten() {
         let memory = Memory::new(Duration::ZERO);
         for quirk in [
             Quirk::Without("logprobs"),

@@ -1,5 +1,5 @@
-//! What comes back, whole or in pieces. What is only wished for (log-probabilities, counts) never
-//! fails a reply.
+//! Replies, complete or streamed. Malformed optional parts (log-probabilities, counts) never fail a
+//! reply.
 
 use std::sync::Once;
 
@@ -8,31 +8,31 @@ use reqwest::StatusCode;
 use serde_json::Value;
 
 use crate::{
-    complaint::{Complaint, start},
+    complaint::{Complaint, beginning},
     lenient,
     surrogates::{Joiner, join},
 };
 
-/// Reads a whole reply.
-pub(crate) fn whole(body: &[u8]) -> Result<Reply, ModelError> {
+/// Reads a complete reply.
+pub(crate) fn complete(body: &[u8]) -> Result<Reply, ModelError> {
     let text = String::from_utf8_lossy(body);
     let body: Value = lenient::parse(&text).map_err(|error| {
-        ModelError::Protocol(Cause::new(format!("{error} in {}", start(&text)), error))
+        ModelError::Protocol(Cause::new(format!("{error} in {}", beginning(&text)), error))
     })?;
     let choice = &body["choices"][0];
     if !choice.is_object() {
         failure(&body)?;
         return Err(ModelError::Protocol("there is no choice in it".into()));
     }
-    let said = Said::of(choice);
+    let content = Content::of(choice);
     let model = body["model"]
         .as_str()
         .filter(|name| !name.is_empty())
         .map(|name| name.chars().take(200).collect());
     Ok(Reply {
-        first_token: said.first_token(choice, !said.reasoning.is_empty()),
-        text: join(&said.text),
-        reasoning: join(&said.reasoning),
+        first_token: content.first_token(choice, !content.reasoning.is_empty()),
+        text: join(&content.text),
+        reasoning: join(&content.reasoning),
         usage: lenient::usage(&body["usage"]),
         finish: finish(choice)?.unwrap_or_default(),
         model,
@@ -40,13 +40,13 @@ pub(crate) fn whole(body: &[u8]) -> Result<Reply, ModelError> {
     })
 }
 
-/// A streamed reply, while it is read.
+/// The state of a streamed reply.
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
     reasoning: Joiner,
     text: Joiner,
     has_reasoned: bool,
-    has_begun: bool,
+    has_text: bool,
     /// Log-probabilities that came before any text.
     held: Vec<TopLogprob>,
     finish: Option<FinishReason>,
@@ -63,36 +63,36 @@ impl Progress {
         self.usage = lenient::usage(&chunk["usage"]).or(self.usage);
         let choice = &chunk["choices"][0];
         self.finish = finish(choice)?.or(self.finish);
-        let said = Said::of(choice);
+        let content = Content::of(choice);
         let mut deltas = Vec::new();
-        if !said.reasoning.is_empty() {
+        if !content.reasoning.is_empty() {
             self.has_reasoned = true;
             self.held.clear();
-            deltas.push(Delta::Reasoning(self.reasoning.push(&said.reasoning)));
+            deltas.push(Delta::Reasoning(self.reasoning.push(&content.reasoning)));
         }
-        if !self.has_begun {
-            deltas.extend(self.first_token(choice, &said));
+        if !self.has_text {
+            deltas.extend(self.first_token(choice, &content));
         }
-        if !said.text.is_empty() {
+        if !content.text.is_empty() {
             deltas.push(Delta::Reasoning(self.reasoning.finish().to_owned()));
-            deltas.push(Delta::Text(self.text.push(&said.text)));
+            deltas.push(Delta::Text(self.text.push(&content.text)));
         }
-        deltas.retain(says_something);
+        deltas.retain(is_not_empty);
         Ok(deltas)
     }
 
-    /// The log-probabilities of the text's first token, once the text begins. A token may come
-    /// before its text (half a character, say); it is the text's unless thoughts come between.
-    fn first_token(&mut self, choice: &Value, said: &Said) -> Option<Delta> {
-        let listed = said.first_token(choice, self.has_reasoned);
+    /// The log-probabilities of the text's first token, once the text begins. A token may come before
+    /// its text (half a character, for example); it belongs to the text unless reasoning follows.
+    fn first_token(&mut self, choice: &Value, content: &Content) -> Option<Delta> {
+        let listed = content.first_token(choice, self.has_reasoned);
         if self.held.is_empty() {
             self.held = listed;
         }
-        self.has_begun = !said.text.is_empty();
-        self.has_begun.then(|| Delta::FirstToken(std::mem::take(&mut self.held)))
+        self.has_text = !content.text.is_empty();
+        self.has_text.then(|| Delta::FirstToken(std::mem::take(&mut self.held)))
     }
 
-    /// The end. A stream that never said why it ended was cut off.
+    /// Ends the reply. A stream without a finish reason was cut off.
     pub(crate) fn end(mut self) -> Result<Vec<Delta>, ModelError> {
         let cut_off = || ModelError::Protocol("the stream broke off before its end".into());
         let finish = self.finish.ok_or_else(cut_off)?;
@@ -102,12 +102,12 @@ impl Progress {
             Delta::Text(self.text.finish().to_owned()),
             Delta::End { finish, usage: self.usage, took: None },
         ];
-        deltas.retain(says_something);
+        deltas.retain(is_not_empty);
         Ok(deltas)
     }
 }
 
-fn says_something(delta: &Delta) -> bool {
+fn is_not_empty(delta: &Delta) -> bool {
     match delta {
         Delta::FirstToken(tokens) => !tokens.is_empty(),
         Delta::Reasoning(text) | Delta::Text(text) => !text.is_empty(),
@@ -115,13 +115,13 @@ fn says_something(delta: &Delta) -> bool {
     }
 }
 
-/// What a choice says, whole or in part; halves of characters are not joined yet.
-struct Said {
+/// The content of a choice or of a part of it. Halves of characters are not joined yet.
+struct Content {
     reasoning: String,
     text: String,
 }
 
-impl Said {
+impl Content {
     fn of(choice: &Value) -> Self {
         let delta = Some(&choice["delta"])
             .filter(|delta| delta.as_object().is_some_and(|fields| !fields.is_empty()));
@@ -135,26 +135,26 @@ impl Said {
             reasoning: first(vec![
                 lenient::text(&message["reasoning_content"]),
                 lenient::text(&message["reasoning"]),
-                lenient::thoughts(content),
+                lenient::reasoning(content),
             ]),
-            // A refusal stands in the place of a content.
+            // A refusal comes in place of the content.
             text: first(vec![lenient::text(content), lenient::text(&message["refusal"])]),
         }
     }
 
-    /// The log-probabilities of the text's first token. Some servers list the tokens of thoughts as
-    /// well: where there are `thoughts`, the first token that is listed must be the text's.
-    fn first_token(&self, choice: &Value, thoughts: bool) -> Vec<TopLogprob> {
+    /// The log-probabilities of the text's first token. Some servers also list the tokens of the
+    /// reasoning; if there is any, the first listed token must be the text's.
+    fn first_token(&self, choice: &Value, has_reasoning: bool) -> Vec<TopLogprob> {
         let Some(listed) = choice["logprobs"]["content"].as_array() else { return Vec::new() };
         let Some(first) = listed.first() else { return Vec::new() };
-        if thoughts && !self.begins_with(listed) {
+        if has_reasoning && !self.begins_with(listed) {
             return Vec::new();
         }
         lenient::top_logprobs(first)
     }
 
-    /// Whether the tokens are those of the text. Where thoughts begin with the same token, all of
-    /// them must be.
+    /// Whether the tokens are those of the text. If the reasoning begins with the same token, all
+    /// tokens must match.
     fn begins_with(&self, listed: &[Value]) -> bool {
         let tokens: Vec<&str> =
             listed.iter().filter_map(|position| position["token"].as_str()).collect();
@@ -165,11 +165,11 @@ impl Said {
     }
 }
 
-/// How hosts begin the word for a model that was done.
-const DONE: [&str; 7] = ["stop", "eos", "end", "complete", "done", "tool", "function"];
+/// Beginnings of finish reasons for a reply that the model ended.
+const STOPPED: [&str; 7] = ["stop", "eos", "end", "complete", "done", "tool", "function"];
 
-/// Why a choice ended; `None` if it has not. A server that gave up on it has made no reply. A reply
-/// that ended for a reason that nobody knows counts as one that is not whole.
+/// Why a choice ended; `None` if it has not. If the server aborted it, there is no reply. Unknown
+/// reasons count as [`FinishReason::Length`], since the reply may be incomplete.
 fn finish(choice: &Value) -> Result<Option<FinishReason>, ModelError> {
     let reason = choice["finish_reason"].as_str().unwrap_or_default().to_ascii_lowercase();
     Ok(match reason.as_str() {
@@ -184,14 +184,14 @@ fn finish(choice: &Value) -> Result<Option<FinishReason>, ModelError> {
         {
             Some(FinishReason::ContentFilter)
         }
-        _ if DONE.iter().any(|word| reason.starts_with(word)) => Some(FinishReason::Stop),
+        _ if STOPPED.iter().any(|word| reason.starts_with(word)) => Some(FinishReason::Stop),
         _ => {
             if !["length", "max_tokens", "context"].iter().any(|word| reason.contains(word)) {
-                TELL_ONCE.call_once(|| {
+                WARN_ONCE.call_once(|| {
                     let reason: String = reason.chars().take(200).collect();
                     tracing::warn!(
                         reason,
-                        "replies end for a reason that is not known; they count as cut"
+                        "replies end for an unknown reason; they count as cut off"
                     );
                 });
             }
@@ -200,20 +200,20 @@ fn finish(choice: &Value) -> Result<Option<FinishReason>, ModelError> {
     })
 }
 
-/// Whoever asks a server a thousand times is told once.
-static TELL_ONCE: Once = Once::new();
+/// One warning for a process.
+static WARN_ONCE: Once = Once::new();
 
-/// An error in the place of a reply.
+/// The error in a body that is not a reply, if it is one.
 fn failure(body: &Value) -> Result<(), ModelError> {
     let is_error = match &body["error"] {
         Value::Object(fields) => !fields.is_empty(),
         Value::String(text) => !text.is_empty(),
         _ => body["object"] == "error",
     };
-    if is_error { Err(Complaint::of(StatusCode::OK, body).midway()) } else { Ok(()) }
+    if is_error { Err(Complaint::of(StatusCode::OK, body).midway_error()) } else { Ok(()) }
 }
 
-/// A server's list of models: their names, and what it says of each.
+/// A server's list of models: the name of each, and its entry.
 pub(crate) fn models(body: &[u8]) -> Result<Vec<(String, Value)>, ModelError> {
     let mut list: Value = lenient::parse(&String::from_utf8_lossy(body))
         .map_err(|error| ModelError::Protocol(Cause::from_error(error)))?;
@@ -225,15 +225,14 @@ pub(crate) fn models(body: &[u8]) -> Result<Vec<(String, Value)>, ModelError> {
     match models {
         Value::Array(models) => Ok(models.into_iter().filter_map(named).collect()),
         Value::Null => Ok(Vec::new()),
-        _ => Err(ModelError::Protocol("it is no list of models".into())),
+        _ => Err(ModelError::Protocol("it is not a list of models".into())),
     }
 }
 
-/// What of a list's entry tells one model from another of the same name, as one line of JSON: its
-/// files, its size, its context. When the server was started, and what it is doing, is none of
-/// that.
-pub(crate) fn tells(model: &Value) -> Option<String> {
-    const TELLING: [&str; 8] = [
+/// The fields of an entry that distinguish models of the same name, as one line of JSON: files, size,
+/// context. Fields that change while the server runs are left out.
+pub(crate) fn description(model: &Value) -> Option<String> {
+    const FIELDS: [&str; 8] = [
         "root",
         "parent",
         "owned_by",
@@ -243,10 +242,11 @@ pub(crate) fn tells(model: &Value) -> Option<String> {
         "digest",
         "quantization",
     ];
-    let told =
-        TELLING.into_iter().filter_map(|name| Some((name.to_owned(), model.get(name)?.clone())));
-    let told: serde_json::Map<String, Value> = told.filter(|(_, value)| !value.is_null()).collect();
-    (!told.is_empty()).then(|| Value::Object(told).to_string())
+    let fields =
+        FIELDS.into_iter().filter_map(|name| Some((name.to_owned(), model.get(name)?.clone())));
+    let fields: serde_json::Map<String, Value> =
+        fields.filter(|(_, value)| !value.is_null()).collect();
+    (!fields.is_empty()).then(|| Value::Object(fields).to_string())
 }
 
 #[cfg(test)]
@@ -263,7 +263,7 @@ mod tests {
         let tokens: Vec<Value> = tokens.iter().map(|token| position(token)).collect();
         let body =
             json!({"choices": [{"message": message, "logprobs": {"content": tokens}}]}).to_string();
-        whole(body.as_bytes()).unwrap().first_token.into_iter().next().map(|top| top.token)
+        complete(body.as_bytes()).unwrap().first_token.into_iter().next().map(|top| top.token)
     }
 
     fn streamed(events: &[Value]) -> Vec<Delta> {
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_only_wished_for_never_fails_a_reply() {
+    fn malformed_optional_parts_never_fail_a_reply() {
         for logprobs in [
             "null",
             "1",
@@ -352,7 +352,7 @@ mod tests {
                 let body = format!(
                     r#"{{"choices": [{{"message": {{"content": ["hi"]}}, "logprobs": {logprobs}}}], "usage": {usage}}}"#
                 );
-                let reply = whole(body.as_bytes()).unwrap();
+                let reply = complete(body.as_bytes()).unwrap();
                 assert_eq!(reply, Reply { text: "hi".into(), ..Reply::default() }, "{body}");
                 let event = body.replace("message", "delta");
                 let deltas = Progress::default().read(&event).unwrap();
@@ -372,7 +372,7 @@ mod tests {
         for reason in ["error", "abort", "Cancelled"] {
             let body = json!({"choices": [{"message": {"content": "a"}, "finish_reason": reason}]})
                 .to_string();
-            for error in [whole(body.as_bytes()).err(), Progress::default().read(&body).err()] {
+            for error in [complete(body.as_bytes()).err(), Progress::default().read(&body).err()] {
                 assert!(matches!(error, Some(ModelError::Transport(_))), "{reason}: {error:?}");
             }
         }
@@ -399,7 +399,7 @@ mod tests {
             let body =
                 json!({"choices": [{"message": {"content": "Mix"}, "finish_reason": reason}]})
                     .to_string();
-            assert_eq!(whole(body.as_bytes()).unwrap().finish, expected, "{reason}");
+            assert_eq!(complete(body.as_bytes()).unwrap().finish, expected, "{reason}");
         }
     }
 
@@ -435,7 +435,7 @@ mod tests {
         deltas.extend(progress.end().unwrap());
         assert_eq!(told(&deltas), ["😀", "\u{FFFD}", "a", "😀b", "\u{FFFD}", "end"]);
         let body = r#"{"choices": [{"message": {"content": "a\ud83d\ude00\ud83d", "reasoning": "\ude00"}}]}"#;
-        let reply = whole(body.as_bytes()).unwrap();
+        let reply = complete(body.as_bytes()).unwrap();
         assert_eq!((reply.text.as_str(), reply.reasoning.as_str()), ("a😀\u{FFFD}", "\u{FFFD}"));
     }
 
@@ -447,14 +447,14 @@ mod tests {
             (json!({"error": {"message": "out of memory", "code": "content_filter"}}), true),
         ] {
             for error in
-                [whole(body.to_string().as_bytes()).unwrap_err(), failure(&body).unwrap_err()]
+                [complete(body.to_string().as_bytes()).unwrap_err(), failure(&body).unwrap_err()]
             {
                 assert!(error.to_string().ends_with("out of memory"), "{error}");
                 assert_eq!(matches!(error, ModelError::Filtered(_)), filtered, "{error}");
             }
         }
         let fine = json!({"choices": [{"message": {"content": "a"}}], "error": null});
-        assert_eq!(whole(fine.to_string().as_bytes()).unwrap().text, "a");
+        assert_eq!(complete(fine.to_string().as_bytes()).unwrap().text, "a");
     }
 
     #[test]
@@ -479,8 +479,8 @@ mod tests {
             let permission = json!([{"id": format!("modelperm-{created}")}]);
             json!({"id": "m", "object": "model", "created": created, "root": root, "max_model_len": 4096, "permission": permission})
         };
-        assert_eq!(tells(&vllm("a/b", 1)), tells(&vllm("a/b", 2)));
-        assert_ne!(tells(&vllm("a/b", 1)), tells(&vllm("a/c", 1)));
-        assert_eq!(tells(&json!({"id": "m", "created": 3, "root": null})), None);
+        assert_eq!(description(&vllm("a/b", 1)), description(&vllm("a/b", 2)));
+        assert_ne!(description(&vllm("a/b", 1)), description(&vllm("a/c", 1)));
+        assert_eq!(description(&json!({"id": "m", "created": 3, "root": null})), None);
     }
 }

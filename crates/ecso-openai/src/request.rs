@@ -1,4 +1,4 @@
-//! What is sent: OpenAI's chat-completions format.
+//! Requests in OpenAI's chat-completions format.
 
 use std::borrow::Cow;
 
@@ -11,10 +11,10 @@ use crate::{
     quirks::{Quirk, Quirks},
 };
 
-/// Most tokens that a server lists for one place.
-const MOST_TOP_LOGPROBS: u8 = 20;
+/// Most tokens that servers list for one position.
+const MAX_TOP_LOGPROBS: u8 = 20;
 
-/// The request for a reply of `model`, as its quirks want it.
+/// The request for a reply of `model`, with its quirks applied.
 pub(crate) fn body(
     model: &str,
     chat: &Chat,
@@ -37,10 +37,10 @@ pub(crate) fn body(
     body.insert("model".into(), model.into());
     body.insert("messages".into(), messages.into());
     if let Some(temperature) = sampling.temperature {
-        body.insert("temperature".into(), short(temperature));
+        body.insert("temperature".into(), shortest(temperature));
     }
     if let Some(top_p) = sampling.top_p {
-        body.insert("top_p".into(), short(top_p));
+        body.insert("top_p".into(), shortest(top_p));
     }
     if let Some(seed) = sampling.seed {
         body.insert("seed".into(), seed.into());
@@ -52,7 +52,7 @@ pub(crate) fn body(
     }
     if sampling.top_logprobs > 0 {
         body.insert("logprobs".into(), true.into());
-        body.insert("top_logprobs".into(), sampling.top_logprobs.min(MOST_TOP_LOGPROBS).into());
+        body.insert("top_logprobs".into(), sampling.top_logprobs.min(MAX_TOP_LOGPROBS).into());
     }
     if stream {
         body.insert("stream".into(), true.into());
@@ -71,21 +71,21 @@ pub(crate) fn body(
     body
 }
 
-/// A turn without images is plain text, which every server reads.
+/// The content of a turn. Without images it is plain text, which every server reads.
 fn content(turn: &Turn) -> Value {
     if turn.images().next().is_none() {
         return turn.query().into();
     }
     let parts = turn.parts.iter().map(|part| match part {
         Part::Text(text) => json!({"type": "text", "text": text}),
-        Part::Image(image) => shown(image),
+        Part::Image(image) => image_part(image),
     });
     parts.collect::<Vec<_>>().into()
 }
 
-/// An image, with the fields that say how to look at it: `detail` and what stands under `image_url`
-/// beside the URL, others (Qwen's `min_pixels`) beside the type.
-fn shown(image: &Image) -> Value {
+/// An image with its view fields: `detail` and the fields of `image_url` go beside the URL, others
+/// (Qwen's `min_pixels`) beside the type.
+fn image_part(image: &Image) -> Value {
     let url = match (image.encoded(), image.url()) {
         (Some((bytes, mime)), _) => format!("data:{mime};base64,{}", BASE64_STANDARD.encode(bytes)),
         (None, url) => url.unwrap_or_default().to_owned(),
@@ -108,8 +108,8 @@ fn shown(image: &Image) -> Value {
     part
 }
 
-/// 0.2 as `0.2`, not as the nearest double of the nearest float.
-fn short(number: f32) -> Value {
+/// The number in its shortest form: 0.2, not the double nearest to the float.
+fn shortest(number: f32) -> Value {
     number.to_string().parse::<f64>().map_or(Value::Null, Value::from)
 }
 
@@ -122,11 +122,11 @@ mod tests {
     }
 
     #[test]
-    fn an_image_goes_out_with_how_to_look_at_it() {
+    fn an_image_is_sent_with_its_view_fields() {
         let view = json!({"detail": "low", "min_pixels": 784, "max_pixels": 50176, "type": "x", "image_url": "y"});
         let view = view.as_object().unwrap().clone();
         assert_eq!(
-            shown(&picture().with_view(view)),
+            image_part(&picture().with_view(view)),
             json!({
                 "type": "image_url",
                 "image_url": {"url": "https://example.org/a.png", "detail": "low"},
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn fields_are_named_and_omitted_as_the_options_say() {
+    fn options_name_and_omit_fields() {
         let sampling = Sampling {
             max_tokens: Some(5),
             seed: Some(1),

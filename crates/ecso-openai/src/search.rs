@@ -1,4 +1,4 @@
-//! The search for a way in which a model takes a request.
+//! The search for a form of a request that a server accepts.
 
 use serde_json::{Map, Value};
 
@@ -8,16 +8,17 @@ use crate::{
     quirks::{Memory, Quirk, Quirks},
 };
 
-/// One request's search: it begins with what is known of the model, and each complaint leads on.
+/// The search for one request. It begins with the known quirks of the model; each complaint of the
+/// server leads to the next form.
 #[derive(Debug)]
 pub(crate) struct Search {
-    /// How the request is to be made now.
+    /// The quirks to apply now.
     pub(crate) quirks: Quirks,
-    /// What the server named, with its words.
+    /// The quirks that the server named, with its messages.
     found: Vec<(Quirk, String)>,
-    /// What was given up on a guess; `None` before there was one.
+    /// The quirks that were guessed; `None` before the guess.
     guessed: Option<Vec<(Quirk, String)>>,
-    /// How the request was made before a guess at why the server broke down.
+    /// The quirks before a guess at why the server failed.
     before: Option<Quirks>,
 }
 
@@ -26,9 +27,9 @@ impl Search {
         Self { quirks: known, found: Vec::new(), guessed: None, before: None }
     }
 
-    /// Whether there is another way after this complaint about `request`. What the server names is
-    /// done otherwise; where it names nothing, wishes are given up, once.
-    pub(crate) fn goes_on(
+    /// Whether there is another form to try after this complaint about `request`. A quirk that the
+    /// server names is applied. If it names none, optional fields are left out, once.
+    pub(crate) fn has_next(
         &mut self,
         complaint: &Complaint,
         request: &Map<String, Value>,
@@ -36,9 +37,9 @@ impl Search {
     ) -> bool {
         if let Some(quirk) = complaint.quirk(request, limit) {
             self.quirks.insert(quirk);
-            self.found.push((quirk, complaint.told()));
-            // A guess brought no answer: it is not to be learned, though its wishes stay out of
-            // this one request.
+            self.found.push((quirk, complaint.summary()));
+            // The guess did not help, so it is not learned. This request still leaves its fields
+            // out.
             self.guessed.iter_mut().for_each(Vec::clear);
             return true;
         }
@@ -48,19 +49,20 @@ impl Search {
         }
         self.before = complaint.is_breakdown().then(|| self.quirks.clone());
         self.quirks.extend(&suspects);
-        self.guessed = Some(suspects.into_iter().map(|quirk| (quirk, complaint.told())).collect());
+        self.guessed =
+            Some(suspects.into_iter().map(|quirk| (quirk, complaint.summary())).collect());
         true
     }
 
-    /// How to ask once more with what was given up on a guess: a server that broke down may only
-    /// have been unwell.
-    pub(crate) fn doubted(&self) -> Option<&Quirks> {
+    /// The quirks for one more try with the fields that were left out by a guess: the server may have
+    /// failed for another reason.
+    pub(crate) fn without_guess(&self) -> Option<&Quirks> {
         self.before
             .as_ref()
             .filter(|_| self.guessed.as_ref().is_some_and(|guessed| !guessed.is_empty()))
     }
 
-    /// The end: an answer of `model`.
+    /// Ends the search with an answer of `model`, and learns from it.
     pub(crate) fn succeeded(self, model: &str, memory: &Memory) {
         for (quirk, reason) in self.found.into_iter().chain(self.guessed.unwrap_or_default()) {
             memory.learn(model, quirk, &reason);

@@ -1,4 +1,4 @@
-//! Bodies of replies: bounded, and read as server-sent events where they are streams.
+//! Bodies of replies: limited in size, and read as server-sent events if they are streams.
 
 use std::error::Error;
 
@@ -10,16 +10,15 @@ use sse_stream::SseByteStream;
 
 use crate::reply::Progress;
 
-/// No reply is longer than this, in bytes once unpacked; one that is comes from a server gone
-/// wrong.
-const LONGEST_REPLY: usize = 16 << 20;
+/// Most bytes of a reply, decompressed. A server that sends more has failed.
+const MAX_REPLY: usize = 16 << 20;
 
-/// Reads an SSE body, split anywhere.
+/// The deltas in a body of server-sent events, which may be split at any byte.
 pub(crate) fn deltas(
     body: impl Stream<Item = Result<Bytes, ModelError>> + Send + 'static,
 ) -> impl Stream<Item = Result<Delta, ModelError>> + Send {
     try_stream! {
-        let mut events = SseByteStream::new(bounded(body).boxed());
+        let mut events = SseByteStream::new(limited(body).boxed());
         let mut progress = Progress::default();
         while let Some(event) = events.next().await {
             let Some(data) = event.map_err(unreadable)?.data else { continue };
@@ -36,11 +35,11 @@ pub(crate) fn deltas(
     }
 }
 
-/// Reads a body to its end.
+/// The complete body.
 pub(crate) async fn read(
     body: impl Stream<Item = Result<Bytes, ModelError>> + Send,
 ) -> Result<Vec<u8>, ModelError> {
-    let body = bounded(body);
+    let body = limited(body);
     futures::pin_mut!(body);
     let mut whole = Vec::new();
     while let Some(bytes) = body.next().await {
@@ -49,13 +48,13 @@ pub(crate) async fn read(
     Ok(whole)
 }
 
-fn bounded(
+fn limited(
     body: impl Stream<Item = Result<Bytes, ModelError>> + Send,
 ) -> impl Stream<Item = Result<Bytes, ModelError>> + Send {
     body.scan(0, |read, bytes| {
         *read += bytes.as_ref().map_or(0, Bytes::len);
-        let is_endless = *read > LONGEST_REPLY;
-        let bytes = if is_endless {
+        let is_too_long = *read > MAX_REPLY;
+        let bytes = if is_too_long {
             Err(ModelError::Protocol("the reply has no end".into()))
         } else {
             bytes
@@ -64,7 +63,7 @@ fn bounded(
     })
 }
 
-/// An error of the body itself, or of the format.
+/// The error of a body, or of its format.
 fn unreadable(error: sse_stream::Error) -> ModelError {
     match error {
         sse_stream::Error::Body(error) => match error.downcast::<ModelError>() {
@@ -125,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_that_breaks_off_is_an_error() {
+    fn a_stream_that_is_cut_off_is_an_error() {
         let half = BODY.split_once("data: {\"choices\":[{\"delta\":{\"content\":\"fel").unwrap().0;
         assert!(matches!(reply(vec![half.as_bytes()]), Err(ModelError::Protocol(_))));
         assert!(matches!(reply(vec![b"data: {\"error\":{\"message\":\"out of memory\"}}\n\n"]),
@@ -133,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn what_broke_a_stream_is_told_as_it_was() {
+    fn errors_of_the_body_are_kept() {
         let lost = ModelError::Timeout(std::time::Duration::from_secs(1));
         let body = futures::stream::iter([Ok(Bytes::from_static(b"data: ")), Err(lost.clone())]);
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
@@ -141,11 +140,11 @@ mod tests {
     }
 
     #[test]
-    fn an_endless_reply_ends() {
+    fn an_endless_reply_is_an_error() {
         let line =
             b"data: {\"choices\":[{\"delta\":{\"content\":\"again and again and again\"}}]}\n\n"
                 .repeat(1000);
-        let parts = vec![&line[..]; LONGEST_REPLY / line.len() + 1];
+        let parts = vec![&line[..]; MAX_REPLY / line.len() + 1];
         assert!(
             matches!(reply(parts), Err(ModelError::Protocol(cause)) if cause.message().contains("no end"))
         );

@@ -1,15 +1,24 @@
-//! JSON with halves of characters in it.
+//! JSON that contains halves of characters.
 //!
-//! Beyond the first 65,536 a character is two `\u` escapes in JSON, a high surrogate and a low one.
-//! Servers that cut a text anywhere send one half in one event and the other in the next; no Rust
-//! string can hold a half. [`parse`] puts a sentinel in its place, a private character, and
-//! [`Joiner`] makes two neighbouring sentinels the character that they stand for.
+//! A character above U+FFFF is two `\u` escapes in JSON: a high and a low surrogate. Servers that
+//! cut a text anywhere send one half in one event and the other in the next, but a Rust string can't
+//! contain a half. [`parse`] replaces it by a sentinel, a private-use character, and [`Joiner`] joins
+//! two neighbouring sentinels to the character.
 //!
-//! The sentinels are U+10F000 to U+10F7FF, in the last of the private-use planes. Where such a
-//! character is really in the JSON, [`parse`] writes it as two sentinels, so that it too comes back
-//! whole from a [`Joiner`]. So every text that [`parse`] gave is to be joined before it is shown;
-//! and a text that did not come from [`parse`] is not to be joined: private characters of that
-//! range would be lost in it. All other characters pass everywhere unharmed.
+//! ```
+//! use ecso_openai::surrogates::{Joiner, parse};
+//!
+//! let mut joiner = Joiner::default();
+//! let (first, second): (String, String) = (parse(r#""\ud83c""#)?, parse(r#""\udf4f""#)?);
+//! assert_eq!(joiner.push(&first), "");
+//! assert_eq!(joiner.push(&second), "🍏");
+//! # Ok::<(), serde_json::Error>(())
+//! ```
+//!
+//! The sentinels are U+10F000 to U+10F7FF, in the last private-use plane. If the JSON really contains
+//! such a character, [`parse`] writes it as two sentinels, which a [`Joiner`] joins again. Therefore
+//! every text from [`parse`] must be joined before it is shown, and no other text may be: its private
+//! characters of that range would be lost. All other characters are never changed.
 
 use std::{borrow::Cow, ops::RangeInclusive};
 
@@ -22,16 +31,15 @@ const LEAD: u8 = 0xF4;
 const HIGH: RangeInclusive<u16> = 0xD800..=0xDBFF;
 const LOW: RangeInclusive<u16> = 0xDC00..=0xDFFF;
 
-/// Reads JSON in which halves of characters may stand: each becomes a sentinel, for a [`Joiner`] to
-/// join.
+/// Parses JSON that may contain halves of characters. Each becomes a sentinel, for a [`Joiner`].
 ///
 /// # Errors
-/// Those of `serde_json`; places in them are those of the JSON with its sentinels.
+/// Those of `serde_json`. Their positions count sentinels instead of escapes.
 pub fn parse<T: DeserializeOwned>(json: &str) -> serde_json::Result<T> {
     serde_json::from_str(&marked(json))
 }
 
-/// The same for a reader of one's own.
+/// As [`parse`], with a deserializer seed.
 ///
 /// # Errors
 /// As [`parse`].
@@ -46,7 +54,7 @@ pub fn parse_seed<T>(
     Ok(value)
 }
 
-/// A whole text of [`parse`]: sentinels joined, and U+FFFD for a half that stands alone.
+/// A complete text from [`parse`], with its sentinels joined, and U+FFFD for a single half.
 #[must_use]
 pub fn join(text: &str) -> String {
     if memchr::memchr(LEAD, text.as_bytes()).is_none() {
@@ -57,15 +65,15 @@ pub fn join(text: &str) -> String {
     begun + joiner.finish()
 }
 
-/// Joins a text of [`parse`] that comes in pieces.
+/// Joins a text from [`parse`] that comes in pieces.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Joiner {
-    /// A first half, held back until what follows it is known.
+    /// A first half, held back until the next piece.
     high: Option<u16>,
 }
 
 impl Joiner {
-    /// What can be told now that `text` has come: all of it but a first half at its end.
+    /// The joined text, except for a first half at its end, which is held back.
     pub fn push(&mut self, text: &str) -> String {
         let mut joined = String::with_capacity(text.len());
         for c in text.chars() {
@@ -88,18 +96,17 @@ impl Joiner {
         joined
     }
 
-    /// What was held back, at the end of the text: U+FFFD for a first half, or nothing.
+    /// Ends the text: U+FFFD if a first half was held back, else nothing.
     pub fn finish(&mut self) -> &'static str {
         if self.high.take().is_some() { "\u{FFFD}" } else { "" }
     }
 }
 
-/// The JSON with a sentinel for each half that stands alone, and two for each character that could
-/// be taken for one.
+/// The JSON with a sentinel for each single half, and two for each character that looks like one.
 fn marked(json: &str) -> Cow<'_, str> {
     let mut marked = String::new();
     let mut rest = json;
-    // Where the untouched part before `rest` begins.
+    // The start of the unchanged part before `rest`.
     let mut kept = json;
     while let Some(at) = memchr::memchr2(b'\\', LEAD, rest.as_bytes()) {
         let here = &rest[at..];
@@ -118,8 +125,7 @@ fn marked(json: &str) -> Cow<'_, str> {
     Cow::Owned(marked)
 }
 
-/// How long the escape (or sentinel) at the start of `here` is, in bytes, and what goes into its
-/// place.
+/// The length in bytes of the escape (or sentinel) at the start of `here`, and its replacement.
 fn replacement(here: &str) -> (usize, Option<Vec<char>>) {
     let Some(unit) = escaped(here) else {
         let mut chars = here.chars();

@@ -1,4 +1,4 @@
-//! From the detector's probability map to lines of text in reading order.
+//! Text boxes from the detector's probability map, and lines of text in reading order.
 
 use geo::{MinimumRotatedRect, MultiPoint};
 use image::{Rgb, RgbImage};
@@ -7,49 +7,50 @@ use rten_tensor::{NdTensor, NdTensorView, prelude::*};
 
 use crate::picture::Picture;
 
-/// A pixel is text from this probability on (PaddleOCR's `thresh`).
-const PIXEL: f32 = 0.3;
-/// A box is text from this mean probability on (`box_thresh`).
-const BOX: f32 = 0.6;
-/// The detector draws boxes smaller than the text by this ratio of area to outline
+/// The least probability of a text pixel (PaddleOCR's `thresh`).
+const PIXEL_THRESHOLD: f32 = 0.3;
+/// The least mean probability of a text box (`box_thresh`).
+const BOX_THRESHOLD: f32 = 0.6;
+/// The detector's boxes are too small; they grow by this times area divided by perimeter
 /// (`unclip_ratio`).
 const UNCLIP: f32 = 1.5;
-/// Boxes with a side of fewer pixels than this are noise (`min_size`).
-const SMALLEST: f32 = 3.0;
+/// Boxes with a shorter side, in pixels, are noise (`min_size`).
+const MIN_SIDE: f32 = 3.0;
 
 /// One line of text.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Line {
-    /// What is written.
+    /// The text.
     pub text: String,
     /// The recogniser's mean confidence, in 0..=1.
     pub confidence: f32,
-    /// The middle of the line, in pixels from the image's top left: x, y.
+    /// The centre of the line in pixels, x and y, from the image's top left.
     pub center: (f32, f32),
     /// Width along the text and height across it, in pixels.
     pub size: (f32, f32),
 }
 
-/// A box around a line, turned as the text is.
+/// A box around a line, rotated as the text is.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct TextBox {
     pub(crate) center: (f32, f32),
-    /// Unit vector that points to the top of the letters (y grows downwards).
+    /// Unit vector towards the top of the letters (y grows downwards).
     up: (f32, f32),
     pub(crate) width: f32,
     pub(crate) height: f32,
 }
 
-/// Finds boxes on a map of text probabilities; `scale` is pixels of the image for a pixel of the
-/// map, in x and y.
+/// Finds boxes on a map of text probabilities. `scale` is image pixels per map pixel, in x and y.
 pub(crate) fn find(map: NdTensorView<'_, f32, 2>, scale: (f32, f32)) -> Vec<TextBox> {
-    let mask: NdTensor<bool, 2> = map.map(|p| *p > PIXEL);
+    let mask: NdTensor<bool, 2> = map.map(|p| *p > PIXEL_THRESHOLD);
     let mut found = Vec::new();
     for contour in find_contours(mask.view(), RetrievalMode::External).iter() {
         let points: Vec<PointF> = contour.iter().map(|point| point.to_f32()).collect();
         let Some(rect) = smallest_rectangle(&points) else { continue };
-        if rect.width.min(rect.height) < SMALLEST || mean_inside(&map, &mask, &points) < BOX {
+        if rect.width.min(rect.height) < MIN_SIDE
+            || mean_inside(&map, &mask, &points) < BOX_THRESHOLD
+        {
             continue;
         }
         let grow = UNCLIP * rect.width * rect.height / (rect.width + rect.height);
@@ -59,8 +60,7 @@ pub(crate) fn find(map: NdTensorView<'_, f32, 2>, scale: (f32, f32)) -> Vec<Text
     found
 }
 
-/// The smallest rectangle around a contour, turned as it may be; `None` for a contour that is a
-/// point or a line.
+/// The smallest rectangle around a contour, at any angle; `None` for a point or a line.
 fn smallest_rectangle(points: &[PointF]) -> Option<TextBox> {
     let points: MultiPoint<f32> = points.iter().map(|point| (point.x, point.y)).collect();
     let rectangle = points.minimum_rotated_rect()?;
@@ -69,7 +69,7 @@ fn smallest_rectangle(points: &[PointF]) -> Option<TextBox> {
     let (across, along) = (*a - *b, *c - *b);
     let (height, width) = (across.x.hypot(across.y), along.x.hypot(along.y));
     let center = (f32::midpoint(a.x, c.x), f32::midpoint(a.y, c.y));
-    // Contours run through the middle of pixels: half a pixel is missing on each side.
+    // Contours run through the centres of pixels, so half a pixel is missing on each side.
     (height > 0.0 && width > 0.0).then(|| TextBox {
         center,
         up: (across.x / height, across.y / height),
@@ -78,7 +78,7 @@ fn smallest_rectangle(points: &[PointF]) -> Option<TextBox> {
     })
 }
 
-/// Of the four ways to look at a rectangle, the one whose top is nearest to the image's.
+/// The rectangle in that of its four orientations whose top points most upwards.
 fn upright(
     center: (f32, f32),
     up: (f32, f32),
@@ -87,14 +87,14 @@ fn upright(
     scale: (f32, f32),
 ) -> TextBox {
     let (x, y) = up;
-    let ways = [
+    let orientations = [
         ((x, y), width, height),
         ((-x, -y), width, height),
         ((-y, x), height, width),
         ((y, -x), height, width),
     ];
     let (up, width, height) =
-        ways.into_iter().min_by(|a, b| a.0.1.total_cmp(&b.0.1)).unwrap_or(ways[0]);
+        orientations.into_iter().min_by(|a, b| a.0.1.total_cmp(&b.0.1)).unwrap_or(orientations[0]);
     TextBox { center, up, width: width * scale.0, height: height * scale.1 }
 }
 
@@ -118,8 +118,8 @@ fn mean_inside(map: &NdTensorView<'_, f32, 2>, mask: &NdTensor<bool, 2>, points:
 }
 
 impl TextBox {
-    /// The box cut out of the image and laid level; a tall box is laid on its side, as vertical
-    /// text is read.
+    /// The box cut out of the image and rotated level. A tall box is laid on its side, to read
+    /// vertical text.
     pub(crate) fn cut(&self, image: &Picture) -> RgbImage {
         #[expect(
             clippy::cast_possible_truncation,
@@ -143,7 +143,7 @@ impl TextBox {
     }
 }
 
-/// Bilinear; outside the image its border goes on.
+/// The interpolated colour at a point. Outside the image, that of its border.
 fn sample(image: &Picture, x: f32, y: f32) -> Rgb<u8> {
     #[expect(clippy::cast_precision_loss, reason = "pixel counts are far below 2^23")]
     let last = ((image.width() - 1) as f32, (image.height() - 1) as f32);
@@ -151,8 +151,8 @@ fn sample(image: &Picture, x: f32, y: f32) -> Rgb<u8> {
     image::imageops::interpolate_bilinear(image, x, y).unwrap_or(Rgb([255; 3]))
 }
 
-/// Sorts lines as they are read: rows from top to bottom, within a row from left to right. Lines
-/// are of one row when the middle of one lies within the other's height.
+/// Sorts lines into reading order: rows from top to bottom, each from left to right. Lines are in one
+/// row if the centre of one lies within the height of the other.
 pub(crate) fn reading_order(mut lines: Vec<Line>) -> Vec<Vec<Line>> {
     lines.sort_by(|a, b| a.center.1.total_cmp(&b.center.1));
     let mut rows: Vec<Vec<Line>> = Vec::new();

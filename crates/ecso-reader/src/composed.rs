@@ -1,4 +1,4 @@
-//! A composed model: the reader over a text model.
+//! A composed model: a reader, and perhaps a tagger, in front of a text model.
 
 use std::{
     num::NonZeroUsize,
@@ -17,45 +17,45 @@ use crate::{
     tagger::{Tag, Tagger},
 };
 
-/// How many pages are remembered; the steps of one answer look at the same image three times.
-const REMEMBERED: NonZeroUsize = NonZeroUsize::new(64).unwrap();
+/// The number of images whose text is kept; the steps of one answer read the same image three times.
+const CACHED: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 
-/// A picture with so large a part of text is a page, whatever the tagger says: the most in a
-/// photograph with a tag was .11.
-const PAGE: f32 = 0.2;
+/// If text covers at least this share of an image, it is a page and gets no tags. The highest share
+/// in a photograph with a tag was .11.
+const PAGE_SHARE: f32 = 0.2;
 
-/// A text model that knows of each image the text that a [`Reader`] reads in it, and what a
-/// [`Tagger`] sees in it.
+/// A text model that gets each image as text: the words that a [`Reader`] reads in it, and the classes
+/// that a [`Tagger`] finds.
 pub struct Composed<M> {
     reader: Arc<Reader>,
     tagger: Option<Arc<Tagger>>,
     model: M,
     name: String,
-    pages: Mutex<LruCache<Digest, Arc<ImageText>>>,
+    texts: Mutex<LruCache<Digest, Arc<ImageText>>>,
 }
 
 impl<M: Mllm> Composed<M> {
-    /// Puts `reader` in front of `model`; `name` is what traces and results call the pair.
+    /// Puts `reader` in front of `model`. `name` is the name of the pair in traces and results.
     pub fn new(reader: Reader, model: M, name: impl Into<String>) -> Self {
-        let pages = Mutex::new(LruCache::new(REMEMBERED));
-        Self { reader: Arc::new(reader), tagger: None, model, name: name.into(), pages }
+        let texts = Mutex::new(LruCache::new(CACHED));
+        Self { reader: Arc::new(reader), tagger: None, model, name: name.into(), texts }
     }
 
-    /// With a tagger beside the reader. Only of photographs it says more than the reader does.
+    /// Adds a tagger. It adds information about photographs only.
     #[must_use]
     pub fn with_tagger(self, tagger: Tagger) -> Self {
         Self { tagger: Some(Arc::new(tagger)), ..self }
     }
 
-    /// The conversation with the text of its images in their place.
-    async fn read(&self, chat: &Chat) -> Result<Chat, ModelError> {
+    /// The conversation with each image replaced by its text.
+    async fn without_images(&self, chat: &Chat) -> Result<Chat, ModelError> {
         let mut turns = Vec::with_capacity(chat.turns.len());
         for turn in &chat.turns {
             let mut parts = Vec::with_capacity(turn.parts.len());
             for part in &turn.parts {
                 parts.push(match part {
                     Part::Text(text) => Part::Text(text.clone()),
-                    Part::Image(image) => Part::Text(layout(&*self.page(image).await?)),
+                    Part::Image(image) => Part::Text(phrase(&*self.text_of(image).await?)),
                 });
             }
             turns.push(Turn { role: turn.role, parts });
@@ -63,8 +63,8 @@ impl<M: Mllm> Composed<M> {
         Ok(Chat { turns, definitions: chat.definitions.clone(), head: chat.head })
     }
 
-    /// What an image says and shows: by its description, where it has one.
-    async fn page(&self, image: &Image) -> Result<Arc<ImageText>, ModelError> {
+    /// The text of an image; its description, if it is known by one.
+    async fn text_of(&self, image: &Image) -> Result<Arc<ImageText>, ModelError> {
         if let Some(description) = image.description() {
             return Ok(Arc::new(ImageText {
                 description: description.to_owned(),
@@ -72,9 +72,9 @@ impl<M: Mllm> Composed<M> {
             }));
         }
         let digest = image.digest();
-        let known = self.pages.lock().unwrap_or_else(PoisonError::into_inner).get(&digest).cloned();
-        if let Some(page) = known {
-            return Ok(page);
+        let known = self.texts.lock().unwrap_or_else(PoisonError::into_inner).get(&digest).cloned();
+        if let Some(text) = known {
+            return Ok(text);
         }
         let (reader, tagger, image) =
             (Arc::clone(&self.reader), self.tagger.clone(), image.clone());
@@ -84,15 +84,15 @@ impl<M: Mllm> Composed<M> {
             let page = reader
                 .read(pixels)
                 .map_err(|error| ModelError::Transport(Cause::from_error(error)))?;
-            let tagger = tagger.filter(|_| page.part_of(pixels) < PAGE);
+            let tagger = tagger.filter(|_| page.share_of(pixels) < PAGE_SHARE);
             let tags = tagger.map_or(Ok(Vec::new()), |tagger| tagger.tags(pixels));
             let tags = tags.map_err(|error| ModelError::Transport(Cause::from_error(error)))?;
             Ok(ImageText { words: page.text(), description: photograph(&tags) })
         });
-        let page =
+        let text =
             Arc::new(read.await.map_err(|error| ModelError::Transport(Cause::from_error(error)))??);
-        self.pages.lock().unwrap_or_else(PoisonError::into_inner).put(digest, Arc::clone(&page));
-        Ok(page)
+        self.texts.lock().unwrap_or_else(PoisonError::into_inner).put(digest, Arc::clone(&text));
+        Ok(text)
     }
 }
 
@@ -107,7 +107,7 @@ impl<M: Mllm> Mllm for Composed<M> {
     }
 
     async fn image_text(&self, image: &Image) -> Result<Option<ImageText>, ModelError> {
-        Ok(Some(self.page(image).await?.as_ref().clone()))
+        Ok(Some(self.text_of(image).await?.as_ref().clone()))
     }
 
     fn is_concurrent(&self) -> bool {
@@ -115,15 +115,15 @@ impl<M: Mllm> Mllm for Composed<M> {
     }
 
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {
-        self.model.stream(&self.read(chat).await?, sampling).await
+        self.model.stream(&self.without_images(chat).await?, sampling).await
     }
 
     async fn generate(&self, chat: &Chat, sampling: &Sampling) -> Result<Reply, ModelError> {
-        self.model.generate(&self.read(chat).await?, sampling).await
+        self.model.generate(&self.without_images(chat).await?, sampling).await
     }
 }
 
-/// What a picture may be a photograph of; empty where no tag is likely.
+/// A description of a photograph by its tags; empty if there are none.
 fn photograph(tags: &[Tag]) -> String {
     let names: Vec<&str> = tags.iter().map(|tag| tag.name).collect();
     if names.is_empty() {
@@ -133,8 +133,8 @@ fn photograph(tags: &[Tag]) -> String {
     }
 }
 
-/// How a picture stands in a conversation.
-fn layout(ImageText { words, description }: &ImageText) -> String {
+/// The sentence that replaces an image in a conversation.
+fn phrase(ImageText { words, description }: &ImageText) -> String {
     match (words.is_empty(), description.is_empty()) {
         (true, true) => "Image: a picture in which no text was found.".into(),
         (false, true) => format!("Image: a picture with the printed text \"{words}\""),

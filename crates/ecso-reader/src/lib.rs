@@ -1,9 +1,29 @@
-//! A text reader (`PP-OCRv6` through `RTen`, pure Rust), a tagger of photographs
-//! (`EfficientNet-Lite0`), and [`Composed`], which puts them in front of any text model.
+//! A text reader (`PP-OCRv6`, run by `RTen` in pure Rust), a tagger of photographs
+//! (`EfficientNet-Lite0`), and [`Composed`], which puts both in front of any text model.
 //!
-//! A composed model (Socratic Models, arXiv 2204.00598) knows of an image what its reader reads:
-//! the text in it. It can judge harm that is written in an image. Of pixels it knows at most a few
-//! words for what a photograph shows, out of 1,000 classes; there are no people among them.
+//! A composed model (Socratic Models, arXiv 2204.00598) knows only the text in an image, as the
+//! reader reads it. So it can judge harm that is written in an image. Of photographs it knows at most
+//! a few words, out of 1,000 classes; there are no people among them.
+//!
+//! ```no_run
+//! use std::path::Path;
+//!
+//! use ecso::Mllm;
+//! use ecso_reader::{Composed, Reader, Tagger};
+//!
+//! # fn example(text_model: impl Mllm) -> Result<(), Box<dyn std::error::Error>> {
+//! let reader = Reader::load(
+//!     Path::new("detector.rten"),
+//!     Path::new("recogniser.rten"),
+//!     Path::new("dictionary.txt"),
+//! )?;
+//! let tagger = Tagger::load(Path::new("efficientnet-lite0.f32"))?;
+//! let model = Composed::new(reader, text_model, "reader+text").with_tagger(tagger);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! There are no features.
 
 mod boxes;
 mod composed;

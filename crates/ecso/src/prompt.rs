@@ -25,7 +25,7 @@ pub(crate) struct Query<'a> {
     /// The turn's text: the paper's x.
     text: String,
     /// {x} in templates.
-    query: String,
+    request: String,
     /// {t} in templates: all text that the model is shown, except that of trusted authors.
     transcript: String,
     /// The text of the assistant's turns at the end of the conversation, if any. The model continues
@@ -74,7 +74,7 @@ impl<'a> Query<'a> {
         let index = chat.turns.iter().rposition(|turn| turn.role == Role::User)?;
         let text = chat.turns[index].query();
         let earlier = chat.turns[..index].iter().filter(|turn| turn.role != Role::System);
-        let query = match profile.turns {
+        let request = match profile.turns {
             Turns::Last => text.clone(),
             Turns::All => {
                 let earlier = earlier
@@ -94,7 +94,7 @@ impl<'a> Query<'a> {
             chat,
             index,
             text,
-            query,
+            request,
             transcript: String::new(),
             prefill,
             prefill_start,
@@ -163,9 +163,9 @@ impl<'a> Query<'a> {
         } else {
             format!("The user sent a picture of: {both}\n")
         };
-        let shows_more = self.transcript != self.query;
+        let shows_more = self.transcript != self.request;
         let values = [
-            ("x", self.query.as_str()),
+            ("x", self.request.as_str()),
             ("y", &judged),
             ("t", &self.transcript),
             ("p", &picture_line),
@@ -207,7 +207,7 @@ impl<'a> Query<'a> {
     pub(crate) fn captions(&self) -> impl Iterator<Item = (&'a Image, Prompt<'a>)> {
         let template = self.profile.caption.chosen();
         self.chat.images().map(move |image| {
-            let text = template.fill(&[("x", &quoted(&self.query, &self.profile.quote))]);
+            let text = template.fill(&[("x", &quoted(&self.request, &self.profile.quote))]);
             (image, (one_turn(self.profile, [image.clone()], text), template))
         })
     }

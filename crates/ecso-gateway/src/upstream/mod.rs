@@ -137,7 +137,8 @@ impl Upstream {
     pub(crate) async fn model_name(&self, headers: &HeaderMap) -> Result<String, ApiError> {
         match self {
             Self::Server(server) => {
-                let model = server.guarded_model(server.model.name(), headers).settled().await;
+                let model =
+                    server.guarded_model(server.model.name(), headers).resolve_model().await;
                 Ok(model.map_err(|error| ApiError::asking("no_model", error))?.name().to_owned())
             }
             Self::Engine(model) => Ok(model.name().to_owned()),
@@ -408,7 +409,7 @@ impl Server {
         let key = self.key.clone().or_else(|| access::token(headers).map(SecretString::from));
         let mut own = self.model_headers(headers);
         own.extend(own_call_header(headers));
-        self.model.with(name, key).with_headers(own)
+        self.model.with_model_and_key(name, key).with_headers(own)
     }
 }
 

@@ -78,7 +78,10 @@ async fn a_password_in_the_base_is_sent_as_basic_auth_and_never_shown() {
         client.generate(&Chat::ask([], "q"), &Sampling::default()).await.unwrap().text
     };
     assert_eq!(ask(&client).await, "by password");
-    assert_eq!(ask(&client.with("m", Some(SecretString::from("key")))).await, "by key");
+    assert_eq!(
+        ask(&client.with_model_and_key("m", Some(SecretString::from("key")))).await,
+        "by key"
+    );
     let header = client.authorization().unwrap().unwrap();
     assert!(header.is_sensitive() && !client.base().as_str().contains("sesame"));
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();

@@ -25,7 +25,7 @@ async fn client(server: &MockServer) -> OpenAi {
     OpenAi::connect(&server.uri(), options()).await.unwrap()
 }
 
-fn wish() -> Sampling {
+fn sampling() -> Sampling {
     Sampling {
         temperature: Some(0.2),
         max_tokens: Some(5),
@@ -64,7 +64,7 @@ async fn the_request_is_what_the_protocol_asks_for() {
     let gif = b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff\x2c\0\0\0\0\x01\0\x01\0\0\x02\x02\x44\x01\0\x3b";
     let image = Image::from_bytes(&gif[..], Limits::default()).unwrap();
     let chat = Chat::ask([image], "What is this?").with_system("Be brief.");
-    let mut sampling = wish();
+    let mut sampling = sampling();
     sampling.extra.insert("top_k".into(), 1.into());
     let reply = client.generate(&chat, &sampling).await.unwrap();
     assert_eq!(reply.text, " hello ");
@@ -87,7 +87,7 @@ async fn a_server_without_logprobs_is_asked_once_more_and_remembered() {
     Mock::given(method("POST")).respond_with(answer("hi")).mount(&server).await;
     let client = client(&server).await;
     for _ in 0..2 {
-        assert_eq!(client.generate(&Chat::ask([], "q"), &wish()).await.unwrap().text, "hi");
+        assert_eq!(client.generate(&Chat::ask([], "q"), &sampling()).await.unwrap().text, "hi");
     }
     let asked: Vec<bool> =
         bodies(&server).await.iter().map(|body| body.get("logprobs").is_some()).collect();

@@ -11,7 +11,7 @@ use ecso_openai::{MaxTokensField, OpenAi, Options};
 use serde_json::{Value, json};
 use wiremock::{Mock, MockServer, Request, ResponseTemplate, matchers::method};
 
-use super::{answer, bodies, client, options, wish};
+use super::{answer, bodies, client, options, sampling};
 
 fn refusal(status: u16, message: &str, code: &str, param: &Value) -> ResponseTemplate {
     let error =
@@ -43,7 +43,7 @@ fn has(field: &'static str) -> impl Fn(&Value) -> bool {
 
 async fn asks(client: &OpenAi, times: usize) {
     for _ in 0..times {
-        assert_eq!(client.generate(&Chat::ask([], "q"), &wish()).await.unwrap().text, "hi");
+        assert_eq!(client.generate(&Chat::ask([], "q"), &sampling()).await.unwrap().text, "hi");
     }
 }
 
@@ -80,7 +80,7 @@ async fn a_named_field_is_sent_as_the_options_say_and_never_otherwise() {
     let server = picky(vec![(|body| body.get("max_tokens").is_some(), no_max_tokens())]).await;
     let fixed = |field| Options { max_tokens_field: field, ..options() };
     let client = OpenAi::connect(&server.uri(), fixed(MaxTokensField::MaxTokens)).await.unwrap();
-    let error = client.generate(&Chat::ask([], "q"), &wish()).await.unwrap_err();
+    let error = client.generate(&Chat::ask([], "q"), &sampling()).await.unwrap_err();
     assert!(
         matches!(&error, ModelError::Rejected(cause) if cause.message().contains("max_tokens")),
         "{error}"
@@ -118,7 +118,7 @@ async fn fields_that_are_refused_by_name_are_left_out() {
         Mock::given(method("POST")).respond_with(answer("hi")).mount(&server).await;
         let client = client(&server).await;
         let sampling =
-            Sampling { temperature: Some(0.2), top_p: Some(0.9), seed: Some(1), ..wish() };
+            Sampling { temperature: Some(0.2), top_p: Some(0.9), seed: Some(1), ..sampling() };
         for _ in 0..2 {
             assert_eq!(client.generate(&Chat::ask([], "q"), &sampling).await.unwrap().text, "hi");
         }
@@ -142,7 +142,7 @@ async fn a_refused_system_message_goes_into_the_first_user_turn() {
         let client = client(&server).await;
         for _ in 0..2 {
             let chat = Chat::ask([], "What is this?").with_system("Be brief.");
-            assert_eq!(client.generate(&chat, &wish()).await.unwrap().text, "hi");
+            assert_eq!(client.generate(&chat, &sampling()).await.unwrap().text, "hi");
         }
         let messages: Vec<Value> =
             bodies(&server).await.into_iter().map(|mut body| body["messages"].take()).collect();
@@ -169,7 +169,7 @@ async fn a_server_that_is_broken_anyway_is_asked_once_more_without_log_probabili
     let options = Options { retries: 2, ..options() };
     let client = OpenAi::connect(&server.uri(), options).await.unwrap();
     assert!(matches!(
-        client.generate(&Chat::ask([], "q"), &wish()).await,
+        client.generate(&Chat::ask([], "q"), &sampling()).await,
         Err(ModelError::Transport(_))
     ));
     assert_eq!(had(&server, "logprobs").await, [true, true, true, false]);
@@ -213,8 +213,8 @@ async fn other_models_keep_their_log_probabilities() {
     let server = picky(vec![(is_refused, says(400, "no logprobs here"))]).await;
     let client = client(&server).await;
     asks(&client, 2).await;
-    asks(&client.with("other", None), 1).await;
-    asks(&client.with("m", None), 1).await;
+    asks(&client.with_model_and_key("other", None), 1).await;
+    asks(&client.with_model_and_key("m", None), 1).await;
     assert_eq!(had(&server, "logprobs").await, [true, false, false, true, false]);
 }
 
@@ -236,7 +236,7 @@ async fn a_guess_that_did_not_help_is_not_remembered() {
     Mock::given(method("POST")).respond_with(says(400, "Bad request")).mount(&server).await;
     let client = client(&server).await;
     for _ in 0..2 {
-        let error = client.generate(&Chat::ask([], "q"), &wish()).await.unwrap_err();
+        let error = client.generate(&Chat::ask([], "q"), &sampling()).await.unwrap_err();
         assert!(matches!(error, ModelError::Rejected(_)), "{error}");
     }
     assert_eq!(had(&server, "logprobs").await, [true, false, true, false]);
@@ -261,7 +261,7 @@ async fn an_error_about_another_field_takes_no_log_probabilities() {
     {
         let server = MockServer::start().await;
         Mock::given(method("POST")).respond_with(says(400, message)).expect(1).mount(&server).await;
-        let sampling = Sampling { top_p: Some(2.0), ..wish() };
+        let sampling = Sampling { top_p: Some(2.0), ..sampling() };
         let error =
             client(&server).await.generate(&Chat::ask([], "q"), &sampling).await.unwrap_err();
         assert!(matches!(error, ModelError::Rejected(_)), "{error}");
@@ -279,7 +279,7 @@ async fn an_error_about_another_field_takes_no_log_probabilities() {
         .await;
     let client = client(&server).await;
     for _ in 0..2 {
-        let stream = client.stream(&Chat::ask([], "q"), &wish()).await.unwrap();
+        let stream = client.stream(&Chat::ask([], "q"), &sampling()).await.unwrap();
         assert_eq!(ecso::collect(stream).await.unwrap().text, "hi");
     }
     assert_eq!(had(&server, "stream_options").await, [true, false, false]);
@@ -349,7 +349,8 @@ async fn a_filter_in_front_of_a_model_is_told_as_one() {
         let server = MockServer::start().await;
         let refusal = ResponseTemplate::new(status).set_body_json(json!({"error": error}));
         Mock::given(method("POST")).respond_with(refusal).expect(1).mount(&server).await;
-        let found = client(&server).await.generate(&Chat::ask([], "q"), &wish()).await.unwrap_err();
+        let found =
+            client(&server).await.generate(&Chat::ask([], "q"), &sampling()).await.unwrap_err();
         assert!(matches!(found, ModelError::Filtered(_)), "{error}: {found}");
     }
 }

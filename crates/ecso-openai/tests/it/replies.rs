@@ -7,7 +7,7 @@ use ecso_openai::{Bodies, http_client};
 use flate2::{Compression, write};
 use wiremock::{Mock, MockServer, ResponseTemplate, matchers::method};
 
-use super::{client, options, wish};
+use super::{client, options, sampling};
 
 async fn reply(body: ResponseTemplate, stream: bool) -> Reply {
     let server = MockServer::start().await;
@@ -15,9 +15,9 @@ async fn reply(body: ResponseTemplate, stream: bool) -> Reply {
     let client = client(&server).await;
     let chat = Chat::ask([], "q");
     if stream {
-        ecso::collect(client.stream(&chat, &wish()).await.unwrap()).await.unwrap()
+        ecso::collect(client.stream(&chat, &sampling()).await.unwrap()).await.unwrap()
     } else {
-        client.generate(&chat, &wish()).await.unwrap()
+        client.generate(&chat, &sampling()).await.unwrap()
     }
 }
 

@@ -1,4 +1,4 @@
-//! `EfficientNet-Lite0` (arXiv 1905.11946): which convolutions it has, and how they are run.
+//! `EfficientNet-Lite0` (arXiv 1905.11946): its convolutions, and how they are run.
 
 use ecso::Cause;
 use rten::{
@@ -9,30 +9,29 @@ use rten_tensor::{NdTensor, NdTensorView, Tensor, prelude::*};
 
 use super::TaggerError;
 
-/// The network sees a square of so many pixels,
+/// Width and height of the network's input, in pixels.
 pub(super) const SIDE: u32 = 224;
-/// and knows so many classes.
+/// The number of classes.
 pub(super) const CLASSES: usize = 1000;
-/// What the classifier gets.
+/// The number of the classifier's inputs.
 pub(super) const FEATURES: usize = 1280;
 
 /// A convolution with the batch norm behind it.
 pub(super) struct Layer {
-    /// What the package calls the convolution,
+    /// The convolution's name in the package.
     pub(super) name: String,
-    /// and the batch norm.
+    /// The batch norm's name in the package.
     pub(super) norm: String,
-    /// Output channels, input channels of a group, height, width.
+    /// Output channels, input channels per group, height, width.
     pub(super) kernel: [usize; 4],
     stride: usize,
     groups: usize,
-    /// Whether its results are held between 0 and 6.
-    bounded: bool,
+    /// Whether its activation is `ReLU6`, which clamps to 0..=6.
+    is_relu6: bool,
 }
 
-/// The layers of the network, in order. Layers of a group run one after the other; what the group
-/// got is added to what it gives where both have the same shape, but for the first and the last
-/// group.
+/// The layers of the network, in order. The layers of a group run one after the other. The group's
+/// input is added to its output if both have the same shape, except in the first and last group.
 pub(super) fn groups() -> Vec<Vec<Layer>> {
     let mut groups = vec![vec![dense("_conv_stem", "_bn0", [32, 3, 3, 3], 2)]];
     // Repeats, kernel, stride of the first, expansion, input and output channels.
@@ -59,7 +58,7 @@ pub(super) fn groups() -> Vec<Vec<Layer>> {
                 dense(part("_depthwise_conv"), part("_bn1"), [wide, 1, kernel, kernel], stride);
             layers.push(Layer { groups: wide, ..depthwise });
             layers.push(Layer {
-                bounded: false,
+                is_relu6: false,
                 ..dense(part("_project_conv"), part("_bn2"), [to, wide, 1, 1], 1)
             });
             groups.push(layers);
@@ -75,10 +74,10 @@ fn dense(
     kernel: [usize; 4],
     stride: usize,
 ) -> Layer {
-    Layer { name: name.into(), norm: norm.into(), kernel, stride, groups: 1, bounded: true }
+    Layer { name: name.into(), norm: norm.into(), kernel, stride, groups: 1, is_relu6: true }
 }
 
-/// The network with its numbers.
+/// The network with its weights.
 pub(super) struct Network {
     groups: Vec<Vec<Convolution>>,
     /// Shape [classes, features].
@@ -94,8 +93,8 @@ struct Convolution {
 }
 
 impl Network {
-    /// Takes the numbers in order: kernel and bias of each layer, the classifier and its bias.
-    /// `None` where they are too few or too many.
+    /// The network from its weights in order: kernel and bias of each layer, the classifier and its
+    /// bias. `None` if there are too few or too many.
     pub(super) fn new(floats: &[f32]) -> Option<Self> {
         let mut rest = floats;
         let mut take = |count: usize| {
@@ -165,7 +164,7 @@ impl Convolution {
             &[1, 1],
         );
         let mut output = output.map_err(failed)?;
-        if self.layer.bounded {
+        if self.layer.is_relu6 {
             output.apply(|value| value.clamp(0.0, 6.0));
         }
         Ok(output)

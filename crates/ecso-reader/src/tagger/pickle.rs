@@ -1,22 +1,21 @@
-//! Reads the tensors of a file that torch wrote in its old format: pickles that say what there is,
-//! then the numbers.
+//! Reads the tensors in a file of torch's old format: pickles that describe them, then the numbers.
 //!
-//! A pickle is a program. Of its instructions those are known that such a file is made of, and of
-//! all that one may call only tensors, their storages and dictionaries. Anything else is refused,
-//! and nothing is ever run.
+//! A pickle is a program. Only the instructions that such files consist of are accepted, and of
+//! callables only tensors, their storages and dictionaries. Everything else is refused, and nothing
+//! is ever executed.
 
 use std::{collections::BTreeMap, rc::Rc};
 
 use super::TaggerError;
 
-/// How such a file begins: a pickle of torch's number for it.
+/// The beginning of such a file: a pickle of torch's magic number.
 const MAGIC: &[u8] = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.";
 /// The version of the format.
 const VERSION: i64 = 1001;
-/// A file with more instructions is not such a file; one with 300 tensors has 12,000.
-const INSTRUCTIONS: usize = 100_000;
+/// Most instructions of a file; one with 300 tensors has 12,000.
+const MAX_INSTRUCTIONS: usize = 100_000;
 
-/// What is in a file.
+/// The tensors of a file.
 pub(super) struct Tensors<'a> {
     tensors: BTreeMap<&'a str, Tensor<'a>>,
     storages: BTreeMap<&'a str, &'a [u8]>,
@@ -26,10 +25,10 @@ pub(super) struct Tensors<'a> {
 #[derive(Clone)]
 struct Tensor<'a> {
     storage: &'a str,
-    /// Where it begins, counted in numbers as the strides are.
+    /// Its start in the storage, in elements, as the strides.
     offset: usize,
     sizes: Vec<usize>,
-    /// How far apart neighbours of each axis lie. A file may hold the axes in any order.
+    /// The distance of neighbours along each axis. The axes may be stored in any order.
     strides: Vec<usize>,
 }
 
@@ -37,13 +36,13 @@ impl<'a> Tensors<'a> {
     pub(super) fn read(file: &'a [u8]) -> Result<Self, TaggerError> {
         let rest = file
             .strip_prefix(MAGIC)
-            .ok_or_else(|| TaggerError::Package("it is no file of torch's".into()))?;
+            .ok_or_else(|| TaggerError::Package("it is not a file of torch".into()))?;
         let mut machine =
             Machine { rest, length: rest.len(), instructions: 0, storages: BTreeMap::new() };
         if !matches!(machine.pickle()?, Value::Integer(VERSION)) {
             return Err(machine.refuse("another version of the format"));
         }
-        machine.pickle()?; // Of the machine that wrote the file.
+        machine.pickle()?; // About the computer that wrote the file.
         let Value::Tensors(tensors) = machine.pickle()? else {
             return Err(machine.refuse("no tensors"));
         };
@@ -70,7 +69,7 @@ impl<'a> Tensors<'a> {
         Ok(Self { tensors, storages })
     }
 
-    /// The numbers of a tensor, the last axis running fastest. Its shape must be `shape`.
+    /// The elements of a tensor in row-major order. Its shape must be `shape`.
     pub(super) fn floats(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, TaggerError> {
         let tensor = self.tensors.get(name).filter(|tensor| tensor.sizes == shape);
         let tensor = tensor.ok_or_else(|| {
@@ -92,19 +91,19 @@ impl<'a> Tensors<'a> {
     }
 }
 
-/// Bytes of a number with fraction,
+/// Bytes of a float.
 const FLOAT: usize = 4;
-/// and of a whole one.
+/// Bytes of an integer.
 const LONG: usize = 8;
 
-/// What a storage is said to hold.
+/// The declared content of a storage.
 struct Storage {
-    /// Bytes of each number.
+    /// Bytes of each element.
     width: usize,
     count: usize,
 }
 
-/// What stands on the stack. No value holds values that hold values: nothing is deep.
+/// A value on the stack. Nesting is limited, so that no value is deep.
 #[derive(Clone)]
 enum Value<'a> {
     Mark,
@@ -113,14 +112,14 @@ enum Value<'a> {
     Integer(i64),
     Text(&'a str),
     Tuple(Rc<[Value<'a>]>),
-    /// A list; only those of texts are known.
+    /// A list. Only lists of texts are accepted.
     Texts(Vec<&'a str>),
-    /// A dictionary; what else is in it is dropped.
+    /// A dictionary. Everything in it except tensors is dropped.
     Tensors(BTreeMap<&'a str, Tensor<'a>>),
-    /// What may be called.
+    /// The callables.
     Dictionary,
     Rebuild,
-    /// The kind of a storage: bytes of a number.
+    /// The type of a storage: bytes of an element.
     Kind(usize),
     Storage(&'a str),
     Tensor(Rc<Tensor<'a>>),
@@ -175,18 +174,18 @@ impl<'a> Machine<'a> {
         self.text(&line[..end])
     }
 
-    /// Follows one pickle to its end.
+    /// Executes one pickle to its end, and returns its value.
     fn pickle(&mut self) -> Result<Value<'a>, TaggerError> {
         let mut stack = Stack(Vec::new());
         let mut remembered = BTreeMap::new();
         loop {
             self.instructions += 1;
-            if self.instructions > INSTRUCTIONS {
+            if self.instructions > MAX_INSTRUCTIONS {
                 return Err(self.refuse("too many instructions"));
             }
             let instruction = self.byte()?;
             let done: Option<()> = match instruction {
-                // Begin, with the version of pickles.
+                // The start, with the protocol version.
                 0x80 => (self.byte()? == 2).then_some(()),
                 b'.' => return stack.pop().ok_or_else(|| self.refuse("a pickle that is nothing")),
                 b'(' => stack.push(Value::Mark),
@@ -245,17 +244,19 @@ impl<'a> Machine<'a> {
                 }
                 b'u' => stack.since_mark().and_then(|pairs| stack.set(&pairs)),
                 b'e' => stack.since_mark().and_then(|values| stack.append(&values)),
-                // What a dictionary knows beside its members.
+                // Attributes of a dictionary, which are dropped.
                 b'b' => stack.pop().map(drop),
                 _ => None,
             };
             done.ok_or_else(|| {
-                self.refuse(&format!("an instruction (0x{instruction:02x}) that has no place here"))
+                self.refuse(&format!(
+                    "an instruction (0x{instruction:02x}) that is not allowed here"
+                ))
             })?;
         }
     }
 
-    /// The storage of (`"storage"`, kind, name, place, count of numbers, nothing).
+    /// The storage of (`"storage"`, type, name, device, number of elements, nothing).
     fn storage(&mut self, value: &Value<'a>) -> Option<Value<'a>> {
         let Value::Tuple(parts) = value else { return None };
         let [
@@ -277,7 +278,7 @@ impl<'a> Machine<'a> {
     }
 }
 
-/// What changes is not remembered: it would come back as it was.
+/// Puts a value in the memo. Lists and dictionaries are left out, since they still change.
 fn remember<'a>(remembered: &mut BTreeMap<usize, Value<'a>>, place: usize, value: &Value<'a>) {
     if !matches!(value, Value::Texts(_) | Value::Tensors(_)) {
         remembered.insert(place, value.clone());
@@ -294,8 +295,7 @@ fn callable<'a>(module: &str, name: &str) -> Option<Value<'a>> {
     }
 }
 
-/// The values of a pickle that is under way. Its functions say nothing where an instruction does
-/// not fit.
+/// The stack of a pickle. Its functions return `None` if an instruction does not fit the values.
 struct Stack<'a>(Vec<Value<'a>>);
 
 impl<'a> Stack<'a> {

@@ -16,7 +16,7 @@ fn what_this_build_does_not_read_is_named() {
         match Image::from_bytes(bytes.to_vec(), Limits::default()) {
             Ok(image) => assert!(is_built && image.is_converted()),
             Err(error) => {
-                assert!(!is_built && error == ImageError::NotBuilt { what, feature }, "{error}")
+                assert!(!is_built && error == ImageError::NotBuilt { what, feature }, "{error}");
             }
         }
     }
