@@ -242,7 +242,7 @@ try {
   assert.match(await card(page, 3).innerText(), /STAFF ONLY/);
   assert.match(await page.locator("#status").innerText(), /hardened: done, judged safe/);
 
-  say("side by side: what was held back is covered, and not in the page until somebody asks");
+  say("side by side: what was held back is hidden, and not in the page until somebody asks");
   await example(page, "A sly question");
   await choose(page, "unguarded", "paper", "hardened");
   await ask(page);

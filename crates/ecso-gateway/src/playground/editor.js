@@ -49,7 +49,7 @@ export class Editor {
     this.name.oninput = () => this.#scheduleCheck();
     const names = this.#facts.profiles.map(({ name }) => [name, name]);
     const base = this.#select("profile-base", names, this.#base, name => this.#askToRebase(name));
-    this.question = make("div", { class: "problem", role: "alert", hidden: true });
+    this.question = make("div", { class: "confirm", role: "alert", hidden: true });
     this.problem = make("p", { class: "problem", role: "alert", hidden: true });
     this.changed = make("span", { class: "note" });
     this.toml = make("div");
