@@ -54,9 +54,8 @@ struct TableWorker {
 
 impl OpenGuard {
     async fn guard(&self) -> Result<&Guard<Arc<dyn Mllm>>, Failure> {
-        let open = async || {
-            Ok(Guard::new(self.setup.open_model().await?, self.setup.profile().clone()))
-        };
+        let open =
+            async || Ok(Guard::new(self.setup.open_model().await?, self.setup.profile().clone()));
         self.guard.get_or_try_init(open).await
     }
 
@@ -198,8 +197,7 @@ impl Core {
         max_failures: f64,
     ) -> PyResult<Call> {
         let into_exception = |failure: Failure| failure.into_exception(py);
-        let mapping =
-            Mapping::new(map).map_err(|cause| Failure::settings(cause.to_string()));
+        let mapping = Mapping::new(map).map_err(|cause| Failure::settings(cause.to_string()));
         let mapping = mapping.map_err(into_exception)?;
         let options = TableOptions {
             mapping,

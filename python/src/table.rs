@@ -118,8 +118,8 @@ impl Table {
         requested_schema: Option<Bound<'py, PyAny>>,
     ) -> PyResult<(Bound<'py, PyCapsule>, Bound<'py, PyCapsule>)> {
         drop(requested_schema);
-        let whole =
-            arrow_select::concat::concat_batches(&self.schema, &self.batches).map_err(value_error)?;
+        let whole = arrow_select::concat::concat_batches(&self.schema, &self.batches)
+            .map_err(value_error)?;
         let array = FFI_ArrowArray::new(&StructArray::from(whole).to_data());
         Ok((self.__arrow_c_schema__(py)?, capsule(py, array, c"arrow_array")?))
     }
