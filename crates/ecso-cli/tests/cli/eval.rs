@@ -350,11 +350,7 @@ fn answers_from_tables_are_neither_lost_nor_guessed() {
         ("d.jsonl", format!("{}\n{row}", with("\"id\": \"2\"")), "row 2 has the id \"2\" of row 1"),
         ("e.jsonl", with("\"harmless\": \"maybe\""), "row 1: harmless is \"maybe\""),
         ("f.jsonl", with("\"query\": \"Rolls?\""), "line 1: \"query\" occurs twice"),
-        (
-            "g.json",
-            format!("{{\"bread\": [{row}], \"bread\": [{row}]}}"),
-            "\"bread\" occurs twice",
-        ),
+        ("g.json", format!("{{\"bread\": [{row}], \"bread\": [{row}]}}"), "\"bread\" occurs twice"),
         (
             "p.csv",
             "id,query,response\n1,Bread?,\"Knead it.\n2,Cake?,Sorry\n3,Soup?,Boil it.\n".into(),

@@ -660,7 +660,7 @@ async fn the_audit_log_can_be_replayed_and_is_input_for_data() {
             out,
         ];
         let output = crate::ecso(folder.path()).args(over).assert().code(2);
-        assert!(crate::text(&output.get_output().stderr).contains("that is the audit log"));
+        assert!(crate::text(&output.get_output().stderr).contains("this is the audit log"));
         assert_eq!(std::fs::read(log).unwrap(), before);
     }
     let whole =

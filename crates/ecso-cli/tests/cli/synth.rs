@@ -295,7 +295,7 @@ async fn an_endless_file_is_an_error_of_its_row() {
     let output =
         synth(folder.path(), &model.url, pipe.with_extension("jsonl").to_str().unwrap(), "");
     let said = text(&output.stderr);
-    assert!(output.status.code() == Some(2) && said.contains("no regular file"), "{said}");
+    assert!(output.status.code() == Some(2) && said.contains("not a regular file"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -320,7 +320,7 @@ async fn an_empty_dataset_has_a_reason() {
         command.arg(&path).arg("--out").arg(&out).args(more).assert()
     };
     let said = text(&go("empty", "", &[]).code(2).get_output().stderr);
-    assert!(said.contains("empty.jsonl: there is no row in it"), "{said}");
+    assert!(said.contains("empty.jsonl has no rows"), "{said}");
     let output = go("spent", &row("What is bread?"), &["--max-tokens", "0"]).code(1);
     let said = text(&output.get_output().stderr);
     assert!(said.contains("the budget was spent before the first of 1"), "{said}");
@@ -335,9 +335,9 @@ async fn an_empty_dataset_has_a_reason() {
             .get_output()
             .stderr,
     );
-    assert!(said.contains("`query` is named twice"), "{said}");
+    assert!(said.contains("--map names `query` twice"), "{said}");
     let said = text(&go("broken", "{\n", &[]).code(1).get_output().stderr);
-    assert!(said.contains("failed.jsonl says why"), "{said}");
+    assert!(said.contains("every row failed; see"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -414,7 +414,7 @@ async fn other_folders_are_never_replaced() {
     let output = synth(folder.path(), &model.url, rows.to_str().unwrap(), "");
     let said = text(&output.stderr);
     assert!(
-        output.status.code() == Some(2) && said.contains("was not made by ecso synth"),
+        output.status.code() == Some(2) && said.contains("was not created by `ecso synth`"),
         "{said}"
     );
     assert_eq!(std::fs::read_to_string(&theirs).unwrap(), "mine");
