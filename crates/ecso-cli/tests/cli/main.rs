@@ -1,5 +1,5 @@
 //! Tests that run the program as users do.
-#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test may")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, clippy::too_many_lines, reason = "a test may")]
 
 mod ask;
 mod bench;
