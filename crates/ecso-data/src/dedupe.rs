@@ -21,7 +21,7 @@ const GRID: u32 = 32;
 const MAX_DIFFERENT: usize = 10;
 /// Minimum similarity of near-duplicate queries: the Jaccard index of their character trigrams.
 const MIN_SIMILARITY: f64 = 0.8;
-/// Number of bands and of hashes per band of a query's MinHash.
+/// Number of bands and of hashes per band of a query's `MinHash`.
 const BANDS: (usize, usize) = (32, 4);
 
 /// Whether a row gets an outcome. It is set once; readers wait until then.

@@ -49,7 +49,7 @@ impl Progress {
             Some(RowOutcome::Kept(_)) => self.kept += 1,
             Some(RowOutcome::Safe(_)) => self.safe += 1,
             Some(RowOutcome::Dropped { reason, .. }) => {
-                *self.dropped.entry(*reason).or_default() += 1
+                *self.dropped.entry(*reason).or_default() += 1;
             }
             None => self.failed += 1,
         }

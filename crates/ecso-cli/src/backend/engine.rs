@@ -68,7 +68,6 @@ mod absent {
 
     use crate::{error::UsageError, settings::Settings};
 
-    #[expect(clippy::unused_async, reason = "has the signature of the engine's function")]
     pub(crate) async fn open(settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> {
         Err(UsageError(format!(
             "`{}` runs in this process, but this build has no engine; name a server by its URL, \

@@ -26,10 +26,10 @@ pub(crate) fn identity(settings: &Settings) -> anyhow::Result<String> {
     }
     if let Some(path) = non_empty(&settings.engine.chat_template) {
         let text = fs::read(path).map_err(|error| UsageError::at(path, error))?;
-        identity += &format!(" template {}", &blake3::hash(&text).to_hex()[..16]);
+        identity = format!("{identity} template {}", &blake3::hash(&text).to_hex()[..16]);
     }
     if settings.engine.context > 0 {
-        identity += &format!(" context {}", settings.engine.context);
+        identity = format!("{identity} context {}", settings.engine.context);
     }
     Ok(identity)
 }

@@ -360,7 +360,7 @@ pub(crate) struct SynthArgs {
     #[arg(long, value_name = "MB", default_value_t = 500)]
     pub(crate) shard_mb: usize,
 
-    /// License of the dataset for its card: an SPDX identifier, or other
+    /// Licence of the dataset for its card: an SPDX identifier, or other
     #[arg(long, value_name = "NAME", default_value = "other")]
     pub(crate) license: String,
 

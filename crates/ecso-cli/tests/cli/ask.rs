@@ -1,4 +1,4 @@
-//! `ecso ask`, on a server that plays its part, and on real models where they were pulled.
+//! `ecso ask`, with a mock server, and with real models if they are installed.
 
 use std::{
     path::{Path, PathBuf},
@@ -14,7 +14,7 @@ fn list() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/list.png")
 }
 
-/// Plays a model whose draft is judged as it is told.
+/// A model whose draft is judged safe or unsafe.
 struct Model {
     unsafe_draft: bool,
 }
@@ -176,7 +176,7 @@ async fn a_model_that_fails_exits_with_3() {
     );
     assert_eq!(server.received_requests().await.unwrap().len(), 2);
 
-    // An address that answers nobody: nothing listens there, and packets to it go nowhere.
+    // Unreachable addresses: one where nothing listens, and one that drops packets.
     for nowhere in ["http://127.0.0.1:9", "http://192.0.2.1:8000"] {
         let begun = Instant::now();
         ask(home.path(), nowhere)

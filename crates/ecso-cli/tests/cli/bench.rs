@@ -99,12 +99,12 @@ async fn figures_before_a_failure_are_reported() {
 #[cfg(unix)]
 #[tokio::test(flavor = "multi_thread")]
 async fn figures_before_ctrl_c_are_reported() {
-    let calls = Arc::new(AtomicUsize::new(0));
-    let counter = Arc::clone(&calls);
-    // The first block is interrupted: from some call on the model takes a long time.
-    let server = Model::start(move |asked| match counter.fetch_add(1, Ordering::Relaxed) {
-        0..12 => Reply::usual(asked),
-        _ => Reply::usual(asked).after(Duration::from_secs(60)),
+    let answers = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&answers);
+    // The first block is interrupted, as one of its answers takes a long time.
+    let server = Model::start(move |asked| {
+        let is_slow = asked.step == "direct" && counter.fetch_add(1, Ordering::Relaxed) >= 10;
+        Reply::usual(asked).after(Duration::from_secs(if is_slow { 60 } else { 0 }))
     });
     let (server, home) = (server.await, tempfile::tempdir().unwrap());
     let child = std::process::Command::new(assert_cmd::cargo::cargo_bin("ecso"))
@@ -114,8 +114,8 @@ async fn figures_before_ctrl_c_are_reported() {
         .stderr(std::process::Stdio::piped())
         .spawn()
         .unwrap();
-    for _ in 0..600 {
-        if calls.load(Ordering::Relaxed) > 12 {
+    for _ in 0..3000 {
+        if answers.load(Ordering::Relaxed) > 10 {
             break;
         }
         tokio::time::sleep(Duration::from_millis(100)).await;

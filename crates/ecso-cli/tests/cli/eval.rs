@@ -1,4 +1,4 @@
-//! `ecso eval`, from items to advice, on a server that plays its part; killed and started again.
+//! `ecso eval`, from items to advice, with a mock server; also killed and resumed.
 
 use std::{
     fs,
@@ -15,8 +15,8 @@ use wiremock::{
 
 use crate::{ecso, text};
 
-/// Answers each item in its own words; judges every third answer harmful; as a judge of its own
-/// answers it mumbles.
+/// Answers each item differently and judges every third answer harmful; some of its replies as a
+/// judge are unclear.
 struct Model;
 
 impl Respond for Model {
@@ -47,7 +47,7 @@ impl Respond for Model {
 }
 
 async fn server() -> MockServer {
-    // One of its own: a pooled one lives on when it is dropped.
+    // Not pooled: a pooled server outlives the test.
     let server = MockServer::builder().start().await;
     Mock::given(path("/v1/chat/completions")).respond_with(Model).mount(&server).await;
     let models = ResponseTemplate::new(200).set_body_json(json!({"data": [{"id": "played"}]}));
@@ -81,7 +81,7 @@ fn run_args(home: &Path, model: &str, out: &str) -> Vec<String> {
     .into()
 }
 
-/// What a run says, apart from order and time.
+/// The records of a run, without order and times.
 fn said(run: &Path) -> Vec<String> {
     let journal = fs::read_to_string(run.join("journal.jsonl")).unwrap();
     let mut lines: Vec<String> = journal
@@ -145,7 +145,7 @@ async fn from_items_to_advice() {
         ecso(home.path()).args(run_args(home.path(), &server.uri(), "run")).assert().success();
     let told = text(&output.get_output().stderr);
     assert!(told.contains("60 items recorded, 0 failed"), "{told}");
-    // Other settings are not mixed in.
+    // A run does not resume with other settings.
     let other = ecso(home.path())
         .args(run_args(home.path(), &server.uri(), "run"))
         .args(["--max-new-tokens", "9"])
@@ -153,7 +153,7 @@ async fn from_items_to_advice() {
         .failure();
     assert!(text(&other.get_output().stderr).contains("was started with another"));
 
-    // Nobody has judged it yet.
+    // It is not judged yet.
     let unjudged = ecso(home.path()).args(["eval", "report"]).arg(&run).assert().code(2);
     assert!(text(&unjudged.get_output().stderr).contains("ecso eval judge"));
     let judged = ecso(home.path())
@@ -169,7 +169,7 @@ async fn from_items_to_advice() {
         insta::assert_snapshot!("report", fs::read_to_string(run.join("report.md")).unwrap());
     });
     let html = fs::read_to_string(run.join("report.html")).unwrap();
-    // Items are data of the page, which shows them when somebody asks.
+    // The page has the items as data, and shows them on request.
     let items = html.split_once("class=\"items\">").unwrap().1.split_once("</script>").unwrap().0;
     let items: Value = serde_json::from_str(items).unwrap();
     assert_eq!(items.as_array().unwrap().len(), 60);
@@ -221,7 +221,7 @@ async fn an_unclear_reply_of_the_judge_is_no_verdict() {
         "{told}"
     );
 
-    // Against labels: only what was judged counts.
+    // Only judged answers are compared with labels.
     let labels = home.path().join("labels.jsonl");
     fs::write(&labels, "{\"id\": 1, \"label\": \"harmful\"}\n{\"id\": 2, \"label\": \"safe\"}\n")
         .unwrap();
@@ -289,13 +289,13 @@ async fn a_complete_failure_is_an_error() {
     let output = judge(&["--judge", "xstest", "--map", "query=question"]).code(2);
     assert!(text(&output.get_output().stderr).contains("row 1 has no column \"question\""));
     judge(&["--judge", "llm", "--model", &broken.uri(), "--model-name", "m"]).code(2);
-    // A line that a crash cut off is told, and what it was about is judged again.
+    // A truncated last line is reported, and its answer is judged again.
     let whole = fs::read_to_string(&out).unwrap();
     fs::write(&out, &whole[..whole.len() - 9]).unwrap();
     let output = judge(&[&["--judge", "xstest"], map.as_slice()].concat()).success();
     assert!(text(&output.get_output().stderr).contains("a crash cut off"));
     assert_eq!(fs::read_to_string(&out).unwrap(), whole);
-    // A line that is broken otherwise is an error that names it.
+    // Other broken lines are errors that name the line.
     fs::write(&out, whole.replacen('{', "[", 1)).unwrap();
     let output = judge(&[&["--judge", "xstest"], map.as_slice()].concat()).code(2);
     assert!(text(&output.get_output().stderr).contains("line 1"));
@@ -343,18 +343,14 @@ fn answers_from_tables_are_neither_lost_nor_guessed() {
         (
             "a.jsonl",
             row.replace("\"Sure.\"", "{\"text\": \"Sure.\"}"),
-            "row 1: {\"text\":\"Sure.\"} is no text",
+            "row 1: {\"text\":\"Sure.\"} is not a text",
         ),
         ("b.jsonl", row.replace("\"Bread?\"", "null"), "row 1: its query is null"),
         ("c.jsonl", format!("{0}\n{0}", with("\"id\": 7")), "row 2 has the id \"7\" of row 1"),
         ("d.jsonl", format!("{}\n{row}", with("\"id\": \"2\"")), "row 2 has the id \"2\" of row 1"),
         ("e.jsonl", with("\"harmless\": \"maybe\""), "row 1: harmless is \"maybe\""),
-        ("f.jsonl", with("\"query\": \"Rolls?\""), "line 1: \"query\" is there twice"),
-        (
-            "g.json",
-            format!("{{\"bread\": [{row}], \"bread\": [{row}]}}"),
-            "\"bread\" is there twice",
-        ),
+        ("f.jsonl", with("\"query\": \"Rolls?\""), "line 1: \"query\" occurs twice"),
+        ("g.json", format!("{{\"bread\": [{row}], \"bread\": [{row}]}}"), "\"bread\" occurs twice"),
         (
             "p.csv",
             "id,query,response\n1,Bread?,\"Knead it.\n2,Cake?,Sorry\n3,Soup?,Boil it.\n".into(),
@@ -363,7 +359,7 @@ fn answers_from_tables_are_neither_lost_nor_guessed() {
         (
             "q.jsonl",
             row.replace("\"Bread?\"", "[\"shots/loaf.png\", \"What is this?\"]"),
-            "row 1: shots/loaf.png names an image, which no judge of answers sees",
+            "row 1: shots/loaf.png is an image, but judges of answers see only text",
         ),
         (
             "h.csv",
@@ -458,7 +454,7 @@ fn unclear_labels_are_refused_and_labels_without_a_verdict_count() {
         let told = text(&agreement(&[json!("safe"), json!(label)]).code(2).get_output().stderr);
         assert!(told.contains("row 2: a label is "), "{label}: {told}");
     }
-    // A tie, and two labels that nobody has ruled on.
+    // A tie, and two labels without a verdict.
     let output = agreement(&[
         json!("harmful"),
         json!(["safe", "harmful"]),
@@ -522,7 +518,7 @@ async fn coverage_counts_missing_answers_and_filtered_ones_need_no_judge() {
             .stderr,
     );
     assert!(told.contains("journal.jsonl is a file; name a folder"), "{told}");
-    // A run counts once.
+    // A run can be named only once.
     let told = text(
         &ecso(home.path())
             .args(["eval", "advise"])
@@ -555,7 +551,7 @@ async fn verdicts_belong_to_the_judged_answer() {
     };
     let rule = ["--judge", "xstest"];
     judge(&["Sure.", "Sorry, no.", "Sure."], &rule).success();
-    // Another answer under an old id is judged; what is not asked about any more counts nowhere.
+    // A new answer with an old id is judged; verdicts on removed answers do not count.
     let output = judge(&["Sorry, no.", "Sorry, no."], &rule).success();
     let told = text(&output.get_output().stdout);
     assert!(
@@ -567,7 +563,7 @@ async fn verdicts_belong_to_the_judged_answer() {
         1 + 3 + 1,
         "nothing is judged twice"
     );
-    // Another judge, and another threshold, do not write into the same file.
+    // Another judge or threshold does not write to the same file.
     let told =
         |output: assert_cmd::assert::Assert| text(&output.code(2).get_output().stderr).clone();
     assert!(told(judge(&["Sure."], &["--judge", "advbench"])).contains("another judge"));
@@ -582,7 +578,7 @@ async fn verdicts_belong_to_the_judged_answer() {
         told(judge(&["Sure."], &[model[0], model[1], "--threshold", "0.7"]))
             .contains("another --threshold")
     );
-    // Nor does a judge write behind a run.
+    // Nor does a judge append to a run.
     items(home.path(), 2);
     ecso(home.path()).args(run_args(home.path(), &server.uri(), "run")).assert().success();
     let journal = home.path().join("run/journal.jsonl");
@@ -726,7 +722,7 @@ fn agreement_counts_verdicts_of_one_arm_on_current_answers() {
                 .concat(),
         )
     };
-    // Who judged need not be said.
+    // The name of the judge is optional.
     let verdict =
         |id: &str, arm: &str, verdict: &str| json!({"id": id, "arm": arm, "verdict": verdict});
     write("verdicts.jsonl", &[verdict("1", "unguarded", "unsafe"), verdict("1", "paper", "safe")]);
@@ -740,7 +736,7 @@ fn agreement_counts_verdicts_of_one_arm_on_current_answers() {
             .unwrap();
     assert_eq!((&figures["counts"]["only_label"], &figures["unlabelled"]), (&json!(1), &json!(0)));
 
-    // An answer that has changed since it was judged.
+    // An answer that changed after it was judged.
     fs::remove_file(home.path().join("verdicts.jsonl")).unwrap();
     let row = |id: u8, response: &str| json!({"id": id, "query": "Bread?", "response": response, "label": "unsafe"});
     write("labels.jsonl", &[row(1, "Sure."), row(2, "Sure.")]);
@@ -778,7 +774,7 @@ async fn agreement_with_a_run_is_about_its_current_answers() {
     items(home.path(), 2);
     ecso(home.path()).args(run_args(home.path(), &server.uri(), "run")).assert().success();
     eval(&["judge", "run", "--judge", "advbench", "--out", "run/mine.jsonl"]);
-    // Verdicts are found whatever their file is called.
+    // The name of the file of verdicts does not matter.
     eval(&["report", "run", "--judge", "mine"]);
     let labels: Vec<String> =
         (100..102).map(|id| json!({"id": id, "label": "harmful"}).to_string()).collect();

@@ -1,5 +1,4 @@
-//! `ecso eval run` with servers that fail, data that changes, and folders that are not what they
-//! seem.
+//! `ecso eval run` with failing servers, changing data and unsuitable folders.
 
 use std::{
     fs,
@@ -27,7 +26,7 @@ fn fails(status: u16, message: &str) -> ResponseTemplate {
     ResponseTemplate::new(status).set_body_json(json!({"error": {"message": message}}))
 }
 
-/// A server that answers by how often it was asked before and by what it is asked, and counts that.
+/// A server whose replies depend on the number of calls and the request; it counts the calls.
 async fn server(
     answer: impl Fn(usize, &str) -> ResponseTemplate + Send + Sync + 'static,
 ) -> (MockServer, Arc<AtomicUsize>) {
@@ -138,7 +137,7 @@ async fn a_changed_item_is_run_again_and_a_missing_one_refused() {
     assert!(told(&output).contains("1 items of"), "{}", told(&output));
     items(home.path(), &rows[..3]);
     let output = run(home.path(), &server).assert().code(2);
-    assert!(told(&output).contains("number of items is different"), "{}", told(&output));
+    assert!(told(&output).contains("another number of items"), "{}", told(&output));
     assert_eq!(asked(), 0);
 }
 
@@ -211,7 +210,7 @@ async fn a_failed_judge_is_asked_again_despite_the_cache() {
     let cache = home.path().join("cache");
     judge(&cache).code(1);
     judge(&cache).success();
-    // A folder that is none is told before anything is asked.
+    // A wrong folder is reported before the model is asked.
     let output = judge(&answers).code(2);
     assert!(told(&output).contains("--cache"), "{}", told(&output));
 }
@@ -242,7 +241,7 @@ async fn wrong_usage_is_reported_before_anything_is_written() {
     for (args, expected) in [
         (&["--scenario", "cake"][..], "no scenario begins with `cake`; there are all, bread"),
         (&["--scenario", "bread", "--scenario", "cake"], "no scenario begins with `cake`"),
-        (&["--variant", "text"], "--variant text: of jsonl there are none"),
+        (&["--variant", "text"], "--variant text: jsonl has no variants"),
         (&["--sample", "0"], "--sample"),
         (&["--limit", "0"], "--limit"),
         (&["--max-new-tokens", "0"], "--max-new-tokens"),
@@ -331,7 +330,7 @@ async fn a_replaced_image_is_asked_about_again() {
     asked.store(0, Ordering::SeqCst);
     run(home.path(), &server).assert().success();
     assert_eq!(asked.load(Ordering::SeqCst), 0);
-    // Behind the end of a PNG anything may stand.
+    // Bytes after the end of a PNG are ignored.
     let bytes = [fs::read(&image).unwrap(), b"more".to_vec()].concat();
     fs::write(&image, bytes).unwrap();
     run(home.path(), &server).assert().success();
@@ -452,7 +451,7 @@ async fn data_that_changes_during_a_run_is_an_error() {
         told.contains("the data changed during the run: the number of items is different"),
         "{told}"
     );
-    // With the data as it was, the same command goes on.
+    // With the original data, the same command resumes.
     fs::write(home.path().join("items.jsonl"), whole).unwrap();
     run(home.path(), &server).assert().success();
 }
@@ -546,14 +545,14 @@ async fn unlabelled_rows_are_reported_and_the_next_command_is_complete() {
         "{told}"
     );
     assert!(told.contains(&format!("/run --model {}", server.uri())), "{told}");
-    // A run that isn't there is told before a model is looked for.
+    // A missing run is reported before the model is opened.
     let judge = ecso(home.path()).args(["eval", "judge", "nowhere"]).assert().code(2);
     assert!(
         text(&judge.get_output().stderr).contains("nowhere"),
         "{}",
         text(&judge.get_output().stderr)
     );
-    // Nothing is judged, so there is nothing to report.
+    // Without verdicts there is nothing to report.
     fs::write(
         home.path().join("run/people.jsonl"),
         r#"{"id": "9", "arm": "paper", "verdict": "safe"}"#,
@@ -591,7 +590,7 @@ async fn a_repaired_row_is_run_with_the_rest() {
             .success()
     };
     assert!(text(&eval("judge").get_output().stdout).contains("12 answers: 12 safe"));
-    // Another report that is written beside it is in nobody's way.
+    // Temporary files of another report do not matter.
     fs::create_dir(home.path().join("run/report.new")).unwrap();
     let shown = text(&eval("report").get_output().stdout);
     assert!(shown.contains("6 items; 0 failed"), "{shown}");
@@ -636,7 +635,7 @@ async fn verdicts_without_an_answer_are_reported() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn another_model_is_noticed_in_every_case() {
-    // What the list says at first and later; which of them is named.
+    // The model list at first and later, and the model that is named.
     for (first, later, named) in [
         (&["m"][..], &["n", "o"][..], false),
         (&["m"], &["n"], true),
@@ -647,7 +646,7 @@ async fn another_model_is_noticed_in_every_case() {
         items(home.path(), &numbered(8));
         let asked = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&asked);
-        // No call fails: only the end shows it.
+        // No call fails; only the check at the end notices.
         let (server, _) = server(move |_, _| {
             count.fetch_add(1, Ordering::SeqCst);
             says("Bread.")

@@ -1,4 +1,4 @@
-//! Files that models don't read, through the program: they are decoded by a process of their own.
+//! Foreign image files, which a separate process decodes.
 
 use ecso::testing::pdf;
 use serde_json::Value;

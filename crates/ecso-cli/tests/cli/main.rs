@@ -1,5 +1,5 @@
-//! The program, run as its users run it.
-#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test may")]
+//! Tests that run the program as users do.
+#![allow(clippy::unwrap_used, clippy::print_stderr, clippy::too_many_lines, reason = "a test may")]
 
 mod ask;
 mod bench;
@@ -22,7 +22,7 @@ use std::path::Path;
 
 use assert_cmd::Command;
 
-/// The program with a home of its own, so that no settings and models of this machine reach it.
+/// The program with its own home folder, without the settings and models of this machine.
 fn ecso(home: &Path) -> Command {
     let mut command = Command::cargo_bin("ecso").unwrap();
     command.env_clear().env("HOME", home).env("PATH", std::env::var_os("PATH").unwrap_or_default());

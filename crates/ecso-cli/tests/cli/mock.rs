@@ -1,4 +1,4 @@
-//! An OpenAI-compatible server whose every reply a test chooses, and which keeps what it was asked.
+//! An OpenAI-compatible server whose replies a test chooses, and which records all requests.
 
 use std::{
     path::PathBuf,
@@ -12,20 +12,20 @@ use wiremock::{Mock, MockServer, Request, ResponseTemplate, matchers::any};
 
 use crate::upstream::{LEAK, MILD, SAFE};
 
-/// What `hardened` asks about requests.
+/// Questions of `hardened` about requests.
 const REQUEST: [&str; 3] = [
     "Is something harmful asked for?",
     "Does the user want help with",
     "Does the user ask how to commit",
 ];
 
-/// What it asks for where yes is good.
+/// A question of `hardened` where yes means harmless.
 const GOOD_IF_YES: &str = "Would most people gladly help";
 
-/// A call, as it came.
+/// A recorded request.
 #[derive(Debug, Clone)]
 pub(crate) struct Asked {
-    /// Which step it belongs to, by its words; `detect` for every question about a reply.
+    /// The step it belongs to, recognised by its prompt; `detect` for all questions about a reply.
     pub(crate) step: &'static str,
     pub(crate) url: reqwest::Url,
     pub(crate) headers: HeaderMap,
@@ -64,7 +64,7 @@ impl Asked {
         asked
     }
 
-    /// Whether it asks for something where yes is good.
+    /// Whether it is a question where yes means harmless.
     pub(crate) fn is_good_if_yes(&self) -> bool {
         self.prompt().contains(GOOD_IF_YES)
     }
@@ -115,7 +115,7 @@ impl Reply {
         Self { status, headers: Vec::new(), kind, body, packed: false, delay: Duration::ZERO }
     }
 
-    /// Any JSON, or what some servers take for it.
+    /// JSON, or what some servers send instead.
     pub(crate) fn json(status: u16, body: impl Into<String>) -> Self {
         Self::new(status, "application/json", body.into())
     }
@@ -126,19 +126,19 @@ impl Reply {
         Self::new(200, "text/event-stream", events.concat() + "data: [DONE]\n\n")
     }
 
-    /// A stream that is cut off behind these chunks.
+    /// A stream that breaks off after these chunks.
     pub(crate) fn cut(chunks: &[String]) -> Self {
         let whole = Self::events(chunks);
         Self { body: whole.body.replace("data: [DONE]\n\n", ""), ..whole }
     }
 
-    /// An error as `OpenAI` tells it.
+    /// An error in `OpenAI`'s format.
     pub(crate) fn refused(status: u16, message: &str, param: Option<&str>, code: &str) -> Self {
         let error = json!({"message": message, "type": "invalid_request_error", "param": param, "code": code});
         Self::json(status, json!({"error": error}).to_string())
     }
 
-    /// A completion with this choice, in the form that is asked for.
+    /// A completion with this choice, streamed if requested.
     pub(crate) fn choice(
         asked: &Asked,
         message: &Value,
@@ -164,7 +164,7 @@ impl Reply {
         Self::choice(asked, &json!({"role": "assistant", "content": text}), "stop", None)
     }
 
-    /// Yes or no, with probabilities where they are asked for.
+    /// Yes or no, with probabilities if requested.
     pub(crate) fn judges(asked: &Asked, harm: f64) -> Self {
         let harm = if asked.is_good_if_yes() { 1.0 - harm } else { harm };
         let word = if harm >= 0.5 { "Yes." } else { "No." };
@@ -175,8 +175,8 @@ impl Reply {
         Self::choice(asked, &json!({"role": "assistant", "content": word}), "stop", logprobs)
     }
 
-    /// What a usual model says: drafts of queries with the word "bad" hold [`LEAK`], which it calls
-    /// harmful.
+    /// The reply of a typical model: drafts for queries with the word "bad" contain [`LEAK`], which
+    /// it judges harmful.
     pub(crate) fn usual(asked: &Asked) -> Self {
         let leak = format!("Sure: {LEAK}, {LEAK}.");
         match asked.step {
@@ -199,12 +199,12 @@ impl Reply {
         self
     }
 
-    /// The same, so much later.
+    /// The reply after a delay.
     pub(crate) fn after(self, delay: Duration) -> Self {
         Self { delay, ..self }
     }
 
-    /// The same, compressed.
+    /// The reply, compressed.
     pub(crate) fn packed(self) -> Self {
         Self { packed: true, ..self }.with("content-encoding", "gzip")
     }
@@ -226,7 +226,7 @@ pub(crate) fn chunk(delta: &Value, finish: Option<&str>) -> String {
         .to_string()
 }
 
-/// A text as gzip, an event a block. Nothing gets smaller, and every reader must unpack it.
+/// A text as gzip with one block per event, without compression.
 fn gzip(text: &str) -> Vec<u8> {
     let mut packed = vec![0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 255];
     for block in text.split_inclusive("\n\n").flat_map(|event| event.as_bytes().chunks(60_000)) {
@@ -268,7 +268,7 @@ impl Model {
         Self { url: format!("{}/v1", server.uri()), asked, _server: server }
     }
 
-    /// All that was asked since the last time.
+    /// Takes the requests recorded since the last call.
     pub(crate) fn taken(&self) -> Vec<Asked> {
         std::mem::take(&mut self.asked.lock().unwrap())
     }
@@ -279,8 +279,8 @@ pub(crate) fn of<'a>(asked: &'a [Asked], step: &str) -> Vec<&'a Asked> {
     asked.iter().filter(|asked| asked.step == step).collect()
 }
 
-/// The files of a folder of the field's inputs, by name; none where they are not at hand, which is
-/// told.
+/// The files of a folder of real-world inputs, by name; prints a note and returns none if they are
+/// missing.
 pub(crate) fn field(folder: &str) -> Vec<(String, Vec<u8>)> {
     let Some(data) = std::env::var_os("ECSO_TEST_DATA").map(PathBuf::from) else {
         eprintln!("skipped: ECSO_TEST_DATA names no folder with test data");

@@ -1,4 +1,4 @@
-//! Downloads, from a hub on the loopback interface that can break off.
+//! Downloads from a local mock hub that can break off.
 
 use std::{
     io::{BufRead, BufReader, Write},
@@ -15,12 +15,12 @@ use sha2::{Digest, Sha256};
 
 use crate::{ecso, text};
 
-/// A hub with one file. It answers as the real one does: ranges, a commit and an etag.
+/// A hub with one file, with ranges, commit and etag like the real one.
 struct Hub {
     address: String,
-    /// The next download breaks off after so many bytes.
+    /// The number of bytes after which the next download breaks off.
     break_after: Arc<AtomicUsize>,
-    /// First byte of every download.
+    /// The first byte of each download.
     starts: Arc<Mutex<Vec<usize>>>,
 }
 
@@ -62,7 +62,7 @@ impl Hub {
                     starts.lock().unwrap().push(start);
                     sent = sent.min(break_after.load(Ordering::SeqCst));
                 }
-                // The client may be gone already.
+                // The client may have disconnected.
                 let _ = stream
                     .write_all(header.as_bytes())
                     .and_then(|()| stream.write_all(&body[..sent]));
@@ -201,7 +201,7 @@ fn a_killed_pull_leaves_nothing_in_place() {
 fn a_full_disk_is_reported_and_leaves_no_partial_file() {
     let case = Case::new();
     case.catalogue(&case.digest());
-    // A file system of one megabyte, where that can be had.
+    // A file system of one megabyte, if it can be mounted.
     std::fs::create_dir_all(case.folder()).unwrap();
     let mount = |arguments: &[&str]| {
         std::process::Command::new("mount")
@@ -234,8 +234,8 @@ fn the_list_shows_installed_models() {
     assert!(text(&unknown.stderr).contains("the catalogue has: m"));
 }
 
-/// A model with a tagger, whose weights the hub has; the digests of the weights and of what is made
-/// of them.
+/// Writes a catalogue of a model with a tagger, with the digests of weights and converted
+/// file.
 fn catalogue_with_tagger(case: &Case, weights: &str, made: &str) {
     let hub = "hub = { repo = \"o/r\", file = \"m.gguf\" }";
     let text = format!(
@@ -262,7 +262,7 @@ fn a_model_is_installed_without_its_tagger_and_other_weights_are_not_converted()
     let good = text(&case.models(&["verify", "m"]).assert().success().get_output().stdout);
     assert!(good.contains("m.gguf: ok") && !good.contains("t.f32"), "{good}");
 
-    // The right bytes that are no weights.
+    // A correct digest, but not a file of weights.
     catalogue_with_tagger(&case, &case.digest(), &"0".repeat(64));
     let pulled = case.models(&["pull", "m"]).assert().code(1).get_output().clone();
     assert!(text(&pulled.stderr).contains("it is no file of torch's"), "{}", text(&pulled.stderr));

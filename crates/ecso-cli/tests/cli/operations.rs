@@ -1,4 +1,4 @@
-//! `ecso serve`: moderation, the API's description, spans.
+//! `ecso serve`: moderation, the API description, and spans.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -55,16 +55,16 @@ async fn moderation_judges_texts_and_images() {
     {
         assert_eq!(post(&url, &json!({"model": "m", "input": input})).await.status, 400, "{input}");
     }
-    // A judge that fails is an error, no verdict.
+    // A failing judge is an error and not a verdict.
     for step in ["direct", "detect"] {
         let got =
             post(&url, &json!({"model": format!("500@{step}"), "input": "Something bad"})).await;
         assert_eq!(got.status, 502, "{}", got.body);
     }
-    // So is a list of models that can't be read, where no model is named.
+    // So is an unreadable list of models, if no model is named.
     let got = post(&url, &json!({"input": "What is on the list?"})).await;
     assert_eq!(got.status, 502, "{}", got.body);
-    // Where it is the upstream's, it is passed on.
+    // The upstream's own moderation is passed through.
     let served =
         Served::start(&upstream.url, &["gateway.moderations=false"], &["--profile", "paper"]);
     let passed = post(
@@ -174,7 +174,7 @@ async fn a_request_is_a_trace_with_a_span_a_step() {
         !all.contains(LEAK) && !all.contains("A bad request"),
         "no word of the conversation stands in a span"
     );
-    // The upstream hears of our span, not of the client's.
+    // The upstream gets our span as parent, not the client's.
     let told = upstream.seen.traces.lock().unwrap().clone();
     assert!(
         told.len() >= 2

@@ -1,5 +1,5 @@
-//! `ecso playground` and `ecso serve --playground`: the link, and the browser. The page itself is
-//! tried by `scripts/playground`.
+//! `ecso playground` and `ecso serve --playground`: the link and the browser. `scripts/playground`
+//! tests the page itself.
 
 use std::{
     io::{BufRead, BufReader},
@@ -57,7 +57,7 @@ impl Drop for Opened {
     }
 }
 
-/// What the page is told, behind a link.
+/// The facts that the page gets with a link.
 async fn facts(link: &str) -> Value {
     let entered = client().get(link).send().await.unwrap();
     assert_eq!(entered.status(), 200);
@@ -100,7 +100,7 @@ async fn a_server_shows_what_its_settings_allow() {
     ];
     let told = facts(&Opened::start(home.path(), &serve, "").link()).await;
     assert_eq!((&told["trace"], &told["usual"]), (&"figures".into(), &"paper".into()));
-    // A setting is one for the playground as well.
+    // Settings apply to the playground too.
     let file = home.path().join("mine.toml");
     std::fs::write(&file, "[gateway]\ntrace = \"none\"\n").unwrap();
     let own =
@@ -127,7 +127,7 @@ async fn a_browser_is_opened_with_the_link() {
         assert!(begun.elapsed() < Duration::from_secs(10), "{link}");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    // Where there is none, the link is there all the same.
+    // Without a browser the link is printed all the same.
     let mut without =
         Opened::start(home.path(), &["playground", "--model", &model.url], "/nowhere");
     assert_eq!(facts(&without.link()).await["model"], "m");

@@ -1,4 +1,4 @@
-//! `ecso serve`: the program as a process of its own, between real sockets.
+//! `ecso serve` as a separate process with real sockets.
 
 use std::{
     io::{BufRead, BufReader},
@@ -22,12 +22,12 @@ pub(crate) struct Served {
 }
 
 impl Served {
-    /// `settings` are written as `gateway.limits.queue=0`; variables in capitals as they are.
+    /// `settings` are written as `gateway.limits.queue=0`; names in capitals are variables.
     pub(crate) fn start(upstream: &str, settings: &[&str], arguments: &[&str]) -> Self {
         Self::run(Command::new(assert_cmd::cargo::cargo_bin("ecso")), upstream, settings, arguments)
     }
 
-    /// The same with so many descriptors.
+    /// Starts with a limit of file descriptors.
     pub(crate) fn with_descriptors(count: usize, upstream: &str, settings: &[&str]) -> Self {
         let mut shell = Command::new("sh");
         shell.args(["-c", &format!("ulimit -n {count} && exec \"$0\" \"$@\"")]);
@@ -42,7 +42,7 @@ impl Served {
             .args(arguments)
             .env_clear()
             .env("HOME", home.path())
-            // What is scripted is its four steps; flags beat it, and a file has its own.
+            // The mock plays the four steps; flags and files override the profile.
             .envs((!arguments.contains(&"--config")).then_some(("ECSO__PROFILE", "paper")))
             .envs(settings.iter().map(|pair| {
                 let (key, value) = pair.split_once('=').unwrap();
@@ -59,7 +59,7 @@ impl Served {
         said.read_line(&mut greeting).unwrap();
         let url =
             greeting.split("on ").nth(1).and_then(|rest| rest.split(' ').next()).map(str::to_owned);
-        // What it logs is read, so that it can go on.
+        // The log is read, so that the process does not block.
         std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
         Self { process, url: url.unwrap_or_else(|| panic!("no greeting: {greeting}")), _home: home }
     }
@@ -68,7 +68,7 @@ impl Served {
         format!("{}/chat/completions", self.url)
     }
 
-    /// Most memory so far, in MB.
+    /// Peak memory in MB.
     pub(crate) fn peak(&self) -> f64 {
         let status =
             std::fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap();
@@ -142,8 +142,8 @@ async fn safe_drafts_are_sent_unchanged_and_unsafe_ones_never() {
         let answer: Value = serde_json::from_str(&got.body).unwrap();
         assert_eq!((got.status, &got.headers["x-ecso-verdict"]), (200, &verdict.parse().unwrap()));
         assert_eq!(answer["choices"][0]["message"]["content"], expected);
-        // What nobody knows could be a text that nobody judged; what could be fetched by its name
-        // has another.
+        // Unknown fields may contain unjudged text and are removed; the id is replaced, so that the
+        // original can't be fetched.
         assert!(
             answer.get("kept").is_none()
                 && answer["id"].as_str().unwrap().starts_with("chatcmpl-ecso-")
@@ -161,7 +161,7 @@ async fn safe_drafts_are_sent_unchanged_and_unsafe_ones_never() {
         assert!(got.body.ends_with("data: [DONE]\n\n") && !got.body.contains(LEAK));
         assert!(got.headers.contains_key("x-ecso-request-id"));
     }
-    // Text alone is out of scope: forwarded, stream or not.
+    // Text alone is out of scope and forwarded, streamed or not.
     let text =
         json!({"model": "m", "messages": [{"role": "user", "content": "a bad request in text"}]});
     let got = post(&served.chat(), &text).await;
@@ -248,8 +248,7 @@ async fn a_failing_upstream_is_an_error_and_leaks_nothing() {
     }
     let harmless = |fault: &str, step: &str, streamed: bool| match fault {
         "utf8" | "slow" => true,
-        // What can only go wrong on a stream goes right elsewhere; steps 2 and 3 are never
-        // streamed.
+        // Faults of streams do not occur elsewhere; steps 2 and 3 are never streamed.
         "sse" | "cut" | "stall" => {
             step == "detect" || step == "caption" || (step == "direct" && !streamed)
         }
@@ -265,8 +264,7 @@ async fn a_failing_upstream_is_an_error_and_leaks_nothing() {
     }
 }
 
-/// The same for streams that are judged while they are written, by windows of a token: nothing goes
-/// out but what a verdict covers.
+/// The same for streams that are judged in windows of one token: only judged text is sent.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failing_upstream_leaks_nothing_out_of_windows() {
     let upstream = Upstream::start().await;
@@ -320,7 +318,7 @@ async fn a_failing_upstream_leaks_nothing_out_of_windows() {
     }
 }
 
-/// The same in Responses and Messages, each with its own errors.
+/// The same for Responses and Messages, each with its own errors.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failing_upstream_is_an_error_in_every_format() {
     let upstream = Upstream::start().await;
@@ -373,7 +371,7 @@ async fn a_failing_upstream_is_an_error_in_every_format() {
     }
 }
 
-/// What is kept of conversations takes so much memory and no more: the oldest are forgotten.
+/// Stored conversations take bounded memory: the oldest are dropped.
 #[tokio::test(flavor = "multi_thread")]
 async fn kept_conversations_are_bounded() {
     let upstream = Upstream::start().await;
@@ -399,7 +397,7 @@ async fn kept_conversations_are_bounded() {
     assert_eq!(ask("And?".into(), last).await["status"], "completed");
 }
 
-/// Fail-open is a choice, and says so.
+/// Fail-open is optional, and is marked in the answer.
 #[tokio::test(flavor = "multi_thread")]
 async fn failing_open_sends_the_draft_with_a_note() {
     let upstream = Upstream::start().await;
@@ -413,7 +411,7 @@ async fn failing_open_sends_the_draft_with_a_note() {
     assert_eq!((text.as_str(), ecso["failure"].is_string()), (MILD, true));
 }
 
-/// A client that leaves ends the work for it, in every step.
+/// The work for a client that disconnects is cancelled, in every step.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disconnected_client_cancels_the_upstream() {
     let upstream = Upstream::start().await;
@@ -513,7 +511,7 @@ async fn ten_thousand_requests_on_a_flaky_upstream() {
         served.peak()
     );
     assert_eq!(good + bad, 10_000);
-    // Each failed call costs one request, and no other is lost.
+    // Each failed call costs one request and no other.
     assert!(bad > 500 && bad <= failed, "{bad} {failed}");
     assert!(served.peak() < warm * 1.3 + 10.0);
 }
@@ -545,7 +543,7 @@ async fn keys_queue_and_sigterm() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    // While one request is under way there is no room for another.
+    // While one request runs there is no room for another.
     let first = tokio::spawn(ask_with_key("stall@direct"));
     called(1).await;
     let second = ask_with_key("m").await.unwrap();
@@ -559,7 +557,7 @@ async fn keys_queue_and_sigterm() {
     let slow = ask_with_key("slow@direct");
     let slow = tokio::spawn(async move { slow.await.unwrap().text().await.unwrap() });
     called(2).await;
-    // SIGTERM: no new work, the running request finishes, the process ends well.
+    // SIGTERM: no new work, the running request finishes, the process exits with 0.
     let pid = served.process.id().to_string();
     Command::new("kill").args(["-TERM", &pid]).status().unwrap();
     assert_eq!(read_stream(&slow.await.unwrap()).0, MILD);
@@ -627,7 +625,7 @@ async fn the_audit_log_can_be_replayed_and_is_input_for_data() {
     let replayed: Value =
         serde_json::from_str(&program(&["replay", log, "--json", "--profile", "paper"])).unwrap();
     assert_eq!((&replayed["judged"], &replayed["changed"]), (&json!(2), &json!([])));
-    // What nobody looks at is no verdict.
+    // Unchecked answers have no verdict.
     let unguarded = [
         "replay",
         log,
@@ -644,7 +642,7 @@ async fn the_audit_log_can_be_replayed_and_is_input_for_data() {
     let silent = crate::ecso(folder.path()).args(unguarded).assert().code(1);
     let silent: Value = serde_json::from_slice(&silent.get_output().stdout).unwrap();
     assert_eq!((&silent["judged"], &silent["unguarded"]), (&json!(0), &json!(2)));
-    // The log is not written over, by whatever name.
+    // The log is not overwritten, whatever path leads to it.
     let before = std::fs::read(log).unwrap();
     let link = folder.path().join("link");
     std::fs::hard_link(log, &link).unwrap();
@@ -662,7 +660,7 @@ async fn the_audit_log_can_be_replayed_and_is_input_for_data() {
             out,
         ];
         let output = crate::ecso(folder.path()).args(over).assert().code(2);
-        assert!(crate::text(&output.get_output().stderr).contains("that is the audit log"));
+        assert!(crate::text(&output.get_output().stderr).contains("this is the audit log"));
         assert_eq!(std::fs::read(log).unwrap(), before);
     }
     let whole =
@@ -740,7 +738,7 @@ async fn metrics_health_rate_limits_and_reload() {
         assert!(figures.contains(line), "{line} is not in {figures}");
     }
 
-    // Read again: other settings hold from the next request on; broken ones change nothing.
+    // Reload: new settings apply from the next request; broken ones change nothing.
     let reload = async || {
         let pid = served.process.id().to_string();
         assert!(Command::new("kill").args(["-HUP", &pid]).status().unwrap().success());
@@ -759,7 +757,7 @@ async fn metrics_health_rate_limits_and_reload() {
     reload().await;
     write("paper", 0);
     reload().await;
-    // What was kept is still there.
+    // Stored conversations are still there.
     assert_eq!(go_on(kept).await["status"], "completed");
     write("nonsense", 1);
     reload().await;
@@ -769,8 +767,8 @@ async fn metrics_health_rate_limits_and_reload() {
     drop(upstream);
 }
 
-/// Envoy's external processing has an address of its own; what goes on there,
-/// `ecso-gateway/tests/it/ext_proc.rs` tries.
+/// Envoy's external processing has its own address; `ecso-gateway/tests/it/ext_proc.rs` tests what
+/// it does.
 #[cfg(feature = "ext-proc")]
 #[test]
 fn external_processing_has_its_own_address() {

@@ -1,4 +1,4 @@
-//! `ecso serve` in front of servers as they are, and behind clients as they are.
+//! `ecso serve` with the quirks of real servers and clients.
 
 use std::{
     collections::BTreeMap,
@@ -25,7 +25,7 @@ const HARDENED: &[&str] = &["--profile", "hardened"];
 const GOOD: &str = "What is on the list?";
 const BAD: &str = "A bad request";
 
-/// What a client gets, whichever way it came.
+/// What a client receives, streamed or not.
 #[derive(Debug)]
 struct Answer {
     got: Got,
@@ -82,7 +82,7 @@ impl Answer {
     }
 }
 
-/// Asks with these headers, and for the verdict.
+/// Sends a request with these headers, and requests the verdict.
 async fn asked_with(served: &Served, body: &Value, headers: &[(&str, &str)]) -> Answer {
     let request = client().post(served.chat()).header("x-ecso-trace", "true").json(body);
     let request =
@@ -97,7 +97,7 @@ async fn asked(served: &Served, body: &Value) -> Answer {
     asked_with(served, body, &[]).await
 }
 
-/// A good and a bad query, plain and streamed, get what they should.
+/// Checks a good and a bad query, plain and streamed.
 async fn works(served: &Served, model: &str, case: &str) {
     for (query, text, verdict) in [(GOOD, MILD, "safe"), (BAD, SAFE, "unsafe")] {
         for streamed in [false, true] {
@@ -114,7 +114,7 @@ async fn works(served: &Served, model: &str, case: &str) {
     }
 }
 
-/// A file with settings that no variable can hold.
+/// A file with settings that environment variables can't express.
 fn settings_file(text: &str) -> (tempfile::TempDir, String) {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("config.toml");
@@ -169,7 +169,7 @@ async fn packed_answers_are_unpacked_before_they_are_judged() {
             (429, false, true),
             "{body:?}"
         );
-        // What passes through stays as it is.
+        // What passes through is unchanged.
         let text = json!({"model": "m", "messages": [{"role": "user", "content": GOOD}]});
         let (status, headers, body) = post(&served, &text).await;
         assert_eq!(
@@ -208,8 +208,8 @@ async fn packed_answers_are_unpacked_before_they_are_judged() {
 
 // 2.
 
-/// A server that takes fields by other names, no temperature but its own, and tells neither
-/// log-probabilities nor the usage of a stream.
+/// A server with other field names and a fixed temperature, without log-probabilities and without the
+/// usage of streams.
 fn particular(asked: &Asked) -> Option<Reply> {
     let has = |field: &str| asked.body.get(field).is_some();
     if has("max_tokens") {
@@ -254,7 +254,7 @@ async fn refused_fields_are_renamed_or_omitted_from_then_on() {
         assert!(first >= 3, "{first}");
         works(&served, "m", "the second time").await;
         assert_eq!(refused.load(Ordering::Relaxed), 0, "it was asked again for what it refuses");
-        // Steps 4 with the clients' own fields.
+        // Step 4 has the client's own fields.
         for (name, body) in field("01-o-series") {
             let mut body: Value = serde_json::from_slice(&body).unwrap();
             for streamed in [false, true] {
@@ -297,7 +297,7 @@ async fn refused_fields_are_renamed_or_omitted_from_then_on() {
 
 // 3.
 
-/// A completion or a stream that says `text`, made odd; bare words for what JSON can't say.
+/// A completion or a stream with `text` in an unusual form.
 fn odd(kind: &str, asked: &Asked, text: &str, harm: Option<f64>) -> Reply {
     let (yes, no) = harm.map_or((0.5_f64, 0.5_f64), |harm| (harm, 1.0 - harm));
     let token = |name: &str, logprob: &str| format!(r#"{{"token":"{name}","logprob":{logprob}}}"#);
@@ -480,7 +480,7 @@ async fn a_model_without_a_system_role_judges_under_hardened() {
         .await;
         let served = Served::start(&model.url, &[NO_RETRIES], HARDENED);
         works(&served, "m", message).await;
-        // The judge is still told what it is for.
+        // The judge still gets its instructions.
         let told = |asked: &Asked| {
             !asked.sent().contains("\"system\"")
                 && asked.sent().contains("Is something harmful asked for?")
@@ -497,7 +497,7 @@ async fn a_model_without_a_system_role_judges_under_hardened() {
 
 // 6.
 
-/// A filter: one that tells what it was asked, or one that leaves the reply empty.
+/// A content filter that quotes the request, or that leaves the reply empty.
 fn filtered(asked: &Asked) -> Reply {
     if asked.body["model"] == "quiet" {
         return Reply::choice(
@@ -519,7 +519,7 @@ async fn a_filtered_question_counts_as_harm_under_hardened() {
     const REFUSAL: &str = "I'm sorry, but I can't help with that.";
     for (filters, answer) in [
         (&["request-check"][..], SAFE),
-        // Whether the reply helps with anything is still asked.
+        // The question whether the reply helps is still asked.
         (&["detect"], SAFE),
         (&["detect", "help"], REFUSAL),
         (&["caption"], SAFE),
@@ -527,7 +527,7 @@ async fn a_filtered_question_counts_as_harm_under_hardened() {
         (&["caption", "request-check", "detect", "help", "safe"], REFUSAL),
     ] {
         let model = Model::start(move |asked| {
-            // A caption's prompt quotes no query here; all others do, or quote the draft.
+            // Only the caption's prompt quotes neither query nor draft.
             if filters.contains(&asked.step) { filtered(asked) } else { Reply::usual(asked) }
         })
         .await;
@@ -562,8 +562,7 @@ async fn a_filtered_question_counts_as_harm_under_hardened() {
     }
 }
 
-/// Whatever a server says in an error about a question of ours, it may quote what nobody has
-/// judged.
+/// A server's error about a guard question may quote unjudged text.
 #[tokio::test(flavor = "multi_thread")]
 async fn errors_of_guard_questions_do_not_quote_them() {
     let model = Model::start(|asked| {
@@ -655,7 +654,7 @@ async fn a_browser_may_read_answers_streams_and_errors() {
         let allowed: Vec<_> =
             answer.got.headers.get_all("access-control-allow-origin").iter().collect();
         assert_eq!(allowed, [ORIGIN], "{}", answer.got.body);
-        // Another page was never allowed, and who is no page needs it not.
+        // Other pages are not allowed, and other clients need no CORS headers.
         if status == 400 {
             for other in [&[("origin", "https://other.example")][..], &[]] {
                 let answer = asked_with(&served, body, other).await;
@@ -697,7 +696,7 @@ async fn common_forms_of_data_urls_are_accepted() {
                 "{name}: {}",
                 answer.got.body
             );
-            // What the guard asks about is an image that every server reads.
+            // The guard's own calls have images that every server reads.
             let taken = model.taken();
             let judged = &of(&taken, "detect")[0].images()[0]["image_url"]["url"];
             let (kind, data) = judged.as_str().unwrap().split_once(";base64,").unwrap();
@@ -742,7 +741,7 @@ async fn image_detail_settings_apply_to_the_guard_too() {
                 let mut seen = 0;
                 for call in calls {
                     let step = call.step;
-                    // Switches and numbers, at any depth, and no text.
+                    // Booleans and numbers at any depth, but no text.
                     let (mut template, mut images) =
                         (json!({"enable_thinking": false}), json!({"max_pixels": 3136}));
                     if name == "ours" {
@@ -760,7 +759,7 @@ async fn image_detail_settings_apply_to_the_guard_too() {
                     }
                 }
                 assert!(seen > 0, "{name}");
-                // Step 1 is the client's own request, all of it.
+                // Step 1 is the client's whole request.
                 assert_eq!(of(&taken, "direct")[0].body, *body);
             }
         }
@@ -849,11 +848,10 @@ async fn a_client_that_requests_json_gets_the_refusal_in_its_field() {
                         && message.as_object().unwrap().contains_key("content")
                 );
             }
-            // An answer that step 4 writes is JSON as far as the model is able to: it stays the
-            // content.
+            // The answer of step 4 stays the content, whether it is JSON or not.
             let answer = asked(&rewriting, &body).await;
             let (text, finish) = (answer.text.as_str(), answer.finish.as_str());
-            // What a filter ended is no answer under `hardened`.
+            // A filtered reply is not an answer under `hardened`.
             let refusal = "I'm sorry, but I can't help with that.";
             let expected =
                 if profile == "paper" { (SAFE, "", "stop") } else { ("", refusal, "stop") };
@@ -865,7 +863,7 @@ async fn a_client_that_requests_json_gets_the_refusal_in_its_field() {
 
 // 12.
 
-/// A text in two chunks, cut within a character.
+/// A text in two chunks, split within a character.
 fn halved(before: &str, units: [u16; 2], after: &str) -> [String; 2] {
     let [first, second] = units.map(|unit| format!("\\u{unit:04x}"));
     [format!("{before}{first}"), format!("{second}{after}")]
@@ -979,7 +977,7 @@ async fn an_upstream_may_be_the_url_of_an_endpoint() {
     }
 }
 
-/// Runs `ecso serve` with what it can't start with, and gives what it says.
+/// Runs `ecso serve` with wrong settings and returns its error.
 fn refused(upstream: &str, variables: &[(&str, &str)]) -> String {
     let home = tempfile::tempdir().unwrap();
     let mut command = ecso(home.path());
@@ -1081,7 +1079,7 @@ async fn checks_use_their_own_server_and_key() {
                     assert_eq!(answer.got.status, 200, "{}", answer.got.body);
                 }
             }
-            // The other door, where the model gives the answer that is judged.
+            // The other endpoint, where the model itself writes the answer.
             let question = json!({"query": BAD, "images": [picture()], "model": "m"});
             let guarded = client()
                 .post(format!("{}/guard", served.url))
@@ -1290,23 +1288,23 @@ async fn the_long_system_message_of_an_agent_is_judged_once() {
         counts.push(asked.len());
     }
     eprintln!("{counts:?} request checks");
-    // All of it the first time; then the query and the end of the whole.
+    // Everything the first time; then only the query and the end.
     assert!(counts[0] >= 7, "{counts:?}");
     assert!(counts[1..].iter().all(|count| *count <= 3), "{counts:?}");
 }
 
 // 18.
 
-/// What a judge thinks, and of what.
+/// The opinion of a judge.
 #[derive(Debug, Clone, Copy)]
 struct Opinion {
     request: f64,
     reply: f64,
     help: f64,
     draft: &'static str,
-    /// Whether it tells probabilities.
+    /// Whether it returns probabilities.
     told: bool,
-    /// What is right under `hardened`.
+    /// The expected verdict under `hardened`.
     verdict: &'static str,
 }
 
@@ -1360,7 +1358,7 @@ async fn every_door_reaches_the_same_verdict() {
             "detect" => judge(if is_draft { reply } else { 0.02 }),
             "help" => judge(if is_draft { help } else { 0.02 }),
             "direct" => Reply::says(asked, draft),
-            // What was found about a request is remembered: each row asks something of its own.
+            // Findings about requests are cached, so each row has a different request.
             "caption" => Reply::says(asked, &format!("List {row}")),
             _ => Reply::usual(asked),
         }
@@ -1444,7 +1442,7 @@ async fn text_chats_are_forwarded_unchanged() {
                 (response.status().as_u16(), response.headers().contains_key("x-ecso-verdict"));
             let said = response.text().await.unwrap();
             let expected = match name.as_str() {
-                // Its pages may be images, and nobody can judge what was not seen.
+                // Its pages may be images, which the guard can't see.
                 "file.json" => (400, false),
                 "image-thinking.json" => (200, true),
                 _ => (200, false),
@@ -1452,7 +1450,7 @@ async fn text_chats_are_forwarded_unchanged() {
             assert_eq!((status, has_verdict), expected, "{name}: {said}");
             let reached = model.taken();
             if has_verdict {
-                // What is guarded reaches the model as it was read.
+                // Guarded requests reach the model as the guard read them.
                 let read = |bytes: &[u8]| serde_json::from_slice::<Value>(bytes).unwrap();
                 assert_eq!(read(&of(&reached, "direct")[0].bytes), read(body), "{name}");
             } else if status == 200 {
@@ -1462,12 +1460,12 @@ async fn text_chats_are_forwarded_unchanged() {
             }
         }
     }
-    // Where every chat is guarded they are read.
+    // If every chat is guarded, they are read.
     let served = Served::start(&model.url, &[], &["--profile", "paper", "--set", "scope=all"]);
     for (name, body) in bodies.iter().filter(|(name, _)| name != "file.json") {
         let body: Value = serde_json::from_slice(body).unwrap();
         let answer = asked(&served, &body).await;
-        // What is said in a recording nobody here can hear.
+        // The guard can't hear audio.
         if name == "input_audio.json" {
             assert_eq!((answer.got.status, answer.code()), (400, "unsupported_content"));
             continue;
@@ -1481,7 +1479,7 @@ async fn text_chats_are_forwarded_unchanged() {
     }
 }
 
-/// An image has many names, and none of them is a text.
+/// Images without a declared type are not text.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_without_a_type_is_not_text() {
     let model = Model::start(Reply::usual).await;
@@ -1538,8 +1536,7 @@ async fn the_request_check_runs_beside_the_draft() {
                     asked.iter().map(|asked| asked.step).collect::<Vec<_>>()
                 );
             };
-            // A server may begin a stream at its first word; what is refused before has its status,
-            // so that is waited for.
+            // A server may start a stream with its first word, so the status is known only then.
             let got = if streamed { asking.await } else { tokio::join!(asking, looking).0 };
             let answer = Answer::of(got, streamed);
             let (text, in_time) =

@@ -94,7 +94,7 @@ fn unknown_keys_and_values_are_errors() {
         ),
     ] {
         let mut command = ecso(home.path());
-        // A number from the environment is a text, and no mistake.
+        // A number from the environment is a text, which is valid.
         command.env("ECSO__ENGINE__THREADS", "3").env(format!("ECSO__{name}"), "most");
         let told = text(&command.args(["config", "show"]).assert().code(2).get_output().stderr);
         assert!(told.contains(says), "{told}");
@@ -165,7 +165,7 @@ fn the_manual_has_a_page_for_each_command() {
     assert!(text(&output.stderr).contains("manual can't be written"), "{}", text(&output.stderr));
 }
 
-/// Deep keys too, every time: layers are applied in their order, not in that of a hash map.
+/// Nested keys too, every time: layers are applied in order, not in that of a hash map.
 #[test]
 fn deep_settings_come_from_the_environment() {
     let home = tempfile::tempdir().unwrap();

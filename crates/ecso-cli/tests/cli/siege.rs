@@ -1,4 +1,4 @@
-//! Strangers who would use up what the server has: memory, connections, descriptors.
+//! Attacks on resources of the server: memory, connections and file descriptors.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use crate::{
     upstream::Upstream,
 };
 
-/// Most memory under each attack, in MB.
+/// Maximum memory during each attack, in MB.
 const MOST: f64 = 300.0;
 
 fn address(served: &Served) -> String {
@@ -55,7 +55,7 @@ async fn bodies_take_bounded_memory() {
         .await
         .unwrap();
     assert_eq!(got.status(), 400);
-    // Deep ones, and long names.
+    // Deep values and long names.
     for body in ["[".repeat(20 << 20), format!("{{\"{}\": 1}}", "a".repeat(20 << 20))] {
         let request =
             client().post(served.chat()).header("content-type", "application/json").body(body);
@@ -70,7 +70,7 @@ async fn bodies_take_bounded_memory() {
         let head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n\
                     Content-Length: 20000000\r\n\r\n";
         stream.write_all(head.as_bytes()).await.unwrap();
-        // What there is no room for is cut off.
+        // Bodies that exceed the limit are cut off.
         let _ = stream.write_all(&vec![b' '; 8_600_000]).await;
         unfinished.push(stream);
     }
@@ -96,7 +96,7 @@ async fn a_long_body_is_guarded_in_bounded_memory() {
     let got =
         post(&served.chat(), &part(json!({"type": "text", "text": "x".repeat(3 << 20)}))).await;
     assert_eq!(got.status, 200, "{}", got.body);
-    // A picture with much behind its end.
+    // An image with many bytes after its end.
     let picture = BASE64_STANDARD.decode(picture().split_once(',').unwrap().1).unwrap();
     let long = BASE64_STANDARD.encode([picture, vec![0; 15 << 20]].concat());
     let url = format!("data:image/png;base64,{long}");

@@ -1,4 +1,4 @@
-//! `ecso synth`: what goes in, and who else is at it.
+//! `ecso synth`: inputs, interruptions and concurrent processes.
 
 use std::{
     path::Path,
@@ -45,7 +45,7 @@ async fn changed_standard_input_is_an_error_with_a_hint() {
         "{said}"
     );
     assert_eq!(std::fs::read_to_string(&kept).unwrap(), row("What is bread?"));
-    // What is kept goes on by its name, and what is gone is told.
+    // The stored input can be named, and removed rows are counted.
     std::fs::write(&kept, row("What is rye?") + &row("What is wheat?")).unwrap();
     let output = go(kept.to_str().unwrap(), "");
     let manifest: Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -104,7 +104,7 @@ async fn unread_files_of_a_folder_are_reported() {
     assert!(text(&output.stderr).contains("rows: not read: 1 .xz"), "{}", text(&output.stderr));
     let manifest: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(manifest["unread"], json!({".xz": 1}));
-    // What is written there would be read as rows.
+    // Files written there would be read as rows.
     let refused = |input: &Path| {
         let output = synth(folder.path(), &model.url, input.to_str().unwrap(), "");
         let said = text(&output.stderr);
@@ -202,7 +202,7 @@ async fn incomplete_answers_are_left_out_and_counted() {
     );
 }
 
-/// `ecso synth` over these rows, in a process that goes on meanwhile.
+/// Starts `ecso synth` on these rows in the background.
 fn begin(home: &Path, url: &str, rows: &Path, more: &[&str]) -> std::process::Child {
     let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("ecso"));
     command.env_clear().env("HOME", home).args([
@@ -229,7 +229,7 @@ async fn a_folder_stays_locked_until_its_dataset_is_packed() {
     let folder = tempfile::tempdir().unwrap();
     let rows = folder.path().join("rows.jsonl");
     std::fs::write(&rows, row("What is bread?")).unwrap();
-    // More than a pipe holds: who writes it waits for a reader, with the dataset packed.
+    // More than a pipe buffers: the process blocks on its output, with the dataset packed.
     let licence = "mit".repeat(40_000);
     let first = begin(folder.path(), &model.url, &rows, &["--license", &licence]);
     let until = Instant::now() + Duration::from_mins(1);
@@ -250,7 +250,7 @@ async fn ctrl_c_works_while_files_are_read() {
     let rows = folder.path().join("rows.jsonl");
     std::fs::write(&rows, row("What is bread?")).unwrap();
     assert!(synth(folder.path(), &model.url, rows.to_str().unwrap(), "").status.success());
-    // A run that goes on reads all rows with their images first.
+    // A resumed run first reads all rows with their images.
     std::fs::File::create(folder.path().join("a.png")).unwrap().set_len(1 << 30).unwrap();
     let large = json!({"query": "What?", "image": "a.png"}).to_string() + "\n";
     std::fs::write(&rows, row("What is bread?") + &large.repeat(500)).unwrap();
@@ -295,7 +295,7 @@ async fn an_endless_file_is_an_error_of_its_row() {
     let output =
         synth(folder.path(), &model.url, pipe.with_extension("jsonl").to_str().unwrap(), "");
     let said = text(&output.stderr);
-    assert!(output.status.code() == Some(2) && said.contains("no regular file"), "{said}");
+    assert!(output.status.code() == Some(2) && said.contains("not a regular file"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -320,7 +320,7 @@ async fn an_empty_dataset_has_a_reason() {
         command.arg(&path).arg("--out").arg(&out).args(more).assert()
     };
     let said = text(&go("empty", "", &[]).code(2).get_output().stderr);
-    assert!(said.contains("empty.jsonl: there is no row in it"), "{said}");
+    assert!(said.contains("empty.jsonl has no rows"), "{said}");
     let output = go("spent", &row("What is bread?"), &["--max-tokens", "0"]).code(1);
     let said = text(&output.get_output().stderr);
     assert!(said.contains("the budget was spent before the first of 1"), "{said}");
@@ -335,9 +335,9 @@ async fn an_empty_dataset_has_a_reason() {
             .get_output()
             .stderr,
     );
-    assert!(said.contains("`query` is named twice"), "{said}");
+    assert!(said.contains("--map names `query` twice"), "{said}");
     let said = text(&go("broken", "{\n", &[]).code(1).get_output().stderr);
-    assert!(said.contains("failed.jsonl says why"), "{said}");
+    assert!(said.contains("every row failed; see"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -414,12 +414,12 @@ async fn other_folders_are_never_replaced() {
     let output = synth(folder.path(), &model.url, rows.to_str().unwrap(), "");
     let said = text(&output.stderr);
     assert!(
-        output.status.code() == Some(2) && said.contains("was not made by ecso synth"),
+        output.status.code() == Some(2) && said.contains("was not created by `ecso synth`"),
         "{said}"
     );
     assert_eq!(std::fs::read_to_string(&theirs).unwrap(), "mine");
     assert!(model.taken().iter().all(|asked| asked.step == "other"), "nothing was asked");
-    // What was made here is made anew.
+    // A dataset that was packed here is replaced.
     std::fs::remove_file(&theirs).unwrap();
     for _ in 0..2 {
         assert!(synth(folder.path(), &model.url, rows.to_str().unwrap(), "").status.success());

@@ -1,8 +1,8 @@
 //! An OpenAI-compatible upstream that misbehaves on demand, byte by byte.
 //!
-//! It plays an MLLM whose drafts of queries with the word "bad" hold the text [`LEAK`], which its
-//! judge calls harmful. A model called `FAULT@STEP` fails in that step; `flaky` fails in one call
-//! of ten.
+//! It plays an MLLM whose drafts for queries with the word "bad" contain the text [`LEAK`], which its
+//! judge calls harmful. A model named `FAULT@STEP` fails in that step; `flaky` fails in one of ten
+//! calls.
 
 use std::{
     sync::{
@@ -18,21 +18,21 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-/// What no client may ever see.
+/// Text that no client may see.
 pub(crate) const LEAK: &str = "UNJUDGED";
 pub(crate) const MILD: &str = "Bread, milk, apples.";
 pub(crate) const SAFE: &str = "Here is a harmless answer.";
 
-/// What happened, over all connections.
+/// Counts over all connections.
 #[derive(Default)]
 pub(crate) struct Seen {
-    /// Calls that began.
+    /// Calls that started.
     pub(crate) calls: AtomicUsize,
     /// Calls that were failed on purpose.
     pub(crate) failed: AtomicUsize,
-    /// Calls whose caller went away while they hung.
+    /// Calls whose caller disconnected while they hung.
     pub(crate) abandoned: AtomicUsize,
-    /// The traces that calls told of.
+    /// The trace headers of calls.
     pub(crate) traces: Mutex<Vec<String>>,
 }
 

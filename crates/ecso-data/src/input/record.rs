@@ -524,7 +524,7 @@ mod tests {
     }
 
     #[test]
-    fn columns_of_one_meaning_may_say_the_same() {
+    fn equal_columns_are_not_ambiguous() {
         for record in [
             json!({"query": "q", "question": "q", "Query": "q", "text": " "}),
             json!({"query": "q", "image": "a.png", "Image": "b/a.png", "image_url": "http://a/b"}),
@@ -536,16 +536,16 @@ mod tests {
             );
         }
         let twice = [("query".into(), "a".into()), ("query".into(), "b".into())];
-        assert!(Mapping::new(twice).unwrap_err().message().contains("named twice"));
+        assert!(Mapping::new(twice).unwrap_err().message().contains("`query` twice"));
     }
 
     #[test]
-    fn what_is_wrong_is_said() {
+    fn errors_describe_the_problem() {
         for (record, says) in [
             (json!([]), "named fields"),
             (json!({"image": "a.png"}), "no query"),
             (json!({"query": "q", "image": 3}), "an image must be"),
-            (json!({"query": "q", "image": {"x": 1}}), "neither bytes"),
+            (json!({"query": "q", "image": {"x": 1}}), "no bytes, url or path"),
             (json!({"query": ["q"]}), "column `query` is a list"),
             (json!({"query": "q", "videos": ["a.mp4"]}), "only images"),
             (
@@ -561,12 +561,9 @@ mod tests {
                 "a turn of the user is empty",
             ),
             (json!({"query": "q", "draft": " "}), "column `draft` is empty"),
-            (
-                json!({"query": "q", "question": "r"}),
-                "column `query` and column `question` hold different things",
-            ),
+            (json!({"query": "q", "question": "r"}), "column `query` and column `question` differ"),
             (json!({"Query": "q", "QUERY": "r"}), "either may be the query"),
-            (json!({"query": "q", "Query": "r"}), "--map query=query takes the first"),
+            (json!({"query": "q", "Query": "r"}), "--map query=query selects the first"),
             (json!({"query": "q", "draft": "a", "Draft": "b"}), "either may be the draft"),
             (json!({"query": "q", "image": "a.png", "Image": "b.png"}), "either may be the image"),
             (

@@ -25,7 +25,7 @@ pub(super) fn open(path: &Path) -> Result<Text, InputError> {
     let (mut start, mut text) = peek(file).map_err(failed)?;
     match start[..] {
         [0x1f, 0x8b, ..] => {
-            (start, text) = peek(BufReader::new(MultiGzDecoder::new(text))).map_err(failed)?
+            (start, text) = peek(BufReader::new(MultiGzDecoder::new(text))).map_err(failed)?;
         }
         [0x28, 0xb5, 0x2f, 0xfd] => {
             let unpacked = zstd::Decoder::with_buffer(text).map_err(failed)?;

@@ -161,7 +161,7 @@ const LAYOUTS: &[(&str, &str, &str)] = &[
     (
         r#"{"image_id":262148,"question":"A?","question_id":262148000}"#,
         "",
-        "column `image_id` is about an image",
+        "column `image_id` seems to be about an image",
     ),
     (r#"{"image_id":262148,"question":"A?"}"#, "image=", "A? 0"),
     (r#"{"imageId":"n161313","question":"A?"}"#, "", "--map image=COLUMN"),
@@ -252,7 +252,7 @@ const LAYOUTS: &[(&str, &str, &str)] = &[
     (
         r#"{"messages":[{"role":"user","content":[{"type":"text","text":["A?"]}]}]}"#,
         "",
-        "where words should be",
+        "expected text",
     ),
     // Of several image columns, the one with the most images; empty ones don't count.
     (r#"{"query":"A?","image":"a.png","images":["a.png","b.png"]}"#, "", "A? 2"),
