@@ -20,8 +20,8 @@ def load(file, dtype=torch.float32):
     )
 
 
-def tokenizer(file):
-    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def unpack(file, folder):
@@ -31,7 +31,7 @@ def unpack(file, folder):
     vars(model.config).pop("quantization_config", None)
     model.hf_quantizer = None
     model.save_pretrained(folder)
-    tokenizer(file).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
 
 def export(original, out, adapter=None, permutes=True):
