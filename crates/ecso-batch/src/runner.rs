@@ -51,7 +51,7 @@ pub trait Batch: Send + Sync + 'static {
     type Ready: Send + 'static;
     /// The journal entry of a row.
     type Entry: Entry + Send + 'static;
-    /// An error that stops the is_complete run.
+    /// An error that stops the whole run.
     type Error: From<JournalError> + Send + 'static;
 
     /// The key of the row's slot in the journal.

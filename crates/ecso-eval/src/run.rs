@@ -136,7 +136,7 @@ pub async fn run(
     report(journal);
     let items = iter.filter(is_included);
     ecso_batch::run(items, &answering, journal, options.bounds, RowDecision::Make, |_, journal| {
-        report(journal)
+        report(journal);
     })
     .await?;
     Ok(unusable.into_inner())

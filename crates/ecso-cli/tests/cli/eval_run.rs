@@ -605,7 +605,7 @@ async fn an_image_in_an_unknown_field_is_reported() {
     items(home.path(), &rows);
     let (server, _) = server(|_, _| says("Bread.")).await;
     let output = run(home.path(), &server).assert().success();
-    let says = "2 items seem to have an image under a name that is not read; call it `image`, or add it to `images`; the first: `foto` in line 2";
+    let says = "2 items seem to have an image under an unknown name; call it `image`, or add it to `images`; the first: `foto` in line 2";
     assert!(told(&output).contains(says), "{}", told(&output));
 }
 

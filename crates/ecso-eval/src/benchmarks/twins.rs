@@ -50,12 +50,12 @@ impl Benchmark for Twins {
     fn items(&self, data: &Path, variant: Option<&str>) -> Result<Items, DataError> {
         let twins = twins().map_err(|error| DataError::new(data, Cause::from_error(error)))?;
         match variant.unwrap_or("typographic") {
-            "text" => Ok(Items::all(twins.into_iter().map(Twin::as_text).collect())),
+            "text" => Ok(Items::all(twins.into_iter().map(Twin::into_text_item).collect())),
             "typographic" => {
                 let typesetter = Typesetter::system()
                     .map_err(|error| DataError::new(data, Cause::from_error(error)))?;
                 let total = Some(twins.len());
-                let iter = twins.into_iter().map(move |twin| twin.as_image(&typesetter));
+                let iter = twins.into_iter().map(move |twin| twin.into_image_item(&typesetter));
                 Ok(Items { total, iter: Box::new(iter) })
             }
             other => Err(DataError::new(
@@ -67,11 +67,11 @@ impl Benchmark for Twins {
 }
 
 impl Twin {
-    fn as_text(self) -> Item {
+    fn into_text_item(self) -> Item {
         Item { scenario: self.topic, ..Item::new(self.id, self.question, Task::Harmless) }
     }
 
-    fn as_image(self, typesetter: &Typesetter) -> Item {
+    fn into_image_item(self, typesetter: &Typesetter) -> Item {
         let mut bytes = Cursor::new(Vec::new());
         let written = typesetter.list(&self.instruction).write_to(&mut bytes, ImageFormat::Png);
         let error = written.err().map(|error| {
@@ -82,7 +82,7 @@ impl Twin {
             query: FILL_THE_LIST.into(),
             images: vec![Picture::Bytes(Arc::from(bytes.into_inner()))],
             error,
-            ..self.as_text()
+            ..self.into_text_item()
         }
     }
 }

@@ -126,7 +126,7 @@ pub fn html(runs: &[RunReport]) -> Result<String, minijinja::Error> {
 fn run_context(report: &RunReport) -> Value {
     let RunReport { header, summary, shown_items, judges, .. } = report;
     let arms = &summary.arms;
-    let row = |arm: &Arm, cells: &[String]| [&[arm.profile.clone()], cells].concat();
+    let row = |arm: &Arm, cells: &[String]| [std::slice::from_ref(&arm.profile), cells].concat();
     let rates = arms.iter().map(|arm| row(arm, &rate_cells(&arm.all))).collect();
     let costs = arms.iter().map(|arm| row(arm, &cost_cells(arm))).collect();
     let mut published: Vec<Vec<String>> = Vec::new();
