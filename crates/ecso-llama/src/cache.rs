@@ -21,8 +21,8 @@ impl Sequence {
         self.held.push((segment, end));
     }
 
-    /// The value of keeping it, by the rule `GreedyDual`: its tokens, plus the clock when it was last
-    /// used.
+    /// The value of keeping it, by the rule `GreedyDual`: its tokens, plus the clock when it was
+    /// last used.
     fn value(&self) -> i64 {
         self.used + self.held.last().map_or(0, |(_, end)| i64::from(*end))
     }
@@ -61,10 +61,10 @@ impl Cache {
         Self { sequences: (0..sequences.max(1)).map(|_| Sequence::default()).collect(), clock: 0 }
     }
 
-    /// The sequence that shares most with the prompt; among equals, the one with the least value, so
-    /// that a long prefix in frequent use outlives short conversations. The prompt's last segment
-    /// never counts as shared, because computing it gives the logits for the first token of the
-    /// reply. With `no_reuse`, nothing is shared.
+    /// The sequence that shares most with the prompt; among equals, the one with the least value,
+    /// so that a long prefix in frequent use outlives short conversations. The prompt's last
+    /// segment never counts as shared, because computing it gives the logits for the first token of
+    /// the reply. With `no_reuse`, nothing is shared.
     pub(crate) fn place(&mut self, prompt: &[Segment], no_reuse: bool) -> Place {
         let prefix = if no_reuse { &[] } else { &prompt[..prompt.len().saturating_sub(1)] };
         let mut best = (0, 0);

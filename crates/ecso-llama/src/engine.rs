@@ -45,17 +45,17 @@ pub struct Options {
     pub name: Option<String>,
     /// The projector (mmproj GGUF) of a vision model; without it the model reads text only.
     pub mmproj: Option<PathBuf>,
-    /// Most tokens of one conversation, prompt and reply; `None` takes the model's training context,
-    /// at most 8,192.
+    /// Most tokens of one conversation, prompt and reply; `None` takes the model's training
+    /// context, at most 8,192.
     pub context: Option<NonZeroU32>,
-    /// The number of conversations whose prefix is kept for reuse; `None` takes 3, for an answer and
-    /// the guard's questions about it. Each needs memory for a whole context.
+    /// The number of conversations whose prefix is kept for reuse; `None` takes 3, for an answer
+    /// and the guard's questions about it. Each needs memory for a whole context.
     pub slots: Option<NonZeroU32>,
     /// Computes every prompt from its start, even if an earlier one began the same. Replies are the
     /// same, but slower.
     pub no_reuse: bool,
-    /// A folder for the shared beginnings of prompts ([`Chat::head`]), at most 512 MiB, so that other
-    /// processes need not compute them; `None` keeps nothing.
+    /// A folder for the shared beginnings of prompts ([`Chat::head`]), at most 512 MiB, so that
+    /// other processes need not compute them; `None` keeps nothing.
     pub heads: Option<PathBuf>,
     /// The number of threads; `None` takes one for each core.
     pub threads: Option<NonZeroU32>,
@@ -88,8 +88,8 @@ impl Llama {
     ///
     /// # Errors
     /// [`ModelError::Transport`] if a file is missing or damaged, if the projector does not fit the
-    /// model, or if there is not enough memory; [`ModelError::Rejected`] if the chat template can't be
-    /// used.
+    /// model, or if there is not enough memory; [`ModelError::Rejected`] if the chat template can't
+    /// be used.
     pub async fn load(path: impl Into<PathBuf>, options: Options) -> Result<Self, ModelError> {
         let path = path.into();
         let stem = || path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
@@ -284,8 +284,8 @@ impl<'m> Engine<'m> {
         self.template.render(&head).ok().filter(|_| head.image_count() == 0)
     }
 
-    /// Computes the prompt behind its cached prefix. Its first `head` segments are read from disk, or
-    /// kept there. `None` if the caller has dropped the stream.
+    /// Computes the prompt behind its cached prefix. Its first `head` segments are read from disk,
+    /// or kept there. `None` if the caller has dropped the stream.
     fn read(
         &mut self,
         segments: &[Segment],
@@ -342,8 +342,8 @@ impl<'m> Engine<'m> {
         Ok(Some(prompt))
     }
 
-    /// Replaces the content of a sequence by a head from its file. Returns the number of segments in
-    /// the sequence, and their end position.
+    /// Replaces the content of a sequence by a head from its file. Returns the number of segments
+    /// in the sequence, and their end position.
     fn load_head(
         &mut self,
         file: &Path,
@@ -367,8 +367,8 @@ impl<'m> Engine<'m> {
         Ok((head.len(), end))
     }
 
-    /// Keeps the head that is the whole content of a sequence on disk. If that fails, it is computed
-    /// again another time.
+    /// Keeps the head that is the whole content of a sequence on disk. If that fails, it is
+    /// computed again another time.
     fn keep_head(&self, tokens: &[LlamaToken], sequence: i32) {
         let Some(heads) = &self.heads else { return };
         let kept = heads.keep(tokens, |file| {

@@ -1,5 +1,5 @@
-//! Heads on disk: the beginnings that many prompts share, computed once for a model instead of once in
-//! every process.
+//! Heads on disk: the beginnings that many prompts share, computed once for a model instead of once
+//! in every process.
 
 use std::{
     fs::{self, File},
@@ -27,7 +27,8 @@ pub(crate) struct Heads {
 }
 
 impl Heads {
-    /// The heads in `folder` for a model file. `how` names the settings that change the computation.
+    /// The heads in `folder` for a model file. `how` names the settings that change the
+    /// computation.
     pub(crate) fn new(folder: PathBuf, model: &Path, how: &str) -> io::Result<Self> {
         // Another build may compute other numbers.
         let build = (env!("CARGO_PKG_VERSION"), version(&std::env::current_exe()?)?, BLOCK);

@@ -1,9 +1,9 @@
 //! A prompt as the segments in which it is computed.
 //!
-//! Floating-point sums depend on how many tokens are computed together. So the segments depend on the
-//! prompt alone, never on the cache: an image with the text before it is one segment; other text is
-//! cut at the end of each part of a turn, and into blocks of [`BLOCK`] tokens. A cached prefix of
-//! whole segments is then exact.
+//! Floating-point sums depend on how many tokens are computed together. So the segments depend on
+//! the prompt alone, never on the cache: an image with the text before it is one segment; other
+//! text is cut at the end of each part of a turn, and into blocks of [`BLOCK`] tokens. A cached
+//! prefix of whole segments is then exact.
 
 use ecso::Digest;
 use llama_cpp_2::token::LlamaToken;

@@ -21,8 +21,8 @@ pub(crate) struct ChatTemplate {
     marker: String,
 }
 
-/// Marks the places in a rendered prompt between the parts of a turn, and behind turns that are not the
-/// user's. The text of a conversation never contains it.
+/// Marks the places in a rendered prompt between the parts of a turn, and behind turns that are not
+/// the user's. The text of a conversation never contains it.
 pub(crate) const CUT: &str = "<__ecso_part__>";
 
 /// The parts of the model's vocabulary that a template needs.
@@ -30,8 +30,8 @@ pub(crate) struct Vocabulary {
     pub(crate) bos: String,
     pub(crate) eos: String,
     pub(crate) control: Vec<String>,
-    /// Whether the model's name is LLaVA-1.5. It was trained with `vicuna_v1`, whatever template its
-    /// GGUF contains.
+    /// Whether the model's name is LLaVA-1.5. It was trained with `vicuna_v1`, whatever template
+    /// its GGUF contains.
     pub(crate) is_llava_1_5: bool,
 }
 
@@ -116,8 +116,8 @@ impl ChatTemplate {
         parts.join(&format!("\n{CUT}")) + end
     }
 
-    /// Keeps a [`CUT`] only after a line break or before a control token. Elsewhere some vocabularies
-    /// would tokenize the following text differently.
+    /// Keeps a [`CUT`] only after a line break or before a control token. Elsewhere some
+    /// vocabularies would tokenize the following text differently.
     fn keep_safe_cuts(&self, rendered: &str) -> String {
         let mut cut = String::with_capacity(rendered.len());
         let mut pieces = rendered.split(CUT);

@@ -1,5 +1,5 @@
-//! A tiny vision model with random weights, as a pair of GGUF files, for tests of the computation. Its
-//! replies are noise.
+//! A tiny vision model with random weights, as a pair of GGUF files, for tests of the computation.
+//! Its replies are noise.
 
 use std::{
     fs::File,

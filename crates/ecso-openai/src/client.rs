@@ -28,8 +28,8 @@ use crate::{
 /// Longest wait for a health check.
 const HEALTH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A model behind an OpenAI-compatible chat-completions endpoint. A clone shares connections and what
-/// was learned about the server.
+/// A model behind an OpenAI-compatible chat-completions endpoint. A clone shares connections and
+/// what was learned about the server.
 ///
 /// ```
 /// use ecso::Mllm as _;
@@ -65,8 +65,8 @@ impl From<ModelError> for Failed {
 }
 
 impl OpenAi {
-    /// A client for the server at `base`: `http://host:8000`, `http://host:8000/v1`, or the URL of one
-    /// of its endpoints. If `options` name no model, the server is asked for its only one.
+    /// A client for the server at `base`: `http://host:8000`, `http://host:8000/v1`, or the URL of
+    /// one of its endpoints. If `options` name no model, the server is asked for its only one.
     ///
     /// # Errors
     /// [`ModelError::Rejected`] if the URL is invalid, or the server lists no model or several;
@@ -105,7 +105,8 @@ impl OpenAi {
         other
     }
 
-    /// The same client with further headers in every request. Some servers choose the model by them.
+    /// The same client with further headers in every request. Some servers choose the model by
+    /// them.
     #[must_use]
     pub fn with_headers(mut self, headers: HeaderMap) -> Self {
         self.headers = headers;
@@ -129,8 +130,8 @@ impl OpenAi {
         Ok(self)
     }
 
-    /// The base of all endpoints (`http://host:8000/v1`), without `user:password@`. Its query is part
-    /// of every request.
+    /// The base of all endpoints (`http://host:8000/v1`), without `user:password@`. Its query is
+    /// part of every request.
     #[must_use]
     pub fn base(&self) -> &Url {
         self.base.url()
@@ -395,8 +396,8 @@ impl Mllm for OpenAi {
         &self.model
     }
 
-    /// Requests the list of models. Any answer except a server error (5xx) counts as healthy, also a
-    /// refusal.
+    /// Requests the list of models. Any answer except a server error (5xx) counts as healthy, also
+    /// a refusal.
     async fn health(&self) -> Result<(), ModelError> {
         let request =
             self.authorized(self.http.get(self.base.join("models")).timeout(HEALTH_TIMEOUT))?;

@@ -168,8 +168,8 @@ impl Complaint {
         FIELDS.into_iter().find(|field| self.refuses(field, request)).map(Quirk::Without)
     }
 
-    /// The optional fields that may be at fault if the message names no field. Empty if it names one,
-    /// or if the request has no optional fields.
+    /// The optional fields that may be at fault if the message names no field. Empty if it names
+    /// one, or if the request has no optional fields.
     pub(crate) fn suspects(&self, request: &Map<String, Value>) -> Quirks {
         let has_logprobs = request.contains_key("logprobs");
         let can_be = self.is_refusal() || (self.is_breakdown() && has_logprobs);
@@ -209,7 +209,8 @@ impl Complaint {
         request.contains_key(field) && self.names(field)
     }
 
-    /// Whether it is about `field`: by the parameters that it names, or by its text if it names none.
+    /// Whether it is about `field`: by the parameters that it names, or by its text if it names
+    /// none.
     fn names(&self, field: &str) -> bool {
         let known = |param: &&String| !matches!(param.as_str(), "" | "body" | "None" | "null");
         if self.params.iter().any(|param| known(&param)) {

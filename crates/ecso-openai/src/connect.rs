@@ -22,8 +22,8 @@ pub enum Bodies {
     AsSent,
 }
 
-/// Makes `ring` the process's default provider of `rustls`, for clients of this crate and others. If
-/// the program has installed a provider already, nothing happens.
+/// Makes `ring` the process's default provider of `rustls`, for clients of this crate and others.
+/// If the program has installed a provider already, nothing happens.
 pub fn install_provider() {
     let _ = rustls::crypto::ring::default_provider().install_default();
 }

@@ -1,6 +1,6 @@
-//! Fetching remote images for clients, without giving them access to the network inside: only public
-//! addresses and those that an operator names, checked after each name resolution and redirect, with
-//! limits on bytes and time.
+//! Fetching remote images for clients, without giving them access to the network inside: only
+//! public addresses and those that an operator names, checked after each name resolution and
+//! redirect, with limits on bytes and time.
 
 use std::{
     error::Error,
@@ -24,8 +24,8 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 /// Most redirects.
 const MAX_REDIRECTS: usize = 3;
 
-/// Why a remote image was not fetched. It has no details and no source, since they would reveal what
-/// can be reached from here.
+/// Why a remote image was not fetched. It has no details and no source, since they would reveal
+/// what can be reached from here.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("an image URL can't be fetched: {0}")]
 pub struct FetchError(String);
@@ -59,8 +59,8 @@ impl Fetcher {
     }
 
     /// A fetcher for public addresses and `hosts`: names, addresses, networks (`10.1.0.0/16`). A
-    /// `proxy` resolves names itself; with one, a name must also resolve here, and redirects are not
-    /// followed.
+    /// `proxy` resolves names itself; with one, a name must also resolve here, and redirects are
+    /// not followed.
     ///
     /// # Errors
     /// [`FetchError`] if no HTTP client can be made.
@@ -92,8 +92,8 @@ impl Fetcher {
     /// The image at `url`.
     ///
     /// # Errors
-    /// [`FetchError`] if the address is not public, there is no answer, or the answer is not a single
-    /// image within `limits`.
+    /// [`FetchError`] if the address is not public, there is no answer, or the answer is not a
+    /// single image within `limits`.
     pub async fn image(&self, url: &str, limits: ecso::Limits) -> Result<Image, FetchError> {
         let bytes = self.bytes(url, limits.bytes).await?;
         Image::from_bytes(bytes, limits).map_err(|error| FetchError(error.to_string()))
@@ -136,8 +136,8 @@ impl Fetcher {
     }
 }
 
-/// Hosts that may be contacted although they are not public: names, addresses and networks, in lower
-/// case.
+/// Hosts that may be contacted although they are not public: names, addresses and networks, in
+/// lower case.
 #[derive(Debug, Clone)]
 struct Trusted(Arc<[String]>);
 

@@ -81,8 +81,9 @@ impl Progress {
         Ok(deltas)
     }
 
-    /// The log-probabilities of the text's first token, once the text begins. A token may come before
-    /// its text (half a character, for example); it belongs to the text unless reasoning follows.
+    /// The log-probabilities of the text's first token, once the text begins. A token may come
+    /// before its text (half a character, for example); it belongs to the text unless reasoning
+    /// follows.
     fn first_token(&mut self, choice: &Value, content: &Content) -> Option<Delta> {
         let listed = content.first_token(choice, self.has_reasoned);
         if self.held.is_empty() {
@@ -229,8 +230,8 @@ pub(crate) fn models(body: &[u8]) -> Result<Vec<(String, Value)>, ModelError> {
     }
 }
 
-/// The fields of an entry that distinguish models of the same name, as one line of JSON: files, size,
-/// context. Fields that change while the server runs are left out.
+/// The fields of an entry that distinguish models of the same name, as one line of JSON: files,
+/// size, context. Fields that change while the server runs are left out.
 pub(crate) fn description(model: &Value) -> Option<String> {
     const FIELDS: [&str; 8] = [
         "root",

@@ -54,8 +54,8 @@ impl Search {
         true
     }
 
-    /// The quirks for one more try with the fields that were left out by a guess: the server may have
-    /// failed for another reason.
+    /// The quirks for one more try with the fields that were left out by a guess: the server may
+    /// have failed for another reason.
     pub(crate) fn without_guess(&self) -> Option<&Quirks> {
         self.before
             .as_ref()

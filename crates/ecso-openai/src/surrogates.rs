@@ -1,9 +1,9 @@
 //! JSON that contains halves of characters.
 //!
 //! A character above U+FFFF is two `\u` escapes in JSON: a high and a low surrogate. Servers that
-//! cut a text anywhere send one half in one event and the other in the next, but a Rust string can't
-//! contain a half. [`parse`] replaces it by a sentinel, a private-use character, and [`Joiner`] joins
-//! two neighbouring sentinels to the character.
+//! cut a text anywhere send one half in one event and the other in the next, but a Rust string
+//! can't contain a half. [`parse`] replaces it by a sentinel, a private-use character, and
+//! [`Joiner`] joins two neighbouring sentinels to the character.
 //!
 //! ```
 //! use ecso_openai::surrogates::{Joiner, parse};
@@ -15,10 +15,10 @@
 //! # Ok::<(), serde_json::Error>(())
 //! ```
 //!
-//! The sentinels are U+10F000 to U+10F7FF, in the last private-use plane. If the JSON really contains
-//! such a character, [`parse`] writes it as two sentinels, which a [`Joiner`] joins again. Therefore
-//! every text from [`parse`] must be joined before it is shown, and no other text may be: its private
-//! characters of that range would be lost. All other characters are never changed.
+//! The sentinels are U+10F000 to U+10F7FF, in the last private-use plane. If the JSON really
+//! contains such a character, [`parse`] writes it as two sentinels, which a [`Joiner`] joins again.
+//! Therefore every text from [`parse`] must be joined before it is shown, and no other text may be:
+//! its private characters of that range would be lost. All other characters are never changed.
 
 use std::{borrow::Cow, ops::RangeInclusive};
 

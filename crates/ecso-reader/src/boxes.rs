@@ -151,8 +151,8 @@ fn sample(image: &Picture, x: f32, y: f32) -> Rgb<u8> {
     image::imageops::interpolate_bilinear(image, x, y).unwrap_or(Rgb([255; 3]))
 }
 
-/// Sorts lines into reading order: rows from top to bottom, each from left to right. Lines are in one
-/// row if the centre of one lies within the height of the other.
+/// Sorts lines into reading order: rows from top to bottom, each from left to right. Lines are in
+/// one row if the centre of one lies within the height of the other.
 pub(crate) fn reading_order(mut lines: Vec<Line>) -> Vec<Vec<Line>> {
     lines.sort_by(|a, b| a.center.1.total_cmp(&b.center.1));
     let mut rows: Vec<Vec<Line>> = Vec::new();

@@ -17,15 +17,16 @@ use crate::{
     tagger::{Tag, Tagger},
 };
 
-/// The number of images whose text is kept; the steps of one answer read the same image three times.
+/// The number of images whose text is kept; the steps of one answer read the same image three
+/// times.
 const CACHED: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 
 /// If text covers at least this share of an image, it is a page and gets no tags. The highest share
 /// in a photograph with a tag was .11.
 const PAGE_SHARE: f32 = 0.2;
 
-/// A text model that gets each image as text: the words that a [`Reader`] reads in it, and the classes
-/// that a [`Tagger`] finds.
+/// A text model that gets each image as text: the words that a [`Reader`] reads in it, and the
+/// classes that a [`Tagger`] finds.
 pub struct Composed<M> {
     reader: Arc<Reader>,
     tagger: Option<Arc<Tagger>>,

@@ -16,8 +16,8 @@ use crate::{
     picture::{Picture, picture},
 };
 
-/// The longer side of the detector's input, at most, in pixels: enough to keep small print on a large
-/// page legible.
+/// The longer side of the detector's input, at most, in pixels: enough to keep small print on a
+/// large page legible.
 const LONGEST_SIDE: u32 = 1280;
 /// Height of the recogniser's input, in pixels.
 const LINE_HEIGHT: u32 = 48;
@@ -171,8 +171,8 @@ impl Reader {
         Ok(self.decode(steps.slice(0)))
     }
 
-    /// Greedy CTC decoding: the likeliest class of each step, without repeats and blanks; and the mean
-    /// probability.
+    /// Greedy CTC decoding: the likeliest class of each step, without repeats and blanks; and the
+    /// mean probability.
     fn decode(&self, steps: NdTensorView<'_, f32, 2>) -> (String, f32) {
         let (mut text, mut sum, mut count) = (String::new(), 0.0, 0.0_f32);
         let mut last = 0;

@@ -181,8 +181,8 @@ fn is_drawn(image: &Picture) -> bool {
     counts.iter().any(|count| count * 2 >= image.pixels().len())
 }
 
-/// The centre of an image as the network takes it: shape [1, 3, `SIDE`, `SIDE`], red first, about -1
-/// to 1.
+/// The centre of an image as the network takes it: shape [1, 3, `SIDE`, `SIDE`], red first, about
+/// -1 to 1.
 fn tensor(image: &Picture) -> NdTensor<f32, 4> {
     let (width, height) = image.dimensions();
     let side = width.min(height) - width.min(height) / 8;

@@ -112,8 +112,8 @@ impl Chat {
         self
     }
 
-    /// The conversation with each system message moved before the text of the next user turn, behind
-    /// its images. For models without a system role.
+    /// The conversation with each system message moved before the text of the next user turn,
+    /// behind its images. For models without a system role.
     #[must_use]
     pub fn without_system(&self) -> Self {
         let mut turns: Vec<Turn> = Vec::new();

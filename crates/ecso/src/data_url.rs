@@ -59,9 +59,9 @@ pub fn decode_data_url(url: &str, limit: usize) -> Result<Vec<u8>, ImageError> {
     decode_base64(data, limit)
 }
 
-/// The bytes of a text in base64, `limit` at most. Both alphabets are read (RFC 4648, sections 4 and
-/// 5), with padding or without. The text may be percent-encoded, broken into lines, or have a space
-/// for each `+`, as forms send it.
+/// The bytes of a text in base64, `limit` at most. Both alphabets are read (RFC 4648, sections 4
+/// and 5), with padding or without. The text may be percent-encoded, broken into lines, or have a
+/// space for each `+`, as forms send it.
 ///
 /// ```
 /// assert_eq!(ecso::decode_base64("YnJl\nYWQ", 100)?, b"bread");

@@ -79,7 +79,8 @@ impl Memory {
         (at.elapsed() < LIFETIME).then_some(found)
     }
 
-    /// Keeps a finding that has a probability. A plain yes or no, or a filter's refusal, is not kept.
+    /// Keeps a finding that has a probability. A plain yes or no, or a filter's refusal, is not
+    /// kept.
     pub(crate) fn keep(&self, key: Option<blake3::Hash>, found: Detection) {
         if let (Some(findings), Some(key), Some(_)) = (&self.findings, key, found.score) {
             lock(findings).put(key, (found, Instant::now()));

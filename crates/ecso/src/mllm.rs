@@ -1,5 +1,5 @@
-//! [`Mllm`], the trait of everything that answers a chat: what is asked, what comes back, and how it
-//! fails.
+//! [`Mllm`], the trait of everything that answers a chat: what is asked, what comes back, and how
+//! it fails.
 
 use std::{error::Error, fmt, sync::Arc, time::Duration};
 
@@ -33,8 +33,8 @@ pub struct Sampling {
     /// How many of the likeliest first tokens to report, with their log-probabilities. 0 requests
     /// none; a model that can't report them leaves [`Reply::first_token`] empty.
     pub top_logprobs: u8,
-    /// Further request fields. Backends with an HTTP request (an OpenAI-compatible server) send them
-    /// as they are.
+    /// Further request fields. Backends with an HTTP request (an OpenAI-compatible server) send
+    /// them as they are.
     #[serde(skip_serializing_if = "serde_json::Map::is_empty")]
     pub extra: serde_json::Map<String, serde_json::Value>,
 }
@@ -117,8 +117,8 @@ pub enum Delta {
 /// A reply while it is written. Dropping it cancels the work.
 pub type ReplyStream = BoxStream<'static, Result<Delta, ModelError>>;
 
-/// Why there is no reply. The text says all that is known; the error of another library that it came
-/// from, if any, is its source.
+/// Why there is no reply. The text says all that is known; the error of another library that it
+/// came from, if any, is its source.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum ModelError {
@@ -298,8 +298,8 @@ impl fmt::Display for ImageText {
     }
 }
 
-/// A multimodal LLM: the `F` of the paper. It is stateless: every call has its whole conversation. A
-/// backend may reuse the work on a common prefix of calls, if that does not change the reply.
+/// A multimodal LLM: the `F` of the paper. It is stateless: every call has its whole conversation.
+/// A backend may reuse the work on a common prefix of calls, if that does not change the reply.
 ///
 /// Only [`Mllm::name`] and [`Mllm::stream`] must be written; the example `own_backend` shows how.
 #[async_trait]

@@ -234,8 +234,8 @@ impl Pipeline<'_> {
         }
     }
 
-    /// Subject a question in all its wordings and windows; the most harmful finding counts. A harmful
-    /// finding of at least `enough` weight ends it early.
+    /// Subject a question in all its wordings and windows; the most harmful finding counts. A
+    /// harmful finding of at least `enough` weight ends it early.
     pub(crate) async fn ask(
         &mut self,
         step: Step,

@@ -28,8 +28,8 @@ pub(crate) struct Query<'a> {
     request: String,
     /// {t} in templates: all text that the model is shown, except that of trusted authors.
     transcript: String,
-    /// The text of the assistant's turns at the end of the conversation, if any. The model continues
-    /// it, so the answer begins with it.
+    /// The text of the assistant's turns at the end of the conversation, if any. The model
+    /// continues it, so the answer begins with it.
     prefill: String,
     /// The index of the first of these turns; the number of turns if there are none.
     prefill_start: usize,
@@ -103,8 +103,8 @@ impl<'a> Query<'a> {
         Some(guarded)
     }
 
-    /// The conversation as text. Text that repeats from call to call comes first, so that its windows
-    /// repeat too.
+    /// The conversation as text. Text that repeats from call to call comes first, so that its
+    /// windows repeat too.
     fn transcript(&self) -> String {
         let is_judged = |author: Author| match &self.profile.method {
             Method::Paper(_) => true,
@@ -145,9 +145,9 @@ impl<'a> Query<'a> {
         Answer { prefill: &self.prefill, text: y }
     }
 
-    /// The prompts of a question about the request, or about the reply `y` if its template has {y}: a
-    /// new conversation of one turn for each wording and window, without repetitions. Empty if the
-    /// question does not apply.
+    /// The prompts of a question about the request, or about the reply `y` if its template has {y}:
+    /// a new conversation of one turn for each wording and window, without repetitions. Empty if
+    /// the question does not apply.
     pub(crate) fn question<'q>(
         &self,
         question: &'q Question,
@@ -212,8 +212,9 @@ impl<'a> Query<'a> {
         })
     }
 
-    /// Whether the captions, one for each image of the conversation, contain a hint about the guarded
-    /// turn: it has an image, and (with `empty_caption = "plain"`) not all of its captions are blank.
+    /// Whether the captions, one for each image of the conversation, contain a hint about the
+    /// guarded turn: it has an image, and (with `empty_caption = "plain"`) not all of its captions
+    /// are blank.
     pub(crate) fn has_hints(&self, captions: &[String]) -> bool {
         let earlier: usize =
             self.chat.turns[..self.index].iter().map(|turn| turn.images().count()).sum();
@@ -222,11 +223,11 @@ impl<'a> Query<'a> {
         own.peek().is_some() && !(is_plain && own.all(|caption| caption.trim().is_empty()))
     }
 
-    /// Step 4: the whole conversation as text. `captions` has one for each image, in order. Those of
-    /// the guarded turn become its hints {c}; an image of another turn is replaced by `[Image:
+    /// Step 4: the whole conversation as text. `captions` has one for each image, in order. Those
+    /// of the guarded turn become its hints {c}; an image of another turn is replaced by `[Image:
     /// caption]`. The client's prefill is left out, so the answer begins anew. If the profile
-    /// includes images in step 4, as the published utility scripts do, those of the guarded turn are
-    /// put back.
+    /// includes images in step 4, as the published utility scripts do, those of the guarded turn
+    /// are put back.
     pub(crate) fn safe<'t>(&self, captions: &[String], template: &'t Template) -> Prompt<'t> {
         let blind = self.blind(captions, template);
         let mut chat = Chat::from(blind);
@@ -275,8 +276,8 @@ fn joined(texts: impl Iterator<Item = String>) -> String {
 }
 
 /// The values of a template for each window of the judged text. The judged text is {y} if the
-/// template has it, else the longest value. Its windows overlap by a fifth. Other values longer than
-/// a window lose their middle.
+/// template has it, else the longest value. Its windows overlap by a fifth. Other values longer
+/// than a window lose their middle.
 fn windows<'h>(
     values: &[(&'h str, &'h str)],
     template: &Template,

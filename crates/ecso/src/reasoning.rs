@@ -14,9 +14,9 @@ const MARKS: [(&str, &str); 10] = [
     ("<|channel|>analysis", "<|channel|>final<|message|>"),
 ];
 
-/// A reply without the block of reasoning that it begins with, if any: `<think>…</think>`, or in the
-/// marks of another model. `None` if the block does not end: the reply was cut off. Reasoning may
-/// quote its end mark, so the last one counts.
+/// A reply without the block of reasoning that it begins with, if any: `<think>…</think>`, or in
+/// the marks of another model. `None` if the block does not end: the reply was cut off. Reasoning
+/// may quote its end mark, so the last one counts.
 ///
 /// ```
 /// assert_eq!(ecso::without_reasoning("<think>Bread?</think>\nNo"), Some("No"));

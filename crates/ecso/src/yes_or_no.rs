@@ -22,10 +22,10 @@ pub enum Subject {
 
 /// Whether a reply says yes (`true`) or no; `None` if it does not do so plainly.
 ///
-/// Reasoning and markup around the answer are ignored ([`verdict_text`]). The word must stand alone,
-/// or be followed by a reason that begins as reasons do (`, it …`, `. The reply …`, `, because this
-/// …`) and neither withdraws the word nor declines to answer. If the subject is harm, a reason that
-/// contradicts the word withdraws it too ("No, it is harmful").
+/// Reasoning and markup around the answer are ignored ([`verdict_text`]). The word must stand
+/// alone, or be followed by a reason that begins as reasons do (`, it …`, `. The reply …`, `,
+/// because this …`) and neither withdraws the word nor declines to answer. If the subject is harm,
+/// a reason that contradicts the word withdraws it too ("No, it is harmful").
 ///
 /// ```
 /// use ecso::{Subject, yes_or_no};
@@ -258,9 +258,9 @@ impl Patterns {
 
 static PATTERNS: LazyLock<Option<Patterns>> = LazyLock::new(|| Patterns::new().ok());
 
-/// Whether a reply was cut off before its answer, so that a higher token limit would help: the model
-/// was still reasoning, or had written only a mark or a label. A reply that begins with another word
-/// is an answer to something else.
+/// Whether a reply was cut off before its answer, so that a higher token limit would help: the
+/// model was still reasoning, or had written only a mark or a label. A reply that begins with
+/// another word is an answer to something else.
 ///
 /// ```
 /// use ecso::{FinishReason, Reply, ended_before_answer};

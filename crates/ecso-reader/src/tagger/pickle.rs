@@ -424,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn strides_are_heeded() {
+    fn strides_are_applied() {
         let numbers = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
         for (strides, expected) in [([3, 1], numbers), ([1, 2], [1.0, 3.0, 5.0, 2.0, 4.0, 6.0])] {
             let file = file(&[2, 3], &strides, &numbers);
@@ -440,17 +440,17 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_tensor_is_refused() {
+    fn files_without_tensors_are_refused() {
         let good = file(&[2], &[1], &[1.0, 2.0]);
         let at = good.windows(8).position(|bytes| bytes == b"ctorch._").unwrap();
         let system: Vec<u8> = [&good[..at], b"cposix\nsystem\n", &good[at..]].concat();
         let refused = |file: &[u8]| Tensors::read(file).err().unwrap().to_string();
-        assert!(refused(&system).contains("an instruction (0x63) that has no place here"));
+        assert!(refused(&system).contains("an instruction (0x63) that is not allowed here"));
         let deep = [MAGIC, b"\x80\x02M\xe9\x03.\x80\x02N", &vec![0x85; 90_000]].concat();
         assert!(refused(&deep).contains("an instruction (0x85)"));
         let long = [MAGIC, &vec![b'N'; 200_000]].concat();
         assert!(refused(&long).contains("too many instructions"));
-        assert!(refused(b"GIF89a").contains("no file of torch's"));
+        assert!(refused(b"GIF89a").contains("not a file of torch"));
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Pictures in AVIF: one frame of AV1, or a grid of such tiles, and perhaps another for transparency.
+//! Pictures in AVIF: one frame of AV1, or a grid of such tiles, and perhaps another for
+//! transparency.
 
 use bytes::Bytes;
 use heifer::{

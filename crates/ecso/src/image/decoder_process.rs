@@ -32,8 +32,8 @@ const TIMED_OUT: i32 = 124;
 /// The program that decodes, and its first argument.
 static PROGRAM: OnceLock<(PathBuf, &'static str)> = OnceLock::new();
 
-/// From now on, decodes with `program`. It is called with `argument` and one more argument, which it
-/// must pass to [`main`]. Only the first call counts.
+/// From now on, decodes with `program`. It is called with `argument` and one more argument, which
+/// it must pass to [`main`]. Only the first call counts.
 ///
 /// ```no_run
 /// use ecso::decoder_process;

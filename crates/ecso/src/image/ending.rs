@@ -1,5 +1,5 @@
-//! Whether a file is complete or was cut off, found out without decoding it. Decoders fill a missing
-//! part with grey.
+//! Whether a file is complete or was cut off, found out without decoding it. Decoders fill a
+//! missing part with grey.
 
 use image::ImageFormat;
 use memchr::{memchr, memmem};
@@ -17,8 +17,8 @@ pub(super) fn is_complete(bytes: &[u8], format: ImageFormat) -> bool {
     end.is_some()
 }
 
-/// Whether a PDF has its end mark where readers look for it. Without it, decoders show the pages that
-/// they find.
+/// Whether a PDF has its end mark where readers look for it. Without it, decoders show the pages
+/// that they find.
 pub(super) fn is_complete_pdf(bytes: &[u8]) -> bool {
     const TAIL: usize = 1024;
     memmem::find(&bytes[bytes.len().saturating_sub(TAIL)..], b"%%EOF").is_some()
@@ -81,7 +81,8 @@ fn gif(bytes: &[u8]) -> Option<()> {
     }
 }
 
-/// By the length in its header. If the last chunk has an odd length, its padding byte may be missing.
+/// By the length in its header. If the last chunk has an odd length, its padding byte may be
+/// missing.
 fn webp(bytes: &[u8]) -> Option<()> {
     let length = usize::try_from(u32::from_le_bytes(*bytes.get(4..)?.first_chunk()?)).ok()?;
     (length.checked_add(8)? <= bytes.len() + 1).then_some(())
