@@ -795,7 +795,7 @@ fn external_processing_has_its_own_address() {
         .collect();
     let address = said[1].strip_prefix("ecso: external processing for gateways on ").unwrap();
     std::net::TcpStream::connect(address).unwrap();
-    assert!(said.iter().any(|line| line.contains("let only the gateway do so")), "{said:?}");
+    assert!(said.iter().any(|line| line.contains("let only the gateway reach it")), "{said:?}");
     process.kill().unwrap();
     process.wait().unwrap();
 }
