@@ -103,16 +103,16 @@ impl OpenGuard {
     ) -> Result<Table, Failure> {
         let worker = self.table_worker().await?;
         let answerer = self.answerer(&worker, journal)?;
-        let answered =
+        let answers =
             worker.model.run(answerer.answer(&tables.schema, tables.batches, &options)).await;
-        if answered.is_err() {
+        if answers.is_err() {
             // The model stayed unreachable. The next call connects again.
             let mut current = self.tables.lock().await;
             if current.as_ref().is_some_and(|current| Arc::ptr_eq(current, &worker)) {
                 *current = None;
             }
         }
-        Ok(Table::new(&tables.schema, answered??, &options.prefix))
+        Ok(Table::new(&tables.schema, answers??, &options.prefix))
     }
 }
 

@@ -217,7 +217,7 @@ impl RowRecord {
 
     /// Adds the row's key and the digests of its images.
     pub(crate) fn with_images(self, key: String, images: &[Image]) -> Self {
-        let images = images.iter().map(|image| image.digest().to_hex().to_string()).collect();
+        let images = images.iter().map(|image| image.digest().to_hex()).collect();
         Self { key, images, ..self }
     }
 

@@ -245,10 +245,10 @@ impl Value {
             }
             Self::Texts(values) => array(out, 8, values, |out, value| text(out, value)),
             Self::I32s(values) => {
-                array(out, 5, values, |out, value| out.extend(value.to_le_bytes()))
+                array(out, 5, values, |out, value| out.extend(value.to_le_bytes()));
             }
             Self::F32s(values) => {
-                array(out, 6, values, |out, value| out.extend(value.to_le_bytes()))
+                array(out, 6, values, |out, value| out.extend(value.to_le_bytes()));
             }
         }
     }
