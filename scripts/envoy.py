@@ -489,7 +489,7 @@ def other_settings(port, run):
         (misled, [], {"changes": [(f"response_body_mode: {MODES}", "response_body_mode: NONE"),
                                   ("response_trailer_mode: SEND", "response_trailer_mode: SKIP")]}),
         (model_is_late, [], {"changes": [("timeout: 620s", "timeout: 1s")]}),
-        (guard_is_late, [], {"changes": [("timeout: 630s\n              # Without", "timeout: 1s\n              # Without")]}),
+        (guard_is_late, [], {"changes": [("timeout: 630s\n              # If the guard", "timeout: 1s\n              # If the guard")]}),
         (all_is_late, [], {"changes": [("stream_idle_timeout: 630s", "stream_idle_timeout: 1.5s")]}),
     ]
     for function, arguments, more in settings:

@@ -201,7 +201,7 @@ class Proxy:
 
     def check_an_id_that_the_client_chose(self):
         status, reply = self.chat("What is it?", headers={"x-litellm-call-id": "mine"})
-        assert status == 400 and "x-litellm-call-id is not taken" in reply, reply
+        assert status == 400 and "x-litellm-call-id is not accepted" in reply, reply
         # A harmless request waits while another one, whose picture is not judged, takes over its id.
         reply = {}
 
