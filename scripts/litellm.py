@@ -154,7 +154,7 @@ class Proxy:
         """Confirms what, by docs/litellm.md, a guardrail can't hold back."""
         # Streams without the two settings are cut off, but too late.
         status, reply = self.chat("Please be rude.", stream=True, guards=("pieces",), leaks=True)
-        assert "error" in reply and "in pieces" in reply, reply
+        assert "error" in reply and "arrives in parts" in reply, reply
         # Streams of other routes.
         content = [{"type": "input_image", "image_url": self.picture, "detail": "auto"}, {"type": "input_text", "text": "Please be rude."}]
         self.send({"model": "m", "stream": True, "input": [{"role": "user", "content": content}]}, "/v1/responses", leaks=True)
