@@ -1,4 +1,4 @@
-//! The keys of profiles before 0.2, which are read for one more version.
+//! Earlier keys of profiles, which are read for one more version.
 
 use super::ProfileError;
 
