@@ -84,6 +84,8 @@ mod yes_or_no;
 
 pub use calibration::{Calibration, CalibrationError};
 pub use chat::{BlindChat, Chat, Part, Role, Turn};
+// For the other crates here; no part of the promised API.
+#[doc(hidden)]
 pub use concurrent::with_background;
 pub use data_url::{decode_base64, decode_data_url, is_data_url};
 pub use guard::{CheckedDraft, Guard, GuardBuilder};

@@ -237,7 +237,7 @@ pub fn error_chain(error: &(dyn Error + 'static)) -> String {
     let mut texts: Vec<String> = Vec::new();
     let mut next = Some(error);
     while let Some(error) = next {
-        let text = error.to_string();
+        let text = error.to_string().trim().to_owned();
         if !texts.iter().any(|earlier| earlier.contains(&text)) {
             texts.push(text);
         }

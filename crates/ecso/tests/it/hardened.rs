@@ -708,3 +708,10 @@ async fn a_request_that_was_considered_is_judged_as_one_that_was_not() {
         assert!(!steps(&again).contains(&Step::RequestCheck), "{:?}", steps(&again));
     }
 }
+
+#[test]
+fn an_error_of_a_profile_is_said_once() {
+    let error = Profile::hardened().with("nokey", "1").unwrap_err();
+    let text = ecso::error_chain(&error);
+    assert_eq!(text.matches("unknown field").count(), 1, "{text}");
+}
