@@ -29,6 +29,7 @@ use timing::{Arm, Timing, time_answer};
 
 /// Number of concurrent answers, where these are measured.
 const CONCURRENCY: usize = 8;
+const STORY: &str = "Tell a long story about a baker.";
 /// Words of the prompt that measures the prompt rate.
 const LONG_PROMPT: usize = 400;
 
@@ -129,7 +130,9 @@ impl Bench {
         let name = "harmless requests, every answer rewritten (gate = always)";
         session.block(name, &self.harmless, &arms(&always), report).await?;
         report.record_peak_memory();
-        report.at_once = Some(session.concurrent(self.usual()).await?);
+        for arm in [Arm::Guarded(self.usual()), Arm::Unguarded] {
+            report.at_once.push(session.concurrent(arm).await?);
+        }
         if is_local && !settings.engine.no_reuse {
             let mut without_reuse = settings.clone();
             without_reuse.engine.no_reuse = true;
@@ -153,7 +156,7 @@ impl Bench {
     /// The number of answers to measure.
     fn total_answers(&self, settings: &Settings) -> usize {
         let blocks = if settings.is_server() || settings.engine.no_reuse { 3 } else { 4 };
-        1 + self.runs * (2 + blocks * (self.profiles.len() + 1)) + 2 * CONCURRENCY
+        1 + self.runs * (2 + blocks * (self.profiles.len() + 1)) + 4 * CONCURRENCY
     }
 }
 
@@ -224,7 +227,7 @@ impl Session<'_> {
             let timing = time_answer(&self.model, Arm::Unguarded, &long, 1).await?;
             let seconds = timing.first_word.as_secs_f64();
             prompt_rates.extend(timing.tokens.map(|(prompt, _)| f64::from(prompt) / seconds));
-            let story = Chat::ask([], "Tell a long story about a baker.");
+            let story = Chat::ask([], STORY);
             let timing = self.answer(Arm::Unguarded, &story).await?;
             let seconds = timing.total.saturating_sub(timing.first_word).as_secs_f64();
             answer_rates.extend(
@@ -235,21 +238,26 @@ impl Session<'_> {
         Ok((rate(prompt_rates), rate(answer_rates)))
     }
 
-    /// Measures how much faster several answers are when they are requested concurrently.
-    async fn concurrent(&mut self, profile: &Profile) -> anyhow::Result<Concurrent> {
-        let arm = Arm::Guarded(profile);
-        let chat = |place: usize| &self.bench.harmless[place % self.bench.harmless.len()];
+    /// Measures how much faster several answers are when they are requested concurrently: guarded
+    /// ones, or stories, for which next to nothing is to be read.
+    async fn concurrent(&mut self, arm: Arm<'_>) -> anyhow::Result<Concurrent> {
+        let story = [Chat::ask([], STORY)];
+        let (what, chats) = match arm {
+            Arm::Guarded(_) => ("guarded answers", self.bench.harmless.as_slice()),
+            Arm::Unguarded => ("unguarded stories", story.as_slice()),
+        };
         let start = Instant::now();
         for place in 0..CONCURRENCY {
-            self.answer(arm, chat(place)).await?;
+            self.answer(arm, &chats[place % chats.len()]).await?;
         }
         let one_by_one = start.elapsed();
-        let chats: Vec<Chat> =
-            (0..CONCURRENCY).map(|place| self.with_new_prefix(chat(place))).collect();
+        let chats: Vec<Chat> = (0..CONCURRENCY)
+            .map(|place| self.with_new_prefix(&chats[place % chats.len()]))
+            .collect();
         let start = Instant::now();
         let max_new_tokens = self.bench.max_new_tokens;
         try_join_all(chats.iter().map(|chat| time_answer(&self.model, arm, chat, max_new_tokens)))
             .await?;
-        Ok(Concurrent::new(CONCURRENCY, one_by_one, start.elapsed()))
+        Ok(Concurrent::new(what, CONCURRENCY, one_by_one, start.elapsed()))
     }
 }

@@ -71,7 +71,7 @@ impl Settings {
         is_url(&self.model)
     }
 
-    /// Rows in flight by default: the engine answers one request at a time.
+    /// Rows in flight by default. With one, a reply of the engine depends on nothing but its prompt.
     pub(crate) fn default_concurrency(&self) -> usize {
         if self.is_server() { 8 } else { 1 }
     }
@@ -89,7 +89,7 @@ pub(crate) struct Engine {
     /// Maximum tokens of one conversation.
     pub(crate) context: u32,
     pub(crate) threads: u32,
-    /// Number of conversations whose prefix is kept.
+    /// Number of conversations that are computed at the same time, and whose prefix is kept.
     pub(crate) slots: u32,
     /// Whether to compute every prompt from its start.
     pub(crate) no_reuse: bool,

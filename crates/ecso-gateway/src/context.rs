@@ -16,7 +16,7 @@ use futures::StreamExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
-    access::{self, Caller},
+    access::{self, API_KEY, Caller},
     audit::JudgedRequest,
     error::ApiError,
     report::{Early, Finding, Report, UNFINISHED},
@@ -24,8 +24,8 @@ use crate::{
     settings::{ImageUrls, Mode, Settings, Streams, TraceLevel},
     state::AppState,
     upstream::{
-        CREDENTIAL_HEADERS, Carrier, Credentials, HTTP, Transport, Upstream, is_known_header,
-        relay, with_idle_timeout,
+        CREDENTIAL_HEADERS, Carrier, Credentials, HTTP, Outgoing, Transport, Upstream,
+        is_known_header, relay, with_idle_timeout,
     },
 };
 
@@ -230,6 +230,16 @@ impl RequestContext {
         }
     }
 
+    /// Moves the client's key to the header in which chats have it; Messages have another one.
+    pub(crate) fn use_bearer_key(&mut self) {
+        if let Some(key) = self.headers.remove(API_KEY)
+            && !self.headers.contains_key(header::AUTHORIZATION)
+            && let Ok(key) = HeaderValue::try_from([b"Bearer ", key.as_bytes()].concat())
+        {
+            self.headers.insert(header::AUTHORIZATION, key);
+        }
+    }
+
     /// Declares the body to be JSON.
     pub(crate) fn set_json(&mut self) {
         self.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -285,14 +295,14 @@ impl RequestContext {
         path: &str,
         body: impl Into<reqwest::Body>,
     ) -> Result<Response<axum::body::Body>, ApiError> {
-        let sent = transport.forward(
+        let sent = transport.forward(Outgoing {
             credentials,
-            method.clone(),
-            path,
-            &self.headers,
-            body.into(),
-            Bodies::AsSent,
-        );
+            method: method.clone(),
+            path_and_query: path,
+            headers: &self.headers,
+            body: body.into(),
+            bodies: Bodies::AsSent,
+        });
         Ok(relay(self.in_time(sent).await?, self.state.settings.limits.deadline()))
     }
 

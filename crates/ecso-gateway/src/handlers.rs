@@ -5,7 +5,7 @@ use std::sync::{Arc, LazyLock};
 use axum::{
     body::Body,
     extract::State,
-    http::{HeaderValue, StatusCode, header},
+    http::{StatusCode, header},
     response::{IntoResponse, Response},
 };
 use ecso::profile::Scope;
@@ -13,7 +13,6 @@ use serde_json::json;
 use tracing::Instrument;
 
 use crate::{
-    access::API_KEY,
     chat,
     context::{RequestContext, check_content_headers},
     error::{ApiError, ApiErrors, ErrorBody},
@@ -44,69 +43,7 @@ pub(crate) async fn completions(
     State(gateway): State<Arc<Gateway>>,
     request: axum::extract::Request,
 ) -> Response {
-    let (id, state) = (request_id(), gateway.state());
-    let (head, body) = request.into_parts();
-    let (span, door) =
-        (telemetry::request_span("chat", &id, &head.headers), door(&head.extensions));
-    let response = async {
-        let context = gateway.admit(&state, &id, head)?;
-        Box::pin(answer_chat(&gateway, context, body)).await
-    };
-    finish_response(&id, (door, "chat"), &state.metrics, response.instrument(span)).await
-}
-
-/// Answers a chat: forwards it, observes it, or guards it.
-pub(crate) async fn answer_chat(
-    gateway: &Gateway,
-    mut context: RequestContext,
-    body: Body,
-) -> Result<Response, ApiError> {
-    let state = Arc::clone(&context.state);
-    let settings = &state.settings;
-    let transport = context.transport();
-    if let Some(transport) = &transport
-        && context.caller.is_never_guarded(settings)
-    {
-        return context.forward_post(transport, CHAT, context.stream_body(body)).await;
-    }
-    let body = context.read(body).await?;
-    let value = strict::parse(&body);
-    let model = request::model(&value);
-    context.mode = context.caller.mode(settings, model, &context.headers)?;
-    let scope = context.scope(model);
-    let parsed = check_content_headers(&context.headers).and(
-        value
-            .map_err(ApiError::unreadable_body)
-            .and_then(|value| request::Body::parse(value, &settings.allow_fields)),
-    );
-    if context.mode == Mode::Enforce {
-        context.keep_known_headers();
-        context.set_json();
-    }
-    // An unreadable request counts as in scope.
-    let is_out_of_scope =
-        parsed.as_ref().is_ok_and(|parsed| scope != Scope::All && !parsed.has_images());
-    match (&transport, context.mode) {
-        (Some(transport), mode)
-            if mode == Mode::Off
-                || is_out_of_scope
-                || (mode == Mode::Observe && !settings.is_sampled()) =>
-        {
-            context.forward_post(transport, CHAT, body).await
-        }
-        (Some(transport), Mode::Observe) => {
-            let admission = Arc::clone(&gateway.admission);
-            ObservedRequest { context, admission, parsed, format: None }
-                .forward(transport, CHAT, body)
-                .await
-        }
-        _ => {
-            drop(body);
-            let turn = context.in_time(gateway.admission.enter()).await?;
-            let request = context.prepare(parsed?).await?;
-            chat::enforce(context, request, turn, None).await
-        }
-    }
+    handle(&gateway, "chat", None, request).await
 }
 
 /// Answers a request in Anthropic's Messages format, as a chat.
@@ -121,7 +58,7 @@ pub(crate) async fn messages(
     State(gateway): State<Arc<Gateway>>,
     request: axum::extract::Request,
 ) -> Response {
-    handle_translated(&gateway, "messages", Format::Messages, request).await
+    handle(&gateway, "messages", Some(Format::Messages), request).await
 }
 
 /// Answers a request in OpenAI's Responses format, as a chat. Later requests can continue from the
@@ -137,14 +74,14 @@ pub(crate) async fn responses(
     State(gateway): State<Arc<Gateway>>,
     request: axum::extract::Request,
 ) -> Response {
-    handle_translated(&gateway, "responses", Format::Responses, request).await
+    handle(&gateway, "responses", Some(Format::Responses), request).await
 }
 
-/// Handles a request in another format than chat completions.
-async fn handle_translated(
+/// Handles a request in a format; `None` is chat completions.
+async fn handle(
     gateway: &Gateway,
     route: &'static str,
-    format: Format,
+    format: Option<Format>,
     request: axum::extract::Request,
 ) -> Response {
     let (id, state) = (request_id(), gateway.state());
@@ -152,19 +89,23 @@ async fn handle_translated(
     let (span, door) = (telemetry::request_span(route, &id, &head.headers), door(&head.extensions));
     let uri = head.uri.clone();
     let response = async {
-        let with_format = |error| ApiError { format: Some(format), ..error };
+        let with_format = |error| ApiError { format, ..error };
         let context = gateway.admit(&state, &id, head).map_err(with_format)?;
-        let path = uri.path_and_query().map_or(uri.path(), |whole| whole.as_str());
-        Box::pin(answer_translated(gateway, context, format, path, body)).await.map_err(with_format)
+        let path = match format {
+            Some(_) => uri.path_and_query().map_or(uri.path(), |whole| whole.as_str()),
+            None => CHAT,
+        };
+        Box::pin(answer(gateway, context, format, path, body)).await.map_err(with_format)
     };
     finish_response(&id, (door, route), &state.metrics, response.instrument(span)).await
 }
 
-/// Answers a request in another format: forwards it, observes it, or guards it as a chat.
-pub(crate) async fn answer_translated(
+/// Answers a request in a format (`None`: chat completions): forwards it to `path`, observes it, or
+/// guards it as a chat.
+pub(crate) async fn answer(
     gateway: &Gateway,
     mut context: RequestContext,
-    format: Format,
+    format: Option<Format>,
     path: &str,
     body: Body,
 ) -> Result<Response, ApiError> {
@@ -181,51 +122,63 @@ pub(crate) async fn answer_translated(
     let model = request::model(&value);
     context.mode = context.caller.mode(settings, model, &context.headers)?;
     let scope = context.scope(model);
-    let headers_checked = check_content_headers(&context.headers);
+    let value =
+        check_content_headers(&context.headers).and(value.map_err(ApiError::unreadable_body));
     if context.mode == Mode::Enforce || transport.is_none() {
         context.keep_known_headers();
         context.set_json();
-        // Chats have their key in another header than Messages.
-        if let Some(key) = context.headers.remove(API_KEY)
-            && !context.headers.contains_key(header::AUTHORIZATION)
-            && let Ok(key) = HeaderValue::try_from([b"Bearer ", key.as_bytes()].concat())
-        {
-            context.headers.insert(header::AUTHORIZATION, key);
+        if format.is_some() {
+            context.use_bearer_key();
         }
     }
-    let value = headers_checked.and(value.map_err(ApiError::unreadable_body));
-    // Without enforcement, the upstream's own route answers.
+    // An unreadable request counts as in scope.
+    let is_in_scope = |parsed: &Result<request::Body, ApiError>| {
+        scope == Scope::All || parsed.as_ref().map_or(true, request::Body::has_images)
+    };
+    // Without enforcement, the upstream's own route answers. It has the earlier answers.
     if let (Some(transport), Mode::Off | Mode::Observe) = (&transport, context.mode) {
-        // The upstream has the earlier answers.
-        let chat = value.and_then(|value| {
-            format.parse(value, &mut |_| Err(external_conversation(PREVIOUS_RESPONSE_ID)))
+        let mut load = |_: &str| Err(external_conversation(PREVIOUS_RESPONSE_ID));
+        let chat = value.and_then(|value| match format {
+            Some(format) => format.parse(value, &mut load).map(|(chat, _)| chat),
+            None => Ok(value),
         });
-        let parsed = chat.and_then(|(chat, _)| request::Body::parse(chat, &settings.allow_fields));
-        let is_out_of_scope =
-            parsed.as_ref().is_ok_and(|parsed| scope != Scope::All && !parsed.has_images());
-        if context.mode == Mode::Off || is_out_of_scope || !settings.is_sampled() {
+        let parsed = chat.and_then(|chat| request::Body::parse(chat, &settings.allow_fields));
+        if context.mode == Mode::Off || !is_in_scope(&parsed) || !settings.is_sampled() {
             return context.forward_post(transport, path, body).await;
         }
         let admission = Arc::clone(&gateway.admission);
-        return ObservedRequest { context, admission, parsed, format: Some(format) }
+        return ObservedRequest { context, admission, parsed, format }
             .forward(transport, path, body)
             .await;
     }
     let value = value?;
-    let remaining = (
-        settings.limits.body.saturating_sub(body.len()),
-        strict::MAX_VALUES.saturating_sub(strict::count_values(&value)),
-    );
-    drop(body);
-    let tenant = context.tenant();
-    let mut load = |id: &str| {
-        state.store.conversation((&tenant, id), remaining, |bytes| context.reserve_more(bytes))
+    let (chat, wire) = match format {
+        Some(format) => {
+            let remaining = (
+                settings.limits.body.saturating_sub(body.len()),
+                strict::MAX_VALUES.saturating_sub(strict::count_values(&value)),
+            );
+            let tenant = context.tenant();
+            let mut load = |id: &str| {
+                let owned = (tenant.as_str(), id);
+                state.store.conversation(owned, remaining, |bytes| context.reserve_more(bytes))
+            };
+            let (chat, wire) = format.parse(value, &mut load)?;
+            (chat, Some(wire))
+        }
+        None => (value, None),
     };
-    let (chat, wire) = format.parse(value, &mut load)?;
-    let chat = request::Body::parse(chat, &settings.allow_fields)?;
+    let parsed = request::Body::parse(chat, &settings.allow_fields);
+    if let (Some(transport), None) = (&transport, format)
+        && !is_in_scope(&parsed)
+    {
+        return context.forward_post(transport, path, body).await;
+    }
+    drop(body);
+    let parsed = parsed?;
     let turn = context.in_time(gateway.admission.enter()).await?;
-    let request = context.prepare(chat).await?;
-    chat::enforce(context, request, turn, Some(wire)).await
+    let request = context.prepare(parsed).await?;
+    chat::enforce(context, request, turn, wire).await
 }
 
 /// Estimates how many tokens a request in the Messages format has. The format itself calls this

@@ -3,7 +3,11 @@
 
 use std::sync::Arc;
 
-use axum::{body::Body, http::header, response::Response};
+use axum::{
+    body::Body,
+    http::{Method, header},
+    response::Response,
+};
 use bytes::Bytes;
 use ecso_openai::Bodies;
 use futures::StreamExt;
@@ -16,7 +20,7 @@ use crate::{
     context::RequestContext,
     error::ApiError,
     request::Body as ParsedBody,
-    upstream::{Credentials, Transport, relay},
+    upstream::{Credentials, Outgoing, Transport, relay},
     wire::Format,
 };
 
@@ -38,15 +42,14 @@ impl ObservedRequest {
         path: &str,
         body: Bytes,
     ) -> Result<Response, ApiError> {
-        let headers = &self.context.headers;
-        let sent = transport.forward(
-            Credentials::Operator,
-            axum::http::Method::POST,
-            path,
-            headers,
-            body.into(),
-            Bodies::Unpacked,
-        );
+        let sent = transport.forward(Outgoing {
+            credentials: Credentials::Operator,
+            method: Method::POST,
+            path_and_query: path,
+            headers: &self.context.headers,
+            body: body.into(),
+            bodies: Bodies::Unpacked,
+        });
         let idle_timeout = self.context.state.settings.limits.deadline();
         let response = relay(self.context.in_time(sent).await?, idle_timeout);
         if !response.status().is_success() {

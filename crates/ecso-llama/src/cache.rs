@@ -1,26 +1,23 @@
 //! The prompts in the engine's sequences, so that a shared prefix is computed once.
 
+use std::{cmp::Reverse, sync::Arc};
+
 use crate::layout::Segment;
+
+/// A prefix is worth copying or waiting for if it saves this many tokens.
+const WORTHWHILE: usize = 64;
 
 /// The content of one sequence of the engine's KV cache: segments, each with its end position.
 #[derive(Debug, Default)]
-pub(crate) struct Sequence {
+struct Sequence {
     held: Vec<(Segment, i32)>,
     /// [`Cache::clock`] when it was last used.
     used: i64,
+    /// The whole prompt of the job that is using it.
+    job: Option<Arc<[Segment]>>,
 }
 
 impl Sequence {
-    /// Drops all but the first `keep` segments.
-    pub(crate) fn truncate(&mut self, keep: usize) {
-        self.held.truncate(keep);
-    }
-
-    /// Adds a segment that was computed, with its end position.
-    pub(crate) fn push(&mut self, segment: Segment, end: i32) {
-        self.held.push((segment, end));
-    }
-
     /// The value of keeping it, by the rule `GreedyDual`: its tokens, plus the clock when it was
     /// last used.
     fn value(&self) -> i64 {
@@ -29,12 +26,18 @@ impl Sequence {
 
     /// The number of leading segments that it shares with a prompt.
     fn shared(&self, prompt: &[Segment]) -> usize {
-        self.held
-            .iter()
-            .zip(prompt)
-            .take_while(|((held, _), segment)| held.same_as(segment))
-            .count()
+        common(self.held.iter().map(|(segment, _)| segment), prompt)
     }
+
+    /// The same, once its job has computed its whole prompt.
+    fn will_share(&self, prompt: &[Segment]) -> usize {
+        self.job.as_ref().map_or(0, |job| common(job.iter(), prompt))
+    }
+}
+
+/// The number of leading segments of a prompt that are the same.
+fn common<'a>(segments: impl Iterator<Item = &'a Segment>, prompt: &[Segment]) -> usize {
+    segments.zip(prompt).take_while(|(segment, wanted)| segment.same_as(wanted)).count()
 }
 
 /// All sequences.
@@ -50,7 +53,9 @@ pub(crate) struct Cache {
 pub(crate) struct Place {
     /// Index of the sequence.
     pub(crate) sequence: usize,
-    /// The number of the prompt's segments that it has already.
+    /// The sequence in use whose content is to be copied there first.
+    pub(crate) copied_from: Option<usize>,
+    /// The number of the prompt's segments that are computed already.
     pub(crate) shared: usize,
     /// The position where they end.
     pub(crate) position: i32,
@@ -61,35 +66,65 @@ impl Cache {
         Self { sequences: (0..sequences.max(1)).map(|_| Sequence::default()).collect(), clock: 0 }
     }
 
-    /// The sequence that shares most with the prompt; among equals, the one with the least value,
-    /// so that a long prefix in frequent use outlives short conversations. The prompt's last
-    /// segment never counts as shared, because computing it gives the logits for the first token of
-    /// the reply. With `no_reuse`, nothing is shared.
-    pub(crate) fn place(&mut self, prompt: &[Segment], no_reuse: bool) -> Place {
+    /// A free sequence for a prompt, which it uses until [`Cache::release`]: the one that shares
+    /// most with it; among equals, the one with the least value, so that a long prefix in frequent
+    /// use outlives short conversations. If a sequence in use shares clearly more, that is copied.
+    /// `None` if no sequence is free, or if one in use will soon share clearly more.
+    ///
+    /// The prompt's last segment never counts as shared, because computing it gives the logits for
+    /// the first token of the reply. With `no_reuse`, nothing is shared.
+    pub(crate) fn place(&mut self, prompt: &Arc<[Segment]>, no_reuse: bool) -> Option<Place> {
         let prefix = if no_reuse { &[] } else { &prompt[..prompt.len().saturating_sub(1)] };
-        let mut best = (0, 0);
-        for (index, sequence) in self.sequences.iter().enumerate() {
-            let shared = sequence.shared(prefix);
-            let is_longer = shared > best.1;
-            let is_less_valuable =
-                shared == best.1 && sequence.value() < self.sequences[best.0].value();
-            if index == 0 || is_longer || is_less_valuable {
-                best = (index, shared);
-            }
+        let size = |shared: usize| prefix[..shared].iter().map(Segment::size).sum::<usize>();
+        let all = || self.sequences.iter().enumerate();
+        let free = || all().filter(|(_, sequence)| sequence.job.is_none());
+
+        let (best, shared) = free()
+            .map(|(index, sequence)| (index, sequence.shared(prefix)))
+            .max_by_key(|(index, shared)| {
+                (*shared, Reverse(self.sequences[*index].value()), Reverse(*index))
+            })?;
+        let (longest, held) = all()
+            .map(|(index, sequence)| (index, sequence.shared(prefix)))
+            .max_by_key(|(_, held)| *held)?;
+        let soon = all().map(|(_, sequence)| sequence.will_share(prefix)).max()?;
+        if size(soon) >= size(held) + WORTHWHILE {
+            return None;
         }
-        let (index, shared) = best;
-        let sequence = &mut self.sequences[index];
-        if shared == 0 && !sequence.held.is_empty() {
-            self.clock = sequence.value();
+        let is_copied = size(held) >= size(shared) + WORTHWHILE;
+        let (sequence, shared) = if is_copied {
+            (free().min_by_key(|(_, sequence)| sequence.value())?.0, held)
+        } else {
+            (best, shared)
+        };
+
+        let kept =
+            self.sequences[if is_copied { longest } else { sequence }].held[..shared].to_vec();
+        let place = &mut self.sequences[sequence];
+        if (is_copied || shared == 0) && !place.held.is_empty() {
+            self.clock = place.value();
         }
-        sequence.used = self.clock;
-        sequence.truncate(shared);
-        let position = sequence.held.last().map_or(0, |(_, end)| *end);
-        Place { sequence: index, shared, position }
+        place.used = self.clock;
+        place.job = Some(prompt.clone());
+        place.held = kept;
+        let position = place.held.last().map_or(0, |(_, end)| *end);
+        let copied_from = is_copied.then_some(longest);
+        Some(Place { sequence, copied_from, shared, position })
     }
 
-    pub(crate) fn sequence(&mut self, index: usize) -> &mut Sequence {
-        &mut self.sequences[index]
+    /// Adds a segment that was computed, with its end position.
+    pub(crate) fn push(&mut self, sequence: usize, segment: Segment, end: i32) {
+        self.sequences[sequence].held.push((segment, end));
+    }
+
+    /// Drops all but the first `keep` segments.
+    pub(crate) fn truncate(&mut self, sequence: usize, keep: usize) {
+        self.sequences[sequence].held.truncate(keep);
+    }
+
+    /// Frees a sequence. What it holds can be shared.
+    pub(crate) fn release(&mut self, sequence: usize) {
+        self.sequences[sequence].job = None;
     }
 }
 
@@ -99,57 +134,104 @@ mod tests {
 
     use super::*;
 
-    fn prompt(blocks: &[i32]) -> Vec<Segment> {
-        blocks.iter().map(|block| Segment::Text(vec![LlamaToken(*block)])).collect()
+    /// Tokens of each segment.
+    const SIZE: i32 = 50;
+
+    fn prompt(blocks: &[i32]) -> Arc<[Segment]> {
+        let tokens = |block: i32| vec![LlamaToken(block); SIZE.unsigned_abs() as usize];
+        blocks.iter().map(|block| Segment::Text(tokens(*block))).collect()
     }
 
-    fn compute(cache: &mut Cache, blocks: &[i32]) -> Place {
+    /// Places a prompt, and computes all of it.
+    fn start(cache: &mut Cache, blocks: &[i32]) -> Place {
         let prompt = prompt(blocks);
-        let place = cache.place(&prompt, false);
+        let place = cache.place(&prompt, false).unwrap();
         let mut end = place.position;
         for segment in &prompt[place.shared..] {
-            end += 10;
-            cache.sequence(place.sequence).push(segment.clone(), end);
+            end += SIZE;
+            cache.push(place.sequence, segment.clone(), end);
         }
         place
+    }
+
+    fn compute(cache: &mut Cache, blocks: &[i32]) -> (usize, usize) {
+        let place = start(cache, blocks);
+        assert_eq!(place.copied_from, None);
+        assert_eq!(place.position, SIZE * i32::try_from(place.shared).unwrap());
+        cache.release(place.sequence);
+        (place.sequence, place.shared)
     }
 
     #[test]
     fn a_prompt_goes_to_the_sequence_that_shares_most() {
         let mut cache = Cache::new(2);
-        assert_eq!(compute(&mut cache, &[1, 2, 3]), Place { sequence: 0, shared: 0, position: 0 });
-        assert_eq!(compute(&mut cache, &[1, 2, 4]), Place { sequence: 0, shared: 2, position: 20 });
-        assert_eq!(compute(&mut cache, &[7, 8]), Place { sequence: 1, shared: 0, position: 0 });
-        assert_eq!(
-            compute(&mut cache, &[1, 2, 4, 5]),
-            Place { sequence: 0, shared: 3, position: 30 }
-        );
-        assert_eq!(compute(&mut cache, &[9]), Place { sequence: 1, shared: 0, position: 0 });
+        assert_eq!(compute(&mut cache, &[1, 2, 3]), (0, 0));
+        assert_eq!(compute(&mut cache, &[1, 2, 4]), (0, 2));
+        assert_eq!(compute(&mut cache, &[7, 8]), (1, 0));
+        assert_eq!(compute(&mut cache, &[1, 2, 4, 5]), (0, 3));
+        assert_eq!(compute(&mut cache, &[9]), (1, 0));
     }
 
     #[test]
     fn a_long_prefix_outlives_short_prompts() {
         let mut cache = Cache::new(2);
         let long: Vec<i32> = (0..20).collect();
-        assert_eq!(compute(&mut cache, &long).shared, 0);
+        assert_eq!(compute(&mut cache, &long).1, 0);
         for round in 0..30 {
             for other in 0..3 {
                 compute(&mut cache, &[100 + round * 3 + other, 1, 2]);
             }
-            assert_eq!(compute(&mut cache, &long).shared, 19, "round {round}");
+            assert_eq!(compute(&mut cache, &long).1, 19, "round {round}");
         }
         // A prefix that is no longer used is evicted in the end.
         for other in 0..30 {
             compute(&mut cache, &[1000 + other, 1, 2]);
         }
-        assert_eq!(compute(&mut cache, &long).shared, 0);
+        assert_eq!(compute(&mut cache, &long).1, 0);
     }
 
     #[test]
     fn the_last_segment_is_always_computed() {
         let mut cache = Cache::new(1);
         compute(&mut cache, &[1, 2]);
-        assert_eq!(compute(&mut cache, &[1, 2]), Place { sequence: 0, shared: 1, position: 10 });
-        assert_eq!(compute(&mut cache, &[1]), Place { sequence: 0, shared: 0, position: 0 });
+        assert_eq!(compute(&mut cache, &[1, 2]), (0, 1));
+        assert_eq!(compute(&mut cache, &[1]), (0, 0));
+    }
+
+    #[test]
+    fn a_sequence_in_use_is_copied_and_never_given_away() {
+        let mut cache = Cache::new(3);
+        assert_eq!(start(&mut cache, &[1, 2, 3, 4]).sequence, 0);
+        let copy = start(&mut cache, &[1, 2, 3, 5]);
+        assert_eq!(
+            copy,
+            Place { sequence: 1, copied_from: Some(0), shared: 3, position: 3 * SIZE }
+        );
+        // One segment is not worth a copy.
+        let other = start(&mut cache, &[1, 9]);
+        assert_eq!(other, Place { sequence: 2, copied_from: None, shared: 0, position: 0 });
+        assert_eq!(cache.place(&prompt(&[7]), false), None, "no sequence is free");
+        cache.release(1);
+        assert_eq!(compute(&mut cache, &[1, 2, 3, 5, 6]), (1, 4));
+    }
+
+    #[test]
+    fn a_prompt_waits_for_one_that_begins_the_same() {
+        let mut cache = Cache::new(2);
+        let first = prompt(&[1, 2, 3, 4]);
+        let place = cache.place(&first, false).unwrap();
+        let second = prompt(&[1, 2, 3, 5]);
+        assert_eq!(cache.place(&second, false), None);
+        assert_eq!(cache.place(&second, true).map(|place| place.shared), Some(0), "no reuse");
+        cache.release(1);
+        cache.push(place.sequence, first[0].clone(), SIZE);
+        assert_eq!(cache.place(&second, false), None);
+        cache.push(place.sequence, first[1].clone(), 2 * SIZE);
+        let found = cache.place(&second, false).unwrap();
+        assert_eq!((found.copied_from, found.shared), (Some(0), 2));
+        // Its job has ended before its prompt was computed: nobody waits for the rest.
+        cache.release(found.sequence);
+        cache.release(place.sequence);
+        assert_eq!(cache.place(&second, false).map(|place| place.shared), Some(2));
     }
 }

@@ -1,191 +1,35 @@
-//! The engine: a thread that owns the model and its context, and the handle that sends it jobs.
+//! The engine: the model with its context, and the prompts in its sequences.
 
-use std::{
-    error::Error,
-    io,
-    num::NonZeroU32,
-    path::{Path, PathBuf},
-    sync::{LazyLock, mpsc},
-    thread::JoinHandle,
-};
+use std::{io, num::NonZeroU32, path::Path, sync::Arc};
 
-use async_trait::async_trait;
-use ecso::{
-    Cause, Chat, Delta, Digest, FinishReason, Image, Mllm, ModelError, ReplyStream, Sampling,
-    TopLogprob, Usage,
-};
-use futures::{StreamExt, stream};
+use ecso::{Cause, Chat, Digest, Image, ModelError, TopLogprob};
 use llama_cpp_2::{
-    LogOptions,
-    context::{LlamaContext, params::LlamaContextParams},
-    llama_backend::LlamaBackend,
+    context::{LlamaContext, params::LlamaContextParams, session::LlamaStateSeqFlags},
     llama_batch::LlamaBatch,
-    model::{LlamaModel, params::LlamaModelParams},
+    model::LlamaModel,
     mtmd::{MtmdBitmap, MtmdContext, MtmdContextParams, MtmdInputText, mtmd_default_marker},
     sampling::LlamaSampler,
     token::LlamaToken,
 };
-use tokio::sync::{mpsc as pieces, oneshot};
 
 use crate::{
-    cache::Cache,
+    cache::{Cache, Place},
     heads::Heads,
     layout::{BLOCK, Segment, lay_out},
+    llama::{Options, backend, failed},
+    reply::Next,
     template::{ChatTemplate, Vocabulary},
 };
 
 /// Image tokens that are computed together. Models with non-causal attention over an image need all
 /// of its tokens in one batch.
 const IMAGE_BATCH: u32 = 512;
+/// Sequences without a setting: conversations that are computed at the same time.
+const SLOTS: u32 = 4;
 
-/// Options for loading a model.
-#[derive(Debug, Clone, Default)]
-pub struct Options {
-    /// The model's name in traces and results; `None` takes the file's name.
-    pub name: Option<String>,
-    /// The projector (mmproj GGUF) of a vision model; without it the model reads text only.
-    pub mmproj: Option<PathBuf>,
-    /// Most tokens of one conversation, prompt and reply; `None` takes the model's training
-    /// context, at most 8,192.
-    pub context: Option<NonZeroU32>,
-    /// The number of conversations whose prefix is kept for reuse; `None` takes 3, for an answer
-    /// and the guard's questions about it. Each needs memory for a whole context.
-    pub slots: Option<NonZeroU32>,
-    /// Computes every prompt from its start, even if an earlier one began the same. Replies are the
-    /// same, but slower.
-    pub no_reuse: bool,
-    /// A folder for the shared beginnings of prompts ([`Chat::head`]), at most 512 MiB, so that
-    /// other processes need not compute them; `None` keeps nothing.
-    pub heads: Option<PathBuf>,
-    /// The number of threads; `None` takes one for each core.
-    pub threads: Option<NonZeroU32>,
-    /// The number of layers on the GPU, if support for one is built in; `None` puts all there.
-    pub gpu_layers: Option<u32>,
-    /// A Jinja chat template that replaces the model's own.
-    pub chat_template: Option<String>,
-}
-
-/// A model in this process. Dropping it stops its thread and frees its memory.
-pub struct Llama {
-    name: String,
-    jobs: Option<mpsc::Sender<Job>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-struct Job {
-    chat: Chat,
-    sampling: Sampling,
-    reply: pieces::UnboundedSender<Result<Delta, ModelError>>,
-}
-
-static BACKEND: LazyLock<Result<LlamaBackend, Cause>> = LazyLock::new(|| {
-    llama_cpp_2::send_logs_to_tracing(LogOptions::default());
-    LlamaBackend::init().map_err(Cause::from_error)
-});
-
-impl Llama {
-    /// Loads a GGUF file.
-    ///
-    /// # Errors
-    /// [`ModelError::Transport`] if a file is missing or damaged, if the projector does not fit the
-    /// model, or if there is not enough memory; [`ModelError::Rejected`] if the chat template can't
-    /// be used.
-    pub async fn load(path: impl Into<PathBuf>, options: Options) -> Result<Self, ModelError> {
-        let path = path.into();
-        let stem = || path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let name = options.name.clone().unwrap_or_else(stem);
-        let (jobs, inbox) = mpsc::channel();
-        let (ready, loaded) = oneshot::channel();
-        let thread = std::thread::Builder::new()
-            .name("llama".into())
-            .spawn(move || serve(&path, options, ready, &inbox))
-            .map_err(|error| ModelError::Transport(Cause::from_error(error)))?;
-        // From here on the handle owns the thread: if this future is dropped, the thread ends.
-        let llama = Self { name, jobs: Some(jobs), thread: Some(thread) };
-        loaded.await.unwrap_or_else(|_| Err(thread_ended()))?;
-        Ok(llama)
-    }
-}
-
-impl Drop for Llama {
-    fn drop(&mut self) {
-        drop(self.jobs.take());
-        if let Some(thread) = self.thread.take() {
-            // A panic of the thread was reported when it happened.
-            let _ = thread.join();
-        }
-    }
-}
-
-#[async_trait]
-impl Mllm for Llama {
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {
-        let (reply, mut receiver) = pieces::unbounded_channel();
-        let job = Job { chat: chat.clone(), sampling: sampling.clone(), reply };
-        self.jobs.as_ref().and_then(|jobs| jobs.send(job).ok()).ok_or_else(thread_ended)?;
-        Ok(stream::poll_fn(move |context| receiver.poll_recv(context)).boxed())
-    }
-}
-
-fn thread_ended() -> ModelError {
-    ModelError::Transport("the engine's thread has ended; the log says why".into())
-}
-
-fn failed(what: &str, error: impl Error + Send + Sync + 'static) -> ModelError {
-    ModelError::Transport(Cause::new(format!("{what}: {error}"), error))
-}
-
-/// The backend, which is set up once in a process.
-fn backend() -> Result<&'static LlamaBackend, ModelError> {
-    BACKEND.as_ref().map_err(|cause| failed("llama.cpp", cause.clone()))
-}
-
-fn serve(
-    path: &Path,
-    options: Options,
-    ready: oneshot::Sender<Result<(), ModelError>>,
-    inbox: &mpsc::Receiver<Job>,
-) {
-    let loaded = load(path, &options);
-    let model = match loaded {
-        Ok(model) => model,
-        Err(error) => return drop(ready.send(Err(error))),
-    };
-    let mut engine = match Engine::new(&model, path, options) {
-        Ok(engine) => engine,
-        Err(error) => return drop(ready.send(Err(error))),
-    };
-    if ready.send(Ok(())).is_err() {
-        return;
-    }
-    while let Ok(job) = inbox.recv() {
-        if let Err(error) = engine.reply(&job) {
-            // Fails if the caller has dropped the stream.
-            let _ = job.reply.send(Err(error));
-        }
-    }
-}
-
-fn load(path: &Path, options: &Options) -> Result<LlamaModel, ModelError> {
-    for file in [Some(path), options.mmproj.as_deref()].into_iter().flatten() {
-        std::fs::File::open(file).map_err(|error| failed(&file.display().to_string(), error))?;
-    }
-    let mut params = LlamaModelParams::default();
-    if let Some(layers) = options.gpu_layers {
-        params = params.with_n_gpu_layers(layers);
-    }
-    LlamaModel::load_from_file(backend()?, path, &params).map_err(|error| {
-        let path = path.display();
-        let message = format!("{path}: not a GGUF model that can be loaded (damaged or cut off?)");
-        ModelError::Transport(Cause::new(message, error))
-    })
-}
-
-struct Engine<'m> {
+/// The model, its context and its sequences. Each sequence has the prompt of one conversation and
+/// its reply.
+pub(crate) struct Engine<'m> {
     model: &'m LlamaModel,
     context: LlamaContext<'m>,
     vision: Option<MtmdContext>,
@@ -197,8 +41,32 @@ struct Engine<'m> {
     room: i32,
 }
 
+/// A prompt as it is computed.
+#[derive(Debug, Clone)]
+pub(crate) struct Prompt {
+    pub(crate) segments: Arc<[Segment]>,
+    /// The number of leading segments that are kept on disk.
+    head: usize,
+}
+
+/// A prompt of which a part was computed.
+#[derive(Debug)]
+pub(crate) struct Reading {
+    prompt: Prompt,
+    pub(crate) sequence: usize,
+    /// The number of segments that were computed, and the position where they end.
+    done: usize,
+    pub(crate) position: i32,
+    /// The tokens of its head, if that is to be kept on disk once it was computed.
+    to_keep: Option<Vec<LlamaToken>>,
+}
+
 impl<'m> Engine<'m> {
-    fn new(model: &'m LlamaModel, path: &Path, options: Options) -> Result<Self, ModelError> {
+    pub(crate) fn new(
+        model: &'m LlamaModel,
+        path: &Path,
+        options: Options,
+    ) -> Result<Self, ModelError> {
         let cores = || {
             std::thread::available_parallelism()
                 .ok()
@@ -210,7 +78,7 @@ impl<'m> Engine<'m> {
             .map_or(1, |n| i32::try_from(n.get()).unwrap_or(i32::MAX));
         let room =
             options.context.map_or_else(|| model.n_ctx_train().clamp(512, 8192), NonZeroU32::get);
-        let slots = options.slots.map_or(3, NonZeroU32::get);
+        let slots = options.slots.map_or(SLOTS, NonZeroU32::get);
         let block = u32::try_from(BLOCK).unwrap_or(u32::MAX);
         let batch = if options.mmproj.is_some() { IMAGE_BATCH } else { block };
         let params = LlamaContextParams::default()
@@ -249,29 +117,26 @@ impl<'m> Engine<'m> {
         })
     }
 
-    fn reply(&mut self, job: &Job) -> Result<(), ModelError> {
+    /// The segments of a conversation.
+    pub(crate) fn prompt(&self, chat: &Chat) -> Result<Prompt, ModelError> {
         let marker = mtmd_default_marker();
-        let images: Vec<&Image> = job.chat.images().collect();
-        if !images.is_empty() && self.vision.is_none() {
+        let digests: Vec<Digest> = chat.images().map(Image::digest).collect();
+        if !digests.is_empty() && self.vision.is_none() {
             return Err(ModelError::Rejected(
                 "this model reads text only; give it its projector (mmproj), or put a text reader in front".into(),
             ));
         }
-        let digests: Vec<Digest> = images.iter().map(|image| image.digest()).collect();
         let vocab = self.model.vocab();
         let tokens = |text: &str, first| vocab.tokenize(text.as_bytes(), first, true);
-        let segments = lay_out(&self.template.render(&job.chat)?, marker, &digests, tokens);
+        let segments = lay_out(&self.template.render(chat)?, marker, &digests, tokens);
         let head = self
-            .rendered_head(&job.chat)
+            .rendered_head(chat)
             .map(|head| lay_out(&head, marker, &[], tokens))
             .unwrap_or_default();
         let shared =
             segments.iter().zip(&head).take_while(|(segment, head)| segment.same_as(head)).count();
         let head = shared.min(segments.len().saturating_sub(1));
-        let Some(prompt) = self.read(&segments, head, &images, job)? else {
-            return Ok(()); // The caller has dropped the stream.
-        };
-        self.write(prompt, job)
+        Ok(Prompt { segments: segments.into(), head })
     }
 
     /// The rendered head of a chat, if it has one that may be kept.
@@ -284,62 +149,110 @@ impl<'m> Engine<'m> {
         self.template.render(&head).ok().filter(|_| head.image_count() == 0)
     }
 
-    /// Computes the prompt behind its cached prefix. Its first `head` segments are read from disk,
-    /// or kept there. `None` if the caller has dropped the stream.
-    fn read(
-        &mut self,
-        segments: &[Segment],
-        head: usize,
-        images: &[&Image],
-        job: &Job,
-    ) -> Result<Option<Prompt>, ModelError> {
-        let place = self.cache.place(segments, self.no_reuse);
-        let sequence = i32::try_from(place.sequence).unwrap_or_default();
-        let mut prompt = Prompt { sequence, position: place.position, logits: 0, tokens: 0 };
-        let mut shared = place.shared;
-        // Models with a recurrent state can't drop a part of it.
-        let from = u32::try_from(prompt.position).ok();
-        if !matches!(
-            self.context.clear_kv_cache_seq(Some(sequence.unsigned_abs()), from, None),
-            Ok(true)
-        ) {
-            self.clear(place.sequence)?;
-            (shared, prompt.position) = (0, 0);
+    /// Begins to compute a prompt: in a free sequence, behind what is computed of it already.
+    /// `None` if it has to wait for a free sequence, or for another prompt that begins the same.
+    pub(crate) fn start(&mut self, prompt: &Prompt) -> Result<Option<Reading>, ModelError> {
+        let Some(place) = self.cache.place(&prompt.segments, self.no_reuse) else {
+            return Ok(None);
+        };
+        let sequence = place.sequence;
+        let started = self.start_at(prompt, place);
+        if started.is_err() {
+            self.release(sequence);
         }
-        let mut to_keep = None;
+        started.map(Some)
+    }
+
+    fn start_at(&mut self, prompt: &Prompt, place: Place) -> Result<Reading, ModelError> {
+        let Place { sequence, copied_from, shared, position } = place;
+        let prompt = prompt.clone();
+        let mut reading = Reading { prompt, sequence, done: shared, position, to_keep: None };
+        let head = &reading.prompt.segments[..reading.prompt.head];
         if let Some((heads, tokens)) =
-            self.heads.as_ref().zip(Heads::tokens(&segments[..head])).filter(|_| shared < head)
+            self.heads.as_ref().zip(Heads::tokens(head)).filter(|_| shared < head.len())
         {
             match heads.find(&tokens) {
                 Some(file) => {
-                    (shared, prompt.position) =
-                        self.load_head(&file, &segments[..head], &tokens, place.sequence)?;
+                    (reading.done, reading.position) =
+                        self.load_head(&file, head, &tokens, sequence)?;
+                    return Ok(reading);
                 }
-                None => to_keep = Some(tokens),
+                None => reading.to_keep = Some(tokens),
             }
         }
-        for (number, segment) in segments.iter().enumerate() {
-            let done = match segment {
-                _ if job.reply.is_closed() => return Ok(None),
-                _ if number < shared => Ok(()),
-                Segment::Text(tokens) => self.read_text(tokens, &mut prompt),
-                Segment::Image { before, number, .. } => {
-                    self.read_image(before, images[*number], *number == 0, &mut prompt)
-                }
-            };
-            if let Err(error) = done {
-                self.clear(place.sequence)?;
-                return Err(error);
-            }
-            if number >= shared {
-                self.cache.sequence(place.sequence).push(segment.clone(), prompt.position);
-            }
-            if let Some(tokens) = to_keep.take_if(|_| number + 1 == head) {
-                self.keep_head(&tokens, sequence);
-            }
+        let copied = copied_from.is_none_or(|from| self.copy(from, sequence));
+        // Models with a recurrent state can't drop a part of it.
+        let id = u32::try_from(sequence).ok();
+        let from = u32::try_from(position).ok();
+        if !copied || !matches!(self.context.clear_kv_cache_seq(id, from, None), Ok(true)) {
+            self.clear(sequence)?;
+            (reading.done, reading.position) = (0, 0);
         }
-        prompt.tokens = u32::try_from(prompt.position).unwrap_or_default();
-        Ok(Some(prompt))
+        Ok(reading)
+    }
+
+    /// Copies all that was computed in a sequence to another one.
+    fn copy(&mut self, from: usize, to: usize) -> bool {
+        let [from, to] = [from, to].map(|sequence| i32::try_from(sequence).unwrap_or_default());
+        let state = self.context.state_seq_get(from, LlamaStateSeqFlags::empty());
+        state.and_then(|state| self.context.state_seq_set(&state, to)).is_ok()
+    }
+
+    /// Computes the next segment of a prompt. After the last one, returns the row of the batch with
+    /// the logits for the first token of the reply.
+    pub(crate) fn read(
+        &mut self,
+        reading: &mut Reading,
+        chat: &Chat,
+    ) -> Result<Option<i32>, ModelError> {
+        let segment = &reading.prompt.segments[reading.done];
+        let (end, row) = match segment {
+            Segment::Text(tokens) => {
+                must_fit(reading.position, tokens.len(), self.room)?;
+                self.read_text(tokens, reading.position, reading.sequence)?
+            }
+            Segment::Image { before, number, .. } => {
+                let image = chat.images().nth(*number);
+                let image =
+                    image.ok_or_else(|| ModelError::Rejected("an image is missing".into()))?;
+                let is_first = *number == 0;
+                self.read_image(before, image, is_first, reading.position, reading.sequence)?
+            }
+        };
+        self.cache.push(reading.sequence, segment.clone(), end);
+        reading.position = end;
+        reading.done += 1;
+        if let Some(tokens) = reading.to_keep.take_if(|_| reading.done == reading.prompt.head) {
+            self.keep_head(&tokens, reading.sequence);
+        }
+        Ok((reading.done == reading.prompt.segments.len()).then_some(row))
+    }
+
+    /// Computes one token of each of several replies, each in its own sequence. The logits of each
+    /// are in the row with its number.
+    pub(crate) fn decode(&mut self, tokens: &[Next]) -> Result<(), ModelError> {
+        let mut batch = LlamaBatch::new(tokens.len(), 1);
+        for next in tokens {
+            let sequence = i32::try_from(next.sequence).unwrap_or_default();
+            batch
+                .add(next.token, next.position, &[sequence], true)
+                .map_err(|error| failed("a batch", error))?;
+        }
+        self.context
+            .decode(&mut batch)
+            .map_err(|error| failed("the reply could not be computed", error))
+    }
+
+    /// Frees a sequence. Its prompt is kept for others that begin the same.
+    pub(crate) fn release(&mut self, sequence: usize) {
+        self.cache.release(sequence);
+    }
+
+    /// Frees a sequence after an error, when nobody knows its content.
+    pub(crate) fn discard(&mut self, sequence: usize) {
+        // If this fails, the next prompt clears it, or fails.
+        let _ = self.clear(sequence);
+        self.cache.release(sequence);
     }
 
     /// Replaces the content of a sequence by a head from its file. Returns the number of segments
@@ -362,15 +275,16 @@ impl<'m> Engine<'m> {
         let mut end = 0;
         for segment in head {
             end += segment.tokens();
-            self.cache.sequence(sequence).push(segment.clone(), end);
+            self.cache.push(sequence, segment.clone(), end);
         }
         Ok((head.len(), end))
     }
 
     /// Keeps the head that is the whole content of a sequence on disk. If that fails, it is
     /// computed again another time.
-    fn keep_head(&self, tokens: &[LlamaToken], sequence: i32) {
+    fn keep_head(&self, tokens: &[LlamaToken], sequence: usize) {
         let Some(heads) = &self.heads else { return };
+        let sequence = i32::try_from(sequence).unwrap_or_default();
         let kept = heads.keep(tokens, |file| {
             self.context
                 .state_seq_save_file(file, sequence, tokens)
@@ -383,7 +297,7 @@ impl<'m> Engine<'m> {
     }
 
     fn clear(&mut self, sequence: usize) -> Result<(), ModelError> {
-        self.cache.sequence(sequence).truncate(0);
+        self.cache.truncate(sequence, 0);
         let id = u32::try_from(sequence).ok();
         self.context
             .clear_kv_cache_seq(id, None, None)
@@ -391,29 +305,39 @@ impl<'m> Engine<'m> {
         Ok(())
     }
 
-    fn read_text(&mut self, tokens: &[LlamaToken], prompt: &mut Prompt) -> Result<(), ModelError> {
-        self.must_fit(prompt.position, tokens.len())?;
+    /// Computes text. Returns the position where it ends, and the row of its last token.
+    fn read_text(
+        &mut self,
+        tokens: &[LlamaToken],
+        from: i32,
+        sequence: usize,
+    ) -> Result<(i32, i32), ModelError> {
+        let sequence = i32::try_from(sequence).unwrap_or_default();
         let mut batch = LlamaBatch::new(BLOCK, 1);
+        let mut position = from;
         for (index, token) in (1..).zip(tokens) {
             let wants_logits = index == tokens.len();
             batch
-                .add(*token, prompt.position, &[prompt.sequence], wants_logits)
+                .add(*token, position, &[sequence], wants_logits)
                 .map_err(|error| failed("a batch", error))?;
-            prompt.position += 1;
+            position += 1;
         }
-        prompt.logits = batch.n_tokens() - 1;
         self.context
             .decode(&mut batch)
-            .map_err(|error| failed("the prompt could not be computed", error))
+            .map_err(|error| failed("the prompt could not be computed", error))?;
+        Ok((position, batch.n_tokens() - 1))
     }
 
+    /// Computes an image with the text before it. Returns the position where it ends; its logits
+    /// are of no use (row 0).
     fn read_image(
         &mut self,
         before: &str,
         image: &Image,
-        first: bool,
-        prompt: &mut Prompt,
-    ) -> Result<(), ModelError> {
+        is_first: bool,
+        from: i32,
+        sequence: usize,
+    ) -> Result<(i32, i32), ModelError> {
         let pixels =
             image.pixels().map_err(|error| ModelError::Rejected(Cause::from_error(error)))?;
         let bitmap =
@@ -421,7 +345,7 @@ impl<'m> Engine<'m> {
                 .map_err(|error| failed("an image", error))?;
         let text = MtmdInputText {
             text: format!("{before}{}", mtmd_default_marker()),
-            add_special: first,
+            add_special: is_first,
             parse_special: true,
         };
         let Some(vision) = self.vision.as_mut() else {
@@ -429,69 +353,33 @@ impl<'m> Engine<'m> {
         };
         let chunks =
             vision.tokenize(text, &[&bitmap]).map_err(|error| failed("an image", error))?;
-        let length = chunks.total_tokens();
-        let room = self.room;
-        must_fit(prompt.position, length, room)?;
+        must_fit(from, chunks.total_tokens(), self.room)?;
         let batch = i32::try_from(IMAGE_BATCH).unwrap_or(i32::MAX);
-        prompt.position = chunks
-            .eval_chunks(vision, &mut self.context, prompt.position, prompt.sequence, batch, false)
+        let sequence = i32::try_from(sequence).unwrap_or_default();
+        let end = chunks
+            .eval_chunks(vision, &mut self.context, from, sequence, batch, false)
             .map_err(|error| failed("an image could not be computed", error))?;
-        Ok(())
+        Ok((end, 0))
     }
 
-    fn must_fit(&self, position: i32, tokens: usize) -> Result<(), ModelError> {
-        must_fit(position, tokens, self.room)
+    /// Whether another token fits behind this position.
+    pub(crate) fn has_room(&self, position: i32) -> bool {
+        position < self.room
     }
 
-    fn write(&mut self, prompt: Prompt, job: &Job) -> Result<(), ModelError> {
-        let Prompt { sequence, mut position, mut logits, tokens } = prompt;
+    /// The next token by a row of the last batch.
+    pub(crate) fn sample(&self, sampler: &mut LlamaSampler, row: i32) -> LlamaToken {
+        sampler.sample(&self.context, row)
+    }
+
+    /// The bytes of a token, which may end within a character; `None` if it ends the reply.
+    pub(crate) fn spelled(&self, token: LlamaToken) -> Option<Vec<u8>> {
         let vocab = self.model.vocab();
-        let mut sampler = sampler(&job.sampling);
-        let mut text = Utf8::default();
-        let mut batch = LlamaBatch::new(1, 1);
-        let mut written = 0;
-        let limit = job.sampling.max_tokens.unwrap_or(u32::MAX);
-        let finish = loop {
-            if written == 0 && job.sampling.top_logprobs > 0 {
-                let top_logprobs = self.top_logprobs(logits, job.sampling.top_logprobs.into());
-                let _ = job.reply.send(Ok(Delta::FirstToken(top_logprobs)));
-            }
-            let token = sampler.sample(&self.context, logits);
-            if vocab.is_eog(token) {
-                break FinishReason::Stop;
-            }
-            written += 1;
-            let fresh = text.push(&vocab.token_to_piece(token, false, None));
-            if !fresh.is_empty() && job.reply.send(Ok(Delta::Text(fresh))).is_err() {
-                return Ok(());
-            }
-            if job.reply.is_closed() {
-                return Ok(());
-            }
-            if written >= limit || position >= self.room {
-                break FinishReason::Length;
-            }
-            batch.clear();
-            batch
-                .add(token, position, &[sequence], true)
-                .map_err(|error| failed("a batch", error))?;
-            self.context
-                .decode(&mut batch)
-                .map_err(|error| failed("the reply could not be computed", error))?;
-            position += 1;
-            logits = 0;
-        };
-        let rest = text.rest();
-        if !rest.is_empty() {
-            let _ = job.reply.send(Ok(Delta::Text(rest)));
-        }
-        let usage = Some(Usage { prompt_tokens: tokens, completion_tokens: written });
-        let _ = job.reply.send(Ok(Delta::End { finish, usage, took: None }));
-        Ok(())
+        (!vocab.is_eog(token)).then(|| vocab.token_to_piece(token, false, None))
     }
 
     /// The likeliest tokens of a row of logits, with their log-probabilities.
-    fn top_logprobs(&self, row: i32, count: usize) -> Vec<TopLogprob> {
+    pub(crate) fn likeliest(&self, row: i32, count: usize) -> Vec<TopLogprob> {
         let logits = self.context.get_logits_ith(row);
         let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let sum: f64 = logits.iter().map(|logit| f64::from(logit - highest).exp()).sum();
@@ -520,17 +408,6 @@ impl<'m> Engine<'m> {
             })
             .collect()
     }
-}
-
-/// A prompt that was computed.
-#[derive(Clone, Copy)]
-struct Prompt {
-    sequence: i32,
-    /// The position of the reply's first token.
-    position: i32,
-    /// The row of the last batch with the logits for the reply's first token.
-    logits: i32,
-    tokens: u32,
 }
 
 fn must_fit(position: i32, tokens: usize, room: i32) -> Result<(), ModelError> {
@@ -574,71 +451,5 @@ fn vocabulary(model: &LlamaModel) -> Vocabulary {
         eos: text(vocab.eos()),
         control: vocab.tokens().filter(|token| vocab.is_control(*token)).map(text).collect(),
         is_llava_1_5: name.contains("llava") && name.contains("1.5"),
-    }
-}
-
-fn sampler(sampling: &Sampling) -> LlamaSampler {
-    let Some(temperature) = sampling.temperature.filter(|temperature| *temperature > 0.0) else {
-        return LlamaSampler::greedy();
-    };
-    let top_p = LlamaSampler::top_p(sampling.top_p.unwrap_or(1.0), 1);
-    LlamaSampler::chain_simple([
-        top_p,
-        LlamaSampler::temp(temperature),
-        LlamaSampler::dist(sampling.seed.unwrap_or(0)),
-    ])
-}
-
-/// Joins the bytes of tokens, which may end within a character, to text.
-#[derive(Default)]
-struct Utf8 {
-    held: Vec<u8>,
-}
-
-impl Utf8 {
-    fn push(&mut self, bytes: &[u8]) -> String {
-        self.held.extend_from_slice(bytes);
-        let mut text = String::new();
-        let mut done = 0;
-        for chunk in self.held.utf8_chunks() {
-            text.push_str(chunk.valid());
-            done += chunk.valid().len();
-            let at_end = done + chunk.invalid().len() == self.held.len();
-            if chunk.invalid().is_empty() || (at_end && chunk.invalid().len() < 4) {
-                break;
-            }
-            text.push(char::REPLACEMENT_CHARACTER);
-            done += chunk.invalid().len();
-        }
-        self.held.drain(..done);
-        text
-    }
-
-    fn rest(self) -> String {
-        String::from_utf8_lossy(&self.held).into_owned()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    proptest::proptest! {
-        #[test]
-        fn characters_split_over_tokens_are_joined(text: String, size in 1..5_usize) {
-            let mut utf8 = Utf8::default();
-            let mut read: String = text.as_bytes().chunks(size).map(|token| utf8.push(token)).collect();
-            read.push_str(&utf8.rest());
-            proptest::prop_assert_eq!(read, text);
-        }
-
-        #[test]
-        fn invalid_bytes_neither_panic_nor_accumulate(tokens: Vec<Vec<u8>>) {
-            let mut utf8 = Utf8::default();
-            for token in tokens {
-                utf8.push(&token);
-                proptest::prop_assert!(utf8.held.len() < 4);
-            }
-        }
     }
 }

@@ -12,6 +12,8 @@ use crate::template::CUT;
 
 /// Tokens of text that are computed together.
 pub(crate) const BLOCK: usize = 128;
+/// About the tokens of an image, which vary with the model.
+const IMAGE_TOKENS: usize = 256;
 
 /// One segment of a prompt.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +30,14 @@ impl Segment {
         match self {
             Self::Text(tokens) => i32::try_from(tokens.len()).unwrap_or(i32::MAX),
             Self::Image { .. } => 0,
+        }
+    }
+
+    /// About the work that computing it takes, in tokens.
+    pub(crate) fn size(&self) -> usize {
+        match self {
+            Self::Text(tokens) => tokens.len(),
+            Self::Image { before, .. } => IMAGE_TOKENS + before.len() / 4,
         }
     }
 

@@ -1,13 +1,17 @@
 //! llama.cpp in this process as an [`ecso::Mllm`]: any GGUF text model, and any vision model with
 //! its projector (mmproj).
 //!
-//! The engine runs on a thread of its own, behind a channel, one request after the other. Dropping
-//! a reply stream stops its work at the next block of tokens.
+//! The engine runs on a thread of its own, behind a channel. Several requests run at the same time
+//! ([`Options::slots`]): their prompts are computed in turn, their replies together. Dropping a
+//! reply stream stops its work at the next block of tokens.
 //!
 //! A prefix that a new prompt shares with an earlier one, including its images, is not computed
 //! again. That never changes a reply: prompts are always computed in the same blocks (see
-//! `layout.rs`), so a shared prefix gives the same logits to the last bit. The prefixes that all of
-//! a guard's questions begin with can also be kept on disk ([`Options::heads`]).
+//! `layout.rs`), so a shared prefix gives the same logits to the last bit, whatever else runs. The
+//! first token of a reply, from which verdicts are read, depends on nothing but its prompt; later
+//! tokens are computed together with those of other replies, which can change a close choice. The
+//! prefixes that all of a guard's questions begin with can also be kept on disk
+//! ([`Options::heads`]).
 //!
 //! ```ignore
 //! let model = ecso_llama::Llama::load("model.gguf", ecso_llama::Options::default()).await?;
@@ -23,7 +27,10 @@ mod cache;
 mod engine;
 mod heads;
 mod layout;
+mod llama;
+mod reply;
+mod schedule;
 mod template;
 pub mod testing;
 
-pub use engine::{Llama, Options};
+pub use llama::{Llama, Options};

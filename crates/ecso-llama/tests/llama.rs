@@ -2,11 +2,11 @@
 //! pulled.
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test may")]
 
-use std::{io::Cursor, path::PathBuf};
+use std::{io::Cursor, num::NonZeroU32, path::PathBuf};
 
 use ecso::{Chat, Delta, Image, Limits, Mllm, ModelError, Part, Reply, Role, Sampling, Turn};
 use ecso_llama::{Llama, Options, testing::tiny_vlm};
-use futures::StreamExt;
+use futures::{StreamExt, future::join_all};
 
 fn picture(shade: u8) -> Image {
     let pixels = image::RgbImage::from_fn(80, 60, |x, y| {
@@ -131,20 +131,79 @@ async fn a_head_from_disk_gives_the_same_logits_to_the_last_bit() {
     assert_eq!(kept().unwrap(), files_kept);
 }
 
-#[tokio::test]
-async fn a_reply_that_nobody_reads_is_stopped() {
-    let files = Files::new();
-    let model = files.load(false).await;
+/// A reply that has begun and won't end soon.
+async fn endless(model: &Llama) -> ecso::ReplyStream {
     for seed in 0.. {
         let endless = Sampling { temperature: Some(1.5), seed: Some(seed), ..Sampling::default() };
         let mut stream = model.stream(&Chat::ask([], "Go on and on."), &endless).await.unwrap();
         if matches!(stream.next().await, Some(Ok(Delta::Text(_)))) {
-            break;
+            return stream;
         }
     }
-    // The engine does one thing at a time: an answer to the next question means that the first one
-    // was dropped.
+    unreachable!()
+}
+
+#[tokio::test]
+async fn a_reply_that_nobody_reads_is_stopped() {
+    let mut files = Files::new();
+    files.options.slots = NonZeroU32::new(1);
+    let model = files.load(false).await;
+    drop(endless(&model).await);
+    // There is one slot: an answer to the next question means that the first one was dropped.
     assert!(!ask(&model, &Chat::ask([], "Next.")).await.first_token.is_empty());
+}
+
+#[tokio::test]
+async fn a_short_reply_does_not_wait_for_a_long_one() {
+    let files = Files::new();
+    let model = files.load(false).await;
+    let mut long = endless(&model).await;
+    assert!(!ask(&model, &Chat::ask([], "Next.")).await.first_token.is_empty());
+    assert!(matches!(long.next().await, Some(Ok(Delta::Text(_)))), "the long one has ended");
+}
+
+/// Questions that share much, little or nothing, some about pictures.
+fn mixed(count: u8) -> Vec<Chat> {
+    let chat = |n: u8| match n % 5 {
+        0 => question(&format!("Is number {n}?")),
+        1 => Chat::ask([picture(n % 3)], format!("What is number {n}?")),
+        2 => Chat::ask([], "One word after the other. ".repeat(n.into())),
+        3 => Chat::ask([picture(1), picture(n)], "Which one?"),
+        _ => Chat { head: 0, ..question("Is it the same?") },
+    };
+    (0..count).map(chat).collect()
+}
+
+/// What a model says first to each chat, asked at once while other replies are written.
+async fn under_load(model: &Llama, chats: &[Chat]) -> Vec<Vec<ecso::TopLogprob>> {
+    let beside = [Chat::ask([], "Go on."), question("Is it bread?")];
+    let long: Vec<Sampling> = (0..2)
+        .map(|seed| Sampling { temperature: Some(1.5), seed: Some(seed), ..sampling(150) })
+        .collect();
+    let beside = join_all(beside.iter().zip(&long).map(|(chat, long)| model.generate(chat, long)));
+    let short = sampling(3);
+    let asked = join_all(chats.iter().map(|chat| model.generate(chat, &short)));
+    let (beside, asked) = futures::join!(beside, asked);
+    assert!(beside.iter().all(Result::is_ok));
+    asked.into_iter().map(|reply| reply.unwrap().first_token).collect()
+}
+
+#[tokio::test]
+async fn a_verdict_does_not_depend_on_what_runs_beside_it() {
+    let mut files = Files::new();
+    let afresh = files.load(true).await;
+    let chats = mixed(40);
+    let mut alone = Vec::new();
+    for chat in &chats {
+        alone.push(ask(&afresh, chat).await.first_token);
+    }
+    for slots in [1, 2, 5] {
+        files.options.slots = NonZeroU32::new(slots);
+        files.options.heads = Some(files.folder.path().join(format!("heads-{slots}")));
+        let model = files.load(false).await;
+        assert_eq!(under_load(&model, &chats).await, alone, "{slots} slots");
+        assert_eq!(under_load(&model, &chats).await, alone, "{slots} slots, once more");
+    }
 }
 
 #[tokio::test]
@@ -201,5 +260,12 @@ async fn a_real_model_answers() {
         .await
         .unwrap();
     assert!(reply.text.contains("fox"), "{}", reply.text);
+    let chats: Vec<Chat> =
+        (0..10).map(|n| question(&format!("Is {n} times a loaf bread?"))).collect();
+    let mut alone = Vec::new();
+    for chat in &chats {
+        alone.push(ask(&model, chat).await.first_token);
+    }
+    assert_eq!(under_load(&model, &chats).await, alone);
     assert!(reply.first_token[0].logprob > -3.0 && reply.usage.unwrap().completion_tokens > 3);
 }

@@ -34,7 +34,8 @@ pub(super) struct Report {
     pub(super) prompt_tokens_per_second: Option<f64>,
     pub(super) answer_tokens_per_second: Option<f64>,
     blocks: Vec<Block>,
-    pub(super) at_once: Option<Concurrent>,
+    /// Guarded answers, and unguarded stories: nearly all of their time goes into writing.
+    pub(super) at_once: Vec<Concurrent>,
     /// Peak memory of this process, if the system reports it.
     peak_mib: Option<u64>,
 }
@@ -69,6 +70,7 @@ pub(super) struct Row {
 /// Answers requested concurrently, compared with one by one.
 #[derive(Debug, Serialize)]
 pub(super) struct Concurrent {
+    what: &'static str,
     answers: usize,
     one_by_one_ms: f64,
     together_ms: f64,
@@ -89,7 +91,7 @@ impl Report {
             prompt_tokens_per_second: None,
             answer_tokens_per_second: None,
             blocks: Vec::new(),
-            at_once: None,
+            at_once: Vec::new(),
             peak_mib: None,
         }
     }
@@ -157,8 +159,14 @@ impl Row {
 }
 
 impl Concurrent {
-    pub(super) fn new(answers: usize, one_by_one: Duration, together: Duration) -> Self {
+    pub(super) fn new(
+        what: &'static str,
+        answers: usize,
+        one_by_one: Duration,
+        together: Duration,
+    ) -> Self {
         Self {
+            what,
             answers,
             one_by_one_ms: milliseconds(one_by_one),
             together_ms: milliseconds(together),
@@ -210,8 +218,9 @@ impl fmt::Display for Concurrent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "\n{} guarded answers: {} one by one, {} at once, {:.2} times as fast",
+            "\n{} {}: {} one by one, {} at once, {:.2} times as fast",
             self.answers,
+            self.what,
             seconds(self.one_by_one_ms),
             seconds(self.together_ms),
             self.ratio

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
     ecso,
@@ -42,7 +42,9 @@ async fn every_arm_is_measured_with_requests_that_share_no_prefix() {
     assert!(blocks[0]["rows"][1]["ms"].as_f64().unwrap() >= 40.0, "{}", blocks[0]);
     assert_eq!(report["load_ms"], Value::Null);
     // A server that takes several calls answers them concurrently.
-    assert!(report["at_once"]["ratio"].as_f64().unwrap() > 2.0, "{report}");
+    let at_once = report["at_once"].as_array().unwrap();
+    let ratios = at_once.iter().filter_map(|measured| measured["ratio"].as_f64());
+    assert!(at_once.len() == 2 && ratios.fold(9.0, f64::min) > 2.0, "{report}");
     let taken = server.taken();
     let mut first_messages: Vec<String> =
         of(&taken, "direct").iter().map(|asked| asked.body["messages"][0].to_string()).collect();
@@ -84,7 +86,7 @@ async fn figures_before_a_failure_are_reported() {
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(
         (report["blocks"].as_array().unwrap().len(), &report["at_once"]),
-        (3, &Value::Null),
+        (3, &json!([])),
         "{report}"
     );
     // The model reports no usage, which is not 0 tokens.
@@ -132,5 +134,5 @@ async fn figures_before_ctrl_c_are_reported() {
         !rows.is_empty() && rows.iter().all(|row| row["answers"].as_u64() < Some(3)),
         "{report}"
     );
-    assert_eq!(report["at_once"], Value::Null);
+    assert_eq!(report["at_once"], json!([]));
 }

@@ -241,12 +241,8 @@ async fn judge_answer(
         (context.id.clone(), context.state.settings.limits.answer.saturating_mul(2));
     let context = context.with_answer(Arc::new(provided));
     let body = Body::from(request.to_string());
-    let response = match format {
-        None => handlers::answer_chat(gateway, context, body).await?,
-        Some(format) => {
-            handlers::answer_translated(gateway, context, format, format.path(), body).await?
-        }
-    };
+    let path = format.map_or(CHAT, Format::path);
+    let response = handlers::answer(gateway, context, format, path, body).await?;
     let (head, body) = response.into_parts();
     let unreadable = || ApiError::upstream("the judged answer can't be read");
     // Read to its end: an observed answer is judged once all of it was read.

@@ -211,6 +211,18 @@ pub(crate) fn door(extensions: &Extensions) -> &'static str {
     extensions.get::<Arc<dyn Carrier>>().map_or(HTTP, |carrier| carrier.door())
 }
 
+/// A request to the upstream.
+pub(crate) struct Outgoing<'a> {
+    pub(crate) credentials: Credentials,
+    pub(crate) method: Method,
+    pub(crate) path_and_query: &'a str,
+    /// The client's headers.
+    pub(crate) headers: &'a HeaderMap,
+    pub(crate) body: reqwest::Body,
+    /// Bodies of answers that are read here are decompressed.
+    pub(crate) bodies: Bodies,
+}
+
 /// How a client's own request reaches the model, and its answer comes back.
 #[derive(Clone)]
 pub(crate) enum Transport {
@@ -230,22 +242,15 @@ impl Transport {
         }
     }
 
-    /// Forwards a request with the headers for the upstream. Bodies that are read here are
-    /// decompressed.
+    /// Forwards a request, with those headers that are for the upstream.
     pub(crate) async fn forward(
         &self,
-        credentials: Credentials,
-        method: Method,
-        path_and_query: &str,
-        headers: &HeaderMap,
-        body: reqwest::Body,
-        bodies: Bodies,
+        request: Outgoing<'_>,
     ) -> Result<reqwest::Response, ApiError> {
         match self {
-            Self::Server(server) => {
-                server.forward(credentials, method, path_and_query, headers, body, bodies).await
-            }
+            Self::Server(server) => server.forward(request).await,
             Self::Carrier(carrier) => {
+                let Outgoing { method, path_and_query, headers, body, bodies, .. } = request;
                 let mut headers = forwarded_headers(headers, bodies);
                 telemetry::inject(&mut headers);
                 let mut request = Request::new(body);
@@ -270,10 +275,15 @@ impl Transport {
         chat: &Chat,
         max_bytes: usize,
     ) -> Result<Answer, ApiError> {
-        let body = chat.body()?.into();
-        let response = self
-            .forward(Credentials::Operator, Method::POST, CHAT, headers, body, Bodies::Unpacked)
-            .await?;
+        let request = Outgoing {
+            credentials: Credentials::Operator,
+            method: Method::POST,
+            path_and_query: CHAT,
+            headers,
+            body: chat.body()?.into(),
+            bodies: Bodies::Unpacked,
+        };
+        let response = self.forward(request).await?;
         if !response.status().is_success() {
             return Err(refusal(response).await);
         }
@@ -298,17 +308,9 @@ impl Transport {
 }
 
 impl Server {
-    /// Forwards a request with the headers for the upstream, and with the operator's key or the
-    /// client's. Bodies that are read here are decompressed.
-    pub(crate) async fn forward(
-        &self,
-        credentials: Credentials,
-        method: Method,
-        path_and_query: &str,
-        headers: &HeaderMap,
-        body: reqwest::Body,
-        bodies: Bodies,
-    ) -> Result<reqwest::Response, ApiError> {
+    /// Forwards a request, with the operator's key or the client's.
+    async fn forward(&self, request: Outgoing<'_>) -> Result<reqwest::Response, ApiError> {
+        let Outgoing { credentials, method, path_and_query, headers, body, bodies } = request;
         let mut headers = forwarded_headers(headers, bodies);
         let http = match bodies {
             Bodies::AsSent => &self.raw_client,

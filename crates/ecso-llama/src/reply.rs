@@ -1,0 +1,165 @@
+//! A reply that is being written: one token after the other, as text.
+
+use ecso::{Delta, FinishReason, Sampling, Usage};
+use llama_cpp_2::{sampling::LlamaSampler, token::LlamaToken};
+
+use crate::{engine::Engine, schedule::Job};
+
+/// The reply to a job.
+pub(crate) struct Writing {
+    job: Job,
+    sequence: usize,
+    /// The token that was sampled last, and its position; the next batch computes it.
+    token: LlamaToken,
+    position: i32,
+    sampler: LlamaSampler,
+    text: Utf8,
+    usage: Usage,
+}
+
+impl Writing {
+    /// Begins the reply to a prompt that was computed in `sequence` up to `position`; `row` of the
+    /// last batch has the logits for its first token. `None` if the reply is complete already.
+    pub(crate) fn begin(
+        engine: &Engine<'_>,
+        job: Job,
+        sequence: usize,
+        position: i32,
+        row: i32,
+    ) -> Option<Self> {
+        if job.sampling.top_logprobs > 0 {
+            let likeliest = engine.likeliest(row, job.sampling.top_logprobs.into());
+            let _ = job.reply.send(Ok(Delta::FirstToken(likeliest)));
+        }
+        let prompt_tokens = u32::try_from(position).unwrap_or_default();
+        let begun = Self {
+            sequence,
+            token: LlamaToken(0),
+            // Of the token before the first one.
+            position: position - 1,
+            sampler: sampler(&job.sampling),
+            text: Utf8::default(),
+            usage: Usage { prompt_tokens, completion_tokens: 0 },
+            job,
+        };
+        begun.advance(engine, row)
+    }
+
+    /// Takes the next token from a row of the last batch. `None` if the reply is complete, or if
+    /// the caller has dropped the stream.
+    pub(crate) fn advance(mut self, engine: &Engine<'_>, row: i32) -> Option<Self> {
+        self.token = engine.sample(&mut self.sampler, row);
+        self.position += 1;
+        let Some(bytes) = engine.spelled(self.token) else {
+            return self.end(FinishReason::Stop);
+        };
+        self.usage.completion_tokens += 1;
+        let fresh = self.text.push(&bytes);
+        let sent = fresh.is_empty() || self.job.reply.send(Ok(Delta::Text(fresh))).is_ok();
+        if !sent || self.job.reply.is_closed() {
+            return None;
+        }
+        let limit = self.job.sampling.max_tokens.unwrap_or(u32::MAX);
+        if self.usage.completion_tokens >= limit || !engine.has_room(self.position) {
+            return self.end(FinishReason::Length);
+        }
+        Some(self)
+    }
+
+    fn end(self, finish: FinishReason) -> Option<Self> {
+        let rest = self.text.rest();
+        if !rest.is_empty() {
+            let _ = self.job.reply.send(Ok(Delta::Text(rest)));
+        }
+        let end = Delta::End { finish, usage: Some(self.usage), took: None };
+        let _ = self.job.reply.send(Ok(end));
+        None
+    }
+
+    pub(crate) fn sequence(&self) -> usize {
+        self.sequence
+    }
+
+    /// What the next batch computes of it.
+    pub(crate) fn next(&self) -> Next {
+        Next { token: self.token, position: self.position, sequence: self.sequence }
+    }
+
+    pub(crate) fn job(&self) -> &Job {
+        &self.job
+    }
+}
+
+/// A token of a batch.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Next {
+    pub(crate) token: LlamaToken,
+    pub(crate) position: i32,
+    pub(crate) sequence: usize,
+}
+
+fn sampler(sampling: &Sampling) -> LlamaSampler {
+    let Some(temperature) = sampling.temperature.filter(|temperature| *temperature > 0.0) else {
+        return LlamaSampler::greedy();
+    };
+    let top_p = LlamaSampler::top_p(sampling.top_p.unwrap_or(1.0), 1);
+    LlamaSampler::chain_simple([
+        top_p,
+        LlamaSampler::temp(temperature),
+        LlamaSampler::dist(sampling.seed.unwrap_or(0)),
+    ])
+}
+
+/// Joins the bytes of tokens, which may end within a character, to text.
+#[derive(Default)]
+struct Utf8 {
+    held: Vec<u8>,
+}
+
+impl Utf8 {
+    fn push(&mut self, bytes: &[u8]) -> String {
+        self.held.extend_from_slice(bytes);
+        let mut text = String::new();
+        let mut done = 0;
+        for chunk in self.held.utf8_chunks() {
+            text.push_str(chunk.valid());
+            done += chunk.valid().len();
+            let at_end = done + chunk.invalid().len() == self.held.len();
+            if chunk.invalid().is_empty() || (at_end && chunk.invalid().len() < 4) {
+                break;
+            }
+            text.push(char::REPLACEMENT_CHARACTER);
+            done += chunk.invalid().len();
+        }
+        self.held.drain(..done);
+        text
+    }
+
+    fn rest(self) -> String {
+        String::from_utf8_lossy(&self.held).into_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    proptest::proptest! {
+        #[test]
+        fn characters_split_over_tokens_are_joined(text: String, size in 1..5_usize) {
+            let mut utf8 = Utf8::default();
+            let mut read: String = text.as_bytes().chunks(size).map(|token| utf8.push(token)).collect();
+            read.push_str(&utf8.rest());
+            proptest::prop_assert_eq!(read, text);
+        }
+
+        #[test]
+        fn invalid_bytes_neither_panic_nor_accumulate(tokens: Vec<Vec<u8>>) {
+            let mut utf8 = Utf8::default();
+            for token in tokens {
+                utf8.push(&token);
+                proptest::prop_assert!(utf8.held.len() < 4);
+            }
+        }
+    }
+}
