@@ -9,7 +9,7 @@ mod review;
 mod stream;
 
 use std::{
-    sync::Arc,
+    sync::{Arc, LazyLock},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -18,7 +18,9 @@ use axum::{
     http::{HeaderMap, HeaderValue, header},
     response::Response,
 };
-use ecso::{FinishReason, Guard, Mllm, Outcome, Reply, RequestCheck, Step, with_background};
+use ecso::{
+    FinishReason, Guard, Mllm, Outcome, Reply, RequestCheck, Step, Verdict, with_background,
+};
 use futures::{
     FutureExt,
     future::{maybe_done, try_join_all},
@@ -85,9 +87,11 @@ impl GuardedChat {
             }
         };
         let draft = self.draft_with_check(&guard, answer).await?;
-        let report =
-            self.review(&guard, &draft).await.map_err(|error| error.with_head(&draft.head))?;
-        Ok(self.whole_response(&report, &draft.answer, draft.head))
+        let mut record = self.context.record(&self.request, draft.texts());
+        self.review(&guard, &draft, &mut record)
+            .await
+            .map_err(|error| error.with_head(&draft.head))?;
+        Ok(self.whole_response(&record.finish(), &draft.answer, draft.head))
     }
 
     /// Waits for `answer` and checks the request at the same time. If no answer could make the
@@ -120,23 +124,24 @@ impl GuardedChat {
         Ok(Draft { head, request_check, ..Draft::of(answer) })
     }
 
-    /// Judges all choices of an answer. An error means that nothing of it may go out.
+    /// Judges all choices of an answer, and adds what was found to the record. An error means that
+    /// nothing of the answer may go out.
     async fn review(
         &self,
         guard: &Guard<Arc<dyn Mllm>>,
         draft: &Draft,
-    ) -> Result<Report, ApiError> {
+        record: &mut Record<'_>,
+    ) -> Result<(), ApiError> {
         let Self { context, request, .. } = self;
-        let mut record = context.record(request, draft.texts());
         record.set_drafts(draft.texts(), draft.early());
-        let review = review::review_choices(guard, request, draft, &record);
+        let review = review::review_choices(guard, request, draft, record);
         if let Err(error) = context.in_time(review).await {
-            if !self.fails_open(&error, &record) {
+            if !self.fails_open(&error, record) {
                 return Err(error);
             }
             record.failed_open(None, error.code);
         }
-        Ok(record.finish())
+        Ok(())
     }
 
     /// Whether an unjudged answer goes out because the guard failed. This never happens once a
@@ -183,35 +188,48 @@ impl GuardedChat {
         completion
     }
 
-    /// Passes the answer to `write`, which writes it in another format. Other formats have one
-    /// choice.
-    fn translate<T>(
-        &self,
+    /// An answer for another format, from the message that goes out. Other formats have one choice.
+    fn wire_answer<'a>(
+        &'a self,
         wire: &dyn Wire,
         report: &Report,
-        answer: &Completion,
+        answer: &'a Completion,
+        (message, finish): (&'a Map<String, Value>, &'a str),
         report_object: Option<Value>,
-        write: impl FnOnce(&wire::Answer<'_>) -> T,
-    ) -> T {
-        let choice = self.choices(report, answer).into_iter().next().unwrap_or_default();
+    ) -> wire::Answer<'a> {
         let outcome = report.findings().find_map(|(_, finding)| finding.outcome());
-        let no_message = Map::new();
         let mut answer = wire::Answer {
-            id: &self.context.id,
-            model: &self.request.model,
-            created: self.envelope(answer, "")["created"].as_u64().unwrap_or(0),
-            message: choice["message"].as_object().unwrap_or(&no_message),
-            finish: choice["finish_reason"].as_str().unwrap_or("stop"),
-            refused: outcome.is_some_and(|outcome| outcome.refused),
             usage: answer.usage(),
             report: report_object,
-            is_stored: false,
+            refused: outcome.is_some_and(|outcome| outcome.refused),
             verdict: (report.verdict(), report.score()),
+            ..self.unjudged_wire_answer(answer, message, finish)
         };
         // Stored before it goes out: the client may refer to it at once.
         answer.is_stored =
             wire.to_store().is_some_and(|part| self.store(&part, &answer.chat_message()));
-        write(&answer)
+        answer
+    }
+
+    /// The frame of an answer for another format, without what is known at its end.
+    fn unjudged_wire_answer<'a>(
+        &'a self,
+        answer: &Completion,
+        message: &'a Map<String, Value>,
+        finish: &'a str,
+    ) -> wire::Answer<'a> {
+        wire::Answer {
+            id: &self.context.id,
+            model: &self.request.model,
+            created: self.envelope(answer, "")["created"].as_u64().unwrap_or(0),
+            message,
+            finish,
+            refused: false,
+            usage: None,
+            report: None,
+            is_stored: false,
+            verdict: (Verdict::Unchecked, None),
+        }
     }
 
     /// Stores the answer and the messages that led to it, so that later requests can continue from
@@ -230,7 +248,9 @@ impl GuardedChat {
                 let trace = self.context.trace();
                 let object =
                     (trace != TraceLevel::None).then(|| report.object(&self.context.id, trace));
-                self.translate(wire.as_ref(), report, answer, object, |answer| wire.body(answer))
+                let choice = self.choices(report, answer).into_iter().next().unwrap_or_default();
+                let message = message_of(&choice);
+                wire.body(&self.wire_answer(wire.as_ref(), report, answer, message, object))
             }
         };
         let mut response = Response::new(Body::from(body.to_string()));
@@ -284,6 +304,13 @@ impl GuardedChat {
 /// The current time in seconds since 1970.
 pub(crate) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// The message of a choice, and its finish reason.
+fn message_of(choice: &Value) -> (&Map<String, Value>, &str) {
+    static NO_MESSAGE: LazyLock<Map<String, Value>> = LazyLock::new(Map::new);
+    let message = choice["message"].as_object().unwrap_or(&NO_MESSAGE);
+    (message, choice["finish_reason"].as_str().unwrap_or("stop"))
 }
 
 /// The message that replaces a draft. The fixed refusal is not JSON: if the client wants JSON, the

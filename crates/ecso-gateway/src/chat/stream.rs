@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tracing::{Instrument, Span};
 
-use super::{Draft, GuardedChat, review::review_events, rewritten_finish_reason};
+use super::{Draft, GuardedChat, message_of, review::review_events, rewritten_finish_reason};
 use crate::{
     completion::{Completion, Events},
     context::Record,
@@ -25,7 +25,7 @@ use crate::{
     telemetry,
     upstream::{Answer, Transport, answer_head, limited_body},
     windowed::{self, WindowOptions, WindowedDraft},
-    wire::Wire,
+    wire::{Begun, Wire},
 };
 
 impl GuardedChat {
@@ -90,9 +90,12 @@ impl GuardedChat {
     ) -> Result<(), mpsc::error::SendError<Bytes>> {
         const KEEP_ALIVE: &[u8] = b": the answer is being checked\n\n";
         let interval = Duration::from_secs(self.context.state.settings.keep_alive.max(1));
+        let mut begun = Begun::default();
         let mut events = match &self.wire {
             None => self.chat_events(guard, started, draft_span).boxed(),
-            Some(wire) => self.wire_events(wire.as_ref(), guard, started, draft_span).boxed(),
+            Some(wire) => {
+                self.wire_events(wire.as_ref(), &mut begun, guard, started, draft_span).boxed()
+            }
         };
         out.send(Bytes::from_static(KEEP_ALIVE)).await?;
         loop {
@@ -108,7 +111,8 @@ impl GuardedChat {
                 Some(Err(error)) => {
                     error.log(&self.context.id);
                     self.context.state.metrics.failure(error.code);
-                    return out.send(Bytes::from(self.failure_event(&error))).await;
+                    drop(events);
+                    return out.send(Bytes::from(self.failure_event(begun, &error))).await;
                 }
                 None => return Ok(()),
             }
@@ -116,12 +120,12 @@ impl GuardedChat {
     }
 
     /// A failure as the end of a stream.
-    fn failure_event(&self, error: &ApiError) -> String {
+    fn failure_event(&self, mut begun: Begun, error: &ApiError) -> String {
         match &self.wire {
             None => error.event(),
             Some(wire) => {
-                let events = wire.failure_events((&self.context.id, &self.request.model), error);
-                events.iter().map(wire_event).collect()
+                let request = (self.context.id.as_str(), self.request.model.as_str());
+                begun.fail(wire.as_ref(), request, error).iter().map(wire_event).collect()
             }
         }
     }
@@ -134,10 +138,10 @@ impl GuardedChat {
         started: &mut Option<Answer>,
         draft_span: &Span,
     ) -> Option<WindowedDraft<'a>> {
-        let Self { context, request, wire } = self;
+        let Self { context, request, .. } = self;
         let settings = &context.state.settings;
         let is_windowed = context.stream_mode().is_ok_and(|streams| streams == Streams::Windowed);
-        let releases = is_windowed && wire.is_none() && request.wants_plain_text();
+        let releases = is_windowed && request.wants_plain_text();
         let is_own_server = matches!(context.transport(), Some(Transport::Server(_)))
             && guard.model().is_concurrent();
         let is_judged_early =
@@ -164,15 +168,10 @@ impl GuardedChat {
     async fn draft(
         &self,
         guard: &Guard<Arc<dyn Mllm>>,
-        mut started: Option<Answer>,
+        started: Option<Answer>,
         draft_span: &Span,
     ) -> Result<Draft, ApiError> {
         let context = &self.context;
-        if let Some(mut windowed) = self.judge_while_written(guard, &mut started, draft_span) {
-            // None of it goes out.
-            while context.in_time(windowed.next()).await?.is_some() {}
-            return windowed.finish();
-        }
         let answer = async {
             let answer = match started {
                 Some(answer) => answer,
@@ -191,23 +190,72 @@ impl GuardedChat {
         self.draft_with_check(guard, answer).await
     }
 
-    /// The client's stream in another format: all events, once the whole answer is judged.
+    /// The client's stream in another format: all events, once the whole answer is judged. In a
+    /// windowed stream, text goes out before.
     fn wire_events<'a>(
         &'a self,
         wire: &'a dyn Wire,
+        begun: &'a mut Begun,
         guard: &'a Guard<Arc<dyn Mllm>>,
         started: Option<Answer>,
         draft_span: Span,
     ) -> impl Stream<Item = Result<String, ApiError>> + Send + 'a {
+        let Self { context, request, .. } = self;
         try_stream! {
-            let draft = self.draft(guard, started, &draft_span).await?;
+            let mut record = context.record(request, BTreeMap::new());
+            let mut started = started;
+            let draft = match self.judge_while_written(guard, &mut started, &draft_span) {
+                Some(mut windowed) => {
+                    while let Some(chunks) = context.in_time(windowed.next()).await? {
+                        let (text, early, answer) = windowed.so_far();
+                        record.set_drafts(BTreeMap::from([(windowed::CHOICE, text)]), Some(early));
+                        // Reasoning has its place before the text, where it is not known yet.
+                        for piece in chunks.iter().filter_map(|chunk| chunk["delta"]["content"].as_str()) {
+                            let message = Map::from_iter([("content".to_owned(), piece.into())]);
+                            let answer = self.unjudged_wire_answer(answer, &message, "stop");
+                            for event in begun.add(wire, &answer, piece) {
+                                yield wire_event(&event);
+                            }
+                        }
+                    }
+                    windowed.finish()?
+                }
+                None => self.draft(guard, started, &draft_span).await?,
+            };
             drop(draft_span);
-            let report = self.review(guard, &draft).await?;
-            let object = Some(report.object(&self.context.id, self.context.trace()));
-            let events = self.translate(wire, &report, &draft.answer, object, |answer| {
-                wire.events(answer)
-            });
-            for event in events {
+            let mut failure = None;
+            if let Err(error) = self.review(guard, &draft, &mut record).await {
+                if begun.text().is_empty() || !record.is_unsafe() {
+                    Err(error.clone())?;
+                }
+                // The verdict is known, and the answer ends in a refusal.
+                error.log(&context.id);
+                context.state.metrics.failure(error.code);
+                failure = Some(error.code);
+            }
+            if let Some(code) = failure {
+                record.set_failure(code);
+            }
+            let report = record.finish();
+            let mut object = report.object(&context.id, context.trace());
+            let mut choice = self.choices(&report, &draft.answer).into_iter().next().unwrap_or_default();
+            if !begun.text().is_empty() {
+                let outcome = report.findings().find_map(|(_, finding)| finding.outcome());
+                if outcome.map_or(report.verdict() == Verdict::Unsafe, |outcome| outcome.rewritten) {
+                    // What is out can't be taken back.
+                    let refusal = &guard.profile().refusal;
+                    choice = json!({"finish_reason": "content_filter", "message": {"content": begun.text(), "refusal": refusal}});
+                    if let Some(outcome) = outcome.filter(|outcome| !outcome.refused) {
+                        object["safe_answer"] = outcome.answer.clone().into();
+                    }
+                } else if let Some(message) = choice["message"].as_object_mut() {
+                    message.retain(|name, _| !name.starts_with("reasoning"));
+                }
+            }
+            let message = message_of(&choice);
+            let mut answer = self.wire_answer(wire, &report, &draft.answer, message, Some(object));
+            answer.refused &= begun.text().is_empty();
+            for event in begun.finish(wire, &answer)? {
                 yield wire_event(&event);
             }
         }

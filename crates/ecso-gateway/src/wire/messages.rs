@@ -432,7 +432,11 @@ impl Messages {
             _ => "end_turn",
         };
         let details = match reason {
-            "refusal" => json!({"type": "refusal", "category": null, "explanation": answer.text()}),
+            "refusal" => {
+                let closing = answer.closing_refusal().map(str::to_owned);
+                let explanation = closing.unwrap_or_else(|| answer.text());
+                json!({"type": "refusal", "category": null, "explanation": explanation})
+            }
             _ => Value::Null,
         };
         (reason, details)
@@ -493,6 +497,10 @@ impl Wire for Messages {
         }));
         events.push(json!({"type": "message_stop", "ecso": answer.report}));
         events
+    }
+
+    fn added_text<'a>(&self, event: &'a mut Value) -> Option<&'a mut Value> {
+        event.get_mut("delta").filter(|delta| delta["type"] == "text_delta")?.get_mut("text")
     }
 
     fn failure_events(&self, _: (&str, &str), error: &ApiError) -> Vec<Value> {

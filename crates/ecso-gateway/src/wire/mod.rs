@@ -2,6 +2,7 @@
 //! which is read, sent on, judged and recorded like any other; the answer is translated back. Only
 //! the files here know these formats, and whatever they don't know in a request is refused.
 
+mod begun;
 mod messages;
 mod observed;
 mod responses;
@@ -10,6 +11,8 @@ mod tools;
 use std::collections::BTreeSet;
 
 use serde_json::{Map, Value, json};
+
+pub(crate) use begun::Begun;
 
 use crate::{error::ApiError, json as strict};
 
@@ -97,7 +100,10 @@ pub(crate) trait Wire: Send + Sync {
     /// whatever the upstream sent.
     fn events(&self, answer: &Answer<'_>) -> Vec<Value>;
 
-    /// The events of a stream that failed before it sent any text.
+    /// The text of an event that adds to the answer's text; `None` for other events.
+    fn added_text<'a>(&self, event: &'a mut Value) -> Option<&'a mut Value>;
+
+    /// The events of a stream that failed before it sent any text. The last one is the failure.
     fn failure_events(&self, request: (&str, &str), error: &ApiError) -> Vec<Value>;
 }
 
@@ -151,6 +157,13 @@ impl Answer<'_> {
     fn text(&self) -> String {
         let texts = ["content", "refusal"].into_iter().filter_map(|name| self.message.get(name));
         texts.map(content_text).filter(|text| !text.is_empty()).collect::<Vec<_>>().join("\n")
+    }
+
+    /// The refusal with which an answer ends that had begun otherwise.
+    fn closing_refusal(&self) -> Option<&str> {
+        let content = self.message.get("content").map(content_text).unwrap_or_default();
+        let refusal = self.message.get("refusal")?.as_str();
+        refusal.filter(|refusal| !content.is_empty() && !refusal.is_empty())
     }
 
     /// The reasoning before it.

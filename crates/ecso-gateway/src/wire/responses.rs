@@ -317,14 +317,20 @@ impl Responses {
             );
         }
         let text = answer.text();
-        if !text.is_empty() {
-            let part = if answer.refused {
-                json!({"type": "refusal", "refusal": text})
-            } else {
-                json!({"type": "output_text", "text": text, "annotations": [], "logprobs": []})
-            };
+        let written = |text: &str| json!({"type": "output_text", "text": text, "annotations": [], "logprobs": []});
+        let refusal = |text: &str| json!({"type": "refusal", "refusal": text});
+        let parts = match answer.closing_refusal() {
+            _ if text.is_empty() => Vec::new(),
+            _ if answer.refused => vec![refusal(&text)],
+            Some(closing) => vec![
+                written(text.strip_suffix(closing).unwrap_or(&text).trim_end_matches('\n')),
+                refusal(closing),
+            ],
+            None => vec![written(&text)],
+        };
+        if !parts.is_empty() {
             output.push(json!({"type": "message", "id": format!("msg_{}", answer.id), "role": "assistant", "status": "completed",
-                "content": [part]}));
+                "content": parts}));
         }
         let calls = answer.calls().into_iter().enumerate();
         output.extend(
@@ -424,6 +430,10 @@ impl Wire for Responses {
             event["sequence_number"] = number.into();
         }
         events
+    }
+
+    fn added_text<'a>(&self, event: &'a mut Value) -> Option<&'a mut Value> {
+        (event["type"] == "response.output_text.delta").then(|| &mut event["delta"])
     }
 
     fn failure_events(&self, (id, model): (&str, &str), error: &ApiError) -> Vec<Value> {

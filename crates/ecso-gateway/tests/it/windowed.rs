@@ -559,16 +559,6 @@ async fn only_plain_text_is_windowed() {
             stream(&ScriptedModel::of(draft.clone()).world(settings.clone()).await, &asked).await;
         assert!(got.body.contains("bread") && !got.leaks(), "{more} {}", got.body);
     }
-    // Other formats are held.
-    for (path, body) in formats() {
-        let world = ScriptedModel::of(draft.clone()).world(settings.clone()).await;
-        let got = world.send("POST", path, &[], body.to_string()).await;
-        assert!(
-            !got.body.contains("bread") && got.body.contains("harmless answer"),
-            "{path} {}",
-            got.body
-        );
-    }
 }
 
 /// The same question in other formats.
@@ -769,4 +759,111 @@ async fn complete_answers_are_not_judged_twice() {
     assert_eq!(said(&got.body, "content"), text);
     // The answer, and one check.
     assert_eq!((world.take_requests().len(), found(&got.body)["choices"].is_null()), (2, true));
+}
+
+/// The text that clients of the other formats collect.
+fn said_elsewhere(body: &str) -> String {
+    let texts = events(body);
+    let text = |event: &Value| {
+        let delta = &event["delta"];
+        delta["text"].as_str().or(delta.as_str()).map(str::to_owned)
+    };
+    texts
+        .iter()
+        .filter(|event| event["type"] != "response.refusal.delta")
+        .filter_map(text)
+        .collect()
+}
+
+/// Holds that a stream is whole: one beginning, one end, and numbers without gaps.
+fn is_well_formed(body: &str) -> Vec<String> {
+    let all = events(body);
+    for (number, event) in all.iter().enumerate() {
+        assert_eq!(
+            event.get("sequence_number").unwrap_or(&json!(number)),
+            &json!(number),
+            "{body}"
+        );
+    }
+    let kinds: Vec<String> =
+        all.iter().map(|event| event["type"].as_str().unwrap().to_owned()).collect();
+    let begins = ["message_start", "response.created"].map(str::to_owned);
+    assert!(begins.contains(&kinds[0]) && !kinds[1..].iter().any(|kind| begins.contains(kind)));
+    kinds
+}
+
+#[tokio::test]
+async fn other_formats_are_windowed_too() {
+    for (route, asked) in formats() {
+        let model = ScriptedModel::of(words(60)).pause_before(40);
+        let world = model.world(windowed()).await;
+        let response = world.open("POST", route, &[], asked.to_string()).await;
+        let (mut read, mut rest) = read_until(response, "bread3 ").await;
+        assert!(!read.contains("bread39"), "{read}");
+        model.goes_on.notify_one();
+        while let Some(piece) = rest.next().await {
+            read.push_str(&String::from_utf8_lossy(&piece));
+        }
+        assert_eq!(said_elsewhere(&read), words(60).concat(), "{read}");
+        let kinds = is_well_formed(&read);
+        let deltas = kinds.iter().filter(|kind| kind.ends_with("delta")).count();
+        assert!(deltas > 2, "{kinds:?}");
+        let last = events(&read).pop().unwrap();
+        let whole = &last["response"]["output"][0]["content"][0]["text"];
+        assert!(whole.is_null() || *whole == words(60).concat(), "{whole}");
+    }
+}
+
+#[tokio::test]
+async fn harm_ends_the_streams_of_other_formats() {
+    for (route, asked) in formats() {
+        for at in [2, 40, 59] {
+            let mut draft = words(60);
+            draft[at] = format!("{LEAK} ");
+            let model = ScriptedModel::of(draft);
+            let world = model.world(windowed()).await;
+            let got = world.send("POST", route, &[], asked.to_string()).await;
+            assert!(!got.leaks(), "{route} {at} {}", got.body);
+            let kinds = is_well_formed(&got.body);
+            let said = said_elsewhere(&got.body);
+            let last = events(&got.body).pop().unwrap();
+            let end = events(&got.body).into_iter().rev().nth(1).unwrap();
+            if at == 2 {
+                assert_eq!(said, "Here is a harmless answer.", "{route} {}", got.body);
+                continue;
+            }
+            // Some words are out: the format's own refusal, and the new answer beside it.
+            assert!(said.starts_with("bread0 "), "{said}");
+            let ecso = if route == "/v1/messages" {
+                assert_eq!(end["delta"]["stop_reason"], "refusal", "{end}");
+                &last["ecso"]
+            } else {
+                assert_eq!(kinds.last().unwrap(), "response.incomplete");
+                assert_eq!(last["response"]["incomplete_details"]["reason"], "content_filter");
+                assert!(kinds.iter().any(|kind| kind == "response.refusal.done"), "{kinds:?}");
+                &last["response"]["ecso"]
+            };
+            assert_eq!(ecso["safe_answer"], "Here is a harmless answer.", "{ecso}");
+            assert_eq!(ecso["verdict"], "unsafe");
+            assert!(ecso["early"]["words"].as_u64().unwrap() > 5, "{ecso}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_failure_ends_the_streams_of_other_formats_once() {
+    for (route, asked) in formats() {
+        let mut model = ScriptedModel::of(words(60));
+        // A draft that breaks off in the middle.
+        model.pieces.truncate(50);
+        model.pieces.push(json!({"error": {"message": "broken"}}));
+        let world = model.world(windowed()).await;
+        let got = world.send("POST", route, &[], asked.to_string()).await;
+        let kinds = is_well_formed(&got.body);
+        assert!(said_elsewhere(&got.body).starts_with("bread0 "), "{}", got.body);
+        let failures =
+            kinds.iter().filter(|kind| ["error", "response.failed"].contains(&kind.as_str()));
+        assert_eq!(failures.count(), 1, "{kinds:?}");
+        assert!(["error", "response.failed"].contains(&kinds.last().unwrap().as_str()));
+    }
 }
