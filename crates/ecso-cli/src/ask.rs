@@ -1,12 +1,13 @@
 //! `ecso ask`: one guarded answer.
 
 use std::{
-    io::{Read, Write},
+    borrow::Cow,
+    io::{IsTerminal, Read, Write},
     path::Path,
 };
 
 use anyhow::Context;
-use ecso::{Chat, Event, Guard, Limits, Outcome, Step, Trace, Verdict};
+use ecso::{Chat, Event, Guard, Limits, Outcome, Step, Trace, Verdict, profile::Scope};
 use futures::{StreamExt, pin_mut};
 
 use crate::{
@@ -22,10 +23,11 @@ pub(crate) fn run(args: &AskArgs, file: Option<&Path>) -> anyhow::Result<()> {
         let progress = Steps::new(args.output.quiet);
         progress.show("loading the model");
         let model = backend::open(&settings).await?;
+        let scope = profile.scope;
         let guard = Guard::new(model, profile);
         let events = guard.answer_events(&chat);
         pin_mut!(events);
-        let mut printer = Printer { args, profile_reason, progress, held: Some(Vec::new()) };
+        let mut printer = Printer { args, scope, profile_reason, progress, held: Some(Vec::new()) };
         while let Some(event) = events.next().await {
             printer.print(event?)?;
         }
@@ -54,6 +56,8 @@ fn chat(args: &AskArgs, limits: Limits) -> anyhow::Result<Chat> {
 /// Prints the events of the pipeline.
 struct Printer<'a> {
     args: &'a AskArgs,
+    /// The profile's.
+    scope: Scope,
     /// Why this profile is used, if the user named none.
     profile_reason: Option<&'static str>,
     progress: Steps,
@@ -72,7 +76,7 @@ impl Printer<'_> {
                 self.release_held();
                 // With --show-steps, the whole answer is printed after the steps.
                 if !is_json && !self.args.show_steps {
-                    print!("{text}");
+                    print!("{}", for_output(&text));
                     std::io::stdout().flush()?;
                 }
             }
@@ -81,7 +85,8 @@ impl Printer<'_> {
                 if is_json {
                     println!("{}", serde_json::to_string_pretty(&outcome)?);
                 } else {
-                    println!("{}", if self.args.show_steps { outcome.answer.as_str() } else { "" });
+                    let answer = if self.args.show_steps { outcome.answer.as_str() } else { "" };
+                    println!("{}", for_output(answer));
                     self.print_summary(&outcome);
                 }
             }
@@ -115,12 +120,35 @@ impl Printer<'_> {
         let verdict = match outcome.verdict {
             Verdict::Safe => "the direct answer was judged safe",
             Verdict::Unsafe => "the direct answer was judged unsafe and was replaced",
+            Verdict::Unchecked if self.scope == Scope::Images => {
+                "not checked: the profile guards chats with an image; `--set scope=all` guards all"
+            }
             Verdict::Unchecked => "not checked: the profile requires no check here",
         };
         let score = outcome.score.map_or_else(String::new, |score| format!(", P(harm) {score:.2}"));
         let reason = self.profile_reason.map_or_else(String::new, |reason| format!(" ({reason})"));
         say!("[{verdict}{score}; profile {}{reason}, model {}]", outcome.profile, outcome.model);
     }
+}
+
+/// A model's text for standard output. A terminal shows control characters, which could drive it,
+/// as pictures of them.
+fn for_output(text: &str) -> Cow<'_, str> {
+    if std::io::stdout().is_terminal() { harmless(text) } else { text.into() }
+}
+
+/// The text with visible control characters, except line breaks and tabs.
+fn harmless(text: &str) -> Cow<'_, str> {
+    let is_control = |letter: char| letter.is_control() && !matches!(letter, '\n' | '\t');
+    if !text.contains(is_control) {
+        return text.into();
+    }
+    let shown = |letter: char| match u32::from(letter) {
+        _ if !is_control(letter) => letter,
+        code @ 0..0x20 => char::from_u32(0x2400 + code).unwrap_or(char::REPLACEMENT_CHARACTER),
+        _ => char::REPLACEMENT_CHARACTER,
+    };
+    text.chars().map(shown).collect::<String>().into()
 }
 
 fn describe_step(step: Step, images: usize) -> String {
@@ -160,7 +188,7 @@ fn format_step(trace: &Trace) -> String {
         "== {}, {} ms{tokens}{verdict}{score}\n  prompt\n{}\n  reply\n{}\n",
         describe_step(trace.step, trace.images),
         trace.ms,
-        indent(&trace.prompt),
-        indent(&trace.reply)
+        indent(&harmless(&trace.prompt)),
+        indent(&harmless(&trace.reply))
     )
 }

@@ -12,6 +12,9 @@ use crate::{backend, settings::Settings};
 /// Said of a profile that takes a calibration of its model.
 pub(crate) const FITTED: &str = "fitted to this model";
 
+/// Said of the built-in profile on the model for which it was made.
+pub(crate) const BUILT_IN: &str = "fitted to mini";
+
 /// Requests from which on a fit is kept: half of them to fit on.
 const ENOUGH: usize = 60;
 
@@ -59,10 +62,11 @@ pub(crate) fn curve(settings: &Settings) -> anyhow::Result<ecso_gateway::Calibra
 /// calibration of its present text where there is one; and why that threshold.
 pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static str)> {
     let profile = Profile::hardened();
+    let unfitted = if settings.model == "mini" { BUILT_IN } else { "not fitted to this model" };
     // A file's digest takes time: only where it could be known.
     let any_own = std::fs::read_dir(folder(settings)).is_ok_and(|mut files| files.next().is_some());
     if !any_own {
-        return Ok((profile, "not fitted to this model"));
+        return Ok((profile, unfitted));
     }
     let Ok(digest) = backend::identity(settings) else {
         return Ok((profile, "this model is not known"));
@@ -72,7 +76,14 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
         format!("{}: delete it, or calibrate again", path(settings, &digest).display())
     })?;
     match own {
-        None => Ok((profile, "not fitted to this model")),
+        None => Ok((profile, unfitted)),
+        Some(own) if own.model_digest != digest => {
+            let path = path(settings, &digest);
+            anyhow::bail!(
+                "{}: made for another model: delete it, or calibrate again",
+                path.display()
+            )
+        }
         Some(own) if own.is_for(&profile) => Ok((profile.calibrated(&own)?, FITTED)),
         Some(own) => {
             say!(

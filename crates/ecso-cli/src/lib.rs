@@ -148,7 +148,10 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             config::show(file, &model, &profile)
         }
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "ecso", &mut std::io::stdout());
+            // It panics if it can't write.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "ecso", &mut script);
+            print!("{}", String::from_utf8_lossy(&script));
             Ok(())
         }
         Command::Manual { folder } => std::fs::create_dir_all(&folder)

@@ -74,7 +74,12 @@ fn by_name(name: &str) -> anyhow::Result<Profile> {
     let text = std::fs::read_to_string(path)
         .map_err(|error| UsageError(format!("profile {name}: {error}")))?;
     let profile = Profile::from_toml(&text);
-    Ok(profile.map_err(|error| UsageError(format!("profile {name}: {error}")))?)
+    let mut profile = profile.map_err(|error| UsageError(format!("profile {name}: {error}")))?;
+    // Nothing but a built-in profile has its name.
+    if Profile::named(&profile.name).is_ok_and(|built_in| built_in != profile) {
+        profile.name.push('+');
+    }
+    Ok(profile)
 }
 
 #[cfg(test)]

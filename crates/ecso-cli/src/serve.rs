@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::Context;
+use ecso::profile::Gate;
 use ecso_gateway::{
     Checks, Gateway, Playground, Upstream,
     settings::{ImageUrls, Mode, OnFailure, Streams},
@@ -17,7 +18,7 @@ use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
     backend,
-    calibration::FITTED,
+    calibration::{BUILT_IN, FITTED},
     cli::ServeArgs,
     error::UsageError,
     profiles,
@@ -283,8 +284,13 @@ fn redact_url(model: &str) -> String {
 fn warnings(settings: &Settings) -> anyhow::Result<Vec<String>> {
     let Settings { gateway, ext_proc, .. } = settings;
     let mut warnings = Vec::new();
-    let (_, reason) = profiles::load_with_reason(settings)?;
-    if let Some(reason) = reason.filter(|reason| *reason != FITTED && gateway.mode == Mode::Enforce)
+    let (profile, reason) = profiles::load_with_reason(settings)?;
+    if profile.gate == Gate::Never {
+        warnings.push(format!("gate = \"never\": profile {} judges nothing", profile.name));
+    }
+    let is_fitted = |reason: &&str| [FITTED, BUILT_IN].contains(reason);
+    if let Some(reason) =
+        reason.filter(|reason| !is_fitted(reason) && gateway.mode == Mode::Enforce)
     {
         warnings.push(format!(
             "`hardened` runs with its defaults ({reason}), which were fitted to mini; run \

@@ -66,8 +66,8 @@ pub(crate) fn is_in_fitting_half(id: &str) -> bool {
     blake3::hash(id.as_bytes()).as_bytes()[0].is_multiple_of(2)
 }
 
-/// Chooses the lowest threshold that flags at most the share `false_alarms` of the harmless
-/// requests in one half.
+/// Chooses the threshold that flags the most requests in one half, and at most the share
+/// `false_alarms` of the harmless ones.
 ///
 /// # Errors
 /// [`TooFew`].
@@ -91,11 +91,13 @@ pub fn calibrate(scores: &[Scored], false_alarms: f64) -> Result<Fit, TooFew> {
         reason = "a count"
     )]
     let allowed = (false_alarms.clamp(0.0, 1.0) * harmless.len() as f64).floor() as usize;
-    // The next score above the highest harmless one that may not be flagged: of all thresholds with
-    // the same result on this half, the highest, since it is the most careful one on unseen items.
+    // Between the highest harmless score that may not be flagged and the next score above it: of all
+    // thresholds with the same result on this half, the one that is farthest from both.
     let threshold = harmless.get(allowed).map_or(0.0, |highest| {
         let above = chosen.iter().map(|scored| scored.score).filter(|score| score > highest);
-        above.fold(1.0, f64::min)
+        let next = above.fold(1.0, f64::min);
+        let middle = f64::midpoint(*highest, next);
+        if middle > *highest { middle } else { next }
     });
     Ok(Fit {
         threshold,
@@ -146,5 +148,15 @@ mod tests {
             assert!(found.threshold > 0.4 && found.threshold < 0.62, "{found:?}");
         }
         assert!(calibrate(&scores[..1], 0.1).is_err());
+    }
+
+    #[test]
+    fn the_threshold_is_between_the_scores() {
+        let scored = |number: usize| {
+            let harmful = number.is_multiple_of(2);
+            Scored { id: number.to_string(), score: if harmful { 0.9 } else { 0.1 }, harmful }
+        };
+        let found = calibrate(&(0..80).map(scored).collect::<Vec<_>>(), 0.05).unwrap();
+        assert!((found.threshold - 0.5).abs() < 1e-9, "{found:?}");
     }
 }

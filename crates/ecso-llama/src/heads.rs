@@ -104,10 +104,18 @@ impl Heads {
     }
 }
 
-/// A text that changes when the file does.
+/// A text that changes when the file does. Who keeps the time of the last change can't keep that of
+/// the last change of anything (ctime).
 fn version(path: &Path) -> io::Result<String> {
     let file = path.metadata()?;
-    Ok(format!("{} {} {:?}", path.display(), file.len(), file.modified()?))
+    #[cfg(unix)]
+    let changed = {
+        use std::os::unix::fs::MetadataExt;
+        (file.dev(), file.ino(), file.ctime(), file.ctime_nsec())
+    };
+    #[cfg(not(unix))]
+    let changed = ();
+    Ok(format!("{} {} {:?} {changed:?}", path.display(), file.len(), file.modified()?))
 }
 
 /// The heads of a folder.
@@ -116,8 +124,9 @@ fn files(folder: &Path) -> io::Result<Vec<(PathBuf, fs::Metadata)>> {
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
         let path = entry.path();
-        if path.extension().is_some_and(|extension| extension == EXTENSION) {
-            found.push((path, entry.metadata()?));
+        let metadata = entry.metadata()?;
+        if metadata.is_file() && path.extension().is_some_and(|extension| extension == EXTENSION) {
+            found.push((path, metadata));
         }
     }
     Ok(found)

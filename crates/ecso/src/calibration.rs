@@ -121,11 +121,26 @@ impl Calibration {
     /// Reads a calibration from TOML.
     ///
     /// # Errors
-    /// [`CalibrationError::Invalid`].
+    /// [`CalibrationError::Invalid`], also if the threshold is not in 0..=1 or a bias is no number.
     pub fn from_toml(text: &str) -> Result<Self, CalibrationError> {
-        toml::from_str(text).map_err(|error| {
+        let read: Self = toml::from_str(text).map_err(|error| {
             CalibrationError::Invalid(Cause::new(error.to_string().trim_end(), error))
-        })
+        })?;
+        read.checked()
+    }
+
+    /// The calibration, if its numbers can be used.
+    fn checked(self) -> Result<Self, CalibrationError> {
+        if !(0.0..=1.0).contains(&self.found.threshold) {
+            return Err(CalibrationError::Invalid("the threshold must be between 0 and 1".into()));
+        }
+        match self.biases.iter().find(|(_, bias)| !bias.is_finite()) {
+            Some((name, _)) => {
+                let message = format!("the bias of `{name}` must be a finite number");
+                Err(CalibrationError::Invalid(message.into()))
+            }
+            None => Ok(self),
+        }
     }
 
     /// The calibration as TOML.
@@ -148,8 +163,9 @@ impl Profile {
     ///
     /// # Errors
     /// [`CalibrationError::OtherProfile`] if the calibration was made for another profile, or for
-    /// another version of this one.
+    /// another version of this one; [`CalibrationError::Invalid`] if its numbers can't be used.
     pub fn calibrated(mut self, calibration: &Calibration) -> Result<Self, CalibrationError> {
+        let calibration = &calibration.clone().checked()?;
         let is_made_for_this = calibration.is_for(&self);
         match &mut self.method {
             Method::Hardened(method) if is_made_for_this => {

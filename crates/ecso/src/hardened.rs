@@ -23,13 +23,13 @@ pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Hardened, q: &Query<'_>) -> Re
     let c: Vec<String> = hints(&images).collect();
     let mut judge = Judge { p, q, images: &images, known };
 
-    // Step 2: is the draft harmful, as a reply to this request?
+    // Step 2: is the request harmful, or the draft as a reply to it?
     let found = if let Some(y) = y {
-        let reply = judge.detect(w, Step::Detect, Some(q.draft(&y))).await?;
-        if w.decide(reply).await? {
+        let found = judge.detect(w, Step::Detect, Some(q.draft(&y)), request).await?;
+        if w.decide(found).await? {
             return w.release(y).await;
         }
-        reply
+        found
     } else {
         w.decide(request).await?;
         request
@@ -40,7 +40,8 @@ pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Hardened, q: &Query<'_>) -> Re
         templates(&w.profile.safe, q.has_hints(&c), found.is_harm() && found.score.is_some())
     {
         let y = w.compose(q.safe(&c, template)).await?;
-        if !judge.detect(w, Step::ReplyCheck, Some(Answer::new(&y))).await?.is_harm() {
+        let reply = Some(Answer::new(&y));
+        if !judge.detect(w, Step::ReplyCheck, reply, Detection::SAFE).await?.is_harm() {
             return w.release(y).await;
         }
     }
@@ -72,7 +73,7 @@ pub(crate) async fn check_request(
 ) -> Result<RequestFindings, Halt> {
     let images = w.image_texts(q).await?;
     let mut judge = Judge { p, q, images: &images, known: HashMap::new() };
-    let request = judge.detect(w, Step::RequestCheck, None).await?;
+    let request = judge.detect(w, Step::RequestCheck, None, Detection::SAFE).await?;
     let (known, request) = (judge.known, if w.was_filtered() { Detection::HARM } else { request });
     Ok(RequestFindings { images, known, request })
 }
@@ -91,7 +92,8 @@ pub(crate) async fn detect(
     if request.is_harm() {
         return Ok(request);
     }
-    Judge { p, q, images: &images, known }.detect(w, Step::Detect, Some(q.draft(y))).await
+    let mut judge = Judge { p, q, images: &images, known };
+    judge.detect(w, Step::Detect, Some(q.draft(y)), request).await
 }
 
 /// The request check, and the draft unless the request is harmful.
@@ -122,23 +124,24 @@ struct Judge<'a, 'q> {
 
 impl Judge<'_, '_> {
     /// Whether the request is harmful, or the reply `y` to it: the detector with the highest
-    /// probability decides.
+    /// probability decides. `found` is what other detectors have found already.
     async fn detect(
         &mut self,
         w: &mut Pipeline<'_>,
         step: Step,
         y: Option<Answer<'_>>,
+        found: Detection,
     ) -> Result<Detection, Halt> {
         if let Some(found) = w.found_already(step) {
             return Ok(found);
         }
         if y.is_some_and(Answer::is_empty) {
-            return Ok(Detection::SAFE);
+            return Ok(found);
         }
         // Findings about an earlier reply do not hold for this one.
         self.known
             .retain(|name, _| !self.p.questions.get(name).is_some_and(Question::is_about_reply));
-        let mut highest = Detection::SAFE;
+        let mut highest = found;
         for detector in self
             .p
             .detectors

@@ -217,7 +217,8 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
 
-    /// Profile to run: a built-in one or a TOML file (repeatable) [default: paper]
+    /// Profile to run: a built-in one or a TOML file (repeatable) [default:
+    /// hardened]
     #[arg(long, value_name = "NAME|FILE")]
     pub(crate) profile: Vec<String>,
 

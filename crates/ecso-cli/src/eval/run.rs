@@ -193,7 +193,7 @@ fn open_journal(
 /// The profiles to run, and the settings of the model.
 fn load_profiles(args: &RunArgs, file: Option<&Path>) -> anyhow::Result<(Settings, Vec<Profile>)> {
     let names =
-        if args.profile.is_empty() { vec!["paper".to_owned()] } else { args.profile.clone() };
+        if args.profile.is_empty() { vec!["hardened".to_owned()] } else { args.profile.clone() };
     let mut settings = None;
     let mut profiles = Vec::new();
     for name in names {

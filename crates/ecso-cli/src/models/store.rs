@@ -100,7 +100,8 @@ impl Store {
     pub(super) fn lock(&self) -> anyhow::Result<File> {
         fs::create_dir_all(&self.folder).with_context(|| self.folder.display().to_string())?;
         let path = self.folder.join(".lock");
-        let lock = File::create(&path).with_context(|| path.display().to_string())?;
+        let open = File::options().append(true).create(true).open(&path);
+        let lock = open.with_context(|| path.display().to_string())?;
         lock.lock().with_context(|| path.display().to_string())?;
         Ok(lock)
     }

@@ -101,7 +101,7 @@ fn number(mean: Mean) -> String {
 /// A comparison of an arm with another one on the same items, as text.
 fn paired_text(paired: Paired) -> String {
     let Paired { only_first, only_second, .. } = paired;
-    format!("{only_first} answers better, {only_second} worse ({})", paired.p_text())
+    format!("{only_first} better, {only_second} worse ({})", paired.p_text())
 }
 
 /// The figures of an arm that the benchmark itself publishes.
