@@ -355,7 +355,7 @@ try {
   say("a question waits for images that are still being read");
   await page.reload();
   await page.waitForSelector("#arms input");
-  const asked = async () => {
+  const shownQuestion = async () => {
     await page.waitForSelector(".outcome:not([hidden])");
     return page.locator("#asked").innerText();
   };
@@ -363,7 +363,7 @@ try {
     document.querySelector("#examples button").click();
     document.querySelector("#ask").requestSubmit();
   });
-  assert.match(await asked(), /\(1 image\)/);
+  assert.match(await shownQuestion(), /\(1 image\)/);
   await page.evaluate(() => {
     const transfer = new DataTransfer();
     transfer.items.add(new File(["none"], "vast.png", { type: "image/png" }));
