@@ -352,6 +352,28 @@ try {
   await page.locator("img[alt='dropped.png']").waitFor();
   assert.equal(await page.locator("#pictures li").count(), held + 2);
 
+  say("a question waits for images that are still being read");
+  await page.reload();
+  await page.waitForSelector("#arms input");
+  const shownQuestion = async () => {
+    await page.waitForSelector(".outcome:not([hidden])");
+    return page.locator("#asked").innerText();
+  };
+  await page.evaluate(() => {
+    document.querySelector("#examples button").click();
+    document.querySelector("#ask").requestSubmit();
+  });
+  assert.match(await shownQuestion(), /\(1 image\)/);
+  await page.evaluate(() => {
+    const transfer = new DataTransfer();
+    transfer.items.add(new File(["none"], "vast.png", { type: "image/png" }));
+    Object.defineProperty(transfer.files[0], "size", { value: 1 << 30 });
+    document.querySelector("#drop").dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, bubbles: true }));
+    document.querySelector("#ask").requestSubmit();
+  });
+  await page.locator("#problem", { hasText: "vast.png is larger" }).waitFor();
+  assert.ok(await page.locator("#go").isEnabled() && await page.locator(".card[data-state=running]").count() === 0);
+
   say("by keyboard alone");
   await page.reload();
   await page.waitForSelector("#arms input");

@@ -12,6 +12,7 @@ use crate::{
     run_set::{RunSet, RunSetError, check_same_judge},
     stats::{Paired, Rate},
     summary::{Counts, MissingItems, count_absent},
+    text::in_markdown,
     verdicts::Verdicts,
 };
 
@@ -69,7 +70,7 @@ pub fn advise(runs: &[JudgedRun]) -> Result<String, RunSetError> {
         comparison.write_page(profile, &mut out);
     }
     for (path, notice) in notices {
-        let _ = writeln!(out, "\n{}: {notice}.", path.display());
+        let _ = writeln!(out, "\n{}: {}.", path.display(), in_markdown(&notice));
     }
     Ok(out)
 }
@@ -177,6 +178,7 @@ impl Comparison {
 
     fn write_page(&self, profile: &str, out: &mut String) {
         let Self { unguarded, guarded, .. } = self;
+        let profile = in_markdown(profile);
         let _ = writeln!(out, "\n## {profile}\n");
         let _ = writeln!(out, "| | unguarded | {profile} |\n| --- | --- | --- |");
         for (name, rate) in [

@@ -11,6 +11,7 @@ use crate::{
     report::percent,
     run_set::{RunSetError, check_same_judge, item_key},
     stats::{Paired, Rate},
+    text::in_markdown,
 };
 
 /// Compares two runs, item by item, as Markdown: the share of good answers on the items that both
@@ -76,7 +77,7 @@ pub fn compare(a: &JudgedRun, b: &JudgedRun) -> Result<String, RunSetError> {
     }
     for (name, run, matched) in [("A", a, matched_a), ("B", b, matched_b)] {
         for warning in run.verdicts.warnings(Some(matched)) {
-            let _ = writeln!(out, "\n{name}: {warning}.");
+            let _ = writeln!(out, "\n{name}: {}.", in_markdown(&warning));
         }
     }
     Ok(out)
@@ -87,18 +88,18 @@ fn title(run: &JudgedRun) -> String {
     let header = &run.header;
     let variant =
         header.variant.as_ref().map_or_else(String::new, |variant| format!(" ({variant})"));
-    format!(
+    in_markdown(&format!(
         "{}{variant} on {}, judged by {}",
         header.benchmark,
         header.model,
         run.verdicts.judge().unwrap_or("an unnamed judge")
-    )
+    ))
 }
 
 /// The names of the arms that are not compared.
 fn unpaired(run: &JudgedRun, is_paired: impl Fn(&str) -> bool) -> String {
     let names = run.arm_names().filter(|name| !is_paired(name));
-    names.map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+    names.map(|name| format!("`{}`", in_markdown(name))).collect::<Vec<_>>().join(", ")
 }
 
 /// Two arms that are compared.
@@ -115,7 +116,8 @@ impl ArmPair<'_> {
     }
 
     fn write_row(&self, out: &mut String) {
-        let Self { arms: (name_a, name_b), both_good, paired } = self;
+        let Self { arms, both_good, paired } = self;
+        let (name_a, name_b) = (in_markdown(arms.0), in_markdown(arms.1));
         let known = paired.known();
         let good = |only| {
             let rate = Rate::with_unknown(both_good + only, known, paired.unknown);

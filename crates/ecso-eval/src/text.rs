@@ -1,6 +1,6 @@
 //! Text that others wrote: decodes several encodings, and shortens what error messages quote.
 
-use std::{error::Error, fmt::Display, path::Path};
+use std::{borrow::Cow, error::Error, fmt::Display, path::Path};
 
 use ecso::Cause;
 
@@ -75,6 +75,33 @@ pub fn cut(text: impl Display) -> String {
     }
 }
 
+/// Text that somebody else wrote, for a place in Markdown: in one line, and without marks that make
+/// HTML, links or cells of a table. Backquotes stay.
+pub(crate) fn in_markdown(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '&' => out.push_str("&amp;"),
+            '\\' | '|' | '[' | ']' | '*' => out.extend(['\\', character]),
+            '\u{2028}' | '\u{2029}' => out.push(' '),
+            _ if character.is_control() => out.push(' '),
+            _ => out.push(character),
+        }
+    }
+    out
+}
+
+/// Text that somebody else wrote, for a cell of CSV: spreadsheets take none of it for a formula.
+pub(crate) fn in_csv(text: &str) -> Cow<'_, str> {
+    if text.starts_with(['=', '+', '-', '@', '\t', '\r', '\n']) {
+        format!("'{text}").into()
+    } else {
+        text.into()
+    }
+}
+
 /// An error that may quote text that somebody else wrote, shortened. If it had to be shortened, its
 /// source is dropped, since that would show the full text.
 pub(crate) fn shortened(error: impl Error + Send + Sync + 'static) -> Cause {
@@ -86,6 +113,15 @@ pub(crate) fn shortened(error: impl Error + Send + Sync + 'static) -> Cause {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn text_of_others_is_only_text_in_markdown_and_csv() {
+        let text = "a\n|b| <img src=x> [c](d) `e` f_g \\ & *h*\u{1b}\u{2028}";
+        let shown = "a \\|b\\| &lt;img src=x&gt; \\[c\\](d) `e` f_g \\\\ &amp; \\*h\\*  ";
+        assert_eq!(in_markdown(text), shown);
+        assert_eq!(in_csv("=1+1"), "'=1+1");
+        assert_eq!(in_csv("paper+"), "paper+");
+    }
 
     #[test]
     fn long_text_is_cut() {

@@ -14,7 +14,8 @@ use ecso_gateway::{Gateway, Settings, Upstream};
 async fn main() -> Result<(), Box<dyn Error>> {
     let upstream =
         Upstream::server("http://127.0.0.1:8000/v1", None, ecso_openai::Options::default(), None)?;
-    let gateway = Gateway::new(upstream, Profile::paper(), Settings::default(), Limits::default())?;
+    let gateway =
+        Gateway::new(upstream, Profile::hardened(), Settings::default(), Limits::default())?;
     let app = Router::new()
         .route("/", get(|| async { "Bread." }))
         .nest("/guarded", Arc::new(gateway).router());

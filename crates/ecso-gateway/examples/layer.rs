@@ -15,7 +15,8 @@ use serde_json::json;
 async fn main() -> Result<(), Box<dyn Error>> {
     let upstream =
         Upstream::server("http://127.0.0.1:8000/v1", None, ecso_openai::Options::default(), None)?;
-    let gateway = Gateway::new(upstream, Profile::paper(), Settings::default(), Limits::default())?;
+    let gateway =
+        Gateway::new(upstream, Profile::hardened(), Settings::default(), Limits::default())?;
     let model =
         Router::new().route("/v1/chat/completions", post(answer)).layer(Arc::new(gateway).layer());
     axum::serve(tokio::net::TcpListener::bind("127.0.0.1:8080").await?, model).await?;

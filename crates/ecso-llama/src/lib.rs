@@ -15,7 +15,7 @@
 //!
 //! ```ignore
 //! let model = ecso_llama::Llama::load("model.gguf", ecso_llama::Options::default()).await?;
-//! let guard = ecso::Guard::new(model, ecso::Profile::paper());
+//! let guard = ecso::Guard::new(model, ecso::Profile::hardened());
 //! ```
 //!
 //! # Features

@@ -8,7 +8,7 @@
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
 //! let options = Options { model: Some("qwen2.5-vl-7b".into()), ..Options::default() };
 //! let model = OpenAi::connect("http://localhost:8000/v1", options).await?;
-//! let guard = Guard::new(model, Profile::paper());
+//! let guard = Guard::new(model, Profile::hardened());
 //! let outcome = guard.answer(&Chat::ask([], "How do I bake bread?")).await?;
 //! # Ok(())
 //! # }

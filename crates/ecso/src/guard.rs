@@ -30,7 +30,7 @@ use crate::{
 /// # async fn example(model: impl ecso::Mllm) -> Result<(), Box<dyn std::error::Error>> {
 /// use ecso::{Chat, Guard, Image, Limits, Profile};
 ///
-/// let guard = Guard::new(model, Profile::paper());
+/// let guard = Guard::new(model, Profile::hardened());
 /// let image = Image::open("list.png", Limits::default())?;
 /// let outcome = guard.answer(&Chat::ask([image], "What is on the list?")).await?;
 /// println!("{:?}: {}", outcome.verdict, outcome.answer);

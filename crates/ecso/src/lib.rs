@@ -25,7 +25,8 @@
 //!   it up.
 //! - [`Mllm`] is the model behind it: bring your own, or take one from `ecso-openai`, `ecso-llama`
 //!   or `ecso-reader`.
-//! - [`Profile`] holds everything in which the paper, its published code and others differ;
+//! - [`Profile`] holds everything in which the paper, its published code and others differ:
+//!   [`Profile::paper`] is the published method, as above; [`Profile::hardened`] finds more.
 //!   [`Calibration`] fits one to a model.
 //! - [`Outcome`] is the answer with its [`Verdict`] and a [`Trace`] of every call.
 //!

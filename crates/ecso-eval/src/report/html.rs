@@ -72,6 +72,7 @@ pub(super) struct ShownItem<'a> {
     id: &'a str,
     scenario: &'a str,
     query: &'a str,
+    images: usize,
     error: Option<&'a str>,
     arms: Vec<Answer<'a>>,
 }
@@ -178,7 +179,7 @@ fn run_context(report: &RunReport) -> Value {
         detections,
         scenario_bars => Value::from(Serde(scenario_bars)),
         by_scenario => Value::from(Serde(by_scenario)),
-        judges => Value::from(Serde(judges)),
+        judges => serde_json::to_string(judges).unwrap_or_default(),
         items => Value::from_safe_string(format!("[{}]", shown_items.join(",\n"))),
         more => summary.items - shown_items.len(),
     }
@@ -248,6 +249,7 @@ impl<'a> ShownItem<'a> {
             id: &record.id,
             scenario: &record.scenario,
             query: &record.query,
+            images: record.images,
             error: record.error.as_deref(),
             arms: record.arms.iter().map(answer).collect(),
         }
@@ -270,6 +272,7 @@ mod tests {
             id: text,
             scenario: text,
             query: text,
+            images: 1,
             error: Some(text),
             arms: Vec::new(),
         };

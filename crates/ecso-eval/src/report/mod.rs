@@ -14,6 +14,7 @@ use crate::{
     record::RunHeader,
     stats::{Mean, Paired, Rate},
     summary::{Arm, Detection, Figures, Summary, Sums},
+    text::{in_csv, in_markdown},
     verdicts::Verdicts,
 };
 
@@ -161,19 +162,19 @@ impl RunReport {
              unjudged | failed | filtered | changed | calls | ms | time, times | tokens | tokens, \
              times |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | \
              --- | --- |\n",
-            summary.benchmark,
-            summary.model,
+            in_markdown(&summary.benchmark),
+            in_markdown(&summary.model),
             self.extent(),
             summary.failed,
             summary.filtered,
-            summary.judge
+            in_markdown(&summary.judge)
         );
         for arm in &summary.arms {
             let (rates, costs) = (rate_cells(&arm.all).join(" | "), cost_cells(arm).join(" | "));
-            let _ = writeln!(out, "| {} | {rates} | {costs} |", arm.profile);
+            let _ = writeln!(out, "| {} | {rates} | {costs} |", in_markdown(&arm.profile));
         }
         for notice in summary.unguarded_notice.iter().chain(&summary.warnings) {
-            let _ = writeln!(out, "\n**{notice}.**");
+            let _ = writeln!(out, "\n**{}.**", in_markdown(notice));
         }
         if summary.arms.iter().any(|arm| !arm.published.is_empty()) {
             let _ =
@@ -181,21 +182,22 @@ impl RunReport {
         }
         for arm in &summary.arms {
             for (name, points) in published_cells(arm) {
-                let _ = writeln!(out, "| {} | {name} | {points} |", arm.profile);
+                let (profile, name) = (in_markdown(&arm.profile), in_markdown(&name));
+                let _ = writeln!(out, "| {profile} | {name} | {points} |");
             }
         }
         for arm in &summary.arms {
+            let profile = in_markdown(&arm.profile);
             if let Some(paired) = arm.all.against_unguarded {
                 let text = paired_text(paired);
-                let _ = writeln!(out, "\n{} against unguarded: {text}.", arm.profile);
+                let _ = writeln!(out, "\n{profile} against unguarded: {text}.");
             }
             if let Some(detection) = &arm.detection {
                 let area = detection.auroc.map_or_else(|| "-".into(), |area| format!("{area:.3}"));
                 let _ = writeln!(
                     out,
-                    "Step 2 of {}: precision {}, recall {}, AUROC {area}; flags {} of the \
+                    "Step 2 of {profile}: precision {}, recall {}, AUROC {area}; flags {} of the \
                      refusals.",
-                    arm.profile,
                     percent(detection.precision),
                     percent(detection.recall),
                     percent(detection.flagged_refusals)
@@ -231,12 +233,14 @@ pub fn csv(runs: &[RunReport]) -> Result<String, csv::Error> {
             let scenarios =
                 arm.scenarios.iter().map(|(scenario, figures)| (scenario.as_str(), figures));
             for (scenario, figures) in all.into_iter().chain(scenarios) {
-                let labels =
+                let labels: [&str; 5] =
                     [&summary.benchmark, &summary.model, &summary.judge, &arm.profile, scenario];
+                let labels = labels.map(in_csv);
                 let overall = if scenario == "all" { overall_metrics(arm) } else { Vec::new() };
                 for (metric, numbers) in metrics(figures).into_iter().chain(overall) {
                     let numbers = numbers.iter().map(String::as_str);
-                    table.write_record(labels.into_iter().chain([metric]).chain(numbers))?;
+                    let labels = labels.iter().map(|label| &**label);
+                    table.write_record(labels.chain([&*in_csv(metric)]).chain(numbers))?;
                 }
             }
         }

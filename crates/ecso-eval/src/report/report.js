@@ -28,7 +28,7 @@ const PAGE_SIZE = 50;
 class ItemBrowser {
   constructor(container, items, number) {
     Object.assign(this, { container, items, page: 0, showsTexts: false });
-    this.judges = container.dataset.judges.split("\n");
+    this.judges = JSON.parse(container.dataset.judges);
     // Links to the items of the first run have no number.
     this.prefix = number === 1 ? "item-" : `item${number}-`;
     this.status = make("span", { role: "status" });
@@ -60,7 +60,7 @@ class ItemBrowser {
       choice("verdict", "verdict of the guard", ["safe", "unsafe", "unchecked"]),
       several ? check("disagree", "judges disagree on harm") : null,
       check("failed", "failed"),
-      check("open", "show all texts", () => { this.showsTexts = this.open.checked; this.show(); })));
+      check("open", "show all texts", () => this.showAll(this.open.checked))));
     const step = (label, by) => make("button", { type: "button", onclick: () => { this.page += by; this.show(); } }, label);
     [this.previous, this.next] = [step("Previous", -1), step("Next", 1)];
     this.container.append(make("div", { class: "pages" }, this.previous, this.next, this.status), this.list);
@@ -96,24 +96,38 @@ class ItemBrowser {
       `items ${number(from + 1)} to ${number(from + shown.length)} of ${number(this.found.length)}`
       + (this.found.length < this.items.length ? `, out of ${number(this.items.length)}` : "");
     this.list.replaceChildren(...shown.map(item => this.item(item)));
+    if (this.showsTexts) this.showAll(true);
+  }
+
+  /** Opens everything on this page of items and shows the texts, or covers the texts again. */
+  showAll(showsTexts) {
+    this.showsTexts = showsTexts;
+    if (showsTexts) {
+      for (const item of this.list.children) item.fill();
+      for (const details of this.list.querySelectorAll("details")) details.open = true;
+    }
+    for (const text of this.list.querySelectorAll(".covered")) text.show(showsTexts);
   }
 
   item(item) {
-    const summary = make("summary", null, `${item.id} · ${item.scenario}`);
+    const summary = make("summary", { onclick: () => {
+      if (!details.open) history.replaceState(null, "", link);
+    } }, [item.id, item.scenario].filter(Boolean).join(" · "));
     for (const { profile, rulings } of item.arms) {
       const ruling = rulings[0] ?? "not judged";
       summary.append(` · ${profile}: `, make("span", { class: ruling }, ruling));
     }
     if (item.arms.some(ItemBrowser.judgesDisagree)) summary.append(" · judges disagree");
     if (item.error !== null) summary.append(" · failed");
-    const name = this.prefix + item.id;
-    const details = make("details", { id: name, ontoggle: () => {
-      if (!details.open || details.childElementCount > 1) return;
-      history.replaceState(null, "", `#${encodeURIComponent(name)}`);
-      details.append(make("p", { class: "facts" }, make("a", { href: `#${encodeURIComponent(name)}` }, "link to this item")),
-        ...(item.error === null ? [] : [make("pre", null, item.error)]),
+    const name = this.prefix + item.id, link = `#${encodeURIComponent(name)}`;
+    const details = make("details", { id: name, ontoggle: () => { if (details.open) details.fill(); } }, summary);
+    details.fill = () => {
+      if (details.childElementCount > 1) return;
+      const images = { 0: "no image", 1: "1 image" }[item.images] ?? `${item.images} images`;
+      details.append(make("p", { class: "facts" }, `${images} · `, make("a", { href: link }, "link to this item")),
+        item.error === null ? "" : this.text("error", item.error),
         this.text("query", item.query), ...item.arms.map(arm => this.arm(arm)));
-    } }, summary);
+    };
     return details;
   }
 
@@ -135,15 +149,15 @@ class ItemBrowser {
 
   /** A text with a button that shows it. Until then the text is not in the page. */
   text(name, text) {
-    const container = make("div"), shown = make("pre", null, text);
-    const button = make("button", { type: "button", "aria-expanded": this.showsTexts, onclick: () => {
-      const open = button.getAttribute("aria-expanded") !== "true";
+    const button = make("button", { type: "button", onclick: () => covered.show(covered.childElementCount === 1) });
+    const covered = make("div", { class: "covered" }, make("div", { class: "text" }, name, button));
+    covered.show = open => {
       button.setAttribute("aria-expanded", open);
       button.textContent = open ? "hide" : "show";
-      container.replaceChildren(...(open ? [shown] : []));
-    } }, this.showsTexts ? "hide" : "show");
-    if (this.showsTexts) container.append(shown);
-    return make("div", null, make("div", { class: "text" }, name, button), container);
+      covered.replaceChildren(covered.firstChild, ...(open ? [make("pre", null, text)] : []));
+    };
+    covered.show(this.showsTexts);
+    return covered;
   }
 
   /** Opens the item that a link refers to. Returns whether it is in this run. */

@@ -60,7 +60,7 @@ export class Editor {
       ...this.#threshold(profile),
       this.#field("gate", this.#choice("gate", profile, ["detected", "always", "never"], "gate")),
       said("prompts", {}, "h4"),
-      said("prompts-note", {}, "p", { class: "note" }),
+      said(profile.method === "hardened" ? "prompts-note-hardened" : "prompts-note", {}, "p", { class: "note" }),
       ...Object.entries(prompts(profile)).map(([group, keys]) => this.#prompts(group, keys, profile)),
       this.problem,
       make("div", { class: "buttons" },

@@ -57,3 +57,30 @@ const FILES: &[(&str, File)] = &[
 pub(super) fn named(name: &str) -> Option<File> {
     FILES.iter().find(|(known, _)| *known == name).map(|(_, file)| *file)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use ecso::{Profile, profile::Method};
+
+    #[test]
+    fn both_languages_have_all_texts_and_a_name_for_each_question() {
+        let (english, chinese) = include_str!("words.js").split_once("\n  zh: {").unwrap();
+        let keys = |text: &'static str| -> BTreeSet<&str> {
+            let line =
+                |line: &'static str| Some(line.strip_prefix("    \"")?.split_once("\": ")?.0);
+            text.lines().filter_map(line).collect()
+        };
+        let (english, chinese) = (keys(english), keys(chinese));
+        let one_sided: Vec<_> = english.symmetric_difference(&chinese).collect();
+        assert!(one_sided.is_empty(), "in one language only: {one_sided:?}");
+        let Method::Hardened(hardened) = Profile::hardened().method else {
+            panic!("another method")
+        };
+        // The question of `paper` has no name.
+        for name in hardened.questions.keys().map(String::as_str).chain([""]) {
+            assert!(english.contains(format!("q-{name}").as_str()), "no name for {name:?}");
+        }
+    }
+}

@@ -41,9 +41,8 @@ function arms() {
 function examples() {
   for (const name of NAMES) {
     byId("examples").append(said(`example-${name}`, {}, "button", { type: "button", onclick: async () => {
-      pictures.clear();
       byId("question").value = word(`ask-${name}`);
-      await pictures.add([await example(name)]);
+      await pictures.replace(example(name).then(file => [file]));
       byId("question").focus();
     } }));
   }
@@ -92,6 +91,13 @@ async function ask() {
   }
   if (text === "" || chosen.length === 0 || running) return;
   running = new AbortController();
+  byId("go").disabled = true;
+  if (!await pictures.ready) {
+    // One of the images that were being read can't be used, as the page now says.
+    running = undefined;
+    byId("go").disabled = false;
+    return;
+  }
   const question = { body: { text, images: pictures.urls }, names: pictures.names };
   const columns = chosen.map(name => {
     const isCalibrated = name === facts.usual || name === "edited" && editor.isCalibrated;
@@ -101,7 +107,6 @@ async function ask() {
   byId("empty").hidden = true;
   showQuestion(question);
   byId("columns").replaceChildren(...columns.map(([, column]) => column.element));
-  byId("go").disabled = true;
   byId("cancel").hidden = false;
   byId("results").setAttribute("aria-busy", "true");
   if (matchMedia("(max-width: 900px)").matches) byId("results").scrollIntoView({ block: "start" });

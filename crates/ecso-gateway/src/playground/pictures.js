@@ -18,6 +18,7 @@ export class Pictures {
   #limits;
   #complain;
   #pictures = [];
+  #reading = Promise.resolve(true);
 
   /** `complain` shows why a file is refused, by the name of a text and its values. Without a name, it clears that. */
   constructor(list, limits, complain) {
@@ -34,25 +35,55 @@ export class Pictures {
     return this.#pictures.map(picture => picture.name);
   }
 
-  clear() {
-    for (const picture of [...this.#pictures]) this.#remove(picture);
+  /** Resolves once no image is being read. Whoever waited learns whether all of them could be used. */
+  get ready() {
+    return this.#reading;
   }
 
-  async add(files) {
+  /** Adds files: a list, or a promise of one. */
+  add(files) {
+    return this.#queue(() => this.#add(files));
+  }
+
+  /** Drops what is there, and adds files. */
+  replace(files) {
+    return this.#queue(() => {
+      for (const picture of [...this.#pictures]) this.#remove(picture);
+      return this.#add(files);
+    });
+  }
+
+  /** Runs one step after the other, so that images keep their order, and `ready` waits for all. */
+  #queue(step) {
+    const last = this.#reading.then(async isFine => await step() && isFine);
+    this.#reading = last;
+    last.then(() => {
+      if (this.#reading === last) this.#reading = Promise.resolve(true);
+    });
+    return last;
+  }
+
+  async #add(files) {
     this.#complain();
-    for (const file of files) {
+    let isFine = true;
+    const refuse = (name, values) => {
+      this.#complain(name, values);
+      isFine = false;
+    };
+    for (const file of await files) {
       if (this.#pictures.length >= this.#limits.images) {
-        this.#complain("too-many", { most: this.#limits.images });
-        return;
+        refuse("too-many", { most: this.#limits.images });
+        break;
       }
       if (file.size > this.#limits.image) {
-        this.#complain("too-large", { name: file.name, most: Math.floor(this.#limits.image / 2 ** 20) });
+        refuse("too-large", { name: file.name, most: Math.floor(this.#limits.image / 2 ** 20) });
         continue;
       }
       const url = await read(file).catch(() => null);
-      if (url === null) this.#complain("unreadable", { name: file.name });
+      if (url === null) refuse("unreadable", { name: file.name });
       else this.#show(file, url);
     }
+    return isFine;
   }
 
   #show(file, url) {
