@@ -104,9 +104,9 @@ async fn print_links(
         let link = format!("http://{address}/?token={}", *tokens.borrow_and_update());
         say!("ecso: playground, by a link that works once: {link}");
         if std::mem::take(&mut opens_browser)
-            && let Err(error) = open::that_detached(&link)
+            && open::that_detached(&link).is_err()
         {
-            say!("ecso: can't open a browser ({error}); open the link yourself");
+            say!("ecso: there is no browser to open here; open the link yourself");
         }
         if tokens.changed().await.is_err() {
             return;

@@ -315,11 +315,11 @@ fn check_api_key(settings: Settings, flags: &ModelArgs) -> anyhow::Result<Settin
 }
 
 /// Whether a model's name is meant as a server's URL. That includes one without a scheme
-/// (`localhost:8000/v1`); the client then reports the missing scheme.
+/// (`localhost:8000/v1`) and one with another; the client then reports that.
 pub(crate) fn is_url(name: &str) -> bool {
     let host = name.split('/').next().unwrap_or_default();
     let has_port = host.rsplit_once(':').is_some_and(|(host, port)| {
         !host.is_empty() && !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit())
     });
-    name.starts_with("http://") || name.starts_with("https://") || has_port
+    name.contains("://") || has_port
 }

@@ -100,7 +100,7 @@ fn prepare(command: &PrepareCommand) -> anyhow::Result<()> {
             prepare::mm_safetybench(questions, &typesetter, out)?
         }
     };
-    println!("{count} requests set as images in {}; {}", typesetter.font_name, out.display());
+    println!("{count} requests set as images in {}: {}", typesetter.font_name, out.display());
     Ok(())
 }
 
