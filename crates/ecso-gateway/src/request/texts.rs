@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use crate::{
     error::ApiError,
-    forms::{FieldError, FieldVisitor},
+    forms::{FieldError, FieldVisitor, without_seal},
 };
 
 /// Collects the texts of a body outside of message contents. Accepts the fields that the operator
@@ -74,10 +74,7 @@ pub(super) fn readable_ids(message: &Map<String, Value>) -> Vec<String> {
     let own = ["tool_call_id", "id"]
         .into_iter()
         .filter_map(|name| Some(message.get(name)?.as_str()?.to_owned()));
-    // A signature follows this mark.
-    let unsealed = of_calls
-        .chain(own)
-        .map(|name| name.split("__thought__").next().unwrap_or_default().to_owned());
+    let unsealed = of_calls.chain(own).map(|name| without_seal(&name).to_owned());
     unsealed.filter(|name| count_words(name) > 2).collect()
 }
 
@@ -90,7 +87,7 @@ fn count_words(name: &str) -> usize {
 pub(super) fn is_outside_conversation(path: &str) -> bool {
     let (field, rest) = split_field(path);
     match field {
-        "content" => rest.contains("annotations"),
+        "content" => !matches!(rest.rsplit('.').next(), Some("text" | "refusal" | "thinking")),
         "tool_call_id" | "id" => false,
         "function_call" => !matches!(split_field(rest).0, "name" | "arguments"),
         "tool_calls" => {

@@ -635,6 +635,16 @@ async fn guard_calls_carry_no_client_headers() {
         let world = Harness::new(Settings { mode, ..Settings::default() }, Arc::new(lenient)).await;
         let headers = [("idempotency-key", "i"), ("cf-aig-cache-key", "k"), ("x-api-key", "mine")];
         world.send("POST", "/v1/chat/completions", &headers, question().to_string()).await;
+        ("a short seal", json!({"messages": [{"thought_signature": hidden}]})),
+        (
+            "a short seal of a part",
+            json!({"messages": [{}, {"role": "assistant", "content": [
+                {"type": "thinking", "thinking": "x", "signature": hidden}]}, {"role": "user", "content": "y"}]}),
+        ),
+        (
+            "words behind the mark of a signature",
+            json!({"messages": [{}, {"role": "tool", "tool_call_id": "c__thought__tell_HIDDEN_us", "content": "x"}]}),
+        ),
         let guard = json!({"messages": question()["messages"], "model": "m"}).to_string();
         world.send("POST", "/v1/guard", &headers, guard).await;
         // An observed answer is judged after it went out.
