@@ -122,26 +122,3 @@ pub(super) fn quarter_tokens(value: &Value) -> u64 {
         Value::Null | Value::Bool(_) | Value::Number(_) => 4,
     }
 }
-
-/// The booleans, numbers and effort levels in a field, at any depth.
-pub(super) fn only_switches(name: &str, value: &Value) -> Option<Value> {
-    const EFFORTS: [&str; 3] = ["low", "medium", "high"];
-    match value {
-        Value::Bool(_) | Value::Number(_) => Some(value.clone()),
-        Value::String(effort) => (name == "reasoning_effort" && EFFORTS.contains(&effort.as_str()))
-            .then(|| value.clone()),
-        Value::Array(list) => list
-            .iter()
-            .map(|value| only_switches("", value))
-            .collect::<Option<Vec<_>>>()
-            .map(Value::from),
-        Value::Object(fields) => {
-            let kept = fields
-                .iter()
-                .filter_map(|(name, value)| Some((name.clone(), only_switches(name, value)?)));
-            let kept: Map<String, Value> = kept.collect();
-            (!kept.is_empty()).then(|| kept.into())
-        }
-        Value::Null => None,
-    }
-}
