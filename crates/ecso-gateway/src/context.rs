@@ -95,7 +95,6 @@ impl RequestContext {
         id: &str,
         head: Parts,
     ) -> Result<Self, ApiError> {
-        let started = Instant::now();
         let Parts { method, uri, headers, mut extensions, .. } = head;
         let carrier = extensions.remove::<Arc<dyn Carrier>>();
         let caller = access::caller(&state.settings, &headers)?;
@@ -103,28 +102,36 @@ impl RequestContext {
         if state.settings.keys.is_empty() && carrier.is_none() {
             access::check_local(&method, &uri, &headers)?;
         }
-        state.rates.check(&caller)?;
         let headers = without_guard_key(&state.settings, headers);
         let mode = caller.strictest(&state.settings);
-        Ok(Self {
-            started,
-            deadline_start: started,
-            caller,
-            mode,
-            headers,
-            carrier,
-            ..Self::for_page(state, body_budget, id)
-        })
+        let admitted = Self::of_caller(state, body_budget, id, caller)?;
+        Ok(Self { mode, headers, carrier, ..admitted })
     }
 
-    /// A request of the playground. None of its headers are passed on, and it is always guarded.
-    pub(crate) fn for_page(state: &Arc<AppState>, body_budget: &Arc<Semaphore>, id: &str) -> Self {
-        Self {
+    /// Admits a request of the playground, which has checked where it comes from. None of its headers
+    /// are passed on, and it is always guarded.
+    pub(crate) fn admit_page(
+        state: &Arc<AppState>,
+        body_budget: &Arc<Semaphore>,
+        id: &str,
+    ) -> Result<Self, ApiError> {
+        Self::of_caller(state, body_budget, id, Caller::playground())
+    }
+
+    /// A request of a known caller, if that is within its rate.
+    fn of_caller(
+        state: &Arc<AppState>,
+        body_budget: &Arc<Semaphore>,
+        id: &str,
+        caller: Caller,
+    ) -> Result<Self, ApiError> {
+        state.rates.check(&caller)?;
+        Ok(Self {
             state: Arc::clone(state),
             id: id.to_owned(),
             started: Instant::now(),
             deadline_start: Instant::now(),
-            caller: Caller::playground(),
+            caller,
             mode: Mode::Enforce,
             headers: HeaderMap::new(),
             carrier: None,
@@ -133,7 +140,7 @@ impl RequestContext {
             profile: None,
             reserved: None,
             body_budget: Arc::clone(body_budget),
-        }
+        })
     }
 
     /// Adds the answer that came with the request. It is used wherever the model would be asked.

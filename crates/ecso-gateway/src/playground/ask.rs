@@ -110,7 +110,7 @@ async fn respond(
     id: &str,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let mut context = gateway.admit_page(state, id);
+    let mut context = gateway.admit_page(state, id)?;
     let body = context.read(body).await?;
     let question: Question = json::parse_as(&body)?;
     drop(body);

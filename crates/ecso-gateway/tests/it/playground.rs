@@ -347,6 +347,23 @@ async fn requests_are_limited() {
 }
 
 #[tokio::test]
+async fn questions_are_counted_as_those_of_a_client() {
+    let limits = Limits { per_minute: 2, ..Limits::default() };
+    let visitor =
+        Browser::new(Settings { limits, ..Settings::default() }, Profile::paper(), mild()).await;
+    let arm = json!({"profile": "paper"});
+    for status in [StatusCode::OK, StatusCode::OK, StatusCode::TOO_MANY_REQUESTS] {
+        assert_eq!(visitor.ask(&arm).await.status, status);
+    }
+    assert_eq!(visitor.ask(&arm).await.json()["error"]["code"], "rate_limited");
+    // Other clients are counted by themselves.
+    let chat =
+        json!({"model": "m", "messages": [{"role": "user", "content": "Hello"}]}).to_string();
+    let got = visitor.world.send("POST", "/v1/chat/completions", &[], chat).await;
+    assert_eq!(got.status, StatusCode::OK);
+}
+
+#[tokio::test]
 async fn edited_profiles_are_written_as_files() {
     let visitor =
         Browser::new(traced(TraceLevel::Full), Profile::named("hardened").unwrap(), mild()).await;
