@@ -13,14 +13,16 @@ use bytes::{Bytes, BytesMut};
 use ecso::profile::Scope;
 use ecso_openai::Bodies;
 use futures::StreamExt;
+use serde_json::Value;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use url::form_urlencoded;
 
 use crate::{
     access::{self, API_KEY, Caller},
     audit::JudgedRequest,
     error::ApiError,
     report::{Early, Finding, Report, UNFINISHED},
-    request::{Body, Request, is_remote},
+    request::{self, Body, Request, is_remote, may_choose_model},
     settings::{ImageUrls, Mode, Settings, Streams, TraceLevel},
     state::AppState,
     upstream::{
@@ -46,6 +48,8 @@ pub(crate) struct RequestContext {
     carrier: Option<Arc<dyn Carrier>>,
     /// Whether its answer came with it, so that the model has already seen the request as it is.
     has_answer: bool,
+    /// Whether its query string may choose a model.
+    is_model_in_query: bool,
     /// Whether it is judged regardless of the profile's scope.
     pub(crate) is_in_scope: bool,
     /// The name of its profile, if the request chose one.
@@ -104,8 +108,11 @@ impl RequestContext {
         }
         let headers = without_guard_key(&state.settings, headers);
         let mode = caller.strictest(&state.settings);
+        let query = uri.query().unwrap_or_default().as_bytes();
+        let is_model_in_query = form_urlencoded::parse(query)
+            .any(|(name, value)| may_choose_model(&name) || may_choose_model(&value));
         let admitted = Self::of_caller(state, body_budget, id, caller)?;
-        Ok(Self { mode, headers, carrier, ..admitted })
+        Ok(Self { mode, headers, carrier, is_model_in_query, ..admitted })
     }
 
     /// Admits a request of the playground, which has checked where it comes from. None of its headers
@@ -136,11 +143,17 @@ impl RequestContext {
             headers: HeaderMap::new(),
             carrier: None,
             has_answer: false,
+            is_model_in_query: false,
             is_in_scope: false,
             profile: None,
             reserved: None,
             body_budget: Arc::clone(body_budget),
         })
+    }
+
+    /// The model that a request names, unless some server might find another one in it.
+    pub(crate) fn model<'v>(&self, body: Option<&'v Value>) -> Option<&'v str> {
+        body.filter(|_| !self.is_model_in_query).and_then(request::model)
     }
 
     /// Adds the answer that came with the request. It is used wherever the model would be asked.

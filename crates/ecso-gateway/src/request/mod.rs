@@ -38,9 +38,20 @@ pub(crate) struct Body {
     steering: Option<String>,
 }
 
-/// The model that a body names, if it can be read.
-pub(crate) fn model(body: &Result<Value, String>) -> Option<&str> {
-    body.as_ref().ok()?.get("model")?.as_str().filter(|name| !name.is_empty())
+/// The model that a body names, unless some server might find another one in it.
+pub(crate) fn model(body: &Value) -> Option<&str> {
+    let fields = body.as_object()?;
+    if fields.keys().any(|key| key != "model" && may_choose_model(key)) {
+        return None;
+    }
+    fields.get("model")?.as_str().filter(|name| !name.is_empty())
+}
+
+/// Whether a key, or a part of a query string, may choose a model: in another case, or as the further
+/// models that some servers accept.
+pub(crate) fn may_choose_model(key: &str) -> bool {
+    let key = key.to_lowercase();
+    ["model", "fallback", "extra_body"].iter().any(|name| key.contains(name))
 }
 
 impl Body {
