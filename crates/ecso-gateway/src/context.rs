@@ -336,6 +336,11 @@ impl RequestContext {
         self.forward(transport, Credentials::Operator, &Method::POST, path, body).await
     }
 
+    /// How long a stream may take to write. A client that stops reading holds its turn no longer.
+    pub(crate) fn longest_stream(&self) -> Duration {
+        self.time_left() + self.state.settings.limits.patience()
+    }
+
     /// Runs `work` until the request's deadline.
     pub(crate) async fn in_time<T>(
         &self,

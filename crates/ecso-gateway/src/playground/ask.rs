@@ -3,20 +3,14 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use async_stream::stream;
-use axum::{
-    body::Body,
-    extract::State,
-    http::{HeaderMap, header},
-    response::{IntoResponse, Response},
-};
+use axum::{body::Body, extract::State, http::HeaderMap, response::Response};
 use bytes::Bytes;
 use ecso::{Event, Guard, Profile, Step, Trace, profile::Gate};
-use futures::{Stream, StreamExt, pin_mut};
+use futures::{StreamExt, pin_mut};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::{
-    sync::OwnedSemaphorePermit,
+    sync::mpsc::error::SendError,
     time::{Duration, timeout},
 };
 use tracing::Instrument;
@@ -33,6 +27,7 @@ use crate::{
     state::AppState,
     telemetry,
     upstream::HTTP,
+    written::{Sender, event_stream},
 };
 
 /// The request body.
@@ -124,70 +119,67 @@ async fn respond(
     let turn = context.in_time(gateway.admission.enter()).await?;
     let mut request = context.prepare(chat).await?;
     request.model = model;
-    let head = [
-        (header::CONTENT_TYPE, "text/event-stream"),
-        (header::HeaderName::from_static("x-accel-buffering"), "no"),
-    ];
-    let events =
-        event_stream(context, request, profile, turn).map(Ok::<_, std::convert::Infallible>);
-    Ok((head, Body::from_stream(events)).into_response())
+    let longest = context.longest_stream();
+    Ok(event_stream(turn, longest, |out| write_events(context, request, profile, out)))
 }
 
-/// The events of an answer as they happen. `turn` is held until the end. Dropping the stream
-/// cancels the work.
-fn event_stream(
+/// Sends the events of an answer as they happen. Dropping this cancels the work.
+async fn write_events(
     context: RequestContext,
     request: Request,
     profile: Profile,
-    turn: OwnedSemaphorePermit,
-) -> impl Stream<Item = Bytes> + Send {
-    stream! {
-        let _turn = turn;
-        let settings = &context.state.settings;
-        let keep_alive = Duration::from_secs(settings.keep_alive.max(1));
-        let threshold = threshold(&profile).filter(|_| settings.trace != TraceLevel::None);
-        yield to_sse("begun", &json!({
-            "profile": profile.name, "model": request.model, "threshold": threshold,
-            "images": request.chat.image_count(),
-        }));
-        // All calls go to the guarded model itself, and nothing is taken from memory, so that the
-        // page shows the real cost.
-        let guard = Guard::new(context.state.upstream.guarded_model(&request.model, &HeaderMap::new()), profile);
-        let mut record = context.record(&request, BTreeMap::new());
-        let events = guard.answer_events(&request.chat);
-        pin_mut!(events);
-        loop {
-            let event = match timeout(keep_alive.min(context.time_left()), events.next()).await {
-                Ok(Some(event)) => event.map_err(ApiError::from),
-                Ok(None) => break,
-                Err(_) if context.time_left().is_zero() => Err(ApiError::deadline(settings.limits.deadline)),
-                Err(_) => {
-                    yield Bytes::from_static(b":\n\n");
-                    continue;
+    out: Sender,
+) -> Result<(), SendError<Bytes>> {
+    let settings = &context.state.settings;
+    let keep_alive = Duration::from_secs(settings.keep_alive.max(1));
+    let threshold = threshold(&profile).filter(|_| settings.trace != TraceLevel::None);
+    let begun = json!({
+        "profile": profile.name, "model": request.model, "threshold": threshold,
+        "images": request.chat.image_count(),
+    });
+    out.send(to_sse("begun", &begun)).await?;
+    // All calls go to the guarded model itself, and nothing is taken from memory, so that the page
+    // shows the real cost.
+    let model = context.state.upstream.guarded_model(&request.model, &HeaderMap::new());
+    let guard = Guard::new(model, profile);
+    let mut record = context.record(&request, BTreeMap::new());
+    let events = guard.answer_events(&request.chat);
+    pin_mut!(events);
+    loop {
+        let event = match timeout(keep_alive.min(context.time_left()), events.next()).await {
+            Ok(Some(event)) => event.map_err(ApiError::from),
+            Ok(None) => break,
+            Err(_) if context.time_left().is_zero() => {
+                Err(ApiError::deadline(settings.limits.deadline))
+            }
+            Err(_) => {
+                out.send(Bytes::from_static(b":\n\n")).await?;
+                continue;
+            }
+        };
+        match event {
+            Ok(event) => {
+                if let Some((name, data)) = visible(&event, settings.trace) {
+                    out.send(to_sse(name, &data)).await?;
                 }
-            };
-            match event {
-                Ok(event) => {
-                    if let Some((name, data)) = visible(&event, settings.trace) {
-                        yield to_sse(name, &data);
+                match event {
+                    Event::Finished(Trace { step: Step::Direct, reply, .. }) => {
+                        record.set_drafts(BTreeMap::from([(0, reply)]), None);
                     }
-                    match event {
-                        Event::Finished(Trace { step: Step::Direct, reply, .. }) => record.set_drafts(BTreeMap::from([(0, reply)]), None),
-                        Event::Decided { verdict, .. } => record.add(0, Finding::Decided(verdict)),
-                        Event::Done(outcome) => record.add(0, Finding::Done(outcome)),
-                        _ => {}
-                    }
-                }
-                Err(failure) => {
-                    failure.log(&context.id);
-                    context.state.metrics.failure(failure.code);
-                    yield to_sse("error", &failure.object());
-                    return;
+                    Event::Decided { verdict, .. } => record.add(0, Finding::Decided(verdict)),
+                    Event::Done(outcome) => record.add(0, Finding::Done(outcome)),
+                    _ => {}
                 }
             }
+            Err(failure) => {
+                failure.log(&context.id);
+                context.state.metrics.failure(failure.code);
+                return out.send(to_sse("error", &failure.object())).await;
+            }
         }
-        record.finish();
     }
+    record.finish();
+    Ok(())
 }
 
 fn to_sse(name: &str, data: &Value) -> Bytes {

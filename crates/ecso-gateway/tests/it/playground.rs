@@ -364,6 +364,23 @@ async fn questions_are_counted_as_those_of_a_client() {
 }
 
 #[tokio::test]
+async fn a_page_that_does_not_read_frees_its_turn() {
+    let limits = Limits { at_once: 1, queue: 0, ..Limits::default() };
+    let visitor =
+        Browser::new(Settings { limits, ..Settings::default() }, Profile::paper(), mild()).await;
+    let body = json!({"text": "What is this?", "images": [IMAGE], "arm": {"profile": "paper"}});
+    let headers = [("cookie", visitor.cookie.as_str()), ("sec-fetch-site", "same-origin")];
+    let unread = visitor.world.open("POST", ASK, &headers, body.to_string()).await;
+    assert_eq!(unread.status(), StatusCode::OK);
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while visitor.send("POST", ASK, &body).await.status != StatusCode::OK {
+        assert!(std::time::Instant::now() < until, "its turn is still held");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    drop(unread);
+}
+
+#[tokio::test]
 async fn edited_profiles_are_written_as_files() {
     let visitor =
         Browser::new(traced(TraceLevel::Full), Profile::named("hardened").unwrap(), mild()).await;
