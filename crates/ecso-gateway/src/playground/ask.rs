@@ -15,7 +15,7 @@ use tokio::{
 };
 use tracing::Instrument;
 
-use super::{PageState, default_profile, edit::Edit, require_full_trace, threshold};
+use super::{PageState, default_profile, edit::Edit, prompts, require_full_trace, threshold};
 use crate::{
     context::RequestContext,
     error::ApiError,
@@ -29,6 +29,9 @@ use crate::{
     upstream::HTTP,
     written::{Sender, event_stream},
 };
+
+/// The longest prompt that the page shows, in characters.
+const MAX_SHOWN: usize = 64 << 10;
 
 /// The request body.
 #[derive(Debug, Deserialize)]
@@ -119,6 +122,7 @@ async fn respond(
     let turn = context.in_time(gateway.admission.enter()).await?;
     let mut request = context.prepare(chat).await?;
     request.model = model;
+    prompts::check(&profile, &request.chat, state.settings.limits.text)?;
     let longest = context.longest_stream();
     Ok(event_stream(turn, longest, |out| write_events(context, request, profile, out)))
 }
@@ -193,8 +197,11 @@ fn visible(event: &Event, trace: TraceLevel) -> Option<(&'static str, Value)> {
         Event::Started { .. } | Event::Finished(_) if trace == TraceLevel::None => return None,
         Event::Started { step, images } => ("started", json!({"step": step, "images": images})),
         Event::Finished(call) => {
+            let prompt = shown(&call.prompt);
             let mut call = json!(call);
-            if let Some(fields) = call.as_object_mut().filter(|_| trace != TraceLevel::Full) {
+            if trace == TraceLevel::Full {
+                call["prompt"] = prompt.into();
+            } else if let Some(fields) = call.as_object_mut() {
                 fields.retain(|name, _| !matches!(name.as_str(), "prompt" | "reply"));
             }
             ("finished", call)
@@ -213,4 +220,12 @@ fn visible(event: &Event, trace: TraceLevel) -> Option<(&'static str, Value)> {
         ),
         _ => return None,
     })
+}
+
+/// The beginning of a long prompt, marked as such.
+fn shown(prompt: &str) -> String {
+    match prompt.char_indices().nth(MAX_SHOWN) {
+        Some((end, _)) => format!("{} …", &prompt[..end]),
+        None => prompt.to_owned(),
+    }
 }

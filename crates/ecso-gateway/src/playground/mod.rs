@@ -8,6 +8,7 @@
 mod ask;
 mod edit;
 mod files;
+mod prompts;
 mod sessions;
 
 use std::sync::Arc;

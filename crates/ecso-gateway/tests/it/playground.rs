@@ -381,6 +381,52 @@ async fn a_page_that_does_not_read_frees_its_turn() {
 }
 
 #[tokio::test]
+async fn prompts_are_limited_in_total() {
+    let limits = Limits { text: 2000, ..Limits::default() };
+    let visitor =
+        Browser::new(Settings { limits, ..traced(TraceLevel::Full) }, Profile::paper(), mild())
+            .await;
+    let many = "{x}".repeat(40);
+    let ask = async |base: &str, changes: &Value, text: &str, images: usize| {
+        let edit = json!({"base": base, "name": "mine", "changes": changes});
+        let body = json!({"text": text, "images": vec![IMAGE; images], "arm": {"edited": edit}});
+        visitor.send("POST", ASK, &body).await
+    };
+    let (short, long, lines) = ("a".repeat(100), "a".repeat(1900), "\n".repeat(1900));
+    for (base, changes, text, images) in [
+        ("paper", json!({"safe.template": many, "safe.plain": many}), &long, 0),
+        ("paper", json!({"caption.template": many}), &short, 16),
+        ("paper", json!({"quote": "#".repeat(2000)}), &lines, 0),
+        ("hardened", json!({"questions.words.window": 1}), &long, 0),
+    ] {
+        let got = ask(base, &changes, text, images).await;
+        assert_eq!(got.status, StatusCode::PAYLOAD_TOO_LARGE, "{changes} {}", got.body);
+        assert_eq!(got.json()["error"]["code"], "too_much_text");
+    }
+    assert!(visitor.world.take_requests().is_empty(), "nobody was asked");
+    for (base, changes, text, images) in [
+        ("paper", json!({"safe.template": many, "safe.plain": many}), &short, 1),
+        ("paper", json!({}), &long, 1),
+        ("hardened", json!({}), &short, 1),
+    ] {
+        let got = ask(base, &changes, text, images).await;
+        assert_eq!(got.status, StatusCode::OK, "{base} {changes} {}", got.body);
+    }
+}
+
+#[tokio::test]
+async fn long_prompts_are_shown_in_part() {
+    let visitor = Browser::new(traced(TraceLevel::Full), Profile::paper(), mild()).await;
+    let body = json!({"text": "a".repeat(200_000), "images": [IMAGE], "arm": {"profile": "paper"}});
+    let got = visitor.send("POST", ASK, &body).await;
+    assert_eq!(last(&got, "done")["verdict"], "safe");
+    let told = events(&got);
+    let shown: Vec<usize> =
+        told.iter().filter_map(|(_, data)| Some(data["prompt"].as_str()?.len())).collect();
+    assert!(!shown.is_empty() && shown.iter().all(|length| *length < 70_000), "{shown:?}");
+}
+
+#[tokio::test]
 async fn edited_profiles_are_written_as_files() {
     let visitor =
         Browser::new(traced(TraceLevel::Full), Profile::named("hardened").unwrap(), mild()).await;
