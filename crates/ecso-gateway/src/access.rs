@@ -139,14 +139,18 @@ impl Caller {
 pub(crate) struct Rates(HashMap<String, DefaultDirectRateLimiter>);
 
 impl Rates {
-    /// One limiter for each key that has a limit. Without keys, one for all.
+    /// One limiter for each key that has a limit, and one for the playground. Without keys, one for
+    /// all others.
     pub(crate) fn new(settings: &Settings) -> Self {
         let everyone = settings.keys.is_empty().then(|| (String::new(), None));
         let keys = settings.keys.iter().map(|(name, key)| (name.clone(), key.per_minute));
-        let bounds = keys.chain(everyone).filter_map(|(name, own)| {
-            let bound = NonZeroU32::new(own.unwrap_or(settings.limits.per_minute))?;
-            Some((name, RateLimiter::direct(Quota::per_minute(bound))))
-        });
+        // A key of this name, with a limit of its own, comes after it.
+        let playground = [(Caller::playground().name, None)];
+        let bounds =
+            playground.into_iter().chain(keys).chain(everyone).filter_map(|(name, own)| {
+                let bound = NonZeroU32::new(own.unwrap_or(settings.limits.per_minute))?;
+                Some((name, RateLimiter::direct(Quota::per_minute(bound))))
+            });
         Self(bounds.collect())
     }
 

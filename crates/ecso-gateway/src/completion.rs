@@ -13,7 +13,7 @@ use sse_stream::SseStream;
 use crate::{
     error::ApiError,
     fields::{FUNCTION_CALL, SIGNATURES, THINKING_BLOCK, TOOL_CALL},
-    forms::{FieldError, FieldVisitor, Form, known_fields},
+    forms::{FieldError, FieldVisitor, Form, known_fields, without_seal},
 };
 
 /// The message of a choice, or a chunk of it.
@@ -159,8 +159,7 @@ impl FieldVisitor for ChoiceTexts {
     }
 
     fn name(&mut self, path: &str, name: &str) {
-        // A signature follows this mark.
-        let name = name.split("__thought__").next().unwrap_or_default();
+        let name = without_seal(name);
         if self.names.get(path).is_none_or(|known| known != name) {
             self.names.insert(path.to_owned(), name.to_owned());
             self.texts.entry(path.to_owned()).or_default().push_str(name);

@@ -13,14 +13,16 @@ use bytes::{Bytes, BytesMut};
 use ecso::profile::Scope;
 use ecso_openai::Bodies;
 use futures::StreamExt;
+use serde_json::Value;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use url::form_urlencoded;
 
 use crate::{
     access::{self, API_KEY, Caller},
     audit::JudgedRequest,
     error::ApiError,
     report::{Early, Finding, Report, UNFINISHED},
-    request::{Body, Request, is_remote},
+    request::{self, Body, Request, is_remote, may_choose_model},
     settings::{ImageUrls, Mode, Settings, Streams, TraceLevel},
     state::AppState,
     upstream::{
@@ -46,6 +48,8 @@ pub(crate) struct RequestContext {
     carrier: Option<Arc<dyn Carrier>>,
     /// Whether its answer came with it, so that the model has already seen the request as it is.
     has_answer: bool,
+    /// Whether its query string may choose a model.
+    is_model_in_query: bool,
     /// Whether it is judged regardless of the profile's scope.
     pub(crate) is_in_scope: bool,
     /// The name of its profile, if the request chose one.
@@ -95,7 +99,6 @@ impl RequestContext {
         id: &str,
         head: Parts,
     ) -> Result<Self, ApiError> {
-        let started = Instant::now();
         let Parts { method, uri, headers, mut extensions, .. } = head;
         let carrier = extensions.remove::<Arc<dyn Carrier>>();
         let caller = access::caller(&state.settings, &headers)?;
@@ -103,37 +106,54 @@ impl RequestContext {
         if state.settings.keys.is_empty() && carrier.is_none() {
             access::check_local(&method, &uri, &headers)?;
         }
-        state.rates.check(&caller)?;
         let headers = without_guard_key(&state.settings, headers);
         let mode = caller.strictest(&state.settings);
-        Ok(Self {
-            started,
-            deadline_start: started,
-            caller,
-            mode,
-            headers,
-            carrier,
-            ..Self::for_page(state, body_budget, id)
-        })
+        let query = uri.query().unwrap_or_default().as_bytes();
+        let is_model_in_query = form_urlencoded::parse(query)
+            .any(|(name, value)| may_choose_model(&name) || may_choose_model(&value));
+        let admitted = Self::of_caller(state, body_budget, id, caller)?;
+        Ok(Self { mode, headers, carrier, is_model_in_query, ..admitted })
     }
 
-    /// A request of the playground. None of its headers are passed on, and it is always guarded.
-    pub(crate) fn for_page(state: &Arc<AppState>, body_budget: &Arc<Semaphore>, id: &str) -> Self {
-        Self {
+    /// Admits a request of the playground, which has checked where it comes from. None of its headers
+    /// are passed on, and it is always guarded.
+    pub(crate) fn admit_page(
+        state: &Arc<AppState>,
+        body_budget: &Arc<Semaphore>,
+        id: &str,
+    ) -> Result<Self, ApiError> {
+        Self::of_caller(state, body_budget, id, Caller::playground())
+    }
+
+    /// A request of a known caller, if that is within its rate.
+    fn of_caller(
+        state: &Arc<AppState>,
+        body_budget: &Arc<Semaphore>,
+        id: &str,
+        caller: Caller,
+    ) -> Result<Self, ApiError> {
+        state.rates.check(&caller)?;
+        Ok(Self {
             state: Arc::clone(state),
             id: id.to_owned(),
             started: Instant::now(),
             deadline_start: Instant::now(),
-            caller: Caller::playground(),
+            caller,
             mode: Mode::Enforce,
             headers: HeaderMap::new(),
             carrier: None,
             has_answer: false,
+            is_model_in_query: false,
             is_in_scope: false,
             profile: None,
             reserved: None,
             body_budget: Arc::clone(body_budget),
-        }
+        })
+    }
+
+    /// The model that a request names, unless some server might find another one in it.
+    pub(crate) fn model<'v>(&self, body: Option<&'v Value>) -> Option<&'v str> {
+        body.filter(|_| !self.is_model_in_query).and_then(request::model)
     }
 
     /// Adds the answer that came with the request. It is used wherever the model would be asked.
@@ -314,6 +334,11 @@ impl RequestContext {
         body: impl Into<reqwest::Body>,
     ) -> Result<Response<axum::body::Body>, ApiError> {
         self.forward(transport, Credentials::Operator, &Method::POST, path, body).await
+    }
+
+    /// How long a stream may take to write. A client that stops reading holds its turn no longer.
+    pub(crate) fn longest_stream(&self) -> Duration {
+        self.time_left() + self.state.settings.limits.patience()
     }
 
     /// Runs `work` until the request's deadline.

@@ -131,8 +131,8 @@ pub(crate) const SAMPLING: &[(&str, Form)] = &[
     ("session_id", Form::Label),
     ("safety_identifier", Form::Label),
     ("metadata", Form::Labels),
-    ("chat_template_kwargs", Form::AnyOf(&[Form::Scalars, Form::Any])),
-    ("mm_processor_kwargs", Form::Scalars),
+    ("chat_template_kwargs", Form::Object(TEMPLATE_SWITCHES)),
+    ("mm_processor_kwargs", Form::Object(IMAGE_SWITCHES)),
     ("structured_outputs", Form::Scalar),
     ("format", Form::OneOf(&["json"])),
     ("usage", Form::Object(&[("include", Form::Scalar)])),
@@ -204,19 +204,44 @@ pub(crate) const PLAIN_TEXT_FIELDS: &[&str] = &[
     "keep_alive",
 ];
 
-/// Keys of `chat_template_kwargs` that would override what the server itself passes to its
-/// template.
-pub(crate) const RESERVED_TEMPLATE_KEYS: &[&str] = &[
-    "chat_template",
-    "conversation",
-    "messages",
-    "tools",
-    "documents",
-    "tokenize",
-    "return_dict",
-    "add_generation_prompt",
-    "continue_final_message",
+/// Known keys of `chat_template_kwargs`. The guard's own calls take them over, so none of them may
+/// shorten a prompt, or say anything in it.
+const TEMPLATE_SWITCHES: &[(&str, Form)] = &[
+    ("enable_thinking", Form::Scalar),
+    ("thinking", Form::Scalar),
+    ("thinking_budget", Form::Scalar),
+    ("clear_thinking", Form::Scalar),
+    ("preserve_thinking", Form::Scalar),
+    ("reasoning_effort", EFFORT),
+    ("add_vision_id", Form::Scalar),
 ];
+
+/// Known keys of `mm_processor_kwargs`. The guard's own calls take them over, so that its model sees
+/// the images as the guarded one does.
+const IMAGE_SWITCHES: &[(&str, Form)] = &[
+    ("min_pixels", Form::Scalar),
+    ("max_pixels", Form::Scalar),
+    ("total_pixels", Form::Scalar),
+    (
+        "size",
+        Form::Object(&[
+            ("shortest_edge", Form::Scalar),
+            ("longest_edge", Form::Scalar),
+            ("height", Form::Scalar),
+            ("width", Form::Scalar),
+        ]),
+    ),
+    ("min_dynamic_patch", Form::Scalar),
+    ("max_dynamic_patch", Form::Scalar),
+    ("max_slice_nums", Form::Scalar),
+    ("num_crops", Form::Scalar),
+    ("do_pan_and_scan", Form::Scalar),
+    ("fps", Form::Scalar),
+];
+
+/// The fields that the guard's own calls take over from a request, with their known keys.
+pub(crate) const SHARED: &[(&str, &[(&str, Form)])] =
+    &[("chat_template_kwargs", TEMPLATE_SWITCHES), ("mm_processor_kwargs", IMAGE_SWITCHES)];
 
 /// Fields about this one request.
 pub(crate) const REQUEST: &[(&str, Form)] = &[

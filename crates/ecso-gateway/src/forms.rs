@@ -22,7 +22,8 @@ pub(crate) enum Form {
     Name,
     /// A text. Passed to the visitor.
     Text,
-    /// An encrypted or signed value: one long word of base64 characters. Not passed to the visitor.
+    /// An encrypted or signed value in base64. Passed to the visitor as a text unless it is a
+    /// [seal](is_seal).
     Opaque,
     /// A short text about the request that no model sees: who asks, and for what purpose. Not
     /// passed to the visitor; requests only.
@@ -92,6 +93,9 @@ pub(crate) fn filter(
             None => None,
         },
         (Form::Text, Value::String(text)) => Some(visitor.text(path, text).into()),
+        (Form::Opaque, Value::String(text)) if !is_seal(&text) => {
+            Some(visitor.text(path, text).into())
+        }
         (Form::Name, Value::String(name)) => {
             visitor.name(path, &name);
             Some(name.into())
@@ -164,9 +168,7 @@ impl Form {
             (Self::Scalars, value) => is_scalars(value),
             (Self::OneOf(words), Value::String(word)) => words.contains(&word.as_str()),
             (Self::Name, Value::String(name)) => is_name(name),
-            (Self::Opaque, Value::String(text)) => {
-                text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+/=-_.:".contains(&byte))
-            }
+            (Self::Opaque, Value::String(text)) => is_base64(text),
             (Self::Label, value) => is_label(value),
             (Self::Labels, value) => is_labels(value),
             (Self::AnyOf(forms), value) => forms.iter().any(|form| form.accepts(value)),
@@ -212,9 +214,48 @@ fn is_name(text: &str) -> bool {
         && text.bytes().all(|byte| byte.is_ascii_graphic() && !b"\"'`<>\\".contains(&byte))
 }
 
+/// Whether a text has only the characters of base64, standard or URL-safe, and its padding only at
+/// the end. In a stream it may be a part.
+fn is_base64(text: &str) -> bool {
+    let digits = text.trim_end_matches('=');
+    let has_only =
+        |more: &[u8]| digits.bytes().all(|b| b.is_ascii_alphanumeric() || more.contains(&b));
+    text.len() - digits.len() <= 2 && (has_only(b"+/") || has_only(b"-_"))
+}
+
+/// Shortest seal, in characters.
+const MIN_SEAL: usize = 64;
+
+/// Whether a text can be a signature or an encrypted value, which nobody reads: long base64, and no
+/// part of it of one case or without a digit, as words are. All other text is judged.
+pub(crate) fn is_seal(text: &str) -> bool {
+    let digits = text.trim_end_matches('=').as_bytes();
+    if digits.len() < MIN_SEAL || !is_base64(text) {
+        return false;
+    }
+    // By chance, less than one part in ten thousand is not mixed.
+    let is_mixed = |part: &[u8]| {
+        let count = |is_kind: fn(&u8) -> bool| part.iter().filter(|byte| is_kind(byte)).count();
+        count(u8::is_ascii_uppercase).min(count(u8::is_ascii_lowercase)) >= MIN_SEAL / 8
+            && count(u8::is_ascii_digit) > 0
+    };
+    let last = &digits[digits.len() - MIN_SEAL..];
+    digits.chunks_exact(MIN_SEAL).chain([last]).all(is_mixed)
+}
+
+/// An id without the signature that some servers put behind this mark.
+pub(crate) fn without_seal(id: &str) -> &str {
+    match id.split_once("__thought__") {
+        Some((start, seal)) if is_seal(seal) => start,
+        _ => id,
+    }
+}
+
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use base64::{Engine, prelude::BASE64_STANDARD};
     use serde_json::json;
+    use sha2::Digest;
 
     use super::*;
 
@@ -267,8 +308,56 @@ mod tests {
             json!({"text": [{"text": "one"}], "kind": "a", "id": "i-1", "seal": "QUJD", "schema": {"k": ["v"]},
                 "bias": {"12": -1}, "n": 3})
         );
-        assert_eq!(recorder.texts, ["text.0000.text=one", "id=i-1", r#"schema={"k":["v"]}"#]);
+        assert_eq!(
+            recorder.texts,
+            ["text.0000.text=one", "id=i-1", "seal=QUJD", r#"schema={"k":["v"]}"#]
+        );
         assert_eq!(recorder.rejected, ["text.0000.x", "text.0001"]);
+    }
+
+    /// Text in base64 as long as a short signature.
+    pub(crate) fn seal() -> String {
+        BASE64_STANDARD.encode(sha2::Sha512::digest("a signature"))
+    }
+
+    #[test]
+    fn seals_are_base64_that_does_not_read_as_words() {
+        let url_safe = seal().replace('+', "-").replace('/', "_");
+        let long: String = (0..200)
+            .map(|n: u16| BASE64_STANDARD.encode(sha2::Sha384::digest(n.to_be_bytes())))
+            .collect();
+        for text in [seal().as_str(), seal().trim_end_matches('='), &url_safe, &long] {
+            assert!(is_seal(text), "{text}");
+            assert_eq!(without_seal(&format!("call_1__thought__{text}")), "call_1");
+        }
+        for text in [
+            "",
+            "QUJD",
+            &seal()[..60],
+            &format!("{}.x", seal()),
+            &format!("{}:x", seal()),
+            &format!("=={}", seal()),
+            &format!("{}====", seal().trim_end_matches('=')),
+            &format!("+-{}", seal()),
+            "First-stir-the-flour-into-the-water-and-then-wait-for-an-hour-in-the-dark-room",
+            "First-stir-the-flour-into-the-water-and-then-wait-for-1-hour-in-the-dark-room",
+            "FirstStirTheFlourIntoTheWaterAndThenWaitForAnHourInTheDarkRoomAndAddTheSaltToIt",
+            &format!(
+                "{long}First-stir-the-flour-into-the-water-and-then-wait-for-an-hour-or-two{long}"
+            ),
+        ] {
+            assert!(!is_seal(text), "{text}");
+            let id = format!("call_1__thought__{text}");
+            assert_eq!(without_seal(&id), id);
+        }
+    }
+
+    #[test]
+    fn only_seals_are_not_visited() {
+        let mut recorder = Recorder::default();
+        let value = json!({"seal": seal()});
+        assert_eq!(filter(&FORM, value.clone(), "", &mut recorder).unwrap(), Some(value));
+        assert!(recorder.texts.is_empty(), "{:?}", recorder.texts);
     }
 
     #[test]
@@ -278,6 +367,8 @@ mod tests {
             (json!({"Kind": "a"}), "Kind"),
             (json!({"id": "two words"}), "id"),
             (json!({"seal": "two words"}), "seal"),
+            (json!({"seal": "two.words"}), "seal"),
+            (json!({"seal": "two:words"}), "seal"),
             (json!({"text": 3}), "text"),
             (json!({"bias": {"two words": 1}}), "bias"),
             (json!({"bias": ["1"]}), "bias"),

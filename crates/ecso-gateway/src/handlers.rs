@@ -119,7 +119,7 @@ pub(crate) async fn answer(
     }
     let body = context.read(body).await?;
     let value = strict::parse(&body);
-    let model = request::model(&value);
+    let model = context.model(value.as_ref().ok());
     context.mode = context.caller.mode(settings, model, &context.headers)?;
     let scope = context.scope(model);
     let value =
@@ -217,8 +217,8 @@ async fn count_request(
     let state = Arc::clone(&context.state);
     let body = context.read(body).await?;
     let value = strict::parse(&body);
-    context.mode =
-        context.caller.mode(&state.settings, request::model(&value), &context.headers)?;
+    let model = context.model(value.as_ref().ok());
+    context.mode = context.caller.mode(&state.settings, model, &context.headers)?;
     if let (Some(transport), Mode::Off | Mode::Observe) = (context.transport(), context.mode) {
         return context.forward_post(&transport, path, body).await;
     }

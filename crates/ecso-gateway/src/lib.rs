@@ -52,6 +52,7 @@ mod telemetry;
 mod upstream;
 mod windowed;
 mod wire;
+mod written;
 
 pub use connections::serve;
 pub use layer::{GuardLayer, Guarded};

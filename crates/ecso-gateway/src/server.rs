@@ -187,8 +187,12 @@ impl Gateway {
     }
 
     /// Admits a request of the playground, which checks access itself.
-    pub(crate) fn admit_page(&self, state: &Arc<AppState>, id: &str) -> RequestContext {
-        RequestContext::for_page(state, &self.body_budget, id)
+    pub(crate) fn admit_page(
+        &self,
+        state: &Arc<AppState>,
+        id: &str,
+    ) -> Result<RequestContext, ApiError> {
+        RequestContext::admit_page(state, &self.body_budget, id)
     }
 
     /// Handles a request for a judgement: admits it, reads it, and answers it with `work`.

@@ -286,7 +286,7 @@ pub struct Limits {
     pub queue: usize,
     /// Seconds for a guarded request, including the time in the queue.
     pub deadline: u64,
-    /// Requests per minute for each client key. 0 means no limit.
+    /// Requests per minute for each client key, and for the playground. 0 means no limit.
     pub per_minute: u32,
     /// Findings about requests that are kept in memory, so that what repeats from call to call (an
     /// agent's system message, its tools) is judged once. About 100 bytes each; 0 keeps none.

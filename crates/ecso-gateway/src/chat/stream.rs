@@ -1,18 +1,14 @@
 //! Guarded chats that are answered as a stream of server-sent events.
 
-use std::{collections::BTreeMap, convert::Infallible, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use async_stream::{stream as streamed, try_stream};
-use axum::{
-    body::Body,
-    http::{HeaderMap, HeaderValue, header},
-    response::Response,
-};
+use async_stream::try_stream;
+use axum::{http::HeaderMap, response::Response};
 use bytes::Bytes;
 use ecso::{Event, Guard, Mllm, Verdict};
 use futures::{FutureExt, Stream, StreamExt, pin_mut};
 use serde_json::{Map, Value, json};
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, mpsc::error::SendError};
 use tracing::{Instrument, Span};
 
 use super::{Draft, GuardedChat, message_of, review::review_events, rewritten_finish_reason};
@@ -26,6 +22,7 @@ use crate::{
     upstream::{Answer, Transport, answer_head, limited_body},
     windowed::{self, WindowOptions, WindowedDraft},
     wire::{Begun, Wire},
+    written::{Sender, event_stream},
 };
 
 impl GuardedChat {
@@ -36,7 +33,7 @@ impl GuardedChat {
         permit: OwnedSemaphorePermit,
     ) -> Result<Response, ApiError> {
         let guard = self.guard();
-        let (span, draft_span) = (Span::current(), telemetry::draft_span(&self.request.model));
+        let draft_span = telemetry::draft_span(&self.request.model);
         // The upstream is asked first, so that its refusal can still set the status.
         let started = if self.context.transport().is_some() {
             Some(self.context.in_time(self.ask().instrument(draft_span.clone())).await?)
@@ -50,32 +47,13 @@ impl GuardedChat {
         };
         let mut omitted_tools = HeaderMap::new();
         self.add_omitted_tools(&mut omitted_tools);
-        let (sender, mut receiver) = mpsc::channel(16);
-        // A client that stops reading holds its turn no longer than this.
-        let longest = self.context.time_left() + self.context.state.settings.limits.patience();
-        let write = async move {
-            let _permit = permit;
-            let written =
-                tokio::time::timeout(longest, self.write(&guard, started, draft_span, &sender));
-            tokio::select! {
-                _ = written => {}
-                () = sender.closed() => {}
-            }
-        };
-        tokio::spawn(write.instrument(span));
-        let body = streamed! {
-            while let Some(text) = receiver.recv().await {
-                yield Ok::<Bytes, Infallible>(text);
-            }
-        };
-        let mut response = Response::new(Body::from_stream(body));
-        *response.headers_mut() = head;
-        let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
-        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-        headers.extend(omitted_tools);
-        // Keeps proxies from buffering the stream.
-        headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+        let longest = self.context.longest_stream();
+        let mut response = event_stream(permit, longest, |out| async move {
+            self.write(&guard, started, draft_span, &out).await
+        });
+        let own = std::mem::replace(response.headers_mut(), head);
+        response.headers_mut().extend(own);
+        response.headers_mut().extend(omitted_tools);
         Ok(response)
     }
 
@@ -86,8 +64,8 @@ impl GuardedChat {
         guard: &Guard<Arc<dyn Mllm>>,
         started: Option<Answer>,
         draft_span: Span,
-        out: &mpsc::Sender<Bytes>,
-    ) -> Result<(), mpsc::error::SendError<Bytes>> {
+        out: &Sender,
+    ) -> Result<(), SendError<Bytes>> {
         const KEEP_ALIVE: &[u8] = b": the answer is being checked\n\n";
         let interval = Duration::from_secs(self.context.state.settings.keep_alive.max(1));
         let mut begun = Begun::default();

@@ -18,6 +18,7 @@ use crate::{
     context::RequestContext,
     error::{ApiError, ApiErrors},
     json::{has_no_prose, is_field_name, printable},
+    request,
     server::Gateway,
     wire::Format,
 };
@@ -145,7 +146,7 @@ async fn before(
     let is_streamed = is_streaming_request || asks_for_stream(&json);
     let read = match asked {
         None => return Ok(PortkeyVerdict::of(true, HookFinding::default())),
-        Some(asked) => match decide(&mut context, json["model"].as_str(), asked).await? {
+        Some(asked) => match decide(&mut context, request::model(&json), asked).await? {
             Decision::Guard(read) => read,
             Decision::Pass | Decision::Observe => {
                 return Ok(PortkeyVerdict::of(true, HookFinding::default()));
@@ -182,7 +183,7 @@ async fn after(
         let Some(asked) = request_type.chat(&request) else {
             return Ok(PortkeyVerdict::of(true, HookFinding::default()));
         };
-        return match decide(&mut context, request["model"].as_str(), asked).await? {
+        return match decide(&mut context, request::model(&request), asked).await? {
             Decision::Guard(_) => Err(stream_refused()),
             Decision::Pass | Decision::Observe => {
                 Ok(PortkeyVerdict::of(true, HookFinding::default()))

@@ -16,6 +16,7 @@ use super::{
 use crate::{
     context::RequestContext,
     error::{ApiError, ApiErrors},
+    request,
     server::Gateway,
 };
 
@@ -96,7 +97,7 @@ async fn handle(
     require_object(&request_body)?;
     let Some(answer) = response_body else {
         let decision =
-            decide(&mut context, request_body["model"].as_str(), Ok(request_body.clone())).await?;
+            decide(&mut context, request::model(&request_body), Ok(request_body.clone())).await?;
         let Decision::Guard(read) = decision else {
             return Ok(TrueFoundryVerdict::of(true, HookFinding::default()));
         };
@@ -113,7 +114,7 @@ async fn handle(
         return Ok(TrueFoundryVerdict::transformed(request_body, HookFinding::default()));
     };
     if !answer.is_object() {
-        return match decide(&mut context, request_body["model"].as_str(), Ok(request_body.clone()))
+        return match decide(&mut context, request::model(&request_body), Ok(request_body.clone()))
             .await?
         {
             Decision::Guard(_) => Err(stream_refused()),

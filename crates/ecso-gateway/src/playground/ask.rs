@@ -3,25 +3,19 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use async_stream::stream;
-use axum::{
-    body::Body,
-    extract::State,
-    http::{HeaderMap, header},
-    response::{IntoResponse, Response},
-};
+use axum::{body::Body, extract::State, http::HeaderMap, response::Response};
 use bytes::Bytes;
 use ecso::{Event, Guard, Profile, Step, Trace, profile::Gate};
-use futures::{Stream, StreamExt, pin_mut};
+use futures::{StreamExt, pin_mut};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::{
-    sync::OwnedSemaphorePermit,
+    sync::mpsc::error::SendError,
     time::{Duration, timeout},
 };
 use tracing::Instrument;
 
-use super::{PageState, default_profile, edit::Edit, require_full_trace, threshold};
+use super::{PageState, default_profile, edit::Edit, prompts, require_full_trace, threshold};
 use crate::{
     context::RequestContext,
     error::ApiError,
@@ -33,7 +27,11 @@ use crate::{
     state::AppState,
     telemetry,
     upstream::HTTP,
+    written::{Sender, event_stream},
 };
+
+/// The longest prompt that the page shows, in characters.
+const MAX_SHOWN: usize = 64 << 10;
 
 /// The request body.
 #[derive(Debug, Deserialize)]
@@ -110,7 +108,7 @@ async fn respond(
     id: &str,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let mut context = gateway.admit_page(state, id);
+    let mut context = gateway.admit_page(state, id)?;
     let body = context.read(body).await?;
     let question: Question = json::parse_as(&body)?;
     drop(body);
@@ -124,70 +122,68 @@ async fn respond(
     let turn = context.in_time(gateway.admission.enter()).await?;
     let mut request = context.prepare(chat).await?;
     request.model = model;
-    let head = [
-        (header::CONTENT_TYPE, "text/event-stream"),
-        (header::HeaderName::from_static("x-accel-buffering"), "no"),
-    ];
-    let events =
-        event_stream(context, request, profile, turn).map(Ok::<_, std::convert::Infallible>);
-    Ok((head, Body::from_stream(events)).into_response())
+    prompts::check(&profile, &request.chat, state.settings.limits.text)?;
+    let longest = context.longest_stream();
+    Ok(event_stream(turn, longest, |out| write_events(context, request, profile, out)))
 }
 
-/// The events of an answer as they happen. `turn` is held until the end. Dropping the stream
-/// cancels the work.
-fn event_stream(
+/// Sends the events of an answer as they happen. Dropping this cancels the work.
+async fn write_events(
     context: RequestContext,
     request: Request,
     profile: Profile,
-    turn: OwnedSemaphorePermit,
-) -> impl Stream<Item = Bytes> + Send {
-    stream! {
-        let _turn = turn;
-        let settings = &context.state.settings;
-        let keep_alive = Duration::from_secs(settings.keep_alive.max(1));
-        let threshold = threshold(&profile).filter(|_| settings.trace != TraceLevel::None);
-        yield to_sse("begun", &json!({
-            "profile": profile.name, "model": request.model, "threshold": threshold,
-            "images": request.chat.image_count(),
-        }));
-        // All calls go to the guarded model itself, and nothing is taken from memory, so that the
-        // page shows the real cost.
-        let guard = Guard::new(context.state.upstream.guarded_model(&request.model, &HeaderMap::new()), profile);
-        let mut record = context.record(&request, BTreeMap::new());
-        let events = guard.answer_events(&request.chat);
-        pin_mut!(events);
-        loop {
-            let event = match timeout(keep_alive.min(context.time_left()), events.next()).await {
-                Ok(Some(event)) => event.map_err(ApiError::from),
-                Ok(None) => break,
-                Err(_) if context.time_left().is_zero() => Err(ApiError::deadline(settings.limits.deadline)),
-                Err(_) => {
-                    yield Bytes::from_static(b":\n\n");
-                    continue;
+    out: Sender,
+) -> Result<(), SendError<Bytes>> {
+    let settings = &context.state.settings;
+    let keep_alive = Duration::from_secs(settings.keep_alive.max(1));
+    let threshold = threshold(&profile).filter(|_| settings.trace != TraceLevel::None);
+    let begun = json!({
+        "profile": profile.name, "model": request.model, "threshold": threshold,
+        "images": request.chat.image_count(),
+    });
+    out.send(to_sse("begun", &begun)).await?;
+    // All calls go to the guarded model itself, and nothing is taken from memory, so that the page
+    // shows the real cost.
+    let model = context.state.upstream.guarded_model(&request.model, &HeaderMap::new());
+    let guard = Guard::new(model, profile);
+    let mut record = context.record(&request, BTreeMap::new());
+    let events = guard.answer_events(&request.chat);
+    pin_mut!(events);
+    loop {
+        let event = match timeout(keep_alive.min(context.time_left()), events.next()).await {
+            Ok(Some(event)) => event.map_err(ApiError::from),
+            Ok(None) => break,
+            Err(_) if context.time_left().is_zero() => {
+                Err(ApiError::deadline(settings.limits.deadline))
+            }
+            Err(_) => {
+                out.send(Bytes::from_static(b":\n\n")).await?;
+                continue;
+            }
+        };
+        match event {
+            Ok(event) => {
+                if let Some((name, data)) = visible(&event, settings.trace) {
+                    out.send(to_sse(name, &data)).await?;
                 }
-            };
-            match event {
-                Ok(event) => {
-                    if let Some((name, data)) = visible(&event, settings.trace) {
-                        yield to_sse(name, &data);
+                match event {
+                    Event::Finished(Trace { step: Step::Direct, reply, .. }) => {
+                        record.set_drafts(BTreeMap::from([(0, reply)]), None);
                     }
-                    match event {
-                        Event::Finished(Trace { step: Step::Direct, reply, .. }) => record.set_drafts(BTreeMap::from([(0, reply)]), None),
-                        Event::Decided { verdict, .. } => record.add(0, Finding::Decided(verdict)),
-                        Event::Done(outcome) => record.add(0, Finding::Done(outcome)),
-                        _ => {}
-                    }
-                }
-                Err(failure) => {
-                    failure.log(&context.id);
-                    context.state.metrics.failure(failure.code);
-                    yield to_sse("error", &failure.object());
-                    return;
+                    Event::Decided { verdict, .. } => record.add(0, Finding::Decided(verdict)),
+                    Event::Done(outcome) => record.add(0, Finding::Done(outcome)),
+                    _ => {}
                 }
             }
+            Err(failure) => {
+                failure.log(&context.id);
+                context.state.metrics.failure(failure.code);
+                return out.send(to_sse("error", &failure.object())).await;
+            }
         }
-        record.finish();
     }
+    record.finish();
+    Ok(())
 }
 
 fn to_sse(name: &str, data: &Value) -> Bytes {
@@ -201,8 +197,11 @@ fn visible(event: &Event, trace: TraceLevel) -> Option<(&'static str, Value)> {
         Event::Started { .. } | Event::Finished(_) if trace == TraceLevel::None => return None,
         Event::Started { step, images } => ("started", json!({"step": step, "images": images})),
         Event::Finished(call) => {
+            let prompt = shown(&call.prompt);
             let mut call = json!(call);
-            if let Some(fields) = call.as_object_mut().filter(|_| trace != TraceLevel::Full) {
+            if trace == TraceLevel::Full {
+                call["prompt"] = prompt.into();
+            } else if let Some(fields) = call.as_object_mut() {
                 fields.retain(|name, _| !matches!(name.as_str(), "prompt" | "reply"));
             }
             ("finished", call)
@@ -221,4 +220,12 @@ fn visible(event: &Event, trace: TraceLevel) -> Option<(&'static str, Value)> {
         ),
         _ => return None,
     })
+}
+
+/// The beginning of a long prompt, marked as such.
+fn shown(prompt: &str) -> String {
+    match prompt.char_indices().nth(MAX_SHOWN) {
+        Some((end, _)) => format!("{} …", &prompt[..end]),
+        None => prompt.to_owned(),
+    }
 }

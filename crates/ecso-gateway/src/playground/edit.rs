@@ -113,7 +113,7 @@ pub(super) async fn profile(
     let (id, state) = (request_id(), page.gateway.state());
     let span = telemetry::request_span("playground", &id, request.headers());
     let response = async {
-        let mut context = page.gateway.admit_page(&state, &id);
+        let mut context = page.gateway.admit_page(&state, &id)?;
         let body = context.read(request.into_body()).await?;
         super::require_full_trace(&state)?;
         let profile = json::parse_as::<Edit>(&body)?.apply(&state)?;

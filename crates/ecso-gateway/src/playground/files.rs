@@ -31,7 +31,13 @@ impl IntoResponse for File {
 /// The page itself.
 pub(super) const PAGE: File = File::html(include_str!("page.html"));
 
-/// For a browser that opened a link.
+/// For a browser with a link: a form that opens the playground with it.
+pub(super) const ENTER: File = File::html(include_str!("enter.html"));
+
+/// Submits that form.
+pub(super) const ENTER_SCRIPT: File = File::script(include_str!("enter.js"));
+
+/// For a browser that was let in.
 pub(super) const OPENED: File = File::html(
     "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta http-equiv=\"refresh\" \
      content=\"0; url=/\"><title>ecso</title><p><a href=\"/\">Continue</a></p></html>",

@@ -8,6 +8,7 @@
 mod ask;
 mod edit;
 mod files;
+mod prompts;
 mod sessions;
 
 use std::sync::Arc;
@@ -80,7 +81,8 @@ pub(crate) fn routes(gateway: Arc<Gateway>, playground: Arc<Playground>) -> Rout
         .route("/playground/profile", post(edit::profile))
         .route("/playground/ask", post(ask::ask))
         .route_layer(middleware::from_fn_with_state(page.clone(), require_session))
-        .route("/", get(index))
+        .route("/", get(index).post(enter))
+        .route("/playground/enter.js", get(files::ENTER_SCRIPT))
         .route("/favicon.ico", get(StatusCode::NO_CONTENT))
         .layer(middleware::map_response(add_security_headers))
         .with_state(page)
@@ -102,7 +104,7 @@ async fn require_session(
 /// inline scripts, and nothing is cached.
 async fn add_security_headers(mut response: Response) -> Response {
     const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' \
-                          data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; \
+                          data: blob:; connect-src 'self'; base-uri 'none'; form-action 'self'; \
                           frame-ancestors 'none'; require-trusted-types-for 'script'; \
                           trusted-types 'none'";
     let headers = response.headers_mut();
@@ -119,20 +121,32 @@ async fn add_security_headers(mut response: Response) -> Response {
     response
 }
 
-/// The page, for browsers with a session. A token in the URL opens a session.
+/// The page, for browsers with a session. With a token in the URL, a form that opens one: programs
+/// that only look at links (previews, prefetching) don't use them up.
 async fn index(State(page): State<PageState>, uri: Uri, headers: HeaderMap) -> Response {
     let sessions = &page.playground.sessions;
-    let mut pairs = form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes());
-    let token = pairs.find(|(name, _)| name == "token");
-    if let Some(cookie) = token.and_then(|(_, token)| sessions.open(&token)) {
-        // This page reloads itself. With a redirect, browsers would not send the cookie if the link
-        // came from another site.
-        return ([(header::SET_COOKIE, cookie)], files::OPENED).into_response();
+    if token(&uri).is_some_and(|token| sessions.accepts(&token)) {
+        return files::ENTER.into_response();
     }
     if sessions.knows(&headers) {
         return files::PAGE.into_response();
     }
     (StatusCode::UNAUTHORIZED, files::CLOSED).into_response()
+}
+
+/// Opens a session with the token in the URL.
+async fn enter(State(page): State<PageState>, uri: Uri) -> Response {
+    match token(&uri).and_then(|token| page.playground.sessions.open(&token)) {
+        // This page goes on to the page without the token.
+        Some(cookie) => ([(header::SET_COOKIE, cookie)], files::OPENED).into_response(),
+        None => (StatusCode::UNAUTHORIZED, files::CLOSED).into_response(),
+    }
+}
+
+/// The token in a URL.
+fn token(uri: &Uri) -> Option<String> {
+    let mut pairs = form_urlencoded::parse(uri.query()?.as_bytes());
+    pairs.find(|(name, _)| name == "token").map(|(_, token)| token.into_owned())
 }
 
 /// A file of the page.

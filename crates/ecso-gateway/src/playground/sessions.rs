@@ -41,6 +41,11 @@ impl Sessions {
         self.token.subscribe()
     }
 
+    /// Whether a token would open a session.
+    pub(super) fn accepts(&self, token: &str) -> bool {
+        hash(&self.token.borrow()) == hash(token)
+    }
+
     /// Uses up a token, and opens a session. Returns the cookie for the browser that sent it.
     pub(super) fn open(&self, token: &str) -> Option<HeaderValue> {
         let sent = hash(token);
@@ -135,10 +140,11 @@ mod tests {
                 && sessions.open("").is_none()
                 && !tokens.has_changed().unwrap()
         );
+        assert!(sessions.accepts(&token) && !sessions.accepts("wrong"));
         let cookie = sessions.open(&token).unwrap();
         let cookie = cookie.to_str().unwrap();
         assert!(cookie.ends_with("; Path=/; HttpOnly; SameSite=Strict"), "{cookie}");
-        assert!(sessions.open(&token).is_none());
+        assert!(sessions.open(&token).is_none() && !sessions.accepts(&token));
         assert!(tokens.has_changed().unwrap());
         let value = cookie.split(';').next().unwrap();
         assert!(sessions.knows(&headers(&[("cookie", &format!("a=b; {value}; c=d"))])));

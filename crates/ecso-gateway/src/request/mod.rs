@@ -12,8 +12,8 @@ use serde_json::{Map, Value};
 use crate::{
     error::ApiError,
     fields::{
-        AUDIO_PART, IMAGE_PART, MESSAGE, PLAIN_TEXT_FIELDS, REFUSAL_PART, REQUEST,
-        RESERVED_TEMPLATE_KEYS, SAMPLING, STEERING, TEXT_PART, THINKING_PART,
+        AUDIO_PART, IMAGE_PART, MESSAGE, PLAIN_TEXT_FIELDS, REFUSAL_PART, REQUEST, SAMPLING,
+        SHARED, STEERING, TEXT_PART, THINKING_PART,
     },
     forms::{FieldError, Form, known_fields},
     json,
@@ -23,10 +23,7 @@ use crate::{
 use conversation::{content_text, definitions, turns};
 use images::{canonical_url, merge_detail, reject_inline_image, url_of};
 pub(crate) use images::{converted_bytes, is_remote};
-use texts::{
-    TextCollector, is_outside_conversation, only_switches, quarter_tokens, readable_ids,
-    split_field,
-};
+use texts::{TextCollector, is_outside_conversation, quarter_tokens, readable_ids, split_field};
 
 /// A body whose fields are all known. Its images may still have to be fetched.
 #[derive(Debug)]
@@ -41,9 +38,20 @@ pub(crate) struct Body {
     steering: Option<String>,
 }
 
-/// The model that a body names, if it can be read.
-pub(crate) fn model(body: &Result<Value, String>) -> Option<&str> {
-    body.as_ref().ok()?.get("model")?.as_str().filter(|name| !name.is_empty())
+/// The model that a body names, unless some server might find another one in it.
+pub(crate) fn model(body: &Value) -> Option<&str> {
+    let fields = body.as_object()?;
+    if fields.keys().any(|key| key != "model" && may_choose_model(key)) {
+        return None;
+    }
+    fields.get("model")?.as_str().filter(|name| !name.is_empty())
+}
+
+/// Whether a key, or a part of a query string, may choose a model: in another case, or as the further
+/// models that some servers accept.
+pub(crate) fn may_choose_model(key: &str) -> bool {
+    let key = key.to_lowercase();
+    ["model", "fallback", "extra_body"].iter().any(|name| key.contains(name))
 }
 
 impl Body {
@@ -69,13 +77,6 @@ impl Body {
         });
         let steering = steering.map(|(name, _)| name.clone());
         fields.retain(|name, value| !is_steering(name) || is_accepted(name, value));
-        let kwargs =
-            fields.get("chat_template_kwargs").and_then(Value::as_object).into_iter().flatten();
-        if let Some((name, _)) =
-            kwargs.into_iter().find(|(name, _)| RESERVED_TEMPLATE_KEYS.contains(&name.as_str()))
-        {
-            return Err(FieldError::Unknown(format!("chat_template_kwargs.{name}")).into());
-        }
         let fields = known_fields(&known, fields, "", &mut collector)?;
         collector.texts.iter().try_for_each(|(path, text)| reject_inline_image(text, path))?;
         let described = ["model", "tools", "functions", "response_format"];
@@ -385,15 +386,15 @@ impl Request {
     }
 
     /// The fields that the guard's own calls take over from the request: those that change how the
-    /// model sees or thinks, limited to booleans and numbers. A text could be a template, or a
-    /// message to the judge.
+    /// model sees or thinks. What only the operator allows is not among them: it could be a template,
+    /// or a message to the judge.
     pub(crate) fn extra(&self) -> Map<String, Value> {
-        let mut extra = Map::new();
-        for name in ["chat_template_kwargs", "mm_processor_kwargs"] {
-            let kept = self.fields.get(name).and_then(|value| only_switches(name, value));
-            extra.extend(kept.map(|kept| (name.to_owned(), kept)));
-        }
-        extra
+        let shared = SHARED.iter().filter_map(|(name, known)| {
+            let mut kept = self.fields.get(*name)?.as_object()?.clone();
+            kept.retain(|key, _| known.iter().any(|(known, _)| known == key));
+            (!kept.is_empty()).then(|| ((*name).to_owned(), kept.into()))
+        });
+        shared.collect()
     }
 
     /// Whether the answer is to be JSON, which a plain refusal is not.

@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use crate::{
     error::ApiError,
-    forms::{FieldError, FieldVisitor},
+    forms::{FieldError, FieldVisitor, without_seal},
 };
 
 /// Collects the texts of a body outside of message contents. Accepts the fields that the operator
@@ -74,10 +74,7 @@ pub(super) fn readable_ids(message: &Map<String, Value>) -> Vec<String> {
     let own = ["tool_call_id", "id"]
         .into_iter()
         .filter_map(|name| Some(message.get(name)?.as_str()?.to_owned()));
-    // A signature follows this mark.
-    let unsealed = of_calls
-        .chain(own)
-        .map(|name| name.split("__thought__").next().unwrap_or_default().to_owned());
+    let unsealed = of_calls.chain(own).map(|name| without_seal(&name).to_owned());
     unsealed.filter(|name| count_words(name) > 2).collect()
 }
 
@@ -90,7 +87,7 @@ fn count_words(name: &str) -> usize {
 pub(super) fn is_outside_conversation(path: &str) -> bool {
     let (field, rest) = split_field(path);
     match field {
-        "content" => rest.contains("annotations"),
+        "content" => !matches!(rest.rsplit('.').next(), Some("text" | "refusal" | "thinking")),
         "tool_call_id" | "id" => false,
         "function_call" => !matches!(split_field(rest).0, "name" | "arguments"),
         "tool_calls" => {
@@ -123,28 +120,5 @@ pub(super) fn quarter_tokens(value: &Value) -> u64 {
             fields.iter().map(|(name, value)| text(name) + 2 + quarter_tokens(value)).sum()
         }
         Value::Null | Value::Bool(_) | Value::Number(_) => 4,
-    }
-}
-
-/// The booleans, numbers and effort levels in a field, at any depth.
-pub(super) fn only_switches(name: &str, value: &Value) -> Option<Value> {
-    const EFFORTS: [&str; 3] = ["low", "medium", "high"];
-    match value {
-        Value::Bool(_) | Value::Number(_) => Some(value.clone()),
-        Value::String(effort) => (name == "reasoning_effort" && EFFORTS.contains(&effort.as_str()))
-            .then(|| value.clone()),
-        Value::Array(list) => list
-            .iter()
-            .map(|value| only_switches("", value))
-            .collect::<Option<Vec<_>>>()
-            .map(Value::from),
-        Value::Object(fields) => {
-            let kept = fields
-                .iter()
-                .filter_map(|(name, value)| Some((name.clone(), only_switches(name, value)?)));
-            let kept: Map<String, Value> = kept.collect();
-            (!kept.is_empty()).then(|| kept.into())
-        }
-        Value::Null => None,
     }
 }

@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 
 pub(crate) use begun::Begun;
 
-use crate::{error::ApiError, json as strict};
+use crate::{error::ApiError, forms::without_seal, json as strict};
 
 /// The text before the images of a tool result. In a chat these images are the user's, right after
 /// the result.
@@ -189,8 +189,8 @@ impl Answer<'_> {
                 None | Some(Value::Null) => "{}".to_owned(),
                 Some(arguments) => arguments.to_string(),
             };
-            // A signature follows this mark. These formats have no place for it.
-            let id = id.split("__thought__").next().unwrap_or_default();
+            // These formats have no place for a signature.
+            let id = without_seal(id);
             let id =
                 if id.is_empty() { format!("call_{}_{index}", self.id) } else { id.to_owned() };
             Some(Call { id, name: called["name"].as_str()?.to_owned(), arguments })

@@ -125,6 +125,21 @@ pub(crate) fn hidden_answers() -> Vec<(&'static str, Value)> {
         ("an unknown field", message(json!({"thoughts": LEAK}))),
         ("a key of a message", message(json!({LEAK: 1}))),
         ("a seal with words", message(json!({"thought_signature": format!("two {LEAK}")}))),
+        ("a seal of a word", message(json!({"thought_signature": LEAK}))),
+        ("a seal of many words", message(json!({"thought_signature": LEAK.repeat(9)}))),
+        ("a seal with dots", message(json!({"thought_signature": format!("{LEAK}.a:b")}))),
+        (
+            "behind the mark of a signature",
+            message(
+                json!({"tool_calls": [{"id": format!("c__thought__{LEAK}"), "type": "function", "function": {"name": "f"}}]}),
+            ),
+        ),
+        (
+            "words behind the mark of a signature",
+            message(
+                json!({"tool_calls": [{"id": format!("c__thought__{}.first.mix", LEAK.repeat(9)), "type": "function", "function": {"name": "f"}}]}),
+            ),
+        ),
         ("executed tools", message(json!({"executed_tools": [{"output": LEAK}]}))),
         ("citations of a message", message(json!({"citations": [LEAK]}))),
         ("provider fields", message(json!({"provider_specific_fields": {"citations": [LEAK]}}))),
@@ -263,6 +278,25 @@ async fn answers_contain_only_judged_text() {
         }
     }
     assert!(leaked.is_empty(), "{leaked:#?}");
+}
+
+/// A signature as servers send them.
+const SEAL: &str = "VfGT5kdz6mXb0QhJ7oYw2RsLcE9uNa/4pKtD8vB1xZ+iMfH3gOqUyW5eSjrC6lAPTnIk0dJb7s==";
+
+#[tokio::test]
+async fn signatures_are_returned_and_not_judged() {
+    let message = json!({"role": "assistant", "content": "Bread.", "thought_signature": SEAL, "tool_calls": [
+        {"id": format!("c__thought__{SEAL}"), "type": "function", "function": {"name": "f", "arguments": "{}"}}]});
+    let sent = message.clone();
+    let world =
+        Harness::new(Settings::default(), Arc::new(move |_| said(&sent, &Value::Null))).await;
+    let got = world.chat(&question()).await;
+    assert_eq!(got.json()["choices"][0]["message"], message);
+    let reached = world.take_requests();
+    assert!(reached.len() > 1);
+    for reached in reached {
+        assert!(!String::from_utf8_lossy(&reached.body).contains(SEAL));
+    }
 }
 
 #[tokio::test]

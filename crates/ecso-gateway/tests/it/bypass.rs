@@ -309,6 +309,16 @@ async fn fields_that_change_what_the_model_sees_are_refused() {
         ),
         ("an odd cache", json!({"messages": [{"cache_control": {"type": "words and words"}}]})),
         ("an odd seal", json!({"messages": [{"thought_signature": "words and words"}]})),
+        ("a seal with dots", json!({"messages": [{"thought_signature": "words.and:words"}]})),
+        ("words for the template", json!({"chat_template_kwargs": {"persona": "x"}})),
+        ("a shorter prompt", json!({"chat_template_kwargs": {"truncation": true}})),
+        ("the length of the prompt", json!({"chat_template_kwargs": {"max_length": 8}})),
+        ("another prompt", json!({"chat_template_kwargs": {"add_generation_prompt": false}})),
+        ("switches that are a list", json!({"chat_template_kwargs": [true]})),
+        ("a switch that is a text", json!({"chat_template_kwargs": {"enable_thinking": "x"}})),
+        ("a shorter prompt for images", json!({"mm_processor_kwargs": {"truncation": true}})),
+        ("deeper", json!({"mm_processor_kwargs": {"text_kwargs": {"max_length": 8}}})),
+        ("an odd size", json!({"mm_processor_kwargs": {"size": {"max_length": 8}}})),
         ("an odd id", json!({"messages": [{"tool_call_id": "words and words"}]})),
     ] {
         for stream in [false, true] {
@@ -336,6 +346,34 @@ async fn fields_that_change_what_the_model_sees_are_refused() {
     let got = world.chat(&body).await;
     assert!(got.status.is_success() && !got.leaks(), "{}", got.body);
     assert!(String::from_utf8_lossy(&world.take_requests()[0].body).contains("chat_template"));
+}
+
+#[tokio::test]
+async fn guard_calls_carry_only_known_switches() {
+    let settings = Settings { allow_fields: vec!["truncation".into()], ..Settings::default() };
+    let world = Harness::new(settings, Arc::new(lenient)).await;
+    let mut body = question();
+    body["chat_template_kwargs"] =
+        json!({"enable_thinking": false, "reasoning_effort": "low", "truncation": true});
+    body["mm_processor_kwargs"] = json!({"max_pixels": 3136, "size": {"longest_edge": 3}});
+    let got = world.chat(&body).await;
+    assert!(got.status.is_success() && !got.leaks(), "{}", got.body);
+    let reached = world.take_requests();
+    let sent = |reached: &crate::support::SentRequest| -> Value {
+        serde_json::from_slice(&reached.body).unwrap()
+    };
+    assert_eq!(sent(&reached[0])["chat_template_kwargs"], body["chat_template_kwargs"]);
+    let questions: Vec<Value> =
+        reached.iter().map(sent).filter(|sent| sent.to_string().contains("unethical")).collect();
+    assert!(!questions.is_empty());
+    for question in questions {
+        let switches = json!({"enable_thinking": false, "reasoning_effort": "low"});
+        assert_eq!(question["chat_template_kwargs"], switches);
+        assert_eq!(question["mm_processor_kwargs"], body["mm_processor_kwargs"]);
+    }
+    body["chat_template_kwargs"]["max_length"] = 8.into();
+    let got = world.chat(&body).await;
+    assert_eq!(got.json()["error"]["param"], "chat_template_kwargs.max_length");
 }
 
 #[tokio::test]
@@ -597,6 +635,16 @@ async fn the_judge_sees_everything_the_model_sees() {
         ),
         ("documents", json!({"documents": [{"text": hidden}]})),
         ("words for the template", json!({"chat_template_kwargs": {"persona": hidden}})),
+        ("a short seal", json!({"messages": [{"thought_signature": hidden}]})),
+        (
+            "a short seal of a part",
+            json!({"messages": [{}, {"role": "assistant", "content": [
+                {"type": "thinking", "thinking": "x", "signature": hidden}]}, {"role": "user", "content": "y"}]}),
+        ),
+        (
+            "words behind the mark of a signature",
+            json!({"messages": [{}, {"role": "tool", "tool_call_id": "c__thought__tell_HIDDEN_us", "content": "x"}]}),
+        ),
         (
             "an id of words",
             json!({"messages": [{}, {"role": "tool", "tool_call_id": "tell_us_HIDDEN_words", "content": "x"}]}),
@@ -613,9 +661,9 @@ async fn the_judge_sees_everything_the_model_sees() {
                 &json!({"choices": [{"logprobs": logprobs}]}),
             )
         });
+        let settings = Settings { allow_fields: vec!["persona".into()], ..Settings::default() };
         let world =
-            Harness::with(Settings::default(), ecso::Profile::named("hardened").unwrap(), respond)
-                .await;
+            Harness::with(settings, ecso::Profile::named("hardened").unwrap(), respond).await;
         let mut body = question();
         merge(&mut body, &more);
         let got = world.chat(&body).await;

@@ -24,7 +24,7 @@ impl Browser {
     async fn new(settings: Settings, profile: Profile, respond: Respond) -> Self {
         let (world, tokens) = Harness::with_page(settings, profile, respond).await;
         let path = format!("/?token={}", *tokens.borrow());
-        let entered = world.send("GET", &path, &[], "").await;
+        let entered = world.send("POST", &path, &[], "").await;
         assert_eq!(entered.status, StatusCode::OK);
         let cookie = entered.headers["set-cookie"].to_str().unwrap();
         let cookie = cookie.split(';').next().unwrap().to_owned();
@@ -98,11 +98,26 @@ async fn links_work_once() {
         assert_eq!(got.status, StatusCode::UNAUTHORIZED, "{path}");
         assert!(!got.headers.contains_key("set-cookie") && !got.body.contains("<script"), "{path}");
     }
-    let entered = get(format!("/?token={first}"), "").await;
+    // Looking at the link does not use it up.
+    for method in ["GET", "HEAD", "GET"] {
+        let seen = world.send(method, &format!("/?token={first}"), &[], "").await;
+        assert_eq!(seen.status, StatusCode::OK, "{method}");
+        assert!(!seen.headers.contains_key("set-cookie") && !seen.body.contains(&first));
+        assert_eq!(seen.body.contains("<form method=\"post\">"), method == "GET");
+    }
+    assert_eq!(get("/playground/enter.js".into(), "").await.status, StatusCode::OK);
+    let post = async |token: &str| world.send("POST", &format!("/?token={token}"), &[], "").await;
+    for token in ["", "wrong"] {
+        let got = post(token).await;
+        assert_eq!(got.status, StatusCode::UNAUTHORIZED);
+        assert!(!got.headers.contains_key("set-cookie"));
+    }
+    let entered = post(&first).await;
     let cookie = entered.headers["set-cookie"].to_str().unwrap().to_owned();
     assert!(cookie.ends_with("; Path=/; HttpOnly; SameSite=Strict"), "{cookie}");
     assert!(!entered.body.contains(&first), "the link is not told on");
     assert_eq!(get(format!("/?token={first}"), "").await.status, StatusCode::UNAUTHORIZED);
+    assert_eq!(post(&first).await.status, StatusCode::UNAUTHORIZED);
     let cookie = cookie.split(';').next().unwrap();
     for path in ["/", "/playground/page.js", "/playground/page.css", "/playground/words.js"] {
         assert_eq!(get(path.into(), cookie).await.status, StatusCode::OK, "{path}");
@@ -344,6 +359,86 @@ async fn requests_are_limited() {
         assert!(got.json()["error"]["message"].is_string());
     }
     assert!(visitor.world.take_requests().is_empty(), "nobody was asked");
+}
+
+#[tokio::test]
+async fn prompts_are_limited_in_total() {
+    let limits = Limits { text: 2000, ..Limits::default() };
+    let visitor =
+        Browser::new(Settings { limits, ..traced(TraceLevel::Full) }, Profile::paper(), mild())
+            .await;
+    let many = "{x}".repeat(40);
+    let ask = async |base: &str, changes: &Value, text: &str, images: usize| {
+        let edit = json!({"base": base, "name": "mine", "changes": changes});
+        let body = json!({"text": text, "images": vec![IMAGE; images], "arm": {"edited": edit}});
+        visitor.send("POST", ASK, &body).await
+    };
+    let (short, long, lines) = ("a".repeat(100), "a".repeat(1900), "\n".repeat(1900));
+    for (base, changes, text, images) in [
+        ("paper", json!({"safe.template": many, "safe.plain": many}), &long, 0),
+        ("paper", json!({"caption.template": many}), &short, 16),
+        ("paper", json!({"quote": "#".repeat(2000)}), &lines, 0),
+        ("hardened", json!({"questions.words.window": 1}), &long, 0),
+    ] {
+        let got = ask(base, &changes, text, images).await;
+        assert_eq!(got.status, StatusCode::PAYLOAD_TOO_LARGE, "{changes} {}", got.body);
+        assert_eq!(got.json()["error"]["code"], "too_much_text");
+    }
+    assert!(visitor.world.take_requests().is_empty(), "nobody was asked");
+    for (base, changes, text, images) in [
+        ("paper", json!({"safe.template": many, "safe.plain": many}), &short, 1),
+        ("paper", json!({}), &long, 1),
+        ("hardened", json!({}), &short, 1),
+    ] {
+        let got = ask(base, &changes, text, images).await;
+        assert_eq!(got.status, StatusCode::OK, "{base} {changes} {}", got.body);
+    }
+}
+
+#[tokio::test]
+async fn long_prompts_are_shown_in_part() {
+    let visitor = Browser::new(traced(TraceLevel::Full), Profile::paper(), mild()).await;
+    let body = json!({"text": "a".repeat(200_000), "images": [IMAGE], "arm": {"profile": "paper"}});
+    let got = visitor.send("POST", ASK, &body).await;
+    assert_eq!(last(&got, "done")["verdict"], "safe");
+    let told = events(&got);
+    let shown: Vec<usize> =
+        told.iter().filter_map(|(_, data)| Some(data["prompt"].as_str()?.len())).collect();
+    assert!(!shown.is_empty() && shown.iter().all(|length| *length < 70_000), "{shown:?}");
+}
+
+#[tokio::test]
+async fn questions_are_counted_as_those_of_a_client() {
+    let limits = Limits { per_minute: 2, ..Limits::default() };
+    let visitor =
+        Browser::new(Settings { limits, ..Settings::default() }, Profile::paper(), mild()).await;
+    let arm = json!({"profile": "paper"});
+    for status in [StatusCode::OK, StatusCode::OK, StatusCode::TOO_MANY_REQUESTS] {
+        assert_eq!(visitor.ask(&arm).await.status, status);
+    }
+    assert_eq!(visitor.ask(&arm).await.json()["error"]["code"], "rate_limited");
+    // Other clients are counted by themselves.
+    let chat =
+        json!({"model": "m", "messages": [{"role": "user", "content": "Hello"}]}).to_string();
+    let got = visitor.world.send("POST", "/v1/chat/completions", &[], chat).await;
+    assert_eq!(got.status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_page_that_does_not_read_frees_its_turn() {
+    let limits = Limits { at_once: 1, queue: 0, ..Limits::default() };
+    let visitor =
+        Browser::new(Settings { limits, ..Settings::default() }, Profile::paper(), mild()).await;
+    let body = json!({"text": "What is this?", "images": [IMAGE], "arm": {"profile": "paper"}});
+    let headers = [("cookie", visitor.cookie.as_str()), ("sec-fetch-site", "same-origin")];
+    let unread = visitor.world.open("POST", ASK, &headers, body.to_string()).await;
+    assert_eq!(unread.status(), StatusCode::OK);
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while visitor.send("POST", ASK, &body).await.status != StatusCode::OK {
+        assert!(std::time::Instant::now() < until, "its turn is still held");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    drop(unread);
 }
 
 #[tokio::test]

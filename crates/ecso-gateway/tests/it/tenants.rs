@@ -9,7 +9,7 @@ use ecso_gateway::{
 };
 use serde_json::{Value, json};
 
-use crate::support::{Harness, said};
+use crate::support::{Harness, LEAK, question, said};
 
 #[tokio::test]
 async fn models_and_clients_have_their_own_profile_and_mode() {
@@ -52,4 +52,38 @@ async fn models_and_clients_have_their_own_profile_and_mode() {
     }
     let unknown = Harness::gateway(settings, Profile::paper(), "http://127.0.0.1:9/v1");
     assert!(unknown.is_err_and(|error| error.to_string().contains("everything")));
+}
+
+#[tokio::test]
+async fn a_looser_mode_needs_a_model_that_nothing_else_names() {
+    let settings =
+        Settings { modes: BTreeMap::from([("research".into(), Mode::Off)]), ..Settings::default() };
+    let respond =
+        Arc::new(|_: &Value| said(&json!({"role": "assistant", "content": LEAK}), &Value::Null));
+    let world = Harness::new(settings, respond).await;
+    let rest = format!("\"messages\": {}", question()["messages"]);
+    let chat = "/v1/chat/completions";
+    for (path, model, is_guarded) in [
+        (chat, r#""model": "research""#, false),
+        (chat, r#""model": "m""#, true),
+        (chat, r#""model": "research", "Model": "m""#, true),
+        (chat, r#""MODEL": "m", "model": "research""#, true),
+        (chat, r#""model": "research", "mod\u0045l": "m""#, true),
+        (chat, r#""model": "research", "model": "m""#, true),
+        (chat, r#""model": "research", "models": ["m"]"#, true),
+        (chat, r#""model": "research", "fallbacks": ["m"]"#, true),
+        (chat, r#""model": "research", "extra_body": {"model": "m"}"#, true),
+        (chat, r#""model": ["research"]"#, true),
+        ("/v1/chat/completions?a=b", r#""model": "research""#, false),
+        ("/v1/chat/completions?model=m", r#""model": "research""#, true),
+        ("/v1/messages", r#""model": "research", "max_tokens": 9"#, false),
+        ("/v1/messages", r#""model": "research", "Model": "m", "max_tokens": 9"#, true),
+        ("/v1/messages?beta=true", r#""model": "research", "max_tokens": 9"#, false),
+        ("/v1/messages?model=m", r#""model": "research", "max_tokens": 9"#, true),
+        ("/v1/messages?a=b&M%6fdel=m", r#""model": "research", "max_tokens": 9"#, true),
+        ("/v1/messages?a=b;model=m", r#""model": "research", "max_tokens": 9"#, true),
+    ] {
+        let got = world.send("POST", path, &[], format!("{{{model}, {rest}}}")).await;
+        assert_eq!(got.leaks(), !is_guarded, "{path} {model}: {}", got.body);
+    }
 }
