@@ -35,7 +35,7 @@ pub(crate) async fn passthrough(
     let response = async {
         let (method, uri) = (head.method.clone(), head.uri.clone());
         let context = gateway.admit(&state, &id, head)?;
-        forward(context, &method, &uri, body).await
+        Box::pin(forward(context, &method, &uri, body)).await
     };
     finish_response(&id, (door, "other"), &state.metrics, response.instrument(span)).await
 }
