@@ -57,9 +57,11 @@ impl Drop for Opened {
     }
 }
 
-/// The facts that the page gets with a link.
+/// The facts that the page gets with a link, whose token opens it.
 async fn facts(link: &str) -> Value {
-    let entered = client().get(link).send().await.unwrap();
+    let looked_at = client().get(link).send().await.unwrap();
+    assert!(looked_at.status() == 200 && !looked_at.headers().contains_key("set-cookie"));
+    let entered = client().post(link).send().await.unwrap();
     assert_eq!(entered.status(), 200);
     let cookie =
         entered.headers()["set-cookie"].to_str().unwrap().split(';').next().unwrap().to_owned();

@@ -290,7 +290,8 @@ async fn nothing_goes_out_before_the_request_check() {
         let path = folder.path().join(format!("{early_stop} {query}.jsonl"));
         let audit = AuditSettings { path: path.clone(), content: true, ..AuditSettings::default() };
         let stream_as = if early_stop { Streams::Hold } else { Streams::Windowed };
-        let model = ScriptedModel::of(draft).pause_before(55);
+        // After all words: the next window is full, whenever the last check was.
+        let model = ScriptedModel::of(draft).pause_before(61);
         let settings = Settings { audit, early_stop, stream: stream_as, ..windowed() };
         let world = hardened_gateway(&model, settings, Duration::ZERO).await;
         let mut asked = asked();
