@@ -78,7 +78,7 @@ def main() -> None:
         slow = Endpoint(DELAY)
         data = write_items(home / "slow.jsonl", 1600)
         seconds, _, _ = run(ecso, "run", "jsonl", "--data", str(data), "--out", str(home / "slow"), "--model", slow.url,
-                            "--set", "scope=all", "--concurrency", str(AT_ONCE))
+                            "--profile", "paper", "--set", "scope=all", "--concurrency", str(AT_ONCE))
         ideal = slow.calls * DELAY / AT_ONCE
         print(f"{slow.calls} calls of {DELAY} s, {AT_ONCE} at once: {seconds:.1f} s; "
               f"model time at full concurrency {ideal:.1f} s = {100 * ideal / seconds:.1f}%")
@@ -87,7 +87,7 @@ def main() -> None:
         for count in (10_000, 100_000):
             data, out = write_items(home / f"{count}.jsonl", count), str(home / str(count))
             seconds, memory, _ = run(ecso, "run", "jsonl", "--data", str(data), "--out", out, "--model", fast.url,
-                                     "--set", "scope=all", "--concurrency", "64")
+                                     "--profile", "paper", "--set", "scope=all", "--concurrency", "64")
             size = (home / str(count) / "journal.jsonl").stat().st_size / 1e6
             print(f"run of {count:,} items: {seconds:.1f} s, peak {memory:.0f} MB, journal {size:.0f} MB")
             total = 0.0

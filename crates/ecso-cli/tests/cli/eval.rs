@@ -74,6 +74,8 @@ fn run_args(home: &Path, model: &str, out: &str) -> Vec<String> {
         &path(out),
         "--model",
         model,
+        "--profile",
+        "paper",
         "--set",
         "scope=all",
     ]

@@ -58,7 +58,8 @@ fn numbered(count: usize) -> Vec<Value> {
 fn run(home: &Path, server: &MockServer) -> Command {
     let mut command = ecso(home);
     command
-        .args(["eval", "run", "jsonl", "--model", &server.uri(), "--data"])
+        .args(["eval", "run", "jsonl", "--profile", "paper"])
+        .args(["--model", &server.uri(), "--data"])
         .arg(home.join("items.jsonl"));
     command.arg("--out").arg(home.join("run"));
     command.envs([("ECSO__SERVER__AWAY_TIMEOUT", "5"), ("ECSO__SERVER__RETRIES", "0")]);
@@ -298,6 +299,8 @@ async fn differences_from_the_run_are_named_and_another_path_to_the_data_is_none
             "eval",
             "run",
             "jsonl",
+            "--profile",
+            "paper",
             "--sample",
             "2",
             "--out",

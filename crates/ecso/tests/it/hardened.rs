@@ -218,7 +218,7 @@ async fn harm_takes_something_harmful_and_somebody_who_does_it_or_either_for_sur
             odds(cut + 9.0_f64.ln() - 2.0),
         ),
         // Work that is handed over to harmless words: what counts is the reply.
-        (Opinion { handed: 0.99, ..MILD }, Verdict::Safe, 0.02),
+        (Opinion { handed: 0.99, ..MILD }, Verdict::Safe, odds(cut - 49.0_f64.ln() - 2.0)),
         // A reply that helps with something harmless.
         (Opinion { helps: 0.99, ..MILD }, Verdict::Safe, odds(cut - 49.0_f64.ln() - 2.0)),
         // A reply that is surely harmful, and a message that is.
