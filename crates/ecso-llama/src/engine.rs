@@ -156,15 +156,15 @@ impl<'m> Engine<'m> {
             return Ok(None);
         };
         let sequence = place.sequence;
-        let started = self.start_at(prompt, place);
+        let started = self.start_at(prompt, &place);
         if started.is_err() {
             self.release(sequence);
         }
         started.map(Some)
     }
 
-    fn start_at(&mut self, prompt: &Prompt, place: Place) -> Result<Reading, ModelError> {
-        let Place { sequence, copied_from, shared, position } = place;
+    fn start_at(&mut self, prompt: &Prompt, place: &Place) -> Result<Reading, ModelError> {
+        let Place { sequence, copied_from, shared, position } = *place;
         let prompt = prompt.clone();
         let mut reading = Reading { prompt, sequence, done: shared, position, to_keep: None };
         let head = &reading.prompt.segments[..reading.prompt.head];
