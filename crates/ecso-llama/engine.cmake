@@ -4,14 +4,12 @@ if(PROJECT_NAME STREQUAL "llama.cpp")
     set(LLAMA_BUILD_COMMON OFF CACHE BOOL "" FORCE)
     # Frames of videos, which would be read with the program ffmpeg.
     set(MTMD_VIDEO OFF CACHE BOOL "" FORCE)
-    # All of its time goes into the kernels of ggml. To optimise the rest fully takes minutes more, which only programs to
-    # hand out are worth (scripts/release sets this).
+    # What prepares images for the kernels of ggml takes less time to compile like this. Programs to hand out are
+    # optimised fully (scripts/release sets this). The target `llama` stays: a token took 6% longer.
     function(ecso_optimise_less)
-        foreach(target llama mtmd)
-            if(TARGET ${target})
-                target_compile_options(${target} PRIVATE -O1)
-            endif()
-        endforeach()
+        if(TARGET mtmd)
+            target_compile_options(mtmd PRIVATE -O1)
+        endif()
     endfunction()
     if(NOT DEFINED ENV{ECSO_FULLY_OPTIMISED} AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
         cmake_language(DEFER CALL ecso_optimise_less)
