@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     Answer, Fields, LoadConversation, PREVIOUS_RESPONSE_ID, StoredPart, TOOL_IMAGES_LABEL, Wire,
-    external_conversation, invalid,
+    content_text, external_conversation, invalid,
     tools::{self, Tools, is_server_tool},
     unsupported,
 };
@@ -323,7 +323,7 @@ impl Responses {
             _ if text.is_empty() => Vec::new(),
             _ if answer.refused => vec![refusal(&text)],
             Some(closing) => vec![
-                written(text.strip_suffix(closing).unwrap_or(&text).trim_end_matches('\n')),
+                written(&answer.message.get("content").map(content_text).unwrap_or_default()),
                 refusal(closing),
             ],
             None => vec![written(&text)],

@@ -819,7 +819,9 @@ async fn other_formats_are_windowed_too() {
 async fn harm_ends_the_streams_of_other_formats() {
     for (route, asked) in formats() {
         for at in [2, 40, 59] {
-            let mut draft = words(60);
+            // Text goes out up to the end of a line.
+            let mut draft: Vec<String> =
+                words(60).iter().map(|word| word.replace(". ", ".\n")).collect();
             draft[at] = format!("{LEAK} ");
             let model = ScriptedModel::of(draft);
             let world = model.world(windowed()).await;
