@@ -42,6 +42,28 @@ pub fn install_provider() {
 /// [`ModelError::Transport`] if a file, the proxy's URL or TLS can't be used.
 pub fn http_client(options: &Options, bodies: Bodies) -> Result<Client, ModelError> {
     install_provider();
+    let own = options.ca_file.as_deref().map(authorities).transpose()?.unwrap_or_default();
+    let new = || builder(options, bodies);
+    // Without any certificates on the system, the first one can't be built. Plain HTTP needs none.
+    let client = new()?.tls_certs_merge(own.clone()).build();
+    let client = client.or_else(|error| match new() {
+        Ok(builder) => builder.tls_certs_only(own).build(),
+        Err(_) => Err(error),
+    });
+    client.map_err(|error| {
+        let what = ecso::error_chain(&error);
+        let what = match &options.client_cert {
+            // Everything else was checked before. Only here it turns out whether the key fits the
+            // certificate.
+            Some(path) => format!("{}: {what}", path.display()),
+            None => what,
+        };
+        ModelError::Transport(Cause::new(what, error.without_url()))
+    })
+}
+
+/// The client's settings, without the certificate authorities.
+fn builder(options: &Options, bodies: Bodies) -> Result<ClientBuilder, ModelError> {
     let mut builder = Client::builder()
         .connect_timeout(options.connect_timeout)
         .read_timeout(options.reply_timeout)
@@ -53,25 +75,13 @@ pub fn http_client(options: &Options, bodies: Bodies) -> Result<Client, ModelErr
     if let Some(url) = &options.proxy {
         builder = builder.proxy(proxy(url.expose_secret())?);
     }
-    if let Some(path) = &options.ca_file {
-        builder = builder.tls_certs_merge(authorities(path)?);
-    }
     if let Some(path) = &options.client_cert {
         builder = builder.identity(identity(path)?);
     }
-    if let Some(path) = &options.unix_socket {
-        builder = on_socket(builder, path)?;
+    match &options.unix_socket {
+        Some(path) => on_socket(builder, path),
+        None => Ok(builder),
     }
-    builder.build().map_err(|error| {
-        let what = ecso::error_chain(&error);
-        let what = match &options.client_cert {
-            // Everything else was checked before. Only here it turns out whether the key fits the
-            // certificate.
-            Some(path) => format!("{}: {what}", path.display()),
-            None => what,
-        };
-        ModelError::Transport(Cause::new(what, error.without_url()))
-    })
 }
 
 fn proxy(url: &str) -> Result<Proxy, ModelError> {

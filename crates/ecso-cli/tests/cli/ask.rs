@@ -87,6 +87,14 @@ async fn a_safe_draft_is_the_answer_and_stdout_has_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn plain_http_needs_no_certificates_on_the_system() {
+    let (server, home) = (server(false).await, tempfile::tempdir().unwrap());
+    let none = [("SSL_CERT_FILE", "/dev/null"), ("SSL_CERT_DIR", "/nonexistent")];
+    let output = ask(home.path(), &server.uri()).envs(none).assert().success().get_output().clone();
+    assert_eq!(text(&output.stdout), "The draft.\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_unsafe_draft_is_shown_only_on_request() {
     let (server, home) = (server(true).await, tempfile::tempdir().unwrap());
     let output = ask(home.path(), &server.uri()).assert().code(0).get_output().clone();

@@ -95,8 +95,8 @@ impl GuardedChat {
     }
 
     /// Waits for `answer` and checks the request at the same time. If no answer could make the
-    /// request safe, the answer isn't waited for. A model in this process handles one call at a
-    /// time, so it is asked for the answer only after the check.
+    /// request safe, the answer isn't waited for. A model in this process takes longer
+    /// over concurrent calls, so it is asked for the answer only after the check.
     async fn draft_with_check(
         &self,
         guard: &Guard<Arc<dyn Mllm>>,

@@ -201,7 +201,6 @@ impl GuardedChat {
                 None => self.draft(guard, started, &draft_span).await?,
             };
             drop(draft_span);
-            let mut failure = None;
             if let Err(error) = self.review(guard, &draft, &mut record).await {
                 if begun.text().is_empty() || !record.is_unsafe() {
                     Err(error.clone())?;
@@ -209,25 +208,17 @@ impl GuardedChat {
                 // The verdict is known, and the answer ends in a refusal.
                 error.log(&context.id);
                 context.state.metrics.failure(error.code);
-                failure = Some(error.code);
-            }
-            if let Some(code) = failure {
-                record.set_failure(code);
+                record.set_failure(error.code);
             }
             let report = record.finish();
             let mut object = report.object(&context.id, context.trace());
-            let mut choice = self.choices(&report, &draft.answer).into_iter().next().unwrap_or_default();
+            let mut choice =
+                self.choices(&report, &draft.answer).into_iter().next().unwrap_or_default();
             if !begun.text().is_empty() {
-                let outcome = report.findings().find_map(|(_, finding)| finding.outcome());
-                if outcome.map_or(report.verdict() == Verdict::Unsafe, |outcome| outcome.rewritten) {
-                    // What is out can't be taken back.
-                    let refusal = &guard.profile().refusal;
-                    choice = json!({"finish_reason": "content_filter", "message": {"content": begun.text(), "refusal": refusal}});
-                    if let Some(outcome) = outcome.filter(|outcome| !outcome.refused) {
-                        object["safe_answer"] = outcome.answer.clone().into();
-                    }
-                } else if let Some(message) = choice["message"].as_object_mut() {
-                    message.retain(|name, _| !name.starts_with("reasoning"));
+                let refusal = &guard.profile().refusal;
+                let safe_answer = continue_choice(&mut choice, &report, begun.text(), refusal);
+                if let Some(safe_answer) = safe_answer {
+                    object["safe_answer"] = safe_answer.into();
                 }
             }
             let message = message_of(&choice);
@@ -441,6 +432,26 @@ impl<'a> ChoiceWriter<'a> {
         let choice = json!({"index": self.index, "delta": delta, "finish_reason": finish});
         self.chat.chunk(&self.draft.answer, &choice)
     }
+}
+
+/// Makes a choice begin with the text that is out and can't be taken back. If the rest turned out
+/// harmful, it ends with the refusal, and the safe answer is returned.
+fn continue_choice(
+    choice: &mut Value,
+    report: &Report,
+    out: &str,
+    refusal: &str,
+) -> Option<String> {
+    let outcome = report.findings().find_map(|(_, finding)| finding.outcome());
+    if outcome.map_or(report.verdict() == Verdict::Unsafe, |outcome| outcome.rewritten) {
+        let message = json!({"content": out, "refusal": refusal});
+        *choice = json!({"finish_reason": "content_filter", "message": message});
+        return outcome.filter(|outcome| !outcome.refused).map(|outcome| outcome.answer.clone());
+    }
+    if let Some(message) = choice["message"].as_object_mut() {
+        message.retain(|name, _| !name.starts_with("reasoning"));
+    }
+    None
 }
 
 /// An event of another format, named by its type.
