@@ -43,14 +43,8 @@ pub fn install_provider() {
 pub fn http_client(options: &Options, bodies: Bodies) -> Result<Client, ModelError> {
     install_provider();
     let own = options.ca_file.as_deref().map(authorities).transpose()?.unwrap_or_default();
-    let new = || builder(options, bodies);
-    // Without any certificates on the system, the first one can't be built. Plain HTTP needs none.
-    let client = new()?.tls_certs_merge(own.clone()).build();
-    let client = client.or_else(|error| match new() {
-        Ok(builder) => builder.tls_certs_only(own).build(),
-        Err(_) => Err(error),
-    });
-    client.map_err(|error| {
+    let twice = [builder(options, bodies)?, builder(options, bodies)?];
+    trusting(twice, own).map_err(|error| {
         let what = ecso::error_chain(&error);
         let what = match &options.client_cert {
             // Everything else was checked before. Only here it turns out whether the key fits the
@@ -60,6 +54,15 @@ pub fn http_client(options: &Options, bodies: Bodies) -> Result<Client, ModelErr
         };
         ModelError::Transport(Cause::new(what, error.without_url()))
     })
+}
+
+/// A client that trusts the system's certificate authorities and `own`. A system without any can't
+/// have that one; it gets the second, which trusts `own` alone: plain HTTP needs none.
+pub(crate) fn trusting(
+    [all, only]: [ClientBuilder; 2],
+    own: Vec<Certificate>,
+) -> reqwest::Result<Client> {
+    all.tls_certs_merge(own.clone()).build().or_else(|_| only.tls_certs_only(own).build())
 }
 
 /// The client's settings, without the certificate authorities.

@@ -19,6 +19,8 @@ use reqwest::{
 };
 use secrecy::{ExposeSecret, SecretString};
 
+use crate::connect::trusting;
+
 /// Longest time for one image.
 const TIMEOUT: Duration = Duration::from_secs(20);
 /// Most redirects.
@@ -69,14 +71,16 @@ impl Fetcher {
         let trusted = Trusted(
             hosts.iter().map(|host| host.trim_matches(['[', ']']).to_ascii_lowercase()).collect(),
         );
-        let builder =
-            Client::builder().timeout(TIMEOUT).dns_resolver(Arc::new(Resolver(trusted.clone())));
         let failed = |error: reqwest::Error| FetchError(error.without_url().to_string());
-        let builder = if let Some(url) = proxy {
-            builder.proxy(Proxy::all(url.expose_secret()).map_err(failed)?).redirect(Policy::none())
-        } else {
+        let builder = || {
+            let resolver = Arc::new(Resolver(trusted.clone()));
+            let builder = Client::builder().timeout(TIMEOUT).dns_resolver(resolver);
+            if let Some(url) = proxy {
+                let proxy = Proxy::all(url.expose_secret())?;
+                return Ok(builder.proxy(proxy).redirect(Policy::none()));
+            }
             let trusted = trusted.clone();
-            builder.no_proxy().redirect(Policy::custom(move |attempt| {
+            Ok(builder.no_proxy().redirect(Policy::custom(move |attempt| {
                 if attempt.previous().len() > MAX_REDIRECTS {
                     attempt.error("too many redirects")
                 } else if trusted.allows(attempt.url()) {
@@ -84,9 +88,11 @@ impl Fetcher {
                 } else {
                     attempt.error("a redirect to a private address")
                 }
-            }))
+            })))
         };
-        Ok(Self { client: builder.build().map_err(failed)?, trusted, has_proxy: proxy.is_some() })
+        let twice = [builder().map_err(failed)?, builder().map_err(failed)?];
+        let client = trusting(twice, Vec::new()).map_err(failed)?;
+        Ok(Self { client, trusted, has_proxy: proxy.is_some() })
     }
 
     /// The image at `url`.
