@@ -3,6 +3,7 @@
 
     windows.py ECSO [--drafts 40] [--token-ms 20]
     windows.py ECSO --model mini --recorded DRAFTS.jsonl
+    windows.py ECSO --model mini --items ITEMS.jsonl --profile hardened
 
 The model is a mock: an answer of about 400 tokens, --token-ms each; checks of 2 tokens, with 10 tokens of prompt per millisecond. Half of the
 drafts have a marker sentence at a random position, and the judge says yes as soon as it sees the marker; the other drafts are harmless. Each
@@ -13,6 +14,9 @@ to the marker, seconds to the end, calls and tokens of the guard, and how often 
 With --recorded the drafts are read from a file of JSON lines, {"query": …, "image": FILE, "draft": …} (paths relative to the file), and
 written by the mock at the same pace, while --model judges them: a name that `ecso serve --model` takes, or a URL. This compares the verdict
 of a real judge on the whole draft with what it had let out by then.
+
+With --items nothing is a mock: the model behind the guard is --model, a name (then it runs in another `ecso serve`) or a URL. It writes answers
+of at most --tokens tokens to {"query": …, "image": FILE} (other keys are ignored), and judges them.
 """
 
 import argparse
@@ -47,6 +51,8 @@ parser.add_argument("--at-once", type=int, default=8)
 parser.add_argument("--profile", default="paper", help="paper if the mock judges; with --model: any")
 parser.add_argument("--model", help="the judge instead of the mock: a name of `ecso models`, or a URL")
 parser.add_argument("--recorded", type=Path)
+parser.add_argument("--items", type=Path)
+parser.add_argument("--tokens", type=int, default=160)
 parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="more settings of `ecso serve`, as ECSO__KEY")
 options = parser.parse_args()
 
@@ -123,8 +129,10 @@ def start_mode(upstream, mode, judge):
 
 def ask(url, name, query, image_url):
     """Requests a draft. Returns what the client sees of the answer."""
-    content = image_and_text(image_url, f"{query} {name}")
-    body = {"model": "m", "stream": True, "messages": [{"role": "user", "content": content}]}
+    content = image_and_text(image_url, query if options.items else f"{query} {name}")
+    body = {"model": options.served, "stream": True, "messages": [{"role": "user", "content": content}]}
+    if options.items:
+        body |= {"max_tokens": options.tokens, "temperature": 0}
     headers = {"content-type": "application/json", "x-ecso-trace": "true"}
     request = urllib.request.Request(url + "/chat/completions", json.dumps(body).encode(), headers)
     started, first, text, trace = time.monotonic(), None, "", {}
@@ -166,14 +174,14 @@ def random_draft(number, harmful):
 def read_items():
     """Name, query, image and draft of every item."""
     example = data_url(EXAMPLE_IMAGE.read_bytes())
-    if not options.recorded:
+    if not (options.recorded or options.items):
         drafts = [random_draft(number, number % 2 == 0) for number in range(options.drafts)]
         return [(f"[draft {number}]", "How is it made?", example, draft) for number, draft in enumerate(drafts)]
-    items = []
-    for number, line in enumerate(options.recorded.read_text().splitlines()):
+    items, file = [], options.recorded or options.items
+    for number, line in enumerate(file.read_text().splitlines()):
         row = json.loads(line)
-        image = data_url((options.recorded.parent / row["image"]).read_bytes()) if "image" in row else example
-        items.append((f"[draft {number}]", row["query"], image, row["draft"]))
+        image = data_url((file.parent / row["image"]).read_bytes()) if "image" in row else example
+        items.append((f"[draft {number}]", row["query"], image, row.get("draft", "")))
     return items
 
 
@@ -233,9 +241,14 @@ def row(name, results, held):
 def main():
     items = read_items()
     drafts.update({name: draft for name, _, _, draft in items})
-    upstream = start_model(Model)
     judge_process, judge = start_judge()
-    print(f"{len(items)} drafts, {options.token_ms:g} ms per token, {options.at_once} at once")
+    options.served, upstream = "m", None
+    if options.items:
+        options.served, upstream, judge = judge["ECSO__CHECKS__MODEL_NAME"], judge["ECSO__CHECKS__URL"], {}
+    else:
+        upstream = start_model(Model)
+    pace = f"of at most {options.tokens} tokens" if options.items else f"{options.token_ms:g} ms per token"
+    print(f"{len(items)} drafts, {pace}, {options.at_once} at once")
     print(
         "| | first word, harmless | whole, harmless | calls | tokens | harm found | words out by then: median, p95, most "
         "| of the marker, most | whole, harmful | as held |"

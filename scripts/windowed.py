@@ -1,4 +1,4 @@
-"""Tests windowed streams with OpenAI's official, unmodified client through `ecso serve`: windowed.py ECSO IMAGE
+"""Tests windowed streams with the official, unmodified clients of OpenAI and Anthropic through `ecso serve`: windowed.py ECSO IMAGE
 
 The model behind the guard is a mock: it writes 60 sentences, a few milliseconds each, and rude words early or late if it is asked to.
 """
@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+import anthropic
 import openai
 
 RUDE = "Rude words, which no client may ever read. "
@@ -76,7 +77,8 @@ process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=envir
 url = next(line.split(" on ")[1].split()[0] for line in process.stderr if " on http" in line)
 threading.Thread(target=process.stderr.read, daemon=True).start()
 client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
-image = "data:image/png;base64," + base64.b64encode(open(picture, "rb").read()).decode()
+encoded = base64.b64encode(open(picture, "rb").read()).decode()
+image = "data:image/png;base64," + encoded
 
 
 def request(text):
@@ -98,7 +100,56 @@ def chunks(text, **more):
     return answer, refused, ends, all_chunks[-1], first, time.monotonic() - started
 
 
+def timed(pieces):
+    """The text of a stream, and the share of its time after which the first piece came."""
+    started, found = time.monotonic(), []
+    for piece in pieces:
+        found.append((piece, time.monotonic() - started))
+    return "".join(piece for piece, _ in found), found[0][1] / (time.monotonic() - started)
+
+
+def response(text):
+    """With OpenAI's Responses: the text as it came, the assembled answer, whether it declines, and when its first piece came."""
+    content = [{"type": "input_image", "image_url": image, "detail": "auto"}, {"type": "input_text", "text": text}]
+    last = None
+
+    def deltas(events):
+        nonlocal last
+        for event in events:
+            # The client's `get_final_response` knows no incomplete answer.
+            last = getattr(event, "response", last)
+            if event.type == "response.output_text.delta":
+                yield event.delta
+
+    with client.responses.stream(model="m", input=[{"role": "user", "content": content}]) as events:
+        text, first = timed(deltas(events))
+    parts = [part for item in last.output for part in item.content]
+    declines = [part.type for part in parts if part.type != "output_text"] == ["refusal"]
+    assert last.status == ("incomplete" if declines else "completed"), last
+    return text, "".join(part.text for part in parts if part.type == "output_text"), declines, first
+
+
+def message(text):
+    """The same with Anthropic's Messages."""
+    content = [{"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": encoded}}, {"type": "text", "text": text}]
+    with other.messages.stream(model="m", max_tokens=900, messages=[{"role": "user", "content": content}]) as events:
+        text, first = timed(events.text_stream)
+        whole = events.get_final_message()
+    return text, "".join(block.text for block in whole.content), whole.stop_reason == "refusal", first
+
+
+other = anthropic.Anthropic(base_url=url.removesuffix("/v1"), api_key="none", max_retries=0)
 try:
+    for ask in response, message:
+        text, assembled, declines, first = ask("What is on the list?")
+        assert text == assembled and text.count("Bread") == 60 and not declines and first < 0.5, (ask, text, assembled, first)
+        text, assembled, declines, first = ask("What is on the list? be rude")
+        assert 0 < text.count("Bread") <= 40 and assembled.startswith(text) and declines, (ask, text, assembled)
+        assert RUDE not in assembled and stopped.acquire(timeout=5), (ask, assembled)
+        text, assembled, declines, first = ask("What is on the list? be rude, early")
+        assert (text, assembled, declines) == ("Here is a kind answer.", "Here is a kind answer.", False), (ask, text, assembled)
+    print(f"openai {openai.__version__} (Responses), anthropic {anthropic.__version__}: windowed, stopped, answered safely: all passed")
+
     answer, refused, ends, last, first, whole = chunks("What is on the list?")
     assert answer.count("Bread") == 60 and not refused and ends == ["stop"] and last.usage.total_tokens == 10, (answer, last)
     assert last.ecso["verdict"] == "safe" and first < whole / 2, (first, whole)

@@ -27,11 +27,14 @@ def main():
     rows = [json.loads(line) for line in (work / "samples" / f"{kind}.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(work / "base")
     model = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.bfloat16)
-    preferences = kind == "dpo"
+    preferences, is_gpu = kind == "dpo", torch.cuda.is_available()
+    # A GPU takes minutes, and has other models beside this one: half a batch at a time, and nothing to go on from.
+    parts = 2 if is_gpu else 1
     common = dict(
-        output_dir=str(out / "checkpoints"), seed=seed, max_steps=given["steps"], per_device_train_batch_size=given["batch"] // (1 + preferences),
-        learning_rate=given["rate"] / (1 + preferences), lr_scheduler_type="linear", warmup_steps=3, max_length=320, logging_steps=3,
-        save_steps=6, save_total_limit=1, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True,
+        output_dir=str(out / "checkpoints"), seed=seed, max_steps=given["steps"], learning_rate=given["rate"] / (1 + preferences),
+        per_device_train_batch_size=max(1, given["batch"] // (1 + preferences) // parts), gradient_accumulation_steps=parts,
+        lr_scheduler_type="linear", warmup_steps=3, max_length=512, logging_steps=3, save_strategy="no" if is_gpu else "steps", save_steps=6,
+        save_total_limit=1, use_cpu=not is_gpu, bf16=is_gpu, gradient_checkpointing=False, report_to="none", disable_tqdm=True,
     )
     kinds = (DPOTrainer, DPOConfig(**common, beta=0.1)) if preferences else (SFTTrainer, SFTConfig(**common))
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=[part.split(".")[1] for part in weights.PARTS], task_type="CAUSAL_LM")

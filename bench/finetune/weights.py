@@ -1,6 +1,7 @@
 """Weights between a GGUF and transformers: dequantised for training, and back into a GGUF that the engine loads, with what LoRA changed."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -24,6 +25,11 @@ def tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
+def unpacked(folder):
+    """What `unpack` wrote, as a model."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
 def unpack(file, folder):
     """Writes a GGUF in transformers' own format, once: reading that takes seconds, dequantising minutes."""
     model = load(file, torch.bfloat16)
@@ -36,8 +42,9 @@ def unpack(file, folder):
 
 def export(original, out, adapter=None, permutes=True):
     """Writes `original` once more, each tuned layer as Q8_0 with what `adapter` (a folder that peft wrote) adds to it. Everything else, the
-    vocabulary and the embeddings among it, is copied byte by byte. Without an adapter it is the untouched model. `permutes=False` leaves out the
-    order of rows that llama.cpp wants of Llama's queries and keys; it is there for the test that this shows."""
+    vocabulary and the embeddings among it, is copied byte by byte. Without an adapter it is the untouched model. `original` must be the model's own
+    file: what is added to weights that are in Q8_0 already is mostly less than half a step, and rounds away. `permutes=False` leaves out the order of
+    rows that llama.cpp wants of Llama's queries and keys; it is there for the test that this shows."""
     reader = gguf.GGUFReader(original)
     changes = changes_of(reader, adapter, permutes)
     writer = gguf.GGUFWriter(out, value(reader, "general.architecture"))
@@ -47,13 +54,17 @@ def export(original, out, adapter=None, permutes=True):
         kind, *inner = field.types
         writer.add_key_value(field.name, field.contents(), kind, sub_type=inner[-1] if inner else None)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
-    for tensor in reader.tensors:
-        if tensor.name in changes:
-            floats = gguf.dequantize(tensor.data, tensor.tensor_type) + changes[tensor.name]()
-            kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(tensor.name, gguf.quants.quantize(floats.astype(np.float32), kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+
+    def written(tensor):
+        if tensor.name not in changes:
+            return tensor.data, tensor.tensor_type
+        floats = gguf.dequantize(tensor.data, tensor.tensor_type) + changes[tensor.name]()
+        kind = gguf.GGMLQuantizationType.Q8_0
+        return gguf.quants.quantize(floats.astype(np.float32), kind), kind
+
+    with ThreadPoolExecutor(4) as pool:
+        for tensor, (data, kind) in zip(reader.tensors, pool.map(written, reader.tensors)):
+            writer.add_tensor(tensor.name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -100,8 +111,9 @@ def changes_of(reader, adapter, permutes):
 
 def logits(model, prompts):
     """Log-probabilities of each next token behind each prompt (lists of tokens)."""
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     with torch.inference_mode():
-        return [model(input_ids=torch.tensor([prompt])).logits[0].float().log_softmax(-1) for prompt in prompts]
+        return [model(input_ids=torch.tensor([prompt], device=model.device)).logits[0].float().log_softmax(-1).cpu() for prompt in prompts]
 
 
 def apart(ours, theirs):

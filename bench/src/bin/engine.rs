@@ -272,6 +272,7 @@ async fn judge_and_report(folder: &Path, items: usize) -> anyhow::Result<()> {
         query,
         task: Task::Harmful,
         images: 1,
+        image_sources: Vec::new(),
         arms: vec![unguarded, guarded],
         error: None,
         filtered: false,

@@ -29,6 +29,16 @@ pub(crate) async fn open(settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> {
     reader::with_reader(settings, Catalogue::load()?.model("mini")?, model, name)
 }
 
+/// The settings with the name of the server's only model, if they name none.
+pub(crate) async fn named(settings: &Settings) -> anyhow::Result<Settings> {
+    let mut settings = settings.clone();
+    if settings.is_server() && settings.model_name.is_empty() {
+        let model = server(&settings)?.resolve_model().await?;
+        model.name().clone_into(&mut settings.model_name);
+    }
+    Ok(settings)
+}
+
 fn server(settings: &Settings) -> anyhow::Result<OpenAi> {
     let server = OpenAi::new(&settings.model, server_options(settings));
     Ok(server.map_err(|error| connection_error(&error))?)

@@ -1,6 +1,6 @@
 //! Where calibrations of `hardened` are kept: beside the settings, in a file named by the model's
 //! digest. `ecso tune` and `ecso eval calibrate` make them. The profile's own threshold and biases
-//! were fitted to `mini`.
+//! were fitted to `mini`. A server's model is known by its address and name.
 
 use std::path::PathBuf;
 
@@ -49,6 +49,13 @@ pub(crate) fn store(settings: &Settings, calibration: &Calibration) -> anyhow::R
     Ok(path)
 }
 
+/// Says for which model a stored calibration is used from now on.
+pub(crate) fn usage(calibration: &Calibration) -> String {
+    let flag =
+        if calibration.model_digest.contains("://") { ", named by --model-name" } else { "" };
+    format!("`hardened` uses it for {}{flag}, from now on", calibration.model)
+}
+
 /// The curve of the calibration that is stored for the settings' model.
 pub(crate) fn curve(settings: &Settings) -> anyhow::Result<ecso_gateway::Calibration> {
     let path = path(settings, &backend::identity(settings)?);
@@ -67,6 +74,10 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
     let any_own = std::fs::read_dir(folder(settings)).is_ok_and(|mut files| files.next().is_some());
     if !any_own {
         return Ok((profile, unfitted));
+    }
+    // The server may have another model by now.
+    if settings.is_server() && settings.model_name.is_empty() {
+        return Ok((profile, "calibrations of servers' models are used with --model-name only"));
     }
     let Ok(digest) = backend::identity(settings) else {
         return Ok((profile, "this model is not known"));

@@ -95,12 +95,8 @@ mod tests {
     use super::*;
     use crate::{backend, settings};
 
-    #[test]
-    fn only_a_fitted_profile_has_a_calibration_curve() {
-        let folder = tempfile::tempdir().unwrap();
-        let mut settings = settings::load_file(None).unwrap();
-        (settings.model, settings.calibrations_dir) = ("mini".into(), folder.path().to_owned());
-        assert_eq!(calibration_curve(&settings).unwrap(), None);
+    /// Stores a calibration for the settings' model.
+    fn store_calibration(settings: &Settings) -> Fit {
         let half = Half {
             recall: Rate::wilson(40, 50).into(),
             false_alarms: Rate::wilson(2, 50).into(),
@@ -113,10 +109,35 @@ mod tests {
             reported: half,
             curve: vec![(0.5, 0.9, 0.1), (0.625, 0.8, 0.04)],
         };
-        let digest = backend::identity(&settings).unwrap();
+        let digest = backend::identity(settings).unwrap();
         let (profile, biases) = (Profile::hardened(), BTreeMap::new());
-        let calibration = Calibration::new(&profile, "mini", digest, 200, biases, found.clone());
-        calibration::store(&settings, &calibration).unwrap();
+        let calibration = Calibration::new(&profile, "m", digest, 200, biases, found.clone());
+        calibration::store(settings, &calibration).unwrap();
+        found
+    }
+
+    #[test]
+    fn a_calibration_of_a_server_is_used_for_the_named_model_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut settings = settings::load_file(None).unwrap();
+        settings.calibrations_dir = folder.path().to_owned();
+        settings.model = "http://localhost:1/v1".into();
+        for (name, is_fitted) in [("m", true), ("other", false), ("", false)] {
+            settings.model_name = "m".into();
+            store_calibration(&settings);
+            settings.model_name = name.into();
+            let (_, reason) = load_with_reason(&settings).unwrap();
+            assert_eq!(reason == Some(FITTED), is_fitted, "{name}: {reason:?}");
+        }
+    }
+
+    #[test]
+    fn only_a_fitted_profile_has_a_calibration_curve() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut settings = settings::load_file(None).unwrap();
+        (settings.model, settings.calibrations_dir) = ("mini".into(), folder.path().to_owned());
+        assert_eq!(calibration_curve(&settings).unwrap(), None);
+        let found = store_calibration(&settings);
         let shown =
             ecso_gateway::Calibration { threshold: 0.625, requests: 100, curve: found.curve };
         assert_eq!(calibration_curve(&settings).unwrap(), Some(shown.clone()));

@@ -154,10 +154,10 @@ fn finish(
     }
     let stored = calibration::store(settings, &calibration)?;
     say!(
-        "{}; stored in {}: `hardened` uses this calibration for {} from now on",
+        "{}; the calibration is stored in {}: {}",
         path.display(),
         stored.display(),
-        calibration.model
+        calibration::usage(&calibration)
     );
     Ok(())
 }

@@ -23,7 +23,7 @@ type PacedModel = Arc<Paced<Arc<dyn Mllm>>>;
 pub(crate) struct Worker {
     cached: Arc<Cached<PacedModel>>,
     paced: PacedModel,
-    /// See [`backend::identity()`].
+    /// See [`backend::identity()`]; of a server's model with its name.
     pub(crate) digest: String,
     /// See [`backend::description()`].
     pub(crate) server: Option<String>,
@@ -53,9 +53,9 @@ impl Worker {
         }
         // A server that is unreachable from the start is not waited for.
         model.health().await?;
-        let digest = backend::identity(settings)?;
+        let digest = backend::identity(&backend::named(settings).await?)?;
         let server = backend::description(settings).await?;
-        let mut identity = named_identity(settings, &digest, model.name())?;
+        let mut identity = digest.clone();
         if let Some(description) = &server {
             identity = format!("{identity} {description}");
         }
@@ -133,14 +133,6 @@ async fn same_model_check(settings: &Settings) -> anyhow::Result<IdentityCheck> 
             Err(ModelError::Rejected(message.into()))
         })
     }))
-}
-
-/// Identifies a model, with the `name` that its server gave if the settings name none.
-fn named_identity(settings: &Settings, digest: &str, name: &str) -> anyhow::Result<String> {
-    if !settings.is_server() || !settings.model_name.is_empty() {
-        return Ok(digest.to_owned());
-    }
-    backend::identity(&Settings { model_name: name.to_owned(), ..settings.clone() })
 }
 
 /// Runs `work` until it ends or the user presses Ctrl-C, which is the error `interrupted`.

@@ -190,6 +190,7 @@ mod tests {
             request: "q".into(),
             task,
             images: 1,
+            image_sources: Vec::new(),
             arms: Vec::new(),
             error: None,
             filtered: false,

@@ -1,6 +1,7 @@
 //! An item of a benchmark: the request, and what a good answer is.
 
 use std::{
+    fmt,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -63,6 +64,17 @@ pub enum Picture {
     InParquet(Arc<Path>, usize),
     /// A description instead of an image.
     Described(String),
+}
+
+impl fmt::Display for Picture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => write!(f, "{}", path.display()),
+            Self::Bytes(bytes) => write!(f, "{} bytes in the data", bytes.len()),
+            Self::InParquet(table, row) => write!(f, "{}, row {}", table.display(), row + 1),
+            Self::Described(text) => write!(f, "described: {text}"),
+        }
+    }
 }
 
 /// What a good answer is.

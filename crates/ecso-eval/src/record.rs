@@ -91,6 +91,10 @@ pub struct ItemRecord {
     pub task: Task,
     /// The number of images.
     pub images: usize,
+    /// Where the images come from, in order: files, rows of tables, or descriptions. Empty in
+    /// journals of older versions.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub image_sources: Vec<String>,
     /// The answers: the unguarded one first (profile `unguarded`), then one per profile. Empty if
     /// the item failed.
     pub arms: Vec<Outcome>,

@@ -299,8 +299,8 @@ impl Batch for Answering {
             prefill: _,
             error: _,
         } = item;
-        let images =
-            images.len() + earlier.iter().map(|(_, _, images)| images.len()).sum::<usize>();
+        let pictures = earlier.iter().flat_map(|(_, _, images)| images).chain(&images);
+        let image_sources: Vec<String> = pictures.map(Picture::to_string).collect();
         Ok(ItemRecord {
             id,
             source_digest,
@@ -309,7 +309,8 @@ impl Batch for Answering {
             query,
             request,
             task,
-            images,
+            images: image_sources.len(),
+            image_sources,
             arms,
             error,
             filtered,

@@ -46,6 +46,7 @@ pub(crate) fn record(id: &str, task: Task) -> ItemRecord {
         request: "q".into(),
         task,
         images: 0,
+        image_sources: Vec::new(),
         arms: vec![outcome(UNGUARDED)],
         error: None,
         filtered: false,

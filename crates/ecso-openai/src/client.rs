@@ -297,10 +297,14 @@ impl OpenAi {
         let retry_after = retry_after(&response);
         let complaint =
             Complaint::read(status, &stream::read(self.body(response)).await.unwrap_or_default());
-        let hint = if status == StatusCode::NOT_FOUND {
-            format!(" ({} was asked; the base URL usually ends in /v1)", without_query(url))
-        } else {
-            String::new()
+        let hint = match status {
+            StatusCode::NOT_FOUND => {
+                format!(" ({} was asked; the base URL usually ends in /v1)", without_query(url))
+            }
+            StatusCode::UNAUTHORIZED if self.authorization()?.is_none() => {
+                " (no API key was sent)".to_owned()
+            }
+            _ => String::new(),
         };
         let reason = format!("{status}: {}{hint}", complaint.summary());
         let may_filter = matches!(status, StatusCode::BAD_REQUEST | StatusCode::FORBIDDEN);

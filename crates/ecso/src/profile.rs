@@ -115,6 +115,25 @@ pub enum Images {
     Include,
 }
 
+/// Where step 2 asks its question.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Layout {
+    /// In a new conversation of one turn, which quotes query and answer, as in the paper.
+    #[default]
+    Fresh,
+    /// As the next turn of the user's own conversation, behind the answer. A server with a prefix
+    /// cache has computed all of it but the question.
+    Conversation,
+}
+
+impl Layout {
+    fn is_fresh(&self) -> bool {
+        *self == Self::Fresh
+    }
+}
+
 /// What it means if a content filter in front of the model refuses one of the guard's own calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -356,6 +375,9 @@ pub struct Question {
     /// Which answer means harm.
     #[serde(skip_serializing_if = "Answer::is_yes")]
     pub harm: Answer,
+    /// Where it is asked; only step 2 of the paper's method can be part of the conversation.
+    #[serde(skip_serializing_if = "Layout::is_fresh")]
+    pub layout: Layout,
     /// Whether the images are shown.
     pub image: Images,
     /// How its reply is read.
@@ -388,6 +410,7 @@ impl Default for Question {
             no: Vec::new(),
             yes: Vec::new(),
             harm: Answer::Yes,
+            layout: Layout::Fresh,
             image: Images::Exclude,
             parser: Parser::Score,
             prior: 0.5,
@@ -598,8 +621,11 @@ impl Profile {
         if key != "name" && !self.name.ends_with('+') {
             table.insert("name".into(), format!("{}+", self.name).into());
         }
-        from_table(table)
-            .map_err(|error| ProfileError::Invalid(Cause::new(format!("{key}: {error}"), error)))
+        from_table(table).map_err(|error| {
+            let text = error.to_string();
+            let text = if text.starts_with(key) { text } else { format!("{key}: {text}") };
+            ProfileError::Invalid(Cause::new(text, error))
+        })
     }
 
     /// The profile as TOML, every key named.
@@ -634,7 +660,7 @@ impl DirectStep {
 impl Question {
     /// Whether it is about the reply.
     pub(crate) fn is_about_reply(&self) -> bool {
-        self.template.has("y")
+        self.template.has("y") || self.layout == Layout::Conversation
     }
 
     /// Whether it applies whatever the conversation is.
@@ -775,7 +801,20 @@ impl Profile {
             }
             let holes: &[&str] =
                 if key == "detect" { &["y"] } else { &["x", "y", "t", "c", "w", "s"] };
-            if !holes.iter().any(|hole| question.template.has(hole)) {
+            if question.layout == Layout::Conversation {
+                if key != "detect" {
+                    let why = format!("{key}.layout: \"conversation\" is of the method `paper`");
+                    return Err(ProfileError::invalid(why));
+                }
+                let has_examples = !(question.no.is_empty() && question.yes.is_empty());
+                if question.image == Images::Exclude || has_examples || !question.system.is_empty()
+                {
+                    return Err(ProfileError::invalid(
+                        "detect.layout: \"conversation\" has the images and no system message or \
+                         examples of its own",
+                    ));
+                }
+            } else if !holes.iter().any(|hole| question.template.has(hole)) {
                 let holes: Vec<String> = holes.iter().map(|hole| format!("{{{hole}}}")).collect();
                 return Err(ProfileError::invalid(format!(
                     "{key}.template must contain {}",
@@ -872,6 +911,7 @@ mod tests {
             ("detect.parser", "maybe", "unknown variant `maybe`"),
             ("detect.threshold", "1.5", "between 0 and 1"),
             ("detect.template", "no holes", "must contain {y}"),
+            ("detect", "{ layout = \"conversation\", image = \"exclude\" }", "has the images"),
             ("direct.max_tokens", "0", "at least 1"),
             ("detect", "3", "invalid type"),
         ] {

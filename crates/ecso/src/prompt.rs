@@ -6,7 +6,7 @@ use crate::{
     chat::{BlindChat, Chat, Part, Role, Turn},
     image::Image,
     mllm::ImageText,
-    profile::{Author, EmptyCaption, ImageOrder, Images, Method, Profile, Question, Turns},
+    profile::{Author, EmptyCaption, ImageOrder, Images, Layout, Method, Profile, Question, Turns},
     template::Template,
 };
 
@@ -155,6 +155,9 @@ impl<'a> Query<'a> {
         images: &[ImageText],
     ) -> Vec<Asked<'q>> {
         let judged = y.whole(question.cut);
+        if question.layout == Layout::Conversation {
+            return self.continued(question, &judged);
+        }
         let words = without_empty_items(&joined(images.iter().map(|image| image.words.clone())));
         let description = joined(images.iter().map(|image| image.description.clone()));
         let both = joined(hints(images));
@@ -201,6 +204,19 @@ impl<'a> Query<'a> {
             }
         }
         prompts
+    }
+
+    /// The conversation with the reply `y`, and each wording of a question as its next turn.
+    fn continued<'q>(&self, question: &'q Question, y: &str) -> Vec<Asked<'q>> {
+        let asked = |(template, prior): (&'q Template, f64)| {
+            let quoted = [&self.request, y].map(|text| quoted(text, &self.profile.quote));
+            let text = template.fill(&[("x", &quoted[0]), ("y", &quoted[1])]);
+            let mut chat = self.chat.clone();
+            chat.turns.truncate(self.prefill_start);
+            chat.turns.extend([Turn::text(Role::Assistant, y), Turn::text(Role::User, text)]);
+            ((chat, template), prior)
+        };
+        question.wordings().map(asked).collect()
     }
 
     /// Step 3: each image, and a new conversation of one turn about it.

@@ -55,9 +55,9 @@ pub(super) fn run(args: &CalibrateArgs, file: Option<&Path>) -> anyhow::Result<(
     if !args.dry_run {
         let path = calibration::store(&settings::load_file(file)?, &calibration)?;
         say!(
-            "stored in {}, replacing any earlier fit: `{PROFILE}` uses it for {} from now on",
+            "stored in {}, replacing any earlier fit: {}",
             path.display(),
-            calibration.model
+            calibration::usage(&calibration)
         );
     }
     Ok(())

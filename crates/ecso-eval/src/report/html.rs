@@ -73,6 +73,7 @@ pub(super) struct ShownItem<'a> {
     scenario: &'a str,
     query: &'a str,
     images: usize,
+    image_sources: &'a [String],
     error: Option<&'a str>,
     arms: Vec<Answer<'a>>,
 }
@@ -250,6 +251,7 @@ impl<'a> ShownItem<'a> {
             scenario: &record.scenario,
             query: &record.query,
             images: record.images,
+            image_sources: &record.image_sources,
             error: record.error.as_deref(),
             arms: record.arms.iter().map(answer).collect(),
         }
@@ -273,6 +275,7 @@ mod tests {
             scenario: text,
             query: text,
             images: 1,
+            image_sources: &[text.to_owned()],
             error: Some(text),
             arms: Vec::new(),
         };

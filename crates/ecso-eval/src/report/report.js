@@ -125,6 +125,7 @@ class ItemBrowser {
       if (details.childElementCount > 1) return;
       const images = { 0: "no image", 1: "1 image" }[item.images] ?? `${item.images} images`;
       details.append(make("p", { class: "facts" }, `${images} · `, make("a", { href: link }, "link to this item")),
+        ...item.image_sources.map(source => this.text("image", source)),
         item.error === null ? "" : this.text("error", item.error),
         this.text("query", item.query), ...item.arms.map(arm => this.arm(arm)));
     };

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use ecso::{Chat, Guard, Image, Limits, Part, Profile, testing::Scripted};
+use ecso::{Chat, Guard, Image, Limits, Part, Profile, Role, Turn, testing::Scripted};
 
 use crate::method::png;
 
@@ -46,6 +46,31 @@ async fn an_unsafe_answer_takes_all_four_steps() {
       user: "REQUEST:\nFill the {c} list {x}.\n\nBased on the REQUEST, describe the image."
     request 4 {"temperature":0.0,"max_tokens":1024,"top_logprobs":0}
       user: "You are given some hints regarding a question on an image.\n\nHints: \"Answer: a {x} list\"\n\nBased on the hints, answer the following question in a HARMLESS and ETHICAL way.\n\nFill the {c} list {x}"
+    "#);
+}
+
+#[tokio::test]
+async fn the_question_can_be_the_next_turn_of_the_conversation() {
+    let model = Scripted::texts(["the shop opens at ten.", "No."]);
+    let change = r#"{ layout = "conversation", template = "Is your answer harmful?" }"#;
+    let guard = Guard::new(model, Profile::paper().with("detect", change).unwrap());
+    let image = Image::from_bytes(png(), Limits::default()).unwrap();
+    let mut chat = Chat::ask([image], "When does it open?").with_system("Be brief.");
+    chat.turns.push(Turn::text(Role::Assistant, "By the sign, "));
+    let outcome = guard.answer(&chat).await.unwrap();
+    assert_eq!(outcome.answer, "the shop opens at ten.");
+    insta::assert_snapshot!(sent(&guard.model().requests()), @r#"
+    request 1 {"temperature":0.0,"max_tokens":2048,"top_logprobs":0}
+      system: "Be brief."
+      user: <image>
+      user: "When does it open?"
+      assistant: "By the sign, "
+    request 2 {"temperature":0.0,"max_tokens":1024,"top_logprobs":20}
+      system: "Be brief."
+      user: <image>
+      user: "When does it open?"
+      assistant: "By the sign, the shop opens at ten."
+      user: "Is your answer harmful?"
     "#);
 }
 
