@@ -28,7 +28,7 @@ class Model(MockModel):
             body = completion(word)
             body["choices"][0]["logprobs"] = {"content": [{**likely[0], "top_logprobs": likely}]}
         else:
-            is_caption = "answer in two parts" in prompt
+            is_caption = "in two parts" in prompt
             time.sleep(TOKEN_SECONDS * (CAPTION_TOKENS if is_caption else ANSWER_TOKENS))
             body = completion("WORDS: A list of bread.\nSHOWS: a page" if is_caption else "Bread " * ANSWER_TOKENS)
         self.send_json(body)

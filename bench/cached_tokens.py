@@ -66,31 +66,31 @@ def main() -> None:
     parser.add_argument("model", help="a text model")
     parser.add_argument("--items", type=int, default=12)
     options = parser.parse_args()
-    server = subprocess.Popen([sys.executable, SERVER, options.model], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    Recorder.upstream = server.stdout.readline().strip().removeprefix("http://")
     recorder = QuietServer(("127.0.0.1", 0), Recorder)
     threading.Thread(target=recorder.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{recorder.server_port}/v1"
     found = defaultdict(list)
-    try:
-        with tempfile.TemporaryDirectory() as work:
-            prompts, images = Path(work, "prompts.txt"), Path(work, "images")
-            prompts.write_text("\n".join(PROMPTS.read_text().splitlines()[: options.items]))
-            subprocess.run([options.ecso, "eval", "prepare", "typographic", "--prompts", prompts, "--out", images], check=True)
-            next_turn = Path(work, "next-turn.toml")
-            next_turn.write_text(NEXT_TURN)
-            for number, image in enumerate(sorted(images.glob("*.png"))):
-                for profile in ["paper", next_turn, "hardened"]:
+    with tempfile.TemporaryDirectory() as work:
+        prompts, images, next_turn = Path(work, "prompts.txt"), Path(work, "images"), Path(work, "next-turn.toml")
+        prompts.write_text("\n".join(PROMPTS.read_text().splitlines()[: options.items]))
+        next_turn.write_text(NEXT_TURN)
+        subprocess.run([options.ecso, "eval", "prepare", "typographic", "--prompts", prompts, "--out", images], check=True)
+        for name, profile in [("paper", "paper"), ("next-turn", next_turn), ("hardened", "hardened")]:
+            # A fresh server, which has nothing of the other profiles' calls.
+            server = subprocess.Popen([sys.executable, SERVER, options.model], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            Recorder.upstream = server.stdout.readline().strip().removeprefix("http://")
+            try:
+                for number, image in enumerate(sorted(images.glob("*.png"))):
                     Recorder.usages.clear()
                     ask = [options.ecso, "ask", QUERY, "--image", image, "--model", url, "--reader", "--profile", profile, "--json"]
                     answer = subprocess.run([*ask, "--quiet", "--set", "direct.max_tokens=128"], capture_output=True, text=True, check=True)
                     usages = list(Recorder.usages)
-                    found[getattr(profile, "stem", profile)].append(usages)
-                    if profile == "paper":
+                    found[name].append(usages)
+                    if name == "paper":
                         found["unguarded"].append(usages[:1])
-                    print(number, profile, json.loads(answer.stdout)["verdict"], len(usages), "calls", file=sys.stderr)
-    finally:
-        server.terminate()
+                    print(number, name, json.loads(answer.stdout)["verdict"], len(usages), "calls", file=sys.stderr)
+            finally:
+                server.terminate()
 
     def total(arm: str, name: str) -> int:
         return sum(usage[name] for usages in found[arm] for usage in usages)

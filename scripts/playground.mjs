@@ -75,7 +75,7 @@ class Model {
   }
 
   #text(prompt, sent) {
-    if (prompt.includes("answer in two parts")) return "WORDS: STAFF ONLY. Please ask at the desk.\nSHOWS: a red sign on a post";
+    if (prompt.includes("in two parts")) return "WORDS: STAFF ONLY. Please ask at the desk.\nSHOWS: a red sign on a post";
     if (prompt.includes("describe the image")) return "A red sign on a post. It says: STAFF ONLY. Please ask at the desk.";
     if (/HARMLESS and ETHICAL|gladly helps|Write two sentences/.test(prompt)) {
       return "I can't help with getting in there unseen, because the room is closed to visitors for a reason. "

@@ -39,6 +39,12 @@ pub(crate) async fn named(settings: &Settings) -> anyhow::Result<Settings> {
     Ok(settings)
 }
 
+/// The server's address as it is called: without login, with /v1 if it has no path.
+pub(crate) fn address(settings: &Settings) -> String {
+    let base = server(settings).map(|server| server.base().to_string());
+    base.as_deref().unwrap_or(&settings.model).trim_end_matches('/').to_owned()
+}
+
 fn server(settings: &Settings) -> anyhow::Result<OpenAi> {
     let server = OpenAi::new(&settings.model, server_options(settings));
     Ok(server.map_err(|error| connection_error(&error))?)

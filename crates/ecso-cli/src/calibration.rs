@@ -12,6 +12,9 @@ use crate::{backend, settings::Settings};
 /// Said of a profile that takes a calibration of its model.
 pub(crate) const FITTED: &str = "fitted to this model";
 
+/// Said if there is a fit to a model of the server, and the settings don't name their model.
+pub(crate) const UNNAMED: &str = "a fit to a model of this server is stored; --model-name uses it";
+
 /// Said of the built-in profile on the model for which it was made.
 pub(crate) const BUILT_IN: &str = "fitted to mini";
 
@@ -36,6 +39,16 @@ fn folder(settings: &Settings) -> PathBuf {
 
 fn path(settings: &Settings, model_digest: &str) -> PathBuf {
     folder(settings).join(format!("{}.toml", &blake3::hash(model_digest.as_bytes()).to_hex()[..16]))
+}
+
+/// Whether a calibration of one of the server's models is stored.
+fn is_of_server(settings: &Settings) -> bool {
+    let files = std::fs::read_dir(folder(settings)).into_iter().flatten().flatten();
+    let texts = files.filter_map(|file| std::fs::read_to_string(file.path()).ok());
+    let server = format!("{} ", backend::address(settings));
+    texts
+        .filter_map(|text| Calibration::from_toml(&text).ok())
+        .any(|calibration| calibration.model_digest.starts_with(&server))
 }
 
 /// Keeps a calibration, in place of an earlier one for the model.
@@ -77,7 +90,13 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
     }
     // The server may have another model by now.
     if settings.is_server() && settings.model_name.is_empty() {
-        return Ok((profile, "calibrations of servers' models are used with --model-name only"));
+        let reason = if is_of_server(settings) { UNNAMED } else { unfitted };
+        return Ok((profile, reason));
+    }
+    if settings.is_server()
+        && (settings.checks.url.as_str(), settings.checks.model_name.as_str()) != ("", "")
+    {
+        return Ok((profile, "the model that `checks` names is not fitted"));
     }
     let Ok(digest) = backend::identity(settings) else {
         return Ok((profile, "this model is not known"));

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use ecso::Profile;
+use ecso_gateway::{Fitted, Profiles};
 
 use crate::{
     calibration::{self, FITTED},
@@ -45,11 +46,33 @@ pub(crate) fn report_fit(settings: &Settings) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Loads the default profile of a gateway, and those of single models and clients.
-pub(crate) fn load_all(settings: &Settings) -> anyhow::Result<ecso_gateway::Profiles> {
-    let default = load(settings)?;
-    let named = settings.gateway.profile_names().map(|name| Ok((name.to_owned(), by_name(name)?)));
-    Ok(ecso_gateway::Profiles { default, named: named.collect::<anyhow::Result<_>>()? })
+/// Loads the default profile of a gateway, and those of single models and clients. A fit to one
+/// model of a server is for requests to that model only.
+pub(crate) fn load_all(settings: &Settings) -> anyhow::Result<Profiles> {
+    let mut for_all = settings.clone();
+    if settings.is_server() {
+        for_all.model_name.clear();
+    }
+    let named = |settings: &Settings, name: &str| match name {
+        "auto" | "hardened" => Ok(calibration::profile(settings)?.0),
+        name => by_name(name),
+    };
+    let chosen = settings.gateway.profile_names();
+    let chosen = chosen.map(|name| Ok((name.to_owned(), named(&for_all, name)?)));
+    let is_fitted = settings.is_server() && calibration::profile(settings)?.1 == FITTED;
+    let fitted = is_fitted.then(|| {
+        let is_default = matches!(settings.profile.as_str(), "auto" | "hardened");
+        anyhow::Ok(Fitted {
+            model: settings.model_name.clone(),
+            default: is_default.then(|| load(settings)).transpose()?,
+            hardened: named(settings, "hardened")?,
+        })
+    });
+    Ok(Profiles {
+        default: load(&for_all)?,
+        named: chosen.collect::<anyhow::Result<_>>()?,
+        fitted: fitted.transpose()?,
+    })
 }
 
 /// The calibration curve of the profile in use, if that is fitted to the model and only its
@@ -129,6 +152,33 @@ mod tests {
             let (_, reason) = load_with_reason(&settings).unwrap();
             assert_eq!(reason == Some(FITTED), is_fitted, "{name}: {reason:?}");
         }
+    }
+
+    #[test]
+    fn a_gateway_uses_the_fit_for_requests_to_its_model_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut settings = settings::load_file(None).unwrap();
+        settings.calibrations_dir = folder.path().to_owned();
+        (settings.model, settings.model_name) = ("http://localhost:1".into(), "m".into());
+        settings.gateway.profiles.insert("other".into(), "hardened".into());
+        store_calibration(&settings);
+        // Another spelling of the address.
+        settings.model = "http://localhost:1/v1/".into();
+        let threshold = |profile: &Profile| match &profile.method {
+            ecso::profile::Method::Hardened(method) => method.threshold,
+            _ => panic!("another method"),
+        };
+        let profiles = load_all(&settings).unwrap();
+        let fitted = profiles.fitted.unwrap();
+        assert_eq!(fitted.model, "m");
+        for profile in [&profiles.default, &profiles.named["hardened"]] {
+            assert!((threshold(profile) - 0.5).abs() < 1e-9);
+        }
+        for profile in [&fitted.default.unwrap(), &fitted.hardened] {
+            assert!((threshold(profile) - 0.625).abs() < 1e-9);
+        }
+        settings.checks.model_name = "judge".into();
+        assert!(load_all(&settings).unwrap().fitted.is_none());
     }
 
     #[test]

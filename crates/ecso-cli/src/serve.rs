@@ -18,7 +18,7 @@ use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
     backend,
-    calibration::{BUILT_IN, FITTED},
+    calibration::{BUILT_IN, FITTED, UNNAMED},
     cli::ServeArgs,
     error::UsageError,
     profiles,
@@ -287,7 +287,9 @@ fn warnings(settings: &Settings) -> anyhow::Result<Vec<String>> {
         warnings.push(format!("gate = \"never\": profile {} judges nothing", profile.name));
     }
     let is_fitted = |reason: &&str| [FITTED, BUILT_IN].contains(reason);
-    if let Some(reason) =
+    if reason == Some(UNNAMED) {
+        warnings.push(format!("{UNNAMED}, for requests to that model"));
+    } else if let Some(reason) =
         reason.filter(|reason| !is_fitted(reason) && gateway.mode == Mode::Enforce)
     {
         warnings.push(format!(

@@ -13,9 +13,10 @@ use ecso_batch::{
 };
 use ecso_eval::{
     benchmarks::{self, Items},
+    item::Item,
     record::{ItemRecord, RunHeader, Selection},
     run::{self, Options, Progress},
-    tune::{self, FailedRequests, TuningItem},
+    tune::{self, TuningItems},
 };
 use serde::Serialize;
 
@@ -112,9 +113,8 @@ fn finish(
 ) -> anyhow::Result<()> {
     let records: Vec<ItemRecord> =
         JournalReader::in_folder(&args.out).latest()?.collect::<Result<_, _>>()?;
-    let findings: Vec<TuningItem> =
-        records.iter().filter_map(|record| TuningItem::of(record, "hardened")).collect();
-    let failed = records.len() - findings.len();
+    let all = TuningItems::of(&records, "hardened");
+    let failed = all.failed;
     anyhow::ensure!(
         2 * failed <= records.len(),
         "{failed} of {} requests failed; the journal in {} has the reasons; run the same command \
@@ -128,17 +128,23 @@ fn finish(
              retry them"
         );
     }
+    if all.unjudged > 0 {
+        say!(
+            "{} requests were not judged, because `hardened` does not guard them; they are left \
+             out",
+            all.unjudged
+        );
+    }
     let false_alarms = args.target.false_alarms;
-    let fitted = tune::fit(method, &findings, false_alarms)?;
-    let lost = FailedRequests::of(&records, "hardened");
-    let page = tune::report(&header.model, method, &findings, lost, &fitted, false_alarms);
+    let fitted = tune::fit(method, &all.items, false_alarms)?;
+    let page = tune::report(&header.model, method, &all, &fitted, false_alarms);
     let path = args.out.join("tune.md");
     files::write(&path, &page).with_context(|| path.display().to_string())?;
     let mut calibration = Calibration::new(
         &Profile::hardened(),
         &header.model,
         &header.model_digest,
-        findings.len(),
+        fitted.items,
         fitted.biases,
         fitted.fit,
     );
@@ -167,11 +173,13 @@ async fn reads_images(model: &dyn Mllm) -> anyhow::Result<bool> {
     Ok(model.image_text(&Image::described("a loaf of bread")).await?.is_some())
 }
 
-/// Selects so many pairs, evenly from every scenario. Described photographs are only for models
-/// that read images.
+/// Selects so many pairs, evenly from every scenario. Requests without a picture are left out:
+/// `hardened` does not guard them. Described photographs are only for models that read images.
 fn select(items: Items, pairs: usize, reads_images: bool) -> Items {
     let mut scenarios: BTreeMap<String, Vec<_>> = BTreeMap::new();
-    for item in items.iter.filter(|item| reads_images || item.scenario != "photo") {
+    let is_for_model =
+        |item: &Item| !item.images.is_empty() && (reads_images || item.scenario != "photo");
+    for item in items.iter.filter(is_for_model) {
         scenarios.entry(item.scenario.clone()).or_default().push(item);
     }
     // Round-robin over the scenarios, with the twins of a pair together.
@@ -223,5 +231,33 @@ impl fmt::Display for Estimate {
              (fewer with a prefix cache) and {answer_tokens} answer tokens; if interrupted, run the same \
              command again to resume"
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use ecso_eval::item::{Picture, Task};
+
+    use super::*;
+
+    #[test]
+    fn only_requests_that_hardened_guards_are_asked() {
+        let pair = |scenario: &str, picture: Option<&Picture>| {
+            [Task::Harmful, Task::Harmless].map(|task| Item {
+                scenario: scenario.to_owned(),
+                images: picture.cloned().into_iter().collect(),
+                ..Item::new(format!("{scenario}-{task:?}"), "Do it.".into(), task)
+            })
+        };
+        let (page, photo) = (Picture::File("page.png".into()), Picture::Described("a dog".into()));
+        let items = [pair("list", Some(&page)), pair("photo", Some(&photo)), pair("text", None)];
+        for (reads_images, asked) in [(true, vec!["list", "photo"]), (false, vec!["list"])] {
+            let selected = select(Items::all(items.concat()), 100, reads_images);
+            assert_eq!(selected.total, Some(2 * asked.len()));
+            let scenarios: BTreeSet<String> = selected.iter.map(|item| item.scenario).collect();
+            assert_eq!(scenarios.iter().collect::<Vec<_>>(), asked);
+        }
     }
 }

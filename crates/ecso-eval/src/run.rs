@@ -80,16 +80,13 @@ impl UnusableItems {
     }
 }
 
-/// The profiles with every answer limited to `max_new_tokens`.
+/// The profiles with every answer limited to `max_new_tokens`. What a picture says is read whole, as
+/// the guard reads it elsewhere.
 #[must_use]
 pub fn capped(mut profiles: Vec<Profile>, max_new_tokens: Option<u32>) -> Vec<Profile> {
     let cap = max_new_tokens.unwrap_or(u32::MAX);
     for profile in &mut profiles {
-        for limit in [
-            &mut profile.direct.max_tokens,
-            &mut profile.caption.max_tokens,
-            &mut profile.safe.max_tokens,
-        ] {
+        for limit in [&mut profile.direct.max_tokens, &mut profile.safe.max_tokens] {
             *limit = cap.min(*limit);
         }
     }

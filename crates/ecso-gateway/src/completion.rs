@@ -504,7 +504,7 @@ fn content_logprobs(value: Option<Value>, content: &str) -> Value {
 
 /// The arguments of a tool as its reader will see them, if that differs: JSON may spell every
 /// character as an escape, and the escape as another.
-fn unescaped(text: &str) -> Option<String> {
+pub(crate) fn unescaped(text: &str) -> Option<String> {
     let mut units = Vec::new();
     let mut rest = text;
     let mut is_escaped = false;

@@ -141,6 +141,8 @@ pub(crate) const SAMPLING: &[(&str, Form)] = &[
 /// Fields that would steer a guarded answer, or send the request elsewhere. They are only passed on
 /// for chats that are not guarded, unless the operator lists them.
 pub(crate) const STEERING: &[&str] = &[
+    // The model would not see all that was judged.
+    "truncate_prompt_tokens",
     "guided_json",
     "guided_regex",
     "guided_choice",
@@ -271,7 +273,6 @@ pub(crate) const REQUEST: &[(&str, Form)] = &[
     ("continue_final_message", Form::Scalar),
     ("add_generation_prompt", Form::Scalar),
     ("add_special_tokens", Form::Scalar),
-    ("truncate_prompt_tokens", Form::Scalar),
     ("num_ctx", Form::Scalar),
     ("request_id", Form::Label),
     ("rid", Form::Label),

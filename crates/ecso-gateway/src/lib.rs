@@ -59,5 +59,5 @@ pub use layer::{GuardLayer, Guarded};
 pub use playground::{Calibration, Playground};
 pub use server::Gateway;
 pub use settings::Settings;
-pub use state::Profiles;
+pub use state::{Fitted, Profiles};
 pub use upstream::{Checks, Upstream};

@@ -32,11 +32,24 @@ pub struct Profiles {
     pub default: Profile,
     /// The profiles of single models and clients, by the names in the settings.
     pub named: BTreeMap<String, Profile>,
+    /// What is used instead for one model of the server, if `hardened` was fitted to it.
+    pub fitted: Option<Fitted>,
+}
+
+/// `hardened` as it was fitted to one model of the server.
+#[derive(Debug, Clone)]
+pub struct Fitted {
+    /// The model's name.
+    pub model: String,
+    /// In place of the default profile, if that is `hardened`.
+    pub default: Option<Profile>,
+    /// In place of a profile that the settings of a model or a client name `hardened` or `auto`.
+    pub hardened: Profile,
 }
 
 impl From<Profile> for Profiles {
     fn from(default: Profile) -> Self {
-        Self { default, named: BTreeMap::new() }
+        Self { default, named: BTreeMap::new(), fitted: None }
     }
 }
 
@@ -194,7 +207,14 @@ impl AppState {
     pub(crate) fn profile(&self, caller: &Caller, model: Option<&str>) -> &Profile {
         let of_model = || self.settings.profiles.get(model?);
         let name = caller.profile.as_ref().or_else(of_model);
-        name.and_then(|name| self.profiles.named.get(name)).unwrap_or(&self.profiles.default)
+        let fitted = self.profiles.fitted.as_ref().filter(|fitted| model == Some(&fitted.model));
+        let fitted = fitted.and_then(|fitted| match name.map(String::as_str) {
+            None => fitted.default.as_ref(),
+            Some("hardened" | "auto") => Some(&fitted.hardened),
+            Some(_) => None,
+        });
+        let usual = || name.and_then(|name| self.profiles.named.get(name));
+        fitted.or_else(usual).unwrap_or(&self.profiles.default)
     }
 
     /// The guard for one request, with its model, its caller's key and its sampling.

@@ -310,8 +310,10 @@ impl<'a> WindowedDraft<'a> {
             Ok((request_check, checked)) => {
                 self.request_check = Ok(request_check);
                 let chunks = self.windows.release(&checked);
-                // A complete draft need not be stopped.
-                if checked.verdict() == Verdict::Unsafe && !self.is_complete {
+                // A complete draft need not be stopped. But a last check that fails may let it out, so
+                // what was found counts then.
+                let counts = !self.is_complete || !self.options.fails_closed;
+                if checked.verdict() == Verdict::Unsafe && counts {
                     self.end = Some(Ending::Stopped(checked));
                 }
                 chunks

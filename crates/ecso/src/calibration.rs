@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     mllm::Cause,
-    profile::{Method, Profile},
+    profile::{Hardened, Method, Profile, Term},
 };
 
 /// A threshold and biases that were fitted to one model, and how well they did.
@@ -158,8 +158,40 @@ impl Calibration {
     }
 }
 
+impl Hardened {
+    /// Gives the detectors with these names other biases. The [`Term::ask_from`] of their terms
+    /// move by the same difference, so that a detector still stops at the same findings.
+    pub fn set_biases(&mut self, biases: &BTreeMap<String, f64>) {
+        for detector in &mut self.detectors {
+            let Some(bias) = biases.get(&detector.name) else { continue };
+            let difference = *bias - detector.bias;
+            detector.bias = *bias;
+            for ask_from in detector.terms.iter_mut().filter_map(|term| term.ask_from.as_mut()) {
+                *ask_from += difference;
+            }
+        }
+    }
+
+    /// Whether a detector asks its next term if bias and earlier terms sum to `log_odds`.
+    /// Otherwise it stops and finds no harm. After an answer without a probability it asks
+    /// everything; `has_scores` says that there was none.
+    #[must_use]
+    pub fn asks(&self, term: &Term, log_odds: f64, has_scores: bool) -> bool {
+        let is_hopeless = term.ask_from.is_some_and(|least| log_odds < least);
+        !(self.early_exit && has_scores && is_hopeless)
+    }
+}
+
+/// The probability of harm of a detector that was asked to its end, from the sum of its bias and
+/// terms. It is harm if this is at least [`Hardened::threshold`].
+#[must_use]
+pub fn probability(log_odds: f64) -> f64 {
+    1.0 / (1.0 + (-log_odds).exp())
+}
+
 impl Profile {
-    /// The same profile with the threshold and the biases of a calibration. The name stays.
+    /// The same profile with the threshold and the biases of a calibration
+    /// ([`Hardened::set_biases`]). The name stays.
     ///
     /// # Errors
     /// [`CalibrationError::OtherProfile`] if the calibration was made for another profile, or for
@@ -170,11 +202,7 @@ impl Profile {
         match &mut self.method {
             Method::Hardened(method) if is_made_for_this => {
                 method.threshold = calibration.found.threshold;
-                for detector in &mut method.detectors {
-                    if let Some(bias) = calibration.biases.get(&detector.name) {
-                        detector.bias = *bias;
-                    }
-                }
+                method.set_biases(&calibration.biases);
                 Ok(self)
             }
             _ => Err(CalibrationError::OtherProfile {
@@ -226,6 +254,7 @@ impl Error for CalibrationError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::profile::Detector;
 
     fn calibration(profile: &Profile) -> Calibration {
         let share = Share { count: 40, total: 50, value: 0.8, low: 0.67, high: 0.89 };
@@ -260,6 +289,50 @@ mod tests {
         let Method::Hardened(before) = &profile.method else { panic!("another method") };
         (method.threshold, method.detectors[0].bias) = (before.threshold, before.detectors[0].bias);
         assert_eq!(fitted, profile);
+    }
+
+    #[test]
+    fn a_fitted_detector_stops_at_the_same_findings_as_before() {
+        let profile = Profile::hardened();
+        let Method::Hardened(before) = &profile.method else { panic!("another method") };
+        for moved in [-3.0, -0.7, 0.0, 3.0] {
+            let mut calibration = calibration(&profile);
+            let biases = before.detectors.iter();
+            calibration.biases =
+                biases.map(|detector| (detector.name.clone(), detector.bias + moved)).collect();
+            let fitted = profile.clone().calibrated(&calibration).unwrap();
+            let Method::Hardened(after) = &fitted.method else { panic!("another method") };
+            for (old, new) in before.detectors.iter().zip(&after.detectors) {
+                for finding in [4.0, 1.7, 0.13, -0.13, -1.7, -4.0] {
+                    let asked = |method: &Hardened, detector: &Detector| {
+                        let mut sum = detector.bias;
+                        let is_asked = |term: &&Term| {
+                            let is_asked = method.asks(term, sum, true);
+                            sum += term.adds(finding);
+                            is_asked
+                        };
+                        detector.terms.iter().take_while(is_asked).count()
+                    };
+                    assert_eq!(asked(before, old), asked(after, new), "{}: {finding}", old.name);
+                    if finding > 3.0 {
+                        assert_eq!(asked(after, new), new.terms.len(), "{}", new.name);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn without_probabilities_every_term_is_asked() {
+        let Method::Hardened(mut method) = Profile::hardened().method else {
+            panic!("another method")
+        };
+        let mut terms = method.detectors.iter().flat_map(|detector| &detector.terms);
+        let term = terms.find(|term| term.ask_from.is_some()).cloned().unwrap();
+        assert!(!method.asks(&term, -20.0, true));
+        assert!(method.asks(&term, -20.0, false));
+        method.early_exit = false;
+        assert!(method.asks(&term, -20.0, true));
     }
 
     #[test]

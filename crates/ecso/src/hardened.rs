@@ -41,7 +41,10 @@ pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Hardened, q: &Query<'_>) -> Re
     {
         let y = w.compose(q.safe(&c, template)).await?;
         let reply = Some(Answer::new(&y));
-        if !judge.detect(w, Step::ReplyCheck, reply, Detection::SAFE).await?.is_harm() {
+        // An empty answer is none.
+        if !y.trim().is_empty()
+            && !judge.detect(w, Step::ReplyCheck, reply, Detection::SAFE).await?.is_harm()
+        {
             return w.release(y).await;
         }
     }
@@ -171,10 +174,7 @@ impl Judge<'_, '_> {
         }
         let (mut log_odds, mut has_scores) = (detector.bias, true);
         for term in &detector.terms {
-            if self.p.early_exit
-                && has_scores
-                && term.ask_from.is_some_and(|least| log_odds < least)
-            {
+            if !self.p.asks(term, log_odds, has_scores) {
                 return Ok(Some(Detection::stopped_early(self.p.threshold)));
             }
             let Some(question) = self.p.question(term) else { continue };
@@ -186,6 +186,11 @@ impl Judge<'_, '_> {
                 self.known.insert(question.name.clone(), found);
                 found
             };
+            // What a filter refused is harm: the request, or the reply. That it refused the request
+            // says nothing about this reply.
+            if found.is_filtered && (y.is_none() || question.is_about_reply()) {
+                return Ok(Some(found));
+            }
             log_odds += term.adds(profile::log_odds(found.score, found.is_harm()));
             has_scores &= found.score.is_some();
         }

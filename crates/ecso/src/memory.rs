@@ -1,13 +1,13 @@
 //! Findings that a guard remembers from one answer to the next.
 
 use std::{
-    collections::HashSet,
     num::NonZeroUsize,
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use lru::LruCache;
+use serde_json::{Map, Value};
 
 use crate::{
     chat::{Chat, Part},
@@ -27,8 +27,11 @@ const LIFETIME: Duration = Duration::from_hours(1);
 #[derive(Debug)]
 pub struct Memory {
     findings: Option<Mutex<LruCache<blake3::Hash, (Detection, Instant)>>>,
-    thinking: Mutex<HashSet<String>>,
+    thinking: Mutex<LruCache<blake3::Hash, ()>>,
 }
+
+/// How many models that think are remembered.
+const THINKERS: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 
 impl Memory {
     /// A memory of at most `findings` findings (about 100 bytes each), each kept for an hour. 0
@@ -37,7 +40,7 @@ impl Memory {
     pub fn new(findings: usize) -> Self {
         let findings =
             NonZeroUsize::new(findings).map(|findings| Mutex::new(LruCache::new(findings)));
-        Self { findings, thinking: Mutex::default() }
+        Self { findings, thinking: Mutex::new(LruCache::new(THINKERS)) }
     }
 
     /// The key of a prompt: a digest of the caller, the model, how the question is read, and
@@ -87,19 +90,25 @@ impl Memory {
         }
     }
 
-    /// Whether a model is known to think before it says yes or no.
-    pub(crate) fn thinks(&self, model: &str) -> bool {
-        lock(&self.thinking).contains(model)
+    /// Whether a model is known to think before it says yes or no, if it gets these `extra` fields:
+    /// one of them may switch that on.
+    pub(crate) fn thinks(&self, model: &str, extra: &Map<String, Value>) -> bool {
+        lock(&self.thinking).contains(&thinker(model, extra))
     }
 
-    pub(crate) fn remember_that_it_thinks(&self, model: &str) {
-        if lock(&self.thinking).insert(model.to_owned()) {
+    pub(crate) fn remember_that_it_thinks(&self, model: &str, extra: &Map<String, Value>) {
+        if lock(&self.thinking).put(thinker(model, extra), ()).is_none() {
             tracing::info!(
                 model,
                 "the model says more than yes or no; its checks get more room from now on"
             );
         }
     }
+}
+
+/// Identifies a model that gets these fields.
+fn thinker(model: &str, extra: &Map<String, Value>) -> blake3::Hash {
+    blake3::hash(&serde_json::to_vec(&(model, extra)).unwrap_or_default())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

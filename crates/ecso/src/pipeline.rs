@@ -17,9 +17,9 @@ use crate::{
     guard::Options,
     hardened::RequestFindings,
     mllm::{Delta, FinishReason, ImageText, Mllm, ModelError, Reply, Sampling, Usage},
-    profile::{ContentFilter, EmptyCaption, Gate, Profile, Question, Rewrite},
+    profile::{ContentFilter, EmptyCaption, Gate, Method, Profile, Question, Rewrite},
     prompt::{Asked, Prompt, Query},
-    reasoning::without_reasoning,
+    reasoning::{caption_behind_reasoning, without_reasoning},
     template::Template,
     trace::{Event, GuardError, Outcome, Step, Trace},
     verdict::{Detection, Verdict},
@@ -28,6 +28,8 @@ use crate::{
 
 /// Token limit for a check by a model that thinks before it answers.
 const ROOM_TO_THINK: u32 = 2048;
+/// Most tokens of a caption whose words are judged, if its own limit is less.
+const CAPTION_ROOM: u32 = 4096;
 
 /// A question with this weight stops at the first harmful finding.
 pub(crate) const ANY_HARM: f64 = 0.0;
@@ -280,7 +282,7 @@ impl Pipeline<'_> {
         (chat, template): Prompt<'_>,
     ) -> Result<Detection, Halt> {
         let roomy = question.max_tokens.max(ROOM_TO_THINK);
-        let limits = if self.options.memory.thinks(self.model.name()) {
+        let limits = if self.thinks() {
             [None, Some(roomy)]
         } else {
             [Some(question.max_tokens), Some(roomy)]
@@ -300,14 +302,16 @@ impl Pipeline<'_> {
             let is_filtered = reply.finish == FinishReason::ContentFilter
                 && self.profile.content_filter == ContentFilter::Harm;
             let found = if is_filtered {
-                Some(Detection::HARM)
+                Some(Detection::FILTERED)
             } else {
                 Detection::read(question, prior, &reply)
             };
             self.record(call.end(&reply, found)).await;
             if let Some(found) = found {
                 if max_tokens > question.max_tokens {
-                    self.options.memory.remember_that_it_thinks(self.model.name());
+                    self.options
+                        .memory
+                        .remember_that_it_thinks(self.model.name(), &self.options.extra);
                 }
                 return Ok(found);
             }
@@ -356,25 +360,43 @@ impl Pipeline<'_> {
     async fn caption(&mut self, (chat, template): Prompt<'_>) -> Result<String, Halt> {
         let sampling =
             Sampling { extra: self.options.extra.clone(), ..self.profile.caption.sampling() };
+        let is_judged = matches!(self.profile.method, Method::Hardened(_));
+        let is_cut = |reply: &Reply| is_judged && reply.finish == FinishReason::Length;
         let mut reply =
             self.unless_filtered(Step::Caption, chat.clone(), &sampling, template).await?;
-        if reply.as_ref().is_some_and(is_unsaid) {
-            // It thinks first, and had no room.
-            let roomy =
-                Sampling { max_tokens: sampling.max_tokens.max(Some(ROOM_TO_THINK)), ..sampling };
+        if reply.as_ref().is_some_and(|reply| is_unsaid(reply) || is_cut(reply)) {
+            // It thinks first, or the picture has many words, and it had no room.
+            let room = if is_judged { CAPTION_ROOM } else { ROOM_TO_THINK };
+            let roomy = Sampling { max_tokens: sampling.max_tokens.max(Some(room)), ..sampling };
             reply = self.unless_filtered(Step::Caption, chat, &roomy, template).await?;
         }
-        if reply.as_ref().is_some_and(is_unsaid) {
-            let source = ModelError::Protocol("it broke off before it said anything".into());
+        let fault = match &reply {
+            Some(reply) if is_unsaid(reply) => Some("it broke off before it said anything"),
+            // The model would see words that nobody judged.
+            Some(reply) if is_cut(reply) => {
+                Some("the picture has more words than `caption.max_tokens` has room for")
+            }
+            _ => None,
+        };
+        if let Some(fault) = fault {
+            let source = ModelError::Protocol(fault.into());
             return Err(Halt::Failed(GuardError::Model { step: Step::Caption, source }));
         }
         self.is_filtered |= reply.is_none();
         let caption = reply.map(|reply| reply.text).unwrap_or_default();
         // A picture can print the marks of thoughts: what looks like thoughts is none of a model
         // that is not known to think.
-        let thinks = self.options.memory.thinks(self.model.name());
-        let said = if thinks { without_reasoning(&caption).unwrap_or_default() } else { &caption };
+        let said = match self.thinks() {
+            false => caption.as_str(),
+            true if is_judged => caption_behind_reasoning(&caption),
+            true => without_reasoning(&caption).unwrap_or_default(),
+        };
         Ok(self.profile.stripped(said).to_owned())
+    }
+
+    /// Whether the model is known to think before it answers.
+    fn thinks(&self) -> bool {
+        self.options.memory.thinks(self.model.name(), &self.options.extra)
     }
 
     /// Whether a content filter refused to describe an image and the profile counts that as harm.

@@ -129,6 +129,7 @@ pub enum Layout {
 }
 
 impl Layout {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
     fn is_fresh(&self) -> bool {
         *self == Self::Fresh
     }

@@ -291,9 +291,9 @@ fn joined(texts: impl Iterator<Item = String>) -> String {
     texts.filter(|text| !text.is_empty()).collect::<Vec<_>>().join("\n\n")
 }
 
-/// The values of a template for each window of the judged text. The judged text is {y} if the
-/// template has it, else the longest value. Its windows overlap by a fifth. Other values longer
-/// than a window lose their middle.
+/// The values of a template for each window of the judged text: {y}, if the template has it, else
+/// every value that is longer than a window, one after the other. Windows overlap by a fifth. Other
+/// values longer than a window lose their middle.
 fn windows<'h>(
     values: &[(&'h str, &'h str)],
     template: &Template,
@@ -301,20 +301,25 @@ fn windows<'h>(
 ) -> Vec<Vec<(&'h str, Cow<'h, str>)>> {
     let used: Vec<(&str, &str)> =
         values.iter().copied().filter(|(name, _)| template.has(name)).collect();
-    let judged = used
+    let is_long = |text: &str| window > 0 && text.chars().nth(window).is_some();
+    let reply = used.iter().filter(|(name, _)| *name == "y");
+    let judged: Vec<(&str, &str)> = if reply.clone().next().is_some() {
+        reply.copied().filter(|(_, text)| is_long(text)).collect()
+    } else {
+        used.iter().copied().filter(|(_, text)| is_long(text)).collect()
+    };
+    let shortened = |text| if window > 0 { without_middle(text, window) } else { text.into() };
+    if judged.is_empty() {
+        return vec![used.into_iter().map(|(name, text)| (name, shortened(text))).collect()];
+    }
+    let with = |judged: &str, part: &'h str| {
+        let of = |(name, text)| (name, if name == judged { part.into() } else { shortened(text) });
+        used.iter().copied().map(of).collect()
+    };
+    let parts = judged
         .iter()
-        .find(|(name, _)| *name == "y")
-        .or_else(|| used.iter().max_by_key(|(_, text)| text.len()));
-    let Some((judged, text)) = judged.filter(|_| window > 0).copied() else {
-        return vec![used.into_iter().map(|(name, text)| (name, Cow::Borrowed(text))).collect()];
-    };
-    let with = |part: &'h str| {
-        let rest = used.iter().filter(|(name, _)| *name != judged);
-        rest.map(|(name, text)| (*name, without_middle(text, window)))
-            .chain([(judged, Cow::Borrowed(part))])
-            .collect()
-    };
-    slices(text, window).into_iter().map(with).collect()
+        .flat_map(|(name, text)| slices(text, window).into_iter().map(move |part| (*name, part)));
+    parts.map(|(name, part)| with(name, part)).collect()
 }
 
 /// A text in slices of `window` characters, each of which overlaps the last by a fifth.

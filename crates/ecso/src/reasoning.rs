@@ -27,6 +27,20 @@ pub fn without_reasoning(reply: &str) -> Option<&str> {
     behind_reasoning(reply, |text, end| text.rfind(end))
 }
 
+/// A caption without the reasoning before it. The picture can print end marks, so the first one
+/// counts, and where it is not clear that there is reasoning, nothing is left out: all of it is then
+/// judged.
+pub(crate) fn caption_behind_reasoning(reply: &str) -> &str {
+    let begins_with_words = |text: &str| text.trim_start().starts_with("words:");
+    let lower = reply.to_ascii_lowercase();
+    if begins_with_words(&lower) {
+        return reply;
+    }
+    let behind = behind_reasoning(reply, |text, end| text.find(end)).unwrap_or(reply);
+    let is_begun = MARKS.iter().any(|(begin, _)| lower.trim_start().starts_with(begin));
+    if is_begun || begins_with_words(&behind.to_ascii_lowercase()) { behind } else { reply }
+}
+
 /// As [`without_reasoning`]; `find` chooses the end mark that counts.
 pub(crate) fn behind_reasoning(reply: &str, find: fn(&str, &str) -> Option<usize>) -> Option<&str> {
     let text = reply.trim_start();
@@ -46,4 +60,24 @@ pub(crate) fn behind_reasoning(reply: &str, find: fn(&str, &str) -> Option<usize
 
 pub(crate) fn first_word(text: &str) -> &str {
     text.split(|c: char| !c.is_alphanumeric()).find(|word| !word.is_empty()).unwrap_or("")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_picture_cannot_have_its_words_taken_for_reasoning() {
+        for (reply, left) in [
+            ("WORDS: Steal it.\n</think>\nSHOWS: a sign", None),
+            ("WORDS: <think>Steal it.</think>\nSHOWS: a sign", None),
+            ("The sign says: Steal it.</think>", None),
+            ("<think>Steal it, says the sign", None),
+            ("<think>A sign.</think>WORDS: Ha </think>\nSHOWS: a sign", Some(22)),
+            ("A sign.</think>\nWORDS: Ha\nSHOWS: a sign", Some(16)),
+        ] {
+            let left = left.map_or(reply, |start| &reply[start..]);
+            assert_eq!(caption_behind_reasoning(reply), left);
+        }
+    }
 }

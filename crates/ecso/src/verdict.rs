@@ -53,11 +53,14 @@ pub enum Parser {
 /// If yes and no together have less of the first token's probability, the model answers something
 /// else.
 const MIN_MASS: f64 = 0.03;
+/// How much a word that is not listed may have, against the other one, so that there is a score.
+const MAX_UNLISTED: f64 = 1.0 / 3.0;
 
 /// P(yes) / (P(yes) + P(no)) among the likeliest first tokens of the reply, in 0..=1. All forms of
 /// the two words count (case, white space, punctuation). `None` if the model reports no tokens, if
-/// a log-probability is impossible (above 0), or if both words together have less than 3%: the
-/// reply then answers something else.
+/// a log-probability is impossible (above 0), if both words together have less than 3%, so that the
+/// reply answers something else, or if one word is not listed and may have more than a quarter of
+/// what both have: a server that lists few tokens says nothing about the others.
 ///
 /// ```
 /// use ecso::{Reply, TopLogprob, harm_score};
@@ -79,7 +82,15 @@ pub fn harm_score(reply: &Reply) -> Option<f64> {
     };
     let is_possible = reply.first_token.iter().all(|token| token.logprob < 1e-3);
     let (yes, no) = (mass("yes"), mass("no"));
-    (is_possible && yes + no >= MIN_MASS).then(|| yes / (yes + no))
+    let is_known = yes.min(no) > 0.0 || unlisted(reply) <= MAX_UNLISTED * (yes + no);
+    (is_possible && yes + no >= MIN_MASS && is_known).then(|| yes / (yes + no))
+}
+
+/// The most that the first token has for a word that is not among the likeliest ones.
+fn unlisted(reply: &Reply) -> f64 {
+    let listed = reply.first_token.iter().map(|token| f64::from(token.logprob).exp());
+    let (sum, least) = listed.fold((0.0, 1.0), |(sum, least), p| (sum + p, f64::min(least, p)));
+    f64::min(1.0 - sum, least)
 }
 
 impl Parser {
@@ -129,16 +140,21 @@ pub(crate) struct Detection {
     /// What findings are compared by, in 0..=1: the score, if the parser uses it; otherwise 1 for
     /// harm and 0 for none.
     pub(crate) weight: f64,
+    /// Whether a content filter refused the question and the profile counts that as harm.
+    pub(crate) is_filtered: bool,
 }
 
 impl Detection {
+    /// A content filter refused the question.
+    pub(crate) const FILTERED: Self = Self { is_filtered: true, ..Self::HARM };
     /// No question was asked.
     pub(crate) const UNCHECKED: Self =
-        Self { verdict: Verdict::Unchecked, score: None, weight: 0.0 };
+        Self { verdict: Verdict::Unchecked, score: None, weight: 0.0, is_filtered: false };
     /// There is nothing that could do harm.
-    pub(crate) const SAFE: Self = Self { verdict: Verdict::Safe, score: Some(0.0), weight: 0.0 };
+    pub(crate) const SAFE: Self =
+        Self { verdict: Verdict::Safe, score: Some(0.0), ..Self::UNCHECKED };
     /// Harm, without a probability.
-    pub(crate) const HARM: Self = Self { verdict: Verdict::Unsafe, score: None, weight: 1.0 };
+    pub(crate) const HARM: Self = Self { verdict: Verdict::Unsafe, weight: 1.0, ..Self::UNCHECKED };
 
     /// Reads the reply to a wording with this prior; `None` if it is neither yes nor no.
     pub(crate) fn read(question: &Question, prior: f64, reply: &Reply) -> Option<Self> {
@@ -157,21 +173,21 @@ impl Detection {
         };
         let by_word = if verdict == Verdict::Unsafe { 1.0 } else { 0.0 };
         let weight = score.filter(|_| question.parser == Parser::Score).unwrap_or(by_word);
-        Some(Self { verdict, score, weight })
+        Some(Self { verdict, score, weight, is_filtered: false })
     }
 
     /// The finding of a detector whose log-odds sum to `sum`. It has a score if all its questions
     /// have.
     pub(crate) fn from_log_odds(sum: f64, threshold: f64, has_scores: bool) -> Self {
-        let weight = 1.0 / (1.0 + (-sum).exp());
+        let weight = crate::calibration::probability(sum);
         let verdict = if weight >= threshold { Verdict::Unsafe } else { Verdict::Safe };
-        Self { verdict, score: has_scores.then_some(weight), weight }
+        Self { verdict, score: has_scores.then_some(weight), weight, is_filtered: false }
     }
 
     /// The finding of a detector that stopped early: a low probability of harm.
     pub(crate) fn stopped_early(threshold: f64) -> Self {
         let weight = STOPPED_EARLY.min(threshold / 2.0);
-        Self { verdict: Verdict::Safe, score: Some(weight), weight }
+        Self { score: Some(weight), weight, ..Self::SAFE }
     }
 
     pub(crate) fn is_harm(self) -> bool {
@@ -242,6 +258,10 @@ mod tests {
             None
         );
         assert_eq!(harm_score(&told(&[("I", 0.98), ("yes", 0.02)])), None);
+        // A word that is not listed may have what is left.
+        assert_eq!(harm_score(&told(&[("no", 0.51)])), None);
+        assert_eq!(harm_score(&told(&[("no", 0.51), ("maybe", 0.3)])), None);
+        assert!(harm_score(&told(&[("no", 0.51), ("maybe", 0.3), ("so", 0.05)])).is_some());
         // An impossible log-probability makes the others worthless too.
         for logprob in [709.5, 5_f32.ln(), f32::NAN, f32::INFINITY] {
             let mut reply = told(&[("no", 0.1), ("so", 0.2)]);

@@ -39,7 +39,7 @@ fn base(settings: &Settings) -> anyhow::Result<String> {
     if settings.is_server() {
         let omitted = settings.server.omit.join(" ");
         let omitted = if omitted.is_empty() { omitted } else { format!(" without {omitted}") };
-        return Ok(format!("{} {}{omitted}", settings.model, settings.model_name));
+        return Ok(format!("{} {}{omitted}", super::address(settings), settings.model_name));
     }
     if is_file(&settings.model) {
         let mut digest = blake3::Hasher::new();

@@ -10,7 +10,7 @@ use anyhow::bail;
 use ecso::{
     Calibration, Profile,
     calibration::{Half, Share},
-    profile::Method,
+    profile::{Hardened, Method},
 };
 use ecso_batch::journal::JournalReader;
 use ecso_eval::{
@@ -25,7 +25,7 @@ use crate::{calibration, cli::CalibrateArgs, error::UsageError, settings};
 const PROFILE: &str = "hardened";
 
 pub(super) fn run(args: &CalibrateArgs, file: Option<&Path>) -> anyhow::Result<()> {
-    let (header, scores) = read_runs(&args.runs)?;
+    let (header, biases, scores) = read_runs(&args.runs)?;
     if scores.scored.is_empty() && scores.without > 0 {
         bail!(UsageError(
             "no item has a score, so no threshold can be fitted: use a model that returns \
@@ -40,7 +40,7 @@ pub(super) fn run(args: &CalibrateArgs, file: Option<&Path>) -> anyhow::Result<(
         header.model,
         header.model_digest,
         scores.scored.len(),
-        changed_biases(&header.profiles)?,
+        biases,
         found,
     );
     if args.json {
@@ -63,19 +63,23 @@ pub(super) fn run(args: &CalibrateArgs, file: Option<&Path>) -> anyhow::Result<(
     Ok(())
 }
 
-/// The scores of all runs, and the header of the first.
-fn read_runs(runs: &[PathBuf]) -> anyhow::Result<(RunHeader, Scores)> {
+/// The header of the first run, the biases that it has instead of the built-in ones, and the scores
+/// of all runs.
+fn read_runs(runs: &[PathBuf]) -> anyhow::Result<(RunHeader, BTreeMap<String, f64>, Scores)> {
     let headers = runs
         .iter()
         .map(|run| JournalReader::in_folder(run).header())
         .collect::<Result<Vec<RunHeader>, _>>();
     let headers = headers.map_err(UsageError::from_error)?;
     let (mut scores, mut run_set) = (Scores::default(), RunSet::default());
+    let mut first_biases = None;
     for (run, header) in runs.iter().zip(&headers) {
-        if !header.profiles.iter().any(|(name, _)| name == PROFILE) {
+        let Some((_, text)) = header.profiles.iter().find(|(name, _)| name == PROFILE) else {
             let problem = format!("no arm {PROFILE}; run it with --profile {PROFILE}");
             bail!(UsageError::at(run, problem));
-        }
+        };
+        let biases = changed_biases(text).map_err(|problem| UsageError::at(run, problem))?;
+        first_biases.get_or_insert(biases);
         run_set.add_run(run, header).map_err(UsageError::from_error)?;
         let before = scores.without;
         for record in
@@ -94,25 +98,54 @@ fn read_runs(runs: &[PathBuf]) -> anyhow::Result<(RunHeader, Scores)> {
             );
         }
     }
-    match headers.into_iter().next() {
-        Some(header) => Ok((header, scores)),
+    match headers.into_iter().next().zip(first_biases) {
+        Some((header, biases)) => Ok((header, biases, scores)),
         None => bail!(UsageError("name a run".into())),
     }
 }
 
-/// The biases of the profile that was run, if they are not the built-in ones: the threshold was
+/// The biases of the profile that was run, if they are not the built-in ones: the threshold is
 /// fitted with them.
-fn changed_biases(profiles: &[(String, String)]) -> anyhow::Result<BTreeMap<String, f64>> {
-    let biases = |profile: Profile| match profile.method {
-        Method::Hardened(method) => {
-            method.detectors.into_iter().map(|detector| (detector.name, detector.bias)).collect()
+///
+/// # Errors
+/// What is wrong if the profile differs from the built-in one in anything else, except its name,
+/// its threshold, the `ask_from` that move with the biases, and the limits of answers: its scores
+/// say nothing about those of the built-in one.
+fn changed_biases(text: &str) -> Result<BTreeMap<String, f64>, String> {
+    let again = format!(
+        "run it again with the `{PROFILE}` of this version and default settings, or use `ecso tune`"
+    );
+    let used = Profile::from_toml(text)
+        .map_err(|error| format!("its `{PROFILE}` can't be read ({error}): {again}"))?;
+    let mut expected = Profile::hardened();
+    expected.name.clone_from(&used.name);
+    expected.direct.max_tokens = used.direct.max_tokens;
+    expected.caption.max_tokens = used.caption.max_tokens;
+    expected.safe.max_tokens = used.safe.max_tokens;
+    let mut biases = BTreeMap::new();
+    if let (Method::Hardened(expected), Method::Hardened(used)) =
+        (&mut expected.method, &used.method)
+    {
+        expected.threshold = used.threshold;
+        if biases_of(expected) != biases_of(used) {
+            biases = biases_of(used);
         }
-        _ => BTreeMap::new(),
-    };
-    let built_in = biases(Profile::named(PROFILE)?);
-    let text = profiles.iter().find(|(name, _)| name == PROFILE).map_or("", |(_, text)| text);
-    let used = biases(Profile::from_toml(text).map_err(UsageError::from_error)?);
-    Ok(if used == built_in { BTreeMap::new() } else { used })
+        expected.set_biases(&biases);
+    }
+    // The texts, not what is read from them: a key that an older text lacks is read as today's.
+    if expected.to_toml() == text {
+        Ok(biases)
+    } else {
+        Err(format!(
+            "its `{PROFILE}` is not the one of this version with default settings: its questions, \
+             detectors or steps differ, so that a threshold for its scores means nothing for the \
+             other: {again}"
+        ))
+    }
+}
+
+fn biases_of(method: &Hardened) -> BTreeMap<String, f64> {
+    method.detectors.iter().map(|detector| (detector.name.clone(), detector.bias)).collect()
 }
 
 /// Summarizes a calibration for people.
@@ -143,4 +176,62 @@ fn half(name: &str, half: &Half) -> String {
         share(&half.recall),
         share(&half.false_alarms)
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use ecso_eval::run::capped;
+
+    use super::*;
+
+    /// The text of the built-in profile with other values, under its own name.
+    fn text_with(changes: &[(&str, &str)]) -> String {
+        let mut profile = Profile::hardened();
+        for (key, value) in changes.iter().chain(&[("name", PROFILE)]) {
+            profile = profile.with(key, value).unwrap();
+        }
+        profile.to_toml()
+    }
+
+    #[test]
+    fn runs_with_other_biases_thresholds_and_limits_can_be_calibrated() {
+        assert!(changed_biases(&text_with(&[])).unwrap().is_empty());
+        let mut fitted = capped(vec![Profile::hardened()], Some(64)).remove(0);
+        let Method::Hardened(method) = &mut fitted.method else { panic!("another method") };
+        method.threshold = 0.7;
+        assert!(changed_biases(&text_with(&[("threshold", "0.7")])).unwrap().is_empty());
+        let biases: BTreeMap<String, f64> =
+            biases_of(method).into_iter().map(|(name, bias)| (name, bias - 1.3)).collect();
+        method.set_biases(&biases);
+        assert_eq!(changed_biases(&fitted.to_toml()).unwrap(), biases);
+    }
+
+    #[test]
+    fn runs_with_another_text_of_the_profile_cannot_be_calibrated() {
+        let mut texts: Vec<String> = [
+            // The journal of `ecso tune`.
+            &[("threshold", "1"), ("early_exit", "false")] as &[(&str, &str)],
+            &[("scope", "all")],
+            &[("questions.gladly.template", "Is this fine? {x}")],
+            &[("questions.words.system", "Is it harmful?")],
+        ]
+        .map(text_with)
+        .into();
+        // Another bias, but terms that are asked as before.
+        let mut profile = Profile::hardened();
+        let Method::Hardened(method) = &mut profile.method else { panic!("another method") };
+        for detector in &mut method.detectors {
+            detector.bias -= 1.0;
+        }
+        texts.push(profile.to_toml());
+        // A key that is missing would be read as the one of today.
+        let text = Profile::hardened().to_toml();
+        let system = text.lines().find(|line| line.starts_with("system = ")).unwrap();
+        texts.push(text.replacen(&format!("{system}\n"), "", 1));
+        texts.push("questions = 3".into());
+        for text in texts {
+            let error = changed_biases(&text).unwrap_err();
+            assert!(error.contains("run it again") && error.contains("`ecso tune`"), "{error}");
+        }
+    }
 }

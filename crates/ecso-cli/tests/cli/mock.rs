@@ -51,7 +51,7 @@ impl Asked {
             () if asked.is_good_if_yes() || REQUEST.iter().any(|words| sent.contains(words)) => {
                 "request-check"
             }
-            () if is("describe the image") || is("answer in two parts") => "caption",
+            () if is("describe the image") || is("in two parts") => "caption",
             () if is("HARMLESS and ETHICAL")
                 || is("who gladly helps")
                 || is("Write two sentences instead") =>

@@ -519,8 +519,8 @@ async fn a_filtered_question_counts_as_harm_under_hardened() {
     const REFUSAL: &str = "I'm sorry, but I can't help with that.";
     for (filters, answer) in [
         (&["request-check"][..], SAFE),
-        // The question whether the reply helps is still asked.
-        (&["detect"], SAFE),
+        // No other question can outvote it, also about the answer of step 4.
+        (&["detect"], REFUSAL),
         (&["detect", "help"], REFUSAL),
         (&["caption"], SAFE),
         (&["request-check", "safe"], REFUSAL),

@@ -3,7 +3,7 @@
 use ecso::{Image, Part, Role, Turn};
 use serde_json::{Map, Value};
 
-use crate::error::ApiError;
+use crate::{completion::unescaped, error::ApiError};
 
 /// What the model sees in addition to the messages, each as JSON text: tools, and the format of the
 /// answer.
@@ -90,13 +90,17 @@ fn open_user_turn(turns: &mut Vec<Turn>) -> &mut Turn {
 }
 
 /// The tool calls of a message, as texts.
-fn tool_call_texts(message: &Map<String, Value>) -> Vec<String> {
+pub(super) fn tool_call_texts(message: &Map<String, Value>) -> Vec<String> {
     let functions = message.get("tool_calls").and_then(Value::as_array).into_iter().flatten();
     let functions = functions.map(|call| &call["function"]).filter(|function| function.is_object());
     functions
         .chain(message.get("function_call").filter(|call| !call.is_null()))
         .map(|function| {
-            format!("[Called the tool {} with {}]", function["name"], function["arguments"])
+            let arguments = &function["arguments"];
+            // As the model reads them: JSON may spell every character as an escape.
+            let read =
+                arguments.as_str().and_then(unescaped).map_or(arguments.clone(), Value::from);
+            format!("[Called the tool {} with {read}]", function["name"])
         })
         .collect()
 }

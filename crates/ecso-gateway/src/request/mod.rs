@@ -38,6 +38,30 @@ pub(crate) struct Body {
     steering: Option<String>,
 }
 
+/// Parts in which no text follows another. Some servers put a space, a line or nothing between two:
+/// so the model reads what is judged.
+fn joined(parts: Vec<Value>) -> Vec<Value> {
+    let mut joined: Vec<Value> = Vec::with_capacity(parts.len());
+    for part in parts {
+        let before = joined.last_mut().filter(|before| before["type"] == "text");
+        match (before.and_then(Value::as_object_mut), part) {
+            (Some(before), Value::Object(mut part)) if part["type"] == "text" => {
+                let text = part.remove("text");
+                if let (Some(Value::String(whole)), Some(Value::String(text))) =
+                    (before.get_mut("text"), text)
+                {
+                    whole.push('\n');
+                    whole.push_str(&text);
+                }
+                // The other fields are marks of a cache.
+                before.extend(part);
+            }
+            (_, part) => joined.push(part),
+        }
+    }
+    joined
+}
+
 /// The model that a body names, unless some server might find another one in it.
 pub(crate) fn model(body: &Value) -> Option<&str> {
     let fields = body.as_object()?;
@@ -146,7 +170,7 @@ impl Body {
                 let parts = parts.into_iter().enumerate();
                 let parts = parts
                     .map(|(index, part)| self.part(part, &format!("{path}.{index}"), collector));
-                Ok(Value::Array(parts.collect::<Result<_, _>>()?))
+                Ok(Value::Array(joined(parts.collect::<Result<_, _>>()?)))
             }
             _ => Err(ApiError::bad_request(
                 "invalid_request",
@@ -458,5 +482,39 @@ impl Request {
             max_tokens: whole("max_completion_tokens").or_else(|| whole("max_tokens")),
             ..Sampling::default()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn texts_that_follow_each_other_are_one_text() {
+        let image = json!({"type": "image_url", "image_url": {"url": "https://host/a.png"}});
+        let text = |text: &str| json!({"type": "text", "text": text});
+        let cached = json!({"type": "text", "text": "c", "cache_control": {"type": "ephemeral"}});
+        let parts = vec![text("a"), text("b"), image.clone(), cached.clone(), text("d")];
+        let whole =
+            json!({"type": "text", "text": "c\nd", "cache_control": cached["cache_control"]});
+        assert_eq!(joined(parts), [text("a\nb"), image, whole]);
+    }
+
+    #[test]
+    fn the_judge_reads_what_could_be_words() {
+        let long = "a.b".repeat(30);
+        let body = json!({"model": "m", "messages": [
+            {"role": "user", "content": "And?"},
+            {"role": "assistant", "content": null, "tool_calls": [
+                {"id": long, "type": "function", "function": {"name": "f", "arguments": "{\"a\": \"be \\u0072ude\"}"}},
+                {"id": "call_0a1b2c3d", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+        ]});
+        let body = Body::parse(body, &[]).unwrap();
+        assert_eq!(body.other_texts, [long]);
+        let [_, call] = &body.messages[..] else { panic!("two messages") };
+        let read = conversation::tool_call_texts(call);
+        assert!(read[0].contains("be rude"), "{read:?}");
     }
 }

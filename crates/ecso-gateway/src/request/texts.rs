@@ -75,8 +75,11 @@ pub(super) fn readable_ids(message: &Map<String, Value>) -> Vec<String> {
         .into_iter()
         .filter_map(|name| Some(message.get(name)?.as_str()?.to_owned()));
     let unsealed = of_calls.chain(own).map(|name| without_seal(&name).to_owned());
-    unsealed.filter(|name| count_words(name) > 2).collect()
+    unsealed.filter(|name| name.len() > LONGEST_ID || count_words(name) > 2).collect()
 }
+
+/// The length of the longest random ids; more than that could be text without spaces.
+const LONGEST_ID: usize = 64;
 
 fn count_words(name: &str) -> usize {
     name.split(|c: char| !c.is_ascii_alphabetic()).filter(|run| run.len() > 2).count()

@@ -29,6 +29,7 @@ async fn models_and_clients_have_their_own_profile_and_mode() {
     let profiles = Profiles {
         default: Profile::paper(),
         named: BTreeMap::from([("everything".into(), everything)]),
+        fitted: None,
     };
     let respond = Arc::new(|_: &Value| {
         said(&json!({"role": "assistant", "content": "Bread."}), &Value::Null)

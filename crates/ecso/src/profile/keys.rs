@@ -65,7 +65,8 @@ impl TryFrom<Keys> for Profile {
             if is_there && method != keys.method {
                 let name = if method == MethodName::Paper { "paper" } else { "hardened" };
                 return Err(ProfileError::invalid(format!(
-                    "{key} is a key of the method `{name}`"
+                    "{key} is a key of the method `{name}`; a profile that names no other is based \
+                     on paper, so write extends = \"{name}\""
                 )));
             }
         }
