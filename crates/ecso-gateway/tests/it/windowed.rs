@@ -446,6 +446,21 @@ async fn a_failing_judge_ends_the_stream() {
 }
 
 #[tokio::test]
+async fn harm_that_was_found_counts_although_the_last_check_fails() {
+    // The first check takes long: the draft is complete when it finds harm, and the last one fails.
+    let begin = [format!("judge-slow {LEAK} and so on ")];
+    let draft = begin.into_iter().chain(words(20)).chain(["judge-500".to_owned()]);
+    let model = ScriptedModel::of(draft);
+    for settings in [windowed(), Settings { early_stop: true, stream: Streams::Hold, ..windowed() }]
+    {
+        let settings = Settings { on_failure: OnFailure::Open, ..settings };
+        let got = stream(&model.world(settings).await, &asked()).await;
+        assert!(!got.body.contains(LEAK), "{}", got.body);
+        assert_eq!(found(&got.body)["verdict"], "unsafe", "{}", got.body);
+    }
+}
+
+#[tokio::test]
 async fn a_failed_check_waits_for_the_last_verdict() {
     // The only early check fails.
     let text = words(20).concat() + "judge-500";

@@ -6,8 +6,8 @@ use std::sync::{
 };
 
 use ecso::{
-    Chat, Event, Guard, GuardError, ImageText, Memory, Mllm, ModelError, Outcome, Profile, Reply,
-    ReplyStream, Role, Sampling, Step, TopLogprob, Turn, Verdict, profile::Method,
+    Chat, Event, FinishReason, Guard, GuardError, ImageText, Memory, Mllm, ModelError, Outcome,
+    Profile, Reply, ReplyStream, Role, Sampling, Step, TopLogprob, Turn, Verdict, profile::Method,
     testing::Scripted,
 };
 use futures::StreamExt;
@@ -714,4 +714,67 @@ fn an_error_of_a_profile_is_said_once() {
     let error = Profile::hardened().with("nokey", "1").unwrap_err();
     let text = ecso::error_chain(&error);
     assert_eq!(text.matches("unknown field").count(), 1, "{text}");
+}
+
+#[tokio::test]
+async fn a_caption_that_was_cut_is_asked_for_again_and_never_judged_in_part() {
+    for (cut, succeeds) in [(1, true), (2, false)] {
+        let inner = model(MILD, "A list.", &[]);
+        let left = AtomicUsize::new(cut);
+        let guard = Guard::new(
+            Scripted::new(move |chat| {
+                let mut reply = futures::executor::block_on(
+                    inner.generate(chat, &Sampling { max_tokens: Some(1), ..Sampling::default() }),
+                )?;
+                let is_caption = chat.turns.last().is_some_and(|turn| turn.query() == "LOOK");
+                let takes = |count: usize| count.checked_sub(1);
+                if is_caption
+                    && left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, takes).is_ok()
+                {
+                    reply.finish = FinishReason::Length;
+                }
+                Ok(reply)
+            }),
+            hardened(),
+        );
+        let outcome = guard.answer(&Chat::ask([picture()], "Fill the list.")).await;
+        assert_eq!(outcome.is_ok(), succeeds);
+        let sent = guard.model().requests();
+        let rooms: Vec<_> =
+            sent.iter().filter(|(chat, _)| chat.turns[0].query() == "LOOK").collect();
+        assert_eq!(rooms.len(), 2);
+        assert!(rooms[1].1.max_tokens > rooms[0].1.max_tokens);
+        if let Err(error) = outcome {
+            assert!(error.to_string().contains("caption.max_tokens"), "{error}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_long_message_is_judged_whole_beside_a_longer_picture() {
+    let profile = hardened().with("questions.message.template", "MESSAGE {p}{x}").unwrap();
+    let words = format!("WORDS: {}\nSHOWS: none", "bread and butter ".repeat(400));
+    let guard = Guard::new(
+        Scripted::new(move |chat| {
+            let said = chat.turns.last().map(Turn::query).unwrap_or_default();
+            Ok(match said.as_str() {
+                "LOOK" => Reply { text: words.clone(), ..Reply::default() },
+                said if said.starts_with("PHOTO") => yes(0.9),
+                said => yes(if said.contains("rude words") { 0.99 } else { 0.02 }),
+            })
+        }),
+        profile,
+    );
+    let text = "a loaf of bread ".repeat(120);
+    let chat = Chat::ask([picture()], format!("{text} rude words {text}"));
+    let outcome = guard.answer(&chat).await.unwrap();
+    assert_eq!(outcome.verdict, Verdict::Unsafe);
+}
+
+#[tokio::test]
+async fn an_empty_answer_of_step_4_is_none() {
+    let harmful = Opinion { message: 0.99, ..MILD };
+    let (outcome, _) = answer(model(harmful, "A list.", &[" "])).await;
+    assert_eq!(outcome.answer, hardened().refusal);
+    assert!(outcome.refused);
 }
