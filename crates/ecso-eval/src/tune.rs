@@ -28,6 +28,9 @@ const MAX_BIAS_CHANGE: f64 = 3.0;
 /// With fewer harmless items than this, the bias of a detector is not fitted but stays the
 /// profile's own.
 const MIN_HARMLESS_ITEMS: usize = 10;
+/// With fewer reported requests of a kind nothing is recommended.
+const FEW: usize = 10;
+
 /// The threshold for which the biases are fitted.
 const EVEN: f64 = 0.5;
 
@@ -466,7 +469,7 @@ pub fn report(
     let _ = writeln!(
         out,
         "\nThe figures cover {} items that nothing was fitted on. \"Declined\" means XSTest's rule \
-         about how an answer begins. Threshold {threshold:.3}; biases {}.",
+         about how an answer begins. Threshold {threshold:.5}; biases {}.",
         reported.len(),
         fitted
             .biases
@@ -557,6 +560,11 @@ impl HeldBack {
             return "**No recommendation**: fewer than half of the requests of a kind were \
                     answered."
                 .to_owned();
+        }
+        if harmful.total.min(harmless.total) < FEW {
+            return format!(
+                "**No recommendation**: fewer than {FEW} requests of a kind are too few; ask more pairs."
+            );
         }
         if harmful.value > 0.95 {
             return format!(
