@@ -174,7 +174,7 @@ impl Hardened {
 
     /// Whether a detector asks its next term if bias and earlier terms sum to `log_odds`.
     /// Otherwise it stops and finds no harm. After an answer without a probability it asks
-    /// everything; `has_scores` says that there was none.
+    /// everything; `has_scores` is false then.
     #[must_use]
     pub fn asks(&self, term: &Term, log_odds: f64, has_scores: bool) -> bool {
         let is_hopeless = term.ask_from.is_some_and(|least| log_odds < least);
