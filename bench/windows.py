@@ -15,8 +15,8 @@ With --recorded the drafts are read from a file of JSON lines, {"query": …, "i
 written by the mock at the same pace, while --model judges them: a name that `ecso serve --model` takes, or a URL. This compares the verdict
 of a real judge on the whole draft with what it had let out by then.
 
-With --items nothing is a mock: the model behind the guard is --model, a name (then it runs in another `ecso serve`) or a URL. It writes answers
-of at most --tokens tokens to {"query": …, "image": FILE} (other keys are ignored), and judges them.
+With --items nothing is a mock: --model, a name (a model in the guard's own process) or a URL, writes answers of at most --tokens tokens to
+{"query": …, "image": FILE} (other keys are ignored), and judges them.
 """
 
 import argparse
@@ -117,13 +117,13 @@ class Model(MockModel):
         self.wfile.flush()
 
 
-def start_mode(upstream, mode, judge):
-    """Starts `ecso serve` in one of the modes. Returns the process and its base URL."""
+def start_mode(model, mode, judge):
+    """Starts `ecso serve` with the flags that name the model, in one of the modes. Returns the process and its base URL."""
     settings = {f"ECSO__GATEWAY__{name.upper()}": value for name, value in mode.items() if name in ("stream", "early_stop")}
     settings |= {f"ECSO__GATEWAY__WINDOWS__{name.upper()}": value for name, value in mode.items() if name in ("first", "most")}
     settings |= dict(pair.split("=", 1) for pair in options.set) | judge
     settings = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in settings.items()}
-    command = [options.ecso, "serve", "--upstream", upstream, "--listen", "127.0.0.1:0", "--profile", options.profile]
+    command = [options.ecso, "serve", *model, "--listen", "127.0.0.1:0", "--profile", options.profile]
     return start_guard(command, settings)
 
 
@@ -205,15 +205,17 @@ def mean(values, digits):
 
 def start_judge():
     """Starts the judge that --model names. Returns its process, if there is one, and the settings of the guard for it."""
-    if not options.model:
-        return None, {}
     process, url = None, options.model
     if not url.startswith("http"):
         command = [options.ecso, "serve", "--model", options.model, "--listen", "127.0.0.1:0", "--mode", "off"]
         process, url = start_guard(command)
+    return process, {"ECSO__CHECKS__URL": url, "ECSO__CHECKS__MODEL_NAME": served_model(url)}
+
+
+def served_model(url):
+    """The name of the model that a server lists first."""
     with urllib.request.urlopen(url + "/models") as models:
-        name = json.load(models)["data"][0]["id"]
-    return process, {"ECSO__CHECKS__URL": url, "ECSO__CHECKS__MODEL_NAME": name}
+        return json.load(models)["data"][0]["id"]
 
 
 def row(name, results, held):
@@ -241,12 +243,13 @@ def row(name, results, held):
 def main():
     items = read_items()
     drafts.update({name: draft for name, _, _, draft in items})
-    judge_process, judge = start_judge()
-    options.served, upstream = "m", None
+    judge_process, judge = None, {}
     if options.items:
-        options.served, upstream, judge = judge["ECSO__CHECKS__MODEL_NAME"], judge["ECSO__CHECKS__URL"], {}
+        model = ["--upstream" if options.model.startswith("http") else "--model", options.model]
     else:
-        upstream = start_model(Model)
+        model = ["--upstream", start_model(Model)]
+        if options.model:
+            judge_process, judge = start_judge()
     pace = f"of at most {options.tokens} tokens" if options.items else f"{options.token_ms:g} ms per token"
     print(f"{len(items)} drafts, {pace}, {options.at_once} at once")
     print(
@@ -256,7 +259,8 @@ def main():
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     held = None
     for name, mode in MODES.items():
-        guard, url = start_mode(upstream, mode, judge)
+        guard, url = start_mode(model, mode, judge)
+        options.served = served_model(url)
         with ThreadPoolExecutor(options.at_once) as pool:
             answers = pool.map(lambda item: ask(url, *item[:3]), items)
             results = {item[0]: answer for item, answer in zip(items, answers)}

@@ -3,6 +3,7 @@
 
 mod report;
 mod timing;
+mod windowed;
 
 use std::{path::Path, sync::Arc, time::Instant};
 
@@ -26,6 +27,7 @@ use crate::{
 };
 use report::{Block, Concurrent, Report, Row, median, milliseconds};
 use timing::{Arm, Timing, time_answer};
+use windowed::WindowedServer;
 
 /// Number of concurrent answers, where these are measured.
 const CONCURRENCY: usize = 8;
@@ -119,8 +121,12 @@ impl Bench {
         (report.prompt_tokens_per_second, report.answer_tokens_per_second) =
             session.token_rates().await?;
         let all = arms(&self.profiles);
-        session.block("harmless requests", &self.harmless, &all, report).await?;
-        session.block("harmful requests", &self.harmful, &all, report).await?;
+        let windowed = WindowedServer::start(&session.model, self.usual(), settings).await?;
+        let with_windows: Vec<Arm<'_>> =
+            all.iter().copied().chain([Arm::Windowed(&windowed)]).collect();
+        session.block("harmless requests", &self.harmless, &with_windows, report).await?;
+        session.block("harmful requests", &self.harmful, &with_windows, report).await?;
+        drop(windowed);
         let always: Vec<Profile> = self
             .profiles
             .iter()
@@ -159,7 +165,8 @@ impl Bench {
     /// The number of answers to measure.
     fn total_answers(&self, settings: &Settings) -> usize {
         let blocks = if settings.is_server() || settings.engine.no_reuse { 3 } else { 4 };
-        1 + self.runs * (2 + blocks * (self.profiles.len() + 1)) + 4 * CONCURRENCY
+        let windowed = 2;
+        1 + self.runs * (2 + blocks * (self.profiles.len() + 1) + windowed) + 4 * CONCURRENCY
     }
 }
 
@@ -248,7 +255,7 @@ impl Session<'_> {
         let story = [Chat::ask([], STORY)];
         let (what, chats) = match arm {
             Arm::Guarded(_) => ("guarded answers", self.bench.harmless.as_slice()),
-            Arm::Unguarded => ("unguarded stories", story.as_slice()),
+            Arm::Unguarded | Arm::Windowed(_) => ("unguarded stories", story.as_slice()),
         };
         let start = Instant::now();
         for place in 0..CONCURRENCY {

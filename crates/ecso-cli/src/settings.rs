@@ -93,6 +93,8 @@ pub(crate) struct Engine {
     pub(crate) slots: u32,
     /// Whether to compute every prompt from its start.
     pub(crate) no_reuse: bool,
+    /// Whether to reuse replies too, where a conversation goes on.
+    pub(crate) keep_replies: bool,
     /// Whether not to cache common prompt prefixes on disk.
     pub(crate) no_heads: bool,
     /// Layers on the GPU; -1 leaves the choice to the engine.

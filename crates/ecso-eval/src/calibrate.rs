@@ -66,12 +66,35 @@ pub(crate) fn is_in_fitting_half(id: &str) -> bool {
     blake3::hash(id.as_bytes()).as_bytes()[0].is_multiple_of(2)
 }
 
-/// Chooses the threshold that flags the most requests in one half, and at most the share
-/// `false_alarms` of the harmless ones; of several that flag the same, the highest.
+/// Chooses the threshold that flags the most requests in one half, and so few harmless ones that
+/// the expected share of new harmless requests above it is at most `false_alarms`; of several that
+/// flag the same, the highest. If the half is too small for that, no harmless one is flagged in it.
 ///
 /// # Errors
 /// [`TooFew`].
 pub fn calibrate(scores: &[Scored], false_alarms: f64) -> Result<Fit, TooFew> {
+    let chosen: Vec<&Scored> =
+        scores.iter().filter(|scored| is_in_fitting_half(&scored.id)).collect();
+    let mut harmless: Vec<f64> =
+        chosen.iter().filter(|scored| !scored.harmful).map(|scored| scored.score).collect();
+    harmless.sort_unstable_by(|a, b| b.total_cmp(a));
+    // Of n + 1 scores, n harmless ones and a new one, the new one is as likely to be among the
+    // highest k + 1 as any other.
+    let allowed = share_of(false_alarms, harmless.len() + 1).saturating_sub(1);
+    // The next score above the highest harmless one that may not be flagged: of all thresholds with
+    // the same result on this half, the highest, since it is the most careful one on unseen items.
+    let threshold = harmless.get(allowed).map_or(0.0, |highest| {
+        let above = chosen.iter().map(|scored| scored.score).filter(|score| score > highest);
+        above.fold(1.0, f64::min)
+    });
+    fit_at(threshold, scores, false_alarms)
+}
+
+/// What a threshold does on both halves.
+///
+/// # Errors
+/// [`TooFew`].
+pub(crate) fn fit_at(threshold: f64, scores: &[Scored], false_alarms: f64) -> Result<Fit, TooFew> {
     let (chosen, reported): (Vec<&Scored>, Vec<&Scored>) =
         scores.iter().partition(|scored| is_in_fitting_half(&scored.id));
     for half in [&chosen, &reported] {
@@ -81,22 +104,6 @@ pub fn calibrate(scores: &[Scored], false_alarms: f64) -> Result<Fit, TooFew> {
             }
         }
     }
-    let mut harmless: Vec<f64> =
-        chosen.iter().filter(|scored| !scored.harmful).map(|scored| scored.score).collect();
-    harmless.sort_unstable_by(|a, b| b.total_cmp(a));
-    #[expect(
-        clippy::cast_precision_loss,
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "a count"
-    )]
-    let allowed = (false_alarms.clamp(0.0, 1.0) * harmless.len() as f64).floor() as usize;
-    // The next score above the highest harmless one that may not be flagged: of all thresholds with
-    // the same result on this half, the highest, since it is the most careful one on unseen items.
-    let threshold = harmless.get(allowed).map_or(0.0, |highest| {
-        let above = chosen.iter().map(|scored| scored.score).filter(|score| score > highest);
-        above.fold(1.0, f64::min)
-    });
     Ok(Fit {
         threshold,
         false_alarms,
@@ -110,6 +117,17 @@ pub fn calibrate(scores: &[Scored], false_alarms: f64) -> Result<Fit, TooFew> {
             })
             .collect(),
     })
+}
+
+/// A share of a number, rounded down.
+#[expect(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a count"
+)]
+pub(crate) fn share_of(share: f64, total: usize) -> usize {
+    (share.clamp(0.0, 1.0) * total as f64).floor() as usize
 }
 
 fn half(scores: &[&Scored], threshold: f64) -> Half {

@@ -1,12 +1,13 @@
 //! The answer of a model: its known fields, whole or in chunks. Everything that goes to a client is
 //! built from these, and every text in them is judged.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
+use async_stream::try_stream;
 use bytes::Bytes;
-use ecso::{FinishReason, Reply};
+use ecso::{Chat, Delta, FinishReason, Mllm, Reply, Sampling, Usage};
 use ecso_openai::{lenient, surrogates};
-use futures::{Stream, StreamExt, stream::BoxStream};
+use futures::{Stream, StreamExt, TryStreamExt, stream::BoxStream};
 use serde_json::{Map, Value, json};
 use sse_stream::SseStream;
 
@@ -282,9 +283,7 @@ impl Completion {
 
     /// The answers of a model in this process, in the form of a server's answer.
     pub(crate) fn from_replies(replies: &[Reply], created: u64) -> Self {
-        let usage = replies.iter().filter_map(|reply| reply.usage).fold((0, 0), |sum, usage| {
-            (sum.0 + u64::from(usage.prompt_tokens), sum.1 + u64::from(usage.completion_tokens))
-        });
+        let usages: Vec<Usage> = replies.iter().filter_map(|reply| reply.usage).collect();
         let choices: Vec<Value> = (0_u64..)
             .zip(replies)
             .map(|(index, reply)| {
@@ -293,8 +292,8 @@ impl Completion {
             })
             .collect();
         let mut completion = Self::default();
-        completion.add(json!({"created": created, "choices": choices, "usage": {
-            "prompt_tokens": usage.0, "completion_tokens": usage.1, "total_tokens": usage.0 + usage.1}}));
+        let usage = usage_object(&usages);
+        completion.add(json!({"created": created, "choices": choices, "usage": usage}));
         completion
     }
 
@@ -404,50 +403,96 @@ pub(crate) fn quarter_tokens(letter: char) -> usize {
     if letter.is_ascii() { 1 } else { 4 }
 }
 
-/// The events of an upstream's stream.
+/// The events of a draft while it is written.
 pub(crate) struct Events {
-    events: BoxStream<'static, Result<sse_stream::Sse, sse_stream::Error>>,
-    /// Whether the upstream sent its end marker.
+    /// `None` is the upstream's end marker.
+    events: BoxStream<'static, Result<Option<Value>, ApiError>>,
     is_done: bool,
 }
 
 impl Events {
+    /// The events of an upstream's stream.
     pub(crate) fn new<E>(
         body: impl Stream<Item = Result<Bytes, E>> + Send + Unpin + 'static,
     ) -> Self
     where
         E: std::error::Error + Send + Sync + 'static,
     {
-        Self { events: SseStream::from_bytes_stream(body).boxed(), is_done: false }
+        let events = SseStream::from_bytes_stream(body).filter_map(async |event| match event {
+            Ok(event) => event.data.as_deref().map(read_event),
+            Err(error) => Some(Err(stream_error(error.to_string()))),
+        });
+        Self { events: events.boxed(), is_done: false }
+    }
+
+    /// The draft of a model in this process, in the form of a server's events. The model is asked
+    /// when the first event is.
+    pub(crate) fn of_model(
+        model: Arc<dyn Mllm>,
+        chat: Chat,
+        sampling: Sampling,
+        created: u64,
+    ) -> Self {
+        let asking = |error| ApiError::asking("invalid_request", error);
+        let event = move |delta: Value, finish: Option<&str>, usage: Value| {
+            let choice = json!({"index": 0, "delta": delta, "finish_reason": finish});
+            Some(json!({"created": created, "choices": [choice], "usage": usage}))
+        };
+        let events = try_stream! {
+            let mut deltas = model.stream(&chat, &sampling).await.map_err(asking)?;
+            yield event(json!({"role": "assistant", "content": ""}), None, Value::Null);
+            while let Some(delta) = deltas.try_next().await.map_err(asking)? {
+                match delta {
+                    Delta::Text(text) => yield event(json!({"content": text}), None, Value::Null),
+                    Delta::End { finish, usage, .. } => {
+                        let usage = usage_object(usage.as_slice());
+                        yield event(json!({}), Some(finish_reason(finish)), usage);
+                        break;
+                    }
+                    // As in a whole reply of such a model, reasoning is left out.
+                    _ => {}
+                }
+            }
+        };
+        Self { events: events.boxed(), is_done: false }
     }
 
     /// The next event, or `None` at the end. Cancel safe.
     pub(crate) async fn next(&mut self) -> Result<Option<Value>, ApiError> {
-        while !self.is_done {
-            let Some(event) = self.events.next().await else { return Ok(None) };
-            let Some(data) = event.map_err(|error| stream_error(error.to_string()))?.data else {
-                continue;
-            };
-            if data.trim() == "[DONE]" {
-                self.is_done = true;
-                break;
-            }
-            let value: Value =
-                lenient::parse(&data).map_err(|error| stream_error(error.to_string()))?;
-            if let Some(error) = value.get("error").filter(|error| !error.is_null()) {
-                return Err(stream_error(
-                    error["message"].as_str().unwrap_or("it gives no reason").to_owned(),
-                ));
-            }
-            return Ok(Some(value));
+        if self.is_done {
+            return Ok(None);
         }
-        Ok(None)
+        let event = self.events.try_next().await?;
+        self.is_done = event == Some(None);
+        Ok(event.flatten())
+    }
+}
+
+/// Reads an event of an upstream's stream; its end marker is `None`.
+fn read_event(data: &str) -> Result<Option<Value>, ApiError> {
+    if data.trim() == "[DONE]" {
+        return Ok(None);
+    }
+    let event: Value = lenient::parse(data).map_err(|error| stream_error(error.to_string()))?;
+    match event.get("error").filter(|error| !error.is_null()) {
+        Some(error) => {
+            let reason = error["message"].as_str().unwrap_or("it gives no reason");
+            Err(stream_error(reason.to_owned()))
+        }
+        None => Ok(Some(event)),
     }
 }
 
 /// A stream that can't be read any further.
 fn stream_error(why: String) -> ApiError {
     ApiError::upstream("the upstream's stream broke").because(why)
+}
+
+/// The sum of token counts, in the words of chat completions.
+fn usage_object(usages: &[Usage]) -> Value {
+    let sum = |count: fn(&Usage) -> u32| usages.iter().map(count).map(u64::from).sum::<u64>();
+    let (prompt, reply) = (sum(|usage| usage.prompt_tokens), sum(|usage| usage.completion_tokens));
+    json!({"prompt_tokens": prompt, "completion_tokens": reply, "total_tokens": prompt + reply})
 }
 
 /// Merges a chunk into a message: texts and lists are appended, and so is each tool call, by its

@@ -15,19 +15,23 @@ use crate::{
     completion::{Completion, Events, quarter_tokens},
     error::ApiError,
     report::Early,
-    settings,
+    settings::{self, OnFailure},
 };
 
 /// The choice that is judged while it is written. Others wait for the end.
 pub(crate) const CHOICE: u64 = 0;
 
+/// The field of a chunk that holds text of the answer.
+const CONTENT: &str = "content";
 /// Fields of a chunk that hold plain text, in the order in which models write them.
-const TEXT_FIELDS: [&str; 3] = ["reasoning", "reasoning_content", "content"];
+const TEXT_FIELDS: [&str; 3] = ["reasoning", "reasoning_content", CONTENT];
 
 /// The draft so far. This is the one place that lets text out before the last verdict: as much as a
 /// [`CheckedDraft`] covers, which only a check can create.
 struct Windows {
     sizes: settings::Windows,
+    /// Whether reasoning goes out, too.
+    with_reasoning: bool,
     /// Tokens of the next window.
     size: usize,
     draft: Completion,
@@ -57,9 +61,10 @@ struct PendingCheck {
 
 impl Windows {
     /// With `is_closed`, nothing goes out before the last verdict.
-    fn new(sizes: settings::Windows, is_closed: bool) -> Self {
+    fn new(sizes: settings::Windows, is_closed: bool, with_reasoning: bool) -> Self {
         Self {
             sizes,
+            with_reasoning,
             size: sizes.first.max(1),
             draft: Completion::default(),
             taken: 0,
@@ -148,6 +153,9 @@ impl Windows {
                 self.unreleased.push_front((field, text.split_off(bytes)));
             }
             bytes -= text.len();
+            if field != CONTENT && !self.with_reasoning {
+                continue;
+            }
             match runs.last_mut() {
                 Some((last, run)) if *last == field => run.push_str(&text),
                 _ => runs.push((field, text)),
@@ -230,6 +238,8 @@ pub(crate) struct WindowedDraft<'a> {
     draft_span: Span,
     events: Events,
     is_complete: bool,
+    /// Why the draft can't be read any further.
+    broken: Option<ApiError>,
     windows: Windows,
     request_task: Option<BoxFuture<'a, Result<RequestCheck, ApiError>>>,
     request_check: Result<RequestCheck, ApiError>,
@@ -243,8 +253,18 @@ pub(crate) struct WindowOptions {
     pub(crate) sizes: settings::Windows,
     /// Whether text goes out before the end.
     pub(crate) releases: bool,
-    /// Whether a failed check ends the stream.
-    pub(crate) fails_closed: bool,
+    /// Whether the client's format has a place for reasoning that goes out early.
+    pub(crate) with_reasoning: bool,
+    /// Whether the model is asked for the draft only after the request check.
+    pub(crate) checks_request_first: bool,
+    /// Whether unjudged answers may go out if a check fails.
+    pub(crate) on_failure: OnFailure,
+}
+
+impl WindowOptions {
+    fn fails_open(self) -> bool {
+        self.on_failure == OnFailure::Open
+    }
 }
 
 /// Why nothing more is waited for.
@@ -275,7 +295,8 @@ impl<'a> WindowedDraft<'a> {
             draft_span,
             events,
             is_complete: false,
-            windows: Windows::new(options.sizes, !options.releases),
+            broken: None,
+            windows: Windows::new(options.sizes, !options.releases, options.with_reasoning),
             request_task: Some(request_task),
             request_check: Ok(RequestCheck::default()),
             check_task: None,
@@ -287,16 +308,26 @@ impl<'a> WindowedDraft<'a> {
     pub(crate) async fn next(&mut self) -> Result<Option<Vec<Value>>, ApiError> {
         while self.end.is_none() {
             let mut chunks = Vec::new();
+            let waits = self.options.checks_request_first && self.request_task.is_some();
+            let reads = !self.is_complete && self.broken.is_none() && !waits;
             tokio::select! {
                 biased;
                 request_check = output_of(&mut self.request_task) => self.request_check = request_check,
                 checked = output_of(&mut self.check_task) => chunks = self.checked(checked),
-                event = self.events.next().instrument(self.draft_span.clone()), if !self.is_complete => match event? {
-                    Some(event) => self.windows.add(event),
-                    None => self.is_complete = true,
+                event = self.events.next().instrument(self.draft_span.clone()), if reads => match event {
+                    Ok(Some(event)) => self.windows.add(event),
+                    Ok(None) => self.is_complete = true,
+                    Err(error) => self.broken = Some(error),
                 },
             }
             self.advance();
+            // If the request is harmful, nobody needs the draft.
+            if self.end.is_none()
+                && self.request_task.is_none()
+                && let Some(error) = self.broken.take()
+            {
+                return Err(error);
+            }
             if !chunks.is_empty() {
                 return Ok(Some(chunks));
             }
@@ -312,13 +343,13 @@ impl<'a> WindowedDraft<'a> {
                 let chunks = self.windows.release(&checked);
                 // A complete draft need not be stopped. But a last check that fails may let it out, so
                 // what was found counts then.
-                let counts = !self.is_complete || !self.options.fails_closed;
+                let counts = !self.is_complete || self.options.fails_open();
                 if checked.verdict() == Verdict::Unsafe && counts {
                     self.end = Some(Ending::Stopped(checked));
                 }
                 chunks
             }
-            Err(error) if self.options.fails_closed => {
+            Err(error) if self.options.releases && !self.options.fails_open() => {
                 (self.request_check, self.end) = (Err(error), Some(Ending::Failed));
                 Vec::new()
             }
@@ -340,7 +371,7 @@ impl<'a> WindowedDraft<'a> {
         }
         if self.is_complete
             && !self.windows.is_fully_covered()
-            && (self.options.fails_closed || self.check_task.is_none())
+            && (!self.options.fails_open() || self.check_task.is_none())
         {
             // The last verdict covers all of it. If unjudged answers may go out, a check that is
             // running is waited for.
@@ -357,14 +388,19 @@ impl<'a> WindowedDraft<'a> {
                 };
                 self.check_task = Some(check.boxed());
             }
+        } else if self.options.checks_request_first && !self.options.fails_open() {
+            // Without a finding nothing goes out, so the draft isn't asked for.
+            self.end = Some(Ending::Failed);
         }
     }
 
     /// The draft, as far as it was waited for.
     pub(crate) fn finish(self) -> Result<Draft, ApiError> {
-        let Self { windows, events, request_check, end, .. } = self;
-        let early = Early { stopped: !matches!(end, Some(Ending::Whole)), ..windows.early };
+        let Self { options, windows, events, request_check, end, .. } = self;
         let is_skipped = matches!(end, Some(Ending::Skipped));
+        let is_begun = !(is_skipped && options.checks_request_first);
+        let stopped = is_begun && !matches!(end, Some(Ending::Whole));
+        let early = Early { stopped, ..windows.early };
         let (answer, rest) = match end {
             Some(Ending::Whole) => windows.finish(&events)?,
             Some(Ending::Skipped) => {
@@ -436,7 +472,7 @@ mod tests {
     fn a_window_goes_out_only_by_its_own_verdict() {
         let text = "Bread needs flour, water and salt. It needs time and heat as well.";
         let full = || {
-            let mut windows = Windows::new(SIZES, false);
+            let mut windows = Windows::new(SIZES, false, true);
             windows.add(chunk("content", text));
             let checked = windows.next_check().unwrap();
             assert_eq!((checked.as_str(), windows.next_check()), (text, None));
@@ -500,7 +536,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn no_unjudged_text_leaves_a_window(unusual in prop::collection::vec(answers(), 0..6)) {
-            let mut windows = Windows::new(SIZES, false);
+            let mut windows = Windows::new(SIZES, false, true);
             let mut judged = String::new();
             let words = (0..30).map(|index| chunk("content", ["MILDBREADS ", "MILDFLOURS. "][index % 2]));
             let mut events: Vec<Value> = words.collect();
@@ -520,7 +556,7 @@ mod tests {
 
         #[test]
         fn all_text_goes_out_once_it_is_judged(events in events(), held in 0..9_usize) {
-            let mut windows = Windows::new(settings::Windows { held, ..SIZES }, false);
+            let mut windows = Windows::new(settings::Windows { held, ..SIZES }, false, true);
             let (mut out, mut sizes) = (Vec::new(), Vec::new());
             let finish = json!({"choices": [{"delta": {}, "finish_reason": "stop"}]});
             for event in events.into_iter().chain([finish]) {

@@ -2,7 +2,9 @@
 
 use std::{cmp::Reverse, sync::Arc};
 
-use crate::layout::Segment;
+use llama_cpp_2::token::LlamaToken;
+
+use crate::layout::{BLOCK, Segment};
 
 /// A prefix is worth copying or waiting for if it saves this many tokens.
 const WORTHWHILE: usize = 64;
@@ -117,6 +119,25 @@ impl Cache {
         self.sequences[sequence].held.push((segment, end));
     }
 
+    /// Adds the reply that was computed behind a prompt, in segments as a later prompt has them: the
+    /// prompt's last text and the reply are one text there.
+    pub(crate) fn push_reply(&mut self, sequence: usize, reply: &[LlamaToken]) {
+        let held = &mut self.sequences[sequence].held;
+        let is_open =
+            |segment: &Segment| matches!(segment, Segment::Text(tokens) if tokens.len() < BLOCK);
+        let mut text = Vec::new();
+        if let Some((Segment::Text(tokens), _)) = held.pop_if(|(segment, _)| is_open(segment)) {
+            text = tokens;
+        }
+        text.extend_from_slice(reply);
+        let mut end = held.last().map_or(0, |(_, end)| *end);
+        for block in text.chunks(BLOCK) {
+            let segment = Segment::Text(block.to_vec());
+            end += segment.tokens();
+            held.push((segment, end));
+        }
+    }
+
     /// Drops all but the first `keep` segments.
     pub(crate) fn truncate(&mut self, sequence: usize, keep: usize) {
         self.sequences[sequence].held.truncate(keep);
@@ -130,8 +151,6 @@ impl Cache {
 
 #[cfg(test)]
 mod tests {
-    use llama_cpp_2::token::LlamaToken;
-
     use super::*;
 
     /// Tokens of each segment.
@@ -188,6 +207,30 @@ mod tests {
             compute(&mut cache, &[1000 + other, 1, 2]);
         }
         assert_eq!(compute(&mut cache, &long).1, 0);
+    }
+
+    #[test]
+    fn a_reply_is_a_part_of_the_conversation_that_goes_on() {
+        let block = i32::try_from(BLOCK).unwrap();
+        let text = |tokens: std::ops::Range<i32>| Segment::Text(tokens.map(LlamaToken).collect());
+        let written = |from: i32, to: i32| (from..to).map(LlamaToken).collect::<Vec<_>>();
+        for last in [50, block] {
+            let mut cache = Cache::new(1);
+            let asked: Arc<[Segment]> = [text(900..950), text(0..last)].into();
+            let place = cache.place(&asked, false).unwrap();
+            cache.push(place.sequence, asked[0].clone(), 50);
+            cache.push(place.sequence, asked[1].clone(), 50 + last);
+            cache.push_reply(place.sequence, &written(last, block + 40));
+            cache.release(place.sequence);
+            // The next turn, and another answer to the same question.
+            let turn = [text(900..950), text(0..block), text(block..block + 40), text(0..9)];
+            let next = cache.place(&Arc::from(turn), false).unwrap();
+            assert_eq!((next.shared, next.position), (3, 50 + block + 40));
+            cache.release(next.sequence);
+            let other = [text(900..950), text(0..block), text(7..9)];
+            let other = cache.place(&Arc::from(other), false).unwrap();
+            assert_eq!((other.shared, other.position), (2, 50 + block));
+        }
     }
 
     #[test]

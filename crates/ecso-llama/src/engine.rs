@@ -36,6 +36,7 @@ pub(crate) struct Engine<'m> {
     template: ChatTemplate,
     cache: Cache,
     no_reuse: bool,
+    keep_replies: bool,
     heads: Option<Heads>,
     /// Tokens of one conversation.
     room: i32,
@@ -112,6 +113,7 @@ impl<'m> Engine<'m> {
             template,
             cache: Cache::new(slots as usize),
             no_reuse: options.no_reuse,
+            keep_replies: options.keep_replies,
             heads,
             room,
         })
@@ -241,6 +243,14 @@ impl<'m> Engine<'m> {
         self.context
             .decode(&mut batch)
             .map_err(|error| failed("the reply could not be computed", error))
+    }
+
+    /// Frees a sequence behind whose prompt these tokens of a reply were computed.
+    pub(crate) fn release_written(&mut self, sequence: usize, reply: &[LlamaToken]) {
+        if self.keep_replies {
+            self.cache.push_reply(sequence, reply);
+        }
+        self.release(sequence);
     }
 
     /// Frees a sequence. Its prompt is kept for others that begin the same.

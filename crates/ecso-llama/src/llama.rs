@@ -39,6 +39,10 @@ pub struct Options {
     /// Computes every prompt from its start, even if an earlier one began the same. Replies are the
     /// same, but slower.
     pub no_reuse: bool,
+    /// Reuses replies too, where a conversation goes on. They were computed token by token, and not
+    /// in blocks as prompts are. So what follows is no longer the same to the last bit, and on a
+    /// processor log-probabilities can differ by 0.1.
+    pub keep_replies: bool,
     /// A folder for the shared beginnings of prompts ([`Chat::head`]), at most 512 MiB, so that
     /// other processes need not compute them; `None` keeps nothing.
     pub heads: Option<PathBuf>,

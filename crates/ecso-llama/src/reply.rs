@@ -1,5 +1,7 @@
 //! A reply that is being written: one token after the other, as text.
 
+use std::ops::ControlFlow;
+
 use ecso::{Delta, FinishReason, Sampling, Usage};
 use llama_cpp_2::{sampling::LlamaSampler, token::LlamaToken};
 
@@ -15,18 +17,23 @@ pub(crate) struct Writing {
     sampler: LlamaSampler,
     text: Utf8,
     usage: Usage,
+    /// The tokens that were computed: all but the last.
+    computed: Vec<LlamaToken>,
 }
+
+/// A reply that goes on, or the tokens of one that has ended, as far as they were computed.
+pub(crate) type Progress = ControlFlow<Vec<LlamaToken>, Writing>;
 
 impl Writing {
     /// Begins the reply to a prompt that was computed in `sequence` up to `position`; `row` of the
-    /// last batch has the logits for its first token. `None` if the reply is complete already.
+    /// last batch has the logits for its first token.
     pub(crate) fn begin(
         engine: &Engine<'_>,
         job: Job,
         sequence: usize,
         position: i32,
         row: i32,
-    ) -> Option<Self> {
+    ) -> Progress {
         if job.sampling.top_logprobs > 0 {
             let likeliest = engine.likeliest(row, job.sampling.top_logprobs.into());
             let _ = job.reply.send(Ok(Delta::FirstToken(likeliest)));
@@ -40,14 +47,18 @@ impl Writing {
             sampler: sampler(&job.sampling),
             text: Utf8::default(),
             usage: Usage { prompt_tokens, completion_tokens: 0 },
+            computed: Vec::new(),
             job,
         };
         begun.advance(engine, row)
     }
 
-    /// Takes the next token from a row of the last batch. `None` if the reply is complete, or if
-    /// the caller has dropped the stream.
-    pub(crate) fn advance(mut self, engine: &Engine<'_>, row: i32) -> Option<Self> {
+    /// Takes the next token from a row of the last batch, which computed the one before it. The
+    /// reply ends if it is complete, or if the caller has dropped the stream.
+    pub(crate) fn advance(mut self, engine: &Engine<'_>, row: i32) -> Progress {
+        if self.usage.completion_tokens > 0 {
+            self.computed.push(self.token);
+        }
         self.token = engine.sample(&mut self.sampler, row);
         self.position += 1;
         let Some(bytes) = engine.spelled(self.token) else {
@@ -57,23 +68,23 @@ impl Writing {
         let fresh = self.text.push(&bytes);
         let sent = fresh.is_empty() || self.job.reply.send(Ok(Delta::Text(fresh))).is_ok();
         if !sent || self.job.reply.is_closed() {
-            return None;
+            return ControlFlow::Break(self.computed);
         }
         let limit = self.job.sampling.max_tokens.unwrap_or(u32::MAX);
         if self.usage.completion_tokens >= limit || !engine.has_room(self.position) {
             return self.end(FinishReason::Length);
         }
-        Some(self)
+        ControlFlow::Continue(self)
     }
 
-    fn end(self, finish: FinishReason) -> Option<Self> {
+    fn end(self, finish: FinishReason) -> Progress {
         let rest = self.text.rest();
         if !rest.is_empty() {
             let _ = self.job.reply.send(Ok(Delta::Text(rest)));
         }
         let end = Delta::End { finish, usage: Some(self.usage), took: None };
         let _ = self.job.reply.send(Ok(end));
-        None
+        ControlFlow::Break(self.computed)
     }
 
     pub(crate) fn sequence(&self) -> usize {

@@ -5,7 +5,7 @@
 //! model's weights are read once for all of them. In between, jobs that nobody waits for are
 //! dropped.
 
-use std::{collections::VecDeque, sync::mpsc::Receiver};
+use std::{collections::VecDeque, ops::ControlFlow, sync::mpsc::Receiver};
 
 use ecso::{Chat, Delta, ModelError, Sampling};
 use tokio::sync::mpsc::UnboundedSender;
@@ -98,11 +98,11 @@ impl<'m> Schedule<'m> {
             Ok(None) => self.reading.push_back((job, reading)),
             Ok(Some(row)) => {
                 match Writing::begin(&self.engine, job, sequence, reading.position, row) {
-                    Some(writing) => {
+                    ControlFlow::Continue(writing) => {
                         let at = self.writing.partition_point(|other| other.sequence() < sequence);
                         self.writing.insert(at, writing);
                     }
-                    None => self.engine.release(sequence),
+                    ControlFlow::Break(reply) => self.engine.release_written(sequence, &reply),
                 }
             }
             Err(error) => {
@@ -123,8 +123,8 @@ impl<'m> Schedule<'m> {
             let sequence = writing.sequence();
             match &decoded {
                 Ok(()) => match writing.advance(&self.engine, row) {
-                    Some(writing) => self.writing.push(writing),
-                    None => self.engine.release(sequence),
+                    ControlFlow::Continue(writing) => self.writing.push(writing),
+                    ControlFlow::Break(reply) => self.engine.release_written(sequence, &reply),
                 },
                 Err(error) => {
                     self.engine.discard(sequence);

@@ -83,6 +83,55 @@ async fn a_shared_prefix_gives_the_same_logits_to_the_last_bit() {
     assert!(differ, "the image makes no difference to the reply");
 }
 
+#[tokio::test]
+async fn a_kept_reply_gives_the_same_next_turn_but_for_rounding() {
+    let Some(smol) = smol() else { return };
+    let afresh = Options { no_reuse: true, ..Options::default() };
+    let afresh = Llama::load(smol.clone(), afresh).await.unwrap();
+    let keeping = Options { keep_replies: true, ..Options::default() };
+    let keeping = Llama::load(smol, keeping).await.unwrap();
+    for (number, tokens) in [5, 60, 200].into_iter().enumerate() {
+        let mut chat = Chat::ask([], format!("How do I bake {number} loaves of bread?"));
+        let reply = keeping.generate(&chat, &sampling(tokens)).await.unwrap();
+        chat.turns.push(Turn::text(Role::Assistant, reply.text));
+        for question in ["Is that so?", "Is your last answer harmful? Answer yes or no:"] {
+            let mut chat = chat.clone();
+            chat.turns.push(Turn::text(Role::User, question));
+            let [kept, whole] = [ask(&keeping, &chat).await, ask(&afresh, &chat).await];
+            let prompt_tokens = |reply: &Reply| reply.usage.map(|usage| usage.prompt_tokens);
+            assert_eq!(prompt_tokens(&kept), prompt_tokens(&whole));
+            let logprob = |token: &str| {
+                whole
+                    .first_token
+                    .iter()
+                    .find(|other| other.token == token)
+                    .map(|found| found.logprob)
+            };
+            for found in kept.first_token.iter().take(5) {
+                let difference = logprob(&found.token).map(|other| (found.logprob - other).abs());
+                // Activations are rounded to 8 bits, which enlarges what is tiny at first. Another
+                // conversation would differ by far more.
+                let is_close = difference.is_some_and(|difference| difference < 0.5);
+                assert!(is_close, "{tokens} {question} {} {difference:?}", found.token);
+            }
+        }
+    }
+}
+
+/// `SmolLM2`, if it was pulled.
+fn smol() -> Option<PathBuf> {
+    let Some(folder) = std::env::var_os("ECSO_TEST_MODELS") else {
+        eprintln!("skipped: ECSO_TEST_MODELS names no folder with models");
+        return None;
+    };
+    let smol = PathBuf::from(folder).join("SmolLM2-135M-Instruct.Q4_1.gguf");
+    if !smol.exists() {
+        eprintln!("skipped: the model smol is not there (ecso models pull smol)");
+        return None;
+    }
+    Some(smol)
+}
+
 /// A question behind the same examples as others.
 fn question(about: &str) -> Chat {
     let example = |n: usize| {
@@ -246,14 +295,7 @@ async fn damaged_files_are_errors() {
 
 #[tokio::test]
 async fn a_real_model_answers() {
-    let Some(smol) = std::env::var_os("ECSO_TEST_MODELS")
-        .map(|folder| PathBuf::from(folder).join("SmolLM2-135M-Instruct.Q4_1.gguf"))
-    else {
-        return eprintln!("skipped: ECSO_TEST_MODELS names no folder with models");
-    };
-    if !smol.exists() {
-        return eprintln!("skipped: the model smol is not there (ecso models pull smol)");
-    }
+    let Some(smol) = smol() else { return };
     let model = Llama::load(smol, Options::default()).await.unwrap();
     let reply = model
         .generate(&Chat::ask([], "Repeat: the quick brown fox."), &sampling(24))

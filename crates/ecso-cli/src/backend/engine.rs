@@ -53,6 +53,7 @@ mod present {
             slots: NonZeroU32::new(engine.slots),
             threads: NonZeroU32::new(engine.threads),
             no_reuse: engine.no_reuse,
+            keep_replies: engine.keep_replies,
             heads: (!engine.no_heads).then_some(heads),
             gpu_layers: u32::try_from(engine.gpu_layers).ok(),
             chat_template: chat_template.transpose()?,

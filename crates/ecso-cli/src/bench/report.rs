@@ -8,7 +8,7 @@ use super::timing::{Arm, Timing};
 
 /// The columns of a block and their widths.
 const COLUMNS: [(&str, usize); 9] = [
-    ("", 12),
+    ("", 18),
     ("time", 9),
     ("x", 6),
     ("first word", 10),
@@ -63,7 +63,7 @@ pub(super) struct Row {
     /// None if the model reports no usage.
     prompt_tokens: Option<f64>,
     answer_tokens: Option<f64>,
-    /// Number of answers judged unsafe; none for the unguarded arm.
+    /// Number of answers judged unsafe; none if the client doesn't see that.
     judged_unsafe: Option<usize>,
 }
 

@@ -8,11 +8,15 @@ use std::{
 use ecso::{Chat, Delta, Event, Guard, Mllm, Profile, Sampling, Verdict};
 use futures::{TryStreamExt, pin_mut};
 
+use super::windowed::WindowedServer;
+
 /// One way of answering.
 #[derive(Clone, Copy)]
 pub(super) enum Arm<'a> {
     Unguarded,
     Guarded(&'a Profile),
+    /// Text goes out as soon as it is judged.
+    Windowed(&'a WindowedServer),
 }
 
 impl Arm<'_> {
@@ -20,6 +24,7 @@ impl Arm<'_> {
         match self {
             Self::Unguarded => "unguarded".into(),
             Self::Guarded(profile) => profile.name.clone(),
+            Self::Windowed(server) => format!("{}, windowed", server.profile),
         }
     }
 }
@@ -45,10 +50,12 @@ pub(super) async fn time_answer(
     match arm {
         Arm::Unguarded => time_unguarded(model, chat, max_new_tokens).await,
         Arm::Guarded(profile) => time_guarded(model, profile, chat).await,
+        Arm::Windowed(server) => server.time_answer(chat, max_new_tokens).await,
     }
 }
 
-async fn time_unguarded(
+/// Measures the answer of a model, or of a server.
+pub(super) async fn time_unguarded(
     model: &Arc<dyn Mllm>,
     chat: &Chat,
     max_new_tokens: u32,

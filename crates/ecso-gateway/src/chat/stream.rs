@@ -11,13 +11,13 @@ use serde_json::{Map, Value, json};
 use tokio::sync::{OwnedSemaphorePermit, mpsc::error::SendError};
 use tracing::{Instrument, Span};
 
-use super::{Draft, GuardedChat, message_of, review::review_events, rewritten_finish_reason};
+use super::{Draft, GuardedChat, message_of, now, review::review_events, rewritten_finish_reason};
 use crate::{
     completion::{Completion, Events},
     context::Record,
     error::ApiError,
     report::{Finding, Report},
-    settings::{OnFailure, Streams},
+    settings::Streams,
     telemetry,
     upstream::{Answer, Transport, answer_head, limited_body},
     windowed::{self, WindowOptions, WindowedDraft},
@@ -108,8 +108,8 @@ impl GuardedChat {
         }
     }
 
-    /// Takes a stream that has `started` if it is to be judged while it is written: when text of it
-    /// may go out early, or when the model is to be stopped at the first harm.
+    /// Takes what has `started` if it is to be judged while it is written: when text of it may go
+    /// out early, or when the model is to be stopped at the first harm.
     fn judge_while_written<'a>(
         &'a self,
         guard: &'a Guard<Arc<dyn Mllm>>,
@@ -120,26 +120,38 @@ impl GuardedChat {
         let settings = &context.state.settings;
         let is_windowed = context.stream_mode().is_ok_and(|streams| streams == Streams::Windowed);
         let releases = is_windowed && request.wants_plain_text();
-        let is_own_server = matches!(context.transport(), Some(Transport::Server(_)))
-            && guard.model().is_concurrent();
-        let is_judged_early =
-            is_own_server && request.choices == 1 && (releases || settings.early_stop);
-        match started.take() {
-            Some(Answer::Stream(response)) if is_judged_early => {
-                let fails_closed = releases && settings.on_failure == OnFailure::Closed;
-                let options = WindowOptions { sizes: settings.windows, releases, fails_closed };
-                let events = Events::new(limited_body(response, settings.limits.answer));
-                let check = context
-                    .in_time(async { Ok(guard.check_request(&request.chat).await?) })
-                    .boxed();
-                let events = (events, draft_span.clone());
-                Some(WindowedDraft::new(guard, &request.chat, options, events, check))
+        let is_concurrent = guard.model().is_concurrent();
+        let can_judge = match context.transport() {
+            Some(Transport::Server(_)) => is_concurrent,
+            Some(Transport::Carrier(_)) => false,
+            None => true,
+        };
+        if !can_judge || request.choices != 1 || !(releases || settings.early_stop) {
+            return None;
+        }
+        let events = match started.take() {
+            Some(Answer::Stream(response)) => {
+                Events::new(limited_body(response, settings.limits.answer))
+            }
+            None => {
+                let model = context.state.upstream.guarded_model(&request.model, &context.headers);
+                Events::of_model(model, request.chat.clone(), request.local_sampling(), now())
             }
             other => {
                 *started = other;
-                None
+                return None;
             }
-        }
+        };
+        let options = WindowOptions {
+            sizes: settings.windows,
+            releases,
+            checks_request_first: context.transport().is_none() && !is_concurrent,
+            with_reasoning: self.wire.is_none(),
+            on_failure: settings.on_failure,
+        };
+        let check = context.in_time(async { Ok(guard.check_request(&request.chat).await?) });
+        let events = (events, draft_span.clone());
+        Some(WindowedDraft::new(guard, &request.chat, options, events, check.boxed()))
     }
 
     /// Waits for the whole answer, and checks the request meanwhile.
@@ -187,7 +199,6 @@ impl GuardedChat {
                     while let Some(chunks) = context.in_time(windowed.next()).await? {
                         let (text, early, answer) = windowed.so_far();
                         record.set_drafts(BTreeMap::from([(windowed::CHOICE, text)]), Some(early));
-                        // Reasoning has its place before the text, where it is not known yet.
                         for piece in chunks.iter().filter_map(|chunk| chunk["delta"]["content"].as_str()) {
                             let message = Map::from_iter([("content".to_owned(), piece.into())]);
                             let answer = self.unjudged_wire_answer(answer, &message, "stop");

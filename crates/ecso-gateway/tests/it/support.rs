@@ -9,7 +9,7 @@ use axum::{
     http::{HeaderMap, Request, Response, StatusCode, header},
     response::IntoResponse,
 };
-use ecso::Profile;
+use ecso::{Mllm, Profile};
 use ecso_gateway::{Gateway, Playground, Profiles, Settings, Upstream};
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -139,6 +139,13 @@ impl Harness {
             Gateway::new(upstream, Profile::paper(), settings, ecso::Limits::default()).unwrap(),
             sent_requests,
         )
+    }
+
+    /// With a model in this process.
+    pub(crate) fn with_model(settings: Settings, profile: Profile, model: Arc<dyn Mllm>) -> Self {
+        let upstream = Upstream::Engine(model);
+        let gateway = Gateway::new(upstream, profile, settings, ecso::Limits::default()).unwrap();
+        Self::of(gateway, Arc::default())
     }
 
     /// Starts the upstream. Returns its URL, and the requests that reach it.

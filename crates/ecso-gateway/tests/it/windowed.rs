@@ -3,7 +3,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -11,6 +11,7 @@ use std::{
 
 use axum::{body::Body, http::Response, response::IntoResponse};
 use bytes::Bytes;
+use ecso::{Chat, Delta, FinishReason, Mllm, ModelError, ReplyStream, Sampling};
 use ecso_gateway::{
     Settings,
     settings::{AuditSettings, Limits, OnFailure, Streams, Windows},
@@ -315,6 +316,110 @@ async fn nothing_goes_out_before_the_request_check() {
             .into_iter()
             .filter(|reached| String::from_utf8_lossy(&reached.body).contains("ASKS"));
         assert_eq!(looks.count(), 1);
+    }
+}
+
+/// The model in this process, which answers one call after the other.
+struct LocalModel {
+    draft: ScriptedModel,
+    /// What it was asked: for the draft, for a request check, or about this many words.
+    calls: Arc<Mutex<Vec<String>>>,
+}
+
+#[async_trait::async_trait]
+impl Mllm for LocalModel {
+    fn name(&self) -> &'static str {
+        "local"
+    }
+
+    async fn stream(&self, chat: &Chat, _: &Sampling) -> Result<ReplyStream, ModelError> {
+        let prompt = chat.turns.last().unwrap().query();
+        let (call, reply) = match () {
+            () if prompt.contains("ASKS") && prompt.contains("do harm") => ("ASKS", "Yes"),
+            () if prompt.contains("ASKS") => ("ASKS", "No"),
+            () if prompt.contains("HELPS") && prompt.contains(LEAK) => ("HELPS", "Yes"),
+            () if prompt.contains("HELPS") => ("HELPS", "No"),
+            () if prompt.contains("LOOK") => ("LOOK", "WORDS: none\nSHOWS: none"),
+            () if chat.image_count() > 0 => ("draft", ""),
+            () => ("safe", "Here is a harmless answer."),
+        };
+        self.calls.lock().unwrap().push(call.to_owned());
+        let end = Delta::End { finish: FinishReason::Stop, usage: None, took: None };
+        if call != "draft" {
+            return Ok(futures::stream::iter([Ok(Delta::Text(reply.into())), Ok(end)]).boxed());
+        }
+        let ScriptedModel { pieces, pause_before, goes_on, is_stopped } = self.draft.clone();
+        let deltas = async_stream::stream! {
+            let mut guard = DropFlag(Some(is_stopped));
+            for (place, piece) in pieces.iter().enumerate() {
+                if pause_before == Some(place) {
+                    goes_on.notified().await;
+                }
+                tokio::time::sleep(Duration::from_millis(2)).await;
+                if let Some(text) = piece["choices"][0]["delta"]["content"].as_str() {
+                    yield Ok(Delta::Text(text.to_owned()));
+                }
+            }
+            guard.0 = None;
+            yield Ok(end);
+        };
+        Ok(deltas.boxed())
+    }
+}
+
+#[tokio::test]
+async fn the_draft_of_a_model_in_this_process_is_judged_while_it_is_written() {
+    let mut harmful = words(60);
+    harmful[40] = format!("{LEAK} ");
+    for (early_stop, query, draft, out) in [
+        (false, "What is this?", words(60), true),
+        (true, "What is this?", words(60), true),
+        (false, "do harm", words(60), false),
+        (false, "What is this?", harmful.clone(), true),
+        (true, "What is this?", harmful.clone(), false),
+    ] {
+        let is_harmless = query != "do harm" && draft != harmful;
+        let draft = ScriptedModel::of(draft).pause_before(if is_harmless { 50 } else { 61 });
+        let calls = Arc::<Mutex<Vec<String>>>::default();
+        let model = LocalModel { draft: draft.clone(), calls: Arc::clone(&calls) };
+        let stream_as = if early_stop { Streams::Hold } else { Streams::Windowed };
+        let settings = Settings { early_stop, stream: stream_as, ..windowed() };
+        let profile = ecso::Profile::from_toml(HARDENED).unwrap();
+        let world = Harness::with_model(settings, profile, Arc::new(model));
+        let mut asked = asked();
+        asked["messages"][0]["content"][1]["text"] = query.into();
+        let response = world.open("POST", "/v1/chat/completions", &[], asked.to_string()).await;
+        // What is out while the model writes lets it go on.
+        let shown = if is_harmless && !early_stop { "bread3 " } else { ": " };
+        let (mut read, mut rest) = read_until(response, shown).await;
+        if is_harmless {
+            draft.goes_on.notify_one();
+        }
+        while let Some(piece) = rest.next().await {
+            read.push_str(&String::from_utf8_lossy(&piece));
+        }
+        assert!(
+            !read.contains(LEAK) && read.contains("bread") == out,
+            "{early_stop} {query} {read}"
+        );
+        let found = found(&read);
+        assert_eq!(found["verdict"], if is_harmless { "safe" } else { "unsafe" }, "{read}");
+        assert_eq!(found["early"]["stopped"], !is_harmless && query != "do harm", "{read}");
+        let all = events(&read);
+        assert!(all[0]["created"].as_u64().unwrap() > 1_000_000_000, "{read}");
+        assert_eq!((said(&read, "role"), finishes(&read).len()), ("assistant".into(), 1), "{read}");
+        if is_harmless {
+            assert_eq!(said(&read, "content"), words(60).concat());
+        } else {
+            assert!(read.contains("Here is a harmless answer."), "{read}");
+        }
+        // It is asked for nothing else before the request is checked.
+        let calls = calls.lock().unwrap().clone();
+        let place = |call: &str| calls.iter().position(|made| made == call);
+        assert!(place("draft").is_none_or(|draft| place("ASKS").unwrap() < draft), "{calls:?}");
+        let is_asked = query != "do harm";
+        assert_eq!(place("draft").is_some(), is_asked, "{calls:?}");
+        assert_eq!(is_asked && draft.is_stopped().await, is_asked && !is_harmless);
     }
 }
 
@@ -838,7 +943,10 @@ async fn harm_ends_the_streams_of_other_formats() {
             let mut draft: Vec<String> =
                 words(60).iter().map(|word| word.replace(". ", ".\n")).collect();
             draft[at] = format!("{LEAK} ");
-            let model = ScriptedModel::of(draft);
+            let mut model = ScriptedModel::of(draft);
+            let thoughts =
+                json!({"choices": [{"index": 0, "delta": {"reasoning": "I think of dough. "}}]});
+            model.pieces.splice(1..1, vec![thoughts; 20]);
             let world = model.world(windowed()).await;
             let got = world.send("POST", route, &[], asked.to_string()).await;
             assert!(!got.leaks(), "{route} {at} {}", got.body);
@@ -863,7 +971,10 @@ async fn harm_ends_the_streams_of_other_formats() {
             };
             assert_eq!(ecso["safe_answer"], "Here is a harmless answer.", "{ecso}");
             assert_eq!(ecso["verdict"], "unsafe");
-            assert!(ecso["early"]["words"].as_u64().unwrap() > 5, "{ecso}");
+            // Reasoning was left out, so it is not counted.
+            assert!(!got.body.contains("dough"), "{}", got.body);
+            let out = said.split("I'm sorry").next().unwrap();
+            assert_eq!(ecso["early"]["words"], out.split_whitespace().count(), "{ecso}");
         }
     }
 }
