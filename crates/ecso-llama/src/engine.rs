@@ -17,7 +17,7 @@ use crate::{
     heads::Heads,
     layout::{BLOCK, Segment, lay_out},
     llama::{Options, backend, failed},
-    reply::Next,
+    reply::{Next, Written},
     template::{ChatTemplate, Vocabulary},
 };
 
@@ -245,10 +245,17 @@ impl<'m> Engine<'m> {
             .map_err(|error| failed("the reply could not be computed", error))
     }
 
-    /// Frees a sequence behind whose prompt these tokens of a reply were computed.
-    pub(crate) fn release_written(&mut self, sequence: usize, reply: &[LlamaToken]) {
-        if self.keep_replies {
-            self.cache.push_reply(sequence, reply);
+    /// Frees a sequence whose reply has ended.
+    pub(crate) fn release_written(&mut self, sequence: usize, written: Written) {
+        let Written { mut computed, last } = written;
+        // A word, as a check's reply is, is no turn of a conversation.
+        if self.keep_replies && !computed.is_empty() {
+            if let Some(last) = last.filter(|last| self.has_room(last.position))
+                && self.decode(&[last]).is_ok()
+            {
+                computed.push(last.token);
+            }
+            self.cache.push_reply(sequence, &computed);
         }
         self.release(sequence);
     }

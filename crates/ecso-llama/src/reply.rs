@@ -21,8 +21,17 @@ pub(crate) struct Writing {
     computed: Vec<LlamaToken>,
 }
 
-/// A reply that goes on, or the tokens of one that has ended, as far as they were computed.
-pub(crate) type Progress = ControlFlow<Vec<LlamaToken>, Writing>;
+/// A reply that has ended.
+#[derive(Debug, Default)]
+pub(crate) struct Written {
+    /// Its tokens that were computed behind its prompt.
+    pub(crate) computed: Vec<LlamaToken>,
+    /// Its last token, if that was not computed because there was no room for another one.
+    pub(crate) last: Option<Next>,
+}
+
+/// A reply that goes on, or has ended.
+pub(crate) type Progress = ControlFlow<Written, Writing>;
 
 impl Writing {
     /// Begins the reply to a prompt that was computed in `sequence` up to `position`; `row` of the
@@ -68,7 +77,7 @@ impl Writing {
         let fresh = self.text.push(&bytes);
         let sent = fresh.is_empty() || self.job.reply.send(Ok(Delta::Text(fresh))).is_ok();
         if !sent || self.job.reply.is_closed() {
-            return ControlFlow::Break(self.computed);
+            return ControlFlow::Break(Written { computed: self.computed, last: None });
         }
         let limit = self.job.sampling.max_tokens.unwrap_or(u32::MAX);
         if self.usage.completion_tokens >= limit || !engine.has_room(self.position) {
@@ -77,14 +86,15 @@ impl Writing {
         ControlFlow::Continue(self)
     }
 
-    fn end(self, finish: FinishReason) -> Progress {
-        let rest = self.text.rest();
+    fn end(mut self, finish: FinishReason) -> Progress {
+        let rest = std::mem::take(&mut self.text).rest();
         if !rest.is_empty() {
             let _ = self.job.reply.send(Ok(Delta::Text(rest)));
         }
         let end = Delta::End { finish, usage: Some(self.usage), took: None };
         let _ = self.job.reply.send(Ok(end));
-        ControlFlow::Break(self.computed)
+        let last = (finish == FinishReason::Length).then(|| self.next());
+        ControlFlow::Break(Written { computed: self.computed, last })
     }
 
     pub(crate) fn sequence(&self) -> usize {

@@ -102,7 +102,7 @@ impl<'m> Schedule<'m> {
                         let at = self.writing.partition_point(|other| other.sequence() < sequence);
                         self.writing.insert(at, writing);
                     }
-                    ControlFlow::Break(reply) => self.engine.release_written(sequence, &reply),
+                    ControlFlow::Break(written) => self.engine.release_written(sequence, written),
                 }
             }
             Err(error) => {
@@ -124,7 +124,7 @@ impl<'m> Schedule<'m> {
             match &decoded {
                 Ok(()) => match writing.advance(&self.engine, row) {
                     ControlFlow::Continue(writing) => self.writing.push(writing),
-                    ControlFlow::Break(reply) => self.engine.release_written(sequence, &reply),
+                    ControlFlow::Break(written) => self.engine.release_written(sequence, written),
                 },
                 Err(error) => {
                     self.engine.discard(sequence);
