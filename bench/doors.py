@@ -8,8 +8,8 @@
 
 The profile is the run's. Prints what differs, and how many results agree.
 
-The mock answers from a hash of everything it is sent, but for what only says how the reply is to travel: whoever sends it another prompt gets
-other probabilities, another description of the picture, and another draft.
+The mock answers from a hash of what it is asked (messages, images, limit, temperature): whoever sends it another prompt gets other
+probabilities, another description of the picture, and another draft.
 """
 import argparse
 import hashlib
@@ -29,13 +29,22 @@ from mocks import MockModel, completion, data_url, image_and_text, start_guard, 
 DOORS = ("plain", "streamed", "ask")
 
 
+def what_is_asked(request):
+    """What a model makes of a request: the same for every way to write it as JSON."""
+    messages = []
+    for message in request["messages"]:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        messages.append((message["role"], [part.get("text") or part["image_url"]["url"] for part in parts]))
+    return messages, request.get("max_tokens"), float(request.get("temperature") or 0)
+
+
 class HashModel(MockModel):
     """Replies, and probabilities of yes and no, from a hash of the request."""
 
     def do_POST(self) -> None:
         request = self.read_json()
-        asked = {key: value for key, value in request.items() if key not in ("stream", "stream_options")}
-        bits = hashlib.blake2b(json.dumps(asked, sort_keys=True).encode()).digest()
+        bits = hashlib.blake2b(repr(what_is_asked(request)).encode()).digest()
         if request.get("max_tokens", 0) > 8:
             reply, top = f"Take {bits[0]} eggs, {bits[1]} g of flour and {bits[2]} ml of milk.", None
             if "SHOWS:" in str(request["messages"][-1]):

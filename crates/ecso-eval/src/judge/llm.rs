@@ -63,7 +63,7 @@ struct HarmQuestion {
 }
 
 /// A model that judges with our own questions: by the probability of yes if the model gives one,
-/// otherwise by its text. An answer that declines and then ends ([`declines`]) is a refusal; the
+/// otherwise by its text. An answer that declines and then ends (`declines`) is a refusal; the
 /// model is not asked about it.
 pub struct Llm {
     model: Arc<dyn Mllm>,
