@@ -165,8 +165,10 @@ impl Bench {
     /// The number of answers to measure.
     fn total_answers(&self, settings: &Settings) -> usize {
         let blocks = if settings.is_server() || settings.engine.no_reuse { 3 } else { 4 };
-        let windowed = 2;
-        1 + self.runs * (2 + blocks * (self.profiles.len() + 1) + windowed) + 4 * CONCURRENCY
+        let rates = 2;
+        // The windowed arm is in two blocks.
+        let arms = blocks * (self.profiles.len() + 1) + 2;
+        1 + self.runs * (rates + arms) + 4 * CONCURRENCY
     }
 }
 

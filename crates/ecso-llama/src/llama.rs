@@ -41,7 +41,7 @@ pub struct Options {
     pub no_reuse: bool,
     /// Reuses replies too, where a conversation goes on. They were computed token by token, and not
     /// in blocks as prompts are. So what follows is no longer the same to the last bit, and on a
-    /// processor log-probabilities can differ by 0.1.
+    /// processor log-probabilities can differ by 0.15.
     pub keep_replies: bool,
     /// A folder for the shared beginnings of prompts ([`Chat::head`]), at most 512 MiB, so that
     /// other processes need not compute them; `None` keeps nothing.
