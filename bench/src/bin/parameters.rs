@@ -1,8 +1,9 @@
 //! How fast a model reads and writes, by the engine's parameters: `parameters MODEL.gguf`
 //!
-//! For each variant of block, attention, type of the KV memory, and threads: the time to load, tokens a second of prompts of 48 and 512 tokens behind a beginning that is kept, and
-//! milliseconds a token of one reply and of four that are written together. Each figure is the
-//! median of three, in turn with the other variants.
+//! For each variant of block, attention, type of the KV memory, and threads: the time to load,
+//! tokens a second of prompts of 48 and 512 tokens behind a beginning that is kept, and milliseconds
+//! a token of one reply and of four that are written together. Each figure is the median of three,
+//! in turn with the other variants.
 #![expect(clippy::print_stdout, reason = "it reports")]
 
 use std::{num::NonZeroU32, path::Path, time::Instant};
@@ -23,14 +24,17 @@ use llama_cpp_2::{
 const ROUNDS: usize = 3;
 /// Tokens before what is measured.
 const HEAD: usize = 128;
-const TOKENS: usize = 16;
+/// Tokens of a reply.
+const TOKENS: u32 = 16;
 
 #[derive(Clone, Copy)]
 struct Variant {
     name: &'static str,
+    /// Tokens of a prompt that are computed together.
     block: usize,
-    /// Flash attention: llama.cpp's own choice, off, or on.
+    /// Flash attention: -1 is llama.cpp's own choice, 0 off, 1 on.
     attention: i32,
+    /// The type of keys and values.
     memory: KvCacheType,
     threads: i32,
 }
@@ -121,14 +125,14 @@ fn measure(
             read(&mut context, variant.block, 0, HEAD, sequence)?;
         }
         let begun = Instant::now();
-        for position in HEAD..HEAD + TOKENS {
+        for position in HEAD..HEAD + TOKENS as usize {
             let mut batch = LlamaBatch::new(4, 1);
             for sequence in 0..sequences {
                 batch.add(token(position), i32::try_from(position)?, &[sequence], true)?;
             }
             context.decode(&mut batch)?;
         }
-        let tokens = f64::from(sequences) * 16.0;
+        let tokens = f64::from(sequences) * f64::from(TOKENS);
         times.push(begun.elapsed().as_secs_f64() / tokens);
     }
     Ok(())
