@@ -77,7 +77,7 @@ fn main() -> anyhow::Result<()> {
     for _ in 0..ROUNDS {
         for (variant, figures) in variants.iter().zip(&mut figures) {
             measure(&backend, file.as_ref(), *variant, figures)
-                .with_context(|| variant.name.to_owned())?;
+                .with_context(|| format!("{file}, {}", variant.name))?;
         }
     }
     println!("{:20} load s  48: tok/s  512: tok/s  1: ms/tok  4: ms/tok", "");
