@@ -123,7 +123,7 @@ pub(crate) struct Server {
     pub(crate) forget_after: u64,
     /// Seconds that `eval` and `synth` wait for a server that became unreachable.
     pub(crate) away_timeout: u64,
-    /// URL of a proxy; if empty, the environment decides.
+    /// URL of a proxy; if empty, the environment decides, and a server on this machine needs none.
     pub(crate) proxy: String,
     /// PEM file of certificates to trust besides the system's; empty for none.
     pub(crate) ca_file: PathBuf,

@@ -54,6 +54,16 @@ impl Base {
         &self.url
     }
 
+    /// Whether the host is this machine: `localhost`, a name below it, or a loopback address.
+    pub(crate) fn is_loopback(&self) -> bool {
+        match self.url.host() {
+            Some(Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
+            Some(Host::Ipv4(address)) => address.is_loopback(),
+            Some(Host::Ipv6(address)) => address.to_canonical().is_loopback(),
+            None => false,
+        }
+    }
+
     /// The URL of a path below the base.
     pub(crate) fn join(&self, path: &str) -> Url {
         let mut url = self.url.clone();
@@ -143,6 +153,23 @@ mod tests {
         );
         let azure = Base::parse("https://host/openai?api-version=1").unwrap().join("models");
         assert_eq!(azure.as_str(), "https://host/openai/models?api-version=1");
+    }
+
+    #[test]
+    fn loopback_hosts_are_known() {
+        for (written, loopback) in [
+            ("http://LOCALHOST:8000", true),
+            ("http://models.localhost", true),
+            ("http://127.8.0.1:1/v1", true),
+            ("http://[::1]:8000", true),
+            ("http://[::ffff:127.0.0.1]", true),
+            ("http://localhost.example.org", false),
+            ("http://127.example.org", false),
+            ("http://192.168.0.1", false),
+            ("http://0.0.0.0", false),
+        ] {
+            assert_eq!(Base::parse(written).unwrap().is_loopback(), loopback, "{written}");
+        }
     }
 
     #[test]

@@ -17,7 +17,7 @@ use serde_json::{Map, Value};
 use crate::{
     base::{Base, without_query},
     complaint::Complaint,
-    connect::{Bodies, http_client},
+    connect::{self, Bodies},
     options::Options,
     quirks::Memory,
     reply, request,
@@ -82,9 +82,10 @@ impl OpenAi {
     /// # Errors
     /// Those of [`OpenAi::connect`] that involve no server.
     pub fn new(base: &str, options: Options) -> Result<Self, ModelError> {
+        let base = Base::parse(base)?;
         Ok(Self {
-            base: Base::parse(base)?,
-            http: http_client(&options, Bodies::Unpacked)?,
+            http: connect::client(&base, &options, Bodies::Unpacked)?,
+            base,
             model: options.model.clone().unwrap_or_default(),
             memory: Arc::new(Memory::new(options.forget_after)),
             options,

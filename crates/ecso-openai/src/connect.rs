@@ -10,7 +10,7 @@ use rustls::{
 };
 use secrecy::ExposeSecret;
 
-use crate::options::Options;
+use crate::{base::Base, options::Options};
 
 /// How the bodies of responses are treated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,22 +28,28 @@ pub fn install_provider() {
     let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
-/// An HTTP client with the connection settings of `options`: time limits, proxy, certificates, Unix
-/// socket. It follows no redirects and sends no key.
+/// An HTTP client for the server at `base`, with the connection settings of `options`: time limits,
+/// proxy, certificates, Unix socket. It follows no redirects and sends no key.
 ///
 /// ```
 /// use ecso_openai::{Bodies, Options, http_client};
 ///
-/// let client = http_client(&Options::default(), Bodies::Unpacked)?;
+/// let client = http_client("http://localhost:8000/v1", &Options::default(), Bodies::Unpacked)?;
 /// # Ok::<(), ecso::ModelError>(())
 /// ```
 ///
 /// # Errors
-/// [`ModelError::Transport`] if a file, the proxy's URL or TLS can't be used.
-pub fn http_client(options: &Options, bodies: Bodies) -> Result<Client, ModelError> {
+/// [`ModelError::Rejected`] if the base URL is invalid; [`ModelError::Transport`] if a file, the
+/// proxy's URL or TLS can't be used.
+pub fn http_client(base: &str, options: &Options, bodies: Bodies) -> Result<Client, ModelError> {
+    client(&Base::parse(base)?, options, bodies)
+}
+
+/// As [`http_client`], for a base URL that was read before.
+pub(crate) fn client(base: &Base, options: &Options, bodies: Bodies) -> Result<Client, ModelError> {
     install_provider();
     let own = options.ca_file.as_deref().map(authorities).transpose()?.unwrap_or_default();
-    let twice = [builder(options, bodies)?, builder(options, bodies)?];
+    let twice = [builder(base, options, bodies)?, builder(base, options, bodies)?];
     trusting(twice, own).map_err(|error| {
         let what = ecso::error_chain(&error);
         let what = match &options.client_cert {
@@ -66,7 +72,7 @@ pub(crate) fn trusting(
 }
 
 /// The client's settings, without the certificate authorities.
-fn builder(options: &Options, bodies: Bodies) -> Result<ClientBuilder, ModelError> {
+fn builder(base: &Base, options: &Options, bodies: Bodies) -> Result<ClientBuilder, ModelError> {
     let mut builder = Client::builder()
         .connect_timeout(options.connect_timeout)
         .read_timeout(options.reply_timeout)
@@ -75,9 +81,12 @@ fn builder(options: &Options, bodies: Bodies) -> Result<ClientBuilder, ModelErro
         Bodies::Unpacked => builder.user_agent(concat!("ecso/", env!("CARGO_PKG_VERSION"))),
         Bodies::AsSent => builder.no_gzip().no_deflate().no_brotli().no_zstd(),
     };
-    if let Some(url) = &options.proxy {
-        builder = builder.proxy(proxy(url.expose_secret())?);
-    }
+    builder = match &options.proxy {
+        Some(url) => builder.proxy(proxy(url.expose_secret())?),
+        // A proxy elsewhere can't reach this machine's servers, and needn't see their keys.
+        None if base.is_loopback() => builder.no_proxy(),
+        None => builder,
+    };
     if let Some(path) = &options.client_cert {
         builder = builder.identity(identity(path)?);
     }

@@ -46,7 +46,8 @@ pub struct Options {
     /// before they are tried again. 10 minutes by default.
     pub forget_after: Duration,
     /// URL of a proxy for all requests, with `user:password@` if it needs that; `None` uses the
-    /// environment (`HTTPS_PROXY` and similar variables).
+    /// environment (`HTTPS_PROXY` and similar variables), and no proxy for a server on this
+    /// machine (`localhost`, a loopback address).
     pub proxy: Option<SecretString>,
     /// A PEM file of certificates that are trusted in addition to the system's; `None` trusts only
     /// those.

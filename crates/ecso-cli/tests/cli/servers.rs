@@ -1025,6 +1025,20 @@ async fn all_requests_go_through_the_proxy_that_is_set() {
     );
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn the_environment_s_proxy_is_not_asked_for_a_server_on_this_machine() {
+    let model = Model::start(Reply::usual).await;
+    let home = tempfile::tempdir().unwrap();
+    for (url, reached) in [(model.url.as_str(), true), ("http://model.invalid/v1", false)] {
+        let mut command = ecso(home.path());
+        command.args(["ask", "--model", url, "--model-name", "m", GOOD]);
+        command.envs([("HTTP_PROXY", "http://127.0.0.1:9"), ("http_proxy", "http://127.0.0.1:9")]);
+        command.env("ECSO__SERVER__RETRIES", "0");
+        let run = command.timeout(Duration::from_secs(20)).assert();
+        assert_eq!(run.get_output().status.success(), reached, "{url}: {:?}", run.get_output());
+    }
+}
+
 #[cfg(unix)]
 #[tokio::test(flavor = "multi_thread")]
 async fn all_requests_go_to_the_unix_socket_that_is_set() {

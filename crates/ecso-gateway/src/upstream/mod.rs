@@ -78,8 +78,8 @@ impl Upstream {
         options: ecso_openai::Options,
         checks: Option<Checks>,
     ) -> Result<Self, ModelError> {
-        let (raw_client, unpacking_client) =
-            (http_client(&options, Bodies::AsSent)?, http_client(&options, Bodies::Unpacked)?);
+        let raw_client = http_client(base, &options, Bodies::AsSent)?;
+        let unpacking_client = http_client(base, &options, Bodies::Unpacked)?;
         let proxy = options.proxy.clone();
         let model = OpenAi::new(base, options)?;
         Ok(Self::Server(Arc::new(Server {

@@ -92,13 +92,17 @@ async fn a_client_that_leaves_bodies_alone_asks_for_nothing_and_unpacks_nothing(
         .insert_header("content-encoding", "gzip")
         .set_body_bytes(gzipped());
     Mock::given(method("GET")).respond_with(packed).mount(&server).await;
-    let as_sent = http_client(&options(), Bodies::AsSent).unwrap();
+    let as_sent = http_client(&server.uri(), &options(), Bodies::AsSent).unwrap();
     let response = as_sent.get(server.uri()).send().await.unwrap();
     assert_eq!(response.headers()["content-encoding"], "gzip");
     assert_eq!(response.headers()["content-length"], gzipped().len().to_string().as_str());
     assert_eq!(response.bytes().await.unwrap(), gzipped());
-    let unpacked =
-        http_client(&options(), Bodies::Unpacked).unwrap().get(server.uri()).send().await.unwrap();
+    let unpacked = http_client(&server.uri(), &options(), Bodies::Unpacked)
+        .unwrap()
+        .get(server.uri())
+        .send()
+        .await
+        .unwrap();
     assert_eq!(unpacked.text().await.unwrap(), PLAIN);
     let requests = server.received_requests().await.unwrap();
     assert!(
