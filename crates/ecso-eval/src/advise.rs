@@ -278,7 +278,7 @@ impl Comparison {
 
 /// `value` as a multiple of `base`; a dash if there is nothing to compare with.
 #[expect(clippy::cast_precision_loss, reason = "milliseconds and tokens of a run")]
-fn ratio(value: u64, base: u64) -> String {
+pub(crate) fn ratio(value: u64, base: u64) -> String {
     if base == 0 { "-".into() } else { format!("{:.2}", value as f64 / base as f64) }
 }
 

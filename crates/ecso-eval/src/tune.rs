@@ -14,6 +14,7 @@ use ecso::{
 };
 
 use crate::{
+    advise::ratio,
     calibrate::{Scored, TooFew, calibrate, fit_at, is_in_fitting_half, share_of},
     item::Task,
     judge::XsTest,
@@ -435,7 +436,7 @@ pub fn report(
         let _ = writeln!(out, "| {kind} requests declined or flagged | {without} | {with} |");
     }
     let (time, tokens) = relative_costs(&reported, &method);
-    let _ = writeln!(out, "| model time of a harmless request | 1 | {time} |");
+    let _ = writeln!(out, "| median model time of a harmless request | 1 | {time} |");
     let _ = writeln!(out, "| tokens of a harmless request, no prefix cached | 1 | {tokens} |\n");
     let _ = writeln!(out, "| form | harmful flagged | harmless flagged |\n| --- | --- | --- |");
     let mut forms: Vec<&str> = reported.iter().map(|item| item.form.as_str()).collect();
@@ -533,24 +534,26 @@ fn left_out(all: &TuningItems, reported: &[&TuningItem]) -> String {
 }
 
 /// The costs of an answer with the questions on harmless requests, as multiples of the answer
-/// alone: time and tokens.
-#[expect(clippy::cast_precision_loss, reason = "milliseconds and tokens of a few hundred items")]
+/// alone: the median time, which one call in which the machine slept can't distort, and all tokens.
 fn relative_costs(items: &[&TuningItem], method: &Hardened) -> (String, String) {
-    let multiple = |pick: fn((u64, u64)) -> u64| {
-        let (mut draft, mut questions) = (0, 0);
-        for item in items.iter().filter(|item| !item.harmful) {
-            draft += pick(item.draft_cost);
+    let harmless = items.iter().filter(|item| !item.harmful);
+    let (drafts, wholes): (Vec<_>, Vec<_>) = harmless
+        .map(|item| {
             let (_, asked) = item.evaluate(method);
             let costs = asked.iter().filter_map(|name| item.question_costs.get(*name));
-            questions += costs.map(|cost| pick(*cost)).sum::<u64>();
-        }
-        if draft == 0 {
-            "-".into()
-        } else {
-            format!("{:.2}", (draft + questions) as f64 / draft as f64)
-        }
-    };
-    (multiple(|cost| cost.0), multiple(|cost| cost.1))
+            let whole = costs.fold(item.draft_cost, |sum, cost| (sum.0 + cost.0, sum.1 + cost.1));
+            (item.draft_cost, whole)
+        })
+        .unzip();
+    let tokens = |costs: &[(u64, u64)]| costs.iter().map(|cost| cost.1).sum();
+    (ratio(median_time(&wholes), median_time(&drafts)), ratio(tokens(&wholes), tokens(&drafts)))
+}
+
+/// The median of the times, in milliseconds; of two in the middle the larger.
+fn median_time(costs: &[(u64, u64)]) -> u64 {
+    let mut times: Vec<u64> = costs.iter().map(|cost| cost.0).collect();
+    times.sort_unstable();
+    times.get(times.len() / 2).copied().unwrap_or_default()
 }
 
 /// The rates of requests that are declined or flagged, without the guard and with it.
@@ -702,9 +705,15 @@ mod tests {
         let report = page(&items, FailedRequests::default());
         assert!(
             report.contains("**Turn it on**")
-                && report.contains("| model time of a harmless request | 1 | 1.50 |"),
+                && report.contains("| median model time of a harmless request | 1 | 1.50 |"),
             "{report}"
         );
+        let mut slept = items.clone();
+        for item in slept.iter_mut().step_by(7) {
+            item.question_costs.insert("howto".into(), (7_000_000, 100));
+        }
+        let time = "| median model time of a harmless request | 1 | 1.50 |";
+        assert!(page(&slept, FailedRequests::default()).contains(time));
         let declining: Vec<TuningItem> = items
             .iter()
             .map(|item| TuningItem {
