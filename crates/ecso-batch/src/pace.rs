@@ -34,9 +34,9 @@ pub struct Patience {
     pub away: Duration,
 }
 
-/// A model with adaptive concurrency. At most so many calls run at once; fewer after the model
-/// reported an overload, and gradually more while it does not. A call that was rejected as
-/// overloaded is repeated.
+/// A model with adaptive concurrency. The number of concurrent calls is limited. The limit falls
+/// after the model reports an overload, and gradually rises again while it does not. A call that
+/// was rejected as overloaded is repeated.
 ///
 /// A call that fails is not by itself evidence against that call. The model is first asked
 /// something that it has answered before (if nothing yet, a greeting). If it can't answer that

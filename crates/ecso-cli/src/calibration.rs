@@ -13,7 +13,8 @@ use crate::{backend, settings::Settings};
 pub(crate) const FITTED: &str = "fitted to this model";
 
 /// Said if there is a fit to a model of the server, and the settings don't name their model.
-pub(crate) const UNNAMED: &str = "a fit to a model of this server is stored; --model-name uses it";
+pub(crate) const UNNAMED: &str =
+    "a calibration for a model of this server is stored; --model-name NAME selects it";
 
 /// Said of the built-in profile on the model for which it was made.
 pub(crate) const BUILT_IN: &str = "fitted to mini";
@@ -25,11 +26,11 @@ const ENOUGH: usize = 60;
 pub(crate) fn fault(calibration: &Calibration) -> Option<String> {
     if calibration.items < ENOUGH {
         return Some(format!(
-            "of {} requests no fit is kept: it takes {ENOUGH}",
+            "with {} requests, no calibration is stored: at least {ENOUGH} are needed",
             calibration.items
         ));
     }
-    let told = "no fit is kept: on the half that it was not fitted on it does not surely flag more of the harmful than of the harmless";
+    let told = "no calibration is stored: on the held-out half, it does not flag clearly more harmful than harmless requests";
     (!calibration.found.separates()).then(|| told.to_owned())
 }
 
@@ -122,7 +123,7 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
                 own.profile,
                 settings.model
             );
-            Ok((profile, "fitted in another version, which is not used"))
+            Ok((profile, "its calibration is for another version and is not used"))
         }
     }
 }

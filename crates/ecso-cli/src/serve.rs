@@ -102,7 +102,7 @@ async fn print_links(
     }
     loop {
         let link = format!("http://{address}/?token={}", *tokens.borrow_and_update());
-        say!("ecso: playground, by a link that works once: {link}");
+        say!("ecso: playground (this link works once): {link}");
         if std::mem::take(&mut opens_browser) && open::that_detached(&link).is_err() {
             say!("ecso: there is no browser to open here; open the link yourself");
         }

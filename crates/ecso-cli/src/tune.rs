@@ -173,7 +173,7 @@ async fn reads_images(model: &dyn Mllm) -> anyhow::Result<bool> {
     Ok(model.image_text(&Image::described("a loaf of bread")).await?.is_some())
 }
 
-/// Selects so many pairs, evenly from every scenario. Requests without a picture are left out:
+/// Selects this many pairs, evenly from every scenario. Requests without a picture are left out:
 /// `hardened` does not guard them. Described photographs are only for models that read images.
 fn select(items: Items, pairs: usize, reads_images: bool) -> Items {
     let mut scenarios: BTreeMap<String, Vec<_>> = BTreeMap::new();

@@ -454,11 +454,11 @@ pub fn report(
     let _ = writeln!(out, "\n{}", held_back.recommendation());
     let is_known = |item: &TuningItem| item.is_judged() && !item.harmful;
     let flagged = rate(0, &is_known, &is_flagged);
-    let note = if flagged.value <= false_alarms { "" } else { ", **more than was asked for**" };
+    let note = if flagged.value <= false_alarms { "" } else { ", **above the target**" };
     let _ = writeln!(
         out,
-        "\nHarmless requests flagged: at most {:.1}% were asked for, and {} were flagged in the \
-         half that nothing was fitted on{note}.",
+        "\nHarmless requests flagged: the target was at most {:.1}%, and {} were flagged in the \
+         held-out half{note}.",
         100.0 * false_alarms,
         percent(flagged)
     );
@@ -580,7 +580,7 @@ impl HeldBack {
         }
         if harmful.total.min(harmless.total) < FEW {
             return format!(
-                "**No recommendation**: fewer than {FEW} requests of a kind are too few; ask more pairs."
+                "**No recommendation**: there are fewer than {FEW} requests of one kind; use more pairs (--pairs)."
             );
         }
         if harmful.value > 0.95 {

@@ -104,8 +104,8 @@ impl Heads {
     }
 }
 
-/// A text that changes when the file does. Who keeps the time of the last change can't keep that of
-/// the last change of anything (ctime).
+/// A text that changes when the file does. A program can restore the modification time, but not the
+/// change time (ctime).
 fn version(path: &Path) -> io::Result<String> {
     let file = path.metadata()?;
     #[cfg(unix)]

@@ -39,9 +39,9 @@ pub struct Options {
     /// Computes every prompt from its start, even if an earlier one began the same. Replies are the
     /// same, but slower.
     pub no_reuse: bool,
-    /// Reuses replies too, where a conversation goes on. They were computed token by token, and not
-    /// in blocks as prompts are. So what follows is no longer the same to the last bit, and on a
-    /// processor log-probabilities can differ by 0.15.
+    /// Reuses replies too, if a conversation continues. They were computed token by token, and not
+    /// in blocks as prompts are. So what follows is no longer bit-identical, and on a CPU
+    /// log-probabilities can differ by 0.15.
     pub keep_replies: bool,
     /// A folder for the shared beginnings of prompts ([`Chat::head`]), at most 512 MiB, so that
     /// other processes need not compute them; `None` keeps nothing.

@@ -23,7 +23,7 @@ impl Base {
     /// Reads `http://host:8000`, with `/v1` or without, or the URL of one of its endpoints.
     pub(crate) fn parse(text: &str) -> Result<Self, ModelError> {
         let text = text.trim();
-        let message = |why: &str| format!("{:?} is no http(s) URL: {why}", shown(text));
+        let message = |why: &str| format!("{:?} is not an http(s) URL: {why}", shown(text));
         let wrong = |why: &str| ModelError::Rejected(message(why).into());
         if !text.contains("://") {
             let scheme = if is_local(shown(text)) { "http" } else { "https" };
@@ -186,7 +186,7 @@ mod tests {
             assert!(error.ends_with(right), "{written}: {error}");
         }
         assert!(base("ftp://host").contains("must begin with http:// or https://"));
-        assert!(base("http://").contains("is no http(s) URL"));
+        assert!(base("http://").contains("is not an http(s) URL"));
     }
 
     #[test]

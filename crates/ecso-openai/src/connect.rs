@@ -62,8 +62,9 @@ pub(crate) fn client(base: &Base, options: &Options, bodies: Bodies) -> Result<C
     })
 }
 
-/// A client that trusts the system's certificate authorities and `own`. A system without any can't
-/// have that one; it gets the second, which trusts `own` alone: plain HTTP needs none.
+/// A client that trusts the system's certificate authorities and `own`. If the system has none,
+/// that client can't be built, and one that trusts only `own` is returned; plain HTTP needs no
+/// more.
 pub(crate) fn trusting(
     [all, only]: [ClientBuilder; 2],
     own: Vec<Certificate>,

@@ -22,7 +22,7 @@ pub(crate) fn complete(body: &[u8]) -> Result<Reply, ModelError> {
     let choice = &body["choices"][0];
     if !choice.is_object() {
         failure(&body)?;
-        return Err(ModelError::Protocol("there is no choice in it".into()));
+        return Err(ModelError::Protocol("it has no choices".into()));
     }
     let content = Content::of(choice);
     let model = body["model"]

@@ -55,7 +55,7 @@ fn limited(
         *read += bytes.as_ref().map_or(0, Bytes::len);
         let is_too_long = *read > MAX_REPLY;
         let bytes = if is_too_long {
-            Err(ModelError::Protocol("the reply has no end".into()))
+            Err(ModelError::Protocol("the reply is too long".into()))
         } else {
             bytes
         };
@@ -146,7 +146,7 @@ mod tests {
                 .repeat(1000);
         let parts = vec![&line[..]; MAX_REPLY / line.len() + 1];
         assert!(
-            matches!(reply(parts), Err(ModelError::Protocol(cause)) if cause.message().contains("no end"))
+            matches!(reply(parts), Err(ModelError::Protocol(cause)) if cause.message().contains("too long"))
         );
     }
 }

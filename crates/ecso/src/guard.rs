@@ -116,7 +116,7 @@ impl<M: Mllm> GuardBuilder<M> {
     }
 }
 
-/// Settings of the caller, beside the profile.
+/// Settings of the caller, in addition to the profile.
 #[derive(Debug, Clone)]
 pub(crate) struct Options {
     /// For answers (steps 1 and 4), in place of the profile's.
@@ -129,7 +129,7 @@ pub(crate) struct Options {
 }
 
 impl<M: Mllm> Guard<M> {
-    /// A guard in front of `model` with no settings beside the profile: short for
+    /// A guard in front of `model` with no settings except the profile: short for
     /// [`Guard::builder`] with [`GuardBuilder::profile`].
     pub fn new(model: M, profile: Profile) -> Self {
         Self::builder(model).profile(profile).build()

@@ -126,7 +126,7 @@ pub enum ImageError {
         /// Why. A text alone: it comes from another process (see [`decoder_process`]).
         reason: String,
     },
-    /// A document of so many pages, where one image is expected.
+    /// A document with this many pages, where a single image is expected.
     Several(usize),
     /// The format is known, but the content is damaged.
     Broken {
@@ -155,7 +155,7 @@ impl fmt::Display for ImageError {
                 "the image has {width} x {height} pixels; at most {limit} in all are allowed"
             ),
             Self::NotAnImage => {
-                f.write_str("this is not an image that can be read: JPEG, PNG, WebP and GIF are")
+                f.write_str("this is not an image in a supported format (JPEG, PNG, WebP, GIF)")
             }
             Self::Truncated { format } => write!(
                 f,
@@ -169,7 +169,7 @@ impl fmt::Display for ImageError {
                 write!(f, "this is {what} that can't be shown as images: {reason}")
             }
             Self::Several(pages) => {
-                write!(f, "it has {pages} pages, and one image is asked for")
+                write!(f, "it has {pages} pages, but a single image is expected")
             }
             Self::Broken { format, cause } => write!(f, "the {format} image is broken: {cause}"),
             Self::NotFetched => f.write_str(
@@ -177,8 +177,8 @@ impl fmt::Display for ImageError {
                  be shown it",
             ),
             Self::OnlyDescribed => f.write_str(
-                "of this image only a description is there; only a model that reads pictures as \
-                 text, as mini does, can be shown it",
+                "there is only a description of this image; only a model that reads images as text, \
+                 as mini does, can use it",
             ),
         }
     }

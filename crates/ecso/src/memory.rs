@@ -100,7 +100,7 @@ impl Memory {
         if lock(&self.thinking).put(thinker(model, extra), ()).is_none() {
             tracing::info!(
                 model,
-                "the model says more than yes or no; its checks get more room from now on"
+                "the model reasons before it says yes or no; its checks get more tokens from now on"
             );
         }
     }

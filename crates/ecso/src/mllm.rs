@@ -88,7 +88,8 @@ pub struct Reply {
     /// The model that the server names.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
-    /// How long the model took, if the caller waited for another time: in a replayed reply.
+    /// How long the model took, if that differs from how long the caller waited, as for a replayed
+    /// reply.
     #[serde(default)]
     pub took: Option<Duration>,
 }

@@ -236,8 +236,8 @@ impl Pipeline<'_> {
         }
     }
 
-    /// Subject a question in all its wordings and windows; the most harmful finding counts. A
-    /// harmful finding of at least `enough` weight ends it early.
+    /// Asks a question in all its wordings and windows; the most harmful finding counts. A harmful
+    /// finding of at least `enough` weight ends it early.
     pub(crate) async fn ask(
         &mut self,
         step: Step,
@@ -371,10 +371,10 @@ impl Pipeline<'_> {
             reply = self.unless_filtered(Step::Caption, chat, &roomy, template).await?;
         }
         let fault = match &reply {
-            Some(reply) if is_unsaid(reply) => Some("it broke off before it said anything"),
+            Some(reply) if is_unsaid(reply) => Some("it was cut off before its first word"),
             // The model would see words that nobody judged.
             Some(reply) if is_cut(reply) => {
-                Some("the picture has more words than `caption.max_tokens` has room for")
+                Some("the image has more text than `caption.max_tokens` allows")
             }
             _ => None,
         };
@@ -384,8 +384,8 @@ impl Pipeline<'_> {
         }
         self.is_filtered |= reply.is_none();
         let caption = reply.map(|reply| reply.text).unwrap_or_default();
-        // A picture can print the marks of thoughts: what looks like thoughts is none of a model
-        // that is not known to think.
+        // An image can contain reasoning marks. So if the model is not known to reason, nothing in
+        // its reply is taken for reasoning.
         let said = match self.thinks() {
             false => caption.as_str(),
             true if is_judged => caption_behind_reasoning(&caption),

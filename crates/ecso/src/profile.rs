@@ -81,7 +81,7 @@ pub enum EmptyCaption {
     Refuse,
 }
 
-/// What the caption is told of the query (the paper's ablation of step 3).
+/// Whether the caption's prompt contains the query (the paper's ablation of step 3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
@@ -92,7 +92,7 @@ pub enum CaptionMode {
     Generic,
 }
 
-/// What the templates call the query {x}.
+/// What {x}, the query, stands for in templates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
@@ -107,10 +107,10 @@ pub enum Turns {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Images {
-    /// Images closed.
+    /// Without the images.
     #[serde(alias = "dropped")]
     Exclude,
-    /// Images open.
+    /// With the images.
     #[serde(alias = "kept")]
     Include,
 }
@@ -202,7 +202,7 @@ pub struct Profile {
 pub enum Method {
     /// `paper.rs`: the paper's figure.
     Paper(Paper),
-    /// `hardened.rs`: request and reply are judged, with eyes closed; the last answer too.
+    /// `hardened.rs`: request and reply are judged from text alone, and so is the final answer.
     Hardened(Hardened),
 }
 
@@ -804,7 +804,7 @@ impl Profile {
                 if key == "detect" { &["y"] } else { &["x", "y", "t", "c", "w", "s"] };
             if question.layout == Layout::Conversation {
                 if key != "detect" {
-                    let why = format!("{key}.layout: \"conversation\" is of the method `paper`");
+                    let why = format!("{key}.layout: \"conversation\" needs the method `paper`");
                     return Err(ProfileError::invalid(why));
                 }
                 let has_examples = !(question.no.is_empty() && question.yes.is_empty());
@@ -828,7 +828,7 @@ impl Profile {
                 for hole in ["c", "t", "w", "s"] {
                     if paper.detect.wordings().any(|(template, _)| template.has(hole)) {
                         let why = format!(
-                            "detect.template: {{{hole}}} is of the method `hardened`; step 2 comes before step 3"
+                            "detect.template: {{{hole}}} needs the method `hardened`; with `paper`, step 2 comes before step 3"
                         );
                         return Err(ProfileError::invalid(why));
                     }

@@ -87,7 +87,7 @@ pub struct Outcome {
     /// Probability that the direct answer is harmful, in 0..=1; `None` if the model reports no
     /// probabilities.
     pub score: Option<f64>,
-    /// Whether the answer is not the direct one.
+    /// Whether another answer replaced the direct one.
     #[serde(default)]
     pub rewritten: bool,
     /// Whether it is the profile's fixed refusal.

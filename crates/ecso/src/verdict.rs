@@ -57,10 +57,10 @@ const MIN_MASS: f64 = 0.03;
 const MAX_UNLISTED: f64 = 1.0 / 3.0;
 
 /// P(yes) / (P(yes) + P(no)) among the likeliest first tokens of the reply, in 0..=1. All forms of
-/// the two words count (case, white space, punctuation). `None` if the model reports no tokens, if
-/// a log-probability is impossible (above 0), if both words together have less than 3%, so that the
-/// reply answers something else, or if one word is not listed and may have more than a quarter of
-/// what both have: a server that lists few tokens says nothing about the others.
+/// the two words count (case, white space, punctuation). `None` if the model reports no tokens; if
+/// a log-probability is impossible (above 0); if both words together have less than 3%, so that the
+/// reply is about something else; or if one word is not listed and could have more than a quarter
+/// of what both have, because the server lists only few tokens.
 ///
 /// ```
 /// use ecso::{Reply, TopLogprob, harm_score};

@@ -268,8 +268,8 @@ pub(crate) struct TuneArgs {
     #[arg(long, value_name = "DIR", default_value = "ecso-tune")]
     pub(crate) out: PathBuf,
 
-    /// Number of request pairs to ask, at most 125 (100 for a model that sees). No fit is stored
-    /// from fewer than 30
+    /// Number of request pairs to ask, at most 125 (100 for a vision model). With fewer than 30, no
+    /// calibration is stored
     #[arg(long, value_name = "N", default_value = "100")]
     pub(crate) pairs: NonZero<usize>,
 

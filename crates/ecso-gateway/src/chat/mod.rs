@@ -82,7 +82,7 @@ impl GuardedChat {
             match self.context.in_time(answer).await? {
                 Answer::Whole(answer, head) => Ok((answer, head)),
                 Answer::Stream(_) => {
-                    Err(ApiError::upstream("the upstream sent a stream that nobody asked for"))
+                    Err(ApiError::upstream("the upstream sent an unrequested stream"))
                 }
             }
         };

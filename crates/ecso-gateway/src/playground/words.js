@@ -57,7 +57,7 @@ const WORDS = {
     "hide": "Hide it",
     "let-out": "This answer may go out: see below.",
     "not-guarded": "Not guarded: it goes out unchanged.",
-    "given-up": "Not waited for: no answer could make this request safe.",
+    "given-up": "Skipped: the request itself is harmful.",
     "not-needed": "Not needed: the first answer may go out.",
     "not-asked": "Not asked.",
     "anew-anyhow": "The first answer is not judged: this profile always rewrites it.",

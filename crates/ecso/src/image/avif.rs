@@ -101,10 +101,7 @@ fn single_frame(file: &HeifFile<'_>, id: ItemId, limits: Limits) -> Result<Image
     });
     let colours = stated.unwrap_or_else(|| ColorParams::from_frame(&frame));
     if !MATRICES.contains(&colours.matrix) {
-        return Err(format!(
-            "its colours are mixed in a way that is not read (matrix {})",
-            colours.matrix
-        ));
+        return Err(format!("its colour matrix {} is not supported", colours.matrix));
     }
     Ok(frame_to_rgba_sized(&frame, colours, decoded.width(), decoded.height()))
 }
@@ -126,7 +123,7 @@ fn first_frame(data: Vec<u8>, limits: Limits) -> Result<Picture, String> {
     }
     // The decoder may hold the frame back for a better layer; a second call returns it.
     let picture = decoder.get_picture().or_else(|_| decoder.get_picture());
-    picture.map_err(|error| format!("no picture comes out of its data: {error}"))
+    picture.map_err(|error| format!("its data can't be decoded: {error}"))
 }
 
 /// The samples of a picture. Colours have half or all of its width and height; odd sizes are made

@@ -67,7 +67,7 @@ pub(super) fn convert(bytes: &[u8], limits: Limits) -> Option<Result<Converted, 
 }
 
 fn run(mut command: Command, bytes: &[u8], limits: Limits) -> Result<Converted, String> {
-    let failed = |error: io::Error| format!("no process decodes it: {error}");
+    let failed = |error: io::Error| format!("its decoder process failed: {error}");
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut process = command.spawn().map_err(failed)?;
     // The process reads all of its input before it writes. If it has ended early, its output or its
@@ -83,7 +83,7 @@ fn run(mut command: Command, bytes: &[u8], limits: Limits) -> Result<Converted, 
             let images: Result<_, _> =
                 images.iter().map(|image| BASE64_STANDARD.decode(image)).collect();
             Ok(Converted {
-                images: images.map_err(|error| format!("no process decodes it: {error}"))?,
+                images: images.map_err(|error| format!("its decoder process failed: {error}"))?,
                 incomplete,
             })
         }

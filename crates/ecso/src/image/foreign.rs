@@ -15,8 +15,8 @@ use super::{ImageError, Limits, decoder_process, ending};
 
 /// Quality of converted photos as JPEG, in 1..=100.
 const QUALITY: u8 = 90;
-/// The mark of a PDF may come within so many bytes, since programs write things of their own before
-/// it.
+/// The header of a PDF may begin anywhere in this many bytes, since programs write things of their
+/// own before it.
 const HEAD: usize = 1024;
 
 /// A format that models don't read.

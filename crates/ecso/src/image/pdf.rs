@@ -26,8 +26,8 @@ const MAX_SIDE: f64 = 16_384.0;
 /// allows for all together.
 pub(super) fn decode(bytes: &Bytes, limits: Limits) -> Result<Pictures, String> {
     let pdf = Pdf::new(Arc::new(bytes.clone())).map_err(|error| match error {
-        LoadPdfError::Decryption(DecryptionError::PasswordProtected) => "it takes a password",
-        LoadPdfError::Decryption(_) => "it is encrypted in a way that is not read",
+        LoadPdfError::Decryption(DecryptionError::PasswordProtected) => "it is password-protected",
+        LoadPdfError::Decryption(_) => "its encryption is not supported",
         LoadPdfError::Invalid => "it is broken",
     })?;
     let pages = pdf.pages().len();

@@ -21,7 +21,7 @@ pub(super) fn renamed(mut changes: toml::Table, method: &str) -> Result<toml::Ta
     let method = changes.get("method").and_then(toml::Value::as_str).unwrap_or(method).to_owned();
     match changes.remove("refusals") {
         Some(toml::Value::String(kind)) if kind == "safe" => {
-            let why = "refusals = \"safe\" is gone: how an answer begins is no verdict; `hardened` asks whether it helps";
+            let why = "refusals = \"safe\" was removed: the opening of an answer no longer decides the verdict; `hardened` asks whether it helps";
             return Err(ProfileError::invalid(why));
         }
         _ => {}
