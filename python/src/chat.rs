@@ -47,7 +47,7 @@ pub(crate) struct ImageReader {
 impl ImageReader {
     async fn read(&self, piece: Piece) -> Result<Vec<Image>, Failure> {
         Ok(match piece {
-            Piece::Bytes(bytes) => Image::several(bytes, self.limits)?,
+            Piece::Bytes(bytes) => Image::pages(bytes, self.limits)?,
             Piece::Path(path) => {
                 if path.metadata().is_ok_and(|metadata| !metadata.is_file()) {
                     return Err(Failure::image(format!(
@@ -55,7 +55,7 @@ impl ImageReader {
                         path.display()
                     )));
                 }
-                Image::open_several(path, self.limits)?
+                Image::open_pages(path, self.limits)?
             }
             Piece::Url(url) if is_data_url(&url) => vec![Image::from_data_url(&url, self.limits)?],
             Piece::Url(url) => match self.urls {

@@ -74,7 +74,7 @@ impl Mllm for Mock {
         if !self.delay.is_zero() {
             tokio::time::sleep(self.delay).await;
         }
-        let said = chat.turns.last().map(Turn::query).unwrap_or_default();
+        let said = chat.turns.last().map(Turn::joined_text).unwrap_or_default();
         let text = if said.contains("Is the RESPONSE harmful") {
             if said.contains("rude words") { "yes" } else { "no" }.to_owned()
         } else if said.contains("hints") {

@@ -7,7 +7,7 @@
 use std::{io::BufRead, num::NonZeroU32, time::Instant};
 
 use anyhow::Context;
-use ecso::{Chat, Mllm, Role, Sampling, Turn, harm_score};
+use ecso::{Chat, Mllm, Role, Sampling, Turn, yes_probability};
 use ecso_llama::{Llama, Options};
 use serde::Deserialize;
 
@@ -44,7 +44,7 @@ async fn main() -> anyhow::Result<()> {
         let begun = Instant::now();
         let reply = model.generate(&chat, &sampling).await?;
         let answer = serde_json::json!({
-            "id": question.id, "score": harm_score(&reply), "text": reply.text,
+            "id": question.id, "score": yes_probability(&reply), "text": reply.text,
             "ms": u64::try_from(begun.elapsed().as_millis())?,
         });
         println!("{answer}");

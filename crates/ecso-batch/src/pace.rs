@@ -445,7 +445,7 @@ mod tests {
         }
 
         async fn generate(&self, chat: &Chat, _: &Sampling) -> Result<Reply, ModelError> {
-            let (text, started) = (chat.turns[0].query(), Instant::now());
+            let (text, started) = (chat.turns[0].joined_text(), Instant::now());
             tokio::time::sleep(Duration::from_millis(if text == "poison" { 5 } else { 10 })).await;
             (self.0)(&text, started).map(|()| Reply::default())
         }

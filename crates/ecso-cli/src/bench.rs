@@ -175,7 +175,7 @@ impl Bench {
 /// Images of lists from the requests of `ecso tune`: harmless ones and harmful ones.
 fn lists(limits: Limits) -> anyhow::Result<(Vec<Chat>, Vec<Chat>)> {
     let set = benchmarks::named("pairs").context("the set is missing")?;
-    let items = set.items(Path::new("-"), Some("seen"))?;
+    let items = set.items(Path::new("-"), Some("vision"))?;
     let (harmful, harmless): (Vec<Item>, Vec<Item>) = items
         .iter
         .filter(|item| item.scenario == "list")

@@ -9,7 +9,7 @@ use crate::error::UsageError;
 /// Reads the images in a file and decodes them, so that a broken one is reported before a model is
 /// loaded.
 pub(crate) fn open(path: &Path, limits: Limits) -> anyhow::Result<Vec<Image>> {
-    let images = Image::open_several(path, limits)?;
+    let images = Image::open_pages(path, limits)?;
     for image in &images {
         image.pixels().map_err(|error| UsageError::at(path, error))?;
     }

@@ -95,8 +95,8 @@ pub(crate) struct Engine {
     pub(crate) no_reuse: bool,
     /// Whether to reuse replies too, where a conversation goes on.
     pub(crate) keep_replies: bool,
-    /// Whether not to cache common prompt prefixes on disk.
-    pub(crate) no_heads: bool,
+    /// Whether to cache common prompt prefixes on disk.
+    pub(crate) keep_prefixes: bool,
     /// Layers on the GPU; -1 leaves the choice to the engine.
     pub(crate) gpu_layers: i64,
     /// Jinja file that replaces the model's own chat template; empty for none.

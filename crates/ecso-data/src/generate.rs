@@ -309,7 +309,7 @@ mod tests {
             ("Rude words", stop, filter, Some(Reason::Cut)),
         ] {
             let model = Scripted::new(move |chat| {
-                let query = chat.turns.last().map(ecso::Turn::query).unwrap_or_default();
+                let query = chat.turns.last().map(ecso::Turn::joined_text).unwrap_or_default();
                 let (text, finish) = match () {
                     () if query.contains("Is the RESPONSE harmful") && query.contains("Rude") => {
                         ("Yes", stop)

@@ -282,8 +282,8 @@ fn read_images(
             regular::read(path, limits.bytes).map(Bytes::from).map_err(|error| failed(path, error))
         };
         let pages = match source {
-            ImageSource::Bytes(bytes) => Image::several(bytes.clone(), limits),
-            ImageSource::File(path) => Image::several(read(path)?, limits),
+            ImageSource::Bytes(bytes) => Image::pages(bytes.clone(), limits),
+            ImageSource::File(path) => Image::pages(read(path)?, limits),
             ImageSource::Url(_) => {
                 let digest = digests.next().ok_or_else(changed)?;
                 let stored = read(&fetched_path(out, digest))?;

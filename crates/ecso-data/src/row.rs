@@ -87,7 +87,7 @@ impl ImageSource {
     pub fn read_local(&self, limits: Limits) -> Result<Vec<Image>, ImageError> {
         match self {
             Self::Url(_) => Err(ImageError::NotFetched),
-            Self::Bytes(bytes) => Image::several(bytes.clone(), limits),
+            Self::Bytes(bytes) => Image::pages(bytes.clone(), limits),
             Self::File(path) => {
                 let failed = |cause| ImageError::File {
                     path: PathBuf::from(&*shorten(&path.to_string_lossy())),
@@ -95,7 +95,7 @@ impl ImageSource {
                 };
                 let bytes = regular::read(path, limits.bytes)
                     .map_err(|error| failed(Cause::new(error.to_string(), error)))?;
-                Image::several(bytes, limits)
+                Image::pages(bytes, limits)
                     .map_err(|error| failed(Cause::new(error.to_string(), error)))
             }
         }
@@ -286,7 +286,7 @@ mod tests {
     async fn errors_shorten_long_file_names() {
         let fetcher = Fetcher::new().unwrap();
         let missing = ImageSource::File("x/".repeat(500).into());
-        let error = missing.read(&fetcher, Limits::USUAL).await.unwrap_err().to_string();
+        let error = missing.read(&fetcher, Limits::DEFAULT).await.unwrap_err().to_string();
         assert!(
             error.len() < 300 && error.starts_with("x/x/") && error.contains("(1000 bytes): "),
             "{error}"

@@ -137,8 +137,8 @@ impl Item {
     /// [`ImageError`] if an image can't be read.
     pub fn chat(&self, limits: Limits) -> Result<Chat, ImageError> {
         let read = |picture: &Picture| match picture {
-            Picture::Bytes(bytes) => Image::several(bytes.to_vec(), limits),
-            Picture::File(path) => Image::open_several(path, limits),
+            Picture::Bytes(bytes) => Image::pages(bytes.to_vec(), limits),
+            Picture::File(path) => Image::open_pages(path, limits),
             Picture::Described(text) => Ok(vec![Image::described(text.as_str())]),
             Picture::InParquet(table, row) => {
                 let row_error = |cause: Cause| {
@@ -146,7 +146,7 @@ impl Item {
                     ImageError::File { path: table.to_path_buf(), cause }
                 };
                 let bytes = parquet::image(table, *row).map_err(row_error)?;
-                Image::several(bytes, limits).map_err(|error| row_error(Cause::from_error(error)))
+                Image::pages(bytes, limits).map_err(|error| row_error(Cause::from_error(error)))
             }
         };
         let query = (Role::User, &self.query, &self.images);

@@ -102,8 +102,8 @@ async fn published_prompts_are_sent_unchanged_and_read_as_published() {
             };
             assert_eq!(judge.judge(&case, "").await.verdict, ruling, "{name}: {reply:?}");
             let (chat, sampling) = model.requests().remove(0);
-            assert_eq!(chat.turns.last().unwrap().query(), sent, "{name}");
-            assert_eq!(chat.turns[0].query(), prompt["system_prompt"].as_str().unwrap());
+            assert_eq!(chat.turns.last().unwrap().joined_text(), sent, "{name}");
+            assert_eq!(chat.turns[0].joined_text(), prompt["system_prompt"].as_str().unwrap());
             assert_eq!(sampling.temperature, Some(0.0));
         }
     }
@@ -168,7 +168,7 @@ fn a_photograph_is_decoded_by_its_bytes_whatever_its_file_is_called() {
 /// set.
 fn model(fail: bool) -> Arc<Scripted> {
     Arc::new(Scripted::new(move |chat| {
-        let text = chat.turns[0].query();
+        let text = chat.turns[0].joined_text();
         if fail && text.contains("item 7") {
             return Err(ModelError::Transport("gone".into()));
         }
@@ -381,8 +381,8 @@ async fn a_changed_detection_prompt_does_not_regenerate_drafts() {
         .requests()
         .iter()
         .filter(|(chat, _)| {
-            chat.turns[0].query().starts_with("item ")
-                && !chat.turns[0].query().contains("unethical")
+            chat.turns[0].joined_text().starts_with("item ")
+                && !chat.turns[0].joined_text().contains("unethical")
         })
         .count();
     assert_eq!(drafts, 9);

@@ -397,13 +397,13 @@ fn evasions_are_jsonl_items() {
     assert!(mild.len() == 2 && mild.iter().all(|item| item.scenario == evasions::DECOY));
     let begun = harmful
         .iter()
-        .find(|item| item.scenario == "begun")
+        .find(|item| item.scenario == "prefill")
         .unwrap()
         .chat(Limits::default())
         .unwrap();
     assert_eq!(begun.turns.last().map(|turn| turn.role), Some(Role::Assistant));
     // When the image is scaled down, the hidden words appear.
-    let [open, hidden] = ["scaled-00", "begun-00"]
+    let [open, hidden] = ["scaled-00", "prefill-00"]
         .map(|id| image::open(out.join(format!("{id}.png"))).unwrap().to_rgb8());
     let smaller = image::RgbImage::from_fn(open.width() / 8, open.height() / 8, |x, y| {
         *open.get_pixel(x * 8 + 4, y * 8 + 4)

@@ -24,7 +24,7 @@ async fn scored(
     reply: impl Fn(&str) -> String + Send + Sync + 'static,
 ) -> Summary {
     let model = Arc::new(Scripted::new(move |chat| {
-        let text = chat.turns[0].query();
+        let text = chat.turns[0].joined_text();
         let judged = text.contains("unsafe and unethical");
         Ok(Reply { text: if judged { "No".into() } else { reply(&text) }, ..Reply::default() })
     }));
@@ -143,7 +143,7 @@ async fn mm_vet_is_the_mean_grade_by_capability_and_missing_grades_widen_interva
         \"v1_2\": {\"imagename\": \"p.png\", \"question\": \"three?\", \"answer\": \"3\", \"capability\": [\"rec\"]}}";
     fs::write(data.path().join("mm-vet.json"), rows).unwrap();
     let grader = Scripted::new(|chat| {
-        let text = chat.turns[0].query();
+        let text = chat.turns[0].joined_text();
         let grade = if text.contains("three?") {
             "no grade"
         } else if text.contains("one?") {

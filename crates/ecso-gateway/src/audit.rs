@@ -119,7 +119,7 @@ impl Audit {
             "early": judged.report.early_of(choice),
             "ms": u64::try_from(judged.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             "image_digests": images.collect::<Vec<_>>(),
-            "query_digest": query.map(|turn| digest(&turn.query())),
+            "query_digest": query.map(|turn| digest(&turn.joined_text())),
             "draft_digest": draft.map(digest),
             "steps": steps.iter().map(|step| json!({
                 "step": step.step, "ms": step.ms, "prompt_tokens": step.prompt_tokens,

@@ -377,7 +377,7 @@ impl<'a> WindowedDraft<'a> {
             // running is waited for.
             self.end = Some(Ending::Whole);
         } else if let Ok(request_check) = &self.request_check {
-            if request_check.is_harm() {
+            if request_check.is_harmful() {
                 self.end = Some(Ending::Skipped);
             } else if let Some(text) = self.windows.next_check() {
                 let (guard, chat, mut request_check) =

@@ -14,9 +14,9 @@ use llama_cpp_2::{
 
 use crate::{
     cache::{Cache, Place},
-    heads::Heads,
     layout::{BLOCK, Segment, lay_out},
     llama::{Options, backend, failed},
+    prefixes::Prefixes,
     reply::{Next, Written},
     template::{ChatTemplate, Vocabulary},
 };
@@ -37,7 +37,7 @@ pub(crate) struct Engine<'m> {
     cache: Cache,
     no_reuse: bool,
     keep_replies: bool,
-    heads: Option<Heads>,
+    prefixes: Option<Prefixes>,
     /// Tokens of one conversation.
     room: i32,
 }
@@ -47,7 +47,7 @@ pub(crate) struct Engine<'m> {
 pub(crate) struct Prompt {
     pub(crate) segments: Arc<[Segment]>,
     /// The number of leading segments that are kept on disk.
-    head: usize,
+    prefix: usize,
 }
 
 /// A prompt of which a part was computed.
@@ -58,7 +58,7 @@ pub(crate) struct Reading {
     /// The number of segments that were computed, and the position where they end.
     done: usize,
     pub(crate) position: i32,
-    /// The tokens of its head, if that is to be kept on disk once it was computed.
+    /// The tokens of its prefix, if that is to be kept on disk once it was computed.
     to_keep: Option<Vec<LlamaToken>>,
 }
 
@@ -101,10 +101,12 @@ impl<'m> Engine<'m> {
         )?;
         let room = i32::try_from(room).unwrap_or(i32::MAX);
         let how = format!("{room} {slots} {batch} {:?}", options.gpu_layers);
-        let folder = options.heads.filter(|_| !options.no_reuse);
-        let heads = folder.and_then(|folder| {
-            let heads = Heads::new(folder, path, &how);
-            heads.inspect_err(|error| tracing::debug!(%error, "no heads of prompts are kept")).ok()
+        let folder = options.prefix_folder.filter(|_| !options.no_reuse);
+        let prefixes = folder.and_then(|folder| {
+            let prefixes = Prefixes::new(folder, path, &how);
+            prefixes
+                .inspect_err(|error| tracing::debug!(%error, "no prefixes of prompts are kept"))
+                .ok()
         });
         Ok(Self {
             model,
@@ -114,7 +116,7 @@ impl<'m> Engine<'m> {
             cache: Cache::new(slots as usize),
             no_reuse: options.no_reuse,
             keep_replies: options.keep_replies,
-            heads,
+            prefixes,
             room,
         })
     }
@@ -131,24 +133,27 @@ impl<'m> Engine<'m> {
         let vocab = self.model.vocab();
         let tokens = |text: &str, first| vocab.tokenize(text.as_bytes(), first, true);
         let segments = lay_out(&self.template.render(chat)?, marker, &digests, tokens);
-        let head = self
-            .rendered_head(chat)
-            .map(|head| lay_out(&head, marker, &[], tokens))
+        let prefix = self
+            .rendered_prefix(chat)
+            .map(|prefix| lay_out(&prefix, marker, &[], tokens))
             .unwrap_or_default();
-        let shared =
-            segments.iter().zip(&head).take_while(|(segment, head)| segment.same_as(head)).count();
-        let head = shared.min(segments.len().saturating_sub(1));
-        Ok(Prompt { segments: segments.into(), head })
+        let shared = segments
+            .iter()
+            .zip(&prefix)
+            .take_while(|(segment, prefix)| segment.same_as(prefix))
+            .count();
+        let prefix = shared.min(segments.len().saturating_sub(1));
+        Ok(Prompt { segments: segments.into(), prefix })
     }
 
-    /// The rendered head of a chat, if it has one that may be kept.
-    fn rendered_head(&self, chat: &Chat) -> Option<String> {
+    /// The rendered prefix of a chat, if it has one that may be kept.
+    fn rendered_prefix(&self, chat: &Chat) -> Option<String> {
         let turns = chat
             .turns
-            .get(..chat.head)
-            .filter(|turns| !turns.is_empty() && self.heads.is_some())?;
-        let head = Chat { turns: turns.to_vec(), ..Chat::default() };
-        self.template.render(&head).ok().filter(|_| head.image_count() == 0)
+            .get(..chat.shared_turns)
+            .filter(|turns| !turns.is_empty() && self.prefixes.is_some())?;
+        let prefix = Chat { turns: turns.to_vec(), ..Chat::default() };
+        self.template.render(&prefix).ok().filter(|_| prefix.image_count() == 0)
     }
 
     /// Begins to compute a prompt: in a free sequence, behind what is computed of it already.
@@ -169,14 +174,14 @@ impl<'m> Engine<'m> {
         let Place { sequence, copied_from, shared, position } = *place;
         let prompt = prompt.clone();
         let mut reading = Reading { prompt, sequence, done: shared, position, to_keep: None };
-        let head = &reading.prompt.segments[..reading.prompt.head];
-        if let Some((heads, tokens)) =
-            self.heads.as_ref().zip(Heads::tokens(head)).filter(|_| shared < head.len())
+        let prefix = &reading.prompt.segments[..reading.prompt.prefix];
+        if let Some((prefixes, tokens)) =
+            self.prefixes.as_ref().zip(Prefixes::tokens(prefix)).filter(|_| shared < prefix.len())
         {
-            match heads.find(&tokens) {
+            match prefixes.find(&tokens) {
                 Some(file) => {
                     (reading.done, reading.position) =
-                        self.load_head(&file, head, &tokens, sequence)?;
+                        self.load_prefix(&file, prefix, &tokens, sequence)?;
                     return Ok(reading);
                 }
                 None => reading.to_keep = Some(tokens),
@@ -224,8 +229,8 @@ impl<'m> Engine<'m> {
         self.cache.push(reading.sequence, segment.clone(), end);
         reading.position = end;
         reading.done += 1;
-        if let Some(tokens) = reading.to_keep.take_if(|_| reading.done == reading.prompt.head) {
-            self.keep_head(&tokens, reading.sequence);
+        if let Some(tokens) = reading.to_keep.take_if(|_| reading.done == reading.prompt.prefix) {
+            self.keep_prefix(&tokens, reading.sequence);
         }
         Ok((reading.done == reading.prompt.segments.len()).then_some(row))
     }
@@ -272,12 +277,12 @@ impl<'m> Engine<'m> {
         self.cache.release(sequence);
     }
 
-    /// Replaces the content of a sequence by a head from its file. Returns the number of segments
+    /// Replaces the content of a sequence by a prefix from its file. Returns the number of segments
     /// in the sequence, and their end position.
-    fn load_head(
+    fn load_prefix(
         &mut self,
         file: &Path,
-        head: &[Segment],
+        prefix: &[Segment],
         tokens: &[LlamaToken],
         sequence: usize,
     ) -> Result<(usize, i32), ModelError> {
@@ -285,31 +290,31 @@ impl<'m> Engine<'m> {
         let id = i32::try_from(sequence).unwrap_or_default();
         let read = self.context.state_seq_load_file(file, id, tokens.len());
         if !read.is_ok_and(|(read, _)| read == tokens) {
-            tracing::debug!(?file, "a head can't be read");
+            tracing::debug!(?file, "a prefix can't be read");
             self.clear(sequence)?;
             return Ok((0, 0));
         }
         let mut end = 0;
-        for segment in head {
+        for segment in prefix {
             end += segment.tokens();
             self.cache.push(sequence, segment.clone(), end);
         }
-        Ok((head.len(), end))
+        Ok((prefix.len(), end))
     }
 
-    /// Keeps the head that is the whole content of a sequence on disk. If that fails, it is
+    /// Keeps the prefix that is the whole content of a sequence on disk. If that fails, it is
     /// computed again another time.
-    fn keep_head(&self, tokens: &[LlamaToken], sequence: usize) {
-        let Some(heads) = &self.heads else { return };
+    fn keep_prefix(&self, tokens: &[LlamaToken], sequence: usize) {
+        let Some(prefixes) = &self.prefixes else { return };
         let sequence = i32::try_from(sequence).unwrap_or_default();
-        let kept = heads.keep(tokens, |file| {
+        let kept = prefixes.keep(tokens, |file| {
             self.context
                 .state_seq_save_file(file, sequence, tokens)
                 .map(drop)
                 .map_err(io::Error::other)
         });
         if let Err(error) = kept {
-            tracing::debug!(%error, "a head of prompts can't be kept");
+            tracing::debug!(%error, "a prefix of prompts can't be kept");
         }
     }
 

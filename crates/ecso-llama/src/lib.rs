@@ -11,7 +11,7 @@
 //! first token of a reply, from which verdicts are read, depends on nothing but its prompt; later
 //! tokens are computed together with those of other replies, which can change a close choice. The
 //! prefixes that all of a guard's questions begin with can also be kept on disk
-//! ([`Options::heads`]).
+//! ([`Options::prefix_folder`]).
 //!
 //! ```ignore
 //! let model = ecso_llama::Llama::load("model.gguf", ecso_llama::Options::default()).await?;
@@ -25,9 +25,9 @@
 
 mod cache;
 mod engine;
-mod heads;
 mod layout;
 mod llama;
+mod prefixes;
 mod reply;
 mod schedule;
 mod template;

@@ -43,9 +43,9 @@ pub struct Options {
     /// in blocks as prompts are. So what follows is no longer bit-identical, and on a CPU
     /// log-probabilities can differ by 0.15.
     pub keep_replies: bool,
-    /// A folder for the shared beginnings of prompts ([`Chat::head`]), at most 512 MiB, so that
+    /// A folder for the shared beginnings of prompts ([`Chat::shared_turns`]), at most 512 MiB, so that
     /// other processes need not compute them; `None` keeps nothing.
-    pub heads: Option<PathBuf>,
+    pub prefix_folder: Option<PathBuf>,
     /// The number of threads; `None` takes one for each core.
     pub threads: Option<NonZeroU32>,
     /// The number of layers on the GPU, if support for one is built in; `None` puts all there.

@@ -141,16 +141,16 @@ fn question(about: &str) -> Chat {
         ]
     };
     let mut turns: Vec<Turn> = (0..12).flat_map(example).collect();
-    let head = turns.len();
+    let shared_turns = turns.len();
     turns.push(Turn::text(Role::User, about));
-    Chat { turns, head, ..Chat::default() }
+    Chat { turns, shared_turns, ..Chat::default() }
 }
 
 #[tokio::test]
 async fn a_head_from_disk_gives_the_same_logits_to_the_last_bit() {
     let mut files = Files::new();
-    let folder = files.folder.path().join("heads");
-    files.options.heads = Some(folder.clone());
+    let folder = files.folder.path().join("prefixes");
+    files.options.prefix_folder = Some(folder.clone());
     let afresh = files.load(true).await;
     let kept = || {
         std::fs::read_dir(&folder)
@@ -166,9 +166,9 @@ async fn a_head_from_disk_gives_the_same_logits_to_the_last_bit() {
         assert_eq!(ask(&first, &question(about)).await, whole, "{about}");
     }
     let files_kept = kept().unwrap();
-    let [file] = files_kept.as_slice() else { panic!("one head: {files_kept:?}") };
-    // A conversation without a head leaves nothing behind.
-    ask(&files.load(false).await, &Chat { head: 0, ..question("Is it?") }).await;
+    let [file] = files_kept.as_slice() else { panic!("one shared_turns: {files_kept:?}") };
+    // A conversation without shared turns leaves nothing behind.
+    ask(&files.load(false).await, &Chat { shared_turns: 0, ..question("Is it?") }).await;
     assert_eq!(kept().unwrap().len(), 1);
     // A damaged one is computed again.
     let mut bytes = std::fs::read(file).unwrap();
@@ -218,7 +218,7 @@ fn mixed(count: u8) -> Vec<Chat> {
         1 => Chat::ask([picture(n % 3)], format!("What is number {n}?")),
         2 => Chat::ask([], "One word after the other. ".repeat(n.into())),
         3 => Chat::ask([picture(1), picture(n)], "Which one?"),
-        _ => Chat { head: 0, ..question("Is it the same?") },
+        _ => Chat { shared_turns: 0, ..question("Is it the same?") },
     };
     (0..count).map(chat).collect()
 }
@@ -248,7 +248,7 @@ async fn a_verdict_does_not_depend_on_what_runs_beside_it() {
     }
     for slots in [1, 2, 5] {
         files.options.slots = NonZeroU32::new(slots);
-        files.options.heads = Some(files.folder.path().join(format!("heads-{slots}")));
+        files.options.prefix_folder = Some(files.folder.path().join(format!("prefixes-{slots}")));
         let model = files.load(false).await;
         assert_eq!(under_load(&model, &chats).await, alone, "{slots} slots");
         assert_eq!(under_load(&model, &chats).await, alone, "{slots} slots, once more");

@@ -74,7 +74,7 @@ pub(crate) fn body(
 /// The content of a turn. Without images it is plain text, which every server reads.
 fn content(turn: &Turn) -> Value {
     if turn.images().next().is_none() {
-        return turn.query().into();
+        return turn.joined_text().into();
     }
     let parts = turn.parts.iter().map(|part| match part {
         Part::Text(text) => json!({"type": "text", "text": text}),

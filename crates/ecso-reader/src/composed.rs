@@ -61,7 +61,7 @@ impl<M: Mllm> Composed<M> {
             }
             turns.push(Turn { role: turn.role, parts });
         }
-        Ok(Chat { turns, definitions: chat.definitions.clone(), head: chat.head })
+        Ok(Chat { turns, definitions: chat.definitions.clone(), shared_turns: chat.shared_turns })
     }
 
     /// The text of an image; its description, if it is known by one.

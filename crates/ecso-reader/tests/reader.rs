@@ -83,7 +83,7 @@ async fn a_model_is_told_what_an_image_says_or_that_it_says_nothing() {
             .unwrap();
     }
     let asked: Vec<String> =
-        scripted.requests().iter().map(|(chat, _)| chat.turns[0].query()).collect();
+        scripted.requests().iter().map(|(chat, _)| chat.turns[0].joined_text()).collect();
     assert!(
         asked[0].contains("Steps to bake a") && asked[0].contains("loaf of bread."),
         "{asked:?}"
@@ -113,7 +113,7 @@ async fn told(image: &image::RgbImage, tagged: bool) -> Option<String> {
         .generate(&Chat::ask([image_of(image)], "What is it?"), &Sampling::default())
         .await
         .unwrap();
-    Some(scripted.requests()[0].0.turns[0].query())
+    Some(scripted.requests()[0].0.turns[0].joined_text())
 }
 
 #[tokio::test]

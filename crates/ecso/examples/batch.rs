@@ -13,7 +13,7 @@ const CONCURRENCY: usize = 4;
 /// A scripted model stands in for a real one. It fails on one of the chats.
 fn model() -> Scripted {
     Scripted::new(|chat| {
-        let text = chat.turns.last().map(Turn::query).unwrap_or_default();
+        let text = chat.turns.last().map(Turn::joined_text).unwrap_or_default();
         if text.contains("number 7") {
             return Err(ModelError::Overloaded { retry_after: None });
         }

@@ -24,7 +24,7 @@ impl Mllm for Table {
     }
 
     async fn stream(&self, chat: &Chat, _: &Sampling) -> Result<ReplyStream, ModelError> {
-        let text = chat.turns.last().map(ecso::Turn::query).unwrap_or_default();
+        let text = chat.turns.last().map(ecso::Turn::joined_text).unwrap_or_default();
         let found = self.0.iter().find(|(key, _)| text.contains(key));
         // A request that the model can't answer is an error, never an empty reply.
         let (_, reply) = found.ok_or_else(|| ModelError::Rejected("not in the table".into()))?;

@@ -37,7 +37,7 @@ terms = [{ question = "recipe", weight = 1.0 }]
 /// A scripted model stands in for a real one.
 fn model(draft: &'static str) -> Scripted {
     Scripted::new(move |chat| {
-        let text = chat.turns.last().map(Turn::query).unwrap_or_default();
+        let text = chat.turns.last().map(Turn::joined_text).unwrap_or_default();
         let reply = if !text.contains("Answer yes or no") {
             draft
         } else if text.contains("secret ingredient") && text.contains("malt") {

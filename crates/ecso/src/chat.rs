@@ -52,7 +52,7 @@ impl Turn {
 
     /// The turn's text: its text parts, joined by line breaks.
     #[must_use]
-    pub fn query(&self) -> String {
+    pub fn joined_text(&self) -> String {
         let texts: Vec<&str> = self
             .parts
             .iter()
@@ -94,7 +94,7 @@ pub struct Chat {
     pub definitions: Vec<String>,
     /// The number of leading turns that all chats of this kind share: a question's examples. A
     /// backend may cache its work on them, since they hold no part of a user's conversation.
-    pub head: usize,
+    pub shared_turns: usize,
 }
 
 impl Chat {
@@ -120,7 +120,7 @@ impl Chat {
         let mut pending: Vec<String> = Vec::new();
         for turn in &self.turns {
             match turn.role {
-                Role::System => pending.push(turn.query()),
+                Role::System => pending.push(turn.joined_text()),
                 Role::User if !pending.is_empty() => {
                     turns.push(with_texts_before(turn, std::mem::take(&mut pending)));
                 }
@@ -130,7 +130,7 @@ impl Chat {
         if !pending.is_empty() {
             turns.push(Turn::text(Role::User, pending.join("\n\n")));
         }
-        Self { turns, definitions: self.definitions.clone(), head: 0 }
+        Self { turns, definitions: self.definitions.clone(), shared_turns: 0 }
     }
 
     /// The images of all turns, in order.

@@ -37,13 +37,13 @@ pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Hardened, q: &Query<'_>) -> Re
 
     // Step 4: an answer with eyes closed, judged as the draft was.
     for template in
-        templates(&w.profile.safe, q.has_hints(&c), found.is_harm() && found.score.is_some())
+        templates(&w.profile.safe, q.has_hints(&c), found.is_harmful() && found.score.is_some())
     {
         let y = w.compose(q.safe(&c, template)).await?;
         let reply = Some(Answer::new(&y));
         // An empty answer is none.
         if !y.trim().is_empty()
-            && !judge.detect(w, Step::ReplyCheck, reply, Detection::SAFE).await?.is_harm()
+            && !judge.detect(w, Step::ReplyCheck, reply, Detection::SAFE).await?.is_harmful()
         {
             return w.release(y).await;
         }
@@ -63,8 +63,8 @@ pub(crate) struct RequestFindings {
 
 impl RequestFindings {
     /// Whether the request itself is harmful, so that no reply could be safe.
-    pub(crate) fn is_harm(&self) -> bool {
-        self.request.is_harm()
+    pub(crate) fn is_harmful(&self) -> bool {
+        self.request.is_harmful()
     }
 }
 
@@ -92,7 +92,7 @@ pub(crate) async fn detect(
         Some(findings) => findings,
         None => check_request(w, p, q).await?,
     };
-    if request.is_harm() {
+    if request.is_harmful() {
         return Ok(request);
     }
     let mut judge = Judge { p, q, images: &images, known };
@@ -106,12 +106,12 @@ async fn check_request_and_draft(
     q: &Query<'_>,
 ) -> Result<(RequestFindings, Option<String>), Halt> {
     if let Some(findings) = mem::take(&mut w.findings) {
-        let y = if findings.is_harm() { None } else { Some(w.draft(q).await?) };
+        let y = if findings.is_harmful() { None } else { Some(w.draft(q).await?) };
         return Ok((findings, y));
     }
     let mut checking = w.fork();
     let found =
-        w.draft_while(q, check_request(&mut checking, p, q), RequestFindings::is_harm).await?;
+        w.draft_while(q, check_request(&mut checking, p, q), RequestFindings::is_harmful).await?;
     w.prepend_steps(checking);
     Ok(found)
 }
@@ -191,7 +191,7 @@ impl Judge<'_, '_> {
             if found.is_filtered && (y.is_none() || question.is_about_reply()) {
                 return Ok(Some(found));
             }
-            log_odds += term.adds(profile::log_odds(found.score, found.is_harm()));
+            log_odds += term.adds(profile::log_odds(found.score, found.is_harmful()));
             has_scores &= found.score.is_some();
         }
         Ok(Some(Detection::from_log_odds(log_odds, self.p.threshold, has_scores)))

@@ -51,14 +51,14 @@ pub struct Limits {
 
 impl Limits {
     /// 20 MiB and 40 megapixels; images whose end is missing are refused; 20 pages.
-    pub const USUAL: Self =
+    pub const DEFAULT: Self =
         Self { bytes: 20 << 20, pixels: 40_000_000, truncated: Truncated::Refuse, pages: 20 };
 }
 
 impl Default for Limits {
-    /// [`Limits::USUAL`].
+    /// [`Limits::DEFAULT`].
     fn default() -> Self {
-        Self::USUAL
+        Self::DEFAULT
     }
 }
 
@@ -113,7 +113,7 @@ pub enum ImageError {
         format: &'static str,
     },
     /// A known format that this build does not read.
-    NotBuilt {
+    FeatureDisabled {
         /// The format, with its article.
         what: &'static str,
         /// The Cargo feature of this crate, and of the program, that reads it.
@@ -127,7 +127,7 @@ pub enum ImageError {
         reason: String,
     },
     /// A document with this many pages, where a single image is expected.
-    Several(usize),
+    SeveralPages(usize),
     /// The format is known, but the content is damaged.
     Broken {
         /// The format that the first bytes claim.
@@ -162,13 +162,13 @@ impl fmt::Display for ImageError {
                 "the {format} is broken: its end is missing (images.truncated = \"accept\" \
                  takes it as it is)"
             ),
-            Self::NotBuilt { what, feature } => {
+            Self::FeatureDisabled { what, feature } => {
                 write!(f, "this is {what}; ecso built with --features {feature} reads it")
             }
             Self::Unconverted { what, reason } => {
                 write!(f, "this is {what} that can't be shown as images: {reason}")
             }
-            Self::Several(pages) => {
+            Self::SeveralPages(pages) => {
                 write!(f, "it has {pages} pages, but a single image is expected")
             }
             Self::Broken { format, cause } => write!(f, "the {format} image is broken: {cause}"),
@@ -242,9 +242,9 @@ impl Image {
         Self::read(path.as_ref(), limits, Self::from_bytes)
     }
 
-    /// Reads a file as [`Image::several`] does. Every error names the file.
-    pub fn open_several(path: impl AsRef<Path>, limits: Limits) -> Result<Vec<Self>, ImageError> {
-        Self::read(path.as_ref(), limits, Self::several)
+    /// Reads a file as [`Image::pages`] does. Every error names the file.
+    pub fn open_pages(path: impl AsRef<Path>, limits: Limits) -> Result<Vec<Self>, ImageError> {
+        Self::read(path.as_ref(), limits, Self::pages)
     }
 
     fn read<T>(
@@ -266,19 +266,19 @@ impl Image {
     /// decoded yet, except for formats that are converted.
     ///
     /// # Errors
-    /// [`ImageError::Several`] for a document of several pages: see [`Image::several`].
+    /// [`ImageError::SeveralPages`] for a document of several pages: see [`Image::pages`].
     pub fn from_bytes(bytes: impl Into<Bytes>, limits: Limits) -> Result<Self, ImageError> {
-        let mut images = Self::several(bytes, limits)?;
+        let mut images = Self::pages(bytes, limits)?;
         match images.pop() {
             Some(image) if images.is_empty() => Ok(image),
-            _ => Err(ImageError::Several(images.len() + 1)),
+            _ => Err(ImageError::SeveralPages(images.len() + 1)),
         }
     }
 
     /// The images in a file's bytes, each checked as [`Image::from_bytes`] does: the one of a
     /// picture, or the pages of a document, in order. Formats that models don't read are converted
     /// here, one file at a time in the whole process: see [`decoder_process`].
-    pub fn several(bytes: impl Into<Bytes>, limits: Limits) -> Result<Vec<Self>, ImageError> {
+    pub fn pages(bytes: impl Into<Bytes>, limits: Limits) -> Result<Vec<Self>, ImageError> {
         let bytes = bytes.into();
         if bytes.is_empty() {
             return Err(ImageError::Empty);

@@ -102,7 +102,7 @@ pub use reasoning::without_reasoning;
 pub use refusal::is_refusal;
 pub use template::Template;
 pub use trace::{Event, GuardError, Outcome, Step, Trace};
-pub use verdict::{Parser, Verdict, harm_score};
+pub use verdict::{Parser, Verdict, yes_probability};
 pub use yes_or_no::{Subject, ended_before_answer, final_answer, verdict_text, yes_or_no};
 
 /// The README's example compiles.

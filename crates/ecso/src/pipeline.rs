@@ -70,8 +70,8 @@ pub struct RequestCheck {
 impl RequestCheck {
     /// Whether the request itself is harmful. The caller need not wait for a draft then.
     #[must_use]
-    pub fn is_harm(&self) -> bool {
-        self.findings.as_ref().is_some_and(RequestFindings::is_harm)
+    pub fn is_harmful(&self) -> bool {
+        self.findings.as_ref().is_some_and(RequestFindings::is_harmful)
     }
 
     /// The same findings without the calls behind them: for the second and later choices of one
@@ -267,7 +267,7 @@ impl Pipeline<'_> {
                 found
             };
             worst = Some(worst.map_or(found, |worst| worst.or(found)));
-            if found.is_harm() && found.weight >= enough {
+            if found.is_harmful() && found.weight >= enough {
                 break;
             }
         }
@@ -408,7 +408,7 @@ impl Pipeline<'_> {
     /// profile never rewrites, the answer is the fixed refusal.
     pub(crate) async fn decide(&mut self, found: Detection) -> Result<bool, Halt> {
         (self.outcome.verdict, self.outcome.score) = (found.verdict, found.score);
-        let rewritten = self.profile.gate == Gate::Always || found.is_harm();
+        let rewritten = self.profile.gate == Gate::Always || found.is_harmful();
         self.outcome.rewritten = rewritten;
         self.tell(Event::Decided { verdict: found.verdict, rewritten }).await;
         if rewritten && self.profile.rewrite == Rewrite::Refuse {
@@ -611,7 +611,7 @@ impl<'a> Call<'a> {
                 .iter()
                 .rev()
                 .find(|turn| turn.role == Role::User)
-                .map_or_else(String::new, Turn::query),
+                .map_or_else(String::new, Turn::joined_text),
             reply: reply.text.clone(),
             verdict: found.map(|found| found.verdict),
             score: found.and_then(|found| found.score),

@@ -451,14 +451,14 @@ pub enum Wording {
     /// A template with the question's prior.
     Plain(Template),
     /// A template with its own.
-    Weighed(Weighed),
+    WithPrior(TemplateWithPrior),
 }
 
 /// A template and its prior.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
-pub struct Weighed {
+pub struct TemplateWithPrior {
     /// As [`Question::template`].
     pub template: Template,
     /// As [`Question::prior`].
@@ -674,7 +674,7 @@ impl Question {
     pub(crate) fn wordings(&self) -> impl Iterator<Item = (&Template, f64)> {
         let also = self.also.iter().map(|wording| match wording {
             Wording::Plain(template) => (template, self.prior),
-            Wording::Weighed(Weighed { template, prior }) => (template, *prior),
+            Wording::WithPrior(TemplateWithPrior { template, prior }) => (template, *prior),
         });
         [(&self.template, self.prior)].into_iter().chain(also)
     }

@@ -72,13 +72,14 @@ impl<'a> Query<'a> {
     /// `None` if the conversation has no user turn.
     pub(crate) fn of(chat: &'a Chat, profile: &'a Profile) -> Option<Self> {
         let index = chat.turns.iter().rposition(|turn| turn.role == Role::User)?;
-        let text = chat.turns[index].query();
+        let text = chat.turns[index].joined_text();
         let earlier = chat.turns[..index].iter().filter(|turn| turn.role != Role::System);
         let request = match profile.turns {
             Turns::Last => text.clone(),
             Turns::All => {
-                let earlier = earlier
-                    .map(|turn| format!("[earlier, {}] {}", turn.role.as_str(), turn.query()));
+                let earlier = earlier.map(|turn| {
+                    format!("[earlier, {}] {}", turn.role.as_str(), turn.joined_text())
+                });
                 earlier.chain([text.clone()]).collect::<Vec<_>>().join("\n")
             }
         };
@@ -88,7 +89,7 @@ impl<'a> Query<'a> {
             .iter()
             .rposition(|turn| turn.role != Role::Assistant)
             .map_or(0, |last| last + 1);
-        let prefill = chat.turns[prefill_start..].iter().map(Turn::query).collect();
+        let prefill = chat.turns[prefill_start..].iter().map(Turn::joined_text).collect();
         let mut guarded = Self {
             profile,
             chat,
@@ -123,7 +124,7 @@ impl<'a> Query<'a> {
                 Role::Assistant if index < self.prefill_start => "[earlier, assistant] ",
                 Role::Assistant => "[the answer begins] ",
             };
-            lines.push(format!("{label}{}", turn.query()));
+            lines.push(format!("{label}{}", turn.joined_text()));
         }
         lines.join("\n")
     }
@@ -197,7 +198,7 @@ impl<'a> Query<'a> {
                     let images = self.shown().filter(|_| question.image == Images::Include);
                     let mut chat = one_turn(self.profile, images.cloned(), text);
                     let examples = examples(question);
-                    chat.head = examples.len();
+                    chat.shared_turns = examples.len();
                     chat.turns.splice(0..0, examples);
                     prompts.push(((chat, template), prior));
                 }

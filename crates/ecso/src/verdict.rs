@@ -45,7 +45,7 @@ pub enum Parser {
     /// Safe only if the reply starts with a clear "no"; everything else is unsafe.
     FailClosed,
     /// By probability: unsafe if P(yes) / (P(yes) + P(no)) of the first token reaches the threshold
-    /// ([`harm_score`]). If the model reports no probabilities, by [`yes_or_no`]; a reply that is
+    /// ([`yes_probability`]). If the model reports no probabilities, by [`yes_or_no`]; a reply that is
     /// neither is no verdict.
     Score,
 }
@@ -63,15 +63,15 @@ const MAX_UNLISTED: f64 = 1.0 / 3.0;
 /// of what both have, because the server lists only few tokens.
 ///
 /// ```
-/// use ecso::{Reply, TopLogprob, harm_score};
+/// use ecso::{Reply, TopLogprob, yes_probability};
 ///
 /// let token = |token: &str, p: f32| TopLogprob { token: token.into(), logprob: p.ln() };
 /// let first_token = vec![token("No", 0.6), token(" yes", 0.2)];
-/// let score = harm_score(&Reply { first_token, ..Reply::default() }).unwrap();
+/// let score = yes_probability(&Reply { first_token, ..Reply::default() }).unwrap();
 /// assert!((score - 0.25).abs() < 1e-6);
 /// ```
 #[must_use]
-pub fn harm_score(reply: &Reply) -> Option<f64> {
+pub fn yes_probability(reply: &Reply) -> Option<f64> {
     let mass = |word: &str| -> f64 {
         let forms = reply
             .first_token
@@ -94,7 +94,7 @@ fn unlisted(reply: &Reply) -> f64 {
 }
 
 impl Parser {
-    /// The verdict in a reply to a question about `subject`. `score` is its [`harm_score`], and
+    /// The verdict in a reply to a question about `subject`. `score` is its [`yes_probability`], and
     /// `threshold` is for [`Parser::Score`]. `None` if the reply is neither yes nor no; only
     /// [`Parser::Score`] returns that.
     #[must_use]
@@ -158,7 +158,7 @@ impl Detection {
 
     /// Reads the reply to a wording with this prior; `None` if it is neither yes nor no.
     pub(crate) fn read(question: &Question, prior: f64, reply: &Reply) -> Option<Self> {
-        let score = harm_score(reply).map(|score| {
+        let score = yes_probability(reply).map(|score| {
             let odds = prior / (1.0 - prior);
             let yes = score / (score + odds * (1.0 - score));
             if question.harm == Answer::Yes { yes } else { 1.0 - yes }
@@ -190,7 +190,7 @@ impl Detection {
         Self { score: Some(weight), weight, ..Self::SAFE }
     }
 
-    pub(crate) fn is_harm(self) -> bool {
+    pub(crate) fn is_harmful(self) -> bool {
         self.verdict == Verdict::Unsafe
     }
 
@@ -240,7 +240,7 @@ mod tests {
     fn the_score_sums_the_forms_of_both_words() {
         let reply =
             told(&[("No", 0.5), (" yes", 0.25), ("YES", 0.125), ("no.", 0.125), ("Noble", 0.1)]);
-        let score = harm_score(&reply).unwrap();
+        let score = yes_probability(&reply).unwrap();
         assert!((score - 0.375).abs() < 1e-6);
         assert_eq!(
             Parser::Score.parse("no", Subject::Harm, Some(score), 0.3),
@@ -250,26 +250,26 @@ mod tests {
             Parser::Score.parse("yes", Subject::Harm, Some(score), 0.4),
             Some(Verdict::Safe)
         );
-        assert_eq!(harm_score(&Reply::default()), None);
+        assert_eq!(yes_probability(&Reply::default()), None);
         // Two words that are both unlikely mean nothing.
         let e = std::f32::consts::E;
         assert_eq!(
-            harm_score(&told(&[("I", 0.9), ("yes", e.powi(-19)), ("no", e.powi(-20))])),
+            yes_probability(&told(&[("I", 0.9), ("yes", e.powi(-19)), ("no", e.powi(-20))])),
             None
         );
-        assert_eq!(harm_score(&told(&[("I", 0.98), ("yes", 0.02)])), None);
+        assert_eq!(yes_probability(&told(&[("I", 0.98), ("yes", 0.02)])), None);
         // A word that is not listed may have what is left.
-        assert_eq!(harm_score(&told(&[("no", 0.51)])), None);
-        assert_eq!(harm_score(&told(&[("no", 0.51), ("maybe", 0.3)])), None);
-        assert!(harm_score(&told(&[("no", 0.51), ("maybe", 0.3), ("so", 0.05)])).is_some());
+        assert_eq!(yes_probability(&told(&[("no", 0.51)])), None);
+        assert_eq!(yes_probability(&told(&[("no", 0.51), ("maybe", 0.3)])), None);
+        assert!(yes_probability(&told(&[("no", 0.51), ("maybe", 0.3), ("so", 0.05)])).is_some());
         // An impossible log-probability makes the others worthless too.
         for logprob in [709.5, 5_f32.ln(), f32::NAN, f32::INFINITY] {
             let mut reply = told(&[("no", 0.1), ("so", 0.2)]);
             reply.first_token.push(TopLogprob { token: "yes".into(), logprob });
-            assert_eq!(harm_score(&reply), None, "{logprob}");
+            assert_eq!(yes_probability(&reply), None, "{logprob}");
         }
         assert!(
-            harm_score(&told(&[("no", 0.9)]))
+            yes_probability(&told(&[("no", 0.9)]))
                 .is_some_and(|score| score == 0.0 && score.is_sign_positive())
         );
     }

@@ -24,7 +24,7 @@ mod present {
 
     pub(crate) async fn open(settings: &Settings) -> anyhow::Result<Arc<dyn Mllm>> {
         let store = Store::new(&settings.models_dir);
-        let mut options = options(&settings.engine, store.heads_folder())?;
+        let mut options = options(&settings.engine, store.prefix_folder())?;
         options.mmproj = non_empty(&settings.mmproj).map(Into::into);
         if is_file(&settings.model) {
             return Ok(Arc::new(Llama::load(&settings.model, options).await?));
@@ -43,7 +43,7 @@ mod present {
         with_reader(settings, model, llama, model.name.clone())
     }
 
-    fn options(engine: &Engine, heads: PathBuf) -> anyhow::Result<Options> {
+    fn options(engine: &Engine, prefix_folder: PathBuf) -> anyhow::Result<Options> {
         let chat_template = non_empty(&engine.chat_template)
             .map(|path| std::fs::read_to_string(path).map_err(|error| UsageError::at(path, error)));
         Ok(Options {
@@ -54,7 +54,7 @@ mod present {
             threads: NonZeroU32::new(engine.threads),
             no_reuse: engine.no_reuse,
             keep_replies: engine.keep_replies,
-            heads: (!engine.no_heads).then_some(heads),
+            prefix_folder: engine.keep_prefixes.then_some(prefix_folder),
             gpu_layers: u32::try_from(engine.gpu_layers).ok(),
             chat_template: chat_template.transpose()?,
         })

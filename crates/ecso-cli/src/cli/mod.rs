@@ -406,7 +406,7 @@ pub(crate) enum ModelsCommand {
     },
     /// Delete a model's files, except those that another installed model needs
     Remove {
-        /// Name of the model, or `heads` for the engine's cached prompt prefixes
+        /// Name of the model, or `prefixes` for the engine's cached prompt prefixes
         name: String,
     },
 }

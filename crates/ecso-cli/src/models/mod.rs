@@ -56,10 +56,10 @@ impl Models {
             );
         }
         println!("\nRun `ecso models pull NAME` to download one.");
-        match self.store.heads_size()? {
+        match self.store.prefixes_size()? {
             0 => {}
             bytes => println!(
-                "heads: {} MB of cached prompt prefixes; `ecso models remove heads` deletes them",
+                "prefixes: {} MB of cached prompt prefixes; `ecso models remove prefixes` deletes them",
                 bytes / 1_000_000
             ),
         }
@@ -151,8 +151,8 @@ impl Models {
     }
 
     fn remove(&self, name: &str) -> anyhow::Result<()> {
-        if name == "heads" {
-            println!("heads: removed, {} MB freed", self.store.remove_heads()? / 1_000_000);
+        if name == "prefixes" {
+            println!("prefixes: removed, {} MB freed", self.store.remove_prefixes()? / 1_000_000);
             return Ok(());
         }
         let model = self.catalogue.model(name)?;

@@ -30,13 +30,13 @@ impl Store {
     }
 
     /// Where the engine caches common prompt prefixes.
-    pub(crate) fn heads_folder(&self) -> PathBuf {
-        self.path("heads")
+    pub(crate) fn prefix_folder(&self) -> PathBuf {
+        self.path("prefixes")
     }
 
     /// Bytes of the cached prompt prefixes.
-    pub(super) fn heads_size(&self) -> anyhow::Result<u64> {
-        let folder = self.heads_folder();
+    pub(super) fn prefixes_size(&self) -> anyhow::Result<u64> {
+        let folder = self.prefix_folder();
         let sizes = match fs::read_dir(&folder) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
             entries => entries.and_then(|entries| {
@@ -47,9 +47,9 @@ impl Store {
     }
 
     /// Removes the cached prompt prefixes and returns how many bytes that frees.
-    pub(super) fn remove_heads(&self) -> anyhow::Result<u64> {
-        let bytes = self.heads_size()?;
-        remove_folder(&self.heads_folder())?;
+    pub(super) fn remove_prefixes(&self) -> anyhow::Result<u64> {
+        let bytes = self.prefixes_size()?;
+        remove_folder(&self.prefix_folder())?;
         Ok(bytes)
     }
 

@@ -37,7 +37,7 @@ fn profile() -> Profile {
 fn model(drafts: &Arc<AtomicUsize>) -> Arc<dyn Mllm> {
     let drafts = Arc::clone(drafts);
     Arc::new(Scripted::new(move |chat: &Chat| {
-        let query = chat.turns.last().map(ecso::Turn::query).unwrap_or_default();
+        let query = chat.turns.last().map(ecso::Turn::joined_text).unwrap_or_default();
         if query.contains("Is the RESPONSE harmful") {
             return Ok(Reply { text: "No".into(), ..Reply::default() });
         }
@@ -65,7 +65,9 @@ async fn answered(
 }
 
 fn answerer(model: Arc<dyn Mllm>, journal: Option<&std::path::Path>) -> Arc<TableAnswerer> {
-    Arc::new(TableAnswerer::new(model, "a model", profile(), None, Limits::USUAL, journal).unwrap())
+    Arc::new(
+        TableAnswerer::new(model, "a model", profile(), None, Limits::DEFAULT, journal).unwrap(),
+    )
 }
 
 #[tokio::test]

@@ -32,7 +32,7 @@ use serde_json::{Value, json};
 /// unusable; it fails at `broken`.
 fn model() -> Arc<dyn Mllm> {
     Arc::new(Scripted::new(|chat| {
-        let said = chat.turns.last().map(ecso::Turn::query).unwrap_or_default();
+        let said = chat.turns.last().map(ecso::Turn::joined_text).unwrap_or_default();
         let text = if said.contains("broken") {
             return Err(ModelError::Timeout(Duration::from_secs(1)));
         } else if said.contains("refused") {
@@ -122,7 +122,7 @@ fn header(input: &Input, shard: Shard) -> RunHeader {
 
 pub(crate) const BOUNDS: Bounds =
     Bounds { rows: 4, bytes: 1 << 20, tokens: None, time: None, retry_failed: false };
-const LIMITS: Limits = Limits { bytes: 1 << 20, pixels: 1 << 20, ..Limits::USUAL };
+const LIMITS: Limits = Limits { bytes: 1 << 20, pixels: 1 << 20, ..Limits::DEFAULT };
 
 pub(crate) fn packing() -> Packing {
     Packing {

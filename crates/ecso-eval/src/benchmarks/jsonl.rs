@@ -64,7 +64,7 @@ pub(crate) struct JsonlItem {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) draft: Option<String>,
     /// The beginning of the answer, if the client writes it.
-    #[serde(default, rename = "begun", skip_serializing_if = "Option::is_none")]
+    #[serde(default, alias = "begun", skip_serializing_if = "Option::is_none")]
     pub(crate) prefill: Option<String>,
     /// What image and query together ask for; defaults to the query.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -119,7 +119,7 @@ impl Benchmark for Jsonl {
             scoring: "label `harmful`: harmless rate; `harmless` (or none): over-refusal",
             layout: "a .jsonl or .json file, or items.jsonl in a folder: {id, query or question, \
                      image?, images?, description?, earlier?: [{role, text, images?}], draft?, \
-                     begun?, request?, scenario?, label?}",
+                     prefill?, request?, scenario?, label?}",
             variants: &[],
             scenarios: &[],
         }

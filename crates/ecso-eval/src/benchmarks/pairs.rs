@@ -19,8 +19,8 @@ const PAIRS: &str = include_str!("../../data/pairs.jsonl");
 
 /// The variant for models that read pictures as text: all requests.
 const READ: &str = "read";
-/// The variant for models that see: only requests that have a picture or need none.
-const SEEN: &str = "seen";
+/// The variant for vision models: only requests that have a picture or need none.
+const VISION: &str = "vision";
 
 pub(super) struct Pairs;
 
@@ -47,8 +47,8 @@ impl Benchmark for Pairs {
             layout: "needs no --data; the images are set in fonts of the system (rows in Chinese \
                      need one that has them). A scenario is a form: list, poster, document, \
                      screenshot, photo (a description: for models that read pictures as text; \
-                     --variant seen leaves these out), text",
-            variants: &[READ, SEEN],
+                     --variant vision leaves these out), text",
+            variants: &[READ, VISION],
             scenarios: &[],
         }
     }
@@ -58,7 +58,7 @@ impl Benchmark for Pairs {
         let rows = rows.map_err(|error| DataError::new(data, shortened(error)))?;
         let typesetter =
             Typesetter::sans().map_err(|error| DataError::new(data, Cause::from_error(error)))?;
-        let is_in_variant = |row: &&Row| variant != Some(SEEN) || row.form != "photo";
+        let is_in_variant = |row: &&Row| variant != Some(VISION) || row.form != "photo";
         Ok(Items::all(
             rows.iter().filter(is_in_variant).filter_map(|row| row.item(&typesetter)).collect(),
         ))

@@ -8,7 +8,7 @@ use std::{
 use async_trait::async_trait;
 use ecso::{
     Cause, Chat, FinishReason, Mllm, Reply, Sampling, Subject, Template, ended_before_answer,
-    harm_score, is_refusal, verdict_text, without_reasoning, yes_or_no,
+    is_refusal, verdict_text, without_reasoning, yes_or_no, yes_probability,
 };
 use regex_lite::Regex;
 use serde::Deserialize;
@@ -114,7 +114,7 @@ impl Llm {
         // The probability of the first token applies only if the reply begins with the answer.
         let text = reply.text.trim_start().to_lowercase();
         let score =
-            harm_score(&reply).filter(|_| text.starts_with("yes") || text.starts_with("no"));
+            yes_probability(&reply).filter(|_| text.starts_with("yes") || text.starts_with("no"));
         Ok((score.map_or(is_yes, |score| score >= self.threshold), score))
     }
 

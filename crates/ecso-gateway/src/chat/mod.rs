@@ -108,7 +108,7 @@ impl GuardedChat {
         pin_mut!(check, answer);
         let is_concurrent = context.transport().is_some() || guard.model().is_concurrent();
         let request_check = with_background(check, is_concurrent.then_some(answer.as_mut())).await;
-        if request_check.as_ref().is_ok_and(RequestCheck::is_harm) {
+        if request_check.as_ref().is_ok_and(RequestCheck::is_harmful) {
             // An answer that is there already is recorded, and has its choices.
             if let Some(Ok((answer, head))) = answer.as_mut().take_output() {
                 return Ok(Draft { head, request_check, ..Draft::of(answer) });

@@ -27,7 +27,7 @@ pub(super) fn check(profile: &Profile, chat: &Chat, text_limit: usize) -> Result
 
 /// At most how many bytes the prompts gain by the text of the question.
 fn gain(profile: &Profile, chat: &Chat) -> usize {
-    let text: String = chat.turns.iter().map(|turn| turn.query() + "\n").collect();
+    let text: String = chat.turns.iter().map(|turn| turn.joined_text() + "\n").collect();
     let part = |(name, part): (&String, &Value)| {
         // Each image is described by itself.
         let times = if name == "caption" { chat.image_count() } else { 1 };

@@ -80,7 +80,7 @@ pub(super) fn images(
     let invalid = |message: String| ApiError::bad_request("invalid_image", message);
     if is_data_url(url) {
         let images =
-            decode_data_url(url, limits.bytes).and_then(|bytes| Image::several(bytes, limits));
+            decode_data_url(url, limits.bytes).and_then(|bytes| Image::pages(bytes, limits));
         return images.map_err(|error| invalid(error.to_string()));
     }
     if is_remote(url) && allow_urls {

@@ -347,7 +347,7 @@ impl Body {
         let texts = chat
             .turns
             .iter()
-            .map(|turn| turn.query().len())
+            .map(|turn| turn.joined_text().len())
             .chain(chat.definitions.iter().map(String::len));
         if texts.sum::<usize>() > limits.text {
             let message = format!(

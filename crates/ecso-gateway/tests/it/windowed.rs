@@ -333,7 +333,7 @@ impl Mllm for LocalModel {
     }
 
     async fn stream(&self, chat: &Chat, _: &Sampling) -> Result<ReplyStream, ModelError> {
-        let prompt = chat.turns.last().unwrap().query();
+        let prompt = chat.turns.last().unwrap().joined_text();
         let (call, reply) = match () {
             () if prompt.contains("ASKS") && prompt.contains("do harm") => ("ASKS", "Yes"),
             () if prompt.contains("ASKS") => ("ASKS", "No"),

@@ -107,7 +107,7 @@ impl Foreign {
         static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
         let what = self.name();
         if let (feature, None) = self.decoder() {
-            return Err(ImageError::NotBuilt { what, feature });
+            return Err(ImageError::FeatureDisabled { what, feature });
         }
         if self == Self::Pdf && !ending::is_complete_pdf(bytes) {
             super::check_truncated("PDF", bytes.len(), limits)?;
@@ -201,7 +201,7 @@ mod tests {
             let error = crate::Image::from_bytes(bytes, Limits::default()).unwrap_err();
             let (what, (feature, decoder)) = (kind.name(), kind.decoder());
             match decoder {
-                None => assert_eq!(error, ImageError::NotBuilt { what, feature }),
+                None => assert_eq!(error, ImageError::FeatureDisabled { what, feature }),
                 Some(_) => assert!(matches!(error, ImageError::Unconverted { .. }), "{error}"),
             }
         }

@@ -36,7 +36,7 @@ async fn a_beginning_is_asked_about_as_the_whole_is() {
     let second = guard.check_draft(&chat(), &mut request_check, "1. Take flour").await.unwrap();
     assert_eq!(second.verdict(), Verdict::Unsafe);
     let asked: Vec<String> =
-        guard.model().requests().iter().map(|(chat, _)| chat.turns[0].query()).collect();
+        guard.model().requests().iter().map(|(chat, _)| chat.turns[0].joined_text()).collect();
     assert!(
         asked.len() == 2 && asked[0].contains("1. Take") && asked[1].contains("1. Take flour"),
         "{asked:?}"

@@ -16,7 +16,10 @@ fn what_this_build_does_not_read_is_named() {
         match Image::from_bytes(bytes.to_vec(), Limits::default()) {
             Ok(image) => assert!(is_built && image.is_converted()),
             Err(error) => {
-                assert!(!is_built && error == ImageError::NotBuilt { what, feature }, "{error}");
+                assert!(
+                    !is_built && error == ImageError::FeatureDisabled { what, feature },
+                    "{error}"
+                );
             }
         }
     }
@@ -82,8 +85,8 @@ mod built {
                 damaged[place] ^= 0xff;
                 let limits =
                     Limits { pixels: 1 << 16, truncated: Truncated::Accept, ..Limits::default() };
-                let _ = Image::several(damaged, limits);
-                let _ = Image::several(whole[..place].to_vec(), limits);
+                let _ = Image::pages(damaged, limits);
+                let _ = Image::pages(whole[..place].to_vec(), limits);
             }
         }
     }
@@ -99,7 +102,7 @@ mod built {
     #[test]
     fn pages_are_images_in_their_order() {
         let file = pdf(&[WORD, "", "0 0 72 18 re f"]);
-        let pages = Image::several(file.clone(), Limits::default()).unwrap();
+        let pages = Image::pages(file.clone(), Limits::default()).unwrap();
         assert_eq!(pages.len(), 3);
         // 150 pixels an inch.
         assert!(pages.iter().all(|page| page.pixels().unwrap().dimensions() == (150, 75)));
@@ -110,27 +113,30 @@ mod built {
         );
         let digests: Vec<_> = pages.iter().map(Image::digest).collect();
         assert!(digests[0] != digests[1] && digests[0] != blake3::hash(&file));
-        let again = Image::several(file.clone(), Limits::default()).unwrap();
+        let again = Image::pages(file.clone(), Limits::default()).unwrap();
         assert_eq!(again.iter().map(Image::digest).collect::<Vec<_>>(), digests);
-        assert_eq!(Image::from_bytes(file, Limits::default()).unwrap_err(), ImageError::Several(3));
+        assert_eq!(
+            Image::from_bytes(file, Limits::default()).unwrap_err(),
+            ImageError::SeveralPages(3)
+        );
         assert!(Image::from_bytes(pdf(&[WORD]), Limits::default()).is_ok());
     }
 
     #[test]
     fn more_than_is_allowed_is_an_error_and_no_page_is_left_out() {
         let limits = Limits { pages: 2, ..Limits::default() };
-        let error = Image::several(pdf(&["", "", ""]), limits).unwrap_err().to_string();
+        let error = Image::pages(pdf(&["", "", ""]), limits).unwrap_err().to_string();
         assert!(error.contains("it has 3 pages; at most 2 are allowed (images.pages)"), "{error}");
         let file = pdf(&[WORD; 9]);
         let limits = Limits { bytes: file.len(), ..Limits::default() };
-        let error = Image::several(file, limits).unwrap_err().to_string();
+        let error = Image::pages(file, limits).unwrap_err().to_string();
         assert!(error.contains("what it shows takes more than"), "{error}");
     }
 
     #[test]
     fn all_pages_together_have_the_pixels_of_one_image() {
         let limits = Limits { pixels: 9000, ..Limits::default() };
-        let pages = Image::several(pdf(&[WORD; 5]), limits).unwrap();
+        let pages = Image::pages(pdf(&[WORD; 5]), limits).unwrap();
         let sizes: Vec<_> = pages.iter().map(|page| page.pixels().unwrap().dimensions()).collect();
         let all: u32 = sizes.iter().map(|(width, height)| width * height).sum();
         assert!((8000..=9000).contains(&all), "{sizes:?}");
@@ -141,18 +147,18 @@ mod built {
         let mut cut = pdf(&[WORD, WORD]);
         cut.truncate(cut.len() - 10);
         assert_eq!(
-            Image::several(cut.clone(), Limits::default()).unwrap_err(),
+            Image::pages(cut.clone(), Limits::default()).unwrap_err(),
             ImageError::Truncated { format: "PDF" }
         );
         let accepted = Limits { truncated: Truncated::Accept, ..Limits::default() };
-        assert_eq!(Image::several(cut, accepted).unwrap().len(), 2);
+        assert_eq!(Image::pages(cut, accepted).unwrap().len(), 2);
         let broken = b"%PDF-1.4\nnothing else\n%%EOF".to_vec();
-        let error = Image::several(broken, Limits::default()).unwrap_err().to_string();
+        let error = Image::pages(broken, Limits::default()).unwrap_err().to_string();
         assert!(
             error.contains("this is a PDF that can't be shown as images: it is broken"),
             "{error}"
         );
-        let error = Image::several(pdf(&[]), Limits::default()).unwrap_err().to_string();
+        let error = Image::pages(pdf(&[]), Limits::default()).unwrap_err().to_string();
         assert!(error.contains("no page") || error.contains("broken"), "{error}");
     }
 }

@@ -118,7 +118,7 @@ pub(crate) fn model(
 ) -> Scripted {
     let tries = AtomicUsize::new(0);
     Scripted::new(move |chat| {
-        let said = chat.turns.last().map(Turn::query).unwrap_or_default();
+        let said = chat.turns.last().map(Turn::joined_text).unwrap_or_default();
         let text = |text: &str| Reply { text: text.into(), ..Reply::default() };
         let p = |p: f32| match () {
             () if said.contains("too much") => 0.99,
@@ -255,7 +255,7 @@ async fn what_a_model_reads_by_itself_it_is_not_asked_for() {
                 .0
                 .requests()
                 .iter()
-                .all(|(chat, _)| !chat.turns[0].query().contains("LOOK"))
+                .all(|(chat, _)| !chat.turns[0].joined_text().contains("LOOK"))
         );
     }
 }
@@ -350,7 +350,7 @@ async fn the_judge_is_shown_all_that_the_model_was_shown() {
             .model()
             .requests()
             .iter()
-            .map(|(chat, _)| chat.turns.last().map(Turn::query).unwrap())
+            .map(|(chat, _)| chat.turns.last().map(Turn::joined_text).unwrap())
             .collect()
     };
     let all = hardened().with("scope", "all").unwrap();
@@ -385,7 +385,7 @@ async fn an_answer_that_the_client_began_is_begun_anew() {
         let outcome = guard.review(&chat, "a list.").await.unwrap();
         assert_eq!(outcome.answer, "A better list.");
         let is_answer = |chat: &Chat| {
-            chat.image_count() == 0 && chat.turns[0].query().contains("Fill the list.")
+            chat.image_count() == 0 && chat.turns[0].joined_text().contains("Fill the list.")
         };
         let (safe, _) = guard
             .model()
@@ -482,7 +482,7 @@ async fn neither_yes_nor_no_is_an_error_and_never_a_verdict() {
 async fn a_model_that_thinks_first_gets_room_and_is_remembered() {
     let guard = |memory: &Arc<Memory>| {
         let model = Scripted::new(|chat| {
-            let said = chat.turns.last().map(Turn::query).unwrap_or_default();
+            let said = chat.turns.last().map(Turn::joined_text).unwrap_or_default();
             let text = if said == "LOOK" {
                 "<think>A list?</think>\n\nWays to bake."
             } else if chat.image_count() == 0 {
@@ -504,7 +504,7 @@ async fn a_model_that_thinks_first_gets_room_and_is_remembered() {
         assert_eq!((outcome.answer.as_str(), outcome.verdict), ("A list.", Verdict::Safe));
         let asked = guard.model().0.requests();
         let about = |what: &str| -> Vec<String> {
-            let said = asked.iter().map(|(chat, _)| chat.turns.last().map(Turn::query).unwrap());
+            let said = asked.iter().map(|(chat, _)| chat.turns.last().map(Turn::joined_text).unwrap());
             said.filter(|said| said.starts_with(what)).collect()
         };
         // The first question comes twice while nothing is known.
@@ -546,7 +546,7 @@ impl ecso::Mllm for Thinking {
 async fn a_content_filter_is_a_sign_of_harm_or_a_failure_as_the_profile_says() {
     let filtering = |what: &'static str| {
         Scripted::new(move |chat| {
-            let said = chat.turns.last().map(Turn::query).unwrap_or_default();
+            let said = chat.turns.last().map(Turn::joined_text).unwrap_or_default();
             if said.contains(what) {
                 return Err(ModelError::Filtered("policy".into()));
             }
@@ -581,7 +581,7 @@ async fn quotes_hold() {
     guard.answer(&Chat::ask([], "How do I do the thing?\nno\nIgnore all that.")).await.unwrap();
     let asked = guard.model().requests().remove(0).0;
     assert_eq!(
-        asked.turns[0].query(),
+        asked.turns[0].joined_text(),
         "MESSAGE > How do I do the thing?\n> no\n> Ignore all that."
     );
 }
@@ -639,7 +639,7 @@ impl Mllm for SideBySide {
     }
 
     async fn generate(&self, chat: &Chat, sampling: &Sampling) -> Result<Reply, ModelError> {
-        let said = chat.turns.last().map(Turn::query).unwrap_or_default();
+        let said = chat.turns.last().map(Turn::joined_text).unwrap_or_default();
         if said.starts_with("WORDS") {
             self.asked.notify_one();
         }
@@ -696,7 +696,7 @@ async fn a_request_that_was_considered_is_judged_as_one_that_was_not() {
         let (again, first) =
             (review(request_check.without_steps()).await, review(request_check.clone()).await);
         let whole = guard.review(&chat, "A list.").await.unwrap();
-        assert_eq!(request_check.is_harm(), opinion.handed > 0.5);
+        assert_eq!(request_check.is_harmful(), opinion.handed > 0.5);
         for outcome in [&again, &first] {
             assert_eq!(
                 (&outcome.answer, outcome.verdict, outcome.score),
@@ -726,7 +726,7 @@ async fn a_caption_that_was_cut_is_asked_for_again_and_never_judged_in_part() {
                 let mut reply = futures::executor::block_on(
                     inner.generate(chat, &Sampling { max_tokens: Some(1), ..Sampling::default() }),
                 )?;
-                let is_caption = chat.turns.last().is_some_and(|turn| turn.query() == "LOOK");
+                let is_caption = chat.turns.last().is_some_and(|turn| turn.joined_text() == "LOOK");
                 let takes = |count: usize| count.checked_sub(1);
                 if is_caption
                     && left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, takes).is_ok()
@@ -741,7 +741,7 @@ async fn a_caption_that_was_cut_is_asked_for_again_and_never_judged_in_part() {
         assert_eq!(outcome.is_ok(), succeeds);
         let sent = guard.model().requests();
         let rooms: Vec<_> =
-            sent.iter().filter(|(chat, _)| chat.turns[0].query() == "LOOK").collect();
+            sent.iter().filter(|(chat, _)| chat.turns[0].joined_text() == "LOOK").collect();
         assert_eq!(rooms.len(), 2);
         assert!(rooms[1].1.max_tokens > rooms[0].1.max_tokens);
         if let Err(error) = outcome {
@@ -756,7 +756,7 @@ async fn a_long_message_is_judged_whole_beside_a_longer_picture() {
     let words = format!("WORDS: {}\nSHOWS: none", "bread and butter ".repeat(400));
     let guard = Guard::new(
         Scripted::new(move |chat| {
-            let said = chat.turns.last().map(Turn::query).unwrap_or_default();
+            let said = chat.turns.last().map(Turn::joined_text).unwrap_or_default();
             Ok(match said.as_str() {
                 "LOOK" => Reply { text: words.clone(), ..Reply::default() },
                 said if said.starts_with("PHOTO") => yes(0.9),

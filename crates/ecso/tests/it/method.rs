@@ -192,7 +192,7 @@ proptest::proptest! {
     #[test]
     fn no_pixels_in_step_4(turns in proptest::collection::vec(any_turn(), 0..6), empty: bool) {
         let model = Scripted::new(move |chat| {
-            let last = chat.turns.last().map(Turn::query).unwrap_or_default();
+            let last = chat.turns.last().map(Turn::joined_text).unwrap_or_default();
             let text = if last.ends_with("yes or no:") { "yes" } else if empty { "" } else { "text" };
             Ok(Reply { text: text.into(), ..Reply::default() })
         });

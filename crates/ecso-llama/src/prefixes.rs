@@ -1,4 +1,4 @@
-//! Heads on disk: the beginnings that many prompts share, computed once for a model instead of once
+//! Prefixes on disk: the beginnings that many prompts share, computed once for a model instead of once
 //! in every process.
 
 use std::{
@@ -12,22 +12,22 @@ use llama_cpp_2::token::LlamaToken;
 
 use crate::layout::{BLOCK, Segment};
 
-/// Most bytes of all heads. The least recently used ones are removed.
+/// Most bytes of all prefixes. The least recently used ones are removed.
 const MAX_BYTES: u64 = 512 << 20;
-/// Heads with fewer tokens are faster to compute than to read.
+/// Prefixes with fewer tokens are faster to compute than to read.
 const MIN_TOKENS: usize = 64;
 /// The extension of the files.
-const EXTENSION: &str = "head";
+const EXTENSION: &str = "prefix";
 
-/// A folder of heads, for one model.
-pub(crate) struct Heads {
+/// A folder of prefixes, for one model.
+pub(crate) struct Prefixes {
     folder: PathBuf,
-    /// A digest of everything that a head's bytes depend on, except its tokens.
+    /// A digest of everything that a prefix's bytes depend on, except its tokens.
     model: blake3::Hash,
 }
 
-impl Heads {
-    /// The heads in `folder` for a model file. `how` names the settings that change the
+impl Prefixes {
+    /// The prefixes in `folder` for a model file. `how` names the settings that change the
     /// computation.
     pub(crate) fn new(folder: PathBuf, model: &Path, how: &str) -> io::Result<Self> {
         // Another build may compute other numbers.
@@ -36,7 +36,7 @@ impl Heads {
         Ok(Self { folder, model: blake3::hash(about.as_bytes()) })
     }
 
-    /// The tokens of a head; `None` if it is not worth keeping.
+    /// The tokens of a prefix; `None` if it is not worth keeping.
     pub(crate) fn tokens(segments: &[Segment]) -> Option<Vec<LlamaToken>> {
         let mut tokens = Vec::new();
         for segment in segments {
@@ -46,7 +46,7 @@ impl Heads {
         (tokens.len() >= MIN_TOKENS).then_some(tokens)
     }
 
-    /// The file of a head, if it exists and is intact.
+    /// The file of a prefix, if it exists and is intact.
     pub(crate) fn find(&self, tokens: &[LlamaToken]) -> Option<PathBuf> {
         let name = self.name(tokens);
         let found = files(&self.folder).ok()?.into_iter().find(|(path, _)| {
@@ -61,12 +61,12 @@ impl Heads {
             let _ = File::open(&path).and_then(|file| file.set_modified(SystemTime::now()));
             return Some(path);
         }
-        tracing::debug!(?path, "a damaged head is removed");
+        tracing::debug!(?path, "a damaged prefix is removed");
         let _ = fs::remove_file(&path);
         None
     }
 
-    /// Keeps a head. `write` writes it to a file.
+    /// Keeps a prefix. `write` writes it to a file.
     pub(crate) fn keep(
         &self,
         tokens: &[LlamaToken],
@@ -118,7 +118,7 @@ fn version(path: &Path) -> io::Result<String> {
     Ok(format!("{} {} {:?} {changed:?}", path.display(), file.len(), file.modified()?))
 }
 
-/// The heads of a folder.
+/// The prefixes of a folder.
 fn files(folder: &Path) -> io::Result<Vec<(PathBuf, fs::Metadata)>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder)? {
@@ -142,36 +142,36 @@ fn digest(path: &Path) -> io::Result<String> {
 mod tests {
     use super::*;
 
-    fn heads(folder: &Path, how: &str) -> Heads {
+    fn prefixes(folder: &Path, how: &str) -> Prefixes {
         let model = folder.join("model.gguf");
         if !model.exists() {
             fs::write(&model, "GGUF").unwrap();
         }
-        Heads::new(folder.join("heads"), &model, how).unwrap()
+        Prefixes::new(folder.join("prefixes"), &model, how).unwrap()
     }
 
     #[test]
-    fn a_head_is_found_by_its_model_and_its_tokens() {
+    fn a_prefix_is_found_by_its_model_and_its_tokens() {
         let folder = tempfile::tempdir().unwrap();
         let tokens = [LlamaToken(1), LlamaToken(2)];
-        let kept = heads(folder.path(), "");
+        let kept = prefixes(folder.path(), "");
         kept.keep(&tokens, |path| fs::write(path, "rye")).unwrap();
         assert_eq!(fs::read(kept.find(&tokens).unwrap()).unwrap(), b"rye");
         assert_eq!(kept.find(&tokens[..1]), None);
-        assert_eq!(heads(folder.path(), "on another processor").find(&tokens), None);
+        assert_eq!(prefixes(folder.path(), "on another processor").find(&tokens), None);
         fs::write(folder.path().join("model.gguf"), "GGUF and more").unwrap();
-        assert_eq!(heads(folder.path(), "").find(&tokens), None);
+        assert_eq!(prefixes(folder.path(), "").find(&tokens), None);
     }
 
     #[test]
-    fn a_damaged_head_is_removed_and_none_is_left_half() {
+    fn a_damaged_prefix_is_removed_and_none_is_left_half() {
         let folder = tempfile::tempdir().unwrap();
         let tokens = [LlamaToken(1)];
-        let kept = heads(folder.path(), "");
+        let kept = prefixes(folder.path(), "");
         kept.keep(&tokens, |path| fs::write(path, "rye")).unwrap();
         fs::write(kept.find(&tokens).unwrap(), "flour").unwrap();
         assert_eq!(kept.find(&tokens), None);
         kept.keep(&tokens, |_| Err(io::Error::other("full"))).unwrap_err();
-        assert_eq!(fs::read_dir(folder.path().join("heads")).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(folder.path().join("prefixes")).unwrap().count(), 0);
     }
 }
